@@ -1,0 +1,45 @@
+"""orpo-lite: preference-tune a language model on the one GPU you own.
+
+The house, imports strictly downward (kept by tests/test_house.py):
+
+5  cli (__main__)                        parse, call, render; the only place that prints
+4  train  merge                          one verb a file, each a function that returns a value
+3  evaluate  generate  checkpoint  demo  what several verbs need
+2  model  run                            the loaded pair model; the run folder
+1  step  data                            the loss and the head, pure tensors; rows to batches
+0  recipe  errors                        the schema; the errors people see
+"""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+__version__ = "0.1.0"
+
+# Lazy, so that `orpo-lite --help` does not wait for torch.
+_EXPORTS = {
+    "load_recipe": "orpo_lite.recipe",
+    "train": "orpo_lite.train",
+    "merge": "orpo_lite.merge",
+    "evaluate": "orpo_lite.evaluate",
+}
+__all__ = ["evaluate", "load_recipe", "merge", "train"]
+
+
+class _Package(ModuleType):
+    """Importing the file train.py binds the module to the package's name ``train``; keep the verb there instead."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, ModuleType) and name in _EXPORTS:
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'orpo_lite' has no attribute {name!r}")
+    return getattr(import_module(_EXPORTS[name]), name)

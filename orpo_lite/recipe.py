@@ -1,0 +1,616 @@
+"""The recipe: what the person chooses, in eight sections whose keys carry their owners' names.
+
+``load_recipe`` reads a shipped name or a path, applies ``section.key=value`` overrides and returns a frozen
+:class:`Recipe`. Each default has one home, here; a recipe file holds only what differs from it. No torch.
+"""
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
+
+from orpo_lite.errors import RecipeError, raise_all
+
+MAX_BYTES = 1 << 20  # a recipe is a page of text; anything larger is another file
+SHIPPED = Path(__file__).parent / "recipes"  # in a wheel
+CHECKOUT = Path(__file__).parent.parent / "recipes"  # in a checkout or an editable install
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Dtype: TypeAlias = Literal["auto", "bfloat16", "float16", "float32"]
+
+
+def _steps(value: object) -> float:
+    """A share of all steps below 1, a whole number of steps from 1 on (TrainingArguments' convention)."""
+    steps = float(value)  # type: ignore[arg-type]
+    if not 0 <= steps < float("inf"):
+        raise ValueError("should be a share of the steps (0.1) or a whole number of them (100)")
+    if steps > 1 and steps != int(steps):
+        raise ValueError(f"{steps} is neither a share below 1 nor a whole number of steps")
+    return steps
+
+
+def _list_or_all_linear(value: object) -> object:
+    if not isinstance(value, str) or value == "all-linear":
+        return value
+    return [name.strip() for name in value.strip("[]").split(",") if name.strip()]
+
+
+def _init_lora_weights(value: object) -> object:
+    if str(value).lower().split("_")[0] in {"pissa", "olora", "loftq", "corda", "eva", "lora-ga", "lora"}:
+        raise ValueError(f"{value} rewrites the base, so the adapter would fit no other copy of it")
+    return {"true": True}.get(str(value).lower(), value)
+
+
+def _attention(value: object) -> object:
+    if isinstance(value, str) and "/" in value:
+        raise ValueError("a name with a / fetches compiled code from the hub, which is refused")
+    return value
+
+
+Steps = Annotated[float, BeforeValidator(_steps)]
+
+
+class Section(BaseModel):
+    """A section of the recipe: frozen, unknown keys refused, each field documented by the string under it."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), validate_default=True
+    )
+
+
+class ModelSection(Section):
+    """The base model (names of TRL's ModelConfig)."""
+
+    model_name_or_path: str = Field(min_length=1)
+    """The base: a hub name or a local folder."""
+    model_revision: str = "main"
+    """Branch, tag or commit; the commit it resolves to is recorded in lock.json."""
+    adapter_name_or_path: str | None = None
+    """A LoRA adapter to train on from, instead of a new one."""
+    dtype: Dtype = "auto"
+    """Of everything that is not quantised. auto: bfloat16, else float16 (T4, V100), else float32 (CPU)."""
+    attn_implementation: Annotated[str | None, BeforeValidator(_attention)] = None
+    """transformers' attention back-end: sdpa, eager, flash_attention_2; null lets transformers choose."""
+
+
+class QuantizationSection(Section):
+    """The base in 4 bit (names of transformers' BitsAndBytesConfig)."""
+
+    load_in_4bit: bool = True
+    """false keeps the base in model.dtype: four times the memory."""
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    """NF4 is the QLoRA paper's data type."""
+    bnb_4bit_use_double_quant: bool = True
+    """Quantise the scales as well: 0.4 bit less per parameter."""
+    bnb_4bit_compute_dtype: Dtype = "auto"
+    """Of the matrix products. auto: model.dtype."""
+
+
+class LoraSection(Section):
+    """The adapter (names of peft's LoraConfig)."""
+
+    r: int = Field(16, ge=1)
+    """Rank; higher: more capacity, more memory."""
+    lora_alpha: int = Field(32, ge=1)
+    """The adapter's product is scaled by lora_alpha / r (by lora_alpha / sqrt(r) with use_rslora)."""
+    lora_dropout: Fraction = 0.0
+    """Dropout on the adapter's input."""
+    target_modules: Annotated[Literal["all-linear"] | list[str], BeforeValidator(_list_or_all_linear)] = "all-linear"
+    """all-linear (all but the output head), or a list of module names such as q_proj,v_proj."""
+    use_rslora: bool = False
+    """Rank-stabilised scaling (arXiv 2312.03732)."""
+    use_dora: bool = False
+    """Weight-decomposed LoRA (arXiv 2402.09353): slower, a little better at low rank."""
+    init_lora_weights: Annotated[Literal[True, "gaussian", "orthogonal"], BeforeValidator(_init_lora_weights)] = True
+    """true, gaussian or orthogonal. PiSSA and its kin rewrite the base and are refused."""
+
+
+class DataSection(Section):
+    """The preference pairs."""
+
+    dataset_name: str = Field(min_length=1)
+    """A hub name, or a local jsonl, csv or parquet file."""
+    dataset_config: str | None = None
+    """The configuration of a hub data set that has several."""
+    dataset_train_split: str = "train"
+    """The split to train on."""
+    dataset_test_split: str | None = None
+    """Held-out split (or local file); null takes test_split_size from the training split."""
+    test_split_size: float = Field(0.02, ge=0, allow_inf_nan=False)
+    """Held-out share of the prompts (below 1) or number of pairs; split by prompt, never by row. 0: none."""
+    format: Literal["auto", "explicit", "implicit", "messages", "hh_rlhf"] = "auto"
+    """How a row holds its pair; auto detects it by structure and says why."""
+    column_map: dict[str, str] = {}
+    """Where detection needs help: {prompt: question, chosen: good, rejected: bad}."""
+    max_samples: int | None = Field(None, ge=1)
+    """Use only the first rows."""
+    max_length: int = Field(2048, ge=8)
+    """Tokens of prompt and response together; a longer response is cut at its end."""
+    max_prompt_length: int = Field(1024, ge=1)
+    """Pairs with a longer prompt are dropped, as in the paper (Appendix C)."""
+    chat_template: str = "auto"
+    """auto: the tokenizer's, else the paper's. none: prompt and response joined as plain text. Or a .jinja file."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Passed on to the template, for instance {enable_thinking: false}."""
+
+
+class LossSection(Section):
+    """The ORPO loss (arXiv 2403.07691)."""
+
+    type: Literal["orpo"] = "orpo"
+    """L = NLL(chosen) + beta * L_OR, Eq. 6."""
+    beta: float = Field(0.1, ge=0, allow_inf_nan=False)
+    """λ in the paper, alpha in the authors' code. 0 is plain supervised fine-tuning on the chosen responses."""
+    completion_only_loss: bool = False
+    """false: the NLL counts the prompt too, as in the authors' code and TRL. true: the response, as in the text."""
+    nll_reduction: Literal["token", "pair"] = "token"
+    """token: mean over all counted tokens of the optimizer step. pair: mean per response, then over pairs."""
+
+
+class TrainingSection(Section):
+    """The optimisation (names of transformers' TrainingArguments)."""
+
+    output_dir: str = Field("runs/orpo", min_length=1)
+    """The run folder; refused when it exists."""
+    learning_rate: Positive = 5e-5
+    """Peak learning rate."""
+    global_batch_size: int = Field(32, ge=1)
+    """Pairs per optimizer step over all devices; memory settings never change it."""
+    num_train_epochs: Positive = 1.0
+    """Passes over the training pairs."""
+    max_steps: int = Field(-1, ge=-1)
+    """Optimizer steps; -1 leaves it to num_train_epochs."""
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "inverse_sqrt"] = "cosine"
+    """Shape of the learning rate after the warm-up."""
+    warmup_steps: Steps = 0.1
+    """Below 1 a share of all steps, else a number of steps."""
+    optim: Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw_torch"] = "paged_adamw_8bit"
+    """Paged: bitsandbytes moves the state to host memory when the card runs short."""
+    adam_beta1: Fraction = 0.9
+    """AdamW's first decay rate."""
+    adam_beta2: Fraction = 0.999
+    """AdamW's second decay rate."""
+    adam_epsilon: Positive = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = Field(1.0, ge=0, allow_inf_nan=False)
+    """Gradients are clipped to this norm; 0 clips nothing."""
+    eval_steps: Annotated[Steps, Field(gt=0)] = 0.1
+    """Evaluate on the held-out pairs and save a checkpoint this often: a share of all steps, or a number."""
+    load_best_model_at_end: bool = True
+    """End with the adapter of the lowest evaluation loss; without held-out pairs, with the last one."""
+    early_stopping_patience: int | None = Field(None, ge=1)
+    """Stop after so many evaluations without a better loss; null never stops."""
+    seed: int = Field(42, ge=0, lt=2**32)
+    """Of the data order, the split, the adapter's initialisation and dropout."""
+    full_determinism: bool = False
+    """Deterministic kernels on a GPU, slower; a CPU run is deterministic without it."""
+
+
+class MemorySection(Section):
+    """How the step fits into memory (ours); it never changes the maths."""
+
+    micro_batch_size: int = Field(1, ge=1)
+    """Pairs in one forward pass; a step runs as many of these as global_batch_size asks for."""
+    activation_checkpointing: Literal["auto", "all", "none"] | Annotated[int, Field(ge=0)] = "auto"
+    """Decoder layers that recompute their activations in the backward pass: all, none, or a number. auto: all."""
+
+
+class OutputSection(Section):
+    """What happens after the last step (ours)."""
+
+    merge: bool = True
+    """Merge the adapter into the 16-bit base when training has ended."""
+    samples: int = Field(0, ge=0, le=20)
+    """Held-out prompts answered by the base and by the merged model at the end, for a look. Loads both in 16 bit."""
+    max_new_tokens: int = Field(64, ge=1)
+    """Length limit of those answers."""
+
+
+class Recipe(Section):
+    """All sections. ``sources`` maps each ``section.key`` to where its value comes from."""
+
+    model: ModelSection
+    quantization: QuantizationSection = QuantizationSection()
+    lora: LoraSection = LoraSection()
+    data: DataSection
+    loss: LossSection = LossSection()
+    training: TrainingSection = TrainingSection()
+    memory: MemorySection = MemorySection()
+    output: OutputSection = OutputSection()
+
+    _sources: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @property
+    def sources(self) -> Mapping[str, str]:
+        """``section.key`` -> "default", "NAME.yaml:LINE" or "command line"."""
+        return {key: self._sources.get(key, "default") for key, _ in self.items()}
+
+    def items(self) -> Iterator[tuple[str, Any]]:
+        """Every ``section.key`` with its value, in the order of the schema."""
+        for name in type(self).model_fields:
+            section = getattr(self, name)
+            for key in type(section).model_fields:
+                yield f"{name}.{key}", getattr(section, key)
+
+    def override(self, values: Mapping[str, Any]) -> "Recipe":
+        """A copy with ``section.key`` values replaced and validated; sources are kept."""
+        tree = self.model_dump()
+        for key, value in values.items():
+            section, _, field = key.partition(".")
+            tree[section][field] = value
+        copy = Recipe.model_validate(tree)
+        copy._sources.update(self._sources)
+        return copy
+
+    def to_yaml(self, *, comments: bool = False) -> str:
+        """The whole recipe as YAML; with ``comments`` each key carries its field's documentation."""
+        lines = []
+        for name in type(self).model_fields:
+            section = getattr(self, name)
+            lines.append(f"{name}:" + (f"  # {(type(section).__doc__ or '').splitlines()[0]}" if comments else ""))
+            for key, field in type(section).model_fields.items():
+                text = yaml.safe_dump(getattr(section, key), default_flow_style=True, allow_unicode=True, width=10**6)
+                body = f"  {key}: " + text.removesuffix("...\n").strip()
+                lines += [f"  # {field.description}", body] if comments else [body]
+        return "\n".join(lines) + "\n"
+
+
+def _names() -> dict[str, list[str]]:
+    sections = {name: field.annotation for name, field in Recipe.model_fields.items()}
+    return {name: list(section.model_fields) for name, section in sections.items() if section is not None}
+
+
+KEYS = _names()
+HOMES = {
+    key: [f"{section}.{key}" for section in KEYS if key in KEYS[section]] for keys in KEYS.values() for key in keys
+}
+
+# What other tools call our keys: {their key: (ours or "", what to know)}. Sources: TrainingArguments, TRL's ORPOConfig,
+# LLaMA-Factory's and Axolotl's documented options.
+FOREIGN: dict[str, tuple[str, str]] = {
+    "per_device_train_batch_size": (
+        "training.global_batch_size",
+        "it counts pairs per optimizer step over all devices",
+    ),
+    "gradient_accumulation_steps": (
+        "training.global_batch_size",
+        "it counts pairs per optimizer step over all devices",
+    ),
+    "micro_batch_size": (
+        "memory.micro_batch_size",
+        "pairs in one forward pass; training.global_batch_size sets the step",
+    ),
+    "per_device_eval_batch_size": ("memory.micro_batch_size", "evaluation uses the same forward pass"),
+    "batch_size": ("training.global_batch_size", "it counts pairs per optimizer step over all devices"),
+    "warmup_ratio": ("training.warmup_steps", "a value below 1 is a share of all steps"),
+    "gradient_checkpointing": ("memory.activation_checkpointing", "all, none, or a number of layers"),
+    "lora_r": ("lora.r", ""),
+    "lora_rank": ("lora.r", ""),
+    "lora_target": ("lora.target_modules", "all-linear, or a list of module names"),
+    "lora_target_modules": ("lora.target_modules", "all-linear, or a list of module names"),
+    "lora_target_linear": ("lora.target_modules", "write all-linear"),
+    "base_model": ("model.model_name_or_path", ""),
+    "revision": ("model.model_revision", ""),
+    "load_in_8bit": ("quantization.load_in_4bit", "4 bit or none"),
+    "quantization_bit": ("quantization.load_in_4bit", "true for 4 bit"),
+    "bf16": ("model.dtype", "bfloat16, float16, float32 or auto"),
+    "fp16": ("model.dtype", "bfloat16, float16, float32 or auto"),
+    "torch_dtype": ("model.dtype", ""),
+    "flash_attn": ("model.attn_implementation", "flash_attention_2"),
+    "flash_attention": ("model.attn_implementation", "flash_attention_2"),
+    "dataset": ("data.dataset_name", ""),
+    "datasets": ("data.dataset_name", "one name or file"),
+    "dataset_split": ("data.dataset_train_split", ""),
+    "val_set_size": ("data.test_split_size", "split by prompt"),
+    "val_size": ("data.test_split_size", "split by prompt"),
+    "cutoff_len": ("data.max_length", ""),
+    "sequence_len": ("data.max_length", ""),
+    "max_seq_length": ("data.max_length", ""),
+    "max_completion_length": ("data.max_length", "it limits prompt and response together"),
+    "template": ("data.chat_template", "auto, none or a .jinja file"),
+    "orpo_alpha": ("loss.beta", "λ in the paper"),
+    "orpo_lambda": ("loss.beta", "λ in the paper"),
+    "pref_beta": ("loss.beta", "λ in the paper"),
+    "alpha": ("loss.beta", "λ in the paper; the adapter's alpha is lora.lora_alpha"),
+    "pref_loss": ("loss.type", ""),
+    "rl": ("loss.type", ""),
+    "lr": ("training.learning_rate", ""),
+    "num_epochs": ("training.num_train_epochs", ""),
+    "epochs": ("training.num_train_epochs", ""),
+    "optimizer": ("training.optim", ""),
+    "lr_scheduler": ("training.lr_scheduler_type", ""),
+    "save_steps": ("training.eval_steps", "each evaluation saves a checkpoint"),
+    "save_strategy": ("training.eval_steps", "each evaluation saves a checkpoint"),
+    "eval_strategy": ("training.eval_steps", "a share of all steps, or a number"),
+    "evals_per_epoch": ("training.eval_steps", "a share of all steps, or a number"),
+    "logging_steps": ("", "every step is logged to metrics.jsonl; leave the line out"),
+    "report_to": ("", "metrics.jsonl in the run folder holds every step; leave the line out"),
+    "trust_remote_code": ("", "code from the hub is never run; leave the line out"),
+    "remove_unused_columns": ("", "unused columns are ignored; leave the line out"),
+}
+
+
+@dataclass(frozen=True)
+class _Written:
+    """One value as it was written: a string, None, a list or a mapping of these; and where."""
+
+    value: Any
+    where: str
+
+
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read the recipe ``name`` (a shipped name, or a path when it has a / or ends in .yaml), then ``overrides``.
+
+    Args:
+        name: for instance ``"mistral-qlora"`` or ``"./mine.yaml"``.
+        overrides: ``"section.key=value"`` texts; the value is read by the key's type, not by YAML.
+
+    Raises:
+        RecipeError: every fault found, at once.
+    """
+    path = find_recipe(name)
+    written: dict[str, _Written] = {}
+    faults: list[RecipeError] = list(_read_file(path, written))
+    faults += _read_overrides(overrides, written)
+    faults += _refuse_secrets(written)
+    faults += _answer_unknown(written)
+    recipe = _validate(written, path.name, faults)
+    raise_all(faults)
+    assert recipe is not None  # noqa: S101 - a recipe that could not be built has left its faults
+    raise_all(list(_contradictions(recipe)))
+    return recipe
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a shipped name or path. Raises :class:`RecipeError` with the nearest names."""
+    if "/" in name or name.endswith((".yaml", ".yml")):
+        path = Path(name).expanduser()
+        if path.is_dir():
+            raise RecipeError(
+                name, "is a folder", "a YAML file", f"orpo-lite recipes cp NAME {name.rstrip('/')}/recipe.yaml"
+            )
+        if not path.is_file():
+            near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=3)
+            raise RecipeError(
+                name, "no such file", "a recipe file", f"did you mean {', '.join(near)}?" if near else LIST
+            )
+        return path
+    known = shipped_recipes()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+        remedy = f"did you mean {', '.join(near)}? {LIST}; a path needs a / or .yaml" if near else LIST
+        raise RecipeError(
+            f"--recipe {name}", "no shipped recipe of that name", "one of the shipped names, or a path", remedy
+        )
+    return known[name]
+
+
+LIST = "`orpo-lite recipes ls` lists the shipped ones"
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Name -> file of every shipped recipe, sorted; a checkout's own folder wins over a wheel's copy."""
+    checkout = CHECKOUT.is_dir() and (CHECKOUT.parent / "pyproject.toml").is_file()
+    return {path.stem: path for path in sorted((CHECKOUT if checkout else SHIPPED).glob("*.yaml"))}
+
+
+def _read_file(path: Path, written: dict[str, _Written]) -> Iterator[RecipeError]:
+    """Fill ``written`` from the file; yield its faults. Every scalar stays the text it is."""
+    for section, node, line in _entries(_compose(path), path):
+        if isinstance(node, RecipeError):
+            yield node
+        elif section in KEYS and isinstance(node, yaml.MappingNode):
+            for key, child, child_line in _entries(node, path):
+                if isinstance(child, RecipeError):
+                    yield child
+                else:
+                    written[f"{section}.{key}"] = _Written(_plain(child), f"{path.name}:{child_line}")
+        elif section in KEYS and _plain(node) is not None:
+            yield RecipeError(
+                f"{path}:{line}", f"section {section} holds {_plain(node)!r}", "indented `key: value` lines"
+            )
+        elif section not in KEYS:
+            written[section] = _Written(_plain(node), f"{path.name}:{line}")
+
+
+def _compose(path: Path) -> yaml.MappingNode:
+    """The YAML nodes of the file, which know their lines. Raises :class:`RecipeError`."""
+    if path.stat().st_size > MAX_BYTES:
+        raise RecipeError(str(path), f"{path.stat().st_size:,} bytes", f"a recipe of at most {MAX_BYTES:,}")
+    try:
+        text = path.read_text(encoding="utf-8")
+        # An alias can make a page of text expand to gigabytes, and a recipe has no use for one.
+        for token in yaml.scan(text, Loader=yaml.SafeLoader):
+            if isinstance(token, yaml.AnchorToken | yaml.AliasToken):
+                where = f"{path}:{token.start_mark.line + 1}"
+                raise RecipeError(where, f"YAML anchor or alias {token.value!r}", "plain values", "write the value out")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except UnicodeDecodeError as error:
+        raise RecipeError(str(path), f"not UTF-8 at byte {error.start}", "UTF-8 text") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
+        problem = str(getattr(error, "problem", error))
+        raise RecipeError(where, problem, "YAML: `key: value` lines, indented by spaces") from None
+    if not isinstance(root, yaml.MappingNode):
+        found = "is empty" if root is None else "is not a mapping"
+        raise RecipeError(str(path), found, f"the sections {', '.join(KEYS)}", "orpo-lite recipes cp NAME PATH")
+    return root
+
+
+def _entries(node: yaml.MappingNode, path: Path) -> Iterator[tuple[str, Any, int]]:
+    """(key, value node, line) of a mapping; a key that stands twice gives a fault in place of the node."""
+    first: dict[str, int] = {}
+    for key_node, value_node in node.value:
+        key, line = str(key_node.value), key_node.start_mark.line + 1
+        if key in first:  # PyYAML keeps the last one silently
+            fault = RecipeError(
+                f"{path}:{line}", f"key {key!r} again; it stands on line {first[key]} too", "each key once"
+            )
+            yield key, fault, line
+        else:
+            first[key] = line
+            yield key, value_node, line
+
+
+def _plain(node: Any) -> Any:
+    """Text, None, list or dict of a YAML node, without YAML's guesses at types."""
+    if isinstance(node, yaml.MappingNode):
+        return {str(key.value): _plain(value) for key, value in node.value}
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(child) for child in node.value]
+    is_null = node.style is None and node.value in ("", "~", "null", "Null", "NULL")
+    return None if is_null else str(node.value)
+
+
+def _read_overrides(overrides: Sequence[str], written: dict[str, _Written]) -> Iterator[RecipeError]:
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            near = "--recipe" if text in shipped_recipes() or text.endswith(".yaml") else ""
+            remedy = f"orpo-lite train {near} {text}" if near else "orpo-lite train --recipe NAME section.key=value"
+            yield RecipeError(f"argument {text!r}", "is not an override", "section.key=value", remedy)
+            continue
+        written[key.strip()] = _Written(_override_value(key.strip(), value), "command line")
+
+
+def _override_value(key: str, text: str) -> Any:
+    """null, and {a: b} or a=b,c=d for the two keys that hold a mapping; any other text stays text."""
+    if text in ("null", "~"):
+        return None
+    if key in ("data.column_map", "data.chat_template_kwargs"):
+        try:
+            node = yaml.compose(text, Loader=yaml.SafeLoader)
+        except yaml.YAMLError:
+            return text
+        if isinstance(node, yaml.MappingNode):
+            return _plain(node)
+        return dict(part.split("=", 1) for part in text.split(",") if "=" in part) or text
+    return text
+
+
+_SECRET = re.compile(r"hf_[A-Za-z0-9]{16,}")
+
+
+def _refuse_secrets(written: dict[str, _Written]) -> Iterator[RecipeError]:
+    for key, entry in list(written.items()):
+        if _SECRET.search(str(entry.value)) or key.split(".")[-1] in ("token", "hub_token", "hf_token"):
+            del written[key]
+            found = f"{key} holds an access token (not shown)"
+            yield RecipeError(entry.where, found, "no secret in a recipe", "run `hf auth login`, or set HF_TOKEN")
+
+
+def _answer_unknown(written: dict[str, _Written]) -> Iterator[RecipeError]:
+    """Unknown keys, answered by meaning where another tool's key is known, else by the nearest name."""
+    batch = [f"{section}{key}" for section in ("", "training.") for key in BATCH_KEYS]
+    product = _batch_product([written[key].value for key in batch if key in written])
+    for key in [key for key in written if key not in _all_keys()]:
+        entry, bare = written.pop(key), key.rsplit(".", 1)[-1]
+        ours, remark = FOREIGN.get(bare, ("", ""))
+        remark = f" ({remark})" if remark and ours else remark
+        if key in batch and product:
+            remedy = f"training.global_batch_size: {product}{remark}"
+        elif bare in FOREIGN:
+            remedy = f"{ours}{remark}"
+        elif bare in HOMES:
+            remedy = " or ".join(HOMES[bare])
+        else:
+            section, _, _ = key.rpartition(".")
+            near = difflib.get_close_matches(bare, KEYS.get(section) or list(HOMES), n=1, cutoff=0.6)
+            near = near or difflib.get_close_matches(bare, list(HOMES), n=1, cutoff=0.6)
+            near_section = difflib.get_close_matches(section or bare, list(KEYS), n=1)
+            remedy = HOMES[near[0]][0] if near else (f"section {near_section[0]}" if near_section else "")
+            remedy = f"did you mean {remedy}?" if remedy else f"the sections are {', '.join(KEYS)}"
+            yield RecipeError(entry.where, f"unknown key {key}", "a key of `orpo-lite recipes show NAME`", remedy)
+            continue
+        yield RecipeError(entry.where, f"unknown key {key}", "", f"write {remedy}" if ours or bare in HOMES else remedy)
+
+
+BATCH_KEYS = ("per_device_train_batch_size", "gradient_accumulation_steps")
+
+
+def _batch_product(values: Sequence[Any]) -> int:
+    """Their two keys multiplied: what global_batch_size is on one device. 0 when they are not numbers."""
+    numbers = [int(value) for value in values if str(value).isdigit()]
+    product = 1
+    for number in numbers:
+        product *= number
+    return product if len(numbers) == len(values) > 0 else 0
+
+
+def _all_keys() -> set[str]:
+    return {f"{section}.{key}" for section, keys in KEYS.items() for key in keys}
+
+
+def _validate(written: Mapping[str, _Written], file: str, faults: list[RecipeError]) -> Recipe | None:
+    """The recipe; or None, with what is wrong appended to ``faults``."""
+    tree: dict[str, dict[str, Any]] = {"model": {}, "data": {}}
+    for key, entry in written.items():
+        section, _, field = key.partition(".")
+        tree.setdefault(section, {})[field] = entry.value
+    try:
+        recipe = Recipe.model_validate(tree)
+    except ValidationError as error:
+        faults += _explain(error, written, file)
+        return None
+    recipe._sources.update({key: entry.where for key, entry in written.items()})
+    return recipe
+
+
+def _explain(error: ValidationError, written: Mapping[str, _Written], file: str) -> list[RecipeError]:
+    """One fault a key: pydantic reports a union once per branch."""
+    messages: dict[str, list[str]] = {}
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"][:2])
+        message = re.sub(r"^(Input should be|Value error,|Assertion failed,) ?", "", item["msg"])
+        message = "a value; it has no default" if item["type"] == "missing" else re.sub(r", unable to.*", "", message)
+        messages.setdefault(key, []).append(message)
+    faults = []
+    for key, texts in messages.items():
+        entry = written.get(key, _Written(None, file))
+        found = f"{key} is not set" if key not in written else f"{key}: {entry.value}"
+        section, _, field = key.partition(".")
+        kind = Recipe.model_fields[section].annotation
+        doc = (kind.model_fields[field].description or "") if kind is not None and field in kind.model_fields else ""
+        faults.append(RecipeError(entry.where, found, " or ".join(dict.fromkeys(texts)), doc))
+    return faults
+
+
+def _contradictions(recipe: Recipe) -> Iterator[RecipeError]:
+    """Values that are each valid and cannot stand together; both keys are named."""
+    data, training = recipe.data, recipe.training
+
+    def fault(one: str, other: str, why: str, remedy: str) -> RecipeError:
+        values = dict(recipe.items())
+        found = f"{one}: {values[one]} with {other}: {values[other]}"
+        where = next((recipe.sources[k] for k in (one, other) if recipe.sources[k] != "default"), "recipe")
+        return RecipeError(where, found, why, remedy)
+
+    if data.max_prompt_length >= data.max_length:
+        yield fault(
+            "data.max_prompt_length", "data.max_length", "a prompt limit below the length limit, or no reply is left",
+            f"data.max_prompt_length={max(1, data.max_length // 2)}",
+        )  # fmt: skip
+    if training.early_stopping_patience and not data.dataset_test_split and data.test_split_size == 0:
+        yield fault(
+            "training.early_stopping_patience", "data.test_split_size", "held-out pairs to stop on",
+            "data.test_split_size=0.02",
+        )  # fmt: skip
+    if data.test_split_size >= 1 and data.test_split_size != int(data.test_split_size):
+        yield RecipeError(
+            recipe.sources["data.test_split_size"], f"data.test_split_size: {data.test_split_size}",
+            "a share below 1, or a whole number of pairs",
+        )  # fmt: skip
+    if not recipe.quantization.load_in_4bit and recipe.quantization.bnb_4bit_compute_dtype != "auto":
+        yield fault(
+            "quantization.load_in_4bit", "quantization.bnb_4bit_compute_dtype", "a 4-bit base to compute with",
+            "set model.dtype instead",
+        )  # fmt: skip
