@@ -22,9 +22,8 @@ _EXPORTS = {
     "load_recipe": "orpo_lite.recipe",
     "train": "orpo_lite.train",
     "merge": "orpo_lite.merge",
-    "evaluate": "orpo_lite.evaluate",
 }
-__all__ = ["evaluate", "load_recipe", "merge", "train"]
+__all__ = ["load_recipe", "merge", "train"]
 
 
 class _Package(ModuleType):

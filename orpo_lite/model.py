@@ -1,0 +1,390 @@
+"""The base in 4 bit with LoRA on top: found, checked, loaded, and wrapped as a :class:`PairModel`."""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("USE_HUB_KERNELS", "0")  # otherwise transformers may fetch compiled code from the hub
+
+import torch
+from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import (  # type: ignore[attr-defined]
+    GatedRepoError,
+    HFValidationError,
+    HTTPError,  # its client's own, of a connection that fails
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from torch import Tensor, nn
+
+from orpo_lite.data.packing import PairBatch
+from orpo_lite.errors import FitError, HubError, ModelError
+from orpo_lite.recipe import Recipe
+from orpo_lite.step.head import pair_logps
+from orpo_lite.step.losses import PairLogps
+
+logger = logging.getLogger(__name__)
+
+BLOCK = 1 << 20
+# What a base needs besides its *.safetensors. Pickles are never fetched.
+TEXT = ["*.json", "*.model", "*.txt", "*.jinja"]
+NOT_FETCHED = ["*/*"]  # other people's formats: original/, onnx/, gguf/
+UNREACHABLE = (HTTPError, OSError, HFValidationError)  # with all the hub's own errors among them
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model on disk, checked to be one that can be trained."""
+
+    name: str
+    """As the recipe names it; a local folder as an absolute path."""
+    path: Path
+    revision: str | None
+    """The hub commit; None for a local folder."""
+    fingerprint: str
+    """Hash of the configuration and of samples of the weights, once they are there: tells one base from another."""
+    config: Any
+    """The transformers configuration."""
+
+
+class PairModel(nn.Module):
+    """A causal language model that takes pairs and answers with their log-probabilities."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: PairBatch) -> PairLogps:
+        """One forward pass over all 2P rows; the plain step, which keeps all logits."""
+        output = self.model(input_ids=batch.input_ids_RT, attention_mask=batch.attention_RT, use_cache=False)
+        return pair_logps(output.logits, batch.input_ids_RT, batch.response_RT, batch.counted_RT)
+
+    def trained(self) -> list[tuple[str, nn.Parameter]]:
+        """The adapter's parameters, by name."""
+        return [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Without dropout and gradients, and without touching the 4-bit weights.
+
+        A Linear4bit in eval mode repacks its weights on CPUs with AVX512-BF16 at the first forward without
+        gradients, and its input loses its gradient from then on (bitsandbytes 0.50, Linear4bit.forward).
+        """
+        import bitsandbytes as bnb
+
+        was_training = self.training
+        self.eval()
+        for module in self.modules():
+            if isinstance(module, bnb.nn.Linear4bit):
+                module.training = True
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.train(was_training)
+
+
+# --- the base: found, fetched, checked ------------------------------------------------------------------------------
+
+
+def find_base(name: str, revision: str) -> Base:
+    """The base's text files on disk; a hub name is checked for access and disk space first. No weights yet.
+
+    Raises:
+        ModelError: not a causal model in safetensors that needs no code of its own.
+        FitError: not enough disk space for the download.
+        HubError: unknown, gated, or unreachable.
+    """
+    local = Path(name).expanduser()
+    if local.is_dir():
+        path, commit, name = local.resolve(), None, str(local.resolve())
+        if not any(path.glob("*.safetensors")):
+            raise ModelError(f"model {name}", "has no weights in safetensors", "safetensors; pickles are never loaded")
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+        where = f"model.model_name_or_path: {name}"
+        raise ModelError(where, "no such folder", "a folder with config.json and safetensors, or a hub name")
+    else:
+        commit = resolve(name, revision)
+        path = download(name, commit, TEXT)
+    return Base(name, path, commit, "", read_config(path, name))
+
+
+def fetch_weights(base: Base) -> Base:
+    """The same base with its weights on disk and its fingerprint taken. Raises :class:`HubError`."""
+    if base.revision is not None:
+        download(base.name, base.revision, [*TEXT, "*.safetensors"])
+    return replace(base, fingerprint=fingerprint(base.path))
+
+
+def resolve(name: str, revision: str) -> str:
+    """The commit of a hub repository that we may read and have room for; offline, the cached one.
+
+    Raises:
+        ModelError: it has no weights in safetensors.
+        FitError: not enough disk space.
+        HubError: unknown, gated, or unreachable.
+    """
+    try:
+        info = HfApi().model_info(name, revision=revision, files_metadata=True)
+    except UNREACHABLE as error:
+        refused = isinstance(error, GatedRepoError | RepositoryNotFoundError | RevisionNotFoundError)
+        cached = None if refused else _cached(name, revision)
+        if cached is None:
+            raise hub_error(name, revision, error) from error
+        logger.warning("the hub cannot be reached (%s); using the cached copy of %s", type(error).__name__, name)
+        return cached.name
+    commit, files = str(info.sha), {file.rfilename: file.size or 0 for file in info.siblings or []}
+    wanted = [f for f in files if f.endswith((".safetensors", ".json", ".model", ".txt", ".jinja")) and "/" not in f]
+    if not any(file.endswith(".safetensors") for file in wanted):
+        where = f"model.model_name_or_path: {name}"
+        raise ModelError(where, "has no weights in safetensors", "safetensors; pickles are never loaded")
+    missing = [f for f in wanted if not isinstance(try_to_load_from_cache(name, f, revision=commit), str)]
+    check_disk(Path(constants.HF_HUB_CACHE), sum(files[f] for f in missing), f"downloading {name}")
+    return commit
+
+
+def download(name: str, commit: str, patterns: list[str]) -> Path:
+    """A hub repository's files at one commit, from the cache where they are there. Raises :class:`HubError`."""
+    try:
+        return Path(snapshot_download(name, revision=commit, allow_patterns=patterns, ignore_patterns=NOT_FETCHED))
+    except UNREACHABLE as error:
+        raise hub_error(name, commit, error) from error
+
+
+def _cached(name: str, revision: str) -> Path | None:
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=TEXT, local_files_only=True))
+    except UNREACHABLE:
+        return None
+
+
+def hub_error(name: str, revision: str, error: Exception) -> HubError:
+    """What the hub's refusal means and what to do about it."""
+    where = f"hub, {name} at {revision}"
+    page = f"{constants.ENDPOINT}/{name}"
+    if isinstance(error, GatedRepoError):
+        remedy = f"ask for it at {page}, then `hf auth login`"
+        return HubError(where, "is gated", "access granted to your account", remedy)
+    if isinstance(error, RevisionNotFoundError):
+        return HubError(where, "has no such revision", "a branch, tag or commit", f"see {page}/commits/main")
+    if isinstance(error, RepositoryNotFoundError | HFValidationError):
+        remedy = "check the spelling; a private one needs `hf auth login`; a local folder must exist"
+        return HubError(where, "is not a repository that you can see", "owner/name, or a local folder", remedy)
+    found = f"cannot be reached ({type(error).__name__}) and is not in the cache"
+    return HubError(where, found, "a connection, or a downloaded copy", f"on a connected machine: hf download {name}")
+
+
+def check_disk(folder: Path, needed: int, purpose: str) -> None:
+    """Raise :class:`FitError` unless ``needed`` bytes are free where ``folder`` is or will be."""
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        found = f"{needed / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free"
+        raise FitError(f"{purpose}, to {folder}", found, "", "free some space, or set HF_HOME to another disk")
+
+
+def read_config(path: Path, name: str) -> Any:
+    """The transformers configuration of a base that can be trained. Raises :class:`ModelError`."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    where = f"model {name}"
+    try:
+        raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(where, "has no config.json", "a transformers model folder") from None
+    except ValueError as error:
+        raise ModelError(f"{path / 'config.json'}", f"is not JSON: {error}", "a transformers configuration") from None
+    if "auto_map" in raw:
+        raise ModelError(where, "needs code of its own (auto_map)", "an architecture that transformers ships")
+    if "quantization_config" in raw:
+        raise ModelError(where, "is already quantised", "the 16-bit weights: quantising and merging start from them")
+    if raw.get("is_encoder_decoder") or raw.get("model_type") not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ModelError(where, f"model_type {raw.get('model_type')!r}", "a decoder-only (causal) language model")
+    return AutoConfig.from_pretrained(path)
+
+
+def fingerprint(path: Path) -> str:
+    """Hash of config.json and, of each weight file, its size, its first and last MiB and 16 blocks between.
+
+    Reading all of a 7B base would take a minute from a slow disk; fine-tuning moves every block of a tensor.
+    """
+    digest = hashlib.sha256((path / "config.json").read_bytes())
+    for file in sorted(path.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}".encode())
+        with file.open("rb") as stream:
+            for block in range(18):
+                stream.seek(max(0, size - BLOCK) * block // 17)
+                digest.update(stream.read(BLOCK))
+    return digest.hexdigest()
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a base or adapter folder. Raises :class:`ModelError`."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"tokenizer in {path}", reason, "tokenizer.json beside the weights") from error
+
+
+def linear_names(base: Base) -> list[str]:
+    """Last name parts of the base's linear layers without the head, read from the architecture alone."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(base.config)
+    head = model.get_output_embeddings()
+    modules = model.named_modules()
+    # GPT-2's Conv1D counts as linear for peft too.
+    names = {
+        name.rsplit(".", 1)[-1]
+        for name, module in modules
+        if module is not head and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
+    }
+    return sorted(names)
+
+
+def check_targets(recipe: Recipe, base: Base) -> None:
+    """Refuse a target that matches nothing, which peft accepts as long as another one matches."""
+    if recipe.lora.target_modules == "all-linear":
+        return
+    known = linear_names(base)
+    for target in recipe.lora.target_modules:
+        if target.rsplit(".", 1)[-1] not in known:
+            where = recipe.sources["lora.target_modules"]
+            found = f"lora.target_modules: {target} matches no layer of {base.name}"
+            raise ModelError(where, found, f"of {', '.join(known)}", "lora.target_modules=all-linear")
+
+
+# --- loaded ---------------------------------------------------------------------------------------------------------
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """``auto``: bfloat16 where the card has it, else float16 (T4, V100), else float32 (CPU)."""
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+
+
+def load_pair_model(recipe: Recipe, base: Base, device: torch.device) -> PairModel:
+    """Load the base, quantised as the recipe says and frozen, with a LoRA adapter whose parameters are float32.
+
+    ``peft.prepare_model_for_kbit_training`` is not used: it copies embeddings, head and norms to float32.
+    """
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    dtype = choose_dtype(recipe.model.dtype, device)
+    options: dict[str, Any] = {"dtype": dtype, "device_map": {"": str(device)}, "use_safetensors": True}
+    if recipe.model.attn_implementation:
+        options["attn_implementation"] = recipe.model.attn_implementation
+    if recipe.quantization.load_in_4bit:
+        compute = recipe.quantization.bnb_4bit_compute_dtype
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=recipe.quantization.bnb_4bit_quant_type,
+            bnb_4bit_use_double_quant=recipe.quantization.bnb_4bit_use_double_quant,
+            bnb_4bit_compute_dtype=dtype if compute == "auto" else getattr(torch, compute),
+        )
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(base.path, output_loading_info=True, **options)
+    except ImportError as error:
+        found = str(error).splitlines()[0]
+        raise FitError(f"model {base.name}", found, "", "quantization.load_in_4bit=false") from error
+    if loading["missing_keys"]:  # transformers would leave these random
+        some = ", ".join(sorted(loading["missing_keys"])[:3])
+        found = f"lacks {len(loading['missing_keys'])} weights ({some} ...)"
+        raise ModelError(f"model {base.name}", found, "all of them")
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model = _add_lora(model, recipe)
+    _checkpoint_activations(model, recipe.memory.activation_checkpointing)
+    return PairModel(model).train()
+
+
+def _add_lora(model: nn.Module, recipe: Recipe) -> nn.Module:
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    lora = recipe.lora
+    if recipe.model.adapter_name_or_path:
+        folder = find_adapter(recipe.model.adapter_name_or_path)
+        model = PeftModel.from_pretrained(model, folder, is_trainable=True)
+    else:
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=lora.r,
+            lora_alpha=lora.lora_alpha,
+            lora_dropout=lora.lora_dropout,
+            target_modules=lora.target_modules,
+            use_rslora=lora.use_rslora,
+            use_dora=lora.use_dora,
+            init_lora_weights=lora.init_lora_weights,
+        )
+        torch.manual_seed(recipe.training.seed)  # of the adapter's initialisation
+        model = get_peft_model(model, config)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "lora_" not in name:
+            raise ModelError("adapter", f"would train {name}", "LoRA parameters alone", "drop modules_to_save")
+    return model
+
+
+def find_adapter(name: str) -> Path:
+    """The folder of a LoRA adapter in safetensors, local or fetched. Raises :class:`ModelError`, :class:`HubError`."""
+    local = Path(name).expanduser()
+    folder = local if local.is_dir() else download(name, resolve(name, "main"), ["adapter_*"])
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / file).is_file():
+            where = f"model.adapter_name_or_path: {name}"
+            raise ModelError(where, f"has no {file}", "a peft LoRA adapter in safetensors")
+    return folder
+
+
+def _checkpoint_activations(model: nn.Module, amount: str | int) -> None:
+    """Recompute the activations of all, none, or the first ``amount`` decoder layers in the backward pass."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    if amount == "none":
+        return
+    base = model.get_base_model()  # type: ignore[operator]
+    base.activation_checkpointing_enable({"use_reentrant": False})
+    base.disable_input_require_grads()  # only re-entrant checkpointing needs them
+    if isinstance(amount, int):
+        layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        for layer in layers[amount:]:
+            layer.gradient_checkpointing = False
+
+
+def pad_id(tokenizer: Any) -> int:
+    """An id to fill rows with; any will do, for padding is masked by position."""
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+
+def adapter_tensors(model: PairModel) -> dict[str, Tensor]:
+    """The adapter's tensors under peft's names, on the CPU."""
+    from peft import get_peft_model_state_dict
+
+    state: dict[str, Tensor] = get_peft_model_state_dict(model.model)
+    return {name: tensor.detach().to("cpu").contiguous() for name, tensor in state.items()}
+
+
+def set_adapter(model: PairModel, tensors: dict[str, Tensor]) -> None:
+    """Load :func:`adapter_tensors` back. Raises :class:`ModelError` when names or shapes differ."""
+    from peft import set_peft_model_state_dict
+
+    if missing := set(adapter_tensors(model)) ^ set(tensors):
+        raise ModelError("adapter", f"{len(missing)} tensors have no counterpart", "the adapter of this recipe")
+    set_peft_model_state_dict(model.model, tensors)

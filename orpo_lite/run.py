@@ -1,0 +1,167 @@
+"""The run folder: the contract between the verbs. Everything written here is complete or absent.
+
+``recipe.yaml`` resolved recipe · ``lock.json`` what was resolved: revisions, versions, hashes, seed · ``data.json`` the
+pairs in figures · ``metrics.jsonl`` a line a step · ``samples.jsonl`` answers before and after · ``checkpoints/`` ·
+``adapter/`` the result, with tokenizer, template and generation config · ``merged/`` · ``train.log`` library noise.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from orpo_lite.errors import CheckpointError
+from orpo_lite.recipe import Recipe, load_recipe
+
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+def refuse_existing(recipe: Recipe) -> None:
+    """Raise :class:`CheckpointError` when the run folder is taken, with the command that goes on with it."""
+    path = Path(recipe.training.output_dir)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        is_run = (path / "recipe.yaml").is_file()
+        found = "holds a run already" if is_run else "exists and is not empty"
+        resume = f"orpo-lite train --resume {path}, or " if is_run else ""
+        remedy = f"{resume}training.output_dir=OTHER"
+        raise CheckpointError(f"training.output_dir: {path}", found, "a new folder", remedy)
+
+
+def create(recipe: Recipe, lock: Mapping[str, Any], data: Mapping[str, Any]) -> Path:
+    """Make the run folder with its recipe, lock and data figures; returns its path."""
+    refuse_existing(recipe)
+    path = Path(recipe.training.output_dir)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        write_text(path / "data.json", to_json(data))
+        write_text(path / "lock.json", to_json(lock))
+        write_text(path / "recipe.yaml", recipe.to_yaml())  # last: its presence says that a run has begun
+    except OSError as error:
+        raise CheckpointError(f"training.output_dir: {path}", f"cannot be written ({error.strerror})") from error
+    return path
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe of an existing run. Raises :class:`CheckpointError`."""
+    if not (path / "recipe.yaml").is_file():
+        raise CheckpointError(f"run {path}", "has no recipe.yaml", "a folder that `orpo-lite train` made")
+    return load_recipe(str((path / "recipe.yaml").resolve()))
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object of the run. Raises :class:`CheckpointError` when it is missing or broken."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(str(file), f"cannot be read ({error})", "a file of a finished save") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(str(file), "is not a JSON object", "a file of a finished save")
+    return value
+
+
+def to_json(value: Mapping[str, Any]) -> str:
+    """JSON for people and programs: indented, in the given order."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(file)
+    sync_folder(file.parent)
+
+
+@contextmanager
+def new_folder(final: Path) -> Iterator[Path]:
+    """A temporary sibling to write into; on success it is flushed and takes the place of ``final``, else removed."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = final.with_name(f".{final.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as stream:
+                    os.fsync(stream.fileno())
+        sync_folder(temporary)
+        old = final.with_name(f".{final.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if final.exists():
+            final.rename(old)
+        temporary.rename(final)
+        sync_folder(final.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the folder's names durable, not only the files' contents."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the run folder for this process. Raises :class:`CheckpointError` when another one has it."""
+    with (path / ".lock").open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise CheckpointError(f"run {path}", "is in use by another process", "one process a run") from None
+        yield
+
+
+@contextmanager
+def logged(path: Path) -> Iterator[None]:
+    """What libraries log and warn goes to the run's train.log while this lasts."""
+    handler = logging.FileHandler(path / "train.log", encoding="utf-8")
+    handler.setFormatter(logging.Formatter(LOG_FORMAT))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        handler.close()
+
+
+def append_metrics(path: Path, row: Mapping[str, Any]) -> None:
+    """One line of metrics.jsonl."""
+    with (path / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(row) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All lines of metrics.jsonl; [] before the first."""
+    file = path / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Forget the lines after ``step``: a resumed run writes them again. A line cut short by a kill goes too."""
+    file = path / "metrics.jsonl"
+    if not file.is_file():
+        return
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        if row["step"] <= step:
+            kept.append(line)
+    write_text(file, "".join(f"{line}\n" for line in kept))

@@ -1,0 +1,533 @@
+"""Train: from a recipe to a run folder with a LoRA adapter in it. The loop is ours, on accelerate."""
+
+import hashlib
+import math
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+
+from orpo_lite import checkpoint, demo, run
+from orpo_lite.data.packing import epoch_order, micro_batches, nll_tokens, pad_pairs, steps_per_epoch
+from orpo_lite.data.pairs import (
+    PairSet,
+    TokenizedPair,
+    end_token_id,
+    read_pairs,
+    set_chat_template,
+    tokenize_pairs,
+)
+from orpo_lite.errors import CheckpointError, DivergedError, FitError, OrpoLiteError
+from orpo_lite.evaluate import evaluate
+from orpo_lite.model import (
+    Base,
+    PairModel,
+    check_targets,
+    choose_dtype,
+    fetch_weights,
+    find_base,
+    load_pair_model,
+    load_tokenizer,
+    pad_id,
+)
+from orpo_lite.recipe import Recipe
+from orpo_lite.step.losses import PARTS, Divisors, named_parts, orpo_loss
+
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors")
+BAD_STEPS = 3  # non-finite steps in a row that end a run
+
+
+@dataclass(frozen=True)
+class Update:
+    """One thing that happened; the command line draws it."""
+
+    kind: Literal["stage", "note", "step", "eval"]
+    text: str = ""
+    step: int = 0
+    steps: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished training."""
+
+    run: Path
+    steps: int
+    seconds: float
+    before: Mapping[str, float]
+    """Held-out metrics before the first step; {} without held-out pairs."""
+    after: Mapping[str, float]
+    """Held-out metrics of the adapter that was kept."""
+    kept_step: int
+    prompts: list[list[int]]
+    """Token ids of the held-out prompts to answer (``output.samples``)."""
+
+
+class Interrupted(OrpoLiteError):  # noqa: N818 - not a fault
+    """SIGINT or SIGTERM, after the step was finished and saved."""
+
+    def __init__(self, number: int, path: Path) -> None:
+        found = f"stopped by {signal.Signals(number).name} and saved"
+        super().__init__("", found, "", f"orpo-lite train --resume {path}")
+        self.exit_code = 128 + number
+
+
+def train(recipe: Recipe, *, resume: bool = False) -> TrainResult:
+    """Train as ``recipe`` says; ``resume`` goes on with the run in ``training.output_dir``.
+
+    Raises:
+        OrpoLiteError: anything the person can mend, before weights load wherever it can be known by then.
+    """
+    updates = training(recipe, resume=resume)
+    while True:
+        try:
+            next(updates)
+        except StopIteration as end:
+            result: TrainResult = end.value
+            return result
+
+
+def training(recipe: Recipe, *, resume: bool = False) -> Generator[Update, None, TrainResult]:
+    """:func:`train` as a generator: yields an :class:`Update` for all that happens and returns the result."""
+    accelerator = Accelerator(mixed_precision="no")  # dtypes are ours; autocast would copy outputs to float32
+    if not resume and accelerator.is_main_process:
+        run.refuse_existing(recipe)
+    if accelerator.is_main_process:
+        for done, total in demo.make_builtin(recipe):
+            yield Update("stage", "training the built-in base", done, total)
+    accelerator.wait_for_everyone()
+    resolved = demo.resolve_builtin(recipe)
+    ready = yield from _prepare(resolved)
+    lock = _lock(resolved, ready)
+    path = Path(recipe.training.output_dir)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process and resume:
+        _check_lock(path, lock)
+    elif accelerator.is_main_process:
+        run.create(recipe, lock, ready.figures())
+    accelerator.wait_for_everyone()
+    with ExitStack() as stack:
+        if accelerator.is_main_process:
+            stack.enter_context(run.locked(path))
+            stack.enter_context(run.logged(path))
+        stop = stack.enter_context(_signals())
+        try:
+            return (yield from _train(resolved, ready, path, accelerator, stop, resume=resume))
+        except torch.OutOfMemoryError as error:
+            levers = "memory.micro_batch_size=1, memory.activation_checkpointing=all, data.max_length, lora.r"
+            found = f"the GPU is out of memory ({str(error).splitlines()[0]})"
+            raise FitError(f"run {path}", found, "", f"lower {levers}; checkpoints are kept") from error
+
+
+# --- before the weights ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """All that is known before weights load."""
+
+    base: Base
+    tokenizer: Any
+    end_id: int
+    pairs: PairSet
+    train: list[TokenizedPair]
+    test: list[TokenizedPair]
+    counts: dict[str, int]
+    template: str
+
+    @property
+    def pad_id(self) -> int:
+        """What rows are filled with."""
+        return pad_id(self.tokenizer)
+
+    def figures(self) -> dict[str, Any]:
+        """What data.json holds."""
+        return {
+            "format": self.pairs.detected,
+            "chat_template": self.template,
+            "rows_read": self.pairs.read,
+            "train_pairs": len(self.train),
+            "held_out_pairs": len(self.test),
+            "dropped_and_cut": self.counts,
+            "sha256": self.pairs.sha256,
+        }
+
+
+def _prepare(recipe: Recipe) -> Generator[Update, None, _Ready]:
+    """Everything that can go wrong before weights load: data, base, template, targets, tokens."""
+    yield Update("stage", f"reading {recipe.data.dataset_name}")
+    pairs = read_pairs(recipe.data, recipe.training.seed)
+    yield Update("note", pairs.detected)
+    base = find_base(recipe.model.model_name_or_path, recipe.model.model_revision)
+    check_targets(recipe, base)
+    tokenizer = load_tokenizer(base.path)
+    template = set_chat_template(tokenizer, recipe.data)
+    yield Update("note", template)
+    yield Update("stage", f"tokenizing {len(pairs.train) + len(pairs.test):,} pairs")
+    vocab_size = base.config.get_text_config().vocab_size
+    train_pairs, counts = tokenize_pairs(pairs.train, tokenizer, recipe.data, vocab_size)
+    test_pairs, test_counts = tokenize_pairs(pairs.test, tokenizer, recipe.data, vocab_size) if pairs.test else ([], {})
+    for reason, count in [*pairs.drops.items(), *test_counts.items()]:
+        counts[reason] = counts.get(reason, 0) + count
+    end_id = end_token_id(tokenizer, recipe.data)
+    ready = _Ready(fetch_weights(base), tokenizer, end_id, pairs, train_pairs, test_pairs, counts, template)
+    dropped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.items()) if count) or "none dropped"
+    yield Update("note", f"{len(train_pairs):,} pairs to train on, {len(test_pairs):,} held out ({dropped})")
+    return ready
+
+
+def _lock(recipe: Recipe, ready: _Ready) -> dict[str, Any]:
+    """What the run was resolved to: enough to repeat it and to merge it."""
+    return {
+        "orpo_lite": version("orpo-lite"),
+        "versions": {name: version(name) for name in PACKAGES},
+        "python": sys.version.split()[0],
+        "base": {
+            "name": ready.base.name,
+            "revision": ready.base.revision,
+            "path": str(ready.base.path),
+            "fingerprint": ready.base.fingerprint,
+        },
+        "data": {"name": recipe.data.dataset_name, "sha256": ready.pairs.sha256},
+        "end_token_id": ready.end_id,
+        "seed": recipe.training.seed,
+    }
+
+
+def _check_lock(path: Path, lock: Mapping[str, Any]) -> None:
+    """Refuse to go on with another base or other data than the run began with."""
+    before = run.read_json(path / "lock.json")
+    pairs = {"base": "fingerprint", "data": "sha256"}
+    differing = [f"{what} {lock[what]['name']}" for what, key in pairs.items() if before[what][key] != lock[what][key]]
+    if differing:
+        found = f"changed since the run began: {', '.join(differing)}"
+        remedy = "start a new run: training.output_dir=OTHER"
+        raise CheckpointError(f"run {path}", found, "the same base and data", remedy)
+
+
+# --- the loop -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """What a step needs, in memory."""
+
+    model: torch.nn.Module
+    """The pair model as accelerate wrapped it; the plain one is ``pair_model``."""
+    pair_model: PairModel
+    trained: list[torch.nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    """Scales the loss when activations are float16; else does nothing."""
+
+
+def _train(
+    recipe: Recipe, ready: _Ready, path: Path, accelerator: Accelerator, stop: list[int], *, resume: bool
+) -> Generator[Update, None, TrainResult]:
+    """Load, train, evaluate, save. A step depends on the recipe, the data and its number, on no hidden state."""
+    settings, pairs, began = recipe.training, ready.train, time.monotonic()
+    per_epoch = steps_per_epoch(len(pairs), settings.global_batch_size)
+    steps = settings.max_steps if settings.max_steps > 0 else math.ceil(settings.num_train_epochs * per_epoch)
+    eval_every = whole_steps(settings.eval_steps, steps)
+    yield Update("stage", f"loading {ready.base.name}")
+    loaded = _load(recipe, ready.base, accelerator)
+    factor = lr_factor(recipe, loaded.optimizer, steps)
+    if resume:
+        state = yield from _restore(path, loaded, accelerator)
+        yield Update("note", f"going on after step {state['step']} of {steps}")
+    else:
+        yield Update("stage", f"evaluating {len(ready.test):,} held-out pairs" if ready.test else "starting")
+        state = {"step": 0, "best_step": None, "best_loss": None, "worse": 0, "bad": 0, "num_tokens": 0}
+        state["before"] = state["after"] = _evaluate(recipe, ready, loaded, path, accelerator, 0)
+        yield Update("eval", "before training", 0, steps, state["before"])
+
+    clock = time.monotonic()
+    while state["step"] < steps and not _exhausted(state, recipe):
+        epoch, place = divmod(state["step"], per_epoch)
+        order = epoch_order(len(pairs), seed=settings.seed, epoch=epoch)
+        indices = order[place * settings.global_batch_size : (place + 1) * settings.global_batch_size]
+        for group in loaded.optimizer.param_groups:
+            group["lr"] = settings.learning_rate * factor(state["step"])
+        batch = [pairs[index] for index in indices]
+        parts = accumulate(loaded.model, batch, recipe, state["step"], ready.pad_id, accelerator, loaded.scaler)
+        named = named_parts(parts, beta=recipe.loss.beta)
+        norm, finite = _update(loaded, named["loss"], settings.max_grad_norm)
+        state["step"] += 1
+        state["bad"] = 0 if finite else state["bad"] + 1
+        tokens = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in batch)
+        state["num_tokens"] += tokens
+        seconds, clock = time.monotonic() - clock, time.monotonic()
+        metrics = {
+            **named,
+            "grad_norm": norm,
+            "learning_rate": loaded.optimizer.param_groups[0]["lr"],
+            "epoch": state["step"] / per_epoch,
+            "num_tokens": state["num_tokens"],
+            "tokens_per_second": tokens / seconds,
+            "memory_gib": memory_gib(accelerator.device),
+        }
+        if accelerator.is_main_process:
+            run.append_metrics(path, {"step": state["step"], **metrics})
+        yield Update("step", "", state["step"], steps, metrics)
+        if not finite:
+            rows = ", ".join(pair.where for pair in batch[:8])
+            found = f"loss or gradient not finite at step {state['step']}"
+            yield Update("note", f"{found}; no update (pairs {rows} ...)")
+            if state["bad"] == BAD_STEPS:
+                remedy = f"lower training.learning_rate; the last checkpoint is kept in {path}"
+                raise DivergedError(f"run {path}", f"{found}, the {BAD_STEPS}rd in a row", "", remedy)
+
+        stopping = _any_process(accelerator, bool(stop))
+        if state["step"] % eval_every == 0 or state["step"] == steps or stopping:
+            if not stopping:
+                metrics = _evaluate(recipe, ready, loaded, path, accelerator, state["step"])
+                _judge(state, metrics)
+                best = "best so far" if state["best_step"] == state["step"] else ""
+                yield Update("eval", best, state["step"], steps, metrics)
+            if accelerator.is_main_process:
+                checkpoint.save(
+                    path, loaded.pair_model, loaded.optimizer, {**state, "scaler": loaded.scaler.state_dict()}
+                )
+            accelerator.wait_for_everyone()
+            clock = time.monotonic()  # evaluating and saving are not training speed
+        if stopping:
+            raise Interrupted(stop[0] if stop else signal.SIGTERM, path)
+
+    kept = _keep(recipe, ready, loaded, path, accelerator, state)
+    prompts = list({tuple(pair.chosen_ids[: pair.chosen_start]): None for pair in ready.test})
+    return TrainResult(
+        run=path,
+        steps=state["step"],
+        seconds=time.monotonic() - began,
+        before=state["before"],
+        after=state["after"],
+        kept_step=kept,
+        prompts=[list(ids) for ids in prompts[: recipe.output.samples]],
+    )
+
+
+def accumulate(
+    model: torch.nn.Module,
+    batch: Sequence[TokenizedPair],
+    recipe: Recipe,
+    step: int,
+    pad_id: int,
+    accelerator: Accelerator,
+    scaler: torch.amp.GradScaler,
+) -> list[float]:
+    """Add the gradient of one optimizer step to the parameters, micro-batch by micro-batch.
+
+    ``batch`` holds the pairs of the whole step, of all processes; each takes its share. What the sums are divided by
+    is known before the first forward pass, so the gradient is the same however the pairs are cut up.
+
+    Returns:
+        The step's :data:`PARTS`, summed over micro-batches and processes.
+    """
+    loss_section, world = recipe.loss, accelerator.num_processes
+    only = loss_section.completion_only_loss
+    divisors = Divisors(len(batch), sum(nll_tokens(pair, completion_only_loss=only) for pair in batch))
+    share = micro_batches(
+        range(len(batch)), batch, size=recipe.memory.micro_batch_size, rank=accelerator.process_index, world=world
+    )
+    # The last step of an epoch may have fewer pairs than processes: those left over join with weight 0.
+    weight = float(bool(share))
+    chunks = share or [[0]]
+    parts = torch.zeros(len(PARTS), dtype=torch.float64)
+    for number, chunk in enumerate(chunks):
+        rows = pad_pairs([batch[index] for index in chunk], pad_id=pad_id, completion_only_loss=only)
+        seed_dropout(recipe.training.seed, step, number, accelerator.process_index)
+        is_last = number == len(chunks) - 1
+        with nullcontext() if is_last else accelerator.no_sync(model):
+            logps = model(rows.to(accelerator.device))
+            loss, share_parts = orpo_loss(
+                logps, divisors, beta=loss_section.beta, nll_reduction=loss_section.nll_reduction
+            )
+            # Processes average their gradients, and ours are shares of a sum.
+            accelerator.backward(scaler.scale(loss * weight * world))
+        parts += share_parts.double().cpu() * weight
+    total: Any = accelerator.reduce(parts.to(accelerator.device), reduction="sum")
+    values: list[float] = total.tolist()
+    return values
+
+
+def _update(loaded: _Loaded, loss: float, max_grad_norm: float) -> tuple[float, bool]:
+    """Clip and take the optimizer's step, unless loss or gradients are not finite; the norm, and whether they were."""
+    loaded.scaler.unscale_(loaded.optimizer)
+    norm = float(torch.nn.utils.clip_grad_norm_(loaded.trained, max_grad_norm or math.inf))
+    # An overflow of the scaled float16 loss shows in the gradients alone: the scaler skips the step, lowers its scale.
+    overflow = loaded.scaler.is_enabled() and loaded.scaler.get_scale() > 1
+    finite = math.isfinite(loss) and (math.isfinite(norm) or overflow)
+    if finite:
+        loaded.scaler.step(loaded.optimizer)
+        loaded.scaler.update()
+    loaded.optimizer.zero_grad(set_to_none=True)
+    return norm, finite
+
+
+def _load(recipe: Recipe, base: Base, accelerator: Accelerator) -> _Loaded:
+    if recipe.training.full_determinism:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    pair_model = load_pair_model(recipe, base, accelerator.device)
+    trained = [parameter for _, parameter in pair_model.trained()]
+    is_half = choose_dtype(recipe.model.dtype, accelerator.device) == torch.float16
+    scaler = torch.amp.GradScaler(accelerator.device.type, enabled=is_half)
+    model = accelerator.prepare_model(pair_model, device_placement=False)
+    return _Loaded(model, pair_model, trained, make_optimizer(recipe, trained), scaler)
+
+
+def _restore(path: Path, loaded: _Loaded, accelerator: Accelerator) -> Generator[Update, None, dict[str, Any]]:
+    """The state of the newest valid checkpoint, loaded; metrics written after it are forgotten."""
+    folder, faults = checkpoint.newest(path)
+    for fault in faults:
+        yield Update("note", f"skipped {fault}")
+    state = checkpoint.restore(folder, loaded.pair_model, loaded.optimizer)
+    scale = state.pop("scaler")
+    if loaded.scaler.is_enabled():
+        loaded.scaler.load_state_dict(scale)
+    if accelerator.is_main_process:
+        run.cut_metrics(path, state["step"])
+    return state
+
+
+def _evaluate(
+    recipe: Recipe, ready: _Ready, loaded: _Loaded, path: Path, accelerator: Accelerator, step: int
+) -> dict[str, float]:
+    metrics = evaluate(loaded.pair_model, ready.test, recipe, pad_id=ready.pad_id, accelerator=accelerator)
+    if accelerator.is_main_process and metrics:
+        run.append_metrics(path, {"step": step, **metrics})
+    return metrics
+
+
+def _keep(
+    recipe: Recipe, ready: _Ready, loaded: _Loaded, path: Path, accelerator: Accelerator, state: Mapping[str, Any]
+) -> int:
+    """Write ``adapter/`` from the best checkpoint, else from the last step; returns the step it is of."""
+    kept: int = state["step"]
+    if recipe.training.load_best_model_at_end and state["best_step"] is not None:
+        kept = state["best_step"]
+        checkpoint.load_adapter(checkpoint.at_step(path, kept), loaded.pair_model)
+    if accelerator.is_main_process:
+        save_adapter(path / "adapter", loaded.pair_model, ready)
+    accelerator.wait_for_everyone()
+    return kept
+
+
+def _judge(state: dict[str, Any], metrics: Mapping[str, float]) -> None:
+    """Keep track of the best evaluation loss; without held-out pairs nothing is ever best."""
+    loss = metrics.get("eval_loss")
+    if loss is None:
+        return
+    if state["best_loss"] is None or loss < state["best_loss"]:
+        state.update(best_loss=loss, best_step=state["step"], worse=0, after=dict(metrics))
+    else:
+        state["worse"] += 1
+
+
+def _exhausted(state: Mapping[str, Any], recipe: Recipe) -> bool:
+    patience = recipe.training.early_stopping_patience
+    return patience is not None and state["worse"] >= patience
+
+
+def whole_steps(value: float, steps: int) -> int:
+    """A share of all steps (below 1) or a number of steps, as a number of at least 1."""
+    return max(1, round(value * steps) if value < 1 else int(value))
+
+
+def lr_factor(recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int) -> Any:
+    """transformers' schedule as a function of the step alone: step -> factor of the peak learning rate."""
+    from transformers import get_scheduler
+
+    settings = recipe.training
+    warmup = round(settings.warmup_steps * steps) if settings.warmup_steps < 1 else int(settings.warmup_steps)
+    name = "constant_with_warmup" if settings.lr_scheduler_type == "constant" else settings.lr_scheduler_type
+    return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps).lr_lambdas[0]
+
+
+def make_optimizer(recipe: Recipe, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW as ``training.optim`` names it; on a CPU bitsandbytes' paged forms run un-paged."""
+    import bitsandbytes as bnb
+
+    settings = recipe.training
+    options = {
+        "lr": settings.learning_rate,
+        "betas": (settings.adam_beta1, settings.adam_beta2),
+        "eps": settings.adam_epsilon,
+        "weight_decay": settings.weight_decay,
+    }
+    if settings.optim == "paged_adamw_8bit":
+        return bnb.optim.PagedAdamW8bit(parameters, **options)  # type: ignore[no-any-return]
+    if settings.optim == "paged_adamw_32bit":
+        return bnb.optim.PagedAdamW32bit(parameters, **options)  # type: ignore[no-any-return]
+    return torch.optim.AdamW(parameters, **options)  # type: ignore[arg-type]
+
+
+def seed_dropout(*place: int) -> None:
+    """Seed torch by (seed, step, micro-batch, process), so that dropout needs no saved state to be repeated."""
+    digest = hashlib.blake2b(":".join(map(str, place)).encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory so far: of the allocator on a GPU, of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def save_adapter(folder: Path, model: PairModel, ready: _Ready) -> None:
+    """The result: adapter, tokenizer with its template, generation config; complete or not there."""
+    from transformers import GenerationConfig
+
+    with run.new_folder(folder) as temporary:
+        model.model.peft_config["default"].base_model_name_or_path = ready.base.name  # type: ignore[index,union-attr]
+        model.model.save_pretrained(temporary)  # type: ignore[operator]
+        (temporary / "README.md").unlink(missing_ok=True)  # peft's empty model card
+        ready.tokenizer.save_pretrained(temporary)
+        has_own = (ready.base.path / "generation_config.json").is_file()
+        config = GenerationConfig.from_pretrained(ready.base.path) if has_own else GenerationConfig()
+        known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        # The reply ends with the template's own end token, which a base's config often does not know.
+        config.eos_token_id = list(dict.fromkeys([ready.end_id, *(i for i in known if i is not None)]))
+        config.pad_token_id = ready.pad_id
+        config.save_pretrained(temporary)
+
+
+def _any_process(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether any process raised its flag: all must stop at the same step."""
+    if accelerator.num_processes == 1:
+        return flag
+    total: Any = accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), reduction="sum")
+    return bool(total.item() > 0)
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM so that the step under way can finish; a second SIGINT ends at once."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def note(number: int, _frame: object) -> None:
+        if number == signal.SIGINT and signal.SIGINT in received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
