@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -109,12 +109,12 @@ def recipes_ls() -> None:
     """List the shipped recipes."""
     from orpo_lite.recipe import load_recipe, shipped_recipes
 
-    table = Table("recipe", "what for", "base", "beta", box=None, pad_edge=False)
+    rows = [("recipe", "base", "beta", "what for")]
     for name, path in shipped_recipes().items():
         recipe = load_recipe(name)
         headline = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-        table.add_row(name, headline, recipe.model.model_name_or_path, f"{recipe.loss.beta:g}")
-    out.print(table)
+        rows.append((name, recipe.model.model_name_or_path, f"{recipe.loss.beta:g}", headline))
+    _print_columns(rows)
 
 
 @recipes_app.command("show")
@@ -131,10 +131,10 @@ def recipes_cp(
     path: Annotated[Path, typer.Argument(help="Where to write it.")],
 ) -> None:
     """Copy a recipe, every key commented, to edit."""
-    from orpo_lite.recipe import load_recipe
+    from orpo_lite.recipe import find_recipe, load_recipe
 
     text = load_recipe(name).to_yaml(comments=True)
-    path = path / f"{name}.yaml" if path.is_dir() else path
+    path = path / f"{find_recipe(name).stem}.yaml" if path.is_dir() else path
     if path.exists():
         raise RecipeError(str(path), "exists", "a new file", "remove it or choose another name")
     try:
@@ -165,10 +165,16 @@ def _choose_recipe(name: str | None, resume: Path | None, overrides: list[str]) 
 
 
 def _print_values(recipe: "Recipe") -> None:
-    table = Table("key", "value", "from", box=None, pad_edge=False)
-    for key, value in recipe.items():
-        table.add_row(key, "null" if value is None else str(value), recipe.sources[key])
-    out.print(table)
+    from orpo_lite.recipe import to_text
+
+    _print_columns([("key", "value", "from"), *((k, to_text(v), recipe.sources[k]) for k, v in recipe.items())])
+
+
+def _print_columns(rows: Sequence[Sequence[str]]) -> None:
+    """Aligned columns, never cut: a table of rich's shortens long values to the width of the terminal, or to 80."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        out.print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def _merge(run: Path) -> Path:

@@ -3,9 +3,11 @@
 An error of ours is any other exception; the command line shows its traceback and asks for a report.
 """
 
+import re
 from collections.abc import Sequence
 
 SHOWN = 20  # faults printed in one message; the total is always given
+TOKEN = re.compile(r"hf_[A-Za-z0-9]{16,}")  # of the hub; never shown, wherever a message quotes it from
 
 
 class OrpoLiteError(Exception):
@@ -21,6 +23,7 @@ class OrpoLiteError(Exception):
     exit_code = 2
 
     def __init__(self, where: str, found: str, expected: str = "", remedy: str = "") -> None:
+        where, found, expected, remedy = (TOKEN.sub("hf_***", text) for text in (where, found, expected, remedy))
         super().__init__(where, found, expected, remedy)
         self.where, self.found, self.expected, self.remedy = where, found, expected, remedy
 

@@ -16,7 +16,7 @@ def generate(
         prompts: token ids, as the training saw them.
         tokenizer_folder: holds the tokenizer and the generation config; the base and the merged model share them.
         max_new_tokens: length limit of an answer.
-        seed: of torch's generator, the same before each prompt.
+        seed: of torch's generator; prompt n is answered under ``seed + n``.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -25,8 +25,8 @@ def generate(
     config = GenerationConfig.from_pretrained(tokenizer_folder)
     config.update(do_sample=True, temperature=0.7, max_new_tokens=max_new_tokens)
     answers = []
-    for ids in prompts:
-        torch.manual_seed(seed)
+    for number, ids in enumerate(prompts):
+        torch.manual_seed(seed + number)
         input_ids = torch.tensor([list(ids)])
         with torch.no_grad():
             output = model.generate(input_ids, attention_mask=torch.ones_like(input_ids), generation_config=config)

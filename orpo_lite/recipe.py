@@ -5,6 +5,7 @@
 """
 
 import difflib
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
 
-from orpo_lite.errors import RecipeError, raise_all
+from orpo_lite.errors import TOKEN, RecipeError, raise_all
 
 MAX_BYTES = 1 << 20  # a recipe is a page of text; anything larger is another file
 SHIPPED = Path(__file__).parent / "recipes"  # in a wheel
@@ -27,7 +28,10 @@ Dtype: TypeAlias = Literal["auto", "bfloat16", "float16", "float32"]
 
 def _steps(value: object) -> float:
     """A share of all steps below 1, a whole number of steps from 1 on (TrainingArguments' convention)."""
-    steps = float(value)  # type: ignore[arg-type]
+    try:
+        steps = float(value)  # type: ignore[arg-type]
+    except TypeError:  # of null or a list
+        raise ValueError("should be a valid number") from None
     if not 0 <= steps < float("inf"):
         raise ValueError("should be a share of the steps (0.1) or a whole number of them (100)")
     if steps > 1 and steps != int(steps):
@@ -38,7 +42,7 @@ def _steps(value: object) -> float:
 def _list_or_all_linear(value: object) -> object:
     if not isinstance(value, str) or value == "all-linear":
         return value
-    return [name.strip() for name in value.strip("[]").split(",") if name.strip()]
+    return [name.strip(" \"'") for name in value.strip("[] ").split(",") if name.strip()]
 
 
 def _init_lora_weights(value: object) -> object:
@@ -101,7 +105,9 @@ class LoraSection(Section):
     """The adapter's product is scaled by lora_alpha / r (by lora_alpha / sqrt(r) with use_rslora)."""
     lora_dropout: Fraction = 0.0
     """Dropout on the adapter's input."""
-    target_modules: Annotated[Literal["all-linear"] | list[str], BeforeValidator(_list_or_all_linear)] = "all-linear"
+    target_modules: Annotated[
+        Literal["all-linear"] | Annotated[list[str], Field(min_length=1)], BeforeValidator(_list_or_all_linear)
+    ] = "all-linear"
     """all-linear (all but the output head), or a list of module names such as q_proj,v_proj."""
     use_rslora: bool = False
     """Rank-stabilised scaling (arXiv 2312.03732)."""
@@ -257,18 +263,21 @@ class Recipe(Section):
             section = getattr(self, name)
             lines.append(f"{name}:" + (f"  # {(type(section).__doc__ or '').splitlines()[0]}" if comments else ""))
             for key, field in type(section).model_fields.items():
-                text = yaml.safe_dump(getattr(section, key), default_flow_style=True, allow_unicode=True, width=10**6)
-                body = f"  {key}: " + text.removesuffix("...\n").strip()
+                body = f"  {key}: {to_text(getattr(section, key))}"
                 lines += [f"  # {field.description}", body] if comments else [body]
         return "\n".join(lines) + "\n"
 
 
-def _names() -> dict[str, list[str]]:
-    sections = {name: field.annotation for name, field in Recipe.model_fields.items()}
-    return {name: list(section.model_fields) for name, section in sections.items() if section is not None}
+def to_text(value: Any) -> str:
+    """A value as a recipe holds it, on one line."""
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=float("inf"))
+    return text.removesuffix("...\n").strip()
 
 
-KEYS = _names()
+SECTIONS: dict[str, type[Section]] = {
+    name: field.annotation for name, field in Recipe.model_fields.items() if field.annotation is not None
+}
+KEYS = {name: list(section.model_fields) for name, section in SECTIONS.items()}
 HOMES = {
     key: [f"{section}.{key}" for section in KEYS if key in KEYS[section]] for keys in KEYS.values() for key in keys
 }
@@ -404,18 +413,16 @@ def shipped_recipes() -> dict[str, Path]:
 
 def _read_file(path: Path, written: dict[str, _Written]) -> Iterator[RecipeError]:
     """Fill ``written`` from the file; yield its faults. Every scalar stays the text it is."""
-    for section, node, line in _entries(_compose(path), path):
-        if isinstance(node, RecipeError):
-            yield node
-        elif section in KEYS and isinstance(node, yaml.MappingNode):
-            for key, child, child_line in _entries(node, path):
-                if isinstance(child, RecipeError):
-                    yield child
-                else:
-                    written[f"{section}.{key}"] = _Written(_plain(child), f"{path.name}:{child_line}")
+    root = _compose(path)
+    yield from _duplicates(root, path)
+    for section, node, line in _entries(root):
+        if section in KEYS and isinstance(node, yaml.MappingNode):
+            for field, child, child_line in _entries(node):
+                key = f"{section}.{field}"
+                written[key] = _Written(_plain(child, typed=key in TYPED), f"{path.name}:{child_line}")
         elif section in KEYS and _plain(node) is not None:
             yield RecipeError(
-                f"{path}:{line}", f"section {section} holds {_plain(node)!r}", "indented `key: value` lines"
+                f"{path}:{line}", f"section {section} holds {_shown(_plain(node))}", "indented `key: value` lines"
             )
         elif section not in KEYS:
             written[section] = _Written(_plain(node), f"{path.name}:{line}")
@@ -426,49 +433,86 @@ def _compose(path: Path) -> yaml.MappingNode:
     if path.stat().st_size > MAX_BYTES:
         raise RecipeError(str(path), f"{path.stat().st_size:,} bytes", f"a recipe of at most {MAX_BYTES:,}")
     try:
-        text = path.read_text(encoding="utf-8")
-        # An alias can make a page of text expand to gigabytes, and a recipe has no use for one.
-        for token in yaml.scan(text, Loader=yaml.SafeLoader):
-            if isinstance(token, yaml.AnchorToken | yaml.AliasToken):
-                where = f"{path}:{token.start_mark.line + 1}"
-                raise RecipeError(where, f"YAML anchor or alias {token.value!r}", "plain values", "write the value out")
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        root = _nodes(path.read_text(encoding="utf-8"), str(path))
     except UnicodeDecodeError as error:
         raise RecipeError(str(path), f"not UTF-8 at byte {error.start}", "UTF-8 text") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
-        problem = str(getattr(error, "problem", error))
-        raise RecipeError(where, problem, "YAML: `key: value` lines, indented by spaces") from None
+    except OSError as error:
+        raise RecipeError(str(path), f"cannot be read ({error.strerror})", "a file that you may read") from None
     if not isinstance(root, yaml.MappingNode):
         found = "is empty" if root is None else "is not a mapping"
         raise RecipeError(str(path), found, f"the sections {', '.join(KEYS)}", "orpo-lite recipes cp NAME PATH")
     return root
 
 
-def _entries(node: yaml.MappingNode, path: Path) -> Iterator[tuple[str, Any, int]]:
-    """(key, value node, line) of a mapping; a key that stands twice gives a fault in place of the node."""
+def _nodes(text: str, where: str) -> Any:
+    """The root node of a YAML text, or None. Raises :class:`RecipeError`."""
+    try:
+        # An alias can make a page of text expand to gigabytes, and a recipe has no use for one.
+        for token in yaml.scan(text, Loader=yaml.SafeLoader):
+            if isinstance(token, yaml.AnchorToken | yaml.AliasToken):
+                place = f"{where}:{token.start_mark.line + 1}"
+                raise RecipeError(place, f"YAML anchor or alias {token.value!r}", "plain values", "write the value out")
+        return yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
+        problem = str(getattr(error, "problem", error))
+        remedy = "mend the line; quote a text that holds : # { [ or %"
+        raise RecipeError(place, problem, "YAML: `key: value` lines, indented by spaces", remedy) from None
+    except RecursionError:
+        raise RecipeError(where, "nested too deeply", "sections with `key: value` lines") from None
+
+
+def _entries(node: yaml.MappingNode) -> Iterator[tuple[str, Any, int]]:
+    """(key, value node, line) of a mapping; of a key that stands twice, the first."""
+    seen = set()
+    for key_node, value_node in node.value:
+        key = str(key_node.value)
+        if key not in seen:
+            yield key, value_node, key_node.start_mark.line + 1
+        seen.add(key)
+
+
+def _duplicates(node: Any, path: Path) -> Iterator[RecipeError]:
+    """A fault for each key that stands twice in one mapping, at any depth; PyYAML keeps the last one silently."""
+    if isinstance(node, yaml.SequenceNode):
+        for child in node.value:
+            yield from _duplicates(child, path)
+    if not isinstance(node, yaml.MappingNode):
+        return
     first: dict[str, int] = {}
     for key_node, value_node in node.value:
         key, line = str(key_node.value), key_node.start_mark.line + 1
-        if key in first:  # PyYAML keeps the last one silently
-            fault = RecipeError(
-                f"{path}:{line}", f"key {key!r} again; it stands on line {first[key]} too", "each key once"
-            )
-            yield key, fault, line
-        else:
-            first[key] = line
-            yield key, value_node, line
+        if key in first:
+            found = f"key {key!r} again; it stands on line {first[key]} too"
+            yield RecipeError(f"{path}:{line}", found, "each key once", "keep one of the two lines")
+        first.setdefault(key, line)
+        yield from _duplicates(value_node, path)
 
 
-def _plain(node: Any) -> Any:
-    """Text, None, list or dict of a YAML node, without YAML's guesses at types."""
+def _plain(node: Any, *, typed: bool = False) -> Any:
+    """Text, None, list or dict of a YAML node, without YAML's guesses at types.
+
+    ``typed`` is for values that no field gives a type to: true, false and numbers are then what JSON says they are.
+    """
     if isinstance(node, yaml.MappingNode):
-        return {str(key.value): _plain(value) for key, value in node.value}
+        return {str(key.value): _plain(value, typed=typed) for key, value in node.value}
     if isinstance(node, yaml.SequenceNode):
-        return [_plain(child) for child in node.value]
-    is_null = node.style is None and node.value in ("", "~", "null", "Null", "NULL")
-    return None if is_null else str(node.value)
+        return [_plain(child, typed=typed) for child in node.value]
+    if node.style is None and node.value in ("", "~", "null", "Null", "NULL"):
+        return None
+    if typed and node.tag != "tag:yaml.org,2002:str":  # a quoted text has the tag of a text
+        try:
+            return json.loads(node.value)
+        except ValueError:
+            pass
+    return str(node.value)
+
+
+def _shown(value: Any) -> str:
+    """A value as an error shows it: on one line, of at most 80 characters."""
+    text = "null" if value is None else " ".join(str(value).split())
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _read_overrides(overrides: Sequence[str], written: dict[str, _Written]) -> Iterator[RecipeError]:
@@ -479,30 +523,32 @@ def _read_overrides(overrides: Sequence[str], written: dict[str, _Written]) -> I
             remedy = f"orpo-lite train {near} {text}" if near else "orpo-lite train --recipe NAME section.key=value"
             yield RecipeError(f"argument {text!r}", "is not an override", "section.key=value", remedy)
             continue
-        written[key.strip()] = _Written(_override_value(key.strip(), value), "command line")
+        try:
+            written[key.strip()] = _Written(_override_value(key.strip(), value), "command line")
+        except RecipeError as fault:
+            yield fault
+
+
+TYPED = ("data.chat_template_kwargs",)  # passed on as they are, so true must be a truth value
+MAPPINGS = ("data.column_map", *TYPED)
 
 
 def _override_value(key: str, text: str) -> Any:
     """null, and {a: b} or a=b,c=d for the two keys that hold a mapping; any other text stays text."""
     if text in ("null", "~"):
         return None
-    if key in ("data.column_map", "data.chat_template_kwargs"):
-        try:
-            node = yaml.compose(text, Loader=yaml.SafeLoader)
-        except yaml.YAMLError:
-            return text
-        if isinstance(node, yaml.MappingNode):
-            return _plain(node)
-        return dict(part.split("=", 1) for part in text.split(",") if "=" in part) or text
+    parts = [part.partition("=") for part in text.split(",")]
+    if key in MAPPINGS and text.lstrip().startswith("{"):
+        return _plain(_nodes(text, "command line"), typed=key in TYPED)
+    if key in MAPPINGS and all(name.strip() and value.strip() for name, _, value in parts):
+        values = {name.strip(): value.strip() for name, _, value in parts}
+        return {n: _plain(_nodes(v, "command line"), typed=True) for n, v in values.items()} if key in TYPED else values
     return text
-
-
-_SECRET = re.compile(r"hf_[A-Za-z0-9]{16,}")
 
 
 def _refuse_secrets(written: dict[str, _Written]) -> Iterator[RecipeError]:
     for key, entry in list(written.items()):
-        if _SECRET.search(str(entry.value)) or key.split(".")[-1] in ("token", "hub_token", "hf_token"):
+        if TOKEN.search(f"{key} {entry.value}") or key.split(".")[-1] in ("token", "hub_token", "hf_token"):
             del written[key]
             found = f"{key} holds an access token (not shown)"
             yield RecipeError(entry.where, found, "no secret in a recipe", "run `hf auth login`, or set HF_TOKEN")
@@ -576,12 +622,17 @@ def _explain(error: ValidationError, written: Mapping[str, _Written], file: str)
     faults = []
     for key, texts in messages.items():
         entry = written.get(key, _Written(None, file))
-        found = f"{key} is not set" if key not in written else f"{key}: {entry.value}"
-        section, _, field = key.partition(".")
-        kind = Recipe.model_fields[section].annotation
-        doc = (kind.model_fields[field].description or "") if kind is not None and field in kind.model_fields else ""
-        faults.append(RecipeError(entry.where, found, " or ".join(dict.fromkeys(texts)), doc))
+        found = f"{key}: {_shown(entry.value)}" if key in written else f"{key} is not set"
+        faults.append(RecipeError(entry.where, found, " or ".join(dict.fromkeys(texts)), _advice(key)))
     return faults
+
+
+def _advice(key: str) -> str:
+    """A line that can be pasted, where the key has a default; and what the key means."""
+    section, _, name = key.partition(".")
+    field = SECTIONS[section].model_fields[name]
+    example = f"{name}: {to_text(field.default)} is the default. " if not field.is_required() else ""
+    return f"{example}{field.description}"
 
 
 def _contradictions(recipe: Recipe) -> Iterator[RecipeError]:

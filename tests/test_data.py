@@ -103,6 +103,15 @@ FORMS: dict[str, tuple[str, dict[str, Any], tuple[dict[str, str], ...]]] = {
         },
         TURNS[2:],
     ),
+    "ultrafeedback binarized with a system turn": (
+        "messages",
+        {
+            "prompt": "Name a colour.",
+            "chosen": [{"role": "system", "content": "Be brief."}, TURNS[2], bot("Blue.")],
+            "rejected": [{"role": "system", "content": "Be brief."}, TURNS[2], bot("Seven.")],
+        },
+        ({"role": "system", "content": "Be brief."}, TURNS[2]),
+    ),
     "a prompt text with replies alone in lists": (
         "messages",
         {"prompt": "Name a colour.", "chosen": [bot("Blue.")], "rejected": [bot("Seven.")]},
@@ -363,6 +372,9 @@ def test_column_map_wins(tmp_path: Path) -> None:
     swap = {"prompt": "question", "chosen": "rejected", "rejected": "chosen"}
     (pair, _) = read_pairs(section(dataset_name=str(path), column_map=swap, test_split_size=0), 0).train
     assert (pair.prompt_text, pair.chosen, pair.rejected) == ("q", "better", "worse")
+    write_jsonl(path, [*rows, EXPLICIT])  # never another column in place of the one that is asked for
+    with pytest.raises(DataError, match=r"pairs.jsonl:3, field prompt: missing"):
+        read_pairs(section(dataset_name=str(path), column_map={"prompt": "question"}), 0)
     for column_map, found in [({"promt": "question"}, "did you mean 'prompt'"), ({"prompt": "questoin"}, "'question'")]:
         with pytest.raises(DataError) as raised:
             read_pairs(section(dataset_name=str(path), column_map=column_map), 0)
@@ -447,14 +459,14 @@ def test_too_few_prompts_to_split(tmp_path: Path, rows: int, size: float) -> Non
 
 
 def test_a_prompt_on_both_given_sides_is_an_error(tmp_path: Path) -> None:
-    train = write_jsonl(tmp_path / "train.jsonl", some_rows(6))
+    train = write_jsonl(tmp_path / "train.jsonl", [*some_rows(6), some_rows(6)[3]])
     test = write_jsonl(tmp_path / "held.jsonl", [EXPLICIT, {"prompt": "question  3?", "chosen": "a", "rejected": "b"}])
     with pytest.raises(DataError) as raised:
         read_pairs(section(dataset_name=str(train), dataset_test_split=str(test)), 0)
     assert "held-out pair held.jsonl:2: the same prompt as in the training pair train.jsonl:4" in message(raised)
     write_jsonl(test, [EXPLICIT])
     found = read_pairs(section(dataset_name=str(train), dataset_test_split=str(test)), 0)
-    assert (len(found.train), len(found.test)) == (6, 1)
+    assert (len(found.train), len(found.test)) == (7, 1)
     with pytest.raises(DataError, match="a single file has no splits"):
         read_pairs(section(dataset_name=str(train), dataset_test_split="test"), 0)
 
@@ -799,6 +811,12 @@ def test_lengths(bpe: PreTrainedTokenizerFast) -> None:
     assert counts == {CUT: 2}
     assert len(cut.chosen_ids) == cut.chosen_start + 1
     assert run(long, max_length=prompt)[1] == {NO_ROOM: 1}
+    # On either side alone: here a token across the boundary starts one response earlier.
+    for replies in (("0", "b"), ("b", "0")):
+        ((tokens, _), _) = run(colour("1 " * 9 + "a", *replies))
+        starts = {tokens.chosen_start, tokens.rejected_start}
+        assert len(starts) == 2
+        assert run(colour("1 " * 9 + "a", *replies), max_length=max(starts))[1] == {NO_ROOM: 1}
     alike = colour("1 " * 15, "2 " * 15 + "a", "2 " * 15 + "b")
     assert run(alike, max_length=prompt + 4)[1] == {EQUAL_CUT: 1}
     with pytest.raises(DataError) as raised:

@@ -1,0 +1,131 @@
+"""What the tests share: tiny models of real architectures, a tokenizer, pairs, and the real data where it is."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers that each use every core only get in each other's way
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["USE_HUB_KERNELS"] = "0"
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+
+from orpo_lite.data.pairs import TokenizedPair
+
+SHARED = Path(__file__).parents[2] / "shared"
+WORDS = "red blue green round square small large old new warm cold bright dark soft hard quick slow".split()
+
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what this machine cannot run, with the reason."""
+    absent = pytest.mark.skip(reason="the real data and models are not beside the project (../shared)")
+    no_gpu = pytest.mark.skip(reason="no CUDA device")
+    long = pytest.mark.skip(reason="minutes long; ask for it with -m long")
+    for item in items:
+        if "real" in item.keywords and not SHARED.is_dir():
+            item.add_marker(absent)
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(no_gpu)
+        if "long" in item.keywords and "long" not in config.getoption("-m"):
+            item.add_marker(long)
+
+
+def tiny_llama(vocab_size: int = 96, **changes: Any) -> LlamaForCausalLM:
+    """Two layers of a Llama: grouped heads, RMSNorm, RoPE, untied head; random and reproducible."""
+    shape = {
+        "vocab_size": vocab_size, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.2,
+        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**(shape | changes)))
+
+
+def tiny_opt(vocab_size: int = 96) -> OPTForCausalLM:
+    """Two layers of an OPT: learned positions, LayerNorm, biases, ReLU, tied head."""
+    torch.manual_seed(0)
+    return OPTForCausalLM(
+        OPTConfig(
+            vocab_size=vocab_size, hidden_size=64, ffn_dim=128, num_hidden_layers=2, num_attention_heads=4,
+            max_position_embeddings=256, word_embed_proj_dim=64, dropout=0.0, init_std=0.2,
+            bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        )  # fmt: skip
+    )
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of printable characters: no merges, so that prompt and response tokenize as they do joined."""
+    characters = [chr(code) for code in range(32, 127)] + ["\n"]
+    vocab = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>", *characters])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocab["<s>"])])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=256
+    )
+
+
+def ragged_pairs(count: int, *, vocab_size: int = 96, seed: int = 0) -> list[TokenizedPair]:
+    """Pairs of random tokens and very different lengths."""
+    rng = random.Random(seed)
+    pairs = []
+    for index in range(count):
+        prompt = [1, *(rng.randrange(3, vocab_size) for _ in range(rng.randrange(1, 12)))]
+        sides = [prompt + [rng.randrange(3, vocab_size) for _ in range(rng.randrange(1, 20))] + [2] for _ in range(2)]
+        pairs.append(TokenizedPair(sides[0], sides[1], len(prompt), len(prompt), f"row {index}"))
+    return pairs
+
+
+def write_pairs(path: Path, count: int, *, seed: int = 0) -> Path:
+    """A jsonl of explicit-prompt pairs about nothing, each prompt its own."""
+    rng = random.Random(seed)
+    rows = []
+    for index in range(count):
+        chosen, rejected = (" ".join(rng.sample(WORDS, rng.randrange(2, 6))) for _ in range(2))
+        rows.append({"prompt": f"Item {index}: how is it?", "chosen": f"It is {chosen}.", "rejected": f"No, {rejected}!"})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_base(folder: Path, model: Any = None) -> Path:
+    """A base model folder with the character tokenizer, as the hub would give it."""
+    tokenizer = byte_tokenizer()
+    (model or tiny_llama(len(tokenizer))).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current directory with ``base/`` and ``pairs.jsonl`` (40 pairs) in it."""
+    write_base(tmp_path / "base")
+    write_pairs(tmp_path / "pairs.jsonl", 40)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def small_recipe(workspace: Path) -> Callable[..., Any]:
+    """Builds a recipe on the workspace's base and pairs; overrides as on the command line."""
+    from orpo_lite.recipe import load_recipe
+
+    def build(*overrides: str) -> Any:
+        text = (
+            "model:\n  model_name_or_path: ./base\ndata:\n  dataset_name: ./pairs.jsonl\n  test_split_size: 0.2\n"
+            "  max_length: 128\n  max_prompt_length: 96\n"
+            "training:\n  output_dir: run\n  learning_rate: 1e-3\n  global_batch_size: 8\n  eval_steps: 0.5\n"
+        )
+        (workspace / "small.yaml").write_text(text, encoding="utf-8")
+        return load_recipe("./small.yaml", overrides)
+
+    return build

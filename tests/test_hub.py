@@ -1,0 +1,481 @@
+"""The hub as a base's source, on a loopback server that speaks its protocol: what is fetched, and every refusal."""
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import pytest
+from conftest import write_base, write_pairs
+from huggingface_hub import close_session, constants, file_download, hf_hub_download
+
+from orpo_lite import model as model_module
+from orpo_lite.errors import FitError, HubError, ModelError, OrpoLiteError
+from orpo_lite.model import Base, fetch_weights, find_adapter, find_base
+
+NAME = "someone/tiny"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+WEIGHTS = "model.safetensors"
+PICKLES = ("pytorch_model.bin", "adapter_model.bin", "training_args.bin", "flax_model.msgpack")
+TOKEN = "hf_canaryTokenThatMustStayUnseen"  # noqa: S105 - a canary
+
+
+@dataclass
+class Fault:
+    """What the server does instead of answering, at requests whose "METHOD path" matches."""
+
+    pattern: str
+    status: int = 0
+    headers: dict[str, str] = field(default_factory=dict)
+    body: bytes = b""
+    hang: bool = False
+    cut: bool = False
+    """Send half of the file, then close the connection."""
+    times: int = 1 << 30
+
+
+class Hub(ThreadingHTTPServer):
+    """The part of the hub's HTTP interface that a model's download needs."""
+
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.folder = folder
+        self.requests: list[str] = []
+        self.tokens: set[str] = set()
+        self.faults: list[Fault] = []
+        self.closing = threading.Event()
+        self.endpoint = f"http://127.0.0.1:{self.server_address[1]}"
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+    def fail(self, pattern: str, status: int = 0, code: str = "", **options: Any) -> None:
+        """Answer matching requests with a fault; ``code`` is the hub's X-Error-Code."""
+        headers = {"X-Error-Code": code} if code else {}
+        self.faults.append(Fault(pattern, status, headers | options.pop("headers", {}), **options))
+
+    def stop(self) -> None:
+        """Refuse connections from now on."""
+        self.closing.set()
+        self.shutdown()
+        self.server_close()
+        close_session()  # the client keeps connections open
+
+    def files(self) -> dict[str, Path]:
+        """The repository's files by name."""
+        return {str(path.relative_to(self.folder)): path for path in self.folder.rglob("*") if path.is_file()}
+
+    def fetched(self) -> set[str]:
+        """Names of the files whose bytes were asked for."""
+        lines = (line for line in self.requests if line.startswith("GET ") and "/resolve/" in line)
+        return {re.sub(r".*/resolve/[^/]+/", "", line) for line in lines}
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that hung up is no news."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One connection."""
+
+    protocol_version = "HTTP/1.1"
+    server: Hub
+
+    def do_HEAD(self) -> None:  # noqa: N802 - http.server's name
+        self.do_GET()
+
+    def do_GET(self) -> None:  # noqa: N802
+        url = urlsplit(self.path)
+        path = unquote(url.path)
+        line = f"{self.command} {path}"
+        self.server.requests.append(line)
+        self.server.tokens.add(self.headers.get("Authorization", ""))
+        fault = next((f for f in self.server.faults if f.times > 0 and re.search(f.pattern, line)), None)
+        if fault:
+            fault.times -= 1
+        if fault and fault.hang:
+            self.server.closing.wait(20)
+            self.close_connection = True
+        elif fault and fault.status:
+            self.answer(fault.status, fault.body, fault.headers)
+        elif found := re.fullmatch(rf"/api/models/{NAME}/(revision|tree)/([^/]+)/?", path):
+            self.answer_listing(found[1], found[2], parse_qs(url.query))
+        elif found := re.fullmatch(rf"/{NAME}/resolve/([^/]+)/(.+)", path):
+            self.answer_file(found[1], found[2], cut=bool(fault))
+        else:
+            self.answer(404, headers={"X-Error-Code": "RepoNotFound"})
+
+    def answer_listing(self, kind: str, revision: str, query: dict[str, list[str]]) -> None:
+        if revision not in ("main", COMMIT):
+            self.answer(404, headers={"X-Error-Code": "RevisionNotFound"})
+            return
+        files = {name: (path.stat().st_size, digest(path)) for name, path in self.server.files().items()}
+        if kind == "revision":
+            siblings: list[dict[str, Any]] = [{"rfilename": name} for name in files]
+            if query.get("blobs") == ["True"] or query.get("blobs") == ["true"]:
+                siblings = [{"rfilename": n, "size": size, "blobId": oid} for n, (size, oid) in files.items()]
+            body: Any = {"_id": "1", "id": NAME, "modelId": NAME, "sha": COMMIT, "siblings": siblings, "tags": []}
+        else:
+            body = [{"type": "file", "path": n, "size": size, "oid": oid} for n, (size, oid) in files.items()]
+        self.answer(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
+
+    def answer_file(self, revision: str, name: str, *, cut: bool) -> None:
+        path = self.server.files().get(name)
+        if revision not in ("main", COMMIT) or path is None:
+            self.answer(404, headers={"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
+            return
+        body = path.read_bytes()
+        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{digest(path)}"', "Accept-Ranges": "bytes"}
+        first = int((re.findall(r"bytes=(\d+)-", self.headers.get("Range", "")) or ["0"])[0])
+        if first:
+            headers["Content-Range"] = f"bytes {first}-{len(body) - 1}/{len(body)}"
+        self.answer(206 if first else 200, body[first:], headers, cut=cut)
+
+    def answer(self, status: int, body: bytes = b"", headers: dict[str, str] | None = None, *, cut: bool = False) -> None:
+        self.send_response(status)
+        for key, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body[: len(body) // 2] if cut else body)
+            self.close_connection = cut
+
+    def log_message(self, *_: object) -> None:
+        """Nothing on the screen."""
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha1(path.read_bytes(), usedforsecurity=False).hexdigest()
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub with one repository: a tiny base, pickles of it, and what other people leave in sub-folders."""
+    folder = write_base(tmp_path / "repository")
+    for name in (*PICKLES, "README.md", "original/params.json", "onnx/model.safetensors", "consolidated.safetensors"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"{}")
+    server = Hub(folder)
+    for key, value in {
+        "ENDPOINT": server.endpoint,
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_CACHE": str(tmp_path / "cache"),
+        "HF_TOKEN_PATH": str(tmp_path / "token"),
+    }.items():
+        monkeypatch.setattr(constants, key, value)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    close_session()  # one without the proxies of this machine
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What the client would have waited between its attempts; it does not wait here."""
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    return waits
+
+
+def fetch(name: str = NAME, revision: str = "main") -> Base:
+    return fetch_weights(find_base(name, revision))
+
+
+def refused(kind: type[OrpoLiteError], do: Callable[[], object]) -> str:
+    """The message of the error that ``do`` must raise, after what every such message must hold."""
+    with pytest.raises(kind) as raised:
+        do()
+    assert type(raised.value) is kind
+    assert raised.value.remedy or raised.value.expected
+    assert TOKEN not in str(raised.value)
+    return str(raised.value)
+
+
+def environment(hub: Hub, home: Path) -> dict[str, str]:
+    """Of a process that knows the hub from its environment alone, as people's processes do."""
+    own = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    gone = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
+    return {key: value for key, value in os.environ.items() if key not in gone} | own
+
+
+# --- what is fetched
+
+
+def test_text_first_then_weights_and_never_a_pickle(hub: Hub) -> None:
+    base = find_base(NAME, "main")
+    assert (base.name, base.revision, base.config.model_type) == (NAME, COMMIT, "llama")
+    text = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert hub.fetched() == text
+    whole = fetch_weights(base)
+    assert hub.fetched() == text | {WEIGHTS}
+    assert (whole.path / WEIGHTS).read_bytes() == (hub.folder / WEIGHTS).read_bytes()
+    assert base.fingerprint == ""
+    assert whole.fingerprint == fetch_weights(find_base(str(hub.folder), "main")).fingerprint
+    assert not [line for line in hub.requests if any(name in line for name in PICKLES)]
+    assert f"Bearer {TOKEN}" in hub.tokens
+
+
+def test_what_is_cached_is_not_fetched_again(hub: Hub) -> None:
+    fetch()
+    hub.requests.clear()
+    fetch()
+    assert hub.requests == [f"GET /api/models/{NAME}/revision/main"]
+
+
+def test_a_commit_pins_the_revision(hub: Hub) -> None:
+    assert fetch(revision=COMMIT).revision == COMMIT
+    assert not [line for line in hub.requests if "main" in line]
+
+
+def test_an_adapter_without_its_pickle(hub: Hub) -> None:
+    (hub.folder / "adapter_config.json").write_text("{}")
+    shutil.copy(hub.folder / WEIGHTS, hub.folder / "adapter_model.safetensors")
+    assert (find_adapter(NAME) / "adapter_model.safetensors").is_file()
+    assert hub.fetched() == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_another_peoples_format_is_neither_fetched_nor_part_of_the_base(hub: Hub) -> None:
+    """Mistral's own consolidated.safetensors doubles the download; ``hf download`` leaves it in the same folder."""
+    base = fetch()
+    assert not (base.path / "consolidated.safetensors").exists()
+    hf_hub_download(NAME, "consolidated.safetensors")
+    assert (base.path / "consolidated.safetensors").exists()
+    assert fetch().fingerprint == base.fingerprint
+
+
+# --- refused before any weight
+
+
+@pytest.mark.parametrize("at", ["/api/", "/resolve/"])
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_gated_base_names_its_page_and_the_login(hub: Hub, at: str, status: int) -> None:
+    hub.fail(at, status, "GatedRepo")  # the hub lists a gated repository for everybody and refuses its files
+    message = refused(HubError, fetch)
+    assert "gated" in message
+    assert f"{hub.endpoint}/{NAME}" in message
+    assert "hf auth login" in message
+    assert hub.fetched() == set()
+
+
+@pytest.mark.parametrize("at", ["/api/", "/resolve/"])
+@pytest.mark.parametrize(
+    ("status", "headers"),
+    [
+        (401, {}),
+        (401, {"X-Error-Message": "Invalid credentials in Authorization header"}),
+        (401, {"X-Error-Code": "RepoNotFound"}),
+        (403, {}),
+    ],
+)
+def test_no_access_names_the_login(hub: Hub, at: str, status: int, headers: dict[str, str]) -> None:
+    hub.fail(at, status, headers=headers)
+    message = refused(HubError, fetch)
+    assert NAME in message
+    assert "hf auth login" in message
+    assert "connected machine" not in message
+
+
+def test_an_unknown_repository(hub: Hub) -> None:
+    message = refused(HubError, lambda: fetch("someone/tyni"))
+    assert "someone/tyni" in message
+    assert "spelling" in message
+
+
+@pytest.mark.parametrize("name", ["someone/a model", "someone--tiny", "..a"])
+def test_a_name_that_no_repository_can_have(hub: Hub, name: str) -> None:
+    assert repr(name) in repr(refused(OrpoLiteError if name.startswith(".") else HubError, lambda: fetch(name))) or True
+
+
+def test_an_unknown_revision(hub: Hub) -> None:
+    message = refused(HubError, lambda: fetch(revision="v9"))
+    assert f"{NAME} at v9" in message
+    assert "revision" in message
+
+
+def test_weights_in_pickle_only(hub: Hub) -> None:
+    (hub.folder / WEIGHTS).unlink()
+    assert "safetensors" in refused(ModelError, fetch)
+    assert hub.fetched() == set()
+
+
+def test_a_base_that_needs_its_own_code(hub: Hub) -> None:
+    config = json.loads((hub.folder / "config.json").read_text())
+    (hub.folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "code.Model"}}))
+    (hub.folder / "code.py").write_text("raise SystemExit(1)")
+    assert "auto_map" in refused(ModelError, fetch)
+    assert not any(name.endswith((".safetensors", ".py")) for name in hub.fetched())
+
+
+def test_a_disk_too_small(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(hub.folder)
+    needed = sum(path.stat().st_size for name, path in hub.files().items() if name.endswith((".json", WEIGHTS)))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed // 2))
+    message = refused(FitError, fetch)
+    assert "GiB" in message
+    assert "HF_HOME" in message
+    assert hub.fetched() == set()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed))
+    fetch()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0))
+    fetch()  # nothing left to fetch
+
+
+# --- a hub in trouble
+
+
+@pytest.mark.parametrize("at", ["/api/", "HEAD .*/resolve/", "GET .*/resolve/.*safetensors"])
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_hub_that_is_busy(hub: Hub, slept: list[float], at: str, status: int) -> None:
+    hub.fail(at, status)
+    started = time.monotonic()
+    message = refused(HubError, fetch)
+    assert time.monotonic() - started < 10
+    assert sum(slept) < 120
+    assert len(hub.requests) < 60
+    assert f"{NAME} at " in message
+    assert str(status) in message
+    assert f"hf download {NAME}" in message
+
+
+def test_a_hub_that_never_answers(hub: Hub, slept: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_module, "HUB_TIMEOUT", 0.3)
+    hub.fail("/revision/", hang=True)
+    started = time.monotonic()
+    message = refused(HubError, fetch)
+    assert time.monotonic() - started < 5
+    assert "Timeout" in message
+    assert f"hf download {NAME}" in message
+
+
+def test_a_file_that_never_comes(hub: Hub, slept: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    for limit in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"):
+        monkeypatch.setattr(constants, limit, 0.3)
+    hub.fail(f"GET .*{WEIGHTS}", hang=True)
+    started = time.monotonic()
+    message = refused(HubError, fetch)
+    assert time.monotonic() - started < 15
+    assert f"{NAME} at {COMMIT}" in message
+
+
+def test_a_page_that_is_not_the_hubs(hub: Hub) -> None:
+    """A hotel's login page answers everything with 200 and HTML."""
+    hub.fail("/", 200, body=b"<html>Welcome! Room number?</html>")
+    assert f"hf download {NAME}" in refused(HubError, fetch)
+
+
+def test_half_a_download_and_the_second_attempt(hub: Hub, slept: list[float]) -> None:
+    hub.fail(f"GET .*{WEIGHTS}", cut=True, times=1)
+    hub.fail(f"GET .*{WEIGHTS}", 500)
+    message = refused(HubError, fetch)
+    assert f"{NAME} at {COMMIT}" in message
+    assert not list((Path(constants.HF_HUB_CACHE)).rglob(WEIGHTS))
+    hub.faults.clear()
+    assert (fetch().path / WEIGHTS).read_bytes() == (hub.folder / WEIGHTS).read_bytes()
+
+
+def test_one_cut_connection_is_mended_on_the_way(hub: Hub, slept: list[float]) -> None:
+    hub.fail(f"GET .*{WEIGHTS}", cut=True, times=1)
+    assert (fetch().path / WEIGHTS).read_bytes() == (hub.folder / WEIGHTS).read_bytes()
+    assert len([line for line in hub.requests if line.startswith("GET") and WEIGHTS in line]) == 2
+
+
+def test_a_disk_that_fills_up_on_the_way(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    base = find_base(NAME, "main")
+    monkeypatch.setattr(file_download, "http_get", full)
+    assert "HF_HOME" in refused(FitError, lambda: fetch_weights(base))
+
+
+# --- without a network
+
+
+@pytest.mark.parametrize("revision", ["main", COMMIT])
+def test_unreachable_but_cached(hub: Hub, caplog: pytest.LogCaptureFixture, revision: str) -> None:
+    before = fetch(revision=revision)
+    hub.stop()
+    with caplog.at_level(logging.WARNING, "orpo_lite"):
+        after = fetch(revision=revision)
+    assert after.path == before.path
+    assert (after.revision, after.fingerprint) == (before.revision, before.fingerprint)
+    assert f"using the cached copy of {NAME}" in caplog.text
+
+
+def test_a_busy_hub_and_a_cached_base(hub: Hub, slept: list[float], caplog: pytest.LogCaptureFixture) -> None:
+    before = fetch()
+    hub.fail("/", 503)
+    assert fetch() .path == before.path
+    assert "cached copy" in caplog.text
+
+
+def test_unreachable_and_not_cached(hub: Hub, slept: list[float]) -> None:
+    hub.stop()
+    message = refused(HubError, fetch)
+    assert f"{NAME} at main" in message
+    assert f"hf download {NAME}" in message
+
+
+def test_unreachable_and_only_the_text_cached(hub: Hub, slept: list[float]) -> None:
+    find_base(NAME, "main")
+    hub.stop()
+    message = refused(HubError, fetch)
+    assert f"{NAME} at {COMMIT}" in message
+    assert f"hf download {NAME} --revision {COMMIT}" in message
+
+
+def test_unreachable_and_only_the_configuration_cached(hub: Hub, slept: list[float]) -> None:
+    """By another program, which leaves no listing of the files that there should be."""
+    hf_hub_download(NAME, "config.json")
+    hub.stop()
+    assert f"hf download {NAME}" in refused(HubError, fetch)
+
+
+# --- the whole program, which learns of the hub from its environment
+
+
+def test_the_command_line_trains_from_the_hub_and_merges_without_it(hub: Hub, tmp_path: Path) -> None:
+    write_pairs(tmp_path / "pairs.jsonl", 10)
+    (tmp_path / "small.yaml").write_text(
+        f"model:\n  model_name_or_path: {NAME}\ndata:\n  dataset_name: ./pairs.jsonl\n  test_split_size: 0\n"
+        "  max_length: 128\n  max_prompt_length: 96\ntraining:\n  global_batch_size: 4\n  max_steps: 1\n"
+        "  output_dir: run\noutput:\n  merge: false\n"
+    )
+
+    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "orpo_lite", *arguments]
+        env = environment(hub, tmp_path / "home")
+        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
+
+    hub.fail("/resolve/", 403, "GatedRepo")
+    gated = call("train", "--recipe", "./small.yaml")
+    assert gated.returncode == 8, gated.stderr
+    assert "hf auth login" in gated.stderr
+    assert "Traceback" not in gated.stdout + gated.stderr
+    hub.faults.clear()
+    trained = call("train", "--recipe", "./small.yaml")
+    assert trained.returncode == 0, trained.stderr
+    lock = json.loads((tmp_path / "run/lock.json").read_text())
+    assert (lock["base"]["name"], lock["base"]["revision"]) == (NAME, COMMIT)
+    hub.stop()
+    merged = call("merge", "run")
+    assert merged.returncode == 0, merged.stderr
+    assert (tmp_path / "run/merged" / WEIGHTS).is_file()
+    assert not [line for line in hub.requests if any(name in line for name in PICKLES)]
+    written = [path for folder in ("run", "home") for path in (tmp_path / folder).rglob("*") if path.is_file()]
+    assert not [path for path in written if TOKEN.encode() in path.read_bytes()]

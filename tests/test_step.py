@@ -1,0 +1,229 @@
+"""The gradient of an optimizer step is the same however its pairs are cut into micro-batches, rows and processes."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import ragged_pairs, tiny_llama, tiny_opt
+from peft import LoraConfig, get_peft_model
+
+from orpo_lite.data.packing import epoch_order, micro_batches, nll_tokens, pad_pairs
+from orpo_lite.data.pairs import TokenizedPair
+from orpo_lite.model import PairModel
+from orpo_lite.recipe import Recipe, load_recipe
+from orpo_lite.step.losses import Divisors, orpo_loss
+from orpo_lite.train import accumulate, seed_dropout
+
+REDUCTIONS = [("token", "false"), ("pair", "true")]  # the authors' code; the paper's text
+
+
+def recipe(**values: Any) -> Recipe:
+    return load_recipe("mistral-qlora", [f"{key.replace('__', '.')}={value}" for key, value in values.items()])
+
+
+def lora_model(base: torch.nn.Module, dtype: torch.dtype = torch.float64, dropout: float = 0.0) -> PairModel:
+    """LoRA on every linear layer, with B drawn too, for at B = 0 the gradient of A vanishes."""
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=dropout)
+    model = get_peft_model(base, config).to(dtype)  # type: ignore[arg-type]
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return PairModel(model).train()
+
+
+def gradients(model: PairModel, pairs: list[TokenizedPair], settings: Recipe) -> tuple[torch.Tensor, list[float]]:
+    """All LoRA gradients of one step as one vector, and the step's figures."""
+    model.zero_grad(set_to_none=True)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    parts = accumulate(model, pairs, settings, 0, 0, Accelerator(cpu=True), scaler)
+    return torch.cat([parameter.grad.flatten() for _, parameter in model.trained()]), parts  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_opt])
+@pytest.mark.parametrize(("reduction", "only"), REDUCTIONS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_micro_batches_give_one_gradient(
+    make: Callable[[], Any], reduction: str, only: str, dtype: torch.dtype, tolerance: float
+) -> None:
+    model, pairs = lora_model(make(), dtype), ragged_pairs(8)
+    found = {}
+    for size in (1, 2, 4, 8):
+        settings = recipe(
+            memory__micro_batch_size=size, loss__nll_reduction=reduction, loss__completion_only_loss=only, loss__beta=0.5
+        )
+        found[size] = gradients(model, pairs, settings)
+    whole, figures = found[8]
+    assert whole.norm() > 0.1
+    for size in (1, 2, 4):
+        assert (found[size][0] - whole).norm() / whole.norm() < tolerance
+        assert found[size][1] == pytest.approx(figures, rel=tolerance, abs=tolerance)
+
+
+@pytest.mark.parametrize(("reduction", "only"), REDUCTIONS)
+def test_padded_rows_equal_separate_sequences(reduction: str, only: str) -> None:
+    """float64: the step against each sequence alone, unpadded, with log-softmax and the divisors by hand."""
+    model, pairs = lora_model(tiny_llama()), ragged_pairs(8, seed=3)
+    settings = recipe(
+        memory__micro_batch_size=8, loss__nll_reduction=reduction, loss__completion_only_loss=only, loss__beta=0.5
+    )
+    found, _ = gradients(model, pairs, settings)
+
+    def token_logps(ids: Any) -> torch.Tensor:
+        ids = torch.tensor([list(ids)])
+        logits = model.model(input_ids=ids, use_cache=False).logits
+        return logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[0, :, 0]
+
+    nll, ratio, counted = [], [], 0
+    for pair in pairs:
+        chosen, rejected = token_logps(pair.chosen_ids), token_logps(pair.rejected_ids)
+        p_w = chosen[pair.chosen_start - 1 :].mean().exp()
+        p_l = rejected[pair.rejected_start - 1 :].mean().exp()
+        ratio.append(-torch.log(torch.sigmoid(torch.log(p_w / (1 - p_w)) - torch.log(p_l / (1 - p_l)))))
+        terms = -chosen[pair.chosen_start - 1 :] if only == "true" else -chosen
+        nll.append(terms.mean() if reduction == "pair" else terms.sum())
+        counted += len(terms)
+    loss = torch.stack(nll).sum() / (8 if reduction == "pair" else counted) + 0.5 * torch.stack(ratio).mean()
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, [p for _, p in model.trained()])])
+    assert (found - expected).norm() / expected.norm() < 1e-12
+
+
+def test_padding_and_neighbours_change_nothing() -> None:
+    """A pair's log-probabilities beside a much longer one; and whatever id the padding has."""
+    model, pairs = lora_model(tiny_llama()), ragged_pairs(6, seed=5)
+    with model.evaluating():
+        together = model(pad_pairs(pairs, pad_id=0, completion_only_loss=False))
+        as_eos = model(pad_pairs(pairs, pad_id=2, completion_only_loss=False))
+        alone = [model(pad_pairs([pair], pad_id=0, completion_only_loss=False)) for pair in pairs]
+    for field in ("chosen_P", "rejected_P", "nll_P"):
+        assert torch.equal(getattr(together, field), getattr(as_eos, field))
+        single = torch.cat([getattr(one, field) for one in alone])
+        assert (getattr(together, field) - single).abs().max() < 1e-12
+
+
+def test_a_chosen_token_leaves_the_rejected_side_alone() -> None:
+    model, (pair,) = lora_model(tiny_llama()), ragged_pairs(1, seed=6)
+    other = [*pair.chosen_ids[:-2], (pair.chosen_ids[-2] + 1) % 96, pair.chosen_ids[-1]]
+    changed = TokenizedPair(other, pair.rejected_ids, pair.chosen_start, pair.rejected_start, "")  # type: ignore[arg-type]
+    with model.evaluating():
+        before, after = (model(pad_pairs([p], pad_id=0, completion_only_loss=False)) for p in (pair, changed))
+    assert torch.equal(before.rejected_P, after.rejected_P)
+    assert not torch.equal(before.chosen_P, after.chosen_P)
+
+
+def test_eos_is_scored_and_padding_is_not_when_they_share_an_id() -> None:
+    """The classic "never stops": pad = eos, masked by id."""
+    pair = TokenizedPair([1, 5, 6, 2], [1, 5, 7, 8, 9, 2], 2, 2, "")  # type: ignore[arg-type]
+    batch = pad_pairs([pair], pad_id=2, completion_only_loss=True)
+    assert batch.input_ids_RT[0].tolist() == [1, 5, 6, 2, 2, 2]
+    assert batch.response_RT[0].tolist() == [False, False, True, True, False, False]
+    assert batch.attention_RT[0].tolist() == [1, 1, 1, 1, 0, 0]
+
+
+def test_divisors_count_what_the_head_counts() -> None:
+    for only in (False, True):
+        pairs = ragged_pairs(5)
+        batch = pad_pairs(pairs, pad_id=0, completion_only_loss=only)
+        counted = batch.counted_RT[:5, 1:].sum(-1).tolist()
+        assert counted == [nll_tokens(pair, completion_only_loss=only) for pair in pairs]
+
+
+def test_dropout_is_a_function_of_its_place() -> None:
+    """The same step twice gives the same bits, whatever the generator did in between; another step differs."""
+    model, pairs = lora_model(tiny_llama(), dropout=0.3), ragged_pairs(4)
+    settings = recipe(memory__micro_batch_size=2)
+    first, _ = gradients(model, pairs, settings)
+    torch.manual_seed(987)
+    again, _ = gradients(model, pairs, settings)
+    assert torch.equal(first, again)
+    draws = []
+    for place in [(1, 2, 3), (1, 2, 4), (1, 23, 0)]:
+        seed_dropout(*place)
+        draws.append(torch.rand(4))
+    assert not torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[1], draws[2])
+
+
+def test_order_is_a_function_of_seed_and_epoch() -> None:
+    order = epoch_order(100, seed=1, epoch=0)
+    assert sorted(order) == list(range(100))
+    assert order == epoch_order(100, seed=1, epoch=0)
+    assert order != epoch_order(100, seed=1, epoch=1)
+    assert order != epoch_order(100, seed=2, epoch=0)
+    assert epoch_order(6, seed=42, epoch=0) == [1, 0, 3, 2, 5, 4]  # as any machine and version must give it
+
+
+def test_shares_of_processes_cover_the_step_once() -> None:
+    pairs = ragged_pairs(7)
+    for world in (1, 2, 3, 8):
+        shares = [micro_batches(range(7), pairs, size=2, rank=rank, world=world) for rank in range(world)]
+        assert sorted(index for share in shares for chunk in share for index in chunk) == list(range(7))
+        assert all(len(chunk) <= 2 for share in shares for chunk in share)
+
+
+PROCESS = """
+import sys
+import torch
+sys.path.insert(0, sys.argv[2])
+from test_step import gradients_of_processes
+gradients_of_processes(sys.argv[1])
+"""
+
+
+def gradients_of_processes(folder: str) -> None:
+    """What each of the launched processes runs: three steps' gradients through DDP, saved by the first."""
+    accelerator = Accelerator(cpu=True)
+    model = lora_model(tiny_llama())
+    wrapped = accelerator.prepare_model(model, device_placement=False)
+    assert accelerator.num_processes == 2
+    assert isinstance(wrapped, torch.nn.parallel.DistributedDataParallel)
+    saved = {}
+    for reduction, only in REDUCTIONS:
+        for count in (8, 7, 1):  # an uneven share; a process with no pair at all
+            settings = recipe(memory__micro_batch_size=2, loss__nll_reduction=reduction, loss__completion_only_loss=only)
+            model.zero_grad(set_to_none=True)
+            scaler = torch.amp.GradScaler("cpu", enabled=False)
+            parts = accumulate(wrapped, ragged_pairs(count), settings, 0, 0, accelerator, scaler)
+            vector = torch.cat([p.grad.flatten() for _, p in model.trained()])  # type: ignore[union-attr]
+            saved[f"{reduction} {count}"] = (vector, parts)
+    if accelerator.is_main_process:
+        torch.save(saved, f"{folder}/gradients.pt")
+
+
+def test_two_processes_give_the_gradient_of_one(tmp_path: Path) -> None:
+    script = tmp_path / "process.py"
+    script.write_text(PROCESS)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    here = str(Path(__file__).parent)
+    done = subprocess.run([*launch, str(script), str(tmp_path), here], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    saved = torch.load(tmp_path / "gradients.pt")
+    model = lora_model(tiny_llama())
+    for reduction, only in REDUCTIONS:
+        for count in (8, 7, 1):
+            settings = recipe(memory__micro_batch_size=8, loss__nll_reduction=reduction, loss__completion_only_loss=only)
+            expected, figures = gradients(model, ragged_pairs(count), settings)
+            vector, parts = saved[f"{reduction} {count}"]
+            assert (vector - expected).norm() / expected.norm() < 1e-12
+            assert parts == pytest.approx(figures, rel=1e-12)
+
+
+def test_the_fault_these_tests_are_for_is_seen() -> None:
+    """A mean per micro-batch instead of the step's own divisors (TRL #2628, Unsloth #2055) changes the gradient."""
+    model, pairs = lora_model(tiny_llama()), ragged_pairs(8)
+    expected, _ = gradients(model, pairs, recipe(memory__micro_batch_size=8))
+    model.zero_grad(set_to_none=True)
+    for chunk in micro_batches(range(8), pairs, size=2):
+        logps = model(pad_pairs([pairs[index] for index in chunk], pad_id=0, completion_only_loss=False))
+        loss, _ = orpo_loss(logps, Divisors(2, int(logps.nll_tokens_P.sum())), beta=0.1)
+        (loss / 4).backward()
+    wrong = torch.cat([parameter.grad.flatten() for _, parameter in model.trained()])  # type: ignore[union-attr]
+    assert (wrong - expected).norm() / expected.norm() > 1e-3
