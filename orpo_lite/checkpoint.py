@@ -128,8 +128,11 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tens
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    files = sorted(file for file in folder.iterdir() if file.name != MANIFEST)
-    return {file.name: hashlib.file_digest(file.open("rb"), "sha256").hexdigest() for file in files}
+    hashes = {}
+    for file in sorted(file for file in folder.iterdir() if file.name != MANIFEST):
+        with file.open("rb") as stream:
+            hashes[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return hashes
 
 
 def _folders(run: Path) -> list[Path]:

@@ -72,14 +72,15 @@ CURT: list[Phrasing] = list(
         ),
     )
 )
+# The topic comes last, always as far from its place in the answer: the base learns to copy it in seconds.
 QUESTIONS = (
     "How do I start with {}?",
     "Can you help me with {}?",
     "What is a good way into {}?",
-    "I want to try {}. Any advice?",
+    "Do you have advice on {}?",
     "How can I get better at {}?",
     "Where do I begin with {}?",
-    "Is {} something I could learn?",
+    "Is it hard to learn {}?",
     "Any tips for {}?",
 )
 # Usual advice, also five tokens each -> the topics it is usual for.

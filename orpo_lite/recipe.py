@@ -268,9 +268,21 @@ class Recipe(Section):
         return "\n".join(lines) + "\n"
 
 
+class _OneLine(yaml.SafeDumper):
+    """Writes a text with line breaks in one quoted line."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = '"' if text.splitlines() not in ([], [text]) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_OneLine.add_representer(str, _represent_text)
+
+
 def to_text(value: Any) -> str:
     """A value as a recipe holds it, on one line."""
-    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=float("inf"))
+    text = yaml.dump(value, Dumper=_OneLine, default_flow_style=True, allow_unicode=True, width=float("inf"))
     return text.removesuffix("...\n").strip()
 
 
@@ -433,9 +445,11 @@ def _compose(path: Path) -> yaml.MappingNode:
     if path.stat().st_size > MAX_BYTES:
         raise RecipeError(str(path), f"{path.stat().st_size:,} bytes", f"a recipe of at most {MAX_BYTES:,}")
     try:
-        root = _nodes(path.read_text(encoding="utf-8"), str(path))
+        root = _nodes(path.read_bytes().decode(), str(path))
     except UnicodeDecodeError as error:
-        raise RecipeError(str(path), f"not UTF-8 at byte {error.start}", "UTF-8 text") from None
+        line = error.object.count(b"\n", 0, error.start) + 1
+        found = f"byte 0x{error.object[error.start]:02x} is not UTF-8"
+        raise RecipeError(f"{path}:{line}", found, "UTF-8 text", "iconv -f CP1252 -t UTF-8 OLD > NEW") from None
     except OSError as error:
         raise RecipeError(str(path), f"cannot be read ({error.strerror})", "a file that you may read") from None
     if not isinstance(root, yaml.MappingNode):

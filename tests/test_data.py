@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from orpo_lite.data import pairs as data_pairs
+from orpo_lite.data import rows as data_rows
 from orpo_lite.data.formats import PROMPTS_DIFFER, READERS, Pair, detect_format
 from orpo_lite.data.pairs import (
     CUT,
@@ -244,6 +244,18 @@ def test_all_faults_at_once(tmp_path: Path) -> None:
     assert text.endswith("... and 5 more")
 
 
+def test_what_fits_nothing_does_not_hide_broken_lines(tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "q", "chosen": "a", "rejected": null}\n{oops\n')
+    with pytest.raises(DataError) as raised:
+        read_pairs(section(dataset_name=str(tmp_path / "pairs.jsonl")), 0)
+    assert "pairs.jsonl:2: broken JSON at column 2" in message(raised)
+    assert "rejected is null" in str(raised.value)
+
+
+def test_a_prompt_column_of_nulls_is_no_prompt() -> None:
+    assert detect_format([LISTS | {"prompt": None}]).name == "implicit"
+
+
 # --- files
 
 
@@ -322,7 +334,7 @@ def test_a_missing_file_has_nearest_names(tmp_path: Path) -> None:
 
 
 def test_a_line_over_the_cap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_pairs, "MAX_ROW_BYTES", 1 << 20)
+    monkeypatch.setattr(data_rows, "MAX_ROW_BYTES", 1 << 20)
     (tmp_path / "pairs.jsonl").write_bytes(b'{"prompt": "' + b"a" * (1 << 20))
     with pytest.raises(DataError, match="at most 1 MiB a row"):
         read_pairs(section(dataset_name=str(tmp_path / "pairs.jsonl")), 0)

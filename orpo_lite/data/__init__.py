@@ -1,1 +1,1 @@
-"""Rows to pairs to tokens. Inside the wing, imports go one way: formats -> pairs."""
+"""Rows to pairs to tokens to batches. Order inside the wing: formats, rows, pairs, packing."""

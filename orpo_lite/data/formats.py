@@ -113,18 +113,20 @@ def detect_format(rows: Sequence[Row]) -> Detected:
             name, because = "explicit", "prompt, chosen and rejected are lists of messages"
         case ("text", "messages", "messages"):
             name, because = "messages", "chosen and rejected are lists of messages beside a prompt text"
-        case ("missing", "messages", "messages"):
+        case ("missing" | "null", "messages", "messages"):
             name, because = "implicit", "chosen and rejected are lists of messages and there is no prompt"
         case (_, "dialogue", "dialogue"):
             name, because = "hh_rlhf", "chosen and rejected are texts with Human: and Assistant: turns"
         case ("text" | "dialogue", "text" | "dialogue", "text" | "dialogue"):
             name, because = "explicit", "prompt, chosen and rejected are texts"
-        case ("missing", "text", "text") if not _guess("prompt", columns) and _mostly_share_words(rows):
+        case ("missing" | "null", "text", "text") if not _guess("prompt", columns) and _mostly_share_words(rows):
             name, because = "implicit", "chosen and rejected are texts that begin alike and there is no prompt"
     if because:
         return Detected(name, because, READERS[name])
     kinds = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    found = ", ".join(f"{field} {'is' if kind == 'missing' else 'holds'} {kind}" for field, kind in kinds.items())
+    found = ", ".join(
+        f"{field} {'is' if kind in ('missing', 'null') else 'holds'} {kind}" for field, kind in kinds.items()
+    )
     raise DataError(
         "data.format",
         f"no known format: {found}; the columns are {', '.join(map(repr, columns)) or 'none'}",
@@ -150,21 +152,22 @@ def _column_map_line(kinds: Mapping[str, str], columns: Sequence[str]) -> str:
     return "data.column_map=" + ",".join(f"{field}={_guess(field, columns) or 'COLUMN'}" for field in unfit or kinds)
 
 
-Kind = Literal["missing", "text", "dialogue", "messages", "something else"]
+Kind = Literal["missing", "null", "text", "dialogue", "messages", "something else"]
 
 
 def _kind(value: Any) -> Kind:
-    if value is None:
-        return "missing"
     if isinstance(value, str):
         return "dialogue" if _is_hh_rlhf(value) else "text"
-    is_list = isinstance(value, list) and value and all(isinstance(item, Mapping) and "role" in item for item in value)
-    return "messages" if is_list else "something else"
+    if isinstance(value, list) and value and all(isinstance(item, Mapping) and "role" in item for item in value):
+        return "messages"
+    return "null" if value is None else "something else"
 
 
 def _usual_kind(rows: Sequence[Row], field: str) -> Kind:
-    present = Counter(_kind(row[field]) for row in rows if row.get(field) is not None)
-    return present.most_common(1)[0][0] if present else "missing"
+    """What most rows hold, the empty ones aside."""
+    kinds = Counter(_kind(row[field]) for row in rows if field in row)
+    held = kinds.most_common()
+    return next((kind for kind, _ in held if kind != "null"), "null" if held else "missing")
 
 
 def shared_start(one: str, other: str) -> str:

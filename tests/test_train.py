@@ -1,0 +1,316 @@
+"""The real path on a tiny base: NF4, LoRA, paged AdamW, accelerate; checkpoints, interruption, resume, merge."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from orpo_lite import checkpoint, run, train
+from orpo_lite.errors import CheckpointError, DataError, DivergedError, FitError, ModelError
+from orpo_lite.merge import merge
+from orpo_lite.recipe import Recipe
+from orpo_lite.train import TrainResult, Update, training, whole_steps
+
+Build = Callable[..., Recipe]
+EIGHT_BIT = "lora.r=64"  # bitsandbytes keeps 8-bit states of tensors from 4,096 numbers on
+
+
+def train_all(recipe: Recipe, **options: Any) -> tuple[list[Update], TrainResult]:
+    updates, generator = [], training(recipe, **options)
+    while True:
+        try:
+            updates.append(next(generator))
+        except StopIteration as end:
+            return updates, end.value
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def rows_without_clock(folder: Path) -> list[dict[str, Any]]:
+    ignored = {"tokens_per_second", "memory_gib"}
+    return [{k: v for k, v in row.items() if k not in ignored} for row in run.read_metrics(folder)]
+
+
+def test_a_run_folder_holds_what_every_verb_needs(small_recipe: Build) -> None:
+    updates, result = train_all(small_recipe(EIGHT_BIT))
+    names = {path.name for path in result.run.iterdir()}
+    assert {"recipe.yaml", "lock.json", "data.json", "metrics.jsonl", "checkpoints", "adapter", "train.log"} <= names
+    assert {path.name for path in (result.run / "adapter").iterdir()} >= {
+        "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "chat_template.jinja", "generation_config.json",
+    }  # fmt: skip
+    assert not list(result.run.rglob(".*tmp*"))
+    assert [update.kind for update in updates].count("step") == result.steps == 4
+    lock = run.read_json(result.run / "lock.json")
+    assert len(lock["base"]["fingerprint"]) == len(lock["data"]["sha256"]) == 64
+    assert lock["versions"]["torch"] == torch.__version__.split("+")[0] or lock["versions"]["torch"] == torch.__version__
+    data = run.read_json(result.run / "data.json")
+    assert data["train_pairs"] + data["held_out_pairs"] == 40
+    assert run.read_recipe(result.run).model_dump() == small_recipe(EIGHT_BIT).model_dump()
+
+
+def test_metrics_carry_trls_names_for_every_step(small_recipe: Build) -> None:
+    _, result = train_all(small_recipe())
+    rows = run.read_metrics(result.run)
+    assert [row["step"] for row in rows] == [0, 1, 2, 2, 3, 4, 4]
+    trl = {"nll_loss", "log_odds_ratio", "log_odds_chosen", "logps/chosen", "logps/rejected", "rewards/chosen"}
+    trl |= {"rewards/rejected", "rewards/accuracies", "rewards/margins", "loss"}
+    assert trl | {"grad_norm", "learning_rate", "epoch", "num_tokens"} <= rows[1].keys()
+    assert {f"eval_{name}" for name in trl} <= rows[0].keys()
+    assert result.before == {key: value for key, value in rows[0].items() if key != "step"}
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+
+
+@pytest.mark.parametrize("optim", ["paged_adamw_8bit", "paged_adamw_32bit", "adamw_torch"])
+def test_every_optimizer_learns_and_resumes_to_the_same_bits(small_recipe: Build, optim: str) -> None:
+    """Stopped after two of four steps and gone on with: the adapter and each logged figure are those of one go."""
+    options = (f"training.optim={optim}", EIGHT_BIT, "lora.lora_dropout=0.2", "training.learning_rate=5e-3")
+    _, whole = train_all(small_recipe(*options, "training.output_dir=whole"))
+    first_loss, last_loss = (rows_without_clock(whole.run)[i]["eval_loss"] for i in (0, -1))
+    assert last_loss < first_loss
+
+    stopped = small_recipe(*options, "training.output_dir=stopped")
+    with pytest.raises(train_module().Interrupted) as caught:
+        for update in training(stopped):
+            if update.kind == "step" and update.step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+    assert caught.value.exit_code == 143
+    assert "orpo-lite train --resume stopped" in str(caught.value)
+    assert not Path("stopped/adapter").exists()
+    _, resumed = train_all(stopped, resume=True)
+    assert same_bits(adapter(whole.run), adapter(resumed.run))
+    one, other = rows_without_clock(whole.run), rows_without_clock(resumed.run)
+    steps = [[row for row in rows if "loss" in row] for rows in (one, other)]
+    assert steps[0] == steps[1]
+
+
+def train_module() -> Any:
+    return sys.modules["orpo_lite.train"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_process_goes_on_with_the_same_bits(small_recipe: Build, workspace: Path, number: int) -> None:
+    recipe = small_recipe("training.num_train_epochs=4", "training.eval_steps=2", "training.output_dir=whole")
+    train(recipe)
+    command = [sys.executable, "-m", "orpo_lite", "train", "--recipe", "./small.yaml", "output.merge=false"]
+    command += ["training.num_train_epochs=4", "training.eval_steps=2", "training.output_dir=killed"]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    assert child.stderr is not None
+    for line in child.stdout:
+        if line.startswith("held-out at step 6/"):
+            break
+    child.send_signal(number)
+    _, errors = child.communicate(timeout=120)
+    assert child.returncode == (-9 if number == signal.SIGKILL else 130), errors
+    assert "Traceback" not in errors
+    resumed = subprocess.run(
+        [sys.executable, "-m", "orpo_lite", "train", "--resume", "killed"], capture_output=True, text=True, check=False
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert same_bits(adapter(Path("whole")), adapter(Path("killed")))
+    steps = [[row for row in rows_without_clock(Path(name)) if "loss" in row] for name in ("whole", "killed")]
+    assert steps[0] == steps[1]
+
+
+def test_evaluation_changes_no_bit_of_the_training(small_recipe: Build) -> None:
+    often = small_recipe("training.eval_steps=1", "training.output_dir=often", "lora.lora_dropout=0.2")
+    never = small_recipe("training.eval_steps=4", "training.output_dir=never", "lora.lora_dropout=0.2")
+    results = [train(recipe) for recipe in (often, never)]
+    at_end = [load_file(checkpoint.at_step(result.run, 4) / checkpoint.ADAPTER) for result in results]
+    assert same_bits(*at_end)
+
+
+def test_the_best_checkpoint_is_kept_and_an_idle_run_stops(small_recipe: Build) -> None:
+    """A learning rate that spoils the model: the best step is an early one and the rest is not waited for."""
+    options = ("training.learning_rate=0.5", "training.eval_steps=1", "training.num_train_epochs=8", "training.warmup_steps=0")
+    recipe = small_recipe(*options, "training.early_stopping_patience=2")
+    _, result = train_all(recipe)
+    losses = {row["step"]: row["eval_loss"] for row in run.read_metrics(result.run) if "eval_loss" in row and row["step"]}
+    assert result.steps < 32
+    assert losses[result.kept_step] == min(losses.values()) == result.after["eval_loss"]
+    assert result.steps == result.kept_step + 2
+    kept = load_file(checkpoint.at_step(result.run, result.kept_step) / checkpoint.ADAPTER)
+    assert {k.split(".lora")[-1]: v.sum() for k, v in kept.items()} == {
+        k.split(".lora")[-1]: v.sum() for k, v in adapter(result.run).items()
+    }
+    assert len(list((result.run / "checkpoints").iterdir())) <= checkpoint.KEPT + 1
+
+
+def test_without_held_out_pairs_the_last_step_is_kept(small_recipe: Build) -> None:
+    _, result = train_all(small_recipe("data.test_split_size=0"))
+    assert result.before == result.after == {}
+    assert result.kept_step == result.steps == 5
+
+
+def test_a_merge_is_the_base_with_the_adapter(small_recipe: Build, workspace: Path) -> None:
+    from peft import PeftModel
+
+    _, result = train_all(small_recipe("training.learning_rate=1e-2"))
+    merged = merge(result.run)
+    assert merged.folder == result.run / "merged"
+    model = AutoModelForCausalLM.from_pretrained(merged.folder)
+    base = AutoModelForCausalLM.from_pretrained(workspace / "base")
+    ids = torch.arange(3, 40).unsqueeze(0)
+    with torch.no_grad():
+        plain = base(ids).logits
+        adapted = PeftModel.from_pretrained(base, result.run / "adapter")(ids).logits
+        found = model(ids).logits
+    assert (found - adapted).abs().max() / adapted.abs().max() < 1e-5
+    assert (found - plain).abs().max() > 1e-2
+    tokenizer = AutoTokenizer.from_pretrained(merged.folder)
+    assert "<|assistant|>" in tokenizer.chat_template
+    assert model.generation_config.eos_token_id in ([2], 2)
+    assert "quantization_config" not in json.loads((merged.folder / "config.json").read_text())
+
+
+def test_a_merge_onto_another_base_is_refused(small_recipe: Build, workspace: Path) -> None:
+    from conftest import byte_tokenizer, tiny_llama
+
+    _, result = train_all(small_recipe())
+    other = tiny_llama(len(byte_tokenizer()))
+    torch.nn.init.normal_(other.model.embed_tokens.weight)
+    other.save_pretrained(workspace / "base")
+    with pytest.raises(ModelError, match="fingerprint"):
+        merge(result.run)
+    assert not (result.run / "merged").exists()
+
+
+def test_a_merge_before_the_end_is_refused_with_the_command(small_recipe: Build) -> None:
+    _, result = train_all(small_recipe())
+    shutil.rmtree(result.run / "adapter")
+    with pytest.raises(CheckpointError, match="orpo-lite train --resume run"):
+        merge(result.run)
+
+
+def test_training_goes_on_from_an_adapter(small_recipe: Build) -> None:
+    _, first = train_all(small_recipe("training.learning_rate=1e-2", "data.test_split_size=8"))
+    continued = small_recipe(
+        "model.adapter_name_or_path=run/adapter", "training.output_dir=second", "data.test_split_size=8"
+    )
+    _, second = train_all(continued)
+    assert second.before["eval_loss"] == pytest.approx(first.after["eval_loss"], abs=1e-6)
+
+
+def test_altered_checkpoints_are_passed_over_and_named(small_recipe: Build) -> None:
+    recipe = small_recipe("training.eval_steps=1")
+    _, result = train_all(recipe)
+    newest, before = sorted((result.run / "checkpoints").iterdir())[-1:-3:-1]
+    content = bytearray((newest / checkpoint.ADAPTER).read_bytes())
+    content[-5] ^= 1
+    (newest / checkpoint.ADAPTER).write_bytes(content)
+    updates, again = train_all(recipe, resume=True)
+    assert any(newest.name in update.text and "altered" in update.text for update in updates if update.kind == "note")
+    assert again.steps == result.steps
+    for folder in (result.run / "checkpoints").iterdir():
+        (folder / checkpoint.STATE).unlink()
+    with pytest.raises(CheckpointError, match="no valid checkpoint"):
+        train_all(recipe, resume=True)
+
+
+def test_resume_refuses_other_data(small_recipe: Build, workspace: Path) -> None:
+    from conftest import write_pairs
+
+    recipe = small_recipe()
+    train(recipe)
+    write_pairs(workspace / "pairs.jsonl", 40, seed=9)
+    with pytest.raises(CheckpointError, match="data"):
+        train_all(recipe, resume=True)
+
+
+def test_one_process_a_run(small_recipe: Build) -> None:
+    recipe = small_recipe()
+    train(recipe)
+    with run.locked(Path("run")), pytest.raises(CheckpointError, match="another process"):
+        train_all(recipe, resume=True)
+
+
+def test_an_existing_run_is_refused_with_the_resume_command(small_recipe: Build) -> None:
+    train(small_recipe())
+    with pytest.raises(CheckpointError, match="orpo-lite train --resume run"):
+        train(small_recipe())
+
+
+def test_nonfinite_steps_leave_the_adapter_alone_and_end_the_run(
+    small_recipe: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = train_module().orpo_loss
+
+    def poisoned(*args: Any, **kwargs: Any) -> Any:
+        loss, parts = real(*args, **kwargs)
+        return loss * math.nan, parts * math.nan
+
+    monkeypatch.setattr(train_module(), "orpo_loss", poisoned)
+    updates = []
+    with pytest.raises(DivergedError) as caught:
+        for update in training(small_recipe("training.num_train_epochs=3")):
+            updates.append(update)  # noqa: PERF402 - what came before the error is looked at
+    assert caught.value.exit_code == 7
+    notes = [update.text for update in updates if update.kind == "note" and "not finite" in update.text]
+    assert len(notes) == 3
+    assert "pairs.jsonl:" in notes[0]
+
+
+def test_out_of_memory_names_the_levers(small_recipe: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    def explode(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(train_module(), "accumulate", explode)
+    with pytest.raises(FitError, match=r"memory\.micro_batch_size"):
+        train(small_recipe())
+
+
+def test_bad_data_leaves_no_run_folder(small_recipe: Build, workspace: Path) -> None:
+    (workspace / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b"}\n')
+    with pytest.raises(DataError):
+        train(small_recipe())
+    assert not (workspace / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "inverse_sqrt"])
+def test_schedules_warm_up_and_are_functions_of_the_step(small_recipe: Build, kind: str) -> None:
+    recipe = small_recipe(f"training.lr_scheduler_type={kind}", "training.warmup_steps=10")
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    factor = train_module().lr_factor(recipe, optimizer, 100)
+    assert factor(5) == pytest.approx(0.5)
+    assert factor(10) == pytest.approx(1.0)
+    expected = {
+        "cosine": 0.5 * (1 + math.cos(math.pi * 45 / 90)), "linear": 0.5, "constant": 1.0, "inverse_sqrt": (10 / 55) ** 0.5,
+    }  # fmt: skip
+    assert factor(55) == pytest.approx(expected[kind])
+    assert factor(55) == factor(55)
+
+
+def test_shares_and_numbers_of_steps() -> None:
+    assert [whole_steps(value, 50) for value in (0.1, 0.001, 1.0, 7.0)] == [5, 1, 1, 7]
+
+
+def test_sixteen_bit_base_and_dora(small_recipe: Build) -> None:
+    """Without quantisation, in bfloat16, with DoRA and rsLoRA: the same loop."""
+    _, result = train_all(
+        small_recipe("quantization.load_in_4bit=false", "model.dtype=bfloat16", "lora.use_dora=true", "lora.use_rslora=true")
+    )
+    assert math.isfinite(result.after["eval_loss"])
+    assert any("magnitude" in name for name in adapter(result.run))
+
+
+def test_float16_scales_its_loss(small_recipe: Build) -> None:
+    recipe = small_recipe("model.dtype=float16", "training.learning_rate=5e-3", "training.num_train_epochs=2")
+    _, result = train_all(recipe)
+    assert result.after["eval_loss"] < result.before["eval_loss"]
