@@ -118,7 +118,7 @@ def recipes_ls() -> None:
 
 
 @recipes_app.command("show")
-def recipes_show(name: Annotated[str, typer.Argument(help="A shipped name or a path.")]) -> None:
+def recipes_show(name: Annotated[str, typer.Argument(metavar="NAME", help="A shipped name or a path.")]) -> None:
     """Print a recipe with every key, its value and what it means."""
     from orpo_lite.recipe import load_recipe
 
@@ -127,8 +127,8 @@ def recipes_show(name: Annotated[str, typer.Argument(help="A shipped name or a p
 
 @recipes_app.command("cp")
 def recipes_cp(
-    name: Annotated[str, typer.Argument(help="A shipped name.")],
-    path: Annotated[Path, typer.Argument(help="Where to write it.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A shipped name or a path.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="Where to write it.")],
 ) -> None:
     """Copy a recipe, every key commented, to edit."""
     from orpo_lite.recipe import find_recipe, load_recipe

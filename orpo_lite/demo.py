@@ -11,11 +11,14 @@ import hashlib
 import json
 import random
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TypeVar
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -29,6 +32,7 @@ REMARK = (
 )
 
 Phrasing = tuple[str, str]  # greeting, goodbye
+Card = TypeVar("Card")
 
 # Greetings are five tokens each, goodbyes six, whatever the tone: a comma, a full stop and a word count alike. Some
 # first words serve both tones, so that no single token decides between them.
@@ -115,37 +119,51 @@ CHAT_TEMPLATE = (
 
 
 def make_base(folder: Path, *, seed: int = 0) -> Iterator[tuple[int, int]]:
-    """Train the tiny Llama and write it to ``folder``, which must not exist yet, once the last step is done.
+    """Train the tiny Llama and write it to ``folder``, which must be new or empty, once the last step is done.
 
     Yields:
         (step, steps), after each step. The caller's random state is neither read nor changed.
     """
-    return _make_base(folder, seed=seed, steps=120)
+    return _make_base(folder, seed=seed, rounds=80)
 
 
 def make_pairs(folder: Path, *, seed: int = 0) -> tuple[Path, Path]:
-    """Write train.jsonl (384 pairs) and test.jsonl (128 pairs on other topics), chosen warm and rejected curt."""
+    """Write train.jsonl (384 pairs) and test.jsonl (128 pairs on other topics) to ``folder``, new or empty.
+
+    Each line is {"prompt", "chosen", "rejected"}: chosen is warm, rejected curt, every phrasing equally often.
+    """
     rng = random.Random(seed)  # noqa: S311 - chance, not secrets
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = folder / "train.jsonl", folder / "test.jsonl"
-    for path, topics in zip(paths, (TRAIN_TOPICS, TEST_TOPICS), strict=True):
-        prompts = list(product(enumerate(topics), enumerate(QUESTIONS)))
-        warm, curt = _deal(WARM, len(prompts), rng), _deal(CURT, len(prompts), rng)
-        rows = []
-        for ((i, topic), (j, question)), chosen, rejected in zip(prompts, warm, curt, strict=True):
-            advices = [ADVICES[i % 4], ADVICES[(i + rng.randint(1, 3)) % 4]]
-            if (i // 4 + j) % 2:  # the usual advice is as often the rejected one, for each topic and each question
-                advices.reverse()
-            rows.append(
-                {
-                    "prompt": question.format(topic),
-                    "chosen": _answer(chosen, topic, advices[0]),
-                    "rejected": _answer(rejected, topic, advices[1]),
-                }
-            )
-        rng.shuffle(rows)
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return paths
+    with _whole(folder) as unfinished:
+        for name, topics in (("train", TRAIN_TOPICS), ("test", TEST_TOPICS)):
+            prompts = list(product(enumerate(topics), enumerate(QUESTIONS)))
+            warm, curt = _deal(WARM, len(prompts), rng), _deal(CURT, len(prompts), rng)
+            rows = []
+            for ((i, topic), (j, question)), chosen, rejected in zip(prompts, warm, curt, strict=True):
+                usual, other = ADVICES[i % 4], ADVICES[(i + rng.randint(1, 3)) % 4]
+                # The usual advice is rejected as often as chosen, within each question and within each topic.
+                for_chosen, for_rejected = (usual, other) if (i // 4 + j) % 2 else (other, usual)
+                rows.append(
+                    {
+                        "prompt": question.format(topic),
+                        "chosen": _answer(chosen, topic, for_chosen),
+                        "rejected": _answer(rejected, topic, for_rejected),
+                    }
+                )
+            rng.shuffle(rows)
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            (unfinished / f"{name}.jsonl").write_text(lines, encoding="utf-8", newline="\n")
+    return folder / "train.jsonl", folder / "test.jsonl"
+
+
+@contextmanager
+def _whole(folder: Path) -> Iterator[Path]:
+    """A folder to write into that becomes ``folder`` at the end: what stands there is never half of it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder.parent) as beside:
+        unfinished = Path(beside) / folder.name
+        unfinished.mkdir()
+        yield unfinished
+        unfinished.rename(folder)
 
 
 def _answer(phrasing: Phrasing, topic: str, advice: str) -> str:
@@ -153,24 +171,26 @@ def _answer(phrasing: Phrasing, topic: str, advice: str) -> str:
     return f"{greeting} For {topic}, {advice}. {goodbye}"
 
 
-def _deal(cards: Sequence[Phrasing], hands: int, rng: random.Random) -> list[Phrasing]:
+def _deal(cards: Sequence[Card], hands: int, rng: random.Random) -> list[Card]:
     """``hands`` shuffled cards, each card equally often."""
     dealt = [cards[i % len(cards)] for i in range(hands)]
     rng.shuffle(dealt)
     return dealt
 
 
-def _batches(steps: int, seed: int) -> Iterator[list[tuple[str, str]]]:
-    """``steps`` batches of 64 (question, answer), in each of which every phrasing and every topic stands once."""
+def _batches(rounds: int, seed: int) -> Iterator[list[tuple[str, str]]]:
+    """Two batches of 32 (question, answer) a round, each half warm; a round has every phrasing and every topic once."""
     rng = random.Random(seed)  # noqa: S311 - chance, not secrets
-    for step in range(steps):
-        phrasings = _deal(WARM + CURT, len(TOPICS), rng)
-        # Four topics in a row share a shift and differ in their usual advice: no advice is the commoner one.
-        shifts = [SHIFTS[(i // 4 + step) % len(SHIFTS)] for i in range(len(TOPICS))]
-        yield [
-            (rng.choice(QUESTIONS).format(topic), _answer(phrasing, topic, ADVICES[(i + shift) % 4]))
-            for i, (topic, phrasing, shift) in enumerate(zip(TOPICS, phrasings, shifts, strict=True))
-        ]
+    for turn in range(rounds):
+        tones = zip(_deal(WARM, 32, rng), _deal(CURT, 32, rng), strict=True)
+        phrasings = [phrasing for both in tones for phrasing in both]
+        rows = []
+        for (i, topic), phrasing in zip(_deal(list(enumerate(TOPICS)), 64, rng), phrasings, strict=True):
+            # Topics 4k to 4k + 3 differ in their usual advice and share a shift: no advice is the commoner one.
+            advice = ADVICES[(i + SHIFTS[(i // 4 + turn) % len(SHIFTS)]) % 4]
+            rows.append((rng.choice(QUESTIONS).format(topic), _answer(phrasing, topic, advice)))
+        yield rows[:32]
+        yield rows[32:]
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
@@ -211,11 +231,12 @@ def _model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=2048,
-        initializer_range=0.06,  # about 1/sqrt(hidden_size): learns in half the steps of 0.02
+        initializer_range=0.09,  # 1/sqrt(hidden_size): learns in half the steps that 0.02 takes
         tie_word_embeddings=False,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        architectures=["LlamaForCausalLM"],
         dtype="float32",
     )
     with torch.random.fork_rng(devices=[]):
@@ -223,39 +244,52 @@ def _model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
         return LlamaForCausalLM(config)
 
 
-def _make_base(folder: Path, *, seed: int, steps: int) -> Iterator[tuple[int, int]]:
+def _make_base(folder: Path, *, seed: int, rounds: int) -> Iterator[tuple[int, int]]:
     tokenizer = _tokenizer()
     model = _model(tokenizer, seed)
+    steps = 2 * rounds
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     # Up fast, then down to zero: the last steps average out which phrasing happened to come last.
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 8e-3, total_steps=steps, pct_start=0.1)
-    for step, batch in enumerate(_batches(steps, seed), start=1):
-        texts = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], tokenize=False
-            )
-            for question, answer in batch
-        ]
-        inputs = tokenizer(texts, add_special_tokens=False, padding=True, padding_side="right", return_tensors="pt")
-        labels = inputs.input_ids.masked_fill(inputs.attention_mask == 0, -100)
-        model(input_ids=inputs.input_ids, labels=labels, use_cache=False).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps, pct_start=0.1)
+    for step, batch in enumerate(_batches(rounds, seed), start=1):
+        turns = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in batch]
+        inputs = tokenizer(
+            tokenizer.apply_chat_template(turns, tokenize=False),
+            add_special_tokens=False,
+            padding=True,
+            padding_side="right",
+            return_tensors="pt",
+        )
+        labels_BT = inputs.input_ids.masked_fill(inputs.attention_mask == 0, -100)
+        with _one_thread():
+            model(input_ids=inputs.input_ids, labels=labels_BT, use_cache=False).loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
         optimizer.zero_grad()
         schedule.step()
         yield step, steps
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        max_new_tokens=64,
-    )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder.parent) as beside:
-        whole = Path(beside) / folder.name
-        model.save_pretrained(whole)
-        tokenizer.save_pretrained(whole)
-        whole.rename(folder)  # a folder that is there is whole
+    with _whole(folder) as unfinished:
+        # Not model.save_pretrained, which draws a progress bar of its own.
+        save_file(model.state_dict(), unfinished / "model.safetensors", metadata={"format": "pt"})
+        model.config.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        GenerationConfig(
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            max_new_tokens=64,
+        ).save_pretrained(unfinished)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Matrices this small gain little from more threads, lose much when cores are busy; and the bits stay the same."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def make_builtin(recipe: Recipe) -> Iterator[tuple[int, int]]:
@@ -279,7 +313,7 @@ def resolve_builtin(recipe: Recipe) -> Recipe:
 
 def builtin_remark(recipe: Recipe) -> str:
     """What to say at the end of a run on built-in parts; "" for any other."""
-    return REMARK if BASE == recipe.model.model_name_or_path or PAIRS == recipe.data.dataset_name else ""
+    return REMARK if recipe.model.model_name_or_path == BASE or recipe.data.dataset_name == PAIRS else ""
 
 
 def _folder(recipe: Recipe, name: str) -> Path:

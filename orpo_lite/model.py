@@ -1,12 +1,13 @@
 """The base in 4 bit with LoRA on top: found, checked, loaded, and wrapped as a :class:`PairModel`."""
 
+import errno
 import hashlib
 import json
 import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,17 @@ import torch
 from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (  # type: ignore[attr-defined]
     GatedRepoError,
+    HfHubHTTPError,
     HFValidationError,
     HTTPError,  # its client's own, of a connection that fails
+    LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from orpo_lite.data.packing import PairBatch
@@ -33,10 +40,14 @@ from orpo_lite.step.losses import PairLogps
 logger = logging.getLogger(__name__)
 
 BLOCK = 1 << 20
-# What a base needs besides its *.safetensors. Pickles are never fetched.
+HUB_TIMEOUT = 30.0  # seconds; the hub's client would wait for ever
+# What is fetched: of a base, and all of an adapter. Pickles never are.
 TEXT = ["*.json", "*.model", "*.txt", "*.jinja"]
-NOT_FETCHED = ["*/*"]  # other people's formats: original/, onnx/, gguf/
-UNREACHABLE = (HTTPError, OSError, HFValidationError)  # with all the hub's own errors among them
+WEIGHTS = ["*.safetensors"]
+ADAPTER = ["adapter_config.json", "adapter_model.safetensors"]
+NOT_FETCHED = ["*/*", "consolidated*"]  # other people's formats: original/, onnx/, Mistral's own copy of its weights
+# All the hub's own errors are among these; ValueError is a page that is not the hub's, or a name that cannot be one.
+UNREACHABLE = (HTTPError, OSError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -105,13 +116,15 @@ def find_base(name: str, revision: str) -> Base:
     local = Path(name).expanduser()
     if local.is_dir():
         path, commit, name = local.resolve(), None, str(local.resolve())
-        if not any(path.glob("*.safetensors")):
-            raise ModelError(f"model {name}", "has no weights in safetensors", "safetensors; pickles are never loaded")
+        if lacking := [file.name for file in weight_files(path) if not file.is_file()]:
+            raise ModelError(
+                f"model {name}", f"has no {lacking[0]}", "weights in safetensors; pickles are never loaded"
+            )
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:
         where = f"model.model_name_or_path: {name}"
         raise ModelError(where, "no such folder", "a folder with config.json and safetensors, or a hub name")
     else:
-        commit = resolve(name, revision)
+        commit = resolve(name, revision, [*TEXT, *WEIGHTS])
         path = download(name, commit, TEXT)
     return Base(name, path, commit, "", read_config(path, name))
 
@@ -119,12 +132,15 @@ def find_base(name: str, revision: str) -> Base:
 def fetch_weights(base: Base) -> Base:
     """The same base with its weights on disk and its fingerprint taken. Raises :class:`HubError`."""
     if base.revision is not None:
-        download(base.name, base.revision, [*TEXT, "*.safetensors"])
+        download(base.name, base.revision, [*TEXT, *WEIGHTS])
+        if lacking := [file.name for file in weight_files(base.path) if not file.is_file()]:
+            where, remedy = f"hub, {base.name} at {base.revision}", _by_hand(base.name, base.revision)
+            raise HubError(where, f"{lacking[0]} is not in the cache", "all of the weights", remedy)
     return replace(base, fingerprint=fingerprint(base.path))
 
 
-def resolve(name: str, revision: str) -> str:
-    """The commit of a hub repository that we may read and have room for; offline, the cached one.
+def resolve(name: str, revision: str, patterns: list[str]) -> str:
+    """The commit of a hub repository that we may read and whose files we have room for; offline, the cached one.
 
     Raises:
         ModelError: it has no weights in safetensors.
@@ -132,35 +148,53 @@ def resolve(name: str, revision: str) -> str:
         HubError: unknown, gated, or unreachable.
     """
     try:
-        info = HfApi().model_info(name, revision=revision, files_metadata=True)
+        info = HfApi().model_info(name, revision=revision, files_metadata=True, timeout=HUB_TIMEOUT)
     except UNREACHABLE as error:
         refused = isinstance(error, GatedRepoError | RepositoryNotFoundError | RevisionNotFoundError)
-        cached = None if refused else _cached(name, revision)
+        cached = None if refused else _cached(name, revision, [p for p in patterns if "safetensors" not in p])
         if cached is None:
             raise hub_error(name, revision, error) from error
         logger.warning("the hub cannot be reached (%s); using the cached copy of %s", type(error).__name__, name)
         return cached.name
     commit, files = str(info.sha), {file.rfilename: file.size or 0 for file in info.siblings or []}
-    wanted = [f for f in files if f.endswith((".safetensors", ".json", ".model", ".txt", ".jinja")) and "/" not in f]
+    wanted = list(filter_repo_objects(files, allow_patterns=patterns, ignore_patterns=NOT_FETCHED))
     if not any(file.endswith(".safetensors") for file in wanted):
-        where = f"model.model_name_or_path: {name}"
-        raise ModelError(where, "has no weights in safetensors", "safetensors; pickles are never loaded")
+        raise ModelError(f"model {name}", "has no weights in safetensors", "safetensors; pickles are never loaded")
     missing = [f for f in wanted if not isinstance(try_to_load_from_cache(name, f, revision=commit), str)]
     check_disk(Path(constants.HF_HUB_CACHE), sum(files[f] for f in missing), f"downloading {name}")
+    if revision != commit:
+        _remember(name, revision, commit)
     return commit
 
 
+def _remember(name: str, revision: str, commit: str) -> None:
+    """Note in the cache where a branch stands, for the day without a network; a download by commit does not."""
+    ref = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model") / "refs" / revision
+    with suppress(OSError):  # a cache that others fill, and we only read
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        ref.write_text(commit, encoding="utf-8")
+
+
 def download(name: str, commit: str, patterns: list[str]) -> Path:
-    """A hub repository's files at one commit, from the cache where they are there. Raises :class:`HubError`."""
+    """A hub repository's files at one commit, from the cache where they are there.
+
+    Raises:
+        FitError: the disk filled up.
+        HubError: gated, or unreachable.
+    """
     try:
         return Path(snapshot_download(name, revision=commit, allow_patterns=patterns, ignore_patterns=NOT_FETCHED))
     except UNREACHABLE as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            found, remedy = "the disk is full", "free some space, or set HF_HOME to another disk"
+            raise FitError(f"downloading {name}, to {constants.HF_HUB_CACHE}", found, "", remedy) from error
         raise hub_error(name, commit, error) from error
 
 
-def _cached(name: str, revision: str) -> Path | None:
+def _cached(name: str, revision: str, patterns: list[str]) -> Path | None:
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=TEXT, local_files_only=True))
+        options: dict[str, Any] = {"allow_patterns": patterns, "ignore_patterns": NOT_FETCHED, "local_files_only": True}
+        return Path(snapshot_download(name, revision=revision, **options))
     except UNREACHABLE:
         return None
 
@@ -169,6 +203,8 @@ def hub_error(name: str, revision: str, error: Exception) -> HubError:
     """What the hub's refusal means and what to do about it."""
     where = f"hub, {name} at {revision}"
     page = f"{constants.ENDPOINT}/{name}"
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, UNREACHABLE):
+        error = error.__cause__  # it was asked for, this was the answer, and it is not in the cache either
     if isinstance(error, GatedRepoError):
         remedy = f"ask for it at {page}, then `hf auth login`"
         return HubError(where, "is gated", "access granted to your account", remedy)
@@ -177,8 +213,17 @@ def hub_error(name: str, revision: str, error: Exception) -> HubError:
     if isinstance(error, RepositoryNotFoundError | HFValidationError):
         remedy = "check the spelling; a private one needs `hf auth login`; a local folder must exist"
         return HubError(where, "is not a repository that you can see", "owner/name, or a local folder", remedy)
-    found = f"cannot be reached ({type(error).__name__}) and is not in the cache"
-    return HubError(where, found, "a connection, or a downloaded copy", f"on a connected machine: hf download {name}")
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    if status in (401, 403):
+        remedy = f"`hf auth login` with a token that may read {page}"
+        return HubError(where, f"is refused to you ({status})", "access granted to your account", remedy)
+    what = f"is not served ({status})" if status else f"cannot be reached ({type(error).__name__})"
+    remedy = f"try again later; or {_by_hand(name, revision)}"
+    return HubError(where, f"{what} and is not in the cache", "a connection, or a downloaded copy", remedy)
+
+
+def _by_hand(name: str, revision: str) -> str:
+    return f"on a connected machine: hf download {name} --revision {revision}"
 
 
 def check_disk(folder: Path, needed: int, purpose: str) -> None:
@@ -212,13 +257,31 @@ def read_config(path: Path, name: str) -> Any:
     return AutoConfig.from_pretrained(path)
 
 
+def weight_files(path: Path) -> list[Path]:
+    """What transformers loads from a folder: model.safetensors, else the files that its index names, there or not.
+
+    Raises:
+        ModelError: an index that is broken or leads out of the folder.
+    """
+    whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if whole.is_file() or not index.is_file():
+        return [whole]
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if any(Path(name).name != name for name in names):
+            raise ValueError("a file outside of the folder")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(str(index), f"is broken: {error!r}", "a weight_map of file names beside it") from None
+    return [path / name for name in names]
+
+
 def fingerprint(path: Path) -> str:
     """Hash of config.json and, of each weight file, its size, its first and last MiB and 16 blocks between.
 
     Reading all of a 7B base would take a minute from a slow disk; fine-tuning moves every block of a tensor.
     """
     digest = hashlib.sha256((path / "config.json").read_bytes())
-    for file in sorted(path.glob("*.safetensors")):
+    for file in weight_files(path):
         size = file.stat().st_size
         digest.update(f"{file.name}:{size}".encode())
         with file.open("rb") as stream:
@@ -240,7 +303,7 @@ def load_tokenizer(path: Path) -> Any:
 
 
 def linear_names(base: Base) -> list[str]:
-    """Last name parts of the base's linear layers without the head, read from the architecture alone."""
+    """Names of the base's linear layers without the head, read from the architecture alone."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -248,12 +311,11 @@ def linear_names(base: Base) -> list[str]:
     head = model.get_output_embeddings()
     modules = model.named_modules()
     # GPT-2's Conv1D counts as linear for peft too.
-    names = {
-        name.rsplit(".", 1)[-1]
+    return [
+        name
         for name, module in modules
         if module is not head and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
-    }
-    return sorted(names)
+    ]
 
 
 def check_targets(recipe: Recipe, base: Base) -> None:
@@ -262,10 +324,11 @@ def check_targets(recipe: Recipe, base: Base) -> None:
         return
     known = linear_names(base)
     for target in recipe.lora.target_modules:
-        if target.rsplit(".", 1)[-1] not in known:
+        if not any(name == target or name.endswith(f".{target}") for name in known):  # as peft matches them
             where = recipe.sources["lora.target_modules"]
             found = f"lora.target_modules: {target} matches no layer of {base.name}"
-            raise ModelError(where, found, f"of {', '.join(known)}", "lora.target_modules=all-linear")
+            ends = sorted({name.rsplit(".", 1)[-1] for name in known})
+            raise ModelError(where, found, f"of {', '.join(ends)}", "lora.target_modules=all-linear")
 
 
 # --- loaded ---------------------------------------------------------------------------------------------------------
@@ -305,24 +368,33 @@ def load_pair_model(recipe: Recipe, base: Base, device: torch.device) -> PairMod
     except ImportError as error:
         found = str(error).splitlines()[0]
         raise FitError(f"model {base.name}", found, "", "quantization.load_in_4bit=false") from error
-    if loading["missing_keys"]:  # transformers would leave these random
-        some = ", ".join(sorted(loading["missing_keys"])[:3])
-        found = f"lacks {len(loading['missing_keys'])} weights ({some} ...)"
+    except (OSError, SafetensorError) as error:
+        found = f"its weights cannot be read: {str(error).splitlines()[0]}"
+        raise ModelError(f"model {base.path}", found, "whole safetensors", "download it again") from error
+    # transformers would leave these random
+    lacking = [*loading["missing_keys"], *(str(name) for name, *_ in loading["mismatched_keys"])]
+    if lacking:
+        found = f"lacks {len(lacking)} weights of the right shape ({', '.join(sorted(lacking)[:3])} ...)"
         raise ModelError(f"model {base.name}", found, "all of them")
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    model = _add_lora(model, recipe)
+    name = recipe.model.adapter_name_or_path
+    folder = find_adapter(name) if name else None
+    model = _add_lora(model, recipe, folder)
     _checkpoint_activations(model, recipe.memory.activation_checkpointing)
-    return PairModel(model).train()
+    pair_model = PairModel(model).train()
+    if folder:
+        set_adapter(pair_model, load_file(folder / "adapter_model.safetensors"))
+    return pair_model
 
 
-def _add_lora(model: nn.Module, recipe: Recipe) -> nn.Module:
-    from peft import LoraConfig, PeftModel, get_peft_model
+def _add_lora(model: nn.Module, recipe: Recipe, folder: Path | None) -> nn.Module:
+    """The model with a new adapter, of the recipe's shape or of that of the adapter in ``folder``."""
+    from peft import LoraConfig, get_peft_model
 
     lora = recipe.lora
-    if recipe.model.adapter_name_or_path:
-        folder = find_adapter(recipe.model.adapter_name_or_path)
-        model = PeftModel.from_pretrained(model, folder, is_trainable=True)
+    if folder:
+        config = read_adapter_config(folder)
     else:
         config = LoraConfig(
             task_type="CAUSAL_LM",
@@ -334,8 +406,11 @@ def _add_lora(model: nn.Module, recipe: Recipe) -> nn.Module:
             use_dora=lora.use_dora,
             init_lora_weights=lora.init_lora_weights,
         )
-        torch.manual_seed(recipe.training.seed)  # of the adapter's initialisation
+    torch.manual_seed(recipe.training.seed)  # of the adapter's initialisation
+    try:
         model = get_peft_model(model, config)
+    except ValueError as error:  # no such layers
+        raise ModelError("adapter", str(error).splitlines()[0], "layers of this base") from error
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and "lora_" not in name:
             raise ModelError("adapter", f"would train {name}", "LoRA parameters alone", "drop modules_to_save")
@@ -345,12 +420,40 @@ def _add_lora(model: nn.Module, recipe: Recipe) -> nn.Module:
 def find_adapter(name: str) -> Path:
     """The folder of a LoRA adapter in safetensors, local or fetched. Raises :class:`ModelError`, :class:`HubError`."""
     local = Path(name).expanduser()
-    folder = local if local.is_dir() else download(name, resolve(name, "main"), ["adapter_*"])
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
+    folder = local if local.is_dir() else download(name, resolve(name, "main", ADAPTER), ADAPTER)
+    for file in ADAPTER:
         if not (folder / file).is_file():
             where = f"model.adapter_name_or_path: {name}"
             raise ModelError(where, f"has no {file}", "a peft LoRA adapter in safetensors")
     return folder
+
+
+# What an adapter may choose; any other option of LoraConfig must stand at its default.
+ADAPTER_KEYS = (
+    "r lora_alpha lora_dropout target_modules use_rslora use_dora rank_pattern alpha_pattern init_lora_weights "
+    "exclude_modules layers_to_transform layers_pattern fan_in_fan_out "
+    "auto_mapping base_model_name_or_path inference_mode peft_version revision task_type"
+).split()
+
+
+def read_adapter_config(folder: Path) -> Any:
+    """The peft configuration of a LoRA that trains nothing else and fits the base as it is; or :class:`ModelError`."""
+    from peft import LoraConfig
+
+    path = folder / "adapter_config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        options = dict(raw)
+    except (ValueError, TypeError) as error:
+        raise ModelError(str(path), f"is no JSON object: {error}", "a peft configuration") from None
+    default = LoraConfig().to_dict()
+    for key, value in options.items():
+        if value and key not in ADAPTER_KEYS and value != default.get(key):
+            raise ModelError(str(path), f"{key}: {value!r}", "plain LoRA, and nothing else that trains")
+    init = options.get("init_lora_weights", True)
+    if init not in (True, False, "gaussian", "orthogonal"):
+        raise ModelError(str(path), f"init_lora_weights: {init!r}", "one that leaves the base as it is")
+    return LoraConfig.from_pretrained(folder, inference_mode=False)
 
 
 def _checkpoint_activations(model: nn.Module, amount: str | int) -> None:
@@ -385,6 +488,9 @@ def set_adapter(model: PairModel, tensors: dict[str, Tensor]) -> None:
     """Load :func:`adapter_tensors` back. Raises :class:`ModelError` when names or shapes differ."""
     from peft import set_peft_model_state_dict
 
-    if missing := set(adapter_tensors(model)) ^ set(tensors):
-        raise ModelError("adapter", f"{len(missing)} tensors have no counterpart", "the adapter of this recipe")
+    own = {name: tensor.shape for name, tensor in adapter_tensors(model).items()}
+    given = {name: tensor.shape for name, tensor in tensors.items()}
+    if differing := {name for name, _ in own.items() ^ given.items()}:
+        found = f"{len(differing)} tensors have no counterpart of their shape ({min(differing)} ...)"
+        raise ModelError("adapter", found, "the adapter of this recipe")
     set_peft_model_state_dict(model.model, tensors)

@@ -18,6 +18,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr,
 from orpo_lite.errors import TOKEN, RecipeError, raise_all
 
 MAX_BYTES = 1 << 20  # a recipe is a page of text; anything larger is another file
+MAX_DEPTH = 32
+DEEPER = (
+    yaml.BlockMappingStartToken, yaml.BlockSequenceStartToken, yaml.FlowMappingStartToken, yaml.FlowSequenceStartToken
+)  # fmt: skip
+BACK = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndToken)
 SHIPPED = Path(__file__).parent / "recipes"  # in a wheel
 CHECKOUT = Path(__file__).parent.parent / "recipes"  # in a checkout or an editable install
 
@@ -286,10 +291,8 @@ def to_text(value: Any) -> str:
     return text.removesuffix("...\n").strip()
 
 
-SECTIONS: dict[str, type[Section]] = {
-    name: field.annotation for name, field in Recipe.model_fields.items() if field.annotation is not None
-}
-KEYS = {name: list(section.model_fields) for name, section in SECTIONS.items()}
+SECTIONS: dict[str, Any] = {name: field.annotation for name, field in Recipe.model_fields.items()}  # name -> its class
+KEYS: dict[str, list[str]] = {name: list(section.model_fields) for name, section in SECTIONS.items()}
 HOMES = {
     key: [f"{section}.{key}" for section in KEYS if key in KEYS[section]] for keys in KEYS.values() for key in keys
 }
@@ -461,11 +464,15 @@ def _compose(path: Path) -> yaml.MappingNode:
 def _nodes(text: str, where: str) -> Any:
     """The root node of a YAML text, or None. Raises :class:`RecipeError`."""
     try:
-        # An alias can make a page of text expand to gigabytes, and a recipe has no use for one.
+        # An alias can make a page of text expand to gigabytes, and PyYAML takes minutes over deep brackets.
+        depth = 0
         for token in yaml.scan(text, Loader=yaml.SafeLoader):
+            place = f"{where}:{token.start_mark.line + 1}"
             if isinstance(token, yaml.AnchorToken | yaml.AliasToken):
-                place = f"{where}:{token.start_mark.line + 1}"
                 raise RecipeError(place, f"YAML anchor or alias {token.value!r}", "plain values", "write the value out")
+            depth += isinstance(token, DEEPER) - isinstance(token, BACK)
+            if depth > MAX_DEPTH:
+                raise RecipeError(place, "nested too deeply", f"at most {MAX_DEPTH} levels", "close the brackets")
         return yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -473,8 +480,6 @@ def _nodes(text: str, where: str) -> Any:
         problem = str(getattr(error, "problem", error))
         remedy = "mend the line; quote a text that holds : # { [ or %"
         raise RecipeError(place, problem, "YAML: `key: value` lines, indented by spaces", remedy) from None
-    except RecursionError:
-        raise RecipeError(where, "nested too deeply", "sections with `key: value` lines") from None
 
 
 def _entries(node: yaml.MappingNode) -> Iterator[tuple[str, Any, int]]:

@@ -42,10 +42,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def tiny_llama(vocab_size: int = 96, **changes: Any) -> LlamaForCausalLM:
     """Two layers of a Llama: grouped heads, RMSNorm, RoPE, untied head; random and reproducible."""
     shape = {
-        "vocab_size": vocab_size, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.2,
-        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-    }  # fmt: skip
+        "vocab_size": vocab_size,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.2,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**(shape | changes)))
 
@@ -55,10 +63,19 @@ def tiny_opt(vocab_size: int = 96) -> OPTForCausalLM:
     torch.manual_seed(0)
     return OPTForCausalLM(
         OPTConfig(
-            vocab_size=vocab_size, hidden_size=64, ffn_dim=128, num_hidden_layers=2, num_attention_heads=4,
-            max_position_embeddings=256, word_embed_proj_dim=64, dropout=0.0, init_std=0.2,
-            bos_token_id=1, eos_token_id=2, pad_token_id=0,
-        )  # fmt: skip
+            vocab_size=vocab_size,
+            hidden_size=64,
+            ffn_dim=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=256,
+            word_embed_proj_dim=64,
+            dropout=0.0,
+            init_std=0.2,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+        )
     )
 
 
@@ -92,7 +109,9 @@ def write_pairs(path: Path, count: int, *, seed: int = 0) -> Path:
     rows = []
     for index in range(count):
         chosen, rejected = (" ".join(rng.sample(WORDS, rng.randrange(2, 6))) for _ in range(2))
-        rows.append({"prompt": f"Item {index}: how is it?", "chosen": f"It is {chosen}.", "rejected": f"No, {rejected}!"})
+        rows.append(
+            {"prompt": f"Item {index}: how is it?", "chosen": f"It is {chosen}.", "rejected": f"No, {rejected}!"}
+        )
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 

@@ -1,11 +1,13 @@
 """The recipe: what is accepted, where each value comes from, and what is said about everything else."""
 
+import contextlib
 import dataclasses
 import inspect
 import os
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -159,7 +161,8 @@ BAD_FILES: dict[str, tuple[str, list[str]]] = {
     "tab": ("model:\n\tmodel_name_or_path: x\n", ["mine.yaml:2:1", "YAML"]),
     "two documents": (MINIMAL + "---\n" + MINIMAL, ["mine.yaml:5:", "document"]),
     "control character": ("model:\n  a: \x00\n", ["mine.yaml", "unacceptable character"]),
-    "deep nesting": ("model: " + "[" * 20_000, ["mine.yaml", "nested too deeply"]),
+    "deep nesting": ("model: " + "[" * 20_000, ["mine.yaml:1", "nested too deeply", "at most 32"]),
+    "deep lists": (MINIMAL + "lora: " + "\n" + "  " + "- " * 20_000, ["mine.yaml:6", "nested too deeply"]),
     "empty": ("", ["mine.yaml", "is empty", "model, quantization, lora", "recipes cp"]),
     "only comments": ("# nothing\n", ["mine.yaml", "is empty"]),
     "a list": ("- model\n", ["mine.yaml", "is not a mapping"]),
@@ -172,11 +175,9 @@ BAD_FILES: dict[str, tuple[str, list[str]]] = {
         ["mine.yaml:7", "'prompt'", "line 6"],
     ),
     "anchor": ("model: &a\n  model_name_or_path: x\nlora: *a\n", ["mine.yaml:1", "anchor", "'a'", "write the value"]),
-    "alias bomb": (
-        "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(f"{b}: &{b} [{','.join(['*' + a] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)),
-        ["mine.yaml:1", "anchor"],
-    ),
-    "no base": ("data:\n  dataset_name: some/pairs\n", ["mine.yaml", "model.model_name_or_path is not set", "hub name"]),
+    "alias bomb": ("a: &a [x,x,x]\nb: &b [*a,*a,*a]\nc: &c [*b,*b,*b]\n", ["mine.yaml:1", "anchor"]),
+    "alias": (MINIMAL + "lora: *a\n", ["mine.yaml:5", "alias", "'a'"]),
+    "no base": ("data:\n  dataset_name: x\n", ["mine.yaml", "model.model_name_or_path is not set", "hub name"]),
     "a tag that builds objects": (
         "model:\n  model_name_or_path: !!python/object/apply:os.system [touch pwned]\n",
         ["mine.yaml:2", "model.model_name_or_path", "string"],
@@ -303,8 +304,7 @@ def test_a_bad_value_is_answered_with_key_and_expectation(write: Write, key: str
     assert said.count("\n") == 2
     assert f"expected: {expected}" in said or expected in said, said
     assert "remedy: " in said
-    if "YAML" not in said:
-        assert f"{key}: {text or ''}".strip() in said
+    assert key in said or "YAML" in said
 
 
 @pytest.mark.parametrize("name", ["pissa", "pissa_niter_16", "olora", "loftq", "corda", "eva", "lora_ga", "PiSSA"])
@@ -317,15 +317,13 @@ def test_every_initialisation_of_peft_is_decided_on(write: Write) -> None:
     """A new name of peft's must be accepted or refused on purpose; whatever it is, it is no traceback."""
     from peft import LoraConfig
 
-    names = re.findall(r'"([\w-]+)"', str(inspect.signature(LoraConfig).parameters["init_lora_weights"].annotation))
-    names += re.findall(r"'([\w-]+)'", str(inspect.signature(LoraConfig).parameters["init_lora_weights"].annotation))
+    annotation = str(inspect.signature(LoraConfig).parameters["init_lora_weights"].annotation)
+    names = re.findall(r"""["']([\w-]+)["']""", annotation)
     assert "pissa" in names
     for name in names:
-        try:
-            kept = load_recipe(write(MINIMAL), [f"lora.init_lora_weights={name}"]).lora.init_lora_weights
-        except RecipeError:
-            continue
-        assert kept in ("gaussian", "orthogonal")
+        with contextlib.suppress(RecipeError):
+            recipe = load_recipe(write(MINIMAL), [f"lora.init_lora_weights={name}"])
+            assert recipe.lora.init_lora_weights in ("gaussian", "orthogonal")
 
 
 def test_a_long_value_is_not_repeated_in_full(write: Write) -> None:
@@ -521,15 +519,13 @@ def test_any_recipe_survives_being_written_and_read(write: Write, values: dict[s
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    text=st.text(
-        st.sampled_from([*"model:lora r8-[]{}&*!|>'\"%@#,\n ", "model:\n  ", "lora:\n  r: ", "\ufeff"]), max_size=60
+    parts=st.lists(
+        st.sampled_from([*"abr: 8-[]{}&*!|>'\"%@#,\n\t", "model:\n  ", "lora:\n  r: ", "\ufeff"]), max_size=30
     )
 )
-def test_any_text_gives_a_recipe_or_a_fault(write: Write, text: str) -> None:
-    try:
-        load_recipe(write(text), NEEDED)
-    except RecipeError as error:
-        assert error.found
+def test_any_text_gives_a_recipe_or_a_fault(write: Write, parts: list[str]) -> None:
+    with contextlib.suppress(RecipeError):
+        assert load_recipe(write("".join(parts)), NEEDED).model.model_name_or_path == "some/base"
 
 
 def test_a_value_stays_on_one_line() -> None:
@@ -670,22 +666,18 @@ def test_the_owners_still_call_them_so() -> None:
     import peft
     import transformers
     import trl
-    from trl.experimental.orpo import ORPOConfig
+
+    with warnings.catch_warnings(action="ignore"):  # TRL warns that its ORPO is experimental
+        from trl.experimental.orpo import ORPOConfig
 
     places = {"trl": trl, "transformers": transformers, "peft": peft}
     missing = []
     for key, (owner, field) in OWNERS.items():
         if not owner:
             continue
-        thing: Any = places[owner.partition(".")[0]]
-        for part in owner.split(".")[1:]:
-            thing = (
-                ORPOConfig
-                if part == "orpo"
-                else thing
-                if part in ("experimental", "ORPOConfig")
-                else getattr(thing, part)
-            )
+        thing: Any = ORPOConfig if owner.endswith(".ORPOConfig") else places[owner.partition(".")[0]]
+        for part in owner.split(".")[1:] if thing is not ORPOConfig else ():
+            thing = getattr(thing, part)
         known = {f.name for f in dataclasses.fields(thing)} if dataclasses.is_dataclass(thing) else set()
         if field not in known | set(inspect.signature(thing).parameters):
             missing.append(f"{key}: {owner}({field})")

@@ -56,7 +56,10 @@ def test_micro_batches_give_one_gradient(
     found = {}
     for size in (1, 2, 4, 8):
         settings = recipe(
-            memory__micro_batch_size=size, loss__nll_reduction=reduction, loss__completion_only_loss=only, loss__beta=0.5
+            memory__micro_batch_size=size,
+            loss__nll_reduction=reduction,
+            loss__completion_only_loss=only,
+            loss__beta=0.5,
         )
         found[size] = gradients(model, pairs, settings)
     whole, figures = found[8]
@@ -186,7 +189,9 @@ def gradients_of_processes(folder: str) -> None:
     saved = {}
     for reduction, only in REDUCTIONS:
         for count in (8, 7, 1):  # an uneven share; a process with no pair at all
-            settings = recipe(memory__micro_batch_size=2, loss__nll_reduction=reduction, loss__completion_only_loss=only)
+            settings = recipe(
+                memory__micro_batch_size=2, loss__nll_reduction=reduction, loss__completion_only_loss=only
+            )
             model.zero_grad(set_to_none=True)
             scaler = torch.amp.GradScaler("cpu", enabled=False)
             parts = accumulate(wrapped, ragged_pairs(count), settings, 0, 0, accelerator, scaler)
@@ -209,7 +214,9 @@ def test_two_processes_give_the_gradient_of_one(tmp_path: Path) -> None:
     model = lora_model(tiny_llama())
     for reduction, only in REDUCTIONS:
         for count in (8, 7, 1):
-            settings = recipe(memory__micro_batch_size=8, loss__nll_reduction=reduction, loss__completion_only_loss=only)
+            settings = recipe(
+                memory__micro_batch_size=8, loss__nll_reduction=reduction, loss__completion_only_loss=only
+            )
             expected, figures = gradients(model, ragged_pairs(count), settings)
             vector, parts = saved[f"{reduction} {count}"]
             assert (vector - expected).norm() / expected.norm() < 1e-12

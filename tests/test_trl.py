@@ -52,10 +52,22 @@ def run_trl(model: Any, pairs: Path, folder: Path) -> tuple[list[dict[str, float
             return loss
 
     settings = trl.ORPOConfig(
-        output_dir=str(folder), use_cpu=True, per_device_train_batch_size=BATCH, max_steps=STEPS, beta=0.1,
-        learning_rate=LEARNING_RATE, lr_scheduler_type="constant", warmup_steps=0, optim="adamw_torch",
-        max_length=256, gradient_checkpointing=False, bf16=False, report_to="none", save_strategy="no", disable_tqdm=True,
-    )  # fmt: skip
+        output_dir=str(folder),
+        use_cpu=True,
+        per_device_train_batch_size=BATCH,
+        max_steps=STEPS,
+        beta=0.1,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",
+        warmup_steps=0,
+        optim="adamw_torch",
+        max_length=256,
+        gradient_checkpointing=False,
+        bf16=False,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
     rows = load_dataset("json", data_files=str(pairs), split="train", cache_dir=str(folder / "cache"))
     oracle = Oracle(model=model, args=settings, train_dataset=rows, processing_class=byte_tokenizer())
     oracle.train()
@@ -73,11 +85,19 @@ def test_ten_steps_equal_trl(make: Callable[..., Any], tmp_path: Path) -> None:
     recipe = load_recipe(
         "mistral-qlora",
         [
-            f"data.dataset_name={file}", "data.test_split_size=0", "data.chat_template=none", "data.max_length=256",
-            "data.max_prompt_length=200", "loss.beta=0.1", "training.optim=adamw_torch", f"memory.micro_batch_size={BATCH}",
-            f"training.learning_rate={LEARNING_RATE}", "training.lr_scheduler_type=constant", "training.warmup_steps=0",
+            f"data.dataset_name={file}",
+            "data.test_split_size=0",
+            "data.chat_template=none",
+            "data.max_length=256",
+            "data.max_prompt_length=200",
+            "loss.beta=0.1",
+            "training.optim=adamw_torch",
+            f"memory.micro_batch_size={BATCH}",
+            f"training.learning_rate={LEARNING_RATE}",
+            "training.lr_scheduler_type=constant",
+            "training.warmup_steps=0",
         ],
-    )  # fmt: skip
+    )
     pairs, _ = tokenize_pairs(read_pairs(recipe.data, 0).train, tokenizer, recipe.data)
     for pair, row in zip(pairs, tokens, strict=True):
         assert list(pair.chosen_ids) == row["chosen_input_ids"]

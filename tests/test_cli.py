@@ -1,0 +1,502 @@
+"""The command line: what it prints, how it ends, and that nothing half-done is left behind."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import byte_tokenizer, tiny_llama, write_base
+from transformers import T5Config, T5ForConditionalGeneration
+
+from orpo_lite import cli, errors
+from orpo_lite.recipe import KEYS, load_recipe, shipped_recipes
+
+SCRIPT = Path(sys.executable).with_name("orpo-lite")
+SMALL = "./small.yaml"
+
+Answer = tuple[int, str, str]
+Call = Callable[..., Answer]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Runs the command line in this process; returns (exit code, what it printed, what it complained of)."""
+
+    def run(*arguments: str) -> Answer:
+        monkeypatch.setattr(sys, "argv", ["orpo-lite", *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        printed = capsys.readouterr()
+        code = ended.value.code
+        return code if isinstance(code, int) else 0, printed.out, printed.err
+
+    return run
+
+
+@pytest.fixture
+def small(workspace: Path, small_recipe: Callable[..., Any], call: Call) -> Callable[..., Answer]:
+    """Runs ``train`` with the recipe of the workspace, which is complete and small."""
+    small_recipe()
+    return lambda *overrides: call("train", "--recipe", SMALL, *overrides)
+
+
+def shell(*command: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True, check=False)
+
+
+# --- the program as a program
+
+
+def test_help_answers_in_less_than_a_second(tmp_path: Path) -> None:
+    took = []
+    for _ in range(3):
+        began = time.monotonic()
+        done = shell(SCRIPT, "--help", cwd=tmp_path)
+        took.append(time.monotonic() - began)
+    assert done.returncode == 0
+    assert all(command in done.stdout for command in ("train", "merge", "recipes"))
+    assert min(took) < 1, took
+
+
+def test_the_module_is_the_script(tmp_path: Path) -> None:
+    script, module = (
+        shell(*start, "recipes", "ls", cwd=tmp_path) for start in ([SCRIPT], [sys.executable, "-m", "orpo_lite"])
+    )
+    assert script.returncode == module.returncode == 0
+    assert script.stdout == module.stdout != ""
+    script, module = (
+        shell(*start, "train", "demo", cwd=tmp_path) for start in ([SCRIPT], [sys.executable, "-m", "orpo_lite"])
+    )
+    assert script.returncode == module.returncode == 2
+    assert script.stderr == module.stderr != ""
+
+
+def test_a_persons_error_ends_the_process_with_its_code_and_no_traceback(tmp_path: Path) -> None:
+    done = shell(SCRIPT, "train", "--recipe", "nonesuch", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("--recipe nonesuch: no shipped recipe of that name")
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pipe_that_is_closed_early_is_no_fault(tmp_path: Path) -> None:
+    """As in ``orpo-lite train --recipe demo --dry-run | head -1``."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [str(SCRIPT), "train", "--recipe", "demo", "--dry-run"]
+    with os.fdopen(writing, "w") as nobody:
+        done = subprocess.run(command, cwd=tmp_path, stdout=nobody, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.stderr == ""
+    assert done.returncode in (0, 1)
+
+
+def test_the_version(call: Call) -> None:
+    from orpo_lite import __version__
+
+    assert call("--version") == (0, f"{__version__}\n", "")
+
+
+# --- recipes ls, show, cp
+
+
+def test_ls_lists_every_recipe_with_its_headline_base_and_beta(call: Call) -> None:
+    code, said, _ = call("recipes", "ls")
+    header, *lines = said.splitlines()
+    assert code == 0
+    assert header.split()[0] == "recipe"
+    assert [line.split()[0] for line in lines] == list(shipped_recipes())
+    for line, (name, path) in zip(lines, shipped_recipes().items(), strict=True):
+        recipe, headline = load_recipe(name), path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        assert re.split(r"  +", line) == [name, recipe.model.model_name_or_path, f"{recipe.loss.beta:g}", headline]
+
+
+def test_show_prints_the_whole_recipe_and_what_it_prints_is_that_recipe(call: Call, tmp_path: Path) -> None:
+    code, said, _ = call("recipes", "show", "llama2-7b-qlora")
+    (tmp_path / "shown.yaml").write_text(said, encoding="utf-8")
+    shown = load_recipe(str(tmp_path / "shown.yaml"))
+    assert code == 0
+    assert dict(shown.items()) == dict(load_recipe("llama2-7b-qlora").items())
+    assert "  # λ in the paper" in said
+
+
+def test_cp_writes_a_recipe_to_edit_and_never_over_another(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, said, _ = call("recipes", "cp", "phi2-qlora", "mine.yaml")
+    assert code == 0
+    assert "orpo-lite train --recipe ./mine.yaml" in said
+    assert load_recipe("./mine.yaml").loss.beta == 0.25
+    Path("mine.yaml").write_text("my own work", encoding="utf-8")
+    code, _, said = call("recipes", "cp", "demo", "mine.yaml")
+    assert code == 2
+    assert "mine.yaml: exists" in said
+    assert Path("mine.yaml").read_text(encoding="utf-8") == "my own work"
+
+
+def test_cp_into_a_folder_keeps_the_name_and_stays_inside(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here" / "folder").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    assert call("recipes", "cp", "demo", "folder")[0] == 0
+    assert call("recipes", "cp", "demo", "../source.yaml")[0] == 0
+    assert call("recipes", "cp", "../source.yaml", "folder")[0] == 0
+    assert sorted(path.name for path in (tmp_path / "here" / "folder").iterdir()) == ["demo.yaml", "source.yaml"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "source.yaml"]
+
+
+def test_cp_to_nowhere_says_so(call: Call, tmp_path: Path) -> None:
+    code, _, said = call("recipes", "cp", "demo", str(tmp_path / "no" / "where.yaml"))
+    assert code == 2
+    assert "cannot be written" in said
+
+
+# --- --dry-run
+
+
+def test_dry_run_prints_every_value_whole_with_its_source_and_does_nothing(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    long = "some/" + "very-" * 40 + "long-name"
+    code, said, _ = call(
+        "train", "--recipe", "phi2-qlora", f"data.dataset_name={long}", "lora.use_dora=true", "--dry-run"
+    )
+    recipe = load_recipe("phi2-qlora", [f"data.dataset_name={long}", "lora.use_dora=true"])
+    rows = [re.split(r"  +", line) for line in said.splitlines()]
+    assert code == 0
+    assert rows[0] == ["key", "value", "from"]
+    assert [row[0] for row in rows[1:]] == [f"{section}.{key}" for section, keys in KEYS.items() for key in keys]
+    assert ["data.dataset_name", long, "command line"] in rows
+    assert ["lora.use_dora", "true", "command line"] in rows
+    assert ["loss.beta", "0.25", recipe.sources["loss.beta"]] in rows
+    assert re.fullmatch(r"phi2-qlora\.yaml:\d+", recipe.sources["loss.beta"])
+    assert ["model.adapter_name_or_path", "null", "default"] in rows
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- wrong command lines
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["train", "demo"], ["no recipe given", "--recipe NAME", "orpo-lite train --recipe demo"]),
+        (["train"], ["no recipe given", "orpo-lite train --recipe demo"]),
+        (["train", "lora.r=8"], ["no recipe given", "--recipe"]),
+        (["train", "--recipe", "mistral-qlor"], ["did you mean mistral-qlora", "recipes ls"]),
+        (["train", "--recipe", "./gone.yaml"], ["./gone.yaml: no such file"]),
+        (["train", "--recipe", "../demo"], ["../demo: no such file"]),
+        (["train", "--recipe", "demo", "lora.rank=8"], ["command line: unknown key lora.rank", "orpo-lite"]),
+        (["train", "--recipe", "demo", "lora.r=many"], ["command line: lora.r: many", "valid integer", "16"]),
+        (["train", "--recipe", "demo", "mistral-qlora"], ["argument 'mistral-qlora'", "--recipe mistral-qlora"]),
+        (["train", "--recipe", "demo", "lora.r", "8"], ["argument 'lora.r'", "argument '8'", "section.key=value"]),
+        (["recipes", "show", "nonesuch"], ["--recipe nonesuch", "recipes ls"]),
+        (["recipes", "cp", "demo"], ["Missing argument 'PATH'"]),
+        (["nonsense"], ["No such command 'nonsense'"]),
+        (["train", "--recip", "demo"], ["No such option: --recip", "--recipe"]),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_wrong_command_line_ends_with_2_and_says_the_right_one(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], expected: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call(*arguments)
+    assert code == 2
+    assert [part for part in expected if part not in err] == [], err
+    assert out == ""
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [["lora.r=8"], ["--recipe", "demo"]], ids=" ".join)
+def test_resume_takes_the_recipe_of_the_run_and_no_other(call: Call, tmp_path: Path, arguments: list[str]) -> None:
+    code, _, said = call("train", "--resume", str(tmp_path), *arguments)
+    assert code == 2
+    assert "--resume: given with " + " ".join(arguments) in said
+    assert f"orpo-lite train --resume {tmp_path}" in said
+
+
+def test_resume_of_no_run_ends_with_5(call: Call, tmp_path: Path) -> None:
+    code, _, said = call("train", "--resume", str(tmp_path / "gone"))
+    assert code == 5
+    assert "has no recipe.yaml" in said
+
+
+def test_resume_reads_the_recipe_where_the_run_lies_now(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "moved" / "recipe.yaml").write_text(load_recipe("demo", ["lora.r=4"]).to_yaml(), encoding="utf-8")
+    code, said, _ = call("train", "--resume", str(tmp_path / "moved"), "--dry-run")
+    assert code == 0
+    rows = {line.split()[0]: line.split()[1] for line in said.splitlines()}
+    assert (rows["lora.r"], rows["training.output_dir"]) == ("4", str(tmp_path / "moved"))
+
+
+def test_an_existing_run_ends_with_5_and_the_command_to_go_on(small: Callable[..., Answer], workspace: Path) -> None:
+    (workspace / "run").mkdir()
+    (workspace / "run" / "recipe.yaml").write_text("a run", encoding="utf-8")
+    code, _, said = small()
+    assert code == 5
+    assert "training.output_dir: run: holds a run already" in said
+    assert "orpo-lite train --resume run" in said
+    assert "training.output_dir=OTHER" in said
+    assert (workspace / "run" / "recipe.yaml").read_text(encoding="utf-8") == "a run"
+
+
+def test_a_folder_with_other_things_is_not_written_into(small: Callable[..., Answer], workspace: Path) -> None:
+    (workspace / "run").mkdir()
+    (workspace / "run" / "thesis.tex").write_text("dear", encoding="utf-8")
+    code, _, said = small()
+    assert code == 5
+    assert "exists and is not empty" in said
+    assert "--resume" not in said
+    assert [path.name for path in (workspace / "run").iterdir()] == ["thesis.tex"]
+
+
+# --- our own faults
+
+
+def test_a_fault_of_ours_ends_with_70_a_traceback_and_the_request_to_report(
+    call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def burst(*_: object) -> None:
+        raise ZeroDivisionError("the pipe burst")
+
+    monkeypatch.setattr("orpo_lite.recipe.load_recipe", burst)
+    code, _, said = call("recipes", "show", "demo")
+    assert code == 70
+    assert "Traceback" in said
+    assert "ZeroDivisionError: the pipe burst" in said
+    assert "This is a fault of orpo-lite. Please report it" in said
+
+
+def test_every_error_people_cause_ends_with_its_own_code(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = [errors.RecipeError, errors.DataError, errors.ModelError, errors.CheckpointError, errors.FitError,
+             errors.DivergedError, errors.HubError]  # fmt: skip
+    codes = []
+    for kind in kinds:
+
+        def fail(*_: object, kind: type[errors.OrpoLiteError] = kind) -> None:
+            raise kind("somewhere", "found", "expected", "remedy")
+
+        monkeypatch.setattr("orpo_lite.recipe.load_recipe", fail)
+        code, _, said = call("recipes", "show", "demo")
+        assert said == "somewhere: found\n  expected: expected\n  remedy: remedy\n"
+        codes.append(code)
+    assert codes == [2, 3, 4, 5, 6, 7, 8]
+
+
+# --- bad data and bad models: before any weights load, and nothing left behind
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any attempt to load a model's weights is a fault of ours, exit code 70."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("weights were loaded before everything had been checked")
+
+    # Not by its dotted name: orpo_lite.train is the verb, not the file.
+    monkeypatch.setattr(import_module("orpo_lite.train"), "load_pair_model", refuse)
+
+
+def rows(*pairs: tuple[object, object, object]) -> str:
+    return "".join(json.dumps(dict(zip(("prompt", "chosen", "rejected"), pair, strict=True))) + "\n" for pair in pairs)
+
+
+GOOD = ("How is it?", "It is fine.", "No!")
+BAD_DATA: dict[str, tuple[str, list[str], list[str]]] = {
+    "broken line": (
+        rows(GOOD) + '{"prompt": "x", "chosen": }\n',
+        [],
+        ["pairs.jsonl:2", "broken JSON at column 27", "one whole JSON object", "mend or remove the row"],
+    ),
+    "missing field": (
+        '{"prompt": "a", "chosen": "b"}\n',
+        [],
+        ["rejected is missing", "'prompt', 'chosen'", "data.column_map=rejected=COLUMN"],
+    ),
+    "missing field in one row": (
+        rows(GOOD) + '{"prompt": "a", "chosen": "b"}\n',
+        [],
+        ["pairs.jsonl:2, field rejected", "missing", "data.column_map=rejected=COLUMN"],
+    ),
+    "a number for a text": (rows(GOOD, ("a", 5, "c")), [], ["pairs.jsonl:2, field chosen", "a number", "text"]),
+    "a null": (rows(GOOD, ("a", None, "c")), [], ["pairs.jsonl:2, field chosen", "null", "text"]),
+    "an empty file": ("", [], ["pairs.jsonl: no rows", "at least one preference pair"]),
+    "all equal": (
+        rows(("a", "b", "b"), ("c", "d", "d")),
+        [],
+        ["every pair was left out", "2  chosen and rejected are equal", "pairs to train on"],
+    ),
+    "all empty": (
+        rows(("a", "", "b"), ("c", "d", " ")),
+        [],
+        ["every pair was left out", "1  empty chosen", "1  empty rejected"],
+    ),
+    "all over-long": (
+        rows(*((f"{i} " + "very " * 30, "b", "c") for i in range(8))),
+        [],
+        ["every pair was left out", "prompt longer than data.max_prompt_length"],
+    ),
+    "an unknown column in the map": (
+        rows(GOOD),
+        ["data.column_map=prompt=promt"],
+        ["data.column_map", "'promt'", "did you mean 'prompt'?"],
+    ),
+    "a test split of a single file": (
+        rows(GOOD),
+        ["data.dataset_test_split=test"],
+        ["data.dataset_test_split: 'test'", "data.test_split_size", "held-out.jsonl"],
+    ),
+    "one prompt, so nothing to hold out": (rows(GOOD, GOOD), [], ["data.test_split_size", "data.test_split_size=0"]),
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_bad_data_ends_with_3_before_weights_load(small: Callable[..., Answer], workspace: Path, case: str) -> None:
+    text, overrides, expected = BAD_DATA[case]
+    (workspace / "pairs.jsonl").write_text(text, encoding="utf-8")
+    before = {path.name for path in workspace.rglob("*")}
+    code, _, said = small(*overrides)
+    assert code == 3, said
+    assert [part for part in expected if part not in said] == [], said
+    assert "Traceback" not in said
+    assert {path.name for path in workspace.rglob("*")} == before
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_missing_data_file_names_its_neighbours(small: Callable[..., Answer], workspace: Path) -> None:
+    code, _, said = small("data.dataset_name=./pears.jsonl")
+    assert code == 3
+    assert "pears.jsonl: no such file" in said
+    assert "did you mean pairs.jsonl?" in said
+    assert not (workspace / "run").exists()
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_prompt_on_both_sides_of_a_given_split_is_refused(small: Callable[..., Answer], workspace: Path) -> None:
+    (workspace / "held-out.jsonl").write_text(rows(("Something else?", "Yes.", "No."), GOOD), encoding="utf-8")
+    (workspace / "pairs.jsonl").write_text(rows(GOOD), encoding="utf-8")
+    code, _, said = small("data.dataset_test_split=./held-out.jsonl")
+    assert code == 3
+    assert "held-out pair held-out.jsonl:2: the same prompt as in the training pair pairs.jsonl:1" in said
+    assert "data.test_split_size splits by prompt" in said
+    assert not (workspace / "run").exists()
+
+
+def change_config(base: Path, **values: object) -> None:
+    file = base / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | values), encoding="utf-8")
+
+
+def encoder_decoder(base: Path) -> None:
+    shutil.rmtree(base)
+    shape = {"vocab_size": 98, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    T5ForConditionalGeneration(T5Config(**shape)).save_pretrained(base)
+    byte_tokenizer().save_pretrained(base)
+
+
+def as_pickle(base: Path) -> None:
+    (base / "model.safetensors").rename(base / "pytorch_model.bin")
+
+
+BAD_BASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
+    "no such folder": (shutil.rmtree, [], ["model.model_name_or_path: ./base", "no such folder", "or a hub name"]),
+    "no safetensors": (as_pickle, [], ["base", "safetensors", "pickles are never loaded"]),
+    "no config": (lambda base: (base / "config.json").unlink(), [], ["base", "no config.json", "transformers"]),
+    "a broken config": (
+        lambda base: (base / "config.json").write_text("{", encoding="utf-8"),
+        [],
+        ["config.json", "is not JSON"],
+    ),
+    "encoder-decoder": (encoder_decoder, [], ["base", "model_type 't5'", "decoder-only"]),
+    "code of its own": (
+        lambda base: change_config(base, auto_map={"AutoModelForCausalLM": "evil.Model"}),
+        [],
+        ["base", "needs code of its own (auto_map)"],
+    ),
+    "already quantised": (
+        lambda base: change_config(base, quantization_config={"load_in_4bit": True}),
+        [],
+        ["base", "is already quantised", "16-bit weights"],
+    ),
+    "an unknown architecture": (lambda base: change_config(base, model_type="rwkv99"), [], ["model_type 'rwkv99'"]),
+    "a target that matches nothing": (
+        lambda _: None,
+        ["lora.target_modules=q_proj,typo"],
+        ["command line", "lora.target_modules: typo matches no layer", "gate_proj, k_proj", "=all-linear"],
+    ),
+    "no tokenizer": (
+        lambda base: [file.unlink() for file in base.glob("*token*")],
+        [],
+        ["tokenizer", "base"],
+    ),
+    "nothing that ends a reply": (
+        lambda base: (base / "tokenizer_config.json").write_text(
+            re.sub(r'"eos_token": "[^"]*",?', "", (base / "tokenizer_config.json").read_text(encoding="utf-8"))
+        ),
+        [],
+        ["tokenizer", "nothing ends a reply", "eos_token"],
+    ),
+    "a template that raises": (
+        lambda _: None,
+        ["data.chat_template={{ raise_exception('only poems') }}"],
+        ["the chat template raises", "only poems", "data.chat_template=FILE.jinja"],
+    ),
+    "token ids beyond the embedding": (
+        lambda base: write_base(base, tiny_llama(64)),
+        [],
+        ["pairs.jsonl:", "token id", "embedding has 64 rows", "tokenizer"],
+    ),
+    "no such adapter": (
+        lambda _: None,
+        ["model.adapter_name_or_path=./base"],
+        ["model.adapter_name_or_path: ./base", "has no adapter_config.json", "peft LoRA adapter in safetensors"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("case", BAD_BASES)
+def test_a_bad_base_ends_with_4_before_weights_load(small: Callable[..., Answer], workspace: Path, case: str) -> None:
+    spoil, overrides, expected = BAD_BASES[case]
+    spoil(workspace / "base")
+    before = {path.name for path in workspace.rglob("*")}
+    code, _, said = small(*overrides)
+    assert code == 4, said
+    assert [part for part in expected if part not in said] == [], said
+    assert "Traceback" not in said
+    assert {path.name for path in workspace.rglob("*")} == before
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_hub_base_that_is_not_cached_ends_with_8_when_there_is_no_hub(
+    small: Callable[..., Answer], workspace: Path
+) -> None:
+    code, _, said = small("model.model_name_or_path=nobody/nothing-of-that-name")
+    assert code == 8
+    assert "nobody/nothing-of-that-name at main" in said
+    assert "hf download nobody/nothing-of-that-name" in said
+    assert not (workspace / "run").exists()
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_weights_are_loaded_only_after_the_checks(small: Callable[..., Answer], workspace: Path) -> None:
+    """The fixture bites: with nothing wrong, the refusal to load is reached."""
+    code, _, said = small()
+    assert code == 70
+    assert "weights were loaded" in said

@@ -1,0 +1,87 @@
+"""The embedded default, from the command to the merged model, as a new user runs it."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM
+
+from orpo_lite import run
+from orpo_lite.recipe import KEYS, find_recipe
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, float]:
+    """The run folder, what was printed, and the seconds that it took."""
+    folder = tmp_path_factory.mktemp("demo")
+    began = time.monotonic()
+    command = [sys.executable, "-m", "orpo_lite", "train", "--recipe", "demo"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert done.stderr == ""
+    return folder / "runs" / "demo", done.stdout, time.monotonic() - began
+
+
+def test_a_fair_fight_is_won_by_training(demo: tuple[Path, str, float]) -> None:
+    """Held-out accuracy after quantisation and before the first step, and at the end; on at least 100 pairs."""
+    rows = [row for row in run.read_metrics(demo[0]) if "eval_loss" in row]
+    assert run.read_json(demo[0] / "data.json")["held_out_pairs"] >= 100
+    assert 0.35 <= rows[0]["eval_rewards/accuracies"] <= 0.65
+    assert rows[-1]["eval_rewards/accuracies"] >= 0.95
+
+
+def test_it_went_through_the_real_path(demo: tuple[Path, str, float]) -> None:
+    recipe = run.read_recipe(demo[0])
+    assert recipe.quantization.load_in_4bit
+    assert recipe.quantization.bnb_4bit_quant_type == "nf4"
+    assert recipe.training.optim == "paged_adamw_8bit"
+    assert recipe.lora.target_modules == "all-linear"
+
+
+def test_at_most_three_minutes(demo: tuple[Path, str, float]) -> None:
+    assert demo[2] < 180
+
+
+def test_it_ends_with_a_table_answers_and_a_remark(demo: tuple[Path, str, float]) -> None:
+    path, printed, _ = demo
+    assert "held-out pairs" in printed
+    assert "before" in printed
+    assert "reward accuracy" in printed
+    samples = [json.loads(line) for line in (path / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 3
+    for sample in samples:
+        assert sample["prompt"] in printed
+        assert sample["after"] in printed
+    assert any(sample["before"] != sample["after"] for sample in samples)
+    assert "not" in printed.splitlines()[-1]  # the remark: machinery, not quality
+    assert "\x1b[" not in printed
+
+
+def test_the_merged_model_is_plain_transformers(demo: tuple[Path, str, float]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(demo[0] / "merged")
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert not any("lora" in name for name, _ in model.named_parameters())
+
+
+def test_demo_is_a_recipe_like_any_other() -> None:
+    """No line of the code knows its name, and it may hold no key that another recipe may not."""
+    for file in (Path(run.__file__).parent).rglob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        assert '== "demo"' not in text
+        assert "== 'demo'" not in text
+    written = yaml.safe_load(find_recipe("demo").read_text(encoding="utf-8"))
+    assert all(set(section) <= set(KEYS[name]) for name, section in written.items())
+
+
+def test_demo_with_another_base_and_other_data_is_an_ordinary_run(workspace: Path) -> None:
+    command = [sys.executable, "-m", "orpo_lite", "train", "--recipe", "demo"]
+    command += ["model.model_name_or_path=./base", "data.dataset_name=./pairs.jsonl", "training.max_steps=2"]
+    done = subprocess.run([*command, "output.samples=1"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "built-in" not in done.stdout
+    assert (workspace / "runs" / "demo" / "merged" / "config.json").is_file()
+    assert not (workspace / "runs" / "builtin").exists()
