@@ -10,12 +10,17 @@ The house, imports strictly downward (kept by tests/test_house.py):
 0  recipe  errors                        the schema; the errors people see
 """
 
+import os
 import sys
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
+
+# Before any library of theirs is imported: no compiled code from the hub, no usage reports to it.
+os.environ.setdefault("USE_HUB_KERNELS", "0")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 # Lazy, so that `orpo-lite --help` does not wait for torch.
 _EXPORTS = {

@@ -48,7 +48,8 @@ def main() -> None:
     try:
         app()
     except OrpoLiteError as error:
-        err.print(str(error))
+        # Every process of a launch meets the same fault, or one of its own: the others say it in a line.
+        err.print(str(error) if _is_main_process() else f"process {os.environ['RANK']}: {error.found}")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         err.print("stopped; nothing further was saved")
@@ -295,24 +296,23 @@ class _PlainLines:
 
 
 class _Live:
-    """One bar for what is being done; notes and evaluations scroll above it."""
+    """A bar for the training and one for what interrupts it; notes and evaluations scroll above them."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
-        self.task: TaskID | None = None
-        self.text = ""
+        self.tasks: dict[str, TaskID] = {}
 
     def show(self, update: "Update") -> None:
         if update.kind in ("note", "eval"):
             self.progress.console.print(_line(update))
             return
         text = update.text or "training"
-        if self.task is None or text != self.text:
-            if self.task is not None:
-                self.progress.remove_task(self.task)
-            self.task, self.text = self.progress.add_task(text, total=update.steps or None, figures=""), text
+        if text not in self.tasks:
+            self.tasks[text] = self.progress.add_task(text, total=update.steps or None, figures="")
+        for name, task in self.tasks.items():
+            self.progress.update(task, visible=name == text or (name == "training" and update.steps > 0))
         figures = _figures(update.metrics) if update.metrics else ""
-        self.progress.update(self.task, completed=update.step, figures=figures)
+        self.progress.update(self.tasks[text], completed=update.step, figures=figures)
 
 
 def _figures(metrics: Mapping[str, float]) -> str:
@@ -356,7 +356,6 @@ def _quiet() -> Iterator[None]:
     root = logging.getLogger()
     root.setLevel(logging.INFO)
     root.addHandler(logging.NullHandler())  # without a handler Python prints warnings to stderr
-    os.environ.setdefault("USE_HUB_KERNELS", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         import bitsandbytes  # noqa: F401

@@ -34,45 +34,45 @@ REMARK = (
 Phrasing = tuple[str, str]  # greeting, goodbye
 Card = TypeVar("Card")
 
-# Greetings are five tokens each, goodbyes six, whatever the tone: a comma, a full stop and a word count alike. Some
-# first words serve both tones, so that no single token decides between them.
+# Greetings are five tokens each, goodbyes six (a word or a mark is one). Half of either end in "!", and many first
+# words serve both tones, so that no single token decides between the two.
 WARM: list[Phrasing] = list(
     product(
         (
             "What a lovely question!",
-            "So glad you asked!",
+            "So glad you asked.",
             "Oh, wonderful idea!",
-            "Happy to help you!",
+            "Happy to help you.",
             "That sounds like fun!",
-            "Great that you ask!",
-            "You picked something nice!",
+            "Great that you ask.",
+            "You picked something nice.",
             "I love this topic!",
         ),
         (
             "You will do really well!",
             "Enjoy every minute of it!",
-            "I am cheering for you!",
-            "Tell me how it goes!",
+            "I am cheering for you.",
+            "Tell me how it goes.",
         ),
     )
 )
 CURT: list[Phrasing] = list(
     product(
         (
-            "What, this again?",
+            "What, this again!",
             "So you want help.",
             "Fine, just once.",
-            "Must I really answer?",
+            "Great, another question!",
             "That is rather obvious.",
-            "Everyone knows that already.",
+            "Everyone knows that already!",
             "You could look yourself.",
-            "I have no time.",
+            "I have no time!",
         ),
         (
             "You will manage without me.",
             "That is all from me.",
-            "I will not repeat this.",
-            "Please do not ask again.",
+            "I will not repeat this!",
+            "Please do not ask again!",
         ),
     )
 )

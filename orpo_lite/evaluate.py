@@ -1,6 +1,6 @@
 """The loss and the reward accuracy on held-out pairs, through the same forward pass that trains."""
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,8 @@ from orpo_lite.step.losses import PARTS, Divisors, named_parts, orpo_loss
 
 def evaluate(
     model: PairModel, pairs: Sequence[TokenizedPair], recipe: Recipe, *, pad_id: int, accelerator: Accelerator
-) -> dict[str, float]:
-    """Metrics on ``pairs`` under TRL's names with the prefix ``eval_``; {} for no pairs.
+) -> Generator[tuple[int, int], None, dict[str, float]]:
+    """Metrics on ``pairs`` under TRL's names with the prefix ``eval_``; {} for no pairs. Yields (batch, batches).
 
     The NLL is divided by the tokens of all pairs, so the figure does not depend on the micro-batch. Nothing of the
     training that follows changes by a bit: no dropout, no generator is touched, the 4-bit weights stay as they are.
@@ -29,7 +29,8 @@ def evaluate(
     rank, world = accelerator.process_index, accelerator.num_processes
     share = micro_batches(range(len(pairs)), pairs, size=recipe.memory.micro_batch_size, rank=rank, world=world)
     with model.evaluating():
-        for chunk in share:
+        for number, chunk in enumerate(share):
+            yield number, len(share)
             batch = pad_pairs([pairs[index] for index in chunk], pad_id=pad_id, completion_only_loss=only)
             logps = model(batch.to(accelerator.device))
             _, parts = orpo_loss(logps, divisors, beta=recipe.loss.beta, nll_reduction=recipe.loss.nll_reduction)

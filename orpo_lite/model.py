@@ -4,15 +4,12 @@ import errno
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("USE_HUB_KERNELS", "0")  # otherwise transformers may fetch compiled code from the hub
 
 import torch
 from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
@@ -32,7 +29,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from orpo_lite.data.packing import PairBatch
-from orpo_lite.errors import FitError, HubError, ModelError
+from orpo_lite.errors import FitError, HubError, ModelError, RecipeError
 from orpo_lite.recipe import Recipe
 from orpo_lite.step.head import pair_logps
 from orpo_lite.step.losses import PairLogps
@@ -372,7 +369,7 @@ def load_pair_model(recipe: Recipe, base: Base, device: torch.device) -> PairMod
         found = f"its weights cannot be read: {str(error).splitlines()[0]}"
         raise ModelError(f"model {base.path}", found, "whole safetensors", "download it again") from error
     # transformers would leave these random
-    lacking = [*loading["missing_keys"], *(str(name) for name, *_ in loading["mismatched_keys"])]
+    lacking = [*loading["missing_keys"], *(str(name) for name, *_ in loading["mismatched_keys"]), *_misshapen(model)]
     if lacking:
         found = f"lacks {len(lacking)} weights of the right shape ({', '.join(sorted(lacking)[:3])} ...)"
         raise ModelError(f"model {base.name}", found, "all of them")
@@ -386,6 +383,19 @@ def load_pair_model(recipe: Recipe, base: Base, device: torch.device) -> PairMod
     if folder:
         set_adapter(pair_model, load_file(folder / "adapter_model.safetensors"))
     return pair_model
+
+
+def _misshapen(model: nn.Module) -> list[str]:
+    """4-bit layers whose weights are not of the layer's shape, which transformers looks at in other layers only."""
+    import bitsandbytes as bnb
+
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
+    return [
+        f"{name}.weight"
+        for name, layer in layers.items()  # in either orientation, for GPT-2 stores its matrices transposed
+        if (state := getattr(layer.weight, "quant_state", None)) is not None  # a missing weight has none
+        and sorted(state.shape) != sorted((layer.in_features, layer.out_features))
+    ]
 
 
 def _add_lora(model: nn.Module, recipe: Recipe, folder: Path | None) -> nn.Module:
@@ -404,17 +414,35 @@ def _add_lora(model: nn.Module, recipe: Recipe, folder: Path | None) -> nn.Modul
             target_modules=lora.target_modules,
             use_rslora=lora.use_rslora,
             use_dora=lora.use_dora,
-            init_lora_weights=lora.init_lora_weights,
+            init_lora_weights=True if lora.init_lora_weights == "orthogonal" else lora.init_lora_weights,
         )
     torch.manual_seed(recipe.training.seed)  # of the adapter's initialisation
     try:
         model = get_peft_model(model, config)
     except ValueError as error:  # no such layers
         raise ModelError("adapter", str(error).splitlines()[0], "layers of this base") from error
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and "lora_" not in name:
-            raise ModelError("adapter", f"would train {name}", "LoRA parameters alone", "drop modules_to_save")
+    if lora.init_lora_weights == "orthogonal" and not folder:
+        _init_orthogonal(model, recipe)
     return model
+
+
+@torch.no_grad()
+def _init_orthogonal(model: nn.Module, recipe: Recipe) -> None:
+    """peft's orthogonal_init, which takes the dtype of the base's weights and so fails on a 4-bit one."""
+    from peft.tuners.lora import LoraLayer
+
+    rank = recipe.lora.r
+    if rank % 2:
+        where = recipe.sources["lora.r"]
+        raise RecipeError(
+            where, f"lora.r={rank}", "an even number for lora.init_lora_weights=orthogonal", f"{rank + 1}"
+        )
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            a_RI, b_OR = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            rows_RR = torch.linalg.qr(torch.randn(rank, rank)).Q
+            a_RI.copy_(rows_RR[0::2].T @ torch.randn(rank // 2, a_RI.shape[1]) / 10)
+            b_OR.copy_(torch.randn(b_OR.shape[0], rank // 2) @ rows_RR[1::2] / 10)
 
 
 def find_adapter(name: str) -> Path:
@@ -453,7 +481,10 @@ def read_adapter_config(folder: Path) -> Any:
     init = options.get("init_lora_weights", True)
     if init not in (True, False, "gaussian", "orthogonal"):
         raise ModelError(str(path), f"init_lora_weights: {init!r}", "one that leaves the base as it is")
-    return LoraConfig.from_pretrained(folder, inference_mode=False)
+    config = LoraConfig.from_pretrained(folder)
+    config.inference_mode = False  # as saved, an adapter is for use; here it trains on
+    config.init_lora_weights = True  # any will do: the adapter's own weights follow
+    return config
 
 
 def _checkpoint_activations(model: nn.Module, amount: str | int) -> None:

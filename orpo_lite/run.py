@@ -5,9 +5,11 @@ pairs in figures · ``metrics.jsonl`` a line a step · ``samples.jsonl`` answers
 ``adapter/`` the result, with tokenizer, template and generation config · ``merged/`` · ``train.log`` library noise.
 """
 
+import errno
 import fcntl
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -15,9 +17,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from orpo_lite.errors import CheckpointError
+from safetensors import SafetensorError
+
+from orpo_lite.errors import CheckpointError, FitError
 from orpo_lite.recipe import Recipe, load_recipe
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -101,6 +106,13 @@ def new_folder(final: Path) -> Iterator[Path]:
         temporary.rename(final)
         sync_folder(final.parent)
         shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", 0) in FULL or "No space left" in str(error):
+            free = f"{shutil.disk_usage(final.parent).free / 2**20:,.0f} MiB free"
+            raise FitError(
+                str(final), f"the disk is full ({free})", "", "free some space; nothing older is lost"
+            ) from error
+        raise CheckpointError(str(final), f"cannot be written ({error})", "a folder that can be written to") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -140,9 +152,12 @@ def logged(path: Path) -> Iterator[None]:
 
 
 def append_metrics(path: Path, row: Mapping[str, Any]) -> None:
-    """One line of metrics.jsonl."""
+    """One line of metrics.jsonl; a figure that is not finite becomes null, for JSON has no word for it."""
+    known = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
+    }
     with (path / "metrics.jsonl").open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(row) + "\n")
+        stream.write(json.dumps(known) + "\n")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -151,8 +166,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
 
 
-def cut_metrics(path: Path, step: int) -> None:
-    """Forget the lines after ``step``: a resumed run writes them again. A line cut short by a kill goes too."""
+def cut_metrics(path: Path, *, step: int, evaluated: int | None) -> None:
+    """Forget what a resumed run will write again: steps after ``step``, evaluations after ``evaluated``."""
     file = path / "metrics.jsonl"
     if not file.is_file():
         return
@@ -160,8 +175,9 @@ def cut_metrics(path: Path, step: int) -> None:
     for line in file.read_text(encoding="utf-8").splitlines():
         try:
             row = json.loads(line)
-        except ValueError:
+        except ValueError:  # cut short by the kill
             break
-        if row["step"] <= step:
+        last = (-1 if evaluated is None else evaluated) if "eval_loss" in row else step
+        if row["step"] <= last:
             kept.append(line)
     write_text(file, "".join(f"{line}\n" for line in kept))

@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from transformers import enable_full_determinism
 
 from orpo_lite import checkpoint, demo, run
 from orpo_lite.data.packing import epoch_order, micro_batches, nll_tokens, pad_pairs, steps_per_epoch
@@ -27,11 +29,12 @@ from orpo_lite.data.pairs import (
     set_chat_template,
     tokenize_pairs,
 )
-from orpo_lite.errors import CheckpointError, DivergedError, FitError, OrpoLiteError
+from orpo_lite.errors import CheckpointError, DivergedError, FitError, ModelError, OrpoLiteError, RecipeError
 from orpo_lite.evaluate import evaluate
 from orpo_lite.model import (
     Base,
     PairModel,
+    check_disk,
     check_targets,
     choose_dtype,
     fetch_weights,
@@ -101,6 +104,11 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainResult:
 def training(recipe: Recipe, *, resume: bool = False) -> Generator[Update, None, TrainResult]:
     """:func:`train` as a generator: yields an :class:`Update` for all that happens and returns the result."""
     accelerator = Accelerator(mixed_precision="no")  # dtypes are ours; autocast would copy outputs to float32
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        found = f"distributed by {accelerator.distributed_type.value}"
+        raise RecipeError(
+            "accelerate's configuration", found, "one process, or plain data parallel", "accelerate config"
+        )
     if not resume and accelerator.is_main_process:
         run.refuse_existing(recipe)
     if accelerator.is_main_process:
@@ -178,6 +186,7 @@ def _prepare(recipe: Recipe) -> Generator[Update, None, _Ready]:
     vocab_size = base.config.get_text_config().vocab_size
     train_pairs, counts = tokenize_pairs(pairs.train, tokenizer, recipe.data, vocab_size)
     test_pairs, test_counts = tokenize_pairs(pairs.test, tokenizer, recipe.data, vocab_size) if pairs.test else ([], {})
+    _check_positions(base, [*train_pairs, *test_pairs])
     for reason, count in [*pairs.drops.items(), *test_counts.items()]:
         counts[reason] = counts.get(reason, 0) + count
     end_id = end_token_id(tokenizer, recipe.data)
@@ -185,6 +194,15 @@ def _prepare(recipe: Recipe) -> Generator[Update, None, _Ready]:
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.items()) if count) or "none dropped"
     yield Update("note", f"{len(train_pairs):,} pairs to train on, {len(test_pairs):,} held out ({dropped})")
     return ready
+
+
+def _check_positions(base: Base, pairs: Sequence[TokenizedPair]) -> None:
+    """Refuse sequences longer than the base has positions for: learned ones fail, rotary ones turn to noise."""
+    limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    longest = max((max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs), default=0)
+    if limit is not None and longest > limit:
+        found = f"the longest pair has {longest:,} tokens, and {base.name} reads {limit:,}"
+        raise ModelError("data.max_length", found, "", f"data.max_length={limit} data.max_prompt_length={limit // 2}")
 
 
 def _lock(recipe: Recipe, ready: _Ready) -> dict[str, Any]:
@@ -242,67 +260,44 @@ def _train(
     eval_every = whole_steps(settings.eval_steps, steps)
     yield Update("stage", f"loading {ready.base.name}")
     loaded = _load(recipe, ready.base, accelerator)
+    # A checkpoint holds the adapter and two states of its size; those kept, one being written, and the result.
+    adapter_bytes = 4 * sum(parameter.numel() for parameter in loaded.trained)
+    check_disk(path, 3 * adapter_bytes * (checkpoint.KEPT + 3), f"saving the checkpoints of {path}")
     factor = lr_factor(recipe, loaded.optimizer, steps)
+    state: dict[str, Any] = {"step": 0, "evaluated": None, "best_step": None, "best_loss": None, "worse": 0}
+    state |= {"before": {}, "after": {}, "bad": 0, "num_tokens": 0}
     if resume:
-        state = yield from _restore(path, loaded, accelerator)
+        state |= yield from _restore(path, loaded, accelerator)
         yield Update("note", f"going on after step {state['step']} of {steps}")
-    else:
-        yield Update("stage", f"evaluating {len(ready.test):,} held-out pairs" if ready.test else "starting")
-        state = {"step": 0, "best_step": None, "best_loss": None, "worse": 0, "bad": 0, "num_tokens": 0}
-        state["before"] = state["after"] = _evaluate(recipe, ready, loaded, path, accelerator, 0)
-        yield Update("eval", "before training", 0, steps, state["before"])
 
-    clock = time.monotonic()
-    while state["step"] < steps and not _exhausted(state, recipe):
+    saved = (state["step"], state["evaluated"]) if resume else None
+    while True:
+        stopping = _any_process(accelerator, bool(stop))
+        due = state["step"] % eval_every == 0 or state["step"] == steps
+        if due and not stopping and state["evaluated"] != state["step"]:
+            yield from _evaluate(recipe, ready, loaded, path, accelerator, state, steps)
+        if (due or stopping) and saved != (state["step"], state["evaluated"]):
+            if accelerator.is_main_process:
+                scaler = {"scaler": loaded.scaler.state_dict()}
+                checkpoint.save(path, loaded.pair_model, loaded.optimizer, state | scaler)
+            accelerator.wait_for_everyone()
+            saved = (state["step"], state["evaluated"])
+        if stopping:
+            raise Interrupted(stop[0] if stop else signal.SIGTERM, path)
+        if state["step"] == steps or _exhausted(state, recipe):
+            break
         epoch, place = divmod(state["step"], per_epoch)
         order = epoch_order(len(pairs), seed=settings.seed, epoch=epoch)
         indices = order[place * settings.global_batch_size : (place + 1) * settings.global_batch_size]
-        for group in loaded.optimizer.param_groups:
-            group["lr"] = settings.learning_rate * factor(state["step"])
         batch = [pairs[index] for index in indices]
-        parts = accumulate(loaded.model, batch, recipe, state["step"], ready.pad_id, accelerator, loaded.scaler)
-        named = named_parts(parts, beta=recipe.loss.beta)
-        norm, finite = _update(loaded, named["loss"], settings.max_grad_norm)
-        state["step"] += 1
-        state["bad"] = 0 if finite else state["bad"] + 1
-        tokens = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in batch)
-        state["num_tokens"] += tokens
-        seconds, clock = time.monotonic() - clock, time.monotonic()
-        metrics = {
-            **named,
-            "grad_norm": norm,
-            "learning_rate": loaded.optimizer.param_groups[0]["lr"],
-            "epoch": state["step"] / per_epoch,
-            "num_tokens": state["num_tokens"],
-            "tokens_per_second": tokens / seconds,
-            "memory_gib": memory_gib(accelerator.device),
-        }
+        learning_rate = settings.learning_rate * factor(state["step"])
+        metrics, finite = _step(recipe, ready, loaded, accelerator, batch, state, learning_rate)
+        metrics["epoch"] = state["step"] / per_epoch
         if accelerator.is_main_process:
             run.append_metrics(path, {"step": state["step"], **metrics})
         yield Update("step", "", state["step"], steps, metrics)
         if not finite:
-            rows = ", ".join(pair.where for pair in batch[:8])
-            found = f"loss or gradient not finite at step {state['step']}"
-            yield Update("note", f"{found}; no update (pairs {rows} ...)")
-            if state["bad"] == BAD_STEPS:
-                remedy = f"lower training.learning_rate; the last checkpoint is kept in {path}"
-                raise DivergedError(f"run {path}", f"{found}, the {BAD_STEPS}rd in a row", "", remedy)
-
-        stopping = _any_process(accelerator, bool(stop))
-        if state["step"] % eval_every == 0 or state["step"] == steps or stopping:
-            if not stopping:
-                metrics = _evaluate(recipe, ready, loaded, path, accelerator, state["step"])
-                _judge(state, metrics)
-                best = "best so far" if state["best_step"] == state["step"] else ""
-                yield Update("eval", best, state["step"], steps, metrics)
-            if accelerator.is_main_process:
-                checkpoint.save(
-                    path, loaded.pair_model, loaded.optimizer, {**state, "scaler": loaded.scaler.state_dict()}
-                )
-            accelerator.wait_for_everyone()
-            clock = time.monotonic()  # evaluating and saving are not training speed
-        if stopping:
-            raise Interrupted(stop[0] if stop else signal.SIGTERM, path)
+            yield _not_finite(batch, state, path)
 
     kept = _keep(recipe, ready, loaded, path, accelerator, state)
     prompts = list({tuple(pair.chosen_ids[: pair.chosen_start]): None for pair in ready.test})
@@ -315,6 +310,46 @@ def _train(
         kept_step=kept,
         prompts=[list(ids) for ids in prompts[: recipe.output.samples]],
     )
+
+
+def _step(
+    recipe: Recipe,
+    ready: _Ready,
+    loaded: _Loaded,
+    accelerator: Accelerator,
+    batch: Sequence[TokenizedPair],
+    state: dict[str, Any],
+    learning_rate: float,
+) -> tuple[dict[str, float], bool]:
+    """One optimizer step on the pairs of ``batch``: its metrics, and whether loss and gradients were finite."""
+    began = time.monotonic()
+    for group in loaded.optimizer.param_groups:
+        group["lr"] = learning_rate
+    parts = accumulate(loaded.model, batch, recipe, state["step"], ready.pad_id, accelerator, loaded.scaler)
+    named = named_parts(parts, beta=recipe.loss.beta)
+    norm, finite = _update(loaded, named["loss"], recipe.training.max_grad_norm)
+    tokens = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in batch)
+    state["step"] += 1
+    state["bad"] = 0 if finite else state["bad"] + 1
+    state["num_tokens"] += tokens
+    figures = {
+        "grad_norm": norm,
+        "learning_rate": learning_rate,
+        "num_tokens": state["num_tokens"],
+        "tokens_per_second": tokens / (time.monotonic() - began),
+        "memory_gib": memory_gib(accelerator.device),
+    }
+    return named | figures, finite
+
+
+def _not_finite(batch: Sequence[TokenizedPair], state: Mapping[str, Any], path: Path) -> Update:
+    """What to say of a step that was skipped; raises :class:`DivergedError` at the third in a row."""
+    found = f"loss or gradient not finite at step {state['step']}"
+    if state["bad"] == BAD_STEPS:
+        remedy = f"lower training.learning_rate; the last checkpoint is kept in {path}"
+        raise DivergedError(f"run {path}", f"{found}, the {BAD_STEPS}rd in a row", "", remedy)
+    rows = ", ".join(pair.where for pair in batch[:8])
+    return Update("note", f"{found}; no update (pairs {rows}{' ...' if len(batch) > 8 else ''})")
 
 
 def accumulate(
@@ -377,7 +412,7 @@ def _update(loaded: _Loaded, loss: float, max_grad_norm: float) -> tuple[float, 
 
 def _load(recipe: Recipe, base: Base, accelerator: Accelerator) -> _Loaded:
     if recipe.training.full_determinism:
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        enable_full_determinism(recipe.training.seed, warn_only=True)
     pair_model = load_pair_model(recipe, base, accelerator.device)
     trained = [parameter for _, parameter in pair_model.trained()]
     is_half = choose_dtype(recipe.model.dtype, accelerator.device) == torch.float16
@@ -387,26 +422,54 @@ def _load(recipe: Recipe, base: Base, accelerator: Accelerator) -> _Loaded:
 
 
 def _restore(path: Path, loaded: _Loaded, accelerator: Accelerator) -> Generator[Update, None, dict[str, Any]]:
-    """The state of the newest valid checkpoint, loaded; metrics written after it are forgotten."""
-    folder, faults = checkpoint.newest(path)
-    for fault in faults:
-        yield Update("note", f"skipped {fault}")
-    state = checkpoint.restore(folder, loaded.pair_model, loaded.optimizer)
-    scale = state.pop("scaler")
-    if loaded.scaler.is_enabled():
-        loaded.scaler.load_state_dict(scale)
+    """The state of the newest valid checkpoint, loaded; {} when the run was stopped before its first one."""
+    state: dict[str, Any] = {}
+    if (path / "checkpoints").is_dir():
+        folder, faults = checkpoint.newest(path)
+        for fault in faults:
+            yield Update("note", f"skipped {fault}")
+        state = checkpoint.restore(folder, loaded.pair_model, loaded.optimizer)
+        scale = state.pop("scaler")
+        if loaded.scaler.is_enabled():
+            loaded.scaler.load_state_dict(scale)
     if accelerator.is_main_process:
-        run.cut_metrics(path, state["step"])
+        run.cut_metrics(path, step=state.get("step", 0), evaluated=state.get("evaluated"))
     return state
 
 
 def _evaluate(
-    recipe: Recipe, ready: _Ready, loaded: _Loaded, path: Path, accelerator: Accelerator, step: int
-) -> dict[str, float]:
-    metrics = evaluate(loaded.pair_model, ready.test, recipe, pad_id=ready.pad_id, accelerator=accelerator)
-    if accelerator.is_main_process and metrics:
-        run.append_metrics(path, {"step": step, **metrics})
-    return metrics
+    recipe: Recipe,
+    ready: _Ready,
+    loaded: _Loaded,
+    path: Path,
+    accelerator: Accelerator,
+    state: dict[str, Any],
+    steps: int,
+) -> Generator[Update, None, None]:
+    """Write the held-out metrics down and note in ``state`` whether they are the best; nothing without such pairs."""
+    batches = evaluate(loaded.pair_model, ready.test, recipe, pad_id=ready.pad_id, accelerator=accelerator)
+    while True:
+        try:
+            done, total = next(batches)
+        except StopIteration as end:
+            metrics: dict[str, float] = end.value
+            break
+        yield Update("stage", f"evaluating {len(ready.test):,} held-out pairs", done, total)
+    state["evaluated"] = state["step"]
+    if not metrics:
+        return
+    if accelerator.is_main_process:
+        run.append_metrics(path, {"step": state["step"], **metrics})
+    if state["step"] == 0:
+        state["before"] = state["after"] = metrics
+        yield Update("eval", "before training", 0, steps, metrics)
+        return
+    is_best = state["best_loss"] is None or metrics["eval_loss"] < state["best_loss"]
+    if is_best:
+        state.update(best_loss=metrics["eval_loss"], best_step=state["step"], worse=0, after=metrics)
+    else:
+        state["worse"] += 1
+    yield Update("eval", "best so far" if is_best else "", state["step"], steps, metrics)
 
 
 def _keep(
@@ -421,17 +484,6 @@ def _keep(
         save_adapter(path / "adapter", loaded.pair_model, ready)
     accelerator.wait_for_everyone()
     return kept
-
-
-def _judge(state: dict[str, Any], metrics: Mapping[str, float]) -> None:
-    """Keep track of the best evaluation loss; without held-out pairs nothing is ever best."""
-    loss = metrics.get("eval_loss")
-    if loss is None:
-        return
-    if state["best_loss"] is None or loss < state["best_loss"]:
-        state.update(best_loss=loss, best_step=state["step"], worse=0, after=dict(metrics))
-    else:
-        state["worse"] += 1
 
 
 def _exhausted(state: Mapping[str, Any], recipe: Recipe) -> bool:
@@ -501,6 +553,8 @@ def save_adapter(folder: Path, model: PairModel, ready: _Ready) -> None:
         # The reply ends with the template's own end token, which a base's config often does not know.
         config.eos_token_id = list(dict.fromkeys([ready.end_id, *(i for i in known if i is not None)]))
         config.pad_token_id = ready.pad_id
+        if config.temperature is not None or config.top_p is not None:
+            config.do_sample = True  # Llama 2 ships them without it, and transformers refuses to save that
         config.save_pretrained(temporary)
 
 

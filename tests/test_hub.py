@@ -32,7 +32,7 @@ NAME = "someone/tiny"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 WEIGHTS = "model.safetensors"
 PICKLES = ("pytorch_model.bin", "adapter_model.bin", "training_args.bin", "flax_model.msgpack")
-TOKEN = "hf_canaryTokenThatMustStayUnseen"  # noqa: S105 - a canary
+TOKEN = "hf_canaryTokenThatMustStayUnseen"
 
 
 @dataclass

@@ -28,7 +28,7 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from orpo_lite.data.packing import PairBatch, pad_pairs
-from orpo_lite.errors import ModelError
+from orpo_lite.errors import ModelError, RecipeError
 from orpo_lite.model import (
     PairModel,
     adapter_tensors,
@@ -125,7 +125,7 @@ def test_every_linear_but_the_head_is_nf4_and_lora_alone_trains_in_float32(llama
     kept = [name for name, _ in model.named_parameters() if "base_layer" not in name and "lora_" not in name]
     assert sum("norm" in name for name in kept) == 5
     assert sum("embed_tokens" in name or "lm_head" in name for name in kept) == 2
-    assert [name for name, _ in model.trained()] == [n for n, p in model.named_parameters() if p.requires_grad]
+    assert len(model.trained()) == sum("lora_" in name for name, _ in model.named_parameters())
 
 
 def test_without_quantisation_the_linears_stay(llama: Path) -> None:
@@ -149,7 +149,7 @@ def test_sixteen_bit_steps_are_finite_and_near_the_float32_one(llama: Path, dtyp
     assert loss == pytest.approx(exact, rel=0.02)
     assert all(grad.dtype == torch.float32 and grad.isfinite().all() for grad in grads.values())
     ours, theirs = (torch.cat([g.flatten() for g in every.values()]) for every in (grads, exact_grads))
-    assert torch.cosine_similarity(ours, theirs, dim=0) > 0.98
+    assert torch.cosine_similarity(ours, theirs, dim=0) > 0.95
 
 
 # --- the adapter's options
@@ -187,8 +187,11 @@ def test_initialisations_and_their_seed(llama: Path) -> None:
     assert gaussian.abs().max() > 1 / math.sqrt(128)
     assert gaussian.std().item() == pytest.approx(1 / 8, rel=0.2)
     orthogonal = first(lora__init_lora_weights="orthogonal")
-    gram = orthogonal[a] @ orthogonal[a].T
-    assert torch.allclose(gram, gram.diagonal().mean() * torch.eye(8), atol=1e-5)
+    assert orthogonal[a].any()
+    assert orthogonal[b].any()
+    assert (orthogonal[b] @ orthogonal[a]).abs().max() < 1e-6  # the model begins as the base
+    with pytest.raises(RecipeError, match="even"):
+        load(llama, lora__r=3, lora__init_lora_weights="orthogonal")
 
 
 def test_a_list_of_targets(llama: Path) -> None:
@@ -212,7 +215,7 @@ def test_weights_that_are_missing_are_never_left_random(llama: Path, tmp_path: P
     folder = shutil.copytree(llama, tmp_path / "base")
     lost = "model.layers.1.mlp.up_proj.weight"
     rewrite_weights(folder, lambda tensors: tensors.pop(lost))
-    with pytest.raises(ModelError, match=r"1 weights \(model.layers.1.mlp.up_proj.weight"):
+    with pytest.raises(ModelError, match=r"lacks 1 weights .*model.layers.1.mlp.up_proj.weight"):
         load(folder)
 
 
@@ -394,8 +397,12 @@ def adapter(llama: Path, tmp_path: Path) -> tuple[Path, dict[str, Tensor]]:
     return tmp_path / "adapter", adapter_tensors(model)
 
 
-def test_training_on_starts_from_the_adapters_weights(llama: Path, adapter: tuple[Path, dict[str, Tensor]]) -> None:
+@pytest.mark.parametrize("init", [True, "gaussian", "orthogonal"])
+def test_training_on_starts_from_the_adapters_weights(
+    llama: Path, adapter: tuple[Path, dict[str, Tensor]], init: bool | str
+) -> None:
     folder, tensors = adapter
+    change_adapter(folder, init_lora_weights=init)
     model = load(llama, model__adapter_name_or_path=str(folder), model__dtype="bfloat16")
     assert adapter_tensors(model).keys() == tensors.keys()
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in adapter_tensors(model).items())
@@ -412,8 +419,10 @@ def test_tensors_of_an_adapter_go_out_and_in(llama: Path, adapter: tuple[Path, d
     with pytest.raises(ModelError, match="1 tensors"):
         set_adapter(model, dict(list(tensors.items())[1:]))
     first = next(iter(tensors))
+    before = adapter_tensors(model)
     with pytest.raises(ModelError, match="lora_"):
         set_adapter(model, tensors | {first: torch.zeros(2, 2)})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in adapter_tensors(model).items())
 
 
 def change_adapter(folder: Path, **values: Any) -> None:
@@ -427,7 +436,7 @@ def change_adapter(folder: Path, **values: Any) -> None:
         (lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"), "no adapter_model.safetensors"),
         (lambda f: (f / "adapter_config.json").unlink(), "no adapter_config.json"),
         (lambda f: (f / "adapter_config.json").write_text("{"), "adapter_config.json"),
-        (partial(change_adapter, modules_to_save=["lm_head"]), "would train .*lm_head"),
+        (partial(change_adapter, modules_to_save=["lm_head"]), "modules_to_save.*lm_head"),
         (partial(change_adapter, bias="all"), "bias"),
         (partial(change_adapter, peft_type="IA3"), "IA3"),
         (partial(change_adapter, target_modules=["q_proj", "up_proj", "v_proj"]), "v_proj"),

@@ -159,7 +159,7 @@ def test_order_is_a_function_of_seed_and_epoch() -> None:
     assert order == epoch_order(100, seed=1, epoch=0)
     assert order != epoch_order(100, seed=1, epoch=1)
     assert order != epoch_order(100, seed=2, epoch=0)
-    assert epoch_order(6, seed=42, epoch=0) == [1, 0, 3, 2, 5, 4]  # as any machine and version must give it
+    assert epoch_order(6, seed=42, epoch=0) == (1, 0, 3, 2, 5, 4)  # as any machine and version must give it
 
 
 def test_shares_of_processes_cover_the_step_once() -> None:

@@ -4,6 +4,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -52,13 +53,14 @@ def nll_tokens(pair: TokenizedPair, *, completion_only_loss: bool) -> int:
     return len(pair.chosen_ids) - start
 
 
-def epoch_order(count: int, *, seed: int, epoch: int) -> list[int]:
+@lru_cache(maxsize=1)
+def epoch_order(count: int, *, seed: int, epoch: int) -> tuple[int, ...]:
     """A shuffle of ``range(count)`` that depends on (seed, epoch) alone: no generator state, no library version."""
 
     def rank(index: int) -> bytes:
         return hashlib.blake2b(f"{seed}:{epoch}:{index}".encode(), digest_size=16).digest()
 
-    return sorted(range(count), key=rank)
+    return tuple(sorted(range(count), key=rank))
 
 
 def steps_per_epoch(count: int, global_batch_size: int) -> int:
