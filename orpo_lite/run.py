@@ -27,7 +27,7 @@ LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 def refuse_existing(recipe: Recipe) -> None:
-    """Raise :class:`CheckpointError` when the run folder is taken, with the command that goes on with it."""
+    """Raise :class:`CheckpointError` when the run folder is taken, with the command that goes on; or not writable."""
     path = Path(recipe.training.output_dir)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         is_run = (path / "recipe.yaml").is_file()
@@ -35,6 +35,12 @@ def refuse_existing(recipe: Recipe) -> None:
         resume = f"orpo-lite train --resume {path}, or " if is_run else ""
         remedy = f"{resume}training.output_dir=OTHER"
         raise CheckpointError(f"training.output_dir: {path}", found, "a new folder", remedy)
+    parent = path.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        found = f"{parent} cannot be written to"
+        raise CheckpointError(f"training.output_dir: {path}", found, "a folder of yours", "training.output_dir=OTHER")
 
 
 def create(recipe: Recipe, lock: Mapping[str, Any], data: Mapping[str, Any]) -> Path:

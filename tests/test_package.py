@@ -91,10 +91,8 @@ def test_a_recipe_added_after_an_editable_install_is_seen_and_no_copy_is_read(
     checkout, site = editable
     (checkout / "recipes" / "just-added.yaml").write_text("# Just added\n", encoding="utf-8")
     (checkout / "recipes" / "demo.yaml").unlink()
-    # Not through PYTHONPATH, where the .pth file of an editable install is not read.
-    enter = (
-        f"import site, sys; sys.path[:] = [p for p in sys.path if p != {str(ROOT)!r}]; site.addsitedir({str(site)!r})"
-    )
+    # Not through PYTHONPATH, where the .pth file of an editable install is not read; and before any other install.
+    enter = f"import site, sys; old = sys.path[:]; sys.path.clear(); site.addsitedir({str(site)!r}); sys.path += old"
     package, recipes = json.loads(python("-c", f"{enter}; {LIST}", cwd=tmp_path))
     assert package == str(checkout / "orpo_lite" / "__init__.py")
     names = sorted({*NAMES, "just-added"} - {"demo"})
