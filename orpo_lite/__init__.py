@@ -21,6 +21,8 @@ __version__ = "0.1.0"
 # Before any library of theirs is imported: no compiled code from the hub, no usage reports to it.
 os.environ.setdefault("USE_HUB_KERNELS", "0")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+# On a CPU torch and bitsandbytes each keep a pool of threads; idle ones that spin starve the other pool.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # Lazy, so that `orpo-lite --help` does not wait for torch.
 _EXPORTS = {

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from orpo_lite import run
 from orpo_lite.errors import CheckpointError, ModelError
-from orpo_lite.model import Base, check_disk, fetch_weights, find_base, load_tokenizer
+from orpo_lite.model import Base, check_disk, fetch_weights, find_base, load_tokenizer, weight_files
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def merge(run_folder: str | Path) -> MergeResult:
     if base.fingerprint != trained_on:
         found = f"is not the base of this run (fingerprint {base.fingerprint[:12]}, was {trained_on[:12]})"
         raise ModelError(f"model {base.name}", found, "the weights that the adapter was trained on")
-    check_disk(path, sum(file.stat().st_size for file in base.path.glob("*.safetensors")), f"merging {path}")
+    check_disk(path, sum(file.stat().st_size for file in weight_files(base.path)), f"merging {path}")
     model = AutoModelForCausalLM.from_pretrained(base.path, dtype="auto", use_safetensors=True)
     merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
     folder = path / "merged"

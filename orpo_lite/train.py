@@ -38,10 +38,12 @@ from orpo_lite.model import (
     check_targets,
     choose_dtype,
     fetch_weights,
+    find_adapter,
     find_base,
     load_pair_model,
     load_tokenizer,
     pad_id,
+    read_adapter_config,
 )
 from orpo_lite.recipe import Recipe
 from orpo_lite.step.losses import PARTS, Divisors, named_parts, orpo_loss
@@ -179,6 +181,8 @@ def _prepare(recipe: Recipe) -> Generator[Update, None, _Ready]:
     yield Update("note", pairs.detected)
     base = find_base(recipe.model.model_name_or_path, recipe.model.model_revision)
     check_targets(recipe, base)
+    if recipe.model.adapter_name_or_path:
+        read_adapter_config(find_adapter(recipe.model.adapter_name_or_path))
     tokenizer = load_tokenizer(base.path)
     template = set_chat_template(tokenizer, recipe.data)
     yield Update("note", template)

@@ -1,5 +1,4 @@
 """The data wing: every format, every bad input, the split by prompt, and tokens that are exact at both ends."""
-# ruff: noqa: S106 - eos_token="</s>" is no password
 
 import json
 import random
@@ -448,7 +447,7 @@ def test_the_split_is_by_prompt(tmp_path: Path, prompts: list[int], size: float,
     else:
         assert size <= len(found.test) < size + max(counts)
     # A pure function of seed and content: the order of the rows changes nothing.
-    random.Random(seed).shuffle(rows)  # noqa: S311 - chance, not secrets
+    random.Random(seed).shuffle(rows)
     again = read_pairs(data.model_copy(update={"dataset_name": str(write_jsonl(tmp_path / "again.jsonl", rows))}), seed)
     assert {prompt_key(pair) for pair in again.test} == sides[1]
 
