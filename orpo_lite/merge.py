@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orpo_lite import run
+from orpo_lite.base import Base, check_disk, fetch_weights, find_base, load_tokenizer, weight_files
 from orpo_lite.errors import CheckpointError, ModelError
-from orpo_lite.model import Base, check_disk, fetch_weights, find_base, load_tokenizer, weight_files
 
 
 @dataclass(frozen=True)

@@ -1,65 +1,21 @@
-"""The base in 4 bit with LoRA on top: found, checked, loaded, and wrapped as a :class:`PairModel`."""
+"""The base in 4 bit with LoRA on top, loaded and wrapped as a :class:`PairModel`."""
 
-import errno
-import hashlib
-import json
-import logging
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import (  # type: ignore[attr-defined]
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,  # its client's own, of a connection that fails
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from huggingface_hub.file_download import repo_folder_name
-from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from orpo_lite.base import Base, find_adapter, read_adapter_config
 from orpo_lite.data.packing import PairBatch
-from orpo_lite.errors import FitError, HubError, ModelError, RecipeError
+from orpo_lite.errors import FitError, ModelError, RecipeError
 from orpo_lite.recipe import Recipe
 from orpo_lite.step.head import pair_logps
 from orpo_lite.step.losses import PairLogps
-
-logger = logging.getLogger(__name__)
-
-BLOCK = 1 << 20
-HUB_TIMEOUT = 30.0  # seconds; the hub's client would wait for ever
-# What is fetched: of a base, and all of an adapter. Pickles never are.
-TEXT = ["*.json", "*.model", "*.txt", "*.jinja"]
-WEIGHTS = ["*.safetensors"]
-ADAPTER = ["adapter_config.json", "adapter_model.safetensors"]
-NOT_FETCHED = ["*/*", "consolidated*"]  # other people's formats: original/, onnx/, Mistral's own copy of its weights
-# All the hub's own errors are among these; ValueError is a page that is not the hub's, or a name that cannot be one.
-UNREACHABLE = (HTTPError, OSError, ValueError)
-
-
-@dataclass(frozen=True)
-class Base:
-    """A base model on disk, checked to be one that can be trained."""
-
-    name: str
-    """As the recipe names it; a local folder as an absolute path."""
-    path: Path
-    revision: str | None
-    """The hub commit; None for a local folder."""
-    fingerprint: str
-    """Hash of the configuration and of samples of the weights, once they are there: tells one base from another."""
-    config: Any
-    """The transformers configuration."""
 
 
 class PairModel(nn.Module):
@@ -97,238 +53,6 @@ class PairModel(nn.Module):
                 yield
         finally:
             self.train(was_training)
-
-
-# --- the base: found, fetched, checked ------------------------------------------------------------------------------
-
-
-def find_base(name: str, revision: str) -> Base:
-    """The base's text files on disk; a hub name is checked for access and disk space first. No weights yet.
-
-    Raises:
-        ModelError: not a causal model in safetensors that needs no code of its own.
-        FitError: not enough disk space for the download.
-        HubError: unknown, gated, or unreachable.
-    """
-    local = Path(name).expanduser()
-    if local.is_dir():
-        path, commit, name = local.resolve(), None, str(local.resolve())
-        if lacking := [file.name for file in weight_files(path) if not file.is_file()]:
-            raise ModelError(
-                f"model {name}", f"has no {lacking[0]}", "weights in safetensors; pickles are never loaded"
-            )
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
-        where = f"model.model_name_or_path: {name}"
-        raise ModelError(where, "no such folder", "a folder with config.json and safetensors, or a hub name")
-    else:
-        commit = resolve(name, revision, [*TEXT, *WEIGHTS])
-        path = download(name, commit, TEXT)
-    return Base(name, path, commit, "", read_config(path, name))
-
-
-def fetch_weights(base: Base) -> Base:
-    """The same base with its weights on disk and its fingerprint taken. Raises :class:`HubError`."""
-    if base.revision is not None:
-        download(base.name, base.revision, [*TEXT, *WEIGHTS])
-        if lacking := [file.name for file in weight_files(base.path) if not file.is_file()]:
-            where, remedy = f"hub, {base.name} at {base.revision}", _by_hand(base.name, base.revision)
-            raise HubError(where, f"{lacking[0]} is not in the cache", "all of the weights", remedy)
-    return replace(base, fingerprint=fingerprint(base.path))
-
-
-def resolve(name: str, revision: str, patterns: list[str]) -> str:
-    """The commit of a hub repository that we may read and whose files we have room for; offline, the cached one.
-
-    Raises:
-        ModelError: it has no weights in safetensors.
-        FitError: not enough disk space.
-        HubError: unknown, gated, or unreachable.
-    """
-    try:
-        info = HfApi().model_info(name, revision=revision, files_metadata=True, timeout=HUB_TIMEOUT)
-    except UNREACHABLE as error:
-        refused = isinstance(error, GatedRepoError | RepositoryNotFoundError | RevisionNotFoundError)
-        cached = None if refused else _cached(name, revision, [p for p in patterns if "safetensors" not in p])
-        if cached is None:
-            raise hub_error(name, revision, error) from error
-        logger.warning("the hub cannot be reached (%s); using the cached copy of %s", type(error).__name__, name)
-        return cached.name
-    commit, files = str(info.sha), {file.rfilename: file.size or 0 for file in info.siblings or []}
-    wanted = list(filter_repo_objects(files, allow_patterns=patterns, ignore_patterns=NOT_FETCHED))
-    if not any(file.endswith(".safetensors") for file in wanted):
-        raise ModelError(f"model {name}", "has no weights in safetensors", "safetensors; pickles are never loaded")
-    missing = [f for f in wanted if not isinstance(try_to_load_from_cache(name, f, revision=commit), str)]
-    check_disk(Path(constants.HF_HUB_CACHE), sum(files[f] for f in missing), f"downloading {name}")
-    if revision != commit:
-        _remember(name, revision, commit)
-    return commit
-
-
-def _remember(name: str, revision: str, commit: str) -> None:
-    """Note in the cache where a branch stands, for the day without a network; a download by commit does not."""
-    ref = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model") / "refs" / revision
-    with suppress(OSError):  # a cache that others fill, and we only read
-        ref.parent.mkdir(parents=True, exist_ok=True)
-        ref.write_text(commit, encoding="utf-8")
-
-
-def download(name: str, commit: str, patterns: list[str]) -> Path:
-    """A hub repository's files at one commit, from the cache where they are there.
-
-    Raises:
-        FitError: the disk filled up.
-        HubError: gated, or unreachable.
-    """
-    try:
-        return Path(snapshot_download(name, revision=commit, allow_patterns=patterns, ignore_patterns=NOT_FETCHED))
-    except UNREACHABLE as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            found, remedy = "the disk is full", "free some space, or set HF_HOME to another disk"
-            raise FitError(f"downloading {name}, to {constants.HF_HUB_CACHE}", found, "", remedy) from error
-        raise hub_error(name, commit, error) from error
-
-
-def _cached(name: str, revision: str, patterns: list[str]) -> Path | None:
-    try:
-        options: dict[str, Any] = {"allow_patterns": patterns, "ignore_patterns": NOT_FETCHED, "local_files_only": True}
-        return Path(snapshot_download(name, revision=revision, **options))
-    except UNREACHABLE:
-        return None
-
-
-def hub_error(name: str, revision: str, error: Exception) -> HubError:
-    """What the hub's refusal means and what to do about it."""
-    where = f"hub, {name} at {revision}"
-    page = f"{constants.ENDPOINT}/{name}"
-    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, UNREACHABLE):
-        error = error.__cause__  # it was asked for, this was the answer, and it is not in the cache either
-    if isinstance(error, GatedRepoError):
-        remedy = f"ask for it at {page}, then `hf auth login`"
-        return HubError(where, "is gated", "access granted to your account", remedy)
-    if isinstance(error, RevisionNotFoundError):
-        return HubError(where, "has no such revision", "a branch, tag or commit", f"see {page}/commits/main")
-    if isinstance(error, RepositoryNotFoundError | HFValidationError):
-        remedy = "check the spelling; a private one needs `hf auth login`; a local folder must exist"
-        return HubError(where, "is not a repository that you can see", "owner/name, or a local folder", remedy)
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-    if status in (401, 403):
-        remedy = f"`hf auth login` with a token that may read {page}"
-        return HubError(where, f"is refused to you ({status})", "access granted to your account", remedy)
-    what = f"is not served ({status})" if status else f"cannot be reached ({type(error).__name__})"
-    remedy = f"try again later; or {_by_hand(name, revision)}"
-    return HubError(where, f"{what} and is not in the cache", "a connection, or a downloaded copy", remedy)
-
-
-def _by_hand(name: str, revision: str) -> str:
-    return f"on a connected machine: hf download {name} --revision {revision}"
-
-
-def check_disk(folder: Path, needed: int, purpose: str) -> None:
-    """Raise :class:`FitError` unless ``needed`` bytes are free where ``folder`` is or will be."""
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        found = f"{needed / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free"
-        raise FitError(f"{purpose}, to {folder}", found, "", "free some space, or set HF_HOME to another disk")
-
-
-def read_config(path: Path, name: str) -> Any:
-    """The transformers configuration of a base that can be trained. Raises :class:`ModelError`."""
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    where = f"model {name}"
-    try:
-        raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(where, "has no config.json", "a transformers model folder") from None
-    except ValueError as error:
-        raise ModelError(f"{path / 'config.json'}", f"is not JSON: {error}", "a transformers configuration") from None
-    if "auto_map" in raw:
-        raise ModelError(where, "needs code of its own (auto_map)", "an architecture that transformers ships")
-    if "quantization_config" in raw:
-        raise ModelError(where, "is already quantised", "the 16-bit weights: quantising and merging start from them")
-    if raw.get("is_encoder_decoder") or raw.get("model_type") not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise ModelError(where, f"model_type {raw.get('model_type')!r}", "a decoder-only (causal) language model")
-    return AutoConfig.from_pretrained(path)
-
-
-def weight_files(path: Path) -> list[Path]:
-    """What transformers loads from a folder: model.safetensors, else the files that its index names, there or not.
-
-    Raises:
-        ModelError: an index that is broken or leads out of the folder.
-    """
-    whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
-    if whole.is_file() or not index.is_file():
-        return [whole]
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        if any(Path(name).name != name for name in names):
-            raise ValueError("a file outside of the folder")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(str(index), f"is broken: {error!r}", "a weight_map of file names beside it") from None
-    return [path / name for name in names]
-
-
-def fingerprint(path: Path) -> str:
-    """Hash of config.json and, of each weight file, its size, its first and last MiB and 16 blocks between.
-
-    Reading all of a 7B base would take a minute from a slow disk; fine-tuning moves every block of a tensor.
-    """
-    digest = hashlib.sha256((path / "config.json").read_bytes())
-    for file in weight_files(path):
-        size = file.stat().st_size
-        digest.update(f"{file.name}:{size}".encode())
-        with file.open("rb") as stream:
-            for block in range(18):
-                stream.seek(max(0, size - BLOCK) * block // 17)
-                digest.update(stream.read(BLOCK))
-    return digest.hexdigest()
-
-
-def load_tokenizer(path: Path) -> Any:
-    """The tokenizer of a base or adapter folder. Raises :class:`ModelError`."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(f"tokenizer in {path}", reason, "tokenizer.json beside the weights") from error
-
-
-def linear_names(base: Base) -> list[str]:
-    """Names of the base's linear layers without the head, read from the architecture alone."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(base.config)
-    head = model.get_output_embeddings()
-    modules = model.named_modules()
-    # GPT-2's Conv1D counts as linear for peft too.
-    return [
-        name
-        for name, module in modules
-        if module is not head and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
-    ]
-
-
-def check_targets(recipe: Recipe, base: Base) -> None:
-    """Refuse a target that matches nothing, which peft accepts as long as another one matches."""
-    if recipe.lora.target_modules == "all-linear":
-        return
-    known = linear_names(base)
-    for target in recipe.lora.target_modules:
-        if not any(name == target or name.endswith(f".{target}") for name in known):  # as peft matches them
-            where = recipe.sources["lora.target_modules"]
-            found = f"lora.target_modules: {target} matches no layer of {base.name}"
-            ends = sorted({name.rsplit(".", 1)[-1] for name in known})
-            raise ModelError(where, found, f"of {', '.join(ends)}", "lora.target_modules=all-linear")
-
-
-# --- loaded ---------------------------------------------------------------------------------------------------------
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -445,48 +169,6 @@ def _init_orthogonal(model: nn.Module, recipe: Recipe) -> None:
             b_OR.copy_(torch.randn(b_OR.shape[0], rank // 2) @ rows_RR[1::2] / 10)
 
 
-def find_adapter(name: str) -> Path:
-    """The folder of a LoRA adapter in safetensors, local or fetched. Raises :class:`ModelError`, :class:`HubError`."""
-    local = Path(name).expanduser()
-    folder = local if local.is_dir() else download(name, resolve(name, "main", ADAPTER), ADAPTER)
-    for file in ADAPTER:
-        if not (folder / file).is_file():
-            where = f"model.adapter_name_or_path: {name}"
-            raise ModelError(where, f"has no {file}", "a peft LoRA adapter in safetensors")
-    return folder
-
-
-# What an adapter may choose; any other option of LoraConfig must stand at its default.
-ADAPTER_KEYS = (
-    "r lora_alpha lora_dropout target_modules use_rslora use_dora rank_pattern alpha_pattern init_lora_weights "
-    "exclude_modules layers_to_transform layers_pattern fan_in_fan_out "
-    "auto_mapping base_model_name_or_path inference_mode peft_version revision task_type"
-).split()
-
-
-def read_adapter_config(folder: Path) -> Any:
-    """The peft configuration of a LoRA that trains nothing else and fits the base as it is; or :class:`ModelError`."""
-    from peft import LoraConfig
-
-    path = folder / "adapter_config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        options = dict(raw)
-    except (ValueError, TypeError) as error:
-        raise ModelError(str(path), f"is no JSON object: {error}", "a peft configuration") from None
-    default = LoraConfig().to_dict()
-    for key, value in options.items():
-        if value and key not in ADAPTER_KEYS and value != default.get(key):
-            raise ModelError(str(path), f"{key}: {value!r}", "plain LoRA, and nothing else that trains")
-    init = options.get("init_lora_weights", True)
-    if init not in (True, False, "gaussian", "orthogonal"):
-        raise ModelError(str(path), f"init_lora_weights: {init!r}", "one that leaves the base as it is")
-    config = LoraConfig.from_pretrained(folder)
-    config.inference_mode = False  # as saved, an adapter is for use; here it trains on
-    config.init_lora_weights = True  # any will do: the adapter's own weights follow
-    return config
-
-
 def _checkpoint_activations(model: nn.Module, amount: str | int) -> None:
     """Recompute the activations of all, none, or the first ``amount`` decoder layers in the backward pass."""
     from transformers.modeling_layers import GradientCheckpointingLayer
@@ -500,11 +182,6 @@ def _checkpoint_activations(model: nn.Module, amount: str | int) -> None:
         layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
         for layer in layers[amount:]:
             layer.gradient_checkpointing = False
-
-
-def pad_id(tokenizer: Any) -> int:
-    """An id to fill rows with; any will do, for padding is masked by position."""
-    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 
 def adapter_tensors(model: PairModel) -> dict[str, Tensor]:

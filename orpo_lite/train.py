@@ -20,6 +20,17 @@ from accelerate.utils import DistributedType
 from transformers import enable_full_determinism
 
 from orpo_lite import checkpoint, demo, run
+from orpo_lite.base import (
+    Base,
+    check_disk,
+    check_targets,
+    fetch_weights,
+    find_adapter,
+    find_base,
+    load_tokenizer,
+    pad_id,
+    read_adapter_config,
+)
 from orpo_lite.data.packing import epoch_order, micro_batches, nll_tokens, pad_pairs, steps_per_epoch
 from orpo_lite.data.pairs import (
     PairSet,
@@ -31,20 +42,7 @@ from orpo_lite.data.pairs import (
 )
 from orpo_lite.errors import CheckpointError, DivergedError, FitError, ModelError, OrpoLiteError, RecipeError
 from orpo_lite.evaluate import evaluate
-from orpo_lite.model import (
-    Base,
-    PairModel,
-    check_disk,
-    check_targets,
-    choose_dtype,
-    fetch_weights,
-    find_adapter,
-    find_base,
-    load_pair_model,
-    load_tokenizer,
-    pad_id,
-    read_adapter_config,
-)
+from orpo_lite.model import PairModel, choose_dtype, load_pair_model
 from orpo_lite.recipe import Recipe
 from orpo_lite.step.losses import PARTS, Divisors, named_parts, orpo_loss
 

@@ -23,10 +23,10 @@ from conftest import write_base, write_pairs
 from huggingface_hub import close_session, constants, file_download, hf_hub_download
 from huggingface_hub.utils import _http
 
-from orpo_lite import model as model_module
+from orpo_lite import base as base_module
+from orpo_lite.base import Base, fetch_weights, find_adapter, find_base
 from orpo_lite.errors import FitError, HubError, ModelError, OrpoLiteError
 from orpo_lite.merge import merge
-from orpo_lite.model import Base, fetch_weights, find_adapter, find_base
 
 NAME = "someone/tiny"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -366,7 +366,7 @@ def test_a_hub_that_is_busy(hub: Hub, slept: list[float], at: str, status: int) 
 
 
 def test_a_hub_that_never_answers(hub: Hub, slept: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_module, "HUB_TIMEOUT", 0.3)
+    monkeypatch.setattr(base_module, "HUB_TIMEOUT", 0.3)
     hub.fail("/revision/", hang=True)
     started = time.monotonic()
     message = refused(HubError, fetch)

@@ -27,18 +27,10 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from orpo_lite.base import check_targets, fetch_weights, find_base, linear_names
 from orpo_lite.data.packing import PairBatch, pad_pairs
 from orpo_lite.errors import ModelError, RecipeError
-from orpo_lite.model import (
-    PairModel,
-    adapter_tensors,
-    check_targets,
-    fetch_weights,
-    find_base,
-    linear_names,
-    load_pair_model,
-    set_adapter,
-)
+from orpo_lite.model import PairModel, adapter_tensors, load_pair_model, set_adapter
 from orpo_lite.recipe import Recipe
 from orpo_lite.step.losses import Divisors, orpo_loss
 
