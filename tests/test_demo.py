@@ -1,9 +1,9 @@
 """The embedded default, from the command to the merged model, as a new user runs it."""
 
 import json
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,14 +16,16 @@ from orpo_lite.recipe import KEYS, find_recipe
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, float]:
-    """The run folder, what was printed, and the seconds that it took."""
+    """The run folder, what was printed, and the processor seconds that it took."""
     folder = tmp_path_factory.mktemp("demo")
-    began = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, "-m", "orpo_lite", "train", "--recipe", "demo"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert done.stderr == ""
-    return folder / "runs" / "demo", done.stdout, time.monotonic() - began
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return folder / "runs" / "demo", done.stdout, seconds
 
 
 def test_a_fair_fight_is_won_by_training(demo: tuple[Path, str, float]) -> None:
@@ -43,6 +45,7 @@ def test_it_went_through_the_real_path(demo: tuple[Path, str, float]) -> None:
 
 
 def test_at_most_three_minutes(demo: tuple[Path, str, float]) -> None:
+    """In processor time, which a busy neighbour does not stretch; on free cores the clock shows no more than that."""
     assert demo[2] < 180
 
 
