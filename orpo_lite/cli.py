@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from orpo_lite.errors import OrpoLiteError, RecipeError
 
@@ -259,10 +261,9 @@ def _draw(updates: Any) -> "TrainResult":
     if not out.is_terminal:
         lines = _PlainLines()
         return _last(updates, lines.show)
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[figures]}"))
-    with Progress(*columns, TimeRemainingColumn(), console=out) as progress:
-        live = _Live(progress)
-        return _last(updates, live.show)
+    screen = _Screen()
+    with Live(screen.layout, console=out, refresh_per_second=4, transient=True):
+        return _last(updates, screen.show)
 
 
 def _last(updates: Any, show: Any) -> "TrainResult":
@@ -295,24 +296,29 @@ class _PlainLines:
             out.print(f"{update.text} ...")
 
 
-class _Live:
-    """A bar for the training and one for what interrupts it; notes and evaluations scroll above them."""
+class _Screen:
+    """The last step's figures over a bar for the training and one for what interrupts it; the rest scrolls above."""
 
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
+    def __init__(self) -> None:
+        self.progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=out
+        )
+        self.figures = Text()
+        self.layout = Group(self.figures, self.progress)
         self.tasks: dict[str, TaskID] = {}
 
     def show(self, update: "Update") -> None:
         if update.kind in ("note", "eval"):
-            self.progress.console.print(_line(update))
+            out.print(_line(update))
             return
+        if update.metrics:
+            self.figures.plain = _figures(update.metrics)
         text = update.text or "training"
         if text not in self.tasks:
-            self.tasks[text] = self.progress.add_task(text, total=update.steps or None, figures="")
+            self.tasks[text] = self.progress.add_task(text, total=update.steps or None)
         for name, task in self.tasks.items():
             self.progress.update(task, visible=name == text or (name == "training" and update.steps > 0))
-        figures = _figures(update.metrics) if update.metrics else ""
-        self.progress.update(self.tasks[text], completed=update.step, figures=figures)
+        self.progress.update(self.tasks[text], completed=update.step)
 
 
 def _figures(metrics: Mapping[str, float]) -> str:
