@@ -140,8 +140,10 @@ def _folders(run: Path) -> list[Path]:
 
 
 def _rotate(run: Path, best_step: int | None) -> None:
-    """Remove old checkpoints, only ever after a newer one is in place."""
-    folders = _folders(run)
-    for folder in folders[:-KEPT]:
-        if best_step is None or folder.name != f"step-{best_step:07d}":
+    """Remove what is older than the newest valid ones, which are in place; the best stays."""
+    valid = 0
+    for folder in reversed(_folders(run)):
+        if valid == KEPT and folder.name != f"step-{-1 if best_step is None else best_step:07d}":
             shutil.rmtree(folder)
+        elif valid < KEPT and find_fault(folder) is None:
+            valid += 1

@@ -6,6 +6,7 @@ torch and its kin are imported inside the commands, so that ``--help`` answers a
 import contextlib
 import logging
 import os
+import shlex
 import sys
 import time
 import traceback
@@ -38,7 +39,15 @@ app = typer.Typer(
 recipes_app = typer.Typer(no_args_is_help=True, help="The shipped recipes: list, show, copy.")
 app.add_typer(recipes_app, name="recipes")
 
-out = Console(highlight=False, markup=False, soft_wrap=True)
+
+class _Console(Console):
+    """Whoever reads the output may go away (`| head`); the work goes on, and writes to nowhere."""
+
+    def on_broken_pipe(self) -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+out = _Console(highlight=False, markup=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 BUG = 70  # EX_SOFTWARE of sysexits.h
@@ -56,9 +65,6 @@ def main() -> None:
     except KeyboardInterrupt:
         err.print("stopped; nothing further was saved")
         sys.exit(130)
-    except BrokenPipeError:  # `orpo-lite recipes ls | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
     except Exception:
         traceback.print_exc()
         err.print("\nThis is a fault of orpo-lite. Please report it with the traceback above and the run's train.log.")
@@ -144,7 +150,8 @@ def recipes_cp(
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise RecipeError(str(path), f"cannot be written ({error.strerror})", "a folder that exists") from None
-    out.print(f"wrote {path}; run it with: orpo-lite train --recipe {path if '/' in str(path) else f'./{path}'}")
+    runnable = str(path) if "/" in str(path) else f"./{path}"
+    out.print(f"wrote {path}; run it with: orpo-lite train --recipe {shlex.quote(runnable)}")
 
 
 # --- what they share ------------------------------------------------------------------------------------------------
@@ -196,15 +203,18 @@ def _finish(recipe: "Recipe", result: "TrainResult") -> None:
     out.print(f"adapter of step {result.kept_step}: {result.run}/adapter")
     if result.before:
         out.print(_before_after(result.before, result.after))
+    safe = f"the adapter is safe in {result.run}/adapter; then: orpo-lite merge {shlex.quote(str(result.run))}"
     try:
         if recipe.output.merge:
             merged = _merge(result.run)
             if result.prompts:
                 _print_samples(recipe, result, merged)
     except OrpoLiteError as error:
-        then = f"the adapter is safe in {result.run}/adapter; then: orpo-lite merge {result.run}"
-        error.remedy = f"{error.remedy}\n  {then}" if error.remedy else then
+        error.remedy = f"{error.remedy}\n  {safe}" if error.remedy else safe
         raise
+    except KeyboardInterrupt:
+        err.print(f"stopped; {safe}")
+        raise typer.Exit(130) from None
     minutes, seconds = divmod(round(result.seconds), 60)
     out.print(f"{result.steps} steps in {minutes}m{seconds:02d}s; every step is in {result.run}/metrics.jsonl")
     if remark := builtin_remark(recipe):

@@ -1,5 +1,6 @@
 """Merge: the adapter's product added to the base's 16-bit weights, as a plain transformers folder."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,10 +33,10 @@ def merge(run_folder: str | Path) -> MergeResult:
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     path = Path(run_folder)
-    lock = run.read_json(path / "lock.json")
+    lock = run.read_lock(path)
     adapter = path / "adapter"
     if not (adapter / "adapter_model.safetensors").is_file():
-        resume = f"orpo-lite train --resume {path}"
+        resume = f"orpo-lite train --resume {shlex.quote(str(path))}"
         raise CheckpointError(f"run {path}", "has no adapter/", "a training that has ended", resume)
     base = fetch_weights(find_base(lock["base"]["name"], lock["base"]["revision"] or "main"))
     trained_on = lock["base"]["fingerprint"]
@@ -46,7 +47,7 @@ def merge(run_folder: str | Path) -> MergeResult:
     model = AutoModelForCausalLM.from_pretrained(base.path, dtype="auto", use_safetensors=True)
     merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
     folder = path / "merged"
-    with run.new_folder(folder) as temporary:
+    with run.locked(path), run.new_folder(folder) as temporary:
         merged.generation_config = GenerationConfig.from_pretrained(adapter)
         merged.save_pretrained(temporary)
         load_tokenizer(adapter).save_pretrained(temporary)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
 
 from orpo_lite.errors import TOKEN, RecipeError, raise_all
 
@@ -40,8 +40,14 @@ def _steps(value: object) -> float:
     if not 0 <= steps < float("inf"):
         raise ValueError("should be a share of the steps (0.1) or a whole number of them (100)")
     if steps > 1 and steps != int(steps):
-        raise ValueError(f"{steps} is neither a share below 1 nor a whole number of steps")
+        raise ValueError("a share of all steps below 1, or a whole number of steps")
     return steps
+
+
+def _not_zero(value: int) -> int:
+    if value == 0:
+        raise ValueError("-1, or at least one step")
+    return value
 
 
 def _list_or_all_linear(value: object) -> object:
@@ -52,7 +58,7 @@ def _list_or_all_linear(value: object) -> object:
 
 def _init_lora_weights(value: object) -> object:
     if str(value).lower().split("_")[0] in {"pissa", "olora", "loftq", "corda", "eva", "lora-ga", "lora"}:
-        raise ValueError(f"{value} rewrites the base, so the adapter would fit no other copy of it")
+        raise ValueError(f"true, gaussian or orthogonal: {value} rewrites the base, and the adapter fits no other copy")
     return {"true": True}.get(str(value).lower(), value)
 
 
@@ -175,7 +181,7 @@ class TrainingSection(Section):
     """Pairs per optimizer step over all devices; memory settings never change it."""
     num_train_epochs: Positive = 1.0
     """Passes over the training pairs."""
-    max_steps: int = Field(-1, ge=-1)
+    max_steps: Annotated[int, Field(ge=-1), AfterValidator(_not_zero)] = -1
     """Optimizer steps; -1 leaves it to num_train_epochs."""
     lr_scheduler_type: Literal["cosine", "linear", "constant", "inverse_sqrt"] = "cosine"
     """Shape of the learning rate after the warm-up."""
@@ -318,6 +324,9 @@ FOREIGN: dict[str, tuple[str, str]] = {
     "gradient_checkpointing": ("memory.activation_checkpointing", "all, none, or a number of layers"),
     "lora_r": ("lora.r", ""),
     "lora_rank": ("lora.r", ""),
+    "lora.rank": ("lora.r", ""),
+    "lora.alpha": ("lora.lora_alpha", ""),
+    "lora.dropout": ("lora.lora_dropout", ""),
     "lora_target": ("lora.target_modules", "all-linear, or a list of module names"),
     "lora_target_modules": ("lora.target_modules", "all-linear, or a list of module names"),
     "lora_target_linear": ("lora.target_modules", "write all-linear"),
@@ -579,11 +588,12 @@ def _answer_unknown(written: dict[str, _Written]) -> Iterator[RecipeError]:
     product = _batch_product([written[key].value for key in batch if key in written])
     for key in [key for key in written if key not in _all_keys()]:
         entry, bare = written.pop(key), key.rsplit(".", 1)[-1]
-        ours, remark = FOREIGN.get(bare, ("", ""))
+        name = key if key in FOREIGN else bare
+        ours, remark = FOREIGN.get(name, ("", ""))
         remark = f" ({remark})" if remark and ours else remark
         if key in batch and product:
             remedy = f"training.global_batch_size: {product}{remark}"
-        elif bare in FOREIGN:
+        elif name in FOREIGN:
             remedy = f"{ours}{remark}"
         elif bare in HOMES:
             remedy = " or ".join(HOMES[bare])

@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ def refuse_existing(recipe: Recipe) -> None:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         is_run = (path / "recipe.yaml").is_file()
         found = "holds a run already" if is_run else "exists and is not empty"
-        resume = f"orpo-lite train --resume {path}, or " if is_run else ""
+        resume = f"orpo-lite train --resume {shlex.quote(str(path))}, or " if is_run else ""
         remedy = f"{resume}training.output_dir=OTHER"
         raise CheckpointError(f"training.output_dir: {path}", found, "a new folder", remedy)
     parent = path.absolute()
@@ -62,6 +63,16 @@ def read_recipe(path: Path) -> Recipe:
     if not (path / "recipe.yaml").is_file():
         raise CheckpointError(f"run {path}", "has no recipe.yaml", "a folder that `orpo-lite train` made")
     return load_recipe(str((path / "recipe.yaml").resolve()))
+
+
+def read_lock(path: Path) -> dict[str, Any]:
+    """The lock.json of an existing run. Raises :class:`CheckpointError`."""
+    read_recipe(path)
+    lock = read_json(path / "lock.json")
+    needed = {"base": ("name", "revision", "path", "fingerprint"), "data": ("name", "sha256")}
+    if any(not isinstance(lock.get(part), dict) or not {*keys} <= lock[part].keys() for part, keys in needed.items()):
+        raise CheckpointError(str(path / "lock.json"), "lacks base or data", "the file that the training wrote")
+    return lock
 
 
 def read_json(file: Path) -> dict[str, Any]:

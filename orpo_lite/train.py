@@ -3,6 +3,7 @@
 import hashlib
 import math
 import resource
+import shlex
 import signal
 import sys
 import threading
@@ -36,11 +37,13 @@ from orpo_lite.data.pairs import (
     PairSet,
     TokenizedPair,
     end_token_id,
+    hold_out,
     read_pairs,
     set_chat_template,
     tokenize_pairs,
 )
-from orpo_lite.errors import CheckpointError, DivergedError, FitError, ModelError, OrpoLiteError, RecipeError
+from orpo_lite.data.rows import is_path
+from orpo_lite.errors import CheckpointError, DivergedError, FitError, ModelError, OrpoLiteError, RecipeError, raise_all
 from orpo_lite.evaluate import evaluate
 from orpo_lite.model import PairModel, choose_dtype, load_pair_model
 from orpo_lite.recipe import Recipe
@@ -82,7 +85,7 @@ class Interrupted(OrpoLiteError):  # noqa: N818 - not a fault
 
     def __init__(self, number: int, path: Path) -> None:
         found = f"stopped by {signal.Signals(number).name} and saved"
-        super().__init__("", found, "", f"orpo-lite train --resume {path}")
+        super().__init__("", found, "", f"orpo-lite train --resume {shlex.quote(str(path))}")
         self.exit_code = 128 + number
 
 
@@ -116,6 +119,7 @@ def training(recipe: Recipe, *, resume: bool = False) -> Generator[Update, None,
             yield Update("stage", "training the built-in base", done, total)
     accelerator.wait_for_everyone()
     resolved = demo.resolve_builtin(recipe)
+    recipe, resolved = (_adopt_adapter(_absolute(either)) for either in (recipe, resolved))
     ready = yield from _prepare(resolved)
     lock = _lock(resolved, ready)
     path = Path(recipe.training.output_dir)
@@ -136,6 +140,32 @@ def training(recipe: Recipe, *, resume: bool = False) -> Generator[Update, None,
             levers = "memory.micro_batch_size=1, memory.activation_checkpointing=all, data.max_length, lora.r"
             found = f"the GPU is out of memory ({str(error).splitlines()[0]})"
             raise FitError(f"run {path}", found, "", f"lower {levers}; checkpoints are kept") from error
+
+
+def _absolute(recipe: Recipe) -> Recipe:
+    """Local paths written out, so that the run can be resumed from any folder."""
+    keys = ["model.model_name_or_path", "model.adapter_name_or_path", "data.dataset_name", "data.chat_template"]
+    if is_path(recipe.data.dataset_test_split or ""):
+        keys.append("data.dataset_test_split")
+    values = {key: value for key, value in recipe.items() if key in keys and value and "{" not in value}
+    paths = {key: Path(value).expanduser() for key, value in values.items()}
+    return recipe.override({key: str(path.resolve()) for key, path in paths.items() if path.exists()})
+
+
+def _adopt_adapter(recipe: Recipe) -> Recipe:
+    """The recipe with the shape of the adapter that it trains on from; a key set to something else is refused."""
+    if not recipe.model.adapter_name_or_path:
+        return recipe
+    config = read_adapter_config(find_adapter(recipe.model.adapter_name_or_path))
+    shape = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
+    values = {f"lora.{key}": getattr(config, key) for key in shape}
+    faults = []
+    for key, wanted in recipe.items():
+        if key in values and values[key] != wanted and recipe.sources[key] != "default":
+            found, expected = f"{key}: {wanted} with model.adapter_name_or_path", f"its own {values[key]}, or nothing"
+            faults.append(RecipeError(recipe.sources[key], found, expected, "leave the key out"))
+    raise_all(faults)
+    return recipe.override(values)
 
 
 # --- before the weights ---------------------------------------------------------------------------------------------
@@ -175,19 +205,21 @@ class _Ready:
 def _prepare(recipe: Recipe) -> Generator[Update, None, _Ready]:
     """Everything that can go wrong before weights load: data, base, template, targets, tokens."""
     yield Update("stage", f"reading {recipe.data.dataset_name}")
-    pairs = read_pairs(recipe.data, recipe.training.seed)
+    pairs = read_pairs(recipe.data)
     yield Update("note", pairs.detected)
     base = find_base(recipe.model.model_name_or_path, recipe.model.model_revision)
     check_targets(recipe, base)
-    if recipe.model.adapter_name_or_path:
-        read_adapter_config(find_adapter(recipe.model.adapter_name_or_path))
     tokenizer = load_tokenizer(base.path)
     template = set_chat_template(tokenizer, recipe.data)
     yield Update("note", template)
     yield Update("stage", f"tokenizing {len(pairs.train) + len(pairs.test):,} pairs")
     vocab_size = base.config.get_text_config().vocab_size
     train_pairs, counts = tokenize_pairs(pairs.train, tokenizer, recipe.data, vocab_size)
-    test_pairs, test_counts = tokenize_pairs(pairs.test, tokenizer, recipe.data, vocab_size) if pairs.test else ([], {})
+    if pairs.test:
+        test_pairs, test_counts = tokenize_pairs(pairs.test, tokenizer, recipe.data, vocab_size)
+    else:
+        prompts, test_counts = [pair.prompt for pair in train_pairs], {}
+        train_pairs, test_pairs = hold_out(train_pairs, prompts, recipe.data.test_split_size, recipe.training.seed)
     _check_positions(base, [*train_pairs, *test_pairs])
     for reason, count in [*pairs.drops.items(), *test_counts.items()]:
         counts[reason] = counts.get(reason, 0) + count
@@ -227,7 +259,7 @@ def _lock(recipe: Recipe, ready: _Ready) -> dict[str, Any]:
 
 def _check_lock(path: Path, lock: Mapping[str, Any]) -> None:
     """Refuse to go on with another base or other data than the run began with."""
-    before = run.read_json(path / "lock.json")
+    before = run.read_lock(path)
     pairs = {"base": "fingerprint", "data": "sha256"}
     differing = [f"{what} {lock[what]['name']}" for what, key in pairs.items() if before[what][key] != lock[what][key]]
     if differing:
@@ -267,7 +299,7 @@ def _train(
     check_disk(path, 3 * adapter_bytes * (checkpoint.KEPT + 3), f"saving the checkpoints of {path}")
     factor = lr_factor(recipe, loaded.optimizer, steps)
     state: dict[str, Any] = {"step": 0, "evaluated": None, "best_step": None, "best_loss": None, "worse": 0}
-    state |= {"before": {}, "after": {}, "bad": 0, "num_tokens": 0}
+    state |= {"before": {}, "after": {}, "latest": {}, "bad": 0, "num_tokens": 0}
     if resume:
         state |= yield from _restore(path, loaded, accelerator)
         yield Update("note", f"going on after step {state['step']} of {steps}")
@@ -278,6 +310,7 @@ def _train(
         due = state["step"] % eval_every == 0 or state["step"] == steps
         if due and not stopping and state["evaluated"] != state["step"]:
             yield from _evaluate(recipe, ready, loaded, path, accelerator, state, steps)
+            stopping = _any_process(accelerator, bool(stop))
         if (due or stopping) and saved != (state["step"], state["evaluated"]):
             if accelerator.is_main_process:
                 scaler = {"scaler": loaded.scaler.state_dict()}
@@ -301,7 +334,7 @@ def _train(
         if not finite:
             yield _not_finite(batch, state, path)
 
-    kept = _keep(recipe, ready, loaded, path, accelerator, state)
+    kept = yield from _keep(recipe, ready, loaded, path, accelerator, state)
     prompts = list({tuple(pair.chosen_ids[: pair.chosen_start]): None for pair in ready.test})
     return TrainResult(
         run=path,
@@ -407,7 +440,7 @@ def _update(loaded: _Loaded, loss: float, max_grad_norm: float) -> tuple[float, 
     finite = math.isfinite(loss) and (math.isfinite(norm) or overflow)
     if finite:
         loaded.scaler.step(loaded.optimizer)
-        loaded.scaler.update()
+    loaded.scaler.update()  # also after a step that was not taken: unscale_ refuses to run twice
     loaded.optimizer.zero_grad(set_to_none=True)
     return norm, finite
 
@@ -426,7 +459,7 @@ def _load(recipe: Recipe, base: Base, accelerator: Accelerator) -> _Loaded:
 def _restore(path: Path, loaded: _Loaded, accelerator: Accelerator) -> Generator[Update, None, dict[str, Any]]:
     """The state of the newest valid checkpoint, loaded; {} when the run was stopped before its first one."""
     state: dict[str, Any] = {}
-    if (path / "checkpoints").is_dir():
+    if any((path / "checkpoints").glob("step-*")):
         folder, faults = checkpoint.newest(path)
         for fault in faults:
             yield Update("note", f"skipped {fault}")
@@ -462,26 +495,33 @@ def _evaluate(
         return
     if accelerator.is_main_process:
         run.append_metrics(path, {"step": state["step"], **metrics})
-    if state["step"] == 0:
-        state["before"] = state["after"] = metrics
-        yield Update("eval", "before training", 0, steps, metrics)
-        return
-    is_best = state["best_loss"] is None or metrics["eval_loss"] < state["best_loss"]
-    if is_best:
+    state["latest"] = metrics
+    best = math.inf if state["best_loss"] is None else state["best_loss"]
+    if is_best := metrics["eval_loss"] < best:  # which no NaN is
         state.update(best_loss=metrics["eval_loss"], best_step=state["step"], worse=0, after=metrics)
     else:
         state["worse"] += 1
-    yield Update("eval", "best so far" if is_best else "", state["step"], steps, metrics)
+    text = "best so far" if is_best else ""
+    if state["step"] == 0:
+        state["before"], text = metrics, "before training"
+    yield Update("eval", text, state["step"], steps, metrics)
 
 
 def _keep(
-    recipe: Recipe, ready: _Ready, loaded: _Loaded, path: Path, accelerator: Accelerator, state: Mapping[str, Any]
-) -> int:
+    recipe: Recipe, ready: _Ready, loaded: _Loaded, path: Path, accelerator: Accelerator, state: dict[str, Any]
+) -> Generator[Update, None, int]:
     """Write ``adapter/`` from the best checkpoint, else from the last step; returns the step it is of."""
     kept: int = state["step"]
     if recipe.training.load_best_model_at_end and state["best_step"] is not None:
-        kept = state["best_step"]
-        checkpoint.load_adapter(checkpoint.at_step(path, kept), loaded.pair_model)
+        try:
+            checkpoint.load_adapter(checkpoint.at_step(path, state["best_step"]), loaded.pair_model)
+            kept = state["best_step"]
+        except CheckpointError as error:  # the training is not lost for that
+            yield Update("note", f"the best checkpoint cannot be used, the last step is kept ({error.found})")
+    if kept != state["best_step"]:
+        state["after"] = state["latest"]
+    elif kept == 0:
+        yield Update("note", "no step was better than the start: lower training.learning_rate, or train longer")
     if accelerator.is_main_process:
         save_adapter(path / "adapter", loaded.pair_model, ready)
     accelerator.wait_for_everyone()
@@ -494,8 +534,8 @@ def _exhausted(state: Mapping[str, Any], recipe: Recipe) -> bool:
 
 
 def whole_steps(value: float, steps: int) -> int:
-    """A share of all steps (below 1) or a number of steps, as a number of at least 1."""
-    return max(1, round(value * steps) if value < 1 else int(value))
+    """A share of all steps (below 1), rounded up as TrainingArguments does, or a number of steps."""
+    return math.ceil(value * steps - 1e-9) if value < 1 else int(value)
 
 
 def lr_factor(recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int) -> Any:
@@ -503,7 +543,7 @@ def lr_factor(recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int) -> A
     from transformers import get_scheduler
 
     settings = recipe.training
-    warmup = round(settings.warmup_steps * steps) if settings.warmup_steps < 1 else int(settings.warmup_steps)
+    warmup = whole_steps(settings.warmup_steps, steps)
     name = "constant_with_warmup" if settings.lr_scheduler_type == "constant" else settings.lr_scheduler_type
     return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps).lr_lambdas[0]
 

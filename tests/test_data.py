@@ -28,6 +28,7 @@ from orpo_lite.data.pairs import (
     SPECIAL,
     data_hash,
     end_token_id,
+    hold_out,
     prompt_key,
     read_pairs,
     set_chat_template,
@@ -172,7 +173,7 @@ def test_hh_rlhf_traps() -> None:
 def test_detection_follows_the_many_and_reports_the_odd_row(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "pairs.jsonl", [EXPLICIT, EXPLICIT | {"chosen": [user("?"), bot("a")]}, EXPLICIT])
     with pytest.raises(DataError, match=r"pairs.jsonl:2, field chosen: a list") as raised:
-        read_pairs(section(dataset_name=str(path), test_split_size=0), 0)
+        read_pairs(section(dataset_name=str(path), test_split_size=0))
     message(raised)
 
 
@@ -235,7 +236,7 @@ def test_a_faulty_row_is_named(form: str, row: dict[str, Any], place: str) -> No
 def test_all_faults_at_once(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "pairs.jsonl", [EXPLICIT] * 3 + [EXPLICIT | {"chosen": None}] * 25)
     with pytest.raises(DataError) as raised:
-        read_pairs(section(dataset_name=str(path), format="explicit"), 0)
+        read_pairs(section(dataset_name=str(path), format="explicit"))
     text = message(raised)
     assert text.startswith("25 faults:")
     assert "pairs.jsonl:4," in text
@@ -246,7 +247,7 @@ def test_all_faults_at_once(tmp_path: Path) -> None:
 def test_what_fits_nothing_does_not_hide_broken_lines(tmp_path: Path) -> None:
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "q", "chosen": "a", "rejected": null}\n{oops\n')
     with pytest.raises(DataError) as raised:
-        read_pairs(section(dataset_name=str(tmp_path / "pairs.jsonl")), 0)
+        read_pairs(section(dataset_name=str(tmp_path / "pairs.jsonl")))
     assert "pairs.jsonl:2: broken JSON at column 2" in message(raised)
     assert "rejected is null" in str(raised.value)
 
@@ -277,7 +278,7 @@ def test_a_broken_line_is_placed(tmp_path: Path, line: bytes, found: str) -> Non
     good = json.dumps(EXPLICIT).encode()
     (tmp_path / "pairs.jsonl").write_bytes(b"\n".join([good, line, good, b""]))
     with pytest.raises(DataError) as raised:
-        read_pairs(section(dataset_name=str(tmp_path / "pairs.jsonl"), test_split_size=0), 0)
+        read_pairs(section(dataset_name=str(tmp_path / "pairs.jsonl"), test_split_size=0))
     assert found in message(raised)
 
 
@@ -287,7 +288,7 @@ def test_no_line_escapes_as_a_traceback(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "pairs.jsonl"
     path.write_bytes(json.dumps(EXPLICIT).encode() + b"\n" + line)
     try:
-        assert read_pairs(section(dataset_name=str(path), test_split_size=0), 0).train
+        assert read_pairs(section(dataset_name=str(path), test_split_size=0)).train
     except DataError as error:
         assert "pairs.jsonl:" in str(error)  # noqa: PT017 - either outcome is right
 
@@ -295,7 +296,7 @@ def test_no_line_escapes_as_a_traceback(tmp_path: Path, line: bytes) -> None:
 def test_a_file_with_a_byte_order_mark_and_blank_lines(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps(EXPLICIT).encode() + b"\r\n\n  \n" + json.dumps(EXPLICIT).encode())
-    found = read_pairs(section(dataset_name=str(path), test_split_size=0), 0)
+    found = read_pairs(section(dataset_name=str(path), test_split_size=0))
     assert [pair.where for pair in found.train] == ["pairs.jsonl:1", "pairs.jsonl:4"]
 
 
@@ -318,7 +319,7 @@ def test_a_file_with_a_byte_order_mark_and_blank_lines(tmp_path: Path) -> None:
 def test_a_faulty_file_is_named(tmp_path: Path, name: str, content: str, found: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError) as raised:
-        read_pairs(section(dataset_name=str(tmp_path / name)), 0)
+        read_pairs(section(dataset_name=str(tmp_path / name)))
     assert found in message(raised)
     assert "pairs." in str(raised.value)
 
@@ -326,17 +327,17 @@ def test_a_faulty_file_is_named(tmp_path: Path, name: str, content: str, found: 
 def test_a_missing_file_has_nearest_names(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "preferences.jsonl", [EXPLICIT])
     with pytest.raises(DataError, match=r"did you mean preferences.jsonl\?") as raised:
-        read_pairs(section(dataset_name=str(tmp_path / "preference.jsonl")), 0)
+        read_pairs(section(dataset_name=str(tmp_path / "preference.jsonl")))
     message(raised)
     with pytest.raises(DataError, match="is not a folder"):
-        read_pairs(section(dataset_name=str(tmp_path / "nowhere" / "pairs.jsonl")), 0)
+        read_pairs(section(dataset_name=str(tmp_path / "nowhere" / "pairs.jsonl")))
 
 
 def test_a_line_over_the_cap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data_rows, "MAX_ROW_BYTES", 1 << 20)
     (tmp_path / "pairs.jsonl").write_bytes(b'{"prompt": "' + b"a" * (1 << 20))
     with pytest.raises(DataError, match="at most 1 MiB a row"):
-        read_pairs(section(dataset_name=str(tmp_path / "pairs.jsonl")), 0)
+        read_pairs(section(dataset_name=str(tmp_path / "pairs.jsonl")))
 
 
 def some_rows(count: int) -> list[dict[str, str]]:
@@ -351,7 +352,7 @@ def test_the_kinds_of_files_agree(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "c.jsonl", rows)
     (tmp_path / "d.json").write_text(json.dumps(rows, indent=1))
     write_jsonl(tmp_path / "e.json", rows)  # lines, under the other common name
-    found = {p.name: read_pairs(section(dataset_name=str(p), test_split_size=0), 0) for p in tmp_path.iterdir()}
+    found = {p.name: read_pairs(section(dataset_name=str(p), test_split_size=0)) for p in tmp_path.iterdir()}
     assert len(found) == 5
     assert len({pairs.sha256 for pairs in found.values()}) == 1
     assert found["a.csv"].train[4].chosen == "4"  # a number in a csv is text
@@ -371,24 +372,24 @@ def test_a_folder_has_splits(tmp_path: Path) -> None:
         write_jsonl(tmp_path / f"{name}.jsonl", rows)
     write_jsonl(tmp_path / "training_notes.jsonl", [EXPLICIT])
     write_jsonl(tmp_path / "test.jsonl", [EXPLICIT])
-    found = read_pairs(section(dataset_name=str(tmp_path), dataset_test_split="test"), 0)
+    found = read_pairs(section(dataset_name=str(tmp_path), dataset_test_split="test"))
     assert (len(found.train), len(found.test), found.read) == (4, 1, 5)
     with pytest.raises(DataError, match=r"no file of split 'dev'; files: test.jsonl, train-0"):
-        read_pairs(section(dataset_name=str(tmp_path), dataset_train_split="dev"), 0)
+        read_pairs(section(dataset_name=str(tmp_path), dataset_train_split="dev"))
 
 
 def test_column_map_wins(tmp_path: Path) -> None:
     rows = [{"prompt": "not this", "question": "q", "chosen": "worse", "rejected": "better"}] * 2
     path = write_jsonl(tmp_path / "pairs.jsonl", rows)
     swap = {"prompt": "question", "chosen": "rejected", "rejected": "chosen"}
-    (pair, _) = read_pairs(section(dataset_name=str(path), column_map=swap, test_split_size=0), 0).train
+    (pair, _) = read_pairs(section(dataset_name=str(path), column_map=swap, test_split_size=0)).train
     assert (pair.prompt_text, pair.chosen, pair.rejected) == ("q", "better", "worse")
     write_jsonl(path, [*rows, EXPLICIT])  # never another column in place of the one that is asked for
     with pytest.raises(DataError, match=r"pairs.jsonl:3, field prompt: missing"):
-        read_pairs(section(dataset_name=str(path), column_map={"prompt": "question"}), 0)
+        read_pairs(section(dataset_name=str(path), column_map={"prompt": "question"}))
     for column_map, found in [({"promt": "question"}, "did you mean 'prompt'"), ({"prompt": "questoin"}, "'question'")]:
         with pytest.raises(DataError) as raised:
-            read_pairs(section(dataset_name=str(path), column_map=column_map), 0)
+            read_pairs(section(dataset_name=str(path), column_map=column_map))
         assert found in message(raised)
 
 
@@ -404,23 +405,29 @@ def test_the_papers_filters_are_counted(tmp_path: Path) -> None:
         EXPLICIT | {"rejected": "\t"},
     ]
     path = write_jsonl(tmp_path / "pairs.jsonl", rows)
-    found = read_pairs(section(dataset_name=str(path), test_split_size=0), 0)
+    found = read_pairs(section(dataset_name=str(path), test_split_size=0))
     assert found.drops == {EQUAL: 1, EMPTY_CHOSEN: 2, EMPTY_REJECTED: 1}
     assert (found.read, len(found.train)) == (5, 1)
     lists = [LISTS, LISTS | {"rejected": [user("other"), bot("b")]}]
     path = write_jsonl(tmp_path / "lists.jsonl", lists)
-    assert read_pairs(section(dataset_name=str(path), test_split_size=0), 0).drops == {PROMPTS_DIFFER: 1}
+    assert read_pairs(section(dataset_name=str(path), test_split_size=0)).drops == {PROMPTS_DIFFER: 1}
     path = write_jsonl(tmp_path / "none.jsonl", rows[1:])
     with pytest.raises(DataError) as raised:
-        read_pairs(section(dataset_name=str(path)), 0)
+        read_pairs(section(dataset_name=str(path)))
     assert f"2  {EMPTY_CHOSEN}" in message(raised)
 
 
 def test_max_samples_takes_the_first_rows(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "pairs.jsonl", [EXPLICIT | {"chosen": ""}, *some_rows(9)])
-    found = read_pairs(section(dataset_name=str(path), max_samples=4, test_split_size=0), 0)
+    found = read_pairs(section(dataset_name=str(path), max_samples=4, test_split_size=0))
     assert [pair.chosen for pair in found.train] == ["0", "1", "2"]
     assert found.read == 4
+
+
+def split(data: DataSection, seed: int) -> tuple[list[Pair], list[Pair]]:
+    """The two sides that hold_out makes of a file's pairs."""
+    pairs = read_pairs(data).train
+    return hold_out(pairs, [prompt_key(pair) for pair in pairs], data.test_split_size, seed)
 
 
 @given(
@@ -438,34 +445,34 @@ def test_the_split_is_by_prompt(tmp_path: Path, prompts: list[int], size: float,
     data = section(dataset_name=str(write_jsonl(tmp_path / "pairs.jsonl", rows)), test_split_size=size)
     counts = [prompts.count(p) for p in set(prompts)]
     assume(size < 1 or size <= len(prompts) - max(counts))  # else it may well leave nothing to train on
-    found = read_pairs(data, seed)
-    sides = [{prompt_key(pair) for pair in side} for side in (found.train, found.test)]
+    train, test = split(data, seed)
+    sides = [{prompt_key(pair) for pair in side} for side in (train, test)]
     assert not sides[0] & sides[1]
-    assert len(found.train) + len(found.test) == len(rows)
+    assert len(train) + len(test) == len(rows)
     if size < 1:
         assert len(sides[1]) == max(1, round(size * len(set(prompts))))
     else:
-        assert size <= len(found.test) < size + max(counts)
+        assert size <= len(test) < size + max(counts)
     # A pure function of seed and content: the order of the rows changes nothing.
     random.Random(seed).shuffle(rows)
-    again = read_pairs(data.model_copy(update={"dataset_name": str(write_jsonl(tmp_path / "again.jsonl", rows))}), seed)
-    assert {prompt_key(pair) for pair in again.test} == sides[1]
+    shuffled = data.model_copy(update={"dataset_name": str(write_jsonl(tmp_path / "again.jsonl", rows))})
+    assert {prompt_key(pair) for pair in split(shuffled, seed)[1]} == sides[1]
 
 
 def test_the_seed_chooses_the_held_out_prompts(tmp_path: Path) -> None:
     data = section(dataset_name=str(write_jsonl(tmp_path / "pairs.jsonl", some_rows(60))), test_split_size=6)
-    chosen = [tuple(pair.chosen for pair in read_pairs(data, seed).test) for seed in (0, 0, 1, 2)]
+    chosen = [tuple(pair.chosen for pair in split(data, seed)[1]) for seed in (0, 0, 1, 2)]
     assert chosen[0] == chosen[1]
     assert len(set(chosen)) == 3
     assert list(map(int, chosen[0])) == sorted(map(int, chosen[0]))  # both sides keep the order of the rows
-    assert read_pairs(section(dataset_name=data.dataset_name, test_split_size=0), 0).test == []
+    assert split(section(dataset_name=data.dataset_name, test_split_size=0), 0)[1] == []
 
 
 @pytest.mark.parametrize(("rows", "size"), [(1, 0.02), (5, 5), (5, 0.95)])
 def test_too_few_prompts_to_split(tmp_path: Path, rows: int, size: float) -> None:
     path = write_jsonl(tmp_path / "pairs.jsonl", some_rows(rows))
     with pytest.raises(DataError, match="leaves none to train on") as raised:
-        read_pairs(section(dataset_name=str(path), test_split_size=size), 0)
+        split(section(dataset_name=str(path), test_split_size=size), 0)
     message(raised)
 
 
@@ -473,13 +480,13 @@ def test_a_prompt_on_both_given_sides_is_an_error(tmp_path: Path) -> None:
     train = write_jsonl(tmp_path / "train.jsonl", [*some_rows(6), some_rows(6)[3]])
     test = write_jsonl(tmp_path / "held.jsonl", [EXPLICIT, {"prompt": "question  3?", "chosen": "a", "rejected": "b"}])
     with pytest.raises(DataError) as raised:
-        read_pairs(section(dataset_name=str(train), dataset_test_split=str(test)), 0)
+        read_pairs(section(dataset_name=str(train), dataset_test_split=str(test)))
     assert "held-out pair held.jsonl:2: the same prompt as in the training pair train.jsonl:4" in message(raised)
     write_jsonl(test, [EXPLICIT])
-    found = read_pairs(section(dataset_name=str(train), dataset_test_split=str(test)), 0)
+    found = read_pairs(section(dataset_name=str(train), dataset_test_split=str(test)))
     assert (len(found.train), len(found.test)) == (7, 1)
     with pytest.raises(DataError, match="a single file has no splits"):
-        read_pairs(section(dataset_name=str(train), dataset_test_split="test"), 0)
+        read_pairs(section(dataset_name=str(train), dataset_test_split="test"))
 
 
 def test_the_hash_is_of_content_and_order() -> None:
@@ -501,7 +508,7 @@ def test_a_hub_set_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     data = section(dataset_name="someone/pairs", dataset_config="en", dataset_test_split="test")
-    found = read_pairs(data, 0)
+    found = read_pairs(data)
     assert asked == [(("someone/pairs", "en"), {"split": split}) for split in ("train", "test")]
     assert [pair.where for pair in found.train + found.test] == ["train[0]", "train[1]", "train[2]", "test[0]"]
 
@@ -524,7 +531,7 @@ def test_a_hub_fault_names_the_set_and_the_remedy(
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(HubError) as raised:
-        read_pairs(section(dataset_name="o/split"), 0)
+        read_pairs(section(dataset_name="o/split"))
     assert remedy in message(raised)
     assert "o/split" in raised.value.where
 

@@ -13,6 +13,7 @@ from orpo_lite.data.pairs import (
     CUT,
     EMPTY_CHOSEN,
     end_token_id,
+    hold_out,
     prompt_key,
     read_pairs,
     set_chat_template,
@@ -35,7 +36,7 @@ def section(path: Path, **fields: Any) -> DataSection:
 
 
 def test_hh_rlhf_drops_what_its_readme_counts() -> None:
-    found = read_pairs(section(HH), 0)
+    found = read_pairs(section(HH))
     assert found.detected.startswith("detected hh_rlhf because ")
     assert found.drops == {EMPTY_CHOSEN: 2, PROMPTS_DIFFER: 3}
     assert (found.read, len(found.train)) == (1200, 1195)
@@ -46,7 +47,7 @@ def test_hh_rlhf_drops_what_its_readme_counts() -> None:
 
 def test_hh_rlhf_text_is_kept_to_the_character() -> None:
     rows = [json.loads(line) for line in HH.read_text("utf-8").split("\n") if line]
-    for pair in read_pairs(section(HH), 0).train:
+    for pair in read_pairs(section(HH)).train:
         row = rows[int(pair.where.rpartition(":")[2]) - 1]
         same = [(pair.prompt_text or "") + reply == row[side] for side, reply in sides(pair).items()]
         assert same == [True, True], pair.where
@@ -60,7 +61,7 @@ def sides(pair: Pair) -> dict[str, str]:
 
 
 def test_alpaca_prefs_are_read_without_a_flag() -> None:
-    found = read_pairs(section(ALPACA, dataset_test_split="test"), 0)
+    found = read_pairs(section(ALPACA, dataset_test_split="test"))
     assert found.detected.startswith("detected messages because ")
     assert (len(found.train), len(found.test), found.drops) == (900, 100, {})
     prompts = [{prompt_key(pair) for pair in side} for side in (found.train, found.test)]
@@ -71,9 +72,10 @@ def test_alpaca_prefs_are_read_without_a_flag() -> None:
     first = found.train[0]
     assert (first.messages[0]["content"], first.chosen) == (row["prompt"], row["chosen"][-1]["content"])
     # Each file alone, and the default split by prompt: 2% of 483 prompts.
-    found = read_pairs(section(ALPACA / "train.jsonl", test_split_size=0.02), 42)
-    assert len({prompt_key(pair) for pair in found.test}) == 10
-    assert not {prompt_key(pair) for pair in found.test} & {prompt_key(pair) for pair in found.train}
+    pairs = read_pairs(section(ALPACA / "train.jsonl")).train
+    train, test = hold_out(pairs, [prompt_key(pair) for pair in pairs], 0.02, 42)
+    assert len({prompt_key(pair) for pair in test}) == 10
+    assert not {prompt_key(pair) for pair in test} & {prompt_key(pair) for pair in train}
 
 
 @pytest.mark.parametrize("name", ["stories260k", "babyllama1m"])
@@ -83,7 +85,7 @@ def test_round_trip(name: str, path: Path, template: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "models" / name)
     data = section(path, chat_template=template, max_length=20_000, max_prompt_length=10_000)
     set_chat_template(tokenizer, data)
-    pairs = read_pairs(data, 0).train[::3]
+    pairs = read_pairs(data).train[::3]
     kept, counts = tokenize_pairs(pairs, tokenizer, data, vocab_size=len(tokenizer))
     assert (len(kept), counts) == (len(pairs), {})
     bos, end = tokenizer.bos_token_id, end_token_id(tokenizer, data)
@@ -117,7 +119,7 @@ def test_the_models_own_context_cuts_and_counts() -> None:
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "models" / "stories260k")
     data = section(HH, max_length=512, max_prompt_length=384)
     set_chat_template(tokenizer, data)
-    pairs = read_pairs(data, 0).train
+    pairs = read_pairs(data).train
     kept, counts = tokenize_pairs(pairs, tokenizer, data, vocab_size=512)
     end = tokenizer.eos_token_id
     ends = [ids[-1] == end for tokens in kept for ids in (tokens.chosen_ids, tokens.rejected_ids)]

@@ -269,7 +269,7 @@ BAD_VALUES: list[tuple[str, str, str]] = [
     ("training.learning_rate", "fast", "valid number"),
     ("training.learning_rate", "true", "valid number"),
     ("training.lr_scheduler_type", "cosin", "'cosine', 'linear'"),
-    ("training.warmup_steps", "1.5", "1.5 is neither a share below 1 nor a whole number"),
+    ("training.warmup_steps", "1.5", "a share of all steps below 1, or a whole number of steps"),
     ("training.warmup_steps", "-1", "a share of the steps (0.1) or a whole number"),
     ("training.warmup_steps", "nan", "a share of the steps"),
     ("training.warmup_steps", "null", "valid number"),

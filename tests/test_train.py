@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orpo_lite import checkpoint, run, train
-from orpo_lite.errors import CheckpointError, DataError, DivergedError, FitError, ModelError
+from orpo_lite.errors import CheckpointError, DataError, DivergedError, FitError, ModelError, RecipeError
 from orpo_lite.merge import merge
 from orpo_lite.recipe import Recipe
 from orpo_lite.train import TrainResult, Update, training, whole_steps
@@ -68,7 +68,11 @@ def test_a_run_folder_holds_what_every_verb_needs(small_recipe: Build) -> None:
     )
     data = run.read_json(result.run / "data.json")
     assert data["train_pairs"] + data["held_out_pairs"] == 40
-    assert run.read_recipe(result.run).model_dump() == small_recipe(EIGHT_BIT).model_dump()
+    here = {
+        "model.model_name_or_path": str(Path("base").resolve()),
+        "data.dataset_name": str(Path("pairs.jsonl").resolve()),
+    }
+    assert run.read_recipe(result.run).model_dump() == small_recipe(EIGHT_BIT).override(here).model_dump()
 
 
 def test_metrics_carry_trls_names_for_every_step(small_recipe: Build) -> None:
@@ -141,26 +145,116 @@ def test_evaluation_changes_no_bit_of_the_training(small_recipe: Build) -> None:
 
 
 def test_the_best_checkpoint_is_kept_and_an_idle_run_stops(small_recipe: Build) -> None:
-    """A learning rate that spoils the model: the best step is an early one and the rest is not waited for."""
-    options = (
-        "training.learning_rate=0.5",
-        "training.eval_steps=1",
-        "training.num_train_epochs=8",
-        "training.warmup_steps=0",
-    )
-    recipe = small_recipe(*options, "training.early_stopping_patience=2")
+    """A learning rate that helps and then spoils: the best step is an early one and the rest is not waited for."""
+    options = ("training.learning_rate=0.03", "training.eval_steps=1", "training.num_train_epochs=12")
+    recipe = small_recipe(*options, "training.lr_scheduler_type=constant", "training.early_stopping_patience=2")
     _, result = train_all(recipe)
-    losses = {
-        row["step"]: row["eval_loss"] for row in run.read_metrics(result.run) if "eval_loss" in row and row["step"]
-    }
-    assert result.steps < 32
+    losses = {row["step"]: row["eval_loss"] for row in run.read_metrics(result.run) if "eval_loss" in row}
+    assert 0 < result.kept_step < result.steps < 48
     assert losses[result.kept_step] == min(losses.values()) == result.after["eval_loss"]
     assert result.steps == result.kept_step + 2
     kept = load_file(checkpoint.at_step(result.run, result.kept_step) / checkpoint.ADAPTER)
-    assert {k.split(".lora")[-1]: v.sum() for k, v in kept.items()} == {
-        k.split(".lora")[-1]: v.sum() for k, v in adapter(result.run).items()
-    }
+    assert same_bits(kept, adapter(result.run))
     assert len(list((result.run / "checkpoints").iterdir())) <= checkpoint.KEPT + 1
+
+
+def test_a_run_that_only_gets_worse_ends_where_it_began(small_recipe: Build) -> None:
+    """A trained adapter, gone on with at a rate that spoils it."""
+    train(small_recipe("training.learning_rate=1e-2", "training.num_train_epochs=6", "training.output_dir=first"))
+    options = ("training.learning_rate=0.9", "training.eval_steps=1", "training.warmup_steps=0")
+    updates, result = train_all(small_recipe(*options, "model.adapter_name_or_path=first/adapter"))
+    assert result.kept_step == 0
+    assert result.after == result.before
+    assert same_bits(adapter(Path("first")), adapter(result.run))
+    assert any("no step was better than the start" in update.text for update in updates)
+
+
+def test_a_damaged_best_checkpoint_does_not_cost_the_run(small_recipe: Build) -> None:
+    options = ("training.learning_rate=0.03", "training.eval_steps=1", "training.num_train_epochs=12")
+    recipe = small_recipe(*options, "training.lr_scheduler_type=constant", "training.early_stopping_patience=2")
+    _, result = train_all(recipe)
+    shutil.rmtree(result.run / "adapter")
+    (checkpoint.at_step(result.run, result.kept_step) / checkpoint.ADAPTER).unlink()
+    updates, again = train_all(recipe, resume=True)
+    assert again.kept_step == result.steps
+    assert any("the best checkpoint cannot be used" in update.text for update in updates)
+    assert same_bits(
+        adapter(result.run), load_file(checkpoint.at_step(result.run, again.kept_step) / checkpoint.ADAPTER)
+    )
+
+
+def test_no_filter_can_empty_the_held_out_side(small_recipe: Build, workspace: Path) -> None:
+    """Split after the filters: 2% of 40 is one pair, and whichever prompt it is must fit."""
+    rows = [json.loads(line) for line in (workspace / "pairs.jsonl").read_text().splitlines()]
+    for row in rows[::2]:
+        row["prompt"] = row["prompt"] + " really?" * 20
+    (workspace / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for seed in range(4):
+        recipe = small_recipe("data.test_split_size=0.02", f"training.seed={seed}", f"training.output_dir=run{seed}")
+        _, result = train_all(recipe.override({"training.max_steps": 1}))
+        data = run.read_json(result.run / "data.json")
+        assert (data["train_pairs"], data["held_out_pairs"]) == (19, 1)
+
+
+def test_a_run_can_be_resumed_and_merged_from_another_folder(
+    small_recipe: Build, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, result = train_all(small_recipe())
+    bits = adapter(result.run)
+    shutil.rmtree(result.run / "adapter")
+    (workspace / "elsewhere").mkdir()
+    monkeypatch.chdir(workspace / "elsewhere")
+    command = [sys.executable, "-m", "orpo_lite", "train", "--resume", "../run"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert same_bits(bits, adapter(workspace / "run"))
+    assert (workspace / "run" / "merged" / "config.json").is_file()
+
+
+def test_a_broken_lock_is_a_fault_of_the_folder(small_recipe: Build) -> None:
+    recipe = small_recipe()
+    train(recipe)
+    Path("run/lock.json").write_text("{}\n")
+    for go_on in (lambda: train(recipe, resume=True), lambda: merge("run")):
+        with pytest.raises(CheckpointError, match=r"lock\.json: lacks"):
+            go_on()
+
+
+def test_a_reader_that_goes_away_does_not_stop_the_training(small_recipe: Build) -> None:
+    small_recipe()
+    command = f"{sys.executable} -m orpo_lite train --recipe ./small.yaml training.num_train_epochs=3 | head -n 3"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 3
+    assert Path("run/merged/config.json").is_file()
+
+
+def test_an_adapter_to_train_on_from_sets_its_shape(small_recipe: Build) -> None:
+    train(small_recipe("lora.r=4"))
+    onward = ("model.adapter_name_or_path=run/adapter", "training.output_dir=second")
+    with pytest.raises(RecipeError, match=r"lora\.r: 8 with model\.adapter_name_or_path"):
+        train(small_recipe(*onward, "lora.r=8"))
+    assert not Path("second").exists()
+    result = train(small_recipe(*onward))
+    assert run.read_recipe(result.run).lora.r == 4
+
+
+def test_a_step_that_is_not_finite_leaves_the_loss_scale_usable(small_recipe: Build) -> None:
+    """float16: the step is skipped each time, the scale goes down, and a good step follows."""
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", enabled=True, init_scale=8.0)
+    loaded = train_module()._Loaded(parameter, parameter, [parameter], optimizer, scaler)
+    for _ in range(2):
+        scaler.scale(parameter.sum() * math.nan).backward()
+        norm, finite = train_module()._update(loaded, math.nan, 1.0)
+        assert not finite
+        assert math.isnan(norm)
+        assert torch.equal(parameter, torch.ones(3))
+    assert scaler.get_scale() == 2.0
+    scaler.scale(parameter.sum()).backward()
+    assert train_module()._update(loaded, 3.0, 0.0)[1]
+    assert torch.equal(parameter, torch.zeros(3))
 
 
 def test_without_held_out_pairs_the_last_step_is_kept(small_recipe: Build) -> None:

@@ -98,7 +98,7 @@ def test_ten_steps_equal_trl(make: Callable[..., Any], tmp_path: Path) -> None:
             "training.warmup_steps=0",
         ],
     )
-    pairs, _ = tokenize_pairs(read_pairs(recipe.data, 0).train, tokenizer, recipe.data)
+    pairs, _ = tokenize_pairs(read_pairs(recipe.data).train, tokenizer, recipe.data)
     for pair, row in zip(pairs, tokens, strict=True):
         assert list(pair.chosen_ids) == row["chosen_input_ids"]
         assert list(pair.rejected_ids) == row["rejected_input_ids"]

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from orpo_lite.data.formats import READERS, Detected, Message, Pair, Row, detect_format, shared_start
 from orpo_lite.data.rows import is_local, is_path, open_rows
@@ -38,6 +38,8 @@ SPECIAL = "special token inside the text"
 REWRITTEN = "reply changed by the chat template"
 # Counted beside them, but kept: responses, not pairs, that end without their end token.
 CUT = "responses cut by data.max_length"
+
+Held = TypeVar("Held")  # whatever is split by prompt
 
 PAPER_CHAT_TEMPLATE = (  # "<|user|>\n{}</s>\n<|assistant|>\n{}</s>"
     "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token }}"
@@ -70,23 +72,24 @@ class TokenizedPair:
     chosen_start: int  # index of the first response token
     rejected_start: int
     where: str
+    prompt: str = ""  # hash of the pair's prompt_key: the held-out side is split by it
 
 
 # --- reading
 
 
-def read_pairs(data: DataSection, seed: int) -> PairSet:
-    """Read, filter and split. ``data.max_samples`` takes the first rows of each side, before anything is dropped.
+def read_pairs(data: DataSection) -> PairSet:
+    """Read and filter. ``data.max_samples`` takes the first rows of each side, before anything is dropped.
 
+    The test side holds data.dataset_test_split; without one it is empty, and ``hold_out`` splits what tokens leave.
     Raises DataError for faulty rows (all of them at once), for a set of which nothing is left, and for a prompt that
     stands on both sides of a given split; HubError when the hub does not deliver.
     """
     drops: Counter[str] = Counter()
     train, detected = _read_side(data, data.dataset_name, data.dataset_train_split, drops)
     read = len(train)
-    if data.dataset_test_split is None:
-        train, test = _hold_out(train, data.test_split_size, seed)
-    else:
+    test: list[Pair] = []
+    if data.dataset_test_split is not None:
         test, _ = _read_side(data, *_test_source(data, data.dataset_test_split), drops)
         _refuse_shared_prompts(train, test)
         read += len(test)
@@ -191,14 +194,18 @@ def prompt_key(pair: Pair) -> str:
     return "\n".join(f"{turn['role']}: {' '.join(turn['content'].split()).casefold()}" for turn in pair.messages)
 
 
-def _hold_out(pairs: list[Pair], size: float, seed: int) -> tuple[list[Pair], list[Pair]]:
+def hold_out(pairs: Sequence[Held], prompts: Sequence[str], size: float, seed: int) -> tuple[list[Held], list[Held]]:
     """Split by prompt: a share of the prompts (size < 1), or whole prompts until there are ``size`` pairs.
+
+    Args:
+        pairs: those that are left when all filters have been passed, so that no filter can empty a side.
+        prompts: what makes two prompts the same, one for each pair (:func:`prompt_key`).
 
     A prompt's rank is a hash of seed and prompt, so the order of the rows does not matter.
     """
     if size == 0:
-        return pairs, []
-    counts = Counter(map(prompt_key, pairs))
+        return list(pairs), []
+    counts = Counter(prompts)
     ranked = sorted(counts, key=lambda key: hashlib.sha256(f"{seed}\n{key}".encode()).digest())
     if size < 1:
         held = set(ranked[: max(1, round(size * len(ranked)))])
@@ -208,10 +215,10 @@ def _hold_out(pairs: list[Pair], size: float, seed: int) -> tuple[list[Pair], li
     if len(held) == len(ranked):
         found = f"{size:g} of {len(pairs)} pairs with {len(ranked)} different prompts leaves none to train on"
         raise DataError("data.test_split_size", found, "less than all prompts", "data.test_split_size=0, or more pairs")
-    train: list[Pair] = []
-    test: list[Pair] = []
-    for pair in pairs:
-        (test if prompt_key(pair) in held else train).append(pair)
+    train: list[Held] = []
+    test: list[Held] = []
+    for pair, prompt in zip(pairs, prompts, strict=True):
+        (test if prompt in held else train).append(pair)
     return train, test
 
 
@@ -346,7 +353,7 @@ def tokenize_pairs(
         whole = _encode(texts, tokenizer)
         for pair, boundary in batch:
             chosen, rejected = (_place(*next(whole), boundary, lead, end) for _ in ("chosen", "rejected"))
-            tokens = _cut_pair(pair.where, chosen, rejected, end, data)
+            tokens = _cut_pair(pair, chosen, rejected, end, data)
             if isinstance(tokens, str):
                 counts[tokens] += 1
                 continue
@@ -417,7 +424,7 @@ def _place(
 
 
 def _cut_pair(
-    where: str, chosen: tuple[array[int], int], rejected: tuple[array[int], int], end: int, data: DataSection
+    pair: Pair, chosen: tuple[array[int], int], rejected: tuple[array[int], int], end: int, data: DataSection
 ) -> TokenizedPair | str:
     """The pair cut at data.max_length, or why it is left out."""
     if max(chosen[1], rejected[1]) > data.max_prompt_length:
@@ -430,7 +437,8 @@ def _cut_pair(
         return NO_ROOM
     if chosen_ids == rejected_ids:
         return EQUAL_CUT
-    return TokenizedPair(chosen_ids, rejected_ids, chosen[1], rejected[1], where)
+    prompt = hashlib.sha256(prompt_key(pair).encode()).hexdigest()
+    return TokenizedPair(chosen_ids, rejected_ids, chosen[1], rejected[1], pair.where, prompt)
 
 
 def _check_ids(pair: TokenizedPair, vocab_size: int | None) -> None:
