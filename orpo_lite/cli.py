@@ -4,6 +4,7 @@ torch and its kin are imported inside the commands, so that ``--help`` answers a
 """
 
 import contextlib
+import json
 import logging
 import os
 import shlex
@@ -19,7 +20,6 @@ import typer
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 
 from orpo_lite.errors import OrpoLiteError, RecipeError
@@ -202,7 +202,7 @@ def _finish(recipe: "Recipe", result: "TrainResult") -> None:
 
     out.print(f"adapter of step {result.kept_step}: {result.run}/adapter")
     if result.before:
-        out.print(_before_after(result.before, result.after))
+        _print_columns(_before_after(result.before, result.after))
     safe = f"the adapter is safe in {result.run}/adapter; then: orpo-lite merge {shlex.quote(str(result.run))}"
     try:
         if recipe.output.merge:
@@ -221,7 +221,7 @@ def _finish(recipe: "Recipe", result: "TrainResult") -> None:
         out.print(remark)
 
 
-def _before_after(before: Mapping[str, float], after: Mapping[str, float]) -> Table:
+def _before_after(before: Mapping[str, float], after: Mapping[str, float]) -> list[tuple[str, ...]]:
     rows = {
         "loss": "eval_loss",
         "NLL of the chosen": "eval_nll_loss",
@@ -230,18 +230,18 @@ def _before_after(before: Mapping[str, float], after: Mapping[str, float]) -> Ta
         "log-prob of rejected": "eval_logps/rejected",
         "reward accuracy": "eval_rewards/accuracies",
     }
-    table = Table("held-out pairs", "before", "after", box=None, pad_edge=False)
+    table: list[tuple[str, ...]] = [("held-out pairs", "before", "after")]
     for label, key in rows.items():
         shown = [f"{100 * m[key]:.1f}%" if "accuracies" in key else f"{m[key]:.4f}" for m in (before, after)]
-        table.add_row(label, *shown)
+        table.append((label, *shown))
     return table
 
 
 def _print_samples(recipe: "Recipe", result: "TrainResult", merged: Path) -> None:
     from orpo_lite.generate import generate
-    from orpo_lite.run import read_json, to_json, write_text
+    from orpo_lite.run import read_lock, write_text
 
-    base = Path(read_json(result.run / "lock.json")["base"]["path"])
+    base = Path(read_lock(result.run)["base"]["path"])
     options: dict[str, Any] = {
         "tokenizer_folder": merged,
         "max_new_tokens": recipe.output.max_new_tokens,
@@ -253,7 +253,7 @@ def _print_samples(recipe: "Recipe", result: "TrainResult", merged: Path) -> Non
     for (prompt, old), (_, new) in zip(before, after, strict=True):
         rows.append({"prompt": prompt, "before": old, "after": new})
         out.print(f"\n  prompt  {_flat(prompt)}\n  before  {_flat(old)}\n  after   {_flat(new)}")
-    write_text(result.run / "samples.jsonl", "".join(to_json(row).replace("\n", " ").strip() + "\n" for row in rows))
+    write_text(result.run / "samples.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     out.print()
 
 

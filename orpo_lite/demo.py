@@ -308,7 +308,7 @@ def resolve_builtin(recipe: Recipe) -> Recipe:
         values["model.model_name_or_path"] = str(_folder(recipe, BASE))
     if recipe.data.dataset_name == PAIRS:
         values["data.dataset_name"] = str(_folder(recipe, PAIRS) / "train.jsonl")
-        values["data.dataset_test_split"] = str(_folder(recipe, PAIRS) / "test.jsonl")
+        values["data.dataset_test_split"] = recipe.data.dataset_test_split or str(_folder(recipe, PAIRS) / "test.jsonl")
     return recipe.override(values)
 
 
