@@ -283,7 +283,7 @@ def test_a_broken_line_is_placed(tmp_path: Path, line: bytes, found: str) -> Non
 
 
 @given(st.binary(max_size=60) | st.text(max_size=30).map(str.encode))
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 def test_no_line_escapes_as_a_traceback(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "pairs.jsonl"
     path.write_bytes(json.dumps(EXPLICIT).encode() + b"\n" + line)
