@@ -119,7 +119,7 @@ def training(recipe: Recipe, *, resume: bool = False) -> Generator[Update, None,
             yield Update("stage", "training the built-in base", done, total)
     accelerator.wait_for_everyone()
     resolved = demo.resolve_builtin(recipe)
-    recipe, resolved = (_adopt_adapter(_absolute(either)) for either in (recipe, resolved))
+    recipe, resolved = (_absolute(_adopt_adapter(either)) for either in (recipe, resolved))
     ready = yield from _prepare(resolved)
     lock = _lock(resolved, ready)
     path = Path(recipe.training.output_dir)
