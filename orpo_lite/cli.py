@@ -26,7 +26,8 @@ from orpo_lite.errors import OrpoLiteError, RecipeError
 
 if TYPE_CHECKING:
     from orpo_lite.recipe import Recipe
-    from orpo_lite.train import TrainResult, Update
+    from orpo_lite.run import Update
+    from orpo_lite.train import TrainResult
 
 app = typer.Typer(
     name="orpo-lite",

@@ -15,8 +15,9 @@ import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors import SafetensorError
 
@@ -25,6 +26,17 @@ from orpo_lite.recipe import Recipe, load_recipe
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+@dataclass(frozen=True)
+class Update:
+    """One thing that happened; the command line draws it."""
+
+    kind: Literal["stage", "note", "step", "eval"]
+    text: str = ""
+    step: int = 0
+    steps: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 def refuse_existing(recipe: Recipe) -> None:

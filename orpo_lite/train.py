@@ -10,10 +10,9 @@ import threading
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -21,47 +20,18 @@ from accelerate.utils import DistributedType
 from transformers import enable_full_determinism
 
 from orpo_lite import checkpoint, demo, run
-from orpo_lite.base import (
-    Base,
-    check_disk,
-    check_targets,
-    fetch_weights,
-    find_adapter,
-    find_base,
-    load_tokenizer,
-    pad_id,
-    read_adapter_config,
-)
+from orpo_lite.base import Base, check_disk
 from orpo_lite.data.packing import epoch_order, micro_batches, nll_tokens, pad_pairs, steps_per_epoch
-from orpo_lite.data.pairs import (
-    PairSet,
-    TokenizedPair,
-    end_token_id,
-    hold_out,
-    read_pairs,
-    set_chat_template,
-    tokenize_pairs,
-)
-from orpo_lite.data.rows import is_path
-from orpo_lite.errors import CheckpointError, DivergedError, FitError, ModelError, OrpoLiteError, RecipeError, raise_all
+from orpo_lite.data.pairs import TokenizedPair
+from orpo_lite.errors import CheckpointError, DivergedError, FitError, OrpoLiteError, RecipeError
 from orpo_lite.evaluate import evaluate
 from orpo_lite.model import PairModel, choose_dtype, load_pair_model
+from orpo_lite.prepare import Ready, adopt_adapter, check_lock, make_lock, prepare, with_absolute_paths
 from orpo_lite.recipe import Recipe
+from orpo_lite.run import Update
 from orpo_lite.step.losses import PARTS, Divisors, named_parts, orpo_loss
 
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors")
 BAD_STEPS = 3  # non-finite steps in a row that end a run
-
-
-@dataclass(frozen=True)
-class Update:
-    """One thing that happened; the command line draws it."""
-
-    kind: Literal["stage", "note", "step", "eval"]
-    text: str = ""
-    step: int = 0
-    steps: int = 0
-    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -119,13 +89,13 @@ def training(recipe: Recipe, *, resume: bool = False) -> Generator[Update, None,
             yield Update("stage", "training the built-in base", done, total)
     accelerator.wait_for_everyone()
     resolved = demo.resolve_builtin(recipe)
-    recipe, resolved = (_absolute(_adopt_adapter(either)) for either in (recipe, resolved))
-    ready = yield from _prepare(resolved)
-    lock = _lock(resolved, ready)
+    recipe, resolved = (with_absolute_paths(adopt_adapter(either)) for either in (recipe, resolved))
+    ready = yield from prepare(resolved)
+    lock = make_lock(resolved, ready)
     path = Path(recipe.training.output_dir)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and resume:
-        _check_lock(path, lock)
+        check_lock(path, lock)
     elif accelerator.is_main_process:
         run.create(recipe, lock, ready.figures())
     accelerator.wait_for_everyone()
@@ -140,132 +110,6 @@ def training(recipe: Recipe, *, resume: bool = False) -> Generator[Update, None,
             levers = "memory.micro_batch_size=1, memory.activation_checkpointing=all, data.max_length, lora.r"
             found = f"the GPU is out of memory ({str(error).splitlines()[0]})"
             raise FitError(f"run {path}", found, "", f"lower {levers}; checkpoints are kept") from error
-
-
-def _absolute(recipe: Recipe) -> Recipe:
-    """Local paths written out, so that the run can be resumed from any folder."""
-    keys = ["model.model_name_or_path", "model.adapter_name_or_path", "data.dataset_name", "data.chat_template"]
-    if is_path(recipe.data.dataset_test_split or ""):
-        keys.append("data.dataset_test_split")
-    values = {key: value for key, value in recipe.items() if key in keys and value and "{" not in value}
-    paths = {key: Path(value).expanduser() for key, value in values.items()}
-    return recipe.override({key: str(path.resolve()) for key, path in paths.items() if path.exists()})
-
-
-def _adopt_adapter(recipe: Recipe) -> Recipe:
-    """The recipe with the shape of the adapter that it trains on from; a key set to something else is refused."""
-    if not recipe.model.adapter_name_or_path:
-        return recipe
-    config = read_adapter_config(find_adapter(recipe.model.adapter_name_or_path))
-    shape = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
-    values = {f"lora.{key}": getattr(config, key) for key in shape}
-    faults = []
-    for key, wanted in recipe.items():
-        if key in values and values[key] != wanted and recipe.sources[key] != "default":
-            found, expected = f"{key}: {wanted} with model.adapter_name_or_path", f"its own {values[key]}, or nothing"
-            faults.append(RecipeError(recipe.sources[key], found, expected, "leave the key out"))
-    raise_all(faults)
-    return recipe.override(values)
-
-
-# --- before the weights ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Ready:
-    """All that is known before weights load."""
-
-    base: Base
-    tokenizer: Any
-    end_id: int
-    pairs: PairSet
-    train: list[TokenizedPair]
-    test: list[TokenizedPair]
-    counts: dict[str, int]
-    template: str
-
-    @property
-    def pad_id(self) -> int:
-        """What rows are filled with."""
-        return pad_id(self.tokenizer)
-
-    def figures(self) -> dict[str, Any]:
-        """What data.json holds."""
-        return {
-            "format": self.pairs.detected,
-            "chat_template": self.template,
-            "rows_read": self.pairs.read,
-            "train_pairs": len(self.train),
-            "held_out_pairs": len(self.test),
-            "dropped_and_cut": self.counts,
-            "sha256": self.pairs.sha256,
-        }
-
-
-def _prepare(recipe: Recipe) -> Generator[Update, None, _Ready]:
-    """Everything that can go wrong before weights load: data, base, template, targets, tokens."""
-    yield Update("stage", f"reading {recipe.data.dataset_name}")
-    pairs = read_pairs(recipe.data)
-    yield Update("note", pairs.detected)
-    base = find_base(recipe.model.model_name_or_path, recipe.model.model_revision)
-    check_targets(recipe, base)
-    tokenizer = load_tokenizer(base.path)
-    template = set_chat_template(tokenizer, recipe.data)
-    yield Update("note", template)
-    yield Update("stage", f"tokenizing {len(pairs.train) + len(pairs.test):,} pairs")
-    vocab_size = base.config.get_text_config().vocab_size
-    train_pairs, counts = tokenize_pairs(pairs.train, tokenizer, recipe.data, vocab_size)
-    if pairs.test:
-        test_pairs, test_counts = tokenize_pairs(pairs.test, tokenizer, recipe.data, vocab_size)
-    else:
-        prompts, test_counts = [pair.prompt for pair in train_pairs], {}
-        train_pairs, test_pairs = hold_out(train_pairs, prompts, recipe.data.test_split_size, recipe.training.seed)
-    _check_positions(base, [*train_pairs, *test_pairs])
-    for reason, count in [*pairs.drops.items(), *test_counts.items()]:
-        counts[reason] = counts.get(reason, 0) + count
-    end_id = end_token_id(tokenizer, recipe.data)
-    ready = _Ready(fetch_weights(base), tokenizer, end_id, pairs, train_pairs, test_pairs, counts, template)
-    dropped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.items()) if count) or "none dropped"
-    yield Update("note", f"{len(train_pairs):,} pairs to train on, {len(test_pairs):,} held out ({dropped})")
-    return ready
-
-
-def _check_positions(base: Base, pairs: Sequence[TokenizedPair]) -> None:
-    """Refuse sequences longer than the base has positions for: learned ones fail, rotary ones turn to noise."""
-    limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-    longest = max((max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs), default=0)
-    if limit is not None and longest > limit:
-        found = f"the longest pair has {longest:,} tokens, and {base.name} reads {limit:,}"
-        raise ModelError("data.max_length", found, "", f"data.max_length={limit} data.max_prompt_length={limit // 2}")
-
-
-def _lock(recipe: Recipe, ready: _Ready) -> dict[str, Any]:
-    """What the run was resolved to: enough to repeat it and to merge it."""
-    return {
-        "orpo_lite": version("orpo-lite"),
-        "versions": {name: version(name) for name in PACKAGES},
-        "python": sys.version.split()[0],
-        "base": {
-            "name": ready.base.name,
-            "revision": ready.base.revision,
-            "path": str(ready.base.path),
-            "fingerprint": ready.base.fingerprint,
-        },
-        "data": {"name": recipe.data.dataset_name, "sha256": ready.pairs.sha256},
-        "end_token_id": ready.end_id,
-        "seed": recipe.training.seed,
-    }
-
-
-def _check_lock(path: Path, lock: Mapping[str, Any]) -> None:
-    """Refuse to go on with another base or other data than the run began with."""
-    before = run.read_lock(path)
-    pairs = {"base": "fingerprint", "data": "sha256"}
-    differing = [f"{what} {lock[what]['name']}" for what, key in pairs.items() if before[what][key] != lock[what][key]]
-    if differing:
-        found = f"changed since the run began: {', '.join(differing)}"
-        remedy = "start a new run: training.output_dir=OTHER"
-        raise CheckpointError(f"run {path}", found, "the same base and data", remedy)
 
 
 # --- the loop -------------------------------------------------------------------------------------------------------
@@ -285,7 +129,7 @@ class _Loaded:
 
 
 def _train(
-    recipe: Recipe, ready: _Ready, path: Path, accelerator: Accelerator, stop: list[int], *, resume: bool
+    recipe: Recipe, ready: Ready, path: Path, accelerator: Accelerator, stop: list[int], *, resume: bool
 ) -> Generator[Update, None, TrainResult]:
     """Load, train, evaluate, save. A step depends on the recipe, the data and its number, on no hidden state."""
     settings, pairs, began = recipe.training, ready.train, time.monotonic()
@@ -349,7 +193,7 @@ def _train(
 
 def _step(
     recipe: Recipe,
-    ready: _Ready,
+    ready: Ready,
     loaded: _Loaded,
     accelerator: Accelerator,
     batch: Sequence[TokenizedPair],
@@ -474,7 +318,7 @@ def _restore(path: Path, loaded: _Loaded, accelerator: Accelerator) -> Generator
 
 def _evaluate(
     recipe: Recipe,
-    ready: _Ready,
+    ready: Ready,
     loaded: _Loaded,
     path: Path,
     accelerator: Accelerator,
@@ -508,7 +352,7 @@ def _evaluate(
 
 
 def _keep(
-    recipe: Recipe, ready: _Ready, loaded: _Loaded, path: Path, accelerator: Accelerator, state: dict[str, Any]
+    recipe: Recipe, ready: Ready, loaded: _Loaded, path: Path, accelerator: Accelerator, state: dict[str, Any]
 ) -> Generator[Update, None, int]:
     """Write ``adapter/`` from the best checkpoint, else from the last step; returns the step it is of."""
     kept: int = state["step"]
@@ -580,7 +424,7 @@ def memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def save_adapter(folder: Path, model: PairModel, ready: _Ready) -> None:
+def save_adapter(folder: Path, model: PairModel, ready: Ready) -> None:
     """The result: adapter, tokenizer with its template, generation config; complete or not there."""
     from transformers import GenerationConfig
 

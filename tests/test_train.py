@@ -20,7 +20,8 @@ from orpo_lite import checkpoint, run, train
 from orpo_lite.errors import CheckpointError, DataError, DivergedError, FitError, ModelError, RecipeError
 from orpo_lite.merge import merge
 from orpo_lite.recipe import Recipe
-from orpo_lite.train import TrainResult, Update, training, whole_steps
+from orpo_lite.run import Update
+from orpo_lite.train import TrainResult, training, whole_steps
 
 Build = Callable[..., Recipe]
 EIGHT_BIT = "lora.r=64"  # bitsandbytes keeps 8-bit states of tensors from 4,096 numbers on
