@@ -1,5 +1,6 @@
 """Everything that can be known, and can go wrong, before weights load: paths, adapter, data, base, template, tokens."""
 
+import hashlib
 import sys
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -108,7 +109,9 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
     keys = ["model.model_name_or_path", "model.adapter_name_or_path", "data.dataset_name", "data.chat_template"]
     if is_path(recipe.data.dataset_test_split or ""):
         keys.append("data.dataset_test_split")
-    values = {key: value for key, value in recipe.items() if key in keys and value and "{" not in value}
+    # A template may stand in the recipe itself, and auto and none are no files.
+    written = {key: value for key, value in recipe.items() if key in keys and value not in (None, "auto", "none")}
+    values = {key: value for key, value in written.items() if "{" not in value}
     paths = {key: Path(value).expanduser() for key, value in values.items()}
     return recipe.override({key: str(path.resolve()) for key, path in paths.items() if path.exists()})
 
@@ -142,17 +145,22 @@ def make_lock(recipe: Recipe, ready: Ready) -> dict[str, Any]:
             "fingerprint": ready.base.fingerprint,
         },
         "data": {"name": recipe.data.dataset_name, "sha256": ready.pairs.sha256},
+        "chat_template": {"name": recipe.data.chat_template, "sha256": _sha256(str(ready.tokenizer.chat_template))},
         "end_token_id": ready.end_id,
         "seed": recipe.training.seed,
     }
 
 
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def check_lock(path: Path, lock: Mapping[str, Any]) -> None:
-    """Refuse to go on with another base or other data than the run began with."""
+    """Refuse to go on with another base, template or data than the run began with."""
     before = run.read_lock(path)
-    pairs = {"base": "fingerprint", "data": "sha256"}
+    pairs = {"base": "fingerprint", "chat_template": "sha256", "data": "sha256"}
     differing = [f"{what} {lock[what]['name']}" for what, key in pairs.items() if before[what][key] != lock[what][key]]
     if differing:
         found = f"changed since the run began: {', '.join(differing)}"
         remedy = "start a new run: training.output_dir=OTHER"
-        raise CheckpointError(f"run {path}", found, "the same base and data", remedy)
+        raise CheckpointError(f"run {path}", found, "the same base, template and data", remedy)

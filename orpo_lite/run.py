@@ -82,8 +82,11 @@ def read_lock(path: Path) -> dict[str, Any]:
     read_recipe(path)
     lock = read_json(path / "lock.json")
     needed = {"base": ("name", "revision", "path", "fingerprint"), "data": ("name", "sha256")}
+    needed["chat_template"] = needed["data"]
     if any(not isinstance(lock.get(part), dict) or not {*keys} <= lock[part].keys() for part, keys in needed.items()):
-        raise CheckpointError(str(path / "lock.json"), "lacks base or data", "the file that the training wrote")
+        raise CheckpointError(
+            str(path / "lock.json"), "lacks base, data or chat_template", "the file that the training wrote"
+        )
     return lock
 
 

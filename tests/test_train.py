@@ -340,11 +340,16 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_again(small_recipe: Bu
     assert same_bits(adapter(whole.run), adapter(resumed.run))
 
 
-def test_resume_refuses_other_data(small_recipe: Build, workspace: Path) -> None:
+def test_resume_refuses_another_template_and_other_data(small_recipe: Build, workspace: Path) -> None:
     from conftest import write_pairs
 
-    recipe = small_recipe()
+    template = workspace / "turns.jinja"
+    template.write_text("{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}")
+    recipe = small_recipe("data.chat_template=turns.jinja")
     train(recipe)
+    template.write_text("{% for m in messages %}{{ m.role + '> ' + m.content + eos_token }}{% endfor %}")
+    with pytest.raises(CheckpointError, match="chat_template"):
+        train_all(recipe, resume=True)
     write_pairs(workspace / "pairs.jsonl", 40, seed=9)
     with pytest.raises(CheckpointError, match="data"):
         train_all(recipe, resume=True)
