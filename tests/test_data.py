@@ -424,6 +424,22 @@ def test_max_samples_takes_the_first_rows(tmp_path: Path) -> None:
     assert found.read == 4
 
 
+@pytest.mark.parametrize("mark", [";", "\t", "|"])
+def test_a_csv_with_other_separators_is_named(tmp_path: Path, mark: str) -> None:
+    (tmp_path / "pairs.csv").write_text(mark.join(["prompt", "chosen", "rejected"]) + "\n" + mark.join("abc") + "\n")
+    with pytest.raises(DataError, match=r"pairs\.csv:1: one column") as raised:
+        read_pairs(section(dataset_name=str(tmp_path / "pairs.csv")))
+    assert "cells separated by commas" in str(raised.value)
+
+
+def test_a_row_without_a_field_is_mended_before_columns_are_renamed(tmp_path: Path) -> None:
+    rows = [*some_rows(3), {"prompt": "a?", "chosen": "b"}]
+    with pytest.raises(DataError) as raised:
+        read_pairs(section(dataset_name=str(write_jsonl(tmp_path / "pairs.jsonl", rows))))
+    assert "pairs.jsonl:4, field rejected" in str(raised.value)
+    assert "remedy: mend or remove the row; if every row" in str(raised.value)
+
+
 def split(data: DataSection, seed: int) -> tuple[list[Pair], list[Pair]]:
     """The two sides that hold_out makes of a file's pairs."""
     pairs = read_pairs(data).train

@@ -291,5 +291,5 @@ def _seen(row: Row, field: str) -> str:
 
 def _fault(where: str, field: str, found: str, expected: str, remedy: str = "mend or remove the row") -> DataError:
     if found.startswith("missing") and field in ALIASES:
-        remedy = f"data.column_map={field}=COLUMN"
+        remedy += f"; if every row has it under another name: data.column_map={field}=COLUMN"
     return DataError(f"{where}, field {field}", found, expected, remedy)

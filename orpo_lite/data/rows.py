@@ -143,6 +143,9 @@ def _csv_rows(path: Path, faults: list[DataError]) -> Iterator[Place]:
         header = next(cells, [])
         if len(set(header)) < len(header):
             raise DataError(f"{path.name}:1", "two columns of one name", "a name for each column", "rename one")
+        if len(header) == 1 and (mark := next((mark for mark in ";\t|" if mark in header[0]), None)):
+            found = f"one column, {header[0]!r}: separated by {mark!r}"
+            raise DataError(f"{path.name}:1", found, "cells separated by commas", "save it again with commas")
         start = cells.line_num + 1
         for row in cells:
             where, start = f"{path.name}:{start}", cells.line_num + 1
