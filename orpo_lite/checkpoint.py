@@ -81,7 +81,7 @@ def find_fault(folder: Path) -> str | None:
 def restore(folder: Path, model: PairModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Load a checkpoint that :func:`newest` gave; returns its state."""
     state = read_json(folder / STATE)
-    set_adapter(model, load_file(folder / ADAPTER))
+    load_adapter(folder, model)
     _restore_optimizer(optimizer, load_file(folder / OPTIMIZER), state.pop("optimizer"))
     return state
 

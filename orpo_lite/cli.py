@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -265,25 +265,17 @@ def _flat(text: str) -> str:
 # --- progress -------------------------------------------------------------------------------------------------------
 
 
-def _draw(updates: Any) -> "TrainResult":
+def _draw(updates: "Generator[Update, None, TrainResult]") -> "TrainResult":
     """Show each update; returns the generator's result. Live on a terminal, plain lines elsewhere."""
+    from orpo_lite.run import drain
+
     if not _is_main_process():
-        return _last(updates, lambda _: None)
+        return drain(updates, lambda _: None)
     if not out.is_terminal:
-        lines = _PlainLines()
-        return _last(updates, lines.show)
+        return drain(updates, _PlainLines().show)
     screen = _Screen()
     with Live(screen.layout, console=out, refresh_per_second=4, transient=True):
-        return _last(updates, screen.show)
-
-
-def _last(updates: Any, show: Any) -> "TrainResult":
-    while True:
-        try:
-            show(next(updates))
-        except StopIteration as end:
-            result: TrainResult = end.value
-            return result
+        return drain(updates, screen.show)
 
 
 class _PlainLines:

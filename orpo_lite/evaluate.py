@@ -28,12 +28,12 @@ def evaluate(
     total = torch.zeros(len(PARTS), dtype=torch.float64)
     rank, world = accelerator.process_index, accelerator.num_processes
     share = micro_batches(range(len(pairs)), pairs, size=recipe.memory.micro_batch_size, rank=rank, world=world)
-    with model.evaluating():
-        for number, chunk in enumerate(share):
-            yield number, len(share)
-            batch = pad_pairs([pairs[index] for index in chunk], pad_id=pad_id, completion_only_loss=only)
+    for number, chunk in enumerate(share):
+        yield number, len(share)  # outside: whoever draws the progress is not put into no_grad and eval mode
+        batch = pad_pairs([pairs[index] for index in chunk], pad_id=pad_id, completion_only_loss=only)
+        with model.evaluating():
             logps = model(batch.to(accelerator.device))
             _, parts = orpo_loss(logps, divisors, beta=recipe.loss.beta, nll_reduction=recipe.loss.nll_reduction)
-            total += parts.double().cpu()
+        total += parts.double().cpu()
     summed: Any = accelerator.reduce(total.to(accelerator.device), reduction="sum")
     return {f"eval_{name}": value for name, value in named_parts(summed.tolist(), beta=recipe.loss.beta).items()}

@@ -13,11 +13,11 @@ import math
 import os
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from safetensors import SafetensorError
 
@@ -25,6 +25,7 @@ from orpo_lite.errors import CheckpointError, FitError
 from orpo_lite.recipe import Recipe, load_recipe
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+Result = TypeVar("Result")
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -37,6 +38,16 @@ class Update:
     step: int = 0
     steps: int = 0
     metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+def drain(updates: Generator[Update, None, Result], show: Callable[[Update], object]) -> Result:
+    """Run a verb to its end, showing each update; returns its result."""
+    while True:
+        try:
+            show(next(updates))
+        except StopIteration as end:
+            result: Result = end.value
+            return result
 
 
 def refuse_existing(recipe: Recipe) -> None:

@@ -65,13 +65,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainResult:
     Raises:
         OrpoLiteError: anything the person can mend, before weights load wherever it can be known by then.
     """
-    updates = training(recipe, resume=resume)
-    while True:
-        try:
-            next(updates)
-        except StopIteration as end:
-            result: TrainResult = end.value
-            return result
+    return run.drain(training(recipe, resume=resume), lambda _: None)
 
 
 def training(recipe: Recipe, *, resume: bool = False) -> Generator[Update, None, TrainResult]:
@@ -84,12 +78,12 @@ def training(recipe: Recipe, *, resume: bool = False) -> Generator[Update, None,
         )
     if not resume and accelerator.is_main_process:
         run.refuse_existing(recipe)
+    recipe = with_absolute_paths(adopt_adapter(recipe))
     if accelerator.is_main_process:
         for done, total in demo.make_builtin(recipe):
             yield Update("stage", "training the built-in base", done, total)
     accelerator.wait_for_everyone()
     resolved = demo.resolve_builtin(recipe)
-    recipe, resolved = (with_absolute_paths(adopt_adapter(either)) for either in (recipe, resolved))
     ready = yield from prepare(resolved)
     lock = make_lock(resolved, ready)
     path = Path(recipe.training.output_dir)

@@ -30,7 +30,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from orpo_lite.base import check_targets, fetch_weights, find_base, linear_names
 from orpo_lite.data.packing import PairBatch, pad_pairs
 from orpo_lite.errors import ModelError, RecipeError
-from orpo_lite.model import PairModel, adapter_tensors, load_pair_model, set_adapter
+from orpo_lite.model import PairModel, adapter_tensors, choose_dtype, load_pair_model, set_adapter
 from orpo_lite.recipe import Recipe
 from orpo_lite.step.losses import Divisors, orpo_loss
 
@@ -484,3 +484,16 @@ def test_other_families_train_all_their_linears(family: str, dtype: str, tmp_pat
     assert math.isfinite(loss)
     assert grads.keys() == dict(model.trained()).keys()
     assert all(grad.isfinite().all() and grad.abs().sum() > 0 for grad in grads.values())
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"), [((7, 0), torch.float16), ((7, 5), torch.float16), ((8, 0), torch.bfloat16)]
+)
+def test_the_card_chooses_the_dtype(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: torch.dtype
+) -> None:
+    """V100 and T4 have no bfloat16, Ampere has; a CPU computes in float32; a named dtype is what it says."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert choose_dtype("auto", torch.device("cuda", 0)) == expected
+    assert choose_dtype("auto", torch.device("cpu")) == torch.float32
+    assert choose_dtype("float32", torch.device("cuda", 0)) == torch.float32
