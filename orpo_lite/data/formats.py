@@ -1,43 +1,53 @@
-"""Rows to pairs: one reader per format, all with one signature, and detection by structure.
+"""Which format a set has, found by the structure of its first rows; or the refusal, with the line that helps.
 
-A new format is one ``read_*`` function, its line in READERS and its clause in ``detect_format``. A reader raises
-DataError for a row that does not hold the format; a row that holds it but cannot be trained on becomes a pair with
-``drop``, which is counted, not an error.
+A new format is one ``read_*`` in readers.py and one clause here. The polarity of a pair is never guessed: chosen and
+rejected are taken by exactly these names, scores and verdicts only where their meaning is documented.
 """
 
 import re
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, NoReturn
 
+from orpo_lite.data.columns import (
+    ALIASES,
+    CHAT,
+    KNOWN,
+    SOME,
+    TEXTS,
+    USABLE,
+    Look,
+    asks,
+    contents,
+    is_sharegpt,
+    map_line,
+    map_lines,
+    refuse_templated,
+)
+from orpo_lite.data.readers import (
+    COLUMNS,
+    MEASURES,
+    PROMPTS_DIFFER,
+    READERS,
+    Message,
+    Pair,
+    Reader,
+    Row,
+    shared_start,
+    shared_words,
+)
 from orpo_lite.errors import DataError
 
-Message = dict[str, str]  # {"role": one of ROLES, "content": text}
-Row = Mapping[str, Any]
+__all__ = ["COLUMNS", "PROMPTS_DIFFER", "READERS", "Detected", "Message", "Pair", "Reader", "Row", "detect_format",
+           "shared_start"]  # fmt: skip
 
-ROLES = ("system", "user", "assistant")
-PROMPTS_DIFFER = "prompts of chosen and rejected differ"
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """Two replies to one conversation."""
-
-    messages: tuple[Message, ...]  # everything before the reply
-    chosen: str  # the last reply only
-    rejected: str
-    where: str  # "pairs.jsonl:12" or "train[11]", for error messages
-    prompt_text: str | None = None  # the prompt as plain text, when the row held text: for data.chat_template=none
-    drop: str | None = None  # why this pair cannot be trained on, when its row already shows it
-
-
-Reader = Callable[[Row, str], Pair]
+MANY = 0.9  # of the rows: a habit of the whole set
+PAIRS = "write each pair as prompt, chosen and rejected"
 
 
 @dataclass(frozen=True, slots=True)
 class Detected:
-    """A format, the structure that gave it away, and its reader."""
+    """A format, the structure that gave it away, and its reader, which takes rows as data.column_map left them."""
 
     name: str
     because: str
@@ -48,248 +58,340 @@ class Detected:
         return f"detected {self.name} because {self.because}"
 
 
-def read_explicit(row: Row, where: str) -> Pair:
-    """TRL's explicit prompt: prompt, chosen and rejected are all texts, or all lists of messages."""
-    if isinstance(row.get("prompt"), list):
-        before, good, bad = (_messages(row, field, where) for field in ("prompt", "chosen", "rejected"))
-        return _join(before, good, bad, where)
-    prompt, chosen, rejected = (_text(row, field, where) for field in ("prompt", "chosen", "rejected"))
-    return Pair(_user(prompt), chosen, rejected, where, prompt_text=prompt)
+def detect_format(
+    rows: Sequence[Row], *, name: str = "auto", mapped: Iterable[str] = (), plain: bool = False
+) -> Detected:
+    """The format that the first rows share, by what their columns hold; a row that deviates is its reader's to report.
 
+    Args:
+        name: a name of READERS when the person has set data.format; its columns are still looked for.
+        mapped: the canonical columns that data.column_map has set; nothing else is a candidate for them.
+        plain: data.chat_template is none, so already-templated text is what the person wants.
 
-def read_messages(row: Row, where: str) -> Pair:
-    """UltraFeedback binarized: chosen and rejected are whole conversations, prompt repeats their user turn as text."""
-    chosen, rejected = (_messages(row, side, where) for side in ("chosen", "rejected"))
-    has_prompt = any(message["role"] == "user" for message in chosen)
-    prompt = () if has_prompt else _user(_text(row, "prompt", where))  # never the prompt twice
-    return _join(prompt, chosen, rejected, where)
-
-
-def read_implicit(row: Row, where: str) -> Pair:
-    """TRL's implicit prompt: chosen and rejected begin alike, as lists of messages or as texts."""
-    if isinstance(row.get("chosen"), list):
-        good, bad = (_messages(row, side, where) for side in ("chosen", "rejected"))
-        return _join((), good, bad, where)
-    chosen, rejected = (_text(row, side, where) for side in ("chosen", "rejected"))
-    if _is_hh_rlhf(chosen):
-        return read_hh_rlhf(row, where)
-    prompt = _shared_words(chosen, rejected)
-    drop = None if prompt or chosen == rejected else PROMPTS_DIFFER
-    return Pair(_user(prompt), chosen[len(prompt) :], rejected[len(prompt) :], where, prompt_text=prompt, drop=drop)
-
-
-def read_hh_rlhf(row: Row, where: str) -> Pair:
-    """Anthropic's HH-RLHF: chosen and rejected are dialogues in one text, told apart by their turn markers.
-
-    The reply follows the last assistant marker. The space after a marker belongs to the marker.
+    Raises DataError, with the line to write, when nothing fits, when two readings are possible, and when a template
+    is in the text already.
     """
-    (prompt, turns, chosen), (other, other_turns, rejected) = (
-        _split_dialogue(row, side, where) for side in ("chosen", "rejected")
-    )
-    if chosen.startswith(" ") and rejected.startswith(" "):
-        prompt, other, chosen, rejected = prompt + " ", other + " ", chosen[1:], rejected[1:]
-    drop = None if turns == other_turns else PROMPTS_DIFFER
-    return Pair(turns, chosen, rejected, where, prompt_text=prompt, drop=drop)
+    look = Look(rows, frozenset(mapped), plain)
+    _refuse_python(look)
+    if name == "auto":
+        fitting = (found for clause in CLAUSES if (found := clause(look)))
+        name, because = next(fitting, None) or _refuse_unknown(look)
+    else:
+        because = "data.format says so"
+        _find_columns(look, name)
+    system = look.find("system")
+    templated = look.templated()
+    if templated and not plain:
+        refuse_templated(look, templated)
+    if system and "prompt" in templated:
+        del look.taken["system"]  # the templated prompt has it inside
+    elif system and name != "orca":
+        because += f"; {system} goes in front as a system turn"
+    return Detected(name, because, lambda row, where: READERS[name](look.renamed(row, where), where))
 
 
-READERS: dict[str, Reader] = {
-    "explicit": read_explicit,
-    "implicit": read_implicit,
-    "messages": read_messages,
-    "hh_rlhf": read_hh_rlhf,
-}
+# --- the clauses: each says its format's name and the reason, or None; the first that fits is taken
+
+Found = tuple[str, str] | None
 
 
-def detect_format(rows: Sequence[Row]) -> Detected:
-    """The format that the first rows share, by what their fields hold; a row that deviates is its reader's to report.
+def _openai(look: Look) -> Found:
+    outputs = (look.kind("preferred_output"), look.kind("non_preferred_output"))
+    if look.kind("input") == "request" and all(kind in ("message", "messages") for kind in outputs):
+        return "openai", "input holds messages beside preferred_output and non_preferred_output"
+    return None
 
-    Raises DataError, with the data.column_map line to write, when nothing fits or two readings are possible.
-    """
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    prompt, chosen, rejected = (_usual_kind(rows, field) for field in ("prompt", "chosen", "rejected"))
-    because = ""
-    match (prompt, chosen, rejected):
-        case ("messages", "messages", "messages"):
-            name, because = "explicit", "prompt, chosen and rejected are lists of messages"
-        case ("text", "messages", "messages"):
-            name, because = "messages", "chosen and rejected are lists of messages beside a prompt text"
-        case ("missing" | "null", "messages", "messages"):
-            name, because = "implicit", "chosen and rejected are lists of messages and there is no prompt"
-        case (_, "dialogue", "dialogue"):
-            name, because = "hh_rlhf", "chosen and rejected are texts with Human: and Assistant: turns"
-        case ("text" | "dialogue", "text" | "dialogue", "text" | "dialogue"):
-            name, because = "explicit", "prompt, chosen and rejected are texts"
-        case ("missing" | "null", "text", "text") if not _guess("prompt", columns) and _mostly_share_words(rows):
-            name, because = "implicit", "chosen and rejected are texts that begin alike and there is no prompt"
-    if because:
-        return Detected(name, because, READERS[name])
-    kinds = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+def _dialogues(look: Look) -> Found:
+    if look.kind("chosen") == look.kind("rejected") == "dialogue":
+        return "hh_rlhf", "chosen and rejected are texts with Human: and Assistant: turns"
+    return None
+
+
+def _conversations(look: Look) -> Found:
+    if not all(look.kind(side) in ("message", "messages") for side in ("chosen", "rejected")):
+        return None
+    sides = f"chosen and rejected are {'lists of' if look.kind('chosen') == 'messages' else 'single'} messages"
+    style = "sharegpt" if look.share(is_sharegpt, "chosen") > 0.5 else None
+    if style:
+        sides += " in from and value"
+    if look.kind("prompt") in CHAT:
+        look.find("prompt")
+        return style or "explicit", f"prompt is a list of messages and {sides}"
+    whole = look.share(asks, "chosen")
+    if whole < 1 and (before := _find_before(look)):
+        canonical, column = before
+        if canonical == "conversation":
+            return style or "conversation", f"{sides}, and {column} is a list of messages"
+        return style or "messages", f"{sides} beside {column}, a text"
+    if whole > 0 and look.kind("prompt") in TEXTS:
+        return style or "messages", f"{sides} beside prompt, a text"
+    return (style or "implicit", f"{sides} and there is no prompt") if whole > 0 else None
+
+
+def _texts(look: Look) -> Found:
+    if not all(look.kind(side) in TEXTS for side in ("chosen", "rejected")):
+        return None
+    before = _find_before(look)
+    if before is None:
+        # Two replies can begin alike by chance, and what they reply to may be what was not taken.
+        begin_alike = look.share(lambda one, other: bool(shared_words(one, other)), "chosen", "rejected") >= MANY
+        unread = look.kind("prompt") not in ("missing", "null")
+        unread = unread or any(look.kind(name) in CHAT for name in ALIASES["conversation"])
+        reason = "chosen and rejected are texts that begin alike and there is no prompt"
+        return ("implicit", reason) if begin_alike and not unread else None
+    canonical, column = before
+    if look.kind(column) in CHAT:
+        style = "sharegpt" if look.share(is_sharegpt, column) > 0.5 else "conversation"
+        reason = f"{column} is a list of messages and chosen and rejected are texts"
+        return style if canonical == "conversation" else "explicit", reason
+    if look.kind(column) == "dialogue":
+        return "hh_rlhf", f"{column} is a text with Human: and Assistant: turns, and chosen and rejected are texts"
+    if look.is_alpaca() and look.agree(column, "instruction"):
+        about = look.find("input") or ("input" if "input" in look.columns else "history")
+        return "alpaca", f"{column}, chosen and rejected are texts beside {about}"
+    doubled = look.share(lambda p, c, r: c.startswith(p) and r.startswith(p), column, "chosen", "rejected")
+    if SOME <= doubled < MANY:
+        found = f"chosen and rejected begin with {column} again in {doubled:.0%} of the first {len(look.rows)} rows"
+        remedy = "data.format=doubled to take it off where it is, or data.format=explicit to leave it in the replies"
+        raise DataError("data.format", found, "the prompt once, and all rows alike", remedy)
+    reason = f"{column}, chosen and rejected are texts"
+    if doubled >= MANY:
+        return "doubled", f"{reason}, and chosen and rejected begin with {column} again"
+    if (system := look.find("system")) and "prompt" not in look.templated():
+        return "orca", f"{system}, {reason}"
+    return "explicit", reason
+
+
+def _two_outputs(look: Look) -> Found:
+    if look.kind("chosen") != "missing" or look.kind("output") != "texts" or not look.find("prompt"):
+        return None
+    if "instruction" not in look.columns or look.share(lambda output: len(output) == 2, "output") < 1:
+        return None
+    look.find("input")
+    return "alpaca", "instruction is a text and output holds two texts, the chosen one and the rejected"
+
+
+def _ranked(look: Look) -> Found:
+    completions = None if look.kind("rejected") in USABLE else look.find("completions")
+    if completions is None:
+        return None
+    if look.kind(completions) == "texts":
+        if "numbers" not in look.kinds.values():
+            return None
+        wanted = [name for name in ("scores", "ranks") if name in look.mapped] or ["scores", "ranks"]
+        measures = [column for name in wanted if (column := look.find(name))]
+        if len(measures) != 1:
+            lines = [map_line(**{name: column}) for name, column in zip(wanted, measures, strict=False)]
+            _refuse_ranking(look, completions, f"texts beside {' and '.join(measures) or 'no known scores'}", lines)
+        reason = f"{completions} is a list of texts and {measures[0]} of their numbers"
+    else:
+        held = {key for (answers,) in look.values(completions) for answer in answers for key in answer}
+        measures = [key for key in MEASURES if key in held]
+        if not measures or (len(measures) > 1 and measures[0] != "overall_score"):
+            _refuse_ranking(look, completions, f"answers with {' and '.join(measures) or 'no known score'}")
+        reason = f"{completions} is a list of answers, each with its {measures[0]}"
+    _find_before(look)
+    return "ranked", reason
+
+
+def _judged(look: Look) -> Found:
+    answers = None if look.kind("rejected") in USABLE else _two_answers(look)
+    if answers is None:
+        return None
+    columns = ["better"] if "better" in look.mapped else look.columns
+    meanings = {column: says for column in columns if (says := _meaning(look, column, answers))}
+    verdicts = [column for column in meanings if column.lower() in VERDICTS]
+    if len(verdicts) != 1:
+        _refuse_verdict(answers, verdicts, [*meanings])
+    if look.share(asks, answers[0]) < 1:
+        _find_before(look)
+    look.taken |= {"response_a": answers[0], "response_b": answers[1], "better": verdicts[0]}
+    look.verdict = meanings[verdicts[0]]
+    return "judged", f"{answers[0]} and {answers[1]} are two answers and {verdicts[0]} says which is the better"
+
+
+CLAUSES = (_openai, _dialogues, _conversations, _texts, _two_outputs, _ranked, _judged)
+
+
+# --- the columns of a format
+
+
+def _find_columns(look: Look, name: str) -> None:
+    """Of a format that the person has named, whatever the structure says."""
+    if name == "ranked":
+        _ranked(look)
+    elif name == "judged":
+        _judged(look)
+    elif name in ("conversation", "sharegpt"):
+        if look.share(asks, "chosen") < 1:
+            _find_before(look)
+    elif name not in ("implicit", "openai"):
+        # Conversations and dialogues that are whole need no prompt, so no rival of it matters.
+        whole = look.kind("chosen") == "dialogue" if name == "hh_rlhf" else look.share(asks, "chosen") == 1
+        if not whole or name in ("explicit", "alpaca"):
+            look.find("prompt")
+    if name == "alpaca":
+        look.find("input")
+
+
+def _find_before(look: Look) -> tuple[str, str] | None:
+    """What stands before the reply, (canonical, column): a conversation that waits for it, else a prompt."""
+    conversation = look.find("conversation")
+    if conversation is None or "prompt" in look.mapped:
+        look.taken.pop("conversation", None)
+        prompt = look.find("prompt")
+        return ("prompt", prompt) if prompt else None
+    strangers = [] if "conversation" in look.mapped else look.candidates("prompt")
+    strangers = [column for column in strangers if look.share(_holds_turn, conversation, column) < 1]
+    if strangers:
+        found = f"{' and '.join([conversation, *strangers])} could each stand before the reply, and they differ"
+        remedy = f"{map_lines('conversation', [conversation])} or {map_lines('prompt', strangers)}"
+        raise DataError("data.column_map", found, "one conversation, or one prompt", remedy)
+    return "conversation", conversation
+
+
+def _holds_turn(turns: Any, prompt: Any) -> bool:
+    return turns == prompt or (isinstance(prompt, str) and prompt.strip() in [text.strip() for text in contents(turns)])
+
+
+# --- two answers and a verdict
+
+ANSWER_WORDS = ("response", "answer", "completion", "output", "reply", "generation", "conversation", "human_ref")
+VERDICTS = ("better", "winner", "better_response_id", "safer_response_id", "labels", "preference_strength",
+            "overall_preference")  # fmt: skip
+TIES = ("tie", "tie (bothbad)", "both_bad")
+_END = re.compile(r"(.*?)[ _-]?([012ab])", re.IGNORECASE)  # response_0, response1, human_ref_A
+
+
+def _two_answers(look: Look) -> tuple[str, str] | None:
+    if {"response_a", "response_b"} <= look.mapped:
+        return "response_a", "response_b"
+    stems: dict[str, dict[str, str]] = {}
+    for column in look.columns:
+        match = _END.fullmatch(column)
+        if match and look.kind(column) in USABLE and any(word in match[1].lower() for word in ANSWER_WORDS):
+            stems.setdefault(match[1], {})[match[2].lower()] = column
+    pairs = [tuple(ends[end] for end in sorted(ends)) for ends in stems.values() if len(ends) == 2]
+    if len(pairs) > 1:
+        found = " and ".join(f"{a} with {b}" for a, b in pairs) + " could each be the two answers"
+        lines = " or ".join(map_line(response_a=a, response_b=b) for a, b in pairs)
+        raise DataError("data.column_map", found, "two answers", lines)
+    return (pairs[0][0], pairs[0][1]) if pairs else None
+
+
+def _meaning(look: Look, column: str, answers: tuple[str, str]) -> Callable[[Any], str | None] | None:
+    """What a column's values say of the two answers, where that is documented or they name one of them."""
+    ends = [match[2].lower() if (match := _END.fullmatch(answer)) else answer for answer in answers]
+    table: dict[str, str] = {}
+    if column in answers or look.kind(column) not in ("text", "number"):
+        return None
+    if column.lower() in ("preference_strength", "overall_preference"):
+        if ends == ["1", "2"]:  # HelpSteer: -3, the first is much better, to 3, the second is
+            table = {str(i): "a" if i < 0 else "b" if i > 0 else "tie" for i in range(-3, 4)}
+    elif column.lower() == "labels":
+        if answers == ("human_ref_A", "human_ref_B"):  # SHP: 1, the first is preferred
+            table = {"1": "a", "0": "b"}
+    else:
+        for verdict, end, answer in zip("ab", ends, answers, strict=True):
+            table |= dict.fromkeys((end, answer.lower(), f"model_{end}"), verdict)
+        table |= dict.fromkeys(TIES, "tie")
+
+    def says(value: Any) -> str | None:
+        return table.get(str(value).strip().lower().removesuffix(".0"))
+
+    return says if look.share(lambda value: says(value) is not None, column) >= MANY else None
+
+
+# --- what is refused
+
+
+def _refuse_python(look: Look) -> None:
+    columns = [column for column, kind in look.kinds.items() if kind == "Python text of a list" and column in KNOWN]
+    if columns:
+        found = f"{' and '.join(columns)} hold lists as Python prints them, which is not JSON"
+        remedy = "write the column with json.dumps, or save the set as .jsonl or .parquet"
+        raise DataError("data.format", found, "texts, or lists as JSON", remedy)
+
+
+def _refuse_verdict(answers: tuple[str, str], verdicts: Sequence[str], naming: Sequence[str]) -> NoReturn:
+    two = " and ".join(answers)
+    found = f"{two} are two answers, and no column is known to say which is the better"
+    if verdicts:
+        found = f"{' and '.join(verdicts)} could each say which of {two} is the better"
+    remedy = map_lines("better", verdicts or naming) or f"no setting helps: {PAIRS}"
+    raise DataError("data.column_map", found, "one verdict", remedy)
+
+
+def _refuse_ranking(look: Look, completions: str, found: str, lines: Sequence[str] = ()) -> NoReturn:
+    numbers = [column for column, kind in look.kinds.items() if kind == "numbers"]
+    if not lines and look.kind(completions) == "texts":
+        lines = [f"{map_lines('scores', [column])} if the highest is the best" for column in numbers]
+        lines += [f"{map_lines('ranks', [column])} if the lowest is the best" for column in numbers]
+    expected = f"in each answer one of {', '.join(MEASURES)}; or texts with scores or ranks"
+    found = f"{completions} holds {found}: nothing says which answer is the best"
+    raise DataError("data.column_map", found, expected, " or ".join(lines) or f"no setting helps: {PAIRS}")
+
+
+def _refuse_unknown(look: Look) -> NoReturn:
+    kinds = {side: look.kind(side) for side in ("prompt", "chosen", "rejected")}
     found = ", ".join(
-        f"{field} {'is' if kind in ('missing', 'null') else 'holds'} {kind}" for field, kind in kinds.items()
+        f"{side} {'is' if kind in ('missing', 'null') else 'holds'} {kind}" for side, kind in kinds.items()
     )
-    raise DataError(
-        "data.format",
-        f"no known format: {found}; the columns are {', '.join(map(repr, columns)) or 'none'}",
-        "chosen and rejected, both texts or both lists of messages, with or without a prompt",
-        f"name the columns: {_column_map_line(kinds, columns)}",
-    )
+    found += f"; the columns are {', '.join(map(repr, look.columns)) or 'none'}"
+    guesses: dict[str, str | None] = {side: _guess(look, side) for side in ("chosen", "rejected")}
+    if not any(guesses.values()) and (single := _single_reply(look)):
+        expected = "a pair needs two replies to one prompt, a better and a worse one"
+        raise DataError("data.format", f"{single}; {found}", expected, f"no setting helps: {PAIRS}")
+    prompts = [column for column in look.candidates("prompt") if column not in guesses.values()]
+    guesses["prompt"] = prompts[0] if prompts else None
+    unfit = [side for side, kind in kinds.items() if kind not in (USABLE if side != "prompt" else (*TEXTS, *CHAT))]
+    if look.candidates("conversation") and unfit != ["prompt"]:
+        unfit = [side for side in unfit if side != "prompt"]
+    expected = "chosen and rejected, both texts or both lists of messages, with or without a prompt"
+    remedy = "name the columns: " + map_line(**{side: guesses[side] or "COLUMN" for side in unfit or kinds})
+    if unfit == ["prompt"] and kinds["chosen"] in TEXTS:
+        remedy += " or data.format=implicit if both texts begin with the prompt"
+    raise DataError("data.format", f"no known format: {found}", expected, remedy)
 
 
-# What other sets call our fields; only ever a suggestion in an error message.
-ALIASES = {
-    "prompt": ("question", "instruction", "input", "query"),
-    "chosen": ("accepted", "preferred", "winner", "good", "better", "response_chosen", "chosen_response"),
-    "rejected": ("dispreferred", "loser", "bad", "worse", "response_rejected", "rejected_response"),
+# Only ever a suggestion in an error message: by these words alone no column is taken.
+POLAR = {
+    "chosen": frozenset("chosen accepted accept preferred winner winning win good better best positive w".split()),
+    "rejected": frozenset("rejected reject dispreferred loser losing lose bad worse worst negative l".split()),
 }
+NOT_A_REPLY = frozenset("model id score rating rank reason source name rationale feedback".split())
 
 
-def _guess(field: str, columns: Sequence[str]) -> str | None:
-    return next((column for column in columns if column.lower() in ALIASES[field]), None)
+def _guess(look: Look, side: str) -> str | None:
+    for column in sorted(look.columns, key=lambda column: column != side):
+        words = {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", column)}
+        meant = next((name for name, polar in POLAR.items() if words & polar), None)
+        if meant == "chosen" and words & {"non", "not"}:
+            meant = "rejected"
+        if meant == side and look.kind(column) in USABLE and not words & NOT_A_REPLY:
+            return column
+    return None
 
 
-def _column_map_line(kinds: Mapping[str, str], columns: Sequence[str]) -> str:
-    unfit = [field for field, kind in kinds.items() if kind not in ("text", "dialogue", "messages")]
-    return "data.column_map=" + ",".join(f"{field}={_guess(field, columns) or 'COLUMN'}" for field in unfit or kinds)
+def _single_reply(look: Look) -> str:
+    """A sentence for the sets that have only one reply to each prompt, and are often taken for pairs."""
+    by_name = {column.lower(): column for column in look.columns}
 
+    def first(names: Iterable[str], *kinds: str) -> str | None:
+        named = (by_name[name] for name in names if name in by_name)
+        return next((column for column in named if not kinds or look.kind(column) in kinds), None)
 
-Kind = Literal["missing", "null", "text", "dialogue", "messages", "something else"]
-
-
-def _kind(value: Any) -> Kind:
-    if isinstance(value, str):
-        return "dialogue" if _is_hh_rlhf(value) else "text"
-    if isinstance(value, list) and value and all(isinstance(item, Mapping) and "role" in item for item in value):
-        return "messages"
-    return "null" if value is None else "something else"
-
-
-def _usual_kind(rows: Sequence[Row], field: str) -> Kind:
-    """What most rows hold, the empty ones aside."""
-    kinds = Counter(_kind(row[field]) for row in rows if field in row)
-    held = kinds.most_common()
-    return next((kind for kind, _ in held if kind != "null"), "null" if held else "missing")
-
-
-def shared_start(one: str, other: str) -> str:
-    """The longest common beginning, to the character."""
-    if other.startswith(one):
-        return one
-    return one[: next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(other))]
-
-
-def _shared_words(one: str, other: str) -> str:
-    """The common beginning in whole words: "The sky is", of "The sky is blue" and "The sky is black"."""
-    shared = shared_start(one, other)
-    if one == other or shared[-1:].isspace():
-        return shared.rstrip()
-    *words, _ = shared.rsplit(maxsplit=1) or [""]
-    return "".join(words)
-
-
-def _mostly_share_words(rows: Sequence[Row]) -> bool:
-    texts = [(row.get("chosen"), row.get("rejected")) for row in rows]
-    pairs = [(one, other) for one, other in texts if isinstance(one, str) and isinstance(other, str)]
-    return 2 * sum(bool(_shared_words(one, other)) for one, other in pairs) > len(pairs)
-
-
-_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):[ ]?")  # "Human:" within a line is only text
-_SPEAKERS = {"Human": "user", "Assistant": "assistant"}
-_REPLY = "\n\nAssistant:"
-
-
-def _is_hh_rlhf(text: str) -> bool:
-    return bool(_TURN.match(text)) and _REPLY in text
-
-
-def _split_dialogue(row: Row, field: str, where: str) -> tuple[str, tuple[Message, ...], str]:
-    """The text up to the last assistant marker, its turns, and the text after the marker."""
-    text = _text(row, field, where)
-    head, marker, reply = text.rpartition(_REPLY)
-    lead, *parts = _TURN.split(head)
-    if not marker or not parts or lead.strip():
-        found = "the text does not begin with a turn" if marker else "there is no assistant turn"
-        raise _fault(where, field, found, r'"\n\nHuman: ... \n\nAssistant: ..."')
-    if "\n\nHuman:" in reply:
-        raise _fault(where, field, "the last turn is the human's", "a dialogue that ends with the assistant's reply")
-    turns: list[Message] = []
-    for speaker, content in zip(parts[::2], parts[1::2], strict=True):
-        role = _SPEAKERS[speaker]
-        if turns and turns[-1]["role"] == role:  # chat templates want roles to alternate
-            turns[-1]["content"] = "\n\n".join(filter(None, (turns[-1]["content"], content)))
-        else:
-            turns.append({"role": role, "content": content})
-    return head + marker, tuple(turns), reply
-
-
-def _user(text: str) -> tuple[Message, ...]:
-    return ({"role": "user", "content": text},)
-
-
-def _join(prompt: Sequence[Message], chosen: Sequence[Message], rejected: Sequence[Message], where: str) -> Pair:
-    """A pair of whole conversations; ``prompt`` goes before both unless they already begin with it."""
-    whole = []
-    for field, side in (("chosen", chosen), ("rejected", rejected)):
-        if side[-1]["role"] != "assistant":
-            found = f"the last turn is the {side[-1]['role']}'s"
-            raise _fault(where, field, found, "a conversation that ends with the assistant's reply")
-        repeats = list(side[: len(prompt)]) == list(prompt)
-        whole.append([*side] if repeats else [*prompt, *side])
-    (*before, reply), (*other_before, other_reply) = whole
-    if not before:
-        raise _fault(where, "chosen", "nothing stands before the reply", "the user's turn, or a prompt")
-    drop = None if before == other_before else PROMPTS_DIFFER
-    return Pair(tuple(before), reply["content"], other_reply["content"], where, drop=drop)
-
-
-def _messages(row: Row, field: str, where: str) -> list[Message]:
-    value = row.get(field)
-    if not isinstance(value, list) or not value:
-        raise _fault(where, field, _seen(row, field), "a list of messages {role, content}")
-    messages = []
-    for i, item in enumerate(value):
-        if not isinstance(item, Mapping):
-            raise _fault(where, f"{field}[{i}]", _seen({"": item}, ""), "a message {role, content}")
-        if item.get("role") not in ROLES:
-            raise _fault(where, f"{field}[{i}].role", f"{item.get('role')!r}", f"one of {', '.join(ROLES)}")
-        messages.append({"role": str(item["role"]), "content": _text(item, "content", where, f"{field}[{i}].content")})
-    return messages
-
-
-def _text(row: Row, field: str, where: str, label: str = "") -> str:
-    value = row.get(field)
-    if not isinstance(value, str):
-        raise _fault(where, label or field, _seen(row, field), "text")
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            found = f"a lone surrogate (half a character) at position {error.start}"
-            raise _fault(where, label or field, found, "text", "write the data as UTF-8 again") from None
-    return value
-
-
-def _seen(row: Row, field: str) -> str:
-    """What stands in a field, without its content: data sets can hold text that nobody wants on the screen."""
-    if field not in row:
-        return f"missing; the columns are {', '.join(map(repr, row))}"
-    match row[field]:
-        case None:
-            return "null"
-        case bool():
-            return "true or false"
-        case int() | float():
-            return "a number"
-        case str():
-            return "a text"
-        case []:
-            return "an empty list"
-        case list():
-            return "a list"
-        case _:
-            return "an object"
-
-
-def _fault(where: str, field: str, found: str, expected: str, remedy: str = "mend or remove the row") -> DataError:
-    if found.startswith("missing") and field in ALIASES:
-        remedy += f"; if every row has it under another name: data.column_map={field}=COLUMN"
-    return DataError(f"{where}, field {field}", found, expected, remedy)
+    reply = first(("completion", "response", "output", "answer"), *USABLE)
+    prompt = next((column for column in look.candidates("prompt") if column != reply), None)
+    label = first(("label", "labels", "kto_tag"))
+    chat = first(ALIASES["conversation"], *CHAT)
+    if reply and prompt and label:
+        return f"{prompt}, {reply} and {label} are unpaired preferences, one reply with a label, as for KTO"
+    if reply and prompt:
+        return f"{prompt} and {reply} are one reply to each prompt, as for supervised fine-tuning"
+    if chat and label and look.kind("chosen") == "missing":
+        return f"{chat} and {label} are unpaired preferences, one conversation with a label, as for KTO"
+    if chat and look.kind("chosen") == "missing":
+        return f"{chat} holds one conversation a row, as for supervised fine-tuning"
+    return ""

@@ -1,0 +1,280 @@
+"""The first rows of a set, column by column: what kind of value each holds, and which column holds what we call prompt.
+
+A column's kind is what most of its rows hold, the empty ones aside. A column is taken under another name only when it
+is the one candidate, or all candidates agree in every row; else the error has the data.column_map lines to choose from.
+"""
+
+import json
+import re
+import shlex
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NoReturn
+
+from orpo_lite.data.readers import ANSWER_KEYS, COLUMNS, Row, fault, is_dialogue, seen
+from orpo_lite.errors import DataError
+
+SOME = 0.1  # of the rows: too many to be chance
+
+# --- the kind of a value
+
+Kind = Literal[
+    "missing", "null", "text", "dialogue", "Python text of a list", "message", "messages", "turns", "completions",
+    "texts", "numbers", "number", "true or false", "request", "something else",
+]  # fmt: skip
+TEXTS: tuple[Kind, ...] = ("text", "dialogue")
+CHAT: tuple[Kind, ...] = ("messages", "turns")  # lists that hold a conversation
+USABLE: tuple[Kind, ...] = (*TEXTS, "message", "messages")  # as chosen or rejected
+STRUCTURED: tuple[Kind, ...] = ("message", *CHAT, "completions", "request")  # a csv holds these as JSON
+
+_LISTS = re.compile(
+    r"\s*\[?\s*\{\s*['\"](role|content|from|value|input|messages|model|rank|" + "|".join(ANSWER_KEYS) + r")['\"]\s*:"
+)
+
+
+def kind_of(value: Any) -> Kind:
+    match unpacked(value):
+        case None | []:
+            return "null"
+        case str(text) if not text.strip():
+            return "null"  # all that a csv can write for it
+        case str(text):
+            return "Python text of a list" if _is_python(text) else "dialogue" if is_dialogue(text) else "text"
+        case bool():
+            return "true or false"
+        case int() | float():
+            return "number"
+        case Mapping() as item:
+            return "message" if is_message(item) else "request" if item.get("messages") else "something else"
+        case list(items) if all(isinstance(item, Mapping) for item in items):
+            return _kind_of_list(items)
+        case list(items) if all(isinstance(item, str) for item in items):
+            return "texts"
+        case list(items) if all(item is None or type(item) in (int, float) for item in items):
+            return "numbers"
+        case _:
+            return "something else"
+
+
+def _kind_of_list(items: Sequence[Mapping[str, Any]]) -> Kind:
+    if all(is_message(item) for item in items):
+        return "messages"
+    if all(item.get("input") is not None and "output" in item for item in items):
+        return "turns"
+    return "completions" if all(any(key in item for key in ANSWER_KEYS) for item in items) else "something else"
+
+
+def is_message(item: Any) -> bool:
+    return isinstance(item, Mapping) and (item.get("role") is not None or item.get("from") is not None)
+
+
+def unpacked(value: Any) -> Any:
+    """A text that holds JSON of messages or answers, as csv has to, as the list that it is; any other value as is."""
+    held = _parsed(value)
+    return value if held is None or kind_of(held) not in STRUCTURED else held
+
+
+def _is_python(text: str) -> bool:
+    return bool(_LISTS.match(text)) and "'" in text and _parsed(text) is None
+
+
+def _parsed(value: Any) -> Any:
+    if not isinstance(value, str) or not _LISTS.match(value):
+        return None
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return None
+
+
+# --- what a value says
+
+
+def contents(value: Any) -> list[str]:
+    """The texts in a value: its own, or those of its messages or answers."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list):
+        return [text for item in value for text in contents(item)]
+    if isinstance(value, Mapping):
+        keys = dict.fromkeys(("content", "value", "messages", "input", *ANSWER_KEYS))
+        return [text for key in keys for text in contents(value.get(key))]
+    return []
+
+
+def asks(side: Any) -> bool:
+    """It holds a user's turn: a whole conversation, not only the reply."""
+    turns = side if isinstance(side, list) else [side]
+    return any(is_message(turn) and (turn.get("role") or turn.get("from")) in ("user", "human") for turn in turns)
+
+
+def is_sharegpt(side: Any) -> bool:
+    turns = side if isinstance(side, list) else [side]
+    return any(is_message(turn) and turn.get("role") is None for turn in turns)
+
+
+def waits_for_reply(turns: Sequence[Mapping[str, Any]]) -> bool:
+    return asks(turns[-1]) if is_message(turns[-1]) else not turns[-1].get("output")
+
+
+_START = re.compile(
+    r"\s*(?:<s>|<bos>|<\|begin_of_text\|>|<\|endoftext\|>|<｜begin▁of▁sentence｜>|<\|im_start\|>|\[INST\]|<<SYS>>"
+    r"|\[SYSTEM_PROMPT\]|<\|start_header_id\|>|<start_of_turn>|<\|START_OF_TURN_TOKEN\|>"
+    r"|<\|(?:user|system|assistant)\|>|<｜(?:User|Assistant)｜>|#{2,3} ?(?:Instruction|Human|User|System|Input)s?:"
+    r"|Below is an instruction that describes|(?:USER|User|Human|GPT4 Correct User): "
+    r"|A chat between a curious (?:user|human) and an artificial intelligence)"
+)
+_END = re.compile(
+    r"(?:</s>|<\|im_end\|>|<\|eot_id\|>|<\|end_of_text\|>|<\|endoftext\|>|<end_of_turn>|<eos>|<\|end\|>"
+    r"|<\|END_OF_TURN_TOKEN\|>|<\|end_of_turn\|>|<｜end▁of▁sentence｜>|\[/INST\])\s*\Z"
+)
+
+
+def is_templated(value: Any) -> bool:
+    """Anchored at the text's start and end, so that a question about templates is none."""
+    return any(_START.match(text) or _END.search(text) for text in contents(value) if not is_dialogue(text))
+
+
+# --- the columns
+
+# What other sets call a column of ours. None for chosen and rejected: their names alone say which reply is the better.
+ALIASES: dict[str, tuple[str, ...]] = {
+    "prompt": ("prompt", "question", "instruction", "query", "input", "problem", "user_prompt", "user_input", "history",
+               "context"),
+    "system": ("system", "system_prompt", "system_message"),
+    "conversation": ("conversation", "conversations", "messages", "context"),
+    "input": ("input",),
+    "completions": ("completions", "answers", "responses", "generations", "candidates"),
+    "scores": ("scores", "score", "ratings", "rating", "rewards", "reward"),
+    "ranks": ("ranks", "rank", "rankings", "ranking"),
+}  # fmt: skip
+FITTING: dict[str, tuple[Kind, ...]] = {
+    "prompt": TEXTS,
+    "system": ("text",),
+    "conversation": CHAT,
+    "input": TEXTS,
+    "completions": ("completions", "texts"),
+    "scores": ("numbers",),
+    "ranks": ("numbers",),
+}
+OPENAI = ("input", "preferred_output", "non_preferred_output")  # the columns of OpenAI's own format
+KNOWN = {*COLUMNS, *OPENAI, *(alias for aliases in ALIASES.values() for alias in aliases)}
+
+
+@dataclass
+class Look:
+    """The first rows, the kind of each column, and the columns taken so far: canonical name -> column."""
+
+    rows: Sequence[Row]
+    mapped: frozenset[str]  # by data.column_map: nothing else is a candidate for these
+    plain: bool  # data.chat_template is none
+    taken: dict[str, str] = field(default_factory=dict)
+    verdict: Callable[[Any], str | None] | None = None  # what a judged set's better column says: a, b or tie
+
+    def __post_init__(self) -> None:
+        self.columns = list(dict.fromkeys(key for row in self.rows for key in row))
+        self.kinds = {column: self._usual_kind(column) for column in self.columns}
+
+    def _usual_kind(self, column: str) -> Kind:
+        kinds = Counter(kind_of(row[column]) for row in self.rows if column in row)
+        return next((kind for kind, _ in kinds.most_common() if kind != "null"), "null")
+
+    def kind(self, column: str) -> Kind:
+        return self.kinds.get(column, "missing")
+
+    def values(self, *columns: str) -> list[tuple[Any, ...]]:
+        """What these columns hold, in the rows in which none is empty and each holds its column's kind."""
+        fits = [TEXTS if self.kind(column) in TEXTS else (self.kind(column),) for column in columns]
+        rows = [tuple(unpacked(row.get(column)) for column in columns) for row in self.rows]
+        return [row for row in rows if all(kind_of(value) in fit for value, fit in zip(row, fits, strict=True))]
+
+    def share(self, test: Callable[..., bool], *columns: str) -> float:
+        """Of the rows in which the columns hold something, the share that passes."""
+        values = self.values(*columns)
+        return sum(bool(test(*row)) for row in values) / len(values) if values else 0.0
+
+    def find(self, canonical: str) -> str | None:
+        """The column that holds it, if any; refused when several could and differ."""
+        if canonical not in self.taken and (candidates := self.candidates(canonical)):
+            rivals = [column for column in candidates[1:] if self._differ(candidates[0], column)]
+            if rivals:
+                self._refuse_rivals(canonical, [candidates[0], *rivals])
+            self.taken[canonical] = candidates[0]
+        return self.taken.get(canonical)
+
+    def candidates(self, canonical: str) -> list[str]:
+        if canonical in self.mapped or (canonical == "prompt" and self.kind("prompt") in CHAT):
+            return [canonical] if canonical in self.columns else []
+        by_name = {column.lower(): column for column in reversed(self.columns)}
+        named = [by_name[alias] for alias in ALIASES[canonical] if alias in by_name]
+        named = [column for column in named if self.kinds[column] in FITTING[canonical]]
+        if canonical == "prompt" and self.is_alpaca():
+            return [column for column in named if column != "input"]
+        if canonical == "conversation":  # not one that already holds the reply, as in UltraFeedback binarized
+            return [column for column in named if self.share(waits_for_reply, column) > 0.5]
+        return named
+
+    def is_alpaca(self) -> bool:
+        """Beside an instruction, input is what the instruction is about, and often blank; history is earlier turns."""
+        about = self.kind("input") in (*TEXTS, "null") or self.kind("history") == "something else"
+        return "instruction" in self.columns and about
+
+    def agree(self, one: str, other: str) -> bool:
+        return one == other or (other in self.columns and not self._differ(one, other))
+
+    def _differ(self, one: str, other: str) -> bool:
+        """In some row; spaces around a text make no difference."""
+        return any(a != b and str(a).strip() != str(b).strip() for a, b in self.values(one, other))
+
+    def templated(self) -> list[str]:
+        """The canonical columns in which a chat template was applied already, in too many rows to be chance."""
+        read = {name: name for name in ("chosen", "rejected", *OPENAI[1:]) if name in self.columns} | self.taken
+        return [name for name, column in read.items() if name != "better" and self.share(is_templated, column) >= SOME]
+
+    def _refuse_rivals(self, canonical: str, columns: Sequence[str]) -> NoReturn:
+        templated = [column for column in columns if self.share(is_templated, column) >= SOME]
+        if canonical == "prompt" and templated and not self.plain:
+            replies = [side for side in ("chosen", "rejected") if self.share(is_templated, side) >= SOME]
+            raw = [column for column in columns if column not in templated]
+            refuse_templated(self, [*templated, *replies], () if replies else raw)
+        found = f"{' and '.join(columns)} could each be the {canonical}, and they differ"
+        raise DataError("data.column_map", found, f"one {canonical}", map_lines(canonical, columns))
+
+    # --- the rows as their reader wants them
+
+    def renamed(self, row: Row, where: str) -> Row:
+        """Canonical names, lists where JSON stands for them, and no other candidate than those that were taken."""
+        left_out = {"system", "conversation", "scores", "ranks", *self.taken, *self.taken.values()}
+        out = {key: value for key, value in row.items() if key not in left_out}
+        out |= {canonical: row[column] for canonical, column in self.taken.items() if column in row}
+        for key, value in out.items():
+            kind = self.kind(self.taken.get(key, key))
+            if kind in STRUCTURED and isinstance(value, str) and key in KNOWN:
+                out[key] = unpacked(value) if value.strip() else None
+                if isinstance(out[key], str):
+                    raise fault(where, self.taken.get(key, key), "a text", f"{kind}, as in most rows")
+        if self.verdict and "better" in out:
+            verdict = self.verdict(out["better"])
+            if verdict is None:
+                raise fault(where, self.taken["better"], seen(out, "better"), "one of the two answers, or a tie")
+            out["better"] = verdict
+        return out
+
+
+def map_line(**columns: str) -> str:
+    """The setting, as it can be pasted into a shell."""
+    return shlex.quote("data.column_map=" + ",".join(f"{canonical}={column}" for canonical, column in columns.items()))
+
+
+def map_lines(canonical: str, columns: Iterable[str]) -> str:
+    return " or ".join(map_line(**{canonical: column}) for column in columns)
+
+
+def refuse_templated(look: Look, columns: Sequence[str], raw: Sequence[str] = ()) -> NoReturn:
+    columns = [look.taken.get(column, column) for column in columns]
+    remedy = map_lines("prompt", raw) or "data.chat_template=none"
+    if any(look.kind(column) not in TEXTS for column in columns):
+        remedy = "no setting helps: take the template's markers out of the messages; the model's own are put in"
+    found = f"{' and '.join(columns)} hold text to which a chat template was applied already"
+    raise DataError("data.chat_template", found, "text without markers: the template would put them in again", remedy)

@@ -1,0 +1,460 @@
+"""Rows to pairs: one reader per format, all with one signature.
+
+A reader looks for the canonical names in COLUMNS; formats.py finds the columns that hold them and renames. It raises
+DataError for a row that does not hold the format; a row that holds it but cannot be trained on becomes a pair with
+``drop``, which is counted, not an error.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from orpo_lite.errors import DataError
+
+Message = dict[str, str]  # {"role": one of ROLES, "content": text}
+Row = Mapping[str, Any]
+
+COLUMNS = (
+    "prompt",  # what the reply answers: a text, or a list of messages
+    "chosen",  # the better and the worse reply, or the whole conversations that end with them
+    "rejected",
+    "system",  # a text that goes in front as a system turn; blank for none
+    "conversation",  # the messages before the reply
+    "input",  # alpaca: what the instruction is about
+    "completions",  # any number of answers: {response, overall_score}, {answer, rank}, or plain texts
+    "scores",  # the texts' scores, the highest the best, or their ranks, 1 the best
+    "ranks",
+    "response_a",  # two answers, and the name of the better one
+    "response_b",
+    "better",
+)
+ROLES = ("system", "user", "assistant")
+SHAREGPT_ROLES = {
+    **{role: role for role in ROLES},
+    "human": "user",
+    **dict.fromkeys(("gpt", "chatgpt", "bot", "model"), "assistant"),
+}
+ANSWER_KEYS = ("response", "answer", "completion", "generation", "output", "text")
+MEASURES = {"overall_score": 1, "score": 1, "rating": 1, "reward": 1, "rank": -1}  # -1: the lowest is the best
+
+PROMPTS_DIFFER = "prompts of chosen and rejected differ"
+TIED = "no answer is better than another"
+TOO_FEW = "fewer than two ranked answers"
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two replies to one conversation."""
+
+    messages: tuple[Message, ...]  # everything before the reply
+    chosen: str  # the last reply only
+    rejected: str
+    where: str  # "pairs.jsonl:12" or "train[11]", for error messages
+    prompt_text: str | None = None  # the prompt as plain text, when the row held text: for data.chat_template=none
+    drop: str | None = None  # why this pair cannot be trained on, when its row already shows it
+
+
+Reader = Callable[[Row, str], Pair]
+
+
+# --- the formats
+
+
+def read_explicit(row: Row, where: str) -> Pair:
+    """TRL's explicit prompt: prompt, chosen and rejected are all texts, or all messages."""
+    if isinstance(row.get("prompt"), list):
+        return _join(row, _messages(row, "prompt", where), where)
+    prompt = _text(row, "prompt", where)
+    return _texts(row, prompt, where, _user(prompt))
+
+
+def read_implicit(row: Row, where: str) -> Pair:
+    """TRL's implicit prompt: chosen and rejected begin alike, as lists of messages or as texts."""
+    if not isinstance(row.get("chosen"), str):
+        return _join(row, (), where)
+    chosen, rejected = (_text(row, side, where) for side in ("chosen", "rejected"))
+    if is_dialogue(chosen):
+        return read_hh_rlhf(row, where)
+    prompt = shared_words(chosen, rejected)
+    drop = None if prompt or chosen == rejected else PROMPTS_DIFFER
+    return _pair(row, _user(prompt), chosen[len(prompt) :], rejected[len(prompt) :], where, prompt, drop)
+
+
+def read_messages(row: Row, where: str) -> Pair:
+    """UltraFeedback binarized: chosen and rejected are whole conversations, prompt repeats their user turn as text."""
+    return _join(row, () if _asks(row, "chosen", where) else _user(_text(row, "prompt", where)), where)
+
+
+def read_hh_rlhf(row: Row, where: str) -> Pair:
+    """Anthropic's HH-RLHF: chosen and rejected are dialogues in one text, told apart by their turn markers.
+
+    The reply follows the last assistant marker. The space after a marker belongs to the marker. Some sets hold the
+    dialogue in prompt, and only the replies in chosen and rejected.
+    """
+    if isinstance(row.get("prompt"), str) and not is_dialogue(_text(row, "chosen", where)):
+        turns, prompt = _read_dialogue_prompt(row, where)
+        chosen, rejected = (_text(row, side, where) for side in ("chosen", "rejected"))
+        drop = None
+    else:
+        (prompt, turns, chosen), (_, other_turns, rejected) = (
+            _split_dialogue(row, side, where) for side in ("chosen", "rejected")
+        )
+        drop = None if turns == other_turns else PROMPTS_DIFFER
+    if prompt.endswith(_REPLY) and chosen.startswith(" ") and rejected.startswith(" "):
+        prompt, chosen, rejected = prompt + " ", chosen[1:], rejected[1:]
+    return _pair(row, turns, chosen, rejected, where, prompt, drop)
+
+
+def read_doubled(row: Row, where: str) -> Pair:
+    """Texts with the prompt in its own column and again at the start of both chosen and rejected."""
+    prompt, chosen, rejected = (_text(row, field, where) for field in ("prompt", "chosen", "rejected"))
+    repeats = [text.startswith(prompt) for text in (chosen, rejected)]
+    if not any(repeats):
+        return _texts(row, prompt, where, _user(prompt))
+    if not all(repeats):
+        return _pair(row, _user(prompt), chosen, rejected, where, prompt, PROMPTS_DIFFER)
+    replies = [text[len(prompt) :] for text in (chosen, rejected)]
+    # The space between prompt and reply is the set's seam, no part of the reply.
+    seam = shared_start(*(reply[: len(reply) - len(reply.lstrip())] for reply in replies))
+    good, bad = (reply[len(seam) :] for reply in replies)
+    return _pair(row, _user(prompt.rstrip()), good, bad, where, prompt + seam)
+
+
+def read_orca(row: Row, where: str) -> Pair:
+    """Intel's Orca pairs: a system text, blank for none, a question and two replies."""
+    prompt = _text(row, "prompt", where)
+    return _texts(row, prompt, where, _user(prompt))
+
+
+def read_alpaca(row: Row, where: str) -> Pair:
+    """Alpaca: an instruction (as prompt), the input it is about, and two replies; or output, [chosen, rejected].
+
+    Instruction and input are joined by a line end, and history holds earlier turns as [user, assistant]: both as in
+    LLaMA-Factory.
+    """
+    prompt, history = _text(row, "prompt", where), row.get("history") or ()
+    if row.get("input") is not None and (about := _text(row, "input", where)).strip():
+        prompt = f"{prompt}\n{about}"
+    earlier: list[Message] = []
+    for i, turn in enumerate(history):
+        if not isinstance(turn, list) or len(turn) != 2:
+            raise fault(where, f"history[{i}]", seen({"": turn}, ""), "a list of two texts: [user, assistant]")
+        said = (_text({"": text}, "", where, f"history[{i}][{j}]") for j, text in enumerate(turn))
+        earlier += ({"role": role, "content": text} for role, text in zip(("user", "assistant"), said, strict=True))
+    if row.get("chosen") is None and isinstance(output := row.get("output"), list):
+        if len(output) != 2:
+            raise fault(where, "output", f"a list of {len(output)}", "a list of two texts: [chosen, rejected]")
+        row = {**row, "chosen": output[0], "rejected": output[1]}
+    return _texts(row, None if earlier else prompt, where, (*earlier, *_user(prompt)))
+
+
+def read_conversation(row: Row, where: str) -> Pair:
+    """Axolotl's chat_template: a list of messages, and chosen and rejected are the replies to it."""
+    return _join(row, _messages(row, "conversation", where), where)
+
+
+def read_sharegpt(row: Row, where: str) -> Pair:
+    """ShareGPT's from and value: a conversation with two replies to it, or two whole conversations."""
+    if row.get("conversation") is not None:
+        return read_conversation(row, where)
+    return read_implicit(row, where) if row.get("prompt") is None else read_messages(row, where)
+
+
+def read_openai(row: Row, where: str) -> Pair:
+    """OpenAI's preference fine-tuning: input.messages, preferred_output and non_preferred_output."""
+    request = row.get("input")
+    if not isinstance(request, Mapping):
+        raise fault(where, "input", seen(row, "input"), "an object with messages")
+    before = _messages(request, "messages", where, "input.messages")
+    return _join(row, before, where, ("preferred_output", "non_preferred_output"))
+
+
+def read_ranked(row: Row, where: str) -> Pair:
+    """Any number of answers with scores or ranks, as in UltraFeedback and Nectar: the best against the worst."""
+    before, prompt_text = _before(row, where)
+    answers = list(_ranked(row, where))
+    if len(answers) < 2:
+        return _pair(row, before, "", "", where, prompt_text, TOO_FEW)
+    best, worst = max(answers, key=lambda answer: answer[0]), min(answers, key=lambda answer: answer[0])
+    drop = TIED if best[0] == worst[0] else None
+    return _pair(row, before, best[1], worst[1], where, prompt_text, drop)
+
+
+def read_judged(row: Row, where: str) -> Pair:
+    """Two answers, texts or whole conversations, and a verdict: better is a, b or tie."""
+    verdict = str(row.get("better")).strip().lower()
+    if verdict not in ("a", "b", "tie"):
+        raise fault(where, "better", seen(row, "better"), "a verdict that names one of the two answers, or a tie")
+    fields = ("response_b", "response_a") if verdict == "b" else ("response_a", "response_b")
+    before, prompt_text = ((), None) if _asks(row, "response_a", where) else _before(row, where)
+    pair = _join(row, before, where, fields, prompt_text)
+    return replace(pair, drop=TIED) if verdict == "tie" else pair
+
+
+READERS: dict[str, Reader] = {
+    "explicit": read_explicit,
+    "implicit": read_implicit,
+    "messages": read_messages,
+    "hh_rlhf": read_hh_rlhf,
+    "doubled": read_doubled,
+    "orca": read_orca,
+    "alpaca": read_alpaca,
+    "conversation": read_conversation,
+    "sharegpt": read_sharegpt,
+    "openai": read_openai,
+    "ranked": read_ranked,
+    "judged": read_judged,
+}
+
+
+# --- what stands before the reply, and the reply
+
+
+def _pair(
+    row: Row,
+    before: Sequence[Message],
+    chosen: str,
+    rejected: str,
+    where: str,
+    prompt_text: str | None = None,
+    drop: str | None = None,
+) -> Pair:
+    """Every pair is made here, so that a system column goes in front in every format."""
+    if row.get("system") is not None and (system := _text(row, "system", where)).strip():
+        if not (before and before[0]["role"] == "system"):
+            before = ({"role": "system", "content": system}, *before)
+        prompt_text = None  # a conversation now; nobody said how its turns would be joined as plain text
+    return Pair(tuple(before), chosen, rejected, where, prompt_text, drop)
+
+
+def _texts(row: Row, prompt_text: str | None, where: str, before: Sequence[Message]) -> Pair:
+    chosen, rejected = (_text(row, side, where) for side in ("chosen", "rejected"))
+    return _pair(row, before, chosen, rejected, where, prompt_text)
+
+
+def _join(
+    row: Row,
+    prompt: Sequence[Message],
+    where: str,
+    fields: tuple[str, str] = ("chosen", "rejected"),
+    prompt_text: str | None = None,
+) -> Pair:
+    """A pair of replies or whole conversations; ``prompt`` goes before both unless they already begin with it."""
+    whole = []
+    for field in fields:
+        side = _side(row, field, where)
+        if side[-1]["role"] != "assistant":
+            found = f"the last turn is the {side[-1]['role']}'s"
+            raise fault(where, field, found, "a conversation that ends with the assistant's reply")
+        own_system = side[0]["role"] == "system" and not (prompt and prompt[0]["role"] == "system")
+        start = 1 if own_system else 0
+        repeats = side[start : start + len(prompt)] == list(prompt)
+        whole.append(side if repeats else [*side[:start], *prompt, *side[start:]])
+    (*before, reply), (*other_before, other_reply) = whole
+    if not before:
+        raise fault(where, fields[0], "nothing stands before the reply", "the user's turn, or a prompt")
+    drop = None if before == other_before else PROMPTS_DIFFER
+    return _pair(row, before, reply["content"], other_reply["content"], where, prompt_text, drop)
+
+
+def _before(row: Row, where: str) -> tuple[Sequence[Message], str | None]:
+    """What stands before the reply, and the same as plain text where it is one."""
+    if row.get("conversation") is not None:
+        return _messages(row, "conversation", where), None
+    if isinstance(row.get("prompt"), list):
+        return _messages(row, "prompt", where), None
+    text = _text(row, "prompt", where)
+    return _read_dialogue_prompt(row, where) if is_dialogue(text) else (_user(text), text)
+
+
+def _user(text: str) -> tuple[Message, ...]:
+    return ({"role": "user", "content": text},)
+
+
+def _side(row: Row, field: str, where: str) -> list[Message]:
+    """A reply or a whole conversation: a text, one message, or a list of messages."""
+    if isinstance(row.get(field), str):
+        return [{"role": "assistant", "content": _text(row, field, where)}]
+    if isinstance(row.get(field), Mapping):
+        row = {**row, field: [row[field]]}
+    return _messages(row, field, where)
+
+
+def _asks(row: Row, field: str, where: str) -> bool:
+    return any(message["role"] == "user" for message in _side(row, field, where))
+
+
+def _messages(row: Row, field: str, where: str, label: str = "") -> list[Message]:
+    """A list of {role, content}, of ShareGPT's {from, value}, or of {input, output}."""
+    value, label = row.get(field), label or field
+    if not isinstance(value, list) or not value:
+        raise fault(where, label, seen(row, field), "a list of messages {role, content}")
+    messages: list[Message] = []
+    for i, item in enumerate(value):
+        place = f"{label}[{i}]"
+        if not isinstance(item, Mapping):
+            raise fault(where, place, seen({"": item}, ""), "a message {role, content}")
+        if item.get("role") is None and item.get("from") is None and "input" in item:
+            messages += _user(_content(item, "input", where, f"{place}.input"))
+            if item.get("output") is not None:
+                reply = _content(item, "output", where, f"{place}.output")
+                messages.append({"role": "assistant", "content": reply})
+            continue
+        speaker, said, roles = ("role", "content", {role: role for role in ROLES})
+        if item.get("role") is None and item.get("from") is not None:
+            speaker, said, roles = ("from", "value", SHAREGPT_ROLES)
+        role = item.get(speaker)
+        if not isinstance(role, str) or role not in roles:
+            raise fault(where, f"{place}.{speaker}", f"{role!r:.24}", f"one of {', '.join(roles)}")
+        messages.append({"role": roles[role], "content": _content(item, said, where, f"{place}.{said}")})
+    return messages
+
+
+def _content(item: Row, field: str, where: str, label: str) -> str:
+    """A message's text, which some sets hold in parts: [{"type": "text", "text": ...}]."""
+    parts = item.get(field)
+    if not isinstance(parts, list):
+        return _text(item, field, where, label)
+    for i, part in enumerate(parts):
+        if not isinstance(part, Mapping) or part.get("type") != "text":
+            raise fault(where, f"{label}[{i}]", "a part that is no text", 'parts {"type": "text", "text": ...} alone')
+    return "".join(_text(part, "text", where, f"{label}[{i}].text") for i, part in enumerate(parts))
+
+
+# --- dialogues in one text
+
+_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):[ ]?")  # "Human:" within a line is only text
+_SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+_REPLY = "\n\nAssistant:"
+
+
+def is_dialogue(text: str) -> bool:
+    return bool(_TURN.match(text)) and _REPLY in text
+
+
+def _read_dialogue_prompt(row: Row, where: str) -> tuple[tuple[Message, ...], str]:
+    text = _text(row, "prompt", where)
+    _, turns, rest = _split_dialogue(row, "prompt", where)
+    if rest.strip():
+        expected = r'"\n\nAssistant:" at the end, and the replies in chosen and rejected'
+        raise fault(where, "prompt", "the dialogue ends with a reply", expected)
+    return turns, text
+
+
+def _split_dialogue(row: Row, field: str, where: str) -> tuple[str, tuple[Message, ...], str]:
+    """The text up to the last assistant marker, its turns, and the text after the marker."""
+    text = _text(row, field, where)
+    head, marker, reply = text.rpartition(_REPLY)
+    lead, *parts = _TURN.split(head)
+    if not marker or not parts or lead.strip():
+        found = "the text does not begin with a turn" if marker else "there is no assistant turn"
+        raise fault(where, field, found, r'"\n\nHuman: ... \n\nAssistant: ..."')
+    if "\n\nHuman:" in reply:
+        raise fault(where, field, "the last turn is the human's", "a dialogue that ends with the assistant's reply")
+    turns: list[Message] = []
+    for speaker, content in zip(parts[::2], parts[1::2], strict=True):
+        role = _SPEAKERS[speaker]
+        if turns and turns[-1]["role"] == role:  # chat templates want roles to alternate
+            turns[-1]["content"] = "\n\n".join(filter(None, (turns[-1]["content"], content)))
+        else:
+            turns.append({"role": role, "content": content})
+    return head + marker, tuple(turns), reply
+
+
+def shared_start(one: str, other: str) -> str:
+    """The longest common beginning, to the character."""
+    if other.startswith(one):
+        return one
+    return one[: next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(other))]
+
+
+def shared_words(one: str, other: str) -> str:
+    """The common beginning in whole words: "The sky is", of "The sky is blue" and "The sky is black"."""
+    shared = shared_start(one, other)
+    if one == other or shared[-1:].isspace():
+        return shared.rstrip()
+    *words, _ = shared.rsplit(maxsplit=1) or [""]
+    return "".join(words)
+
+
+# --- ranked answers
+
+
+def _ranked(row: Row, where: str) -> Iterator[tuple[float, str]]:
+    """(the higher the better, answer); answers that nobody scored are left out."""
+    answers = row.get("completions")
+    if not isinstance(answers, list):
+        raise fault(where, "completions", seen(row, "completions"), "a list of answers")
+    if any(isinstance(answer, str) for answer in answers):
+        field, sign = ("ranks", -1) if row.get("scores") is None else ("scores", 1)
+        values = row.get(field)
+        if not isinstance(values, list) or len(values) != len(answers):
+            raise fault(where, field, seen(row, field), f"a list of numbers, one for each of {len(answers)} answers")
+        for i, value in enumerate(values):
+            if (number := _number(value, where, f"{field}[{i}]")) is not None:
+                yield sign * number, _text({"": answers[i]}, "", where, f"completions[{i}]")
+        return
+    for i, answer in enumerate(answers):
+        if not isinstance(answer, Mapping):
+            raise fault(where, f"completions[{i}]", seen({"": answer}, ""), "an answer {response, overall_score}")
+    # One measure for all: a score of one kind says nothing beside a score of another.
+    measure = next((key for key in MEASURES if any(answer.get(key) is not None for answer in answers)), "")
+    for i, answer in enumerate(answers):
+        number = _number(answer.get(measure), where, f"completions[{i}].{measure}")
+        key = next((key for key in ANSWER_KEYS if answer.get(key) is not None), None)
+        if key and number is not None:
+            yield MEASURES[measure] * number, _text(answer, key, where, f"completions[{i}].{key}")
+
+
+def _number(value: Any, where: str, label: str) -> float | None:
+    """A score; None and nan are none."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise fault(where, label, seen({"": value}, ""), "a number")
+    return None if math.isnan(value) else float(value)
+
+
+# --- texts and faults
+
+
+def _text(row: Row, field: str, where: str, label: str = "") -> str:
+    value = row.get(field)
+    if not isinstance(value, str):
+        raise fault(where, label or field, seen(row, field), "text")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            found = f"a lone surrogate (half a character) at position {error.start}"
+            raise fault(where, label or field, found, "text", "write the data as UTF-8 again") from None
+    return value
+
+
+def seen(row: Row, field: str) -> str:
+    """What stands in a field, without its content: data sets can hold text that nobody wants on the screen."""
+    if field not in row:
+        return f"missing; the columns are {', '.join(map(repr, row))}"
+    match row[field]:
+        case None:
+            return "null"
+        case bool():
+            return "true or false"
+        case int() | float():
+            return "a number"
+        case str():
+            return "a text"
+        case []:
+            return "an empty list"
+        case list():
+            return "a list"
+        case _:
+            return "an object"
+
+
+def fault(where: str, field: str, found: str, expected: str, remedy: str = "mend or remove the row") -> DataError:
+    if found.startswith("missing") and field in COLUMNS:
+        remedy += f"; if every row has it under another name: data.column_map={field}=COLUMN"
+    return DataError(f"{where}, field {field}", found, expected, remedy)

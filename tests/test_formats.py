@@ -1,0 +1,1099 @@
+"""Every preference format in its true shape is read right, and what is not clear is refused with the line that helps.
+
+The shapes are those of the sets' cards and of the loaders that read them; what they say here is our own.
+"""
+
+import csv
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orpo_lite.data.formats import COLUMNS, PROMPTS_DIFFER, READERS, Detected, Pair, Row, detect_format
+from orpo_lite.data.readers import TIED, TOO_FEW
+from orpo_lite.errors import DataError
+from orpo_lite.recipe import DataSection
+
+Turns = tuple[dict[str, str], ...]
+
+
+def system(text: str) -> dict[str, str]:
+    return {"role": "system", "content": text}
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def bot(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def part(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
+
+
+def said(speaker: str, text: str) -> dict[str, str]:
+    return {"from": speaker, "value": text}
+
+
+def detect(rows: list[Any], column_map: Mapping[str, str] = {}, **settings: Any) -> tuple[Detected, list[Row]]:
+    """As pairs.py asks: the rows as data.column_map leaves them."""
+    mapped = []
+    for row in rows:
+        taken = {ours: row[theirs] for ours, theirs in column_map.items() if theirs in row}
+        mapped.append({key: value for key, value in row.items() if key not in column_map} | taken)
+    return detect_format(mapped, mapped=tuple(column_map), **settings), mapped
+
+
+def read(rows: list[Any], column_map: Mapping[str, str] = {}, **settings: Any) -> list[Pair]:
+    detected, mapped = detect(rows, column_map, **settings)
+    return [detected.read(row, f"x:{i}") for i, row in enumerate(mapped, start=1)]
+
+
+def refused(rows: list[Any], *lines: str, **settings: Any) -> str:
+    """The refusal of these rows, which holds all three parts, each line, and nothing of what the rows say."""
+    with pytest.raises(DataError) as raised:
+        detect(rows, **settings)
+    error = raised.value
+    assert error.where
+    assert error.found
+    assert error.expected
+    assert error.remedy
+    found = re.findall(r"data\.\w+=[\w=,\[\]-]+", error.remedy)
+    assert found == list(lines), error.remedy
+    for text in (text for row in rows for text in texts(row) if len(text) > 8):
+        assert text not in str(error)
+    return str(error)
+
+
+def texts(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return [text for part in parts for text in texts(part)]
+
+
+def follow(rows: list[Any], line: str) -> tuple[str, list[Pair]]:
+    """What detection says and reads once the line stands in the recipe."""
+    key, _, value = line.removeprefix("data.").partition("=")
+    column_map, settings = {}, {}
+    if key == "column_map":
+        column_map = dict(part.split("=") for part in value.split(","))
+        assert set(column_map) <= set(COLUMNS)
+    elif key == "format":
+        settings = {"name": value}
+    else:
+        assert line == "data.chat_template=none"
+        settings = {"plain": True}
+    return detect(rows, column_map, **settings)[0].name, read(rows, column_map, **settings)
+
+
+@dataclass
+class Shape:
+    """A set: its rows, what is detected, the columns that are named, and each row's pair."""
+
+    name: str
+    rows: list[dict[str, Any]]
+    columns: str  # named in `because`
+    pairs: list[tuple[Turns, str, str] | str]  # a text: the reason to drop it
+    csv: bool = True
+    prompt_texts: list[str | None] = field(default_factory=list)
+
+    def check(self, rows: list[Any], **settings: Any) -> None:
+        detected, _ = detect(rows, **settings)
+        assert detected.name == self.name
+        if not settings:
+            assert detected.sentence.startswith(f"detected {self.name} because ")
+            assert all(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", detected.because) for name in self.columns.split())
+        pairs = read(rows, **settings)
+        for pair, expected in zip(pairs, self.pairs, strict=True):
+            if isinstance(expected, str):
+                assert pair.drop == expected
+            else:
+                assert pair.drop is None
+                assert (pair.messages, pair.chosen, pair.rejected) == expected
+        for pair, text in zip(pairs, self.prompt_texts, strict=False):
+            assert pair.prompt_text == text
+
+
+Q, Q2 = "Name a  colour 🎨.", "And a number?"
+HH = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Name a  colour 🎨.\n\nAssistant:"
+HH_TURNS = (user("Hi"), bot("Hello."), user(Q))
+TALK = (user("Hi"), bot("Hello."), user(Q))
+ORCA = {"system": "Be  brief.", "question": Q, "chosen": "Blue.", "rejected": "Seven."}
+ONE: list[tuple[Turns, str, str] | str] = [((user(Q),), "Blue.", "Seven."), ((user(Q2),), "7", "Blue")]
+BRIEF = (system("Be  brief."), user(Q))
+PLAIN = [Q, Q2]
+
+SHAPES: dict[str, Shape] = {
+    "TRL explicit texts": Shape(
+        "explicit",
+        [
+            {"prompt": Q, "chosen": "Blue.", "rejected": "Seven.", "score": 8.5},
+            {"prompt": Q2, "chosen": "7", "rejected": "Blue", "score": 2},
+        ],
+        "prompt chosen rejected",
+        ONE,
+        prompt_texts=PLAIN,
+    ),
+    "TRL explicit conversations": Shape(
+        "explicit",
+        [
+            {"prompt": [*TALK], "chosen": [bot("Blue.")], "rejected": [bot("Seven.")], "question": "other"},
+            {"prompt": [user(Q2)], "chosen": [bot("7")], "rejected": [bot("Blue")], "question": "another"},
+        ],
+        "prompt chosen rejected",
+        [(TALK, "Blue.", "Seven."), ((user(Q2),), "7", "Blue")],
+        prompt_texts=[None],
+    ),
+    "explicit conversations with single messages": Shape(
+        "explicit",
+        [{"prompt": [system("Be  brief."), user(Q)], "chosen": bot("Blue."), "rejected": bot("Seven.")}] * 2,
+        "prompt chosen rejected",
+        [(BRIEF, "Blue.", "Seven.")] * 2,
+    ),
+    "explicit conversations that repeat the prompt behind a system turn": Shape(
+        "explicit",
+        [{"prompt": [user(Q)], "chosen": [*BRIEF, bot("Blue.")], "rejected": [*BRIEF, bot("Seven.")]}] * 2,
+        "prompt chosen rejected",
+        [(BRIEF, "Blue.", "Seven.")] * 2,
+    ),
+    "TRL implicit texts": Shape(
+        "implicit",
+        [
+            {"chosen": "The sky is blue and wide", "rejected": "The sky is black"},
+            {"chosen": "Grass is  green 🌱", "rejected": "Grass is  grey"},
+        ],
+        "chosen rejected",
+        [((user("The sky is"),), " blue and wide", " black"), ((user("Grass is"),), "  green 🌱", "  grey")],
+        prompt_texts=["The sky is"],
+    ),
+    "TRL implicit conversations": Shape(
+        "implicit",
+        [
+            {"chosen": [*TALK, bot("Blue.")], "rejected": [*TALK, bot("Seven.")], "prompt": None},
+            {"chosen": [user(Q2), bot("7")], "rejected": [user("Other?"), bot("Blue")], "prompt": None},
+        ],
+        "chosen rejected",
+        [(TALK, "Blue.", "Seven."), PROMPTS_DIFFER],
+    ),
+    "Anthropic/hh-rlhf": Shape(
+        "hh_rlhf",
+        [
+            {"chosen": f"{HH} Blue.", "rejected": f"{HH} Seven."},
+            # "Human:" within a turn is text, the same role twice is joined, the last marker counts.
+            {
+                "chosen": "\n\nHuman: I said:\nHuman: no\n\nHuman: And?\n\nAssistant: a\n\nAssistant:  two spaces",
+                "rejected": "\n\nHuman: I said:\nHuman: no\n\nHuman: And?\n\nAssistant: a\n\nAssistant: b",
+            },
+            {"chosen": f"{HH} Blue.", "rejected": f"{HH.replace('Hi', 'Ho')} Seven."},
+        ],
+        "chosen rejected",
+        [
+            (HH_TURNS, "Blue.", "Seven."),
+            ((user("I said:\nHuman: no\n\nAnd?"), bot("a")), " two spaces", "b"),
+            PROMPTS_DIFFER,
+        ],
+        prompt_texts=[f"{HH} "],
+    ),
+    "hh-rlhf with the dialogue in prompt": Shape(
+        "hh_rlhf",
+        [{"prompt": HH, "chosen": " Blue.", "rejected": " Seven."}] * 2,
+        "prompt chosen rejected",
+        [(HH_TURNS, "Blue.", "Seven.")] * 2,
+        prompt_texts=[f"{HH} "],
+    ),
+    "HuggingFaceH4/ultrafeedback_binarized": Shape(
+        "messages",
+        [
+            {
+                "prompt": text,
+                "prompt_id": "1f" * 32,
+                "chosen": [*turns, bot("Blue.")],
+                "rejected": [*turns, bot("Seven.")],
+                "messages": [*turns, bot("Blue.")],
+                "score_chosen": 8.5,
+                "score_rejected": 7.5,
+            }
+            for text, turns in ((Q, (user(Q),)), ("not the user's  turn", (user(Q),)), (Q, BRIEF))
+        ],
+        "chosen rejected prompt",
+        [((user(Q),), "Blue.", "Seven."), ((user(Q),), "Blue.", "Seven."), (BRIEF, "Blue.", "Seven.")],
+    ),
+    "argilla/ultrafeedback-binarized-preferences-cleaned": Shape(
+        "messages",
+        [
+            {
+                "source": "evol_instruct",
+                "prompt": Q,
+                "chosen": [user(Q), bot("Blue.")],
+                "chosen-rating": 4.75,
+                "chosen-model": "a-model",
+                "rejected": [user(Q), bot("Seven.")],
+                "rejected-rating": 2.0,
+                "rejected-model": "b-model",
+            }
+        ]
+        * 2,
+        "chosen rejected prompt",
+        [((user(Q),), "Blue.", "Seven.")] * 2,
+    ),
+    "argilla/distilabel-capybara-dpo-7k-binarized": Shape(
+        "messages",
+        [
+            {
+                "source": "Dove",
+                "conversation": [{"input": "Hi", "output": "Hello."}, {"input": Q, "output": "Blue."}],
+                "original_response": "Blue.",
+                "generation_prompt": ["<s>[INST] Hi [/INST]", "<|im_start|>user\nHi<|im_end|>"],
+                "raw_generation_responses": ["Seven.", "Red."],
+                "new_generations": ["Seven.", "Red."],
+                "prompt": "Hi\nHello.\n" + Q,
+                "chosen": [*TALK, bot("Blue.")],
+                "rejected": [*TALK, bot("Seven.")],
+                "rating_chosen": 5,
+                "rating_rejected": 4,
+                "chosen_model": "original",
+                "rejected_model": "a-model",
+                "turns": 2,
+            }
+        ]
+        * 2,
+        "chosen rejected prompt",
+        [(TALK, "Blue.", "Seven.")] * 2,
+        csv=False,
+    ),
+    "mlabonne/orpo-dpo-mix-40k": Shape(
+        "messages",
+        [
+            {
+                "source": "Argilla-Capybara",
+                "chosen": [*TALK, bot("Blue.")],
+                "rejected": [*TALK, bot("Seven.")],
+                "prompt": Q,
+                "question": "",
+            },
+            {
+                "source": "orca",
+                "chosen": [*BRIEF, bot("Blue.")],
+                "rejected": [*BRIEF, bot("Seven.")],
+                "prompt": "Another text",
+                "question": "A question that differs",
+            },
+        ],
+        "chosen rejected prompt",
+        [(TALK, "Blue.", "Seven."), (BRIEF, "Blue.", "Seven.")],
+    ),
+    "argilla/dpo-mix-7k": Shape(
+        "implicit",
+        [
+            {
+                "dataset": "argilla/capybara",
+                "chosen": [*turns, bot("Blue.")],
+                "rejected": [*turns, bot("Seven.")],
+                "chosen_rating": 5.0,
+                "rejected_rating": 4.0,
+            }
+            for turns in (TALK, BRIEF)
+        ],
+        "chosen rejected",
+        [(TALK, "Blue.", "Seven."), (BRIEF, "Blue.", "Seven.")],
+    ),
+    "Intel/orca_dpo_pairs": Shape(
+        "orca",
+        [ORCA, ORCA | {"system": ""}],
+        "system question chosen rejected",
+        [(BRIEF, "Blue.", "Seven."), ((user(Q),), "Blue.", "Seven.")],
+        prompt_texts=[None, Q],
+    ),
+    "argilla/distilabel-intel-orca-dpo-pairs": Shape(
+        "orca",
+        [
+            {
+                "system": "Be  brief.",
+                "input": Q,
+                "chosen": "Blue.",
+                "rejected": "Seven.",
+                "generations": ["Seven.", "Blue."],
+                "order": ["rejected", "chosen"],
+                "labelling_model": "a-model",
+                "labelling_prompt": [system("Judge."), user("Which?")],
+                "raw_labelling_response": "2 8",
+                "rating": [2.0, 8.0],
+                "rationale": "The second.",
+                "status": "swapped",
+                "original_chosen": "Seven.",
+                "original_rejected": "Blue.",
+                "chosen_score": 8.0,
+                "in_gsm8k_train": False,
+            }
+        ]
+        * 2,
+        "system input chosen rejected",
+        [(BRIEF, "Blue.", "Seven.")] * 2,
+    ),
+    "jondurbin/truthy-dpo-v0.1": Shape(
+        "orca",
+        [
+            {"id": "1", "source": "t", "system": "Be  brief.", "prompt": Q, "chosen": "Blue.", "rejected": "Seven."},
+            {"id": "2", "source": "t", "system": "  ", "prompt": Q2, "chosen": "7", "rejected": "Blue"},
+        ],
+        "system prompt chosen rejected",
+        [(BRIEF, "Blue.", "Seven."), ONE[1]],
+    ),
+    "alpaca-like": Shape(
+        "alpaca",
+        [
+            {"instruction": "Name it.", "input": "The sky's colour", "chosen": "Blue.", "rejected": "Seven."},
+            {"instruction": Q2, "input": "", "chosen": "7", "rejected": "Blue"},
+        ],
+        "instruction input chosen rejected",
+        [((user("Name it.\nThe sky's colour"),), "Blue.", "Seven."), ONE[1]],
+        prompt_texts=["Name it.\nThe sky's colour", Q2],
+    ),
+    "LLaMA-Factory's older alpaca, with history": Shape(
+        "alpaca",
+        [
+            {"instruction": Q, "input": "", "output": ["Blue.", "Seven."], "history": [["Hi", "Hello."]]},
+            {"instruction": Q2, "input": None, "output": ["7", "Blue"], "history": []},
+        ],
+        "instruction output",
+        [(TALK, "Blue.", "Seven."), ONE[1]],
+        csv=False,
+    ),
+    "LLaMA-Factory's dpo_en_demo": Shape(
+        "sharegpt",
+        [
+            {
+                "conversations": [said("human", "Hi"), said("gpt", "Hello."), said("human", Q)],
+                "chosen": said("gpt", "Blue."),
+                "rejected": said("gpt", "Seven."),
+            },
+            {"conversations": [said("human", Q2)], "chosen": said("gpt", "7"), "rejected": said("gpt", "Blue")},
+        ],
+        "conversations chosen rejected",
+        [(TALK, "Blue.", "Seven."), ONE[1]],
+    ),
+    "ShareGPT with whole conversations and a system column": Shape(
+        "sharegpt",
+        [
+            {
+                "system": text,
+                "chosen": [*before, said("human", Q), said("gpt", "Blue.")],
+                "rejected": [*before, said("human", Q), said("gpt", "Seven.")],
+            }
+            for text, before in (("Be  brief.", []), ("", []), ("Not this.", [said("system", "Be  brief.")]))
+        ],
+        "chosen rejected system",
+        [(BRIEF, "Blue.", "Seven."), ((user(Q),), "Blue.", "Seven."), (BRIEF, "Blue.", "Seven.")],
+    ),
+    "Axolotl's chat_template.default": Shape(
+        "conversation",
+        [
+            {"messages": [*TALK], "chosen": bot("Blue."), "rejected": bot("Seven.")},
+            {"messages": [*BRIEF], "chosen": bot("Blue."), "rejected": bot("Seven.")},
+        ],
+        "messages chosen rejected",
+        [(TALK, "Blue.", "Seven."), (BRIEF, "Blue.", "Seven.")],
+    ),
+    "messages and two texts": Shape(
+        "conversation",
+        [{"messages": [*TALK], "chosen": "Blue.", "rejected": "Seven.", "prompt": Q}] * 2,
+        "messages chosen rejected",
+        [(TALK, "Blue.", "Seven.")] * 2,
+    ),
+    "openbmb/UltraFeedback": Shape(
+        "ranked",
+        [
+            {
+                "source": "sharegpt",
+                "instruction": Q,
+                "models": ["a", "b", "c"],
+                "completions": [
+                    {
+                        "model": letter,
+                        "principle": "honesty",
+                        "custom_system_prompt": "As an AI ...",
+                        "response": text,
+                        "annotations": {"honesty": {"Rating": "4", "Rationale": "r"}},
+                        "critique": "Fine.",
+                        "fine-grained_score": 4.5,
+                        "overall_score": score,
+                    }
+                    for letter, text, score in answers
+                ],
+                "correct_answers": ["None"],
+                "incorrect_answers": ["None"],
+            }
+            for answers in (
+                [("a", "Seven.", 3.0), ("b", "Blue.", 8.0), ("c", "Red?", 6.5)],
+                [("a", "Red", 5.0), ("b", "Blue", 5.0)],
+                [("a", "Red", 5.0), ("b", "Blue", None)],  # fine-grained_score is no overall_score
+            )
+        ],
+        "completions overall_score",
+        [((user(Q),), "Blue.", "Seven."), TIED, TOO_FEW],
+        prompt_texts=[Q],
+    ),
+    "berkeley-nest/Nectar": Shape(
+        "ranked",
+        [
+            {
+                "prompt": f"{HH} ",
+                "answers": [
+                    {"answer": "Seven.", "model": "a", "rank": 7.0},
+                    {"answer": "Blue.", "model": "b", "rank": 1.0},
+                    {"answer": "Red?", "model": "c", "rank": 3.0},
+                ],
+                "turns": 2,
+                "num_responses": 3,
+                "source": ["lmsys-chat-1m"],
+                "good_natured": True,
+            }
+        ]
+        * 2,
+        "answers rank",
+        [(HH_TURNS, "Blue.", "Seven.")] * 2,
+        prompt_texts=[f"{HH} "],
+    ),
+    "texts with scores": Shape(
+        "ranked",
+        [
+            {"prompt": Q, "responses": ["Red?", "Seven.", "Blue."], "scores": [2.0, 1.0, 3.0]},
+            {"prompt": Q, "responses": ["Red?", "Blue.", "Seven."], "scores": [None, 0.5, -1.0]},
+        ],
+        "responses scores",
+        [((user(Q),), "Blue.", "Seven.")] * 2,
+        csv=False,
+    ),
+    "texts with ranks": Shape(
+        "ranked",
+        [{"prompt": Q, "completions": ["Red?", "Seven.", "Blue."], "ranks": [2, 3, 1]}] * 2,
+        "completions ranks",
+        [((user(Q),), "Blue.", "Seven.")] * 2,
+        csv=False,
+    ),
+    "OpenAI preference fine-tuning": Shape(
+        "openai",
+        [
+            {
+                "input": {"messages": [*TALK], "tools": [], "parallel_tool_calls": True},
+                "preferred_output": [bot("Blue.")],
+                "non_preferred_output": [bot("Seven.")],
+            },
+            {
+                "input": {"messages": [user(Q2)], "tools": [], "parallel_tool_calls": True},
+                "preferred_output": [bot("7")],
+                "non_preferred_output": [bot("Blue")],
+            },
+        ],
+        "input preferred_output non_preferred_output",
+        [(TALK, "Blue.", "Seven."), ONE[1]],
+    ),
+    "lmsys/chatbot_arena_conversations": Shape(
+        "judged",
+        [
+            {
+                "question_id": str(i),
+                "model_a": "a-model",
+                "model_b": "b-model",
+                "winner": winner,
+                "judge": "arena_user_1",
+                "conversation_a": [user(Q), bot(one)],
+                "conversation_b": [user(Q), bot(other)],
+                "turn": 1,
+                "anony": True,
+                "language": "English",
+                "tstamp": 1682351591.1,
+            }
+            for i, (winner, one, other) in enumerate(
+                [
+                    ("model_a", "Blue.", "Seven."),
+                    ("model_b", "Seven.", "Blue."),
+                    ("tie", "Red", "Blue"),
+                    ("tie (bothbad)", "6", "7"),
+                ]
+            )
+        ],
+        "conversation_a conversation_b winner",
+        [((user(Q),), "Blue.", "Seven."), ((user(Q),), "Blue.", "Seven."), TIED, TIED],
+    ),
+    "stanfordnlp/SHP": Shape(
+        "judged",
+        [
+            {
+                "post_id": "qt3nxl",
+                "domain": "askculinary_test",
+                "upvote_ratio": 0.98,
+                "history": Q,
+                "c_root_id_A": "hkh25sc",
+                "c_root_id_B": "hkh25lp",
+                "created_at_utc_A": 1636822112,
+                "created_at_utc_B": 1636822110,
+                "score_A": 340,
+                "score_B": 166,
+                "human_ref_A": one,
+                "human_ref_B": other,
+                "labels": label,
+                "seconds_difference": 2.0,
+                "score_ratio": 2.0,
+            }
+            for label, one, other in ((1, "Blue.", "Seven."), (0, "Seven.", "Blue."))
+        ],
+        "human_ref_A human_ref_B labels",
+        [((user(Q),), "Blue.", "Seven.")] * 2,
+        prompt_texts=[Q],
+    ),
+    "nvidia/HelpSteer2 preference": Shape(
+        "judged",
+        [
+            {
+                "split": "train",
+                "prompt": Q,
+                "response_1": one,
+                "response_2": other,
+                "preference_strength": strength,
+                "preference_statement": "The first is better.",
+                "preference_elaboration": "It says more.",
+                "three_most_similar_preferences": None,
+                "all_preferences_unprocessed": None,
+            }
+            for strength, one, other in ((-3, "Blue.", "Seven."), (1, "Seven.", "Blue."), (0, "Red", "Blue"))
+        ],
+        "response_1 response_2 preference_strength",
+        [((user(Q),), "Blue.", "Seven."), ((user(Q),), "Blue.", "Seven."), TIED],
+    ),
+    "nvidia/HelpSteer3": Shape(
+        "judged",
+        [
+            {
+                "domain": "general",
+                "language": "english",
+                "context": [*TALK],
+                "response1": "Seven.",
+                "response2": "Blue.",
+                "overall_preference": 2,
+                "individual_preference": [{"score": 2, "reasoning": "r", "feedback1": "f", "feedback2": "f"}],
+            }
+        ]
+        * 2,
+        "response1 response2 overall_preference",
+        [(TALK, "Blue.", "Seven.")] * 2,
+    ),
+    "a prompt that both texts repeat": Shape(
+        "doubled",
+        [
+            {"prompt": Q, "chosen": f"{Q} Blue.", "rejected": f"{Q} Seven."},
+            {"prompt": f"{Q2}\n", "chosen": f"{Q2}\n7", "rejected": f"{Q2}\nBlue"},
+        ],
+        "prompt chosen rejected",
+        ONE,
+        prompt_texts=[f"{Q} ", f"{Q2}\n"],
+    ),
+    "contents in parts": Shape(
+        "implicit",
+        [
+            {
+                side: [
+                    {"role": "user", "content": [part("Name a  "), part("colour 🎨.")]},
+                    {"role": "assistant", "content": [part(text)]},
+                ]
+                for side, text in (("chosen", "Blue."), ("rejected", "Seven."))
+            }
+        ]
+        * 2,
+        "chosen rejected",
+        [((user(Q),), "Blue.", "Seven.")] * 2,
+    ),
+    "questions about templates": Shape(
+        "explicit",
+        [
+            {"prompt": "What does [INST] mean?", "chosen": "A start.", "rejected": "It ends with </s> and no more"},
+            {"prompt": "Is <|im_start|> a token?", "chosen": "Yes: `<|im_start|>`.", "rejected": "No"},
+        ],
+        "prompt chosen rejected",
+        [
+            ((user("What does [INST] mean?"),), "A start.", "It ends with </s> and no more"),
+            ((user("Is <|im_start|> a token?"),), "Yes: `<|im_start|>`.", "No"),
+        ],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_true_shape_is_detected_and_read(shape: str) -> None:
+    SHAPES[shape].check(SHAPES[shape].rows)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_format_can_be_named(shape: str) -> None:
+    SHAPES[shape].check(SHAPES[shape].rows, name=SHAPES[shape].name)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_shape_survives_its_files(shape: str, tmp_path: Path) -> None:
+    rows = SHAPES[shape].rows
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    SHAPES[shape].check([json.loads(line) for line in lines.splitlines()])
+    # Parquet fills the fields of a struct that a row lacks with None.
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "t.parquet")
+    SHAPES[shape].check(pyarrow.parquet.read_table(tmp_path / "t.parquet").to_pylist())
+    if SHAPES[shape].csv:
+        with (tmp_path / "t.csv").open("w", encoding="utf-8", newline="") as file:
+            table = csv.DictWriter(file, list(rows[0]))
+            table.writeheader()
+            for row in rows:
+                cells = (
+                    (key, value if isinstance(value, str) or value is None else json.dumps(value))
+                    for key, value in row.items()
+                )
+                table.writerow(dict(cells))
+        with (tmp_path / "t.csv").open(encoding="utf-8", newline="") as file:
+            SHAPES[shape].check([*csv.DictReader(file)])
+
+
+def test_every_format_has_a_shape_and_its_name_in_the_recipe() -> None:
+    assert {shape.name for shape in SHAPES.values()} == set(READERS)
+    assert set(get_args(DataSection.model_fields["format"].annotation)) == {"auto", *READERS}
+
+
+# --- refused, with the line to write; and what the line leads to
+
+SAFE = [
+    {
+        "prompt": Q,
+        "response_0": "Blue.",
+        "response_1": "Seven.",
+        "prompt_source": "s",
+        "response_0_source": "Alpaca-7B",
+        "response_1_source": "Alpaca-7B",
+        "is_response_0_safe": True,
+        "is_response_1_safe": True,
+        "better_response_id": better,
+        "safer_response_id": safer,
+        "response_0_sha256": "ab",
+        "response_1_sha256": "cd",
+    }
+    for better, safer in ((0, 1), (0, 0))
+]
+CHATML = "<|im_start|>user\nName a  colour 🎨.<|im_end|>\n<|im_start|>assistant\n"
+BLUE, SEVEN = ((user(Q),), "Blue.", "Seven."), ((user(Q),), "Seven.", "Blue.")
+OTHER = ((user("Other text"),), "Blue.", "Seven.")
+DOUBLED = [
+    {"prompt": Q, "chosen": f"{Q} Blue.", "rejected": f"{Q} Seven."},
+    {"prompt": Q, "chosen": "Blue.", "rejected": "Seven."},
+]
+
+TWO_READINGS: dict[str, tuple[list[dict[str, Any]], dict[str, tuple[str, list[Any]]]]] = {
+    "prompt and question differ": (
+        [{"prompt": "Other text", "question": Q, "chosen": "Blue.", "rejected": "Seven."}] * 2,
+        {
+            "data.column_map=prompt=prompt": ("explicit", [OTHER] * 2),
+            "data.column_map=prompt=question": ("explicit", [BLUE] * 2),
+        },
+    ),
+    "two names for the prompt": (
+        [{"query": "Other text", "question": Q, "chosen": "Blue.", "rejected": "Seven."}] * 2,
+        {
+            "data.column_map=prompt=question": ("explicit", [BLUE] * 2),
+            "data.column_map=prompt=query": ("explicit", [OTHER] * 2),
+        },
+    ),
+    "two system columns": (
+        [ORCA | {"system_prompt": "Other text"}] * 2,
+        {
+            "data.column_map=system=system": ("orca", [(BRIEF, "Blue.", "Seven.")] * 2),
+            "data.column_map=system=system_prompt": ("orca", [((system("Other text"), user(Q)), *BLUE[1:])] * 2),
+        },
+    ),
+    "a conversation and a prompt that it does not hold": (
+        [{"messages": [*TALK], "prompt": "Other text", "chosen": "Blue.", "rejected": "Seven."}] * 2,
+        {
+            "data.column_map=conversation=messages": ("conversation", [(TALK, "Blue.", "Seven.")] * 2),
+            "data.column_map=prompt=prompt": ("explicit", [OTHER] * 2),
+        },
+    ),
+    "PKU-Alignment/PKU-SafeRLHF": (
+        SAFE,
+        {
+            "data.column_map=better=better_response_id": ("judged", [BLUE, BLUE]),
+            "data.column_map=better=safer_response_id": ("judged", [SEVEN, BLUE]),
+        },
+    ),
+    "a verdict under a name that says nothing": (
+        [
+            {"prompt": Q, "answer_a": "Blue.", "answer_b": "Seven.", "vote": "A"},
+            {"prompt": Q, "answer_a": "Seven.", "answer_b": "Blue.", "vote": "B"},
+        ],
+        {"data.column_map=better=vote": ("judged", [BLUE, BLUE])},
+    ),
+    "two pairs of answers": (
+        [
+            {"prompt": Q, "winner": "a", "answer_a": "Blue.", "answer_b": "Seven.", "reply_a": "Seven.",
+             "reply_b": "Blue."}
+        ]
+        * 2,
+        {
+            "data.column_map=response_a=answer_a,response_b=answer_b": ("judged", [BLUE] * 2),
+            "data.column_map=response_a=reply_a,response_b=reply_b": ("judged", [SEVEN] * 2),
+        },
+    ),
+    "texts with numbers of unknown meaning": (
+        [{"prompt": Q, "responses": ["Blue.", "Seven."], "numbers": [2, 1]}] * 2,
+        {
+            "data.column_map=scores=numbers": ("ranked", [BLUE] * 2),
+            "data.column_map=ranks=numbers": ("ranked", [SEVEN] * 2),
+        },
+    ),
+    "texts with scores and ranks": (
+        [{"prompt": Q, "responses": ["Blue.", "Seven."], "scores": [1, 2], "ranks": [1, 2]}] * 2,
+        {
+            "data.column_map=scores=scores": ("ranked", [SEVEN] * 2),
+            "data.column_map=ranks=ranks": ("ranked", [BLUE] * 2),
+        },
+    ),
+    "a prompt that a part of the texts repeats": (
+        DOUBLED,
+        {
+            "data.format=doubled": ("doubled", [BLUE, BLUE]),
+            "data.format=explicit": ("explicit", [((user(Q),), f"{Q} Blue.", f"{Q} Seven."), BLUE]),
+        },
+    ),
+    "replies under other names": (
+        [{"question": Q, "good_answer": "Blue.", "bad_answer": "Seven.", "good_score": 3, "good_model": "m"}] * 2,
+        {"data.column_map=prompt=question,chosen=good_answer,rejected=bad_answer": ("explicit", [BLUE] * 2)},
+    ),
+    "replies in camel case": (
+        [{"prompt": Q, "WorstResponse": "Seven.", "BestResponse": "Blue."}] * 2,
+        {"data.column_map=chosen=BestResponse,rejected=WorstResponse": ("explicit", [BLUE] * 2)},
+    ),
+    "replies in lists under other names": (
+        [{"prompt": Q, "reply_accepted": [user(Q), bot("Blue.")], "reply_rejected": [user(Q), bot("Seven.")]}] * 2,
+        {"data.column_map=chosen=reply_accepted,rejected=reply_rejected": ("messages", [BLUE] * 2)},
+    ),
+    "chosen under its name alone": (
+        [{"prompt": Q, "chosen": "Blue.", "rejected_response": "Seven."}] * 2,
+        {"data.column_map=rejected=rejected_response": ("explicit", [BLUE] * 2)},
+    ),
+    "a raw column beside a templated prompt": (
+        [{"prompt": CHATML, "question": Q, "chosen": "Blue.", "rejected": "Seven."}] * 2,
+        {"data.column_map=prompt=question": ("explicit", [BLUE] * 2)},
+    ),
+    "a raw column beside a templated prompt and a system": (
+        [{"prompt": CHATML, **ORCA}] * 2,
+        {"data.column_map=prompt=question": ("orca", [(BRIEF, "Blue.", "Seven.")] * 2)},
+    ),
+    "a templated prompt": (
+        [{"prompt": CHATML, "chosen": "Blue.<|im_end|>", "rejected": "Seven.<|im_end|>", "system": "Be  brief."}] * 2,
+        {"data.chat_template=none": ("explicit", [((user(CHATML),), "Blue.<|im_end|>", "Seven.<|im_end|>")] * 2)},
+    ),
+    "replies that end with an end-of-turn marker": (
+        [{"prompt": Q, "chosen": "Blue.</s>", "rejected": "Seven.</s>\n"}] * 2,
+        {"data.chat_template=none": ("explicit", [((user(Q),), "Blue.</s>", "Seven.</s>\n")] * 2)},
+    ),
+    "implicit texts with a template": (
+        [{"chosen": "[INST] Hi [/INST] Blue.", "rejected": "[INST] Hi [/INST] Seven."}] * 2,
+        {"data.chat_template=none": ("implicit", [((user("[INST] Hi [/INST]"),), " Blue.", " Seven.")] * 2)},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TWO_READINGS)
+def test_two_readings_are_refused_and_each_line_leads_to_one(case: str) -> None:
+    rows, lines = TWO_READINGS[case]
+    listed = list(lines)
+    refused(rows, *listed)
+    for line, (name, pairs) in lines.items():
+        found, read_pairs = follow(rows, line)
+        assert found == name
+        assert [(pair.messages, pair.chosen, pair.rejected) for pair in read_pairs] == pairs
+        assert not any(pair.drop for pair in read_pairs)
+
+
+TEMPLATES = {
+    "ChatML": "<|im_start|>user\nHi<|im_end|>",
+    "ChatML after a space": " <|im_start|>system\nx<|im_end|>",
+    "Llama 2": "<s>[INST] Hi [/INST]",
+    "Llama 3": "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>",
+    "Gemma": "<start_of_turn>user\nHi<end_of_turn>",
+    "Zephyr": "<|user|>\nHi</s>\n<|assistant|>\n",
+    "Alpaca": "### Instruction:\nHi\n\n### Response:",
+    "Alpaca's preamble": "Below is an instruction that describes a task.\n\n### Instruction:\nHi\n",
+    "Guanaco": "### Human: Hi\n### Assistant:",
+    "Vicuna": "USER: Hi ASSISTANT:",
+    "Vicuna's preamble": "A chat between a curious user and an artificial intelligence assistant. USER: Hi",
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_template_in_the_prompt_is_refused(template: str) -> None:
+    templated = {"prompt": TEMPLATES[template], "chosen": "Blue.", "rejected": "Seven."}
+    raw = {"prompt": Q, "chosen": "Blue.", "rejected": "Seven."}
+    assert "prompt hold text" in refused([templated] * 2, "data.chat_template=none")
+    assert read([templated], plain=True)[0].prompt_text == TEMPLATES[template]
+    # One in a hundred is chance; one in ten is none.
+    assert detect_format([raw] * 99 + [templated]).name == "explicit"
+    refused([raw] * 9 + [templated], "data.chat_template=none")
+
+
+def test_a_template_in_the_messages_is_refused_without_a_setting() -> None:
+    rows = [{"chosen": [user(CHATML), bot("Blue.")], "rejected": [user(CHATML), bot("Seven.")]}] * 2
+    assert "take the template's markers out of the messages" in refused(rows)
+
+
+def test_templated_replies_leave_no_raw_reading_until_the_template_is_none() -> None:
+    rows = [{"prompt": CHATML, "question": Q, "chosen": "Blue.<|im_end|>", "rejected": "Seven.<|im_end|>"}] * 2
+    refused(rows, "data.chat_template=none")
+    refused(rows, "data.column_map=prompt=prompt", "data.column_map=prompt=question", plain=True)
+    assert read(rows, {"prompt": "prompt"}, plain=True)[0].prompt_text == CHATML
+    assert read(rows, {"prompt": "question"}, plain=True)[0].prompt_text == Q
+
+
+def test_plain_drops_the_system_that_stands_in_a_templated_prompt() -> None:
+    row = {"prompt": CHATML, "chosen": "Blue.", "rejected": "Seven.", "system": "Be  brief."}
+    assert read([row], plain=True)[0].prompt_text == CHATML
+    assert read([ORCA], plain=True)[0].prompt_text is None  # nobody said how a system text is joined
+
+
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        ({"prompt": Q, "completion": "Blue.", "label": True}, "prompt, completion and label are unpaired preferences"),
+        ({"prompt": [user(Q)], "completion": [bot("Blue.")], "label": False}, "are unpaired preferences"),
+        ({"messages": [user(Q), bot("Blue.")]}, "messages holds one conversation a row"),
+        ({"conversations": [said("human", Q), said("gpt", "Blue.")]}, "conversations holds one conversation a row"),
+        ({"messages": [user(Q), bot("Blue.")], "label": True}, "messages and label are unpaired preferences"),
+        ({"prompt": Q, "completion": "Blue."}, "prompt and completion are one reply to each prompt"),
+        ({"instruction": Q, "input": "", "output": "Blue."}, "instruction and output are one reply to each prompt"),
+        ({"question": Q, "answer": "Blue."}, "question and answer are one reply to each prompt"),
+    ],
+)
+def test_one_reply_is_no_pair(row: dict[str, Any], sentence: str) -> None:
+    error = refused([row] * 3)
+    assert sentence in error
+    assert "a pair needs two replies to one prompt" in error
+    assert "no setting helps: write each pair as prompt, chosen and rejected" in error
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": Q, "answer_a": "Blue.", "answer_b": "Seven."},
+        {"prompt": Q, "answer_a": "Blue.", "answer_b": "Seven.", "label": 1},  # of which? Nobody wrote it down
+        {"prompt": Q, "response_a": "Blue.", "response_b": "Seven.", "preference_strength": 2},
+        {"prompt": Q, "completions": [{"response": "Blue.", "helpfulness": 3}, {"response": "7", "helpfulness": 1}]},
+        {"prompt": Q, "completions": [{"response": "Blue.", "score": 3, "rank": 3}] * 2},
+    ],
+)
+def test_the_polarity_is_never_guessed(row: dict[str, Any]) -> None:
+    assert "no setting helps" in refused([row] * 3)
+
+
+@pytest.mark.parametrize(
+    ("row", "lines"),
+    [
+        ({"text": "q", "label": 1}, ["data.column_map=prompt=COLUMN,chosen=COLUMN,rejected=COLUMN"]),
+        ({"chosen": "yes", "rejected": "no"}, ["data.column_map=prompt=COLUMN", "data.format=implicit"]),
+        ({"prompt": "q", "chosen": 3, "rejected": "no"}, ["data.column_map=chosen=COLUMN"]),
+        ({"Prompt": "q", "Chosen": "a", "Rejected": "b"},
+         ["data.column_map=prompt=Prompt,chosen=Chosen,rejected=Rejected"]),
+        ({"chosen": "It is so", "rejected": "It is no", "messages": [user("q"), bot("It is so")]},
+         ["data.column_map=prompt=COLUMN", "data.format=implicit"]),
+        ({"chosen": "It is so", "rejected": "It is no", "prompt": {"text": "q"}},
+         ["data.column_map=prompt=COLUMN", "data.format=implicit"]),
+        ({"prompt": "q", "y_w": "a", "y_l": "b"}, ["data.column_map=chosen=y_w,rejected=y_l"]),
+        ({"prompt": "q", "completion": "a", "rejected": "b"}, ["data.column_map=chosen=COLUMN"]),
+        ({"prompt": "q", "output_preferred": "a", "output_non_preferred": "b"},
+         ["data.column_map=chosen=output_preferred,rejected=output_non_preferred"]),
+    ],
+)  # fmt: skip
+def test_what_fits_nothing_is_refused_with_the_columns(row: dict[str, Any], lines: list[str]) -> None:
+    error = refused([row] * 2, *lines)
+    assert all(repr(column) in error for column in row)
+
+
+def test_two_replies_that_begin_alike_by_chance_are_no_implicit_prompt() -> None:
+    rows = [{"chosen": "It is so", "rejected": "It is no"}, {"chosen": "Yes", "rejected": "No"}]
+    refused(rows * 9, "data.column_map=prompt=COLUMN", "data.format=implicit")
+    assert follow(rows, "data.format=implicit")[1][1].drop == PROMPTS_DIFFER
+
+
+def test_a_line_can_be_pasted_whatever_the_columns_name() -> None:
+    row = {"prompt": "Other text", "Query": Q, "chosen": "Blue.", "rejected": "Seven.", "the system": "x"}
+    refused([row], "data.column_map=prompt=prompt", "data.column_map=prompt=Query")
+    row = {"prompt": Q, "good answer": "Blue.", "bad answer": "Seven."}
+    with pytest.raises(DataError, match=r"'data\.column_map=chosen=good answer,rejected=bad answer'"):
+        detect_format([row])
+
+
+def test_columns_that_agree_are_no_ambiguity() -> None:
+    rows = [{"prompt": Q, "question": Q, "chosen": "Blue.", "rejected": "Seven."}] * 2
+    assert read(rows) == read([{k: v for k, v in row.items() if k != "question"} for row in rows])
+    assert detect([row | {"question": ""} for row in rows])[0].name == "explicit"
+    assert detect([row | {"question": None} for row in rows])[0].name == "explicit"
+
+
+def test_a_prompt_that_is_the_instruction_keeps_its_input() -> None:
+    row = {"instruction": "Name it.", "input": "The sky", "prompt": CHATML, "chosen": "Blue.", "rejected": "Seven."}
+    refused([row] * 2, "data.column_map=prompt=instruction")
+    name, (pair, _) = follow([row] * 2, "data.column_map=prompt=instruction")
+    assert (name, pair.messages) == ("alpaca", (user("Name it.\nThe sky"),))
+
+
+def test_python_lists_in_a_csv_are_refused() -> None:
+    for value in (repr([user(Q), bot("Blue.")]), repr([user("it's"), bot("Blue.")]).replace("}, {", "}\n {")):
+        error = refused([{"prompt": Q, "chosen": value, "rejected": value}] * 2)
+        assert "chosen and rejected hold lists as Python prints them" in error
+        assert "write the column with json.dumps, or save the set as .jsonl or .parquet" in error
+
+
+def test_a_reply_that_is_json_is_a_text() -> None:
+    rows = [{"prompt": "As JSON!", "chosen": '{"role": "x", "content": "y"}', "rejected": "no"}]
+    rows += [{"prompt": "As JSON!", "chosen": "[1, 2]", "rejected": '["a"]'}] * 2
+    assert [pair.chosen for pair in read(rows)] == ['{"role": "x", "content": "y"}', "[1, 2]", "[1, 2]"]
+
+
+# --- the row that deviates
+
+
+@pytest.mark.parametrize(
+    ("shape", "change", "place"),
+    [
+        ("TRL explicit texts", {"chosen": [bot("Blue.")]}, "field chosen: a list"),
+        ("TRL explicit texts", {"prompt": None}, "field prompt: null"),
+        ("TRL implicit conversations", {"chosen": "[{"}, "field chosen: a text"),
+        (
+            "TRL implicit conversations",
+            {"chosen": [user(Q), {"role": "tool", "content": "x"}]},
+            "chosen[1].role: 'tool'",
+        ),
+        ("TRL implicit conversations", {"chosen": [user(Q), {"role": "gpt", "content": "x"}]}, "chosen[1].role: 'gpt'"),
+        ("TRL implicit conversations", {"chosen": [user(Q)]}, "field chosen: the last turn is the user's"),
+        (
+            "TRL implicit conversations",
+            {"chosen": [{"role": "user", "content": [{"type": "image"}]}, bot("a")]},
+            "chosen[0].content[0]: a part that is no text",
+        ),
+        ("LLaMA-Factory's dpo_en_demo", {"chosen": said("observation", "x")}, "chosen[0].from: 'observation'"),
+        ("LLaMA-Factory's dpo_en_demo", {"conversations": None}, "nothing stands before the reply"),
+        ("Intel/orca_dpo_pairs", {"system": 3}, "field system: a number"),
+        ("alpaca-like", {"instruction": None}, "field prompt: null"),
+        ("LLaMA-Factory's older alpaca, with history", {"output": ["a", "b", "c"]}, "field output: a list of 3"),
+        ("LLaMA-Factory's older alpaca, with history", {"history": ["Hi"]}, "field history[0]: a text"),
+        ("openbmb/UltraFeedback", {"completions": ["a"]}, "field ranks: missing"),
+        ("openbmb/UltraFeedback", {"completions": [{"response": "a", "overall_score": "9"}]}, "overall_score: a text"),
+        ("texts with scores", {"scores": [1.0]}, "field scores: a list"),
+        ("texts with ranks", {"ranks": None}, "field ranks: null"),
+        ("OpenAI preference fine-tuning", {"input": None}, "field input: null"),
+        ("OpenAI preference fine-tuning", {"preferred_output": None}, "field preferred_output: null"),
+        ("lmsys/chatbot_arena_conversations", {"winner": "a third"}, "field winner: a text"),
+        ("stanfordnlp/SHP", {"labels": None}, "field labels: null"),
+        (
+            "hh-rlhf with the dialogue in prompt",
+            {"prompt": f"{HH} Blue."},
+            "field prompt: the dialogue ends with a reply",
+        ),
+    ],
+)
+def test_the_odd_row_is_its_readers_to_report(shape: str, change: dict[str, Any], place: str) -> None:
+    rows = SHAPES[shape].rows * 20
+    detected, _ = detect(rows)
+    assert detected.name == SHAPES[shape].name
+    with pytest.raises(DataError) as raised:
+        detected.read(SHAPES[shape].rows[0] | change, "pairs.jsonl:7")
+    assert raised.value.where.startswith("pairs.jsonl:7, field ")
+    assert place in str(raised.value)
+    assert raised.value.expected
+    assert raised.value.remedy
+
+
+def test_never_another_column_in_place_of_the_one_that_was_taken() -> None:
+    rows = [{"question": Q, "chosen": "Blue.", "rejected": "Seven."}] * 9
+    detected, _ = detect(rows)
+    with pytest.raises(DataError, match="field prompt: missing"):
+        detected.read({"query": Q, "chosen": "Blue.", "rejected": "Seven."}, "x:1")
+
+
+def test_half_a_repetition_is_dropped() -> None:
+    rows = [{"prompt": Q, "chosen": f"{Q} Blue.", "rejected": f"{Q} Seven."}] * 19
+    detected, _ = detect(rows)
+    assert detected.read({"prompt": Q, "chosen": f"{Q} Blue.", "rejected": "Seven."}, "x").drop == PROMPTS_DIFFER
+    assert detected.read({"prompt": Q, "chosen": "Blue.", "rejected": "Seven."}, "x").chosen == "Blue."
+
+
+def test_a_habit_of_the_set_is_no_matter_of_one_row() -> None:
+    doubled, plain = DOUBLED
+    assert detect([doubled] + [plain] * 19)[0].name == "explicit"
+    assert detect([doubled] * 19 + [plain])[0].name == "doubled"
+    refused([doubled] * 2 + [plain] * 18, "data.format=doubled", "data.format=explicit")
+    refused([doubled] * 17 + [plain] * 3, "data.format=doubled", "data.format=explicit")
+
+
+# --- any text at all
+
+WORDS = st.text("abc  é🎨'\"[]{}:,\\", min_size=1, max_size=12).filter(str.strip).map(lambda text: f"x{text}")
+
+
+@given(
+    brief=st.none() | WORDS,
+    turns=st.lists(st.tuples(WORDS, WORDS), max_size=2),
+    question=WORDS,
+    chosen=WORDS,
+    rejected=WORDS,
+)
+@settings(max_examples=60, deadline=None)
+def test_all_shapes_of_one_pair_read_alike(
+    brief: str | None, turns: list[tuple[str, str]], question: str, chosen: str, rejected: str
+) -> None:
+    before = [message for one, other in turns for message in (user(one), bot(other))] + [user(question)]
+    names = {"user": "human", "assistant": "gpt"}
+    dialogue = "".join(
+        f"\n\n{'Human' if turn['role'] == 'user' else 'Assistant'}: {turn['content']}" for turn in before
+    )
+    replies = {"chosen": chosen, "rejected": rejected}
+    wholes = {side: [*before, bot(text)] for side, text in replies.items()}
+    shapes: dict[str, dict[str, Any]] = {
+        "explicit": {"prompt": before, "chosen": bot(chosen), "rejected": bot(rejected)},
+        "implicit": wholes,
+        "messages": {"prompt": "never read", **wholes},
+        "hh_rlhf": {side: f"{dialogue}\n\nAssistant: {text}" for side, text in replies.items()},
+        "sharegpt": {
+            "conversations": [said(names[turn["role"]], turn["content"]) for turn in before],
+            **{side: said("gpt", text) for side, text in replies.items()},
+        },
+        "conversation": {"messages": before, **replies},
+        "openai": {
+            "input": {"messages": before},
+            "preferred_output": [bot(chosen)],
+            "non_preferred_output": [bot(rejected)],
+        },
+        "ranked": {
+            "prompt": before,
+            "answers": [{"answer": rejected, "rank": 2}, {"answer": chosen, "rank": 1}],
+        },
+        "judged": {"context": before, "response1": rejected, "response2": chosen, "overall_preference": 1},
+        "alpaca": {"instruction": question, "input": "", "history": [list(turn) for turn in turns], **replies},
+        "orca": {"question": question, **replies} if not turns else {},
+    }
+    expected = ((system(brief),) if brief else ()) + tuple(before)
+    for name, row in shapes.items():
+        if not row:
+            continue
+        row = {"system": brief or " ", **row}
+        named = detect_format([row], name=name)
+        assert (named.read(row, "x").messages, named.read(row, "x").chosen, named.read(row, "x").rejected) == (
+            expected,
+            chosen,
+            rejected,
+        ), name
+        if not (chosen.startswith(question) and rejected.startswith(question)):
+            assert detect_format([row]).name == (name if name != "orca" or brief else "explicit")
