@@ -1,195 +1,286 @@
-"""Rows out of local files and hub sets, each with its place: "pairs.jsonl:12", "table.parquet[11]", "train[11]"."""
+"""Where rows come from: a file, a folder, a pattern or a hub set; each is a ``Source`` that ``find_source`` finds."""
 
 from __future__ import annotations
 
-import csv
 import difflib
-import json
+import glob
+import hashlib
+import os
 import re
-from collections import Counter
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from orpo_lite.data.formats import Row
+from orpo_lite.data import files
+from orpo_lite.data.files import KINDS, SPREADSHEETS, File, blocks, file_fingerprint, kind_of, read_file
 from orpo_lite.errors import DataError, HubError
 
-Place = tuple[str, Row]  # a row and where it stands
+Place = files.Place  # where + row: "pairs.jsonl:12", "table.parquet[11]", "train[11]"
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-MAX_ROW_BYTES = 16 << 20  # a longer line is a binary or a file without line ends, not a pair
+AUTO = "auto"
+SAVED = ("dataset_dict.json", "state.json")  # what Dataset.save_to_disk leaves in a folder
+NOT_DATA = (*SAVED, "dataset_info.json", "dataset_infos.json")
+NAMES_SHOWN = 10  # file names in one sentence
 
 
-def open_rows(name: str, split: str, config: str | None, faults: list[DataError]) -> Iterator[Place]:
-    """Yield (place, row). A row that cannot be read goes to ``faults``; a file that cannot be is raised at once."""
-    if not is_local(name):
-        yield from _hub_rows(name, split, config)
-        return
-    readers = {".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
+@dataclass(frozen=True)
+class Source(ABC):
+    """Rows that have been found, and not read yet."""
+
+    name: str  # as the recipe names it
+    said: str  # a choice that was made for the person, or ""
+
+    @abstractmethod
+    def rows(self, faults: list[DataError]) -> Iterator[Place]:
+        """Yield (place, row). A row that cannot be read goes to ``faults``; a file that cannot be is raised at once."""
+
+    @abstractmethod
+    def fingerprint(self) -> tuple[str, int]:
+        """sha256 of the content, the order and the labels; and about how many rows there are, 0: unknown."""
+
+
+def find_source(name: str, split: str, config: str | None) -> Source:
+    """The rows of one split. ``split``: "auto" takes the preference split of a set, else train, else the only one.
+
+    Raises DataError for a file or folder that is not there or holds no such split, HubError for a hub set.
+    """
+    return _find_files(name, split) if is_local(name) else _load_set(name, split, config)
+
+
+def is_local(name: str) -> bool:
+    return is_path(name) or os.path.exists(name)
+
+
+def is_path(name: str) -> bool:
+    """Whether the name is one of files by its looks alone; a hub name has no suffix and no wildcard."""
+    looks = kind_of(name) or name.lower().endswith(SPREADSHEETS) or name.startswith((".", "/", "~"))
+    return bool(looks) or glob.has_magic(name)
+
+
+# --- splits
+
+SHARD = re.compile(r"(-\d+-of-\d+(-[0-9a-f]+)?|[-_.]part[-_.]?\d+|[-_.]\d+)$", re.IGNORECASE)
+SPLIT_WORDS = {"train", "test", "validation", "valid", "val", "dev", "eval", "heldout", "holdout"}
+
+
+def split_of(path: Path) -> str:
+    """The stem less the number of a shard: train of train-00000-of-00002.parquet, train_sft of train_sft.jsonl."""
+    return SHARD.sub("", path.name[: path.name.lower().rindex(kind_of(path.name))])
+
+
+def choose_split(names: Sequence[str]) -> str | None:
+    """The preference split, else train, else the only one; None when there are several others."""
+    likely = ["train_prefs", *(name for name in names if re.search("train.*pref", name.lower())), "train"]
+    return next((name for name in likely if name in names), names[0] if len(names) == 1 else None)
+
+
+def _said_split(split: str, names: Sequence[str]) -> str:
+    """What to say of a chosen split; "" when it is plainly train."""
+    if split == "train":
+        return ""
+    held_out = [name for name in names if re.search("(test|val|eval).*pref", name.lower())]
+    hint = f"; data.dataset_test_split={held_out[0]} would use its own held-out pairs" if held_out else ""
+    return f"split {split} (of {_listed(names)}){hint}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return ", ".join(names[:NAMES_SHOWN]) + more
+
+
+# --- local files
+
+
+@dataclass(frozen=True)
+class LocalSource(Source):
+    files: tuple[File, ...]
+
+    def rows(self, faults: list[DataError]) -> Iterator[Place]:
+        with _readable(self.name):
+            for file in self.files:
+                yield from read_file(file, faults)
+
+    def fingerprint(self) -> tuple[str, int]:
+        digest, counts = hashlib.sha256(), []
+        with _readable(self.name):
+            for file in self.files:
+                content, count = file_fingerprint(file)
+                digest.update(f"{file.label}\n{content}\n".encode())
+                counts.append(count)
+        return digest.hexdigest(), sum(counts) if all(counts) else 0
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
     try:
-        for path in _local_files(Path(name).expanduser(), split):
-            yield from readers[path.suffix](path, faults)
+        yield
     except OSError as error:
         raise DataError(name, str(error), "a file that can be read", "check its owner and permissions") from None
 
 
-def is_local(name: str) -> bool:
-    return is_path(name) or Path(name).exists()
-
-
-def is_path(name: str) -> bool:
-    return name.endswith(SUFFIXES) or name.startswith((".", "/", "~"))
-
-
-def _local_files(path: Path, split: str) -> list[Path]:
-    if path.is_file():
-        if path.suffix not in SUFFIXES:
-            raise DataError(
-                str(path), "an unknown kind of file", f"one of {', '.join(SUFFIXES)}", "convert or rename it"
-            )
-        return [path]
-    if not path.is_dir():
-        beside = [child.name for child in path.parent.iterdir()] if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, beside, n=3, cutoff=0.5)
-        found = "no such file" if beside else f"no such file, and {path.parent} is not a folder"
-        raise DataError(
-            str(path), found, "a file or folder", f"did you mean {' or '.join(near)}?" if near else "check the path"
-        )
-    files = sorted(file for folder in (path, path / "data") for file in folder.glob("*") if file.suffix in SUFFIXES)
-    chosen = [file for file in files if re.match(rf"{re.escape(split)}(?![A-Za-z0-9])", file.stem)]
-    if not chosen and len(files) == 1 and split == "train":
-        return files
-    if not chosen:
-        names = ", ".join(file.name for file in files) or "none"
-        remedy = "data.dataset_train_split=SPLIT, data.dataset_test_split=SPLIT"
-        raise DataError(str(path), f"no file of split {split!r}; files: {names}", f"{split}.jsonl or the like", remedy)
-    return chosen
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(iter(lambda: file.readline(MAX_ROW_BYTES + 1), b""), start=1):
-            if len(line) > MAX_ROW_BYTES:
-                found, expected = "a line without end", f"at most {MAX_ROW_BYTES >> 20} MiB a row"
-                raise DataError(f"{path.name}:{number}", found, expected, "one row a line, and text only")
-            yield number, line
-
-
-def _decode(line: bytes, where: str) -> str:
-    try:
-        return line.decode().removeprefix("\ufeff")  # some editors write a mark at the start of the file
-    except UnicodeDecodeError as error:
-        column = len(line[: error.start].decode()) + 1
-        found = f"byte 0x{line[error.start]:02x} at column {column} is not UTF-8"
-        raise DataError(where, found, "UTF-8 text", "iconv -f CP1252 -t UTF-8 OLD > NEW") from None
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object")
-    return row
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _parse_json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
-    except json.JSONDecodeError as error:
-        place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
-        remedy = "mend or remove the row; no line breaks inside it"
-        raise DataError(where, f"broken JSON at {place}: {error.msg}", "one whole JSON object", remedy) from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(where, str(error), "plain JSON with each key once", "mend or remove the row") from None
-
-
-def _jsonl_rows(path: Path, faults: list[DataError]) -> Iterator[Place]:
-    lines = ((number, line) for number, line in _lines(path) if line.strip())
-    for i, (number, line) in enumerate(lines):
-        where = f"{path.name}:{number}"
-        if i == 0 and line.lstrip().startswith(b"["):
-            raise DataError(where, "a JSON array", "one JSON object a line", f"rename the file to {path.stem}.json")
-        try:
-            row = _parse_json(_decode(line.rstrip(), where), where)
-            if not isinstance(row, dict):
-                raise DataError(where, "not a JSON object", "one JSON object a line", "mend or remove the row")
-        except DataError as fault:
-            faults.append(fault)
+def _find_files(name: str, split: str) -> LocalSource:
+    path = Path(os.path.expanduser(name))
+    with _readable(name):
+        if path.is_file():
+            if not kind_of(path.name):
+                raise _unknown_kind(path)
+            paths, said = [path], ""
+        elif path.is_dir():
+            paths, said = _of_split(path, _data_files(path), split)
+        elif glob.has_magic(name):
+            matched = _matched(path)
+            paths, said = _of_split(path, matched, split) if split not in (AUTO, "train") else (matched, "")
         else:
-            yield where, row
+            raise _missing(path)
+    labels = _labels(paths)
+    count = f"{len(paths)} files: {_listed(labels)}" if len(paths) > 1 else ""
+    found = tuple(File(path, label) for path, label in zip(paths, labels, strict=True))
+    return LocalSource(name, "; ".join(filter(None, (said, count))), found)
 
 
-def _json_rows(path: Path, faults: list[DataError]) -> Iterator[Place]:
-    """One array of objects, or else the same as .jsonl."""
-    text = path.read_bytes()
-    if text.lstrip()[:1] != b"[":
-        yield from _jsonl_rows(path, faults)
-        return
-    for i, row in enumerate(_parse_json(_decode(text, path.name), path.name)):
-        if not isinstance(row, dict):
-            raise DataError(f"{path.name}[{i}]", "not a JSON object", "an array of objects", "mend or remove the row")
-        yield f"{path.name}[{i}]", row
+def _labels(paths: Sequence[Path]) -> list[str]:
+    """The names from the folder that all have in common, so that two train.jsonl are told apart."""
+    common = os.path.commonpath([path.parent for path in paths])
+    return [path.relative_to(common).as_posix() for path in paths]
 
 
-def _csv_rows(path: Path, faults: list[DataError]) -> Iterator[Place]:
-    """Every cell is text: a reader that guesses types would make a number of the reply "42"."""
-    csv.field_size_limit(MAX_ROW_BYTES)
-    cells = csv.reader((_decode(line, f"{path.name}:{number}") for number, line in _lines(path)), strict=True)
-    try:
-        header = next(cells, [])
-        if len(set(header)) < len(header):
-            raise DataError(f"{path.name}:1", "two columns of one name", "a name for each column", "rename one")
-        if len(header) == 1 and (mark := next((mark for mark in ";\t|" if mark in header[0]), None)):
-            found = f"one column, {header[0]!r}: separated by {mark!r}"
-            raise DataError(f"{path.name}:1", found, "cells separated by commas", "save it again with commas")
-        start = cells.line_num + 1
-        for row in cells:
-            where, start = f"{path.name}:{start}", cells.line_num + 1
-            if len(row) == len(header):
-                yield where, dict(zip(header, row, strict=True))
-            elif row:
-                expected = f"{len(header)} cells, as in the header"
-                faults.append(DataError(where, f"{len(row)} cells", expected, 'put "..." around commas and line ends'))
-    except csv.Error as error:
-        remedy = 'put "..." around a cell with commas, quotes or line ends, and double the quotes inside'
-        raise DataError(
-            f"{path.name}:{cells.line_num}", f"broken csv: {error}", "plain or quoted cells", remedy
-        ) from None
+def _is_data(path: Path) -> bool:
+    hidden = path.name.startswith(".") or path.name in NOT_DATA
+    return bool(kind_of(path.name)) and not hidden and path.is_file()
 
 
-def _parquet_rows(path: Path, _faults: list[DataError]) -> Iterator[Place]:
-    import pyarrow.parquet  # type: ignore[import-untyped] # it comes with datasets
+def _data_files(folder: Path) -> list[Path]:
+    """The files of rows in a folder and in its data/, where sets from the hub have them."""
+    found = sorted(path for parent in (folder, folder / "data") for path in parent.glob("*") if _is_data(path))
+    if found:
+        return found
+    if any((folder / name).exists() for name in SAVED):
+        remedy = f'datasets.load_from_disk({str(folder)!r}), then .to_parquet("train.parquet") of each split'
+        raise DataError(str(folder), "a folder of save_to_disk", "files as Dataset.to_parquet writes them", remedy)
+    below = sorted({path.parent.name for path in folder.glob("*/*") if _is_data(path)})
+    remedy = f"data.dataset_name={folder / below[0]}" if below else "check data.dataset_name"
+    raise DataError(str(folder), "no data files in the folder", f"files of {', '.join(KINDS)}", remedy)
 
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            rows = (row for batch in file.iter_batches(1024) for row in batch.to_pylist())
-            yield from ((f"{path.name}[{i}]", row) for i, row in enumerate(rows))
-    except (OSError, ValueError) as error:  # pyarrow's own errors are among these
-        raise DataError(str(path), f"broken parquet: {error}", "a whole parquet file", "copy it again") from None
+
+def _matched(pattern: Path) -> list[Path]:
+    found = sorted(path for path in map(Path, glob.glob(str(pattern), recursive=True)) if _is_data(path))
+    if not found:
+        expected = f"files of {', '.join(KINDS)}"
+        raise DataError(str(pattern), "no data file matches", expected, 'check the pattern, and put "..." around it')
+    return found
 
 
-def _hub_rows(name: str, split: str, config: str | None) -> Iterator[Place]:
+def _of_split(where: Path, paths: list[Path], split: str) -> tuple[list[Path], str]:
+    """The files of a split, and what was chosen. Files without any split names are one training set."""
+    splits = list(dict.fromkeys(split_of(path) for path in paths))
+    named = [name for name in splits if SPLIT_WORDS & set(re.split(r"[-_.]", name.lower()))]
+    if not named and split in (AUTO, "train"):
+        return paths, ""
+    chosen = choose_split(named) if split == AUTO else split
+    if chosen not in splits:
+        wanted, example = ("train", "train") if split == AUTO else (repr(split), split)
+        found = f"no file of split {wanted}; files: {_listed([path.name for path in paths])}"
+        remedy = f"data.dataset_train_split=SPLIT, data.dataset_test_split=SPLIT; splits: {_listed(splits)}"
+        raise DataError(str(where), found, f"{example}.jsonl or the like", remedy)
+    left = [path.name for path in paths if split_of(path) not in named]
+    said = [_said_split(chosen, named), f"not read: {_listed(left)}" if left else ""] if split == AUTO else []
+    return [path for path in paths if split_of(path) == chosen], "; ".join(filter(None, said))
+
+
+def _unknown_kind(path: Path) -> DataError:
+    if path.suffix.lower() in SPREADSHEETS:
+        return DataError(str(path), "a spreadsheet", f"one of {', '.join(KINDS)}", "save it as csv, in UTF-8")
+    remedy = 'Dataset.from_file(OLD).to_parquet("train.parquet")' if path.suffix == ".arrow" else "convert or rename it"
+    return DataError(str(path), "an unknown kind of file", f"one of {', '.join(KINDS)}, or .gz of a text", remedy)
+
+
+def _missing(path: Path) -> DataError:
+    beside = [child.name for child in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, beside, n=3, cutoff=0.5)
+    found = "no such file" if beside else f"no such file, and {path.parent} is not a folder"
+    return DataError(
+        str(path), found, "a file or folder", f"did you mean {' or '.join(near)}?" if near else "check the path"
+    )
+
+
+# --- the hub
+
+
+@dataclass(frozen=True)
+class HubSource(Source):
+    split: str
+    table: Any = field(repr=False)  # a datasets.Dataset, on disk
+
+    def rows(self, faults: list[DataError]) -> Iterator[Place]:  # noqa: ARG002 - the hub's own reader has read them
+        yield from ((f"{self.split}[{i}]", row) for i, row in enumerate(self.table))
+
+    def fingerprint(self) -> tuple[str, int]:
+        digest = hashlib.sha256(f"{self.split}\n".encode())
+        paths = [Path(file["filename"]) for file in self.table.cache_files]
+        with _readable(self.name):
+            for path in paths:
+                for block in blocks(path):
+                    digest.update(block)
+        if not paths:  # a set in memory
+            digest.update(f"{self.name}\n{self.table._fingerprint}".encode())
+        return digest.hexdigest(), len(self.table)
+
+
+def _load_set(name: str, split: str, config: str | None) -> HubSource:
     import datasets  # a second to import, and local files do not need it
 
     datasets.disable_progress_bars()
     try:
-        rows = datasets.load_dataset(name, config, split=split)
+        if split == AUTO:
+            return _load_auto(name, config)
+        return HubSource(name, "", split, datasets.load_dataset(name, config, split=split))
+    except HubError:
+        raise
     except Exception as error:  # whatever a download can raise is the hub's or the network's
-        lines = str(error).splitlines() or [type(error).__name__]
-        raise HubError(f"data.dataset_name {name}", lines[0], f"split {split!r}", _hub_remedy(name, error)) from error
-    yield from ((f"{split}[{i}]", row) for i, row in enumerate(rows))
+        expected = f"split {split!r}" if split != AUTO else "a data set with pairs"
+        raise HubError(f"data.dataset_name {name}", _found(error), expected, _hub_remedy(name, error)) from error
+
+
+def _load_auto(name: str, config: str | None) -> HubSource:
+    import datasets
+
+    loaded = None
+    try:
+        names = list(datasets.get_dataset_split_names(name, config))
+    except Exception:  # offline the set may still be in the cache; if not, this says why
+        loaded = datasets.load_dataset(name, config)
+        names = list(loaded)
+    split = choose_split(names)
+    if split is None:
+        found, remedy = f"several splits: {_listed(names)}", f"data.dataset_train_split={names[0]}" if names else ""
+        raise HubError(f"data.dataset_name {name}", found, "a split train, or one with preferences", remedy)
+    table = loaded[split] if loaded is not None else datasets.load_dataset(name, config, split=split)
+    return HubSource(name, _said_split(split, names), split, table)
+
+
+def _found(error: Exception) -> str:
+    """The first line of the message, and the second when it lists the configurations."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return " ".join(lines[:2]) if len(lines) > 1 and CONFIGS.search(lines[1]) else lines[0]
+
+
+CONFIGS = re.compile(r"(?:available configs|available configs in the cache|available|in the cache): \[?(.+?)\]?$", re.I)
 
 
 def _hub_remedy(name: str, error: Exception) -> str:
     said = str(error).replace(name, "").lower()
+    if "scripts are no longer supported" in said:
+        parquet = f"hf download --repo-type dataset --revision refs/convert/parquet --local-dir DIR {name}"
+        return f"{parquet}, then data.dataset_name='DIR/CONFIG/train/*.parquet'"
     if "split" in said:
         return "data.dataset_train_split=SPLIT (or data.dataset_test_split) with a split of the set"
     if "config" in said:
-        return "data.dataset_config=CONFIG with a configuration of the set"
+        listed = next(filter(None, map(CONFIGS.search, str(error).splitlines())), None)
+        first = listed[1].split(", ")[0].strip("'\"") if listed else "CONFIG"
+        return f"data.dataset_config={first}, or another configuration of the set"
     if any(word in said for word in ("gated", "401", "403", "private", "authenticat", "doesn't exist")):
         return f"open https://huggingface.co/datasets/{name}, ask for access if it is gated, then `hf auth login`"
     return f"check the network, or on a connected machine: hf download --repo-type dataset {name}"

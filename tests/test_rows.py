@@ -1,0 +1,832 @@
+"""Rows out of files, folders, patterns and hub sets: what is read, what is chosen, and where a fault is said to be."""
+
+import csv
+import gzip
+import json
+import logging
+import os
+import shutil
+import time
+import tracemalloc
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from orpo_lite.data import files as data_files
+from orpo_lite.data import rows as data_rows
+from orpo_lite.data.rows import Place, Source, choose_split, find_source, is_local, is_path, split_of
+from orpo_lite.errors import DataError, HubError, OrpoLiteError, raise_all
+
+ROW = {"prompt": "Name a colour.", "chosen": "Blue.", "rejected": "Seven."}
+LINE = json.dumps(ROW).encode()
+QUICK = settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+
+
+def some_rows(count: int) -> list[dict[str, str]]:
+    return [{"prompt": f"Question {i}?", "chosen": f"{i}", "rejected": f'"no",\n{i}'} for i in range(count)]
+
+
+def to_jsonl(rows: list[Any]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def to_csv(rows: list[Any], delimiter: str = ",", **options: Any) -> str:
+    text = StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]), delimiter=delimiter, **options)
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = content.encode() if isinstance(content, str) else content
+    path.write_bytes(gzip.compress(data, 1) if path.suffix == ".gz" else data)
+    return path
+
+
+def source(path: Path | str, split: str = "auto") -> Source:
+    return find_source(str(path), split, None)
+
+
+def places(path: Path | str, split: str = "auto") -> list[Place]:
+    """Every row; the faults, if any, are raised."""
+    faults: list[DataError] = []
+    found = list(source(path, split).rows(faults))
+    raise_all(faults)
+    return found
+
+
+def wheres(path: Path | str, split: str = "auto") -> list[str]:
+    return [where for where, _ in places(path, split)]
+
+
+def rows_of(path: Path | str, split: str = "auto") -> list[Any]:
+    return [row for _, row in places(path, split)]
+
+
+def fault(read: Callable[..., Any], *arguments: Any, kind: type[OrpoLiteError] = DataError) -> str:
+    """The text of an error that says all three: the place, what was expected, and what to do."""
+    with pytest.raises(kind) as raised:
+        read(*arguments)
+    text = str(raised.value)
+    assert raised.value.where or "faults:" in text
+    assert "expected: " in text
+    assert "remedy: " in text
+    return text
+
+
+# --- every kind holds the same rows
+
+KINDS: dict[str, Callable[[list[Any]], str | bytes]] = {
+    "a.jsonl": to_jsonl,
+    "b.json": lambda rows: json.dumps(rows, indent=1),
+    "c.json": to_jsonl,
+    "d.json": lambda rows: json.dumps({"version": 1, "data": rows}),
+    "e.json": lambda rows: json.dumps({"data": rows, "about": {"by": "us"}}, indent=1),
+    "f.csv": to_csv,
+    "g.csv": lambda rows: to_csv(rows, ";", lineterminator="\n", quoting=csv.QUOTE_ALL),
+    "h.csv": lambda rows: to_csv(rows, "|"),
+    "i.csv": lambda rows: to_csv(rows, "\t"),
+    "j.csv": lambda rows: to_csv(rows, lineterminator="\r", quoting=csv.QUOTE_ALL),
+    "k.tsv": lambda rows: to_csv(rows, "\t"),
+    "l.jsonl": lambda rows: to_jsonl(rows).replace("\n", "\r\n"),
+    "m.jsonl": lambda rows: to_jsonl(rows).replace("\n", "\r"),
+    "n.jsonl.gz": to_jsonl,
+    "o.json.gz": lambda rows: json.dumps(rows),
+    "p.csv.gz": to_csv,
+    "q.csv": lambda rows: "\ufeff" + to_csv(rows),
+    "r.JSONL": lambda rows: "\ufeff" + to_jsonl(rows),
+    "s.json": lambda rows: "\ufeff\n " + json.dumps(rows, ensure_ascii=False),
+    "t.parquet": lambda rows: to_parquet(rows),
+}
+
+
+def to_parquet(rows: list[Any], group: int = 3) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), sink, row_group_size=group)
+    return bytes(sink.getvalue())
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.lists(
+    st.sampled_from(["\n", "\r", "\r\n", '"', ",", ";", "\t", "|", "\u2028", "\ufeff", "🦜", "é", "a", " ", "\\"])
+).map("".join)
+ROWS = st.lists(st.fixed_dictionaries(dict.fromkeys(ROW, TEXT)), min_size=1, max_size=6)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@given(rows=ROWS)
+@example(rows=some_rows(7))
+@example(rows=[{"prompt": "\r", "chosen": "a\n\ufeffb", "rejected": "\ufeff\u2028\x00"}])
+@settings(parent=QUICK, max_examples=40)
+def test_every_kind_reads_back_equal(tmp_path: Path, name: str, rows: list[Any]) -> None:
+    assert rows_of(write(tmp_path / name, KINDS[name](rows))) == rows
+
+
+def test_the_places(tmp_path: Path) -> None:
+    rows = some_rows(7)
+    found = {name: wheres(write(tmp_path / name, make(rows)))[4] for name, make in KINDS.items()}
+    # A csv row takes two lines here, for a cell holds a line break.
+    lines = {"a.jsonl": 5, "c.json": 5, "f.csv": 10, "g.csv": 10, "h.csv": 10, "i.csv": 10, "k.tsv": 10, "l.jsonl": 5}
+    lines |= {"m.jsonl": 5, "n.jsonl.gz": 5, "p.csv.gz": 10, "q.csv": 10, "r.JSONL": 5, "j.csv": 6}
+    assert found == {name: f"{name}:{lines[name]}" if name in lines else f"{name}[4]" for name in KINDS}
+
+
+def test_what_parquet_holds(tmp_path: Path) -> None:
+    rows = [{"chosen": [{"role": "user", "content": f"{i}"}], "score": None if i % 2 else 1.5} for i in range(3000)]
+    path = write(tmp_path / "table.parquet", to_parquet(rows, group=1000))
+    assert places(path) == [(f"table.parquet[{i}]", row) for i, row in enumerate(rows)]
+
+
+def test_an_index_of_pandas_is_a_column_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "pairs.csv").write_text(",prompt,chosen,rejected\n0,q,a,b\n")
+    ((_, row),) = find_source(str(tmp_path / "pairs.csv"), "auto", None).rows([])
+    assert row == {"Unnamed: 0": "0", "prompt": "q", "chosen": "a", "rejected": "b"}
+
+
+def test_blank_lines_count(tmp_path: Path) -> None:
+    marked = b"\xef\xbb\xbf" + LINE + b"\r\n\n  \n\xef\xbb\xbf" + LINE
+    assert wheres(write(tmp_path / "a.jsonl", marked)) == ["a.jsonl:1", "a.jsonl:4"]
+    assert wheres(write(tmp_path / "a.csv", "\n \nq,a\n\n1,2\n\n3,4\n")) == ["a.csv:5", "a.csv:7"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.jsonl", ""), ("a.jsonl", " \n\n"), ("a.json", ""), ("a.json", "[ ]\n"), ("a.csv", ""), ("a.csv", "q,a\n")],
+)
+def test_a_file_without_rows(tmp_path: Path, name: str, content: str) -> None:
+    assert places(write(tmp_path / name, content)) == []
+    assert source(tmp_path / name).fingerprint()[1] in (0, 2)
+    assert places(write(tmp_path / f"{name}.gz", content)) == []
+
+
+def test_names_in_a_csv_are_stripped_and_cells_are_not(tmp_path: Path) -> None:
+    assert rows_of(write(tmp_path / "a.csv", "q, a\n1, 2\n")) == [{"q": "1", "a": " 2"}]
+    assert rows_of(write(tmp_path / "b.csv", "q\n1;2\n")) == [{"q": "1;2"}]
+    assert rows_of(write(tmp_path / "c.csv", "q|x,a\n1|;2,3\n")) == [{"q|x": "1|;2", "a": "3"}]
+
+
+# --- a row that cannot be read is placed
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        (b'{"prompt": "q" "chosen": "a"}', ":2: broken JSON at column 16: Expecting ',' delimiter"),
+        (b'{"prompt": "q", "chosen": "a', ":2: broken JSON at column 27: Unterminated string"),
+        (b'{"prompt": "q", "chosen": "a"', ":2: broken JSON at column 30: Expecting ',' delimiter"),
+        (b'{"prompt": "a\rb", "chosen": "a"}', ":2: broken JSON at column 14: Invalid control character"),
+        (b'{"prompt": "q", "chosen": NaN}', ":2: NaN is not JSON"),
+        (b'{"prompt": -Infinity}', ":2: -Infinity is not JSON"),
+        (b'{"prompt": "q", "prompt": "p"}', ":2: the key 'prompt' stands twice"),
+        (b'{"a": {"%b": 1, "%b": 2}}' % (b"k" * 200, b"k" * 200), ":2: a key stands twice"),
+        (b'"prompt"', ":2: not a JSON object"),
+        (b"[1]", ":2: not a JSON object"),
+        (b"{", ":2: broken JSON at column 2"),
+        (b"[" * 200_000, ":2: "),
+        (b'{"a":' * 200_000, ":2: "),
+        (b'{"prompt": ' + b"1" * 5000 + b"}", ":2: "),
+        ('{"prompt": "ü'.encode() + b'\xfc"}', ":2: byte 0xfc at column 14 is not UTF-8"),
+        (b"\x00\x01", ":2: broken JSON at column 1"),
+    ],
+)
+@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.json", "pairs.jsonl.gz"])
+def test_a_broken_line_is_placed(tmp_path: Path, name: str, line: bytes, found: str) -> None:
+    path = write(tmp_path / name, b"\n".join([LINE, line, LINE, b""]))
+    faults: list[DataError] = []
+    assert [where for where, _ in source(path).rows(faults)] == [f"{name}:1", f"{name}:3"]
+    assert len(faults) == 1
+    text = fault(raise_all, faults)
+    assert text.startswith(name + found)
+    assert "qqq" not in text
+
+
+def test_a_broken_first_line_is_a_row_fault_too(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "a.json"):
+        faults: list[DataError] = []
+        found = source(write(tmp_path / name, b'{"q" 1}\n' + LINE + b"\n{oops\n" + LINE)).rows(faults)
+        assert [where for where, _ in found] == [f"{name}:2", f"{name}:4"]
+        assert [one.where for one in faults] == [f"{name}:1", f"{name}:3"]
+
+
+@given(st.binary(max_size=60) | st.text(max_size=30).map(str.encode), st.sampled_from(["first", "last", "alone"]))
+@example(b"\x1f\x8b", "first")
+@example(b"\x1f\x8b", "alone")
+@example(b"\xff\xfe{", "first")
+@example(b"{\r\r\n", "alone")
+@example(b'{"data": [{}]}', "alone")
+@example(b"{\n}x", "alone")
+@example(b"[{},]", "alone")
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.tsv", "a.parquet", "a.jsonl.gz", "a.csv.gz"])
+@pytest.mark.parametrize("wrapped", [False, True])
+@settings(parent=QUICK, max_examples=60)
+def test_no_bytes_escape_as_a_traceback(tmp_path: Path, name: str, wrapped: bool, line: bytes, where: str) -> None:
+    content = {"first": line + b"\n" + LINE, "last": LINE + b"\n" + line, "alone": line}[where]
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(content, 1) if wrapped else content)
+    for read in (lambda: places(path), lambda: source(path).fingerprint()):
+        try:
+            read()
+        except DataError as error:
+            assert name in str(error)  # noqa: PT017 - either outcome is right
+
+
+FAULTS = [b"{oops}", b'{"a" 1}', b"[1]", b'{"a": NaN}', b'{"a": 1, "a": 2}', b"\xff", b"{", b'{"a": "b', b"nothing"]
+
+
+@given(
+    planted=st.dictionaries(st.integers(0, 19), st.sampled_from(FAULTS), max_size=6),
+    ends=st.sampled_from([b"\n", b"\r\n", b"\r"]),
+)
+@QUICK
+def test_the_place_of_a_planted_fault_is_exact(tmp_path: Path, planted: dict[int, bytes], ends: bytes) -> None:
+    lines = [planted.get(i, LINE) for i in range(20)]
+    if 0 in planted:
+        lines.insert(0, LINE)  # what the first line is decides how the file is read
+        planted = {i + 1: line for i, line in planted.items()}
+    wrong = {i for i, line in planted.items() if line != b"{" or i + 1 == len(lines) or lines[i + 1][:1] == b"{"}
+    if wrong != set(planted):
+        return  # an object that seems to go on: another test's
+    faults: list[DataError] = []
+    found = list(source(write(tmp_path / "a.jsonl", ends.join(lines))).rows(faults))
+    assert [one.where for one in faults] == [f"a.jsonl:{i + 1}" for i in sorted(planted)]
+    assert [where for where, _ in found] == [f"a.jsonl:{i + 1}" for i in range(len(lines)) if i not in planted]
+
+
+@given(rows=st.lists(ROWS.map(lambda rows: rows[0]), min_size=1, max_size=8), at=st.integers(0, 8))
+@QUICK
+def test_a_short_row_in_a_csv_is_placed_where_it_starts(tmp_path: Path, rows: list[Any], at: int) -> None:
+    at = min(at, len(rows))
+    before, after = to_csv([ROW, *rows[:at]]), to_csv([ROW, *rows[at:]]).split("\r\n", 2)[2]
+    faults: list[DataError] = []
+    found = list(source(write(tmp_path / "a.csv", before + 'x,"two\nlines"\r\n' + after)).rows(faults))
+    assert [row for _, row in found] == [ROW, *rows]
+    assert [(one.where, one.found) for one in faults] == [("a.csv:" + str(before.count("\n") + 1), "2 cells")]
+
+
+@pytest.mark.parametrize(
+    ("content", "where"),
+    [
+        ('[{"q": 1},\n {"q": 2, "q": 3}]', "a.json[1]: the key 'q' stands twice"),
+        ('[{"q": 1}, {"q": NaN}]', "a.json[1]: NaN is not JSON"),
+        ('[{"q": 1},\n 3]', "a.json[1]: not a JSON object"),
+        ('[{"q": 1},\n oops]', "a.json[1]: broken JSON at line 2, column 2"),
+        ('[{"q": 1}\n {"q": 2}]', "a.json[1]: broken JSON at line 2, column 2: Expecting ',' delimiter"),
+        ('[{"q": 1},]', "a.json[1]: broken JSON at column 11"),
+        ('[{"q": 1}] []', "a.json[1]: broken JSON at column 12: Extra data"),
+        ('[{"q": 1}', "a.json[1]: broken JSON at column 10"),
+        ("[" * 200_000, "a.json[0]: "),
+        ('[{"q": "ü"},\n {"é": "'.encode() + b'\xfc"}]', "a.json: byte 0xfc at line 2, column 9"),
+        ('{"data": [{"q": 1},\n {"q": 2 "r": 3}]}', "a.json: broken JSON at line 2, column 10"),
+        ('{"data": [\n{"q": 1, "q": 2}]}', "a.json: the key 'q' stands twice"),
+    ],
+)
+def test_a_fault_in_a_json_array_is_placed(tmp_path: Path, content: str | bytes, where: str) -> None:
+    path = write(tmp_path / "a.json", content)
+    assert fault(places, path).startswith(where)
+
+
+def test_a_carriage_return_in_the_first_row_splits_no_lines(tmp_path: Path) -> None:
+    faults: list[DataError] = []
+    found = source(write(tmp_path / "a.jsonl", b'{"q": "a\rb"}\n' + LINE + b"\n" + LINE)).rows(faults)
+    assert [where for where, _ in found] == ["a.jsonl:2", "a.jsonl:3"]
+    assert [one.where for one in faults] == ["a.jsonl:1"]
+
+
+def test_objects_over_several_lines_are_one_fault(tmp_path: Path) -> None:
+    objects = [ROW, ROW | {"chosen": [{"role": "user", "content": "q"}]}] * 50
+    for name in ("a.jsonl", "a.json"):
+        for indent in (0, 2):
+            for before in ("", to_jsonl([ROW] * 2)):
+                content = before + "\n".join(json.dumps(row, indent=indent) for row in objects)
+                faults: list[DataError] = []
+                path = write(tmp_path / name, content)
+                text = fault(list, source(path).rows(faults))
+                assert faults == []
+                assert text.startswith(f"{name}:{3 if before else 1}: a JSON object over several lines")
+                assert "jq -c . OLD > NEW" in text
+    broken_in_two = b'{"q": 1, "chosen": [\n  {"role": "user"}]}\n' + LINE
+    assert "a.jsonl:1: a JSON object over" in fault(places, write(tmp_path / "a.jsonl", broken_in_two))
+    # One alone has no lines of its own either.
+    assert "over several lines" in fault(places, write(tmp_path / "b.json", json.dumps(ROW, indent=1)))
+    two_lists = {"chosen": [{"role": "user"}], "rejected": [{"role": "user"}]}
+    for row in (ROW, two_lists, {"data": []}):
+        assert rows_of(write(tmp_path / "c.json", json.dumps(row))) == [row]
+
+
+def test_a_cell_that_never_ends_is_placed_where_its_row_starts(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", 'q,a\n1,2\n"3,4\n' + "5,6\n" * 30)
+    assert fault(places, path).startswith("a.csv:3: broken csv: unexpected end of data")
+
+
+# --- a file that cannot be read
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "found"),
+    [
+        ("pairs.jsonl", "[\n{}]", ":1: a JSON array\n|rename the file to pairs.json"),
+        ("pairs.jsonl.gz", '[{"q": 1}]', "rename the file to pairs.json.gz"),
+        ("pairs.txt", "hello", "pairs.txt: an unknown kind of file"),
+        ("pairs.parquet.gz", "hello", "an unknown kind of file"),
+        ("pairs.arrow", "hello", "an unknown kind of file|to_parquet"),
+        ("pairs.xlsx", b"PK\x03\x04", "pairs.xlsx: a spreadsheet|save it as csv"),
+        ("pairs.XLS", b"", "a spreadsheet"),
+        ("pairs.ods", b"", "a spreadsheet"),
+        ("pairs.csv", b"PK\x03\x04 sheet", "pairs.csv:1: a zip file or a spreadsheet|save it as csv"),
+        ("pairs.jsonl", gzip.compress(LINE), "pairs.jsonl:1: a gzip file|add .gz"),
+        ("pairs.parquet", b"version https://git-lfs.github.com/spec/v1\noid", "a git-lfs pointer|git lfs pull"),
+        ("pairs.jsonl", '{"q": "ü"}'.encode("utf-16"), ":1: UTF-16 text|iconv -f UTF-16 -t UTF-8"),
+        ("pairs.json.gz", "[]".encode("utf-16"), ":1: UTF-16 text|iconv -f UTF-16 -t UTF-8"),
+        ("pairs.csv", b"\xfe\xff" + "q,a".encode("utf-16-be"), ":1: UTF-16 text|iconv -f UTF-16 -t UTF-8"),
+        ("pairs.csv", "q,a\nü,b\n".encode("cp1252"), "pairs.csv:2: byte 0xfc at column 1|iconv -f CP1252 -t UTF-8"),
+        ("pairs.parquet", "hello", "pairs.parquet: broken parquet"),
+        ("pairs.parquet", to_parquet([ROW])[:-20], "pairs.parquet: broken parquet"),
+        ("pairs.csv", "prompt,chosen,rejected\nq,a\n", "pairs.csv:2: 2 cells"),
+        ("pairs.csv", "prompt;chosen;rejected\nq;a\n", "pairs.csv:2: 2 cells|around semicolons"),
+        ("pairs.csv", 'prompt,chosen,rejected\nq,"a,b\n', "pairs.csv:2: broken csv"),
+        ("pairs.csv", 'prompt,chosen\nq,"a"b\n', "pairs.csv:2: broken csv"),
+        ("pairs.csv", "prompt,chosen,chosen\nq,a,b\n", "pairs.csv:1: two columns of one name"),
+        ("pairs.csv", "prompt,,chosen\nq,,a\n", "the first line should name the columns"),
+        ("pairs.csv", f"q,{'a' * 101}\n1,2\n", "pairs.csv:1: |the first line should name the columns"),
+        ("pairs.tsv", "q\t\na\tb\n", "the first line should name the columns"),
+    ],
+)
+def test_a_faulty_file_is_named(tmp_path: Path, name: str, content: str | bytes, found: str) -> None:
+    path = write(tmp_path / name, content)
+    text = fault(places, path)
+    assert all(part in text for part in found.split("|"))
+
+
+def test_parquet_with_spoilt_pages(tmp_path: Path) -> None:
+    whole = to_parquet(some_rows(1000), group=500)
+    path = write(tmp_path / "a.parquet", whole[:1000] + bytes(3000) + whole[4000:])
+    assert fault(places, path).startswith("a.parquet: broken parquet")
+
+
+def test_two_columns_of_one_name_in_parquet(tmp_path: Path) -> None:
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["chosen", "chosen"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert "two columns of one name" in fault(places, tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.csv.gz"])
+def test_a_line_over_the_cap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(data_files, "MAX_ROW_BYTES", 1 << 20)
+    path = write(tmp_path / name, b"a,b\n1,2\n" if "csv" in name else LINE + b"\n" + b'{"prompt": "' + b"a" * (1 << 20))
+    if "csv" in name:
+        write(path, b"a,b\n1," + b"2" * (1 << 20))
+    assert f"{name}:2: a line without end" in fault(places, path)
+
+
+def test_a_gzip_bomb_is_refused_in_little_memory(tmp_path: Path) -> None:
+    with gzip.open(tmp_path / "bomb.jsonl.gz", "wb", 1) as bomb:
+        for _ in range(48):
+            bomb.write(bytes(1 << 20))
+    tracemalloc.start()
+    try:
+        assert "a line without end" in fault(places, tmp_path / "bomb.jsonl.gz")
+        assert tracemalloc.get_traced_memory()[1] < 60 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_json_array_over_its_cap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_files, "MAX_JSON_BYTES", 1 << 20)
+    for name in ("a.json", "a.json.gz"):
+        path = write(tmp_path / name, json.dumps([ROW] * 20_000))
+        assert "use .jsonl" in fault(places, path)
+    assert len(places(write(tmp_path / "lines.json", to_jsonl([ROW] * 20_000)))) == 20_000
+
+
+def test_a_gzip_cut_short_is_placed(tmp_path: Path) -> None:
+    whole = gzip.compress(to_jsonl([{"q": os.urandom(400).hex()} for _ in range(400)]).encode())
+    path = tmp_path / "a.jsonl.gz"
+    for cut, low, high in ((whole[: len(whole) // 2], 100, 300), (whole[:-4], 350, 401), (whole[:15], 0, 2)):
+        path.write_bytes(cut)
+        text = fault(places, path)
+        assert text.startswith("a.jsonl.gz")
+        assert "broken gzip" in text
+        number = text.partition(": broken")[0].partition("gz:")[2]
+        assert low <= int(number or 0) <= high
+    path.write_bytes(whole[:-6] + bytes(2) + whole[-4:])  # the checksum
+    assert "broken gzip" in fault(places, path)
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(b"[" + os.urandom(400).hex().encode())[:-20])
+    assert fault(places, tmp_path / "a.json.gz").startswith("a.json.gz: broken gzip")
+    (tmp_path / "b.csv.gz").write_bytes(b"prompt,chosen\n")
+    assert "broken gzip" in fault(places, tmp_path / "b.csv.gz")
+
+
+def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.jsonl", "a.parquet"):
+        found = source(write(tmp_path / name, LINE))
+        (tmp_path / name).unlink()  # the superuser of a container may read everything, so: it is gone
+        assert "check its owner" in fault(list, found.rows([]))
+        assert "check its owner" in fault(found.fingerprint)
+
+
+def test_no_message_holds_the_datas_text(tmp_path: Path) -> None:
+    canary = "canary7"
+    contents = {
+        "a.jsonl": f'{{"q": "{canary}" "a"}}\n"{canary}"\n{{"q": {canary}}}\n{{"q": "{canary}\n',
+        "a.json": f'[{{"q": "{canary}"}}, {{"q": "{canary}" 3}}]',
+        "b.json": f'{{"data": [{{"q": "{canary}"}},\n {{"q": "{canary}" 3}}]}}',
+        "a.csv": f'q,a\n{canary}\n"{canary}"{canary},3\n',
+        "b.csv": f"{canary * 20},{canary}\n{canary}\n",
+        "a.parquet": canary,
+        "a.jsonl.gz": canary,
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_text(content)
+        text = fault(places, tmp_path / name)
+        assert canary not in text
+
+
+# --- which files
+
+
+def test_the_name_of_a_file() -> None:
+    local = "a.jsonl a.json a.CSV a.tsv a.parquet a.jsonl.gz a.csv.gz a.xlsx ./a /a ~/a .. pairs/* org/pairs-??".split()
+    assert all(is_path(name) for name in local)
+    assert not any(is_path(name) for name in ["org/pairs", "pairs", "Anthropic/hh-rlhf", "a.parquet.gz"])
+
+
+def test_a_name_that_stands_here_is_local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert not is_local("org/pairs")
+    write(tmp_path / "org" / "pairs" / "train.jsonl", LINE)
+    assert is_local("org/pairs")
+    assert not is_local("org/" + "x" * 5000)
+    assert not is_local("org/\0")
+    assert wheres("org/pairs") == ["train.jsonl:1"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert wheres("~/org/pairs/train.jsonl") == ["train.jsonl:1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("train.jsonl", "train"),
+        ("train.jsonl.gz", "train"),
+        ("train-00000-of-00002.parquet", "train"),
+        ("train-00000-of-00002-3a4a2b5f01c9bd1e.parquet", "train"),
+        ("train_0.jsonl", "train"),
+        ("train_01.json", "train"),
+        ("train-1.csv", "train"),
+        ("train.part1.csv", "train"),
+        ("train-part-00001.csv.gz", "train"),
+        ("train_sft-00000-of-00001.parquet", "train_sft"),
+        ("train_prefs-00000-of-00001.parquet", "train_prefs"),
+        ("training_notes.csv", "training_notes"),
+        ("trainer.csv", "trainer"),
+        ("train2.csv", "train2"),
+        ("test.TSV", "test"),
+    ],
+)
+def test_the_split_in_a_file_name(tmp_path: Path, name: str, split: str) -> None:
+    assert split_of(Path(name)) == split
+    write(tmp_path / name, b"")
+    write(tmp_path / "validation.jsonl", b"")
+    if split == "train":
+        source(tmp_path, "train")
+    else:
+        assert "no file of split 'train'" in fault(source, tmp_path, "train")
+    source(tmp_path, split)
+
+
+@pytest.mark.parametrize(
+    ("names", "chosen"),
+    [
+        (["train"], "train"),
+        (["test", "train"], "train"),
+        (["train", "test", "train_prefs"], "train_prefs"),
+        (["train_sft", "test_sft", "train_prefs", "test_prefs", "train_gen"], "train_prefs"),
+        (["train", "train_preferences"], "train_preferences"),
+        (["train_all_prefs", "train_prefs"], "train_prefs"),
+        (["test_prefs", "train"], "train"),
+        (["default"], "default"),
+        (["test"], "test"),
+        (["train_sft", "test_sft"], None),
+        ([], None),
+    ],
+)
+def test_the_split_that_is_chosen(names: list[str], chosen: str | None) -> None:
+    assert choose_split(names) == chosen
+
+
+def folder(tmp_path: Path, *names: str) -> Path:
+    for name in names:
+        path = tmp_path / name
+        write(path, KINDS["t.parquet"]([ROW]) if path.suffix == ".parquet" else "q,a\n1,2\n" if "csv" in name else LINE)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("names", "read", "said"),
+    [
+        ("train.jsonl", "train.jsonl:1", ""),
+        ("pairs.jsonl", "pairs.jsonl:1", ""),
+        ("train.jsonl test.jsonl README.md .train.jsonl dataset_info.json", "train.jsonl:1", ""),
+        ("data/train-00000-of-00001.parquet data/test-00000-of-00001.parquet", "train-00000-of-00001.parquet[0]", ""),
+        ("train_0.jsonl train_1.csv", "train_0.jsonl:1 train_1.csv:2", "2 files: train_0.jsonl, train_1.csv"),
+        ("train.jsonl data/train.jsonl", "data/train.jsonl:1 train.jsonl:1", "2 files: data/train.jsonl, train.jsonl"),
+        ("b.jsonl a.csv c.json", "a.csv:2 b.jsonl:1 c.json:1", "3 files: a.csv, b.jsonl, c.json"),
+        ("train.jsonl more.jsonl", "train.jsonl:1", "not read: more.jsonl"),
+        ("only_test.jsonl", "only_test.jsonl:1", "split only_test (of only_test)"),
+        (
+            "train_prefs.jsonl test_prefs.jsonl train_sft.jsonl test_sft.jsonl",
+            "train_prefs.jsonl:1",
+            "split train_prefs (of test_prefs, test_sft, train_prefs, train_sft); "
+            "data.dataset_test_split=test_prefs would use its own held-out pairs",
+        ),
+    ],
+)
+def test_what_a_folder_holds(tmp_path: Path, names: str, read: str, said: str) -> None:
+    where = folder(tmp_path, *names.split())
+    assert " ".join(wheres(where)) == read
+    assert source(where).said == said
+    assert source(where).name == str(where)
+
+
+def test_an_explicit_split_is_taken_as_it_is(tmp_path: Path) -> None:
+    where = folder(tmp_path, "train.jsonl", "train_prefs.jsonl", "test.jsonl", "helpful-00000-of-00001.jsonl")
+    for split, name in [("train", "train"), ("test", "test"), ("helpful", "helpful-00000-of-00001")]:
+        assert wheres(where, split) == [f"{name}.jsonl:1"]
+        assert source(where, split).said == ""
+    text = fault(source, where, "dev")
+    assert "no file of split 'dev'; files: helpful-00000-of-00001.jsonl, test.jsonl, train.jsonl" in text
+    assert "splits: helpful, test, train, train_prefs" in text
+
+
+def test_a_folder_where_nothing_can_be_chosen(tmp_path: Path) -> None:
+    text = fault(source, folder(tmp_path / "a", "train_sft.jsonl", "test_sft.jsonl"))
+    assert "no file of split train;" in text
+    assert "splits: test_sft, train_sft" in text
+    assert "no file of split 'test'" in fault(source, folder(tmp_path / "b", "x.jsonl", "y.jsonl"), "test")
+    many = folder(tmp_path / "c", *(f"shard_{i}.jsonl" for i in range(40)))
+    assert source(many).said.startswith("40 files: shard_0.jsonl, ")
+    assert source(many).said.endswith(" and 30 more")
+    assert "and 30 more" in fault(source, many, "test")
+
+
+def test_a_folder_without_data(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "no data files" in fault(source, tmp_path / "empty")
+    below = folder(tmp_path / "clone", "harmless/train.jsonl.gz", "helpful/train.jsonl.gz", "README.md")
+    assert f"data.dataset_name={below / 'harmless'}" in fault(source, below)
+    table = datasets.Dataset.from_list([ROW])
+    table.save_to_disk(str(tmp_path / "saved"))
+    datasets.DatasetDict(train=table).save_to_disk(str(tmp_path / "saved_dict"))
+    for name in ("saved", "saved_dict"):
+        assert "Dataset.to_parquet" in fault(source, tmp_path / name)
+
+
+def test_a_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder(tmp_path, "pairs/b.jsonl", "pairs/a.csv", "pairs/README.md", "pairs/state.json", "pairs/more/c.jsonl")
+    assert wheres(tmp_path / "pairs" / "*.jsonl") == ["b.jsonl:1"]
+    assert wheres(tmp_path / "pairs" / "*") == ["a.csv:2", "b.jsonl:1"]
+    assert wheres(tmp_path / "**" / "*.jsonl") == ["b.jsonl:1", "more/c.jsonl:1"]
+    assert source(tmp_path / "**" / "*.jsonl").said == "2 files: b.jsonl, more/c.jsonl"
+    monkeypatch.chdir(tmp_path)
+    assert wheres("pairs/*.[jc]s*", "train") == ["a.csv:2", "b.jsonl:1"]
+    assert "no data file matches" in fault(source, "pairs/*.tsv")
+    assert "no file of split 'test'" in fault(source, "pairs/*", "test")
+    write(tmp_path / "odd [1].jsonl", LINE)  # a file of that very name
+    assert wheres("odd [1].jsonl") == ["odd [1].jsonl:1"]
+
+
+def test_two_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    folder(tmp_path, "en/train.jsonl", "de/train.jsonl", "de/test.jsonl")
+    assert len(wheres(tmp_path / "*" / "*.jsonl")) == 3  # a pattern says which files
+    assert wheres(tmp_path / "*" / "*.jsonl", "test") == ["test.jsonl:1"]
+    assert wheres(tmp_path / "*" / "train.jsonl") == ["de/train.jsonl:1", "en/train.jsonl:1"]
+    write(tmp_path / "en" / "train.jsonl", LINE + b"\n{oops\n")
+    assert fault(places, tmp_path / "*" / "train.jsonl").startswith("en/train.jsonl:2: broken JSON")
+
+
+def test_links_are_followed(tmp_path: Path) -> None:
+    folder(tmp_path, "store/1f2e.jsonl")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").symlink_to(tmp_path / "store" / "1f2e.jsonl")
+    (tmp_path / "set" / "train_1.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    (tmp_path / "link").symlink_to(tmp_path / "set")
+    assert wheres(tmp_path / "link") == wheres(tmp_path / "link" / "train.jsonl") == ["train.jsonl:1"]
+
+
+def test_a_missing_file_has_nearest_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder(tmp_path, "preferences.jsonl")
+    assert "did you mean preferences.jsonl?" in fault(source, tmp_path / "preference.jsonl")
+    assert "is not a folder" in fault(source, tmp_path / "nowhere" / "pairs.jsonl")
+    monkeypatch.chdir(tmp_path)
+    assert "did you mean preferences.jsonl?" in fault(source, "preferences.json")
+    assert "no such file" in fault(source, "sheet.xlsx")
+
+
+# --- the fingerprint
+
+
+def test_the_fingerprint_is_of_content_order_and_labels(tmp_path: Path) -> None:
+    one, two = folder(tmp_path / "one", "a.jsonl", "b.jsonl"), folder(tmp_path / "two", "a.jsonl", "b.jsonl")
+    write(one / "b.jsonl", LINE + b"\n" + LINE)
+    write(two / "b.jsonl", LINE + b"\n" + LINE)
+    assert source(one).fingerprint() == source(two).fingerprint()
+    assert source(one).fingerprint()[1] == 3
+    seen = {source(one).fingerprint()[0], source(one / "a.jsonl").fingerprint()[0]}
+    write(two / "a.jsonl", LINE + b" ")
+    seen.add(source(two).fingerprint()[0])
+    (one / "b.jsonl").rename(one / "c.jsonl")
+    seen.add(source(one).fingerprint()[0])
+    (one / "c.jsonl").rename(one / "0.jsonl")
+    seen.add(source(one).fingerprint()[0])
+    assert len(seen) == 5
+
+
+def test_the_number_of_rows_is_estimated(tmp_path: Path) -> None:
+    rows = [ROW] * 7
+    counts = {name: source(write(tmp_path / name, make(rows))).fingerprint()[1] for name, make in KINDS.items()}
+    unknown = {"b.json", "d.json", "e.json", "s.json", "n.jsonl.gz", "o.json.gz", "p.csv.gz"}
+    assert counts == {name: 0 if name in unknown else 7 for name in KINDS}
+    folder(tmp_path / "both", "a.jsonl", "b.jsonl.gz")
+    assert source(tmp_path / "both").fingerprint()[1] == 0
+
+
+# --- much data
+
+
+def test_streaming_takes_little_memory(tmp_path: Path) -> None:
+    row = {"prompt": "q", "chosen": "a" * 50_000, "rejected": "b" * 50_000}
+    line, count = json.dumps(row).encode() + b"\n", 600
+    for name, content in {"a.jsonl": line, "a.csv": to_csv([row]).encode().partition(b"\n")[2]}.items():
+        with (tmp_path / name).open("wb") as out:
+            out.write(b"prompt,chosen,rejected\n" if name == "a.csv" else b"")
+            out.writelines(content for _ in range(count))
+    for name in ("a.jsonl", "a.csv"):
+        tracemalloc.start()
+        try:
+            assert sum(1 for _ in source(tmp_path / name).rows([])) == count  # 60 MB
+            assert source(tmp_path / name).fingerprint()[1] == count
+            assert tracemalloc.get_traced_memory()[1] < 20 << 20
+        finally:
+            tracemalloc.stop()
+
+
+def test_reading_is_lazy(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", LINE + b"\n{oops\n")
+    faults: list[DataError] = []
+    assert next(source(path).rows(faults)) == ("a.jsonl:1", ROW)
+    assert faults == []
+    (tmp_path / "big.jsonl").write_bytes((LINE + b"\n") * 300_000)
+    start = time.perf_counter()
+    next(source(tmp_path / "big.jsonl").rows(faults))
+    assert time.perf_counter() - start < 0.5
+
+
+# --- the hub
+
+
+class Hub:
+    """Stands in for datasets: what it was asked for, and what it holds."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, splits: dict[str, int], names: Exception | None = None) -> None:
+        self.splits, self.names, self.asked = splits, names, list[Any]()
+        monkeypatch.setattr(datasets, "load_dataset", self.load)
+        monkeypatch.setattr(datasets, "get_dataset_split_names", self.split_names)
+
+    def load(self, *args: Any, **kwargs: Any) -> Any:
+        self.asked.append((args, kwargs))
+        made = {split: datasets.Dataset.from_list(some_rows(count)) for split, count in self.splits.items()}
+        return made[kwargs["split"]] if "split" in kwargs else datasets.DatasetDict(made)
+
+    def split_names(self, name: str, config: str | None) -> list[str]:
+        assert name.count("/") == 1
+        assert config is None
+        if self.names:
+            raise self.names
+        return list(self.splits)
+
+
+ULTRAFEEDBACK = {"train_prefs": 3, "train_sft": 1, "test_prefs": 2, "test_sft": 1}
+
+
+def test_a_hub_set_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub(monkeypatch, {"train": 3, "test": 1}, names=AssertionError("an explicit split asks for no names"))
+    found = find_source("someone/pairs", "train", "en")
+    assert hub.asked == [(("someone/pairs", "en"), {"split": "train"})]
+    assert (found.name, found.said) == ("someone/pairs", "")
+    assert list(found.rows([])) == [(f"train[{i}]", row) for i, row in enumerate(some_rows(3))]
+    assert [where for where, _ in find_source("someone/pairs", "test", None).rows([])] == ["test[0]"]
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_a_hub_sets_split_is_chosen(monkeypatch: pytest.MonkeyPatch, offline: bool) -> None:
+    hub = Hub(monkeypatch, ULTRAFEEDBACK, names=ConnectionError("offline") if offline else None)
+    found = find_source("h4/ultra", "auto", None)
+    assert hub.asked == [(("h4/ultra", None), {} if offline else {"split": "train_prefs"})]
+    assert found.said.startswith("split train_prefs (of train_prefs, train_sft, test_prefs, test_sft); ")
+    assert "data.dataset_test_split=test_prefs" in found.said
+    assert [where for where, _ in found.rows([])] == ["train_prefs[0]", "train_prefs[1]", "train_prefs[2]"]
+    Hub(monkeypatch, {"train": 1, "test": 1})
+    assert find_source("a/b", "auto", None).said == ""
+    Hub(monkeypatch, {"default": 1})
+    assert find_source("a/b", "auto", None).said == "split default (of default)"
+    Hub(monkeypatch, {"train_sft": 1, "test_sft": 1})
+    text = fault(find_source, "a/b", "auto", None, kind=HubError)
+    assert "several splits: train_sft, test_sft" in text
+    assert "data.dataset_train_split=train_sft" in text
+
+
+CONFIGS = "Config name is missing.\nPlease pick one among the available configs: ['en', 'de']\nExample of usage:\n\t`x`"
+
+
+@pytest.mark.parametrize("split", ["auto", "train"])
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (ValueError("Unknown split \"train\". Should be one of ['train_prefs']."), "data.dataset_train_split=SPLIT"),
+        (ValueError("Config name is missing."), "data.dataset_config=CONFIG"),
+        (ValueError(CONFIGS), "['en', 'de']|remedy: data.dataset_config=en,"),
+        (ValueError("BuilderConfig 'x' not found. Available: ['en', 'de']"), "['en', 'de']|data.dataset_config=en,"),
+        (
+            ValueError("There are multiple 'o/split' configurations in the cache: en, de\nPlease specify which"),
+            "the cache: en, de|data.dataset_config=en,",
+        ),
+        (
+            ValueError("Couldn't find cache for o/split for config 'x'\nAvailable configs in the cache: ['en']"),
+            "data.dataset_config=en,",
+        ),
+        (
+            RuntimeError("Dataset scripts are no longer supported, but found split.py"),
+            "--revision refs/convert/parquet --local-dir DIR o/split|dataset_name='DIR/",
+        ),
+        (datasets.exceptions.DatasetNotFoundError("Dataset 'o/split' is a gated dataset on the Hub."), "hf auth login"),
+        (ConnectionError("Couldn't reach 'o/split' on the Hub"), "hf download --repo-type dataset o/split"),
+        (TimeoutError(), "TimeoutError|hf download --repo-type dataset o/split"),
+    ],
+)
+def test_a_hub_fault_names_the_set_and_the_remedy(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, remedy: str, split: str
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    monkeypatch.setattr(datasets, "get_dataset_split_names", refuse)
+    text = fault(find_source, "o/split", split, None, kind=HubError)
+    assert all(part in text for part in remedy.split("|"))
+    assert text.startswith("data.dataset_name o/split: ")
+    assert "Example of usage" not in text
+
+
+def test_the_fingerprint_of_a_set_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    Hub(monkeypatch, ULTRAFEEDBACK)
+    prints = [find_source("a/b", split, None).fingerprint() for split in ULTRAFEEDBACK]
+    assert [count for _, count in prints] == [3, 1, 2, 1]
+    assert len({sha for sha, _ in prints}) == 4
+    Hub(monkeypatch, {"train": 3, "dev": 3})
+    one, again, dev = (find_source("a/b", split, None).fingerprint()[0] for split in ("train", "train", "dev"))
+    Hub(monkeypatch, {"train": 4})
+    assert one == again
+    assert len({one, dev, find_source("a/b", "train", None).fingerprint()[0]}) == 3
+
+
+def test_the_hubs_own_reader_on_a_real_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """datasets itself, on disk: the splits, the cached arrow files, and the messages that are parsed here."""
+    for name, at in (("HF_DATASETS_CACHE", "cache"), ("HF_CACHE_HOME", "home")):
+        monkeypatch.setattr(datasets.config, name, str(tmp_path / at))
+    logging.getLogger("datasets").setLevel(logging.ERROR)
+    where = tmp_path / "set"
+    for split, count in ULTRAFEEDBACK.items():
+        write(where / f"{split}.jsonl", to_jsonl(some_rows(count)))
+    names = "".join(f"  - split: {split}\n    path: {split}.jsonl\n" for split in ULTRAFEEDBACK)
+    write(where / "README.md", f"---\nconfigs:\n- config_name: en\n  data_files:\n{names}---\n")
+    found = data_rows._load_set(str(where), "auto", None)
+    assert found.said.startswith("split train_prefs (of train_prefs, train_sft, test_prefs, test_sft); ")
+    assert [row for _, row in found.rows([])] == some_rows(3)
+    assert found.table.cache_files
+    sha, count = found.fingerprint()
+    assert (sha, count) == (data_rows._load_set(str(where), "train_prefs", "en").fingerprint()[0], 3)
+    assert sha != data_rows._load_set(str(where), "test_prefs", None).fingerprint()[0]
+    # A set of the hub that is in the cache, when the hub cannot be reached.
+    shutil.copytree(tmp_path / "cache" / "set" / "en", tmp_path / "cache" / "org___set" / "en")
+    cached = find_source("org/set", "auto", None)
+    assert (cached.said, cached.fingerprint()[1]) == (found.said, 3)
+    assert list(cached.rows([])) == list(found.rows([]))
+    assert "configs in the cache: ['en']" in fault(find_source, "org/set", "auto", "fr", kind=HubError)
+    text = fault(data_rows._load_set, str(where), "dev", None, kind=HubError)
+    assert "train_prefs" in text
+    assert "data.dataset_train_split=SPLIT" in text
+    assert "data.dataset_config=en," in fault(data_rows._load_set, str(where), "auto", "fr", kind=HubError)
+    more = f"- config_name: de\n  data_files:\n{names}"
+    write(where / "README.md", f"---\nconfigs:\n- config_name: en\n  data_files:\n{names}{more}---\n")
+    for split in ("auto", "train_prefs"):
+        text = fault(data_rows._load_set, str(where), split, None, kind=HubError)
+        assert "['en', 'de']" in text
+        assert "data.dataset_config=en," in text
