@@ -2,7 +2,8 @@
 
 The house, imports strictly downward (kept by tests/test_house.py):
 
-5  cli (__main__)                                  parse, call, render; the only place that prints
+6  cli (__main__)                                  parse, call, chain the verbs
+5  screen                                          what the person sees; the only place that prints
 4  train  merge                                    one verb a file, each a function that returns a value
 3  prepare  evaluate  generate  checkpoint  demo   what several verbs need
 2  model  run                                      the loaded pair model; the run folder

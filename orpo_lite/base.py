@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (  # type: ignore[attr-defined]
     GatedRepoError,
@@ -23,7 +22,6 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 )
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
-from torch import nn
 
 from orpo_lite.errors import FitError, HubError, ModelError
 from orpo_lite.recipe import Recipe
@@ -64,20 +62,26 @@ def find_base(name: str, revision: str) -> Base:
         FitError: not enough disk space for the download.
         HubError: unknown, gated, or unreachable.
     """
+    path, commit = find_texts(name, revision, weights=True)
+    name = name if commit else str(path)
+    if lacking := [file.name for file in weight_files(path) if not commit and not file.is_file()]:
+        raise ModelError(f"model {name}", f"has no {lacking[0]}", "weights in safetensors; pickles are never loaded")
+    return Base(name, path, commit, "", read_config(path, name))
+
+
+def find_texts(name: str, revision: str, *, weights: bool = False) -> tuple[Path, str | None]:
+    """The folder of a base's text files, tokenizer and configuration among them, and its hub commit; None if local.
+
+    With ``weights``, a hub name is also checked for weights and for disk space for them. Raises as find_base.
+    """
     local = Path(name).expanduser()
     if local.is_dir():
-        path, commit, name = local.resolve(), None, str(local.resolve())
-        if lacking := [file.name for file in weight_files(path) if not file.is_file()]:
-            raise ModelError(
-                f"model {name}", f"has no {lacking[0]}", "weights in safetensors; pickles are never loaded"
-            )
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+        return local.resolve(), None
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
         where = f"model.model_name_or_path: {name}"
         raise ModelError(where, "no such folder", "a folder with config.json and safetensors, or a hub name")
-    else:
-        commit = resolve(name, revision, [*TEXT, *WEIGHTS])
-        path = download(name, commit, TEXT)
-    return Base(name, path, commit, "", read_config(path, name))
+    commit = resolve(name, revision, [*TEXT, *(WEIGHTS if weights else [])])
+    return download(name, commit, TEXT), commit
 
 
 def fetch_weights(base: Base) -> Base:
@@ -109,7 +113,7 @@ def resolve(name: str, revision: str, patterns: list[str]) -> str:
         return cached.name
     commit, files = str(info.sha), {file.rfilename: file.size or 0 for file in info.siblings or []}
     wanted = list(filter_repo_objects(files, allow_patterns=patterns, ignore_patterns=NOT_FETCHED))
-    if not any(file.endswith(".safetensors") for file in wanted):
+    if WEIGHTS[0] in patterns and not any(file.endswith(".safetensors") for file in wanted):
         raise ModelError(f"model {name}", "has no weights in safetensors", "safetensors; pickles are never loaded")
     missing = [f for f in wanted if not isinstance(try_to_load_from_cache(name, f, revision=commit), str)]
     check_disk(Path(constants.HF_HUB_CACHE), sum(files[f] for f in missing), f"downloading {name}")
@@ -208,6 +212,15 @@ def read_config(path: Path, name: str) -> Any:
     return AutoConfig.from_pretrained(path)
 
 
+def read_sizes(folder: Path) -> dict[str, Any]:
+    """What config.json says of the text model's sizes, read without transformers; {} when there is none."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {**config, **config.get("text_config", {})} if isinstance(config, dict) else {}
+
+
 def weight_files(path: Path) -> list[Path]:
     """What transformers loads from a folder: model.safetensors, else the files that its index names, there or not.
 
@@ -247,7 +260,7 @@ def load_tokenizer(path: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # else it would ask at the terminal
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(f"tokenizer in {path}", reason, "tokenizer.json beside the weights") from error
@@ -260,6 +273,8 @@ def pad_id(tokenizer: Any) -> int:
 
 def linear_names(base: Base) -> list[str]:
     """Names of the base's linear layers without the head, read from the architecture alone."""
+    import torch
+    from torch import nn
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""The command line: parse, call, render, and chain the verbs as the recipe asks. The only place that prints.
+"""The command line: parse, call, show, and chain the verbs as the recipe asks.
 
 torch and its kin are imported inside the commands, so that ``--help`` answers at once.
 """
@@ -9,22 +9,20 @@ import logging
 import os
 import shlex
 import sys
-import time
 import traceback
 import warnings
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.text import Text
 
+from orpo_lite import screen
 from orpo_lite.errors import OrpoLiteError, RecipeError
+from orpo_lite.screen import err, out
 
 if TYPE_CHECKING:
+    from orpo_lite.prepare import Preview
     from orpo_lite.recipe import Recipe
     from orpo_lite.run import Update
     from orpo_lite.train import TrainResult
@@ -41,18 +39,7 @@ recipes_app = typer.Typer(no_args_is_help=True, help="The shipped recipes: list,
 app.add_typer(recipes_app, name="recipes")
 
 
-class _Console(Console):
-    """Whoever reads the output may go away (`| head`); the work goes on, and writes to nowhere."""
-
-    def on_broken_pipe(self) -> None:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-out = _Console(highlight=False, markup=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-
 BUG = 70  # EX_SOFTWARE of sysexits.h
-PLAIN_LINES = 50  # step lines in a log file, besides the evaluations
 
 
 def main() -> None:
@@ -102,9 +89,30 @@ def train(
         from orpo_lite.train import training
 
         updates = training(chosen, resume=resume is not None)
-        result = _draw(updates)
+        result = screen.draw(updates, silent=not _is_main_process())
         if _is_main_process():
             _finish(chosen, result)
+
+
+@app.command()
+def data(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Any key of the recipe, e.g. data.max_length=1024."),
+    ] = None,
+    recipe: Annotated[str | None, typer.Option(help="A shipped name (see `recipes ls`), or a .yaml path.")] = None,
+    row: Annotated[str | None, typer.Option(metavar="PLACE", help="Show this row, e.g. pairs.csv:3.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures alone, as JSON.")] = False,
+) -> None:
+    """Show what the model will see of the data: format, one pair, lengths, cuts, and what is left out and why."""
+    chosen = _choose_recipe(recipe, None, overrides or [], verb="data")
+    # Not _quiet: it imports what would take longer than all the rest of this.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    preview = screen.draw(_previewing(chosen, row), silent=as_json)
+    if as_json:
+        out.print(json.dumps(preview.figures, indent=2, ensure_ascii=False))
+        return
+    screen.print_preview(preview.figures, preview.samples, preview.warnings, chosen.data.max_length)
 
 
 @app.command()
@@ -124,7 +132,7 @@ def recipes_ls() -> None:
         recipe = load_recipe(name)
         headline = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
         rows.append((name, recipe.model.model_name_or_path, f"{recipe.loss.beta:g}", headline))
-    _print_columns(rows)
+    screen.print_columns(rows)
 
 
 @recipes_app.command("show")
@@ -155,10 +163,22 @@ def recipes_cp(
     out.print(f"wrote {path}; run it with: orpo-lite train --recipe {shlex.quote(runnable)}")
 
 
+def _previewing(recipe: "Recipe", row: str | None) -> "Generator[Update, None, Preview]":
+    from orpo_lite.prepare import preview
+
+    if "builtin:" in recipe.model.model_name_or_path + recipe.data.dataset_name:
+        from orpo_lite import demo
+
+        for _ in demo.make_builtin(recipe, weights=False):
+            pass
+        recipe = demo.resolve_builtin(recipe)
+    return (yield from preview(recipe, row))
+
+
 # --- what they share ------------------------------------------------------------------------------------------------
 
 
-def _choose_recipe(name: str | None, resume: Path | None, overrides: list[str]) -> "Recipe":
+def _choose_recipe(name: str | None, resume: Path | None, overrides: list[str], *, verb: str = "train") -> "Recipe":
     from orpo_lite.recipe import load_recipe
     from orpo_lite.run import read_recipe
 
@@ -170,22 +190,16 @@ def _choose_recipe(name: str | None, resume: Path | None, overrides: list[str]) 
         return recipe.override({"training.output_dir": str(resume)})  # the folder may have been moved
     if name is None:
         words = [text for text in overrides if "=" not in text]
-        remedy = f"orpo-lite train --recipe {words[0] if words else 'demo'}"
-        raise RecipeError("orpo-lite train", "no recipe given", "--recipe NAME, or --resume RUN", remedy)
+        expected = "--recipe NAME, or --resume RUN" if verb == "train" else "--recipe NAME"
+        remedy = f"orpo-lite {verb} --recipe {words[0] if words else 'demo'}"
+        raise RecipeError(f"orpo-lite {verb}", "no recipe given", expected, remedy)
     return load_recipe(name, overrides)
 
 
 def _print_values(recipe: "Recipe") -> None:
     from orpo_lite.recipe import to_text
 
-    _print_columns([("key", "value", "from"), *((k, to_text(v), recipe.sources[k]) for k, v in recipe.items())])
-
-
-def _print_columns(rows: Sequence[Sequence[str]]) -> None:
-    """Aligned columns, never cut: a table of rich's shortens long values to the width of the terminal, or to 80."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        out.print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    screen.print_columns([("key", "value", "from"), *((k, to_text(v), recipe.sources[k]) for k, v in recipe.items())])
 
 
 def _merge(run: Path) -> Path:
@@ -203,7 +217,7 @@ def _finish(recipe: "Recipe", result: "TrainResult") -> None:
 
     out.print(f"adapter of step {result.kept_step}: {result.run}/adapter")
     if result.before:
-        _print_columns(_before_after(result.before, result.after))
+        screen.print_before_after(result.before, result.after)
     safe = f"the adapter is safe in {result.run}/adapter; then: orpo-lite merge {shlex.quote(str(result.run))}"
     try:
         if recipe.output.merge:
@@ -220,22 +234,6 @@ def _finish(recipe: "Recipe", result: "TrainResult") -> None:
     out.print(f"{result.steps} steps in {minutes}m{seconds:02d}s; every step is in {result.run}/metrics.jsonl")
     if remark := builtin_remark(recipe):
         out.print(remark)
-
-
-def _before_after(before: Mapping[str, float], after: Mapping[str, float]) -> list[tuple[str, ...]]:
-    rows = {
-        "loss": "eval_loss",
-        "NLL of the chosen": "eval_nll_loss",
-        "log odds chosen : rejected": "eval_log_odds_chosen",
-        "log-prob of chosen": "eval_logps/chosen",
-        "log-prob of rejected": "eval_logps/rejected",
-        "reward accuracy": "eval_rewards/accuracies",
-    }
-    table: list[tuple[str, ...]] = [("held-out pairs", "before", "after")]
-    for label, key in rows.items():
-        shown = [f"{100 * m[key]:.1f}%" if "accuracies" in key else f"{m[key]:.4f}" for m in (before, after)]
-        table.append((label, *shown))
-    return table
 
 
 def _print_samples(recipe: "Recipe", result: "TrainResult", merged: Path) -> None:
@@ -260,92 +258,6 @@ def _print_samples(recipe: "Recipe", result: "TrainResult", merged: Path) -> Non
 
 def _flat(text: str) -> str:
     return " ".join(text.split())
-
-
-# --- progress -------------------------------------------------------------------------------------------------------
-
-
-def _draw(updates: "Generator[Update, None, TrainResult]") -> "TrainResult":
-    """Show each update; returns the generator's result. Live on a terminal, plain lines elsewhere."""
-    from orpo_lite.run import drain
-
-    if not _is_main_process():
-        return drain(updates, lambda _: None)
-    if not out.is_terminal:
-        return drain(updates, _PlainLines().show)
-    screen = _Screen()
-    with Live(screen.layout, console=out, refresh_per_second=4, transient=True):
-        return drain(updates, screen.show)
-
-
-class _PlainLines:
-    """A line for a stage or an evaluation, and some fifty for the steps."""
-
-    def __init__(self) -> None:
-        self.stage, self.began = "", 0.0
-
-    def show(self, update: "Update") -> None:
-        if update.kind == "step":
-            if self.began == 0.0:
-                self.began = time.monotonic()
-            elif update.step % max(1, update.steps // PLAIN_LINES) == 0 or update.step == update.steps:
-                each = (time.monotonic() - self.began) / max(1, update.step - 1)
-                left = f"  {_clock(each * (update.steps - update.step))} left"
-                out.print(f"step {update.step}/{update.steps}  {_figures(update.metrics)}{left}")
-        elif update.kind != "stage":
-            out.print(_line(update))
-        elif update.text != self.stage:
-            self.stage = update.text
-            out.print(f"{update.text} ...")
-
-
-class _Screen:
-    """The last step's figures over a bar for the training and one for what interrupts it; the rest scrolls above."""
-
-    def __init__(self) -> None:
-        self.progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=out
-        )
-        self.figures = Text()
-        self.layout = Group(self.figures, self.progress)
-        self.tasks: dict[str, TaskID] = {}
-
-    def show(self, update: "Update") -> None:
-        if update.kind in ("note", "eval"):
-            out.print(_line(update))
-            return
-        if update.metrics:
-            self.figures.plain = _figures(update.metrics)
-        text = update.text or "training"
-        if text not in self.tasks:
-            self.tasks[text] = self.progress.add_task(text, total=update.steps or None)
-        for name, task in self.tasks.items():
-            self.progress.update(task, visible=name == text or (name == "training" and update.steps > 0))
-        self.progress.update(self.tasks[text], completed=update.step)
-
-
-def _figures(metrics: Mapping[str, float]) -> str:
-    return (
-        f"loss {metrics['loss']:.4f}  nll {metrics['nll_loss']:.4f}  log odds {metrics['log_odds_chosen']:+.3f}  "
-        f"accuracy {metrics['rewards/accuracies']:.2f}  {metrics['tokens_per_second']:,.0f} tok/s  "
-        f"{metrics['memory_gib']:.2f} GiB"
-    )
-
-
-def _line(update: "Update") -> str:
-    if update.kind == "note" or not update.metrics:
-        return update.text
-    m = update.metrics
-    return (
-        f"held-out at step {update.step}/{update.steps}: loss {m['eval_loss']:.4f}  nll {m['eval_nll_loss']:.4f}  "
-        f"log odds {m['eval_log_odds_chosen']:+.3f}  accuracy {m['eval_rewards/accuracies']:.3f}  {update.text}"
-    ).rstrip()
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"
 
 
 def _is_main_process() -> bool:

@@ -25,6 +25,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from orpo_lite.recipe import Recipe
 
 BASE = "builtin:tiny-llama"
+TOKENIZER = "builtin:tiny-llama-tokenizer"  # of that base; nobody names it
 PAIRS = "builtin:two-tones"
 REMARK = (
     "This run used the built-in toy base and its two-tone pairs: it shows that the machinery works on this machine, "
@@ -293,10 +294,17 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def make_builtin(recipe: Recipe) -> Iterator[tuple[int, int]]:
-    """Make the ``builtin:`` base and pairs that a recipe names, unless they are there; yields (step, steps)."""
+def make_builtin(recipe: Recipe, *, weights: bool = True) -> Iterator[tuple[int, int]]:
+    """Make the ``builtin:`` base and pairs that a recipe names, unless they are there; yields (step, steps).
+
+    Without ``weights`` the base is its tokenizer alone, which takes no training.
+    """
     if recipe.model.model_name_or_path == BASE and not _folder(recipe, BASE).is_dir():
-        yield from make_base(_folder(recipe, BASE))
+        if weights:
+            yield from make_base(_folder(recipe, BASE))
+        elif not _folder(recipe, TOKENIZER).is_dir():
+            with _whole(_folder(recipe, TOKENIZER)) as unfinished:
+                _tokenizer().save_pretrained(unfinished)
     if recipe.data.dataset_name == PAIRS and not _folder(recipe, PAIRS).is_dir():
         make_pairs(_folder(recipe, PAIRS))
 
@@ -305,7 +313,8 @@ def resolve_builtin(recipe: Recipe) -> Recipe:
     """The recipe with the folders of :func:`make_builtin` in place of the ``builtin:`` names."""
     values = {}
     if recipe.model.model_name_or_path == BASE:
-        values["model.model_name_or_path"] = str(_folder(recipe, BASE))
+        made = [folder for name in (BASE, TOKENIZER) if (folder := _folder(recipe, name)).is_dir()]
+        values["model.model_name_or_path"] = str((made or [_folder(recipe, BASE)])[0])
     if recipe.data.dataset_name == PAIRS:
         values["data.dataset_name"] = str(_folder(recipe, PAIRS) / "train.jsonl")
         values["data.dataset_test_split"] = recipe.data.dataset_test_split or str(_folder(recipe, PAIRS) / "test.jsonl")

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from orpo_lite.data.packing import micro_batches, nll_tokens, pad_pairs
-from orpo_lite.data.pairs import TokenizedPair
+from orpo_lite.data.tokens import TokenizedPair
 from orpo_lite.model import PairModel
 from orpo_lite.recipe import Recipe
 from orpo_lite.step.losses import PARTS, Divisors, named_parts, orpo_loss

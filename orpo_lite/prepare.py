@@ -1,9 +1,10 @@
 """Everything that can be known, and can go wrong, before weights load: paths, adapter, data, base, template, tokens."""
 
+import glob
 import hashlib
 import sys
-from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,22 +16,30 @@ from orpo_lite.base import (
     fetch_weights,
     find_adapter,
     find_base,
+    find_texts,
     load_tokenizer,
     pad_id,
     read_adapter_config,
+    read_sizes,
 )
-from orpo_lite.data.pairs import (
-    PairSet,
-    TokenizedPair,
-    end_token_id,
-    hold_out,
-    read_pairs,
+from orpo_lite.data import cache
+from orpo_lite.data.cache import TokenizedPairs
+from orpo_lite.data.formats import Pair
+from orpo_lite.data.pairs import PairReader, held_out_sources, hold_out, training_sources
+from orpo_lite.data.preview import figures
+from orpo_lite.data.rows import Source, is_path
+from orpo_lite.data.templates import (
+    LimitedRenderer,
+    PairTexts,
+    Renderer,
+    Template,
+    is_file,
     set_chat_template,
-    tokenize_pairs,
+    template_file,
 )
-from orpo_lite.data.rows import is_path
-from orpo_lite.errors import CheckpointError, ModelError, RecipeError, raise_all
-from orpo_lite.recipe import Recipe
+from orpo_lite.data.tokens import end_token_id, show_texts, tokenize_pairs
+from orpo_lite.errors import CheckpointError, FitError, ModelError, RecipeError, raise_all
+from orpo_lite.recipe import DataSection, Recipe
 from orpo_lite.run import Update
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors")
@@ -42,78 +51,248 @@ class Ready:
 
     base: Base
     tokenizer: Any
-    end_id: int
-    pairs: PairSet
-    train: list[TokenizedPair]
-    test: list[TokenizedPair]
-    counts: dict[str, int]
-    template: str
+    train: TokenizedPairs
+    test: TokenizedPairs
+    figures: dict[str, Any]
+    """What data.json holds."""
 
     @property
     def pad_id(self) -> int:
         """What rows are filled with."""
         return pad_id(self.tokenizer)
 
-    def figures(self) -> dict[str, Any]:
-        """What data.json holds."""
-        return {
-            "format": self.pairs.detected,
-            "chat_template": self.template,
-            "rows_read": self.pairs.read,
-            "train_pairs": len(self.train),
-            "held_out_pairs": len(self.test),
-            "dropped_and_cut": self.counts,
-            "sha256": self.pairs.sha256,
-        }
+    @property
+    def end_id(self) -> int:
+        """The token that ends a reply."""
+        return int(self.train.facts["end_token_id"])
 
 
 def prepare(recipe: Recipe) -> Generator[Update, None, Ready]:
-    """Everything that can go wrong before weights load: data, base, template, targets, tokens."""
-    yield Update("stage", f"reading {recipe.data.dataset_name}")
-    pairs = read_pairs(recipe.data)
-    yield Update("note", pairs.detected)
+    """Everything that can go wrong before weights load: base, template, targets, data, tokens."""
+    sources = find_sources(recipe.data)
     base = find_base(recipe.model.model_name_or_path, recipe.model.model_revision)
     check_targets(recipe, base)
+    train, test, found = yield from tokenized_sides(recipe, base.path, *sources)
+    yield from _said(found)
+    text_config = base.config.get_text_config()
+    _check_ids(train, text_config.vocab_size)
+    _check_ids(test, text_config.vocab_size)
+    _check_positions(base.name, getattr(text_config, "max_position_embeddings", None), (train, test))
     tokenizer = load_tokenizer(base.path)
-    template = set_chat_template(tokenizer, recipe.data)
-    yield Update("note", template)
-    yield Update("stage", f"tokenizing {len(pairs.train) + len(pairs.test):,} pairs")
-    vocab_size = base.config.get_text_config().vocab_size
-    train_pairs, counts = tokenize_pairs(pairs.train, tokenizer, recipe.data, vocab_size)
-    if pairs.test:
-        test_pairs, test_counts = tokenize_pairs(pairs.test, tokenizer, recipe.data, vocab_size)
+    set_chat_template(tokenizer, recipe.data)
+    return Ready(fetch_weights(base), tokenizer, train, test, found)
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What the model will see of a recipe's data."""
+
+    figures: dict[str, Any]
+    """What data.json holds."""
+    samples: dict[str, Any]
+    """Pairs as segments of text: the ``first`` one, and the first that is ``cut``, if one is."""
+    warnings: list[str]
+
+
+def preview(recipe: Recipe, place: str | None = None) -> Generator[Update, None, Preview]:
+    """Look at the data as :func:`prepare` would; of the base only the tokenizer is needed.
+
+    Args:
+        recipe: which data, which base.
+        place: of a row ("pairs.csv:3") to show in place of the first one, whether it is kept or left out.
+    """
+    sources = find_sources(recipe.data)
+    folder, _ = find_texts(recipe.model.model_name_or_path, recipe.model.model_revision)
+    train, test, found = yield from tokenized_sides(recipe, folder, *sources)
+    warnings = []
+    sizes = read_sizes(folder)
+    try:
+        _check_ids(train, sizes.get("vocab_size"))
+        _check_ids(test, sizes.get("vocab_size"))
+        _check_positions(str(folder), sizes.get("max_position_embeddings"), (train, test))
+    except ModelError as error:
+        warnings.append(f"training would stop: {error}")
+    samples = train.facts["samples"]
+    if place is not None:
+        samples = {"first": _show_row(recipe.data, folder, [*sources[0], *sources[1]], place)}
+    return Preview(found, samples, warnings)
+
+
+def _show_row(data: DataSection, folder: Path, sources: Sequence[Source], place: str) -> dict[str, Any]:
+    pair, reason = PairReader(data, sources).find(place)
+    tokenizer = load_tokenizer(folder)
+    with _renderer(set_chat_template(tokenizer, data)) as renderer:
+        if reason is None:
+            ((_, tokens),) = tokenize_pairs([pair], renderer, tokenizer, data)
+            reason = tokens if isinstance(tokens, str) else None
+        (shown,) = _shown([pair], renderer, tokenizer, data) or [{"where": place}]
+    return shown | {"dropped": reason}
+
+
+Sources = tuple[list[Source], list[Source]]  # to train on, held out
+
+
+def find_sources(data: DataSection) -> Sources:
+    """The sets that a recipe names, found but not read. Raises DataError and HubError."""
+    return training_sources(data), held_out_sources(data)
+
+
+def tokenized_sides(
+    recipe: Recipe, tokenizer_folder: Path, train_sources: Sequence[Source], test_sources: Sequence[Source]
+) -> Generator[Update, None, tuple[TokenizedPairs, TokenizedPairs, dict[str, Any]]]:
+    """Both sides as tokens, and their figures. Without a held-out set one is split off, by prompt, after all filters.
+
+    What was tokenised before, with the same rows, template, limits and tokenizer, is read from the cache.
+    """
+    yield from (
+        Update("note", f"{source.name}: {source.said}") for source in (*train_sources, *test_sources) if source.said
+    )
+    train = yield from _side(recipe.data, tokenizer_folder, train_sources)
+    if test_sources:
+        test = yield from _side(recipe.data, tokenizer_folder, test_sources)
     else:
-        prompts, test_counts = [pair.prompt for pair in train_pairs], {}
-        train_pairs, test_pairs = hold_out(train_pairs, prompts, recipe.data.test_split_size, recipe.training.seed)
-    _check_positions(base, [*train_pairs, *test_pairs])
-    for reason, count in [*pairs.drops.items(), *test_counts.items()]:
-        counts[reason] = counts.get(reason, 0) + count
-    end_id = end_token_id(tokenizer, recipe.data)
-    ready = Ready(fetch_weights(base), tokenizer, end_id, pairs, train_pairs, test_pairs, counts, template)
-    dropped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.items()) if count) or "none dropped"
-    yield Update("note", f"{len(train_pairs):,} pairs to train on, {len(test_pairs):,} held out ({dropped})")
-    return ready
+        size, seed = recipe.data.test_split_size, recipe.training.seed
+        kept, held = hold_out(range(len(train)), train.prompts(), size, seed)
+        train, test = train.select(kept), train.select(held)
+    return train, test, figures(train, test)
 
 
-def _check_positions(base: Base, pairs: Sequence[TokenizedPair]) -> None:
+def _said(found: Mapping[str, Any]) -> Iterator[Update]:
+    """The figures that nobody should train without having seen."""
+    yield from (Update("note", sentence) for sentence in (*found["format"], found["chat_template"]))
+    dropped = ", ".join(f"{drop['pairs']:,} {reason}" for reason, drop in found["dropped"].items()) or "none"
+    kept = f"{found['train_pairs']:,} pairs to train on, {found['held_out_pairs']:,} held out"
+    yield Update("note", f"{kept}; left out: {dropped}")
+    if count := found["cut"]["responses_without_end"]:
+        yield Update("note", f"{count:,} responses are cut by data.max_length and lose their end")
+    if count := found["unknown_tokens"]:
+        yield Update("note", f"warning: {count:,} tokens are unknown to the tokenizer: what they stood for is lost")
+    if count := found["prompts"]["shared"]:
+        said = f"{count:,} of {found['prompts']['held_out']:,} held-out prompts stand in the training set too"
+        yield Update("note", f"warning: {said}: the evaluation will flatter")
+
+
+def _side(data: DataSection, folder: Path, sources: Sequence[Source]) -> Generator[Update, None, TokenizedPairs]:
+    """One side from the cache, or tokenised into it."""
+    yield Update("stage", f"reading {', '.join(source.name for source in sources)}")
+    prints = [source.fingerprint() for source in sources]
+    key = cache.make_key(
+        sets=[sha256 for sha256, _ in prints],
+        tokenizer=cache.tokenizer_sha256(folder),
+        template=template_file(data.chat_template) if is_file(data.chat_template) else data.chat_template,
+        fields=data.model_dump(include=set(TOKEN_FIELDS)),
+    )
+    try:
+        with cache.locked(key):
+            if (entry := cache.load(key)) is None:
+                rows = sum(count if data.max_samples is None else min(count, data.max_samples) for _, count in prints)
+                with cache.new_entry(key) as writer:
+                    yield from _tokenize(data, folder, PairReader(data, sources), writer, rows)
+                entry = cache.load(key)
+    except OSError as error:
+        if error.errno not in run.FULL:
+            raise
+        remedy = f"free some space, or {cache.VARIABLE}=FOLDER on another disk"
+        raise FitError(str(cache.cache_folder()), "the disk is full", "room for the tokens", remedy) from error
+    if entry is None:
+        raise FitError(str(cache.cache_folder()), "what was written cannot be read", "a sound disk", "try it again")
+    return entry
+
+
+# What tokens depend on, besides the rows, the tokenizer and the template.
+TOKEN_FIELDS = ("format", "column_map", "max_samples", "max_length", "max_prompt_length", "chat_template_kwargs")
+
+
+def _tokenize(
+    data: DataSection, folder: Path, reader: PairReader, writer: cache.Writer, rows: int
+) -> Generator[Update, None, None]:
+    """Read, render, tokenise and write one side; ``rows`` is what the bar counts to, 0 when nobody knows."""
+    tokenizer = load_tokenizer(folder)
+    template = set_chat_template(tokenizer, data)
+    if tokenizer.unk_token_id != tokenizer.eos_token_id:  # GPT-2's one special token is both
+        writer.unknown_id = tokenizer.unk_token_id
+    samples: dict[str, Pair] = {}
+    with _renderer(template) as renderer:
+        for number, (pair, tokens) in enumerate(tokenize_pairs(reader, renderer, tokenizer, data)):
+            if number % 100 == 0:
+                yield Update("stage", "tokenizing", reader.read, max(rows, reader.read) if rows else 0)
+            if isinstance(tokens, str):
+                reader.drops.add(tokens, pair.where)
+                continue
+            writer.add(tokens)
+            samples.setdefault("first", pair)
+            if tokens.chosen_cut or tokens.rejected_cut:
+                samples.setdefault("cut", pair)
+        if not len(writer):
+            reader.drops.raise_nothing_left("data")
+        end = end_token_id(renderer, tokenizer)
+        shown = dict(zip(samples, _shown([*samples.values()], renderer, tokenizer, data), strict=True))
+    writer.close(
+        {
+            "format": reader.detected,
+            "chat_template": template.said,
+            "rows_read": reader.read,
+            "dropped": dict(reader.drops.counts),
+            "places": reader.drops.places,
+            "sha256": reader.sha256,
+            "end_token_id": end,
+            "largest_id": writer.largest,
+            "unknown_tokens": writer.unknown,
+            "samples": shown,
+        }
+    )
+
+
+def _renderer(template: Template) -> Renderer:
+    """Plain text needs no template, and a template is not trusted with this process."""
+    return Renderer(template) if template.text is None else LimitedRenderer(template)
+
+
+def _shown(pairs: Sequence[Pair], renderer: Renderer, tokenizer: Any, data: DataSection) -> list[dict[str, Any]]:
+    """Pairs as segments of text, for a person to read; a pair that cannot be rendered is not among them."""
+    end = end_token_id(renderer, tokenizer)
+    renderer.send(pairs)
+    rows = []
+    for pair, texts in zip(pairs, renderer.receive(), strict=True):
+        if isinstance(texts, PairTexts):
+            sides = show_texts(texts, tokenizer, data, end).items()
+            rows.append({"where": pair.where} | {side: [asdict(piece) for piece in pieces] for side, pieces in sides})
+    return rows
+
+
+def _check_ids(pairs: TokenizedPairs, vocab_size: int | None) -> None:
+    """Refuse tokens that the base has no embedding for."""
+    largest, where = pairs.facts["largest_id"]
+    if vocab_size is not None and largest >= vocab_size:
+        found = f"token id {largest}, and the model's embedding has {vocab_size} rows"
+        raise ModelError(where, found, "a tokenizer that belongs to the model", "use the base's own tokenizer")
+
+
+def _check_positions(name: str, limit: int | None, sides: Sequence[TokenizedPairs]) -> None:
     """Refuse sequences longer than the base has positions for: learned ones fail, rotary ones turn to noise."""
-    limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-    longest = max((max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs), default=0)
+    lengths = (side.column(column) for side in sides for column in ("chosen_tokens", "rejected_tokens"))
+    longest = max(int(column.max(initial=0)) for column in lengths)
     if limit is not None and longest > limit:
-        found = f"the longest pair has {longest:,} tokens, and {base.name} reads {limit:,}"
+        found = f"the longest pair has {longest:,} tokens, and {name} reads {limit:,}"
         raise ModelError("data.max_length", found, "", f"data.max_length={limit} data.max_prompt_length={limit // 2}")
 
 
 def with_absolute_paths(recipe: Recipe) -> Recipe:
     """Local paths written out, so that the run can be resumed from any folder."""
-    keys = ["model.model_name_or_path", "model.adapter_name_or_path", "data.dataset_name", "data.chat_template"]
+    keys = ["model.model_name_or_path", "model.adapter_name_or_path", "data.chat_template"]
     if is_path(recipe.data.dataset_test_split or ""):
         keys.append("data.dataset_test_split")
     # A template may stand in the recipe itself, and auto and none are no files.
     written = {key: value for key, value in recipe.items() if key in keys and value not in (None, "auto", "none")}
-    values = {key: value for key, value in written.items() if "{" not in value}
-    paths = {key: Path(value).expanduser() for key, value in values.items()}
-    return recipe.override({key: str(path.resolve()) for key, path in paths.items() if path.exists()})
+    values = {key: _absolute(value) for key, value in written.items() if "{" not in value}
+    names = ",".join(_absolute(name) for name in recipe.data.names)
+    return recipe.override(values | {"data.dataset_name": names})
+
+
+def _absolute(name: str) -> str:
+    """A local path, or pattern of such, written out; any other name as it is."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() or glob.has_magic(name) else name
 
 
 def adopt_adapter(recipe: Recipe) -> Recipe:
@@ -144,7 +323,7 @@ def make_lock(recipe: Recipe, ready: Ready) -> dict[str, Any]:
             "path": str(ready.base.path),
             "fingerprint": ready.base.fingerprint,
         },
-        "data": {"name": recipe.data.dataset_name, "sha256": ready.pairs.sha256},
+        "data": {"name": recipe.data.dataset_name, "sha256": ready.figures["sha256"]},
         "chat_template": {"name": recipe.data.chat_template, "sha256": _sha256(str(ready.tokenizer.chat_template))},
         "end_token_id": ready.end_id,
         "seed": recipe.training.seed,

@@ -56,6 +56,15 @@ def _list_or_all_linear(value: object) -> object:
     return [name.strip(" \"'") for name in value.strip("[] ").split(",") if name.strip()]
 
 
+def _joined(value: object) -> object:
+    """A list of names as one text with commas."""
+    if isinstance(value, str):
+        value = value.strip("[] ") if value.startswith("[") else value
+    elif isinstance(value, list) and all(isinstance(name, str) for name in value):
+        value = ",".join(value)
+    return value
+
+
 def _init_lora_weights(value: object) -> object:
     if str(value).lower().split("_")[0] in {"pissa", "olora", "loftq", "corda", "eva", "lora-ga", "lora"}:
         raise ValueError(f"true, gaussian or orthogonal: {value} rewrites the base, and the adapter fits no other copy")
@@ -131,22 +140,25 @@ class LoraSection(Section):
 class DataSection(Section):
     """The preference pairs."""
 
-    dataset_name: str = Field(min_length=1)
-    """A hub name, or a local jsonl, csv or parquet file."""
+    dataset_name: Annotated[str, Field(min_length=1), BeforeValidator(_joined)]
+    """A hub name, or a local jsonl, csv, tsv or parquet file, a folder or a pattern of such; or several, as a list."""
     dataset_config: str | None = None
     """The configuration of a hub data set that has several."""
-    dataset_train_split: str = "train"
-    """The split to train on."""
+    dataset_train_split: str = "auto"
+    """The split to train on; auto takes train_prefs or the like where the set has one, else train."""
     dataset_test_split: str | None = None
-    """Held-out split (or local file); null takes test_split_size from the training split."""
+    """Held-out split, or a local file or folder; null takes test_split_size from the training split."""
     test_split_size: float = Field(0.02, ge=0, allow_inf_nan=False)
     """Held-out share of the prompts (below 1) or number of pairs; split by prompt, never by row. 0: none."""
-    format: Literal["auto", "explicit", "implicit", "messages", "hh_rlhf"] = "auto"
+    format: Literal[
+        "auto", "explicit", "implicit", "messages", "hh_rlhf", "doubled", "orca", "alpaca", "conversation", "sharegpt",
+        "openai", "ranked", "judged",
+    ] = "auto"  # fmt: skip
     """How a row holds its pair; auto detects it by structure and says why."""
     column_map: dict[str, str] = {}
-    """Where detection needs help: {prompt: question, chosen: good, rejected: bad}."""
+    """Our column names to the set's, where detection needs help: {prompt: question, chosen: good, rejected: bad}."""
     max_samples: int | None = Field(None, ge=1)
-    """Use only the first rows."""
+    """Use only the first rows of each set."""
     max_length: int = Field(2048, ge=8)
     """Tokens of prompt and response together; a longer response is cut at its end."""
     max_prompt_length: int = Field(1024, ge=1)
@@ -155,6 +167,11 @@ class DataSection(Section):
     """auto: the tokenizer's, else the paper's. none: prompt and response joined as plain text. Or a .jinja file."""
     chat_template_kwargs: dict[str, Any] = {}
     """Passed on to the template, for instance {enable_thinking: false}."""
+
+    @property
+    def names(self) -> list[str]:
+        """The sets that dataset_name names."""
+        return [name for part in self.dataset_name.split(",") if (name := part.strip())]
 
 
 class LossSection(Section):

@@ -22,7 +22,7 @@ from transformers import enable_full_determinism
 from orpo_lite import checkpoint, demo, run
 from orpo_lite.base import Base, check_disk
 from orpo_lite.data.packing import epoch_order, micro_batches, nll_tokens, pad_pairs, steps_per_epoch
-from orpo_lite.data.pairs import TokenizedPair
+from orpo_lite.data.tokens import TokenizedPair
 from orpo_lite.errors import CheckpointError, DivergedError, FitError, OrpoLiteError, RecipeError
 from orpo_lite.evaluate import evaluate
 from orpo_lite.model import PairModel, choose_dtype, load_pair_model
@@ -91,7 +91,7 @@ def training(recipe: Recipe, *, resume: bool = False) -> Generator[Update, None,
     if accelerator.is_main_process and resume:
         check_lock(path, lock)
     elif accelerator.is_main_process:
-        run.create(recipe, lock, ready.figures())
+        run.create(recipe, lock, ready.figures)
     accelerator.wait_for_everyone()
     with ExitStack() as stack:
         if accelerator.is_main_process:
@@ -173,7 +173,7 @@ def _train(
             yield _not_finite(batch, state, path)
 
     kept = yield from _keep(recipe, ready, loaded, path, accelerator, state)
-    prompts = list({tuple(pair.chosen_ids[: pair.chosen_start]): None for pair in ready.test})
+    prompts = list({tuple(map(int, pair.chosen_ids[: pair.chosen_start])): None for pair in ready.test})
     return TrainResult(
         run=path,
         steps=state["step"],

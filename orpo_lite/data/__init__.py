@@ -1,1 +1,4 @@
-"""Rows to pairs to tokens to batches. Order inside the wing: formats, rows, pairs, packing."""
+"""Rows to pairs to tokens to batches.
+
+Order inside the wing: readers, columns, formats, files, rows, pairs, templates, tokens, cache, packing, preview.
+"""

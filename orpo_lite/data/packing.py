@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from orpo_lite.data.pairs import TokenizedPair
+from orpo_lite.data.tokens import TokenizedPair
 
 
 @dataclass(frozen=True)

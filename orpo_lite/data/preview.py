@@ -1,0 +1,106 @@
+"""A prepared set in figures: what a person should look at before training on it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orpo_lite.data.cache import TokenizedPairs
+
+QUANTILES = (5, 25, 50, 75, 95, 99)
+PADDED_BATCH = 8  # pairs; what peers' trainers put in a batch unless told otherwise
+SHUFFLES = 20
+
+
+def figures(train: TokenizedPairs, test: TokenizedPairs) -> dict[str, Any]:
+    """What data.json holds. Shares are of 1; lengths are tokens, those of responses before the cut and with their end.
+
+    format, chat_template: the sentences that say which they are · rows_read · train_pairs, held_out_pairs · dropped:
+    for each reason the number of pairs and the first places · tokens: quantiles of prompt, chosen, rejected · cut: what
+    data.max_length does · unknown_tokens: what the tokenizer lost · chosen_longer, rejected_longer: shares of the
+    pairs, the length bias · prompts: different ones, and those on
+    both sides · step: tokens that go through a model · sha256: of the pairs' content and order.
+    """
+    sides = _sides(train, test)
+    both = {name: np.concatenate([train.column(name), test.column(name)]) for name in train.columns}
+    prompts = [set(side.prompts()) for side in (train, test)]
+    cut = np.stack([both["chosen_cut"], both["rejected_cut"]])
+    chosen, rejected = (_response(both, side) for side in ("chosen", "rejected"))
+    return {
+        "format": list(dict.fromkeys(sentence for side in sides for sentence in side["format"])),
+        "chat_template": train.facts["chat_template"],
+        "rows_read": sum(side["rows_read"] for side in sides),
+        "train_pairs": len(train),
+        "held_out_pairs": len(test),
+        "dropped": _dropped(sides),
+        "tokens": {
+            "prompt": _quantiles(both["chosen_start"]),
+            "chosen": _quantiles(chosen),
+            "rejected": _quantiles(rejected),
+        },
+        "cut": {
+            "pairs": int((cut > 0).any(0).sum()),
+            "pairs_share": float((cut > 0).any(0).mean()),
+            "responses_without_end": int((cut > 0).sum()),
+            "responses_without_end_share": float((cut > 0).mean()),
+        },
+        "unknown_tokens": sum(side["unknown_tokens"] for side in sides),
+        "chosen_longer": float((chosen > rejected).mean()),
+        "rejected_longer": float((chosen < rejected).mean()),
+        "prompts": {"train": len(prompts[0]), "held_out": len(prompts[1]), "shared": len(prompts[0] & prompts[1])},
+        "step": _step(both),
+        "sha256": hashlib.sha256("".join(side["sha256"] for side in sides).encode()).hexdigest(),
+    }
+
+
+def _sides(train: TokenizedPairs, test: TokenizedPairs) -> list[Mapping[str, Any]]:
+    """What was found in each set of rows; one when the held-out pairs were taken from the training rows."""
+    return [train.facts] if test.facts is train.facts else [train.facts, test.facts]
+
+
+def _response(both: Mapping[str, NDArray[Any]], side: str) -> NDArray[Any]:
+    length: NDArray[Any] = both[f"{side}_tokens"] + both[f"{side}_cut"] - both[f"{side}_start"]
+    return length
+
+
+def _dropped(sides: list[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    counts: Counter[str] = Counter()
+    for side in sides:
+        counts.update(side["dropped"])
+    return {
+        reason: {"pairs": count, "first": [place for side in sides for place in side["places"].get(reason, [])]}
+        for reason, count in counts.most_common()
+    }
+
+
+def _quantiles(lengths: NDArray[Any]) -> dict[str, float]:
+    values = np.percentile(lengths, QUANTILES, method="nearest")
+    return {
+        "mean": round(float(lengths.mean()), 1),
+        "min": int(lengths.min()),
+        **{f"p{share}": int(value) for share, value in zip(QUANTILES, values, strict=True)},
+        "max": int(lengths.max()),
+    }
+
+
+def _step(both: Mapping[str, NDArray[Any]]) -> dict[str, float]:
+    """Tokens a pair: in rows padded to the longest of a batch, without padding, and with the common prefix once."""
+    longest = np.maximum(both["chosen_tokens"], both["rejected_tokens"])
+    padded = []
+    for seed in range(SHUFFLES):
+        shuffled = np.random.default_rng(seed).permutation(longest)
+        starts = np.arange(0, len(longest), PADDED_BATCH)
+        sizes = np.diff([*starts, len(longest)])
+        padded.append(float((2 * np.maximum.reduceat(shuffled, starts) * sizes).sum()))
+    whole = both["chosen_tokens"] + both["rejected_tokens"]
+    tokens = {
+        f"padded_in_batches_of_{PADDED_BATCH}": np.mean(padded) / len(whole),
+        "without_padding": whole.mean(),
+        "prompt_shared": (whole - both["prefix"]).mean(),
+    }
+    return {f"tokens_per_pair_{name}": round(float(value), 1) for name, value in tokens.items()}

@@ -1,0 +1,246 @@
+"""What the person sees: a verb's progress, figures in columns, a pair of texts. The only place that prints."""
+
+import os
+import sys
+import time
+from collections.abc import Generator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from orpo_lite.run import Update
+
+PLAIN_LINES = 50  # step lines in a log file, besides the evaluations
+SHOWN = 1200  # characters of a prompt or reply; the middle of a longer one is left out
+STYLES = {"prompt": "cyan", "response": "green", "end": "bold magenta", "cut": "red"}
+
+Result = TypeVar("Result")
+
+
+class _Console(Console):
+    """Whoever reads the output may go away (`| head`); the work goes on, and writes to nowhere."""
+
+    def on_broken_pipe(self) -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+out = _Console(highlight=False, markup=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+
+
+def print_columns(rows: Sequence[Sequence[str]], *, right: bool = False) -> None:
+    """Aligned columns, never cut: a table of rich's shortens long values to the width of the terminal, or to 80.
+
+    ``right`` aligns all but the first column to the right, as numbers should be.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for first, *rest in rows:
+        cells = [
+            cell.rjust(width) if right else cell.ljust(width) for cell, width in zip(rest, widths[1:], strict=True)
+        ]
+        out.print("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+
+
+def print_before_after(before: Mapping[str, float], after: Mapping[str, float]) -> None:
+    """The held-out metrics before the first step, and those of the adapter that was kept."""
+    rows = {
+        "loss": "eval_loss",
+        "NLL of the chosen": "eval_nll_loss",
+        "log odds chosen : rejected": "eval_log_odds_chosen",
+        "log-prob of chosen": "eval_logps/chosen",
+        "log-prob of rejected": "eval_logps/rejected",
+        "reward accuracy": "eval_rewards/accuracies",
+    }
+    table: list[tuple[str, ...]] = [("held-out pairs", "before", "after")]
+    for label, key in rows.items():
+        shown = [f"{100 * m[key]:.1f}%" if "accuracies" in key else f"{m[key]:.4f}" for m in (before, after)]
+        table.append((label, *shown))
+    print_columns(table)
+
+
+# --- progress -------------------------------------------------------------------------------------------------------
+
+
+def draw(updates: "Generator[Update, None, Result]", *, silent: bool = False) -> Result:
+    """Show each update; returns the generator's result. Live on a terminal, plain lines elsewhere."""
+    from orpo_lite.run import drain
+
+    if silent:
+        return drain(updates, lambda _: None)
+    if not out.is_terminal:
+        return drain(updates, _PlainLines().show)
+    screen = _Screen()
+    with Live(screen.layout, console=out, refresh_per_second=4, transient=True):
+        return drain(updates, screen.show)
+
+
+class _PlainLines:
+    """A line for an evaluation, one for a stage and for each quarter of a long one, and some fifty for the steps."""
+
+    def __init__(self) -> None:
+        self.stage, self.quarter, self.began = "", 1, 0.0
+
+    def show(self, update: "Update") -> None:
+        if update.kind == "step":
+            if self.began == 0.0:
+                self.began = time.monotonic()
+            elif update.step % max(1, update.steps // PLAIN_LINES) == 0 or update.step == update.steps:
+                each = (time.monotonic() - self.began) / max(1, update.step - 1)
+                left = f"  {_clock(each * (update.steps - update.step))} left"
+                out.print(f"step {update.step}/{update.steps}  {_figures(update.metrics)}{left}")
+        elif update.kind != "stage":
+            out.print(_line(update))
+        elif update.text != self.stage:
+            self.stage, self.quarter = update.text, 1
+            out.print(f"{update.text} ...")
+        elif update.steps and 4 * update.step >= self.quarter * update.steps and update.step < update.steps:
+            self.quarter = 1 + 4 * update.step // update.steps
+            out.print(f"{update.text} ... {update.step:,} of {update.steps:,}")
+
+
+class _Screen:
+    """The last step's figures over a bar for the training and one for what interrupts it; the rest scrolls above."""
+
+    def __init__(self) -> None:
+        self.progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=out
+        )
+        self.figures = Text()
+        self.layout = Group(self.figures, self.progress)
+        self.tasks: dict[str, TaskID] = {}
+
+    def show(self, update: "Update") -> None:
+        if update.kind in ("note", "eval"):
+            out.print(_line(update))
+            return
+        if update.metrics:
+            self.figures.plain = _figures(update.metrics)
+        text = update.text or "training"
+        if text not in self.tasks:
+            self.tasks[text] = self.progress.add_task(text, total=update.steps or None)
+        for name, task in self.tasks.items():
+            self.progress.update(task, visible=name == text or (name == "training" and update.steps > 0))
+        self.progress.update(self.tasks[text], completed=update.step, total=update.steps or None)
+
+
+def _figures(metrics: Mapping[str, float]) -> str:
+    return (
+        f"loss {metrics['loss']:.4f}  nll {metrics['nll_loss']:.4f}  log odds {metrics['log_odds_chosen']:+.3f}  "
+        f"accuracy {metrics['rewards/accuracies']:.2f}  {metrics['tokens_per_second']:,.0f} tok/s  "
+        f"{metrics['memory_gib']:.2f} GiB"
+    )
+
+
+def _line(update: "Update") -> str:
+    if update.kind == "note" or not update.metrics:
+        return update.text
+    m = update.metrics
+    return (
+        f"held-out at step {update.step}/{update.steps}: loss {m['eval_loss']:.4f}  nll {m['eval_nll_loss']:.4f}  "
+        f"log odds {m['eval_log_odds_chosen']:+.3f}  accuracy {m['eval_rewards/accuracies']:.3f}  {update.text}"
+    ).rstrip()
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"
+
+
+# --- the data, for a person to look at -------------------------------------------------------------------------------
+
+
+def print_preview(
+    figures: Mapping[str, Any], samples: Mapping[str, Any], warnings: Sequence[str], max_length: int
+) -> None:
+    """A pair as the model sees it, then the figures, then what may be wrong; what ``prepare.preview`` returns."""
+    sample = samples["first"]
+    out.print(f"\none pair, {sample['where']}, as the model sees it")
+    if sample.get("dropped"):
+        out.print(f"(left out of the training: {sample['dropped']})", style="bold red")
+    print_pair(sample)
+    if "cut" in samples and not any(piece["kind"] == "cut" for piece in sample.get("chosen", [])):
+        cut = samples["cut"]
+        out.print(f"\na pair that data.max_length={max_length} cuts, {cut['where']}")
+        print_pair(cut)
+    _print_figures(figures, max_length)
+    for warning in warnings:
+        out.print(f"\n{warning}", style="bold red")
+
+
+def _print_figures(figures: Mapping[str, Any], max_length: int) -> None:
+    out.print()
+    for sentence in (*figures["format"], figures["chat_template"]):
+        out.print(sentence)
+    kept = f"{figures['train_pairs']:,} to train on, {figures['held_out_pairs']:,} held out"
+    out.print(
+        f"{figures['rows_read']:,} rows: {kept}, {sum(d['pairs'] for d in figures['dropped'].values()):,} left out"
+    )
+    for reason, drop in figures["dropped"].items():
+        more = ", ..." if drop["pairs"] > len(drop["first"]) else ""
+        out.print(f"  {drop['pairs']:>7,}  {reason} ({', '.join(drop['first'])}{more})")
+    names = list(figures["tokens"]["prompt"])
+    lengths = [[f"{value:,.0f}" for value in row.values()] for row in figures["tokens"].values()]
+    out.print()
+    print_columns(
+        [["tokens", *names], *([name, *row] for name, row in zip(figures["tokens"], lengths, strict=True))], right=True
+    )
+    cut, prompts, step = figures["cut"], figures["prompts"], figures["step"]
+    padded, whole, shared = step.values()
+    out.print(
+        f"\ndata.max_length={max_length} cuts {_share(cut['pairs_share'])} of the pairs; "
+        f"{cut['responses_without_end']:,} responses ({_share(cut['responses_without_end_share'])}) lose their end"
+    )
+    longer = [_share(figures[f"{side}_longer"]) for side in ("chosen", "rejected")]
+    out.print(f"chosen is the longer one in {longer[0]} of the pairs, rejected in {longer[1]}")
+    if count := figures["unknown_tokens"]:
+        out.print(f"{count:,} tokens are unknown to the tokenizer: what they stood for is lost", style="bold red")
+    out.print(
+        f"{prompts['train']:,} different prompts to train on, {prompts['held_out']:,} held out, "
+        f"{prompts['shared']:,} on both sides{': the evaluation will flatter' if prompts['shared'] else ''}"
+    )
+    out.print(
+        f"tokens a pair: {padded:,.0f} in rows padded to the longest of 8 pairs, {whole:,.0f} without padding, "
+        f"{shared:,.0f} with the prompt shared ({padded / shared:.1f}x fewer)"
+    )
+
+
+def print_pair(sample: Mapping[str, Any]) -> None:
+    """Prompt once, then both replies; each kind of segment has a mark of its own and a colour, where there is one."""
+    if "chosen" not in sample:
+        out.print("  (it cannot be rendered)")
+        return
+    shared = ""
+    for side in ("chosen", "rejected"):
+        pieces = {piece["kind"]: piece["text"] for piece in sample[side]}
+        if side == "chosen" or pieces.get("prompt") != shared:
+            shared = pieces.get("prompt", "")
+            _print_piece(f"prompt{'' if side == 'chosen' else ' of rejected'}", "prompt", shared)
+        _print_piece(side, "response", pieces.get("response", ""), pieces)
+
+
+def _print_piece(title: str, kind: str, text: str, pieces: Mapping[str, str] | None = None) -> None:
+    line = Text(f"--- {title} ", style="bold") + Text("-" * max(3, 60 - len(title)), style="dim")
+    out.print(line)
+    body = Text(visible(text), style=STYLES[kind])
+    if pieces and "end" in pieces:
+        body.append(f"[end: {pieces['end']}]", style=STYLES["end"])
+    if pieces and "cut" in pieces:
+        body.append(f"[cut off: {visible(pieces['cut'], 200)}]", style=STYLES["cut"])
+    out.print(body)
+
+
+def visible(text: str, shown: int = SHOWN) -> str:
+    """Text that is safe to print, its middle left out when it is long; data may hold a terminal's control codes."""
+    if len(text) > shown:
+        half = shown // 2
+        text = f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def _share(share: float) -> str:
+    return f"{100 * share:.1f}%"
