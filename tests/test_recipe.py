@@ -284,7 +284,7 @@ BAD_VALUES: list[tuple[str, str, str]] = [
     ("loss.type", "dpo", "'orpo'"),
     ("model.dtype", "bf16", "'bfloat16'"),
     ("model.attn_implementation", "kernels-community/flash-attn", "fetches compiled code"),
-    ("data.format", "alpaca", "'explicit', 'implicit'"),
+    ("data.format", "csv", "'explicit', 'implicit'"),
     ("data.max_length", "four", "valid integer"),
     ("data.column_map", "question", "valid dictionary"),
     ("data.column_map", "prompt=question,chosen", "valid dictionary"),

@@ -1,0 +1,232 @@
+"""`orpo-lite data`: what it shows of a set, to a person and to a program, and what it needs for it."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Answer, byte_tokenizer
+from rich.console import Console
+
+from orpo_lite import screen
+
+MAP = "data.column_map=prompt=question,chosen=good_answer,rejected=bad_answer"
+COFFEE = [
+    ("How hot should the water be?", "Just off the boil.", "Boiling, always. Never measure anything."),
+    ("Which grind, for a French press?", "Coarse, like sea salt.", "Fine."),
+    ("How long does it brew?", "Four minutes.", "Until it tastes burnt, then a bit more."),
+    ("Can I reheat it?", "You can, but it turns bitter:\nbrew less instead.", ""),
+    ("Is instant coffee cheating?", "No.", "No."),
+]
+
+
+@pytest.fixture
+def coffee(workspace: Path) -> Path:
+    """A recipe, a csv with columns of its own, and a base of which only the tokenizer is there."""
+    shutil.rmtree(workspace / "base")
+    byte_tokenizer().save_pretrained(workspace / "base")
+    with (workspace / "coffee.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("question", "good_answer", "bad_answer"), *COFFEE])
+    (workspace / "coffee.yaml").write_text(
+        "model:\n  model_name_or_path: ./base\n"
+        "data:\n  dataset_name: ./coffee.csv\n  max_length: 64\n  max_prompt_length: 60\n"
+    )
+    return workspace
+
+
+Look = Callable[..., Answer]
+
+
+@pytest.fixture
+def look(coffee: Path, call: Look) -> Look:
+    """Runs `orpo-lite data` on the csv, its columns named."""
+    return lambda *arguments: call("data", "--recipe", "./coffee.yaml", MAP, *arguments)
+
+
+def test_a_newcomer_with_a_csv_gets_there_by_pasting_what_is_said(coffee: Path, call: Look) -> None:
+    code, _, said = call("data", "--recipe", "./coffee.yaml")
+    assert code == 3
+    (line,) = (word for word in said.split() if word.startswith("data.column_map="))
+    assert line == MAP
+    code, shown, said = call("data", "--recipe", "./coffee.yaml", line)
+    assert (code, said) == (0, "")
+    assert "detected explicit because" in shown
+    assert "5 rows: 2 to train on, 1 held out, 2 left out" in shown
+    assert "1  empty rejected (coffee.csv:5)" in shown
+    assert "1  chosen and rejected are equal (coffee.csv:7)" in shown  # the row before takes two lines
+    assert sorted(path.name for path in coffee.iterdir()) == ["base", "coffee.csv", "coffee.yaml", "pairs.jsonl"]
+
+
+def test_the_pair_is_legible_without_colour(look: Look) -> None:
+    _, shown, _ = look("data.max_length=80", "data.max_prompt_length=60")
+    start = shown.index("one pair, coffee.csv:2, as the model sees it")
+    prompt, chosen, rejected = (part.partition("\n")[2] for part in shown[start:].split("\n--- ")[1:4])
+    assert prompt.rstrip("\n") == "<s><|user|>\nHow hot should the water be?</s>\n<|assistant|>"
+    assert chosen == "Just off the boil.[end: </s>]"
+    assert rejected.partition("\n\n")[0] == "Boiling, always. Never mea[cut off: sure anything.</s>]"
+    assert "\x1b" not in shown
+
+
+def test_each_kind_of_segment_has_a_colour_on_a_terminal(look: Look, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Console(force_terminal=True, color_system="standard", highlight=False, markup=False, soft_wrap=True)
+    with terminal.capture() as captured:
+        monkeypatch.setattr(screen, "out", terminal)
+        screen.print_pair(json.loads(json.dumps(SAMPLE)))
+    shown = captured.get()
+    for text, style in (("Hi", "36"), ("Yes", "32"), ("[end: </s>]", "1;35"), ("[cut off: way.</s>]", "31")):
+        assert f"\x1b[{style}m{text}" in shown, text
+
+
+SAMPLE: dict[str, Any] = {
+    "where": "x:1",
+    "chosen": [{"kind": "prompt", "text": "Hi"}, {"kind": "response", "text": "Yes"}, {"kind": "end", "text": "</s>"}],
+    "rejected": [
+        {"kind": "prompt", "text": "Hi"},
+        {"kind": "response", "text": "No"},
+        {"kind": "cut", "text": "way.</s>"},
+    ],
+}
+
+
+def test_control_codes_of_the_data_do_not_reach_the_terminal(coffee: Path, look: Look) -> None:
+    with (coffee / "coffee.csv").open("w", newline="", encoding="utf-8") as file:
+        file.write('question,good_answer,bad_answer\na?,"\x1b[2J\x07b","\u202ec"\nd?,e,f\ng?,h,i\n')
+    code, shown, _ = look("--row", "coffee.csv:2")
+    assert code == 0
+    assert not {"\x1b", "\x07", "\u202e"} & set(shown)
+    # The tokenizer of the workspace keeps none of these, so what is shown of one that does:
+    assert screen.visible("\x1b[2J\x07b\u202e\n\té🦜") == "\\x1b[2J\\x07b\\u202e\n\té🦜"
+
+
+def test_json_is_what_a_run_keeps_as_data_json(coffee: Path, look: Look, call: Look, small_recipe: Any) -> None:
+    code, printed, said = look("--json")
+    assert (code, said) == (0, "")
+    figures = json.loads(printed)
+    assert figures["rows_read"] == 5
+    assert figures["dropped"]["empty rejected"] == {"pairs": 1, "first": ["coffee.csv:5"]}
+    assert figures["cut"]["responses_without_end"] > 0
+    assert figures["tokens"]["chosen"]["max"] == len("Coarse, like sea salt.") + 1
+    shutil.rmtree(coffee / "base")
+    from conftest import write_base
+
+    write_base(coffee / "base")
+    small_recipe()
+    options = ["data.dataset_name=./coffee.csv", MAP, "data.max_length=64", "data.max_prompt_length=60"]
+    options += ["data.test_split_size=0.02", "training.max_steps=1"]
+    assert call("train", "--recipe", "./small.yaml", *options)[0] == 0
+    kept = json.loads((coffee / "run" / "data.json").read_text(encoding="utf-8"))
+    assert kept == figures
+    assert "measure" not in json.dumps(kept)  # figures alone: no text of the data enters the run folder
+
+
+def test_a_row_of_choice_is_shown_also_when_it_is_left_out(look: Look) -> None:
+    code, shown, _ = look("--row", "coffee.csv:4")
+    assert code == 0
+    assert "one pair, coffee.csv:4, as" in shown
+    assert "Four minutes." in shown
+    assert "left out of the training" not in shown
+    code, shown, _ = look("--row", "coffee.csv:7")
+    assert "(left out of the training: chosen and rejected are equal)" in shown
+    assert "Is instant coffee cheating?" in shown
+    code, _, said = look("--row", "coffee.csv:6")  # the second line of a row
+    assert code == 3
+    assert "coffee.csv:6: no such row in ./coffee.csv" in said
+
+
+def test_a_pair_that_is_cut_is_shown_beside_a_first_one_that_is_not(coffee: Path, look: Look) -> None:
+    with (coffee / "coffee.csv").open("a", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerow(("Milk?", "x" * 100, "No."))
+    _, shown, _ = look("data.max_length=100")
+    first, title, cut = shown.partition("\na pair that data.max_length=100 cuts, coffee.csv:8\n")
+    assert title
+    assert "cut off" not in first
+    assert f"{'x' * 69}[cut off: {'x' * 31}</s>]" in cut
+    assert "data.max_length=100 cuts 25.0% of the pairs; 1 responses (12.5%) lose their end" in cut
+    _, shown, _ = look("data.max_length=256")
+    assert "cut off" not in shown
+    assert "data.max_length=256 cuts 0.0% of the pairs; 0 responses (0.0%) lose their end" in shown
+
+
+def test_a_long_text_is_shown_by_its_two_ends(coffee: Path, look: Look) -> None:
+    with (coffee / "coffee.csv").open("w", newline="", encoding="utf-8") as file:
+        rows = [("question", "good_answer", "bad_answer"), ("a?", "B" + "x" * 3000 + "E", "no"), *COFFEE]
+        csv.writer(file).writerows(rows)
+    _, shown, _ = look("data.max_length=4000")
+    assert f"B{'x' * 599} [... {3002 - 1200:,} characters ...] {'x' * 599}E[end: </s>]" in shown
+
+
+def test_what_training_would_refuse_is_warned_of(coffee: Path, look: Look) -> None:
+    config = {"model_type": "llama", "vocab_size": 20, "max_position_embeddings": 32}
+    (coffee / "base" / "config.json").write_text(json.dumps(config))
+    code, shown, _ = look()
+    assert code == 0
+    assert "training would stop: coffee.csv:" in shown
+    assert "the model's embedding has 20 rows" in shown
+    (coffee / "base" / "config.json").write_text(json.dumps(config | {"vocab_size": 200}))
+    _, shown, _ = look()
+    assert "training would stop: data.max_length: the longest pair has 64 tokens" in shown
+    (coffee / "base" / "config.json").write_text(json.dumps({"text_config": {"vocab_size": 200}}))
+    assert "training would stop" not in look()[1]
+
+
+def test_prompts_on_both_sides_are_counted(coffee: Path, look: Look) -> None:
+    rows = "question,good_answer,bad_answer\n which GRIND,a,b\nHow long does it  brew?,Two.,Ten.\n"
+    (coffee / "held.csv").write_text(rows)
+    _, shown, _ = look("data.dataset_test_split=./held.csv")
+    assert "3 different prompts to train on, 2 held out, 1 on both sides: the evaluation will flatter" in shown
+
+
+def test_the_second_start_needs_neither_torch_nor_transformers(coffee: Path, look: Look) -> None:
+    first = look("--json")
+    code = (
+        "import sys; from orpo_lite.cli import app\n"
+        f"sys.argv = ['orpo-lite', 'data', '--recipe', './coffee.yaml', {MAP!r}, '--json']\n"
+        "try:\n    app()\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'transformers', 'bitsandbytes', 'datasets'} & set(sys.modules)\n"
+        "print(sorted(heavy), file=sys.stderr)"
+    )
+    second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert second.stderr.strip() == "[]"
+    assert json.loads(second.stdout) == json.loads(first[1])
+
+
+def test_no_recipe_and_an_unknown_option_are_answered(call: Look) -> None:
+    code, _, said = call("data")
+    assert code == 2
+    assert "orpo-lite data --recipe demo" in said
+    code, _, said = call("data", "mistral-qlora")
+    assert code == 2
+    assert "orpo-lite data --recipe mistral-qlora" in said
+
+
+def test_the_demo_is_shown_without_training_its_base(workspace: Path, call: Look) -> None:
+    code, shown, _ = call("data", "--recipe", "demo")
+    assert code == 0
+    assert "512 rows: 384 to train on, 128 held out, 0 left out" in shown
+    assert list(workspace.rglob("*.safetensors")) == [workspace / "base" / "model.safetensors"]
+
+
+def test_a_base_that_is_not_there(look: Look) -> None:
+    code, _, said = look("model.model_name_or_path=./no-base")
+    assert code == 4
+    assert "./no-base: no such folder" in said
+
+
+def test_the_readme_shows_what_happens(tmp_path: Path, call: Look, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its csv and its two commands, as a newcomer would copy them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "300")
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    section = readme[readme.index("## Your data") : readme.index("## Commands")]
+    table, *sessions = (block.partition("\n")[2] for block in section.split("```")[1::2])
+    (tmp_path / "pairs.csv").write_text(table, encoding="utf-8")
+    assert len(sessions) == 2
+    for session in sessions:
+        command, _, expected = session.replace("\\\n", "").partition("\n")
+        code, shown, said = call(*command.removeprefix("$ orpo-lite").split())
+        assert (shown if code == 0 else said).strip().endswith(expected.strip())
