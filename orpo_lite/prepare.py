@@ -324,6 +324,7 @@ def make_lock(recipe: Recipe, ready: Ready) -> dict[str, Any]:
             "fingerprint": ready.base.fingerprint,
         },
         "data": {"name": recipe.data.dataset_name, "sha256": ready.figures["sha256"]},
+        "tokens": {"name": "as tokens", "sha256": _sha256(f"{ready.train.sha256} {ready.test.sha256}")},
         "chat_template": {"name": recipe.data.chat_template, "sha256": _sha256(str(ready.tokenizer.chat_template))},
         "end_token_id": ready.end_id,
         "seed": recipe.training.seed,
@@ -335,9 +336,13 @@ def _sha256(text: str) -> str:
 
 
 def check_lock(path: Path, lock: Mapping[str, Any]) -> None:
-    """Refuse to go on with another base, template or data than the run began with."""
+    """Refuse to go on with another base, template, data or tokens than the run began with.
+
+    Tokens may change though nothing else did: with a library, or with the date that a template writes.
+    """
     before = run.read_lock(path)
-    pairs = {"base": "fingerprint", "chat_template": "sha256", "data": "sha256"}
+    pairs = {"base": "fingerprint", "chat_template": "sha256", "data": "sha256", "tokens": "sha256"}
+    pairs = {what: key for what, key in pairs.items() if what in before}  # runs of an older version noted no tokens
     differing = [f"{what} {lock[what]['name']}" for what, key in pairs.items() if before[what][key] != lock[what][key]]
     if differing:
         found = f"changed since the run began: {', '.join(differing)}"

@@ -1,8 +1,8 @@
 """Tokenised sides on disk: a set is tokenised once, and a run reads the pairs it needs, never all of them.
 
 An entry is a folder: ``ids.safetensors`` with all tokens one after the other, ``pairs.safetensors`` with what is known
-of each pair, and ``entry.json``, written last, with what was found on the way and the sha256 of all three. It is found by a
-key over all that tokens depend on, this wing's own code among it. The entries not used lately make room for new ones.
+of each pair, and ``entry.json``, written last, with what was found on the way and the sha256 of all three. It is found
+by a key over all that tokens depend on, this wing's own code among it. Entries not used lately make room for new ones.
 """
 
 from __future__ import annotations
@@ -47,9 +47,11 @@ HEADER = 256  # bytes of the JSON before the tokens; the format lets it end in s
 class TokenizedPairs(Sequence[TokenizedPair]):
     """P pairs on disk. Tokens are read when a pair is asked for; the rest stands in memory, an array of P a column."""
 
-    def __init__(self, folder: Path, facts: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, facts: Mapping[str, Any], sha256: str) -> None:
         self.facts = facts
         """What was found while the pairs were made."""
+        self.sha256 = sha256
+        """Of the file that holds the tokens."""
         file: Any = safe_open(folder / "ids.safetensors", framework="np")
         self._ids = file.get_slice("ids")
         columns = load_file(folder / "pairs.safetensors")
@@ -210,7 +212,7 @@ def load(key: str) -> TokenizedPairs | None:
             return None
         with suppress(OSError):
             os.utime(folder)  # used now
-        return TokenizedPairs(folder, facts)
+        return TokenizedPairs(folder, facts, sums["ids.safetensors"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -213,7 +213,8 @@ def show_texts(
     for row, side in enumerate(("chosen", "rejected")):
         ids, start = _place(encoded, row, len(texts.prompt), lead, end)
         room = data.max_length
-        parts = [("prompt", start), ("response", min(len(ids) - 1, room)), ("end" if len(ids) <= room else "cut", None)]
+        last = max(start, min(len(ids) - 1, room))  # a prompt beyond the limit is shown whole
+        parts = [("prompt", start), ("response", last), ("end" if len(ids) <= room else "cut", None)]
         pieces, done = [], ""
         for kind, stop in parts:
             text = str(tokenizer.decode(ids[:stop], clean_up_tokenization_spaces=False))
