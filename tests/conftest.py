@@ -6,9 +6,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers that each use every cor
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["USE_HUB_KERNELS"] = "0"
 
+import atexit
 import json
 import random
-from collections.abc import Callable
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +21,15 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
-from orpo_lite.data.pairs import TokenizedPair
+from orpo_lite.data import cache
+from orpo_lite.data.tokens import TokenizedPair
 
 SHARED = Path(__file__).parents[2] / "shared"
 WORDS = "red blue green round square small large old new warm cold bright dark soft hard quick slow".split()
 
 torch.set_num_threads(1)
+os.environ["ORPO_LITE_CACHE"] = tempfile.mkdtemp(prefix="orpo-lite-tests-")  # of this session, never the person's own
+atexit.register(shutil.rmtree, os.environ["ORPO_LITE_CACHE"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -125,6 +132,15 @@ def write_base(folder: Path, model: Any = None) -> Path:
 
 
 @pytest.fixture
+def token_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty cache of tokens, for one test."""
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "tokens"))
+    cache.cache_folder.cache_clear()
+    yield cache.cache_folder()
+    cache.cache_folder.cache_clear()
+
+
+@pytest.fixture
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty current directory with ``base/`` and ``pairs.jsonl`` (40 pairs) in it."""
     write_base(tmp_path / "base")
@@ -148,3 +164,24 @@ def small_recipe(workspace: Path) -> Callable[..., Any]:
         return load_recipe("./small.yaml", overrides)
 
     return build
+
+
+Answer = tuple[int, str, str]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
+    """Runs the command line in this process; returns (exit code, what it printed, what it complained of)."""
+
+    from orpo_lite import cli
+
+    def run(*arguments: str) -> Answer:
+        monkeypatch.setattr(sys, "argv", ["orpo-lite", *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        printed = capsys.readouterr()
+        code = ended.value.code
+        return code if isinstance(code, int) else 0, printed.out, printed.err
+
+    return run

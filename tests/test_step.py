@@ -14,7 +14,7 @@ from conftest import ragged_pairs, tiny_llama, tiny_opt
 from peft import LoraConfig, get_peft_model
 
 from orpo_lite.data.packing import epoch_order, micro_batches, nll_tokens, pad_pairs
-from orpo_lite.data.pairs import TokenizedPair
+from orpo_lite.data.tokens import TokenizedPair
 from orpo_lite.model import PairModel
 from orpo_lite.recipe import Recipe, load_recipe
 from orpo_lite.step.losses import Divisors, orpo_loss

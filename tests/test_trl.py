@@ -13,7 +13,9 @@ from datasets import load_dataset
 from test_step import lora_model
 from torch.utils.data import SequentialSampler
 
-from orpo_lite.data.pairs import read_pairs, tokenize_pairs
+from orpo_lite.data.pairs import PairReader, training_sources
+from orpo_lite.data.templates import Renderer, set_chat_template
+from orpo_lite.data.tokens import TokenizedPair, tokenize_pairs
 from orpo_lite.recipe import load_recipe
 from orpo_lite.step.losses import named_parts
 from orpo_lite.train import _Loaded, _update, accumulate, lr_factor, make_optimizer
@@ -98,7 +100,11 @@ def test_ten_steps_equal_trl(make: Callable[..., Any], tmp_path: Path) -> None:
             "training.warmup_steps=0",
         ],
     )
-    pairs, _ = tokenize_pairs(read_pairs(recipe.data).train, tokenizer, recipe.data)
+    renderer = Renderer(set_chat_template(tokenizer, recipe.data))
+    reader = PairReader(recipe.data, training_sources(recipe.data))
+    found = [pair for _, pair in tokenize_pairs(reader, renderer, tokenizer, recipe.data)]
+    pairs = [pair for pair in found if isinstance(pair, TokenizedPair)]
+    assert len(pairs) == len(found)
     for pair, row in zip(pairs, tokens, strict=True):
         assert list(pair.chosen_ids) == row["chosen_input_ids"]
         assert list(pair.rejected_ids) == row["rejected_input_ids"]

@@ -1,0 +1,511 @@
+"""Sets to pairs: what is read, what is left out and where it stood, several sets in one, and the split by prompt."""
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from orpo_lite.data import pairs as data_pairs
+from orpo_lite.data.formats import PROMPTS_DIFFER, Pair
+from orpo_lite.data.pairs import (
+    EMPTY_CHOSEN,
+    EMPTY_REJECTED,
+    EQUAL,
+    PLACES,
+    PairReader,
+    held_out_sources,
+    hold_out,
+    prompt_key,
+    training_sources,
+)
+from orpo_lite.data.rows import Source
+from orpo_lite.errors import SHOWN, DataError, HubError, OrpoLiteError
+from orpo_lite.recipe import DataSection
+
+EXPLICIT = {"prompt": "Name a colour.", "chosen": "Blue.", "rejected": "Seven."}
+HH = {side: f"\n\nHuman: Name a colour.\n\nAssistant: {EXPLICIT[side]}" for side in ("chosen", "rejected")}
+
+
+def section(**fields: Any) -> DataSection:
+    return DataSection(**{"dataset_name": "pairs.jsonl", **fields})
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def bot(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+LISTS = {"chosen": [user("q"), bot("a")], "rejected": [user("q"), bot("b")]}
+
+
+def some_rows(count: int) -> list[dict[str, str]]:
+    return [{"prompt": f"Question {i}?", "chosen": f"{i}", "rejected": f'"no",\n{i}'} for i in range(count)]
+
+
+def write_jsonl(path: Path, rows: Sequence[Any]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def read(path: Path | str, **fields: Any) -> tuple[list[Pair], PairReader]:
+    """The training pairs, and the reader that has read them."""
+    data = section(dataset_name=str(path), **fields)
+    reader = PairReader(data, training_sources(data))
+    return list(reader), reader
+
+
+def held_out(data: DataSection) -> list[Pair]:
+    return list(PairReader(data, held_out_sources(data)))
+
+
+def message(raised: pytest.ExceptionInfo[OrpoLiteError]) -> str:
+    """The text of an error that says all three: the place, what was expected, and what to do."""
+    text = str(raised.value)
+    assert "expected: " in text
+    assert "remedy: " in text
+    return text
+
+
+# --- one set
+
+
+def test_what_was_found_stands_in_the_reader(tmp_path: Path) -> None:
+    pairs, reader = read(write_jsonl(tmp_path / "pairs.jsonl", [EXPLICIT] * 3))
+    assert [pair.where for pair in pairs] == ["pairs.jsonl:1", "pairs.jsonl:2", "pairs.jsonl:3"]
+    assert {(pair.prompt_text, pair.chosen, pair.rejected) for pair in pairs} == {tuple(EXPLICIT.values())}
+    assert all(pair.messages == (user("Name a colour."),) for pair in pairs)
+    (sentence,) = reader.detected
+    assert sentence.startswith("detected explicit because ")
+    assert (reader.read, dict(reader.drops.counts), reader.drops.places) == (3, {}, {})
+
+
+def test_rows_are_read_when_they_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_pairs, "LOOK", 2)
+    data = section(dataset_name=str(write_jsonl(tmp_path / "pairs.jsonl", [*some_rows(9), {"chosen": 1}])))
+    reader = PairReader(data, training_sources(data))
+    pairs = iter(reader)
+    assert reader.read == 0
+    next(pairs)
+    assert reader.read == 1  # and the fault at the end is still ahead
+    with pytest.raises(DataError, match=r"pairs.jsonl:10, field prompt: missing"):
+        list(pairs)
+    assert reader.read == 10
+
+
+def test_detection_follows_the_many_and_reports_the_odd_row(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "pairs.jsonl", [EXPLICIT, EXPLICIT | {"chosen": [user("?"), bot("a")]}, EXPLICIT])
+    with pytest.raises(DataError, match=r"pairs.jsonl:2, field chosen: a list") as raised:
+        read(path)
+    message(raised)
+
+
+def test_every_faulty_row_is_reported_in_one_message(tmp_path: Path) -> None:
+    faulty = [{"prompt": "q", "chosen": "a", "rejected": 3}] * 30
+    path = write_jsonl(tmp_path / "pairs.jsonl", [*some_rows(200), *faulty])
+    path.write_text(path.read_text() + "{\n")
+    with pytest.raises(DataError) as raised:
+        read(path)
+    text = message(raised)
+    assert "31 faults" in text
+    assert [line.partition(", field")[0] for line in text.splitlines() if line.startswith("pairs.jsonl:")] == [
+        f"pairs.jsonl:{line}" for line in range(201, 201 + SHOWN)
+    ]
+    assert f"and {31 - SHOWN} more" in text
+
+
+def test_a_broken_line_is_named_beside_an_unknown_format(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"text": "q"}\n{"text\n')
+    with pytest.raises(DataError) as raised:
+        read(path)
+    assert "pairs.jsonl:2" in message(raised)
+    assert "'text'" in str(raised.value)
+
+
+@pytest.mark.parametrize("text", ["", " \n\n"])
+def test_a_set_without_rows_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "pairs.jsonl").write_text(text)
+    with pytest.raises(DataError, match="no rows") as raised:
+        read(tmp_path / "pairs.jsonl")
+    assert "pairs.jsonl" in message(raised)
+
+
+def test_the_kinds_of_files_agree(tmp_path: Path) -> None:
+    rows = some_rows(5)
+    table = datasets.Dataset.from_list(rows)
+    table.to_csv(tmp_path / "a.csv")
+    table.to_parquet(tmp_path / "b.parquet")
+    write_jsonl(tmp_path / "c.jsonl", rows)
+    (tmp_path / "d.json").write_text(json.dumps(rows, indent=1))
+    write_jsonl(tmp_path / "e.json", rows)  # lines, under the other common name
+    found = {path.name: read(path) for path in tmp_path.iterdir()}
+    assert len(found) == 5
+    assert len({reader.sha256 for _, reader in found.values()}) == 1
+    assert found["a.csv"][0][4].chosen == "4"  # a number in a csv is text
+    # Each csv row takes two lines here, for a cell holds a line break.
+    assert {name: pairs[3].where for name, (pairs, _) in found.items()} == {
+        "a.csv": "a.csv:8",
+        "b.parquet": "b.parquet[3]",
+        "c.jsonl": "c.jsonl:4",
+        "d.json": "d.json[3]",
+        "e.json": "e.json:4",
+    }
+
+
+def test_column_map_wins(tmp_path: Path) -> None:
+    rows = [{"prompt": "not this", "question": "q", "chosen": "worse", "rejected": "better"}] * 2
+    path = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    swap = {"prompt": "question", "chosen": "rejected", "rejected": "chosen"}
+    ((pair, _), _) = read(path, column_map=swap)
+    assert (pair.prompt_text, pair.chosen, pair.rejected) == ("q", "better", "worse")
+    write_jsonl(path, [*rows, EXPLICIT])  # never another column in place of the one that is asked for
+    with pytest.raises(DataError, match=r"pairs.jsonl:3, field (prompt|question): missing"):
+        read(path, column_map={"prompt": "question"})
+
+
+@pytest.mark.parametrize(
+    ("column_map", "found"),
+    [
+        ({"promt": "question"}, ["'promt'", "did you mean 'prompt'"]),
+        ({"prompt": "questoin"}, ["'questoin'", "did you mean 'question'"]),
+        ({"prompt": "question", "chosen": "zzz", "rejected": "yyy"}, ["2 faults", "'zzz'", "'yyy'"]),
+    ],
+)
+def test_an_unknown_column_is_refused(tmp_path: Path, column_map: dict[str, str], found: list[str]) -> None:
+    path = write_jsonl(tmp_path / "pairs.jsonl", [{"question": "q", "chosen": "a", "rejected": "b"}])
+    with pytest.raises(DataError, match=r"data\.column_map") as raised:
+        read(path, column_map=column_map)
+    assert [text for text in found if text not in message(raised)] == []
+
+
+def test_a_format_can_be_named(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "pairs.jsonl", [{"chosen": "one two", "rejected": "one three"}])
+    ((pair,), reader) = read(path, format="implicit")
+    assert reader.detected == ["detected implicit because data.format says so"]
+    assert (pair.prompt_text, pair.chosen) == ("one", " two")
+
+
+# --- filters
+
+
+def test_the_papers_filters_are_counted(tmp_path: Path) -> None:
+    rows = [
+        EXPLICIT,
+        EXPLICIT | {"rejected": "Blue."},
+        EXPLICIT | {"chosen": " \n"},
+        EXPLICIT | {"chosen": ""},
+        EXPLICIT | {"rejected": "\t"},
+        EXPLICIT | {"chosen": "", "rejected": ""},
+    ]
+    path = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    pairs, reader = read(path)
+    assert reader.drops.counts == {EQUAL: 2, EMPTY_CHOSEN: 2, EMPTY_REJECTED: 1}
+    assert reader.drops.places == {
+        EQUAL: ["pairs.jsonl:2", "pairs.jsonl:6"],
+        EMPTY_CHOSEN: ["pairs.jsonl:3", "pairs.jsonl:4"],
+        EMPTY_REJECTED: ["pairs.jsonl:5"],
+    }
+    assert (reader.read, len(pairs)) == (6, 1)
+    path = write_jsonl(tmp_path / "lists.jsonl", [LISTS, LISTS | {"rejected": [user("other"), bot("b")]}])
+    _, reader = read(path)
+    assert (reader.drops.counts, reader.drops.places) == ({PROMPTS_DIFFER: 1}, {PROMPTS_DIFFER: ["lists.jsonl:2"]})
+    path = write_jsonl(tmp_path / "none.jsonl", rows[1:])
+    with pytest.raises(DataError, match="every pair was left out") as raised:
+        read(path)
+    assert f"2  {EMPTY_CHOSEN}" in message(raised)
+
+
+def test_the_first_places_of_a_reason_are_kept(tmp_path: Path) -> None:
+    rows = [EXPLICIT | {"chosen": "" if i % 2 else "a"} for i in range(2 * PLACES + 5)]
+    _, reader = read(write_jsonl(tmp_path / "pairs.jsonl", rows))
+    assert reader.drops.counts[EMPTY_CHOSEN] == PLACES + 2
+    assert reader.drops.places == {EMPTY_CHOSEN: [f"pairs.jsonl:{2 * i + 2}" for i in range(PLACES)]}
+
+
+def test_max_samples_takes_the_first_rows(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "pairs.jsonl", [EXPLICIT | {"chosen": ""}, *some_rows(9), {"not": "read"}])
+    pairs, reader = read(path, max_samples=4)
+    assert [pair.chosen for pair in pairs] == ["0", "1", "2"]
+    assert reader.read == 4
+    assert len(read(path, max_samples=10)[0]) == 9
+
+
+# --- several sets
+
+
+def test_sets_of_different_formats_are_read_as_one(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [*some_rows(3), EXPLICIT | {"chosen": ""}])
+    write_jsonl(tmp_path / "b.jsonl", [HH, HH | {"chosen": "\n\nHuman: Name a colour.\n\nAssistant: "}])
+    write_jsonl(tmp_path / "c.jsonl", [LISTS])
+    names = ",".join(str(tmp_path / f"{name}.jsonl") for name in "abc")
+    pairs, reader = read(names)
+    assert [pair.where for pair in pairs] == ["a.jsonl:1", "a.jsonl:2", "a.jsonl:3", "b.jsonl:1", "c.jsonl:1"]
+    assert [sentence.split()[1] for sentence in reader.detected] == ["explicit", "hh_rlhf", "implicit"]
+    assert (reader.read, reader.drops.counts) == (7, {EMPTY_CHOSEN: 2})
+    assert reader.drops.places == {EMPTY_CHOSEN: ["a.jsonl:4", "b.jsonl:2"]}
+    assert pairs[3].messages == (user("Name a colour."),)
+    # The first rows of each set, not of all together; the order is that of the names.
+    assert [pair.where for pair in read(names, max_samples=1)[0]] == ["a.jsonl:1", "b.jsonl:1", "c.jsonl:1"]
+    backwards = ",".join(reversed(names.split(",")))
+    assert [pair.where[0] for pair in read(backwards)[0]] == ["c", "b", "a", "a", "a"]
+    assert read(backwards)[1].sha256 != reader.sha256
+    assert [pair.where for pair in read(names.replace(",", " , "))[0]] == [pair.where for pair in pairs]
+
+
+def test_a_set_of_which_nothing_is_left_does_not_stop_the_others(tmp_path: Path) -> None:
+    one = write_jsonl(tmp_path / "a.jsonl", [EXPLICIT])
+    other = write_jsonl(tmp_path / "b.jsonl", [EXPLICIT | {"rejected": "Blue."}])
+    pairs, reader = read(f"{one},{other}")
+    assert (len(pairs), reader.drops.counts) == (1, {EQUAL: 1})
+    with pytest.raises(DataError, match=r"no rows"):
+        read(f"{one},{write_jsonl(tmp_path / 'c.jsonl', [])}")
+
+
+def test_a_mapped_column_has_to_stand_in_one_of_the_sets(tmp_path: Path) -> None:
+    one = write_jsonl(tmp_path / "a.jsonl", [{"instruction": "q", "chosen": "a", "rejected": "b"}])
+    other = write_jsonl(tmp_path / "b.jsonl", [EXPLICIT])
+    for names in (f"{one},{other}", f"{other},{one}"):
+        pairs, _ = read(names, column_map={"prompt": "instruction"})
+        assert {pair.where: pair.prompt_text for pair in pairs} == {"a.jsonl:1": "q", "b.jsonl:1": "Name a colour."}
+        with pytest.raises(DataError, match=r"data\.column_map: 'instructoin'"):
+            read(names, column_map={"prompt": "instructoin"})
+
+
+def test_faults_of_all_sets_come_together(tmp_path: Path) -> None:
+    one = write_jsonl(tmp_path / "a.jsonl", [EXPLICIT, EXPLICIT | {"chosen": 3}])
+    other = write_jsonl(tmp_path / "b.jsonl", [HH, HH, {"chosen": HH["chosen"]}])
+    with pytest.raises(DataError) as raised:
+        read(f"{one},{other}")
+    assert "a.jsonl:2, field chosen: a number" in message(raised)
+    assert "b.jsonl:3, field rejected: missing" in str(raised.value)
+
+
+# --- one row
+
+
+def test_a_row_is_found_by_its_place(tmp_path: Path) -> None:
+    rows = [*some_rows(12), EXPLICIT | {"chosen": ""}, LISTS]
+    one = write_jsonl(tmp_path / "a.jsonl", rows)
+    other = write_jsonl(tmp_path / "b.jsonl", [HH, HH | {"rejected": HH["rejected"].replace("Name", "Say")}])
+    data = section(dataset_name=f"{one},{other}")
+
+    def find(place: str) -> tuple[Pair, str | None]:
+        return PairReader(data, training_sources(data)).find(place)
+
+    pair, reason = find("a.jsonl:11")
+    assert (pair.where, pair.chosen, reason) == ("a.jsonl:11", "10", None)
+    assert find("a.jsonl:13")[1] == EMPTY_CHOSEN
+    pair, reason = find("b.jsonl:2")
+    assert (pair.where, pair.rejected, reason) == ("b.jsonl:2", "Seven.", PROMPTS_DIFFER)
+    with pytest.raises(DataError, match=r"a.jsonl:14, field prompt: missing") as raised:
+        find("a.jsonl:14")
+    message(raised)
+    for nowhere in ("a.jsonl:15", "a.jsonl", "c.jsonl:1", "a.jsonl:1, field chosen", ""):
+        with pytest.raises(DataError, match="no such row in ") as raised:
+            find(nowhere)
+        assert "b.jsonl" in message(raised)
+
+
+def test_another_rows_fault_is_not_taken_for_that_of_the_place(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    lines = ["", *(json.dumps(row) for row in [*some_rows(10), {"prompt": "q"}])]  # line 1 is blank, line 12 faulty
+    path.write_text("\n".join(lines))
+    data = section(dataset_name=str(path))
+    with pytest.raises(DataError, match="no such row"):
+        PairReader(data, training_sources(data)).find("pairs.jsonl:1")
+    with pytest.raises(DataError, match=r"pairs\.jsonl:12, field"):
+        PairReader(data, training_sources(data)).find("pairs.jsonl:12")
+
+
+# --- the hash
+
+
+class Given(Source):
+    """Rows that are there."""
+
+    def __init__(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
+        super().__init__(name, "")
+        vars(self)["given"] = rows
+
+    def rows(self, _faults: list[DataError]) -> Any:
+        return ((f"{self.name}[{i}]", row) for i, row in enumerate(vars(self)["given"]))
+
+    def fingerprint(self) -> tuple[str, int]:
+        raise NotImplementedError
+
+
+def sha256(*sets: list[dict[str, Any]], name: str = "given") -> str:
+    reader = PairReader(section(), [Given(name, rows) for rows in sets])
+    list(reader)
+    return reader.sha256
+
+
+def test_the_hash_is_of_content_and_order() -> None:
+    one, two, left_out = EXPLICIT, EXPLICIT | {"chosen": "Red."}, EXPLICIT | {"chosen": ""}
+    assert sha256([one, two]) == sha256([one, two], name="elsewhere")
+    assert sha256([one, two]) == sha256([one], [two])  # in whichever files
+    assert sha256([one, two]) == sha256([one, left_out, two])  # what is left out does not count
+    shifted = EXPLICIT | {"chosen": "Blue.S", "rejected": "even."}
+    others = [[two, one], [one], [one, two, two], [shifted, two], [one | {"prompt": "Name a color."}, two]]
+    assert len({sha256([one, two]), *map(sha256, others)}) == len(others) + 1
+
+
+# --- the split by prompt
+
+
+def split(path: Path, size: float, seed: int) -> tuple[list[Pair], list[Pair]]:
+    """The two sides that hold_out makes of a file's pairs."""
+    pairs, _ = read(path)
+    return hold_out(pairs, [prompt_key(pair) for pair in pairs], size, seed)
+
+
+@given(
+    prompts=st.lists(st.integers(0, 12), min_size=2, max_size=40).filter(lambda prompts: len(set(prompts)) > 2),
+    size=st.sampled_from([0.02, 0.3, 0.5, 1, 3]),
+    seed=st.integers(0, 5),
+)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_the_split_is_by_prompt(tmp_path: Path, prompts: list[int], size: float, seed: int) -> None:
+    # The same prompt in another case and spacing is the same prompt.
+    rows = [
+        {"prompt": f"What is{' ' * (1 + i % 2)}{'N' if i % 3 else 'n'}umber {p}?", "chosen": f"{i}", "rejected": "no"}
+        for i, p in enumerate(prompts)
+    ]
+    counts = [prompts.count(p) for p in set(prompts)]
+    assume(size < 1 or size <= len(prompts) - max(counts))  # else it may well leave nothing to train on
+    train, test = split(write_jsonl(tmp_path / "pairs.jsonl", rows), size, seed)
+    sides = [{prompt_key(pair) for pair in side} for side in (train, test)]
+    assert not sides[0] & sides[1]
+    assert sorted(pair.chosen for pair in train + test) == sorted(row["chosen"] for row in rows)
+    if size < 1:
+        assert len(sides[1]) == max(1, round(size * len(set(prompts))))
+    else:
+        assert size <= len(test) < size + max(counts)
+    # A pure function of seed and content: the order of the rows changes nothing.
+    random.Random(seed).shuffle(rows)
+    assert {prompt_key(pair) for pair in split(write_jsonl(tmp_path / "again.jsonl", rows), size, seed)[1]} == sides[1]
+
+
+def test_the_seed_chooses_the_held_out_prompts(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "pairs.jsonl", some_rows(60))
+    chosen = [tuple(pair.chosen for pair in split(path, 6, seed)[1]) for seed in (0, 0, 1, 2)]
+    assert chosen[0] == chosen[1]
+    assert len(set(chosen)) == 3
+    for side in split(path, 6, 0):
+        places = [int(pair.chosen) for pair in side]
+        assert places == sorted(places)  # both sides keep the order of the rows
+    assert split(path, 0, 0)[1] == []
+    assert len(split(path, 0, 0)[0]) == 60
+
+
+@pytest.mark.parametrize(("rows", "size"), [(1, 0.02), (5, 5), (5, 0.95)])
+def test_too_few_prompts_to_split(tmp_path: Path, rows: int, size: float) -> None:
+    path = write_jsonl(tmp_path / "pairs.jsonl", some_rows(rows))
+    with pytest.raises(DataError, match="leaves none to train on") as raised:
+        split(path, size, 0)
+    message(raised)
+
+
+def test_the_key_of_a_prompt() -> None:
+    def key(*turns: dict[str, str]) -> bytes:
+        return prompt_key(Pair(turns, "a", "b", "x:1"))
+
+    assert key(user("Name a colour.")) == key(user("  name\nA   Colour. "))
+    different = [
+        key(user("Name a colour.")),
+        key(user("Name a colour")),
+        key(bot("Name a colour.")),
+        key(user("Name"), user("a colour.")),
+        key({"role": "system", "content": "S"}, user("Name a colour.")),
+    ]
+    assert len(set(different)) == len(different)
+    assert {len(each) for each in different} == {16}
+    # Replies, places and the text form say nothing about it.
+    assert prompt_key(Pair((user("q"),), "a", "b", "x:1")) == prompt_key(Pair((user("q"),), "c", "d", "y:2", "q"))
+
+
+# --- a held-out set of its own
+
+
+def test_the_held_out_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "train.jsonl", some_rows(4))
+    write_jsonl(tmp_path / "held.jsonl", [EXPLICIT])
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write_jsonl(folder / "train.jsonl", some_rows(3))
+    write_jsonl(folder / "test.jsonl", some_rows(2))
+    assert held_out_sources(section(dataset_name="train.jsonl")) == []
+    # A file, another folder, and a split of the training set by its name.
+    assert [pair.where for pair in held_out(section(dataset_name="train.jsonl", dataset_test_split="held.jsonl"))] == [
+        "held.jsonl:1"
+    ]
+    assert len(held_out(section(dataset_name="train.jsonl", dataset_test_split="./set/test.jsonl"))) == 2
+    assert len(held_out(section(dataset_name="set", dataset_test_split="test"))) == 2
+    # A bare word is a split, even when a folder of that name stands near by.
+    (tmp_path / "test").mkdir()
+    write_jsonl(tmp_path / "test" / "train.jsonl", some_rows(9))
+    assert len(held_out(section(dataset_name="set", dataset_test_split="test"))) == 2
+
+
+def test_the_held_out_split_of_several_sets(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write_jsonl(tmp_path / name / "train.jsonl", some_rows(2))
+        write_jsonl(tmp_path / name / "dev.jsonl", [EXPLICIT])
+    data = section(dataset_name=f"{tmp_path / 'a'},{tmp_path / 'b'}", dataset_test_split="dev")
+    assert len(held_out(data)) == 2
+    (tmp_path / "b" / "dev.jsonl").unlink()
+    with pytest.raises(DataError, match="no file of split 'dev'") as raised:
+        held_out(data)
+    message(raised)
+
+
+def test_a_single_file_has_no_splits(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    write_jsonl(tmp_path / "set" / "test.jsonl", [EXPLICIT])
+    path = write_jsonl(tmp_path / "train.jsonl", some_rows(3))
+    for names in (path, f"{tmp_path / 'set'},{path}"):
+        with pytest.raises(DataError, match="'test'") as raised:
+            held_out_sources(section(dataset_name=str(names), dataset_test_split="test"))
+        assert "train.jsonl has no splits" in message(raised)
+
+
+# --- the hub
+
+
+def test_a_hub_set_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(*args: Any, **kwargs: Any) -> Any:
+        asked.append((args, kwargs))
+        return datasets.Dataset.from_list(some_rows(3) if kwargs["split"] == "train" else [EXPLICIT])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    data = section(
+        dataset_name="someone/pairs", dataset_config="en", dataset_train_split="train", dataset_test_split="test"
+    )
+    pairs = [*PairReader(data, training_sources(data)), *held_out(data)]
+    assert asked == [(("someone/pairs", "en"), {"split": split}) for split in ("train", "test")]
+    assert [pair.where for pair in pairs] == ["train[0]", "train[1]", "train[2]", "test[0]"]
+    assert PairReader(data, training_sources(data)).find("train[1]")[0].chosen == "1"
+
+
+def test_a_hub_fault_names_the_set_and_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(*args: Any, **kwargs: Any) -> Any:
+        raise ValueError("Unknown split \"train\". Should be one of ['train_prefs'].")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(HubError) as raised:
+        read("o/split", dataset_train_split="train")
+    assert "data.dataset_train_split=SPLIT" in message(raised)
+    assert "o/split" in raised.value.where
