@@ -149,7 +149,7 @@ def tokenized_sides(
     )
     train = yield from _side(recipe.data, tokenizer_folder, train_sources)
     if test_sources:
-        test = yield from _side(recipe.data, tokenizer_folder, test_sources)
+        test = yield from _side(recipe.data, tokenizer_folder, test_sources, held_out=True)
     else:
         size, seed = recipe.data.test_split_size, recipe.training.seed
         kept, held = hold_out(range(len(train)), train.prompts(), size, seed)
@@ -172,7 +172,9 @@ def _said(found: Mapping[str, Any]) -> Iterator[Update]:
         yield Update("note", f"warning: {said}: the evaluation will flatter")
 
 
-def _side(data: DataSection, folder: Path, sources: Sequence[Source]) -> Generator[Update, None, TokenizedPairs]:
+def _side(
+    data: DataSection, folder: Path, sources: Sequence[Source], *, held_out: bool = False
+) -> Generator[Update, None, TokenizedPairs]:
     """One side from the cache, or tokenised into it."""
     yield Update("stage", f"reading {', '.join(source.name for source in sources)}")
     prints = [source.fingerprint() for source in sources]
@@ -181,13 +183,15 @@ def _side(data: DataSection, folder: Path, sources: Sequence[Source]) -> Generat
         tokenizer=cache.tokenizer_sha256(folder),
         template=template_file(data.chat_template) if is_file(data.chat_template) else data.chat_template,
         fields=data.model_dump(include=set(TOKEN_FIELDS)),
+        held_out=held_out,
     )
     try:
         with cache.locked(key):
             if (entry := cache.load(key)) is None:
                 rows = sum(count if data.max_samples is None else min(count, data.max_samples) for _, count in prints)
                 with cache.new_entry(key) as writer:
-                    yield from _tokenize(data, folder, PairReader(data, sources), writer, rows)
+                    reader = PairReader(data, sources, held_out=held_out)
+                    yield from _tokenize(data, folder, reader, writer, rows)
                 entry = cache.load(key)
     except OSError as error:
         if error.errno not in run.FULL:

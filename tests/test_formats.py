@@ -965,6 +965,41 @@ def test_a_reply_that_is_json_is_a_text() -> None:
 # --- the row that deviates
 
 
+WHOLE = {"chosen": [user(Q), bot("a")], "rejected": [user(Q), bot("b")]}
+TEXTS = {"prompt": "Name a colour.", "chosen": "Blue.", "rejected": "Seven."}
+
+
+@pytest.mark.parametrize(
+    ("form", "row", "place"),
+    [
+        ("explicit", {"prompt": "q", "chosen": "a"}, "field rejected: missing; the columns are 'prompt', 'chosen'"),
+        ("explicit", TEXTS | {"chosen": None}, "field chosen: null"),
+        ("explicit", TEXTS | {"chosen": 3}, "field chosen: a number"),
+        ("explicit", TEXTS | {"chosen": True}, "field chosen: true or false"),
+        ("explicit", TEXTS | {"prompt": {"a": 1}}, "field prompt: an object"),
+        ("explicit", TEXTS | {"prompt": "\ud800"}, "field prompt: a lone surrogate"),
+        ("implicit", WHOLE | {"chosen": [user(Q)]}, "field chosen: the last turn is the user's"),
+        ("implicit", {"chosen": [bot("a")], "rejected": [bot("b")]}, "nothing stands before the reply"),
+        ("implicit", WHOLE | {"chosen": [user(Q), {"role": "assistant"}]}, "field chosen[1].content: missing"),
+        ("implicit", WHOLE | {"chosen": [user(Q), {"role": "assistant", "content": None}]}, "chosen[1].content: "),
+        ("implicit", WHOLE | {"chosen": [Q]}, "field chosen[0]: a text"),
+        ("messages", WHOLE | {"rejected": []}, "field rejected: an empty list"),
+        ("messages", {"chosen": [bot("a")], "rejected": [bot("b")]}, "field prompt: missing"),
+        ("hh_rlhf", {"chosen": HH, "rejected": "Hello."}, "field rejected: there is no assistant turn"),
+        ("hh_rlhf", {"chosen": HH, "rejected": "Hi" + HH}, "field rejected: the text does not begin with a turn"),
+        ("hh_rlhf", {"chosen": HH, "rejected": HH + "\n\nHuman: bye"}, "field rejected: the last turn is the human's"),
+    ],
+)
+def test_a_faulty_row_is_named(form: str, row: dict[str, Any], place: str) -> None:
+    with pytest.raises(DataError) as raised:
+        READERS[form](row, "pairs.jsonl:7")
+    text = str(raised.value)
+    assert "expected: " in text
+    assert "remedy: " in text
+    assert text.startswith("pairs.jsonl:7, field ")
+    assert place in text
+
+
 @pytest.mark.parametrize(
     ("shape", "change", "place"),
     [

@@ -64,7 +64,7 @@ def read(path: Path | str, **fields: Any) -> tuple[list[Pair], PairReader]:
 
 
 def held_out(data: DataSection) -> list[Pair]:
-    return list(PairReader(data, held_out_sources(data)))
+    return list(PairReader(data, held_out_sources(data), held_out=True))
 
 
 def message(raised: pytest.ExceptionInfo[OrpoLiteError]) -> str:
@@ -455,6 +455,14 @@ def test_the_held_out_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     (tmp_path / "test").mkdir()
     write_jsonl(tmp_path / "test" / "train.jsonl", some_rows(9))
     assert len(held_out(section(dataset_name="set", dataset_test_split="test"))) == 2
+
+
+def test_a_held_out_set_may_have_our_names_already(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "held.jsonl", some_rows(2))
+    data = section(
+        dataset_name="train.jsonl", dataset_test_split=str(path), column_map={"prompt": "question", "chosen": "good"}
+    )
+    assert [pair.chosen for pair in held_out(data)] == ["0", "1"]
 
 
 def test_the_held_out_split_of_several_sets(tmp_path: Path) -> None:

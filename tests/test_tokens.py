@@ -369,8 +369,9 @@ def test_special_tokens_in_plain_text(bpe: PreTrainedTokenizerFast) -> None:
     """Where the person templates the text himself, a prompt may hold them, and a reply may end with one."""
     ends = colour(chosen="a<|endoftext|>")
     inside = [colour(chosen="a<|im_end|>b"), colour(rejected="<|endoftext|>?"), colour(chosen="<|im_end|>\n<|im_end|>")]
+    inside.append(colour(chosen=" <|im_end|>\n"))  # an end is no reply
     kept, counts = tokenize([ends, colour("a<|im_start|>b"), *inside], bpe, section(chat_template="none"))
-    assert counts == {SPECIAL: 3}
+    assert counts == {SPECIAL: 4}
     end = bpe.eos_token_id
     assert [list(ids).count(end) for pair in kept for ids in (pair.chosen_ids, pair.rejected_ids)] == [1] * 4
     assert bpe.decode(kept[1].chosen_ids[: kept[1].chosen_start]) == "a<|im_start|>b"

@@ -59,8 +59,10 @@ class PairReader:
     rows of each set, before anything is left out.
     """
 
-    def __init__(self, data: DataSection, sources: Sequence[Source]) -> None:
+    def __init__(self, data: DataSection, sources: Sequence[Source], *, held_out: bool = False) -> None:
         self.data, self.sources = data, sources
+        # Columns of data.column_map that no set has had yet. A held-out set may well have our names already.
+        self._unmapped = set() if held_out else set(data.column_map.values())
         self.detected: list[str] = []
         """For each set, the sentence that says which format was read, and why."""
         self.read = 0
@@ -75,10 +77,9 @@ class PairReader:
 
     def __iter__(self) -> Iterator[Pair]:
         faults: list[DataError] = []
-        unmapped = set(self.data.column_map.values())
         kept = 0
         for source in self.sources:
-            for pair in self._pairs(source, faults, unmapped):
+            for pair in self._pairs(source, faults):
                 if reason := pair.drop or _drop_reason(pair):
                     self.drops.add(reason, pair.where)
                 else:
@@ -92,16 +93,15 @@ class PairReader:
     def find(self, place: str) -> tuple[Pair, str | None]:
         """The pair at a place, and why it would be left out, if it would. Raises DataError."""
         faults: list[DataError] = []
-        unmapped = set(self.data.column_map.values())
         for source in self.sources:
-            for pair in self._pairs(source, faults, unmapped):
+            for pair in self._pairs(source, faults):
                 if pair.where == place:
                     return pair, pair.drop or _drop_reason(pair)
         raise_all([fault for fault in faults if fault.where.partition(", field ")[0] == place])
         names = ", ".join(source.name for source in self.sources)
         raise DataError(place, f"no such row in {names}", "a place as messages name it", "pairs.csv:3, or train[11]")
 
-    def _pairs(self, source: Source, faults: list[DataError], unmapped: set[str]) -> Iterator[Pair]:
+    def _pairs(self, source: Source, faults: list[DataError]) -> Iterator[Pair]:
         """The pairs of one set, before any is left out."""
         rows = islice(source.rows(faults), self.data.max_samples)
         first = list(islice(rows, LOOK))
@@ -109,7 +109,7 @@ class PairReader:
             raise_all(faults)
             raise DataError(source.name, "no rows", "at least one preference pair", "check data.dataset_name")
         try:
-            columns = self._columns([row for _, row in first], unmapped, last=source is self.sources[-1])
+            columns = self._columns([row for _, row in first], last=source is self.sources[-1])
             detected = self._detect([_mapped(row, columns) for _, row in first], columns)
         except DataError as fault:
             raise_all([*faults, fault])
@@ -122,12 +122,12 @@ class PairReader:
             except DataError as fault:
                 faults.append(fault)
 
-    def _columns(self, rows: Sequence[Row], unmapped: set[str], *, last: bool) -> dict[str, str]:
+    def _columns(self, rows: Sequence[Row], *, last: bool) -> dict[str, str]:
         """What data.column_map says of this set: a column has to stand in one of the sets, not in all."""
         found = {key: None for row in rows for key in row}
-        unmapped -= set(found)
-        if unknown := unmapped if last else None:
-            _raise_unknown(sorted(unknown), tuple(found))
+        self._unmapped -= found.keys()
+        if last and self._unmapped:
+            _raise_unknown(sorted(self._unmapped), tuple(found))
         return {ours: theirs for ours, theirs in self.data.column_map.items() if theirs in found}
 
     def _detect(self, rows: Sequence[Row], mapped: Iterable[str]) -> Detected:

@@ -192,7 +192,7 @@ def _joined(pair: Pair, special: re.Pattern[str]) -> PairTexts | str:
     replies = []
     for reply in (pair.chosen, pair.rejected):
         end = special.search(reply)
-        if end and reply[end.end() :].strip():
+        if end and (reply[end.end() :].strip() or not reply[: end.start()].strip()):
             return SPECIAL
         replies.append(reply[: end.end()] if end else reply)
     chosen, rejected = replies
@@ -211,7 +211,7 @@ def _render(messages: Iterable[Message], template: Template, where: str, generat
             **template.variables,
         )
     except TimeoutError:
-        raise BeyondLimitsError(where, f"the chat template takes more than {SECONDS} seconds") from None
+        raise _too_long(where) from None
     except MemoryError:
         raise BeyondLimitsError(where, f"the chat template takes more than {MEMORY >> 30} GiB of memory") from None
     except Exception as error:  # a template can raise anything
@@ -221,6 +221,10 @@ def _render(messages: Iterable[Message], template: Template, where: str, generat
     if len(texts[0]) > SLACK + GROWTH * sum(len(turn["content"]) for turn in turns):
         raise BeyondLimitsError(where, f"the chat template writes {len(texts[0]):,} characters")
     return str(texts[0])
+
+
+def _too_long(where: str) -> BeyondLimitsError:
+    return BeyondLimitsError(where, f"the chat template takes more than {SECONDS} seconds")
 
 
 class BeyondLimitsError(ModelError):
@@ -333,6 +337,8 @@ def _attempt(pairs: Iterable[Pair], template: Template, limited: Limit = nullcon
                 results.append(pair_texts(pair, template))
         except BeyondLimitsError as fault:
             return [*results, fault]
+        except TimeoutError:  # between two of the pair's texts
+            return [*results, _too_long(pair.where)]
         except (DataError, ModelError) as fault:
             results.append(fault)
     return results
