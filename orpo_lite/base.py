@@ -1,6 +1,5 @@
 """The base and adapter on disk: found, fetched from the hub, checked. Nothing is loaded, and no code of theirs runs."""
 
-import errno
 import hashlib
 import json
 import logging
@@ -23,7 +22,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
-from orpo_lite.errors import FitError, HubError, ModelError
+from orpo_lite.errors import FULL, FitError, HubError, ModelError
 from orpo_lite.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -140,7 +139,7 @@ def download(name: str, commit: str, patterns: list[str]) -> Path:
     try:
         return Path(snapshot_download(name, revision=commit, allow_patterns=patterns, ignore_patterns=NOT_FETCHED))
     except UNREACHABLE as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno in FULL:
             found, remedy = "the disk is full", "free some space, or set HF_HOME to another disk"
             raise FitError(f"downloading {name}, to {constants.HF_HUB_CACHE}", found, "", remedy) from error
         raise hub_error(name, commit, error) from error

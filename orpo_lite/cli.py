@@ -105,12 +105,18 @@ def data(
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures alone, as JSON.")] = False,
 ) -> None:
     """Show what the model will see of the data: format, one pair, lengths, cuts, and what is left out and why."""
+    if as_json and row:
+        raise RecipeError(
+            "--row", "given with --json", "one of them: the figures are those of all rows", "leave one out"
+        )
     chosen = _choose_recipe(recipe, None, overrides or [], verb="data")
     # Not _quiet: it imports what would take longer than all the rest of this.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     preview = screen.draw(_previewing(chosen, row), silent=as_json)
     if as_json:
         out.print(json.dumps(preview.figures, indent=2, ensure_ascii=False))
+        for warning in preview.warnings:
+            err.print(warning)
         return
     screen.print_preview(preview.figures, preview.samples, preview.warnings, chosen.data.max_length)
 
@@ -166,7 +172,7 @@ def recipes_cp(
 def _previewing(recipe: "Recipe", row: str | None) -> "Generator[Update, None, Preview]":
     from orpo_lite.prepare import preview
 
-    if "builtin:" in recipe.model.model_name_or_path + recipe.data.dataset_name:
+    if any(name.startswith("builtin:") for name in (recipe.model.model_name_or_path, *recipe.data.names)):
         from orpo_lite import demo
 
         for _ in demo.make_builtin(recipe, weights=False):

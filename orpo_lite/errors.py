@@ -3,10 +3,12 @@
 An error of ours is any other exception; the command line shows its traceback and asks for a report.
 """
 
+import errno
 import re
 from collections.abc import Sequence
 
 SHOWN = 20  # faults printed in one message; the total is always given
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what an OSError of a full disk, or quota, or size limit says
 TOKEN = re.compile(r"hf_[A-Za-z0-9]{16,}")  # of the hub; never shown, wherever a message quotes it from
 
 

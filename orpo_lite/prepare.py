@@ -4,7 +4,8 @@ import glob
 import hashlib
 import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,23 +23,13 @@ from orpo_lite.base import (
     read_adapter_config,
     read_sizes,
 )
-from orpo_lite.data import cache
-from orpo_lite.data.cache import TokenizedPairs
-from orpo_lite.data.formats import Pair
-from orpo_lite.data.pairs import PairReader, held_out_sources, hold_out, training_sources
+from orpo_lite.data.cache import VARIABLE, TokenizedPairs, cache_folder, wanted_folder
+from orpo_lite.data.pairs import held_out_sources, hold_out, training_sources
 from orpo_lite.data.preview import figures
 from orpo_lite.data.rows import Source, is_path
-from orpo_lite.data.templates import (
-    LimitedRenderer,
-    PairTexts,
-    Renderer,
-    Template,
-    is_file,
-    set_chat_template,
-    template_file,
-)
-from orpo_lite.data.tokens import end_token_id, show_texts, tokenize_pairs
-from orpo_lite.errors import CheckpointError, FitError, ModelError, RecipeError, raise_all
+from orpo_lite.data.sides import show_row, tokenized
+from orpo_lite.data.templates import set_chat_template
+from orpo_lite.errors import CheckpointError, ModelError, RecipeError, raise_all
 from orpo_lite.recipe import DataSection, Recipe
 from orpo_lite.run import Update
 
@@ -114,19 +105,8 @@ def preview(recipe: Recipe, place: str | None = None) -> Generator[Update, None,
         warnings.append(f"training would stop: {error}")
     samples = train.facts["samples"]
     if place is not None:
-        samples = {"first": _show_row(recipe.data, folder, [*sources[0], *sources[1]], place)}
+        samples = {"first": show_row(recipe.data, [*sources[0], *sources[1]], partial(load_tokenizer, folder), place)}
     return Preview(found, samples, warnings)
-
-
-def _show_row(data: DataSection, folder: Path, sources: Sequence[Source], place: str) -> dict[str, Any]:
-    pair, reason = PairReader(data, sources).find(place)
-    tokenizer = load_tokenizer(folder)
-    with _renderer(set_chat_template(tokenizer, data)) as renderer:
-        if reason is None:
-            ((_, tokens),) = tokenize_pairs([pair], renderer, tokenizer, data)
-            reason = tokens if isinstance(tokens, str) else None
-        (shown,) = _shown([pair], renderer, tokenizer, data) or [{"where": place}]
-    return shown | {"dropped": reason}
 
 
 Sources = tuple[list[Source], list[Source]]  # to train on, held out
@@ -144,17 +124,36 @@ def tokenized_sides(
 
     What was tokenised before, with the same rows, template, limits and tokenizer, is read from the cache.
     """
-    yield from (
-        Update("note", f"{source.name}: {source.said}") for source in (*train_sources, *test_sources) if source.said
-    )
-    train = yield from _side(recipe.data, tokenizer_folder, train_sources)
+    if (folder := cache_folder()) != wanted_folder():
+        said = f"{wanted_folder()} cannot be written to: the tokens are in {folder} while this lasts ({VARIABLE})"
+        yield Update("note", said)
+    for source in (*train_sources, *test_sources):
+        # That the set has a held-out split is news only to who has none.
+        news = [said for said in source.said.split("; ") if not (test_sources and said.startswith("data.dataset_test"))]
+        if any(news):
+            yield Update("note", f"{source.name}: {'; '.join(news)}")
+    train = yield from _tokenized(recipe.data, tokenizer_folder, train_sources)
     if test_sources:
-        test = yield from _side(recipe.data, tokenizer_folder, test_sources, held_out=True)
+        test = yield from _tokenized(recipe.data, tokenizer_folder, test_sources, held_out=True)
     else:
         size, seed = recipe.data.test_split_size, recipe.training.seed
         kept, held = hold_out(range(len(train)), train.prompts(), size, seed)
         train, test = train.select(kept), train.select(held)
     return train, test, figures(train, test)
+
+
+def _tokenized(
+    data: DataSection, folder: Path, sources: Sequence[Source], *, held_out: bool = False
+) -> Generator[Update, None, TokenizedPairs]:
+    yield Update("stage", f"reading {', '.join(source.name for source in sources)}")
+    rows = tokenized(data, sources, folder, partial(load_tokenizer, folder), held_out=held_out)
+    while True:
+        try:
+            done, total = next(rows)
+        except StopIteration as end:
+            pairs: TokenizedPairs = end.value
+            return pairs
+        yield Update("stage", "tokenizing", done, total)
 
 
 def _said(found: Mapping[str, Any]) -> Iterator[Update]:
@@ -165,103 +164,13 @@ def _said(found: Mapping[str, Any]) -> Iterator[Update]:
     yield Update("note", f"{kept}; left out: {dropped}")
     if count := found["cut"]["responses_without_end"]:
         yield Update("note", f"{count:,} responses are cut by data.max_length and lose their end")
+    if count := found["repeated_prompts"]:
+        yield Update("note", f"warning: in {count:,} pairs a reply begins with the prompt again")
     if count := found["unknown_tokens"]:
         yield Update("note", f"warning: {count:,} tokens are unknown to the tokenizer: what they stood for is lost")
     if count := found["prompts"]["shared"]:
         said = f"{count:,} of {found['prompts']['held_out']:,} held-out prompts stand in the training set too"
         yield Update("note", f"warning: {said}: the evaluation will flatter")
-
-
-def _side(
-    data: DataSection, folder: Path, sources: Sequence[Source], *, held_out: bool = False
-) -> Generator[Update, None, TokenizedPairs]:
-    """One side from the cache, or tokenised into it."""
-    yield Update("stage", f"reading {', '.join(source.name for source in sources)}")
-    prints = [source.fingerprint() for source in sources]
-    key = cache.make_key(
-        sets=[sha256 for sha256, _ in prints],
-        tokenizer=cache.tokenizer_sha256(folder),
-        template=template_file(data.chat_template) if is_file(data.chat_template) else data.chat_template,
-        fields=data.model_dump(include=set(TOKEN_FIELDS)),
-        held_out=held_out,
-    )
-    try:
-        with cache.locked(key):
-            if (entry := cache.load(key)) is None:
-                rows = sum(count if data.max_samples is None else min(count, data.max_samples) for _, count in prints)
-                with cache.new_entry(key) as writer:
-                    reader = PairReader(data, sources, held_out=held_out)
-                    yield from _tokenize(data, folder, reader, writer, rows)
-                entry = cache.load(key)
-    except OSError as error:
-        if error.errno not in run.FULL:
-            raise
-        remedy = f"free some space, or {cache.VARIABLE}=FOLDER on another disk"
-        raise FitError(str(cache.cache_folder()), "the disk is full", "room for the tokens", remedy) from error
-    if entry is None:
-        raise FitError(str(cache.cache_folder()), "what was written cannot be read", "a sound disk", "try it again")
-    return entry
-
-
-# What tokens depend on, besides the rows, the tokenizer and the template.
-TOKEN_FIELDS = ("format", "column_map", "max_samples", "max_length", "max_prompt_length", "chat_template_kwargs")
-
-
-def _tokenize(
-    data: DataSection, folder: Path, reader: PairReader, writer: cache.Writer, rows: int
-) -> Generator[Update, None, None]:
-    """Read, render, tokenise and write one side; ``rows`` is what the bar counts to, 0 when nobody knows."""
-    tokenizer = load_tokenizer(folder)
-    template = set_chat_template(tokenizer, data)
-    if tokenizer.unk_token_id != tokenizer.eos_token_id:  # GPT-2's one special token is both
-        writer.unknown_id = tokenizer.unk_token_id
-    samples: dict[str, Pair] = {}
-    with _renderer(template) as renderer:
-        for number, (pair, tokens) in enumerate(tokenize_pairs(reader, renderer, tokenizer, data)):
-            if number % 100 == 0:
-                yield Update("stage", "tokenizing", reader.read, max(rows, reader.read) if rows else 0)
-            if isinstance(tokens, str):
-                reader.drops.add(tokens, pair.where)
-                continue
-            writer.add(tokens)
-            samples.setdefault("first", pair)
-            if tokens.chosen_cut or tokens.rejected_cut:
-                samples.setdefault("cut", pair)
-        if not len(writer):
-            reader.drops.raise_nothing_left("data")
-        end = end_token_id(renderer, tokenizer)
-        shown = dict(zip(samples, _shown([*samples.values()], renderer, tokenizer, data), strict=True))
-    writer.close(
-        {
-            "format": reader.detected,
-            "chat_template": template.said,
-            "rows_read": reader.read,
-            "dropped": dict(reader.drops.counts),
-            "places": reader.drops.places,
-            "sha256": reader.sha256,
-            "end_token_id": end,
-            "largest_id": writer.largest,
-            "unknown_tokens": writer.unknown,
-            "samples": shown,
-        }
-    )
-
-
-def _renderer(template: Template) -> Renderer:
-    """Plain text needs no template, and a template is not trusted with this process."""
-    return Renderer(template) if template.text is None else LimitedRenderer(template)
-
-
-def _shown(pairs: Sequence[Pair], renderer: Renderer, tokenizer: Any, data: DataSection) -> list[dict[str, Any]]:
-    """Pairs as segments of text, for a person to read; a pair that cannot be rendered is not among them."""
-    end = end_token_id(renderer, tokenizer)
-    renderer.send(pairs)
-    rows = []
-    for pair, texts in zip(pairs, renderer.receive(), strict=True):
-        if isinstance(texts, PairTexts):
-            sides = show_texts(texts, tokenizer, data, end).items()
-            rows.append({"where": pair.where} | {side: [asdict(piece) for piece in pieces] for side, pieces in sides})
-    return rows
 
 
 def _check_ids(pairs: TokenizedPairs, vocab_size: int | None) -> None:
@@ -289,8 +198,8 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
     # A template may stand in the recipe itself, and auto and none are no files.
     written = {key: value for key, value in recipe.items() if key in keys and value not in (None, "auto", "none")}
     values = {key: _absolute(value) for key, value in written.items() if "{" not in value}
-    names = ",".join(_absolute(name) for name in recipe.data.names)
-    return recipe.override(values | {"data.dataset_name": names})
+    names = [_absolute(name) for name in recipe.data.names]
+    return recipe.override(values | {"data.dataset_name": names if len(names) > 1 else names[0]})
 
 
 def _absolute(name: str) -> str:
@@ -327,7 +236,7 @@ def make_lock(recipe: Recipe, ready: Ready) -> dict[str, Any]:
             "path": str(ready.base.path),
             "fingerprint": ready.base.fingerprint,
         },
-        "data": {"name": recipe.data.dataset_name, "sha256": ready.figures["sha256"]},
+        "data": {"name": ", ".join(recipe.data.names), "sha256": ready.figures["sha256"]},
         "tokens": {"name": "as tokens", "sha256": _sha256(f"{ready.train.sha256} {ready.test.sha256}")},
         "chat_template": {"name": recipe.data.chat_template, "sha256": _sha256(str(ready.tokenizer.chat_template))},
         "end_token_id": ready.end_id,

@@ -27,6 +27,7 @@ SHIPPED = Path(__file__).parent / "recipes"  # in a wheel
 CHECKOUT = Path(__file__).parent.parent / "recipes"  # in a checkout or an editable install
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Name = Annotated[str, Field(min_length=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Dtype: TypeAlias = Literal["auto", "bfloat16", "float16", "float32"]
 
@@ -56,13 +57,12 @@ def _list_or_all_linear(value: object) -> object:
     return [name.strip(" \"'") for name in value.strip("[] ").split(",") if name.strip()]
 
 
-def _joined(value: object) -> object:
-    """A list of names as one text with commas."""
-    if isinstance(value, str):
-        value = value.strip("[] ") if value.startswith("[") else value
-    elif isinstance(value, list) and all(isinstance(name, str) for name in value):
-        value = ",".join(value)
-    return value
+def _names(value: object) -> object:
+    """Several names as a list; a comma parts them, unless a file has one in its name."""
+    if not isinstance(value, str) or "," not in value or Path(value).expanduser().exists():
+        return value
+    names = [name.strip(" \"'") for name in value.strip("[] ").split(",")]
+    return [name for name in names if name]
 
 
 def _init_lora_weights(value: object) -> object:
@@ -140,7 +140,7 @@ class LoraSection(Section):
 class DataSection(Section):
     """The preference pairs."""
 
-    dataset_name: Annotated[str, Field(min_length=1), BeforeValidator(_joined)]
+    dataset_name: Annotated[Name | Annotated[list[Name], Field(min_length=1)], BeforeValidator(_names)]
     """A hub name, or a local jsonl, csv, tsv or parquet file, a folder or a pattern of such; or several, as a list."""
     dataset_config: str | None = None
     """The configuration of a hub data set that has several."""
@@ -171,7 +171,7 @@ class DataSection(Section):
     @property
     def names(self) -> list[str]:
         """The sets that dataset_name names."""
-        return [name for part in self.dataset_name.split(",") if (name := part.strip())]
+        return [self.dataset_name] if isinstance(self.dataset_name, str) else self.dataset_name
 
 
 class LossSection(Section):
@@ -357,7 +357,7 @@ FOREIGN: dict[str, tuple[str, str]] = {
     "flash_attn": ("model.attn_implementation", "flash_attention_2"),
     "flash_attention": ("model.attn_implementation", "flash_attention_2"),
     "dataset": ("data.dataset_name", ""),
-    "datasets": ("data.dataset_name", "one name or file"),
+    "datasets": ("data.dataset_name", "a name or file, or a list of them"),
     "dataset_split": ("data.dataset_train_split", ""),
     "val_set_size": ("data.test_split_size", "split by prompt"),
     "val_size": ("data.test_split_size", "split by prompt"),

@@ -5,7 +5,6 @@ pairs in figures · ``metrics.jsonl`` a line a step · ``samples.jsonl`` answers
 ``adapter/`` the result, with tokenizer, template and generation config · ``merged/`` · ``train.log`` library noise.
 """
 
-import errno
 import fcntl
 import json
 import logging
@@ -21,10 +20,9 @@ from typing import Any, Literal, TypeVar
 
 from safetensors import SafetensorError
 
-from orpo_lite.errors import CheckpointError, FitError
+from orpo_lite.errors import FULL, CheckpointError, FitError
 from orpo_lite.recipe import Recipe, load_recipe
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 Result = TypeVar("Result")
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 PLAIN_LINES = 50  # step lines in a log file, besides the evaluations
 SHOWN = 1200  # characters of a prompt or reply; the middle of a longer one is left out
+MUCH = 0.05  # of the responses: a model that rarely sees an end does not learn to stop
 STYLES = {"prompt": "cyan", "response": "green", "end": "bold magenta", "cut": "red"}
 
 Result = TypeVar("Result")
@@ -174,8 +175,9 @@ def print_preview(
 
 def _print_figures(figures: Mapping[str, Any], max_length: int) -> None:
     out.print()
-    for sentence in (*figures["format"], figures["chat_template"]):
-        out.print(sentence)
+    for columns in figures["columns"]:
+        out.print(f"{columns['format']}\n  {_columns_line(columns)}")
+    out.print(figures["chat_template"])
     kept = f"{figures['train_pairs']:,} to train on, {figures['held_out_pairs']:,} held out"
     out.print(
         f"{figures['rows_read']:,} rows: {kept}, {sum(d['pairs'] for d in figures['dropped'].values()):,} left out"
@@ -189,24 +191,45 @@ def _print_figures(figures: Mapping[str, Any], max_length: int) -> None:
     print_columns(
         [["tokens", *names], *([name, *row] for name, row in zip(figures["tokens"], lengths, strict=True))], right=True
     )
+    out.print()
     cut, prompts, step = figures["cut"], figures["prompts"], figures["step"]
     padded, whole, shared = step.values()
-    out.print(
-        f"\ndata.max_length={max_length} cuts {_share(cut['pairs_share'])} of the pairs; "
-        f"{cut['responses_without_end']:,} responses ({_share(cut['responses_without_end_share'])}) lose their end"
+    lost = cut["responses_without_end"]
+    _print_count(
+        f"data.max_length={max_length} cuts {_share(cut['pairs_share'])} of the pairs; "
+        f"{lost:,} of the responses ({_share(cut['responses_without_end_share'])}) lose their end",
+        cut["responses_without_end_share"] >= MUCH,
     )
+    if count := figures["repeated_prompts"]:
+        _print_count(f"in {count:,} pairs a reply begins with the prompt again", True)
+    if count := figures["unknown_tokens"]:
+        _print_count(f"{count:,} tokens are unknown to the tokenizer: what they stood for is lost", True)
     longer = [_share(figures[f"{side}_longer"]) for side in ("chosen", "rejected")]
     out.print(f"chosen is the longer one in {longer[0]} of the pairs, rejected in {longer[1]}")
-    if count := figures["unknown_tokens"]:
-        out.print(f"{count:,} tokens are unknown to the tokenizer: what they stood for is lost", style="bold red")
-    out.print(
+    _print_count(
         f"{prompts['train']:,} different prompts to train on, {prompts['held_out']:,} held out, "
-        f"{prompts['shared']:,} on both sides{': the evaluation will flatter' if prompts['shared'] else ''}"
+        f"{prompts['shared']:,} on both sides{': the evaluation will flatter' if prompts['shared'] else ''}",
+        prompts["shared"] > 0,
     )
     out.print(
         f"tokens a pair: {padded:,.0f} in rows padded to the longest of 8 pairs, {whole:,.0f} without padding, "
-        f"{shared:,.0f} with the prompt shared ({padded / shared:.1f}x fewer)"
+        f"{shared:,.0f} with the prompt shared as well ({padded / shared:.1f}x fewer than padded)"
     )
+
+
+def _columns_line(columns: Mapping[str, Any]) -> str:
+    read = [ours if ours == theirs else f"{ours} from {theirs}" for ours, theirs in columns["read"].items()]
+    return visible(
+        "; ".join(
+            f"{title}: {', '.join(names)}"
+            for title, names in (("read", read), ("not read", columns["not_read"]))
+            if names
+        )
+    )
+
+
+def _print_count(text: str, bad: bool) -> None:
+    out.print(text, style="bold red" if bad else None)
 
 
 def print_pair(sample: Mapping[str, Any]) -> None:
@@ -226,7 +249,7 @@ def print_pair(sample: Mapping[str, Any]) -> None:
 def _print_piece(title: str, kind: str, text: str, pieces: Mapping[str, str] | None = None) -> None:
     line = Text(f"--- {title} ", style="bold") + Text("-" * max(3, 60 - len(title)), style="dim")
     out.print(line)
-    body = Text(visible(text), style=STYLES[kind])
+    body = Text(_seams(visible(text)), style=STYLES[kind])
     if pieces and "end" in pieces:
         body.append(f"[end: {pieces['end']}]", style=STYLES["end"])
     if pieces and "cut" in pieces:
@@ -240,6 +263,14 @@ def visible(text: str, shown: int = SHOWN) -> str:
         half = shown // 2
         text = f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def _seams(text: str) -> str:
+    """White space at either end made visible: there prompt and reply meet."""
+    inner = text.strip()
+    before, _, after = text.partition(inner) if inner else (text, "", "")
+    marks = str.maketrans({" ": "·", "\n": "⏎\n", "\t": "→"})
+    return before.translate(marks) + inner + after.translate(marks)
 
 
 def _share(share: float) -> str:

@@ -6,7 +6,8 @@ The shapes are those of the sets' cards and of the loaders that read them; what 
 import csv
 import json
 import re
-from collections.abc import Mapping
+import shlex
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -18,9 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orpo_lite.data.formats import COLUMNS, PROMPTS_DIFFER, READERS, Detected, Pair, Row, detect_format
-from orpo_lite.data.readers import TIED, TOO_FEW
+from orpo_lite.data.readers import TIED, TOO_FEW, begins_with, behind
 from orpo_lite.errors import DataError
-from orpo_lite.recipe import DataSection
+from orpo_lite.recipe import DataSection, load_recipe
 
 Turns = tuple[dict[str, str], ...]
 
@@ -666,6 +667,95 @@ def test_every_format_has_a_shape_and_its_name_in_the_recipe() -> None:
     assert set(get_args(DataSection.model_fields["format"].annotation)) == {"auto", *READERS}
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_columns_that_are_read_are_all_that_is_read(shape: str) -> None:
+    detected, rows = detect(SHAPES[shape].rows)
+    assert set(detected.columns.values()) <= {column for row in rows for column in row}
+    for row in rows:
+        alone = {column: row[column] for column in detected.columns.values() if column in row}
+        assert detected.read(alone, "x") == detected.read(row, "x")
+
+
+def test_columns_are_named_by_what_they_are_read_as() -> None:
+    assert detect(SHAPES["nvidia/HelpSteer3"].rows)[0].columns == {
+        "conversation": "context",
+        "response_a": "response1",
+        "response_b": "response2",
+        "better": "overall_preference",
+    }
+    assert detect([ORCA])[0].columns == {
+        "system": "system", "prompt": "question", "chosen": "chosen", "rejected": "rejected"}  # fmt: skip
+    whole = SHAPES["HuggingFaceH4/ultrafeedback_binarized"].rows
+    assert detect(whole)[0].columns == {"chosen": "chosen", "rejected": "rejected"}
+    pairs = SHAPES["LLaMA-Factory's older alpaca, with history"].rows
+    assert set(detect(pairs)[0].columns) == {"prompt", "output", "history"}  # input is blank
+
+
+@pytest.mark.parametrize("spell", [str.capitalize, str.upper, " {} ".format])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_case_and_spaces_of_a_column_make_no_difference(shape: str, spell: Callable[[str], str]) -> None:
+    ours = {"prompt", "chosen", "rejected", "system", "instruction", "input", "messages", "preferred_output"}
+    rows = [{spell(key) if key in ours else key: value for key, value in row.items()} for row in SHAPES[shape].rows]
+    assert read(rows) == read(SHAPES[shape].rows)
+    assert set(detect(rows)[0].columns.values()) <= set(rows[0])
+
+
+# --- what stands before the reply
+
+EARLIER = (user("Hi"), bot("Hello."))
+BLUE_SEVEN = {"chosen": "Blue.", "rejected": "Seven."}
+
+
+def wholes(*turns: dict[str, str]) -> dict[str, Any]:
+    return {"chosen": [*turns, bot("Blue.")], "rejected": [*turns, bot("Seven.")]}
+
+
+@pytest.mark.parametrize(
+    ("row", "turns"),
+    [
+        ({"prompt": [*BRIEF], **wholes(user(Q))}, BRIEF),
+        ({"prompt": [*BRIEF], **wholes(*BRIEF)}, BRIEF),
+        ({"prompt": [user(f"{Q} \n")], **wholes(user(Q))}, (user(Q),)),
+        ({"messages": [user(f" {Q}")], **wholes(user(Q))}, (user(Q),)),
+        ({"prompt": [user(Q)], **wholes(*TALK)}, TALK),
+        ({"prompt": [*TALK], **wholes(user(Q))}, TALK),
+        ({"prompt": [*TALK], **wholes()}, TALK),
+        ({"prompt": [*EARLIER, user(Q)], "history": [["Hi", "Hello."]], **wholes()}, TALK),
+        ({"prompt": Q, "history": [["Hi", "Hello."]], **BLUE_SEVEN}, TALK),
+        ({"prompt": Q, "history": [*EARLIER], **BLUE_SEVEN}, TALK),
+        ({"prompt": Q, "history": [*TALK], **BLUE_SEVEN}, TALK),
+        ({"prompt": Q, "history": [*TALK, bot("Blue.")], **BLUE_SEVEN}, (user(Q),)),  # not the reply before the reply
+        ({"prompt": f"Hi\nHello.\n{Q}", "history": [["Hi", "Hello."]], **BLUE_SEVEN}, (user(f"Hi\nHello.\n{Q}"),)),
+        ({"prompt": Q, "history": [*EARLIER], **wholes(user(Q))}, TALK),
+        ({"prompt": Q, "history": [*EARLIER], **wholes(*TALK)}, TALK),
+        ({"system": "Be  brief.", "prompt": Q, "history": [*EARLIER], **BLUE_SEVEN}, (BRIEF[0], *TALK)),
+        ({"prompt": Q, "history": [*EARLIER], "response_0": "Blue.", "response_1": "Seven.", "winner": 0}, TALK),
+        ({"system": "Be  brief.", "prompt": f"Be brief.\n{Q}", **BLUE_SEVEN}, (user(f"Be brief.\n{Q}"),)),
+        ({"system": "Be", "prompt": "Beware of it", **BLUE_SEVEN}, (system("Be"), user("Beware of it"))),
+    ],
+)
+def test_nothing_stands_twice_and_nothing_is_lost(row: dict[str, Any], turns: Turns) -> None:
+    for pair in read([row] * 3):
+        assert (pair.messages, pair.chosen, pair.rejected, pair.drop) == (turns, "Blue.", "Seven.", None)
+
+
+def test_the_first_rows_may_have_no_earlier_turns() -> None:
+    row = {"prompt": Q, "history": [], **BLUE_SEVEN}
+    detected, _ = detect([row] * 3)
+    assert "history" not in detected.columns
+    assert detected.read(row | {"history": [["Hi", "Hello."]]}, "x").messages == TALK
+
+
+def test_a_system_text_that_the_prompt_begins_with_is_not_read() -> None:
+    rows = [{"system": "Be brief.", "prompt": f"Be brief.\n{Q}", **BLUE_SEVEN}] * 3
+    detected, _ = detect(rows)
+    assert detected.name == "explicit"
+    assert "system" not in detected.columns
+    assert "system turn" not in detected.because
+    rows = [{"system": "Not this.", **wholes(*BRIEF)}]
+    assert "in front as a system turn where the conversation has none" in detect(rows)[0].because
+
+
 # --- refused, with the line to write; and what the line leads to
 
 SAFE = [
@@ -800,6 +890,35 @@ TWO_READINGS: dict[str, tuple[list[dict[str, Any]], dict[str, tuple[str, list[An
         [{"prompt": Q, "chosen": "Blue.</s>", "rejected": "Seven.</s>\n"}] * 2,
         {"data.chat_template=none": ("explicit", [((user(Q),), "Blue.</s>", "Seven.</s>\n")] * 2)},
     ),
+    "earlier turns in a conversation of their own": (
+        [{"prompt": Q, "conversation": [*EARLIER], **BLUE_SEVEN}] * 2,
+        {
+            "data.column_map=history=conversation": ("explicit", [(TALK, "Blue.", "Seven.")] * 2),
+            "data.column_map=prompt=prompt": ("explicit", [BLUE] * 2),
+        },
+    ),
+    "earlier turns beside whole conversations": (
+        [{"prompt": Q, "messages": [*EARLIER], **wholes(user(Q))}] * 2,
+        {
+            "data.column_map=conversation=messages": ("conversation", [(TALK, "Blue.", "Seven.")] * 2),
+            "data.column_map=prompt=prompt": ("messages", [BLUE] * 2),
+        },
+    ),
+    "earlier turns beside whole conversations and no prompt": (
+        [{"messages": [*EARLIER], **wholes(user(Q))}] * 2,
+        {
+            "data.column_map=conversation=messages": ("conversation", [(TALK, "Blue.", "Seven.")] * 2),
+            "data.format=implicit": ("implicit", [BLUE] * 2),
+        },
+    ),
+    "texts that begin alike beside what they reply to": (
+        [{"task": f"{Q} {i}", "chosen": f"It is blue {i}", "rejected": f"It is seven {i}"} for i in range(2)],
+        {
+            "data.column_map=prompt=task": (
+                "explicit", [((user(f"{Q} {i}"),), f"It is blue {i}", f"It is seven {i}") for i in range(2)]),
+            "data.format=implicit": ("implicit", [((user("It is"),), f" blue {i}", f" seven {i}") for i in range(2)]),
+        },
+    ),
     "implicit texts with a template": (
         [{"chosen": "[INST] Hi [/INST] Blue.", "rejected": "[INST] Hi [/INST] Seven."}] * 2,
         {"data.chat_template=none": ("implicit", [((user("[INST] Hi [/INST]"),), " Blue.", " Seven.")] * 2)},
@@ -843,6 +962,15 @@ def test_a_template_in_the_prompt_is_refused(template: str) -> None:
     # One in a hundred is chance; one in ten is none.
     assert detect_format([raw] * 99 + [templated]).name == "explicit"
     refused([raw] * 9 + [templated], "data.chat_template=none")
+
+
+def test_end_markers_alone_are_to_be_taken_off() -> None:
+    rows = [{"prompt": Q, "chosen": "Blue.</s>", "rejected": "Seven.<|im_end|>"}] * 2
+    error = refused(rows, "data.chat_template=none")
+    assert "take </s> and <|im_end|> off the ends of chosen and rejected" in error
+    assert "or data.chat_template=none to train on the texts as they are" in error
+    assert "take" not in refused([{"prompt": CHATML, "chosen": "Blue.<|im_end|>", "rejected": "Seven."}] * 2,
+                                 "data.chat_template=none")  # fmt: skip
 
 
 def test_a_template_in_the_messages_is_refused_without_a_setting() -> None:
@@ -898,14 +1026,90 @@ def test_the_polarity_is_never_guessed(row: dict[str, Any]) -> None:
     assert "no setting helps" in refused([row] * 3)
 
 
+ANSWERS = {"prompt": Q, "answer_0": "Blue.", "answer_1": "Seven."}
+
+
+@pytest.mark.parametrize("column", ["vote", "best", "Preferred", "chosen_answer", "verdict", "human_choice", "label"])
+def test_a_column_that_names_the_better_answer_is_offered(column: str) -> None:
+    rows = [ANSWERS | {column: i % 2, "loser": 1 - i % 2} for i in range(4)]
+    refused(rows, f"data.column_map=better={column}")
+    pairs = follow(rows, f"data.column_map=better={column}")[1]
+    assert [pair.chosen for pair in pairs] == ["Blue.", "Seven."] * 2
+
+
+@pytest.mark.parametrize(
+    "column",
+    ["loser", "worse", "worst_answer", "reject", "rejected_label", "less_preferred", "non_preferred", "not_chosen",
+     "second_best", "best_score", "label_rank", "correct", "grade", "score_0", "best_0", "rating", "reward", "x"],
+)  # fmt: skip
+def test_no_other_column_is_offered_as_the_verdict(column: str) -> None:
+    rows = [ANSWERS | {column: i % 2} for i in range(4)]
+    assert "no setting helps: write each pair as prompt, chosen and rejected" in refused(rows)
+
+
+@pytest.mark.parametrize("name", ["score", "rating", "Reward", "rank", "correct"])
+def test_measures_of_two_answers_are_named_and_left_to_the_person(name: str) -> None:
+    error = refused([ANSWERS | {f"{name}_0": i % 2, f"{name}_1": 1 - i % 2} for i in range(4)])
+    assert f"{name}_0 and {name}_1 measure them" in error
+    assert "only you know whether the higher or the lower is the better" in error
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "guesses"),
+    [
+        ("less_preferred_answer", "more_preferred_answer", "chosen=more_preferred_answer,rejected=COLUMN"),
+        ("least_preferred_answer", "most_preferred_answer", "chosen=most_preferred_answer,rejected=COLUMN"),
+        ("worse_than_best", "best", "chosen=best,rejected=COLUMN"),
+        ("second_best", "best", "chosen=best,rejected=COLUMN"),
+        ("good_answer", "better_answer", "chosen=COLUMN,rejected=COLUMN"),
+        ("not_chosen_text", "chosen_text", "chosen=chosen_text,rejected=not_chosen_text"),
+        ("non_rejected", "rejected_text", "chosen=COLUMN,rejected=rejected_text"),
+        ("unpreferred", "preferred", "chosen=preferred,rejected=COLUMN"),
+        ("best_of_the_worst", "text_b", "chosen=COLUMN,rejected=COLUMN"),
+        ("response_j", "response_k", "chosen=COLUMN,rejected=COLUMN"),
+    ],
+)
+def test_a_guess_never_takes_the_wrong_side(one: str, other: str, guesses: str) -> None:
+    refused([{"question": Q, one: "Seven.", other: "Blue."}] * 2, f"data.column_map=prompt=question,{guesses}")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("my question", "good, answer", "bad, answer"),
+        ("user_query", "good=1", "bad='0'"),
+        ("the $question", '"best"', "{worst}"),
+        ("question\x07", "good\ttext", "bad\\text 🎨"),
+        (" my question ", "good#", "bad: text"),
+    ],
+)
+def test_the_line_can_be_pasted_whatever_the_columns_names(names: tuple[str, str, str]) -> None:
+    rows = [dict(zip(names, (Q, "Blue.", "Seven."), strict=True))] * 2
+    with pytest.raises(DataError) as raised:
+        detect(rows)
+    assert all(character.isprintable() or character == "\n" for character in str(raised.value))
+    (line,) = (word for word in shlex.split(raised.value.remedy) if word.startswith("data."))
+    column_map = load_recipe("demo", [line]).data.column_map
+    assert column_map == dict(zip(("prompt", "chosen", "rejected"), names, strict=True))
+    assert [pair.chosen for pair in read(rows, column_map)] == ["Blue."] * 2
+
+
+def test_roles_that_nobody_has_here_are_named() -> None:
+    turns = [said("human", Q), said("function_call", "f"), said("observation", "o")]
+    row = {"conversations": turns, "chosen": said("gpt", "Blue."), "rejected": said("gpt", "Seven.")}
+    with pytest.raises(DataError) as raised:
+        detect([row] * 3)
+    assert "conversations have roles that are not known: 'function_call', 'observation'" in raised.value.found
+    assert "system, user, assistant, human, gpt" in raised.value.expected
+    assert "COLUMN" not in raised.value.remedy
+
+
 @pytest.mark.parametrize(
     ("row", "lines"),
     [
         ({"text": "q", "label": 1}, ["data.column_map=prompt=COLUMN,chosen=COLUMN,rejected=COLUMN"]),
         ({"chosen": "yes", "rejected": "no"}, ["data.column_map=prompt=COLUMN", "data.format=implicit"]),
         ({"prompt": "q", "chosen": 3, "rejected": "no"}, ["data.column_map=chosen=COLUMN"]),
-        ({"Prompt": "q", "Chosen": "a", "Rejected": "b"},
-         ["data.column_map=prompt=Prompt,chosen=Chosen,rejected=Rejected"]),
         ({"chosen": "It is so", "rejected": "It is no", "messages": [user("q"), bot("It is so")]},
          ["data.column_map=prompt=COLUMN", "data.format=implicit"]),
         ({"chosen": "It is so", "rejected": "It is no", "prompt": {"text": "q"}},
@@ -925,6 +1129,13 @@ def test_two_replies_that_begin_alike_by_chance_are_no_implicit_prompt() -> None
     rows = [{"chosen": "It is so", "rejected": "It is no"}, {"chosen": "Yes", "rejected": "No"}]
     refused(rows * 9, "data.column_map=prompt=COLUMN", "data.format=implicit")
     assert follow(rows, "data.format=implicit")[1][1].drop == PROMPTS_DIFFER
+
+
+def test_a_phrase_that_all_replies_begin_with_is_no_prompt() -> None:
+    rows = [{"topic": f"t{i}", "chosen": f"I think yes {i}", "rejected": f"I think no {i}"} for i in range(9)]
+    refused(rows, "data.column_map=prompt=COLUMN", "data.format=implicit")
+    rows = [{"chosen": row["chosen"], "rejected": row["rejected"]} for row in rows]
+    assert detect(rows)[0].name == "implicit"
 
 
 def test_a_line_can_be_pasted_whatever_the_columns_name() -> None:
@@ -1058,11 +1269,36 @@ def test_never_another_column_in_place_of_the_one_that_was_taken() -> None:
         detected.read({"query": Q, "chosen": "Blue.", "rejected": "Seven."}, "x:1")
 
 
-def test_half_a_repetition_is_dropped() -> None:
+@pytest.mark.parametrize("chosen", ["Blue.", f"{Q} Blue."])
+@pytest.mark.parametrize("rejected", ["Seven.", f"{Q} Seven."])
+def test_a_repetition_is_taken_off_where_it_is(chosen: str, rejected: str) -> None:
     rows = [{"prompt": Q, "chosen": f"{Q} Blue.", "rejected": f"{Q} Seven."}] * 19
-    detected, _ = detect(rows)
-    assert detected.read({"prompt": Q, "chosen": f"{Q} Blue.", "rejected": "Seven."}, "x").drop == PROMPTS_DIFFER
-    assert detected.read({"prompt": Q, "chosen": "Blue.", "rejected": "Seven."}, "x").chosen == "Blue."
+    pair = detect(rows)[0].read({"prompt": Q, "chosen": chosen, "rejected": rejected}, "x")
+    assert (pair.messages, pair.chosen, pair.rejected, pair.drop) == (*BLUE, None)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "again"),
+    [("Q 1?\n", "Q 1?"), ("Q 1?", " Q 1?"), ("Q\r\n1?", "Q\n1?"), (" Q\t 1?", "Q 1?\n"), ("Q 1?", "Q\u00a01?")],
+)
+def test_a_repetition_is_found_whatever_the_white_space(prompt: str, again: str) -> None:
+    rows = [{"prompt": prompt, "chosen": f"{again} Blue.", "rejected": f"{again} Seven."}] * 3
+    assert detect(rows)[0].name == "doubled"
+    (pair, *_) = read(rows)
+    assert (pair.messages, pair.chosen, pair.rejected) == ((user(prompt.rstrip()),), "Blue.", "Seven.")
+    assert pair.prompt_text is not None  # and with it the texts are those of the set
+    assert pair.prompt_text + pair.chosen == rows[0]["chosen"]
+
+
+@pytest.mark.parametrize("sides", [("chosen", "rejected"), ("rejected", "chosen")])
+def test_a_repetition_in_one_side_alone_is_refused(sides: tuple[str, str]) -> None:
+    one, other = sides
+    rows = [{"prompt": Q, one: f"{Q} Blue.", other: "Seven."}] * 6 + [DOUBLED[1]] * 4
+    error = refused(rows, "data.format=doubled", "data.format=explicit")
+    assert "60% of " + one in error
+    assert "0% of " + other in error
+    assert follow(rows, "data.format=doubled")[1][0].messages == (user(Q),)
+    assert detect([rows[0]] * 4 + [DOUBLED[1]] * 6)[0].name == "explicit"
 
 
 def test_a_habit_of_the_set_is_no_matter_of_one_row() -> None:
@@ -1119,16 +1355,19 @@ def test_all_shapes_of_one_pair_read_alike(
         "alpaca": {"instruction": question, "input": "", "history": [list(turn) for turn in turns], **replies},
         "orca": {"question": question, **replies} if not turns else {},
     }
-    expected = ((system(brief),) if brief else ()) + tuple(before)
+    stands_already = brief and begins_with(brief, before[0]["content"])
     for name, row in shapes.items():
-        if not row:
+        # The last case: history goes on to the prompt and the reply, so it is none.
+        if not row or (name == "alpaca" and turns[-1:] == [(question, chosen)]):
             continue
         row = {"system": brief or " ", **row}
+        expected = tuple(before) if stands_already else ((system(brief),) if brief else ()) + tuple(before)
         named = detect_format([row], name=name)
         assert (named.read(row, "x").messages, named.read(row, "x").chosen, named.read(row, "x").rejected) == (
             expected,
             chosen,
             rejected,
         ), name
-        if not (chosen.startswith(question) and rejected.startswith(question)):
-            assert detect_format([row]).name == (name if name != "orca" or brief else "explicit")
+        if behind(question, chosen) is behind(question, rejected) is None:
+            orca = name == "orca" and (not brief or stands_already)
+            assert detect_format([row]).name == ("explicit" if orca else name)

@@ -15,9 +15,11 @@ from orpo_lite.data import pairs as data_pairs
 from orpo_lite.data.formats import PROMPTS_DIFFER, Pair
 from orpo_lite.data.pairs import (
     EMPTY_CHOSEN,
+    EMPTY_PROMPT,
     EMPTY_REJECTED,
     EQUAL,
     PLACES,
+    SAID_TWICE,
     PairReader,
     held_out_sources,
     hold_out,
@@ -222,6 +224,36 @@ def test_the_papers_filters_are_counted(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="every pair was left out") as raised:
         read(path)
     assert f"2  {EMPTY_CHOSEN}" in message(raised)
+
+
+def test_prompts_that_ask_nothing_and_turns_that_stand_twice_are_left_out(tmp_path: Path) -> None:
+    blank = {"chosen": [user("  "), bot("a")], "rejected": [user("  "), bot("b")]}
+    twice = {"chosen": [user("q"), user("q"), bot("a")], "rejected": [user("q"), user("q"), bot("b")]}
+    system = {"role": "system", "content": "Be brief."}
+    silent = {"chosen": [system, user(""), bot("a")], "rejected": [system, user(""), bot("b")]}
+    pairs, reader = read(write_jsonl(tmp_path / "pairs.jsonl", [LISTS, blank, twice, silent]))
+    assert len(pairs) == 1
+    assert reader.drops.counts == {EMPTY_PROMPT: 2, SAID_TWICE: 1}
+
+
+def test_replies_that_begin_with_the_prompt_again_are_counted(tmp_path: Path) -> None:
+    plain = [{"prompt": f"Name  colour {i}.", "chosen": f"{i}", "rejected": "no"} for i in range(150)]
+    again = [
+        {"prompt": "Name a\ncolour.", "chosen": "Name a colour. Blue.", "rejected": "no"},
+        {"prompt": "Name a colour.", "chosen": "Blue.", "rejected": "\n Name  a\r\ncolour.\tNo."},
+        {"prompt": "Name", "chosen": "Names are short.", "rejected": "no"},
+    ]
+    _, reader = read(write_jsonl(tmp_path / "pairs.jsonl", plain + again))
+    assert reader.repeated == 2
+
+
+def test_what_was_read_and_what_was_not_is_said(tmp_path: Path) -> None:
+    rows = [{"question": f"{i}?", "good": f"{i}", "rejected": "no", "model": "m", "id": i} for i in range(3)]
+    _, reader = read(write_jsonl(tmp_path / "pairs.jsonl", rows), column_map={"chosen": "good"})
+    (columns,) = reader.columns
+    assert columns["format"] == reader.detected[0]
+    assert columns["read"] == {"prompt": "question", "chosen": "good", "rejected": "rejected"}
+    assert columns["not_read"] == ["model", "id"]
 
 
 def test_the_first_places_of_a_reason_are_kept(tmp_path: Path) -> None:

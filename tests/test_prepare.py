@@ -3,6 +3,7 @@
 import json
 import math
 import resource
+import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from conftest import byte_tokenizer, write_pairs
 from orpo_lite import prepare
 from orpo_lite.base import load_tokenizer
 from orpo_lite.data import cache
+from orpo_lite.data import sides as data_sides
 from orpo_lite.data.cache import TokenizedPairs
 from orpo_lite.data.formats import Pair
 from orpo_lite.data.pairs import EMPTY_CHOSEN, EQUAL, PLACES, PairReader, prompt_key
@@ -26,7 +28,7 @@ from orpo_lite.data.templates import SPECIAL, LimitedRenderer, Renderer, set_cha
 from orpo_lite.data.tokens import EQUAL_CUT, LONG_PROMPT, TokenizedPair, tokenize_pairs
 from orpo_lite.errors import DataError, FitError, ModelError
 from orpo_lite.prepare import find_sources, preview, tokenized_sides
-from orpo_lite.recipe import Recipe
+from orpo_lite.recipe import Recipe, load_recipe
 from orpo_lite.run import Update, drain
 
 Build = Callable[..., Recipe]
@@ -36,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("token_cache", "rendered_here")
 @pytest.fixture
 def rendered_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Templates are rendered in this process, which takes no second to start."""
-    monkeypatch.setattr(prepare, "LimitedRenderer", Renderer)
+    monkeypatch.setattr(data_sides, "LimitedRenderer", Renderer)
 
 
 def sides(
@@ -74,7 +76,7 @@ def tokenised(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             places.append(pair.where)
             yield pair, tokens
 
-    monkeypatch.setattr(prepare, "tokenize_pairs", count)
+    monkeypatch.setattr(data_sides, "tokenize_pairs", count)
     return places
 
 
@@ -82,7 +84,7 @@ def tokenised(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_second_start_does_not_tokenise(
     small_recipe: Build, tokenised: list[str], template: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare, "LimitedRenderer", LimitedRenderer)
+    monkeypatch.setattr(data_sides, "LimitedRenderer", LimitedRenderer)
     recipe = small_recipe(f"data.chat_template={template}")
     train, test, found = sides(recipe)
     assert tokenised == [f"pairs.jsonl:{line}" for line in range(1, 41)]
@@ -231,7 +233,7 @@ def test_shared_prompts_are_said(small_recipe: Build) -> None:
 def test_a_stop_in_the_middle_leaves_nothing(
     small_recipe: Build, token_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare, "LimitedRenderer", LimitedRenderer)
+    monkeypatch.setattr(data_sides, "LimitedRenderer", LimitedRenderer)
     write_pairs(Path("pairs.jsonl"), 600)
     threads, processes = threading.active_count(), psutil.Process().children()
     for stop in (GeneratorExit, KeyboardInterrupt):
@@ -503,3 +505,22 @@ def test_an_entry_that_cannot_be_read_again(small_recipe: Build, monkeypatch: py
 def test_a_folder_with_a_tokenizer_is_all_that_a_preview_needs(small_recipe: Build) -> None:
     Path("base/model.safetensors").unlink()
     assert drain(preview(small_recipe()), lambda _: None).figures["train_pairs"] == 32
+
+
+def test_names_with_commas_and_several_names(small_recipe: Any, workspace: Path) -> None:
+    """A comma parts names, unless a file has one in its name; a run keeps them as absolute paths all the same."""
+    (workspace / "co,mma").mkdir()
+    for name in ("co,mma/a,b.jsonl", "c.jsonl"):
+        shutil.copy(workspace / "pairs.jsonl", workspace / name)
+    recipe = small_recipe("data.dataset_name=co,mma/a,b.jsonl")
+    assert recipe.data.names == ["co,mma/a,b.jsonl"]
+    (name,) = prepare.with_absolute_paths(recipe).data.names
+    assert name == str(workspace / "co,mma" / "a,b.jsonl")
+    both = small_recipe("data.dataset_name=c.jsonl, pairs.jsonl,some/set")
+    assert both.data.names == ["c.jsonl", "pairs.jsonl", "some/set"]
+    absolute = prepare.with_absolute_paths(both)
+    assert absolute.data.names == [str(workspace / "c.jsonl"), str(workspace / "pairs.jsonl"), "some/set"]
+    (workspace / "written.yaml").write_text(absolute.to_yaml())
+    assert load_recipe("./written.yaml").data.names == absolute.data.names
+    pattern = prepare.with_absolute_paths(small_recipe("data.dataset_name=*.jsonl"))
+    assert pattern.data.names == [str(workspace / "*.jsonl")]

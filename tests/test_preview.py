@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -66,7 +67,7 @@ def test_the_pair_is_legible_without_colour(look: Look) -> None:
     _, shown, _ = look("data.max_length=80", "data.max_prompt_length=60")
     start = shown.index("one pair, coffee.csv:2, as the model sees it")
     prompt, chosen, rejected = (part.partition("\n")[2] for part in shown[start:].split("\n--- ")[1:4])
-    assert prompt.rstrip("\n") == "<s><|user|>\nHow hot should the water be?</s>\n<|assistant|>"
+    assert prompt.rstrip("\n") == "<s><|user|>\nHow hot should the water be?</s>\n<|assistant|>⏎"
     assert chosen == "Just off the boil.[end: </s>]"
     assert rejected.partition("\n\n")[0] == "Boiling, always. Never mea[cut off: sure anything.</s>]"
     assert "\x1b" not in shown
@@ -124,6 +125,33 @@ def test_json_is_what_a_run_keeps_as_data_json(coffee: Path, look: Look, call: L
     assert "measure" not in json.dumps(kept)  # figures alone: no text of the data enters the run folder
 
 
+def test_json_comes_with_its_warnings_beside_it(coffee: Path, look: Look) -> None:
+    (coffee / "base" / "config.json").write_text(json.dumps({"vocab_size": 20}))
+    code, printed, said = look("--json")
+    assert code == 0
+    assert json.loads(printed)["rows_read"] == 5
+    assert "training would stop: coffee.csv:" in said
+    code, printed, said = look("--json", "--row", "coffee.csv:2")
+    assert (code, printed) == (2, "")
+    assert "--row: given with --json" in said
+
+
+def test_the_columns_and_what_is_bad_are_said(coffee: Path, look: Look) -> None:
+    rows = [("question", "good_answer", "bad_answer", "rated_by"), *((f"Cup {i}?", "a", "b", "ann") for i in range(20))]
+    with (coffee / "coffee.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([*rows, ("Which cup?", "Which  cup? The big one.", "b", "bob")])
+    _, shown, _ = look()
+    assert "  read: prompt from question, chosen from good_answer, rejected from bad_answer; not read: rated_by" in shown
+    assert "in 1 pairs a reply begins with the prompt again" in shown
+
+
+def test_white_space_at_the_seam_is_visible(coffee: Path, look: Look) -> None:
+    (coffee / "coffee.csv").write_text("question,good_answer,bad_answer\n" + "".join(f"Q{i}? , a,b\n" for i in range(9)))
+    _, shown, _ = look("data.chat_template=none")
+    assert "\n<s>Q0?·\n--- chosen " in shown
+    assert "\n·a[end: </s>]\n" in shown
+
+
 def test_a_row_of_choice_is_shown_also_when_it_is_left_out(look: Look) -> None:
     code, shown, _ = look("--row", "coffee.csv:4")
     assert code == 0
@@ -133,6 +161,7 @@ def test_a_row_of_choice_is_shown_also_when_it_is_left_out(look: Look) -> None:
     code, shown, _ = look("--row", "coffee.csv:7")
     assert "(left out of the training: chosen and rejected are equal)" in shown
     assert "Is instant coffee cheating?" in shown
+    assert look("--row", str(Path("coffee.csv:4").resolve()))[0] == 0
     code, _, said = look("--row", "coffee.csv:6")  # the second line of a row
     assert code == 3
     assert "coffee.csv:6: no such row in ./coffee.csv" in said
@@ -146,10 +175,10 @@ def test_a_pair_that_is_cut_is_shown_beside_a_first_one_that_is_not(coffee: Path
     assert title
     assert "cut off" not in first
     assert f"{'x' * 69}[cut off: {'x' * 31}</s>]" in cut
-    assert "data.max_length=100 cuts 25.0% of the pairs; 1 responses (12.5%) lose their end" in cut
+    assert "data.max_length=100 cuts 25.0% of the pairs; 1 of the responses (12.5%) lose their end" in cut
     _, shown, _ = look("data.max_length=256")
     assert "cut off" not in shown
-    assert "data.max_length=256 cuts 0.0% of the pairs; 0 responses (0.0%) lose their end" in shown
+    assert "data.max_length=256 cuts 0.0% of the pairs; 0 of the responses (0.0%) lose their end" in shown
 
 
 def test_a_long_text_is_shown_by_its_two_ends(coffee: Path, look: Look) -> None:
@@ -193,6 +222,16 @@ def test_the_second_start_needs_neither_torch_nor_transformers(coffee: Path, loo
     second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert second.stderr.strip() == "[]"
     assert json.loads(second.stdout) == json.loads(first[1])
+
+
+def test_a_cache_that_cannot_be_written_to_is_said_and_nothing_is_left(coffee: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    environment = os.environ | {"ORPO_LITE_CACHE": "/proc/tokens", "TMPDIR": str(tmp_path / "elsewhere")}
+    command = [sys.executable, "-m", "orpo_lite", "data", "--recipe", "./coffee.yaml", MAP]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert "/proc/tokens cannot be written to: the tokens are in" in done.stdout
+    assert "5 rows: 2 to train on" in done.stdout
+    assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
 def test_no_recipe_and_an_unknown_option_are_answered(call: Look) -> None:

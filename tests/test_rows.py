@@ -174,6 +174,53 @@ def test_names_in_a_csv_are_stripped_and_cells_are_not(tmp_path: Path) -> None:
     assert rows_of(write(tmp_path / "c.csv", "q|x,a\n1|;2,3\n")) == [{"q|x": "1|;2", "a": "3"}]
 
 
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        # Excel names the delimiter above the header.
+        ("sep=;\r\nq;a\r\n1,5;2\r\n", {3: {"q": "1,5", "a": "2"}}),
+        ("\n\ufeffq,a\nsep=;,2\n", {3: {"\ufeffq": "sep=;", "a": "2"}}),
+        ("\ufeffSEP=|\nq,a|b\n\n1|2\n", {4: {"q,a": "1", "b": "2"}}),
+        ("sep=\t\nq,a\tb\n1,\t2\n", {3: {"q,a": "1,", "b": "2"}}),
+        # A delimiter ends each line.
+        ("q,a,\n1,2,\n3,4\n", {2: {"q": "1", "a": "2"}, 3: {"q": "3", "a": "4"}}),
+        ("q;a; ;\n1;2; ;\n", {2: {"q": "1", "a": "2"}}),
+        (",q,a,\n0,1,2,\n", {2: {"Unnamed: 0": "0", "q": "1", "a": "2"}}),
+        # The delimiter is the one that fits both the header and the first row.
+        ('"q, text";a\n1;2\n', {2: {"q, text": "1", "a": "2"}}),
+        ("q, text;a;b\n\n1;2;3\n", {3: {"q, text": "1", "a": "2", "b": "3"}}),
+        ("q;text,a\n1,2\n", {2: {"q;text": "1", "a": "2"}}),
+        ("q;text,a\n1;2,3\n", {2: {"q;text": "1;2", "a": "3"}}),
+        ('q\ttext;a|b;c\n"1\n1";2;3\n', {2: {"q text": "1\n1", "a|b": "2", "c": "3"}}),
+        ("q;text,a\n", {}),
+        # Spaces before the quotes.
+        ('q, a\n"1", "2, ""3"""\n4, 5\n', {2: {"q": "1", "a": '2, "3"'}, 3: {"q": "4", "a": "5"}}),
+        ('"q",  "a"\n1, "2\n3"\n', {2: {"q": "1", "a": "2\n3"}}),
+        ("q, a\n1, 2\n", {2: {"q": "1", "a": " 2"}}),
+        ('q,a\n1," ""2"", 3"\n4, "5"\n', {2: {"q": "1", "a": ' "2", 3'}, 3: {"q": "4", "a": ' "5"'}}),
+        ('q,a\n"1, ""x""", 2\n', {2: {"q": '1, "x"', "a": " 2"}}),
+        ('q,a\n"1, "," 2"\n', {2: {"q": "1, ", "a": " 2"}}),
+        ('q,a\n1, "2" is right\n', {2: {"q": "1", "a": ' "2" is right'}}),
+        # Nothing in the name of a column can command a terminal.
+        ('\x1b[31mq,a\x07b,"c\nd"\n1,\x1b2,3\n', {3: {"[31mq": "1", "a b": "\x1b2", "c d": "3"}}),
+    ],
+)
+def test_a_csv_is_read_as_it_is_meant(tmp_path: Path, content: str, found: dict[int, Any]) -> None:
+    assert places(write(tmp_path / "a.csv", content)) == [(f"a.csv:{line}", row) for line, row in found.items()]
+    assert rows_of(write(tmp_path / "a.csv.gz", content)) == list(found.values())
+
+
+def test_a_cell_without_a_name_is_a_fault(tmp_path: Path) -> None:
+    faults: list[DataError] = []
+    found = source(write(tmp_path / "a.csv", "q,a,,\n1,2,,\n3,4,5,\n6,7,,,\n8\n9,10, ,\n")).rows(faults)
+    assert [where for where, _ in found] == ["a.csv:2", "a.csv:6"]
+    assert [(one.where, one.found) for one in faults] == [
+        ("a.csv:3", "a cell in a column without a name"),
+        ("a.csv:4", "5 cells"),
+        ("a.csv:5", "1 cells"),
+    ]
+
+
 # --- a row that cannot be read is placed
 
 
@@ -322,6 +369,75 @@ def test_objects_over_several_lines_are_one_fault(tmp_path: Path) -> None:
         assert rows_of(write(tmp_path / "c.json", json.dumps(row))) == [row]
 
 
+@pytest.mark.parametrize("before", [0, 1])
+@pytest.mark.parametrize(
+    "cut",
+    [
+        b'{"prompt": "R", "chosen": "c", \nplain',
+        b'{"prompt": "R", "chosen": "c"\n[1]',
+        b'{"prompt": "R", "chosen": [\n\xff',
+        b'{"prompt": "R", "chosen": {"role":\nuser}',
+        b'{"prompt": "R",\n"chosen"} "b"',
+        b"{\nplain",
+    ],
+)
+def test_a_row_cut_short_hides_no_later_fault(tmp_path: Path, cut: bytes, before: int) -> None:
+    faults: list[DataError] = []
+    lines = [*[LINE] * before, cut, LINE, b'"x"', LINE]
+    found = list(source(write(tmp_path / "a.jsonl", b"\n".join(lines))).rows(faults))
+    assert [one.where for one in faults] == [f"a.jsonl:{before + number}" for number in (1, 2, 4)]
+    assert len(found) == before + 2
+
+
+def test_an_object_over_lines_may_hold_what_json_may_not(tmp_path: Path) -> None:
+    for member in ('"score": NaN', '"a": {"b": 1, "b": 2}', '"a": "b"'):
+        text = fault(places, write(tmp_path / "a.jsonl", f"{{\n {member},\n"))
+        assert text.startswith("a.jsonl:1: a JSON object over several lines")
+
+
+@pytest.mark.parametrize(
+    "whole",
+    [
+        {"prompt": ["q", "r"], "chosen": ["a", "b"], "rejected": ["c", "d"]},
+        {"chosen": [[{"role": "user"}]], "rejected": [[{"role": "user"}]]},
+        {"prompt": ["q"], "chosen": [{"role": "a"}], "rejected": [{"role": "a"}]},
+        {"prompt": {"0": "q", "1": "r"}, "chosen": {"0": "a", "1": "b"}},
+        {"prompt": {"7": "q"}},
+    ],
+)
+@pytest.mark.parametrize("indent", [None, 1])
+def test_columns_are_told_to_become_rows(tmp_path: Path, whole: Any, indent: int | None) -> None:
+    text = fault(places, write(tmp_path / "a.json", json.dumps(whole, indent=indent)))
+    assert text.startswith("a.json: columns, each with the cells of all rows")
+    assert 'orient="records", lines=True)' in text
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q", "chosen": ["a"], "rejected": ["b"]},
+        {"chosen": {"role": "a"}, "rejected": {"role": "a"}},
+        {"a": {"0": "b"}, "c": {"1": "d"}},
+        {"a": ["b"], "c": ["d", "e"]},
+        {"a": {}},
+        {"a": []},
+        {},
+    ],
+)
+def test_one_row_is_no_columns(tmp_path: Path, row: Any) -> None:
+    assert rows_of(write(tmp_path / "a.json", json.dumps(row))) == [row]
+
+
+def test_the_remedy_for_columns_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pandas = pytest.importorskip("pandas")
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"{i}", "chosen": "2020-01-01", "rejected": "é\n"} for i in range(12)]
+    pandas.DataFrame(rows).to_json("a.json")
+    remedy = fault(places, "a.json").partition("remedy: ")[2]
+    eval(remedy, {"pandas": pandas, "OLD": "a.json"})  # noqa: S307 - our own text
+    assert rows_of("NEW.jsonl") == rows
+
+
 def test_a_cell_that_never_ends_is_placed_where_its_row_starts(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", 'q,a\n1,2\n"3,4\n' + "5,6\n" * 30)
     assert fault(places, path).startswith("a.csv:3: broken csv: unexpected end of data")
@@ -347,6 +463,8 @@ def test_a_cell_that_never_ends_is_placed_where_its_row_starts(tmp_path: Path) -
         ("pairs.jsonl", '{"q": "ü"}'.encode("utf-16"), ":1: UTF-16 text|iconv -f UTF-16 -t UTF-8"),
         ("pairs.json.gz", "[]".encode("utf-16"), ":1: UTF-16 text|iconv -f UTF-16 -t UTF-8"),
         ("pairs.csv", b"\xfe\xff" + "q,a".encode("utf-16-be"), ":1: UTF-16 text|iconv -f UTF-16 -t UTF-8"),
+        ("pairs.csv", "prompt,a\nü,b\n".encode("utf-16-le"), ":1: UTF-16 text|iconv -f UTF-16LE -t UTF-8"),
+        ("pairs.jsonl.gz", '{"q": "ü"}'.encode("utf-16-be"), ":1: UTF-16 text|iconv -f UTF-16BE -t UTF-8"),
         ("pairs.csv", "q,a\nü,b\n".encode("cp1252"), "pairs.csv:2: byte 0xfc at column 1|iconv -f CP1252 -t UTF-8"),
         ("pairs.parquet", "hello", "pairs.parquet: broken parquet"),
         ("pairs.parquet", to_parquet([ROW])[:-20], "pairs.parquet: broken parquet"),
@@ -529,13 +647,21 @@ def folder(tmp_path: Path, *names: str) -> Path:
     return tmp_path
 
 
+HELD_OUT = "data.dataset_test_split=%s would use its own held-out pairs"
+
+
 @pytest.mark.parametrize(
     ("names", "read", "said"),
     [
         ("train.jsonl", "train.jsonl:1", ""),
         ("pairs.jsonl", "pairs.jsonl:1", ""),
-        ("train.jsonl test.jsonl README.md .train.jsonl dataset_info.json", "train.jsonl:1", ""),
-        ("data/train-00000-of-00001.parquet data/test-00000-of-00001.parquet", "train-00000-of-00001.parquet[0]", ""),
+        ("train.jsonl test.jsonl README.md .train.jsonl dataset_info.json", "train.jsonl:1", HELD_OUT % "test"),
+        (
+            "data/train-00000-of-00001.parquet data/validation-00000-of-00001.parquet",
+            "train-00000-of-00001.parquet[0]",
+            HELD_OUT % "validation",
+        ),
+        ("train.jsonl test_sft.jsonl pretest.jsonl", "train.jsonl:1", "not read: pretest.jsonl"),
         ("train_0.jsonl train_1.csv", "train_0.jsonl:1 train_1.csv:2", "2 files: train_0.jsonl, train_1.csv"),
         ("train.jsonl data/train.jsonl", "data/train.jsonl:1 train.jsonl:1", "2 files: data/train.jsonl, train.jsonl"),
         ("b.jsonl a.csv c.json", "a.csv:2 b.jsonl:1 c.json:1", "3 files: a.csv, b.jsonl, c.json"),
@@ -544,8 +670,7 @@ def folder(tmp_path: Path, *names: str) -> Path:
         (
             "train_prefs.jsonl test_prefs.jsonl train_sft.jsonl test_sft.jsonl",
             "train_prefs.jsonl:1",
-            "split train_prefs (of test_prefs, test_sft, train_prefs, train_sft); "
-            "data.dataset_test_split=test_prefs would use its own held-out pairs",
+            "split train_prefs (of test_prefs, test_sft, train_prefs, train_sft); " + HELD_OUT % "test_prefs",
         ),
     ],
 )
@@ -603,6 +728,31 @@ def test_a_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert wheres("odd [1].jsonl") == ["odd [1].jsonl:1"]
 
 
+def test_files_with_other_columns_are_said(tmp_path: Path) -> None:
+    def said(name: str, **contents: str | bytes) -> str:
+        for stem, content in contents.items():
+            write(tmp_path / name / stem.replace("_", "."), content)
+        return source(tmp_path / name).said
+
+    alike = {"a_csv": "q,a\n1,2\n", "b_csv": "a;q\n1;2\n", "c_tsv": "q\ta\n", "d_jsonl": LINE}
+    assert "differ" not in said("alike", **alike, e_parquet=to_parquet([{"q": 1, "a": 2}]))
+    at = tmp_path / "two"
+    text = f"data.dataset_name={at}/a.csv,{at}/b.csv reads each file in its own format"
+    assert (
+        said("two", a_csv="q,a\n", b_csv="q,b\n")
+        == f"2 files: a.csv, b.csv; the columns of a.csv and b.csv differ; {text}"
+    )
+    assert said("three", **alike, e_parquet=to_parquet([ROW])).endswith(
+        "e.parquet,... reads each file in its own format"
+    )
+    assert "columns of a.csv and e.parquet differ" in source(tmp_path / "three").said
+    # What cannot be read is said when it is read.
+    spoilt = {"b_csv": b"\xff\xfe", "c_csv": "q,q\n", "d_csv": "", "e_parquet": b"PAR1"}
+    assert "differ" not in said("spoilt", a_csv="q,a\n", **spoilt)
+    (tmp_path / "spoilt" / "f.csv.gz").write_bytes(gzip.compress(b"q,b\n" * 100)[:12])
+    assert "differ" not in source(tmp_path / "spoilt").said
+
+
 def test_two_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
     folder(tmp_path, "en/train.jsonl", "de/train.jsonl", "de/test.jsonl")
     assert len(wheres(tmp_path / "*" / "*.jsonl")) == 3  # a pattern says which files
@@ -628,6 +778,40 @@ def test_a_missing_file_has_nearest_names(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     assert "did you mean preferences.jsonl?" in fault(source, "preferences.json")
     assert "no such file" in fault(source, "sheet.xlsx")
+
+
+def test_a_name_meant_for_a_file_here_is_not_looked_for_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder(tmp_path, "mydata.csv", "mydata.jsonl.gz", "mydata.txt", "Other/train.jsonl", "data/pairs.jsonl")
+    monkeypatch.chdir(tmp_path)
+    assert fault(source, "mydata").endswith("did you mean mydata.csv or mydata.jsonl.gz?")
+    assert "did you mean Other?" in fault(source, "other")
+    assert "did you mean pairs.jsonl?" in fault(source, "data/pears")
+    text = fault(source, "data/nothing-like-it", "train")
+    assert "there is a folder data here; else a set of the hub" in text
+    assert "check the path" in text
+    assert "a/b is not a folder" in fault(source, "a/b/c")
+    assert fault(source, "mydat/").startswith("mydat: no such file\n  expected: a file or folder\n")
+
+
+def test_a_bare_name_that_is_not_on_the_hub_may_have_been_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise errors.pop()
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    monkeypatch.setattr(datasets, "get_dataset_split_names", refuse)
+    monkeypatch.chdir(folder(tmp_path, "mydata.csv"))
+    for name, near in (("mydat", "did you mean mydata.csv?"), ("zzz", "check the path")):
+        for error, remedy in ((ConnectionError("offline"), "network"), (ValueError(f"'{name}' doesn't exist"), "open")):
+            errors = [error, error]
+            text = fault(source, name, kind=HubError)
+            assert f"there is no file or folder {name} here either ({near}); for a set of the hub, " in text
+            assert remedy in text
+    errors = [ConnectionError("offline")] * 2
+    assert "no file" not in fault(source, "org/mydat", kind=HubError)
 
 
 # --- the fingerprint
@@ -733,8 +917,11 @@ def test_a_hub_sets_split_is_chosen(monkeypatch: pytest.MonkeyPatch, offline: bo
     assert found.said.startswith("split train_prefs (of train_prefs, train_sft, test_prefs, test_sft); ")
     assert "data.dataset_test_split=test_prefs" in found.said
     assert [where for where, _ in found.rows([])] == ["train_prefs[0]", "train_prefs[1]", "train_prefs[2]"]
-    Hub(monkeypatch, {"train": 1, "test": 1})
+    Hub(monkeypatch, {"train": 1})
     assert find_source("a/b", "auto", None).said == ""
+    Hub(monkeypatch, {"train": 1, "test": 1})
+    assert find_source("a/b", "auto", None).said == HELD_OUT % "test"
+    assert find_source("a/b", "train", None).said == ""
     Hub(monkeypatch, {"default": 1})
     assert find_source("a/b", "auto", None).said == "split default (of default)"
     Hub(monkeypatch, {"train_sft": 1, "test_sft": 1})

@@ -33,7 +33,7 @@ from orpo_lite.data.templates import (
     set_chat_template,
     template_file,
 )
-from orpo_lite.data.tokens import BATCH, tokenize_pairs
+from orpo_lite.data.tokens import BATCH, end_token_id, tokenize_pairs
 from orpo_lite.errors import DataError, ModelError, OrpoLiteError, RecipeError
 
 
@@ -118,6 +118,35 @@ def test_chat_template_kwargs_reach_the_template(bpe: PreTrainedTokenizerFast) -
     with LimitedRenderer(template) as renderer:
         renderer.send([colour()])
         assert renderer.receive() == [pair_texts(colour(), template)]
+
+
+@pytest.mark.parametrize("name", ["add_generation_prompt", "messages", "conversations", "chat_template"])
+def test_what_we_render_with_is_not_a_kwarg(bpe: PreTrainedTokenizerFast, name: str) -> None:
+    with pytest.raises(RecipeError, match=rf"data\.chat_template_kwargs: sets {name}") as raised:
+        set_chat_template(bpe, section(chat_template=CHATML, chat_template_kwargs={name: 1}))
+    message(raised)
+
+
+def test_an_end_token_that_is_not_special_ends_a_reply_all_the_same() -> None:
+    """ChatML put on a base whose tokenizer holds its marks as ordinary added tokens."""
+    tokenizer = byte_level(marks=())
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>", "covid", "  "])
+    tokenizer.chat_template = CHATML
+    template = set_chat_template(tokenizer, section())
+    assert template.special_tokens == ["<|endoftext|>"]
+    renderer = Renderer(template)
+    assert end_token_id(renderer, tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    pairs = [colour(), colour(chosen="a<|im_end|>b"), colour("a<|im_end|>b"), colour("covid", "  <|im_start|>")]
+    renderer.send(pairs)
+    kept, *left_out, other = renderer.receive()
+    assert kept == PairTexts(
+        "<|im_start|>user\nName a colour.<|im_end|>\n<|im_start|>assistant\n",
+        "Blue.<|im_end|>",
+        "Seven.<|im_end|>",
+        "<|im_end|>",
+    )
+    assert left_out == [SPECIAL] * 2
+    assert isinstance(other, PairTexts)
 
 
 def texts_of(pair: Pair, template: Template) -> PairTexts:
@@ -480,7 +509,7 @@ def test_it_ends_with_its_parent(bpe: PreTrainedTokenizerFast) -> None:
     """Nobody is left to kill it when the parent was killed: then its input ends."""
     code = (
         "import os; from orpo_lite.data.templates import LimitedRenderer, Template\n"
-        "limited = LimitedRenderer(Template('{{ 1 }}', {}, [], ''))\n"
+        "limited = LimitedRenderer(Template('{{ 1 }}', {}, [], [], ''))\n"
         "print(limited._process.pid, flush=True)\nos.kill(os.getpid(), 9)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -3,7 +3,7 @@
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -95,12 +95,17 @@ ASKED = "<|im_start|>user\nName a colour.<|im_end|>\n<|im_start|>assistant\n"
 TURNS = (user("Hi"), bot("Hello."), user("Name a colour."))
 
 
-def byte_level(trim_offsets: bool = False, bos: str | None = None) -> PreTrainedTokenizerFast:
+MARKS = ("<|im_start|>", "<|im_end|>")
+
+
+def byte_level(
+    trim_offsets: bool = False, bos: str | None = None, marks: Sequence[str] = MARKS
+) -> PreTrainedTokenizerFast:
     """As GPT-2 and Qwen: no BOS, any text round-trips. With one, as Llama-3."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *([bos] if bos else [])]
+    specials = ["<|endoftext|>", *marks, *([bos] if bos else [])]
     tokenizer.train_from_iterator(
         CORPUS,
         trainers.BpeTrainer(

@@ -1,4 +1,5 @@
 """Rows to pairs to tokens to batches.
 
-Order inside the wing: readers, columns, formats, files, rows, pairs, templates, tokens, cache, packing, preview.
+Order inside the wing: readers, columns, formats, files, rows, pairs, templates, tokens, cache, sides,
+packing, preview.
 """

@@ -7,6 +7,7 @@ by a key over all that tokens depend on, this wing's own code among it. Entries 
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import hashlib
 import json
@@ -188,18 +189,25 @@ def file_sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-@cache
-def cache_folder() -> Path:
-    """Where entries live: $ORPO_LITE_CACHE, else the user's cache folder; a temporary one when that is read-only."""
+def wanted_folder() -> Path:
+    """Where entries should live: $ORPO_LITE_CACHE, else the user's cache folder."""
     named = os.environ.get(VARIABLE)
     folder = Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "orpo-lite" / "tokens"
-    folder = folder.expanduser()
+    return folder.expanduser()
+
+
+@cache
+def cache_folder() -> Path:
+    """Where entries live: ``wanted_folder``, or where nothing can be written, a folder that ends with the process."""
+    folder = wanted_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # tokens are as private as the text
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except OSError:
-        return Path(tempfile.mkdtemp(prefix="orpo-lite-tokens-"))
+        folder = Path(tempfile.mkdtemp(prefix="orpo-lite-tokens-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        return folder
 
 
 def load(key: str) -> TokenizedPairs | None:

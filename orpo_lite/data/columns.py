@@ -21,7 +21,7 @@ SOME = 0.1  # of the rows: too many to be chance
 
 Kind = Literal[
     "missing", "null", "text", "dialogue", "Python text of a list", "message", "messages", "turns", "completions",
-    "texts", "numbers", "number", "true or false", "request", "something else",
+    "texts", "pairs of texts", "numbers", "number", "true or false", "request", "something else",
 ]  # fmt: skip
 TEXTS: tuple[Kind, ...] = ("text", "dialogue")
 CHAT: tuple[Kind, ...] = ("messages", "turns")  # lists that hold a conversation
@@ -51,6 +51,10 @@ def kind_of(value: Any) -> Kind:
             return _kind_of_list(items)
         case list(items) if all(isinstance(item, str) for item in items):
             return "texts"
+        case list(items) if all(
+            isinstance(item, list) and [type(text) for text in item] == [str, str] for item in items
+        ):
+            return "pairs of texts"
         case list(items) if all(item is None or type(item) in (int, float) for item in items):
             return "numbers"
         case _:
@@ -133,7 +137,18 @@ _END = re.compile(
 
 def is_templated(value: Any) -> bool:
     """Anchored at the text's start and end, so that a question about templates is none."""
-    return any(_START.match(text) or _END.search(text) for text in contents(value) if not is_dialogue(text))
+    return is_opened(value) or end_marker(value) is not None
+
+
+def is_opened(value: Any) -> bool:
+    """It begins with a template's marker."""
+    return any(_START.match(text) for text in contents(value) if not is_dialogue(text))
+
+
+def end_marker(value: Any) -> str | None:
+    """A template's marker at the end of the last text that has one there."""
+    ends = (_END.search(text) for text in reversed(contents(value)) if not is_dialogue(text))
+    return next((match[0].strip() for match in ends if match), None)
 
 
 # --- the columns
@@ -144,6 +159,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
                "context"),
     "system": ("system", "system_prompt", "system_message"),
     "conversation": ("conversation", "conversations", "messages", "context"),
+    "history": ("history",),
     "input": ("input",),
     "completions": ("completions", "answers", "responses", "generations", "candidates"),
     "scores": ("scores", "score", "ratings", "rating", "rewards", "reward"),
@@ -153,7 +169,8 @@ FITTING: dict[str, tuple[Kind, ...]] = {
     "prompt": TEXTS,
     "system": ("text",),
     "conversation": CHAT,
-    "input": TEXTS,
+    "history": (*CHAT, "pairs of texts", "null"),  # null: the first rows may be those without earlier turns
+    "input": (*TEXTS, "request"),
     "completions": ("completions", "texts"),
     "scores": ("numbers",),
     "ranks": ("numbers",),
@@ -180,11 +197,19 @@ class Look:
         kinds = Counter(kind_of(row[column]) for row in self.rows if column in row)
         return next((kind for kind, _ in kinds.most_common() if kind != "null"), "null")
 
-    def kind(self, column: str) -> Kind:
-        return self.kinds.get(column, "missing")
+    def named(self, *names: str) -> list[str]:
+        """The columns of these names, whatever their case and the spaces around them."""
+        return [column for name in names for column in self.columns if plain_name(column) == name]
 
-    def values(self, *columns: str) -> list[tuple[Any, ...]]:
+    def column(self, name: str) -> str:
+        return name if name in self.kinds else next(iter(self.named(name)), name)
+
+    def kind(self, name: str) -> Kind:
+        return self.kinds.get(self.column(name), "missing")
+
+    def values(self, *names: str) -> list[tuple[Any, ...]]:
         """What these columns hold, in the rows in which none is empty and each holds its column's kind."""
+        columns = [self.column(name) for name in names]
         fits = [TEXTS if self.kind(column) in TEXTS else (self.kind(column),) for column in columns]
         rows = [tuple(unpacked(row.get(column)) for column in columns) for row in self.rows]
         return [row for row in rows if all(kind_of(value) in fit for value, fit in zip(row, fits, strict=True))]
@@ -205,23 +230,22 @@ class Look:
 
     def candidates(self, canonical: str) -> list[str]:
         if canonical in self.mapped or (canonical == "prompt" and self.kind("prompt") in CHAT):
-            return [canonical] if canonical in self.columns else []
-        by_name = {column.lower(): column for column in reversed(self.columns)}
-        named = [by_name[alias] for alias in ALIASES[canonical] if alias in by_name]
-        named = [column for column in named if self.kinds[column] in FITTING[canonical]]
+            return [self.column(canonical)] if self.kind(canonical) != "missing" else []
+        named = self.named(*ALIASES.get(canonical, (canonical,)))
+        named = [column for column in named if self.kinds[column] in FITTING.get(canonical, self.kinds.values())]
         if canonical == "prompt" and self.is_alpaca():
-            return [column for column in named if column != "input"]
+            return [column for column in named if plain_name(column) != "input"]
         if canonical == "conversation":  # not one that already holds the reply, as in UltraFeedback binarized
             return [column for column in named if self.share(waits_for_reply, column) > 0.5]
         return named
 
     def is_alpaca(self) -> bool:
         """Beside an instruction, input is what the instruction is about, and often blank; history is earlier turns."""
-        about = self.kind("input") in (*TEXTS, "null") or self.kind("history") == "something else"
-        return "instruction" in self.columns and about
+        about = self.kind("input") in (*TEXTS, "null") or self.kind("history") == "pairs of texts"
+        return self.kind("instruction") != "missing" and about
 
     def agree(self, one: str, other: str) -> bool:
-        return one == other or (other in self.columns and not self._differ(one, other))
+        return self.column(other) == one or (self.kind(other) != "missing" and not self._differ(one, other))
 
     def _differ(self, one: str, other: str) -> bool:
         """In some row; spaces around a text make no difference."""
@@ -229,8 +253,8 @@ class Look:
 
     def templated(self) -> list[str]:
         """The canonical columns in which a chat template was applied already, in too many rows to be chance."""
-        read = {name: name for name in ("chosen", "rejected", *OPENAI[1:]) if name in self.columns} | self.taken
-        return [name for name, column in read.items() if name != "better" and self.share(is_templated, column) >= SOME]
+        read = {name: column for name, column in self.taken.items() if name != "better"}
+        return [name for name, column in read.items() if self.share(is_templated, column) >= SOME]
 
     def _refuse_rivals(self, canonical: str, columns: Sequence[str]) -> NoReturn:
         templated = [column for column in columns if self.share(is_templated, column) >= SOME]
@@ -238,14 +262,14 @@ class Look:
             replies = [side for side in ("chosen", "rejected") if self.share(is_templated, side) >= SOME]
             raw = [column for column in columns if column not in templated]
             refuse_templated(self, [*templated, *replies], () if replies else raw)
-        found = f"{' and '.join(columns)} could each be the {canonical}, and they differ"
+        found = f"{shown(*columns)} could each be the {canonical}, and they differ"
         raise DataError("data.column_map", found, f"one {canonical}", map_lines(canonical, columns))
 
     # --- the rows as their reader wants them
 
     def renamed(self, row: Row, where: str) -> Row:
         """Canonical names, lists where JSON stands for them, and no other candidate than those that were taken."""
-        left_out = {"system", "conversation", "scores", "ranks", *self.taken, *self.taken.values()}
+        left_out = {"system", "conversation", "history", "scores", "ranks", *self.taken, *self.taken.values()}
         out = {key: value for key, value in row.items() if key not in left_out}
         out |= {canonical: row[column] for canonical, column in self.taken.items() if column in row}
         for key, value in out.items():
@@ -253,28 +277,63 @@ class Look:
             if kind in STRUCTURED and isinstance(value, str) and key in KNOWN:
                 out[key] = unpacked(value) if value.strip() else None
                 if isinstance(out[key], str):
-                    raise fault(where, self.taken.get(key, key), "a text", f"{kind}, as in most rows")
+                    raise fault(where, shown(self.taken.get(key, key)), "a text", f"{kind}, as in most rows")
         if self.verdict and "better" in out:
             verdict = self.verdict(out["better"])
             if verdict is None:
-                raise fault(where, self.taken["better"], seen(out, "better"), "one of the two answers, or a tie")
+                raise fault(where, shown(self.taken["better"]), seen(out, "better"), "one of the two answers, or a tie")
             out["better"] = verdict
         return out
 
 
+# --- columns in messages
+
+
+def plain_name(column: str) -> str:
+    return column.strip().lower()
+
+
+def words(column: str) -> list[str]:
+    """The words of a column's name: good, answer of good_answer2 and of GoodAnswer."""
+    return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", column)]
+
+
+def shown(*columns: str) -> str:
+    """Their names in a sentence, without what a terminal would act on."""
+    *names, last = [column if column.isprintable() else repr(column) for column in columns] or [""]
+    return f"{', '.join(names)} and {last}" if names else last
+
+
 def map_line(**columns: str) -> str:
-    """The setting, as it can be pasted into a shell."""
-    return shlex.quote("data.column_map=" + ",".join(f"{canonical}={column}" for canonical, column in columns.items()))
+    """The setting, as it can be pasted into a shell; as a mapping of YAML's where a name would break the short form."""
+    value = ",".join(f"{canonical}={column}" for canonical, column in columns.items())
+    if not all(
+        column.isprintable() and column == column.strip() and not set(column) & set(",=") for column in columns.values()
+    ):
+        value = "{" + ", ".join(f'"{canonical}": {_quoted(column)}' for canonical, column in columns.items()) + "}"
+    return shlex.quote(f"data.column_map={value}")
+
+
+def _quoted(text: str) -> str:
+    """In YAML's double quotes, which know an escape for every character."""
+    return '"' + "".join(c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08x}" for c in text) + '"'
 
 
 def map_lines(canonical: str, columns: Iterable[str]) -> str:
     return " or ".join(map_line(**{canonical: column}) for column in columns)
 
 
-def refuse_templated(look: Look, columns: Sequence[str], raw: Sequence[str] = ()) -> NoReturn:
-    columns = [look.taken.get(column, column) for column in columns]
+def refuse_templated(look: Look, names: Sequence[str], raw: Sequence[str] = ()) -> NoReturn:
+    columns = [look.column(look.taken.get(name, name)) for name in names]
+    values = [value for column in columns for (value,) in look.values(column)]
     remedy = map_lines("prompt", raw) or "data.chat_template=none"
     if any(look.kind(column) not in TEXTS for column in columns):
         remedy = "no setting helps: take the template's markers out of the messages; the model's own are put in"
-    found = f"{' and '.join(columns)} hold text to which a chat template was applied already"
+    elif not raw and not any(is_opened(value) for value in values):
+        markers = Counter(marker for value in values if (marker := end_marker(value)))
+        remedy = (
+            f"take {' and '.join(markers)} off the ends of {shown(*columns)}, for the model's own is put there; "
+            "or data.chat_template=none to train on the texts as they are"
+        )
+    found = f"{shown(*columns)} hold text to which a chat template was applied already"
     raise DataError("data.chat_template", found, "text without markers: the template would put them in again", remedy)

@@ -13,7 +13,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, dropwhile
+from itertools import chain, dropwhile, islice
 from pathlib import Path
 from typing import IO, Any, NoReturn, cast
 
@@ -28,6 +28,11 @@ MAX_JSON_BYTES = 1 << 30  # a .json is held in memory as a whole
 PANDAS_INDEX = "Unnamed: 0"  # what pandas calls it when it reads the file again
 MAX_COLUMN_NAME = 100  # characters; a longer one is a text
 BLOCK = 1 << 20
+
+DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+EXCEL_SEP = re.compile(r"sep=([,;\t|])\s*$", re.IGNORECASE)  # the first line that Excel writes and reads
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")  # in the name of a column they would command the terminal
+SPACED_QUOTE = re.compile(' +"')
 
 # What a file may hold whatever its name says: its first bytes, what that is, and what to do.
 LOOKALIKES = (
@@ -86,6 +91,21 @@ def file_fingerprint(file: File) -> tuple[str, int]:
     return digest.hexdigest(), _estimate(file, (ends[b"\n"] or ends[b"\r"]) + (last not in b"\r\n"))
 
 
+def column_names(file: File) -> frozenset[str]:
+    """The columns of a table; none for the other kinds, and none for a table that cannot be read."""
+    try:
+        _refuse_lookalikes(file)
+        if file.kind == ".parquet":
+            with _parquet(file) as table:
+                return frozenset(table.schema_arrow.names)
+        if file.kind in (".csv", ".tsv"):
+            start, cells = next(_records(file, *_reading(file)), (1, []))
+            return frozenset(_header(cells, f"{file.label}:{start}"))
+    except (DataError, OSError, *BROKEN_GZIP):
+        pass  # whoever reads it will say so
+    return frozenset()
+
+
 def blocks(path: Path) -> Iterator[bytes]:
     with path.open("rb") as raw:
         yield from iter(lambda: raw.read(BLOCK), b"")
@@ -116,6 +136,17 @@ def _refuse_lookalikes(file: File) -> None:
         if start.startswith(mark):
             kind = f"{file.kind[1:]} in UTF-8" if file.kind != ".parquet" else "a parquet file"
             raise DataError(f"{file.label}:1", found, kind, remedy)
+    if file.kind != ".parquet" and (order := _utf16_order(start)):
+        remedy = f"iconv -f UTF-16{order} -t UTF-8 OLD > NEW"
+        raise DataError(f"{file.label}:1", "UTF-16 text", f"{file.kind[1:]} in UTF-8", remedy)
+
+
+def _utf16_order(start: bytes) -> str:
+    """LE or BE when every other byte of the start is NUL, as in UTF-16 without a mark; else ""."""
+    even, odd = start[0::2].count(0), start[1::2].count(0)
+    if len(start) < 4 or max(even, odd) < len(start) // 4 or min(even, odd):
+        return ""
+    return "LE" if odd else "BE"
 
 
 def _lines(file: File, *, quoted: bool) -> Iterator[tuple[int, bytes]]:
@@ -193,34 +224,50 @@ def _json_fault(error: ValueError | RecursionError, where: str) -> DataError:
 
 
 def _jsonl_rows(file: File, faults: list[DataError]) -> Iterator[Place]:
-    open_line = 0  # the line before, when its object does not end there
     first = True
+    held = ""  # the line before, when its object does not end there
     for number, line in _lines(file, quoted=False):
         if not line.strip():
             continue
-        where = f"{file.label}:{number}"
+        where, before, held = f"{file.label}:{number}", held, ""
         if first and line.lstrip().startswith(b"["):
             renamed = re.sub(r"(?i)\.jsonl", ".json", file.path.name)
             raise DataError(where, "a JSON array", "one JSON object a line", f"rename the file to {renamed}")
-        if open_line and not line.startswith(b"{"):
-            del faults[-1]  # one fault for all the lines of all the objects
-            found = "a JSON object over several lines"
-            raise DataError(f"{file.label}:{open_line}", found, "one JSON object a line", "jq -c . OLD > NEW")
-        first, open_line = False, 0
+        first = False
         try:
             text = _decode(line.rstrip(), where).removeprefix("\ufeff")  # files with a mark may have been joined
-            row = _DECODER.decode(text)
         except DataError as fault:
             faults.append(fault)
+            continue
+        if before and not text.startswith("{") and _goes_on(f"{before}\n{text}"):
+            start = faults.pop().where  # one fault for all the lines of all the objects
+            raise DataError(start, "a JSON object over several lines", "one JSON object a line", "jq -c . OLD > NEW")
+        try:
+            row = _DECODER.decode(text)
         except (ValueError, RecursionError) as error:
             faults.append(_json_fault(error, where))
-            if isinstance(error, json.JSONDecodeError) and error.pos >= len(text) and text.startswith("{"):
-                open_line = number
+            held = text if _breaks_off(error, text) else ""
         else:
             if isinstance(row, dict):
                 yield where, row
             else:
                 faults.append(_not_an_object(where, "one JSON object a line"))
+
+
+def _breaks_off(error: Exception, text: str) -> bool:
+    """Whether an object is right as far as it goes, and only lacks its end."""
+    return isinstance(error, json.JSONDecodeError) and error.pos >= len(text) and text.startswith("{")
+
+
+def _goes_on(text: str) -> bool:
+    """Whether two lines are one object, or the start of one: a row cut short before other text is neither."""
+    try:
+        _DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        return _breaks_off(error, text)
+    except (ValueError, RecursionError):
+        return True  # a number or a key that we refuse, in an object all the same
+    return True
 
 
 def _not_an_object(where: str, expected: str) -> DataError:
@@ -304,9 +351,27 @@ def _held_list(text: str, file: File) -> list[Any] | None:
         return None  # several objects: the lines will be judged one by one
     except (ValueError, RecursionError) as error:
         raise _json_fault(error, file.label) from None
-    values = whole.values() if isinstance(whole, dict) else ()
+    values = list(whole.values()) if isinstance(whole, dict) else []
     lists = [value for value in values if isinstance(value, list) and value and isinstance(value[0], dict)]
-    return lists[0] if len(lists) == 1 else None
+    if len(lists) == 1:
+        return lists[0]
+    if _are_columns(values):
+        remedy = 'pandas.read_json(OLD, dtype=False).to_json("NEW.jsonl", orient="records", lines=True)'
+        raise DataError(file.label, "columns, each with the cells of all rows", "one JSON object a row", remedy)
+    return None
+
+
+def _are_columns(values: list[Any]) -> bool:
+    """Of {"prompt": ["a", ...], ...}, or {"prompt": {"0": "a", ...}, ...} as pandas writes a table by default.
+
+    A row of its own may hold lists too: of messages, which are objects.
+    """
+    if not values or not values[0]:
+        return False
+    if all(isinstance(value, dict) for value in values):
+        return all(value.keys() == values[0].keys() for value in values) and all(map(str.isdigit, values[0]))
+    even = all(isinstance(value, list) and len(value) == len(values[0]) for value in values)
+    return even and any(not isinstance(cell, dict) for value in values for cell in value)
 
 
 # --- tables
@@ -314,37 +379,77 @@ def _held_list(text: str, file: File) -> list[Any] | None:
 
 def _csv_rows(file: File, faults: list[DataError]) -> Iterator[Place]:
     """Every cell is text: a reader that guesses types would make a number of the reply "42"."""
+    delimiter, spaced = _reading(file)
+    records = _records(file, delimiter, spaced)
+    start, titles = next(records, (1, []))
+    header = _header(titles, f"{file.label}:{start}")
+    for number, cells in records:
+        where, unnamed = f"{file.label}:{number}", cells[len(header) :]
+        if not len(header) <= len(cells) <= len(titles):
+            expected, remedy = f"{len(titles)} cells, as in the header", 'put "..." around {} and line ends'
+            faults.append(DataError(where, f"{len(cells)} cells", expected, remedy.format(DELIMITERS[delimiter])))
+        elif any(cell.strip() for cell in unnamed):
+            found, remedy = "a cell in a column without a name", f"name it in line {start}, or clear the cell"
+            faults.append(DataError(where, found, "the first line should name the columns", remedy))
+        else:
+            yield where, dict(zip(header, cells, strict=False))
+
+
+def _records(file: File, delimiter: str, spaced: bool) -> Iterator[tuple[int, list[str]]]:
+    """The header and the rows, each with the line it starts at."""
     csv.field_size_limit(MAX_ROW_BYTES)
-    lines = _lines(file, quoted=True)
-    texts = dropwhile(lambda place: not place[1].strip(), ((n, _decode(ln, f"{file.label}:{n}")) for n, ln in lines))
+    texts = dropwhile(lambda place: not place[1].strip() or bool(EXCEL_SEP.match(place[1])), _texts(file))
     start, first = next(texts, (1, ""))
-    above = start - 1  # blank lines before the header
-    delimiter = "\t" if file.kind == ".tsv" else _delimiter(first)
-    cells = csv.reader(chain([first], (text for _, text in texts)), delimiter=delimiter, strict=True)
+    above = start - 1
+    lines = chain([first], (text for _, text in texts))
+    records = csv.reader(lines, delimiter=delimiter, skipinitialspace=spaced, strict=True)
     try:
-        header = _header(next(cells, []), f"{file.label}:{start}")
-        start = above + cells.line_num + 1
-        for row in cells:
-            where, start = f"{file.label}:{start}", above + cells.line_num + 1
-            if len(row) == len(header):
-                yield where, dict(zip(header, row, strict=True))
-            elif row:
-                expected, remedy = f"{len(header)} cells, as in the header", 'put "..." around {} and line ends'
-                named = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}[delimiter]
-                faults.append(DataError(where, f"{len(row)} cells", expected, remedy.format(named)))
+        for cells in records:
+            if cells:
+                yield start, cells
+            start = above + records.line_num + 1
     except csv.Error as error:
         remedy = 'put "..." around a cell with commas, quotes or line ends, and double the quotes inside'
         raise DataError(f"{file.label}:{start}", f"broken csv: {error}", "plain or quoted cells", remedy) from None
 
 
-def _delimiter(header: str) -> str:
-    """The comma, unless the header has none and something else: a spreadsheet in much of Europe writes semicolons."""
-    others = [mark for mark in ";\t|" if mark in header]
-    return "," if "," in header or not others else max(others, key=header.count)
+def _texts(file: File) -> Iterator[tuple[int, str]]:
+    yield from ((number, _decode(line, f"{file.label}:{number}")) for number, line in _lines(file, quoted=True))
+
+
+def _reading(file: File) -> tuple[str, bool]:
+    """The delimiter, and whether spaces may stand between it and a quote.
+
+    Excel names the delimiter above the header. Else it is the one that cuts the header and the first row into as many
+    cells, the comma before the others: a spreadsheet in much of Europe writes semicolons.
+    """
+    top = next((text for _, text in _texts(file) if text.strip()), "")
+    if said := EXCEL_SEP.match(top):
+        marks = [said[1]]
+    else:
+        marks = ["\t"] if file.kind == ".tsv" else [mark for mark in DELIMITERS if mark in top] or [","]
+    starts = {mark: _first_two(file, mark, spaced=False) for mark in marks}
+    fitting = [mark for mark, (header, row) in starts.items() if len(header) == len(row) > 1] or marks
+    delimiter = "," if "," in fitting else max(fitting, key=top.count)
+    # Quotes behind spaces are text to the plain reader. A quoted cell may start so too, and reads the same either way.
+    plain, loose = (set(chain(*rows)) for rows in (starts[delimiter], _first_two(file, delimiter, spaced=True)))
+    return delimiter, bool(loose) and any(SPACED_QUOTE.match(cell) for cell in plain - loose)
+
+
+def _first_two(file: File, delimiter: str, *, spaced: bool) -> tuple[list[str], list[str]]:
+    """The header and the first row, without cells where the file cannot be read so."""
+    try:
+        header, row = [*(cells for _, cells in islice(_records(file, delimiter, spaced), 2)), [], []][:2]
+    except DataError:
+        return [], []
+    return header, row
 
 
 def _header(cells: Sequence[str], where: str) -> list[str]:
-    names = [cell.strip() for cell in cells]
+    """The names; [] of an empty file. A delimiter may end each line, and then the last cells have no names."""
+    names = [CONTROL.sub(" ", cell).strip() for cell in cells]
+    while len(names) > 1 and not names[-1]:
+        del names[-1]
     if names[:1] == [""] and len(names) > 1:  # an index that pandas wrote beside the columns
         names[0] = PANDAS_INDEX
     if any(not name or len(name) > MAX_COLUMN_NAME for name in names):

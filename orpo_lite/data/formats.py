@@ -5,34 +5,47 @@ rejected are taken by exactly these names, scores and verdicts only where their 
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NoReturn
 
 from orpo_lite.data.columns import (
     ALIASES,
     CHAT,
     KNOWN,
+    OPENAI,
     SOME,
     TEXTS,
     USABLE,
     Look,
     asks,
     contents,
+    is_message,
     is_sharegpt,
+    is_templated,
     map_line,
     map_lines,
+    plain_name,
     refuse_templated,
+    shown,
+    unpacked,
+    words,
 )
 from orpo_lite.data.readers import (
     COLUMNS,
     MEASURES,
     PROMPTS_DIFFER,
     READERS,
+    ROLES,
+    SHAREGPT_ROLES,
     Message,
     Pair,
     Reader,
     Row,
+    begins_with,
+    behind,
     shared_start,
     shared_words,
 )
@@ -42,6 +55,7 @@ __all__ = ["COLUMNS", "PROMPTS_DIFFER", "READERS", "Detected", "Message", "Pair"
            "shared_start"]  # fmt: skip
 
 MANY = 0.9  # of the rows: a habit of the whole set
+SAID = "data.format says so"
 PAIRS = "write each pair as prompt, chosen and rejected"
 
 
@@ -52,6 +66,8 @@ class Detected:
     name: str
     because: str
     read: Reader
+    columns: dict[str, str]
+    """Canonical name -> the column it is read from: all that the reader uses, and nothing else."""
 
     @property
     def sentence(self) -> str:
@@ -77,17 +93,20 @@ def detect_format(
         fitting = (found for clause in CLAUSES if (found := clause(look)))
         name, because = next(fitting, None) or _refuse_unknown(look)
     else:
-        because = "data.format says so"
+        because = SAID
         _find_columns(look, name)
-    system = look.find("system")
-    templated = look.templated()
-    if templated and not plain:
+    for reply in _replies(look, name):
+        look.find(reply)
+    _find_history(look)
+    system = _find_system(look)
+    if (templated := look.templated()) and not plain:
         refuse_templated(look, templated)
-    if system and "prompt" in templated:
-        del look.taken["system"]  # the templated prompt has it inside
-    elif system and name != "orca":
-        because += f"; {system} goes in front as a system turn"
-    return Detected(name, because, lambda row, where: READERS[name](look.renamed(row, where), where))
+    if name != "implicit" or because != SAID:
+        _refuse_unread(look)
+    if system and name != "orca":
+        because += f"; {shown(system)} goes in front as a system turn where the conversation has none"
+    columns = {canonical: column for canonical, column in look.taken.items() if look.kind(column) != "null"}
+    return Detected(name, because, lambda row, where: READERS[name](look.renamed(row, where), where), columns)
 
 
 # --- the clauses: each says its format's name and the reason, or None; the first that fits is taken
@@ -115,15 +134,15 @@ def _conversations(look: Look) -> Found:
     style = "sharegpt" if look.share(is_sharegpt, "chosen") > 0.5 else None
     if style:
         sides += " in from and value"
-    if look.kind("prompt") in CHAT:
+    if look.kind("prompt") in CHAT and "conversation" not in look.mapped:
         look.find("prompt")
         return style or "explicit", f"prompt is a list of messages and {sides}"
     whole = look.share(asks, "chosen")
-    if whole < 1 and (before := _find_before(look)):
+    if (whole < 1 or "conversation" in look.mapped) and (before := _find_before(look)):
         canonical, column = before
         if canonical == "conversation":
-            return style or "conversation", f"{sides}, and {column} is a list of messages"
-        return style or "messages", f"{sides} beside {column}, a text"
+            return style or "conversation", f"{sides}, and {shown(column)} is a list of messages"
+        return style or "messages", f"{sides} beside {shown(column)}, a text"
     if whole > 0 and look.kind("prompt") in TEXTS:
         return style or "messages", f"{sides} beside prompt, a text"
     return (style or "implicit", f"{sides} and there is no prompt") if whole > 0 else None
@@ -134,39 +153,62 @@ def _texts(look: Look) -> Found:
         return None
     before = _find_before(look)
     if before is None:
-        # Two replies can begin alike by chance, and what they reply to may be what was not taken.
-        begin_alike = look.share(lambda one, other: bool(shared_words(one, other)), "chosen", "rejected") >= MANY
-        unread = look.kind("prompt") not in ("missing", "null")
-        unread = unread or any(look.kind(name) in CHAT for name in ALIASES["conversation"])
         reason = "chosen and rejected are texts that begin alike and there is no prompt"
-        return ("implicit", reason) if begin_alike and not unread else None
+        return ("implicit", reason) if _share_prompts(look) else None
     canonical, column = before
     if look.kind(column) in CHAT:
         style = "sharegpt" if look.share(is_sharegpt, column) > 0.5 else "conversation"
-        reason = f"{column} is a list of messages and chosen and rejected are texts"
+        reason = f"{shown(column)} is a list of messages and chosen and rejected are texts"
         return style if canonical == "conversation" else "explicit", reason
     if look.kind(column) == "dialogue":
-        return "hh_rlhf", f"{column} is a text with Human: and Assistant: turns, and chosen and rejected are texts"
+        return (
+            "hh_rlhf",
+            f"{shown(column)} is a text with Human: and Assistant: turns, and chosen and rejected are texts",
+        )
     if look.is_alpaca() and look.agree(column, "instruction"):
-        about = look.find("input") or ("input" if "input" in look.columns else "history")
-        return "alpaca", f"{column}, chosen and rejected are texts beside {about}"
-    doubled = look.share(lambda p, c, r: c.startswith(p) and r.startswith(p), column, "chosen", "rejected")
-    if SOME <= doubled < MANY:
-        found = f"chosen and rejected begin with {column} again in {doubled:.0%} of the first {len(look.rows)} rows"
+        about = look.find("input") or ("input" if look.kind("input") != "missing" else "history")
+        return "alpaca", f"{shown(column)}, chosen and rejected are texts beside {about}"
+    reason = f"{shown(column)}, chosen and rejected are texts"
+    if _is_doubled(look, column):
+        return "doubled", f"{reason}, and chosen and rejected begin with {shown(column)} again"
+    if system := _find_system(look):
+        return "orca", f"{shown(system)}, {reason}"
+    return "explicit", reason
+
+
+def _share_prompts(look: Look) -> bool:
+    """Both texts begin with their prompt, as far as one can tell.
+
+    Two replies can begin alike by chance, and what they reply to may be what was not taken.
+    """
+    others = [column for column in look.columns if look.kind(column) in TEXTS and column not in _sides(look)]
+    unread = look.kind("prompt") not in ("missing", "null") or bool(_like_prompts(look))
+    unread = unread or any(look.kind(name) in CHAT for name in ALIASES["conversation"])
+    starts = [shared_words(*texts) for texts in look.values("chosen", "rejected")]
+    usual = max(Counter(starts).values(), default=0)
+    a_phrase = bool(others) and usual > 2 and usual > len(starts) / 2  # "I think", whatever was asked
+    return not unread and not a_phrase and sum(map(bool, starts)) >= MANY * len(starts) > 0
+
+
+def _is_doubled(look: Look, prompt: str) -> bool:
+    repeats = [
+        [behind(p, text) is not None for text in texts] for p, *texts in look.values(prompt, "chosen", "rejected")
+    ]
+    both, one = (sum(sum(sides) == n for sides in repeats) / max(1, len(repeats)) for n in (2, 1))
+    if SOME <= both < MANY or one >= 0.5:
+        chosen, rejected = (f"{sum(side) / len(repeats):.0%}" for side in zip(*repeats, strict=True))
+        found = (
+            f"of the first {len(repeats)} rows, {chosen} of chosen and {rejected} of rejected repeat {shown(prompt)}"
+        )
         remedy = "data.format=doubled to take it off where it is, or data.format=explicit to leave it in the replies"
         raise DataError("data.format", found, "the prompt once, and all rows alike", remedy)
-    reason = f"{column}, chosen and rejected are texts"
-    if doubled >= MANY:
-        return "doubled", f"{reason}, and chosen and rejected begin with {column} again"
-    if (system := look.find("system")) and "prompt" not in look.templated():
-        return "orca", f"{system}, {reason}"
-    return "explicit", reason
+    return both >= MANY
 
 
 def _two_outputs(look: Look) -> Found:
     if look.kind("chosen") != "missing" or look.kind("output") != "texts" or not look.find("prompt"):
         return None
-    if "instruction" not in look.columns or look.share(lambda output: len(output) == 2, "output") < 1:
+    if look.kind("instruction") == "missing" or look.share(lambda output: len(output) == 2, "output") < 1:
         return None
     look.find("input")
     return "alpaca", "instruction is a text and output holds two texts, the chosen one and the rejected"
@@ -183,14 +225,14 @@ def _ranked(look: Look) -> Found:
         measures = [column for name in wanted if (column := look.find(name))]
         if len(measures) != 1:
             lines = [map_line(**{name: column}) for name, column in zip(wanted, measures, strict=False)]
-            _refuse_ranking(look, completions, f"texts beside {' and '.join(measures) or 'no known scores'}", lines)
-        reason = f"{completions} is a list of texts and {measures[0]} of their numbers"
+            _refuse_ranking(look, completions, f"texts beside {shown(*measures) or 'no known scores'}", lines)
+        reason = f"{shown(completions)} is a list of texts and {shown(measures[0])} of their numbers"
     else:
         held = {key for (answers,) in look.values(completions) for answer in answers for key in answer}
         measures = [key for key in MEASURES if key in held]
         if not measures or (len(measures) > 1 and measures[0] != "overall_score"):
             _refuse_ranking(look, completions, f"answers with {' and '.join(measures) or 'no known score'}")
-        reason = f"{completions} is a list of answers, each with its {measures[0]}"
+        reason = f"{shown(completions)} is a list of answers, each with its {measures[0]}"
     _find_before(look)
     return "ranked", reason
 
@@ -201,14 +243,14 @@ def _judged(look: Look) -> Found:
         return None
     columns = ["better"] if "better" in look.mapped else look.columns
     meanings = {column: says for column in columns if (says := _meaning(look, column, answers))}
-    verdicts = [column for column in meanings if column.lower() in VERDICTS]
+    verdicts = [column for column in meanings if plain_name(column) in VERDICTS]
     if len(verdicts) != 1:
-        _refuse_verdict(answers, verdicts, [*meanings])
+        _refuse_verdict(look, answers, verdicts or [column for column in meanings if _names_better(column)])
     if look.share(asks, answers[0]) < 1:
         _find_before(look)
     look.taken |= {"response_a": answers[0], "response_b": answers[1], "better": verdicts[0]}
     look.verdict = meanings[verdicts[0]]
-    return "judged", f"{answers[0]} and {answers[1]} are two answers and {verdicts[0]} says which is the better"
+    return "judged", f"{shown(*answers)} are two answers and {shown(*verdicts)} says which is the better"
 
 
 CLAUSES = (_openai, _dialogues, _conversations, _texts, _two_outputs, _ranked, _judged)
@@ -224,7 +266,7 @@ def _find_columns(look: Look, name: str) -> None:
     elif name == "judged":
         _judged(look)
     elif name in ("conversation", "sharegpt"):
-        if look.share(asks, "chosen") < 1:
+        if look.share(asks, "chosen") < 1 or "conversation" in look.mapped:
             _find_before(look)
     elif name not in ("implicit", "openai"):
         # Conversations and dialogues that are whole need no prompt, so no rival of it matters.
@@ -233,6 +275,49 @@ def _find_columns(look: Look, name: str) -> None:
             look.find("prompt")
     if name == "alpaca":
         look.find("input")
+
+
+def _replies(look: Look, name: str) -> tuple[str, ...]:
+    if name == "alpaca" and look.kind("chosen") == "missing":
+        return ("output",)
+    return {"openai": OPENAI, "ranked": (), "judged": ()}.get(name, ("chosen", "rejected"))
+
+
+def _sides(look: Look) -> list[str]:
+    return [look.column(side) for side in ("chosen", "rejected")]
+
+
+def _find_history(look: Look) -> None:
+    """Earlier turns, unless the prompt's text has them inside, or they go on to the prompt and the reply."""
+    column, prompt = look.find("history"), look.taken.get("prompt")
+    if column is None or prompt is None or look.kind(prompt) not in TEXTS or "history" in look.mapped:
+        return
+    inside = look.share(lambda turns, text: _one_after_another(contents(turns), text), column, prompt)
+    beyond = look.share(
+        lambda turns, *told: contents(turns)[-2:] == [contents(value)[-1] for value in told], column, prompt, "chosen"
+    )
+    if inside > 0.5 or beyond > 0.5:
+        del look.taken["history"]
+
+
+def _one_after_another(parts: Sequence[str], text: str) -> bool:
+    at = 0
+    for part in parts:
+        if (at := text.find(part, at)) < 0:
+            return False
+        at += len(part)
+    return bool(parts)
+
+
+def _find_system(look: Look) -> str | None:
+    """The column of the system turn; None where the prompt has it inside already."""
+    system, prompt = look.find("system"), look.taken.get("prompt")
+    if system and prompt and look.kind(prompt) in TEXTS:
+        inside = look.share(begins_with, system, prompt) >= MANY
+        if inside or look.share(is_templated, prompt) >= SOME:
+            del look.taken["system"]
+            return None
+    return system
 
 
 def _find_before(look: Look) -> tuple[str, str] | None:
@@ -245,7 +330,7 @@ def _find_before(look: Look) -> tuple[str, str] | None:
     strangers = [] if "conversation" in look.mapped else look.candidates("prompt")
     strangers = [column for column in strangers if look.share(_holds_turn, conversation, column) < 1]
     if strangers:
-        found = f"{' and '.join([conversation, *strangers])} could each stand before the reply, and they differ"
+        found = f"{shown(conversation, *strangers)} could each stand before the reply, and they differ"
         remedy = f"{map_lines('conversation', [conversation])} or {map_lines('prompt', strangers)}"
         raise DataError("data.column_map", found, "one conversation, or one prompt", remedy)
     return "conversation", conversation
@@ -274,7 +359,7 @@ def _two_answers(look: Look) -> tuple[str, str] | None:
             stems.setdefault(match[1], {})[match[2].lower()] = column
     pairs = [tuple(ends[end] for end in sorted(ends)) for ends in stems.values() if len(ends) == 2]
     if len(pairs) > 1:
-        found = " and ".join(f"{a} with {b}" for a, b in pairs) + " could each be the two answers"
+        found = " and ".join(f"{shown(a)} with {shown(b)}" for a, b in pairs) + " could each be the two answers"
         lines = " or ".join(map_line(response_a=a, response_b=b) for a, b in pairs)
         raise DataError("data.column_map", found, "two answers", lines)
     return (pairs[0][0], pairs[0][1]) if pairs else None
@@ -286,10 +371,10 @@ def _meaning(look: Look, column: str, answers: tuple[str, str]) -> Callable[[Any
     table: dict[str, str] = {}
     if column in answers or look.kind(column) not in ("text", "number"):
         return None
-    if column.lower() in ("preference_strength", "overall_preference"):
+    if plain_name(column) in ("preference_strength", "overall_preference"):
         if ends == ["1", "2"]:  # HelpSteer: -3, the first is much better, to 3, the second is
             table = {str(i): "a" if i < 0 else "b" if i > 0 else "tie" for i in range(-3, 4)}
-    elif column.lower() == "labels":
+    elif plain_name(column) == "labels":
         if answers == ("human_ref_A", "human_ref_B"):  # SHP: 1, the first is preferred
             table = {"1": "a", "0": "b"}
     else:
@@ -307,20 +392,54 @@ def _meaning(look: Look, column: str, answers: tuple[str, str]) -> Callable[[Any
 
 
 def _refuse_python(look: Look) -> None:
-    columns = [column for column, kind in look.kinds.items() if kind == "Python text of a list" and column in KNOWN]
-    if columns:
-        found = f"{' and '.join(columns)} hold lists as Python prints them, which is not JSON"
+    columns = [column for column, kind in look.kinds.items() if kind == "Python text of a list"]
+    if columns := [column for column in columns if plain_name(column) in KNOWN]:
+        found = f"{shown(*columns)} hold lists as Python prints them, which is not JSON"
         remedy = "write the column with json.dumps, or save the set as .jsonl or .parquet"
         raise DataError("data.format", found, "texts, or lists as JSON", remedy)
 
 
-def _refuse_verdict(answers: tuple[str, str], verdicts: Sequence[str], naming: Sequence[str]) -> NoReturn:
-    two = " and ".join(answers)
+def _refuse_unread(look: Look) -> None:
+    """A conversation beside what is read, of which no turn is read: earlier turns, most likely."""
+    if look.mapped & {"prompt", "conversation"} or look.kind("chosen") == "dialogue":
+        return
+
+    def said(row: Row, columns: Iterable[str]) -> set[str]:
+        return {" ".join(text.split()) for column in columns for text in contents(unpacked(row.get(column)))}
+
+    read = set(look.taken.values())
+    unread = [column for column in look.named(*ALIASES["conversation"]) if look.kind(column) in CHAT]
+    for column in [column for column in unread if column not in read]:
+        held = [bool(turns & said(row, read)) for row in look.rows if (turns := said(row, [column]))]
+        if held and held.count(False) >= SOME * len(held):
+            prompts = [look.taken["prompt"]] if "prompt" in look.taken else look.candidates("prompt")
+            before = map_line(**{"history" if "prompt" in look.taken else "conversation": column})
+            without = map_lines("prompt", prompts) or "data.format=implicit"
+            found = f"{shown(column)} holds turns that are neither in {shown(*prompts) or 'chosen'} nor in the replies"
+            remedy = f"{before} to put them in front, or {without} to leave them out"
+            raise DataError("data.column_map", found, "all that stands before the reply in what is read", remedy)
+
+
+def _refuse_verdict(look: Look, answers: tuple[str, str], verdicts: Sequence[str]) -> NoReturn:
+    two = shown(*answers)
     found = f"{two} are two answers, and no column is known to say which is the better"
-    if verdicts:
-        found = f"{' and '.join(verdicts)} could each say which of {two} is the better"
-    remedy = map_lines("better", verdicts or naming) or f"no setting helps: {PAIRS}"
-    raise DataError("data.column_map", found, "one verdict", remedy)
+    remedy = f"no setting helps: {PAIRS}"
+    if [column for column in verdicts if plain_name(column) in VERDICTS]:
+        found = f"{shown(*verdicts)} could each say which of {two} is the better"
+    elif not verdicts and (measures := _measures(look, answers)):
+        found += f"; {' and '.join(shown(*pair) for pair in measures)} measure them"
+        remedy += ", by those numbers: only you know whether the higher or the lower is the better"
+    raise DataError("data.column_map", found, "one verdict", map_lines("better", verdicts) or remedy)
+
+
+def _measures(look: Look, answers: tuple[str, str]) -> list[tuple[str, str]]:
+    """Columns of numbers that mirror the two answers: score_0 and score_1 beside answer_0 and answer_1."""
+    ends = {match[2].lower() for answer in answers if (match := _END.fullmatch(answer))}
+    stems: dict[str, list[str]] = {}
+    for column in look.columns:
+        if (match := _END.fullmatch(column)) and match[2].lower() in ends and MEASURING & set(words(match[1])):
+            stems.setdefault(match[1], []).append(column)
+    return [(pair[0], pair[1]) for pair in stems.values() if len(pair) == 2]
 
 
 def _refuse_ranking(look: Look, completions: str, found: str, lines: Sequence[str] = ()) -> NoReturn:
@@ -329,7 +448,7 @@ def _refuse_ranking(look: Look, completions: str, found: str, lines: Sequence[st
         lines = [f"{map_lines('scores', [column])} if the highest is the best" for column in numbers]
         lines += [f"{map_lines('ranks', [column])} if the lowest is the best" for column in numbers]
     expected = f"in each answer one of {', '.join(MEASURES)}; or texts with scores or ranks"
-    found = f"{completions} holds {found}: nothing says which answer is the best"
+    found = f"{shown(completions)} holds {found}: nothing says which answer is the best"
     raise DataError("data.column_map", found, expected, " or ".join(lines) or f"no setting helps: {PAIRS}")
 
 
@@ -339,12 +458,12 @@ def _refuse_unknown(look: Look) -> NoReturn:
         f"{side} {'is' if kind in ('missing', 'null') else 'holds'} {kind}" for side, kind in kinds.items()
     )
     found += f"; the columns are {', '.join(map(repr, look.columns)) or 'none'}"
-    guesses: dict[str, str | None] = {side: _guess(look, side) for side in ("chosen", "rejected")}
+    guesses = {side: _guess(look, side) for side in ("chosen", "rejected")}
     if not any(guesses.values()) and (single := _single_reply(look)):
         expected = "a pair needs two replies to one prompt, a better and a worse one"
         raise DataError("data.format", f"{single}; {found}", expected, f"no setting helps: {PAIRS}")
-    prompts = [column for column in look.candidates("prompt") if column not in guesses.values()]
-    guesses["prompt"] = prompts[0] if prompts else None
+    _refuse_roles(look)
+    guesses["prompt"] = _guess_prompt(look, [column for column in guesses.values() if column])
     unfit = [side for side, kind in kinds.items() if kind not in (USABLE if side != "prompt" else (*TEXTS, *CHAT))]
     if look.candidates("conversation") and unfit != ["prompt"]:
         unfit = [side for side in unfit if side != "prompt"]
@@ -355,43 +474,103 @@ def _refuse_unknown(look: Look) -> NoReturn:
     raise DataError("data.format", f"no known format: {found}", expected, remedy)
 
 
-# Only ever a suggestion in an error message: by these words alone no column is taken.
+def _refuse_roles(look: Look) -> None:
+    """Messages of tools and the like, which are nobody's turn here."""
+    for column in look.named("chosen", "rejected", "prompt", *ALIASES["conversation"]):
+        messages = [
+            item for (value,) in look.values(column) for item in (value if isinstance(value, list) else [value])
+        ]
+        speaker, known = ("from", SHAREGPT_ROLES) if look.share(is_sharegpt, column) > 0.5 else ("role", ROLES)
+        roles = dict.fromkeys(str(item.get(speaker)) for item in messages if is_message(item))
+        if strange := [f"{role!r:.24}" for role in roles if role not in known]:
+            found = f"the messages of {shown(column)} have roles that are not known: {', '.join(strange[:5])}"
+            remedy = "no setting helps: leave out the rows that have others, or write their turns in these"
+            raise DataError("data.format", found, f"the roles {', '.join(known)}", remedy)
+
+
+# --- what a column's name says; only ever a suggestion in an error message: by these words alone no column is taken
+
 POLAR = {
     "chosen": frozenset("chosen accepted accept preferred winner winning win good better best positive w".split()),
     "rejected": frozenset("rejected reject dispreferred loser losing lose bad worse worst negative l".split()),
 }
-NOT_A_REPLY = frozenset("model id score rating rank reason source name rationale feedback".split())
+VERDICT = frozenset("better best winner winning preferred preference choice chosen vote verdict label labels".split())
+PROMPT = frozenset("prompt question instruction query problem task".split())
+DENYING = frozenset("non not".split())
+DOUBTFUL = DENYING | frozenset(
+    "un dis no never nor without anti less least than second third next almost former previous original old".split()
+)
+MEASURING = frozenset(
+    "score scores rating ratings rank ranks ranking reward rewards correct grade grades strength margin count".split()
+)
+NOT_A_REPLY = MEASURING | PROMPT | frozenset("model id source reason rationale feedback name system label".split())
+ABOUT = NOT_A_REPLY - PROMPT | POLAR["chosen"] | POLAR["rejected"]  # of a reply or of the set: no prompt
+
+
+def _names_better(column: str) -> bool:
+    """The value is the name of the better answer. Not so of loser, nor of best_0, which speaks of one answer alone."""
+    said = set(words(column))
+    return bool(said & VERDICT) and not said & (POLAR["rejected"] | DOUBTFUL | MEASURING) and not _END.fullmatch(column)
+
+
+def _side(column: str) -> str | None:
+    """chosen or rejected, where the name says so beyond doubt: not of less_preferred, nor of worse_than_best."""
+    said = words(column)
+    sides = [side for side, polar in POLAR.items() if polar & set(said)]
+    if len(sides) != 1 or NOT_A_REPLY & set(said):
+        return None
+    doubts = [word for word in said if word in DOUBTFUL]
+    if not doubts:
+        return sides[0]
+    denied = any(word in DENYING and after in POLAR["chosen"] for word, after in pairwise(said))
+    return "rejected" if denied and len(doubts) == 1 else None
 
 
 def _guess(look: Look, side: str) -> str | None:
-    for column in sorted(look.columns, key=lambda column: column != side):
-        words = {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", column)}
-        meant = next((name for name, polar in POLAR.items() if words & polar), None)
-        if meant == "chosen" and words & {"non", "not"}:
-            meant = "rejected"
-        if meant == side and look.kind(column) in USABLE and not words & NOT_A_REPLY:
-            return column
+    named = [column for column in look.columns if look.kind(column) in USABLE]
+    own = [column for column in named if plain_name(column) == side]
+    guesses = own or [column for column in named if _side(column) == side]
+    return guesses[0] if len(guesses) == 1 else None
+
+
+def _guess_prompt(look: Look, replies: Sequence[str]) -> str | None:
+    texts = [column for column in look.columns if look.kind(column) in (*TEXTS, *CHAT) and column not in replies]
+    texts = [column for column in texts if not ABOUT & set(words(column))]
+    by_word = [column for column in texts if PROMPT & set(words(column))]
+    known = [column for column in look.candidates("prompt") if column in texts]
+    for guesses in (known[:1], by_word, _like_prompts(look)):
+        if len(guesses) == 1 and guesses[0] not in replies:
+            return guesses[0]
     return None
+
+
+def _like_prompts(look: Look) -> list[str]:
+    """Columns that could well hold the prompt under another name: mostly distinct texts of several words."""
+    found = []
+    for column in look.columns:
+        texts = [text for (text,) in look.values(column)] if look.kind(column) in TEXTS else []
+        several = sum(len(text.split()) > 1 for text in texts) >= MANY * len(texts) > 0
+        if several and len(set(texts)) > len(texts) / 2 and not ABOUT & set(words(column)):
+            found.append(column)
+    return found
 
 
 def _single_reply(look: Look) -> str:
     """A sentence for the sets that have only one reply to each prompt, and are often taken for pairs."""
-    by_name = {column.lower(): column for column in look.columns}
 
     def first(names: Iterable[str], *kinds: str) -> str | None:
-        named = (by_name[name] for name in names if name in by_name)
-        return next((column for column in named if not kinds or look.kind(column) in kinds), None)
+        return next((column for column in look.named(*names) if not kinds or look.kind(column) in kinds), None)
 
     reply = first(("completion", "response", "output", "answer"), *USABLE)
     prompt = next((column for column in look.candidates("prompt") if column != reply), None)
     label = first(("label", "labels", "kto_tag"))
     chat = first(ALIASES["conversation"], *CHAT)
     if reply and prompt and label:
-        return f"{prompt}, {reply} and {label} are unpaired preferences, one reply with a label, as for KTO"
+        return f"{shown(prompt, reply, label)} are unpaired preferences, one reply with a label, as for KTO"
     if reply and prompt:
-        return f"{prompt} and {reply} are one reply to each prompt, as for supervised fine-tuning"
+        return f"{shown(prompt, reply)} are one reply to each prompt, as for supervised fine-tuning"
     if chat and label and look.kind("chosen") == "missing":
-        return f"{chat} and {label} are unpaired preferences, one conversation with a label, as for KTO"
+        return f"{shown(chat, label)} are unpaired preferences, one conversation with a label, as for KTO"
     if chat and look.kind("chosen") == "missing":
-        return f"{chat} holds one conversation a row, as for supervised fine-tuning"
+        return f"{shown(chat)} holds one conversation a row, as for supervised fine-tuning"
     return ""

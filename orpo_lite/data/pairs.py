@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import accumulate, chain, islice
+from itertools import accumulate, chain, islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 EQUAL = "chosen and rejected are equal"
 EMPTY_CHOSEN = "empty chosen"
 EMPTY_REJECTED = "empty rejected"
+# And ours: such a prompt asks for nothing, or was put together wrongly.
+EMPTY_PROMPT = "empty prompt"
+SAID_TWICE = "the same turn twice in a row"
 
 LOOK = 100  # rows that detection looks at
 PLACES = 3  # places kept of each reason to leave a pair out
@@ -45,10 +48,12 @@ class Drops:
         if self.counts[reason] <= PLACES:
             self.places.setdefault(reason, []).append(where)
 
-    def raise_nothing_left(self, name: str) -> NoReturn:
-        """Raise DataError with the table of reasons."""
+    def raise_nothing_left(self, name: str, hints: Mapping[str, str] | None = None) -> NoReturn:
+        """Raise DataError with the table of reasons; ``hints`` has the remedy for some of them."""
         table = "".join(f"\n  {count:>8}  {reason}" for reason, count in self.counts.items())
-        raise DataError(name, f"every pair was left out:{table}", "pairs to train on", "mend the data, or its limits")
+        most = self.counts.most_common(1)[0][0]
+        remedy = (hints or {}).get(most, "mend the data, or its limits")
+        raise DataError(name, f"every pair was left out:{table}", "pairs to train on", remedy)
 
 
 class PairReader:
@@ -65,6 +70,10 @@ class PairReader:
         self._unmapped = set() if held_out else set(data.column_map.values())
         self.detected: list[str] = []
         """For each set, the sentence that says which format was read, and why."""
+        self.columns: list[dict[str, Any]] = []
+        """For each set, its format, the columns that were ``read``, our name to theirs, and the others."""
+        self.repeated = 0
+        """Pairs of which a reply begins with the prompt's last turn again."""
         self.read = 0
         """Rows read."""
         self.drops = Drops()
@@ -84,6 +93,7 @@ class PairReader:
                     self.drops.add(reason, pair.where)
                 else:
                     kept += 1
+                    self.repeated += _repeats_prompt(pair)
                     self._digest.update(_content(pair))
                     yield pair
         raise_all(faults)
@@ -95,7 +105,7 @@ class PairReader:
         faults: list[DataError] = []
         for source in self.sources:
             for pair in self._pairs(source, faults):
-                if pair.where == place:
+                if pair.where == place or place.endswith(f"/{pair.where}"):
                     return pair, pair.drop or _drop_reason(pair)
         raise_all([fault for fault in faults if fault.where.partition(", field ")[0] == place])
         names = ", ".join(source.name for source in self.sources)
@@ -115,6 +125,9 @@ class PairReader:
             raise_all([*faults, fault])
             raise
         self.detected.append(detected.sentence)
+        theirs = {ours: columns.get(column, column) for ours, column in detected.columns.items()}
+        others = {key: None for _, row in first for key in row if key not in theirs.values()}
+        self.columns.append({"format": detected.sentence, "read": theirs, "not_read": list(others)})
         for where, row in chain(first, rows):
             self.read += 1
             try:
@@ -165,7 +178,19 @@ def _drop_reason(pair: Pair) -> str | None:
         return EQUAL
     if not pair.chosen.strip():
         return EMPTY_CHOSEN
-    return None if pair.rejected.strip() else EMPTY_REJECTED
+    if not pair.rejected.strip():
+        return EMPTY_REJECTED
+    if not any(turn["content"].strip() for turn in pair.messages if turn["role"] != "system"):
+        return EMPTY_PROMPT
+    return SAID_TWICE if any(one == other for one, other in pairwise(pair.messages)) else None
+
+
+def _repeats_prompt(pair: Pair) -> bool:
+    asked = pair.messages[-1]["content"].split()
+    enough = len(pair.messages[-1]["content"]) + 16  # characters that hold as many words
+    return bool(asked) and any(
+        reply[: 2 * enough].split()[: len(asked)] == asked for reply in (pair.chosen, pair.rejected)
+    )
 
 
 def _content(pair: Pair) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,11 +20,12 @@ SHUFFLES = 20
 def figures(train: TokenizedPairs, test: TokenizedPairs) -> dict[str, Any]:
     """What data.json holds. Shares are of 1; lengths are tokens, those of responses before the cut and with their end.
 
-    format, chat_template: the sentences that say which they are · rows_read · train_pairs, held_out_pairs · dropped:
-    for each reason the number of pairs and the first places · tokens: quantiles of prompt, chosen, rejected · cut: what
-    data.max_length does · unknown_tokens: what the tokenizer lost · chosen_longer, rejected_longer: shares of the
-    pairs, the length bias · prompts: different ones, and those on
-    both sides · step: tokens that go through a model · sha256: of the pairs' content and order.
+    format, chat_template: the sentences that say which they are · columns: of each set, which were read and which not ·
+    rows_read · train_pairs, held_out_pairs · dropped: for each reason the number of pairs and the first places ·
+    tokens: quantiles of prompt, chosen, rejected · cut: what data.max_length does · repeated_prompts: pairs of which a
+    reply begins with the prompt · unknown_tokens: what the tokenizer lost · chosen_longer, rejected_longer: the length
+    bias · prompts: different ones, and those on both sides · step: tokens that go through a model · sha256: of the
+    pairs' content and order.
     """
     sides = _sides(train, test)
     both = {name: np.concatenate([train.column(name), test.column(name)]) for name in train.columns}
@@ -32,7 +33,8 @@ def figures(train: TokenizedPairs, test: TokenizedPairs) -> dict[str, Any]:
     cut = np.stack([both["chosen_cut"], both["rejected_cut"]])
     chosen, rejected = (_response(both, side) for side in ("chosen", "rejected"))
     return {
-        "format": list(dict.fromkeys(sentence for side in sides for sentence in side["format"])),
+        "format": _unique(sentence for side in sides for sentence in side["format"]),
+        "columns": _unique(columns for side in sides for columns in side["columns"]),
         "chat_template": train.facts["chat_template"],
         "rows_read": sum(side["rows_read"] for side in sides),
         "train_pairs": len(train),
@@ -49,6 +51,7 @@ def figures(train: TokenizedPairs, test: TokenizedPairs) -> dict[str, Any]:
             "responses_without_end": int((cut > 0).sum()),
             "responses_without_end_share": float((cut > 0).mean()),
         },
+        "repeated_prompts": sum(side["repeated_prompts"] for side in sides),
         "unknown_tokens": sum(side["unknown_tokens"] for side in sides),
         "chosen_longer": float((chosen > rejected).mean()),
         "rejected_longer": float((chosen < rejected).mean()),
@@ -61,6 +64,15 @@ def figures(train: TokenizedPairs, test: TokenizedPairs) -> dict[str, Any]:
 def _sides(train: TokenizedPairs, test: TokenizedPairs) -> list[Mapping[str, Any]]:
     """What was found in each set of rows; one when the held-out pairs were taken from the training rows."""
     return [train.facts] if test.facts is train.facts else [train.facts, test.facts]
+
+
+def _unique(values: Iterable[Any]) -> list[Any]:
+    """Each value once, in order: training and held-out sets mostly have one format."""
+    found: list[Any] = []
+    for value in values:
+        if value not in found:
+            found.append(value)
+    return found
 
 
 def _response(both: Mapping[str, NDArray[Any]], side: str) -> NDArray[Any]:

@@ -22,6 +22,7 @@ COLUMNS = (
     "rejected",
     "system",  # a text that goes in front as a system turn; blank for none
     "conversation",  # the messages before the reply
+    "history",  # turns before those: messages, or [[user, assistant], ...]
     "input",  # alpaca: what the instruction is about
     "completions",  # any number of answers: {response, overall_score}, {answer, rank}, or plain texts
     "scores",  # the texts' scores, the highest the best, or their ranks, 1 the best
@@ -108,18 +109,18 @@ def read_hh_rlhf(row: Row, where: str) -> Pair:
 
 
 def read_doubled(row: Row, where: str) -> Pair:
-    """Texts with the prompt in its own column and again at the start of both chosen and rejected."""
-    prompt, chosen, rejected = (_text(row, field, where) for field in ("prompt", "chosen", "rejected"))
-    repeats = [text.startswith(prompt) for text in (chosen, rejected)]
-    if not any(repeats):
+    """Texts with the prompt in its own column and again at the start of chosen and rejected: taken off where it is."""
+    prompt, *texts = (_text(row, field, where) for field in ("prompt", "chosen", "rejected"))
+    ends = [behind(prompt, text) for text in texts]
+    repeats = [(text, end) for text, end in zip(texts, ends, strict=True) if end is not None]
+    if not repeats:
         return _texts(row, prompt, where, _user(prompt))
-    if not all(repeats):
-        return _pair(row, _user(prompt), chosen, rejected, where, prompt, PROMPTS_DIFFER)
-    replies = [text[len(prompt) :] for text in (chosen, rejected)]
     # The space between prompt and reply is the set's seam, no part of the reply.
-    seam = shared_start(*(reply[: len(reply) - len(reply.lstrip())] for reply in replies))
-    good, bad = (reply[len(seam) :] for reply in replies)
-    return _pair(row, _user(prompt.rstrip()), good, bad, where, prompt + seam)
+    spaces = [end[: len(end) - len(end.lstrip())] for _, end in repeats]
+    seam = shared_start(spaces[0], spaces[-1])
+    good, bad = (text if end is None else end[len(seam) :] for text, end in zip(texts, ends, strict=True))
+    text, end = repeats[0]
+    return _pair(row, _user(prompt.rstrip()), good, bad, where, text[: len(text) - len(end)] + seam)
 
 
 def read_orca(row: Row, where: str) -> Pair:
@@ -131,23 +132,16 @@ def read_orca(row: Row, where: str) -> Pair:
 def read_alpaca(row: Row, where: str) -> Pair:
     """Alpaca: an instruction (as prompt), the input it is about, and two replies; or output, [chosen, rejected].
 
-    Instruction and input are joined by a line end, and history holds earlier turns as [user, assistant]: both as in
-    LLaMA-Factory.
+    Instruction and input are joined by a line end, as in LLaMA-Factory.
     """
-    prompt, history = _text(row, "prompt", where), row.get("history") or ()
+    prompt = _text(row, "prompt", where)
     if row.get("input") is not None and (about := _text(row, "input", where)).strip():
         prompt = f"{prompt}\n{about}"
-    earlier: list[Message] = []
-    for i, turn in enumerate(history):
-        if not isinstance(turn, list) or len(turn) != 2:
-            raise fault(where, f"history[{i}]", seen({"": turn}, ""), "a list of two texts: [user, assistant]")
-        said = (_text({"": text}, "", where, f"history[{i}][{j}]") for j, text in enumerate(turn))
-        earlier += ({"role": role, "content": text} for role, text in zip(("user", "assistant"), said, strict=True))
     if row.get("chosen") is None and isinstance(output := row.get("output"), list):
         if len(output) != 2:
             raise fault(where, "output", f"a list of {len(output)}", "a list of two texts: [chosen, rejected]")
         row = {**row, "chosen": output[0], "rejected": output[1]}
-    return _texts(row, None if earlier else prompt, where, (*earlier, *_user(prompt)))
+    return _texts(row, prompt, where, _user(prompt))
 
 
 def read_conversation(row: Row, where: str) -> Pair:
@@ -221,11 +215,18 @@ def _pair(
     prompt_text: str | None = None,
     drop: str | None = None,
 ) -> Pair:
-    """Every pair is made here, so that a system column goes in front in every format."""
-    if row.get("system") is not None and (system := _text(row, "system", where)).strip():
-        if not (before and before[0]["role"] == "system"):
-            before = ({"role": "system", "content": system}, *before)
+    """Every pair is made here, so that earlier turns and a system text go in front in every format.
+
+    Not where the conversation has a system turn, or begins with that text.
+    """
+    if earlier := _history(row, where):
+        before = _joined(earlier, before)
         prompt_text = None  # a conversation now; nobody said how its turns would be joined as plain text
+    if row.get("system") is not None and (system := _text(row, "system", where)).strip():
+        first = before[0] if before else None
+        if first is None or not (first["role"] == "system" or begins_with(system, first["content"])):
+            before = ({"role": "system", "content": system}, *before)
+            prompt_text = None
     return Pair(tuple(before), chosen, rejected, where, prompt_text, drop)
 
 
@@ -241,22 +242,62 @@ def _join(
     fields: tuple[str, str] = ("chosen", "rejected"),
     prompt_text: str | None = None,
 ) -> Pair:
-    """A pair of replies or whole conversations; ``prompt`` goes before both unless they already begin with it."""
+    """A pair of replies or whole conversations; ``prompt`` goes before both unless they already hold it."""
     whole = []
     for field in fields:
-        side = _side(row, field, where)
-        if side[-1]["role"] != "assistant":
-            found = f"the last turn is the {side[-1]['role']}'s"
+        *turns, reply = _side(row, field, where)
+        if reply["role"] != "assistant":
+            found = f"the last turn is the {reply['role']}'s"
             raise fault(where, field, found, "a conversation that ends with the assistant's reply")
-        own_system = side[0]["role"] == "system" and not (prompt and prompt[0]["role"] == "system")
-        start = 1 if own_system else 0
-        repeats = side[start : start + len(prompt)] == list(prompt)
-        whole.append(side if repeats else [*side[:start], *prompt, *side[start:]])
-    (*before, reply), (*other_before, other_reply) = whole
+        whole.append((_joined(prompt, turns), reply["content"]))
+    (before, chosen), (other_before, rejected) = whole
     if not before:
         raise fault(where, fields[0], "nothing stands before the reply", "the user's turn, or a prompt")
-    drop = None if before == other_before else PROMPTS_DIFFER
-    return _pair(row, before, reply["content"], other_reply["content"], where, prompt_text, drop)
+    drop = None if _alike(before, other_before) else PROMPTS_DIFFER
+    return _pair(row, before, chosen, rejected, where, prompt_text, drop)
+
+
+def _joined(earlier: Sequence[Message], turns: Sequence[Message]) -> list[Message]:
+    """The earlier turns and then these, none of them twice, under one system turn: the later one's."""
+    earlier_system, earlier = _split_system(earlier)
+    system, turns = _split_system(turns)
+    system, size = system or earlier_system, len(earlier)
+    if any(_alike(turns[i : i + size], earlier) for i in range(len(turns) - size + 1)):
+        return [*system, *turns]
+    longest = min(size, len(turns))
+    overlap = next(n for n in range(longest, -1, -1) if _alike(earlier[size - n :], turns[:n]))
+    return [*system, *earlier, *turns[overlap:]]
+
+
+def _split_system(turns: Sequence[Message]) -> tuple[Sequence[Message], Sequence[Message]]:
+    start = 1 if turns and turns[0]["role"] == "system" else 0
+    return turns[:start], turns[start:]
+
+
+def _alike(one: Sequence[Message], other: Sequence[Message]) -> bool:
+    """The same turns, compared by words."""
+    return len(one) == len(other) and all(
+        a == b or (a["role"] == b["role"] and a["content"].split() == b["content"].split())
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def _history(row: Row, where: str) -> list[Message]:
+    """Earlier turns, as messages or, as in LLaMA-Factory, as [user, assistant]."""
+    history = row.get("history")
+    if not history or (isinstance(history, str) and not history.strip()):
+        return []
+    if not isinstance(history, list):
+        raise fault(where, "history", seen(row, "history"), "a list of messages, or of two texts: [user, assistant]")
+    if isinstance(history[0], Mapping):
+        return _messages(row, "history", where)
+    earlier: list[Message] = []
+    for i, turn in enumerate(history):
+        if not isinstance(turn, list) or len(turn) != 2:
+            raise fault(where, f"history[{i}]", seen({"": turn}, ""), "a list of two texts: [user, assistant]")
+        said = (_text({"": text}, "", where, f"history[{i}][{j}]") for j, text in enumerate(turn))
+        earlier += ({"role": role, "content": text} for role, text in zip(("user", "assistant"), said, strict=True))
+    return earlier
 
 
 def _before(row: Row, where: str) -> tuple[Sequence[Message], str | None]:
@@ -361,6 +402,33 @@ def _split_dialogue(row: Row, field: str, where: str) -> tuple[str, tuple[Messag
         else:
             turns.append({"role": role, "content": content})
     return head + marker, tuple(turns), reply
+
+
+# --- two texts that begin alike
+
+_WORD = re.compile(r"\S+")
+
+
+def behind(prompt: str, text: str) -> str | None:
+    """What follows the prompt in a text that begins with it; None of any other.
+
+    Compared by words: the white space between them may be of any kind and amount.
+    """
+    *words, last = prompt.split() or [""]
+    found = _WORD.finditer(text)
+    for word in words:
+        if (match := next(found, None)) is None or match[0] != word:
+            return None
+    match = next(found, None)
+    if not last or match is None or not match[0].startswith(last):
+        return None
+    return text[match.start() + len(last) :]
+
+
+def begins_with(words: str, text: str) -> bool:
+    """It begins with these words, and not only with a part of the last."""
+    end = behind(words, text)
+    return end is not None and not end[:1].strip()
 
 
 def shared_start(one: str, other: str) -> str:

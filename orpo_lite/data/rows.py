@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from orpo_lite.data import files
-from orpo_lite.data.files import KINDS, SPREADSHEETS, File, blocks, file_fingerprint, kind_of, read_file
+from orpo_lite.data.files import KINDS, SPREADSHEETS, File, blocks, column_names, file_fingerprint, kind_of, read_file
 from orpo_lite.errors import DataError, HubError
 
 Place = files.Place  # where + row: "pairs.jsonl:12", "table.parquet[11]", "train[11]"
@@ -47,7 +47,10 @@ def find_source(name: str, split: str, config: str | None) -> Source:
 
     Raises DataError for a file or folder that is not there or holds no such split, HubError for a hub set.
     """
-    return _find_files(name, split) if is_local(name) else _load_set(name, split, config)
+    if is_local(name):
+        return _find_files(name, split)
+    _refuse_mistyped(name)
+    return _load_set(name, split, config)
 
 
 def is_local(name: str) -> bool:
@@ -68,7 +71,12 @@ SPLIT_WORDS = {"train", "test", "validation", "valid", "val", "dev", "eval", "he
 
 def split_of(path: Path) -> str:
     """The stem less the number of a shard: train of train-00000-of-00002.parquet, train_sft of train_sft.jsonl."""
-    return SHARD.sub("", path.name[: path.name.lower().rindex(kind_of(path.name))])
+    return SHARD.sub("", _stem(path.name))
+
+
+def _stem(name: str) -> str:
+    """The name less the suffix of its kind, where it has one."""
+    return name[: name.lower().rindex(kind_of(name))]
 
 
 def choose_split(names: Sequence[str]) -> str | None:
@@ -77,13 +85,16 @@ def choose_split(names: Sequence[str]) -> str | None:
     return next((name for name in likely if name in names), names[0] if len(names) == 1 else None)
 
 
+HELD_OUT = re.compile("test|val|valid|validation|dev|eval|held_?out")
+HELD_OUT_PREFS = re.compile(".*(test|val|eval).*pref.*")
+
+
 def _said_split(split: str, names: Sequence[str]) -> str:
-    """What to say of a chosen split; "" when it is plainly train."""
-    if split == "train":
-        return ""
-    held_out = [name for name in names if re.search("(test|val|eval).*pref", name.lower())]
-    hint = f"; data.dataset_test_split={held_out[0]} would use its own held-out pairs" if held_out else ""
-    return f"split {split} (of {_listed(names)}){hint}"
+    """What to say of a chosen split: which, unless it is plainly train, and what the set has to hold out."""
+    pattern = HELD_OUT if split == "train" else HELD_OUT_PREFS
+    held_out = next((name for name in names if pattern.fullmatch(name.lower())), "")
+    hint = f"data.dataset_test_split={held_out} would use its own held-out pairs" if held_out else ""
+    return "; ".join(filter(None, ("" if split == "train" else f"split {split} (of {_listed(names)})", hint)))
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -134,11 +145,27 @@ def _find_files(name: str, split: str) -> LocalSource:
             matched = _matched(path)
             paths, said = _of_split(path, matched, split) if split not in (AUTO, "train") else (matched, "")
         else:
-            raise _missing(path)
+            raise _missing(path, _near(path))
     labels = _labels(paths)
     count = f"{len(paths)} files: {_listed(labels)}" if len(paths) > 1 else ""
     found = tuple(File(path, label) for path, label in zip(paths, labels, strict=True))
-    return LocalSource(name, "; ".join(filter(None, (said, count))), found)
+    return LocalSource(name, "; ".join(filter(None, (said, count, _said_columns(found)))), found)
+
+
+def _said_columns(found: Sequence[File]) -> str:
+    """What to say of tables that differ in their columns: a source is read in one format, that of its first rows."""
+    if len(found) == 1:
+        return ""
+    columns = [(file, names) for file in found if (names := column_names(file))]
+    other = next((file for file, names in columns if names != columns[0][1]), None)
+    if other is None:
+        return ""
+    first = columns[0][0]
+    more = ",..." if len(found) > 2 else ""
+    return (
+        f"the columns of {first.label} and {other.label} differ; "
+        f"data.dataset_name={first.path},{other.path}{more} reads each file in its own format"
+    )
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:
@@ -197,13 +224,38 @@ def _unknown_kind(path: Path) -> DataError:
     return DataError(str(path), "an unknown kind of file", f"one of {', '.join(KINDS)}, or .gz of a text", remedy)
 
 
-def _missing(path: Path) -> DataError:
-    beside = [child.name for child in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, beside, n=3, cutoff=0.5)
-    found = "no such file" if beside else f"no such file, and {path.parent} is not a folder"
-    return DataError(
-        str(path), found, "a file or folder", f"did you mean {' or '.join(near)}?" if near else "check the path"
-    )
+def _refuse_mistyped(name: str) -> None:
+    """Raise for a name that, by what stands here, is meant for a file here, and not for a set of the hub."""
+    path = Path(name)
+    if "/" not in name:
+        if near := [other for other in _near(path) if _stem(other).lower() == name.lower()]:
+            raise _missing(path, near)
+    elif name.count("/") > 1 or name.endswith("/"):
+        raise _missing(path, _near(path))
+    elif os.path.isdir(path.parent):
+        expected = f"a file or folder, for there is a folder {path.parent} here; else a set of the hub"
+        raise _missing(path, _near(path), expected)
+
+
+def _missing(path: Path, near: Sequence[str], expected: str = "a file or folder") -> DataError:
+    found = "no such file" if path.parent.is_dir() else f"no such file, and {path.parent} is not a folder"
+    return DataError(str(path), found, expected, _did_you_mean(near) or "check the path")
+
+
+def _did_you_mean(near: Sequence[str]) -> str:
+    return f"did you mean {' or '.join(near)}?" if near else ""
+
+
+def _near(path: Path) -> list[str]:
+    """What stands where the path points to and is called much like it, with or without a suffix."""
+    try:
+        beside = sorted(child.name for child in path.parent.iterdir())
+    except (OSError, ValueError):  # no folder, or no name that could be one
+        return []
+    called = {part.lower() for name in beside for part in (name, _stem(name))}
+    close = difflib.get_close_matches(path.name.lower(), called, n=3, cutoff=0.5)
+    names = [name for part in close for name in beside if part in (name.lower(), _stem(name).lower())]
+    return list(dict.fromkeys(names))[:3]
 
 
 # --- the hub
@@ -281,6 +333,8 @@ def _hub_remedy(name: str, error: Exception) -> str:
         listed = next(filter(None, map(CONFIGS.search, str(error).splitlines())), None)
         first = listed[1].split(", ")[0].strip("'\"") if listed else "CONFIG"
         return f"data.dataset_config={first}, or another configuration of the set"
+    near = _did_you_mean(_near(Path(name))) or "check the path"
+    here = "" if "/" in name else f"there is no file or folder {name} here either ({near}); for a set of the hub, "
     if any(word in said for word in ("gated", "401", "403", "private", "authenticat", "doesn't exist")):
-        return f"open https://huggingface.co/datasets/{name}, ask for access if it is gated, then `hf auth login`"
-    return f"check the network, or on a connected machine: hf download --repo-type dataset {name}"
+        return f"{here}open https://huggingface.co/datasets/{name}, ask for access if it is gated, then `hf auth login`"
+    return f"{here}check the network, or on a connected machine: hf download --repo-type dataset {name}"

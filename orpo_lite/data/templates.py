@@ -41,6 +41,9 @@ PAPER_CHAT_TEMPLATE = (  # "<|user|>\n{}</s>\n<|assistant|>\n{}</s>"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
 
+# What a template is rendered with by us; data.chat_template_kwargs cannot set these.
+RESERVED = {"add_generation_prompt", "chat_template", "continue_final_message", "conversations", "messages",
+            "return_assistant_tokens_mask"}  # fmt: skip
 SECONDS = 10  # of processor time for the four texts of one pair; a template takes less than a thousandth of a second
 STUCK = 120.0  # seconds without an answer, after which the process is killed: a single operation cannot be interrupted
 MEMORY = 4 << 30  # bytes of address space
@@ -57,15 +60,26 @@ class Template:
     variables: dict[str, Any]
     """The tokenizer's special tokens by name, and data.chat_template_kwargs."""
     special_tokens: list[str]
-    """Texts that the tokenizer would take for tokens, which no message may hold."""
+    """Texts that the tokenizer would take for special tokens, which no message may hold."""
+    end_tokens: list[str]
+    """Those, and added tokens that are not special: a template may end a reply with one (ChatML's <|im_end|>)."""
     said: str
     """The sentence that says which template it is."""
 
     @cached_property
     def special(self) -> re.Pattern[str]:
         """Finds a special token."""
-        texts = sorted(set(self.special_tokens) - {""}, key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, texts)) or r"(?!)")
+        return _any_of(self.special_tokens)
+
+    @cached_property
+    def end(self) -> re.Pattern[str]:
+        """Finds a token that can end a reply."""
+        return _any_of(self.end_tokens)
+
+
+def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    longest_first = sorted(set(texts) - {""}, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
 class PairTexts(NamedTuple):
@@ -112,8 +126,11 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, data: DataSection) -> 
         tokenizer.chat_template = text
         if "strftime_now" in text and "date_string" not in data.chat_template_kwargs:
             said += " (it writes today's date; data.chat_template_kwargs can fix one)"
+    if taken := RESERVED & data.chat_template_kwargs.keys():
+        expected = f"other names than {', '.join(sorted(RESERVED))}"
+        raise RecipeError("data.chat_template_kwargs", f"sets {', '.join(sorted(taken))}", expected, "leave it out")
     variables = {**tokenizer.special_tokens_map, **data.chat_template_kwargs}
-    return Template(text, variables, _special_texts(tokenizer), said)
+    return Template(text, variables, *_end_texts(tokenizer), said)
 
 
 def is_file(choice: str) -> bool:
@@ -138,9 +155,12 @@ def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.eos_token_id)
 
 
-def _special_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    added = tokenizer.added_tokens_decoder.values()
-    return sorted({str(token) for token in tokenizer.all_special_tokens} | {t.content for t in added if t.special})
+def _end_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[str]]:
+    """The special tokens, and with them the added ones that look like marks: not words, not runs of spaces."""
+    added = list(tokenizer.added_tokens_decoder.values())
+    special = {str(token) for token in tokenizer.all_special_tokens} | {t.content for t in added if t.special}
+    marks = {t.content for t in added if t.content.strip() and not t.content.strip().isalnum()}
+    return sorted(special), sorted(special | marks)
 
 
 # --- one pair
@@ -161,7 +181,9 @@ def pair_texts(pair: Pair, template: Template) -> PairTexts | str:
         remedy = "data.chat_template=FILE.jinja with a template that shows the assistant's turns"
         raise ModelError(pair.where, "the chat template leaves out the reply", "the reply in the text", remedy)
     # Not the generation prompt itself: some templates open a <think> there that the reply does not have.
-    prompt, end = shared_start(asked, before), template.special.search(after)
+    prompt, end = shared_start(asked, before), template.end.search(after)
+    if end and any(end.group() in text for text in contents):
+        return SPECIAL
     # What the template writes after the end token is not the model's to say.
     kept = after[: end.end()] if end else ""
     whole = []
@@ -372,7 +394,7 @@ def _serve() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     values: Mapping[str, Any] = json.loads(sys.stdin.buffer.readline() or b"{}")
     template = Template(**values)
-    _render(({"role": "user", "content": ""},), Template("", {}, [], ""), "")  # imports, before the limits
+    _render(({"role": "user", "content": ""},), Template("", {}, [], [], ""), "")  # imports, before the limits
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     signal.signal(signal.SIGPROF, _out_of_time)
     for line in sys.stdin.buffer:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 LONG_PROMPT = "prompt longer than data.max_prompt_length"
 NO_ROOM = "no room for a response in data.max_length"
 EQUAL_CUT = "chosen and rejected are equal after the cut at data.max_length"
+EQUAL_TOKENS = "chosen and rejected are equal as tokens"
 
 BATCH = 128  # pairs rendered and tokenised in one call
 
@@ -192,7 +193,7 @@ def _cut_pair(
     if len(chosen_ids) <= max(chosen[1], 1) or len(rejected_ids) <= max(rejected[1], 1):
         return NO_ROOM
     if chosen_ids == rejected_ids:
-        return EQUAL_CUT
+        return EQUAL_TOKENS if chosen[0] == rejected[0] else EQUAL_CUT
     cut = (len(chosen[0]) - len(chosen_ids), len(rejected[0]) - len(rejected_ids))
     return TokenizedPair(chosen_ids, rejected_ids, chosen[1], rejected[1], pair.where, prompt_key(pair), *cut)
 
