@@ -1070,7 +1070,9 @@ def test_measures_of_two_answers_are_named_and_left_to_the_person(name: str) -> 
     ],
 )
 def test_a_guess_never_takes_the_wrong_side(one: str, other: str, guesses: str) -> None:
-    refused([{"question": Q, one: "Seven.", other: "Blue."}] * 2, f"data.column_map=prompt=question,{guesses}")
+    error = refused([{"question": Q, one: "Seven.", other: "Blue."}] * 2, f"data.column_map=prompt=question,{guesses}")
+    by_hand = "where no column always holds the better reply, write each pair as prompt, chosen and rejected"
+    assert (by_hand in error) == (guesses == "chosen=COLUMN,rejected=COLUMN")
 
 
 @pytest.mark.parametrize(
@@ -1355,7 +1357,7 @@ def test_all_shapes_of_one_pair_read_alike(
         "alpaca": {"instruction": question, "input": "", "history": [list(turn) for turn in turns], **replies},
         "orca": {"question": question, **replies} if not turns else {},
     }
-    stands_already = brief and begins_with(brief, before[0]["content"])
+    stands_already = brief and any(begins_with(brief, turn["content"]) for turn in before if turn["role"] == "user")
     for name, row in shapes.items():
         # The last case: history goes on to the prompt and the reply, so it is none.
         if not row or (name == "alpaca" and turns[-1:] == [(question, chosen)]):

@@ -161,10 +161,8 @@ def _texts(look: Look) -> Found:
         reason = f"{shown(column)} is a list of messages and chosen and rejected are texts"
         return style if canonical == "conversation" else "explicit", reason
     if look.kind(column) == "dialogue":
-        return (
-            "hh_rlhf",
-            f"{shown(column)} is a text with Human: and Assistant: turns, and chosen and rejected are texts",
-        )
+        reason = f"{shown(column)} is a text with Human: and Assistant: turns, and chosen and rejected are texts"
+        return "hh_rlhf", reason
     if look.is_alpaca() and look.agree(column, "instruction"):
         about = look.find("input") or ("input" if look.kind("input") != "missing" else "history")
         return "alpaca", f"{shown(column)}, chosen and rejected are texts beside {about}"
@@ -197,9 +195,7 @@ def _is_doubled(look: Look, prompt: str) -> bool:
     both, one = (sum(sum(sides) == n for sides in repeats) / max(1, len(repeats)) for n in (2, 1))
     if SOME <= both < MANY or one >= 0.5:
         chosen, rejected = (f"{sum(side) / len(repeats):.0%}" for side in zip(*repeats, strict=True))
-        found = (
-            f"of the first {len(repeats)} rows, {chosen} of chosen and {rejected} of rejected repeat {shown(prompt)}"
-        )
+        found = f"{chosen} of chosen and {rejected} of rejected repeat {shown(prompt)} in the first {len(repeats)} rows"
         remedy = "data.format=doubled to take it off where it is, or data.format=explicit to leave it in the replies"
         raise DataError("data.format", found, "the prompt once, and all rows alike", remedy)
     return both >= MANY
@@ -469,6 +465,8 @@ def _refuse_unknown(look: Look) -> NoReturn:
         unfit = [side for side in unfit if side != "prompt"]
     expected = "chosen and rejected, both texts or both lists of messages, with or without a prompt"
     remedy = "name the columns: " + map_line(**{side: guesses[side] or "COLUMN" for side in unfit or kinds})
+    if not (guesses["chosen"] or guesses["rejected"]):
+        remedy += f"; or, where no column always holds the better reply, {PAIRS}"
     if unfit == ["prompt"] and kinds["chosen"] in TEXTS:
         remedy += " or data.format=implicit if both texts begin with the prompt"
     raise DataError("data.format", f"no known format: {found}", expected, remedy)

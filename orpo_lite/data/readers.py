@@ -217,14 +217,14 @@ def _pair(
 ) -> Pair:
     """Every pair is made here, so that earlier turns and a system text go in front in every format.
 
-    Not where the conversation has a system turn, or begins with that text.
+    No system text where the conversation has a system turn, or a user's turn that begins with that text.
     """
     if earlier := _history(row, where):
         before = _joined(earlier, before)
         prompt_text = None  # a conversation now; nobody said how its turns would be joined as plain text
     if row.get("system") is not None and (system := _text(row, "system", where)).strip():
-        first = before[0] if before else None
-        if first is None or not (first["role"] == "system" or begins_with(system, first["content"])):
+        asked = [turn["content"] for turn in before if turn["role"] == "user"]
+        if not _split_system(before)[0] and not any(begins_with(system, text) for text in asked):
             before = ({"role": "system", "content": system}, *before)
             prompt_text = None
     return Pair(tuple(before), chosen, rejected, where, prompt_text, drop)
