@@ -141,12 +141,14 @@ def test_the_columns_and_what_is_bad_are_said(coffee: Path, look: Look) -> None:
     with (coffee / "coffee.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([*rows, ("Which cup?", "Which  cup? The big one.", "b", "bob")])
     _, shown, _ = look()
-    assert "  read: prompt from question, chosen from good_answer, rejected from bad_answer; not read: rated_by" in shown
+    read = "prompt from question, chosen from good_answer, rejected from bad_answer"
+    assert f"  read: {read}; not read: rated_by" in shown
     assert "in 1 pairs a reply begins with the prompt again" in shown
 
 
 def test_white_space_at_the_seam_is_visible(coffee: Path, look: Look) -> None:
-    (coffee / "coffee.csv").write_text("question,good_answer,bad_answer\n" + "".join(f"Q{i}? , a,b\n" for i in range(9)))
+    rows = "".join(f"Q{i}? , a,b\n" for i in range(9))
+    (coffee / "coffee.csv").write_text(f"question,good_answer,bad_answer\n{rows}")
     _, shown, _ = look("data.chat_template=none")
     assert "\n<s>Q0?·\n--- chosen " in shown
     assert "\n·a[end: </s>]\n" in shown

@@ -45,7 +45,8 @@ def test_a_real_llama_learns_real_preferences(name: str, tmp_path: Path) -> None
     )
     result = train(recipe)
     data = run.read_json(result.run / "data.json")
-    assert form in data["format"]
+    (said,) = data["format"]
+    assert form in said
     assert "the paper's" in data["chat_template"]
     losses = {row["step"]: row["eval_loss"] for row in run.read_metrics(result.run) if "eval_loss" in row}
     assert losses[result.kept_step] == min(losses.values())
