@@ -50,7 +50,7 @@ def measure(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
     """Seconds and the largest sum of resident memory of a command and its children, and what it printed."""
     began, peak = time.monotonic(), 0
     with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(command, env=environment, stdout=output)
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.DEVNULL)
         tree = psutil.Process(process.pid)
         while process.poll() is None:
             try:
@@ -64,6 +64,13 @@ def measure(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
     return {"seconds": round(seconds, 2), "peak_rss_gib": round(peak / 2**30, 3), "figures": json.loads(text)}
+
+
+def _processor() -> str:
+    """Its name where the system tells it, else its kind."""
+    names = Path("/proc/cpuinfo")
+    lines = names.read_text().splitlines() if names.is_file() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
 def main() -> None:
@@ -95,7 +102,8 @@ def main() -> None:
         "seconds_second_start": second["seconds"],
         "peak_rss_gib": max(first["peak_rss_gib"], second["peak_rss_gib"]),
         "dropped": {reason: drop["pairs"] for reason, drop in first["figures"]["dropped"].items()},
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
+        "machine": f"{os.cpu_count()} cores, {_processor()}, Python {platform.python_version()}",
+        "date": time.strftime("%Y-%m-%d"),
         "versions": {name: version(name) for name in ("orpo-lite", "tokenizers", "transformers")},
     }
     text = json.dumps(result, indent=2)

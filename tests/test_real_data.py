@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from orpo_lite.data.pairs import (
     training_sources,
 )
 from orpo_lite.data.templates import LimitedRenderer, Renderer, set_chat_template
-from orpo_lite.data.tokens import TokenizedPair, end_token_id, show_texts, tokenize_pairs
+from orpo_lite.data.tokens import LONG_PROMPT, TokenizedPair, end_token_id, show_texts, tokenize_pairs
 from orpo_lite.recipe import DataSection
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -176,3 +178,13 @@ def test_the_models_own_context_cuts_and_counts() -> None:
     assert max(max(ids) for tokens in kept for ids in (tokens.chosen_ids, tokens.rejected_ids)) < 512
     assert len(found) == 1195
     assert 0 < len(kept) < len(found)
+
+
+def test_the_benchmark_of_the_data_screen_runs(tmp_path: Path) -> None:
+    where = tmp_path / "figures.json"
+    arguments = [str(ALPACA / "train.jsonl"), str(SHARED / "models" / "stories260k"), "--count", "150"]
+    command = [sys.executable, "-m", "benchmarks.data", *arguments, "--json", str(where)]
+    subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parents[1])
+    figures = json.loads(where.read_text("utf-8"))
+    assert (figures["pairs"], figures["dropped"]) == (150, {LONG_PROMPT: 1})
+    assert figures["seconds_second_start"] < figures["seconds_first_start"]
