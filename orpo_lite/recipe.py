@@ -65,6 +65,12 @@ def _names(value: object) -> object:
     return [name for name in names if name]
 
 
+def _plain_values(value: dict[str, Any]) -> dict[str, Any]:
+    """What JSON can say, for a template: YAML makes a date of 2024-07-26, and the template wants the text."""
+    plain: dict[str, Any] = json.loads(json.dumps(value, default=str))
+    return plain
+
+
 def _init_lora_weights(value: object) -> object:
     if str(value).lower().split("_")[0] in {"pissa", "olora", "loftq", "corda", "eva", "lora-ga", "lora"}:
         raise ValueError(f"true, gaussian or orthogonal: {value} rewrites the base, and the adapter fits no other copy")
@@ -165,7 +171,7 @@ class DataSection(Section):
     """Pairs with a longer prompt are dropped, as in the paper (Appendix C)."""
     chat_template: str = "auto"
     """auto: the tokenizer's, else the paper's. none: prompt and response joined as plain text. Or a .jinja file."""
-    chat_template_kwargs: dict[str, Any] = {}
+    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_plain_values)] = {}
     """Passed on to the template, for instance {enable_thinking: false}."""
 
     @property

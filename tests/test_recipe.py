@@ -538,6 +538,11 @@ def test_a_value_stays_on_one_line() -> None:
     assert to_text({"a": ["x" * 300, "b c"]}) == "{a: [" + "x" * 300 + ", b c]}"
 
 
+def test_a_date_for_a_template_is_its_text(write: Callable[[str], str]) -> None:
+    name = write(MINIMAL + "  chat_template_kwargs: {date_string: 2024-07-26, n: [1, true]}\n")
+    assert load_recipe(name).data.chat_template_kwargs == {"date_string": "2024-07-26", "n": [1, True]}
+
+
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_show_prints_every_key_with_its_meaning(write: Write, name: str) -> None:
     recipe = load_recipe(name)
