@@ -1178,6 +1178,73 @@ def test_a_reply_that_is_json_is_a_text() -> None:
 # --- the row that deviates
 
 
+ABOUT_TEXT = {"instruction": "Sum up.", "input": "A long text."}
+
+
+@pytest.mark.parametrize(
+    "replies",
+    [
+        {"output_1": "a", "output_2": "b", "winner": "1"},
+        {"completions": [{"response": "b", "overall_score": 2}, {"response": "a", "overall_score": 8}]},
+        {"chosen": [bot("a")], "rejected": [bot("b")]},
+        {"chosen": "a", "rejected": "b"},
+    ],
+)
+def test_what_an_instruction_is_about_is_read_in_every_format(replies: dict[str, Any]) -> None:
+    rows = [ABOUT_TEXT | replies, {"instruction": "Hi.", "input": ""} | replies]
+    detected = detect_format(rows)
+    assert detected.columns["input"] == "input"
+    one, other = (detected.read(row, "x:1") for row in rows)
+    assert (one.messages, one.chosen, one.rejected) == ((user("Sum up.\nA long text."),), "a", "b")
+    assert other.messages == (user("Hi."),)
+
+
+@pytest.mark.parametrize("blank", ["", None, " "])
+@pytest.mark.parametrize("name", ["system", "System"])
+def test_a_system_column_may_be_blank_at_first(blank: str | None, name: str) -> None:
+    row = {"question": "Q?", "chosen": "a", "rejected": "b"}
+    detected = detect_format([{name: blank} | row] * 100)
+    assert detected.name == "explicit"
+    assert "system" not in detected.because
+    assert detected.read({name: blank} | row, "x:1").messages == (user("Q?"),)
+    assert detected.read({name: "Be brief."} | row, "x:101").messages == (
+        {"role": "system", "content": "Be brief."},
+        user("Q?"),
+    )
+
+
+def test_a_verdict_is_never_offered_as_a_reply() -> None:
+    for row in (
+        {"winner": "model_a", "x": [user("q"), bot("a")], "y": [user("q"), bot("b")]},
+        {"prompt": "Q?", "best": "gpt", "gpt": "a", "other": "b"},
+    ):
+        with pytest.raises(DataError) as raised:
+            detect_format([row] * 3)
+        assert "chosen=winner" not in str(raised.value)
+        assert "chosen=best" not in str(raised.value)
+
+
+def test_a_conversation_under_an_unknown_name_is_offered() -> None:
+    rows = [{"task": "Math", "trajectory": [user(f"Q{i}")], "good": f"a{i}", "bad": f"b{i}"} for i in range(12)]
+    with pytest.raises(DataError) as raised:
+        detect_format(rows)
+    assert "data.column_map=prompt=trajectory,chosen=good,rejected=bad" in str(raised.value)
+
+
+def test_whole_conversations_under_other_names_need_no_prompt() -> None:
+    rows = [{"chosen_conversations": [user(Q), bot("a")], "rejected_conversations": [user(Q), bot("b")]}] * 3
+    with pytest.raises(DataError) as raised:
+        detect_format(rows)
+    line = "data.column_map=chosen=chosen_conversations,rejected=rejected_conversations"
+    assert str(raised.value).endswith(f"name the columns: {line}")
+
+
+def test_turns_within_a_text_are_a_template_too() -> None:
+    text = "Hi\n<extra_id_1>Assistant\nHello\n<extra_id_1>User\nQ?"
+    with pytest.raises(DataError, match="a chat template was applied already"):
+        detect_format([{"prompt": text, "response_1": "a", "response_2": "b", "preference_strength": -2}] * 3)
+
+
 WHOLE = {"chosen": [user(Q), bot("a")], "rejected": [user(Q), bot("b")]}
 TEXTS = {"prompt": "Name a colour.", "chosen": "Blue.", "rejected": "Seven."}
 

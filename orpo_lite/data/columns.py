@@ -129,8 +129,9 @@ _START = re.compile(
     r"|Below is an instruction that describes|(?:USER|User|Human|GPT4 Correct User): "
     r"|A chat between a curious (?:user|human) and an artificial intelligence)"
 )
+_NEMO = re.compile(r"(?:\A|\n)<extra_id_[01]>(?:System|User|Assistant)\n")  # its turns within one text: HelpSteer2
 _END = re.compile(
-    r"(?:</s>|<\|im_end\|>|<\|eot_id\|>|<\|end_of_text\|>|<\|endoftext\|>|<end_of_turn>|<eos>|<\|end\|>"
+    r"(?:<extra_id_1>|</s>|<\|im_end\|>|<\|eot_id\|>|<\|end_of_text\|>|<\|endoftext\|>|<end_of_turn>|<eos>|<\|end\|>"
     r"|<\|END_OF_TURN_TOKEN\|>|<\|end_of_turn\|>|<｜end▁of▁sentence｜>|\[/INST\])\s*\Z"
 )
 
@@ -142,7 +143,7 @@ def is_templated(value: Any) -> bool:
 
 def is_opened(value: Any) -> bool:
     """It begins with a template's marker."""
-    return any(_START.match(text) for text in contents(value) if not is_dialogue(text))
+    return any(_START.match(text) or _NEMO.search(text) for text in contents(value) if not is_dialogue(text))
 
 
 def end_marker(value: Any) -> str | None:
@@ -167,10 +168,10 @@ ALIASES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 FITTING: dict[str, tuple[Kind, ...]] = {
     "prompt": TEXTS,
-    "system": ("text",),
+    "system": ("text", "null"),
     "conversation": CHAT,
     "history": (*CHAT, "pairs of texts", "null"),  # null: the first rows may be those without earlier turns
-    "input": (*TEXTS, "request"),
+    "input": (*TEXTS, "request", "null"),
     "completions": ("completions", "texts"),
     "scores": ("numbers",),
     "ranks": ("numbers",),
@@ -212,7 +213,9 @@ class Look:
         columns = [self.column(name) for name in names]
         fits = [TEXTS if self.kind(column) in TEXTS else (self.kind(column),) for column in columns]
         rows = [tuple(unpacked(row.get(column)) for column in columns) for row in self.rows]
-        return [row for row in rows if all(kind_of(value) in fit for value, fit in zip(row, fits, strict=True))]
+        return [
+            row for row in rows if all("null" != kind_of(value) in fit for value, fit in zip(row, fits, strict=True))
+        ]
 
     def share(self, test: Callable[..., bool], *columns: str) -> float:
         """Of the rows in which the columns hold something, the share that passes."""
@@ -233,6 +236,7 @@ class Look:
             return [self.column(canonical)] if self.kind(canonical) != "missing" else []
         named = self.named(*ALIASES.get(canonical, (canonical,)))
         named = [column for column in named if self.kinds[column] in FITTING.get(canonical, self.kinds.values())]
+        named.sort(key=lambda column: self.kinds[column] == "null")  # a blank one is no rival of one that speaks
         if canonical == "prompt" and self.is_alpaca():
             return [column for column in named if plain_name(column) != "input"]
         if canonical == "conversation":  # not one that already holds the reply, as in UltraFeedback binarized
@@ -269,7 +273,7 @@ class Look:
 
     def renamed(self, row: Row, where: str) -> Row:
         """Canonical names, lists where JSON stands for them, and no other candidate than those that were taken."""
-        left_out = {"system", "conversation", "history", "scores", "ranks", *self.taken, *self.taken.values()}
+        left_out = {"system", "input", "conversation", "history", "scores", "ranks", *self.taken, *self.taken.values()}
         out = {key: value for key, value in row.items() if key not in left_out}
         out |= {canonical: row[column] for canonical, column in self.taken.items() if column in row}
         for key, value in out.items():

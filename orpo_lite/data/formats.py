@@ -31,6 +31,7 @@ from orpo_lite.data.columns import (
     refuse_templated,
     shown,
     unpacked,
+    waits_for_reply,
     words,
 )
 from orpo_lite.data.readers import (
@@ -54,6 +55,7 @@ from orpo_lite.errors import DataError
 __all__ = ["COLUMNS", "PROMPTS_DIFFER", "READERS", "Detected", "Message", "Pair", "Reader", "Row", "detect_format",
            "shared_start"]  # fmt: skip
 
+FEW = 10  # rows: less say nothing of what a column repeats
 MANY = 0.9  # of the rows: a habit of the whole set
 SAID = "data.format says so"
 PAIRS = "write each pair as prompt, chosen and rejected"
@@ -97,13 +99,16 @@ def detect_format(
         _find_columns(look, name)
     for reply in _replies(look, name):
         look.find(reply)
+    asked = look.taken.get("prompt") if name != "doubled" else None
+    if asked and look.is_alpaca() and look.agree(asked, "instruction"):
+        look.find("input")  # what the instruction is about
     _find_history(look)
     system = _find_system(look)
     if (templated := look.templated()) and not plain:
         refuse_templated(look, templated)
     if name != "implicit" or because != SAID:
         _refuse_unread(look)
-    if system and name != "orca":
+    if system and look.kind(system) != "null" and name != "orca":
         because += f"; {shown(system)} goes in front as a system turn where the conversation has none"
     columns = {canonical: column for canonical, column in look.taken.items() if look.kind(column) != "null"}
     return Detected(name, because, lambda row, where: READERS[name](look.renamed(row, where), where), columns)
@@ -169,7 +174,7 @@ def _texts(look: Look) -> Found:
     reason = f"{shown(column)}, chosen and rejected are texts"
     if _is_doubled(look, column):
         return "doubled", f"{reason}, and chosen and rejected begin with {shown(column)} again"
-    if system := _find_system(look):
+    if (system := _find_system(look)) and look.kind(system) != "null":
         return "orca", f"{shown(system)}, {reason}"
     return "explicit", reason
 
@@ -338,7 +343,7 @@ def _holds_turn(turns: Any, prompt: Any) -> bool:
 
 # --- two answers and a verdict
 
-ANSWER_WORDS = ("response", "answer", "completion", "output", "reply", "generation", "conversation", "human_ref")
+ANSWER_WORDS = ("response", "answer", "completion", "output", "reply", "generation", "conv", "messages", "human_ref")
 VERDICTS = ("better", "winner", "better_response_id", "safer_response_id", "labels", "preference_strength",
             "overall_preference")  # fmt: skip
 TIES = ("tie", "tie (bothbad)", "both_bad")
@@ -461,7 +466,8 @@ def _refuse_unknown(look: Look) -> NoReturn:
     _refuse_roles(look)
     guesses["prompt"] = _guess_prompt(look, [column for column in guesses.values() if column])
     unfit = [side for side, kind in kinds.items() if kind not in (USABLE if side != "prompt" else (*TEXTS, *CHAT))]
-    if look.candidates("conversation") and unfit != ["prompt"]:
+    whole = all(guesses[side] and look.share(asks, guesses[side]) == 1 for side in ("chosen", "rejected"))
+    if whole or (look.candidates("conversation") and unfit != ["prompt"]):
         unfit = [side for side in unfit if side != "prompt"]
     expected = "chosen and rejected, both texts or both lists of messages, with or without a prompt"
     remedy = "name the columns: " + map_line(**{side: guesses[side] or "COLUMN" for side in unfit or kinds})
@@ -527,19 +533,28 @@ def _side(column: str) -> str | None:
 def _guess(look: Look, side: str) -> str | None:
     named = [column for column in look.columns if look.kind(column) in USABLE]
     own = [column for column in named if plain_name(column) == side]
-    guesses = own or [column for column in named if _side(column) == side]
+    guesses = own or [column for column in named if _side(column) == side and not _holds_labels(look, column)]
     return guesses[0] if len(guesses) == 1 else None
 
 
 def _guess_prompt(look: Look, replies: Sequence[str]) -> str | None:
     texts = [column for column in look.columns if look.kind(column) in (*TEXTS, *CHAT) and column not in replies]
-    texts = [column for column in texts if not ABOUT & set(words(column))]
+    texts = [column for column in texts if not ABOUT & set(words(column)) and not _holds_labels(look, column)]
     by_word = [column for column in texts if PROMPT & set(words(column))]
     known = [column for column in look.candidates("prompt") if column in texts]
-    for guesses in (known[:1], by_word, _like_prompts(look)):
+    asking = [column for column in texts if look.kind(column) in CHAT and look.share(waits_for_reply, column) > 0.5]
+    for guesses in (known[:1], asking, by_word, _like_prompts(look)):
         if len(guesses) == 1 and guesses[0] not in replies:
             return guesses[0]
     return None
+
+
+def _holds_labels(look: Look, column: str) -> bool:
+    """Single words that name other columns, or the same few again and again: a verdict or a topic, no text to learn."""
+    texts = [text.strip().lower() for (text,) in look.values(column)] if look.kind(column) in TEXTS else []
+    names = {plain_name(other) for other in look.columns} | {"model_a", "model_b", "tie"}
+    single = bool(texts) and all(len(text.split()) == 1 for text in texts)
+    return single and (set(texts) <= names or (len(texts) >= FEW and len(set(texts)) <= len(texts) / 2))
 
 
 def _like_prompts(look: Look) -> list[str]:

@@ -67,7 +67,7 @@ def read_explicit(row: Row, where: str) -> Pair:
     """TRL's explicit prompt: prompt, chosen and rejected are all texts, or all messages."""
     if isinstance(row.get("prompt"), list):
         return _join(row, _messages(row, "prompt", where), where)
-    prompt = _text(row, "prompt", where)
+    prompt = _asked(row, where)
     return _texts(row, prompt, where, _user(prompt))
 
 
@@ -85,7 +85,7 @@ def read_implicit(row: Row, where: str) -> Pair:
 
 def read_messages(row: Row, where: str) -> Pair:
     """UltraFeedback binarized: chosen and rejected are whole conversations, prompt repeats their user turn as text."""
-    return _join(row, () if _asks(row, "chosen", where) else _user(_text(row, "prompt", where)), where)
+    return _join(row, () if _asks(row, "chosen", where) else _user(_asked(row, where)), where)
 
 
 def read_hh_rlhf(row: Row, where: str) -> Pair:
@@ -125,7 +125,7 @@ def read_doubled(row: Row, where: str) -> Pair:
 
 def read_orca(row: Row, where: str) -> Pair:
     """Intel's Orca pairs: a system text, blank for none, a question and two replies."""
-    prompt = _text(row, "prompt", where)
+    prompt = _asked(row, where)
     return _texts(row, prompt, where, _user(prompt))
 
 
@@ -134,9 +134,7 @@ def read_alpaca(row: Row, where: str) -> Pair:
 
     Instruction and input are joined by a line end, as in LLaMA-Factory.
     """
-    prompt = _text(row, "prompt", where)
-    if row.get("input") is not None and (about := _text(row, "input", where)).strip():
-        prompt = f"{prompt}\n{about}"
+    prompt = _asked(row, where)
     if row.get("chosen") is None and isinstance(output := row.get("output"), list):
         if len(output) != 2:
             raise fault(where, "output", f"a list of {len(output)}", "a list of two texts: [chosen, rejected]")
@@ -306,8 +304,16 @@ def _before(row: Row, where: str) -> tuple[Sequence[Message], str | None]:
         return _messages(row, "conversation", where), None
     if isinstance(row.get("prompt"), list):
         return _messages(row, "prompt", where), None
-    text = _text(row, "prompt", where)
+    text = _asked(row, where)
     return _read_dialogue_prompt(row, where) if is_dialogue(text) else (_user(text), text)
+
+
+def _asked(row: Row, where: str) -> str:
+    """The prompt, and below it what an instruction of Alpaca's kind is about; formats.py leaves input out elsewhere."""
+    prompt = _text(row, "prompt", where)
+    if row.get("input") is not None and (about := _text(row, "input", where)).strip():
+        return f"{prompt}\n{about}"
+    return prompt
 
 
 def _user(text: str) -> tuple[Message, ...]:
