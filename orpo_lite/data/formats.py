@@ -466,7 +466,8 @@ def _refuse_unknown(look: Look) -> NoReturn:
     _refuse_roles(look)
     guesses["prompt"] = _guess_prompt(look, [column for column in guesses.values() if column])
     unfit = [side for side, kind in kinds.items() if kind not in (USABLE if side != "prompt" else (*TEXTS, *CHAT))]
-    whole = all(guesses[side] and look.share(asks, guesses[side]) == 1 for side in ("chosen", "rejected"))
+    sides = [column for side in ("chosen", "rejected") if (column := guesses[side])]
+    whole = len(sides) == 2 and all(look.share(asks, column) == 1 for column in sides)
     if whole or (look.candidates("conversation") and unfit != ["prompt"]):
         unfit = [side for side in unfit if side != "prompt"]
     expected = "chosen and rejected, both texts or both lists of messages, with or without a prompt"
