@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from orpo_lite.errors import SHOWN, HubError, RecipeError
@@ -514,6 +514,8 @@ VALID: dict[str, st.SearchStrategy[Any]] = {
 
 @FUZZ
 @given(values=st.fixed_dictionaries({}, optional=VALID), comments=st.booleans())
+@example(values={"model.model_name_or_path": "0\xa0"}, comments=False)
+@example(values={"model.model_name_or_path": "\xa0"}, comments=True)
 def test_any_recipe_survives_being_written_and_read(write: Write, values: dict[str, Any], comments: bool) -> None:
     recipe = load_recipe("demo").override(values)
     text = recipe.to_yaml(comments=comments)
