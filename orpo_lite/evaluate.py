@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from orpo_lite.data.packing import micro_batches, nll_tokens, pad_pairs
+from orpo_lite.data.packing import make_batch, micro_batches, nll_tokens
 from orpo_lite.data.tokens import TokenizedPair
 from orpo_lite.model import PairModel
 from orpo_lite.recipe import Recipe
@@ -27,10 +27,11 @@ def evaluate(
     divisors = Divisors(len(pairs), sum(nll_tokens(pair, completion_only_loss=only) for pair in pairs))
     total = torch.zeros(len(PARTS), dtype=torch.float64)
     rank, world = accelerator.process_index, accelerator.num_processes
-    share = micro_batches(range(len(pairs)), pairs, size=recipe.memory.micro_batch_size, rank=rank, world=world)
+    batching = model.batching(recipe, pad_id)
+    share = micro_batches(pairs, batching, rank=rank, world=world)
     for number, chunk in enumerate(share):
         yield number, len(share)  # outside: whoever draws the progress is not put into no_grad and eval mode
-        batch = pad_pairs([pairs[index] for index in chunk], pad_id=pad_id, completion_only_loss=only)
+        batch = make_batch([pairs[index] for index in chunk], batching)
         with model.evaluating():
             logps = model(batch.to(accelerator.device))
             _, parts = orpo_loss(logps, divisors, beta=recipe.loss.beta, nll_reduction=recipe.loss.nll_reduction)

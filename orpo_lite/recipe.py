@@ -237,10 +237,26 @@ class TrainingSection(Section):
 class MemorySection(Section):
     """How the step fits into memory (ours); it never changes the maths."""
 
-    micro_batch_size: int = Field(1, ge=1)
-    """Pairs in one forward pass; a step runs as many of these as global_batch_size asks for."""
+    packing: bool = True
+    """Pairs laid end to end, without padding. false: padded rows and all logits, the plain step that ours equals."""
+    prompt_sharing: bool = True
+    """What both replies of a pair begin with goes through the model once; needs packing."""
+    micro_batch_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """Tokens in one packed forward pass; a longer pair goes alone. auto: twice data.max_length."""
+    micro_batch_size: int | None = Field(None, ge=1)
+    """At most so many pairs in one forward pass. null: as many as the tokens allow; without packing, one."""
+    head_chunk: Literal["auto", "none"] | Annotated[int, Field(ge=1)] = "auto"
+    """Rows of logits held at once. auto: 96 MiB of them; none: all of a forward pass, as peers do."""
+    fused_lora: bool = True
+    """A linear layer and its adapter as one operation that keeps its input once, in the dtype of the model."""
     activation_checkpointing: Literal["auto", "all", "none"] | Annotated[int, Field(ge=0)] = "auto"
     """Decoder layers that recompute their activations in the backward pass: all, none, or a number. auto: all."""
+    checkpoint_offload: bool = False
+    """What checkpointed layers keep waits in host memory: less on the card, a little slower."""
+    mlp_tile: int | None = Field(None, ge=1)
+    """Tokens that an MLP works on at a time, for less memory; null: all."""
+    embedding_on_cpu: bool = False
+    """The input embedding stays in host memory; not where it is also the output head."""
 
 
 class OutputSection(Section):
@@ -345,6 +361,10 @@ FOREIGN: dict[str, tuple[str, str]] = {
     "batch_size": ("training.global_batch_size", "it counts pairs per optimizer step over all devices"),
     "warmup_ratio": ("training.warmup_steps", "a value below 1 is a share of all steps"),
     "gradient_checkpointing": ("memory.activation_checkpointing", "all, none, or a number of layers"),
+    "activation_offloading": ("memory.checkpoint_offload", ""),
+    "padding_free": ("memory.packing", "on by default: pairs end to end, without padding"),
+    "sample_packing": ("memory.packing", "on by default: pairs end to end, without padding"),
+    "use_liger_kernel": ("memory.head_chunk", "auto by default: logits are never held"),
     "lora_r": ("lora.r", ""),
     "lora_rank": ("lora.r", ""),
     "lora.rank": ("lora.r", ""),
@@ -689,7 +709,7 @@ def _advice(key: str) -> str:
 
 def _contradictions(recipe: Recipe) -> Iterator[RecipeError]:
     """Values that are each valid and cannot stand together; both keys are named."""
-    data, training = recipe.data, recipe.training
+    data, training, memory = recipe.data, recipe.training, recipe.memory
 
     def fault(one: str, other: str, why: str, remedy: str) -> RecipeError:
         values = dict(recipe.items())
@@ -712,6 +732,8 @@ def _contradictions(recipe: Recipe) -> Iterator[RecipeError]:
             recipe.sources["data.test_split_size"], f"data.test_split_size: {data.test_split_size}",
             "a share below 1, or a whole number of pairs",
         )  # fmt: skip
+    if memory.prompt_sharing and not memory.packing and recipe.sources["memory.prompt_sharing"] != "default":
+        yield fault("memory.prompt_sharing", "memory.packing", "packed rows", "memory.packing=true")
     if not recipe.quantization.load_in_4bit and recipe.quantization.bnb_4bit_compute_dtype != "auto":
         yield fault(
             "quantization.load_in_4bit", "quantization.bnb_4bit_compute_dtype", "a 4-bit base to compute with",

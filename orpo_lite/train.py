@@ -21,7 +21,7 @@ from transformers import enable_full_determinism
 
 from orpo_lite import checkpoint, demo, run
 from orpo_lite.base import Base, check_disk
-from orpo_lite.data.packing import epoch_order, micro_batches, nll_tokens, pad_pairs, steps_per_epoch
+from orpo_lite.data.packing import Batching, epoch_order, make_batch, micro_batches, nll_tokens, steps_per_epoch
 from orpo_lite.data.tokens import TokenizedPair
 from orpo_lite.errors import CheckpointError, DivergedError, FitError, OrpoLiteError, RecipeError
 from orpo_lite.evaluate import evaluate
@@ -132,6 +132,8 @@ def _train(
     eval_every = whole_steps(settings.eval_steps, steps)
     yield Update("stage", f"loading {ready.base.name}")
     loaded = _load(recipe, ready.base, accelerator)
+    for note in loaded.pair_model.notes:
+        yield Update("note", note)
     # A checkpoint holds the adapter and two states of its size; those kept, one being written, and the result.
     adapter_bytes = 4 * sum(parameter.numel() for parameter in loaded.trained)
     check_disk(path, 3 * adapter_bytes * (checkpoint.KEPT + 3), f"saving the checkpoints of {path}")
@@ -198,7 +200,8 @@ def _step(
     began = time.monotonic()
     for group in loaded.optimizer.param_groups:
         group["lr"] = learning_rate
-    parts = accumulate(loaded.model, batch, recipe, state["step"], ready.pad_id, accelerator, loaded.scaler)
+    batching = loaded.pair_model.batching(recipe, ready.pad_id)
+    parts = accumulate(loaded.model, batch, recipe, state["step"], batching, accelerator, loaded.scaler)
     named = named_parts(parts, beta=recipe.loss.beta)
     norm, finite = _update(loaded, named["loss"], recipe.training.max_grad_norm)
     tokens = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in batch)
@@ -230,7 +233,7 @@ def accumulate(
     batch: Sequence[TokenizedPair],
     recipe: Recipe,
     step: int,
-    pad_id: int,
+    batching: Batching,
     accelerator: Accelerator,
     scaler: torch.amp.GradScaler,
 ) -> list[float]:
@@ -245,15 +248,13 @@ def accumulate(
     loss_section, world = recipe.loss, accelerator.num_processes
     only = loss_section.completion_only_loss
     divisors = Divisors(len(batch), sum(nll_tokens(pair, completion_only_loss=only) for pair in batch))
-    share = micro_batches(
-        range(len(batch)), batch, size=recipe.memory.micro_batch_size, rank=accelerator.process_index, world=world
-    )
+    share = micro_batches(batch, batching, rank=accelerator.process_index, world=world)
     # The last step of an epoch may have fewer pairs than processes: those left over join with weight 0.
     weight = float(bool(share))
     chunks = share or [[0]]
     parts = torch.zeros(len(PARTS), dtype=torch.float64)
     for number, chunk in enumerate(chunks):
-        rows = pad_pairs([batch[index] for index in chunk], pad_id=pad_id, completion_only_loss=only)
+        rows = make_batch([batch[index] for index in chunk], batching)
         seed_dropout(recipe.training.seed, step, number, accelerator.process_index)
         is_last = number == len(chunks) - 1
         with nullcontext() if is_last else accelerator.no_sync(model):

@@ -13,6 +13,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,18 @@ def tiny_llama(vocab_size: int = 96, **changes: Any) -> LlamaForCausalLM:
     }
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**(shape | changes)))
+
+
+def in_float64(model: Any) -> Any:
+    """The model in float64, its RMSNorms too: transformers' own round to float32 inside, whatever the dtype."""
+
+    def norm(module: Any, x: torch.Tensor) -> torch.Tensor:
+        return module.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + module.variance_epsilon)
+
+    for module in model.modules():
+        if hasattr(module, "variance_epsilon"):
+            module.forward = partial(norm, module)
+    return model.double()
 
 
 def tiny_opt(vocab_size: int = 96) -> OPTForCausalLM:

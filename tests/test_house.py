@@ -123,7 +123,7 @@ def test_main_is_the_command_line() -> None:
         ("train", "from orpo_lite import merge"),
         ("train", "import orpo_lite.cli"),
         ("merge", "def f():\n    from orpo_lite import train"),
-        ("step/losses", "from orpo_lite.step.head import pair_logps"),
+        ("step/losses", "from orpo_lite.step.head import padded_logps"),
         ("step/head", "from orpo_lite.data import pairs"),
         ("data/formats", "import orpo_lite.data.pairs"),
         ("errors", "from orpo_lite.recipe import Recipe"),

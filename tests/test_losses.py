@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from orpo_lite.step.head import pair_logps
+from orpo_lite.step.head import padded_logps
 from orpo_lite.step.losses import PARTS, Divisors, PairLogps, log1mexp, log_odds, named_parts, orpo_loss
 
 EXACT = [-50.0, -30.0, -8.0, -2.5, -0.7, -0.69, -0.1, -1e-2, -1e-3]
@@ -105,7 +105,7 @@ def test_loss_and_gradient_equal_the_written_out_reference(only: bool, mean: str
     position = torch.arange(12)
     token = position < torch.tensor(lengths).unsqueeze(1)
     response = token & (position >= torch.tensor(starts).unsqueeze(1))
-    pairs = pair_logps(logits, ids, response, response if only else token)
+    pairs = padded_logps(logits, ids, response, response if only else token)
     divisors = Divisors(3, int(pairs.nll_tokens_P.sum()))
     loss, parts = orpo_loss(pairs, divisors, beta=0.3, nll_reduction=mean)  # type: ignore[arg-type]
     (gradient,) = torch.autograd.grad(loss, logits)

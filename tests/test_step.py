@@ -4,22 +4,25 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import ragged_pairs, tiny_llama, tiny_opt
+from conftest import in_float64, ragged_pairs, tiny_llama, tiny_opt
 from peft import LoraConfig, get_peft_model
 
-from orpo_lite.data.packing import epoch_order, micro_batches, nll_tokens, pad_pairs
+from orpo_lite.data.packing import Batching, epoch_order, micro_batches, nll_tokens, pad_pairs
 from orpo_lite.data.tokens import TokenizedPair
 from orpo_lite.model import PairModel
 from orpo_lite.recipe import Recipe, load_recipe
 from orpo_lite.step.losses import Divisors, orpo_loss
 from orpo_lite.train import accumulate, seed_dropout
 
+PADDED = Batching(packed=False, share=False, tokens=0, pairs=2, pad_id=0, completion_only_loss=False)
+PACKED = replace(PADDED, packed=True, share=True, tokens=60)
 REDUCTIONS = [("token", "false"), ("pair", "true")]  # the authors' code; the paper's text
 
 
@@ -31,6 +34,7 @@ def lora_model(base: torch.nn.Module, dtype: torch.dtype = torch.float64, dropou
     """LoRA on every linear layer, with B drawn too, for at B = 0 the gradient of A vanishes."""
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=dropout)
     model = get_peft_model(base, config).to(dtype)  # type: ignore[arg-type]
+    model = in_float64(model) if dtype == torch.float64 else model
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -42,7 +46,7 @@ def gradients(model: PairModel, pairs: list[TokenizedPair], settings: Recipe) ->
     """All LoRA gradients of one step as one vector, and the step's figures."""
     model.zero_grad(set_to_none=True)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    parts = accumulate(model, pairs, settings, 0, 0, Accelerator(cpu=True), scaler)
+    parts = accumulate(model, pairs, settings, 0, model.batching(settings, 0), Accelerator(cpu=True), scaler)
     return torch.cat([parameter.grad.flatten() for _, parameter in model.trained()]), parts  # type: ignore[union-attr]
 
 
@@ -165,9 +169,10 @@ def test_order_is_a_function_of_seed_and_epoch() -> None:
 def test_shares_of_processes_cover_the_step_once() -> None:
     pairs = ragged_pairs(7)
     for world in (1, 2, 3, 8):
-        shares = [micro_batches(range(7), pairs, size=2, rank=rank, world=world) for rank in range(world)]
-        assert sorted(index for share in shares for chunk in share for index in chunk) == list(range(7))
-        assert all(len(chunk) <= 2 for share in shares for chunk in share)
+        for batching in (PADDED, PACKED):
+            shares = [micro_batches(pairs, batching, rank=rank, world=world) for rank in range(world)]
+            assert sorted(index for share in shares for chunk in share for index in chunk) == list(range(7))
+            assert all(len(chunk) <= 2 for share in shares for chunk in share)
 
 
 PROCESS = """
@@ -194,7 +199,9 @@ def gradients_of_processes(folder: str) -> None:
             )
             model.zero_grad(set_to_none=True)
             scaler = torch.amp.GradScaler("cpu", enabled=False)
-            parts = accumulate(wrapped, ragged_pairs(count), settings, 0, 0, accelerator, scaler)
+            parts = accumulate(
+                wrapped, ragged_pairs(count), settings, 0, model.batching(settings, 0), accelerator, scaler
+            )
             vector = torch.cat([p.grad.flatten() for _, p in model.trained()])  # type: ignore[union-attr]
             saved[f"{reduction} {count}"] = (vector, parts)
     if accelerator.is_main_process:
@@ -228,7 +235,7 @@ def test_the_fault_these_tests_are_for_is_seen() -> None:
     model, pairs = lora_model(tiny_llama()), ragged_pairs(8)
     expected, _ = gradients(model, pairs, recipe(memory__micro_batch_size=8))
     model.zero_grad(set_to_none=True)
-    for chunk in micro_batches(range(8), pairs, size=2):
+    for chunk in micro_batches(pairs, PADDED):
         logps = model(pad_pairs([pairs[index] for index in chunk], pad_id=0, completion_only_loss=False))
         loss, _ = orpo_loss(logps, Divisors(2, int(logps.nll_tokens_P.sum())), beta=0.1)
         (loss / 4).backward()

@@ -114,11 +114,12 @@ def test_ten_steps_equal_trl(make: Callable[..., Any], tmp_path: Path) -> None:
     trained = [parameter for _, parameter in ours.trained()]
     optimizer, scaler = make_optimizer(recipe, trained), torch.amp.GradScaler("cpu", enabled=False)
     loaded = _Loaded(ours, ours, trained, optimizer, scaler)
+    batching = ours.batching(recipe, tokenizer.pad_token_id)
     factor = lr_factor(recipe, optimizer, STEPS)
     for step in range(STEPS):
         batch = pairs[step * BATCH : (step + 1) * BATCH]
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * factor(step)
-        parts = accumulate(ours, batch, recipe, step, tokenizer.pad_token_id, Accelerator(cpu=True), scaler)
+        parts = accumulate(ours, batch, recipe, step, batching, Accelerator(cpu=True), scaler)
         found = named_parts(parts, beta=0.1)
         for name in FIGURES:
             assert found[name] == pytest.approx(figures[step][name], rel=1e-5, abs=1e-5), (step, name)

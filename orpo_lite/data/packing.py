@@ -3,13 +3,16 @@
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from orpo_lite.data.tokens import TokenizedPair
+from orpo_lite.data.tokens import TokenizedPair, common_prefix
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,62 @@ def pad_pairs(pairs: Sequence[TokenizedPair], *, pad_id: int, completion_only_lo
     return PairBatch(input_ids_RT, token_RT.long(), response_RT, counted_RT)
 
 
+@dataclass(frozen=True)
+class PackedPairs:
+    """P pairs as one row of T tokens without padding; each pair is [common prefix | chosen rest | rejected rest]."""
+
+    input_ids_T: Tensor
+    position_ids_T: Tensor
+    """Each token's place in its own sequence: those of the rejected rest go on where the prefix ends."""
+    segments: tuple[tuple[int, int, int, int], ...]
+    """(start, stop, prefix_start, prefix_stop): tokens start:stop see the prefix and, causally, themselves."""
+    rows_N: Tensor
+    """Which tokens' hidden states are scored; the last one of a prefix twice, for it predicts both replies' first."""
+    targets_N: Tensor
+    """What each of them predicts."""
+    spans: tuple[tuple[int, ...], ...]
+    """How the scored rows of each pair lie: see :class:`orpo_lite.step.head.Spans`."""
+
+    def to(self, device: torch.device) -> "PackedPairs":
+        """The same batch on another device."""
+        tensors = ("input_ids_T", "position_ids_T", "rows_N", "targets_N")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in tensors})
+
+
+def pack_pairs(pairs: Sequence[TokenizedPair], *, completion_only_loss: bool, share: bool) -> PackedPairs:
+    """Lay pairs end to end. ``share`` keeps the tokens that both sequences of a pair begin with once."""
+    ids: list[NDArray[Any]] = []
+    positions: list[NDArray[Any]] = []
+    rows: list[NDArray[Any]] = []
+    targets: list[NDArray[Any]] = []
+    segments, spans = [], []
+    start = 0
+    for pair in pairs:
+        chosen, rejected = np.asarray(pair.chosen_ids), np.asarray(pair.rejected_ids)
+        prefix = common_prefix(chosen, rejected) if share else 0
+        middle, stop = start + len(chosen), start + len(chosen) + len(rejected) - prefix
+        ids += [chosen, rejected[prefix:]]
+        positions += [np.arange(len(chosen)), np.arange(prefix, len(rejected))]
+        segments += [(start, middle, 0, 0), (middle, stop, start, start + prefix)]
+        # The row before a token predicts it. Scored: from the first row that a sum needs to the one before the last.
+        chosen_row, rejected_row = max(pair.chosen_start, 1) - 1, max(pair.rejected_start, 1) - 1
+        nll_row = chosen_row if completion_only_loss else 0
+        fork = max(prefix - 1, 0)  # the row that predicts the first token of both rests
+        first, first_w, first_l = min(nll_row, rejected_row, fork), max(nll_row, fork), max(rejected_row, fork)
+        scored = (np.arange(first, fork), np.arange(first_w, len(chosen) - 1), np.arange(first_l, len(rejected) - 1))
+        in_rejected = np.where(scored[2] < prefix, scored[2], scored[2] - prefix + len(chosen))
+        rows += [start + scored[0], start + scored[1], start + in_rejected]
+        targets += [chosen[scored[0] + 1], chosen[scored[1] + 1], rejected[scored[2] + 1]]
+        froms = ((chosen_row, first_w), (rejected_row, first_l), (nll_row, first_w))
+        starts = (max(row - part, 0) for row, rest in froms for part in (first, rest))
+        spans.append((*map(len, scored), *starts))
+        start = stop
+    tensors = (torch.from_numpy(np.concatenate(parts).astype(np.int64)) for parts in (ids, positions, rows, targets))
+    ids_T, positions_T, rows_N, targets_N = tensors
+    kept = tuple(segment for segment in segments if segment[1] > segment[0])  # one reply may begin the other
+    return PackedPairs(ids_T, positions_T, kept, rows_N, targets_N, tuple(spans))
+
+
 def nll_tokens(pair: TokenizedPair, *, completion_only_loss: bool) -> int:
     """How many tokens of the pair the NLL counts; the first token of a sequence is predicted by nothing."""
     start = max(pair.chosen_start, 1) if completion_only_loss else 1
@@ -68,12 +127,64 @@ def steps_per_epoch(count: int, global_batch_size: int) -> int:
     return math.ceil(count / global_batch_size)
 
 
+@dataclass(frozen=True)
+class Batching:
+    """How a step's pairs are cut into forward passes. It never changes the sum of their losses."""
+
+    packed: bool
+    """Pairs end to end without padding; else padded rows."""
+    share: bool
+    """The common prefix of a pair once; packed only."""
+    tokens: int
+    """At most so many in one packed forward pass; a longer pair goes alone."""
+    pairs: int | None
+    """At most so many pairs in one forward pass; None: as many as the tokens allow, and one in padded rows."""
+    pad_id: int
+    completion_only_loss: bool
+
+
+Batch = PairBatch | PackedPairs
+
+
+def make_batch(pairs: Sequence[TokenizedPair], batching: Batching) -> Batch:
+    """One forward pass over these pairs."""
+    only = batching.completion_only_loss
+    if batching.packed:
+        return pack_pairs(pairs, completion_only_loss=only, share=batching.share)
+    return pad_pairs(pairs, pad_id=batching.pad_id, completion_only_loss=only)
+
+
 def micro_batches(
-    indices: Sequence[int], pairs: Sequence[TokenizedPair], *, size: int, rank: int = 0, world: int = 1
+    pairs: Sequence[TokenizedPair], batching: Batching, *, rank: int = 0, world: int = 1
 ) -> list[list[int]]:
-    """This process's share of a step's pairs in micro-batches, similar lengths together to save padding."""
-    share = sorted(indices[rank::world], key=lambda index: (_width(pairs[index]), index))
-    return [share[start : start + size] for start in range(0, len(share), size)]
+    """This process's share of a step's pairs, in micro-batches of indices; a function of its arguments alone.
+
+    Packed: first-fit decreasing, so that few passes hold all pairs. Padded: similar lengths together.
+    """
+    share = range(len(pairs))[rank::world]
+    if not batching.packed:
+        size = batching.pairs or 1
+        ordered = sorted(share, key=lambda index: (_width(pairs[index]), index))
+        return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+    lengths = {index: packed_tokens(pairs[index], share=batching.share) for index in share}
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(share, key=lambda index: (-lengths[index], index)):
+        most = batching.pairs or len(pairs)
+        fits = (i for i, free in enumerate(room) if lengths[index] <= free and len(bins[i]) < most)
+        place = next(fits, len(bins))
+        if place == len(bins):
+            bins.append([])
+            room.append(batching.tokens)
+        bins[place].append(index)
+        room[place] -= lengths[index]
+    return bins
+
+
+def packed_tokens(pair: TokenizedPair, *, share: bool) -> int:
+    """Tokens of a pair that go through the model."""
+    shared = common_prefix(np.asarray(pair.chosen_ids), np.asarray(pair.rejected_ids)) if share else 0
+    return len(pair.chosen_ids) + len(pair.rejected_ids) - shared
 
 
 def _width(pair: TokenizedPair) -> int:

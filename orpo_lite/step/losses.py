@@ -40,7 +40,7 @@ def log1mexp(logp: Tensor) -> Tensor:
     The argument is clamped below zero before both branches: ``where`` multiplies the gradient of the branch not
     taken by zero, and zero times infinity is NaN. Branches after Mächler, "Accurately computing log(1 - exp(-|a|))".
     """
-    logp = _at_least_float32(logp)
+    logp = at_least_float32(logp)
     logp = logp.clamp(max=-torch.finfo(logp.dtype).eps)
     near_zero = logp > -0.693  # ln 2: below it log1p keeps the digits, above it expm1 does
     return torch.where(near_zero, torch.log(-torch.expm1(logp)), torch.log1p(-torch.exp(logp)))
@@ -48,7 +48,7 @@ def log1mexp(logp: Tensor) -> Tensor:
 
 def log_odds(chosen_P: Tensor, rejected_P: Tensor) -> Tensor:
     """``log(odds(chosen) / odds(rejected))`` of mean log-probabilities, Eq. 4 and 5; shape (P,)."""
-    chosen_P, rejected_P = _at_least_float32(chosen_P), _at_least_float32(rejected_P)
+    chosen_P, rejected_P = at_least_float32(chosen_P), at_least_float32(rejected_P)
     return (chosen_P - rejected_P) - (log1mexp(chosen_P) - log1mexp(rejected_P))
 
 
@@ -90,5 +90,6 @@ def named_parts(parts: list[float], *, beta: float) -> dict[str, float]:
     return {"loss": loss, **named, **rewards}
 
 
-def _at_least_float32(values: Tensor) -> Tensor:
+def at_least_float32(values: Tensor) -> Tensor:
+    """float64 stays, any other dtype becomes float32."""
     return values if values.dtype == torch.float64 else values.float()
