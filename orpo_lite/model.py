@@ -1,4 +1,4 @@
-"""The base in 4 bit with LoRA on top, loaded and wrapped as a :class:`PairModel`; and the step, proven on it."""
+"""The base in 4 bit with LoRA on top and the step installed, as a :class:`PairModel`."""
 
 import copy
 from collections.abc import Iterator
@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -15,12 +14,11 @@ from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from orpo_lite.base import Base, find_adapter, read_adapter_config
-from orpo_lite.data.packing import Batch, Batching, PackedPairs, pack_pairs, pad_pairs
-from orpo_lite.data.tokens import TokenizedPair
+from orpo_lite.data.packing import Batch, Batching, PackedPairs
 from orpo_lite.errors import FitError, ModelError, RecipeError
 from orpo_lite.recipe import MemorySection, Recipe
 from orpo_lite.step import attention
-from orpo_lite.step.attention import Layout, Segment, UnsupportedError, pair_attention, using
+from orpo_lite.step.attention import Layout, Segment, pair_attention, using
 from orpo_lite.step.head import Head, chunk_rows, packed_logps, padded_logps, pick, row_logps
 from orpo_lite.step.layers import checkpoint_layers, embed_on_host, tile_mlps
 from orpo_lite.step.lora import fuse_lora
@@ -41,14 +39,14 @@ class PairModel(nn.Module):
     def __init__(self, model: nn.Module, memory: MemorySection | None = None) -> None:
         super().__init__()
         self.model = model
-        self.config = self._causal.config
-        self.head = find_head(self._causal)
+        self.config = self.causal.config
+        self.head = find_head(self.causal)
         memory = memory or MemorySection()
         self.chunk = None
         if memory.head_chunk != "none":
             self.chunk = chunk_rows(self.config.get_text_config().vocab_size, _number(memory.head_chunk))
         self.way: Way = "shared" if memory.prompt_sharing else "packed"
-        """How packed pairs go; :func:`prove` takes a plainer one where this model needs it."""
+        """How packed pairs go; ``proof.prove`` takes a plainer one where this model needs it."""
         self.backend = "auto"
         """Of the attention in packed rows: see :class:`orpo_lite.step.attention.Layout`."""
         self.notes: list[str] = []
@@ -56,7 +54,7 @@ class PairModel(nn.Module):
         self._own_attention = self.config._attn_implementation
 
     @property
-    def _causal(self) -> Any:
+    def causal(self) -> Any:
         """The model without peft's wrapper."""
         wrapped: Any = self.model
         return wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
@@ -73,7 +71,7 @@ class PairModel(nn.Module):
         if way in ("shared", "packed"):
             hidden_TD = self._packed_hidden(batch)
         else:
-            run = self.model if way == "logits" else self._causal.base_model
+            run = self.model if way == "logits" else self.causal.base_model
             outputs = (
                 run(input_ids=batch.input_ids_T[start:stop].unsqueeze(0), use_cache=False)
                 for start, stop, *_ in batch.segments
@@ -91,7 +89,7 @@ class PairModel(nn.Module):
         layout = Layout(tuple(Segment(*numbers) for numbers in batch.segments), self.backend)
         ids, positions = batch.input_ids_T.unsqueeze(0), batch.position_ids_T.unsqueeze(0)
         with self.attending(layout):
-            output = self._causal.base_model(input_ids=ids, position_ids=positions, use_cache=False)
+            output = self.causal.base_model(input_ids=ids, position_ids=positions, use_cache=False)
         hidden_TD: Tensor = output.last_hidden_state[0]
         return hidden_TD
 
@@ -158,6 +156,36 @@ def load_pair_model(recipe: Recipe, base: Base, device: torch.device) -> PairMod
 
     ``peft.prepare_model_for_kbit_training`` is not used: it copies embeddings, head and norms to float32.
     """
+    model = _load_base(recipe, base, device)
+    name = recipe.model.adapter_name_or_path
+    folder = find_adapter(name) if name else None
+    pair_model = _with_step(model, recipe, folder)
+    if folder:
+        set_adapter(pair_model, load_file(folder / "adapter_model.safetensors"))
+    return pair_model
+
+
+def meta_pair_model(recipe: Recipe, config: Any, dtype: torch.dtype) -> PairModel:
+    """The same model on the meta device, from its configuration alone: shapes and storages, no weights, no time."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(_without_dropout(config), dtype=dtype)
+    if recipe.quantization.load_in_4bit:
+        _quantise_on_meta(model, recipe, dtype)
+    return _with_step(model, recipe, None)
+
+
+def _with_step(model: nn.Module, recipe: Recipe, folder: Path | None) -> PairModel:
+    """Frozen, with its adapter and the levers of ``memory``."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    pair_model = PairModel(_add_lora(model, recipe, folder), recipe.memory).train()
+    install_step(pair_model, recipe)
+    return pair_model
+
+
+def _load_base(recipe: Recipe, base: Base, device: torch.device) -> nn.Module:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     dtype = choose_dtype(recipe.model.dtype, device)
@@ -170,12 +198,11 @@ def load_pair_model(recipe: Recipe, base: Base, device: torch.device) -> PairMod
     if recipe.model.attn_implementation:
         options["attn_implementation"] = recipe.model.attn_implementation
     if recipe.quantization.load_in_4bit:
-        compute = recipe.quantization.bnb_4bit_compute_dtype
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=recipe.quantization.bnb_4bit_quant_type,
             bnb_4bit_use_double_quant=recipe.quantization.bnb_4bit_use_double_quant,
-            bnb_4bit_compute_dtype=dtype if compute == "auto" else getattr(torch, compute),
+            bnb_4bit_compute_dtype=_compute_dtype(recipe, dtype),
         )
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(base.path, output_loading_info=True, **options)
@@ -190,17 +217,36 @@ def load_pair_model(recipe: Recipe, base: Base, device: torch.device) -> PairMod
     if lacking:
         found = f"lacks {len(lacking)} weights of the right shape ({', '.join(sorted(lacking)[:3])} ...)"
         raise ModelError(f"model {base.name}", found, "all of them")
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    name = recipe.model.adapter_name_or_path
-    folder = find_adapter(name) if name else None
-    pair_model = PairModel(_add_lora(model, recipe, folder), recipe.memory).train()
-    if folder:
-        set_adapter(pair_model, load_file(folder / "adapter_model.safetensors"))
-    install_step(pair_model, recipe)
-    if recipe.memory.packing:
-        prove(pair_model, recipe.data.max_length)
-    return pair_model
+    loaded: nn.Module = model
+    return loaded
+
+
+def _compute_dtype(recipe: Recipe, dtype: torch.dtype) -> torch.dtype:
+    name = recipe.quantization.bnb_4bit_compute_dtype
+    compute: torch.dtype = dtype if name == "auto" else getattr(torch, name)
+    return compute
+
+
+def _quantise_on_meta(model: Any, recipe: Recipe, dtype: torch.dtype) -> None:
+    """What loading with a BitsAndBytesConfig does: every linear layer but the head as a Linear4bit."""
+    import bitsandbytes as bnb
+
+    settings, head = recipe.quantization, model.get_output_embeddings()
+    options = {"compress_statistics": settings.bnb_4bit_use_double_quant, "quant_type": settings.bnb_4bit_quant_type}
+    for name, layer in list(model.named_modules()):
+        if type(layer) is not nn.Linear or layer is head:
+            continue
+        packed, state = bnb.functional.quantize_4bit(layer.weight.data, **options)
+        compute, bias = _compute_dtype(recipe, dtype), layer.bias
+        linear = bnb.nn.Linear4bit(
+            layer.in_features, layer.out_features, bias is not None, compute, **options, device="meta"
+        )
+        linear.weight = bnb.nn.Params4bit(
+            packed, requires_grad=False, quant_state=state, bnb_quantized=True, module=linear, **options
+        )
+        if bias is not None:
+            linear.bias = bias
+        model.set_submodule(name, linear)
 
 
 def _misshapen(model: nn.Module) -> list[str]:
@@ -288,11 +334,11 @@ def install_step(model: PairModel, recipe: Recipe) -> None:
     count = {"auto": len(layers), "all": len(layers), "none": 0}[amount] if isinstance(amount, str) else amount
     checkpoint_layers(layers[:count], model.attending, offload=memory.checkpoint_offload, has_dropout=has_dropout)
     if memory.embedding_on_cpu:
-        embed_on_host(model._causal.get_input_embeddings())
+        embed_on_host(model.causal.get_input_embeddings())
 
 
 def find_head(causal: Any) -> Head:
-    """The output embedding and what transformers' models do to its logits; :func:`prove` finds what is not here."""
+    """The output embedding and what transformers' models do to its logits; ``proof.prove`` finds what is not here."""
     config = causal.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
     return Head(causal.get_output_embeddings(), float(scale), getattr(config, "final_logit_softcapping", None))
@@ -300,119 +346,6 @@ def find_head(causal: Any) -> Head:
 
 def _number(value: str | int) -> int | None:
     return None if isinstance(value, str) else value
-
-
-# --- the proof
-
-
-def prove(model: PairModel, max_length: int) -> None:
-    """Let random pairs go the model's own way and ours, and take the fastest way that agrees; says so if it is another.
-
-    The pairs are long enough to cross the smallest attention window that ``max_length`` reaches. What differs: position
-    biases (ALiBi), states that run along the row (linear attention), sinks, logits that are changed by something that
-    :func:`find_head` does not know.
-    """
-    with model.evaluating():
-        reasons = _disagreements(model, max_length)
-    for way in WAYS[WAYS.index(model.way) :]:
-        if way not in reasons:
-            break
-    if way != model.way:
-        model.notes.append(f"{SAID[way]}, because {reasons[model.way]}")
-        model.way = way
-
-
-SAID: dict[Way, str] = {
-    "packed": "prompts are not shared",
-    "rows": "pairs are neither packed nor shared: each sequence goes through the model by itself",
-    "logits": "each sequence goes through the model by itself, with all its logits",
-}
-
-
-def _disagreements(model: PairModel, max_length: int) -> dict[Way, str]:
-    """Each way that differs from the model's own, and how."""
-    reasons: dict[Way, str] = {}
-    short = _random_pairs(model, [(24, 9, 13), (5, 1, 2), (1, 6, 3), (40, 2, 1), (16, 30, 20)])
-    expected = _figures(model, short, "logits")
-    bound = _bound(model, short, expected)
-    trials: list[tuple[Way, list[TokenizedPair], Tensor, str]] = []
-    trials = [(way, short, expected, "") for way in ("shared", "packed", "rows")]
-    config = model.config.get_text_config()
-    window = _smallest_window(config)
-    if window and window < max_length:
-        half = window // 2
-        long = _random_pairs(model, [(half, window - half + 24, window - half + 9)])
-        rows = _figures(model, long, "rows")
-        trials += [(way, long, rows, f" beyond its window of {window:,} tokens") for way in ("shared", "packed")]
-    if _positions_switch(config, max_length):
-        # Its position embedding depends on the longest sequence of a forward pass, so no two can share one.
-        reasons |= dict.fromkeys(("shared", "packed"), f"its rotary embedding changes within {max_length:,} tokens")
-    for way, pairs, wanted, where in trials:
-        if way in reasons or WAYS.index(way) < WAYS.index(model.way):
-            continue
-        try:
-            found = _figures(model, pairs, way)
-        except (UnsupportedError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            reasons[way] = str(error).splitlines()[0] if isinstance(error, UnsupportedError) else repr(error)[:200]
-            continue
-        difference = float((found - wanted).abs().max())
-        if not difference <= bound:
-            reasons[way] = f"log-probabilities would differ by {difference:.2g}{where} (bound {bound:.2g})"
-    return reasons
-
-
-def _figures(model: PairModel, pairs: list[TokenizedPair], way: Way) -> Tensor:
-    """Mean log-probabilities of chosen, rejected and of all chosen tokens, shape (3, P), float64."""
-    batch = pack_pairs(pairs, completion_only_loss=False, share=way == "shared").to(model.device)
-    logps = packed_logps(model.score(batch, way), batch.spans)
-    return torch.stack([logps.chosen_P, logps.rejected_P, logps.nll_P / logps.nll_tokens_P]).double()
-
-
-def _bound(model: PairModel, pairs: list[TokenizedPair], expected: Tensor) -> float:
-    """What rounding explains: in half precision measured between padded rows and single ones, both the model's own."""
-    dtype = model._causal.dtype
-    if dtype in (torch.float64, torch.float32):
-        return 1e-9 if dtype == torch.float64 else 2e-4
-    logps = model(pad_pairs(pairs, pad_id=0, completion_only_loss=False).to(model.device))
-    padded = torch.stack([logps.chosen_P, logps.rejected_P, logps.nll_P / logps.nll_tokens_P]).double()
-    return min(max(4 * float((padded - expected).abs().max()), 0.03), 0.3)
-
-
-def _random_pairs(model: PairModel, lengths: list[tuple[int, int, int]]) -> list[TokenizedPair]:
-    """Pairs of random tokens, (prompt, chosen, rejected) tokens each; the same ones at each start."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.arange(model.config.get_text_config().vocab_size)
-    special = {model.config.get_text_config().pad_token_id}  # some models mask it wherever it stands
-    ids = ids[[i not in special for i in ids.tolist()]] if len(ids) > 1 else ids
-    pairs = []
-    for prompt, chosen, rejected in lengths:
-        drawn = ids[torch.randint(len(ids), (prompt + chosen + rejected,), generator=generator)].numpy()
-        start, middle, end = drawn[:prompt], drawn[prompt : prompt + chosen], drawn[prompt + chosen :]
-        pairs.append(TokenizedPair(np.r_[start, middle], np.r_[start, end], prompt, prompt, "probe"))
-    return pairs
-
-
-def _smallest_window(config: Any) -> int | None:
-    """Tokens that the narrowest layer looks back on; None where all see everything."""
-    if getattr(config, "use_sliding_window", True) is False:
-        return None
-    sizes = [getattr(config, key, None) for key in ("sliding_window", "attention_chunk_size")]
-    return min((size for size in sizes if size), default=None)
-
-
-def _positions_switch(config: Any, max_length: int) -> bool:
-    """Whether the rotary embedding takes other frequencies for sequences that ``max_length`` allows."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = rope.values() if all(isinstance(value, dict) for value in rope.values()) else [rope]
-    original = getattr(config, "original_max_position_embeddings", None)
-    for kind in kinds:
-        if kind.get("rope_type") in ("dynamic", "longrope"):
-            limit = kind.get("original_max_position_embeddings") or original or config.max_position_embeddings
-            if max_length > limit:
-                return True
-    return False
 
 
 # --- the adapter's tensors

@@ -27,6 +27,7 @@ from orpo_lite.errors import CheckpointError, DivergedError, FitError, OrpoLiteE
 from orpo_lite.evaluate import evaluate
 from orpo_lite.model import PairModel, choose_dtype, load_pair_model
 from orpo_lite.prepare import Ready, adopt_adapter, check_lock, make_lock, prepare, with_absolute_paths
+from orpo_lite.proof import prove
 from orpo_lite.recipe import Recipe
 from orpo_lite.run import Update
 from orpo_lite.step.losses import PARTS, Divisors, named_parts, orpo_loss
@@ -288,6 +289,8 @@ def _load(recipe: Recipe, base: Base, accelerator: Accelerator) -> _Loaded:
     if recipe.training.full_determinism:
         enable_full_determinism(recipe.training.seed, warn_only=True)
     pair_model = load_pair_model(recipe, base, accelerator.device)
+    if recipe.memory.packing:
+        prove(pair_model, recipe.data.max_length)
     trained = [parameter for _, parameter in pair_model.trained()]
     is_half = choose_dtype(recipe.model.dtype, accelerator.device) == torch.float16
     scaler = torch.amp.GradScaler(accelerator.device.type, enabled=is_half)
