@@ -66,7 +66,7 @@ def measure(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
     return {"seconds": round(seconds, 2), "peak_rss_gib": round(peak / 2**30, 3), "figures": json.loads(text)}
 
 
-def _processor() -> str:
+def processor() -> str:
     """Its name where the system tells it, else its kind."""
     names = Path("/proc/cpuinfo")
     lines = names.read_text().splitlines() if names.is_file() else []
@@ -102,7 +102,7 @@ def main() -> None:
         "seconds_second_start": second["seconds"],
         "peak_rss_gib": max(first["peak_rss_gib"], second["peak_rss_gib"]),
         "dropped": {reason: drop["pairs"] for reason, drop in first["figures"]["dropped"].items()},
-        "machine": f"{os.cpu_count()} cores, {_processor()}, Python {platform.python_version()}",
+        "machine": f"{os.cpu_count()} cores, {processor()}, Python {platform.python_version()}",
         "date": time.strftime("%Y-%m-%d"),
         "versions": {name: version(name) for name in ("orpo-lite", "tokenizers", "transformers")},
     }

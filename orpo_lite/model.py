@@ -232,6 +232,8 @@ def _quantise_on_meta(model: Any, recipe: Recipe, dtype: torch.dtype) -> None:
     import bitsandbytes as bnb
 
     settings, head = recipe.quantization, model.get_output_embeddings()
+    # bitsandbytes keeps this table from its first use on, wherever it was made; on meta it would spoil a later loading.
+    bnb.functional.name2qmap.setdefault("dynamic", bnb.functional.create_dynamic_map())
     options = {"compress_statistics": settings.bnb_4bit_use_double_quant, "quant_type": settings.bnb_4bit_quant_type}
     for name, layer in list(model.named_modules()):
         if type(layer) is not nn.Linear or layer is head:

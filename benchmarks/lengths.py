@@ -1,0 +1,112 @@
+"""Lengths of real pairs as integers: (common prefix, chosen, rejected) in tokens, prompt and end included.
+
+``lengths/*.json`` ship with the project; they hold no text. They are made by
+
+    python -m benchmarks.lengths DATA[,DATA] TOKENIZER_FOLDER --name NAME --source TEXT --json FILE
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from orpo_lite.data.tokens import TokenizedPair
+from orpo_lite.prepare import find_sources, tokenized_sides
+from orpo_lite.recipe import load_recipe
+from orpo_lite.run import drain
+
+FOLDER = Path(__file__).parent / "lengths"
+SHUFFLES = 20
+Triples = NDArray[np.int64]  # (pairs, 3)
+
+
+def shipped(name: str) -> Triples:
+    """The lengths of a set that ships with the project: hh-rlhf or alpaca-prefs."""
+    return np.array(json.loads((FOLDER / f"{name}.json").read_text("utf-8"))["triples"])
+
+
+def of_texts(data: str, tokenizer: Path, *, max_length: int = 2048) -> Triples:
+    """The lengths of any data set under the default recipe's limits and template."""
+    keys = [f"data.dataset_name={data}", "data.test_split_size=0", f"data.max_length={max_length}"]
+    recipe = load_recipe("mistral-qlora", keys)
+    pairs, _, _ = drain(tokenized_sides(recipe, tokenizer, *find_sources(recipe.data)), lambda _: None)
+    return np.stack([pairs.column(name) for name in ("prefix", "chosen_tokens", "rejected_tokens")], 1)
+
+
+def packed(triples: Triples) -> int:
+    """Tokens of ours through the model: no padding, each prefix once."""
+    return int((triples[:, 1] + triples[:, 2] - triples[:, 0]).sum())
+
+
+def batches(triples: Triples, size: int, seed: int, *, grouped: bool = False) -> list[Triples]:
+    """A shuffled epoch in batches, as a DataLoader makes it; ``grouped`` by transformers' own length sampler."""
+    generator = torch.Generator().manual_seed(seed)
+    if grouped:
+        order = get_length_grouped_indices(triples[:, 1:].max(1).tolist(), size, generator=generator)
+    else:
+        order = torch.randperm(len(triples), generator=generator).tolist()
+    return [triples[order[start : start + size]] for start in range(0, len(order), size)]
+
+
+def padded(batch: Triples) -> int:
+    """Tokens of a padded batch: chosen and rejected rows, all as long as the longest."""
+    return int(2 * len(batch) * batch[:, 1:].max())
+
+
+def tokens_ratio(triples: Triples, size: int, *, grouped: bool = False) -> float:
+    """Tokens through the model, padded batches over ours, whole file, mean of 20 shuffles."""
+    epochs = [batches(triples, size, seed, grouped=grouped) for seed in range(SHUFFLES)]
+    return float(np.mean([sum(map(padded, epoch)) for epoch in epochs]) / packed(triples))
+
+
+def near_mean(triples: Triples, size: int, count: int, *, grouped: bool = False) -> list[Triples]:
+    """``count`` batches of one shuffled epoch whose padding over ours is nearest to the mean of all."""
+    epoch = [batch for batch in batches(triples, size, 0, grouped=grouped) if len(batch) == size]
+    mean = sum(map(padded, epoch)) / sum(map(packed, epoch))
+    tokens = float(np.mean([padded(batch) for batch in epoch]))
+    return sorted(epoch, key=lambda b: abs(padded(b) / packed(b) / mean - 1) + abs(padded(b) / tokens - 1))[:count]
+
+
+def random_pairs(triples: Triples | Sequence[Sequence[int]], vocab_size: int, seed: int = 0) -> list[TokenizedPair]:
+    """Pairs of random tokens with these lengths; the reply begins where the prefix ends."""
+    rng = np.random.default_rng(seed)
+    pairs = []
+    for prefix, chosen, rejected in triples:
+        shared = rng.integers(3, vocab_size, prefix)
+        one, other = rng.integers(3, vocab_size, chosen - prefix), rng.integers(3, vocab_size, rejected - prefix)
+        if len(one) and len(other) and one[0] == other[0]:
+            other[0] = one[0] - 1 if one[0] > 3 else one[0] + 1
+        start = int(max(1, min(prefix, chosen - 1, rejected - 1)))
+        ids = (np.r_[shared, one].astype(np.int32), np.r_[shared, other].astype(np.int32))
+        pairs.append(TokenizedPair(*ids, start, start, "benchmark"))  # type: ignore[arg-type]
+    return pairs
+
+
+def main() -> None:
+    """Write the lengths of a data set."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data")
+    parser.add_argument("tokenizer", type=Path)
+    parser.add_argument("--name", required=True, help="of the tokenizer")
+    parser.add_argument("--source", required=True, help="of the data")
+    parser.add_argument("--json", type=Path, required=True)
+    options = parser.parse_args()
+    triples = of_texts(options.data, options.tokenizer)
+    about: dict[str, Any] = {
+        "source": options.source,
+        "tokenizer": options.name,
+        "template": "the recipe's default: the paper's chat template",
+        "columns": ["tokens that both sequences begin with", "tokens of the chosen one", "of the rejected one"],
+    }
+    rows = ",\n".join(json.dumps(row) for row in triples.tolist())
+    options.json.write_text(json.dumps(about, indent=1)[:-2] + f',\n "triples": [\n{rows}\n]}}\n', encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,502 @@
+"""Ours and TRL's ORPOTrainer on the same pairs: tokens, FLOPs, live bytes, pairs a second, and 7B peaks.
+
+    python -m benchmarks.step --quick --json FILE     what takes under eight minutes on two cores
+    python -m benchmarks.step --json FILE             all of it, and the README's table
+    python -m benchmarks.step --data PAIRS --tokenizer FOLDER     the lengths of your own texts
+
+Lengths of real pairs ship with the project; their tokens are drawn at random, which changes no cost. Tokens, FLOPs and
+bytes are counted, not timed: they are the same on every machine. Times are of both in one process, steps alternating.
+"""
+
+import argparse
+import copy
+import gc
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import numpy as np
+import torch
+from peft import LoraConfig
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    Qwen2Config,
+)
+
+from benchmarks import lengths, peers
+from benchmarks.data import processor
+from orpo_lite.data.packing import make_batch, micro_batches, nll_tokens, pack_pairs
+from orpo_lite.data.tokens import TokenizedPair
+from orpo_lite.model import PairModel, _quantise_on_meta, load_pair_model, meta_pair_model
+from orpo_lite.recipe import Recipe
+from orpo_lite.step.head import Head, chunk_rows, row_logps
+from orpo_lite.step.losses import Divisors, orpo_loss
+from orpo_lite.step.memory import LiveBytes
+
+SETS = {"hh": "hh-rlhf", "alpaca": "alpaca-prefs"}
+BATCH = 8
+META = torch.device("meta")
+LORA = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+SHAPES: dict[str, tuple[str, Any]] = {
+    "peak_gib_mistral_7b": (
+        "Mistral-7B",
+        MistralConfig(num_key_value_heads=8, num_hidden_layers=32, vocab_size=32_000, intermediate_size=14_336),
+    ),
+    "peak_gib_llama3_8b": (
+        "Llama-3-8B",
+        LlamaConfig(num_key_value_heads=8, num_hidden_layers=32, vocab_size=128_256, intermediate_size=14_336),
+    ),
+    "peak_gib_qwen25_7b": (
+        "Qwen2.5-7B",
+        Qwen2Config(
+            hidden_size=3_584, intermediate_size=18_944, num_hidden_layers=28, num_attention_heads=28,
+            num_key_value_heads=4, vocab_size=152_064,
+        ),
+    ),
+}  # fmt: skip
+ALL_LEVERS = {"mlp_tile": 512, "checkpoint_offload": True, "embedding_on_cpu": True, "head_chunk": 256}
+GOALS = {
+    "head_bytes_per_logit": "<= 0.5",
+    "tokens_ratio_hh_b8": ">= 3.75",
+    "tokens_ratio_hh_b1": ">= 1.7",
+    "tokens_ratio_alpaca_b8": ">= 2.3",
+    "tokens_ratio_hh_grouped": "reported",
+    "tokens_ratio_alpaca_grouped": "reported",
+    "flops_ratio_hh": "<= 0.28",
+    "flops_ratio_alpaca": "<= 0.45",
+    "live_bytes_ratio_152k": "<= 0.03",
+    "peak_gib_mistral_7b": "<= 4.7",
+    "peak_gib_llama3_8b": "<= 5.45",
+    "peak_gib_qwen25_7b": "<= 5.25",
+    "pairs_per_second_ratio_hh": ">= 4.5",
+    "pairs_per_second_ratio_alpaca": ">= 3",
+    "pairs_per_second_ratio_hh_grouped": ">= 2.5",
+    "pairs_per_second_ratio_alpaca_grouped": ">= 1.8",
+}
+
+
+def recipe(**memory: Any) -> Recipe:
+    """The default recipe with these levers."""
+    tree = {"model": {"model_name_or_path": "none"}, "data": {"dataset_name": "none"}, "memory": memory}
+    return Recipe.model_validate(tree)
+
+
+# --- counted: tokens, bytes, FLOPs
+
+
+def head_bytes_per_logit(vocab_size: int = 152_064, rows: int = 4_096, hidden_size: int = 3_584) -> float:
+    """Peak bytes of the head's forward and backward pass, over rows x vocabulary."""
+    module = torch.nn.Linear(hidden_size, vocab_size, bias=False, dtype=torch.bfloat16, device=META)
+    module.requires_grad_(False)
+    hidden = torch.empty(rows, hidden_size, dtype=torch.bfloat16, device=META, requires_grad=True)
+    index = torch.empty(rows, dtype=torch.long, device=META)
+    with LiveBytes([module.weight, hidden, index]) as tracker:
+        row_logps(hidden, index, index, Head(module), chunk_rows(vocab_size)).sum().backward()
+    return tracker.peak / (rows * vocab_size)
+
+
+def loss_of(model: PairModel, pairs: Sequence[TokenizedPair], settings: Recipe) -> Iterator[torch.Tensor]:
+    """Each micro-batch's share of the loss of one optimizer step."""
+    batching = model.batching(settings, pad_id=0)
+    divisors = Divisors(len(pairs), sum(nll_tokens(pair, completion_only_loss=False) for pair in pairs))
+    for chunk in micro_batches(pairs, batching):
+        batch = make_batch([pairs[index] for index in chunk], batching).to(model.device)
+        yield orpo_loss(model(batch), divisors, beta=0.1)[0]
+
+
+def storages(model: torch.nn.Module) -> list[torch.Tensor]:
+    """Every tensor that a model holds: parameters, buffers, gradients, quantisation states."""
+    found: list[Any] = [*model.parameters(), *model.buffers()]
+    found += [parameter.grad for parameter in model.parameters()]
+    for parameter in model.parameters():
+        if (state := getattr(parameter, "quant_state", None)) is not None:
+            found += [state.absmax, state.code, state.offset]
+            found += [state.state2.absmax, state.state2.code] if state.nested else []
+    return [tensor for tensor in found if isinstance(tensor, torch.Tensor)]
+
+
+def live_bytes_of_ours(config: Any, pairs: Sequence[TokenizedPair], settings: Recipe) -> LiveBytes:
+    """The tracker after one step on the meta device, micro-batch by micro-batch; weights and gradients not counted."""
+    model = meta_pair_model(settings, config, torch.bfloat16)
+    model.backend = "varlen"  # FlashAttention, as a GPU would have it
+    for _, parameter in model.trained():
+        parameter.grad = torch.empty_like(parameter)
+    with LiveBytes(storages(model)) as tracker:
+        for loss in loss_of(model, pairs, settings):
+            loss.backward()
+    return tracker
+
+
+def live_bytes_of_trl(config: Any, pairs: Sequence[TokenizedPair]) -> LiveBytes:
+    """The same of TRL; its attention too is the one that keeps no scores."""
+    model = trl_on_meta(config)
+    for parameter in model.parameters():
+        parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+    with LiveBytes(storages(model)) as tracker:
+        peers.meta_loss(model, pairs).backward()
+    return tracker
+
+
+def trl_on_meta(config: Any) -> Any:
+    """TRL's model in 4 bit with its adapter and checkpointing, on meta."""
+    with META:
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.bfloat16)
+    _quantise_on_meta(model, recipe(), torch.bfloat16)
+    model.config._attn_implementation = FREE
+    return peers.meta_model(model, LORA)
+
+
+FREE = "benchmark_free"
+
+
+def _free_attention(_module: Any, query: Any, key: Any, value: Any, _mask: Any, **_: Any) -> tuple[Any, None]:
+    """Attention's output and what it keeps (queries, keys, values, output, one number a query and head), no scores."""
+    return _Kept.apply(query, key, value).transpose(1, 2), None
+
+
+class _Kept(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Any, key: Any, value: Any) -> Any:
+        out, lse = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, _grad: Any) -> Any:
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+AttentionInterface.register(FREE, _free_attention)
+
+
+def live_bytes_ratio(triples: lengths.Triples) -> dict[str, float]:
+    """Ours over TRL's for 8 pairs of the 152k vocabulary: with all levers of memory, and with the default ones."""
+    config = SHAPES["peak_gib_qwen25_7b"][1]
+    pairs = lengths.random_pairs(lengths.near_mean(triples, BATCH, 1)[0], config.vocab_size)
+    theirs = live_bytes_of_trl(config, pairs).peak
+    ours = [live_bytes_of_ours(config, pairs, recipe(**levers)).peak for levers in (ALL_LEVERS, {})]
+    return {
+        "live_bytes_ratio_152k": ours[0] / theirs,
+        "live_bytes_ratio_152k_default_levers": ours[1] / theirs,
+        "live_gib_152k_trl": theirs / 2**30,
+    }
+
+
+def peak_of_7b(config: Any, levers: dict[str, Any], tokens: int = 2_048) -> dict[str, float]:
+    """GiB on the device of a step on one pair that shares nothing: weights, adapter, gradients, 8-bit states, all.
+
+    Kernel workspaces, the CUDA context and fragmentation are not in it.
+    """
+    settings = recipe(**levers)
+    pairs = lengths.random_pairs([(0, tokens, tokens)], config.vocab_size)
+    model = meta_pair_model(settings, config, torch.bfloat16)
+    held = {tensor.untyped_storage(): tensor.untyped_storage().nbytes() for tensor in storages(model)}
+    if settings.memory.embedding_on_cpu:
+        del held[model.causal.get_input_embeddings().weight.untyped_storage()]
+    trained = sum(parameter.numel() for _, parameter in model.trained())
+    step = live_bytes_of_ours(config, pairs, settings).peak
+    parts = {"weights": sum(held.values()), "gradients": 4 * trained, "8-bit states": 2 * trained, "step": step}
+    return {name: size / 2**30 for name, size in parts.items()}
+
+
+# --- FLOPs, per pair of a whole file
+
+
+def _products(run: Callable[[], torch.Tensor]) -> int:
+    """FLOPs of all matrix products but attention's, forward, second forward and backward."""
+    gemm = {torch.ops.bitsandbytes.gemm_4bit: lambda a, _b, shape, *_, **__: 2 * int(np.prod(a)) * shape[0]}
+    counter = FlopCounterMode(display=False, custom_mapping=gemm)
+    with counter:
+        run().backward()
+    counted = counter.get_flop_counts()["Global"]
+    return sum(flops for op, flops in counted.items() if "attention" not in str(op) and "bmm" not in str(op))
+
+
+def flops_ratio(triples: lengths.Triples, config: Any) -> float:
+    """FLOPs a pair, ours over TRL's in batches of 8, whole file, mean of 20 shuffles; checkpointing in both.
+
+    Matrix products are counted on the meta device for one batch of each and are proportional to tokens and scored
+    rows. Attention is added by one formula: 4 FLOPs a causal cell and head dimension forward, as much again in the
+    second forward pass, 2.5 times that backward.
+    """
+    settings = recipe()
+    sample = triples[:BATCH]
+    pairs = lengths.random_pairs(sample, config.vocab_size)
+
+    def of_ours() -> torch.Tensor:
+        batch = pack_pairs(pairs, completion_only_loss=False, share=True).to(META)
+        return orpo_loss(model(batch), Divisors(BATCH, 1), beta=0.1)[0]
+
+    model = meta_pair_model(settings, config, torch.bfloat16)
+    model.backend = "varlen"
+    head = 4 * config.hidden_size * config.vocab_size  # two products a scored row, in both
+    scored = _scored(sample)
+    ours_a_token = (_products(of_ours) - head * scored) / lengths.packed(sample)
+    theirs = trl_on_meta(config)
+    theirs_a_token = _products(lambda: peers.meta_loss(theirs, pairs)) / lengths.padded(sample)
+    cell = 4 * config.num_attention_heads * (config.hidden_size // config.num_attention_heads)
+    cell *= config.num_hidden_layers * (1 + 1 + 2.5)
+    prefix, chosen, rejected = triples.T.astype(float)
+    cells = (chosen * (chosen + 1) + (rejected - prefix) * (rejected + prefix + 1)).sum() / 2
+    ours = ours_a_token * lengths.packed(triples) + head * _scored(triples) + cell * cells
+    epochs = []
+    for seed in range(lengths.SHUFFLES):
+        flops = 0.0
+        for batch in lengths.batches(triples, BATCH, seed):
+            width = float(batch[:, 1:].max())
+            flops += theirs_a_token * lengths.padded(batch) + cell * 2 * len(batch) * width * (width + 1) / 2
+        epochs.append(flops)
+    return float(ours / np.mean(epochs))
+
+
+def _scored(triples: lengths.Triples) -> int:
+    """Rows whose logits ours computes: each token of both sequences but the first, the prefix once."""
+    prefix, chosen, rejected = triples.T
+    fork = np.maximum(prefix - 1, 0)
+    return int((fork + (chosen - 1 - fork) + (rejected - 1 - fork)).sum())
+
+
+# --- timed: both in one process
+
+
+def small_llama(vocab_size: int = 32_000) -> LlamaConfig:
+    """58 million parameters, 25 of them in linear layers."""
+    return LlamaConfig(
+        vocab_size=vocab_size, hidden_size=512, intermediate_size=1_376, num_hidden_layers=8, num_attention_heads=8,
+        num_key_value_heads=8, max_position_embeddings=2_048,
+    )  # fmt: skip
+
+
+@contextmanager
+def both_sides(folder: str) -> Iterator[tuple[PairModel, Any, Recipe]]:
+    """Ours and TRL's on one small base in NF4, with equal adapters."""
+    from orpo_lite.base import fetch_weights, find_base
+
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    from conftest import byte_tokenizer
+
+    torch.manual_seed(0)
+    LlamaForCausalLM(small_llama()).to(torch.bfloat16).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    settings = recipe().override({"model.dtype": "bfloat16", "model.model_name_or_path": folder})
+    base = fetch_weights(find_base(folder, "main"))
+    ours = load_pair_model(settings, base, torch.device("cpu"))
+    quantised = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=quantised)
+    trainer = peers.make_trainer(model, byte_tokenizer(), LORA, f"{folder}/trl")
+    adapter = dict(ours.trained())
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(adapter[name])
+    yield ours, trainer, settings
+
+
+def our_step(model: PairModel, optimizer: torch.optim.Optimizer, pairs: list[TokenizedPair], settings: Recipe) -> float:
+    """Forward, backward, clipping and the optimizer's step on one batch; the loss."""
+    total = 0.0
+    for loss in loss_of(model, pairs, settings):
+        loss.backward()
+        total += float(loss.detach())
+    torch.nn.utils.clip_grad_norm_([parameter for _, parameter in model.trained()], 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return total
+
+
+def pairs_per_second(triples: lengths.Triples, batches: int, *, grouped: bool = False) -> dict[str, float]:
+    """Both on the same batches, one after the other; the first batch of each is not timed."""
+    import bitsandbytes as bnb
+
+    chosen = lengths.near_mean(triples, BATCH, batches, grouped=grouped)
+    with tempfile.TemporaryDirectory() as folder, both_sides(folder) as (model, trainer, settings):
+        optimizer = bnb.optim.PagedAdamW8bit([parameter for _, parameter in model.trained()], lr=1e-4)
+        seconds, losses = {"ours": 0.0, "trl": 0.0}, {"ours": 0.0, "trl": 0.0}
+        rounds = [chosen[0], *chosen]
+        for number, lengths_of_batch in enumerate(rounds):
+            pairs = lengths.random_pairs(lengths_of_batch, 32_000, seed=number)
+            sides: dict[str, Callable[[], float]] = {
+                "ours": lambda pairs=pairs: our_step(model, optimizer, pairs, settings),  # type: ignore[misc]
+                "trl": lambda pairs=pairs: peers.train_step(trainer, pairs),  # type: ignore[misc]
+            }
+            for side, run in sides.items():
+                gc.collect()
+                began = time.perf_counter()
+                losses[side] = run()
+                seconds[side] += (time.perf_counter() - began) * (number > 0)
+    count = BATCH * len(chosen)
+    padded, packed = (sum(map(count_, chosen)) for count_ in (lengths.padded, lengths.packed))
+    return {
+        "ratio": seconds["trl"] / seconds["ours"],
+        "pairs_per_second_ours": count / seconds["ours"],
+        "pairs_per_second_trl": count / seconds["trl"],
+        "tokens_per_pair_ours": packed / count,
+        "tokens_per_pair_trl": padded / count,
+        "final_loss_ours": losses["ours"],
+        "final_loss_trl": losses["trl"],
+    }
+
+
+def peak_rss(side: str, triples: lengths.Triples) -> float:
+    """GiB of resident memory that one step adds at its peak, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.step", "--rss", side]
+    done = subprocess.run(command, input=json.dumps(triples.tolist()), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr[-2000:])
+    return float(done.stdout.split()[-1])
+
+
+def _measure_rss(side: str) -> None:
+    """In that process: load both sides, step one of them, print what the step added."""
+    import bitsandbytes as bnb
+
+    pairs = lengths.random_pairs(json.loads(sys.stdin.read()), 32_000)
+    with tempfile.TemporaryDirectory() as folder, both_sides(folder) as (model, trainer, settings):
+        before = _resident()
+        if side == "ours":
+            optimizer = bnb.optim.PagedAdamW8bit([parameter for _, parameter in model.trained()], lr=1e-4)
+            our_step(model, optimizer, pairs, settings)
+        else:
+            peers.train_step(trainer, pairs)
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**30)
+
+
+def _resident() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+# --- the whole
+
+
+def measure(sets: dict[str, lengths.Triples], *, quick: bool, say: Callable[[str], None]) -> dict[str, Any]:
+    """All figures of the table; ``quick`` leaves out the alpaca times and resident memory."""
+    result: dict[str, Any] = {}
+
+    def note(key: str, value: float) -> None:
+        result[key] = round(value, 4)
+        say(f"{key} = {value:.4g} (goal {GOALS.get(key, 'reported')})")
+
+    note("head_bytes_per_logit", head_bytes_per_logit())
+    for name, triples in sets.items():
+        note(f"tokens_ratio_{name}_b8", lengths.tokens_ratio(triples, BATCH))
+        note(f"tokens_ratio_{name}_b1", lengths.tokens_ratio(triples, 1))
+        note(f"tokens_ratio_{name}_grouped", lengths.tokens_ratio(triples, BATCH, grouped=True))
+        note(f"flops_ratio_{name}", flops_ratio(triples, SHAPES["peak_gib_mistral_7b"][1]))
+    first = next(iter(sets.values()))
+    for key, value in live_bytes_ratio(first).items():
+        note(key, value)
+    for key, (_, config) in SHAPES.items():
+        note(key, sum(peak_of_7b(config, ALL_LEVERS).values()))
+        note(f"{key}_default_levers", sum(peak_of_7b(config, {}).values()))
+    for name, triples in sets.items():
+        if quick and name != next(iter(sets)):
+            continue
+        for grouped in (False, True):
+            suffix = f"{name}_grouped" if grouped else name
+            found = pairs_per_second(triples, 3, grouped=grouped)
+            note(f"pairs_per_second_ratio_{suffix}", found.pop("ratio"))
+            for key, value in found.items():
+                side, _, rest = (
+                    key.rpartition("_") if key.startswith(("tokens", "final")) else ("pairs_per_second", "", key)
+                )
+                note(f"{side}_{suffix}_{rest}", value)
+        if not quick:
+            batch = lengths.near_mean(triples, BATCH, 1)[0]
+            for side in ("ours", "trl"):
+                note(f"peak_rss_gib_{name}_{side}", peak_rss(side, batch))
+    return result
+
+
+def about() -> dict[str, Any]:
+    """Machine, versions, date."""
+    names = ("orpo-lite", "torch", "transformers", "peft", "bitsandbytes", "trl")
+    return {
+        "machine": f"{os.cpu_count()} cores, {processor()}, Python {platform.python_version()}",
+        "versions": {name: version(name) for name in names},
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="without the alpaca times and resident memory")
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--data", help="your own pairs in place of the shipped lengths")
+    parser.add_argument("--tokenizer", type=Path, help="a model folder, for --data")
+    parser.add_argument("--readme", type=Path, help="a README whose table to write")
+    parser.add_argument("--rss", choices=["ours", "trl"], help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(os.cpu_count() or 1)
+    if options.rss:
+        _measure_rss(options.rss)
+        return
+    if options.data and not options.tokenizer:
+        parser.error("--data needs --tokenizer FOLDER")
+    if options.data:
+        sets = {"data": lengths.of_texts(options.data, options.tokenizer)}
+    else:
+        sets = {name: lengths.shipped(file) for name, file in SETS.items()}
+    began = time.monotonic()
+    result = measure(sets, quick=options.quick, say=lambda text: print(text, flush=True))
+    result |= {"seconds": round(time.monotonic() - began)} | about()
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    if options.readme:
+        write_table(options.readme, result)
+
+
+# --- the README's table
+
+
+ROWS = (
+    ("tokens through the model, a pair", "tokens_ratio_{}_b8", "{:.2f}x fewer", "tokens_ratio_{}_grouped"),
+    ("FLOPs a pair", "flops_ratio_{}", "{:.0%}", None),
+    ("pairs a second on a CPU", "pairs_per_second_ratio_{}", "{:.1f}x", "pairs_per_second_ratio_{}_grouped"),
+)
+
+
+def write_table(readme: Path, result: dict[str, Any]) -> None:
+    """Put the table between its two marks."""
+    lines = [
+        "| ours against TRL, batch 8 | HH-RLHF | HH-RLHF, TRL grouped by length | alpaca-prefs | alpaca-prefs, grouped |"
+    ]
+    lines += ["|---|---|---|---|---|"]
+    for title, key, form, grouped in ROWS:
+        cells = []
+        for name in SETS:
+            for pattern in (key, grouped):
+                value = result.get(pattern.format(name)) if pattern else None
+                cells.append(form.format(value) if value is not None else "")
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    start, end = "<!-- benchmarks.step -->\n", "<!-- end -->"
+    before, _, rest = readme.read_text("utf-8").partition(start)
+    _, _, after = rest.partition(end)
+    readme.write_text(f"{before}{start}{chr(10).join(lines)}\n{end}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,239 @@
+"""Real architectures, small and random: the step equals the model's own forward pass, or the proof refuses it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from conftest import ragged_pairs, tiny_llama, tiny_opt
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from orpo_lite import proof
+from orpo_lite.data.packing import Batching, make_batch, micro_batches
+from orpo_lite.data.tokens import TokenizedPair
+from orpo_lite.model import PairModel, install_step
+from orpo_lite.proof import prove
+from orpo_lite.recipe import Recipe
+from orpo_lite.step import attention
+from orpo_lite.step.losses import Divisors, orpo_loss
+
+IDS = {"vocab_size": 98, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.2}
+SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+LONG = SIZES | {"max_position_embeddings": 256}
+GROUPED = LONG | {"num_key_value_heads": 2}
+GEMMA = GROUPED | IDS | {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}
+GEMMA["layer_types"] = ["sliding_attention", "full_attention"]
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "short_factor": [1.0] * 8,
+    "long_factor": [2.0] * 8,
+    "original_max_position_embeddings": 64,
+}
+LINEAR = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+
+
+def family(name: str, config: dict[str, Any], kind: str = "Config", **more: Any) -> Callable[[], Any]:
+    return lambda: getattr(hf, f"{name}ForCausalLM")(getattr(hf, f"{name}{kind}")(**(config | IDS | more)))
+
+
+def gpt2() -> Any:
+    return hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=256, **IDS))
+
+
+SHARED: dict[str, Callable[[], Any]] = {
+    "llama": lambda: tiny_llama(98),
+    "llama, tied": lambda: tiny_llama(98, tie_word_embeddings=True),
+    "mistral, window shorter than the pair": family("Mistral", GROUPED, sliding_window=8),
+    "qwen2": family("Qwen2", GROUPED),
+    "qwen2, one layer with a window": family(
+        "Qwen2", GROUPED, use_sliding_window=True, sliding_window=8, max_window_layers=1
+    ),
+    "qwen3": family("Qwen3", GROUPED, head_dim=16),
+    "gemma2": family("Gemma2", GEMMA),
+    "gemma3": family("Gemma3", GEMMA, "TextConfig"),
+    "phi": family("Phi", LONG),
+    "phi3": family("Phi3", GROUPED),
+    "opt": lambda: tiny_opt(98),
+    "gpt2": gpt2,
+    "gpt_neox": family("GPTNeoX", LONG),
+    "cohere": family("Cohere", GROUPED),
+    "granite": family("Granite", GROUPED, logits_scaling=4.0, residual_multiplier=0.5),
+    "olmo2": family("Olmo2", GROUPED),
+    "smollm3": family("SmolLM3", GROUPED),
+    "stablelm": family("StableLm", GROUPED),
+    "mixtral": family("Mixtral", GROUPED, num_local_experts=4, num_experts_per_tok=2),
+}
+# What cannot share, and a word of the reason.
+ALONE: dict[str, tuple[Callable[[], Any], str]] = {
+    "bloom: ALiBi": (lambda: hf.BloomForCausalLM(hf.BloomConfig(hidden_size=64, n_layer=2, n_head=4, **IDS)), "differ"),
+    "qwen3-next: linear attention": (family("Qwen3Next", GROUPED, head_dim=16, **LINEAR), "differ"),
+    "gpt-oss: sinks": (
+        family(
+            "GptOss", GROUPED, head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=8,
+            rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        ),
+        "s_aux",
+    ),
+    "phi3: rotary embedding that changes": (
+        family("Phi3", GROUPED, rope_parameters=LONGROPE, original_max_position_embeddings=64),
+        "rotary",
+    ),
+}  # fmt: skip
+
+
+def recipe(**memory: Any) -> Recipe:
+    tree = {"model": {"model_name_or_path": "none"}, "data": {"dataset_name": "none"}, "memory": memory}
+    return Recipe.model_validate(tree)
+
+
+def adapted(make: Callable[[], Any], **memory: Any) -> PairModel:
+    torch.manual_seed(0)
+    base = make()
+    for module in base.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    targets = [
+        n for n in ("q_proj", "k_proj", "v_proj", "o_proj") if any(n in name for name, _ in base.named_modules())
+    ]
+    moe = any("expert" in name for name, _ in base.named_modules())
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=targets if moe else "all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(base, config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    return PairModel(model, recipe(**memory).memory).train()
+
+
+def gradients(model: PairModel, pairs: list[TokenizedPair], batching: Batching) -> tuple[float, Tensor]:
+    model.zero_grad(set_to_none=True)
+    divisors, total = Divisors(len(pairs), 100), 0.0
+    for chunk in micro_batches(pairs, batching):
+        loss, _ = orpo_loss(model(make_batch([pairs[i] for i in chunk], batching)), divisors, beta=0.5)
+        loss.backward()
+        total += loss.item()
+    return total, torch.cat([p.grad.flatten() for _, p in model.trained() if p.grad is not None])
+
+
+def compare(model: PairModel, way: str) -> None:
+    """All levers against padded rows with the model's own attention and logits, in float32."""
+    pairs = ragged_pairs(6, vocab_size=98)
+    expected, wanted = gradients(model, pairs, Batching(False, False, 0, 6, 0, False))
+    install_step(model, recipe(mlp_tile=16, checkpoint_offload=True))
+    prove(model, 256)
+    assert model.way == way, model.notes
+    loss, found = gradients(model, pairs, Batching(True, way == "shared", 120, None, 0, False))
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert (found - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_a_family_shares_its_prompts(name: str) -> None:
+    model = adapted(SHARED[name])
+    compare(model, "shared")
+    assert not [note for note in model.notes if "because" in note]
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_a_family_that_cannot_share_goes_alone_and_says_so(name: str) -> None:
+    make, reason = ALONE[name]
+    model = adapted(make)
+    compare(model, "rows")
+    (note,) = [note for note in model.notes if "because" in note]
+    assert reason in note
+
+
+class TwistedLlama(hf.LlamaForCausalLM):
+    """Logits changed in a way that nothing in the configuration tells."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits - output.logits.square() / 100
+        return output
+
+
+def test_an_unknown_change_of_the_logits_is_caught() -> None:
+    def make() -> Any:
+        plain = tiny_llama(98)
+        twisted = TwistedLlama(plain.config)
+        twisted.load_state_dict(plain.state_dict())
+        return twisted
+
+    model = adapted(make)
+    compare(model, "logits")
+    assert "all its logits" in model.notes[-1]
+
+
+class PeekingLlama(hf.LlamaForCausalLM):
+    """Each token's state depends on all tokens of the row before the first layer, as a convolution's would."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.model.embed_tokens.register_forward_hook(lambda _m, _i, out: out + 0.1 * out.cumsum(1))
+
+
+def test_a_state_that_runs_along_the_row_is_caught() -> None:
+    model = adapted(lambda: PeekingLlama(tiny_llama(98).config))
+    prove(model, 256)
+    assert model.way == "rows"
+
+
+@pytest.mark.parametrize("name", ["mistral, window shorter than the pair", "gemma3"])
+def test_a_window_that_is_not_kept_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The silent fault of a mask that does not know the window; short pairs would not show it."""
+    honest = attention.pair_attention
+
+    def blind(*args: Any, **kwargs: Any) -> Any:
+        return honest(*args, **kwargs | {"sliding_window": None})
+
+    hf.AttentionInterface.register(attention.NAME, blind)
+    monkeypatch.setattr(proof, "_random_pairs", lambda model, lengths: short_pairs(model, lengths))
+    try:
+        model = adapted(SHARED[name])
+        prove(model, 256)
+        assert model.way == "rows"
+        assert "beyond its window of 8 tokens" in model.notes[-1]
+        model = adapted(SHARED[name])
+        prove(model, 8)  # no pair of the run reaches beyond it
+        assert model.way == "shared"
+    finally:
+        hf.AttentionInterface.register(attention.NAME, honest)
+
+
+random_pairs = proof._random_pairs
+
+
+def short_pairs(model: PairModel, lengths: list[tuple[int, int, int]]) -> list[TokenizedPair]:
+    """The long pair as it is, the others so short that no window matters."""
+    return random_pairs(model, lengths if len(lengths) == 1 else [(3, 2, 3), (1, 4, 2)])
+
+
+def test_a_model_that_asks_for_a_mask_is_refused_by_name() -> None:
+    q = torch.zeros(1, 2, 3, 4)
+    for asked in ({"attention_mask": torch.zeros(1)}, {"s_aux": torch.zeros(1)}, {"dropout": 0.1}):
+        arguments: dict[str, Any] = {"attention_mask": None} | asked
+        layout = attention.Layout((attention.Segment(0, 3),))
+        with attention.using(layout), pytest.raises(attention.UnsupportedError):
+            attention.pair_attention(nn.Module(), q, q, q, **arguments)
+    with pytest.raises(attention.UnsupportedError):
+        attention.pair_attention(nn.Module(), q, q, q, None)
+
+
+def test_the_models_own_attention_is_as_before_after_a_step() -> None:
+    model = adapted(SHARED["llama"])
+    before = model.config._attn_implementation
+    gradients(model, ragged_pairs(3), Batching(True, True, 120, None, 0, False))
+    assert model.config._attn_implementation == before
+    assert attention.current_layout() is None
