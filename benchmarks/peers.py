@@ -37,19 +37,29 @@ def make_trainer(model: Any, tokenizer: PreTrainedTokenizerFast, lora: LoraConfi
     rows = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])  # its batches come from us
     trainer = ORPOTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer, peft_config=lora)
     trainer.create_optimizer()
-    trainer.current_gradient_accumulation_steps = 1  # what its loop sets
     trainer.model.train()
     return trainer
 
 
 def train_step(trainer: Any, pairs: Sequence[TokenizedPair]) -> float:
     """Forward, backward, clipping and the optimizer's step on one batch; the loss."""
-    loss = trainer.training_step(trainer.model, trainer.data_collator([_row(pair) for pair in pairs]))
+    loss = backward(trainer, pairs)
+    update(trainer)
+    return loss
+
+
+def backward(trainer: Any, pairs: Sequence[TokenizedPair], share: float = 1.0) -> float:
+    """Forward and backward of a micro-batch that is this share of its step; the loss."""
+    trainer.current_gradient_accumulation_steps = 1 / share
+    return float(trainer.training_step(trainer.model, trainer.data_collator([_row(pair) for pair in pairs])))
+
+
+def update(trainer: Any) -> None:
+    """Clipping and the optimizer's step."""
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
     torch.nn.utils.clip_grad_norm_(trained, trainer.args.max_grad_norm)
     trainer.optimizer.step()
     trainer.optimizer.zero_grad(set_to_none=True)
-    return float(loss)
 
 
 def _row(pair: TokenizedPair) -> dict[str, Any]:

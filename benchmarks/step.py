@@ -9,7 +9,6 @@ bytes are counted, not timed: they are the same on every machine. Times are of b
 """
 
 import argparse
-import copy
 import gc
 import json
 import os
@@ -31,6 +30,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import numpy as np
 import torch
 from peft import LoraConfig
+from tokenizers import Tokenizer, models
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AttentionInterface,
@@ -39,6 +39,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
+    PreTrainedTokenizerFast,
     Qwen2Config,
 )
 
@@ -46,15 +47,15 @@ from benchmarks import lengths, peers
 from benchmarks.data import processor
 from orpo_lite.data.packing import make_batch, micro_batches, nll_tokens, pack_pairs
 from orpo_lite.data.tokens import TokenizedPair
-from orpo_lite.model import PairModel, _quantise_on_meta, load_pair_model, meta_pair_model
+from orpo_lite.model import META, PairModel, bare_base, bare_pair_model, load_pair_model
 from orpo_lite.recipe import Recipe
+from orpo_lite.step import attention
 from orpo_lite.step.head import Head, chunk_rows, row_logps
 from orpo_lite.step.losses import Divisors, orpo_loss
 from orpo_lite.step.memory import LiveBytes
 
 SETS = {"hh": "hh-rlhf", "alpaca": "alpaca-prefs"}
 BATCH = 8
-META = torch.device("meta")
 LORA = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
 SHAPES: dict[str, tuple[str, Any]] = {
     "peak_gib_mistral_7b": (
@@ -136,7 +137,7 @@ def storages(model: torch.nn.Module) -> list[torch.Tensor]:
 
 def live_bytes_of_ours(config: Any, pairs: Sequence[TokenizedPair], settings: Recipe) -> LiveBytes:
     """The tracker after one step on the meta device, micro-batch by micro-batch; weights and gradients not counted."""
-    model = meta_pair_model(settings, config, torch.bfloat16)
+    model = bare_pair_model(settings, config, torch.bfloat16)
     model.backend = "varlen"  # FlashAttention, as a GPU would have it
     for _, parameter in model.trained():
         parameter.grad = torch.empty_like(parameter)
@@ -158,9 +159,7 @@ def live_bytes_of_trl(config: Any, pairs: Sequence[TokenizedPair]) -> LiveBytes:
 
 def trl_on_meta(config: Any) -> Any:
     """TRL's model in 4 bit with its adapter and checkpointing, on meta."""
-    with META:
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.bfloat16)
-    _quantise_on_meta(model, recipe(), torch.bfloat16)
+    model = bare_base(recipe(), config, torch.bfloat16)
     model.config._attn_implementation = FREE
     return peers.meta_model(model, LORA)
 
@@ -170,19 +169,7 @@ FREE = "benchmark_free"
 
 def _free_attention(_module: Any, query: Any, key: Any, value: Any, _mask: Any, **_: Any) -> tuple[Any, None]:
     """Attention's output and what it keeps (queries, keys, values, output, one number a query and head), no scores."""
-    return _Kept.apply(query, key, value).transpose(1, 2), None
-
-
-class _Kept(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, query: Any, key: Any, value: Any) -> Any:
-        out, lse = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, out, lse)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, _grad: Any) -> Any:
-        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+    return attention._Kept.apply(query, key, value).transpose(1, 2), None
 
 
 AttentionInterface.register(FREE, _free_attention)
@@ -201,21 +188,21 @@ def live_bytes_ratio(triples: lengths.Triples) -> dict[str, float]:
     }
 
 
-def peak_of_7b(config: Any, levers: dict[str, Any], tokens: int = 2_048) -> dict[str, float]:
-    """GiB on the device of a step on one pair that shares nothing: weights, adapter, gradients, 8-bit states, all.
+def peak_of_7b(config: Any, levers: dict[str, Any] | None, tokens: int = 2_048) -> float:
+    """GiB on the device in a step on one pair that shares nothing: weights, adapter, gradients, 8-bit states, the rest.
 
-    Kernel workspaces, the CUDA context and fragmentation are not in it.
+    ``levers`` of ours; None for TRL's. Kernel workspaces, the CUDA context and fragmentation are not in it.
     """
-    settings = recipe(**levers)
+    settings = recipe(**(levers or {}))
     pairs = lengths.random_pairs([(0, tokens, tokens)], config.vocab_size)
-    model = meta_pair_model(settings, config, torch.bfloat16)
+    model = trl_on_meta(config) if levers is None else bare_pair_model(settings, config, torch.bfloat16)
     held = {tensor.untyped_storage(): tensor.untyped_storage().nbytes() for tensor in storages(model)}
     if settings.memory.embedding_on_cpu:
         del held[model.causal.get_input_embeddings().weight.untyped_storage()]
-    trained = sum(parameter.numel() for _, parameter in model.trained())
-    step = live_bytes_of_ours(config, pairs, settings).peak
-    parts = {"weights": sum(held.values()), "gradients": 4 * trained, "8-bit states": 2 * trained, "step": step}
-    return {name: size / 2**30 for name, size in parts.items()}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    states = sum(parameter.nbytes + 2 * parameter.numel() for parameter in trained)  # gradient, two 8-bit moments
+    tracker = live_bytes_of_trl(config, pairs) if levers is None else live_bytes_of_ours(config, pairs, settings)
+    return (sum(held.values()) + states + tracker.peak) / 2**30
 
 
 # --- FLOPs, per pair of a whole file
@@ -246,7 +233,7 @@ def flops_ratio(triples: lengths.Triples, config: Any) -> float:
         batch = pack_pairs(pairs, completion_only_loss=False, share=True).to(META)
         return orpo_loss(model(batch), Divisors(BATCH, 1), beta=0.1)[0]
 
-    model = meta_pair_model(settings, config, torch.bfloat16)
+    model = bare_pair_model(settings, config, torch.bfloat16)
     model.backend = "varlen"
     head = 4 * config.hidden_size * config.vocab_size  # two products a scored row, in both
     scored = _scored(sample)
@@ -286,17 +273,23 @@ def small_llama(vocab_size: int = 32_000) -> LlamaConfig:
     )  # fmt: skip
 
 
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One that TRL can be given; its batches come to it as tokens."""
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, "a": 3, "b": 4, "c": 5}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<pad>")),
+        bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+    )  # fmt: skip
+
+
 @contextmanager
 def both_sides(folder: str) -> Iterator[tuple[PairModel, Any, Recipe]]:
     """Ours and TRL's on one small base in NF4, with equal adapters."""
     from orpo_lite.base import fetch_weights, find_base
 
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-    from conftest import byte_tokenizer
-
     torch.manual_seed(0)
     LlamaForCausalLM(small_llama()).to(torch.bfloat16).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
     settings = recipe().override({"model.dtype": "bfloat16", "model.model_name_or_path": folder})
     base = fetch_weights(find_base(folder, "main"))
     ours = load_pair_model(settings, base, torch.device("cpu"))
@@ -305,7 +298,7 @@ def both_sides(folder: str) -> Iterator[tuple[PairModel, Any, Recipe]]:
         bnb_4bit_compute_dtype=torch.bfloat16,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=quantised)
-    trainer = peers.make_trainer(model, byte_tokenizer(), LORA, f"{folder}/trl")
+    trainer = peers.make_trainer(model, tokenizer(), LORA, f"{folder}/trl")
     adapter = dict(ours.trained())
     with torch.no_grad():
         for name, parameter in trainer.model.named_parameters():
@@ -409,8 +402,9 @@ def measure(sets: dict[str, lengths.Triples], *, quick: bool, say: Callable[[str
     for key, value in live_bytes_ratio(first).items():
         note(key, value)
     for key, (_, config) in SHAPES.items():
-        note(key, sum(peak_of_7b(config, ALL_LEVERS).values()))
-        note(f"{key}_default_levers", sum(peak_of_7b(config, {}).values()))
+        note(key, peak_of_7b(config, ALL_LEVERS))
+        note(f"{key}_default_levers", peak_of_7b(config, {}))
+        note(f"{key}_trl", peak_of_7b(config, None))
     for name, triples in sets.items():
         if quick and name != next(iter(sets)):
             continue
@@ -466,36 +460,38 @@ def main() -> None:
     if options.json:
         options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     if options.readme:
-        write_table(options.readme, result)
+        write_tables(options.readme, result)
 
 
-# --- the README's table
+# --- the README's tables
 
 
-ROWS = (
-    ("tokens through the model, a pair", "tokens_ratio_{}_b8", "{:.2f}x fewer", "tokens_ratio_{}_grouped"),
-    ("FLOPs a pair", "flops_ratio_{}", "{:.0%}", None),
-    ("pairs a second on a CPU", "pairs_per_second_ratio_{}", "{:.1f}x", "pairs_per_second_ratio_{}_grouped"),
-)
+STARTS, ENDS = "<!-- written by: python -m benchmarks.step --readme README.md -->\n", "<!-- end -->"
+RATIOS = (
+    ("tokens through the model", "tokens_ratio_{}_b8", "tokens_ratio_{}_grouped", "{:.2f} times fewer"),
+    ("FLOPs a pair", "flops_ratio_{}", "", "{:.0%} of theirs"),
+    ("pairs a second, 58M Llama", "pairs_per_second_ratio_{}", "pairs_per_second_ratio_{}_grouped", "{:.1f} times"),
+)  # fmt: skip
 
 
-def write_table(readme: Path, result: dict[str, Any]) -> None:
-    """Put the table between its two marks."""
-    lines = [
-        "| ours against TRL, batch 8 | HH-RLHF | HH-RLHF, TRL grouped by length | alpaca-prefs | alpaca-prefs, grouped |"
-    ]
-    lines += ["|---|---|---|---|---|"]
-    for title, key, form, grouped in ROWS:
-        cells = []
-        for name in SETS:
-            for pattern in (key, grouped):
-                value = result.get(pattern.format(name)) if pattern else None
-                cells.append(form.format(value) if value is not None else "")
-        lines.append(f"| {title} | {' | '.join(cells)} |")
-    start, end = "<!-- benchmarks.step -->\n", "<!-- end -->"
-    before, _, rest = readme.read_text("utf-8").partition(start)
-    _, _, after = rest.partition(end)
-    readme.write_text(f"{before}{start}{chr(10).join(lines)}\n{end}{after}", encoding="utf-8")
+def tables(result: dict[str, Any]) -> str:
+    """Ratios to TRL on real lengths, then peaks at 7B."""
+    lines = ["| ours, TRL's being 1 | HH-RLHF | TRL grouped by length | alpaca-prefs | TRL grouped by length |"]
+    lines.append("|---|---|---|---|---|")
+    for title, *keys, form in RATIOS:
+        values = [result.get(key.format(name)) for name in SETS for key in keys]
+        lines.append(f"| {title} | {' | '.join('' if v is None else form.format(v) for v in values)} |")
+    lines += ["", "| GiB at its peak, one pair of 2 x 2,048 tokens | TRL | ours, default | ours, all levers |"]
+    lines.append("|---|---|---|---|")
+    for key, (name, _) in SHAPES.items():
+        lines.append(f"| {name} | {' | '.join(f'{result[key + s]:.1f}' for s in ('_trl', '_default_levers', ''))} |")
+    return "\n".join(lines) + "\n"
+
+
+def write_tables(readme: Path, result: dict[str, Any]) -> None:
+    """Put them between their two marks."""
+    before, _, rest = readme.read_text("utf-8").partition(STARTS)
+    readme.write_text(f"{before}{STARTS}\n{tables(result)}\n{ENDS}{rest.partition(ENDS)[2]}", encoding="utf-8")
 
 
 if __name__ == "__main__":

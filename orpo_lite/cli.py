@@ -206,6 +206,7 @@ def _print_values(recipe: "Recipe") -> None:
     from orpo_lite.recipe import to_text
 
     screen.print_columns([("key", "value", "from"), *((k, to_text(v), recipe.sources[k]) for k, v in recipe.items())])
+    screen.print_levers(recipe)
 
 
 def _merge(run: Path) -> Path:

@@ -165,15 +165,23 @@ def load_pair_model(recipe: Recipe, base: Base, device: torch.device) -> PairMod
     return pair_model
 
 
-def meta_pair_model(recipe: Recipe, config: Any, dtype: torch.dtype) -> PairModel:
-    """The same model on the meta device, from its configuration alone: shapes and storages, no weights, no time."""
+META = torch.device("meta")
+
+
+def bare_pair_model(recipe: Recipe, config: Any, dtype: torch.dtype, device: torch.device = META) -> PairModel:
+    """The same model from its configuration alone: on meta shapes and storages only, elsewhere random weights."""
+    return _with_step(bare_base(recipe, config, dtype, device), recipe, None)
+
+
+def bare_base(recipe: Recipe, config: Any, dtype: torch.dtype, device: torch.device = META) -> Any:
+    """The base of :func:`bare_pair_model`, quantised as the recipe says."""
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
+    with device:
         model = AutoModelForCausalLM.from_config(_without_dropout(config), dtype=dtype)
     if recipe.quantization.load_in_4bit:
-        _quantise_on_meta(model, recipe, dtype)
-    return _with_step(model, recipe, None)
+        _quantise(model, recipe, dtype)
+    return model
 
 
 def _with_step(model: nn.Module, recipe: Recipe, folder: Path | None) -> PairModel:
@@ -227,7 +235,7 @@ def _compute_dtype(recipe: Recipe, dtype: torch.dtype) -> torch.dtype:
     return compute
 
 
-def _quantise_on_meta(model: Any, recipe: Recipe, dtype: torch.dtype) -> None:
+def _quantise(model: Any, recipe: Recipe, dtype: torch.dtype) -> None:
     """What loading with a BitsAndBytesConfig does: every linear layer but the head as a Linear4bit."""
     import bitsandbytes as bnb
 
@@ -241,7 +249,7 @@ def _quantise_on_meta(model: Any, recipe: Recipe, dtype: torch.dtype) -> None:
         packed, state = bnb.functional.quantize_4bit(layer.weight.data, **options)
         compute, bias = _compute_dtype(recipe, dtype), layer.bias
         linear = bnb.nn.Linear4bit(
-            layer.in_features, layer.out_features, bias is not None, compute, **options, device="meta"
+            layer.in_features, layer.out_features, bias is not None, compute, **options, device=layer.weight.device
         )
         linear.weight = bnb.nn.Params4bit(
             packed, requires_grad=False, quant_state=state, bnb_quantized=True, module=linear, **options

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from orpo_lite.recipe import Recipe
     from orpo_lite.run import Update
 
 PLAIN_LINES = 50  # step lines in a log file, besides the evaluations
@@ -44,6 +45,30 @@ def print_columns(rows: Sequence[Sequence[str]], *, right: bool = False) -> None
             cell.rjust(width) if right else cell.ljust(width) for cell, width in zip(rest, widths[1:], strict=True)
         ]
         out.print("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+
+
+def print_levers(recipe: "Recipe") -> None:
+    """What the keys of ``memory`` make of a step, in words; none of them changes the result."""
+    memory, max_length = recipe.memory, recipe.data.max_length
+    out.print("\na step")
+    if not memory.packing:
+        size = memory.micro_batch_size or 1
+        out.print(f"  pads rows, {size} pair{'s' * (size > 1)} a forward pass, and holds all logits: the plain step")
+    else:
+        tokens = 2 * max_length if memory.micro_batch_tokens == "auto" else memory.micro_batch_tokens
+        shared = "and the prompt of a pair once" if memory.prompt_sharing else "and the prompt of a pair twice"
+        most = f", at most {memory.micro_batch_size} pairs" if memory.micro_batch_size else ""
+        out.print(f"  lays pairs end to end without padding, {shared}, {tokens:,} tokens a forward pass{most}")
+        chunk = {"auto": "a few rows of logits at a time", "none": "all logits of a forward pass"}
+        out.print(f"  holds {chunk.get(str(memory.head_chunk), f'{memory.head_chunk} rows of logits at a time')}")
+    layers = {"auto": "all layers", "all": "all layers", "none": "no layer", "0": "no layer"}
+    amount = layers.get(str(memory.activation_checkpointing), f"{memory.activation_checkpointing} layers")
+    where = " from inputs in host memory" if memory.checkpoint_offload else ""
+    out.print(f"  runs {amount} again in the backward pass{where if amount != 'no layer' else ''}")
+    if memory.mlp_tile:
+        out.print(f"  takes {memory.mlp_tile:,} tokens at a time through an MLP")
+    if memory.embedding_on_cpu:
+        out.print("  looks tokens up in host memory")
 
 
 def print_before_after(before: Mapping[str, float], after: Mapping[str, float]) -> None:

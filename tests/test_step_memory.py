@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM
 from benchmarks.step import storages
 from orpo_lite.base import fetch_weights, find_base
 from orpo_lite.data.packing import Batching, make_batch, micro_batches, pack_pairs, pad_pairs
-from orpo_lite.model import PairModel, load_pair_model, meta_pair_model
+from orpo_lite.model import PairModel, bare_pair_model, load_pair_model
 from orpo_lite.proof import prove
 from orpo_lite.recipe import Recipe
+from orpo_lite.step.attention import BACKENDS, Segment, Shape
 from orpo_lite.step.head import Head, row_logps
 from orpo_lite.step.layers import HostStore
 from orpo_lite.step.losses import Divisors, orpo_loss
@@ -96,13 +97,30 @@ LEVERS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("backend", ["varlen", "flash_attn", "sdpa"])
+def test_a_back_end_of_a_gpu_declares_on_meta_what_it_keeps(backend: str) -> None:
+    """Queries, keys (each prefix once more), values, output, one number a query and head; never the scores."""
+    heads, length, size = 8, 1_000, 16
+    segments = (Segment(0, 600), Segment(600, 1_000, 0, 200))
+    q, k, v = (torch.empty(1, heads, length, size, device=META, requires_grad=True) for _ in range(3))
+    with LiveBytes([q, k, v]) as tracker:
+        out = BACKENDS[backend](q, k, v, segments, Shape(0.25, None, None))
+        kept = tracker.live
+        out.sum().backward()
+    tensor = heads * length * size * 4
+    assert out.shape == q.shape
+    assert 2.4 * tensor < kept < 5 * tensor  # two with the prefix again, and the output
+    assert tracker.peak < 12 * tensor < heads * length * length * 4
+    assert q.grad is not None
+
+
 @pytest.mark.parametrize("levers", LEVERS.values(), ids=LEVERS)
 def test_the_meta_device_counts_what_a_cpu_holds(base: Path, levers: dict[str, Any]) -> None:
     """The same step on weights and without: equal peaks within 2%, for a planner that needs no weights."""
     settings = on_base(base, **levers)
     pairs = ragged_pairs(12, vocab_size=98)
     peaks = []
-    for model in (load(base, **levers), meta_pair_model(settings, find_base(str(base), "main").config, torch.float32)):
+    for model in (load(base, **levers), bare_pair_model(settings, find_base(str(base), "main").config, torch.float32)):
         for _, parameter in model.trained():
             parameter.grad = torch.zeros_like(parameter)
         batching = model.batching(settings, pad_id=0)
@@ -123,7 +141,7 @@ def test_each_lever_saves_what_it_is_for(base: Path) -> None:
 
     def tracked(**levers: Any) -> LiveBytes:
         settings = on_base(base, **levers)
-        model = meta_pair_model(settings, config, torch.float32)
+        model = bare_pair_model(settings, config, torch.float32)
         batch = make_batch(pairs, model.batching(settings, pad_id=0)).to(META)
         with LiveBytes(storages(model)) as on:
             orpo_loss(model(batch), Divisors(12, 100), beta=0.1)[0].backward()
@@ -143,7 +161,7 @@ def test_each_lever_saves_what_it_is_for(base: Path) -> None:
 
 
 def test_a_model_on_meta_leaves_no_meta_table_in_bitsandbytes(base: Path) -> None:
-    meta_pair_model(on_base(base), find_base(str(base), "main").config, torch.bfloat16)
+    bare_pair_model(on_base(base), find_base(str(base), "main").config, torch.bfloat16)
     assert load(base).device == CPU  # it quantises with the table that bitsandbytes keeps
 
 

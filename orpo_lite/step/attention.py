@@ -152,8 +152,11 @@ def _flash_attn_varlen(query: Tensor, key: Tensor, value: Tensor, segments: Sequ
     """The package flash-attn where it is installed: the one fast kernel with a softcap."""
     q, k, v, lengths = _as_sequences(query, key, value, segments)
     left = -1 if shape.window is None else shape.window - 1
-    options = {"softmax_scale": shape.scale, "causal": True, "window_size": (left, 0), "softcap": shape.softcap or 0.0}
-    out: Tensor = _flash_attn().flash_attn_varlen_func(q, k, v, *lengths, **options)
+    if q.is_meta:
+        out: Tensor = _Kept.apply(q, k, v)
+    else:
+        options = {"softmax_scale": shape.scale, "causal": True, "softcap": shape.softcap or 0.0}
+        out = _flash_attn().flash_attn_varlen_func(q, k, v, *lengths, window_size=(left, 0), **options)
     return out.transpose(0, 1).unsqueeze(0)
 
 
@@ -199,13 +202,29 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment]
     for segment in segments:
         q = query[:, :, segment.start : segment.stop]
         k, v = (_behind_prefix(tensor, segment) for tensor in (key, value))
-        if shape.window is None or k.shape[2] <= shape.window:
-            mask: Any = causal_lower_right(q.shape[2], k.shape[2])
-        else:
-            mask = _mask(q.shape[2], k.shape[2], segment.before, shape.window, q)
         k, v = (tensor.repeat_interleave(q.shape[1] // tensor.shape[1], 1) for tensor in (k, v))
+        if q.is_meta:  # there torch would take the way that keeps all scores
+            outs.append(_Kept.apply(q, k, v))
+            continue
+        fits = shape.window is None or k.shape[2] <= shape.window
+        sizes = (q.shape[2], k.shape[2])
+        mask = causal_lower_right(*sizes) if fits else _mask(*sizes, segment.before, shape.window, q)
         outs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=shape.scale))
     return torch.cat(outs, 2)
+
+
+class _Kept(torch.autograd.Function):
+    """On meta: what a kernel without scores returns and keeps, for kernels that cannot run there."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = query.new_empty(*query.shape[:-1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *_grads: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
 
 
 def _behind_prefix(tensor: Tensor, segment: Segment) -> Tensor:

@@ -116,7 +116,7 @@ class _RowJacobian(torch.autograd.Function):
                 continue
             # d log p(target) / d logits = onehot(target) - softmax
             slope_of_logits_CV = logits_CV.div_(-sum_C1)
-            slope_of_logits_CV.scatter_add_(1, targets_C1, torch.ones_like(sum_C1))
+            slope_of_logits_CV[torch.arange(len(sum_C1), device=sum_C1.device), targets_N[part]] += 1
             if slope_CV is not None:
                 slope_of_logits_CV.mul_(slope_CV)
             torch.mm(slope_of_logits_CV.to(weight_VD.dtype), weight_VD, out=jacobian_ND[part])

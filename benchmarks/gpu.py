@@ -1,0 +1,144 @@
+"""On a GPU: 7B shapes with random NF4 weights. Measured peaks beside counted ones, pairs a second beside TRL's.
+
+    python -m benchmarks.gpu --json FILE
+
+TRL runs at the largest of its batches 8, 4, 2 and 1 that fits; ours with a whole step of 8 pairs packed to a budget of
+4,096 tokens. The check of the peak uses bitsandbytes' un-paged AdamW8bit: paged state is not in what torch counts.
+"""
+
+import argparse
+import gc
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from transformers import LlamaConfig
+
+from benchmarks import lengths, peers, step
+from orpo_lite.model import bare_base, bare_pair_model
+
+BATCHES = 6
+
+
+def run(device: torch.device, shapes: dict[str, tuple[str, Any]], tokens: int, say: Callable[[str], None]) -> Any:
+    """All figures for each shape."""
+    result: dict[str, Any] = {}
+    for key, (name, config) in shapes.items():
+        for label, levers in (("", step.ALL_LEVERS), ("_default_levers", {})):
+            counted = step.peak_of_7b(config, levers, tokens)
+            measured = measured_peak(config, levers, tokens, device)
+            result[f"{key}{label}"] = {"counted": round(counted, 3), "measured": round(measured, 3)}
+            say(f"{name}{label}: counted {counted:.2f} GiB, measured {measured:.2f} GiB")
+        for name_of_set, file in step.SETS.items():
+            triples = lengths.shipped(file)
+            found = pairs_per_second(config, triples, device)
+            result[f"{key}_{name_of_set}"] = found
+            say(f"{name}, {name_of_set}: {found}")
+    return result
+
+
+def measured_peak(config: Any, levers: dict[str, Any], tokens: int, device: torch.device) -> float:
+    """GiB that torch's allocator held at most in a step with its optimizer, after one to warm up."""
+    settings = step.recipe(**levers)
+    model = bare_pair_model(settings, config, torch.bfloat16, device)
+    optimizer = bnb.optim.AdamW8bit([parameter for _, parameter in model.trained()], lr=1e-5)
+    pairs = lengths.random_pairs([(0, tokens, tokens)], config.vocab_size)
+    for _ in range(2):
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        step.our_step(model, optimizer, pairs, settings)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    del model, optimizer
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return peak / 2**30
+
+
+def pairs_per_second(config: Any, triples: lengths.Triples, device: torch.device) -> dict[str, Any]:
+    """Both on the same pairs, one after the other; the first batch warms up."""
+    batches = lengths.near_mean(triples, step.BATCH, BATCHES)
+    found: dict[str, Any] = {"ours": timed(ours(config, device), batches, config, device)}
+    for size in (8, 4, 2, 1):
+        try:
+            found["trl"] = timed(theirs(config, size, device), batches, config, device)
+            found["trl_batch"] = size
+            break
+        except torch.OutOfMemoryError:
+            gc.collect()
+            torch.cuda.empty_cache()
+    found["ratio"] = round(found["ours"] / found["trl"], 3) if "trl" in found else None
+    return found
+
+
+def timed(train: Callable[[Any], Any], batches: Any, config: Any, device: torch.device) -> float:
+    """Pairs a second over all batches but the first."""
+    seconds = 0.0
+    for number, triples in enumerate(batches):
+        pairs = lengths.random_pairs(triples, config.vocab_size, seed=number)
+        _wait(device)
+        began = time.perf_counter()
+        train(pairs)
+        _wait(device)
+        seconds += (time.perf_counter() - began) * (number > 0)
+    return round((len(batches) - 1) * step.BATCH / seconds, 3)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def ours(config: Any, device: torch.device) -> Callable[[Any], Any]:
+    """A function that takes one optimizer step on a batch."""
+    settings = step.recipe()
+    model = bare_pair_model(settings, config, torch.bfloat16, device)
+    optimizer = bnb.optim.AdamW8bit([parameter for _, parameter in model.trained()], lr=1e-5)
+    return lambda pairs: step.our_step(model, optimizer, pairs, settings)
+
+
+def theirs(config: Any, size: int, device: torch.device) -> Callable[[Any], Any]:
+    """The same of TRL, the batch in parts of ``size``."""
+    model = bare_base(step.recipe(), config, torch.bfloat16, device)
+    model.is_loaded_in_4bit = True  # what from_pretrained notes, and TRL asks for
+    folder = tempfile.mkdtemp()
+    changes = {"optim": "adamw_8bit", "per_device_train_batch_size": size}
+    trainer = peers.make_trainer(model, step.tokenizer(), step.LORA, folder, **changes)
+
+    def train(pairs: Any) -> None:
+        for start in range(0, len(pairs), size):
+            peers.backward(trainer, pairs[start : start + size], share=size / len(pairs))
+        peers.update(trainer)
+
+    return train
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--rehearse", action="store_true", help="a small shape on the CPU, to see that all of it runs")
+    options = parser.parse_args()
+    if options.rehearse:
+        config = LlamaConfig(
+            vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2,
+        )  # fmt: skip
+        result = run(torch.device("cpu"), {"rehearsal": ("small", config)}, 64, print)
+    elif not torch.cuda.is_available():
+        parser.error("no CUDA device; --rehearse runs a small shape on the CPU")
+    else:
+        result = run(torch.device("cuda", 0), step.SHAPES, 2_048, print) | {
+            "card": torch.cuda.get_device_name(0),
+        }
+    if options.json:
+        options.json.write_text(json.dumps(result | step.about(), indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
