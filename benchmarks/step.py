@@ -13,7 +13,6 @@ import gc
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as orpo_lite sets it; see there
 
 import numpy as np
 import torch
@@ -367,18 +367,21 @@ def _measure_rss(side: str) -> None:
 
     pairs = lengths.random_pairs(json.loads(sys.stdin.read()), 32_000)
     with tempfile.TemporaryDirectory() as folder, both_sides(folder) as (model, trainer, settings):
-        before = _resident()
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
+        before = _status("VmRSS")
         if side == "ours":
             optimizer = bnb.optim.PagedAdamW8bit([parameter for _, parameter in model.trained()], lr=1e-4)
             our_step(model, optimizer, pairs, settings)
         else:
             peers.train_step(trainer, pairs)
-        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**30)
+        print((_status("VmHWM") - before) / 2**30)
 
 
-def _resident() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+def _status(name: str) -> int:
+    """Bytes of a line of /proc/self/status: VmRSS, or VmHWM for the most there was."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith(name))) * 1024
 
 
 # --- the whole

@@ -102,9 +102,10 @@ def training(recipe: Recipe, *, resume: bool = False) -> Generator[Update, None,
         try:
             return (yield from _train(resolved, ready, path, accelerator, stop, resume=resume))
         except torch.OutOfMemoryError as error:
-            levers = "memory.micro_batch_size=1, memory.activation_checkpointing=all, data.max_length, lora.r"
             found = f"the GPU is out of memory ({str(error).splitlines()[0]})"
-            raise FitError(f"run {path}", found, "", f"lower {levers}; checkpoints are kept") from error
+            levers = "memory.checkpoint_offload=true memory.mlp_tile=512 memory.embedding_on_cpu=true"
+            remedy = f"{levers}, less memory.micro_batch_tokens; none of them changes the result; checkpoints are kept"
+            raise FitError(f"run {path}", found, "", remedy) from error
 
 
 # --- the loop -------------------------------------------------------------------------------------------------------

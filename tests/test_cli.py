@@ -159,8 +159,10 @@ def test_dry_run_prints_every_value_whole_with_its_source_and_does_nothing(
         "train", "--recipe", "phi2-qlora", f"data.dataset_name={long}", "lora.use_dora=true", "--dry-run"
     )
     recipe = load_recipe("phi2-qlora", [f"data.dataset_name={long}", "lora.use_dora=true"])
-    rows = [re.split(r"  +", line) for line in said.splitlines()]
+    values, _, levers = said.partition("\na step\n")
+    rows = [re.split(r"  +", line) for line in values.splitlines()]
     assert code == 0
+    assert "the prompt of a pair once, 4,096 tokens a forward pass" in levers
     assert rows[0] == ["key", "value", "from"]
     assert [row[0] for row in rows[1:]] == [f"{section}.{key}" for section, keys in KEYS.items() for key in keys]
     assert ["data.dataset_name", long, "command line"] in rows
@@ -169,6 +171,27 @@ def test_dry_run_prints_every_value_whole_with_its_source_and_does_nothing(
     assert re.fullmatch(r"phi2-qlora\.yaml:\d+", recipe.sources["loss.beta"])
     assert ["model.adapter_name_or_path", "null", "default"] in rows
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ([], ["without padding", "the prompt of a pair once", "a few rows of logits", "runs all layers again"]),
+        (["memory.packing=false"], ["pads rows, 1 pair a forward pass, and holds all logits"]),
+        (["memory.packing=false", "memory.micro_batch_size=4"], ["pads rows, 4 pairs"]),
+        (["memory.prompt_sharing=false", "memory.micro_batch_size=2"], ["of a pair twice", "at most 2 pairs"]),
+        (["memory.micro_batch_tokens=9000", "memory.head_chunk=none"], ["9,000 tokens", "all logits of a forward"]),
+        (["memory.head_chunk=256", "memory.mlp_tile=512"], ["256 rows of logits", "512 tokens at a time through"]),
+        (["memory.checkpoint_offload=true"], ["in the backward pass from inputs in host memory"]),
+        (["memory.activation_checkpointing=none", "memory.checkpoint_offload=true"], ["runs no layer again in the b"]),
+        (["memory.activation_checkpointing=20", "memory.embedding_on_cpu=true"], ["20 layers", "tokens up in host"]),
+    ],
+)
+def test_dry_run_says_the_levers_in_words(call: Call, overrides: list[str], said: list[str]) -> None:
+    code, printed, _ = call("train", "--recipe", "mistral-qlora", *overrides, "--dry-run")
+    assert code == 0
+    assert [text for text in said if text not in printed] == []
+    assert ("host memory" in printed) == any("host" in text for text in said)
 
 
 # --- wrong command lines
@@ -226,7 +249,7 @@ def test_resume_reads_the_recipe_where_the_run_lies_now(call: Call, tmp_path: Pa
     (tmp_path / "moved" / "recipe.yaml").write_text(load_recipe("demo", ["lora.r=4"]).to_yaml(), encoding="utf-8")
     code, said, _ = call("train", "--resume", str(tmp_path / "moved"), "--dry-run")
     assert code == 0
-    rows = {line.split()[0]: line.split()[1] for line in said.splitlines()}
+    rows = {line.split()[0]: line.split()[1] for line in said.partition("\na step\n")[0].splitlines()}
     assert (rows["lora.r"], rows["training.output_dir"]) == ("4", str(tmp_path / "moved"))
 
 

@@ -342,6 +342,10 @@ CONTRADICTIONS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
         ("quantization.load_in_4bit=false", "quantization.bnb_4bit_compute_dtype=float16"),
         ("quantization.load_in_4bit: False", "quantization.bnb_4bit_compute_dtype: float16", "model.dtype"),
     ),
+    (
+        ("memory.packing=false", "memory.prompt_sharing=true"),
+        ("memory.prompt_sharing: True", "memory.packing: False", "packed rows"),
+    ),
 ]
 
 

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import tiny_llama, write_base
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM
 
 from orpo_lite import checkpoint, run, train
 from orpo_lite.errors import CheckpointError, DataError, DivergedError, FitError, ModelError, RecipeError
@@ -394,8 +395,44 @@ def test_out_of_memory_names_the_levers(small_recipe: Build, monkeypatch: pytest
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(train_module(), "accumulate", explode)
-    with pytest.raises(FitError, match=r"memory\.micro_batch_size"):
+    with pytest.raises(FitError, match=r"memory\.micro_batch_tokens"):
         train(small_recipe())
+
+
+PLAIN = ("packing=false", "fused_lora=false", "head_chunk=none", "activation_checkpointing=none", "micro_batch_size=2")
+ALL = ("mlp_tile=16", "checkpoint_offload=true", "embedding_on_cpu=true", "head_chunk=16", "micro_batch_tokens=100")
+
+
+def test_the_levers_of_memory_change_no_run(small_recipe: Build) -> None:
+    """NF4 and paged AdamW: losses of all steps and evaluations, and the adapter, with every lever and with none."""
+    found = []
+    for name, levers in (("plain", PLAIN), ("all", ALL)):
+        keys = [f"memory.{lever}" for lever in levers]
+        _, result = train_all(small_recipe(f"training.output_dir={name}", "training.optim=adamw_torch", *keys))
+        found.append((rows_without_clock(result.run), adapter(result.run)))
+    (rows, weights), (others, other_weights) = found
+    assert len(rows) == len(others) == 7
+    for row, other in zip(rows, others, strict=True):
+        assert other == pytest.approx(row, rel=1e-4, abs=1e-5)
+    for tensor_name, tensor in weights.items():
+        assert (other_weights[tensor_name] - tensor).norm() <= 1e-3 * tensor.norm() + 1e-5
+
+
+def test_a_run_says_when_its_base_cannot_share_prompts(small_recipe: Build, workspace: Path) -> None:
+    shape = {"hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 99, "initializer_range": 0.2}
+    write_base(workspace / "bloom", BloomForCausalLM(BloomConfig(**shape, bos_token_id=1, eos_token_id=2)))
+    updates, result = train_all(small_recipe("model.model_name_or_path=./bloom", "training.max_steps=2"))
+    (note,) = [update.text for update in updates if update.kind == "note" and "because" in update.text]
+    assert note.startswith("pairs are neither packed nor shared")
+    assert result.steps == 2
+
+
+def test_an_embedding_that_is_the_head_too_stays_on_the_device(small_recipe: Build, workspace: Path) -> None:
+    write_base(workspace / "tied", tiny_llama(98, tie_word_embeddings=True))
+    keys = ("model.model_name_or_path=./tied", "memory.embedding_on_cpu=true")
+    with pytest.raises(RecipeError, match=r"command line: memory.embedding_on_cpu: true\n.*output head"):
+        train_all(small_recipe(*keys))
+    assert not (workspace / "run").exists()
 
 
 def test_bad_data_leaves_no_run_folder(small_recipe: Build, workspace: Path) -> None:
