@@ -416,10 +416,7 @@ def measure(sets: dict[str, lengths.Triples], *, quick: bool, say: Callable[[str
             found = pairs_per_second(triples, 3, grouped=grouped)
             note(f"pairs_per_second_ratio_{suffix}", found.pop("ratio"))
             for key, value in found.items():
-                side, _, rest = (
-                    key.rpartition("_") if key.startswith(("tokens", "final")) else ("pairs_per_second", "", key)
-                )
-                note(f"{side}_{suffix}_{rest}", value)
+                note(f"{key}_{suffix}", value)
         if not quick:
             batch = lengths.near_mean(triples, BATCH, 1)[0]
             for side in ("ours", "trl"):
