@@ -26,8 +26,9 @@ from orpo_lite.data.pairs import (
     prompt_key,
     training_sources,
 )
-from orpo_lite.data.rows import Source
+from orpo_lite.data.rows import HubSource, Source, tell_apart
 from orpo_lite.errors import SHOWN, DataError, HubError, OrpoLiteError
+from orpo_lite.prepare import find_sources
 from orpo_lite.recipe import DataSection
 
 EXPLICIT = {"prompt": "Name a colour.", "chosen": "Blue.", "rejected": "Seven."}
@@ -345,6 +346,33 @@ def test_a_row_is_found_by_its_place(tmp_path: Path) -> None:
         with pytest.raises(DataError, match="no such row in ") as raised:
             find(nowhere)
         assert "b.jsonl" in message(raised)
+
+
+def test_two_sets_of_one_file_name_are_told_apart(tmp_path: Path) -> None:
+    for folder, count in (("en", 2), ("de", 4)):
+        (tmp_path / folder).mkdir()
+        write_jsonl(tmp_path / folder / "p.jsonl", [EXPLICIT | {"chosen": folder}] * count)
+    names = [str(tmp_path / folder / "p.jsonl") for folder in ("en", "de")]
+    data = section(dataset_name=names)
+    sources = tell_apart(training_sources(data))
+    assert [pair.where for pair in PairReader(data, sources)][1:4] == ["en/p.jsonl:2", "de/p.jsonl:1", "de/p.jsonl:2"]
+    assert PairReader(data, sources).find("de/p.jsonl:2")[0].chosen == "de"
+    assert PairReader(data, sources).find(f"{names[1]}:2")[0].chosen == "de"
+    with pytest.raises(DataError, match=r"--row en/p\.jsonl:1 or --row de/p\.jsonl:1"):
+        PairReader(data, sources).find("p.jsonl:1")
+    assert [source.fingerprint() for source in sources] != [source.fingerprint() for source in training_sources(data)]
+    # The held-out side is one more; a file that stands in both is one file, and keeps its name.
+    train, test = find_sources(section(dataset_name=names[0], dataset_test_split=names[1]))
+    assert [where for where, _ in (*train[0].rows([]), *test[0].rows([]))][2] == "de/p.jsonl:1"
+    train, test = find_sources(section(dataset_name=names[0], dataset_test_split=names[0]))
+    assert next(iter(test[0].rows([])))[0] == "p.jsonl:1"
+
+
+def test_two_hub_sets_of_one_split_are_told_apart() -> None:
+    table = datasets.Dataset.from_list([EXPLICIT])
+    sources = [HubSource(name, "", "train", table) for name in ("a/x", "b/x")]
+    assert [where for source in tell_apart(sources) for where, _ in source.rows([])] == ["a/x/train[0]", "b/x/train[0]"]
+    assert [where for where, _ in tell_apart(sources[:1])[0].rows([])] == ["train[0]"]
 
 
 def test_another_rows_fault_is_not_taken_for_that_of_the_place(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, chain, islice, pairwise
@@ -103,13 +104,17 @@ class PairReader:
     def find(self, place: str) -> tuple[Pair, str | None]:
         """The pair at a place, and why it would be left out, if it would. Raises DataError."""
         faults: list[DataError] = []
+        meant: list[str] = []  # when the place lacks the folder that tells its file from another
         for source in self.sources:
             for pair in self._pairs(source, faults):
-                if pair.where == place or place.endswith(f"/{pair.where}"):
+                if _is_at(place, pair.where):
                     return pair, pair.drop or _drop_reason(pair)
-        raise_all([fault for fault in faults if fault.where.partition(", field ")[0] == place])
+                if _is_at(pair.where, place):
+                    meant.append(f"--row {shlex.quote(pair.where)}")
+        raise_all([fault for fault in faults if _is_at(place, fault.where.partition(", field ")[0])])
         names = ", ".join(source.name for source in self.sources)
-        raise DataError(place, f"no such row in {names}", "a place as messages name it", "pairs.csv:3, or train[11]")
+        remedy = " or ".join(meant) or "--row pairs.csv:3, or --row 'train[11]'"
+        raise DataError(place, f"no such row in {names}", "a place as messages name it", remedy)
 
     def _pairs(self, source: Source, faults: list[DataError]) -> Iterator[Pair]:
         """The pairs of one set, before any is left out."""
@@ -146,6 +151,11 @@ class PairReader:
     def _detect(self, rows: Sequence[Row], mapped: Iterable[str]) -> Detected:
         plain = self.data.chat_template == "none"
         return detect_format(rows, name=self.data.format, mapped=mapped, plain=plain)
+
+
+def _is_at(place: str, where: str) -> bool:
+    """Whether a person who writes ``place``, perhaps with the folders that lead to it, means the row at ``where``."""
+    return place == where or place.endswith(f"/{where}")
 
 
 def training_sources(data: DataSection) -> list[Source]:
