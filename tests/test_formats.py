@@ -688,7 +688,7 @@ def test_columns_are_named_by_what_they_are_read_as() -> None:
     whole = SHAPES["HuggingFaceH4/ultrafeedback_binarized"].rows
     assert detect(whole)[0].columns == {"chosen": "chosen", "rejected": "rejected"}
     pairs = SHAPES["LLaMA-Factory's older alpaca, with history"].rows
-    assert set(detect(pairs)[0].columns) == {"prompt", "output", "history"}  # input is blank
+    assert set(detect(pairs)[0].columns) == {"prompt", "output", "history", "input"}  # blank so far, and read
 
 
 @pytest.mark.parametrize("spell", [str.capitalize, str.upper, " {} ".format])
@@ -739,10 +739,11 @@ def test_nothing_stands_twice_and_nothing_is_lost(row: dict[str, Any], turns: Tu
         assert (pair.messages, pair.chosen, pair.rejected, pair.drop) == (turns, "Blue.", "Seven.", None)
 
 
-def test_the_first_rows_may_have_no_earlier_turns() -> None:
-    row = {"prompt": Q, "history": [], **BLUE_SEVEN}
+@pytest.mark.parametrize("blank", [None, []])
+def test_the_first_rows_may_have_no_earlier_turns(blank: Any) -> None:
+    row = {"prompt": Q, "history": blank, **BLUE_SEVEN}
     detected, _ = detect([row] * 3)
-    assert "history" not in detected.columns
+    assert detected.columns["history"] == "history"  # it is read
     assert detected.read(row | {"history": [["Hi", "Hello."]]}, "x").messages == TALK
 
 
@@ -1206,6 +1207,7 @@ def test_a_system_column_may_be_blank_at_first(blank: str | None, name: str) -> 
     detected = detect_format([{name: blank} | row] * 100)
     assert detected.name == "explicit"
     assert "system" not in detected.because
+    assert detected.columns["system"] == name  # it is read
     assert detected.read({name: blank} | row, "x:1").messages == (user("Q?"),)
     assert detected.read({name: "Be brief."} | row, "x:101").messages == (
         {"role": "system", "content": "Be brief."},

@@ -110,8 +110,8 @@ def detect_format(
         _refuse_unread(look)
     if system and look.kind(system) != "null" and name != "orca":
         because += f"; {shown(system)} goes in front as a system turn where the conversation has none"
-    columns = {canonical: column for canonical, column in look.taken.items() if look.kind(column) != "null"}
-    return Detected(name, because, lambda row, where: READERS[name](look.renamed(row, where), where), columns)
+    # Those that are blank in the first rows as well: later rows may hold something, and it is read.
+    return Detected(name, because, lambda row, where: READERS[name](look.renamed(row, where), where), {**look.taken})
 
 
 # --- the clauses: each says its format's name and the reason, or None; the first that fits is taken
