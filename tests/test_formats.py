@@ -1311,9 +1311,9 @@ def test_a_faulty_row_is_named(form: str, row: dict[str, Any], place: str) -> No
         ("texts with scores", {"scores": [1.0]}, "field scores: a list"),
         ("texts with ranks", {"ranks": None}, "field ranks: null"),
         ("OpenAI preference fine-tuning", {"input": None}, "field input: null"),
-        ("OpenAI preference fine-tuning", {"preferred_output": None}, "field preferred_output: null"),
+        ("OpenAI preference fine-tuning", {"preferred_output": 1}, "field preferred_output: a number"),
         ("lmsys/chatbot_arena_conversations", {"winner": "a third"}, "field winner: a text"),
-        ("stanfordnlp/SHP", {"labels": None}, "field labels: null"),
+        ("stanfordnlp/SHP", {"labels": 3}, "field labels: a number"),
         (
             "hh-rlhf with the dialogue in prompt",
             {"prompt": f"{HH} Blue."},

@@ -14,9 +14,7 @@ from hypothesis import strategies as st
 from orpo_lite.data import pairs as data_pairs
 from orpo_lite.data.formats import PROMPTS_DIFFER, Pair
 from orpo_lite.data.pairs import (
-    EMPTY_CHOSEN,
     EMPTY_PROMPT,
-    EMPTY_REJECTED,
     EQUAL,
     PLACES,
     SAID_TWICE,
@@ -26,6 +24,7 @@ from orpo_lite.data.pairs import (
     prompt_key,
     training_sources,
 )
+from orpo_lite.data.readers import EMPTY_CHOSEN, EMPTY_REJECTED, NO_VERDICT
 from orpo_lite.data.rows import HubSource, Source, tell_apart
 from orpo_lite.errors import SHOWN, DataError, HubError, OrpoLiteError
 from orpo_lite.prepare import find_sources
@@ -255,6 +254,44 @@ def test_what_was_read_and_what_was_not_is_said(tmp_path: Path) -> None:
     assert columns["format"] == reader.detected[0]
     assert columns["read"] == {"prompt": "question", "chosen": "good", "rejected": "rejected"}
     assert columns["not_read"] == ["model", "id"]
+
+
+@pytest.mark.parametrize(
+    ("row", "sides"),
+    [
+        (EXPLICIT, ("chosen", "rejected")),
+        (HH, ("chosen", "rejected")),
+        ({"chosen": "The sky is blue", "rejected": "The sky is black"}, ("chosen", "rejected")),
+        (LISTS, ("chosen", "rejected")),
+        ({"prompt": "q", "chosen": [bot("a")], "rejected": [bot("b")]}, ("chosen", "rejected")),
+        ({"prompt": [user("q")], "chosen": "a", "rejected": "b"}, ("chosen", "rejected")),
+        ({"prompt": "q", "chosen": "q a", "rejected": "q b"}, ("chosen", "rejected")),
+        ({"prompt": "q", "response_1": "b", "response_2": "a", "winner": "2"}, ("response_2", "response_1")),
+    ],
+)
+def test_a_null_reply_is_an_empty_one(tmp_path: Path, row: dict[str, Any], sides: tuple[str, str]) -> None:
+    one, other = (row | {side: None} for side in sides)
+    path = write_jsonl(tmp_path / "pairs.jsonl", [*[row] * 9, one, other])
+    pairs, reader = read(path)
+    assert len(pairs) == 9
+    assert reader.drops.places == {EMPTY_CHOSEN: ["pairs.jsonl:10"], EMPTY_REJECTED: ["pairs.jsonl:11"]}
+    assert reader.find("pairs.jsonl:10")[0].chosen == ""
+    # A key that is not there is no null, and a prompt has to be right whatever the replies are.
+    del one[sides[0]]
+    write_jsonl(path, [*[row] * 9, one, *([other | {"prompt": None}] if "prompt" in row else [])])
+    with pytest.raises(DataError, match=r"pairs\.jsonl:10, field .*missing") as raised:
+        read(path)
+    assert ("pairs.jsonl:11, field prompt: " in message(raised)) == ("prompt" in row)
+
+
+def test_a_null_verdict_leaves_the_pair_out(tmp_path: Path) -> None:
+    row = {"prompt": "q", "response_a": "a", "response_b": "b", "winner": "a"}
+    rows = [*[row] * 9, row | {"winner": None}, row | {"winner": ""}]
+    pairs, reader = read(write_jsonl(tmp_path / "pairs.jsonl", rows))
+    assert (len(pairs), reader.drops.counts) == (9, {NO_VERDICT: 2})
+    write_jsonl(tmp_path / "pairs.jsonl", [*rows, row | {"winner": "neither"}])
+    with pytest.raises(DataError, match=r"pairs\.jsonl:12, field winner"):
+        read(tmp_path / "pairs.jsonl")
 
 
 def test_the_first_places_of_a_reason_are_kept(tmp_path: Path) -> None:

@@ -284,7 +284,7 @@ class Look:
                     raise fault(where, shown(self.taken.get(key, key)), "a text", f"{kind}, as in most rows")
         if self.verdict and "better" in out:
             verdict = self.verdict(out["better"])
-            if verdict is None:
+            if verdict is None and kind_of(out["better"]) != "null":
                 raise fault(where, shown(self.taken["better"]), seen(out, "better"), "one of the two answers, or a tie")
             out["better"] = verdict
         return out

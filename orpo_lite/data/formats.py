@@ -47,6 +47,7 @@ from orpo_lite.data.readers import (
     Row,
     begins_with,
     behind,
+    read_pair,
     shared_start,
     shared_words,
 )
@@ -111,7 +112,7 @@ def detect_format(
     if system and look.kind(system) != "null" and name != "orca":
         because += f"; {shown(system)} goes in front as a system turn where the conversation has none"
     # Those that are blank in the first rows as well: later rows may hold something, and it is read.
-    return Detected(name, because, lambda row, where: READERS[name](look.renamed(row, where), where), {**look.taken})
+    return Detected(name, because, lambda row, where: read_pair(name, look.renamed(row, where), where), {**look.taken})
 
 
 # --- the clauses: each says its format's name and the reason, or None; the first that fits is taken

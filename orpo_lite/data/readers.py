@@ -40,8 +40,11 @@ SHAREGPT_ROLES = {
 ANSWER_KEYS = ("response", "answer", "completion", "generation", "output", "text")
 MEASURES = {"overall_score": 1, "score": 1, "rating": 1, "reward": 1, "rank": -1}  # -1: the lowest is the best
 
+EMPTY_CHOSEN = "empty chosen"
+EMPTY_REJECTED = "empty rejected"
 PROMPTS_DIFFER = "prompts of chosen and rejected differ"
 TIED = "no answer is better than another"
+NO_VERDICT = "no verdict on the two answers"
 TOO_FEW = "fewer than two ranked answers"
 
 
@@ -138,7 +141,7 @@ def read_alpaca(row: Row, where: str) -> Pair:
     if row.get("chosen") is None and isinstance(output := row.get("output"), list):
         if len(output) != 2:
             raise fault(where, "output", f"a list of {len(output)}", "a list of two texts: [chosen, rejected]")
-        row = {**row, "chosen": output[0], "rejected": output[1]}
+        return read_pair("alpaca", {**row, "chosen": output[0], "rejected": output[1]}, where)
     return _texts(row, prompt, where, _user(prompt))
 
 
@@ -175,14 +178,15 @@ def read_ranked(row: Row, where: str) -> Pair:
 
 
 def read_judged(row: Row, where: str) -> Pair:
-    """Two answers, texts or whole conversations, and a verdict: better is a, b or tie."""
-    verdict = str(row.get("better")).strip().lower()
+    """Two answers, texts or whole conversations, and a verdict: better is a, b or tie, or null for none."""
+    unjudged = "better" in row and row["better"] is None
+    verdict = "tie" if unjudged else str(row.get("better")).strip().lower()
     if verdict not in ("a", "b", "tie"):
         raise fault(where, "better", seen(row, "better"), "a verdict that names one of the two answers, or a tie")
     fields = ("response_b", "response_a") if verdict == "b" else ("response_a", "response_b")
     before, prompt_text = ((), None) if _asks(row, "response_a", where) else _before(row, where)
     pair = _join(row, before, where, fields, prompt_text)
-    return replace(pair, drop=TIED) if verdict == "tie" else pair
+    return replace(pair, drop=NO_VERDICT if unjudged else TIED) if verdict == "tie" else pair
 
 
 READERS: dict[str, Reader] = {
@@ -199,6 +203,27 @@ READERS: dict[str, Reader] = {
     "ranked": read_ranked,
     "judged": read_judged,
 }
+REPLIES = {"openai": ("preferred_output", "non_preferred_output"), "judged": ("response_a", "response_b")}
+
+
+def read_pair(name: str, row: Row, where: str) -> Pair:
+    """The pair of a row of this format. A reply that is null leaves the pair out, as an empty text does.
+
+    The rest of such a row is read, and has to be right, as if the other reply stood on both sides.
+    """
+    fields = REPLIES.get(name, ("chosen", "rejected"))
+    null = [field for field in fields if field in row and row[field] is None]
+    if not null:
+        return READERS[name](row, where)
+    other = next((row[field] for field in fields if row.get(field) is not None), "")
+    pair = READERS[name]({**row, **dict.fromkeys(fields, other)}, where)
+    better, worse = fields[::-1] if name == "judged" and row.get("better") == "b" else fields
+    return replace(
+        pair,
+        chosen="" if better in null else pair.chosen,
+        rejected="" if worse in null else pair.rejected,
+        drop=pair.drop or (EMPTY_CHOSEN if better in null else EMPTY_REJECTED),
+    )
 
 
 # --- what stands before the reply, and the reply
