@@ -5,6 +5,7 @@ The shapes are those of the sets' cards and of the loaders that read them; what 
 
 import csv
 import json
+import math
 import re
 import shlex
 from collections.abc import Callable, Mapping
@@ -1215,6 +1216,32 @@ def test_a_system_column_may_be_blank_at_first(blank: str | None, name: str) -> 
     )
 
 
+@pytest.mark.parametrize("best", [10, "10", " 10.0", "1e1"])
+def test_scores_may_be_texts(best: Any) -> None:
+    answers = [{"response": text, "rating": score} for text, score in (("a", "9"), ("b", best), ("c", "4.5"))]
+    for row in (
+        {"instruction": Q, "completions": answers},
+        {"prompt": Q, "completions": ["a", "b", "c"], "scores": ["9", best, "4.5"]},
+        {"prompt": Q, "completions": ["5", "7", "6"], "ratings": ["9", best, "4.5"]},  # the answers are numbers too
+    ):
+        (pair,) = read([row])
+        assert (pair.chosen, pair.rejected, pair.drop) in (("b", "c", None), ("7", "6", None))
+    error = refused([{"prompt": Q, "completions": ["5", "7"], "x": ["1", "2"]}],
+                    "data.column_map=scores=x", "data.column_map=ranks=x")  # fmt: skip
+    assert "nothing says which answer is the best" in error
+
+
+@pytest.mark.parametrize("none", ["N/A", "n/a", "", None, math.nan])
+def test_an_answer_that_nobody_scored_is_left_out(none: Any) -> None:
+    for scores, pair in (([none, 3, "2"], ("b", "c")), ([none, 3, None], None), ([none] * 3, None)):
+        answers = [{"response": text, "overall_score": score} for text, score in zip("abc", scores, strict=True)]
+        plain = {"prompt": Q, "completions": [*"abc"], "scores": scores}
+        rows = [{"prompt": Q, "completions": answers}, plain]
+        for row in rows:
+            found = detect([row | {"scores": [1, 2, 3]} if row is plain else row])[0].read(row, "x")
+            assert (found.drop or (found.chosen, found.rejected)) == (pair or TOO_FEW)
+
+
 def test_a_verdict_is_never_offered_as_a_reply() -> None:
     for row in (
         {"winner": "model_a", "x": [user("q"), bot("a")], "y": [user("q"), bot("b")]},
@@ -1307,7 +1334,11 @@ def test_a_faulty_row_is_named(form: str, row: dict[str, Any], place: str) -> No
         ("LLaMA-Factory's older alpaca, with history", {"output": ["a", "b", "c"]}, "field output: a list of 3"),
         ("LLaMA-Factory's older alpaca, with history", {"history": ["Hi"]}, "field history[0]: a text"),
         ("openbmb/UltraFeedback", {"completions": ["a"]}, "field ranks: missing"),
-        ("openbmb/UltraFeedback", {"completions": [{"response": "a", "overall_score": "9"}]}, "overall_score: a text"),
+        (
+            "openbmb/UltraFeedback",
+            {"completions": [{"response": "a", "overall_score": "nine"}]},
+            "overall_score: a text",
+        ),
         ("texts with scores", {"scores": [1.0]}, "field scores: a list"),
         ("texts with ranks", {"ranks": None}, "field ranks: null"),
         ("OpenAI preference fine-tuning", {"input": None}, "field input: null"),

@@ -1,6 +1,7 @@
 """Sets to pairs: what is read, what is left out and where it stood, several sets in one, and the split by prompt."""
 
 import json
+import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -282,6 +283,23 @@ def test_a_null_reply_is_an_empty_one(tmp_path: Path, row: dict[str, Any], sides
     with pytest.raises(DataError, match=r"pairs\.jsonl:10, field .*missing") as raised:
         read(path)
     assert ("pairs.jsonl:11, field prompt: " in message(raised)) == ("prompt" in row)
+
+
+def test_nan_is_a_fault_only_where_it_is_read(tmp_path: Path) -> None:
+    pairs, _ = read(write_jsonl(tmp_path / "pairs.jsonl", [EXPLICIT | {"loss": math.nan, "gain": [-math.inf]}] * 2))
+    assert len(pairs) == 2
+    write_jsonl(tmp_path / "pairs.jsonl", [*[EXPLICIT] * 2, EXPLICIT | {"chosen": math.nan}])
+    with pytest.raises(DataError, match=r"pairs\.jsonl:3, field chosen: NaN, which is not JSON") as raised:
+        read(tmp_path / "pairs.jsonl")
+    message(raised)
+    ranked = {"prompt": "q", "completions": ["a", "b", "c"], "scores": [1, 2, 3]}
+    rows = [ranked, ranked | {"scores": [1, math.inf, 3]}, ranked | {"scores": [math.nan, 2, 3]}]
+    (tmp_path / "ranked.json").write_text(json.dumps(rows), encoding="utf-8")
+    with pytest.raises(DataError, match=r"ranked\.json\[1\], field scores\[1\]: Infinity, which is not JSON") as raised:
+        read(tmp_path / "ranked.json")
+    assert "ranked.json[2], field scores[0]: NaN, which is not JSON" in message(raised)
+    datasets.Dataset.from_list([rows[0], rows[2]]).to_parquet(tmp_path / "ranked.parquet")
+    assert [(pair.chosen, pair.rejected) for pair in read(tmp_path / "ranked.parquet")[0]] == [("c", "a"), ("c", "b")]
 
 
 def test_a_null_verdict_leaves_the_pair_out(tmp_path: Path) -> None:

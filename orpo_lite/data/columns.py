@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn
 
-from orpo_lite.data.readers import ANSWER_KEYS, COLUMNS, Row, fault, is_dialogue, seen
+from orpo_lite.data.readers import ANSWER_KEYS, COLUMNS, Row, fault, is_dialogue, is_score, seen
 from orpo_lite.errors import DataError
 
 SOME = 0.1  # of the rows: too many to be chance
@@ -21,9 +21,11 @@ SOME = 0.1  # of the rows: too many to be chance
 
 Kind = Literal[
     "missing", "null", "text", "dialogue", "Python text of a list", "message", "messages", "turns", "completions",
-    "texts", "pairs of texts", "numbers", "number", "true or false", "request", "something else",
+    "texts", "numbers as texts", "pairs of texts", "numbers", "number", "true or false", "request", "something else",
 ]  # fmt: skip
 TEXTS: tuple[Kind, ...] = ("text", "dialogue")
+LISTED: tuple[Kind, ...] = ("texts", "numbers as texts")
+NUMBERS: tuple[Kind, ...] = ("numbers", "numbers as texts")
 CHAT: tuple[Kind, ...] = ("messages", "turns")  # lists that hold a conversation
 USABLE: tuple[Kind, ...] = (*TEXTS, "message", "messages")  # as chosen or rejected
 STRUCTURED: tuple[Kind, ...] = ("message", *CHAT, "completions", "request")  # a csv holds these as JSON
@@ -50,12 +52,12 @@ def kind_of(value: Any) -> Kind:
         case list(items) if all(isinstance(item, Mapping) for item in items):
             return _kind_of_list(items)
         case list(items) if all(isinstance(item, str) for item in items):
-            return "texts"
+            return "numbers as texts" if all(map(is_score, items)) else "texts"
         case list(items) if all(
             isinstance(item, list) and [type(text) for text in item] == [str, str] for item in items
         ):
             return "pairs of texts"
-        case list(items) if all(item is None or type(item) in (int, float) for item in items):
+        case list(items) if all(map(is_score, items)):
             return "numbers"
         case _:
             return "something else"
@@ -172,9 +174,9 @@ FITTING: dict[str, tuple[Kind, ...]] = {
     "conversation": CHAT,
     "history": (*CHAT, "pairs of texts", "null"),  # null: the first rows may be those without earlier turns
     "input": (*TEXTS, "request", "null"),
-    "completions": ("completions", "texts"),
-    "scores": ("numbers",),
-    "ranks": ("numbers",),
+    "completions": ("completions", *LISTED),
+    "scores": NUMBERS,
+    "ranks": NUMBERS,
 }
 OPENAI = ("input", "preferred_output", "non_preferred_output")  # the columns of OpenAI's own format
 KNOWN = {*COLUMNS, *OPENAI, *(alias for aliases in ALIASES.values() for alias in aliases)}
@@ -211,7 +213,8 @@ class Look:
     def values(self, *names: str) -> list[tuple[Any, ...]]:
         """What these columns hold, in the rows in which none is empty and each holds its column's kind."""
         columns = [self.column(name) for name in names]
-        fits = [TEXTS if self.kind(column) in TEXTS else (self.kind(column),) for column in columns]
+        groups = (TEXTS, LISTED)
+        fits = [next((g for g in groups if self.kind(c) in g), (self.kind(c),)) for c in columns]
         rows = [tuple(unpacked(row.get(column)) for column in columns) for row in self.rows]
         return [
             row for row in rows if all("null" != kind_of(value) in fit for value, fit in zip(row, fits, strict=True))

@@ -15,6 +15,8 @@ from orpo_lite.data.columns import (
     ALIASES,
     CHAT,
     KNOWN,
+    LISTED,
+    NUMBERS,
     OPENAI,
     SOME,
     TEXTS,
@@ -208,7 +210,7 @@ def _is_doubled(look: Look, prompt: str) -> bool:
 
 
 def _two_outputs(look: Look) -> Found:
-    if look.kind("chosen") != "missing" or look.kind("output") != "texts" or not look.find("prompt"):
+    if look.kind("chosen") != "missing" or look.kind("output") not in LISTED or not look.find("prompt"):
         return None
     if look.kind("instruction") == "missing" or look.share(lambda output: len(output) == 2, "output") < 1:
         return None
@@ -220,8 +222,8 @@ def _ranked(look: Look) -> Found:
     completions = None if look.kind("rejected") in USABLE else look.find("completions")
     if completions is None:
         return None
-    if look.kind(completions) == "texts":
-        if "numbers" not in look.kinds.values():
+    if look.kind(completions) in LISTED:
+        if not _numbers(look, completions):
             return None
         wanted = [name for name in ("scores", "ranks") if name in look.mapped] or ["scores", "ranks"]
         measures = [column for name in wanted if (column := look.find(name))]
@@ -237,6 +239,10 @@ def _ranked(look: Look) -> Found:
         reason = f"{shown(completions)} is a list of answers, each with its {measures[0]}"
     _find_before(look)
     return "ranked", reason
+
+
+def _numbers(look: Look, completions: str) -> list[str]:
+    return [column for column, kind in look.kinds.items() if kind in NUMBERS and column != completions]
 
 
 def _judged(look: Look) -> Found:
@@ -445,8 +451,8 @@ def _measures(look: Look, answers: tuple[str, str]) -> list[tuple[str, str]]:
 
 
 def _refuse_ranking(look: Look, completions: str, found: str, lines: Sequence[str] = ()) -> NoReturn:
-    numbers = [column for column, kind in look.kinds.items() if kind == "numbers"]
-    if not lines and look.kind(completions) == "texts":
+    numbers = _numbers(look, completions)
+    if not lines and look.kind(completions) in LISTED:
         lines = [f"{map_lines('scores', [column])} if the highest is the best" for column in numbers]
         lines += [f"{map_lines('ranks', [column])} if the lowest is the best" for column in numbers]
     expected = f"in each answer one of {', '.join(MEASURES)}; or texts with scores or ranks"

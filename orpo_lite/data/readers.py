@@ -48,6 +48,13 @@ NO_VERDICT = "no verdict on the two answers"
 TOO_FEW = "fewer than two ranked answers"
 
 
+class NotJson(float):
+    """NaN or Infinity in a JSON file, where Python writes them though JSON has no such word: no value where it is read.
+
+    Of a parquet file NaN is a plain float, for there it stands for a missing number.
+    """
+
+
 @dataclass(frozen=True, slots=True)
 class Pair:
     """Two replies to one conversation."""
@@ -492,7 +499,7 @@ def _ranked(row: Row, where: str) -> Iterator[tuple[float, str]]:
         if not isinstance(values, list) or len(values) != len(answers):
             raise fault(where, field, seen(row, field), f"a list of numbers, one for each of {len(answers)} answers")
         for i, value in enumerate(values):
-            if (number := _number(value, where, f"{field}[{i}]")) is not None:
+            if (number := _number(value, where, f"{field}[{i}]")) is not None and answers[i] is not None:
                 yield sign * number, _text({"": answers[i]}, "", where, f"completions[{i}]")
         return
     for i, answer in enumerate(answers):
@@ -507,13 +514,25 @@ def _ranked(row: Row, where: str) -> Iterator[tuple[float, str]]:
             yield MEASURES[measure] * number, _text(answer, key, where, f"completions[{i}].{key}")
 
 
+_NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\s*", re.ASCII | re.IGNORECASE)
+_UNSCORED = ("", "n/a", "na", "none", "null", "nan", "-")
+
+
+def is_score(value: Any) -> bool:
+    """A number, also as text, as which UltraFeedback has its ratings; or nothing, or "N/A": nobody scored it."""
+    if isinstance(value, str):
+        return bool(_NUMBER.fullmatch(value)) or value.strip().lower() in _UNSCORED
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
 def _number(value: Any, where: str, label: str) -> float | None:
-    """A score; None and nan are none."""
-    if value is None:
+    """A score; None, nan and "N/A" are none."""
+    if not is_score(value) or isinstance(value, NotJson):
+        raise fault(where, label, seen({"": value}, ""), 'a number; null or "N/A" for none')
+    if value is None or (isinstance(value, str) and not _NUMBER.fullmatch(value)):
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise fault(where, label, seen({"": value}, ""), "a number")
-    return None if math.isnan(value) else float(value)
+    number = float(value)
+    return None if math.isnan(number) else number
 
 
 # --- texts and faults
@@ -541,6 +560,8 @@ def seen(row: Row, field: str) -> str:
             return "null"
         case bool():
             return "true or false"
+        case NotJson() as value:
+            return f"{'NaN' if math.isnan(value) else 'Infinity'}, which is not JSON"
         case int() | float():
             return "a number"
         case str():
