@@ -1177,6 +1177,26 @@ def test_a_reply_that_is_json_is_a_text() -> None:
     assert [pair.chosen for pair in read(rows)] == ['{"role": "x", "content": "y"}', "[1, 2]", "[1, 2]"]
 
 
+@pytest.mark.parametrize("name", ["auto", "explicit"])
+@pytest.mark.parametrize("reply", ['[{"text": "%s"}]', '{"role": "user", "content": "%s"}', "[%s]"])
+def test_replies_that_are_all_json_are_texts_where_no_assistant_speaks_in_them(name: str, reply: str) -> None:
+    rows = [{"prompt": f"As JSON! {i}", "chosen": reply % i, "rejected": reply % -i} for i in range(1, 5)]
+    assert [(pair.chosen, pair.rejected) for pair in read(rows, name=name)] == [
+        (reply % i, reply % -i) for i in range(1, 5)
+    ]
+
+
+def test_replies_that_look_like_messages_are_texts_when_the_format_says_so() -> None:
+    reply = json.dumps([bot("Blue.")])
+    rows = [{"prompt": Q, "chosen": reply, "rejected": "Seven."}] * 3
+    (pair, *_) = read(rows, name="explicit")
+    assert (pair.chosen, pair.rejected) == (reply, "Seven.")
+    (pair, *_) = read(
+        [{"prompt": Q, "chosen": reply, "rejected": json.dumps([bot("Seven.")])}] * 3
+    )  # as a csv has them
+    assert (pair.chosen, pair.rejected) == ("Blue.", "Seven.")
+
+
 # --- the row that deviates
 
 

@@ -35,8 +35,9 @@ _LISTS = re.compile(
 )
 
 
-def kind_of(value: Any) -> Kind:
-    match unpacked(value):
+def kind_of(value: Any, *, literal: bool = False) -> Kind:
+    """``literal``: a text that holds JSON is a text all the same."""
+    match value if literal else unpacked(value):
         case None | []:
             return "null"
         case str(text) if not text.strip():
@@ -190,14 +191,27 @@ class Look:
     mapped: frozenset[str]  # by data.column_map: nothing else is a candidate for these
     plain: bool  # data.chat_template is none
     taken: dict[str, str] = field(default_factory=dict)
+    literal: set[str] = field(default_factory=set)  # columns whose texts are texts, also where they hold JSON
     verdict: Callable[[Any], str | None] | None = None  # what a judged set's better column says: a, b or tie
 
     def __post_init__(self) -> None:
         self.columns = list(dict.fromkeys(key for row in self.rows for key in row))
         self.kinds = {column: self._usual_kind(column) for column in self.columns}
+        for side in ("chosen", "rejected"):  # JSON in which nobody replies may well be the reply
+            if self.kind(side) not in ("missing", *USABLE) or (
+                self.kind(side) == "message" and self.share(asks, side) > 0.5
+            ):
+                self.take_literally(side)
+
+    def take_literally(self, *columns: str) -> None:
+        """From now on the texts in these columns are texts, also where they hold JSON."""
+        for column in {*map(self.column, columns)} & self.kinds.keys():
+            self.literal.add(column)
+            self.kinds[column] = self._usual_kind(column)
 
     def _usual_kind(self, column: str) -> Kind:
-        kinds = Counter(kind_of(row[column]) for row in self.rows if column in row)
+        literal = column in self.literal
+        kinds = Counter(kind_of(row[column], literal=literal) for row in self.rows if column in row)
         return next((kind for kind, _ in kinds.most_common() if kind != "null"), "null")
 
     def named(self, *names: str) -> list[str]:
@@ -215,9 +229,14 @@ class Look:
         columns = [self.column(name) for name in names]
         groups = (TEXTS, LISTED)
         fits = [next((g for g in groups if self.kind(c) in g), (self.kind(c),)) for c in columns]
-        rows = [tuple(unpacked(row.get(column)) for column in columns) for row in self.rows]
+        literal = [column in self.literal for column in columns]
         return [
-            row for row in rows if all("null" != kind_of(value) in fit for value, fit in zip(row, fits, strict=True))
+            tuple(value if said else unpacked(value) for value, said in zip(row, literal, strict=True))
+            for row in ([row.get(column) for column in columns] for row in self.rows)
+            if all(
+                "null" != kind_of(value, literal=said) in fit
+                for value, said, fit in zip(row, literal, fits, strict=True)
+            )
         ]
 
     def share(self, test: Callable[..., bool], *columns: str) -> float:

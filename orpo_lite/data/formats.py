@@ -100,6 +100,10 @@ def detect_format(
     else:
         because = SAID
         _find_columns(look, name)
+        if name in ("orca", "doubled", "alpaca") or (
+            name == "explicit" and look.kind(look.taken.get("prompt", "")) in TEXTS
+        ):
+            look.take_literally("chosen", "rejected")  # beside a text, these formats have replies that are texts
     for reply in _replies(look, name):
         look.find(reply)
     asked = look.taken.get("prompt") if name != "doubled" else None
