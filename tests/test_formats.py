@@ -1098,13 +1098,22 @@ def test_the_line_can_be_pasted_whatever_the_columns_names(names: tuple[str, str
     assert [pair.chosen for pair in read(rows, column_map)] == ["Blue."] * 2
 
 
+@pytest.mark.parametrize("speaks", [("role", "content"), ("from", "value")])
+def test_newer_names_of_roles_are_read(speaks: tuple[str, str]) -> None:
+    before = [dict(zip(speaks, turn, strict=True)) for turn in (("developer", "Be  brief."), ("user", Q))]
+    whole = [[*before, dict(zip(speaks, ("model", text), strict=True))] for text in ("Blue.", "Seven.")]
+    for prompt, (chosen, rejected) in ((None, whole), (before, [side[-1:] for side in whole])):
+        (pair,) = read([{"prompt": prompt, "chosen": chosen, "rejected": rejected}])
+        assert (pair.messages, pair.chosen, pair.rejected) == (BRIEF, "Blue.", "Seven.")
+
+
 def test_roles_that_nobody_has_here_are_named() -> None:
     turns = [said("human", Q), said("function_call", "f"), said("observation", "o")]
     row = {"conversations": turns, "chosen": said("gpt", "Blue."), "rejected": said("gpt", "Seven.")}
     with pytest.raises(DataError) as raised:
         detect([row] * 3)
     assert "conversations have roles that are not known: 'function_call', 'observation'" in raised.value.found
-    assert "system, user, assistant, human, gpt" in raised.value.expected
+    assert "system, user, assistant, developer, model, human, gpt" in raised.value.expected
     assert "COLUMN" not in raised.value.remedy
 
 
@@ -1312,6 +1321,11 @@ TEXTS = {"prompt": "Name a colour.", "chosen": "Blue.", "rejected": "Seven."}
         ("implicit", WHOLE | {"chosen": [user(Q), {"role": "assistant"}]}, "field chosen[1].content: missing"),
         ("implicit", WHOLE | {"chosen": [user(Q), {"role": "assistant", "content": None}]}, "chosen[1].content: "),
         ("implicit", WHOLE | {"chosen": [Q]}, "field chosen[0]: a text"),
+        (
+            "implicit",
+            WHOLE | {"chosen": [user(Q), {"role": "assistant", "content": None, "tool_calls": [{}]}]},
+            "field chosen[1].content: a tool call",
+        ),
         ("messages", WHOLE | {"rejected": []}, "field rejected: an empty list"),
         ("messages", {"chosen": [bot("a")], "rejected": [bot("b")]}, "field prompt: missing"),
         ("hh_rlhf", {"chosen": HH, "rejected": "Hello."}, "field rejected: there is no assistant turn"),

@@ -13,7 +13,7 @@ from typing import Any
 
 from orpo_lite.errors import DataError
 
-Message = dict[str, str]  # {"role": one of ROLES, "content": text}
+Message = dict[str, str]  # {"role": system, user or assistant, "content": text}
 Row = Mapping[str, Any]
 
 COLUMNS = (
@@ -31,12 +31,12 @@ COLUMNS = (
     "response_b",
     "better",
 )
-ROLES = ("system", "user", "assistant")
-SHAREGPT_ROLES = {
-    **{role: role for role in ROLES},
-    "human": "user",
-    **dict.fromkeys(("gpt", "chatgpt", "bot", "model"), "assistant"),
+ROLES = {  # what sets call a role -> what chat templates do
+    **{role: role for role in ("system", "user", "assistant")},
+    "developer": "system",  # OpenAI
+    "model": "assistant",  # Gemma
 }
+SHAREGPT_ROLES = {**ROLES, "human": "user", **dict.fromkeys(("gpt", "chatgpt", "bot"), "assistant")}
 ANSWER_KEYS = ("response", "answer", "completion", "generation", "output", "text")
 MEASURES = {"overall_score": 1, "score": 1, "rating": 1, "reward": 1, "rank": -1}  # -1: the lowest is the best
 
@@ -161,6 +161,8 @@ def read_sharegpt(row: Row, where: str) -> Pair:
     """ShareGPT's from and value: a conversation with two replies to it, or two whole conversations."""
     if row.get("conversation") is not None:
         return read_conversation(row, where)
+    if isinstance(row.get("prompt"), list):
+        return read_explicit(row, where)
     return read_implicit(row, where) if row.get("prompt") is None else read_messages(row, where)
 
 
@@ -381,7 +383,7 @@ def _messages(row: Row, field: str, where: str, label: str = "") -> list[Message
                 reply = _content(item, "output", where, f"{place}.output")
                 messages.append({"role": "assistant", "content": reply})
             continue
-        speaker, said, roles = ("role", "content", {role: role for role in ROLES})
+        speaker, said, roles = ("role", "content", ROLES)
         if item.get("role") is None and item.get("from") is not None:
             speaker, said, roles = ("from", "value", SHAREGPT_ROLES)
         role = item.get(speaker)
@@ -394,6 +396,9 @@ def _messages(row: Row, field: str, where: str, label: str = "") -> list[Message
 def _content(item: Row, field: str, where: str, label: str) -> str:
     """A message's text, which some sets hold in parts: [{"type": "text", "text": ...}]."""
     parts = item.get(field)
+    if parts is None and item.get("tool_calls"):
+        remedy = "leave out the rows that call tools, or write their calls and results as text"
+        raise fault(where, label, "a tool call", "text: tools are not read", remedy)
     if not isinstance(parts, list):
         return _text(item, field, where, label)
     for i, part in enumerate(parts):
