@@ -5,6 +5,7 @@ The shapes are those of the sets' cards and of the loaders that read them; what 
 
 import csv
 import json
+import math
 import re
 import shlex
 from collections.abc import Callable, Mapping
@@ -688,7 +689,7 @@ def test_columns_are_named_by_what_they_are_read_as() -> None:
     whole = SHAPES["HuggingFaceH4/ultrafeedback_binarized"].rows
     assert detect(whole)[0].columns == {"chosen": "chosen", "rejected": "rejected"}
     pairs = SHAPES["LLaMA-Factory's older alpaca, with history"].rows
-    assert set(detect(pairs)[0].columns) == {"prompt", "output", "history"}  # input is blank
+    assert set(detect(pairs)[0].columns) == {"prompt", "output", "history", "input"}  # blank so far, and read
 
 
 @pytest.mark.parametrize("spell", [str.capitalize, str.upper, " {} ".format])
@@ -739,10 +740,11 @@ def test_nothing_stands_twice_and_nothing_is_lost(row: dict[str, Any], turns: Tu
         assert (pair.messages, pair.chosen, pair.rejected, pair.drop) == (turns, "Blue.", "Seven.", None)
 
 
-def test_the_first_rows_may_have_no_earlier_turns() -> None:
-    row = {"prompt": Q, "history": [], **BLUE_SEVEN}
+@pytest.mark.parametrize("blank", [None, []])
+def test_the_first_rows_may_have_no_earlier_turns(blank: Any) -> None:
+    row = {"prompt": Q, "history": blank, **BLUE_SEVEN}
     detected, _ = detect([row] * 3)
-    assert "history" not in detected.columns
+    assert detected.columns["history"] == "history"  # it is read
     assert detected.read(row | {"history": [["Hi", "Hello."]]}, "x").messages == TALK
 
 
@@ -1096,13 +1098,22 @@ def test_the_line_can_be_pasted_whatever_the_columns_names(names: tuple[str, str
     assert [pair.chosen for pair in read(rows, column_map)] == ["Blue."] * 2
 
 
+@pytest.mark.parametrize("speaks", [("role", "content"), ("from", "value")])
+def test_newer_names_of_roles_are_read(speaks: tuple[str, str]) -> None:
+    before = [dict(zip(speaks, turn, strict=True)) for turn in (("developer", "Be  brief."), ("user", Q))]
+    whole = [[*before, dict(zip(speaks, ("model", text), strict=True))] for text in ("Blue.", "Seven.")]
+    for prompt, (chosen, rejected) in ((None, whole), (before, [side[-1:] for side in whole])):
+        (pair,) = read([{"prompt": prompt, "chosen": chosen, "rejected": rejected}])
+        assert (pair.messages, pair.chosen, pair.rejected) == (BRIEF, "Blue.", "Seven.")
+
+
 def test_roles_that_nobody_has_here_are_named() -> None:
     turns = [said("human", Q), said("function_call", "f"), said("observation", "o")]
     row = {"conversations": turns, "chosen": said("gpt", "Blue."), "rejected": said("gpt", "Seven.")}
     with pytest.raises(DataError) as raised:
         detect([row] * 3)
     assert "conversations have roles that are not known: 'function_call', 'observation'" in raised.value.found
-    assert "system, user, assistant, human, gpt" in raised.value.expected
+    assert "system, user, assistant, developer, model, human, gpt" in raised.value.expected
     assert "COLUMN" not in raised.value.remedy
 
 
@@ -1175,6 +1186,26 @@ def test_a_reply_that_is_json_is_a_text() -> None:
     assert [pair.chosen for pair in read(rows)] == ['{"role": "x", "content": "y"}', "[1, 2]", "[1, 2]"]
 
 
+@pytest.mark.parametrize("name", ["auto", "explicit"])
+@pytest.mark.parametrize("reply", ['[{"text": "%s"}]', '{"role": "user", "content": "%s"}', "[%s]"])
+def test_replies_that_are_all_json_are_texts_where_no_assistant_speaks_in_them(name: str, reply: str) -> None:
+    rows = [{"prompt": f"As JSON! {i}", "chosen": reply % i, "rejected": reply % -i} for i in range(1, 5)]
+    assert [(pair.chosen, pair.rejected) for pair in read(rows, name=name)] == [
+        (reply % i, reply % -i) for i in range(1, 5)
+    ]
+
+
+def test_replies_that_look_like_messages_are_texts_when_the_format_says_so() -> None:
+    reply = json.dumps([bot("Blue.")])
+    rows = [{"prompt": Q, "chosen": reply, "rejected": "Seven."}] * 3
+    (pair, *_) = read(rows, name="explicit")
+    assert (pair.chosen, pair.rejected) == (reply, "Seven.")
+    (pair, *_) = read(
+        [{"prompt": Q, "chosen": reply, "rejected": json.dumps([bot("Seven.")])}] * 3
+    )  # as a csv has them
+    assert (pair.chosen, pair.rejected) == ("Blue.", "Seven.")
+
+
 # --- the row that deviates
 
 
@@ -1206,11 +1237,38 @@ def test_a_system_column_may_be_blank_at_first(blank: str | None, name: str) -> 
     detected = detect_format([{name: blank} | row] * 100)
     assert detected.name == "explicit"
     assert "system" not in detected.because
+    assert detected.columns["system"] == name  # it is read
     assert detected.read({name: blank} | row, "x:1").messages == (user("Q?"),)
     assert detected.read({name: "Be brief."} | row, "x:101").messages == (
         {"role": "system", "content": "Be brief."},
         user("Q?"),
     )
+
+
+@pytest.mark.parametrize("best", [10, "10", " 10.0", "1e1"])
+def test_scores_may_be_texts(best: Any) -> None:
+    answers = [{"response": text, "rating": score} for text, score in (("a", "9"), ("b", best), ("c", "4.5"))]
+    for row in (
+        {"instruction": Q, "completions": answers},
+        {"prompt": Q, "completions": ["a", "b", "c"], "scores": ["9", best, "4.5"]},
+        {"prompt": Q, "completions": ["5", "7", "6"], "ratings": ["9", best, "4.5"]},  # the answers are numbers too
+    ):
+        (pair,) = read([row])
+        assert (pair.chosen, pair.rejected, pair.drop) in (("b", "c", None), ("7", "6", None))
+    error = refused([{"prompt": Q, "completions": ["5", "7"], "x": ["1", "2"]}],
+                    "data.column_map=scores=x", "data.column_map=ranks=x")  # fmt: skip
+    assert "nothing says which answer is the best" in error
+
+
+@pytest.mark.parametrize("none", ["N/A", "n/a", "", None, math.nan])
+def test_an_answer_that_nobody_scored_is_left_out(none: Any) -> None:
+    for scores, pair in (([none, 3, "2"], ("b", "c")), ([none, 3, None], None), ([none] * 3, None)):
+        answers = [{"response": text, "overall_score": score} for text, score in zip("abc", scores, strict=True)]
+        plain = {"prompt": Q, "completions": [*"abc"], "scores": scores}
+        rows = [{"prompt": Q, "completions": answers}, plain]
+        for row in rows:
+            found = detect([row | {"scores": [1, 2, 3]} if row is plain else row])[0].read(row, "x")
+            assert (found.drop or (found.chosen, found.rejected)) == (pair or TOO_FEW)
 
 
 def test_a_verdict_is_never_offered_as_a_reply() -> None:
@@ -1263,6 +1321,11 @@ TEXTS = {"prompt": "Name a colour.", "chosen": "Blue.", "rejected": "Seven."}
         ("implicit", WHOLE | {"chosen": [user(Q), {"role": "assistant"}]}, "field chosen[1].content: missing"),
         ("implicit", WHOLE | {"chosen": [user(Q), {"role": "assistant", "content": None}]}, "chosen[1].content: "),
         ("implicit", WHOLE | {"chosen": [Q]}, "field chosen[0]: a text"),
+        (
+            "implicit",
+            WHOLE | {"chosen": [user(Q), {"role": "assistant", "content": None, "tool_calls": [{}]}]},
+            "field chosen[1].content: a tool call",
+        ),
         ("messages", WHOLE | {"rejected": []}, "field rejected: an empty list"),
         ("messages", {"chosen": [bot("a")], "rejected": [bot("b")]}, "field prompt: missing"),
         ("hh_rlhf", {"chosen": HH, "rejected": "Hello."}, "field rejected: there is no assistant turn"),
@@ -1305,13 +1368,17 @@ def test_a_faulty_row_is_named(form: str, row: dict[str, Any], place: str) -> No
         ("LLaMA-Factory's older alpaca, with history", {"output": ["a", "b", "c"]}, "field output: a list of 3"),
         ("LLaMA-Factory's older alpaca, with history", {"history": ["Hi"]}, "field history[0]: a text"),
         ("openbmb/UltraFeedback", {"completions": ["a"]}, "field ranks: missing"),
-        ("openbmb/UltraFeedback", {"completions": [{"response": "a", "overall_score": "9"}]}, "overall_score: a text"),
+        (
+            "openbmb/UltraFeedback",
+            {"completions": [{"response": "a", "overall_score": "nine"}]},
+            "overall_score: a text",
+        ),
         ("texts with scores", {"scores": [1.0]}, "field scores: a list"),
         ("texts with ranks", {"ranks": None}, "field ranks: null"),
         ("OpenAI preference fine-tuning", {"input": None}, "field input: null"),
-        ("OpenAI preference fine-tuning", {"preferred_output": None}, "field preferred_output: null"),
+        ("OpenAI preference fine-tuning", {"preferred_output": 1}, "field preferred_output: a number"),
         ("lmsys/chatbot_arena_conversations", {"winner": "a third"}, "field winner: a text"),
-        ("stanfordnlp/SHP", {"labels": None}, "field labels: null"),
+        ("stanfordnlp/SHP", {"labels": 3}, "field labels: a number"),
         (
             "hh-rlhf with the dialogue in prompt",
             {"prompt": f"{HH} Blue."},

@@ -1,6 +1,7 @@
 """Sets to pairs: what is read, what is left out and where it stood, several sets in one, and the split by prompt."""
 
 import json
+import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,9 +15,7 @@ from hypothesis import strategies as st
 from orpo_lite.data import pairs as data_pairs
 from orpo_lite.data.formats import PROMPTS_DIFFER, Pair
 from orpo_lite.data.pairs import (
-    EMPTY_CHOSEN,
     EMPTY_PROMPT,
-    EMPTY_REJECTED,
     EQUAL,
     PLACES,
     SAID_TWICE,
@@ -26,8 +25,10 @@ from orpo_lite.data.pairs import (
     prompt_key,
     training_sources,
 )
-from orpo_lite.data.rows import Source
+from orpo_lite.data.readers import EMPTY_CHOSEN, EMPTY_REJECTED, NO_VERDICT
+from orpo_lite.data.rows import HubSource, Source, tell_apart
 from orpo_lite.errors import SHOWN, DataError, HubError, OrpoLiteError
+from orpo_lite.prepare import find_sources
 from orpo_lite.recipe import DataSection
 
 EXPLICIT = {"prompt": "Name a colour.", "chosen": "Blue.", "rejected": "Seven."}
@@ -256,6 +257,61 @@ def test_what_was_read_and_what_was_not_is_said(tmp_path: Path) -> None:
     assert columns["not_read"] == ["model", "id"]
 
 
+@pytest.mark.parametrize(
+    ("row", "sides"),
+    [
+        (EXPLICIT, ("chosen", "rejected")),
+        (HH, ("chosen", "rejected")),
+        ({"chosen": "The sky is blue", "rejected": "The sky is black"}, ("chosen", "rejected")),
+        (LISTS, ("chosen", "rejected")),
+        ({"prompt": "q", "chosen": [bot("a")], "rejected": [bot("b")]}, ("chosen", "rejected")),
+        ({"prompt": [user("q")], "chosen": "a", "rejected": "b"}, ("chosen", "rejected")),
+        ({"prompt": "q", "chosen": "q a", "rejected": "q b"}, ("chosen", "rejected")),
+        ({"prompt": "q", "response_1": "b", "response_2": "a", "winner": "2"}, ("response_2", "response_1")),
+    ],
+)
+def test_a_null_reply_is_an_empty_one(tmp_path: Path, row: dict[str, Any], sides: tuple[str, str]) -> None:
+    one, other = (row | {side: None} for side in sides)
+    path = write_jsonl(tmp_path / "pairs.jsonl", [*[row] * 9, one, other])
+    pairs, reader = read(path)
+    assert len(pairs) == 9
+    assert reader.drops.places == {EMPTY_CHOSEN: ["pairs.jsonl:10"], EMPTY_REJECTED: ["pairs.jsonl:11"]}
+    assert reader.find("pairs.jsonl:10")[0].chosen == ""
+    # A key that is not there is no null, and a prompt has to be right whatever the replies are.
+    del one[sides[0]]
+    write_jsonl(path, [*[row] * 9, one, *([other | {"prompt": None}] if "prompt" in row else [])])
+    with pytest.raises(DataError, match=r"pairs\.jsonl:10, field .*missing") as raised:
+        read(path)
+    assert ("pairs.jsonl:11, field prompt: " in message(raised)) == ("prompt" in row)
+
+
+def test_nan_is_a_fault_only_where_it_is_read(tmp_path: Path) -> None:
+    pairs, _ = read(write_jsonl(tmp_path / "pairs.jsonl", [EXPLICIT | {"loss": math.nan, "gain": [-math.inf]}] * 2))
+    assert len(pairs) == 2
+    write_jsonl(tmp_path / "pairs.jsonl", [*[EXPLICIT] * 2, EXPLICIT | {"chosen": math.nan}])
+    with pytest.raises(DataError, match=r"pairs\.jsonl:3, field chosen: NaN, which is not JSON") as raised:
+        read(tmp_path / "pairs.jsonl")
+    message(raised)
+    ranked = {"prompt": "q", "completions": ["a", "b", "c"], "scores": [1, 2, 3]}
+    rows = [ranked, ranked | {"scores": [1, math.inf, 3]}, ranked | {"scores": [math.nan, 2, 3]}]
+    (tmp_path / "ranked.json").write_text(json.dumps(rows), encoding="utf-8")
+    with pytest.raises(DataError, match=r"ranked\.json\[1\], field scores\[1\]: Infinity, which is not JSON") as raised:
+        read(tmp_path / "ranked.json")
+    assert "ranked.json[2], field scores[0]: NaN, which is not JSON" in message(raised)
+    datasets.Dataset.from_list([rows[0], rows[2]]).to_parquet(tmp_path / "ranked.parquet")
+    assert [(pair.chosen, pair.rejected) for pair in read(tmp_path / "ranked.parquet")[0]] == [("c", "a"), ("c", "b")]
+
+
+def test_a_null_verdict_leaves_the_pair_out(tmp_path: Path) -> None:
+    row = {"prompt": "q", "response_a": "a", "response_b": "b", "winner": "a"}
+    rows = [*[row] * 9, row | {"winner": None}, row | {"winner": ""}]
+    pairs, reader = read(write_jsonl(tmp_path / "pairs.jsonl", rows))
+    assert (len(pairs), reader.drops.counts) == (9, {NO_VERDICT: 2})
+    write_jsonl(tmp_path / "pairs.jsonl", [*rows, row | {"winner": "neither"}])
+    with pytest.raises(DataError, match=r"pairs\.jsonl:12, field winner"):
+        read(tmp_path / "pairs.jsonl")
+
+
 def test_the_first_places_of_a_reason_are_kept(tmp_path: Path) -> None:
     rows = [EXPLICIT | {"chosen": "" if i % 2 else "a"} for i in range(2 * PLACES + 5)]
     _, reader = read(write_jsonl(tmp_path / "pairs.jsonl", rows))
@@ -345,6 +401,33 @@ def test_a_row_is_found_by_its_place(tmp_path: Path) -> None:
         with pytest.raises(DataError, match="no such row in ") as raised:
             find(nowhere)
         assert "b.jsonl" in message(raised)
+
+
+def test_two_sets_of_one_file_name_are_told_apart(tmp_path: Path) -> None:
+    for folder, count in (("en", 2), ("de", 4)):
+        (tmp_path / folder).mkdir()
+        write_jsonl(tmp_path / folder / "p.jsonl", [EXPLICIT | {"chosen": folder}] * count)
+    names = [str(tmp_path / folder / "p.jsonl") for folder in ("en", "de")]
+    data = section(dataset_name=names)
+    sources = tell_apart(training_sources(data))
+    assert [pair.where for pair in PairReader(data, sources)][1:4] == ["en/p.jsonl:2", "de/p.jsonl:1", "de/p.jsonl:2"]
+    assert PairReader(data, sources).find("de/p.jsonl:2")[0].chosen == "de"
+    assert PairReader(data, sources).find(f"{names[1]}:2")[0].chosen == "de"
+    with pytest.raises(DataError, match=r"--row en/p\.jsonl:1 or --row de/p\.jsonl:1"):
+        PairReader(data, sources).find("p.jsonl:1")
+    assert [source.fingerprint() for source in sources] != [source.fingerprint() for source in training_sources(data)]
+    # The held-out side is one more; a file that stands in both is one file, and keeps its name.
+    train, test = find_sources(section(dataset_name=names[0], dataset_test_split=names[1]))
+    assert [where for where, _ in (*train[0].rows([]), *test[0].rows([]))][2] == "de/p.jsonl:1"
+    train, test = find_sources(section(dataset_name=names[0], dataset_test_split=names[0]))
+    assert next(iter(test[0].rows([])))[0] == "p.jsonl:1"
+
+
+def test_two_hub_sets_of_one_split_are_told_apart() -> None:
+    table = datasets.Dataset.from_list([EXPLICIT])
+    sources = [HubSource(name, "", "train", table) for name in ("a/x", "b/x")]
+    assert [where for source in tell_apart(sources) for where, _ in source.rows([])] == ["a/x/train[0]", "b/x/train[0]"]
+    assert [where for where, _ in tell_apart(sources[:1])[0].rows([])] == ["train[0]"]
 
 
 def test_another_rows_fault_is_not_taken_for_that_of_the_place(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn
 
-from orpo_lite.data.readers import ANSWER_KEYS, COLUMNS, Row, fault, is_dialogue, seen
+from orpo_lite.data.readers import ANSWER_KEYS, COLUMNS, Row, fault, is_dialogue, is_score, seen
 from orpo_lite.errors import DataError
 
 SOME = 0.1  # of the rows: too many to be chance
@@ -21,9 +21,11 @@ SOME = 0.1  # of the rows: too many to be chance
 
 Kind = Literal[
     "missing", "null", "text", "dialogue", "Python text of a list", "message", "messages", "turns", "completions",
-    "texts", "pairs of texts", "numbers", "number", "true or false", "request", "something else",
+    "texts", "numbers as texts", "pairs of texts", "numbers", "number", "true or false", "request", "something else",
 ]  # fmt: skip
 TEXTS: tuple[Kind, ...] = ("text", "dialogue")
+LISTED: tuple[Kind, ...] = ("texts", "numbers as texts")
+NUMBERS: tuple[Kind, ...] = ("numbers", "numbers as texts")
 CHAT: tuple[Kind, ...] = ("messages", "turns")  # lists that hold a conversation
 USABLE: tuple[Kind, ...] = (*TEXTS, "message", "messages")  # as chosen or rejected
 STRUCTURED: tuple[Kind, ...] = ("message", *CHAT, "completions", "request")  # a csv holds these as JSON
@@ -33,8 +35,9 @@ _LISTS = re.compile(
 )
 
 
-def kind_of(value: Any) -> Kind:
-    match unpacked(value):
+def kind_of(value: Any, *, literal: bool = False) -> Kind:
+    """``literal``: a text that holds JSON is a text all the same."""
+    match value if literal else unpacked(value):
         case None | []:
             return "null"
         case str(text) if not text.strip():
@@ -50,12 +53,12 @@ def kind_of(value: Any) -> Kind:
         case list(items) if all(isinstance(item, Mapping) for item in items):
             return _kind_of_list(items)
         case list(items) if all(isinstance(item, str) for item in items):
-            return "texts"
+            return "numbers as texts" if all(map(is_score, items)) else "texts"
         case list(items) if all(
             isinstance(item, list) and [type(text) for text in item] == [str, str] for item in items
         ):
             return "pairs of texts"
-        case list(items) if all(item is None or type(item) in (int, float) for item in items):
+        case list(items) if all(map(is_score, items)):
             return "numbers"
         case _:
             return "something else"
@@ -172,9 +175,9 @@ FITTING: dict[str, tuple[Kind, ...]] = {
     "conversation": CHAT,
     "history": (*CHAT, "pairs of texts", "null"),  # null: the first rows may be those without earlier turns
     "input": (*TEXTS, "request", "null"),
-    "completions": ("completions", "texts"),
-    "scores": ("numbers",),
-    "ranks": ("numbers",),
+    "completions": ("completions", *LISTED),
+    "scores": NUMBERS,
+    "ranks": NUMBERS,
 }
 OPENAI = ("input", "preferred_output", "non_preferred_output")  # the columns of OpenAI's own format
 KNOWN = {*COLUMNS, *OPENAI, *(alias for aliases in ALIASES.values() for alias in aliases)}
@@ -188,14 +191,27 @@ class Look:
     mapped: frozenset[str]  # by data.column_map: nothing else is a candidate for these
     plain: bool  # data.chat_template is none
     taken: dict[str, str] = field(default_factory=dict)
+    literal: set[str] = field(default_factory=set)  # columns whose texts are texts, also where they hold JSON
     verdict: Callable[[Any], str | None] | None = None  # what a judged set's better column says: a, b or tie
 
     def __post_init__(self) -> None:
         self.columns = list(dict.fromkeys(key for row in self.rows for key in row))
         self.kinds = {column: self._usual_kind(column) for column in self.columns}
+        for side in ("chosen", "rejected"):  # JSON in which nobody replies may well be the reply
+            if self.kind(side) not in ("missing", *USABLE) or (
+                self.kind(side) == "message" and self.share(asks, side) > 0.5
+            ):
+                self.take_literally(side)
+
+    def take_literally(self, *columns: str) -> None:
+        """From now on the texts in these columns are texts, also where they hold JSON."""
+        for column in {*map(self.column, columns)} & self.kinds.keys():
+            self.literal.add(column)
+            self.kinds[column] = self._usual_kind(column)
 
     def _usual_kind(self, column: str) -> Kind:
-        kinds = Counter(kind_of(row[column]) for row in self.rows if column in row)
+        literal = column in self.literal
+        kinds = Counter(kind_of(row[column], literal=literal) for row in self.rows if column in row)
         return next((kind for kind, _ in kinds.most_common() if kind != "null"), "null")
 
     def named(self, *names: str) -> list[str]:
@@ -211,10 +227,16 @@ class Look:
     def values(self, *names: str) -> list[tuple[Any, ...]]:
         """What these columns hold, in the rows in which none is empty and each holds its column's kind."""
         columns = [self.column(name) for name in names]
-        fits = [TEXTS if self.kind(column) in TEXTS else (self.kind(column),) for column in columns]
-        rows = [tuple(unpacked(row.get(column)) for column in columns) for row in self.rows]
+        groups = (TEXTS, LISTED)
+        fits = [next((g for g in groups if self.kind(c) in g), (self.kind(c),)) for c in columns]
+        literal = [column in self.literal for column in columns]
         return [
-            row for row in rows if all("null" != kind_of(value) in fit for value, fit in zip(row, fits, strict=True))
+            tuple(value if said else unpacked(value) for value, said in zip(row, literal, strict=True))
+            for row in ([row.get(column) for column in columns] for row in self.rows)
+            if all(
+                "null" != kind_of(value, literal=said) in fit
+                for value, said, fit in zip(row, literal, fits, strict=True)
+            )
         ]
 
     def share(self, test: Callable[..., bool], *columns: str) -> float:
@@ -284,7 +306,7 @@ class Look:
                     raise fault(where, shown(self.taken.get(key, key)), "a text", f"{kind}, as in most rows")
         if self.verdict and "better" in out:
             verdict = self.verdict(out["better"])
-            if verdict is None:
+            if verdict is None and kind_of(out["better"]) != "null":
                 raise fault(where, shown(self.taken["better"]), seen(out, "better"), "one of the two answers, or a tie")
             out["better"] = verdict
         return out

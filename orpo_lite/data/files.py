@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, dropwhile, islice
 from pathlib import Path
-from typing import IO, Any, NoReturn, cast
+from typing import IO, Any, cast
 
+from orpo_lite.data.readers import NotJson
 from orpo_lite.errors import DataError
 
 Place = tuple[str, Mapping[str, Any]]  # where a row stands, and the row
@@ -208,11 +209,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return row
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant)
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=NotJson)  # a fault only where it is read
 
 
 def _json_fault(error: ValueError | RecursionError, where: str) -> DataError:

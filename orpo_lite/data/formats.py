@@ -15,6 +15,8 @@ from orpo_lite.data.columns import (
     ALIASES,
     CHAT,
     KNOWN,
+    LISTED,
+    NUMBERS,
     OPENAI,
     SOME,
     TEXTS,
@@ -47,6 +49,7 @@ from orpo_lite.data.readers import (
     Row,
     begins_with,
     behind,
+    read_pair,
     shared_start,
     shared_words,
 )
@@ -97,6 +100,10 @@ def detect_format(
     else:
         because = SAID
         _find_columns(look, name)
+        if name in ("orca", "doubled", "alpaca") or (
+            name == "explicit" and look.kind(look.taken.get("prompt", "")) in TEXTS
+        ):
+            look.take_literally("chosen", "rejected")  # beside a text, these formats have replies that are texts
     for reply in _replies(look, name):
         look.find(reply)
     asked = look.taken.get("prompt") if name != "doubled" else None
@@ -110,8 +117,8 @@ def detect_format(
         _refuse_unread(look)
     if system and look.kind(system) != "null" and name != "orca":
         because += f"; {shown(system)} goes in front as a system turn where the conversation has none"
-    columns = {canonical: column for canonical, column in look.taken.items() if look.kind(column) != "null"}
-    return Detected(name, because, lambda row, where: READERS[name](look.renamed(row, where), where), columns)
+    # Those that are blank in the first rows as well: later rows may hold something, and it is read.
+    return Detected(name, because, lambda row, where: read_pair(name, look.renamed(row, where), where), {**look.taken})
 
 
 # --- the clauses: each says its format's name and the reason, or None; the first that fits is taken
@@ -207,7 +214,7 @@ def _is_doubled(look: Look, prompt: str) -> bool:
 
 
 def _two_outputs(look: Look) -> Found:
-    if look.kind("chosen") != "missing" or look.kind("output") != "texts" or not look.find("prompt"):
+    if look.kind("chosen") != "missing" or look.kind("output") not in LISTED or not look.find("prompt"):
         return None
     if look.kind("instruction") == "missing" or look.share(lambda output: len(output) == 2, "output") < 1:
         return None
@@ -219,8 +226,8 @@ def _ranked(look: Look) -> Found:
     completions = None if look.kind("rejected") in USABLE else look.find("completions")
     if completions is None:
         return None
-    if look.kind(completions) == "texts":
-        if "numbers" not in look.kinds.values():
+    if look.kind(completions) in LISTED:
+        if not _numbers(look, completions):
             return None
         wanted = [name for name in ("scores", "ranks") if name in look.mapped] or ["scores", "ranks"]
         measures = [column for name in wanted if (column := look.find(name))]
@@ -236,6 +243,10 @@ def _ranked(look: Look) -> Found:
         reason = f"{shown(completions)} is a list of answers, each with its {measures[0]}"
     _find_before(look)
     return "ranked", reason
+
+
+def _numbers(look: Look, completions: str) -> list[str]:
+    return [column for column, kind in look.kinds.items() if kind in NUMBERS and column != completions]
 
 
 def _judged(look: Look) -> Found:
@@ -444,8 +455,8 @@ def _measures(look: Look, answers: tuple[str, str]) -> list[tuple[str, str]]:
 
 
 def _refuse_ranking(look: Look, completions: str, found: str, lines: Sequence[str] = ()) -> NoReturn:
-    numbers = [column for column, kind in look.kinds.items() if kind == "numbers"]
-    if not lines and look.kind(completions) == "texts":
+    numbers = _numbers(look, completions)
+    if not lines and look.kind(completions) in LISTED:
         lines = [f"{map_lines('scores', [column])} if the highest is the best" for column in numbers]
         lines += [f"{map_lines('ranks', [column])} if the lowest is the best" for column in numbers]
     expected = f"in each answer one of {', '.join(MEASURES)}; or texts with scores or ranks"

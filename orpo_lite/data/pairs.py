@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, chain, islice, pairwise
@@ -15,16 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from orpo_lite.data.formats import COLUMNS, Detected, Pair, Row, detect_format
+from orpo_lite.data.readers import EMPTY_CHOSEN, EMPTY_REJECTED
 from orpo_lite.data.rows import Source, find_source, is_path
 from orpo_lite.errors import DataError, raise_all
 
 if TYPE_CHECKING:
     from orpo_lite.recipe import DataSection
 
-# Reasons to leave a pair out (formats.PROMPTS_DIFFER is one more): the paper's, Appendix C.
+# Reasons to leave a pair out, besides those of readers.py; the paper's, Appendix C, are this and the empty replies.
 EQUAL = "chosen and rejected are equal"
-EMPTY_CHOSEN = "empty chosen"
-EMPTY_REJECTED = "empty rejected"
 # And ours: such a prompt asks for nothing, or was put together wrongly.
 EMPTY_PROMPT = "empty prompt"
 SAID_TWICE = "the same turn twice in a row"
@@ -103,13 +103,17 @@ class PairReader:
     def find(self, place: str) -> tuple[Pair, str | None]:
         """The pair at a place, and why it would be left out, if it would. Raises DataError."""
         faults: list[DataError] = []
+        meant: list[str] = []  # when the place lacks the folder that tells its file from another
         for source in self.sources:
             for pair in self._pairs(source, faults):
-                if pair.where == place or place.endswith(f"/{pair.where}"):
+                if _is_at(place, pair.where):
                     return pair, pair.drop or _drop_reason(pair)
-        raise_all([fault for fault in faults if fault.where.partition(", field ")[0] == place])
+                if _is_at(pair.where, place):
+                    meant.append(f"--row {shlex.quote(pair.where)}")
+        raise_all([fault for fault in faults if _is_at(place, fault.where.partition(", field ")[0])])
         names = ", ".join(source.name for source in self.sources)
-        raise DataError(place, f"no such row in {names}", "a place as messages name it", "pairs.csv:3, or train[11]")
+        remedy = " or ".join(meant) or "--row pairs.csv:3, or --row 'train[11]'"
+        raise DataError(place, f"no such row in {names}", "a place as messages name it", remedy)
 
     def _pairs(self, source: Source, faults: list[DataError]) -> Iterator[Pair]:
         """The pairs of one set, before any is left out."""
@@ -146,6 +150,11 @@ class PairReader:
     def _detect(self, rows: Sequence[Row], mapped: Iterable[str]) -> Detected:
         plain = self.data.chat_template == "none"
         return detect_format(rows, name=self.data.format, mapped=mapped, plain=plain)
+
+
+def _is_at(place: str, where: str) -> bool:
+    """Whether a person who writes ``place``, perhaps with the folders that lead to it, means the row at ``where``."""
+    return place == where or place.endswith(f"/{where}")
 
 
 def training_sources(data: DataSection) -> list[Source]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from orpo_lite.errors import DataError
 
-Message = dict[str, str]  # {"role": one of ROLES, "content": text}
+Message = dict[str, str]  # {"role": system, user or assistant, "content": text}
 Row = Mapping[str, Any]
 
 COLUMNS = (
@@ -31,18 +31,28 @@ COLUMNS = (
     "response_b",
     "better",
 )
-ROLES = ("system", "user", "assistant")
-SHAREGPT_ROLES = {
-    **{role: role for role in ROLES},
-    "human": "user",
-    **dict.fromkeys(("gpt", "chatgpt", "bot", "model"), "assistant"),
+ROLES = {  # what sets call a role -> what chat templates do
+    **{role: role for role in ("system", "user", "assistant")},
+    "developer": "system",  # OpenAI
+    "model": "assistant",  # Gemma
 }
+SHAREGPT_ROLES = {**ROLES, "human": "user", **dict.fromkeys(("gpt", "chatgpt", "bot"), "assistant")}
 ANSWER_KEYS = ("response", "answer", "completion", "generation", "output", "text")
 MEASURES = {"overall_score": 1, "score": 1, "rating": 1, "reward": 1, "rank": -1}  # -1: the lowest is the best
 
+EMPTY_CHOSEN = "empty chosen"
+EMPTY_REJECTED = "empty rejected"
 PROMPTS_DIFFER = "prompts of chosen and rejected differ"
 TIED = "no answer is better than another"
+NO_VERDICT = "no verdict on the two answers"
 TOO_FEW = "fewer than two ranked answers"
+
+
+class NotJson(float):
+    """NaN or Infinity in a JSON file, where Python writes them though JSON has no such word: no value where it is read.
+
+    Of a parquet file NaN is a plain float, for there it stands for a missing number.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +148,7 @@ def read_alpaca(row: Row, where: str) -> Pair:
     if row.get("chosen") is None and isinstance(output := row.get("output"), list):
         if len(output) != 2:
             raise fault(where, "output", f"a list of {len(output)}", "a list of two texts: [chosen, rejected]")
-        row = {**row, "chosen": output[0], "rejected": output[1]}
+        return read_pair("alpaca", {**row, "chosen": output[0], "rejected": output[1]}, where)
     return _texts(row, prompt, where, _user(prompt))
 
 
@@ -151,6 +161,8 @@ def read_sharegpt(row: Row, where: str) -> Pair:
     """ShareGPT's from and value: a conversation with two replies to it, or two whole conversations."""
     if row.get("conversation") is not None:
         return read_conversation(row, where)
+    if isinstance(row.get("prompt"), list):
+        return read_explicit(row, where)
     return read_implicit(row, where) if row.get("prompt") is None else read_messages(row, where)
 
 
@@ -175,14 +187,15 @@ def read_ranked(row: Row, where: str) -> Pair:
 
 
 def read_judged(row: Row, where: str) -> Pair:
-    """Two answers, texts or whole conversations, and a verdict: better is a, b or tie."""
-    verdict = str(row.get("better")).strip().lower()
+    """Two answers, texts or whole conversations, and a verdict: better is a, b or tie, or null for none."""
+    unjudged = "better" in row and row["better"] is None
+    verdict = "tie" if unjudged else str(row.get("better")).strip().lower()
     if verdict not in ("a", "b", "tie"):
         raise fault(where, "better", seen(row, "better"), "a verdict that names one of the two answers, or a tie")
     fields = ("response_b", "response_a") if verdict == "b" else ("response_a", "response_b")
     before, prompt_text = ((), None) if _asks(row, "response_a", where) else _before(row, where)
     pair = _join(row, before, where, fields, prompt_text)
-    return replace(pair, drop=TIED) if verdict == "tie" else pair
+    return replace(pair, drop=NO_VERDICT if unjudged else TIED) if verdict == "tie" else pair
 
 
 READERS: dict[str, Reader] = {
@@ -199,6 +212,27 @@ READERS: dict[str, Reader] = {
     "ranked": read_ranked,
     "judged": read_judged,
 }
+REPLIES = {"openai": ("preferred_output", "non_preferred_output"), "judged": ("response_a", "response_b")}
+
+
+def read_pair(name: str, row: Row, where: str) -> Pair:
+    """The pair of a row of this format. A reply that is null leaves the pair out, as an empty text does.
+
+    The rest of such a row is read, and has to be right, as if the other reply stood on both sides.
+    """
+    fields = REPLIES.get(name, ("chosen", "rejected"))
+    null = [field for field in fields if field in row and row[field] is None]
+    if not null:
+        return READERS[name](row, where)
+    other = next((row[field] for field in fields if row.get(field) is not None), "")
+    pair = READERS[name]({**row, **dict.fromkeys(fields, other)}, where)
+    better, worse = fields[::-1] if name == "judged" and row.get("better") == "b" else fields
+    return replace(
+        pair,
+        chosen="" if better in null else pair.chosen,
+        rejected="" if worse in null else pair.rejected,
+        drop=pair.drop or (EMPTY_CHOSEN if better in null else EMPTY_REJECTED),
+    )
 
 
 # --- what stands before the reply, and the reply
@@ -349,7 +383,7 @@ def _messages(row: Row, field: str, where: str, label: str = "") -> list[Message
                 reply = _content(item, "output", where, f"{place}.output")
                 messages.append({"role": "assistant", "content": reply})
             continue
-        speaker, said, roles = ("role", "content", {role: role for role in ROLES})
+        speaker, said, roles = ("role", "content", ROLES)
         if item.get("role") is None and item.get("from") is not None:
             speaker, said, roles = ("from", "value", SHAREGPT_ROLES)
         role = item.get(speaker)
@@ -362,6 +396,9 @@ def _messages(row: Row, field: str, where: str, label: str = "") -> list[Message
 def _content(item: Row, field: str, where: str, label: str) -> str:
     """A message's text, which some sets hold in parts: [{"type": "text", "text": ...}]."""
     parts = item.get(field)
+    if parts is None and item.get("tool_calls"):
+        remedy = "leave out the rows that call tools, or write their calls and results as text"
+        raise fault(where, label, "a tool call", "text: tools are not read", remedy)
     if not isinstance(parts, list):
         return _text(item, field, where, label)
     for i, part in enumerate(parts):
@@ -467,7 +504,7 @@ def _ranked(row: Row, where: str) -> Iterator[tuple[float, str]]:
         if not isinstance(values, list) or len(values) != len(answers):
             raise fault(where, field, seen(row, field), f"a list of numbers, one for each of {len(answers)} answers")
         for i, value in enumerate(values):
-            if (number := _number(value, where, f"{field}[{i}]")) is not None:
+            if (number := _number(value, where, f"{field}[{i}]")) is not None and answers[i] is not None:
                 yield sign * number, _text({"": answers[i]}, "", where, f"completions[{i}]")
         return
     for i, answer in enumerate(answers):
@@ -482,13 +519,25 @@ def _ranked(row: Row, where: str) -> Iterator[tuple[float, str]]:
             yield MEASURES[measure] * number, _text(answer, key, where, f"completions[{i}].{key}")
 
 
+_NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\s*", re.ASCII | re.IGNORECASE)
+_UNSCORED = ("", "n/a", "na", "none", "null", "nan", "-")
+
+
+def is_score(value: Any) -> bool:
+    """A number, also as text, as which UltraFeedback has its ratings; or nothing, or "N/A": nobody scored it."""
+    if isinstance(value, str):
+        return bool(_NUMBER.fullmatch(value)) or value.strip().lower() in _UNSCORED
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
 def _number(value: Any, where: str, label: str) -> float | None:
-    """A score; None and nan are none."""
-    if value is None:
+    """A score; None, nan and "N/A" are none."""
+    if not is_score(value) or isinstance(value, NotJson):
+        raise fault(where, label, seen({"": value}, ""), 'a number; null or "N/A" for none')
+    if value is None or (isinstance(value, str) and not _NUMBER.fullmatch(value)):
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise fault(where, label, seen({"": value}, ""), "a number")
-    return None if math.isnan(value) else float(value)
+    number = float(value)
+    return None if math.isnan(number) else number
 
 
 # --- texts and faults
@@ -516,6 +565,8 @@ def seen(row: Row, field: str) -> str:
             return "null"
         case bool():
             return "true or false"
+        case NotJson() as value:
+            return f"{'NaN' if math.isnan(value) else 'Infinity'}, which is not JSON"
         case int() | float():
             return "a number"
         case str():
