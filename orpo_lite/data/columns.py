@@ -179,6 +179,7 @@ FITTING: dict[str, tuple[Kind, ...]] = {
     "scores": NUMBERS,
     "ranks": NUMBERS,
 }
+BACKGROUND = ("context", "input")  # of two texts that could be the prompt, the one that the other asks about
 OPENAI = ("input", "preferred_output", "non_preferred_output")  # the columns of OpenAI's own format
 KNOWN = {*COLUMNS, *OPENAI, *(alias for aliases in ALIASES.values() for alias in aliases)}
 
@@ -259,6 +260,8 @@ class Look:
         named = self.named(*ALIASES.get(canonical, (canonical,)))
         named = [column for column in named if self.kinds[column] in FITTING.get(canonical, self.kinds.values())]
         named.sort(key=lambda column: self.kinds[column] == "null")  # a blank one is no rival of one that speaks
+        if canonical == "prompt" and "input" in self.mapped:
+            named = [column for column in named if column != "input"]
         if canonical == "prompt" and self.is_alpaca():
             return [column for column in named if plain_name(column) != "input"]
         if canonical == "conversation":  # not one that already holds the reply, as in UltraFeedback binarized
@@ -289,7 +292,12 @@ class Look:
             raw = [column for column in columns if column not in templated]
             refuse_templated(self, [*templated, *replies], () if replies else raw)
         found = f"{shown(*columns)} could each be the {canonical}, and they differ"
-        raise DataError("data.column_map", found, f"one {canonical}", map_lines(canonical, columns))
+        lines = map_lines(canonical, columns)
+        about = [column for column in columns if plain_name(column) in BACKGROUND]
+        if canonical == "prompt" and len(columns) == 2 and len(about) == 1:
+            (asked,) = (column for column in columns if column not in about)
+            lines = f"{map_line(prompt=asked, input=about[0])} for both, one below the other, or {lines}"
+        raise DataError("data.column_map", found, f"one {canonical}", lines)
 
     # --- the rows as their reader wants them
 

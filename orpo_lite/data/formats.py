@@ -27,6 +27,7 @@ from orpo_lite.data.columns import (
     is_message,
     is_sharegpt,
     is_templated,
+    kind_of,
     map_line,
     map_lines,
     plain_name,
@@ -107,7 +108,7 @@ def detect_format(
     for reply in _replies(look, name):
         look.find(reply)
     asked = look.taken.get("prompt") if name != "doubled" else None
-    if asked and look.is_alpaca() and look.agree(asked, "instruction"):
+    if asked and ("input" in look.mapped or (look.is_alpaca() and look.agree(asked, "instruction"))):
         look.find("input")  # what the instruction is about
     _find_history(look)
     system = _find_system(look)
@@ -355,8 +356,8 @@ def _holds_turn(turns: Any, prompt: Any) -> bool:
 # --- two answers and a verdict
 
 ANSWER_WORDS = ("response", "answer", "completion", "output", "reply", "generation", "conv", "messages", "human_ref")
-VERDICTS = ("better", "winner", "better_response_id", "safer_response_id", "labels", "preference_strength",
-            "overall_preference")  # fmt: skip
+SIGNED = ("preference_strength", "overall_preference")
+VERDICTS = ("better", "winner", "better_response_id", "safer_response_id", "labels", *SIGNED)
 TIES = ("tie", "tie (bothbad)", "both_bad")
 _END = re.compile(r"(.*?)[ _-]?([012ab])", re.IGNORECASE)  # response_0, response1, human_ref_A
 
@@ -383,8 +384,8 @@ def _meaning(look: Look, column: str, answers: tuple[str, str]) -> Callable[[Any
     table: dict[str, str] = {}
     if column in answers or look.kind(column) not in ("text", "number"):
         return None
-    if plain_name(column) in ("preference_strength", "overall_preference"):
-        if ends == ["1", "2"]:  # HelpSteer: -3, the first is much better, to 3, the second is
+    if plain_name(column) in SIGNED:
+        if ends == ["1", "2"] and _is_signed(look, column):  # HelpSteer: -3, the first is much better, to 3, the second
             table = {str(i): "a" if i < 0 else "b" if i > 0 else "tie" for i in range(-3, 4)}
     elif plain_name(column) == "labels":
         if answers == ("human_ref_A", "human_ref_B"):  # SHP: 1, the first is preferred
@@ -398,6 +399,11 @@ def _meaning(look: Look, column: str, answers: tuple[str, str]) -> Callable[[Any
         return table.get(str(value).strip().lower().removesuffix(".0"))
 
     return says if look.share(lambda value: says(value) is not None, column) >= MANY else None
+
+
+def _is_signed(look: Look, column: str) -> bool:
+    """It takes both sides somewhere; where it never does, 1 and 2 may just as well name the better answer."""
+    return look.share(lambda value: float(value) <= 0 if kind_of(value) == "number" else False, column) > 0
 
 
 # --- what is refused
@@ -438,6 +444,9 @@ def _refuse_verdict(look: Look, answers: tuple[str, str], verdicts: Sequence[str
     remedy = f"no setting helps: {PAIRS}"
     if [column for column in verdicts if plain_name(column) in VERDICTS]:
         found = f"{shown(*verdicts)} could each say which of {two} is the better"
+    elif not verdicts and (unsigned := [column for column in look.named(*SIGNED) if look.kind(column) == "number"]):
+        found = f"{shown(*unsigned)} is never 0 or less: it may name the better of {two}, or weigh one side alone"
+        remedy = f"{map_lines('better', unsigned)} if it names the better answer; else {PAIRS}"
     elif not verdicts and (measures := _measures(look, answers)):
         found += f"; {' and '.join(shown(*pair) for pair in measures)} measure them"
         remedy += ", by those numbers: only you know whether the higher or the lower is the better"
@@ -485,7 +494,9 @@ def _refuse_unknown(look: Look) -> NoReturn:
     remedy = "name the columns: " + map_line(**{side: guesses[side] or "COLUMN" for side in unfit or kinds})
     if not (guesses["chosen"] or guesses["rejected"]):
         remedy += f"; or, where no column always holds the better reply, {PAIRS}"
-    if unfit == ["prompt"] and kinds["chosen"] in TEXTS:
+    if unfit == ["prompt"] and kinds["prompt"] in LISTED:
+        remedy = "no setting helps: write the prompt as a text, or as a list of messages {role, content}"
+    elif unfit == ["prompt"] and kinds["chosen"] in TEXTS:
         remedy += " or data.format=implicit if both texts begin with the prompt"
     raise DataError("data.format", f"no known format: {found}", expected, remedy)
 
