@@ -583,13 +583,13 @@ SHAPES: dict[str, Shape] = {
                 "context": [*TALK],
                 "response1": "Seven.",
                 "response2": "Blue.",
-                "overall_preference": 2,
+                "overall_preference": preference,
                 "individual_preference": [{"score": 2, "reasoning": "r", "feedback1": "f", "feedback2": "f"}],
             }
-        ]
-        * 2,
+            for preference in (2, -1)
+        ],
         "response1 response2 overall_preference",
-        [(TALK, "Blue.", "Seven.")] * 2,
+        [(TALK, "Blue.", "Seven."), (TALK, "Seven.", "Blue.")],
     ),
     "a prompt that both texts repeat": Shape(
         "doubled",

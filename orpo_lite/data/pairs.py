@@ -122,22 +122,64 @@ class PairReader:
         if not first:
             raise_all(faults)
             raise DataError(source.name, "no rows", "at least one preference pair", "check data.dataset_name")
+        looked = [row for _, row in first]
         try:
-            columns = self._columns([row for _, row in first], last=source is self.sources[-1])
-            detected = self._detect([_mapped(row, columns) for _, row in first], columns)
+            looked += self._with_mapped(source, looked)
+            columns = self._columns(looked, last=source is self.sources[-1])
+            detected = self._detect([_mapped(row, columns) for row in looked], columns)
         except DataError as fault:
             raise_all([*faults, fault])
             raise
-        self.detected.append(detected.sentence)
-        theirs = {ours: columns.get(column, column) for ours, column in detected.columns.items()}
-        others = {key: None for _, row in first for key in row if key not in theirs.values()}
-        self.columns.append({"format": detected.sentence, "read": theirs, "not_read": list(others)})
+        known = {key: None for row in looked for key in row}
+        self.detected.append("")
+        self.columns.append({})
+        self._say(detected, columns, known)
         for where, row in chain(first, rows):
             self.read += 1
+            if not known.keys() >= row.keys():  # a column that the first rows do not have
+                looked.append(row)
+                try:
+                    detected = self._widened(detected, [_mapped(seen, columns) for seen in looked], columns)
+                except DataError as fault:
+                    fault.where = f"{where}, whose columns the first {len(first)} rows do not have: {fault.where}"
+                    raise_all([*faults, fault])
+                known |= dict.fromkeys(row)
+                self._say(detected, columns, known)
             try:
                 yield detected.read(_mapped(row, columns), where)
             except DataError as fault:
                 faults.append(fault)
+
+    def _widened(self, detected: Detected, rows: Sequence[Row], columns: Mapping[str, str]) -> Detected:
+        """What is read when a column that comes late is known from the start. Raises DataError when that is undecided.
+
+        The rows before are read the same either way, for they do not have the column.
+        """
+        again = self._detect(rows, columns)
+        if not again.columns.items() >= detected.columns.items():
+            changed = sorted(set(again.columns.values()) - set(detected.columns.values()))
+            found = f"with {', '.join(changed) or 'them'} {again.sentence}, before them {detected.sentence}"
+            raise DataError("data.format", found, "one reading of all rows", f"data.format={detected.name}")
+        return again
+
+    def _say(self, detected: Detected, columns: Mapping[str, str], known: Iterable[str]) -> None:
+        """Note what is read of the set that is being read."""
+        theirs = {ours: columns.get(column, column) for ours, column in detected.columns.items()}
+        others = [key for key in known if key not in theirs.values()]
+        self.detected[-1] = detected.sentence
+        self.columns[-1] = {"format": detected.sentence, "read": theirs, "not_read": others}
+
+    def _with_mapped(self, source: Source, looked: Sequence[Row]) -> list[Row]:
+        """Of the columns that data.column_map names and these rows lack, the first rows that have them."""
+        lacking = self._unmapped - {key for row in looked for key in row}
+        found: list[Row] = []
+        for _, row in islice(source.rows([]), self.data.max_samples if lacking else 0):
+            if lacking & row.keys():
+                found.append(row)
+                lacking -= row.keys()
+                if not lacking:
+                    break
+        return found
 
     def _columns(self, rows: Sequence[Row], *, last: bool) -> dict[str, str]:
         """What data.column_map says of this set: a column has to stand in one of the sets, not in all."""
