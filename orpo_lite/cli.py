@@ -110,8 +110,9 @@ def data(
             "--row", "given with --json", "one of them: the figures are those of all rows", "leave one out"
         )
     chosen = _choose_recipe(recipe, None, overrides or [], verb="data")
-    # Not _quiet: it imports what would take longer than all the rest of this.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Not _quiet: it imports what would take longer than all the rest of this. These are read where those are imported.
+    for library in ("TRANSFORMERS", "DATASETS", "HF_HUB"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     preview = screen.draw(_previewing(chosen, row), silent=as_json)
     if as_json:
         out.print(json.dumps(preview.figures, indent=2, ensure_ascii=False))

@@ -236,6 +236,22 @@ def test_a_cache_that_cannot_be_written_to_is_said_and_nothing_is_left(coffee: P
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
+def test_a_hub_that_cannot_be_reached_is_one_calm_message(coffee: Path) -> None:
+    code = "import time; time.sleep = lambda _: None; from orpo_lite.cli import main; main()"  # between two tries
+    arguments = ["data", "--recipe", "./coffee.yaml", "data.dataset_name=someone/pairs"]
+    environment = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(coffee / "hub")}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (8, "asking the hub for someone/pairs ...\n")
+    assert done.stderr.startswith("data.dataset_name someone/pairs: ")
+    assert [line.partition(":")[0] for line in done.stderr.splitlines()[1:]] == ["  expected", "  remedy"]
+
+
 def test_no_recipe_and_an_unknown_option_are_answered(call: Look) -> None:
     code, _, said = call("data")
     assert code == 2
