@@ -457,7 +457,7 @@ def test_a_cell_that_never_ends_is_placed_where_its_row_starts(tmp_path: Path) -
         ("pairs.XLS", b"", "a spreadsheet"),
         ("pairs.ods", b"", "a spreadsheet"),
         ("pairs.csv", b"PK\x03\x04 sheet", "pairs.csv:1: a zip file or a spreadsheet|save it as csv"),
-        ("pairs.jsonl", gzip.compress(LINE), "pairs.jsonl:1: a gzip file|add .gz"),
+        ("pairs.jsonl", gzip.compress(LINE, mtime=0), "pairs.jsonl:1: a gzip file|add .gz"),
         ("pairs.parquet", b"version https://git-lfs.github.com/spec/v1\noid", "a git-lfs pointer|git lfs pull"),
         ("pairs.jsonl", '{"q": "ü"}'.encode("utf-16"), ":1: UTF-16 text|iconv -f UTF-16 -t UTF-8"),
         ("pairs.json.gz", "[]".encode("utf-16"), ":1: UTF-16 text|iconv -f UTF-16 -t UTF-8"),
