@@ -26,7 +26,7 @@ from orpo_lite.base import (
 from orpo_lite.data.cache import VARIABLE, TokenizedPairs, cache_folder, wanted_folder
 from orpo_lite.data.pairs import held_out_sources, hold_out, training_sources
 from orpo_lite.data.preview import figures
-from orpo_lite.data.rows import Source, is_path, tell_apart
+from orpo_lite.data.rows import Source, is_local, is_path, tell_apart
 from orpo_lite.data.sides import show_row, tokenized
 from orpo_lite.data.templates import set_chat_template
 from orpo_lite.errors import CheckpointError, ModelError, RecipeError, raise_all
@@ -60,6 +60,7 @@ class Ready:
 
 def prepare(recipe: Recipe) -> Generator[Update, None, Ready]:
     """Everything that can go wrong before weights load: base, template, targets, data, tokens."""
+    yield from _said_hub(recipe.data)
     sources = find_sources(recipe.data)
     base = find_base(recipe.model.model_name_or_path, recipe.model.model_revision)
     check_targets(recipe, base)
@@ -96,6 +97,7 @@ def preview(recipe: Recipe, place: str | None = None) -> Generator[Update, None,
         recipe: which data, which base.
         place: of a row ("pairs.csv:3") to show in place of the first one, whether it is kept or left out.
     """
+    yield from _said_hub(recipe.data)
     sources = find_sources(recipe.data)
     folder, _ = find_texts(recipe.model.model_name_or_path, recipe.model.model_revision)
     train, test, found = yield from tokenized_sides(recipe, folder, *sources)
@@ -111,6 +113,12 @@ def preview(recipe: Recipe, place: str | None = None) -> Generator[Update, None,
     if place is not None:
         samples = {"first": show_row(recipe.data, [*sources[0], *sources[1]], partial(load_tokenizer, folder), place)}
     return Preview(found, samples, warnings)
+
+
+def _said_hub(data: DataSection) -> Iterator[Update]:
+    """That the hub is asked, for without a network its libraries try for a minute."""
+    if names := [name for name in data.names if not is_local(name)]:
+        yield Update("stage", f"asking the hub for {', '.join(names)}")
 
 
 Sources = tuple[list[Source], list[Source]]  # to train on, held out

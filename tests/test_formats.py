@@ -1138,6 +1138,13 @@ def test_what_fits_nothing_is_refused_with_the_columns(row: dict[str, Any], line
     assert all(repr(column) in error for column in row)
 
 
+def test_a_table_without_names_is_told_to_have_them() -> None:
+    with pytest.raises(DataError) as raised:
+        detect([{"What is x?": "What is q?", "It is y.": "It is r.", "No!": "No."}])
+    assert raised.value.found.endswith("'It is y.', 'No!', which read like a row")
+    assert raised.value.remedy == "write the names above it, as the first line of a table: prompt,chosen,rejected"
+
+
 def test_two_replies_that_begin_alike_by_chance_are_no_implicit_prompt() -> None:
     rows = [{"chosen": "It is so", "rejected": "It is no"}, {"chosen": "Yes", "rejected": "No"}]
     refused(rows * 9, "data.column_map=prompt=COLUMN", "data.format=implicit")

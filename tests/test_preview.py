@@ -104,10 +104,19 @@ def test_control_codes_of_the_data_do_not_reach_the_terminal(coffee: Path, look:
     assert screen.visible("\x1b[2J\x07b\u202e\n\té🦜") == "\\x1b[2J\\x07b\\u202e\n\té🦜"
 
 
-def test_json_is_what_a_run_keeps_as_data_json(coffee: Path, look: Look, call: Look, small_recipe: Any) -> None:
+def test_json_is_the_screen_and_its_figures_are_a_runs_data_json(
+    coffee: Path, look: Look, call: Look, small_recipe: Any
+) -> None:
     code, printed, said = look("--json")
     assert (code, said) == (0, "")
     figures = json.loads(printed)
+    samples, warnings = figures.pop("samples"), figures.pop("warnings")
+    assert warnings == []
+    assert samples["first"]["where"] == "coffee.csv:2"
+    assert {"kind": "prompt", "text": "<s><|user|>\nHow hot should the water be?</s>\n<|assistant|>\n"} in samples[
+        "first"
+    ]["chosen"]
+    assert any(piece["kind"] == "cut" for side in ("chosen", "rejected") for piece in samples["cut"][side])
     assert figures["rows_read"] == 5
     assert figures["dropped"]["empty rejected"] == {"pairs": 1, "first": ["coffee.csv:5"]}
     assert figures["cut"]["responses_without_end"] > 0
@@ -129,8 +138,9 @@ def test_json_comes_with_its_warnings_beside_it(coffee: Path, look: Look) -> Non
     (coffee / "base" / "config.json").write_text(json.dumps({"vocab_size": 20}))
     code, printed, said = look("--json")
     assert code == 0
-    assert json.loads(printed)["rows_read"] == 5
-    assert "training would stop: coffee.csv:" in said
+    (warning,) = json.loads(printed)["warnings"]
+    assert warning.startswith("training would stop: coffee.csv:")
+    assert said.strip() == warning
     code, printed, said = look("--json", "--row", "coffee.csv:2")
     assert (code, printed) == (2, "")
     assert "--row: given with --json" in said
@@ -234,6 +244,22 @@ def test_a_cache_that_cannot_be_written_to_is_said_and_nothing_is_left(coffee: P
     assert "/proc/tokens cannot be written to: the tokens are in" in done.stdout
     assert "5 rows: 2 to train on" in done.stdout
     assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_a_hub_that_cannot_be_reached_is_one_calm_message(coffee: Path) -> None:
+    code = "import time; time.sleep = lambda _: None; from orpo_lite.cli import main; main()"  # between two tries
+    arguments = ["data", "--recipe", "./coffee.yaml", "data.dataset_name=someone/pairs"]
+    environment = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(coffee / "hub")}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (8, "asking the hub for someone/pairs ...\n")
+    assert done.stderr.startswith("data.dataset_name someone/pairs: ")
+    assert [line.partition(":")[0] for line in done.stderr.splitlines()[1:]] == ["  expected", "  remedy"]
 
 
 def test_no_recipe_and_an_unknown_option_are_answered(call: Look) -> None:

@@ -215,6 +215,9 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=NotJson)  
 def _json_fault(error: ValueError | RecursionError, where: str) -> DataError:
     """What the decoder raised, as a fault."""
     if isinstance(error, json.JSONDecodeError):
+        if error.doc.startswith("{") and error.doc[error.pos :].strip() == ",":  # lines cut from an array
+            remedy = "sed 's/,[[:space:]]*$//' OLD > NEW"
+            return DataError(where, "a comma behind the object", "one JSON object a line and nothing else", remedy)
         found = f"broken JSON at {_position(error.lineno, error.colno)}: {error.msg}"
         return DataError(where, found, "one whole JSON object", "mend or remove the row; no line breaks inside it")
     return DataError(where, str(error), "plain JSON with each key once", "mend or remove the row")

@@ -498,6 +498,9 @@ def _refuse_unknown(look: Look) -> NoReturn:
         remedy = "no setting helps: write the prompt as a text, or as a list of messages {role, content}"
     elif unfit == ["prompt"] and kinds["chosen"] in TEXTS:
         remedy += " or data.format=implicit if both texts begin with the prompt"
+    if sum(name.endswith((".", "?", "!")) and " " in name for name in look.columns) > len(look.columns) / 2:
+        found += ", which read like a row"
+        remedy = "write the names above it, as the first line of a table: prompt,chosen,rejected"
     raise DataError("data.format", f"no known format: {found}", expected, remedy)
 
 
