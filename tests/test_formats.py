@@ -1514,3 +1514,14 @@ def test_all_shapes_of_one_pair_read_alike(
         if behind(question, chosen) is behind(question, rejected) is None:
             orca = name == "orca" and (not brief or stands_already)
             assert detect_format([row]).name == ("explicit" if orca else name)
+
+
+def test_a_strength_that_is_never_negative_does_not_say_which_answer_is_better() -> None:
+    """1 and 2 may name the response, or say how much better the second one is."""
+    rows = [{"prompt": Q, "response_1": "Blue.", "response_2": "Seven.", "overall_preference": n} for n in (1, 2)]
+    with pytest.raises(DataError, match=r"overall_preference is never 0 or less") as raised:
+        detect_format(rows)
+    assert "data.column_map=better=overall_preference if it names the better answer" in raised.value.remedy
+    signed = detect_format([rows[0], rows[1] | {"overall_preference": -2}])
+    assert signed.name == "judged"
+    assert signed.read(rows[1] | {"overall_preference": -2}, "x:1").chosen == "Blue."

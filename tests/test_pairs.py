@@ -632,3 +632,38 @@ def test_a_hub_fault_names_the_set_and_the_remedy(monkeypatch: pytest.MonkeyPatc
         read("o/split", dataset_train_split="train")
     assert "data.dataset_train_split=SPLIT" in message(raised)
     assert "o/split" in raised.value.where
+
+
+# --- columns that the first rows do not have
+
+
+def late(tmp_path: Path, **column: Any) -> Path:
+    """150 rows, the last 50 of them with one more column."""
+    rows: list[dict[str, Any]] = [*some_rows(150)]
+    return write_jsonl(tmp_path / "late.jsonl", [row | column if i >= 100 else row for i, row in enumerate(rows)])
+
+
+def test_a_column_that_comes_late_is_read(tmp_path: Path) -> None:
+    pairs, reader = read(late(tmp_path, system="Be brief."))
+    assert [turn["role"] for turn in pairs[99].messages] == ["user"]
+    assert [turn["role"] for turn in pairs[100].messages] == ["system", "user"]
+    assert len(pairs) == 150
+    (columns,) = reader.columns
+    assert columns["read"]["system"] == "system"
+    assert columns["not_read"] == []
+
+
+def test_a_column_that_comes_late_and_means_nothing_is_said_to_be_unread(tmp_path: Path) -> None:
+    _, reader = read(late(tmp_path, annotator="ann"))
+    assert reader.columns[0]["not_read"] == ["annotator"]
+
+
+def test_a_late_rival_of_the_prompt_is_refused_where_it_stands_and_the_lines_decide(tmp_path: Path) -> None:
+    file = late(tmp_path, context="Some background.")
+    with pytest.raises(DataError, match=r"late.jsonl:101, whose columns the first 100 rows do not have") as raised:
+        read(file)
+    assert "data.column_map=prompt=prompt,input=context for both" in raised.value.remedy
+    pairs, _ = read(file, column_map={"prompt": "prompt", "input": "context"})
+    assert pairs[120].messages[-1]["content"].endswith("\nSome background.")
+    pairs, _ = read(file, column_map={"prompt": "prompt"})
+    assert "background" not in pairs[120].messages[-1]["content"]
