@@ -1102,8 +1102,15 @@ def test_roles_that_nobody_has_here_are_named() -> None:
     with pytest.raises(DataError) as raised:
         detect([row] * 3)
     assert "conversations have roles that are not known: 'function_call', 'observation'" in raised.value.found
-    assert "system, user, assistant, human, gpt" in raised.value.expected
+    assert "system, user, assistant, developer, model, human, gpt" in raised.value.expected
     assert "COLUMN" not in raised.value.remedy
+
+
+def test_newer_names_of_the_roles_are_read() -> None:
+    asked = [{"role": "developer", "content": "Be brief."}, user(Q)]
+    row = {"prompt": asked, "chosen": [{"role": "model", "content": "Blue."}], "rejected": [bot("Seven.")]}
+    (pair,) = read([row])
+    assert (pair.messages, pair.chosen) == ((system("Be brief."), user(Q)), "Blue.")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typing import Any
 
 from orpo_lite.errors import DataError
 
-Message = dict[str, str]  # {"role": one of ROLES, "content": text}
+Message = dict[str, str]  # {"role": system, user or assistant, "content": text}
 Row = Mapping[str, Any]
 
 COLUMNS = (
@@ -31,12 +31,12 @@ COLUMNS = (
     "response_b",
     "better",
 )
-ROLES = ("system", "user", "assistant")
-SHAREGPT_ROLES = {
-    **{role: role for role in ROLES},
-    "human": "user",
-    **dict.fromkeys(("gpt", "chatgpt", "bot", "model"), "assistant"),
+ROLES = {
+    **{role: role for role in ("system", "user", "assistant")},
+    "developer": "system",  # OpenAI's newer name
+    "model": "assistant",  # Gemini's and Gemma's
 }
+SHAREGPT_ROLES = {**ROLES, "human": "user", **dict.fromkeys(("gpt", "chatgpt", "bot"), "assistant")}
 ANSWER_KEYS = ("response", "answer", "completion", "generation", "output", "text")
 MEASURES = {"overall_score": 1, "score": 1, "rating": 1, "reward": 1, "rank": -1}  # -1: the lowest is the best
 
@@ -349,7 +349,7 @@ def _messages(row: Row, field: str, where: str, label: str = "") -> list[Message
                 reply = _content(item, "output", where, f"{place}.output")
                 messages.append({"role": "assistant", "content": reply})
             continue
-        speaker, said, roles = ("role", "content", {role: role for role in ROLES})
+        speaker, said, roles = ("role", "content", ROLES)
         if item.get("role") is None and item.get("from") is not None:
             speaker, said, roles = ("from", "value", SHAREGPT_ROLES)
         role = item.get(speaker)
