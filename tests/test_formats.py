@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orpo_lite.data.formats import COLUMNS, PROMPTS_DIFFER, READERS, Detected, Pair, Row, detect_format
-from orpo_lite.data.readers import TIED, TOO_FEW, begins_with, behind
+from orpo_lite.data.readers import EMPTY_CHOSEN, EMPTY_REJECTED, TIED, TOO_FEW, UNJUDGED, begins_with, behind
 from orpo_lite.errors import DataError
 from orpo_lite.recipe import DataSection, load_recipe
 
@@ -1316,9 +1316,7 @@ def test_a_faulty_row_is_named(form: str, row: dict[str, Any], place: str) -> No
         ("texts with scores", {"scores": [1.0]}, "field scores: a list"),
         ("texts with ranks", {"ranks": None}, "field ranks: null"),
         ("OpenAI preference fine-tuning", {"input": None}, "field input: null"),
-        ("OpenAI preference fine-tuning", {"preferred_output": None}, "field preferred_output: null"),
         ("lmsys/chatbot_arena_conversations", {"winner": "a third"}, "field winner: a text"),
-        ("stanfordnlp/SHP", {"labels": None}, "field labels: null"),
         (
             "hh-rlhf with the dialogue in prompt",
             {"prompt": f"{HH} Blue."},
@@ -1336,6 +1334,24 @@ def test_the_odd_row_is_its_readers_to_report(shape: str, change: dict[str, Any]
     assert place in str(raised.value)
     assert raised.value.expected
     assert raised.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("shape", "change", "reason"),
+    [
+        ("TRL explicit texts", {"chosen": None}, EMPTY_CHOSEN),
+        ("TRL implicit conversations", {"rejected": None}, EMPTY_REJECTED),
+        ("OpenAI preference fine-tuning", {"preferred_output": None}, EMPTY_CHOSEN),
+        ("stanfordnlp/SHP", {"labels": None}, UNJUDGED),
+        ("stanfordnlp/SHP", {"labels": " "}, UNJUDGED),
+        ("stanfordnlp/SHP", {"labels": 1, "human_ref_B": None}, EMPTY_REJECTED),
+        ("stanfordnlp/SHP", {"labels": 0, "human_ref_B": None}, EMPTY_CHOSEN),
+    ],
+)
+def test_null_is_as_empty_as_an_empty_cell(shape: str, change: dict[str, Any], reason: str) -> None:
+    rows = SHAPES[shape].rows * 20
+    detected, _ = detect(rows)
+    assert detected.read(rows[0] | change, "pairs.jsonl:7").drop == reason
 
 
 def test_never_another_column_in_place_of_the_one_that_was_taken() -> None:

@@ -14,9 +14,7 @@ from hypothesis import strategies as st
 from orpo_lite.data import pairs as data_pairs
 from orpo_lite.data.formats import PROMPTS_DIFFER, Pair
 from orpo_lite.data.pairs import (
-    EMPTY_CHOSEN,
     EMPTY_PROMPT,
-    EMPTY_REJECTED,
     EQUAL,
     PLACES,
     SAID_TWICE,
@@ -26,6 +24,7 @@ from orpo_lite.data.pairs import (
     prompt_key,
     training_sources,
 )
+from orpo_lite.data.readers import EMPTY_CHOSEN, EMPTY_REJECTED
 from orpo_lite.data.rows import Source
 from orpo_lite.errors import SHOWN, DataError, HubError, OrpoLiteError
 from orpo_lite.recipe import DataSection

@@ -49,6 +49,7 @@ from orpo_lite.data.readers import (
     behind,
     shared_start,
     shared_words,
+    without_reply,
 )
 from orpo_lite.errors import DataError
 
@@ -111,7 +112,13 @@ def detect_format(
     if system and look.kind(system) != "null" and name != "orca":
         because += f"; {shown(system)} goes in front as a system turn where the conversation has none"
     columns = {canonical: column for canonical, column in look.taken.items() if look.kind(column) != "null"}
-    return Detected(name, because, lambda row, where: READERS[name](look.renamed(row, where), where), columns)
+    sides = _replies(look, name)[-2:]
+
+    def read(row: Row, where: str) -> Pair:
+        named = look.renamed(row, where)
+        return (without_reply(named, sides, where) if len(sides) == 2 else None) or READERS[name](named, where)
+
+    return Detected(name, because, read, columns)
 
 
 # --- the clauses: each says its format's name and the reason, or None; the first that fits is taken

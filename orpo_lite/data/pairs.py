@@ -15,16 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from orpo_lite.data.formats import COLUMNS, Detected, Pair, Row, detect_format
+from orpo_lite.data.readers import EMPTY_CHOSEN, EMPTY_REJECTED
 from orpo_lite.data.rows import Source, find_source, is_path
 from orpo_lite.errors import DataError, raise_all
 
 if TYPE_CHECKING:
     from orpo_lite.recipe import DataSection
 
-# Reasons to leave a pair out (formats.PROMPTS_DIFFER is one more): the paper's, Appendix C.
+# Reasons to leave a pair out, beside those of readers.py: the paper's, Appendix C.
 EQUAL = "chosen and rejected are equal"
-EMPTY_CHOSEN = "empty chosen"
-EMPTY_REJECTED = "empty rejected"
 # And ours: such a prompt asks for nothing, or was put together wrongly.
 EMPTY_PROMPT = "empty prompt"
 SAID_TWICE = "the same turn twice in a row"

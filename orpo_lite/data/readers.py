@@ -40,9 +40,13 @@ SHAREGPT_ROLES = {**ROLES, "human": "user", **dict.fromkeys(("gpt", "chatgpt", "
 ANSWER_KEYS = ("response", "answer", "completion", "generation", "output", "text")
 MEASURES = {"overall_score": 1, "score": 1, "rating": 1, "reward": 1, "rank": -1}  # -1: the lowest is the best
 
+# Reasons to leave a pair out.
+EMPTY_CHOSEN = "empty chosen"
+EMPTY_REJECTED = "empty rejected"
 PROMPTS_DIFFER = "prompts of chosen and rejected differ"
 TIED = "no answer is better than another"
 TOO_FEW = "fewer than two ranked answers"
+UNJUDGED = "no verdict"
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,12 +179,16 @@ def read_ranked(row: Row, where: str) -> Pair:
 
 
 def read_judged(row: Row, where: str) -> Pair:
-    """Two answers, texts or whole conversations, and a verdict: better is a, b or tie."""
+    """Two answers, texts or whole conversations, and a verdict: better is a, b or tie; blank where nobody judged."""
+    if "better" in row and not str(row["better"] or "").strip():
+        return _pair(row, (), "", "", where, drop=UNJUDGED)
     verdict = str(row.get("better")).strip().lower()
     if verdict not in ("a", "b", "tie"):
         raise fault(where, "better", seen(row, "better"), "a verdict that names one of the two answers, or a tie")
     fields = ("response_b", "response_a") if verdict == "b" else ("response_a", "response_b")
     before, prompt_text = ((), None) if _asks(row, "response_a", where) else _before(row, where)
+    if blank := without_reply(row, fields, where):
+        return blank
     pair = _join(row, before, where, fields, prompt_text)
     return replace(pair, drop=TIED) if verdict == "tie" else pair
 
@@ -202,6 +210,14 @@ READERS: dict[str, Reader] = {
 
 
 # --- what stands before the reply, and the reply
+
+
+def without_reply(row: Row, fields: Sequence[str], where: str) -> Pair | None:
+    """The pair of a row in which the chosen reply or the rejected one is null, as it is empty in a csv; else None."""
+    for field, reason in zip(fields, (EMPTY_CHOSEN, EMPTY_REJECTED), strict=True):
+        if field in row and row[field] is None:
+            return Pair((), "", "", where, drop=reason)
+    return None
 
 
 def _pair(
