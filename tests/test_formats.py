@@ -1312,7 +1312,11 @@ def test_a_faulty_row_is_named(form: str, row: dict[str, Any], place: str) -> No
         ("LLaMA-Factory's older alpaca, with history", {"output": ["a", "b", "c"]}, "field output: a list of 3"),
         ("LLaMA-Factory's older alpaca, with history", {"history": ["Hi"]}, "field history[0]: a text"),
         ("openbmb/UltraFeedback", {"completions": ["a"]}, "field ranks: missing"),
-        ("openbmb/UltraFeedback", {"completions": [{"response": "a", "overall_score": "9"}]}, "overall_score: a text"),
+        (
+            "openbmb/UltraFeedback",
+            {"completions": [{"response": "a", "overall_score": "good"}]},
+            "overall_score: a text",
+        ),
         ("texts with scores", {"scores": [1.0]}, "field scores: a list"),
         ("texts with ranks", {"ranks": None}, "field ranks: null"),
         ("OpenAI preference fine-tuning", {"input": None}, "field input: null"),
@@ -1334,6 +1338,25 @@ def test_the_odd_row_is_its_readers_to_report(shape: str, change: dict[str, Any]
     assert place in str(raised.value)
     assert raised.value.expected
     assert raised.value.remedy
+
+
+def test_scores_may_be_written_as_texts() -> None:
+    texts = {"prompt": Q, "completions": ["Seven.", "12"], "scores": ["2.0", "10"]}
+    rows = [texts, texts | {"completions": ["4", "5"]}] * 10
+    assert [(pair.chosen, pair.rejected) for pair in read(rows)][:2] == [("12", "Seven."), ("5", "4")]
+    answers = [{"response": "Blue.", "rating": "10"}, {"response": "Seven.", "rating": "9"}]
+    unscored = {"response": "Red.", "rating": "N/A"}
+    rows = [{"prompt": Q, "completions": [unscored, *answers]}, {"prompt": Q, "completions": [unscored, answers[0]]}]
+    first, second = read(rows)
+    assert (first.chosen, first.rejected, first.drop) == ("Blue.", "Seven.", None)
+    assert second.drop == TOO_FEW
+    with pytest.raises(DataError, match=r"scores\[0\]: a text"):
+        read([*[texts] * 20, texts | {"scores": ["good", "10"]}])
+
+
+def test_answers_that_are_numbers_are_no_scores_of_their_own() -> None:
+    row = {"prompt": Q, "answers": ["42", "43"], "score": [1.0, 0.0]}
+    assert [(pair.chosen, pair.rejected) for pair in read([row] * 3)] == [("42", "43")] * 3
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn
 
-from orpo_lite.data.readers import ANSWER_KEYS, COLUMNS, Row, fault, is_dialogue, seen
+from orpo_lite.data.readers import ANSWER_KEYS, COLUMNS, Row, fault, is_dialogue, numeric, seen
 from orpo_lite.errors import DataError
 
 SOME = 0.1  # of the rows: too many to be chance
@@ -21,9 +21,10 @@ SOME = 0.1  # of the rows: too many to be chance
 
 Kind = Literal[
     "missing", "null", "text", "dialogue", "Python text of a list", "message", "messages", "turns", "completions",
-    "texts", "pairs of texts", "numbers", "number", "true or false", "request", "something else",
+    "texts", "numbers as texts", "pairs of texts", "numbers", "number", "true or false", "request", "something else",
 ]  # fmt: skip
 TEXTS: tuple[Kind, ...] = ("text", "dialogue")
+LISTS: tuple[Kind, ...] = ("texts", "numbers as texts")  # of texts; answers may be numbers, and scores texts
 CHAT: tuple[Kind, ...] = ("messages", "turns")  # lists that hold a conversation
 USABLE: tuple[Kind, ...] = (*TEXTS, "message", "messages")  # as chosen or rejected
 STRUCTURED: tuple[Kind, ...] = ("message", *CHAT, "completions", "request")  # a csv holds these as JSON
@@ -50,7 +51,7 @@ def kind_of(value: Any) -> Kind:
         case list(items) if all(isinstance(item, Mapping) for item in items):
             return _kind_of_list(items)
         case list(items) if all(isinstance(item, str) for item in items):
-            return "texts"
+            return "numbers as texts" if all(map(numeric, items)) else "texts"
         case list(items) if all(
             isinstance(item, list) and [type(text) for text in item] == [str, str] for item in items
         ):
@@ -172,9 +173,9 @@ FITTING: dict[str, tuple[Kind, ...]] = {
     "conversation": CHAT,
     "history": (*CHAT, "pairs of texts", "null"),  # null: the first rows may be those without earlier turns
     "input": (*TEXTS, "request", "null"),
-    "completions": ("completions", "texts"),
-    "scores": ("numbers",),
-    "ranks": ("numbers",),
+    "completions": ("completions", *LISTS),
+    "scores": ("numbers", "numbers as texts"),
+    "ranks": ("numbers", "numbers as texts"),
 }
 OPENAI = ("input", "preferred_output", "non_preferred_output")  # the columns of OpenAI's own format
 KNOWN = {*COLUMNS, *OPENAI, *(alias for aliases in ALIASES.values() for alias in aliases)}
@@ -211,11 +212,15 @@ class Look:
     def values(self, *names: str) -> list[tuple[Any, ...]]:
         """What these columns hold, in the rows in which none is empty and each holds its column's kind."""
         columns = [self.column(name) for name in names]
-        fits = [TEXTS if self.kind(column) in TEXTS else (self.kind(column),) for column in columns]
+        fits = [self._alike(self.kind(column)) for column in columns]
         rows = [tuple(unpacked(row.get(column)) for column in columns) for row in self.rows]
         return [
             row for row in rows if all("null" != kind_of(value) in fit for value, fit in zip(row, fits, strict=True))
         ]
+
+    @staticmethod
+    def _alike(kind: Kind) -> tuple[Kind, ...]:
+        return next((kinds for kinds in (TEXTS, LISTS) if kind in kinds), (kind,))
 
     def share(self, test: Callable[..., bool], *columns: str) -> float:
         """Of the rows in which the columns hold something, the share that passes."""

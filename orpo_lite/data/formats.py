@@ -14,7 +14,9 @@ from typing import Any, NoReturn
 from orpo_lite.data.columns import (
     ALIASES,
     CHAT,
+    FITTING,
     KNOWN,
+    LISTS,
     OPENAI,
     SOME,
     TEXTS,
@@ -214,7 +216,7 @@ def _is_doubled(look: Look, prompt: str) -> bool:
 
 
 def _two_outputs(look: Look) -> Found:
-    if look.kind("chosen") != "missing" or look.kind("output") != "texts" or not look.find("prompt"):
+    if look.kind("chosen") != "missing" or look.kind("output") not in LISTS or not look.find("prompt"):
         return None
     if look.kind("instruction") == "missing" or look.share(lambda output: len(output) == 2, "output") < 1:
         return None
@@ -226,8 +228,8 @@ def _ranked(look: Look) -> Found:
     completions = None if look.kind("rejected") in USABLE else look.find("completions")
     if completions is None:
         return None
-    if look.kind(completions) == "texts":
-        if "numbers" not in look.kinds.values():
+    if look.kind(completions) in LISTS:
+        if not any(kind in FITTING["scores"] for column, kind in look.kinds.items() if column != completions):
             return None
         wanted = [name for name in ("scores", "ranks") if name in look.mapped] or ["scores", "ranks"]
         measures = [column for name in wanted if (column := look.find(name))]
@@ -451,8 +453,8 @@ def _measures(look: Look, answers: tuple[str, str]) -> list[tuple[str, str]]:
 
 
 def _refuse_ranking(look: Look, completions: str, found: str, lines: Sequence[str] = ()) -> NoReturn:
-    numbers = [column for column, kind in look.kinds.items() if kind == "numbers"]
-    if not lines and look.kind(completions) == "texts":
+    numbers = [column for column, kind in look.kinds.items() if kind in FITTING["scores"] and column != completions]
+    if not lines and look.kind(completions) in LISTS:
         lines = [f"{map_lines('scores', [column])} if the highest is the best" for column in numbers]
         lines += [f"{map_lines('ranks', [column])} if the lowest is the best" for column in numbers]
     expected = f"in each answer one of {', '.join(MEASURES)}; or texts with scores or ranks"

@@ -498,8 +498,21 @@ def _ranked(row: Row, where: str) -> Iterator[tuple[float, str]]:
             yield MEASURES[measure] * number, _text(answer, key, where, f"completions[{i}].{key}")
 
 
+ABSENT = ("", "n/a", "na", "nan", "none", "null")  # what is written where nobody scored
+
+
+def numeric(text: str) -> bool:
+    """A number written as text, or what stands for none."""
+    try:
+        return text.strip().lower() in ABSENT or math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
 def _number(value: Any, where: str, label: str) -> float | None:
-    """A score; None and nan are none."""
+    """A score; None and nan are none, and so is N/A."""
+    if isinstance(value, str) and numeric(value):
+        value = None if value.strip().lower() in ABSENT else float(value)
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
