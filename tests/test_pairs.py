@@ -123,6 +123,20 @@ def test_every_faulty_row_is_reported_in_one_message(tmp_path: Path) -> None:
     assert f"and {31 - SHOWN} more" in text
 
 
+@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.json"])
+def test_what_json_does_not_have_is_a_fault_only_where_it_is_read(tmp_path: Path, name: str) -> None:
+    ranked = {"prompt": "Name a colour.", "completions": ["Blue.", "Seven."], "scores": [2.0, 1.0]}
+    rows = [ranked | {"margin": margin} for margin in (1.0, float("nan"), float("-inf"))]
+    path = tmp_path / name
+    path.write_text("\n".join(map(json.dumps, rows)) if name.endswith("l") else json.dumps(rows))
+    assert len(read(path)[0]) == 3
+    for score in ("NaN", "Infinity"):
+        path.write_text(path.read_text().replace("2.0", score, 1))
+        with pytest.raises(DataError, match=r"scores\[0\]: NaN or an infinity, which is not JSON") as raised:
+            read(path)
+        message(raised)
+
+
 def test_a_broken_line_is_named_beside_an_unknown_format(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     path.write_text('{"text": "q"}\n{"text\n')

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn
 
+from orpo_lite.data.files import NotJson
 from orpo_lite.data.readers import ANSWER_KEYS, COLUMNS, Row, fault, is_dialogue, numeric, seen
 from orpo_lite.errors import DataError
 
@@ -56,7 +57,7 @@ def kind_of(value: Any) -> Kind:
             isinstance(item, list) and [type(text) for text in item] == [str, str] for item in items
         ):
             return "pairs of texts"
-        case list(items) if all(item is None or type(item) in (int, float) for item in items):
+        case list(items) if all(item is None or type(item) in (int, float, NotJson) for item in items):
             return "numbers"
         case _:
             return "something else"

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from orpo_lite.data.files import NotJson
 from orpo_lite.errors import DataError
 
 Message = dict[str, str]  # {"role": system, user or assistant, "content": text}
@@ -515,7 +516,7 @@ def _number(value: Any, where: str, label: str) -> float | None:
         value = None if value.strip().lower() in ABSENT else float(value)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool | NotJson) or not isinstance(value, int | float):
         raise fault(where, label, seen({"": value}, ""), "a number")
     return None if math.isnan(value) else float(value)
 
@@ -545,6 +546,8 @@ def seen(row: Row, field: str) -> str:
             return "null"
         case bool():
             return "true or false"
+        case NotJson():
+            return "NaN or an infinity, which is not JSON"
         case int() | float():
             return "a number"
         case str():
