@@ -129,6 +129,7 @@ class Shape:
 Q, Q2 = "Name a  colour 🎨.", "And a number?"
 HH = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Name a  colour 🎨.\n\nAssistant:"
 HH_TURNS = (user("Hi"), bot("Hello."), user(Q))
+BLUE_SEVEN = {"chosen": "Blue.", "rejected": "Seven."}
 TALK = (user("Hi"), bot("Hello."), user(Q))
 ORCA = {"system": "Be  brief.", "question": Q, "chosen": "Blue.", "rejected": "Seven."}
 ONE: list[tuple[Turns, str, str] | str] = [((user(Q),), "Blue.", "Seven."), ((user(Q2),), "7", "Blue")]
@@ -615,6 +616,19 @@ SHAPES: dict[str, Shape] = {
         "chosen rejected",
         [((user(Q),), "Blue.", "Seven.")] * 2,
     ),
+    "HH dialogues behind a system text": Shape(
+        "hh_rlhf",
+        [{side: f"{lead}\n\nHuman: {Q}\n\nAssistant: {text}" for side, text in BLUE_SEVEN.items()}
+         for lead in ("Be brief.", "\n\nSystem: Be brief.", "")],
+        "chosen rejected",
+        [((system("Be brief."), user(Q)), "Blue.", "Seven.")] * 2 + [((user(Q),), "Blue.", "Seven.")],
+    ),
+    "an HH dialogue as prompt, behind a system text": Shape(
+        "hh_rlhf",
+        [{"prompt": f"Be brief.\n\nHuman: {Q}\n\nAssistant:", **BLUE_SEVEN}] * 2,
+        "prompt chosen rejected",
+        [((system("Be brief."), user(Q)), "Blue.", "Seven.")] * 2,
+    ),
     "questions about templates": Shape(
         "explicit",
         [
@@ -703,7 +717,6 @@ def test_case_and_spaces_of_a_column_make_no_difference(shape: str, spell: Calla
 # --- what stands before the reply
 
 EARLIER = (user("Hi"), bot("Hello."))
-BLUE_SEVEN = {"chosen": "Blue.", "rejected": "Seven."}
 
 
 def wholes(*turns: dict[str, str]) -> dict[str, Any]:
@@ -737,6 +750,38 @@ def wholes(*turns: dict[str, str]) -> dict[str, Any]:
 def test_nothing_stands_twice_and_nothing_is_lost(row: dict[str, Any], turns: Turns) -> None:
     for pair in read([row] * 3):
         assert (pair.messages, pair.chosen, pair.rejected, pair.drop) == (turns, "Blue.", "Seven.", None)
+
+
+@pytest.mark.parametrize("wrong", ["chosen", "rejected"])
+@pytest.mark.parametrize("before", [(), EARLIER])
+def test_a_reply_at_the_end_of_the_prompt_is_not_asked_again(wrong: str, before: Turns) -> None:
+    asked = [*before, user(Q)]
+    prompt = [*asked, bot(BLUE_SEVEN[wrong])]
+    replies = {side: [bot(text)] for side, text in BLUE_SEVEN.items()}
+    for row in (replies, wholes(user(Q)), wholes(*asked)):
+        (pair,) = read([{"prompt": prompt} | row])
+        assert (pair.messages, pair.chosen, pair.rejected, pair.drop) == (tuple(asked), "Blue.", "Seven.", None)
+    with pytest.raises(DataError, match="x:2, field prompt: it ends with an assistant's turn that is neither reply"):
+        read([{"prompt": asked} | replies, {"prompt": [*asked, bot("Red.")]} | replies])
+
+
+def test_earlier_turns_may_end_with_the_words_of_the_reply() -> None:
+    (pair,) = read([{"prompt": [user("Hi"), bot("Blue.")], **wholes(user(Q))}])
+    assert pair.messages == (user("Hi"), bot("Blue."), user(Q))
+
+
+@pytest.mark.parametrize("kind", [bot, lambda text: [bot(text)], str])
+def test_a_conversation_that_holds_the_reply_is_read_up_to_it(kind: Callable[[str], Any]) -> None:
+    row = {"conversations": [*EARLIER, user(Q), bot("Blue.")]} | {side: kind(text) for side, text in BLUE_SEVEN.items()}
+    assert [(pair.messages, pair.chosen, pair.rejected) for pair in read([row] * 2)] == [(TALK, "Blue.", "Seven.")] * 2
+
+
+@pytest.mark.parametrize("listed", ["chosen", "rejected"])
+@pytest.mark.parametrize("asked", [{"prompt": Q}, {"prompt": [user(Q)]}, {}])
+def test_a_text_may_stand_beside_a_list(listed: str, asked: dict[str, Any]) -> None:
+    row = BLUE_SEVEN | asked | {listed: [*([] if asked else [user(Q)]), bot(BLUE_SEVEN[listed])]}
+    (pair,) = read([row])
+    assert (pair.messages, pair.chosen, pair.rejected, pair.drop) == ((user(Q),), "Blue.", "Seven.", None)
 
 
 def test_the_first_rows_may_have_no_earlier_turns() -> None:
@@ -1119,7 +1164,7 @@ def test_newer_names_of_the_roles_are_read() -> None:
         ({"text": "q", "label": 1}, ["data.column_map=prompt=COLUMN,chosen=COLUMN,rejected=COLUMN"]),
         ({"chosen": "yes", "rejected": "no"}, ["data.column_map=prompt=COLUMN", "data.format=implicit"]),
         ({"prompt": "q", "chosen": 3, "rejected": "no"}, ["data.column_map=chosen=COLUMN"]),
-        ({"chosen": "It is so", "rejected": "It is no", "messages": [user("q"), bot("It is so")]},
+        ({"chosen": "It is so", "rejected": "It is no", "messages": [user("q"), bot("It was so")]},
          ["data.column_map=prompt=COLUMN", "data.format=implicit"]),
         ({"chosen": "It is so", "rejected": "It is no", "prompt": {"text": "q"}},
          ["data.column_map=prompt=COLUMN", "data.format=implicit"]),
@@ -1273,7 +1318,11 @@ TEXTS = {"prompt": "Name a colour.", "chosen": "Blue.", "rejected": "Seven."}
         ("messages", WHOLE | {"rejected": []}, "field rejected: an empty list"),
         ("messages", {"chosen": [bot("a")], "rejected": [bot("b")]}, "field prompt: missing"),
         ("hh_rlhf", {"chosen": HH, "rejected": "Hello."}, "field rejected: there is no assistant turn"),
-        ("hh_rlhf", {"chosen": HH, "rejected": "Hi" + HH}, "field rejected: the text does not begin with a turn"),
+        (
+            "hh_rlhf",
+            {"chosen": HH, "rejected": "Hi\n\nAssistant: a"},
+            "field rejected: the text does not begin with a turn",
+        ),
         ("hh_rlhf", {"chosen": HH, "rejected": HH + "\n\nHuman: bye"}, "field rejected: the last turn is the human's"),
     ],
 )

@@ -120,6 +120,11 @@ def is_sharegpt(side: Any) -> bool:
     return any(is_message(turn) and turn.get("role") is None for turn in turns)
 
 
+def ends_with(turns: Any, *replies: Any) -> bool:
+    """A conversation whose last text is one of these replies."""
+    return contents(turns)[-1:] in [contents(reply)[-1:] for reply in replies]
+
+
 def waits_for_reply(turns: Sequence[Mapping[str, Any]]) -> bool:
     return asks(turns[-1]) if is_message(turns[-1]) else not turns[-1].get("output")
 
@@ -178,6 +183,7 @@ FITTING: dict[str, tuple[Kind, ...]] = {
     "scores": ("numbers", "numbers as texts"),
     "ranks": ("numbers", "numbers as texts"),
 }
+SIDES = ("chosen", "rejected")
 OPENAI = ("input", "preferred_output", "non_preferred_output")  # the columns of OpenAI's own format
 KNOWN = {*COLUMNS, *OPENAI, *(alias for aliases in ALIASES.values() for alias in aliases)}
 
@@ -245,8 +251,11 @@ class Look:
         named.sort(key=lambda column: self.kinds[column] == "null")  # a blank one is no rival of one that speaks
         if canonical == "prompt" and self.is_alpaca():
             return [column for column in named if plain_name(column) != "input"]
-        if canonical == "conversation":  # not one that already holds the reply, as in UltraFeedback binarized
-            return [column for column in named if self.share(waits_for_reply, column) > 0.5]
+        if canonical == "conversation":
+            # One that already holds the reply, as in UltraFeedback binarized, only where nothing else asks.
+            waiting = [column for column in named if self.share(waits_for_reply, column) > 0.5]
+            answered = [column for column in named if not waiting and self.share(ends_with, column, *SIDES) > 0.5]
+            return answered if answered and not self.candidates("prompt") else waiting
         return named
 
     def is_alpaca(self) -> bool:

@@ -142,16 +142,21 @@ def _dialogues(look: Look) -> Found:
 
 
 def _conversations(look: Look) -> Found:
-    if not all(look.kind(side) in ("message", "messages") for side in ("chosen", "rejected")):
+    kinds = {side: look.kind(side) for side in ("chosen", "rejected")}
+    lists = [side for side, kind in kinds.items() if kind in ("message", "messages")]
+    if not lists or not all(kind in ("text", "message", "messages") for kind in kinds.values()):
         return None
-    sides = f"chosen and rejected are {'lists of' if look.kind('chosen') == 'messages' else 'single'} messages"
-    style = "sharegpt" if look.share(is_sharegpt, "chosen") > 0.5 else None
+    sides = f"chosen and rejected are {'lists of' if 'messages' in kinds.values() else 'single'} messages"
+    if len(lists) == 1:
+        other = "rejected" if lists == ["chosen"] else "chosen"
+        sides = f"{other} is a text, {lists[0]} {'a list of messages' if 'messages' in kinds.values() else 'a message'}"
+    style = "sharegpt" if look.share(is_sharegpt, lists[0]) > 0.5 else None
     if style:
         sides += " in from and value"
     if look.kind("prompt") in CHAT and "conversation" not in look.mapped:
         look.find("prompt")
         return style or "explicit", f"prompt is a list of messages and {sides}"
-    whole = look.share(asks, "chosen")
+    whole = look.share(asks, lists[0])
     if (whole < 1 or "conversation" in look.mapped) and (before := _find_before(look)):
         canonical, column = before
         if canonical == "conversation":
