@@ -994,6 +994,16 @@ TEMPLATES = {
     "Alpaca's preamble": "Below is an instruction that describes a task.\n\n### Instruction:\nHi\n",
     "Guanaco": "### Human: Hi\n### Assistant:",
     "Vicuna": "USER: Hi ASSISTANT:",
+    "Vicuna behind a system text": "You are kind. USER: Hi ASSISTANT:",
+    "Vicuna behind a system text, in lines": "You are kind.\n\nUSER: Hi\nASSISTANT: Hello.\nUSER: And?",
+    "Mistral behind a system text": "You are kind.\n\n[INST] Hi [/INST]",
+    "Zephyr behind a system text": "You are kind.\n<|user|>\nHi\n<|assistant|>\n",
+    "RedPajama": "<human>: Hi\n<bot>:",
+    "Phi": "Instruct: Hi\nOutput:",
+    "an instruction and a response": "Instruction: Hi\nResponse:",
+    "a bare marker of the reply": "Hi\n\nAssistant:",
+    "a bare marker of the reply in capitals": "Hi\nASSISTANT: ",
+    "Alpaca's marker alone": "Hi\n\n### Response:\n",
     "Vicuna's preamble": "A chat between a curious user and an artificial intelligence assistant. USER: Hi",
 }
 
@@ -1007,6 +1017,29 @@ def test_a_template_in_the_prompt_is_refused(template: str) -> None:
     # One in a hundred is chance; one in ten is none.
     assert detect_format([raw] * 99 + [templated]).name == "explicit"
     refused([raw] * 9 + [templated], "data.chat_template=none")
+
+
+@pytest.mark.parametrize("marker", ["Assistant: ", "ASSISTANT: ", "<bot>: "])
+def test_a_marker_before_the_replies_is_a_template_too(marker: str) -> None:
+    rows = [{"prompt": Q, **{side: marker + text for side, text in BLUE_SEVEN.items()}}] * 2
+    assert "chosen and rejected hold text" in refused(rows, "data.chat_template=none")
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        "Does Vicuna write USER: before a question, and what after it?",
+        "Which model ends its prompt with ASSISTANT: and which with [/INST]?",
+        "What is an Assistant: a person, or a program?",
+        "Instruction: a word I never understood.\nWhat does it mean?",
+        "Name the parts of a form.\nResponse:\nis one of them",
+        "Assistant professors: how many are there?",
+        "Is `### Response:` a heading?",
+    ],
+)
+def test_a_question_about_templates_is_none(question: str) -> None:
+    row = {"prompt": question, "chosen": "The assistant: a program.", "rejected": "Output: none"}
+    assert [pair.messages for pair in read([row] * 2)] == [(user(question),)] * 2
 
 
 def test_end_markers_alone_are_to_be_taken_off() -> None:

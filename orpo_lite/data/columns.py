@@ -133,29 +133,48 @@ _START = re.compile(
     r"\s*(?:<s>|<bos>|<\|begin_of_text\|>|<\|endoftext\|>|<｜begin▁of▁sentence｜>|<\|im_start\|>|\[INST\]|<<SYS>>"
     r"|\[SYSTEM_PROMPT\]|<\|start_header_id\|>|<start_of_turn>|<\|START_OF_TURN_TOKEN\|>"
     r"|<\|(?:user|system|assistant)\|>|<｜(?:User|Assistant)｜>|#{2,3} ?(?:Instruction|Human|User|System|Input)s?:"
-    r"|Below is an instruction that describes|(?:USER|User|Human|GPT4 Correct User): "
-    r"|A chat between a curious (?:user|human) and an artificial intelligence)"
+    r"|Below is an instruction that describes|(?:USER|User|Human|ASSISTANT|Assistant|GPT4 Correct User): "
+    r"|<(?:human|bot)>:|A chat between a curious (?:user|human) and an artificial intelligence)"
 )
-_NEMO = re.compile(r"(?:\A|\n)<extra_id_[01]>(?:System|User|Assistant)\n")  # its turns within one text: HelpSteer2
+# Its turns within one text, behind a system text or not: what has to be in the text at all, and how it stands there.
+_TURNS = {
+    "<extra_id_": re.compile(r"(?:\A|\n)<extra_id_[01]>(?:System|User|Assistant)\n"),  # HelpSteer2
+    "ASSISTANT:": re.compile(r"(?:\A|\s)USER: .*\sASSISTANT:", re.DOTALL),  # Vicuna
+    "Instruct": re.compile(r"\A\s*Instruct(?:ion)?:.*\n\s*(?:Output|Response):", re.DOTALL),  # Phi
+}
+_WAITING = re.compile(  # for the reply, at the end
+    r"(?:\s(?:ASSISTANT|<bot>|#{2,3} ?(?:Response|Assistant)):|\n\s*Assistant:|\[/INST\]|<\|assistant\|>"
+    r"|<\|im_start\|>assistant|<start_of_turn>model)\Z"
+)
+_LONGEST = 40  # characters of a marker at the end, and more
 _END = re.compile(
     r"(?:<extra_id_1>|</s>|<\|im_end\|>|<\|eot_id\|>|<\|end_of_text\|>|<\|endoftext\|>|<end_of_turn>|<eos>|<\|end\|>"
-    r"|<\|END_OF_TURN_TOKEN\|>|<\|end_of_turn\|>|<｜end▁of▁sentence｜>|\[/INST\])\s*\Z"
+    r"|<\|END_OF_TURN_TOKEN\|>|<\|end_of_turn\|>|<｜end▁of▁sentence｜>)\Z"
 )
 
 
 def is_templated(value: Any) -> bool:
-    """Anchored at the text's start and end, so that a question about templates is none."""
+    """Anchored at the text's start and end, or markers in their order, so that a question about templates is none."""
     return is_opened(value) or end_marker(value) is not None
 
 
 def is_opened(value: Any) -> bool:
-    """It begins with a template's marker."""
-    return any(_START.match(text) or _NEMO.search(text) for text in contents(value) if not is_dialogue(text))
+    """It begins with a template's marker, holds its turns, or waits behind the marker of a reply."""
+    return any(_is_opened(text) and not is_dialogue(text) for text in contents(value))
+
+
+def _is_opened(text: str) -> bool:
+    turns = any(marker in text and pattern.search(text) for marker, pattern in _TURNS.items())
+    return turns or bool(_START.match(text) or _WAITING.search(_end(text)))
+
+
+def _end(text: str) -> str:
+    return text.rstrip()[-_LONGEST:]
 
 
 def end_marker(value: Any) -> str | None:
     """A template's marker at the end of the last text that has one there."""
-    ends = (_END.search(text) for text in reversed(contents(value)) if not is_dialogue(text))
+    ends = (_END.search(_end(text)) for text in reversed(contents(value)) if not is_dialogue(text))
     return next((match[0].strip() for match in ends if match), None)
 
 
