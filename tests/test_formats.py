@@ -702,7 +702,7 @@ def test_columns_are_named_by_what_they_are_read_as() -> None:
     whole = SHAPES["HuggingFaceH4/ultrafeedback_binarized"].rows
     assert detect(whole)[0].columns == {"chosen": "chosen", "rejected": "rejected"}
     pairs = SHAPES["LLaMA-Factory's older alpaca, with history"].rows
-    assert set(detect(pairs)[0].columns) == {"prompt", "output", "history"}  # input is blank
+    assert set(detect(pairs)[0].columns) == {"prompt", "input", "output", "history"}  # a blank input too
 
 
 @pytest.mark.parametrize("spell", [str.capitalize, str.upper, " {} ".format])
@@ -787,7 +787,7 @@ def test_a_text_may_stand_beside_a_list(listed: str, asked: dict[str, Any]) -> N
 def test_the_first_rows_may_have_no_earlier_turns() -> None:
     row = {"prompt": Q, "history": [], **BLUE_SEVEN}
     detected, _ = detect([row] * 3)
-    assert "history" not in detected.columns
+    assert detected.columns["history"] == "history"
     assert detected.read(row | {"history": [["Hi", "Hello."]]}, "x").messages == TALK
 
 

@@ -16,6 +16,7 @@ from orpo_lite.data.formats import PROMPTS_DIFFER, Pair
 from orpo_lite.data.pairs import (
     EMPTY_PROMPT,
     EQUAL,
+    LOOK,
     PLACES,
     SAID_TWICE,
     PairReader,
@@ -100,6 +101,59 @@ def test_rows_are_read_when_they_are_asked_for(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(DataError, match=r"pairs.jsonl:10, field prompt: missing"):
         list(pairs)
     assert reader.read == 10
+
+
+@pytest.mark.parametrize(
+    ("late", "first", "before"),
+    [
+        ({"system": "Be brief."}, {}, [{"role": "system", "content": "Be brief."}]),
+        ({"system": "Be brief."}, {"system": None}, [{"role": "system", "content": "Be brief."}]),
+        ({"history": [["Hi", "Hello."]]}, {}, [user("Hi"), bot("Hello.")]),
+        ({"history": [["Hi", "Hello."]]}, {"history": []}, [user("Hi"), bot("Hello.")]),
+    ],
+)
+def test_a_column_may_turn_up_late(
+    tmp_path: Path, late: dict[str, Any], first: dict[str, Any], before: list[dict[str, str]]
+) -> None:
+    rows = [*[EXPLICIT | first] * LOOK, EXPLICIT | late | {"id": 7}, EXPLICIT | first]
+    pairs, reader = read(write_jsonl(tmp_path / "pairs.jsonl", rows))
+    assert [pair.messages for pair in pairs] == [
+        *[(user("Name a colour."),)] * LOOK, (*before, user("Name a colour.")), (user("Name a colour."),)]  # fmt: skip
+    ((column, _),) = late.items()
+    assert [set(columns["read"]) for columns in reader.columns] == [{"prompt", "chosen", "rejected", column}]
+    assert [columns["not_read"] for columns in reader.columns] == [["id"]]
+    assert [columns["format"] for columns in reader.columns] == reader.detected
+
+
+def test_what_an_instruction_is_about_may_turn_up_late(tmp_path: Path) -> None:
+    row = {"instruction": "Name it.", "chosen": "Blue.", "rejected": "Seven."}
+    pairs, reader = read(write_jsonl(tmp_path / "pairs.jsonl", [*[row] * LOOK, row | {"input": "A colour"}]))
+    assert pairs[-1].prompt_text == "Name it.\nA colour"
+    assert reader.columns[0]["read"]["input"] == "input"
+
+
+@pytest.mark.parametrize(
+    ("row", "late", "line"),
+    [
+        (EXPLICIT, {"question": "Name a number."}, "data.column_map=prompt=prompt"),
+        (EXPLICIT | {"question": None}, {"question": "Name a number."}, "data.column_map=prompt=prompt"),
+        (EXPLICIT, {"context": "A long text"}, "data.column_map=prompt=prompt"),
+        (EXPLICIT, {"messages": [user("Another question")]}, "data.column_map=prompt=prompt"),
+        (LISTS, {"prompt": [user("Another question")]}, "data.format=implicit"),
+    ],
+)
+def test_a_column_that_would_change_the_reading_stops_it(
+    tmp_path: Path, row: dict[str, Any], late: dict[str, Any], line: str
+) -> None:
+    path = write_jsonl(tmp_path / "pairs.jsonl", [*[row] * LOOK, row | late])
+    with pytest.raises(DataError) as raised:
+        read(path)
+    text = message(raised)
+    assert f"first holds something at pairs.jsonl:{LOOK + 1}" in text
+    assert line in text
+    key, _, value = line.removeprefix("data.").partition("=")
+    pairs, _ = read(path, **{key: value if key == "format" else dict([value.split("=")])})
+    assert len(pairs) == LOOK + 1
 
 
 def test_detection_follows_the_many_and_reports_the_odd_row(tmp_path: Path) -> None:

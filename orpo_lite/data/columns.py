@@ -63,6 +63,11 @@ def kind_of(value: Any) -> Kind:
             return "something else"
 
 
+def is_blank(value: Any) -> bool:
+    """It holds nothing: kind_of says null."""
+    return not value.strip() if isinstance(value, str) else value is None or value == []
+
+
 def _kind_of_list(items: Sequence[Mapping[str, Any]]) -> Kind:
     if all(is_message(item) for item in items):
         return "messages"

@@ -113,14 +113,18 @@ def detect_format(
         _refuse_unread(look)
     if system and look.kind(system) != "null" and name != "orca":
         because += f"; {shown(system)} goes in front as a system turn where the conversation has none"
-    columns = {canonical: column for canonical, column in look.taken.items() if look.kind(column) != "null"}
     sides = _replies(look, name)[-2:]
 
     def read(row: Row, where: str) -> Pair:
         named = look.renamed(row, where)
         return (without_reply(named, sides, where) if len(sides) == 2 else None) or READERS[name](named, where)
 
-    return Detected(name, because, read, columns)
+    return Detected(name, because, read, look.taken)
+
+
+def is_known(column: str) -> bool:
+    """Whether detection goes by a column's name at all; a person may have any number of others."""
+    return plain_name(column) in KNOWN or plain_name(column) in VERDICTS
 
 
 # --- the clauses: each says its format's name and the reason, or None; the first that fits is taken
