@@ -166,6 +166,9 @@ def _said(found: Mapping[str, Any]) -> Iterator[Update]:
         yield Update("note", f"{count:,} responses are cut by data.max_length and lose their end")
     if count := found["repeated_prompts"]:
         yield Update("note", f"warning: in {count:,} pairs a reply begins with the prompt again")
+    if count := found["templated_pairs"]:
+        said = f"in {count:,} pairs a chat template was applied already, it seems: they will hold two"
+        yield Update("note", f"warning: {said}")
     if count := found["unknown_tokens"]:
         yield Update("note", f"warning: {count:,} tokens are unknown to the tokenizer: what they stood for is lost")
     if count := found["prompts"]["shared"]:

@@ -202,6 +202,8 @@ def _print_figures(figures: Mapping[str, Any], max_length: int) -> None:
     )
     if count := figures["repeated_prompts"]:
         _print_count(f"in {count:,} pairs a reply begins with the prompt again", True)
+    if count := figures["templated_pairs"]:
+        _print_count(f"in {count:,} pairs a chat template was applied already, it seems: they will hold two", True)
     if count := figures["unknown_tokens"]:
         _print_count(f"{count:,} tokens are unknown to the tokenizer: what they stood for is lost", True)
     longer = [_share(figures[f"{side}_longer"]) for side in ("chosen", "rejected")]

@@ -15,6 +15,7 @@ from conftest import Answer, byte_tokenizer
 from rich.console import Console
 
 from orpo_lite import screen
+from orpo_lite.data.pairs import LOOK
 
 MAP = "data.column_map=prompt=question,chosen=good_answer,rejected=bad_answer"
 COFFEE = [
@@ -271,3 +272,15 @@ def test_the_readme_shows_what_happens(tmp_path: Path, call: Look, monkeypatch: 
         command, _, expected = session.replace("\\\n", "").partition("\n")
         code, shown, said = call(*command.removeprefix("$ orpo-lite").split())
         assert (shown if code == 0 else said).strip().endswith(expected.strip())
+
+
+def test_templates_that_begin_late_are_counted(coffee: Path, look: Look) -> None:
+    rows = [[f"Which bean is number {i}?", f"Bean {i}.", "None."] for i in range(LOOK)]
+    templated = [[f"USER: Which roast is {name}? ASSISTANT:", "Light.", "Dark."] for name in "abc"]
+    with (coffee / "coffee.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("question", "good_answer", "bad_answer"), *rows, *templated])
+    code, shown, _ = look()
+    assert code == 0
+    assert "in 3 pairs a chat template was applied already, it seems" in shown
+    assert json.loads(look("--json")[1])["templated_pairs"] == 3
+    assert json.loads(look("--json", "data.chat_template=none")[1])["templated_pairs"] == 0
