@@ -26,7 +26,7 @@ from orpo_lite.base import (
 from orpo_lite.data.cache import VARIABLE, TokenizedPairs, cache_folder, wanted_folder
 from orpo_lite.data.pairs import held_out_sources, hold_out, training_sources
 from orpo_lite.data.preview import figures
-from orpo_lite.data.rows import Source, is_path
+from orpo_lite.data.rows import Source, is_path, told_apart
 from orpo_lite.data.sides import show_row, tokenized
 from orpo_lite.data.templates import set_chat_template
 from orpo_lite.errors import CheckpointError, ModelError, RecipeError, raise_all
@@ -114,7 +114,9 @@ Sources = tuple[list[Source], list[Source]]  # to train on, held out
 
 def find_sources(data: DataSection) -> Sources:
     """The sets that a recipe names, found but not read. Raises DataError and HubError."""
-    return training_sources(data), held_out_sources(data)
+    train, test = training_sources(data), held_out_sources(data)
+    both = told_apart([*train, *test])
+    return both[: len(train)], both[len(train) :]
 
 
 def tokenized_sides(

@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -437,6 +437,9 @@ class Given(Source):
 
     def rows(self, _faults: list[DataError]) -> Any:
         return ((f"{self.name}[{i}]", row) for i, row in enumerate(vars(self)["given"]))
+
+    def labelled(self, _labels: Mapping[str, str]) -> Source:
+        return self
 
     def fingerprint(self) -> tuple[str, int]:
         raise NotImplementedError

@@ -104,10 +104,16 @@ class PairReader:
     def find(self, place: str) -> tuple[Pair, str | None]:
         """The pair at a place, and why it would be left out, if it would. Raises DataError."""
         faults: list[DataError] = []
+        near: list[Pair] = []
         for source in self.sources:
             for pair in self._pairs(source, faults):
-                if pair.where == place or place.endswith(f"/{pair.where}"):
+                if pair.where == place:
                     return pair, pair.drop or _drop_reason(pair)
+                if place.endswith(f"/{pair.where}"):
+                    near.append(pair)
+        if near:
+            pair = max(near, key=lambda pair: len(pair.where))  # sub/p.jsonl:3 rather than p.jsonl:3
+            return pair, pair.drop or _drop_reason(pair)
         raise_all([fault for fault in faults if fault.where.partition(", field ")[0] == place])
         names = ", ".join(source.name for source in self.sources)
         raise DataError(place, f"no such row in {names}", "a place as messages name it", "pairs.csv:3, or train[11]")
