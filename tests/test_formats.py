@@ -836,6 +836,15 @@ TWO_READINGS: dict[str, tuple[list[dict[str, Any]], dict[str, tuple[str, list[An
             "data.column_map=prompt=question": ("explicit", [BLUE] * 2),
         },
     ),
+    "a context beside the question": (
+        [{"context": "A long text", "question": Q, "chosen": "Blue.", "rejected": "Seven."}] * 2,
+        {
+            "data.column_map=prompt=question": ("explicit", [BLUE] * 2),
+            "data.column_map=prompt=context": ("explicit", [((user("A long text"),), "Blue.", "Seven.")] * 2),
+            "data.column_map=prompt=question,input=context": (
+                "explicit", [((user(f"{Q}\nA long text"),), "Blue.", "Seven.")] * 2),
+        },
+    ),
     "two names for the prompt": (
         [{"query": "Other text", "question": Q, "chosen": "Blue.", "rejected": "Seven."}] * 2,
         {
@@ -1282,6 +1291,11 @@ def test_what_an_instruction_is_about_is_read_in_every_format(replies: dict[str,
     one, other = (detected.read(row, "x:1") for row in rows)
     assert (one.messages, one.chosen, one.rejected) == ((user("Sum up.\nA long text."),), "a", "b")
     assert other.messages == (user("Hi."),)
+
+
+def test_what_a_question_is_about_can_be_named() -> None:
+    rows = [{"passage": "A long text", "question": Q, **BLUE_SEVEN}] * 2
+    assert {pair.prompt_text for pair in read(rows, {"input": "passage"})} == {f"{Q}\nA long text"}
 
 
 @pytest.mark.parametrize("blank", ["", None, " "])

@@ -207,6 +207,7 @@ FITTING: dict[str, tuple[Kind, ...]] = {
     "scores": ("numbers", "numbers as texts"),
     "ranks": ("numbers", "numbers as texts"),
 }
+ABOUT = ("context", "input")
 SIDES = ("chosen", "rejected")
 OPENAI = ("input", "preferred_output", "non_preferred_output")  # the columns of OpenAI's own format
 KNOWN = {*COLUMNS, *OPENAI, *(alias for aliases in ALIASES.values() for alias in aliases)}
@@ -271,6 +272,7 @@ class Look:
         if canonical in self.mapped or (canonical == "prompt" and self.kind("prompt") in CHAT):
             return [self.column(canonical)] if self.kind(canonical) != "missing" else []
         named = self.named(*ALIASES.get(canonical, (canonical,)))
+        named = [column for column in named if column not in self.mapped]  # it has been said what that is
         named = [column for column in named if self.kinds[column] in FITTING.get(canonical, self.kinds.values())]
         named.sort(key=lambda column: self.kinds[column] == "null")  # a blank one is no rival of one that speaks
         if canonical == "prompt" and self.is_alpaca():
@@ -306,7 +308,11 @@ class Look:
             raw = [column for column in columns if column not in templated]
             refuse_templated(self, [*templated, *replies], () if replies else raw)
         found = f"{shown(*columns)} could each be the {canonical}, and they differ"
-        raise DataError("data.column_map", found, f"one {canonical}", map_lines(canonical, columns))
+        lines = [map_line(**{canonical: column}) for column in columns]
+        if canonical == "prompt":  # what the question is about may stand beside it
+            about = [column for column in columns if plain_name(column) in ABOUT]
+            lines += [map_line(prompt=one, input=other) for other in about for one in columns if one not in about]
+        raise DataError("data.column_map", found, f"one {canonical}", " or ".join(lines))
 
     # --- the rows as their reader wants them
 

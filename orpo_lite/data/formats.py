@@ -103,7 +103,7 @@ def detect_format(
     for reply in _replies(look, name):
         look.find(reply)
     asked = look.taken.get("prompt") if name != "doubled" else None
-    if asked and look.is_alpaca() and look.agree(asked, "instruction"):
+    if asked and ("input" in look.mapped or (look.is_alpaca() and look.agree(asked, "instruction"))):
         look.find("input")  # what the instruction is about
     _find_history(look)
     system = _find_system(look)
