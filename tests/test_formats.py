@@ -581,13 +581,13 @@ SHAPES: dict[str, Shape] = {
                 "domain": "general",
                 "language": "english",
                 "context": [*TALK],
-                "response1": "Seven.",
-                "response2": "Blue.",
-                "overall_preference": 2,
+                "response1": first,
+                "response2": second,
+                "overall_preference": strength,
                 "individual_preference": [{"score": 2, "reasoning": "r", "feedback1": "f", "feedback2": "f"}],
             }
-        ]
-        * 2,
+            for strength, first, second in ((2, "Seven.", "Blue."), (-1, "Blue.", "Seven."))
+        ],
         "response1 response2 overall_preference",
         [(TALK, "Blue.", "Seven.")] * 2,
     ),
@@ -834,6 +834,20 @@ TWO_READINGS: dict[str, tuple[list[dict[str, Any]], dict[str, tuple[str, list[An
         {
             "data.column_map=prompt=prompt": ("explicit", [OTHER] * 2),
             "data.column_map=prompt=question": ("explicit", [BLUE] * 2),
+        },
+    ),
+    "a strength without a sign": (
+        [{"prompt": Q, "response_1": "Seven.", "response_2": "Blue.", "overall_preference": n} for n in (1, 2)],
+        {
+            "data.column_map=preference_strength=overall_preference": ("judged", [BLUE] * 2),
+            "data.column_map=better=overall_preference": ("judged", [SEVEN, BLUE]),
+        },
+    ),
+    "a strength of that name without a sign": (
+        [{"prompt": Q, "response_1": "Seven.", "response_2": "Blue.", "preference_strength": n} for n in ("1", 2.0)],
+        {
+            "data.column_map=preference_strength=preference_strength": ("judged", [BLUE] * 2),
+            "data.column_map=better=preference_strength": ("judged", [SEVEN, BLUE]),
         },
     ),
     "a context beside the question": (
@@ -1562,7 +1576,7 @@ def test_all_shapes_of_one_pair_read_alike(
             "prompt": before,
             "answers": [{"answer": rejected, "rank": 2}, {"answer": chosen, "rank": 1}],
         },
-        "judged": {"context": before, "response1": rejected, "response2": chosen, "overall_preference": 1},
+        "judged": {"context": before, "response1": chosen, "response2": rejected, "overall_preference": -1},
         "alpaca": {"instruction": question, "input": "", "history": [list(turn) for turn in turns], **replies},
         "orca": {"question": question, **replies} if not turns else {},
     }

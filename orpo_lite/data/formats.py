@@ -260,11 +260,12 @@ def _judged(look: Look) -> Found:
     answers = None if look.kind("rejected") in USABLE else _two_answers(look)
     if answers is None:
         return None
-    columns = ["better"] if "better" in look.mapped else look.columns
+    columns = [name for name in ("better", "preference_strength") if name in look.mapped] or look.columns
     meanings = {column: says for column in columns if (says := _meaning(look, column, answers))}
     verdicts = [column for column in meanings if plain_name(column) in VERDICTS]
     if len(verdicts) != 1:
         _refuse_verdict(look, answers, verdicts or [column for column in meanings if _names_better(column)])
+    _refuse_unsigned(look, verdicts[0], answers)
     if look.share(asks, answers[0]) < 1:
         _find_before(look)
     look.taken |= {"response_a": answers[0], "response_b": answers[1], "better": verdicts[0]}
@@ -362,8 +363,8 @@ def _holds_turn(turns: Any, prompt: Any) -> bool:
 # --- two answers and a verdict
 
 ANSWER_WORDS = ("response", "answer", "completion", "output", "reply", "generation", "conv", "messages", "human_ref")
-VERDICTS = ("better", "winner", "better_response_id", "safer_response_id", "labels", "preference_strength",
-            "overall_preference")  # fmt: skip
+SIGNED = ("preference_strength", "overall_preference")  # HelpSteer: -3, the first is much better, to 3, the second is
+VERDICTS = ("better", "winner", "better_response_id", "safer_response_id", "labels", *SIGNED)
 TIES = ("tie", "tie (bothbad)", "both_bad")
 _END = re.compile(r"(.*?)[ _-]?([012ab])", re.IGNORECASE)  # response_0, response1, human_ref_A
 
@@ -390,8 +391,8 @@ def _meaning(look: Look, column: str, answers: tuple[str, str]) -> Callable[[Any
     table: dict[str, str] = {}
     if column in answers or look.kind(column) not in ("text", "number"):
         return None
-    if plain_name(column) in ("preference_strength", "overall_preference"):
-        if ends == ["1", "2"]:  # HelpSteer: -3, the first is much better, to 3, the second is
+    if plain_name(column) in SIGNED:
+        if ends == ["1", "2"]:
             table = {str(i): "a" if i < 0 else "b" if i > 0 else "tie" for i in range(-3, 4)}
     elif plain_name(column) == "labels":
         if answers == ("human_ref_A", "human_ref_B"):  # SHP: 1, the first is preferred
@@ -402,9 +403,13 @@ def _meaning(look: Look, column: str, answers: tuple[str, str]) -> Callable[[Any
         table |= dict.fromkeys(TIES, "tie")
 
     def says(value: Any) -> str | None:
-        return table.get(str(value).strip().lower().removesuffix(".0"))
+        return table.get(_plain_verdict(value))
 
     return says if look.share(lambda value: says(value) is not None, column) >= MANY else None
+
+
+def _plain_verdict(value: Any) -> str:
+    return str(value).strip().lower().removesuffix(".0")
 
 
 # --- what is refused
@@ -449,6 +454,16 @@ def _refuse_verdict(look: Look, answers: tuple[str, str], verdicts: Sequence[str
         found += f"; {' and '.join(shown(*pair) for pair in measures)} measure them"
         remedy += ", by those numbers: only you know whether the higher or the lower is the better"
     raise DataError("data.column_map", found, "one verdict", map_lines("better", verdicts) or remedy)
+
+
+def _refuse_unsigned(look: Look, column: str, answers: tuple[str, str]) -> None:
+    """1 and 2 alone may as well be the number of the better answer, and then 1 says the reverse."""
+    signed = plain_name(column) in SIGNED and "preference_strength" not in look.mapped
+    if signed and look.share(lambda value: _plain_verdict(value) in ("1", "2"), column) == 1:
+        found = f"{shown(column)} is 1 or 2 in every row: a strength, by which the second is always the better, or the "
+        found += f"number of the better one of {shown(*answers)}"
+        remedy = f"{map_line(preference_strength=column)} if it is a strength, or {map_line(better=column)} if a number"
+        raise DataError("data.column_map", found, "strengths on both sides of 0", remedy)
 
 
 def _measures(look: Look, answers: tuple[str, str]) -> list[tuple[str, str]]:

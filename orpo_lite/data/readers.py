@@ -31,6 +31,7 @@ COLUMNS = (
     "response_a",  # two answers, and the name of the better one
     "response_b",
     "better",
+    "preference_strength",  # in place of better: below 0, the first one is; above 0, the second
 )
 ROLES = {
     **{role: role for role in ("system", "user", "assistant")},
