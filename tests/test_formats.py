@@ -1307,6 +1307,29 @@ def test_what_an_instruction_is_about_is_read_in_every_format(replies: dict[str,
     assert other.messages == (user("Hi."),)
 
 
+@pytest.mark.parametrize(
+    "reply", [{"role": "user", "content": "Blue."}, [{"text": "Blue."}], [bot("Blue.")], {"messages": ["Blue."]}]
+)
+def test_replies_that_are_json_can_be_read_as_texts(reply: Any) -> None:
+    rows = [{"prompt": "Write it as JSON.", "chosen": json.dumps(reply), "rejected": json.dumps([reply, reply])}] * 9
+    assert {(pair.chosen, pair.rejected) for pair in read(rows, name="explicit")} == {
+        (rows[0]["chosen"], rows[0]["rejected"])
+    }
+
+
+def test_replies_that_are_json_of_nothing_known_are_offered_as_texts() -> None:
+    text = json.dumps([{"text": "Blue."}])
+    refused([{"prompt": Q, "chosen": text, "rejected": text}] * 2, "data.format=explicit")
+
+
+@pytest.mark.parametrize("listed", [["prompt"], ["chosen", "rejected"], ["prompt", "chosen", "rejected"]])
+def test_lists_of_texts_are_refused_by_what_they_are(listed: list[str]) -> None:
+    row = {"prompt": Q, **BLUE_SEVEN}
+    error = refused([row | {column: [row[column]] for column in listed}] * 2)
+    assert f"{listed[0]}" in error
+    assert "hold lists of texts" in error
+
+
 def test_what_a_question_is_about_can_be_named() -> None:
     rows = [{"passage": "A long text", "question": Q, **BLUE_SEVEN}] * 2
     assert {pair.prompt_text for pair in read(rows, {"input": "passage"})} == {f"{Q}\nA long text"}

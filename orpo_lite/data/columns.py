@@ -8,7 +8,7 @@ import json
 import re
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn
 
@@ -221,6 +221,7 @@ class Look:
     mapped: frozenset[str]  # by data.column_map: nothing else is a candidate for these
     plain: bool  # data.chat_template is none
     taken: dict[str, str] = field(default_factory=dict)
+    texts: Collection[str] = ()  # canonical columns that hold texts, though they may look like JSON of messages
     verdict: Callable[[Any], str | None] | None = None  # what a judged set's better column says: a, b or tie
 
     def __post_init__(self) -> None:
@@ -323,7 +324,7 @@ class Look:
         out |= {canonical: row[column] for canonical, column in self.taken.items() if column in row}
         for key, value in out.items():
             kind = self.kind(self.taken.get(key, key))
-            if kind in STRUCTURED and isinstance(value, str) and key in KNOWN:
+            if kind in STRUCTURED and isinstance(value, str) and key in KNOWN and key not in self.texts:
                 out[key] = unpacked(value) if value.strip() else None
                 if isinstance(out[key], str):
                     raise fault(where, shown(self.taken.get(key, key)), "a text", f"{kind}, as in most rows")

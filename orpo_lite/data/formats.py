@@ -18,7 +18,9 @@ from orpo_lite.data.columns import (
     KNOWN,
     LISTS,
     OPENAI,
+    SIDES,
     SOME,
+    STRUCTURED,
     TEXTS,
     USABLE,
     Look,
@@ -100,6 +102,8 @@ def detect_format(
     else:
         because = SAID
         _find_columns(look, name)
+        if name in ("explicit", "orca", "alpaca") and look.kind(look.taken.get("prompt", "prompt")) in TEXTS:
+            look.texts = SIDES  # beside a prompt that is a text they are, whatever these texts look like
     for reply in _replies(look, name):
         look.find(reply)
     asked = look.taken.get("prompt") if name != "doubled" else None
@@ -487,7 +491,7 @@ def _refuse_ranking(look: Look, completions: str, found: str, lines: Sequence[st
 
 
 def _refuse_unknown(look: Look) -> NoReturn:
-    kinds = {side: look.kind(side) for side in ("prompt", "chosen", "rejected")}
+    kinds = {side: look.kind(side) for side in ("prompt", *SIDES)}
     found = ", ".join(
         f"{side} {'is' if kind in ('missing', 'null') else 'holds'} {kind}" for side, kind in kinds.items()
     )
@@ -497,6 +501,10 @@ def _refuse_unknown(look: Look) -> NoReturn:
         expected = "a pair needs two replies to one prompt, a better and a worse one"
         raise DataError("data.format", f"{single}; {found}", expected, f"no setting helps: {PAIRS}")
     _refuse_roles(look)
+    if listed := [look.column(side) for side, kind in kinds.items() if kind in LISTS]:
+        remedy = "no setting helps: write a single text without the list around it, and turns as messages"
+        expected = "in each of prompt, chosen and rejected a text, or messages {role, content}"
+        raise DataError("data.format", f"{shown(*listed)} hold lists of texts; {found}", expected, remedy)
     guesses["prompt"] = _guess_prompt(look, [column for column in guesses.values() if column])
     unfit = [side for side, kind in kinds.items() if kind not in (USABLE if side != "prompt" else (*TEXTS, *CHAT))]
     sides = [column for side in ("chosen", "rejected") if (column := guesses[side])]
@@ -507,9 +515,20 @@ def _refuse_unknown(look: Look) -> NoReturn:
     remedy = "name the columns: " + map_line(**{side: guesses[side] or "COLUMN" for side in unfit or kinds})
     if not (guesses["chosen"] or guesses["rejected"]):
         remedy += f"; or, where no column always holds the better reply, {PAIRS}"
+    if _are_texts(look):
+        remedy = (
+            "data.format=explicit to take chosen and rejected for the texts that they are, though they look like JSON"
+        )
     if unfit == ["prompt"] and kinds["chosen"] in TEXTS:
         remedy += " or data.format=implicit if both texts begin with the prompt"
     raise DataError("data.format", f"no known format: {found}", expected, remedy)
+
+
+def _are_texts(look: Look) -> bool:
+    """Both replies are texts in every row, beside a prompt that is one; only that they look like JSON hides it."""
+    columns = [look.column(side) for side in SIDES]
+    texts = all(isinstance(row.get(column), str) for row in look.rows for column in columns)
+    return texts and all(kind in STRUCTURED for kind in map(look.kind, columns)) and look.kind("prompt") in TEXTS
 
 
 def _refuse_roles(look: Look) -> None:
