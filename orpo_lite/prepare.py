@@ -167,12 +167,14 @@ def _said(found: Mapping[str, Any]) -> Iterator[Update]:
     if count := found["cut"]["responses_without_end"]:
         yield Update("note", f"{count:,} responses are cut by data.max_length and lose their end")
     if count := found["repeated_prompts"]:
-        yield Update("note", f"warning: in {count:,} pairs a reply begins with the prompt again")
+        yield Update("note", f"warning: pairs in which a reply begins with the prompt again: {count:,}")
     if count := found["templated_pairs"]:
-        said = f"in {count:,} pairs a chat template was applied already, it seems: they will hold two"
+        said = f"pairs to which a chat template was applied already, it seems, and will be again: {count:,}"
         yield Update("note", f"warning: {said}")
     if count := found["unknown_tokens"]:
-        yield Update("note", f"warning: {count:,} tokens are unknown to the tokenizer: what they stood for is lost")
+        yield Update(
+            "note", f"warning: tokens that stand for what the tokenizer does not know, and which is lost: {count:,}"
+        )
     if count := found["prompts"]["shared"]:
         said = f"{count:,} of {found['prompts']['held_out']:,} held-out prompts stand in the training set too"
         yield Update("note", f"warning: {said}: the evaluation will flatter")
