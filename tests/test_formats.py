@@ -1323,6 +1323,13 @@ def test_replies_that_are_json_of_nothing_known_are_offered_as_texts() -> None:
 
 
 @pytest.mark.parametrize("listed", [["prompt"], ["chosen", "rejected"], ["prompt", "chosen", "rejected"]])
+def test_a_first_row_in_place_of_the_names_is_suspected() -> None:
+    row = {"Name a colour.": "Name a number.", "It is blue.": "Seven.", "It is seven.": "Blue."}
+    with pytest.raises(DataError) as raised:
+        detect([row] * 3)
+    assert "if the first line of the file is a row" in raised.value.remedy
+
+
 def test_lists_of_texts_are_refused_by_what_they_are(listed: list[str]) -> None:
     row = {"prompt": Q, **BLUE_SEVEN}
     error = refused([row | {column: [row[column]] for column in listed}] * 2)
@@ -1399,6 +1406,11 @@ TEXTS = {"prompt": "Name a colour.", "chosen": "Blue.", "rejected": "Seven."}
         ("implicit", WHOLE | {"chosen": [user(Q), {"role": "assistant"}]}, "field chosen[1].content: missing"),
         ("implicit", WHOLE | {"chosen": [user(Q), {"role": "assistant", "content": None}]}, "chosen[1].content: "),
         ("implicit", WHOLE | {"chosen": [Q]}, "field chosen[0]: a text"),
+        (
+            "implicit",
+            WHOLE | {"chosen": [user(Q), {"role": "assistant", "content": None, "tool_calls": [{}]}]},
+            "field chosen[1]: a call of a tool",
+        ),
         ("messages", WHOLE | {"rejected": []}, "field rejected: an empty list"),
         ("messages", {"chosen": [bot("a")], "rejected": [bot("b")]}, "field prompt: missing"),
         ("hh_rlhf", {"chosen": HH, "rejected": "Hello."}, "field rejected: there is no assistant turn"),

@@ -231,6 +231,7 @@ def test_a_cell_without_a_name_is_a_fault(tmp_path: Path) -> None:
         (b'{"prompt": "q", "chosen": "a', ":2: broken JSON at column 27: Unterminated string"),
         (b'{"prompt": "q", "chosen": "a"', ":2: broken JSON at column 30: Expecting ',' delimiter"),
         (b'{"prompt": "a\rb", "chosen": "a"}', ":2: broken JSON at column 14: Invalid control character"),
+        (b'{"prompt": "q"},', ":2: broken JSON at column 16: a comma behind the object"),
         (b'{"prompt": "q", "prompt": "p"}', ":2: the key 'prompt' stands twice"),
         (b'{"a": {"%b": 1, "%b": 2}}' % (b"k" * 200, b"k" * 200), ":2: a key stands twice"),
         (b'"prompt"', ":2: not a JSON object"),

@@ -218,7 +218,9 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=NotJson)
 def _json_fault(error: ValueError | RecursionError, where: str) -> DataError:
     """What the decoder raised, as a fault."""
     if isinstance(error, json.JSONDecodeError):
-        found = f"broken JSON at {_position(error.lineno, error.colno)}: {error.msg}"
+        rest = error.doc[error.pos :].strip() if error.msg == "Extra data" else ""
+        said = "a comma behind the object" if rest == "," else error.msg
+        found = f"broken JSON at {_position(error.lineno, error.colno)}: {said}"
         return DataError(where, found, "one whole JSON object", "mend or remove the row; no line breaks inside it")
     return DataError(where, str(error), "plain JSON with each key once", "mend or remove the row")
 

@@ -515,6 +515,8 @@ def _refuse_unknown(look: Look) -> NoReturn:
     remedy = "name the columns: " + map_line(**{side: guesses[side] or "COLUMN" for side in unfit or kinds})
     if not (guesses["chosen"] or guesses["rejected"]):
         remedy += f"; or, where no column always holds the better reply, {PAIRS}"
+    if not any(guesses.values()) and all(" " in column.strip() for column in look.columns):
+        remedy += "; if the first line of the file is a row, write a line with the columns' names above it"
     if _are_texts(look):
         remedy = (
             "data.format=explicit to take chosen and rejected for the texts that they are, though they look like JSON"

@@ -388,6 +388,8 @@ def _messages(row: Row, field: str, where: str, label: str = "") -> list[Message
         place = f"{label}[{i}]"
         if not isinstance(item, Mapping):
             raise fault(where, place, seen({"": item}, ""), "a message {role, content}")
+        if item.get("tool_calls") and item.get("content") is None:
+            raise fault(where, place, "a call of a tool", "a message with text: tools are not read")
         if item.get("role") is None and item.get("from") is None and "input" in item:
             messages += _user(_content(item, "input", where, f"{place}.input"))
             if item.get("output") is not None:
