@@ -111,7 +111,8 @@ def data(
         )
     chosen = _choose_recipe(recipe, None, overrides or [], verb="data")
     # Not _quiet: it imports what would take longer than all the rest of this.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for library in ("TRANSFORMERS", "DATASETS", "HF_HUB"):  # they tell of each attempt to reach the hub
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     preview = screen.draw(_previewing(chosen, row), silent=as_json)
     if as_json:
         whole = preview.figures | {"samples": preview.samples, "warnings": preview.warnings}

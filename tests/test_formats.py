@@ -1322,7 +1322,6 @@ def test_replies_that_are_json_of_nothing_known_are_offered_as_texts() -> None:
     refused([{"prompt": Q, "chosen": text, "rejected": text}] * 2, "data.format=explicit")
 
 
-@pytest.mark.parametrize("listed", [["prompt"], ["chosen", "rejected"], ["prompt", "chosen", "rejected"]])
 def test_a_first_row_in_place_of_the_names_is_suspected() -> None:
     row = {"Name a colour.": "Name a number.", "It is blue.": "Seven.", "It is seven.": "Blue."}
     with pytest.raises(DataError) as raised:
@@ -1330,6 +1329,7 @@ def test_a_first_row_in_place_of_the_names_is_suspected() -> None:
     assert "if the first line of the file is a row" in raised.value.remedy
 
 
+@pytest.mark.parametrize("listed", [["prompt"], ["chosen", "rejected"], ["prompt", "chosen", "rejected"]])
 def test_lists_of_texts_are_refused_by_what_they_are(listed: list[str]) -> None:
     row = {"prompt": Q, **BLUE_SEVEN}
     error = refused([row | {column: [row[column]] for column in listed}] * 2)
