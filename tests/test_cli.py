@@ -320,7 +320,7 @@ BAD_DATA: dict[str, tuple[str, list[str], list[str]]] = {
         ["pairs.jsonl:2, field rejected", "missing", "data.column_map=rejected=COLUMN"],
     ),
     "a number for a text": (rows(GOOD, ("a", 5, "c")), [], ["pairs.jsonl:2, field chosen", "a number", "text"]),
-    "a null": (rows(GOOD, ("a", None, "c")), [], ["pairs.jsonl:2, field chosen", "null", "text"]),
+    "a null": (rows(GOOD, (None, "b", "c")), [], ["pairs.jsonl:2, field prompt", "null", "text"]),
     "an empty file": ("", [], ["pairs.jsonl: no rows", "at least one preference pair"]),
     "all equal": (
         rows(("a", "b", "b"), ("c", "d", "d")),

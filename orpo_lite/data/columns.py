@@ -12,8 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn
 
-from orpo_lite.data.files import NotJson
-from orpo_lite.data.readers import ANSWER_KEYS, COLUMNS, Row, fault, is_dialogue, numeric, seen
+from orpo_lite.data.readers import ANSWER_KEYS, COLUMNS, NotJson, Row, fault, is_dialogue, numeric, seen
 from orpo_lite.errors import DataError
 
 SOME = 0.1  # of the rows: too many to be chance

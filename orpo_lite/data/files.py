@@ -17,6 +17,7 @@ from itertools import chain, dropwhile, islice
 from pathlib import Path
 from typing import IO, Any, cast
 
+from orpo_lite.data.readers import NotJson
 from orpo_lite.errors import DataError
 
 Place = tuple[str, Mapping[str, Any]]  # where a row stands, and the row
@@ -206,10 +207,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         key = f"the key {twice!r}" if len(twice) <= MAX_COLUMN_NAME else "a key"
         raise ValueError(f"{key} stands twice in one object")
     return row
-
-
-class NotJson(float):
-    """NaN or an infinity, which JSON does not have and Python writes all the same: a fault only where it is read."""
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=NotJson)

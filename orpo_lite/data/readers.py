@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from orpo_lite.data.files import NotJson
 from orpo_lite.errors import DataError
 
 Message = dict[str, str]  # {"role": system, user or assistant, "content": text}
@@ -49,6 +48,10 @@ PROMPTS_DIFFER = "prompts of chosen and rejected differ"
 TIED = "no answer is better than another"
 TOO_FEW = "fewer than two ranked answers"
 UNJUDGED = "no verdict"
+
+
+class NotJson(float):
+    """NaN or an infinity, which JSON does not have and Python writes all the same: a fault only where it is read."""
 
 
 @dataclass(frozen=True, slots=True)
