@@ -169,7 +169,7 @@ def _said(found: Mapping[str, Any]) -> Iterator[Update]:
     if count := found["repeated_prompts"]:
         yield Update("note", f"warning: pairs in which a reply begins with the prompt again: {count:,}")
     if count := found["templated_pairs"]:
-        said = f"pairs to which a chat template was applied already, it seems, and will be again: {count:,}"
+        said = f"pairs that hold markers of a chat template, as if one was applied already: {count:,}"
         yield Update("note", f"warning: {said}")
     if count := found["unknown_tokens"]:
         yield Update(

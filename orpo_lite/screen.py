@@ -203,9 +203,7 @@ def _print_figures(figures: Mapping[str, Any], max_length: int) -> None:
     if count := figures["repeated_prompts"]:
         _print_count(f"pairs in which a reply begins with the prompt again: {count:,}", True)
     if count := figures["templated_pairs"]:
-        _print_count(
-            f"pairs to which a chat template was applied already, it seems, and will be again: {count:,}", True
-        )
+        _print_count(f"pairs that hold markers of a chat template, as if one was applied already: {count:,}", True)
     if count := figures["unknown_tokens"]:
         _print_count(f"tokens that stand for what the tokenizer does not know, and which is lost: {count:,}", True)
     longer = [_share(figures[f"{side}_longer"]) for side in ("chosen", "rejected")]

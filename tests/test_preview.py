@@ -288,6 +288,6 @@ def test_templates_that_begin_late_are_counted(coffee: Path, look: Look) -> None
         csv.writer(file).writerows([("question", "good_answer", "bad_answer"), *rows, *templated])
     code, shown, _ = look()
     assert code == 0
-    assert "pairs to which a chat template was applied already, it seems, and will be again: 3\n" in shown
+    assert "pairs that hold markers of a chat template, as if one was applied already: 3\n" in shown
     assert json.loads(look("--json")[1])["templated_pairs"] == 3
     assert json.loads(look("--json", "data.chat_template=none")[1])["templated_pairs"] == 0
