@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 from orpo_lite.data import pairs as data_pairs
 from orpo_lite.data.formats import PROMPTS_DIFFER, Pair
 from orpo_lite.data.pairs import (
-    EMPTY_CHOSEN,
     EMPTY_PROMPT,
-    EMPTY_REJECTED,
     EQUAL,
+    LOOK,
     PLACES,
     SAID_TWICE,
     PairReader,
@@ -26,6 +25,7 @@ from orpo_lite.data.pairs import (
     prompt_key,
     training_sources,
 )
+from orpo_lite.data.readers import EMPTY_CHOSEN, EMPTY_REJECTED
 from orpo_lite.data.rows import Source
 from orpo_lite.errors import SHOWN, DataError, HubError, OrpoLiteError
 from orpo_lite.recipe import DataSection
@@ -103,6 +103,59 @@ def test_rows_are_read_when_they_are_asked_for(tmp_path: Path, monkeypatch: pyte
     assert reader.read == 10
 
 
+@pytest.mark.parametrize(
+    ("late", "first", "before"),
+    [
+        ({"system": "Be brief."}, {}, [{"role": "system", "content": "Be brief."}]),
+        ({"system": "Be brief."}, {"system": None}, [{"role": "system", "content": "Be brief."}]),
+        ({"history": [["Hi", "Hello."]]}, {}, [user("Hi"), bot("Hello.")]),
+        ({"history": [["Hi", "Hello."]]}, {"history": []}, [user("Hi"), bot("Hello.")]),
+    ],
+)
+def test_a_column_may_turn_up_late(
+    tmp_path: Path, late: dict[str, Any], first: dict[str, Any], before: list[dict[str, str]]
+) -> None:
+    rows = [*[EXPLICIT | first] * LOOK, EXPLICIT | late | {"id": 7}, EXPLICIT | first]
+    pairs, reader = read(write_jsonl(tmp_path / "pairs.jsonl", rows))
+    assert [pair.messages for pair in pairs] == [
+        *[(user("Name a colour."),)] * LOOK, (*before, user("Name a colour.")), (user("Name a colour."),)]  # fmt: skip
+    ((column, _),) = late.items()
+    assert [set(columns["read"]) for columns in reader.columns] == [{"prompt", "chosen", "rejected", column}]
+    assert [columns["not_read"] for columns in reader.columns] == [["id"]]
+    assert [columns["format"] for columns in reader.columns] == reader.detected
+
+
+def test_what_an_instruction_is_about_may_turn_up_late(tmp_path: Path) -> None:
+    row = {"instruction": "Name it.", "chosen": "Blue.", "rejected": "Seven."}
+    pairs, reader = read(write_jsonl(tmp_path / "pairs.jsonl", [*[row] * LOOK, row | {"input": "A colour"}]))
+    assert pairs[-1].prompt_text == "Name it.\nA colour"
+    assert reader.columns[0]["read"]["input"] == "input"
+
+
+@pytest.mark.parametrize(
+    ("row", "late", "line"),
+    [
+        (EXPLICIT, {"question": "Name a number."}, "data.column_map=prompt=prompt"),
+        (EXPLICIT | {"question": None}, {"question": "Name a number."}, "data.column_map=prompt=prompt"),
+        (EXPLICIT, {"context": "A long text"}, "data.column_map=prompt=prompt"),
+        (EXPLICIT, {"messages": [user("Another question")]}, "data.column_map=prompt=prompt"),
+        (LISTS, {"prompt": [user("Another question")]}, "data.format=implicit"),
+    ],
+)
+def test_a_column_that_would_change_the_reading_stops_it(
+    tmp_path: Path, row: dict[str, Any], late: dict[str, Any], line: str
+) -> None:
+    path = write_jsonl(tmp_path / "pairs.jsonl", [*[row] * LOOK, row | late])
+    with pytest.raises(DataError) as raised:
+        read(path)
+    text = message(raised)
+    assert f"first holds something at pairs.jsonl:{LOOK + 1}" in text
+    assert line in text
+    key, _, value = line.removeprefix("data.").partition("=")
+    pairs, _ = read(path, **{key: value if key == "format" else dict([value.split("=")])})
+    assert len(pairs) == LOOK + 1
+
+
 def test_detection_follows_the_many_and_reports_the_odd_row(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "pairs.jsonl", [EXPLICIT, EXPLICIT | {"chosen": [user("?"), bot("a")]}, EXPLICIT])
     with pytest.raises(DataError, match=r"pairs.jsonl:2, field chosen: a list") as raised:
@@ -122,6 +175,20 @@ def test_every_faulty_row_is_reported_in_one_message(tmp_path: Path) -> None:
         f"pairs.jsonl:{line}" for line in range(201, 201 + SHOWN)
     ]
     assert f"and {31 - SHOWN} more" in text
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.json"])
+def test_what_json_does_not_have_is_a_fault_only_where_it_is_read(tmp_path: Path, name: str) -> None:
+    ranked = {"prompt": "Name a colour.", "completions": ["Blue.", "Seven."], "scores": [2.0, 1.0]}
+    rows = [ranked | {"margin": margin} for margin in (1.0, float("nan"), float("-inf"))]
+    path = tmp_path / name
+    path.write_text("\n".join(map(json.dumps, rows)) if name.endswith("l") else json.dumps(rows))
+    assert len(read(path)[0]) == 3
+    for score in ("NaN", "Infinity"):
+        path.write_text(path.read_text().replace("2.0", score, 1))
+        with pytest.raises(DataError, match=r"scores\[0\]: NaN or an infinity, which is not JSON") as raised:
+            read(path)
+        message(raised)
 
 
 def test_a_broken_line_is_named_beside_an_unknown_format(tmp_path: Path) -> None:
@@ -370,6 +437,9 @@ class Given(Source):
 
     def rows(self, _faults: list[DataError]) -> Any:
         return ((f"{self.name}[{i}]", row) for i, row in enumerate(vars(self)["given"]))
+
+    def labelled(self, _labels: Mapping[str, str]) -> Source:
+        return self
 
     def fingerprint(self) -> tuple[str, int]:
         raise NotImplementedError

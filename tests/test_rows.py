@@ -231,8 +231,7 @@ def test_a_cell_without_a_name_is_a_fault(tmp_path: Path) -> None:
         (b'{"prompt": "q", "chosen": "a', ":2: broken JSON at column 27: Unterminated string"),
         (b'{"prompt": "q", "chosen": "a"', ":2: broken JSON at column 30: Expecting ',' delimiter"),
         (b'{"prompt": "a\rb", "chosen": "a"}', ":2: broken JSON at column 14: Invalid control character"),
-        (b'{"prompt": "q", "chosen": NaN}', ":2: NaN is not JSON"),
-        (b'{"prompt": -Infinity}', ":2: -Infinity is not JSON"),
+        (b'{"prompt": "q"},', ":2: broken JSON at column 16: a comma behind the object"),
         (b'{"prompt": "q", "prompt": "p"}', ":2: the key 'prompt' stands twice"),
         (b'{"a": {"%b": 1, "%b": 2}}' % (b"k" * 200, b"k" * 200), ":2: a key stands twice"),
         (b'"prompt"', ":2: not a JSON object"),
@@ -286,7 +285,7 @@ def test_no_bytes_escape_as_a_traceback(tmp_path: Path, name: str, wrapped: bool
             assert name in str(error)  # noqa: PT017 - either outcome is right
 
 
-FAULTS = [b"{oops}", b'{"a" 1}', b"[1]", b'{"a": NaN}', b'{"a": 1, "a": 2}', b"\xff", b"{", b'{"a": "b', b"nothing"]
+FAULTS = [b"{oops}", b'{"a" 1}', b"[1]", b'{"a": nan}', b'{"a": 1, "a": 2}', b"\xff", b"{", b'{"a": "b', b"nothing"]
 
 
 @given(
@@ -323,7 +322,6 @@ def test_a_short_row_in_a_csv_is_placed_where_it_starts(tmp_path: Path, rows: li
     ("content", "where"),
     [
         ('[{"q": 1},\n {"q": 2, "q": 3}]', "a.json[1]: the key 'q' stands twice"),
-        ('[{"q": 1}, {"q": NaN}]', "a.json[1]: NaN is not JSON"),
         ('[{"q": 1},\n 3]', "a.json[1]: not a JSON object"),
         ('[{"q": 1},\n oops]', "a.json[1]: broken JSON at line 2, column 2"),
         ('[{"q": 1}\n {"q": 2}]', "a.json[1]: broken JSON at line 2, column 2: Expecting ',' delimiter"),

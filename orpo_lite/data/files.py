@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, dropwhile, islice
 from pathlib import Path
-from typing import IO, Any, NoReturn, cast
+from typing import IO, Any, cast
 
+from orpo_lite.data.readers import NotJson
 from orpo_lite.errors import DataError
 
 Place = tuple[str, Mapping[str, Any]]  # where a row stands, and the row
@@ -208,17 +209,15 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return row
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant)
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=NotJson)
 
 
 def _json_fault(error: ValueError | RecursionError, where: str) -> DataError:
     """What the decoder raised, as a fault."""
     if isinstance(error, json.JSONDecodeError):
-        found = f"broken JSON at {_position(error.lineno, error.colno)}: {error.msg}"
+        rest = error.doc[error.pos :].strip() if error.msg == "Extra data" else ""
+        said = "a comma behind the object" if rest == "," else error.msg
+        found = f"broken JSON at {_position(error.lineno, error.colno)}: {said}"
         return DataError(where, found, "one whole JSON object", "mend or remove the row; no line breaks inside it")
     return DataError(where, str(error), "plain JSON with each key once", "mend or remove the row")
 

@@ -14,9 +14,13 @@ from typing import Any, NoReturn
 from orpo_lite.data.columns import (
     ALIASES,
     CHAT,
+    FITTING,
     KNOWN,
+    LISTS,
     OPENAI,
+    SIDES,
     SOME,
+    STRUCTURED,
     TEXTS,
     USABLE,
     Look,
@@ -49,6 +53,7 @@ from orpo_lite.data.readers import (
     behind,
     shared_start,
     shared_words,
+    without_reply,
 )
 from orpo_lite.errors import DataError
 
@@ -97,10 +102,12 @@ def detect_format(
     else:
         because = SAID
         _find_columns(look, name)
+        if name in ("explicit", "orca", "alpaca") and look.kind(look.taken.get("prompt", "prompt")) in TEXTS:
+            look.texts = SIDES  # beside a prompt that is a text they are, whatever these texts look like
     for reply in _replies(look, name):
         look.find(reply)
     asked = look.taken.get("prompt") if name != "doubled" else None
-    if asked and look.is_alpaca() and look.agree(asked, "instruction"):
+    if asked and ("input" in look.mapped or (look.is_alpaca() and look.agree(asked, "instruction"))):
         look.find("input")  # what the instruction is about
     _find_history(look)
     system = _find_system(look)
@@ -110,8 +117,18 @@ def detect_format(
         _refuse_unread(look)
     if system and look.kind(system) != "null" and name != "orca":
         because += f"; {shown(system)} goes in front as a system turn where the conversation has none"
-    columns = {canonical: column for canonical, column in look.taken.items() if look.kind(column) != "null"}
-    return Detected(name, because, lambda row, where: READERS[name](look.renamed(row, where), where), columns)
+    sides = _replies(look, name)[-2:]
+
+    def read(row: Row, where: str) -> Pair:
+        named = look.renamed(row, where)
+        return (without_reply(named, sides, where) if len(sides) == 2 else None) or READERS[name](named, where)
+
+    return Detected(name, because, read, look.taken)
+
+
+def is_known(column: str) -> bool:
+    """Whether detection goes by a column's name at all; a person may have any number of others."""
+    return plain_name(column) in KNOWN or plain_name(column) in VERDICTS
 
 
 # --- the clauses: each says its format's name and the reason, or None; the first that fits is taken
@@ -133,16 +150,21 @@ def _dialogues(look: Look) -> Found:
 
 
 def _conversations(look: Look) -> Found:
-    if not all(look.kind(side) in ("message", "messages") for side in ("chosen", "rejected")):
+    kinds = {side: look.kind(side) for side in ("chosen", "rejected")}
+    lists = [side for side, kind in kinds.items() if kind in ("message", "messages")]
+    if not lists or not all(kind in ("text", "message", "messages") for kind in kinds.values()):
         return None
-    sides = f"chosen and rejected are {'lists of' if look.kind('chosen') == 'messages' else 'single'} messages"
-    style = "sharegpt" if look.share(is_sharegpt, "chosen") > 0.5 else None
+    sides = f"chosen and rejected are {'lists of' if 'messages' in kinds.values() else 'single'} messages"
+    if len(lists) == 1:
+        other = "rejected" if lists == ["chosen"] else "chosen"
+        sides = f"{other} is a text, {lists[0]} {'a list of messages' if 'messages' in kinds.values() else 'a message'}"
+    style = "sharegpt" if look.share(is_sharegpt, lists[0]) > 0.5 else None
     if style:
         sides += " in from and value"
     if look.kind("prompt") in CHAT and "conversation" not in look.mapped:
         look.find("prompt")
         return style or "explicit", f"prompt is a list of messages and {sides}"
-    whole = look.share(asks, "chosen")
+    whole = look.share(asks, lists[0])
     if (whole < 1 or "conversation" in look.mapped) and (before := _find_before(look)):
         canonical, column = before
         if canonical == "conversation":
@@ -207,7 +229,7 @@ def _is_doubled(look: Look, prompt: str) -> bool:
 
 
 def _two_outputs(look: Look) -> Found:
-    if look.kind("chosen") != "missing" or look.kind("output") != "texts" or not look.find("prompt"):
+    if look.kind("chosen") != "missing" or look.kind("output") not in LISTS or not look.find("prompt"):
         return None
     if look.kind("instruction") == "missing" or look.share(lambda output: len(output) == 2, "output") < 1:
         return None
@@ -219,8 +241,8 @@ def _ranked(look: Look) -> Found:
     completions = None if look.kind("rejected") in USABLE else look.find("completions")
     if completions is None:
         return None
-    if look.kind(completions) == "texts":
-        if "numbers" not in look.kinds.values():
+    if look.kind(completions) in LISTS:
+        if not any(kind in FITTING["scores"] for column, kind in look.kinds.items() if column != completions):
             return None
         wanted = [name for name in ("scores", "ranks") if name in look.mapped] or ["scores", "ranks"]
         measures = [column for name in wanted if (column := look.find(name))]
@@ -242,11 +264,12 @@ def _judged(look: Look) -> Found:
     answers = None if look.kind("rejected") in USABLE else _two_answers(look)
     if answers is None:
         return None
-    columns = ["better"] if "better" in look.mapped else look.columns
+    columns = [name for name in ("better", "preference_strength") if name in look.mapped] or look.columns
     meanings = {column: says for column in columns if (says := _meaning(look, column, answers))}
     verdicts = [column for column in meanings if plain_name(column) in VERDICTS]
     if len(verdicts) != 1:
         _refuse_verdict(look, answers, verdicts or [column for column in meanings if _names_better(column)])
+    _refuse_unsigned(look, verdicts[0], answers)
     if look.share(asks, answers[0]) < 1:
         _find_before(look)
     look.taken |= {"response_a": answers[0], "response_b": answers[1], "better": verdicts[0]}
@@ -344,8 +367,8 @@ def _holds_turn(turns: Any, prompt: Any) -> bool:
 # --- two answers and a verdict
 
 ANSWER_WORDS = ("response", "answer", "completion", "output", "reply", "generation", "conv", "messages", "human_ref")
-VERDICTS = ("better", "winner", "better_response_id", "safer_response_id", "labels", "preference_strength",
-            "overall_preference")  # fmt: skip
+SIGNED = ("preference_strength", "overall_preference")  # HelpSteer: -3, the first is much better, to 3, the second is
+VERDICTS = ("better", "winner", "better_response_id", "safer_response_id", "labels", *SIGNED)
 TIES = ("tie", "tie (bothbad)", "both_bad")
 _END = re.compile(r"(.*?)[ _-]?([012ab])", re.IGNORECASE)  # response_0, response1, human_ref_A
 
@@ -372,8 +395,8 @@ def _meaning(look: Look, column: str, answers: tuple[str, str]) -> Callable[[Any
     table: dict[str, str] = {}
     if column in answers or look.kind(column) not in ("text", "number"):
         return None
-    if plain_name(column) in ("preference_strength", "overall_preference"):
-        if ends == ["1", "2"]:  # HelpSteer: -3, the first is much better, to 3, the second is
+    if plain_name(column) in SIGNED:
+        if ends == ["1", "2"]:
             table = {str(i): "a" if i < 0 else "b" if i > 0 else "tie" for i in range(-3, 4)}
     elif plain_name(column) == "labels":
         if answers == ("human_ref_A", "human_ref_B"):  # SHP: 1, the first is preferred
@@ -384,9 +407,13 @@ def _meaning(look: Look, column: str, answers: tuple[str, str]) -> Callable[[Any
         table |= dict.fromkeys(TIES, "tie")
 
     def says(value: Any) -> str | None:
-        return table.get(str(value).strip().lower().removesuffix(".0"))
+        return table.get(_plain_verdict(value))
 
     return says if look.share(lambda value: says(value) is not None, column) >= MANY else None
+
+
+def _plain_verdict(value: Any) -> str:
+    return str(value).strip().lower().removesuffix(".0")
 
 
 # --- what is refused
@@ -433,6 +460,16 @@ def _refuse_verdict(look: Look, answers: tuple[str, str], verdicts: Sequence[str
     raise DataError("data.column_map", found, "one verdict", map_lines("better", verdicts) or remedy)
 
 
+def _refuse_unsigned(look: Look, column: str, answers: tuple[str, str]) -> None:
+    """1 and 2 alone may as well be the number of the better answer, and then 1 says the reverse."""
+    signed = plain_name(column) in SIGNED and "preference_strength" not in look.mapped
+    if signed and look.share(lambda value: _plain_verdict(value) in ("1", "2"), column) == 1:
+        found = f"{shown(column)} is 1 or 2 in every row: a strength, by which the second is always the better, or the "
+        found += f"number of the better one of {shown(*answers)}"
+        remedy = f"{map_line(preference_strength=column)} if it is a strength, or {map_line(better=column)} if a number"
+        raise DataError("data.column_map", found, "strengths on both sides of 0", remedy)
+
+
 def _measures(look: Look, answers: tuple[str, str]) -> list[tuple[str, str]]:
     """Columns of numbers that mirror the two answers: score_0 and score_1 beside answer_0 and answer_1."""
     ends = {match[2].lower() for answer in answers if (match := _END.fullmatch(answer))}
@@ -444,8 +481,8 @@ def _measures(look: Look, answers: tuple[str, str]) -> list[tuple[str, str]]:
 
 
 def _refuse_ranking(look: Look, completions: str, found: str, lines: Sequence[str] = ()) -> NoReturn:
-    numbers = [column for column, kind in look.kinds.items() if kind == "numbers"]
-    if not lines and look.kind(completions) == "texts":
+    numbers = [column for column, kind in look.kinds.items() if kind in FITTING["scores"] and column != completions]
+    if not lines and look.kind(completions) in LISTS:
         lines = [f"{map_lines('scores', [column])} if the highest is the best" for column in numbers]
         lines += [f"{map_lines('ranks', [column])} if the lowest is the best" for column in numbers]
     expected = f"in each answer one of {', '.join(MEASURES)}; or texts with scores or ranks"
@@ -454,7 +491,7 @@ def _refuse_ranking(look: Look, completions: str, found: str, lines: Sequence[st
 
 
 def _refuse_unknown(look: Look) -> NoReturn:
-    kinds = {side: look.kind(side) for side in ("prompt", "chosen", "rejected")}
+    kinds = {side: look.kind(side) for side in ("prompt", *SIDES)}
     found = ", ".join(
         f"{side} {'is' if kind in ('missing', 'null') else 'holds'} {kind}" for side, kind in kinds.items()
     )
@@ -464,6 +501,10 @@ def _refuse_unknown(look: Look) -> NoReturn:
         expected = "a pair needs two replies to one prompt, a better and a worse one"
         raise DataError("data.format", f"{single}; {found}", expected, f"no setting helps: {PAIRS}")
     _refuse_roles(look)
+    if listed := [look.column(side) for side, kind in kinds.items() if kind in LISTS]:
+        remedy = "no setting helps: write a single text without the list around it, and turns as messages"
+        expected = "in each of prompt, chosen and rejected a text, or messages {role, content}"
+        raise DataError("data.format", f"{shown(*listed)} hold lists of texts; {found}", expected, remedy)
     guesses["prompt"] = _guess_prompt(look, [column for column in guesses.values() if column])
     unfit = [side for side, kind in kinds.items() if kind not in (USABLE if side != "prompt" else (*TEXTS, *CHAT))]
     sides = [column for side in ("chosen", "rejected") if (column := guesses[side])]
@@ -474,9 +515,22 @@ def _refuse_unknown(look: Look) -> NoReturn:
     remedy = "name the columns: " + map_line(**{side: guesses[side] or "COLUMN" for side in unfit or kinds})
     if not (guesses["chosen"] or guesses["rejected"]):
         remedy += f"; or, where no column always holds the better reply, {PAIRS}"
+    if not any(guesses.values()) and all(" " in column.strip() for column in look.columns):
+        remedy += "; if the first line of the file is a row, write a line with the columns' names above it"
+    if _are_texts(look):
+        remedy = (
+            "data.format=explicit to take chosen and rejected for the texts that they are, though they look like JSON"
+        )
     if unfit == ["prompt"] and kinds["chosen"] in TEXTS:
         remedy += " or data.format=implicit if both texts begin with the prompt"
     raise DataError("data.format", f"no known format: {found}", expected, remedy)
+
+
+def _are_texts(look: Look) -> bool:
+    """Both replies are texts in every row, beside a prompt that is one; only that they look like JSON hides it."""
+    columns = [look.column(side) for side in SIDES]
+    texts = all(isinstance(row.get(column), str) for row in look.rows for column in columns)
+    return texts and all(kind in STRUCTURED for kind in map(look.kind, columns)) and look.kind("prompt") in TEXTS
 
 
 def _refuse_roles(look: Look) -> None:

@@ -14,22 +14,23 @@ from itertools import accumulate, chain, islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from orpo_lite.data.formats import COLUMNS, Detected, Pair, Row, detect_format
+from orpo_lite.data.columns import is_blank, shown
+from orpo_lite.data.formats import COLUMNS, Detected, Pair, Row, detect_format, is_known
+from orpo_lite.data.readers import EMPTY_CHOSEN, EMPTY_REJECTED
 from orpo_lite.data.rows import Source, find_source, is_path
 from orpo_lite.errors import DataError, raise_all
 
 if TYPE_CHECKING:
     from orpo_lite.recipe import DataSection
 
-# Reasons to leave a pair out (formats.PROMPTS_DIFFER is one more): the paper's, Appendix C.
+# Reasons to leave a pair out, beside those of readers.py: the paper's, Appendix C.
 EQUAL = "chosen and rejected are equal"
-EMPTY_CHOSEN = "empty chosen"
-EMPTY_REJECTED = "empty rejected"
 # And ours: such a prompt asks for nothing, or was put together wrongly.
 EMPTY_PROMPT = "empty prompt"
 SAID_TWICE = "the same turn twice in a row"
 
 LOOK = 100  # rows that detection looks at
+LATER = {"system", "history", "input"}  # what may stand in some rows alone: the others read the same without it
 PLACES = 3  # places kept of each reason to leave a pair out
 
 Held = TypeVar("Held")  # whatever is split by prompt
@@ -103,10 +104,16 @@ class PairReader:
     def find(self, place: str) -> tuple[Pair, str | None]:
         """The pair at a place, and why it would be left out, if it would. Raises DataError."""
         faults: list[DataError] = []
+        near: list[Pair] = []
         for source in self.sources:
             for pair in self._pairs(source, faults):
-                if pair.where == place or place.endswith(f"/{pair.where}"):
+                if pair.where == place:
                     return pair, pair.drop or _drop_reason(pair)
+                if place.endswith(f"/{pair.where}"):
+                    near.append(pair)
+        if near:
+            pair = max(near, key=lambda pair: len(pair.where))  # sub/p.jsonl:3 rather than p.jsonl:3
+            return pair, pair.drop or _drop_reason(pair)
         raise_all([fault for fault in faults if fault.where.partition(", field ")[0] == place])
         names = ", ".join(source.name for source in self.sources)
         raise DataError(place, f"no such row in {names}", "a place as messages name it", "pairs.csv:3, or train[11]")
@@ -120,20 +127,66 @@ class PairReader:
             raise DataError(source.name, "no rows", "at least one preference pair", "check data.dataset_name")
         try:
             columns = self._columns([row for _, row in first], last=source is self.sources[-1])
-            detected = self._detect([_mapped(row, columns) for _, row in first], columns)
+            look = [_mapped(row, columns) for _, row in first]
+            detected = self._detect(look, columns)
         except DataError as fault:
             raise_all([*faults, fault])
             raise
-        self.detected.append(detected.sentence)
-        theirs = {ours: columns.get(column, column) for ours, column in detected.columns.items()}
-        others = {key: None for _, row in first for key in row if key not in theirs.values()}
-        self.columns.append({"format": detected.sentence, "read": theirs, "not_read": list(others)})
+        self.detected.append("")
+        self.columns.append({})
+        names = {key: None for _, row in first for key in row}
+        self._say(detected, columns, names)
+        seen = {key for row in look for key, value in row.items() if not is_blank(value)}
         for where, row in chain(first, rows):
             self.read += 1
+            mapped = _mapped(row, columns)
+            if late := [key for key, value in mapped.items() if key not in seen and not is_blank(value)]:
+                seen.update(late)
+                names.update(dict.fromkeys(row))
+                try:
+                    detected = self._look_again(detected, look, mapped, columns, late, where)
+                except DataError as fault:
+                    raise_all([*faults, fault])
+                    raise
+                self._say(detected, columns, names)
             try:
-                yield detected.read(_mapped(row, columns), where)
+                yield detected.read(mapped, where)
             except DataError as fault:
                 faults.append(fault)
+
+    def _say(self, detected: Detected, columns: Mapping[str, str], names: Iterable[str]) -> None:
+        """Note what is known by now of the set that is being read."""
+        theirs = {ours: columns.get(column, column) for ours, column in detected.columns.items()}
+        others = [name for name in names if name not in theirs.values()]
+        self.detected[-1] = detected.sentence
+        self.columns[-1] = {"format": detected.sentence, "read": theirs, "not_read": others}
+
+    def _look_again(
+        self,
+        before: Detected,
+        look: Sequence[Row],
+        row: Row,
+        mapped: Iterable[str],
+        late: Sequence[str],
+        where: str,
+    ) -> Detected:
+        """What the set is, now that columns have turned up that the first rows did not have or left blank.
+
+        Raises DataError where the rows before would have been read otherwise.
+        """
+        if not any(is_known(column) for column in late):
+            return before
+        turned_up = f"{shown(*late)} first {'holds' if len(late) == 1 else 'hold'} something at {where}"
+        try:
+            now = self._detect([*look, row], mapped)
+        except DataError as fault:
+            raise DataError(fault.where, f"{fault.found}; {turned_up}", fault.expected, fault.remedy) from None
+        changed = {ours for ours, _ in before.columns.items() ^ now.columns.items()}
+        if changed - LATER or before.columns.items() - now.columns.items():
+            found, expected = f"{turned_up}, and with that it is: {now.sentence}", before.sentence
+            remedy = f"data.format={before.name}, or leave the column out, or write it in every row"
+            raise DataError("data.format", found, expected, remedy)
+        return now
 
     def _columns(self, rows: Sequence[Row], *, last: bool) -> dict[str, str]:
         """What data.column_map says of this set: a column has to stand in one of the sets, not in all."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from orpo_lite.errors import DataError
 
-Message = dict[str, str]  # {"role": one of ROLES, "content": text}
+Message = dict[str, str]  # {"role": system, user or assistant, "content": text}
 Row = Mapping[str, Any]
 
 COLUMNS = (
@@ -30,19 +30,28 @@ COLUMNS = (
     "response_a",  # two answers, and the name of the better one
     "response_b",
     "better",
+    "preference_strength",  # in place of better: below 0, the first one is; above 0, the second
 )
-ROLES = ("system", "user", "assistant")
-SHAREGPT_ROLES = {
-    **{role: role for role in ROLES},
-    "human": "user",
-    **dict.fromkeys(("gpt", "chatgpt", "bot", "model"), "assistant"),
+ROLES = {
+    **{role: role for role in ("system", "user", "assistant")},
+    "developer": "system",  # OpenAI's newer name
+    "model": "assistant",  # Gemini's and Gemma's
 }
+SHAREGPT_ROLES = {**ROLES, "human": "user", **dict.fromkeys(("gpt", "chatgpt", "bot"), "assistant")}
 ANSWER_KEYS = ("response", "answer", "completion", "generation", "output", "text")
 MEASURES = {"overall_score": 1, "score": 1, "rating": 1, "reward": 1, "rank": -1}  # -1: the lowest is the best
 
+# Reasons to leave a pair out.
+EMPTY_CHOSEN = "empty chosen"
+EMPTY_REJECTED = "empty rejected"
 PROMPTS_DIFFER = "prompts of chosen and rejected differ"
 TIED = "no answer is better than another"
 TOO_FEW = "fewer than two ranked answers"
+UNJUDGED = "no verdict"
+
+
+class NotJson(float):
+    """NaN or an infinity, which JSON does not have and Python writes all the same: a fault only where it is read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +82,10 @@ def read_explicit(row: Row, where: str) -> Pair:
 
 def read_implicit(row: Row, where: str) -> Pair:
     """TRL's implicit prompt: chosen and rejected begin alike, as lists of messages or as texts."""
-    if not isinstance(row.get("chosen"), str):
+    if not isinstance(row.get("chosen"), str) or isinstance(row.get("rejected"), list | Mapping):
         return _join(row, (), where)
     chosen, rejected = (_text(row, side, where) for side in ("chosen", "rejected"))
-    if is_dialogue(chosen):
+    if begins_dialogue(chosen):
         return read_hh_rlhf(row, where)
     prompt = shared_words(chosen, rejected)
     drop = None if prompt or chosen == rejected else PROMPTS_DIFFER
@@ -91,10 +100,11 @@ def read_messages(row: Row, where: str) -> Pair:
 def read_hh_rlhf(row: Row, where: str) -> Pair:
     """Anthropic's HH-RLHF: chosen and rejected are dialogues in one text, told apart by their turn markers.
 
-    The reply follows the last assistant marker. The space after a marker belongs to the marker. Some sets hold the
-    dialogue in prompt, and only the replies in chosen and rejected.
+    The reply follows the last assistant marker. The space after a marker belongs to the marker. What stands in front
+    of the first turn is a system text. Some sets hold the dialogue in prompt, and only the replies in chosen and
+    rejected.
     """
-    if isinstance(row.get("prompt"), str) and not is_dialogue(_text(row, "chosen", where)):
+    if isinstance(row.get("prompt"), str) and not begins_dialogue(_text(row, "chosen", where)):
         turns, prompt = _read_dialogue_prompt(row, where)
         chosen, rejected = (_text(row, side, where) for side in ("chosen", "rejected"))
         drop = None
@@ -144,7 +154,7 @@ def read_alpaca(row: Row, where: str) -> Pair:
 
 def read_conversation(row: Row, where: str) -> Pair:
     """Axolotl's chat_template: a list of messages, and chosen and rejected are the replies to it."""
-    return _join(row, _messages(row, "conversation", where), where)
+    return _join(row, _messages(row, "conversation", where), where, asked="conversation")
 
 
 def read_sharegpt(row: Row, where: str) -> Pair:
@@ -160,7 +170,7 @@ def read_openai(row: Row, where: str) -> Pair:
     if not isinstance(request, Mapping):
         raise fault(where, "input", seen(row, "input"), "an object with messages")
     before = _messages(request, "messages", where, "input.messages")
-    return _join(row, before, where, ("preferred_output", "non_preferred_output"))
+    return _join(row, before, where, ("preferred_output", "non_preferred_output"), asked="input.messages")
 
 
 def read_ranked(row: Row, where: str) -> Pair:
@@ -175,12 +185,16 @@ def read_ranked(row: Row, where: str) -> Pair:
 
 
 def read_judged(row: Row, where: str) -> Pair:
-    """Two answers, texts or whole conversations, and a verdict: better is a, b or tie."""
+    """Two answers, texts or whole conversations, and a verdict: better is a, b or tie; blank where nobody judged."""
+    if "better" in row and not str(row["better"] or "").strip():
+        return _pair(row, (), "", "", where, drop=UNJUDGED)
     verdict = str(row.get("better")).strip().lower()
     if verdict not in ("a", "b", "tie"):
         raise fault(where, "better", seen(row, "better"), "a verdict that names one of the two answers, or a tie")
     fields = ("response_b", "response_a") if verdict == "b" else ("response_a", "response_b")
     before, prompt_text = ((), None) if _asks(row, "response_a", where) else _before(row, where)
+    if blank := without_reply(row, fields, where):
+        return blank
     pair = _join(row, before, where, fields, prompt_text)
     return replace(pair, drop=TIED) if verdict == "tie" else pair
 
@@ -202,6 +216,14 @@ READERS: dict[str, Reader] = {
 
 
 # --- what stands before the reply, and the reply
+
+
+def without_reply(row: Row, fields: Sequence[str], where: str) -> Pair | None:
+    """The pair of a row in which the chosen reply or the rejected one is null, as it is empty in a csv; else None."""
+    for field, reason in zip(fields, (EMPTY_CHOSEN, EMPTY_REJECTED), strict=True):
+        if field in row and row[field] is None:
+            return Pair((), "", "", where, drop=reason)
+    return None
 
 
 def _pair(
@@ -239,20 +261,46 @@ def _join(
     where: str,
     fields: tuple[str, str] = ("chosen", "rejected"),
     prompt_text: str | None = None,
+    asked: str = "prompt",
 ) -> Pair:
-    """A pair of replies or whole conversations; ``prompt`` goes before both unless they already hold it."""
-    whole = []
+    """A pair of replies or whole conversations; ``prompt`` goes before both unless they already hold it.
+
+    A reply that is a text answers what the other side's conversation asks.
+    """
+    sides = []
     for field in fields:
         *turns, reply = _side(row, field, where)
         if reply["role"] != "assistant":
             found = f"the last turn is the {reply['role']}'s"
             raise fault(where, field, found, "a conversation that ends with the assistant's reply")
-        whole.append((_joined(prompt, turns), reply["content"]))
-    (before, chosen), (other_before, rejected) = whole
+        sides.append((turns, reply))
+    prompt = _unanswered(prompt, sides, where, asked)
+    (before, other_before) = (_joined(prompt, turns) for turns, _ in sides)
+    chosen, rejected = (reply["content"] for _, reply in sides)
+    before = before or (other_before if isinstance(row[fields[0]], str) else before)
+    other_before = other_before or (before if isinstance(row[fields[1]], str) else other_before)
     if not before:
         raise fault(where, fields[0], "nothing stands before the reply", "the user's turn, or a prompt")
     drop = None if _alike(before, other_before) else PROMPTS_DIFFER
     return _pair(row, before, chosen, rejected, where, prompt_text, drop)
+
+
+def _unanswered(
+    prompt: Sequence[Message], sides: Sequence[tuple[Sequence[Message], Message]], where: str, field: str
+) -> Sequence[Message]:
+    """The turns that the replies answer: some sets have one of the two replies at the end of the prompt as well.
+
+    A prompt that ends with an assistant's turn may also be what was said before the sides' own turns.
+    """
+    if not prompt or prompt[-1]["role"] != "assistant":
+        return prompt
+    asked = _split_system(prompt[:-1])[1]
+    own = [_split_system(turns)[1] for turns, _ in sides]
+    if not all(_alike(asked[len(asked) - len(turns) :], turns) for turns in own):
+        return prompt
+    if any(_alike(prompt[-1:], [reply]) for _, reply in sides):
+        return prompt[:-1]
+    raise fault(where, field, "it ends with an assistant's turn that is neither reply", "turns that wait for a reply")
 
 
 def _joined(earlier: Sequence[Message], turns: Sequence[Message]) -> list[Message]:
@@ -305,7 +353,7 @@ def _before(row: Row, where: str) -> tuple[Sequence[Message], str | None]:
     if isinstance(row.get("prompt"), list):
         return _messages(row, "prompt", where), None
     text = _asked(row, where)
-    return _read_dialogue_prompt(row, where) if is_dialogue(text) else (_user(text), text)
+    return _read_dialogue_prompt(row, where) if begins_dialogue(text) else (_user(text), text)
 
 
 def _asked(row: Row, where: str) -> str:
@@ -343,13 +391,15 @@ def _messages(row: Row, field: str, where: str, label: str = "") -> list[Message
         place = f"{label}[{i}]"
         if not isinstance(item, Mapping):
             raise fault(where, place, seen({"": item}, ""), "a message {role, content}")
+        if item.get("tool_calls") and item.get("content") is None:
+            raise fault(where, place, "a call of a tool", "a message with text: tools are not read")
         if item.get("role") is None and item.get("from") is None and "input" in item:
             messages += _user(_content(item, "input", where, f"{place}.input"))
             if item.get("output") is not None:
                 reply = _content(item, "output", where, f"{place}.output")
                 messages.append({"role": "assistant", "content": reply})
             continue
-        speaker, said, roles = ("role", "content", {role: role for role in ROLES})
+        speaker, said, roles = ("role", "content", ROLES)
         if item.get("role") is None and item.get("from") is not None:
             speaker, said, roles = ("from", "value", SHAREGPT_ROLES)
         role = item.get(speaker)
@@ -374,11 +424,18 @@ def _content(item: Row, field: str, where: str, label: str) -> str:
 
 _TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):[ ]?")  # "Human:" within a line is only text
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+_ASK = "\n\nHuman:"
 _REPLY = "\n\nAssistant:"
 
 
-def is_dialogue(text: str) -> bool:
+def begins_dialogue(text: str) -> bool:
+    """Beyond doubt: a text that only holds such turns may be about them."""
     return bool(_TURN.match(text)) and _REPLY in text
+
+
+def is_dialogue(text: str) -> bool:
+    """The same, or with a system text in front: for a column, of which most rows must be such."""
+    return begins_dialogue(text) or _REPLY in text.partition(_ASK)[2]
 
 
 def _read_dialogue_prompt(row: Row, where: str) -> tuple[tuple[Message, ...], str]:
@@ -395,12 +452,13 @@ def _split_dialogue(row: Row, field: str, where: str) -> tuple[str, tuple[Messag
     text = _text(row, field, where)
     head, marker, reply = text.rpartition(_REPLY)
     lead, *parts = _TURN.split(head)
-    if not marker or not parts or lead.strip():
+    if not marker or not parts or (lead.strip() and not head[len(lead) :].startswith(_ASK)):
         found = "the text does not begin with a turn" if marker else "there is no assistant turn"
         raise fault(where, field, found, r'"\n\nHuman: ... \n\nAssistant: ..."')
-    if "\n\nHuman:" in reply:
+    if _ASK in reply:
         raise fault(where, field, "the last turn is the human's", "a dialogue that ends with the assistant's reply")
-    turns: list[Message] = []
+    lead = lead.strip().removeprefix("System:").strip()
+    turns: list[Message] = [{"role": "system", "content": lead}] if lead else []
     for speaker, content in zip(parts[::2], parts[1::2], strict=True):
         role = _SPEAKERS[speaker]
         if turns and turns[-1]["role"] == role:  # chat templates want roles to alternate
@@ -482,11 +540,24 @@ def _ranked(row: Row, where: str) -> Iterator[tuple[float, str]]:
             yield MEASURES[measure] * number, _text(answer, key, where, f"completions[{i}].{key}")
 
 
+ABSENT = ("", "n/a", "na", "nan", "none", "null")  # what is written where nobody scored
+
+
+def numeric(text: str) -> bool:
+    """A number written as text, or what stands for none."""
+    try:
+        return text.strip().lower() in ABSENT or math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
 def _number(value: Any, where: str, label: str) -> float | None:
-    """A score; None and nan are none."""
+    """A score; None and nan are none, and so is N/A."""
+    if isinstance(value, str) and numeric(value):
+        value = None if value.strip().lower() in ABSENT else float(value)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool | NotJson) or not isinstance(value, int | float):
         raise fault(where, label, seen({"": value}, ""), "a number")
     return None if math.isnan(value) else float(value)
 
@@ -516,6 +587,8 @@ def seen(row: Row, field: str) -> str:
             return "null"
         case bool():
             return "true or false"
+        case NotJson():
+            return "NaN or an infinity, which is not JSON"
         case int() | float():
             return "a number"
         case str():

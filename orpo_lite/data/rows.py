@@ -8,9 +8,9 @@ import hashlib
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,10 @@ class Source(ABC):
         """Yield (place, row). A row that cannot be read goes to ``faults``; a file that cannot be is raised at once."""
 
     @abstractmethod
+    def labelled(self, labels: Mapping[str, str]) -> Source:
+        """The same with other names in its places."""
+
+    @abstractmethod
     def fingerprint(self) -> tuple[str, int]:
         """sha256 of the content, the order and the labels; and about how many rows there are, 0: unknown."""
 
@@ -51,6 +55,19 @@ def find_source(name: str, split: str, config: str | None) -> Source:
         return _find_files(name, split)
     _refuse_mistyped(name)
     return _load_set(name, split, config)
+
+
+def told_apart(sources: Sequence[Source]) -> list[Source]:
+    """The same sources, of which no two have places alike: where names repeat, each has its folder or its set in it."""
+    paths = {
+        str(file.path): file.label for source in sources if isinstance(source, LocalSource) for file in source.files
+    }
+    splits = {source.whole_name: source.label for source in sources if isinstance(source, HubSource)}
+    if len(set(paths.values())) < len(paths):
+        paths = dict(zip(paths, _labels([Path(os.path.abspath(path)) for path in paths]), strict=True))
+    if len(set(splits.values())) < len(splits):
+        splits = {name: name for name in splits}
+    return [source.labelled({**paths, **splits}) for source in sources]
 
 
 def is_local(name: str) -> bool:
@@ -113,6 +130,9 @@ class LocalSource(Source):
         with _readable(self.name):
             for file in self.files:
                 yield from read_file(file, faults)
+
+    def labelled(self, labels: Mapping[str, str]) -> Source:
+        return replace(self, files=tuple(replace(file, label=labels[str(file.path)]) for file in self.files))
 
     def fingerprint(self) -> tuple[str, int]:
         digest, counts = hashlib.sha256(), []
@@ -263,14 +283,21 @@ def _near(path: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class HubSource(Source):
-    split: str
+    label: str  # its split, for the places
     table: Any = field(repr=False)  # a datasets.Dataset, on disk
 
     def rows(self, faults: list[DataError]) -> Iterator[Place]:  # noqa: ARG002 - the hub's own reader has read them
-        yield from ((f"{self.split}[{i}]", row) for i, row in enumerate(self.table))
+        yield from ((f"{self.label}[{i}]", row) for i, row in enumerate(self.table))
+
+    def labelled(self, labels: Mapping[str, str]) -> Source:
+        return replace(self, label=labels[self.whole_name])
+
+    @property
+    def whole_name(self) -> str:
+        return f"{self.name}/{self.label}"
 
     def fingerprint(self) -> tuple[str, int]:
-        digest = hashlib.sha256(f"{self.split}\n".encode())
+        digest = hashlib.sha256(f"{self.label}\n".encode())
         paths = [Path(file["filename"]) for file in self.table.cache_files]
         with _readable(self.name):
             for path in paths:
