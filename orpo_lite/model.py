@@ -59,6 +59,12 @@ class PairModel(nn.Module):
         wrapped: Any = self.model
         return wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
 
+    @property
+    def _backbone(self) -> Any:
+        """All but the head: hidden states after the last norm."""
+        causal = self.causal
+        return causal.model if causal.base_model is causal else causal.base_model  # some have a prefix of no attribute
+
     def forward(self, batch: Batch) -> PairLogps:
         """One forward pass over all pairs of a batch."""
         if isinstance(batch, PackedPairs):
@@ -71,7 +77,7 @@ class PairModel(nn.Module):
         if way in ("shared", "packed"):
             hidden_TD = self._packed_hidden(batch)
         else:
-            run = self.model if way == "logits" else self.causal.base_model
+            run = self.model if way == "logits" else self._backbone
             outputs = (
                 run(input_ids=batch.input_ids_T[start:stop].unsqueeze(0), use_cache=False)
                 for start, stop, *_ in batch.segments
@@ -89,7 +95,7 @@ class PairModel(nn.Module):
         layout = Layout(tuple(Segment(*numbers) for numbers in batch.segments), self.backend)
         ids, positions = batch.input_ids_T.unsqueeze(0), batch.position_ids_T.unsqueeze(0)
         with self.attending(layout):
-            output = self.causal.base_model(input_ids=ids, position_ids=positions, use_cache=False)
+            output = self._backbone(input_ids=ids, position_ids=positions, use_cache=False)
         hidden_TD: Tensor = output.last_hidden_state[0]
         return hidden_TD
 
@@ -323,7 +329,8 @@ def _without_dropout(config: Any) -> Any:
     """The base's own dropout off, which is TRL's default; that of the adapter is lora.lora_dropout."""
     config = copy.deepcopy(config)
     for key, value in config.to_dict().items():
-        if ("dropout" in key or "pdrop" in key) and isinstance(value, float):
+        noise = any(word in key for word in ("dropout", "pdrop", "layerdrop", "jitter"))
+        if noise and isinstance(value, float):
             setattr(config, key, 0.0)
     return config
 

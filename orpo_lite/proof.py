@@ -50,7 +50,7 @@ def _disagreements(model: PairModel, max_length: int) -> dict[Way, str]:
     if window and window < max_length:
         half = window // 2
         long = _random_pairs(model, [(half, window - half + 24, window - half + 9)])
-        rows = _figures(model, long, "rows")
+        rows = _figures(model, long, "logits")
         trials += [(way, long, rows, f" beyond its window of {window:,} tokens") for way in ("shared", "packed")]
     if _positions_switch(config, max_length):
         # Its position embedding depends on the longest sequence of a forward pass, so no two can share one.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from orpo_lite import proof
 from orpo_lite.data.packing import Batching, make_batch, micro_batches
 from orpo_lite.data.tokens import TokenizedPair
-from orpo_lite.model import PairModel, install_step
+from orpo_lite.model import PairModel, _without_dropout, install_step
 from orpo_lite.proof import prove
 from orpo_lite.recipe import Recipe
 from orpo_lite.step import attention
@@ -237,3 +237,21 @@ def test_the_models_own_attention_is_as_before_after_a_step() -> None:
     gradients(model, ragged_pairs(3), Batching(True, True, 120, None, 0, False))
     assert model.config._attn_implementation == before
     assert attention.current_layout() is None
+
+
+def test_an_embedding_in_host_memory_keeps_its_scale() -> None:
+    """Gemma multiplies what it looks up; the lever moves the table and nothing else."""
+    model = adapted(family("Gemma3", GEMMA | {"tie_word_embeddings": False}, "TextConfig"))
+    pairs, batching = ragged_pairs(4, vocab_size=98), Batching(True, True, 120, None, 0, False)
+    expected, wanted = gradients(model, pairs, batching)
+    install_step(model, recipe(embedding_on_cpu=True))
+    loss, found = gradients(model, pairs, batching)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert (found - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+def test_noise_in_a_frozen_base_is_off() -> None:
+    config = hf.MixtralConfig(**(GROUPED | IDS), router_jitter_noise=0.1, attention_dropout=0.2)
+    quiet = _without_dropout(config)
+    assert (quiet.router_jitter_noise, quiet.attention_dropout) == (0.0, 0.0)
+    assert config.router_jitter_noise == 0.1

@@ -231,14 +231,15 @@ class _Rewound:
 
 def embed_on_host(embedding: nn.Embedding) -> None:
     """Keep the input embedding in host memory; the rows of a batch are looked up there and sent to the device."""
-    device = embedding.weight.device
+    device, plain = embedding.weight.device, embedding.forward
     embedding.weight.data = move(embedding.weight.data, HOST)
+    if device.type != "meta":
+        embedding.to(HOST)  # its buffers too: Gemma scales what it looks up
 
     def forward(ids: Tensor) -> Tensor:
         ids = move(ids, HOST)
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()  # the copy of the ids is asynchronous
-        rows = nn.functional.embedding(ids, embedding.weight)
-        return move(rows, device)
+        return move(plain(ids), device)
 
     embedding.forward = forward  # type: ignore[method-assign,assignment]
