@@ -102,9 +102,7 @@ def data(
     ] = None,
     recipe: Annotated[str | None, typer.Option(help="A shipped name (see `recipes ls`), or a .yaml path.")] = None,
     row: Annotated[str | None, typer.Option(metavar="PLACE", help="Show this row, e.g. pairs.csv:3.")] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the figures, the pairs shown and the warnings as JSON.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON, and nothing else.")] = False,
 ) -> None:
     """Show what the model will see of the data: format, one pair, lengths, cuts, and what is left out and why."""
     if as_json and row:
@@ -112,13 +110,13 @@ def data(
             "--row", "given with --json", "one of them: the figures are those of all rows", "leave one out"
         )
     chosen = _choose_recipe(recipe, None, overrides or [], verb="data")
-    # Not _quiet: it imports what would take longer than all the rest of this. These are read where those are imported.
-    for library in ("TRANSFORMERS", "DATASETS", "HF_HUB"):
+    # Not _quiet: it imports what would take longer than all the rest of this.
+    for library in ("TRANSFORMERS", "DATASETS", "HF_HUB"):  # they tell of each attempt to reach the hub
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     preview = screen.draw(_previewing(chosen, row), silent=as_json)
     if as_json:
-        shown = {"samples": preview.samples, "warnings": preview.warnings}
-        out.print(json.dumps(preview.figures | shown, indent=2, ensure_ascii=False))
+        whole = preview.figures | {"samples": preview.samples, "warnings": preview.warnings}
+        out.print(json.dumps(whole, indent=2, ensure_ascii=False))
         for warning in preview.warnings:
             err.print(warning)
         return

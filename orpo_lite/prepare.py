@@ -26,7 +26,7 @@ from orpo_lite.base import (
 from orpo_lite.data.cache import VARIABLE, TokenizedPairs, cache_folder, wanted_folder
 from orpo_lite.data.pairs import held_out_sources, hold_out, training_sources
 from orpo_lite.data.preview import figures
-from orpo_lite.data.rows import Source, is_local, is_path, tell_apart
+from orpo_lite.data.rows import Source, is_path, told_apart
 from orpo_lite.data.sides import show_row, tokenized
 from orpo_lite.data.templates import set_chat_template
 from orpo_lite.errors import CheckpointError, ModelError, RecipeError, raise_all
@@ -60,7 +60,6 @@ class Ready:
 
 def prepare(recipe: Recipe) -> Generator[Update, None, Ready]:
     """Everything that can go wrong before weights load: base, template, targets, data, tokens."""
-    yield from _said_hub(recipe.data)
     sources = find_sources(recipe.data)
     base = find_base(recipe.model.model_name_or_path, recipe.model.model_revision)
     check_targets(recipe, base)
@@ -97,7 +96,6 @@ def preview(recipe: Recipe, place: str | None = None) -> Generator[Update, None,
         recipe: which data, which base.
         place: of a row ("pairs.csv:3") to show in place of the first one, whether it is kept or left out.
     """
-    yield from _said_hub(recipe.data)
     sources = find_sources(recipe.data)
     folder, _ = find_texts(recipe.model.model_name_or_path, recipe.model.model_revision)
     train, test, found = yield from tokenized_sides(recipe, folder, *sources)
@@ -115,23 +113,14 @@ def preview(recipe: Recipe, place: str | None = None) -> Generator[Update, None,
     return Preview(found, samples, warnings)
 
 
-def _said_hub(data: DataSection) -> Iterator[Update]:
-    """That the hub is asked, for without a network its libraries try for a minute."""
-    if names := [name for name in data.names if not is_local(name)]:
-        yield Update("stage", f"asking the hub for {', '.join(names)}")
-
-
 Sources = tuple[list[Source], list[Source]]  # to train on, held out
 
 
 def find_sources(data: DataSection) -> Sources:
-    """The sets that a recipe names, found but not read, no place the same in two of them.
-
-    Raises DataError and HubError.
-    """
+    """The sets that a recipe names, found but not read. Raises DataError and HubError."""
     train, test = training_sources(data), held_out_sources(data)
-    sources = tell_apart([*train, *test])
-    return sources[: len(train)], sources[len(train) :]
+    both = told_apart([*train, *test])
+    return both[: len(train)], both[len(train) :]
 
 
 def tokenized_sides(
@@ -182,9 +171,14 @@ def _said(found: Mapping[str, Any]) -> Iterator[Update]:
     if count := found["cut"]["responses_without_end"]:
         yield Update("note", f"{count:,} responses are cut by data.max_length and lose their end")
     if count := found["repeated_prompts"]:
-        yield Update("note", f"warning: in {count:,} pairs a reply begins with the prompt again")
+        yield Update("note", f"warning: pairs in which a reply begins with the prompt again: {count:,}")
+    if count := found["templated_pairs"]:
+        said = f"pairs that hold markers of a chat template, as if one was applied already: {count:,}"
+        yield Update("note", f"warning: {said}")
     if count := found["unknown_tokens"]:
-        yield Update("note", f"warning: {count:,} tokens are unknown to the tokenizer: what they stood for is lost")
+        yield Update(
+            "note", f"warning: tokens that stand for what the tokenizer does not know, and which is lost: {count:,}"
+        )
     if count := found["prompts"]["shared"]:
         said = f"{count:,} of {found['prompts']['held_out']:,} held-out prompts stand in the training set too"
         yield Update("note", f"warning: {said}: the evaluation will flatter")

@@ -226,9 +226,11 @@ def _print_figures(figures: Mapping[str, Any], max_length: int) -> None:
         cut["responses_without_end_share"] >= MUCH,
     )
     if count := figures["repeated_prompts"]:
-        _print_count(f"in {count:,} pairs a reply begins with the prompt again", True)
+        _print_count(f"pairs in which a reply begins with the prompt again: {count:,}", True)
+    if count := figures["templated_pairs"]:
+        _print_count(f"pairs that hold markers of a chat template, as if one was applied already: {count:,}", True)
     if count := figures["unknown_tokens"]:
-        _print_count(f"{count:,} tokens are unknown to the tokenizer: what they stood for is lost", True)
+        _print_count(f"tokens that stand for what the tokenizer does not know, and which is lost: {count:,}", True)
     longer = [_share(figures[f"{side}_longer"]) for side in ("chosen", "rejected")]
     out.print(f"chosen is the longer one in {longer[0]} of the pairs, rejected in {longer[1]}")
     _print_count(

@@ -508,3 +508,19 @@ def test_weights_are_loaded_only_after_the_checks(small: Callable[..., Answer], 
     code, _, said = small()
     assert code == 70
     assert "weights were loaded" in said
+
+
+def test_a_hub_that_is_not_there_is_said_once(tmp_path: Path) -> None:
+    script = "import sys, time; time.sleep = lambda _: None; from orpo_lite.cli import main; main()"
+    offline = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", script, "data", "--recipe", "demo", "data.dataset_name=someone/pairs"],
+        env={key: value for key, value in os.environ.items() if not key.endswith("_VERBOSITY")} | offline,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == errors.HubError.exit_code
+    first, *rest = done.stderr.splitlines()
+    assert first.startswith("data.dataset_name someone/pairs: ")
+    assert [line.partition(":")[0] for line in rest] == ["  expected", "  remedy"]

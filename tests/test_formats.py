@@ -5,7 +5,6 @@ The shapes are those of the sets' cards and of the loaders that read them; what 
 
 import csv
 import json
-import math
 import re
 import shlex
 from collections.abc import Callable, Mapping
@@ -20,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orpo_lite.data.formats import COLUMNS, PROMPTS_DIFFER, READERS, Detected, Pair, Row, detect_format
-from orpo_lite.data.readers import TIED, TOO_FEW, begins_with, behind
+from orpo_lite.data.readers import EMPTY_CHOSEN, EMPTY_REJECTED, TIED, TOO_FEW, UNJUDGED, begins_with, behind
 from orpo_lite.errors import DataError
 from orpo_lite.recipe import DataSection, load_recipe
 
@@ -130,6 +129,7 @@ class Shape:
 Q, Q2 = "Name a  colour 🎨.", "And a number?"
 HH = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Name a  colour 🎨.\n\nAssistant:"
 HH_TURNS = (user("Hi"), bot("Hello."), user(Q))
+BLUE_SEVEN = {"chosen": "Blue.", "rejected": "Seven."}
 TALK = (user("Hi"), bot("Hello."), user(Q))
 ORCA = {"system": "Be  brief.", "question": Q, "chosen": "Blue.", "rejected": "Seven."}
 ONE: list[tuple[Turns, str, str] | str] = [((user(Q),), "Blue.", "Seven."), ((user(Q2),), "7", "Blue")]
@@ -581,15 +581,15 @@ SHAPES: dict[str, Shape] = {
                 "domain": "general",
                 "language": "english",
                 "context": [*TALK],
-                "response1": "Seven.",
-                "response2": "Blue.",
-                "overall_preference": preference,
+                "response1": first,
+                "response2": second,
+                "overall_preference": strength,
                 "individual_preference": [{"score": 2, "reasoning": "r", "feedback1": "f", "feedback2": "f"}],
             }
-            for preference in (2, -1)
+            for strength, first, second in ((2, "Seven.", "Blue."), (-1, "Blue.", "Seven."))
         ],
         "response1 response2 overall_preference",
-        [(TALK, "Blue.", "Seven."), (TALK, "Seven.", "Blue.")],
+        [(TALK, "Blue.", "Seven.")] * 2,
     ),
     "a prompt that both texts repeat": Shape(
         "doubled",
@@ -615,6 +615,19 @@ SHAPES: dict[str, Shape] = {
         * 2,
         "chosen rejected",
         [((user(Q),), "Blue.", "Seven.")] * 2,
+    ),
+    "HH dialogues behind a system text": Shape(
+        "hh_rlhf",
+        [{side: f"{lead}\n\nHuman: {Q}\n\nAssistant: {text}" for side, text in BLUE_SEVEN.items()}
+         for lead in ("Be brief.", "\n\nSystem: Be brief.", "")],
+        "chosen rejected",
+        [((system("Be brief."), user(Q)), "Blue.", "Seven.")] * 2 + [((user(Q),), "Blue.", "Seven.")],
+    ),
+    "an HH dialogue as prompt, behind a system text": Shape(
+        "hh_rlhf",
+        [{"prompt": f"Be brief.\n\nHuman: {Q}\n\nAssistant:", **BLUE_SEVEN}] * 2,
+        "prompt chosen rejected",
+        [((system("Be brief."), user(Q)), "Blue.", "Seven.")] * 2,
     ),
     "questions about templates": Shape(
         "explicit",
@@ -689,7 +702,7 @@ def test_columns_are_named_by_what_they_are_read_as() -> None:
     whole = SHAPES["HuggingFaceH4/ultrafeedback_binarized"].rows
     assert detect(whole)[0].columns == {"chosen": "chosen", "rejected": "rejected"}
     pairs = SHAPES["LLaMA-Factory's older alpaca, with history"].rows
-    assert set(detect(pairs)[0].columns) == {"prompt", "output", "history", "input"}  # blank so far, and read
+    assert set(detect(pairs)[0].columns) == {"prompt", "input", "output", "history"}  # a blank input too
 
 
 @pytest.mark.parametrize("spell", [str.capitalize, str.upper, " {} ".format])
@@ -704,7 +717,6 @@ def test_case_and_spaces_of_a_column_make_no_difference(shape: str, spell: Calla
 # --- what stands before the reply
 
 EARLIER = (user("Hi"), bot("Hello."))
-BLUE_SEVEN = {"chosen": "Blue.", "rejected": "Seven."}
 
 
 def wholes(*turns: dict[str, str]) -> dict[str, Any]:
@@ -740,11 +752,42 @@ def test_nothing_stands_twice_and_nothing_is_lost(row: dict[str, Any], turns: Tu
         assert (pair.messages, pair.chosen, pair.rejected, pair.drop) == (turns, "Blue.", "Seven.", None)
 
 
-@pytest.mark.parametrize("blank", [None, []])
-def test_the_first_rows_may_have_no_earlier_turns(blank: Any) -> None:
-    row = {"prompt": Q, "history": blank, **BLUE_SEVEN}
+@pytest.mark.parametrize("wrong", ["chosen", "rejected"])
+@pytest.mark.parametrize("before", [(), EARLIER])
+def test_a_reply_at_the_end_of_the_prompt_is_not_asked_again(wrong: str, before: Turns) -> None:
+    asked = [*before, user(Q)]
+    prompt = [*asked, bot(BLUE_SEVEN[wrong])]
+    replies = {side: [bot(text)] for side, text in BLUE_SEVEN.items()}
+    for row in (replies, wholes(user(Q)), wholes(*asked)):
+        (pair,) = read([{"prompt": prompt} | row])
+        assert (pair.messages, pair.chosen, pair.rejected, pair.drop) == (tuple(asked), "Blue.", "Seven.", None)
+    with pytest.raises(DataError, match="x:2, field prompt: it ends with an assistant's turn that is neither reply"):
+        read([{"prompt": asked} | replies, {"prompt": [*asked, bot("Red.")]} | replies])
+
+
+def test_earlier_turns_may_end_with_the_words_of_the_reply() -> None:
+    (pair,) = read([{"prompt": [user("Hi"), bot("Blue.")], **wholes(user(Q))}])
+    assert pair.messages == (user("Hi"), bot("Blue."), user(Q))
+
+
+@pytest.mark.parametrize("kind", [bot, lambda text: [bot(text)], str])
+def test_a_conversation_that_holds_the_reply_is_read_up_to_it(kind: Callable[[str], Any]) -> None:
+    row = {"conversations": [*EARLIER, user(Q), bot("Blue.")]} | {side: kind(text) for side, text in BLUE_SEVEN.items()}
+    assert [(pair.messages, pair.chosen, pair.rejected) for pair in read([row] * 2)] == [(TALK, "Blue.", "Seven.")] * 2
+
+
+@pytest.mark.parametrize("listed", ["chosen", "rejected"])
+@pytest.mark.parametrize("asked", [{"prompt": Q}, {"prompt": [user(Q)]}, {}])
+def test_a_text_may_stand_beside_a_list(listed: str, asked: dict[str, Any]) -> None:
+    row = BLUE_SEVEN | asked | {listed: [*([] if asked else [user(Q)]), bot(BLUE_SEVEN[listed])]}
+    (pair,) = read([row])
+    assert (pair.messages, pair.chosen, pair.rejected, pair.drop) == ((user(Q),), "Blue.", "Seven.", None)
+
+
+def test_the_first_rows_may_have_no_earlier_turns() -> None:
+    row = {"prompt": Q, "history": [], **BLUE_SEVEN}
     detected, _ = detect([row] * 3)
-    assert detected.columns["history"] == "history"  # it is read
+    assert detected.columns["history"] == "history"
     assert detected.read(row | {"history": [["Hi", "Hello."]]}, "x").messages == TALK
 
 
@@ -791,6 +834,29 @@ TWO_READINGS: dict[str, tuple[list[dict[str, Any]], dict[str, tuple[str, list[An
         {
             "data.column_map=prompt=prompt": ("explicit", [OTHER] * 2),
             "data.column_map=prompt=question": ("explicit", [BLUE] * 2),
+        },
+    ),
+    "a strength without a sign": (
+        [{"prompt": Q, "response_1": "Seven.", "response_2": "Blue.", "overall_preference": n} for n in (1, 2)],
+        {
+            "data.column_map=preference_strength=overall_preference": ("judged", [BLUE] * 2),
+            "data.column_map=better=overall_preference": ("judged", [SEVEN, BLUE]),
+        },
+    ),
+    "a strength of that name without a sign": (
+        [{"prompt": Q, "response_1": "Seven.", "response_2": "Blue.", "preference_strength": n} for n in ("1", 2.0)],
+        {
+            "data.column_map=preference_strength=preference_strength": ("judged", [BLUE] * 2),
+            "data.column_map=better=preference_strength": ("judged", [SEVEN, BLUE]),
+        },
+    ),
+    "a context beside the question": (
+        [{"context": "A long text", "question": Q, "chosen": "Blue.", "rejected": "Seven."}] * 2,
+        {
+            "data.column_map=prompt=question": ("explicit", [BLUE] * 2),
+            "data.column_map=prompt=context": ("explicit", [((user("A long text"),), "Blue.", "Seven.")] * 2),
+            "data.column_map=prompt=question,input=context": (
+                "explicit", [((user(f"{Q}\nA long text"),), "Blue.", "Seven.")] * 2),
         },
     ),
     "two names for the prompt": (
@@ -951,6 +1017,16 @@ TEMPLATES = {
     "Alpaca's preamble": "Below is an instruction that describes a task.\n\n### Instruction:\nHi\n",
     "Guanaco": "### Human: Hi\n### Assistant:",
     "Vicuna": "USER: Hi ASSISTANT:",
+    "Vicuna behind a system text": "You are kind. USER: Hi ASSISTANT:",
+    "Vicuna behind a system text, in lines": "You are kind.\n\nUSER: Hi\nASSISTANT: Hello.\nUSER: And?",
+    "Mistral behind a system text": "You are kind.\n\n[INST] Hi [/INST]",
+    "Zephyr behind a system text": "You are kind.\n<|user|>\nHi\n<|assistant|>\n",
+    "RedPajama": "<human>: Hi\n<bot>:",
+    "Phi": "Instruct: Hi\nOutput:",
+    "an instruction and a response": "Instruction: Hi\nResponse:",
+    "a bare marker of the reply": "Hi\n\nAssistant:",
+    "a bare marker of the reply in capitals": "Hi\nASSISTANT: ",
+    "Alpaca's marker alone": "Hi\n\n### Response:\n",
     "Vicuna's preamble": "A chat between a curious user and an artificial intelligence assistant. USER: Hi",
 }
 
@@ -964,6 +1040,29 @@ def test_a_template_in_the_prompt_is_refused(template: str) -> None:
     # One in a hundred is chance; one in ten is none.
     assert detect_format([raw] * 99 + [templated]).name == "explicit"
     refused([raw] * 9 + [templated], "data.chat_template=none")
+
+
+@pytest.mark.parametrize("marker", ["Assistant: ", "ASSISTANT: ", "<bot>: "])
+def test_a_marker_before_the_replies_is_a_template_too(marker: str) -> None:
+    rows = [{"prompt": Q, **{side: marker + text for side, text in BLUE_SEVEN.items()}}] * 2
+    assert "chosen and rejected hold text" in refused(rows, "data.chat_template=none")
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        "Does Vicuna write USER: before a question, and what after it?",
+        "Which model ends its prompt with ASSISTANT: and which with [/INST]?",
+        "What is an Assistant: a person, or a program?",
+        "Instruction: a word I never understood.\nWhat does it mean?",
+        "Name the parts of a form.\nResponse:\nis one of them",
+        "Assistant professors: how many are there?",
+        "Is `### Response:` a heading?",
+    ],
+)
+def test_a_question_about_templates_is_none(question: str) -> None:
+    row = {"prompt": question, "chosen": "The assistant: a program.", "rejected": "Output: none"}
+    assert [pair.messages for pair in read([row] * 2)] == [(user(question),)] * 2
 
 
 def test_end_markers_alone_are_to_be_taken_off() -> None:
@@ -1098,15 +1197,6 @@ def test_the_line_can_be_pasted_whatever_the_columns_names(names: tuple[str, str
     assert [pair.chosen for pair in read(rows, column_map)] == ["Blue."] * 2
 
 
-@pytest.mark.parametrize("speaks", [("role", "content"), ("from", "value")])
-def test_newer_names_of_roles_are_read(speaks: tuple[str, str]) -> None:
-    before = [dict(zip(speaks, turn, strict=True)) for turn in (("developer", "Be  brief."), ("user", Q))]
-    whole = [[*before, dict(zip(speaks, ("model", text), strict=True))] for text in ("Blue.", "Seven.")]
-    for prompt, (chosen, rejected) in ((None, whole), (before, [side[-1:] for side in whole])):
-        (pair,) = read([{"prompt": prompt, "chosen": chosen, "rejected": rejected}])
-        assert (pair.messages, pair.chosen, pair.rejected) == (BRIEF, "Blue.", "Seven.")
-
-
 def test_roles_that_nobody_has_here_are_named() -> None:
     turns = [said("human", Q), said("function_call", "f"), said("observation", "o")]
     row = {"conversations": turns, "chosen": said("gpt", "Blue."), "rejected": said("gpt", "Seven.")}
@@ -1117,13 +1207,20 @@ def test_roles_that_nobody_has_here_are_named() -> None:
     assert "COLUMN" not in raised.value.remedy
 
 
+def test_newer_names_of_the_roles_are_read() -> None:
+    asked = [{"role": "developer", "content": "Be brief."}, user(Q)]
+    row = {"prompt": asked, "chosen": [{"role": "model", "content": "Blue."}], "rejected": [bot("Seven.")]}
+    (pair,) = read([row])
+    assert (pair.messages, pair.chosen) == ((system("Be brief."), user(Q)), "Blue.")
+
+
 @pytest.mark.parametrize(
     ("row", "lines"),
     [
         ({"text": "q", "label": 1}, ["data.column_map=prompt=COLUMN,chosen=COLUMN,rejected=COLUMN"]),
         ({"chosen": "yes", "rejected": "no"}, ["data.column_map=prompt=COLUMN", "data.format=implicit"]),
         ({"prompt": "q", "chosen": 3, "rejected": "no"}, ["data.column_map=chosen=COLUMN"]),
-        ({"chosen": "It is so", "rejected": "It is no", "messages": [user("q"), bot("It is so")]},
+        ({"chosen": "It is so", "rejected": "It is no", "messages": [user("q"), bot("It was so")]},
          ["data.column_map=prompt=COLUMN", "data.format=implicit"]),
         ({"chosen": "It is so", "rejected": "It is no", "prompt": {"text": "q"}},
          ["data.column_map=prompt=COLUMN", "data.format=implicit"]),
@@ -1136,13 +1233,6 @@ def test_roles_that_nobody_has_here_are_named() -> None:
 def test_what_fits_nothing_is_refused_with_the_columns(row: dict[str, Any], lines: list[str]) -> None:
     error = refused([row] * 2, *lines)
     assert all(repr(column) in error for column in row)
-
-
-def test_a_table_without_names_is_told_to_have_them() -> None:
-    with pytest.raises(DataError) as raised:
-        detect([{"What is x?": "What is q?", "It is y.": "It is r.", "No!": "No."}])
-    assert raised.value.found.endswith("'It is y.', 'No!', which read like a row")
-    assert raised.value.remedy == "write the names above it, as the first line of a table: prompt,chosen,rejected"
 
 
 def test_two_replies_that_begin_alike_by_chance_are_no_implicit_prompt() -> None:
@@ -1193,26 +1283,6 @@ def test_a_reply_that_is_json_is_a_text() -> None:
     assert [pair.chosen for pair in read(rows)] == ['{"role": "x", "content": "y"}', "[1, 2]", "[1, 2]"]
 
 
-@pytest.mark.parametrize("name", ["auto", "explicit"])
-@pytest.mark.parametrize("reply", ['[{"text": "%s"}]', '{"role": "user", "content": "%s"}', "[%s]"])
-def test_replies_that_are_all_json_are_texts_where_no_assistant_speaks_in_them(name: str, reply: str) -> None:
-    rows = [{"prompt": f"As JSON! {i}", "chosen": reply % i, "rejected": reply % -i} for i in range(1, 5)]
-    assert [(pair.chosen, pair.rejected) for pair in read(rows, name=name)] == [
-        (reply % i, reply % -i) for i in range(1, 5)
-    ]
-
-
-def test_replies_that_look_like_messages_are_texts_when_the_format_says_so() -> None:
-    reply = json.dumps([bot("Blue.")])
-    rows = [{"prompt": Q, "chosen": reply, "rejected": "Seven."}] * 3
-    (pair, *_) = read(rows, name="explicit")
-    assert (pair.chosen, pair.rejected) == (reply, "Seven.")
-    (pair, *_) = read(
-        [{"prompt": Q, "chosen": reply, "rejected": json.dumps([bot("Seven.")])}] * 3
-    )  # as a csv has them
-    assert (pair.chosen, pair.rejected) == ("Blue.", "Seven.")
-
-
 # --- the row that deviates
 
 
@@ -1237,6 +1307,41 @@ def test_what_an_instruction_is_about_is_read_in_every_format(replies: dict[str,
     assert other.messages == (user("Hi."),)
 
 
+@pytest.mark.parametrize(
+    "reply", [{"role": "user", "content": "Blue."}, [{"text": "Blue."}], [bot("Blue.")], {"messages": ["Blue."]}]
+)
+def test_replies_that_are_json_can_be_read_as_texts(reply: Any) -> None:
+    rows = [{"prompt": "Write it as JSON.", "chosen": json.dumps(reply), "rejected": json.dumps([reply, reply])}] * 9
+    assert {(pair.chosen, pair.rejected) for pair in read(rows, name="explicit")} == {
+        (rows[0]["chosen"], rows[0]["rejected"])
+    }
+
+
+def test_replies_that_are_json_of_nothing_known_are_offered_as_texts() -> None:
+    text = json.dumps([{"text": "Blue."}])
+    refused([{"prompt": Q, "chosen": text, "rejected": text}] * 2, "data.format=explicit")
+
+
+def test_a_first_row_in_place_of_the_names_is_suspected() -> None:
+    row = {"Name a colour.": "Name a number.", "It is blue.": "Seven.", "It is seven.": "Blue."}
+    with pytest.raises(DataError) as raised:
+        detect([row] * 3)
+    assert "if the first line of the file is a row" in raised.value.remedy
+
+
+@pytest.mark.parametrize("listed", [["prompt"], ["chosen", "rejected"], ["prompt", "chosen", "rejected"]])
+def test_lists_of_texts_are_refused_by_what_they_are(listed: list[str]) -> None:
+    row = {"prompt": Q, **BLUE_SEVEN}
+    error = refused([row | {column: [row[column]] for column in listed}] * 2)
+    assert f"{listed[0]}" in error
+    assert "hold lists of texts" in error
+
+
+def test_what_a_question_is_about_can_be_named() -> None:
+    rows = [{"passage": "A long text", "question": Q, **BLUE_SEVEN}] * 2
+    assert {pair.prompt_text for pair in read(rows, {"input": "passage"})} == {f"{Q}\nA long text"}
+
+
 @pytest.mark.parametrize("blank", ["", None, " "])
 @pytest.mark.parametrize("name", ["system", "System"])
 def test_a_system_column_may_be_blank_at_first(blank: str | None, name: str) -> None:
@@ -1244,38 +1349,11 @@ def test_a_system_column_may_be_blank_at_first(blank: str | None, name: str) -> 
     detected = detect_format([{name: blank} | row] * 100)
     assert detected.name == "explicit"
     assert "system" not in detected.because
-    assert detected.columns["system"] == name  # it is read
     assert detected.read({name: blank} | row, "x:1").messages == (user("Q?"),)
     assert detected.read({name: "Be brief."} | row, "x:101").messages == (
         {"role": "system", "content": "Be brief."},
         user("Q?"),
     )
-
-
-@pytest.mark.parametrize("best", [10, "10", " 10.0", "1e1"])
-def test_scores_may_be_texts(best: Any) -> None:
-    answers = [{"response": text, "rating": score} for text, score in (("a", "9"), ("b", best), ("c", "4.5"))]
-    for row in (
-        {"instruction": Q, "completions": answers},
-        {"prompt": Q, "completions": ["a", "b", "c"], "scores": ["9", best, "4.5"]},
-        {"prompt": Q, "completions": ["5", "7", "6"], "ratings": ["9", best, "4.5"]},  # the answers are numbers too
-    ):
-        (pair,) = read([row])
-        assert (pair.chosen, pair.rejected, pair.drop) in (("b", "c", None), ("7", "6", None))
-    error = refused([{"prompt": Q, "completions": ["5", "7"], "x": ["1", "2"]}],
-                    "data.column_map=scores=x", "data.column_map=ranks=x")  # fmt: skip
-    assert "nothing says which answer is the best" in error
-
-
-@pytest.mark.parametrize("none", ["N/A", "n/a", "", None, math.nan])
-def test_an_answer_that_nobody_scored_is_left_out(none: Any) -> None:
-    for scores, pair in (([none, 3, "2"], ("b", "c")), ([none, 3, None], None), ([none] * 3, None)):
-        answers = [{"response": text, "overall_score": score} for text, score in zip("abc", scores, strict=True)]
-        plain = {"prompt": Q, "completions": [*"abc"], "scores": scores}
-        rows = [{"prompt": Q, "completions": answers}, plain]
-        for row in rows:
-            found = detect([row | {"scores": [1, 2, 3]} if row is plain else row])[0].read(row, "x")
-            assert (found.drop or (found.chosen, found.rejected)) == (pair or TOO_FEW)
 
 
 def test_a_verdict_is_never_offered_as_a_reply() -> None:
@@ -1331,12 +1409,16 @@ TEXTS = {"prompt": "Name a colour.", "chosen": "Blue.", "rejected": "Seven."}
         (
             "implicit",
             WHOLE | {"chosen": [user(Q), {"role": "assistant", "content": None, "tool_calls": [{}]}]},
-            "field chosen[1].content: a tool call",
+            "field chosen[1]: a call of a tool",
         ),
         ("messages", WHOLE | {"rejected": []}, "field rejected: an empty list"),
         ("messages", {"chosen": [bot("a")], "rejected": [bot("b")]}, "field prompt: missing"),
         ("hh_rlhf", {"chosen": HH, "rejected": "Hello."}, "field rejected: there is no assistant turn"),
-        ("hh_rlhf", {"chosen": HH, "rejected": "Hi" + HH}, "field rejected: the text does not begin with a turn"),
+        (
+            "hh_rlhf",
+            {"chosen": HH, "rejected": "Hi\n\nAssistant: a"},
+            "field rejected: the text does not begin with a turn",
+        ),
         ("hh_rlhf", {"chosen": HH, "rejected": HH + "\n\nHuman: bye"}, "field rejected: the last turn is the human's"),
     ],
 )
@@ -1377,15 +1459,13 @@ def test_a_faulty_row_is_named(form: str, row: dict[str, Any], place: str) -> No
         ("openbmb/UltraFeedback", {"completions": ["a"]}, "field ranks: missing"),
         (
             "openbmb/UltraFeedback",
-            {"completions": [{"response": "a", "overall_score": "nine"}]},
+            {"completions": [{"response": "a", "overall_score": "good"}]},
             "overall_score: a text",
         ),
         ("texts with scores", {"scores": [1.0]}, "field scores: a list"),
         ("texts with ranks", {"ranks": None}, "field ranks: null"),
         ("OpenAI preference fine-tuning", {"input": None}, "field input: null"),
-        ("OpenAI preference fine-tuning", {"preferred_output": 1}, "field preferred_output: a number"),
         ("lmsys/chatbot_arena_conversations", {"winner": "a third"}, "field winner: a text"),
-        ("stanfordnlp/SHP", {"labels": 3}, "field labels: a number"),
         (
             "hh-rlhf with the dialogue in prompt",
             {"prompt": f"{HH} Blue."},
@@ -1403,6 +1483,43 @@ def test_the_odd_row_is_its_readers_to_report(shape: str, change: dict[str, Any]
     assert place in str(raised.value)
     assert raised.value.expected
     assert raised.value.remedy
+
+
+def test_scores_may_be_written_as_texts() -> None:
+    texts = {"prompt": Q, "completions": ["Seven.", "12"], "scores": ["2.0", "10"]}
+    rows = [texts, texts | {"completions": ["4", "5"]}] * 10
+    assert [(pair.chosen, pair.rejected) for pair in read(rows)][:2] == [("12", "Seven."), ("5", "4")]
+    answers = [{"response": "Blue.", "rating": "10"}, {"response": "Seven.", "rating": "9"}]
+    unscored = {"response": "Red.", "rating": "N/A"}
+    rows = [{"prompt": Q, "completions": [unscored, *answers]}, {"prompt": Q, "completions": [unscored, answers[0]]}]
+    first, second = read(rows)
+    assert (first.chosen, first.rejected, first.drop) == ("Blue.", "Seven.", None)
+    assert second.drop == TOO_FEW
+    with pytest.raises(DataError, match=r"scores\[0\]: a text"):
+        read([*[texts] * 20, texts | {"scores": ["good", "10"]}])
+
+
+def test_answers_that_are_numbers_are_no_scores_of_their_own() -> None:
+    row = {"prompt": Q, "answers": ["42", "43"], "score": [1.0, 0.0]}
+    assert [(pair.chosen, pair.rejected) for pair in read([row] * 3)] == [("42", "43")] * 3
+
+
+@pytest.mark.parametrize(
+    ("shape", "change", "reason"),
+    [
+        ("TRL explicit texts", {"chosen": None}, EMPTY_CHOSEN),
+        ("TRL implicit conversations", {"rejected": None}, EMPTY_REJECTED),
+        ("OpenAI preference fine-tuning", {"preferred_output": None}, EMPTY_CHOSEN),
+        ("stanfordnlp/SHP", {"labels": None}, UNJUDGED),
+        ("stanfordnlp/SHP", {"labels": " "}, UNJUDGED),
+        ("stanfordnlp/SHP", {"labels": 1, "human_ref_B": None}, EMPTY_REJECTED),
+        ("stanfordnlp/SHP", {"labels": 0, "human_ref_B": None}, EMPTY_CHOSEN),
+    ],
+)
+def test_null_is_as_empty_as_an_empty_cell(shape: str, change: dict[str, Any], reason: str) -> None:
+    rows = SHAPES[shape].rows * 20
+    detected, _ = detect(rows)
+    assert detected.read(rows[0] | change, "pairs.jsonl:7").drop == reason
 
 
 def test_never_another_column_in_place_of_the_one_that_was_taken() -> None:
@@ -1494,7 +1611,7 @@ def test_all_shapes_of_one_pair_read_alike(
             "prompt": before,
             "answers": [{"answer": rejected, "rank": 2}, {"answer": chosen, "rank": 1}],
         },
-        "judged": {"context": before, "response1": rejected, "response2": chosen, "overall_preference": 1},
+        "judged": {"context": before, "response1": chosen, "response2": rejected, "overall_preference": -1},
         "alpaca": {"instruction": question, "input": "", "history": [list(turn) for turn in turns], **replies},
         "orca": {"question": question, **replies} if not turns else {},
     }
@@ -1514,14 +1631,3 @@ def test_all_shapes_of_one_pair_read_alike(
         if behind(question, chosen) is behind(question, rejected) is None:
             orca = name == "orca" and (not brief or stands_already)
             assert detect_format([row]).name == ("explicit" if orca else name)
-
-
-def test_a_strength_that_is_never_negative_does_not_say_which_answer_is_better() -> None:
-    """1 and 2 may name the response, or say how much better the second one is."""
-    rows = [{"prompt": Q, "response_1": "Blue.", "response_2": "Seven.", "overall_preference": n} for n in (1, 2)]
-    with pytest.raises(DataError, match=r"overall_preference is never 0 or less") as raised:
-        detect_format(rows)
-    assert "data.column_map=better=overall_preference if it names the better answer" in raised.value.remedy
-    signed = detect_format([rows[0], rows[1] | {"overall_preference": -2}])
-    assert signed.name == "judged"
-    assert signed.read(rows[1] | {"overall_preference": -2}, "x:1").chosen == "Blue."

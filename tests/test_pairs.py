@@ -1,9 +1,8 @@
 """Sets to pairs: what is read, what is left out and where it stood, several sets in one, and the split by prompt."""
 
 import json
-import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from orpo_lite.data.formats import PROMPTS_DIFFER, Pair
 from orpo_lite.data.pairs import (
     EMPTY_PROMPT,
     EQUAL,
+    LOOK,
     PLACES,
     SAID_TWICE,
     PairReader,
@@ -25,10 +25,9 @@ from orpo_lite.data.pairs import (
     prompt_key,
     training_sources,
 )
-from orpo_lite.data.readers import EMPTY_CHOSEN, EMPTY_REJECTED, NO_VERDICT
-from orpo_lite.data.rows import HubSource, Source, tell_apart
+from orpo_lite.data.readers import EMPTY_CHOSEN, EMPTY_REJECTED
+from orpo_lite.data.rows import Source
 from orpo_lite.errors import SHOWN, DataError, HubError, OrpoLiteError
-from orpo_lite.prepare import find_sources
 from orpo_lite.recipe import DataSection
 
 EXPLICIT = {"prompt": "Name a colour.", "chosen": "Blue.", "rejected": "Seven."}
@@ -104,6 +103,59 @@ def test_rows_are_read_when_they_are_asked_for(tmp_path: Path, monkeypatch: pyte
     assert reader.read == 10
 
 
+@pytest.mark.parametrize(
+    ("late", "first", "before"),
+    [
+        ({"system": "Be brief."}, {}, [{"role": "system", "content": "Be brief."}]),
+        ({"system": "Be brief."}, {"system": None}, [{"role": "system", "content": "Be brief."}]),
+        ({"history": [["Hi", "Hello."]]}, {}, [user("Hi"), bot("Hello.")]),
+        ({"history": [["Hi", "Hello."]]}, {"history": []}, [user("Hi"), bot("Hello.")]),
+    ],
+)
+def test_a_column_may_turn_up_late(
+    tmp_path: Path, late: dict[str, Any], first: dict[str, Any], before: list[dict[str, str]]
+) -> None:
+    rows = [*[EXPLICIT | first] * LOOK, EXPLICIT | late | {"id": 7}, EXPLICIT | first]
+    pairs, reader = read(write_jsonl(tmp_path / "pairs.jsonl", rows))
+    assert [pair.messages for pair in pairs] == [
+        *[(user("Name a colour."),)] * LOOK, (*before, user("Name a colour.")), (user("Name a colour."),)]  # fmt: skip
+    ((column, _),) = late.items()
+    assert [set(columns["read"]) for columns in reader.columns] == [{"prompt", "chosen", "rejected", column}]
+    assert [columns["not_read"] for columns in reader.columns] == [["id"]]
+    assert [columns["format"] for columns in reader.columns] == reader.detected
+
+
+def test_what_an_instruction_is_about_may_turn_up_late(tmp_path: Path) -> None:
+    row = {"instruction": "Name it.", "chosen": "Blue.", "rejected": "Seven."}
+    pairs, reader = read(write_jsonl(tmp_path / "pairs.jsonl", [*[row] * LOOK, row | {"input": "A colour"}]))
+    assert pairs[-1].prompt_text == "Name it.\nA colour"
+    assert reader.columns[0]["read"]["input"] == "input"
+
+
+@pytest.mark.parametrize(
+    ("row", "late", "line"),
+    [
+        (EXPLICIT, {"question": "Name a number."}, "data.column_map=prompt=prompt"),
+        (EXPLICIT | {"question": None}, {"question": "Name a number."}, "data.column_map=prompt=prompt"),
+        (EXPLICIT, {"context": "A long text"}, "data.column_map=prompt=prompt"),
+        (EXPLICIT, {"messages": [user("Another question")]}, "data.column_map=prompt=prompt"),
+        (LISTS, {"prompt": [user("Another question")]}, "data.format=implicit"),
+    ],
+)
+def test_a_column_that_would_change_the_reading_stops_it(
+    tmp_path: Path, row: dict[str, Any], late: dict[str, Any], line: str
+) -> None:
+    path = write_jsonl(tmp_path / "pairs.jsonl", [*[row] * LOOK, row | late])
+    with pytest.raises(DataError) as raised:
+        read(path)
+    text = message(raised)
+    assert f"first holds something at pairs.jsonl:{LOOK + 1}" in text
+    assert line in text
+    key, _, value = line.removeprefix("data.").partition("=")
+    pairs, _ = read(path, **{key: value if key == "format" else dict([value.split("=")])})
+    assert len(pairs) == LOOK + 1
+
+
 def test_detection_follows_the_many_and_reports_the_odd_row(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "pairs.jsonl", [EXPLICIT, EXPLICIT | {"chosen": [user("?"), bot("a")]}, EXPLICIT])
     with pytest.raises(DataError, match=r"pairs.jsonl:2, field chosen: a list") as raised:
@@ -123,6 +175,20 @@ def test_every_faulty_row_is_reported_in_one_message(tmp_path: Path) -> None:
         f"pairs.jsonl:{line}" for line in range(201, 201 + SHOWN)
     ]
     assert f"and {31 - SHOWN} more" in text
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.json"])
+def test_what_json_does_not_have_is_a_fault_only_where_it_is_read(tmp_path: Path, name: str) -> None:
+    ranked = {"prompt": "Name a colour.", "completions": ["Blue.", "Seven."], "scores": [2.0, 1.0]}
+    rows = [ranked | {"margin": margin} for margin in (1.0, float("nan"), float("-inf"))]
+    path = tmp_path / name
+    path.write_text("\n".join(map(json.dumps, rows)) if name.endswith("l") else json.dumps(rows))
+    assert len(read(path)[0]) == 3
+    for score in ("NaN", "Infinity"):
+        path.write_text(path.read_text().replace("2.0", score, 1))
+        with pytest.raises(DataError, match=r"scores\[0\]: NaN or an infinity, which is not JSON") as raised:
+            read(path)
+        message(raised)
 
 
 def test_a_broken_line_is_named_beside_an_unknown_format(tmp_path: Path) -> None:
@@ -257,61 +323,6 @@ def test_what_was_read_and_what_was_not_is_said(tmp_path: Path) -> None:
     assert columns["not_read"] == ["model", "id"]
 
 
-@pytest.mark.parametrize(
-    ("row", "sides"),
-    [
-        (EXPLICIT, ("chosen", "rejected")),
-        (HH, ("chosen", "rejected")),
-        ({"chosen": "The sky is blue", "rejected": "The sky is black"}, ("chosen", "rejected")),
-        (LISTS, ("chosen", "rejected")),
-        ({"prompt": "q", "chosen": [bot("a")], "rejected": [bot("b")]}, ("chosen", "rejected")),
-        ({"prompt": [user("q")], "chosen": "a", "rejected": "b"}, ("chosen", "rejected")),
-        ({"prompt": "q", "chosen": "q a", "rejected": "q b"}, ("chosen", "rejected")),
-        ({"prompt": "q", "response_1": "b", "response_2": "a", "winner": "2"}, ("response_2", "response_1")),
-    ],
-)
-def test_a_null_reply_is_an_empty_one(tmp_path: Path, row: dict[str, Any], sides: tuple[str, str]) -> None:
-    one, other = (row | {side: None} for side in sides)
-    path = write_jsonl(tmp_path / "pairs.jsonl", [*[row] * 9, one, other])
-    pairs, reader = read(path)
-    assert len(pairs) == 9
-    assert reader.drops.places == {EMPTY_CHOSEN: ["pairs.jsonl:10"], EMPTY_REJECTED: ["pairs.jsonl:11"]}
-    assert reader.find("pairs.jsonl:10")[0].chosen == ""
-    # A key that is not there is no null, and a prompt has to be right whatever the replies are.
-    del one[sides[0]]
-    write_jsonl(path, [*[row] * 9, one, *([other | {"prompt": None}] if "prompt" in row else [])])
-    with pytest.raises(DataError, match=r"pairs\.jsonl:10, field .*missing") as raised:
-        read(path)
-    assert ("pairs.jsonl:11, field prompt: " in message(raised)) == ("prompt" in row)
-
-
-def test_nan_is_a_fault_only_where_it_is_read(tmp_path: Path) -> None:
-    pairs, _ = read(write_jsonl(tmp_path / "pairs.jsonl", [EXPLICIT | {"loss": math.nan, "gain": [-math.inf]}] * 2))
-    assert len(pairs) == 2
-    write_jsonl(tmp_path / "pairs.jsonl", [*[EXPLICIT] * 2, EXPLICIT | {"chosen": math.nan}])
-    with pytest.raises(DataError, match=r"pairs\.jsonl:3, field chosen: NaN, which is not JSON") as raised:
-        read(tmp_path / "pairs.jsonl")
-    message(raised)
-    ranked = {"prompt": "q", "completions": ["a", "b", "c"], "scores": [1, 2, 3]}
-    rows = [ranked, ranked | {"scores": [1, math.inf, 3]}, ranked | {"scores": [math.nan, 2, 3]}]
-    (tmp_path / "ranked.json").write_text(json.dumps(rows), encoding="utf-8")
-    with pytest.raises(DataError, match=r"ranked\.json\[1\], field scores\[1\]: Infinity, which is not JSON") as raised:
-        read(tmp_path / "ranked.json")
-    assert "ranked.json[2], field scores[0]: NaN, which is not JSON" in message(raised)
-    datasets.Dataset.from_list([rows[0], rows[2]]).to_parquet(tmp_path / "ranked.parquet")
-    assert [(pair.chosen, pair.rejected) for pair in read(tmp_path / "ranked.parquet")[0]] == [("c", "a"), ("c", "b")]
-
-
-def test_a_null_verdict_leaves_the_pair_out(tmp_path: Path) -> None:
-    row = {"prompt": "q", "response_a": "a", "response_b": "b", "winner": "a"}
-    rows = [*[row] * 9, row | {"winner": None}, row | {"winner": ""}]
-    pairs, reader = read(write_jsonl(tmp_path / "pairs.jsonl", rows))
-    assert (len(pairs), reader.drops.counts) == (9, {NO_VERDICT: 2})
-    write_jsonl(tmp_path / "pairs.jsonl", [*rows, row | {"winner": "neither"}])
-    with pytest.raises(DataError, match=r"pairs\.jsonl:12, field winner"):
-        read(tmp_path / "pairs.jsonl")
-
-
 def test_the_first_places_of_a_reason_are_kept(tmp_path: Path) -> None:
     rows = [EXPLICIT | {"chosen": "" if i % 2 else "a"} for i in range(2 * PLACES + 5)]
     _, reader = read(write_jsonl(tmp_path / "pairs.jsonl", rows))
@@ -403,33 +414,6 @@ def test_a_row_is_found_by_its_place(tmp_path: Path) -> None:
         assert "b.jsonl" in message(raised)
 
 
-def test_two_sets_of_one_file_name_are_told_apart(tmp_path: Path) -> None:
-    for folder, count in (("en", 2), ("de", 4)):
-        (tmp_path / folder).mkdir()
-        write_jsonl(tmp_path / folder / "p.jsonl", [EXPLICIT | {"chosen": folder}] * count)
-    names = [str(tmp_path / folder / "p.jsonl") for folder in ("en", "de")]
-    data = section(dataset_name=names)
-    sources = tell_apart(training_sources(data))
-    assert [pair.where for pair in PairReader(data, sources)][1:4] == ["en/p.jsonl:2", "de/p.jsonl:1", "de/p.jsonl:2"]
-    assert PairReader(data, sources).find("de/p.jsonl:2")[0].chosen == "de"
-    assert PairReader(data, sources).find(f"{names[1]}:2")[0].chosen == "de"
-    with pytest.raises(DataError, match=r"--row en/p\.jsonl:1 or --row de/p\.jsonl:1"):
-        PairReader(data, sources).find("p.jsonl:1")
-    assert [source.fingerprint() for source in sources] != [source.fingerprint() for source in training_sources(data)]
-    # The held-out side is one more; a file that stands in both is one file, and keeps its name.
-    train, test = find_sources(section(dataset_name=names[0], dataset_test_split=names[1]))
-    assert [where for where, _ in (*train[0].rows([]), *test[0].rows([]))][2] == "de/p.jsonl:1"
-    train, test = find_sources(section(dataset_name=names[0], dataset_test_split=names[0]))
-    assert next(iter(test[0].rows([])))[0] == "p.jsonl:1"
-
-
-def test_two_hub_sets_of_one_split_are_told_apart() -> None:
-    table = datasets.Dataset.from_list([EXPLICIT])
-    sources = [HubSource(name, "", "train", table) for name in ("a/x", "b/x")]
-    assert [where for source in tell_apart(sources) for where, _ in source.rows([])] == ["a/x/train[0]", "b/x/train[0]"]
-    assert [where for where, _ in tell_apart(sources[:1])[0].rows([])] == ["train[0]"]
-
-
 def test_another_rows_fault_is_not_taken_for_that_of_the_place(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     lines = ["", *(json.dumps(row) for row in [*some_rows(10), {"prompt": "q"}])]  # line 1 is blank, line 12 faulty
@@ -453,6 +437,9 @@ class Given(Source):
 
     def rows(self, _faults: list[DataError]) -> Any:
         return ((f"{self.name}[{i}]", row) for i, row in enumerate(vars(self)["given"]))
+
+    def labelled(self, _labels: Mapping[str, str]) -> Source:
+        return self
 
     def fingerprint(self) -> tuple[str, int]:
         raise NotImplementedError
@@ -632,38 +619,3 @@ def test_a_hub_fault_names_the_set_and_the_remedy(monkeypatch: pytest.MonkeyPatc
         read("o/split", dataset_train_split="train")
     assert "data.dataset_train_split=SPLIT" in message(raised)
     assert "o/split" in raised.value.where
-
-
-# --- columns that the first rows do not have
-
-
-def late(tmp_path: Path, **column: Any) -> Path:
-    """150 rows, the last 50 of them with one more column."""
-    rows: list[dict[str, Any]] = [*some_rows(150)]
-    return write_jsonl(tmp_path / "late.jsonl", [row | column if i >= 100 else row for i, row in enumerate(rows)])
-
-
-def test_a_column_that_comes_late_is_read(tmp_path: Path) -> None:
-    pairs, reader = read(late(tmp_path, system="Be brief."))
-    assert [turn["role"] for turn in pairs[99].messages] == ["user"]
-    assert [turn["role"] for turn in pairs[100].messages] == ["system", "user"]
-    assert len(pairs) == 150
-    (columns,) = reader.columns
-    assert columns["read"]["system"] == "system"
-    assert columns["not_read"] == []
-
-
-def test_a_column_that_comes_late_and_means_nothing_is_said_to_be_unread(tmp_path: Path) -> None:
-    _, reader = read(late(tmp_path, annotator="ann"))
-    assert reader.columns[0]["not_read"] == ["annotator"]
-
-
-def test_a_late_rival_of_the_prompt_is_refused_where_it_stands_and_the_lines_decide(tmp_path: Path) -> None:
-    file = late(tmp_path, context="Some background.")
-    with pytest.raises(DataError, match=r"late.jsonl:101, whose columns the first 100 rows do not have") as raised:
-        read(file)
-    assert "data.column_map=prompt=prompt,input=context for both" in raised.value.remedy
-    pairs, _ = read(file, column_map={"prompt": "prompt", "input": "context"})
-    assert pairs[120].messages[-1]["content"].endswith("\nSome background.")
-    pairs, _ = read(file, column_map={"prompt": "prompt"})
-    assert "background" not in pairs[120].messages[-1]["content"]

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import psutil
 import pytest
@@ -22,14 +23,13 @@ from orpo_lite.data import cache
 from orpo_lite.data import sides as data_sides
 from orpo_lite.data.cache import TokenizedPairs
 from orpo_lite.data.formats import Pair
-from orpo_lite.data.pairs import EQUAL, PLACES, PairReader, prompt_key
+from orpo_lite.data.pairs import EMPTY_CHOSEN, EQUAL, PLACES, PairReader, prompt_key
 from orpo_lite.data.preview import PADDED_BATCH, QUANTILES, SHUFFLES
-from orpo_lite.data.readers import EMPTY_CHOSEN
 from orpo_lite.data.templates import SPECIAL, LimitedRenderer, Renderer, set_chat_template
 from orpo_lite.data.tokens import EQUAL_CUT, LONG_PROMPT, TokenizedPair, tokenize_pairs
 from orpo_lite.errors import DataError, FitError, ModelError
 from orpo_lite.prepare import find_sources, preview, tokenized_sides
-from orpo_lite.recipe import Recipe, load_recipe
+from orpo_lite.recipe import DataSection, Recipe, load_recipe
 from orpo_lite.run import Update, drain
 
 Build = Callable[..., Recipe]
@@ -525,3 +525,39 @@ def test_names_with_commas_and_several_names(small_recipe: Any, workspace: Path)
     assert load_recipe("./written.yaml").data.names == absolute.data.names
     pattern = prepare.with_absolute_paths(small_recipe("data.dataset_name=*.jsonl"))
     assert pattern.data.names == [str(workspace / "*.jsonl")]
+
+
+def test_places_tell_files_of_one_name_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {"one": "Blue.", "two": "Green.", "one/more": "Red."}
+    for folder, chosen in rows.items():
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "p.jsonl").write_text(
+            json.dumps({"prompt": "Name a colour.", "chosen": chosen, "rejected": "Seven."}) + "\n"
+        )
+    monkeypatch.chdir(tmp_path)
+    data = DataSection(
+        dataset_name=f"one/p.jsonl,{tmp_path}/two/p.jsonl",
+        dataset_test_split=str(tmp_path / "one" / "more" / "p.jsonl"),
+    )
+    train, test = find_sources(data)
+    places = {where: row["chosen"] for source in (*train, *test) for where, row in source.rows([])}
+    assert places == {f"{folder}/p.jsonl:1": chosen for folder, chosen in rows.items()}
+    reader = PairReader(data, [*train, *test])
+    for folder, chosen in rows.items():
+        for place in (f"{folder}/p.jsonl:1", f"{tmp_path}/{folder}/p.jsonl:1"):
+            assert reader.find(place)[0].chosen == chosen
+    with pytest.raises(DataError, match="no such row"):
+        reader.find("p.jsonl:1")
+    alone, _ = find_sources(DataSection(dataset_name="one/p.jsonl"))
+    assert [where for where, _ in alone[0].rows([])] == ["p.jsonl:1"]
+
+
+def test_places_tell_splits_of_one_name_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = datasets.Dataset.from_list([{"prompt": "Name a colour.", "chosen": "Blue.", "rejected": "Seven."}])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_args, **_settings: table)
+    data = DataSection(dataset_name="a/x,a/y", dataset_train_split="train", dataset_test_split="test")
+    train, test = find_sources(data)
+    places = [where for source in (*train, *test) for where, _ in source.rows([])]
+    assert places == ["a/x/train[0]", "a/y/train[0]", "a/x/test[0]", "a/y/test[0]"]
+    train, test = find_sources(DataSection(dataset_name="a/x", dataset_train_split="train", dataset_test_split="test"))
+    assert [where for source in (*train, *test) for where, _ in source.rows([])] == ["train[0]", "test[0]"]

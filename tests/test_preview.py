@@ -15,6 +15,7 @@ from conftest import Answer, byte_tokenizer
 from rich.console import Console
 
 from orpo_lite import screen
+from orpo_lite.data.pairs import LOOK
 
 MAP = "data.column_map=prompt=question,chosen=good_answer,rejected=bad_answer"
 COFFEE = [
@@ -104,19 +105,15 @@ def test_control_codes_of_the_data_do_not_reach_the_terminal(coffee: Path, look:
     assert screen.visible("\x1b[2J\x07b\u202e\n\té🦜") == "\\x1b[2J\\x07b\\u202e\n\té🦜"
 
 
-def test_json_is_the_screen_and_its_figures_are_a_runs_data_json(
+def test_json_is_what_a_run_keeps_as_data_json_and_the_pairs(
     coffee: Path, look: Look, call: Look, small_recipe: Any
 ) -> None:
     code, printed, said = look("--json")
     assert (code, said) == (0, "")
     figures = json.loads(printed)
     samples, warnings = figures.pop("samples"), figures.pop("warnings")
-    assert warnings == []
-    assert samples["first"]["where"] == "coffee.csv:2"
-    assert {"kind": "prompt", "text": "<s><|user|>\nHow hot should the water be?</s>\n<|assistant|>\n"} in samples[
-        "first"
-    ]["chosen"]
-    assert any(piece["kind"] == "cut" for side in ("chosen", "rejected") for piece in samples["cut"][side])
+    assert (samples["first"]["where"], warnings) == ("coffee.csv:2", [])
+    assert [piece["kind"] for piece in samples["cut"]["rejected"]] == ["prompt", "response", "cut"]
     assert figures["rows_read"] == 5
     assert figures["dropped"]["empty rejected"] == {"pairs": 1, "first": ["coffee.csv:5"]}
     assert figures["cut"]["responses_without_end"] > 0
@@ -138,9 +135,10 @@ def test_json_comes_with_its_warnings_beside_it(coffee: Path, look: Look) -> Non
     (coffee / "base" / "config.json").write_text(json.dumps({"vocab_size": 20}))
     code, printed, said = look("--json")
     assert code == 0
+    assert json.loads(printed)["rows_read"] == 5
+    assert "training would stop: coffee.csv:" in said
     (warning,) = json.loads(printed)["warnings"]
     assert warning.startswith("training would stop: coffee.csv:")
-    assert said.strip() == warning
     code, printed, said = look("--json", "--row", "coffee.csv:2")
     assert (code, printed) == (2, "")
     assert "--row: given with --json" in said
@@ -153,7 +151,7 @@ def test_the_columns_and_what_is_bad_are_said(coffee: Path, look: Look) -> None:
     _, shown, _ = look()
     read = "prompt from question, chosen from good_answer, rejected from bad_answer"
     assert f"  read: {read}; not read: rated_by" in shown
-    assert "in 1 pairs a reply begins with the prompt again" in shown
+    assert "pairs in which a reply begins with the prompt again: 1\n" in shown
 
 
 def test_white_space_at_the_seam_is_visible(coffee: Path, look: Look) -> None:
@@ -246,22 +244,6 @@ def test_a_cache_that_cannot_be_written_to_is_said_and_nothing_is_left(coffee: P
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
-def test_a_hub_that_cannot_be_reached_is_one_calm_message(coffee: Path) -> None:
-    code = "import time; time.sleep = lambda _: None; from orpo_lite.cli import main; main()"  # between two tries
-    arguments = ["data", "--recipe", "./coffee.yaml", "data.dataset_name=someone/pairs"]
-    environment = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(coffee / "hub")}
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (done.returncode, done.stdout) == (8, "asking the hub for someone/pairs ...\n")
-    assert done.stderr.startswith("data.dataset_name someone/pairs: ")
-    assert [line.partition(":")[0] for line in done.stderr.splitlines()[1:]] == ["  expected", "  remedy"]
-
-
 def test_no_recipe_and_an_unknown_option_are_answered(call: Look) -> None:
     code, _, said = call("data")
     assert code == 2
@@ -297,3 +279,15 @@ def test_the_readme_shows_what_happens(tmp_path: Path, call: Look, monkeypatch: 
         command, _, expected = session.replace("\\\n", "").partition("\n")
         code, shown, said = call(*command.removeprefix("$ orpo-lite").split())
         assert (shown if code == 0 else said).strip().endswith(expected.strip())
+
+
+def test_templates_that_begin_late_are_counted(coffee: Path, look: Look) -> None:
+    rows = [[f"Which bean is number {i}?", f"Bean {i}.", "None."] for i in range(LOOK)]
+    templated = [[f"USER: Which roast is {name}? ASSISTANT:", "Light.", "Dark."] for name in "abc"]
+    with (coffee / "coffee.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("question", "good_answer", "bad_answer"), *rows, *templated])
+    code, shown, _ = look()
+    assert code == 0
+    assert "pairs that hold markers of a chat template, as if one was applied already: 3\n" in shown
+    assert json.loads(look("--json")[1])["templated_pairs"] == 3
+    assert json.loads(look("--json", "data.chat_template=none")[1])["templated_pairs"] == 0

@@ -231,8 +231,7 @@ def test_a_cell_without_a_name_is_a_fault(tmp_path: Path) -> None:
         (b'{"prompt": "q", "chosen": "a', ":2: broken JSON at column 27: Unterminated string"),
         (b'{"prompt": "q", "chosen": "a"', ":2: broken JSON at column 30: Expecting ',' delimiter"),
         (b'{"prompt": "a\rb", "chosen": "a"}', ":2: broken JSON at column 14: Invalid control character"),
-        (b'{"prompt": "q"}, ', ":2: a comma behind the object"),
-        (b'{"prompt": "q"},,', ":2: broken JSON at column 16: Extra data"),
+        (b'{"prompt": "q"},', ":2: broken JSON at column 16: a comma behind the object"),
         (b'{"prompt": "q", "prompt": "p"}', ":2: the key 'prompt' stands twice"),
         (b'{"a": {"%b": 1, "%b": 2}}' % (b"k" * 200, b"k" * 200), ":2: a key stands twice"),
         (b'"prompt"', ":2: not a JSON object"),
@@ -286,7 +285,7 @@ def test_no_bytes_escape_as_a_traceback(tmp_path: Path, name: str, wrapped: bool
             assert name in str(error)  # noqa: PT017 - either outcome is right
 
 
-FAULTS = [b"{oops}", b'{"a" 1}', b"[1]", b'{"a": 1, "a": 2}', b"\xff", b"{", b'{"a": "b', b"nothing"]
+FAULTS = [b"{oops}", b'{"a" 1}', b"[1]", b'{"a": nan}', b'{"a": 1, "a": 2}', b"\xff", b"{", b'{"a": "b', b"nothing"]
 
 
 @given(
@@ -457,7 +456,7 @@ def test_a_cell_that_never_ends_is_placed_where_its_row_starts(tmp_path: Path) -
         ("pairs.XLS", b"", "a spreadsheet"),
         ("pairs.ods", b"", "a spreadsheet"),
         ("pairs.csv", b"PK\x03\x04 sheet", "pairs.csv:1: a zip file or a spreadsheet|save it as csv"),
-        ("pairs.jsonl", gzip.compress(LINE, mtime=0), "pairs.jsonl:1: a gzip file|add .gz"),
+        ("pairs.jsonl", gzip.compress(LINE), "pairs.jsonl:1: a gzip file|add .gz"),
         ("pairs.parquet", b"version https://git-lfs.github.com/spec/v1\noid", "a git-lfs pointer|git lfs pull"),
         ("pairs.jsonl", '{"q": "ü"}'.encode("utf-16"), ":1: UTF-16 text|iconv -f UTF-16 -t UTF-8"),
         ("pairs.json.gz", "[]".encode("utf-16"), ":1: UTF-16 text|iconv -f UTF-16 -t UTF-8"),

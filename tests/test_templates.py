@@ -363,7 +363,7 @@ BOMB = CHATML + "".join(
     f"{{% if messages[0].content == '{name}' %}}{bomb}{{% endif %}}" for name, bomb in BOMBS.items()
 )
 FOUND = {
-    "time": "takes more than 1 seconds of processor time",
+    "time": "takes more than 1 seconds",
     "memory": "takes more than 4 GiB of memory",
     "size": r"writes 10,000,\d+ characters",
 }
@@ -429,8 +429,6 @@ def test_a_template_that_no_signal_stops_is_killed(monkeypatch: pytest.MonkeyPat
             render(limited, [colour(), colour("stuck")])
         assert 1 <= time.monotonic() - began < 10
         message(raised)
-    with LimitedRenderer(bomb()) as limited, pytest.raises(BeyondLimitsError, match=r"^x:1: the chat template did not"):
-        render(limited, [colour("stuck")])
 
 
 @pytest.mark.usefixtures("nothing_left", "one_second")

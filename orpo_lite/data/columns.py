@@ -8,11 +8,11 @@ import json
 import re
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn
 
-from orpo_lite.data.readers import ANSWER_KEYS, COLUMNS, Row, fault, is_dialogue, is_score, seen
+from orpo_lite.data.readers import ANSWER_KEYS, COLUMNS, NotJson, Row, fault, is_dialogue, numeric, seen
 from orpo_lite.errors import DataError
 
 SOME = 0.1  # of the rows: too many to be chance
@@ -24,8 +24,7 @@ Kind = Literal[
     "texts", "numbers as texts", "pairs of texts", "numbers", "number", "true or false", "request", "something else",
 ]  # fmt: skip
 TEXTS: tuple[Kind, ...] = ("text", "dialogue")
-LISTED: tuple[Kind, ...] = ("texts", "numbers as texts")
-NUMBERS: tuple[Kind, ...] = ("numbers", "numbers as texts")
+LISTS: tuple[Kind, ...] = ("texts", "numbers as texts")  # of texts; answers may be numbers, and scores texts
 CHAT: tuple[Kind, ...] = ("messages", "turns")  # lists that hold a conversation
 USABLE: tuple[Kind, ...] = (*TEXTS, "message", "messages")  # as chosen or rejected
 STRUCTURED: tuple[Kind, ...] = ("message", *CHAT, "completions", "request")  # a csv holds these as JSON
@@ -35,9 +34,8 @@ _LISTS = re.compile(
 )
 
 
-def kind_of(value: Any, *, literal: bool = False) -> Kind:
-    """``literal``: a text that holds JSON is a text all the same."""
-    match value if literal else unpacked(value):
+def kind_of(value: Any) -> Kind:
+    match unpacked(value):
         case None | []:
             return "null"
         case str(text) if not text.strip():
@@ -53,15 +51,20 @@ def kind_of(value: Any, *, literal: bool = False) -> Kind:
         case list(items) if all(isinstance(item, Mapping) for item in items):
             return _kind_of_list(items)
         case list(items) if all(isinstance(item, str) for item in items):
-            return "numbers as texts" if all(map(is_score, items)) else "texts"
+            return "numbers as texts" if all(map(numeric, items)) else "texts"
         case list(items) if all(
             isinstance(item, list) and [type(text) for text in item] == [str, str] for item in items
         ):
             return "pairs of texts"
-        case list(items) if all(map(is_score, items)):
+        case list(items) if all(item is None or type(item) in (int, float, NotJson) for item in items):
             return "numbers"
         case _:
             return "something else"
+
+
+def is_blank(value: Any) -> bool:
+    """It holds nothing: kind_of says null."""
+    return not value.strip() if isinstance(value, str) else value is None or value == []
 
 
 def _kind_of_list(items: Sequence[Mapping[str, Any]]) -> Kind:
@@ -121,6 +124,11 @@ def is_sharegpt(side: Any) -> bool:
     return any(is_message(turn) and turn.get("role") is None for turn in turns)
 
 
+def ends_with(turns: Any, *replies: Any) -> bool:
+    """A conversation whose last text is one of these replies."""
+    return contents(turns)[-1:] in [contents(reply)[-1:] for reply in replies]
+
+
 def waits_for_reply(turns: Sequence[Mapping[str, Any]]) -> bool:
     return asks(turns[-1]) if is_message(turns[-1]) else not turns[-1].get("output")
 
@@ -129,29 +137,48 @@ _START = re.compile(
     r"\s*(?:<s>|<bos>|<\|begin_of_text\|>|<\|endoftext\|>|<｜begin▁of▁sentence｜>|<\|im_start\|>|\[INST\]|<<SYS>>"
     r"|\[SYSTEM_PROMPT\]|<\|start_header_id\|>|<start_of_turn>|<\|START_OF_TURN_TOKEN\|>"
     r"|<\|(?:user|system|assistant)\|>|<｜(?:User|Assistant)｜>|#{2,3} ?(?:Instruction|Human|User|System|Input)s?:"
-    r"|Below is an instruction that describes|(?:USER|User|Human|GPT4 Correct User): "
-    r"|A chat between a curious (?:user|human) and an artificial intelligence)"
+    r"|Below is an instruction that describes|(?:USER|User|Human|ASSISTANT|Assistant|GPT4 Correct User): "
+    r"|<(?:human|bot)>:|A chat between a curious (?:user|human) and an artificial intelligence)"
 )
-_NEMO = re.compile(r"(?:\A|\n)<extra_id_[01]>(?:System|User|Assistant)\n")  # its turns within one text: HelpSteer2
+# Its turns within one text, behind a system text or not: what has to be in the text at all, and how it stands there.
+_TURNS = {
+    "<extra_id_": re.compile(r"(?:\A|\n)<extra_id_[01]>(?:System|User|Assistant)\n"),  # HelpSteer2
+    "ASSISTANT:": re.compile(r"(?:\A|\s)USER: .*\sASSISTANT:", re.DOTALL),  # Vicuna
+    "Instruct": re.compile(r"\A\s*Instruct(?:ion)?:.*\n\s*(?:Output|Response):", re.DOTALL),  # Phi
+}
+_WAITING = re.compile(  # for the reply, at the end
+    r"(?:\s(?:ASSISTANT|<bot>|#{2,3} ?(?:Response|Assistant)):|\n\s*Assistant:|\[/INST\]|<\|assistant\|>"
+    r"|<\|im_start\|>assistant|<start_of_turn>model)\Z"
+)
+_LONGEST = 40  # characters of a marker at the end, and more
 _END = re.compile(
     r"(?:<extra_id_1>|</s>|<\|im_end\|>|<\|eot_id\|>|<\|end_of_text\|>|<\|endoftext\|>|<end_of_turn>|<eos>|<\|end\|>"
-    r"|<\|END_OF_TURN_TOKEN\|>|<\|end_of_turn\|>|<｜end▁of▁sentence｜>|\[/INST\])\s*\Z"
+    r"|<\|END_OF_TURN_TOKEN\|>|<\|end_of_turn\|>|<｜end▁of▁sentence｜>)\Z"
 )
 
 
 def is_templated(value: Any) -> bool:
-    """Anchored at the text's start and end, so that a question about templates is none."""
+    """Anchored at the text's start and end, or markers in their order, so that a question about templates is none."""
     return is_opened(value) or end_marker(value) is not None
 
 
 def is_opened(value: Any) -> bool:
-    """It begins with a template's marker."""
-    return any(_START.match(text) or _NEMO.search(text) for text in contents(value) if not is_dialogue(text))
+    """It begins with a template's marker, holds its turns, or waits behind the marker of a reply."""
+    return any(_is_opened(text) and not is_dialogue(text) for text in contents(value))
+
+
+def _is_opened(text: str) -> bool:
+    turns = any(marker in text and pattern.search(text) for marker, pattern in _TURNS.items())
+    return turns or bool(_START.match(text) or _WAITING.search(_end(text)))
+
+
+def _end(text: str) -> str:
+    return text.rstrip()[-_LONGEST:]
 
 
 def end_marker(value: Any) -> str | None:
     """A template's marker at the end of the last text that has one there."""
-    ends = (_END.search(text) for text in reversed(contents(value)) if not is_dialogue(text))
+    ends = (_END.search(_end(text)) for text in reversed(contents(value)) if not is_dialogue(text))
     return next((match[0].strip() for match in ends if match), None)
 
 
@@ -175,11 +202,12 @@ FITTING: dict[str, tuple[Kind, ...]] = {
     "conversation": CHAT,
     "history": (*CHAT, "pairs of texts", "null"),  # null: the first rows may be those without earlier turns
     "input": (*TEXTS, "request", "null"),
-    "completions": ("completions", *LISTED),
-    "scores": NUMBERS,
-    "ranks": NUMBERS,
+    "completions": ("completions", *LISTS),
+    "scores": ("numbers", "numbers as texts"),
+    "ranks": ("numbers", "numbers as texts"),
 }
-BACKGROUND = ("context", "input")  # of two texts that could be the prompt, the one that the other asks about
+ABOUT = ("context", "input")
+SIDES = ("chosen", "rejected")
 OPENAI = ("input", "preferred_output", "non_preferred_output")  # the columns of OpenAI's own format
 KNOWN = {*COLUMNS, *OPENAI, *(alias for aliases in ALIASES.values() for alias in aliases)}
 
@@ -192,27 +220,15 @@ class Look:
     mapped: frozenset[str]  # by data.column_map: nothing else is a candidate for these
     plain: bool  # data.chat_template is none
     taken: dict[str, str] = field(default_factory=dict)
-    literal: set[str] = field(default_factory=set)  # columns whose texts are texts, also where they hold JSON
+    texts: Collection[str] = ()  # canonical columns that hold texts, though they may look like JSON of messages
     verdict: Callable[[Any], str | None] | None = None  # what a judged set's better column says: a, b or tie
 
     def __post_init__(self) -> None:
         self.columns = list(dict.fromkeys(key for row in self.rows for key in row))
         self.kinds = {column: self._usual_kind(column) for column in self.columns}
-        for side in ("chosen", "rejected"):  # JSON in which nobody replies may well be the reply
-            if self.kind(side) not in ("missing", *USABLE) or (
-                self.kind(side) == "message" and self.share(asks, side) > 0.5
-            ):
-                self.take_literally(side)
-
-    def take_literally(self, *columns: str) -> None:
-        """From now on the texts in these columns are texts, also where they hold JSON."""
-        for column in {*map(self.column, columns)} & self.kinds.keys():
-            self.literal.add(column)
-            self.kinds[column] = self._usual_kind(column)
 
     def _usual_kind(self, column: str) -> Kind:
-        literal = column in self.literal
-        kinds = Counter(kind_of(row[column], literal=literal) for row in self.rows if column in row)
+        kinds = Counter(kind_of(row[column]) for row in self.rows if column in row)
         return next((kind for kind, _ in kinds.most_common() if kind != "null"), "null")
 
     def named(self, *names: str) -> list[str]:
@@ -228,17 +244,15 @@ class Look:
     def values(self, *names: str) -> list[tuple[Any, ...]]:
         """What these columns hold, in the rows in which none is empty and each holds its column's kind."""
         columns = [self.column(name) for name in names]
-        groups = (TEXTS, LISTED)
-        fits = [next((g for g in groups if self.kind(c) in g), (self.kind(c),)) for c in columns]
-        literal = [column in self.literal for column in columns]
+        fits = [self._alike(self.kind(column)) for column in columns]
+        rows = [tuple(unpacked(row.get(column)) for column in columns) for row in self.rows]
         return [
-            tuple(value if said else unpacked(value) for value, said in zip(row, literal, strict=True))
-            for row in ([row.get(column) for column in columns] for row in self.rows)
-            if all(
-                "null" != kind_of(value, literal=said) in fit
-                for value, said, fit in zip(row, literal, fits, strict=True)
-            )
+            row for row in rows if all("null" != kind_of(value) in fit for value, fit in zip(row, fits, strict=True))
         ]
+
+    @staticmethod
+    def _alike(kind: Kind) -> tuple[Kind, ...]:
+        return next((kinds for kinds in (TEXTS, LISTS) if kind in kinds), (kind,))
 
     def share(self, test: Callable[..., bool], *columns: str) -> float:
         """Of the rows in which the columns hold something, the share that passes."""
@@ -258,14 +272,16 @@ class Look:
         if canonical in self.mapped or (canonical == "prompt" and self.kind("prompt") in CHAT):
             return [self.column(canonical)] if self.kind(canonical) != "missing" else []
         named = self.named(*ALIASES.get(canonical, (canonical,)))
+        named = [column for column in named if column not in self.mapped]  # it has been said what that is
         named = [column for column in named if self.kinds[column] in FITTING.get(canonical, self.kinds.values())]
         named.sort(key=lambda column: self.kinds[column] == "null")  # a blank one is no rival of one that speaks
-        if canonical == "prompt" and "input" in self.mapped:
-            named = [column for column in named if column != "input"]
         if canonical == "prompt" and self.is_alpaca():
             return [column for column in named if plain_name(column) != "input"]
-        if canonical == "conversation":  # not one that already holds the reply, as in UltraFeedback binarized
-            return [column for column in named if self.share(waits_for_reply, column) > 0.5]
+        if canonical == "conversation":
+            # One that already holds the reply, as in UltraFeedback binarized, only where nothing else asks.
+            waiting = [column for column in named if self.share(waits_for_reply, column) > 0.5]
+            answered = [column for column in named if not waiting and self.share(ends_with, column, *SIDES) > 0.5]
+            return answered if answered and not self.candidates("prompt") else waiting
         return named
 
     def is_alpaca(self) -> bool:
@@ -292,12 +308,11 @@ class Look:
             raw = [column for column in columns if column not in templated]
             refuse_templated(self, [*templated, *replies], () if replies else raw)
         found = f"{shown(*columns)} could each be the {canonical}, and they differ"
-        lines = map_lines(canonical, columns)
-        about = [column for column in columns if plain_name(column) in BACKGROUND]
-        if canonical == "prompt" and len(columns) == 2 and len(about) == 1:
-            (asked,) = (column for column in columns if column not in about)
-            lines = f"{map_line(prompt=asked, input=about[0])} for both, one below the other, or {lines}"
-        raise DataError("data.column_map", found, f"one {canonical}", lines)
+        lines = [map_line(**{canonical: column}) for column in columns]
+        if canonical == "prompt":  # what the question is about may stand beside it
+            about = [column for column in columns if plain_name(column) in ABOUT]
+            lines += [map_line(prompt=one, input=other) for other in about for one in columns if one not in about]
+        raise DataError("data.column_map", found, f"one {canonical}", " or ".join(lines))
 
     # --- the rows as their reader wants them
 
@@ -308,13 +323,13 @@ class Look:
         out |= {canonical: row[column] for canonical, column in self.taken.items() if column in row}
         for key, value in out.items():
             kind = self.kind(self.taken.get(key, key))
-            if kind in STRUCTURED and isinstance(value, str) and key in KNOWN:
+            if kind in STRUCTURED and isinstance(value, str) and key in KNOWN and key not in self.texts:
                 out[key] = unpacked(value) if value.strip() else None
                 if isinstance(out[key], str):
                     raise fault(where, shown(self.taken.get(key, key)), "a text", f"{kind}, as in most rows")
-        if self.verdict and "better" in out:
+        if self.verdict and kind_of(out.get("better")) != "null":
             verdict = self.verdict(out["better"])
-            if verdict is None and kind_of(out["better"]) != "null":
+            if verdict is None:
                 raise fault(where, shown(self.taken["better"]), seen(out, "better"), "one of the two answers, or a tie")
             out["better"] = verdict
         return out

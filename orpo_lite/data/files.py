@@ -209,16 +209,15 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return row
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=NotJson)  # a fault only where it is read
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=NotJson)
 
 
 def _json_fault(error: ValueError | RecursionError, where: str) -> DataError:
     """What the decoder raised, as a fault."""
     if isinstance(error, json.JSONDecodeError):
-        if error.doc.startswith("{") and error.doc[error.pos :].strip() == ",":  # lines cut from an array
-            remedy = "sed 's/,[[:space:]]*$//' OLD > NEW"
-            return DataError(where, "a comma behind the object", "one JSON object a line and nothing else", remedy)
-        found = f"broken JSON at {_position(error.lineno, error.colno)}: {error.msg}"
+        rest = error.doc[error.pos :].strip() if error.msg == "Extra data" else ""
+        said = "a comma behind the object" if rest == "," else error.msg
+        found = f"broken JSON at {_position(error.lineno, error.colno)}: {said}"
         return DataError(where, found, "one whole JSON object", "mend or remove the row; no line breaks inside it")
     return DataError(where, str(error), "plain JSON with each key once", "mend or remove the row")
 

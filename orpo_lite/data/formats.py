@@ -14,11 +14,13 @@ from typing import Any, NoReturn
 from orpo_lite.data.columns import (
     ALIASES,
     CHAT,
+    FITTING,
     KNOWN,
-    LISTED,
-    NUMBERS,
+    LISTS,
     OPENAI,
+    SIDES,
     SOME,
+    STRUCTURED,
     TEXTS,
     USABLE,
     Look,
@@ -27,7 +29,6 @@ from orpo_lite.data.columns import (
     is_message,
     is_sharegpt,
     is_templated,
-    kind_of,
     map_line,
     map_lines,
     plain_name,
@@ -50,9 +51,9 @@ from orpo_lite.data.readers import (
     Row,
     begins_with,
     behind,
-    read_pair,
     shared_start,
     shared_words,
+    without_reply,
 )
 from orpo_lite.errors import DataError
 
@@ -101,10 +102,8 @@ def detect_format(
     else:
         because = SAID
         _find_columns(look, name)
-        if name in ("orca", "doubled", "alpaca") or (
-            name == "explicit" and look.kind(look.taken.get("prompt", "")) in TEXTS
-        ):
-            look.take_literally("chosen", "rejected")  # beside a text, these formats have replies that are texts
+        if name in ("explicit", "orca", "alpaca") and look.kind(look.taken.get("prompt", "prompt")) in TEXTS:
+            look.texts = SIDES  # beside a prompt that is a text they are, whatever these texts look like
     for reply in _replies(look, name):
         look.find(reply)
     asked = look.taken.get("prompt") if name != "doubled" else None
@@ -118,8 +117,18 @@ def detect_format(
         _refuse_unread(look)
     if system and look.kind(system) != "null" and name != "orca":
         because += f"; {shown(system)} goes in front as a system turn where the conversation has none"
-    # Those that are blank in the first rows as well: later rows may hold something, and it is read.
-    return Detected(name, because, lambda row, where: read_pair(name, look.renamed(row, where), where), {**look.taken})
+    sides = _replies(look, name)[-2:]
+
+    def read(row: Row, where: str) -> Pair:
+        named = look.renamed(row, where)
+        return (without_reply(named, sides, where) if len(sides) == 2 else None) or READERS[name](named, where)
+
+    return Detected(name, because, read, look.taken)
+
+
+def is_known(column: str) -> bool:
+    """Whether detection goes by a column's name at all; a person may have any number of others."""
+    return plain_name(column) in KNOWN or plain_name(column) in VERDICTS
 
 
 # --- the clauses: each says its format's name and the reason, or None; the first that fits is taken
@@ -141,16 +150,21 @@ def _dialogues(look: Look) -> Found:
 
 
 def _conversations(look: Look) -> Found:
-    if not all(look.kind(side) in ("message", "messages") for side in ("chosen", "rejected")):
+    kinds = {side: look.kind(side) for side in ("chosen", "rejected")}
+    lists = [side for side, kind in kinds.items() if kind in ("message", "messages")]
+    if not lists or not all(kind in ("text", "message", "messages") for kind in kinds.values()):
         return None
-    sides = f"chosen and rejected are {'lists of' if look.kind('chosen') == 'messages' else 'single'} messages"
-    style = "sharegpt" if look.share(is_sharegpt, "chosen") > 0.5 else None
+    sides = f"chosen and rejected are {'lists of' if 'messages' in kinds.values() else 'single'} messages"
+    if len(lists) == 1:
+        other = "rejected" if lists == ["chosen"] else "chosen"
+        sides = f"{other} is a text, {lists[0]} {'a list of messages' if 'messages' in kinds.values() else 'a message'}"
+    style = "sharegpt" if look.share(is_sharegpt, lists[0]) > 0.5 else None
     if style:
         sides += " in from and value"
     if look.kind("prompt") in CHAT and "conversation" not in look.mapped:
         look.find("prompt")
         return style or "explicit", f"prompt is a list of messages and {sides}"
-    whole = look.share(asks, "chosen")
+    whole = look.share(asks, lists[0])
     if (whole < 1 or "conversation" in look.mapped) and (before := _find_before(look)):
         canonical, column = before
         if canonical == "conversation":
@@ -215,7 +229,7 @@ def _is_doubled(look: Look, prompt: str) -> bool:
 
 
 def _two_outputs(look: Look) -> Found:
-    if look.kind("chosen") != "missing" or look.kind("output") not in LISTED or not look.find("prompt"):
+    if look.kind("chosen") != "missing" or look.kind("output") not in LISTS or not look.find("prompt"):
         return None
     if look.kind("instruction") == "missing" or look.share(lambda output: len(output) == 2, "output") < 1:
         return None
@@ -227,8 +241,8 @@ def _ranked(look: Look) -> Found:
     completions = None if look.kind("rejected") in USABLE else look.find("completions")
     if completions is None:
         return None
-    if look.kind(completions) in LISTED:
-        if not _numbers(look, completions):
+    if look.kind(completions) in LISTS:
+        if not any(kind in FITTING["scores"] for column, kind in look.kinds.items() if column != completions):
             return None
         wanted = [name for name in ("scores", "ranks") if name in look.mapped] or ["scores", "ranks"]
         measures = [column for name in wanted if (column := look.find(name))]
@@ -246,19 +260,16 @@ def _ranked(look: Look) -> Found:
     return "ranked", reason
 
 
-def _numbers(look: Look, completions: str) -> list[str]:
-    return [column for column, kind in look.kinds.items() if kind in NUMBERS and column != completions]
-
-
 def _judged(look: Look) -> Found:
     answers = None if look.kind("rejected") in USABLE else _two_answers(look)
     if answers is None:
         return None
-    columns = ["better"] if "better" in look.mapped else look.columns
+    columns = [name for name in ("better", "preference_strength") if name in look.mapped] or look.columns
     meanings = {column: says for column in columns if (says := _meaning(look, column, answers))}
     verdicts = [column for column in meanings if plain_name(column) in VERDICTS]
     if len(verdicts) != 1:
         _refuse_verdict(look, answers, verdicts or [column for column in meanings if _names_better(column)])
+    _refuse_unsigned(look, verdicts[0], answers)
     if look.share(asks, answers[0]) < 1:
         _find_before(look)
     look.taken |= {"response_a": answers[0], "response_b": answers[1], "better": verdicts[0]}
@@ -356,7 +367,7 @@ def _holds_turn(turns: Any, prompt: Any) -> bool:
 # --- two answers and a verdict
 
 ANSWER_WORDS = ("response", "answer", "completion", "output", "reply", "generation", "conv", "messages", "human_ref")
-SIGNED = ("preference_strength", "overall_preference")
+SIGNED = ("preference_strength", "overall_preference")  # HelpSteer: -3, the first is much better, to 3, the second is
 VERDICTS = ("better", "winner", "better_response_id", "safer_response_id", "labels", *SIGNED)
 TIES = ("tie", "tie (bothbad)", "both_bad")
 _END = re.compile(r"(.*?)[ _-]?([012ab])", re.IGNORECASE)  # response_0, response1, human_ref_A
@@ -385,7 +396,7 @@ def _meaning(look: Look, column: str, answers: tuple[str, str]) -> Callable[[Any
     if column in answers or look.kind(column) not in ("text", "number"):
         return None
     if plain_name(column) in SIGNED:
-        if ends == ["1", "2"] and _is_signed(look, column):  # HelpSteer: -3, the first is much better, to 3, the second
+        if ends == ["1", "2"]:
             table = {str(i): "a" if i < 0 else "b" if i > 0 else "tie" for i in range(-3, 4)}
     elif plain_name(column) == "labels":
         if answers == ("human_ref_A", "human_ref_B"):  # SHP: 1, the first is preferred
@@ -396,14 +407,13 @@ def _meaning(look: Look, column: str, answers: tuple[str, str]) -> Callable[[Any
         table |= dict.fromkeys(TIES, "tie")
 
     def says(value: Any) -> str | None:
-        return table.get(str(value).strip().lower().removesuffix(".0"))
+        return table.get(_plain_verdict(value))
 
     return says if look.share(lambda value: says(value) is not None, column) >= MANY else None
 
 
-def _is_signed(look: Look, column: str) -> bool:
-    """It takes both sides somewhere; where it never does, 1 and 2 may just as well name the better answer."""
-    return look.share(lambda value: float(value) <= 0 if kind_of(value) == "number" else False, column) > 0
+def _plain_verdict(value: Any) -> str:
+    return str(value).strip().lower().removesuffix(".0")
 
 
 # --- what is refused
@@ -444,13 +454,20 @@ def _refuse_verdict(look: Look, answers: tuple[str, str], verdicts: Sequence[str
     remedy = f"no setting helps: {PAIRS}"
     if [column for column in verdicts if plain_name(column) in VERDICTS]:
         found = f"{shown(*verdicts)} could each say which of {two} is the better"
-    elif not verdicts and (unsigned := [column for column in look.named(*SIGNED) if look.kind(column) == "number"]):
-        found = f"{shown(*unsigned)} is never 0 or less: it may name the better of {two}, or weigh one side alone"
-        remedy = f"{map_lines('better', unsigned)} if it names the better answer; else {PAIRS}"
     elif not verdicts and (measures := _measures(look, answers)):
         found += f"; {' and '.join(shown(*pair) for pair in measures)} measure them"
         remedy += ", by those numbers: only you know whether the higher or the lower is the better"
     raise DataError("data.column_map", found, "one verdict", map_lines("better", verdicts) or remedy)
+
+
+def _refuse_unsigned(look: Look, column: str, answers: tuple[str, str]) -> None:
+    """1 and 2 alone may as well be the number of the better answer, and then 1 says the reverse."""
+    signed = plain_name(column) in SIGNED and "preference_strength" not in look.mapped
+    if signed and look.share(lambda value: _plain_verdict(value) in ("1", "2"), column) == 1:
+        found = f"{shown(column)} is 1 or 2 in every row: a strength, by which the second is always the better, or the "
+        found += f"number of the better one of {shown(*answers)}"
+        remedy = f"{map_line(preference_strength=column)} if it is a strength, or {map_line(better=column)} if a number"
+        raise DataError("data.column_map", found, "strengths on both sides of 0", remedy)
 
 
 def _measures(look: Look, answers: tuple[str, str]) -> list[tuple[str, str]]:
@@ -464,8 +481,8 @@ def _measures(look: Look, answers: tuple[str, str]) -> list[tuple[str, str]]:
 
 
 def _refuse_ranking(look: Look, completions: str, found: str, lines: Sequence[str] = ()) -> NoReturn:
-    numbers = _numbers(look, completions)
-    if not lines and look.kind(completions) in LISTED:
+    numbers = [column for column, kind in look.kinds.items() if kind in FITTING["scores"] and column != completions]
+    if not lines and look.kind(completions) in LISTS:
         lines = [f"{map_lines('scores', [column])} if the highest is the best" for column in numbers]
         lines += [f"{map_lines('ranks', [column])} if the lowest is the best" for column in numbers]
     expected = f"in each answer one of {', '.join(MEASURES)}; or texts with scores or ranks"
@@ -474,7 +491,7 @@ def _refuse_ranking(look: Look, completions: str, found: str, lines: Sequence[st
 
 
 def _refuse_unknown(look: Look) -> NoReturn:
-    kinds = {side: look.kind(side) for side in ("prompt", "chosen", "rejected")}
+    kinds = {side: look.kind(side) for side in ("prompt", *SIDES)}
     found = ", ".join(
         f"{side} {'is' if kind in ('missing', 'null') else 'holds'} {kind}" for side, kind in kinds.items()
     )
@@ -484,6 +501,10 @@ def _refuse_unknown(look: Look) -> NoReturn:
         expected = "a pair needs two replies to one prompt, a better and a worse one"
         raise DataError("data.format", f"{single}; {found}", expected, f"no setting helps: {PAIRS}")
     _refuse_roles(look)
+    if listed := [look.column(side) for side, kind in kinds.items() if kind in LISTS]:
+        remedy = "no setting helps: write a single text without the list around it, and turns as messages"
+        expected = "in each of prompt, chosen and rejected a text, or messages {role, content}"
+        raise DataError("data.format", f"{shown(*listed)} hold lists of texts; {found}", expected, remedy)
     guesses["prompt"] = _guess_prompt(look, [column for column in guesses.values() if column])
     unfit = [side for side, kind in kinds.items() if kind not in (USABLE if side != "prompt" else (*TEXTS, *CHAT))]
     sides = [column for side in ("chosen", "rejected") if (column := guesses[side])]
@@ -494,14 +515,22 @@ def _refuse_unknown(look: Look) -> NoReturn:
     remedy = "name the columns: " + map_line(**{side: guesses[side] or "COLUMN" for side in unfit or kinds})
     if not (guesses["chosen"] or guesses["rejected"]):
         remedy += f"; or, where no column always holds the better reply, {PAIRS}"
-    if unfit == ["prompt"] and kinds["prompt"] in LISTED:
-        remedy = "no setting helps: write the prompt as a text, or as a list of messages {role, content}"
-    elif unfit == ["prompt"] and kinds["chosen"] in TEXTS:
+    if not any(guesses.values()) and all(" " in column.strip() for column in look.columns):
+        remedy += "; if the first line of the file is a row, write a line with the columns' names above it"
+    if _are_texts(look):
+        remedy = (
+            "data.format=explicit to take chosen and rejected for the texts that they are, though they look like JSON"
+        )
+    if unfit == ["prompt"] and kinds["chosen"] in TEXTS:
         remedy += " or data.format=implicit if both texts begin with the prompt"
-    if sum(name.endswith((".", "?", "!")) and " " in name for name in look.columns) > len(look.columns) / 2:
-        found += ", which read like a row"
-        remedy = "write the names above it, as the first line of a table: prompt,chosen,rejected"
     raise DataError("data.format", f"no known format: {found}", expected, remedy)
+
+
+def _are_texts(look: Look) -> bool:
+    """Both replies are texts in every row, beside a prompt that is one; only that they look like JSON hides it."""
+    columns = [look.column(side) for side in SIDES]
+    texts = all(isinstance(row.get(column), str) for row in look.rows for column in columns)
+    return texts and all(kind in STRUCTURED for kind in map(look.kind, columns)) and look.kind("prompt") in TEXTS
 
 
 def _refuse_roles(look: Look) -> None:

@@ -8,14 +8,14 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, chain, islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from orpo_lite.data.formats import COLUMNS, Detected, Pair, Row, detect_format
+from orpo_lite.data.columns import is_blank, shown
+from orpo_lite.data.formats import COLUMNS, Detected, Pair, Row, detect_format, is_known
 from orpo_lite.data.readers import EMPTY_CHOSEN, EMPTY_REJECTED
 from orpo_lite.data.rows import Source, find_source, is_path
 from orpo_lite.errors import DataError, raise_all
@@ -23,13 +23,14 @@ from orpo_lite.errors import DataError, raise_all
 if TYPE_CHECKING:
     from orpo_lite.recipe import DataSection
 
-# Reasons to leave a pair out, besides those of readers.py; the paper's, Appendix C, are this and the empty replies.
+# Reasons to leave a pair out, beside those of readers.py: the paper's, Appendix C.
 EQUAL = "chosen and rejected are equal"
 # And ours: such a prompt asks for nothing, or was put together wrongly.
 EMPTY_PROMPT = "empty prompt"
 SAID_TWICE = "the same turn twice in a row"
 
 LOOK = 100  # rows that detection looks at
+LATER = {"system", "history", "input"}  # what may stand in some rows alone: the others read the same without it
 PLACES = 3  # places kept of each reason to leave a pair out
 
 Held = TypeVar("Held")  # whatever is split by prompt
@@ -103,17 +104,19 @@ class PairReader:
     def find(self, place: str) -> tuple[Pair, str | None]:
         """The pair at a place, and why it would be left out, if it would. Raises DataError."""
         faults: list[DataError] = []
-        meant: list[str] = []  # when the place lacks the folder that tells its file from another
+        near: list[Pair] = []
         for source in self.sources:
             for pair in self._pairs(source, faults):
-                if _is_at(place, pair.where):
+                if pair.where == place:
                     return pair, pair.drop or _drop_reason(pair)
-                if _is_at(pair.where, place):
-                    meant.append(f"--row {shlex.quote(pair.where)}")
-        raise_all([fault for fault in faults if _is_at(place, fault.where.partition(", field ")[0])])
+                if place.endswith(f"/{pair.where}"):
+                    near.append(pair)
+        if near:
+            pair = max(near, key=lambda pair: len(pair.where))  # sub/p.jsonl:3 rather than p.jsonl:3
+            return pair, pair.drop or _drop_reason(pair)
+        raise_all([fault for fault in faults if fault.where.partition(", field ")[0] == place])
         names = ", ".join(source.name for source in self.sources)
-        remedy = " or ".join(meant) or "--row pairs.csv:3, or --row 'train[11]'"
-        raise DataError(place, f"no such row in {names}", "a place as messages name it", remedy)
+        raise DataError(place, f"no such row in {names}", "a place as messages name it", "pairs.csv:3, or train[11]")
 
     def _pairs(self, source: Source, faults: list[DataError]) -> Iterator[Pair]:
         """The pairs of one set, before any is left out."""
@@ -122,64 +125,68 @@ class PairReader:
         if not first:
             raise_all(faults)
             raise DataError(source.name, "no rows", "at least one preference pair", "check data.dataset_name")
-        looked = [row for _, row in first]
         try:
-            looked += self._with_mapped(source, looked)
-            columns = self._columns(looked, last=source is self.sources[-1])
-            detected = self._detect([_mapped(row, columns) for row in looked], columns)
+            columns = self._columns([row for _, row in first], last=source is self.sources[-1])
+            look = [_mapped(row, columns) for _, row in first]
+            detected = self._detect(look, columns)
         except DataError as fault:
             raise_all([*faults, fault])
             raise
-        known = {key: None for row in looked for key in row}
         self.detected.append("")
         self.columns.append({})
-        self._say(detected, columns, known)
+        names = {key: None for _, row in first for key in row}
+        self._say(detected, columns, names)
+        seen = {key for row in look for key, value in row.items() if not is_blank(value)}
         for where, row in chain(first, rows):
             self.read += 1
-            if not known.keys() >= row.keys():  # a column that the first rows do not have
-                looked.append(row)
+            mapped = _mapped(row, columns)
+            if late := [key for key, value in mapped.items() if key not in seen and not is_blank(value)]:
+                seen.update(late)
+                names.update(dict.fromkeys(row))
                 try:
-                    detected = self._widened(detected, [_mapped(seen, columns) for seen in looked], columns)
+                    detected = self._look_again(detected, look, mapped, columns, late, where)
                 except DataError as fault:
-                    fault.where = f"{where}, whose columns the first {len(first)} rows do not have: {fault.where}"
                     raise_all([*faults, fault])
-                known |= dict.fromkeys(row)
-                self._say(detected, columns, known)
+                    raise
+                self._say(detected, columns, names)
             try:
-                yield detected.read(_mapped(row, columns), where)
+                yield detected.read(mapped, where)
             except DataError as fault:
                 faults.append(fault)
 
-    def _widened(self, detected: Detected, rows: Sequence[Row], columns: Mapping[str, str]) -> Detected:
-        """What is read when a column that comes late is known from the start. Raises DataError when that is undecided.
-
-        The rows before are read the same either way, for they do not have the column.
-        """
-        again = self._detect(rows, columns)
-        if not again.columns.items() >= detected.columns.items():
-            changed = sorted(set(again.columns.values()) - set(detected.columns.values()))
-            found = f"with {', '.join(changed) or 'them'} {again.sentence}, before them {detected.sentence}"
-            raise DataError("data.format", found, "one reading of all rows", f"data.format={detected.name}")
-        return again
-
-    def _say(self, detected: Detected, columns: Mapping[str, str], known: Iterable[str]) -> None:
-        """Note what is read of the set that is being read."""
+    def _say(self, detected: Detected, columns: Mapping[str, str], names: Iterable[str]) -> None:
+        """Note what is known by now of the set that is being read."""
         theirs = {ours: columns.get(column, column) for ours, column in detected.columns.items()}
-        others = [key for key in known if key not in theirs.values()]
+        others = [name for name in names if name not in theirs.values()]
         self.detected[-1] = detected.sentence
         self.columns[-1] = {"format": detected.sentence, "read": theirs, "not_read": others}
 
-    def _with_mapped(self, source: Source, looked: Sequence[Row]) -> list[Row]:
-        """Of the columns that data.column_map names and these rows lack, the first rows that have them."""
-        lacking = self._unmapped - {key for row in looked for key in row}
-        found: list[Row] = []
-        for _, row in islice(source.rows([]), self.data.max_samples if lacking else 0):
-            if lacking & row.keys():
-                found.append(row)
-                lacking -= row.keys()
-                if not lacking:
-                    break
-        return found
+    def _look_again(
+        self,
+        before: Detected,
+        look: Sequence[Row],
+        row: Row,
+        mapped: Iterable[str],
+        late: Sequence[str],
+        where: str,
+    ) -> Detected:
+        """What the set is, now that columns have turned up that the first rows did not have or left blank.
+
+        Raises DataError where the rows before would have been read otherwise.
+        """
+        if not any(is_known(column) for column in late):
+            return before
+        turned_up = f"{shown(*late)} first {'holds' if len(late) == 1 else 'hold'} something at {where}"
+        try:
+            now = self._detect([*look, row], mapped)
+        except DataError as fault:
+            raise DataError(fault.where, f"{fault.found}; {turned_up}", fault.expected, fault.remedy) from None
+        changed = {ours for ours, _ in before.columns.items() ^ now.columns.items()}
+        if changed - LATER or before.columns.items() - now.columns.items():
+            found, expected = f"{turned_up}, and with that it is: {now.sentence}", before.sentence
+            remedy = f"data.format={before.name}, or leave the column out, or write it in every row"
+            raise DataError("data.format", found, expected, remedy)
+        return now
 
     def _columns(self, rows: Sequence[Row], *, last: bool) -> dict[str, str]:
         """What data.column_map says of this set: a column has to stand in one of the sets, not in all."""
@@ -192,11 +199,6 @@ class PairReader:
     def _detect(self, rows: Sequence[Row], mapped: Iterable[str]) -> Detected:
         plain = self.data.chat_template == "none"
         return detect_format(rows, name=self.data.format, mapped=mapped, plain=plain)
-
-
-def _is_at(place: str, where: str) -> bool:
-    """Whether a person who writes ``place``, perhaps with the folders that lead to it, means the row at ``where``."""
-    return place == where or place.endswith(f"/{where}")
 
 
 def training_sources(data: DataSection) -> list[Source]:

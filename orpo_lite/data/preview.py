@@ -23,9 +23,10 @@ def figures(train: TokenizedPairs, test: TokenizedPairs) -> dict[str, Any]:
     format, chat_template: the sentences that say which they are · columns: of each set, which were read and which not ·
     rows_read · train_pairs, held_out_pairs · dropped: for each reason the number of pairs and the first places ·
     tokens: quantiles of prompt, chosen, rejected · cut: what data.max_length does · repeated_prompts: pairs of which a
-    reply begins with the prompt · unknown_tokens: what the tokenizer lost · chosen_longer, rejected_longer: the length
-    bias · prompts: different ones, and those on both sides · step: tokens that go through a model · sha256: of the
-    pairs' content and order.
+    reply begins with the prompt · templated_pairs: pairs that hold a chat template's markers, too few or too late in
+    the set to refuse it · unknown_tokens: what the tokenizer lost · chosen_longer, rejected_longer: the length bias ·
+    prompts: different ones, and those on both sides · step: tokens that go through a model · sha256: of the pairs'
+    content and order.
     """
     sides = _sides(train, test)
     both = {name: np.concatenate([train.column(name), test.column(name)]) for name in train.columns}
@@ -52,6 +53,7 @@ def figures(train: TokenizedPairs, test: TokenizedPairs) -> dict[str, Any]:
             "responses_without_end_share": float((cut > 0).mean()),
         },
         "repeated_prompts": sum(side["repeated_prompts"] for side in sides),
+        "templated_pairs": sum(side["templated_pairs"] for side in sides),
         "unknown_tokens": sum(side["unknown_tokens"] for side in sides),
         "chosen_longer": float((chosen > rejected).mean()),
         "rejected_longer": float((chosen < rejected).mean()),

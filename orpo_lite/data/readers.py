@@ -30,29 +30,28 @@ COLUMNS = (
     "response_a",  # two answers, and the name of the better one
     "response_b",
     "better",
+    "preference_strength",  # in place of better: below 0, the first one is; above 0, the second
 )
-ROLES = {  # what sets call a role -> what chat templates do
+ROLES = {
     **{role: role for role in ("system", "user", "assistant")},
-    "developer": "system",  # OpenAI
-    "model": "assistant",  # Gemma
+    "developer": "system",  # OpenAI's newer name
+    "model": "assistant",  # Gemini's and Gemma's
 }
 SHAREGPT_ROLES = {**ROLES, "human": "user", **dict.fromkeys(("gpt", "chatgpt", "bot"), "assistant")}
 ANSWER_KEYS = ("response", "answer", "completion", "generation", "output", "text")
 MEASURES = {"overall_score": 1, "score": 1, "rating": 1, "reward": 1, "rank": -1}  # -1: the lowest is the best
 
+# Reasons to leave a pair out.
 EMPTY_CHOSEN = "empty chosen"
 EMPTY_REJECTED = "empty rejected"
 PROMPTS_DIFFER = "prompts of chosen and rejected differ"
 TIED = "no answer is better than another"
-NO_VERDICT = "no verdict on the two answers"
 TOO_FEW = "fewer than two ranked answers"
+UNJUDGED = "no verdict"
 
 
 class NotJson(float):
-    """NaN or Infinity in a JSON file, where Python writes them though JSON has no such word: no value where it is read.
-
-    Of a parquet file NaN is a plain float, for there it stands for a missing number.
-    """
+    """NaN or an infinity, which JSON does not have and Python writes all the same: a fault only where it is read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +82,10 @@ def read_explicit(row: Row, where: str) -> Pair:
 
 def read_implicit(row: Row, where: str) -> Pair:
     """TRL's implicit prompt: chosen and rejected begin alike, as lists of messages or as texts."""
-    if not isinstance(row.get("chosen"), str):
+    if not isinstance(row.get("chosen"), str) or isinstance(row.get("rejected"), list | Mapping):
         return _join(row, (), where)
     chosen, rejected = (_text(row, side, where) for side in ("chosen", "rejected"))
-    if is_dialogue(chosen):
+    if begins_dialogue(chosen):
         return read_hh_rlhf(row, where)
     prompt = shared_words(chosen, rejected)
     drop = None if prompt or chosen == rejected else PROMPTS_DIFFER
@@ -101,10 +100,11 @@ def read_messages(row: Row, where: str) -> Pair:
 def read_hh_rlhf(row: Row, where: str) -> Pair:
     """Anthropic's HH-RLHF: chosen and rejected are dialogues in one text, told apart by their turn markers.
 
-    The reply follows the last assistant marker. The space after a marker belongs to the marker. Some sets hold the
-    dialogue in prompt, and only the replies in chosen and rejected.
+    The reply follows the last assistant marker. The space after a marker belongs to the marker. What stands in front
+    of the first turn is a system text. Some sets hold the dialogue in prompt, and only the replies in chosen and
+    rejected.
     """
-    if isinstance(row.get("prompt"), str) and not is_dialogue(_text(row, "chosen", where)):
+    if isinstance(row.get("prompt"), str) and not begins_dialogue(_text(row, "chosen", where)):
         turns, prompt = _read_dialogue_prompt(row, where)
         chosen, rejected = (_text(row, side, where) for side in ("chosen", "rejected"))
         drop = None
@@ -148,21 +148,19 @@ def read_alpaca(row: Row, where: str) -> Pair:
     if row.get("chosen") is None and isinstance(output := row.get("output"), list):
         if len(output) != 2:
             raise fault(where, "output", f"a list of {len(output)}", "a list of two texts: [chosen, rejected]")
-        return read_pair("alpaca", {**row, "chosen": output[0], "rejected": output[1]}, where)
+        row = {**row, "chosen": output[0], "rejected": output[1]}
     return _texts(row, prompt, where, _user(prompt))
 
 
 def read_conversation(row: Row, where: str) -> Pair:
     """Axolotl's chat_template: a list of messages, and chosen and rejected are the replies to it."""
-    return _join(row, _messages(row, "conversation", where), where)
+    return _join(row, _messages(row, "conversation", where), where, asked="conversation")
 
 
 def read_sharegpt(row: Row, where: str) -> Pair:
     """ShareGPT's from and value: a conversation with two replies to it, or two whole conversations."""
     if row.get("conversation") is not None:
         return read_conversation(row, where)
-    if isinstance(row.get("prompt"), list):
-        return read_explicit(row, where)
     return read_implicit(row, where) if row.get("prompt") is None else read_messages(row, where)
 
 
@@ -172,7 +170,7 @@ def read_openai(row: Row, where: str) -> Pair:
     if not isinstance(request, Mapping):
         raise fault(where, "input", seen(row, "input"), "an object with messages")
     before = _messages(request, "messages", where, "input.messages")
-    return _join(row, before, where, ("preferred_output", "non_preferred_output"))
+    return _join(row, before, where, ("preferred_output", "non_preferred_output"), asked="input.messages")
 
 
 def read_ranked(row: Row, where: str) -> Pair:
@@ -187,15 +185,18 @@ def read_ranked(row: Row, where: str) -> Pair:
 
 
 def read_judged(row: Row, where: str) -> Pair:
-    """Two answers, texts or whole conversations, and a verdict: better is a, b or tie, or null for none."""
-    unjudged = "better" in row and row["better"] is None
-    verdict = "tie" if unjudged else str(row.get("better")).strip().lower()
+    """Two answers, texts or whole conversations, and a verdict: better is a, b or tie; blank where nobody judged."""
+    if "better" in row and not str(row["better"] or "").strip():
+        return _pair(row, (), "", "", where, drop=UNJUDGED)
+    verdict = str(row.get("better")).strip().lower()
     if verdict not in ("a", "b", "tie"):
         raise fault(where, "better", seen(row, "better"), "a verdict that names one of the two answers, or a tie")
     fields = ("response_b", "response_a") if verdict == "b" else ("response_a", "response_b")
     before, prompt_text = ((), None) if _asks(row, "response_a", where) else _before(row, where)
+    if blank := without_reply(row, fields, where):
+        return blank
     pair = _join(row, before, where, fields, prompt_text)
-    return replace(pair, drop=NO_VERDICT if unjudged else TIED) if verdict == "tie" else pair
+    return replace(pair, drop=TIED) if verdict == "tie" else pair
 
 
 READERS: dict[str, Reader] = {
@@ -212,30 +213,17 @@ READERS: dict[str, Reader] = {
     "ranked": read_ranked,
     "judged": read_judged,
 }
-REPLIES = {"openai": ("preferred_output", "non_preferred_output"), "judged": ("response_a", "response_b")}
-
-
-def read_pair(name: str, row: Row, where: str) -> Pair:
-    """The pair of a row of this format. A reply that is null leaves the pair out, as an empty text does.
-
-    The rest of such a row is read, and has to be right, as if the other reply stood on both sides.
-    """
-    fields = REPLIES.get(name, ("chosen", "rejected"))
-    null = [field for field in fields if field in row and row[field] is None]
-    if not null:
-        return READERS[name](row, where)
-    other = next((row[field] for field in fields if row.get(field) is not None), "")
-    pair = READERS[name]({**row, **dict.fromkeys(fields, other)}, where)
-    better, worse = fields[::-1] if name == "judged" and row.get("better") == "b" else fields
-    return replace(
-        pair,
-        chosen="" if better in null else pair.chosen,
-        rejected="" if worse in null else pair.rejected,
-        drop=pair.drop or (EMPTY_CHOSEN if better in null else EMPTY_REJECTED),
-    )
 
 
 # --- what stands before the reply, and the reply
+
+
+def without_reply(row: Row, fields: Sequence[str], where: str) -> Pair | None:
+    """The pair of a row in which the chosen reply or the rejected one is null, as it is empty in a csv; else None."""
+    for field, reason in zip(fields, (EMPTY_CHOSEN, EMPTY_REJECTED), strict=True):
+        if field in row and row[field] is None:
+            return Pair((), "", "", where, drop=reason)
+    return None
 
 
 def _pair(
@@ -273,20 +261,46 @@ def _join(
     where: str,
     fields: tuple[str, str] = ("chosen", "rejected"),
     prompt_text: str | None = None,
+    asked: str = "prompt",
 ) -> Pair:
-    """A pair of replies or whole conversations; ``prompt`` goes before both unless they already hold it."""
-    whole = []
+    """A pair of replies or whole conversations; ``prompt`` goes before both unless they already hold it.
+
+    A reply that is a text answers what the other side's conversation asks.
+    """
+    sides = []
     for field in fields:
         *turns, reply = _side(row, field, where)
         if reply["role"] != "assistant":
             found = f"the last turn is the {reply['role']}'s"
             raise fault(where, field, found, "a conversation that ends with the assistant's reply")
-        whole.append((_joined(prompt, turns), reply["content"]))
-    (before, chosen), (other_before, rejected) = whole
+        sides.append((turns, reply))
+    prompt = _unanswered(prompt, sides, where, asked)
+    (before, other_before) = (_joined(prompt, turns) for turns, _ in sides)
+    chosen, rejected = (reply["content"] for _, reply in sides)
+    before = before or (other_before if isinstance(row[fields[0]], str) else before)
+    other_before = other_before or (before if isinstance(row[fields[1]], str) else other_before)
     if not before:
         raise fault(where, fields[0], "nothing stands before the reply", "the user's turn, or a prompt")
     drop = None if _alike(before, other_before) else PROMPTS_DIFFER
     return _pair(row, before, chosen, rejected, where, prompt_text, drop)
+
+
+def _unanswered(
+    prompt: Sequence[Message], sides: Sequence[tuple[Sequence[Message], Message]], where: str, field: str
+) -> Sequence[Message]:
+    """The turns that the replies answer: some sets have one of the two replies at the end of the prompt as well.
+
+    A prompt that ends with an assistant's turn may also be what was said before the sides' own turns.
+    """
+    if not prompt or prompt[-1]["role"] != "assistant":
+        return prompt
+    asked = _split_system(prompt[:-1])[1]
+    own = [_split_system(turns)[1] for turns, _ in sides]
+    if not all(_alike(asked[len(asked) - len(turns) :], turns) for turns in own):
+        return prompt
+    if any(_alike(prompt[-1:], [reply]) for _, reply in sides):
+        return prompt[:-1]
+    raise fault(where, field, "it ends with an assistant's turn that is neither reply", "turns that wait for a reply")
 
 
 def _joined(earlier: Sequence[Message], turns: Sequence[Message]) -> list[Message]:
@@ -339,7 +353,7 @@ def _before(row: Row, where: str) -> tuple[Sequence[Message], str | None]:
     if isinstance(row.get("prompt"), list):
         return _messages(row, "prompt", where), None
     text = _asked(row, where)
-    return _read_dialogue_prompt(row, where) if is_dialogue(text) else (_user(text), text)
+    return _read_dialogue_prompt(row, where) if begins_dialogue(text) else (_user(text), text)
 
 
 def _asked(row: Row, where: str) -> str:
@@ -377,6 +391,8 @@ def _messages(row: Row, field: str, where: str, label: str = "") -> list[Message
         place = f"{label}[{i}]"
         if not isinstance(item, Mapping):
             raise fault(where, place, seen({"": item}, ""), "a message {role, content}")
+        if item.get("tool_calls") and item.get("content") is None:
+            raise fault(where, place, "a call of a tool", "a message with text: tools are not read")
         if item.get("role") is None and item.get("from") is None and "input" in item:
             messages += _user(_content(item, "input", where, f"{place}.input"))
             if item.get("output") is not None:
@@ -396,9 +412,6 @@ def _messages(row: Row, field: str, where: str, label: str = "") -> list[Message
 def _content(item: Row, field: str, where: str, label: str) -> str:
     """A message's text, which some sets hold in parts: [{"type": "text", "text": ...}]."""
     parts = item.get(field)
-    if parts is None and item.get("tool_calls"):
-        remedy = "leave out the rows that call tools, or write their calls and results as text"
-        raise fault(where, label, "a tool call", "text: tools are not read", remedy)
     if not isinstance(parts, list):
         return _text(item, field, where, label)
     for i, part in enumerate(parts):
@@ -411,11 +424,18 @@ def _content(item: Row, field: str, where: str, label: str) -> str:
 
 _TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):[ ]?")  # "Human:" within a line is only text
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+_ASK = "\n\nHuman:"
 _REPLY = "\n\nAssistant:"
 
 
-def is_dialogue(text: str) -> bool:
+def begins_dialogue(text: str) -> bool:
+    """Beyond doubt: a text that only holds such turns may be about them."""
     return bool(_TURN.match(text)) and _REPLY in text
+
+
+def is_dialogue(text: str) -> bool:
+    """The same, or with a system text in front: for a column, of which most rows must be such."""
+    return begins_dialogue(text) or _REPLY in text.partition(_ASK)[2]
 
 
 def _read_dialogue_prompt(row: Row, where: str) -> tuple[tuple[Message, ...], str]:
@@ -432,12 +452,13 @@ def _split_dialogue(row: Row, field: str, where: str) -> tuple[str, tuple[Messag
     text = _text(row, field, where)
     head, marker, reply = text.rpartition(_REPLY)
     lead, *parts = _TURN.split(head)
-    if not marker or not parts or lead.strip():
+    if not marker or not parts or (lead.strip() and not head[len(lead) :].startswith(_ASK)):
         found = "the text does not begin with a turn" if marker else "there is no assistant turn"
         raise fault(where, field, found, r'"\n\nHuman: ... \n\nAssistant: ..."')
-    if "\n\nHuman:" in reply:
+    if _ASK in reply:
         raise fault(where, field, "the last turn is the human's", "a dialogue that ends with the assistant's reply")
-    turns: list[Message] = []
+    lead = lead.strip().removeprefix("System:").strip()
+    turns: list[Message] = [{"role": "system", "content": lead}] if lead else []
     for speaker, content in zip(parts[::2], parts[1::2], strict=True):
         role = _SPEAKERS[speaker]
         if turns and turns[-1]["role"] == role:  # chat templates want roles to alternate
@@ -504,7 +525,7 @@ def _ranked(row: Row, where: str) -> Iterator[tuple[float, str]]:
         if not isinstance(values, list) or len(values) != len(answers):
             raise fault(where, field, seen(row, field), f"a list of numbers, one for each of {len(answers)} answers")
         for i, value in enumerate(values):
-            if (number := _number(value, where, f"{field}[{i}]")) is not None and answers[i] is not None:
+            if (number := _number(value, where, f"{field}[{i}]")) is not None:
                 yield sign * number, _text({"": answers[i]}, "", where, f"completions[{i}]")
         return
     for i, answer in enumerate(answers):
@@ -519,25 +540,26 @@ def _ranked(row: Row, where: str) -> Iterator[tuple[float, str]]:
             yield MEASURES[measure] * number, _text(answer, key, where, f"completions[{i}].{key}")
 
 
-_NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\s*", re.ASCII | re.IGNORECASE)
-_UNSCORED = ("", "n/a", "na", "none", "null", "nan", "-")
+ABSENT = ("", "n/a", "na", "nan", "none", "null")  # what is written where nobody scored
 
 
-def is_score(value: Any) -> bool:
-    """A number, also as text, as which UltraFeedback has its ratings; or nothing, or "N/A": nobody scored it."""
-    if isinstance(value, str):
-        return bool(_NUMBER.fullmatch(value)) or value.strip().lower() in _UNSCORED
-    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+def numeric(text: str) -> bool:
+    """A number written as text, or what stands for none."""
+    try:
+        return text.strip().lower() in ABSENT or math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _number(value: Any, where: str, label: str) -> float | None:
-    """A score; None, nan and "N/A" are none."""
-    if not is_score(value) or isinstance(value, NotJson):
-        raise fault(where, label, seen({"": value}, ""), 'a number; null or "N/A" for none')
-    if value is None or (isinstance(value, str) and not _NUMBER.fullmatch(value)):
+    """A score; None and nan are none, and so is N/A."""
+    if isinstance(value, str) and numeric(value):
+        value = None if value.strip().lower() in ABSENT else float(value)
+    if value is None:
         return None
-    number = float(value)
-    return None if math.isnan(number) else number
+    if isinstance(value, bool | NotJson) or not isinstance(value, int | float):
+        raise fault(where, label, seen({"": value}, ""), "a number")
+    return None if math.isnan(value) else float(value)
 
 
 # --- texts and faults
@@ -565,8 +587,8 @@ def seen(row: Row, field: str) -> str:
             return "null"
         case bool():
             return "true or false"
-        case NotJson() as value:
-            return f"{'NaN' if math.isnan(value) else 'Infinity'}, which is not JSON"
+        case NotJson():
+            return "NaN or an infinity, which is not JSON"
         case int() | float():
             return "a number"
         case str():

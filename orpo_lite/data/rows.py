@@ -11,9 +11,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from orpo_lite.data import files
 from orpo_lite.data.files import KINDS, SPREADSHEETS, File, blocks, column_names, file_fingerprint, kind_of, read_file
@@ -39,16 +38,12 @@ class Source(ABC):
         """Yield (place, row). A row that cannot be read goes to ``faults``; a file that cannot be is raised at once."""
 
     @abstractmethod
+    def labelled(self, labels: Mapping[str, str]) -> Source:
+        """The same with other names in its places."""
+
+    @abstractmethod
     def fingerprint(self) -> tuple[str, int]:
         """sha256 of the content, the order and the labels; and about how many rows there are, 0: unknown."""
-
-    def labels(self) -> dict[str, str]:
-        """What the places call each file or split, and which one it is."""
-        return {}
-
-    def with_labels(self, _labels: Mapping[str, str]) -> Self:
-        """The same, each file or split called by what ``_labels`` has for it, if anything."""
-        return self
 
 
 def find_source(name: str, split: str, config: str | None) -> Source:
@@ -62,17 +57,17 @@ def find_source(name: str, split: str, config: str | None) -> Source:
     return _load_set(name, split, config)
 
 
-def tell_apart(sources: Sequence[Source]) -> list[Source]:
-    """The same sets; where two of them call different files or splits alike, all by their folders, or set names."""
-    labels = [source.labels() for source in sources]
-    called: dict[str, set[str]] = {}
-    for label, which in chain.from_iterable(one.items() for one in labels):
-        called.setdefault(label, set()).add(which)
-    if all(len(which) == 1 for which in called.values()):
-        return list(sources)
-    paths = [Path(which) for one in labels for which in one.values() if os.path.isabs(which)]
-    names = dict(zip(map(str, paths), _labels(paths), strict=True)) if paths else {}
-    return [source.with_labels(names) for source in sources]
+def told_apart(sources: Sequence[Source]) -> list[Source]:
+    """The same sources, of which no two have places alike: where names repeat, each has its folder or its set in it."""
+    paths = {
+        str(file.path): file.label for source in sources if isinstance(source, LocalSource) for file in source.files
+    }
+    splits = {source.whole_name: source.label for source in sources if isinstance(source, HubSource)}
+    if len(set(paths.values())) < len(paths):
+        paths = dict(zip(paths, _labels([Path(os.path.abspath(path)) for path in paths]), strict=True))
+    if len(set(splits.values())) < len(splits):
+        splits = {name: name for name in splits}
+    return [source.labelled({**paths, **splits}) for source in sources]
 
 
 def is_local(name: str) -> bool:
@@ -136,6 +131,9 @@ class LocalSource(Source):
             for file in self.files:
                 yield from read_file(file, faults)
 
+    def labelled(self, labels: Mapping[str, str]) -> Source:
+        return replace(self, files=tuple(replace(file, label=labels[str(file.path)]) for file in self.files))
+
     def fingerprint(self) -> tuple[str, int]:
         digest, counts = hashlib.sha256(), []
         with _readable(self.name):
@@ -144,13 +142,6 @@ class LocalSource(Source):
                 digest.update(f"{file.label}\n{content}\n".encode())
                 counts.append(count)
         return digest.hexdigest(), sum(counts) if all(counts) else 0
-
-    def labels(self) -> dict[str, str]:
-        return {file.label: os.path.abspath(file.path) for file in self.files}
-
-    def with_labels(self, labels: Mapping[str, str]) -> Self:
-        named = (replace(file, label=labels.get(os.path.abspath(file.path), file.label)) for file in self.files)
-        return replace(self, files=tuple(named))
 
 
 @contextmanager
@@ -292,21 +283,21 @@ def _near(path: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class HubSource(Source):
-    split: str
+    label: str  # its split, for the places
     table: Any = field(repr=False)  # a datasets.Dataset, on disk
-    label: str = ""  # what places call it, where the split alone does not tell it from another set's
 
     def rows(self, faults: list[DataError]) -> Iterator[Place]:  # noqa: ARG002 - the hub's own reader has read them
-        yield from ((f"{self.label or self.split}[{i}]", row) for i, row in enumerate(self.table))
+        yield from ((f"{self.label}[{i}]", row) for i, row in enumerate(self.table))
 
-    def labels(self) -> dict[str, str]:
-        return {self.split: f"{self.name}/{self.split}"}
+    def labelled(self, labels: Mapping[str, str]) -> Source:
+        return replace(self, label=labels[self.whole_name])
 
-    def with_labels(self, _labels: Mapping[str, str]) -> Self:
-        return replace(self, label=f"{self.name}/{self.split}")
+    @property
+    def whole_name(self) -> str:
+        return f"{self.name}/{self.label}"
 
     def fingerprint(self) -> tuple[str, int]:
-        digest = hashlib.sha256(f"{self.label or self.split}\n".encode())
+        digest = hashlib.sha256(f"{self.label}\n".encode())
         paths = [Path(file["filename"]) for file in self.table.cache_files]
         with _readable(self.name):
             for path in paths:

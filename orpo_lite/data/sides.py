@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from orpo_lite.data import cache
 from orpo_lite.data.cache import TokenizedPairs
+from orpo_lite.data.columns import is_templated
 from orpo_lite.data.formats import Pair
 from orpo_lite.data.pairs import PairReader
 from orpo_lite.data.rows import Source
@@ -89,6 +90,7 @@ def _tokenize(
     if tokenizer.unk_token_id != tokenizer.eos_token_id:  # GPT-2's one special token is both
         writer.unknown_id = tokenizer.unk_token_id
     samples: dict[str, Pair] = {}
+    templated = 0
     with _renderer(template) as renderer:
         for number, (pair, tokens) in enumerate(tokenize_pairs(reader, renderer, tokenizer, data)):
             if number % 100 == 0:
@@ -97,6 +99,7 @@ def _tokenize(
                 reader.drops.add(tokens, pair.where)
                 continue
             writer.add(tokens)
+            templated += template.text is not None and is_templated([*pair.messages, pair.chosen, pair.rejected])
             samples.setdefault("first", pair)
             if tokens.chosen_cut or tokens.rejected_cut:
                 samples.setdefault("cut", pair)
@@ -117,6 +120,7 @@ def _tokenize(
             "largest_id": writer.largest,
             "unknown_tokens": writer.unknown,
             "repeated_prompts": reader.repeated,
+            "templated_pairs": templated,
             "samples": shown,
         }
     )

@@ -337,9 +337,8 @@ class LimitedRenderer(Renderer):
         last = self._errors.read().decode(errors="replace").strip().rpartition("\n")[2]
         if code >= 0:  # not killed, neither by the watch nor for its memory: a fault of ours
             return RuntimeError(f"the process that renders chat templates ended with {code}: {last}")
-        places = self.sent[0].where if self.sent else "data"
-        if len(self.sent) > 1:
-            places = f"one of the {len(self.sent)} pairs from {places}"
+        first = self.sent[0].where if self.sent else "data"
+        places = f"one of the {len(self.sent)} pairs from {first}" if len(self.sent) > 1 else first
         if self._late:
             return BeyondLimitsError(places, f"the chat template did not end within {STUCK:.0f} seconds")
         found = f"the process that renders the chat template was killed (signal {-code}), perhaps for its memory"
