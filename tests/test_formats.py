@@ -1631,3 +1631,12 @@ def test_all_shapes_of_one_pair_read_alike(
         if behind(question, chosen) is behind(question, rejected) is None:
             orca = name == "orca" and (not brief or stands_already)
             assert detect_format([row]).name == ("explicit" if orca else name)
+
+
+@pytest.mark.parametrize("values", [(1, 2), (0, 1), (0, 2), (1, 3), (0, 1, 2)])
+@pytest.mark.parametrize("column", ["overall_preference", "preference_strength"])
+def test_a_strength_below_0_in_no_row_is_refused(column: str, values: tuple[int, ...]) -> None:
+    rows = [{"prompt": Q, "response_1": "Blue.", "response_2": "Seven.", column: value} for value in values]
+    with pytest.raises(DataError, match="below 0 in no row"):
+        detect_format(rows)
+    assert detect_format([*rows, rows[0] | {column: -1}]).name == "judged"

@@ -619,3 +619,15 @@ def test_a_hub_fault_names_the_set_and_the_remedy(monkeypatch: pytest.MonkeyPatc
         read("o/split", dataset_train_split="train")
     assert "data.dataset_train_split=SPLIT" in message(raised)
     assert "o/split" in raised.value.where
+
+
+def test_the_lines_for_a_rival_that_comes_late_work_when_pasted(tmp_path: Path) -> None:
+    late = [row | {"context": "Some background."} if i >= 100 else row for i, row in enumerate(some_rows(150))]
+    file = write_jsonl(tmp_path / "late.jsonl", late)
+    with pytest.raises(DataError, match=r"context first holds something at late.jsonl:101"):
+        read(file)
+    pairs, _ = read(file, column_map={"prompt": "prompt", "input": "context"})
+    assert pairs[120].messages[-1]["content"].endswith("\nSome background.")
+    pairs, reader = read(file, column_map={"prompt": "prompt"})
+    assert "background" not in pairs[120].messages[-1]["content"]
+    assert reader.columns[0]["not_read"] == ["context"]

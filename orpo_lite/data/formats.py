@@ -461,10 +461,10 @@ def _refuse_verdict(look: Look, answers: tuple[str, str], verdicts: Sequence[str
 
 
 def _refuse_unsigned(look: Look, column: str, answers: tuple[str, str]) -> None:
-    """1 and 2 alone may as well be the number of the better answer, and then 1 says the reverse."""
+    """Without a value below 0 it may as well be the number of the better answer, and then 1 says the reverse."""
     signed = plain_name(column) in SIGNED and "preference_strength" not in look.mapped
-    if signed and look.share(lambda value: _plain_verdict(value) in ("1", "2"), column) == 1:
-        found = f"{shown(column)} is 1 or 2 in every row: a strength, by which the second is always the better, or the "
+    if signed and look.share(lambda value: _plain_verdict(value).startswith("-"), column) == 0:
+        found = f"{shown(column)} is below 0 in no row: a strength, by which the first is never the better, or the "
         found += f"number of the better one of {shown(*answers)}"
         remedy = f"{map_line(preference_strength=column)} if it is a strength, or {map_line(better=column)} if a number"
         raise DataError("data.column_map", found, "strengths on both sides of 0", remedy)

@@ -126,15 +126,17 @@ class PairReader:
             raise_all(faults)
             raise DataError(source.name, "no rows", "at least one preference pair", "check data.dataset_name")
         try:
-            columns = self._columns([row for _, row in first], last=source is self.sources[-1])
-            look = [_mapped(row, columns) for _, row in first]
+            looked = [row for _, row in first]
+            looked += self._with_mapped(source, looked)
+            columns = self._columns(looked, last=source is self.sources[-1])
+            look = [_mapped(row, columns) for row in looked]
             detected = self._detect(look, columns)
         except DataError as fault:
             raise_all([*faults, fault])
             raise
         self.detected.append("")
         self.columns.append({})
-        names = {key: None for _, row in first for key in row}
+        names = {key: None for row in looked for key in row}
         self._say(detected, columns, names)
         seen = {key for row in look for key, value in row.items() if not is_blank(value)}
         for where, row in chain(first, rows):
@@ -187,6 +189,18 @@ class PairReader:
             remedy = f"data.format={before.name}, or leave the column out, or write it in every row"
             raise DataError("data.format", found, expected, remedy)
         return now
+
+    def _with_mapped(self, source: Source, looked: Sequence[Row]) -> list[Row]:
+        """Of the columns that data.column_map names and these rows lack, the first rows that have them."""
+        lacking = {*self.data.column_map.values()} - {key for row in looked for key in row}
+        found: list[Row] = []
+        for _, row in islice(source.rows([]), self.data.max_samples if lacking else 0):
+            if lacking & row.keys():
+                found.append(row)
+                lacking -= row.keys()
+                if not lacking:
+                    break
+        return found
 
     def _columns(self, rows: Sequence[Row], *, last: bool) -> dict[str, str]:
         """What data.column_map says of this set: a column has to stand in one of the sets, not in all."""
