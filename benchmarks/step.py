@@ -169,7 +169,7 @@ FREE = "benchmark_free"
 
 def _free_attention(_module: Any, query: Any, key: Any, value: Any, _mask: Any, **_: Any) -> tuple[Any, None]:
     """Attention's output and what it keeps (queries, keys, values, output, one number a query and head), no scores."""
-    return attention._Kept.apply(query, key, value).transpose(1, 2), None
+    return attention.Kept.apply(query, key, value).transpose(1, 2), None
 
 
 AttentionInterface.register(FREE, _free_attention)

@@ -25,6 +25,7 @@ from orpo_lite.step.lora import fuse_lora
 from orpo_lite.step.losses import PairLogps, at_least_float32
 
 AttentionInterface.register(attention.NAME, pair_attention)
+META = torch.device("meta")
 
 Way = Literal["shared", "packed", "rows", "logits"]
 """How packed pairs go through the model, from the fastest way to the plainest. shared: one row, each prompt once.
@@ -112,10 +113,14 @@ class PairModel(nn.Module):
 
     def batching(self, recipe: Recipe, pad_id: int) -> Batching:
         """How the recipe's pairs are to be cut for this model."""
-        memory = recipe.memory
-        tokens = _number(memory.micro_batch_tokens) or 2 * recipe.data.max_length
-        only = recipe.loss.completion_only_loss
-        return Batching(memory.packing, self.way == "shared", tokens, memory.micro_batch_size, pad_id, only)
+        return Batching(
+            packed=recipe.memory.packing,
+            share=self.way == "shared",
+            tokens=recipe.micro_batch_tokens,
+            pairs=recipe.memory.micro_batch_size,
+            pad_id=pad_id,
+            completion_only_loss=recipe.loss.completion_only_loss,
+        )
 
     @property
     def device(self) -> torch.device:
@@ -169,9 +174,6 @@ def load_pair_model(recipe: Recipe, base: Base, device: torch.device) -> PairMod
     if folder:
         set_adapter(pair_model, load_file(folder / "adapter_model.safetensors"))
     return pair_model
-
-
-META = torch.device("meta")
 
 
 def bare_pair_model(recipe: Recipe, config: Any, dtype: torch.dtype, device: torch.device = META) -> PairModel:

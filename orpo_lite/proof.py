@@ -11,6 +11,7 @@ from orpo_lite.data.tokens import TokenizedPair
 from orpo_lite.model import WAYS, PairModel, Way
 from orpo_lite.step.attention import UnsupportedError
 from orpo_lite.step.head import packed_logps
+from orpo_lite.step.losses import PairLogps
 
 
 def prove(model: PairModel, max_length: int) -> None:
@@ -39,42 +40,55 @@ SAID: dict[Way, str] = {
 
 def _disagreements(model: PairModel, max_length: int) -> dict[Way, str]:
     """Each way that differs from the model's own, and how."""
-    reasons: dict[Way, str] = {}
-    short = _random_pairs(model, [(24, 9, 13), (5, 1, 2), (1, 6, 3), (40, 2, 1), (16, 30, 20)])
+    config = model.config.get_text_config()
+    short = _random_pairs(config, [(24, 9, 13), (5, 1, 2), (1, 6, 3), (40, 2, 1), (16, 30, 20)])
     expected = _figures(model, short, "logits")
     bound = _bound(model, short, expected)
-    trials: list[tuple[Way, list[TokenizedPair], Tensor, str]] = []
-    trials = [(way, short, expected, "") for way in ("shared", "packed", "rows")]
-    config = model.config.get_text_config()
+    reasons: dict[Way, str] = {}
+
+    def compare(way: Way, pairs: list[TokenizedPair], wanted: Tensor, where: str = "") -> None:
+        if reason := _difference(model, pairs, way, wanted, bound):
+            reasons[way] = reason + where
+
+    compare("rows", short, expected)
+    packed = WAYS[WAYS.index(model.way) : WAYS.index("rows")]  # of "shared" and "packed" those that are asked for
+    if _positions_switch(config, max_length):
+        # Its position embedding depends on the longest sequence of a forward pass, so no two can share one.
+        return reasons | dict.fromkeys(packed, f"its rotary embedding changes within {max_length:,} tokens")
+    for way in packed:
+        compare(way, short, expected)
     window = _smallest_window(config)
     if window and window < max_length:
         half = window // 2
-        long = _random_pairs(model, [(half, window - half + 24, window - half + 9)])
-        rows = _figures(model, long, "logits")
-        trials += [(way, long, rows, f" beyond its window of {window:,} tokens") for way in ("shared", "packed")]
-    if _positions_switch(config, max_length):
-        # Its position embedding depends on the longest sequence of a forward pass, so no two can share one.
-        reasons |= dict.fromkeys(("shared", "packed"), f"its rotary embedding changes within {max_length:,} tokens")
-    for way, pairs, wanted, where in trials:
-        if way in reasons or WAYS.index(way) < WAYS.index(model.way):
-            continue
-        try:
-            found = _figures(model, pairs, way)
-        except (UnsupportedError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            reasons[way] = str(error).splitlines()[0] if isinstance(error, UnsupportedError) else repr(error)[:200]
-            continue
-        difference = float((found - wanted).abs().max())
-        if not difference <= bound:
-            reasons[way] = f"log-probabilities would differ by {difference:.2g}{where} (bound {bound:.2g})"
+        long = _random_pairs(config, [(half, window - half + 24, window - half + 9)])
+        # Where the head is proven, it spares the logits of all these tokens.
+        wanted = _figures(model, long, "logits" if "rows" in reasons else "rows")
+        for way in packed:
+            if way not in reasons:
+                compare(way, long, wanted, f" beyond its window of {window:,} tokens")
     return reasons
+
+
+def _difference(model: PairModel, pairs: list[TokenizedPair], way: Way, wanted: Tensor, bound: float) -> str:
+    """Why this way is not the model's own, or ""."""
+    try:
+        difference = float((_figures(model, pairs, way) - wanted).abs().max())
+    except UnsupportedError as error:
+        return str(error)
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        return repr(error)[:200]
+    return "" if difference <= bound else f"log-probabilities would differ by {difference:.2g} (bound {bound:.2g})"
 
 
 def _figures(model: PairModel, pairs: list[TokenizedPair], way: Way) -> Tensor:
     """Mean log-probabilities of chosen, rejected and of all chosen tokens, shape (3, P), float64."""
     batch = pack_pairs(pairs, completion_only_loss=False, share=way == "shared").to(model.device)
-    logps = packed_logps(model.score(batch, way), batch.spans)
+    return _stacked(packed_logps(model.score(batch, way), batch.spans))
+
+
+def _stacked(logps: PairLogps) -> Tensor:
     return torch.stack([logps.chosen_P, logps.rejected_P, logps.nll_P / logps.nll_tokens_P]).double()
 
 
@@ -83,17 +97,16 @@ def _bound(model: PairModel, pairs: list[TokenizedPair], expected: Tensor) -> fl
     dtype = model.causal.dtype
     if dtype in (torch.float64, torch.float32):
         return 1e-9 if dtype == torch.float64 else 2e-4
-    logps = model(pad_pairs(pairs, pad_id=0, completion_only_loss=False).to(model.device))
-    padded = torch.stack([logps.chosen_P, logps.rejected_P, logps.nll_P / logps.nll_tokens_P]).double()
+    padded = _stacked(model(pad_pairs(pairs, pad_id=0, completion_only_loss=False).to(model.device)))
     return min(max(4 * float((padded - expected).abs().max()), 0.03), 0.3)
 
 
-def _random_pairs(model: PairModel, lengths: list[tuple[int, int, int]]) -> list[TokenizedPair]:
+def _random_pairs(config: Any, lengths: list[tuple[int, int, int]]) -> list[TokenizedPair]:
     """Pairs of random tokens, (prompt, chosen, rejected) tokens each; the same ones at each start."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.arange(model.config.get_text_config().vocab_size)
-    special = {model.config.get_text_config().pad_token_id}  # some models mask it wherever it stands
-    ids = ids[[i not in special for i in ids.tolist()]] if len(ids) > 1 else ids
+    ids = torch.arange(config.vocab_size)
+    if config.pad_token_id is not None:  # some models mask it wherever it stands
+        ids = ids[ids != config.pad_token_id]
     pairs = []
     for prompt, chosen, rejected in lengths:
         drawn = ids[torch.randint(len(ids), (prompt + chosen + rejected,), generator=generator)].numpy()

@@ -289,6 +289,12 @@ class Recipe(Section):
         """``section.key`` -> "default", "NAME.yaml:LINE" or "command line"."""
         return {key: self._sources.get(key, "default") for key, _ in self.items()}
 
+    @property
+    def micro_batch_tokens(self) -> int:
+        """What memory.micro_batch_tokens comes to: auto lets the longest pair that shares nothing fit."""
+        tokens = self.memory.micro_batch_tokens
+        return 2 * self.data.max_length if tokens == "auto" else tokens
+
     def items(self) -> Iterator[tuple[str, Any]]:
         """Every ``section.key`` with its value, in the order of the schema."""
         for name in type(self).model_fields:

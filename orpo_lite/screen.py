@@ -49,16 +49,16 @@ def print_columns(rows: Sequence[Sequence[str]], *, right: bool = False) -> None
 
 def print_levers(recipe: "Recipe") -> None:
     """What the keys of ``memory`` make of a step, in words; none of them changes the result."""
-    memory, max_length = recipe.memory, recipe.data.max_length
+    memory = recipe.memory
     out.print("\na step")
     if not memory.packing:
         size = memory.micro_batch_size or 1
         out.print(f"  pads rows, {size} pair{'s' * (size > 1)} a forward pass, and holds all logits: the plain step")
     else:
-        tokens = 2 * max_length if memory.micro_batch_tokens == "auto" else memory.micro_batch_tokens
-        shared = "and the prompt of a pair once" if memory.prompt_sharing else "and the prompt of a pair twice"
+        shared = "once" if memory.prompt_sharing else "twice"
+        tokens = f"{recipe.micro_batch_tokens:,} tokens a forward pass"
         most = f", at most {memory.micro_batch_size} pairs" if memory.micro_batch_size else ""
-        out.print(f"  lays pairs end to end without padding, {shared}, {tokens:,} tokens a forward pass{most}")
+        out.print(f"  lays pairs end to end without padding, and the prompt of a pair {shared}, {tokens}{most}")
         chunk = {"auto": "a few rows of logits at a time", "none": "all logits of a forward pass"}
         out.print(f"  holds {chunk.get(str(memory.head_chunk), f'{memory.head_chunk} rows of logits at a time')}")
     layers = {"auto": "all layers", "all": "all layers", "none": "no layer", "0": "no layer"}

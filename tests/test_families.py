@@ -199,7 +199,7 @@ def test_a_window_that_is_not_kept_is_caught(name: str, monkeypatch: pytest.Monk
         return honest(*args, **kwargs | {"sliding_window": None})
 
     hf.AttentionInterface.register(attention.NAME, blind)
-    monkeypatch.setattr(proof, "_random_pairs", lambda model, lengths: short_pairs(model, lengths))
+    monkeypatch.setattr(proof, "_random_pairs", short_pairs)
     try:
         model = adapted(SHARED[name])
         prove(model, 256)
@@ -215,9 +215,9 @@ def test_a_window_that_is_not_kept_is_caught(name: str, monkeypatch: pytest.Monk
 random_pairs = proof._random_pairs
 
 
-def short_pairs(model: PairModel, lengths: list[tuple[int, int, int]]) -> list[TokenizedPair]:
+def short_pairs(config: Any, lengths: list[tuple[int, int, int]]) -> list[TokenizedPair]:
     """The long pair as it is, the others so short that no window matters."""
-    return random_pairs(model, lengths if len(lengths) == 1 else [(3, 2, 3), (1, 4, 2)])
+    return random_pairs(config, lengths if len(lengths) == 1 else [(3, 2, 3), (1, 4, 2)])
 
 
 def test_a_model_that_asks_for_a_mask_is_refused_by_name() -> None:

@@ -327,7 +327,7 @@ class Look:
                 out[key] = unpacked(value) if value.strip() else None
                 if isinstance(out[key], str):
                     raise fault(where, shown(self.taken.get(key, key)), "a text", f"{kind}, as in most rows")
-        if self.verdict and kind_of(out.get("better")) != "null":
+        if self.verdict and not is_blank(out.get("better")):
             verdict = self.verdict(out["better"])
             if verdict is None:
                 raise fault(where, shown(self.taken["better"]), seen(out, "better"), "one of the two answers, or a tie")

@@ -119,6 +119,11 @@ class Shape(NamedTuple):
     window: int | None
     softcap: float | None
 
+    @property
+    def window_size(self) -> tuple[int, int]:
+        """As FlashAttention counts it: tokens to the left, besides the query's own, and to the right."""
+        return (-1 if self.window is None else self.window - 1, 0)
+
 
 def choose_backend(query: Tensor, value: Tensor, softcap: float | None) -> str:
     """The fastest back-end that can do this: device, dtype, softcap and the size of a head decide."""
@@ -142,21 +147,19 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segmen
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v, lengths = _as_sequences(query, key, value, segments)
-    left = -1 if shape.window is None else shape.window - 1
     grouped = q.shape[1] != k.shape[1]
-    out: Tensor = varlen_attn(q, k, v, *lengths, scale=shape.scale, window_size=(left, 0), enable_gqa=grouped)  # type: ignore[assignment]
+    out: Tensor = varlen_attn(q, k, v, *lengths, scale=shape.scale, window_size=shape.window_size, enable_gqa=grouped)  # type: ignore[assignment]
     return out.transpose(0, 1).unsqueeze(0)
 
 
 def _flash_attn_varlen(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], shape: Shape) -> Tensor:
     """The package flash-attn where it is installed: the one fast kernel with a softcap."""
     q, k, v, lengths = _as_sequences(query, key, value, segments)
-    left = -1 if shape.window is None else shape.window - 1
     if q.is_meta:
-        out: Tensor = _Kept.apply(q, k, v)
+        out: Tensor = Kept.apply(q, k, v)
     else:
         options = {"softmax_scale": shape.scale, "causal": True, "softcap": shape.softcap or 0.0}
-        out = _flash_attn().flash_attn_varlen_func(q, k, v, *lengths, window_size=(left, 0), **options)
+        out = _flash_attn().flash_attn_varlen_func(q, k, v, *lengths, window_size=shape.window_size, **options)
     return out.transpose(0, 1).unsqueeze(0)
 
 
@@ -200,11 +203,12 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment]
     """torch's scaled_dot_product_attention, segment by segment; for cards before Ampere and for float32 there."""
     outs = []
     for segment in segments:
-        q = query[:, :, segment.start : segment.stop]
-        k, v = (_behind_prefix(tensor, segment) for tensor in (key, value))
+        prefix, own = slice(segment.prefix_start, segment.prefix_stop), slice(segment.start, segment.stop)
+        k, v = (_joined(tensor, prefix, own) for tensor in (key, value))
+        q = query[:, :, own]
         k, v = (tensor.repeat_interleave(q.shape[1] // tensor.shape[1], 1) for tensor in (k, v))
         if q.is_meta:  # there torch would take the way that keeps all scores
-            outs.append(_Kept.apply(q, k, v))
+            outs.append(Kept.apply(q, k, v))
             continue
         fits = shape.window is None or k.shape[2] <= shape.window
         sizes = (q.shape[2], k.shape[2])
@@ -213,7 +217,7 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment]
     return torch.cat(outs, 2)
 
 
-class _Kept(torch.autograd.Function):
+class Kept(torch.autograd.Function):
     """On meta: what a kernel without scores returns and keeps, for kernels that cannot run there."""
 
     @staticmethod
@@ -227,11 +231,10 @@ class _Kept(torch.autograd.Function):
         return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
 
 
-def _behind_prefix(tensor: Tensor, segment: Segment) -> Tensor:
-    own = tensor[:, :, segment.start : segment.stop]
-    if not segment.before:
-        return own
-    return torch.cat([tensor[:, :, segment.prefix_start : segment.prefix_stop], own], 2)
+def _joined(tensor: Tensor, prefix: slice, own: slice) -> Tensor:
+    """The tokens of a prefix, if there are any, and those behind it; without a prefix a view of the row."""
+    behind = tensor[:, :, own]
+    return torch.cat([tensor[:, :, prefix], behind], 2) if prefix.stop > prefix.start else behind
 
 
 def _mask(queries: int, keys: int, offset: int, window: int | None, like: Tensor) -> Tensor:
@@ -285,7 +288,8 @@ class _Blockwise(torch.autograd.Function):
         precise = torch.float64 if query.dtype == torch.float64 else torch.float32
         lse = torch.empty(batch, heads, tokens, dtype=precise, device=query.device)
         for block in _blocks(segments, shape.window, kernel.masks_causally):
-            q, k, v = query[:, :, block.start : block.stop], _keys(key, block), _keys(value, block)
+            q = query[:, :, block.start : block.stop]
+            k, v = (_joined(tensor, block.prefix, block.own) for tensor in (key, value))
             mask = _block_mask(block, q, k, shape, kernel)
             out[:, :, block.start : block.stop], lse[:, :, block.start : block.stop] = kernel.forward(
                 q, k, v, mask, shape
@@ -302,7 +306,8 @@ class _Blockwise(torch.autograd.Function):
         grad_q, grad_k, grad_v = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
         for block in _blocks(ctx.segments, shape.window, kernel.masks_causally):
             rows = slice(block.start, block.stop)
-            q, k, v = query[:, :, rows], _keys(key, block), _keys(value, block)
+            q = query[:, :, rows]
+            k, v = (_joined(tensor, block.prefix, block.own) for tensor in (key, value))
             mask = _block_mask(block, q, k, shape, kernel)
             found = kernel.backward(grad[:, :, rows], q, k, v, out[:, :, rows], lse[:, :, rows], mask, shape)
             grad_q[:, :, rows] = found[0]
@@ -311,11 +316,6 @@ class _Blockwise(torch.autograd.Function):
                 whole[:, :, block.prefix] += part[:, :, :size]
                 whole[:, :, block.own] += part[:, :, size:]
         return grad_q, grad_k, grad_v, None, None, None
-
-
-def _keys(tensor: Tensor, block: _Block) -> Tensor:
-    own = tensor[:, :, block.own]
-    return torch.cat([tensor[:, :, block.prefix], own], 2) if block.prefix.stop > block.prefix.start else own
 
 
 def _block_mask(block: _Block, q: Tensor, k: Tensor, shape: Shape, kernel: Any) -> Tensor | None:

@@ -6,8 +6,8 @@ All of it leaves loss and gradient as they are; a layer's second run is the same
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from inspect import signature
 from typing import Any
 
@@ -180,7 +180,7 @@ class _Tiles(torch.autograd.Function):
         x_TD, grad_TD = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         grad_x_TD = torch.empty_like(x_TD)
         sums: list[Tensor | None] = [None] * len(ctx.trained)
-        with _Rewound(ctx.anchor.random_state, x.device):
+        with _rewound(ctx.anchor.random_state, x.device):
             for start in range(0, len(x_TD), ctx.anchor.tokens):
                 part = slice(start, start + ctx.anchor.tokens)
                 with torch.enable_grad():
@@ -206,24 +206,16 @@ def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
 
-class _Rewound:
-    """The random state as it was, for a while."""
-
-    def __init__(self, state: tuple[Tensor, Tensor | None] | None, device: torch.device) -> None:
-        self.state, self.device = state, device
-
-    def __enter__(self) -> None:
-        self.before = _random_state(self.device) if self.state else None
-        self._set(self.state)
-
-    def __exit__(self, *_: object) -> None:
-        self._set(self.before)
-
-    def _set(self, state: tuple[Tensor, Tensor | None] | None) -> None:
+@contextmanager
+def _rewound(state: tuple[Tensor, Tensor | None] | None, device: torch.device) -> Iterator[None]:
+    """The random state as it was, for a while; None leaves it alone."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices, enabled=state is not None):
         if state is not None:
             torch.set_rng_state(state[0])
             if state[1] is not None:
-                torch.cuda.set_rng_state(state[1], self.device)
+                torch.cuda.set_rng_state(state[1], device)
+        yield
 
 
 # --- an embedding in host memory
