@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import convert_outputs_to_fp32
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedTokenizerFast
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
@@ -19,7 +19,7 @@ from orpo_lite.data.tokens import TokenizedPair
 
 
 def make_trainer(model: Any, tokenizer: PreTrainedTokenizerFast, lora: LoraConfig, folder: str, **changes: Any) -> Any:
-    """An ORPOTrainer on a 4-bit model, ready for :func:`train_step`."""
+    """An ORPOTrainer on a 4-bit model, ready for :func:`train_step`; accelerate wraps its forward as when it trains."""
     settings = {
         "bf16": True,
         "gradient_checkpointing": True,
@@ -34,10 +34,11 @@ def make_trainer(model: Any, tokenizer: PreTrainedTokenizerFast, lora: LoraConfi
         "remove_unused_columns": False,
     }
     arguments = ORPOConfig(output_dir=folder, use_cpu=not torch.cuda.is_available(), **(settings | changes))
+    disable_progress_bars()
     rows = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])  # its batches come from us
     trainer = ORPOTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer, peft_config=lora)
     trainer.create_optimizer()
-    trainer.model.train()
+    trainer.model_wrapped = trainer.accelerator.prepare_model(trainer.model.train())  # bf16 inside, float32 logits
     return trainer
 
 
@@ -51,7 +52,7 @@ def train_step(trainer: Any, pairs: Sequence[TokenizedPair]) -> float:
 def backward(trainer: Any, pairs: Sequence[TokenizedPair], share: float = 1.0) -> float:
     """Forward and backward of a micro-batch that is this share of its step; the loss."""
     trainer.current_gradient_accumulation_steps = 1 / share
-    return float(trainer.training_step(trainer.model, trainer.data_collator([_row(pair) for pair in pairs])))
+    return float(trainer.training_step(trainer.model_wrapped, trainer.data_collator([_row(pair) for pair in pairs])))
 
 
 def update(trainer: Any) -> None:

@@ -52,6 +52,8 @@ class PairModel(nn.Module):
         """Of the attention in packed rows: see :class:`orpo_lite.step.attention.Layout`."""
         self.notes: list[str] = []
         """What the person should know of this model's step, a line each."""
+        if getattr(self.config.get_text_config(), "output_router_logits", False):
+            self.notes.append("its routers' auxiliary loss (output_router_logits) is not added: ORPO's is all")
         self._own_attention = self.config._attn_implementation
 
     @property
@@ -75,21 +77,27 @@ class PairModel(nn.Module):
 
     def score(self, batch: PackedPairs, way: Way) -> Tensor:
         """Log-probabilities of the batch's scored rows by one of the ways, shape (N,)."""
+        if way == "logits" or self.chunk is None:
+            return pick(at_least_float32(self.row_logits(batch, way)), batch.targets_N)
+        return row_logps(self._hidden(batch, way), batch.rows_N, batch.targets_N, self.head, self.chunk)
+
+    def row_logits(self, batch: PackedPairs, way: Way) -> Tensor:
+        """The logits of the batch's scored rows, shape (N, V): all of them are held."""
+        if way == "logits":
+            return torch.cat([output.logits[0] for output in self._each_row(self.model, batch)])[batch.rows_N]
+        return self.head.logits(self._hidden(batch, way)[batch.rows_N])
+
+    def _hidden(self, batch: PackedPairs, way: Way) -> Tensor:
+        """After the last norm, shape (T, D)."""
         if way in ("shared", "packed"):
-            hidden_TD = self._packed_hidden(batch)
-        else:
-            run = self.model if way == "logits" else self._backbone
-            outputs = (
-                run(input_ids=batch.input_ids_T[start:stop].unsqueeze(0), use_cache=False)
-                for start, stop, *_ in batch.segments
-            )
-            if way == "logits":
-                logits_TV = torch.cat([output.logits[0] for output in outputs])
-                return pick(at_least_float32(logits_TV[batch.rows_N]), batch.targets_N)
-            hidden_TD = torch.cat([output.last_hidden_state[0] for output in outputs])
-        if self.chunk is None:
-            return pick(self.head.logits(hidden_TD[batch.rows_N]), batch.targets_N)
-        return row_logps(hidden_TD, batch.rows_N, batch.targets_N, self.head, self.chunk)
+            return self._packed_hidden(batch)
+        return torch.cat([output.last_hidden_state[0] for output in self._each_row(self._backbone, batch)])
+
+    @staticmethod
+    def _each_row(run: Any, batch: PackedPairs) -> Iterator[Any]:
+        """A sequence at a time, each by the model's own attention."""
+        for start, stop, *_ in batch.segments:
+            yield run(input_ids=batch.input_ids_T[start:stop].unsqueeze(0), use_cache=False)
 
     def _packed_hidden(self, batch: PackedPairs) -> Tensor:
         """After the last norm, shape (T, D); all segments in one row, each with its own positions."""
@@ -150,6 +158,18 @@ class PairModel(nn.Module):
                 yield
         finally:
             self.train(was_training)
+
+    @contextmanager
+    def without_dropout(self) -> Iterator[None]:
+        """Training as it is, but for the noise; gradients flow."""
+        noisy = [module for module in self.modules() if isinstance(module, nn.Dropout) and module.training]
+        for module in noisy:
+            module.eval()
+        try:
+            yield
+        finally:
+            for module in noisy:
+                module.train()
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

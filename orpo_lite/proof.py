@@ -1,5 +1,9 @@
-"""The step, proven on the loaded model before it trains: the model's own forward pass is the reference."""
+"""The step, proven on the loaded model before it trains: its own forward pass and gradient are the reference."""
 
+import logging
+import math
+import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +17,8 @@ from orpo_lite.step.attention import UnsupportedError
 from orpo_lite.step.head import packed_logps
 from orpo_lite.step.losses import PairLogps
 
+log = logging.getLogger(__name__)
+
 
 def prove(model: PairModel, max_length: int) -> None:
     """Let random pairs go the model's own way and ours, and take the fastest way that agrees; says so if it is another.
@@ -23,6 +29,8 @@ def prove(model: PairModel, max_length: int) -> None:
     """
     with model.evaluating():
         reasons = _disagreements(model, max_length)
+    with model.without_dropout():
+        reasons |= _wrong_gradients(model, [way for way in WAYS[WAYS.index(model.way) :] if way not in reasons])
     for way in WAYS[WAYS.index(model.way) :]:
         if way not in reasons:
             break
@@ -31,6 +39,7 @@ def prove(model: PairModel, max_length: int) -> None:
         model.way = way
 
 
+SHORT = [(24, 9, 13), (5, 1, 2), (1, 6, 3), (40, 2, 1), (16, 30, 20)]  # tokens of prompt, chosen, rejected
 SAID: dict[Way, str] = {
     "packed": "prompts are not shared",
     "rows": "pairs are neither packed nor shared: each sequence goes through the model by itself",
@@ -41,7 +50,9 @@ SAID: dict[Way, str] = {
 def _disagreements(model: PairModel, max_length: int) -> dict[Way, str]:
     """Each way that differs from the model's own, and how."""
     config = model.config.get_text_config()
-    short = _random_pairs(config, [(24, 9, 13), (5, 1, 2), (1, 6, 3), (40, 2, 1), (16, 30, 20)])
+    short = _random_pairs(config, SHORT)
+    if reason := _head_differs(model, short[0]):
+        return dict.fromkeys(WAYS[:-1], reason)
     expected = _figures(model, short, "logits")
     bound = _bound(model, short, expected)
     reasons: dict[Way, str] = {}
@@ -69,23 +80,87 @@ def _disagreements(model: PairModel, max_length: int) -> dict[Way, str]:
     return reasons
 
 
+@torch.no_grad()
+def _head_differs(model: PairModel, pair: TokenizedPair) -> str:
+    """Why ``model.head`` is not what the model does to its hidden states, or "".
+
+    Of the same hidden states, so what rounding explains is known: that of the logits themselves.
+    """
+    batch = pack_pairs([pair], completion_only_loss=False, share=False).to(model.device)
+    own, ours = (model.row_logits(batch, way).double() for way in ("logits", "rows"))
+    bound = {torch.float64: 1e-12, torch.float32: 1e-5}.get(model.causal.dtype, 2**-7)
+    difference = float((own - ours).norm() / own.norm())
+    return "" if difference <= bound else f"its logits are not its head's: they differ by {difference:.2%}"
+
+
 def _difference(model: PairModel, pairs: list[TokenizedPair], way: Way, wanted: Tensor, bound: float) -> str:
     """Why this way is not the model's own, or ""."""
     try:
         difference = float((_figures(model, pairs, way) - wanted).abs().max())
-    except UnsupportedError as error:
-        return str(error)
     except torch.OutOfMemoryError:
         raise
-    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-        return repr(error)[:200]
+    except (UnsupportedError, *THEIR_FAULTS) as error:
+        return _reason(error)
     return "" if difference <= bound else f"log-probabilities would differ by {difference:.2g} (bound {bound:.2g})"
+
+
+def _wrong_gradients(model: PairModel, ways: Sequence[Way]) -> dict[Way, str]:
+    """The first of these ways if its gradient is not the model's own, and so on with the next; {} if it is."""
+    reasons: dict[Way, str] = {}
+    if ways[0] == "logits":
+        return reasons
+    pairs = _random_pairs(model.config.get_text_config(), SHORT)
+    wanted = _gradient(model, pairs, "logits")
+    bound = {torch.float64: 1e-8, torch.float32: 1e-3}.get(model.causal.dtype)
+    if bound is None:  # half precision: measured between padded rows and single ones, both the model's own
+        bound = min(max(4 * _distance(_gradient(model, pairs, None), wanted), 0.05), 0.5)
+    for way in ways[:-1]:
+        try:
+            difference = _distance(_gradient(model, pairs, way), wanted)
+        except torch.OutOfMemoryError:
+            raise
+        except (UnsupportedError, *THEIR_FAULTS) as error:
+            reasons[way] = _reason(error)
+            continue
+        if difference <= bound:
+            break
+        reasons[way] = f"gradients would differ by {difference:.2%} (bound {bound:.2%})"
+    return reasons
+
+
+def _gradient(model: PairModel, pairs: list[TokenizedPair], way: Way | None) -> list[Tensor]:
+    """Of some sum of :func:`_figures`, by each trained parameter; ``way`` None is that of padded rows."""
+    figures = _padded(model, pairs) if way is None else _figures(model, pairs, way)
+    weights_3 = figures.new_tensor([1.0, -2.0, 0.5])
+    trained = [parameter for _, parameter in model.trained()]
+    return list(torch.autograd.grad((weights_3 @ figures).sum(), trained, allow_unused=True, materialize_grads=True))
+
+
+def _distance(found: list[Tensor], wanted: list[Tensor]) -> float:
+    """The norm of the difference over that of what is wanted."""
+    between = sum(float((a - b).double().square().sum()) for a, b in zip(found, wanted, strict=True))
+    return math.sqrt(between / max(sum(float(b.double().square().sum()) for b in wanted), 1e-300))
+
+
+THEIR_FAULTS = (TypeError, ValueError, AttributeError, RuntimeError)  # of a model that does not take packed rows
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnsupportedError):
+        return str(error)
+    log.warning("a packed row of random tokens failed", exc_info=error)
+    return f"its code does not take packed rows ({type(error).__name__}; train.log has the place)"
 
 
 def _figures(model: PairModel, pairs: list[TokenizedPair], way: Way) -> Tensor:
     """Mean log-probabilities of chosen, rejected and of all chosen tokens, shape (3, P), float64."""
     batch = pack_pairs(pairs, completion_only_loss=False, share=way == "shared").to(model.device)
     return _stacked(packed_logps(model.score(batch, way), batch.spans))
+
+
+def _padded(model: PairModel, pairs: list[TokenizedPair]) -> Tensor:
+    """:func:`_figures` of padded rows, by the model's own logits."""
+    return _stacked(model(pad_pairs(pairs, pad_id=0, completion_only_loss=False).to(model.device)))
 
 
 def _stacked(logps: PairLogps) -> Tensor:
@@ -97,8 +172,7 @@ def _bound(model: PairModel, pairs: list[TokenizedPair], expected: Tensor) -> fl
     dtype = model.causal.dtype
     if dtype in (torch.float64, torch.float32):
         return 1e-9 if dtype == torch.float64 else 2e-4
-    padded = _stacked(model(pad_pairs(pairs, pad_id=0, completion_only_loss=False).to(model.device)))
-    return min(max(4 * float((padded - expected).abs().max()), 0.03), 0.3)
+    return min(max(4 * float((_padded(model, pairs) - expected).abs().max()), 0.03), 0.3)
 
 
 def _random_pairs(config: Any, lengths: list[tuple[int, int, int]]) -> list[TokenizedPair]:
@@ -115,12 +189,15 @@ def _random_pairs(config: Any, lengths: list[tuple[int, int, int]]) -> list[Toke
     return pairs
 
 
+WINDOW = re.compile(r"^(?!.*(layer|pattern)).*window|attention_chunk_size")  # not Qwen's max_window_layers
+
+
 def _smallest_window(config: Any) -> int | None:
-    """Tokens that the narrowest layer looks back on; None where all see everything."""
+    """Tokens that the narrowest layer looks back on, whatever the model calls them; None where all see everything."""
     if getattr(config, "use_sliding_window", True) is False:
         return None
-    sizes = [getattr(config, key, None) for key in ("sliding_window", "attention_chunk_size")]
-    return min((size for size in sizes if size), default=None)
+    named = [value for key, value in config.to_dict().items() if WINDOW.search(key)]
+    return min((size for size in named if isinstance(size, int) and size > 1), default=None)
 
 
 def _positions_switch(config: Any, max_length: int) -> bool:

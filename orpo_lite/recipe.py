@@ -738,8 +738,17 @@ def _contradictions(recipe: Recipe) -> Iterator[RecipeError]:
             recipe.sources["data.test_split_size"], f"data.test_split_size: {data.test_split_size}",
             "a share below 1, or a whole number of pairs",
         )  # fmt: skip
-    if memory.prompt_sharing and not memory.packing and recipe.sources["memory.prompt_sharing"] != "default":
-        yield fault("memory.prompt_sharing", "memory.packing", "packed rows", "memory.packing=true")
+    # A run's own recipe holds every key: that one stands there says nothing, that it differs from its default does.
+    asked = {"prompt_sharing": recipe.sources["memory.prompt_sharing"] == "command line" and memory.prompt_sharing}
+    asked |= {"micro_batch_tokens": memory.micro_batch_tokens != "auto"}
+    asked |= {"head_chunk": memory.head_chunk not in ("auto", "none")}
+    for key in [key for key, is_asked in asked.items() if is_asked and not memory.packing]:
+        yield fault(f"memory.{key}", "memory.packing", "packed rows, not padded ones", "memory.packing=true")
+    if memory.checkpoint_offload and memory.activation_checkpointing in ("none", 0):
+        yield fault(
+            "memory.checkpoint_offload", "memory.activation_checkpointing", "checkpoints that could be moved",
+            "memory.activation_checkpointing=all",
+        )  # fmt: skip
     if not recipe.quantization.load_in_4bit and recipe.quantization.bnb_4bit_compute_dtype != "auto":
         yield fault(
             "quantization.load_in_4bit", "quantization.bnb_4bit_compute_dtype", "a 4-bit base to compute with",

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from torch.nn.parallel import DistributedDataParallel
 from transformers import enable_full_determinism
 
 from orpo_lite import checkpoint, demo, run
@@ -99,6 +100,8 @@ def training(recipe: Recipe, *, resume: bool = False) -> Generator[Update, None,
             stack.enter_context(run.locked(path))
             stack.enter_context(run.logged(path))
         stop = stack.enter_context(_signals())
+        if recipe.training.full_determinism:
+            stack.enter_context(_deterministic(recipe))
         try:
             return (yield from _train(resolved, ready, path, accelerator, stop, resume=resume))
         except torch.OutOfMemoryError as error:
@@ -286,17 +289,46 @@ def _update(loaded: _Loaded, loss: float, max_grad_norm: float) -> tuple[float, 
     return norm, finite
 
 
+def wrap(pair_model: PairModel, accelerator: Accelerator) -> torch.nn.Module:
+    """The model for this process; among several, one whose gradients are averaged.
+
+    Frozen tensors are the same in all of them, and may be in host memory: only the adapter is looked at.
+    """
+    named = [*pair_model.named_parameters(), *pair_model.named_buffers()]
+    frozen = [name for name, tensor in named if not tensor.requires_grad]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(pair_model, frozen)  # type: ignore[no-untyped-call]
+    wrapped: torch.nn.Module = accelerator.prepare_model(pair_model, device_placement=False)
+    return wrapped
+
+
 def _load(recipe: Recipe, base: Base, accelerator: Accelerator) -> _Loaded:
-    if recipe.training.full_determinism:
-        enable_full_determinism(recipe.training.seed, warn_only=True)
     pair_model = load_pair_model(recipe, base, accelerator.device)
     if recipe.memory.packing:
         prove(pair_model, recipe.data.max_length)
     trained = [parameter for _, parameter in pair_model.trained()]
     is_half = choose_dtype(recipe.model.dtype, accelerator.device) == torch.float16
     scaler = torch.amp.GradScaler(accelerator.device.type, enabled=is_half)
-    model = accelerator.prepare_model(pair_model, device_placement=False)
+    model = wrap(pair_model, accelerator)
     return _Loaded(model, pair_model, trained, make_optimizer(recipe, trained), scaler)
+
+
+@contextmanager
+def _deterministic(recipe: Recipe) -> Iterator[None]:
+    """Kernels that give the same bits each time, while this lasts; an operation that has none ends the run.
+
+    Only warned of it, FlashAttention's backward pass would stay as it is (torch, Context.h).
+    """
+    enable_full_determinism(recipe.training.seed)
+    try:
+        yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        found = f"an operation of this model has no deterministic kernel ({str(error).split('.')[0]})"
+        where = f"training.full_determinism ({recipe.sources['training.full_determinism']})"
+        raise RecipeError(where, found, "", "training.full_determinism=false") from error
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def _restore(path: Path, loaded: _Loaded, accelerator: Accelerator) -> Generator[Update, None, dict[str, Any]]:

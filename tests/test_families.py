@@ -1,5 +1,6 @@
 """Real architectures, small and random: the step equals the model's own forward pass, or the proof refuses it."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -164,16 +165,78 @@ class TwistedLlama(hf.LlamaForCausalLM):
         return output
 
 
-def test_an_unknown_change_of_the_logits_is_caught() -> None:
-    def make() -> Any:
-        plain = tiny_llama(98)
-        twisted = TwistedLlama(plain.config)
-        twisted.load_state_dict(plain.state_dict())
-        return twisted
+def twisted() -> Any:
+    plain = tiny_llama(98)
+    model = TwistedLlama(plain.config)
+    model.load_state_dict(plain.state_dict())
+    return model
 
-    model = adapted(make)
+
+def test_an_unknown_change_of_the_logits_is_caught() -> None:
+    model = adapted(twisted)
     compare(model, "logits")
     assert "all its logits" in model.notes[-1]
+
+
+@pytest.mark.parametrize("scale", [1.02, 1.0])
+def test_a_mild_one_is_caught_in_bfloat16_too(scale: float) -> None:
+    """Far within what rounding does to log-probabilities; the logits of the same hidden states tell."""
+    model = adapted(lambda: tiny_llama(98)).to(torch.bfloat16)
+    plain = model.causal.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        output = plain(*args, **kwargs)
+        output.logits = output.logits * scale
+        return output
+
+    model.causal.forward = forward
+    prove(model, 256)
+    assert model.way == ("shared" if scale == 1 else "logits")
+
+
+def test_a_wrong_gradient_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Log-probabilities are right, but packed rows learn nothing through the values of their attention."""
+    honest = attention.pair_attention
+
+    def detached(module: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return honest(module, q, k, v.detach(), *args, **kwargs)
+
+    hf.AttentionInterface.register(attention.NAME, detached)
+    try:
+        model = adapted(SHARED["llama"])
+        prove(model, 256)
+    finally:
+        hf.AttentionInterface.register(attention.NAME, honest)
+    assert model.way == "rows"
+    assert "gradients would differ by" in model.notes[-1]
+
+
+def test_code_that_takes_no_packed_row_is_named_in_words() -> None:
+    model = adapted(lambda: hf.FalconForCausalLM(hf.FalconConfig(alibi=True, **(SIZES | IDS))))
+    prove(model, 256)
+    assert model.way == "rows"
+    assert not re.search("[(]'|TypeError[(]|got an unexpected", model.notes[-1]), model.notes
+
+
+@pytest.mark.parametrize(
+    ("keys", "window"),
+    [
+        ({"sliding_window": 8, "max_window_layers": 4}, 8),
+        ({"sliding_window": 8, "use_sliding_window": False}, None),
+        ({"window_size": 16, "_sliding_window_pattern": 6}, 16),
+        ({"attention_window_size": 32}, 32),
+        ({"attention_chunk_size": 64, "sliding_window": None}, 64),
+        ({}, None),
+    ],
+)
+def test_a_window_is_known_by_any_name(keys: dict[str, Any], window: int | None) -> None:
+    assert proof._smallest_window(hf.PretrainedConfig(**keys)) == window
+
+
+def test_an_auxiliary_loss_is_said_to_be_left_out() -> None:
+    model = adapted(family("Mixtral", GROUPED, num_local_experts=4, num_experts_per_tok=2, output_router_logits=True))
+    prove(model, 256)
+    assert (model.way, "auxiliary loss" in model.notes[0]) == ("shared", True)
 
 
 class PeekingLlama(hf.LlamaForCausalLM):

@@ -42,10 +42,10 @@ def test_a_kernel_equals_the_formula(backend: str, window: int | None) -> None:
         assert (found - expected).norm() < 0.02 * expected.norm()
 
 
-def built(**memory: Any) -> PairModel:
+def built(dtype: torch.dtype = torch.bfloat16, **memory: Any) -> PairModel:
     torch.manual_seed(0)
     config = tiny_llama(98, num_hidden_layers=4).config
-    model = bare_pair_model(recipe(**memory), config, torch.bfloat16, CUDA)
+    model = bare_pair_model(recipe(**memory), config, dtype, CUDA)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for _, parameter in model.trained():
@@ -81,7 +81,32 @@ def test_a_lever_changes_nothing_but_roundings(lever: str) -> None:
     assert (found[0][1] - found[1][1]).norm() < 1e-3 * gradient.norm()
 
 
-def test_the_proof_passes_on_a_gpu() -> None:
-    model = built()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_proof_passes_on_a_gpu(dtype: torch.dtype) -> None:
+    model = built(dtype)
     prove(model, 256)
     assert (model.way, model.notes) == ("shared", [])
+
+
+def test_a_softcap_is_kept() -> None:
+    """By flash-attn where it is installed, else by the formula."""
+    query, key, value = (drawn(1, heads, 24, 64, seed=heads).bfloat16() for heads in (8, 2, 2))
+    shape = Shape(0.125, None, 5.0)
+    name = attention.choose_backend(query, value, 5.0)
+    found = attention.BACKENDS[name](query, key, value, SEGMENTS, shape)  # type: ignore[arg-type]
+    expected = attention.BACKENDS["maths"](query.float(), key.float(), value.float(), SEGMENTS, shape)  # type: ignore[arg-type]
+    assert (found - expected).norm() < 0.02 * expected.norm()
+
+
+def test_an_evaluation_in_between_changes_no_bit() -> None:
+    model = built()
+    torch.use_deterministic_algorithms(True)
+    try:
+        loss, gradient = step(model)
+        with model.evaluating():
+            model(make_batch(ragged_pairs(4, vocab_size=98), model.batching(recipe(), pad_id=0)).to(CUDA))
+        other, again = step(model)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(loss, other)
+    assert torch.equal(gradient, again)

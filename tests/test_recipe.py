@@ -346,7 +346,20 @@ CONTRADICTIONS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
         ("memory.packing=false", "memory.prompt_sharing=true"),
         ("memory.prompt_sharing: True", "memory.packing: False", "packed rows"),
     ),
+    (("memory.packing=false", "memory.head_chunk=64"), ("memory.head_chunk: 64", "memory.packing: False")),
+    (("memory.packing=false", "memory.micro_batch_tokens=64"), ("memory.micro_batch_tokens: 64", "packed rows")),
+    (
+        ("memory.checkpoint_offload=true", "memory.activation_checkpointing=none"),
+        ("memory.checkpoint_offload: True", "memory.activation_checkpointing: none", "=all"),
+    ),
 ]
+
+
+@pytest.mark.parametrize("override", ["memory.packing=false", "memory.activation_checkpointing=none", "lora.r=4"])
+def test_a_runs_own_recipe_names_every_key_and_contradicts_nothing(write: Write, tmp_path: Path, override: str) -> None:
+    recipe = load_recipe(write(MINIMAL), [override])
+    (tmp_path / "whole.yaml").write_text(recipe.to_yaml())
+    assert load_recipe(str(tmp_path / "whole.yaml")).model_dump() == recipe.model_dump()
 
 
 @pytest.mark.parametrize(("overrides", "expected"), CONTRADICTIONS)

@@ -19,7 +19,7 @@ from orpo_lite.data.tokens import TokenizedPair
 from orpo_lite.model import PairModel
 from orpo_lite.recipe import Recipe, load_recipe
 from orpo_lite.step.losses import Divisors, orpo_loss
-from orpo_lite.train import accumulate, seed_dropout
+from orpo_lite.train import accumulate, wrap, seed_dropout
 
 PADDED = Batching(packed=False, share=False, tokens=0, pairs=2, pad_id=0, completion_only_loss=False)
 PACKED = replace(PADDED, packed=True, share=True, tokens=60)
@@ -188,9 +188,10 @@ def gradients_of_processes(folder: str) -> None:
     """What each of the launched processes runs: three steps' gradients through DDP, saved by the first."""
     accelerator = Accelerator(cpu=True)
     model = lora_model(tiny_llama())
-    wrapped = accelerator.prepare_model(model, device_placement=False)
+    wrapped = wrap(model, accelerator)
     assert accelerator.num_processes == 2
     assert isinstance(wrapped, torch.nn.parallel.DistributedDataParallel)
+    assert len(wrapped._module_parameters) == len(model.trained())  # an embedding in host memory would be refused
     saved = {}
     for reduction, only in REDUCTIONS:
         for count in (8, 7, 1):  # an uneven share; a process with no pair at all

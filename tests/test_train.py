@@ -418,6 +418,26 @@ def test_the_levers_of_memory_change_no_run(small_recipe: Build) -> None:
         assert (other_weights[tensor_name] - tensor).norm() <= 1e-3 * tensor.norm() + 1e-5
 
 
+def test_full_determinism_trains_and_ends_with_the_run(small_recipe: Build) -> None:
+    _, result = train_all(small_recipe("training.full_determinism=true", "training.max_steps=2"))
+    assert result.steps == 2
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_an_operation_without_a_deterministic_kernel_is_named(
+    small_recipe: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def explode(*_: object) -> None:
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()  # with it, FlashAttention would stay as it is
+        raise RuntimeError("kthvalue CUDA does not have a deterministic implementation, but you set more.")
+
+    monkeypatch.setattr(train_module(), "accumulate", explode)
+    with pytest.raises(RecipeError, match=r"kthvalue CUDA.*\n.*training\.full_determinism=false"):
+        train_all(small_recipe("training.full_determinism=true"))
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 def test_a_run_says_when_its_base_cannot_share_prompts(small_recipe: Build, workspace: Path) -> None:
     shape = {"hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 99, "initializer_range": 0.2}
     write_base(workspace / "bloom", BloomForCausalLM(BloomConfig(**shape, bos_token_id=1, eos_token_id=2)))

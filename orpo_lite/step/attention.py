@@ -132,7 +132,7 @@ def choose_backend(query: Tensor, value: Tensor, softcap: float | None) -> str:
         return "flash_cpu" if softcap is None and square else "maths"
     half = query.dtype in (torch.float16, torch.bfloat16)
     ampere = query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0)
-    if half and ampere and square and query.shape[-1] <= 256:
+    if half and ampere and square and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0:
         if softcap is None:
             return "varlen"
         return "flash_attn" if _flash_attn() else "maths"
@@ -159,6 +159,7 @@ def _flash_attn_varlen(query: Tensor, key: Tensor, value: Tensor, segments: Sequ
         out: Tensor = Kept.apply(q, k, v)
     else:
         options = {"softmax_scale": shape.scale, "causal": True, "softcap": shape.softcap or 0.0}
+        options["deterministic"] = torch.are_deterministic_algorithms_enabled()
         out = _flash_attn().flash_attn_varlen_func(q, k, v, *lengths, window_size=shape.window_size, **options)
     return out.transpose(0, 1).unsqueeze(0)
 
