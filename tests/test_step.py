@@ -19,7 +19,7 @@ from orpo_lite.data.tokens import TokenizedPair
 from orpo_lite.model import PairModel
 from orpo_lite.recipe import Recipe, load_recipe
 from orpo_lite.step.losses import Divisors, orpo_loss
-from orpo_lite.train import accumulate, wrap, seed_dropout
+from orpo_lite.train import accumulate, seed_dropout, wrap
 
 PADDED = Batching(packed=False, share=False, tokens=0, pairs=2, pad_id=0, completion_only_loss=False)
 PACKED = replace(PADDED, packed=True, share=True, tokens=60)
