@@ -47,12 +47,12 @@ from benchmarks import lengths, peers
 from benchmarks.data import processor
 from orpo_lite.data.packing import make_batch, micro_batches, nll_tokens, pack_pairs
 from orpo_lite.data.tokens import TokenizedPair
+from orpo_lite.meter import LiveBytes
 from orpo_lite.model import META, PairModel, bare_base, bare_pair_model, load_pair_model
 from orpo_lite.recipe import Recipe
 from orpo_lite.step import attention
 from orpo_lite.step.head import Head, chunk_rows, row_logps
 from orpo_lite.step.losses import Divisors, orpo_loss
-from orpo_lite.step.memory import LiveBytes
 
 SETS = {"hh": "hh-rlhf", "alpaca": "alpaca-prefs"}
 BATCH = 8

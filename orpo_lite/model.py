@@ -50,6 +50,8 @@ class PairModel(nn.Module):
         """How packed pairs go; ``proof.prove`` takes a plainer one where this model needs it."""
         self.backend = "auto"
         """Of the attention in packed rows: see :class:`orpo_lite.step.attention.Layout`."""
+        self.planned: str | None = None
+        """On meta: the kind of device that is meant."""
         self.notes: list[str] = []
         """What the person should know of this model's step, a line each."""
         if getattr(self.config.get_text_config(), "output_router_logits", False):
@@ -101,7 +103,7 @@ class PairModel(nn.Module):
 
     def _packed_hidden(self, batch: PackedPairs) -> Tensor:
         """After the last norm, shape (T, D); all segments in one row, each with its own positions."""
-        layout = Layout(tuple(Segment(*numbers) for numbers in batch.segments), self.backend)
+        layout = Layout(tuple(Segment(*numbers) for numbers in batch.segments), self.backend, self.planned)
         ids, positions = batch.input_ids_T.unsqueeze(0), batch.position_ids_T.unsqueeze(0)
         with self.attending(layout):
             output = self._backbone(input_ids=ids, position_ids=positions, use_cache=False)

@@ -50,6 +50,8 @@ class Layout:
     segments: tuple[Segment, ...]
     backend: str = "auto"
     """auto, or one of BACKENDS: flash_cpu, varlen, flash_attn, sdpa, maths."""
+    planned: str | None = None
+    """On meta: the kind of device that is meant (:func:`device_kind`)."""
 
 
 _current: ContextVar[Layout | None] = ContextVar("layout", default=None)
@@ -108,7 +110,7 @@ def pair_attention(
     if wanted or layout is None:
         raise UnsupportedError(f"the model asks its attention for {', '.join(wanted)}")
     shape = Shape(scaling or query.shape[-1] ** -0.5, sliding_window, softcap)
-    name = layout.backend if layout.backend != "auto" else choose_backend(query, value, softcap)
+    name = layout.backend if layout.backend != "auto" else choose_backend(query, value, softcap, layout.planned)
     return BACKENDS[name](query, key, value, layout.segments, shape).transpose(1, 2), None
 
 
@@ -125,18 +127,25 @@ class Shape(NamedTuple):
         return (-1 if self.window is None else self.window - 1, 0)
 
 
-def choose_backend(query: Tensor, value: Tensor, softcap: float | None) -> str:
+def choose_backend(query: Tensor, value: Tensor, softcap: float | None, planned: str | None = None) -> str:
     """The fastest back-end that can do this: device, dtype, softcap and the size of a head decide."""
+    kind = planned or device_kind(query.device)
     square = query.shape[-1] == value.shape[-1]
-    if query.device.type == "cpu" or query.is_meta:
+    if kind == "cpu":
         return "flash_cpu" if softcap is None and square else "maths"
     half = query.dtype in (torch.float16, torch.bfloat16)
-    ampere = query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0)
-    if half and ampere and square and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0:
+    if half and kind == "ampere" and square and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0:
         if softcap is None:
             return "varlen"
         return "flash_attn" if _flash_attn() else "maths"
     return "sdpa" if softcap is None else "maths"
+
+
+def device_kind(device: torch.device) -> str:
+    """cpu; ampere for that generation of NVIDIA's cards and later ones; cuda for those before."""
+    if device.type != "cuda":
+        return "cpu"
+    return "ampere" if torch.cuda.get_device_capability(device) >= (8, 0) else "cuda"
 
 
 # --- kernels of whole rows: flash attention over sequences of different lengths
@@ -148,6 +157,8 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segmen
 
     q, k, v, lengths = _as_sequences(query, key, value, segments)
     grouped = q.shape[1] != k.shape[1]
+    if q.is_meta:
+        return Kept.apply(q, k, v).transpose(0, 1).unsqueeze(0)  # type: ignore[no-any-return]
     out: Tensor = varlen_attn(q, k, v, *lengths, scale=shape.scale, window_size=shape.window_size, enable_gqa=grouped)  # type: ignore[assignment]
     return out.transpose(0, 1).unsqueeze(0)
 
@@ -219,7 +230,11 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment]
 
 
 class Kept(torch.autograd.Function):
-    """On meta: what a kernel without scores returns and keeps, for kernels that cannot run there."""
+    """On meta: what a kernel without scores returns, keeps and needs for itself, for kernels that cannot run there.
+
+    FlashAttention's backward pass sums the queries' gradient in float32, and the keys' and values' a query head each
+    where heads share them (flash-attn's mha_varlen_bwd: dq_accum, dk_expanded, dv_expanded); others need no more.
+    """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -229,7 +244,12 @@ class Kept(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_grads: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+        query, key, value = ctx.saved_tensors[:3]
+        group = query.shape[1] // key.shape[1]
+        _workspace = [query.new_empty(query.shape, dtype=torch.float32)]
+        if group > 1:
+            _workspace += [tensor.new_empty(group * tensor.numel()) for tensor in (key, value)]
+        return tuple(torch.empty_like(tensor) for tensor in (query, key, value))
 
 
 def _joined(tensor: Tensor, prefix: slice, own: slice) -> Tensor:
