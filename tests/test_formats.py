@@ -1322,6 +1322,14 @@ def test_replies_that_are_json_of_nothing_known_are_offered_as_texts() -> None:
     refused([{"prompt": Q, "chosen": text, "rejected": text}] * 2, "data.format=explicit")
 
 
+def test_tools_in_every_row_are_refused_for_what_they_are() -> None:
+    gave = {"role": "tool", "content": "21 degrees"}
+    sides = {side: [gave, {"role": "model", "content": f"It is {side}."}] for side in ("chosen", "rejected")}
+    error = refused([sides] * 3)
+    assert "; turns of tool are not read" in error
+    assert "no setting helps: leave out the rows with tools, or write each call" in error
+
+
 def test_a_first_row_in_place_of_the_names_is_suspected() -> None:
     row = {"Name a colour.": "Name a number.", "It is blue.": "Seven.", "It is seven.": "Blue."}
     with pytest.raises(DataError) as raised:
@@ -1410,6 +1418,16 @@ TEXTS = {"prompt": "Name a colour.", "chosen": "Blue.", "rejected": "Seven."}
             "implicit",
             WHOLE | {"chosen": [user(Q), {"role": "assistant", "content": None, "tool_calls": [{}]}]},
             "field chosen[1]: a call of a tool",
+        ),
+        (
+            "implicit",
+            WHOLE | {"rejected": [user(Q), {**bot("I look it up."), "function_call": {"name": "f"}}, bot("b")]},
+            "field rejected[1]: a call of a tool",
+        ),
+        (
+            "implicit",
+            WHOLE | {"chosen": [user(Q), {"role": "ipython", "content": "x"}, bot("b")]},
+            "field chosen[1].role: 'ipython', a tool's turn",
         ),
         ("messages", WHOLE | {"rejected": []}, "field rejected: an empty list"),
         ("messages", {"chosen": [bot("a")], "rejected": [bot("b")]}, "field prompt: missing"),

@@ -621,6 +621,27 @@ def test_a_hub_fault_names_the_set_and_the_remedy(monkeypatch: pytest.MonkeyPatc
     assert "o/split" in raised.value.where
 
 
+def test_rows_with_tools_are_one_fault_with_their_count(tmp_path: Path) -> None:
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "weather", "arguments": "{}"}}]}
+    asked = [user("q"), call, {"role": "tool", "content": "21"}]
+    rows = [LISTS] * 2 + [{"chosen": [*asked, bot("a")], "rejected": [*asked, bot("b")]}] * 30
+    rows += [{"chosen": [user("q"), {"role": "tool", "content": "21"}, bot("a")], "rejected": LISTS["rejected"]}]
+    with pytest.raises(DataError) as raised:
+        read(write_jsonl(tmp_path / "tools.jsonl", rows))
+    text = message(raised)
+    assert text.startswith("tools.jsonl:3, field chosen[1]: a call of a tool; rows with tools: 31\n")
+    assert text.count("tools.jsonl") == 1
+    assert "leave out the rows with tools, or write each call and what it gave as text" in text
+    with pytest.raises(DataError, match=r"\A2 faults:\ntools.jsonl:3, .* rows with tools: 31\n(.|\n)*tools.jsonl:34,"):
+        read(write_jsonl(tmp_path / "tools.jsonl", [*rows, {"chosen": [user("q")], "rejected": LISTS["rejected"]}]))
+
+
+def test_a_call_of_no_tool_is_none(tmp_path: Path) -> None:
+    plain = [user("q"), {**bot("a"), "tool_calls": [], "function_call": None}]
+    pairs, _ = read(write_jsonl(tmp_path / "plain.jsonl", [LISTS | {"chosen": plain}] * 2))
+    assert [pair.chosen for pair in pairs] == ["a", "a"]
+
+
 def test_the_lines_for_a_rival_that_comes_late_work_when_pasted(tmp_path: Path) -> None:
     late = [row | {"context": "Some background."} if i >= 100 else row for i, row in enumerate(some_rows(150))]
     file = write_jsonl(tmp_path / "late.jsonl", late)

@@ -45,6 +45,8 @@ from orpo_lite.data.readers import (
     READERS,
     ROLES,
     SHAREGPT_ROLES,
+    TOOL_ROLES,
+    WITHOUT_TOOLS,
     Message,
     Pair,
     Reader,
@@ -543,8 +545,10 @@ def _refuse_roles(look: Look) -> None:
         roles = dict.fromkeys(str(item.get(speaker)) for item in messages if is_message(item))
         if strange := [f"{role!r:.24}" for role in roles if role not in known]:
             found = f"the messages of {shown(column)} have roles that are not known: {', '.join(strange[:5])}"
-            remedy = "no setting helps: leave out the rows that have others, or write their turns in these"
-            raise DataError("data.format", found, f"the roles {', '.join(known)}", remedy)
+            remedy = "leave out the rows that have others, or write their turns in these"
+            if tools := [role for role in roles if role in TOOL_ROLES]:
+                found, remedy = f"{found}; turns of {' and '.join(tools)} are not read", WITHOUT_TOOLS
+            raise DataError("data.format", found, f"the roles {', '.join(known)}", f"no setting helps: {remedy}")
 
 
 # --- what a column's name says; only ever a suggestion in an error message: by these words alone no column is taken
