@@ -1322,6 +1322,47 @@ def test_replies_that_are_json_of_nothing_known_are_offered_as_texts() -> None:
     refused([{"prompt": Q, "chosen": text, "rejected": text}] * 2, "data.format=explicit")
 
 
+NO_MESSAGES = [
+    {"role": "nurse", "shift": 3},
+    {"from": "Berlin", "to": "Paris"},
+    {"role": "assistant", "name": "Ada"},
+    {"role": "user", "content": "Blue."},
+    [{"role": "user", "content": "Blue."}],
+]
+
+
+@pytest.mark.parametrize("reply", NO_MESSAGES)
+@pytest.mark.parametrize("column", ["prompt", "question", "ask"])
+def test_json_that_only_looks_like_messages_is_offered_as_texts(reply: Any, column: str) -> None:
+    sides = {"chosen": json.dumps(reply), "rejected": json.dumps(reply) + " "}
+    rows = [{column: f"Write {i} as JSON.", **sides} for i in range(4)]
+    pasted: dict[str, Any] = {"name": "explicit", "column_map": {"prompt": "ask"} if column == "ask" else {}}
+    lines = ["data.format=explicit", *(["data.column_map=prompt=ask"] if column == "ask" else [])]
+    refused(rows, *lines)
+    assert [(pair.messages, pair.chosen) for pair in read(rows, **pasted)] == [
+        ((user(row[column]),), row["chosen"]) for row in rows
+    ]
+
+
+def test_a_message_in_a_text_is_read_and_the_other_reading_said() -> None:
+    rows = [{"prompt": Q, "chosen": json.dumps(bot("Blue.")), "rejected": json.dumps(bot("Seven."))}] * 3
+    detected, _ = detect(rows)
+    assert "(JSON in texts, which data.format=explicit would read as they are)" in detected.sentence
+    assert [pair.chosen for pair in read(rows)] == ["Blue."] * 3
+    assert [pair.chosen for pair in read(rows, name="explicit")] == [rows[0]["chosen"]] * 3
+    # Beside a prompt that is itself a list of messages, no setting reads them as texts.
+    listed = [row | {"prompt": json.dumps([user(Q)])} for row in rows]
+    assert "data.format" not in detect(listed)[0].sentence
+
+
+def test_tools_in_json_are_tools_and_no_texts() -> None:
+    asked = [user(Q), {"role": "tool", "content": "x"}]
+    sides = {side: json.dumps([*asked, bot(side)]) for side in ("chosen", "rejected")}
+    detected, (row, *_) = detect([{"prompt": Q, **sides}] * 3)
+    with pytest.raises(DataError, match="a tool's turn"):
+        detected.read(row, "x:1")
+
+
 def test_tools_in_every_row_are_refused_for_what_they_are() -> None:
     gave = {"role": "tool", "content": "21 degrees"}
     sides = {side: [gave, {"role": "model", "content": f"It is {side}."}] for side in ("chosen", "rejected")}
