@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from orpo_lite.data import pairs as data_pairs
+from orpo_lite.data import rows as data_rows
 from orpo_lite.data.formats import PROMPTS_DIFFER, Pair
 from orpo_lite.data.pairs import (
     EMPTY_PROMPT,
@@ -26,7 +27,7 @@ from orpo_lite.data.pairs import (
     training_sources,
 )
 from orpo_lite.data.readers import EMPTY_CHOSEN, EMPTY_REJECTED
-from orpo_lite.data.rows import Source
+from orpo_lite.data.rows import HubSource, Source
 from orpo_lite.errors import SHOWN, DataError, HubError, OrpoLiteError
 from orpo_lite.recipe import DataSection
 
@@ -379,6 +380,32 @@ def test_a_mapped_column_has_to_stand_in_one_of_the_sets(tmp_path: Path) -> None
             read(names, column_map={"prompt": "instructoin"})
 
 
+def test_a_table_is_not_read_for_a_column_that_its_head_does_not_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+
+    def read_file(file: Any, faults: list[DataError]) -> Any:
+        opened.append(file.label)
+        return read_rows(file, faults)
+
+    read_rows = data_rows.read_file
+    monkeypatch.setattr(data_rows, "read_file", read_file)
+    (tmp_path / "a.csv").write_text("prompt,chosen,rejected\n" + "q,a,b\n" * 150)
+    table = datasets.Dataset.from_list(some_rows(150))
+    table.to_parquet(tmp_path / "b.parquet")
+    rare = write_jsonl(tmp_path / "c.jsonl", [*some_rows(149), EXPLICIT | {"persona": "You are kind."}])
+    names = f"{tmp_path / 'a.csv'},{tmp_path / 'b.parquet'},{rare}"
+    pairs, _ = read(names, column_map={"system": "persona"})
+    assert opened == ["a.csv", "b.parquet", "c.jsonl", "c.jsonl"]
+    assert pairs[-1].messages[0] == {"role": "system", "content": "You are kind."}
+    # Of several tables in one set any may have the column.
+    (tmp_path / "d.csv").write_text("prompt,chosen,rejected,persona\nq,a,b,You are kind.\n")
+    pairs, _ = read(f"{tmp_path}/*.csv", column_map={"system": "persona"})
+    assert pairs[-1].messages[0]["role"] == "system"
+    assert HubSource("a/b", "", "train", table).columns() == {"prompt", "chosen", "rejected"}
+
+
 def test_faults_of_all_sets_come_together(tmp_path: Path) -> None:
     one = write_jsonl(tmp_path / "a.jsonl", [EXPLICIT, EXPLICIT | {"chosen": 3}])
     other = write_jsonl(tmp_path / "b.jsonl", [HH, HH, {"chosen": HH["chosen"]}])
@@ -443,6 +470,9 @@ class Given(Source):
 
     def fingerprint(self) -> tuple[str, int]:
         raise NotImplementedError
+
+    def columns(self) -> None:
+        return None
 
 
 def sha256(*sets: list[dict[str, Any]], name: str = "given") -> str:

@@ -193,6 +193,8 @@ class PairReader:
     def _with_mapped(self, source: Source, looked: Sequence[Row]) -> list[Row]:
         """Of the columns that data.column_map names and these rows lack, the first rows that have them."""
         lacking = {*self.data.column_map.values()} - {key for row in looked for key in row}
+        if lacking and (columns := source.columns()) is not None:
+            lacking &= columns  # else a table would be read whole for what its head says it does not have
         found: list[Row] = []
         for _, row in islice(source.rows([]), self.data.max_samples if lacking else 0):
             if lacking & row.keys():

@@ -47,6 +47,10 @@ class Source(ABC):
     def fingerprint(self) -> tuple[str, int]:
         """sha256 of the content, the order and the labels; and about how many rows there are, 0: unknown."""
 
+    @abstractmethod
+    def columns(self) -> frozenset[str] | None:
+        """The columns of all rows, where they are known without reading the rows, as of a table; else None."""
+
 
 def find_source(name: str, split: str, config: str | None) -> Source:
     """The rows of one split. ``split``: "auto" takes the preference split of a set, else train, else the only one.
@@ -144,6 +148,11 @@ class LocalSource(Source):
                 digest.update(f"{file.label}\n{content}\n".encode())
                 counts.append(count)
         return digest.hexdigest(), sum(counts) if all(counts) else 0
+
+    def columns(self) -> frozenset[str] | None:
+        with _readable(self.name):
+            headers = [column_names(file) for file in self.files]
+        return frozenset[str]().union(*headers) if all(headers) else None
 
 
 @contextmanager
@@ -308,6 +317,9 @@ class HubSource(Source):
         if not paths:  # a set in memory
             digest.update(f"{self.name}\n{self.table._fingerprint}".encode())
         return digest.hexdigest(), len(self.table)
+
+    def columns(self) -> frozenset[str] | None:
+        return frozenset(self.table.column_names)
 
 
 def _load_set(name: str, split: str, config: str | None) -> HubSource:
