@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (  # type: ignore[attr-defined]
@@ -119,6 +120,11 @@ def resolve(name: str, revision: str, patterns: list[str]) -> str:
     if revision != commit:
         _remember(name, revision, commit)
     return commit
+
+
+def hub_host() -> str:
+    """Whom the hub's client asks; "" when it is told to ask nobody."""
+    return "" if constants.HF_HUB_OFFLINE else urlsplit(constants.ENDPOINT).netloc
 
 
 def _remember(name: str, revision: str, commit: str) -> None:

@@ -18,6 +18,7 @@ from orpo_lite.base import (
     find_adapter,
     find_base,
     find_texts,
+    hub_host,
     load_tokenizer,
     pad_id,
     read_adapter_config,
@@ -26,7 +27,7 @@ from orpo_lite.base import (
 from orpo_lite.data.cache import VARIABLE, TokenizedPairs, cache_folder, wanted_folder
 from orpo_lite.data.pairs import held_out_sources, hold_out, training_sources
 from orpo_lite.data.preview import figures
-from orpo_lite.data.rows import Source, is_path, told_apart
+from orpo_lite.data.rows import Source, is_local, is_path, told_apart
 from orpo_lite.data.sides import show_row, tokenized
 from orpo_lite.data.templates import set_chat_template
 from orpo_lite.errors import CheckpointError, ModelError, RecipeError, raise_all
@@ -60,7 +61,9 @@ class Ready:
 
 def prepare(recipe: Recipe) -> Generator[Update, None, Ready]:
     """Everything that can go wrong before weights load: base, template, targets, data, tokens."""
+    yield from _asking(recipe.data.names)
     sources = find_sources(recipe.data)
+    yield from _asking([recipe.model.model_name_or_path])
     base = find_base(recipe.model.model_name_or_path, recipe.model.model_revision)
     check_targets(recipe, base)
     if recipe.memory.embedding_on_cpu and base.config.get_text_config().tie_word_embeddings:
@@ -96,7 +99,9 @@ def preview(recipe: Recipe, place: str | None = None) -> Generator[Update, None,
         recipe: which data, which base.
         place: of a row ("pairs.csv:3") to show in place of the first one, whether it is kept or left out.
     """
+    yield from _asking(recipe.data.names)
     sources = find_sources(recipe.data)
+    yield from _asking([recipe.model.model_name_or_path])
     folder, _ = find_texts(recipe.model.model_name_or_path, recipe.model.model_revision)
     train, test, found = yield from tokenized_sides(recipe, folder, *sources)
     warnings = []
@@ -111,6 +116,13 @@ def preview(recipe: Recipe, place: str | None = None) -> Generator[Update, None,
     if place is not None:
         samples = {"first": show_row(recipe.data, [*sources[0], *sources[1]], partial(load_tokenizer, folder), place)}
     return Preview(found, samples, warnings)
+
+
+def _asking(names: Sequence[str]) -> Iterator[Update]:
+    """What the network is waited for; it may take a while, and nothing else would be seen."""
+    remote = [name for name in names if not is_local(name)]
+    if remote and (host := hub_host()):
+        yield Update("stage", f"asking {host} for {', '.join(remote)}")
 
 
 Sources = tuple[list[Source], list[Source]]  # to train on, held out

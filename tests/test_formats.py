@@ -1322,6 +1322,55 @@ def test_replies_that_are_json_of_nothing_known_are_offered_as_texts() -> None:
     refused([{"prompt": Q, "chosen": text, "rejected": text}] * 2, "data.format=explicit")
 
 
+NO_MESSAGES = [
+    {"role": "nurse", "shift": 3},
+    {"from": "Berlin", "to": "Paris"},
+    {"role": "assistant", "name": "Ada"},
+    {"role": "user", "content": "Blue."},
+    [{"role": "user", "content": "Blue."}],
+]
+
+
+@pytest.mark.parametrize("reply", NO_MESSAGES)
+@pytest.mark.parametrize("column", ["prompt", "question", "ask"])
+def test_json_that_only_looks_like_messages_is_offered_as_texts(reply: Any, column: str) -> None:
+    sides = {"chosen": json.dumps(reply), "rejected": json.dumps(reply) + " "}
+    rows = [{column: f"Write {i} as JSON.", **sides} for i in range(4)]
+    pasted: dict[str, Any] = {"name": "explicit", "column_map": {"prompt": "ask"} if column == "ask" else {}}
+    lines = ["data.format=explicit", *(["data.column_map=prompt=ask"] if column == "ask" else [])]
+    refused(rows, *lines)
+    assert [(pair.messages, pair.chosen) for pair in read(rows, **pasted)] == [
+        ((user(row[column]),), row["chosen"]) for row in rows
+    ]
+
+
+def test_a_message_in_a_text_is_read_and_the_other_reading_said() -> None:
+    rows = [{"prompt": Q, "chosen": json.dumps(bot("Blue.")), "rejected": json.dumps(bot("Seven."))}] * 3
+    detected, _ = detect(rows)
+    assert "(JSON in texts, which data.format=explicit would read as they are)" in detected.sentence
+    assert [pair.chosen for pair in read(rows)] == ["Blue."] * 3
+    assert [pair.chosen for pair in read(rows, name="explicit")] == [rows[0]["chosen"]] * 3
+    # Beside a prompt that is itself a list of messages, no setting reads them as texts.
+    listed = [row | {"prompt": json.dumps([user(Q)])} for row in rows]
+    assert "data.format" not in detect(listed)[0].sentence
+
+
+def test_tools_in_json_are_tools_and_no_texts() -> None:
+    asked = [user(Q), {"role": "tool", "content": "x"}]
+    sides = {side: json.dumps([*asked, bot(side)]) for side in ("chosen", "rejected")}
+    detected, (row, *_) = detect([{"prompt": Q, **sides}] * 3)
+    with pytest.raises(DataError, match="a tool's turn"):
+        detected.read(row, "x:1")
+
+
+def test_tools_in_every_row_are_refused_for_what_they_are() -> None:
+    gave = {"role": "tool", "content": "21 degrees"}
+    sides = {side: [gave, {"role": "model", "content": f"It is {side}."}] for side in ("chosen", "rejected")}
+    error = refused([sides] * 3)
+    assert "; turns of tool are not read" in error
+    assert "no setting helps: leave out the rows with tools, or write each call" in error
+
+
 def test_a_first_row_in_place_of_the_names_is_suspected() -> None:
     row = {"Name a colour.": "Name a number.", "It is blue.": "Seven.", "It is seven.": "Blue."}
     with pytest.raises(DataError) as raised:
@@ -1410,6 +1459,16 @@ TEXTS = {"prompt": "Name a colour.", "chosen": "Blue.", "rejected": "Seven."}
             "implicit",
             WHOLE | {"chosen": [user(Q), {"role": "assistant", "content": None, "tool_calls": [{}]}]},
             "field chosen[1]: a call of a tool",
+        ),
+        (
+            "implicit",
+            WHOLE | {"rejected": [user(Q), {**bot("I look it up."), "function_call": {"name": "f"}}, bot("b")]},
+            "field rejected[1]: a call of a tool",
+        ),
+        (
+            "implicit",
+            WHOLE | {"chosen": [user(Q), {"role": "ipython", "content": "x"}, bot("b")]},
+            "field chosen[1].role: 'ipython', a tool's turn",
         ),
         ("messages", WHOLE | {"rejected": []}, "field rejected: an empty list"),
         ("messages", {"chosen": [bot("a")], "rejected": [bot("b")]}, "field prompt: missing"),

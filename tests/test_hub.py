@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import datasets
 import pytest
 from conftest import write_base, write_pairs
 from huggingface_hub import close_session, constants, file_download, hf_hub_download
@@ -25,10 +26,12 @@ from huggingface_hub.utils import _http
 
 from orpo_lite import base as base_module
 from orpo_lite.base import Base, fetch_weights, find_adapter, find_base
+from orpo_lite.data import rows
 from orpo_lite.errors import FitError, HubError, ModelError, OrpoLiteError
 from orpo_lite.merge import merge
 
 NAME = "someone/tiny"
+SET = "someone/pairs"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 WEIGHTS = "model.safetensors"
 PICKLES = ("pytorch_model.bin", "adapter_model.bin", "training_args.bin", "flax_model.msgpack")
@@ -50,7 +53,7 @@ class Fault:
 
 
 class Hub(ThreadingHTTPServer):
-    """The part of the hub's HTTP interface that a model's download needs."""
+    """The part of the hub's HTTP interface that the download of a model needs, and of a data set."""
 
     daemon_threads = True
     block_on_close = False
@@ -58,6 +61,7 @@ class Hub(ThreadingHTTPServer):
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.folder = folder
+        self.set = folder.with_name("set")
         self.requests: list[str] = []
         self.tokens: set[str] = set()
         self.faults: list[Fault] = []
@@ -77,9 +81,10 @@ class Hub(ThreadingHTTPServer):
         self.server_close()
         close_session()  # the client keeps connections open
 
-    def files(self) -> dict[str, Path]:
-        """The repository's files by name."""
-        return {str(path.relative_to(self.folder)): path for path in self.folder.rglob("*") if path.is_file()}
+    def files(self, name: str = NAME) -> dict[str, Path]:
+        """A repository's files by name."""
+        folder = self.set if name == SET else self.folder
+        return {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
 
     def fetched(self) -> set[str]:
         """Names of the files whose bytes were asked for."""
@@ -113,29 +118,40 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         elif fault and fault.status:
             self.answer(fault.status, fault.body, fault.headers)
-        elif found := re.fullmatch(rf"/api/models/{NAME}/(revision|tree)/([^/]+)/?", path):
-            self.answer_listing(found[1], found[2], parse_qs(url.query))
-        elif found := re.fullmatch(rf"/{NAME}/resolve/([^/]+)/(.+)", path):
-            self.answer_file(found[1], found[2], cut=bool(fault))
+        elif found := re.fullmatch(rf"/api/(?:models|datasets)/({NAME}|{SET})/(revision|tree)/([^/]+)/?", path):
+            self.answer_listing(found[1], found[2], found[3], parse_qs(url.query))
+        elif path == f"/api/datasets/{SET}":
+            self.answer_listing(SET, "revision", "main", {})
+        elif path.startswith(f"/api/datasets/{SET}/tree/"):
+            self.answer(404, headers={"X-Error-Code": "EntryNotFound"})
+        elif found := re.fullmatch(rf"/(?:datasets/)?({NAME}|{SET})/resolve/([^/]+)/(.+)", path):
+            self.answer_file(found[1], found[2], found[3], cut=bool(fault))
         else:
             self.answer(404, headers={"X-Error-Code": "RepoNotFound"})
 
-    def answer_listing(self, kind: str, revision: str, query: dict[str, list[str]]) -> None:
+    def answer_listing(self, repository: str, kind: str, revision: str, query: dict[str, list[str]]) -> None:
         if revision not in ("main", COMMIT):
             self.answer(404, headers={"X-Error-Code": "RevisionNotFound"})
             return
-        files = {name: (path.stat().st_size, digest(path)) for name, path in self.server.files().items()}
+        files = {name: (path.stat().st_size, digest(path)) for name, path in self.server.files(repository).items()}
         if kind == "revision":
             siblings: list[dict[str, Any]] = [{"rfilename": name} for name in files]
             if query.get("blobs") == ["True"] or query.get("blobs") == ["true"]:
                 siblings = [{"rfilename": n, "size": size, "blobId": oid} for n, (size, oid) in files.items()]
-            body: Any = {"_id": "1", "id": NAME, "modelId": NAME, "sha": COMMIT, "siblings": siblings, "tags": []}
+            body: Any = {
+                "_id": "1",
+                "id": repository,
+                "modelId": repository,
+                "sha": COMMIT,
+                "siblings": siblings,
+                "tags": [],
+            }
         else:
             body = [{"type": "file", "path": n, "size": size, "oid": oid} for n, (size, oid) in files.items()]
         self.answer(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
 
-    def answer_file(self, revision: str, name: str, *, cut: bool) -> None:
-        path = self.server.files().get(name)
+    def answer_file(self, repository: str, revision: str, name: str, *, cut: bool) -> None:
+        path = self.server.files(repository).get(name)
         if revision not in ("main", COMMIT) or path is None:
             self.answer(404, headers={"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
             return
@@ -459,6 +475,74 @@ def test_unreachable_and_only_the_configuration_cached(hub: Hub, slept: list[flo
 
 
 # --- the whole program, which learns of the hub from its environment
+
+
+def see_data(hub: Hub, folder: Path, **changes: str) -> subprocess.CompletedProcess[str]:
+    """`orpo-lite data` on a set of the hub, with the hub's client and the cache of a home of its own."""
+    command = [sys.executable, "-m", "orpo_lite", "data", "--recipe", "./pairs.yaml"]
+    (folder / "pairs.yaml").write_text(
+        f"model:\n  model_name_or_path: {hub.folder}\ndata:\n  dataset_name: {SET}\n"
+        "  max_length: 128\n  max_prompt_length: 96\n"
+    )
+    env = environment(hub, folder / "home") | changes
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.parametrize("proxied", [False, True])
+def test_a_set_through_a_mirror_or_a_proxy_and_later_from_the_cache(hub: Hub, tmp_path: Path, proxied: bool) -> None:
+    hub.set.mkdir()
+    write_pairs(hub.set / "train.jsonl", 10)
+    own = dict.fromkeys(("http_proxy", "HTTP_PROXY"), hub.endpoint if proxied else "")
+    own |= dict.fromkeys(("no_proxy", "NO_PROXY"), "" if proxied else "127.0.0.1")
+    own |= {"HF_ENDPOINT": "http://hub.invalid"} if proxied else {}
+    host = "hub.invalid" if proxied else hub.endpoint.removeprefix("http://")
+    served = see_data(hub, tmp_path, **own)
+    assert served.returncode == 0, served.stderr
+    assert served.stdout.startswith(f"asking {host} for {SET} ...\n")
+    assert "10 rows: " in served.stdout
+    assert "cannot be reached" not in served.stdout
+    hub.requests.clear()
+    offline = see_data(hub, tmp_path, **own, HF_HUB_OFFLINE="1")
+    assert "10 rows: " in offline.stdout
+    assert "asking" not in offline.stdout
+    assert hub.requests == []
+    hub.stop()
+    started = time.monotonic()
+    gone = see_data(hub, tmp_path, **own)
+    assert time.monotonic() - started < 20
+    assert "10 rows: " in gone.stdout
+    assert f"{SET}: {host} cannot be reached (" in gone.stdout
+    assert "; read from the cache" in gone.stdout
+
+
+def test_a_set_that_is_not_cached_is_not_waited_for(hub: Hub, tmp_path: Path) -> None:
+    hub.stop()
+    started = time.monotonic()
+    refused = see_data(hub, tmp_path)
+    assert time.monotonic() - started < 20
+    assert refused.returncode == 8
+    host = hub.endpoint.removeprefix("http://")
+    assert refused.stdout == f"asking {host} for {SET} ...\n"
+    first, *_, last = refused.stderr.splitlines()
+    assert first == f"data.dataset_name {SET}: {host} cannot be reached (ConnectError) and it is not in the cache"
+    assert f"hf download --repo-type dataset {SET} --local-dir DIR, then data.dataset_name=DIR" in last
+
+
+def test_a_slow_hub_is_waited_for_as_long_as_was_asked(hub: Hub, tmp_path: Path) -> None:
+    hub.fail(f"HEAD .*{SET}", hang=True)
+    refused = see_data(hub, tmp_path, HF_HUB_ETAG_TIMEOUT="1")
+    assert len([line for line in hub.requests if SET in line]) == 2
+    assert "cannot be reached (ReadTimeout)" in refused.stderr
+    assert "; HF_HUB_ETAG_TIMEOUT=60 waits longer for a slow one" in refused.stderr
+
+
+def test_one_connection_that_fails_is_not_yet_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = ["ConnectTimeout", ""]
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(rows, "_no_answer", lambda _: answers.pop(0))
+    monkeypatch.setattr(rows, "PAUSE", 0)
+    assert rows._unreachable(SET) == ""
+    assert answers == []
 
 
 def test_a_run_on_a_hub_base_and_its_merge_without_the_hub(

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from orpo_lite.data import pairs as data_pairs
+from orpo_lite.data import rows as data_rows
 from orpo_lite.data.formats import PROMPTS_DIFFER, Pair
 from orpo_lite.data.pairs import (
     EMPTY_PROMPT,
@@ -26,7 +27,7 @@ from orpo_lite.data.pairs import (
     training_sources,
 )
 from orpo_lite.data.readers import EMPTY_CHOSEN, EMPTY_REJECTED
-from orpo_lite.data.rows import Source
+from orpo_lite.data.rows import HubSource, Source
 from orpo_lite.errors import SHOWN, DataError, HubError, OrpoLiteError
 from orpo_lite.recipe import DataSection
 
@@ -379,6 +380,32 @@ def test_a_mapped_column_has_to_stand_in_one_of_the_sets(tmp_path: Path) -> None
             read(names, column_map={"prompt": "instructoin"})
 
 
+def test_a_table_is_not_read_for_a_column_that_its_head_does_not_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+
+    def read_file(file: Any, faults: list[DataError]) -> Any:
+        opened.append(file.label)
+        return read_rows(file, faults)
+
+    read_rows = data_rows.read_file
+    monkeypatch.setattr(data_rows, "read_file", read_file)
+    (tmp_path / "a.csv").write_text("prompt,chosen,rejected\n" + "q,a,b\n" * 150)
+    table = datasets.Dataset.from_list(some_rows(150))
+    table.to_parquet(tmp_path / "b.parquet")
+    rare = write_jsonl(tmp_path / "c.jsonl", [*some_rows(149), EXPLICIT | {"persona": "You are kind."}])
+    names = f"{tmp_path / 'a.csv'},{tmp_path / 'b.parquet'},{rare}"
+    pairs, _ = read(names, column_map={"system": "persona"})
+    assert opened == ["a.csv", "b.parquet", "c.jsonl", "c.jsonl"]
+    assert pairs[-1].messages[0] == {"role": "system", "content": "You are kind."}
+    # Of several tables in one set any may have the column.
+    (tmp_path / "d.csv").write_text("prompt,chosen,rejected,persona\nq,a,b,You are kind.\n")
+    pairs, _ = read(f"{tmp_path}/*.csv", column_map={"system": "persona"})
+    assert pairs[-1].messages[0]["role"] == "system"
+    assert HubSource("a/b", "", "train", table).columns() == {"prompt", "chosen", "rejected"}
+
+
 def test_faults_of_all_sets_come_together(tmp_path: Path) -> None:
     one = write_jsonl(tmp_path / "a.jsonl", [EXPLICIT, EXPLICIT | {"chosen": 3}])
     other = write_jsonl(tmp_path / "b.jsonl", [HH, HH, {"chosen": HH["chosen"]}])
@@ -443,6 +470,9 @@ class Given(Source):
 
     def fingerprint(self) -> tuple[str, int]:
         raise NotImplementedError
+
+    def columns(self) -> None:
+        return None
 
 
 def sha256(*sets: list[dict[str, Any]], name: str = "given") -> str:
@@ -619,6 +649,27 @@ def test_a_hub_fault_names_the_set_and_the_remedy(monkeypatch: pytest.MonkeyPatc
         read("o/split", dataset_train_split="train")
     assert "data.dataset_train_split=SPLIT" in message(raised)
     assert "o/split" in raised.value.where
+
+
+def test_rows_with_tools_are_one_fault_with_their_count(tmp_path: Path) -> None:
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "weather", "arguments": "{}"}}]}
+    asked = [user("q"), call, {"role": "tool", "content": "21"}]
+    rows = [LISTS] * 2 + [{"chosen": [*asked, bot("a")], "rejected": [*asked, bot("b")]}] * 30
+    rows += [{"chosen": [user("q"), {"role": "tool", "content": "21"}, bot("a")], "rejected": LISTS["rejected"]}]
+    with pytest.raises(DataError) as raised:
+        read(write_jsonl(tmp_path / "tools.jsonl", rows))
+    text = message(raised)
+    assert text.startswith("tools.jsonl:3, field chosen[1]: a call of a tool; rows with tools: 31\n")
+    assert text.count("tools.jsonl") == 1
+    assert "leave out the rows with tools, or write each call and what it gave as text" in text
+    with pytest.raises(DataError, match=r"\A2 faults:\ntools.jsonl:3, .* rows with tools: 31\n(.|\n)*tools.jsonl:34,"):
+        read(write_jsonl(tmp_path / "tools.jsonl", [*rows, {"chosen": [user("q")], "rejected": LISTS["rejected"]}]))
+
+
+def test_a_call_of_no_tool_is_none(tmp_path: Path) -> None:
+    plain = [user("q"), {**bot("a"), "tool_calls": [], "function_call": None}]
+    pairs, _ = read(write_jsonl(tmp_path / "plain.jsonl", [LISTS | {"chosen": plain}] * 2))
+    assert [pair.chosen for pair in pairs] == ["a", "a"]
 
 
 def test_the_lines_for_a_rival_that_comes_late_work_when_pasted(tmp_path: Path) -> None:

@@ -45,10 +45,13 @@ from orpo_lite.data.readers import (
     READERS,
     ROLES,
     SHAREGPT_ROLES,
+    TOOL_ROLES,
+    WITHOUT_TOOLS,
     Message,
     Pair,
     Reader,
     Row,
+    ToolError,
     begins_with,
     behind,
     shared_start,
@@ -115,6 +118,9 @@ def detect_format(
         refuse_templated(look, templated)
     if name != "implicit" or because != SAID:
         _refuse_unread(look)
+    as_texts = "" if because == SAID else _as_texts(look)
+    if as_texts and "message" in map(look.kind, SIDES):
+        because += f" (JSON in texts, which {as_texts} would read as they are)"
     if system and look.kind(system) != "null" and name != "orca":
         because += f"; {shown(system)} goes in front as a system turn where the conversation has none"
     sides = _replies(look, name)[-2:]
@@ -123,6 +129,8 @@ def detect_format(
         named = look.renamed(row, where)
         return (without_reply(named, sides, where) if len(sides) == 2 else None) or READERS[name](named, where)
 
+    if as_texts:
+        _refuse_no_messages(look, read, as_texts)
     return Detected(name, because, read, look.taken)
 
 
@@ -517,20 +525,51 @@ def _refuse_unknown(look: Look) -> NoReturn:
         remedy += f"; or, where no column always holds the better reply, {PAIRS}"
     if not any(guesses.values()) and all(" " in column.strip() for column in look.columns):
         remedy += "; if the first line of the file is a row, write a line with the columns' names above it"
-    if _are_texts(look):
-        remedy = (
-            "data.format=explicit to take chosen and rejected for the texts that they are, though they look like JSON"
-        )
+    if as_texts := _as_texts(look):
+        remedy = f"{as_texts} to take chosen and rejected for the texts that they are, though they look like JSON"
     if unfit == ["prompt"] and kinds["chosen"] in TEXTS:
         remedy += " or data.format=implicit if both texts begin with the prompt"
     raise DataError("data.format", f"no known format: {found}", expected, remedy)
 
 
-def _are_texts(look: Look) -> bool:
-    """Both replies are texts in every row, beside a prompt that is one; only that they look like JSON hides it."""
-    columns = [look.column(side) for side in SIDES]
-    texts = all(isinstance(row.get(column), str) for row in look.rows for column in columns)
-    return texts and all(kind in STRUCTURED for kind in map(look.kind, columns)) and look.kind("prompt") in TEXTS
+def _as_texts(look: Look) -> str:
+    """The settings that read replies as the texts that they are, though they look like JSON; "" where none would."""
+    sides = [look.column(side) for side in SIDES]
+    texts = all(isinstance(row.get(column), str) for row in look.rows for column in sides)
+    if not texts or not any(look.kind(column) in STRUCTURED for column in sides):
+        return ""
+    prompt = None if look.candidates("prompt") else _guess_prompt(look, sides)
+    if prompt and look.mapped:
+        return ""  # what was mapped already would have to stand in the line too
+    rows = [{**row, "prompt": row.get(prompt)} for row in look.rows] if prompt else look.rows
+    mapped = ["prompt"] if prompt else look.mapped
+    try:
+        explicit = detect_format(rows, name="explicit", mapped=mapped, plain=look.plain)
+        pairs = [explicit.read(row, "") for row in rows]
+    except DataError:
+        return ""
+    if any(
+        [pair.chosen, pair.rejected] != [row[side] for side in sides] for pair, row in zip(pairs, rows, strict=True)
+    ):
+        return ""
+    return f"data.format=explicit {map_line(prompt=prompt)}" if prompt else "data.format=explicit"
+
+
+def _refuse_no_messages(look: Look, read: Reader, as_texts: str) -> None:
+    """Texts that are JSON with a role, or a from, and that most rows show to be no messages."""
+    faults: list[DataError] = []
+    for row in look.rows:
+        try:
+            read(row, "")
+        except ToolError:
+            pass  # a message all the same
+        except DataError as error:
+            faults.append(error)
+    if len(faults) > len(look.rows) / 2:
+        found = f"{shown(*SIDES)} look like messages in JSON, and are none in {len(faults)} of {len(look.rows)} rows"
+        found += f" ({faults[0].where.removeprefix(', ')}: {faults[0].found})"
+        remedy = f"{as_texts} if these texts are the replies as they should be; else mend the messages"
+        raise DataError("data.format", found, "messages that end with a reply, or texts", remedy)
 
 
 def _refuse_roles(look: Look) -> None:
@@ -543,7 +582,11 @@ def _refuse_roles(look: Look) -> None:
         roles = dict.fromkeys(str(item.get(speaker)) for item in messages if is_message(item))
         if strange := [f"{role!r:.24}" for role in roles if role not in known]:
             found = f"the messages of {shown(column)} have roles that are not known: {', '.join(strange[:5])}"
-            remedy = "no setting helps: leave out the rows that have others, or write their turns in these"
+            remedy = "leave out the rows that have others, or write their turns in these"
+            if tools := [role for role in roles if role in TOOL_ROLES]:
+                found, remedy = f"{found}; turns of {' and '.join(tools)} are not read", WITHOUT_TOOLS
+            as_texts = _as_texts(look)
+            remedy = f"{as_texts} if these are texts; else {remedy}" if as_texts else f"no setting helps: {remedy}"
             raise DataError("data.format", found, f"the roles {', '.join(known)}", remedy)
 
 

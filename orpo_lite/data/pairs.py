@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from orpo_lite.data.columns import is_blank, shown
 from orpo_lite.data.formats import COLUMNS, Detected, Pair, Row, detect_format, is_known
-from orpo_lite.data.readers import EMPTY_CHOSEN, EMPTY_REJECTED
+from orpo_lite.data.readers import EMPTY_CHOSEN, EMPTY_REJECTED, NO_TOOLS, ToolError
 from orpo_lite.data.rows import Source, find_source, is_path
 from orpo_lite.errors import DataError, raise_all
 
@@ -97,7 +97,7 @@ class PairReader:
                     self.repeated += _repeats_prompt(pair)
                     self._digest.update(_content(pair))
                     yield pair
-        raise_all(faults)
+        raise_all(_tools_once(faults))
         if not kept:
             self.drops.raise_nothing_left(", ".join(source.name for source in self.sources))
 
@@ -132,7 +132,7 @@ class PairReader:
             look = [_mapped(row, columns) for row in looked]
             detected = self._detect(look, columns)
         except DataError as fault:
-            raise_all([*faults, fault])
+            raise_all(_tools_once([*faults, fault]))
             raise
         self.detected.append("")
         self.columns.append({})
@@ -148,7 +148,7 @@ class PairReader:
                 try:
                     detected = self._look_again(detected, look, mapped, columns, late, where)
                 except DataError as fault:
-                    raise_all([*faults, fault])
+                    raise_all(_tools_once([*faults, fault]))
                     raise
                 self._say(detected, columns, names)
             try:
@@ -193,6 +193,8 @@ class PairReader:
     def _with_mapped(self, source: Source, looked: Sequence[Row]) -> list[Row]:
         """Of the columns that data.column_map names and these rows lack, the first rows that have them."""
         lacking = {*self.data.column_map.values()} - {key for row in looked for key in row}
+        if lacking and (columns := source.columns()) is not None:
+            lacking &= columns  # else a table would be read whole for what its head says it does not have
         found: list[Row] = []
         for _, row in islice(source.rows([]), self.data.max_samples if lacking else 0):
             if lacking & row.keys():
@@ -238,6 +240,16 @@ def held_out_sources(data: DataSection) -> list[Source]:
         expected = f"a file of its own ({alone} has no splits), or null to hold out data.test_split_size"
         raise DataError("data.dataset_test_split", repr(test), expected, "data.dataset_test_split=held-out.jsonl")
     return [find_source(name, test, data.dataset_config) for name in data.names]
+
+
+def _tools_once(faults: Sequence[DataError]) -> list[DataError]:
+    """The faults, of which the rows with tools are one, with their count: there is one remedy for all of them."""
+    tools = [fault for fault in faults if isinstance(fault, ToolError)]
+    others = [fault for fault in faults if not isinstance(fault, ToolError)]
+    if not tools:
+        return others
+    first = tools[0]
+    return [DataError(first.where, f"{first.found}; rows with tools: {len(tools):,}", NO_TOOLS, first.remedy), *others]
 
 
 def _drop_reason(pair: Pair) -> str | None:

@@ -38,6 +38,10 @@ ROLES = {
     "model": "assistant",  # Gemini's and Gemma's
 }
 SHAREGPT_ROLES = {**ROLES, "human": "user", **dict.fromkeys(("gpt", "chatgpt", "bot"), "assistant")}
+# Whose turns are no one's here: what a tool was asked, and what it gave.
+TOOL_ROLES = ("tool", "function", "ipython", "observation", "tool_call", "function_call", "tool_response",
+              "function_response", "tool_result")  # fmt: skip
+TOOL_CALLS = ("tool_calls", "function_call")  # keys of a message
 ANSWER_KEYS = ("response", "answer", "completion", "generation", "output", "text")
 MEASURES = {"overall_score": 1, "score": 1, "rating": 1, "reward": 1, "rank": -1}  # -1: the lowest is the best
 
@@ -65,6 +69,13 @@ class Pair:
     prompt_text: str | None = None  # the prompt as plain text, when the row held text: for data.chat_template=none
     drop: str | None = None  # why this pair cannot be trained on, when its row already shows it
 
+
+class ToolError(DataError):
+    """A call of a tool, or what it gave. Such rows are many or none, and one message speaks of them all."""
+
+
+NO_TOOLS = "turns of system, user and assistant alone: calls of tools, and what tools give, are not read"
+WITHOUT_TOOLS = "leave out the rows with tools, or write each call and what it gave as text, into the turn beside it"
 
 Reader = Callable[[Row, str], Pair]
 
@@ -391,8 +402,8 @@ def _messages(row: Row, field: str, where: str, label: str = "") -> list[Message
         place = f"{label}[{i}]"
         if not isinstance(item, Mapping):
             raise fault(where, place, seen({"": item}, ""), "a message {role, content}")
-        if item.get("tool_calls") and item.get("content") is None:
-            raise fault(where, place, "a call of a tool", "a message with text: tools are not read")
+        if any(item.get(key) for key in TOOL_CALLS):
+            raise ToolError(f"{where}, field {place}", "a call of a tool", NO_TOOLS, WITHOUT_TOOLS)
         if item.get("role") is None and item.get("from") is None and "input" in item:
             messages += _user(_content(item, "input", where, f"{place}.input"))
             if item.get("output") is not None:
@@ -403,6 +414,8 @@ def _messages(row: Row, field: str, where: str, label: str = "") -> list[Message
         if item.get("role") is None and item.get("from") is not None:
             speaker, said, roles = ("from", "value", SHAREGPT_ROLES)
         role = item.get(speaker)
+        if role in TOOL_ROLES:
+            raise ToolError(f"{where}, field {place}.{speaker}", f"{role!r}, a tool's turn", NO_TOOLS, WITHOUT_TOOLS)
         if not isinstance(role, str) or role not in roles:
             raise fault(where, f"{place}.{speaker}", f"{role!r:.24}", f"one of {', '.join(roles)}")
         messages.append({"role": roles[role], "content": _content(item, said, where, f"{place}.{said}")})

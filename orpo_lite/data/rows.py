@@ -7,12 +7,14 @@ import glob
 import hashlib
 import os
 import re
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from orpo_lite.data import files
 from orpo_lite.data.files import KINDS, SPREADSHEETS, File, blocks, column_names, file_fingerprint, kind_of, read_file
@@ -44,6 +46,10 @@ class Source(ABC):
     @abstractmethod
     def fingerprint(self) -> tuple[str, int]:
         """sha256 of the content, the order and the labels; and about how many rows there are, 0: unknown."""
+
+    @abstractmethod
+    def columns(self) -> frozenset[str] | None:
+        """The columns of all rows, where they are known without reading the rows, as of a table; else None."""
 
 
 def find_source(name: str, split: str, config: str | None) -> Source:
@@ -142,6 +148,11 @@ class LocalSource(Source):
                 digest.update(f"{file.label}\n{content}\n".encode())
                 counts.append(count)
         return digest.hexdigest(), sum(counts) if all(counts) else 0
+
+    def columns(self) -> frozenset[str] | None:
+        with _readable(self.name):
+            headers = [column_names(file) for file in self.files]
+        return frozenset[str]().union(*headers) if all(headers) else None
 
 
 @contextmanager
@@ -307,20 +318,85 @@ class HubSource(Source):
             digest.update(f"{self.name}\n{self.table._fingerprint}".encode())
         return digest.hexdigest(), len(self.table)
 
+    def columns(self) -> frozenset[str] | None:
+        return frozenset(self.table.column_names)
+
 
 def _load_set(name: str, split: str, config: str | None) -> HubSource:
     import datasets  # a second to import, and local files do not need it
 
     datasets.disable_progress_bars()
+    unreachable = _unreachable(name)
     try:
-        if split == AUTO:
-            return _load_auto(name, config)
-        return HubSource(name, "", split, datasets.load_dataset(name, config, split=split))
+        with _offline() if unreachable else nullcontext():
+            if split == AUTO:
+                found = _load_auto(name, config)
+            else:
+                found = HubSource(name, "", split, datasets.load_dataset(name, config, split=split))
     except HubError:
         raise
     except Exception as error:  # whatever a download can raise is the hub's or the network's
-        expected = f"split {split!r}" if split != AUTO else "a data set with pairs"
-        raise HubError(f"data.dataset_name {name}", _found(error), expected, _hub_remedy(name, error)) from error
+        expected, said = f"split {split!r}" if split != AUTO else "a data set with pairs", _found(error)
+        remedy = _hub_remedy(name, error)
+        if unreachable and isinstance(error, ConnectionError):  # all that datasets knows is that it was not to ask
+            expected, said = "a connection, or a copy in the cache", f"{unreachable} and it is not in the cache"
+            remedy += "; HF_HUB_ETAG_TIMEOUT=60 waits longer for a slow one" if "Timeout" in unreachable else ""
+        raise HubError(f"data.dataset_name {name}", said, expected, remedy) from error
+    if unreachable:
+        found = replace(found, said="; ".join(filter(None, (f"{unreachable}; read from the cache", found.said))))
+    return found
+
+
+PAUSE = 1.0  # seconds; one connection may fail by chance
+
+
+def _unreachable(name: str) -> str:
+    """That the hub cannot be reached, as a sentence; "" when it answers, whatever it says, and when it is not asked.
+
+    datasets would try each of its own requests for half a minute or more, and make several, before it looks into its
+    cache. This is the first of them, through the same client and so the same proxies, made twice at the most.
+    """
+    from datasets import config
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        url = hf_hub_url(name, config.REPOCARD_FILENAME, repo_type="dataset", endpoint=config.HF_ENDPOINT)
+    except HFValidationError:
+        return ""
+    if config.HF_HUB_OFFLINE or not _no_answer(url):
+        return ""
+    time.sleep(PAUSE)
+    why = _no_answer(url)
+    return why and f"{urlsplit(url).netloc} cannot be reached ({why})"
+
+
+def _no_answer(url: str) -> str:
+    """The kind of fault that kept a request from being answered at all, or ""."""
+    from huggingface_hub import constants, get_hf_file_metadata
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]
+
+    try:
+        get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except HfHubHTTPError:  # an answer
+        return ""
+    except HTTPError as error:
+        return type(error).__name__
+    except (OSError, ValueError):  # a page that is not the hub's, or the hub's own switch for offline
+        return ""
+    return ""
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """datasets reads its cache at once; it has no other switch once it is imported."""
+    from datasets import config
+
+    before, config.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        config.HF_HUB_OFFLINE = before
 
 
 def _load_auto(name: str, config: str | None) -> HubSource:
@@ -364,4 +440,6 @@ def _hub_remedy(name: str, error: Exception) -> str:
     here = "" if "/" in name else f"there is no file or folder {name} here either ({near}); for a set of the hub, "
     if any(word in said for word in ("gated", "401", "403", "private", "authenticat", "doesn't exist")):
         return f"{here}open https://huggingface.co/datasets/{name}, ask for access if it is gated, then `hf auth login`"
-    return f"{here}check the network, or on a connected machine: hf download --repo-type dataset {name}"
+    # Without a network datasets does not look for a set where `hf download` alone would put it.
+    copy = f"hf download --repo-type dataset {name} --local-dir DIR, then data.dataset_name=DIR"
+    return f"{here}check the network, or on a connected machine: {copy}"
