@@ -6,7 +6,7 @@ The house, imports strictly downward (kept by tests/test_house.py):
 5  screen                                          what the person sees; the only place that prints
 4  train  merge                                    one verb a file, each a function that returns a value
 3  prepare  proof  evaluate  generate  checkpoint  demo   what several verbs need
-2  model  run                                      the loaded pair model; the run folder
+2  model  run  meter                               the loaded pair model; the run folder; what a step holds
 1  step  data  base                                the maths, pure tensors; rows to batches; the base on disk
 0  recipe  errors                                  the schema; the errors people see
 """

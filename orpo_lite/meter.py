@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 from orpo_lite.step.memory import making_host_memory, mark_as_host
@@ -52,7 +51,7 @@ class LiveBytes(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
-        made = [item for item in tree_iter(result) if isinstance(item, Tensor)]
+        made = list(_tensors((result,)))
         for tensor in made:
             self._note(tensor.untyped_storage())
         self.work[_work(function, args, kwargs, made)] += 1
@@ -84,12 +83,21 @@ class LiveBytes(TorchDispatchMode):
         self.host -= size
 
 
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Those among an operator's arguments or results, which hold lists at most one deep."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from (item for item in value if isinstance(item, Tensor))
+
+
 def _work(function: Any, args: Any, kwargs: Any, made: list[Tensor]) -> tuple[int, int]:
     """FLOPs of an operator, and the bytes of all tensors that it reads and writes; a view does neither."""
     packet = function._overloadpacket
     if packet.__name__ in UNTOUCHED:
         return 0, 0
-    read = [item for item in tree_iter((args, kwargs)) if isinstance(item, Tensor)]
+    read = [*_tensors(args), *_tensors(kwargs.values())]
     sources = {tensor.untyped_storage() for tensor in read}
     if not function._schema.is_mutable and all(tensor.untyped_storage() in sources for tensor in made):
         return 0, 0
