@@ -66,7 +66,7 @@ def prepare(recipe: Recipe) -> Generator[Update, None, Ready]:
     yield from _asking([recipe.model.model_name_or_path])
     base = find_base(recipe.model.model_name_or_path, recipe.model.model_revision)
     check_targets(recipe, base)
-    if recipe.memory.embedding_on_cpu and base.config.get_text_config().tie_word_embeddings:
+    if recipe.memory.embedding_on_cpu is True and base.config.get_text_config().tie_word_embeddings:
         where = recipe.sources["memory.embedding_on_cpu"]
         expected = "a base whose input embedding is not its output head as well"
         raise RecipeError(where, "memory.embedding_on_cpu: true", expected, "leave it out")

@@ -49,8 +49,12 @@ def print_columns(rows: Sequence[Sequence[str]], *, right: bool = False) -> None
 
 def print_levers(recipe: "Recipe") -> None:
     """What the keys of ``memory`` make of a step, in words; none of them changes the result."""
-    memory = recipe.memory
-    out.print("\na step")
+    from orpo_lite.recipe import LEVERS
+
+    memory = recipe.memory.unplanned()
+    free = [key for key in LEVERS if getattr(recipe.memory, key) == "auto"]
+    planned = f"; on a GPU the plan sets {', '.join(free)}, see orpo-lite plan" if free else ""
+    out.print(f"\na step{planned}")
     if not memory.packing:
         size = memory.micro_batch_size or 1
         out.print(f"  pads rows, {size} pair{'s' * (size > 1)} a forward pass, and holds all logits: the plain step")
@@ -61,7 +65,7 @@ def print_levers(recipe: "Recipe") -> None:
         out.print(f"  lays pairs end to end without padding, and the prompt of a pair {shared}, {tokens}{most}")
         chunk = {"auto": "a few rows of logits at a time", "none": "all logits of a forward pass"}
         out.print(f"  holds {chunk.get(str(memory.head_chunk), f'{memory.head_chunk} rows of logits at a time')}")
-    layers = {"auto": "all layers", "all": "all layers", "none": "no layer", "0": "no layer"}
+    layers = {"all": "all layers", "none": "no layer", "0": "no layer"}
     amount = layers.get(str(memory.activation_checkpointing), f"{memory.activation_checkpointing} layers")
     where = " from inputs in host memory" if memory.checkpoint_offload else ""
     out.print(f"  runs {amount} again in the backward pass{where if amount != 'no layer' else ''}")

@@ -27,10 +27,12 @@ from orpo_lite.data.tokens import TokenizedPair
 from orpo_lite.errors import CheckpointError, DivergedError, FitError, OrpoLiteError, RecipeError
 from orpo_lite.evaluate import evaluate
 from orpo_lite.model import PairModel, choose_dtype, load_pair_model
+from orpo_lite.optimizer import lr_factor, make_optimizer, whole_steps
 from orpo_lite.prepare import Ready, adopt_adapter, check_lock, make_lock, prepare, with_absolute_paths
 from orpo_lite.proof import prove
 from orpo_lite.recipe import Recipe
 from orpo_lite.run import Update
+from orpo_lite.step.attention import device_kind
 from orpo_lite.step.losses import PARTS, Divisors, named_parts, orpo_loss
 
 BAD_STEPS = 3  # non-finite steps in a row that end a run
@@ -306,7 +308,7 @@ def _load(recipe: Recipe, base: Base, accelerator: Accelerator) -> _Loaded:
     if recipe.memory.packing:
         prove(pair_model, recipe.data.max_length)
     trained = [parameter for _, parameter in pair_model.trained()]
-    is_half = choose_dtype(recipe.model.dtype, accelerator.device) == torch.float16
+    is_half = choose_dtype(recipe.model.dtype, device_kind(accelerator.device)) == torch.float16
     scaler = torch.amp.GradScaler(accelerator.device.type, enabled=is_half)
     model = wrap(pair_model, accelerator)
     return _Loaded(model, pair_model, trained, make_optimizer(recipe, trained), scaler)
@@ -406,39 +408,6 @@ def _keep(
 def _exhausted(state: Mapping[str, Any], recipe: Recipe) -> bool:
     patience = recipe.training.early_stopping_patience
     return patience is not None and state["worse"] >= patience
-
-
-def whole_steps(value: float, steps: int) -> int:
-    """A share of all steps (below 1), rounded up as TrainingArguments does, or a number of steps."""
-    return math.ceil(value * steps - 1e-9) if value < 1 else int(value)
-
-
-def lr_factor(recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int) -> Any:
-    """transformers' schedule as a function of the step alone: step -> factor of the peak learning rate."""
-    from transformers import get_scheduler
-
-    settings = recipe.training
-    warmup = whole_steps(settings.warmup_steps, steps)
-    name = "constant_with_warmup" if settings.lr_scheduler_type == "constant" else settings.lr_scheduler_type
-    return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps).lr_lambdas[0]
-
-
-def make_optimizer(recipe: Recipe, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW as ``training.optim`` names it; on a CPU bitsandbytes' paged forms run un-paged."""
-    import bitsandbytes as bnb
-
-    settings = recipe.training
-    options = {
-        "lr": settings.learning_rate,
-        "betas": (settings.adam_beta1, settings.adam_beta2),
-        "eps": settings.adam_epsilon,
-        "weight_decay": settings.weight_decay,
-    }
-    if settings.optim == "paged_adamw_8bit":
-        return bnb.optim.PagedAdamW8bit(parameters, **options)  # type: ignore[no-any-return]
-    if settings.optim == "paged_adamw_32bit":
-        return bnb.optim.PagedAdamW32bit(parameters, **options)  # type: ignore[no-any-return]
-    return torch.optim.AdamW(parameters, **options)  # type: ignore[arg-type]
 
 
 def seed_dropout(*place: int) -> None:

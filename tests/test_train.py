@@ -20,9 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, Bloom
 from orpo_lite import checkpoint, run, train
 from orpo_lite.errors import CheckpointError, DataError, DivergedError, FitError, ModelError, RecipeError
 from orpo_lite.merge import merge
+from orpo_lite.optimizer import lr_factor, whole_steps
 from orpo_lite.recipe import Recipe
 from orpo_lite.run import Update
-from orpo_lite.train import TrainResult, training, whole_steps
+from orpo_lite.train import TrainResult, training
 
 Build = Callable[..., Recipe]
 EIGHT_BIT = "lora.r=64"  # bitsandbytes keeps 8-bit states of tensors from 4,096 numbers on
@@ -466,7 +467,7 @@ def test_bad_data_leaves_no_run_folder(small_recipe: Build, workspace: Path) -> 
 def test_schedules_warm_up_and_are_functions_of_the_step(small_recipe: Build, kind: str) -> None:
     recipe = small_recipe(f"training.lr_scheduler_type={kind}", "training.warmup_steps=10")
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    factor = train_module().lr_factor(recipe, optimizer, 100)
+    factor = lr_factor(recipe, optimizer, 100)
     assert factor(5) == pytest.approx(0.5)
     assert factor(10) == pytest.approx(1.0)
     expected = {

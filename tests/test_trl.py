@@ -16,9 +16,10 @@ from torch.utils.data import SequentialSampler
 from orpo_lite.data.pairs import PairReader, training_sources
 from orpo_lite.data.templates import Renderer, set_chat_template
 from orpo_lite.data.tokens import TokenizedPair, tokenize_pairs
+from orpo_lite.optimizer import lr_factor, make_optimizer
 from orpo_lite.recipe import load_recipe
 from orpo_lite.step.losses import named_parts
-from orpo_lite.train import _Loaded, _update, accumulate, lr_factor, make_optimizer
+from orpo_lite.train import _Loaded, _update, accumulate
 
 trl = pytest.importorskip("trl.experimental.orpo", reason="TRL, the oracle, comes with the extra `bench`")
 
