@@ -18,7 +18,7 @@ from orpo_lite.data.packing import Batch, Batching, PackedPairs
 from orpo_lite.errors import FitError, ModelError, RecipeError
 from orpo_lite.recipe import MemorySection, Recipe
 from orpo_lite.step import attention
-from orpo_lite.step.attention import Kept, Layout, Segment, device_kind, pair_attention, using
+from orpo_lite.step.attention import Layout, Segment, device_kind, free, pair_attention, using
 from orpo_lite.step.head import Head, chunk_rows, packed_logps, padded_logps, pick, row_logps
 from orpo_lite.step.layers import checkpoint_layers, embed_on_host, tile_mlps
 from orpo_lite.step.lora import fuse_lora
@@ -56,6 +56,10 @@ class PairModel(nn.Module):
         """On meta: the kind of device that is meant."""
         self.notes: list[str] = []
         """What the person should know of this model's step, a line each."""
+        self.layers = [module for module in self.modules() if isinstance(module, GradientCheckpointingLayer)]
+        """The decoder layers."""
+        self.checkpointed = 0
+        """How many of them, from the first on, keep their input only."""
         if getattr(self.config.get_text_config(), "output_router_logits", False):
             self.notes.append("its routers' auxiliary loss (output_router_logits) is not added: ORPO's is all")
         self.own_attention = self.config._attn_implementation
@@ -368,7 +372,7 @@ def free_attention(
     _module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Any, **_: Any
 ) -> tuple[Tensor, None]:
     """Attention's output and what it keeps (queries, keys, values, output, one number a query and head), no scores."""
-    return Kept.apply(query, key, value).transpose(1, 2), None
+    return free(query, key, value).transpose(1, 2), None
 
 
 AttentionInterface.register(FREE, free_attention)
@@ -387,16 +391,8 @@ def held(model: nn.Module) -> dict[str, list[Tensor]]:
     parts["embeddings, head, norms"] += model.buffers()
     seen: set[torch.UntypedStorage] = set()
     for name, tensors in parts.items():
-        kept = []
-        for tensor in tensors:
-            if (
-                isinstance(tensor, Tensor)
-                and not (tensor.is_meta and is_on_host(tensor))
-                and tensor.untyped_storage() not in seen
-            ):
-                seen.add(tensor.untyped_storage())
-                kept.append(tensor)
-        parts[name] = kept
+        here = (t for t in tensors if isinstance(t, Tensor) and not (t.is_meta and is_on_host(t)))
+        parts[name] = [t for t in here if not (t.untyped_storage() in seen or seen.add(t.untyped_storage()))]  # type: ignore[func-returns-value]
     return parts
 
 
@@ -405,18 +401,30 @@ def held(model: nn.Module) -> dict[str, list[Tensor]]:
 
 def install_step(model: PairModel, recipe: Recipe) -> None:
     """Give the loaded model the levers of ``memory``; none of them changes loss or gradient."""
-    memory, causal = recipe.memory.unplanned(), model.model
-    has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if memory.fused_lora and (left := fuse_lora(causal)):
+    memory = recipe.memory.unplanned()
+    if memory.fused_lora and (left := fuse_lora(model.model)):
         model.notes.append(f"memory.fused_lora: {len(left)} adapted layers keep peft's own operation ({left[0]} ...)")
-    if isinstance(memory.mlp_tile, int) and not tile_mlps(layers, memory.mlp_tile, has_dropout=has_dropout):
+    if isinstance(memory.mlp_tile, int) and not tile_mlps(
+        model.layers, memory.mlp_tile, has_dropout=has_dropout(model)
+    ):
         model.notes.append("memory.mlp_tile: this model has no MLP that takes tokens one by one; nothing is tiled")
-    amount = memory.activation_checkpointing
-    count = {"all": len(layers), "none": 0}[amount] if isinstance(amount, str) else amount
-    checkpoint_layers(layers[:count], model.attending, offload=bool(memory.checkpoint_offload), has_dropout=has_dropout)
+    checkpoint_first(model, recipe)
     if memory.embedding_on_cpu:
         embed_on_host(model.causal.get_input_embeddings())
+
+
+def checkpoint_first(model: PairModel, recipe: Recipe) -> None:
+    """Let so many of the first layers as the recipe says keep their input only; later on, more of them."""
+    memory, most = recipe.memory.unplanned(), len(model.layers)
+    amount = memory.activation_checkpointing
+    model.checkpointed = min(most, {"all": most, "none": 0}[amount] if isinstance(amount, str) else amount)
+    layers, offload = model.layers[: model.checkpointed], bool(memory.checkpoint_offload)
+    checkpoint_layers(layers, model.attending, offload=offload, has_dropout=has_dropout(model))
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Whether a second run of a layer needs the random state of the first."""
+    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
 
 
 def find_head(causal: Any) -> Head:

@@ -1,527 +1,138 @@
-"""Will it fit, how fast, and what to change: the real step on the meta device, counted, and the levers that fit.
+"""Plan: whether a recipe fits a card, how fast it will be and what to change, without weights and without a GPU."""
 
-Nothing comes from a formula over a model's shape. For each choice of levers a step of two to four layers is run; what
-one layer more adds, the others add too. The plan that is chosen is then run once in full.
-"""
-
-import copy
-import itertools
-import math
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Generator
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+import torch
 
-from orpo_lite.cards import CARDS, Card
-from orpo_lite.data.packing import Batch, Batching, PackedPairs, make_batch, micro_batches, nll_tokens, packed_tokens
-from orpo_lite.data.tokens import TokenizedPair
-from orpo_lite.errors import FitError
-from orpo_lite.meter import ROUNDING, LiveBytes
-from orpo_lite.model import FREE, META, PairModel, bare_pair_model, choose_dtype, held
-from orpo_lite.optimizer import state_bytes
-from orpo_lite.recipe import LEVERS, Recipe, to_text
-from orpo_lite.step.losses import Divisors, orpo_loss
+from orpo_lite import demo, run
+from orpo_lite.base import find_config, find_texts
+from orpo_lite.checkpoint import KEPT
+from orpo_lite.planner.cards import CARDS, Card, Own, own_card
+from orpo_lite.planner.counted import worst_case
+from orpo_lite.planner.search import CardRow, Change, MemoryPlan, Planner
+from orpo_lite.prepare import adopt_adapter, check_embedding, find_sources, pair_lengths, tokenized_sides
+from orpo_lite.recipe import Recipe
+from orpo_lite.run import Update
+from orpo_lite.step.attention import device_kind
 
-MIB = 2**20
-# Allowances: what the counted step cannot show. None of them was fitted to a model.
-CONTEXT = 512 * MIB  # of CUDA, with the kernels of torch, cuBLAS and bitsandbytes loaded; 300 to 550 on cards of today
-WORKSPACE = 64 * MIB  # cuBLAS asks for 8 MiB a stream, on Hopper for 32 (torch.backends.cuda, CUBLAS_WORKSPACE_CONFIG)
-FRAGMENTATION = 0.05  # of the step's own bytes
-PCIE = 25e9  # bytes a second that version 4 carries over 16 lanes
-REACHED = 0.6  # of what a card's data sheet promises, for the estimate of time
-TILE, SMALL_CHUNK = 512, 128  # tokens of an MLP, rows of logits
-MORE_TOKENS = (4_096, 8_192)  # a forward pass of fewer spends much of its time on dequantising the weights
-Triples = NDArray[np.int64]
-"""Tokens of each pair: (common prefix, chosen, rejected), shape (pairs, 3)."""
+ASSUMED = next(card for card in CARDS if "24 GB" in card.name)  # where there is no card and nobody names a budget
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One forward and backward pass on the meta device."""
+class PlanReport:
+    """What `orpo-lite plan` shows."""
 
-    held: Mapping[str, int]
-    """Bytes that stay on the device through all steps, by part."""
-    peak: int
-    """Bytes that the pass holds besides, at its peak."""
-    parts: Mapping[str, int]
-    """Those by the phase that made them."""
-    host: int
-    """Bytes in host memory at their peak."""
-    work: Counter[tuple[int, int]]
-    """(FLOPs, bytes moved) of each operator, and how often it ran; attention's own FLOPs as one entry."""
-    sent: int
-    """Bytes that went to host memory, to come back."""
-    paged: int
-    """Of the optimizer's states, those that the driver may move to host memory."""
-    tokens: int
-    pairs: int
-    weights: int
-    """Parameters of the base."""
+    base: str
+    plan: MemoryPlan
+    own: Own | None
+    """The card that is here."""
+    longest: int
+    """Tokens of the longest pair, each prompt once."""
+    from_data: bool
+    """Whether lengths are those of the data, not the most that data.max_length allows."""
+    rows: list[CardRow]
+    """Other cards, and first the one that was planned for."""
+    changes: list[Change]
+    """What would help where it does not fit."""
+    disk: dict[str, int]
+    """Bytes: download, checkpoints, merged."""
 
-    @property
-    def total(self) -> int:
-        """Bytes on the device at the peak of a step."""
-        return sum(self.held.values()) + self.peak
+    is_verdict: bool
+    """Whether the budget is the person's: theirs by word, or that of their card."""
 
-
-@dataclass(frozen=True)
-class Change:
-    """A change of the maths that would need less."""
-
-    keys: Mapping[str, Any]
-    """``section.key`` -> value."""
-    needed: int
-    fits: bool
-
-
-@dataclass(frozen=True)
-class CardRow:
-    """What a card makes of the recipe, by the lines."""
-
-    card: Card
-    levers: Mapping[str, Any] | None
-    """None: it does not fit."""
-    needed: int
-    seconds_per_pair: float | None
+    def to_json(self) -> dict[str, Any]:
+        """All of it, in bytes and seconds."""
+        return {
+            "base": self.base,
+            **self.plan.to_json(),
+            "lengths": "data" if self.from_data else "data.max_length",
+            "disk_bytes": self.disk,
+            "card_free_bytes": self.own.free if self.own else None,
+            "card_held_by_others_bytes": self.own.others if self.own else None,
+            "cards": [
+                {
+                    "card": row.card.name,
+                    "memory_bytes": row.card.memory,
+                    "fits": row.levers is not None,
+                    "needed_bytes": row.needed,
+                    "levers": dict(row.levers) if row.levers else None,
+                    "seconds_per_pair": row.seconds_per_pair,
+                }
+                for row in self.rows
+            ],
+            "changes": [{"keys": dict(c.keys), "needed_bytes": c.needed, "fits": c.fits} for c in self.changes],
+        }
 
 
-@dataclass(frozen=True)
-class MemoryPlan:
-    """How a recipe's step fits, or by how much it does not."""
-
-    levers: Mapping[str, Any]
-    """Values for the keys of ``memory``."""
-    budget: int | None
-    """Bytes that the run may take; None where nobody said."""
-    card: Card | None
-    """None on a CPU."""
-    measured: Measured
-    """The step as it was run on meta with these levers."""
-
-    @property
-    def peak(self) -> int:
-        """Bytes of tensors on the device at the peak of a step."""
-        return self.measured.total
-
-    @property
-    def parts(self) -> dict[str, int]:
-        """The peak by part."""
-        return {name: size for name, size in (*self.measured.held.items(), *self.measured.parts.items()) if size}
-
-    @property
-    def allowances(self) -> dict[str, int]:
-        """What a program takes besides its tensors."""
-        return allowances(self.measured.peak, self.card)
-
-    @property
-    def needed(self) -> int:
-        """Peak and allowances."""
-        return self.peak + sum(self.allowances.values())
-
-    @property
-    def fits(self) -> bool:
-        """Within the budget, if there is one."""
-        return self.budget is None or self.needed <= self.budget
-
-    @property
-    def flops_per_pair(self) -> float:
-        """Of the planned forward pass."""
-        return sum(flops * count for (flops, _), count in self.measured.work.items()) / self.measured.pairs
-
-    @property
-    def seconds_per_pair(self) -> float | None:
-        """An estimate, from the card's data sheet."""
-        if self.card is None:
-            return None
-        return seconds(self.measured.work, self.measured.sent, self.card) / self.measured.pairs
-
-
-def allowances(step: int, card: Card | None) -> dict[str, int]:
-    """Bytes besides the tensors, for a step that holds so many."""
-    fragments = {"fragmentation": int(FRAGMENTATION * step)}
-    return {"CUDA context": CONTEXT, "kernels' workspaces": WORKSPACE, **fragments} if card else fragments
-
-
-def seconds(work: Mapping[tuple[int, int], int], sent: int, card: Card) -> float:
-    """Each operator takes as long as its FLOPs or its bytes do, whichever is more (the roofline model).
-
-    What goes to host memory and back is added as if nothing were computed meanwhile.
-    """
-    bounds = (count * max(f / card.flops, b / card.bandwidth) for (f, b), count in work.items())
-    return sum(bounds) / REACHED + 2 * sent / PCIE
-
-
-# --- one step, counted
-
-
-def worst_case(max_length: int, pairs: int) -> Triples:
-    """Pairs of two sequences of ``max_length`` tokens that share nothing: nothing longer can come."""
-    return np.tile(np.array([[0, max_length, max_length]]), (pairs, 1))
-
-
-def blank_pairs(triples: Triples) -> list[TokenizedPair]:
-    """Pairs of these lengths; their tokens are of no account on meta."""
-    pairs = []
-    for prefix, chosen, rejected in triples.tolist():
-        ids = np.zeros(chosen, np.int32), np.r_[np.zeros(prefix, np.int32), np.ones(rejected - prefix, np.int32)]
-        start = max(1, min(prefix, chosen - 1, rejected - 1))
-        pairs.append(TokenizedPair(*ids, start, start, "plan"))
-    return pairs
-
-
-def heaviest(recipe: Recipe, triples: Triples, batching: Batching) -> list[TokenizedPair]:
-    """The largest micro-batch of the step that has the longest pairs."""
-    lengths = triples[:, 1] + triples[:, 2] - triples[:, 0] * batching.share
-    pairs = blank_pairs(triples[np.argsort(-lengths, kind="stable")[: recipe.training.global_batch_size]])
-    chunks = [[pairs[index] for index in chunk] for chunk in micro_batches(pairs, batching)]
-    return max(chunks, key=lambda chunk: _tokens(chunk, batching))
-
-
-def _tokens(pairs: Sequence[TokenizedPair], batching: Batching) -> int:
-    """Tokens of a forward pass, padding among them."""
-    if batching.packed:
-        return sum(packed_tokens(pair, share=batching.share) for pair in pairs)
-    return 2 * len(pairs) * max(max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs)
-
-
-def measure(recipe: Recipe, config: Any, triples: Triples, kind: str) -> Measured:
-    """The heaviest micro-batch of a recipe through its model, on meta.
+def plan(recipe: Recipe, *, with_data: bool = False) -> PlanReport:
+    """Plan a recipe for the card that is here, for ``memory.budget``, or else for one of 24 GB.
 
     Args:
-        recipe: with the levers to measure.
-        config: the base's, transformers'.
-        triples: lengths of the pairs.
-        kind: of the device that is meant: see :func:`orpo_lite.step.attention.device_kind`.
+        recipe: its base is known by its configuration alone; that of a shipped recipe needs no network.
+        with_data: read the data, which needs the tokenizer, and plan for its longest pairs; else for two sequences of
+            ``data.max_length`` tokens that share nothing.
+
+    Raises:
+        OrpoLiteError: a base or data that cannot be read.
     """
-    model = bare_pair_model(recipe, config, choose_dtype(recipe.model.dtype, kind))
-    model.planned = kind
-    if not recipe.memory.packing:
-        model.own_attention = FREE
-    trained = [parameter for _, parameter in model.trained()]
-    for parameter in trained:
-        parameter.grad = parameter.new_empty(parameter.shape)
-    states, paged = state_bytes(recipe, trained)
-    kept = held(model)
-    sizes = {name: sum(map(_rounded, tensors)) for name, tensors in kept.items()}
-    sizes |= {"gradients": sizes["adapter"], "optimizer": states + paged}
-    batching = model.batching(recipe, pad_id=0)
-    pairs = heaviest(recipe, triples, batching)
-    only = recipe.loss.completion_only_loss
-    divisors = Divisors(len(pairs), sum(nll_tokens(pair, completion_only_loss=only) for pair in pairs))
-    known = [tensor for tensors in kept.values() for tensor in tensors] + [parameter.grad for parameter in trained]
-    with LiveBytes(known) as tracker, _phases(model, tracker):
-        batch = make_batch(pairs, batching).to(META)
-        logps = model(batch)
-        loss, _ = orpo_loss(logps, divisors, beta=recipe.loss.beta, nll_reduction=recipe.loss.nll_reduction)
-        tracker.phase = "backward pass"
-        loss.backward()
-    on_host = model.causal.get_input_embeddings().weight
-    work = tracker.work + Counter({(_attention_flops(model, recipe, batch), 0): 1})
-    return Measured(
-        held=sizes,
-        peak=tracker.peak,
-        parts={name: size for name, size in tracker.peak_by_phase.items() if size},
-        host=tracker.host_peak + (on_host.nbytes if recipe.memory.embedding_on_cpu is True else 0),
-        work=work,
-        sent=tracker.sent,
-        paged=paged,
-        tokens=_tokens(pairs, batching),
-        pairs=len(pairs),
-        weights=sum(_elements(parameter) for parameter in model.parameters() if not parameter.requires_grad),
+    return run.drain(planning(recipe, with_data=with_data), lambda _: None)
+
+
+def planning(recipe: Recipe, *, with_data: bool = False) -> Generator[Update, None, PlanReport]:
+    """:func:`plan` as a generator of what is being done."""
+    recipe = adopt_adapter(recipe)
+    if any(name.startswith("builtin:") for name in (recipe.model.model_name_or_path, *recipe.data.names)):
+        for _ in demo.make_builtin(recipe, weights=False):
+            pass
+        recipe = demo.resolve_builtin(recipe)
+    name, revision = recipe.model.model_name_or_path, recipe.model.model_revision
+    config = find_config(name, revision)
+    check_embedding(recipe, config)
+    triples = worst_case(recipe.data.max_length, recipe.training.global_batch_size)
+    if with_data:
+        train, _, _ = yield from tokenized_sides(recipe, find_texts(name, revision)[0], *find_sources(recipe.data))
+        triples = pair_lengths(train)
+    own = own_card()
+    kind = device_kind(torch.device("cuda", 0)) if own else "ampere"
+    card, budget = (own.card, own.free) if own else (ASSUMED, ASSUMED.memory)
+    if recipe.memory.budget_bytes is not None:
+        budget = recipe.memory.budget_bytes
+        card = card if own else replace(_like(budget), memory=budget)
+    yield Update("stage", "counting steps of a few layers")
+    planner = Planner(recipe, config, triples, kind)
+    if own is None and recipe.memory.budget_bytes is None:
+        larger = [other for other in CARDS if other.memory >= ASSUMED.memory]
+        card = next((other for other in larger if planner.least(other) <= other.memory), ASSUMED)
+        budget = card.memory
+    found = planner.plan(budget, card)
+    yield Update("stage", "looking at other cards")
+    name_of_first = card.name if recipe.memory.budget_bytes is None else f"memory.budget={recipe.memory.budget}"
+    first = replace(card, name=name_of_first, memory=budget)
+    rows = [planner.row(first), *(planner.row(other) for other in CARDS if other != first)]
+    asked = own is not None or recipe.memory.budget_bytes is not None
+    changes = planner.changes(budget, card) if asked and not found.fits else []
+    return PlanReport(
+        base=name,
+        plan=found,
+        own=own,
+        longest=planner.longest,
+        from_data=with_data,
+        rows=rows,
+        changes=changes,
+        disk=_disk(found, recipe),
+        is_verdict=asked,
     )
 
 
-@contextmanager
-def _phases(model: PairModel, tracker: LiveBytes) -> Iterator[None]:
-    """Say to the tracker what is being done: the batch, the layers, then the head and the loss."""
-
-    def set_phase(name: str) -> Any:
-        return lambda *_: setattr(tracker, "phase", name)
-
-    tracker.phase = "batch"
-    hooks = [
-        model.backbone.register_forward_pre_hook(set_phase("kept by the layers")),
-        model.backbone.register_forward_hook(set_phase("head")),
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+def _like(budget: int) -> Card:
+    """The smallest of the known cards that has so much, for its speed."""
+    return next((card for card in CARDS if card.memory >= 0.95 * budget), CARDS[-1])
 
 
-def _attention_flops(model: PairModel, recipe: Recipe, batch: Batch) -> int:
-    """Of all layers: 4 a causal cell and head dimension forward, 2.5 times that backward, and forward once more where
-    a layer is checkpointed. What a window hides is counted too."""
-    if isinstance(batch, PackedPairs):
-        cells = sum((b - a) * (b - a + 1) // 2 + (b - a) * (d - c) for a, b, c, d in batch.segments)
-    else:
-        rows, width = batch.input_ids_RT.shape
-        cells = rows * width * (width + 1) // 2
-    config = model.config.get_text_config()
-    heads, layers = config.num_attention_heads, config.num_hidden_layers
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return int(4 * heads * size * cells * (3.5 * layers + _checkpointed(recipe, layers)))
-
-
-def _checkpointed(recipe: Recipe, layers: int) -> int:
-    amount = recipe.memory.unplanned().activation_checkpointing
-    return min(layers, {"all": layers, "none": 0}[amount] if isinstance(amount, str) else amount)
-
-
-def _rounded(tensor: Any) -> int:
-    return -(-int(tensor.untyped_storage().nbytes()) // ROUNDING) * ROUNDING
-
-
-def _elements(parameter: Any) -> int:
-    state = getattr(parameter, "quant_state", None)
-    return math.prod(state.shape) if state is not None else int(parameter.numel())
-
-
-# --- a choice of levers, for any number of layers
-
-
-class Line:
-    """What a choice of levers needs with ``kept`` layers un-checkpointed, from steps of two, three and four layers.
-
-    A step is largest where a checkpointed layer runs again, or where the backward pass begins and all is held that the
-    layers have kept. Either grows by so much a layer.
-    """
-
-    def __init__(self, recipe: Recipe, config: Any, triples: Triples, kind: str) -> None:
-        def small(layers: int, kept: int) -> Measured:
-            chosen = recipe.override({"memory.activation_checkpointing": layers - kept})
-            return measure(chosen, with_layers(config, layers), triples, kind)
-
-        self._small = small
-        self._two, self._three = small(2, 0), small(3, 0)
-        self.checkpoint = self._three.peak - self._two.peak
-        """Bytes that a checkpointed layer adds to the peak."""
-
-    @cached_property
-    def _kept(self) -> tuple[Measured, Measured]:
-        return self._small(3, 2), self._small(4, 3)
-
-    @property
-    def layer(self) -> int:
-        """Bytes that an un-checkpointed layer adds."""
-        fewer, more = self._kept
-        return more.peak - fewer.peak
-
-    def peak(self, layers: int, kept: int) -> int:
-        """Bytes of a step besides what is held."""
-        recomputing = self._two.peak + (layers - kept - 2) * self.checkpoint
-        if not kept:
-            return recomputing
-        fewer, _ = self._kept
-        return max(recomputing, fewer.peak + (kept - 2) * self.layer + (layers - kept - 1) * self.checkpoint)
-
-    def work(self, layers: int, kept: int) -> Counter[tuple[int, int]]:
-        """The operators of such a step."""
-        total = Counter(self._two.work)
-        parts = [(self._two.work, self._three.work, layers - kept - 2)]
-        if kept:
-            fewer, more = self._kept
-            parts.append((fewer.work, more.work, kept))
-        for before, after, times in parts:
-            for key in before.keys() | after.keys():
-                total[key] += times * (after[key] - before[key])
-        return total
-
-    @property
-    def tokens_per_pair(self) -> float:
-        """Of the forward pass that was planned."""
-        return self._two.tokens / self._two.pairs
-
-    def seconds_per_token(self, layers: int, kept: int, card: Card) -> float:
-        """An estimate, from the card's data sheet."""
-        a_layer = self._three.sent - self._two.sent
-        sent = self._two.sent + (layers - kept - 2) * a_layer
-        return seconds(self.work(layers, kept), sent, card) / self._two.tokens
-
-
-def with_layers(config: Any, layers: int) -> Any:
-    """The configuration with so many layers, the first ones."""
-    config = copy.deepcopy(config)
-    text = config.get_text_config()
-    types = getattr(text, "layer_types", None)
-    if types:
-        text.layer_types = types[:layers]
-    text.num_hidden_layers = layers
-    return config
-
-
-# --- the search
-
-
-class Planner:
-    """The plans of one recipe, for any budget; lines are run when they are first asked for, and kept."""
-
-    def __init__(self, recipe: Recipe, config: Any, triples: Triples, kind: str) -> None:
-        self.recipe, self.config, self.triples, self.kind = recipe, config, triples, kind
-        self.layers = int(config.get_text_config().num_hidden_layers)
-        self._lines: dict[tuple[Any, ...], Line] = {}
-
-    @cached_property
-    def _whole(self) -> tuple[int, int]:
-        """Bytes held by all layers, and by the input embedding, which may be moved."""
-        model = bare_pair_model(self.recipe, self.config, choose_dtype(self.recipe.model.dtype, self.kind))
-        trained = [parameter for _, parameter in model.trained()]
-        kept = sum(_rounded(tensor) for tensors in held(model).values() for tensor in tensors)
-        kept += sum(map(_rounded, trained)) + sum(state_bytes(self.recipe, trained))
-        tied = self.config.get_text_config().tie_word_embeddings
-        return kept, 0 if tied else _rounded(model.causal.get_input_embeddings().weight)
-
-    def choices(self) -> list[dict[str, Any]]:
-        """All values of the levers but the number of checkpointed layers, the simplest first."""
-        memory, longest = self.recipe.memory, self._longest()
-        tokens = sorted({longest, *(more for more in MORE_TOKENS if more > longest)}, reverse=True)
-        options: dict[str, list[Any]] = {
-            "head_chunk": ["auto"],
-            "mlp_tile": [None, TILE],
-            "checkpoint_offload": [False, True],
-            "embedding_on_cpu": [False, True] if self._whole[1] else [False],
-            "micro_batch_tokens": tokens if memory.packing else ["auto"],
-        }
-        if not self._amounts(checkpointed=True):
-            options["checkpoint_offload"] = [False]
-        for key in options:
-            if getattr(memory, key) != "auto":
-                options[key] = [getattr(memory, key)]
-        found = [dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())]
-        return [*found, self.tightest()]
-
-    def tightest(self) -> dict[str, Any]:
-        """The levers that need the least memory."""
-        memory = self.recipe.memory
-        least: dict[str, Any] = {"head_chunk": SMALL_CHUNK, "mlp_tile": TILE, "micro_batch_tokens": self._longest()}
-        least |= {"checkpoint_offload": bool(self._amounts(checkpointed=True)), "embedding_on_cpu": self._whole[1] > 0}
-        if not memory.packing:
-            least |= {"head_chunk": "auto", "micro_batch_tokens": "auto"}
-        return {key: value if getattr(memory, key) == "auto" else getattr(memory, key) for key, value in least.items()}
-
-    def _longest(self) -> int:
-        share = self.recipe.memory.prompt_sharing
-        return int((self.triples[:, 1] + self.triples[:, 2] - self.triples[:, 0] * share).max())
-
-    def _amounts(self, *, checkpointed: bool = False) -> list[int]:
-        """Numbers of layers that may be left un-checkpointed; with ``checkpointed``, of those that leave any."""
-        amount = self.recipe.memory.activation_checkpointing
-        if amount == "auto":
-            amounts = list(range(self.layers + 1))
-        else:
-            amounts = [self.layers - _checkpointed(self.recipe, self.layers)]
-        return [kept for kept in amounts if kept < self.layers or not checkpointed]
-
-    def line(self, choice: Mapping[str, Any]) -> Line:
-        """That of a choice; where the embedding lies makes no difference to a step."""
-        key = tuple(value for name, value in choice.items() if name != "embedding_on_cpu")
-        if key not in self._lines:
-            values = {f"memory.{name}": value for name, value in choice.items()} | {"memory.embedding_on_cpu": False}
-            self._lines[key] = Line(self.recipe.override(values), self.config, self.triples, self.kind)
-        return self._lines[key]
-
-    def best(self, budget: int | None, card: Card | None) -> dict[str, Any] | None:
-        """The fastest levers that fit by the lines; None if none does."""
-        fastest: tuple[float, dict[str, Any]] | None = None
-        for choice in self.choices():
-            line, room = self.line(choice), math.inf
-            if budget is not None:
-                whole, embedding = self._whole
-                fixed = whole - embedding * choice["embedding_on_cpu"] + sum(allowances(0, card).values())
-                room = (budget - fixed) / (1 + FRAGMENTATION)
-            kept = max((kept for kept in self._amounts() if line.peak(self.layers, kept) <= room), default=None)
-            if kept is None:
-                continue
-            taken = line.seconds_per_token(self.layers, kept, card or CARDS[0])
-            if fastest is None or taken < fastest[0]:
-                fastest = taken, choice | {"activation_checkpointing": self.layers - kept}
-            if kept == self.layers and not any(choice[name] for name in ("mlp_tile", "checkpoint_offload")):
-                break  # the largest forward pass without any lever: nothing is faster
-        return fastest[1] if fastest else None
-
-    def run(self, levers: Mapping[str, Any], budget: int | None, card: Card | None) -> MemoryPlan:
-        """The plan of these levers, from a step with all layers."""
-        chosen = self.recipe.override({f"memory.{name}": value for name, value in levers.items()})
-        return MemoryPlan(levers, budget, card, measure(chosen, self.config, self.triples, self.kind))
-
-    def plan(self, budget: int | None, card: Card | None) -> MemoryPlan:
-        """The fastest plan that fits, run once in full; where nothing fits, the one that needs the least."""
-        levers = self.best(budget, card)
-        if levers is None:
-            amount = self.layers - min(self._amounts())
-            return self.run(self.tightest() | {"activation_checkpointing": amount}, budget, card)
-        plan = self.run(levers, budget, card)
-        while not plan.fits and self.layers - levers["activation_checkpointing"] > min(self._amounts()):
-            # The lines were a little low: layers of different kinds.
-            levers = levers | {"activation_checkpointing": levers["activation_checkpointing"] + 1}
-            plan = self.run(levers, budget, card)
-        return plan
-
-    def row(self, card: Card) -> CardRow:
-        """What that card would make of it."""
-        levers = self.best(card.memory, card)
-        choice = dict(levers or self.tightest() | {"activation_checkpointing": self.layers - min(self._amounts())})
-        kept = self.layers - choice.pop("activation_checkpointing")
-        line, (whole, embedding) = self.line(choice), self._whole
-        step = line.peak(self.layers, kept)
-        needed = whole - embedding * choice["embedding_on_cpu"] + step + sum(allowances(step, card).values())
-        taken = line.seconds_per_token(self.layers, kept, card) * line.tokens_per_pair if levers else None
-        return CardRow(card, levers, int(needed), taken)
-
-    def changes(self, budget: int, card: Card | None) -> list[Change]:
-        """Changes of the maths that need less, and which of them would fit; none is made by itself."""
-        recipe, length = self.recipe, self.recipe.data.max_length
-        candidates: list[dict[str, Any]] = []
-        fixed = {f"memory.{name}": "auto" for name in LEVERS if getattr(recipe.memory, name) != "auto"}
-        if fixed:
-            candidates.append(fixed)
-        if not recipe.quantization.load_in_4bit:
-            candidates.append({"quantization.load_in_4bit": True})
-        if recipe.training.optim != "paged_adamw_8bit":
-            candidates.append({"training.optim": "paged_adamw_8bit"})
-        rank = {"lora.r": 8} if recipe.lora.r > 8 else {}
-        candidates += [rank] * bool(rank)
-        for shorter in (length // 2, length // 4):
-            prompt = min(recipe.data.max_prompt_length, shorter // 2)
-            limits = {"data.max_length": shorter, "data.max_prompt_length": prompt}
-            candidates += [limits, *([limits | rank] if rank else [])]
-        found = []
-        for keys in candidates:
-            limit = keys.get("data.max_length", length)
-            other = Planner(recipe.override(keys), self.config, np.minimum(self.triples, limit), self.kind)
-            levers = other.tightest() | {"activation_checkpointing": other.layers - min(other._amounts())}
-            plan = other.run(levers, budget, card)
-            found.append(Change(keys, plan.needed, plan.fits))
-        return found
-
-
-def fit(recipe: Recipe, config: Any, triples: Triples, kind: str, budget: int, card: Card | None) -> MemoryPlan:
-    """The fastest plan within ``budget`` bytes. Raises :class:`FitError` with what would help."""
-    planner = Planner(recipe, config, triples, kind)
-    plan = planner.plan(budget, card)
-    if not plan.fits:
-        raise does_not_fit(plan, planner.changes(budget, card))
-    return plan
-
-
-def does_not_fit(plan: MemoryPlan, changes: Sequence[Change]) -> FitError:
-    """The error that says so, with each change that would fit and what it saves."""
-    assert plan.budget is not None
-    found = f"the smallest step needs {_gib(plan.needed)}, and there are {_gib(plan.budget)}"
-    lines = []
-    for change in changes:
-        keys = " ".join(f"{key}={to_text(value)}" for key, value in change.keys.items())
-        verdict = "fits" if change.fits else "still too much"
-        lines.append(f"{keys}: {_gib(change.needed)} ({_gib(plan.needed - change.needed)} less), {verdict}")
-    useful = [line for line, change in zip(lines, changes, strict=True) if change.fits] or lines[-1:]
-    return FitError("memory.budget", found, "", "\n    ".join(["one of these, which change what is trained:", *useful]))
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"
+def _disk(found: MemoryPlan, recipe: Recipe) -> dict[str, int]:
+    half = 2 * found.measured.weights
+    adapter = found.measured.held["adapter"]
+    disk = {"download": half, "checkpoints": 3 * adapter * (KEPT + 2), "adapter": adapter}
+    return disk | ({"merged": half} if recipe.output.merge else {})

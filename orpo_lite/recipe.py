@@ -252,10 +252,10 @@ class TrainingSection(Section):
 
 
 class MemorySection(Section):
-    """How the step fits into memory (ours); it never changes the maths. What is auto the plan sets (`orpo-lite plan`)."""
+    """How the step fits into memory (ours); it never changes the maths. The plan sets what is auto."""
 
     budget: Annotated[str, BeforeValidator(_budget)] = "auto"
-    """Memory that a run may take on the device, such as 24GiB. auto: what is free on the GPU; on a CPU nothing is planned."""
+    """Memory that a run may take on the device, such as 24GiB. auto: what is free on the GPU; no plan on a CPU."""
     packing: bool = True
     """Pairs laid end to end, without padding. false: padded rows and all logits, the plain step that ours equals."""
     prompt_sharing: bool = True
@@ -269,7 +269,7 @@ class MemorySection(Section):
     fused_lora: bool = True
     """A linear layer and its adapter as one operation that keeps its input once, in the dtype of the model."""
     activation_checkpointing: Literal["auto", "all", "none"] | Annotated[int, Field(ge=0)] = "auto"
-    """Decoder layers that recompute their activations in the backward pass: all, none, or a number. auto, unplanned: all."""
+    """Decoder layers that run again in the backward pass: all, none, or a number. auto, unplanned: all."""
     checkpoint_offload: Literal["auto"] | bool = "auto"
     """What checkpointed layers keep waits in host memory: less on the card, a little slower. auto, unplanned: false."""
     mlp_tile: Literal["auto"] | Annotated[int, Field(ge=1)] | None = "auto"

@@ -158,7 +158,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segmen
     q, k, v, lengths = _as_sequences(query, key, value, segments)
     grouped = q.shape[1] != k.shape[1]
     if q.is_meta:
-        return Kept.apply(q, k, v).transpose(0, 1).unsqueeze(0)  # type: ignore[no-any-return]
+        return free(q, k, v).transpose(0, 1).unsqueeze(0)
     out: Tensor = varlen_attn(q, k, v, *lengths, scale=shape.scale, window_size=shape.window_size, enable_gqa=grouped)  # type: ignore[assignment]
     return out.transpose(0, 1).unsqueeze(0)
 
@@ -167,7 +167,7 @@ def _flash_attn_varlen(query: Tensor, key: Tensor, value: Tensor, segments: Sequ
     """The package flash-attn where it is installed: the one fast kernel with a softcap."""
     q, k, v, lengths = _as_sequences(query, key, value, segments)
     if q.is_meta:
-        out: Tensor = Kept.apply(q, k, v)
+        out = free(q, k, v)
     else:
         options = {"softmax_scale": shape.scale, "causal": True, "softcap": shape.softcap or 0.0}
         options["deterministic"] = torch.are_deterministic_algorithms_enabled()
@@ -220,7 +220,7 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment]
         q = query[:, :, own]
         k, v = (tensor.repeat_interleave(q.shape[1] // tensor.shape[1], 1) for tensor in (k, v))
         if q.is_meta:  # there torch would take the way that keeps all scores
-            outs.append(Kept.apply(q, k, v))
+            outs.append(free(q, k, v))
             continue
         fits = shape.window is None or k.shape[2] <= shape.window
         sizes = (q.shape[2], k.shape[2])
@@ -250,6 +250,12 @@ class Kept(torch.autograd.Function):
         if group > 1:
             _workspace += [tensor.new_empty(group * tensor.numel()) for tensor in (key, value)]
         return tuple(torch.empty_like(tensor) for tensor in (query, key, value))
+
+
+def free(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """:class:`Kept`."""
+    out: Tensor = Kept.apply(query, key, value)
+    return out
 
 
 def _joined(tensor: Tensor, prefix: slice, own: slice) -> Tensor:
