@@ -321,6 +321,8 @@ def check_targets(recipe: Recipe, base: Base) -> None:
         if not any(name == target or name.endswith(f".{target}") for name in known):  # as peft matches them
             where = recipe.sources["lora.target_modules"]
             found = f"lora.target_modules: {target} matches no layer of {base.name}"
+            if target == "lm_head":
+                found = "lora.target_modules: lm_head is the output head, which a recipe does not adapt"
             ends = sorted({name.rsplit(".", 1)[-1] for name in known})
             raise ModelError(where, found, f"of {', '.join(ends)}", "lora.target_modules=all-linear")
 

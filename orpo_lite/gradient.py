@@ -39,7 +39,7 @@ def accumulate(
     Raises:
         ShortageError: out of memory, here or in another process.
     """
-    parts, short = torch.zeros(len(PARTS), dtype=torch.float64), False
+    parts, short = torch.zeros(0), False
     try:
         parts = _share(model, batch, recipe, step, batching, accelerator, scaler)
     except torch.OutOfMemoryError:
@@ -54,7 +54,7 @@ def accumulate(
         raise ShortageError
     if accelerator.num_processes > 1:
         _add_up(trained, accelerator)
-    total: Any = accelerator.reduce(parts.to(accelerator.device), reduction="sum")
+    total: Any = accelerator.reduce(parts, reduction="sum")
     values: list[float] = total.tolist()
     return values
 
@@ -72,14 +72,14 @@ def _share(
     settings, rank = recipe.loss, accelerator.process_index
     only = settings.completion_only_loss
     divisors = Divisors(len(batch), sum(nll_tokens(pair, completion_only_loss=only) for pair in batch))
-    parts = torch.zeros(len(PARTS), dtype=torch.float64)
+    parts = torch.zeros(len(PARTS), dtype=torch.float64, device=accelerator.device)
     for number, chunk in enumerate(micro_batches(batch, batching, rank=rank, world=accelerator.num_processes)):
         rows = make_batch([batch[index] for index in chunk], batching)
         seed_dropout(recipe.training.seed, step, number, rank)
         logps = model(rows.to(accelerator.device))
         loss, share = orpo_loss(logps, divisors, beta=settings.beta, nll_reduction=settings.nll_reduction)
         accelerator.backward(scaler.scale(loss))
-        parts += share.double().cpu()
+        parts += share.double()  # there: to read it would wait for the device before the next batch is made
     return parts
 
 

@@ -313,6 +313,8 @@ def _add_lora(model: nn.Module, recipe: Recipe, folder: Path | None) -> nn.Modul
     from peft import LoraConfig, get_peft_model
 
     lora = recipe.lora
+    # A router that is a linear layer by birth and returns more than one tensor; peft would take it for a plain one.
+    odd = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and not _is_linear(module)]
     if folder:
         config = read_adapter_config(folder)
     else:
@@ -322,6 +324,7 @@ def _add_lora(model: nn.Module, recipe: Recipe, folder: Path | None) -> nn.Modul
             lora_alpha=lora.lora_alpha,
             lora_dropout=lora.lora_dropout,
             target_modules=lora.target_modules,
+            exclude_modules=odd or None,
             use_rslora=lora.use_rslora,
             use_dora=lora.use_dora,
             init_lora_weights=True if lora.init_lora_weights == "orthogonal" else lora.init_lora_weights,
@@ -334,6 +337,10 @@ def _add_lora(model: nn.Module, recipe: Recipe, folder: Path | None) -> nn.Modul
     if lora.init_lora_weights == "orthogonal" and not folder:
         _init_orthogonal(model, recipe)
     return model
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return type(module).forward is nn.Linear.forward or type(module).__name__ == "Linear4bit"
 
 
 @torch.no_grad()

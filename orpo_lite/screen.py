@@ -53,16 +53,14 @@ def print_levers(recipe: "Recipe") -> None:
     from orpo_lite.recipe import LEVERS
 
     memory = recipe.memory.unplanned()
-    free = [key for key in LEVERS if getattr(recipe.memory, key) == "auto"]
-    planned = f"; on a GPU the plan sets {', '.join(free)}, see orpo-lite plan" if free else ""
-    out.print(f"\na step{planned}")
+    out.print("\na step")
     if not memory.packing:
         size = memory.micro_batch_size or 1
         out.print(f"  pads rows, {size} pair{'s' * (size > 1)} a forward pass, and holds all logits: the plain step")
     else:
         shared = "once" if memory.prompt_sharing else "twice"
         tokens = f"{recipe.micro_batch_tokens:,} tokens a forward pass"
-        most = f", at most {memory.micro_batch_size} pairs" if memory.micro_batch_size else ""
+        most = f", at most {_pairs(memory.micro_batch_size)}" if memory.micro_batch_size else ""
         out.print(f"  lays pairs end to end without padding, and the prompt of a pair {shared}, {tokens}{most}")
         chunk = {"auto": "a few rows of logits at a time", "none": "all logits of a forward pass"}
         out.print(f"  holds {chunk.get(str(memory.head_chunk), f'{memory.head_chunk} rows of logits at a time')}")
@@ -71,9 +69,11 @@ def print_levers(recipe: "Recipe") -> None:
     where = " from inputs in host memory" if memory.checkpoint_offload else ""
     out.print(f"  runs {amount} again in the backward pass{where if amount != 'no layer' else ''}")
     if memory.mlp_tile:
-        out.print(f"  takes {memory.mlp_tile:,} tokens at a time through an MLP")
+        out.print(f"  takes {memory.mlp_tile:,} tokens at a time through an MLP, for some 9% more FLOPs")
     if memory.embedding_on_cpu:
         out.print("  looks tokens up in host memory")
+    if free := [key for key in LEVERS if getattr(recipe.memory, key) == "auto"]:
+        out.print(f"on a GPU, or with memory.budget, the plan sets {', '.join(free)}: see orpo-lite plan")
 
 
 def print_before_after(before: Mapping[str, float], after: Mapping[str, float]) -> None:

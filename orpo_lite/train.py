@@ -19,7 +19,7 @@ from accelerate.utils import DistributedType
 from transformers import enable_full_determinism
 
 from orpo_lite import checkpoint, demo, run
-from orpo_lite.base import Base, check_disk, fetch_weights
+from orpo_lite.base import check_disk, fetch_weights
 from orpo_lite.data.packing import epoch_order, micro_batches, steps_per_epoch
 from orpo_lite.data.tokens import TokenizedPair
 from orpo_lite.errors import CheckpointError, DivergedError, FitError, OrpoLiteError, RecipeError
@@ -182,7 +182,7 @@ def _train(
     per_epoch = steps_per_epoch(len(pairs), settings.global_batch_size)
     steps = settings.max_steps if settings.max_steps > 0 else math.ceil(settings.num_train_epochs * per_epoch)
     eval_every = whole_steps(settings.eval_steps, steps)
-    loaded = yield from _load(recipe, ready.base, accelerator, path)
+    loaded = yield from _load(recipe, ready, accelerator, path)
     factor = lr_factor(recipe, loaded.optimizer, steps)
     state: dict[str, Any] = {"step": 0, "evaluated": None, "best_step": None, "best_loss": None, "worse": 0}
     state |= {"before": {}, "after": {}, "latest": {}, "bad": 0, "num_tokens": 0, "levers": {}}
@@ -322,11 +322,16 @@ def _update(loaded: _Loaded, loss: float, max_grad_norm: float) -> tuple[float, 
     return norm, finite
 
 
-def _load(recipe: Recipe, base: Base, accelerator: Accelerator, path: Path) -> Generator[Update, None, _Loaded]:
-    yield Update("stage", f"loading {base.name}")
-    pair_model = load_pair_model(recipe, base, accelerator.device)
+def _load(recipe: Recipe, ready: Ready, accelerator: Accelerator, path: Path) -> Generator[Update, None, _Loaded]:
+    yield Update("stage", f"loading {ready.base.name}")
+    pair_model = load_pair_model(recipe, ready.base, accelerator.device)
     if recipe.memory.packing:
-        prove(pair_model, recipe.data.max_length)
+        yield Update("stage", "proving the step on this model")
+        longest = int(pair_lengths(ready.train)[:, 1:].max())
+        prove(pair_model, longest, min(recipe.micro_batch_tokens, 2 * longest * recipe.training.global_batch_size))
+        if accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(accelerator.device)  # what is reported is the steps' own
     for note in pair_model.notes:
         yield Update("note", note)
     trained = [parameter for _, parameter in pair_model.trained()]

@@ -72,6 +72,13 @@ def current_layout() -> Layout | None:
     return _current.get()
 
 
+# What models hand on to their attention and it does not depend on: positions are in the queries already.
+HARMLESS = (
+    "position_ids position_embeddings cache_position is_causal past_key_values past_key_value use_cache return_dict "
+    "output_attentions output_hidden_states output_router_logits logits_to_keep layer_idx num_items_in_batch"
+).split()
+
+
 def pair_attention(
     _module: torch.nn.Module,
     query: Tensor,
@@ -95,16 +102,16 @@ def pair_attention(
         dropout: 0, for the prompt's would be the same for both replies.
         sliding_window: tokens that a query sees, itself among them.
         softcap: Gemma 2's ``cap * tanh(scores / cap)``.
-        asked: anything else that the model asks of its attention.
+        asked: anything else that the model asks of its attention; what is not known to be harmless is refused.
 
     Returns:
         Shape (1, T, H, E'), and None for the weights, which are never held.
 
     Raises:
-        UnsupportedError: for a mask, dropout, sinks or a position bias.
+        UnsupportedError: for a mask, dropout, sinks, a position bias, sparse attention's indices and the like.
     """
     layout = _current.get()
-    wanted = [name for name in ("s_aux", "position_bias", "alibi", "head_mask") if asked.get(name) is not None]
+    wanted = [name for name, value in asked.items() if value is not None and name not in HARMLESS]
     wanted += ["attention dropout"] * bool(dropout) + ["a mask"] * (attention_mask is not None)
     wanted += ["attention outside of a packed row"] * (layout is None or query.shape[0] != 1)
     if wanted or layout is None:
