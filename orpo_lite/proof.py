@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from orpo_lite.data.packing import pack_pairs, packed_tokens, pad_pairs
 from orpo_lite.data.tokens import TokenizedPair
@@ -48,6 +48,9 @@ def prove(model: PairModel, max_length: int, tokens: int = 0) -> None:
     with _random_adapter(model):
         with model.evaluating():
             _refuse_others(model)
+        with model.without_dropout():
+            _drop_wrong_operations(model)
+        with model.evaluating():
             reasons = _disagreements(model, max_length, tokens)
         ways = [way for way in WAYS[WAYS.index(model.way) :] if way not in reasons]
         with model.without_dropout():
@@ -99,15 +102,30 @@ def _refuse_others(model: PairModel) -> None:
         raise ModelError(f"model {model.config.model_type}", found, "a causal language model")
 
 
+def _drop_wrong_operations(model: PairModel) -> None:
+    """Go back to peft's and the model's own layers where ours have another gradient; says so."""
+    if not ours(model):
+        return
+    pairs = _random_pairs(model.config.get_text_config(), [SHORT[0], SHORT[4]])
+    with plain(model):
+        wanted = _gradient(model, pairs, "logits")
+    difference = _distance(_gradient(model, pairs, "logits"), wanted)
+    bound = {torch.float64: 1e-8, torch.float32: 1e-3}.get(model.causal.dtype, 0.1)
+    if difference > bound:
+        for module in ours(model):
+            del module.forward
+        said = f"with them gradients differ by {difference:.2%} (bound {bound:.2%})"
+        model.notes.append(f"memory.fused_lora and memory.mlp_tile are not used: {said}")
+
+
 def _disagreements(model: PairModel, max_length: int, tokens: int) -> dict[Way, str]:
     """Each way that differs from the model's own, and how."""
     config = model.config.get_text_config()
     short = _random_pairs(config, SHORT)
     if reason := _head_differs(model, short[0]):
         return dict.fromkeys(WAYS[:-1], reason)
-    with plain(model):
-        expected = _figures(model, short, "logits")
-        bound = _bound(model, short, expected)
+    expected = _figures(model, short, "logits")
+    bound = _bound(model, short, expected)
     reasons: dict[Way, str] = {}
 
     def compare(way: Way, pairs: list[TokenizedPair], wanted: Tensor, where: str = "") -> None:
@@ -128,8 +146,7 @@ def _disagreements(model: PairModel, max_length: int, tokens: int) -> dict[Way, 
         if way in reasons:
             continue
         pairs = [*_long_pairs(config, max_length, tokens, share=way == "shared"), *short]
-        with plain(model):
-            wanted = _figures(model, pairs, "rows")  # the head is proven, and spares the logits of all these tokens
+        wanted = _figures(model, pairs, "rows")  # the head is proven, and spares the logits of all these tokens
         compare(way, pairs, wanted, where)
     return reasons
 
@@ -185,15 +202,13 @@ def _wrong_gradients(model: PairModel, ways: Sequence[Way]) -> dict[Way, str]:
     """The first of these ways if its gradient is not the model's own, and so on with the next; {} if it is."""
     reasons: dict[Way, str] = {}
     pairs = _random_pairs(model.config.get_text_config(), [SHORT[0], SHORT[4]])
-    with plain(model):
-        wanted = _gradient(model, pairs, "logits")
+    wanted = _gradient(model, pairs, "logits")
     _say_unused(model, wanted)
     if ways[0] == "logits":
         return reasons
     bound = {torch.float64: 1e-8, torch.float32: 1e-3}.get(model.causal.dtype)
     if bound is None:  # what rounding does to the model's own: in padded rows and in single ones
-        with plain(model):
-            bound = max(4 * _distance(_gradient(model, pairs, None), wanted), 0.05)
+        bound = max(4 * _distance(_gradient(model, pairs, None), wanted), 0.05)
     for way in ways[:-1]:
         try:
             found = _gradient(model, pairs, way)
@@ -244,15 +259,20 @@ def _distance(found: list[Tensor], wanted: list[Tensor]) -> float:
     return math.sqrt(between / max(sum(float(b.double().square().sum()) for b in wanted), 1e-300))
 
 
+def ours(model: PairModel) -> list[nn.Module]:
+    """The modules whose forward pass is an operation of ours that equals their own: fused LoRA, tiles."""
+    return [m for m in model.modules() if getattr(m.__dict__.get("forward"), "equals_plain", False)]
+
+
 @contextmanager
 def plain(model: PairModel) -> Iterator[None]:
-    """The model's and peft's own layers while this lasts: no fused LoRA, no tiles; what is on the host stays there."""
-    ours = [m for m in model.modules() if getattr(m.__dict__.get("forward"), "equals_plain", False)]
-    forwards = [module.__dict__.pop("forward") for module in ours]
+    """The model's and peft's own layers while this lasts; what is in host memory stays there."""
+    modules = ours(model)
+    forwards = [module.__dict__.pop("forward") for module in modules]
     try:
         yield
     finally:
-        for module, forward in zip(ours, forwards, strict=True):
+        for module, forward in zip(modules, forwards, strict=True):
             module.forward = forward
 
 
