@@ -470,8 +470,13 @@ def tables(result: dict[str, Any]) -> str:
 
 def write_tables(readme: Path, result: dict[str, Any]) -> None:
     """Put them between their two marks."""
-    before, _, rest = readme.read_text("utf-8").partition(STARTS)
-    readme.write_text(f"{before}{STARTS}\n{tables(result)}\n{ENDS}{rest.partition(ENDS)[2]}", encoding="utf-8")
+    write_between(readme, STARTS, tables(result))
+
+
+def write_between(readme: Path, starts: str, text: str) -> None:
+    """Put a text between a mark of its own and the next end mark."""
+    before, _, rest = readme.read_text("utf-8").partition(starts)
+    readme.write_text(f"{before}{starts}\n{text}\n{ENDS}{rest.partition(ENDS)[2]}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -223,8 +223,8 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def _model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    config = LlamaConfig(
+def _config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,  # every matrix is a multiple of NF4's block of 64
         intermediate_size=192,
@@ -240,9 +240,12 @@ def _model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
         architectures=["LlamaForCausalLM"],
         dtype="float32",
     )
+
+
+def _model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed the GPUs, which are not forked
-        return LlamaForCausalLM(config)
+        return LlamaForCausalLM(_config(tokenizer))
 
 
 def _make_base(folder: Path, *, seed: int, rounds: int) -> Iterator[tuple[int, int]]:
@@ -297,14 +300,16 @@ def _one_thread() -> Iterator[None]:
 def make_builtin(recipe: Recipe, *, weights: bool = True) -> Iterator[tuple[int, int]]:
     """Make the ``builtin:`` base and pairs that a recipe names, unless they are there; yields (step, steps).
 
-    Without ``weights`` the base is its tokenizer alone, which takes no training.
+    Without ``weights`` the base is its tokenizer and configuration, which take no training.
     """
     if recipe.model.model_name_or_path == BASE and not _folder(recipe, BASE).is_dir():
         if weights:
             yield from make_base(_folder(recipe, BASE))
         elif not _folder(recipe, TOKENIZER).is_dir():
             with _whole(_folder(recipe, TOKENIZER)) as unfinished:
-                _tokenizer().save_pretrained(unfinished)
+                tokenizer = _tokenizer()
+                tokenizer.save_pretrained(unfinished)
+                _config(tokenizer).save_pretrained(unfinished)
     if recipe.data.dataset_name == PAIRS and not _folder(recipe, PAIRS).is_dir():
         make_pairs(_folder(recipe, PAIRS))
 

@@ -314,7 +314,7 @@ def _add_lora(model: nn.Module, recipe: Recipe, folder: Path | None) -> nn.Modul
 
     lora = recipe.lora
     # A router that is a linear layer by birth and returns more than one tensor; peft would take it for a plain one.
-    odd = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and not _is_linear(module)]
+    routers = [name for name, module in model.named_modules() if "router" in type(module).__name__.lower()]
     if folder:
         config = read_adapter_config(folder)
     else:
@@ -324,7 +324,7 @@ def _add_lora(model: nn.Module, recipe: Recipe, folder: Path | None) -> nn.Modul
             lora_alpha=lora.lora_alpha,
             lora_dropout=lora.lora_dropout,
             target_modules=lora.target_modules,
-            exclude_modules=odd or None,
+            exclude_modules=routers or None,
             use_rslora=lora.use_rslora,
             use_dora=lora.use_dora,
             init_lora_weights=True if lora.init_lora_weights == "orthogonal" else lora.init_lora_weights,
@@ -337,10 +337,6 @@ def _add_lora(model: nn.Module, recipe: Recipe, folder: Path | None) -> nn.Modul
     if lora.init_lora_weights == "orthogonal" and not folder:
         _init_orthogonal(model, recipe)
     return model
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return type(module).forward is nn.Linear.forward or type(module).__name__ == "Linear4bit"
 
 
 @torch.no_grad()

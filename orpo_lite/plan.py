@@ -82,7 +82,7 @@ def plan(recipe: Recipe, *, with_data: bool = False) -> PlanReport:
 
 def planning(recipe: Recipe, *, with_data: bool = False) -> Generator[Update, None, PlanReport]:
     """:func:`plan` as a generator of what is being done."""
-    recipe = adopt_adapter(recipe)
+    recipe, asked_name = adopt_adapter(recipe), recipe.model.model_name_or_path
     if any(name.startswith("builtin:") for name in (recipe.model.model_name_or_path, *recipe.data.names)):
         for _ in demo.make_builtin(recipe, weights=False):
             pass
@@ -114,7 +114,7 @@ def planning(recipe: Recipe, *, with_data: bool = False) -> Generator[Update, No
     asked = own is not None or recipe.memory.budget_bytes is not None
     changes = planner.changes(budget, card) if asked and not found.fits else []
     return PlanReport(
-        base=name,
+        base=asked_name,
         plan=found,
         own=own,
         longest=planner.longest,

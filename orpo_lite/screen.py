@@ -120,12 +120,14 @@ def print_plan(report: "PlanReport") -> None:
     for name, size in rows:
         bar = "█" * round(BAR * size / largest) or "▏"
         out.print(f"  {name.ljust(width)}  {size / 2**30:6.2f} GiB  {bar}")
-    out.print(f"  {'in all'.ljust(width)}  {plan.needed / 2**30:6.2f} GiB")
+    out.print(f"  {'in all'.ljust(width)}  {sum(size for _, size in rows) / 2**30:6.2f} GiB")
+    if plan.needed > plan.peak + sum(plan.allowances.values()):
+        out.print(f"  more than that, {_gib(plan.needed)}, while the base is loaded, its embedding still on the card")
     if step.paged:
         out.print(f"  of the optimizer {_gib(step.paged)} are paged: the driver moves them to host memory if it must")
     out.print(f"\nlevers: {' '.join(f'memory.{key}={_value(value)}' for key, value in plan.levers.items())}")
     if plan.seconds_per_pair is not None:
-        per_pair = f"{plan.flops_per_pair / 1e12:.1f} TFLOPs and about {plan.seconds_per_pair:.2g} s"
+        per_pair = f"{plan.flops_per_pair / 1e12:.3g} TFLOPs and about {plan.seconds_per_pair:.2g} s"
         out.print(f"a pair of that length: {per_pair} (estimated from the card's data sheet)")
     disk = ", ".join(f"{name} {_gib(size)}" for name, size in report.disk.items())
     out.print(f"host memory for what is kept there: {_gib(step.host)}; disk: {disk}\n")

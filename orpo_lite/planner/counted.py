@@ -44,6 +44,8 @@ class Measured:
     pairs: int
     weights: int
     """Parameters of the base."""
+    loading: int
+    """Bytes on the device while the base is loaded."""
 
     @property
     def total(self) -> int:
@@ -90,6 +92,8 @@ def measure(recipe: Recipe, config: Any, triples: Triples, kind: str) -> Measure
         triples: lengths of the pairs.
         kind: of the device that is meant: see :func:`orpo_lite.step.attention.device_kind`.
     """
+    if kind == "cpu":  # its memory is the host's, and these move nothing
+        recipe = recipe.override({"memory.checkpoint_offload": False, "memory.embedding_on_cpu": False})
     model = bare_pair_model(recipe, config, choose_dtype(recipe.model.dtype, kind))
     model.planned = kind
     if not recipe.memory.packing:
@@ -125,8 +129,23 @@ def measure(recipe: Recipe, config: Any, triples: Triples, kind: str) -> Measure
         paged=paged,
         tokens=_tokens(pairs, batching),
         pairs=len(pairs),
+        loading=loading(model),
         weights=sum(_elements(parameter) for parameter in model.parameters() if not parameter.requires_grad),
     )
+
+
+LOADERS = 4  # threads of transformers.core_model_loading, each with a 16-bit tensor on its way to be quantised
+
+
+def loading(model: PairModel) -> int:
+    """Bytes while the base is loaded: all of it, an embedding that goes to the host later, and what is on its way."""
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    kept = held(model)
+    stays = sum(rounded(tensor) for name in ("base", "embeddings, head, norms") for tensor in kept[name])
+    embedding = model.causal.get_input_embeddings().weight
+    moved = rounded(embedding) if all(embedding is not tensor for tensor in kept["embeddings, head, norms"]) else 0
+    quantised = [_elements(parameter) for parameter in frozen if hasattr(parameter, "quant_state")]
+    return stays + moved + LOADERS * 2 * max(quantised, default=0)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from orpo_lite.errors import FitError
 from orpo_lite.model import bare_pair_model, choose_dtype, held
 from orpo_lite.optimizer import state_bytes
 from orpo_lite.planner.cards import CARDS, Card
-from orpo_lite.planner.counted import Measured, Triples, checkpointed, measure, rounded
+from orpo_lite.planner.counted import Measured, Triples, checkpointed, loading, measure, rounded
 from orpo_lite.recipe import LEVERS, Recipe, to_text
 
 MIB = 2**20
@@ -84,8 +84,9 @@ class MemoryPlan:
 
     @property
     def needed(self) -> int:
-        """Peak and allowances."""
-        return self.peak + sum(self.allowances.values())
+        """Peak and allowances; more where loading takes more."""
+        loading = self.measured.loading + sum(allowances(0, self.card).values())
+        return max(self.peak + sum(self.allowances.values()), loading)
 
     @property
     def fits(self) -> bool:
@@ -126,6 +127,7 @@ class MemoryPlan:
             "parts": self.parts,
             "allowances": self.allowances,
             "paged_bytes": self.measured.paged,
+            "loading_bytes": self.measured.loading,
             "host_bytes": self.measured.host,
             "levers": dict(self.levers),
             "micro_batch": {"tokens": self.measured.tokens, "pairs": self.measured.pairs},
@@ -174,6 +176,11 @@ class Line:
     def _kept(self) -> tuple[Measured, Measured]:
         return self._small(3, 2), self._small(4, 3)
 
+    @cached_property
+    def _all_kept(self) -> Measured:
+        """Where the first layer too keeps all: its input, the embedding, needs no gradient, and it keeps less."""
+        return self._small(3, 3)
+
     @property
     def layer(self) -> int:
         """Bytes that an un-checkpointed layer adds."""
@@ -185,6 +192,8 @@ class Line:
         recomputing = self._two.peak + (layers - kept - 2) * self.checkpoint
         if not kept:
             return recomputing
+        if kept == layers:
+            return self._all_kept.peak + (layers - 3) * self.layer
         fewer, _ = self._kept
         return max(recomputing, fewer.peak + (kept - 2) * self.layer + (layers - kept - 1) * self.checkpoint)
 
@@ -235,19 +244,21 @@ class Planner:
         self._lines: dict[tuple[Any, ...], Line] = {}
 
     @cached_property
-    def _whole(self) -> tuple[int, int]:
-        """Bytes held by all layers, and by the input embedding, which may be moved."""
+    def _whole(self) -> tuple[int, int, int]:
+        """Bytes held by all layers; by the input embedding, which may be moved; on the device while the base loads."""
         model = bare_pair_model(self.recipe, self.config, choose_dtype(self.recipe.model.dtype, self.kind))
         trained = [parameter for _, parameter in model.trained()]
         kept = sum(rounded(tensor) for tensors in held(model).values() for tensor in tensors)
         kept += sum(map(rounded, trained)) + sum(state_bytes(self.recipe, trained))
         tied = self.config.get_text_config().tie_word_embeddings
-        return kept, 0 if tied else rounded(model.causal.get_input_embeddings().weight)
+        embedding = 0 if tied else rounded(model.causal.get_input_embeddings().weight)
+        return kept, embedding, loading(model)
 
     def choices(self) -> list[dict[str, Any]]:
         """All values of the levers but the number of checkpointed layers, the simplest first."""
         memory, longest = self.recipe.memory, self.longest
-        tokens = sorted({longest, *(more for more in MORE_TOKENS if more > longest)}, reverse=True)
+        whole = self._longest(self.recipe.training.global_batch_size)  # of a step; a pass of more would be the same
+        tokens = sorted({longest, *(more for more in MORE_TOKENS if longest < more <= whole)}, reverse=True)
         options: dict[str, list[Any]] = {
             "head_chunk": ["auto"],
             "mlp_tile": [None, TILE],
@@ -275,8 +286,12 @@ class Planner:
     @property
     def longest(self) -> int:
         """Tokens of the longest pair through the model."""
+        return self._longest(1)
+
+    def _longest(self, count: int) -> int:
         share = self.recipe.memory.prompt_sharing
-        return int((self.triples[:, 1] + self.triples[:, 2] - self.triples[:, 0] * share).max())
+        tokens = self.triples[:, 1] + self.triples[:, 2] - self.triples[:, 0] * share
+        return int(np.sort(tokens)[-count:].sum())
 
     def _amounts(self, *, partly: bool = False) -> list[int]:
         """Numbers of layers that may be left un-checkpointed; ``partly`` leaves out that of all."""
@@ -343,10 +358,11 @@ class Planner:
         return self._needed(self.tightest(), min(self._amounts()), card)
 
     def _needed(self, choice: Mapping[str, Any], kept: int, card: Card | None) -> int:
-        whole, embedding = self._whole
+        whole, embedding, loaded = self._whole
         moved = embedding if choice["embedding_on_cpu"] else 0
         step = self.line(choice).peak(self.layers, kept)
-        return whole - moved + step + sum(allowances(step, card).values())
+        in_step = whole - moved + step + sum(allowances(step, card).values())
+        return max(in_step, loaded + sum(allowances(0, card).values()))
 
     def changes(self, budget: int, card: Card | None) -> list[Change]:
         """Changes of the maths that need less, and which of them would fit; none is made by itself."""

@@ -1,0 +1,463 @@
+"""The planner: its bytes are the real step's, its levers fit and change no result, and a shortage is survived."""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Answer, tiny_llama
+from test_levers import recipe
+from test_train import adapter, rows_without_clock, same_bits, train_all
+from transformers import Gemma2Config, LlamaConfig
+
+from orpo_lite import gradient, run
+from orpo_lite.errors import FitError, RecipeError
+from orpo_lite.model import PairModel
+from orpo_lite.planner import cards
+from orpo_lite.planner.cards import CARDS, own_card
+from orpo_lite.planner.counted import blank_pairs, heaviest, measure, worst_case
+from orpo_lite.planner.search import Line, Planner, fit, with_layers
+from orpo_lite.recipe import LEVERS, Recipe, load_recipe, read_bytes, shipped_recipes
+from orpo_lite.train import training
+
+plan_bench = pytest.importorskip("benchmarks.plan", reason="TRL, the peer, comes with the extra `bench`")
+MIB, GIB = 2**20, 2**30
+CARD = CARDS[3]
+FEW = ("training.global_batch_size=2", "memory.micro_batch_tokens=512")  # fewer steps to count
+Call = Callable[..., Answer]
+
+
+def small(layers: int = 6, **changes: Any) -> LlamaConfig:
+    shape = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+    shape |= {"vocab_size": 4_000, "num_hidden_layers": layers, "max_position_embeddings": 4_096}
+    return LlamaConfig(**shape | changes)
+
+
+def settings(**memory: Any) -> Recipe:
+    return recipe(**memory).override({"data.max_length": 512, "training.global_batch_size": 2})
+
+
+def planner(layers: int = 6, **memory: Any) -> Planner:
+    """Of steps of two pairs of 2 x 512 tokens, so that passes of more tokens need not be tried."""
+    return Planner(settings(**memory), small(layers), worst_case(512, 2), "ampere")
+
+
+# --- bytes
+
+
+@pytest.mark.parametrize("family", plan_bench.FAMILIES)
+@pytest.mark.parametrize("lever", ["default", "no checkpoints", "all"])
+def test_predicted_bytes_are_those_of_the_step_on_this_cpu(family: str, lever: str) -> None:
+    """NF4 and LoRA on the CPU, every storage followed, against the same step without weights."""
+    error = plan_bench.error_of(plan_bench.FAMILIES[family](32_000), plan_bench.recipe(**plan_bench.LEVERS[lever]))
+    assert abs(error) <= 0.02
+
+
+@pytest.mark.parametrize("lever", [name for name in plan_bench.LEVERS if name not in ("default", "all")])
+def test_each_lever_is_predicted(lever: str) -> None:
+    config = plan_bench.FAMILIES["llama"](32_000)
+    assert abs(plan_bench.error_of(config, plan_bench.recipe(**plan_bench.LEVERS[lever]))) <= 0.02
+
+
+@pytest.mark.parametrize("levers", [{}, {"mlp_tile": 512}, {"checkpoint_offload": True}], ids=str)
+def test_a_few_layers_tell_of_all(levers: dict[str, Any]) -> None:
+    """Peak and work of eight layers, any number of them un-checkpointed, from steps of two to four."""
+    chosen, config, triples = settings(**levers), small(8), worst_case(512, 2)
+    line = Line(chosen, config, triples, "ampere")
+    for kept in (0, 1, 4, 7, 8):
+        whole = chosen.override({"memory.activation_checkpointing": 8 - kept})
+        found = measure(whole, config, triples, "ampere")
+        assert line.peak(8, kept) == pytest.approx(found.peak, rel=0.01)
+        flops = [sum(f * count for (f, _), count in work.items()) for work in (line.work(8, kept), found.work)]
+        assert flops[0] == pytest.approx(flops[1], rel=0.01)
+
+
+def test_parts_add_up_to_the_peak() -> None:
+    plan = planner().plan(None, CARD)
+    assert sum(plan.parts.values()) == plan.peak
+    assert {"base", "adapter", "gradients", "optimizer", "kept by the layers"} <= plan.parts.keys()
+    assert plan.needed == plan.peak + sum(plan.allowances.values())
+    assert plan.to_json()["parts"] == plan.parts
+
+
+def test_the_heaviest_micro_batch_is_of_the_longest_pairs() -> None:
+    triples = np.array([[5, 20, 30]] * 20 + [[10, 400, 100], [0, 50, 60]])
+    model = SimpleNamespace(way="shared")
+    chosen = settings(micro_batch_tokens=600).override({"training.global_batch_size": 8})
+    pairs = heaviest(chosen, triples, PairModel.batching(model, chosen, 0))  # type: ignore[arg-type]
+    lengths = [(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs]
+    assert lengths[0] == (400, 100)
+    assert 490 < sum(one + other for one, other in lengths) <= 640
+    for prefix, chosen, rejected in triples[-2:].tolist():
+        (pair,) = blank_pairs(np.array([[prefix, chosen, rejected]]))
+        same = np.asarray(pair.chosen_ids[:prefix]) == np.asarray(pair.rejected_ids[:prefix])
+        assert (len(pair.chosen_ids), len(pair.rejected_ids), same.all()) == (chosen, rejected, True)
+
+
+def test_fewer_layers_keep_their_kinds() -> None:
+    config = Gemma2Config(num_hidden_layers=6)
+    assert with_layers(config, 3).layer_types == config.layer_types[:3]
+    assert config.num_hidden_layers == 6
+
+
+# --- the search
+
+
+def test_a_plan_fits_its_budget_and_more_memory_makes_it_no_slower() -> None:
+    plans, found = planner(), []
+    least = plans.least(CARD)
+    for extra in (0, 5, 20, 60, 150, 4_000):
+        plan = plans.plan(least + extra * MIB, CARD)
+        assert plan.fits
+        assert plan.needed <= least + extra * MIB
+        found.append(plan.seconds_per_pair or 0)
+    assert found == sorted(found, reverse=True)
+    assert found[0] > found[-1]
+
+
+def test_nothing_that_fits_is_faster() -> None:
+    """Every choice of levers, run in full, against the plan."""
+    plans = planner(layers=3)
+    others = [
+        plans.run(choice | {"activation_checkpointing": 3 - kept}, None, CARD)
+        for choice in plans.choices()
+        for kept in range(4)
+    ]
+    for extra in (0, 10, 40):
+        budget = plans.least(CARD) + extra * MIB
+        best = plans.plan(budget, CARD).seconds_per_pair or 0
+        assert all((other.seconds_per_pair or 0) >= 0.99 * best for other in others if other.needed <= budget)
+
+
+def test_a_plan_is_the_same_each_time() -> None:
+    budget = planner(mlp_tile=None).least(CARD) + 10 * MIB
+    one, other = (planner(mlp_tile=None).plan(budget, CARD) for _ in range(2))
+    assert one.to_json() == other.to_json()
+
+
+def test_a_plan_sets_levers_and_nothing_else() -> None:
+    plans = planner()
+    assert set(plans.plan(plans.least(CARD), CARD).levers) <= set(LEVERS)
+
+
+@pytest.mark.parametrize(
+    "fixed",
+    [
+        {"mlp_tile": None}, {"mlp_tile": 256}, {"activation_checkpointing": "all"}, {"activation_checkpointing": 3},
+        {"checkpoint_offload": False}, {"embedding_on_cpu": True}, {"micro_batch_tokens": 1_024}, {"head_chunk": 64},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_lever_that_the_person_has_set_stays(fixed: dict[str, Any]) -> None:
+    plans = planner(**fixed)
+    levers = plans.plan(plans.least(CARD) + 20 * MIB, CARD).levers
+    ((key, value),) = fixed.items()
+    assert levers[key] == {"all": 6}.get(value, value)  # type: ignore[call-overload]
+
+
+def test_a_tied_embedding_is_not_moved() -> None:
+    plans = Planner(settings(), small(tie_word_embeddings=True), worst_case(512, 2), "ampere")
+    assert plans.tightest()["embedding_on_cpu"] is False
+
+
+def test_what_does_not_fit_is_said_with_what_would() -> None:
+    least = planner().least(CARD)
+    with pytest.raises(FitError) as caught:
+        fit(settings(), small(), worst_case(512, 2), "ampere", least - MIB, CARD)
+    said = str(caught.value)
+    assert caught.value.exit_code == 6
+    assert said.startswith("memory.budget: the smallest step needs")
+    assert "data.max_length=256 data.max_prompt_length=128" in said
+    assert "lora.r=8" in said
+    assert "less), fits" in said
+
+
+def test_loading_counts_where_it_takes_more_than_a_step() -> None:
+    config = small(vocab_size=400_000)
+    plan = Planner(settings(embedding_on_cpu=True), config, worst_case(16, 1), "ampere").plan(None, CARD)
+    assert plan.measured.loading > plan.peak
+    assert plan.needed == plan.measured.loading + 512 * MIB + 64 * MIB
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("24GiB", 24 * GIB), ("23.5 gib", int(23.5 * GIB)), ("24GB", 24 * 10**9), ("512MiB", 512 * MIB)]
+)
+def test_sizes_are_read(text: str, size: int) -> None:
+    assert read_bytes(text) == size
+    assert load_recipe("demo", [f"memory.budget={text}"]).memory.budget_bytes == size
+
+
+@pytest.mark.parametrize("text", ["24", "lots", "0GiB", "-3GiB", "GiB"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(RecipeError, match="auto, or a size such as 24GiB"):
+        load_recipe("demo", [f"memory.budget={text}"])
+
+
+# --- the card that is here
+
+
+def pretend_card(
+    monkeypatch: pytest.MonkeyPatch, *, free: int, others: int, name: str = "NVIDIA GeForce RTX 4090"
+) -> None:
+    """NVML and torch as they answer on a machine with one card."""
+    import pynvml
+
+    properties = SimpleNamespace(name=name, total_memory=24 * GIB, uuid="6f-a")
+    running = [SimpleNamespace(pid=os.getpid(), usedGpuMemory=GIB), SimpleNamespace(pid=1, usedGpuMemory=others)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
+    for function in ("nvmlInit", "nvmlShutdown"):
+        monkeypatch.setattr(pynvml, function, lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", lambda uuid: {"GPU-6f-a": "handle"}[uuid])
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lambda _: SimpleNamespace(free=free))
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetComputeRunningProcesses", lambda _: running)
+
+
+def test_memory_of_other_processes_is_seen_and_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_card(monkeypatch, free=20 * GIB, others=3 * GIB)
+    own = own_card()
+    assert own is not None
+    assert (own.free, own.others, own.card.flops) == (20 * GIB, 3 * GIB, 165e12)
+
+
+def test_a_driver_that_does_not_answer_is_asked_through_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    import pynvml
+
+    def refuse() -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+
+    pretend_card(monkeypatch, free=0, others=0, name="Some Future Card")
+    monkeypatch.setattr(pynvml, "nvmlInit", refuse)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (9 * GIB, 24 * GIB))
+    own = own_card()
+    assert own is not None
+    assert (own.free, own.others) == (9 * GIB, 0)
+    assert own.card.flops == CARD.flops  # of the known card that is nearest in memory
+
+
+def test_no_card_is_no_fault() -> None:
+    if not torch.cuda.is_available():
+        assert own_card() is None
+    assert cards.SPEEDS.keys()
+
+
+# --- orpo-lite plan
+
+
+def test_the_plan_of_a_shipped_recipe_needs_no_network(call: Call) -> None:
+    keys = ("data.max_length=256", "data.max_prompt_length=128", "memory.micro_batch_tokens=512")
+    code, said, complained = call("plan", "--recipe", "opt-125m", *keys, "--json")
+    assert (code, complained) == (0, "")
+    plan = json.loads(said)
+    assert {"peak_bytes", "parts", "flops_per_pair", "fits", "levers", "cards", "disk_bytes"} <= plan.keys()
+    assert plan["fits"]
+    assert plan["peak_bytes"] == sum(plan["parts"].values())
+    assert [row["card"] for row in plan["cards"]][1:] == [card.name for card in CARDS if card != CARD]
+    assert plan["cards"][0]["card"] == CARD.name
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_every_recipes_base_is_known_offline(name: str) -> None:
+    from orpo_lite.base import find_config
+
+    base = load_recipe(name).model.model_name_or_path
+    if not base.startswith("builtin:"):
+        assert find_config(base, "main").get_text_config().num_hidden_layers > 0
+
+
+def test_the_screen_has_a_bar_a_part_and_a_row_a_card(call: Call, workspace: Path) -> None:
+    keys = ["model.model_name_or_path=./base", "data.dataset_name=./pairs.jsonl", "data.max_length=128"]
+    code, said, _ = call("plan", "--recipe", "mistral-qlora", *keys, "data.max_prompt_length=64", "--with-data")
+    assert code == 0
+    assert "./base: fits," in said
+    assert "of the longest pairs of the data" in said
+    assert "CUDA context (allowance)" in said
+    assert "█" in said
+    assert "memory.activation_checkpointing=0" in said
+    assert [card.name for card in CARDS if card.name not in said] == []
+
+
+def test_a_plan_that_does_not_fit_ends_with_6(call: Call, workspace: Path) -> None:
+    keys = ["model.model_name_or_path=./base", "memory.budget=100MiB", "data.max_length=256", *FEW]
+    code, said, complained = call("plan", "--recipe", "mistral-qlora", *keys, "data.max_prompt_length=64")
+    assert code == 6
+    assert "does not fit" in said
+    assert complained.startswith("memory.budget: the smallest step needs")
+    assert "Traceback" not in complained
+
+
+def test_the_card_that_is_here_comes_first(call: Call, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_card(monkeypatch, free=20 * GIB, others=3 * GIB)
+    keys = ("model.model_name_or_path=./base", "data.max_length=256", "data.max_prompt_length=64", *FEW)
+    code, said, _ = call("plan", "--recipe", "mistral-qlora", *keys)
+    assert code == 0
+    assert "20.00 GiB free on this machine's NVIDIA GeForce RTX 4090" in said
+    assert "other processes hold 3.00 GiB of the card, which is left alone" in said
+
+
+# --- training to a budget
+
+
+def notes(updates: Any) -> list[str]:
+    return [update.text for update in updates if update.kind == "note"]
+
+
+def test_a_run_keeps_to_its_budget_and_learns_the_same(small_recipe: Callable[..., Recipe]) -> None:
+    """Levers are chosen before anything is loaded, said in three lines, kept in the run, and change no figure."""
+    _, free = train_all(small_recipe("training.output_dir=free", "training.optim=adamw_torch"))
+    least = Planner(small_recipe(), tiny_llama(98).config, np.array([[20, 60, 60]]), "cpu").least(None)
+    budget = f"memory.budget={least // MIB + 2}MiB"
+    updates, planned = train_all(small_recipe("training.output_dir=planned", "training.optim=adamw_torch", budget))
+    said = [(update.kind, update.text) for update in updates]
+    loading = next(i for i, (_, text) in enumerate(said) if text.startswith("loading"))
+    lines = [text for kind, text in said[:loading] if kind == "note"][-3:]
+    assert [line.split(":")[0] for line in lines] == ["memory", "levers", "the largest pass"]
+    kept = run.read_json(planned.run / "plan.json")
+    assert kept["needed_bytes"] <= kept["budget_bytes"]
+    assert set(kept["levers"]) <= set(LEVERS)
+    for row, other in zip(rows_without_clock(free.run), rows_without_clock(planned.run), strict=True):
+        assert other == pytest.approx(row, rel=1e-4, abs=1e-5)
+    assert not (free.run / "plan.json").exists()
+
+
+def test_a_run_that_goes_on_keeps_its_plan_and_its_bits(small_recipe: Callable[..., Recipe]) -> None:
+    keys = ("memory.budget=3MiB", "lora.lora_dropout=0.2")
+    _, whole = train_all(small_recipe(*keys, "training.output_dir=whole"))
+    stopped = small_recipe(*keys, "training.output_dir=stopped")
+    with pytest.raises(sys.modules["orpo_lite.train"].Interrupted):
+        for update in training(stopped):
+            if update.kind == "step" and update.step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+    before = (Path("stopped") / "plan.json").read_bytes()
+    updates, resumed = train_all(stopped, resume=True)
+    assert (Path("stopped") / "plan.json").read_bytes() == before
+    assert not [note for note in notes(updates) if note.startswith("levers")]
+    assert same_bits(adapter(whole.run), adapter(resumed.run))
+
+
+def test_a_plan_that_fits_no_more_is_made_anew_and_said(small_recipe: Callable[..., Recipe]) -> None:
+    stopped = small_recipe("memory.budget=40MiB")
+    with pytest.raises(sys.modules["orpo_lite.train"].Interrupted):
+        for update in training(stopped):
+            if update.kind == "step" and update.step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+    before = run.read_json(Path("run") / "plan.json")
+    smaller = before["needed_bytes"] - 1
+    updates, _ = train_all(small_recipe(f"memory.budget={smaller}B"), resume=True)
+    assert [note for note in notes(updates) if note.startswith("the plan that the run began with does not fit")]
+    after = run.read_json(Path("run") / "plan.json")
+    assert after["needed_bytes"] <= smaller
+
+
+def test_a_budget_that_nothing_fits_leaves_no_run(small_recipe: Callable[..., Recipe]) -> None:
+    with pytest.raises(FitError, match="the smallest step needs"):
+        train_all(small_recipe("memory.budget=100KiB"))
+    assert not Path("run").exists()
+
+
+# --- out of memory all the same
+
+
+@pytest.fixture
+def scarce(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
+    """Training passes of more tokens than so many run out of memory; gives a list that fills with their sizes."""
+
+    def install(limit: int) -> list[int]:
+        sizes: list[int] = []
+        honest = PairModel.forward
+
+        def forward(self: PairModel, batch: Any) -> Any:
+            if torch.is_grad_enabled() and hasattr(batch, "segments"):
+                sizes.append(len(batch.input_ids_T))
+                if sizes[-1] > limit:
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return honest(self, batch)
+
+        monkeypatch.setattr(PairModel, "forward", forward)
+        return sizes
+
+    return install
+
+
+PLAIN = ("training.optim=adamw_torch", "training.max_steps=4")
+
+
+def test_a_shortage_is_survived_with_the_same_gradients(
+    small_recipe: Callable[..., Recipe], scarce: Callable[[int], list[int]]
+) -> None:
+    _, whole = train_all(small_recipe(*PLAIN, "training.output_dir=whole"))
+    sizes = scarce(200)
+    updates, short = train_all(small_recipe(*PLAIN, "training.output_dir=short"))
+    said = [note for note in notes(updates) if note.startswith("out of memory")]
+    assert 1 <= len(said) <= 3  # halved until it fits, in the first step
+    assert all("at step 1: done again, and gone on, with" in note for note in said)
+    assert max(sizes[len(said) :]) <= 256
+    for row, other in zip(rows_without_clock(whole.run), rows_without_clock(short.run), strict=True):
+        assert other == pytest.approx(row, rel=1e-4, abs=1e-5)
+
+
+def test_a_shortage_is_remembered_by_a_run_that_goes_on(
+    small_recipe: Callable[..., Recipe], scarce: Callable[[int], list[int]]
+) -> None:
+    scarce(200)
+    keys = (*PLAIN, "lora.lora_dropout=0.2")
+    _, whole = train_all(small_recipe(*keys, "training.output_dir=whole"))
+    stopped = small_recipe(*keys, "training.output_dir=stopped")
+    with pytest.raises(sys.modules["orpo_lite.train"].Interrupted):
+        for update in training(stopped):
+            if update.kind == "step" and update.step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+    updates, resumed = train_all(stopped, resume=True)
+    assert not [note for note in notes(updates) if note.startswith("out of memory")]
+    assert same_bits(adapter(whole.run), adapter(resumed.run))
+
+
+def test_a_shortage_with_single_pairs_checkpoints_all_layers_then_ends(
+    small_recipe: Callable[..., Recipe], scarce: Callable[[int], list[int]]
+) -> None:
+    scarce(10)
+    said = []
+    with pytest.raises(FitError, match="one pair at a time is out of memory") as caught:
+        for update in training(small_recipe("memory.activation_checkpointing=none")):
+            said += [update.text] if update.kind == "note" else []
+    assert "memory.activation_checkpointing=all" in said[-1].replace(
+        "activation_checkpointing=all", "activation_checkpointing=all"
+    )
+    assert "memory.checkpoint_offload=true" in str(caught.value)
+    assert caught.value.exit_code == 6
+    assert list((Path("run") / "checkpoints").iterdir())
+
+
+def test_no_gradient_of_a_step_that_ran_short_is_left(
+    small_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first micro-batch had gone through; its gradient must not count twice."""
+    from accelerate import Accelerator
+    from conftest import ragged_pairs
+    from test_step import lora_model
+
+    model, pairs = lora_model(tiny_llama()), ragged_pairs(6)
+    chosen = recipe(micro_batch_tokens=60)
+    accelerator, scaler = Accelerator(cpu=True), torch.amp.GradScaler("cpu", enabled=False)
+    honest, calls = PairModel.forward, []
+
+    def forward(self: PairModel, batch: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError
+        return honest(self, batch)
+
+    monkeypatch.setattr(PairModel, "forward", forward)
+    batching = model.batching(chosen, 0)
+    with pytest.raises(gradient.ShortageError):
+        gradient.accumulate(model, pairs, chosen, 0, batching, accelerator, scaler)
+    assert len(calls) == 2
+    assert all(parameter.grad is None for _, parameter in model.trained())
