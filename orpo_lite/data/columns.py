@@ -4,185 +4,34 @@ A column's kind is what most of its rows hold, the empty ones aside. A column is
 is the one candidate, or all candidates agree in every row; else the error has the data.column_map lines to choose from.
 """
 
-import json
 import re
 import shlex
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
-from orpo_lite.data.readers import ANSWER_KEYS, COLUMNS, NotJson, Row, fault, is_dialogue, numeric, seen
+from orpo_lite.data.kinds import (
+    CHAT,
+    LISTS,
+    STRUCTURED,
+    TEXTS,
+    Kind,
+    end_marker,
+    ends_with,
+    is_blank,
+    is_opened,
+    is_templated,
+    kind_of,
+    unpacked,
+    waits_for_reply,
+)
+from orpo_lite.data.readers import COLUMNS, Row, fault, seen
 from orpo_lite.errors import DataError
 
 SOME = 0.1  # of the rows: too many to be chance
-
-# --- the kind of a value
-
-Kind = Literal[
-    "missing", "null", "text", "dialogue", "Python text of a list", "message", "messages", "turns", "completions",
-    "texts", "numbers as texts", "pairs of texts", "numbers", "number", "true or false", "request", "something else",
-]  # fmt: skip
-TEXTS: tuple[Kind, ...] = ("text", "dialogue")
-LISTS: tuple[Kind, ...] = ("texts", "numbers as texts")  # of texts; answers may be numbers, and scores texts
-CHAT: tuple[Kind, ...] = ("messages", "turns")  # lists that hold a conversation
-USABLE: tuple[Kind, ...] = (*TEXTS, "message", "messages")  # as chosen or rejected
-STRUCTURED: tuple[Kind, ...] = ("message", *CHAT, "completions", "request")  # a csv holds these as JSON
-
-_LISTS = re.compile(
-    r"\s*\[?\s*\{\s*['\"](role|content|from|value|input|messages|model|rank|" + "|".join(ANSWER_KEYS) + r")['\"]\s*:"
-)
-
-
-def kind_of(value: Any) -> Kind:
-    match unpacked(value):
-        case None | []:
-            return "null"
-        case str(text) if not text.strip():
-            return "null"  # all that a csv can write for it
-        case str(text):
-            return "Python text of a list" if _is_python(text) else "dialogue" if is_dialogue(text) else "text"
-        case bool():
-            return "true or false"
-        case int() | float():
-            return "number"
-        case Mapping() as item:
-            return "message" if is_message(item) else "request" if item.get("messages") else "something else"
-        case list(items) if all(isinstance(item, Mapping) for item in items):
-            return _kind_of_list(items)
-        case list(items) if all(isinstance(item, str) for item in items):
-            return "numbers as texts" if all(map(numeric, items)) else "texts"
-        case list(items) if all(
-            isinstance(item, list) and [type(text) for text in item] == [str, str] for item in items
-        ):
-            return "pairs of texts"
-        case list(items) if all(item is None or type(item) in (int, float, NotJson) for item in items):
-            return "numbers"
-        case _:
-            return "something else"
-
-
-def is_blank(value: Any) -> bool:
-    """It holds nothing: kind_of says null."""
-    return not value.strip() if isinstance(value, str) else value is None or value == []
-
-
-def _kind_of_list(items: Sequence[Mapping[str, Any]]) -> Kind:
-    if all(is_message(item) for item in items):
-        return "messages"
-    if all(item.get("input") is not None and "output" in item for item in items):
-        return "turns"
-    return "completions" if all(any(key in item for key in ANSWER_KEYS) for item in items) else "something else"
-
-
-def is_message(item: Any) -> bool:
-    return isinstance(item, Mapping) and (item.get("role") is not None or item.get("from") is not None)
-
-
-def unpacked(value: Any) -> Any:
-    """A text that holds JSON of messages or answers, as csv has to, as the list that it is; any other value as is."""
-    held = _parsed(value)
-    return value if held is None or kind_of(held) not in STRUCTURED else held
-
-
-def _is_python(text: str) -> bool:
-    return bool(_LISTS.match(text)) and "'" in text and _parsed(text) is None
-
-
-def _parsed(value: Any) -> Any:
-    if not isinstance(value, str) or not _LISTS.match(value):
-        return None
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        return None
-
-
-# --- what a value says
-
-
-def contents(value: Any) -> list[str]:
-    """The texts in a value: its own, or those of its messages or answers."""
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, list):
-        return [text for item in value for text in contents(item)]
-    if isinstance(value, Mapping):
-        keys = dict.fromkeys(("content", "value", "messages", "input", *ANSWER_KEYS))
-        return [text for key in keys for text in contents(value.get(key))]
-    return []
-
-
-def asks(side: Any) -> bool:
-    """It holds a user's turn: a whole conversation, not only the reply."""
-    turns = side if isinstance(side, list) else [side]
-    return any(is_message(turn) and (turn.get("role") or turn.get("from")) in ("user", "human") for turn in turns)
-
-
-def is_sharegpt(side: Any) -> bool:
-    turns = side if isinstance(side, list) else [side]
-    return any(is_message(turn) and turn.get("role") is None for turn in turns)
-
-
-def ends_with(turns: Any, *replies: Any) -> bool:
-    """A conversation whose last text is one of these replies."""
-    return contents(turns)[-1:] in [contents(reply)[-1:] for reply in replies]
-
-
-def waits_for_reply(turns: Sequence[Mapping[str, Any]]) -> bool:
-    return asks(turns[-1]) if is_message(turns[-1]) else not turns[-1].get("output")
-
-
-_START = re.compile(
-    r"\s*(?:<s>|<bos>|<\|begin_of_text\|>|<\|endoftext\|>|<｜begin▁of▁sentence｜>|<\|im_start\|>|\[INST\]|<<SYS>>"
-    r"|\[SYSTEM_PROMPT\]|<\|start_header_id\|>|<start_of_turn>|<\|START_OF_TURN_TOKEN\|>"
-    r"|<\|(?:user|system|assistant)\|>|<｜(?:User|Assistant)｜>|#{2,3} ?(?:Instruction|Human|User|System|Input)s?:"
-    r"|Below is an instruction that describes|(?:USER|User|Human|ASSISTANT|Assistant|GPT4 Correct User): "
-    r"|<(?:human|bot)>:|A chat between a curious (?:user|human) and an artificial intelligence)"
-)
-# Its turns within one text, behind a system text or not: what has to be in the text at all, and how it stands there.
-_TURNS = {
-    "<extra_id_": re.compile(r"(?:\A|\n)<extra_id_[01]>(?:System|User|Assistant)\n"),  # HelpSteer2
-    "ASSISTANT:": re.compile(r"(?:\A|\s)USER: .*\sASSISTANT:", re.DOTALL),  # Vicuna
-    "Instruct": re.compile(r"\A\s*Instruct(?:ion)?:.*\n\s*(?:Output|Response):", re.DOTALL),  # Phi
-}
-_WAITING = re.compile(  # for the reply, at the end
-    r"(?:\s(?:ASSISTANT|<bot>|#{2,3} ?(?:Response|Assistant)):|\n\s*Assistant:|\[/INST\]|<\|assistant\|>"
-    r"|<\|im_start\|>assistant|<start_of_turn>model)\Z"
-)
-_LONGEST = 40  # characters of a marker at the end, and more
-_END = re.compile(
-    r"(?:<extra_id_1>|</s>|<\|im_end\|>|<\|eot_id\|>|<\|end_of_text\|>|<\|endoftext\|>|<end_of_turn>|<eos>|<\|end\|>"
-    r"|<\|END_OF_TURN_TOKEN\|>|<\|end_of_turn\|>|<｜end▁of▁sentence｜>)\Z"
-)
-
-
-def is_templated(value: Any) -> bool:
-    """Anchored at the text's start and end, or markers in their order, so that a question about templates is none."""
-    return is_opened(value) or end_marker(value) is not None
-
-
-def is_opened(value: Any) -> bool:
-    """It begins with a template's marker, holds its turns, or waits behind the marker of a reply."""
-    return any(_is_opened(text) and not is_dialogue(text) for text in contents(value))
-
-
-def _is_opened(text: str) -> bool:
-    turns = any(marker in text and pattern.search(text) for marker, pattern in _TURNS.items())
-    return turns or bool(_START.match(text) or _WAITING.search(_end(text)))
-
-
-def _end(text: str) -> str:
-    return text.rstrip()[-_LONGEST:]
-
-
-def end_marker(value: Any) -> str | None:
-    """A template's marker at the end of the last text that has one there."""
-    ends = (_END.search(_end(text)) for text in reversed(contents(value)) if not is_dialogue(text))
-    return next((match[0].strip() for match in ends if match), None)
-
-
-# --- the columns
+MANY = 0.9  # of the rows: a habit of the whole set
+PAIRS = "write each pair as prompt, chosen and rejected"
 
 # What other sets call a column of ours. None for chosen and rejected: their names alone say which reply is the better.
 ALIASES: dict[str, tuple[str, ...]] = {
@@ -336,6 +185,8 @@ class Look:
 
 
 # --- columns in messages
+
+NUMBERED = re.compile(r"(.*?)[ _-]?([012ab])", re.IGNORECASE)  # response_0, response1, human_ref_A
 
 
 def plain_name(column: str) -> str:

@@ -4,39 +4,40 @@ A new format is one ``read_*`` in readers.py and one clause here. The polarity o
 rejected are taken by exactly these names, scores and verdicts only where their meaning is documented.
 """
 
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, NoReturn
 
 from orpo_lite.data.columns import (
     ALIASES,
-    CHAT,
     FITTING,
     KNOWN,
-    LISTS,
+    MANY,
     OPENAI,
+    PAIRS,
     SIDES,
     SOME,
-    STRUCTURED,
-    TEXTS,
-    USABLE,
     Look,
-    asks,
-    contents,
-    is_message,
-    is_sharegpt,
-    is_templated,
     map_line,
     map_lines,
     plain_name,
     refuse_templated,
     shown,
+)
+from orpo_lite.data.guesses import guess, guess_prompt, like_prompts, names_better, single_reply
+from orpo_lite.data.kinds import (
+    CHAT,
+    LISTS,
+    STRUCTURED,
+    TEXTS,
+    USABLE,
+    asks,
+    contents,
+    is_message,
+    is_sharegpt,
+    is_templated,
     unpacked,
-    waits_for_reply,
-    words,
 )
 from orpo_lite.data.readers import (
     COLUMNS,
@@ -58,15 +59,13 @@ from orpo_lite.data.readers import (
     shared_words,
     without_reply,
 )
+from orpo_lite.data.verdicts import VERDICTS, meaning_of, refuse_unsigned, refuse_verdict, two_answers
 from orpo_lite.errors import DataError
 
 __all__ = ["COLUMNS", "PROMPTS_DIFFER", "READERS", "Detected", "Message", "Pair", "Reader", "Row", "detect_format",
            "shared_start"]  # fmt: skip
 
-FEW = 10  # rows: less say nothing of what a column repeats
-MANY = 0.9  # of the rows: a habit of the whole set
 SAID = "data.format says so"
-PAIRS = "write each pair as prompt, chosen and rejected"
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +214,7 @@ def _share_prompts(look: Look) -> bool:
     Two replies can begin alike by chance, and what they reply to may be what was not taken.
     """
     others = [column for column in look.columns if look.kind(column) in TEXTS and column not in _sides(look)]
-    unread = look.kind("prompt") not in ("missing", "null") or bool(_like_prompts(look))
+    unread = look.kind("prompt") not in ("missing", "null") or bool(like_prompts(look))
     unread = unread or any(look.kind(name) in CHAT for name in ALIASES["conversation"])
     starts = [shared_words(*texts) for texts in look.values("chosen", "rejected")]
     usual = max(Counter(starts).values(), default=0)
@@ -269,15 +268,15 @@ def _ranked(look: Look) -> Found:
 
 
 def _judged(look: Look) -> Found:
-    answers = None if look.kind("rejected") in USABLE else _two_answers(look)
+    answers = None if look.kind("rejected") in USABLE else two_answers(look)
     if answers is None:
         return None
     columns = [name for name in ("better", "preference_strength") if name in look.mapped] or look.columns
-    meanings = {column: says for column in columns if (says := _meaning(look, column, answers))}
+    meanings = {column: says for column in columns if (says := meaning_of(look, column, answers))}
     verdicts = [column for column in meanings if plain_name(column) in VERDICTS]
     if len(verdicts) != 1:
-        _refuse_verdict(look, answers, verdicts or [column for column in meanings if _names_better(column)])
-    _refuse_unsigned(look, verdicts[0], answers)
+        refuse_verdict(look, answers, verdicts or [column for column in meanings if names_better(column)])
+    refuse_unsigned(look, verdicts[0], answers)
     if look.share(asks, answers[0]) < 1:
         _find_before(look)
     look.taken |= {"response_a": answers[0], "response_b": answers[1], "better": verdicts[0]}
@@ -372,58 +371,6 @@ def _holds_turn(turns: Any, prompt: Any) -> bool:
     return turns == prompt or (isinstance(prompt, str) and prompt.strip() in [text.strip() for text in contents(turns)])
 
 
-# --- two answers and a verdict
-
-ANSWER_WORDS = ("response", "answer", "completion", "output", "reply", "generation", "conv", "messages", "human_ref")
-SIGNED = ("preference_strength", "overall_preference")  # HelpSteer: -3, the first is much better, to 3, the second is
-VERDICTS = ("better", "winner", "better_response_id", "safer_response_id", "labels", *SIGNED)
-TIES = ("tie", "tie (bothbad)", "both_bad")
-_END = re.compile(r"(.*?)[ _-]?([012ab])", re.IGNORECASE)  # response_0, response1, human_ref_A
-
-
-def _two_answers(look: Look) -> tuple[str, str] | None:
-    if {"response_a", "response_b"} <= look.mapped:
-        return "response_a", "response_b"
-    stems: dict[str, dict[str, str]] = {}
-    for column in look.columns:
-        match = _END.fullmatch(column)
-        if match and look.kind(column) in USABLE and any(word in match[1].lower() for word in ANSWER_WORDS):
-            stems.setdefault(match[1], {})[match[2].lower()] = column
-    pairs = [tuple(ends[end] for end in sorted(ends)) for ends in stems.values() if len(ends) == 2]
-    if len(pairs) > 1:
-        found = " and ".join(f"{shown(a)} with {shown(b)}" for a, b in pairs) + " could each be the two answers"
-        lines = " or ".join(map_line(response_a=a, response_b=b) for a, b in pairs)
-        raise DataError("data.column_map", found, "two answers", lines)
-    return (pairs[0][0], pairs[0][1]) if pairs else None
-
-
-def _meaning(look: Look, column: str, answers: tuple[str, str]) -> Callable[[Any], str | None] | None:
-    """What a column's values say of the two answers, where that is documented or they name one of them."""
-    ends = [match[2].lower() if (match := _END.fullmatch(answer)) else answer for answer in answers]
-    table: dict[str, str] = {}
-    if column in answers or look.kind(column) not in ("text", "number"):
-        return None
-    if plain_name(column) in SIGNED:
-        if ends == ["1", "2"]:
-            table = {str(i): "a" if i < 0 else "b" if i > 0 else "tie" for i in range(-3, 4)}
-    elif plain_name(column) == "labels":
-        if answers == ("human_ref_A", "human_ref_B"):  # SHP: 1, the first is preferred
-            table = {"1": "a", "0": "b"}
-    else:
-        for verdict, end, answer in zip("ab", ends, answers, strict=True):
-            table |= dict.fromkeys((end, answer.lower(), f"model_{end}"), verdict)
-        table |= dict.fromkeys(TIES, "tie")
-
-    def says(value: Any) -> str | None:
-        return table.get(_plain_verdict(value))
-
-    return says if look.share(lambda value: says(value) is not None, column) >= MANY else None
-
-
-def _plain_verdict(value: Any) -> str:
-    return str(value).strip().lower().removesuffix(".0")
-
-
 # --- what is refused
 
 
@@ -456,38 +403,6 @@ def _refuse_unread(look: Look) -> None:
             raise DataError("data.column_map", found, "all that stands before the reply in what is read", remedy)
 
 
-def _refuse_verdict(look: Look, answers: tuple[str, str], verdicts: Sequence[str]) -> NoReturn:
-    two = shown(*answers)
-    found = f"{two} are two answers, and no column is known to say which is the better"
-    remedy = f"no setting helps: {PAIRS}"
-    if [column for column in verdicts if plain_name(column) in VERDICTS]:
-        found = f"{shown(*verdicts)} could each say which of {two} is the better"
-    elif not verdicts and (measures := _measures(look, answers)):
-        found += f"; {' and '.join(shown(*pair) for pair in measures)} measure them"
-        remedy += ", by those numbers: only you know whether the higher or the lower is the better"
-    raise DataError("data.column_map", found, "one verdict", map_lines("better", verdicts) or remedy)
-
-
-def _refuse_unsigned(look: Look, column: str, answers: tuple[str, str]) -> None:
-    """Without a value below 0 it may as well be the number of the better answer, and then 1 says the reverse."""
-    signed = plain_name(column) in SIGNED and "preference_strength" not in look.mapped
-    if signed and look.share(lambda value: _plain_verdict(value).startswith("-"), column) == 0:
-        found = f"{shown(column)} is below 0 in no row: a strength, by which the first is never the better, or the "
-        found += f"number of the better one of {shown(*answers)}"
-        remedy = f"{map_line(preference_strength=column)} if it is a strength, or {map_line(better=column)} if a number"
-        raise DataError("data.column_map", found, "strengths on both sides of 0", remedy)
-
-
-def _measures(look: Look, answers: tuple[str, str]) -> list[tuple[str, str]]:
-    """Columns of numbers that mirror the two answers: score_0 and score_1 beside answer_0 and answer_1."""
-    ends = {match[2].lower() for answer in answers if (match := _END.fullmatch(answer))}
-    stems: dict[str, list[str]] = {}
-    for column in look.columns:
-        if (match := _END.fullmatch(column)) and match[2].lower() in ends and MEASURING & set(words(match[1])):
-            stems.setdefault(match[1], []).append(column)
-    return [(pair[0], pair[1]) for pair in stems.values() if len(pair) == 2]
-
-
 def _refuse_ranking(look: Look, completions: str, found: str, lines: Sequence[str] = ()) -> NoReturn:
     numbers = [column for column, kind in look.kinds.items() if kind in FITTING["scores"] and column != completions]
     if not lines and look.kind(completions) in LISTS:
@@ -504,8 +419,8 @@ def _refuse_unknown(look: Look) -> NoReturn:
         f"{side} {'is' if kind in ('missing', 'null') else 'holds'} {kind}" for side, kind in kinds.items()
     )
     found += f"; the columns are {', '.join(map(repr, look.columns)) or 'none'}"
-    guesses = {side: _guess(look, side) for side in ("chosen", "rejected")}
-    if not any(guesses.values()) and (single := _single_reply(look)):
+    guesses = {side: guess(look, side) for side in ("chosen", "rejected")}
+    if not any(guesses.values()) and (single := single_reply(look)):
         expected = "a pair needs two replies to one prompt, a better and a worse one"
         raise DataError("data.format", f"{single}; {found}", expected, f"no setting helps: {PAIRS}")
     _refuse_roles(look)
@@ -513,7 +428,7 @@ def _refuse_unknown(look: Look) -> NoReturn:
         remedy = "no setting helps: write a single text without the list around it, and turns as messages"
         expected = "in each of prompt, chosen and rejected a text, or messages {role, content}"
         raise DataError("data.format", f"{shown(*listed)} hold lists of texts; {found}", expected, remedy)
-    guesses["prompt"] = _guess_prompt(look, [column for column in guesses.values() if column])
+    guesses["prompt"] = guess_prompt(look, [column for column in guesses.values() if column])
     unfit = [side for side, kind in kinds.items() if kind not in (USABLE if side != "prompt" else (*TEXTS, *CHAT))]
     sides = [column for side in ("chosen", "rejected") if (column := guesses[side])]
     whole = len(sides) == 2 and all(look.share(asks, column) == 1 for column in sides)
@@ -538,7 +453,7 @@ def _as_texts(look: Look) -> str:
     texts = all(isinstance(row.get(column), str) for row in look.rows for column in sides)
     if not texts or not any(look.kind(column) in STRUCTURED for column in sides):
         return ""
-    prompt = None if look.candidates("prompt") else _guess_prompt(look, sides)
+    prompt = None if look.candidates("prompt") else guess_prompt(look, sides)
     if prompt and look.mapped:
         return ""  # what was mapped already would have to stand in the line too
     rows = [{**row, "prompt": row.get(prompt)} for row in look.rows] if prompt else look.rows
@@ -588,100 +503,3 @@ def _refuse_roles(look: Look) -> None:
             as_texts = _as_texts(look)
             remedy = f"{as_texts} if these are texts; else {remedy}" if as_texts else f"no setting helps: {remedy}"
             raise DataError("data.format", found, f"the roles {', '.join(known)}", remedy)
-
-
-# --- what a column's name says; only ever a suggestion in an error message: by these words alone no column is taken
-
-POLAR = {
-    "chosen": frozenset("chosen accepted accept preferred winner winning win good better best positive w".split()),
-    "rejected": frozenset("rejected reject dispreferred loser losing lose bad worse worst negative l".split()),
-}
-VERDICT = frozenset("better best winner winning preferred preference choice chosen vote verdict label labels".split())
-PROMPT = frozenset("prompt question instruction query problem task".split())
-DENYING = frozenset("non not".split())
-DOUBTFUL = DENYING | frozenset(
-    "un dis no never nor without anti less least than second third next almost former previous original old".split()
-)
-MEASURING = frozenset(
-    "score scores rating ratings rank ranks ranking reward rewards correct grade grades strength margin count".split()
-)
-NOT_A_REPLY = MEASURING | PROMPT | frozenset("model id source reason rationale feedback name system label".split())
-ABOUT = NOT_A_REPLY - PROMPT | POLAR["chosen"] | POLAR["rejected"]  # of a reply or of the set: no prompt
-
-
-def _names_better(column: str) -> bool:
-    """The value is the name of the better answer. Not so of loser, nor of best_0, which speaks of one answer alone."""
-    said = set(words(column))
-    return bool(said & VERDICT) and not said & (POLAR["rejected"] | DOUBTFUL | MEASURING) and not _END.fullmatch(column)
-
-
-def _side(column: str) -> str | None:
-    """chosen or rejected, where the name says so beyond doubt: not of less_preferred, nor of worse_than_best."""
-    said = words(column)
-    sides = [side for side, polar in POLAR.items() if polar & set(said)]
-    if len(sides) != 1 or NOT_A_REPLY & set(said):
-        return None
-    doubts = [word for word in said if word in DOUBTFUL]
-    if not doubts:
-        return sides[0]
-    denied = any(word in DENYING and after in POLAR["chosen"] for word, after in pairwise(said))
-    return "rejected" if denied and len(doubts) == 1 else None
-
-
-def _guess(look: Look, side: str) -> str | None:
-    named = [column for column in look.columns if look.kind(column) in USABLE]
-    own = [column for column in named if plain_name(column) == side]
-    guesses = own or [column for column in named if _side(column) == side and not _holds_labels(look, column)]
-    return guesses[0] if len(guesses) == 1 else None
-
-
-def _guess_prompt(look: Look, replies: Sequence[str]) -> str | None:
-    texts = [column for column in look.columns if look.kind(column) in (*TEXTS, *CHAT) and column not in replies]
-    texts = [column for column in texts if not ABOUT & set(words(column)) and not _holds_labels(look, column)]
-    by_word = [column for column in texts if PROMPT & set(words(column))]
-    known = [column for column in look.candidates("prompt") if column in texts]
-    asking = [column for column in texts if look.kind(column) in CHAT and look.share(waits_for_reply, column) > 0.5]
-    for guesses in (known[:1], asking, by_word, _like_prompts(look)):
-        if len(guesses) == 1 and guesses[0] not in replies:
-            return guesses[0]
-    return None
-
-
-def _holds_labels(look: Look, column: str) -> bool:
-    """Single words that name other columns, or the same few again and again: a verdict or a topic, no text to learn."""
-    texts = [text.strip().lower() for (text,) in look.values(column)] if look.kind(column) in TEXTS else []
-    names = {plain_name(other) for other in look.columns} | {"model_a", "model_b", "tie"}
-    single = bool(texts) and all(len(text.split()) == 1 for text in texts)
-    return single and (set(texts) <= names or (len(texts) >= FEW and len(set(texts)) <= len(texts) / 2))
-
-
-def _like_prompts(look: Look) -> list[str]:
-    """Columns that could well hold the prompt under another name: mostly distinct texts of several words."""
-    found = []
-    for column in look.columns:
-        texts = [text for (text,) in look.values(column)] if look.kind(column) in TEXTS else []
-        several = sum(len(text.split()) > 1 for text in texts) >= MANY * len(texts) > 0
-        if several and len(set(texts)) > len(texts) / 2 and not ABOUT & set(words(column)):
-            found.append(column)
-    return found
-
-
-def _single_reply(look: Look) -> str:
-    """A sentence for the sets that have only one reply to each prompt, and are often taken for pairs."""
-
-    def first(names: Iterable[str], *kinds: str) -> str | None:
-        return next((column for column in look.named(*names) if not kinds or look.kind(column) in kinds), None)
-
-    reply = first(("completion", "response", "output", "answer"), *USABLE)
-    prompt = next((column for column in look.candidates("prompt") if column != reply), None)
-    label = first(("label", "labels", "kto_tag"))
-    chat = first(ALIASES["conversation"], *CHAT)
-    if reply and prompt and label:
-        return f"{shown(prompt, reply, label)} are unpaired preferences, one reply with a label, as for KTO"
-    if reply and prompt:
-        return f"{shown(prompt, reply)} are one reply to each prompt, as for supervised fine-tuning"
-    if chat and label and look.kind("chosen") == "missing":
-        return f"{shown(chat, label)} are unpaired preferences, one conversation with a label, as for KTO"
-    if chat and look.kind("chosen") == "missing":
-        return f"{shown(chat)} holds one conversation a row, as for supervised fine-tuning"
-    return ""

@@ -14,8 +14,9 @@ from itertools import accumulate, chain, islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from orpo_lite.data.columns import is_blank, shown
+from orpo_lite.data.columns import shown
 from orpo_lite.data.formats import COLUMNS, Detected, Pair, Row, detect_format, is_known
+from orpo_lite.data.kinds import is_blank
 from orpo_lite.data.readers import EMPTY_CHOSEN, EMPTY_REJECTED, NO_TOOLS, ToolError
 from orpo_lite.data.rows import Source, find_source, is_path
 from orpo_lite.errors import DataError, raise_all

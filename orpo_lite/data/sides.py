@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from orpo_lite.data import cache
 from orpo_lite.data.cache import TokenizedPairs
-from orpo_lite.data.columns import is_templated
 from orpo_lite.data.formats import Pair
+from orpo_lite.data.kinds import is_templated
 from orpo_lite.data.pairs import PairReader
 from orpo_lite.data.rows import Source
 from orpo_lite.data.templates import (
