@@ -7,23 +7,27 @@ is the one candidate, or all candidates agree in every row; else the error has t
 import re
 import shlex
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from orpo_lite.data.kinds import (
     CHAT,
     LISTS,
+    PLAIN_LISTS,
     STRUCTURED,
     TEXTS,
     Kind,
+    are_texts,
     end_marker,
     ends_with,
     is_blank,
+    is_conversation,
     is_opened,
     is_templated,
     kind_of,
     unpacked,
+    usual_kind,
     waits_for_reply,
 )
 from orpo_lite.data.readers import COLUMNS, Row, fault, seen
@@ -56,9 +60,16 @@ FITTING: dict[str, tuple[Kind, ...]] = {
     "ranks": ("numbers", "numbers as texts"),
 }
 ABOUT = ("context", "input")
+EITHER = (("prompt", "conversation"), ("scores", "ranks"), ("better", "preference_strength"))  # the one or the other
 SIDES = ("chosen", "rejected")
 OPENAI = ("input", "preferred_output", "non_preferred_output")  # the columns of OpenAI's own format
-KNOWN = {*COLUMNS, *OPENAI, *(alias for aliases in ALIASES.values() for alias in aliases)}
+# Who reads such lists: under another name a table's cell that looks like one is a text.
+READ_BY: dict[Kind, tuple[str, ...]] = {
+    "numbers": (*ALIASES["scores"], *ALIASES["ranks"]),
+    "pairs of texts": ("history",),
+    "something else": ("history", *ALIASES["system"], *ALIASES["conversation"]),
+}
+KNOWN = {*COLUMNS, *OPENAI, "output", *(alias for aliases in ALIASES.values() for alias in aliases)}
 
 
 @dataclass
@@ -66,9 +77,10 @@ class Look:
     """The first rows, the kind of each column, and the columns taken so far: canonical name -> column."""
 
     rows: Sequence[Row]
-    mapped: frozenset[str]  # by data.column_map: nothing else is a candidate for these
+    mapped: Mapping[str, str]  # data.column_map, whose names the rows have by now: nothing else is a candidate
     plain: bool  # data.chat_template is none
     taken: dict[str, str] = field(default_factory=dict)
+    as_texts: str = ""  # the format that reads replies as texts, whatever they look like, once it is named
     texts: Collection[str] = ()  # canonical columns that hold texts, though they may look like JSON of messages
     verdict: Callable[[Any], str | None] | None = None  # what a judged set's better column says: a, b or tie
 
@@ -77,8 +89,10 @@ class Look:
         self.kinds = {column: self._usual_kind(column) for column in self.columns}
 
     def _usual_kind(self, column: str) -> Kind:
-        kinds = Counter(kind_of(row[column]) for row in self.rows if column in row)
-        return next((kind for kind, _ in kinds.most_common() if kind != "null"), "null")
+        values = [row[column] for row in self.rows if column in row]
+        kind = usual_kind(values)
+        name, read_by = plain_name(column), READ_BY.get(kind)
+        return "text" if read_by and name not in read_by and are_texts(values) else kind
 
     def named(self, *names: str) -> list[str]:
         """The columns of these names, whatever their case and the spaces around them."""
@@ -93,15 +107,22 @@ class Look:
     def values(self, *names: str) -> list[tuple[Any, ...]]:
         """What these columns hold, in the rows in which none is empty and each holds its column's kind."""
         columns = [self.column(name) for name in names]
-        fits = [self._alike(self.kind(column)) for column in columns]
-        rows = [tuple(unpacked(row.get(column)) for column in columns) for row in self.rows]
+        rows = [tuple(self.held(row, column) for column in columns) for row in self.rows]
         return [
-            row for row in rows if all("null" != kind_of(value) in fit for value, fit in zip(row, fits, strict=True))
+            row
+            for row in rows
+            if all(self._fits(value, self.kind(column)) for value, column in zip(row, columns, strict=True))
         ]
 
+    def held(self, row: Row, column: str) -> Any:
+        """What a row holds there, as the list that it is where the column's texts are lists as JSON."""
+        return row.get(column) if self.kind(column) in TEXTS else unpacked(row.get(column))
+
     @staticmethod
-    def _alike(kind: Kind) -> tuple[Kind, ...]:
-        return next((kinds for kinds in (TEXTS, LISTS) if kind in kinds), (kind,))
+    def _fits(value: Any, kind: Kind) -> bool:
+        if kind in TEXTS:
+            return isinstance(value, str) and bool(value.strip())
+        return "null" != kind_of(value) in (LISTS if kind in LISTS else (kind,))
 
     def share(self, test: Callable[..., bool], *columns: str) -> float:
         """Of the rows in which the columns hold something, the share that passes."""
@@ -157,11 +178,21 @@ class Look:
             raw = [column for column in columns if column not in templated]
             refuse_templated(self, [*templated, *replies], () if replies else raw)
         found = f"{shown(*columns)} could each be the {canonical}, and they differ"
-        lines = [map_line(**{canonical: column}) for column in columns]
+        lines = [self.line(**{canonical: column}) for column in columns]
         if canonical == "prompt":  # what the question is about may stand beside it
             about = [column for column in columns if plain_name(column) in ABOUT]
-            lines += [map_line(prompt=one, input=other) for other in about for one in columns if one not in about]
+            lines += [self.line(prompt=one, input=other) for other in about for one in columns if one not in about]
         raise DataError("data.column_map", found, f"one {canonical}", " or ".join(lines))
+
+    def line(self, **columns: str) -> str:
+        """The line of data.column_map that says this, and what was mapped already as far as it still holds."""
+        theirs = {ours: self.mapped.get(column, column) for ours, column in columns.items()}
+        instead = {*theirs, *(other for pair in EITHER for one, other in (pair, pair[::-1]) if one in theirs)}
+        kept = {ours: name for ours, name in self.mapped.items() if ours not in instead and name not in theirs.values()}
+        return map_line(**kept, **theirs)
+
+    def lines(self, canonical: str, columns: Iterable[str]) -> str:
+        return " or ".join(self.line(**{canonical: column}) for column in columns)
 
     # --- the rows as their reader wants them
 
@@ -172,10 +203,22 @@ class Look:
         out |= {canonical: row[column] for canonical, column in self.taken.items() if column in row}
         for key, value in out.items():
             kind = self.kind(self.taken.get(key, key))
-            if kind in STRUCTURED and isinstance(value, str) and key in KNOWN and key not in self.texts:
+            if not isinstance(value, str) or key not in KNOWN or key in self.texts:
+                continue
+            column = shown(self.taken.get(key, key))
+            if value.strip() == "[]" and kind not in TEXTS:
+                out[key] = None
+            elif kind in (*STRUCTURED, *PLAIN_LISTS):
                 out[key] = unpacked(value) if value.strip() else None
                 if isinstance(out[key], str):
-                    raise fault(where, shown(self.taken.get(key, key)), "a text", f"{kind}, as in most rows")
+                    raise fault(where, column, "a text", f"{kind}, as in most rows")
+            elif kind in TEXTS and is_conversation(value):
+                remedy = "mend or remove the row"
+                if key in SIDES:
+                    remedy += (
+                        f", or data.format={self.as_texts} if it is the reply as it should be" if self.as_texts else ""
+                    )
+                raise fault(where, column, "messages as JSON", "a text, as in most rows", remedy)
         if self.verdict and not is_blank(out.get("better")):
             verdict = self.verdict(out["better"])
             if verdict is None:
@@ -204,6 +247,10 @@ def shown(*columns: str) -> str:
     return f"{', '.join(names)} and {last}" if names else last
 
 
+def holds(*columns: str) -> str:
+    return f"{shown(*columns)} {'holds' if len(columns) == 1 else 'hold'}"
+
+
 def map_line(**columns: str) -> str:
     """The setting, as it can be pasted into a shell; as a mapping of YAML's where a name would break the short form."""
     value = ",".join(f"{canonical}={column}" for canonical, column in columns.items())
@@ -219,14 +266,10 @@ def _quoted(text: str) -> str:
     return '"' + "".join(c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08x}" for c in text) + '"'
 
 
-def map_lines(canonical: str, columns: Iterable[str]) -> str:
-    return " or ".join(map_line(**{canonical: column}) for column in columns)
-
-
 def refuse_templated(look: Look, names: Sequence[str], raw: Sequence[str] = ()) -> NoReturn:
     columns = [look.column(look.taken.get(name, name)) for name in names]
     values = [value for column in columns for (value,) in look.values(column)]
-    remedy = map_lines("prompt", raw) or "data.chat_template=none"
+    remedy = look.lines("prompt", raw) or "data.chat_template=none"
     if any(look.kind(column) not in TEXTS for column in columns):
         remedy = "no setting helps: take the template's markers out of the messages; the model's own are put in"
     elif not raw and not any(is_opened(value) for value in values):
@@ -235,5 +278,5 @@ def refuse_templated(look: Look, names: Sequence[str], raw: Sequence[str] = ()) 
             f"take {' and '.join(markers)} off the ends of {shown(*columns)}, for the model's own is put there; "
             "or data.chat_template=none to train on the texts as they are"
         )
-    found = f"{shown(*columns)} hold text to which a chat template was applied already"
+    found = f"{holds(*columns)} text to which a chat template was applied already"
     raise DataError("data.chat_template", found, "text without markers: the template would put them in again", remedy)

@@ -1,10 +1,10 @@
 """What the name of a column says. Only ever a suggestion in an error message: by these words alone none is taken."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 
 from orpo_lite.data.columns import ALIASES, MANY, NUMBERED, Look, plain_name, shown, words
-from orpo_lite.data.kinds import CHAT, TEXTS, USABLE, waits_for_reply
+from orpo_lite.data.kinds import CHAT, SCALARS, TEXTS, USABLE, waits_for_reply
 
 FEW = 10  # rows: less say nothing of what a column repeats
 POLAR = {
@@ -27,11 +27,8 @@ ABOUT = NOT_A_REPLY - PROMPT | POLAR["chosen"] | POLAR["rejected"]  # of a reply
 def names_better(column: str) -> bool:
     """The value is the name of the better answer. Not so of loser, nor of best_0, which speaks of one answer alone."""
     said = set(words(column))
-    return (
-        bool(said & VERDICT)
-        and not said & (POLAR["rejected"] | DOUBTFUL | MEASURING)
-        and not NUMBERED.fullmatch(column)
-    )
+    denied = said & (POLAR["rejected"] | DOUBTFUL | MEASURING)
+    return bool(said & VERDICT) and not denied and not NUMBERED.fullmatch(column)
 
 
 def side_of(column: str) -> str | None:
@@ -60,7 +57,8 @@ def guess_prompt(look: Look, replies: Sequence[str]) -> str | None:
     by_word = [column for column in texts if PROMPT & set(words(column))]
     known = [column for column in look.candidates("prompt") if column in texts]
     asking = [column for column in texts if look.kind(column) in CHAT and look.share(waits_for_reply, column) > 0.5]
-    for guesses in (known[:1], asking, by_word, like_prompts(look)):
+    single = [column for column in texts if look.kind(column) in TEXTS and could_ask(look, column)]
+    for guesses in (known[:1], asking, by_word, like_prompts(look), single):
         if len(guesses) == 1 and guesses[0] not in replies:
             return guesses[0]
     return None
@@ -76,13 +74,21 @@ def _holds_labels(look: Look, column: str) -> bool:
 
 def like_prompts(look: Look) -> list[str]:
     """Columns that could well hold the prompt under another name: mostly distinct texts of several words."""
-    found = []
-    for column in look.columns:
-        texts = [text for (text,) in look.values(column)] if look.kind(column) in TEXTS else []
-        several = sum(len(text.split()) > 1 for text in texts) >= MANY * len(texts) > 0
-        if several and len(set(texts)) > len(texts) / 2 and not ABOUT & set(words(column)):
-            found.append(column)
-    return found
+    return [column for column in look.columns if _says_much(look, column, lambda text: len(text.split()) > 1)]
+
+
+def could_ask(look: Look, column: str) -> bool:
+    """It may hold the prompt, of any kind and under any name: what must not be lost where no prompt was found."""
+    if plain_name(column) == "prompt" or look.kind(column) in TEXTS:
+        named = plain_name(column) == "prompt" and look.kind(column) != "null"
+        return named or _says_much(look, column, lambda text: len(text.split()) > 1 or text.strip().isalpha())
+    return look.kind(column) not in (*SCALARS, "numbers") and not ABOUT & set(words(column))
+
+
+def _says_much(look: Look, column: str, says: Callable[[str], bool]) -> bool:
+    texts = [text for (text,) in look.values(column)] if look.kind(column) in TEXTS else []
+    many = sum(map(says, texts)) >= MANY * len(texts) > 0
+    return many and len(set(texts)) > len(texts) / 2 and not ABOUT & set(words(column))
 
 
 def single_reply(look: Look) -> str:

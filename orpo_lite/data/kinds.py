@@ -2,26 +2,27 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
-from orpo_lite.data.readers import ANSWER_KEYS, NotJson, is_dialogue, numeric
+from orpo_lite.data.readers import ANSWER_KEYS, ROLES, SHAREGPT_ROLES, NotJson, is_dialogue, numeric
 
 # --- the kind of a value
 
 Kind = Literal[
-    "missing", "null", "text", "dialogue", "Python text of a list", "message", "messages", "turns", "completions",
-    "texts", "numbers as texts", "pairs of texts", "numbers", "number", "true or false", "request", "something else",
+    "missing", "null", "text", "dialogue", "Python text of a list", "Python text of texts", "message", "messages",
+    "turns", "completions", "texts", "numbers as texts", "pairs of texts", "numbers", "number", "true or false",
+    "request", "something else",
 ]  # fmt: skip
 TEXTS: tuple[Kind, ...] = ("text", "dialogue")
 LISTS: tuple[Kind, ...] = ("texts", "numbers as texts")  # of texts; answers may be numbers, and scores texts
 CHAT: tuple[Kind, ...] = ("messages", "turns")  # lists that hold a conversation
 USABLE: tuple[Kind, ...] = (*TEXTS, "message", "messages")  # as chosen or rejected
-STRUCTURED: tuple[Kind, ...] = ("message", *CHAT, "completions", "request")  # a csv holds these as JSON
-
-_LISTS = re.compile(
-    r"\s*\[?\s*\{\s*['\"](role|content|from|value|input|messages|model|rank|" + "|".join(ANSWER_KEYS) + r")['\"]\s*:"
-)
+STRUCTURED: tuple[Kind, ...] = ("message", *CHAT, "completions", "request")  # a table holds these as JSON
+# So it does these, and here and there a text looks like one: a column holds them where every cell of it does.
+PLAIN_LISTS: tuple[Kind, ...] = (*LISTS, "pairs of texts", "numbers")
+SCALARS: tuple[Kind, ...] = ("missing", "null", "number", "true or false")
 
 
 def kind_of(value: Any) -> Kind:
@@ -31,7 +32,7 @@ def kind_of(value: Any) -> Kind:
         case str(text) if not text.strip():
             return "null"  # all that a csv can write for it
         case str(text):
-            return "Python text of a list" if _is_python(text) else "dialogue" if is_dialogue(text) else "text"
+            return _python_kind(text) or ("dialogue" if is_dialogue(text) else "text")
         case bool():
             return "true or false"
         case int() | float():
@@ -52,6 +53,23 @@ def kind_of(value: Any) -> Kind:
             return "something else"
 
 
+def usual_kind(values: Sequence[Any]) -> Kind:
+    """What most of a column's values hold, the empty ones aside."""
+    kinds = Counter(kind_of(value) for value in values)
+    del kinds["null"]
+    if not kinds:
+        return "null"
+    usual = kinds.most_common(1)[0][0]
+    in_doubt = usual in (*PLAIN_LISTS, "Python text of texts", "something else")
+    alike: Collection[Kind] = PLAIN_LISTS if usual in PLAIN_LISTS else (usual,)
+    return "text" if in_doubt and are_texts(values) and not kinds.keys() <= set(alike) else usual
+
+
+def are_texts(values: Sequence[Any]) -> bool:
+    """Most of them, as in a table."""
+    return sum(isinstance(value, str) for value in values) > len(values) / 2
+
+
 def is_blank(value: Any) -> bool:
     """It holds nothing: kind_of says null."""
     return not value.strip() if isinstance(value, str) else value is None or value == []
@@ -70,22 +88,55 @@ def is_message(item: Any) -> bool:
 
 
 def unpacked(value: Any) -> Any:
-    """A text that holds JSON of messages or answers, as csv has to, as the list that it is; any other value as is."""
-    held = _parsed(value)
-    return value if held is None or kind_of(held) not in STRUCTURED else held
+    """A text that holds JSON of something that a format reads, as a table has to, as what it is; any other as is."""
+    if (held := _parsed(value)) is None:
+        return value
+    objects = isinstance(held, list) and all(isinstance(item, Mapping) for item in held)
+    return held if objects or kind_of(held) in (*STRUCTURED, *PLAIN_LISTS) else value
 
 
-def _is_python(text: str) -> bool:
-    return bool(_LISTS.match(text)) and "'" in text and _parsed(text) is None
+def is_conversation(text: str) -> bool:
+    """JSON that is a list of messages beyond doubt: each has a role that is known, and a text."""
+    turns = _parsed(text)
+    return isinstance(turns, list) and bool(turns) and all(map(_is_turn, turns))
+
+
+def _is_turn(item: Any) -> bool:
+    if not isinstance(item, Mapping):
+        return False
+    speaker, said, roles = ("role", "content", ROLES) if "role" in item else ("from", "value", SHAREGPT_ROLES)
+    return str(item.get(speaker)) in roles and isinstance(item.get(said), str)
 
 
 def _parsed(value: Any) -> Any:
-    if not isinstance(value, str) or not _LISTS.match(value):
+    """The list or the object that a text is as JSON; None of any other value."""
+    if not isinstance(value, str) or (value.lstrip()[:1], value.rstrip()[-1:]) not in (("[", "]"), ("{", "}")):
         return None
     try:
         return json.loads(value)
     except (ValueError, RecursionError):
         return None
+
+
+_PYTHON = re.compile(r"""\s*(?:array\(\s*)?(?:\[\s*\{\s*['"]|\{\s*['"](?:role|content|from|value|messages)['"]\s*:)""")
+_PYTHON_TEXTS = re.compile(r"""\s*(?:array\(\s*)?\[\s*['"].*\]\s*(?:,\s*dtype=\w+\s*)?\)?\s*\Z""", re.DOTALL)
+
+
+def _python_kind(text: str) -> Kind | None:
+    """Of a text that is a list as Python or NumPy prints it, which is not JSON."""
+    if (
+        text.lstrip()[:1] not in ("[", "{", "a")
+        or ("'" not in text and "array(" not in text)
+        or _parsed(text) is not None
+    ):
+        return None
+    return (
+        "Python text of a list"
+        if _PYTHON.match(text)
+        else "Python text of texts"
+        if _PYTHON_TEXTS.match(text)
+        else None
+    )
 
 
 # --- what a value says
@@ -105,8 +156,18 @@ def contents(value: Any) -> list[str]:
 
 def asks(side: Any) -> bool:
     """It holds a user's turn: a whole conversation, not only the reply."""
-    turns = side if isinstance(side, list) else [side]
-    return any(is_message(turn) and (turn.get("role") or turn.get("from")) in ("user", "human") for turn in turns)
+    return any(_speaker(turn) in ("user", "human") for turn in (side if isinstance(side, list) else [side]))
+
+
+def opens(side: Any) -> bool:
+    """A conversation from its start: a user's turn is the first, or the first behind a system turn."""
+    speakers = [_speaker(turn) for turn in (side if isinstance(side, list) else [side])]
+    first = speakers[1:] if speakers[:1] in (["system"], ["developer"]) else speakers
+    return first[:1] in (["user"], ["human"])
+
+
+def _speaker(turn: Any) -> Any:
+    return (turn.get("role") or turn.get("from")) if is_message(turn) else None
 
 
 def is_sharegpt(side: Any) -> bool:

@@ -169,7 +169,7 @@ class PairReader:
         before: Detected,
         look: Sequence[Row],
         row: Row,
-        mapped: Iterable[str],
+        mapped: Mapping[str, str],
         late: Sequence[str],
         where: str,
     ) -> Detected:
@@ -213,7 +213,7 @@ class PairReader:
             _raise_unknown(sorted(self._unmapped), tuple(found))
         return {ours: theirs for ours, theirs in self.data.column_map.items() if theirs in found}
 
-    def _detect(self, rows: Sequence[Row], mapped: Iterable[str]) -> Detected:
+    def _detect(self, rows: Sequence[Row], mapped: Mapping[str, str]) -> Detected:
         plain = self.data.chat_template == "none"
         return detect_format(rows, name=self.data.format, mapped=mapped, plain=plain)
 
