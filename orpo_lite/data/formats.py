@@ -114,7 +114,7 @@ def detect_format(
         look.texts, look.as_texts = (SIDES, "") if said else ((), name)
     for reply in _replies(look, name):
         look.find(reply)
-    asked = look.taken.get("prompt") if name != "doubled" else None
+    asked = look.taken.get("prompt")
     if asked and ("input" in look.mapped or (look.is_alpaca() and look.agree(asked, "instruction"))):
         look.find("input")  # what the instruction is about
     _find_history(look)
@@ -465,7 +465,7 @@ def _refuse_unknown(look: Look) -> NoReturn:
         remedy += f"; or, where no column always holds the better reply, {PAIRS}"
     if odd := _odd(look, [side for side in unfit if not guesses[side]]):
         remedy = f"no setting helps: write {shown(*odd)} as a text, or as a list of messages {{role, content}}"
-    no_names = not any(guesses.values()) and all(" " in column.strip() for column in look.columns)
+    no_names = look.columns and not any(guesses.values()) and all(" " in column.strip() for column in look.columns)
     if no_names or any(column.rstrip()[-1:] in ".?!" or len(column.split()) > 4 for column in look.columns):
         remedy += "; if the first line of the file is a row, write a line with the columns' names above it"
     if as_texts:

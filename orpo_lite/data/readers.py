@@ -573,6 +573,11 @@ def _ranked(row: Row, where: str) -> Iterator[tuple[float, str]]:
 ABSENT = ("", "n/a", "na", "nan", "none", "null")  # what is written where nobody scored
 
 
+def says_nothing(text: str) -> bool:
+    """A word that programs write for what is not there: NULL, None, NaN or N/A."""
+    return text.strip().lower() in ABSENT[1:]
+
+
 def numeric(text: str) -> bool:
     """A number written as text, or what stands for none."""
     try:

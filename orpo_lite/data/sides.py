@@ -120,6 +120,7 @@ def _tokenize(
             "largest_id": writer.largest,
             "unknown_tokens": writer.unknown,
             "repeated_prompts": reader.repeated,
+            "absent_texts": reader.absent,
             "templated_pairs": templated,
             "samples": shown,
         }
