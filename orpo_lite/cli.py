@@ -211,7 +211,8 @@ def _refuse_file(name: str | None, overrides: list[str], verb: str) -> None:
     from orpo_lite.recipe import shipped_recipes
 
     words = [text for text in overrides if "=" not in text and not text.endswith((".yaml", ".yml"))]
-    if found := [word for word in words if is_local(word) and word not in shipped_recipes()]:
+    words = [word for word in words if word not in shipped_recipes() and not (Path(word) / "recipe.yaml").exists()]
+    if found := [word for word in words if is_local(word)]:
         others = [text for text in overrides if text not in found]
         parts = ["orpo-lite", verb, "--recipe", name or "demo", f"data.dataset_name={','.join(found)}", *others]
         raise RecipeError(f"argument {found[0]!r}", "is not an override", "data.dataset_name=FILE", shlex.join(parts))

@@ -789,6 +789,22 @@ def test_a_text_may_stand_beside_a_list(listed: str, asked: dict[str, Any]) -> N
     assert (pair.messages, pair.chosen, pair.rejected, pair.drop) == ((user(Q),), "Blue.", "Seven.", None)
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": f"<|im_start|>user\n{Q}<|im_end|>\n<|im_start|>assistant\n", **wholes(user(Q))},
+        {"prompt": f"User: Hi\nBot: Hello.\nUser: {Q}", **wholes(*TALK)},
+        {"prompt": f"{Q}\n", **wholes(*TALK)},
+        {"prompt": Q, "chosen": "Blue.", "rejected": [user(Q), bot("Seven.")]},
+        {"prompt": Q, "chosen": [user(Q), bot("Blue.")], "rejected": "Seven."},
+        {"prompt": "", "question": Q, "instruction": "Another text.", **wholes(user(Q))},
+    ],
+)
+def test_a_prompt_that_the_conversations_hold_is_not_asked_for(row: dict[str, Any]) -> None:
+    for pair in read([row] * 3):
+        assert (pair.messages[-1], pair.chosen, pair.rejected) == (user(Q), "Blue.", "Seven.")
+
+
 @pytest.mark.parametrize("style", [lambda turn: turn, lambda turn: said(NAMES[turn["role"]], turn["content"])])
 @pytest.mark.parametrize("begins", [Q, "Hello."])
 def test_a_prompt_stands_in_front_of_turns_that_begin_with_a_reply(style: Callable[[Any], Any], begins: str) -> None:
@@ -1100,6 +1116,13 @@ TWO_READINGS: dict[str, tuple[list[dict[str, Any]], dict[str, tuple[str, list[An
             "data.column_map=prompt=prompt": ("explicit", [BLUE] * 2),
         },
     ),
+    "earlier turns as pairs under another name": (
+        [{"messages": [user(Q)], "previous": [["Hi", "Hello."]], **BLUE_SEVEN}] * 2,
+        {
+            "data.column_map=history=previous": ("conversation", [(TALK, "Blue.", "Seven.")] * 2),
+            "data.column_map=conversation=messages": ("conversation", [BLUE] * 2),
+        },
+    ),
     "a conversation under another name, up to the prompt": (
         [{"prompt": Q, "dialog": [*TALK], **BLUE_SEVEN}] * 2,
         {
@@ -1257,6 +1280,7 @@ JUDGED_MAP = {"prompt": "question", "response_a": "gpt", "response_b": "claude_2
     ("verdicts", "chosen"),
     [
         (["gpt", "Claude_2", "tie"], ["Blue.", "Seven.", None]),
+        (["A", "claude_2", "b"], ["Blue.", "Seven.", "Seven."]),
         ([1, 2, 1.0], ["Blue.", "Seven.", "Blue."]),
         ([" a ", "b.", "B"], ["Blue.", "Seven.", "Seven."]),
         (["model_a", "response_b", "both", "neither"], ["Blue.", "Seven.", None, None]),
@@ -1267,12 +1291,12 @@ def test_a_verdict_may_name_the_columns(verdicts: list[Any], chosen: list[str | 
     assert [None if pair.drop == TIED else pair.chosen for pair in pairs] == chosen
 
 
-@pytest.mark.parametrize("verdicts", [["x", "y"], [0, 1], [1, 1], ["x", "y", "gpt"]])
+@pytest.mark.parametrize("verdicts", [["x", "y"], [0, 1], [1, 1], ["x", "y", "gpt"], [True, False]])
 def test_a_verdict_that_is_not_understood_is_shown(verdicts: list[Any]) -> None:
     with pytest.raises(DataError) as raised:
         detect([JUDGED | {"Winner": verdict} for verdict in verdicts], JUDGED_MAP)
-    found = f"Winner is to say which of gpt and claude_2 is the better, and holds '{verdicts[0]}'"
-    assert raised.value.found.startswith(found)
+    held = "true or false" if verdicts[0] is True else repr(str(verdicts[0]))
+    assert raised.value.found.startswith(f"Winner is to say which of gpt and claude_2 is the better, and holds {held}")
     assert raised.value.expected == "a or gpt for the first, b or claude_2 for the second, or tie"
 
 
@@ -1784,6 +1808,8 @@ def test_answers_that_are_numbers_are_no_scores_of_their_own() -> None:
         ("OpenAI preference fine-tuning", {"preferred_output": None}, EMPTY_CHOSEN),
         ("stanfordnlp/SHP", {"labels": None}, UNJUDGED),
         ("stanfordnlp/SHP", {"labels": " "}, UNJUDGED),
+        ("stanfordnlp/SHP", {"labels": "NaN"}, UNJUDGED),
+        ("stanfordnlp/SHP", {"labels": float("nan")}, UNJUDGED),
         ("stanfordnlp/SHP", {"labels": 1, "human_ref_B": None}, EMPTY_REJECTED),
         ("stanfordnlp/SHP", {"labels": 0, "human_ref_B": None}, EMPTY_CHOSEN),
     ],
@@ -1851,6 +1877,8 @@ def test_a_repetition_is_taken_off_in_every_format(row: dict[str, Any]) -> None:
     assert detected.because.endswith(", and both replies begin with the prompt again, which is taken off")
     for pair in read([row] * 3):
         assert (pair.messages[-1], pair.chosen, pair.rejected, pair.drop) == (user(Q), "Blue.", "Seven.", None)
+    blank = {"chosen": None, "output": None, "winner": None, "responses": []}
+    assert detected.read(row | {key: value for key, value in blank.items() if key in row}, "x").drop
     (pair, *_) = read([row] * 3, name=detected.name)
     assert (pair.chosen.split(), pair.rejected.split()) == ([*Q.split(), "Blue."], [*Q.split(), "Seven."])
 

@@ -748,6 +748,20 @@ def test_a_call_of_no_tool_is_none(tmp_path: Path) -> None:
     assert [pair.chosen for pair in pairs] == ["a", "a"]
 
 
+@pytest.mark.parametrize("column", ["chat_history", "messages", "dialog"])
+def test_turns_that_come_late_are_not_left_out_unsaid(tmp_path: Path, column: str) -> None:
+    turns = [user("Hi"), bot("Hello.")]
+    path = write_jsonl(tmp_path / "pairs.jsonl", [*some_rows(LOOK + 5), EXPLICIT | {column: turns}])
+    with pytest.raises(
+        DataError, match=rf"{column} holds turns that are not in what is read; {column} first "
+    ) as raised:
+        read(path)
+    assert f"data.column_map=history={column} to put them in front" in message(raised)
+    pairs, _ = read(path, column_map={"history": column})
+    assert [len(pair.messages) for pair in pairs[-2:]] == [1, 3]
+    assert len(read(path, column_map={"prompt": "prompt"})[0]) == LOOK + 6
+
+
 def test_the_lines_for_a_rival_that_comes_late_work_when_pasted(tmp_path: Path) -> None:
     late = [row | {"context": "Some background."} if i >= 100 else row for i, row in enumerate(some_rows(150))]
     file = write_jsonl(tmp_path / "late.jsonl", late)

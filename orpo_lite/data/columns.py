@@ -30,7 +30,7 @@ from orpo_lite.data.kinds import (
     usual_kind,
     waits_for_reply,
 )
-from orpo_lite.data.readers import COLUMNS, Row, fault, seen
+from orpo_lite.data.readers import COLUMNS, Row, fault, says_nothing, seen
 from orpo_lite.errors import DataError
 
 SOME = 0.1  # of the rows: too many to be chance
@@ -219,7 +219,9 @@ class Look:
                         f", or data.format={self.as_texts} if it is the reply as it should be" if self.as_texts else ""
                     )
                 raise fault(where, column, "messages as JSON", "a text, as in most rows", remedy)
-        if self.verdict and not is_blank(out.get("better")):
+        if self.verdict and says_nothing(str(out.get("better"))):
+            out["better"] = None
+        elif self.verdict and not is_blank(out.get("better")):
             verdict = self.verdict(out["better"])
             if verdict is None:
                 raise fault(where, shown(self.taken["better"]), seen(out, "better"), "one of the two answers, or a tie")

@@ -37,6 +37,7 @@ from orpo_lite.data.kinds import (
     is_message,
     is_sharegpt,
     is_templated,
+    one_after_another,
     opens,
 )
 from orpo_lite.data.readers import (
@@ -130,7 +131,7 @@ def detect_format(
 
     def read(row: Row, where: str) -> Pair:
         named = look.renamed(row, where)
-        return (without_reply(named, sides, where) if len(sides) == 2 else None) or READERS[name](named, where)
+        return without_reply(named, sides, where) or READERS[name](named, where)
 
     if as_texts:
         _refuse_no_messages(look, read, as_texts)
@@ -212,7 +213,7 @@ def _conversations(look: Look) -> Found:
         return style or "messages", f"{sides} beside {shown(column)}, a text"
     if whole > 0 and look.kind("prompt") in TEXTS:
         return style or "messages", f"{sides} beside prompt, a text"
-    return (style or "implicit", f"{sides} and there is no prompt") if look.share(asks, lists[0]) > 0 else None
+    return (style or "implicit", f"{sides} that hold their prompt") if look.share(asks, lists[0]) > 0 else None
 
 
 def _texts(look: Look) -> Found:
@@ -338,7 +339,7 @@ def _find_history(look: Look) -> None:
     column, prompt = look.find("history"), look.taken.get("prompt")
     if column is None or prompt is None or look.kind(prompt) not in TEXTS or "history" in look.mapped:
         return
-    inside = look.share(lambda turns, text: _one_after_another(contents(turns), text), column, prompt)
+    inside = look.share(lambda turns, text: one_after_another(contents(turns), text), column, prompt)
     beyond = look.share(
         lambda turns, *told: contents(turns)[-2:] == [text for value in told for text in contents(value)[-1:]],
         column,
@@ -347,15 +348,6 @@ def _find_history(look: Look) -> None:
     )
     if inside > 0.5 or beyond > 0.5:
         del look.taken["history"]
-
-
-def _one_after_another(parts: Sequence[str], text: str) -> bool:
-    at = 0
-    for part in parts:
-        if (at := text.find(part, at)) < 0:
-            return False
-        at += len(part)
-    return bool(parts)
 
 
 def _find_system(look: Look) -> str | None:

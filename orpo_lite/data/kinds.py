@@ -170,6 +170,16 @@ def _speaker(turn: Any) -> Any:
     return (turn.get("role") or turn.get("from")) if is_message(turn) else None
 
 
+def one_after_another(parts: Sequence[str], text: str) -> bool:
+    """A text holds all of these, in this order."""
+    at = 0
+    for part in parts:
+        if (at := text.find(part, at)) < 0:
+            return False
+        at += len(part)
+    return bool(parts)
+
+
 def is_sharegpt(side: Any) -> bool:
     turns = side if isinstance(side, list) else [side]
     return any(is_message(turn) and turn.get("role") is None for turn in turns)

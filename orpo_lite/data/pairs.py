@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from orpo_lite.data.columns import map_line, shown
 from orpo_lite.data.formats import COLUMNS, Detected, Pair, Row, detect_format, is_known
-from orpo_lite.data.kinds import is_blank
+from orpo_lite.data.kinds import CHAT, is_blank, kind_of
 from orpo_lite.data.readers import EMPTY_CHOSEN, EMPTY_REJECTED, NO_TOOLS, ToolError, says_nothing
 from orpo_lite.data.rows import Source, find_source, is_path, refuse_twice
 from orpo_lite.errors import DataError, raise_all
@@ -187,7 +187,7 @@ class PairReader:
 
         Raises DataError where the rows before would have been read otherwise.
         """
-        if not any(is_known(column) for column in late):
+        if not any(is_known(column) or kind_of(row[column]) in CHAT for column in late):
             return before
         turned_up = f"{shown(*late)} first {'holds' if len(late) == 1 else 'hold'} something at {where}"
         try:

@@ -223,7 +223,7 @@ READERS: dict[str, Reader] = {
 
 def without_reply(row: Row, fields: Sequence[str], where: str) -> Pair | None:
     """The pair of a row in which the chosen reply or the rejected one is null, as it is empty in a csv; else None."""
-    for field, reason in zip(fields, (EMPTY_CHOSEN, EMPTY_REJECTED), strict=True):
+    for field, reason in zip(fields, (EMPTY_CHOSEN, EMPTY_REJECTED), strict=False):  # or one for both
         if field in row and row[field] is None:
             return Pair((), "", "", where, drop=reason)
     return None
@@ -249,7 +249,8 @@ def undoubled(pair: Pair) -> Pair:
 
 def repeated(pair: Pair) -> list[str | None]:
     """What follows in chosen and in rejected on the prompt's last turn, where they begin with it; else None."""
-    return [behind(pair.messages[-1]["content"], text) for text in (pair.chosen, pair.rejected)]
+    asked = pair.messages[-1]["content"] if pair.messages else ""  # a pair that is left out may have none
+    return [behind(asked, text) for text in (pair.chosen, pair.rejected)]
 
 
 def _pair(

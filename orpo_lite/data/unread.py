@@ -1,10 +1,10 @@
 """What a format would leave unread: nothing of which the name or the turns say that it belongs before the reply."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from orpo_lite.data.columns import ALIASES, SOME, Look, plain_name, shown, words
+from orpo_lite.data.columns import ALIASES, SIDES, SOME, Look, plain_name, shown, words
 from orpo_lite.data.guesses import ABOUT
-from orpo_lite.data.kinds import CHAT, SCALARS, TEXTS, Kind, contents, waits_for_reply
+from orpo_lite.data.kinds import CHAT, SCALARS, TEXTS, Kind, contents, is_templated, one_after_another, waits_for_reply
 from orpo_lite.data.readers import Row
 from orpo_lite.errors import DataError
 
@@ -54,15 +54,22 @@ def _refuse_prompts(look: Look, name: str) -> None:
     for group in [[column for column in columns if column not in apart], *([column] for column in apart)]:
         held = []
         for row in look.rows:
-            told = _spaced(" ".join(contents(look.held(row, look.column("chosen")))))
-            asked = [_spaced(text) for column in group if isinstance(text := row.get(column), str) and text.strip()]
-            held += [any(text in told for text in asked)] if asked else []
+            sides = [contents(look.held(row, look.column(side))) for side in SIDES]
+            asked = [text for column in group if isinstance(text := row.get(column), str) and text.strip()]
+            held += [any(_holds(side, text) for text in asked for side in sides)] if asked else []
         if held.count(False) > len(held) / 2:
-            found = f"{shown(*group)}: not in the conversations of chosen, in {held.count(False)} of {len(held)} rows"
+            found = f"{shown(*group)}: not in the conversations, in {held.count(False)} of {len(held)} rows"
             free = look.kind(look.taken.get("system", "system")) in ("missing", "null")
             before = f"{look.line(system=group[0])} to put it in front as a system turn, or " if free else ""
             remedy = f"{before}data.format=implicit to leave it out"
             raise DataError("data.column_map", found, "conversations that hold their prompt", remedy)
+
+
+def _holds(turns: Sequence[str], prompt: str) -> bool:
+    """The prompt is among the turns, or it is all of them before the reply, as somebody's template renders them."""
+    words, before = _spaced(prompt), [_spaced(text) for text in turns[:-1]]
+    rendered = len(before) > 2 or is_templated(prompt)
+    return words in _spaced(" ".join(turns)) or (rendered and one_after_another(before, words))
 
 
 def _refuse_turns(look: Look, name: str) -> None:
@@ -74,9 +81,10 @@ def _refuse_turns(look: Look, name: str) -> None:
     known = look.named(*ALIASES["conversation"])
     others = [column for column in look.columns if column not in known and not ABOUT & set(words(column))]
     for column in _unread(look, map(plain_name, (*known, *others))):
-        if look.kind(column) not in CHAT or plain_name(column) == "history":  # whose turns the prompt may have inside
+        pairs = look.kind(column) == "pairs of texts"  # [user, assistant]
+        if not (pairs or look.kind(column) in CHAT) or plain_name(column) == "history":  # the prompt may have it inside
             continue
-        waits = look.share(waits_for_reply, column) > 0.5
+        waits = not pairs and look.share(waits_for_reply, column) > 0.5
         goes_on = waits and column not in known  # up to the prompt, if that is among its turns
         both = [(turns, told(row, look.taken.values())) for row in look.rows if (turns := told(row, [column]))]
         lost = [bool(turns & read) and not turns <= read if goes_on else not turns & read for turns, read in both]

@@ -48,7 +48,8 @@ def find_verdict(look: Look, answers: tuple[str, str]) -> tuple[str, Says]:
     verdicts = [column for column in meanings if plain_name(column) in VERDICTS]
     if len(verdicts) != 1:
         named = verdicts or [column for column in meanings if names_better(column)]
-        unclear = [column for column in columns if plain_name(column) in VERDICTS and look.kind(column) in JUDGING]
+        unclear = [column for column in columns if plain_name(column) in VERDICTS]
+        unclear = [column for column in unclear if column in look.mapped or look.kind(column) in JUDGING]
         if unclear and not named:
             _refuse_values(look, unclear[0], answers)
         _refuse_verdict(look, answers, named)
@@ -75,7 +76,7 @@ def _meaning(look: Look, column: str, answers: tuple[str, str]) -> Says | None:
     else:
         numbers = ("1", "2") if "2" in values and "0" not in values and not set("012") & set(named) else ("", "")
         for verdict, *words_for in zip("ab", ends, answers, names, named, numbers, strict=True):
-            for word in {*words_for, f"model_{words_for[0]}"}:
+            for word in {verdict, *words_for, f"model_{words_for[0]}"}:
                 table[word] = verdict if table.get(word, verdict) == verdict else ""  # the one and the other: neither
         table |= dict.fromkeys(TIES, "tie")
     known = plain_name(column) in VERDICTS
@@ -95,6 +96,7 @@ def _refuse_values(look: Look, column: str, answers: tuple[str, str]) -> NoRetur
     values = dict.fromkeys(plain_verdict(value) for (value,) in look.values(column))
     theirs, names = look.mapped.get(column, column), [look.mapped.get(answer, answer) for answer in answers]
     held = ", ".join(f"{value!r:.24}" for value in list(values)[:5])
+    held = held if look.kind(column) in JUDGING else look.kind(column)
     found = f"{shown(theirs)} is to say which of {shown(*names)} is the better, and holds {held}"
     expected = f"a or {names[0]} for the first, b or {names[1]} for the second, or tie"
     remedy = f"no setting helps: write {shown(theirs)} so, or {PAIRS}"
