@@ -872,6 +872,12 @@ def test_the_first_rows_may_have_no_earlier_turns() -> None:
     assert detected.read(row | {"history": [["Hi", "Hello."]]}, "x").messages == TALK
 
 
+def test_a_system_text_may_hold_a_dialogue() -> None:
+    few_shot = "Answer so:\n\nHuman: Hi\n\nAssistant: Hello."
+    rows = [{"system": few_shot, "prompt": Q, **BLUE_SEVEN}] * 3
+    assert [pair.messages for pair in read(rows)] == [(system(few_shot), user(Q))] * 3
+
+
 def test_a_system_text_that_the_prompt_begins_with_is_not_read() -> None:
     rows = [{"system": "Be brief.", "prompt": f"Be brief.\n{Q}", **BLUE_SEVEN}] * 3
     detected, _ = detect(rows)
@@ -1105,6 +1111,13 @@ TWO_READINGS: dict[str, tuple[list[dict[str, Any]], dict[str, tuple[str, list[An
         [{"prompt": f"Be  brief. {Q}", "system": "Be  brief.", **wholes(user(Q))}] * 2,
         {"data.format=implicit": ("implicit", [(BRIEF, "Blue.", "Seven.")] * 2)},
     ),
+    "a context beside a prompt that is a list of messages": (
+        [{"context": "Be  brief.", "prompt": [*TALK], **BLUE_SEVEN}] * 2,
+        {
+            "data.column_map=system=context": ("explicit", [((BRIEF[0], *TALK), "Blue.", "Seven.")] * 2),
+            "data.column_map=prompt=prompt": ("explicit", [(TALK, "Blue.", "Seven.")] * 2),
+        },
+    ),
     "a list of texts beside the question": (
         [{"context": ["One.", "Two."], "question": Q, **BLUE_SEVEN}] * 2,
         {"data.column_map=prompt=question": ("explicit", [BLUE] * 2)},
@@ -1298,6 +1311,11 @@ def test_a_verdict_that_is_not_understood_is_shown(verdicts: list[Any]) -> None:
     held = "true or false" if verdicts[0] is True else repr(str(verdicts[0]))
     assert raised.value.found.startswith(f"Winner is to say which of gpt and claude_2 is the better, and holds {held}")
     assert raised.value.expected == "a or gpt for the first, b or claude_2 for the second, or tie"
+
+
+def test_a_verdict_that_is_a_text_is_not_shown() -> None:
+    row = {"prompt": Q, "answer_a": "Blue.", "answer_b": "Seven.", "winner": "The first one, by a wide margin."}
+    refused([row] * 3)
 
 
 def test_a_verdict_that_names_the_one_and_the_other_says_nothing() -> None:

@@ -333,7 +333,9 @@ def test_prompts_that_ask_nothing_and_turns_that_stand_twice_are_left_out(tmp_pa
     assert len(pairs) == 1
     assert reader.drops.counts == {EMPTY_PROMPT: 2, SAID_TWICE: 1}
     later = {side: [user("q"), bot("a"), user(" "), bot(side)] for side in ("chosen", "rejected")}
-    assert read(write_jsonl(tmp_path / "later.jsonl", [LISTS, later]))[1].drops.counts == {EMPTY_PROMPT: 1}
+    within = {side: [system | {"content": ""}, user("q"), bot(" "), user("q"), bot(side)] for side in later}
+    pairs, reader = read(write_jsonl(tmp_path / "later.jsonl", [LISTS, later, within]))
+    assert (len(pairs), reader.drops.counts, reader.silent) == (2, {EMPTY_PROMPT: 1}, 1)
 
 
 LISTED = {"prompt": [user("q")], "chosen": [bot("a")], "rejected": [bot("b")]}

@@ -51,7 +51,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 FITTING: dict[str, tuple[Kind, ...]] = {
     "prompt": TEXTS,
-    "system": ("text", "null"),
+    "system": (*TEXTS, "null"),
     "conversation": CHAT,
     "history": (*CHAT, "pairs of texts", "null"),  # null: the first rows may be those without earlier turns
     "input": (*TEXTS, "request", "null"),
@@ -213,11 +213,8 @@ class Look:
                 if isinstance(out[key], str):
                     raise fault(where, column, "a text", f"{kind}, as in most rows")
             elif kind in TEXTS and is_conversation(value):
-                remedy = "mend or remove the row"
-                if key in SIDES:
-                    remedy += (
-                        f", or data.format={self.as_texts} if it is the reply as it should be" if self.as_texts else ""
-                    )
+                plain = f", or data.format={self.as_texts} if it is the reply as it should be"
+                remedy = f"mend or remove the row{plain if self.as_texts and key in SIDES else ''}"
                 raise fault(where, column, "messages as JSON", "a text, as in most rows", remedy)
         if self.verdict and says_nothing(str(out.get("better"))):
             out["better"] = None

@@ -150,9 +150,8 @@ def _is_doubled(look: Look, name: str, read: Reader) -> bool:
     doubled = [sum(end is not None for end in both) for both in ends]
     both, one = (doubled.count(n) / max(1, len(doubled)) for n in (2, 1))
     if SOME <= both < MANY or one >= 0.5:
-        chosen, rejected = (
-            f"{sum(end is not None for end in side) / len(ends):.0%}" for side in zip(*ends, strict=True)
-        )
+        shares = [sum(end is not None for end in side) / len(ends) for side in zip(*ends, strict=True)]
+        chosen, rejected = (f"{share:.0%}" for share in shares)
         found = f"{chosen} of chosen and {rejected} of rejected repeat the prompt in the first {len(ends)} rows"
         remedy = f"data.format={name} to leave it in the replies"
         if name in AS_TEXTS:
@@ -249,9 +248,8 @@ def _share_prompts(look: Look) -> bool:
     unread = any(could_ask(look, column) for column in others)
     starts = [shared_words(*texts) for texts in look.values("chosen", "rejected")]
     usual = max(Counter(starts).values(), default=0)
-    a_phrase = (
-        any(look.kind(column) in TEXTS for column in others) and usual > 2 and usual > len(starts) / 2
-    )  # "I think", whatever was asked
+    texts = any(look.kind(column) in TEXTS for column in others)
+    a_phrase = texts and usual > 2 and usual > len(starts) / 2  # "I think", whatever was asked
     return not unread and not a_phrase and sum(map(bool, starts)) >= MANY * len(starts) > 0
 
 
@@ -440,11 +438,9 @@ def _refuse_unknown(look: Look) -> NoReturn:
     as_texts = _as_texts(look)
     if listed := [look.column(side) for side, kind in kinds.items() if kind in LISTS]:
         remedy = "write a single text without the list around it, and turns as messages"
-        remedy = (
-            f"{as_texts} if these texts are the replies; else {remedy}" if as_texts else f"no setting helps: {remedy}"
-        )
+        before = f"{as_texts} if these texts are the replies; else" if as_texts else "no setting helps:"
         expected = "in each of prompt, chosen and rejected a text, or messages {role, content}"
-        raise DataError("data.format", f"{holds(*listed)} lists of texts; {found}", expected, remedy)
+        raise DataError("data.format", f"{holds(*listed)} lists of texts; {found}", expected, f"{before} {remedy}")
     guesses["prompt"] = guess_prompt(look, [column for column in guesses.values() if column])
     unfit = [side for side, kind in kinds.items() if kind not in (USABLE if side != "prompt" else (*TEXTS, *CHAT))]
     sides = [column for side in ("chosen", "rejected") if (column := guesses[side])]

@@ -67,7 +67,8 @@ def usual_kind(values: Sequence[Any]) -> Kind:
 
 def are_texts(values: Sequence[Any]) -> bool:
     """Most of them, as in a table."""
-    return sum(isinstance(value, str) for value in values) > len(values) / 2
+    held = [value for value in values if not is_blank(value)]
+    return sum(isinstance(value, str) for value in held) > len(held) / 2
 
 
 def is_blank(value: Any) -> bool:

@@ -78,6 +78,8 @@ class PairReader:
         """Pairs of which a reply begins with the prompt's last turn again."""
         self.absent = 0
         """Pairs of which a reply, or the system text, is NULL, None, NaN or N/A, and may well be meant to be none."""
+        self.silent = 0
+        """Pairs with an empty turn before the last."""
         self.read = 0
         """Rows read."""
         self.drops = Drops()
@@ -99,6 +101,9 @@ class PairReader:
                     kept += 1
                     self.repeated += _repeats_prompt(pair)
                     self.absent += _holds_absent(pair)
+                    self.silent += any(
+                        not turn["content"].strip() for turn in pair.messages if turn["role"] != "system"
+                    )
                     self._digest.update(_content(pair))
                     yield pair
         raise_all(_tools_once(faults))

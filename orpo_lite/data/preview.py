@@ -16,6 +16,7 @@ from orpo_lite.data.cache import TokenizedPairs
 COUNTED = {
     "repeated_prompts": "pairs in which a reply begins with the prompt again",
     "absent_texts": "pairs in which a reply or the system text is NULL, None, NaN or N/A, as if it was missing",
+    "empty_turns": "pairs with an empty turn before the last",
     "templated_pairs": "pairs that hold markers of a chat template, as if one was applied already",
     "unknown_tokens": "tokens that stand for what the tokenizer does not know, and which is lost",
 }

@@ -121,6 +121,7 @@ def _tokenize(
             "unknown_tokens": writer.unknown,
             "repeated_prompts": reader.repeated,
             "absent_texts": reader.absent,
+            "empty_turns": reader.silent,
             "templated_pairs": templated,
             "samples": shown,
         }

@@ -27,7 +27,7 @@ def refuse_unread(look: Look, name: str, *, said: bool) -> None:
     decided = whole or bool(look.mapped.keys() & {"prompt", "conversation"})
     _refuse_misfits(look, name, decided=decided)
     if not whole:
-        _refuse_prompts(look, name)
+        _refuse_prompts(look, name, decided=decided)
     if not decided and look.kind("chosen") != "dialogue":
         _refuse_turns(look, name)
 
@@ -45,23 +45,25 @@ def _refuse_misfits(look: Look, name: str, *, decided: bool) -> None:
         raise DataError("data.column_map", found, expected, f"{remedy}, or write it as {expected}")
 
 
-def _refuse_prompts(look: Look, name: str) -> None:
-    """A prompt beside whole conversations, most of which do not hold it."""
-    if name not in WHOLE or look.taken.keys() & {"prompt", "conversation"}:
+def _refuse_prompts(look: Look, name: str, *, decided: bool) -> None:
+    """A prompt beside whole conversations, most of which do not hold it; or what stands apart from a list of turns."""
+    listed = look.kind(look.taken.get("prompt", "")) in CHAT and not decided
+    if not listed and (name not in WHOLE or look.taken.keys() & {"prompt", "conversation"}):
         return
     columns = [column for column in _unread(look, ALIASES["prompt"]) if look.kind(column) in TEXTS]
     apart = [column for column in columns if plain_name(column) in APART]
-    for group in [[column for column in columns if column not in apart], *([column] for column in apart)]:
+    same = [] if listed else [column for column in columns if column not in apart]
+    for group in [same, *([column] for column in apart)]:
         held = []
         for row in look.rows:
-            sides = [contents(look.held(row, look.column(side))) for side in SIDES]
+            sides = [contents(look.held(row, look.column(side))) for side in (*SIDES, *look.taken.values())]
             asked = [text for column in group if isinstance(text := row.get(column), str) and text.strip()]
             held += [any(_holds(side, text) for text in asked for side in sides)] if asked else []
         if held.count(False) > len(held) / 2:
             found = f"{shown(*group)}: not in the conversations, in {held.count(False)} of {len(held)} rows"
             free = look.kind(look.taken.get("system", "system")) in ("missing", "null")
             before = f"{look.line(system=group[0])} to put it in front as a system turn, or " if free else ""
-            remedy = f"{before}data.format=implicit to leave it out"
+            remedy = f"{before}{_without(look, name) if listed else 'data.format=implicit'} to leave it out"
             raise DataError("data.column_map", found, "conversations that hold their prompt", remedy)
 
 

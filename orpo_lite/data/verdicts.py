@@ -13,6 +13,7 @@ SIGNED = ("preference_strength", "overall_preference")  # HelpSteer: -3, the fir
 VERDICTS = ("better", "winner", "better_response_id", "safer_response_id", "labels", *SIGNED)
 TIES = ("tie", "tie (bothbad)", "both_bad", "both", "neither")
 JUDGING = ("text", "number")
+LABEL = 24  # characters; a longer verdict is a text that nobody may want on the screen
 EITHER_VERDICT = ("better", "preference_strength")
 
 
@@ -95,8 +96,9 @@ def plain_verdict(value: Any) -> str:
 def _refuse_values(look: Look, column: str, answers: tuple[str, str]) -> NoReturn:
     values = dict.fromkeys(plain_verdict(value) for (value,) in look.values(column))
     theirs, names = look.mapped.get(column, column), [look.mapped.get(answer, answer) for answer in answers]
-    held = ", ".join(f"{value!r:.24}" for value in list(values)[:5])
-    held = held if look.kind(column) in JUDGING else look.kind(column)
+    held = ", ".join(repr(value) for value in list(values)[:5])
+    if look.kind(column) not in JUDGING or any(len(value) > LABEL for value in values):
+        held = look.kind(column)
     found = f"{shown(theirs)} is to say which of {shown(*names)} is the better, and holds {held}"
     expected = f"a or {names[0]} for the first, b or {names[1]} for the second, or tie"
     remedy = f"no setting helps: write {shown(theirs)} so, or {PAIRS}"
@@ -121,9 +123,8 @@ def _refuse_unsigned(look: Look, column: str, answers: tuple[str, str]) -> None:
     if signed and look.share(lambda value: plain_verdict(value).startswith("-"), column) == 0:
         found = f"{shown(column)} is below 0 in no row: a strength, by which the first is never the better, or the "
         found += f"number of the better one of {shown(*answers)}"
-        remedy = (
-            f"{look.line(preference_strength=column)} if it is a strength, or {look.line(better=column)} if a number"
-        )
+        strength, number = look.line(preference_strength=column), look.line(better=column)
+        remedy = f"{strength} if it is a strength, or {number} if a number"
         raise DataError("data.column_map", found, "strengths on both sides of 0", remedy)
 
 
