@@ -1438,6 +1438,7 @@ def test_newer_names_of_the_roles_are_read() -> None:
         ({"chosen": "yes", "rejected": "no"}, ["data.column_map=prompt=COLUMN", "data.format=implicit"]),
         ({"prompt": "q", "chosen": 3, "rejected": "no", "y": "Yes, so"}, ["data.column_map=chosen=COLUMN"]),
         ({"prompt": "q", "chosen": 3, "rejected": "no"}, []),
+        ({"prompt": "q", "chosen": HH, "rejected": [bot("no")]}, []),
         ({"prompt": user("q"), "chosen": "yes", "rejected": "no"}, ["data.format=implicit"]),
         ({"prompt": "q", "chosen": {"content": "yes"}, "rejected": {"content": "no"}}, []),
         ({"chosen": "It is so", "rejected": "It is no", "messages": [user("q"), bot("It was so")]},

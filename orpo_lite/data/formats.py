@@ -448,7 +448,9 @@ def _refuse_unknown(look: Look) -> NoReturn:
     if whole or (look.candidates("conversation") and unfit != ["prompt"]):
         unfit = [side for side in unfit if side != "prompt"]
     expected = "chosen and rejected, both texts or both lists of messages, with or without a prompt"
-    remedy = "name the columns: " + look.line(**{side: guesses[side] or "COLUMN" for side in unfit or kinds})
+    remedy = "no setting helps: write chosen and rejected alike, as expected"
+    if unfit:
+        remedy = "name the columns: " + look.line(**{side: guesses[side] or "COLUMN" for side in unfit})
     if not (guesses["chosen"] or guesses["rejected"]):
         remedy += f"; or, where no column always holds the better reply, {PAIRS}"
     if odd := _odd(look, [side for side in unfit if not guesses[side]]):
