@@ -354,6 +354,12 @@ def test_a_prompt_that_is_null_is_left_out_as_an_empty_one_is(tmp_path: Path, ro
         read(tmp_path / "pairs.jsonl")
 
 
+def test_a_null_prompt_beside_whole_conversations_is_none(tmp_path: Path) -> None:
+    row = LISTED | {side: [user("q"), bot(side)] for side in ("chosen", "rejected")}
+    pairs, _ = read(write_jsonl(tmp_path / "pairs.jsonl", [row, row | {"prompt": None}, row]))
+    assert [pair.messages for pair in pairs] == [(user("q"),)] * 3
+
+
 def test_words_for_nothing_are_counted(tmp_path: Path) -> None:
     words = ("NULL", "NaN", "None", "nan", "N/A", " null ")
     rows = [EXPLICIT | {side: word} for word in words for side in ("chosen", "rejected")]

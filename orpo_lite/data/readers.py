@@ -89,7 +89,7 @@ def read_explicit(row: Row, where: str) -> Pair:
         return _join(row, _messages(row, "prompt", where), where)
     prompt = _asked(row, where)
     if not prompt and isinstance(row.get("chosen"), list | Mapping):
-        return _join(row, _user(prompt), where)
+        return _join(row, () if _opens(row, "chosen", where) else _user(prompt), where)
     return _texts(row, prompt, where, _user(prompt))
 
 
