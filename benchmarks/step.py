@@ -33,7 +33,6 @@ from peft import LoraConfig
 from tokenizers import Tokenizer, models
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
-    AttentionInterface,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     LlamaConfig,
@@ -48,9 +47,8 @@ from benchmarks.data import processor
 from orpo_lite.data.packing import make_batch, micro_batches, nll_tokens, pack_pairs
 from orpo_lite.data.tokens import TokenizedPair
 from orpo_lite.meter import LiveBytes
-from orpo_lite.model import META, PairModel, bare_base, bare_pair_model, load_pair_model
+from orpo_lite.model import FREE, META, PairModel, bare_base, bare_pair_model, held, load_pair_model
 from orpo_lite.recipe import Recipe
-from orpo_lite.step import attention
 from orpo_lite.step.head import Head, chunk_rows, row_logps
 from orpo_lite.step.losses import Divisors, orpo_loss
 
@@ -126,13 +124,8 @@ def loss_of(model: PairModel, pairs: Sequence[TokenizedPair], settings: Recipe) 
 
 def storages(model: torch.nn.Module) -> list[torch.Tensor]:
     """Every tensor that a model holds: parameters, buffers, gradients, quantisation states."""
-    found: list[Any] = [*model.parameters(), *model.buffers()]
-    found += [parameter.grad for parameter in model.parameters()]
-    for parameter in model.parameters():
-        if (state := getattr(parameter, "quant_state", None)) is not None:
-            found += [state.absmax, state.code, state.offset]
-            found += [state.state2.absmax, state.state2.code] if state.nested else []
-    return [tensor for tensor in found if isinstance(tensor, torch.Tensor)]
+    found = [tensor for tensors in held(model).values() for tensor in tensors]
+    return found + [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 
 
 def live_bytes_of_ours(config: Any, pairs: Sequence[TokenizedPair], settings: Recipe) -> LiveBytes:
@@ -164,17 +157,6 @@ def trl_on_meta(config: Any) -> Any:
     return peers.meta_model(model, LORA)
 
 
-FREE = "benchmark_free"
-
-
-def _free_attention(_module: Any, query: Any, key: Any, value: Any, _mask: Any, **_: Any) -> tuple[Any, None]:
-    """Attention's output and what it keeps (queries, keys, values, output, one number a query and head), no scores."""
-    return attention.Kept.apply(query, key, value).transpose(1, 2), None
-
-
-AttentionInterface.register(FREE, _free_attention)
-
-
 def live_bytes_ratio(triples: lengths.Triples) -> dict[str, float]:
     """Ours over TRL's for 8 pairs of the 152k vocabulary: with all levers of memory, and with the default ones."""
     config = SHAPES["peak_gib_qwen25_7b"][1]
@@ -196,13 +178,11 @@ def peak_of_7b(config: Any, levers: dict[str, Any] | None, tokens: int = 2_048) 
     settings = recipe(**(levers or {}))
     pairs = lengths.random_pairs([(0, tokens, tokens)], config.vocab_size)
     model = trl_on_meta(config) if levers is None else bare_pair_model(settings, config, torch.bfloat16)
-    held = {tensor.untyped_storage(): tensor.untyped_storage().nbytes() for tensor in storages(model)}
-    if settings.memory.embedding_on_cpu:
-        del held[model.causal.get_input_embeddings().weight.untyped_storage()]
+    weights = sum(tensor.untyped_storage().nbytes() for tensor in storages(model))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     states = sum(parameter.nbytes + 2 * parameter.numel() for parameter in trained)  # gradient, two 8-bit moments
     tracker = live_bytes_of_trl(config, pairs) if levers is None else live_bytes_of_ours(config, pairs, settings)
-    return (sum(held.values()) + states + tracker.peak) / 2**30
+    return (weights + states + tracker.peak) / 2**30
 
 
 # --- FLOPs, per pair of a whole file

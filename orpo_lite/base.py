@@ -217,6 +217,24 @@ def read_config(path: Path, name: str) -> Any:
     return AutoConfig.from_pretrained(path)
 
 
+def find_config(name: str, revision: str) -> Any:
+    """A base's configuration and nothing else of it: of a folder, of the hub, or, for our recipes' bases, as shipped.
+
+    Raises as :func:`find_base`.
+    """
+    from transformers import AutoConfig
+
+    shipped = json.loads((Path(__file__).parent / "bases.json").read_text(encoding="utf-8"))
+    if name in shipped and revision == "main" and not Path(name).is_dir():
+        return AutoConfig.for_model(**shipped[name])
+    local = Path(name).expanduser()
+    if local.is_dir() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        path, _ = find_texts(name, revision)
+        return read_config(path, name)
+    patterns = ["config.json"]
+    return read_config(download(name, resolve(name, revision, patterns), patterns), name)
+
+
 def read_sizes(folder: Path) -> dict[str, Any]:
     """What config.json says of the text model's sizes, read without transformers; {} when there is none."""
     try:
@@ -303,6 +321,8 @@ def check_targets(recipe: Recipe, base: Base) -> None:
         if not any(name == target or name.endswith(f".{target}") for name in known):  # as peft matches them
             where = recipe.sources["lora.target_modules"]
             found = f"lora.target_modules: {target} matches no layer of {base.name}"
+            if target == "lm_head":
+                found = "lora.target_modules: lm_head is the output head, which a recipe does not adapt"
             ends = sorted({name.rsplit(".", 1)[-1] for name in known})
             raise ModelError(where, found, f"of {', '.join(ends)}", "lora.target_modules=all-linear")
 

@@ -96,6 +96,33 @@ def train(
 
 
 @app.command()
+def plan(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Any key of the recipe, e.g. memory.budget=12GiB."),
+    ] = None,
+    recipe: Annotated[str | None, typer.Option(help="A shipped name (see `recipes ls`), or a .yaml path.")] = None,
+    with_data: Annotated[
+        bool, typer.Option("--with-data", help="Read the data, and plan for its longest pairs, not for max_length.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON, and nothing else.")] = False,
+) -> None:
+    """Will it fit, how fast, and what to change: counted without weights, before anything is downloaded."""
+    chosen = _choose_recipe(recipe, None, overrides or [], verb="plan")
+    with _quiet():
+        from orpo_lite.plan import planning
+        from orpo_lite.planner.search import does_not_fit
+
+        report = screen.draw(planning(chosen, with_data=with_data), silent=as_json)
+    if as_json:
+        out.print(json.dumps(report.to_json(), indent=2, ensure_ascii=False))
+    else:
+        screen.print_plan(report)
+    if report.is_verdict and not report.plan.fits:
+        raise does_not_fit(report.plan, report.changes)
+
+
+@app.command()
 def data(
     overrides: Annotated[
         list[str] | None,

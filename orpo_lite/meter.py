@@ -40,6 +40,8 @@ class LiveBytes(TorchDispatchMode):
         self.host = 0
         """Bytes in host memory now, of a step on the meta device; on a GPU everything on the CPU."""
         self.host_peak = 0
+        self.sent = 0
+        """Bytes that went to host memory in all; what waits there comes back."""
         self.work: Counter[tuple[int, int]] = Counter()
         """How many operators did so many FLOPs and moved so many bytes (attention's kernels do not show theirs)."""
         self._seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
@@ -65,6 +67,7 @@ class LiveBytes(TorchDispatchMode):
         if making_host_memory():
             mark_as_host(storage)
             self.host += size
+            self.sent += size
             self.host_peak = max(self.host_peak, self.host)
             weakref.finalize(storage, self._free_host, size)
             return

@@ -18,14 +18,16 @@ from orpo_lite.data.packing import Batch, Batching, PackedPairs
 from orpo_lite.errors import FitError, ModelError, RecipeError
 from orpo_lite.recipe import MemorySection, Recipe
 from orpo_lite.step import attention
-from orpo_lite.step.attention import Layout, Segment, pair_attention, using
+from orpo_lite.step.attention import Layout, Segment, device_kind, free, pair_attention, using
 from orpo_lite.step.head import Head, chunk_rows, packed_logps, padded_logps, pick, row_logps
 from orpo_lite.step.layers import checkpoint_layers, embed_on_host, tile_mlps
 from orpo_lite.step.lora import fuse_lora
 from orpo_lite.step.losses import PairLogps, at_least_float32
+from orpo_lite.step.memory import is_on_host
 
 AttentionInterface.register(attention.NAME, pair_attention)
 META = torch.device("meta")
+FREE = "orpo_lite_free"  # attention of padded rows on meta
 
 Way = Literal["shared", "packed", "rows", "logits"]
 """How packed pairs go through the model, from the fastest way to the plainest. shared: one row, each prompt once.
@@ -54,9 +56,13 @@ class PairModel(nn.Module):
         """On meta: the kind of device that is meant."""
         self.notes: list[str] = []
         """What the person should know of this model's step, a line each."""
+        self.layers = [module for module in self.modules() if isinstance(module, GradientCheckpointingLayer)]
+        """The decoder layers."""
+        self.checkpointed = 0
+        """How many of them, from the first on, keep their input only."""
         if getattr(self.config.get_text_config(), "output_router_logits", False):
             self.notes.append("its routers' auxiliary loss (output_router_logits) is not added: ORPO's is all")
-        self._own_attention = self.config._attn_implementation
+        self.own_attention = self.config._attn_implementation
 
     @property
     def causal(self) -> Any:
@@ -65,7 +71,7 @@ class PairModel(nn.Module):
         return wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
 
     @property
-    def _backbone(self) -> Any:
+    def backbone(self) -> Any:
         """All but the head: hidden states after the last norm."""
         causal = self.causal
         return causal.model if causal.base_model is causal else causal.base_model  # some have a prefix of no attribute
@@ -93,7 +99,7 @@ class PairModel(nn.Module):
         """After the last norm, shape (T, D)."""
         if way in ("shared", "packed"):
             return self._packed_hidden(batch)
-        return torch.cat([output.last_hidden_state[0] for output in self._each_row(self._backbone, batch)])
+        return torch.cat([output.last_hidden_state[0] for output in self._each_row(self.backbone, batch)])
 
     @staticmethod
     def _each_row(run: Any, batch: PackedPairs) -> Iterator[Any]:
@@ -106,7 +112,7 @@ class PairModel(nn.Module):
         layout = Layout(tuple(Segment(*numbers) for numbers in batch.segments), self.backend, self.planned)
         ids, positions = batch.input_ids_T.unsqueeze(0), batch.position_ids_T.unsqueeze(0)
         with self.attending(layout):
-            output = self._backbone(input_ids=ids, position_ids=positions, use_cache=False)
+            output = self.backbone(input_ids=ids, position_ids=positions, use_cache=False)
         hidden_TD: Tensor = output.last_hidden_state[0]
         return hidden_TD
 
@@ -114,7 +120,7 @@ class PairModel(nn.Module):
     def attending(self, layout: Layout | None) -> Iterator[None]:
         """Attend by segments while this lasts; by the model's own attention for None."""
         before = self.config._attn_implementation
-        self.config._attn_implementation = attention.NAME if layout else self._own_attention
+        self.config._attn_implementation = attention.NAME if layout else self.own_attention
         try:
             with using(layout):
                 yield
@@ -174,14 +180,14 @@ class PairModel(nn.Module):
                 module.train()
 
 
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """``auto``: bfloat16 where the card has it, else float16 (T4, V100), else float32 (CPU)."""
-    if name != "auto":
-        dtype: torch.dtype = getattr(torch, name)
-        return dtype
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+def choose_dtype(name: str, kind: str) -> torch.dtype:
+    """``auto``: bfloat16 where the card has it, else float16 (T4, V100), else float32 (CPU).
+
+    ``kind`` of a device is what :func:`orpo_lite.step.attention.device_kind` says.
+    """
+    by_kind = {"ampere": torch.bfloat16, "cuda": torch.float16, "cpu": torch.float32}
+    dtype: torch.dtype = by_kind[kind] if name == "auto" else getattr(torch, name)
+    return dtype
 
 
 def load_pair_model(recipe: Recipe, base: Base, device: torch.device) -> PairModel:
@@ -226,7 +232,7 @@ def _with_step(model: nn.Module, recipe: Recipe, folder: Path | None) -> PairMod
 def _load_base(recipe: Recipe, base: Base, device: torch.device) -> nn.Module:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    dtype = choose_dtype(recipe.model.dtype, device)
+    dtype = choose_dtype(recipe.model.dtype, device_kind(device))
     options: dict[str, Any] = {
         "config": _without_dropout(base.config),
         "dtype": dtype,
@@ -307,6 +313,8 @@ def _add_lora(model: nn.Module, recipe: Recipe, folder: Path | None) -> nn.Modul
     from peft import LoraConfig, get_peft_model
 
     lora = recipe.lora
+    # A router that is a linear layer by birth and returns more than one tensor; peft would take it for a plain one.
+    odd = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and not _is_linear(module)]
     if folder:
         config = read_adapter_config(folder)
     else:
@@ -316,6 +324,7 @@ def _add_lora(model: nn.Module, recipe: Recipe, folder: Path | None) -> nn.Modul
             lora_alpha=lora.lora_alpha,
             lora_dropout=lora.lora_dropout,
             target_modules=lora.target_modules,
+            exclude_modules=odd or None,
             use_rslora=lora.use_rslora,
             use_dora=lora.use_dora,
             init_lora_weights=True if lora.init_lora_weights == "orthogonal" else lora.init_lora_weights,
@@ -328,6 +337,10 @@ def _add_lora(model: nn.Module, recipe: Recipe, folder: Path | None) -> nn.Modul
     if lora.init_lora_weights == "orthogonal" and not folder:
         _init_orthogonal(model, recipe)
     return model
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return type(module).forward is nn.Linear.forward or type(module).__name__ == "Linear4bit"
 
 
 @torch.no_grad()
@@ -359,23 +372,66 @@ def _without_dropout(config: Any) -> Any:
     return config
 
 
+# --- on meta, for a plan
+
+
+def free_attention(
+    _module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Any, **_: Any
+) -> tuple[Tensor, None]:
+    """Attention's output and what it keeps (queries, keys, values, output, one number a query and head), no scores."""
+    return free(query, key, value).transpose(1, 2), None
+
+
+AttentionInterface.register(FREE, free_attention)
+
+
+def held(model: nn.Module) -> dict[str, list[Tensor]]:
+    """The tensors that a model keeps on its device through all steps, each storage once."""
+    parts: dict[str, list[Tensor]] = {"base": [], "embeddings, head, norms": [], "adapter": []}
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            parts["base"] += [parameter, state.absmax, state.code, state.offset]
+            parts["base"] += [state.state2.absmax, state.state2.code] if state.nested else []
+        else:
+            parts["adapter" if parameter.requires_grad else "embeddings, head, norms"].append(parameter)
+    parts["embeddings, head, norms"] += model.buffers()
+    seen: set[torch.UntypedStorage] = set()
+    for name, tensors in parts.items():
+        here = (t for t in tensors if isinstance(t, Tensor) and not (t.is_meta and is_on_host(t)))
+        parts[name] = [t for t in here if not (t.untyped_storage() in seen or seen.add(t.untyped_storage()))]  # type: ignore[func-returns-value]
+    return parts
+
+
 # --- the step
 
 
 def install_step(model: PairModel, recipe: Recipe) -> None:
     """Give the loaded model the levers of ``memory``; none of them changes loss or gradient."""
-    memory, causal = recipe.memory, model.model
-    has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if memory.fused_lora and (left := fuse_lora(causal)):
+    memory = recipe.memory.unplanned()
+    if memory.fused_lora and (left := fuse_lora(model.model)):
         model.notes.append(f"memory.fused_lora: {len(left)} adapted layers keep peft's own operation ({left[0]} ...)")
-    if memory.mlp_tile and not tile_mlps(layers, memory.mlp_tile, has_dropout=has_dropout):
+    if isinstance(memory.mlp_tile, int) and not tile_mlps(
+        model.layers, memory.mlp_tile, has_dropout=has_dropout(model)
+    ):
         model.notes.append("memory.mlp_tile: this model has no MLP that takes tokens one by one; nothing is tiled")
-    amount = memory.activation_checkpointing
-    count = {"auto": len(layers), "all": len(layers), "none": 0}[amount] if isinstance(amount, str) else amount
-    checkpoint_layers(layers[:count], model.attending, offload=memory.checkpoint_offload, has_dropout=has_dropout)
+    checkpoint_first(model, recipe)
     if memory.embedding_on_cpu:
         embed_on_host(model.causal.get_input_embeddings())
+
+
+def checkpoint_first(model: PairModel, recipe: Recipe) -> None:
+    """Let so many of the first layers as the recipe says keep their input only; later on, more of them."""
+    memory, most = recipe.memory.unplanned(), len(model.layers)
+    amount = memory.activation_checkpointing
+    model.checkpointed = min(most, {"all": most, "none": 0}[amount] if isinstance(amount, str) else amount)
+    layers, offload = model.layers[: model.checkpointed], bool(memory.checkpoint_offload)
+    checkpoint_layers(layers, model.attending, offload=offload, has_dropout=has_dropout(model))
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Whether a second run of a layer needs the random state of the first."""
+    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
 
 
 def find_head(causal: Any) -> Head:

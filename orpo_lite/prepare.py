@@ -10,11 +10,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from orpo_lite import run
 from orpo_lite.base import (
     Base,
     check_targets,
-    fetch_weights,
     find_adapter,
     find_base,
     find_texts,
@@ -60,16 +62,13 @@ class Ready:
 
 
 def prepare(recipe: Recipe) -> Generator[Update, None, Ready]:
-    """Everything that can go wrong before weights load: base, template, targets, data, tokens."""
+    """All that can go wrong before weights are fetched: base, template, targets, data, tokens."""
     yield from _asking(recipe.data.names)
     sources = find_sources(recipe.data)
     yield from _asking([recipe.model.model_name_or_path])
     base = find_base(recipe.model.model_name_or_path, recipe.model.model_revision)
     check_targets(recipe, base)
-    if recipe.memory.embedding_on_cpu and base.config.get_text_config().tie_word_embeddings:
-        where = recipe.sources["memory.embedding_on_cpu"]
-        expected = "a base whose input embedding is not its output head as well"
-        raise RecipeError(where, "memory.embedding_on_cpu: true", expected, "leave it out")
+    check_embedding(recipe, base.config)
     train, test, found = yield from tokenized_sides(recipe, base.path, *sources)
     yield from _said(found)
     text_config = base.config.get_text_config()
@@ -78,7 +77,7 @@ def prepare(recipe: Recipe) -> Generator[Update, None, Ready]:
     _check_positions(base.name, getattr(text_config, "max_position_embeddings", None), (train, test))
     tokenizer = load_tokenizer(base.path)
     set_chat_template(tokenizer, recipe.data)
-    return Ready(fetch_weights(base), tokenizer, train, test, found)
+    return Ready(base, tokenizer, train, test, found)
 
 
 @dataclass(frozen=True)
@@ -188,6 +187,20 @@ def _said(found: Mapping[str, Any]) -> Iterator[Update]:
     if count := found["prompts"]["shared"]:
         said = f"{count:,} of {found['prompts']['held_out']:,} held-out prompts stand in the training set too"
         yield Update("note", f"warning: {said}: the evaluation will flatter")
+
+
+def check_embedding(recipe: Recipe, config: Any) -> None:
+    """Refuse to move an embedding to host memory that is the output head as well. Raises :class:`RecipeError`."""
+    if recipe.memory.embedding_on_cpu is True and config.get_text_config().tie_word_embeddings:
+        where = recipe.sources["memory.embedding_on_cpu"]
+        expected = "a base whose input embedding is not its output head as well"
+        raise RecipeError(where, "memory.embedding_on_cpu: true", expected, "leave it out")
+
+
+def pair_lengths(pairs: TokenizedPairs) -> NDArray[np.int64]:
+    """Tokens of each pair's common prefix, chosen and rejected sequence, shape (pairs, 3): all that a plan needs."""
+    columns = (pairs.column(name) for name in ("prefix", "chosen_tokens", "rejected_tokens"))
+    return np.stack([column.astype(np.int64) for column in columns], 1)
 
 
 def _check_ids(pairs: TokenizedPairs, vocab_size: int | None) -> None:

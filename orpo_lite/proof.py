@@ -1,17 +1,19 @@
-"""The step, proven on the loaded model before it trains: its own forward pass and gradient are the reference."""
+"""The step, proven on the loaded model before it trains: the model's own outputs and gradient are the reference."""
 
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from orpo_lite.data.packing import pack_pairs, pad_pairs
+from orpo_lite.data.packing import pack_pairs, packed_tokens
 from orpo_lite.data.tokens import TokenizedPair
+from orpo_lite.errors import ModelError
 from orpo_lite.model import WAYS, PairModel, Way
 from orpo_lite.step.attention import UnsupportedError
 from orpo_lite.step.head import packed_logps
@@ -19,18 +21,40 @@ from orpo_lite.step.losses import PairLogps
 
 log = logging.getLogger(__name__)
 
+SHORT = [(24, 9, 13), (5, 1, 2), (1, 6, 3), (40, 2, 1), (16, 30, 20)]  # tokens of prompt, chosen, rejected
+SAID: dict[Way, str] = {
+    "packed": "prompts are not shared",
+    "rows": "pairs are neither packed nor shared: each sequence goes through the model by itself",
+    "logits": "each sequence goes through the model by itself, with all its logits",
+}
+THEIR_FAULTS = (TypeError, ValueError, AttributeError, RuntimeError, IndexError, KeyError)  # of a model's own code
 
-def prove(model: PairModel, max_length: int) -> None:
+
+def prove(model: PairModel, max_length: int, tokens: int = 0) -> None:
     """Let random pairs go the model's own way and ours, and take the fastest way that agrees; says so if it is another.
 
-    The pairs are long enough to cross the smallest attention window that ``max_length`` reaches. What differs: position
-    biases (ALiBi), states that run along the row (linear attention), sinks, logits that are changed by something that
-    ``model.find_head`` does not know.
+    What differs: position biases (ALiBi), states that run along the row (linear attention), sinks, sparse attention,
+    logits that are changed by something that ``model.find_head`` does not know, positions counted along the row.
+
+    Args:
+        model: as it is to be trained. Its adapter is set to random numbers meanwhile where it is new, for then one half
+            of it would have no gradient.
+        max_length: tokens of the longest sequence; windows beyond it are of no account.
+        tokens: of the longest packed row; 0 for that of one pair.
+
+    Raises:
+        ModelError: its own forward pass fails, or looks at tokens that come after.
     """
-    with model.evaluating():
-        reasons = _disagreements(model, max_length)
-    with model.without_dropout():
-        reasons |= _wrong_gradients(model, [way for way in WAYS[WAYS.index(model.way) :] if way not in reasons])
+    with _random_adapter(model):
+        with model.evaluating():
+            _refuse_others(model)
+        with model.without_dropout():
+            _drop_wrong_operations(model)
+        with model.evaluating():
+            reasons = _disagreements(model, max_length, tokens)
+        ways = [way for way in WAYS[WAYS.index(model.way) :] if way not in reasons]
+        with model.without_dropout():
+            reasons |= _wrong_gradients(model, ways)
     for way in WAYS[WAYS.index(model.way) :]:
         if way not in reasons:
             break
@@ -39,15 +63,62 @@ def prove(model: PairModel, max_length: int) -> None:
         model.way = way
 
 
-SHORT = [(24, 9, 13), (5, 1, 2), (1, 6, 3), (40, 2, 1), (16, 30, 20)]  # tokens of prompt, chosen, rejected
-SAID: dict[Way, str] = {
-    "packed": "prompts are not shared",
-    "rows": "pairs are neither packed nor shared: each sequence goes through the model by itself",
-    "logits": "each sequence goes through the model by itself, with all its logits",
-}
+@contextmanager
+def _random_adapter(model: PairModel) -> Iterator[None]:
+    """A new adapter's B is zero, and with it A's gradient and the adapter's part of every output; not here."""
+    zeros = [parameter for name, parameter in model.trained() if "lora_B" in name and not parameter.any()]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in zeros:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter in zeros:
+                parameter.zero_()
 
 
-def _disagreements(model: PairModel, max_length: int) -> dict[Way, str]:
+def _refuse_others(model: PairModel) -> None:
+    """Refuse a model whose own forward pass fails, or whose tokens see those that come after. Raises ModelError."""
+    pair = _random_pairs(model.config.get_text_config(), [(24, 9, 13)])[0]
+    batch = pack_pairs([pair], completion_only_loss=False, share=False).to(model.device)
+    stop = batch.segments[0][1]
+    changed = batch.input_ids_T[:stop].clone()
+    changed[-1] = batch.input_ids_T[0]
+    try:
+        both = [model.causal(input_ids=ids.unsqueeze(0), use_cache=False).logits[0, :-1] for ids in
+                (batch.input_ids_T[:stop], changed)]  # fmt: skip
+    except torch.OutOfMemoryError:
+        raise
+    except THEIR_FAULTS as error:
+        log.warning("the model's own forward pass failed", exc_info=error)
+        found = f"its own forward pass fails with this adapter ({_kind(error)})"
+        raise ModelError(f"model {model.config.model_type}", found, "", "other lora.target_modules, or another base") \
+            from error  # fmt: skip
+    difference = float((both[0].double() - both[1].double()).norm() / both[0].double().norm())
+    if difference > _rounding(model):
+        found = "its tokens see those that come after: it was made to fill in, not to write on"
+        raise ModelError(f"model {model.config.model_type}", found, "a causal language model")
+
+
+def _drop_wrong_operations(model: PairModel) -> None:
+    """Go back to peft's and the model's own layers where ours have another gradient; says so."""
+    if not ours(model):
+        return
+    pairs = _random_pairs(model.config.get_text_config(), [SHORT[0], SHORT[4]])
+    with plain(model):
+        wanted = _gradient(model, pairs, "logits")
+        bound = _gradient_bound(model, pairs, wanted)
+    difference = _distance(_gradient(model, pairs, "logits"), wanted)
+    if difference > bound:
+        for module in ours(model):
+            del module.forward
+        said = f"with them gradients differ by {difference:.2%} (bound {bound:.2%})"
+        model.notes.append(f"memory.fused_lora and memory.mlp_tile are not used: {said}")
+
+
+def _disagreements(model: PairModel, max_length: int, tokens: int) -> dict[Way, str]:
     """Each way that differs from the model's own, and how."""
     config = model.config.get_text_config()
     short = _random_pairs(config, SHORT)
@@ -68,16 +139,35 @@ def _disagreements(model: PairModel, max_length: int) -> dict[Way, str]:
         return reasons | dict.fromkeys(packed, f"its rotary embedding changes within {max_length:,} tokens")
     for way in packed:
         compare(way, short, expected)
-    window = _smallest_window(config)
-    if window and window < max_length:
-        half = window // 2
-        long = _random_pairs(config, [(half, window - half + 24, window - half + 9)])
-        # Where the head is proven, it spares the logits of all these tokens.
-        wanted = _figures(model, long, "logits" if "rows" in reasons else "rows")
-        for way in packed:
-            if way not in reasons:
-                compare(way, long, wanted, f" beyond its window of {window:,} tokens")
+    if "rows" in reasons or not packed:
+        return reasons | {way: reasons["rows"] for way in packed if "rows" in reasons and way not in reasons}
+    where = f" in rows of {max(tokens, max_length):,} tokens"
+    for way in packed:
+        if way in reasons:
+            continue
+        pairs = [*_long_pairs(config, max_length, tokens, share=way == "shared"), *short]
+        wanted = _figures(model, pairs, "rows")  # the head is proven, and spares the logits of all these tokens
+        compare(way, pairs, wanted, where)
     return reasons
+
+
+def _long_pairs(config: Any, max_length: int, tokens: int, *, share: bool) -> list[TokenizedPair]:
+    """Pairs as long as there are, their replies short so that each of their tokens counts, until the row is full.
+
+    Among them one whose replies lie across the border of the smallest attention window.
+    """
+    lengths = []
+    if (window := _smallest_window(config)) and window + 24 < max_length:
+        half = window // 2
+        lengths.append((half, window - half + 24, window - half + 9))
+    if max_length > 80:
+        lengths.append((max_length - 24, 24, 9))
+    pairs = _random_pairs(config, lengths)
+    full = sum(packed_tokens(pair, share=share) for pair in pairs)
+    while pairs and full < tokens:
+        pairs.append(pairs[-1])
+        full += packed_tokens(pairs[-1], share=share)
+    return pairs
 
 
 @torch.no_grad()
@@ -87,10 +177,14 @@ def _head_differs(model: PairModel, pair: TokenizedPair) -> str:
     Of the same hidden states, so what rounding explains is known: that of the logits themselves.
     """
     batch = pack_pairs([pair], completion_only_loss=False, share=False).to(model.device)
-    own, ours = (model.row_logits(batch, way).double() for way in ("logits", "rows"))
-    bound = {torch.float64: 1e-12, torch.float32: 1e-5}.get(model.causal.dtype, 2**-7)
+    try:
+        own, ours = (model.row_logits(batch, way).double() for way in ("logits", "rows"))
+    except torch.OutOfMemoryError:
+        raise
+    except THEIR_FAULTS as error:
+        return _reason(error)
     difference = float((own - ours).norm() / own.norm())
-    return "" if difference <= bound else f"its logits are not its head's: they differ by {difference:.2%}"
+    return "" if difference <= _rounding(model) else f"its logits are not its head's: they differ by {difference:.2%}"
 
 
 def _difference(model: PairModel, pairs: list[TokenizedPair], way: Way, wanted: Tensor, bound: float) -> str:
@@ -107,13 +201,12 @@ def _difference(model: PairModel, pairs: list[TokenizedPair], way: Way, wanted: 
 def _wrong_gradients(model: PairModel, ways: Sequence[Way]) -> dict[Way, str]:
     """The first of these ways if its gradient is not the model's own, and so on with the next; {} if it is."""
     reasons: dict[Way, str] = {}
+    pairs = _random_pairs(model.config.get_text_config(), [SHORT[0], SHORT[4]])
+    wanted = _gradient(model, pairs, "logits")
+    _say_unused(model, wanted)
     if ways[0] == "logits":
         return reasons
-    pairs = _random_pairs(model.config.get_text_config(), SHORT)
-    wanted = _gradient(model, pairs, "logits")
-    bound = {torch.float64: 1e-8, torch.float32: 1e-3}.get(model.causal.dtype)
-    if bound is None:  # half precision: measured between padded rows and single ones, both the model's own
-        bound = min(max(4 * _distance(_gradient(model, pairs, None), wanted), 0.05), 0.5)
+    bound = _gradient_bound(model, pairs, wanted)
     for way in ways[:-1]:
         try:
             difference = _distance(_gradient(model, pairs, way), wanted)
@@ -128,9 +221,46 @@ def _wrong_gradients(model: PairModel, ways: Sequence[Way]) -> dict[Way, str]:
     return reasons
 
 
-def _gradient(model: PairModel, pairs: list[TokenizedPair], way: Way | None) -> list[Tensor]:
-    """Of some sum of :func:`_figures`, by each trained parameter; ``way`` None is that of padded rows."""
-    figures = _padded(model, pairs) if way is None else _figures(model, pairs, way)
+def _gradient_bound(model: PairModel, pairs: list[TokenizedPair], wanted: list[Tensor]) -> float:
+    """What rounding explains; in half precision three times what comes of rounding the first layer's input once more.
+
+    That is as much as two orders of the same operations differ by, from 1% of a Llama's gradient to 10% of a Gemma's.
+    """
+    if model.causal.dtype in (torch.float64, torch.float32):
+        return 1e-8 if model.causal.dtype == torch.float64 else 1e-3
+    with _rounded_input(model):
+        return min(max(3 * _distance(_gradient(model, pairs, "logits"), wanted), 0.01), 0.3)
+
+
+@contextmanager
+def _rounded_input(model: PairModel) -> Iterator[None]:
+    """The input embedding's output off by about a rounding while this lasts."""
+    generator = torch.Generator().manual_seed(0)
+
+    def rounded(_module: nn.Module, _inputs: Any, out: Tensor) -> Tensor:
+        off = torch.randn(out.shape, generator=generator) * torch.finfo(out.dtype).eps / 2
+        return out * (1 + off).to(out)
+
+    hook = model.causal.get_input_embeddings().register_forward_hook(rounded)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _say_unused(model: PairModel, gradient: list[Tensor]) -> None:
+    """Note the adapters that the loss does not reach: they only take memory."""
+    names = [name for name, _ in model.trained()]
+    dead = [name for name, part in zip(names, gradient, strict=True) if "lora_A" in name and not part.any()]
+    if dead:
+        layer = dead[0].split(".lora_A")[0].split("base_model.model.")[-1]
+        of_all = sum("lora_A" in name for name in names)
+        model.notes.append(f"{len(dead)} of {of_all} adapted layers get no gradient ({layer} ...): they learn nothing")
+
+
+def _gradient(model: PairModel, pairs: list[TokenizedPair], way: Way) -> list[Tensor]:
+    """Of some sum of :func:`_figures`, by each trained parameter."""
+    figures = _figures(model, pairs, way)
     weights_3 = figures.new_tensor([1.0, -2.0, 0.5])
     trained = [parameter for _, parameter in model.trained()]
     return list(torch.autograd.grad((weights_3 @ figures).sum(), trained, allow_unused=True, materialize_grads=True))
@@ -142,14 +272,32 @@ def _distance(found: list[Tensor], wanted: list[Tensor]) -> float:
     return math.sqrt(between / max(sum(float(b.double().square().sum()) for b in wanted), 1e-300))
 
 
-THEIR_FAULTS = (TypeError, ValueError, AttributeError, RuntimeError)  # of a model that does not take packed rows
+def ours(model: PairModel) -> list[nn.Module]:
+    """The modules whose forward pass is an operation of ours that equals their own: fused LoRA, tiles."""
+    return [m for m in model.modules() if getattr(m.__dict__.get("forward"), "equals_plain", False)]
+
+
+@contextmanager
+def plain(model: PairModel) -> Iterator[None]:
+    """The model's and peft's own layers while this lasts; what is in host memory stays there."""
+    modules = ours(model)
+    forwards = [module.__dict__.pop("forward") for module in modules]
+    try:
+        yield
+    finally:
+        for module, forward in zip(modules, forwards, strict=True):
+            module.forward = forward
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, UnsupportedError):
         return str(error)
     log.warning("a packed row of random tokens failed", exc_info=error)
-    return f"its code does not take packed rows ({type(error).__name__}; train.log has the place)"
+    return f"its code does not take packed rows ({_kind(error)})"
+
+
+def _kind(error: Exception) -> str:
+    return f"{type(error).__name__}; train.log has the place"
 
 
 def _figures(model: PairModel, pairs: list[TokenizedPair], way: Way) -> Tensor:
@@ -158,29 +306,30 @@ def _figures(model: PairModel, pairs: list[TokenizedPair], way: Way) -> Tensor:
     return _stacked(packed_logps(model.score(batch, way), batch.spans))
 
 
-def _padded(model: PairModel, pairs: list[TokenizedPair]) -> Tensor:
-    """:func:`_figures` of padded rows, by the model's own logits."""
-    return _stacked(model(pad_pairs(pairs, pad_id=0, completion_only_loss=False).to(model.device)))
-
-
 def _stacked(logps: PairLogps) -> Tensor:
     return torch.stack([logps.chosen_P, logps.rejected_P, logps.nll_P / logps.nll_tokens_P]).double()
 
 
+def _rounding(model: PairModel) -> float:
+    """Of logits, relative."""
+    return {torch.float64: 1e-12, torch.float32: 1e-5}.get(model.causal.dtype, 2**-7)
+
+
 def _bound(model: PairModel, pairs: list[TokenizedPair], expected: Tensor) -> float:
-    """What rounding explains: in half precision measured between padded rows and single ones, both the model's own."""
+    """What rounding explains; in half precision four times what comes of rounding the first layer's input once more."""
     dtype = model.causal.dtype
     if dtype in (torch.float64, torch.float32):
         return 1e-9 if dtype == torch.float64 else 2e-4
-    return min(max(4 * float((_padded(model, pairs) - expected).abs().max()), 0.03), 0.3)
+    with _rounded_input(model):
+        return min(max(4 * float((_figures(model, pairs, "logits") - expected).abs().max()), 0.01), 0.3)
 
 
 def _random_pairs(config: Any, lengths: list[tuple[int, int, int]]) -> list[TokenizedPair]:
     """Pairs of random tokens, (prompt, chosen, rejected) tokens each; the same ones at each start."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.arange(config.vocab_size)
-    if config.pad_token_id is not None:  # some models mask it wherever it stands
-        ids = ids[ids != config.pad_token_id]
+    if (pad := getattr(config, "pad_token_id", None)) is not None:  # some models mask it wherever it stands
+        ids = ids[ids != pad]
     pairs = []
     for prompt, chosen, rejected in lengths:
         drawn = ids[torch.randint(len(ids), (prompt + chosen + rejected,), generator=generator)].numpy()

@@ -77,6 +77,23 @@ def _init_lora_weights(value: object) -> object:
     return {"true": True}.get(str(value).lower(), value)
 
 
+UNITS = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+
+
+def read_bytes(text: str) -> int:
+    """A size such as 24GiB or 23.5 GiB in bytes. Raises ValueError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*", text)
+    if not match or match[2].lower() not in UNITS:
+        raise ValueError("auto, or a size such as 24GiB")
+    return int(float(match[1]) * UNITS[match[2].lower()])
+
+
+def _budget(value: object) -> object:
+    if isinstance(value, str) and value != "auto" and read_bytes(value) == 0:
+        raise ValueError("auto, or a size such as 24GiB")
+    return value
+
+
 def _attention(value: object) -> object:
     if isinstance(value, str) and "/" in value:
         raise ValueError("a name with a / fetches compiled code from the hub, which is refused")
@@ -235,14 +252,16 @@ class TrainingSection(Section):
 
 
 class MemorySection(Section):
-    """How the step fits into memory (ours); it never changes the maths."""
+    """How the step fits into memory (ours); it never changes the maths. The plan sets what is auto."""
 
+    budget: Annotated[str, BeforeValidator(_budget)] = "auto"
+    """Memory that a run may take on the device, such as 24GiB. auto: what is free on the GPU; no plan on a CPU."""
     packing: bool = True
     """Pairs laid end to end, without padding. false: padded rows and all logits, the plain step that ours equals."""
     prompt_sharing: bool = True
     """What both replies of a pair begin with goes through the model once; needs packing."""
     micro_batch_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
-    """Tokens in one packed forward pass; a longer pair goes alone. auto: twice data.max_length."""
+    """Tokens in one packed forward pass; a longer pair goes alone. auto, unplanned: twice data.max_length."""
     micro_batch_size: int | None = Field(None, ge=1)
     """At most so many pairs in one forward pass. null: as many as the tokens allow; without packing, one."""
     head_chunk: Literal["auto", "none"] | Annotated[int, Field(ge=1)] = "auto"
@@ -250,13 +269,29 @@ class MemorySection(Section):
     fused_lora: bool = True
     """A linear layer and its adapter as one operation that keeps its input once, in the dtype of the model."""
     activation_checkpointing: Literal["auto", "all", "none"] | Annotated[int, Field(ge=0)] = "auto"
-    """Decoder layers that recompute their activations in the backward pass: all, none, or a number. auto: all."""
-    checkpoint_offload: bool = False
-    """What checkpointed layers keep waits in host memory: less on the card, a little slower."""
-    mlp_tile: int | None = Field(None, ge=1)
-    """Tokens that an MLP works on at a time, for less memory; null: all."""
-    embedding_on_cpu: bool = False
-    """The input embedding stays in host memory; not where it is also the output head."""
+    """Decoder layers that run again in the backward pass: all, none, or a number. auto, unplanned: all."""
+    checkpoint_offload: Literal["auto"] | bool = "auto"
+    """What checkpointed layers keep waits in host memory: less on the card, a little slower. auto, unplanned: false."""
+    mlp_tile: Literal["auto"] | Annotated[int, Field(ge=1)] | None = "auto"
+    """Tokens that an MLP works on at a time, for less memory; null: all. auto, unplanned: null."""
+    embedding_on_cpu: Literal["auto"] | bool = "auto"
+    """The input embedding stays in host memory; not where it is also the output head. auto, unplanned: false."""
+
+    def unplanned(self) -> "MemorySection":
+        """The same with each lever that no plan has set at its plain value."""
+        plain: dict[str, Any] = {"activation_checkpointing": "all", "mlp_tile": None}
+        plain |= {"checkpoint_offload": False, "embedding_on_cpu": False}
+        return self.model_copy(update={key: value for key, value in plain.items() if getattr(self, key) == "auto"})
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """None for auto."""
+        return None if self.budget == "auto" else read_bytes(self.budget)
+
+
+LEVERS = (
+    "micro_batch_tokens", "head_chunk", "activation_checkpointing", "checkpoint_offload", "mlp_tile", "embedding_on_cpu"
+)  # fmt: skip  # what a plan may set where it is auto
 
 
 class OutputSection(Section):
@@ -744,7 +779,7 @@ def _contradictions(recipe: Recipe) -> Iterator[RecipeError]:
     asked |= {"head_chunk": memory.head_chunk not in ("auto", "none")}
     for key in [key for key, is_asked in asked.items() if is_asked and not memory.packing]:
         yield fault(f"memory.{key}", "memory.packing", "packed rows, not padded ones", "memory.packing=true")
-    if memory.checkpoint_offload and memory.activation_checkpointing in ("none", 0):
+    if memory.checkpoint_offload is True and memory.activation_checkpointing in ("none", 0):
         yield fault(
             "memory.checkpoint_offload", "memory.activation_checkpointing", "checkpoints that could be moved",
             "memory.activation_checkpointing=all",

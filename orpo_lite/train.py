@@ -1,6 +1,5 @@
 """Train: from a recipe to a run folder with a LoRA adapter in it. The loop is ours, on accelerate."""
 
-import hashlib
 import math
 import resource
 import shlex
@@ -9,29 +8,41 @@ import sys
 import threading
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from torch.nn.parallel import DistributedDataParallel
 from transformers import enable_full_determinism
 
 from orpo_lite import checkpoint, demo, run
-from orpo_lite.base import Base, check_disk
-from orpo_lite.data.packing import Batching, epoch_order, make_batch, micro_batches, nll_tokens, steps_per_epoch
+from orpo_lite.base import check_disk, fetch_weights
+from orpo_lite.data.packing import epoch_order, micro_batches, steps_per_epoch
 from orpo_lite.data.tokens import TokenizedPair
 from orpo_lite.errors import CheckpointError, DivergedError, FitError, OrpoLiteError, RecipeError
 from orpo_lite.evaluate import evaluate
-from orpo_lite.model import PairModel, choose_dtype, load_pair_model
-from orpo_lite.prepare import Ready, adopt_adapter, check_lock, make_lock, prepare, with_absolute_paths
+from orpo_lite.gradient import ShortageError, accumulate, any_process
+from orpo_lite.model import PairModel, checkpoint_first, choose_dtype, load_pair_model
+from orpo_lite.optimizer import lr_factor, make_optimizer, whole_steps
+from orpo_lite.planner.cards import own_card
+from orpo_lite.planner.search import fit
+from orpo_lite.prepare import (
+    Ready,
+    adopt_adapter,
+    check_lock,
+    make_lock,
+    pair_lengths,
+    prepare,
+    with_absolute_paths,
+)
 from orpo_lite.proof import prove
-from orpo_lite.recipe import Recipe
+from orpo_lite.recipe import Recipe, to_text
 from orpo_lite.run import Update
-from orpo_lite.step.losses import PARTS, Divisors, named_parts, orpo_loss
+from orpo_lite.step.attention import device_kind
+from orpo_lite.step.losses import named_parts
 
 BAD_STEPS = 3  # non-finite steps in a row that end a run
 
@@ -87,13 +98,17 @@ def training(recipe: Recipe, *, resume: bool = False) -> Generator[Update, None,
     accelerator.wait_for_everyone()
     resolved = demo.resolve_builtin(recipe)
     ready = yield from prepare(resolved)
-    lock = make_lock(resolved, ready)
     path = Path(recipe.training.output_dir)
+    resolved, planned = yield from _planned(resolved, ready, path, accelerator)
+    ready = replace(ready, base=fetch_weights(ready.base))
+    lock = make_lock(resolved, ready)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and resume:
         check_lock(path, lock)
     elif accelerator.is_main_process:
         run.create(recipe, lock, ready.figures)
+    if accelerator.is_main_process and planned:
+        run.write_text(path / PLAN, run.to_json(planned))
     accelerator.wait_for_everyone()
     with ExitStack() as stack:
         if accelerator.is_main_process:
@@ -111,6 +126,40 @@ def training(recipe: Recipe, *, resume: bool = False) -> Generator[Update, None,
             raise FitError(f"run {path}", found, "", remedy) from error
 
 
+PLAN = "plan.json"
+
+
+def _planned(
+    recipe: Recipe, ready: Ready, path: Path, accelerator: Accelerator
+) -> Generator[Update, None, tuple[Recipe, dict[str, Any]]]:
+    """The recipe with the levers of a plan, and what plan.json is to hold; as it is, and {}, where none is made.
+
+    A run that goes on keeps the levers that it began with, if they still fit: its bits depend on them.
+    """
+    device, wanted = accelerator.device, recipe.memory.budget_bytes
+    own = own_card(device.index or 0) if device.type == "cuda" else None
+    if own is None and wanted is None:
+        return recipe, {}
+    budget = min(size for size in (wanted, own.free if own else None) if size is not None)
+    budget = int(accelerator.gather(torch.tensor([budget], device=device)).min())  # one plan for all processes
+    if own and wanted and wanted > own.free:
+        yield Update(
+            "note", f"memory.budget={recipe.memory.budget}, and {own.free / 2**30:.2f} GiB are free on the card"
+        )
+    card = own.card if own else None
+    before = run.read_json(path / PLAN) if (path / PLAN).is_file() else {}
+    if before and before["needed_bytes"] <= budget:
+        return recipe.override({f"memory.{key}": value for key, value in before["levers"].items()}), {}
+    if before:
+        yield Update("note", "the plan that the run began with does not fit any more: bits may differ from here on")
+    yield Update("stage", "planning the memory of a step")
+    lengths = pair_lengths(ready.train)
+    found = fit(recipe, ready.base.config, lengths, device_kind(device), budget, card)
+    for sentence in found.sentences(own.others if own else 0):
+        yield Update("note", sentence)
+    return recipe.override({f"memory.{key}": value for key, value in found.levers.items()}), found.to_json()
+
+
 # --- the loop -------------------------------------------------------------------------------------------------------
 
 
@@ -118,8 +167,6 @@ def training(recipe: Recipe, *, resume: bool = False) -> Generator[Update, None,
 class _Loaded:
     """What a step needs, in memory."""
 
-    model: torch.nn.Module
-    """The pair model as accelerate wrapped it; the plain one is ``pair_model``."""
     pair_model: PairModel
     trained: list[torch.nn.Parameter]
     optimizer: torch.optim.Optimizer
@@ -135,27 +182,22 @@ def _train(
     per_epoch = steps_per_epoch(len(pairs), settings.global_batch_size)
     steps = settings.max_steps if settings.max_steps > 0 else math.ceil(settings.num_train_epochs * per_epoch)
     eval_every = whole_steps(settings.eval_steps, steps)
-    yield Update("stage", f"loading {ready.base.name}")
-    loaded = _load(recipe, ready.base, accelerator)
-    for note in loaded.pair_model.notes:
-        yield Update("note", note)
-    # A checkpoint holds the adapter and two states of its size; those kept, one being written, and the result.
-    adapter_bytes = 4 * sum(parameter.numel() for parameter in loaded.trained)
-    check_disk(path, 3 * adapter_bytes * (checkpoint.KEPT + 3), f"saving the checkpoints of {path}")
+    loaded = yield from _load(recipe, ready, accelerator, path)
     factor = lr_factor(recipe, loaded.optimizer, steps)
     state: dict[str, Any] = {"step": 0, "evaluated": None, "best_step": None, "best_loss": None, "worse": 0}
-    state |= {"before": {}, "after": {}, "latest": {}, "bad": 0, "num_tokens": 0}
+    state |= {"before": {}, "after": {}, "latest": {}, "bad": 0, "num_tokens": 0, "levers": {}}
     if resume:
         state |= yield from _restore(path, loaded, accelerator)
         yield Update("note", f"going on after step {state['step']} of {steps}")
+        recipe = _with_levers(recipe, loaded, state["levers"])
 
     saved = (state["step"], state["evaluated"]) if resume else None
     while True:
-        stopping = _any_process(accelerator, bool(stop))
+        stopping = any_process(accelerator, bool(stop))
         due = state["step"] % eval_every == 0 or state["step"] == steps
         if due and not stopping and state["evaluated"] != state["step"]:
             yield from _evaluate(recipe, ready, loaded, path, accelerator, state, steps)
-            stopping = _any_process(accelerator, bool(stop))
+            stopping = any_process(accelerator, bool(stop))
         if (due or stopping) and saved != (state["step"], state["evaluated"]):
             if accelerator.is_main_process:
                 scaler = {"scaler": loaded.scaler.state_dict()}
@@ -171,7 +213,14 @@ def _train(
         indices = order[place * settings.global_batch_size : (place + 1) * settings.global_batch_size]
         batch = [pairs[index] for index in indices]
         learning_rate = settings.learning_rate * factor(state["step"])
-        metrics, finite = _step(recipe, ready, loaded, accelerator, batch, state, learning_rate)
+        try:
+            metrics, finite = _step(recipe, ready, loaded, accelerator, batch, state, learning_rate)
+        except ShortageError:
+            state["levers"] = _smaller(recipe, ready, loaded, batch, path)
+            recipe = _with_levers(recipe, loaded, state["levers"])
+            said = " ".join(f"memory.{key}={value}" for key, value in state["levers"].items())
+            yield Update("note", f"out of memory at step {state['step'] + 1}: done again, and gone on, with {said}")
+            continue
         metrics["epoch"] = state["step"] / per_epoch
         if accelerator.is_main_process:
             run.append_metrics(path, {"step": state["step"], **metrics})
@@ -206,7 +255,7 @@ def _step(
     for group in loaded.optimizer.param_groups:
         group["lr"] = learning_rate
     batching = loaded.pair_model.batching(recipe, ready.pad_id)
-    parts = accumulate(loaded.model, batch, recipe, state["step"], batching, accelerator, loaded.scaler)
+    parts = accumulate(loaded.pair_model, batch, recipe, state["step"], batching, accelerator, loaded.scaler)
     named = named_parts(parts, beta=recipe.loss.beta)
     norm, finite = _update(loaded, named["loss"], recipe.training.max_grad_norm)
     tokens = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in batch)
@@ -223,6 +272,32 @@ def _step(
     return named | figures, finite
 
 
+def _smaller(
+    recipe: Recipe, ready: Ready, loaded: _Loaded, batch: Sequence[TokenizedPair], path: Path
+) -> dict[str, Any]:
+    """Levers for smaller micro-batches; where each is one pair already, for all layers checkpointed; or FitError."""
+    memory, model = recipe.memory, loaded.pair_model
+    pairs = max(map(len, micro_batches(batch, model.batching(recipe, ready.pad_id))))
+    levers: dict[str, Any] = {"activation_checkpointing": memory.activation_checkpointing}
+    if pairs > 1:
+        return levers | {"micro_batch_tokens": max(1, recipe.micro_batch_tokens // 2), "micro_batch_size": pairs // 2}
+    if model.checkpointed < len(model.layers):
+        sizes = {"micro_batch_tokens": memory.micro_batch_tokens, "micro_batch_size": 1}
+        return sizes | {"activation_checkpointing": "all"}
+    plain = {"checkpoint_offload": True, "mlp_tile": 512, "embedding_on_cpu": True}
+    unused = [f"memory.{key}={to_text(plain[key])}" for key in plain if getattr(memory, key) in (None, False, "auto")]
+    remedy = f"{' '.join(unused) or 'a shorter data.max_length'} in a new run; checkpoints are kept"
+    raise FitError(f"run {path}", "one pair at a time is out of memory, with all layers checkpointed", "", remedy)
+
+
+def _with_levers(recipe: Recipe, loaded: _Loaded, levers: Mapping[str, Any]) -> Recipe:
+    """The recipe with those of a step that had run out of memory, and the model as they say."""
+    if levers:
+        recipe = recipe.override({f"memory.{key}": value for key, value in levers.items()})
+        checkpoint_first(loaded.pair_model, recipe)
+    return recipe
+
+
 def _not_finite(batch: Sequence[TokenizedPair], state: Mapping[str, Any], path: Path) -> Update:
     """What to say of a step that was skipped; raises :class:`DivergedError` at the third in a row."""
     found = f"loss or gradient not finite at step {state['step']}"
@@ -231,48 +306,6 @@ def _not_finite(batch: Sequence[TokenizedPair], state: Mapping[str, Any], path: 
         raise DivergedError(f"run {path}", f"{found}, the {BAD_STEPS}rd in a row", "", remedy)
     rows = ", ".join(pair.where for pair in batch[:8])
     return Update("note", f"{found}; no update (pairs {rows}{' ...' if len(batch) > 8 else ''})")
-
-
-def accumulate(
-    model: torch.nn.Module,
-    batch: Sequence[TokenizedPair],
-    recipe: Recipe,
-    step: int,
-    batching: Batching,
-    accelerator: Accelerator,
-    scaler: torch.amp.GradScaler,
-) -> list[float]:
-    """Add the gradient of one optimizer step to the parameters, micro-batch by micro-batch.
-
-    ``batch`` holds the pairs of the whole step, of all processes; each takes its share. What the sums are divided by
-    is known before the first forward pass, so the gradient is the same however the pairs are cut up.
-
-    Returns:
-        The step's :data:`PARTS`, summed over micro-batches and processes.
-    """
-    loss_section, world = recipe.loss, accelerator.num_processes
-    only = loss_section.completion_only_loss
-    divisors = Divisors(len(batch), sum(nll_tokens(pair, completion_only_loss=only) for pair in batch))
-    share = micro_batches(batch, batching, rank=accelerator.process_index, world=world)
-    # The last step of an epoch may have fewer pairs than processes: those left over join with weight 0.
-    weight = float(bool(share))
-    chunks = share or [[0]]
-    parts = torch.zeros(len(PARTS), dtype=torch.float64)
-    for number, chunk in enumerate(chunks):
-        rows = make_batch([batch[index] for index in chunk], batching)
-        seed_dropout(recipe.training.seed, step, number, accelerator.process_index)
-        is_last = number == len(chunks) - 1
-        with nullcontext() if is_last else accelerator.no_sync(model):
-            logps = model(rows.to(accelerator.device))
-            loss, share_parts = orpo_loss(
-                logps, divisors, beta=loss_section.beta, nll_reduction=loss_section.nll_reduction
-            )
-            # Processes average their gradients, and ours are shares of a sum.
-            accelerator.backward(scaler.scale(loss * weight * world))
-        parts += share_parts.double().cpu() * weight
-    total: Any = accelerator.reduce(parts.to(accelerator.device), reduction="sum")
-    values: list[float] = total.tolist()
-    return values
 
 
 def _update(loaded: _Loaded, loss: float, max_grad_norm: float) -> tuple[float, bool]:
@@ -289,27 +322,25 @@ def _update(loaded: _Loaded, loss: float, max_grad_norm: float) -> tuple[float, 
     return norm, finite
 
 
-def wrap(pair_model: PairModel, accelerator: Accelerator) -> torch.nn.Module:
-    """The model for this process; among several, one whose gradients are averaged.
-
-    Frozen tensors are the same in all of them, and may be in host memory: only the adapter is looked at.
-    """
-    named = [*pair_model.named_parameters(), *pair_model.named_buffers()]
-    frozen = [name for name, tensor in named if not tensor.requires_grad]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(pair_model, frozen)  # type: ignore[no-untyped-call]
-    wrapped: torch.nn.Module = accelerator.prepare_model(pair_model, device_placement=False)
-    return wrapped
-
-
-def _load(recipe: Recipe, base: Base, accelerator: Accelerator) -> _Loaded:
-    pair_model = load_pair_model(recipe, base, accelerator.device)
+def _load(recipe: Recipe, ready: Ready, accelerator: Accelerator, path: Path) -> Generator[Update, None, _Loaded]:
+    yield Update("stage", f"loading {ready.base.name}")
+    pair_model = load_pair_model(recipe, ready.base, accelerator.device)
     if recipe.memory.packing:
-        prove(pair_model, recipe.data.max_length)
+        yield Update("stage", "proving the step on this model")
+        longest = int(pair_lengths(ready.train)[:, 1:].max())
+        prove(pair_model, longest, min(recipe.micro_batch_tokens, 2 * longest * recipe.training.global_batch_size))
+        if accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(accelerator.device)  # what is reported is the steps' own
+    for note in pair_model.notes:
+        yield Update("note", note)
     trained = [parameter for _, parameter in pair_model.trained()]
-    is_half = choose_dtype(recipe.model.dtype, accelerator.device) == torch.float16
+    # A checkpoint holds the adapter and two states of its size; those kept, one being written, and the result.
+    adapter_bytes = 4 * sum(parameter.numel() for parameter in trained)
+    check_disk(path, 3 * adapter_bytes * (checkpoint.KEPT + 3), f"saving the checkpoints of {path}")
+    is_half = choose_dtype(recipe.model.dtype, device_kind(accelerator.device)) == torch.float16
     scaler = torch.amp.GradScaler(accelerator.device.type, enabled=is_half)
-    model = wrap(pair_model, accelerator)
-    return _Loaded(model, pair_model, trained, make_optimizer(recipe, trained), scaler)
+    return _Loaded(pair_model, trained, make_optimizer(recipe, trained), scaler)
 
 
 @contextmanager
@@ -408,45 +439,6 @@ def _exhausted(state: Mapping[str, Any], recipe: Recipe) -> bool:
     return patience is not None and state["worse"] >= patience
 
 
-def whole_steps(value: float, steps: int) -> int:
-    """A share of all steps (below 1), rounded up as TrainingArguments does, or a number of steps."""
-    return math.ceil(value * steps - 1e-9) if value < 1 else int(value)
-
-
-def lr_factor(recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int) -> Any:
-    """transformers' schedule as a function of the step alone: step -> factor of the peak learning rate."""
-    from transformers import get_scheduler
-
-    settings = recipe.training
-    warmup = whole_steps(settings.warmup_steps, steps)
-    name = "constant_with_warmup" if settings.lr_scheduler_type == "constant" else settings.lr_scheduler_type
-    return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps).lr_lambdas[0]
-
-
-def make_optimizer(recipe: Recipe, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW as ``training.optim`` names it; on a CPU bitsandbytes' paged forms run un-paged."""
-    import bitsandbytes as bnb
-
-    settings = recipe.training
-    options = {
-        "lr": settings.learning_rate,
-        "betas": (settings.adam_beta1, settings.adam_beta2),
-        "eps": settings.adam_epsilon,
-        "weight_decay": settings.weight_decay,
-    }
-    if settings.optim == "paged_adamw_8bit":
-        return bnb.optim.PagedAdamW8bit(parameters, **options)  # type: ignore[no-any-return]
-    if settings.optim == "paged_adamw_32bit":
-        return bnb.optim.PagedAdamW32bit(parameters, **options)  # type: ignore[no-any-return]
-    return torch.optim.AdamW(parameters, **options)  # type: ignore[arg-type]
-
-
-def seed_dropout(*place: int) -> None:
-    """Seed torch by (seed, step, micro-batch, process), so that dropout needs no saved state to be repeated."""
-    digest = hashlib.blake2b(":".join(map(str, place)).encode(), digest_size=8).digest()
-    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
-
-
 def memory_gib(device: torch.device) -> float:
     """Peak memory so far: of the allocator on a GPU, of the process on a CPU."""
     if device.type == "cuda":
@@ -473,14 +465,6 @@ def save_adapter(folder: Path, model: PairModel, ready: Ready) -> None:
         if config.temperature is not None or config.top_p is not None:
             config.do_sample = True  # Llama 2 ships them without it, and transformers refuses to save that
         config.save_pretrained(temporary)
-
-
-def _any_process(accelerator: Accelerator, flag: bool) -> bool:
-    """Whether any process raised its flag: all must stop at the same step."""
-    if accelerator.num_processes == 1:
-        return flag
-    total: Any = accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), reduction="sum")
-    return bool(total.item() > 0)
 
 
 @contextmanager

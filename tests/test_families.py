@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from orpo_lite import proof
 from orpo_lite.data.packing import Batching, make_batch, micro_batches
 from orpo_lite.data.tokens import TokenizedPair
-from orpo_lite.model import PairModel, _without_dropout, install_step
+from orpo_lite.errors import ModelError
+from orpo_lite.model import PairModel, _without_dropout, bare_pair_model, install_step
 from orpo_lite.proof import prove
 from orpo_lite.recipe import Recipe
-from orpo_lite.step import attention
+from orpo_lite.step import attention, lora
 from orpo_lite.step.losses import Divisors, orpo_loss
 
 IDS = {"vocab_size": 98, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.2}
@@ -253,6 +254,104 @@ def test_a_state_that_runs_along_the_row_is_caught() -> None:
     assert model.way == "rows"
 
 
+class CountingLlama(hf.LlamaForCausalLM):
+    """Tokens late in a row are scaled by their place in it, whatever their position: Llama 4 beyond floor_scale."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.model.embed_tokens.register_forward_hook(self.scale)
+
+    @staticmethod
+    def scale(_module: Any, _inputs: Any, out: Tensor) -> Tensor:
+        place_T1 = torch.arange(out.shape[1]).unsqueeze(1)
+        return out * (1 + 0.2 * (place_T1 // 400))
+
+
+@pytest.mark.parametrize(("tokens", "way"), [(0, "shared"), (500, "rows")])
+def test_a_place_in_a_long_row_that_matters_is_caught(tokens: int, way: str) -> None:
+    """Of rows as short as a pair nothing is seen, and in them nothing is wrong."""
+    model = adapted(lambda: CountingLlama(tiny_llama(98).config))
+    prove(model, 128, tokens)
+    assert model.way == way
+    assert not model.notes or "in rows of 500 tokens" in model.notes[-1]
+
+
+def test_a_model_that_fails_by_itself_is_refused_in_words() -> None:
+    class Broken(hf.LlamaForCausalLM):
+        def forward(self, *_: Any, **__: Any) -> Any:
+            raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    model = adapted(lambda: Broken(tiny_llama(98).config))
+    with pytest.raises(ModelError, match=r"its own forward pass fails with this adapter \(RuntimeError"):
+        prove(model, 128)
+
+
+def test_a_model_that_sees_what_comes_after_is_refused() -> None:
+    bert = hf.BertConfig(**(SIZES | IDS), is_decoder=False)
+    with pytest.raises(ModelError, match="its tokens see those that come after"):
+        prove(adapted(lambda: hf.BertLMHeadModel(bert)), 128)
+
+
+def test_a_configuration_without_a_pad_token_is_no_fault() -> None:
+    config = hf.CodeGenConfig(n_embd=64, n_layer=2, n_head=4, rotary_dim=16, vocab_size=98, initializer_range=0.2)
+    model = adapted(lambda: hf.CodeGenForCausalLM(config))
+    assert not hasattr(config, "pad_token_id") or config.pad_token_id is None
+    prove(model, 128)
+    assert model.way in ("rows", "shared")
+
+
+def test_adapters_that_the_loss_does_not_reach_are_named() -> None:
+    class Idle(hf.LlamaForCausalLM):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.model.extra = nn.Linear(64, 64)
+
+    model = adapted(lambda: Idle(tiny_llama(98).config))
+    prove(model, 128)
+    assert model.way == "shared"
+    (note,) = model.notes
+    assert note.startswith("1 of 15 adapted layers get no gradient (model.extra ...)"), note
+
+
+def test_a_new_adapter_is_random_only_while_it_is_proven() -> None:
+    torch.manual_seed(0)
+    model = PairModel(get_peft_model(tiny_llama(98), LoraConfig(r=4, target_modules="all-linear")), recipe().memory)
+    before = {name: parameter.detach().clone() for name, parameter in model.trained()}
+    prove(model, 128)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.trained())
+    assert all(parameter.grad is None for _, parameter in model.trained())
+
+
+def test_a_fused_operation_that_is_wrong_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only A's gradient is, which a new adapter's B, zero, would hide."""
+    honest = lora._LoraLinear.backward
+
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        found = list(honest(ctx, *grads))
+        found[2] = found[2] * 0.5
+        return tuple(found)
+
+    monkeypatch.setattr(lora._LoraLinear, "backward", staticmethod(backward))
+    torch.manual_seed(0)
+    settings = recipe()
+    model = PairModel(get_peft_model(tiny_llama(98), LoraConfig(r=4, target_modules="all-linear")), settings.memory)
+    install_step(model, settings)
+    prove(model, 128)
+    (note,) = model.notes
+    assert note.startswith("memory.fused_lora and memory.mlp_tile are not used: with them gradients differ by"), note
+    assert model.way == "shared"
+    assert not [module for module in model.modules() if "forward" in module.__dict__]
+
+
+def test_a_router_that_is_no_plain_linear_layer_gets_no_adapter() -> None:
+    config = hf.PhimoeConfig(**(GROUPED | IDS), num_local_experts=4, num_experts_per_tok=2)
+    settings = recipe().override({"quantization.load_in_4bit": False})
+    model = bare_pair_model(settings, config, torch.float32, torch.device("cpu"))
+    assert not [name for name, _ in model.trained() if "router" in name]
+    prove(model, 128)
+    assert model.way == "shared", model.notes
+
+
 @pytest.mark.parametrize("name", ["mistral, window shorter than the pair", "gemma3"])
 def test_a_window_that_is_not_kept_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The silent fault of a mask that does not know the window; short pairs would not show it."""
@@ -267,7 +366,7 @@ def test_a_window_that_is_not_kept_is_caught(name: str, monkeypatch: pytest.Monk
         model = adapted(SHARED[name])
         prove(model, 256)
         assert model.way == "rows"
-        assert "beyond its window of 8 tokens" in model.notes[-1]
+        assert "in rows of 256 tokens" in model.notes[-1]
         model = adapted(SHARED[name])
         prove(model, 8)  # no pair of the run reaches beyond it
         assert model.way == "shared"
@@ -279,13 +378,14 @@ random_pairs = proof._random_pairs
 
 
 def short_pairs(config: Any, lengths: list[tuple[int, int, int]]) -> list[TokenizedPair]:
-    """The long pair as it is, the others so short that no window matters."""
-    return random_pairs(config, lengths if len(lengths) == 1 else [(3, 2, 3), (1, 4, 2)])
+    """The long pairs as they are, the others so short that no window matters."""
+    return random_pairs(config, [(3, 2, 3), (1, 4, 2)] if lengths[:1] == proof.SHORT[:1] else lengths)
 
 
 def test_a_model_that_asks_for_a_mask_is_refused_by_name() -> None:
     q = torch.zeros(1, 2, 3, 4)
-    for asked in ({"attention_mask": torch.zeros(1)}, {"s_aux": torch.zeros(1)}, {"dropout": 0.1}):
+    masks: list[dict[str, Any]] = [{"attention_mask": torch.zeros(1)}, {"s_aux": torch.zeros(1)}, {"dropout": 0.1}]
+    for asked in [*masks, {"block_indices": torch.zeros(1)}, {"whatever comes next": 1}]:
         arguments: dict[str, Any] = {"attention_mask": None} | asked
         layout = attention.Layout((attention.Segment(0, 3),))
         with attention.using(layout), pytest.raises(attention.UnsupportedError):

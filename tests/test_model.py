@@ -32,6 +32,7 @@ from orpo_lite.data.packing import PairBatch, pad_pairs
 from orpo_lite.errors import ModelError, RecipeError
 from orpo_lite.model import PairModel, adapter_tensors, choose_dtype, load_pair_model, set_adapter
 from orpo_lite.recipe import Recipe
+from orpo_lite.step.attention import device_kind
 from orpo_lite.step.losses import Divisors, orpo_loss
 
 CPU = torch.device("cpu")
@@ -495,6 +496,6 @@ def test_the_card_chooses_the_dtype(
 ) -> None:
     """V100 and T4 have no bfloat16, Ampere has; a CPU computes in float32; a named dtype is what it says."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    assert choose_dtype("auto", torch.device("cuda", 0)) == expected
-    assert choose_dtype("auto", torch.device("cpu")) == torch.float32
-    assert choose_dtype("float32", torch.device("cuda", 0)) == torch.float32
+    assert choose_dtype("auto", device_kind(torch.device("cuda", 0))) == expected
+    assert choose_dtype("auto", device_kind(torch.device("cpu"))) == torch.float32
+    assert choose_dtype("float32", "cuda") == torch.float32

@@ -579,7 +579,8 @@ def test_show_prints_every_key_with_its_meaning(write: Write, name: str) -> None
 SPELLED_OUT = {"loss.beta"}  # equal to the default in some recipes, and the one value that the paper gives per model
 LAMBDA = {  # PAPER.md: Mistral 0.1, Llama-2 0.2, Phi-2 0.25, OPT 1.0; 0.1 where the paper has none
     "mistral-qlora": 0.1, "mistral-orpo-beta-qlora": 0.1, "llama2-7b-qlora": 0.2, "llama3-8b-qlora": 0.1,
-    "qwen2.5-7b-qlora": 0.1, "phi2-qlora": 0.25, "opt-125m": 1.0, "opt-350m": 1.0, "opt-1.3b": 1.0,
+    "qwen2.5-7b-qlora": 0.1, "qwen2.5-32b-qlora": 0.1, "llama3-70b-qlora": 0.1,
+    "phi2-qlora": 0.25, "opt-125m": 1.0, "opt-350m": 1.0, "opt-1.3b": 1.0,
 }  # fmt: skip
 
 
@@ -677,6 +678,7 @@ OWNERS: dict[str, tuple[str, str]] = {
     "training.early_stopping_patience": ("transformers.EarlyStoppingCallback", "early_stopping_patience"),
     "training.seed": ("transformers.TrainingArguments", "seed"),
     "training.full_determinism": ("transformers.TrainingArguments", "full_determinism"),
+    "memory.budget": (OURS, "peers ask for batch size and accumulation, and find out"),
     "memory.packing": (OURS, "TRL's SFTConfig packs by cutting; here pairs stay whole"),
     "memory.prompt_sharing": (OURS, ""),
     "memory.micro_batch_tokens": (OURS, ""),

@@ -17,12 +17,14 @@ from conftest import tiny_llama, write_base
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM
 
+import orpo_lite.gradient
 from orpo_lite import checkpoint, run, train
 from orpo_lite.errors import CheckpointError, DataError, DivergedError, FitError, ModelError, RecipeError
 from orpo_lite.merge import merge
+from orpo_lite.optimizer import lr_factor, whole_steps
 from orpo_lite.recipe import Recipe
 from orpo_lite.run import Update
-from orpo_lite.train import TrainResult, training, whole_steps
+from orpo_lite.train import TrainResult, training
 
 Build = Callable[..., Recipe]
 EIGHT_BIT = "lora.r=64"  # bitsandbytes keeps 8-bit states of tensors from 4,096 numbers on
@@ -246,7 +248,7 @@ def test_a_step_that_is_not_finite_leaves_the_loss_scale_usable(small_recipe: Bu
     parameter = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.SGD([parameter], lr=1.0)
     scaler = torch.amp.GradScaler("cpu", enabled=True, init_scale=8.0)
-    loaded = train_module()._Loaded(parameter, parameter, [parameter], optimizer, scaler)
+    loaded = train_module()._Loaded(parameter, [parameter], optimizer, scaler)
     for _ in range(2):
         scaler.scale(parameter.sum() * math.nan).backward()
         norm, finite = train_module()._update(loaded, math.nan, 1.0)
@@ -372,13 +374,13 @@ def test_an_existing_run_is_refused_with_the_resume_command(small_recipe: Build)
 def test_nonfinite_steps_leave_the_adapter_alone_and_end_the_run(
     small_recipe: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = train_module().orpo_loss
+    real = orpo_lite.gradient.orpo_loss
 
     def poisoned(*args: Any, **kwargs: Any) -> Any:
         loss, parts = real(*args, **kwargs)
         return loss * math.nan, parts * math.nan
 
-    monkeypatch.setattr(train_module(), "orpo_loss", poisoned)
+    monkeypatch.setattr(orpo_lite.gradient, "orpo_loss", poisoned)
     updates = []
     with pytest.raises(DivergedError) as caught:
         for update in training(small_recipe("training.num_train_epochs=3")):
@@ -466,7 +468,7 @@ def test_bad_data_leaves_no_run_folder(small_recipe: Build, workspace: Path) -> 
 def test_schedules_warm_up_and_are_functions_of_the_step(small_recipe: Build, kind: str) -> None:
     recipe = small_recipe(f"training.lr_scheduler_type={kind}", "training.warmup_steps=10")
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    factor = train_module().lr_factor(recipe, optimizer, 100)
+    factor = lr_factor(recipe, optimizer, 100)
     assert factor(5) == pytest.approx(0.5)
     assert factor(10) == pytest.approx(1.0)
     expected = {

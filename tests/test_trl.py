@@ -16,9 +16,11 @@ from torch.utils.data import SequentialSampler
 from orpo_lite.data.pairs import PairReader, training_sources
 from orpo_lite.data.templates import Renderer, set_chat_template
 from orpo_lite.data.tokens import TokenizedPair, tokenize_pairs
+from orpo_lite.gradient import accumulate
+from orpo_lite.optimizer import lr_factor, make_optimizer
 from orpo_lite.recipe import load_recipe
 from orpo_lite.step.losses import named_parts
-from orpo_lite.train import _Loaded, _update, accumulate, lr_factor, make_optimizer
+from orpo_lite.train import _Loaded, _update
 
 trl = pytest.importorskip("trl.experimental.orpo", reason="TRL, the oracle, comes with the extra `bench`")
 
@@ -113,7 +115,7 @@ def test_ten_steps_equal_trl(make: Callable[..., Any], tmp_path: Path) -> None:
 
     trained = [parameter for _, parameter in ours.trained()]
     optimizer, scaler = make_optimizer(recipe, trained), torch.amp.GradScaler("cpu", enabled=False)
-    loaded = _Loaded(ours, ours, trained, optimizer, scaler)
+    loaded = _Loaded(ours, trained, optimizer, scaler)
     batching = ours.batching(recipe, tokenizer.pad_token_id)
     factor = lr_factor(recipe, optimizer, STEPS)
     for step in range(STEPS):

@@ -72,6 +72,13 @@ def current_layout() -> Layout | None:
     return _current.get()
 
 
+# What models hand on to their attention and it does not depend on: positions are in the queries already.
+HARMLESS = (
+    "position_ids position_embeddings cache_position is_causal past_key_values past_key_value use_cache return_dict "
+    "output_attentions output_hidden_states output_router_logits logits_to_keep layer_idx num_items_in_batch"
+).split()
+
+
 def pair_attention(
     _module: torch.nn.Module,
     query: Tensor,
@@ -95,16 +102,16 @@ def pair_attention(
         dropout: 0, for the prompt's would be the same for both replies.
         sliding_window: tokens that a query sees, itself among them.
         softcap: Gemma 2's ``cap * tanh(scores / cap)``.
-        asked: anything else that the model asks of its attention.
+        asked: anything else that the model asks of its attention; what is not known to be harmless is refused.
 
     Returns:
         Shape (1, T, H, E'), and None for the weights, which are never held.
 
     Raises:
-        UnsupportedError: for a mask, dropout, sinks or a position bias.
+        UnsupportedError: for a mask, dropout, sinks, a position bias, sparse attention's indices and the like.
     """
     layout = _current.get()
-    wanted = [name for name in ("s_aux", "position_bias", "alibi", "head_mask") if asked.get(name) is not None]
+    wanted = [name for name, value in asked.items() if value is not None and name not in HARMLESS]
     wanted += ["attention dropout"] * bool(dropout) + ["a mask"] * (attention_mask is not None)
     wanted += ["attention outside of a packed row"] * (layout is None or query.shape[0] != 1)
     if wanted or layout is None:
@@ -158,7 +165,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segmen
     q, k, v, lengths = _as_sequences(query, key, value, segments)
     grouped = q.shape[1] != k.shape[1]
     if q.is_meta:
-        return Kept.apply(q, k, v).transpose(0, 1).unsqueeze(0)  # type: ignore[no-any-return]
+        return free(q, k, v).transpose(0, 1).unsqueeze(0)
     out: Tensor = varlen_attn(q, k, v, *lengths, scale=shape.scale, window_size=shape.window_size, enable_gqa=grouped)  # type: ignore[assignment]
     return out.transpose(0, 1).unsqueeze(0)
 
@@ -167,7 +174,7 @@ def _flash_attn_varlen(query: Tensor, key: Tensor, value: Tensor, segments: Sequ
     """The package flash-attn where it is installed: the one fast kernel with a softcap."""
     q, k, v, lengths = _as_sequences(query, key, value, segments)
     if q.is_meta:
-        out: Tensor = Kept.apply(q, k, v)
+        out = free(q, k, v)
     else:
         options = {"softmax_scale": shape.scale, "causal": True, "softcap": shape.softcap or 0.0}
         options["deterministic"] = torch.are_deterministic_algorithms_enabled()
@@ -220,7 +227,7 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment]
         q = query[:, :, own]
         k, v = (tensor.repeat_interleave(q.shape[1] // tensor.shape[1], 1) for tensor in (k, v))
         if q.is_meta:  # there torch would take the way that keeps all scores
-            outs.append(Kept.apply(q, k, v))
+            outs.append(free(q, k, v))
             continue
         fits = shape.window is None or k.shape[2] <= shape.window
         sizes = (q.shape[2], k.shape[2])
@@ -250,6 +257,12 @@ class Kept(torch.autograd.Function):
         if group > 1:
             _workspace += [tensor.new_empty(group * tensor.numel()) for tensor in (key, value)]
         return tuple(torch.empty_like(tensor) for tensor in (query, key, value))
+
+
+def free(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """:class:`Kept`."""
+    out: Tensor = Kept.apply(query, key, value)
+    return out
 
 
 def _joined(tensor: Tensor, prefix: slice, own: slice) -> Tensor:

@@ -44,8 +44,9 @@ class Head:
 
 
 def chunk_rows(vocab_size: int, rows: int | None = None) -> int:
-    """How many rows of logits to hold at once; ``rows`` where the person has set it."""
-    return rows or max(16, min(1024, CHUNK_BYTES // (4 * vocab_size)))
+    """How many rows of logits to hold at once; ``rows`` where the person has set it. Whole tiles of a GPU's kernels."""
+    fitting = CHUNK_BYTES // (4 * vocab_size)
+    return rows or max(16, min(1024, fitting // 128 * 128 or fitting))
 
 
 def row_logps(hidden_TD: Tensor, rows_N: Tensor, targets_N: Tensor, head: Head, chunk: int) -> Tensor:

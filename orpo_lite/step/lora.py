@@ -128,4 +128,5 @@ def _fused(layer: Any, weight: Weight, plain: Callable[..., Tensor]) -> Callable
         dropped = x if isinstance(dropout, nn.Identity) or not layer.training else dropout(x)
         return lora_linear(x, dropped, a.weight, b.weight, layer.scaling[name], weight, layer.base_layer.bias)
 
+    forward.equals_plain = True  # type: ignore[attr-defined]  # without it the class's own takes over
     return forward

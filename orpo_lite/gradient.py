@@ -1,0 +1,105 @@
+"""The gradient of one optimizer step: the same however its pairs are cut up, over micro-batches and processes."""
+
+import gc
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from orpo_lite.data.packing import Batching, make_batch, micro_batches, nll_tokens
+from orpo_lite.data.tokens import TokenizedPair
+from orpo_lite.model import PairModel
+from orpo_lite.recipe import Recipe
+from orpo_lite.step.losses import PARTS, Divisors, orpo_loss
+
+
+class ShortageError(Exception):
+    """A process ran out of memory; no gradient of the step is left in any, so all may do it again in smaller pieces."""
+
+
+def accumulate(
+    model: PairModel,
+    batch: Sequence[TokenizedPair],
+    recipe: Recipe,
+    step: int,
+    batching: Batching,
+    accelerator: Accelerator,
+    scaler: torch.amp.GradScaler,
+) -> list[float]:
+    """Add the gradient of one optimizer step to the parameters, micro-batch by micro-batch.
+
+    ``batch`` holds the pairs of the whole step, of all processes; each takes its share. What the sums are divided by
+    is known before the first forward pass, so shares of loss and gradient add up to those of the step.
+
+    Returns:
+        The step's :data:`PARTS`, summed over micro-batches and processes.
+
+    Raises:
+        ShortageError: out of memory, here or in another process.
+    """
+    parts, short = torch.zeros(0), False
+    try:
+        parts = _share(model, batch, recipe, step, batching, accelerator, scaler)
+    except torch.OutOfMemoryError:
+        short = True  # raised again below, when the frames that hold tensors are gone
+    trained = [parameter for _, parameter in model.trained()]
+    if any_process(accelerator, short):
+        for parameter in trained:
+            parameter.grad = None
+        gc.collect()
+        if accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()
+        raise ShortageError
+    if accelerator.num_processes > 1:
+        _add_up(trained, accelerator)
+    total: Any = accelerator.reduce(parts, reduction="sum")
+    values: list[float] = total.tolist()
+    return values
+
+
+def _share(
+    model: PairModel,
+    batch: Sequence[TokenizedPair],
+    recipe: Recipe,
+    step: int,
+    batching: Batching,
+    accelerator: Accelerator,
+    scaler: torch.amp.GradScaler,
+) -> torch.Tensor:
+    """This process's part of the sums, and of the gradient; it may have no pair of a small step."""
+    settings, rank = recipe.loss, accelerator.process_index
+    only = settings.completion_only_loss
+    divisors = Divisors(len(batch), sum(nll_tokens(pair, completion_only_loss=only) for pair in batch))
+    parts = torch.zeros(len(PARTS), dtype=torch.float64, device=accelerator.device)
+    for number, chunk in enumerate(micro_batches(batch, batching, rank=rank, world=accelerator.num_processes)):
+        rows = make_batch([batch[index] for index in chunk], batching)
+        seed_dropout(recipe.training.seed, step, number, rank)
+        logps = model(rows.to(accelerator.device))
+        loss, share = orpo_loss(logps, divisors, beta=settings.beta, nll_reduction=settings.nll_reduction)
+        accelerator.backward(scaler.scale(loss))
+        parts += share.double()  # there: to read it would wait for the device before the next batch is made
+    return parts
+
+
+def _add_up(trained: Sequence[torch.nn.Parameter], accelerator: Accelerator) -> None:
+    """Each gradient becomes the sum over all processes: an adapter's is small, and one message carries it."""
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+    total: Any = accelerator.reduce(torch.cat([grad.flatten() for grad in grads]), reduction="sum")
+    for parameter, part in zip(trained, total.split([grad.numel() for grad in grads]), strict=True):
+        parameter.grad = part.view_as(parameter)
+
+
+def any_process(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether any process raised its flag: all must then do the same."""
+    if accelerator.num_processes == 1:
+        return flag
+    total: Any = accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), reduction="sum")
+    return bool(total.item() > 0)
+
+
+def seed_dropout(*place: int) -> None:
+    """Seed torch by (seed, step, micro-batch, process), so that dropout needs no saved state to be repeated."""
+    digest = hashlib.blake2b(":".join(map(str, place)).encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest, "little") >> 1)

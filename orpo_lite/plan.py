@@ -1,0 +1,138 @@
+"""Plan: whether a recipe fits a card, how fast it will be and what to change, without weights and without a GPU."""
+
+from collections.abc import Generator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from orpo_lite import demo, run
+from orpo_lite.base import find_config, find_texts
+from orpo_lite.checkpoint import KEPT
+from orpo_lite.planner.cards import CARDS, Card, Own, own_card
+from orpo_lite.planner.counted import worst_case
+from orpo_lite.planner.search import CardRow, Change, MemoryPlan, Planner
+from orpo_lite.prepare import adopt_adapter, check_embedding, find_sources, pair_lengths, tokenized_sides
+from orpo_lite.recipe import Recipe
+from orpo_lite.run import Update
+from orpo_lite.step.attention import device_kind
+
+ASSUMED = next(card for card in CARDS if "24 GB" in card.name)  # where there is no card and nobody names a budget
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """What `orpo-lite plan` shows."""
+
+    base: str
+    plan: MemoryPlan
+    own: Own | None
+    """The card that is here."""
+    longest: int
+    """Tokens of the longest pair, each prompt once."""
+    from_data: bool
+    """Whether lengths are those of the data, not the most that data.max_length allows."""
+    rows: list[CardRow]
+    """Other cards, and first the one that was planned for."""
+    changes: list[Change]
+    """What would help where it does not fit."""
+    disk: dict[str, int]
+    """Bytes: download, checkpoints, merged."""
+
+    is_verdict: bool
+    """Whether the budget is the person's: theirs by word, or that of their card."""
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, in bytes and seconds."""
+        return {
+            "base": self.base,
+            **self.plan.to_json(),
+            "lengths": "data" if self.from_data else "data.max_length",
+            "disk_bytes": self.disk,
+            "card_free_bytes": self.own.free if self.own else None,
+            "card_held_by_others_bytes": self.own.others if self.own else None,
+            "cards": [
+                {
+                    "card": row.card.name,
+                    "memory_bytes": row.card.memory,
+                    "fits": row.levers is not None,
+                    "needed_bytes": row.needed,
+                    "levers": dict(row.levers) if row.levers else None,
+                    "seconds_per_pair": row.seconds_per_pair,
+                }
+                for row in self.rows
+            ],
+            "changes": [{"keys": dict(c.keys), "needed_bytes": c.needed, "fits": c.fits} for c in self.changes],
+        }
+
+
+def plan(recipe: Recipe, *, with_data: bool = False) -> PlanReport:
+    """Plan a recipe for the card that is here, for ``memory.budget``, or else for one of 24 GB.
+
+    Args:
+        recipe: its base is known by its configuration alone; that of a shipped recipe needs no network.
+        with_data: read the data, which needs the tokenizer, and plan for its longest pairs; else for two sequences of
+            ``data.max_length`` tokens that share nothing.
+
+    Raises:
+        OrpoLiteError: a base or data that cannot be read.
+    """
+    return run.drain(planning(recipe, with_data=with_data), lambda _: None)
+
+
+def planning(recipe: Recipe, *, with_data: bool = False) -> Generator[Update, None, PlanReport]:
+    """:func:`plan` as a generator of what is being done."""
+    recipe = adopt_adapter(recipe)
+    if any(name.startswith("builtin:") for name in (recipe.model.model_name_or_path, *recipe.data.names)):
+        for _ in demo.make_builtin(recipe, weights=False):
+            pass
+        recipe = demo.resolve_builtin(recipe)
+    name, revision = recipe.model.model_name_or_path, recipe.model.model_revision
+    config = find_config(name, revision)
+    check_embedding(recipe, config)
+    triples = worst_case(recipe.data.max_length, recipe.training.global_batch_size)
+    if with_data:
+        train, _, _ = yield from tokenized_sides(recipe, find_texts(name, revision)[0], *find_sources(recipe.data))
+        triples = pair_lengths(train)
+    own = own_card()
+    kind = device_kind(torch.device("cuda", 0)) if own else "ampere"
+    card, budget = (own.card, own.free) if own else (ASSUMED, ASSUMED.memory)
+    if recipe.memory.budget_bytes is not None:
+        budget = recipe.memory.budget_bytes
+        card = card if own else replace(_like(budget), memory=budget)
+    yield Update("stage", "counting steps of a few layers")
+    planner = Planner(recipe, config, triples, kind)
+    if own is None and recipe.memory.budget_bytes is None:
+        larger = [other for other in CARDS if other.memory >= ASSUMED.memory]
+        card = next((other for other in larger if planner.least(other) <= other.memory), ASSUMED)
+        budget = card.memory
+    found = planner.plan(budget, card)
+    yield Update("stage", "looking at other cards")
+    name_of_first = card.name if recipe.memory.budget_bytes is None else f"memory.budget={recipe.memory.budget}"
+    first = replace(card, name=name_of_first, memory=budget)
+    rows = [planner.row(first), *(planner.row(other) for other in CARDS if other != first)]
+    asked = own is not None or recipe.memory.budget_bytes is not None
+    changes = planner.changes(budget, card) if asked and not found.fits else []
+    return PlanReport(
+        base=name,
+        plan=found,
+        own=own,
+        longest=planner.longest,
+        from_data=with_data,
+        rows=rows,
+        changes=changes,
+        disk=_disk(found, recipe),
+        is_verdict=asked,
+    )
+
+
+def _like(budget: int) -> Card:
+    """The smallest of the known cards that has so much, for its speed."""
+    return next((card for card in CARDS if card.memory >= 0.95 * budget), CARDS[-1])
+
+
+def _disk(found: MemoryPlan, recipe: Recipe) -> dict[str, int]:
+    half = 2 * found.measured.weights
+    adapter = found.measured.held["adapter"]
+    disk = {"download": half, "checkpoints": 3 * adapter * (KEPT + 2), "adapter": adapter}
+    return disk | ({"merged": half} if recipe.output.merge else {})

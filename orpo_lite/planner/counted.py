@@ -1,0 +1,180 @@
+"""The real step on the meta device, without weights, counted: what it holds, by part, and what it computes."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orpo_lite.data.packing import Batch, Batching, PackedPairs, make_batch, micro_batches, nll_tokens, packed_tokens
+from orpo_lite.data.tokens import TokenizedPair
+from orpo_lite.meter import ROUNDING, LiveBytes
+from orpo_lite.model import FREE, META, PairModel, bare_pair_model, choose_dtype, held
+from orpo_lite.optimizer import state_bytes
+from orpo_lite.recipe import Recipe
+from orpo_lite.step.losses import Divisors, orpo_loss
+
+Triples = NDArray[np.int64]
+"""Tokens of each pair: (common prefix, chosen, rejected), shape (pairs, 3)."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One forward and backward pass on the meta device."""
+
+    held: Mapping[str, int]
+    """Bytes that stay on the device through all steps, by part."""
+    peak: int
+    """Bytes that the pass holds besides, at its peak."""
+    parts: Mapping[str, int]
+    """Those by the phase that made them."""
+    host: int
+    """Bytes in host memory at their peak."""
+    work: Counter[tuple[int, int]]
+    """(FLOPs, bytes moved) of each operator, and how often it ran; attention's own FLOPs as one entry."""
+    sent: int
+    """Bytes that went to host memory, to come back."""
+    paged: int
+    """Of the optimizer's states, those that the driver may move to host memory."""
+    tokens: int
+    pairs: int
+    weights: int
+    """Parameters of the base."""
+
+    @property
+    def total(self) -> int:
+        """Bytes on the device at the peak of a step."""
+        return sum(self.held.values()) + self.peak
+
+
+def worst_case(max_length: int, pairs: int) -> Triples:
+    """Pairs of two sequences of ``max_length`` tokens that share nothing: nothing longer can come."""
+    return np.tile(np.array([[0, max_length, max_length]]), (pairs, 1))
+
+
+def blank_pairs(triples: Triples) -> list[TokenizedPair]:
+    """Pairs of these lengths; their tokens are of no account on meta."""
+    pairs = []
+    for prefix, chosen, rejected in triples.tolist():
+        ids = np.zeros(chosen, np.int32), np.r_[np.zeros(prefix, np.int32), np.ones(rejected - prefix, np.int32)]
+        start = max(1, min(prefix, chosen - 1, rejected - 1))
+        pairs.append(TokenizedPair(*ids, start, start, "plan"))
+    return pairs
+
+
+def heaviest(recipe: Recipe, triples: Triples, batching: Batching) -> list[TokenizedPair]:
+    """The largest micro-batch of the step that has the longest pairs."""
+    lengths = triples[:, 1] + triples[:, 2] - triples[:, 0] * batching.share
+    pairs = blank_pairs(triples[np.argsort(-lengths, kind="stable")[: recipe.training.global_batch_size]])
+    chunks = [[pairs[index] for index in chunk] for chunk in micro_batches(pairs, batching)]
+    return max(chunks, key=lambda chunk: _tokens(chunk, batching))
+
+
+def _tokens(pairs: Sequence[TokenizedPair], batching: Batching) -> int:
+    """Tokens of a forward pass, padding among them."""
+    if batching.packed:
+        return sum(packed_tokens(pair, share=batching.share) for pair in pairs)
+    return 2 * len(pairs) * max(max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs)
+
+
+def measure(recipe: Recipe, config: Any, triples: Triples, kind: str) -> Measured:
+    """The heaviest micro-batch of a recipe through its model, on meta.
+
+    Args:
+        recipe: with the levers to measure.
+        config: the base's, transformers'.
+        triples: lengths of the pairs.
+        kind: of the device that is meant: see :func:`orpo_lite.step.attention.device_kind`.
+    """
+    model = bare_pair_model(recipe, config, choose_dtype(recipe.model.dtype, kind))
+    model.planned = kind
+    if not recipe.memory.packing:
+        model.own_attention = FREE
+    trained = [parameter for _, parameter in model.trained()]
+    gradients = [parameter.new_empty(parameter.shape) for parameter in trained]
+    for parameter, gradient in zip(trained, gradients, strict=True):
+        parameter.grad = gradient
+    states, paged = state_bytes(recipe, trained)
+    kept = held(model)
+    sizes = {name: sum(map(rounded, tensors)) for name, tensors in kept.items()}
+    sizes |= {"gradients": sizes["adapter"], "optimizer": states + paged}
+    batching = model.batching(recipe, pad_id=0)
+    pairs = heaviest(recipe, triples, batching)
+    only = recipe.loss.completion_only_loss
+    divisors = Divisors(len(pairs), sum(nll_tokens(pair, completion_only_loss=only) for pair in pairs))
+    known = [tensor for tensors in kept.values() for tensor in tensors] + gradients
+    with LiveBytes(known) as tracker, _phases(model, tracker):
+        batch = make_batch(pairs, batching).to(META)
+        logps = model(batch)
+        loss, _ = orpo_loss(logps, divisors, beta=recipe.loss.beta, nll_reduction=recipe.loss.nll_reduction)
+        tracker.phase = "backward pass"
+        loss.backward()  # type: ignore[no-untyped-call]
+    on_host = model.causal.get_input_embeddings().weight
+    work = tracker.work + Counter({(_attention_flops(model, recipe, batch), 0): 1})
+    return Measured(
+        held=sizes,
+        peak=tracker.peak,
+        parts={name: size for name, size in tracker.peak_by_phase.items() if size},
+        host=tracker.host_peak + (on_host.nbytes if recipe.memory.embedding_on_cpu is True else 0),
+        work=work,
+        sent=tracker.sent,
+        paged=paged,
+        tokens=_tokens(pairs, batching),
+        pairs=len(pairs),
+        weights=sum(_elements(parameter) for parameter in model.parameters() if not parameter.requires_grad),
+    )
+
+
+@contextmanager
+def _phases(model: PairModel, tracker: LiveBytes) -> Iterator[None]:
+    """Say to the tracker what is being done: the batch, the layers, then the head and the loss."""
+
+    def set_phase(name: str) -> Any:
+        return lambda *_: setattr(tracker, "phase", name)
+
+    tracker.phase = "batch"
+    hooks = [
+        model.backbone.register_forward_pre_hook(set_phase("kept by the layers")),
+        model.backbone.register_forward_hook(set_phase("head")),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _attention_flops(model: PairModel, recipe: Recipe, batch: Batch) -> int:
+    """Of all layers: 4 a causal cell and head dimension, 2.5 times that backward, once more where one is checkpointed.
+
+    What a window hides is counted too.
+    """
+    if isinstance(batch, PackedPairs):
+        cells = sum((b - a) * (b - a + 1) // 2 + (b - a) * (d - c) for a, b, c, d in batch.segments)
+    else:
+        rows, width = batch.input_ids_RT.shape
+        cells = rows * width * (width + 1) // 2
+    config = model.config.get_text_config()
+    heads, layers = config.num_attention_heads, config.num_hidden_layers
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return int(4 * heads * size * cells * (3.5 * layers + checkpointed(recipe, layers)))
+
+
+def checkpointed(recipe: Recipe, layers: int) -> int:
+    """How many of so many layers a recipe checkpoints."""
+    amount = recipe.memory.unplanned().activation_checkpointing
+    return min(layers, {"all": layers, "none": 0}[amount] if isinstance(amount, str) else amount)
+
+
+def rounded(tensor: Any) -> int:
+    """Bytes of a tensor's storage as the allocator hands them out."""
+    return -(-int(tensor.untyped_storage().nbytes()) // ROUNDING) * ROUNDING
+
+
+def _elements(parameter: Any) -> int:
+    state = getattr(parameter, "quant_state", None)
+    return math.prod(state.shape) if state is not None else int(parameter.numel())

@@ -1,0 +1,399 @@
+"""The fastest levers that fit a budget.
+
+Nothing comes from a formula over a model's shape. For each choice of levers a step of two to four layers is counted;
+what one layer more adds, the others add too. The plan that is chosen is then counted once in full.
+"""
+
+import copy
+import itertools
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from orpo_lite.errors import FitError
+from orpo_lite.model import bare_pair_model, choose_dtype, held
+from orpo_lite.optimizer import state_bytes
+from orpo_lite.planner.cards import CARDS, Card
+from orpo_lite.planner.counted import Measured, Triples, checkpointed, measure, rounded
+from orpo_lite.recipe import LEVERS, Recipe, to_text
+
+MIB = 2**20
+# Allowances: what the counted step cannot show. None of them was fitted to a model.
+CONTEXT = 512 * MIB  # of CUDA, with the kernels of torch, cuBLAS and bitsandbytes loaded; 300 to 550 on cards of today
+WORKSPACE = 64 * MIB  # cuBLAS asks for 8 MiB a stream, on Hopper for 32 (torch.backends.cuda, CUBLAS_WORKSPACE_CONFIG)
+FRAGMENTATION = 0.05  # of the step's own bytes
+PCIE = 25e9  # bytes a second that version 4 carries over 16 lanes
+REACHED = 0.6  # of what a card's data sheet promises, for the estimate of time
+TILE, SMALL_CHUNK = 512, 128  # tokens of an MLP, rows of logits
+MORE_TOKENS = (4_096, 8_192)  # a forward pass of fewer spends much of its time on dequantising the weights
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of the maths that would need less."""
+
+    keys: Mapping[str, Any]
+    """``section.key`` -> value."""
+    needed: int
+    fits: bool
+
+
+@dataclass(frozen=True)
+class CardRow:
+    """What a card makes of the recipe, by the lines."""
+
+    card: Card
+    levers: Mapping[str, Any] | None
+    """None: it does not fit."""
+    needed: int
+    seconds_per_pair: float | None
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How a recipe's step fits, or by how much it does not."""
+
+    levers: Mapping[str, Any]
+    """Values for the keys of ``memory``."""
+    budget: int | None
+    """Bytes that the run may take; None where nobody said."""
+    card: Card | None
+    """None on a CPU."""
+    measured: Measured
+    """The step as it was run on meta with these levers."""
+
+    @property
+    def peak(self) -> int:
+        """Bytes of tensors on the device at the peak of a step."""
+        return self.measured.total
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """The peak by part."""
+        return {name: size for name, size in (*self.measured.held.items(), *self.measured.parts.items()) if size}
+
+    @property
+    def allowances(self) -> dict[str, int]:
+        """What a program takes besides its tensors."""
+        return allowances(self.measured.peak, self.card)
+
+    @property
+    def needed(self) -> int:
+        """Peak and allowances."""
+        return self.peak + sum(self.allowances.values())
+
+    @property
+    def fits(self) -> bool:
+        """Within the budget, if there is one."""
+        return self.budget is None or self.needed <= self.budget
+
+    @property
+    def flops_per_pair(self) -> float:
+        """Of the planned forward pass."""
+        return sum(flops * count for (flops, _), count in self.measured.work.items()) / self.measured.pairs
+
+    @property
+    def seconds_per_pair(self) -> float | None:
+        """An estimate, from the card's data sheet."""
+        if self.card is None:
+            return None
+        return seconds(self.measured.work, self.measured.sent, self.card) / self.measured.pairs
+
+    def sentences(self, others: int = 0) -> list[str]:
+        """The plan in three lines: memory, levers, time."""
+        step, taken = self.measured, self.seconds_per_pair
+        held = f"; other processes hold {_gib(others)}" if others else ""
+        about = f", about {taken * step.pairs:.2g} s for the card" if taken else ""
+        pairs = f"{step.pairs} pair{'s' * (step.pairs != 1)}, {step.tokens:,} tokens"
+        return [
+            f"memory: {_gib(self.needed)} of {_gib(self.budget or 0)} needed, {_gib(self.peak)} in tensors{held}",
+            f"levers: {' '.join(f'memory.{key}={to_text(value)}' for key, value in self.levers.items())}",
+            f"the largest pass: {pairs}, {self.flops_per_pair * step.pairs / 1e12:.3g} TFLOPs{about}",
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """In bytes and seconds."""
+        return {
+            "fits": self.fits,
+            "budget_bytes": self.budget,
+            "peak_bytes": self.peak,
+            "needed_bytes": self.needed,
+            "parts": self.parts,
+            "allowances": self.allowances,
+            "paged_bytes": self.measured.paged,
+            "host_bytes": self.measured.host,
+            "levers": dict(self.levers),
+            "micro_batch": {"tokens": self.measured.tokens, "pairs": self.measured.pairs},
+            "flops_per_pair": self.flops_per_pair,
+            "seconds_per_pair": self.seconds_per_pair,
+            "card": self.card.name if self.card else None,
+        }
+
+
+def allowances(step: int, card: Card | None) -> dict[str, int]:
+    """Bytes besides the tensors, for a step that holds so many."""
+    fragments = {"fragmentation": int(FRAGMENTATION * step)}
+    return {"CUDA context": CONTEXT, "kernels' workspaces": WORKSPACE, **fragments} if card else fragments
+
+
+def seconds(work: Mapping[tuple[int, int], int], sent: int, card: Card) -> float:
+    """Each operator takes as long as its FLOPs or its bytes do, whichever is more (the roofline model).
+
+    What goes to host memory and back is added as if nothing were computed meanwhile.
+    """
+    bounds = (count * max(f / card.flops, b / card.bandwidth) for (f, b), count in work.items())
+    return sum(bounds) / REACHED + 2 * sent / PCIE
+
+
+# --- a choice of levers, for any number of layers
+
+
+class Line:
+    """What a choice of levers needs with ``kept`` layers un-checkpointed, from steps of two, three and four layers.
+
+    A step is largest where a checkpointed layer runs again, or where the backward pass begins and all is held that the
+    layers have kept. Either grows by so much a layer.
+    """
+
+    def __init__(self, recipe: Recipe, config: Any, triples: Triples, kind: str) -> None:
+        def small(layers: int, kept: int) -> Measured:
+            chosen = recipe.override({"memory.activation_checkpointing": layers - kept})
+            return measure(chosen, with_layers(config, layers), triples, kind)
+
+        self._small = small
+        self._two, self._three = small(2, 0), small(3, 0)
+        self.checkpoint = self._three.peak - self._two.peak
+        """Bytes that a checkpointed layer adds to the peak."""
+
+    @cached_property
+    def _kept(self) -> tuple[Measured, Measured]:
+        return self._small(3, 2), self._small(4, 3)
+
+    @property
+    def layer(self) -> int:
+        """Bytes that an un-checkpointed layer adds."""
+        fewer, more = self._kept
+        return more.peak - fewer.peak
+
+    def peak(self, layers: int, kept: int) -> int:
+        """Bytes of a step besides what is held."""
+        recomputing = self._two.peak + (layers - kept - 2) * self.checkpoint
+        if not kept:
+            return recomputing
+        fewer, _ = self._kept
+        return max(recomputing, fewer.peak + (kept - 2) * self.layer + (layers - kept - 1) * self.checkpoint)
+
+    def work(self, layers: int, kept: int) -> Counter[tuple[int, int]]:
+        """The operators of such a step."""
+        total = Counter(self._two.work)
+        parts = [(self._two.work, self._three.work, layers - kept - 2)]
+        if kept:
+            fewer, more = self._kept
+            parts.append((fewer.work, more.work, kept))
+        for before, after, times in parts:
+            for key in before.keys() | after.keys():
+                total[key] += times * (after[key] - before[key])
+        return total
+
+    @property
+    def tokens_per_pair(self) -> float:
+        """Of the forward pass that was planned."""
+        return self._two.tokens / self._two.pairs
+
+    def seconds_per_token(self, layers: int, kept: int, card: Card) -> float:
+        """An estimate, from the card's data sheet."""
+        a_layer = self._three.sent - self._two.sent
+        sent = self._two.sent + (layers - kept - 2) * a_layer
+        return seconds(self.work(layers, kept), sent, card) / self._two.tokens
+
+
+def with_layers(config: Any, layers: int) -> Any:
+    """The configuration with so many layers, the first ones."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    types = getattr(text, "layer_types", None)
+    if types:
+        text.layer_types = types[:layers]
+    text.num_hidden_layers = layers
+    return config
+
+
+# --- the search
+
+
+class Planner:
+    """The plans of one recipe, for any budget; lines are run when they are first asked for, and kept."""
+
+    def __init__(self, recipe: Recipe, config: Any, triples: Triples, kind: str) -> None:
+        self.recipe, self.config, self.triples, self.kind = recipe, config, triples, kind
+        self.layers = int(config.get_text_config().num_hidden_layers)
+        self._lines: dict[tuple[Any, ...], Line] = {}
+
+    @cached_property
+    def _whole(self) -> tuple[int, int]:
+        """Bytes held by all layers, and by the input embedding, which may be moved."""
+        model = bare_pair_model(self.recipe, self.config, choose_dtype(self.recipe.model.dtype, self.kind))
+        trained = [parameter for _, parameter in model.trained()]
+        kept = sum(rounded(tensor) for tensors in held(model).values() for tensor in tensors)
+        kept += sum(map(rounded, trained)) + sum(state_bytes(self.recipe, trained))
+        tied = self.config.get_text_config().tie_word_embeddings
+        return kept, 0 if tied else rounded(model.causal.get_input_embeddings().weight)
+
+    def choices(self) -> list[dict[str, Any]]:
+        """All values of the levers but the number of checkpointed layers, the simplest first."""
+        memory, longest = self.recipe.memory, self.longest
+        tokens = sorted({longest, *(more for more in MORE_TOKENS if more > longest)}, reverse=True)
+        options: dict[str, list[Any]] = {
+            "head_chunk": ["auto"],
+            "mlp_tile": [None, TILE],
+            "checkpoint_offload": [False, True],
+            "embedding_on_cpu": [False, True] if self._whole[1] else [False],
+            "micro_batch_tokens": tokens if memory.packing else ["auto"],
+        }
+        if not self._amounts(partly=True):
+            options["checkpoint_offload"] = [False]
+        for key in options:
+            if getattr(memory, key) != "auto":
+                options[key] = [getattr(memory, key)]
+        found = [dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())]
+        return [*found, self.tightest()]
+
+    def tightest(self) -> dict[str, Any]:
+        """The levers that need the least memory."""
+        memory = self.recipe.memory
+        least: dict[str, Any] = {"head_chunk": SMALL_CHUNK, "mlp_tile": TILE, "micro_batch_tokens": self.longest}
+        least |= {"checkpoint_offload": bool(self._amounts(partly=True)), "embedding_on_cpu": self._whole[1] > 0}
+        if not memory.packing:
+            least |= {"head_chunk": "auto", "micro_batch_tokens": "auto"}
+        return {key: value if getattr(memory, key) == "auto" else getattr(memory, key) for key, value in least.items()}
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest pair through the model."""
+        share = self.recipe.memory.prompt_sharing
+        return int((self.triples[:, 1] + self.triples[:, 2] - self.triples[:, 0] * share).max())
+
+    def _amounts(self, *, partly: bool = False) -> list[int]:
+        """Numbers of layers that may be left un-checkpointed; ``partly`` leaves out that of all."""
+        amount = self.recipe.memory.activation_checkpointing
+        if amount == "auto":
+            amounts = list(range(self.layers + 1))
+        else:
+            amounts = [self.layers - checkpointed(self.recipe, self.layers)]
+        return [kept for kept in amounts if kept < self.layers or not partly]
+
+    def line(self, choice: Mapping[str, Any]) -> Line:
+        """That of a choice; where the embedding lies makes no difference to a step."""
+        key = tuple(value for name, value in choice.items() if name != "embedding_on_cpu")
+        if key not in self._lines:
+            values = {f"memory.{name}": value for name, value in choice.items()} | {"memory.embedding_on_cpu": False}
+            self._lines[key] = Line(self.recipe.override(values), self.config, self.triples, self.kind)
+        return self._lines[key]
+
+    def best(self, budget: int | None, card: Card | None) -> dict[str, Any] | None:
+        """The fastest levers that fit by the lines; None if none does."""
+        fastest: tuple[float, dict[str, Any]] | None = None
+        for choice in self.choices():
+            line, room = self.line(choice), math.inf if budget is None else budget
+            kept = max((k for k in self._amounts() if self._needed(choice, k, card) <= room), default=None)
+            if kept is None:
+                continue
+            taken = line.seconds_per_token(self.layers, kept, card or CARDS[0])
+            if fastest is None or taken < fastest[0]:
+                fastest = taken, choice | {"activation_checkpointing": self.layers - kept}
+            if kept == self.layers and not any(choice[name] for name in ("mlp_tile", "checkpoint_offload")):
+                break  # the largest forward pass without any lever: nothing is faster
+        return fastest[1] if fastest else None
+
+    def run(self, levers: Mapping[str, Any], budget: int | None, card: Card | None) -> MemoryPlan:
+        """The plan of these levers, from a step with all layers."""
+        chosen = self.recipe.override({f"memory.{name}": value for name, value in levers.items()})
+        return MemoryPlan(levers, budget, card, measure(chosen, self.config, self.triples, self.kind))
+
+    def plan(self, budget: int | None, card: Card | None) -> MemoryPlan:
+        """The fastest plan that fits, run once in full; where nothing fits, the one that needs the least."""
+        levers = self.best(budget, card)
+        if levers is None:
+            amount = self.layers - min(self._amounts())
+            return self.run(self.tightest() | {"activation_checkpointing": amount}, budget, card)
+        plan = self.run(levers, budget, card)
+        while not plan.fits and self.layers - levers["activation_checkpointing"] > min(self._amounts()):
+            # The lines were a little low: layers of different kinds.
+            levers = levers | {"activation_checkpointing": levers["activation_checkpointing"] + 1}
+            plan = self.run(levers, budget, card)
+        return plan
+
+    def row(self, card: Card) -> CardRow:
+        """What that card would make of it."""
+        levers = self.best(card.memory, card)
+        if levers is None:
+            return CardRow(card, None, self.least(card), None)
+        choice = {name: value for name, value in levers.items() if name != "activation_checkpointing"}
+        line, kept = self.line(choice), self.layers - levers["activation_checkpointing"]
+        taken = line.seconds_per_token(self.layers, kept, card) * line.tokens_per_pair
+        return CardRow(card, levers, self._needed(choice, kept, card), taken)
+
+    def least(self, card: Card | None) -> int:
+        """Bytes that the tightest levers need."""
+        return self._needed(self.tightest(), min(self._amounts()), card)
+
+    def _needed(self, choice: Mapping[str, Any], kept: int, card: Card | None) -> int:
+        whole, embedding = self._whole
+        moved = embedding if choice["embedding_on_cpu"] else 0
+        step = self.line(choice).peak(self.layers, kept)
+        return whole - moved + step + sum(allowances(step, card).values())
+
+    def changes(self, budget: int, card: Card | None) -> list[Change]:
+        """Changes of the maths that need less, and which of them would fit; none is made by itself."""
+        recipe, length = self.recipe, self.recipe.data.max_length
+        candidates: list[dict[str, Any]] = []
+        fixed = {f"memory.{name}": "auto" for name in LEVERS if getattr(recipe.memory, name) != "auto"}
+        if fixed:
+            candidates.append(fixed)
+        if not recipe.quantization.load_in_4bit:
+            candidates.append({"quantization.load_in_4bit": True})
+        if recipe.training.optim != "paged_adamw_8bit":
+            candidates.append({"training.optim": "paged_adamw_8bit"})
+        rank = {"lora.r": 8} if recipe.lora.r > 8 else {}
+        candidates += [rank] * bool(rank)
+        for shorter in (length // 2, length // 4):
+            prompt = min(recipe.data.max_prompt_length, shorter // 2)
+            limits = {"data.max_length": shorter, "data.max_prompt_length": prompt}
+            candidates += [limits, *([limits | rank] if rank else [])]
+        found = []
+        for keys in candidates:
+            limit = keys.get("data.max_length", length)
+            other = Planner(recipe.override(keys), self.config, np.minimum(self.triples, limit), self.kind)
+            needed = other.least(card)
+            found.append(Change(keys, needed, needed <= budget))
+        return found
+
+
+def fit(recipe: Recipe, config: Any, triples: Triples, kind: str, budget: int, card: Card | None) -> MemoryPlan:
+    """The fastest plan within ``budget`` bytes. Raises :class:`FitError` with what would help."""
+    planner = Planner(recipe, config, triples, kind)
+    plan = planner.plan(budget, card)
+    if not plan.fits:
+        raise does_not_fit(plan, planner.changes(budget, card))
+    return plan
+
+
+def does_not_fit(plan: MemoryPlan, changes: Sequence[Change]) -> FitError:
+    """The error that says so, with each change that would fit and what it saves."""
+    found = f"the smallest step needs {_gib(plan.needed)}, and there are {_gib(plan.budget or 0)}"
+    lines = []
+    for change in changes:
+        keys = " ".join(f"{key}={to_text(value)}" for key, value in change.keys.items())
+        verdict = "fits" if change.fits else "still too much"
+        lines.append(f"{keys}: {_gib(change.needed)} ({_gib(plan.needed - change.needed)} less), {verdict}")
+    useful = [line for line, change in zip(lines, changes, strict=True) if change.fits] or lines[-1:]
+    return FitError("memory.budget", found, "", "\n    ".join(["one of these, which change what is trained:", *useful]))
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
