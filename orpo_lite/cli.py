@@ -44,6 +44,7 @@ BUG = 70  # EX_SOFTWARE of sysexits.h
 
 def main() -> None:
     """Run the command line; errors people cause end with their exit code and no traceback."""
+    screen.escape_the_rest()
     try:
         app()
     except OrpoLiteError as error:
@@ -142,8 +143,7 @@ def data(
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     preview = screen.draw(_previewing(chosen, row), silent=as_json)
     if as_json:
-        whole = preview.figures | {"samples": preview.samples, "warnings": preview.warnings}
-        out.print(json.dumps(whole, indent=2, ensure_ascii=False))
+        screen.print_json(preview.figures | {"samples": preview.samples, "warnings": preview.warnings})
         for warning in preview.warnings:
             err.print(warning)
         return
@@ -223,12 +223,26 @@ def _choose_recipe(name: str | None, resume: Path | None, overrides: list[str], 
             raise RecipeError("--resume", found, "the run's own recipe", f"orpo-lite train --resume {resume}")
         recipe = read_recipe(resume)
         return recipe.override({"training.output_dir": str(resume)})  # the folder may have been moved
+    _refuse_file(name, overrides, verb)
     if name is None:
         words = [text for text in overrides if "=" not in text]
         expected = "--recipe NAME, or --resume RUN" if verb == "train" else "--recipe NAME"
         remedy = f"orpo-lite {verb} --recipe {words[0] if words else 'demo'}"
         raise RecipeError(f"orpo-lite {verb}", "no recipe given", expected, remedy)
     return load_recipe(name, overrides)
+
+
+def _refuse_file(name: str | None, overrides: list[str], verb: str) -> None:
+    """A set of pairs named without its key."""
+    from orpo_lite.data.rows import is_local
+    from orpo_lite.recipe import shipped_recipes
+
+    words = [text for text in overrides if "=" not in text and not text.endswith((".yaml", ".yml"))]
+    words = [word for word in words if word not in shipped_recipes() and not (Path(word) / "recipe.yaml").exists()]
+    if found := [word for word in words if is_local(word)]:
+        others = [text for text in overrides if text not in found]
+        parts = ["orpo-lite", verb, "--recipe", name or "demo", f"data.dataset_name={','.join(found)}", *others]
+        raise RecipeError(f"argument {found[0]!r}", "is not an override", "data.dataset_name=FILE", shlex.join(parts))
 
 
 def _print_values(recipe: "Recipe") -> None:

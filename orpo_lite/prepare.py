@@ -28,7 +28,7 @@ from orpo_lite.base import (
 )
 from orpo_lite.data.cache import VARIABLE, TokenizedPairs, cache_folder, wanted_folder
 from orpo_lite.data.pairs import held_out_sources, hold_out, training_sources
-from orpo_lite.data.preview import figures
+from orpo_lite.data.preview import COUNTED, figures
 from orpo_lite.data.rows import Source, is_local, is_path, told_apart
 from orpo_lite.data.sides import show_row, tokenized
 from orpo_lite.data.templates import set_chat_template
@@ -181,15 +181,9 @@ def _said(found: Mapping[str, Any]) -> Iterator[Update]:
     yield Update("note", f"{kept}; left out: {dropped}")
     if count := found["cut"]["responses_without_end"]:
         yield Update("note", f"{count:,} responses are cut by data.max_length and lose their end")
-    if count := found["repeated_prompts"]:
-        yield Update("note", f"warning: pairs in which a reply begins with the prompt again: {count:,}")
-    if count := found["templated_pairs"]:
-        said = f"pairs that hold markers of a chat template, as if one was applied already: {count:,}"
-        yield Update("note", f"warning: {said}")
-    if count := found["unknown_tokens"]:
-        yield Update(
-            "note", f"warning: tokens that stand for what the tokenizer does not know, and which is lost: {count:,}"
-        )
+    for name, said in COUNTED.items():
+        if count := found[name]:
+            yield Update("note", f"warning: {said}: {count:,}")
     if count := found["prompts"]["shared"]:
         said = f"{count:,} of {found['prompts']['held_out']:,} held-out prompts stand in the training set too"
         yield Update("note", f"warning: {said}: the evaluation will flatter")

@@ -1,9 +1,11 @@
 """What the person sees: a verb's progress, figures in columns, a pair of texts. The only place that prints."""
 
+import json
 import os
 import sys
 import time
 from collections.abc import Generator, Mapping, Sequence
+from io import TextIOWrapper
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console, Group
@@ -33,6 +35,18 @@ class _Console(Console):
 
 out = _Console(highlight=False, markup=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+
+
+def escape_the_rest() -> None:
+    """What the output's encoding does not have is written as Python and JSON escape it; data may hold any character."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def print_json(value: Any) -> None:
+    """In ASCII where the output's encoding has not all that JSON can hold."""
+    out.print(json.dumps(value, indent=2, ensure_ascii=not out.encoding.startswith("utf")))
 
 
 def print_columns(rows: Sequence[Sequence[str]], *, right: bool = False) -> None:
@@ -271,6 +285,8 @@ def print_preview(
 
 
 def _print_figures(figures: Mapping[str, Any], max_length: int) -> None:
+    from orpo_lite.data.preview import COUNTED
+
     out.print()
     for columns in figures["columns"]:
         out.print(f"{columns['format']}\n  {_columns_line(columns)}")
@@ -297,12 +313,9 @@ def _print_figures(figures: Mapping[str, Any], max_length: int) -> None:
         f"{lost:,} of the responses ({_share(cut['responses_without_end_share'])}) lose their end",
         cut["responses_without_end_share"] >= MUCH,
     )
-    if count := figures["repeated_prompts"]:
-        _print_count(f"pairs in which a reply begins with the prompt again: {count:,}", True)
-    if count := figures["templated_pairs"]:
-        _print_count(f"pairs that hold markers of a chat template, as if one was applied already: {count:,}", True)
-    if count := figures["unknown_tokens"]:
-        _print_count(f"tokens that stand for what the tokenizer does not know, and which is lost: {count:,}", True)
+    for name, said in COUNTED.items():
+        if count := figures[name]:
+            _print_count(f"{said}: {count:,}", True)
     longer = [_share(figures[f"{side}_longer"]) for side in ("chosen", "rejected")]
     out.print(f"chosen is the longer one in {longer[0]} of the pairs, rejected in {longer[1]}")
     _print_count(

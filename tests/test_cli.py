@@ -233,6 +233,29 @@ def test_a_wrong_command_line_ends_with_2_and_says_the_right_one(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("verb", ["data", "train"])
+@pytest.mark.parametrize(
+    ("arguments", "remedy"),
+    [
+        (["pairs.csv"], "--recipe demo data.dataset_name=pairs.csv"),
+        (["--recipe", "demo", "pairs.csv"], "--recipe demo data.dataset_name=pairs.csv"),
+        (
+            ["--recipe", "phi2-qlora", "a b.jsonl", "lora.r=8"],
+            "--recipe phi2-qlora 'data.dataset_name=a b.jsonl' lora.r=8",
+        ),
+        (["sets", "c.csv"], "--recipe demo data.dataset_name=sets,c.csv"),
+    ],
+)
+def test_pairs_without_their_key_are_told_the_key(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str, arguments: list[str], remedy: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sets").mkdir()
+    code, out, err = call(verb, *arguments)
+    assert (code, out) == (2, "")
+    assert err.endswith(f"  remedy: orpo-lite {verb} {remedy}\n")
+
+
 @pytest.mark.parametrize("arguments", [["lora.r=8"], ["--recipe", "demo"]], ids=" ".join)
 def test_resume_takes_the_recipe_of_the_run_and_no_other(call: Call, tmp_path: Path, arguments: list[str]) -> None:
     code, _, said = call("train", "--resume", str(tmp_path), *arguments)
@@ -346,7 +369,6 @@ BAD_DATA: dict[str, tuple[str, list[str], list[str]]] = {
         ["pairs.jsonl:2, field rejected", "missing", "data.column_map=rejected=COLUMN"],
     ),
     "a number for a text": (rows(GOOD, ("a", 5, "c")), [], ["pairs.jsonl:2, field chosen", "a number", "text"]),
-    "a null": (rows(GOOD, (None, "b", "c")), [], ["pairs.jsonl:2, field prompt", "null", "text"]),
     "an empty file": ("", [], ["pairs.jsonl: no rows", "at least one preference pair"]),
     "all equal": (
         rows(("a", "b", "b"), ("c", "d", "d")),

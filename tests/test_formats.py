@@ -5,9 +5,11 @@ The shapes are those of the sets' cards and of the loaders that read them; what 
 
 import csv
 import json
+import random
 import re
 import shlex
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -52,7 +54,7 @@ def detect(rows: list[Any], column_map: Mapping[str, str] = {}, **settings: Any)
     for row in rows:
         taken = {ours: row[theirs] for ours, theirs in column_map.items() if theirs in row}
         mapped.append({key: value for key, value in row.items() if key not in column_map} | taken)
-    return detect_format(mapped, mapped=tuple(column_map), **settings), mapped
+    return detect_format(mapped, mapped=column_map, **settings), mapped
 
 
 def read(rows: list[Any], column_map: Mapping[str, str] = {}, **settings: Any) -> list[Pair]:
@@ -131,6 +133,9 @@ HH = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Name a  colour 🎨.\n\nAssis
 HH_TURNS = (user("Hi"), bot("Hello."), user(Q))
 BLUE_SEVEN = {"chosen": "Blue.", "rejected": "Seven."}
 TALK = (user("Hi"), bot("Hello."), user(Q))
+WHOLE = {"chosen": [user(Q), bot("a")], "rejected": [user(Q), bot("b")]}
+TEXTS = {"prompt": "Name a colour.", "chosen": "Blue.", "rejected": "Seven."}
+NAMES = {"user": "human", "assistant": "gpt"}
 ORCA = {"system": "Be  brief.", "question": Q, "chosen": "Blue.", "rejected": "Seven."}
 ONE: list[tuple[Turns, str, str] | str] = [((user(Q),), "Blue.", "Seven."), ((user(Q2),), "7", "Blue")]
 BRIEF = (system("Be  brief."), user(Q))
@@ -784,11 +789,93 @@ def test_a_text_may_stand_beside_a_list(listed: str, asked: dict[str, Any]) -> N
     assert (pair.messages, pair.chosen, pair.rejected, pair.drop) == ((user(Q),), "Blue.", "Seven.", None)
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": f"<|im_start|>user\n{Q}<|im_end|>\n<|im_start|>assistant\n", **wholes(user(Q))},
+        {"prompt": f"User: Hi\nBot: Hello.\nUser: {Q}", **wholes(*TALK)},
+        {"prompt": f"{Q}\n", **wholes(*TALK)},
+        {"prompt": Q, "chosen": "Blue.", "rejected": [user(Q), bot("Seven.")]},
+        {"prompt": Q, "chosen": [user(Q), bot("Blue.")], "rejected": "Seven."},
+        {"prompt": "", "question": Q, "instruction": "Another text.", **wholes(user(Q))},
+    ],
+)
+def test_a_prompt_that_the_conversations_hold_is_not_asked_for(row: dict[str, Any]) -> None:
+    for pair in read([row] * 3):
+        assert (pair.messages[-1], pair.chosen, pair.rejected) == (user(Q), "Blue.", "Seven.")
+
+
+@pytest.mark.parametrize("style", [lambda turn: turn, lambda turn: said(NAMES[turn["role"]], turn["content"])])
+@pytest.mark.parametrize("begins", [Q, "Hello."])
+def test_a_prompt_stands_in_front_of_turns_that_begin_with_a_reply(style: Callable[[Any], Any], begins: str) -> None:
+    turns = (bot("Hello."), user("More?"))
+    row = {side: [*map(style, turns), style(bot(text))] for side, text in BLUE_SEVEN.items()}
+    (pair, *_) = read([{"prompt": Q} | row] * 3)
+    assert (pair.messages, pair.chosen, pair.rejected) == ((user(Q), *turns), "Blue.", "Seven.")
+    (pair, *_) = read([{"prompt": "More?"} | row] * 3)  # it is there already
+    assert pair.messages == turns
+
+
+@pytest.mark.parametrize(
+    ("column", "held"),
+    [
+        *(("system", held) for held in (system("Be kind."), [system("Be kind.")], ["You are kind."], {"text": "x"}, 3)),
+        ("system_prompt", ["You are kind."]),
+        *(("history", held) for held in (["Hi", "Hello."], [{"q": "Hi", "a": "Hello."}], {"Hi": "Hello."}, 3)),
+    ],
+)
+@pytest.mark.parametrize("line", [{}, {"prompt": "question"}, {"name": "explicit"}])
+def test_a_known_column_that_cannot_be_read_is_not_left_out_unsaid(column: str, held: Any, line: Any) -> None:
+    rows = [{column: held, "question": Q, **BLUE_SEVEN}] * 3
+    column_map = {key: value for key, value in line.items() if key != "name"}
+    for table in (rows, [row | {column: json.dumps(held)} for row in rows] if isinstance(held, list) else rows):
+        with pytest.raises(DataError) as raised:
+            detect(table, column_map, **{key: value for key, value in line.items() if key == "name"})
+        assert f"{column} holds " in str(raised.value)
+        assert f"no setting helps: leave the column out, or write it as {raised.value.expected}" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "column_map", "found"),
+    [
+        ({**TEXTS, "about": bot("x")}, {"system": "about"}, "about is to be system, and holds message"),
+        ({**TEXTS, "n": 3}, {"history": "n"}, "n is to be history, and holds number"),
+        (
+            {"prompt": Q, "responses": ["Blue.", "Seven."], "scores": [9, 1]},
+            {"completions": "scores", "scores": "responses"},
+            "scores is to be completions, and holds numbers",
+        ),
+        ({"prompt": Q, "responses": ["a", "b"], "n": [True]}, {"scores": "n"}, "n is to be scores, and holds"),
+    ],
+)
+def test_a_mapped_column_that_cannot_be_that_is_refused(row: Any, column_map: dict[str, str], found: str) -> None:
+    for name in ("auto", "explicit", "ranked"):
+        with pytest.raises(DataError) as raised:
+            detect([row] * 3, column_map, name=name)
+        assert found in raised.value.found
+    if "completions" in column_map:
+        assert raised.value.remedy == "data.column_map=completions=responses"
+
+
+def test_a_line_keeps_what_was_mapped_already() -> None:
+    rows = [{"question": Q, "ask": Q2, "query": Q2, "good": "Blue.", "bad": "Seven."}] * 2
+    with pytest.raises(DataError) as raised:
+        detect(rows, {"chosen": "good", "rejected": "bad"})
+    lines = [word for word in raised.value.remedy.split() if word.startswith("data.")]
+    assert lines == [f"data.column_map=chosen=good,rejected=bad,prompt={column}" for column in ("question", "query")]
+
+
 def test_the_first_rows_may_have_no_earlier_turns() -> None:
     row = {"prompt": Q, "history": [], **BLUE_SEVEN}
     detected, _ = detect([row] * 3)
     assert detected.columns["history"] == "history"
     assert detected.read(row | {"history": [["Hi", "Hello."]]}, "x").messages == TALK
+
+
+def test_a_system_text_may_hold_a_dialogue() -> None:
+    few_shot = "Answer so:\n\nHuman: Hi\n\nAssistant: Hello."
+    rows = [{"system": few_shot, "prompt": Q, **BLUE_SEVEN}] * 3
+    assert [pair.messages for pair in read(rows)] == [(system(few_shot), user(Q))] * 3
 
 
 def test_a_system_text_that_the_prompt_begins_with_is_not_read() -> None:
@@ -828,6 +915,7 @@ DOUBLED = [
     {"prompt": Q, "chosen": "Blue.", "rejected": "Seven."},
 ]
 
+WORDS_ALONE = ("Sky", "Ice")
 TWO_READINGS: dict[str, tuple[list[dict[str, Any]], dict[str, tuple[str, list[Any]]]]] = {
     "prompt and question differ": (
         [{"prompt": "Other text", "question": Q, "chosen": "Blue.", "rejected": "Seven."}] * 2,
@@ -987,6 +1075,90 @@ TWO_READINGS: dict[str, tuple[list[dict[str, Any]], dict[str, tuple[str, list[An
             "data.format=implicit": ("implicit", [((user("It is"),), f" blue {i}", f" seven {i}") for i in range(2)]),
         },
     ),
+    "texts that begin alike beside the turns that they reply to": (
+        [{"id": f"a{i}", "task": "Code", "trajectory": [said("human", f"{Q} {i}")],
+          "chosen": f"It is blue {i}", "rejected": f"It is seven {i}"} for i in range(2)],
+        {
+            "data.column_map=prompt=trajectory": (
+                "explicit", [((user(f"{Q} {i}"),), f"It is blue {i}", f"It is seven {i}") for i in range(2)]),
+            "data.format=implicit": ("implicit", [((user("It is"),), f" blue {i}", f" seven {i}") for i in range(2)]),
+        },
+    ),
+    "texts that begin alike beside a word": (
+        [{"word": word, "chosen": f"It is blue, {word}", "rejected": f"It is seven, {word}"} for word in WORDS_ALONE],
+        {
+            "data.column_map=prompt=word": (
+                "explicit", [((user(w),), f"It is blue, {w}", f"It is seven, {w}") for w in WORDS_ALONE]),
+            "data.format=implicit": (
+                "implicit", [((user("It is"),), f" blue, {w}", f" seven, {w}") for w in WORDS_ALONE]),
+        },
+    ),
+    "a prompt that is not in the conversations": (
+        [{"prompt": "Be  brief.", **wholes(user(Q))}] * 2,
+        {
+            "data.column_map=system=prompt": ("messages", [(BRIEF, "Blue.", "Seven.")] * 2),
+            "data.format=implicit": ("implicit", [BLUE] * 2),
+        },
+    ),
+    "a context beside conversations that hold the question alone": (
+        [{"context": "Be  brief.", "question": Q, **wholes(user(Q))}] * 2,
+        {
+            "data.column_map=system=context": ("implicit", [(BRIEF, "Blue.", "Seven.")] * 2),
+            "data.format=implicit": ("implicit", [BLUE] * 2),
+        },
+    ),
+    "a context that is in the question as well, beside conversations": (
+        [{"prompt": f"Be  brief. {Q}", "system": "Be  brief.", **wholes(user(Q))}] * 2,
+        {"data.format=implicit": ("implicit", [(BRIEF, "Blue.", "Seven.")] * 2)},
+    ),
+    "a context beside a prompt that is a list of messages": (
+        [{"context": "Be  brief.", "prompt": [*TALK], **BLUE_SEVEN}] * 2,
+        {
+            "data.column_map=system=context": ("explicit", [((BRIEF[0], *TALK), "Blue.", "Seven.")] * 2),
+            "data.column_map=prompt=prompt": ("explicit", [(TALK, "Blue.", "Seven.")] * 2),
+        },
+    ),
+    "a list of texts beside the question": (
+        [{"context": ["One.", "Two."], "question": Q, **BLUE_SEVEN}] * 2,
+        {"data.column_map=prompt=question": ("explicit", [BLUE] * 2)},
+    ),
+    "earlier turns under another name": (
+        [{"prompt": Q, "chat_history": [*EARLIER], **BLUE_SEVEN}] * 2,
+        {
+            "data.column_map=history=chat_history": ("explicit", [(TALK, "Blue.", "Seven.")] * 2),
+            "data.column_map=prompt=prompt": ("explicit", [BLUE] * 2),
+        },
+    ),
+    "earlier turns as pairs under another name": (
+        [{"messages": [user(Q)], "previous": [["Hi", "Hello."]], **BLUE_SEVEN}] * 2,
+        {
+            "data.column_map=history=previous": ("conversation", [(TALK, "Blue.", "Seven.")] * 2),
+            "data.column_map=conversation=messages": ("conversation", [BLUE] * 2),
+        },
+    ),
+    "a conversation under another name, up to the prompt": (
+        [{"prompt": Q, "dialog": [*TALK], **BLUE_SEVEN}] * 2,
+        {
+            "data.column_map=conversation=dialog": ("conversation", [(TALK, "Blue.", "Seven.")] * 2),
+            "data.column_map=prompt=prompt": ("explicit", [BLUE] * 2),
+        },
+    ),
+    "ranks that count from 0": (
+        [{"prompt": Q, "responses": ["Seven.", "Red?", "Blue."], "ranking": [2, 1, 0]}] * 2,
+        {"data.column_map=ranks=ranking": ("ranked", [BLUE] * 2)},
+    ),
+    "replies that are lists of texts as JSON": (
+        [{"prompt": Q, "chosen": '["Blue."]', "rejected": '["Seven."]'}] * 2,
+        {"data.format=explicit": ("explicit", [((user(Q),), '["Blue."]', '["Seven."]')] * 2)},
+    ),
+    "replies of which one is JSON": (
+        [{"prompt": Q, "chosen": '[{"text": "Blue."}]', "rejected": "Seven."}] * 2,
+        {"data.format=explicit": ("explicit", [((user(Q),), '[{"text": "Blue."}]', "Seven.")] * 2)},
+    ),
+    "a conversation in which the prompt repeats": (
+        [{"messages": [user(Q)], **row} for row in ({"chosen": f"{Q} Blue.", "rejected": f"{Q} Seven."}, BLUE_SEVEN)],
+        {"data.format=conversation": ("conversation", [((user(Q),), f"{Q} Blue.", f"{Q} Seven."), BLUE])},
+    ),
     "implicit texts with a template": (
         [{"chosen": "[INST] Hi [/INST] Blue.", "rejected": "[INST] Hi [/INST] Seven."}] * 2,
         {"data.chat_template=none": ("implicit", [((user("[INST] Hi [/INST]"),), " Blue.", " Seven.")] * 2)},
@@ -1035,7 +1207,7 @@ TEMPLATES = {
 def test_a_template_in_the_prompt_is_refused(template: str) -> None:
     templated = {"prompt": TEMPLATES[template], "chosen": "Blue.", "rejected": "Seven."}
     raw = {"prompt": Q, "chosen": "Blue.", "rejected": "Seven."}
-    assert "prompt hold text" in refused([templated] * 2, "data.chat_template=none")
+    assert "prompt holds text" in refused([templated] * 2, "data.chat_template=none")
     assert read([templated], plain=True)[0].prompt_text == TEMPLATES[template]
     # One in a hundred is chance; one in ten is none.
     assert detect_format([raw] * 99 + [templated]).name == "explicit"
@@ -1111,6 +1283,51 @@ def test_one_reply_is_no_pair(row: dict[str, Any], sentence: str) -> None:
     assert sentence in error
     assert "a pair needs two replies to one prompt" in error
     assert "no setting helps: write each pair as prompt, chosen and rejected" in error
+
+
+JUDGED = {"question": Q, "gpt": "Blue.", "claude_2": "Seven."}
+JUDGED_MAP = {"prompt": "question", "response_a": "gpt", "response_b": "claude_2", "better": "Winner"}
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "chosen"),
+    [
+        (["gpt", "Claude_2", "tie"], ["Blue.", "Seven.", None]),
+        (["A", "claude_2", "b"], ["Blue.", "Seven.", "Seven."]),
+        ([1, 2, 1.0], ["Blue.", "Seven.", "Blue."]),
+        ([" a ", "b.", "B"], ["Blue.", "Seven.", "Seven."]),
+        (["model_a", "response_b", "both", "neither"], ["Blue.", "Seven.", None, None]),
+    ],
+)
+def test_a_verdict_may_name_the_columns(verdicts: list[Any], chosen: list[str | None]) -> None:
+    pairs = read([JUDGED | {"Winner": verdict} for verdict in verdicts], JUDGED_MAP)
+    assert [None if pair.drop == TIED else pair.chosen for pair in pairs] == chosen
+
+
+@pytest.mark.parametrize("verdicts", [["x", "y"], [0, 1], [1, 1], ["x", "y", "gpt"], [True, False]])
+def test_a_verdict_that_is_not_understood_is_shown(verdicts: list[Any]) -> None:
+    with pytest.raises(DataError) as raised:
+        detect([JUDGED | {"Winner": verdict} for verdict in verdicts], JUDGED_MAP)
+    held = "true or false" if verdicts[0] is True else repr(str(verdicts[0]))
+    assert raised.value.found.startswith(f"Winner is to say which of gpt and claude_2 is the better, and holds {held}")
+    assert raised.value.expected == "a or gpt for the first, b or claude_2 for the second, or tie"
+
+
+def test_a_verdict_that_is_a_text_is_not_shown() -> None:
+    row = {"prompt": Q, "answer_a": "Blue.", "answer_b": "Seven.", "winner": "The first one, by a wide margin."}
+    refused([row] * 3)
+
+
+def test_a_verdict_that_names_the_one_and_the_other_says_nothing() -> None:
+    rows = [{"prompt": Q, "text_a": "Blue.", "text_b": "Seven.", "winner": end} for end in "ab"]
+    with pytest.raises(DataError, match="winner is to say which of text_b and text_a is the better"):
+        detect(rows, {"response_a": "text_b", "response_b": "text_a"})
+
+
+def test_the_odd_verdict_is_named_with_its_row() -> None:
+    rows = [JUDGED | {"Winner": verdict} for verdict in [*["gpt"] * 5, "x"]]
+    with pytest.raises(DataError, match="x:6, field better: a text"):
+        read(rows, JUDGED_MAP)
 
 
 @pytest.mark.parametrize(
@@ -1219,11 +1436,16 @@ def test_newer_names_of_the_roles_are_read() -> None:
     [
         ({"text": "q", "label": 1}, ["data.column_map=prompt=COLUMN,chosen=COLUMN,rejected=COLUMN"]),
         ({"chosen": "yes", "rejected": "no"}, ["data.column_map=prompt=COLUMN", "data.format=implicit"]),
-        ({"prompt": "q", "chosen": 3, "rejected": "no"}, ["data.column_map=chosen=COLUMN"]),
+        ({"prompt": "q", "chosen": 3, "rejected": "no", "y": "Yes, so"}, ["data.column_map=chosen=COLUMN"]),
+        ({"prompt": "q", "chosen": 3, "rejected": "no"}, []),
+        ({"prompt": "q", "chosen": HH, "rejected": [bot("no")]}, []),
+        ({"prompt": user("q"), "chosen": "yes", "rejected": "no"}, ["data.format=implicit"]),
+        ({"prompt": "q", "chosen": {"content": "yes"}, "rejected": {"content": "no"}}, []),
         ({"chosen": "It is so", "rejected": "It is no", "messages": [user("q"), bot("It was so")]},
          ["data.column_map=prompt=COLUMN", "data.format=implicit"]),
-        ({"chosen": "It is so", "rejected": "It is no", "prompt": {"text": "q"}},
-         ["data.column_map=prompt=COLUMN", "data.format=implicit"]),
+        *(({"chosen": "It is so", "rejected": "It is no", name: held}, ["data.format=implicit"])
+          for name in ("prompt", "question", "input", "instruction", "about")
+          for held in ({"text": "Why?"}, ["Why?"], {"en": "Why?", "id": 3}) if (name, held) != ("prompt", ["Why?"])),
         ({"prompt": "q", "y_w": "a", "y_l": "b"}, ["data.column_map=chosen=y_w,rejected=y_l"]),
         ({"prompt": "q", "completion": "a", "rejected": "b"}, ["data.column_map=chosen=COLUMN"]),
         ({"prompt": "q", "output_preferred": "a", "output_non_preferred": "b"},
@@ -1275,6 +1497,47 @@ def test_python_lists_in_a_csv_are_refused() -> None:
         error = refused([{"prompt": Q, "chosen": value, "rejected": value}] * 2)
         assert "chosen and rejected hold lists as Python prints them" in error
         assert "write the column with json.dumps, or save the set as .jsonl or .parquet" in error
+
+
+@pytest.mark.parametrize("value", ["array([{'content': 'Blue.'}], dtype=object)", "['Blue.']", "['it''s', \"Blue.\"]"])
+@pytest.mark.parametrize("sides", [("chosen", "rejected"), ("response_a", "response_b"), ("answer_1", "answer_2")])
+def test_lists_of_numpy_and_of_texts_are_refused(value: str, sides: tuple[str, str]) -> None:
+    error = refused([{"prompt": Q, "winner": 1, **dict.fromkeys(sides, value)}] * 2)
+    assert f"{' and '.join(sides)} hold lists as Python prints them" in error
+    assert read([TEXTS | {"chosen": text} for text in ("['a', 'b']", "no list")])[0].chosen == "['a', 'b']"
+
+
+@pytest.mark.parametrize("first", ["id", "name", "index", "weight"])
+@pytest.mark.parametrize("shape", [name for name, shape in SHAPES.items() if shape.csv])
+def test_json_in_a_table_is_read_whatever_its_first_key(shape: str, first: str) -> None:
+    def packed(value: Any) -> Any:
+        if isinstance(value, list) and all(isinstance(item, Mapping) for item in value):
+            return json.dumps([{first: 1, **item} for item in value])
+        return json.dumps({first: 1, **value}) if isinstance(value, Mapping) else value
+
+    SHAPES[shape].check([{key: packed(value) for key, value in row.items()} for row in SHAPES[shape].rows])
+
+
+@pytest.mark.parametrize("shape", [name for name, shape in SHAPES.items() if not shape.csv])
+def test_lists_of_texts_and_of_numbers_are_read_from_a_table(shape: str) -> None:
+    def cell(value: Any) -> Any:
+        return json.dumps(value) if isinstance(value, list) else "" if value is None else value
+
+    SHAPES[shape].check([{key: cell(value) for key, value in row.items()} for row in SHAPES[shape].rows])
+
+
+@pytest.mark.parametrize("turns", [[bot("Blue.")], [user(Q), bot("Blue.")], [said("human", Q), said("gpt", "Blue.")]])
+@pytest.mark.parametrize("column", ["prompt", "chosen", "rejected"])
+def test_messages_in_a_column_of_texts_are_a_fault(turns: list[Any], column: str) -> None:
+    odd = TEXTS | {column: json.dumps(turns)}
+    for rows in ([TEXTS] * 9, [odd, odd, *[TEXTS] * 4]):
+        with pytest.raises(DataError) as raised:
+            detect(rows)[0].read(odd, "x:10")
+        assert f"x:10, field {column}: messages as JSON" in str(raised.value)
+        assert ("data.format=explicit" in raised.value.remedy) == (column != "prompt")
+    if column != "prompt":
+        (pair,) = read([odd], name="explicit")
+        assert json.dumps(turns) in (pair.chosen, pair.rejected)
 
 
 def test_a_reply_that_is_json_is_a_text() -> None:
@@ -1382,8 +1645,7 @@ def test_a_first_row_in_place_of_the_names_is_suspected() -> None:
 def test_lists_of_texts_are_refused_by_what_they_are(listed: list[str]) -> None:
     row = {"prompt": Q, **BLUE_SEVEN}
     error = refused([row | {column: [row[column]] for column in listed}] * 2)
-    assert f"{listed[0]}" in error
-    assert "hold lists of texts" in error
+    assert f"{listed[-1]} hold{'s' if len(listed) == 1 else ''} lists of texts" in error
 
 
 def test_what_a_question_is_about_can_be_named() -> None:
@@ -1435,10 +1697,6 @@ def test_turns_within_a_text_are_a_template_too() -> None:
     text = "Hi\n<extra_id_1>Assistant\nHello\n<extra_id_1>User\nQ?"
     with pytest.raises(DataError, match="a chat template was applied already"):
         detect_format([{"prompt": text, "response_1": "a", "response_2": "b", "preference_strength": -2}] * 3)
-
-
-WHOLE = {"chosen": [user(Q), bot("a")], "rejected": [user(Q), bot("b")]}
-TEXTS = {"prompt": "Name a colour.", "chosen": "Blue.", "rejected": "Seven."}
 
 
 @pytest.mark.parametrize(
@@ -1495,7 +1753,6 @@ def test_a_faulty_row_is_named(form: str, row: dict[str, Any], place: str) -> No
     ("shape", "change", "place"),
     [
         ("TRL explicit texts", {"chosen": [bot("Blue.")]}, "field chosen: a list"),
-        ("TRL explicit texts", {"prompt": None}, "field prompt: null"),
         ("TRL implicit conversations", {"chosen": "[{"}, "field chosen: a text"),
         (
             "TRL implicit conversations",
@@ -1512,7 +1769,6 @@ def test_a_faulty_row_is_named(form: str, row: dict[str, Any], place: str) -> No
         ("LLaMA-Factory's dpo_en_demo", {"chosen": said("observation", "x")}, "chosen[0].from: 'observation'"),
         ("LLaMA-Factory's dpo_en_demo", {"conversations": None}, "nothing stands before the reply"),
         ("Intel/orca_dpo_pairs", {"system": 3}, "field system: a number"),
-        ("alpaca-like", {"instruction": None}, "field prompt: null"),
         ("LLaMA-Factory's older alpaca, with history", {"output": ["a", "b", "c"]}, "field output: a list of 3"),
         ("LLaMA-Factory's older alpaca, with history", {"history": ["Hi"]}, "field history[0]: a text"),
         ("openbmb/UltraFeedback", {"completions": ["a"]}, "field ranks: missing"),
@@ -1571,6 +1827,8 @@ def test_answers_that_are_numbers_are_no_scores_of_their_own() -> None:
         ("OpenAI preference fine-tuning", {"preferred_output": None}, EMPTY_CHOSEN),
         ("stanfordnlp/SHP", {"labels": None}, UNJUDGED),
         ("stanfordnlp/SHP", {"labels": " "}, UNJUDGED),
+        ("stanfordnlp/SHP", {"labels": "NaN"}, UNJUDGED),
+        ("stanfordnlp/SHP", {"labels": float("nan")}, UNJUDGED),
         ("stanfordnlp/SHP", {"labels": 1, "human_ref_B": None}, EMPTY_REJECTED),
         ("stanfordnlp/SHP", {"labels": 0, "human_ref_B": None}, EMPTY_CHOSEN),
     ],
@@ -1620,6 +1878,30 @@ def test_a_repetition_in_one_side_alone_is_refused(sides: tuple[str, str]) -> No
     assert detect([rows[0]] * 4 + [DOUBLED[1]] * 6)[0].name == "explicit"
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": Q, "input": "", "chosen": f"{Q} Blue.", "rejected": f"{Q} Seven."},
+        {"instruction": Q, "input": "", "output": [f"{Q} Blue.", f"{Q} Seven."]},
+        {"messages": [user(Q)], "chosen": f"{Q}\nBlue.", "rejected": f"{Q}\nSeven."},
+        {"prompt": [*EARLIER, user(Q)], "chosen": [bot(f"{Q} Blue.")], "rejected": [bot(f"{Q} Seven.")]},
+        {"prompt": Q, "chosen": [bot(f"{Q} Blue.")], "rejected": [bot(f"{Q} Seven.")]},
+        {"prompt": Q, "response_a": f"{Q} Blue.", "response_b": f"{Q} Seven.", "winner": "a"},
+        {"prompt": Q, "responses": [f"{Q} Seven.", f"{Q} Blue."], "scores": [1, 2]},
+    ],
+    ids=lambda row: " ".join(row),
+)
+def test_a_repetition_is_taken_off_in_every_format(row: dict[str, Any]) -> None:
+    detected, _ = detect([row] * 3)
+    assert detected.because.endswith(", and both replies begin with the prompt again, which is taken off")
+    for pair in read([row] * 3):
+        assert (pair.messages[-1], pair.chosen, pair.rejected, pair.drop) == (user(Q), "Blue.", "Seven.", None)
+    blank = {"chosen": None, "output": None, "winner": None, "responses": []}
+    assert detected.read(row | {key: value for key, value in blank.items() if key in row}, "x").drop
+    (pair, *_) = read([row] * 3, name=detected.name)
+    assert (pair.chosen.split(), pair.rejected.split()) == ([*Q.split(), "Blue."], [*Q.split(), "Seven."])
+
+
 def test_a_habit_of_the_set_is_no_matter_of_one_row() -> None:
     doubled, plain = DOUBLED
     assert detect([doubled] + [plain] * 19)[0].name == "explicit"
@@ -1645,7 +1927,6 @@ def test_all_shapes_of_one_pair_read_alike(
     brief: str | None, turns: list[tuple[str, str]], question: str, chosen: str, rejected: str
 ) -> None:
     before = [message for one, other in turns for message in (user(one), bot(other))] + [user(question)]
-    names = {"user": "human", "assistant": "gpt"}
     dialogue = "".join(
         f"\n\n{'Human' if turn['role'] == 'user' else 'Assistant'}: {turn['content']}" for turn in before
     )
@@ -1654,10 +1935,10 @@ def test_all_shapes_of_one_pair_read_alike(
     shapes: dict[str, dict[str, Any]] = {
         "explicit": {"prompt": before, "chosen": bot(chosen), "rejected": bot(rejected)},
         "implicit": wholes,
-        "messages": {"prompt": "never read", **wholes},
+        "messages": {"prompt": question, **wholes},
         "hh_rlhf": {side: f"{dialogue}\n\nAssistant: {text}" for side, text in replies.items()},
         "sharegpt": {
-            "conversations": [said(names[turn["role"]], turn["content"]) for turn in before],
+            "conversations": [said(NAMES[turn["role"]], turn["content"]) for turn in before],
             **{side: said("gpt", text) for side, text in replies.items()},
         },
         "conversation": {"messages": before, **replies},
@@ -1699,3 +1980,63 @@ def test_a_strength_below_0_in_no_row_is_refused(column: str, values: tuple[int,
     with pytest.raises(DataError, match="below 0 in no row"):
         detect_format(rows)
     assert detect_format([*rows, rows[0] | {column: -1}]).name == "judged"
+
+
+# --- anything at all
+
+ODD: list[Any] = [
+    *(None, "", " ", [], {}, 0, -1, 1.5, True, float("nan"), 10**400, "1", "a", "tie", "[{", '[{"role": "user"', "[]"),
+    *([None], [[]], [{}], ["a"], [["a", "b"]], [["a"]], [1, 2], [2, None], {"messages": []}, {"messages": [user("q")]}),
+    *({"role": "user"}, [{"role": None}], [{"role": "user", "content": None}], [{"role": ["x"], "content": "c"}]),
+    *([bot("a"), "a"], [{"role": "assistant", "content": [part("a")]}], [{"role": "assistant", "content": []}]),
+    *([{**user("q"), "tool_calls": "x"}], [said("human", "q")], [{"from": "gpt", "value": ["a"]}], [user("q")]),
+    *([{"input": "q", "output": "a"}], [{"input": "q"}], [{"answer": "a", "score": 1}, {"answer": "b", "score": None}]),
+    [user("q"), bot("a")],
+    *([{"response": None, "rank": 1}, {"answer": "a", "rank": "x"}], [{"text": "a"}], {"role": "user", "content": {}}),
+    *("\ud800", "{'role': 'user'}", "['a']", "array([{'role': 'user'}])", HH, f"{HH} a\n\nHuman: b", CHATML, "text", Q),
+]  # fmt: skip
+LIKELY = ("prompt", "chosen", "rejected")
+NAMED = sorted({*COLUMNS, "instruction", "question", "messages", "answers", "responses", "ranking", "output", "winner",
+                "preferred_output", "non_preferred_output", "context", " Chosen", "response_0", "response_1", "labels",
+                "better_response_id", "human_ref_A", "human_ref_B", "overall_preference", "dialog"}
+               - {*LIKELY})  # fmt: skip
+
+
+def anything(chance: random.Random) -> tuple[list[Row], dict[str, str], str, bool]:
+    """Rows whose columns mostly hold one kind of value each, and what a person may have set."""
+    columns = [*(name for name in LIKELY if chance.random() < 0.7), *chance.sample(NAMED, chance.randint(0, 5))]
+    usual = {column: chance.choice(ODD) for column in columns}
+    rows = [
+        {
+            column: value
+            if chance.random() < 0.8
+            else json.dumps(value)
+            if chance.random() < 0.5
+            else chance.choice(ODD)
+            for column, value in usual.items()
+            if chance.random() < 0.95
+        }
+        for _ in range(chance.randint(1, 4))
+    ]
+    column_map = {chance.choice(COLUMNS): chance.choice(columns) for _ in range(chance.randint(0, 2)) if columns}
+    return rows, column_map, chance.choice(["auto", "auto", *READERS]), chance.random() < 0.2
+
+
+def test_no_rows_escape_as_a_traceback() -> None:
+    chance = random.Random(0)
+    read_rows = refused_sets = 0
+    for _ in range(8000):
+        rows, column_map, name, plain = anything(chance)
+        column_map = {ours: theirs for ours, theirs in column_map.items() if any(theirs in row for row in rows)}
+        try:
+            detected, mapped = detect(rows, column_map, name=name, plain=plain)
+        except DataError as error:
+            assert error.remedy  # noqa: PT017 - either outcome is right
+            refused_sets += 1
+            continue
+        for row in mapped:
+            with suppress(DataError):
+                detected.read(row, "x:1")
+                read_rows += 1
+    assert read_rows > 100
+    assert refused_sets > 100

@@ -2,11 +2,14 @@
 
 import json
 import random
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -201,7 +204,29 @@ def test_a_broken_line_is_named_beside_an_unknown_format(tmp_path: Path) -> None
     assert "'text'" in str(raised.value)
 
 
-@pytest.mark.parametrize("text", ["", " \n\n"])
+def test_faults_come_in_the_order_of_the_rows(tmp_path: Path) -> None:
+    lines = [json.dumps(EXPLICIT) for _ in range(150)]
+    for line in (2, 45, 99, 120):
+        lines[line - 1] = json.dumps(EXPLICIT | {"chosen": 1})
+    for line in (*range(41, 44), 46, 149, 150):
+        lines[line - 1] = "{broken"
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    with pytest.raises(DataError) as raised:
+        read(tmp_path / "pairs.jsonl")
+    text = message(raised)
+    wheres = [int(re.match(r"\d+", part)[0]) for part in text.split("pairs.jsonl:")[1:]]  # type: ignore[index]
+    assert wheres == [2, 41, 42, 43, 45, 46, 99, 120, 149, 150]
+
+
+def test_an_unknown_format_comes_before_the_faults_of_rows(tmp_path: Path) -> None:
+    rows = [json.dumps({"question": f"q {i}?", "good": f"a {i}", "bad": f"b {i}"}) for i in range(30)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join([*rows, *["{broken"] * 25]))
+    with pytest.raises(DataError, match="26 faults") as raised:
+        read(tmp_path / "pairs.jsonl")
+    assert "data.column_map=prompt=question,chosen=good,rejected=bad" in message(raised)
+
+
+@pytest.mark.parametrize("text", ["", " \n\n", "{}", '{"data": []}', '{"prompt": null, "chosen": ""}\n{}'])
 def test_a_set_without_rows_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "pairs.jsonl").write_text(text)
     with pytest.raises(DataError, match="no rows") as raised:
@@ -245,6 +270,11 @@ def test_column_map_wins(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("column_map", "found"),
     [
+        ({"question": "prompt"}, ["question is not among our names", "turn it round: data.column_map=prompt=question"]),
+        (
+            {"good": "chosen", "bad": "rejected"},
+            ["good and bad are not", "turn it round: data.column_map=chosen=good,rejected=bad"],
+        ),
         ({"promt": "question"}, ["'promt'", "did you mean 'prompt'"]),
         ({"prompt": "questoin"}, ["'questoin'", "did you mean 'question'"]),
         ({"prompt": "question", "chosen": "zzz", "rejected": "yyy"}, ["2 faults", "'zzz'", "'yyy'"]),
@@ -302,6 +332,42 @@ def test_prompts_that_ask_nothing_and_turns_that_stand_twice_are_left_out(tmp_pa
     pairs, reader = read(write_jsonl(tmp_path / "pairs.jsonl", [LISTS, blank, twice, silent]))
     assert len(pairs) == 1
     assert reader.drops.counts == {EMPTY_PROMPT: 2, SAID_TWICE: 1}
+    later = {side: [user("q"), bot("a"), user(" "), bot(side)] for side in ("chosen", "rejected")}
+    within = {side: [system | {"content": ""}, user("q"), bot(" "), user("q"), bot(side)] for side in later}
+    pairs, reader = read(write_jsonl(tmp_path / "later.jsonl", [LISTS, later, within]))
+    assert (len(pairs), reader.drops.counts, reader.silent) == (2, {EMPTY_PROMPT: 1}, 1)
+
+
+LISTED = {"prompt": [user("q")], "chosen": [bot("a")], "rejected": [bot("b")]}
+JUDGED = {"prompt": "q", "response_a": "a", "response_b": "b", "winner": "a"}
+
+
+@pytest.mark.parametrize("row", [EXPLICIT, LISTED, EXPLICIT | {"system": "s"}, JUDGED])
+def test_a_prompt_that_is_null_is_left_out_as_an_empty_one_is(tmp_path: Path, row: dict[str, Any]) -> None:
+    rows = [row, row | {"prompt": None}, row]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "pairs.parquet")
+    for path in (write_jsonl(tmp_path / "pairs.jsonl", rows), tmp_path / "pairs.parquet"):
+        pairs, reader = read(path)
+        assert (len(pairs), reader.drops.counts) == (2, {EMPTY_PROMPT: 1})
+    write_jsonl(tmp_path / "pairs.jsonl", [row, {key: value for key, value in row.items() if key != "prompt"}, row])
+    with pytest.raises(DataError, match=r"pairs.jsonl:2, field prompt: missing"):
+        read(tmp_path / "pairs.jsonl")
+
+
+def test_a_null_prompt_beside_whole_conversations_is_none(tmp_path: Path) -> None:
+    row = LISTED | {side: [user("q"), bot(side)] for side in ("chosen", "rejected")}
+    pairs, _ = read(write_jsonl(tmp_path / "pairs.jsonl", [row, row | {"prompt": None}, row]))
+    assert [pair.messages for pair in pairs] == [(user("q"),)] * 3
+
+
+def test_words_for_nothing_are_counted(tmp_path: Path) -> None:
+    words = ("NULL", "NaN", "None", "nan", "N/A", " null ")
+    rows = [EXPLICIT | {side: word} for word in words for side in ("chosen", "rejected")]
+    systems = [EXPLICIT | {"system": text} for text in ("None", "Be none.", "")]
+    pairs, reader = read(
+        write_jsonl(tmp_path / "pairs.jsonl", [*rows, *systems, EXPLICIT | {"chosen": "None at all."}])
+    )
+    assert (len(pairs), reader.absent) == (2 * len(words) + 4, 2 * len(words) + 1)
 
 
 def test_replies_that_begin_with_the_prompt_again_are_counted(tmp_path: Path) -> None:
@@ -610,6 +676,24 @@ def test_the_held_out_split_of_several_sets(tmp_path: Path) -> None:
     message(raised)
 
 
+def test_the_same_rows_are_not_read_twice(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [EXPLICIT])
+    (tmp_path / "link.jsonl").symlink_to(path)
+    for other in (path, tmp_path / "link.jsonl", tmp_path / "*.jsonl"):
+        with pytest.raises(DataError, match=r"jsonl: twice") as raised:
+            training_sources(section(dataset_name=f"{path},{other}"))
+        assert "name it once" in message(raised)
+
+
+def test_a_split_of_a_single_file_is_refused(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "pairs.jsonl", some_rows(3))
+    for split in ("auto", "train"):
+        assert len(training_sources(section(dataset_name=str(path), dataset_train_split=split))) == 1
+    with pytest.raises(DataError, match=r"data.dataset_train_split: 'foo'") as raised:
+        training_sources(section(dataset_name=str(path), dataset_train_split="foo"))
+    assert "files of their own have no splits" in message(raised)
+
+
 def test_a_single_file_has_no_splits(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     write_jsonl(tmp_path / "set" / "test.jsonl", [EXPLICIT])
@@ -670,6 +754,20 @@ def test_a_call_of_no_tool_is_none(tmp_path: Path) -> None:
     plain = [user("q"), {**bot("a"), "tool_calls": [], "function_call": None}]
     pairs, _ = read(write_jsonl(tmp_path / "plain.jsonl", [LISTS | {"chosen": plain}] * 2))
     assert [pair.chosen for pair in pairs] == ["a", "a"]
+
+
+@pytest.mark.parametrize("column", ["chat_history", "messages", "dialog"])
+def test_turns_that_come_late_are_not_left_out_unsaid(tmp_path: Path, column: str) -> None:
+    turns = [user("Hi"), bot("Hello.")]
+    path = write_jsonl(tmp_path / "pairs.jsonl", [*some_rows(LOOK + 5), EXPLICIT | {column: turns}])
+    with pytest.raises(
+        DataError, match=rf"{column} holds turns that are not in what is read; {column} first "
+    ) as raised:
+        read(path)
+    assert f"data.column_map=history={column} to put them in front" in message(raised)
+    pairs, _ = read(path, column_map={"history": column})
+    assert [len(pair.messages) for pair in pairs[-2:]] == [1, 3]
+    assert len(read(path, column_map={"prompt": "prompt"})[0]) == LOOK + 6
 
 
 def test_the_lines_for_a_rival_that_comes_late_work_when_pasted(tmp_path: Path) -> None:

@@ -281,6 +281,27 @@ def test_the_readme_shows_what_happens(tmp_path: Path, call: Look, monkeypatch: 
         assert (shown if code == 0 else said).strip().endswith(expected.strip())
 
 
+def test_words_for_nothing_are_counted(coffee: Path, look: Look) -> None:
+    with (coffee / "coffee.csv").open("a", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("Is it hot?", "Yes.", "NULL"), ("Is it cold?", "NaN", "No.")])
+    assert "NULL, None, NaN or N/A, as if it was missing: 2\n" in look()[1]
+    assert json.loads(look("--json")[1])["absent_texts"] == 2
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_an_output_that_lacks_characters_has_them_escaped(coffee: Path, encoding: str) -> None:
+    with (coffee / "coffee.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("question", "good_answer", "bad_answer", "你好 🦜"), ("q?", "a", "b", "")])
+    command = [sys.executable, "-m", "orpo_lite", "data", "--recipe", "./coffee.yaml", MAP, "data.test_split_size=0"]
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    shown, whole = (
+        subprocess.run([*command, *more], cwd=coffee, env=environment, capture_output=True, check=True).stdout
+        for more in ([], ["--json"])
+    )
+    assert json.loads(whole.decode(encoding))["columns"][0]["not_read"] == ["你好 🦜"]
+    assert ("你好" if encoding == "utf-8" else r"\u4f60\u597d") in shown.decode(encoding)
+
+
 def test_templates_that_begin_late_are_counted(coffee: Path, look: Look) -> None:
     rows = [[f"Which bean is number {i}?", f"Bean {i}.", "None."] for i in range(LOOK)]
     templated = [[f"USER: Which roast is {name}? ASSISTANT:", "Light.", "Dark."] for name in "abc"]

@@ -452,6 +452,7 @@ def test_a_cell_that_never_ends_is_placed_where_its_row_starts(tmp_path: Path) -
         ("pairs.txt", "hello", "pairs.txt: an unknown kind of file"),
         ("pairs.parquet.gz", "hello", "an unknown kind of file"),
         ("pairs.arrow", "hello", "an unknown kind of file|to_parquet"),
+        ("pairs.ndjson", LINE, "an unknown kind of file|rename it to pairs.jsonl"),
         ("pairs.xlsx", b"PK\x03\x04", "pairs.xlsx: a spreadsheet|save it as csv"),
         ("pairs.XLS", b"", "a spreadsheet"),
         ("pairs.ods", b"", "a spreadsheet"),
@@ -461,6 +462,10 @@ def test_a_cell_that_never_ends_is_placed_where_its_row_starts(tmp_path: Path) -
         ("pairs.jsonl", '{"q": "ü"}'.encode("utf-16"), ":1: UTF-16 text|iconv -f UTF-16 -t UTF-8"),
         ("pairs.json.gz", "[]".encode("utf-16"), ":1: UTF-16 text|iconv -f UTF-16 -t UTF-8"),
         ("pairs.csv", b"\xfe\xff" + "q,a".encode("utf-16-be"), ":1: UTF-16 text|iconv -f UTF-16 -t UTF-8"),
+        ("pairs.csv", b"PAR1\x15\x04", "pairs.csv:1: a parquet file|name it .parquet"),
+        ("pairs.jsonl", b"PAR1\x15\x04", "pairs.jsonl:1: a parquet file|name it .parquet"),
+        ("pairs.jsonl", '{"q": "ü"}'.encode("utf-32"), ":1: UTF-32 text|iconv -f UTF-32 -t UTF-8"),
+        ("pairs.csv", b"\0\0\xfe\xff" + "q,a".encode("utf-32-be"), ":1: UTF-32 text|iconv -f UTF-32 -t UTF-8"),
         ("pairs.csv", "prompt,a\nü,b\n".encode("utf-16-le"), ":1: UTF-16 text|iconv -f UTF-16LE -t UTF-8"),
         ("pairs.jsonl.gz", '{"q": "ü"}'.encode("utf-16-be"), ":1: UTF-16 text|iconv -f UTF-16BE -t UTF-8"),
         ("pairs.csv", "q,a\nü,b\n".encode("cp1252"), "pairs.csv:2: byte 0xfc at column 1|iconv -f CP1252 -t UTF-8"),
@@ -700,11 +705,22 @@ def test_a_folder_where_nothing_can_be_chosen(tmp_path: Path) -> None:
     assert "and 30 more" in fault(source, many, "test")
 
 
+def test_one_name_in_two_kinds_is_not_read_twice(tmp_path: Path) -> None:
+    both = folder(tmp_path / "set", "train.csv", "train.jsonl", "test.jsonl")
+    text = fault(source, both)
+    assert "train.csv and train.jsonl: one name in two kinds of files" in text
+    assert wheres(both / "train.jsonl") == ["train.jsonl:1"]
+    assert f"remedy: data.dataset_name={both / 'train.jsonl'} or data.dataset_name={both / 'train.csv'}" in text
+
+
 def test_a_folder_without_data(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "no data files" in fault(source, tmp_path / "empty")
     below = folder(tmp_path / "clone", "harmless/train.jsonl.gz", "helpful/train.jsonl.gz", "README.md")
     assert f"data.dataset_name={below / 'harmless'}" in fault(source, below)
+    for names, likely in (("test train", "train"), ("dev train_prefs", "train_prefs"), ("a my_train test", "my_train")):
+        below = folder(tmp_path / names, *(f"{name}/rows.jsonl" for name in names.split()))
+        assert f"data.dataset_name={below / likely}" in fault(source, below)
     table = datasets.Dataset.from_list([ROW])
     table.save_to_disk(str(tmp_path / "saved"))
     datasets.DatasetDict(train=table).save_to_disk(str(tmp_path / "saved_dict"))

@@ -37,10 +37,13 @@ SPACED_QUOTE = re.compile(' +"')
 
 # What a file may hold whatever its name says: its first bytes, what that is, and what to do.
 LOOKALIKES = (
+    (codecs.BOM_UTF32_LE, "UTF-32 text", "iconv -f UTF-32 -t UTF-8 OLD > NEW"),  # it begins as that of UTF-16 does
+    (codecs.BOM_UTF32_BE, "UTF-32 text", "iconv -f UTF-32 -t UTF-8 OLD > NEW"),
     (codecs.BOM_UTF16_LE, "UTF-16 text", "iconv -f UTF-16 -t UTF-8 OLD > NEW"),
     (codecs.BOM_UTF16_BE, "UTF-16 text", "iconv -f UTF-16 -t UTF-8 OLD > NEW"),
     (b"\x1f\x8b", "a gzip file", "add .gz to its name"),
     (b"PK\x03\x04", "a zip file or a spreadsheet", "unpack it, or save it as csv"),
+    (b"PAR1", "a parquet file", "name it .parquet"),
     (b"version https://git-lfs", "a git-lfs pointer, not the file itself", "git lfs pull"),
 )
 
@@ -134,7 +137,7 @@ def _refuse_lookalikes(file: File) -> None:
         except BROKEN_GZIP:
             raise _broken_gzip(file.label) from None
     for mark, found, remedy in LOOKALIKES:
-        if start.startswith(mark):
+        if start.startswith(mark) and not (mark == b"PAR1" and file.kind == ".parquet"):
             kind = f"{file.kind[1:]} in UTF-8" if file.kind != ".parquet" else "a parquet file"
             raise DataError(f"{file.label}:1", found, kind, remedy)
     if file.kind != ".parquet" and (order := _utf16_order(start)):

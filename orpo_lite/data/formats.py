@@ -4,39 +4,41 @@ A new format is one ``read_*`` in readers.py and one clause here. The polarity o
 rejected are taken by exactly these names, scores and verdicts only where their meaning is documented.
 """
 
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, NoReturn
 
 from orpo_lite.data.columns import (
     ALIASES,
-    CHAT,
     FITTING,
     KNOWN,
-    LISTS,
+    MANY,
     OPENAI,
+    PAIRS,
     SIDES,
     SOME,
+    Look,
+    holds,
+    plain_name,
+    refuse_templated,
+    shown,
+)
+from orpo_lite.data.guesses import could_ask, guess, guess_prompt, single_reply
+from orpo_lite.data.kinds import (
+    CHAT,
+    LISTS,
     STRUCTURED,
     TEXTS,
     USABLE,
-    Look,
     asks,
     contents,
     is_message,
     is_sharegpt,
     is_templated,
-    map_line,
-    map_lines,
-    plain_name,
-    refuse_templated,
-    shown,
-    unpacked,
-    waits_for_reply,
-    words,
+    one_after_another,
+    opens,
 )
 from orpo_lite.data.readers import (
     COLUMNS,
@@ -53,20 +55,21 @@ from orpo_lite.data.readers import (
     Row,
     ToolError,
     begins_with,
-    behind,
+    repeated,
     shared_start,
     shared_words,
+    undoubled,
     without_reply,
 )
+from orpo_lite.data.unread import refuse_unread
+from orpo_lite.data.verdicts import VERDICTS, find_verdict, is_answer, two_answers
 from orpo_lite.errors import DataError
 
 __all__ = ["COLUMNS", "PROMPTS_DIFFER", "READERS", "Detected", "Message", "Pair", "Reader", "Row", "detect_format",
            "shared_start"]  # fmt: skip
 
-FEW = 10  # rows: less say nothing of what a column repeats
-MANY = 0.9  # of the rows: a habit of the whole set
 SAID = "data.format says so"
-PAIRS = "write each pair as prompt, chosen and rejected"
+AS_TEXTS = ("explicit", "orca", "alpaca")  # formats of replies that are texts, beside a prompt that is one
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,40 +88,41 @@ class Detected:
 
 
 def detect_format(
-    rows: Sequence[Row], *, name: str = "auto", mapped: Iterable[str] = (), plain: bool = False
+    rows: Sequence[Row], *, name: str = "auto", mapped: Mapping[str, str] = {}, plain: bool = False
 ) -> Detected:
     """The format that the first rows share, by what their columns hold; a row that deviates is its reader's to report.
 
     Args:
         name: a name of READERS when the person has set data.format; its columns are still looked for.
-        mapped: the canonical columns that data.column_map has set; nothing else is a candidate for them.
+        mapped: data.column_map: our name -> the column that has it in these rows; nothing else is a candidate for it.
         plain: data.chat_template is none, so already-templated text is what the person wants.
 
     Raises DataError, with the line to write, when nothing fits, when two readings are possible, and when a template
     is in the text already.
     """
-    look = Look(rows, frozenset(mapped), plain)
+    said = name != "auto"
+    look = Look(rows, mapped, plain)
+    _refuse_mapped(look)
     _refuse_python(look)
-    if name == "auto":
+    if not said:
         fitting = (found for clause in CLAUSES if (found := clause(look)))
         name, because = next(fitting, None) or _refuse_unknown(look)
     else:
         because = SAID
         _find_columns(look, name)
-        if name in ("explicit", "orca", "alpaca") and look.kind(look.taken.get("prompt", "prompt")) in TEXTS:
-            look.texts = SIDES  # beside a prompt that is a text they are, whatever these texts look like
+    if name in AS_TEXTS and look.kind(look.taken.get("prompt", "prompt")) in TEXTS:
+        # Once named, these formats take chosen and rejected for the texts that they are, whatever they look like.
+        look.texts, look.as_texts = (SIDES, "") if said else ((), name)
     for reply in _replies(look, name):
         look.find(reply)
-    asked = look.taken.get("prompt") if name != "doubled" else None
+    asked = look.taken.get("prompt")
     if asked and ("input" in look.mapped or (look.is_alpaca() and look.agree(asked, "instruction"))):
         look.find("input")  # what the instruction is about
     _find_history(look)
     system = _find_system(look)
     if (templated := look.templated()) and not plain:
         refuse_templated(look, templated)
-    if name != "implicit" or because != SAID:
-        _refuse_unread(look)
-    as_texts = "" if because == SAID else _as_texts(look)
+    as_texts = "" if said else _as_texts(look)
     if as_texts and "message" in map(look.kind, SIDES):
         because += f" (JSON in texts, which {as_texts} would read as they are)"
     if system and look.kind(system) != "null" and name != "orca":
@@ -127,11 +131,39 @@ def detect_format(
 
     def read(row: Row, where: str) -> Pair:
         named = look.renamed(row, where)
-        return (without_reply(named, sides, where) if len(sides) == 2 else None) or READERS[name](named, where)
+        return without_reply(named, sides, where) or READERS[name](named, where)
 
     if as_texts:
         _refuse_no_messages(look, read, as_texts)
+    refuse_unread(look, name, said=said)
+    if not said and _is_doubled(look, name, read):
+        texts = look.kind(look.taken.get("prompt", "")) in TEXTS
+        name = "doubled" if texts and name in ("explicit", "orca") else name
+        because += ", and both replies begin with the prompt again, which is taken off"
+        return Detected(name, because, lambda row, where: undoubled(read(row, where)), look.taken)
     return Detected(name, because, read, look.taken)
+
+
+def _is_doubled(look: Look, name: str, read: Reader) -> bool:
+    """Both replies begin with what they reply to, as a habit of the set; refused where some do and others do not."""
+    ends = [repeated(pair) for pair in _pairs(look, read) if pair.drop is None]
+    doubled = [sum(end is not None for end in both) for both in ends]
+    both, one = (doubled.count(n) / max(1, len(doubled)) for n in (2, 1))
+    if SOME <= both < MANY or one >= 0.5:
+        shares = [sum(end is not None for end in side) / len(ends) for side in zip(*ends, strict=True)]
+        chosen, rejected = (f"{share:.0%}" for share in shares)
+        found = f"{chosen} of chosen and {rejected} of rejected repeat the prompt in the first {len(ends)} rows"
+        remedy = f"data.format={name} to leave it in the replies"
+        if name in AS_TEXTS:
+            remedy = f"data.format=doubled to take it off where it is, or {remedy}"
+        raise DataError("data.format", found, "the prompt once, and all rows alike", remedy)
+    return both >= MANY
+
+
+def _pairs(look: Look, read: Reader) -> Iterator[Pair]:
+    for row in look.rows:
+        with suppress(DataError):  # its reader will report it
+            yield read(row, "")
 
 
 def is_known(column: str) -> bool:
@@ -172,7 +204,7 @@ def _conversations(look: Look) -> Found:
     if look.kind("prompt") in CHAT and "conversation" not in look.mapped:
         look.find("prompt")
         return style or "explicit", f"prompt is a list of messages and {sides}"
-    whole = look.share(asks, lists[0])
+    whole = look.share(opens, lists[0])
     if (whole < 1 or "conversation" in look.mapped) and (before := _find_before(look)):
         canonical, column = before
         if canonical == "conversation":
@@ -180,7 +212,7 @@ def _conversations(look: Look) -> Found:
         return style or "messages", f"{sides} beside {shown(column)}, a text"
     if whole > 0 and look.kind("prompt") in TEXTS:
         return style or "messages", f"{sides} beside prompt, a text"
-    return (style or "implicit", f"{sides} and there is no prompt") if whole > 0 else None
+    return (style or "implicit", f"{sides} that hold their prompt") if look.share(asks, lists[0]) > 0 else None
 
 
 def _texts(look: Look) -> Found:
@@ -202,8 +234,6 @@ def _texts(look: Look) -> Found:
         about = look.find("input") or ("input" if look.kind("input") != "missing" else "history")
         return "alpaca", f"{shown(column)}, chosen and rejected are texts beside {about}"
     reason = f"{shown(column)}, chosen and rejected are texts"
-    if _is_doubled(look, column):
-        return "doubled", f"{reason}, and chosen and rejected begin with {shown(column)} again"
     if (system := _find_system(look)) and look.kind(system) != "null":
         return "orca", f"{shown(system)}, {reason}"
     return "explicit", reason
@@ -214,26 +244,13 @@ def _share_prompts(look: Look) -> bool:
 
     Two replies can begin alike by chance, and what they reply to may be what was not taken.
     """
-    others = [column for column in look.columns if look.kind(column) in TEXTS and column not in _sides(look)]
-    unread = look.kind("prompt") not in ("missing", "null") or bool(_like_prompts(look))
-    unread = unread or any(look.kind(name) in CHAT for name in ALIASES["conversation"])
+    others = [column for column in look.columns if column not in _sides(look)]
+    unread = any(could_ask(look, column) for column in others)
     starts = [shared_words(*texts) for texts in look.values("chosen", "rejected")]
     usual = max(Counter(starts).values(), default=0)
-    a_phrase = bool(others) and usual > 2 and usual > len(starts) / 2  # "I think", whatever was asked
+    texts = any(look.kind(column) in TEXTS for column in others)
+    a_phrase = texts and usual > 2 and usual > len(starts) / 2  # "I think", whatever was asked
     return not unread and not a_phrase and sum(map(bool, starts)) >= MANY * len(starts) > 0
-
-
-def _is_doubled(look: Look, prompt: str) -> bool:
-    repeats = [
-        [behind(p, text) is not None for text in texts] for p, *texts in look.values(prompt, "chosen", "rejected")
-    ]
-    both, one = (sum(sum(sides) == n for sides in repeats) / max(1, len(repeats)) for n in (2, 1))
-    if SOME <= both < MANY or one >= 0.5:
-        chosen, rejected = (f"{sum(side) / len(repeats):.0%}" for side in zip(*repeats, strict=True))
-        found = f"{chosen} of chosen and {rejected} of rejected repeat {shown(prompt)} in the first {len(repeats)} rows"
-        remedy = "data.format=doubled to take it off where it is, or data.format=explicit to leave it in the replies"
-        raise DataError("data.format", found, "the prompt once, and all rows alike", remedy)
-    return both >= MANY
 
 
 def _two_outputs(look: Look) -> Found:
@@ -254,8 +271,10 @@ def _ranked(look: Look) -> Found:
             return None
         wanted = [name for name in ("scores", "ranks") if name in look.mapped] or ["scores", "ranks"]
         measures = [column for name in wanted if (column := look.find(name))]
+        if measures and measures[0] == look.taken.get("ranks") and "ranks" not in look.mapped:
+            _refuse_order(look, completions, measures[0])
         if len(measures) != 1:
-            lines = [map_line(**{name: column}) for name, column in zip(wanted, measures, strict=False)]
+            lines = [look.line(**{name: column}) for name, column in zip(wanted, measures, strict=False)]
             _refuse_ranking(look, completions, f"texts beside {shown(*measures) or 'no known scores'}", lines)
         reason = f"{shown(completions)} is a list of texts and {shown(measures[0])} of their numbers"
     else:
@@ -269,20 +288,14 @@ def _ranked(look: Look) -> Found:
 
 
 def _judged(look: Look) -> Found:
-    answers = None if look.kind("rejected") in USABLE else _two_answers(look)
+    answers = None if look.kind("rejected") in USABLE else two_answers(look)
     if answers is None:
         return None
-    columns = [name for name in ("better", "preference_strength") if name in look.mapped] or look.columns
-    meanings = {column: says for column in columns if (says := _meaning(look, column, answers))}
-    verdicts = [column for column in meanings if plain_name(column) in VERDICTS]
-    if len(verdicts) != 1:
-        _refuse_verdict(look, answers, verdicts or [column for column in meanings if _names_better(column)])
-    _refuse_unsigned(look, verdicts[0], answers)
-    if look.share(asks, answers[0]) < 1:
+    verdict, look.verdict = find_verdict(look, answers)
+    if look.share(opens, answers[0]) < 1:
         _find_before(look)
-    look.taken |= {"response_a": answers[0], "response_b": answers[1], "better": verdicts[0]}
-    look.verdict = meanings[verdicts[0]]
-    return "judged", f"{shown(*answers)} are two answers and {shown(*verdicts)} says which is the better"
+    look.taken |= {"response_a": answers[0], "response_b": answers[1], "better": verdict}
+    return "judged", f"{shown(*answers)} are two answers and {shown(verdict)} says which is the better"
 
 
 CLAUSES = (_openai, _dialogues, _conversations, _texts, _two_outputs, _ranked, _judged)
@@ -298,11 +311,11 @@ def _find_columns(look: Look, name: str) -> None:
     elif name == "judged":
         _judged(look)
     elif name in ("conversation", "sharegpt"):
-        if look.share(asks, "chosen") < 1 or "conversation" in look.mapped:
+        if look.share(opens, "chosen") < 1 or "conversation" in look.mapped:
             _find_before(look)
     elif name not in ("implicit", "openai"):
         # Conversations and dialogues that are whole need no prompt, so no rival of it matters.
-        whole = look.kind("chosen") == "dialogue" if name == "hh_rlhf" else look.share(asks, "chosen") == 1
+        whole = look.kind("chosen") == "dialogue" if name == "hh_rlhf" else look.share(opens, "chosen") == 1
         if not whole or name in ("explicit", "alpaca"):
             look.find("prompt")
     if name == "alpaca":
@@ -324,21 +337,15 @@ def _find_history(look: Look) -> None:
     column, prompt = look.find("history"), look.taken.get("prompt")
     if column is None or prompt is None or look.kind(prompt) not in TEXTS or "history" in look.mapped:
         return
-    inside = look.share(lambda turns, text: _one_after_another(contents(turns), text), column, prompt)
+    inside = look.share(lambda turns, text: one_after_another(contents(turns), text), column, prompt)
     beyond = look.share(
-        lambda turns, *told: contents(turns)[-2:] == [contents(value)[-1] for value in told], column, prompt, "chosen"
+        lambda turns, *told: contents(turns)[-2:] == [text for value in told for text in contents(value)[-1:]],
+        column,
+        prompt,
+        "chosen",
     )
     if inside > 0.5 or beyond > 0.5:
         del look.taken["history"]
-
-
-def _one_after_another(parts: Sequence[str], text: str) -> bool:
-    at = 0
-    for part in parts:
-        if (at := text.find(part, at)) < 0:
-            return False
-        at += len(part)
-    return bool(parts)
 
 
 def _find_system(look: Look) -> str | None:
@@ -363,7 +370,7 @@ def _find_before(look: Look) -> tuple[str, str] | None:
     strangers = [column for column in strangers if look.share(_holds_turn, conversation, column) < 1]
     if strangers:
         found = f"{shown(conversation, *strangers)} could each stand before the reply, and they differ"
-        remedy = f"{map_lines('conversation', [conversation])} or {map_lines('prompt', strangers)}"
+        remedy = f"{look.line(conversation=conversation)} or {look.lines('prompt', strangers)}"
         raise DataError("data.column_map", found, "one conversation, or one prompt", remedy)
     return "conversation", conversation
 
@@ -372,127 +379,46 @@ def _holds_turn(turns: Any, prompt: Any) -> bool:
     return turns == prompt or (isinstance(prompt, str) and prompt.strip() in [text.strip() for text in contents(turns)])
 
 
-# --- two answers and a verdict
-
-ANSWER_WORDS = ("response", "answer", "completion", "output", "reply", "generation", "conv", "messages", "human_ref")
-SIGNED = ("preference_strength", "overall_preference")  # HelpSteer: -3, the first is much better, to 3, the second is
-VERDICTS = ("better", "winner", "better_response_id", "safer_response_id", "labels", *SIGNED)
-TIES = ("tie", "tie (bothbad)", "both_bad")
-_END = re.compile(r"(.*?)[ _-]?([012ab])", re.IGNORECASE)  # response_0, response1, human_ref_A
-
-
-def _two_answers(look: Look) -> tuple[str, str] | None:
-    if {"response_a", "response_b"} <= look.mapped:
-        return "response_a", "response_b"
-    stems: dict[str, dict[str, str]] = {}
-    for column in look.columns:
-        match = _END.fullmatch(column)
-        if match and look.kind(column) in USABLE and any(word in match[1].lower() for word in ANSWER_WORDS):
-            stems.setdefault(match[1], {})[match[2].lower()] = column
-    pairs = [tuple(ends[end] for end in sorted(ends)) for ends in stems.values() if len(ends) == 2]
-    if len(pairs) > 1:
-        found = " and ".join(f"{shown(a)} with {shown(b)}" for a, b in pairs) + " could each be the two answers"
-        lines = " or ".join(map_line(response_a=a, response_b=b) for a, b in pairs)
-        raise DataError("data.column_map", found, "two answers", lines)
-    return (pairs[0][0], pairs[0][1]) if pairs else None
-
-
-def _meaning(look: Look, column: str, answers: tuple[str, str]) -> Callable[[Any], str | None] | None:
-    """What a column's values say of the two answers, where that is documented or they name one of them."""
-    ends = [match[2].lower() if (match := _END.fullmatch(answer)) else answer for answer in answers]
-    table: dict[str, str] = {}
-    if column in answers or look.kind(column) not in ("text", "number"):
-        return None
-    if plain_name(column) in SIGNED:
-        if ends == ["1", "2"]:
-            table = {str(i): "a" if i < 0 else "b" if i > 0 else "tie" for i in range(-3, 4)}
-    elif plain_name(column) == "labels":
-        if answers == ("human_ref_A", "human_ref_B"):  # SHP: 1, the first is preferred
-            table = {"1": "a", "0": "b"}
-    else:
-        for verdict, end, answer in zip("ab", ends, answers, strict=True):
-            table |= dict.fromkeys((end, answer.lower(), f"model_{end}"), verdict)
-        table |= dict.fromkeys(TIES, "tie")
-
-    def says(value: Any) -> str | None:
-        return table.get(_plain_verdict(value))
-
-    return says if look.share(lambda value: says(value) is not None, column) >= MANY else None
-
-
-def _plain_verdict(value: Any) -> str:
-    return str(value).strip().lower().removesuffix(".0")
-
-
 # --- what is refused
 
 
 def _refuse_python(look: Look) -> None:
-    columns = [column for column, kind in look.kinds.items() if kind == "Python text of a list"]
-    if columns := [column for column in columns if plain_name(column) in KNOWN]:
-        found = f"{shown(*columns)} hold lists as Python prints them, which is not JSON"
+    columns = [
+        column for column, kind in look.kinds.items() if kind in ("Python text of a list", "Python text of texts")
+    ]
+    if columns := [column for column in columns if plain_name(column) in KNOWN or is_answer(column)]:
+        found = f"{holds(*columns)} lists as Python prints them, which is not JSON"
         remedy = "write the column with json.dumps, or save the set as .jsonl or .parquet"
         raise DataError("data.format", found, "texts, or lists as JSON", remedy)
 
 
-def _refuse_unread(look: Look) -> None:
-    """A conversation beside what is read, of which no turn is read: earlier turns, most likely."""
-    if look.mapped & {"prompt", "conversation"} or look.kind("chosen") == "dialogue":
-        return
-
-    def said(row: Row, columns: Iterable[str]) -> set[str]:
-        return {" ".join(text.split()) for column in columns for text in contents(unpacked(row.get(column)))}
-
-    read = set(look.taken.values())
-    unread = [column for column in look.named(*ALIASES["conversation"]) if look.kind(column) in CHAT]
-    for column in [column for column in unread if column not in read]:
-        held = [bool(turns & said(row, read)) for row in look.rows if (turns := said(row, [column]))]
-        if held and held.count(False) >= SOME * len(held):
-            prompts = [look.taken["prompt"]] if "prompt" in look.taken else look.candidates("prompt")
-            before = map_line(**{"history" if "prompt" in look.taken else "conversation": column})
-            without = map_lines("prompt", prompts) or "data.format=implicit"
-            found = f"{shown(column)} holds turns that are neither in {shown(*prompts) or 'chosen'} nor in the replies"
-            remedy = f"{before} to put them in front, or {without} to leave them out"
-            raise DataError("data.column_map", found, "all that stands before the reply in what is read", remedy)
+def _refuse_mapped(look: Look) -> None:
+    """A column that was given a name of ours and holds what cannot be that."""
+    for ours, theirs in look.mapped.items():
+        kind, fitting = look.kind(ours), FITTING.get(ours, ()) if ours != "prompt" else ()
+        if fitting and kind not in (*fitting, "missing", "null"):
+            found = f"{shown(theirs)} is to be {ours}, and holds {kind}"
+            expected = " or ".join(one for one in fitting if one not in ("null", "dialogue"))
+            others = [column for column in look.columns if column not in look.mapped and look.kind(column) in fitting]
+            others = [column for column in others if look.kind(column) != "null" and column not in SIDES]
+            lines = look.lines(ours, others) if ours in ("completions", "scores", "ranks") else ""
+            remedy = lines or f"no setting helps: write {shown(theirs)} so, or name another column"
+            raise DataError("data.column_map", found, expected, remedy)
 
 
-def _refuse_verdict(look: Look, answers: tuple[str, str], verdicts: Sequence[str]) -> NoReturn:
-    two = shown(*answers)
-    found = f"{two} are two answers, and no column is known to say which is the better"
-    remedy = f"no setting helps: {PAIRS}"
-    if [column for column in verdicts if plain_name(column) in VERDICTS]:
-        found = f"{shown(*verdicts)} could each say which of {two} is the better"
-    elif not verdicts and (measures := _measures(look, answers)):
-        found += f"; {' and '.join(shown(*pair) for pair in measures)} measure them"
-        remedy += ", by those numbers: only you know whether the higher or the lower is the better"
-    raise DataError("data.column_map", found, "one verdict", map_lines("better", verdicts) or remedy)
-
-
-def _refuse_unsigned(look: Look, column: str, answers: tuple[str, str]) -> None:
-    """Without a value below 0 it may as well be the number of the better answer, and then 1 says the reverse."""
-    signed = plain_name(column) in SIGNED and "preference_strength" not in look.mapped
-    if signed and look.share(lambda value: _plain_verdict(value).startswith("-"), column) == 0:
-        found = f"{shown(column)} is below 0 in no row: a strength, by which the first is never the better, or the "
-        found += f"number of the better one of {shown(*answers)}"
-        remedy = f"{map_line(preference_strength=column)} if it is a strength, or {map_line(better=column)} if a number"
-        raise DataError("data.column_map", found, "strengths on both sides of 0", remedy)
-
-
-def _measures(look: Look, answers: tuple[str, str]) -> list[tuple[str, str]]:
-    """Columns of numbers that mirror the two answers: score_0 and score_1 beside answer_0 and answer_1."""
-    ends = {match[2].lower() for answer in answers if (match := _END.fullmatch(answer))}
-    stems: dict[str, list[str]] = {}
-    for column in look.columns:
-        if (match := _END.fullmatch(column)) and match[2].lower() in ends and MEASURING & set(words(match[1])):
-            stems.setdefault(match[1], []).append(column)
-    return [(pair[0], pair[1]) for pair in stems.values() if len(pair) == 2]
+def _refuse_order(look: Look, completions: str, ranks: str) -> None:
+    """From 0 on they may as well say which answer comes first, which second: 2, 0, 1 is another order then."""
+    if look.share(lambda numbers: sorted(map(str, numbers)) == [str(i) for i in range(len(numbers))], ranks) == 1:
+        found = f"{shown(ranks)} counts from 0: the rank of each of {shown(completions)}, or their order, best first"
+        remedy = f"{look.line(ranks=ranks)} if they are ranks, the lowest the best; write an order as ranks"
+        raise DataError("data.column_map", found, "ranks from 1 on", remedy)
 
 
 def _refuse_ranking(look: Look, completions: str, found: str, lines: Sequence[str] = ()) -> NoReturn:
     numbers = [column for column, kind in look.kinds.items() if kind in FITTING["scores"] and column != completions]
     if not lines and look.kind(completions) in LISTS:
-        lines = [f"{map_lines('scores', [column])} if the highest is the best" for column in numbers]
-        lines += [f"{map_lines('ranks', [column])} if the lowest is the best" for column in numbers]
+        lines = [f"{look.lines('scores', [column])} if the highest is the best" for column in numbers]
+        lines += [f"{look.lines('ranks', [column])} if the lowest is the best" for column in numbers]
     expected = f"in each answer one of {', '.join(MEASURES)}; or texts with scores or ranks"
     found = f"{shown(completions)} holds {found}: nothing says which answer is the best"
     raise DataError("data.column_map", found, expected, " or ".join(lines) or f"no setting helps: {PAIRS}")
@@ -504,45 +430,62 @@ def _refuse_unknown(look: Look) -> NoReturn:
         f"{side} {'is' if kind in ('missing', 'null') else 'holds'} {kind}" for side, kind in kinds.items()
     )
     found += f"; the columns are {', '.join(map(repr, look.columns)) or 'none'}"
-    guesses = {side: _guess(look, side) for side in ("chosen", "rejected")}
-    if not any(guesses.values()) and (single := _single_reply(look)):
+    guesses = {side: guess(look, side) for side in ("chosen", "rejected")}
+    if not any(guesses.values()) and (single := single_reply(look)):
         expected = "a pair needs two replies to one prompt, a better and a worse one"
         raise DataError("data.format", f"{single}; {found}", expected, f"no setting helps: {PAIRS}")
     _refuse_roles(look)
+    as_texts = _as_texts(look)
     if listed := [look.column(side) for side, kind in kinds.items() if kind in LISTS]:
-        remedy = "no setting helps: write a single text without the list around it, and turns as messages"
+        remedy = "write a single text without the list around it, and turns as messages"
+        before = f"{as_texts} if these texts are the replies; else" if as_texts else "no setting helps:"
         expected = "in each of prompt, chosen and rejected a text, or messages {role, content}"
-        raise DataError("data.format", f"{shown(*listed)} hold lists of texts; {found}", expected, remedy)
-    guesses["prompt"] = _guess_prompt(look, [column for column in guesses.values() if column])
+        raise DataError("data.format", f"{holds(*listed)} lists of texts; {found}", expected, f"{before} {remedy}")
+    guesses["prompt"] = guess_prompt(look, [column for column in guesses.values() if column])
     unfit = [side for side, kind in kinds.items() if kind not in (USABLE if side != "prompt" else (*TEXTS, *CHAT))]
     sides = [column for side in ("chosen", "rejected") if (column := guesses[side])]
     whole = len(sides) == 2 and all(look.share(asks, column) == 1 for column in sides)
     if whole or (look.candidates("conversation") and unfit != ["prompt"]):
         unfit = [side for side in unfit if side != "prompt"]
     expected = "chosen and rejected, both texts or both lists of messages, with or without a prompt"
-    remedy = "name the columns: " + map_line(**{side: guesses[side] or "COLUMN" for side in unfit or kinds})
+    remedy = "no setting helps: write chosen and rejected alike, as expected"
+    if unfit:
+        remedy = "name the columns: " + look.line(**{side: guesses[side] or "COLUMN" for side in unfit})
     if not (guesses["chosen"] or guesses["rejected"]):
         remedy += f"; or, where no column always holds the better reply, {PAIRS}"
-    if not any(guesses.values()) and all(" " in column.strip() for column in look.columns):
+    if odd := _odd(look, [side for side in unfit if not guesses[side]]):
+        remedy = f"no setting helps: write {shown(*odd)} as a text, or as a list of messages {{role, content}}"
+    no_names = look.columns and not any(guesses.values()) and all(" " in column.strip() for column in look.columns)
+    if no_names or any(column.rstrip()[-1:] in ".?!" or len(column.split()) > 4 for column in look.columns):
         remedy += "; if the first line of the file is a row, write a line with the columns' names above it"
-    if as_texts := _as_texts(look):
+    if as_texts:
         remedy = f"{as_texts} to take chosen and rejected for the texts that they are, though they look like JSON"
     if unfit == ["prompt"] and kinds["chosen"] in TEXTS:
-        remedy += " or data.format=implicit if both texts begin with the prompt"
+        remedy += "; or data.format=implicit if both texts begin with the prompt"
     raise DataError("data.format", f"no known format: {found}", expected, remedy)
+
+
+def _odd(look: Look, sides: Sequence[str]) -> list[str]:
+    """The columns that are what is lacking, for all that one can tell, and that hold what cannot be read there."""
+    named = [look.column(side) for side in sides if look.kind(side) not in ("missing", "null")]
+    ours = (*_sides(look), look.column("prompt"))
+    others = [column for column in look.columns if column not in ours]
+    if sides == ["prompt"] and not named:
+        others = [column for column in others if look.kind(column) not in (*TEXTS, *CHAT)]
+        return [column for column in others if could_ask(look, column)]
+    spare = any(look.kind(column) in (*USABLE, *CHAT) for column in others)
+    return named if len(named) == len(sides) and not spare else []
 
 
 def _as_texts(look: Look) -> str:
     """The settings that read replies as the texts that they are, though they look like JSON; "" where none would."""
     sides = [look.column(side) for side in SIDES]
     texts = all(isinstance(row.get(column), str) for row in look.rows for column in sides)
-    if not texts or not any(look.kind(column) in STRUCTURED for column in sides):
+    if not texts or not any(look.kind(column) in (*STRUCTURED, *LISTS) for column in sides):
         return ""
-    prompt = None if look.candidates("prompt") else _guess_prompt(look, sides)
-    if prompt and look.mapped:
-        return ""  # what was mapped already would have to stand in the line too
+    prompt = None if look.candidates("prompt") else guess_prompt(look, sides)
     rows = [{**row, "prompt": row.get(prompt)} for row in look.rows] if prompt else look.rows
-    mapped = ["prompt"] if prompt else look.mapped
+    mapped = {**look.mapped, "prompt": prompt} if prompt else look.mapped
     try:
         explicit = detect_format(rows, name="explicit", mapped=mapped, plain=look.plain)
         pairs = [explicit.read(row, "") for row in rows]
@@ -552,7 +495,7 @@ def _as_texts(look: Look) -> str:
         [pair.chosen, pair.rejected] != [row[side] for side in sides] for pair, row in zip(pairs, rows, strict=True)
     ):
         return ""
-    return f"data.format=explicit {map_line(prompt=prompt)}" if prompt else "data.format=explicit"
+    return f"data.format=explicit {look.line(prompt=prompt)}" if prompt else "data.format=explicit"
 
 
 def _refuse_no_messages(look: Look, read: Reader, as_texts: str) -> None:
@@ -588,100 +531,3 @@ def _refuse_roles(look: Look) -> None:
             as_texts = _as_texts(look)
             remedy = f"{as_texts} if these are texts; else {remedy}" if as_texts else f"no setting helps: {remedy}"
             raise DataError("data.format", found, f"the roles {', '.join(known)}", remedy)
-
-
-# --- what a column's name says; only ever a suggestion in an error message: by these words alone no column is taken
-
-POLAR = {
-    "chosen": frozenset("chosen accepted accept preferred winner winning win good better best positive w".split()),
-    "rejected": frozenset("rejected reject dispreferred loser losing lose bad worse worst negative l".split()),
-}
-VERDICT = frozenset("better best winner winning preferred preference choice chosen vote verdict label labels".split())
-PROMPT = frozenset("prompt question instruction query problem task".split())
-DENYING = frozenset("non not".split())
-DOUBTFUL = DENYING | frozenset(
-    "un dis no never nor without anti less least than second third next almost former previous original old".split()
-)
-MEASURING = frozenset(
-    "score scores rating ratings rank ranks ranking reward rewards correct grade grades strength margin count".split()
-)
-NOT_A_REPLY = MEASURING | PROMPT | frozenset("model id source reason rationale feedback name system label".split())
-ABOUT = NOT_A_REPLY - PROMPT | POLAR["chosen"] | POLAR["rejected"]  # of a reply or of the set: no prompt
-
-
-def _names_better(column: str) -> bool:
-    """The value is the name of the better answer. Not so of loser, nor of best_0, which speaks of one answer alone."""
-    said = set(words(column))
-    return bool(said & VERDICT) and not said & (POLAR["rejected"] | DOUBTFUL | MEASURING) and not _END.fullmatch(column)
-
-
-def _side(column: str) -> str | None:
-    """chosen or rejected, where the name says so beyond doubt: not of less_preferred, nor of worse_than_best."""
-    said = words(column)
-    sides = [side for side, polar in POLAR.items() if polar & set(said)]
-    if len(sides) != 1 or NOT_A_REPLY & set(said):
-        return None
-    doubts = [word for word in said if word in DOUBTFUL]
-    if not doubts:
-        return sides[0]
-    denied = any(word in DENYING and after in POLAR["chosen"] for word, after in pairwise(said))
-    return "rejected" if denied and len(doubts) == 1 else None
-
-
-def _guess(look: Look, side: str) -> str | None:
-    named = [column for column in look.columns if look.kind(column) in USABLE]
-    own = [column for column in named if plain_name(column) == side]
-    guesses = own or [column for column in named if _side(column) == side and not _holds_labels(look, column)]
-    return guesses[0] if len(guesses) == 1 else None
-
-
-def _guess_prompt(look: Look, replies: Sequence[str]) -> str | None:
-    texts = [column for column in look.columns if look.kind(column) in (*TEXTS, *CHAT) and column not in replies]
-    texts = [column for column in texts if not ABOUT & set(words(column)) and not _holds_labels(look, column)]
-    by_word = [column for column in texts if PROMPT & set(words(column))]
-    known = [column for column in look.candidates("prompt") if column in texts]
-    asking = [column for column in texts if look.kind(column) in CHAT and look.share(waits_for_reply, column) > 0.5]
-    for guesses in (known[:1], asking, by_word, _like_prompts(look)):
-        if len(guesses) == 1 and guesses[0] not in replies:
-            return guesses[0]
-    return None
-
-
-def _holds_labels(look: Look, column: str) -> bool:
-    """Single words that name other columns, or the same few again and again: a verdict or a topic, no text to learn."""
-    texts = [text.strip().lower() for (text,) in look.values(column)] if look.kind(column) in TEXTS else []
-    names = {plain_name(other) for other in look.columns} | {"model_a", "model_b", "tie"}
-    single = bool(texts) and all(len(text.split()) == 1 for text in texts)
-    return single and (set(texts) <= names or (len(texts) >= FEW and len(set(texts)) <= len(texts) / 2))
-
-
-def _like_prompts(look: Look) -> list[str]:
-    """Columns that could well hold the prompt under another name: mostly distinct texts of several words."""
-    found = []
-    for column in look.columns:
-        texts = [text for (text,) in look.values(column)] if look.kind(column) in TEXTS else []
-        several = sum(len(text.split()) > 1 for text in texts) >= MANY * len(texts) > 0
-        if several and len(set(texts)) > len(texts) / 2 and not ABOUT & set(words(column)):
-            found.append(column)
-    return found
-
-
-def _single_reply(look: Look) -> str:
-    """A sentence for the sets that have only one reply to each prompt, and are often taken for pairs."""
-
-    def first(names: Iterable[str], *kinds: str) -> str | None:
-        return next((column for column in look.named(*names) if not kinds or look.kind(column) in kinds), None)
-
-    reply = first(("completion", "response", "output", "answer"), *USABLE)
-    prompt = next((column for column in look.candidates("prompt") if column != reply), None)
-    label = first(("label", "labels", "kto_tag"))
-    chat = first(ALIASES["conversation"], *CHAT)
-    if reply and prompt and label:
-        return f"{shown(prompt, reply, label)} are unpaired preferences, one reply with a label, as for KTO"
-    if reply and prompt:
-        return f"{shown(prompt, reply)} are one reply to each prompt, as for supervised fine-tuning"
-    if chat and label and look.kind("chosen") == "missing":
-        return f"{shown(chat, label)} are unpaired preferences, one conversation with a label, as for KTO"
-    if chat and look.kind("chosen") == "missing":
-        return f"{shown(chat)} holds one conversation a row, as for supervised fine-tuning"
-    return ""

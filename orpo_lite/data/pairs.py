@@ -14,10 +14,11 @@ from itertools import accumulate, chain, islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from orpo_lite.data.columns import is_blank, shown
+from orpo_lite.data.columns import map_line, shown
 from orpo_lite.data.formats import COLUMNS, Detected, Pair, Row, detect_format, is_known
-from orpo_lite.data.readers import EMPTY_CHOSEN, EMPTY_REJECTED, NO_TOOLS, ToolError
-from orpo_lite.data.rows import Source, find_source, is_path
+from orpo_lite.data.kinds import CHAT, is_blank, kind_of
+from orpo_lite.data.readers import EMPTY_CHOSEN, EMPTY_REJECTED, NO_TOOLS, ToolError, says_nothing
+from orpo_lite.data.rows import Source, find_source, is_path, refuse_twice
 from orpo_lite.errors import DataError, raise_all
 
 if TYPE_CHECKING:
@@ -75,6 +76,10 @@ class PairReader:
         """For each set, its format, the columns that were ``read``, our name to theirs, and the others."""
         self.repeated = 0
         """Pairs of which a reply begins with the prompt's last turn again."""
+        self.absent = 0
+        """Pairs of which a reply, or the system text, is NULL, None, NaN or N/A, and may well be meant to be none."""
+        self.silent = 0
+        """Pairs with an empty turn before the last."""
         self.read = 0
         """Rows read."""
         self.drops = Drops()
@@ -95,6 +100,10 @@ class PairReader:
                 else:
                     kept += 1
                     self.repeated += _repeats_prompt(pair)
+                    self.absent += _holds_absent(pair)
+                    self.silent += any(
+                        not turn["content"].strip() for turn in pair.messages if turn["role"] != "system"
+                    )
                     self._digest.update(_content(pair))
                     yield pair
         raise_all(_tools_once(faults))
@@ -119,12 +128,15 @@ class PairReader:
         raise DataError(place, f"no such row in {names}", "a place as messages name it", "pairs.csv:3, or train[11]")
 
     def _pairs(self, source: Source, faults: list[DataError]) -> Iterator[Pair]:
-        """The pairs of one set, before any is left out."""
-        rows = islice(source.rows(faults), self.data.max_samples)
-        first = list(islice(rows, LOOK))
-        if not first:
-            raise_all(faults)
-            raise DataError(source.name, "no rows", "at least one preference pair", "check data.dataset_name")
+        """The pairs of one set, before any is left out; the faults of its rows in their order."""
+        broken: list[DataError] = []  # rows that cannot be read: those of the first look come before their time
+        rows = ((len(broken), place) for place in islice(source.rows(broken), self.data.max_samples))
+        looked_at = list(islice(rows, LOOK))
+        first = [place for _, place in looked_at]
+        if all(is_blank(value) for _, row in first for value in row.values()):
+            raise_all([*faults, *broken])
+            found = "no rows" if not first else "no rows that hold anything"
+            raise DataError(source.name, found, "at least one preference pair", "check data.dataset_name")
         try:
             looked = [row for _, row in first]
             looked += self._with_mapped(source, looked)
@@ -132,14 +144,17 @@ class PairReader:
             look = [_mapped(row, columns) for row in looked]
             detected = self._detect(look, columns)
         except DataError as fault:
-            raise_all(_tools_once([*faults, fault]))
+            raise_all(_tools_once([*faults, fault, *broken]))
             raise
         self.detected.append("")
         self.columns.append({})
         names = {key: None for row in looked for key in row}
         self._say(detected, columns, names)
         seen = {key for row in look for key, value in row.items() if not is_blank(value)}
-        for where, row in chain(first, rows):
+        moved = 0
+        for before, (where, row) in chain(looked_at, rows):
+            faults += broken[moved:before]
+            moved = before
             self.read += 1
             mapped = _mapped(row, columns)
             if late := [key for key, value in mapped.items() if key not in seen and not is_blank(value)]:
@@ -155,6 +170,7 @@ class PairReader:
                 yield detected.read(mapped, where)
             except DataError as fault:
                 faults.append(fault)
+        faults += broken[moved:]
 
     def _say(self, detected: Detected, columns: Mapping[str, str], names: Iterable[str]) -> None:
         """Note what is known by now of the set that is being read."""
@@ -168,7 +184,7 @@ class PairReader:
         before: Detected,
         look: Sequence[Row],
         row: Row,
-        mapped: Iterable[str],
+        mapped: Mapping[str, str],
         late: Sequence[str],
         where: str,
     ) -> Detected:
@@ -176,7 +192,7 @@ class PairReader:
 
         Raises DataError where the rows before would have been read otherwise.
         """
-        if not any(is_known(column) for column in late):
+        if not any(is_known(column) or kind_of(row[column]) in CHAT for column in late):
             return before
         turned_up = f"{shown(*late)} first {'holds' if len(late) == 1 else 'hold'} something at {where}"
         try:
@@ -212,7 +228,7 @@ class PairReader:
             _raise_unknown(sorted(self._unmapped), tuple(found))
         return {ours: theirs for ours, theirs in self.data.column_map.items() if theirs in found}
 
-    def _detect(self, rows: Sequence[Row], mapped: Iterable[str]) -> Detected:
+    def _detect(self, rows: Sequence[Row], mapped: Mapping[str, str]) -> Detected:
         plain = self.data.chat_template == "none"
         return detect_format(rows, name=self.data.format, mapped=mapped, plain=plain)
 
@@ -220,7 +236,13 @@ class PairReader:
 def training_sources(data: DataSection) -> list[Source]:
     """The sets to train on, found but not read. Raises DataError and HubError."""
     _check_mapped(data.column_map)
-    return [find_source(name, data.dataset_train_split, data.dataset_config) for name in data.names]
+    split = data.dataset_train_split
+    if split not in ("auto", "train") and all(Path(name).expanduser().is_file() for name in data.names):
+        found, expected = repr(split), "auto: files of their own have no splits"
+        raise DataError("data.dataset_train_split", found, expected, "leave it out, or name the file of that split")
+    sources = [find_source(name, split, data.dataset_config) for name in data.names]
+    refuse_twice(sources)
+    return sources
 
 
 def held_out_sources(data: DataSection) -> list[Source]:
@@ -259,7 +281,8 @@ def _drop_reason(pair: Pair) -> str | None:
         return EMPTY_CHOSEN
     if not pair.rejected.strip():
         return EMPTY_REJECTED
-    if not any(turn["content"].strip() for turn in pair.messages if turn["role"] != "system"):
+    asked = [turn["content"] for turn in pair.messages if turn["role"] != "system"]
+    if not asked or not asked[-1].strip():
         return EMPTY_PROMPT
     return SAID_TWICE if any(one == other for one, other in pairwise(pair.messages)) else None
 
@@ -270,6 +293,11 @@ def _repeats_prompt(pair: Pair) -> bool:
     return bool(asked) and any(
         reply[: 2 * enough].split()[: len(asked)] == asked for reply in (pair.chosen, pair.rejected)
     )
+
+
+def _holds_absent(pair: Pair) -> bool:
+    system = [turn["content"] for turn in pair.messages[:1] if turn["role"] == "system"]
+    return any(map(says_nothing, (pair.chosen, pair.rejected, *system)))
 
 
 def _content(pair: Pair) -> bytes:
@@ -284,6 +312,10 @@ def _mapped(row: Row, column_map: Mapping[str, str]) -> dict[str, Any]:
 
 def _check_mapped(column_map: Mapping[str, str]) -> None:
     if unknown := [name for name in column_map if name not in COLUMNS]:
+        if all(column in COLUMNS for column in column_map.values()):
+            line = map_line(**{ours: theirs for theirs, ours in column_map.items()})
+            found = f"{shown(*unknown)} {'is' if len(unknown) == 1 else 'are'} not among our names"
+            raise DataError("data.column_map", found, "OURS=THEIRS", f"turn it round: {line}")
         _raise_unknown(unknown, COLUMNS)
 
 

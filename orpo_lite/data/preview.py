@@ -12,6 +12,14 @@ from numpy.typing import NDArray
 
 from orpo_lite.data.cache import TokenizedPairs
 
+# Figures that should be 0, and what they count.
+COUNTED = {
+    "repeated_prompts": "pairs in which a reply begins with the prompt again",
+    "absent_texts": "pairs in which a reply or the system text is NULL, None, NaN or N/A, as if it was missing",
+    "empty_turns": "pairs with an empty turn before the last",
+    "templated_pairs": "pairs that hold markers of a chat template, as if one was applied already",
+    "unknown_tokens": "tokens that stand for what the tokenizer does not know, and which is lost",
+}
 QUANTILES = (5, 25, 50, 75, 95, 99)
 PADDED_BATCH = 8  # pairs; what peers' trainers put in a batch unless told otherwise
 SHUFFLES = 20
@@ -22,11 +30,9 @@ def figures(train: TokenizedPairs, test: TokenizedPairs) -> dict[str, Any]:
 
     format, chat_template: the sentences that say which they are · columns: of each set, which were read and which not ·
     rows_read · train_pairs, held_out_pairs · dropped: for each reason the number of pairs and the first places ·
-    tokens: quantiles of prompt, chosen, rejected · cut: what data.max_length does · repeated_prompts: pairs of which a
-    reply begins with the prompt · templated_pairs: pairs that hold a chat template's markers, too few or too late in
-    the set to refuse it · unknown_tokens: what the tokenizer lost · chosen_longer, rejected_longer: the length bias ·
-    prompts: different ones, and those on both sides · step: tokens that go through a model · sha256: of the pairs'
-    content and order.
+    tokens: quantiles of prompt, chosen, rejected · cut: what data.max_length does · those of COUNTED ·
+    chosen_longer, rejected_longer: the length bias · prompts: different ones, and those on both sides · step: tokens
+    that go through a model · sha256: of the pairs' content and order.
     """
     sides = _sides(train, test)
     both = {name: np.concatenate([train.column(name), test.column(name)]) for name in train.columns}
@@ -52,9 +58,7 @@ def figures(train: TokenizedPairs, test: TokenizedPairs) -> dict[str, Any]:
             "responses_without_end": int((cut > 0).sum()),
             "responses_without_end_share": float((cut > 0).mean()),
         },
-        "repeated_prompts": sum(side["repeated_prompts"] for side in sides),
-        "templated_pairs": sum(side["templated_pairs"] for side in sides),
-        "unknown_tokens": sum(side["unknown_tokens"] for side in sides),
+        **{name: sum(side[name] for side in sides) for name in COUNTED},
         "chosen_longer": float((chosen > rejected).mean()),
         "rejected_longer": float((chosen < rejected).mean()),
         "prompts": {"train": len(prompts[0]), "held_out": len(prompts[1]), "shared": len(prompts[0] & prompts[1])},

@@ -88,6 +88,8 @@ def read_explicit(row: Row, where: str) -> Pair:
     if isinstance(row.get("prompt"), list):
         return _join(row, _messages(row, "prompt", where), where)
     prompt = _asked(row, where)
+    if not prompt and isinstance(row.get("chosen"), list | Mapping):
+        return _join(row, () if _opens(row, "chosen", where) else _user(prompt), where)
     return _texts(row, prompt, where, _user(prompt))
 
 
@@ -105,7 +107,7 @@ def read_implicit(row: Row, where: str) -> Pair:
 
 def read_messages(row: Row, where: str) -> Pair:
     """UltraFeedback binarized: chosen and rejected are whole conversations, prompt repeats their user turn as text."""
-    return _join(row, () if _asks(row, "chosen", where) else _user(_asked(row, where)), where)
+    return _join(row, () if _opens(row, "chosen", where) else _user(_asked(row, where)), where)
 
 
 def read_hh_rlhf(row: Row, where: str) -> Pair:
@@ -131,17 +133,7 @@ def read_hh_rlhf(row: Row, where: str) -> Pair:
 
 def read_doubled(row: Row, where: str) -> Pair:
     """Texts with the prompt in its own column and again at the start of chosen and rejected: taken off where it is."""
-    prompt, *texts = (_text(row, field, where) for field in ("prompt", "chosen", "rejected"))
-    ends = [behind(prompt, text) for text in texts]
-    repeats = [(text, end) for text, end in zip(texts, ends, strict=True) if end is not None]
-    if not repeats:
-        return _texts(row, prompt, where, _user(prompt))
-    # The space between prompt and reply is the set's seam, no part of the reply.
-    spaces = [end[: len(end) - len(end.lstrip())] for _, end in repeats]
-    seam = shared_start(spaces[0], spaces[-1])
-    good, bad = (text if end is None else end[len(seam) :] for text, end in zip(texts, ends, strict=True))
-    text, end = repeats[0]
-    return _pair(row, _user(prompt.rstrip()), good, bad, where, text[: len(text) - len(end)] + seam)
+    return undoubled(read_explicit(row, where))
 
 
 def read_orca(row: Row, where: str) -> Pair:
@@ -203,7 +195,7 @@ def read_judged(row: Row, where: str) -> Pair:
     if verdict not in ("a", "b", "tie"):
         raise fault(where, "better", seen(row, "better"), "a verdict that names one of the two answers, or a tie")
     fields = ("response_b", "response_a") if verdict == "b" else ("response_a", "response_b")
-    before, prompt_text = ((), None) if _asks(row, "response_a", where) else _before(row, where)
+    before, prompt_text = ((), None) if _opens(row, "response_a", where) else _before(row, where)
     if blank := without_reply(row, fields, where):
         return blank
     pair = _join(row, before, where, fields, prompt_text)
@@ -231,10 +223,34 @@ READERS: dict[str, Reader] = {
 
 def without_reply(row: Row, fields: Sequence[str], where: str) -> Pair | None:
     """The pair of a row in which the chosen reply or the rejected one is null, as it is empty in a csv; else None."""
-    for field, reason in zip(fields, (EMPTY_CHOSEN, EMPTY_REJECTED), strict=True):
+    for field, reason in zip(fields, (EMPTY_CHOSEN, EMPTY_REJECTED), strict=False):  # or one for both
         if field in row and row[field] is None:
             return Pair((), "", "", where, drop=reason)
     return None
+
+
+def undoubled(pair: Pair) -> Pair:
+    """Without the last turn of the prompt at the start of the replies that begin with it again."""
+    texts = (pair.chosen, pair.rejected)
+    ends = repeated(pair)
+    repeats = [(text, end) for text, end in zip(texts, ends, strict=True) if end is not None]
+    if not repeats:
+        return pair
+    # The space between prompt and reply is the set's seam, no part of the reply.
+    spaces = [end[: len(end) - len(end.lstrip())] for _, end in repeats]
+    seam = shared_start(spaces[0], spaces[-1])
+    good, bad = (text if end is None else end[len(seam) :] for text, end in zip(texts, ends, strict=True))
+    *before, last = pair.messages
+    (text, end), asked = repeats[0], last["content"]
+    prompt_text = text[: len(text) - len(end)] + seam if pair.prompt_text == asked else pair.prompt_text
+    messages = (*before, {**last, "content": asked.rstrip()})
+    return replace(pair, messages=messages, chosen=good, rejected=bad, prompt_text=prompt_text)
+
+
+def repeated(pair: Pair) -> list[str | None]:
+    """What follows in chosen and in rejected on the prompt's last turn, where they begin with it; else None."""
+    asked = pair.messages[-1]["content"] if pair.messages else ""  # a pair that is left out may have none
+    return [behind(asked, text) for text in (pair.chosen, pair.rejected)]
 
 
 def _pair(
@@ -369,7 +385,8 @@ def _before(row: Row, where: str) -> tuple[Sequence[Message], str | None]:
 
 def _asked(row: Row, where: str) -> str:
     """The prompt, and below it what an instruction of Alpaca's kind is about; formats.py leaves input out elsewhere."""
-    prompt = _text(row, "prompt", where)
+    blank = "prompt" in row and row["prompt"] is None  # as an empty cell is: it will be left out, and counted
+    prompt = "" if blank else _text(row, "prompt", where)
     if row.get("input") is not None and (about := _text(row, "input", where)).strip():
         return f"{prompt}\n{about}"
     return prompt
@@ -388,8 +405,9 @@ def _side(row: Row, field: str, where: str) -> list[Message]:
     return _messages(row, field, where)
 
 
-def _asks(row: Row, field: str, where: str) -> bool:
-    return any(message["role"] == "user" for message in _side(row, field, where))
+def _opens(row: Row, field: str, where: str) -> bool:
+    """A conversation from its start: a user's turn is the first, or the first behind a system turn."""
+    return [turn["role"] for turn in _split_system(_side(row, field, where))[1][:1]] == ["user"]
 
 
 def _messages(row: Row, field: str, where: str, label: str = "") -> list[Message]:
@@ -554,6 +572,11 @@ def _ranked(row: Row, where: str) -> Iterator[tuple[float, str]]:
 
 
 ABSENT = ("", "n/a", "na", "nan", "none", "null")  # what is written where nobody scored
+
+
+def says_nothing(text: str) -> bool:
+    """A word that programs write for what is not there: NULL, None, NaN or N/A."""
+    return text.strip().lower() in ABSENT[1:]
 
 
 def numeric(text: str) -> bool:

@@ -76,6 +76,18 @@ def told_apart(sources: Sequence[Source]) -> list[Source]:
     return [source.labelled({**paths, **splits}) for source in sources]
 
 
+def refuse_twice(sources: Sequence[Source]) -> None:
+    """Raise DataError for a file, or a split of a set, of which all rows would be read twice."""
+    read: set[str] = set()
+    for source in sources:
+        files = source.files if isinstance(source, LocalSource) else ()
+        names = {os.path.realpath(file.path): file.label for file in files}
+        names |= {source.whole_name: source.whole_name} if isinstance(source, HubSource) else {}
+        if twice := [label for name, label in names.items() if name in read]:
+            raise DataError("data.dataset_name", f"{_listed(twice)}: twice", "each row once", "name it once")
+        read |= names.keys()
+
+
 def is_local(name: str) -> bool:
     return is_path(name) or os.path.exists(name)
 
@@ -214,13 +226,26 @@ def _data_files(folder: Path) -> list[Path]:
     """The files of rows in a folder and in its data/, where sets from the hub have them."""
     found = sorted(path for parent in (folder, folder / "data") for path in parent.glob("*") if _is_data(path))
     if found:
+        _refuse_copies(folder, found)
         return found
     if any((folder / name).exists() for name in SAVED):
         remedy = f'datasets.load_from_disk({str(folder)!r}), then .to_parquet("train.parquet") of each split'
         raise DataError(str(folder), "a folder of save_to_disk", "files as Dataset.to_parquet writes them", remedy)
     below = sorted({path.parent.name for path in folder.glob("*/*") if _is_data(path)})
-    remedy = f"data.dataset_name={folder / below[0]}" if below else "check data.dataset_name"
+    likely = choose_split(below) or next((name for name in below if "train" in name.lower()), *below[:1] or [""])
+    remedy = f"data.dataset_name={folder / likely}" if below else "check data.dataset_name"
     raise DataError(str(folder), "no data files in the folder", f"files of {', '.join(KINDS)}", remedy)
+
+
+def _refuse_copies(folder: Path, paths: Sequence[Path]) -> None:
+    """One name in two kinds is most likely one set of rows, converted."""
+    stems: dict[Path, Path] = {}
+    for path in paths:
+        other = stems.setdefault(path.parent / _stem(path.name), path)
+        if other != path:
+            found = f"{other.name} and {path.name}: one name in two kinds of files, as if one was made of the other"
+            remedy = f"data.dataset_name={path} or data.dataset_name={other}, or another name for one of them"
+            raise DataError(str(folder), found, "each row once", remedy)
 
 
 def _matched(pattern: Path) -> list[Path]:
@@ -252,6 +277,8 @@ def _unknown_kind(path: Path) -> DataError:
     if path.suffix.lower() in SPREADSHEETS:
         return DataError(str(path), "a spreadsheet", f"one of {', '.join(KINDS)}", "save it as csv, in UTF-8")
     remedy = 'Dataset.from_file(OLD).to_parquet("train.parquet")' if path.suffix == ".arrow" else "convert or rename it"
+    if path.suffix.lower() in (".ndjson", ".jl", ".jsonlines"):
+        remedy = f"rename it to {path.stem}.jsonl"
     return DataError(str(path), "an unknown kind of file", f"one of {', '.join(KINDS)}, or .gz of a text", remedy)
 
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from orpo_lite.data import cache
 from orpo_lite.data.cache import TokenizedPairs
-from orpo_lite.data.columns import is_templated
 from orpo_lite.data.formats import Pair
+from orpo_lite.data.kinds import is_templated
 from orpo_lite.data.pairs import PairReader
 from orpo_lite.data.rows import Source
 from orpo_lite.data.templates import (
@@ -120,6 +120,8 @@ def _tokenize(
             "largest_id": writer.largest,
             "unknown_tokens": writer.unknown,
             "repeated_prompts": reader.repeated,
+            "absent_texts": reader.absent,
+            "empty_turns": reader.silent,
             "templated_pairs": templated,
             "samples": shown,
         }

@@ -1,0 +1,117 @@
+"""What a format would leave unread: nothing of which the name or the turns say that it belongs before the reply."""
+
+from collections.abc import Iterable, Sequence
+
+from orpo_lite.data.columns import ALIASES, SIDES, SOME, Look, plain_name, shown, words
+from orpo_lite.data.guesses import ABOUT
+from orpo_lite.data.kinds import CHAT, SCALARS, TEXTS, Kind, contents, is_templated, one_after_another, waits_for_reply
+from orpo_lite.data.readers import Row
+from orpo_lite.errors import DataError
+
+# What may stand in a column of that name, and what is read there. A number is no prompt, but the id of one.
+FITS: dict[str, tuple[tuple[Kind, ...], str]] = {
+    **dict.fromkeys(
+        (*ALIASES["prompt"], *ALIASES["conversation"]),
+        ((*SCALARS, *TEXTS, *CHAT), "a text, or a list of messages {role, content}"),
+    ),
+    "history": (("missing", "null", *TEXTS, *CHAT, "pairs of texts"), "messages, or pairs [user, assistant]"),
+    **dict.fromkeys(ALIASES["system"], (("missing", "null", *TEXTS), "a text")),
+}
+WHOLE = ("implicit", "messages", "sharegpt", "hh_rlhf")  # formats whose replies may be whole conversations
+APART = ("input", "context", "history")  # say something beside a prompt; the other names all mean the prompt
+
+
+def refuse_unread(look: Look, name: str, *, said: bool) -> None:
+    """Raise DataError, with the lines to choose from. ``said``: the person has named the format."""
+    whole = said and name == "implicit"  # so all that stands before the reply is in chosen and rejected
+    decided = whole or bool(look.mapped.keys() & {"prompt", "conversation"})
+    _refuse_misfits(look, name, decided=decided)
+    if not whole:
+        _refuse_prompts(look, name, decided=decided)
+    if not decided and look.kind("chosen") != "dialogue":
+        _refuse_turns(look, name)
+
+
+def _refuse_misfits(look: Look, name: str, *, decided: bool) -> None:
+    """A name that is known, over what is not read there."""
+    for column in _unread(look, FITS):
+        fitting, expected = FITS[plain_name(column)]
+        is_prompt = plain_name(column) != "history" and plain_name(column) not in ALIASES["system"]
+        if look.kind(column) in fitting or (decided and is_prompt):
+            continue
+        found = f"{shown(column)} holds {look.kind(column)}, and that is not read"
+        without = _without(look, name) if is_prompt else ""
+        remedy = f"{without} to leave it out" if without else "no setting helps: leave the column out"
+        raise DataError("data.column_map", found, expected, f"{remedy}, or write it as {expected}")
+
+
+def _refuse_prompts(look: Look, name: str, *, decided: bool) -> None:
+    """A prompt beside whole conversations, most of which do not hold it; or what stands apart from a list of turns."""
+    listed = look.kind(look.taken.get("prompt", "")) in CHAT and not decided
+    if not listed and (name not in WHOLE or look.taken.keys() & {"prompt", "conversation"}):
+        return
+    columns = [column for column in _unread(look, ALIASES["prompt"]) if look.kind(column) in TEXTS]
+    apart = [column for column in columns if plain_name(column) in APART]
+    same = [] if listed else [column for column in columns if column not in apart]
+    for group in [same, *([column] for column in apart)]:
+        held = []
+        for row in look.rows:
+            sides = [contents(look.held(row, look.column(side))) for side in (*SIDES, *look.taken.values())]
+            asked = [text for column in group if isinstance(text := row.get(column), str) and text.strip()]
+            held += [any(_holds(side, text) for text in asked for side in sides)] if asked else []
+        if held.count(False) > len(held) / 2:
+            found = f"{shown(*group)}: not in the conversations, in {held.count(False)} of {len(held)} rows"
+            free = look.kind(look.taken.get("system", "system")) in ("missing", "null")
+            before = f"{look.line(system=group[0])} to put it in front as a system turn, or " if free else ""
+            remedy = f"{before}{_without(look, name) if listed else 'data.format=implicit'} to leave it out"
+            raise DataError("data.column_map", found, "conversations that hold their prompt", remedy)
+
+
+def _holds(turns: Sequence[str], prompt: str) -> bool:
+    """The prompt is among the turns, or it is all of them before the reply, as somebody's template renders them."""
+    words, before = _spaced(prompt), [_spaced(text) for text in turns[:-1]]
+    rendered = len(before) > 2 or is_templated(prompt)
+    return words in _spaced(" ".join(turns)) or (rendered and one_after_another(before, words))
+
+
+def _refuse_turns(look: Look, name: str) -> None:
+    """A conversation of which turns are not read: earlier turns, most likely."""
+
+    def told(row: Row, columns: Iterable[str]) -> set[str]:
+        return {_spaced(text) for column in columns for text in contents(look.held(row, column))}
+
+    known = look.named(*ALIASES["conversation"])
+    others = [column for column in look.columns if column not in known and not ABOUT & set(words(column))]
+    for column in _unread(look, map(plain_name, (*known, *others))):
+        pairs = look.kind(column) == "pairs of texts"  # [user, assistant]
+        if not (pairs or look.kind(column) in CHAT) or plain_name(column) == "history":  # the prompt may have it inside
+            continue
+        waits = not pairs and look.share(waits_for_reply, column) > 0.5
+        goes_on = waits and column not in known  # up to the prompt, if that is among its turns
+        both = [(turns, told(row, look.taken.values())) for row in look.rows if (turns := told(row, [column]))]
+        lost = [bool(turns & read) and not turns <= read if goes_on else not turns & read for turns, read in both]
+        if lost and sum(lost) >= SOME * len(lost):
+            earlier = look.taken.keys() & {"prompt", "conversation"} and not goes_on
+            before = look.line(**{"history" if earlier else "conversation": column})
+            without = _without(look, name)
+            found = f"{shown(column)} holds turns that are not in what is read"
+            remedy = f"{before} to put them in front, or {without or 'take the column out'} to leave them out"
+            raise DataError("data.column_map", found, "all that stands before the reply in what is read", remedy)
+
+
+def _without(look: Look, name: str) -> str:
+    """The setting by which nothing else stands before the reply than what is read now; "" where there is none."""
+    if conversation := look.taken.get("conversation"):
+        return look.line(conversation=conversation)
+    prompts = [look.taken["prompt"]] if "prompt" in look.taken else look.candidates("prompt")
+    return look.lines("prompt", prompts) or ("data.format=implicit" if name in WHOLE else "")
+
+
+def _unread(look: Look, names: Iterable[str]) -> list[str]:
+    """Neither read nor named in data.column_map, by which it has been read."""
+    others = {*look.taken.values(), *(set(look.mapped.values()) - look.mapped.keys())}
+    return [column for column in look.named(*names) if column not in others]
+
+
+def _spaced(text: str) -> str:
+    return " ".join(text.split())
