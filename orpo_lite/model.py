@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -330,8 +330,10 @@ def _add_lora(model: nn.Module, recipe: Recipe, folder: Path | None) -> nn.Modul
             init_lora_weights=True if lora.init_lora_weights == "orthogonal" else lora.init_lora_weights,
         )
     torch.manual_seed(recipe.training.seed)  # of the adapter's initialisation
+    here = next(model.parameters()).device
     try:
-        model = get_peft_model(model, config)
+        with here if here == META else nullcontext():  # else each matrix is made in memory, to be dropped
+            model = get_peft_model(model, config)
     except ValueError as error:  # no such layers
         raise ModelError("adapter", str(error).splitlines()[0], "layers of this base") from error
     if lora.init_lora_weights == "orthogonal" and not folder:

@@ -80,3 +80,29 @@ def test_the_readmes_tables_are_the_benchmarks(tmp_path: Path) -> None:
     readme.write_text(before, encoding="utf-8")
     step.write_tables(readme, json.loads(results.read_text("utf-8")))
     assert readme.read_text("utf-8") == before
+
+
+def test_the_readmes_plans_are_the_benchmarks(tmp_path: Path) -> None:
+    """Every figure of its table is in the results file; they reach their goals; the picture is drawn from them."""
+    import json
+
+    from benchmarks import plan
+
+    root = Path(__file__).parents[1]
+    result = json.loads((root / "benchmarks" / "results" / "plan.json").read_text("utf-8"))
+    readme = tmp_path / "README.md"
+    before = (root / "README.md").read_text("utf-8")
+    readme.write_text(before, encoding="utf-8")
+    step.write_between(readme, plan.STARTS, plan.table(result))
+    assert readme.read_text("utf-8") == before
+    assert (root / "benchmarks" / "results" / "memory.svg").read_text("utf-8") == plan.picture(result["parts_7b"])
+    for key, goal in plan.GOALS.items():
+        sign, _, bound = goal.partition(" ")
+        assert COMPARE[sign](result[key], float(bound)), key
+
+
+@pytest.mark.parametrize(("name", "goal"), [("qwen2.5-32b-qlora", 19.5), ("llama3-70b-qlora", 39.5)])
+def test_peaks_of_the_large_ones(name: str, goal: float) -> None:
+    from benchmarks import plan
+
+    assert plan.least_peak(name) <= goal
