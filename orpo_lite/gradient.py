@@ -39,11 +39,25 @@ def accumulate(
     Raises:
         ShortageError: out of memory, here or in another process.
     """
-    parts, short = torch.zeros(0), False
+    only, rank = recipe.loss.completion_only_loss, accelerator.process_index
+    divisors = Divisors(len(batch), sum(nll_tokens(pair, completion_only_loss=only) for pair in batch))
+    parts = torch.zeros(len(PARTS), dtype=torch.float64, device=accelerator.device)
+
+    def passes() -> None:
+        """This process's; of a small step it may have none. A function, so that a shortage leaves no tensor behind."""
+        for number, chunk in enumerate(micro_batches(batch, batching, rank=rank, world=accelerator.num_processes)):
+            rows = make_batch([batch[index] for index in chunk], batching)
+            seed_dropout(recipe.training.seed, step, number, rank)
+            logps = model(rows.to(accelerator.device))
+            loss, share = orpo_loss(logps, divisors, beta=recipe.loss.beta, nll_reduction=recipe.loss.nll_reduction)
+            accelerator.backward(scaler.scale(loss))
+            parts.add_(share)  # there: to read it would wait for the device before the next batch is made
+
+    short = False
     try:
-        parts = _share(model, batch, recipe, step, batching, accelerator, scaler)
+        passes()
     except torch.OutOfMemoryError:
-        short = True  # raised again below, when the frames that hold tensors are gone
+        short = True
     trained = [parameter for _, parameter in model.trained()]
     if any_process(accelerator, short):
         for parameter in trained:
@@ -57,30 +71,6 @@ def accumulate(
     total: Any = accelerator.reduce(parts, reduction="sum")
     values: list[float] = total.tolist()
     return values
-
-
-def _share(
-    model: PairModel,
-    batch: Sequence[TokenizedPair],
-    recipe: Recipe,
-    step: int,
-    batching: Batching,
-    accelerator: Accelerator,
-    scaler: torch.amp.GradScaler,
-) -> torch.Tensor:
-    """This process's part of the sums, and of the gradient; it may have no pair of a small step."""
-    settings, rank = recipe.loss, accelerator.process_index
-    only = settings.completion_only_loss
-    divisors = Divisors(len(batch), sum(nll_tokens(pair, completion_only_loss=only) for pair in batch))
-    parts = torch.zeros(len(PARTS), dtype=torch.float64, device=accelerator.device)
-    for number, chunk in enumerate(micro_batches(batch, batching, rank=rank, world=accelerator.num_processes)):
-        rows = make_batch([batch[index] for index in chunk], batching)
-        seed_dropout(recipe.training.seed, step, number, rank)
-        logps = model(rows.to(accelerator.device))
-        loss, share = orpo_loss(logps, divisors, beta=settings.beta, nll_reduction=settings.nll_reduction)
-        accelerator.backward(scaler.scale(loss))
-        parts += share.double()  # there: to read it would wait for the device before the next batch is made
-    return parts
 
 
 def _add_up(trained: Sequence[torch.nn.Parameter], accelerator: Accelerator) -> None:

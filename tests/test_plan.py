@@ -310,6 +310,13 @@ def notes(updates: Any) -> list[str]:
     return [update.text for update in updates if update.kind == "note"]
 
 
+def stop_after_two_steps(recipe: Recipe) -> None:
+    with pytest.raises(sys.modules["orpo_lite.train"].Interrupted):
+        for update in training(recipe):
+            if update.kind == "step" and update.step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+
 def test_a_run_keeps_to_its_budget_and_learns_the_same(small_recipe: Callable[..., Recipe]) -> None:
     """Levers are chosen before anything is loaded, said in three lines, kept in the run, and change no figure."""
     _, free = train_all(small_recipe("training.output_dir=free", "training.optim=adamw_torch"))
@@ -332,10 +339,7 @@ def test_a_run_that_goes_on_keeps_its_plan_and_its_bits(small_recipe: Callable[.
     keys = ("memory.budget=3MiB", "lora.lora_dropout=0.2")
     _, whole = train_all(small_recipe(*keys, "training.output_dir=whole"))
     stopped = small_recipe(*keys, "training.output_dir=stopped")
-    with pytest.raises(sys.modules["orpo_lite.train"].Interrupted):
-        for update in training(stopped):
-            if update.kind == "step" and update.step == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
+    stop_after_two_steps(stopped)
     before = (Path("stopped") / "plan.json").read_bytes()
     updates, resumed = train_all(stopped, resume=True)
     assert (Path("stopped") / "plan.json").read_bytes() == before
@@ -345,10 +349,7 @@ def test_a_run_that_goes_on_keeps_its_plan_and_its_bits(small_recipe: Callable[.
 
 def test_a_plan_that_fits_no_more_is_made_anew_and_said(small_recipe: Callable[..., Recipe]) -> None:
     stopped = small_recipe("memory.budget=40MiB")
-    with pytest.raises(sys.modules["orpo_lite.train"].Interrupted):
-        for update in training(stopped):
-            if update.kind == "step" and update.step == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
+    stop_after_two_steps(stopped)
     before = run.read_json(Path("run") / "plan.json")
     smaller = before["needed_bytes"] - 1
     updates, _ = train_all(small_recipe(f"memory.budget={smaller}B"), resume=True)
@@ -411,10 +412,7 @@ def test_a_shortage_is_remembered_by_a_run_that_goes_on(
     keys = (*PLAIN, "lora.lora_dropout=0.2")
     _, whole = train_all(small_recipe(*keys, "training.output_dir=whole"))
     stopped = small_recipe(*keys, "training.output_dir=stopped")
-    with pytest.raises(sys.modules["orpo_lite.train"].Interrupted):
-        for update in training(stopped):
-            if update.kind == "step" and update.step == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
+    stop_after_two_steps(stopped)
     updates, resumed = train_all(stopped, resume=True)
     assert not [note for note in notes(updates) if note.startswith("out of memory")]
     assert same_bits(adapter(whole.run), adapter(resumed.run))
