@@ -24,6 +24,10 @@ from transformers import LlamaConfig
 
 from benchmarks import lengths, peers, step
 from orpo_lite.model import bare_base, bare_pair_model
+from orpo_lite.planner.cards import CARDS, own_card
+from orpo_lite.planner.counted import worst_case
+from orpo_lite.planner.search import Planner
+from orpo_lite.step.attention import device_kind
 
 BATCHES = 6
 
@@ -37,6 +41,7 @@ def run(device: torch.device, shapes: dict[str, tuple[str, Any]], tokens: int, s
             measured = measured_peak(config, levers, tokens, device)
             result[f"{key}{label}"] = {"counted": round(counted, 3), "measured": round(measured, 3)}
             say(f"{name}{label}: counted {counted:.2f} GiB, measured {measured:.2f} GiB")
+        result[f"{key}_planned"] = planned(config, tokens, device, say)
         for name_of_set, file in step.SETS.items():
             for grouped in (False, True):
                 batches = lengths.near_mean(lengths.shipped(file), step.BATCH, BATCHES, grouped=grouped)
@@ -47,12 +52,60 @@ def run(device: torch.device, shapes: dict[str, tuple[str, Any]], tokens: int, s
     return result
 
 
+def planned(config: Any, tokens: int, device: torch.device, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Plans for three budgets, from the least on: predicted peak beside the measured one, and the share of peak FLOPs.
+
+    A budget that was called sufficient and runs out of memory ends the benchmark: the allocator is held to it.
+    """
+    settings = step.recipe().override({"data.max_length": tokens, "training.optim": "paged_adamw_8bit"})
+    kind = device_kind(device)
+    own = own_card(device.index or 0) if device.type == "cuda" else None
+    card = own.card if own else CARDS[-1]
+    planner = Planner(settings, config, worst_case(tokens, 2), kind)
+    rows = []
+    for spare in (0.1, 3, 8):
+        budget = planner.least(card) + int(spare * 2**30)
+        plan = planner.plan(budget, card)
+        if device.type == "cuda":
+            torch.cuda.set_per_process_memory_fraction(min(1.0, budget / card.memory), device)
+        levers = dict(plan.levers)
+        measured, seconds = measured_peak(config, levers, tokens, device), time_of_step(config, levers, tokens, device)
+        flops = plan.flops_per_pair / seconds
+        rows.append(
+            {
+                "budget": round(budget / 2**30, 3), "predicted": round(plan.peak / 2**30, 3),
+                "measured": round(measured, 3), "seconds_predicted": plan.seconds_per_pair,
+                "seconds": round(seconds, 4), "mfu": round(flops / card.flops, 4), "levers": levers,
+            }
+        )  # fmt: skip
+        say(f"  {rows[-1]}")
+    if device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+    return rows
+
+
+def time_of_step(config: Any, levers: dict[str, Any], tokens: int, device: torch.device) -> float:
+    """Seconds a pair of the same step, the second of two; the allocator's state is that of a run."""
+    settings = step.recipe(**levers)
+    model = bare_pair_model(settings, config, torch.bfloat16, device)
+    optimizer = bnb.optim.AdamW8bit([parameter for _, parameter in model.trained()], lr=1e-5)
+    pairs = lengths.random_pairs([(0, tokens, tokens)] * 2, config.vocab_size)
+    for _ in range(2):
+        _wait(device)
+        began = time.perf_counter()
+        step.our_step(model, optimizer, pairs, settings)
+        _wait(device)
+    del model, optimizer
+    _free(device)
+    return (time.perf_counter() - began) / len(pairs)
+
+
 def measured_peak(config: Any, levers: dict[str, Any], tokens: int, device: torch.device) -> float:
     """GiB that torch's allocator held at most in a step with its optimizer, after one to warm up."""
     settings = step.recipe(**levers)
     model = bare_pair_model(settings, config, torch.bfloat16, device)
     optimizer = bnb.optim.AdamW8bit([parameter for _, parameter in model.trained()], lr=1e-5)
-    pairs = lengths.random_pairs([(0, tokens, tokens)], config.vocab_size)
+    pairs = lengths.random_pairs([(0, tokens, tokens)] * 2, config.vocab_size)  # in one pass, or one after the other
     for _ in range(2):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)

@@ -15,7 +15,7 @@ from orpo_lite.data.packing import pack_pairs, packed_tokens
 from orpo_lite.data.tokens import TokenizedPair
 from orpo_lite.errors import ModelError
 from orpo_lite.model import WAYS, PairModel, Way
-from orpo_lite.step.attention import UnsupportedError
+from orpo_lite.step.attention import UnsupportedError, flash_attn
 from orpo_lite.step.head import packed_logps
 from orpo_lite.step.losses import PairLogps
 
@@ -61,6 +61,9 @@ def prove(model: PairModel, max_length: int, tokens: int = 0) -> None:
     if way != model.way:
         model.notes.append(f"{SAID[way]}, because {reasons[model.way]}")
         model.way = way
+    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
+    if capped and way in ("shared", "packed") and model.device.type == "cuda" and flash_attn() is None:
+        model.notes.append("attention with a softcap runs by the plain formula, slowly: flash-attn has a kernel for it")
 
 
 @contextmanager

@@ -144,7 +144,7 @@ def choose_backend(query: Tensor, value: Tensor, softcap: float | None, planned:
     if half and kind == "ampere" and square and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0:
         if softcap is None:
             return "varlen"
-        return "flash_attn" if _flash_attn() else "maths"
+        return "flash_attn" if flash_attn() else "maths"
     return "sdpa" if softcap is None else "maths"
 
 
@@ -178,12 +178,13 @@ def _flash_attn_varlen(query: Tensor, key: Tensor, value: Tensor, segments: Sequ
     else:
         options = {"softmax_scale": shape.scale, "causal": True, "softcap": shape.softcap or 0.0}
         options["deterministic"] = torch.are_deterministic_algorithms_enabled()
-        out = _flash_attn().flash_attn_varlen_func(q, k, v, *lengths, window_size=shape.window_size, **options)
+        out = flash_attn().flash_attn_varlen_func(q, k, v, *lengths, window_size=shape.window_size, **options)
     return out.transpose(0, 1).unsqueeze(0)
 
 
 @lru_cache(maxsize=1)
-def _flash_attn() -> Any:
+def flash_attn() -> Any:
+    """The package where it is installed; it is never asked for."""
     try:
         import flash_attn
     except ImportError:
