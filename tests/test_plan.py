@@ -23,7 +23,8 @@ from orpo_lite.model import PairModel
 from orpo_lite.planner import cards
 from orpo_lite.planner.cards import CARDS, own_card
 from orpo_lite.planner.counted import blank_pairs, heaviest, measure, worst_case
-from orpo_lite.planner.search import Line, Planner, fit, with_layers
+from orpo_lite.planner.lines import Line, with_layers
+from orpo_lite.planner.search import Planner, fit
 from orpo_lite.recipe import LEVERS, Recipe, load_recipe, read_bytes, shipped_recipes
 from orpo_lite.train import training
 

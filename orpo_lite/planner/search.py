@@ -4,10 +4,8 @@ Nothing comes from a formula over a model's shape. For each choice of levers a s
 what one layer more adds, the others add too. The plan that is chosen is then counted once in full.
 """
 
-import copy
 import itertools
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +18,7 @@ from orpo_lite.model import bare_pair_model, choose_dtype, held
 from orpo_lite.optimizer import state_bytes
 from orpo_lite.planner.cards import CARDS, Card
 from orpo_lite.planner.counted import Measured, Triples, checkpointed, loading, measure, rounded
+from orpo_lite.planner.lines import Line, seconds
 from orpo_lite.recipe import LEVERS, Recipe, to_text
 
 MIB = 2**20
@@ -27,8 +26,6 @@ MIB = 2**20
 CONTEXT = 512 * MIB  # of CUDA, with the kernels of torch, cuBLAS and bitsandbytes loaded; 300 to 550 on cards of today
 WORKSPACE = 64 * MIB  # cuBLAS asks for 8 MiB a stream, on Hopper for 32 (torch.backends.cuda, CUBLAS_WORKSPACE_CONFIG)
 FRAGMENTATION = 0.05  # of the step's own bytes
-PCIE = 25e9  # bytes a second that version 4 carries over 16 lanes
-REACHED = 0.6  # of what a card's data sheet promises, for the estimate of time
 TILE, SMALL_CHUNK = 512, 128  # tokens of an MLP, rows of logits
 MORE_TOKENS = (4_096, 8_192)  # a forward pass of fewer spends much of its time on dequantising the weights
 
@@ -141,95 +138,6 @@ def allowances(step: int, card: Card | None) -> dict[str, int]:
     """Bytes besides the tensors, for a step that holds so many."""
     fragments = {"fragmentation": int(FRAGMENTATION * step)}
     return {"CUDA context": CONTEXT, "kernels' workspaces": WORKSPACE, **fragments} if card else fragments
-
-
-def seconds(work: Mapping[tuple[int, int], int], sent: int, card: Card) -> float:
-    """Each operator takes as long as its FLOPs or its bytes do, whichever is more (the roofline model).
-
-    What goes to host memory and back is added as if nothing were computed meanwhile.
-    """
-    bounds = (count * max(f / card.flops, b / card.bandwidth) for (f, b), count in work.items())
-    return sum(bounds) / REACHED + 2 * sent / PCIE
-
-
-# --- a choice of levers, for any number of layers
-
-
-class Line:
-    """What a choice of levers needs with ``kept`` layers un-checkpointed, from steps of two, three and four layers.
-
-    A step is largest where a checkpointed layer runs again, or where the backward pass begins and all is held that the
-    layers have kept. Either grows by so much a layer.
-    """
-
-    def __init__(self, recipe: Recipe, config: Any, triples: Triples, kind: str) -> None:
-        def small(layers: int, kept: int) -> Measured:
-            chosen = recipe.override({"memory.activation_checkpointing": layers - kept})
-            return measure(chosen, with_layers(config, layers), triples, kind)
-
-        self._small = small
-        self._two, self._three = small(2, 0), small(3, 0)
-        self.checkpoint = self._three.peak - self._two.peak
-        """Bytes that a checkpointed layer adds to the peak."""
-
-    @cached_property
-    def _kept(self) -> tuple[Measured, Measured]:
-        return self._small(3, 2), self._small(4, 3)
-
-    @cached_property
-    def _all_kept(self) -> Measured:
-        """Where the first layer too keeps all: its input, the embedding, needs no gradient, and it keeps less."""
-        return self._small(3, 3)
-
-    @property
-    def layer(self) -> int:
-        """Bytes that an un-checkpointed layer adds."""
-        fewer, more = self._kept
-        return more.peak - fewer.peak
-
-    def peak(self, layers: int, kept: int) -> int:
-        """Bytes of a step besides what is held."""
-        recomputing = self._two.peak + (layers - kept - 2) * self.checkpoint
-        if not kept:
-            return recomputing
-        if kept == layers:
-            return self._all_kept.peak + (layers - 3) * self.layer
-        fewer, _ = self._kept
-        return max(recomputing, fewer.peak + (kept - 2) * self.layer + (layers - kept - 1) * self.checkpoint)
-
-    def work(self, layers: int, kept: int) -> Counter[tuple[int, int]]:
-        """The operators of such a step."""
-        total = Counter(self._two.work)
-        parts = [(self._two.work, self._three.work, layers - kept - 2)]
-        if kept:
-            fewer, more = self._kept
-            parts.append((fewer.work, more.work, kept))
-        for before, after, times in parts:
-            for key in before.keys() | after.keys():
-                total[key] += times * (after[key] - before[key])
-        return total
-
-    @property
-    def tokens_per_pair(self) -> float:
-        """Of the forward pass that was planned."""
-        return self._two.tokens / self._two.pairs
-
-    def seconds_per_token(self, layers: int, kept: int, card: Card) -> float:
-        """An estimate, from the card's data sheet."""
-        a_layer = self._three.sent - self._two.sent
-        sent = self._two.sent + (layers - kept - 2) * a_layer
-        return seconds(self.work(layers, kept), sent, card) / self._two.tokens
-
-
-def with_layers(config: Any, layers: int) -> Any:
-    """The configuration with so many layers, the first ones."""
-    config = copy.deepcopy(config)
-    text = config.get_text_config()
-    types = getattr(text, "layer_types", None)
-    if types:
-        text.layer_types = types[:layers]
-    text.num_hidden_layers = layers
-    return config
 
 
 # --- the search
