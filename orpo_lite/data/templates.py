@@ -404,7 +404,7 @@ def _pack(item: Rendered) -> list[str | bool]:
 def _unpack(parts: list[Any]) -> Rendered:
     match parts:
         case [reason]:
-            return reason
+            return str(reason)
         case [prompt, chosen, rejected, end, bool(without_system)]:
             return PairTexts(prompt, chosen, rejected, end, without_system)
         case [name, *fields]:
