@@ -200,7 +200,8 @@ _START = re.compile(
     r"|<\|im_(?:user|system|assistant|middle)\|>|<\|header_start\|>|<\|start_of_role\|>|<\|channel\|>"
     r"|<\|start\|>(?:user|system|developer|assistant)|\[\|(?:user|system|assistant)\|\]"
     r"|\[SYSTEM_PROMPT\]|<\|start_header_id\|>|<start_of_turn>|<\|START_OF_TURN_TOKEN\|>"
-    r"|<\|(?:user|system|assistant)\|>|<｜(?:User|Assistant)｜>|#{2,3} ?(?:Instruction|Human|User|System|Input|Question)s?:"
+    r"|<\|(?:user|system|assistant)\|>|<｜(?:User|Assistant)｜>"
+    r"|#{2,3} ?(?:Instruction|Human|User|System|Input|Question)s?:"
     r"|Below is an instruction that describes|(?:USER|User|Human|ASSISTANT|Assistant|GPT4 Correct User): "
     r"|<(?:human|bot)>:|A chat between a curious (?:user|human) and an artificial intelligence)"
 )
