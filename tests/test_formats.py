@@ -1199,6 +1199,19 @@ TEMPLATES = {
     "a bare marker of the reply": "Hi\n\nAssistant:",
     "a bare marker of the reply in capitals": "Hi\nASSISTANT: ",
     "Alpaca's marker alone": "Hi\n\n### Response:\n",
+    "Llama 4": "<|header_start|>user<|header_end|>\n\nHi<|eot|>",
+    "Llama 4 behind a system text": "You are kind.<|header_start|>assistant<|header_end|>\n\n",
+    "harmony": "<|start|>user<|message|>Hi<|end|><|start|>assistant",
+    "harmony behind a system text": "You are kind.<|end|>\n<|start|>assistant",
+    "Granite": "<|start_of_role|>user<|end_of_role|>Hi<|end_of_text|>",
+    "Granite behind a system text": "You are kind.\n<|start_of_role|>assistant<|end_of_role|>",
+    "EXAONE": "[|user|]Hi\n[|assistant|]",
+    "EXAONE behind a system text": "You are kind.[|endofturn|]\n[|assistant|]",
+    "Kimi": "<|im_user|>user<|im_middle|>Hi<|im_end|>",
+    "Kimi behind a system text": "You are kind.<|im_assistant|>assistant<|im_middle|>",
+    "StackLLaMA": "Question: Hi\n\nAnswer: ",
+    "a question and an answer as headings": "### Question: Hi\n### Answer:",
+    "an answer as a heading": "Hi\n\n### Answer:\n",
     "Vicuna's preamble": "A chat between a curious user and an artificial intelligence assistant. USER: Hi",
 }
 
@@ -1230,11 +1243,27 @@ def test_a_marker_before_the_replies_is_a_template_too(marker: str) -> None:
         "Name the parts of a form.\nResponse:\nis one of them",
         "Assistant professors: how many are there?",
         "Is `### Response:` a heading?",
+        "Question: does harmony write <|start|>assistant, or [|assistant|]?\nAnswer in one word.",
+        "Question: what is it?\nAnswer:",
     ],
 )
 def test_a_question_about_templates_is_none(question: str) -> None:
     row = {"prompt": question, "chosen": "The assistant: a program.", "rejected": "Output: none"}
     assert [pair.messages for pair in read([row] * 2)] == [(user(question),)] * 2
+
+
+@pytest.mark.parametrize(
+    "reply",
+    ["<|channel|>final<|message|>Blue.<|return|>", "Blue.<|return|>", "Blue.<|eot|>", "Blue.[|endofturn|]\n"],
+)
+def test_a_template_in_the_reply_is_refused(reply: str) -> None:
+    rows = [{"prompt": Q, "chosen": reply, "rejected": "Seven."}] * 2
+    assert ("off the ends of chosen" in refused(rows, "data.chat_template=none")) == reply.startswith("Blue.")
+
+
+def test_kimis_texts_are_no_texts_with_an_end_alone() -> None:
+    rows = [{"prompt": TEMPLATES["Kimi"], "chosen": "Blue.<|im_end|>", "rejected": "Seven.<|im_end|>"}] * 2
+    assert "take" not in refused(rows, "data.chat_template=none")
 
 
 def test_end_markers_alone_are_to_be_taken_off() -> None:

@@ -312,3 +312,12 @@ def test_templates_that_begin_late_are_counted(coffee: Path, look: Look) -> None
     assert "pairs that hold markers of a chat template, as if one was applied already: 3\n" in shown
     assert json.loads(look("--json")[1])["templated_pairs"] == 3
     assert json.loads(look("--json", "data.chat_template=none")[1])["templated_pairs"] == 0
+
+
+def test_system_texts_that_the_template_leaves_out_are_counted(coffee: Path, look: Look) -> None:
+    with (coffee / "coffee.csv").open("w", newline="", encoding="utf-8") as file:
+        rows = [(f"Which bean is {i}?", "This.", "None.", "Be brief." if i else "") for i in range(4)]
+        csv.writer(file).writerows([("question", "good_answer", "bad_answer", "system"), *rows])
+    assert "leaves out the system text" not in look()[1]
+    template = "{% for m in messages if m.role != 'system' %}{{ m.content }}</s>{% endfor %}"
+    assert "the chat template leaves out the system text: 3\n" in look(f"data.chat_template={template}")[1]

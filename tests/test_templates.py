@@ -22,6 +22,7 @@ from orpo_lite.data.formats import Pair
 from orpo_lite.data.templates import (
     REWRITTEN,
     SPECIAL,
+    TURN_LOST,
     BeyondLimitsError,
     LimitedRenderer,
     PairTexts,
@@ -230,6 +231,47 @@ def test_texts_equal_those_of_transformers(wild: PreTrainedTokenizerFast, name: 
         assert said.endswith(texts.end)
     assert asked.startswith(texts.prompt)
     assert asked[len(texts.prompt) :].strip() == ""  # the generation prompt is the prompt's end, but for spaces
+
+
+INST = (
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% elif m.role == 'assistant' %} {{ m.content }}</s>{% endif %}{% endfor %}"
+)
+FIRST = INST.replace("m.role == 'user'", "m.role == 'user' and loop.index0 < 2")
+ASKED_TWICE = ({"role": "system", "content": "Be brief."}, *TURNS)
+
+
+@pytest.mark.parametrize(
+    ("text", "turns", "found"),
+    [
+        (INST, ASKED_TWICE, True),  # the system text alone
+        (INST, ASKED_TWICE[1:], False),
+        (INST, ({"role": "system", "content": " "}, user("q")), False),
+        (FIRST, ASKED_TWICE, TURN_LOST),
+        (FIRST, (user("q"),), False),
+        (INST.replace("'assistant'", "'assistant' and loop.last"), TURNS, TURN_LOST),
+        (CHATML, (user("a"), bot("<think>b</think>c"), user("<d> & e")), False),
+    ],
+)
+def test_turns_that_a_template_leaves_out_are_seen(
+    wild: PreTrainedTokenizerFast, text: str, turns: tuple[dict[str, str], ...], found: str | bool
+) -> None:
+    template = set_chat_template(wild, section(chat_template=text))
+    for renderer in (Renderer(template), LimitedRenderer(template)):
+        with renderer:
+            (texts,) = render(renderer, [Pair(turns, *REPLIES, "x:1")])
+        assert (texts.without_system if isinstance(texts, PairTexts) else texts) == found
+
+
+def test_a_turn_may_be_moved_and_changed(wild: PreTrainedTokenizerFast) -> None:
+    moved = (
+        "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' and loop.last %}{{ messages[0].content }} "
+        "{% endif %}{{ m.role }}: {{ m.content.split('</think>')[-1] | trim if loop.last else "
+        "m.content.split('</think>')[-1] | upper | tojson }}\n{% endfor %}"
+    )
+    turns = ({"role": "system", "content": "Be brief."}, user("a <b>"), bot("<think>c</think> d"), user(" e\n"))
+    texts = texts_of(Pair(turns, *REPLIES, "x:1"), set_chat_template(wild, section(chat_template=moved)))
+    assert not texts.without_system
 
 
 # --- many pairs, in a process of its own

@@ -90,7 +90,7 @@ class TokenizedPairs(Sequence[TokenizedPair]):
         if isinstance(index, slice):
             return self.select(range(len(self))[index])
         row = int(self.rows[index])
-        numbers = {name: int(self.columns[name][row]) for name in NUMBERS}
+        numbers: dict[str, Any] = {name: int(self.columns[name][row]) for name in NUMBERS}
         chosen, rejected = (
             self._ids[int(begin) : int(begin) + numbers.pop(f"{side}_tokens")]
             for side, begin in zip(("chosen", "rejected"), self._begin_P2[row], strict=True)

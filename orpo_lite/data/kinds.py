@@ -197,8 +197,11 @@ def waits_for_reply(turns: Sequence[Mapping[str, Any]]) -> bool:
 
 _START = re.compile(
     r"\s*(?:<s>|<bos>|<\|begin_of_text\|>|<\|endoftext\|>|<｜begin▁of▁sentence｜>|<\|im_start\|>|\[INST\]|<<SYS>>"
+    r"|<\|im_(?:user|system|assistant|middle)\|>|<\|header_start\|>|<\|start_of_role\|>|<\|channel\|>"
+    r"|<\|start\|>(?:user|system|developer|assistant)|\[\|(?:user|system|assistant)\|\]"
     r"|\[SYSTEM_PROMPT\]|<\|start_header_id\|>|<start_of_turn>|<\|START_OF_TURN_TOKEN\|>"
-    r"|<\|(?:user|system|assistant)\|>|<｜(?:User|Assistant)｜>|#{2,3} ?(?:Instruction|Human|User|System|Input)s?:"
+    r"|<\|(?:user|system|assistant)\|>|<｜(?:User|Assistant)｜>"
+    r"|#{2,3} ?(?:Instruction|Human|User|System|Input|Question)s?:"
     r"|Below is an instruction that describes|(?:USER|User|Human|ASSISTANT|Assistant|GPT4 Correct User): "
     r"|<(?:human|bot)>:|A chat between a curious (?:user|human) and an artificial intelligence)"
 )
@@ -207,14 +210,17 @@ _TURNS = {
     "<extra_id_": re.compile(r"(?:\A|\n)<extra_id_[01]>(?:System|User|Assistant)\n"),  # HelpSteer2
     "ASSISTANT:": re.compile(r"(?:\A|\s)USER: .*\sASSISTANT:", re.DOTALL),  # Vicuna
     "Instruct": re.compile(r"\A\s*Instruct(?:ion)?:.*\n\s*(?:Output|Response):", re.DOTALL),  # Phi
+    "Answer:": re.compile(r"\A\s*Question: .*\n\nAnswer:\s*\Z", re.DOTALL),  # StackLLaMA
 }
 _WAITING = re.compile(  # for the reply, at the end
-    r"(?:\s(?:ASSISTANT|<bot>|#{2,3} ?(?:Response|Assistant)):|\n\s*Assistant:|\[/INST\]|<\|assistant\|>"
-    r"|<\|im_start\|>assistant|<start_of_turn>model)\Z"
+    r"(?:\s(?:ASSISTANT|<bot>|#{2,3} ?(?:Response|Assistant|Answer)):|\n\s*Assistant:|\[/INST\]|<\|assistant\|>"
+    r"|<\|im_start\|>assistant|<\|im_assistant\|>assistant<\|im_middle\|>|<\|start\|>assistant|\[\|assistant\|\]"
+    r"|(?:<\|start_of_role\|>|<\|header_start\|>)assistant(?:<\|end_of_role\|>|<\|header_end\|>)|<start_of_turn>model)\Z"
 )
-_LONGEST = 40  # characters of a marker at the end, and more
+_LONGEST = 48  # characters of a marker at the end, and more
 _END = re.compile(
     r"(?:<extra_id_1>|</s>|<\|im_end\|>|<\|eot_id\|>|<\|end_of_text\|>|<\|endoftext\|>|<end_of_turn>|<eos>|<\|end\|>"
+    r"|<\|eot\|>|<\|return\|>|\[\|endofturn\|\]"
     r"|<\|END_OF_TURN_TOKEN\|>|<\|end_of_turn\|>|<｜end▁of▁sentence｜>)\Z"
 )
 

@@ -18,6 +18,7 @@ COUNTED = {
     "absent_texts": "pairs in which a reply or the system text is NULL, None, NaN or N/A, as if it was missing",
     "empty_turns": "pairs with an empty turn before the last",
     "templated_pairs": "pairs that hold markers of a chat template, as if one was applied already",
+    "lost_systems": "pairs of which the chat template leaves out the system text",
     "unknown_tokens": "tokens that stand for what the tokenizer does not know, and which is lost",
 }
 QUANTILES = (5, 25, 50, 75, 95, 99)

@@ -16,6 +16,7 @@ from orpo_lite.data.rows import Source
 from orpo_lite.data.templates import (
     REWRITTEN,
     SPECIAL,
+    TURN_LOST,
     LimitedRenderer,
     PairTexts,
     Renderer,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 # What to do when that is why no pair is left.
 HINTS = {
     REWRITTEN: "data.chat_template=FILE.jinja: this template changes replies (some take <think> out, or change case)",
+    TURN_LOST: "data.chat_template=FILE.jinja with a template that writes every turn",
     SPECIAL: "take the special tokens out of the texts; texts that are templated already: data.chat_template=none",
     LONG_PROMPT: "a higher data.max_prompt_length",
 }
@@ -90,7 +92,7 @@ def _tokenize(
     if tokenizer.unk_token_id != tokenizer.eos_token_id:  # GPT-2's one special token is both
         writer.unknown_id = tokenizer.unk_token_id
     samples: dict[str, Pair] = {}
-    templated = 0
+    templated = without_system = 0
     with _renderer(template) as renderer:
         for number, (pair, tokens) in enumerate(tokenize_pairs(reader, renderer, tokenizer, data)):
             if number % 100 == 0:
@@ -100,6 +102,7 @@ def _tokenize(
                 continue
             writer.add(tokens)
             templated += template.text is not None and is_templated([*pair.messages, pair.chosen, pair.rejected])
+            without_system += tokens.without_system
             samples.setdefault("first", pair)
             if tokens.chosen_cut or tokens.rejected_cut:
                 samples.setdefault("cut", pair)
@@ -123,6 +126,7 @@ def _tokenize(
             "absent_texts": reader.absent,
             "empty_turns": reader.silent,
             "templated_pairs": templated,
+            "lost_systems": without_system,
             "samples": shown,
         }
     )

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 # Reasons to leave a pair out, seen when it is rendered.
 SPECIAL = "special token inside the text"
 REWRITTEN = "reply changed by the chat template"
+TURN_LOST = "a turn before the reply is left out by the chat template"
 
 PAPER_CHAT_TEMPLATE = (  # "<|user|>\n{}</s>\n<|assistant|>\n{}</s>"
     "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token }}"
@@ -67,6 +68,11 @@ class Template:
     """The sentence that says which template it is."""
 
     @cached_property
+    def lost(self) -> dict[tuple[str, ...], list[int]]:
+        """The turns that the template leaves out of a conversation of such roles, for those that were tried."""
+        return {}
+
+    @cached_property
     def special(self) -> re.Pattern[str]:
         """Finds a special token."""
         return _any_of(self.special_tokens)
@@ -90,6 +96,8 @@ class PairTexts(NamedTuple):
     rejected: str
     end: str
     """The special token that the template ends a reply with; empty when it writes none."""
+    without_system: bool = False
+    """The template leaves the system text out."""
 
 
 Limit = Callable[[], AbstractContextManager[None]]
@@ -180,6 +188,9 @@ def pair_texts(pair: Pair, template: Template) -> PairTexts | str:
     if not mark:
         remedy = "data.chat_template=FILE.jinja with a template that shows the assistant's turns"
         raise ModelError(pair.where, "the chat template leaves out the reply", "the reply in the text", remedy)
+    lost = [turn["role"] for turn in _lost_turns(pair, template) if turn["content"].strip()]
+    if any(role != "system" for role in lost):
+        return TURN_LOST
     # Not the generation prompt itself: some templates open a <think> there that the reply does not have.
     prompt, end = shared_start(asked, before), template.end.search(after)
     if end and any(end.group() in text for text in contents):
@@ -195,7 +206,22 @@ def pair_texts(pair: Pair, template: Template) -> PairTexts | str:
             return REWRITTEN
         whole.append(body + kept)
     chosen, rejected = whole
-    return PairTexts(prompt, chosen, rejected, end.group() if end else "")
+    return PairTexts(prompt, chosen, rejected, end.group() if end else "", bool(lost))
+
+
+def _lost_turns(pair: Pair, template: Template) -> list[Message]:
+    """The turns of which a template writes nothing.
+
+    Tried with a word in the place of each text, once for each sequence of roles: templates may trim a text, escape it,
+    move it, or take the thoughts out of it.
+    """
+    roles = tuple(turn["role"] for turn in pair.messages)
+    if roles not in template.lost:
+        words = [f"turn{i}of{len(roles)}" for i in range(len(roles))]
+        turns = [{"role": role, "content": word} for role, word in zip(roles, words, strict=True)]
+        text = _render(turns, template, pair.where, generation=True).casefold()
+        template.lost[roles] = [i for i, word in enumerate(words) if word not in text]
+    return [pair.messages[i] for i in template.lost[roles]]
 
 
 _MARK = "\ue0fe"  # private use: stands where the reply will stand
@@ -367,7 +393,7 @@ def _attempt(pairs: Iterable[Pair], template: Template, limited: Limit = nullcon
     return results
 
 
-def _pack(item: Rendered) -> list[str]:
+def _pack(item: Rendered) -> list[str | bool]:
     if isinstance(item, BeyondLimitsError):
         return [type(item).__name__, item.where, item.found]
     if isinstance(item, OrpoLiteError):
@@ -375,12 +401,12 @@ def _pack(item: Rendered) -> list[str]:
     return [item] if isinstance(item, str) else list(item)
 
 
-def _unpack(parts: list[str]) -> Rendered:
+def _unpack(parts: list[Any]) -> Rendered:
     match parts:
         case [reason]:
-            return reason
-        case [prompt, chosen, rejected, end]:
-            return PairTexts(prompt, chosen, rejected, end)
+            return str(reason)
+        case [prompt, chosen, rejected, end, bool(without_system)]:
+            return PairTexts(prompt, chosen, rejected, end, without_system)
         case [name, *fields]:
             kinds: dict[str, Callable[..., OrpoLiteError]]
             kinds = {"DataError": DataError, "ModelError": ModelError, "BeyondLimitsError": BeyondLimitsError}

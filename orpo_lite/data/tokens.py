@@ -45,6 +45,7 @@ class TokenizedPair:
     prompt: bytes = b""  # pairs.prompt_key: the held-out side is split by it
     chosen_cut: int = 0  # tokens beyond data.max_length
     rejected_cut: int = 0
+    without_system: bool = False  # the chat template leaves the system text out
 
 
 def common_prefix(one: NDArray[numpy.int32], other: NDArray[numpy.int32]) -> int:
@@ -104,7 +105,7 @@ def tokenize_pairs(
             else:
                 chosen, rejected = (_place(encoded, row + i, len(texts.prompt), lead, end) for i in (0, 1))
                 row += 2
-                yield pair, _cut_pair(pair, chosen, rejected, end, data)
+                yield pair, _cut_pair(pair, chosen, rejected, end, data, without_system=texts.without_system)
     raise_all(faults)
 
 
@@ -181,7 +182,13 @@ def _response_start(encoded: BatchEncoding, row: int, boundary: int) -> int:
 
 
 def _cut_pair(
-    pair: Pair, chosen: tuple[array[int], int], rejected: tuple[array[int], int], end: int, data: DataSection
+    pair: Pair,
+    chosen: tuple[array[int], int],
+    rejected: tuple[array[int], int],
+    end: int,
+    data: DataSection,
+    *,
+    without_system: bool,
 ) -> TokenizedPair | str:
     """The pair cut at data.max_length, or why it is left out."""
     if max(chosen[1], rejected[1]) > data.max_prompt_length:
@@ -195,7 +202,8 @@ def _cut_pair(
     if chosen_ids == rejected_ids:
         return EQUAL_TOKENS if chosen[0] == rejected[0] else EQUAL_CUT
     cut = (len(chosen[0]) - len(chosen_ids), len(rejected[0]) - len(rejected_ids))
-    return TokenizedPair(chosen_ids, rejected_ids, chosen[1], rejected[1], pair.where, prompt_key(pair), *cut)
+    starts = (chosen[1], rejected[1])
+    return TokenizedPair(chosen_ids, rejected_ids, *starts, pair.where, prompt_key(pair), *cut, without_system)
 
 
 # --- for people
