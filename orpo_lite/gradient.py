@@ -53,6 +53,7 @@ def accumulate(
             accelerator.backward(scaler.scale(loss))
             parts.add_(share)  # there: to read it would wait for the device before the next batch is made
 
+    scaler.scale(torch.zeros((), device=accelerator.device))  # makes its state, also where there is no pair to scale
     short = False
     try:
         passes()
@@ -78,7 +79,7 @@ def _add_up(trained: Sequence[torch.nn.Parameter], accelerator: Accelerator) -> 
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
     total: Any = accelerator.reduce(torch.cat([grad.flatten() for grad in grads]), reduction="sum")
     for parameter, part in zip(trained, total.split([grad.numel() for grad in grads]), strict=True):
-        parameter.grad = part.view_as(parameter)
+        parameter.grad = part.view_as(parameter).to(parameter.dtype)
 
 
 def any_process(accelerator: Accelerator, flag: bool) -> bool:

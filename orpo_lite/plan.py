@@ -11,7 +11,7 @@ from orpo_lite.base import find_config, find_texts
 from orpo_lite.checkpoint import KEPT
 from orpo_lite.planner.cards import CARDS, Card, Own, own_card
 from orpo_lite.planner.counted import worst_case
-from orpo_lite.planner.search import CardRow, Change, MemoryPlan, Planner
+from orpo_lite.planner.search import NO_PLAN, CardRow, Change, MemoryPlan, Planner, no_plan
 from orpo_lite.prepare import adopt_adapter, check_embedding, find_sources, pair_lengths, tokenized_sides
 from orpo_lite.recipe import Recipe
 from orpo_lite.run import Update
@@ -98,27 +98,34 @@ def planning(recipe: Recipe, *, with_data: bool = False) -> Generator[Update, No
     kind = device_kind(torch.device("cuda", 0)) if own else "ampere"
     card, budget = (own.card, own.free) if own else (ASSUMED, ASSUMED.memory)
     if recipe.memory.budget_bytes is not None:
-        budget = recipe.memory.budget_bytes
+        budget = min(recipe.memory.budget_bytes, own.free) if own else recipe.memory.budget_bytes
         card = card if own else replace(_like(budget), memory=budget)
     yield Update("stage", "counting steps of a few layers")
-    planner = Planner(recipe, config, triples, kind)
+    try:
+        return _report(recipe, asked_name, Planner(recipe, config, triples, kind), own, card, budget, with_data)
+    except NO_PLAN as error:
+        raise no_plan(asked_name, error) from error
+
+
+def _report(
+    recipe: Recipe, name: str, planner: Planner, own: Own | None, card: Card, budget: int, from_data: bool
+) -> PlanReport:
     if own is None and recipe.memory.budget_bytes is None:
         larger = [other for other in CARDS if other.memory >= ASSUMED.memory]
         card = next((other for other in larger if planner.least(other) <= other.memory), ASSUMED)
         budget = card.memory
     found = planner.plan(budget, card)
-    yield Update("stage", "looking at other cards")
     name_of_first = card.name if recipe.memory.budget_bytes is None else f"memory.budget={recipe.memory.budget}"
     first = replace(card, name=name_of_first, memory=budget)
     rows = [planner.row(first), *(planner.row(other) for other in CARDS if other != first)]
     asked = own is not None or recipe.memory.budget_bytes is not None
     changes = planner.changes(budget, card) if asked and not found.fits else []
     return PlanReport(
-        base=asked_name,
+        base=name,
         plan=found,
         own=own,
         longest=planner.longest,
-        from_data=with_data,
+        from_data=from_data,
         rows=rows,
         changes=changes,
         disk=_disk(found, recipe),

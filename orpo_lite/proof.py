@@ -100,7 +100,7 @@ def _refuse_others(model: PairModel) -> None:
         raise ModelError(f"model {model.config.model_type}", found, "", "other lora.target_modules, or another base") \
             from error  # fmt: skip
     difference = float((both[0].double() - both[1].double()).norm() / both[0].double().norm())
-    if difference > _rounding(model):
+    if not difference <= _rounding(model):
         found = "its tokens see those that come after: it was made to fill in, not to write on"
         raise ModelError(f"model {model.config.model_type}", found, "a causal language model")
 
@@ -114,7 +114,7 @@ def _drop_wrong_operations(model: PairModel) -> None:
         wanted = _gradient(model, pairs, "logits")
         bound = _gradient_bound(model, pairs, wanted)
     difference = _distance(_gradient(model, pairs, "logits"), wanted)
-    if difference > bound:
+    if not difference <= bound:  # NaN is no agreement either
         for module in ours(model):
             del module.forward
         said = f"with them gradients differ by {difference:.2%} (bound {bound:.2%})"
@@ -229,8 +229,8 @@ def _gradient_bound(model: PairModel, pairs: list[TokenizedPair], wanted: list[T
 
     That is as much as two orders of the same operations differ by, from 1% of a Llama's gradient to 10% of a Gemma's.
     """
-    if model.causal.dtype in (torch.float64, torch.float32):
-        return 1e-8 if model.causal.dtype == torch.float64 else 1e-3
+    if _coarsest(model) in (torch.float64, torch.float32):
+        return 1e-8 if _coarsest(model) == torch.float64 else 1e-3
     with _rounded_input(model):
         return min(max(3 * _distance(_gradient(model, pairs, "logits"), wanted), 0.01), 0.3)
 
@@ -241,7 +241,7 @@ def _rounded_input(model: PairModel) -> Iterator[None]:
     generator = torch.Generator().manual_seed(0)
 
     def rounded(_module: nn.Module, _inputs: Any, out: Tensor) -> Tensor:
-        off = torch.randn(out.shape, generator=generator) * torch.finfo(out.dtype).eps / 2
+        off = torch.randn(out.shape, generator=generator) * torch.finfo(_coarsest(model)).eps / 2
         return out * (1 + off).to(out)
 
     hook = model.causal.get_input_embeddings().register_forward_hook(rounded)
@@ -315,12 +315,19 @@ def _stacked(logps: PairLogps) -> Tensor:
 
 def _rounding(model: PairModel) -> float:
     """Of logits, relative."""
-    return {torch.float64: 1e-12, torch.float32: 1e-5}.get(model.causal.dtype, 2**-7)
+    return {torch.float64: 1e-12, torch.float32: 1e-5}.get(_coarsest(model), 2**-7)
+
+
+def _coarsest(model: PairModel) -> torch.dtype:
+    """The dtype that rounds most: a float32 stream may go through products in bnb_4bit_compute_dtype."""
+    dtypes = {model.causal.dtype, *(getattr(module, "compute_dtype", None) for module in model.modules())}
+    coarsest: torch.dtype = max((dtype for dtype in dtypes if dtype is not None), key=lambda d: torch.finfo(d).eps)
+    return coarsest
 
 
 def _bound(model: PairModel, pairs: list[TokenizedPair], expected: Tensor) -> float:
     """What rounding explains; in half precision four times what comes of rounding the first layer's input once more."""
-    dtype = model.causal.dtype
+    dtype = _coarsest(model)
     if dtype in (torch.float64, torch.float32):
         return 1e-9 if dtype == torch.float64 else 2e-4
     with _rounded_input(model):

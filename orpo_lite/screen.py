@@ -115,7 +115,9 @@ BAR = 40  # characters
 def print_plan(report: "PlanReport") -> None:
     """The verdict, the memory of a step by part, the levers, what else is needed, and what other cards make of it."""
     plan = report.plan
-    whose = f"free on this machine's {plan.card.name}" if report.own and plan.card else "of memory.budget"
+    whose = "of memory.budget"
+    if report.own and plan.card and plan.budget == report.own.free:
+        whose = f"free on this machine's {plan.card.name}"
     if not report.is_verdict and plan.card:
         whose = f"of a {plan.card.name} (no GPU here, and no memory.budget)"
     verdict = "fits" if plan.fits else "does not fit"

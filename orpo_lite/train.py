@@ -28,7 +28,7 @@ from orpo_lite.gradient import ShortageError, accumulate, any_process
 from orpo_lite.model import PairModel, checkpoint_first, choose_dtype, load_pair_model
 from orpo_lite.optimizer import lr_factor, make_optimizer, whole_steps
 from orpo_lite.planner.cards import own_card
-from orpo_lite.planner.search import fit
+from orpo_lite.planner.search import NO_PLAN, fit, no_plan
 from orpo_lite.prepare import (
     Ready,
     adopt_adapter,
@@ -154,7 +154,11 @@ def _planned(
         yield Update("note", "the plan that the run began with does not fit any more: bits may differ from here on")
     yield Update("stage", "planning the memory of a step")
     lengths = pair_lengths(ready.train)
-    found = fit(recipe, ready.base.config, lengths, device_kind(device), budget, card)
+    try:
+        found = fit(recipe, ready.base.config, lengths, device_kind(device), budget, card)
+    except NO_PLAN as error:
+        yield Update("note", f"{no_plan(ready.base.name, error).found}: the levers of memory stay as they are")
+        return recipe, {}
     for sentence in found.sentences(own.others if own else 0):
         yield Update("note", sentence)
     return recipe.override({f"memory.{key}": value for key, value in found.levers.items()}), found.to_json()
@@ -327,7 +331,7 @@ def _load(recipe: Recipe, ready: Ready, accelerator: Accelerator, path: Path) ->
     pair_model = load_pair_model(recipe, ready.base, accelerator.device)
     if recipe.memory.packing:
         yield Update("stage", "proving the step on this model")
-        longest = int(pair_lengths(ready.train)[:, 1:].max())
+        longest = max(int(pair_lengths(side)[:, 1:].max(initial=1)) for side in (ready.train, ready.test))
         prove(pair_model, longest, min(recipe.micro_batch_tokens, 2 * longest * recipe.training.global_batch_size))
         if accelerator.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -226,6 +227,18 @@ def test_two_processes_give_the_gradient_of_one(tmp_path: Path) -> None:
             vector, parts = saved[f"{reduction} {count}"]
             assert (vector - expected).norm() / expected.norm() < 1e-12
             assert parts == pytest.approx(figures, rel=1e-12)
+
+
+def test_a_process_without_a_pair_has_a_scaler_that_works() -> None:
+    """float16: the scaler makes its state at its first use, and unscale_ refuses to run before that."""
+    model, scaler = lora_model(tiny_llama()), torch.amp.GradScaler("cpu", enabled=True)
+    other: Any = SimpleNamespace(num_processes=2, process_index=1, device=torch.device("cpu"))
+    other.reduce = lambda tensor, **_: tensor
+    settings = recipe()
+    accumulate(model, ragged_pairs(1), settings, 0, model.batching(settings, 0), other, scaler)
+    optimizer = torch.optim.SGD([parameter for _, parameter in model.trained()], lr=0.1)
+    scaler.unscale_(optimizer)
+    assert all(not parameter.grad.any() for _, parameter in model.trained())  # type: ignore[union-attr]
 
 
 def test_the_fault_these_tests_are_for_is_seen() -> None:

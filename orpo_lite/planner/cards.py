@@ -1,6 +1,7 @@
 """Graphics cards: what some well-known ones have, and what is free on the one that is here."""
 
 import os
+import re
 from dataclasses import dataclass
 
 import torch
@@ -56,7 +57,8 @@ def own_card(index: int = 0) -> Own | None:
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(index)
-    flops, bandwidth = next((speed for part, speed in SPEEDS.items() if part in properties.name), (0.0, 0.0))
+    known = (speed for part, speed in SPEEDS.items() if re.search(rf"\b{re.escape(part)}\b", properties.name))
+    flops, bandwidth = next(known, (0.0, 0.0))
     if not flops:
         like = min(CARDS, key=lambda card: abs(card.memory - properties.total_memory))
         flops, bandwidth = like.flops, like.bandwidth

@@ -69,11 +69,15 @@ def blank_pairs(triples: Triples) -> list[TokenizedPair]:
 
 
 def heaviest(recipe: Recipe, triples: Triples, batching: Batching) -> list[TokenizedPair]:
-    """The largest micro-batch of the step that has the longest pairs."""
+    """The largest micro-batch of the step that has the longest pairs, and filled up: other pairs may fit better."""
     lengths = triples[:, 1] + triples[:, 2] - triples[:, 0] * batching.share
     pairs = blank_pairs(triples[np.argsort(-lengths, kind="stable")[: recipe.training.global_batch_size]])
     chunks = [[pairs[index] for index in chunk] for chunk in micro_batches(pairs, batching)]
-    return max(chunks, key=lambda chunk: _tokens(chunk, batching))
+    largest = max(chunks, key=lambda chunk: _tokens(chunk, batching))
+    room = min(batching.tokens, _tokens(pairs, batching)) - _tokens(largest, batching)
+    if batching.packed and room > 3 and len(largest) < (batching.pairs or len(pairs)):
+        largest = [*largest, *blank_pairs(np.array([[0, room // 2, room - room // 2]]))]
+    return largest
 
 
 def _tokens(pairs: Sequence[TokenizedPair], batching: Batching) -> int:
@@ -97,7 +101,7 @@ def measure(recipe: Recipe, config: Any, triples: Triples, kind: str) -> Measure
     model = bare_pair_model(recipe, config, choose_dtype(recipe.model.dtype, kind))
     model.planned = kind
     if not recipe.memory.packing:
-        model.own_attention = FREE
+        model.own_attention = model.config._attn_implementation = FREE
     trained = [parameter for _, parameter in model.trained()]
     gradients = [parameter.new_empty(parameter.shape) for parameter in trained]
     for parameter, gradient in zip(trained, gradients, strict=True):

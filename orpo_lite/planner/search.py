@@ -5,6 +5,7 @@ what one layer more adds, the others add too. The plan that is chosen is then co
 """
 
 import itertools
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,13 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from orpo_lite.errors import FitError
+from orpo_lite.errors import FitError, ModelError
 from orpo_lite.model import bare_pair_model, choose_dtype, held
 from orpo_lite.optimizer import state_bytes
 from orpo_lite.planner.cards import CARDS, Card
 from orpo_lite.planner.counted import Measured, Triples, checkpointed, loading, measure, rounded
 from orpo_lite.planner.lines import Line, seconds
 from orpo_lite.recipe import LEVERS, Recipe, to_text
+from orpo_lite.step.attention import UnsupportedError
+
+logger = logging.getLogger(__name__)
 
 MIB = 2**20
 # Allowances: what the counted step cannot show. None of them was fitted to a model.
@@ -249,6 +253,9 @@ class Planner:
             # The lines were a little low: layers of different kinds.
             levers = levers | {"activation_checkpointing": levers["activation_checkpointing"] + 1}
             plan = self.run(levers, budget, card)
+        if not plan.fits:
+            amount = self.layers - min(self._amounts())
+            plan = self.run(self.tightest() | {"activation_checkpointing": amount}, budget, card)
         return plan
 
     def row(self, card: Card) -> CardRow:
@@ -298,6 +305,17 @@ class Planner:
         return found
 
 
+# Of models whose own code does not run without values, or does not take packed rows: sinks, ALiBi, some experts.
+NO_PLAN = (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, UnsupportedError)
+
+
+def no_plan(name: str, error: Exception) -> ModelError:
+    """That a model cannot be planned, and how to go on."""
+    logger.warning("the step could not be counted", exc_info=error)
+    found = f"its step cannot be counted without weights ({type(error).__name__})"
+    return ModelError(f"model {name}", found, "", "set the levers of memory by hand; training takes them as they are")
+
+
 def fit(recipe: Recipe, config: Any, triples: Triples, kind: str, budget: int, card: Card | None) -> MemoryPlan:
     """The fastest plan within ``budget`` bytes. Raises :class:`FitError` with what would help."""
     planner = Planner(recipe, config, triples, kind)
@@ -316,7 +334,8 @@ def does_not_fit(plan: MemoryPlan, changes: Sequence[Change]) -> FitError:
         verdict = "fits" if change.fits else "still too much"
         lines.append(f"{keys}: {_gib(change.needed)} ({_gib(plan.needed - change.needed)} less), {verdict}")
     useful = [line for line, change in zip(lines, changes, strict=True) if change.fits] or lines[-1:]
-    return FitError("memory.budget", found, "", "\n    ".join(["one of these, which change what is trained:", *useful]))
+    first = "one of these; all but a lever of memory change what is trained:"
+    return FitError("memory.budget", found, "", "\n    ".join([first, *useful]))
 
 
 def _gib(size: int) -> str:
