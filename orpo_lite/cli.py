@@ -69,6 +69,10 @@ def _top(version: Annotated[bool, typer.Option("--version", help="Print the vers
         raise typer.Exit
 
 
+RecipeName = Annotated[str | None, typer.Option("--recipe", help="A shipped name (see `recipes ls`), or a .yaml path.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print all of it as JSON, and nothing else.")]
+
+
 # --- the verbs ------------------------------------------------------------------------------------------------------
 
 
@@ -77,7 +81,7 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Any key of the recipe, e.g. lora.r=8.")
     ] = None,
-    recipe: Annotated[str | None, typer.Option(help="A shipped name (see `recipes ls`), or a .yaml path.")] = None,
+    recipe: RecipeName = None,
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with the run in this folder.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print every value and its source; do nothing.")] = False,
 ) -> None:
@@ -101,11 +105,11 @@ def plan(
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="Any key of the recipe, e.g. memory.budget=12GiB."),
     ] = None,
-    recipe: Annotated[str | None, typer.Option(help="A shipped name (see `recipes ls`), or a .yaml path.")] = None,
+    recipe: RecipeName = None,
     with_data: Annotated[
         bool, typer.Option("--with-data", help="Read the data, and plan for its longest pairs, not for max_length.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON, and nothing else.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Will it fit, how fast, and what to change: counted without weights, before anything is downloaded."""
     chosen = _choose_recipe(recipe, None, overrides or [], verb="plan")
@@ -115,7 +119,7 @@ def plan(
 
         report = screen.draw(planning(chosen, with_data=with_data), silent=as_json)
     if as_json:
-        out.print(json.dumps(report.to_json(), indent=2, ensure_ascii=False))
+        screen.print_json(report.to_json())
     else:
         screen.print_plan(report)
     if report.is_verdict and not report.plan.fits:
@@ -128,9 +132,9 @@ def data(
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="Any key of the recipe, e.g. data.max_length=1024."),
     ] = None,
-    recipe: Annotated[str | None, typer.Option(help="A shipped name (see `recipes ls`), or a .yaml path.")] = None,
+    recipe: RecipeName = None,
     row: Annotated[str | None, typer.Option(metavar="PLACE", help="Show this row, e.g. pairs.csv:3.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON, and nothing else.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what the model will see of the data: format, one pair, lengths, cuts, and what is left out and why."""
     if as_json and row:

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from orpo_lite.data.packing import make_batch, micro_batches, nll_tokens
+from orpo_lite.data.packing import make_batch, micro_batches
 from orpo_lite.data.tokens import TokenizedPair
-from orpo_lite.model import PairModel
+from orpo_lite.model import PairModel, divisors_of, loss_of
 from orpo_lite.recipe import Recipe
-from orpo_lite.step.losses import PARTS, Divisors, named_parts, orpo_loss
+from orpo_lite.step.losses import PARTS, named_parts
 
 
 def evaluate(
@@ -23,9 +23,8 @@ def evaluate(
     """
     if not pairs:
         return {}
-    only = recipe.loss.completion_only_loss
-    divisors = Divisors(len(pairs), sum(nll_tokens(pair, completion_only_loss=only) for pair in pairs))
-    total = torch.zeros(len(PARTS), dtype=torch.float64)
+    divisors = divisors_of(pairs, recipe)
+    total = torch.zeros(len(PARTS), dtype=torch.float64, device=accelerator.device)
     rank, world = accelerator.process_index, accelerator.num_processes
     batching = model.batching(recipe, pad_id)
     share = micro_batches(pairs, batching, rank=rank, world=world)
@@ -34,7 +33,6 @@ def evaluate(
         batch = make_batch([pairs[index] for index in chunk], batching)
         with model.evaluating():
             logps = model(batch.to(accelerator.device))
-            _, parts = orpo_loss(logps, divisors, beta=recipe.loss.beta, nll_reduction=recipe.loss.nll_reduction)
-        total += parts.double().cpu()
-    summed: Any = accelerator.reduce(total.to(accelerator.device), reduction="sum")
+            total += loss_of(logps, divisors, recipe)[1]
+    summed: Any = accelerator.reduce(total, reduction="sum")
     return {f"eval_{name}": value for name, value in named_parts(summed.tolist(), beta=recipe.loss.beta).items()}

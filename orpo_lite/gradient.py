@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from orpo_lite.data.packing import Batching, make_batch, micro_batches, nll_tokens
+from orpo_lite.data.packing import Batching, make_batch, micro_batches
 from orpo_lite.data.tokens import TokenizedPair
-from orpo_lite.model import PairModel
+from orpo_lite.model import PairModel, divisors_of, loss_of
 from orpo_lite.recipe import Recipe
-from orpo_lite.step.losses import PARTS, Divisors, orpo_loss
+from orpo_lite.step.losses import PARTS
 
 
 class ShortageError(Exception):
@@ -39,8 +39,7 @@ def accumulate(
     Raises:
         ShortageError: out of memory, here or in another process.
     """
-    only, rank = recipe.loss.completion_only_loss, accelerator.process_index
-    divisors = Divisors(len(batch), sum(nll_tokens(pair, completion_only_loss=only) for pair in batch))
+    divisors, rank = divisors_of(batch, recipe), accelerator.process_index
     parts = torch.zeros(len(PARTS), dtype=torch.float64, device=accelerator.device)
 
     def passes() -> None:
@@ -49,7 +48,7 @@ def accumulate(
             rows = make_batch([batch[index] for index in chunk], batching)
             seed_dropout(recipe.training.seed, step, number, rank)
             logps = model(rows.to(accelerator.device))
-            loss, share = orpo_loss(logps, divisors, beta=recipe.loss.beta, nll_reduction=recipe.loss.nll_reduction)
+            loss, share = loss_of(logps, divisors, recipe)
             accelerator.backward(scaler.scale(loss))
             parts.add_(share)  # there: to read it would wait for the device before the next batch is made
 

@@ -18,6 +18,11 @@ ROUNDING = 512  # bytes: torch's CUDA allocator hands out no less
 UNTOUCHED = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}  # they make, and write nothing
 
 
+def allocated(storage: torch.UntypedStorage) -> int:
+    """Bytes that the allocator hands out for it."""
+    return -(-storage.nbytes() // ROUNDING) * ROUNDING
+
+
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all storages that operators return, while they live.
 
@@ -63,7 +68,7 @@ class LiveBytes(TorchDispatchMode):
         if storage in self._seen:
             return
         self._seen.add(storage)
-        size = -(-storage.nbytes() // ROUNDING) * ROUNDING
+        size = allocated(storage)
         if making_host_memory():
             mark_as_host(storage)
             self.host += size

@@ -1,7 +1,7 @@
 """The base in 4 bit with LoRA on top and the step installed, as a :class:`PairModel`."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -14,20 +14,24 @@ from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from orpo_lite.base import Base, find_adapter, read_adapter_config
-from orpo_lite.data.packing import Batch, Batching, PackedPairs
+from orpo_lite.data.packing import Batch, Batching, PackedPairs, nll_tokens
+from orpo_lite.data.tokens import TokenizedPair
 from orpo_lite.errors import FitError, ModelError, RecipeError
 from orpo_lite.recipe import MemorySection, Recipe
 from orpo_lite.step import attention
-from orpo_lite.step.attention import Layout, Segment, device_kind, free, pair_attention, using
+from orpo_lite.step.attention import Layout, Segment, UnsupportedError, device_kind, pair_attention, scoreless, using
 from orpo_lite.step.head import Head, chunk_rows, packed_logps, padded_logps, pick, row_logps
 from orpo_lite.step.layers import checkpoint_layers, embed_on_host, tile_mlps
 from orpo_lite.step.lora import fuse_lora
-from orpo_lite.step.losses import PairLogps, at_least_float32
+from orpo_lite.step.losses import Divisors, PairLogps, at_least_float32, orpo_loss
 from orpo_lite.step.memory import is_on_host
 
 AttentionInterface.register(attention.NAME, pair_attention)
 META = torch.device("meta")
-FREE = "orpo_lite_free"  # attention of padded rows on meta
+SCORELESS = "orpo_lite_scoreless"  # attention of padded rows on meta
+
+# What a model's own code raises that does not take packed rows, or does not run without values.
+ITS_FAULTS = (TypeError, ValueError, AttributeError, RuntimeError, IndexError, KeyError, UnsupportedError)
 
 Way = Literal["shared", "packed", "rows", "logits"]
 """How packed pairs go through the model, from the fastest way to the plainest. shared: one row, each prompt once.
@@ -178,6 +182,17 @@ class PairModel(nn.Module):
         finally:
             for module in noisy:
                 module.train()
+
+
+def divisors_of(pairs: Sequence[TokenizedPair], recipe: Recipe) -> Divisors:
+    """What the loss of a step on these pairs is divided by."""
+    only = recipe.loss.completion_only_loss
+    return Divisors(len(pairs), sum(nll_tokens(pair, completion_only_loss=only) for pair in pairs))
+
+
+def loss_of(logps: PairLogps, divisors: Divisors, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """:func:`orpo_loss` as the recipe says."""
+    return orpo_loss(logps, divisors, beta=recipe.loss.beta, nll_reduction=recipe.loss.nll_reduction)
 
 
 def choose_dtype(name: str, kind: str) -> torch.dtype:
@@ -373,14 +388,14 @@ def _without_dropout(config: Any) -> Any:
 # --- on meta, for a plan
 
 
-def free_attention(
+def scoreless_attention(
     _module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Any, **_: Any
 ) -> tuple[Tensor, None]:
     """Attention's output and what it keeps (queries, keys, values, output, one number a query and head), no scores."""
-    return free(query, key, value).transpose(1, 2), None
+    return scoreless(query, key, value).transpose(1, 2), None
 
 
-AttentionInterface.register(FREE, free_attention)
+AttentionInterface.register(SCORELESS, scoreless_attention)
 
 
 def held(model: nn.Module) -> dict[str, list[Tensor]]:
@@ -420,9 +435,8 @@ def install_step(model: PairModel, recipe: Recipe) -> None:
 
 def checkpoint_first(model: PairModel, recipe: Recipe) -> None:
     """Let so many of the first layers as the recipe says keep their input only; later on, more of them."""
-    memory, most = recipe.memory.unplanned(), len(model.layers)
-    amount = memory.activation_checkpointing
-    model.checkpointed = min(most, {"all": most, "none": 0}[amount] if isinstance(amount, str) else amount)
+    memory = recipe.memory.unplanned()
+    model.checkpointed = memory.checkpointed(len(model.layers))
     layers, offload = model.layers[: model.checkpointed], bool(memory.checkpoint_offload)
     checkpoint_layers(layers, model.attending, offload=offload, has_dropout=has_dropout(model))
 

@@ -9,9 +9,10 @@ import torch
 from orpo_lite import demo, run
 from orpo_lite.base import find_config, find_texts
 from orpo_lite.checkpoint import KEPT
-from orpo_lite.planner.cards import CARDS, Card, Own, own_card
+from orpo_lite.model import ITS_FAULTS
+from orpo_lite.planner.cards import CARDS, Card, Own, own_card, room
 from orpo_lite.planner.counted import worst_case
-from orpo_lite.planner.search import NO_PLAN, CardRow, Change, MemoryPlan, Planner, no_plan
+from orpo_lite.planner.search import CardRow, Change, MemoryPlan, Planner, no_plan
 from orpo_lite.prepare import adopt_adapter, check_embedding, find_sources, pair_lengths, tokenized_sides
 from orpo_lite.recipe import Recipe
 from orpo_lite.run import Update
@@ -28,8 +29,6 @@ class PlanReport:
     plan: MemoryPlan
     own: Own | None
     """The card that is here."""
-    longest: int
-    """Tokens of the longest pair, each prompt once."""
     from_data: bool
     """Whether lengths are those of the data, not the most that data.max_length allows."""
     rows: list[CardRow]
@@ -38,7 +37,6 @@ class PlanReport:
     """What would help where it does not fit."""
     disk: dict[str, int]
     """Bytes: download, checkpoints, merged."""
-
     is_verdict: bool
     """Whether the budget is the person's: theirs by word, or that of their card."""
 
@@ -96,40 +94,40 @@ def planning(recipe: Recipe, *, with_data: bool = False) -> Generator[Update, No
         triples = pair_lengths(train)
     own = own_card()
     kind = device_kind(torch.device("cuda", 0)) if own else "ampere"
-    card, budget = (own.card, own.free) if own else (ASSUMED, ASSUMED.memory)
-    if recipe.memory.budget_bytes is not None:
-        budget = min(recipe.memory.budget_bytes, own.free) if own else recipe.memory.budget_bytes
-        card = card if own else replace(_like(budget), memory=budget)
+    budget = room(recipe.memory.budget_bytes, own)
     yield Update("stage", "counting steps of a few layers")
     try:
-        return _report(recipe, asked_name, Planner(recipe, config, triples, kind), own, card, budget, with_data)
-    except NO_PLAN as error:
+        return _report(recipe, asked_name, Planner(recipe, config, triples, kind), own, budget, with_data)
+    except ITS_FAULTS as error:
         raise no_plan(asked_name, error) from error
 
 
 def _report(
-    recipe: Recipe, name: str, planner: Planner, own: Own | None, card: Card, budget: int, from_data: bool
+    recipe: Recipe, name: str, planner: Planner, own: Own | None, asked: int | None, from_data: bool
 ) -> PlanReport:
-    if own is None and recipe.memory.budget_bytes is None:
+    if own:
+        card = own.card
+    elif asked is not None:
+        card = replace(_like(asked), memory=asked)
+    else:
         larger = [other for other in CARDS if other.memory >= ASSUMED.memory]
         card = next((other for other in larger if planner.least(other) <= other.memory), ASSUMED)
-        budget = card.memory
+    budget = card.memory if asked is None else asked
     found = planner.plan(budget, card)
     name_of_first = card.name if recipe.memory.budget_bytes is None else f"memory.budget={recipe.memory.budget}"
     first = replace(card, name=name_of_first, memory=budget)
     rows = [planner.row(first), *(planner.row(other) for other in CARDS if other != first)]
-    asked = own is not None or recipe.memory.budget_bytes is not None
-    changes = planner.changes(budget, card) if asked and not found.fits else []
+    is_verdict = asked is not None
+    changes = planner.changes(budget, card) if is_verdict and not found.fits else []
     return PlanReport(
         base=name,
         plan=found,
         own=own,
-        longest=planner.longest,
         from_data=from_data,
         rows=rows,
         changes=changes,
         disk=_disk(found, recipe),
-        is_verdict=asked,
+        is_verdict=is_verdict,
     )
 
 

@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from orpo_lite.data.packing import pack_pairs, packed_tokens
 from orpo_lite.data.tokens import TokenizedPair
 from orpo_lite.errors import ModelError
-from orpo_lite.model import WAYS, PairModel, Way
+from orpo_lite.model import ITS_FAULTS, WAYS, PairModel, Way
 from orpo_lite.step.attention import UnsupportedError, flash_attn
 from orpo_lite.step.head import packed_logps
 from orpo_lite.step.losses import PairLogps
@@ -27,7 +27,7 @@ SAID: dict[Way, str] = {
     "rows": "pairs are neither packed nor shared: each sequence goes through the model by itself",
     "logits": "each sequence goes through the model by itself, with all its logits",
 }
-THEIR_FAULTS = (TypeError, ValueError, AttributeError, RuntimeError, IndexError, KeyError)  # of a model's own code
+FEW = [SHORT[0], SHORT[4]]  # for gradients
 
 
 def prove(model: PairModel, max_length: int, tokens: int = 0) -> None:
@@ -49,12 +49,13 @@ def prove(model: PairModel, max_length: int, tokens: int = 0) -> None:
         with model.evaluating():
             _refuse_others(model)
         with model.without_dropout():
-            _drop_wrong_operations(model)
+            own = _own_gradient(model)
+            _drop_wrong_operations(model, own)
         with model.evaluating():
             reasons = _disagreements(model, max_length, tokens)
-        ways = [way for way in WAYS[WAYS.index(model.way) :] if way not in reasons]
+        ways = [way for way in WAYS[WAYS.index(model.way) : -1] if way not in reasons]
         with model.without_dropout():
-            reasons |= _wrong_gradients(model, ways)
+            reasons |= _wrong_gradients(model, ways, own)
     for way in WAYS[WAYS.index(model.way) :]:
         if way not in reasons:
             break
@@ -90,34 +91,51 @@ def _refuse_others(model: PairModel) -> None:
     changed = batch.input_ids_T[:stop].clone()
     changed[-1] = batch.input_ids_T[0]
     try:
-        both = [model.causal(input_ids=ids.unsqueeze(0), use_cache=False).logits[0, :-1] for ids in
-                (batch.input_ids_T[:stop], changed)]  # fmt: skip
-    except torch.OutOfMemoryError:
-        raise
-    except THEIR_FAULTS as error:
-        log.warning("the model's own forward pass failed", exc_info=error)
+        both = [
+            model.causal(input_ids=ids.unsqueeze(0), use_cache=False).logits[0, :-1]
+            for ids in (batch.input_ids_T[:stop], changed)
+        ]
+    except ITS_FAULTS as error:
         found = f"its own forward pass fails with this adapter ({_kind(error)})"
-        raise ModelError(f"model {model.config.model_type}", found, "", "other lora.target_modules, or another base") \
-            from error  # fmt: skip
+        remedy = "other lora.target_modules, or another base"
+        raise ModelError(f"model {model.config.model_type}", found, "", remedy) from error
     difference = float((both[0].double() - both[1].double()).norm() / both[0].double().norm())
     if not difference <= _rounding(model):
         found = "its tokens see those that come after: it was made to fill in, not to write on"
         raise ModelError(f"model {model.config.model_type}", found, "a causal language model")
 
 
-def _drop_wrong_operations(model: PairModel) -> None:
+class Gradient(NamedTuple):
+    """The model's own, by each trained parameter, and how far another may be from it."""
+
+    parts: list[Tensor]
+    bound: float
+
+
+def _own_gradient(model: PairModel) -> Gradient:
+    """By the model's and peft's own layers and all logits; the bound is what rounding explains.
+
+    In half precision that is three times what comes of rounding the first layer's input once more: as much as two
+    orders of the same operations differ by, from 1% of a Llama's gradient to 10% of a Gemma's.
+    """
+    with plain(model):
+        parts = _gradient(model, "logits")
+        _say_unused(model, parts)
+        if _coarsest(model) in (torch.float64, torch.float32):
+            return Gradient(parts, 1e-8 if _coarsest(model) == torch.float64 else 1e-3)
+        with _rounded_input(model):
+            return Gradient(parts, min(max(3 * _distance(_gradient(model, "logits"), parts), 0.01), 0.3))
+
+
+def _drop_wrong_operations(model: PairModel, own: Gradient) -> None:
     """Go back to peft's and the model's own layers where ours have another gradient; says so."""
     if not ours(model):
         return
-    pairs = _random_pairs(model.config.get_text_config(), [SHORT[0], SHORT[4]])
-    with plain(model):
-        wanted = _gradient(model, pairs, "logits")
-        bound = _gradient_bound(model, pairs, wanted)
-    difference = _distance(_gradient(model, pairs, "logits"), wanted)
-    if not difference <= bound:  # NaN is no agreement either
+    difference = _distance(_gradient(model, "logits"), own.parts)
+    if not difference <= own.bound:  # NaN is no agreement either
         for module in ours(model):
             del module.forward
-        said = f"with them gradients differ by {difference:.2%} (bound {bound:.2%})"
+        said = f"with them gradients differ by {difference:.2%} (bound {own.bound:.2%})"
         model.notes.append(f"memory.fused_lora and memory.mlp_tile are not used: {said}")
 
 
@@ -142,8 +160,8 @@ def _disagreements(model: PairModel, max_length: int, tokens: int) -> dict[Way, 
         return reasons | dict.fromkeys(packed, f"its rotary embedding changes within {max_length:,} tokens")
     for way in packed:
         compare(way, short, expected)
-    if "rows" in reasons or not packed:
-        return reasons | {way: reasons["rows"] for way in packed if "rows" in reasons and way not in reasons}
+    if "rows" in reasons:
+        return dict.fromkeys(packed, reasons["rows"]) | reasons
     where = f" in rows of {max(tokens, max_length):,} tokens"
     for way in packed:
         if way in reasons:
@@ -181,12 +199,10 @@ def _head_differs(model: PairModel, pair: TokenizedPair) -> str:
     """
     batch = pack_pairs([pair], completion_only_loss=False, share=False).to(model.device)
     try:
-        own, ours = (model.row_logits(batch, way).double() for way in ("logits", "rows"))
-    except torch.OutOfMemoryError:
-        raise
-    except THEIR_FAULTS as error:
+        theirs, found = (model.row_logits(batch, way).double() for way in ("logits", "rows"))
+    except ITS_FAULTS as error:
         return _reason(error)
-    difference = float((own - ours).norm() / own.norm())
+    difference = float((theirs - found).norm() / theirs.norm())
     return "" if difference <= _rounding(model) else f"its logits are not its head's: they differ by {difference:.2%}"
 
 
@@ -194,45 +210,28 @@ def _difference(model: PairModel, pairs: list[TokenizedPair], way: Way, wanted: 
     """Why this way is not the model's own, or ""."""
     try:
         difference = float((_figures(model, pairs, way) - wanted).abs().max())
-    except torch.OutOfMemoryError:
-        raise
-    except (UnsupportedError, *THEIR_FAULTS) as error:
+    except ITS_FAULTS as error:
         return _reason(error)
     return "" if difference <= bound else f"log-probabilities would differ by {difference:.2g} (bound {bound:.2g})"
 
 
-def _wrong_gradients(model: PairModel, ways: Sequence[Way]) -> dict[Way, str]:
+def _wrong_gradients(model: PairModel, ways: Sequence[Way], own: Gradient) -> dict[Way, str]:
     """The first of these ways if its gradient is not the model's own, and so on with the next; {} if it is."""
     reasons: dict[Way, str] = {}
-    pairs = _random_pairs(model.config.get_text_config(), [SHORT[0], SHORT[4]])
-    wanted = _gradient(model, pairs, "logits")
-    _say_unused(model, wanted)
-    if ways[0] == "logits":
-        return reasons
-    bound = _gradient_bound(model, pairs, wanted)
-    for way in ways[:-1]:
-        try:
-            difference = _distance(_gradient(model, pairs, way), wanted)
-        except torch.OutOfMemoryError:
-            raise
-        except (UnsupportedError, *THEIR_FAULTS) as error:
-            reasons[way] = _reason(error)
-            continue
-        if difference <= bound:
+    for way in ways:
+        if not (reason := _differs(model, way, own)):
             break
-        reasons[way] = f"gradients would differ by {difference:.2%} (bound {bound:.2%})"
+        reasons[way] = reason
     return reasons
 
 
-def _gradient_bound(model: PairModel, pairs: list[TokenizedPair], wanted: list[Tensor]) -> float:
-    """What rounding explains; in half precision three times what comes of rounding the first layer's input once more.
-
-    That is as much as two orders of the same operations differ by, from 1% of a Llama's gradient to 10% of a Gemma's.
-    """
-    if _coarsest(model) in (torch.float64, torch.float32):
-        return 1e-8 if _coarsest(model) == torch.float64 else 1e-3
-    with _rounded_input(model):
-        return min(max(3 * _distance(_gradient(model, pairs, "logits"), wanted), 0.01), 0.3)
+def _differs(model: PairModel, way: Way, own: Gradient) -> str:
+    """Why the gradient of this way is not the model's own, or ""."""
+    try:
+        difference = _distance(_gradient(model, way), own.parts)
+    except ITS_FAULTS as error:
+        return _reason(error)
+    return "" if difference <= own.bound else f"gradients would differ by {difference:.2%} (bound {own.bound:.2%})"
 
 
 @contextmanager
@@ -261,9 +260,9 @@ def _say_unused(model: PairModel, gradient: list[Tensor]) -> None:
         model.notes.append(f"{len(dead)} of {of_all} adapted layers get no gradient ({layer} ...): they learn nothing")
 
 
-def _gradient(model: PairModel, pairs: list[TokenizedPair], way: Way) -> list[Tensor]:
-    """Of some sum of :func:`_figures`, by each trained parameter."""
-    figures = _figures(model, pairs, way)
+def _gradient(model: PairModel, way: Way) -> list[Tensor]:
+    """Of some sum of :func:`_figures` of a few pairs, by each trained parameter."""
+    figures = _figures(model, _random_pairs(model.config.get_text_config(), FEW), way)
     weights_3 = figures.new_tensor([1.0, -2.0, 0.5])
     trained = [parameter for _, parameter in model.trained()]
     return list(torch.autograd.grad((weights_3 @ figures).sum(), trained, allow_unused=True, materialize_grads=True))
@@ -293,13 +292,14 @@ def plain(model: PairModel) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, UnsupportedError):
-        return str(error)
-    log.warning("a packed row of random tokens failed", exc_info=error)
-    return f"its code does not take packed rows ({_kind(error)})"
+    return str(error) if isinstance(error, UnsupportedError) else f"its code does not take packed rows ({_kind(error)})"
 
 
 def _kind(error: Exception) -> str:
+    """What a fault of the model's code is, its traceback being in the log; memory that runs out is none of its."""
+    if isinstance(error, torch.OutOfMemoryError):
+        raise error
+    log.warning("random tokens failed to go through the model", exc_info=error)
     return f"{type(error).__name__}; train.log has the place"
 
 

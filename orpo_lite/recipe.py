@@ -88,6 +88,11 @@ def read_bytes(text: str) -> int:
     return int(float(match[1]) * UNITS[match[2].lower()])
 
 
+def gib(size: int) -> str:
+    """A size in bytes as people read it."""
+    return f"{size / 2**30:.2f} GiB"
+
+
 def _budget(value: object) -> object:
     if isinstance(value, str) and value != "auto" and read_bytes(value) == 0:
         raise ValueError("auto, or a size such as 24GiB")
@@ -283,6 +288,11 @@ class MemorySection(Section):
         plain |= {"checkpoint_offload": False, "embedding_on_cpu": False}
         return self.model_copy(update={key: value for key, value in plain.items() if getattr(self, key) == "auto"})
 
+    def checkpointed(self, layers: int) -> int:
+        """How many of so many decoder layers, the first ones, keep their input only; auto: all."""
+        amount = self.activation_checkpointing
+        return min(layers, {"none": 0}.get(amount, layers) if isinstance(amount, str) else amount)
+
     @property
     def budget_bytes(self) -> int | None:
         """None for auto."""
@@ -346,6 +356,10 @@ class Recipe(Section):
         copy = Recipe.model_validate(tree)
         copy._sources.update(self._sources)
         return copy
+
+    def with_memory(self, levers: Mapping[str, Any]) -> "Recipe":
+        """:meth:`override` of keys of ``memory``, named without their section."""
+        return self.override({f"memory.{key}": value for key, value in levers.items()})
 
     def to_yaml(self, *, comments: bool = False) -> str:
         """The whole recipe as YAML; with ``comments`` each key carries its field's documentation."""

@@ -70,7 +70,7 @@ def print_levers(recipe: "Recipe") -> None:
     out.print("\na step")
     if not memory.packing:
         size = memory.micro_batch_size or 1
-        out.print(f"  pads rows, {size} pair{'s' * (size > 1)} a forward pass, and holds all logits: the plain step")
+        out.print(f"  pads rows, {_pairs(size)} a forward pass, and holds all logits: the plain step")
     else:
         shared = "once" if memory.prompt_sharing else "twice"
         tokens = f"{recipe.micro_batch_tokens:,} tokens a forward pass"
@@ -114,6 +114,8 @@ BAR = 40  # characters
 
 def print_plan(report: "PlanReport") -> None:
     """The verdict, the memory of a step by part, the levers, what else is needed, and what other cards make of it."""
+    from orpo_lite.recipe import gib, to_text
+
     plan = report.plan
     whose = "of memory.budget"
     if report.own and plan.card and plan.budget == report.own.free:
@@ -121,9 +123,9 @@ def print_plan(report: "PlanReport") -> None:
     if not report.is_verdict and plan.card:
         whose = f"of a {plan.card.name} (no GPU here, and no memory.budget)"
     verdict = "fits" if plan.fits else "does not fit"
-    out.print(f"{report.base}: {verdict}, {_gib(plan.needed)} needed, {_gib(plan.budget or 0)} {whose}")
+    out.print(f"{report.base}: {verdict}, {gib(plan.needed)} needed, {gib(plan.budget or 0)} {whose}")
     if report.own and report.own.others:
-        out.print(f"other processes hold {_gib(report.own.others)} of the card, which is left alone")
+        out.print(f"other processes hold {gib(report.own.others)} of the card, which is left alone")
     step = plan.measured
     most = "of the longest pairs of the data" if report.from_data else "which is the most that data.max_length allows"
     out.print(f"counted for a forward pass of {_pairs(step.pairs)}, {step.tokens:,} tokens, {most}\n")
@@ -135,41 +137,28 @@ def print_plan(report: "PlanReport") -> None:
     width = max(len(name) for name, _ in rows)
     for name, size in rows:
         bar = "█" * round(BAR * size / largest) or "▏"
-        out.print(f"  {name.ljust(width)}  {size / 2**30:6.2f} GiB  {bar}")
-    out.print(f"  {'in all'.ljust(width)}  {sum(size for _, size in rows) / 2**30:6.2f} GiB")
+        out.print(f"  {name.ljust(width)}  {gib(size):>10}  {bar}")
+    out.print(f"  {'in all'.ljust(width)}  {gib(sum(size for _, size in rows)):>10}")
     if plan.needed > plan.peak + sum(plan.allowances.values()):
-        out.print(f"  more than that, {_gib(plan.needed)}, while the base is loaded, its embedding still on the card")
+        out.print(f"  more than that, {gib(plan.needed)}, while the base is loaded, its embedding still on the card")
     if step.paged:
-        out.print(f"  of the optimizer {_gib(step.paged)} are paged: the driver moves them to host memory if it must")
-    out.print(f"\nlevers: {' '.join(f'memory.{key}={_value(value)}' for key, value in plan.levers.items())}")
+        out.print(f"  of the optimizer {gib(step.paged)} are paged: the driver moves them to host memory if it must")
+    out.print(f"\nlevers: {' '.join(f'memory.{key}={to_text(value)}' for key, value in plan.levers.items())}")
     if plan.seconds_per_pair is not None:
         per_pair = f"{plan.flops_per_pair / 1e12:.3g} TFLOPs and about {plan.seconds_per_pair:.2g} s"
         out.print(f"a pair of that length: {per_pair} (estimated from the card's data sheet)")
-    disk = ", ".join(f"{name} {_gib(size)}" for name, size in report.disk.items())
-    out.print(f"host memory for what is kept there: {_gib(step.host)}; disk: {disk}\n")
+    disk = ", ".join(f"{name} {gib(size)}" for name, size in report.disk.items())
+    out.print(f"host memory for what is kept there: {gib(step.host)}; disk: {disk}\n")
     table = [("card", "needed", "fits", "s a pair", "layers that run again", "other levers")]
     for row in report.rows:
         levers = dict(row.levers or {})
         again = str(levers.pop("activation_checkpointing", ""))
-        others = [key if value is True else f"{key}={_value(value)}" for key, value in levers.items() if _is_set(value)]
+        used = {key: value for key, value in levers.items() if value not in (None, False, "auto")}
+        others = [key if value is True else f"{key}={to_text(value)}" for key, value in used.items()]
         seconds = "" if row.seconds_per_pair is None else f"{row.seconds_per_pair:.2g}"
         fits = "yes" if row.levers else "no"
-        table.append((row.card.name, _gib(row.needed), fits, seconds, again, " ".join(others)))
+        table.append((row.card.name, gib(row.needed), fits, seconds, again, " ".join(others)))
     print_columns(table)
-
-
-def _is_set(value: Any) -> bool:
-    return value not in (None, False, "auto")
-
-
-def _value(value: Any) -> str:
-    from orpo_lite.recipe import to_text
-
-    return to_text(value)
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"
 
 
 def _pairs(count: int) -> str:

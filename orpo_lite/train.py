@@ -25,10 +25,10 @@ from orpo_lite.data.tokens import TokenizedPair
 from orpo_lite.errors import CheckpointError, DivergedError, FitError, OrpoLiteError, RecipeError
 from orpo_lite.evaluate import evaluate
 from orpo_lite.gradient import ShortageError, accumulate, any_process
-from orpo_lite.model import PairModel, checkpoint_first, choose_dtype, load_pair_model
+from orpo_lite.model import ITS_FAULTS, PairModel, checkpoint_first, choose_dtype, load_pair_model
 from orpo_lite.optimizer import lr_factor, make_optimizer, whole_steps
-from orpo_lite.planner.cards import own_card
-from orpo_lite.planner.search import NO_PLAN, fit, no_plan
+from orpo_lite.planner.cards import own_card, room
+from orpo_lite.planner.search import fit, no_plan
 from orpo_lite.prepare import (
     Ready,
     adopt_adapter,
@@ -39,7 +39,7 @@ from orpo_lite.prepare import (
     with_absolute_paths,
 )
 from orpo_lite.proof import prove
-from orpo_lite.recipe import Recipe, to_text
+from orpo_lite.recipe import Recipe, gib, to_text
 from orpo_lite.run import Update
 from orpo_lite.step.attention import device_kind
 from orpo_lite.step.losses import named_parts
@@ -138,30 +138,28 @@ def _planned(
     """
     device, wanted = accelerator.device, recipe.memory.budget_bytes
     own = own_card(device.index or 0) if device.type == "cuda" else None
-    if own is None and wanted is None:
+    budget = room(wanted, own)
+    if budget is None:
         return recipe, {}
-    budget = min(size for size in (wanted, own.free if own else None) if size is not None)
     budget = int(accelerator.gather(torch.tensor([budget], device=device)).min())  # one plan for all processes
     if own and wanted and wanted > own.free:
-        yield Update(
-            "note", f"memory.budget={recipe.memory.budget}, and {own.free / 2**30:.2f} GiB are free on the card"
-        )
+        yield Update("note", f"memory.budget={recipe.memory.budget}, and {gib(own.free)} are free on the card")
     card = own.card if own else None
     before = run.read_json(path / PLAN) if (path / PLAN).is_file() else {}
     if before and before["needed_bytes"] <= budget:
-        return recipe.override({f"memory.{key}": value for key, value in before["levers"].items()}), {}
+        return recipe.with_memory(before["levers"]), {}
     if before:
         yield Update("note", "the plan that the run began with does not fit any more: bits may differ from here on")
     yield Update("stage", "planning the memory of a step")
     lengths = pair_lengths(ready.train)
     try:
         found = fit(recipe, ready.base.config, lengths, device_kind(device), budget, card)
-    except NO_PLAN as error:
+    except ITS_FAULTS as error:
         yield Update("note", f"{no_plan(ready.base.name, error).found}: the levers of memory stay as they are")
         return recipe, {}
     for sentence in found.sentences(own.others if own else 0):
         yield Update("note", sentence)
-    return recipe.override({f"memory.{key}": value for key, value in found.levers.items()}), found.to_json()
+    return recipe.with_memory(found.levers), found.to_json()
 
 
 # --- the loop -------------------------------------------------------------------------------------------------------
@@ -297,7 +295,7 @@ def _smaller(
 def _with_levers(recipe: Recipe, loaded: _Loaded, levers: Mapping[str, Any]) -> Recipe:
     """The recipe with those of a step that had run out of memory, and the model as they say."""
     if levers:
-        recipe = recipe.override({f"memory.{key}": value for key, value in levers.items()})
+        recipe = recipe.with_memory(levers)
         checkpoint_first(loaded.pair_model, recipe)
     return recipe
 

@@ -499,3 +499,9 @@ def test_no_gradient_of_a_step_that_ran_short_is_left(
         gradient.accumulate(model, pairs, chosen, 0, batching, accelerator, scaler)
     assert len(calls) == 2
     assert all(parameter.grad is None for _, parameter in model.trained())
+
+
+def test_an_embedding_set_to_the_host_is_counted_away_once() -> None:
+    moved, least = planner(embedding_on_cpu=True), planner()
+    assert least.tightest()["embedding_on_cpu"] is True
+    assert moved.least(CARD) == least.least(CARD)

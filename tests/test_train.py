@@ -374,13 +374,13 @@ def test_an_existing_run_is_refused_with_the_resume_command(small_recipe: Build)
 def test_nonfinite_steps_leave_the_adapter_alone_and_end_the_run(
     small_recipe: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = orpo_lite.gradient.orpo_loss
+    real = orpo_lite.gradient.loss_of
 
     def poisoned(*args: Any, **kwargs: Any) -> Any:
         loss, parts = real(*args, **kwargs)
         return loss * math.nan, parts * math.nan
 
-    monkeypatch.setattr(orpo_lite.gradient, "orpo_loss", poisoned)
+    monkeypatch.setattr(orpo_lite.gradient, "loss_of", poisoned)
     updates = []
     with pytest.raises(DivergedError) as caught:
         for update in training(small_recipe("training.num_train_epochs=3")):

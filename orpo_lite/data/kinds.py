@@ -125,19 +125,12 @@ _PYTHON_TEXTS = re.compile(r"""\s*(?:array\(\s*)?\[\s*['"].*\]\s*(?:,\s*dtype=\w
 
 def _python_kind(text: str) -> Kind | None:
     """Of a text that is a list as Python or NumPy prints it, which is not JSON."""
-    if (
-        text.lstrip()[:1] not in ("[", "{", "a")
-        or ("'" not in text and "array(" not in text)
-        or _parsed(text) is not None
-    ):
+    printed = text.lstrip()[:1] in ("[", "{", "a") and ("'" in text or "array(" in text)
+    if not printed or _parsed(text) is not None:
         return None
-    return (
-        "Python text of a list"
-        if _PYTHON.match(text)
-        else "Python text of texts"
-        if _PYTHON_TEXTS.match(text)
-        else None
-    )
+    if _PYTHON.match(text):
+        return "Python text of a list"
+    return "Python text of texts" if _PYTHON_TEXTS.match(text) else None
 
 
 # --- what a value says

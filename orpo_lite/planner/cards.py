@@ -22,16 +22,8 @@ class Card:
     """Bytes a second to and from its memory."""
 
 
-# Memory as torch names it; speeds from NVIDIA's data sheets and its papers on Ampere (GA102) and Ada.
-CARDS = (
-    Card("RTX 4060, 8 GB", int(7.63 * GIB), 30e12, 272e9),
-    Card("RTX 3060, 12 GB", int(11.75 * GIB), 26e12, 360e9),
-    Card("RTX 4080, 16 GB", int(15.7 * GIB), 97e12, 717e9),
-    Card("RTX 4090, 24 GB", int(23.6 * GIB), 165e12, 1008e9),
-    Card("RTX A6000, 48 GB", int(47.5 * GIB), 155e12, 768e9),
-    Card("A100, 80 GB", int(79.1 * GIB), 312e12, 2039e9),
-)
-# Other cards' speeds, found by a part of the name that the driver gives.
+# (flops, bandwidth) by a part of the name that the driver gives; from NVIDIA's data sheets and its papers on Ampere
+# (GA102) and Ada.
 SPEEDS = {
     "RTX 5090": (210e12, 1792e9), "RTX 4090": (165e12, 1008e9), "RTX 4080": (97e12, 717e9), "RTX 4070": (58e12, 504e9),
     "RTX 4060": (30e12, 272e9), "RTX 3090": (71e12, 936e9), "RTX 3080": (60e12, 760e9), "RTX 3060": (26e12, 360e9),
@@ -39,6 +31,14 @@ SPEEDS = {
     "A100": (312e12, 2039e9), "L40S": (362e12, 864e9), "L4": (121e12, 300e9), "A10G": (70e12, 600e9),
     "A10": (125e12, 600e9), "T4": (65e12, 320e9), "V100": (125e12, 900e9),
 }  # fmt: skip
+CARDS = (  # those of the table; memory as torch names it
+    Card("RTX 4060, 8 GB", int(7.63 * GIB), *SPEEDS["RTX 4060"]),
+    Card("RTX 3060, 12 GB", int(11.75 * GIB), *SPEEDS["RTX 3060"]),
+    Card("RTX 4080, 16 GB", int(15.7 * GIB), *SPEEDS["RTX 4080"]),
+    Card("RTX 4090, 24 GB", int(23.6 * GIB), *SPEEDS["RTX 4090"]),
+    Card("RTX A6000, 48 GB", int(47.5 * GIB), *SPEEDS["RTX A6000"]),
+    Card("A100, 80 GB", int(79.1 * GIB), *SPEEDS["A100"]),
+)
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,11 @@ def own_card(index: int = 0) -> Own | None:
     card = Card(properties.name, properties.total_memory, flops, bandwidth)
     free, others = _asked_of_driver(str(properties.uuid)) or (torch.cuda.mem_get_info(index)[0], 0)
     return Own(card, free, others)
+
+
+def room(wanted: int | None, own: Own | None) -> int | None:
+    """Bytes that a run may take: what was asked for, and no more than is free; None where neither is known."""
+    return min((size for size in (wanted, own.free if own else None) if size is not None), default=None)
 
 
 def _asked_of_driver(uuid: str) -> tuple[int, int] | None:

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from orpo_lite.data.packing import Batch, Batching, PackedPairs, make_batch, micro_batches, nll_tokens, packed_tokens
+from orpo_lite.data.packing import Batch, Batching, PackedPairs, make_batch, micro_batches, packed_tokens
 from orpo_lite.data.tokens import TokenizedPair
-from orpo_lite.meter import ROUNDING, LiveBytes
-from orpo_lite.model import FREE, META, PairModel, bare_pair_model, choose_dtype, held
+from orpo_lite.meter import LiveBytes, allocated
+from orpo_lite.model import META, SCORELESS, PairModel, bare_pair_model, choose_dtype, divisors_of, held, loss_of
 from orpo_lite.optimizer import state_bytes
 from orpo_lite.recipe import Recipe
-from orpo_lite.step.losses import Divisors, orpo_loss
+from orpo_lite.step.memory import is_on_host
 
 Triples = NDArray[np.int64]
 """Tokens of each pair: (common prefix, chosen, rejected), shape (pairs, 3)."""
@@ -97,43 +97,37 @@ def measure(recipe: Recipe, config: Any, triples: Triples, kind: str) -> Measure
         kind: of the device that is meant: see :func:`orpo_lite.step.attention.device_kind`.
     """
     if kind == "cpu":  # its memory is the host's, and these move nothing
-        recipe = recipe.override({"memory.checkpoint_offload": False, "memory.embedding_on_cpu": False})
+        recipe = recipe.with_memory({"checkpoint_offload": False, "embedding_on_cpu": False})
     model = bare_pair_model(recipe, config, choose_dtype(recipe.model.dtype, kind))
     model.planned = kind
     if not recipe.memory.packing:
-        model.own_attention = model.config._attn_implementation = FREE
+        model.own_attention = model.config._attn_implementation = SCORELESS
     trained = [parameter for _, parameter in model.trained()]
     gradients = [parameter.new_empty(parameter.shape) for parameter in trained]
     for parameter, gradient in zip(trained, gradients, strict=True):
         parameter.grad = gradient
-    states, paged = state_bytes(recipe, trained)
-    kept = held(model)
-    sizes = {name: sum(map(rounded, tensors)) for name, tensors in kept.items()}
-    sizes |= {"gradients": sizes["adapter"], "optimizer": states + paged}
+    standing, paged = standing_bytes(model, recipe)
     batching = model.batching(recipe, pad_id=0)
     pairs = heaviest(recipe, triples, batching)
-    only = recipe.loss.completion_only_loss
-    divisors = Divisors(len(pairs), sum(nll_tokens(pair, completion_only_loss=only) for pair in pairs))
-    known = [tensor for tensors in kept.values() for tensor in tensors] + gradients
+    known = [tensor for tensors in held(model).values() for tensor in tensors] + gradients
     with LiveBytes(known) as tracker, _phases(model, tracker):
         batch = make_batch(pairs, batching).to(META)
         logps = model(batch)
-        loss, _ = orpo_loss(logps, divisors, beta=recipe.loss.beta, nll_reduction=recipe.loss.nll_reduction)
+        loss, _ = loss_of(logps, divisors_of(pairs, recipe), recipe)
         tracker.phase = "backward pass"
         loss.backward()  # type: ignore[no-untyped-call]
-    on_host = model.causal.get_input_embeddings().weight
     work = tracker.work + Counter({(_attention_flops(model, recipe, batch), 0): 1})
     return Measured(
-        held=sizes,
+        held=standing,
         peak=tracker.peak,
         parts={name: size for name, size in tracker.peak_by_phase.items() if size},
-        host=tracker.host_peak + (on_host.nbytes if recipe.memory.embedding_on_cpu is True else 0),
+        host=tracker.host_peak + moved_bytes(model),
         work=work,
         sent=tracker.sent,
         paged=paged,
         tokens=_tokens(pairs, batching),
         pairs=len(pairs),
-        loading=loading(model),
+        loading=loading_bytes(model, standing),
         weights=sum(_elements(parameter) for parameter in model.parameters() if not parameter.requires_grad),
     )
 
@@ -141,15 +135,24 @@ def measure(recipe: Recipe, config: Any, triples: Triples, kind: str) -> Measure
 LOADERS = 4  # threads of transformers.core_model_loading, each with a 16-bit tensor on its way to be quantised
 
 
-def loading(model: PairModel) -> int:
-    """Bytes while the base is loaded: all of it, an embedding that goes to the host later, and what is on its way."""
-    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
-    kept = held(model)
-    stays = sum(rounded(tensor) for name in ("base", "embeddings, head, norms") for tensor in kept[name])
+def standing_bytes(model: PairModel, recipe: Recipe) -> tuple[dict[str, int], int]:
+    """What stays on the device through all steps, by part; and of the optimizer's states, those that are paged."""
+    sizes = {name: sum(map(rounded, tensors)) for name, tensors in held(model).items()}
+    states, paged = state_bytes(recipe, [parameter for _, parameter in model.trained()])
+    return sizes | {"gradients": sizes["adapter"], "optimizer": states + paged}, paged
+
+
+def moved_bytes(model: PairModel) -> int:
+    """The input embedding where it is in host memory."""
     embedding = model.causal.get_input_embeddings().weight
-    moved = rounded(embedding) if all(embedding is not tensor for tensor in kept["embeddings, head, norms"]) else 0
-    quantised = [_elements(parameter) for parameter in frozen if hasattr(parameter, "quant_state")]
-    return stays + moved + LOADERS * 2 * max(quantised, default=0)
+    return rounded(embedding) if is_on_host(embedding) else 0
+
+
+def loading_bytes(model: PairModel, standing: Mapping[str, int]) -> int:
+    """While the base is loaded: all of it, an embedding that goes to the host later, and what is on its way."""
+    quantised = [_elements(parameter) for parameter in model.parameters() if hasattr(parameter, "quant_state")]
+    on_its_way = LOADERS * 2 * max(quantised, default=0)
+    return standing["base"] + standing["embeddings, head, norms"] + moved_bytes(model) + on_its_way
 
 
 @contextmanager
@@ -184,18 +187,12 @@ def _attention_flops(model: PairModel, recipe: Recipe, batch: Batch) -> int:
     config = model.config.get_text_config()
     heads, layers = config.num_attention_heads, config.num_hidden_layers
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return int(4 * heads * size * cells * (3.5 * layers + checkpointed(recipe, layers)))
-
-
-def checkpointed(recipe: Recipe, layers: int) -> int:
-    """How many of so many layers a recipe checkpoints."""
-    amount = recipe.memory.unplanned().activation_checkpointing
-    return min(layers, {"all": layers, "none": 0}[amount] if isinstance(amount, str) else amount)
+    return int(4 * heads * size * cells * (3.5 * layers + recipe.memory.checkpointed(layers)))
 
 
 def rounded(tensor: Any) -> int:
     """Bytes of a tensor's storage as the allocator hands them out."""
-    return -(-int(tensor.untyped_storage().nbytes()) // ROUNDING) * ROUNDING
+    return allocated(tensor.untyped_storage())
 
 
 def _elements(parameter: Any) -> int:

@@ -32,7 +32,7 @@ class Line:
 
     def __init__(self, recipe: Recipe, config: Any, triples: Triples, kind: str) -> None:
         def small(layers: int, kept: int) -> Measured:
-            chosen = recipe.override({"memory.activation_checkpointing": layers - kept})
+            chosen = recipe.with_memory({"activation_checkpointing": layers - kept})
             return measure(chosen, with_layers(config, layers), triples, kind)
 
         self._small = small

@@ -15,13 +15,11 @@ from typing import Any
 import numpy as np
 
 from orpo_lite.errors import FitError, ModelError
-from orpo_lite.model import bare_pair_model, choose_dtype, held
-from orpo_lite.optimizer import state_bytes
+from orpo_lite.model import bare_pair_model, choose_dtype
 from orpo_lite.planner.cards import CARDS, Card
-from orpo_lite.planner.counted import Measured, Triples, checkpointed, loading, measure, rounded
+from orpo_lite.planner.counted import Measured, Triples, loading_bytes, measure, rounded, standing_bytes
 from orpo_lite.planner.lines import Line, seconds
-from orpo_lite.recipe import LEVERS, Recipe, to_text
-from orpo_lite.step.attention import UnsupportedError
+from orpo_lite.recipe import LEVERS, Recipe, gib, to_text
 
 logger = logging.getLogger(__name__)
 
@@ -109,11 +107,11 @@ class MemoryPlan:
     def sentences(self, others: int = 0) -> list[str]:
         """The plan in three lines: memory, levers, time."""
         step, taken = self.measured, self.seconds_per_pair
-        held = f"; other processes hold {_gib(others)}" if others else ""
+        held = f"; other processes hold {gib(others)}" if others else ""
         about = f", about {taken * step.pairs:.2g} s for the card" if taken else ""
         pairs = f"{step.pairs} pair{'s' * (step.pairs != 1)}, {step.tokens:,} tokens"
         return [
-            f"memory: {_gib(self.needed)} of {_gib(self.budget or 0)} needed, {_gib(self.peak)} in tensors{held}",
+            f"memory: {gib(self.needed)} of {gib(self.budget or 0)} needed, {gib(self.peak)} in tensors{held}",
             f"levers: {' '.join(f'memory.{key}={to_text(value)}' for key, value in self.levers.items())}",
             f"the largest pass: {pairs}, {self.flops_per_pair * step.pairs / 1e12:.3g} TFLOPs{about}",
         ]
@@ -158,13 +156,12 @@ class Planner:
     @cached_property
     def _whole(self) -> tuple[int, int, int]:
         """Bytes held by all layers; by the input embedding, which may be moved; on the device while the base loads."""
-        model = bare_pair_model(self.recipe, self.config, choose_dtype(self.recipe.model.dtype, self.kind))
-        trained = [parameter for _, parameter in model.trained()]
-        kept = sum(rounded(tensor) for tensors in held(model).values() for tensor in tensors)
-        kept += sum(map(rounded, trained)) + sum(state_bytes(self.recipe, trained))
+        here = self.recipe.with_memory({"embedding_on_cpu": False})
+        model = bare_pair_model(here, self.config, choose_dtype(here.model.dtype, self.kind))
+        standing, _ = standing_bytes(model, here)
         tied = self.config.get_text_config().tie_word_embeddings
         embedding = 0 if tied else rounded(model.causal.get_input_embeddings().weight)
-        return kept, embedding, loading(model)
+        return sum(standing.values()), embedding, loading_bytes(model, standing)
 
     def choices(self) -> list[dict[str, Any]]:
         """All values of the levers but the number of checkpointed layers, the simplest first."""
@@ -211,15 +208,15 @@ class Planner:
         if amount == "auto":
             amounts = list(range(self.layers + 1))
         else:
-            amounts = [self.layers - checkpointed(self.recipe, self.layers)]
+            amounts = [self.layers - self.recipe.memory.checkpointed(self.layers)]
         return [kept for kept in amounts if kept < self.layers or not partly]
 
     def line(self, choice: Mapping[str, Any]) -> Line:
         """That of a choice; where the embedding lies makes no difference to a step."""
         key = tuple(value for name, value in choice.items() if name != "embedding_on_cpu")
         if key not in self._lines:
-            values = {f"memory.{name}": value for name, value in choice.items()} | {"memory.embedding_on_cpu": False}
-            self._lines[key] = Line(self.recipe.override(values), self.config, self.triples, self.kind)
+            chosen = self.recipe.with_memory({**choice, "embedding_on_cpu": False})
+            self._lines[key] = Line(chosen, self.config, self.triples, self.kind)
         return self._lines[key]
 
     def best(self, budget: int | None, card: Card | None) -> dict[str, Any] | None:
@@ -239,24 +236,19 @@ class Planner:
 
     def run(self, levers: Mapping[str, Any], budget: int | None, card: Card | None) -> MemoryPlan:
         """The plan of these levers, from a step with all layers."""
-        chosen = self.recipe.override({f"memory.{name}": value for name, value in levers.items()})
-        return MemoryPlan(levers, budget, card, measure(chosen, self.config, self.triples, self.kind))
+        found = measure(self.recipe.with_memory(levers), self.config, self.triples, self.kind)
+        return MemoryPlan(levers, budget, card, found)
 
     def plan(self, budget: int | None, card: Card | None) -> MemoryPlan:
         """The fastest plan that fits, run once in full; where nothing fits, the one that needs the least."""
-        levers = self.best(budget, card)
-        if levers is None:
-            amount = self.layers - min(self._amounts())
-            return self.run(self.tightest() | {"activation_checkpointing": amount}, budget, card)
+        tightest = self.tightest() | {"activation_checkpointing": self.layers - min(self._amounts())}
+        levers = self.best(budget, card) or tightest
         plan = self.run(levers, budget, card)
         while not plan.fits and self.layers - levers["activation_checkpointing"] > min(self._amounts()):
             # The lines were a little low: layers of different kinds.
             levers = levers | {"activation_checkpointing": levers["activation_checkpointing"] + 1}
             plan = self.run(levers, budget, card)
-        if not plan.fits:
-            amount = self.layers - min(self._amounts())
-            plan = self.run(self.tightest() | {"activation_checkpointing": amount}, budget, card)
-        return plan
+        return plan if plan.fits or levers == tightest else self.run(tightest, budget, card)
 
     def row(self, card: Card) -> CardRow:
         """What that card would make of it."""
@@ -305,10 +297,6 @@ class Planner:
         return found
 
 
-# Of models whose own code does not run without values, or does not take packed rows: sinks, ALiBi, some experts.
-NO_PLAN = (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, UnsupportedError)
-
-
 def no_plan(name: str, error: Exception) -> ModelError:
     """That a model cannot be planned, and how to go on."""
     logger.warning("the step could not be counted", exc_info=error)
@@ -327,16 +315,12 @@ def fit(recipe: Recipe, config: Any, triples: Triples, kind: str, budget: int, c
 
 def does_not_fit(plan: MemoryPlan, changes: Sequence[Change]) -> FitError:
     """The error that says so, with each change that would fit and what it saves."""
-    found = f"the smallest step needs {_gib(plan.needed)}, and there are {_gib(plan.budget or 0)}"
+    found = f"the smallest step needs {gib(plan.needed)}, and there are {gib(plan.budget or 0)}"
     lines = []
     for change in changes:
         keys = " ".join(f"{key}={to_text(value)}" for key, value in change.keys.items())
         verdict = "fits" if change.fits else "still too much"
-        lines.append(f"{keys}: {_gib(change.needed)} ({_gib(plan.needed - change.needed)} less), {verdict}")
+        lines.append(f"{keys}: {gib(change.needed)} ({gib(plan.needed - change.needed)} less), {verdict}")
     useful = [line for line, change in zip(lines, changes, strict=True) if change.fits] or lines[-1:]
     first = "one of these; all but a lever of memory change what is trained:"
     return FitError("memory.budget", found, "", "\n    ".join([first, *useful]))
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"

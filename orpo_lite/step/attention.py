@@ -165,7 +165,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segmen
     q, k, v, lengths = _as_sequences(query, key, value, segments)
     grouped = q.shape[1] != k.shape[1]
     if q.is_meta:
-        return free(q, k, v).transpose(0, 1).unsqueeze(0)
+        return scoreless(q, k, v).transpose(0, 1).unsqueeze(0)
     out: Tensor = varlen_attn(q, k, v, *lengths, scale=shape.scale, window_size=shape.window_size, enable_gqa=grouped)  # type: ignore[assignment]
     return out.transpose(0, 1).unsqueeze(0)
 
@@ -174,7 +174,7 @@ def _flash_attn_varlen(query: Tensor, key: Tensor, value: Tensor, segments: Sequ
     """The package flash-attn where it is installed: the one fast kernel with a softcap."""
     q, k, v, lengths = _as_sequences(query, key, value, segments)
     if q.is_meta:
-        out = free(q, k, v)
+        out = scoreless(q, k, v)
     else:
         options = {"softmax_scale": shape.scale, "causal": True, "softcap": shape.softcap or 0.0}
         options["deterministic"] = torch.are_deterministic_algorithms_enabled()
@@ -228,7 +228,7 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment]
         q = query[:, :, own]
         k, v = (tensor.repeat_interleave(q.shape[1] // tensor.shape[1], 1) for tensor in (k, v))
         if q.is_meta:  # there torch would take the way that keeps all scores
-            outs.append(free(q, k, v))
+            outs.append(scoreless(q, k, v))
             continue
         fits = shape.window is None or k.shape[2] <= shape.window
         sizes = (q.shape[2], k.shape[2])
@@ -260,8 +260,8 @@ class Kept(torch.autograd.Function):
         return tuple(torch.empty_like(tensor) for tensor in (query, key, value))
 
 
-def free(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """:class:`Kept`."""
+def scoreless(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """What a kernel that never holds scores makes of queries, keys and values, on meta: see :class:`Kept`."""
     out: Tensor = Kept.apply(query, key, value)
     return out
 
