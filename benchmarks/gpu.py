@@ -38,7 +38,7 @@ def run(device: torch.device, shapes: dict[str, tuple[str, Any]], tokens: int, s
     for key, (name, config) in shapes.items():
         for label, levers in (("", step.ALL_LEVERS), ("_default_levers", {})):
             counted = step.peak_of_7b(config, levers, tokens)
-            measured = measured_peak(config, levers, tokens, device)
+            measured, _ = measured_step(config, levers, tokens, device)
             result[f"{key}{label}"] = {"counted": round(counted, 3), "measured": round(measured, 3)}
             say(f"{name}{label}: counted {counted:.2f} GiB, measured {measured:.2f} GiB")
         result[f"{key}_planned"] = planned(config, tokens, device, say)
@@ -69,7 +69,7 @@ def planned(config: Any, tokens: int, device: torch.device, say: Callable[[str],
         if device.type == "cuda":
             torch.cuda.set_per_process_memory_fraction(min(1.0, budget / card.memory), device)
         levers = dict(plan.levers)
-        measured, seconds = measured_peak(config, levers, tokens, device), time_of_step(config, levers, tokens, device)
+        measured, seconds = measured_step(config, levers, tokens, device)
         flops = plan.flops_per_pair / seconds
         rows.append(
             {
@@ -84,24 +84,8 @@ def planned(config: Any, tokens: int, device: torch.device, say: Callable[[str],
     return rows
 
 
-def time_of_step(config: Any, levers: dict[str, Any], tokens: int, device: torch.device) -> float:
-    """Seconds a pair of the same step, the second of two; the allocator's state is that of a run."""
-    settings = step.recipe(**levers)
-    model = bare_pair_model(settings, config, torch.bfloat16, device)
-    optimizer = bnb.optim.AdamW8bit([parameter for _, parameter in model.trained()], lr=1e-5)
-    pairs = lengths.random_pairs([(0, tokens, tokens)] * 2, config.vocab_size)
-    for _ in range(2):
-        _wait(device)
-        began = time.perf_counter()
-        step.our_step(model, optimizer, pairs, settings)
-        _wait(device)
-    del model, optimizer
-    _free(device)
-    return (time.perf_counter() - began) / len(pairs)
-
-
-def measured_peak(config: Any, levers: dict[str, Any], tokens: int, device: torch.device) -> float:
-    """GiB that torch's allocator held at most in a step with its optimizer, after one to warm up."""
+def measured_step(config: Any, levers: dict[str, Any], tokens: int, device: torch.device) -> tuple[float, float]:
+    """Of the second of two steps: GiB that torch's allocator held at most, optimizer and all, and seconds a pair."""
     settings = step.recipe(**levers)
     model = bare_pair_model(settings, config, torch.bfloat16, device)
     optimizer = bnb.optim.AdamW8bit([parameter for _, parameter in model.trained()], lr=1e-5)
@@ -109,11 +93,15 @@ def measured_peak(config: Any, levers: dict[str, Any], tokens: int, device: torc
     for _ in range(2):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
+        _wait(device)
+        began = time.perf_counter()
         step.our_step(model, optimizer, pairs, settings)
+        _wait(device)
+        seconds = time.perf_counter() - began
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     del model, optimizer
     _free(device)
-    return peak / 2**30
+    return peak / 2**30, seconds / len(pairs)
 
 
 def pairs_per_second(config: Any, batches: Any, device: torch.device) -> dict[str, Any]:

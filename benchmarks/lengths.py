@@ -13,17 +13,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from orpo_lite.data.tokens import TokenizedPair
-from orpo_lite.prepare import find_sources, tokenized_sides
+from orpo_lite.planner.counted import Triples
+from orpo_lite.prepare import find_sources, pair_lengths, tokenized_sides
 from orpo_lite.recipe import load_recipe
 from orpo_lite.run import drain
 
 FOLDER = Path(__file__).parent / "lengths"
 SHUFFLES = 20
-Triples = NDArray[np.int64]  # (pairs, 3)
 
 
 def shipped(name: str) -> Triples:
@@ -36,7 +35,7 @@ def of_texts(data: str, tokenizer: Path, *, max_length: int = 2048) -> Triples:
     keys = [f"data.dataset_name={data}", "data.test_split_size=0", f"data.max_length={max_length}"]
     recipe = load_recipe("mistral-qlora", keys)
     pairs, _, _ = drain(tokenized_sides(recipe, tokenizer, *find_sources(recipe.data)), lambda _: None)
-    return np.stack([pairs.column(name) for name in ("prefix", "chosen_tokens", "rejected_tokens")], 1)
+    return pair_lengths(pairs)
 
 
 def packed(triples: Triples) -> int:

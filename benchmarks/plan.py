@@ -9,7 +9,6 @@ Bytes are those of tensors: predicted without weights, and followed through the 
 import argparse
 import itertools
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -18,19 +17,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-
 import numpy as np
 import torch
 from transformers import Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config
 
-from benchmarks import peers, step
+from benchmarks import step
 from orpo_lite.base import find_config
 from orpo_lite.data.packing import make_batch
 from orpo_lite.meter import LiveBytes
 from orpo_lite.model import bare_pair_model, held
-from orpo_lite.planner.counted import blank_pairs, heaviest, measure, rounded, worst_case
+from orpo_lite.planner.counted import heaviest, measure, worst_case
 from orpo_lite.planner.search import Planner
 from orpo_lite.recipe import Recipe, load_recipe
 from orpo_lite.step.losses import Divisors, orpo_loss
@@ -175,30 +171,16 @@ COLORS = ("#4e79a7", "#76b7b2", "#f28e2b", "#e15759", "#b07aa1")
 def parts_of(shape: str, levers: dict[str, Any] | None, tokens: int = 2_048) -> dict[str, float]:
     """GiB of a step on one pair of 2 x ``tokens`` that shares nothing, by part; ``levers`` None for TRL's."""
     config = step.SHAPES[shape][1]
-    triples = worst_case(tokens, 1)
     if levers is not None:
-        found = measure(step.recipe(**levers), config, triples, "ampere")
+        found = measure(step.recipe(**levers), config, worst_case(tokens, 1), "ampere")
         sizes, phases = found.held, found.parts
     else:
-        model = step.trl_on_meta(config)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        for parameter in trained:
-            parameter.grad = torch.empty_like(parameter)
-        kept = held(model)
-        sizes = {name: sum(map(rounded, tensors)) for name, tensors in kept.items()}
-        sizes |= {"gradients": sizes["adapter"], "optimizer": sum(2 * parameter.numel() for parameter in trained)}
-        with LiveBytes(step.storages(model)) as tracker:
-            backbone = model.get_base_model().model
-            backbone.register_forward_pre_hook(lambda *_: setattr(tracker, "phase", "kept by the layers"))
-            backbone.register_forward_hook(lambda *_: setattr(tracker, "phase", "head"))
-            loss = peers.meta_loss(model, blank_pairs(triples))
-            tracker.phase = "backward pass"
-            loss.backward()
-        phases = tracker.peak_by_phase
+        standing, tracker = step.counted_trl(config, worst_case(tokens, 1))
+        sizes, phases = standing, tracker.peak_by_phase
     parts = (
         sizes["base"] + sizes["embeddings, head, norms"],
         sizes["adapter"] + sizes["gradients"] + sizes["optimizer"],
-        phases.get("kept by the layers", 0) + phases.get("batch", 0) + phases.get("", 0),
+        phases.get("kept by the layers", 0) + phases.get("batch", 0),
         phases.get("head", 0),
         phases.get("backward pass", 0),
     )
@@ -207,7 +189,6 @@ def parts_of(shape: str, levers: dict[str, Any] | None, tokens: int = 2_048) -> 
 
 def table(result: dict[str, Any]) -> str:
     """What each card makes of each recipe: layers that run again, or that it does not fit."""
-    cards = [row["card"] for row in next(iter(result["cards"].values()))[1:]]
     order = sorted({row["card"]: row["memory_bytes"] for rows in result["cards"].values() for row in rows[1:]}.items(),
                    key=lambda item: item[1])  # fmt: skip
     cards = [name for name, _ in order]

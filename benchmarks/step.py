@@ -23,10 +23,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as orpo_lite sets it; see there
-
 import numpy as np
 import torch
 from peft import LoraConfig
@@ -44,10 +40,22 @@ from transformers import (
 
 from benchmarks import lengths, peers
 from benchmarks.data import processor
-from orpo_lite.data.packing import make_batch, micro_batches, nll_tokens, pack_pairs
+from orpo_lite.data.packing import make_batch, micro_batches, pack_pairs
 from orpo_lite.data.tokens import TokenizedPair
 from orpo_lite.meter import LiveBytes
-from orpo_lite.model import FREE, META, PairModel, bare_base, bare_pair_model, held, load_pair_model
+from orpo_lite.model import (
+    META,
+    SCORELESS,
+    PairModel,
+    bare_base,
+    bare_pair_model,
+    divisors_of,
+    held,
+    load_pair_model,
+    loss_of,
+)
+from orpo_lite.planner.counted import blank_pairs, phases, standing_bytes, worst_case
+from orpo_lite.planner.counted import measure as counted
 from orpo_lite.recipe import Recipe
 from orpo_lite.step.head import Head, chunk_rows, row_logps
 from orpo_lite.step.losses import Divisors, orpo_loss
@@ -113,13 +121,12 @@ def head_bytes_per_logit(vocab_size: int = 152_064, rows: int = 4_096, hidden_si
     return tracker.peak / (rows * vocab_size)
 
 
-def loss_of(model: PairModel, pairs: Sequence[TokenizedPair], settings: Recipe) -> Iterator[torch.Tensor]:
+def step_losses(model: PairModel, pairs: Sequence[TokenizedPair], settings: Recipe) -> Iterator[torch.Tensor]:
     """Each micro-batch's share of the loss of one optimizer step."""
-    batching = model.batching(settings, pad_id=0)
-    divisors = Divisors(len(pairs), sum(nll_tokens(pair, completion_only_loss=False) for pair in pairs))
+    batching, divisors = model.batching(settings, pad_id=0), divisors_of(pairs, settings)
     for chunk in micro_batches(pairs, batching):
         batch = make_batch([pairs[index] for index in chunk], batching).to(model.device)
-        yield orpo_loss(model(batch), divisors, beta=0.1)[0]
+        yield loss_of(model(batch), divisors, settings)[0]
 
 
 def storages(model: torch.nn.Module) -> list[torch.Tensor]:
@@ -128,41 +135,31 @@ def storages(model: torch.nn.Module) -> list[torch.Tensor]:
     return found + [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 
 
-def live_bytes_of_ours(config: Any, pairs: Sequence[TokenizedPair], settings: Recipe) -> LiveBytes:
-    """The tracker after one step on the meta device, micro-batch by micro-batch; weights and gradients not counted."""
-    model = bare_pair_model(settings, config, torch.bfloat16)
-    model.backend = "varlen"  # FlashAttention, as a GPU would have it
-    for _, parameter in model.trained():
-        parameter.grad = torch.empty_like(parameter)
-    with LiveBytes(storages(model)) as tracker:
-        for loss in loss_of(model, pairs, settings):
-            loss.backward()
-    return tracker
+def trl_on_meta(config: Any) -> Any:
+    """TRL's model in 4 bit with its adapter and checkpointing, on meta; its attention too keeps no scores."""
+    model = bare_base(recipe(), config, torch.bfloat16)
+    model.config._attn_implementation = SCORELESS
+    return peers.meta_model(model, LORA)
 
 
-def live_bytes_of_trl(config: Any, pairs: Sequence[TokenizedPair]) -> LiveBytes:
-    """The same of TRL; its attention too is the one that keeps no scores."""
+def counted_trl(config: Any, triples: lengths.Triples) -> tuple[dict[str, int], LiveBytes]:
+    """A step of TRL's as the planner counts ours: bytes that stay, by part, and the tracker after one pass."""
     model = trl_on_meta(config)
     for parameter in model.parameters():
         parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
-    with LiveBytes(storages(model)) as tracker:
-        peers.meta_loss(model, pairs).backward()
-    return tracker
-
-
-def trl_on_meta(config: Any) -> Any:
-    """TRL's model in 4 bit with its adapter and checkpointing, on meta."""
-    model = bare_base(recipe(), config, torch.bfloat16)
-    model.config._attn_implementation = FREE
-    return peers.meta_model(model, LORA)
+    with LiveBytes(storages(model)) as tracker, phases(model.get_base_model().model, tracker):
+        loss = peers.meta_loss(model, blank_pairs(triples))
+        tracker.phase = "backward pass"
+        loss.backward()
+    return standing_bytes(model, recipe())[0], tracker
 
 
 def live_bytes_ratio(triples: lengths.Triples) -> dict[str, float]:
     """Ours over TRL's for 8 pairs of the 152k vocabulary: with all levers of memory, and with the default ones."""
     config = SHAPES["peak_gib_qwen25_7b"][1]
-    pairs = lengths.random_pairs(lengths.near_mean(triples, BATCH, 1)[0], config.vocab_size)
-    theirs = live_bytes_of_trl(config, pairs).peak
-    ours = [live_bytes_of_ours(config, pairs, recipe(**levers)).peak for levers in (ALL_LEVERS, {})]
+    batch = lengths.near_mean(triples, BATCH, 1)[0]
+    theirs = counted_trl(config, batch)[1].peak
+    ours = [counted(recipe(**levers), config, batch, "ampere").peak for levers in (ALL_LEVERS, {})]
     return {
         "live_bytes_ratio_152k": ours[0] / theirs,
         "live_bytes_ratio_152k_default_levers": ours[1] / theirs,
@@ -173,16 +170,13 @@ def live_bytes_ratio(triples: lengths.Triples) -> dict[str, float]:
 def peak_of_7b(config: Any, levers: dict[str, Any] | None, tokens: int = 2_048) -> float:
     """GiB on the device in a step on one pair that shares nothing: weights, adapter, gradients, 8-bit states, the rest.
 
-    ``levers`` of ours; None for TRL's. Kernel workspaces, the CUDA context and fragmentation are not in it.
+    ``levers`` of ours; None for TRL's. The CUDA context and fragmentation are not in it.
     """
-    settings = recipe(**(levers or {}))
-    pairs = lengths.random_pairs([(0, tokens, tokens)], config.vocab_size)
-    model = trl_on_meta(config) if levers is None else bare_pair_model(settings, config, torch.bfloat16)
-    weights = sum(tensor.untyped_storage().nbytes() for tensor in storages(model))
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    states = sum(parameter.nbytes + 2 * parameter.numel() for parameter in trained)  # gradient, two 8-bit moments
-    tracker = live_bytes_of_trl(config, pairs) if levers is None else live_bytes_of_ours(config, pairs, settings)
-    return (weights + states + tracker.peak) / 2**30
+    pair = worst_case(tokens, 1)
+    if levers is not None:
+        return counted(recipe(**levers), config, pair, "ampere").total / 2**30
+    standing, tracker = counted_trl(config, pair)
+    return (sum(standing.values()) + tracker.peak) / 2**30
 
 
 # --- FLOPs, per pair of a whole file
@@ -290,7 +284,7 @@ def both_sides(folder: str) -> Iterator[tuple[PairModel, Any, Recipe]]:
 def our_step(model: PairModel, optimizer: torch.optim.Optimizer, pairs: list[TokenizedPair], settings: Recipe) -> float:
     """Forward, backward, clipping and the optimizer's step on one batch; the loss."""
     total = 0.0
-    for loss in loss_of(model, pairs, settings):
+    for loss in step_losses(model, pairs, settings):
         loss.backward()
         total += float(loss.detach())
     torch.nn.utils.clip_grad_norm_([parameter for _, parameter in model.trained()], 1.0)

@@ -110,7 +110,7 @@ def measure(recipe: Recipe, config: Any, triples: Triples, kind: str) -> Measure
     batching = model.batching(recipe, pad_id=0)
     pairs = heaviest(recipe, triples, batching)
     known = [tensor for tensors in held(model).values() for tensor in tensors] + gradients
-    with LiveBytes(known) as tracker, _phases(model, tracker):
+    with LiveBytes(known) as tracker, phases(model.backbone, tracker):
         batch = make_batch(pairs, batching).to(META)
         logps = model(batch)
         loss, _ = loss_of(logps, divisors_of(pairs, recipe), recipe)
@@ -135,10 +135,10 @@ def measure(recipe: Recipe, config: Any, triples: Triples, kind: str) -> Measure
 LOADERS = 4  # threads of transformers.core_model_loading, each with a 16-bit tensor on its way to be quantised
 
 
-def standing_bytes(model: PairModel, recipe: Recipe) -> tuple[dict[str, int], int]:
+def standing_bytes(model: Any, recipe: Recipe) -> tuple[dict[str, int], int]:
     """What stays on the device through all steps, by part; and of the optimizer's states, those that are paged."""
     sizes = {name: sum(map(rounded, tensors)) for name, tensors in held(model).items()}
-    states, paged = state_bytes(recipe, [parameter for _, parameter in model.trained()])
+    states, paged = state_bytes(recipe, [parameter for parameter in model.parameters() if parameter.requires_grad])
     return sizes | {"gradients": sizes["adapter"], "optimizer": states + paged}, paged
 
 
@@ -156,16 +156,16 @@ def loading_bytes(model: PairModel, standing: Mapping[str, int]) -> int:
 
 
 @contextmanager
-def _phases(model: PairModel, tracker: LiveBytes) -> Iterator[None]:
-    """Say to the tracker what is being done: the batch, the layers, then the head and the loss."""
+def phases(backbone: Any, tracker: LiveBytes) -> Iterator[None]:
+    """Say to the tracker what is being done: the batch, the layers of ``backbone``, then the head and the loss."""
 
     def set_phase(name: str) -> Any:
         return lambda *_: setattr(tracker, "phase", name)
 
     tracker.phase = "batch"
     hooks = [
-        model.backbone.register_forward_pre_hook(set_phase("kept by the layers")),
-        model.backbone.register_forward_hook(set_phase("head")),
+        backbone.register_forward_pre_hook(set_phase("kept by the layers")),
+        backbone.register_forward_hook(set_phase("head")),
     ]
     try:
         yield
