@@ -27,7 +27,7 @@ from orpo_lite.base import (
     read_sizes,
 )
 from orpo_lite.data.cache import VARIABLE, TokenizedPairs, cache_folder, wanted_folder
-from orpo_lite.data.pairs import held_out_sources, hold_out, training_sources
+from orpo_lite.data.pairs import held_out_sources, hold_out, refuse_unknown_columns, training_sources
 from orpo_lite.data.preview import COUNTED, figures
 from orpo_lite.data.rows import Source, is_local, is_path, told_apart
 from orpo_lite.data.sides import show_row, tokenized
@@ -131,6 +131,7 @@ def find_sources(data: DataSection) -> Sources:
     """The sets that a recipe names, found but not read. Raises DataError and HubError."""
     train, test = training_sources(data), held_out_sources(data)
     both = told_apart([*train, *test])
+    refuse_unknown_columns(data, both)
     return both[: len(train)], both[len(train) :]
 
 
@@ -151,7 +152,7 @@ def tokenized_sides(
             yield Update("note", f"{source.name}: {'; '.join(news)}")
     train = yield from _tokenized(recipe.data, tokenizer_folder, train_sources)
     if test_sources:
-        test = yield from _tokenized(recipe.data, tokenizer_folder, test_sources, held_out=True)
+        test = yield from _tokenized(recipe.data, tokenizer_folder, test_sources)
     else:
         size, seed = recipe.data.test_split_size, recipe.training.seed
         kept, held = hold_out(range(len(train)), train.prompts(), size, seed)
@@ -159,11 +160,9 @@ def tokenized_sides(
     return train, test, figures(train, test)
 
 
-def _tokenized(
-    data: DataSection, folder: Path, sources: Sequence[Source], *, held_out: bool = False
-) -> Generator[Update, None, TokenizedPairs]:
+def _tokenized(data: DataSection, folder: Path, sources: Sequence[Source]) -> Generator[Update, None, TokenizedPairs]:
     yield Update("stage", f"reading {', '.join(source.name for source in sources)}")
-    rows = tokenized(data, sources, folder, partial(load_tokenizer, folder), held_out=held_out)
+    rows = tokenized(data, sources, folder, partial(load_tokenizer, folder))
     while True:
         try:
             done, total = next(rows)

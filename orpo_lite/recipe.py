@@ -183,8 +183,8 @@ class DataSection(Section):
         "openai", "ranked", "judged",
     ] = "auto"  # fmt: skip
     """How a row holds its pair; auto detects it by structure and says why."""
-    column_map: dict[str, str] = {}
-    """Our column names to the set's, where detection needs help: {prompt: question, chosen: good, rejected: bad}."""
+    column_map: dict[str, str | Annotated[list[str], Field(min_length=1)]] = {}
+    """Our column names to the set's, {prompt: question, chosen: good}; of several sets: {chosen: [good, win]}."""
     max_samples: int | None = Field(None, ge=1)
     """Use only the first rows of each set."""
     max_length: int = Field(2048, ge=8)
@@ -200,6 +200,11 @@ class DataSection(Section):
     def names(self) -> list[str]:
         """The sets that dataset_name names."""
         return [self.dataset_name] if isinstance(self.dataset_name, str) else self.dataset_name
+
+    @property
+    def columns(self) -> dict[str, list[str]]:
+        """What column_map says: our name to the columns that may hold it, the first of which a set is read by."""
+        return {ours: [names] if isinstance(names, str) else names for ours, names in self.column_map.items()}
 
 
 class LossSection(Section):
@@ -660,15 +665,21 @@ MAPPINGS = ("data.column_map", *TYPED)
 
 
 def _override_value(key: str, text: str) -> Any:
-    """null, and {a: b} or a=b,c=d for the two keys that hold a mapping; any other text stays text."""
+    """null, and {a: b} or a=b,c=d for the two keys that hold a mapping; any other text stays text.
+
+    a=b,a=c is {a: [b, c]}.
+    """
     if text in ("null", "~"):
         return None
     parts = [part.partition("=") for part in text.split(",")]
     if key in MAPPINGS and text.lstrip().startswith("{"):
         return _plain(_nodes(text, "command line"), typed=key in TYPED)
     if key in MAPPINGS and all(name.strip() and value.strip() for name, _, value in parts):
-        values = {name.strip(): value.strip() for name, _, value in parts}
-        return {n: _plain(_nodes(v, "command line"), typed=True) for n, v in values.items()} if key in TYPED else values
+        values: dict[str, list[Any]] = {}
+        for name, _, value in parts:
+            typed = _plain(_nodes(value, "command line"), typed=True) if key in TYPED else value.strip()
+            values.setdefault(name.strip(), []).append(typed)
+        return {name: several if several[1:] else several[0] for name, several in values.items()}
     return text
 
 

@@ -18,6 +18,7 @@ from orpo_lite.data import pairs as data_pairs
 from orpo_lite.data import rows as data_rows
 from orpo_lite.data.formats import PROMPTS_DIFFER, Pair
 from orpo_lite.data.pairs import (
+    BLANK,
     EMPTY_PROMPT,
     EQUAL,
     LOOK,
@@ -27,12 +28,13 @@ from orpo_lite.data.pairs import (
     held_out_sources,
     hold_out,
     prompt_key,
+    refuse_unknown_columns,
     training_sources,
 )
-from orpo_lite.data.readers import EMPTY_CHOSEN, EMPTY_REJECTED
+from orpo_lite.data.readers import EMPTY_CHOSEN, EMPTY_REJECTED, SYSTEMS_DIFFER
 from orpo_lite.data.rows import HubSource, Source
 from orpo_lite.errors import SHOWN, DataError, HubError, OrpoLiteError
-from orpo_lite.recipe import DataSection
+from orpo_lite.recipe import DataSection, load_recipe
 
 EXPLICIT = {"prompt": "Name a colour.", "chosen": "Blue.", "rejected": "Seven."}
 HH = {side: f"\n\nHuman: Name a colour.\n\nAssistant: {EXPLICIT[side]}" for side in ("chosen", "rejected")}
@@ -65,12 +67,14 @@ def write_jsonl(path: Path, rows: Sequence[Any]) -> Path:
 def read(path: Path | str, **fields: Any) -> tuple[list[Pair], PairReader]:
     """The training pairs, and the reader that has read them."""
     data = section(dataset_name=str(path), **fields)
-    reader = PairReader(data, training_sources(data))
+    sources = training_sources(data)
+    refuse_unknown_columns(data, sources)
+    reader = PairReader(data, sources)
     return list(reader), reader
 
 
 def held_out(data: DataSection) -> list[Pair]:
-    return list(PairReader(data, held_out_sources(data), held_out=True))
+    return list(PairReader(data, held_out_sources(data)))
 
 
 def message(raised: pytest.ExceptionInfo[OrpoLiteError]) -> str:
@@ -446,6 +450,48 @@ def test_a_mapped_column_has_to_stand_in_one_of_the_sets(tmp_path: Path) -> None
             read(names, column_map={"prompt": "instructoin"})
 
 
+def test_sets_of_different_names_share_a_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each remedy can be pasted, keeps what is well already, and in the end all is read, held-out files included."""
+    monkeypatch.chdir(tmp_path)
+    texts = [(f"{name} is what?", f"Good {i}.", f"Bad {i}.") for i, name in enumerate(["Red", "Blue", "Green", "Grey"])]
+    for file, names in (("a", "topic,good,bad"), ("b", "asked,win,lose"), ("c", "prompt,chosen,rejected")):
+        write_jsonl(tmp_path / f"{file}.jsonl", [dict(zip(names.split(","), row, strict=True)) for row in texts])
+    for train, test in (("a,b,c", None), ("c,b,a", None), ("a", "b"), ("c", "a")):
+        names = ",".join(f"{file}.jsonl" for file in train.split(","))
+        settings: list[str] = [f"data.dataset_name={names}"]
+        settings += [f"data.dataset_test_split=./{test}.jsonl"] if test else []
+        said: list[str] = []
+        for _ in range(3):
+            data = load_recipe("demo", [*settings, *said[-1:]]).data
+            sources = [*training_sources(data), *held_out_sources(data)]
+            try:
+                refuse_unknown_columns(data, sources)
+                pairs = list(PairReader(data, sources))
+                break
+            except DataError as error:
+                place = error.where.removeprefix("data.format of ").removeprefix("./").removesuffix(".jsonl")
+                assert place in ("a", "b")
+                (line,) = re.findall(r"data\.column_map=\S+", error.remedy)
+                said.append(line)
+        assert len(said) == len({*train, *(test or "")} & {"a", "b"})
+        assert [(pair.prompt_text, pair.chosen, pair.rejected) for pair in pairs] == texts * len(sources)
+
+
+def test_a_map_of_another_set_does_not_take_half_a_pair(tmp_path: Path) -> None:
+    one = write_jsonl(tmp_path / "a.jsonl", [{"topic": "What?", "good": "a", "bad": "b"}])
+    other = write_jsonl(tmp_path / "b.jsonl", [EXPLICIT | {"bad": "left over"}])
+    with pytest.raises(DataError, match=r"data\.column_map of .*b\.jsonl: it takes bad for rejected") as raised:
+        read(f"{one},{other}", column_map={"prompt": "topic", "chosen": "good", "rejected": "bad"})
+    assert "no column here for chosen and prompt" in message(raised)
+    line = raised.value.remedy.split()[-1]
+    pairs, _ = read(f"{one},{other}", column_map=load_recipe("demo", [line]).data.column_map)
+    assert [(pair.chosen, pair.rejected) for pair in pairs] == [("a", "b"), ("Blue.", "Seven.")]
+    # What such a set lacks may be what it need not have.
+    third = write_jsonl(tmp_path / "c.jsonl", [{"topic": "What?", "good": "a", "bad": "b", "persona": "Be kind."}])
+    column_map = {"prompt": "topic", "chosen": "good", "rejected": "bad", "system": "persona"}
+    assert [len(pair.messages) for pair in read(f"{one},{third}", column_map=column_map)[0]] == [1, 2]
+
+
 def test_a_table_is_not_read_for_a_column_that_its_head_does_not_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -463,7 +509,7 @@ def test_a_table_is_not_read_for_a_column_that_its_head_does_not_name(
     rare = write_jsonl(tmp_path / "c.jsonl", [*some_rows(149), EXPLICIT | {"persona": "You are kind."}])
     names = f"{tmp_path / 'a.csv'},{tmp_path / 'b.parquet'},{rare}"
     pairs, _ = read(names, column_map={"system": "persona"})
-    assert opened == ["a.csv", "b.parquet", "c.jsonl", "c.jsonl"]
+    assert opened == ["c.jsonl"] * 2 + ["a.csv", "b.parquet", "c.jsonl", "c.jsonl"]
     assert pairs[-1].messages[0] == {"role": "system", "content": "You are kind."}
     # Of several tables in one set any may have the column.
     (tmp_path / "d.csv").write_text("prompt,chosen,rejected,persona\nq,a,b,You are kind.\n")
@@ -479,6 +525,37 @@ def test_faults_of_all_sets_come_together(tmp_path: Path) -> None:
         read(f"{one},{other}")
     assert "a.jsonl:2, field chosen: a number" in message(raised)
     assert "b.jsonl:3, field rejected: missing" in str(raised.value)
+
+
+def test_what_stands_beside_the_texts_is_counted(tmp_path: Path) -> None:
+    def reply(text: str, **more: Any) -> list[dict[str, Any]]:
+        return [user("Name a colour."), {"role": "assistant", "content": text, **more}]
+
+    rows = [
+        {"chosen": reply("Blue.", reasoning_content="A colour?"), "rejected": reply("Seven."), "tools": []},
+        {"chosen": reply("Blue."), "rejected": reply("Seven.", thinking="A number?"), "tools": "[]"},
+        {"chosen": reply("Blue.", reasoning_content=""), "rejected": reply("Seven."), "tools": None},
+        {"chosen": reply("Blue."), "rejected": reply("Seven."), "tools": [{"name": "paint"}]},
+        {"chosen": reply("Blue."), "rejected": reply("Seven."), "images": ["a.png"]},
+    ]
+    pairs, reader = read(write_jsonl(tmp_path / "a.jsonl", rows))
+    assert [pair.beside for pair in pairs] == [True, True, False, True, True]
+    assert reader.beside == 4
+
+
+def test_a_reason_says_what_is_lacking(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,chosen,rejected,by\nWhat?,a,b,ann\n ,, ,\nWhy?,,,bob\n")
+    assert dict(read(path)[1].drops.counts) == {BLANK: 1, EMPTY_CHOSEN: 1}
+    chosen = [user("Name a colour."), {"role": "assistant", "content": "Blue."}]
+    system = {"role": "system", "content": "Be kind."}
+    rows = [{"chosen": chosen, "rejected": [*chosen[:1], {**chosen[1], "content": "Seven."}]}] * 2
+    rows.append({"chosen": [system, *rows[0]["chosen"]], "rejected": rows[0]["rejected"]})
+    assert dict(read(write_jsonl(tmp_path / "b.jsonl", rows))[1].drops.counts) == {SYSTEMS_DIFFER: 1}
+    nested = write_jsonl(tmp_path / "c.jsonl", [{"id": 1, "data": EXPLICIT}] * 2)
+    with pytest.raises(DataError, match="data holds objects with a pair inside") as raised:
+        read(nested)
+    assert "no setting helps" in message(raised)
 
 
 # --- one row

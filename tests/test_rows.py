@@ -457,7 +457,7 @@ def test_a_cell_that_never_ends_is_placed_where_its_row_starts(tmp_path: Path) -
         ("pairs.XLS", b"", "a spreadsheet"),
         ("pairs.ods", b"", "a spreadsheet"),
         ("pairs.csv", b"PK\x03\x04 sheet", "pairs.csv:1: a zip file or a spreadsheet|save it as csv"),
-        ("pairs.jsonl", gzip.compress(LINE), "pairs.jsonl:1: a gzip file|add .gz"),
+        ("pairs.jsonl", gzip.compress(LINE, mtime=0), "pairs.jsonl:1: a gzip file|add .gz"),
         ("pairs.parquet", b"version https://git-lfs.github.com/spec/v1\noid", "a git-lfs pointer|git lfs pull"),
         ("pairs.jsonl", '{"q": "ü"}'.encode("utf-16"), ":1: UTF-16 text|iconv -f UTF-16 -t UTF-8"),
         ("pairs.json.gz", "[]".encode("utf-16"), ":1: UTF-16 text|iconv -f UTF-16 -t UTF-8"),
@@ -529,7 +529,7 @@ def test_a_json_array_over_its_cap(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_gzip_cut_short_is_placed(tmp_path: Path) -> None:
-    whole = gzip.compress(to_jsonl([{"q": os.urandom(400).hex()} for _ in range(400)]).encode())
+    whole = gzip.compress(to_jsonl([{"q": os.urandom(400).hex()} for _ in range(400)]).encode(), mtime=0)
     path = tmp_path / "a.jsonl.gz"
     for cut, low, high in ((whole[: len(whole) // 2], 100, 300), (whole[:-4], 350, 401), (whole[:15], 0, 2)):
         path.write_bytes(cut)
@@ -540,7 +540,7 @@ def test_a_gzip_cut_short_is_placed(tmp_path: Path) -> None:
         assert low <= int(number or 0) <= high
     path.write_bytes(whole[:-6] + bytes(2) + whole[-4:])  # the checksum
     assert "broken gzip" in fault(places, path)
-    (tmp_path / "a.json.gz").write_bytes(gzip.compress(b"[" + os.urandom(400).hex().encode())[:-20])
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(b"[" + os.urandom(400).hex().encode(), mtime=0)[:-20])
     assert fault(places, tmp_path / "a.json.gz").startswith("a.json.gz: broken gzip")
     (tmp_path / "b.csv.gz").write_bytes(b"prompt,chosen\n")
     assert "broken gzip" in fault(places, tmp_path / "b.csv.gz")

@@ -79,6 +79,7 @@ class Look:
     rows: Sequence[Row]
     mapped: Mapping[str, str]  # data.column_map, whose names the rows have by now: nothing else is a candidate
     plain: bool  # data.chat_template is none
+    others: Mapping[str, Sequence[str]] = field(default_factory=dict)  # data.column_map's, by which other sets are read
     taken: dict[str, str] = field(default_factory=dict)
     as_texts: str = ""  # the format that reads replies as texts, whatever they look like, once it is named
     texts: Collection[str] = ()  # canonical columns that hold texts, though they may look like JSON of messages
@@ -189,7 +190,8 @@ class Look:
         theirs = {ours: self.mapped.get(column, column) for ours, column in columns.items()}
         instead = {*theirs, *(other for pair in EITHER for one, other in (pair, pair[::-1]) if one in theirs)}
         kept = {ours: name for ours, name in self.mapped.items() if ours not in instead and name not in theirs.values()}
-        return map_line(**kept, **theirs)
+        lists = {ours: [*self.others.get(ours, ()), name] for ours, name in (kept | theirs).items()}
+        return map_line({**self.others, **lists})
 
     def lines(self, canonical: str, columns: Iterable[str]) -> str:
         return " or ".join(self.line(**{canonical: column}) for column in columns)
@@ -250,13 +252,19 @@ def holds(*columns: str) -> str:
     return f"{shown(*columns)} {'holds' if len(columns) == 1 else 'hold'}"
 
 
-def map_line(**columns: str) -> str:
-    """The setting, as it can be pasted into a shell; as a mapping of YAML's where a name would break the short form."""
-    value = ",".join(f"{canonical}={column}" for canonical, column in columns.items())
-    if not all(
-        column.isprintable() and column == column.strip() and not set(column) & set(",=") for column in columns.values()
-    ):
-        value = "{" + ", ".join(f'"{canonical}": {_quoted(column)}' for canonical, column in columns.items()) + "}"
+def map_line(columns: Mapping[str, Sequence[str]]) -> str:
+    """The setting, as it can be pasted into a shell; as a mapping of YAML's where a name would break the short form.
+
+    ``columns``: our name to a column, or to those of several sets.
+    """
+    each = [(ours, column) for ours, names in columns.items() for column in names]
+    value = ",".join(f"{ours}={column}" for ours, column in each)
+    if not all(column.isprintable() and column == column.strip() and not set(column) & set(",=") for _, column in each):
+        lists = {ours: ", ".join(map(_quoted, names)) for ours, names in columns.items() if names}
+        named = (
+            f'"{ours}": [{names}]' if len(columns[ours]) > 1 else f'"{ours}": {names}' for ours, names in lists.items()
+        )
+        value = "{" + ", ".join(named) + "}"
     return shlex.quote(f"data.column_map={value}")
 
 

@@ -7,7 +7,7 @@ rejected are taken by exactly these names, scores and verdicts only where their 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from orpo_lite.data.columns import (
@@ -56,6 +56,7 @@ from orpo_lite.data.readers import (
     ToolError,
     begins_with,
     repeated,
+    says_more,
     shared_start,
     shared_words,
     undoubled,
@@ -88,7 +89,12 @@ class Detected:
 
 
 def detect_format(
-    rows: Sequence[Row], *, name: str = "auto", mapped: Mapping[str, str] = {}, plain: bool = False
+    rows: Sequence[Row],
+    *,
+    name: str = "auto",
+    mapped: Mapping[str, str] = {},
+    plain: bool = False,
+    others: Mapping[str, Sequence[str]] = {},
 ) -> Detected:
     """The format that the first rows share, by what their columns hold; a row that deviates is its reader's to report.
 
@@ -96,12 +102,13 @@ def detect_format(
         name: a name of READERS when the person has set data.format; its columns are still looked for.
         mapped: data.column_map: our name -> the column that has it in these rows; nothing else is a candidate for it.
         plain: data.chat_template is none, so already-templated text is what the person wants.
+        others: what data.column_map says beside that, of other sets: to be kept in a line that is to be written.
 
     Raises DataError, with the line to write, when nothing fits, when two readings are possible, and when a template
     is in the text already.
     """
     said = name != "auto"
-    look = Look(rows, mapped, plain)
+    look = Look(rows, mapped, plain, others)
     _refuse_mapped(look)
     _refuse_python(look)
     if not said:
@@ -131,7 +138,8 @@ def detect_format(
 
     def read(row: Row, where: str) -> Pair:
         named = look.renamed(row, where)
-        return without_reply(named, sides, where) or READERS[name](named, where)
+        pair = without_reply(named, sides, where) or READERS[name](named, where)
+        return replace(pair, beside=True) if says_more(named) else pair
 
     if as_texts:
         _refuse_no_messages(look, read, as_texts)
@@ -430,6 +438,7 @@ def _refuse_unknown(look: Look) -> NoReturn:
         f"{side} {'is' if kind in ('missing', 'null') else 'holds'} {kind}" for side, kind in kinds.items()
     )
     found += f"; the columns are {', '.join(map(repr, look.columns)) or 'none'}"
+    _refuse_nested(look, found)
     guesses = {side: guess(look, side) for side in ("chosen", "rejected")}
     if not any(guesses.values()) and (single := single_reply(look)):
         expected = "a pair needs two replies to one prompt, a better and a worse one"
@@ -463,6 +472,16 @@ def _refuse_unknown(look: Look) -> NoReturn:
     if unfit == ["prompt"] and kinds["chosen"] in TEXTS:
         remedy += "; or data.format=implicit if both texts begin with the prompt"
     raise DataError("data.format", f"no known format: {found}", expected, remedy)
+
+
+def _refuse_nested(look: Look, found: str) -> None:
+    """Rows that hold the whole pair within one column, as in {"data": {"prompt": ..., "chosen": ...}}."""
+    for column in look.columns:
+        held = [row[column] for row in look.rows if isinstance(row.get(column), Mapping)]
+        if held and all(item.keys() & {*SIDES} for item in held):
+            found = f"{shown(column)} holds objects with a pair inside; {found}"
+            remedy = "no setting helps: write what is inside as a row of its own"
+            raise DataError("data.format", found, "prompt, chosen and rejected as columns", remedy)
 
 
 def _odd(look: Look, sides: Sequence[str]) -> list[str]:

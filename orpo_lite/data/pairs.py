@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 EQUAL = "chosen and rejected are equal"
 # And ours: such a prompt asks for nothing, or was put together wrongly.
 EMPTY_PROMPT = "empty prompt"
+BLANK = "blank row"
 SAID_TWICE = "the same turn twice in a row"
 
 LOOK = 100  # rows that detection looks at
@@ -66,10 +67,9 @@ class PairReader:
     rows of each set, before anything is left out.
     """
 
-    def __init__(self, data: DataSection, sources: Sequence[Source], *, held_out: bool = False) -> None:
+    def __init__(self, data: DataSection, sources: Sequence[Source]) -> None:
         self.data, self.sources = data, sources
-        # Columns of data.column_map that no set has had yet. A held-out set may well have our names already.
-        self._unmapped = set() if held_out else set(data.column_map.values())
+        self._map = data.columns
         self.detected: list[str] = []
         """For each set, the sentence that says which format was read, and why."""
         self.columns: list[dict[str, Any]] = []
@@ -80,6 +80,8 @@ class PairReader:
         """Pairs of which a reply, or the system text, is NULL, None, NaN or N/A, and may well be meant to be none."""
         self.silent = 0
         """Pairs with an empty turn before the last."""
+        self.beside = 0
+        """Pairs of which the row says more than is read: reasoning beside a message, tools, images."""
         self.read = 0
         """Rows read."""
         self.drops = Drops()
@@ -101,6 +103,7 @@ class PairReader:
                     kept += 1
                     self.repeated += _repeats_prompt(pair)
                     self.absent += _holds_absent(pair)
+                    self.beside += pair.beside
                     self.silent += any(
                         not turn["content"].strip() for turn in pair.messages if turn["role"] != "system"
                     )
@@ -125,7 +128,9 @@ class PairReader:
             return pair, pair.drop or _drop_reason(pair)
         raise_all([fault for fault in faults if fault.where.partition(", field ")[0] == place])
         names = ", ".join(source.name for source in self.sources)
-        raise DataError(place, f"no such row in {names}", "a place as messages name it", "pairs.csv:3, or train[11]")
+        limit = self.data.max_samples
+        found = f"no such row in {names}" + (f", of which data.max_samples reads the first {limit:,}" if limit else "")
+        raise DataError(place, found, "a place as messages name it", "pairs.csv:3, or train[11]")
 
     def _pairs(self, source: Source, faults: list[DataError]) -> Iterator[Pair]:
         """The pairs of one set, before any is left out; the faults of its rows in their order."""
@@ -139,12 +144,13 @@ class PairReader:
             raise DataError(source.name, found, "at least one preference pair", "check data.dataset_name")
         try:
             looked = [row for _, row in first]
-            looked += self._with_mapped(source, looked)
-            columns = self._columns(looked, last=source is self.sources[-1])
+            looked += _first_with(source, _lacking(self.data, looked), self.data.max_samples)
+            columns = _found_columns(self.data, looked)
             look = [_mapped(row, columns) for row in looked]
             detected = self._detect(look, columns)
+            self._refuse_anothers(looked, columns, detected)
         except DataError as fault:
-            raise_all(_tools_once([*faults, fault, *broken]))
+            raise_all(_tools_once([*faults, _of_set(fault, source), *broken]))
             raise
         self.detected.append("")
         self.columns.append({})
@@ -163,11 +169,12 @@ class PairReader:
                 try:
                     detected = self._look_again(detected, look, mapped, columns, late, where)
                 except DataError as fault:
-                    raise_all(_tools_once([*faults, fault]))
+                    raise_all(_tools_once([*faults, _of_set(fault, source)]))
                     raise
                 self._say(detected, columns, names)
             try:
-                yield detected.read(mapped, where)
+                blank = all(map(is_blank, mapped.values()))
+                yield Pair((), "", "", where, drop=BLANK) if blank else detected.read(mapped, where)
             except DataError as fault:
                 faults.append(fault)
         faults += broken[moved:]
@@ -206,36 +213,37 @@ class PairReader:
             raise DataError("data.format", found, expected, remedy)
         return now
 
-    def _with_mapped(self, source: Source, looked: Sequence[Row]) -> list[Row]:
-        """Of the columns that data.column_map names and these rows lack, the first rows that have them."""
-        lacking = {*self.data.column_map.values()} - {key for row in looked for key in row}
-        if lacking and (columns := source.columns()) is not None:
-            lacking &= columns  # else a table would be read whole for what its head says it does not have
-        found: list[Row] = []
-        for _, row in islice(source.rows([]), self.data.max_samples if lacking else 0):
-            if lacking & row.keys():
-                found.append(row)
-                lacking -= row.keys()
-                if not lacking:
-                    break
-        return found
-
-    def _columns(self, rows: Sequence[Row], *, last: bool) -> dict[str, str]:
-        """What data.column_map says of this set: a column has to stand in one of the sets, not in all."""
-        found = {key: None for row in rows for key in row}
-        self._unmapped -= found.keys()
-        if last and self._unmapped:
-            _raise_unknown(sorted(self._unmapped), tuple(found))
-        return {ours: theirs for ours, theirs in self.data.column_map.items() if theirs in found}
-
     def _detect(self, rows: Sequence[Row], mapped: Mapping[str, str]) -> Detected:
         plain = self.data.chat_template == "none"
-        return detect_format(rows, name=self.data.format, mapped=mapped, plain=plain)
+        others = {ours: [name for name in names if name != mapped.get(ours)] for ours, names in self._map.items()}
+        return detect_format(rows, name=self.data.format, mapped=mapped, plain=plain, others=others)
+
+    def _refuse_anothers(self, rows: Sequence[Row], mapped: Mapping[str, str], detected: Detected) -> None:
+        """Raise DataError for a set that has only a part of data.column_map, and is a pair by itself, of other columns.
+
+        The map was made for another set then, and what it names would take the place of half of a pair.
+        """
+        lacking = self._map.keys() - mapped.keys()
+        if not (lacking and mapped):
+            return
+        try:
+            own = self._detect(rows, {})
+        except DataError:
+            return
+        taken = {ours: mapped.get(column, column) for ours, column in detected.columns.items()}
+        changed = {ours: column for ours, column in own.columns.items() if taken.get(ours, column) != column}
+        if changed:
+            took = shown(*(taken[ours] for ours in changed))
+            line = map_line({ours: [*filter(None, [changed.get(ours)]), *names] for ours, names in self._map.items()})
+            found = f"it takes {took} for {shown(*changed)}, and no column here for {shown(*sorted(lacking))}"
+            expected = f"all of the map, or nothing of it: {own.sentence}"
+            remedy = f"leave {took} out of this set; or, where no other has {shown(*changed.values())}: {line}"
+            raise DataError("data.column_map", found, expected, remedy)
 
 
 def training_sources(data: DataSection) -> list[Source]:
     """The sets to train on, found but not read. Raises DataError and HubError."""
-    _check_mapped(data.column_map)
+    _check_mapped(data.columns)
     split = data.dataset_train_split
     if split not in ("auto", "train") and all(Path(name).expanduser().is_file() for name in data.names):
         found, expected = repr(split), "auto: files of their own have no splits"
@@ -275,12 +283,12 @@ def _tools_once(faults: Sequence[DataError]) -> list[DataError]:
 
 
 def _drop_reason(pair: Pair) -> str | None:
-    if pair.chosen == pair.rejected:
-        return EQUAL
     if not pair.chosen.strip():
         return EMPTY_CHOSEN
     if not pair.rejected.strip():
         return EMPTY_REJECTED
+    if pair.chosen == pair.rejected:
+        return EQUAL
     asked = [turn["content"] for turn in pair.messages if turn["role"] != "system"]
     if not asked or not asked[-1].strip():
         return EMPTY_PROMPT
@@ -310,10 +318,60 @@ def _mapped(row: Row, column_map: Mapping[str, str]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key not in column_map} | taken
 
 
-def _check_mapped(column_map: Mapping[str, str]) -> None:
+def _of_set(fault: DataError, source: Source) -> DataError:
+    """The same; of a fault of all rows, with the set's name: there may be others that are read well."""
+    if not fault.where.startswith("data."):
+        return fault
+    return DataError(f"{fault.where} of {source.name}", fault.found, fault.expected, fault.remedy)
+
+
+def _found_columns(data: DataSection, rows: Sequence[Row]) -> dict[str, str]:
+    """What data.column_map says of the set of these rows: our name to the column, where it has one."""
+    found = {key for row in rows for key in row}
+    firsts = ((ours, next((name for name in names if name in found), None)) for ours, names in data.columns.items())
+    return {ours: first for ours, first in firsts if first is not None}
+
+
+def _lacking(data: DataSection, rows: Sequence[Row]) -> set[str]:
+    """The columns that data.column_map names, for those of our names of which these rows have none."""
+    found = _found_columns(data, rows)
+    return {name for ours, names in data.columns.items() if ours not in found for name in names}
+
+
+def _first_with(source: Source, lacking: set[str], max_samples: int | None) -> list[Row]:
+    """The first rows that have these columns, as far as the set has them at all."""
+    if lacking and (columns := source.columns()) is not None:
+        lacking = lacking & columns  # else a table would be read whole for what its head says it does not have
+    found: list[Row] = []
+    for _, row in islice(source.rows([]), max_samples if lacking else 0):
+        if lacking & row.keys():
+            found.append(row)
+            lacking = lacking - row.keys()
+            if not lacking:
+                break
+    return found
+
+
+def refuse_unknown_columns(data: DataSection, sources: Sequence[Source]) -> None:
+    """Raise DataError for a column that data.column_map names and that none of the sets has, held-out ones included."""
+    unknown = {name for names in data.columns.values() for name in names}
+    found: dict[str, None] = {}
+    for source in sources:
+        if unknown:
+            columns = source.columns()
+            rows = [] if columns is not None else [row for _, row in islice(source.rows([]), LOOK)]
+            found |= dict.fromkeys([*(columns or ()), *(key for row in rows for key in row)])
+            unknown -= found.keys()
+    for source in sources if found else ():  # sets without rows have a message of their own
+        unknown -= {key for row in _first_with(source, unknown, data.max_samples) for key in row}
+    if unknown:
+        _raise_unknown(sorted(unknown), tuple(found))
+
+
+def _check_mapped(column_map: Mapping[str, Sequence[str]]) -> None:
     if unknown := [name for name in column_map if name not in COLUMNS]:
-        if all(column in COLUMNS for column in column_map.values()):
-            line = map_line(**{ours: theirs for theirs, ours in column_map.items()})
+        if all(len(columns) == 1 and columns[0] in COLUMNS for columns in column_map.values()):
+            line = map_line({columns[0]: [theirs] for theirs, columns in column_map.items()})
             found = f"{shown(*unknown)} {'is' if len(unknown) == 1 else 'are'} not among our names"
             raise DataError("data.column_map", found, "OURS=THEIRS", f"turn it round: {line}")
         _raise_unknown(unknown, COLUMNS)

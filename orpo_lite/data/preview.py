@@ -17,6 +17,7 @@ COUNTED = {
     "repeated_prompts": "pairs in which a reply begins with the prompt again",
     "absent_texts": "pairs in which a reply or the system text is NULL, None, NaN or N/A, as if it was missing",
     "empty_turns": "pairs with an empty turn before the last",
+    "beside_pairs": "pairs of which reasoning, tools, images or the like stand beside the texts, and are not read",
     "templated_pairs": "pairs that hold markers of a chat template, as if one was applied already",
     "lost_systems": "pairs of which the chat template leaves out the system text",
     "unknown_tokens": "tokens that stand for what the tokenizer does not know, and which is lost",

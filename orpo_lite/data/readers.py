@@ -49,6 +49,7 @@ MEASURES = {"overall_score": 1, "score": 1, "rating": 1, "reward": 1, "rank": -1
 EMPTY_CHOSEN = "empty chosen"
 EMPTY_REJECTED = "empty rejected"
 PROMPTS_DIFFER = "prompts of chosen and rejected differ"
+SYSTEMS_DIFFER = "system turns of chosen and rejected differ"
 TIED = "no answer is better than another"
 TOO_FEW = "fewer than two ranked answers"
 UNJUDGED = "no verdict"
@@ -68,6 +69,7 @@ class Pair:
     where: str  # "pairs.jsonl:12" or "train[11]", for error messages
     prompt_text: str | None = None  # the prompt as plain text, when the row held text: for data.chat_template=none
     drop: str | None = None  # why this pair cannot be trained on, when its row already shows it
+    beside: bool = False  # its row says more than is read here: reasoning beside a message, tools, images
 
 
 class ToolError(DataError):
@@ -309,6 +311,8 @@ def _join(
     if not before:
         raise fault(where, fields[0], "nothing stands before the reply", "the user's turn, or a prompt")
     drop = None if _alike(before, other_before) else PROMPTS_DIFFER
+    if drop and _alike(_split_system(before)[1], _split_system(other_before)[1]):
+        drop = SYSTEMS_DIFFER
     return _pair(row, before, chosen, rejected, where, prompt_text, drop)
 
 
@@ -571,7 +575,7 @@ def _ranked(row: Row, where: str) -> Iterator[tuple[float, str]]:
             yield MEASURES[measure] * number, _text(answer, key, where, f"completions[{i}].{key}")
 
 
-ABSENT = ("", "n/a", "na", "nan", "none", "null")  # what is written where nobody scored
+ABSENT = ("", "n/a", "na", "nan", "none", "null", "#n/a", "<na>")  # what is written where nobody scored
 
 
 def says_nothing(text: str) -> bool:
@@ -596,6 +600,22 @@ def _number(value: Any, where: str, label: str) -> float | None:
     if isinstance(value, bool | NotJson) or not isinstance(value, int | float):
         raise fault(where, label, seen({"": value}, ""), "a number")
     return None if math.isnan(value) else float(value)
+
+
+BESIDE_TEXT = ("reasoning_content", "reasoning", "thinking")  # keys of a message: said before the reply, and apart
+BESIDE_PAIR = ("tools", "functions", "image", "images", "video", "videos", "audio", "audios")  # columns
+
+
+def says_more(row: Row) -> bool:
+    """The row holds what belongs to the pair for those who made it, and is not read."""
+    values = [value if isinstance(value, list) else [value] for value in row.values()]
+    messages = (
+        item for items in values for item in items if isinstance(item, Mapping) and {"role", "from"} & item.keys()
+    )
+    apart = (row.get(name) for name in BESIDE_PAIR)
+    return any(value and value not in ("[]", "{}") for value in apart) or any(
+        item.get(key) for item in messages for key in BESIDE_TEXT
+    )
 
 
 # --- texts and faults

@@ -45,7 +45,7 @@ LoadTokenizer = Callable[[], Any]
 
 
 def tokenized(
-    data: DataSection, sources: Sequence[Source], tokenizer_folder: Path, load: LoadTokenizer, *, held_out: bool = False
+    data: DataSection, sources: Sequence[Source], tokenizer_folder: Path, load: LoadTokenizer
 ) -> Generator[tuple[int, int], None, TokenizedPairs]:
     """One side from the cache, or tokenised into it; yields (rows read, rows), the second 0 where nobody knows.
 
@@ -54,7 +54,6 @@ def tokenized(
         sources: the sets of this side.
         tokenizer_folder: what the tokenizer is made of, for the key.
         load: called for the tokenizer when the cache does not have the side.
-        held_out: the held-out side, whose columns data.column_map need not name.
 
     Raises DataError and ModelError for what cannot be read or rendered, FitError for a full disk.
     """
@@ -64,14 +63,13 @@ def tokenized(
         tokenizer=cache.tokenizer_sha256(tokenizer_folder),
         template=template_file(data.chat_template) if is_file(data.chat_template) else data.chat_template,
         fields=data.model_dump(include=set(TOKEN_FIELDS)),
-        held_out=held_out,
     )
     try:
         with cache.locked(key):
             if (entry := cache.load(key)) is None:
                 rows = sum(count if data.max_samples is None else min(count, data.max_samples) for _, count in prints)
                 with cache.new_entry(key) as writer:
-                    reader = PairReader(data, sources, held_out=held_out)
+                    reader = PairReader(data, sources)
                     yield from _tokenize(data, load(), reader, writer, rows)
                 entry = cache.load(key)
     except OSError as error:
@@ -125,6 +123,7 @@ def _tokenize(
             "repeated_prompts": reader.repeated,
             "absent_texts": reader.absent,
             "empty_turns": reader.silent,
+            "beside_pairs": reader.beside,
             "templated_pairs": templated,
             "lost_systems": without_system,
             "samples": shown,
