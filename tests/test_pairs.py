@@ -312,10 +312,10 @@ def test_the_papers_filters_are_counted(tmp_path: Path) -> None:
     ]
     path = write_jsonl(tmp_path / "pairs.jsonl", rows)
     pairs, reader = read(path)
-    assert reader.drops.counts == {EQUAL: 2, EMPTY_CHOSEN: 2, EMPTY_REJECTED: 1}
+    assert reader.drops.counts == {EQUAL: 1, EMPTY_CHOSEN: 3, EMPTY_REJECTED: 1}
     assert reader.drops.places == {
-        EQUAL: ["pairs.jsonl:2", "pairs.jsonl:6"],
-        EMPTY_CHOSEN: ["pairs.jsonl:3", "pairs.jsonl:4"],
+        EQUAL: ["pairs.jsonl:2"],
+        EMPTY_CHOSEN: ["pairs.jsonl:3", "pairs.jsonl:4", "pairs.jsonl:6"],
         EMPTY_REJECTED: ["pairs.jsonl:5"],
     }
     assert (reader.read, len(pairs)) == (6, 1)
@@ -325,7 +325,7 @@ def test_the_papers_filters_are_counted(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "none.jsonl", rows[1:])
     with pytest.raises(DataError, match="every pair was left out") as raised:
         read(path)
-    assert f"2  {EMPTY_CHOSEN}" in message(raised)
+    assert f"3  {EMPTY_CHOSEN}" in message(raised)
 
 
 def test_prompts_that_ask_nothing_and_turns_that_stand_twice_are_left_out(tmp_path: Path) -> None:
