@@ -424,10 +424,14 @@ def install_step(model: PairModel, recipe: Recipe) -> None:
     memory = recipe.memory.unplanned()
     if memory.fused_lora and (left := fuse_lora(model.model)):
         model.notes.append(f"memory.fused_lora: {len(left)} adapted layers keep peft's own operation ({left[0]} ...)")
-    if isinstance(memory.mlp_tile, int) and not tile_mlps(
-        model.layers, memory.mlp_tile, has_dropout=has_dropout(model)
-    ):
-        model.notes.append("memory.mlp_tile: this model has no MLP that takes tokens one by one; nothing is tiled")
+    if isinstance(memory.mlp_tile, int):
+        tiled = tile_mlps(model.layers, memory.mlp_tile, has_dropout=has_dropout(model))
+        if tiled < len(model.layers) or not tiled:
+            which = f"{len(model.layers) - tiled} of {len(model.layers)} layers have" if tiled else "this model has"
+            model.notes.append(f"memory.mlp_tile: {which} no MLP that takes tokens one by one; nothing is tiled there")
+    if not model.layers and memory.checkpointed(1):
+        said = "this model's layers cannot run again; each keeps all that its backward pass needs"
+        model.notes.append(f"memory.activation_checkpointing: {said}")
     checkpoint_first(model, recipe)
     if memory.embedding_on_cpu:
         embed_on_host(model.causal.get_input_embeddings())

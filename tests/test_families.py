@@ -157,6 +157,26 @@ def test_a_family_that_cannot_share_goes_alone_and_says_so(name: str) -> None:
     assert reason in note
 
 
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (
+            family("DeepseekV3", LONG, first_k_dense_replace=1, n_routed_experts=4, num_experts_per_tok=2, n_group=1),
+            "memory.mlp_tile: 1 of 2 layers have no MLP",
+        ),
+        (SHARED["mixtral"], "memory.mlp_tile: this model has no MLP"),
+        (
+            lambda: hf.GPTNeoXJapaneseForCausalLM(hf.GPTNeoXJapaneseConfig(**(SIZES | IDS))),
+            "memory.activation_checkpointing: this model's layers",
+        ),
+    ],
+)
+def test_levers_that_a_model_cannot_have_are_named(make: Callable[[], Any], said: str) -> None:
+    model = adapted(make)
+    install_step(model, recipe(mlp_tile=16))
+    assert sum(note.startswith(said) for note in model.notes) == 1, model.notes
+
+
 class TwistedLlama(hf.LlamaForCausalLM):
     """Logits changed in a way that nothing in the configuration tells."""
 
