@@ -25,7 +25,7 @@ from transformers import LlamaConfig
 from benchmarks import lengths, peers, step
 from orpo_lite.model import bare_base, bare_pair_model
 from orpo_lite.planner.cards import CARDS, own_card
-from orpo_lite.planner.counted import worst_case
+from orpo_lite.planner.lengths import worst_case
 from orpo_lite.planner.search import Planner
 from orpo_lite.step.attention import device_kind
 

@@ -16,7 +16,7 @@ import torch
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from orpo_lite.data.tokens import TokenizedPair
-from orpo_lite.planner.counted import Triples
+from orpo_lite.planner.lengths import Triples
 from orpo_lite.prepare import find_sources, pair_lengths, tokenized_sides
 from orpo_lite.recipe import load_recipe
 from orpo_lite.run import drain

@@ -25,9 +25,11 @@ from benchmarks import step
 from orpo_lite.base import find_config
 from orpo_lite.data.packing import make_batch
 from orpo_lite.meter import LiveBytes
-from orpo_lite.model import bare_pair_model, held
-from orpo_lite.planner.counted import heaviest, measure, worst_case
+from orpo_lite.model import bare_pair_model, choose_dtype, held
+from orpo_lite.planner.counted import heaviest, measure
+from orpo_lite.planner.lengths import worst_case
 from orpo_lite.planner.search import Planner
+from orpo_lite.proof import prove
 from orpo_lite.recipe import Recipe, load_recipe
 from orpo_lite.step.losses import Divisors, orpo_loss
 
@@ -79,7 +81,9 @@ def error_of(config: Any, settings: Recipe) -> float:
     """Predicted over tracked peak of live bytes besides the weights, less 1; the same step on meta and on this CPU."""
     predicted = measure(settings, config, LENGTHS, "cpu")
     torch.manual_seed(0)
-    model = bare_pair_model(settings, config, torch.float32, CPU)
+    model = bare_pair_model(settings, config, choose_dtype(settings.model.dtype, "cpu"), CPU)
+    if settings.memory.packing:
+        prove(model, int(LENGTHS.max()))
     gradients = []
     for _, parameter in model.trained():
         parameter.grad = torch.zeros_like(parameter)

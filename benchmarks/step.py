@@ -54,8 +54,9 @@ from orpo_lite.model import (
     load_pair_model,
     loss_of,
 )
-from orpo_lite.planner.counted import blank_pairs, phases, standing_bytes, worst_case
 from orpo_lite.planner.counted import measure as counted
+from orpo_lite.planner.counted import phases, standing_bytes
+from orpo_lite.planner.lengths import blank_pairs, worst_case
 from orpo_lite.recipe import Recipe
 from orpo_lite.step.head import Head, chunk_rows, row_logps
 from orpo_lite.step.losses import Divisors, orpo_loss

@@ -217,6 +217,19 @@ def read_config(path: Path, name: str) -> Any:
     return AutoConfig.from_pretrained(path)
 
 
+def positions_switch(config: Any, max_length: int) -> bool:
+    """Whether the rotary embedding takes other frequencies for sequences that ``max_length`` allows."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = rope.values() if all(isinstance(value, dict) for value in rope.values()) else [rope]
+    original = getattr(config, "original_max_position_embeddings", None)
+    for kind in kinds:
+        if kind.get("rope_type") in ("dynamic", "longrope"):
+            limit = kind.get("original_max_position_embeddings") or original or config.max_position_embeddings
+            if max_length > limit:
+                return True
+    return False
+
+
 def find_config(name: str, revision: str) -> Any:
     """A base's configuration and nothing else of it: of a folder, of the hub, or, for our recipes' bases, as shipped.
 

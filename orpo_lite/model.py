@@ -17,7 +17,7 @@ from orpo_lite.base import Base, find_adapter, read_adapter_config
 from orpo_lite.data.packing import Batch, Batching, PackedPairs, nll_tokens
 from orpo_lite.data.tokens import TokenizedPair
 from orpo_lite.errors import FitError, ModelError, RecipeError
-from orpo_lite.recipe import MemorySection, Recipe
+from orpo_lite.recipe import MemorySection, Recipe, gib
 from orpo_lite.step import attention
 from orpo_lite.step.attention import Layout, Segment, UnsupportedError, device_kind, pair_attention, scoreless, using
 from orpo_lite.step.head import Head, chunk_rows, packed_logps, padded_logps, pick, row_logps
@@ -38,6 +38,11 @@ Way = Literal["shared", "packed", "rows", "logits"]
 packed: one row, each sequence whole. rows: a row a sequence, with the model's own attention. logits: so, and with the
 model's own logits."""
 WAYS: tuple[Way, ...] = ("shared", "packed", "rows", "logits")
+SAID: dict[Way, str] = {
+    "packed": "prompts are not shared",
+    "rows": "pairs are neither packed nor shared: each sequence goes through the model by itself",
+    "logits": "each sequence goes through the model by itself, with all its logits",
+}
 
 
 class PairModel(nn.Module):
@@ -131,11 +136,16 @@ class PairModel(nn.Module):
         finally:
             self.config._attn_implementation = before
 
+    def take(self, way: Way, reason: str) -> None:
+        """Let packed pairs go a plainer way from now on, and note why."""
+        self.notes.append(f"{SAID[way]}, because {reason}")
+        self.way = way
+
     def batching(self, recipe: Recipe, pad_id: int) -> Batching:
         """How the recipe's pairs are to be cut for this model."""
         return Batching(
             packed=recipe.memory.packing,
-            share=self.way == "shared",
+            share=recipe.memory.packing and self.way == "shared",
             tokens=recipe.micro_batch_tokens,
             pairs=recipe.memory.micro_batch_size,
             pad_id=pad_id,
@@ -230,6 +240,8 @@ def bare_base(recipe: Recipe, config: Any, dtype: torch.dtype, device: torch.dev
 
     with device:
         model = AutoModelForCausalLM.from_config(_without_dropout(config), dtype=dtype)
+    if device == META:
+        model.config.pad_token_id = None  # some models look for it among the tokens, which have no values here
     if recipe.quantization.load_in_4bit:
         _quantise(model, recipe, dtype)
     return model
@@ -239,7 +251,11 @@ def _with_step(model: nn.Module, recipe: Recipe, folder: Path | None) -> PairMod
     """Frozen, with its adapter and the levers of ``memory``."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    experts = sum(p.nbytes for n, p in model.named_parameters() if "expert" in n and p.ndim == 3)  # a layer's in one
     pair_model = PairModel(_add_lora(model, recipe, folder), recipe.memory).train()
+    if recipe.quantization.load_in_4bit and experts:
+        said = f"{gib(experts)} of its experts stay as they are: bitsandbytes quantises linear layers only"
+        pair_model.notes.append(f"quantization.load_in_4bit: {said}")
     install_step(pair_model, recipe)
     return pair_model
 

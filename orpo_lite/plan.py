@@ -11,7 +11,7 @@ from orpo_lite.base import find_config, find_texts
 from orpo_lite.checkpoint import KEPT
 from orpo_lite.model import ITS_FAULTS
 from orpo_lite.planner.cards import CARDS, Card, Own, own_card, room
-from orpo_lite.planner.counted import worst_case
+from orpo_lite.planner.lengths import worst_case
 from orpo_lite.planner.search import CardRow, Change, MemoryPlan, Planner, no_plan
 from orpo_lite.prepare import adopt_adapter, check_embedding, find_sources, pair_lengths, tokenized_sides
 from orpo_lite.recipe import Recipe
@@ -47,6 +47,7 @@ class PlanReport:
             **self.plan.to_json(),
             "lengths": "data" if self.from_data else "data.max_length",
             "disk_bytes": self.disk,
+            "notes": list(self.plan.measured.notes),
             "card_free_bytes": self.own.free if self.own else None,
             "card_held_by_others_bytes": self.own.others if self.own else None,
             "cards": [

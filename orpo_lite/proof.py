@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from orpo_lite.base import positions_switch
 from orpo_lite.data.packing import pack_pairs, packed_tokens
 from orpo_lite.data.tokens import TokenizedPair
 from orpo_lite.errors import ModelError
@@ -22,11 +23,6 @@ from orpo_lite.step.losses import PairLogps
 log = logging.getLogger(__name__)
 
 SHORT = [(24, 9, 13), (5, 1, 2), (1, 6, 3), (40, 2, 1), (16, 30, 20)]  # tokens of prompt, chosen, rejected
-SAID: dict[Way, str] = {
-    "packed": "prompts are not shared",
-    "rows": "pairs are neither packed nor shared: each sequence goes through the model by itself",
-    "logits": "each sequence goes through the model by itself, with all its logits",
-}
 FEW = [SHORT[0], SHORT[4]]  # for gradients
 
 
@@ -60,8 +56,7 @@ def prove(model: PairModel, max_length: int, tokens: int = 0) -> None:
         if way not in reasons:
             break
     if way != model.way:
-        model.notes.append(f"{SAID[way]}, because {reasons[model.way]}")
-        model.way = way
+        model.take(way, reasons[model.way])
     capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
     if capped and way in ("shared", "packed") and model.device.type == "cuda" and flash_attn() is None:
         model.notes.append("attention with a softcap runs by the plain formula, slowly: flash-attn has a kernel for it")
@@ -155,7 +150,7 @@ def _disagreements(model: PairModel, max_length: int, tokens: int) -> dict[Way, 
 
     compare("rows", short, expected)
     packed = WAYS[WAYS.index(model.way) : WAYS.index("rows")]  # of "shared" and "packed" those that are asked for
-    if _positions_switch(config, max_length):
+    if positions_switch(config, max_length):
         # Its position embedding depends on the longest sequence of a forward pass, so no two can share one.
         return reasons | dict.fromkeys(packed, f"its rotary embedding changes within {max_length:,} tokens")
     for way in packed:
@@ -357,16 +352,3 @@ def _smallest_window(config: Any) -> int | None:
         return None
     named = [value for key, value in config.to_dict().items() if WINDOW.search(key)]
     return min((size for size in named if isinstance(size, int) and size > 1), default=None)
-
-
-def _positions_switch(config: Any, max_length: int) -> bool:
-    """Whether the rotary embedding takes other frequencies for sequences that ``max_length`` allows."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = rope.values() if all(isinstance(value, dict) for value in rope.values()) else [rope]
-    original = getattr(config, "original_max_position_embeddings", None)
-    for kind in kinds:
-        if kind.get("rope_type") in ("dynamic", "longrope"):
-            limit = kind.get("original_max_position_embeddings") or original or config.max_position_embeddings
-            if max_length > limit:
-                return True
-    return False

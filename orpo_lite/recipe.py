@@ -90,7 +90,7 @@ def read_bytes(text: str) -> int:
 
 def gib(size: int) -> str:
     """A size in bytes as people read it."""
-    return f"{size / 2**30:.2f} GiB"
+    return f"{size / 2**30:.2f} GiB" if size >= 2**26 else f"{size / 2**20:.1f} MiB"
 
 
 def _budget(value: object) -> object:

@@ -144,6 +144,8 @@ def print_plan(report: "PlanReport") -> None:
     if step.paged:
         out.print(f"  of the optimizer {gib(step.paged)} are paged: the driver moves them to host memory if it must")
     out.print(f"\nlevers: {' '.join(f'memory.{key}={to_text(value)}' for key, value in plan.levers.items())}")
+    for note in step.notes:
+        out.print(f"note: {note}")
     if plan.seconds_per_pair is not None:
         per_pair = f"{plan.flops_per_pair / 1e12:.3g} TFLOPs and about {plan.seconds_per_pair:.2g} s"
         out.print(f"a pair of that length: {per_pair} (estimated from the card's data sheet)")

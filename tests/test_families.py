@@ -89,6 +89,11 @@ ALONE: dict[str, tuple[Callable[[], Any], str]] = {
         ),
         "s_aux",
     ),
+    "gpt-j: attention that nothing can replace": (
+        lambda: hf.GPTJForCausalLM(hf.GPTJConfig(n_embd=64, n_layer=2, n_head=4, rotary_dim=8, **IDS)),
+        "differ",
+    ),
+    "lfm2: convolutions": (family("Lfm2", GROUPED, layer_types=["conv", "full_attention"]), "differ"),
     "phi3: rotary embedding that changes": (
         family("Phi3", GROUPED, rope_parameters=LONGROPE, original_max_position_embeddings=64),
         "rotary",

@@ -13,20 +13,31 @@ import numpy as np
 import pytest
 import torch
 from conftest import Answer, tiny_llama, write_base
-from test_families import GROUPED, IDS
+from test_families import ALONE, GROUPED, IDS, LINEAR, SHARED
 from test_levers import recipe
 from test_train import adapter, rows_without_clock, same_bits, train_all
-from transformers import Gemma2Config, GptOssConfig, GptOssForCausalLM, LlamaConfig
+from transformers import (
+    BloomConfig,
+    Gemma2Config,
+    GptOssConfig,
+    GptOssForCausalLM,
+    Lfm2Config,
+    LlamaConfig,
+    Qwen3MoeConfig,
+    Qwen3NextConfig,
+)
 
 from orpo_lite import gradient, plan, run
 from orpo_lite.data.packing import packed_tokens
 from orpo_lite.errors import FitError, ModelError, RecipeError
-from orpo_lite.model import PairModel
+from orpo_lite.model import SCORELESS, PairModel
 from orpo_lite.planner import cards
 from orpo_lite.planner.cards import CARDS, own_card
-from orpo_lite.planner.counted import blank_pairs, heaviest, measure, worst_case
-from orpo_lite.planner.lines import Line, with_layers
+from orpo_lite.planner.counted import heaviest, measure
+from orpo_lite.planner.lengths import blank_pairs, worst_case
+from orpo_lite.planner.lines import Line
 from orpo_lite.planner.search import Planner, fit
+from orpo_lite.planner.ways import find_passing, with_layers
 from orpo_lite.recipe import LEVERS, Recipe, load_recipe, read_bytes, shipped_recipes
 from orpo_lite.train import training
 
@@ -69,11 +80,52 @@ def test_each_lever_is_predicted(lever: str) -> None:
     assert abs(plan_bench.error_of(config, plan_bench.recipe(**plan_bench.LEVERS[lever]))) <= 0.02
 
 
+BLOOM = {"hidden_size": 256, "n_layer": 4, "n_head": 4}
+SPARSE = GROUPED | {"hidden_size": 256, "num_hidden_layers": 4, "num_experts": 4, "num_experts_per_tok": 2}
+OTHERS = {
+    "bloom, no checkpoints": BloomConfig(**BLOOM | IDS),
+    "lfm2, no checkpoints": Lfm2Config(**SPARSE | IDS, layer_types=["conv", "conv", "full_attention", "conv"]),
+    "qwen3-moe, all": Qwen3MoeConfig(**SPARSE | IDS, moe_intermediate_size=128, head_dim=64),
+    "qwen3-next, default": Qwen3NextConfig(**SPARSE | IDS | LINEAR | {"num_hidden_layers": 2}, head_dim=64),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_what_cannot_share_and_what_has_experts_is_predicted_too(case: str) -> None:
+    """In bfloat16, for on meta torch multiplies experts in nothing else."""
+    levers = plan_bench.LEVERS[case.split(", ")[1]]
+    chosen = plan_bench.recipe(**levers).override({"model.dtype": "bfloat16"})
+    assert abs(plan_bench.error_of(OTHERS[case], chosen)) <= 0.02
+
+
+@pytest.mark.parametrize(("name", "way"), [*((name, "shared") for name in SHARED), *((name, "rows") for name in ALONE)])
+def test_a_plan_counts_the_way_that_the_proof_will_choose(name: str, way: str) -> None:
+    make = ALONE[name][0] if way == "rows" else SHARED[name]
+    chosen = recipe().override({"model.dtype": "bfloat16"})
+    passing = find_passing(chosen, make().config, worst_case(256, 1), "ampere")
+    assert (passing.way, bool(passing.reason)) == (way, way == "rows")
+
+
+def test_a_plan_says_what_the_model_cannot_have(call: Call, workspace: Path) -> None:
+    OTHERS["qwen3-moe, all"].save_pretrained(workspace / "base")
+    keys = ("model.model_name_or_path=./base", "data.max_length=256", "data.max_prompt_length=64", *FEW)
+    _, said, _ = call("plan", "--recipe", "mistral-qlora", *keys)
+    assert "note: quantization.load_in_4bit: " in said
+    assert "of its experts stay as they are" in said
+
+
+def test_attention_that_shows_its_flops_is_not_counted_twice() -> None:
+    chosen, config = settings(), OTHERS["bloom, no checkpoints"]
+    assert find_passing(chosen, config, worst_case(256, 1), "ampere").unseen == 0
+    half = find_passing(chosen, OTHERS["qwen3-next, default"], worst_case(256, 1), "ampere")
+    assert (half.attention, half.unseen) == (SCORELESS, 0.5)
+
+
 @pytest.mark.parametrize("levers", [{}, {"mlp_tile": 512}, {"checkpoint_offload": True}], ids=str)
 def test_a_few_layers_tell_of_all(levers: dict[str, Any]) -> None:
     """Peak and work of eight layers, any number of them un-checkpointed, from steps of two to four."""
     chosen, config, triples = settings(**levers), small(8), worst_case(512, 2)
-    line = Line(chosen, config, triples, "ampere")
+    line = Line(chosen, config, triples, "ampere", find_passing(chosen, config, triples, "ampere"))
     for kept in (0, 1, 4, 7, 8):
         whole = chosen.override({"memory.activation_checkpointing": 8 - kept})
         found = measure(whole, config, triples, "ampere")
@@ -213,7 +265,7 @@ def pretend_card(
     import pynvml
 
     properties = SimpleNamespace(name=name, total_memory=24 * GIB, uuid="6f-a")
-    running = [SimpleNamespace(pid=os.getpid(), usedGpuMemory=GIB), SimpleNamespace(pid=1, usedGpuMemory=others)]
+    running = [SimpleNamespace(pid=os.getpid(), usedGpuMemory=GIB // 2), SimpleNamespace(pid=1, usedGpuMemory=others)]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
@@ -225,7 +277,7 @@ def pretend_card(
 
 
 def test_memory_of_other_processes_is_seen_and_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend_card(monkeypatch, free=20 * GIB, others=3 * GIB)
+    pretend_card(monkeypatch, free=20 * GIB - GIB // 2, others=3 * GIB)
     own = own_card()
     assert own is not None
     assert (own.free, own.others, own.card.flops) == (20 * GIB, 3 * GIB, 165e12)
@@ -298,7 +350,7 @@ def test_a_plan_that_does_not_fit_ends_with_6(call: Call, workspace: Path) -> No
 
 
 def test_the_card_that_is_here_comes_first(call: Call, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend_card(monkeypatch, free=20 * GIB, others=3 * GIB)
+    pretend_card(monkeypatch, free=20 * GIB - GIB // 2, others=3 * GIB)
     keys = ("model.model_name_or_path=./base", "data.max_length=256", "data.max_prompt_length=64", *FEW)
     code, said, _ = call("plan", "--recipe", "mistral-qlora", *keys)
     assert code == 0
@@ -364,7 +416,7 @@ def test_a_plan_that_fits_no_more_is_made_anew_and_said(small_recipe: Callable[.
 def test_a_base_that_cannot_be_counted_trains_with_its_levers_as_they_are(
     small_recipe: Callable[..., Recipe], workspace: Path
 ) -> None:
-    """Sinks: its packed rows are refused, by the plan as by the proof."""
+    """Experts in float32, which torch multiplies on this CPU and not on meta."""
     shape = (
         GROUPED
         | IDS
@@ -378,7 +430,7 @@ def test_a_base_that_cannot_be_counted_trains_with_its_levers_as_they_are(
     assert result.steps == 1
     assert not (result.run / "plan.json").exists()
     with pytest.raises(ModelError, match="set the levers of memory by hand"):
-        plan(small_recipe(*keys))
+        plan(small_recipe(*keys, "model.dtype=float32"))
 
 
 def test_padded_rows_are_planned_too() -> None:
@@ -389,7 +441,14 @@ def test_padded_rows_are_planned_too() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "bandwidth"), [("NVIDIA L40", None), ("NVIDIA L4", 300e9), ("NVIDIA RTX A1000", None), ("Tesla T4", 320e9)]
+    ("name", "bandwidth"),
+    [
+        ("NVIDIA L40", None),
+        ("NVIDIA L4", 300e9),
+        ("NVIDIA RTX A1000", None),
+        ("Tesla T4", 320e9),
+        ("NVIDIA GeForce RTX 4080 Laptop GPU", None),
+    ],
 )
 def test_a_card_is_known_by_its_whole_name(monkeypatch: pytest.MonkeyPatch, name: str, bandwidth: float | None) -> None:
     pretend_card(monkeypatch, free=GIB, others=0, name=name)

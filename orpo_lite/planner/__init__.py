@@ -1,1 +1,1 @@
-"""Will it fit, how fast, and what to change. Order inside the wing: cards, counted, lines, search."""
+"""Will it fit, how fast, and what to change. Order inside the wing: cards, lengths, ways, counted, lines, search."""

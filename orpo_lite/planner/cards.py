@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -47,7 +48,7 @@ class Own:
 
     card: Card
     free: int
-    """Bytes that the driver would still give."""
+    """Bytes that this process may have: what the driver would still give, and what it has given."""
     others: int
     """Bytes that other processes hold."""
 
@@ -57,8 +58,9 @@ def own_card(index: int = 0) -> Own | None:
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(index)
-    known = (speed for part, speed in SPEEDS.items() if re.search(rf"\b{re.escape(part)}\b", properties.name))
-    flops, bandwidth = next(known, (0.0, 0.0))
+    # A laptop's card is slower than the one whose name it has.
+    known = [speed for part, speed in SPEEDS.items() if re.search(rf"\b{part}\b(?! Laptop)", properties.name)]
+    flops, bandwidth = known[0] if known else (0.0, 0.0)
     if not flops:
         like = min(CARDS, key=lambda card: abs(card.memory - properties.total_memory))
         flops, bandwidth = like.flops, like.bandwidth
@@ -81,8 +83,11 @@ def _asked_of_driver(uuid: str) -> tuple[int, int] | None:
         try:
             handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
             free = int(pynvml.nvmlDeviceGetMemoryInfo(handle).free)
-            running = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
-            return free, sum(int(p.usedGpuMemory or 0) for p in running if p.pid != os.getpid())
+            held = Counter[bool]()
+            for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
+                held[process.pid == os.getpid()] += int(process.usedGpuMemory or 0)
+            # CUDA's context of this process is there already, and a plan counts it as one of its needs.
+            return free + held[True], held[False]
         finally:
             pynvml.nvmlShutdown()
     except pynvml.NVMLError:

@@ -8,18 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from orpo_lite.data.packing import Batch, Batching, PackedPairs, make_batch, micro_batches, packed_tokens
 from orpo_lite.data.tokens import TokenizedPair
 from orpo_lite.meter import LiveBytes, allocated
-from orpo_lite.model import META, SCORELESS, PairModel, bare_pair_model, choose_dtype, divisors_of, held, loss_of
+from orpo_lite.model import META, PairModel, bare_pair_model, choose_dtype, divisors_of, held, loss_of
 from orpo_lite.optimizer import state_bytes
+from orpo_lite.planner.lengths import Triples, blank_pairs
+from orpo_lite.planner.ways import Passing, find_passing, without_values
 from orpo_lite.recipe import Recipe
+from orpo_lite.step.attention import forget_rows
 from orpo_lite.step.memory import is_on_host
-
-Triples = NDArray[np.int64]
-"""Tokens of each pair: (common prefix, chosen, rejected), shape (pairs, 3)."""
 
 
 @dataclass(frozen=True)
@@ -46,26 +45,13 @@ class Measured:
     """Parameters of the base."""
     loading: int
     """Bytes on the device while the base is loaded."""
+    notes: tuple[str, ...]
+    """What the person should know of this model's step, a line each."""
 
     @property
     def total(self) -> int:
         """Bytes on the device at the peak of a step."""
         return sum(self.held.values()) + self.peak
-
-
-def worst_case(max_length: int, pairs: int) -> Triples:
-    """Pairs of two sequences of ``max_length`` tokens that share nothing: nothing longer can come."""
-    return np.tile(np.array([[0, max_length, max_length]]), (pairs, 1))
-
-
-def blank_pairs(triples: Triples) -> list[TokenizedPair]:
-    """Pairs of these lengths; their tokens are of no account on meta."""
-    pairs = []
-    for prefix, chosen, rejected in triples.tolist():
-        ids = np.zeros(chosen, np.int32), np.r_[np.zeros(prefix, np.int32), np.ones(rejected - prefix, np.int32)]
-        start = max(1, min(prefix, chosen - 1, rejected - 1))
-        pairs.append(TokenizedPair(*ids, start, start, "plan"))
-    return pairs
 
 
 def heaviest(recipe: Recipe, triples: Triples, batching: Batching) -> list[TokenizedPair]:
@@ -87,7 +73,7 @@ def _tokens(pairs: Sequence[TokenizedPair], batching: Batching) -> int:
     return 2 * len(pairs) * max(max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs)
 
 
-def measure(recipe: Recipe, config: Any, triples: Triples, kind: str) -> Measured:
+def measure(recipe: Recipe, config: Any, triples: Triples, kind: str, passing: Passing | None = None) -> Measured:
     """The heaviest micro-batch of a recipe through its model, on meta.
 
     Args:
@@ -95,13 +81,13 @@ def measure(recipe: Recipe, config: Any, triples: Triples, kind: str) -> Measure
         config: the base's, transformers'.
         triples: lengths of the pairs.
         kind: of the device that is meant: see :func:`orpo_lite.step.attention.device_kind`.
+        passing: how pairs go through the model; found out where it is not given.
     """
+    passing = passing or find_passing(recipe, config, triples, kind)
     if kind == "cpu":  # its memory is the host's, and these move nothing
         recipe = recipe.with_memory({"checkpoint_offload": False, "embedding_on_cpu": False})
     model = bare_pair_model(recipe, config, choose_dtype(recipe.model.dtype, kind))
-    model.planned = kind
-    if not recipe.memory.packing:
-        model.own_attention = model.config._attn_implementation = SCORELESS
+    passing.apply(model, kind)
     trained = [parameter for _, parameter in model.trained()]
     gradients = [parameter.new_empty(parameter.shape) for parameter in trained]
     for parameter, gradient in zip(trained, gradients, strict=True):
@@ -110,13 +96,15 @@ def measure(recipe: Recipe, config: Any, triples: Triples, kind: str) -> Measure
     batching = model.batching(recipe, pad_id=0)
     pairs = heaviest(recipe, triples, batching)
     known = [tensor for tensors in held(model).values() for tensor in tensors] + gradients
-    with LiveBytes(known) as tracker, phases(model.backbone, tracker):
+    forget_rows()
+    with without_values(), LiveBytes(known) as tracker, phases(model.backbone, tracker):
         batch = make_batch(pairs, batching).to(META)
         logps = model(batch)
         loss, _ = loss_of(logps, divisors_of(pairs, recipe), recipe)
         tracker.phase = "backward pass"
         loss.backward()  # type: ignore[no-untyped-call]
-    work = tracker.work + Counter({(_attention_flops(model, recipe, batch), 0): 1})
+    unseen = int(_attention_flops(model, recipe, batch) * passing.unseen)
+    work = tracker.work + Counter({(unseen, 0): 1})
     return Measured(
         held=standing,
         peak=tracker.peak,
@@ -129,6 +117,7 @@ def measure(recipe: Recipe, config: Any, triples: Triples, kind: str) -> Measure
         pairs=len(pairs),
         loading=loading_bytes(model, standing),
         weights=sum(_elements(parameter) for parameter in model.parameters() if not parameter.requires_grad),
+        notes=tuple(model.notes),
     )
 
 

@@ -1,13 +1,14 @@
 """What a choice of levers needs, and how long it takes, for any number of layers: from steps of a few of them."""
 
-import copy
 from collections import Counter
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
 from orpo_lite.planner.cards import Card
-from orpo_lite.planner.counted import Measured, Triples, measure
+from orpo_lite.planner.counted import Measured, measure
+from orpo_lite.planner.lengths import Triples
+from orpo_lite.planner.ways import Passing, with_layers
 from orpo_lite.recipe import Recipe
 
 PCIE = 25e9  # bytes a second that version 4 carries over 16 lanes
@@ -30,10 +31,10 @@ class Line:
     layers have kept. Either grows by so much a layer.
     """
 
-    def __init__(self, recipe: Recipe, config: Any, triples: Triples, kind: str) -> None:
+    def __init__(self, recipe: Recipe, config: Any, triples: Triples, kind: str, passing: Passing) -> None:
         def small(layers: int, kept: int) -> Measured:
             chosen = recipe.with_memory({"activation_checkpointing": layers - kept})
-            return measure(chosen, with_layers(config, layers), triples, kind)
+            return measure(chosen, with_layers(config, layers), triples, kind, passing)
 
         self._small = small
         self._two, self._three = small(2, 0), small(3, 0)
@@ -87,14 +88,3 @@ class Line:
         a_layer = self._three.sent - self._two.sent
         sent = self._two.sent + (layers - kept - 2) * a_layer
         return seconds(self.work(layers, kept), sent, card) / self._two.tokens
-
-
-def with_layers(config: Any, layers: int) -> Any:
-    """The configuration with so many layers, the first ones."""
-    config = copy.deepcopy(config)
-    text = config.get_text_config()
-    types = getattr(text, "layer_types", None)
-    if types:
-        text.layer_types = types[:layers]
-    text.num_hidden_layers = layers
-    return config

@@ -17,8 +17,10 @@ import numpy as np
 from orpo_lite.errors import FitError, ModelError
 from orpo_lite.model import bare_pair_model, choose_dtype
 from orpo_lite.planner.cards import CARDS, Card
-from orpo_lite.planner.counted import Measured, Triples, loading_bytes, measure, rounded, standing_bytes
+from orpo_lite.planner.counted import Measured, loading_bytes, measure, rounded, standing_bytes
+from orpo_lite.planner.lengths import Triples
 from orpo_lite.planner.lines import Line, seconds
+from orpo_lite.planner.ways import Passing, find_passing
 from orpo_lite.recipe import LEVERS, Recipe, gib, to_text
 
 logger = logging.getLogger(__name__)
@@ -154,6 +156,11 @@ class Planner:
         self._lines: dict[tuple[Any, ...], Line] = {}
 
     @cached_property
+    def passing(self) -> Passing:
+        """How pairs go through this model."""
+        return find_passing(self.recipe, self.config, self.triples, self.kind)
+
+    @cached_property
     def _whole(self) -> tuple[int, int, int]:
         """Bytes held by all layers; by the input embedding, which may be moved; on the device while the base loads."""
         here = self.recipe.with_memory({"embedding_on_cpu": False})
@@ -198,7 +205,7 @@ class Planner:
         return self._longest(1)
 
     def _longest(self, count: int) -> int:
-        share = self.recipe.memory.prompt_sharing
+        share = self.passing.way == "shared"
         tokens = self.triples[:, 1] + self.triples[:, 2] - self.triples[:, 0] * share
         return int(np.sort(tokens)[-count:].sum())
 
@@ -216,7 +223,7 @@ class Planner:
         key = tuple(value for name, value in choice.items() if name != "embedding_on_cpu")
         if key not in self._lines:
             chosen = self.recipe.with_memory({**choice, "embedding_on_cpu": False})
-            self._lines[key] = Line(chosen, self.config, self.triples, self.kind)
+            self._lines[key] = Line(chosen, self.config, self.triples, self.kind, self.passing)
         return self._lines[key]
 
     def best(self, budget: int | None, card: Card | None) -> dict[str, Any] | None:
@@ -236,7 +243,7 @@ class Planner:
 
     def run(self, levers: Mapping[str, Any], budget: int | None, card: Card | None) -> MemoryPlan:
         """The plan of these levers, from a step with all layers."""
-        found = measure(self.recipe.with_memory(levers), self.config, self.triples, self.kind)
+        found = measure(self.recipe.with_memory(levers), self.config, self.triples, self.kind, self.passing)
         return MemoryPlan(levers, budget, card, found)
 
     def plan(self, budget: int | None, card: Card | None) -> MemoryPlan:
@@ -294,7 +301,8 @@ class Planner:
             other = Planner(recipe.override(keys), self.config, np.minimum(self.triples, limit), self.kind)
             needed = other.least(card)
             found.append(Change(keys, needed, needed <= budget))
-        return found
+        as_it_is = self.least(card)
+        return [change for change in found if change.needed < as_it_is]
 
 
 def no_plan(name: str, error: Exception) -> ModelError:
@@ -322,5 +330,5 @@ def does_not_fit(plan: MemoryPlan, changes: Sequence[Change]) -> FitError:
         verdict = "fits" if change.fits else "still too much"
         lines.append(f"{keys}: {gib(change.needed)} ({gib(plan.needed - change.needed)} less), {verdict}")
     useful = [line for line, change in zip(lines, changes, strict=True) if change.fits] or lines[-1:]
-    first = "one of these; all but a lever of memory change what is trained:"
+    first = "one of these; all but a lever of memory change what is trained:" if useful else "another base or card"
     return FitError("memory.budget", found, "", "\n    ".join([first, *useful]))

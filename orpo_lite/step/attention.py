@@ -219,6 +219,12 @@ def _starts(segments: tuple[Segment, ...], device: torch.device) -> tuple[Tensor
     return starts[:, 0].contiguous(), starts[:, 1].contiguous()
 
 
+def forget_rows() -> None:
+    """Drop what is kept of the rows seen last: a step that is counted makes it anew, whatever was counted before."""
+    _key_index.cache_clear()
+    _starts.cache_clear()
+
+
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], shape: Shape) -> Tensor:
     """torch's scaled_dot_product_attention, segment by segment; for cards before Ampere and for float32 there."""
     outs = []
