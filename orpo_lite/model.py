@@ -65,7 +65,8 @@ class PairModel(nn.Module):
         """On meta: the kind of device that is meant."""
         self.notes: list[str] = []
         """What the person should know of this model's step, a line each."""
-        self.layers = [module for module in self.modules() if isinstance(module, GradientCheckpointingLayer)]
+        decoder = self.causal.get_decoder()  # what reads pictures has layers too, and no pair goes through them
+        self.layers = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
         """The decoder layers."""
         self.checkpointed = 0
         """How many of them, from the first on, keep their input only."""
@@ -344,8 +345,6 @@ def _add_lora(model: nn.Module, recipe: Recipe, folder: Path | None) -> nn.Modul
     from peft import LoraConfig, get_peft_model
 
     lora = recipe.lora
-    # A router that is a linear layer by birth and returns more than one tensor; peft would take it for a plain one.
-    routers = [name for name, module in model.named_modules() if "router" in type(module).__name__.lower()]
     if folder:
         config = read_adapter_config(folder)
     else:
@@ -355,7 +354,7 @@ def _add_lora(model: nn.Module, recipe: Recipe, folder: Path | None) -> nn.Modul
             lora_alpha=lora.lora_alpha,
             lora_dropout=lora.lora_dropout,
             target_modules=lora.target_modules,
-            exclude_modules=routers or None,
+            exclude_modules=_not_adapted(model) or None,
             use_rslora=lora.use_rslora,
             use_dora=lora.use_dora,
             init_lora_weights=True if lora.init_lora_weights == "orthogonal" else lora.init_lora_weights,
@@ -370,6 +369,18 @@ def _add_lora(model: nn.Module, recipe: Recipe, folder: Path | None) -> nn.Modul
     if lora.init_lora_weights == "orthogonal" and not folder:
         _init_orthogonal(model, recipe)
     return model
+
+
+def _not_adapted(model: Any) -> list[str]:
+    """Layers that peft would adapt in vain: those that read pictures or sound, through which no pair goes; and routers
+    that are linear layers by birth and return more than one tensor."""
+    inside = set(model.get_decoder().modules())
+    return [
+        name
+        for name, module in model.named_modules()
+        if (isinstance(module, nn.Linear) and module not in inside and module is not model.get_output_embeddings())
+        or "router" in type(module).__name__.lower()
+    ]
 
 
 @torch.no_grad()
@@ -394,10 +405,11 @@ def _init_orthogonal(model: nn.Module, recipe: Recipe) -> None:
 def _without_dropout(config: Any) -> Any:
     """The base's own dropout off, which is TRL's default; that of the adapter is lora.lora_dropout."""
     config = copy.deepcopy(config)
-    for key, value in config.to_dict().items():
-        noise = any(word in key for word in ("dropout", "pdrop", "layerdrop", "jitter"))
-        if noise and isinstance(value, float):
-            setattr(config, key, 0.0)
+    for part in (config, config.get_text_config()):
+        for key, value in part.to_dict().items():
+            noise = any(word in key for word in ("dropout", "pdrop", "layerdrop", "jitter"))
+            if noise and isinstance(value, float):
+                setattr(part, key, 0.0)
     return config
 
 

@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 SHORT = [(24, 9, 13), (5, 1, 2), (1, 6, 3), (40, 2, 1), (16, 30, 20)]  # tokens of prompt, chosen, rejected
 FEW = [SHORT[0], SHORT[4]]  # for gradients
+TILE = 16  # tokens meanwhile, so that each of these sequences takes several
+TINY = [(5, 3, 4)]  # for a gradient for which all layers keep everything
 
 
 def prove(model: PairModel, max_length: int, tokens: int = 0) -> None:
@@ -42,11 +44,7 @@ def prove(model: PairModel, max_length: int, tokens: int = 0) -> None:
         ModelError: its own forward pass fails, or looks at tokens that come after.
     """
     with _random_adapter(model):
-        with model.evaluating():
-            _refuse_others(model)
-        with model.without_dropout():
-            own = _own_gradient(model)
-            _drop_wrong_operations(model, own)
+        own = _proven_operations(model)
         with model.evaluating():
             reasons = _disagreements(model, max_length, tokens)
         ways = [way for way in WAYS[WAYS.index(model.way) : -1] if way not in reasons]
@@ -60,6 +58,24 @@ def prove(model: PairModel, max_length: int, tokens: int = 0) -> None:
     capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
     if capped and way in ("shared", "packed") and model.device.type == "cuda" and flash_attn() is None:
         model.notes.append("attention with a softcap runs by the plain formula, slowly: flash-attn has a kernel for it")
+
+
+def prove_operations(model: PairModel) -> None:
+    """The part of :func:`prove` that is of account where nothing is packed: that our layers are the model's own."""
+    with _random_adapter(model):
+        _proven_operations(model)
+
+
+def _proven_operations(model: PairModel) -> "Gradient":
+    """Go back to the model's own layers where ours are not; returns its own gradient."""
+    with model.evaluating(), plain(model):
+        _refuse_others(model)
+    with model.without_dropout():
+        with plain(model):
+            _refuse_wrong_reruns(model)
+        own = _own_gradient(model)
+        _drop_wrong_operations(model, own)
+    return own
 
 
 @contextmanager
@@ -94,10 +110,39 @@ def _refuse_others(model: PairModel) -> None:
         found = f"its own forward pass fails with this adapter ({_kind(error)})"
         remedy = "other lora.target_modules, or another base"
         raise ModelError(f"model {model.config.model_type}", found, "", remedy) from error
-    difference = float((both[0].double() - both[1].double()).norm() / both[0].double().norm())
+    if not all(bool(logits.isfinite().all()) for logits in both):
+        found = f"its logits are not finite in {_name(model.causal.dtype)}"
+        remedy = "model.dtype=float32 if they overflow; else its weights are broken"
+        raise ModelError(f"model {model.config.model_type}", found, "numbers", remedy)
+    difference = float((both[0].double() - both[1].double()).norm() / both[0].double().norm().clamp_min(1e-300))
     if not difference <= _rounding(model):
         found = "its tokens see those that come after: it was made to fill in, not to write on"
         raise ModelError(f"model {model.config.model_type}", found, "a causal language model")
+
+
+def _refuse_wrong_reruns(model: PairModel) -> None:
+    """Layers that run again, their inputs perhaps back from host memory, give the gradient that they give at once."""
+    found = _gradient(model, "logits", TINY)
+    again: list[Any] = [layer for layer in model.layers if layer.gradient_checkpointing]
+    for layer in again:
+        layer.gradient_checkpointing = False
+    try:
+        wanted = _gradient(model, "logits", TINY)
+    finally:
+        for layer in again:
+            layer.gradient_checkpointing = True
+    where = f"model {model.config.model_type}"
+    if not all(bool(part.isfinite().all()) for part in wanted):
+        said = f"its gradient is not finite in {_name(model.causal.dtype)}"
+        raise ModelError(where, said, "numbers", "model.dtype=float32")
+    bound = {torch.float64: 1e-8, torch.float32: 1e-3}.get(_coarsest(model), 0.01)
+    if not (difference := _distance(found, wanted)) <= bound:
+        said = f"where its layers run again gradients differ by {difference:.2%} (bound {bound:.2%})"
+        raise ModelError(where, said, "", "memory.activation_checkpointing=none memory.checkpoint_offload=false")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 class Gradient(NamedTuple):
@@ -124,14 +169,18 @@ def _own_gradient(model: PairModel) -> Gradient:
 
 def _drop_wrong_operations(model: PairModel, own: Gradient) -> None:
     """Go back to peft's and the model's own layers where ours have another gradient; says so."""
-    if not ours(model):
-        return
-    difference = _distance(_gradient(model, "logits"), own.parts)
-    if not difference <= own.bound:  # NaN is no agreement either
+    tiled = [module.forward for module in ours(model) if hasattr(module.forward, "tokens")]
+    sizes = [forward.tokens for forward in tiled]
+    for forward in tiled:
+        forward.tokens = min(forward.tokens, TILE)
+    reason = _differs(model, "logits", own) if ours(model) else ""
+    for forward, size in zip(tiled, sizes, strict=True):
+        forward.tokens = size
+    if reason:
+        used = [*["memory.fused_lora"] * (len(ours(model)) > len(tiled)), *["memory.mlp_tile"] * bool(tiled)]
         for module in ours(model):
             del module.forward
-        said = f"with them gradients differ by {difference:.2%} (bound {own.bound:.2%})"
-        model.notes.append(f"memory.fused_lora and memory.mlp_tile are not used: {said}")
+        model.notes.append(f"not used: {' and '.join(used)}, because {reason}")
 
 
 def _disagreements(model: PairModel, max_length: int, tokens: int) -> dict[Way, str]:
@@ -196,7 +245,7 @@ def _head_differs(model: PairModel, pair: TokenizedPair) -> str:
     try:
         theirs, found = (model.row_logits(batch, way).double() for way in ("logits", "rows"))
     except ITS_FAULTS as error:
-        return _reason(error)
+        return _reason(error, "logits")
     difference = float((theirs - found).norm() / theirs.norm())
     return "" if difference <= _rounding(model) else f"its logits are not its head's: they differ by {difference:.2%}"
 
@@ -206,7 +255,7 @@ def _difference(model: PairModel, pairs: list[TokenizedPair], way: Way, wanted: 
     try:
         difference = float((_figures(model, pairs, way) - wanted).abs().max())
     except ITS_FAULTS as error:
-        return _reason(error)
+        return _reason(error, way)
     return "" if difference <= bound else f"log-probabilities would differ by {difference:.2g} (bound {bound:.2g})"
 
 
@@ -225,7 +274,7 @@ def _differs(model: PairModel, way: Way, own: Gradient) -> str:
     try:
         difference = _distance(_gradient(model, way), own.parts)
     except ITS_FAULTS as error:
-        return _reason(error)
+        return _reason(error, way)
     return "" if difference <= own.bound else f"gradients would differ by {difference:.2%} (bound {own.bound:.2%})"
 
 
@@ -255,9 +304,9 @@ def _say_unused(model: PairModel, gradient: list[Tensor]) -> None:
         model.notes.append(f"{len(dead)} of {of_all} adapted layers get no gradient ({layer} ...): they learn nothing")
 
 
-def _gradient(model: PairModel, way: Way) -> list[Tensor]:
+def _gradient(model: PairModel, way: Way, lengths: list[tuple[int, int, int]] = FEW) -> list[Tensor]:
     """Of some sum of :func:`_figures` of a few pairs, by each trained parameter."""
-    figures = _figures(model, _random_pairs(model.config.get_text_config(), FEW), way)
+    figures = _figures(model, _random_pairs(model.config.get_text_config(), lengths), way)
     weights_3 = figures.new_tensor([1.0, -2.0, 0.5])
     trained = [parameter for _, parameter in model.trained()]
     return list(torch.autograd.grad((weights_3 @ figures).sum(), trained, allow_unused=True, materialize_grads=True))
@@ -286,8 +335,11 @@ def plain(model: PairModel) -> Iterator[None]:
             module.forward = forward
 
 
-def _reason(error: Exception) -> str:
-    return str(error) if isinstance(error, UnsupportedError) else f"its code does not take packed rows ({_kind(error)})"
+def _reason(error: Exception, way: Way) -> str:
+    if isinstance(error, UnsupportedError):
+        return str(error)
+    what = "does not take packed rows" if way in ("shared", "packed") else "fails"
+    return f"its code {what} ({_kind(error)})"
 
 
 def _kind(error: Exception) -> str:

@@ -38,7 +38,7 @@ from orpo_lite.prepare import (
     prepare,
     with_absolute_paths,
 )
-from orpo_lite.proof import prove
+from orpo_lite.proof import prove, prove_operations
 from orpo_lite.recipe import Recipe, gib, to_text
 from orpo_lite.run import Update
 from orpo_lite.step.attention import device_kind
@@ -327,8 +327,10 @@ def _update(loaded: _Loaded, loss: float, max_grad_norm: float) -> tuple[float, 
 def _load(recipe: Recipe, ready: Ready, accelerator: Accelerator, path: Path) -> Generator[Update, None, _Loaded]:
     yield Update("stage", f"loading {ready.base.name}")
     pair_model = load_pair_model(recipe, ready.base, accelerator.device)
-    if recipe.memory.packing:
-        yield Update("stage", "proving the step on this model")
+    yield Update("stage", "proving the step on this model")
+    if not recipe.memory.packing:
+        prove_operations(pair_model)
+    else:
         longest = max(int(pair_lengths(side)[:, 1:].max(initial=1)) for side in (ready.train, ready.test))
         prove(pair_model, longest, min(recipe.micro_batch_tokens, 2 * longest * recipe.training.global_batch_size))
         if accelerator.device.type == "cuda":

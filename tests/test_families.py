@@ -18,8 +18,9 @@ from orpo_lite.errors import ModelError
 from orpo_lite.model import PairModel, _without_dropout, bare_pair_model, install_step
 from orpo_lite.proof import prove
 from orpo_lite.recipe import Recipe
-from orpo_lite.step import attention, lora
+from orpo_lite.step import attention, layers, lora
 from orpo_lite.step.losses import Divisors, orpo_loss
+from orpo_lite.train import training
 
 IDS = {"vocab_size": 98, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.2}
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
@@ -363,9 +364,76 @@ def test_a_fused_operation_that_is_wrong_is_caught(monkeypatch: pytest.MonkeyPat
     install_step(model, settings)
     prove(model, 128)
     (note,) = model.notes
-    assert note.startswith("memory.fused_lora and memory.mlp_tile are not used: with them gradients differ by"), note
+    assert note.startswith("not used: memory.fused_lora, because gradients would differ by"), note
     assert model.way == "shared"
     assert not [module for module in model.modules() if "forward" in module.__dict__]
+
+
+def halved(honest: Callable[..., Any]) -> Any:
+    """A backward pass whose last gradients, those of the trained tensors, are half of what they should be."""
+    return staticmethod(lambda ctx, *grads: tuple(g * 0.5 if isinstance(g, Tensor) else g for g in honest(ctx, *grads)))
+
+
+def test_tiles_longer_than_the_pairs_of_the_proof_are_proven(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers._Tiles, "backward", halved(layers._Tiles.backward))
+    model = adapted(SHARED["llama"], fused_lora=False, mlp_tile=512)
+    install_step(model, recipe(fused_lora=False, mlp_tile=512))
+    prove(model, 128)
+    (note,) = model.notes
+    assert note.startswith("not used: memory.mlp_tile, because gradients would differ by"), note
+
+
+def test_what_comes_back_from_the_host_is_proven(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = layers.HostStore._unpack
+    monkeypatch.setattr(layers.HostStore, "_unpack", lambda store, stored: honest(store, stored) * 1.5)
+    model = adapted(SHARED["llama"], checkpoint_offload=True)
+    install_step(model, recipe(checkpoint_offload=True))
+    with pytest.raises(ModelError, match="where its layers run again gradients differ by"):
+        prove(model, 128)
+
+
+def test_padded_rows_are_proven_too(monkeypatch: pytest.MonkeyPatch, small_recipe: Callable[..., Recipe]) -> None:
+    monkeypatch.setattr(lora._LoraLinear, "backward", halved(lora._LoraLinear.backward))
+    updates = training(small_recipe("memory.packing=false", "memory.prompt_sharing=false"))
+    notes = [update.text for update in updates if update.kind == "note"]
+    assert any(note.startswith("not used: memory.fused_lora, because gradients") for note in notes), notes
+
+
+def test_numbers_that_are_none_are_named_as_such() -> None:
+    model = adapted(SHARED["llama"])
+    model.causal.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(ModelError, match="its logits are not finite in float32"):
+        prove(model, 128)
+
+
+SEEING = hf.Gemma3Config(
+    text_config=GEMMA | {"attention_dropout": 0.3},
+    vision_config={
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 28,
+        "patch_size": 14,
+    },
+    mm_tokens_per_image=4,
+)  # fmt: skip
+
+
+def test_a_model_that_sees_checkpoints_the_layers_that_read() -> None:
+    settings = recipe(activation_checkpointing=1)
+    model = bare_pair_model(settings, SEEING, torch.float32, torch.device("cpu"))
+    assert len(model.layers) == 2
+    assert [layer.gradient_checkpointing for layer in model.layers] == [True, False]
+    assert sum(bool(getattr(module, "gradient_checkpointing", False)) for module in model.modules()) == 1
+    assert model.config.get_text_config().attention_dropout == 0.0
+    assert not any("vision" in name for name, _ in model.trained())
+
+
+def test_layers_get_what_ours_do_not_take() -> None:
+    """Float32 into a bfloat16 layer in 4 bit, as of DeepSeek's indexers; and a state beside the tokens, as of RWKV."""
+    model = bare_pair_model(recipe(mlp_tile=4), tiny_llama(98).config, torch.bfloat16, torch.device("cpu"))
+    layer = model.layers[0]
+    x = torch.randn(1, 8, layer.self_attn.q_proj.in_features)
+    assert layer.self_attn.q_proj(x).dtype == torch.float32
+    with pytest.raises(TypeError, match="state"):  # Llama's own complaint, so it was asked
+        layer.mlp(x, state=None)
 
 
 def test_a_router_that_is_no_plain_linear_layer_gets_no_adapter() -> None:

@@ -140,11 +140,11 @@ def _takes_tokens(mlp: nn.Module) -> bool:
     return len(required) == 1 and not any("expert" in name for name, _ in mlp.named_modules())
 
 
-def _tiled(
-    mlp: nn.Module, plain: Callable[[Tensor], Tensor], tokens: int, has_dropout: bool
-) -> Callable[[Tensor], Tensor]:
-    def forward(x: Tensor) -> Tensor:
-        rows = x.shape[:-1].numel()
+def _tiled(mlp: nn.Module, plain: Callable[..., Tensor], tokens: int, has_dropout: bool) -> Callable[..., Tensor]:
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:  # of no account to most: RWKV hands on a state
+            return plain(x, *args, **kwargs)
+        rows, tokens = x.shape[:-1].numel(), forward.tokens  # type: ignore[attr-defined]
         if rows <= tokens or not torch.is_grad_enabled():
             return plain(x) if rows <= tokens else _fill(torch.empty_like(x), x, plain, tokens)
         trained = [parameter for parameter in mlp.parameters() if parameter.requires_grad]
@@ -157,6 +157,7 @@ def _tiled(
             return _fill(y, x, plain, tokens)
 
     forward.equals_plain = True  # type: ignore[attr-defined]  # without it the class's own takes over
+    forward.tokens = tokens  # type: ignore[attr-defined]  # fewer while it is proven on short pairs
     return forward
 
 

@@ -120,10 +120,13 @@ def frozen_weight(layer: nn.Module) -> Weight | None:
 
 def _fused(layer: Any, weight: Weight, plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
     (name,) = layer.lora_A
+    matrix = layer.base_layer.weight
+    dtype = matrix.quant_state.dtype if hasattr(matrix, "quant_state") else matrix.dtype  # the stream's, mostly
     a, b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if layer.disable_adapters or layer.merged or args or kwargs or name not in layer.active_adapters:
+        off = layer.disable_adapters or layer.merged or name not in layer.active_adapters
+        if off or args or kwargs or x.dtype != dtype:
             return plain(x, *args, **kwargs)
         dropped = x if isinstance(dropout, nn.Identity) or not layer.training else dropout(x)
         return lora_linear(x, dropped, a.weight, b.weight, layer.scaling[name], weight, layer.base_layer.bias)
