@@ -13,18 +13,18 @@ import traceback
 import warnings
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from orpo_lite import screen
-from orpo_lite.errors import OrpoLiteError, RecipeError
+from orpo_lite.errors import ModelError, OrpoLiteError, RecipeError
 from orpo_lite.screen import err, out
 
 if TYPE_CHECKING:
     from orpo_lite.prepare import Preview
     from orpo_lite.recipe import Recipe
-    from orpo_lite.run import Update
+    from orpo_lite.run import Update, Weights
     from orpo_lite.train import TrainResult
 
 app = typer.Typer(
@@ -155,10 +155,28 @@ def data(
 
 
 @app.command()
-def merge(run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")]) -> None:
-    """Merge a run's adapter into its base: RUN/merged is a plain transformers folder."""
+def merge(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
+    base: Annotated[
+        Literal["original", "dequantized"],
+        typer.Option(help="The base's own 16-bit weights; or those that 4 bit left of them, as in training."),
+    ] = "original",
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Then compare the model with base and adapter on held-out pairs.")
+    ] = False,
+    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Of a file of weights.")] = "5GB",
+) -> None:
+    """Merge a run's adapter into its base: RUN/merged is a plain transformers folder. Needs no memory for the model."""
+    from orpo_lite.recipe import read_bytes
+
+    try:
+        most = read_bytes(max_shard_size)
+    except ValueError:
+        raise RecipeError("--max-shard-size", max_shard_size, "a size such as 5GB") from None
     with _quiet():
-        _merge(run)
+        _merge(run, base, most)
+        if verify:
+            _verify(run, base)
 
 
 @recipes_app.command("ls")
@@ -256,13 +274,27 @@ def _print_values(recipe: "Recipe") -> None:
     screen.print_levers(recipe)
 
 
-def _merge(run: Path) -> Path:
-    from orpo_lite.merge import merge as merge_run
+def _merge(run: Path, weights: "Weights" = "original", max_shard_size: int | None = None) -> Path:
+    from orpo_lite.merge import SHARD, merging
 
     out.print(f"merging {run}/adapter into its base")
-    result = merge_run(run)
-    out.print(f"merged model: {result.folder} ({result.bytes / 2**20:,.1f} MiB)")
+    result = screen.draw(merging(run, weights=weights, max_shard_size=max_shard_size or SHARD))
+    if result.note:
+        out.print(f"merged in memory: {result.note}")
+    of_all = f"{result.changed} of {result.targets} adapted matrices changed"
+    out.print(f"merged model: {result.folder} ({result.bytes / 2**20:,.1f} MiB; {of_all})")
     return result.folder
+
+
+def _verify(run: Path, weights: "Weights") -> None:
+    """The comparison as a table. Raises :class:`ModelError` where the merged model is another than base and adapter."""
+    from orpo_lite.verify import verifying
+
+    verdict = screen.draw(verifying(run, weights=weights))
+    screen.print_verdict(verdict)
+    if not verdict.passed:
+        found = f"differs from base and adapter: {verdict.said}"
+        raise ModelError(f"{run}, merged", found, "the same answers", "please report it with the run's lock.json")
 
 
 def _finish(recipe: "Recipe", result: "TrainResult") -> None:

@@ -221,7 +221,7 @@ def load_pair_model(recipe: Recipe, base: Base, device: torch.device) -> PairMod
 
     ``peft.prepare_model_for_kbit_training`` is not used: it copies embeddings, head and norms to float32.
     """
-    model = _load_base(recipe, base, device)
+    model = load_base(recipe, base, device)
     name = recipe.model.adapter_name_or_path
     folder = find_adapter(name) if name else None
     pair_model = _with_step(model, recipe, folder)
@@ -261,7 +261,8 @@ def _with_step(model: nn.Module, recipe: Recipe, folder: Path | None) -> PairMod
     return pair_model
 
 
-def _load_base(recipe: Recipe, base: Base, device: torch.device) -> nn.Module:
+def load_base(recipe: Recipe, base: Base, device: torch.device) -> nn.Module:
+    """The base alone, loaded as the recipe says. Raises FitError, ModelError."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     dtype = choose_dtype(recipe.model.dtype, device_kind(device))

@@ -2,7 +2,8 @@
 
 ``recipe.yaml`` resolved recipe · ``lock.json`` what was resolved: revisions, versions, hashes, seed · ``data.json`` the
 pairs in figures · ``metrics.jsonl`` a line a step · ``samples.jsonl`` answers before and after · ``checkpoints/`` ·
-``adapter/`` the result, with tokenizer, template and generation config · ``merged/`` · ``train.log`` library noise.
+``adapter/`` the result, with tokenizer, template and generation config · ``merged/`` and ``merged-dequantized/`` whole
+models · ``train.log`` library noise.
 """
 
 import fcntl
@@ -20,10 +21,15 @@ from typing import Any, Literal, TypeVar
 
 from safetensors import SafetensorError
 
-from orpo_lite.errors import FULL, CheckpointError, FitError
+from orpo_lite.base import Base, fetch_weights, find_base
+from orpo_lite.errors import FULL, CheckpointError, FitError, ModelError
 from orpo_lite.recipe import Recipe, load_recipe
 
 Result = TypeVar("Result")
+Weights = Literal["original", "dequantized"]
+"""What an adapter is merged into. original: the base's own weights, in 16 bit. dequantized: what 4 bit made of them, in
+16 bit again, which is what the adapter was trained on."""
+FOLDERS: dict[Weights, str] = {"original": "merged", "dequantized": "merged-dequantized"}
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -97,6 +103,26 @@ def read_lock(path: Path) -> dict[str, Any]:
             str(path / "lock.json"), "lacks base, data or chat_template", "the file that the training wrote"
         )
     return lock
+
+
+def find_result(path: Path) -> Path:
+    """The adapter of a training that has ended. Raises :class:`CheckpointError`."""
+    read_lock(path)
+    adapter = path / "adapter"
+    if not (adapter / "adapter_model.safetensors").is_file():
+        resume = f"orpo-lite train --resume {shlex.quote(str(path))}"
+        raise CheckpointError(f"run {path}", "has no adapter/", "a training that has ended", resume)
+    return adapter
+
+
+def find_trained_base(path: Path) -> Base:
+    """The base that the run was trained on. Raises :class:`ModelError` for any other, and as fetch_weights."""
+    lock = read_lock(path)["base"]
+    base = fetch_weights(find_base(lock["name"], lock["revision"] or "main"))
+    if base.fingerprint != lock["fingerprint"]:
+        found = f"is not the base of this run (fingerprint {base.fingerprint[:12]}, was {lock['fingerprint'][:12]})"
+        raise ModelError(f"model {base.name}", found, "the weights that the adapter was trained on")
+    return base
 
 
 def read_json(file: Path) -> dict[str, Any]:

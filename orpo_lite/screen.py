@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from orpo_lite.plan import PlanReport
     from orpo_lite.recipe import Recipe
     from orpo_lite.run import Update
+    from orpo_lite.verify import Verdict
 
 PLAIN_LINES = 50  # step lines in a log file, besides the evaluations
 SHOWN = 1200  # characters of a prompt or reply; the middle of a longer one is left out
@@ -165,6 +166,15 @@ def print_plan(report: "PlanReport") -> None:
 
 def _pairs(count: int) -> str:
     return f"{count} pair{'s' * (count != 1)}"
+
+
+def print_verdict(verdict: "Verdict") -> None:
+    """What base, adapter and the merged model say of the same pairs."""
+    kind = "held-out pairs" if verdict.held_out else "training pairs, for none were held out"
+    rows = [(f"{verdict.pairs} {kind}", "reward accuracy", "margin", "log-prob of chosen")]
+    rows += [(r.model, f"{r.accuracy:.1%}", f"{r.margin:+.4f}", f"{r.chosen:.4f}") for r in verdict.rows]
+    print_columns(rows)
+    out.print(f"{'passed' if verdict.passed else 'FAILED'}: {verdict.said}")
 
 
 # --- progress -------------------------------------------------------------------------------------------------------

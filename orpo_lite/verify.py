@@ -1,0 +1,157 @@
+"""Verify: whether a merged model is what base and adapter are; both are asked about the same held-out pairs."""
+
+import shlex
+from collections.abc import Generator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from orpo_lite import demo, run
+from orpo_lite.base import Base, read_config
+from orpo_lite.data.packing import make_batch, micro_batches
+from orpo_lite.data.tokens import TokenizedPair
+from orpo_lite.errors import CheckpointError
+from orpo_lite.model import PairModel, Way, choose_dtype, load_base, load_pair_model
+from orpo_lite.prepare import prepare
+from orpo_lite.proof import prove
+from orpo_lite.recipe import Recipe
+from orpo_lite.run import FOLDERS, Update, Weights
+from orpo_lite.step.attention import device_kind
+
+PAIRS = 200  # as many are compared
+# How far a mean log-probability may move: what rounding a sum of weights once does to it. In half precision the models
+# themselves round too.
+BOUNDS = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one model says of the pairs."""
+
+    model: str
+    accuracy: float
+    """Share of pairs whose chosen reply it finds likelier."""
+    margin: float
+    """Mean difference of the mean log-probabilities of chosen and rejected."""
+    chosen: float
+    """Mean log-probability of the chosen replies."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a merged model compares."""
+
+    rows: tuple[Row, ...]
+    """As trained, base and adapter in 16 bit, merged."""
+    pairs: int
+    held_out: bool
+    """False where the run held none out, and pairs that it was trained on had to do."""
+    difference: float
+    """The largest difference of a mean log-probability between merged and its own base with the adapter beside it."""
+    bound: float
+    flipped: int
+    """Pairs on whose order the two do not agree though their margins differ from zero by more than the bound."""
+
+    @property
+    def passed(self) -> bool:
+        """Within the bound, and no pair is seen otherwise."""
+        return self.difference <= self.bound and not self.flipped
+
+    @property
+    def said(self) -> str:
+        """Why, in words."""
+        moved = f"log-probabilities differ by {self.difference:.2g} at most (bound {self.bound:g})"
+        return f"{moved}, {self.flipped} pairs are ranked otherwise"
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it."""
+        return {**asdict(self), "passed": self.passed}
+
+
+def verify(run_folder: str | Path, *, weights: Weights = "original") -> Verdict:
+    """Compare the merged model of a run with its base and adapter, on pairs that the run held out.
+
+    Writes ``verify.json`` beside the merged weights. Loads the models, one after the other, on the GPU if there is one.
+
+    Args:
+        run_folder: of a run that is merged.
+        weights: which of its merged models; it is compared on the weights that it stands on.
+
+    Raises:
+        CheckpointError: nothing is merged there.
+        OrpoLiteError: base or data cannot be read any more.
+    """
+    return run.drain(verifying(run_folder, weights=weights), lambda _: None)
+
+
+def verifying(run_folder: str | Path, *, weights: Weights = "original") -> Generator[Update, None, Verdict]:
+    """:func:`verify` as a generator of what is being done."""
+    path = Path(run_folder)
+    merged, base = path / FOLDERS[weights], run.find_trained_base(path)
+    if not (merged / "config.json").is_file():
+        command = f"orpo-lite merge {shlex.quote(str(path))} --base {weights}"
+        raise CheckpointError(f"run {path}", f"has no {FOLDERS[weights]}/", "a merged model", command)
+    recipe = demo.resolve_builtin(run.read_recipe(path))
+    ready = yield from prepare(recipe)
+    held_out = len(ready.test) > 0
+    pairs = [pair for pair, _ in zip(ready.test if held_out else ready.train, range(PAIRS), strict=False)]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    adapted = recipe.override({"model.adapter_name_or_path": str((path / "adapter").resolve())})
+    whole = {"quantization.load_in_4bit": False}
+    scores: dict[str, Tensor] = {}
+    if recipe.quantization.load_in_4bit:
+        yield Update("stage", "scoring pairs by the 4-bit base with the adapter")
+        scores["4-bit base + adapter, as trained"], way = _score(load_pair_model(adapted, base, device), pairs, recipe)
+    if weights == "original":
+        yield Update("stage", "scoring pairs by the base with the adapter")
+        model = load_pair_model(adapted.override(whole), base, device)
+        scores["base + adapter"], way = _score(model, pairs, recipe)
+    *_, expected = scores.values()
+    yield Update("stage", "scoring pairs by the merged model")
+    own = Base(str(merged), merged, None, "", read_config(merged, str(merged)))
+    model = PairModel(load_base(recipe.override(whole), own, device), recipe.memory)
+    scores["merged"], _ = _score(model, pairs, recipe, way)
+    found = scores["merged"]
+    bound = BOUNDS[choose_dtype(recipe.model.dtype, device_kind(device))]
+    before, after = ((each[0] - each[1]) for each in (expected, found))
+    clear = (before.abs() > bound) & (after.abs() > bound)
+    verdict = Verdict(
+        rows=tuple(_row(name, values) for name, values in scores.items()),
+        pairs=len(pairs),
+        held_out=held_out,
+        difference=float((found - expected).abs().max()),
+        bound=bound,
+        flipped=int(((before > 0) != (after > 0))[clear].sum()),
+    )
+    run.write_text(merged / "verify.json", run.to_json(verdict.to_json()))
+    return verdict
+
+
+def _row(name: str, values_2P: Tensor) -> Row:
+    chosen_P, rejected_P = values_2P
+    right_P = (chosen_P > rejected_P).double()
+    return Row(name, float(right_P.mean()), float((chosen_P - rejected_P).mean()), float(chosen_P.mean()))
+
+
+def _score(
+    model: PairModel, pairs: Sequence[TokenizedPair], recipe: Recipe, way: Way | None = None
+) -> tuple[Tensor, Way]:
+    """Mean log-probabilities of chosen and rejected replies, shape (2, P), float64; and the way that the pairs went.
+
+    Without a ``way`` the fastest one that is proven for the model.
+    """
+    if way:
+        model.way = way
+    elif recipe.memory.packing:
+        prove(model, max(len(ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)))
+    scores_2P = torch.empty(2, len(pairs), dtype=torch.float64)
+    batching = model.batching(recipe, pad_id=0)
+    for chunk in micro_batches(pairs, batching):
+        batch = make_batch([pairs[index] for index in chunk], batching).to(model.device)
+        with model.evaluating():
+            logps = model(batch)
+        scores_2P[:, chunk] = torch.stack([logps.chosen_P, logps.rejected_P]).double().cpu()
+    return scores_2P, model.way
