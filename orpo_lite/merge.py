@@ -162,8 +162,8 @@ class LoadedDelta:
         As peft merges: ``W + s B A`` (arXiv 2106.09685, Eq. 3), or ``m (W + s B A) / ||W + s B A||`` with the norm of
         each row (arXiv 2402.09353, Eq. 5).
         """
-        sums = block.to(torch.float64 if block.dtype == torch.float64 else torch.float32)
-        sums = sums.clone() if sums is block else sums
+        precise = torch.float64 if block.dtype == torch.float64 else torch.float32
+        sums = block.to(precise, copy=True)
         rows = slice(start, start + len(block))
         left, right = self.b_OR[rows], self.a_RI
         if self.transposed:
@@ -303,13 +303,15 @@ def _merged_blocks(plan: _Plan, files: Iterable[Iterable[Stored]], changed: set[
             if delta is None:
                 yield block.to(stored.dtype)
                 continue
-            merged = delta.added_to(block, rows.start).to(stored.dtype)
-            if stored.dtype == torch.float16 and not merged.isfinite().all():
+            merged = delta.added_to(block, rows.start)
+            if stored.name not in changed and not torch.equal(merged.to(stored.dtype), block.to(stored.dtype)):
+                changed.add(stored.name)
+            out = block if block.dtype == stored.dtype else torch.empty(block.shape, dtype=stored.dtype)
+            out.copy_(merged)  # in the place of what was read: memory that is new to a process costs time
+            if stored.dtype == torch.float16 and not out.isfinite().all():
                 found = f"{stored.name} overflows float16 with the adapter"
                 raise ModelError("merge", found, "", "a base whose weights are bfloat16 or float32")
-            if stored.name not in changed and not torch.equal(merged, block.to(stored.dtype)):
-                changed.add(stored.name)
-            yield merged
+            yield out
 
 
 def dequantised(pieces: Iterable[tuple[Rows, Tensor]], settings: QuantizationSection) -> Iterator[tuple[Rows, Tensor]]:

@@ -23,7 +23,7 @@ from orpo_lite.errors import ModelError
 Job = TypeVar("Job")
 Made = TypeVar("Made")
 
-BLOCK = 8 << 20  # bytes that are read, computed and written at a time
+BLOCK = 4 << 20  # bytes that are read, computed and written at a time
 AHEAD = 2  # blocks that wait on either side of the arithmetic
 LONGEST_HEADER = 100_000_000  # bytes; what the format allows
 DTYPES = {
