@@ -1067,6 +1067,43 @@ TWO_READINGS: dict[str, tuple[list[dict[str, Any]], dict[str, tuple[str, list[An
             "data.format=implicit": ("implicit", [BLUE] * 2),
         },
     ),
+    "earlier turns and the question beside whole conversations": (
+        [{"messages": [*TALK], **wholes(user(Q))}] * 2,
+        {
+            "data.column_map=conversation=messages": ("conversation", [(TALK, "Blue.", "Seven.")] * 2),
+            "data.format=implicit": ("implicit", [BLUE] * 2),
+        },
+    ),
+    "a system turn in ShareGPT's conversations beside whole ones": (
+        [{"conversations": [said("system", "Be  brief."), said("human", Q)], **wholes(user(Q))}] * 2,
+        {
+            "data.column_map=conversation=conversations": ("conversation", [(BRIEF, "Blue.", "Seven.")] * 2),
+            "data.format=implicit": ("implicit", [BLUE] * 2),
+        },
+    ),
+    "a system turn in messages that end with the better reply": (
+        [{"prompt": Q, "messages": [*BRIEF, bot("Blue.")], **wholes(user(Q))}] * 2,
+        {
+            "data.column_map=conversation=messages": ("conversation", [(BRIEF, "Blue.", "Seven.")] * 2),
+            "data.column_map=prompt=prompt": ("messages", [BLUE] * 2),
+        },
+    ),
+    "a system turn under another name, in messages that end with the better reply": (
+        [{"prompt": Q, "turns": [*BRIEF, bot("Blue.")], **BLUE_SEVEN}] * 2,
+        {
+            "data.column_map=conversation=turns": ("conversation", [(BRIEF, "Blue.", "Seven.")] * 2),
+            "data.column_map=prompt=prompt": ("explicit", [BLUE] * 2),
+        },
+    ),
+    "earlier turns in messages that end with a third reply": (
+        [{"prompt": Q, "messages": [*TALK, bot("Red?")], **BLUE_SEVEN}] * 2,
+        {"data.column_map=prompt=prompt": ("explicit", [BLUE] * 2)},
+    ),
+    "a system turn in messages beside two whole answers": (
+        [{"messages": [*BRIEF], "response_a": [user(Q), bot("Blue.")], "response_b": [user(Q), bot("Seven.")],
+          "winner": "a"}] * 2,
+        {"data.column_map=conversation=messages": ("judged", [(BRIEF, "Blue.", "Seven.")] * 2)},
+    ),
     "texts that begin alike beside what they reply to": (
         [{"task": f"{Q} {i}", "chosen": f"It is blue {i}", "rejected": f"It is seven {i}"} for i in range(2)],
         {
@@ -1176,6 +1213,20 @@ def test_two_readings_are_refused_and_each_line_leads_to_one(case: str) -> None:
         assert found == name
         assert [(pair.messages, pair.chosen, pair.rejected) for pair in read_pairs] == pairs
         assert not any(pair.drop for pair in read_pairs)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": Q, "messages": [user(Q), bot("Red?")], **BLUE_SEVEN},
+        {"prompt": f"Hi > Hello. > {Q}", "messages": [*TALK, bot("Blue.")], **BLUE_SEVEN},
+        {"messages": [*TALK, bot("Blue.")], "chosen": f"{HH} Blue.", "rejected": f"{HH} Seven."},
+        {"turns": [bot("Red?"), bot("Blue.")], "prompt": Q, **BLUE_SEVEN},
+    ],
+)
+def test_a_conversation_of_which_all_is_read_may_stand_beside_it(row: dict[str, Any]) -> None:
+    (pair,) = read([row])
+    assert (pair.chosen, pair.rejected, pair.drop) == ("Blue.", "Seven.", None)
 
 
 TEMPLATES = {

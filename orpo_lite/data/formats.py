@@ -143,7 +143,7 @@ def detect_format(
 
     if as_texts:
         _refuse_no_messages(look, read, as_texts)
-    refuse_unread(look, name, said=said)
+    refuse_unread(look, name, lambda **columns: _tried(look, name if said else "auto", columns, read), said=said)
     if not said and _is_doubled(look, name, read):
         texts = look.kind(look.taken.get("prompt", "")) in TEXTS
         name = "doubled" if texts and name in ("explicit", "orca") else name
@@ -300,7 +300,7 @@ def _judged(look: Look) -> Found:
     if answers is None:
         return None
     verdict, look.verdict = find_verdict(look, answers)
-    if look.share(opens, answers[0]) < 1:
+    if look.share(opens, answers[0]) < 1 or "conversation" in look.mapped:
         _find_before(look)
     look.taken |= {"response_a": answers[0], "response_b": answers[1], "better": verdict}
     return "judged", f"{shown(*answers)} are two answers and {shown(verdict)} says which is the better"
@@ -503,18 +503,34 @@ def _as_texts(look: Look) -> str:
     if not texts or not any(look.kind(column) in (*STRUCTURED, *LISTS) for column in sides):
         return ""
     prompt = None if look.candidates("prompt") else guess_prompt(look, sides)
-    rows = [{**row, "prompt": row.get(prompt)} for row in look.rows] if prompt else look.rows
-    mapped = {**look.mapped, "prompt": prompt} if prompt else look.mapped
-    try:
-        explicit = detect_format(rows, name="explicit", mapped=mapped, plain=look.plain)
-        pairs = [explicit.read(row, "") for row in rows]
-    except DataError:
-        return ""
+    pairs = _tried(look, "explicit", {"prompt": prompt} if prompt else {})
     if any(
-        [pair.chosen, pair.rejected] != [row[side] for side in sides] for pair, row in zip(pairs, rows, strict=True)
+        pair is None or [pair.chosen, pair.rejected] != [row[side] for side in sides]
+        for pair, row in zip(pairs, look.rows, strict=True)
     ):
         return ""
     return f"data.format=explicit {look.line(prompt=prompt)}" if prompt else "data.format=explicit"
+
+
+def _tried(look: Look, name: str, columns: Mapping[str, str], read: Reader | None = None) -> list[Pair | None]:
+    """The pairs of these rows with further columns mapped, or, without any, as ``read`` has them; None: a fault."""
+    rows, taken = look.rows, columns.values()
+    if columns or read is None:
+        rows = [
+            {key: value for key, value in row.items() if key not in taken}
+            | {ours: row[column] for ours, column in columns.items() if column in row}
+            for row in look.rows
+        ]
+        try:
+            read = detect_format(rows, name=name, mapped={**look.mapped, **columns}, plain=look.plain).read
+        except DataError:
+            return [None] * len(rows)
+    pairs: list[Pair | None] = []
+    for row in rows:
+        pairs.append(None)
+        with suppress(DataError):
+            pairs[-1] = read(row, "")
+    return pairs
 
 
 def _refuse_no_messages(look: Look, read: Reader, as_texts: str) -> None:

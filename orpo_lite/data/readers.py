@@ -197,7 +197,8 @@ def read_judged(row: Row, where: str) -> Pair:
     if verdict not in ("a", "b", "tie"):
         raise fault(where, "better", seen(row, "better"), "a verdict that names one of the two answers, or a tie")
     fields = ("response_b", "response_a") if verdict == "b" else ("response_a", "response_b")
-    before, prompt_text = ((), None) if _opens(row, "response_a", where) else _before(row, where)
+    whole = row.get("conversation") is None and _opens(row, "response_a", where)
+    before, prompt_text = ((), None) if whole else _before(row, where)
     if blank := without_reply(row, fields, where):
         return blank
     pair = _join(row, before, where, fields, prompt_text)
