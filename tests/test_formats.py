@@ -719,6 +719,16 @@ def test_case_and_spaces_of_a_column_make_no_difference(shape: str, spell: Calla
     assert set(detect(rows)[0].columns.values()) <= set(rows[0])
 
 
+@pytest.mark.parametrize(
+    "name", ["System Prompt", "system-prompt", "systemPrompt", " SYSTEM_MESSAGE", "SystemMessage", "system_instruction"]
+)
+def test_the_words_of_a_name_may_be_put_together_in_any_way(name: str) -> None:
+    rows = [{name: "Be  brief.", "question": Q, **BLUE_SEVEN}] * 2
+    assert [(pair.messages, pair.chosen) for pair in read(rows)] == [((system("Be  brief."), user(Q)), "Blue.")] * 2
+    openai = {"input": {"messages": [*TALK]}, "preferredOutput": [bot("Blue.")], "Non-Preferred Output": [bot("7")]}
+    assert read([openai])[0].chosen == "Blue."
+
+
 # --- what stands before the reply
 
 EARLIER = (user("Hi"), bot("Hello."))

@@ -41,7 +41,7 @@ PAIRS = "write each pair as prompt, chosen and rejected"
 ALIASES: dict[str, tuple[str, ...]] = {
     "prompt": ("prompt", "question", "instruction", "query", "input", "problem", "user_prompt", "user_input", "history",
                "context"),
-    "system": ("system", "system_prompt", "system_message"),
+    "system": ("system", "system_prompt", "system_message", "system_instruction", "system_instructions", "sys_prompt"),
     "conversation": ("conversation", "conversations", "messages", "context"),
     "history": ("history",),
     "input": ("input",),
@@ -96,7 +96,7 @@ class Look:
         return "text" if read_by and name not in read_by and are_texts(values) else kind
 
     def named(self, *names: str) -> list[str]:
-        """The columns of these names, whatever their case and the spaces around them."""
+        """The columns of these names, however their words are put together, and whatever the spaces around them."""
         return [column for name in names for column in self.columns if plain_name(column) == name]
 
     def column(self, name: str) -> str:
@@ -234,7 +234,9 @@ NUMBERED = re.compile(r"(.*?)[ _-]?([012ab])", re.IGNORECASE)  # response_0, res
 
 
 def plain_name(column: str) -> str:
-    return column.strip().lower()
+    """system_prompt, of System Prompt, system-prompt and systemPrompt."""
+    parted = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", column.strip())
+    return re.sub(r"[\s_-]+", "_", parted).lower()
 
 
 def words(column: str) -> list[str]:
