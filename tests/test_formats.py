@@ -1957,6 +1957,19 @@ def test_a_repetition_is_found_whatever_the_white_space(prompt: str, again: str)
     assert pair.prompt_text + pair.chosen == rows[0]["chosen"]
 
 
+@pytest.mark.parametrize(
+    ("before", "again", "turns"),
+    [
+        ({"system": "Be  brief.", "question": Q}, f"Be brief.\n\n{Q}\n\n", BRIEF),
+        ({"prompt": [*TALK]}, f"Hi\nHello.\n{Q}\n", TALK),
+        ({"prompt": [*TALK]}, f"Hello.\n{Q}\n", TALK),
+    ],
+)
+def test_a_repetition_may_be_of_several_turns(before: dict[str, Any], again: str, turns: Turns) -> None:
+    (pair,) = read([{**before, "chosen": f"{again}Blue.", "rejected": f"{again}Seven."}])
+    assert (pair.messages, pair.chosen, pair.rejected) == (turns, "Blue.", "Seven.")
+
+
 @pytest.mark.parametrize("sides", [("chosen", "rejected"), ("rejected", "chosen")])
 def test_a_repetition_in_one_side_alone_is_refused(sides: tuple[str, str]) -> None:
     one, other = sides

@@ -380,9 +380,10 @@ def test_replies_that_begin_with_the_prompt_again_are_counted(tmp_path: Path) ->
         {"prompt": "Name a\ncolour.", "chosen": "Name a colour. Blue.", "rejected": "no"},
         {"prompt": "Name a colour.", "chosen": "Blue.", "rejected": "\n Name  a\r\ncolour.\tNo."},
         {"prompt": "Name", "chosen": "Names are short.", "rejected": "no"},
+        {"system": "Be brief.", "prompt": "Name one.", "chosen": "Be  brief.\nName one. Blue.", "rejected": "no"},
     ]
     _, reader = read(write_jsonl(tmp_path / "pairs.jsonl", plain + again))
-    assert reader.repeated == 2
+    assert reader.repeated == 3
 
 
 def test_what_was_read_and_what_was_not_is_said(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ class PairReader:
         self.columns: list[dict[str, Any]] = []
         """For each set, its format, the columns that were ``read``, our name to theirs, and the others."""
         self.repeated = 0
-        """Pairs of which a reply begins with the prompt's last turn again."""
+        """Pairs of which a reply begins with the prompt, or its last turn, again."""
         self.absent = 0
         """Pairs of which a reply, or the system text, is NULL, None, NaN or N/A, and may well be meant to be none."""
         self.silent = 0
@@ -296,11 +296,15 @@ def _drop_reason(pair: Pair) -> str | None:
 
 
 def _repeats_prompt(pair: Pair) -> bool:
-    asked = pair.messages[-1]["content"].split()
-    enough = len(pair.messages[-1]["content"]) + 16  # characters that hold as many words
-    return bool(asked) and any(
-        reply[: 2 * enough].split()[: len(asked)] == asked for reply in (pair.chosen, pair.rejected)
-    )
+    """A reply begins with the prompt's last turn again, or with all of them."""
+    turns = [turn["content"] for turn in pair.messages]
+    return any(_begins(reply, text) for text in {turns[-1], " ".join(turns)} for reply in (pair.chosen, pair.rejected))
+
+
+def _begins(reply: str, text: str) -> bool:
+    words = text.split()
+    enough = 2 * (len(text) + 16)  # characters that hold as many words
+    return bool(words) and reply[:enough].split()[: len(words)] == words
 
 
 def _holds_absent(pair: Pair) -> bool:

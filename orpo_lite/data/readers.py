@@ -233,7 +233,7 @@ def without_reply(row: Row, fields: Sequence[str], where: str) -> Pair | None:
 
 
 def undoubled(pair: Pair) -> Pair:
-    """Without the last turn of the prompt at the start of the replies that begin with it again."""
+    """Without the prompt, or its last turns, at the start of the replies that begin with it again."""
     texts = (pair.chosen, pair.rejected)
     ends = repeated(pair)
     repeats = [(text, end) for text, end in zip(texts, ends, strict=True) if end is not None]
@@ -251,9 +251,18 @@ def undoubled(pair: Pair) -> Pair:
 
 
 def repeated(pair: Pair) -> list[str | None]:
-    """What follows in chosen and in rejected on the prompt's last turn, where they begin with it; else None."""
-    asked = pair.messages[-1]["content"] if pair.messages else ""  # a pair that is left out may have none
-    return [behind(asked, text) for text in (pair.chosen, pair.rejected)]
+    """What follows in chosen and in rejected on the prompt, or on its last turns, where they begin so; else None."""
+    return [_behind_turns(pair.messages, text) for text in (pair.chosen, pair.rejected)]
+
+
+def _behind_turns(turns: Sequence[Message], text: str) -> str | None:
+    for i in range(len(turns)):  # a pair that is left out may have none
+        rest: str | None = text
+        for turn in turns[i:]:
+            rest = behind(turn["content"], rest) if rest is not None else None
+        if rest is not None:
+            return rest
+    return None
 
 
 def _pair(
