@@ -992,6 +992,19 @@ TWO_READINGS: dict[str, tuple[list[dict[str, Any]], dict[str, tuple[str, list[An
         ],
         {"data.column_map=better=vote": ("judged", [BLUE, BLUE])},
     ),
+    "replies that name the two answers": (
+        [{"prompt": Q, "answer_a": "Seven.", "answer_b": "Blue.", "chosen": "answer_b", "rejected": "answer_a"},
+         {"prompt": Q, "answer_a": "Blue.", "answer_b": "Seven.", "chosen": "Answer_a", "rejected": "Answer_b"}],
+        {"data.column_map=better=chosen": ("judged", [BLUE, BLUE])},
+    ),
+    "replies that are letters of the two answers": (
+        [{"prompt": Q, "response_a": "Seven.", "response_b": "Blue.", "chosen": "B", "rejected": "A"}] * 2,
+        {"data.column_map=better=chosen": ("judged", [BLUE, BLUE])},
+    ),
+    "replies that name two columns": (
+        [{"prompt": Q, "small": "Seven.", "large": "Blue.", "chosen": "large", "rejected": "small"}] * 2,
+        {"data.column_map=response_a=small,response_b=large,better=chosen": ("judged", [BLUE, BLUE])},
+    ),
     "two pairs of answers": (
         [
             {"prompt": Q, "winner": "a", "answer_a": "Blue.", "answer_b": "Seven.", "reply_a": "Seven.",

@@ -63,7 +63,7 @@ from orpo_lite.data.readers import (
     without_reply,
 )
 from orpo_lite.data.unread import refuse_unread
-from orpo_lite.data.verdicts import VERDICTS, find_verdict, is_answer, two_answers
+from orpo_lite.data.verdicts import EITHER_VERDICT, VERDICTS, find_verdict, is_answer, refuse_labels, two_answers
 from orpo_lite.errors import DataError
 
 __all__ = ["COLUMNS", "PROMPTS_DIFFER", "READERS", "Detected", "Message", "Pair", "Reader", "Row", "detect_format",
@@ -112,7 +112,9 @@ def detect_format(
     _refuse_mapped(look)
     _refuse_python(look)
     if not said:
-        fitting = (found for clause in CLAUSES if (found := clause(look)))
+        refuse_labels(look)
+        clauses = (_judged, *CLAUSES) if _is_judged(look) else CLAUSES
+        fitting = (found for clause in clauses if (found := clause(look)))
         name, because = next(fitting, None) or _refuse_unknown(look)
     else:
         because = SAID
@@ -295,8 +297,13 @@ def _ranked(look: Look) -> Found:
     return "ranked", reason
 
 
+def _is_judged(look: Look) -> bool:
+    """The person has said which column is the verdict, whatever chosen and rejected hold."""
+    return bool(look.mapped.keys() & {*EITHER_VERDICT})
+
+
 def _judged(look: Look) -> Found:
-    answers = None if look.kind("rejected") in USABLE else two_answers(look)
+    answers = None if look.kind("rejected") in USABLE and not _is_judged(look) else two_answers(look)
     if answers is None:
         return None
     verdict, look.verdict = find_verdict(look, answers)
