@@ -1238,6 +1238,25 @@ def test_two_readings_are_refused_and_each_line_leads_to_one(case: str) -> None:
         assert not any(pair.drop for pair in read_pairs)
 
 
+@pytest.mark.parametrize("value", [int, float, str])
+@pytest.mark.parametrize(("ends", "numbers"), [("12", (1, 0)), ("12", (0, 0)), ("01", (1, 2))])
+def test_numbers_that_count_otherwise_than_the_answers_are_refused(
+    ends: str, numbers: tuple[int, int], value: Callable[[int], Any]
+) -> None:
+    answers = {f"answer_{ends[0]}": "Blue.", f"answer_{ends[1]}": "Seven."}
+    rows = [{"prompt": Q, **answers, "winner": value(numbers[i == 9])} for i in range(10)]
+    assert "write winner so" in refused(rows)
+
+
+def test_a_number_of_neither_answer_puts_all_numbers_in_doubt() -> None:
+    rows = [{"prompt": Q, "answer_1": "Blue.", "answer_2": "Seven.", "winner": 1}] * 2
+    detected, _ = detect(rows)
+    with pytest.raises(DataError, match="remedy: write winner as a or b in every row"):
+        detected.read(rows[0] | {"winner": 0}, "x:3")
+    with pytest.raises(DataError, match="remedy: mend or remove the row"):
+        detected.read(rows[0] | {"winner": "third"}, "x:3")
+
+
 @pytest.mark.parametrize(
     "row",
     [

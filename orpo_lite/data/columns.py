@@ -223,7 +223,7 @@ class Look:
         elif self.verdict and not is_blank(out.get("better")):
             verdict = self.verdict(out["better"])
             if verdict is None:
-                raise fault(where, shown(self.taken["better"]), seen(out, "better"), "one of the two answers, or a tie")
+                raise _verdict_fault(out, where, shown(self.taken["better"]))
             out["better"] = verdict
         return out
 
@@ -273,6 +273,13 @@ def map_line(columns: Mapping[str, Sequence[str]]) -> str:
 def _quoted(text: str) -> str:
     """In YAML's double quotes, which know an escape for every character."""
     return '"' + "".join(c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08x}" for c in text) + '"'
+
+
+def _verdict_fault(row: Row, where: str, column: str) -> DataError:
+    """Of a value that is neither answer; where it is a number, the others may mean another answer than they seem to."""
+    number = kind_of(row["better"]) == "number" or str(row["better"]).strip().isdigit()
+    remedy = f"write {column} as a or b in every row, by what its numbers mean" if number else "mend or remove the row"
+    return fault(where, column, seen(row, "better"), "one of the two answers, or a tie", remedy)
 
 
 def refuse_templated(look: Look, names: Sequence[str], raw: Sequence[str] = ()) -> NoReturn:

@@ -96,6 +96,9 @@ def _meaning(look: Look, column: str, answers: tuple[str, str]) -> Says | None:
         if answers == ("human_ref_A", "human_ref_B"):  # SHP: 1, the first is preferred
             table = {"1": "a", "0": "b"}
     else:
+        other = {("1", "2"): ("0", "2"), ("0", "1"): ("2", "0")}.get((named[0], named[1]))
+        if other and other[0] in values and other[1] not in values:
+            return None  # it counts from 0 where the names count from 1, or the other way round: 1 is either
         numbers = ("1", "2") if "2" in values and "0" not in values and not set("012") & set(named) else ("", "")
         for verdict, *words_for in zip("ab", ends, answers, names, named, numbers, strict=True):
             for word in {verdict, *words_for, f"model_{words_for[0]}"}:
