@@ -719,6 +719,24 @@ def test_case_and_spaces_of_a_column_make_no_difference(shape: str, spell: Calla
     assert set(detect(rows)[0].columns.values()) <= set(rows[0])
 
 
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+def test_a_dialogue_may_have_the_line_ends_of_windows(ends: str) -> None:
+    row = {side: f"{HH} {text}".replace("\n", ends) for side, text in BLUE_SEVEN.items()}
+    detected, _ = detect([row] * 2)
+    assert detected.name == "hh_rlhf"
+    pair = detected.read(row, "x")
+    assert (pair.messages, pair.chosen, pair.rejected, pair.prompt_text) == (HH_TURNS, "Blue.", "Seven.", f"{HH} ")
+
+
+@pytest.mark.parametrize("settings", [{}, {"name": "hh_rlhf"}])
+def test_the_replies_to_a_dialogue_may_bring_their_marker(settings: dict[str, Any]) -> None:
+    row = {"prompt": HH, "chosen": "\n\nAssistant: Blue.", "rejected": "\n\nAssistant: Seven."}
+    ((pair,), name) = read([row], **settings), detect([row], **settings)[0].name
+    assert (name, pair.messages, pair.chosen, pair.rejected) == ("hh_rlhf", HH_TURNS, "Blue.", "Seven.")
+    (pair,) = read([row | {"prompt": HH.removesuffix("\n\nAssistant:")}], plain=True)
+    assert (pair.messages, pair.chosen, pair.prompt_text) == (HH_TURNS, "Blue.", f"{HH} ")
+
+
 @pytest.mark.parametrize(
     "name", ["System Prompt", "system-prompt", "systemPrompt", " SYSTEM_MESSAGE", "SystemMessage", "system_instruction"]
 )

@@ -55,6 +55,7 @@ from orpo_lite.data.readers import (
     Row,
     ToolError,
     begins_with,
+    is_whole_dialogue,
     repeated,
     says_more,
     shared_start,
@@ -195,8 +196,16 @@ def _openai(look: Look) -> Found:
 
 def _dialogues(look: Look) -> Found:
     if look.kind("chosen") == look.kind("rejected") == "dialogue":
+        if not _is_whole(look) and look.kind("prompt") in TEXTS:
+            look.find("prompt")
+            return "hh_rlhf", "chosen and rejected are texts with Assistant: turns, which reply to prompt"
         return "hh_rlhf", "chosen and rejected are texts with Human: and Assistant: turns"
     return None
+
+
+def _is_whole(look: Look) -> bool:
+    """The dialogues hold what they reply to."""
+    return look.kind("chosen") == "dialogue" and look.share(is_whole_dialogue, "chosen") > 0
 
 
 def _conversations(look: Look) -> Found:
@@ -272,8 +281,8 @@ def _two_outputs(look: Look) -> Found:
     return "alpaca", "instruction is a text and output holds two texts, the chosen one and the rejected"
 
 
-def _ranked(look: Look) -> Found:
-    completions = None if look.kind("rejected") in USABLE else look.find("completions")
+def _ranked(look: Look, *, said: bool = False) -> Found:
+    completions = None if look.kind("rejected") in USABLE and not said else look.find("completions")
     if completions is None:
         return None
     if look.kind(completions) in LISTS:
@@ -302,8 +311,9 @@ def _is_judged(look: Look) -> bool:
     return bool(look.mapped.keys() & {*EITHER_VERDICT})
 
 
-def _judged(look: Look) -> Found:
-    answers = None if look.kind("rejected") in USABLE and not _is_judged(look) else two_answers(look)
+def _judged(look: Look, *, said: bool = False) -> Found:
+    said = said or _is_judged(look)
+    answers = None if look.kind("rejected") in USABLE and not said else two_answers(look)
     if answers is None:
         return None
     verdict, look.verdict = find_verdict(look, answers)
@@ -322,15 +332,15 @@ CLAUSES = (_openai, _dialogues, _conversations, _texts, _two_outputs, _ranked, _
 def _find_columns(look: Look, name: str) -> None:
     """Of a format that the person has named, whatever the structure says."""
     if name == "ranked":
-        _ranked(look)
+        _ranked(look, said=True)
     elif name == "judged":
-        _judged(look)
+        _judged(look, said=True)
     elif name in ("conversation", "sharegpt"):
         if look.share(opens, "chosen") < 1 or "conversation" in look.mapped:
             _find_before(look)
     elif name not in ("implicit", "openai"):
         # Conversations and dialogues that are whole need no prompt, so no rival of it matters.
-        whole = look.kind("chosen") == "dialogue" if name == "hh_rlhf" else look.share(opens, "chosen") == 1
+        whole = _is_whole(look) if name == "hh_rlhf" else look.share(opens, "chosen") == 1
         if not whole or name in ("explicit", "alpaca"):
             look.find("prompt")
     if name == "alpaca":

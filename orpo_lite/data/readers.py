@@ -119,9 +119,9 @@ def read_hh_rlhf(row: Row, where: str) -> Pair:
     of the first turn is a system text. Some sets hold the dialogue in prompt, and only the replies in chosen and
     rejected.
     """
-    if isinstance(row.get("prompt"), str) and not begins_dialogue(_text(row, "chosen", where)):
+    if isinstance(row.get("prompt"), str) and not is_whole_dialogue(_text(row, "chosen", where)):
         turns, prompt = _read_dialogue_prompt(row, where)
-        chosen, rejected = (_text(row, side, where) for side in ("chosen", "rejected"))
+        chosen, rejected = (_MARKED.sub("", _text(row, side, where)) for side in ("chosen", "rejected"))
         drop = None
     else:
         (prompt, turns, chosen), (_, other_turns, rejected) = (
@@ -471,21 +471,35 @@ _TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):[ ]?")  # "Human:" within a
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 _ASK = "\n\nHuman:"
 _REPLY = "\n\nAssistant:"
+_MARKED = re.compile(r"\A\s*Assistant:")  # a reply that brings its marker along
+
+
+def _plain_ends(text: str) -> str:
+    """With the line ends of Windows as all others, for the markers stand behind two."""
+    return text.replace("\r\n", "\n")
 
 
 def begins_dialogue(text: str) -> bool:
     """Beyond doubt: a text that only holds such turns may be about them."""
-    return bool(_TURN.match(text)) and _REPLY in text
+    return bool(_TURN.match(text)) and _REPLY in _plain_ends(text)
+
+
+def is_whole_dialogue(text: str) -> bool:
+    """The same, with a human's turn: not only the reply behind its marker."""
+    return begins_dialogue(text) and (text.lstrip().startswith("Human:") or _ASK in _plain_ends(text))
 
 
 def is_dialogue(text: str) -> bool:
     """The same, or with a system text in front: for a column, of which most rows must be such."""
+    text = _plain_ends(text)
     return begins_dialogue(text) or _REPLY in text.partition(_ASK)[2]
 
 
 def _read_dialogue_prompt(row: Row, where: str) -> tuple[tuple[Message, ...], str]:
-    text = _text(row, "prompt", where)
-    _, turns, rest = _split_dialogue(row, "prompt", where)
+    text = _plain_ends(_text(row, "prompt", where))
+    if not text.rstrip().endswith(_REPLY) and _MARKED.match(_text(row, "chosen", where)):
+        text = text.rstrip() + _REPLY
+    _, turns, rest = _split_dialogue({"prompt": text}, "prompt", where)
     if rest.strip():
         expected = r'"\n\nAssistant:" at the end, and the replies in chosen and rejected'
         raise fault(where, "prompt", "the dialogue ends with a reply", expected)
@@ -494,7 +508,7 @@ def _read_dialogue_prompt(row: Row, where: str) -> tuple[tuple[Message, ...], st
 
 def _split_dialogue(row: Row, field: str, where: str) -> tuple[str, tuple[Message, ...], str]:
     """The text up to the last assistant marker, its turns, and the text after the marker."""
-    text = _text(row, field, where)
+    text = _plain_ends(_text(row, field, where))
     head, marker, reply = text.rpartition(_REPLY)
     lead, *parts = _TURN.split(head)
     if not marker or not parts or (lead.strip() and not head[len(lead) :].startswith(_ASK)):
