@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -517,6 +518,70 @@ def test_a_table_is_not_read_for_a_column_that_its_head_does_not_name(
     pairs, _ = read(f"{tmp_path}/*.csv", column_map={"system": "persona"})
     assert pairs[-1].messages[0]["role"] == "system"
     assert HubSource("a/b", "", "train", table).columns() == {"prompt", "chosen", "rejected"}
+
+
+def test_a_map_does_not_take_the_place_of_a_pair_that_one_set_alone_has(tmp_path: Path) -> None:
+    named = [{"prompt": f"{i}?", "good": "Blue.", "bad": "Seven."} for i in range(3)]
+    one, other = write_jsonl(tmp_path / "a.jsonl", named), tmp_path / "b.jsonl"
+    write_jsonl(other, [row | {"chosen": "Red.", "rejected": "Eight."} for row in named])
+    column_map = {"chosen": "good", "rejected": "bad"}
+    with pytest.raises(DataError, match=r"b\.jsonl: it takes good and bad for chosen and rejected, which") as raised:
+        read(f"{one},{other}", column_map=column_map)
+    (line,) = re.findall(r"data\.column_map=[^\s;]+", raised.value.remedy)
+    pairs, reader = read(f"{one},{other}", column_map=load_recipe("demo", [line]).data.column_map)
+    assert [pair.chosen for pair in pairs] == ["Blue."] * 3 + ["Red."] * 3
+    assert [columns["read"]["chosen"] for columns in reader.columns] == ["good", "chosen"]
+    assert {pair.chosen for pair in read(other, column_map=column_map)[0]} == {"Blue."}  # alone it is what was said
+    write_jsonl(
+        one, [row | {"chosen": "Red.", "rejected": "Eight."} for row in named]
+    )  # and so it is where both have it
+    assert {pair.chosen for pair in read(f"{one},{other}", column_map=column_map)[0]} == {"Blue."}
+
+
+def test_files_of_different_names_in_one_folder_share_a_map(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [{"user_query": f"{i}?", "good": "Blue.", "bad": "Seven."} for i in range(3)])
+    write_jsonl(tmp_path / "b.jsonl", [{"task": f"{i}?", "win": "Blue.", "lose": "Seven."} for i in range(3)])
+    name, column_map = tmp_path / "*.jsonl", {}
+    for _ in range(3):
+        with pytest.raises(DataError) as raised:
+            read(name, column_map=column_map)
+        lines = re.findall(r"data\.\w+=\S+", message(raised))
+        data = load_recipe("demo", [f"data.dataset_name={name}", *lines]).data
+        name, column_map = ",".join(data.names), data.column_map
+    for names in (tmp_path, tmp_path / "*.jsonl", name):
+        assert [pair.chosen for pair in read(names, column_map=column_map)[0]] == ["Blue."] * 6
+    columns = read(tmp_path, column_map=column_map)[1].columns
+    assert columns[0]["read"] == {"prompt": "user_query or task", "chosen": "good or win", "rejected": "bad or lose"}
+    assert columns[0]["not_read"] == []
+
+
+@pytest.mark.parametrize("format_", ["auto", "ranked", "hh_rlhf"])
+def test_files_of_different_formats_in_one_folder_are_named_one_by_one(tmp_path: Path, format_: str) -> None:
+    (tmp_path / "my set").mkdir()
+    other = write_jsonl(tmp_path / "other.jsonl", [EXPLICIT])
+    ranked = {"prompt": "Name a number.", "completions": [{"response": "7", "score": 1}, {"response": "a", "score": 0}]}
+    write_jsonl(tmp_path / "my set" / "a.jsonl", [HH if format_ == "hh_rlhf" else ranked] * (LOOK + 20))
+    write_jsonl(tmp_path / "my set" / "b.jsonl", [EXPLICIT] * (SHOWN + 5))
+    with pytest.raises(DataError, match="its files hold rows of different kinds") as raised:
+        read(f"{tmp_path / 'my set'},{other}", format=format_)
+    (line,) = shlex.split(*re.findall(r"remedy: (\S.*) reads each file in its own format", str(raised.value)))
+    pairs, reader = read(",".join(load_recipe("demo", [line]).data.names))
+    assert (len(pairs), len(reader.detected)) == (LOOK + 20 + SHOWN + 6, 3)
+    write_jsonl(tmp_path / "my set" / "a.jsonl", [{"question": "q", "good": "a", "bad": "b"}] * 3)
+    write_jsonl(tmp_path / "my set" / "b.jsonl", [{"question": "q", "good": "a", "bad": "b"}] * 3)
+    with pytest.raises(DataError) as raised:  # of one kind
+        read(tmp_path / "my set", format=format_)
+    assert "dataset_name=" not in raised.value.remedy
+
+
+def test_a_format_that_fits_no_row_is_one_fault(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "pairs.jsonl", [EXPLICIT] * 900)
+    with pytest.raises(DataError, match="ranked fits none of 900 rows: missing; the columns are") as raised:
+        read(path, format="ranked")
+    assert "data.format=auto" in message(raised)
+    humans = [{**LISTS, "prompt": [{"role": "human", "content": f"{i}?"}]} for i in range(900)]
+    with pytest.raises(DataError, match=r"pairs\.jsonl:1, field .*'human', as in all 900 rows"):
+        read(write_jsonl(path, humans))
 
 
 def test_faults_of_all_sets_come_together(tmp_path: Path) -> None:

@@ -9,17 +9,18 @@ import difflib
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import accumulate, chain, islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from orpo_lite.data.columns import map_line, shown
+from orpo_lite.data.columns import Look, map_line, plain_name, shown
 from orpo_lite.data.formats import COLUMNS, Detected, Pair, Row, detect_format, is_known
 from orpo_lite.data.kinds import CHAT, is_blank, kind_of
 from orpo_lite.data.readers import EMPTY_CHOSEN, EMPTY_REJECTED, NO_TOOLS, ToolError, says_nothing
-from orpo_lite.data.rows import Source, find_source, is_path, refuse_twice
-from orpo_lite.errors import DataError, raise_all
+from orpo_lite.data.rows import Source, find_source, is_path, names_line, refuse_twice
+from orpo_lite.errors import SHOWN, DataError, raise_all
 
 if TYPE_CHECKING:
     from orpo_lite.recipe import DataSection
@@ -146,45 +147,51 @@ class PairReader:
             looked = [row for _, row in first]
             looked += _first_with(source, _lacking(self.data, looked), self.data.max_samples)
             columns = _found_columns(self.data, looked)
-            look = [_mapped(row, columns) for row in looked]
+            listed = {ours: self._map[ours] for ours in columns}
+            look = [_mapped(row, listed) for row in looked]
             detected = self._detect(look, columns)
-            self._refuse_anothers(looked, columns, detected)
+            self._refuse_anothers(source, looked, columns, detected)
         except DataError as fault:
-            raise_all(_tools_once([*faults, _of_set(fault, source), *broken]))
+            raise_all(_tools_once([*faults, self._of_set(fault, source), *broken]))
             raise
         self.detected.append("")
         self.columns.append({})
         names = {key: None for row in looked for key in row}
-        self._say(detected, columns, names)
+        held = _held_columns(listed, looked)
+        self._say(detected, held, names)
         seen = {key for row in look for key, value in row.items() if not is_blank(value)}
-        moved = 0
+        moved, read, unread = 0, 0, []
         for before, (where, row) in chain(looked_at, rows):
             faults += broken[moved:before]
             moved = before
             self.read += 1
-            mapped = _mapped(row, columns)
+            mapped = _mapped(row, listed)
             if late := [key for key, value in mapped.items() if key not in seen and not is_blank(value)]:
                 seen.update(late)
                 names.update(dict.fromkeys(row))
                 try:
                     detected = self._look_again(detected, look, mapped, columns, late, where)
                 except DataError as fault:
-                    raise_all(_tools_once([*faults, _of_set(fault, source)]))
+                    raise_all(_tools_once([*faults, self._of_set(fault, source)]))
                     raise
-                self._say(detected, columns, names)
+                self._say(detected, held, names)
             try:
                 blank = all(map(is_blank, mapped.values()))
+                read += not blank
                 yield Pair((), "", "", where, drop=BLANK) if blank else detected.read(mapped, where)
             except DataError as fault:
                 faults.append(fault)
+                unread.append(fault)
         faults += broken[moved:]
+        faults[:] = self._sum_up(faults, unread, read, source)
 
-    def _say(self, detected: Detected, columns: Mapping[str, str], names: Iterable[str]) -> None:
+    def _say(self, detected: Detected, held: Mapping[str, Collection[str]], names: Collection[str]) -> None:
         """Note what is known by now of the set that is being read."""
-        theirs = {ours: columns.get(column, column) for ours, column in detected.columns.items()}
-        others = [name for name in names if name not in theirs.values()]
+        theirs = {ours: held.get(column, [column]) for ours, column in detected.columns.items()}
+        others = [name for name in names if name not in chain.from_iterable(theirs.values())]
+        read = {ours: " or ".join(columns) for ours, columns in theirs.items()}
         self.detected[-1] = detected.sentence
-        self.columns[-1] = {"format": detected.sentence, "read": theirs, "not_read": others}
+        self.columns[-1] = {"format": detected.sentence, "read": read, "not_read": others}
 
     def _look_again(
         self,
@@ -218,13 +225,64 @@ class PairReader:
         others = {ours: [name for name in names if name != mapped.get(ours)] for ours, names in self._map.items()}
         return detect_format(rows, name=self.data.format, mapped=mapped, plain=plain, others=others)
 
-    def _refuse_anothers(self, rows: Sequence[Row], mapped: Mapping[str, str], detected: Detected) -> None:
-        """Raise DataError for a set that has only a part of data.column_map, and is a pair by itself, of other columns.
+    def _of_set(self, fault: DataError, source: Source) -> DataError:
+        """The same; of a fault of all rows, with the set's name: there may be others that are read well.
 
-        The map was made for another set then, and what it names would take the place of half of a pair.
+        Where a set's files are of different kinds, what would make one format of all of them would spoil some.
+        """
+        if not fault.where.startswith("data."):
+            return fault
+        remedy = self._line_by_file(source)
+        found = f"{fault.found}; its files hold rows of different kinds" if remedy else fault.found
+        return DataError(f"{fault.where} of {source.name}", found, fault.expected, remedy or fault.remedy)
+
+    def _line_by_file(self, source: Source) -> str:
+        """What names the files of a set one by one, each of its own format; "" where their first rows are alike."""
+        parts = source.parts() if source.name in self.data.names else ()  # held-out pairs are one set
+        kinds = []
+        for _, part in parts:
+            rows: list[Row] = []
+            with suppress(DataError):
+                rows = [_mapped(row, self._map) for _, row in islice(part.rows([]), LOOK)]
+            look = Look(rows, {}, plain=False)
+            kinds.append({column: kind for column, kind in look.kinds.items() if kind != "null"})
+        if all(held == kinds[0] for held in kinds):
+            return ""
+        files = {source.name: [name for name, _ in parts]}
+        line = names_line([file for name in self.data.names for file in files.get(name, [name])])
+        return f"{line} reads each file in its own format"
+
+    def _sum_up(
+        self, faults: Sequence[DataError], unread: Sequence[DataError], read: int, source: Source
+    ) -> list[DataError]:
+        """The faults, of which those of a set that is not what it was taken for are one."""
+        if len(unread) < min(read, SHOWN + 1) or read < 2 or isinstance(unread[0], ToolError):
+            return [*faults]
+        these, first = set(map(id, unread)), unread[0]
+        others = [fault for fault in faults if id(fault) not in these]
+        said = f"{first.found} at {first.where}"
+        if line := self._line_by_file(source):
+            found = f"its files hold rows of different kinds: {said}; rows like this: {len(unread):,}"
+            return [*others, DataError(f"data.dataset_name of {source.name}", found, first.expected, line)]
+        if len(unread) < read:
+            return [*faults]
+        if self.data.format != "auto":
+            found = f"{self.data.format} fits none of {read:,} rows: {said}"
+            remedy = "data.format=auto, to find out which does"
+            return [*others, DataError(f"data.format of {source.name}", found, first.expected, remedy)]
+        found = f"{first.found}, as in all {read:,} rows"
+        return [*others, DataError(first.where, found, first.expected, first.remedy)] if read > SHOWN else [*faults]
+
+    def _refuse_anothers(
+        self, source: Source, rows: Sequence[Row], mapped: Mapping[str, str], detected: Detected
+    ) -> None:
+        """Raise DataError for a set that is a pair by itself, of other columns than data.column_map names.
+
+        The map was made for another set where this one has only a part of it, or alone has columns of our names: what
+        it names would take the place of half of a pair, or of the whole.
         """
         lacking = self._map.keys() - mapped.keys()
-        if not (lacking and mapped):
+        if not mapped or not (lacking or len(self.sources) > 1):
             return
         try:
             own = self._detect(rows, {})
@@ -232,13 +290,23 @@ class PairReader:
             return
         taken = {ours: mapped.get(column, column) for ours, column in detected.columns.items()}
         changed = {ours: column for ours, column in own.columns.items() if taken.get(ours, column) != column}
-        if changed:
+        if changed and (lacking or self._alone_has(source, changed)):
             took = shown(*(taken[ours] for ours in changed))
             line = map_line({ours: [*filter(None, [changed.get(ours)]), *names] for ours, names in self._map.items()})
-            found = f"it takes {took} for {shown(*changed)}, and no column here for {shown(*sorted(lacking))}"
+            why, own_columns = "which this set alone has", shown(*changed.values())
+            remedy = f"{line}; or, where {took} are the pair, leave {own_columns} out of this set"
+            if lacking:
+                why = f"and no column here for {shown(*sorted(lacking))}"
+                remedy = f"leave {took} out of this set; or, where no other has {own_columns}: {line}"
+            found = f"it takes {took} for {shown(*changed)}, {why}"
             expected = f"all of the map, or nothing of it: {own.sentence}"
-            remedy = f"leave {took} out of this set; or, where no other has {shown(*changed.values())}: {line}"
             raise DataError("data.column_map", found, expected, remedy)
+
+    def _alone_has(self, source: Source, columns: Mapping[str, str]) -> bool:
+        """The set has the columns under our own names, and no other set has any of these."""
+        others = [row.keys() for other in self.sources if other is not source for _, row in islice(other.rows([]), 1)]
+        own = all(plain_name(column) == ours for ours, column in columns.items())
+        return own and not any(keys & {*columns.values()} for keys in others)
 
 
 def training_sources(data: DataSection) -> list[Source]:
@@ -317,16 +385,20 @@ def _content(pair: Pair) -> bytes:
     return json.dumps(content, sort_keys=True).encode() + b"\n"
 
 
-def _mapped(row: Row, column_map: Mapping[str, str]) -> dict[str, Any]:
-    taken = {ours: row[theirs] for ours, theirs in column_map.items() if theirs in row}
+def _mapped(row: Row, column_map: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """The row under our names; of several columns that may hold one of ours, it has the first that it has at all."""
+    taken = {ours: row[column] for ours, names in column_map.items() if (column := _first(names, row)) is not None}
     return {key: value for key, value in row.items() if key not in column_map} | taken
 
 
-def _of_set(fault: DataError, source: Source) -> DataError:
-    """The same; of a fault of all rows, with the set's name: there may be others that are read well."""
-    if not fault.where.startswith("data."):
-        return fault
-    return DataError(f"{fault.where} of {source.name}", fault.found, fault.expected, fault.remedy)
+def _first(names: Sequence[str], row: Row) -> str | None:
+    return next((name for name in names if name in row), None)
+
+
+def _held_columns(column_map: Mapping[str, Sequence[str]], rows: Sequence[Row]) -> dict[str, list[str]]:
+    """The columns from which these rows have ours: more than one where a folder has files of different names."""
+    firsts = {ours: dict.fromkeys(_first(names, row) for row in rows) for ours, names in column_map.items()}
+    return {ours: [name for name in names if name is not None] for ours, names in firsts.items()}
 
 
 def _found_columns(data: DataSection, rows: Sequence[Row]) -> dict[str, str]:
