@@ -1178,6 +1178,15 @@ TWO_READINGS: dict[str, tuple[list[dict[str, Any]], dict[str, tuple[str, list[An
             "data.format=implicit": ("implicit", [BLUE] * 2),
         },
     ),
+    "a prompt that is not in two whole answers": (
+        [{"prompt": "Be  brief.", "response_a": [user(Q), bot("Blue.")], "response_b": [user(Q), bot("Seven.")],
+          "winner": "a"}] * 2,
+        {"data.column_map=system=prompt": ("judged", [(BRIEF, "Blue.", "Seven.")] * 2)},
+    ),
+    "earlier turns in a text": (
+        [{"prompt": Q, "history": "User: Hi\nBot: Hello.", **BLUE_SEVEN}] * 2,
+        {"data.column_map=prompt=prompt": ("explicit", [BLUE] * 2)},
+    ),
     "a context beside conversations that hold the question alone": (
         [{"context": "Be  brief.", "question": Q, **wholes(user(Q))}] * 2,
         {

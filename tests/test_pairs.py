@@ -913,6 +913,17 @@ def test_turns_that_come_late_are_not_left_out_unsaid(tmp_path: Path, column: st
     assert len(read(path, column_map={"prompt": "prompt"})[0]) == LOOK + 6
 
 
+def test_a_conversation_that_comes_late_is_not_left_out_by_the_name_of_the_format(tmp_path: Path) -> None:
+    rows = [*some_rows(LOOK + 20), EXPLICIT | {"messages": [user("Hi"), bot("Hello."), user(EXPLICIT["prompt"])]}]
+    path = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    with pytest.raises(DataError, match=r"remedy: data\.format=explicit"):
+        read(path)
+    with pytest.raises(DataError, match=r"remedy: data\.column_map=history=messages to put them in front"):
+        read(path, format="explicit")
+    pairs, _ = read(path, column_map={"history": "messages"})
+    assert [len(pair.messages) for pair in pairs[-2:]] == [1, 3]
+
+
 def test_the_lines_for_a_rival_that_comes_late_work_when_pasted(tmp_path: Path) -> None:
     late = [row | {"context": "Some background."} if i >= 100 else row for i, row in enumerate(some_rows(150))]
     file = write_jsonl(tmp_path / "late.jsonl", late)

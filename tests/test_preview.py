@@ -312,6 +312,11 @@ def test_templates_that_begin_late_are_counted(coffee: Path, look: Look) -> None
     assert "pairs that hold markers of a chat template, as if one was applied already: 3\n" in shown
     assert json.loads(look("--json")[1])["templated_pairs"] == 3
     assert json.loads(look("--json", "data.chat_template=none")[1])["templated_pairs"] == 0
+    with (coffee / "coffee.csv").open("a", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(templated * 4)  # too many to be chance
+    code, _, said = look()
+    assert code == 3
+    assert "data.chat_template: 15 of 115 pairs hold markers of a chat template" in said
 
 
 def test_system_texts_that_the_template_leaves_out_are_counted(coffee: Path, look: Look) -> None:

@@ -143,7 +143,8 @@ class Look:
         if canonical in self.mapped or (canonical == "prompt" and self.kind("prompt") in CHAT):
             return [self.column(canonical)] if self.kind(canonical) != "missing" else []
         named = self.named(*ALIASES.get(canonical, (canonical,)))
-        named = [column for column in named if column not in self.mapped]  # it has been said what that is
+        said = {*self.mapped, *self.mapped.values()}  # what these are has been said
+        named = [column for column in named if column not in said]
         named = [column for column in named if self.kinds[column] in FITTING.get(canonical, self.kinds.values())]
         named.sort(key=lambda column: self.kinds[column] == "null")  # a blank one is no rival of one that speaks
         if canonical == "prompt" and self.is_alpaca():
@@ -177,6 +178,10 @@ class Look:
         if canonical == "prompt" and templated and not self.plain:
             replies = [side for side in ("chosen", "rejected") if self.share(is_templated, side) >= SOME]
             raw = [column for column in columns if column not in templated]
+            if not replies and all(plain_name(column) == "history" for column in templated):
+                found = f"{shown(*templated)} holds earlier turns as a text, and that is not read"
+                remedy = f"write it so, or {self.lines('prompt', raw)} to leave it out"
+                raise DataError("data.column_map", found, "messages, or pairs [user, assistant]", remedy)
             refuse_templated(self, [*templated, *replies], () if replies else raw)
         found = f"{shown(*columns)} could each be the {canonical}, and they differ"
         lines = [self.line(**{canonical: column}) for column in columns]

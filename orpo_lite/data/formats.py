@@ -531,10 +531,10 @@ def _as_texts(look: Look) -> str:
 
 def _tried(look: Look, name: str, columns: Mapping[str, str], read: Reader | None = None) -> list[Pair | None]:
     """The pairs of these rows with further columns mapped, or, without any, as ``read`` has them; None: a fault."""
-    rows, taken = look.rows, columns.values()
+    rows = look.rows
     if columns or read is None:
         rows = [
-            {key: value for key, value in row.items() if key not in taken}
+            {key: value for key, value in row.items() if key not in columns}
             | {ours: row[column] for ours, column in columns.items() if column in row}
             for row in look.rows
         ]

@@ -68,7 +68,7 @@ def _refuse_misfits(look: Look, name: str, *, decided: bool) -> None:
 def _refuse_prompts(look: Look, name: str, *, decided: bool) -> None:
     """A prompt beside whole conversations, most of which do not hold it; or what stands apart from a list of turns."""
     listed = look.kind(look.taken.get("prompt", "")) in CHAT and not decided
-    if not listed and (name not in WHOLE or look.taken.keys() & {"prompt", "conversation"}):
+    if not listed and (name not in (*WHOLE, "judged") or look.taken.keys() & {"prompt", "conversation"}):
         return
     columns = [column for column in _unread(look, ALIASES["prompt"]) if look.kind(column) in TEXTS]
     apart = [column for column in columns if plain_name(column) in APART]
@@ -83,7 +83,10 @@ def _refuse_prompts(look: Look, name: str, *, decided: bool) -> None:
             found = f"{shown(*group)}: not in the conversations, in {held.count(False)} of {len(held)} rows"
             free = look.kind(look.taken.get("system", "system")) in ("missing", "null")
             before = f"{look.line(system=group[0])} to put it in front as a system turn, or " if free else ""
-            remedy = f"{before}{_without(look, name) if listed else 'data.format=implicit'} to leave it out"
+            without = (
+                _without(look, name) if listed else "data.format=implicit" if name in WHOLE else "take the column out"
+            )
+            remedy = before + (f"{without} to leave it out" if without else "take the column out")
             raise DataError("data.column_map", found, "conversations that hold their prompt", remedy)
 
 
@@ -108,7 +111,7 @@ def _refuse_turns(look: Look, name: str, reads: Callable[..., Pairs]) -> None:
         lost = [_is_lost(look, i, value, stranger=stranger) for i, value in enumerate(values) if value]
         if lost and sum(lost) >= SOME * len(lost):
             found = f"{shown(column)} holds turns that are not in what is read"
-            now, ours = reads(), ("conversation", "history")
+            now, ours = reads(), [our for our in ("conversation", "history") if our not in look.mapped]
             in_front = next((our for our in ours if _all_read(reads(**{our: column}), now, values)), None)
             in_line = f"{look.line(**{in_front: column})} to put them in front" if in_front else ""
             without = _without(look, name)
