@@ -845,6 +845,20 @@ def test_a_single_file_has_no_splits(tmp_path: Path) -> None:
         with pytest.raises(DataError, match="'test'") as raised:
             held_out_sources(section(dataset_name=str(names), dataset_test_split="test"))
         assert "train.jsonl has no splits" in message(raised)
+    split = raised.value.remedy.removeprefix("data.dataset_test_split=")  # that of the set beside it
+    assert len(held_out_sources(section(dataset_name=str(names), dataset_test_split=split))) == 1
+
+
+@pytest.mark.parametrize("split", ["test", "{}/test.jsonl"])
+def test_what_a_pattern_takes_is_not_held_out_as_well(tmp_path: Path, split: str) -> None:
+    for name in ("train", "more", "test"):
+        write_jsonl(tmp_path / f"{name}.jsonl", some_rows(3))
+    with pytest.raises(DataError, match=r"test\.jsonl: held out as well") as raised:
+        training_sources(section(dataset_name=f"{tmp_path}/*.jsonl", dataset_test_split=split.format(tmp_path)))
+    data = load_recipe("demo", shlex.split(message(raised).partition("remedy: ")[2])).data
+    assert data.names == [f"{tmp_path}/more.jsonl", f"{tmp_path}/train.jsonl"]
+    assert len(training_sources(data)) == 2
+    assert [pair.where for pair in held_out(data)] == [f"test.jsonl:{line}" for line in (1, 2, 3)]
 
 
 # --- the hub

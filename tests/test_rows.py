@@ -365,8 +365,14 @@ def test_objects_over_several_lines_are_one_fault(tmp_path: Path) -> None:
     # One alone has no lines of its own either.
     assert "over several lines" in fault(places, write(tmp_path / "b.json", json.dumps(ROW, indent=1)))
     two_lists = {"chosen": [{"role": "user"}], "rejected": [{"role": "user"}]}
-    for row in (ROW, two_lists, {"data": []}):
+    for row in (ROW, two_lists, ROW | {"chosen": [{"role": "user"}]}, {"data": []}):
         assert rows_of(write(tmp_path / "c.json", json.dumps(row))) == [row]
+
+
+def test_splits_within_one_json_are_told_apart(tmp_path: Path) -> None:
+    text = fault(places, write(tmp_path / "a.json", json.dumps({"train": [ROW], "test": [ROW]})))
+    assert text.startswith("a.json: lists of rows under several names: 'train', 'test'")
+    assert """jq -c '.["train"][]' OLD > NEW.jsonl""" in text
 
 
 @pytest.mark.parametrize("before", [0, 1])

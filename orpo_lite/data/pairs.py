@@ -8,6 +8,8 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
+import shlex
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -19,7 +21,7 @@ from orpo_lite.data.columns import Look, map_line, plain_name, shown
 from orpo_lite.data.formats import COLUMNS, Detected, Pair, Row, detect_format, is_known
 from orpo_lite.data.kinds import CHAT, is_blank, kind_of
 from orpo_lite.data.readers import EMPTY_CHOSEN, EMPTY_REJECTED, NO_TOOLS, ToolError, says_nothing
-from orpo_lite.data.rows import Source, find_source, is_path, names_line, refuse_twice
+from orpo_lite.data.rows import Source, find_source, is_local, is_path, names_line, refuse_twice
 from orpo_lite.errors import SHOWN, DataError, raise_all
 
 if TYPE_CHECKING:
@@ -240,7 +242,7 @@ class PairReader:
         """What names the files of a set one by one, each of its own format; "" where their first rows are alike."""
         parts = source.parts() if source.name in self.data.names else ()  # held-out pairs are one set
         kinds = []
-        for _, part in parts:
+        for part in parts:
             rows: list[Row] = []
             with suppress(DataError):
                 rows = [_mapped(row, self._map) for _, row in islice(part.rows([]), LOOK)]
@@ -248,7 +250,7 @@ class PairReader:
             kinds.append({column: kind for column, kind in look.kinds.items() if kind != "null"})
         if all(held == kinds[0] for held in kinds):
             return ""
-        files = {source.name: [name for name, _ in parts]}
+        files = {source.name: source.paths()}
         line = names_line([file for name in self.data.names for file in files.get(name, [name])])
         return f"{line} reads each file in its own format"
 
@@ -318,7 +320,23 @@ def training_sources(data: DataSection) -> list[Source]:
         raise DataError("data.dataset_train_split", found, expected, "leave it out, or name the file of that split")
     sources = [find_source(name, split, data.dataset_config) for name in data.names]
     refuse_twice(sources)
+    if data.dataset_test_split is not None and all(map(is_local, data.names)):
+        _refuse_held_out(sources, held_out_sources(data))
     return sources
+
+
+def _refuse_held_out(sources: Sequence[Source], held_out: Sequence[Source]) -> None:
+    """Raise DataError for a file that would be both trained on and held out: a pattern takes all that it matches."""
+    theirs = [file for source in held_out for file in source.paths()]
+    held = set(map(os.path.realpath, theirs))
+    files = [file for source in sources for file in source.paths()]
+    left = [file for file in files if os.path.realpath(file) not in held]
+    if len(left) < len(files):
+        both = shown(*(Path(file).name for file in files if file not in left))
+        remedy = names_line(left) if left else "name other files in one of the two"
+        if left and len(theirs) == 1:  # files of their own have no splits by which to name it
+            remedy += " " + shlex.quote(f"data.dataset_test_split={theirs[0]}")
+        raise DataError("data.dataset_name", f"{both}: held out as well", "pairs on one side alone", remedy)
 
 
 def held_out_sources(data: DataSection) -> list[Source]:
@@ -336,7 +354,10 @@ def held_out_sources(data: DataSection) -> list[Source]:
             return [find_source(test, "auto", None)]
     if alone := next((name for name in data.names if Path(name).expanduser().is_file()), None):
         expected = f"a file of its own ({alone} has no splits), or null to hold out data.test_split_size"
-        raise DataError("data.dataset_test_split", repr(test), expected, "data.dataset_test_split=held-out.jsonl")
+        folders = [find_source(name, test, None) for name in data.names if Path(name).expanduser().is_dir()]
+        files = [file for source in folders for file in source.paths()]
+        remedy = shlex.quote(f"data.dataset_test_split={files[0] if len(files) == 1 else 'held-out.jsonl'}")
+        raise DataError("data.dataset_test_split", repr(test), expected, remedy)
     return [find_source(name, test, data.dataset_config) for name in data.names]
 
 

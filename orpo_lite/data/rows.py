@@ -53,8 +53,12 @@ class Source(ABC):
     def columns(self) -> frozenset[str] | None:
         """The columns of all rows, where they are known without reading the rows, as of a table; else None."""
 
-    def parts(self) -> Sequence[tuple[str, Source]]:
-        """Each file by itself, with the name to call it by; none of a source that is no files, or only one."""
+    def paths(self) -> list[str]:
+        """The files, by the names to call them by; none of a source that is no files."""
+        return []
+
+    def parts(self) -> Sequence[Source]:
+        """Each of several files by itself."""
         return ()
 
 
@@ -175,9 +179,11 @@ class LocalSource(Source):
                 counts.append(count)
         return digest.hexdigest(), sum(counts) if all(counts) else 0
 
-    def parts(self) -> Sequence[tuple[str, Source]]:
-        parts = [(str(file.path), replace(self, files=(file,))) for file in self.files]
-        return parts if len(parts) > 1 else ()
+    def paths(self) -> list[str]:
+        return [str(file.path) for file in self.files]
+
+    def parts(self) -> Sequence[Source]:
+        return [replace(self, files=(file,)) for file in self.files] if len(self.files) > 1 else ()
 
     def columns(self) -> frozenset[str] | None:
         with _readable(self.name):
