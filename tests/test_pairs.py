@@ -422,6 +422,7 @@ def test_sets_of_different_formats_are_read_as_one(tmp_path: Path) -> None:
     pairs, reader = read(names)
     assert [pair.where for pair in pairs] == ["a.jsonl:1", "a.jsonl:2", "a.jsonl:3", "b.jsonl:1", "c.jsonl:1"]
     assert [sentence.split()[1] for sentence in reader.detected] == ["explicit", "hh_rlhf", "implicit"]
+    assert [sentence.partition(", in ")[2] for sentence in reader.detected] == [s.name for s in reader.sources]
     assert (reader.read, reader.drops.counts) == (7, {EMPTY_CHOSEN: 2})
     assert reader.drops.places == {EMPTY_CHOSEN: ["a.jsonl:4", "b.jsonl:2"]}
     assert pairs[3].messages == (user("Name a colour."),)

@@ -302,6 +302,12 @@ def test_an_output_that_lacks_characters_has_them_escaped(coffee: Path, encoding
     assert ("你好" if encoding == "utf-8" else r"\u4f60\u597d") in shown.decode(encoding)
 
 
+def test_the_template_is_called_by_the_name_of_its_file(coffee: Path, look: Look) -> None:
+    for name in ("one.jinja", "two.jinja"):
+        (coffee / name).write_text("{% for m in messages %}{{ m.content }}</s>{% endfor %}")
+        assert f"the chat template of {coffee / name}" in look(f"data.chat_template={coffee / name}")[1]
+
+
 def test_templates_that_begin_late_are_counted(coffee: Path, look: Look) -> None:
     rows = [[f"Which bean is number {i}?", f"Bean {i}.", "None."] for i in range(LOOK)]
     templated = [[f"USER: Which roast is {name}? ASSISTANT:", "Light.", "Dark."] for name in "abc"]

@@ -120,13 +120,19 @@ class PairReader:
         """The pair at a place, and why it would be left out, if it would. Raises DataError."""
         faults: list[DataError] = []
         near: list[Pair] = []
+        alike: list[Pair] = []
         for source in self.sources:
             for pair in self._pairs(source, faults):
                 if pair.where == place:
                     return pair, pair.drop or _drop_reason(pair)
                 if place.endswith(f"/{pair.where}"):
                     near.append(pair)
-        if near:
+                if pair.where.endswith(f"/{place}"):
+                    alike.append(pair)
+        if len(alike) > 1:
+            remedy = " or ".join(pair.where for pair in alike[:PLACES])
+            raise DataError(place, f"no such row, but {len(alike)} that end so", "the whole place", remedy)
+        if near := near or alike:
             pair = max(near, key=lambda pair: len(pair.where))  # sub/p.jsonl:3 rather than p.jsonl:3
             return pair, pair.drop or _drop_reason(pair)
         raise_all([fault for fault in faults if fault.where.partition(", field ")[0] == place])
@@ -156,11 +162,12 @@ class PairReader:
         except DataError as fault:
             raise_all(_tools_once([*faults, self._of_set(fault, source), *broken]))
             raise
+        named = f", in {source.name}" if len(self.sources) > 1 else ""
         self.detected.append("")
         self.columns.append({})
         names = {key: None for row in looked for key in row}
         held = _held_columns(listed, looked)
-        self._say(detected, held, names)
+        self._say(f"{detected.sentence}{named}", detected, held, names)
         seen = {key for row in look for key, value in row.items() if not is_blank(value)}
         moved, read, unread = 0, 0, []
         for before, (where, row) in chain(looked_at, rows):
@@ -176,7 +183,7 @@ class PairReader:
                 except DataError as fault:
                     raise_all(_tools_once([*faults, self._of_set(fault, source)]))
                     raise
-                self._say(detected, held, names)
+                self._say(f"{detected.sentence}{named}", detected, held, names)
             try:
                 blank = all(map(is_blank, mapped.values()))
                 read += not blank
@@ -187,13 +194,15 @@ class PairReader:
         faults += broken[moved:]
         faults[:] = self._sum_up(faults, unread, read, source)
 
-    def _say(self, detected: Detected, held: Mapping[str, Collection[str]], names: Collection[str]) -> None:
+    def _say(
+        self, sentence: str, detected: Detected, held: Mapping[str, Collection[str]], names: Collection[str]
+    ) -> None:
         """Note what is known by now of the set that is being read."""
         theirs = {ours: held.get(column, [column]) for ours, column in detected.columns.items()}
         others = [name for name in names if name not in chain.from_iterable(theirs.values())]
         read = {ours: " or ".join(columns) for ours, columns in theirs.items()}
-        self.detected[-1] = detected.sentence
-        self.columns[-1] = {"format": detected.sentence, "read": read, "not_read": others}
+        self.detected[-1] = sentence
+        self.columns[-1] = {"format": sentence, "read": read, "not_read": others}
 
     def _look_again(
         self,

@@ -62,7 +62,7 @@ def tokenized(
     key = cache.make_key(
         sets=[sha256 for sha256, _ in prints],
         tokenizer=cache.tokenizer_sha256(tokenizer_folder),
-        template=template_file(data.chat_template) if is_file(data.chat_template) else data.chat_template,
+        template=_template_key(data.chat_template),
         fields=data.model_dump(include=set(TOKEN_FIELDS)),
     )
     try:
@@ -81,6 +81,11 @@ def tokenized(
     if entry is None:
         raise FitError(str(cache.cache_folder()), "what was written cannot be read", "a sound disk", "try it again")
     return entry
+
+
+def _template_key(choice: str) -> str:
+    """The template, with the name of its file, which is said of the tokens."""
+    return f"{choice}\n{template_file(choice)}" if is_file(choice) else choice
 
 
 def _tokenize(
