@@ -212,7 +212,7 @@ class DataSection(Section):
 
     @property
     def columns(self) -> dict[str, list[str]]:
-        """What column_map says: our name to the columns that may hold it, the first of which a set is read by."""
+        """What column_map says: our name to the columns that may hold it, of which a row is read by its first."""
         return {ours: [names] if isinstance(names, str) else names for ours, names in self.column_map.items()}
 
 
