@@ -58,8 +58,17 @@ def _list_or_all_linear(value: object) -> object:
 
 
 def _names(value: object) -> object:
-    """Several names as a list; a comma parts them, unless a file has one in its name."""
-    if not isinstance(value, str) or "," not in value or Path(value).expanduser().exists():
+    """Several names as a list; a comma parts them, unless a file has one in its name. So it may in a list of JSON."""
+    if not isinstance(value, str) or Path(value).expanduser().exists():
+        return value
+    try:
+        return json.loads(value) if value.startswith('["') else _parted(value)
+    except ValueError:
+        return _parted(value)
+
+
+def _parted(value: str) -> str | list[str]:
+    if "," not in value:
         return value
     names = [name.strip(" \"'") for name in value.strip("[] ").split(",")]
     return [name for name in names if name]
@@ -203,7 +212,7 @@ class DataSection(Section):
 
     @property
     def columns(self) -> dict[str, list[str]]:
-        """What column_map says: our name to the columns that may hold it, the first of which a set is read by."""
+        """What column_map says: our name to the columns that may hold it, of which a row is read by its first."""
         return {ours: [names] if isinstance(names, str) else names for ours, names in self.column_map.items()}
 
 

@@ -719,6 +719,34 @@ def test_case_and_spaces_of_a_column_make_no_difference(shape: str, spell: Calla
     assert set(detect(rows)[0].columns.values()) <= set(rows[0])
 
 
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+def test_a_dialogue_may_have_the_line_ends_of_windows(ends: str) -> None:
+    row = {side: f"{HH} {text}".replace("\n", ends) for side, text in BLUE_SEVEN.items()}
+    detected, _ = detect([row] * 2)
+    assert detected.name == "hh_rlhf"
+    pair = detected.read(row, "x")
+    assert (pair.messages, pair.chosen, pair.rejected, pair.prompt_text) == (HH_TURNS, "Blue.", "Seven.", f"{HH} ")
+
+
+@pytest.mark.parametrize("settings", [{}, {"name": "hh_rlhf"}])
+def test_the_replies_to_a_dialogue_may_bring_their_marker(settings: dict[str, Any]) -> None:
+    row = {"prompt": HH, "chosen": "\n\nAssistant: Blue.", "rejected": "\n\nAssistant: Seven."}
+    ((pair,), name) = read([row], **settings), detect([row], **settings)[0].name
+    assert (name, pair.messages, pair.chosen, pair.rejected) == ("hh_rlhf", HH_TURNS, "Blue.", "Seven.")
+    (pair,) = read([row | {"prompt": HH.removesuffix("\n\nAssistant:")}], plain=True)
+    assert (pair.messages, pair.chosen, pair.prompt_text) == (HH_TURNS, "Blue.", f"{HH} ")
+
+
+@pytest.mark.parametrize(
+    "name", ["System Prompt", "system-prompt", "systemPrompt", " SYSTEM_MESSAGE", "SystemMessage", "system_instruction"]
+)
+def test_the_words_of_a_name_may_be_put_together_in_any_way(name: str) -> None:
+    rows = [{name: "Be  brief.", "question": Q, **BLUE_SEVEN}] * 2
+    assert [(pair.messages, pair.chosen) for pair in read(rows)] == [((system("Be  brief."), user(Q)), "Blue.")] * 2
+    openai = {"input": {"messages": [*TALK]}, "preferredOutput": [bot("Blue.")], "Non-Preferred Output": [bot("7")]}
+    assert read([openai])[0].chosen == "Blue."
+
+
 # --- what stands before the reply
 
 EARLIER = (user("Hi"), bot("Hello."))
@@ -982,6 +1010,19 @@ TWO_READINGS: dict[str, tuple[list[dict[str, Any]], dict[str, tuple[str, list[An
         ],
         {"data.column_map=better=vote": ("judged", [BLUE, BLUE])},
     ),
+    "replies that name the two answers": (
+        [{"prompt": Q, "answer_a": "Seven.", "answer_b": "Blue.", "chosen": "answer_b", "rejected": "answer_a"},
+         {"prompt": Q, "answer_a": "Blue.", "answer_b": "Seven.", "chosen": "Answer_a", "rejected": "Answer_b"}],
+        {"data.column_map=better=chosen": ("judged", [BLUE, BLUE])},
+    ),
+    "replies that are letters of the two answers": (
+        [{"prompt": Q, "response_a": "Seven.", "response_b": "Blue.", "chosen": "B", "rejected": "A"}] * 2,
+        {"data.column_map=better=chosen": ("judged", [BLUE, BLUE])},
+    ),
+    "replies that name two columns": (
+        [{"prompt": Q, "small": "Seven.", "large": "Blue.", "chosen": "large", "rejected": "small"}] * 2,
+        {"data.column_map=response_a=small,response_b=large,better=chosen": ("judged", [BLUE, BLUE])},
+    ),
     "two pairs of answers": (
         [
             {"prompt": Q, "winner": "a", "answer_a": "Blue.", "answer_b": "Seven.", "reply_a": "Seven.",
@@ -1067,6 +1108,43 @@ TWO_READINGS: dict[str, tuple[list[dict[str, Any]], dict[str, tuple[str, list[An
             "data.format=implicit": ("implicit", [BLUE] * 2),
         },
     ),
+    "earlier turns and the question beside whole conversations": (
+        [{"messages": [*TALK], **wholes(user(Q))}] * 2,
+        {
+            "data.column_map=conversation=messages": ("conversation", [(TALK, "Blue.", "Seven.")] * 2),
+            "data.format=implicit": ("implicit", [BLUE] * 2),
+        },
+    ),
+    "a system turn in ShareGPT's conversations beside whole ones": (
+        [{"conversations": [said("system", "Be  brief."), said("human", Q)], **wholes(user(Q))}] * 2,
+        {
+            "data.column_map=conversation=conversations": ("conversation", [(BRIEF, "Blue.", "Seven.")] * 2),
+            "data.format=implicit": ("implicit", [BLUE] * 2),
+        },
+    ),
+    "a system turn in messages that end with the better reply": (
+        [{"prompt": Q, "messages": [*BRIEF, bot("Blue.")], **wholes(user(Q))}] * 2,
+        {
+            "data.column_map=conversation=messages": ("conversation", [(BRIEF, "Blue.", "Seven.")] * 2),
+            "data.column_map=prompt=prompt": ("messages", [BLUE] * 2),
+        },
+    ),
+    "a system turn under another name, in messages that end with the better reply": (
+        [{"prompt": Q, "turns": [*BRIEF, bot("Blue.")], **BLUE_SEVEN}] * 2,
+        {
+            "data.column_map=conversation=turns": ("conversation", [(BRIEF, "Blue.", "Seven.")] * 2),
+            "data.column_map=prompt=prompt": ("explicit", [BLUE] * 2),
+        },
+    ),
+    "earlier turns in messages that end with a third reply": (
+        [{"prompt": Q, "messages": [*TALK, bot("Red?")], **BLUE_SEVEN}] * 2,
+        {"data.column_map=prompt=prompt": ("explicit", [BLUE] * 2)},
+    ),
+    "a system turn in messages beside two whole answers": (
+        [{"messages": [*BRIEF], "response_a": [user(Q), bot("Blue.")], "response_b": [user(Q), bot("Seven.")],
+          "winner": "a"}] * 2,
+        {"data.column_map=conversation=messages": ("judged", [(BRIEF, "Blue.", "Seven.")] * 2)},
+    ),
     "texts that begin alike beside what they reply to": (
         [{"task": f"{Q} {i}", "chosen": f"It is blue {i}", "rejected": f"It is seven {i}"} for i in range(2)],
         {
@@ -1099,6 +1177,15 @@ TWO_READINGS: dict[str, tuple[list[dict[str, Any]], dict[str, tuple[str, list[An
             "data.column_map=system=prompt": ("messages", [(BRIEF, "Blue.", "Seven.")] * 2),
             "data.format=implicit": ("implicit", [BLUE] * 2),
         },
+    ),
+    "a prompt that is not in two whole answers": (
+        [{"prompt": "Be  brief.", "response_a": [user(Q), bot("Blue.")], "response_b": [user(Q), bot("Seven.")],
+          "winner": "a"}] * 2,
+        {"data.column_map=system=prompt": ("judged", [(BRIEF, "Blue.", "Seven.")] * 2)},
+    ),
+    "earlier turns in a text": (
+        [{"prompt": Q, "history": "User: Hi\nBot: Hello.", **BLUE_SEVEN}] * 2,
+        {"data.column_map=prompt=prompt": ("explicit", [BLUE] * 2)},
     ),
     "a context beside conversations that hold the question alone": (
         [{"context": "Be  brief.", "question": Q, **wholes(user(Q))}] * 2,
@@ -1176,6 +1263,39 @@ def test_two_readings_are_refused_and_each_line_leads_to_one(case: str) -> None:
         assert found == name
         assert [(pair.messages, pair.chosen, pair.rejected) for pair in read_pairs] == pairs
         assert not any(pair.drop for pair in read_pairs)
+
+
+@pytest.mark.parametrize("value", [int, float, str])
+@pytest.mark.parametrize(("ends", "numbers"), [("12", (1, 0)), ("12", (0, 0)), ("01", (1, 2))])
+def test_numbers_that_count_otherwise_than_the_answers_are_refused(
+    ends: str, numbers: tuple[int, int], value: Callable[[int], Any]
+) -> None:
+    answers = {f"answer_{ends[0]}": "Blue.", f"answer_{ends[1]}": "Seven."}
+    rows = [{"prompt": Q, **answers, "winner": value(numbers[i == 9])} for i in range(10)]
+    assert "write winner so" in refused(rows)
+
+
+def test_a_number_of_neither_answer_puts_all_numbers_in_doubt() -> None:
+    rows = [{"prompt": Q, "answer_1": "Blue.", "answer_2": "Seven.", "winner": 1}] * 2
+    detected, _ = detect(rows)
+    with pytest.raises(DataError, match="remedy: write winner as a or b in every row"):
+        detected.read(rows[0] | {"winner": 0}, "x:3")
+    with pytest.raises(DataError, match="remedy: mend or remove the row"):
+        detected.read(rows[0] | {"winner": "third"}, "x:3")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": Q, "messages": [user(Q), bot("Red?")], **BLUE_SEVEN},
+        {"prompt": f"Hi > Hello. > {Q}", "messages": [*TALK, bot("Blue.")], **BLUE_SEVEN},
+        {"messages": [*TALK, bot("Blue.")], "chosen": f"{HH} Blue.", "rejected": f"{HH} Seven."},
+        {"turns": [bot("Red?"), bot("Blue.")], "prompt": Q, **BLUE_SEVEN},
+    ],
+)
+def test_a_conversation_of_which_all_is_read_may_stand_beside_it(row: dict[str, Any]) -> None:
+    (pair,) = read([row])
+    assert (pair.chosen, pair.rejected, pair.drop) == ("Blue.", "Seven.", None)
 
 
 TEMPLATES = {
@@ -1894,6 +2014,19 @@ def test_a_repetition_is_found_whatever_the_white_space(prompt: str, again: str)
     assert (pair.messages, pair.chosen, pair.rejected) == ((user(prompt.rstrip()),), "Blue.", "Seven.")
     assert pair.prompt_text is not None  # and with it the texts are those of the set
     assert pair.prompt_text + pair.chosen == rows[0]["chosen"]
+
+
+@pytest.mark.parametrize(
+    ("before", "again", "turns"),
+    [
+        ({"system": "Be  brief.", "question": Q}, f"Be brief.\n\n{Q}\n\n", BRIEF),
+        ({"prompt": [*TALK]}, f"Hi\nHello.\n{Q}\n", TALK),
+        ({"prompt": [*TALK]}, f"Hello.\n{Q}\n", TALK),
+    ],
+)
+def test_a_repetition_may_be_of_several_turns(before: dict[str, Any], again: str, turns: Turns) -> None:
+    (pair,) = read([{**before, "chosen": f"{again}Blue.", "rejected": f"{again}Seven."}])
+    assert (pair.messages, pair.chosen, pair.rejected) == (turns, "Blue.", "Seven.")
 
 
 @pytest.mark.parametrize("sides", [("chosen", "rejected"), ("rejected", "chosen")])

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -380,9 +381,10 @@ def test_replies_that_begin_with_the_prompt_again_are_counted(tmp_path: Path) ->
         {"prompt": "Name a\ncolour.", "chosen": "Name a colour. Blue.", "rejected": "no"},
         {"prompt": "Name a colour.", "chosen": "Blue.", "rejected": "\n Name  a\r\ncolour.\tNo."},
         {"prompt": "Name", "chosen": "Names are short.", "rejected": "no"},
+        {"system": "Be brief.", "prompt": "Name one.", "chosen": "Be  brief.\nName one. Blue.", "rejected": "no"},
     ]
     _, reader = read(write_jsonl(tmp_path / "pairs.jsonl", plain + again))
-    assert reader.repeated == 2
+    assert reader.repeated == 3
 
 
 def test_what_was_read_and_what_was_not_is_said(tmp_path: Path) -> None:
@@ -420,6 +422,7 @@ def test_sets_of_different_formats_are_read_as_one(tmp_path: Path) -> None:
     pairs, reader = read(names)
     assert [pair.where for pair in pairs] == ["a.jsonl:1", "a.jsonl:2", "a.jsonl:3", "b.jsonl:1", "c.jsonl:1"]
     assert [sentence.split()[1] for sentence in reader.detected] == ["explicit", "hh_rlhf", "implicit"]
+    assert [sentence.partition(", in ")[2] for sentence in reader.detected] == [s.name for s in reader.sources]
     assert (reader.read, reader.drops.counts) == (7, {EMPTY_CHOSEN: 2})
     assert reader.drops.places == {EMPTY_CHOSEN: ["a.jsonl:4", "b.jsonl:2"]}
     assert pairs[3].messages == (user("Name a colour."),)
@@ -516,6 +519,70 @@ def test_a_table_is_not_read_for_a_column_that_its_head_does_not_name(
     pairs, _ = read(f"{tmp_path}/*.csv", column_map={"system": "persona"})
     assert pairs[-1].messages[0]["role"] == "system"
     assert HubSource("a/b", "", "train", table).columns() == {"prompt", "chosen", "rejected"}
+
+
+def test_a_map_does_not_take_the_place_of_a_pair_that_one_set_alone_has(tmp_path: Path) -> None:
+    named = [{"prompt": f"{i}?", "good": "Blue.", "bad": "Seven."} for i in range(3)]
+    one, other = write_jsonl(tmp_path / "a.jsonl", named), tmp_path / "b.jsonl"
+    write_jsonl(other, [row | {"chosen": "Red.", "rejected": "Eight."} for row in named])
+    column_map = {"chosen": "good", "rejected": "bad"}
+    with pytest.raises(DataError, match=r"b\.jsonl: it takes good and bad for chosen and rejected, which") as raised:
+        read(f"{one},{other}", column_map=column_map)
+    (line,) = re.findall(r"data\.column_map=[^\s;]+", raised.value.remedy)
+    pairs, reader = read(f"{one},{other}", column_map=load_recipe("demo", [line]).data.column_map)
+    assert [pair.chosen for pair in pairs] == ["Blue."] * 3 + ["Red."] * 3
+    assert [columns["read"]["chosen"] for columns in reader.columns] == ["good", "chosen"]
+    assert {pair.chosen for pair in read(other, column_map=column_map)[0]} == {"Blue."}  # alone it is what was said
+    write_jsonl(
+        one, [row | {"chosen": "Red.", "rejected": "Eight."} for row in named]
+    )  # and so it is where both have it
+    assert {pair.chosen for pair in read(f"{one},{other}", column_map=column_map)[0]} == {"Blue."}
+
+
+def test_files_of_different_names_in_one_folder_share_a_map(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [{"user_query": f"{i}?", "good": "Blue.", "bad": "Seven."} for i in range(3)])
+    write_jsonl(tmp_path / "b.jsonl", [{"task": f"{i}?", "win": "Blue.", "lose": "Seven."} for i in range(3)])
+    name, column_map = tmp_path / "*.jsonl", {}
+    for _ in range(3):
+        with pytest.raises(DataError) as raised:
+            read(name, column_map=column_map)
+        lines = re.findall(r"data\.\w+=\S+", message(raised))
+        data = load_recipe("demo", [f"data.dataset_name={name}", *lines]).data
+        name, column_map = ",".join(data.names), data.column_map
+    for names in (tmp_path, tmp_path / "*.jsonl", name):
+        assert [pair.chosen for pair in read(names, column_map=column_map)[0]] == ["Blue."] * 6
+    columns = read(tmp_path, column_map=column_map)[1].columns
+    assert columns[0]["read"] == {"prompt": "user_query or task", "chosen": "good or win", "rejected": "bad or lose"}
+    assert columns[0]["not_read"] == []
+
+
+@pytest.mark.parametrize("format_", ["auto", "ranked", "hh_rlhf"])
+def test_files_of_different_formats_in_one_folder_are_named_one_by_one(tmp_path: Path, format_: str) -> None:
+    (tmp_path / "my set").mkdir()
+    other = write_jsonl(tmp_path / "other.jsonl", [EXPLICIT])
+    ranked = {"prompt": "Name a number.", "completions": [{"response": "7", "score": 1}, {"response": "a", "score": 0}]}
+    write_jsonl(tmp_path / "my set" / "a.jsonl", [HH if format_ == "hh_rlhf" else ranked] * (LOOK + 20))
+    write_jsonl(tmp_path / "my set" / "b.jsonl", [EXPLICIT] * (SHOWN + 5))
+    with pytest.raises(DataError, match="its files hold rows of different kinds") as raised:
+        read(f"{tmp_path / 'my set'},{other}", format=format_)
+    (line,) = shlex.split(*re.findall(r"remedy: (\S.*) reads each file in its own format", str(raised.value)))
+    pairs, reader = read(",".join(load_recipe("demo", [line]).data.names))
+    assert (len(pairs), len(reader.detected)) == (LOOK + 20 + SHOWN + 6, 3)
+    write_jsonl(tmp_path / "my set" / "a.jsonl", [{"question": "q", "good": "a", "bad": "b"}] * 3)
+    write_jsonl(tmp_path / "my set" / "b.jsonl", [{"question": "q", "good": "a", "bad": "b"}] * 3)
+    with pytest.raises(DataError) as raised:  # of one kind
+        read(tmp_path / "my set", format=format_)
+    assert "dataset_name=" not in raised.value.remedy
+
+
+def test_a_format_that_fits_no_row_is_one_fault(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "pairs.jsonl", [EXPLICIT] * 900)
+    with pytest.raises(DataError, match="ranked fits none of 900 rows: missing; the columns are") as raised:
+        read(path, format="ranked")
+    assert "data.format=auto" in message(raised)
+    humans = [{**LISTS, "prompt": [{"role": "human", "content": f"{i}?"}]} for i in range(900)]
+    with pytest.raises(DataError, match=r"pairs\.jsonl:1, field .*'human', as in all 900 rows"):
+        read(write_jsonl(path, humans))
 
 
 def test_faults_of_all_sets_come_together(tmp_path: Path) -> None:
@@ -779,6 +846,20 @@ def test_a_single_file_has_no_splits(tmp_path: Path) -> None:
         with pytest.raises(DataError, match="'test'") as raised:
             held_out_sources(section(dataset_name=str(names), dataset_test_split="test"))
         assert "train.jsonl has no splits" in message(raised)
+    split = raised.value.remedy.removeprefix("data.dataset_test_split=")  # that of the set beside it
+    assert len(held_out_sources(section(dataset_name=str(names), dataset_test_split=split))) == 1
+
+
+@pytest.mark.parametrize("split", ["test", "{}/test.jsonl"])
+def test_what_a_pattern_takes_is_not_held_out_as_well(tmp_path: Path, split: str) -> None:
+    for name in ("train", "more", "test"):
+        write_jsonl(tmp_path / f"{name}.jsonl", some_rows(3))
+    with pytest.raises(DataError, match=r"test\.jsonl: held out as well") as raised:
+        training_sources(section(dataset_name=f"{tmp_path}/*.jsonl", dataset_test_split=split.format(tmp_path)))
+    data = load_recipe("demo", shlex.split(message(raised).partition("remedy: ")[2])).data
+    assert data.names == [f"{tmp_path}/more.jsonl", f"{tmp_path}/train.jsonl"]
+    assert len(training_sources(data)) == 2
+    assert [pair.where for pair in held_out(data)] == [f"test.jsonl:{line}" for line in (1, 2, 3)]
 
 
 # --- the hub
@@ -845,6 +926,17 @@ def test_turns_that_come_late_are_not_left_out_unsaid(tmp_path: Path, column: st
     pairs, _ = read(path, column_map={"history": column})
     assert [len(pair.messages) for pair in pairs[-2:]] == [1, 3]
     assert len(read(path, column_map={"prompt": "prompt"})[0]) == LOOK + 6
+
+
+def test_a_conversation_that_comes_late_is_not_left_out_by_the_name_of_the_format(tmp_path: Path) -> None:
+    rows = [*some_rows(LOOK + 20), EXPLICIT | {"messages": [user("Hi"), bot("Hello."), user(EXPLICIT["prompt"])]}]
+    path = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    with pytest.raises(DataError, match=r"remedy: data\.format=explicit"):
+        read(path)
+    with pytest.raises(DataError, match=r"remedy: data\.column_map=history=messages to put them in front"):
+        read(path, format="explicit")
+    pairs, _ = read(path, column_map={"history": "messages"})
+    assert [len(pair.messages) for pair in pairs[-2:]] == [1, 3]
 
 
 def test_the_lines_for_a_rival_that_comes_late_work_when_pasted(tmp_path: Path) -> None:

@@ -302,6 +302,12 @@ def test_an_output_that_lacks_characters_has_them_escaped(coffee: Path, encoding
     assert ("你好" if encoding == "utf-8" else r"\u4f60\u597d") in shown.decode(encoding)
 
 
+def test_the_template_is_called_by_the_name_of_its_file(coffee: Path, look: Look) -> None:
+    for name in ("one.jinja", "two.jinja"):
+        (coffee / name).write_text("{% for m in messages %}{{ m.content }}</s>{% endfor %}")
+        assert f"the chat template of {coffee / name}" in look(f"data.chat_template={coffee / name}")[1]
+
+
 def test_templates_that_begin_late_are_counted(coffee: Path, look: Look) -> None:
     rows = [[f"Which bean is number {i}?", f"Bean {i}.", "None."] for i in range(LOOK)]
     templated = [[f"USER: Which roast is {name}? ASSISTANT:", "Light.", "Dark."] for name in "abc"]
@@ -312,6 +318,11 @@ def test_templates_that_begin_late_are_counted(coffee: Path, look: Look) -> None
     assert "pairs that hold markers of a chat template, as if one was applied already: 3\n" in shown
     assert json.loads(look("--json")[1])["templated_pairs"] == 3
     assert json.loads(look("--json", "data.chat_template=none")[1])["templated_pairs"] == 0
+    with (coffee / "coffee.csv").open("a", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(templated * 4)  # too many to be chance
+    code, _, said = look()
+    assert code == 3
+    assert "data.chat_template: 15 of 115 pairs hold markers of a chat template" in said
 
 
 def test_system_texts_that_the_template_leaves_out_are_counted(coffee: Path, look: Look) -> None:

@@ -5,6 +5,7 @@ import gzip
 import json
 import logging
 import os
+import shlex
 import shutil
 import time
 import tracemalloc
@@ -22,8 +23,9 @@ from hypothesis import strategies as st
 
 from orpo_lite.data import files as data_files
 from orpo_lite.data import rows as data_rows
-from orpo_lite.data.rows import Place, Source, choose_split, find_source, is_local, is_path, split_of
+from orpo_lite.data.rows import Place, Source, choose_split, find_source, is_local, is_path, names_line, split_of
 from orpo_lite.errors import DataError, HubError, OrpoLiteError, raise_all
+from orpo_lite.recipe import load_recipe
 
 ROW = {"prompt": "Name a colour.", "chosen": "Blue.", "rejected": "Seven."}
 LINE = json.dumps(ROW).encode()
@@ -363,8 +365,14 @@ def test_objects_over_several_lines_are_one_fault(tmp_path: Path) -> None:
     # One alone has no lines of its own either.
     assert "over several lines" in fault(places, write(tmp_path / "b.json", json.dumps(ROW, indent=1)))
     two_lists = {"chosen": [{"role": "user"}], "rejected": [{"role": "user"}]}
-    for row in (ROW, two_lists, {"data": []}):
+    for row in (ROW, two_lists, ROW | {"chosen": [{"role": "user"}]}, {"data": []}):
         assert rows_of(write(tmp_path / "c.json", json.dumps(row))) == [row]
+
+
+def test_splits_within_one_json_are_told_apart(tmp_path: Path) -> None:
+    text = fault(places, write(tmp_path / "a.json", json.dumps({"train": [ROW], "test": [ROW]})))
+    assert text.startswith("a.json: lists of rows under several names: 'train', 'test'")
+    assert """jq -c '.["train"][]' OLD > NEW.jsonl""" in text
 
 
 @pytest.mark.parametrize("before", [0, 1])
@@ -765,6 +773,13 @@ def test_files_with_other_columns_are_said(tmp_path: Path) -> None:
     assert "differ" not in said("spoilt", a_csv="q,a\n", **spoilt)
     (tmp_path / "spoilt" / "f.csv.gz").write_bytes(gzip.compress(b"q,b\n" * 100)[:12])
     assert "differ" not in source(tmp_path / "spoilt").said
+
+
+@pytest.mark.parametrize(
+    "names", [["my set/a.csv", "b.csv"], ["p,q/a.csv", 'c"d.csv'], ["p,q/a.csv"], ["it's.csv", "[b].csv"], ["ü b.csv"]]
+)
+def test_a_line_that_names_files_can_be_pasted(names: list[str]) -> None:
+    assert load_recipe("demo", shlex.split(names_line(names))).data.names == names
 
 
 def test_two_files_of_one_name_are_told_apart(tmp_path: Path) -> None:

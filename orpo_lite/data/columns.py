@@ -41,7 +41,7 @@ PAIRS = "write each pair as prompt, chosen and rejected"
 ALIASES: dict[str, tuple[str, ...]] = {
     "prompt": ("prompt", "question", "instruction", "query", "input", "problem", "user_prompt", "user_input", "history",
                "context"),
-    "system": ("system", "system_prompt", "system_message"),
+    "system": ("system", "system_prompt", "system_message", "system_instruction", "system_instructions", "sys_prompt"),
     "conversation": ("conversation", "conversations", "messages", "context"),
     "history": ("history",),
     "input": ("input",),
@@ -96,7 +96,7 @@ class Look:
         return "text" if read_by and name not in read_by and are_texts(values) else kind
 
     def named(self, *names: str) -> list[str]:
-        """The columns of these names, whatever their case and the spaces around them."""
+        """The columns of these names, however their words are put together, and whatever the spaces around them."""
         return [column for name in names for column in self.columns if plain_name(column) == name]
 
     def column(self, name: str) -> str:
@@ -143,7 +143,8 @@ class Look:
         if canonical in self.mapped or (canonical == "prompt" and self.kind("prompt") in CHAT):
             return [self.column(canonical)] if self.kind(canonical) != "missing" else []
         named = self.named(*ALIASES.get(canonical, (canonical,)))
-        named = [column for column in named if column not in self.mapped]  # it has been said what that is
+        said = {*self.mapped, *self.mapped.values()}  # what these are has been said
+        named = [column for column in named if column not in said]
         named = [column for column in named if self.kinds[column] in FITTING.get(canonical, self.kinds.values())]
         named.sort(key=lambda column: self.kinds[column] == "null")  # a blank one is no rival of one that speaks
         if canonical == "prompt" and self.is_alpaca():
@@ -177,6 +178,10 @@ class Look:
         if canonical == "prompt" and templated and not self.plain:
             replies = [side for side in ("chosen", "rejected") if self.share(is_templated, side) >= SOME]
             raw = [column for column in columns if column not in templated]
+            if not replies and all(plain_name(column) == "history" for column in templated):
+                found = f"{shown(*templated)} holds earlier turns as a text, and that is not read"
+                remedy = f"write it so, or {self.lines('prompt', raw)} to leave it out"
+                raise DataError("data.column_map", found, "messages, or pairs [user, assistant]", remedy)
             refuse_templated(self, [*templated, *replies], () if replies else raw)
         found = f"{shown(*columns)} could each be the {canonical}, and they differ"
         lines = [self.line(**{canonical: column}) for column in columns]
@@ -223,7 +228,7 @@ class Look:
         elif self.verdict and not is_blank(out.get("better")):
             verdict = self.verdict(out["better"])
             if verdict is None:
-                raise fault(where, shown(self.taken["better"]), seen(out, "better"), "one of the two answers, or a tie")
+                raise _verdict_fault(out, where, shown(self.taken["better"]))
             out["better"] = verdict
         return out
 
@@ -234,7 +239,9 @@ NUMBERED = re.compile(r"(.*?)[ _-]?([012ab])", re.IGNORECASE)  # response_0, res
 
 
 def plain_name(column: str) -> str:
-    return column.strip().lower()
+    """system_prompt, of System Prompt, system-prompt and systemPrompt."""
+    parted = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", column.strip())
+    return re.sub(r"[\s_-]+", "_", parted).lower()
 
 
 def words(column: str) -> list[str]:
@@ -271,6 +278,13 @@ def map_line(columns: Mapping[str, Sequence[str]]) -> str:
 def _quoted(text: str) -> str:
     """In YAML's double quotes, which know an escape for every character."""
     return '"' + "".join(c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08x}" for c in text) + '"'
+
+
+def _verdict_fault(row: Row, where: str, column: str) -> DataError:
+    """Of a value that is neither answer; where it is a number, the others may mean another answer than they seem to."""
+    number = kind_of(row["better"]) == "number" or str(row["better"]).strip().isdigit()
+    remedy = f"write {column} as a or b in every row, by what its numbers mean" if number else "mend or remove the row"
+    return fault(where, column, seen(row, "better"), "one of the two answers, or a tie", remedy)
 
 
 def refuse_templated(look: Look, names: Sequence[str], raw: Sequence[str] = ()) -> NoReturn:

@@ -17,7 +17,7 @@ from itertools import chain, dropwhile, islice
 from pathlib import Path
 from typing import IO, Any, cast
 
-from orpo_lite.data.readers import NotJson
+from orpo_lite.data.readers import COLUMNS, NotJson
 from orpo_lite.errors import DataError
 
 Place = tuple[str, Mapping[str, Any]]  # where a row stands, and the row
@@ -355,8 +355,14 @@ def _held_list(text: str, file: File) -> list[Any] | None:
         raise _json_fault(error, file.label) from None
     values = list(whole.values()) if isinstance(whole, dict) else []
     lists = [value for value in values if isinstance(value, list) and value and isinstance(value[0], dict)]
-    if len(lists) == 1:
+    a_row = isinstance(whole, dict) and not whole.keys().isdisjoint(COLUMNS)  # by itself, with messages in it
+    if len(lists) == 1 and not a_row:
         return lists[0]
+    messages = any(not rows[0].keys().isdisjoint(("role", "from")) for rows in lists)
+    if len(lists) == len(values) > 1 and not (a_row or messages):
+        names = ", ".join(repr(name) for name in list(whole)[:5])
+        remedy = f"jq -c '.[\"{next(iter(whole))}\"][]' OLD > NEW.jsonl, and a file for each of the others"
+        raise DataError(file.label, f"lists of rows under several names: {names}", "one list of rows", remedy)
     if _are_columns(values):
         remedy = 'pandas.read_json(OLD, dtype=False).to_json("NEW.jsonl", orient="records", lines=True)'
         raise DataError(file.label, "columns, each with the cells of all rows", "one JSON object a row", remedy)

@@ -55,6 +55,7 @@ from orpo_lite.data.readers import (
     Row,
     ToolError,
     begins_with,
+    is_whole_dialogue,
     repeated,
     says_more,
     shared_start,
@@ -63,7 +64,7 @@ from orpo_lite.data.readers import (
     without_reply,
 )
 from orpo_lite.data.unread import refuse_unread
-from orpo_lite.data.verdicts import VERDICTS, find_verdict, is_answer, two_answers
+from orpo_lite.data.verdicts import EITHER_VERDICT, VERDICTS, find_verdict, is_answer, refuse_labels, two_answers
 from orpo_lite.errors import DataError
 
 __all__ = ["COLUMNS", "PROMPTS_DIFFER", "READERS", "Detected", "Message", "Pair", "Reader", "Row", "detect_format",
@@ -112,7 +113,9 @@ def detect_format(
     _refuse_mapped(look)
     _refuse_python(look)
     if not said:
-        fitting = (found for clause in CLAUSES if (found := clause(look)))
+        refuse_labels(look)
+        clauses = (_judged, *CLAUSES) if _is_judged(look) else CLAUSES
+        fitting = (found for clause in clauses if (found := clause(look)))
         name, because = next(fitting, None) or _refuse_unknown(look)
     else:
         because = SAID
@@ -143,7 +146,7 @@ def detect_format(
 
     if as_texts:
         _refuse_no_messages(look, read, as_texts)
-    refuse_unread(look, name, said=said)
+    refuse_unread(look, name, lambda **columns: _tried(look, name if said else "auto", columns, read), said=said)
     if not said and _is_doubled(look, name, read):
         texts = look.kind(look.taken.get("prompt", "")) in TEXTS
         name = "doubled" if texts and name in ("explicit", "orca") else name
@@ -193,8 +196,16 @@ def _openai(look: Look) -> Found:
 
 def _dialogues(look: Look) -> Found:
     if look.kind("chosen") == look.kind("rejected") == "dialogue":
+        if not _is_whole(look) and look.kind("prompt") in TEXTS:
+            look.find("prompt")
+            return "hh_rlhf", "chosen and rejected are texts with Assistant: turns, which reply to prompt"
         return "hh_rlhf", "chosen and rejected are texts with Human: and Assistant: turns"
     return None
+
+
+def _is_whole(look: Look) -> bool:
+    """The dialogues hold what they reply to."""
+    return look.kind("chosen") == "dialogue" and look.share(is_whole_dialogue, "chosen") > 0
 
 
 def _conversations(look: Look) -> Found:
@@ -270,8 +281,8 @@ def _two_outputs(look: Look) -> Found:
     return "alpaca", "instruction is a text and output holds two texts, the chosen one and the rejected"
 
 
-def _ranked(look: Look) -> Found:
-    completions = None if look.kind("rejected") in USABLE else look.find("completions")
+def _ranked(look: Look, *, said: bool = False) -> Found:
+    completions = None if look.kind("rejected") in USABLE and not said else look.find("completions")
     if completions is None:
         return None
     if look.kind(completions) in LISTS:
@@ -295,12 +306,18 @@ def _ranked(look: Look) -> Found:
     return "ranked", reason
 
 
-def _judged(look: Look) -> Found:
-    answers = None if look.kind("rejected") in USABLE else two_answers(look)
+def _is_judged(look: Look) -> bool:
+    """The person has said which column is the verdict, whatever chosen and rejected hold."""
+    return bool(look.mapped.keys() & {*EITHER_VERDICT})
+
+
+def _judged(look: Look, *, said: bool = False) -> Found:
+    said = said or _is_judged(look)
+    answers = None if look.kind("rejected") in USABLE and not said else two_answers(look)
     if answers is None:
         return None
     verdict, look.verdict = find_verdict(look, answers)
-    if look.share(opens, answers[0]) < 1:
+    if look.share(opens, answers[0]) < 1 or "conversation" in look.mapped:
         _find_before(look)
     look.taken |= {"response_a": answers[0], "response_b": answers[1], "better": verdict}
     return "judged", f"{shown(*answers)} are two answers and {shown(verdict)} says which is the better"
@@ -315,15 +332,15 @@ CLAUSES = (_openai, _dialogues, _conversations, _texts, _two_outputs, _ranked, _
 def _find_columns(look: Look, name: str) -> None:
     """Of a format that the person has named, whatever the structure says."""
     if name == "ranked":
-        _ranked(look)
+        _ranked(look, said=True)
     elif name == "judged":
-        _judged(look)
+        _judged(look, said=True)
     elif name in ("conversation", "sharegpt"):
         if look.share(opens, "chosen") < 1 or "conversation" in look.mapped:
             _find_before(look)
     elif name not in ("implicit", "openai"):
         # Conversations and dialogues that are whole need no prompt, so no rival of it matters.
-        whole = look.kind("chosen") == "dialogue" if name == "hh_rlhf" else look.share(opens, "chosen") == 1
+        whole = _is_whole(look) if name == "hh_rlhf" else look.share(opens, "chosen") == 1
         if not whole or name in ("explicit", "alpaca"):
             look.find("prompt")
     if name == "alpaca":
@@ -503,18 +520,34 @@ def _as_texts(look: Look) -> str:
     if not texts or not any(look.kind(column) in (*STRUCTURED, *LISTS) for column in sides):
         return ""
     prompt = None if look.candidates("prompt") else guess_prompt(look, sides)
-    rows = [{**row, "prompt": row.get(prompt)} for row in look.rows] if prompt else look.rows
-    mapped = {**look.mapped, "prompt": prompt} if prompt else look.mapped
-    try:
-        explicit = detect_format(rows, name="explicit", mapped=mapped, plain=look.plain)
-        pairs = [explicit.read(row, "") for row in rows]
-    except DataError:
-        return ""
+    pairs = _tried(look, "explicit", {"prompt": prompt} if prompt else {})
     if any(
-        [pair.chosen, pair.rejected] != [row[side] for side in sides] for pair, row in zip(pairs, rows, strict=True)
+        pair is None or [pair.chosen, pair.rejected] != [row[side] for side in sides]
+        for pair, row in zip(pairs, look.rows, strict=True)
     ):
         return ""
     return f"data.format=explicit {look.line(prompt=prompt)}" if prompt else "data.format=explicit"
+
+
+def _tried(look: Look, name: str, columns: Mapping[str, str], read: Reader | None = None) -> list[Pair | None]:
+    """The pairs of these rows with further columns mapped, or, without any, as ``read`` has them; None: a fault."""
+    rows = look.rows
+    if columns or read is None:
+        rows = [
+            {key: value for key, value in row.items() if key not in columns}
+            | {ours: row[column] for ours, column in columns.items() if column in row}
+            for row in look.rows
+        ]
+        try:
+            read = detect_format(rows, name=name, mapped={**look.mapped, **columns}, plain=look.plain).read
+        except DataError:
+            return [None] * len(rows)
+    pairs: list[Pair | None] = []
+    for row in rows:
+        pairs.append(None)
+        with suppress(DataError):
+            pairs[-1] = read(row, "")
+    return pairs
 
 
 def _refuse_no_messages(look: Look, read: Reader, as_texts: str) -> None:

@@ -184,6 +184,17 @@ def ends_with(turns: Any, *replies: Any) -> bool:
     return contents(turns)[-1:] in [contents(reply)[-1:] for reply in replies]
 
 
+def up_to_question(turns: Any) -> list[str]:
+    """The texts of a conversation up to the last that a user says: without the reply, where it ends with one."""
+    if not isinstance(turns, list) or not turns:
+        return []
+    if not all(map(is_message, turns)):  # {input, output}, or [user, assistant]
+        waits = isinstance(turns[-1], Mapping) and waits_for_reply(turns)
+        return contents(turns) if waits else contents(turns)[:-1]
+    asked = [i for i, turn in enumerate(turns, start=1) if asks(turn)]
+    return contents(turns[: asked[-1]]) if asked else []
+
+
 def waits_for_reply(turns: Sequence[Mapping[str, Any]]) -> bool:
     return asks(turns[-1]) if is_message(turns[-1]) else not turns[-1].get("output")
 

@@ -8,18 +8,21 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
+import shlex
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import accumulate, chain, islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from orpo_lite.data.columns import map_line, shown
+from orpo_lite.data.columns import Look, map_line, plain_name, shown
 from orpo_lite.data.formats import COLUMNS, Detected, Pair, Row, detect_format, is_known
 from orpo_lite.data.kinds import CHAT, is_blank, kind_of
 from orpo_lite.data.readers import EMPTY_CHOSEN, EMPTY_REJECTED, NO_TOOLS, ToolError, says_nothing
-from orpo_lite.data.rows import Source, find_source, is_path, refuse_twice
-from orpo_lite.errors import DataError, raise_all
+from orpo_lite.data.rows import Source, find_source, is_local, is_path, names_line, refuse_twice
+from orpo_lite.errors import SHOWN, DataError, raise_all
 
 if TYPE_CHECKING:
     from orpo_lite.recipe import DataSection
@@ -75,7 +78,7 @@ class PairReader:
         self.columns: list[dict[str, Any]] = []
         """For each set, its format, the columns that were ``read``, our name to theirs, and the others."""
         self.repeated = 0
-        """Pairs of which a reply begins with the prompt's last turn again."""
+        """Pairs of which a reply begins with the prompt, or its last turn, again."""
         self.absent = 0
         """Pairs of which a reply, or the system text, is NULL, None, NaN or N/A, and may well be meant to be none."""
         self.silent = 0
@@ -117,13 +120,19 @@ class PairReader:
         """The pair at a place, and why it would be left out, if it would. Raises DataError."""
         faults: list[DataError] = []
         near: list[Pair] = []
+        alike: list[Pair] = []
         for source in self.sources:
             for pair in self._pairs(source, faults):
                 if pair.where == place:
                     return pair, pair.drop or _drop_reason(pair)
                 if place.endswith(f"/{pair.where}"):
                     near.append(pair)
-        if near:
+                if pair.where.endswith(f"/{place}"):
+                    alike.append(pair)
+        if len(alike) > 1:
+            remedy = " or ".join(pair.where for pair in alike[:PLACES])
+            raise DataError(place, f"no such row, but {len(alike)} that end so", "the whole place", remedy)
+        if near := near or alike:
             pair = max(near, key=lambda pair: len(pair.where))  # sub/p.jsonl:3 rather than p.jsonl:3
             return pair, pair.drop or _drop_reason(pair)
         raise_all([fault for fault in faults if fault.where.partition(", field ")[0] == place])
@@ -146,45 +155,54 @@ class PairReader:
             looked = [row for _, row in first]
             looked += _first_with(source, _lacking(self.data, looked), self.data.max_samples)
             columns = _found_columns(self.data, looked)
-            look = [_mapped(row, columns) for row in looked]
+            listed = {ours: self._map[ours] for ours in columns}
+            look = [_mapped(row, listed) for row in looked]
             detected = self._detect(look, columns)
-            self._refuse_anothers(looked, columns, detected)
+            self._refuse_anothers(source, looked, columns, detected)
         except DataError as fault:
-            raise_all(_tools_once([*faults, _of_set(fault, source), *broken]))
+            raise_all(_tools_once([*faults, self._of_set(fault, source), *broken]))
             raise
+        named = f", in {source.name}" if len(self.sources) > 1 else ""
         self.detected.append("")
         self.columns.append({})
         names = {key: None for row in looked for key in row}
-        self._say(detected, columns, names)
+        held = _held_columns(listed, looked)
+        self._say(f"{detected.sentence}{named}", detected, held, names)
         seen = {key for row in look for key, value in row.items() if not is_blank(value)}
-        moved = 0
+        moved, read, unread = 0, 0, []
         for before, (where, row) in chain(looked_at, rows):
             faults += broken[moved:before]
             moved = before
             self.read += 1
-            mapped = _mapped(row, columns)
+            mapped = _mapped(row, listed)
             if late := [key for key, value in mapped.items() if key not in seen and not is_blank(value)]:
                 seen.update(late)
                 names.update(dict.fromkeys(row))
                 try:
                     detected = self._look_again(detected, look, mapped, columns, late, where)
                 except DataError as fault:
-                    raise_all(_tools_once([*faults, _of_set(fault, source)]))
+                    raise_all(_tools_once([*faults, self._of_set(fault, source)]))
                     raise
-                self._say(detected, columns, names)
+                self._say(f"{detected.sentence}{named}", detected, held, names)
             try:
                 blank = all(map(is_blank, mapped.values()))
+                read += not blank
                 yield Pair((), "", "", where, drop=BLANK) if blank else detected.read(mapped, where)
             except DataError as fault:
                 faults.append(fault)
+                unread.append(fault)
         faults += broken[moved:]
+        faults[:] = self._sum_up(faults, unread, read, source)
 
-    def _say(self, detected: Detected, columns: Mapping[str, str], names: Iterable[str]) -> None:
+    def _say(
+        self, sentence: str, detected: Detected, held: Mapping[str, Collection[str]], names: Collection[str]
+    ) -> None:
         """Note what is known by now of the set that is being read."""
-        theirs = {ours: columns.get(column, column) for ours, column in detected.columns.items()}
-        others = [name for name in names if name not in theirs.values()]
-        self.detected[-1] = detected.sentence
-        self.columns[-1] = {"format": detected.sentence, "read": theirs, "not_read": others}
+        theirs = {ours: held.get(column, [column]) for ours, column in detected.columns.items()}
+        others = [name for name in names if name not in chain.from_iterable(theirs.values())]
+        read = {ours: " or ".join(columns) for ours, columns in theirs.items()}
+        self.detected[-1] = sentence
+        self.columns[-1] = {"format": sentence, "read": read, "not_read": others}
 
     def _look_again(
         self,
@@ -218,13 +236,64 @@ class PairReader:
         others = {ours: [name for name in names if name != mapped.get(ours)] for ours, names in self._map.items()}
         return detect_format(rows, name=self.data.format, mapped=mapped, plain=plain, others=others)
 
-    def _refuse_anothers(self, rows: Sequence[Row], mapped: Mapping[str, str], detected: Detected) -> None:
-        """Raise DataError for a set that has only a part of data.column_map, and is a pair by itself, of other columns.
+    def _of_set(self, fault: DataError, source: Source) -> DataError:
+        """The same; of a fault of all rows, with the set's name: there may be others that are read well.
 
-        The map was made for another set then, and what it names would take the place of half of a pair.
+        Where a set's files are of different kinds, what would make one format of all of them would spoil some.
+        """
+        if not fault.where.startswith("data."):
+            return fault
+        remedy = self._line_by_file(source)
+        found = f"{fault.found}; its files hold rows of different kinds" if remedy else fault.found
+        return DataError(f"{fault.where} of {source.name}", found, fault.expected, remedy or fault.remedy)
+
+    def _line_by_file(self, source: Source) -> str:
+        """What names the files of a set one by one, each of its own format; "" where their first rows are alike."""
+        parts = source.parts() if source.name in self.data.names else ()  # held-out pairs are one set
+        kinds = []
+        for part in parts:
+            rows: list[Row] = []
+            with suppress(DataError):
+                rows = [_mapped(row, self._map) for _, row in islice(part.rows([]), LOOK)]
+            look = Look(rows, {}, plain=False)
+            kinds.append({column: kind for column, kind in look.kinds.items() if kind != "null"})
+        if all(held == kinds[0] for held in kinds):
+            return ""
+        files = {source.name: source.paths()}
+        line = names_line([file for name in self.data.names for file in files.get(name, [name])])
+        return f"{line} reads each file in its own format"
+
+    def _sum_up(
+        self, faults: Sequence[DataError], unread: Sequence[DataError], read: int, source: Source
+    ) -> list[DataError]:
+        """The faults, of which those of a set that is not what it was taken for are one."""
+        if len(unread) < min(read, SHOWN + 1) or read < 2 or isinstance(unread[0], ToolError):
+            return [*faults]
+        these, first = set(map(id, unread)), unread[0]
+        others = [fault for fault in faults if id(fault) not in these]
+        said = f"{first.found} at {first.where}"
+        if line := self._line_by_file(source):
+            found = f"its files hold rows of different kinds: {said}; rows like this: {len(unread):,}"
+            return [*others, DataError(f"data.dataset_name of {source.name}", found, first.expected, line)]
+        if len(unread) < read:
+            return [*faults]
+        if self.data.format != "auto":
+            found = f"{self.data.format} fits none of {read:,} rows: {said}"
+            remedy = "data.format=auto, to find out which does"
+            return [*others, DataError(f"data.format of {source.name}", found, first.expected, remedy)]
+        found = f"{first.found}, as in all {read:,} rows"
+        return [*others, DataError(first.where, found, first.expected, first.remedy)] if read > SHOWN else [*faults]
+
+    def _refuse_anothers(
+        self, source: Source, rows: Sequence[Row], mapped: Mapping[str, str], detected: Detected
+    ) -> None:
+        """Raise DataError for a set that is a pair by itself, of other columns than data.column_map names.
+
+        The map was made for another set where this one has only a part of it, or alone has columns of our names: what
+        it names would take the place of half of a pair, or of the whole.
         """
         lacking = self._map.keys() - mapped.keys()
-        if not (lacking and mapped):
+        if not mapped or not (lacking or len(self.sources) > 1):
             return
         try:
             own = self._detect(rows, {})
@@ -232,13 +301,23 @@ class PairReader:
             return
         taken = {ours: mapped.get(column, column) for ours, column in detected.columns.items()}
         changed = {ours: column for ours, column in own.columns.items() if taken.get(ours, column) != column}
-        if changed:
+        if changed and (lacking or self._alone_has(source, changed)):
             took = shown(*(taken[ours] for ours in changed))
             line = map_line({ours: [*filter(None, [changed.get(ours)]), *names] for ours, names in self._map.items()})
-            found = f"it takes {took} for {shown(*changed)}, and no column here for {shown(*sorted(lacking))}"
+            why, own_columns = "which this set alone has", shown(*changed.values())
+            remedy = f"{line}; or, where {took} are the pair, leave {own_columns} out of this set"
+            if lacking:
+                why = f"and no column here for {shown(*sorted(lacking))}"
+                remedy = f"leave {took} out of this set; or, where no other has {own_columns}: {line}"
+            found = f"it takes {took} for {shown(*changed)}, {why}"
             expected = f"all of the map, or nothing of it: {own.sentence}"
-            remedy = f"leave {took} out of this set; or, where no other has {shown(*changed.values())}: {line}"
             raise DataError("data.column_map", found, expected, remedy)
+
+    def _alone_has(self, source: Source, columns: Mapping[str, str]) -> bool:
+        """The set has the columns under our own names, and no other set has any of these."""
+        others = [row.keys() for other in self.sources if other is not source for _, row in islice(other.rows([]), 1)]
+        own = all(plain_name(column) == ours for ours, column in columns.items())
+        return own and not any(keys & {*columns.values()} for keys in others)
 
 
 def training_sources(data: DataSection) -> list[Source]:
@@ -250,7 +329,23 @@ def training_sources(data: DataSection) -> list[Source]:
         raise DataError("data.dataset_train_split", found, expected, "leave it out, or name the file of that split")
     sources = [find_source(name, split, data.dataset_config) for name in data.names]
     refuse_twice(sources)
+    if data.dataset_test_split is not None and all(map(is_local, data.names)):
+        _refuse_held_out(sources, held_out_sources(data))
     return sources
+
+
+def _refuse_held_out(sources: Sequence[Source], held_out: Sequence[Source]) -> None:
+    """Raise DataError for a file that would be both trained on and held out: a pattern takes all that it matches."""
+    theirs = [file for source in held_out for file in source.paths()]
+    held = set(map(os.path.realpath, theirs))
+    files = [file for source in sources for file in source.paths()]
+    left = [file for file in files if os.path.realpath(file) not in held]
+    if len(left) < len(files):
+        both = shown(*(Path(file).name for file in files if file not in left))
+        remedy = names_line(left) if left else "name other files in one of the two"
+        if left and len(theirs) == 1:  # files of their own have no splits by which to name it
+            remedy += " " + shlex.quote(f"data.dataset_test_split={theirs[0]}")
+        raise DataError("data.dataset_name", f"{both}: held out as well", "pairs on one side alone", remedy)
 
 
 def held_out_sources(data: DataSection) -> list[Source]:
@@ -268,7 +363,10 @@ def held_out_sources(data: DataSection) -> list[Source]:
             return [find_source(test, "auto", None)]
     if alone := next((name for name in data.names if Path(name).expanduser().is_file()), None):
         expected = f"a file of its own ({alone} has no splits), or null to hold out data.test_split_size"
-        raise DataError("data.dataset_test_split", repr(test), expected, "data.dataset_test_split=held-out.jsonl")
+        folders = [find_source(name, test, None) for name in data.names if Path(name).expanduser().is_dir()]
+        files = [file for source in folders for file in source.paths()]
+        remedy = shlex.quote(f"data.dataset_test_split={files[0] if len(files) == 1 else 'held-out.jsonl'}")
+        raise DataError("data.dataset_test_split", repr(test), expected, remedy)
     return [find_source(name, test, data.dataset_config) for name in data.names]
 
 
@@ -296,11 +394,15 @@ def _drop_reason(pair: Pair) -> str | None:
 
 
 def _repeats_prompt(pair: Pair) -> bool:
-    asked = pair.messages[-1]["content"].split()
-    enough = len(pair.messages[-1]["content"]) + 16  # characters that hold as many words
-    return bool(asked) and any(
-        reply[: 2 * enough].split()[: len(asked)] == asked for reply in (pair.chosen, pair.rejected)
-    )
+    """A reply begins with the prompt's last turn again, or with all of them."""
+    turns = [turn["content"] for turn in pair.messages]
+    return any(_begins(reply, text) for text in {turns[-1], " ".join(turns)} for reply in (pair.chosen, pair.rejected))
+
+
+def _begins(reply: str, text: str) -> bool:
+    words = text.split()
+    enough = 2 * (len(text) + 16)  # characters that hold as many words
+    return bool(words) and reply[:enough].split()[: len(words)] == words
 
 
 def _holds_absent(pair: Pair) -> bool:
@@ -313,16 +415,20 @@ def _content(pair: Pair) -> bytes:
     return json.dumps(content, sort_keys=True).encode() + b"\n"
 
 
-def _mapped(row: Row, column_map: Mapping[str, str]) -> dict[str, Any]:
-    taken = {ours: row[theirs] for ours, theirs in column_map.items() if theirs in row}
+def _mapped(row: Row, column_map: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """The row under our names; of several columns that may hold one of ours, it has the first that it has at all."""
+    taken = {ours: row[column] for ours, names in column_map.items() if (column := _first(names, row)) is not None}
     return {key: value for key, value in row.items() if key not in column_map} | taken
 
 
-def _of_set(fault: DataError, source: Source) -> DataError:
-    """The same; of a fault of all rows, with the set's name: there may be others that are read well."""
-    if not fault.where.startswith("data."):
-        return fault
-    return DataError(f"{fault.where} of {source.name}", fault.found, fault.expected, fault.remedy)
+def _first(names: Sequence[str], row: Row) -> str | None:
+    return next((name for name in names if name in row), None)
+
+
+def _held_columns(column_map: Mapping[str, Sequence[str]], rows: Sequence[Row]) -> dict[str, list[str]]:
+    """The columns from which these rows have ours: more than one where a folder has files of different names."""
+    firsts = {ours: dict.fromkeys(_first(names, row) for row in rows) for ours, names in column_map.items()}
+    return {ours: [name for name in names if name is not None] for ours, names in firsts.items()}
 
 
 def _found_columns(data: DataSection, rows: Sequence[Row]) -> dict[str, str]:

@@ -119,9 +119,9 @@ def read_hh_rlhf(row: Row, where: str) -> Pair:
     of the first turn is a system text. Some sets hold the dialogue in prompt, and only the replies in chosen and
     rejected.
     """
-    if isinstance(row.get("prompt"), str) and not begins_dialogue(_text(row, "chosen", where)):
+    if isinstance(row.get("prompt"), str) and not is_whole_dialogue(_text(row, "chosen", where)):
         turns, prompt = _read_dialogue_prompt(row, where)
-        chosen, rejected = (_text(row, side, where) for side in ("chosen", "rejected"))
+        chosen, rejected = (_MARKED.sub("", _text(row, side, where)) for side in ("chosen", "rejected"))
         drop = None
     else:
         (prompt, turns, chosen), (_, other_turns, rejected) = (
@@ -197,7 +197,8 @@ def read_judged(row: Row, where: str) -> Pair:
     if verdict not in ("a", "b", "tie"):
         raise fault(where, "better", seen(row, "better"), "a verdict that names one of the two answers, or a tie")
     fields = ("response_b", "response_a") if verdict == "b" else ("response_a", "response_b")
-    before, prompt_text = ((), None) if _opens(row, "response_a", where) else _before(row, where)
+    whole = row.get("conversation") is None and _opens(row, "response_a", where)
+    before, prompt_text = ((), None) if whole else _before(row, where)
     if blank := without_reply(row, fields, where):
         return blank
     pair = _join(row, before, where, fields, prompt_text)
@@ -232,7 +233,7 @@ def without_reply(row: Row, fields: Sequence[str], where: str) -> Pair | None:
 
 
 def undoubled(pair: Pair) -> Pair:
-    """Without the last turn of the prompt at the start of the replies that begin with it again."""
+    """Without the prompt, or its last turns, at the start of the replies that begin with it again."""
     texts = (pair.chosen, pair.rejected)
     ends = repeated(pair)
     repeats = [(text, end) for text, end in zip(texts, ends, strict=True) if end is not None]
@@ -250,9 +251,18 @@ def undoubled(pair: Pair) -> Pair:
 
 
 def repeated(pair: Pair) -> list[str | None]:
-    """What follows in chosen and in rejected on the prompt's last turn, where they begin with it; else None."""
-    asked = pair.messages[-1]["content"] if pair.messages else ""  # a pair that is left out may have none
-    return [behind(asked, text) for text in (pair.chosen, pair.rejected)]
+    """What follows in chosen and in rejected on the prompt, or on its last turns, where they begin so; else None."""
+    return [_behind_turns(pair.messages, text) for text in (pair.chosen, pair.rejected)]
+
+
+def _behind_turns(turns: Sequence[Message], text: str) -> str | None:
+    for i in range(len(turns)):  # a pair that is left out may have none
+        rest: str | None = text
+        for turn in turns[i:]:
+            rest = behind(turn["content"], rest) if rest is not None else None
+        if rest is not None:
+            return rest
+    return None
 
 
 def _pair(
@@ -461,21 +471,35 @@ _TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):[ ]?")  # "Human:" within a
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 _ASK = "\n\nHuman:"
 _REPLY = "\n\nAssistant:"
+_MARKED = re.compile(r"\A\s*Assistant:")  # a reply that brings its marker along
+
+
+def _plain_ends(text: str) -> str:
+    """With the line ends of Windows as all others, for the markers stand behind two."""
+    return text.replace("\r\n", "\n")
 
 
 def begins_dialogue(text: str) -> bool:
     """Beyond doubt: a text that only holds such turns may be about them."""
-    return bool(_TURN.match(text)) and _REPLY in text
+    return bool(_TURN.match(text)) and _REPLY in _plain_ends(text)
+
+
+def is_whole_dialogue(text: str) -> bool:
+    """The same, with a human's turn: not only the reply behind its marker."""
+    return begins_dialogue(text) and (text.lstrip().startswith("Human:") or _ASK in _plain_ends(text))
 
 
 def is_dialogue(text: str) -> bool:
     """The same, or with a system text in front: for a column, of which most rows must be such."""
+    text = _plain_ends(text)
     return begins_dialogue(text) or _REPLY in text.partition(_ASK)[2]
 
 
 def _read_dialogue_prompt(row: Row, where: str) -> tuple[tuple[Message, ...], str]:
-    text = _text(row, "prompt", where)
-    _, turns, rest = _split_dialogue(row, "prompt", where)
+    text = _plain_ends(_text(row, "prompt", where))
+    if not text.rstrip().endswith(_REPLY) and _MARKED.match(_text(row, "chosen", where)):
+        text = text.rstrip() + _REPLY
+    _, turns, rest = _split_dialogue({"prompt": text}, "prompt", where)
     if rest.strip():
         expected = r'"\n\nAssistant:" at the end, and the replies in chosen and rejected'
         raise fault(where, "prompt", "the dialogue ends with a reply", expected)
@@ -484,7 +508,7 @@ def _read_dialogue_prompt(row: Row, where: str) -> tuple[tuple[Message, ...], st
 
 def _split_dialogue(row: Row, field: str, where: str) -> tuple[str, tuple[Message, ...], str]:
     """The text up to the last assistant marker, its turns, and the text after the marker."""
-    text = _text(row, field, where)
+    text = _plain_ends(_text(row, field, where))
     head, marker, reply = text.rpartition(_REPLY)
     lead, *parts = _TURN.split(head)
     if not marker or not parts or (lead.strip() and not head[len(lead) :].startswith(_ASK)):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 import glob
 import hashlib
+import json
 import os
 import re
+import shlex
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -51,6 +53,14 @@ class Source(ABC):
     def columns(self) -> frozenset[str] | None:
         """The columns of all rows, where they are known without reading the rows, as of a table; else None."""
 
+    def paths(self) -> list[str]:
+        """The files, by the names to call them by; none of a source that is no files."""
+        return []
+
+    def parts(self) -> Sequence[Source]:
+        """Each of several files by itself."""
+        return ()
+
 
 def find_source(name: str, split: str, config: str | None) -> Source:
     """The rows of one split. ``split``: "auto" takes the preference split of a set, else train, else the only one.
@@ -86,6 +96,14 @@ def refuse_twice(sources: Sequence[Source]) -> None:
         if twice := [label for name, label in names.items() if name in read]:
             raise DataError("data.dataset_name", f"{_listed(twice)}: twice", "each row once", "name it once")
         read |= names.keys()
+
+
+def names_line(names: Sequence[str], more: str = "") -> str:
+    """The setting that names these files one by one, as it can be pasted into a shell."""
+    value = ",".join(names) + more
+    if any(set(name) & set(",[]'\"") for name in names):
+        value = json.dumps(list(names), ensure_ascii=False)
+    return shlex.quote(f"data.dataset_name={value}")
 
 
 def is_local(name: str) -> bool:
@@ -161,6 +179,12 @@ class LocalSource(Source):
                 counts.append(count)
         return digest.hexdigest(), sum(counts) if all(counts) else 0
 
+    def paths(self) -> list[str]:
+        return [str(file.path) for file in self.files]
+
+    def parts(self) -> Sequence[Source]:
+        return [replace(self, files=(file,)) for file in self.files] if len(self.files) > 1 else ()
+
     def columns(self) -> frozenset[str] | None:
         with _readable(self.name):
             headers = [column_names(file) for file in self.files]
@@ -207,7 +231,7 @@ def _said_columns(found: Sequence[File]) -> str:
     more = ",..." if len(found) > 2 else ""
     return (
         f"the columns of {first.label} and {other.label} differ; "
-        f"data.dataset_name={first.path},{other.path}{more} reads each file in its own format"
+        f"{names_line([str(first.path), str(other.path)], more)} reads each file in its own format"
     )
 
 
@@ -233,7 +257,7 @@ def _data_files(folder: Path) -> list[Path]:
         raise DataError(str(folder), "a folder of save_to_disk", "files as Dataset.to_parquet writes them", remedy)
     below = sorted({path.parent.name for path in folder.glob("*/*") if _is_data(path)})
     likely = choose_split(below) or next((name for name in below if "train" in name.lower()), *below[:1] or [""])
-    remedy = f"data.dataset_name={folder / likely}" if below else "check data.dataset_name"
+    remedy = names_line([str(folder / likely)]) if below else "check data.dataset_name"
     raise DataError(str(folder), "no data files in the folder", f"files of {', '.join(KINDS)}", remedy)
 
 
@@ -244,7 +268,7 @@ def _refuse_copies(folder: Path, paths: Sequence[Path]) -> None:
         other = stems.setdefault(path.parent / _stem(path.name), path)
         if other != path:
             found = f"{other.name} and {path.name}: one name in two kinds of files, as if one was made of the other"
-            remedy = f"data.dataset_name={path} or data.dataset_name={other}, or another name for one of them"
+            remedy = f"{names_line([str(path)])} or {names_line([str(other)])}, or another name for one of them"
             raise DataError(str(folder), found, "each row once", remedy)
 
 

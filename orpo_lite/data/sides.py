@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from orpo_lite.data import cache
 from orpo_lite.data.cache import TokenizedPairs
+from orpo_lite.data.columns import SOME
 from orpo_lite.data.formats import Pair
 from orpo_lite.data.kinds import is_templated
 from orpo_lite.data.pairs import PairReader
@@ -26,7 +27,7 @@ from orpo_lite.data.templates import (
     template_file,
 )
 from orpo_lite.data.tokens import LONG_PROMPT, end_token_id, show_texts, tokenize_pairs
-from orpo_lite.errors import FULL, FitError
+from orpo_lite.errors import FULL, DataError, FitError
 
 if TYPE_CHECKING:
     from orpo_lite.recipe import DataSection
@@ -61,7 +62,7 @@ def tokenized(
     key = cache.make_key(
         sets=[sha256 for sha256, _ in prints],
         tokenizer=cache.tokenizer_sha256(tokenizer_folder),
-        template=template_file(data.chat_template) if is_file(data.chat_template) else data.chat_template,
+        template=_template_key(data.chat_template),
         fields=data.model_dump(include=set(TOKEN_FIELDS)),
     )
     try:
@@ -80,6 +81,11 @@ def tokenized(
     if entry is None:
         raise FitError(str(cache.cache_folder()), "what was written cannot be read", "a sound disk", "try it again")
     return entry
+
+
+def _template_key(choice: str) -> str:
+    """The template, with the name of its file, which is said of the tokens."""
+    return f"{choice}\n{template_file(choice)}" if is_file(choice) else choice
 
 
 def _tokenize(
@@ -106,6 +112,8 @@ def _tokenize(
                 samples.setdefault("cut", pair)
         if not len(writer):
             reader.drops.raise_nothing_left("data", HINTS)
+        if templated >= SOME * len(writer):
+            raise _templated(templated, len(writer))
         end = end_token_id(renderer, tokenizer)
         shown = dict(zip(samples, _shown([*samples.values()], renderer, tokenizer, data), strict=True))
     writer.close(
@@ -129,6 +137,12 @@ def _tokenize(
             "samples": shown,
         }
     )
+
+
+def _templated(count: int, pairs: int) -> DataError:
+    found = f"{count:,} of {pairs:,} pairs hold markers of a chat template, though hardly any of the first rows did"
+    remedy = "write all rows alike: without markers, or, for data.chat_template=none, with them"
+    return DataError("data.chat_template", found, "text without markers: the template puts them in again", remedy)
 
 
 def show_row(data: DataSection, sources: Sequence[Source], load: LoadTokenizer, place: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from orpo_lite.data.columns import MANY, NUMBERED, PAIRS, Look, plain_name, shown, words
+from orpo_lite.data.columns import MANY, NUMBERED, PAIRS, SIDES, Look, plain_name, shown, words
 from orpo_lite.data.guesses import MEASURING, names_better
 from orpo_lite.data.kinds import USABLE
 from orpo_lite.errors import DataError
@@ -37,6 +37,27 @@ def two_answers(look: Look) -> tuple[str, str] | None:
         lines = " or ".join(look.line(response_a=a, response_b=b) for a, b in pairs)
         raise DataError("data.column_map", found, "two answers", lines)
     return (pairs[0][0], pairs[0][1]) if pairs else None
+
+
+def refuse_labels(look: Look) -> None:
+    """Raise DataError where chosen and rejected only name two other columns, which are the answers."""
+    labels = [(plain_verdict(one), plain_verdict(other)) for one, other in look.values(*SIDES)]
+    if (
+        not labels
+        or look.mapped.keys() & {*EITHER_VERDICT}
+        or any(len(label.split()) != 1 or len(label) > LABEL for both in labels for label in both)
+    ):
+        return
+    texts = [column for column in look.columns if column not in SIDES and look.kind(column) in USABLE]
+    named = [column for column in texts if any(column.strip().lower() in both for both in labels)]
+    answers = (named[0], named[1]) if len(named) == 2 else two_answers(look)
+    both = [_meaning(look, look.column(side), answers) for side in SIDES] if answers else []
+    if answers is None or not all(both):
+        return
+    columns = {} if is_answer(answers[0]) else {"response_a": answers[0], "response_b": answers[1]}
+    found = f"{shown(*map(look.column, SIDES))} name {shown(*answers)}, and hold no replies themselves"
+    line = look.line(**columns, better=look.column("chosen"))
+    raise DataError("data.column_map", found, "the better reply in chosen, and the worse in rejected", line)
 
 
 Says = Callable[[Any], str | None]  # a verdict's value -> a, b, tie; None where it says none of these
@@ -75,6 +96,9 @@ def _meaning(look: Look, column: str, answers: tuple[str, str]) -> Says | None:
         if answers == ("human_ref_A", "human_ref_B"):  # SHP: 1, the first is preferred
             table = {"1": "a", "0": "b"}
     else:
+        other = {("1", "2"): ("0", "2"), ("0", "1"): ("2", "0")}.get((named[0], named[1]))
+        if other and other[0] in values and other[1] not in values:
+            return None  # it counts from 0 where the names count from 1, or the other way round: 1 is either
         numbers = ("1", "2") if "2" in values and "0" not in values and not set("012") & set(named) else ("", "")
         for verdict, *words_for in zip("ab", ends, answers, names, named, numbers, strict=True):
             for word in {verdict, *words_for, f"model_{words_for[0]}"}:
