@@ -4,7 +4,7 @@ import hashlib
 import math
 import re
 import shutil
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +33,9 @@ from orpo_lite.weights import (
 )
 
 SHARD = 5 * 10**9  # bytes of a file; transformers' max_shard_size has long been so
-KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_magnitude_vector)(\.weight)?")
+KEY = re.compile(
+    r"base_model\.model\.(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_magnitude_vector|base_layer)(\.weight)?"
+)
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def merging(
     check_disk(path, sum(tensor.nbytes for tensor in stored.values()), f"merging {path}")
     folder = path / FOLDERS[weights]
     with run.locked(path), run.new_folder(folder) as temporary, _enough_memory(path):
-        plan = _make_plan(base, adapter, stored, recipe, weights)
+        plan = _make_plan(base, adapter, stored, recipe, weights, run.read_lock(path).get("not_quantised", []))
         if isinstance(plan, str):
             yield Update("stage", "merging in memory")
             changed, targets, note = *_merge_in_memory(base, adapter, temporary, recipe, weights), plan
@@ -119,7 +121,7 @@ def _enough_memory(path: Path) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "not enough memory" not in str(error):
+        if isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error):
             raise
         found = f"memory ran out ({str(error).splitlines()[0] if str(error) else 'MemoryError'})"
         raise FitError(f"merging {path}", found, "", "close other programs, or raise the limit") from error
@@ -187,7 +189,7 @@ class _Plan:
 
 
 def _make_plan(
-    base: Base, adapter: Path, stored: Mapping[str, Stored], recipe: Recipe, weights: Weights
+    base: Base, adapter: Path, stored: Mapping[str, Stored], recipe: Recipe, weights: Weights, left: Sequence[str]
 ) -> _Plan | str:
     """Which tensors get what; or why this base cannot be streamed.
 
@@ -223,7 +225,8 @@ def _make_plan(
     quantised = frozenset[str]()
     if weights == "dequantized":
         head = model.get_output_embeddings()
-        linear = [name for name, module in modules.items() if type(module) is nn.Linear and module is not head]
+        plain_ones = [name for name, module in modules.items() if type(module) is nn.Linear and module is not head]
+        linear = [name for name in plain_ones if name not in left]
         quantised = frozenset(_moved(f"{name}.weight", prefix or ("", "")) for name in linear)
         if not quantised <= stored.keys():
             return "the base's files name their tensors otherwise"
@@ -336,8 +339,10 @@ def dequantised(pieces: Iterable[tuple[Rows, Tensor]], settings: QuantizationSec
         absmax = functional.dequantize_blockwise(*nested) + offset
     parts = torch.split(absmax, [len(part) for part in scales])
     for (rows, packed, state), part in zip(codes, parts, strict=True):
-        state.absmax, state.dtype = part, torch.float32
-        yield rows, functional.dequantize_4bit(packed, state)
+        shape = state.shape
+        # As one row: bitsandbytes' kernel for CPUs (0.50) errs on rows of an odd multiple of 32 elements.
+        state.absmax, state.dtype, state.shape = part, torch.float32, torch.Size([math.prod(shape)])
+        yield rows, functional.dequantize_4bit(packed, state).view(shape)
 
 
 # --- in memory, for bases whose files are of another layout than the loaded model

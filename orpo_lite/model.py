@@ -225,6 +225,9 @@ def load_pair_model(recipe: Recipe, base: Base, device: torch.device) -> PairMod
     name = recipe.model.adapter_name_or_path
     folder = find_adapter(name) if name else None
     pair_model = _with_step(model, recipe, folder)
+    if recipe.quantization.load_in_4bit and (left := skipped_modules(base.config, device)):
+        said = f"{left[0]} and such stay as they are: on this CPU bitsandbytes' kernel errs on rows of their width"
+        pair_model.notes.append(f"quantization.load_in_4bit: {said}")
     if folder:
         set_adapter(pair_model, load_file(folder / "adapter_model.safetensors"))
     return pair_model
@@ -277,6 +280,7 @@ def load_base(recipe: Recipe, base: Base, device: torch.device) -> nn.Module:
     if recipe.quantization.load_in_4bit:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
+            llm_int8_skip_modules=skipped_modules(base.config, device) or None,  # its name for 4 bit too
             bnb_4bit_quant_type=recipe.quantization.bnb_4bit_quant_type,
             bnb_4bit_use_double_quant=recipe.quantization.bnb_4bit_use_double_quant,
             bnb_4bit_compute_dtype=_compute_dtype(recipe, dtype),
@@ -296,6 +300,34 @@ def load_base(recipe: Recipe, base: Base, device: torch.device) -> nn.Module:
         raise ModelError(f"model {base.name}", found, "all of them")
     loaded: nn.Module = model
     return loaded
+
+
+def skipped_modules(config: Any, device: torch.device) -> list[str]:
+    """transformers' ``llm_int8_skip_modules``: layers for which bitsandbytes' kernel is wrong here, and heads.
+
+    Its kernel for CPUs (0.50) dequantises rows of an odd multiple of 32 elements wrongly. [] where nothing is wrong.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    if device.type != "cpu":
+        return []
+    with META:
+        model = AutoModelForCausalLM.from_config(config)
+    linear = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    wrong = {width for width in {module.in_features for module in linear.values()} if _is_wrong(width)}
+    names = [name for name, module in linear.items() if module.in_features in wrong]
+    return [*names, *(name for name in get_keys_to_not_convert(model) if name not in names)] if names else []
+
+
+def _is_wrong(width: int) -> bool:
+    """Whether rows of so many elements come back from 4 bit otherwise than the same elements as one row do."""
+    from bitsandbytes import functional
+
+    matrix = torch.randn(64, width, generator=torch.Generator().manual_seed(0))
+    quantised = (functional.quantize_4bit(part, quant_type="nf4") for part in (matrix, matrix.view(1, -1)))
+    rows, row = (functional.dequantize_4bit(*pair) for pair in quantised)
+    return not torch.equal(rows.flatten(), row.flatten())
 
 
 def _compute_dtype(recipe: Recipe, dtype: torch.dtype) -> torch.dtype:

@@ -25,7 +25,7 @@ from orpo_lite.data.tokens import TokenizedPair
 from orpo_lite.errors import CheckpointError, DivergedError, FitError, OrpoLiteError, RecipeError
 from orpo_lite.evaluate import evaluate
 from orpo_lite.gradient import ShortageError, accumulate, any_process
-from orpo_lite.model import ITS_FAULTS, PairModel, checkpoint_first, choose_dtype, load_pair_model
+from orpo_lite.model import ITS_FAULTS, PairModel, checkpoint_first, choose_dtype, load_pair_model, skipped_modules
 from orpo_lite.optimizer import lr_factor, make_optimizer, whole_steps
 from orpo_lite.planner.cards import own_card, room
 from orpo_lite.planner.search import fit, no_plan
@@ -102,6 +102,8 @@ def training(recipe: Recipe, *, resume: bool = False) -> Generator[Update, None,
     resolved, planned = yield from _planned(resolved, ready, path, accelerator)
     ready = replace(ready, base=fetch_weights(ready.base))
     lock = make_lock(resolved, ready)
+    if resolved.quantization.load_in_4bit:
+        lock["not_quantised"] = skipped_modules(ready.base.config, accelerator.device)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and resume:
         check_lock(path, lock)

@@ -1,0 +1,445 @@
+"""Merging: block by block, equal to peft's merge, whole or not at all, and checked against base and adapter."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from bitsandbytes import functional
+from conftest import Answer, byte_tokenizer, tiny_llama, write_base
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_families import ALONE, GEMMA, GROUPED, IDS, SHARED, family
+from test_train import train_all
+from torch import Tensor, nn
+
+from orpo_lite import merge, run, verify, weights
+from orpo_lite.base import fingerprint
+from orpo_lite.errors import CheckpointError, FitError, ModelError
+from orpo_lite.merge import dequantised
+from orpo_lite.recipe import QuantizationSection, Recipe
+from orpo_lite.weights import in_blocks, read_header, read_tensor, stored_tensors
+
+Build = Callable[..., Recipe]
+Call = Callable[..., Answer]
+SIZES = GROUPED | {"hidden_size": 96, "intermediate_size": 160}
+
+
+def make_run(folder: Path, model: Any, *, four_bit: bool = True, **lora: Any) -> Path:
+    """A base on disk and a run whose adapter is random, as a training leaves them."""
+    base, path = write_base(folder / "base", model), folder / "run"
+    adapter = path / "adapter"
+    adapted = get_peft_model(model, LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | lora))
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name and "magnitude" not in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+    adapted.save_pretrained(adapter)
+    byte_tokenizer().save_pretrained(adapter)
+    hf.GenerationConfig(eos_token_id=2).save_pretrained(adapter)
+    text = f"model:\n  model_name_or_path: {base}\nquantization:\n  load_in_4bit: {str(four_bit).lower()}\n"
+    (path / "recipe.yaml").write_text(f"{text}data:\n  dataset_name: none\n", encoding="utf-8")
+    other = {"name": "none", "sha256": ""}
+    known = {"name": str(base), "revision": None, "path": str(base), "fingerprint": fingerprint(base)}
+    (path / "lock.json").write_text(json.dumps({"base": known, "data": other, "chat_template": other}))
+    return path
+
+
+def by_peft(path: Path, dtype: Any = "auto") -> Any:
+    """The model that peft merges in memory."""
+    base = hf.AutoModelForCausalLM.from_pretrained(path.parent / "base", dtype=dtype)
+    return PeftModel.from_pretrained(base, path / "adapter").merge_and_unload()
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    found: Tensor = model.eval()(torch.arange(3, 60).unsqueeze(0)).logits
+    return found
+
+
+def off(found: Tensor, wanted: Tensor) -> float:
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-30))
+
+
+FAMILIES = {
+    "llama": lambda: tiny_llama(98),
+    "llama, tied": lambda: tiny_llama(98, tie_word_embeddings=True),
+    "mistral": family("Mistral", SIZES),
+    "qwen2, biases": family("Qwen2", SIZES),
+    "qwen3": family("Qwen3", SIZES, head_dim=16),
+    "phi3, fused projections": family("Phi3", SIZES),
+    "gemma2": family("Gemma2", GEMMA),
+    "opt": SHARED["opt"],
+    "gpt2, stored transposed": SHARED["gpt2"],
+    "bloom": ALONE["bloom: ALiBi"][0],
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_merge_is_peft_s_and_answers_as_base_and_adapter(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = FAMILIES[name]()
+    for key, parameter in model.named_parameters():
+        if "bias" in key:
+            nn.init.normal_(parameter)
+    path = make_run(tmp_path, model)
+    result = merge(path)
+    assert result.note == ""  # streamed
+    assert result.changed == result.targets > 0
+    wanted = by_peft(path)
+    found = hf.AutoModelForCausalLM.from_pretrained(result.folder)
+    for key, tensor in wanted.state_dict().items():
+        assert off(found.state_dict()[key], tensor) <= 1e-6, key
+    adapted = PeftModel.from_pretrained(hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), path / "adapter")
+    assert (logits(found) - logits(adapted)).abs().max() <= 1e-5 * logits(adapted).abs().max().clamp_min(1)
+    base, merged = stored_tensors(tmp_path / "base"), stored_tensors(result.folder)
+    assert list(base) == list(merged)  # names as they were; what is tied stays tied
+    same = [key for key in base if torch.equal(read_tensor(base[key]), read_tensor(merged[key]))]
+    assert len(same) == len(base) - result.targets  # each target changed, all else equal
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 7}, "alpha_pattern": {"q_proj": 3}},
+        {"target_modules": ["q_proj", "lm_head"]},
+    ],
+    ids=str,
+)
+def test_each_shape_of_adapter_is_merged_as_by_peft(lora: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    path = make_run(tmp_path, tiny_llama(98), **lora)
+    found, wanted = load_file(merge(path).folder / "model.safetensors"), by_peft(path).state_dict()
+    assert max(off(tensor, wanted[key]) for key, tensor in found.items()) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_the_sum_is_rounded_once(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Against float64, no further off than peft's own."""
+    torch.manual_seed(0)
+    path = make_run(tmp_path, family("Llama", SIZES)().to(dtype))
+    found, peft = load_file(merge(path).folder / "model.safetensors"), by_peft(path).state_dict()
+    exact = by_peft(path, torch.float64).state_dict()
+    assert {tensor.dtype for tensor in found.values()} == {dtype}
+    for key, tensor in found.items():
+        assert off(tensor, exact[key]) <= off(peft[key], exact[key]) * (1 + 1e-6), key
+
+
+def test_what_streams_cannot_do_is_merged_in_memory_and_said(tmp_path: Path) -> None:
+    """Experts in one tensor, which the files hold one by one."""
+    model = SHARED["mixtral"]()
+    path = make_run(tmp_path, model, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
+    config = json.loads((path / "adapter" / "adapter_config.json").read_text())
+    assert config["target_parameters"]
+    with pytest.raises(ModelError, match="target_parameters"):
+        merge(path)
+    shutil.rmtree(tmp_path / "base")
+    shutil.rmtree(path)
+    path = make_run(tmp_path, family("Gemma3", GEMMA, "TextConfig")(), target_modules=["q_proj"])
+    file = tmp_path / "base" / "model.safetensors"
+    renamed = {key.replace("model.layers", "language_model.model.layers"): t for key, t in load_file(file).items()}
+    save_file(renamed, file, metadata={"format": "pt"})
+    lock = json.loads((path / "lock.json").read_text())
+    lock["base"]["fingerprint"] = fingerprint(tmp_path / "base")
+    (path / "lock.json").write_text(json.dumps(lock))
+    result = merge(path)
+    assert "name their tensors otherwise" in result.note
+
+
+# --- onto what 4 bit left
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("shape", [(1_000, 96), (65, 33), (3, 7)], ids=str)
+def test_weights_go_through_4_bit_as_in_training(nested: bool, shape: tuple[int, int], tmp_path: Path) -> None:
+    """By blocks of rows as bitsandbytes does the whole."""
+    torch.manual_seed(0)
+    matrix = torch.randn(shape)
+    save_file({"w": matrix}, tmp_path / "w.safetensors")
+    (stored,) = read_header(tmp_path / "w.safetensors")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weights, "BLOCK", 64 * 96 * 4)
+        pieces = [(rows, weights.read_rows(rows)) for rows in in_blocks(stored)]
+    found = torch.cat(
+        [block for _, block in dequantised(pieces, QuantizationSection(bnb_4bit_use_double_quant=nested))]
+    )
+    packed, state = functional.quantize_4bit(matrix, quant_type="nf4", compress_statistics=nested)
+    codes = torch.stack([packed.flatten() >> 4, packed.flatten() & 15], 1).flatten().long()
+    scales = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset if nested else state.absmax
+    wanted = (state.code[codes] * scales.repeat_interleave(64)[: len(codes)])[: matrix.numel()].view(shape)
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2, stored transposed"])
+def test_the_dequantised_base_is_the_one_that_was_trained_on(name: str, tmp_path: Path) -> None:
+    path = make_run(tmp_path, FAMILIES[name]())
+    result = merge(path, weights="dequantized")
+    assert result.folder == path / "merged-dequantized"
+    assert bool(result.note) == name.startswith("gpt2")
+    four_bit = hf.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )  # fmt: skip
+    base = hf.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", quantization_config=four_bit, device_map={"": "cpu"}
+    )
+    trained = PeftModel.from_pretrained(base, path / "adapter")
+    found = hf.AutoModelForCausalLM.from_pretrained(result.folder)
+    adapted = [(n, m) for n, m in trained.named_modules() if getattr(m, "lora_A", None)]
+    for key, layer in adapted:
+        packed = layer.base_layer.weight
+        product = 2 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+        wanted = functional.dequantize_4bit(packed.data, packed.quant_state) + product
+        module = found.get_submodule(key.removeprefix("base_model.model."))
+        assert off(module.weight.t() if name.startswith("gpt2") else module.weight, wanted) <= 1e-6, key
+    assert len(adapted) == result.targets
+    assert off(logits(found), logits(hf.AutoModelForCausalLM.from_pretrained(merge(path).folder))) > 1e-3
+    assert json.loads((result.folder / "merge.json").read_text())["weights"] == "dequantized"
+
+
+def test_rows_that_a_kernel_errs_on_stay_in_16_bit_and_are_merged_so(
+    small_recipe: Build, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bitsandbytes 0.50 on a CPU, rows of 96 elements: those of down_proj here."""
+    write_base(workspace / "base", tiny_llama(99, intermediate_size=96))
+    updates, result = train_all(small_recipe("training.learning_rate=1e-2"))
+    assert any("down_proj and such stay as they are" in update.text for update in updates)
+    assert "model.layers.0.mlp.down_proj" in run.read_lock(result.run)["not_quantised"]
+    assert merge(result.run, weights="dequantized").changed > 0
+    verdict = verify(result.run, weights="dequantized")
+    assert verdict.passed, verdict.said
+
+
+def test_what_was_trained_in_16_bit_has_no_dequantised_weights(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="16-bit weights"):
+        merge(make_run(tmp_path, tiny_llama(98), four_bit=False), weights="dequantized")
+
+
+# --- refusals
+
+
+def test_another_base_is_refused_with_both_fingerprints(tmp_path: Path) -> None:
+    path = make_run(tmp_path, tiny_llama(98))
+    trained_on = fingerprint(tmp_path / "base")
+    nn.init.normal_((other := tiny_llama(98)).model.embed_tokens.weight)
+    other.save_pretrained(tmp_path / "base")
+    with pytest.raises(ModelError, match=f"{fingerprint(tmp_path / 'base')[:12]}, was {trained_on[:12]}"):
+        merge(path)
+    assert not (path / "merged").exists()
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-12])
+def test_an_adapter_that_changes_nothing_is_refused(scale: float, tmp_path: Path) -> None:
+    path = make_run(tmp_path, tiny_llama(98))
+    file = path / "adapter" / "adapter_model.safetensors"
+    save_file({key: t * (scale if "lora_B" in key else 1) for key, t in load_file(file).items()}, file)
+    with pytest.raises(ModelError, match="changes nothing: none of its 14 matrices differs after rounding"):
+        merge(path)
+    assert not [entry for entry in path.iterdir() if "merged" in entry.name]
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("base_model.model.model.layers.9.mlp.up_proj.lora_A.weight", "1 of its keys match nothing"),
+        ("base_model.model.model.layers.0.mlp.up_proj.lora_C.weight", "1 of its keys match nothing"),
+        ("anything", "1 of its keys match nothing"),
+    ],
+)
+def test_keys_that_match_nothing_are_refused(key: str, said: str, tmp_path: Path) -> None:
+    path = make_run(tmp_path, tiny_llama(98))
+    file = path / "adapter" / "adapter_model.safetensors"
+    save_file(load_file(file) | {key: torch.ones(2, 2)}, file)
+    with pytest.raises(ModelError, match=said):
+        merge(path)
+
+
+def test_a_tied_head_is_not_changed_behind_the_embedding_s_back(tmp_path: Path) -> None:
+    path = make_run(tmp_path, tiny_llama(98, tie_word_embeddings=True), target_modules=["lm_head"])
+    with pytest.raises(ModelError, match="tied to the input embedding"):
+        merge(path)
+
+
+def test_a_sum_beyond_float16_is_refused(tmp_path: Path) -> None:
+    path = make_run(tmp_path, tiny_llama(98).half())
+    file = path / "adapter" / "adapter_model.safetensors"
+    save_file({key: t * 1e4 for key, t in load_file(file).items()}, file)
+    with pytest.raises(ModelError, match="overflows float16"):
+        merge(path)
+
+
+@given(st.binary(max_size=200))
+@settings(max_examples=200, deadline=None)
+def test_a_file_that_is_no_safetensors_is_refused(data: bytes) -> None:
+    file = Path(f"/tmp/orpo-lite-test-{os.getpid()}.safetensors")
+    file.write_bytes(data)
+    try:
+        read_header(file)
+    except ModelError:
+        pass
+    finally:
+        file.unlink()
+
+
+@pytest.mark.parametrize("cut", [0, 4, 100, -1])
+def test_a_file_that_is_cut_short_is_refused(cut: int, tmp_path: Path) -> None:
+    file = tmp_path / "w.safetensors"
+    save_file({"a": torch.ones(30, 30), "b": torch.ones(3)}, file)
+    file.write_bytes(file.read_bytes()[:cut])
+    with pytest.raises(ModelError, match="cannot be read"):
+        read_header(file)
+
+
+# --- files
+
+
+def test_files_of_weights_are_read_and_written_as_by_safetensors(tmp_path: Path) -> None:
+    tensors = {
+        "a": torch.randn(70, 3), "b.bf16": torch.randn(5).bfloat16(), "c": torch.tensor(3.0), "d": torch.arange(4),
+        "empty": torch.empty(0, 3), "e": torch.randn(129, 4, 2).half(), "yes": torch.tensor([True]),
+    }  # fmt: skip
+    save_file(tensors, tmp_path / "model.safetensors")
+    stored = stored_tensors(tmp_path)
+    assert all(torch.equal(read_tensor(stored[name]), tensor) for name, tensor in tensors.items())
+    for most, count in ((10**9, 1), (300, 6)):
+        folder = tmp_path / str(most)
+        folder.mkdir()
+        files = weights.shards(stored.values(), most)
+        pieces = (weights.read_rows(rows) for held in files for each in held for rows in in_blocks(each))
+        assert list(weights.write_model(folder, files, pieces))[-1] == sum(t.nbytes for t in tensors.values())
+        assert len(list(folder.glob("*.safetensors"))) == len(files) >= count - 3
+        found = {}
+        for file in folder.glob("*.safetensors"):
+            with safe_open(file, "pt") as opened:
+                assert opened.metadata() == {"format": "pt"}
+                found |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        assert found.keys() == tensors.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
+def test_shards_are_what_transformers_loads(tmp_path: Path) -> None:
+    path = make_run(tmp_path, tiny_llama(98))
+    whole = logits(hf.AutoModelForCausalLM.from_pretrained(merge(path).folder))
+    result = merge(path, max_shard_size=20_000)
+    assert len(list(result.folder.glob("*.safetensors"))) > 3
+    assert torch.equal(logits(hf.AutoModelForCausalLM.from_pretrained(result.folder)), whole)
+
+
+def test_what_is_beside_the_weights(small_recipe: Build, workspace: Path) -> None:
+    _, result = train_all(small_recipe("training.learning_rate=1e-2"))
+    merged = merge(result.run)
+    tokenizer = hf.AutoTokenizer.from_pretrained(merged.folder)
+    assert "<|assistant|>" in tokenizer.chat_template
+    assert hf.GenerationConfig.from_pretrained(merged.folder).eos_token_id in ([2], 2)
+    assert "quantization_config" not in json.loads((merged.folder / "config.json").read_text())
+    assert not any(str(workspace).encode() in file.read_bytes() for file in merged.folder.iterdir())
+
+
+# --- faults
+
+
+MERGE = "import sys; from orpo_lite import merge; merge(sys.argv[1])"
+
+
+def test_killed_at_any_time_there_is_a_whole_model_or_none(tmp_path: Path) -> None:
+    """Twenty kills of a bigger model are in benchmarks/merge.py."""
+    path = make_run(tmp_path, family("Llama", SIZES, hidden_size=1024, intermediate_size=4096, num_hidden_layers=4)())
+    command = [sys.executable, "-c", MERGE, str(path)]
+    began = time.monotonic()
+    subprocess.run(command, check=True, capture_output=True)
+    longest, whole = time.monotonic() - began, load_file(path / "merged" / "model.safetensors")
+    for number in range(2):
+        shutil.rmtree(path / "merged")
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        time.sleep(longest * (0.75 + 0.15 * number))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if not (path / "merged").exists():
+            subprocess.run(command, check=True, capture_output=True)  # nothing that is left is in the way
+        found = load_file(path / "merged" / "model.safetensors")
+        assert all(torch.equal(found[key], tensor) for key, tensor in whole.items())
+        assert {entry.name for entry in path.iterdir()} >= {"adapter", "merged"}
+        assert not (path / ".merged.tmp").exists()
+
+
+def test_too_little_memory_is_said_and_leaves_nothing(tmp_path: Path) -> None:
+    path = make_run(tmp_path, tiny_llama(98))
+    code = (
+        "import resource, sys, transformers.models.llama.modeling_llama, peft, orpo_lite, bitsandbytes\n"
+        "from orpo_lite import cli, merge, weights\n"
+        "import importlib, torch; read = weights.read_rows\n"
+        "def starved(rows):\n"
+        "    used = int(open('/proc/self/statm').read().split()[0]) * 4096\n"
+        "    resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 20), resource.RLIM_INFINITY))\n"
+        "    torch.empty(1 << 28)\n"  # more than is left
+        "    return read(rows)\n"
+        "sys.modules['orpo_lite.merge'].read_rows = starved\n"
+        "sys.argv = ['orpo-lite', 'merge', sys.argv[1]]; cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
+    assert done.returncode == FitError.exit_code, done.stderr
+    assert "memory ran out" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not [entry for entry in path.iterdir() if "merged" in entry.name]
+
+
+def test_a_model_much_larger_than_a_block_needs_no_memory_of_its_size(tmp_path: Path) -> None:
+    """300 MB of weights under a limit of 160 MB more than the process has; benchmarks/merge.py measures 3 GB."""
+    config = hf.LlamaConfig(**(SIZES | IDS | {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 5}))
+    model = hf.LlamaForCausalLM(config)
+    path = make_run(tmp_path, model)
+    size = sum(stored.nbytes for stored in stored_tensors(tmp_path / "base").values())
+    assert size > 250 << 20
+    code = (
+        "import sys, transformers.models.llama.modeling_llama, peft, bitsandbytes; from orpo_lite import merge\n"
+        "import pathlib, resource\n"
+        "key = lambda name: next(int(line.split()[1]) << 10 for line in open('/proc/self/status') if name in line)\n"
+        "pathlib.Path('/proc/self/clear_refs').write_text('5'); before = key('VmRSS')\n"
+        "merge(sys.argv[1]); print(key('VmHWM') - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
+    assert int(done.stdout.splitlines()[-1]) < size // 2
+
+
+# --- verify
+
+
+def test_a_merged_model_is_verified_from_the_command_line(call: Call, small_recipe: Build, workspace: Path) -> None:
+    _, result = train_all(small_recipe("training.learning_rate=1e-2"))
+    for base in ("original", "dequantized"):
+        code, said, complaint = call("merge", str(result.run), "--base", base, "--verify", "--max-shard-size", "50KB")
+        assert code == 0, complaint
+        assert "passed: log-probabilities differ by" in said
+        assert "4-bit base + adapter, as trained" in said
+    kept = json.loads((result.run / "merged" / "verify.json").read_text())
+    assert (kept["passed"], kept["held_out"], len(kept["rows"])) == (True, True, 3)
+    assert len(list((result.run / "merged").glob("*.safetensors"))) > 1
+    code, _, complaint = call("merge", str(result.run), "--max-shard-size", "lots")
+    assert (code, "a size such as 5GB" in complaint) == (2, True)
+
+
+def test_a_merged_model_that_is_another_fails(call: Call, small_recipe: Build, workspace: Path) -> None:
+    _, result = train_all(small_recipe("training.learning_rate=1e-2", "data.test_split_size=0"))
+    with pytest.raises(CheckpointError, match="orpo-lite merge run --base original"):
+        verify(result.run)
+    merged = merge(result.run)
+    file = merged.folder / "model.safetensors"
+    shutil.copy(workspace / "base" / "model.safetensors", file)  # a merge that has lost the adapter
+    verdict = verify(result.run)
+    assert not verdict.passed
+    assert not verdict.held_out
+    assert verdict.difference > verdict.bound
