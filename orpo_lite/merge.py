@@ -89,10 +89,12 @@ def merging(
     check_disk(path, sum(tensor.nbytes for tensor in stored.values()), f"merging {path}")
     folder = path / FOLDERS[weights]
     with run.locked(path), run.new_folder(folder) as temporary, _enough_memory(path):
-        plan = _make_plan(base, adapter, stored, recipe, weights, run.read_lock(path).get("not_quantised", []))
+        left = run.read_lock(path).get("not_quantised", [])
+        plan = _make_plan(base, adapter, stored, recipe, weights, left)
         if isinstance(plan, str):
             yield Update("stage", "merging in memory")
-            changed, targets, note = *_merge_in_memory(base, adapter, temporary, recipe, weights), plan
+            how = recipe.quantization if weights == "dequantized" else None
+            changed, targets, note = *_merge_in_memory(base, adapter, temporary, how, left), plan
         else:
             changed = yield from _stream(plan, temporary, max_shard_size)
             targets, note = len(plan.deltas), ""
@@ -348,20 +350,25 @@ def dequantised(pieces: Iterable[tuple[Rows, Tensor]], settings: QuantizationSec
 # --- in memory, for bases whose files are of another layout than the loaded model
 
 
-def _merge_in_memory(base: Base, adapter: Path, folder: Path, recipe: Recipe, weights: Weights) -> tuple[int, int]:
-    """peft's own merge of the loaded model; returns how many matrices it has changed, and how many it is for."""
+def _merge_in_memory(
+    base: Base, adapter: Path, folder: Path, how: QuantizationSection | None, left: Sequence[str]
+) -> tuple[int, int]:
+    """peft's own merge of the loaded model; returns how many matrices it has changed, and how many it is for.
+
+    ``how`` its weights go through 4 bit first, if they do, but for the layers ``left``.
+    """
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(base.path, dtype="auto", use_safetensors=True)
-    if weights == "dequantized":
+    if how:
         head = model.get_output_embeddings()
-        for module in model.modules():
+        for name, module in model.named_modules():
             is_conv = type(module).__name__ == "Conv1D"
-            if (type(module) is nn.Linear or is_conv) and module is not head:
+            if (type(module) is nn.Linear or is_conv) and module is not head and name not in left:
                 matrix = module.weight.data.t().contiguous() if is_conv else module.weight.data
                 whole = Rows(Stored("", base.path, matrix.dtype, tuple(matrix.shape), 0), 0, len(matrix))
-                ((_, values),) = dequantised([(whole, matrix)], recipe.quantization)
+                ((_, values),) = dequantised([(whole, matrix)], how)
                 module.weight.data = (values.t().contiguous() if is_conv else values).to(matrix.dtype)
     adapted = PeftModel.from_pretrained(model, adapter)
     layers = {name: layer for name, layer in adapted.named_modules() if hasattr(layer, "merged_adapters")}

@@ -314,10 +314,20 @@ def skipped_modules(config: Any, device: torch.device) -> list[str]:
         return []
     with META:
         model = AutoModelForCausalLM.from_config(config)
-    linear = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-    wrong = {width for width in {module.in_features for module in linear.values()} if _is_wrong(width)}
-    names = [name for name, module in linear.items() if module.in_features in wrong]
+    widths = {name: found[0] for name, module in model.named_modules() if (found := _linear_shape(module))}
+    wrong = {width for width in set(widths.values()) if _is_wrong(width)}
+    names = [name for name, width in widths.items() if width in wrong]
     return [*names, *(name for name in get_keys_to_not_convert(model) if name not in names)] if names else []
+
+
+def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """(inputs, outputs) of what transformers puts into 4 bit: plain linear layers, GPT-2's Conv1D among them."""
+    if type(module) is nn.Linear:
+        return module.in_features, module.out_features
+    if type(module).__name__ == "Conv1D":
+        rows, columns = module.weight.shape  # type: ignore[misc]
+        return int(rows), int(columns)
+    return None
 
 
 def _is_wrong(width: int) -> bool:
@@ -345,13 +355,14 @@ def _quantise(model: Any, recipe: Recipe, dtype: torch.dtype) -> None:
     bnb.functional.name2qmap.setdefault("dynamic", bnb.functional.create_dynamic_map())
     options = {"compress_statistics": settings.bnb_4bit_use_double_quant, "quant_type": settings.bnb_4bit_quant_type}
     for name, layer in list(model.named_modules()):
-        if type(layer) is not nn.Linear or layer is head:
+        shape = _linear_shape(layer)
+        if shape is None or layer is head:
             continue
-        packed, state = bnb.functional.quantize_4bit(layer.weight.data, **options)
+        weight = layer.weight.data if type(layer) is nn.Linear else layer.weight.data.t().contiguous()
+        packed, state = bnb.functional.quantize_4bit(weight, **options)
         compute, bias = _compute_dtype(recipe, dtype), layer.bias
-        linear = bnb.nn.Linear4bit(
-            layer.in_features, layer.out_features, bias is not None, compute, **options, device=layer.weight.device
-        )
+        linear = bnb.nn.Linear4bit(*shape, bias is not None, compute, **options, device=weight.device)
+        linear.source_cls = type(layer)  # as transformers notes it
         linear.weight = bnb.nn.Params4bit(
             packed, requires_grad=False, quant_state=state, bnb_quantized=True, module=linear, **options
         )
@@ -462,13 +473,18 @@ AttentionInterface.register(SCORELESS, scoreless_attention)
 def held(model: nn.Module) -> dict[str, list[Tensor]]:
     """The tensors that a model keeps on its device through all steps, each storage once."""
     parts: dict[str, list[Tensor]] = {"base": [], "embeddings, head, norms": [], "adapter": []}
+    own: Any = model.causal if isinstance(model, PairModel) else model
+    ends = [module.weight for module in (own.get_input_embeddings(), own.get_output_embeddings()) if module]
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
         if state is not None:
             parts["base"] += [parameter, state.absmax, state.code, state.offset]
             parts["base"] += [state.state2.absmax, state.state2.code] if state.nested else []
+        elif parameter.requires_grad:
+            parts["adapter"].append(parameter)
         else:
-            parts["adapter" if parameter.requires_grad else "embeddings, head, norms"].append(parameter)
+            is_end = parameter.ndim < 2 or any(parameter is end for end in ends)
+            parts["embeddings, head, norms" if is_end else "base"].append(parameter)
     parts["embeddings, head, norms"] += model.buffers()
     seen: set[torch.UntypedStorage] = set()
     for name, tensors in parts.items():

@@ -2,6 +2,7 @@
 
 from collections.abc import Generator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,7 +39,10 @@ class PlanReport:
     disk: dict[str, int]
     """Bytes: download, checkpoints, merged."""
     is_verdict: bool
-    """Whether the budget is the person's: theirs by word, or that of their card."""
+    """Whether the answer stands: for the person's budget or card; or because no card that is known has the memory."""
+
+    notes: list[str]
+    """What the person should know, a line each."""
 
     def to_json(self) -> dict[str, Any]:
         """All of it, in bytes and seconds."""
@@ -47,7 +51,7 @@ class PlanReport:
             **self.plan.to_json(),
             "lengths": "data" if self.from_data else "data.max_length",
             "disk_bytes": self.disk,
-            "notes": list(self.plan.measured.notes),
+            "notes": self.notes,
             "card_free_bytes": self.own.free if self.own else None,
             "card_held_by_others_bytes": self.own.others if self.own else None,
             "cards": [
@@ -112,13 +116,13 @@ def _report(
         card = replace(_like(asked), memory=asked)
     else:
         larger = [other for other in CARDS if other.memory >= ASSUMED.memory]
-        card = next((other for other in larger if planner.least(other) <= other.memory), ASSUMED)
+        card = next((other for other in larger if planner.least(other) <= other.memory), CARDS[-1])
     budget = card.memory if asked is None else asked
     found = planner.plan(budget, card)
     name_of_first = card.name if recipe.memory.budget_bytes is None else f"memory.budget={recipe.memory.budget}"
     first = replace(card, name=name_of_first, memory=budget)
     rows = [planner.row(first), *(planner.row(other) for other in CARDS if other != first)]
-    is_verdict = asked is not None
+    is_verdict = asked is not None or not found.fits  # what fits none of the cards fits nobody's
     changes = planner.changes(budget, card) if is_verdict and not found.fits else []
     return PlanReport(
         base=name,
@@ -127,9 +131,19 @@ def _report(
         from_data=from_data,
         rows=rows,
         changes=changes,
-        disk=_disk(found, recipe),
+        disk=_disk(found, recipe, is_local=Path(recipe.model.model_name_or_path).is_dir()),
         is_verdict=is_verdict,
+        notes=[*found.measured.notes, *_too_long(planner)],
     )
+
+
+def _too_long(planner: Planner) -> list[str]:
+    """That training would refuse such pairs, as ``prepare`` does."""
+    limit = getattr(planner.config.get_text_config(), "max_position_embeddings", None)
+    longest = int(planner.triples[:, 1:].max())
+    if not limit or longest <= limit:
+        return []
+    return [f"the base reads {limit:,} tokens, and training refuses pairs of {longest:,}: data.max_length={limit}"]
 
 
 def _like(budget: int) -> Card:
@@ -137,8 +151,9 @@ def _like(budget: int) -> Card:
     return next((card for card in CARDS if card.memory >= 0.95 * budget), CARDS[-1])
 
 
-def _disk(found: MemoryPlan, recipe: Recipe) -> dict[str, int]:
+def _disk(found: MemoryPlan, recipe: Recipe, *, is_local: bool) -> dict[str, int]:
     half = 2 * found.measured.weights
     adapter = found.measured.held["adapter"]
-    disk = {"download": half, "checkpoints": 3 * adapter * (KEPT + 2), "adapter": adapter}
+    disk = {} if is_local else {"download": half}
+    disk |= {"checkpoints": 3 * adapter * (KEPT + 2), "adapter": adapter}
     return disk | ({"merged": half} if recipe.output.merge else {})

@@ -121,7 +121,7 @@ def print_plan(report: "PlanReport") -> None:
     whose = "of memory.budget"
     if report.own and plan.card and plan.budget == report.own.free:
         whose = f"free on this machine's {plan.card.name}"
-    if not report.is_verdict and plan.card:
+    if not report.own and not report.rows[0].card.name.startswith("memory.budget") and plan.card:
         whose = f"of a {plan.card.name} (no GPU here, and no memory.budget)"
     verdict = "fits" if plan.fits else "does not fit"
     out.print(f"{report.base}: {verdict}, {gib(plan.needed)} needed, {gib(plan.budget or 0)} {whose}")
@@ -145,7 +145,7 @@ def print_plan(report: "PlanReport") -> None:
     if step.paged:
         out.print(f"  of the optimizer {gib(step.paged)} are paged: the driver moves them to host memory if it must")
     out.print(f"\nlevers: {' '.join(f'memory.{key}={to_text(value)}' for key, value in plan.levers.items())}")
-    for note in step.notes:
+    for note in report.notes:
         out.print(f"note: {note}")
     if plan.seconds_per_pair is not None:
         per_pair = f"{plan.flops_per_pair / 1e12:.3g} TFLOPs and about {plan.seconds_per_pair:.2g} s"

@@ -19,6 +19,8 @@ from test_train import adapter, rows_without_clock, same_bits, train_all
 from transformers import (
     BloomConfig,
     Gemma2Config,
+    GPT2Config,
+    GPT2LMHeadModel,
     GptOssConfig,
     GptOssForCausalLM,
     Lfm2Config,
@@ -28,9 +30,10 @@ from transformers import (
 )
 
 from orpo_lite import gradient, plan, run
+from orpo_lite.base import Base
 from orpo_lite.data.packing import packed_tokens
 from orpo_lite.errors import FitError, ModelError, RecipeError
-from orpo_lite.model import SCORELESS, PairModel
+from orpo_lite.model import SCORELESS, PairModel, bare_pair_model, held, load_pair_model
 from orpo_lite.planner import cards
 from orpo_lite.planner.cards import CARDS, own_card
 from orpo_lite.planner.counted import heaviest, measure
@@ -564,3 +567,54 @@ def test_an_embedding_set_to_the_host_is_counted_away_once() -> None:
     moved, least = planner(embedding_on_cpu=True), planner()
     assert least.tightest()["embedding_on_cpu"] is True
     assert moved.least(CARD) == least.least(CARD)
+
+
+def test_a_step_of_few_tokens_passes_at_once_where_there_is_room() -> None:
+    """Nothing is gained by passes of one pair; a step may have fewer tokens than the sizes that are tried."""
+    chosen = settings()
+    assert Planner(chosen, small(), worst_case(512, 2), "ampere").plan(None, CARD).levers["micro_batch_tokens"] == 2_048
+    short = worst_case(100, 2)
+    assert Planner(chosen, small(), short, "ampere").plan(None, CARD).levers["micro_batch_tokens"] == 400
+
+
+def test_gpt2_is_planned_in_4_bit_as_it_is_loaded(tmp_path: Path) -> None:
+    config = GPT2Config(n_embd=64, n_layer=2, n_head=4, **IDS)
+    base = write_base(tmp_path / "base", GPT2LMHeadModel(config))
+    model = load_pair_model(recipe(), Base(str(base), base, None, "", config), torch.device("cpu"))
+    planned = bare_pair_model(recipe(), config, torch.float32)
+    for part, tensors in held(model).items():
+        assert sum(t.nbytes for t in tensors) == sum(t.nbytes for t in held(planned)[part]), part
+    assert {type(module).__name__ for module in planned.modules()} == {type(m).__name__ for m in model.modules()}
+
+
+def test_what_fits_no_card_ends_with_6_and_says_what_would(call: Call, workspace: Path) -> None:
+    LlamaConfig(
+        hidden_size=16_384,
+        intermediate_size=65_536,
+        num_hidden_layers=4,
+        num_attention_heads=64,
+        vocab_size=99,
+        num_key_value_heads=64,
+    ).save_pretrained(workspace / "base")
+    keys = ("model.model_name_or_path=./base", "data.max_length=256", "data.max_prompt_length=64", *FEW)
+    code, said, complaint = call(
+        "plan", "--recipe", "mistral-qlora", "quantization.load_in_4bit=false", "lora.r=8", *keys
+    )
+    assert code == 6, (said, complaint)
+    assert "quantization.load_in_4bit=true" in complaint
+    assert "download" not in said
+
+
+def test_levers_are_proposed_before_anything_is_trained_otherwise() -> None:
+    plans = planner(packing=False, micro_batch_size=2, prompt_sharing=False)
+    (first, *_) = plans.changes(10 * GIB, CARD)
+    assert first.keys == {"memory.packing": True, "memory.prompt_sharing": True, "memory.micro_batch_size": 1}
+    assert first.fits
+    short = Planner(settings(), small(), worst_case(60, 2), "ampere")
+    assert all(change.keys.get("data.max_length", 0) <= 30 for change in short.changes(MIB, CARD))
+
+
+def test_a_limit_beyond_the_base_s_is_said(call: Call, workspace: Path) -> None:
+    keys = ("model.model_name_or_path=./base", "data.max_length=512", "data.max_prompt_length=64", *FEW)
+    _, said, _ = call("plan", "--recipe", "mistral-qlora", *keys)
+    assert "note: the base reads 256 tokens, and training refuses pairs of 512: data.max_length=256" in said

@@ -31,6 +31,7 @@ CONTEXT = 512 * MIB  # of CUDA, with the kernels of torch, cuBLAS and bitsandbyt
 WORKSPACE = 64 * MIB  # cuBLAS asks for 8 MiB a stream, on Hopper for 32 (torch.backends.cuda, CUBLAS_WORKSPACE_CONFIG)
 FRAGMENTATION = 0.05  # of the step's own bytes
 TILE, SMALL_CHUNK = 512, 128  # tokens of an MLP, rows of logits
+SHORTEST = 128  # tokens of a sequence; no shorter one is proposed
 MORE_TOKENS = (4_096, 8_192)  # a forward pass of fewer spends much of its time on dequantising the weights
 
 
@@ -174,7 +175,7 @@ class Planner:
         """All values of the levers but the number of checkpointed layers, the simplest first."""
         memory, longest = self.recipe.memory, self.longest
         whole = self._longest(self.recipe.training.global_batch_size)  # of a step; a pass of more would be the same
-        tokens = sorted({longest, *(more for more in MORE_TOKENS if longest < more <= whole)}, reverse=True)
+        tokens = sorted({longest, *(min(more, whole) for more in MORE_TOKENS if longest < more)}, reverse=True)
         options: dict[str, list[Any]] = {
             "head_chunk": ["auto"],
             "mlp_tile": [None, TILE],
@@ -280,29 +281,36 @@ class Planner:
 
     def changes(self, budget: int, card: Card | None) -> list[Change]:
         """Changes of the maths that need less, and which of them would fit; none is made by itself."""
-        recipe, length = self.recipe, self.recipe.data.max_length
-        candidates: list[dict[str, Any]] = []
-        fixed = {f"memory.{name}": "auto" for name in LEVERS if getattr(recipe.memory, name) != "auto"}
-        if fixed:
-            candidates.append(fixed)
-        if not recipe.quantization.load_in_4bit:
-            candidates.append({"quantization.load_in_4bit": True})
-        if recipe.training.optim != "paged_adamw_8bit":
-            candidates.append({"training.optim": "paged_adamw_8bit"})
+        recipe, memory = self.recipe, self.recipe.memory
+        levers: dict[str, Any] = {f"memory.{name}": "auto" for name in LEVERS if getattr(memory, name) != "auto"}
+        switches = ("packing", "prompt_sharing", "fused_lora")
+        levers |= {f"memory.{name}": True for name in switches if not getattr(memory, name)}
+        if memory.micro_batch_size is not None:
+            levers["memory.micro_batch_size"] = 1
         rank = {"lora.r": 8} if recipe.lora.r > 8 else {}
-        candidates += [rank] * bool(rank)
-        for shorter in (length // 2, length // 4):
-            prompt = min(recipe.data.max_prompt_length, shorter // 2)
-            limits = {"data.max_length": shorter, "data.max_prompt_length": prompt}
-            candidates += [limits, *([limits | rank] if rank else [])]
-        found = []
-        for keys in candidates:
-            limit = keys.get("data.max_length", length)
-            other = Planner(recipe.override(keys), self.config, np.minimum(self.triples, limit), self.kind)
-            needed = other.least(card)
-            found.append(Change(keys, needed, needed <= budget))
+        alone: list[dict[str, Any]] = [levers] * bool(levers)
+        alone += [{"quantization.load_in_4bit": True}] * (not recipe.quantization.load_in_4bit)
+        alone += [{"training.optim": "paged_adamw_8bit"}] * (recipe.training.optim != "paged_adamw_8bit")
+        found = [self._changed(keys, budget, card) for keys in [*alone, *([rank] * bool(rank))]]
+        longest = int(self.triples[:, 1:].max())
+        for shorter in (longest // 2, longest // 4, longest // 8):
+            limits = {
+                "data.max_length": shorter,
+                "data.max_prompt_length": min(recipe.data.max_prompt_length, shorter // 2),
+            }
+            found.append(self._changed(limits, budget, card))
+            if not any(change.fits for change in found) and rank:
+                found.append(self._changed(limits | rank, budget, card))
+            if found[-1].fits or shorter < SHORTEST:
+                break
         as_it_is = self.least(card)
         return [change for change in found if change.needed < as_it_is]
+
+    def _changed(self, keys: Mapping[str, Any], budget: int, card: Card | None) -> Change:
+        limit = keys.get("data.max_length")
+        triples = self.triples if limit is None else np.minimum(self.triples, limit)
+        needed = Planner(self.recipe.override(dict(keys)), self.config, triples, self.kind).least(card)
+        return Change(keys, needed, needed <= budget)
 
 
 def no_plan(name: str, error: Exception) -> ModelError:
@@ -329,6 +337,9 @@ def does_not_fit(plan: MemoryPlan, changes: Sequence[Change]) -> FitError:
         keys = " ".join(f"{key}={to_text(value)}" for key, value in change.keys.items())
         verdict = "fits" if change.fits else "still too much"
         lines.append(f"{keys}: {gib(change.needed)} ({gib(plan.needed - change.needed)} less), {verdict}")
-    useful = [line for line, change in zip(lines, changes, strict=True) if change.fits] or lines[-1:]
-    first = "one of these; all but a lever of memory change what is trained:" if useful else "another base or card"
+    useful = [line for line, change in zip(lines, changes, strict=True) if change.fits]
+    if useful:
+        first = "one of these; all but the levers of memory change what is trained:"
+    else:
+        useful, first = lines[-1:], "another base, or a card with more memory; no single change is enough"
     return FitError("memory.budget", found, "", "\n    ".join([first, *useful]))
