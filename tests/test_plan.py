@@ -588,18 +588,11 @@ def test_gpt2_is_planned_in_4_bit_as_it_is_loaded(tmp_path: Path) -> None:
 
 
 def test_what_fits_no_card_ends_with_6_and_says_what_would(call: Call, workspace: Path) -> None:
-    LlamaConfig(
-        hidden_size=16_384,
-        intermediate_size=65_536,
-        num_hidden_layers=4,
-        num_attention_heads=64,
-        vocab_size=99,
-        num_key_value_heads=64,
-    ).save_pretrained(workspace / "base")
+    wide = small(12, hidden_size=16_384, intermediate_size=65_536, num_attention_heads=64, num_key_value_heads=64)
+    wide.save_pretrained(workspace / "base")
     keys = ("model.model_name_or_path=./base", "data.max_length=256", "data.max_prompt_length=64", *FEW)
-    code, said, complaint = call(
-        "plan", "--recipe", "mistral-qlora", "quantization.load_in_4bit=false", "lora.r=8", *keys
-    )
+    keys = ("quantization.load_in_4bit=false", "lora.r=8", *keys)
+    code, said, complaint = call("plan", "--recipe", "mistral-qlora", *keys)
     assert code == 6, (said, complaint)
     assert "quantization.load_in_4bit=true" in complaint
     assert "download" not in said
