@@ -2,7 +2,8 @@
 
 ``recipe.yaml`` resolved recipe · ``lock.json`` what was resolved: revisions, versions, hashes, seed · ``data.json`` the
 pairs in figures · ``metrics.jsonl`` a line a step · ``samples.jsonl`` answers before and after · ``checkpoints/`` ·
-``adapter/`` the result, with tokenizer, template and generation config · ``merged/`` · ``train.log`` library noise.
+``adapter/`` the result, with tokenizer, template and generation config · ``result.json`` which step it is of ·
+``README.md`` the model card · ``merged/`` · ``train.log`` library noise.
 """
 
 import fcntl
@@ -24,6 +25,7 @@ from orpo_lite.errors import FULL, CheckpointError, FitError
 from orpo_lite.recipe import Recipe, load_recipe
 
 Result = TypeVar("Result")
+RESULT = "result.json"
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
