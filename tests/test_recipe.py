@@ -32,7 +32,19 @@ from orpo_lite.recipe import (
 
 MINIMAL = "model:\n  model_name_or_path: some/base\ndata:\n  dataset_name: some/pairs\n"
 TOKEN = "hf_" + "Abcd1234" * 4
-BAD_REPOSITORIES = ("a b", "me/../you", "/me/x", "me/x/y", "me/-x", "me/x--y", "me/x.", "me/x.git", "mé/x", "x" * 97, "")
+BAD_REPOSITORIES = (
+    "a b",
+    "me/../you",
+    "/me/x",
+    "me/x/y",
+    "me/-x",
+    "me/x--y",
+    "me/x.",
+    "me/x.git",
+    "mé/x",
+    "x" * 97,
+    "",
+)
 NEEDED = ("model.model_name_or_path=some/base", "data.dataset_name=some/pairs")
 
 Write = Callable[[str], str]
