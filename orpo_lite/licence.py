@@ -12,11 +12,11 @@ from typing import Any
 
 import yaml
 from huggingface_hub import snapshot_download
-from yaml.constructor import ConstructorError
 
 from orpo_lite.base import UNREACHABLE
 from orpo_lite.data.rows import is_path
 from orpo_lite.errors import TOKEN, ModelError, RecipeError
+from orpo_lite.recipe import BACK, DEEPER, MAX_DEPTH
 
 KEYS = ("license", "license_name", "license_link")
 PAPERS = ["LICENSE", "LICENSE.*", "LICENCE", "LICENCE.*", "NOTICE", "NOTICE.*", "USE_POLICY.*"]
@@ -185,10 +185,20 @@ def split_card(text: str) -> tuple[dict[str, Any], str]:
     if found is None:
         return {}, text
     try:
-        data = yaml.safe_load(found[1])
-    except (yaml.YAMLError, ConstructorError, ValueError, RecursionError):
+        data = yaml.safe_load(found[1]) if _is_plain(found[1]) else {}
+    except (yaml.YAMLError, ValueError):
         return {}, found[2]
     return (data if isinstance(data, dict) else {}), found[2]
+
+
+def _is_plain(text: str) -> bool:
+    """Whether a YAML text has neither aliases, which can expand without end, nor brackets that PyYAML sinks in."""
+    depth = 0
+    for token in yaml.scan(text, Loader=yaml.SafeLoader):
+        depth += isinstance(token, DEEPER) - isinstance(token, BACK)
+        if depth > MAX_DEPTH or isinstance(token, yaml.AnchorToken | yaml.AliasToken):
+            return False
+    return True
 
 
 def read_licences(base: str, revision: str | None, folder: Path, names: Sequence[str]) -> dict[str, Any]:
