@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 
-from orpo_lite.base import UNREACHABLE
+from orpo_lite.base import HUB_TIMEOUT, UNREACHABLE
 from orpo_lite.data.rows import is_path
 from orpo_lite.errors import TOKEN, ModelError, RecipeError
 from orpo_lite.recipe import BACK, DEEPER, MAX_DEPTH
 
 KEYS = ("license", "license_name", "license_link")
-PAPERS = ["LICENSE", "LICENSE.*", "LICENCE", "LICENCE.*", "NOTICE", "NOTICE.*", "USE_POLICY.*"]
+PAPERS = [f"{name}{end}" for name in ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY") for end in ("", ".txt", ".md")]
 MAX_BYTES = 1 << 20  # of a card or a licence's text
 NON_COMMERCIAL = re.compile(r"(^|[-_ ])(nc|non-?commercial|research-only)([-_ ]|$)", re.IGNORECASE)
 COPY = "provide a copy of this Agreement"
@@ -114,10 +114,9 @@ def find_papers(
     agreement = _agreement(read_card(own))
     papers: dict[str, bytes | Path] = {}
     for folder in folders:
-        for pattern in PAPERS:
-            for file in sorted(folder.glob(pattern)):
-                if file.is_file() and file.stat().st_size <= MAX_BYTES:
-                    papers.setdefault(file.name, file)
+        for file in (folder / name for name in PAPERS):
+            if file.is_file() and file.stat().st_size <= MAX_BYTES:
+                papers.setdefault(file.name, file)
     terms = find_terms(licence)
     if terms is None:
         return papers
@@ -162,6 +161,8 @@ def fetch_papers(name: str, revision: str | None, folder: Path | None, *, kind: 
         return folder
     for offline in (True, False):
         try:
+            if not offline:  # asked once: the download of a file would ask for half a minute
+                HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=HUB_TIMEOUT)
             found = snapshot_download(
                 name, repo_type=kind, revision=revision, allow_patterns=["README.md", *PAPERS], local_files_only=offline
             )

@@ -147,7 +147,12 @@ def _card(path: Path, shown: Shown) -> str:
     """The card for this repository; the run's own where a person has changed it."""
     file = path / "README.md"
     text = file.read_text(encoding="utf-8") if file.is_file() else ""
-    return adopt_card(path, text, shown) if text and not is_own(text) else make_card(path, shown)
+    if not text or is_own(text):
+        return make_card(path, shown)
+    if shown.samples:
+        found, remedy = f"given, and {file} was changed by hand", "leave it out, and paste them; or remove the file"
+        raise RecipeError("--samples", found, "a card that is made afresh", remedy)
+    return adopt_card(path, text, shown)
 
 
 def _samples(path: Path, count: int) -> Sequence[Mapping[str, str]]:

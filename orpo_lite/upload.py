@@ -31,8 +31,9 @@ FIRST_WAIT = 2.0  # seconds, doubled each time
 LONGEST_WAIT = 300.0  # a hub that asks for more is left alone, and the command can be given again later
 TIMEOUT = 120.0  # seconds without a byte; the hub's client would wait for ever
 PASSING = (408, 425, 429, 500, 502, 503, 504)
-# Besides the hub's own errors: what the client wraps the failure of one file in, and what its xet transfer raises.
-FAILURES = (*UNREACHABLE, RuntimeError)
+# Besides the hub's own errors: what the client wraps the failure of one file in, and what its xet transfer raises; and
+# an answer that lacks what every answer of the hub has.
+FAILURES = (*UNREACHABLE, RuntimeError, KeyError)
 LOGIN = "`hf auth login` with a token that may write (https://huggingface.co/settings/tokens), or HF_TOKEN"
 
 Result = TypeVar("Result")
@@ -76,7 +77,7 @@ def check_target(repository: str, *, is_private: bool) -> Attempt[Target]:
 
 def _check(repository: str, is_private: bool) -> Attempt[Target]:
     where = f"hub, {repository}"
-    who = yield from attempts(where, "asking who we are", lambda: HfApi().whoami())
+    who = yield from attempts(where, "asking who we are", _whoami)
     repository = repository if "/" in repository else f"{who['name']}/{repository}"
     where = f"hub, {repository}"
     _refuse_reader(where, repository, who)
@@ -90,6 +91,11 @@ def _check(repository: str, is_private: bool) -> Attempt[Target]:
         remedy += f"; or change it at {constants.ENDPOINT}/{repository}/settings; or another name"
         raise HubError(where, f"is {there} already", f"a {asked} repository, as asked; it is not changed here", remedy)
     return Target(repository, is_private, exists=True)
+
+
+def _whoami() -> dict[str, Any]:
+    who: dict[str, Any] = HfApi().whoami()
+    return {"name": str(who["name"])} | who
 
 
 def _own_token(where: str) -> str | None:
@@ -216,7 +222,7 @@ def _wait(error: BaseException, number: int) -> float | None:
         return None
     if isinstance(error, JSONDecodeError):
         pass  # some requests read a busy hub's page as JSON before they look at its status
-    elif isinstance(error, LocalTokenNotFoundError | OfflineModeIsEnabled | ValueError) or _is_local(error):
+    elif isinstance(error, LocalTokenNotFoundError | OfflineModeIsEnabled | ValueError | KeyError) or _is_local(error):
         return None
     if status is not None and status not in PASSING:
         return None
@@ -262,7 +268,7 @@ def _explain(where: str, doing: str, error: BaseException, wait: float | None) -
         return HubError(where, f"the hub answers {status} ({doing}){message}", "", "try again later")
     if _is_local(error):
         return HubError(where, f"a file cannot be read ({doing}): {error}", "", "see that it is there and yours")
-    if isinstance(error, ValueError):
+    if isinstance(error, ValueError | KeyError):
         found = f"the hub's answer is not one ({doing}: {type(error).__name__}){message}"
         return HubError(where, found, "the hub itself, not a page in between", "try again later")
     return HubError(

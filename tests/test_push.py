@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import yaml
 from conftest import Answer, write_base, write_pairs
-from hub_server import COMMIT, NAME, TOKEN, Hub
+from hub_server import COMMIT, NAME, SET, TOKEN, Hub
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.utils import _http
 from safetensors import safe_open
 
 from orpo_lite import licence, upload
+from orpo_lite.base import find_base
 from orpo_lite.errors import CheckpointError, HubError, ModelError, OrpoLiteError, RecipeError
 from orpo_lite.merge import merge
 from orpo_lite.push import PushResult, push, pushing
@@ -424,6 +425,9 @@ def test_waits_grow_and_are_not_those_of_everybody(hub: Hub) -> None:
 def test_a_page_that_is_not_the_hubs(a_run: Path, hub: Hub, slept: list[float]) -> None:
     hub.fail("/", 200, body=b"<html>Welcome! Room number?</html>")
     assert "the hub's answer is not one" in no_push(a_run, hub)
+    hub.faults.clear()
+    hub.fail("/", 200, body=b"{}")
+    assert "the hub's answer is not one" in no_push(a_run, hub)
 
 
 def test_the_clients_patience_is_given_back(a_run: Path, hub: Hub) -> None:
@@ -485,6 +489,28 @@ def test_a_base_without_a_licence_is_not_given_one(a_run: Path, hub: Hub) -> Non
     assert "is not known here" in card.text
 
 
+def test_a_hub_that_cannot_be_reached_is_not_waited_for_to_learn_a_licence(hub: Hub, slept: list[float]) -> None:
+    base = find_base(NAME, "main")
+    hub.fail("/", 503)
+    before = len(hub.requests)
+    assert licence.read_licences(NAME, COMMIT, base.path, ["lab/pairs"]) == {"base": {}, "data": {"lab/pairs": {}}}
+    hub.stop()
+    assert licence.read_licences(NAME, COMMIT, base.path, ["lab/pairs"]) == {"base": {}, "data": {"lab/pairs": {}}}
+    assert len(hub.requests) == before + 2
+    assert slept == []
+
+
+def test_licences_of_base_and_data_from_their_cards(hub: Hub) -> None:
+    hub.set.mkdir()
+    (hub.set / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+    (hub.folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    base = find_base(NAME, "main")
+    known = {"base": {"license": "apache-2.0"}, "data": {SET: {"license": "cc-by-nc-4.0"}}}
+    assert licence.read_licences(NAME, COMMIT, base.path, [SET, "/a/file.jsonl", "builtin:two-tones"]) == known
+    hub.stop()
+    assert licence.read_licences(NAME, COMMIT, base.path, [SET]) == known
+
+
 # --- a card changed by hand
 
 
@@ -496,6 +522,7 @@ def test_a_card_changed_by_hand_is_pushed_as_it_is(a_run: Path, hub: Hub) -> Non
     assert "My own words." in pushed.text
     assert (pushed.data.language, pushed.data.library_name) == ("en", "transformers")
     assert "OWNER/NAME" not in pushed.text
+    assert "--samples: given" in refused(RecipeError, lambda: push(a_run, REPO, is_merged=True, samples=1), code=2)
     card.write_text("No metadata at all.")
     assert "metadata" in refused(CheckpointError, lambda: push(a_run, REPO), code=5)
 
