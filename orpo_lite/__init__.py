@@ -4,9 +4,9 @@ The house, imports strictly downward (kept by tests/test_house.py):
 
 6  cli (__main__)                                  parse, call, chain the verbs
 5  screen                                          what the person sees; the only place that prints
-4  train  merge  verify  plan                      one verb a file, each a function that returns a value
-3  prepare  proof  planner  gradient  evaluate  generate  checkpoint  demo   what several verbs need
-2  model  run  optimizer  meter  weights           the pair model, run folder, AdamW, what a step holds, stored weights
+4  train  merge  verify  push  plan                one verb a file, each a function that returns a value
+3  prepare  proof  planner  gradient  evaluate  generate  checkpoint  demo  card  upload   what several verbs need
+2  model  run  optimizer  meter  weights  licence  the pair model, run folder, AdamW, a step, stored weights
 1  step  data  base                                the maths, pure tensors; rows to batches; the base on disk
 0  recipe  errors                                  the schema; the errors people see
 """
@@ -32,8 +32,9 @@ _EXPORTS = {
     "train": "orpo_lite.train",
     "merge": "orpo_lite.merge",
     "verify": "orpo_lite.verify",
+    "push": "orpo_lite.push",
 }
-__all__ = ["load_recipe", "merge", "plan", "train", "verify"]
+__all__ = ["load_recipe", "merge", "plan", "push", "train", "verify"]
 
 
 class _Package(ModuleType):

@@ -142,9 +142,7 @@ def data(
             "--row", "given with --json", "one of them: the figures are those of all rows", "leave one out"
         )
     chosen = _choose_recipe(recipe, None, overrides or [], verb="data")
-    # Not _quiet: it imports what would take longer than all the rest of this.
-    for library in ("TRANSFORMERS", "DATASETS", "HF_HUB"):  # they tell of each attempt to reach the hub
-        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    _hush()
     preview = screen.draw(_previewing(chosen, row), silent=as_json)
     if as_json:
         screen.print_json(preview.figures | {"samples": preview.samples, "warnings": preview.warnings})
@@ -177,6 +175,21 @@ def merge(
         _merge(run, base, most)
         if verify:
             _verify(run, base)
+
+
+@app.command()
+def push(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
+    repository: Annotated[str, typer.Argument(metavar="REPO", help="owner/name; a name alone is yours.")],
+    merged: Annotated[bool, typer.Option("--merged", help="Push RUN/merged, not the adapter.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="Everybody can see it; private without.")] = False,
+    samples: Annotated[
+        int, typer.Option(min=0, max=20, help="Show so many prompts of the data, with answers, in the card.")
+    ] = 0,
+) -> None:
+    """Push a run's adapter, or its merged model, to the hub, with a model card."""
+    _hush()
+    _push(run, repository, is_merged=merged, is_public=public, samples=samples)
 
 
 @recipes_app.command("ls")
@@ -297,6 +310,15 @@ def _verify(run: Path, weights: "Weights") -> None:
         raise ModelError(f"{run}, merged", found, "the same answers", "please report it with the run's lock.json")
 
 
+def _push(run: Path, repository: str, **options: Any) -> None:
+    from orpo_lite.push import pushing
+
+    # The hub's client draws bars of its own while files go up.
+    result = screen.draw(pushing(run, repository, **options), plain=True)
+    visible = "everybody" if options.get("is_public") else "you, and who you let"
+    out.print(f"pushed {len(result.files)} files: {result.page} (to be seen by {visible})")
+
+
 def _finish(recipe: "Recipe", result: "TrainResult") -> None:
     """After the adapter is safe: the table, the merge, the answers. A failure here costs no training."""
     from orpo_lite.demo import builtin_remark
@@ -305,6 +327,8 @@ def _finish(recipe: "Recipe", result: "TrainResult") -> None:
     if result.before:
         screen.print_before_after(result.before, result.after)
     safe = f"the adapter is safe in {result.run}/adapter; then: orpo-lite merge {shlex.quote(str(result.run))}"
+    if recipe.output.push_to_hub:
+        safe += f", and {_push_command(recipe, result)}"
     try:
         if recipe.output.merge:
             merged = _merge(result.run)
@@ -320,6 +344,26 @@ def _finish(recipe: "Recipe", result: "TrainResult") -> None:
     out.print(f"{result.steps} steps in {minutes}m{seconds:02d}s; every step is in {result.run}/metrics.jsonl")
     if remark := builtin_remark(recipe):
         out.print(remark)
+    if recipe.output.push_to_hub:
+        _push_result(recipe, result)
+
+
+def _push_result(recipe: "Recipe", result: "TrainResult") -> None:
+    safe = f"the adapter is safe in {result.run}/adapter"
+    try:
+        _push(result.run, str(recipe.output.hub_model_id), is_public=not recipe.output.hub_private_repo)
+    except OrpoLiteError as error:
+        error.remedy = f"{error.remedy}\n  {safe}"
+        raise
+    except KeyboardInterrupt:
+        err.print(f"stopped; {safe}; then: {_push_command(recipe, result)}")
+        raise typer.Exit(130) from None
+
+
+def _push_command(recipe: "Recipe", result: "TrainResult") -> str:
+    from orpo_lite.push import push_command
+
+    return push_command(result.run, str(recipe.output.hub_model_id), is_public=not recipe.output.hub_private_repo)
 
 
 def _print_samples(recipe: "Recipe", result: "TrainResult", merged: Path) -> None:
@@ -344,6 +388,12 @@ def _print_samples(recipe: "Recipe", result: "TrainResult", merged: Path) -> Non
 
 def _flat(text: str) -> str:
     return " ".join(text.split())
+
+
+def _hush() -> None:
+    """As _quiet, for what needs none of the libraries whose import would take longer than all the rest."""
+    for library in ("TRANSFORMERS", "DATASETS", "HF_HUB"):  # they tell of each attempt to reach the hub
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
 
 
 def _is_main_process() -> bool:

@@ -225,7 +225,7 @@ def load_pair_model(recipe: Recipe, base: Base, device: torch.device) -> PairMod
     name = recipe.model.adapter_name_or_path
     folder = find_adapter(name) if name else None
     pair_model = _with_step(model, recipe, folder)
-    if recipe.quantization.load_in_4bit and (left := skipped_modules(base.config, device)):
+    if left := skipped_modules(recipe, base.config, device):
         said = f"{left[0]} and such stay as they are: on this CPU bitsandbytes' kernel errs on rows of their width"
         pair_model.notes.append(f"quantization.load_in_4bit: {said}")
     if folder:
@@ -280,7 +280,7 @@ def load_base(recipe: Recipe, base: Base, device: torch.device) -> nn.Module:
     if recipe.quantization.load_in_4bit:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
-            llm_int8_skip_modules=skipped_modules(base.config, device) or None,  # its name for 4 bit too
+            llm_int8_skip_modules=skipped_modules(recipe, base.config, device) or None,  # its name for 4 bit too
             bnb_4bit_quant_type=recipe.quantization.bnb_4bit_quant_type,
             bnb_4bit_use_double_quant=recipe.quantization.bnb_4bit_use_double_quant,
             bnb_4bit_compute_dtype=_compute_dtype(recipe, dtype),
@@ -302,7 +302,7 @@ def load_base(recipe: Recipe, base: Base, device: torch.device) -> nn.Module:
     return loaded
 
 
-def skipped_modules(config: Any, device: torch.device) -> list[str]:
+def skipped_modules(recipe: Recipe, config: Any, device: torch.device) -> list[str]:
     """transformers' ``llm_int8_skip_modules``: layers for which bitsandbytes' kernel is wrong here, and heads.
 
     Its kernel for CPUs (0.50) dequantises rows of an odd multiple of 32 elements wrongly. [] where nothing is wrong.
@@ -310,7 +310,7 @@ def skipped_modules(config: Any, device: torch.device) -> list[str]:
     from transformers import AutoModelForCausalLM
     from transformers.quantizers.base import get_keys_to_not_convert
 
-    if device.type != "cpu":
+    if device.type != "cpu" or not recipe.quantization.load_in_4bit:
         return []
     with META:
         model = AutoModelForCausalLM.from_config(config)

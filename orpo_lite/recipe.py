@@ -114,6 +114,25 @@ def _attention(value: object) -> object:
     return value
 
 
+REPOSITORY = re.compile(
+    r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9_]([\w.-]*\w)?", re.ASCII
+)  # as the hub's own client checks it
+
+
+def refuse_repository(name: str) -> None:
+    """ValueError for what cannot be the name of a repository of the hub."""
+    bare = name.rpartition("/")[2]
+    whole = REPOSITORY.fullmatch(name) and len(name) <= 96
+    if not whole or "--" in name or ".." in name or bare.endswith(".git"):
+        raise ValueError("owner/name, of letters, digits, - _ and . (no -- or .., no .git at its end, at most 96)")
+
+
+def _repository(name: str | None) -> str | None:
+    if name is not None:
+        refuse_repository(name)
+    return name
+
+
 Steps = Annotated[float, BeforeValidator(_steps)]
 
 
@@ -327,6 +346,12 @@ class OutputSection(Section):
     """Held-out prompts answered by the base and by the merged model at the end, for a look. Loads both in 16 bit."""
     max_new_tokens: int = Field(64, ge=1)
     """Length limit of those answers."""
+    push_to_hub: bool = False
+    """Push the adapter and its model card when all else is done; whether it may be is checked before training."""
+    hub_model_id: Annotated[str | None, AfterValidator(_repository)] = None
+    """Where to: owner/name, or a name alone, which is then yours. Made if it is not there."""
+    hub_private_repo: bool = True
+    """Only you, or your organisation, can see it. false: everybody can."""
 
 
 class Recipe(Section):
@@ -478,6 +503,13 @@ FOREIGN: dict[str, tuple[str, str]] = {
     "evals_per_epoch": ("training.eval_steps", "a share of all steps, or a number"),
     "logging_steps": ("", "every step is logged to metrics.jsonl; leave the line out"),
     "report_to": ("", "metrics.jsonl in the run folder holds every step; leave the line out"),
+    "export_hub_model_id": ("output.hub_model_id", ""),
+    "push_to_hub_model_id": ("output.hub_model_id", ""),
+    "push_to_hub_organization": ("output.hub_model_id", "owner/name"),
+    "hub_private": ("output.hub_private_repo", ""),
+    "hub_strategy": ("", "what is pushed is the result, once, at the end; leave the line out"),
+    "hub_always_push": ("", "what is pushed is the result, once, at the end; leave the line out"),
+    "hf_use_auth_token": ("", "the token is that of `hf auth login`, or of HF_TOKEN; leave the line out"),
     "trust_remote_code": ("", "code from the hub is never run; leave the line out"),
     "remove_unused_columns": ("", "unused columns are ignored; leave the line out"),
 }
@@ -818,6 +850,8 @@ def _contradictions(recipe: Recipe) -> Iterator[RecipeError]:
             "memory.checkpoint_offload", "memory.activation_checkpointing", "checkpoints that could be moved",
             "memory.activation_checkpointing=all",
         )  # fmt: skip
+    if recipe.output.push_to_hub and recipe.output.hub_model_id is None:
+        yield fault("output.push_to_hub", "output.hub_model_id", "a repository to push to", "output.hub_model_id=NAME")
     if not recipe.quantization.load_in_4bit and recipe.quantization.bnb_4bit_compute_dtype != "auto":
         yield fault(
             "quantization.load_in_4bit", "quantization.bnb_4bit_compute_dtype", "a 4-bit base to compute with",

@@ -2,8 +2,8 @@
 
 ``recipe.yaml`` resolved recipe · ``lock.json`` what was resolved: revisions, versions, hashes, seed · ``data.json`` the
 pairs in figures · ``metrics.jsonl`` a line a step · ``samples.jsonl`` answers before and after · ``checkpoints/`` ·
-``adapter/`` the result, with tokenizer, template and generation config · ``merged/`` and ``merged-dequantized/`` whole
-models · ``train.log`` library noise.
+``adapter/`` the result, with tokenizer, template and generation config · ``result.json`` which step it is of ·
+``README.md`` the model card · ``merged/`` and ``merged-dequantized/`` whole models · ``train.log`` library noise.
 """
 
 import fcntl
@@ -30,6 +30,7 @@ Weights = Literal["original", "dequantized"]
 """What an adapter is merged into. original: the base's own weights, in 16 bit. dequantized: what 4 bit made of them, in
 16 bit again, which is what the adapter was trained on."""
 FOLDERS: dict[Weights, str] = {"original": "merged", "dequantized": "merged-dequantized"}
+RESULT = "result.json"
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 

@@ -180,13 +180,13 @@ def print_verdict(verdict: "Verdict") -> None:
 # --- progress -------------------------------------------------------------------------------------------------------
 
 
-def draw(updates: "Generator[Update, None, Result]", *, silent: bool = False) -> Result:
-    """Show each update; returns the generator's result. Live on a terminal, plain lines elsewhere."""
+def draw(updates: "Generator[Update, None, Result]", *, silent: bool = False, plain: bool = False) -> Result:
+    """Show each update; returns the generator's result. Live on a terminal, plain lines elsewhere, or where asked."""
     from orpo_lite.run import drain
 
     if silent:
         return drain(updates, lambda _: None)
-    if not out.is_terminal:
+    if plain or not out.is_terminal:
         return drain(updates, _PlainLines().show)
     screen = _Screen()
     with Live(screen.layout, console=out, refresh_per_second=4, transient=True):

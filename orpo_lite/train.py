@@ -18,13 +18,14 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from transformers import enable_full_determinism
 
-from orpo_lite import checkpoint, demo, run
+from orpo_lite import card, checkpoint, demo, run
 from orpo_lite.base import check_disk, fetch_weights
 from orpo_lite.data.packing import epoch_order, micro_batches, steps_per_epoch
 from orpo_lite.data.tokens import TokenizedPair
-from orpo_lite.errors import CheckpointError, DivergedError, FitError, OrpoLiteError, RecipeError
+from orpo_lite.errors import CheckpointError, DivergedError, FitError, HubError, OrpoLiteError, RecipeError
 from orpo_lite.evaluate import evaluate
 from orpo_lite.gradient import ShortageError, accumulate, any_process
+from orpo_lite.licence import find_papers, read_licences, refuse_name
 from orpo_lite.model import ITS_FAULTS, PairModel, checkpoint_first, choose_dtype, load_pair_model, skipped_modules
 from orpo_lite.optimizer import lr_factor, make_optimizer, whole_steps
 from orpo_lite.planner.cards import own_card, room
@@ -43,6 +44,7 @@ from orpo_lite.recipe import Recipe, gib, to_text
 from orpo_lite.run import Update
 from orpo_lite.step.attention import device_kind
 from orpo_lite.step.losses import named_parts
+from orpo_lite.upload import check_target
 
 BAD_STEPS = 3  # non-finite steps in a row that end a run
 
@@ -91,6 +93,8 @@ def training(recipe: Recipe, *, resume: bool = False) -> Generator[Update, None,
         )
     if not resume and accelerator.is_main_process:
         run.refuse_existing(recipe)
+    if accelerator.is_main_process:
+        yield from _may_push(recipe, resume=resume)
     recipe = with_absolute_paths(adopt_adapter(recipe))
     if accelerator.is_main_process:
         for done, total in demo.make_builtin(recipe):
@@ -99,16 +103,16 @@ def training(recipe: Recipe, *, resume: bool = False) -> Generator[Update, None,
     resolved = demo.resolve_builtin(recipe)
     ready = yield from prepare(resolved)
     path = Path(recipe.training.output_dir)
+    licences = _licences(recipe, ready) if accelerator.is_main_process and not resume else {}
     resolved, planned = yield from _planned(resolved, ready, path, accelerator)
     ready = replace(ready, base=fetch_weights(ready.base))
     lock = make_lock(resolved, ready)
-    if resolved.quantization.load_in_4bit:
-        lock["not_quantised"] = skipped_modules(ready.base.config, accelerator.device)
+    lock["not_quantised"] = skipped_modules(resolved, ready.base.config, accelerator.device)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and resume:
         check_lock(path, lock)
     elif accelerator.is_main_process:
-        run.create(recipe, lock, ready.figures)
+        run.create(recipe, lock | {"licences": licences}, ready.figures)
     if accelerator.is_main_process and planned:
         run.write_text(path / PLAN, run.to_json(planned))
     accelerator.wait_for_everyone()
@@ -126,6 +130,30 @@ def training(recipe: Recipe, *, resume: bool = False) -> Generator[Update, None,
             levers = "memory.checkpoint_offload=true memory.mlp_tile=512 memory.embedding_on_cpu=true"
             remedy = f"{levers}, less memory.micro_batch_tokens; none of them changes the result; checkpoints are kept"
             raise FitError(f"run {path}", found, "", remedy) from error
+
+
+def _may_push(recipe: Recipe, *, resume: bool) -> Generator[Update, None, None]:
+    """Refuse to begin what could not be pushed in the end; a run that goes on is not held up for that."""
+    if not recipe.output.push_to_hub:
+        return
+    yield Update("stage", f"asking the hub whether {recipe.output.hub_model_id} may be written to")
+    try:
+        yield from check_target(str(recipe.output.hub_model_id), is_private=recipe.output.hub_private_repo)
+    except HubError as error:
+        if not resume:
+            error.remedy += "; or output.push_to_hub=false, and `orpo-lite push` later"
+            raise
+        yield Update("note", f"the push at the end may fail: {error.where} {error.found}")
+
+
+def _licences(recipe: Recipe, ready: Ready) -> dict[str, Any]:
+    """What lock.json says of licences; where the recipe asks for a push, the base's must allow it."""
+    base = ready.base
+    licences = read_licences(base.name, base.revision, base.path, recipe.data.names)
+    if recipe.output.push_to_hub:
+        refuse_name(str(recipe.output.hub_model_id), licences["base"], recipe.sources["output.hub_model_id"])
+        find_papers(licences["base"], base.name, base.revision, base.path)
+    return licences
 
 
 PLAN = "plan.json"
@@ -422,7 +450,7 @@ def _evaluate(
 def _keep(
     recipe: Recipe, ready: Ready, loaded: _Loaded, path: Path, accelerator: Accelerator, state: dict[str, Any]
 ) -> Generator[Update, None, int]:
-    """Write ``adapter/`` from the best checkpoint, else from the last step; returns the step it is of."""
+    """Write ``adapter/`` from the best checkpoint, else from the last step, and the card; returns the step it is of."""
     kept: int = state["step"]
     if recipe.training.load_best_model_at_end and state["best_step"] is not None:
         try:
@@ -436,6 +464,10 @@ def _keep(
         yield Update("note", "no step was better than the start: lower training.learning_rate, or train longer")
     if accelerator.is_main_process:
         save_adapter(path / "adapter", loaded.pair_model, ready)
+        run.write_text(path / run.RESULT, run.to_json({"steps": state["step"], "kept_step": kept}))
+        written = path / "README.md"
+        if not written.is_file() or card.is_own(written.read_text(encoding="utf-8")):
+            run.write_text(written, card.make_card(path, card.Shown(recipe.output.hub_model_id or card.SOMEWHERE)))
     accelerator.wait_for_everyone()
     return kept
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from hub_server import hub, slept  # noqa: F401 - fixtures
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 

@@ -1,218 +1,26 @@
 """The hub as a base's source, on a loopback server that speaks its protocol: what is fetched, and every refusal."""
 
 import errno
-import hashlib
 import json
 import logging
-import os
-import re
 import shutil
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
 
 import datasets
 import pytest
-from conftest import write_base, write_pairs
-from huggingface_hub import close_session, constants, file_download, hf_hub_download
-from huggingface_hub.utils import _http
+from conftest import write_pairs
+from hub_server import COMMIT, NAME, PICKLES, SET, TOKEN, WEIGHTS, Hub, environment
+from huggingface_hub import constants, file_download, hf_hub_download
 
 from orpo_lite import base as base_module
 from orpo_lite.base import Base, fetch_weights, find_adapter, find_base
 from orpo_lite.data import rows
 from orpo_lite.errors import FitError, HubError, ModelError, OrpoLiteError
 from orpo_lite.merge import merge
-
-NAME = "someone/tiny"
-SET = "someone/pairs"
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-WEIGHTS = "model.safetensors"
-PICKLES = ("pytorch_model.bin", "adapter_model.bin", "training_args.bin", "flax_model.msgpack")
-TOKEN = "hf_canaryTokenThatMustStayUnseen"
-
-
-@dataclass
-class Fault:
-    """What the server does instead of answering, at requests whose "METHOD path" matches."""
-
-    pattern: str
-    status: int = 0
-    headers: dict[str, str] = field(default_factory=dict)
-    body: bytes = b""
-    hang: bool = False
-    cut: bool = False
-    """Send half of the file, then close the connection."""
-    times: int = 1 << 30
-
-
-class Hub(ThreadingHTTPServer):
-    """The part of the hub's HTTP interface that the download of a model needs, and of a data set."""
-
-    daemon_threads = True
-    block_on_close = False
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.folder = folder
-        self.set = folder.with_name("set")
-        self.requests: list[str] = []
-        self.tokens: set[str] = set()
-        self.faults: list[Fault] = []
-        self.closing = threading.Event()
-        self.endpoint = f"http://127.0.0.1:{self.server_address[1]}"
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-
-    def fail(self, pattern: str, status: int = 0, code: str = "", **options: Any) -> None:
-        """Answer matching requests with a fault; ``code`` is the hub's X-Error-Code."""
-        headers = {"X-Error-Code": code} if code else {}
-        self.faults.append(Fault(pattern, status, headers | options.pop("headers", {}), **options))
-
-    def stop(self) -> None:
-        """Refuse connections from now on."""
-        self.closing.set()
-        self.shutdown()
-        self.server_close()
-        close_session()  # the client keeps connections open
-
-    def files(self, name: str = NAME) -> dict[str, Path]:
-        """A repository's files by name."""
-        folder = self.set if name == SET else self.folder
-        return {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
-
-    def fetched(self) -> set[str]:
-        """Names of the files whose bytes were asked for."""
-        lines = (line for line in self.requests if line.startswith("GET ") and "/resolve/" in line)
-        return {re.sub(r".*/resolve/[^/]+/", "", line) for line in lines}
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hung up is no news."""
-
-
-class Handler(BaseHTTPRequestHandler):
-    """One connection."""
-
-    protocol_version = "HTTP/1.1"
-    server: Hub
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        url = urlsplit(self.path)
-        path = unquote(url.path)
-        line = f"{self.command} {path}"
-        self.server.requests.append(line)
-        self.server.tokens.add(self.headers.get("Authorization", ""))
-        fault = next((f for f in self.server.faults if f.times > 0 and re.search(f.pattern, line)), None)
-        if fault:
-            fault.times -= 1
-        if fault and fault.hang:
-            self.server.closing.wait(20)
-            self.close_connection = True
-        elif fault and fault.status:
-            self.answer(fault.status, fault.body, fault.headers)
-        elif found := re.fullmatch(rf"/api/(?:models|datasets)/({NAME}|{SET})/(revision|tree)/([^/]+)/?", path):
-            self.answer_listing(found[1], found[2], found[3], parse_qs(url.query))
-        elif path == f"/api/datasets/{SET}":
-            self.answer_listing(SET, "revision", "main", {})
-        elif path.startswith(f"/api/datasets/{SET}/tree/"):
-            self.answer(404, headers={"X-Error-Code": "EntryNotFound"})
-        elif found := re.fullmatch(rf"/(?:datasets/)?({NAME}|{SET})/resolve/([^/]+)/(.+)", path):
-            self.answer_file(found[1], found[2], found[3], cut=bool(fault))
-        else:
-            self.answer(404, headers={"X-Error-Code": "RepoNotFound"})
-
-    def answer_listing(self, repository: str, kind: str, revision: str, query: dict[str, list[str]]) -> None:
-        if revision not in ("main", COMMIT):
-            self.answer(404, headers={"X-Error-Code": "RevisionNotFound"})
-            return
-        files = {name: (path.stat().st_size, digest(path)) for name, path in self.server.files(repository).items()}
-        if kind == "revision":
-            siblings: list[dict[str, Any]] = [{"rfilename": name} for name in files]
-            if query.get("blobs") == ["True"] or query.get("blobs") == ["true"]:
-                siblings = [{"rfilename": n, "size": size, "blobId": oid} for n, (size, oid) in files.items()]
-            body: Any = {
-                "_id": "1",
-                "id": repository,
-                "modelId": repository,
-                "sha": COMMIT,
-                "siblings": siblings,
-                "tags": [],
-            }
-        else:
-            body = [{"type": "file", "path": n, "size": size, "oid": oid} for n, (size, oid) in files.items()]
-        self.answer(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
-
-    def answer_file(self, repository: str, revision: str, name: str, *, cut: bool) -> None:
-        path = self.server.files(repository).get(name)
-        if revision not in ("main", COMMIT) or path is None:
-            self.answer(404, headers={"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
-            return
-        body = path.read_bytes()
-        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{digest(path)}"', "Accept-Ranges": "bytes"}
-        first = int((re.findall(r"bytes=(\d+)-", self.headers.get("Range", "")) or ["0"])[0])
-        if first:
-            headers["Content-Range"] = f"bytes {first}-{len(body) - 1}/{len(body)}"
-        self.answer(206 if first else 200, body[first:], headers, cut=cut)
-
-    def answer(
-        self, status: int, body: bytes = b"", headers: dict[str, str] | None = None, *, cut: bool = False
-    ) -> None:
-        self.send_response(status)
-        for key, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body[: len(body) // 2] if cut else body)
-            self.close_connection = cut
-
-    def log_message(self, *_: object) -> None:
-        """Nothing on the screen."""
-
-
-def digest(path: Path) -> str:
-    return hashlib.sha1(path.read_bytes(), usedforsecurity=False).hexdigest()
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A hub with one repository: a tiny base, pickles of it, and what other people leave in sub-folders."""
-    folder = write_base(tmp_path / "repository")
-    for name in (*PICKLES, "README.md", "original/params.json", "onnx/model.safetensors", "consolidated.safetensors"):
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(f'{{"file": "{name}"}}')
-    server = Hub(folder)
-    for key, value in {
-        "ENDPOINT": server.endpoint,
-        "HUGGINGFACE_CO_URL_TEMPLATE": server.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
-        "HF_HUB_OFFLINE": False,
-        "HF_HUB_DISABLE_XET": True,
-        "HF_HUB_CACHE": str(tmp_path / "cache"),
-        "HF_TOKEN_PATH": str(tmp_path / "token"),
-    }.items():
-        monkeypatch.setattr(constants, key, value)
-    # The hub's client tells a repository's 401 by an https address.
-    monkeypatch.setattr(_http, "REPO_API_REGEX", re.compile(r"/api/models/.+|/resolve/"))
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    close_session()  # one without the proxies of this machine
-    yield server
-    server.stop()
-
-
-@pytest.fixture
-def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """What the client would have waited between its attempts; it does not wait here."""
-    waits: list[float] = []
-    monkeypatch.setattr(time, "sleep", waits.append)
-    return waits
 
 
 def fetch(name: str = NAME, revision: str = "main") -> Base:
@@ -228,13 +36,6 @@ def refused(kind: type[OrpoLiteError], do: Callable[[], object]) -> str:
     assert raised.value.remedy or raised.value.expected
     assert TOKEN not in str(raised.value)
     return str(raised.value)
-
-
-def environment(hub: Hub, home: Path) -> dict[str, str]:
-    """Of a process that knows the hub from its environment alone, as people's processes do."""
-    own = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-    gone = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
-    return {key: value for key, value in os.environ.items() if key not in gone} | own
 
 
 # --- what is fetched

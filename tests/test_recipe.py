@@ -32,6 +32,19 @@ from orpo_lite.recipe import (
 
 MINIMAL = "model:\n  model_name_or_path: some/base\ndata:\n  dataset_name: some/pairs\n"
 TOKEN = "hf_" + "Abcd1234" * 4
+BAD_REPOSITORIES = (
+    "a b",
+    "me/../you",
+    "/me/x",
+    "me/x/y",
+    "me/-x",
+    "me/x--y",
+    "me/x.",
+    "me/x.git",
+    "mé/x",
+    "x" * 97,
+    "",
+)
 NEEDED = ("model.model_name_or_path=some/base", "data.dataset_name=some/pairs")
 
 Write = Callable[[str], str]
@@ -294,6 +307,7 @@ BAD_VALUES: list[tuple[str, str, str]] = [
     ("memory.activation_checkpointing", "some", "'auto', 'all' or 'none'"),
     ("memory.activation_checkpointing", "-1", "greater than or equal to 0"),
     ("output.samples", "21", "less than or equal to 20"),
+    *(("output.hub_model_id", name, "owner/name") for name in BAD_REPOSITORIES),
 ]
 
 
@@ -430,6 +444,10 @@ MEANT: dict[str, str] = {
     "report_to": "metrics.jsonl",
     "model.trust_remote_code": "code from the hub is never run; leave the line out",
     "bf16": "write model.dtype",
+    "hub_model_id": "write output.hub_model_id",
+    "training.push_to_hub": "write output.push_to_hub",
+    "export_hub_model_id": "write output.hub_model_id",
+    "hub_strategy": "once, at the end; leave the line out",
 }
 
 
@@ -692,6 +710,9 @@ OWNERS: dict[str, tuple[str, str]] = {
     "output.merge": (OURS, ""),
     "output.samples": (OURS, ""),
     "output.max_new_tokens": (OURS, "after transformers' GenerationConfig, which takes any keyword"),
+    "output.push_to_hub": ("transformers.TrainingArguments", "push_to_hub"),
+    "output.hub_model_id": ("transformers.TrainingArguments", "hub_model_id"),
+    "output.hub_private_repo": ("transformers.TrainingArguments", "hub_private_repo"),
 }
 
 
