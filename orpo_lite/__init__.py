@@ -4,8 +4,8 @@ The house, imports strictly downward (kept by tests/test_house.py):
 
 6  cli (__main__)                                  parse, call, chain the verbs
 5  screen                                          what the person sees; the only place that prints
-4  train  merge  plan                              one verb a file, each a function that returns a value
-3  prepare  proof  planner  gradient  evaluate  generate  checkpoint  demo   what several verbs need
+4  train  merge  plan  export                      one verb a file, each a function that returns a value
+3  prepare  proof  planner  exports  gradient  evaluate  generate  checkpoint  demo   what several verbs need
 2  model  run  optimizer  meter                    the loaded pair model; the run folder; AdamW; what a step holds
 1  step  data  base                                the maths, pure tensors; rows to batches; the base on disk
 0  recipe  errors                                  the schema; the errors people see
@@ -31,8 +31,9 @@ _EXPORTS = {
     "plan": "orpo_lite.plan",
     "train": "orpo_lite.train",
     "merge": "orpo_lite.merge",
+    "export": "orpo_lite.export",
 }
-__all__ = ["load_recipe", "merge", "plan", "train"]
+__all__ = ["export", "load_recipe", "merge", "plan", "train"]
 
 
 class _Package(ModuleType):
