@@ -223,7 +223,9 @@ def _scaling_keys(made: Description, config: Any, rope: dict[str, Any], where: s
         made.factors["rope_freqs.weight"] = (unscaled / scaled).astype(np.float32)
         return
     factor = float(factor or config.max_position_embeddings / original)
-    keys |= {f"{arch}.rope.scaling.type": kind, f"{arch}.rope.scaling.factor": factor}
+    keys[f"{arch}.rope.scaling.type"] = kind
+    if kind != "longrope":  # there the factors say all, and llama.cpp would divide by this one as well
+        keys[f"{arch}.rope.scaling.factor"] = factor
     if kind == "linear":
         return
     keys[f"{arch}.rope.scaling.original_context_length"] = original
