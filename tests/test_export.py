@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from transformers import (
 
 from orpo_lite.errors import CheckpointError, ModelError, OrpoLiteError, RecipeError
 from orpo_lite.export import export
+from orpo_lite.exports.vocabulary import ASCII, WORDS
 from orpo_lite.recipe import load_recipe
 
 gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")
@@ -193,3 +195,171 @@ def test_llama_cpp_gives_the_logits_of_transformers(name: str, length: int, tmp_
     found = logits_of(file, ids[0].tolist(), n_ctx=256 if length < 256 else 512)
     assert np.abs(found - expected).max() < 2e-4 * np.abs(expected).max()
     assert np.array_equal(found.argmax(-1), expected.argmax(-1))
+
+
+# --- tokens
+
+
+def split_by(regex: str) -> Any:
+    from tokenizers import Regex
+
+    cut = pre_tokenizers.Split(Regex(regex), "isolated")
+    return pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def known_regex(name: str) -> str:
+    (steps,) = {steps for (steps, _), known in WORDS.items() if known == name}
+    return steps[0]
+
+
+def pieces_tokenizer(prefix: str, **changes: Any) -> PreTrainedTokenizerFast:
+    """Sentencepiece's kind of BPE: bytes to fall back on, every pair that makes a token a merge, in the tokens' order."""
+    shape = Tokenizer(models.BPE())
+    shape.normalizer = normalizers.Replace(" ", "▁")
+    trainer = trainers.BpeTrainer(vocab_size=200, min_frequency=1, show_progress=False, limit_alphabet=60)
+    shape.train_from_iterator([f" {text}" for text in TEXTS], trainer)
+    pieces = [text for text, _ in sorted(shape.get_vocab().items(), key=lambda item: item[1])]
+    specials = ["<unk>", "<s>", "</s>"]
+    tokens = [*specials, *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    merges = [(t[:i], t[i:]) for t in pieces for i in range(1, len(t)) if t[:i] in vocab and t[i:] in vocab]
+    model = models.BPE(vocab=vocab, merges=merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>")
+    tokenizer = Tokenizer(model)
+    if prefix == "first":
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", "first", split=False)
+    else:
+        steps = [normalizers.Prepend("▁")] * (prefix == "always") + [normalizers.Replace(" ", "▁")]
+        tokenizer.normalizer = normalizers.Sequence(steps)
+    decoder = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence(decoder)
+    single = "<s> $A"
+    tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>", **changes
+    )
+
+
+TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}[assistant]"
+TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
+    "gpt-2": lambda: bytes_tokenizer(500),
+    "smollm": lambda: bytes_tokenizer(
+        500,
+        pre_tokenizer=pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        ),
+    ),
+    "qwen2": lambda: bytes_tokenizer(
+        500, pre_tokenizer=split_by(known_regex("qwen2")), normalizer=normalizers.NFC()
+    ),
+    "llama-bpe": lambda: bytes_tokenizer(500, pre_tokenizer=split_by(known_regex("llama-bpe")), ignore_merges=True),
+    "dbrx": lambda: bytes_tokenizer(500, pre_tokenizer=split_by(known_regex("dbrx"))),
+    "tekken": lambda: bytes_tokenizer(500, pre_tokenizer=split_by(known_regex("tekken")), ignore_merges=True),
+    "gpt-4o": lambda: bytes_tokenizer(500, pre_tokenizer=split_by(known_regex("gpt-4o"))),
+    "pieces, a space before each text": lambda: pieces_tokenizer("always"),
+    "pieces, no space": lambda: pieces_tokenizer("never"),
+}
+
+
+def different_tokens(run: Path, tokenizer: Any, texts: list[str]) -> list[str]:
+    """The texts that llama.cpp tokenises otherwise than transformers, with or without what is added to a text."""
+    model = llama_cpp_model(only_file(export(run, "gguf").folder), vocab_only=True)
+    differing = []
+    for text in texts:
+        for added in (False, True):
+            expected = tokenizer(text, add_special_tokens=added).input_ids
+            found = model.tokenize(text.encode(), add_bos=added, special=True)
+            if found != expected:
+                differing.append(f"{text!r}: {found} for {expected}")
+    return differing
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_llama_cpp_gives_the_tokens_of_transformers(name: str, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", tiny_llama(520), TOKENIZERS[name]())
+    tokenizer = AutoTokenizer.from_pretrained(run / "merged")
+    rng = np.random.default_rng(0)
+    alphabet = list("".join(TEXTS)) + ["<s>", "</s>", "  ", "\r\n", "'s", "'LL", "Ärger"]
+    texts = TEXTS + ["".join(rng.choice(alphabet, 30)) for _ in range(300)]
+    texts += [f"<s>{text}</s> {text}" for text in TEXTS]
+    if name in ASCII:  # which is noted at the export
+        texts = [text for text in texts if not {unicodedata.category(c) for c in text if c > "z"} & {"Mn", "Mc", "Lu"}]
+    assert different_tokens(run, tokenizer, texts) == []
+
+
+@pytest.mark.long
+@pytest.mark.real
+@pytest.mark.parametrize("name", ["stories260k", "babyllama1m"])
+def test_llama_cpp_gives_the_tokens_of_a_real_model(name: str, tmp_path: Path) -> None:
+    folder = SHARED / "models" / name
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    run = write_run(tmp_path / "run", model, tokenizer, [2, 1])
+    rows = (SHARED / "data" / "hh-rlhf-harmless.jsonl").read_text(encoding="utf-8").splitlines()[:300]
+    texts = [text for row in rows for text in json.loads(row).values() if isinstance(text, str)]
+    assert different_tokens(run, tokenizer, [*TEXTS, *texts]) == []
+
+
+def greedy_both(run: Path, prompts: list[str], outtype: str | None, tokens: int = 40) -> tuple[list[str], list[str]]:
+    """Greedy texts of transformers, from RUN/merged, and of llama.cpp, from the exported file."""
+    model = AutoModelForCausalLM.from_pretrained(run / "merged", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(run / "merged")
+    other = llama_cpp_model(only_file(export(run, "gguf", outtype=outtype).folder), n_ctx=256)
+    theirs, ours = [], []
+    for prompt in prompts:
+        ids = other.tokenize(prompt.encode(), add_bos=True, special=True)
+        assert ids == tokenizer(prompt).input_ids
+        output = model.generate(torch.tensor([ids]), max_new_tokens=tokens, do_sample=False)
+        theirs.append(tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True))
+        answer = other.create_completion(ids, max_tokens=tokens, temperature=0.0, repeat_penalty=1.0)
+        ours.append(answer["choices"][0]["text"])
+    return theirs, ours
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("outtype", [None, "f16"])
+def test_the_demo_speaks_from_llama_cpp(outtype: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    finished = demo_run()
+    questions = ["Any tips for flute?", "Where do I begin with chess?", "How do I start with something else?"]
+    theirs, ours = greedy_both(finished, [f"<s><|user|>{text}<|assistant|>" for text in questions], outtype)
+    assert theirs == ours
+    assert all(len(text) > 40 for text in ours)
+
+
+def demo_run() -> Path:
+    from orpo_lite import demo
+    from orpo_lite.merge import merge
+    from orpo_lite.train import train
+
+    recipe = load_recipe("demo", ["training.output_dir=run", "training.max_steps=30"])
+    for _ in demo.make_builtin(recipe):
+        pass
+    run = train(recipe).run
+    merge(run)
+    return run
+
+
+@pytest.mark.long
+@pytest.mark.real
+@pytest.mark.parametrize("outtype", [None, "f16", "q8_0"])
+def test_a_real_llama_speaks_from_llama_cpp(outtype: str | None, tmp_path: Path) -> None:
+    from orpo_lite.merge import merge
+    from orpo_lite.train import train
+
+    recipe = load_recipe(
+        "mistral-qlora",
+        [
+            f"model.model_name_or_path={SHARED / 'models' / 'stories260k'}",
+            f"data.dataset_name={SHARED / 'data' / 'hh-rlhf-harmless.jsonl'}",
+            f"training.output_dir={tmp_path / 'run'}",
+            *"data.max_samples=64 data.max_length=256 data.test_split_size=16 data.max_prompt_length=160".split(),
+            *"memory.micro_batch_size=8 training.global_batch_size=16 training.max_steps=3".split(),
+        ],
+    )
+    run = train(recipe).run
+    merge(run)
+    prompts = ["Once upon a time", "The little dog was", "<|user|>\nTell me a story.</s>\n<|assistant|>\n"]
+    theirs, ours = greedy_both(run, prompts, outtype)
+    if outtype == "q8_0":  # rounds: the same beginnings
+        theirs, ours = ([text[:20] for text in texts] for texts in (theirs, ours))
+    assert theirs == ours

@@ -37,6 +37,7 @@ WORDS: dict[tuple[tuple[str, ...], bool], str] = {
         False,
     ): "gpt-4o",
 }
+ASCII = ("tekken", "gpt-4o")  # llama.cpp's expression for these tells capitals in ASCII alone, and no combining marks
 COMPOSED = ("qwen2",)  # brought to Unicode's composed form first; llama.cpp leaves that out, and such texts are rare
 
 
@@ -92,6 +93,8 @@ def describe_tokenizer(
     _special_ids(keys, tokenizer, ends, where)
     if spec["normalizer"] and spec["normalizer"]["type"] == "NFC":
         notes.append("texts in Unicode's decomposed form are composed by transformers, not by llama.cpp")
+    if keys.get("tokenizer.ggml.pre") in ASCII:
+        notes.append("llama.cpp cuts words with combining marks (Hindi) or capitals like Ä inside otherwise than here")
     if keys.pop("prefix first", False):
         notes.append("llama.cpp puts a space before a text that begins without a special token, or after one, not both")
     return keys, notes
