@@ -1,5 +1,6 @@
 """Export: a finished run as llama.cpp, Ollama or vLLM take it. One function a target, all with the same signature."""
 
+import importlib.util
 import json
 import logging
 import re
@@ -8,7 +9,6 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -242,7 +242,7 @@ def _write_model(
 
 
 def _need(module: str, extra: str) -> None:
-    if find_spec(module) is None:
+    if importlib.util.find_spec(module) is None:
         found, remedy = f"{module} is not installed", f"pip install 'orpo-lite[{extra}]'"
         raise FitError("export", found, f"the optional extra {extra}", remedy)
 
