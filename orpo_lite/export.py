@@ -25,6 +25,7 @@ STORED = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
 # llama.cpp's own quantiser makes these, out of a file in full precision.
 QUANTISED = ("q3_k_m", "q4_k_m", "q5_k_m", "q6_k")
 BITS = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5, "q3_k_m": 4.0, "q4_k_m": 5.0, "q5_k_m": 5.8, "q6_k": 6.6}
+NAMES_WITH_RULES = r"(?i)phi-?3|modern-bert"  # by which llama.cpp knows tokens that strip the spaces beside them
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes for --max-lora-rank
 MOST_CONTEXT = 8192  # tokens that Ollama is told to hold; its own default is a few thousand, a model's 128k take GBs
 
@@ -226,7 +227,8 @@ def _write_model(
     about, notes = vocabulary.describe_tokenizer(
         tokenizer, spec, rows, _ends(request, tokenizer), f"tokenizer in {request.merged}"
     )
-    keys = {"general.name": request.name, **made.keys, **about, f"{made.family.arch}.vocab_size": rows}
+    title = re.sub(NAMES_WITH_RULES, "model", request.name)
+    keys = {"general.name": title, **made.keys, **about, f"{made.family.arch}.vocab_size": rows}
     first = outtype if outtype in OUTTYPES else _stored_type(request)
     numbers = sum(target.stored.shape[0] * target.stored_columns for target in targets)
     bits = BITS[outtype] + (BITS[first] if first != outtype else 0)

@@ -5,7 +5,7 @@ import shlex
 import shutil
 import subprocess
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SHARED, Answer, tiny_llama
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -214,7 +214,9 @@ def known_regex(name: str) -> str:
     return steps[0]
 
 
-def pieces_tokenizer(prefix: str, **changes: Any) -> PreTrainedTokenizerFast:
+def pieces_tokenizer(
+    prefix: str, *, plain: Sequence[str] = (), stripping: Sequence[str] = (), **changes: Any
+) -> PreTrainedTokenizerFast:
     """Sentencepiece's kind of BPE: bytes to fall back on, each pair that makes a token a merge, in its order."""
     shape = Tokenizer(models.BPE())
     shape.normalizer = normalizers.Replace(" ", "▁")
@@ -234,10 +236,19 @@ def pieces_tokenizer(prefix: str, **changes: Any) -> PreTrainedTokenizerFast:
         tokenizer.normalizer = normalizers.Sequence(steps)
     decoder = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence(decoder)
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in plain])
+    if stripping:
+        tokens = [AddedToken(text, normalized=False, rstrip=text != "<|endoftext|>") for text in ("</s>", *stripping)]
+        tokenizer.add_tokens(tokens)
     single = "<s> $A"
     tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>", **changes
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="<|end|>" if stripping else "</s>",
+        unk_token="<unk>",
+        pad_token="<unk>",
+        **changes,
     )
 
 
@@ -257,7 +268,15 @@ TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "gpt-4o": lambda: bytes_tokenizer(500, pre_tokenizer=split_by(known_regex("gpt-4o"))),
     "pieces, a space before each text": lambda: pieces_tokenizer("always"),
     "pieces, no space": lambda: pieces_tokenizer("never"),
+    "pieces, Gemma's runs": lambda: pieces_tokenizer("never", plain=["\n\n", "\n \n", "▁▁", "<b>"]),
+    "pieces, Phi-3's strips": lambda: pieces_tokenizer("always", stripping=["<|endoftext|>", "<|user|>", "<|end|>"]),
 }
+
+
+def without(text: str, words: list[str]) -> str:
+    for word in words:
+        text = text.replace(word, "")
+    return text
 
 
 def different_tokens(run: Path, tokenizer: Any, texts: list[str]) -> list[str]:
@@ -270,6 +289,10 @@ def different_tokens(run: Path, tokenizer: Any, texts: list[str]) -> list[str]:
             found = model.tokenize(text.encode(), add_bos=added, special=True)
             if found != expected:
                 differing.append(f"{text!r}: {found} for {expected}")
+            ours, theirs = model.detokenize(expected).decode(errors="replace"), tokenizer.decode(expected)
+            marks = [*tokenizer.all_special_tokens, "</s>"]
+            if without(ours, marks).lstrip() != without(theirs, marks).lstrip():
+                differing.append(f"{ours!r} for {theirs!r}")
     return differing
 
 
@@ -279,7 +302,8 @@ def test_llama_cpp_gives_the_tokens_of_transformers(name: str, tmp_path: Path) -
     run = write_run(tmp_path / "run", tiny_llama(520), TOKENIZERS[name]())
     tokenizer = AutoTokenizer.from_pretrained(run / "merged")
     rng = np.random.default_rng(0)
-    alphabet = [*"".join(TEXTS), "<s>", "</s>", "  ", "\r\n", "'s", "'LL", "Ärger"]
+    marks = ["\n \n", "<b>", "<|user|>", "<|end|> ", "<|user|> \n", "<s>", "</s>", "  ", "\r\n", "'s", "'LL", "Ärger"]
+    alphabet = [*"".join(TEXTS), *marks]
     texts = TEXTS + ["".join(rng.choice(alphabet, 30)) for _ in range(300)]
     texts += [f"<s>{text}</s> {text}" for text in TEXTS]
     if name in ASCII:  # which is noted at the export
@@ -503,6 +527,13 @@ def test_the_end_of_an_answer_comes_first(tmp_path: Path) -> None:
     kinds = keys["tokenizer.ggml.token_type"]
     assert kinds[:4] == [3, 3, 3, 1]
     assert kinds[-1] == 5
+
+
+def test_a_name_does_not_change_the_tokens(tmp_path: Path) -> None:
+    """By some names llama.cpp knows tokens that strip spaces, whatever tokens there are."""
+    run = write_run(tmp_path / "my-Phi-3-try", tiny_llama(520), bytes_tokenizer())
+    keys, _ = read_back(only_file(export(run, "gguf").folder))
+    assert keys["general.name"] == "my-model-try"
 
 
 def test_the_scores_of_pieces_are_the_places_of_their_merges(tmp_path: Path) -> None:

@@ -74,7 +74,9 @@ def describe_tokenizer(
         kinds = _byte_level(keys, spec, where)
     else:
         kinds = _sentencepiece(keys, spec, tokenizer, where)
-    kinds |= {id_: CONTROL if token["special"] else USER_DEFINED for id_, token in added.items()}
+    kinds |= {id_: CONTROL for id_, token in added.items() if token["special"]}
+    # A run of ▁ is text to both: spaces become ▁ first, and what is added is looked for in the text before that.
+    kinds |= {id_: USER_DEFINED for id_, token in added.items() if not token["special"] and "▁" not in token["content"]}
     unknown = model.get("unk_token")
     if unknown in vocabulary:
         kinds[vocabulary[unknown]] = UNKNOWN
@@ -166,7 +168,8 @@ def _sentencepiece(keys: dict[str, Any], spec: dict[str, Any], tokenizer: Any, w
         scores.setdefault(made, -float(len(scores)))
         last = made
     known = set(pairs)
-    whole = as_bytes | {token["content"] for token in spec["added_tokens"]}  # found in a text before any merge
+    # Found in a text before any merge.
+    whole = as_bytes | {token["content"] for token in spec["added_tokens"] if "▁" not in token["content"]}
     for text in vocabulary.keys() - whole:
         cuts = ((text[:i], text[i:]) for i in range(1, len(text)))
         lost = [cut for cut in cuts if cut not in known and cut[0] in vocabulary and cut[1] in vocabulary]
@@ -215,8 +218,9 @@ def _stripping(added: Any, keys: dict[str, Any], where: str) -> list[str]:
     rights = {token["content"] for token in added if token["rstrip"]}
     if not rights:
         return []
-    kept = {"<unk>", "<s>", "<|endoftext|>"}  # all others, by llama.cpp's rule for that name
-    if rights != {token["content"] for token in added if token["special"]} - kept:
+    kept = {"<unk>", "<s>", "<|endoftext|>"}  # all others, by llama.cpp's rule for that name, which needs these
+    texts = {token["content"] for token in added}
+    if rights != texts - kept or not kept <= texts:
         raise _beyond(where, f"{min(rights)} takes the space after it", "plain tokens, or Phi-3's")
     keys["general.name"] = "Phi-3"
     return []
