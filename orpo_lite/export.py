@@ -8,7 +8,6 @@ import shlex
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +122,8 @@ def to_ollama(request: _Request) -> Exporting:
     if recipe.data.chat_template == "none":
         tokenizer.chat_template = None
     turns, missing = find_turns(renderer(tokenizer, recipe.data.chat_template_kwargs), "chat template")
-    if "strftime_now" in (tokenizer.chat_template or ""):
+    fixed = "date_string" in recipe.data.chat_template_kwargs
+    if "strftime_now" in str(tokenizer.chat_template) and not fixed:
         missing.append("the chat template writes the date: Ollama's will write that of this export")
     with run.new_folder(folder) as temporary, _blamed(temporary, folder):
         file = f"{request.name}-{outtype}.gguf"
@@ -279,13 +279,11 @@ def _silence(llama_cpp: Any) -> None:
     def log(_level: int, text: bytes, _data: Any) -> None:
         logger.info(text.decode(errors="replace").rstrip())
 
-    llama_cpp.llama_log_set(_kept("log", llama_cpp.llama_log_callback(log)), None)
+    _CALLBACKS.append(llama_cpp.llama_log_callback(log))
+    llama_cpp.llama_log_set(_CALLBACKS[-1], None)
 
 
-@cache
-def _kept(_name: str, callback: Any) -> Any:
-    """C holds on to what it was given; Python must too."""
-    return callback
+_CALLBACKS: list[Any] = []  # C holds on to what it was given; so must Python
 
 
 def _size(folder: Path) -> int:

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import SHARED, Answer, tiny_llama
+from test_templates import WILD
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     Gemma2Config,
+    Gemma3Config,
     Gemma3TextConfig,
     GemmaConfig,
     GenerationConfig,
@@ -118,6 +120,18 @@ FAMILIES: dict[str, Callable[[], Any]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
         },
     ),
+    "gemma3 with pictures": lambda: Gemma3Config(
+        text_config=SHAPE | SOFT,
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+        },
+        mm_tokens_per_image=4,
+    ),
 }
 
 
@@ -142,6 +156,7 @@ def bytes_tokenizer(vocab_size: int = 320, **changes: Any) -> PreTrainedTokenize
 def random_model(config: Any) -> Any:
     """A model of that configuration; norms and biases random too, so that a wrong one is seen."""
     torch.manual_seed(0)
+    config.dtype = torch.float32
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -386,7 +401,7 @@ def test_a_real_llama_speaks_from_llama_cpp(tmp_path: Path) -> None:
 @pytest.mark.parametrize("outtype", ["q3_k_m", "q4_k_m", "q5_k_m", "q6_k"])
 def test_llama_cpp_quantises(outtype: str, tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp", reason="the extra llama-cpp is not installed")
-    config = LlamaConfig(**SHAPE | {"hidden_size": 256, "intermediate_size": 512})
+    config = LlamaConfig(**SHAPE | {"hidden_size": 256, "intermediate_size": 512, "initializer_range": 0.04})
     model = random_model(config).bfloat16()
     run = write_run(tmp_path / "run", model, bytes_tokenizer())
     folder = export(run, "gguf", outtype=outtype).folder
@@ -438,11 +453,14 @@ NAMES = {
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_file_holds_the_models_tensors(name: str, tmp_path: Path) -> None:
     model = random_model(FAMILIES[name]())
-    config = model.config
+    config = model.config.get_text_config()
     run = write_run(tmp_path / "run", model, bytes_tokenizer())
     keys, tensors = read_back(only_file(export(run, "gguf").folder))
     arch = keys["general.architecture"]
     state = {key: value.detach().numpy() for key, value in model.state_dict().items()}
+    if "pictures" in name:
+        state = {key.replace("language_model.", ""): state[key] for key in state if "vision" not in key}
+        state = {key: state[key] for key in state if "multi_modal" not in key}
     compared = 0
     for ours, theirs in NAMES.items():
         if ours not in tensors or theirs not in state:
@@ -714,11 +732,11 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", OTHERS | WILD)
 def test_a_template_is_taken_apart_and_put_together(name: str) -> None:
     from orpo_lite.exports.turns import find_turns, renderer
 
-    tokenizer = pieces_tokenizer("always", chat_template=OTHERS[name])
+    tokenizer = pieces_tokenizer("always", chat_template=(OTHERS | WILD)[name])
     render = renderer(tokenizer, {})
     turns, notes = find_turns(render, "here")
     talk = [
@@ -727,12 +745,13 @@ def test_a_template_is_taken_apart_and_put_together(name: str) -> None:
         {"role": "user", "content": 'And "that"?'},
     ]
     assert turns.rebuild(talk) == render(talk)
-    if name == "no system":
-        assert "Ollama will leave one out" in notes[0]
+    if name in ("no system", "gemma"):
+        assert "Ollama will leave one out" in notes[-1]
         return
     with_system = [{"role": "system", "content": "Be brief."}, *talk]
     assert turns.rebuild(with_system) == render(with_system)
-    assert notes == []
+    assert [note for note in notes if "white space" not in note] == []
+    assert bool(notes) == (name in ("llama-2", "llama-3"))
 
 
 # What Ollama hands to a template: all messages, and the system text once more.
@@ -769,22 +788,22 @@ func main() {
 
 @pytest.mark.long
 @pytest.mark.skipif(shutil.which("go") is None, reason="no Go here, whose templates Ollama's are")
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", OTHERS | WILD)
 def test_go_writes_what_jinja_writes(name: str, tmp_path: Path) -> None:
     from orpo_lite.exports.turns import find_turns, renderer
 
-    render = renderer(pieces_tokenizer("always", chat_template=OTHERS[name]), {})
+    render = renderer(pieces_tokenizer("always", chat_template=(OTHERS | WILD)[name]), {})
     (tmp_path / "main.go").write_text(GO, encoding="utf-8")
     (tmp_path / "template").write_text(find_turns(render, "here")[0].to_go(), encoding="utf-8")
     turns = [
         {"role": "user", "content": 'Why? "{{ .System }}"'},
-        {"role": "assistant", "content": "So.\n"},
+        {"role": "assistant", "content": "So.\n\nThen."},
         {"role": "user", "content": "Ähm \\ %s"},
         {"role": "assistant", "content": "Well"},
         {"role": "user", "content": "x"},
     ]
     talks = [turns[:length] for length in (1, 3, 5)]
-    if name != "no system":
+    if name not in ("no system", "gemma"):
         talks += [[{"role": "system", "content": "Be brief."}, *talk] for talk in talks]
     asked = ["go", "run", "main.go", "template"]
     given = json.dumps(talks)

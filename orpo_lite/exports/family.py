@@ -46,6 +46,8 @@ FAMILIES = {
     "gemma2": Family("gemma2", norm_adds_one=True, activation=GELU[:1], windows=2),
     "gemma3_text": Family("gemma3", norm_adds_one=True, activation=GELU[:1], windows=6),
 }
+WITH_PICTURES = ("gemma3",)  # a language model of one of these families, with what turns pictures into tokens
+LANGUAGE_MODEL = ("language_model.model.", "model.language_model.")  # what its names begin with, by age
 
 
 @dataclass
@@ -62,6 +64,8 @@ class Description:
     layers: int = 0
     head_dim: int = 0
     tied: bool = False
+    pictures: bool = False
+    """The model is more than a language model; the rest of it is left out."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,8 @@ def describe(config: Any, where: str) -> Description:
     Raises:
         ModelError: a family that this export does not know, or something that llama.cpp does not do for it.
     """
+    pictures = config.model_type in WITH_PICTURES
+    config = config.get_text_config() if pictures else config
     family = FAMILIES.get(config.model_type)
     if family is None:
         found = f"model_type {config.model_type!r} has no export to GGUF here"
@@ -130,6 +136,9 @@ def describe(config: Any, where: str) -> Description:
     }
     made = Description(family, keys, layers=config.num_hidden_layers, head_dim=head_dim)
     made.tied = bool(config.tie_word_embeddings)
+    made.pictures = pictures
+    if pictures:
+        made.notes.append("what reads pictures is left out: the file holds the language model")
     if arch in ("qwen2", "phi3") and head_dim * heads != config.hidden_size:
         raise _beyond(where, f"{heads} heads of {head_dim} in a state of {config.hidden_size}", "heads that fill it")
     if arch in ("gemma", "gemma2") and not made.tied:
@@ -266,11 +275,12 @@ def find_targets(made: Description, tensors: dict[str, Stored], where: str) -> l
     names = get_tensor_name_map(arch, made.layers)
     targets = []
     for stored in _in_order(tensors.values()):
+        theirs = _language_model(stored.name) if made.pictures else stored.name
         # A tied output is the embedding; frequencies are counted anew.
-        if stored.name.endswith("rotary_emb.inv_freq") or (made.tied and stored.name == "lm_head.weight"):
+        if not theirs or theirs.endswith("rotary_emb.inv_freq") or (made.tied and theirs == "lm_head.weight"):
             continue
-        module, _, kind = stored.name.rpartition(".")
-        name = names.get_name(stored.name, try_suffixes=(".weight", ".bias"))
+        module, _, kind = theirs.rpartition(".")
+        name = names.get_name(theirs, try_suffixes=(".weight", ".bias"))
         allowed = kind == "weight" or any(module.endswith(projection) for projection in made.family.biases)
         if name is None or not allowed or len(stored.shape) not in (1, 2):
             found = f"has a tensor {stored.name}, for which llama.cpp's {made.family.arch} has no place"
@@ -281,12 +291,20 @@ def find_targets(made: Description, tensors: dict[str, Stored], where: str) -> l
     return targets
 
 
+def _language_model(name: str) -> str:
+    """The name within the language model; "" for a tensor of another part."""
+    for prefix in LANGUAGE_MODEL:
+        if name.startswith(prefix):
+            return f"model.{name.removeprefix(prefix)}"
+    return "lm_head.weight" if name.endswith("lm_head.weight") else ""
+
+
 def _in_order(tensors: Any) -> Iterator[Stored]:
     """By layer, then as in the file: shards list names by the alphabet, layer 10 before layer 2."""
 
     def place(stored: Stored) -> tuple[int, str]:
         parts = stored.name.split(".")
         number = next((int(part) for part in parts if part.isdigit()), -1)
-        return (number if parts[:2] == ["model", "layers"] else -1), stored.name
+        return (number if "layers" in parts else -1), stored.name
 
     yield from sorted(tensors, key=place)

@@ -95,10 +95,14 @@ def find_turns(render: Render, where: str) -> tuple[Turns, list[str]]:
     turns = Turns(head=alone[0], asked=both[1], answered=both[2], generate=alone[1])
     if (different := _different(turns, render, system=False)) is not None:
         raise _refused(where, f"writes a conversation of {different} questions otherwise than a shorter one")
+    padded = _talk([" a \n", "\n b "], [" c "])
+    notes = []
+    if render(padded) != turns.rebuild(padded):
+        notes.append("the chat template takes white space off the ends of a text, which Ollama's cannot")
     for guess in _with_system(turns, render):
         if _different(guess, render, system=True) is None:
-            return guess, []
-    return turns, ["the chat template has no place of its own for a system text: Ollama will leave one out"]
+            return guess, notes
+    return turns, [*notes, "the chat template has no place of its own for a system text: Ollama will leave one out"]
 
 
 def _with_system(turns: Turns, render: Render) -> Iterator[Turns]:
