@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import shlex
+import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -212,9 +213,9 @@ def _write_model(
     where = f"model {request.merged}"
     if not (request.merged / "config.json").is_file():
         raise _not_merged(request, "")
-    _need("gguf", "gguf")
+    _need("gguf", "gguf>=0.19")
     if outtype in QUANTISED:
-        _need("llama_cpp", "llama-cpp")
+        _need("llama_cpp", "llama-cpp-python>=0.3.36")
     config = read_config(request.merged, str(request.merged))
     made = family.describe(config, where)
     tensors = read_tensors(request.merged)
@@ -243,10 +244,9 @@ def _write_model(
     return [*made.notes, *notes], keys
 
 
-def _need(module: str, extra: str) -> None:
+def _need(module: str, package: str) -> None:
     if importlib.util.find_spec(module) is None:
-        found, remedy = f"{module} is not installed", f"pip install 'orpo-lite[{extra}]'"
-        raise FitError("export", found, f"the optional extra {extra}", remedy)
+        raise FitError("export", f"{module} is not installed", f"the package {package}", f"pip install '{package}'")
 
 
 def _ends(request: _Request, tokenizer: Any) -> list[int]:
@@ -265,6 +265,7 @@ def _quantise(source: Path, file: Path, outtype: str) -> None:
     """llama.cpp's own quantiser. Raises ModelError when it fails."""
     import llama_cpp
 
+    warnings.filterwarnings("ignore", "unclosed file", ResourceWarning)  # it leaves one open to the end
     _silence(llama_cpp)
     options = llama_cpp.llama_model_quantize_default_params()
     options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{outtype.upper()}")

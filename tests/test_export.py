@@ -4,6 +4,7 @@ import json
 import shlex
 import shutil
 import subprocess
+import sys
 import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -369,6 +370,10 @@ def test_the_demo_speaks_from_llama_cpp(tmp_path: Path, monkeypatch: pytest.Monk
         theirs, ours = greedy_both(finished, prompts, outtype)
         assert theirs == ours
         assert all(len(text) > 40 for text in ours)
+    chat = llama_cpp_model(only_file(export(finished, "gguf").folder))  # by the template in the file
+    said = [{"role": "user", "content": questions[0]}]
+    reply = chat.create_chat_completion(said, temperature=0.0, repeat_penalty=1.0, max_tokens=40)
+    assert reply["choices"][0]["message"]["content"] == ours[0]
 
 
 @pytest.mark.long
@@ -577,6 +582,21 @@ def test_a_space_at_the_start_alone_is_left_to_the_template(template: str | None
     assert any("space" in note for note in result.notes)
 
 
+@pytest.mark.parametrize("earlier", [False, True])
+def test_killed_half_way_there_is_no_file_or_the_one_before(earlier: bool, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", tiny_llama(520), bytes_tokenizer())
+    before = export(run, "gguf").folder if earlier else run / "export" / "gguf-f32"
+    there = only_file(before).read_bytes() if earlier else b""
+    program = (
+        "import os, sys\nfrom orpo_lite.export import exporting\n"
+        "for update in exporting(sys.argv[1], 'gguf'):\n    if update.step == 5:\n        os._exit(9)"
+    )
+    assert subprocess.run([sys.executable, "-c", program, run]).returncode == 9
+    assert (only_file(before).read_bytes() == there) if earlier else not before.exists()
+    export(run, "gguf")
+    assert [folder.name for folder in (run / "export").iterdir()] == ["gguf-f32"]
+
+
 # --- what is refused
 
 
@@ -690,11 +710,11 @@ def test_a_wrong_option_is_answered(to: str, options: dict[str, str], said: str,
 def test_a_library_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = write_run(tmp_path / "run", tiny_llama(520), bytes_tokenizer())
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "llama_cpp" else name)
-    with pytest.raises(OrpoLiteError, match=r"pip install 'orpo-lite\[llama-cpp\]'") as caught:
+    with pytest.raises(OrpoLiteError, match="pip install 'llama-cpp-python") as caught:
         export(run, "gguf", outtype="q4_k_m")
     assert caught.value.exit_code == 6
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(OrpoLiteError, match=r"pip install 'orpo-lite\[gguf\]'"):
+    with pytest.raises(OrpoLiteError, match="pip install 'gguf"):
         export(run, "gguf")
 
 

@@ -64,8 +64,12 @@ class Turns:
         lines += ['{{- else if eq .Role "user" }}', f"{{{{- if {first} }}}}", _said(self.head), "{{- end }}"]
         if self.system == "last question":
             lines += ["{{- if and $last $.System }}", "{{- $.System }}", _said(self.system_end), "{{- end }}"]
-        lines += ["{{- .Content }}", "{{- if $last }}", _said(self.generate), "{{- else }}", _said(self.asked)]
-        lines += ["{{- end }}", '{{- else if eq .Role "assistant" }}', "{{- .Content }}"]
+        lines += ["{{- .Content }}"]
+        if self.generate == self.asked:
+            lines += [_said(self.asked)]
+        else:
+            lines += ["{{- if $last }}", _said(self.generate), "{{- else }}", _said(self.asked), "{{- end }}"]
+        lines += ['{{- else if eq .Role "assistant" }}', "{{- .Content }}"]
         lines += ["{{- if not $last }}", _said(self.answered), "{{- end }}", "{{- end }}", "{{- end }}"]
         return "\n".join(line for line in lines if line)
 
