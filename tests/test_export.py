@@ -231,7 +231,13 @@ def known_regex(name: str) -> str:
 
 
 def pieces_tokenizer(
-    prefix: str, *, plain: Sequence[str] = (), stripping: Sequence[str] = (), **changes: Any
+    prefix: str,
+    *,
+    plain: Sequence[str] = (),
+    normalized: bool = False,
+    stripping: Sequence[str] = (),
+    runs: int = 0,
+    **changes: Any,
 ) -> PreTrainedTokenizerFast:
     """Sentencepiece's kind of BPE: bytes to fall back on, each pair that makes a token a merge, in its order."""
     shape = Tokenizer(models.BPE())
@@ -239,6 +245,7 @@ def pieces_tokenizer(
     trainer = trainers.BpeTrainer(vocab_size=200, min_frequency=1, show_progress=False, limit_alphabet=60)
     shape.train_from_iterator([f" {text}" for text in TEXTS], trainer)
     pieces = [text for text, _ in sorted(shape.get_vocab().items(), key=lambda item: item[1])]
+    pieces = list(dict.fromkeys([*("▁" * length for length in range(1, runs)), *pieces]))
     specials = ["<unk>", "<s>", "</s>"]
     tokens = [*specials, *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
     vocab = {token: index for index, token in enumerate(tokens)}
@@ -252,7 +259,7 @@ def pieces_tokenizer(
         tokenizer.normalizer = normalizers.Sequence(steps)
     decoder = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence(decoder)
-    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in plain])
+    tokenizer.add_tokens([AddedToken(text, normalized=normalized) for text in plain])
     if stripping:
         tokens = [AddedToken(text, normalized=False, rstrip=text != "<|endoftext|>") for text in ("</s>", *stripping)]
         tokenizer.add_tokens(tokens)
@@ -266,6 +273,16 @@ def pieces_tokenizer(
         pad_token="<unk>",
         **changes,
     )
+
+
+def gemmas_merges(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """Runs of spaces all have one score: their merges come first, those with the longest left half before others."""
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    merges = spec["model"]["merges"]
+    runs = sorted((m for m in merges if set("".join(m)) == {"▁"}), key=lambda m: (-len(m[0]), -len(m[1])))
+    spec["model"]["merges"] = runs + [m for m in merges if m not in runs]
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(spec))
+    return tokenizer
 
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}[assistant]"
@@ -285,6 +302,8 @@ TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "pieces, a space before each text": lambda: pieces_tokenizer("always"),
     "pieces, no space": lambda: pieces_tokenizer("never"),
     "pieces, Gemma's runs": lambda: pieces_tokenizer("never", plain=["\n\n", "\n \n", "▁▁", "<b>"]),
+    "pieces, runs of spaces found first": lambda: pieces_tokenizer("never", plain=["▁▁", "▁▁▁▁"], normalized=True),
+    "pieces, Gemma's merges": lambda: gemmas_merges(pieces_tokenizer("never", runs=6)),
     "pieces, Phi-3's strips": lambda: pieces_tokenizer("always", stripping=["<|endoftext|>", "<|user|>", "<|end|>"]),
 }
 
@@ -325,6 +344,18 @@ def test_llama_cpp_gives_the_tokens_of_transformers(name: str, tmp_path: Path) -
     if name in ASCII:  # which is noted at the export
         texts = [text for text in texts if not {unicodedata.category(c) for c in text if c > "z"} & {"Mn", "Mc", "Lu"}]
     assert different_tokens(run, tokenizer, texts) == []
+
+
+@pytest.mark.long
+def test_llama_cpp_gives_the_tokens_of_a_conversation_when_only_the_start_has_a_space(tmp_path: Path) -> None:
+    tokenizer = pieces_tokenizer("first", chat_template=TEMPLATE)
+    run = write_run(tmp_path / "run", tiny_llama(520), tokenizer)
+    talks = [[{"role": "user", "content": text}] for text in TEXTS]
+    texts = [tokenizer.apply_chat_template(talk, tokenize=False) for talk in talks]
+    model = llama_cpp_model(only_file(export(run, "gguf").folder), vocab_only=True)
+    for text in texts:
+        expected = tokenizer(text, add_special_tokens=False).input_ids
+        assert model.tokenize(text.encode(), add_bos=False, special=True) == expected
 
 
 @pytest.mark.long

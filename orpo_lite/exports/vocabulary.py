@@ -57,11 +57,7 @@ def describe_tokenizer(
         ModelError: what llama.cpp cannot tokenise in the same way.
     """
     model = spec["model"]
-    if model["type"] != "BPE":
-        raise _beyond(where, f"a model of type {model['type']}", "BPE")
-    for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-        if model.get(option):
-            raise _beyond(where, f"BPE with {option}: {model[option]!r}", "none")
+    _refuse_model(model, where)
     vocabulary = dict(model["vocab"])
     added = {token["id"]: token for token in spec["added_tokens"]}
     texts = {id_: text for text, id_ in vocabulary.items()} | {id_: token["content"] for id_, token in added.items()}
@@ -74,14 +70,12 @@ def describe_tokenizer(
         kinds = _byte_level(keys, spec, where)
     else:
         kinds = _sentencepiece(keys, spec, tokenizer, where)
-    kinds |= {id_: CONTROL for id_, token in added.items() if token["special"]}
-    # A run of ▁ is text to both: spaces become ▁ first, and what is added is looked for in the text before that.
-    kinds |= {id_: USER_DEFINED for id_, token in added.items() if not token["special"] and "▁" not in token["content"]}
+    _mark_added(added, kinds, texts, keys, where)
     unknown = model.get("unk_token")
-    if unknown in vocabulary:
+    if unknown in vocabulary and keys["tokenizer.ggml.model"] == "llama" and vocabulary[unknown] not in ends:
         kinds[vocabulary[unknown]] = UNKNOWN
         keys["tokenizer.ggml.unknown_token_id"] = vocabulary[unknown]
-    notes = _stripping(added.values(), keys, where)
+    _stripping(added.values(), keys, where)
     taken = set(texts.values())
     spare = (text for number in range(rows + len(taken)) if (text := f"[PAD{number}]") not in taken)
     tokens = [texts[id_] if id_ in texts else next(spare) for id_ in range(rows)]
@@ -93,13 +87,42 @@ def describe_tokenizer(
     if scores is not None:
         keys["tokenizer.ggml.scores"] = [scores.get(text, -1e9) for text in tokens]
     _special_ids(keys, tokenizer, ends, where)
+    return keys, _caveats(keys, spec)
+
+
+def _refuse_model(model: dict[str, Any], where: str) -> None:
+    if model["type"] != "BPE":
+        raise _beyond(where, f"a model of type {model['type']}", "BPE")
+    for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(option):
+            raise _beyond(where, f"BPE with {option}: {model[option]!r}", "none")
+
+
+def _mark_added(
+    added: dict[int, dict[str, Any]], kinds: dict[int, int], texts: dict[int, str], keys: dict[str, Any], where: str
+) -> None:
+    """What kind the added tokens are: those that are found in a text before any merge."""
+    for id_, token in added.items():
+        text = token["content"]
+        if token["special"]:
+            kinds[id_] = CONTROL
+        elif "▁" not in text or keys["tokenizer.ggml.model"] == "gpt2":
+            kinds[id_] = USER_DEFINED
+        elif token["normalized"]:  # looked for once spaces are ▁; llama.cpp looks before that
+            if keys["tokenizer.ggml.add_space_prefix"]:
+                raise _beyond(where, f"{text!r} is looked for behind a space that was added", "no such space")
+            kinds[id_], texts[id_] = USER_DEFINED, text.replace("▁", " ")
+
+
+def _caveats(keys: dict[str, Any], spec: dict[str, Any]) -> list[str]:
+    notes = []
     if spec["normalizer"] and spec["normalizer"]["type"] == "NFC":
         notes.append("texts in Unicode's decomposed form are composed by transformers, not by llama.cpp")
     if keys.get("tokenizer.ggml.pre") in ASCII:
         notes.append("llama.cpp cuts words with combining marks (Hindi) or capitals like Ä inside otherwise than here")
     if keys.pop("prefix first", False):
         notes.append("llama.cpp puts a space before a text that begins without a special token, or after one, not both")
-    return keys, notes
+    return notes
 
 
 def _beyond(where: str, found: str, expected: str) -> ModelError:
@@ -158,21 +181,24 @@ def _sentencepiece(keys: dict[str, Any], spec: dict[str, Any], tokenizer: Any, w
     keys["tokenizer.ggml.model"] = "llama"
     keys["tokenizer.ggml.pre"] = "default"
     keys["tokenizer.ggml.add_space_prefix"] = _space_prefix(keys, spec, tokenizer, where)
+    # Found in a text before any merge.
+    added = spec["added_tokens"]
+    whole = as_bytes | {token["content"] for token in added if "▁" not in token["content"] or token["normalized"]}
     pairs = [_pair(merge) for merge in model["merges"]]
     scores: dict[str, float] = {}
     last = ""
     for left, right in pairs:
         made = left + right
-        if made in scores and made != last:
+        # Gemma's runs of one character are of one score there, and so dealt among each other here.
+        if made in scores and made != last and len(set(made)) > 1 and made not in whole:
             raise _beyond(where, f"the merges that make {made!r} do not stand together", "those of sentencepiece")
         scores.setdefault(made, -float(len(scores)))
         last = made
     known = set(pairs)
-    # Found in a text before any merge.
-    whole = as_bytes | {token["content"] for token in spec["added_tokens"] if "▁" not in token["content"]}
-    for text in vocabulary.keys() - whole:
+    parts = vocabulary.keys() - whole
+    for text in parts:
         cuts = ((text[:i], text[i:]) for i in range(1, len(text)))
-        lost = [cut for cut in cuts if cut not in known and cut[0] in vocabulary and cut[1] in vocabulary]
+        lost = [cut for cut in cuts if cut not in known and cut[0] in parts and cut[1] in parts]
         if lost:
             raise _beyond(
                 where, f"no merge makes {text!r} of {lost[0][0]!r} and {lost[0][1]!r}", "a merge for each pair"
@@ -210,20 +236,19 @@ def _begins_special(tokenizer: Any) -> bool:
     return any(text.startswith(token) for token in tokenizer.all_special_tokens)
 
 
-def _stripping(added: Any, keys: dict[str, Any], where: str) -> list[str]:
+def _stripping(added: Any, keys: dict[str, Any], where: str) -> None:
     """Tokens that eat the white space beside them: llama.cpp knows Phi-3's, by the model's name."""
     lefts = [token["content"] for token in added if token["lstrip"] or token["single_word"]]
     if lefts:
         raise _beyond(where, f"{lefts[0]} takes the space before it, or stands for whole words only", "plain tokens")
     rights = {token["content"] for token in added if token["rstrip"]}
     if not rights:
-        return []
+        return
     kept = {"<unk>", "<s>", "<|endoftext|>"}  # all others, by llama.cpp's rule for that name, which needs these
     texts = {token["content"] for token in added}
     if rights != texts - kept or not kept <= texts:
         raise _beyond(where, f"{min(rights)} takes the space after it", "plain tokens, or Phi-3's")
     keys["general.name"] = "Phi-3"
-    return []
 
 
 def _special_ids(keys: dict[str, Any], tokenizer: Any, ends: Sequence[int], where: str) -> None:
