@@ -2,7 +2,8 @@
 
 ``recipe.yaml`` resolved recipe · ``lock.json`` what was resolved: revisions, versions, hashes, seed · ``data.json`` the
 pairs in figures · ``metrics.jsonl`` a line a step · ``samples.jsonl`` answers before and after · ``checkpoints/`` ·
-``adapter/`` the result, with tokenizer, template and generation config · ``merged/`` · ``train.log`` library noise.
+``adapter/`` the result, with tokenizer, template and generation config · ``merged/`` · ``export/`` · ``train.log``
+library noise.
 """
 
 import fcntl

@@ -97,8 +97,14 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     ),
     "llama, yarn": lambda: LlamaConfig(**SHAPE, rope_parameters=YARN),
     "llama, yarn with its own factor": lambda: LlamaConfig(**SHAPE, rope_parameters=YARN | {"attention_factor": 1.3}),
+    "llama, dynamic rope": lambda: LlamaConfig(
+        **SHAPE, rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    ),
     "mistral": lambda: MistralConfig(**SHAPE, sliding_window=128),
     "qwen2": lambda: Qwen2Config(**SHAPE),
+    "qwen2, windows in some layers": lambda: Qwen2Config(
+        **SHAPE, use_sliding_window=True, sliding_window=128, max_window_layers=1
+    ),
     "qwen2, yarn": lambda: Qwen2Config(**SHAPE, rope_parameters=YARN),
     "qwen3": lambda: Qwen3Config(**SHAPE, head_dim=32),
     "phi3": lambda: Phi3Config(**SHAPE, sliding_window=None),
@@ -106,7 +112,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         **SHAPE, rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
     ),
     "phi3, longrope": lambda: Phi3Config(**SHAPE, rope_parameters=LONG, original_max_position_embeddings=256),
-    "gemma": lambda: GemmaConfig(**SHAPE, head_dim=32, hidden_activation="gelu_pytorch_tanh"),
+    "gemma": lambda: GemmaConfig(**SHAPE, head_dim=32),
     "gemma2": lambda: Gemma2Config(**SHAPE, **SOFT),
     "gemma3": lambda: Gemma3TextConfig(**SHAPE | {"num_hidden_layers": 7}, **SOFT),
     "gemma3, another pattern": lambda: Gemma3TextConfig(
@@ -565,11 +571,12 @@ def test_the_rope_of_llama3_is_a_tensor_of_divisors(tmp_path: Path) -> None:
     assert (np.diff(factors) > -1e-5).all()
 
 
-def test_the_context_ends_where_an_unknown_window_would_begin(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", random_model(FAMILIES["mistral"]()), bytes_tokenizer())
+@pytest.mark.parametrize("name", ["mistral", "qwen2, windows in some layers"])
+def test_the_context_ends_where_an_unknown_window_would_begin(name: str, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", random_model(FAMILIES[name]()), bytes_tokenizer())
     result = export(run, "gguf")
     keys, _ = read_back(only_file(result.folder))
-    assert keys["llama.context_length"] == 128
+    assert keys[f"{keys['general.architecture']}.context_length"] == 128
     assert "no sliding window" in result.notes[0]
 
 

@@ -28,14 +28,14 @@ class Family:
     """Rotary pairs lie side by side there, half a head apart here: the rows of q and k change places."""
     norm_adds_one: bool = False
     """transformers multiplies by 1 + weight, llama.cpp by the weight."""
-    activation: tuple[str, ...] = ("silu",)
+    activation: str = "silu"
     biases: tuple[str, ...] = ()
     """The projections whose bias llama.cpp adds."""
     windows: int = 0
     """Every which layer attends to all; 0: llama.cpp knows no sliding window for it."""
 
 
-GELU = ("gelu_pytorch_tanh", "gelu")
+GELU = "gelu_pytorch_tanh"
 FAMILIES = {
     "llama": Family("llama", pairs_adjacent=True, biases=(*ATTENTION, "self_attn.o_proj", *MLP)),
     "mistral": Family("llama", pairs_adjacent=True),
@@ -43,8 +43,8 @@ FAMILIES = {
     "qwen3": Family("qwen3"),
     "phi3": Family("phi3"),
     "gemma": Family("gemma", norm_adds_one=True, activation=GELU),
-    "gemma2": Family("gemma2", norm_adds_one=True, activation=GELU[:1], windows=2),
-    "gemma3_text": Family("gemma3", norm_adds_one=True, activation=GELU[:1], windows=6),
+    "gemma2": Family("gemma2", norm_adds_one=True, activation=GELU, windows=2),
+    "gemma3_text": Family("gemma3", norm_adds_one=True, activation=GELU, windows=6),
 }
 WITH_PICTURES = ("gemma3",)  # a language model of one of these families, with what turns pictures into tokens
 LANGUAGE_MODEL = ("language_model.model.", "model.language_model.")  # what its names begin with, by age
@@ -116,9 +116,9 @@ def describe(config: Any, where: str) -> Description:
         )
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    activation = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
-    if activation not in family.activation:
-        raise _beyond(where, f"the activation {activation!r}", f"{family.activation[0]}")
+    activation = config.hidden_activation if family.arch in ("gemma2", "gemma3") else config.hidden_act
+    if activation != family.activation:
+        raise _beyond(where, f"the activation {activation!r}", family.activation)
     if getattr(config, "use_bidirectional_attention", None):
         raise _beyond(where, "attention in both directions", "causal attention")
     arch = family.arch
@@ -286,6 +286,9 @@ def find_targets(made: Description, tensors: dict[str, Stored], where: str) -> l
             found = f"has a tensor {stored.name}, for which llama.cpp's {made.family.arch} has no place"
             raise ModelError(where, found, "the tensors of that family")
         is_turned = made.family.pairs_adjacent and module.endswith(ATTENTION[:2])
+        if is_turned and stored.shape[0] % made.head_dim:
+            found = f"has a tensor {stored.name} of {stored.shape[0]} rows"
+            raise ModelError(where, found, f"whole heads of {made.head_dim}")
         adds_one = made.family.norm_adds_one and module.endswith("norm")
         targets.append(Target(name, stored, made.head_dim * is_turned, float(adds_one)))
     return targets

@@ -38,6 +38,7 @@ WORDS: dict[tuple[tuple[str, ...], bool], str] = {
     ): "gpt-4o",
 }
 ASCII = ("tekken", "gpt-4o")  # llama.cpp's expression for these tells capitals in ASCII alone, and no combining marks
+ENDS = ("eos", "eot", "eom")  # the tokens that end an answer have three names there, all of them respected
 COMPOSED = ("qwen2",)  # brought to Unicode's composed form first; llama.cpp leaves that out, and such texts are rare
 
 
@@ -87,7 +88,7 @@ def describe_tokenizer(
     if scores is not None:
         keys["tokenizer.ggml.scores"] = [scores.get(text, -1e9) for text in tokens]
     _special_ids(keys, tokenizer, ends, where)
-    return keys, _caveats(keys, spec)
+    return keys, _caveats(keys, spec, ends)
 
 
 def _refuse_model(model: dict[str, Any], where: str) -> None:
@@ -114,8 +115,10 @@ def _mark_added(
             kinds[id_], texts[id_] = USER_DEFINED, text.replace("▁", " ")
 
 
-def _caveats(keys: dict[str, Any], spec: dict[str, Any]) -> list[str]:
+def _caveats(keys: dict[str, Any], spec: dict[str, Any], ends: Sequence[int]) -> list[str]:
     notes = []
+    if len(ends) > len(ENDS):
+        notes.append(f"the file names {len(ENDS)} tokens that end an answer, of {len(ends)}")
     if spec["normalizer"] and spec["normalizer"]["type"] == "NFC":
         notes.append("texts in Unicode's decomposed form are composed by transformers, not by llama.cpp")
     if keys.get("tokenizer.ggml.pre") in ASCII:
@@ -255,7 +258,7 @@ def _special_ids(keys: dict[str, Any], tokenizer: Any, ends: Sequence[int], wher
     for name, key in (("bos", "bos"), ("pad", "padding")):
         if (id_ := getattr(tokenizer, f"{name}_token_id")) is not None:
             keys[f"tokenizer.ggml.{key}_token_id"] = int(id_)
-    for key, id_ in zip(("eos", "eot", "eom"), ends, strict=False):
+    for key, id_ in zip(ENDS, ends, strict=False):
         keys[f"tokenizer.ggml.{key}_token_id"] = int(id_)
     bare, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
     at = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
