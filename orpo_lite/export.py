@@ -2,10 +2,8 @@
 
 import importlib.util
 import json
-import logging
 import re
 import shlex
-import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,15 +13,13 @@ from typing import Any
 from orpo_lite import run
 from orpo_lite.base import check_disk, load_tokenizer, read_config
 from orpo_lite.errors import CheckpointError, FitError, ModelError, OrpoLiteError, RecipeError
-from orpo_lite.exports import family, vocabulary
+from orpo_lite.exports import family, llama, vocabulary
 from orpo_lite.exports.gguf_file import OUTTYPES, write_gguf
-from orpo_lite.exports.turns import find_turns, renderer
+from orpo_lite.exports.turns import Render, find_turns, renderer
 from orpo_lite.exports.weights import BYTES, read_tensors
 from orpo_lite.run import Update
 
 STORED = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
-# llama.cpp's own quantiser makes these, out of a file in full precision.
-QUANTISED = ("q3_k_m", "q4_k_m", "q5_k_m", "q6_k")
 BITS = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5, "q3_k_m": 4.0, "q4_k_m": 5.0, "q5_k_m": 5.8, "q6_k": 6.6}
 NAMES_WITH_RULES = r"(?i)phi-?3|modern-bert"  # by which llama.cpp knows tokens that strip the spaces beside them
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes for --max-lora-rank
@@ -86,7 +82,7 @@ def exporting(run_folder: str | Path, to: str, *, outtype: str | None = None, ba
         raise RecipeError("--to", f"{to!r}", f"one of {', '.join(TARGETS)}", f"orpo-lite export {path} --to gguf")
     if base not in ("original", "dequantized"):
         raise RecipeError("--base", f"{base!r}", "original or dequantized")
-    known = (*OUTTYPES, *QUANTISED)
+    known = (*OUTTYPES, *llama.QUANTISED)
     if outtype is not None and (to == "vllm" or outtype not in known):
         expected = "nothing: vLLM serves the adapter as it is" if to == "vllm" else f"one of {', '.join(known)}"
         raise RecipeError("--outtype", f"{outtype!r}", expected)
@@ -213,15 +209,19 @@ def _write_model(
     where = f"model {request.merged}"
     if not (request.merged / "config.json").is_file():
         raise _not_merged(request, "")
-    _need("gguf", "gguf>=0.19")
-    if outtype in QUANTISED:
-        _need("llama_cpp", "llama-cpp-python>=0.3.36")
+    for needed, there, package in (
+        (True, importlib.util.find_spec("gguf") is not None, "gguf>=0.19"),
+        (outtype in llama.QUANTISED, llama.is_installed(), "llama-cpp-python>=0.3.36"),
+    ):
+        if needed and not there:
+            raise FitError("export", f"{package} is not installed", "the package", f"pip install '{package}'")
     config = read_config(request.merged, str(request.merged))
     made = family.describe(config, where)
     tensors = read_tensors(request.merged)
     targets = family.find_targets(made, tensors, where)
     rows = next((t.stored.shape[0] for t in targets if t.name == "token_embd.weight"), 0)
     tokenizer = load_tokenizer(request.merged)
+    variables = run.read_recipe(request.path).data.chat_template_kwargs
     if not tokenizer.is_fast:
         raise ModelError(f"tokenizer in {request.merged}", "is not a fast one", "a tokenizer.json")
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -239,14 +239,12 @@ def _write_model(
         yield Update("stage", f"writing {first} tensors", done, steps)
     if full != file:
         yield Update("stage", f"quantising to {outtype}")
-        _quantise(full, file, outtype)
+        llama.quantise(full, file, outtype)
         full.unlink()
+    if llama.is_installed():
+        yield Update("stage", "comparing tokens with llama.cpp's")
+        llama.check_tokens(file, tokenizer, _probes(tokenizer, renderer(tokenizer, variables)))
     return [*made.notes, *notes], keys
-
-
-def _need(module: str, package: str) -> None:
-    if importlib.util.find_spec(module) is None:
-        raise FitError("export", f"{module} is not installed", f"the package {package}", f"pip install '{package}'")
 
 
 def _ends(request: _Request, tokenizer: Any) -> list[int]:
@@ -261,30 +259,14 @@ def _sampling(request: _Request) -> dict[str, float]:
     return {key: config[key] for key in ("temperature", "top_p", "top_k") if config.get(key) is not None}
 
 
-def _quantise(source: Path, file: Path, outtype: str) -> None:
-    """llama.cpp's own quantiser. Raises ModelError when it fails."""
-    import llama_cpp
-
-    warnings.filterwarnings("ignore", "unclosed file", ResourceWarning)  # it leaves one open to the end
-    _silence(llama_cpp)
-    options = llama_cpp.llama_model_quantize_default_params()
-    options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{outtype.upper()}")
-    if code := llama_cpp.llama_model_quantize(str(source).encode(), str(file).encode(), options):
-        raise ModelError(str(file), f"llama.cpp's quantiser failed ({code})", "a model that it can quantise")
-
-
-def _silence(llama_cpp: Any) -> None:
-    """Its log goes where other libraries' goes."""
-    logger = logging.getLogger("llama.cpp")
-
-    def log(_level: int, text: bytes, _data: Any) -> None:
-        logger.info(text.decode(errors="replace").rstrip())
-
-    _CALLBACKS.append(llama_cpp.llama_log_callback(log))
-    llama_cpp.llama_log_set(_CALLBACKS[-1], None)
-
-
-_CALLBACKS: list[Any] = []  # C holds on to what it was given; so must Python
+def _probes(tokenizer: Any, render: Render) -> list[str]:
+    """Texts to compare tokens of: questions as the template puts them, for in other places nothing is promised."""
+    if not tokenizer.chat_template:
+        return [text.lstrip() for text in llama.PROBES]  # some tokenizers add a space at the start, if there is none
+    try:
+        return [render([{"role": "user", "content": text}]) for text in llama.PROBES]
+    except Exception:  # a template can raise anything
+        return []
 
 
 def _size(folder: Path) -> int:

@@ -1,5 +1,6 @@
 """Export: the file is the model. Read back without llama.cpp; asked for its tokens, logits and text where it is."""
 
+import importlib.util
 import json
 import shlex
 import shutil
@@ -258,8 +259,8 @@ def pieces_tokenizer(
     merges = [(t[:i], t[i:]) for t in pieces for i in range(1, len(t)) if t[:i] in vocab and t[i:] in vocab]
     model = models.BPE(vocab=vocab, merges=merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>")
     tokenizer = Tokenizer(model)
-    if prefix == "first":
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", "first", split=False)
+    if prefix.startswith("metaspace"):
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prefix.split()[1], split=False)
     else:
         steps = [normalizers.Prepend("▁")] * (prefix == "always") + [normalizers.Replace(" ", "▁")]
         tokenizer.normalizer = normalizers.Sequence(steps)
@@ -353,8 +354,12 @@ def test_llama_cpp_gives_the_tokens_of_transformers(name: str, tmp_path: Path) -
 
 
 @pytest.mark.long
-def test_llama_cpp_gives_the_tokens_of_a_conversation_when_only_the_start_has_a_space(tmp_path: Path) -> None:
-    tokenizer = pieces_tokenizer("first", chat_template=TEMPLATE)
+@pytest.mark.parametrize("template", [TEMPLATE, TEMPLATE.replace("[", " [")])
+@pytest.mark.parametrize("prefix", ["metaspace first", "metaspace always", "metaspace never"])
+def test_llama_cpp_gives_the_tokens_of_a_conversation_where_only_some_texts_get_a_space(
+    prefix: str, template: str, tmp_path: Path
+) -> None:
+    tokenizer = pieces_tokenizer(prefix, chat_template=template)
     run = write_run(tmp_path / "run", tiny_llama(520), tokenizer)
     talks = [[{"role": "user", "content": text}] for text in TEXTS]
     texts = [tokenizer.apply_chat_template(talk, tokenize=False) for talk in talks]
@@ -453,6 +458,29 @@ def test_llama_cpp_quantises(outtype: str, tmp_path: Path) -> None:
         expected = model.float()(ids).logits[0].numpy()
     found = logits_of(only_file(folder), ids[0].tolist())
     assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > (0.9 if outtype == "q3_k_m" else 0.97)
+
+
+@pytest.mark.long
+def test_other_tokens_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pre-tokenizer under a wrong name, as a table that lags behind would have it."""
+    words = split_by(known_regex("llama-bpe"))
+    run = write_run(tmp_path / "run", tiny_llama(520), bytes_tokenizer(500, pre_tokenizer=words, ignore_merges=True))
+    monkeypatch.setattr("orpo_lite.exports.vocabulary.WORDS", dict.fromkeys(WORDS, "smollm"))
+    with pytest.raises(ModelError, match=r"llama.cpp makes other tokens of"):
+        export(run, "gguf")
+    assert not list((run / "export").rglob("*.gguf"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("outtype", "like"), [("f16", 0.9999), ("bf16", 0.999), ("q8_0", 0.999)])
+def test_logits_of_a_rounded_file_are_alike(outtype: str, like: float, tmp_path: Path) -> None:
+    model = random_model(LlamaConfig(**SHAPE | {"initializer_range": 0.05}))
+    run = write_run(tmp_path / "run", model, bytes_tokenizer())
+    ids = torch.randint(3, 320, (1, 60), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model(ids).logits[0].numpy()
+    found = logits_of(only_file(export(run, "gguf", outtype=outtype).folder), ids[0].tolist())
+    assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > like
 
 
 # --- what needs no llama.cpp
@@ -613,7 +641,7 @@ def test_the_scores_of_pieces_are_the_places_of_their_merges(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(("template", "prefix"), [(None, True), (TEMPLATE, False)])
 def test_a_space_at_the_start_alone_is_left_to_the_template(template: str | None, prefix: bool, tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", tiny_llama(520), pieces_tokenizer("first", chat_template=template))
+    run = write_run(tmp_path / "run", tiny_llama(520), pieces_tokenizer("metaspace first", chat_template=template))
     result = export(run, "gguf")
     keys, _ = read_back(only_file(result.folder))
     assert keys["tokenizer.ggml.add_space_prefix"] is prefix
@@ -633,6 +661,13 @@ def test_killed_half_way_there_is_no_file_or_the_one_before(earlier: bool, tmp_p
     assert (only_file(before).read_bytes() == there) if earlier else not before.exists()
     export(run, "gguf")
     assert [folder.name for folder in (run / "export").iterdir()] == ["gguf-f32"]
+
+
+def test_spaces_that_are_put_before_some_texts_alone_are_refused(tmp_path: Path) -> None:
+    template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }} {% endfor %}"
+    tokenizer = pieces_tokenizer("metaspace always", chat_template=template)
+    with pytest.raises(ModelError, match="before texts of the chat template that have none"):
+        export(write_run(tmp_path / "run", tiny_llama(520), tokenizer), "gguf")
 
 
 # --- what is refused
@@ -747,11 +782,12 @@ def test_a_wrong_option_is_answered(to: str, options: dict[str, str], said: str,
 
 def test_a_library_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = write_run(tmp_path / "run", tiny_llama(520), bytes_tokenizer())
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "llama_cpp" else name)
+    real = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "llama_cpp" else real(name))
     with pytest.raises(OrpoLiteError, match="pip install 'llama-cpp-python") as caught:
         export(run, "gguf", outtype="q4_k_m")
     assert caught.value.exit_code == 6
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "gguf" else real(name))
     with pytest.raises(OrpoLiteError, match="pip install 'gguf"):
         export(run, "gguf")
 

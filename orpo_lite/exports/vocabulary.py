@@ -4,6 +4,7 @@ llama.cpp cuts a text into words by a regular expression that it knows by name. 
 among those below is refused: under a wrong name a file loads, and tokenises a little differently than in training.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -123,8 +124,10 @@ def _caveats(keys: dict[str, Any], spec: dict[str, Any], ends: Sequence[int]) ->
         notes.append("texts in Unicode's decomposed form are composed by transformers, not by llama.cpp")
     if keys.get("tokenizer.ggml.pre") in ASCII:
         notes.append("llama.cpp cuts words with combining marks (Hindi) or capitals like Ä inside otherwise than here")
-    if keys.pop("prefix first", False):
-        notes.append("llama.cpp puts a space before a text that begins without a special token, or after one, not both")
+    if keys.pop("metaspace", False):
+        notes.append(
+            "the file's tokens are those of the chat template; a bare text may get or lack a first space"
+        )
     return notes
 
 
@@ -212,31 +215,52 @@ def _sentencepiece(keys: dict[str, Any], spec: dict[str, Any], tokenizer: Any, w
 
 def _space_prefix(keys: dict[str, Any], spec: dict[str, Any], tokenizer: Any, where: str) -> bool:
     """Whether a text is given a space at its start; and that spaces are all that is changed in it."""
-    prefix, replaced = "never", False
+    prefix, replaced, metaspace = "never", False, False
     for step in _steps(spec["normalizer"]) + _steps(spec["pre_tokenizer"]):
         if step["type"] == "Prepend" and step["prepend"] == "▁":
             prefix = "always"
         elif step["type"] == "Replace" and step["pattern"] == {"String": " "} and step["content"] == "▁":
             replaced = True
         elif step["type"] == "Metaspace" and step["replacement"] == "▁" and not step.get("split", True):
-            prefix, replaced = step["prepend_scheme"], True
+            prefix, replaced, metaspace = step["prepend_scheme"], True, True
         elif not (step["type"] == "Split" and step["pattern"] == {"String": " "} and replaced):  # there are none left
             raise _beyond(where, f"texts are changed by {step}", "spaces that become ▁")
     if not replaced:
         raise _beyond(where, "spaces stay spaces", "spaces that become ▁")
-    if prefix != "first":
+    if not metaspace:
         return prefix == "always"
-    # Here only the start of the whole text has it, there each text after a special token. Prompts of a template begin
-    # with a special token or do not; the answer that fits them is given.
-    keys["prefix first"] = True
-    return not _begins_special(tokenizer)
+    keys["metaspace"] = True
+    return prefix != "never" and _prefix_fits(spec, tokenizer, prefix, where)
 
 
-def _begins_special(tokenizer: Any) -> bool:
+def _prefix_fits(spec: dict[str, Any], tokenizer: Any, prefix: str, where: str) -> bool:
+    """What fits the chat template best, where a space is only put before a text that has none.
+
+    llama.cpp puts one before each text between special tokens, or before none. transformers' Metaspace looks whether
+    there is one already, and of the kind ``first`` puts one before the start of the whole alone.
+    """
+    texts = _texts_between(spec, tokenizer)
+    if prefix == "first":
+        return texts is None or not texts[0][0]
+    begin = {text.startswith(" ") for _, text in texts or []}
+    if len(begin) == 2:
+        found = "a space is put before texts of the chat template that have none, and others have one"
+        raise _beyond(where, found, "the same for all")
+    return begin != {True}
+
+
+def _texts_between(spec: dict[str, Any], tokenizer: Any) -> list[tuple[bool, str]] | None:
+    """The texts between special tokens of a conversation, and whether a token stands before each; None: no template."""
     if not tokenizer.chat_template:
-        return False
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
-    return any(text.startswith(token) for token in tokenizer.all_special_tokens)
+        return None
+    talk = [{"role": role, "content": "?"} for role in ("user", "assistant", "user")]
+    try:
+        text = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+    except Exception:  # a template can raise anything
+        return None
+    added = sorted((re.escape(token["content"]) for token in spec["added_tokens"]), key=len, reverse=True)
+    parts = re.split("|".join(added) or "(?!)", text)
+    return [(number > 0, part) for number, part in enumerate(parts) if part]
 
 
 def _stripping(added: Any, keys: dict[str, Any], where: str) -> None:
@@ -261,7 +285,7 @@ def _special_ids(keys: dict[str, Any], tokenizer: Any, ends: Sequence[int], wher
     for key, id_ in zip(ENDS, ends, strict=False):
         keys[f"tokenizer.ggml.{key}_token_id"] = int(id_)
     bare, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
-    at = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+    at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), len(whole))
     before, after = whole[:at], whole[at + len(bare) :]
     if before not in ([], [tokenizer.bos_token_id]) or after not in ([], [tokenizer.eos_token_id]):
         raise _beyond(where, f"a text is put between {before} and {after}", "a bos before it, or an eos after it")
@@ -270,4 +294,4 @@ def _special_ids(keys: dict[str, Any], tokenizer: Any, ends: Sequence[int], wher
     keys["tokenizer.ggml.add_bos_token"] = bool(before)
     keys["tokenizer.ggml.add_eos_token"] = bool(after)
     if template := tokenizer.chat_template:
-        keys["tokenizer.chat_template"] = tokenizer.get_chat_template() if isinstance(template, dict) else template
+        keys["tokenizer.chat_template"] = template if isinstance(template, str) else template.get("default", "")
