@@ -125,12 +125,11 @@ def to_ollama(request: _Request) -> Exporting:
     with run.new_folder(folder) as temporary, _blamed(temporary, folder):
         file = f"{request.name}-{outtype}.gguf"
         notes, keys = yield from _write_model(request, temporary / file, outtype)
-        go = turns.to_go()
         if keys["tokenizer.ggml.add_bos_token"] and (bos := tokenizer.bos_token):  # Ollama adds it by itself
-            heads = {part: getattr(turns, part).removeprefix(bos) for part in ("head", "system_head")}
-            go = type(turns)(**{**vars(turns), **heads}).to_go()
+            turns = turns.with_heads(lambda head: head.removeprefix(bos))
+        turns = turns.with_heads(lambda head: _lead(keys) + head)
         context = next(value for key, value in keys.items() if key.endswith(".context_length"))
-        lines = [f"FROM ./{file}", f'TEMPLATE """{go}"""', f"PARAMETER num_ctx {min(context, MOST_CONTEXT)}"]
+        lines = [f"FROM ./{file}", f'TEMPLATE """{turns.to_go()}"""', f"PARAMETER num_ctx {min(context, MOST_CONTEXT)}"]
         stops = tokenizer.convert_ids_to_tokens(_ends(request, tokenizer))
         lines += [f"PARAMETER stop {json.dumps(text, ensure_ascii=False)}" for text in stops]
         lines += [f"PARAMETER {key} {value}" for key, value in _sampling(request).items()]
@@ -243,7 +242,7 @@ def _write_model(
         full.unlink()
     if llama.is_installed():
         yield Update("stage", "comparing tokens with llama.cpp's")
-        llama.check_tokens(file, tokenizer, _probes(tokenizer, renderer(tokenizer, variables)))
+        llama.check_tokens(file, tokenizer, _probes(tokenizer, renderer(tokenizer, variables)), _lead(keys))
     return [*made.notes, *notes], keys
 
 
@@ -257,6 +256,11 @@ def _ends(request: _Request, tokenizer: Any) -> list[int]:
 def _sampling(request: _Request) -> dict[str, float]:
     config = run.read_json(request.path / "adapter" / "generation_config.json")
     return {key: config[key] for key in ("temperature", "top_p", "top_k") if config.get(key) is not None}
+
+
+def _lead(keys: dict[str, Any]) -> str:
+    """What the file's own chat template begins with, beyond that of the tokenizer."""
+    return " " if str(keys.get("tokenizer.chat_template")).startswith(vocabulary.SPACE) else ""
 
 
 def _probes(tokenizer: Any, render: Render) -> list[str]:

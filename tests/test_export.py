@@ -33,6 +33,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from orpo_lite.data.templates import PAPER_CHAT_TEMPLATE
 from orpo_lite.errors import CheckpointError, ModelError, OrpoLiteError, RecipeError
 from orpo_lite.export import export
 from orpo_lite.exports.vocabulary import ASCII, WORDS
@@ -354,7 +355,7 @@ def test_llama_cpp_gives_the_tokens_of_transformers(name: str, tmp_path: Path) -
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("template", [TEMPLATE, TEMPLATE.replace("[", " [")])
+@pytest.mark.parametrize("template", [TEMPLATE, TEMPLATE.replace("[", " ["), PAPER_CHAT_TEMPLATE])
 @pytest.mark.parametrize("prefix", ["metaspace first", "metaspace always", "metaspace never"])
 def test_llama_cpp_gives_the_tokens_of_a_conversation_where_only_some_texts_get_a_space(
     prefix: str, template: str, tmp_path: Path
@@ -363,10 +364,13 @@ def test_llama_cpp_gives_the_tokens_of_a_conversation_where_only_some_texts_get_
     run = write_run(tmp_path / "run", tiny_llama(520), tokenizer)
     talks = [[{"role": "user", "content": text}] for text in TEXTS]
     texts = [tokenizer.apply_chat_template(talk, tokenize=False) for talk in talks]
-    model = llama_cpp_model(only_file(export(run, "gguf").folder), vocab_only=True)
-    for text in texts:
+    file = only_file(export(run, "gguf").folder)
+    model = llama_cpp_model(file, vocab_only=True)
+    tokenizer.chat_template = read_back(file)[0]["tokenizer.chat_template"]  # which may begin with a space
+    asked = [tokenizer.apply_chat_template(talk, tokenize=False) for talk in talks]
+    for text, theirs in zip(texts, asked, strict=True):
         expected = tokenizer(text, add_special_tokens=False).input_ids
-        assert model.tokenize(text.encode(), add_bos=False, special=True) == expected
+        assert model.tokenize(theirs.encode(), add_bos=False, special=True) == expected
 
 
 @pytest.mark.long
@@ -646,6 +650,17 @@ def test_a_space_at_the_start_alone_is_left_to_the_template(template: str | None
     keys, _ = read_back(only_file(result.folder))
     assert keys["tokenizer.ggml.add_space_prefix"] is prefix
     assert any("space" in note for note in result.notes)
+
+
+def test_ollamas_template_begins_with_the_space_too(tmp_path: Path) -> None:
+    tokenizer = pieces_tokenizer("metaspace first", chat_template=PAPER_CHAT_TEMPLATE)
+    folder = export(write_run(tmp_path / "run", tiny_llama(520), tokenizer), "ollama").folder
+    modelfile = (folder / "Modelfile").read_text(encoding="utf-8")
+    assert '{{- " <|user|>\\n" }}' in modelfile
+    assert '{{- " <|system|>\\n" }}' in modelfile
+    keys, _ = read_back(only_file(folder))
+    assert keys["tokenizer.chat_template"] == "{{ ' ' }}" + PAPER_CHAT_TEMPLATE
+    assert keys["tokenizer.ggml.add_space_prefix"] is False
 
 
 @pytest.mark.parametrize("earlier", [False, True])

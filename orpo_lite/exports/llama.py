@@ -39,8 +39,8 @@ def quantise(source: Path, file: Path, outtype: str) -> None:
         raise ModelError(str(file), f"llama.cpp's quantiser failed ({code})", "a model that it can quantise")
 
 
-def check_tokens(file: Path, tokenizer: Any, texts: Sequence[str]) -> None:
-    """Raise ModelError when llama.cpp makes other tokens of a text than transformers."""
+def check_tokens(file: Path, tokenizer: Any, texts: Sequence[str], lead: str) -> None:
+    """Raise ModelError when llama.cpp makes other tokens of ``lead`` and a text than transformers of the text."""
     where = str(file)
     try:
         model = _load().Llama(where, vocab_only=True, n_ctx=8, n_batch=8, verbose=False)
@@ -48,7 +48,7 @@ def check_tokens(file: Path, tokenizer: Any, texts: Sequence[str]) -> None:
         raise ModelError(where, f"llama.cpp does not load it: {error}", "a model that it knows") from None
     try:
         for text in texts:
-            found = model.tokenize(text.encode(), add_bos=False, special=True)
+            found = model.tokenize((lead + text).encode(), add_bos=False, special=True)
             if found != tokenizer(text, add_special_tokens=False).input_ids:
                 raise ModelError(
                     where, f"llama.cpp makes other tokens of {text!r}", "those of transformers", "export --to vllm"

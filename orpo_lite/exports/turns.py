@@ -54,6 +54,10 @@ class Turns:
                 text += turn["content"] + ("" if last else self.answered)
         return text
 
+    def with_heads(self, change: Callable[[str], str]) -> "Turns":
+        """The same with another start of a conversation."""
+        return replace(self, head=change(self.head), system_head=change(self.system_head))
+
     def to_go(self) -> str:
         """The same as a Go template over Ollama's ``.Messages``; every text of ours is a quoted string in it."""
         at_start = self.system == "start"

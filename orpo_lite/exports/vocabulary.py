@@ -39,6 +39,7 @@ WORDS: dict[tuple[tuple[str, ...], bool], str] = {
     ): "gpt-4o",
 }
 ASCII = ("tekken", "gpt-4o")  # llama.cpp's expression for these tells capitals in ASCII alone, and no combining marks
+SPACE = "{{ ' ' }}"  # a chat template in a file begins with it where a text gets a space at its start alone
 ENDS = ("eos", "eot", "eom")  # the tokens that end an answer have three names there, all of them respected
 COMPOSED = ("qwen2",)  # brought to Unicode's composed form first; llama.cpp leaves that out, and such texts are rare
 
@@ -125,9 +126,7 @@ def _caveats(keys: dict[str, Any], spec: dict[str, Any], ends: Sequence[int]) ->
     if keys.get("tokenizer.ggml.pre") in ASCII:
         notes.append("llama.cpp cuts words with combining marks (Hindi) or capitals like Ä inside otherwise than here")
     if keys.pop("metaspace", False):
-        notes.append(
-            "the file's tokens are those of the chat template; a bare text may get or lack a first space"
-        )
+        notes.append("the file's tokens are those of the chat template; a bare text may get or lack a first space")
     return notes
 
 
@@ -230,18 +229,21 @@ def _space_prefix(keys: dict[str, Any], spec: dict[str, Any], tokenizer: Any, wh
     if not metaspace:
         return prefix == "always"
     keys["metaspace"] = True
-    return prefix != "never" and _prefix_fits(spec, tokenizer, prefix, where)
+    return prefix != "never" and _prefix_fits(keys, spec, tokenizer, prefix, where)
 
 
-def _prefix_fits(spec: dict[str, Any], tokenizer: Any, prefix: str, where: str) -> bool:
+def _prefix_fits(keys: dict[str, Any], spec: dict[str, Any], tokenizer: Any, prefix: str, where: str) -> bool:
     """What fits the chat template best, where a space is only put before a text that has none.
 
     llama.cpp puts one before each text between special tokens, or before none. transformers' Metaspace looks whether
-    there is one already, and of the kind ``first`` puts one before the start of the whole alone.
+    there is one already, and of the kind ``first`` puts one before the start of the whole alone: the file's own chat
+    template then begins with it.
     """
     texts = _texts_between(spec, tokenizer)
     if prefix == "first":
-        return texts is None or not texts[0][0]
+        if texts and not texts[0][0] and not texts[0][1].startswith(" "):
+            keys["tokenizer.chat_template"] = SPACE + _template(tokenizer)
+        return texts is None
     begin = {text.startswith(" ") for _, text in texts or []}
     if len(begin) == 2:
         found = "a space is put before texts of the chat template that have none, and others have one"
@@ -293,5 +295,10 @@ def _special_ids(keys: dict[str, Any], tokenizer: Any, ends: Sequence[int], wher
         raise _beyond(where, "the eos after a text does not end answers", "one token for both")
     keys["tokenizer.ggml.add_bos_token"] = bool(before)
     keys["tokenizer.ggml.add_eos_token"] = bool(after)
-    if template := tokenizer.chat_template:
-        keys["tokenizer.chat_template"] = template if isinstance(template, str) else template.get("default", "")
+    if template := _template(tokenizer):
+        keys.setdefault("tokenizer.chat_template", template)
+
+
+def _template(tokenizer: Any) -> str:
+    template = tokenizer.chat_template or ""
+    return template if isinstance(template, str) else str(template.get("default", ""))
