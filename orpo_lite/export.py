@@ -130,8 +130,8 @@ def to_ollama(request: _Request) -> Exporting:
         turns = turns.with_heads(lambda head: _lead(keys) + head)
         context = next(value for key, value in keys.items() if key.endswith(".context_length"))
         lines = [f"FROM ./{file}", f'TEMPLATE """{turns.to_go()}"""', f"PARAMETER num_ctx {min(context, MOST_CONTEXT)}"]
-        stops = tokenizer.convert_ids_to_tokens(_ends(request, tokenizer))
-        lines += [f"PARAMETER stop {json.dumps(text, ensure_ascii=False)}" for text in stops]
+        stops = tokenizer.batch_decode([[end] for end in _ends(request, tokenizer)])
+        lines += [f"PARAMETER stop {json.dumps(text, ensure_ascii=False)}" for text in stops if text]
         lines += [f"PARAMETER {key} {value}" for key, value in _sampling(request).items()]
         run.write_text(temporary / "Modelfile", "\n".join(lines) + "\n")
     modelfile = shlex.quote(str(folder / "Modelfile"))
