@@ -4,8 +4,8 @@ The house, imports strictly downward (kept by tests/test_house.py):
 
 6  cli (__main__)                                  parse, call, chain the verbs
 5  screen                                          what the person sees; the only place that prints
-4  train  merge  verify  push  plan                one verb a file, each a function that returns a value
-3  prepare  proof  planner  gradient  evaluate  generate  checkpoint  demo  card  upload   what several verbs need
+4  train  merge  verify  export  push  plan        one verb a file, each a function that returns a value
+3  prepare  proof  planner  exports  gradient  evaluate  generate  checkpoint  demo  card  upload   for several verbs
 2  model  run  optimizer  meter  weights  licence  the pair model, run folder, AdamW, a step, stored weights
 1  step  data  base                                the maths, pure tensors; rows to batches; the base on disk
 0  recipe  errors                                  the schema; the errors people see
@@ -32,9 +32,10 @@ _EXPORTS = {
     "train": "orpo_lite.train",
     "merge": "orpo_lite.merge",
     "verify": "orpo_lite.verify",
+    "export": "orpo_lite.export",
     "push": "orpo_lite.push",
 }
-__all__ = ["load_recipe", "merge", "plan", "push", "train", "verify"]
+__all__ = ["export", "load_recipe", "merge", "plan", "push", "train", "verify"]
 
 
 class _Package(ModuleType):

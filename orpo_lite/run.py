@@ -3,7 +3,8 @@
 ``recipe.yaml`` resolved recipe · ``lock.json`` what was resolved: revisions, versions, hashes, seed · ``data.json`` the
 pairs in figures · ``metrics.jsonl`` a line a step · ``samples.jsonl`` answers before and after · ``checkpoints/`` ·
 ``adapter/`` the result, with tokenizer, template and generation config · ``result.json`` which step it is of ·
-``README.md`` the model card · ``merged/`` and ``merged-dequantized/`` whole models · ``train.log`` library noise.
+``README.md`` the model card · ``merged/`` and ``merged-dequantized/`` whole models · ``export/`` ·
+``train.log`` library noise.
 """
 
 import fcntl

@@ -1,0 +1,277 @@
+"""Export: a finished run as llama.cpp, Ollama or vLLM take it. One function a target, all with the same signature."""
+
+import importlib.util
+import json
+import re
+import shlex
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orpo_lite import run
+from orpo_lite.base import check_disk, load_tokenizer, read_config
+from orpo_lite.errors import CheckpointError, FitError, ModelError, OrpoLiteError, RecipeError
+from orpo_lite.exports import family, llama, vocabulary
+from orpo_lite.exports.gguf_file import OUTTYPES, write_gguf
+from orpo_lite.exports.turns import Render, find_turns, renderer
+from orpo_lite.exports.weights import BYTES, read_tensors
+from orpo_lite.run import Update
+
+STORED = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+BITS = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5, "q3_k_m": 4.0, "q4_k_m": 5.0, "q5_k_m": 5.8, "q6_k": 6.6}
+NAMES_WITH_RULES = r"(?i)phi-?3|modern-bert"  # by which llama.cpp knows tokens that strip the spaces beside them
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes for --max-lora-rank
+MOST_CONTEXT = 8192  # tokens that Ollama is told to hold; its own default is a few thousand, a model's 128k take GBs
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """An export on disk."""
+
+    folder: Path
+    bytes: int
+    command: str
+    """What to type to use it."""
+    notes: tuple[str, ...] = ()
+    """What is not quite the same there."""
+
+
+Exporting = Generator[Update, None, ExportResult]
+_Written = tuple[list[str], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Request:
+    path: Path
+    name: str
+    """Of the model, for its new home."""
+    merged: Path
+    outtype: str | None
+    base: str
+
+    def folder(self, to: str, outtype: str = "") -> Path:
+        parts = [to, outtype, "" if self.base == "original" else self.base]
+        return self.path / "export" / "-".join(part for part in parts if part)
+
+
+def export(run_folder: str | Path, to: str, *, outtype: str | None = None, base: str = "original") -> ExportResult:
+    """:func:`exporting`, without its updates."""
+    return run.drain(exporting(run_folder, to, outtype=outtype, base=base), lambda _: None)
+
+
+def exporting(run_folder: str | Path, to: str, *, outtype: str | None = None, base: str = "original") -> Exporting:
+    """Export a run; writes ``RUN/export/...``, whole or not at all.
+
+    Args:
+        run_folder: a finished run.
+        to: gguf (``RUN/merged`` as one file), ollama (that file with its Modelfile) or vllm (the adapter as it is, with
+            the command that serves it).
+        outtype: of the matrices in a GGUF file: f32, f16, bf16, q8_0, or one of llama.cpp's quantiser; None: as merged.
+        base: which merge: ``RUN/merged`` or ``RUN/merged-dequantized``.
+
+    Raises:
+        RecipeError: an unknown target or type.
+        CheckpointError: no finished run there, or not merged.
+        ModelError: a model, tokenizer or template that the target cannot have.
+        FitError: a library that is not installed, or not enough disk space.
+    """
+    path = Path(run_folder)
+    if to not in TARGETS:
+        raise RecipeError("--to", f"{to!r}", f"one of {', '.join(TARGETS)}", f"orpo-lite export {path} --to gguf")
+    if base not in ("original", "dequantized"):
+        raise RecipeError("--base", f"{base!r}", "original or dequantized")
+    known = (*OUTTYPES, *llama.QUANTISED)
+    if outtype is not None and (to == "vllm" or outtype not in known):
+        expected = "nothing: vLLM serves the adapter as it is" if to == "vllm" else f"one of {', '.join(known)}"
+        raise RecipeError("--outtype", f"{outtype!r}", expected)
+    if not (path / "adapter" / "adapter_config.json").is_file():
+        run.read_lock(path)
+        resume = f"orpo-lite train --resume {shlex.quote(str(path))}"
+        raise CheckpointError(f"run {path}", "has no adapter/", "a training that has ended", resume)
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.resolve().name).strip("-.") or "model"
+    merged = path / ("merged" if base == "original" else f"merged-{base}")
+    with run.locked(path):
+        return (yield from TARGETS[to](_Request(path, name, merged, outtype, base)))
+
+
+# --- one function a target ------------------------------------------------------------------------------------------
+
+
+def to_gguf(request: _Request) -> Exporting:
+    """One file for llama.cpp: weights, tokenizer and chat template."""
+    outtype = request.outtype or _stored_type(request)
+    folder = request.folder("gguf", outtype)
+    with run.new_folder(folder) as temporary, _blamed(temporary, folder):
+        file = f"{request.name}-{outtype}.gguf"
+        notes, _ = yield from _write_model(request, temporary / file, outtype)
+    command = f"llama-cli -m {shlex.quote(str(folder / file))}"
+    return ExportResult(folder, _size(folder), command, tuple(notes))
+
+
+def to_ollama(request: _Request) -> Exporting:
+    """The GGUF file with a Modelfile: the template in Ollama's own words, where to stop, how long a context to hold."""
+    outtype = request.outtype or _stored_type(request)
+    folder = request.folder("ollama", request.outtype or "")
+    tokenizer = load_tokenizer(request.merged)
+    recipe = run.read_recipe(request.path)
+    if recipe.data.chat_template == "none":
+        tokenizer.chat_template = None
+    turns, missing = find_turns(renderer(tokenizer, recipe.data.chat_template_kwargs), "chat template")
+    fixed = "date_string" in recipe.data.chat_template_kwargs
+    if "strftime_now" in str(tokenizer.chat_template) and not fixed:
+        missing.append("the chat template writes the date: Ollama's will write that of this export")
+    with run.new_folder(folder) as temporary, _blamed(temporary, folder):
+        file = f"{request.name}-{outtype}.gguf"
+        notes, keys = yield from _write_model(request, temporary / file, outtype)
+        if keys["tokenizer.ggml.add_bos_token"] and (bos := tokenizer.bos_token):  # Ollama adds it by itself
+            turns = turns.with_heads(lambda head: head.removeprefix(bos))
+        turns = turns.with_heads(lambda head: _lead(keys) + head)
+        context = next(value for key, value in keys.items() if key.endswith(".context_length"))
+        lines = [f"FROM ./{file}", f'TEMPLATE """{turns.to_go()}"""', f"PARAMETER num_ctx {min(context, MOST_CONTEXT)}"]
+        stops = tokenizer.batch_decode([[end] for end in _ends(request, tokenizer)])
+        lines += [f"PARAMETER stop {json.dumps(text, ensure_ascii=False)}" for text in stops if text]
+        lines += [f"PARAMETER {key} {value}" for key, value in _sampling(request).items()]
+        run.write_text(temporary / "Modelfile", "\n".join(lines) + "\n")
+    modelfile = shlex.quote(str(folder / "Modelfile"))
+    command = f"ollama create {request.name.lower()} -f {modelfile} && ollama run {request.name.lower()}"
+    return ExportResult(folder, _size(folder), command, (*notes, *missing))
+
+
+def to_vllm(request: _Request) -> Exporting:
+    """The command that serves the adapter beside its base; the adapter itself stays as it is."""
+    yield Update("stage", "writing the command")
+    lock = run.read_lock(request.path)
+    adapter = request.path.resolve() / "adapter"
+    config = run.read_json(adapter / "adapter_config.json")
+    rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
+    allowed = next((size for size in RANKS if size >= rank), None)
+    name, base = request.name, lock["base"]
+    notes: list[str] = []
+    if config.get("use_dora") or allowed is None:
+        reason = "DoRA" if config.get("use_dora") else f"a rank of {rank}"
+        if not (request.merged / "config.json").is_file():
+            raise _not_merged(request, f"vLLM does not serve {reason}: it needs the merged model, and")
+        notes.append(f"vLLM does not serve {reason}: the merged model is served instead")
+        parts = ["vllm", "serve", str(request.merged.resolve()), "--served-model-name", name]
+    else:
+        parts = ["vllm", "serve", base["name"]]
+        if base["revision"]:
+            parts += ["--revision", base["revision"]]
+        # The tokenizer, and so the chat template, and the tokens that end an answer are the run's own.
+        parts += ["--tokenizer", str(adapter), "--generation-config", str(adapter)]
+        parts += ["--enable-lora", "--lora-modules", f"{name}={adapter}", "--max-lora-rank", str(allowed)]
+    command = shlex.join(parts)
+    folder = request.folder("vllm")
+    with run.new_folder(folder) as temporary:
+        run.write_text(temporary / "serve.sh", f"#!/bin/sh\n{command}\n")
+    return ExportResult(folder, _size(folder), command, tuple(notes))
+
+
+TARGETS: dict[str, Callable[[_Request], Exporting]] = {"gguf": to_gguf, "ollama": to_ollama, "vllm": to_vllm}
+
+
+# --- what they share ------------------------------------------------------------------------------------------------
+
+
+def _not_merged(request: _Request, found: str) -> CheckpointError:
+    option = "" if request.base == "original" else f" --base {request.base}"
+    merge = f"orpo-lite merge {shlex.quote(str(request.path))}{option}"
+    return CheckpointError(
+        f"run {request.path}", f"{found} has no {request.merged.name}/".strip(), "a merged model", merge
+    )
+
+
+def _stored_type(request: _Request) -> str:
+    if not (request.merged / "config.json").is_file():
+        raise _not_merged(request, "")
+    stored = [tensor for tensor in read_tensors(request.merged).values() if len(tensor.shape) == 2]
+    widest = max((tensor.dtype for tensor in stored), key=lambda dtype: (BYTES[dtype], dtype), default="F32")
+    return STORED[widest]
+
+
+@contextmanager
+def _blamed(temporary: Path, final: Path) -> Generator[None]:
+    """Messages name the file that is to be, not the one that was removed."""
+    try:
+        yield
+    except OrpoLiteError as error:
+        error.where = error.where.replace(str(temporary), str(final))
+        raise
+
+
+def _write_model(
+    request: _Request, file: Path, outtype: str
+) -> Generator[Update, None, tuple[list[str], dict[str, Any]]]:
+    """Write ``RUN/merged`` as a GGUF file; returns what is not the same there, and the file's keys."""
+    where = f"model {request.merged}"
+    if not (request.merged / "config.json").is_file():
+        raise _not_merged(request, "")
+    for needed, there, package in (
+        (True, importlib.util.find_spec("gguf") is not None, "gguf>=0.19"),
+        (outtype in llama.QUANTISED, llama.is_installed(), "llama-cpp-python>=0.3.36"),
+    ):
+        if needed and not there:
+            raise FitError("export", f"{package} is not installed", "the package", f"pip install '{package}'")
+    config = read_config(request.merged, str(request.merged))
+    made = family.describe(config, where)
+    tensors = read_tensors(request.merged)
+    targets = family.find_targets(made, tensors, where)
+    rows = next((t.stored.shape[0] for t in targets if t.name == "token_embd.weight"), 0)
+    tokenizer = load_tokenizer(request.merged)
+    variables = run.read_recipe(request.path).data.chat_template_kwargs
+    if not tokenizer.is_fast:
+        raise ModelError(f"tokenizer in {request.merged}", "is not a fast one", "a tokenizer.json")
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    about, notes = vocabulary.describe_tokenizer(
+        tokenizer, spec, rows, _ends(request, tokenizer), f"tokenizer in {request.merged}"
+    )
+    title = re.sub(NAMES_WITH_RULES, "model", request.name)
+    keys = {"general.name": title, **made.keys, **about, f"{made.family.arch}.vocab_size": rows}
+    first = outtype if outtype in OUTTYPES else _stored_type(request)
+    numbers = sum(target.stored.shape[0] * target.stored_columns for target in targets)
+    bits = BITS[outtype] + (BITS[first] if first != outtype else 0)
+    check_disk(request.path, int(numbers * bits / 8), f"exporting {request.path}")
+    full = file if first == outtype else file.with_name("full.gguf")
+    for done, steps in write_gguf(full, made, keys, targets, first):
+        yield Update("stage", f"writing {first} tensors", done, steps)
+    if full != file:
+        yield Update("stage", f"quantising to {outtype}")
+        llama.quantise(full, file, outtype)
+        full.unlink()
+    if llama.is_installed():
+        yield Update("stage", "comparing tokens with llama.cpp's")
+        llama.check_tokens(file, tokenizer, _probes(tokenizer, renderer(tokenizer, variables)), _lead(keys))
+    return [*made.notes, *notes], keys
+
+
+def _ends(request: _Request, tokenizer: Any) -> list[int]:
+    """The tokens that end an answer, the template's own first: of the run's generation config."""
+    ends = run.read_json(request.path / "adapter" / "generation_config.json").get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [tokenizer.eos_token_id if ends is None else ends]
+    return [end for end in ends if isinstance(end, int)]
+
+
+def _sampling(request: _Request) -> dict[str, float]:
+    config = run.read_json(request.path / "adapter" / "generation_config.json")
+    return {key: config[key] for key in ("temperature", "top_p", "top_k") if config.get(key) is not None}
+
+
+def _lead(keys: dict[str, Any]) -> str:
+    """What the file's own chat template begins with, beyond that of the tokenizer."""
+    return " " if str(keys.get("tokenizer.chat_template")).startswith(vocabulary.SPACE) else ""
+
+
+def _probes(tokenizer: Any, render: Render) -> list[str]:
+    """Texts to compare tokens of: questions as the template puts them, for in other places nothing is promised."""
+    if not tokenizer.chat_template:
+        return [text.lstrip() for text in llama.PROBES]  # some tokenizers add a space at the start, if there is none
+    try:
+        return [render([{"role": "user", "content": text}]) for text in llama.PROBES]
+    except Exception:  # a template can raise anything
+        return []
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
