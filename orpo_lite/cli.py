@@ -318,6 +318,17 @@ def _merge(run: Path, weights: "Weights" = "original", max_shard_size: int | Non
     return result.folder
 
 
+def _merge_if_changed(run: Path) -> Path | None:
+    """As :func:`_merge`; a trial of a step or two, which has learnt nothing yet, is no fault."""
+    from orpo_lite.merge import UnchangedError
+
+    try:
+        return _merge(run)
+    except UnchangedError as error:
+        out.print(f"not merged: {error.where} {error.found}")
+        return None
+
+
 def _verify(run: Path, weights: "Weights") -> None:
     """The comparison as a table. Raises :class:`ModelError` where the merged model is another than base and adapter."""
     from orpo_lite.verify import verifying
@@ -349,10 +360,8 @@ def _finish(recipe: "Recipe", result: "TrainResult") -> None:
     if recipe.output.push_to_hub:
         safe += f", and {_push_command(recipe, result)}"
     try:
-        if recipe.output.merge:
-            merged = _merge(result.run)
-            if result.prompts:
-                _print_samples(recipe, result, merged)
+        if recipe.output.merge and (merged := _merge_if_changed(result.run)) and result.prompts:
+            _print_samples(recipe, result, merged)
     except OrpoLiteError as error:
         error.remedy = f"{error.remedy}\n  {safe}" if error.remedy else safe
         raise

@@ -10,16 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from orpo_lite import run
 from orpo_lite.base import check_disk, load_tokenizer, read_config
 from orpo_lite.errors import CheckpointError, FitError, ModelError, OrpoLiteError, RecipeError
 from orpo_lite.exports import family, llama, vocabulary
 from orpo_lite.exports.gguf_file import OUTTYPES, write_gguf
 from orpo_lite.exports.turns import Render, find_turns, renderer
-from orpo_lite.exports.weights import BYTES, read_tensors
 from orpo_lite.run import Update
+from orpo_lite.weights import Stored, stored_tensors
 
-STORED = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
+STORED = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}  # the widest last
 BITS = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5, "q3_k_m": 4.0, "q4_k_m": 5.0, "q5_k_m": 5.8, "q6_k": 6.6}
 NAMES_WITH_RULES = r"(?i)phi-?3|modern-bert"  # by which llama.cpp knows tokens that strip the spaces beside them
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes for --max-lora-rank
@@ -186,9 +188,16 @@ def _not_merged(request: _Request, found: str) -> CheckpointError:
 def _stored_type(request: _Request) -> str:
     if not (request.merged / "config.json").is_file():
         raise _not_merged(request, "")
-    stored = [tensor for tensor in read_tensors(request.merged).values() if len(tensor.shape) == 2]
-    widest = max((tensor.dtype for tensor in stored), key=lambda dtype: (BYTES[dtype], dtype), default="F32")
-    return STORED[widest]
+    kinds = {tensor.dtype for tensor in _tensors(request.merged).values() if len(tensor.shape) == 2}
+    return next((STORED[dtype] for dtype in reversed(STORED) if dtype in kinds), "f32")
+
+
+def _tensors(folder: Path) -> dict[str, Stored]:
+    """Those of the merged model. Raises :class:`ModelError` for another kind of number."""
+    tensors = stored_tensors(folder)
+    if wrong := next((tensor for tensor in tensors.values() if tensor.dtype not in STORED), None):
+        raise ModelError(str(wrong.file), f"{wrong.name} is of type {wrong.dtype}", "weights of 16 or 32 bit")
+    return tensors
 
 
 @contextmanager
@@ -216,7 +225,7 @@ def _write_model(
             raise FitError("export", f"{package} is not installed", "the package", f"pip install '{package}'")
     config = read_config(request.merged, str(request.merged))
     made = family.describe(config, where)
-    tensors = read_tensors(request.merged)
+    tensors = _tensors(request.merged)
     targets = family.find_targets(made, tensors, where)
     rows = next((t.stored.shape[0] for t in targets if t.name == "token_embd.weight"), 0)
     tokenizer = load_tokenizer(request.merged)

@@ -38,6 +38,10 @@ KEY = re.compile(
 )
 
 
+class UnchangedError(ModelError):
+    """The merged model would be the base."""
+
+
 @dataclass(frozen=True)
 class MergeResult:
     """A merged model on disk."""
@@ -101,7 +105,7 @@ def merging(
             shutil.copyfile(base.path / "config.json", temporary / "config.json")
         if not changed:
             found = f"changes nothing: none of its {targets} matrices differs after rounding"
-            raise ModelError(f"adapter {adapter}", found, "an adapter that has learnt something")
+            raise UnchangedError(f"adapter {adapter}", found, "an adapter that has learnt something")
         _copy_texts(base.path, adapter, temporary)
         record = {
             "weights": weights,

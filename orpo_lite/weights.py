@@ -101,12 +101,12 @@ def read_header(file: Path) -> list[Stored]:
     return sorted(found, key=lambda stored: stored.start)
 
 
-def in_blocks(stored: Stored) -> Iterator[Rows]:
+def in_blocks(stored: Stored, multiple: int = 64) -> Iterator[Rows]:
     """All rows of a tensor, some BLOCK bytes at a time; a tensor without rows as one block.
 
-    Blocks begin at multiples of 64 rows, and so at the beginning of one of bitsandbytes' blocks of 64 elements.
+    Blocks begin at a ``multiple`` of rows: by default where one of bitsandbytes' blocks of 64 elements begins.
     """
-    count = max(64, BLOCK // max(stored.row_bytes, 1) // 64 * 64)
+    count = max(multiple, BLOCK // max(stored.row_bytes, 1) // multiple * multiple)
     for start in range(0, max(stored.rows, 1), count):
         yield Rows(stored, start, min(start + count, stored.rows))
 

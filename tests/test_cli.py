@@ -424,7 +424,7 @@ def test_a_missing_data_file_names_its_neighbours(small: Callable[..., Answer], 
 def test_a_prompt_on_both_sides_of_a_given_split_is_warned_of(small: Callable[..., Answer], workspace: Path) -> None:
     (workspace / "held-out.jsonl").write_text(rows(("Something else?", "Yes.", "No."), GOOD), encoding="utf-8")
     (workspace / "pairs.jsonl").write_text(rows(GOOD), encoding="utf-8")
-    code, said, _ = small("data.dataset_test_split=./held-out.jsonl", "training.max_steps=1", "output.merge=false")
+    code, said, _ = small("data.dataset_test_split=./held-out.jsonl", "training.max_steps=1")
     assert code == 0
     assert "warning: 1 of 2 held-out prompts stand in the training set too: the evaluation will flatter" in said
     figures = json.loads((workspace / "run" / "data.json").read_text(encoding="utf-8"))

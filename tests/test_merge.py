@@ -252,6 +252,15 @@ def test_an_adapter_that_changes_nothing_is_refused(scale: float, tmp_path: Path
     assert not [entry for entry in path.iterdir() if "merged" in entry.name]
 
 
+def test_a_trial_that_has_learnt_nothing_is_no_fault(call: Call, small_recipe: Build, workspace: Path) -> None:
+    recipe = small_recipe("training.max_steps=1")  # at the first step of a warm-up the learning rate is 0
+    (workspace / "trial.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    code, said, complaint = call("train", "--recipe", "./trial.yaml")
+    assert code == 0, complaint
+    assert "not merged: adapter run/adapter changes nothing" in said
+    assert call("merge", "run")[0] == ModelError.exit_code
+
+
 @pytest.mark.parametrize(
     ("key", "said"),
     [

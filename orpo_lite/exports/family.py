@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from orpo_lite.errors import ModelError
-from orpo_lite.exports.weights import Stored
+from orpo_lite.weights import Stored
 
 LAYER = "model.layers.{}."
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")

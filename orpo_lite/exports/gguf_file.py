@@ -10,7 +10,7 @@ import numpy as np
 
 from orpo_lite.errors import ModelError
 from orpo_lite.exports.family import Description, Target
-from orpo_lite.exports.weights import read_rows
+from orpo_lite.weights import in_blocks, read_rows, read_tensor
 
 # What --outtype calls it -> the number that a file of mostly that type carries (llama.cpp's ftype).
 OUTTYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
@@ -93,8 +93,12 @@ def _blocks(source: np.ndarray | Target) -> Iterator[np.ndarray]:
     if isinstance(source, np.ndarray):
         yield source
         return
-    for block in read_rows(source.stored, source.head_dim or 1):
-        yield source.convert(block)
+    stored = source.stored
+    if len(stored.shape) == 1:
+        yield source.convert(read_tensor(stored).float().numpy()[None])
+        return
+    for rows in in_blocks(stored, source.head_dim or 1):
+        yield source.convert(read_rows(rows).float().numpy())
 
 
 def _encode(block: np.ndarray, entry: _Entry, file: Path) -> np.ndarray:
