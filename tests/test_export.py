@@ -33,9 +33,9 @@ from transformers import (
     Qwen3Config,
 )
 
+from orpo_lite import export, merge, train, verify
 from orpo_lite.data.templates import PAPER_CHAT_TEMPLATE
 from orpo_lite.errors import CheckpointError, ModelError, OrpoLiteError, RecipeError
-from orpo_lite.export import export
 from orpo_lite.exports.vocabulary import ASCII, WORDS
 from orpo_lite.recipe import load_recipe
 
@@ -403,13 +403,11 @@ def greedy_both(run: Path, prompts: list[str], outtype: str | None, tokens: int 
 
 @pytest.mark.long
 def test_the_demo_speaks_from_llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from orpo_lite.merge import merge
-    from orpo_lite.train import train
-
     monkeypatch.chdir(tmp_path)
     recipe = load_recipe("demo", ["training.output_dir=run", "training.max_steps=30"])
     finished = train(recipe).run
     merge(finished)
+    assert verify(finished).passed
     questions = ["Any tips for flute?", "Where do I begin with chess?", "How do I start with something else?"]
     prompts = [f"<s><|user|>{text}<|assistant|>" for text in questions]
     for outtype in (None, "f16"):
@@ -425,9 +423,6 @@ def test_the_demo_speaks_from_llama_cpp(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.long
 @pytest.mark.real
 def test_a_real_llama_speaks_from_llama_cpp(tmp_path: Path) -> None:
-    from orpo_lite.merge import merge
-    from orpo_lite.train import train
-
     recipe = load_recipe(
         "mistral-qlora",
         [
@@ -440,6 +435,7 @@ def test_a_real_llama_speaks_from_llama_cpp(tmp_path: Path) -> None:
     )
     run = train(recipe).run
     merge(run)
+    assert verify(run).passed
     prompts = ["Once upon a time", "The little dog was", "<|user|>\nTell me a story.</s>\n<|assistant|>\n"]
     for outtype in (None, "f16"):
         theirs, ours = greedy_both(run, prompts, outtype)
