@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
 from orpo_lite.errors import FULL, FitError, HubError, ModelError
-from orpo_lite.recipe import Recipe
+from orpo_lite.recipe import Recipe, gib
 
 logger = logging.getLogger(__name__)
 
@@ -192,8 +193,10 @@ def check_disk(folder: Path, needed: int, purpose: str) -> None:
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if needed > free:
-        found = f"{needed / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free"
-        raise FitError(f"{purpose}, to {folder}", found, "", "free some space, or set HF_HOME to another disk")
+        found, remedy = f"{gib(needed)} needed, {gib(free)} free", "free some space"
+        if purpose.startswith("downloading"):
+            remedy += ", or set HF_HOME to another disk"
+        raise FitError(f"{purpose}, to {folder}", found, "", remedy)
 
 
 def read_config(path: Path, name: str) -> Any:
@@ -357,9 +360,22 @@ def find_adapter(name: str) -> Path:
 # What an adapter may choose; any other option of LoraConfig must stand at its default.
 ADAPTER_KEYS = (
     "r lora_alpha lora_dropout target_modules use_rslora use_dora rank_pattern alpha_pattern init_lora_weights "
-    "exclude_modules layers_to_transform layers_pattern fan_in_fan_out "
+    "exclude_modules target_parameters layers_to_transform layers_pattern fan_in_fan_out "
     "auto_mapping base_model_name_or_path inference_mode peft_version revision task_type"
 ).split()
+
+
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes for --max-lora-rank
+
+
+def vllm_rank(config: Mapping[str, Any]) -> int | None:
+    """The ``--max-lora-rank`` that serves an adapter; None for one that vLLM does not serve as it is.
+
+    It knows neither DoRA nor adapted experts, and has one scale, ``lora_alpha / r``, for all layers (its PEFTHelper).
+    """
+    if any(config.get(key) for key in ("use_dora", "target_parameters", "rank_pattern", "alpha_pattern")):
+        return None
+    return next((rank for rank in VLLM_RANKS if rank >= config["r"]), None)
 
 
 def read_adapter_config(folder: Path) -> Any:

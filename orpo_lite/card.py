@@ -14,6 +14,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from orpo_lite import run
+from orpo_lite.base import vllm_rank
 from orpo_lite.errors import TOKEN, CheckpointError
 from orpo_lite.licence import find_terms, is_hub_name, is_non_commercial, split_card
 from orpo_lite.recipe import Recipe, to_text
@@ -36,6 +37,10 @@ METRICS = {
 }
 SOMEWHERE = "OWNER/NAME"  # stands for the repository until it is known
 SEAL = re.compile(r"\n<!-- orpo-lite card ([0-9a-f]{16}) -->\n\Z")
+OLLAMA = (
+    "Ollama: `orpo-lite export RUN --to ollama`, where the run lies, writes the GGUF file and a Modelfile with the "
+    "template and the stop tokens of this model. A bare `FROM` would leave both to Ollama's guess."
+)
 SHOWN = 1500  # characters of a sample
 
 
@@ -123,6 +128,8 @@ class _Facts:
     licence: Mapping[str, str]
     data_licences: Mapping[str, Mapping[str, str]]
     verified: Mapping[str, Any]
+    adapter: Mapping[str, Any]
+    """Its configuration, peft's."""
     shown: Shown
 
     @classmethod
@@ -140,6 +147,7 @@ class _Facts:
             licences.get("base", {}),
             licences.get("data", {}),
             run.read_json(verified) if shown.is_merged and verified.is_file() else {},
+            run.read_json(path / "adapter" / "adapter_config.json"),
             shown,
         )
 
@@ -344,12 +352,13 @@ def _loading(facts: _Facts) -> str:
                 f'model = AutoModelForCausalLM.from_pretrained("{repository}", dtype="auto", device_map="auto")',
             ),
             ("vLLM", "sh", f"vllm serve {repository}"),
-            ("Ollama", "sh", _ollama(repository, "FROM ./model")),
         ]
     else:
         at = f', revision="{revision}"' if revision else ""
+        rank = vllm_rank(facts.adapter)
         vllm = f"vllm serve {base}" + (f" --revision {revision}" if revision else "")
-        vllm += f" --enable-lora --max-lora-rank {facts.recipe.lora.r} --lora-modules tuned={repository}"
+        vllm += f" --tokenizer {repository} --generation-config {repository}"  # the template, and what ends a reply
+        vllm += f" --enable-lora --lora-modules tuned={repository} --max-lora-rank {rank}"
         blocks = [
             (
                 "transformers and PEFT",
@@ -359,25 +368,16 @@ def _loading(facts: _Facts) -> str:
                 f'base = AutoModelForCausalLM.from_pretrained("{base}"{at}, dtype="auto", device_map="auto")\n'
                 f'model = PeftModel.from_pretrained(base, "{repository}")',
             ),
-            ("vLLM", "sh", vllm),
-            ("Ollama", "sh", _ollama(repository, "FROM ./base\nADAPTER ./model", base)),
+            *([("vLLM", "sh", vllm)] if rank else []),
         ]
     parts = ["## How to load it"]
     if not facts.is_hub_base and not facts.shown.is_merged:
         parts.append("`BASE` is the model that it was trained on, which is not named here.")
     parts += [f"{title}:\n\n```{language}\n{text}\n```" for title, language, text in blocks]
-    if facts.recipe.lora.use_dora and not facts.shown.is_merged:
-        parts.append("vLLM and Ollama load no DoRA adapter: merge it first.")
+    if not facts.shown.is_merged and not vllm_rank(facts.adapter):
+        parts.append("vLLM does not serve this adapter as it is: merge it first.")
+    parts.append(OLLAMA)
     return "\n\n".join(parts)
-
-
-def _ollama(repository: str, modelfile: str, base: str = "") -> str:
-    lines = [f"hf download {base} --local-dir base"] if base else []
-    lines += [
-        f"hf download {repository} --local-dir model",
-        f"printf '{modelfile}\\n' > Modelfile".replace("\n", "\\n"),
-    ]
-    return "\n".join([*lines, "ollama create tuned -f Modelfile && ollama run tuned"])
 
 
 def _verification(facts: _Facts) -> str:
@@ -391,9 +391,9 @@ def _verification(facts: _Facts) -> str:
     ]
     pairs = f"{found['pairs']:,} {'held-out' if found['held_out'] else 'training'} pairs"
     verdict = f"{'passed' if found['passed'] else 'FAILED'}: mean log-probabilities differ by {found['difference']:.2g}"
-    said = f"{verdict} at most from those of base and adapter (bound {found['bound']:g})"
+    said = f"{verdict} at most from those of base and adapter (bound {found['bound']:.2g})"
     table = _table((pairs, "reward accuracy", "margin", "log-prob of chosen"), rows)
-    return f"## The merge, measured\n\n{table}\n\n{said}, {found['flipped']} pairs are ranked otherwise."
+    return f"## The merge, measured\n\n{table}\n\n{said}; the adapter changes them by up to {found['effect']:.2g}."
 
 
 def _samples(facts: _Facts) -> str:

@@ -199,13 +199,13 @@ def export(
     outtype: Annotated[
         str | None, typer.Option(help="f32, f16, bf16, q8_0, q3_k_m, q4_k_m, q5_k_m or q6_k; as merged by default.")
     ] = None,
-    base: Annotated[str, typer.Option(help="Which merge: original or dequantized.")] = "original",
+    base: Annotated[Literal["original", "dequantized"], typer.Option(help="Which merge.")] = "original",
 ) -> None:
     """Write a run as llama.cpp, Ollama or vLLM take it, to RUN/export, with the command that uses it."""
     with _quiet():
         from orpo_lite.export import exporting
 
-        result = screen.draw(exporting(run, to, outtype=outtype, base=base))
+        result = screen.draw(exporting(run, to, outtype=outtype, weights=base))
     for note in result.notes:
         out.print(f"note: {note}")
     out.print(f"wrote {result.folder} ({result.bytes / 2**20:,.1f} MiB); use it with:\n{result.command}")

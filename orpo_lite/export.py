@@ -13,18 +13,17 @@ from typing import Any
 import torch
 
 from orpo_lite import run
-from orpo_lite.base import check_disk, load_tokenizer, read_config
-from orpo_lite.errors import CheckpointError, FitError, ModelError, OrpoLiteError, RecipeError
+from orpo_lite.base import check_disk, load_tokenizer, read_config, vllm_rank
+from orpo_lite.errors import FitError, ModelError, OrpoLiteError, RecipeError
 from orpo_lite.exports import family, llama, vocabulary
 from orpo_lite.exports.gguf_file import OUTTYPES, write_gguf
 from orpo_lite.exports.turns import Render, find_turns, renderer
-from orpo_lite.run import Update
+from orpo_lite.run import FOLDERS, Update, Weights
 from orpo_lite.weights import Stored, stored_tensors
 
 STORED = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}  # the widest last
 BITS = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5, "q3_k_m": 4.0, "q4_k_m": 5.0, "q5_k_m": 5.8, "q6_k": 6.6}
 NAMES_WITH_RULES = r"(?i)phi-?3|modern-bert"  # by which llama.cpp knows tokens that strip the spaces beside them
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes for --max-lora-rank
 MOST_CONTEXT = 8192  # tokens that Ollama is told to hold; its own default is a few thousand, a model's 128k take GBs
 
 
@@ -51,19 +50,23 @@ class _Request:
     """Of the model, for its new home."""
     merged: Path
     outtype: str | None
-    base: str
+    weights: Weights
 
     def folder(self, to: str, outtype: str = "") -> Path:
-        parts = [to, outtype, "" if self.base == "original" else self.base]
+        parts = [to, outtype, "" if self.weights == "original" else self.weights]
         return self.path / "export" / "-".join(part for part in parts if part)
 
 
-def export(run_folder: str | Path, to: str, *, outtype: str | None = None, base: str = "original") -> ExportResult:
+def export(
+    run_folder: str | Path, to: str, *, outtype: str | None = None, weights: Weights = "original"
+) -> ExportResult:
     """:func:`exporting`, without its updates."""
-    return run.drain(exporting(run_folder, to, outtype=outtype, base=base), lambda _: None)
+    return run.drain(exporting(run_folder, to, outtype=outtype, weights=weights), lambda _: None)
 
 
-def exporting(run_folder: str | Path, to: str, *, outtype: str | None = None, base: str = "original") -> Exporting:
+def exporting(
+    run_folder: str | Path, to: str, *, outtype: str | None = None, weights: Weights = "original"
+) -> Exporting:
     """Export a run; writes ``RUN/export/...``, whole or not at all.
 
     Args:
@@ -71,7 +74,7 @@ def exporting(run_folder: str | Path, to: str, *, outtype: str | None = None, ba
         to: gguf (``RUN/merged`` as one file), ollama (that file with its Modelfile) or vllm (the adapter as it is, with
             the command that serves it).
         outtype: of the matrices in a GGUF file: f32, f16, bf16, q8_0, or one of llama.cpp's quantiser; None: as merged.
-        base: which merge: ``RUN/merged`` or ``RUN/merged-dequantized``.
+        weights: which merge: ``RUN/merged`` or ``RUN/merged-dequantized``.
 
     Raises:
         RecipeError: an unknown target or type.
@@ -81,21 +84,22 @@ def exporting(run_folder: str | Path, to: str, *, outtype: str | None = None, ba
     """
     path = Path(run_folder)
     if to not in TARGETS:
-        raise RecipeError("--to", f"{to!r}", f"one of {', '.join(TARGETS)}", f"orpo-lite export {path} --to gguf")
-    if base not in ("original", "dequantized"):
-        raise RecipeError("--base", f"{base!r}", "original or dequantized")
+        raise RecipeError(
+            "--to",
+            f"{to!r}",
+            f"one of {', '.join(TARGETS)}",
+            shlex.join(["orpo-lite", "export", str(path), "--to", "gguf"]),
+        )
+    if weights not in FOLDERS:
+        raise RecipeError("--base", f"{weights!r}", f"one of {', '.join(FOLDERS)}")
     known = (*OUTTYPES, *llama.QUANTISED)
     if outtype is not None and (to == "vllm" or outtype not in known):
         expected = "nothing: vLLM serves the adapter as it is" if to == "vllm" else f"one of {', '.join(known)}"
         raise RecipeError("--outtype", f"{outtype!r}", expected)
-    if not (path / "adapter" / "adapter_config.json").is_file():
-        run.read_lock(path)
-        resume = f"orpo-lite train --resume {shlex.quote(str(path))}"
-        raise CheckpointError(f"run {path}", "has no adapter/", "a training that has ended", resume)
+    run.find_result(path)
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.resolve().name).strip("-.") or "model"
-    merged = path / ("merged" if base == "original" else f"merged-{base}")
     with run.locked(path):
-        return (yield from TARGETS[to](_Request(path, name, merged, outtype, base)))
+        return (yield from TARGETS[to](_Request(path, name, path / FOLDERS[weights], outtype, weights)))
 
 
 # --- one function a target ------------------------------------------------------------------------------------------
@@ -147,15 +151,14 @@ def to_vllm(request: _Request) -> Exporting:
     lock = run.read_lock(request.path)
     adapter = request.path.resolve() / "adapter"
     config = run.read_json(adapter / "adapter_config.json")
-    rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
-    allowed = next((size for size in RANKS if size >= rank), None)
-    name, base = request.name, lock["base"]
+    name, base, rank = request.name, lock["base"], vllm_rank(config)
     notes: list[str] = []
-    if config.get("use_dora") or allowed is None:
-        reason = "DoRA" if config.get("use_dora") else f"a rank of {rank}"
-        if not (request.merged / "config.json").is_file():
-            raise _not_merged(request, f"vLLM does not serve {reason}: it needs the merged model, and")
-        notes.append(f"vLLM does not serve {reason}: the merged model is served instead")
+    if rank is None:
+        what = "DoRA" if config.get("use_dora") else f"its rank of {config['r']}"
+        if any(config.get(key) for key in ("rank_pattern", "alpha_pattern", "target_parameters")):
+            what = "ranks and scales by layer, or adapted experts"
+        run.find_merged(request.path, request.weights)
+        notes.append(f"vLLM does not serve {what}: the merged model is served instead")
         parts = ["vllm", "serve", str(request.merged.resolve()), "--served-model-name", name]
     else:
         parts = ["vllm", "serve", base["name"]]
@@ -163,7 +166,7 @@ def to_vllm(request: _Request) -> Exporting:
             parts += ["--revision", base["revision"]]
         # The tokenizer, and so the chat template, and the tokens that end an answer are the run's own.
         parts += ["--tokenizer", str(adapter), "--generation-config", str(adapter)]
-        parts += ["--enable-lora", "--lora-modules", f"{name}={adapter}", "--max-lora-rank", str(allowed)]
+        parts += ["--enable-lora", "--lora-modules", f"{name}={adapter}", "--max-lora-rank", str(rank)]
     command = shlex.join(parts)
     folder = request.folder("vllm")
     with run.new_folder(folder) as temporary:
@@ -177,17 +180,8 @@ TARGETS: dict[str, Callable[[_Request], Exporting]] = {"gguf": to_gguf, "ollama"
 # --- what they share ------------------------------------------------------------------------------------------------
 
 
-def _not_merged(request: _Request, found: str) -> CheckpointError:
-    option = "" if request.base == "original" else f" --base {request.base}"
-    merge = f"orpo-lite merge {shlex.quote(str(request.path))}{option}"
-    return CheckpointError(
-        f"run {request.path}", f"{found} has no {request.merged.name}/".strip(), "a merged model", merge
-    )
-
-
 def _stored_type(request: _Request) -> str:
-    if not (request.merged / "config.json").is_file():
-        raise _not_merged(request, "")
+    run.find_merged(request.path, request.weights)
     kinds = {tensor.dtype for tensor in _tensors(request.merged).values() if len(tensor.shape) == 2}
     return next((STORED[dtype] for dtype in reversed(STORED) if dtype in kinds), "f32")
 
@@ -215,8 +209,7 @@ def _write_model(
 ) -> Generator[Update, None, tuple[list[str], dict[str, Any]]]:
     """Write ``RUN/merged`` as a GGUF file; returns what is not the same there, and the file's keys."""
     where = f"model {request.merged}"
-    if not (request.merged / "config.json").is_file():
-        raise _not_merged(request, "")
+    run.find_merged(request.path, request.weights)
     for needed, there, package in (
         (True, importlib.util.find_spec("gguf") is not None, "gguf>=0.19"),
         (outtype in llama.QUANTISED, llama.is_installed(), "llama-cpp-python>=0.3.36"),

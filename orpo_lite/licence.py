@@ -115,7 +115,7 @@ def find_papers(
     papers: dict[str, bytes | Path] = {}
     for folder in folders:
         for file in (folder / name for name in PAPERS):
-            if file.is_file() and file.stat().st_size <= MAX_BYTES:
+            if file.is_file() and file.stat().st_size <= MAX_BYTES and _stays(file):
                 papers.setdefault(file.name, file)
     terms = find_terms(licence)
     if terms is None:
@@ -133,6 +133,15 @@ def find_papers(
         kept = texts.get("NOTICE", "")
         papers["NOTICE"] = f"{kept.rstrip()}\n\n{terms.notice}\n".lstrip().encode()
     return papers
+
+
+def _stays(file: Path) -> bool:
+    """Whether a file lies where it seems to: a link out of its folder would publish what somebody else chose.
+
+    The hub's cache links a repository's files to its blobs, two folders up.
+    """
+    target, home = file.resolve(), file.parent.resolve()
+    return target.parent in (home, home.parent.parent / "blobs")
 
 
 def read_text(paper: bytes | Path) -> str:

@@ -1,6 +1,5 @@
 """Merge: the adapter's product added to the base's weights, block by block, as a plain transformers folder."""
 
-import hashlib
 import math
 import re
 import shutil
@@ -8,14 +7,14 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from orpo_lite import run
 from orpo_lite.base import Base, check_disk, load_tokenizer, read_adapter_config
-from orpo_lite.errors import CheckpointError, FitError, ModelError
+from orpo_lite.errors import CheckpointError, FitError, ModelError, RecipeError
 from orpo_lite.model import bare_base
 from orpo_lite.recipe import QuantizationSection, Recipe
 from orpo_lite.run import FOLDERS, Update, Weights
@@ -84,8 +83,8 @@ def merging(
     """:func:`merge` as a generator of what is being done."""
     path = Path(run_folder)
     recipe, adapter, base = run.read_recipe(path), run.find_result(path), run.find_trained_base(path)
-    if weights not in get_args(Weights):
-        raise ModelError("merge", f"weights={weights!r}", f"one of {', '.join(get_args(Weights))}")
+    if weights not in FOLDERS:
+        raise RecipeError("--base", f"{weights!r}", f"one of {', '.join(FOLDERS)}")
     if weights == "dequantized" and not recipe.quantization.load_in_4bit:
         found = "this run was trained on 16-bit weights"
         raise CheckpointError(f"run {path}", found, "quantization.load_in_4bit", "merge onto the original ones")
@@ -112,7 +111,7 @@ def merging(
             "base": base.name if base.revision else None,  # where a folder of somebody's lies is their business
             "revision": base.revision,
             "fingerprint": base.fingerprint,
-            "adapter_sha256": _sha256(adapter / "adapter_model.safetensors"),
+            "adapter_sha256": run.sha256(adapter / "adapter_model.safetensors"),
             "changed": changed,
             "targets": targets,
         }
@@ -151,6 +150,9 @@ class Delta:
         """With its tensors in memory, float32."""
         a, b = read_tensor(self.a_RI).float(), read_tensor(self.b_OR).float()
         magnitude = None if self.magnitude_O is None else read_tensor(self.magnitude_O).float().flatten()
+        for stored, tensor in ((self.a_RI, a), (self.b_OR, b), (self.magnitude_O, magnitude)):
+            if stored and tensor is not None and not tensor.isfinite().all():
+                raise ModelError(str(stored.file), f"{stored.name} holds numbers that are none", "finite ones")
         return LoadedDelta(a, b, magnitude, self.scale, self.transposed)
 
 
@@ -204,9 +206,11 @@ def _make_plan(
     """
     config = read_adapter_config(adapter)
     plain = recipe.override({"quantization.load_in_4bit": False})
+    if config.target_parameters:
+        return "experts are adapted, which lie in one tensor in memory and not in the files"
     model = bare_base(plain, base.config, torch.float32)
     modules = dict(model.named_modules())
-    parts = _adapter_parts(adapter, modules)
+    parts = _adapter_parts(adapter, modules, config)
     prefix = _prefix(stored, [name for name, _ in model.named_parameters()])
     deltas: dict[str, Delta] = {}
     for name, part in parts.items():
@@ -222,7 +226,8 @@ def _make_plan(
         if transposed and ("lora_magnitude_vector" in part or weights == "dequantized"):
             return f"{name} is stored transposed"
         shape = (part["lora_B"].shape[0], part["lora_A"].shape[1])
-        if stored[key].shape != (shape[::-1] if transposed else shape):
+        ranks_differ = part["lora_A"].shape[0] != part["lora_B"].shape[1]
+        if stored[key].shape != (shape[::-1] if transposed else shape) or ranks_differ:
             found = f"{name} is {shape[0]}x{shape[1]}, the base's {stored[key].shape}"
             raise ModelError(f"adapter {adapter}", found, "the shapes of the base that it was trained on")
         magnitude = part.get("lora_magnitude_vector")
@@ -239,7 +244,7 @@ def _make_plan(
     return _Plan(stored, deltas, quantised, recipe.quantization)
 
 
-def _adapter_parts(adapter: Path, modules: Mapping[str, nn.Module]) -> dict[str, dict[str, Stored]]:
+def _adapter_parts(adapter: Path, modules: Mapping[str, nn.Module], config: Any) -> dict[str, dict[str, Stored]]:
     """The adapter's tensors by module and part. Raises :class:`ModelError` for keys that match nothing."""
     parts: dict[str, dict[str, Stored]] = {}
     wrong = []
@@ -252,10 +257,30 @@ def _adapter_parts(adapter: Path, modules: Mapping[str, nn.Module]) -> dict[str,
         else:
             wrong.append(key)
     wrong += [name for name, part in parts.items() if not {"lora_A", "lora_B"} <= part.keys()]
+    if lacking := sorted(_targets(config, modules) - parts.keys()):
+        found = f"lacks {len(lacking)} of the layers that it is for ({lacking[0]} ...)"
+        raise ModelError(f"adapter {adapter}", found, "A and B of each")
     if wrong:
-        found = f"{len(wrong)} of its keys match nothing in the base ({wrong[0]} ...)"
-        raise ModelError(str(file), found, "LoRA's A and B of layers of this base")
+        raise _matches_nothing(adapter, wrong)
     return parts
+
+
+def _targets(config: Any, modules: Mapping[str, nn.Module]) -> set[str]:
+    """The linear layers that a configuration names, as peft finds them; none where it is for a part of them only."""
+    named = config.target_modules
+    if not isinstance(named, set | list) or config.layers_to_transform is not None:
+        return set()
+
+    def is_of(name: str, words: Iterable[str]) -> bool:
+        return any(name == word or name.endswith(f".{word}") for word in words)
+
+    linear = {name for name, module in modules.items() if isinstance(module, nn.Linear)}
+    return {name for name in linear if is_of(name, named) and not is_of(name, config.exclude_modules or ())}
+
+
+def _matches_nothing(adapter: Path, keys: Sequence[str]) -> ModelError:
+    found = f"{len(keys)} of its keys match nothing in the base ({keys[0]} ...)"
+    return ModelError(f"adapter {adapter}", found, "LoRA's A and B of layers of this base")
 
 
 def _prefix(stored: Mapping[str, Stored], names: list[str]) -> tuple[str, str] | None:
@@ -361,7 +386,7 @@ def _merge_in_memory(
 
     ``how`` its weights go through 4 bit first, if they do, but for the layers ``left``.
     """
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(base.path, dtype="auto", use_safetensors=True)
@@ -375,6 +400,10 @@ def _merge_in_memory(
                 ((_, values),) = dequantised([(whole, matrix)], how)
                 module.weight.data = (values.t().contiguous() if is_conv else values).to(matrix.dtype)
     adapted = PeftModel.from_pretrained(model, adapter)
+    known = get_peft_model_state_dict(adapted)
+    names = [stored.name for stored in read_header(adapter / "adapter_model.safetensors")]
+    if wrong := [name for name in names if name not in known]:
+        raise _matches_nothing(adapter, wrong)
     layers = {name: layer for name, layer in adapted.named_modules() if hasattr(layer, "merged_adapters")}
     before = {name: _base_weight(layer).detach().clone() for name, layer in layers.items()}
     adapted.merge_adapter(safe_merge=True)
@@ -400,8 +429,3 @@ def _copy_texts(base: Path, adapter: Path, folder: Path) -> None:
     for file in base.glob("*processor*.json"):
         shutil.copyfile(file, folder / file.name)
     load_tokenizer(folder)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -11,7 +11,6 @@ from typing import Any
 from huggingface_hub import constants
 
 from orpo_lite import run
-from orpo_lite.base import weight_files
 from orpo_lite.card import Shown, adopt_card, is_own, make_card
 from orpo_lite.errors import TOKEN, CheckpointError, OrpoLiteError, RecipeError
 from orpo_lite.licence import find_papers, read_licences, read_text, refuse_name
@@ -72,7 +71,9 @@ def pushing(
     except ValueError as error:
         raise RecipeError(f"REPO {repository!r}", "is no name of a repository", str(error)) from None
     lock, recipe = run.read_lock(path), run.read_recipe(path)
-    folder = _finished(path, is_merged=is_merged)
+    folder = run.find_result(path)
+    if is_merged:
+        folder = run.find_merged(path)
     licences = _licences(lock, recipe)
     refuse_name(repository, licences["base"], f"REPO {repository}")
     try:
@@ -102,20 +103,6 @@ def push_command(
     flags = [flag for flag, is_set in (("--merged", is_merged), ("--public", is_public)) if is_set]
     flags += ["--samples", str(samples)] if samples else []
     return shlex.join(["orpo-lite", "push", str(path), repository, *flags])
-
-
-def _finished(path: Path, *, is_merged: bool) -> Path:
-    """The folder to push, whole."""
-    folder = path / ("merged" if is_merged else "adapter")
-    if not (path / "adapter" / "adapter_model.safetensors").is_file():
-        resume = f"orpo-lite train --resume {shlex.quote(str(path))}"
-        raise CheckpointError(f"run {path}", "has no adapter/", "a training that has ended", resume)
-    needed = weight_files(folder) if is_merged else [folder / "adapter_config.json"]
-    if lacking := [file for file in needed if not file.is_file()]:
-        found = f"has no {folder.name}/" if not folder.is_dir() else f"{folder.name}/ has no {lacking[0].name}"
-        merge = f"orpo-lite merge {shlex.quote(str(path))}"
-        raise CheckpointError(f"run {path}", found, "a finished merge" if is_merged else "a whole adapter", merge)
-    return folder
 
 
 def _licences(lock: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:

@@ -8,6 +8,7 @@ pairs in figures · ``metrics.jsonl`` a line a step · ``samples.jsonl`` answers
 """
 
 import fcntl
+import hashlib
 import json
 import logging
 import math
@@ -22,7 +23,7 @@ from typing import Any, Literal, TypeVar
 
 from safetensors import SafetensorError
 
-from orpo_lite.base import Base, fetch_weights, find_base
+from orpo_lite.base import Base, fetch_weights, find_base, weight_files
 from orpo_lite.errors import FULL, CheckpointError, FitError, ModelError
 from orpo_lite.recipe import Recipe, load_recipe
 
@@ -117,6 +118,26 @@ def find_result(path: Path) -> Path:
     return adapter
 
 
+def find_merged(path: Path, weights: Weights = "original") -> Path:
+    """The merged model of a run, all its files there. Raises :class:`CheckpointError` with the command for it."""
+    folder = path / FOLDERS[weights]
+    needed = [folder / "config.json", *weight_files(folder)]
+    command = f"orpo-lite merge {shlex.quote(str(path))}" + f" --base {weights}" * (weights != "original")
+    if lacking := next((file for file in needed if not file.is_file()), None):
+        found = f"{folder.name}/ has no {lacking.name}" if folder.is_dir() else f"has no {folder.name}/"
+        raise CheckpointError(f"run {path}", found, "a merged model", command)
+    record, adapter = folder / "merge.json", path / "adapter" / "adapter_model.safetensors"
+    if record.is_file() and read_json(record).get("adapter_sha256") != sha256(adapter):
+        raise CheckpointError(f"run {path}", f"{folder.name}/ is of another adapter", "a merge of adapter/", command)
+    return folder
+
+
+def sha256(file: Path) -> str:
+    """Of a file's bytes."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def find_trained_base(path: Path) -> Base:
     """The base that the run was trained on. Raises :class:`ModelError` for any other, and as fetch_weights."""
     lock = read_lock(path)["base"]
@@ -181,6 +202,9 @@ def new_folder(final: Path) -> Iterator[Path]:
             raise FitError(
                 str(final), f"the disk is full ({free})", "", "free some space; nothing older is lost"
             ) from error
+        if isinstance(error, OSError) and error.filename and not str(error.filename).startswith(str(temporary)):
+            found = f"cannot be read ({error.strerror})"
+            raise CheckpointError(str(error.filename), found, "a file of the run") from error
         raise CheckpointError(str(final), f"cannot be written ({error})", "a folder that can be written to") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -198,7 +222,11 @@ def sync_folder(folder: Path) -> None:
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold the run folder for this process. Raises :class:`CheckpointError` when another one has it."""
-    with (path / ".lock").open("w") as stream:
+    try:
+        stream = (path / ".lock").open("w")
+    except OSError as error:
+        raise CheckpointError(f"run {path}", f"cannot be written to ({error.strerror})", "a folder of yours") from error
+    with stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

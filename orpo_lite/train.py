@@ -1,5 +1,6 @@
 """Train: from a recipe to a run folder with a LoRA adapter in it. The loop is ours, on accelerate."""
 
+import copy
 import math
 import resource
 import shlex
@@ -493,7 +494,7 @@ def save_adapter(folder: Path, model: PairModel, ready: Ready) -> None:
         model.model.peft_config["default"].base_model_name_or_path = ready.base.name  # type: ignore[index,union-attr]
         model.model.save_pretrained(temporary)  # type: ignore[operator]
         (temporary / "README.md").unlink(missing_ok=True)  # peft's empty model card
-        ready.tokenizer.save_pretrained(temporary)
+        _with_bos(ready.tokenizer).save_pretrained(temporary)
         has_own = (ready.base.path / "generation_config.json").is_file()
         config = GenerationConfig.from_pretrained(ready.base.path) if has_own else GenerationConfig()
         known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
@@ -503,6 +504,23 @@ def save_adapter(folder: Path, model: PairModel, ready: Ready) -> None:
         if config.temperature is not None or config.top_p is not None:
             config.do_sample = True  # Llama 2 ships them without it, and transformers refuses to save that
         config.save_pretrained(temporary)
+
+
+def _with_bos(tokenizer: Any) -> Any:
+    """The tokenizer, its template writing the bos where training had one before the text and the template has none.
+
+    Whoever serves the model renders the template and adds nothing: the model would miss the token that it began with.
+    """
+    template, bos = tokenizer.chat_template, tokenizer.bos_token
+    leads = bos is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    if not leads or not isinstance(template, str):
+        return tokenizer
+    turns = [{"role": "user", "content": "a"}]
+    if str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)).startswith(bos):
+        return tokenizer
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = "{{ bos_token }}" + template
+    return tokenizer
 
 
 @contextmanager

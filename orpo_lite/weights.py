@@ -96,8 +96,8 @@ def read_header(file: Path) -> list[Stored]:
             if stored.nbytes != end - begin or begin < 0 or 8 + length + end > file.stat().st_size:
                 raise ValueError(f"{name} is cut short")
             found.append(stored)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(str(file), f"cannot be read: {error!r}", "whole safetensors", "download it again") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(str(file), f"cannot be read: {error!r}", "whole safetensors") from error
     return sorted(found, key=lambda stored: stored.start)
 
 

@@ -44,6 +44,8 @@ def make_run(path: Path, *overrides: str, **lock: Any) -> Path:
         figure = {"eval_loss": loss, "eval_nll_loss": loss, "eval_log_odds_chosen": 1 - loss}
         rows.append({"step": step, **figure, "eval_rewards/accuracies": 1 - loss / 2})
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (path / "adapter").mkdir(exist_ok=True)
+    (path / "adapter" / "adapter_config.json").write_text(json.dumps({"r": 16}))
     return path
 
 
@@ -160,22 +162,30 @@ def test_without_held_out_pairs(tmp_path: Path) -> None:
 def test_the_code_is_code(tmp_path: Path, is_merged: bool) -> None:
     text = read(make_run(tmp_path), Shown(REPO, is_merged)).text
     blocks = re.findall(r"```(\w+)\n(.*?)\n```", text, re.DOTALL)
-    assert [language for language, _ in blocks] == ["python", "sh", "sh"]
+    assert [language for language, _ in blocks] == ["python", "sh"]
     ast.parse(blocks[0][1])
     assert (f'revision="{COMMIT}"' in blocks[0][1]) is not is_merged
     assert REPO in blocks[1][1]
-    for _, block in blocks[1:]:
-        subprocess.run(["sh", "-n", "-c", block], check=True)
-    subprocess.run(["sh", "-c", next(line for line in blocks[2][1].splitlines() if "printf" in line)], cwd=tmp_path)
-    modelfile = (tmp_path / "Modelfile").read_text().splitlines()
-    assert modelfile == (["FROM ./model"] if is_merged else ["FROM ./base", "ADAPTER ./model"])
+    subprocess.run(["sh", "-n", "-c", blocks[1][1]], check=True)
+    assert ("--max-lora-rank 16" in blocks[1][1]) is not is_merged
+    assert "orpo-lite export RUN --to ollama" in text
+
+
+def test_vllm_is_given_what_it_takes(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    config = run / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps({"r": 4}))
+    assert "--max-lora-rank 8\n" in read(run).text
+    config.write_text(json.dumps({"r": 4, "alpha_pattern": {"q_proj": 32}}))
+    assert "vLLM does not serve this adapter as it is: merge it first." in read(run).text
+    assert "vllm serve" not in read(run).text
 
 
 def test_what_a_merge_measured_of_itself(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     (run / "merged").mkdir()
     rows = (Row("base + adapter", 0.5, -0.25, -1.5), Row("merged", 0.75, 0.125, -1.25))
-    verdict = Verdict(rows, pairs=1_200, held_out=True, difference=1.26e-6, bound=1e-4, flipped=0)
+    verdict = Verdict(rows, pairs=1_200, held_out=True, difference=1.26e-6, effect=0.5, bound=1e-4)
     (run / "merged/verify.json").write_text(json.dumps(verdict.to_json()))
     text = read(run, Shown(REPO, is_merged=True)).text
     assert "| 1,200 held-out pairs | reward accuracy | margin | log-prob of chosen |" in text

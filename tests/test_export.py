@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SHARED, Answer, tiny_llama
+from safetensors.torch import load_file, save_file
 from test_templates import WILD
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
@@ -185,6 +186,7 @@ def write_run(path: Path, model: Any, tokenizer: Any, ends: list[int] | None = N
     lock = {"base": base, "data": {"name": "d", "sha256": ""}, "chat_template": {"name": "auto", "sha256": ""}}
     (path / "lock.json").write_text(json.dumps(lock), encoding="utf-8")
     (path / "adapter" / "adapter_config.json").write_text(json.dumps({"r": 16} | adapter), encoding="utf-8")
+    (path / "adapter" / "adapter_model.safetensors").touch()
     GenerationConfig(eos_token_id=ends or [tokenizer.eos_token_id]).save_pretrained(path / "adapter")
     model.save_pretrained(path / "merged")
     tokenizer.save_pretrained(path / "merged")
@@ -716,12 +718,14 @@ def cut_short(run: Path) -> None:
 
 
 def f16_overflow(run: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     file = run / "merged" / "model.safetensors"
     tensors = load_file(file)
     tensors["model.layers.1.mlp.up_proj.weight"][3, 3] = 1e5
     save_file(tensors, file)
+
+
+def not_merged(run: Path) -> None:
+    (run / "merged" / "config.json").unlink()
 
 
 REFUSED: dict[str, tuple[Callable[[Path], None], str, type[OrpoLiteError]]] = {
@@ -730,7 +734,11 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str, type[OrpoLiteError]]] = {
     "a token that strips": (wrong(lambda s: s["added_tokens"][1].update(lstrip=True)), "the space before", ModelError),
     "cut short": (cut_short, "is cut short", ModelError),
     "too large for f16": (f16_overflow, "f16 cannot", ModelError),
-    "not merged": (lambda run: (run / "merged" / "config.json").unlink(), "has no merged/", CheckpointError),
+    "not merged": (
+        lambda run: (run / "merged" / "config.json").unlink(),
+        "merged/ has no config.json",
+        CheckpointError,
+    ),
 }
 
 
@@ -743,6 +751,22 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(name: str, tmp_pa
         export(run, "gguf", outtype="f16")
     assert not list((run / "export").rglob("*"))
     assert ".tmp" not in str(caught.value)
+
+
+def test_a_head_that_is_said_to_be_tied_and_is_not_is_written(tmp_path: Path) -> None:
+    """transformers takes the numbers of the file then, so training and merging do too."""
+    model = tiny_llama(520, tie_word_embeddings=True)
+    run = write_run(tmp_path / "run", model, bytes_tokenizer())
+    file = run / "merged" / "model.safetensors"
+    tensors = load_file(file)
+    assert "output.weight" not in read_back(only_file(export(run, "gguf").folder))[1]
+    head = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors | {"lm_head.weight": head}, file, metadata={"format": "pt"})
+    assert "output.weight" not in read_back(only_file(export(run, "gguf").folder))[1]
+    head[7, 5] += 1
+    save_file(tensors | {"lm_head.weight": head}, file, metadata={"format": "pt"})
+    found = read_back(only_file(export(run, "gguf").folder))[1]["output.weight"]
+    assert np.array_equal(found, head.numpy())
 
 
 @pytest.mark.parametrize(
@@ -792,7 +816,7 @@ def test_merges_that_no_score_can_order_are_refused(tmp_path: Path) -> None:
         ("onnx", {}, "one of gguf, ollama, vllm"),
         ("gguf", {"outtype": "int3"}, "one of f32"),
         ("vllm", {"outtype": "f16"}, "as it is"),
-        ("gguf", {"base": "none"}, "original or dequantized"),
+        ("gguf", {"weights": "none"}, "one of original, dequantized"),
     ],
 )
 def test_a_wrong_option_is_answered(to: str, options: dict[str, str], said: str, tmp_path: Path) -> None:
@@ -815,9 +839,9 @@ def test_a_library_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytes
 def test_the_other_merge_is_asked_for(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", tiny_llama(520), bytes_tokenizer())
     with pytest.raises(CheckpointError, match=r"orpo-lite merge .*run --base dequantized"):
-        export(run, "gguf", base="dequantized")
+        export(run, "gguf", weights="dequantized")
     (run / "merged").rename(run / "merged-dequantized")
-    assert export(run, "gguf", base="dequantized").folder.name == "gguf-f32-dequantized"
+    assert export(run, "gguf", weights="dequantized").folder.name == "gguf-f32-dequantized"
 
 
 # --- Ollama
@@ -963,7 +987,7 @@ def test_the_command_of_vllm(rank: int, allowed: str, tmp_path: Path) -> None:
     assert (result.folder / "serve.sh").read_text(encoding="utf-8").splitlines()[1] == result.command
 
 
-@pytest.mark.parametrize("adapter", [{"use_dora": True}, {"r": 1024}])
+@pytest.mark.parametrize("adapter", [{"use_dora": True}, {"r": 1024}, {"alpha_pattern": {"q_proj": 3}}])
 def test_what_vllm_does_not_serve_is_served_merged(adapter: dict[str, Any], tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", tiny_llama(520), bytes_tokenizer(), **adapter)
     result = export(run, "vllm")

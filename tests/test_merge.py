@@ -29,7 +29,9 @@ from orpo_lite import merge, run, verify, weights
 from orpo_lite.base import fingerprint
 from orpo_lite.errors import CheckpointError, FitError, ModelError
 from orpo_lite.merge import dequantised
+from orpo_lite.prepare import prepare
 from orpo_lite.recipe import QuantizationSection, Recipe
+from orpo_lite.run import drain
 from orpo_lite.weights import in_blocks, read_header, read_tensor, stored_tensors
 
 Build = Callable[..., Recipe]
@@ -143,10 +145,11 @@ def test_what_streams_cannot_do_is_merged_in_memory_and_said(tmp_path: Path) -> 
     """Experts in one tensor, which the files hold one by one."""
     model = SHARED["mixtral"]()
     path = make_run(tmp_path, model, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
-    config = json.loads((path / "adapter" / "adapter_config.json").read_text())
-    assert config["target_parameters"]
-    with pytest.raises(ModelError, match="target_parameters"):
-        merge(path)
+    result = merge(path)
+    assert result.note.startswith("experts are adapted")
+    assert result.changed == result.targets > 2
+    wanted = by_peft(path)
+    assert off(logits(hf.AutoModelForCausalLM.from_pretrained(result.folder)), logits(wanted)) <= 1e-6
     shutil.rmtree(tmp_path / "base")
     shutil.rmtree(path)
     path = make_run(tmp_path, family("Gemma3", GEMMA, "TextConfig")(), target_modules=["q_proj"])
@@ -274,6 +277,36 @@ def test_keys_that_match_nothing_are_refused(key: str, said: str, tmp_path: Path
     file = path / "adapter" / "adapter_model.safetensors"
     save_file(load_file(file) | {key: torch.ones(2, 2)}, file)
     with pytest.raises(ModelError, match=said):
+        merge(path)
+
+
+def test_a_layer_that_is_lacking_and_numbers_that_are_none_are_refused(tmp_path: Path) -> None:
+    path = make_run(tmp_path, tiny_llama(98))
+    file = path / "adapter" / "adapter_model.safetensors"
+    whole = load_file(file)
+    save_file({key: tensor for key, tensor in whole.items() if "layers.0.mlp" not in key}, file)
+    with pytest.raises(ModelError, match=r"lacks 3 of the layers that it is for \(model.layers.0.mlp"):
+        merge(path)
+    next(tensor for key, tensor in whole.items() if "lora_B" in key)[0, 0] = float("nan")
+    save_file(whole, file)
+    with pytest.raises(ModelError, match="holds numbers that are none"):
+        merge(path)
+
+
+def test_a_merge_of_another_adapter_is_not_used(tmp_path: Path) -> None:
+    path = make_run(tmp_path, tiny_llama(98))
+    merge(path)
+    assert run.find_merged(path) == path / "merged"
+    file = path / "adapter" / "adapter_model.safetensors"
+    save_file({key: 2 * tensor for key, tensor in load_file(file).items()}, file)
+    with pytest.raises(CheckpointError, match="is of another adapter"):
+        run.find_merged(path)
+
+
+def test_a_folder_that_cannot_be_written_to_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make_run(tmp_path, tiny_llama(98))
+    (path / ".lock").mkdir()  # as root nothing else refuses
+    with pytest.raises(CheckpointError, match="cannot be written to"):
         merge(path)
 
 
@@ -441,9 +474,37 @@ def test_a_merged_model_is_verified_from_the_command_line(call: Call, small_reci
     assert (code, "a size such as 5GB" in complaint) == (2, True)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_16_bit_rounding_passes_and_a_lost_adapter_does_not(
+    dtype: torch.dtype, small_recipe: Build, workspace: Path
+) -> None:
+    write_base(workspace / "base", tiny_llama(99).to(dtype))
+    _, result = train_all(small_recipe("training.learning_rate=1e-2"))
+    for base in ("original", "dequantized"):
+        merge(result.run, weights=base)
+        verdict = verify(result.run, weights=base)
+        assert verdict.passed, verdict.said
+    shutil.copy(workspace / "base" / "model.safetensors", result.run / "merged" / "model.safetensors")
+    verdict = verify(result.run)
+    assert not verdict.passed
+    assert verdict.difference == pytest.approx(verdict.effect, rel=0.05)
+
+
+def test_the_template_writes_the_bos_that_training_had(small_recipe: Build, workspace: Path) -> None:
+    """The base has no template, its tokenizer writes a bos: who renders the saved template gets what was trained on."""
+    _, result = train_all(small_recipe("training.learning_rate=1e-2"))
+    tokenizer = hf.AutoTokenizer.from_pretrained(merge(result.run).folder)
+    turns = [{"role": "user", "content": "How is it?"}]
+    ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
+    assert ids[0] == tokenizer.bos_token_id
+    assert ids.count(tokenizer.bos_token_id) == 1
+    (pair, *_) = drain(prepare(run.read_recipe(result.run)), lambda _: None).train
+    assert list(pair.chosen_ids[: pair.chosen_start])[:2] == ids[:2]
+
+
 def test_a_merged_model_that_is_another_fails(call: Call, small_recipe: Build, workspace: Path) -> None:
     _, result = train_all(small_recipe("training.learning_rate=1e-2", "data.test_split_size=0"))
-    with pytest.raises(CheckpointError, match="orpo-lite merge run --base original"):
+    with pytest.raises(CheckpointError, match="orpo-lite merge run"):
         verify(result.run)
     merged = merge(result.run)
     file = merged.folder / "model.safetensors"

@@ -460,6 +460,11 @@ def test_llama_asks_for_its_name_its_notice_and_its_line(on_the_hub: Path, hub: 
     message = refused(ModelError, lambda: push(on_the_hub, "someone/Llama-tuned"), code=4)
     assert "provide a copy of this Agreement" in message
     assert not hub.asked("whoami|POST|PUT")
+    secret = on_the_hub.parent / "secret.txt"
+    secret.write_text("nobody's business")
+    (on_the_hub / "adapter/LICENSE").symlink_to(secret)  # a link out of the folder is no licence
+    refused(ModelError, lambda: push(on_the_hub, "someone/Llama-tuned"), code=4)
+    (on_the_hub / "adapter/LICENSE").unlink()
     (on_the_hub / "adapter/LICENSE").write_text(AGREEMENT)
     push(on_the_hub, "someone/Llama-tuned")
     files = hub.written["someone/Llama-tuned"].files

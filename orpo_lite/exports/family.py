@@ -5,15 +5,17 @@ is refused: a file that loads and answers a little worse would be noticed by nob
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
 from orpo_lite.errors import ModelError
-from orpo_lite.weights import Stored
+from orpo_lite.weights import Stored, in_blocks, read_rows
 
+VLLM = "orpo-lite export RUN --to vllm"  # what remains where llama.cpp cannot
 LAYER = "model.layers.{}."
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -112,7 +114,10 @@ def describe(config: Any, where: str) -> Description:
     if family is None:
         found = f"model_type {config.model_type!r} has no export to GGUF here"
         raise ModelError(
-            where, found, f"one of {', '.join(FAMILIES)}", "export --to vllm, or llama.cpp's own converter"
+            where,
+            found,
+            f"one of {', '.join(FAMILIES)}",
+            f"{VLLM}, or llama.cpp's own converter",
         )
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -151,7 +156,7 @@ def describe(config: Any, where: str) -> Description:
 
 
 def _beyond(where: str, found: str, expected: str) -> ModelError:
-    return ModelError(where, f"{found}, which llama.cpp does not do for this family", expected, "export --to vllm")
+    return ModelError(where, f"{found}, which llama.cpp does not do for this family", expected, VLLM)
 
 
 def _gemma_keys(made: Description, config: Any, where: str) -> None:
@@ -274,10 +279,11 @@ def find_targets(made: Description, tensors: dict[str, Stored], where: str) -> l
     arch = next(key for key, name in MODEL_ARCH_NAMES.items() if name == made.family.arch)
     names = get_tensor_name_map(arch, made.layers)
     targets = []
+    tied = made.tied and not _has_own_head(tensors)
     for stored in _in_order(tensors.values()):
         theirs = _language_model(stored.name) if made.pictures else stored.name
         # A tied output is the embedding; frequencies are counted anew.
-        if not theirs or theirs.endswith("rotary_emb.inv_freq") or (made.tied and theirs == "lm_head.weight"):
+        if not theirs or theirs.endswith("rotary_emb.inv_freq") or (tied and theirs == "lm_head.weight"):
             continue
         module, _, kind = theirs.rpartition(".")
         name = names.get_name(theirs, try_suffixes=(".weight", ".bias"))
@@ -292,6 +298,16 @@ def find_targets(made: Description, tensors: dict[str, Stored], where: str) -> l
         adds_one = made.family.norm_adds_one and module.endswith("norm")
         targets.append(Target(name, stored, made.head_dim * is_turned, float(adds_one)))
     return targets
+
+
+def _has_own_head(tensors: Mapping[str, Stored]) -> bool:
+    """Whether a head that is said to be tied has numbers of its own in the files; transformers takes those."""
+    heads = [stored for name, stored in tensors.items() if name.endswith("lm_head.weight")]
+    inputs = [stored for name, stored in tensors.items() if name.endswith("embed_tokens.weight")]
+    if not heads or not inputs or heads[0].shape != inputs[0].shape:
+        return bool(heads)
+    pairs = zip(in_blocks(heads[0]), in_blocks(inputs[0]), strict=True)
+    return not all(torch.equal(read_rows(mine), read_rows(theirs)) for mine, theirs in pairs)
 
 
 def _language_model(name: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from orpo_lite.errors import ModelError
+from orpo_lite.exports.family import VLLM
 
 # Made by llama.cpp's quantiser, out of a file in full precision.
 QUANTISED = ("q3_k_m", "q4_k_m", "q5_k_m", "q6_k")
@@ -51,7 +52,10 @@ def check_tokens(file: Path, tokenizer: Any, texts: Sequence[str], lead: str) ->
             found = model.tokenize((lead + text).encode(), add_bos=False, special=True)
             if found != tokenizer(text, add_special_tokens=False).input_ids:
                 raise ModelError(
-                    where, f"llama.cpp makes other tokens of {text!r}", "those of transformers", "export --to vllm"
+                    where,
+                    f"llama.cpp makes other tokens of {text!r}",
+                    "those of transformers",
+                    VLLM,
                 )
     finally:
         model.close()

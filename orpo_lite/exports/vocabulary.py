@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from orpo_lite.errors import ModelError
+from orpo_lite.exports.family import VLLM
 
 # What kind a token is, of the file format.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -131,7 +132,7 @@ def _caveats(keys: dict[str, Any], spec: dict[str, Any], ends: Sequence[int]) ->
 
 
 def _beyond(where: str, found: str, expected: str) -> ModelError:
-    return ModelError(where, f"{found}, which llama.cpp cannot tokenise alike", expected, "export --to vllm")
+    return ModelError(where, f"{found}, which llama.cpp cannot tokenise alike", expected, VLLM)
 
 
 def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
