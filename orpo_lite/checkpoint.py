@@ -4,7 +4,6 @@ No generator state and no data position are kept: the data order is a function o
 by (seed, step, micro-batch), so the number of finished steps says it all.
 """
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from orpo_lite.errors import CheckpointError
 from orpo_lite.model import PairModel, adapter_tensors, set_adapter
-from orpo_lite.run import new_folder, read_json, to_json
+from orpo_lite.run import new_folder, read_json, sha256, to_json
 
 KEPT = 2  # newest ones; the best one stays besides
 ADAPTER, OPTIMIZER = "adapter_model.safetensors", "optimizer.safetensors"
@@ -128,11 +127,7 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tens
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    hashes = {}
-    for file in sorted(file for file in folder.iterdir() if file.name != MANIFEST):
-        with file.open("rb") as stream:
-            hashes[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return hashes
+    return {file.name: sha256(file) for file in sorted(folder.iterdir()) if file.name != MANIFEST}
 
 
 def _folders(run: Path) -> list[Path]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from orpo_lite import run
 from orpo_lite.base import Base, check_disk, load_tokenizer, read_adapter_config
 from orpo_lite.errors import CheckpointError, FitError, ModelError, RecipeError
-from orpo_lite.model import bare_base
+from orpo_lite.model import bare_base, is_transposed, quantisable
 from orpo_lite.recipe import QuantizationSection, Recipe
 from orpo_lite.run import FOLDERS, Update, Weights
 from orpo_lite.weights import (
@@ -215,7 +215,7 @@ def _make_plan(
     deltas: dict[str, Delta] = {}
     for name, part in parts.items():
         module = modules[name]
-        transposed = type(module).__name__ == "Conv1D"
+        transposed = is_transposed(module)
         if module is model.get_output_embeddings() and base.config.get_text_config().tie_word_embeddings:
             found = f"{name} is adapted and tied to the input embedding, which would change too"
             raise ModelError(f"adapter {adapter}", found, "an adapter of other layers")
@@ -223,7 +223,7 @@ def _make_plan(
             return f"{name} is a {type(module).__name__}, and merged by peft"
         if prefix is None or (key := _moved(f"{name}.weight", prefix)) not in stored:
             return f"the base's files name their tensors otherwise ({name})"
-        if transposed and ("lora_magnitude_vector" in part or weights == "dequantized"):
+        if transposed and "lora_magnitude_vector" in part:
             return f"{name} is stored transposed"
         shape = (part["lora_B"].shape[0], part["lora_A"].shape[1])
         ranks_differ = part["lora_A"].shape[0] != part["lora_B"].shape[1]
@@ -235,10 +235,10 @@ def _make_plan(
         deltas[key] = Delta(part["lora_A"], part["lora_B"], magnitude, scale, transposed)
     quantised = frozenset[str]()
     if weights == "dequantized":
-        head = model.get_output_embeddings()
-        plain_ones = [name for name, module in modules.items() if type(module) is nn.Linear and module is not head]
-        linear = [name for name in plain_ones if name not in left]
-        quantised = frozenset(_moved(f"{name}.weight", prefix or ("", "")) for name in linear)
+        layers = {name: layer for name, layer in quantisable(model).items() if name not in left}
+        if stored_otherwise := next((name for name, layer in layers.items() if is_transposed(layer)), None):
+            return f"{stored_otherwise} is stored transposed"
+        quantised = frozenset(_moved(f"{name}.weight", prefix or ("", "")) for name in layers)
         if not quantised <= stored.keys():
             return "the base's files name their tensors otherwise"
     return _Plan(stored, deltas, quantised, recipe.quantization)
@@ -391,14 +391,13 @@ def _merge_in_memory(
 
     model = AutoModelForCausalLM.from_pretrained(base.path, dtype="auto", use_safetensors=True)
     if how:
-        head = model.get_output_embeddings()
-        for name, module in model.named_modules():
-            is_conv = type(module).__name__ == "Conv1D"
-            if (type(module) is nn.Linear or is_conv) and module is not head and name not in left:
-                matrix = module.weight.data.t().contiguous() if is_conv else module.weight.data
-                whole = Rows(Stored("", base.path, matrix.dtype, tuple(matrix.shape), 0), 0, len(matrix))
-                ((_, values),) = dequantised([(whole, matrix)], how)
-                module.weight.data = (values.t().contiguous() if is_conv else values).to(matrix.dtype)
+        for name, layer in quantisable(model).items():
+            if name in left:
+                continue
+            matrix = layer.weight.data.t().contiguous() if is_transposed(layer) else layer.weight.data
+            whole = Rows(Stored("", base.path, matrix.dtype, tuple(matrix.shape), 0), 0, len(matrix))
+            ((_, values),) = dequantised([(whole, matrix)], how)
+            layer.weight.data = (values.t().contiguous() if is_transposed(layer) else values).to(matrix.dtype)
     adapted = PeftModel.from_pretrained(model, adapter)
     known = get_peft_model_state_dict(adapted)
     names = [stored.name for stored in read_header(adapter / "adapter_model.safetensors")]

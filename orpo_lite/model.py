@@ -225,7 +225,8 @@ def load_pair_model(recipe: Recipe, base: Base, device: torch.device) -> PairMod
     name = recipe.model.adapter_name_or_path
     folder = find_adapter(name) if name else None
     pair_model = _with_step(model, recipe, folder)
-    if left := skipped_modules(recipe, base.config, device):
+    how = getattr(model.config, "quantization_config", None)
+    if left := getattr(how, "llm_int8_skip_modules", None):
         said = f"{left[0]} and such stay as they are: on this CPU bitsandbytes' kernel errs on rows of their width"
         pair_model.notes.append(f"quantization.load_in_4bit: {said}")
     if folder:
@@ -314,20 +315,31 @@ def skipped_modules(recipe: Recipe, config: Any, device: torch.device) -> list[s
         return []
     with META:
         model = AutoModelForCausalLM.from_config(config)
-    widths = {name: found[0] for name, module in model.named_modules() if (found := _linear_shape(module))}
+    widths = {name: _shape(layer)[0] for name, layer in quantisable(model).items()}
     wrong = {width for width in set(widths.values()) if _is_wrong(width)}
     names = [name for name, width in widths.items() if width in wrong]
     return [*names, *(name for name in get_keys_to_not_convert(model) if name not in names)] if names else []
 
 
-def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """(inputs, outputs) of what transformers puts into 4 bit: plain linear layers, GPT-2's Conv1D among them."""
-    if type(module) is nn.Linear:
-        return module.in_features, module.out_features
-    if type(module).__name__ == "Conv1D":
-        rows, columns = module.weight.shape  # type: ignore[misc]
-        return int(rows), int(columns)
-    return None
+def quantisable(model: Any) -> dict[str, Any]:
+    """The layers that transformers puts into 4 bit, by name: plain linear ones, GPT-2's Conv1D too, but no head."""
+    head = model.get_output_embeddings()
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if (type(module) is nn.Linear or is_transposed(module)) and module is not head
+    }
+
+
+def is_transposed(layer: Any) -> bool:
+    """Whether a layer's matrix is (inputs, outputs), as GPT-2's are."""
+    return type(layer).__name__ == "Conv1D"
+
+
+def _shape(layer: Any) -> tuple[int, int]:
+    """(inputs, outputs)."""
+    rows, columns = layer.weight.shape
+    return (rows, columns) if is_transposed(layer) else (columns, rows)
 
 
 def _is_wrong(width: int) -> bool:
@@ -350,18 +362,15 @@ def _quantise(model: Any, recipe: Recipe, dtype: torch.dtype) -> None:
     """What loading with a BitsAndBytesConfig does: every linear layer but the head as a Linear4bit."""
     import bitsandbytes as bnb
 
-    settings, head = recipe.quantization, model.get_output_embeddings()
+    settings = recipe.quantization
     # bitsandbytes keeps this table from its first use on, wherever it was made; on meta it would spoil a later loading.
     bnb.functional.name2qmap.setdefault("dynamic", bnb.functional.create_dynamic_map())
     options = {"compress_statistics": settings.bnb_4bit_use_double_quant, "quant_type": settings.bnb_4bit_quant_type}
-    for name, layer in list(model.named_modules()):
-        shape = _linear_shape(layer)
-        if shape is None or layer is head:
-            continue
-        weight = layer.weight.data if type(layer) is nn.Linear else layer.weight.data.t().contiguous()
+    for name, layer in quantisable(model).items():
+        weight = layer.weight.data.t().contiguous() if is_transposed(layer) else layer.weight.data
         packed, state = bnb.functional.quantize_4bit(weight, **options)
         compute, bias = _compute_dtype(recipe, dtype), layer.bias
-        linear = bnb.nn.Linear4bit(*shape, bias is not None, compute, **options, device=weight.device)
+        linear = bnb.nn.Linear4bit(*_shape(layer), bias is not None, compute, **options, device=weight.device)
         linear.source_cls = type(layer)  # as transformers notes it
         linear.weight = bnb.nn.Params4bit(
             packed, requires_grad=False, quant_state=state, bnb_quantized=True, module=linear, **options
