@@ -42,6 +42,7 @@ OLLAMA = (
     "template and the stop tokens of this model. A bare `FROM` would leave both to Ollama's guess."
 )
 SHOWN = 1500  # characters of a sample
+SAMPLED = {"Prompt": "prompt", "Before": "before", "After": "after"}
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ class Shown:
     is_merged: bool = False
     licences: Mapping[str, Any] | None = None
     """In place of what the lock has."""
-    samples: Sequence[Mapping[str, str]] = ()
-    """Prompts of the data and their answers, shown because somebody asked for it."""
+    samples: int = 0
+    """So many prompts of the data are shown with their answers, in place of the neutral ones: somebody asked for it."""
 
 
 def make_card(path: Path, shown: Shown = Shown()) -> str:
@@ -130,6 +131,8 @@ class _Facts:
     verified: Mapping[str, Any]
     adapter: Mapping[str, Any]
     """Its configuration, peft's."""
+    samples: Sequence[Mapping[str, str]]
+    """Prompts and their answers."""
     shown: Shown
 
     @classmethod
@@ -148,6 +151,7 @@ class _Facts:
             licences.get("data", {}),
             run.read_json(verified) if shown.is_merged and verified.is_file() else {},
             run.read_json(path / "adapter" / "adapter_config.json"),
+            run.read_samples(path),
             shown,
         )
 
@@ -397,15 +401,20 @@ def _verification(facts: _Facts) -> str:
 
 
 def _samples(facts: _Facts) -> str:
-    if not facts.shown.samples:
+    kind, count = ("held-out", facts.shown.samples) if facts.shown.samples else ("neutral", None)
+    rows = [row for row in facts.samples if row.get("source", "held-out") == kind][:count]
+    if not rows:
         return ""
-    parts = ["## Samples", "Held-out prompts of the data; sampled at temperature 0.7, not chosen by hand."]
-    for row in facts.shown.samples:
+    whose = "Held-out prompts of the data" if facts.shown.samples else "Neutral prompts, of no data"
+    base = "the base in 4 bit" if facts.recipe.quantization.load_in_4bit else "the base"
+    parts = [
+        "## Samples",
+        f"{whose}, answered by {base}, without the adapter and with it; sampled at temperature "
+        f"{rows[0].get('temperature', 0.7)}, at most {facts.recipe.output.max_new_tokens} tokens, not chosen by hand.",
+    ]
+    for row in rows:
         parts += [f"{title}:\n\n{_quoted(row[key])}" for title, key in SAMPLED.items() if key in row]
     return "\n\n".join(parts)
-
-
-SAMPLED = {"Prompt": "prompt", "Before": "before", "After": "after"}
 
 
 def _quoted(text: str) -> str:

@@ -4,14 +4,13 @@ torch and its kin are imported inside the commands, so that ``--help`` answers a
 """
 
 import contextlib
-import json
 import logging
 import os
 import shlex
 import sys
 import traceback
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -22,6 +21,7 @@ from orpo_lite.errors import ModelError, OrpoLiteError, RecipeError
 from orpo_lite.screen import err, out
 
 if TYPE_CHECKING:
+    from orpo_lite.generate import Sample
     from orpo_lite.prepare import Preview
     from orpo_lite.recipe import Recipe
     from orpo_lite.run import Update, Weights
@@ -40,6 +40,7 @@ app.add_typer(recipes_app, name="recipes")
 
 
 BUG = 70  # EX_SOFTWARE of sysexits.h
+LONGEST = 400  # characters of a prompt or an answer on the screen
 
 
 def main() -> None:
@@ -318,15 +319,14 @@ def _merge(run: Path, weights: "Weights" = "original", max_shard_size: int | Non
     return result.folder
 
 
-def _merge_if_changed(run: Path) -> Path | None:
+def _merge_if_changed(run: Path) -> None:
     """As :func:`_merge`; a trial of a step or two, which has learnt nothing yet, is no fault."""
     from orpo_lite.merge import UnchangedError
 
     try:
-        return _merge(run)
+        _merge(run)
     except UnchangedError as error:
         out.print(f"not merged: {error.where} {error.found}")
-        return None
 
 
 def _verify(run: Path, weights: "Weights") -> None:
@@ -356,12 +356,13 @@ def _finish(recipe: "Recipe", result: "TrainResult") -> None:
     out.print(f"adapter of step {result.kept_step}: {result.run}/adapter")
     if result.before:
         screen.print_before_after(result.before, result.after)
+    _print_samples(result.samples)
     safe = f"the adapter is safe in {result.run}/adapter; then: orpo-lite merge {shlex.quote(str(result.run))}"
     if recipe.output.push_to_hub:
         safe += f", and {_push_command(recipe, result)}"
     try:
-        if recipe.output.merge and (merged := _merge_if_changed(result.run)) and result.prompts:
-            _print_samples(recipe, result, merged)
+        if recipe.output.merge:
+            _merge_if_changed(result.run)
     except OrpoLiteError as error:
         error.remedy = f"{error.remedy}\n  {safe}" if error.remedy else safe
         raise
@@ -394,28 +395,20 @@ def _push_command(recipe: "Recipe", result: "TrainResult") -> str:
     return push_command(result.run, str(recipe.output.hub_model_id), is_public=not recipe.output.hub_private_repo)
 
 
-def _print_samples(recipe: "Recipe", result: "TrainResult", merged: Path) -> None:
-    from orpo_lite.generate import generate
-    from orpo_lite.run import read_lock, write_text
-
-    base = Path(read_lock(result.run)["base"]["path"])
-    options: dict[str, Any] = {
-        "tokenizer_folder": merged,
-        "max_new_tokens": recipe.output.max_new_tokens,
-        "seed": recipe.training.seed,
-    }
-    before, after = generate(base, result.prompts, **options), generate(merged, result.prompts, **options)
-    out.print("\nanswers, sampled at temperature 0.7, of the base and of the merged model")
-    rows = []
-    for (prompt, old), (_, new) in zip(before, after, strict=True):
-        rows.append({"prompt": prompt, "before": old, "after": new})
-        out.print(f"\n  prompt  {_flat(prompt)}\n  before  {_flat(old)}\n  after   {_flat(new)}")
-    write_text(result.run / "samples.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    out.print()
+def _print_samples(samples: "Sequence[Sample]") -> None:
+    if samples:
+        out.print(f"\nanswers, sampled at temperature {samples[0].temperature}, before and after the training")
+    for sample in samples:
+        out.print(
+            f"\n  prompt  {_flat(sample.prompt)}\n  before  {_flat(sample.before)}\n  after   {_flat(sample.after)}"
+        )
+    if samples:
+        out.print()
 
 
 def _flat(text: str) -> str:
-    return " ".join(text.split())
+    line = " ".join(text.split())
+    return line if len(line) <= LONGEST else f"{line[:LONGEST]} ..."
 
 
 def _hush() -> None:

@@ -1,9 +1,8 @@
 """Push: a run's adapter, or its merged model, to a repository of the hub, with its card; by an allow-list of files."""
 
 import fnmatch
-import json
 import shlex
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +48,7 @@ def push(
         repository: owner/name, or a name alone, which is then yours.
         is_merged: the merged model in place of the adapter.
         is_public: everybody can see it.
-        samples: so many prompts of the data, with their answers, are shown in the card.
+        samples: so many prompts of the data are shown in the card, with their answers, in place of neutral ones.
 
     Raises:
         RecipeError: a name that the hub, or the base's licence, does not allow.
@@ -78,12 +77,12 @@ def pushing(
     refuse_name(repository, licences["base"], f"REPO {repository}")
     try:
         with run.locked(path):
-            rows = _samples(path, samples)
+            _refuse_samples(path, samples)
             base = lock["base"]
             papers = find_papers(licences["base"], base["name"], base["revision"], Path(base["path"]), [folder, path])
             files = papers | _files(folder, lock, is_merged=is_merged)
             target = yield from check_target(repository, is_private=not is_public)
-            shown = Shown(target.repository, is_merged, licences, rows)
+            shown = Shown(target.repository, is_merged, licences, samples)
             files["README.md"] = _card(path, shown).encode()
             _refuse_leaks(files, path, lock, recipe)
             yield from _said(folder, files, licences)
@@ -142,14 +141,12 @@ def _card(path: Path, shown: Shown) -> str:
     return adopt_card(path, text, shown)
 
 
-def _samples(path: Path, count: int) -> Sequence[Mapping[str, str]]:
-    if count == 0:
-        return ()
-    file = path / "samples.jsonl"
-    if not file.is_file():
-        raise CheckpointError(f"run {path}", "has no samples.jsonl", "a run with output.samples", "leave --samples out")
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return rows[:count]
+def _refuse_samples(path: Path, count: int) -> None:
+    if count and not any(row.get("source", "held-out") == "held-out" for row in run.read_samples(path)):
+        expected = "a run with output.samples and held-out pairs"
+        raise CheckpointError(
+            f"run {path}", f"has no answers to its data in {run.SAMPLES}", expected, "leave --samples out"
+        )
 
 
 def _said(folder: Path, files: Mapping[str, object], licences: Mapping[str, Any]) -> Generator[Update, None, None]:

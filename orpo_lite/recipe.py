@@ -342,8 +342,8 @@ class OutputSection(Section):
 
     merge: bool = True
     """Merge the adapter into the 16-bit base when training has ended."""
-    samples: int = Field(0, ge=0, le=20)
-    """Held-out prompts answered by the base and by the merged model at the end, for a look. Loads both in 16 bit."""
+    samples: int = Field(3, ge=0, le=20)
+    """So many held-out prompts, and of five neutral ones that a model card may show, are answered before and after."""
     max_new_tokens: int = Field(64, ge=1)
     """Length limit of those answers."""
     push_to_hub: bool = False

@@ -33,6 +33,7 @@ Weights = Literal["original", "dequantized"]
 16 bit again, which is what the adapter was trained on."""
 FOLDERS: dict[Weights, str] = {"original": "merged", "dequantized": "merged-dequantized"}
 RESULT = "result.json"
+SAMPLES = "samples.jsonl"
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -260,6 +261,12 @@ def append_metrics(path: Path, row: Mapping[str, Any]) -> None:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All lines of metrics.jsonl; [] before the first."""
     file = path / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+
+
+def read_samples(path: Path) -> list[dict[str, str]]:
+    """All lines of samples.jsonl, which may not be there."""
+    file = path / SAMPLES
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
 
 

@@ -1,6 +1,7 @@
 """Train: from a recipe to a run folder with a LoRA adapter in it. The loop is ours, on accelerate."""
 
 import copy
+import json
 import math
 import resource
 import shlex
@@ -10,7 +11,8 @@ import threading
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,22 @@ from accelerate.utils import DistributedType
 from transformers import enable_full_determinism
 
 from orpo_lite import card, checkpoint, demo, run
-from orpo_lite.base import check_disk, fetch_weights
+from orpo_lite.base import check_disk, fetch_weights, load_tokenizer
 from orpo_lite.data.packing import epoch_order, micro_batches, steps_per_epoch
+from orpo_lite.data.sides import prompt_ids
 from orpo_lite.data.tokens import TokenizedPair
-from orpo_lite.errors import CheckpointError, DivergedError, FitError, HubError, OrpoLiteError, RecipeError
+from orpo_lite.errors import (
+    CheckpointError,
+    DataError,
+    DivergedError,
+    FitError,
+    HubError,
+    ModelError,
+    OrpoLiteError,
+    RecipeError,
+)
 from orpo_lite.evaluate import evaluate
+from orpo_lite.generate import NEUTRAL, Prompt, Sample, answers
 from orpo_lite.gradient import ShortageError, accumulate, any_process
 from orpo_lite.licence import find_papers, read_licences, refuse_name
 from orpo_lite.model import ITS_FAULTS, PairModel, checkpoint_first, choose_dtype, load_pair_model, skipped_modules
@@ -62,8 +75,8 @@ class TrainResult:
     after: Mapping[str, float]
     """Held-out metrics of the adapter that was kept."""
     kept_step: int
-    prompts: list[list[int]]
-    """Token ids of the held-out prompts to answer (``output.samples``)."""
+    samples: tuple[Sample, ...]
+    """What is answered before and after (``output.samples``)."""
 
 
 class Interrupted(OrpoLiteError):  # noqa: N818 - not a fault
@@ -262,7 +275,11 @@ def _train(
             yield _not_finite(batch, state, path)
 
     kept = yield from _keep(recipe, ready, loaded, path, accelerator, state)
-    prompts = list({tuple(map(int, pair.chosen_ids[: pair.chosen_start])): None for pair in ready.test})
+    samples: tuple[Sample, ...] = ()
+    if accelerator.is_main_process:
+        samples = yield from _answer(recipe, ready, loaded.pair_model, path, stop)
+        _write_card(recipe, path)
+    accelerator.wait_for_everyone()
     return TrainResult(
         run=path,
         steps=state["step"],
@@ -270,7 +287,7 @@ def _train(
         before=state["before"],
         after=state["after"],
         kept_step=kept,
-        prompts=[list(ids) for ids in prompts[: recipe.output.samples]],
+        samples=samples,
     )
 
 
@@ -451,7 +468,7 @@ def _evaluate(
 def _keep(
     recipe: Recipe, ready: Ready, loaded: _Loaded, path: Path, accelerator: Accelerator, state: dict[str, Any]
 ) -> Generator[Update, None, int]:
-    """Write ``adapter/`` from the best checkpoint, else from the last step, and the card; returns the step it is of."""
+    """Write ``adapter/`` from the best checkpoint, else from the last step; returns the step it is of."""
     kept: int = state["step"]
     if recipe.training.load_best_model_at_end and state["best_step"] is not None:
         try:
@@ -466,11 +483,41 @@ def _keep(
     if accelerator.is_main_process:
         save_adapter(path / "adapter", loaded.pair_model, ready)
         run.write_text(path / run.RESULT, run.to_json({"steps": state["step"], "kept_step": kept}))
-        written = path / "README.md"
-        if not written.is_file() or card.is_own(written.read_text(encoding="utf-8")):
-            run.write_text(written, card.make_card(path, card.Shown(recipe.output.hub_model_id or card.SOMEWHERE)))
     accelerator.wait_for_everyone()
     return kept
+
+
+def _answer(
+    recipe: Recipe, ready: Ready, model: PairModel, path: Path, stop: Sequence[int]
+) -> Generator[Update, None, tuple[Sample, ...]]:
+    """Prompts of ours and of the held-out pairs, answered before and after; what goes wrong costs the answers only."""
+    count, settings, samples = recipe.output.samples, recipe.output, list[Sample]()
+    try:
+        neutral = NEUTRAL[:count]
+        ids = prompt_ids(recipe.data, neutral, partial(load_tokenizer, ready.base.path)) if neutral else []
+        prompts = [Prompt("neutral", *both) for both in zip(neutral, ids, strict=True) if both[1]]
+        held_out = dict.fromkeys(tuple(map(int, pair.chosen_ids[: pair.chosen_start])) for pair in ready.test)
+        prompts += [Prompt("held-out", "", ids) for ids in [*held_out][:count]]
+        found = answers(
+            model, prompts, path / "adapter", max_new_tokens=settings.max_new_tokens, seed=recipe.training.seed
+        )
+        for sample in found:
+            samples.append(sample)
+            yield Update("stage", "answering prompts", len(samples), len(prompts))
+            if stop:
+                raise Interrupted(stop[0], path)
+    except (*ITS_FAULTS, ModelError, DataError) as error:
+        yield Update("note", f"prompts are not answered: {' '.join(str(error).split())[:200] or type(error).__name__}")
+    lines = (json.dumps(asdict(sample), ensure_ascii=False) for sample in samples)
+    run.write_text(path / run.SAMPLES, "".join(f"{line}\n" for line in lines))
+    return tuple(samples)
+
+
+def _write_card(recipe: Recipe, path: Path) -> None:
+    """Unless a person has changed the one that is there."""
+    written = path / "README.md"
+    if not written.is_file() or card.is_own(written.read_text(encoding="utf-8")):
+        run.write_text(written, card.make_card(path, card.Shown(recipe.output.hub_model_id or card.SOMEWHERE)))
 
 
 def _exhausted(state: Mapping[str, Any], recipe: Recipe) -> bool:

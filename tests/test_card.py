@@ -221,8 +221,9 @@ def test_no_path_no_place_no_token(tmp_path: Path) -> None:
         f"model.adapter_name_or_path={PRIVATE}/adapter",
         f"training.output_dir={PRIVATE}/run",
     )
+    (run / "samples.jsonl").write_text(json.dumps({"prompt": f"my {TOKEN}", "after": "```\n# Title"}) + "\n")
     for is_merged in (False, True):
-        text = make_card(run, Shown(REPO, is_merged, samples=[{"prompt": f"my {TOKEN}", "after": "```\n# Title"}]))
+        text = make_card(run, Shown(REPO, is_merged, samples=1))
         assert not [word for word in (PRIVATE, "ann", str(tmp_path), TOKEN, "pairs.csv") if word in text]
     assert "an adapter of the trainer's own" in text
     assert "````text\n```\n# Title\n````" in text

@@ -55,7 +55,7 @@ def test_it_ends_with_a_table_answers_and_a_remark(demo: tuple[Path, str, float]
     assert "before" in printed
     assert "reward accuracy" in printed
     samples = [json.loads(line) for line in (path / "samples.jsonl").read_text().splitlines()]
-    assert len(samples) == 3
+    assert [sample["source"] for sample in samples] == ["neutral"] * 3 + ["held-out"] * 3
     for sample in samples:
         assert sample["prompt"] in printed
         assert sample["after"] in printed

@@ -353,7 +353,7 @@ def test_a_run_on_a_hub_base_and_its_merge_without_the_hub(
     (tmp_path / "small.yaml").write_text(
         f"model:\n  model_name_or_path: {NAME}\ndata:\n  dataset_name: ./pairs.jsonl\n  test_split_size: 0\n"
         "  max_length: 128\n  max_prompt_length: 96\ntraining:\n  global_batch_size: 4\n  max_steps: 2\n"
-        "  output_dir: run\noutput:\n  merge: false\n"
+        "  output_dir: run\noutput:\n  merge: false\n  samples: 0\n"
     )
     command = [sys.executable, "-m", "orpo_lite", "train", "--recipe", "./small.yaml"]
     env = environment(hub, tmp_path / "home")

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from orpo_lite import licence, upload
 from orpo_lite.base import find_base
 from orpo_lite.errors import CheckpointError, HubError, ModelError, OrpoLiteError, RecipeError
+from orpo_lite.generate import NEUTRAL
 from orpo_lite.merge import merge
 from orpo_lite.push import PushResult, push, pushing
 from orpo_lite.recipe import load_recipe
@@ -47,11 +48,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"model:\n  model_name_or_path: {folder}/base\ndata:\n  dataset_name: {folder}/pairs.jsonl\n"
         "  test_split_size: 0.2\n  max_length: 128\n  max_prompt_length: 96\n"
         f"training:\n  output_dir: {folder}/run\n  global_batch_size: 8\n  eval_steps: 0.5\n"
+        "output:\n  samples: 1\n  max_new_tokens: 8\n"
     )
     result = train(load_recipe(str(folder / "small.yaml")))
     merge(result.run)
-    samples = {"prompt": f"{CANARY}?", "before": "```\nno", "after": f"yes {TOKEN}"}
-    (result.run / "samples.jsonl").write_text(json.dumps(samples) + "\n")
+    sample = {"source": "held-out", "prompt": f"{CANARY}?", "before": "```\nno", "after": f"yes {TOKEN}"}
+    with (result.run / "samples.jsonl").open("a") as stream:
+        stream.write(json.dumps(sample) + "\n")
     return result.run
 
 
@@ -216,8 +219,13 @@ def test_no_text_of_the_data_no_path_and_no_token(a_run: Path, hub: Hub, is_merg
 
 
 def test_samples_of_the_data_only_when_asked_and_never_a_token(a_run: Path, hub: Hub) -> None:
-    push(a_run, REPO, samples=1)
+    push(a_run, REPO)
     card = hub.written[REPO].files["README.md"].decode()
+    assert NEUTRAL[0] in card
+    assert CANARY not in card
+    push(a_run, REPO, samples=2)
+    card = hub.written[REPO].files["README.md"].decode()
+    assert NEUTRAL[0] not in card
     assert "````text\n```\nno\n````" in card
     assert f"{CANARY}?" in card
     assert TOKEN not in card

@@ -157,6 +157,16 @@ def show_row(data: DataSection, sources: Sequence[Source], load: LoadTokenizer, 
     return shown | {"dropped": reason}
 
 
+def prompt_ids(data: DataSection, prompts: Sequence[str], load: LoadTokenizer) -> list[list[int]]:
+    """Questions as the tokens that a pair with such a prompt would begin with; [] for one that is too long."""
+    turns = [({"role": "user", "content": text},) for text in prompts]
+    pairs = [Pair(turn, "Yes.", "No.", text, prompt_text=text) for turn, text in zip(turns, prompts, strict=True)]
+    tokenizer = load()
+    with _renderer(set_chat_template(tokenizer, data)) as renderer:
+        found = [tokens for _, tokens in tokenize_pairs(pairs, renderer, tokenizer, data)]
+    return [[] if isinstance(tokens, str) else list(tokens.chosen_ids[: tokens.chosen_start]) for tokens in found]
+
+
 def _renderer(template: Template) -> Renderer:
     """Plain text needs no template, and a template is not trusted with this process."""
     return Renderer(template) if template.text is None else LimitedRenderer(template)

@@ -1,0 +1,129 @@
+"""Answers before and after: those that transformers and peft give, and nothing of a training is lost for them."""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import byte_tokenizer, tiny_opt, write_base
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from orpo_lite import generate, run
+from orpo_lite.generate import NEUTRAL, TEMPERATURE
+from orpo_lite.recipe import Recipe
+from orpo_lite.run import Update
+from orpo_lite.train import Interrupted, TrainResult, training
+
+Build = Callable[..., Recipe]
+FULL = ("quantization.load_in_4bit=false", "model.dtype=float32", "training.learning_rate=1e-2")
+LEVERS = {
+    "plain": ("memory.packing=false",),
+    "all": ("memory.mlp_tile=3", "memory.embedding_on_cpu=true", "memory.checkpoint_offload=true"),
+}
+
+
+def train_all(recipe: Recipe, **options: Any) -> tuple[list[Update], TrainResult]:
+    updates, generator = [], training(recipe, **options)
+    while True:
+        try:
+            updates.append(next(generator))
+        except StopIteration as end:
+            return updates, end.value
+
+
+def answered(model: Any, folder: Path, ids: list[int], seed: int) -> str:
+    """By transformers alone."""
+    tokenizer, config = AutoTokenizer.from_pretrained(folder), GenerationConfig.from_pretrained(folder)
+    config.update(do_sample=True, temperature=TEMPERATURE, max_new_tokens=8)
+    torch.manual_seed(seed)
+    out = model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), generation_config=config)
+    return str(tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)).strip()
+
+
+@pytest.mark.parametrize("levers", LEVERS.values(), ids=list(LEVERS))
+def test_the_answers_are_those_of_base_and_adapter(small_recipe: Build, levers: tuple[str, ...]) -> None:
+    """To the prompt as whoever loads the result will render it; under the levers as without them."""
+    _, result = train_all(small_recipe(*FULL, *levers, "output.samples=2", "training.seed=5"))
+    folder = result.run / "adapter"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    base = AutoModelForCausalLM.from_pretrained("base").eval()
+    neutral = [sample for sample in result.samples if sample.source == "neutral"]
+    assert [sample.prompt for sample in neutral] == list(NEUTRAL[:2])
+    assert [sample.source for sample in result.samples] == ["neutral"] * 2 + ["held-out"] * 2
+    turns = [[{"role": "user", "content": sample.prompt}] for sample in neutral]
+    ids = [tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False) for turn in turns]
+    before = [answered(base, folder, prompt, 5 + number) for number, prompt in enumerate(ids)]
+    adapted = PeftModel.from_pretrained(base, folder).eval()
+    after = [answered(adapted, folder, prompt, 5 + number) for number, prompt in enumerate(ids)]
+    assert [sample.before for sample in neutral] == before
+    assert [sample.after for sample in neutral] == after
+    assert before != after
+    assert all("Item" in sample.prompt for sample in result.samples[2:])
+    written = [json.loads(line) for line in (result.run / run.SAMPLES).read_text().splitlines()]
+    assert [row["prompt"] for row in written] == [sample.prompt for sample in result.samples]
+
+
+def test_none_and_many(small_recipe: Build) -> None:
+    _, result = train_all(small_recipe("output.samples=0", "training.max_steps=1"))
+    assert result.samples == ()
+    assert (result.run / run.SAMPLES).read_text() == ""
+    assert "## Samples" not in (result.run / "README.md").read_text()
+    keys = ("output.samples=20", "training.max_steps=1", "training.output_dir=many", "output.max_new_tokens=1")
+    _, result = train_all(small_recipe(*keys))
+    held_out = run.read_json(result.run / "data.json")["held_out_pairs"]
+    assert len(result.samples) == len(NEUTRAL) + held_out
+
+
+def test_without_template_and_without_held_out_pairs(small_recipe: Build) -> None:
+    keys = ("data.chat_template=none", "data.test_split_size=0", "training.max_steps=1")
+    _, result = train_all(small_recipe(*keys))
+    assert [(sample.source, sample.prompt) for sample in result.samples] == [("neutral", NEUTRAL[0])]
+
+
+def test_an_answer_ends_where_the_model_has_no_positions_left(small_recipe: Build) -> None:
+    """OPT has learned 256; looking for more of them is an error."""
+    recipe = small_recipe("data.max_length=256", "data.max_prompt_length=254", "training.max_steps=1")
+    write_base(Path("base"), tiny_opt(len(byte_tokenizer())))
+    rows = [{"prompt": f"{i}" + "x" * 240, "chosen": "yes", "rejected": "no"} for i in range(10)]
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = recipe.override({"data.chat_template": "none", "output.max_new_tokens": 64, "output.samples": 10})
+    updates, result = train_all(recipe)
+    assert not [update.text for update in updates if "answered" in update.text]
+    held_out = [sample for sample in result.samples if sample.source == "held-out"]
+    assert held_out
+    assert all(max(len(sample.before), len(sample.after)) <= 256 - 242 for sample in held_out)
+
+
+def test_a_fault_while_answering_costs_the_answers_only(small_recipe: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried")
+
+    monkeypatch.setattr(generate, "load_tokenizer", fail)
+    updates, result = train_all(small_recipe("training.max_steps=1"))
+    assert any("prompts are not answered: CUDA out of memory" in update.text for update in updates)
+    assert {"adapter", "README.md", run.RESULT} <= {path.name for path in result.run.iterdir()}
+
+
+def test_stopped_while_answering_the_result_is_there_and_goes_on(small_recipe: Build) -> None:
+    recipe = small_recipe("output.samples=3")
+    with pytest.raises(Interrupted) as stopped:
+        for update in training(recipe):
+            if update.text == "answering prompts":
+                os.kill(os.getpid(), signal.SIGINT)
+    assert stopped.value.exit_code == 130
+    assert (Path("run") / "adapter" / "adapter_model.safetensors").is_file()
+    before = (Path("run") / "adapter" / "adapter_model.safetensors").read_bytes()
+    updates, result = train_all(recipe, resume=True)
+    assert len(result.samples) == 6
+    assert not [update for update in updates if update.kind == "step"]
+    assert (result.run / "adapter" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_the_same_under_full_determinism(small_recipe: Build) -> None:
+    _, result = train_all(small_recipe("training.full_determinism=true", "training.max_steps=1"))
+    assert len(result.samples) == 2
