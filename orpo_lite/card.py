@@ -41,6 +41,10 @@ OLLAMA = (
     "Ollama: `orpo-lite export RUN --to ollama`, where the run lies, writes the GGUF file and a Modelfile with the "
     "template and the stop tokens of this model. A bare `FROM` would leave both to Ollama's guess."
 )
+MERGED_ONTO: dict[run.Weights, str] = {
+    "original": "The merged weights",
+    "dequantized": "The merged weights (onto what 4 bit had left of the base's, as in training)",
+}
 SHOWN = 1500  # characters of a sample
 SAMPLED = {"Prompt": "prompt", "Before": "before", "After": "after"}
 
@@ -50,7 +54,8 @@ class Shown:
     """What a card is for."""
 
     repository: str = SOMEWHERE
-    is_merged: bool = False
+    merged: run.Weights | None = None
+    """The weights that the model was merged onto; None for an adapter."""
     licences: Mapping[str, Any] | None = None
     """In place of what the lock has."""
     samples: int = 0
@@ -139,7 +144,7 @@ class _Facts:
     def read(cls, path: Path, shown: Shown) -> "_Facts":
         recipe, lock = run.read_recipe(path), run.read_lock(path)
         licences = shown.licences if shown.licences is not None else lock.get("licences", {})
-        verified = path / "merged" / "verify.json"
+        verified = path / run.FOLDERS[shown.merged or "original"] / "verify.json"
         metrics = run.read_metrics(path)
         return cls(
             recipe,
@@ -149,7 +154,7 @@ class _Facts:
             _kept_step(path, recipe, metrics),
             licences.get("base", {}),
             licences.get("data", {}),
-            run.read_json(verified) if shown.is_merged and verified.is_file() else {},
+            run.read_json(verified) if shown.merged and verified.is_file() else {},
             run.read_json(path / "adapter" / "adapter_config.json"),
             run.read_samples(path),
             shown,
@@ -206,11 +211,11 @@ def _kept_step(path: Path, recipe: Recipe, metrics: Sequence[Mapping[str, Any]])
 
 def _metadata(facts: _Facts) -> ModelCardData:
     shown = facts.shown
-    tags = ["orpo", "preference-tuning", "orpo-lite", *([] if shown.is_merged else ["lora"])]
+    tags = ["orpo", "preference-tuning", "orpo-lite", *([] if shown.merged else ["lora"])]
     name = "" if shown.repository == SOMEWHERE else shown.repository.rpartition("/")[2]
     licence: dict[str, Any] = dict(_licence_metadata(facts))
     data = ModelCardData(
-        library_name="transformers" if shown.is_merged else "peft",
+        library_name="transformers" if shown.merged else "peft",
         pipeline_tag="text-generation",
         base_model=facts.lock["base"]["name"] if facts.is_hub_base else None,
         datasets=facts.sets or None,
@@ -220,7 +225,7 @@ def _metadata(facts: _Facts) -> ModelCardData:
         **licence,
     )
     if facts.is_hub_base:
-        data["base_model_relation"] = "finetune" if shown.is_merged else "adapter"
+        data["base_model_relation"] = "finetune" if shown.merged else "adapter"
     return data
 
 
@@ -269,7 +274,7 @@ def _eval_results(facts: _Facts) -> list[EvalResult]:
 def _head(facts: _Facts) -> str:
     shown, terms = facts.shown, facts.terms
     name = shown.repository.rpartition("/")[2] if shown.repository != SOMEWHERE else "Tuned with ORPO"
-    what = "The merged weights" if shown.is_merged else f"A LoRA adapter (rank {facts.recipe.lora.r})"
+    what = MERGED_ONTO[shown.merged] if shown.merged else f"A LoRA adapter (rank {facts.recipe.lora.r})"
     pairs = f"{facts.data['train_pairs']:,} preference pairs"
     text = (
         f"{what} of {facts.base}, tuned on {pairs} with ORPO ([arXiv 2403.07691]({PAPER})) "
@@ -346,7 +351,7 @@ def _results(facts: _Facts) -> str:
 
 def _loading(facts: _Facts) -> str:
     repository, base, revision = facts.shown.repository, facts.base_name, facts.lock["base"]["revision"]
-    if facts.shown.is_merged:
+    if facts.shown.merged:
         blocks = [
             (
                 "transformers",
@@ -375,10 +380,10 @@ def _loading(facts: _Facts) -> str:
             *([("vLLM", "sh", vllm)] if rank else []),
         ]
     parts = ["## How to load it"]
-    if not facts.is_hub_base and not facts.shown.is_merged:
+    if not facts.is_hub_base and not facts.shown.merged:
         parts.append("`BASE` is the model that it was trained on, which is not named here.")
     parts += [f"{title}:\n\n```{language}\n{text}\n```" for title, language, text in blocks]
-    if not facts.shown.is_merged and not vllm_rank(facts.adapter):
+    if not facts.shown.merged and not vllm_rank(facts.adapter):
         parts.append("vLLM does not serve this adapter as it is: merge it first.")
     parts.append(OLLAMA)
     return "\n\n".join(parts)

@@ -183,6 +183,7 @@ def push(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
     repository: Annotated[str, typer.Argument(metavar="REPO", help="owner/name; a name alone is yours.")],
     merged: Annotated[bool, typer.Option("--merged", help="Push RUN/merged, not the adapter.")] = False,
+    base: Annotated[Literal["original", "dequantized"], typer.Option(help="Which merge.")] = "original",
     public: Annotated[bool, typer.Option("--public", help="Everybody can see it; private without.")] = False,
     samples: Annotated[
         int, typer.Option(min=0, max=20, help="Show so many prompts of the data, with answers, in the card.")
@@ -190,7 +191,9 @@ def push(
 ) -> None:
     """Push a run's adapter, or its merged model, to the hub, with a model card."""
     _hush()
-    _push(run, repository, is_merged=merged, is_public=public, samples=samples)
+    if base == "dequantized" and not merged:
+        raise RecipeError("--base dequantized", "without --merged", "it says which merged model", "add --merged")
+    _push(run, repository, merged=base if merged else None, is_public=public, samples=samples)
 
 
 @app.command()

@@ -14,7 +14,7 @@ from orpo_lite.card import Shown, adopt_card, is_own, make_card
 from orpo_lite.errors import TOKEN, CheckpointError, OrpoLiteError, RecipeError
 from orpo_lite.licence import find_papers, read_licences, read_text, refuse_name
 from orpo_lite.recipe import Recipe, refuse_repository
-from orpo_lite.run import Update
+from orpo_lite.run import Update, Weights
 from orpo_lite.upload import check_target, commit_files
 
 TOKENIZER = (
@@ -39,14 +39,19 @@ class PushResult:
 
 
 def push(
-    run_folder: str | Path, repository: str, *, is_merged: bool = False, is_public: bool = False, samples: int = 0
+    run_folder: str | Path,
+    repository: str,
+    *,
+    merged: Weights | None = None,
+    is_public: bool = False,
+    samples: int = 0,
 ) -> PushResult:
     """Push the adapter of a run, or its merged model, in one commit; private unless ``is_public``.
 
     Args:
         run_folder: of a finished run.
         repository: owner/name, or a name alone, which is then yours.
-        is_merged: the merged model in place of the adapter.
+        merged: the model merged onto these weights, in place of the adapter.
         is_public: everybody can see it.
         samples: so many prompts of the data are shown in the card, with their answers, in place of neutral ones.
 
@@ -56,12 +61,17 @@ def push(
         CheckpointError: nothing finished to push, or a file that holds what must not be published.
         HubError: refused, or unreachable after the attempts.
     """
-    updates = pushing(run_folder, repository, is_merged=is_merged, is_public=is_public, samples=samples)
+    updates = pushing(run_folder, repository, merged=merged, is_public=is_public, samples=samples)
     return run.drain(updates, lambda _: None)
 
 
 def pushing(
-    run_folder: str | Path, repository: str, *, is_merged: bool = False, is_public: bool = False, samples: int = 0
+    run_folder: str | Path,
+    repository: str,
+    *,
+    merged: Weights | None = None,
+    is_public: bool = False,
+    samples: int = 0,
 ) -> Generator[Update, None, PushResult]:
     """:func:`push` as a generator: yields an :class:`Update` for all that happens and returns the result."""
     path = Path(run_folder)
@@ -71,8 +81,8 @@ def pushing(
         raise RecipeError(f"REPO {repository!r}", "is no name of a repository", str(error)) from None
     lock, recipe = run.read_lock(path), run.read_recipe(path)
     folder = run.find_result(path)
-    if is_merged:
-        folder = run.find_merged(path)
+    if merged:
+        folder = run.find_merged(path, merged)
     licences = _licences(lock, recipe)
     refuse_name(repository, licences["base"], f"REPO {repository}")
     try:
@@ -80,26 +90,28 @@ def pushing(
             _refuse_samples(path, samples)
             base = lock["base"]
             papers = find_papers(licences["base"], base["name"], base["revision"], Path(base["path"]), [folder, path])
-            files = papers | _files(folder, lock, is_merged=is_merged)
+            files = papers | _files(folder, lock, is_merged=merged is not None)
             target = yield from check_target(repository, is_private=not is_public)
-            shown = Shown(target.repository, is_merged, licences, samples)
+            shown = Shown(target.repository, merged, licences, samples)
             files["README.md"] = _card(path, shown).encode()
             _refuse_leaks(files, path, lock, recipe)
             yield from _said(folder, files, licences)
-            message = f"{'Merged model' if is_merged else 'LoRA adapter'}, tuned with ORPO by orpo-lite"
+            message = f"{'Merged model' if merged else 'LoRA adapter'}, tuned with ORPO by orpo-lite"
             commit = yield from commit_files(target, files, message)
     except OrpoLiteError as error:
-        command = push_command(path, repository, is_merged=is_merged, is_public=is_public, samples=samples)
+        command = push_command(path, repository, merged=merged, is_public=is_public, samples=samples)
         error.remedy = f"{error.remedy}\n  then: {command}" if error.remedy else command
         raise
     return PushResult(target.repository, target.page, commit, tuple(sorted(files)))
 
 
 def push_command(
-    path: Path, repository: str, *, is_merged: bool = False, is_public: bool = False, samples: int = 0
+    path: Path, repository: str, *, merged: Weights | None = None, is_public: bool = False, samples: int = 0
 ) -> str:
     """The line that pushes, to be pasted."""
-    flags = [flag for flag, is_set in (("--merged", is_merged), ("--public", is_public)) if is_set]
+    flags = ["--merged"] if merged else []
+    flags += ["--base", merged] if merged == "dequantized" else []
+    flags += ["--public"] if is_public else []
     flags += ["--samples", str(samples)] if samples else []
     return shlex.join(["orpo-lite", "push", str(path), repository, *flags])
 

@@ -84,7 +84,7 @@ def test_the_metadata_are_the_hubs(tmp_path: Path) -> None:
 
 
 def test_of_a_merged_model(tmp_path: Path) -> None:
-    data = read(make_run(tmp_path), Shown(REPO, is_merged=True)).data
+    data = read(make_run(tmp_path), Shown(REPO, merged="original")).data
     assert (data.library_name, data["base_model_relation"]) == ("transformers", "finetune")
     assert "lora" not in data.tags
 
@@ -160,7 +160,7 @@ def test_without_held_out_pairs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("is_merged", [False, True])
 def test_the_code_is_code(tmp_path: Path, is_merged: bool) -> None:
-    text = read(make_run(tmp_path), Shown(REPO, is_merged)).text
+    text = read(make_run(tmp_path), Shown(REPO, "original" if is_merged else None)).text
     blocks = re.findall(r"```(\w+)\n(.*?)\n```", text, re.DOTALL)
     assert [language for language, _ in blocks] == ["python", "sh"]
     ast.parse(blocks[0][1])
@@ -187,7 +187,7 @@ def test_what_a_merge_measured_of_itself(tmp_path: Path) -> None:
     rows = (Row("base + adapter", 0.5, -0.25, -1.5), Row("merged", 0.75, 0.125, -1.25))
     verdict = Verdict(rows, pairs=1_200, held_out=True, difference=1.26e-6, effect=0.5, bound=1e-4)
     (run / "merged/verify.json").write_text(json.dumps(verdict.to_json()))
-    text = read(run, Shown(REPO, is_merged=True)).text
+    text = read(run, Shown(REPO, merged="original")).text
     assert "| 1,200 held-out pairs | reward accuracy | margin | log-prob of chosen |" in text
     assert "| merged | 75.0% | +0.1250 | -1.2500 |" in text
     assert "passed: mean log-probabilities differ by 1.3e-06 at most" in text
@@ -222,8 +222,8 @@ def test_no_path_no_place_no_token(tmp_path: Path) -> None:
         f"training.output_dir={PRIVATE}/run",
     )
     (run / "samples.jsonl").write_text(json.dumps({"prompt": f"my {TOKEN}", "after": "```\n# Title"}) + "\n")
-    for is_merged in (False, True):
-        text = make_card(run, Shown(REPO, is_merged, samples=1))
+    for merged in (None, "original", "dequantized"):
+        text = make_card(run, Shown(REPO, merged, samples=1))
         assert not [word for word in (PRIVATE, "ann", str(tmp_path), TOKEN, "pairs.csv") if word in text]
     assert "an adapter of the trainer's own" in text
     assert "````text\n```\n# Title\n````" in text
@@ -275,7 +275,7 @@ def test_a_changed_card_is_told_from_ours(tmp_path: Path) -> None:
     assert not is_own("# Mine")
     assert not is_own(ours + "\nMore.")
     adopted = adopt_card(
-        tmp_path, ours.replace("## Limits", f"Mine, {SOMEWHERE}.\n\n## Limits"), Shown(REPO, is_merged=True)
+        tmp_path, ours.replace("## Limits", f"Mine, {SOMEWHERE}.\n\n## Limits"), Shown(REPO, merged="original")
     )
     card = ModelCard(adopted)
     assert f"Mine, {REPO}." in card.text

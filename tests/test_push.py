@@ -21,8 +21,9 @@ from orpo_lite.base import find_base
 from orpo_lite.errors import CheckpointError, HubError, ModelError, OrpoLiteError, RecipeError
 from orpo_lite.generate import NEUTRAL
 from orpo_lite.merge import merge
-from orpo_lite.push import PushResult, push, pushing
+from orpo_lite.push import PushResult, push, push_command, pushing
 from orpo_lite.recipe import load_recipe
+from orpo_lite.run import Weights
 from orpo_lite.train import train
 
 REPO = "someone/tuned"
@@ -118,12 +119,27 @@ def test_an_adapter_in_one_commit_private(a_run: Path, hub: Hub) -> None:
 
 
 def test_a_merged_model_and_nothing_of_the_adapter(a_run: Path, hub: Hub) -> None:
-    result = push(a_run, REPO, is_merged=True)
+    result = push(a_run, REPO, merged="original")
     files = hub.written[REPO].files
     assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= set(files) == set(result.files)
     assert not any(name.startswith("adapter") for name in files)
     assert files["model.safetensors"] == (a_run / "merged/model.safetensors").read_bytes()
     assert ModelCard(files["README.md"].decode()).data.library_name == "transformers"
+
+
+def test_the_merge_onto_the_dequantised_weights(a_run: Path, hub: Hub, call: Call) -> None:
+    command = f"orpo-lite push {a_run} {REPO} --merged --base dequantized"
+    code, _, said = call(*command.split()[1:])
+    assert (code, f"orpo-lite merge {a_run} --base dequantized" in said) == (5, True)
+    folder = merge(a_run, weights="dequantized").folder
+    assert call(*command.split()[1:])[0] == 0
+    files = hub.written[REPO].files
+    assert files["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+    assert files["model.safetensors"] != (a_run / "merged/model.safetensors").read_bytes()
+    assert "what 4 bit had left of the base's" in files["README.md"].decode()
+    assert push_command(a_run, REPO, merged="dequantized") == command
+    code, _, said = call("push", str(a_run), REPO, "--base", "dequantized")
+    assert (code, "--merged" in said) == (2, True)
 
 
 def test_what_was_pushed_loads_as_an_adapter(a_run: Path, hub: Hub, tmp_path: Path) -> None:
@@ -183,9 +199,9 @@ def test_the_shards_of_a_merged_model_all_of_them(a_run: Path, hub: Hub) -> None
     whole.unlink()
     index = {"weight_map": dict(zip("ab", names, strict=True))}
     (merged / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert {*names, "model.safetensors.index.json"} <= set(push(a_run, REPO, is_merged=True).files)
+    assert {*names, "model.safetensors.index.json"} <= set(push(a_run, REPO, merged="original").files)
     (merged / names[1]).unlink()
-    message = refused(CheckpointError, lambda: push(a_run, REPO, is_merged=True), code=5)
+    message = refused(CheckpointError, lambda: push(a_run, REPO, merged="original"), code=5)
     assert names[1] in message
 
 
@@ -200,7 +216,7 @@ def test_only_what_is_on_the_list(a_run: Path, hub: Hub) -> None:
         (a_run / folder / "more" / "tokenizer.json").write_text("private")
         (a_run / folder / "merges.txt").symlink_to(a_run / "recipe.yaml")
     notes = [update.text for update in pushing(a_run, REPO) if update.kind == "note"]
-    push(a_run, "someone/merged", is_merged=True)
+    push(a_run, "someone/merged", merged="original")
     for repository in hub.written.values():
         assert not {"train.jsonl", "optimizer.pt", "pytorch_model.bin", ".env", "run.py", "notes.txt", "merges.txt",
                     "more/tokenizer.json"} & set(repository.files)  # fmt: skip
@@ -208,10 +224,10 @@ def test_only_what_is_on_the_list(a_run: Path, hub: Hub) -> None:
     assert notes[0].startswith("not pushed: .env, merges.txt, more, ")
 
 
-@pytest.mark.parametrize("is_merged", [False, True])
-def test_no_text_of_the_data_no_path_and_no_token(a_run: Path, hub: Hub, is_merged: bool) -> None:
+@pytest.mark.parametrize("merged", [None, "original"])
+def test_no_text_of_the_data_no_path_and_no_token(a_run: Path, hub: Hub, merged: Weights | None) -> None:
     """Every byte that was sent is looked at, decoded where it was encoded."""
-    push(a_run, REPO, is_merged=is_merged)
+    push(a_run, REPO, merged=merged)
     sent = [*hub.bodies, *hub.written[REPO].files.values(), *(line.encode() for line in hub.requests)]
     for word in (CANARY, CANARY_PATH, str(Path.home()) + "/", TOKEN, "hf_canary"):
         assert not [body[:200] for body in sent if word.encode() in body], word
@@ -449,7 +465,7 @@ def test_the_clients_patience_is_given_back(a_run: Path, hub: Hub) -> None:
 
 def test_nothing_to_push(a_run: Path, hub: Hub) -> None:
     shutil.rmtree(a_run / "merged")
-    message = refused(CheckpointError, lambda: push(a_run, REPO, is_merged=True), code=5)
+    message = refused(CheckpointError, lambda: push(a_run, REPO, merged="original"), code=5)
     assert f"orpo-lite merge {a_run}" in message
     shutil.rmtree(a_run / "adapter")
     message = refused(CheckpointError, lambda: push(a_run, REPO), code=5)
@@ -530,12 +546,12 @@ def test_licences_of_base_and_data_from_their_cards(hub: Hub) -> None:
 def test_a_card_changed_by_hand_is_pushed_as_it_is(a_run: Path, hub: Hub) -> None:
     card = a_run / "README.md"
     card.write_text(card.read_text().replace("## Limits", "My own words.\n\n## Limits").replace("pipeline_tag", "language: en\npipeline_tag"))  # fmt: skip  # noqa: E501
-    push(a_run, REPO, is_merged=True)
+    push(a_run, REPO, merged="original")
     pushed = ModelCard(hub.written[REPO].files["README.md"].decode())
     assert "My own words." in pushed.text
     assert (pushed.data.language, pushed.data.library_name) == ("en", "transformers")
     assert "OWNER/NAME" not in pushed.text
-    assert "--samples: given" in refused(RecipeError, lambda: push(a_run, REPO, is_merged=True, samples=1), code=2)
+    assert "--samples: given" in refused(RecipeError, lambda: push(a_run, REPO, merged="original", samples=1), code=2)
     card.write_text("No metadata at all.")
     assert "metadata" in refused(CheckpointError, lambda: push(a_run, REPO), code=5)
 
