@@ -10,7 +10,7 @@ import shlex
 import sys
 import traceback
 import warnings
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -21,7 +21,6 @@ from orpo_lite.errors import ModelError, OrpoLiteError, RecipeError
 from orpo_lite.screen import err, out
 
 if TYPE_CHECKING:
-    from orpo_lite.generate import Sample
     from orpo_lite.prepare import Preview
     from orpo_lite.recipe import Recipe
     from orpo_lite.run import Update, Weights
@@ -359,7 +358,7 @@ def _finish(recipe: "Recipe", result: "TrainResult") -> None:
     out.print(f"adapter of step {result.kept_step}: {result.run}/adapter")
     if result.before:
         screen.print_before_after(result.before, result.after)
-    _print_samples(result.samples)
+    _print_samples(result)
     safe = f"the adapter is safe in {result.run}/adapter; then: orpo-lite merge {shlex.quote(str(result.run))}"
     if recipe.output.push_to_hub:
         safe += f", and {_push_command(recipe, result)}"
@@ -398,15 +397,19 @@ def _push_command(recipe: "Recipe", result: "TrainResult") -> str:
     return push_command(result.run, str(recipe.output.hub_model_id), is_public=not recipe.output.hub_private_repo)
 
 
-def _print_samples(samples: "Sequence[Sample]") -> None:
-    if samples:
-        out.print(f"\nanswers, sampled at temperature {samples[0].temperature}, before and after the training")
-    for sample in samples:
+def _print_samples(result: "TrainResult") -> None:
+    """The answers to the data's own prompts, else to neutral ones; all are in the file."""
+    shown = [sample for sample in result.samples if sample.source == "held-out"] or [*result.samples]
+    if not shown:
+        return
+    more = len(result.samples) - len(shown)
+    rest = f"; {more} more, to neutral prompts, in {result.run}/samples.jsonl" if more else ""
+    out.print(f"\nanswers, sampled at temperature {shown[0].temperature}, before and after the training{rest}")
+    for sample in shown:
         out.print(
             f"\n  prompt  {_flat(sample.prompt)}\n  before  {_flat(sample.before)}\n  after   {_flat(sample.after)}"
         )
-    if samples:
-        out.print()
+    out.print()
 
 
 def _flat(text: str) -> str:

@@ -1,5 +1,6 @@
 """What the base and the trained model answer to a few prompts, for people to look at."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ def answers(
 
     Args:
         model: after its training.
-        prompts: one is answered at a time, prompt n under ``seed + n``; without answer where no position is left.
+        prompts: one is answered at a time, the nth of its source under ``seed + n``; none where no position is left.
         folder: of the result, with its tokenizer and generation config.
         max_new_tokens: length limit of an answer, less where the model has no positions for more.
         seed: of torch's generators.
@@ -67,7 +68,9 @@ def answers(
     # A sum that sampling needs has no deterministic kernel on a GPU (full_determinism); all that is trained is saved.
     torch.use_deterministic_algorithms(False)
     wrapped: Any = model.model
-    for number, prompt in enumerate(prompts):
+    seeds = {source: itertools.count(seed) for source in ("neutral", "held-out")}
+    for prompt in prompts:
+        its_seed = next(seeds[prompt.source])
         config.max_new_tokens = min(max_new_tokens, positions - len(prompt.ids))
         if config.max_new_tokens < 1:
             continue
@@ -75,7 +78,7 @@ def answers(
         found = []
         with model.evaluating():
             for adapter in (wrapped.disable_adapter(), nullcontext()):
-                torch.manual_seed(seed + number)
+                torch.manual_seed(its_seed)
                 with adapter:
                     said = wrapped.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
                 found.append(str(tokenizer.decode(said[0, ids.shape[1] :], skip_special_tokens=True)).strip())

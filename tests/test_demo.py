@@ -56,9 +56,10 @@ def test_it_ends_with_a_table_answers_and_a_remark(demo: tuple[Path, str, float]
     assert "reward accuracy" in printed
     samples = [json.loads(line) for line in (path / "samples.jsonl").read_text().splitlines()]
     assert [sample["source"] for sample in samples] == ["neutral"] * 3 + ["held-out"] * 3
+    assert "3 more, to neutral prompts, in runs/demo/samples.jsonl" in printed
     for sample in samples:
-        assert sample["prompt"] in printed
-        assert sample["after"] in printed
+        assert (sample["prompt"] in printed) is (sample["source"] == "held-out")
+        assert (sample["after"] in printed) is (sample["source"] == "held-out")
     assert any(sample["before"] != sample["after"] for sample in samples)
     assert "not" in printed.splitlines()[-1]  # the remark: machinery, not quality
     assert "\x1b[" not in printed
