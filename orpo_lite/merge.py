@@ -1,22 +1,22 @@
 """Merge: the adapter's product added to the base's weights, block by block, as a plain transformers folder."""
 
 import math
-import re
 import shutil
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from orpo_lite import run
-from orpo_lite.base import Base, check_disk, load_tokenizer, read_adapter_config
+from orpo_lite.base import Base, check_disk, load_tokenizer
+from orpo_lite.deltas import Plan, make_plan, matches_nothing
 from orpo_lite.errors import CheckpointError, FitError, ModelError, RecipeError
-from orpo_lite.model import bare_base, is_transposed, quantisable
-from orpo_lite.recipe import QuantizationSection, Recipe
+from orpo_lite.model import is_transposed, quantisable
+from orpo_lite.recipe import QuantizationSection
 from orpo_lite.run import FOLDERS, Update, Weights
 from orpo_lite.weights import (
     Rows,
@@ -25,16 +25,12 @@ from orpo_lite.weights import (
     in_blocks,
     read_header,
     read_rows,
-    read_tensor,
     shards,
     stored_tensors,
     write_model,
 )
 
 SHARD = 5 * 10**9  # bytes of a file; transformers' max_shard_size has long been so
-KEY = re.compile(
-    r"base_model\.model\.(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_magnitude_vector|base_layer)(\.weight)?"
-)
 
 
 class UnchangedError(ModelError):
@@ -93,7 +89,7 @@ def merging(
     folder = path / FOLDERS[weights]
     with run.locked(path), run.new_folder(folder) as temporary, _enough_memory(path):
         left = run.read_lock(path).get("not_quantised", [])
-        plan = _make_plan(base, adapter, stored, recipe, weights, left)
+        plan = make_plan(base, adapter, stored, recipe, weights, left)
         if isinstance(plan, str):
             yield Update("stage", "merging in memory")
             how = recipe.quantization if weights == "dequantized" else None
@@ -132,189 +128,10 @@ def _enough_memory(path: Path) -> Iterator[None]:
         raise FitError(f"merging {path}", found, "", "close other programs, or raise the limit") from error
 
 
-# --- what is to be added where
-
-
-@dataclass(frozen=True)
-class Delta:
-    """What an adapter adds to one matrix: ``scale * B @ A``; with a magnitude (DoRA) each row is rescaled to it."""
-
-    a_RI: Stored
-    b_OR: Stored
-    magnitude_O: Stored | None
-    scale: float
-    transposed: bool
-    """The matrix is stored as (I, O), as GPT-2's are."""
-
-    def load(self) -> "LoadedDelta":
-        """With its tensors in memory, float32."""
-        a, b = read_tensor(self.a_RI).float(), read_tensor(self.b_OR).float()
-        magnitude = None if self.magnitude_O is None else read_tensor(self.magnitude_O).float().flatten()
-        for stored, tensor in ((self.a_RI, a), (self.b_OR, b), (self.magnitude_O, magnitude)):
-            if stored and tensor is not None and not tensor.isfinite().all():
-                raise ModelError(str(stored.file), f"{stored.name} holds numbers that are none", "finite ones")
-        return LoadedDelta(a, b, magnitude, self.scale, self.transposed)
-
-
-@dataclass(frozen=True)
-class LoadedDelta:
-    """A :class:`Delta` in memory."""
-
-    a_RI: Tensor
-    b_OR: Tensor
-    magnitude_O: Tensor | None
-    scale: float
-    transposed: bool
-
-    def added_to(self, block: Tensor, start: int) -> Tensor:
-        """Rows of the matrix, the first being row ``start``, with the adapter; float32, or float64 as they are.
-
-        As peft merges: ``W + s B A`` (arXiv 2106.09685, Eq. 3), or ``m (W + s B A) / ||W + s B A||`` with the norm of
-        each row (arXiv 2402.09353, Eq. 5).
-        """
-        precise = torch.float64 if block.dtype == torch.float64 else torch.float32
-        sums = block.to(precise, copy=True)
-        rows = slice(start, start + len(block))
-        left, right = self.b_OR[rows], self.a_RI
-        if self.transposed:
-            left, right = self.a_RI[:, rows].t(), self.b_OR.t()
-        sums.addmm_(left.to(sums.dtype), right.to(sums.dtype), alpha=self.scale)
-        if self.magnitude_O is not None:
-            sums.mul_((self.magnitude_O[rows] / sums.norm(dim=1)).unsqueeze(1))
-        return sums
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What a streamed merge does."""
-
-    stored: Mapping[str, Stored]
-    deltas: Mapping[str, Delta]
-    """By the name of the stored tensor."""
-    quantised: frozenset[str]
-    """Stored tensors that go through 4 bit first."""
-    settings: QuantizationSection
-
-
-def _make_plan(
-    base: Base, adapter: Path, stored: Mapping[str, Stored], recipe: Recipe, weights: Weights, left: Sequence[str]
-) -> _Plan | str:
-    """Which tensors get what; or why this base cannot be streamed.
-
-    Raises:
-        ModelError: keys of the adapter that match nothing, shapes that differ, a tied head.
-    """
-    config = read_adapter_config(adapter)
-    plain = recipe.override({"quantization.load_in_4bit": False})
-    if config.target_parameters:
-        return "experts are adapted, which lie in one tensor in memory and not in the files"
-    model = bare_base(plain, base.config, torch.float32)
-    modules = dict(model.named_modules())
-    parts = _adapter_parts(adapter, modules, config)
-    prefix = _prefix(stored, [name for name, _ in model.named_parameters()])
-    deltas: dict[str, Delta] = {}
-    for name, part in parts.items():
-        module = modules[name]
-        transposed = is_transposed(module)
-        if module is model.get_output_embeddings() and base.config.get_text_config().tie_word_embeddings:
-            found = f"{name} is adapted and tied to the input embedding, which would change too"
-            raise ModelError(f"adapter {adapter}", found, "an adapter of other layers")
-        if not transposed and not isinstance(module, nn.Linear):
-            return f"{name} is a {type(module).__name__}, and merged by peft"
-        if prefix is None or (key := _moved(f"{name}.weight", prefix)) not in stored:
-            return f"the base's files name their tensors otherwise ({name})"
-        if transposed and "lora_magnitude_vector" in part:
-            return f"{name} is stored transposed"
-        shape = (part["lora_B"].shape[0], part["lora_A"].shape[1])
-        ranks_differ = part["lora_A"].shape[0] != part["lora_B"].shape[1]
-        if stored[key].shape != (shape[::-1] if transposed else shape) or ranks_differ:
-            found = f"{name} is {shape[0]}x{shape[1]}, the base's {stored[key].shape}"
-            raise ModelError(f"adapter {adapter}", found, "the shapes of the base that it was trained on")
-        magnitude = part.get("lora_magnitude_vector")
-        scale = _scale(config, name, part["lora_A"].shape[0])
-        deltas[key] = Delta(part["lora_A"], part["lora_B"], magnitude, scale, transposed)
-    quantised = frozenset[str]()
-    if weights == "dequantized":
-        layers = {name: layer for name, layer in quantisable(model).items() if name not in left}
-        if stored_otherwise := next((name for name, layer in layers.items() if is_transposed(layer)), None):
-            return f"{stored_otherwise} is stored transposed"
-        quantised = frozenset(_moved(f"{name}.weight", prefix or ("", "")) for name in layers)
-        if not quantised <= stored.keys():
-            return "the base's files name their tensors otherwise"
-    return _Plan(stored, deltas, quantised, recipe.quantization)
-
-
-def _adapter_parts(adapter: Path, modules: Mapping[str, nn.Module], config: Any) -> dict[str, dict[str, Stored]]:
-    """The adapter's tensors by module and part. Raises :class:`ModelError` for keys that match nothing."""
-    parts: dict[str, dict[str, Stored]] = {}
-    wrong = []
-    file = adapter / "adapter_model.safetensors"
-    for stored in read_header(file):
-        key = stored.name
-        match = KEY.fullmatch(key)
-        if match and match["module"] in modules:
-            parts.setdefault(match["module"], {})[match["part"]] = stored
-        else:
-            wrong.append(key)
-    wrong += [name for name, part in parts.items() if not {"lora_A", "lora_B"} <= part.keys()]
-    if lacking := sorted(_targets(config, modules) - parts.keys()):
-        found = f"lacks {len(lacking)} of the layers that it is for ({lacking[0]} ...)"
-        raise ModelError(f"adapter {adapter}", found, "A and B of each")
-    if wrong:
-        raise _matches_nothing(adapter, wrong)
-    return parts
-
-
-def _targets(config: Any, modules: Mapping[str, nn.Module]) -> set[str]:
-    """The linear layers that a configuration names, as peft finds them; none where it is for a part of them only."""
-    named = config.target_modules
-    if not isinstance(named, set | list) or config.layers_to_transform is not None:
-        return set()
-
-    def is_of(name: str, words: Iterable[str]) -> bool:
-        return any(name == word or name.endswith(f".{word}") for word in words)
-
-    linear = {name for name, module in modules.items() if isinstance(module, nn.Linear)}
-    return {name for name in linear if is_of(name, named) and not is_of(name, config.exclude_modules or ())}
-
-
-def _matches_nothing(adapter: Path, keys: Sequence[str]) -> ModelError:
-    found = f"{len(keys)} of its keys match nothing in the base ({keys[0]} ...)"
-    return ModelError(f"adapter {adapter}", found, "LoRA's A and B of layers of this base")
-
-
-def _prefix(stored: Mapping[str, Stored], names: list[str]) -> tuple[str, str] | None:
-    """(what parameters' names begin with, what stored names have in its place); None where they differ otherwise.
-
-    Some hub files leave the base model's prefix out, as GPT-2's "transformer." and OPT's "model.".
-    """
-    known = [name for name in names if name in stored]
-    if known:
-        return "", ""
-    first = {name.split(".")[0] for name in names if "lm_head" not in name}
-    if len(first) == 1:
-        prefix = f"{first.pop()}."
-        if all(name.removeprefix(prefix) in stored for name in names if name.startswith(prefix)):
-            return prefix, ""
-    return None
-
-
-def _moved(name: str, prefix: tuple[str, str]) -> str:
-    return prefix[1] + name.removeprefix(prefix[0]) if name.startswith(prefix[0]) else name
-
-
-def _scale(config: Any, module: str, rank: int) -> float:
-    """peft's factor of a layer: lora_alpha over r, or over its root (rsLoRA, arXiv 2312.03732), with its patterns."""
-    from peft.utils.other import get_pattern_key
-
-    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), module), config.lora_alpha)
-    return float(alpha) / (math.sqrt(rank) if config.use_rslora else rank)
-
-
 # --- block by block
 
 
-def _stream(plan: _Plan, folder: Path, most: int) -> Generator[Update, None, int]:
+def _stream(plan: Plan, folder: Path, most: int) -> Generator[Update, None, int]:
     """Write the merged tensors; returns how many the adapter has changed."""
     files = shards(plan.stored.values(), most)
     total = sum(stored.nbytes for stored in plan.stored.values())
@@ -324,7 +141,7 @@ def _stream(plan: _Plan, folder: Path, most: int) -> Generator[Update, None, int
     return len(changed)
 
 
-def _merged_blocks(plan: _Plan, files: Iterable[Iterable[Stored]], changed: set[str]) -> Iterator[Tensor]:
+def _merged_blocks(plan: Plan, files: Iterable[Iterable[Stored]], changed: set[str]) -> Iterator[Tensor]:
     """The contents of all files, in order; names of tensors that the adapter changes go to ``changed``."""
     order = [stored for held in files for stored in held]
     reads = ahead(read_rows, (rows for stored in order for rows in in_blocks(stored)))
@@ -332,12 +149,12 @@ def _merged_blocks(plan: _Plan, files: Iterable[Iterable[Stored]], changed: set[
         pieces: Iterator[tuple[Rows, Tensor]] = zip(in_blocks(stored), reads)  # noqa: B905 - reads go on
         if stored.name in plan.quantised:
             pieces = dequantised(pieces, plan.settings)
-        delta = plan.deltas[stored.name].load() if stored.name in plan.deltas else None
+        added = plan.deltas[stored.name].load() if stored.name in plan.deltas else None
         for rows, block in pieces:
-            if delta is None:
+            if added is None:
                 yield block.to(stored.dtype)
                 continue
-            merged = delta.added_to(block, rows.start)
+            merged = added(block, rows.start)
             if stored.name not in changed and not torch.equal(merged.to(stored.dtype), block.to(stored.dtype)):
                 changed.add(stored.name)
             out = block if block.dtype == stored.dtype else torch.empty(block.shape, dtype=stored.dtype)
@@ -402,7 +219,7 @@ def _merge_in_memory(
     known = get_peft_model_state_dict(adapted)
     names = [stored.name for stored in read_header(adapter / "adapter_model.safetensors")]
     if wrong := [name for name in names if name not in known]:
-        raise _matches_nothing(adapter, wrong)
+        raise matches_nothing(adapter, wrong)
     layers = {name: layer for name, layer in adapted.named_modules() if hasattr(layer, "merged_adapters")}
     before = {name: _base_weight(layer).detach().clone() for name, layer in layers.items()}
     adapted.merge_adapter(safe_merge=True)
