@@ -27,9 +27,10 @@ from orpo_lite.base import (
     read_sizes,
 )
 from orpo_lite.data.cache import VARIABLE, TokenizedPairs, cache_folder, wanted_folder
-from orpo_lite.data.pairs import held_out_sources, hold_out, refuse_unknown_columns, training_sources
+from orpo_lite.data.mapped import refuse_unknown_columns
 from orpo_lite.data.preview import COUNTED, figures
 from orpo_lite.data.rows import Source, is_local, is_path, told_apart
+from orpo_lite.data.sets import held_out_sources, hold_out, training_sources
 from orpo_lite.data.sides import show_row, tokenized
 from orpo_lite.data.templates import set_chat_template
 from orpo_lite.errors import CheckpointError, ModelError, RecipeError, raise_all

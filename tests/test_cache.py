@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 
 from orpo_lite.data import cache
 from orpo_lite.data.cache import NUMBERS, TokenizedPairs
-from orpo_lite.data.pairs import hold_out
+from orpo_lite.data.sets import hold_out
 from orpo_lite.data.tokens import TokenizedPair, common_prefix
 
 KEY = "0123456789abcdef" * 2

@@ -18,22 +18,11 @@ from hypothesis import strategies as st
 from orpo_lite.data import pairs as data_pairs
 from orpo_lite.data import rows as data_rows
 from orpo_lite.data.formats import PROMPTS_DIFFER, Pair
-from orpo_lite.data.pairs import (
-    BLANK,
-    EMPTY_PROMPT,
-    EQUAL,
-    LOOK,
-    PLACES,
-    SAID_TWICE,
-    PairReader,
-    held_out_sources,
-    hold_out,
-    prompt_key,
-    refuse_unknown_columns,
-    training_sources,
-)
+from orpo_lite.data.mapped import LOOK, refuse_unknown_columns
+from orpo_lite.data.pairs import BLANK, EMPTY_PROMPT, EQUAL, PLACES, SAID_TWICE, PairReader
 from orpo_lite.data.readers import EMPTY_CHOSEN, EMPTY_REJECTED, SYSTEMS_DIFFER
 from orpo_lite.data.rows import HubSource, Source
+from orpo_lite.data.sets import held_out_sources, hold_out, prompt_key, training_sources
 from orpo_lite.errors import SHOWN, DataError, HubError, OrpoLiteError
 from orpo_lite.recipe import DataSection, load_recipe
 

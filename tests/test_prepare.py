@@ -23,8 +23,9 @@ from orpo_lite.data import cache
 from orpo_lite.data import sides as data_sides
 from orpo_lite.data.cache import TokenizedPairs
 from orpo_lite.data.formats import Pair
-from orpo_lite.data.pairs import EMPTY_CHOSEN, EQUAL, PLACES, PairReader, prompt_key
+from orpo_lite.data.pairs import EMPTY_CHOSEN, EQUAL, PLACES, PairReader
 from orpo_lite.data.preview import PADDED_BATCH, QUANTILES, SHUFFLES
+from orpo_lite.data.sets import prompt_key
 from orpo_lite.data.templates import SPECIAL, LimitedRenderer, Renderer, set_chat_template
 from orpo_lite.data.tokens import EQUAL_CUT, LONG_PROMPT, TokenizedPair, tokenize_pairs
 from orpo_lite.errors import DataError, FitError, ModelError

@@ -15,7 +15,7 @@ from conftest import Answer, byte_tokenizer
 from rich.console import Console
 
 from orpo_lite import screen
-from orpo_lite.data.pairs import LOOK
+from orpo_lite.data.mapped import LOOK
 
 MAP = "data.column_map=prompt=question,chosen=good_answer,rejected=bad_answer"
 COFFEE = [

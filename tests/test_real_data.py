@@ -11,14 +11,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from orpo_lite.data.formats import PROMPTS_DIFFER, Pair
-from orpo_lite.data.pairs import (
-    EMPTY_CHOSEN,
-    PairReader,
-    held_out_sources,
-    hold_out,
-    prompt_key,
-    training_sources,
-)
+from orpo_lite.data.pairs import EMPTY_CHOSEN, PairReader
+from orpo_lite.data.sets import held_out_sources, hold_out, prompt_key, training_sources
 from orpo_lite.data.templates import LimitedRenderer, Renderer, set_chat_template
 from orpo_lite.data.tokens import LONG_PROMPT, TokenizedPair, end_token_id, show_texts, tokenize_pairs
 from orpo_lite.recipe import DataSection

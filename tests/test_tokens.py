@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from orpo_lite.data import tokens as data_tokens
 from orpo_lite.data.formats import Pair
-from orpo_lite.data.pairs import prompt_key
+from orpo_lite.data.sets import prompt_key
 from orpo_lite.data.templates import REWRITTEN, SPECIAL, PairTexts, Renderer, pair_texts, set_chat_template
 from orpo_lite.data.tokens import (
     BATCH,

@@ -13,7 +13,8 @@ from datasets import load_dataset
 from test_step import lora_model
 from torch.utils.data import SequentialSampler
 
-from orpo_lite.data.pairs import PairReader, training_sources
+from orpo_lite.data.pairs import PairReader
+from orpo_lite.data.sets import training_sources
 from orpo_lite.data.templates import Renderer, set_chat_template
 from orpo_lite.data.tokens import TokenizedPair, tokenize_pairs
 from orpo_lite.gradient import accumulate

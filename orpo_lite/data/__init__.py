@@ -1,5 +1,5 @@
 """Rows to pairs to tokens to batches.
 
-Order inside the wing: readers, kinds, columns, guesses, verdicts, unread, formats, files, rows, pairs, templates,
-tokens, cache, sides, packing, preview.
+Order inside the wing: readers, kinds, columns, guesses, verdicts, unread, formats, files, rows, mapped, sets, pairs,
+templates, tokens, cache, sides, packing, preview.
 """

@@ -1,27 +1,24 @@
-"""Sets to pairs: read row by row, filtered as in the paper, split by prompt. Needs no tokenizer.
+"""Sets to pairs: read row by row, filtered as in the paper. Needs no tokenizer.
 
 Nothing is held in memory but what is asked for: a set may be larger than that. Every pair left out is counted.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-import os
-import shlex
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from itertools import accumulate, chain, islice, pairwise
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from itertools import chain, islice, pairwise
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from orpo_lite.data.columns import Look, map_line, plain_name, shown
-from orpo_lite.data.formats import COLUMNS, Detected, Pair, Row, detect_format, is_known
+from orpo_lite.data.formats import Detected, Pair, Row, detect_format, is_known
 from orpo_lite.data.kinds import CHAT, is_blank, kind_of
+from orpo_lite.data.mapped import LOOK, first_with, found_columns, held_columns, lacking_columns, mapped_row
 from orpo_lite.data.readers import EMPTY_CHOSEN, EMPTY_REJECTED, NO_TOOLS, ToolError, says_nothing
-from orpo_lite.data.rows import Source, find_source, is_local, is_path, names_line, refuse_twice
+from orpo_lite.data.rows import Source, names_line
 from orpo_lite.errors import SHOWN, DataError, raise_all
 
 if TYPE_CHECKING:
@@ -34,11 +31,8 @@ EMPTY_PROMPT = "empty prompt"
 BLANK = "blank row"
 SAID_TWICE = "the same turn twice in a row"
 
-LOOK = 100  # rows that detection looks at
 LATER = {"system", "history", "input"}  # what may stand in some rows alone: the others read the same without it
 PLACES = 3  # places kept of each reason to leave a pair out
-
-Held = TypeVar("Held")  # whatever is split by prompt
 
 
 class Drops:
@@ -153,10 +147,10 @@ class PairReader:
             raise DataError(source.name, found, "at least one preference pair", "check data.dataset_name")
         try:
             looked = [row for _, row in first]
-            looked += _first_with(source, _lacking(self.data, looked), self.data.max_samples)
-            columns = _found_columns(self.data, looked)
+            looked += first_with(source, lacking_columns(self.data, looked), self.data.max_samples)
+            columns = found_columns(self.data, looked)
             listed = {ours: self._map[ours] for ours in columns}
-            look = [_mapped(row, listed) for row in looked]
+            look = [mapped_row(row, listed) for row in looked]
             detected = self._detect(look, columns)
             self._refuse_anothers(source, looked, columns, detected)
         except DataError as fault:
@@ -166,7 +160,7 @@ class PairReader:
         self.detected.append("")
         self.columns.append({})
         names = {key: None for row in looked for key in row}
-        held = _held_columns(listed, looked)
+        held = held_columns(listed, looked)
         self._say(f"{detected.sentence}{named}", detected, held, names)
         seen = {key for row in look for key, value in row.items() if not is_blank(value)}
         moved, read, unread = 0, 0, []
@@ -174,7 +168,7 @@ class PairReader:
             faults += broken[moved:before]
             moved = before
             self.read += 1
-            mapped = _mapped(row, listed)
+            mapped = mapped_row(row, listed)
             if late := [key for key, value in mapped.items() if key not in seen and not is_blank(value)]:
                 seen.update(late)
                 names.update(dict.fromkeys(row))
@@ -254,7 +248,7 @@ class PairReader:
         for part in parts:
             rows: list[Row] = []
             with suppress(DataError):
-                rows = [_mapped(row, self._map) for _, row in islice(part.rows([]), LOOK)]
+                rows = [mapped_row(row, self._map) for _, row in islice(part.rows([]), LOOK)]
             look = Look(rows, {}, plain=False)
             kinds.append({column: kind for column, kind in look.kinds.items() if kind != "null"})
         if all(held == kinds[0] for held in kinds):
@@ -320,56 +314,6 @@ class PairReader:
         return own and not any(keys & {*columns.values()} for keys in others)
 
 
-def training_sources(data: DataSection) -> list[Source]:
-    """The sets to train on, found but not read. Raises DataError and HubError."""
-    _check_mapped(data.columns)
-    split = data.dataset_train_split
-    if split not in ("auto", "train") and all(Path(name).expanduser().is_file() for name in data.names):
-        found, expected = repr(split), "auto: files of their own have no splits"
-        raise DataError("data.dataset_train_split", found, expected, "leave it out, or name the file of that split")
-    sources = [find_source(name, split, data.dataset_config) for name in data.names]
-    refuse_twice(sources)
-    if data.dataset_test_split is not None and all(map(is_local, data.names)):
-        _refuse_held_out(sources, held_out_sources(data))
-    return sources
-
-
-def _refuse_held_out(sources: Sequence[Source], held_out: Sequence[Source]) -> None:
-    """Raise DataError for a file that would be both trained on and held out: a pattern takes all that it matches."""
-    theirs = [file for source in held_out for file in source.paths()]
-    held = set(map(os.path.realpath, theirs))
-    files = [file for source in sources for file in source.paths()]
-    left = [file for file in files if os.path.realpath(file) not in held]
-    if len(left) < len(files):
-        both = shown(*(Path(file).name for file in files if file not in left))
-        remedy = names_line(left) if left else "name other files in one of the two"
-        if left and len(theirs) == 1:  # files of their own have no splits by which to name it
-            remedy += " " + shlex.quote(f"data.dataset_test_split={theirs[0]}")
-        raise DataError("data.dataset_name", f"{both}: held out as well", "pairs on one side alone", remedy)
-
-
-def held_out_sources(data: DataSection) -> list[Source]:
-    """The held-out set of data.dataset_test_split: a file or folder of its own, else that split of the training sets.
-
-    [] without one; ``hold_out`` then splits what is left of the training side. Raises DataError and HubError.
-    """
-    test = data.dataset_test_split
-    if test is None:
-        return []
-    if is_path(test):  # a bare word is a split, even when a folder of that name stands near by
-        try:
-            return [find_source(test, "test", None)]
-        except DataError:  # files that carry no names of splits are all held out
-            return [find_source(test, "auto", None)]
-    if alone := next((name for name in data.names if Path(name).expanduser().is_file()), None):
-        expected = f"a file of its own ({alone} has no splits), or null to hold out data.test_split_size"
-        folders = [find_source(name, test, None) for name in data.names if Path(name).expanduser().is_dir()]
-        files = [file for source in folders for file in source.paths()]
-        remedy = shlex.quote(f"data.dataset_test_split={files[0] if len(files) == 1 else 'held-out.jsonl'}")
-        raise DataError("data.dataset_test_split", repr(test), expected, remedy)
-    return [find_source(name, test, data.dataset_config) for name in data.names]
-
-
 def _tools_once(faults: Sequence[DataError]) -> list[DataError]:
     """The faults, of which the rows with tools are one, with their count: there is one remedy for all of them."""
     tools = [fault for fault in faults if isinstance(fault, ToolError)]
@@ -413,118 +357,3 @@ def _holds_absent(pair: Pair) -> bool:
 def _content(pair: Pair) -> bytes:
     content = [pair.messages, pair.prompt_text, pair.chosen, pair.rejected]
     return json.dumps(content, sort_keys=True).encode() + b"\n"
-
-
-def _mapped(row: Row, column_map: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """The row under our names; of several columns that may hold one of ours, it has the first that it has at all."""
-    taken = {ours: row[column] for ours, names in column_map.items() if (column := _first(names, row)) is not None}
-    return {key: value for key, value in row.items() if key not in column_map} | taken
-
-
-def _first(names: Sequence[str], row: Row) -> str | None:
-    return next((name for name in names if name in row), None)
-
-
-def _held_columns(column_map: Mapping[str, Sequence[str]], rows: Sequence[Row]) -> dict[str, list[str]]:
-    """The columns from which these rows have ours: more than one where a folder has files of different names."""
-    firsts = {ours: dict.fromkeys(_first(names, row) for row in rows) for ours, names in column_map.items()}
-    return {ours: [name for name in names if name is not None] for ours, names in firsts.items()}
-
-
-def _found_columns(data: DataSection, rows: Sequence[Row]) -> dict[str, str]:
-    """What data.column_map says of the set of these rows: our name to the column, where it has one."""
-    found = {key for row in rows for key in row}
-    firsts = ((ours, next((name for name in names if name in found), None)) for ours, names in data.columns.items())
-    return {ours: first for ours, first in firsts if first is not None}
-
-
-def _lacking(data: DataSection, rows: Sequence[Row]) -> set[str]:
-    """The columns that data.column_map names, for those of our names of which these rows have none."""
-    found = _found_columns(data, rows)
-    return {name for ours, names in data.columns.items() if ours not in found for name in names}
-
-
-def _first_with(source: Source, lacking: set[str], max_samples: int | None) -> list[Row]:
-    """The first rows that have these columns, as far as the set has them at all."""
-    if lacking and (columns := source.columns()) is not None:
-        lacking = lacking & columns  # else a table would be read whole for what its head says it does not have
-    found: list[Row] = []
-    for _, row in islice(source.rows([]), max_samples if lacking else 0):
-        if lacking & row.keys():
-            found.append(row)
-            lacking = lacking - row.keys()
-            if not lacking:
-                break
-    return found
-
-
-def refuse_unknown_columns(data: DataSection, sources: Sequence[Source]) -> None:
-    """Raise DataError for a column that data.column_map names and that none of the sets has, held-out ones included."""
-    unknown = {name for names in data.columns.values() for name in names}
-    found: dict[str, None] = {}
-    for source in sources:
-        if unknown:
-            columns = source.columns()
-            rows = [] if columns is not None else [row for _, row in islice(source.rows([]), LOOK)]
-            found |= dict.fromkeys([*(columns or ()), *(key for row in rows for key in row)])
-            unknown -= found.keys()
-    for source in sources if found else ():  # sets without rows have a message of their own
-        unknown -= {key for row in _first_with(source, unknown, data.max_samples) for key in row}
-    if unknown:
-        _raise_unknown(sorted(unknown), tuple(found))
-
-
-def _check_mapped(column_map: Mapping[str, Sequence[str]]) -> None:
-    if unknown := [name for name in column_map if name not in COLUMNS]:
-        if all(len(columns) == 1 and columns[0] in COLUMNS for columns in column_map.values()):
-            line = map_line({columns[0]: [theirs] for theirs, columns in column_map.items()})
-            found = f"{shown(*unknown)} {'is' if len(unknown) == 1 else 'are'} not among our names"
-            raise DataError("data.column_map", found, "OURS=THEIRS", f"turn it round: {line}")
-        _raise_unknown(unknown, COLUMNS)
-
-
-def _raise_unknown(names: Sequence[str], options: Sequence[str]) -> NoReturn:
-    faults = []
-    for name in names:
-        near = difflib.get_close_matches(name, options, n=1)
-        remedy = f"did you mean {near[0]!r}?" if near else "data.column_map=prompt=COLUMN"
-        faults.append(DataError("data.column_map", f"{name!r}", f"one of {', '.join(options)}", remedy))
-    raise_all(faults)
-    raise AssertionError("names is empty")
-
-
-# --- the held-out side
-
-
-def prompt_key(pair: Pair) -> bytes:
-    """What makes two prompts the same: a hash (16 bytes) of roles and words, whatever their case and spacing."""
-    turns = (f"{turn['role']}: {' '.join(turn['content'].split()).casefold()}" for turn in pair.messages)
-    return hashlib.blake2b("\n".join(turns).encode(), digest_size=16).digest()
-
-
-def hold_out(pairs: Sequence[Held], prompts: Sequence[bytes], size: float, seed: int) -> tuple[list[Held], list[Held]]:
-    """Split by prompt: a share of the prompts (size < 1), or whole prompts until there are ``size`` pairs.
-
-    Args:
-        pairs: those that are left when all filters have been passed, so that no filter can empty a side.
-        prompts: what makes two prompts the same, one for each pair (:func:`prompt_key`).
-
-    A prompt's rank is a hash of seed and prompt, so the order of the rows does not matter.
-    """
-    if size == 0:
-        return list(pairs), []
-    counts = Counter(prompts)
-    ranked = sorted(counts, key=lambda key: hashlib.sha256(b"%d\n" % seed + key).digest())
-    if size < 1:
-        held = set(ranked[: max(1, round(size * len(ranked)))])
-    else:
-        before = accumulate((counts[key] for key in ranked), initial=0)  # pairs held before each prompt
-        held = {key for key, pairs_held in zip(ranked, before, strict=False) if pairs_held < size}
-    if len(held) == len(ranked):
-        found = f"{size:g} of {len(pairs)} pairs with {len(ranked)} different prompts leaves none to train on"
-        raise DataError("data.test_split_size", found, "less than all prompts", "data.test_split_size=0, or more pairs")
-    train: list[Held] = []
-    test: list[Held] = []
-    for pair, prompt in zip(pairs, prompts, strict=True):
-        (test if prompt in held else train).append(pair)
-    return train, test

@@ -11,7 +11,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from orpo_lite.data.formats import Pair, shared_start
-from orpo_lite.data.pairs import prompt_key
+from orpo_lite.data.sets import prompt_key
 from orpo_lite.data.templates import SPECIAL, PairTexts, Rendered, Renderer, eos_id
 from orpo_lite.errors import ModelError, OrpoLiteError, raise_all
 
