@@ -41,9 +41,9 @@ OLLAMA = (
     "Ollama: `orpo-lite export RUN --to ollama`, where the run lies, writes the GGUF file and a Modelfile with the "
     "template and the stop tokens of this model. A bare `FROM` would leave both to Ollama's guess."
 )
-MERGED_ONTO: dict[run.Weights, str] = {
-    "original": "The merged weights",
-    "dequantized": "The merged weights (onto what 4 bit had left of the base's, as in training)",
+ONTO: dict[run.Weights, str] = {
+    "original": "the base's own weights",
+    "dequantized": "what 4 bit had left of the base's weights, as in training",
 }
 SHOWN = 1500  # characters of a sample
 SAMPLED = {"Prompt": "prompt", "Before": "before", "After": "after"}
@@ -83,6 +83,14 @@ def make_card(path: Path, shown: Shown = Shown()) -> str:
     ]
     body = "\n\n".join(part for part in parts if part)
     return seal(f"---\n{metadata.to_yaml()}\n---\n\n{body}\n")
+
+
+def write_card(path: Path) -> None:
+    """README.md of a finished run, made afresh unless a person has changed the one that is there."""
+    file = path / "README.md"
+    if not file.is_file() or is_own(file.read_text(encoding="utf-8")):
+        repository = run.read_recipe(path).output.hub_model_id
+        run.write_text(file, make_card(path, Shown(repository or SOMEWHERE)))
 
 
 def seal(text: str) -> str:
@@ -133,7 +141,8 @@ class _Facts:
     kept_step: int | None
     licence: Mapping[str, str]
     data_licences: Mapping[str, Mapping[str, str]]
-    verified: Mapping[str, Any]
+    verified: Mapping[run.Weights, Mapping[str, Any]]
+    """What `merge --verify` found, by the weights that were merged onto."""
     adapter: Mapping[str, Any]
     """Its configuration, peft's."""
     samples: Sequence[Mapping[str, str]]
@@ -144,7 +153,7 @@ class _Facts:
     def read(cls, path: Path, shown: Shown) -> "_Facts":
         recipe, lock = run.read_recipe(path), run.read_lock(path)
         licences = shown.licences if shown.licences is not None else lock.get("licences", {})
-        verified = path / run.FOLDERS[shown.merged or "original"] / "verify.json"
+        kinds = [shown.merged] if shown.merged else run.FOLDERS
         metrics = run.read_metrics(path)
         return cls(
             recipe,
@@ -154,7 +163,7 @@ class _Facts:
             _kept_step(path, recipe, metrics),
             licences.get("base", {}),
             licences.get("data", {}),
-            run.read_json(verified) if shown.merged and verified.is_file() else {},
+            {kind: found for kind in kinds if (found := _verified(path, kind))},
             run.read_json(path / "adapter" / "adapter_config.json"),
             run.read_samples(path),
             shown,
@@ -204,6 +213,15 @@ def _kept_step(path: Path, recipe: Recipe, metrics: Sequence[Mapping[str, Any]])
     losses = {row["step"]: row["eval_loss"] for row in metrics if row.get("eval_loss") is not None}
     best = recipe.training.load_best_model_at_end and losses
     return min(losses, key=losses.__getitem__) if best else max(steps, default=None)
+
+
+def _verified(path: Path, kind: run.Weights) -> Mapping[str, Any]:
+    """{} where nothing is merged, or measured, or where it is of another adapter than the run has now."""
+    found = path / run.FOLDERS[kind] / "verify.json"
+    try:
+        return run.read_json(run.find_merged(path, kind) / found.name) if found.is_file() else {}
+    except CheckpointError:
+        return {}
 
 
 # --- metadata
@@ -274,12 +292,13 @@ def _eval_results(facts: _Facts) -> list[EvalResult]:
 def _head(facts: _Facts) -> str:
     shown, terms = facts.shown, facts.terms
     name = shown.repository.rpartition("/")[2] if shown.repository != SOMEWHERE else "Tuned with ORPO"
-    what = MERGED_ONTO[shown.merged] if shown.merged else f"A LoRA adapter (rank {facts.recipe.lora.r})"
+    what = "The merged weights" if shown.merged else f"A LoRA adapter (rank {facts.recipe.lora.r})"
     pairs = f"{facts.data['train_pairs']:,} preference pairs"
     text = (
         f"{what} of {facts.base}, tuned on {pairs} with ORPO ([arXiv 2403.07691]({PAPER})) "
         f"by orpo-lite {facts.lock['orpo_lite']}."
     )
+    text += f" The adapter is merged onto {ONTO[shown.merged]}." if shown.merged else ""
     built_with = f"**{terms.built_with}**\n\n" if terms and terms.built_with else ""
     return f"# {name}\n\n{built_with}{text}"
 
@@ -390,19 +409,20 @@ def _loading(facts: _Facts) -> str:
 
 
 def _verification(facts: _Facts) -> str:
-    """The table of `orpo-lite merge --verify`."""
-    found = facts.verified
-    if not found:
-        return ""
-    rows = [
-        (_cell(row["model"]), f"{row['accuracy']:.1%}", f"{row['margin']:+.4f}", f"{row['chosen']:.4f}")
-        for row in found["rows"]
-    ]
-    pairs = f"{found['pairs']:,} {'held-out' if found['held_out'] else 'training'} pairs"
-    verdict = f"{'passed' if found['passed'] else 'FAILED'}: mean log-probabilities differ by {found['difference']:.2g}"
-    said = f"{verdict} at most from those of base and adapter (bound {found['bound']:.2g})"
-    table = _table((pairs, "reward accuracy", "margin", "log-prob of chosen"), rows)
-    return f"## The merge, measured\n\n{table}\n\n{said}; the adapter changes them by up to {found['effect']:.2g}."
+    """The tables of `orpo-lite merge --verify`."""
+    parts = ["## The merge, measured"]
+    for kind, found in facts.verified.items():
+        rows = [
+            (_cell(row["model"]), f"{row['accuracy']:.1%}", f"{row['margin']:+.4f}", f"{row['chosen']:.4f}")
+            for row in found["rows"]
+        ]
+        pairs = f"{found['pairs']:,} {'held-out' if found['held_out'] else 'training'} pairs"
+        verdict = f"{'passed' if found['passed'] else 'FAILED'}: mean log-probabilities differ by"
+        bound = f"{found['difference']:.2g} at most from those of base and adapter (bound {found['bound']:.2g})"
+        parts.append(f"Merged onto {ONTO[kind]}:")
+        parts.append(_table((pairs, "reward accuracy", "margin", "log-prob of chosen"), rows))
+        parts.append(f"{verdict} {bound}; the adapter changes them by up to {found['effect']:.2g}.")
+    return "\n\n".join(parts) if facts.verified else ""
 
 
 def _samples(facts: _Facts) -> str:

@@ -21,8 +21,9 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from transformers import enable_full_determinism
 
-from orpo_lite import card, checkpoint, demo, run
+from orpo_lite import checkpoint, demo, run
 from orpo_lite.base import check_disk, fetch_weights, load_tokenizer
+from orpo_lite.card import write_card
 from orpo_lite.data.packing import epoch_order, micro_batches, steps_per_epoch
 from orpo_lite.data.sides import prompt_ids
 from orpo_lite.data.tokens import TokenizedPair
@@ -278,7 +279,7 @@ def _train(
     samples: tuple[Sample, ...] = ()
     if accelerator.is_main_process:
         samples = yield from _answer(recipe, ready, loaded.pair_model, path, stop)
-        _write_card(recipe, path)
+        write_card(path)
     accelerator.wait_for_everyone()
     return TrainResult(
         run=path,
@@ -511,13 +512,6 @@ def _answer(
     lines = (json.dumps(asdict(sample), ensure_ascii=False) for sample in samples)
     run.write_text(path / run.SAMPLES, "".join(f"{line}\n" for line in lines))
     return tuple(samples)
-
-
-def _write_card(recipe: Recipe, path: Path) -> None:
-    """Unless a person has changed the one that is there."""
-    written = path / "README.md"
-    if not written.is_file() or card.is_own(written.read_text(encoding="utf-8")):
-        run.write_text(written, card.make_card(path, card.Shown(recipe.output.hub_model_id or card.SOMEWHERE)))
 
 
 def _exhausted(state: Mapping[str, Any], recipe: Recipe) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from orpo_lite import demo, run
 from orpo_lite.base import Base, read_config
+from orpo_lite.card import write_card
 from orpo_lite.data.packing import make_batch, micro_batches
 from orpo_lite.data.tokens import TokenizedPair
 from orpo_lite.model import PairModel, Way, load_base, load_pair_model
@@ -72,7 +73,8 @@ class Verdict:
 def verify(run_folder: str | Path, *, weights: Weights = "original") -> Verdict:
     """Compare the merged model of a run with its base and adapter, on pairs that the run held out.
 
-    Writes ``verify.json`` beside the merged weights. Loads the models, one after the other, on the GPU if there is one.
+    Writes ``verify.json`` beside the merged weights, and the run's card again. Loads the models, one after the other,
+    on the GPU if there is one.
 
     Args:
         run_folder: of a run that is merged.
@@ -128,6 +130,7 @@ def verifying(run_folder: str | Path, *, weights: Weights = "original") -> Gener
         bound=max(EXACT, LOST * effect) if halves or device.type == "cuda" else EXACT,
     )
     run.write_text(merged / "verify.json", run.to_json(verdict.to_json()))
+    write_card(path)
     return verdict
 
 

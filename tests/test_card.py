@@ -184,6 +184,8 @@ def test_vllm_is_given_what_it_takes(tmp_path: Path) -> None:
 def test_what_a_merge_measured_of_itself(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     (run / "merged").mkdir()
+    (run / "merged/config.json").write_text("{}")
+    (run / "merged/model.safetensors").write_bytes(b"")
     rows = (Row("base + adapter", 0.5, -0.25, -1.5), Row("merged", 0.75, 0.125, -1.25))
     verdict = Verdict(rows, pairs=1_200, held_out=True, difference=1.26e-6, effect=0.5, bound=1e-4)
     (run / "merged/verify.json").write_text(json.dumps(verdict.to_json()))
@@ -191,7 +193,8 @@ def test_what_a_merge_measured_of_itself(tmp_path: Path) -> None:
     assert "| 1,200 held-out pairs | reward accuracy | margin | log-prob of chosen |" in text
     assert "| merged | 75.0% | +0.1250 | -1.2500 |" in text
     assert "passed: mean log-probabilities differ by 1.3e-06 at most" in text
-    assert "reward accuracy | margin" not in read(run).text
+    assert "reward accuracy | margin" not in read(run, Shown(REPO, merged="dequantized")).text
+    assert "| merged | 75.0% | +0.1250 | -1.2500 |" in read(run).text
 
 
 @pytest.mark.parametrize("name", ["cc-by-nc-4.0", "cc-by-nc-sa-4.0", "CC-BY-NC-ND-3.0", "x-noncommercial", "x-research-only"])  # fmt: skip  # noqa: E501

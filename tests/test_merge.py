@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from orpo_lite import merge, run, verify, weights
 from orpo_lite.base import fingerprint
+from orpo_lite.card import Shown, make_card
 from orpo_lite.errors import CheckpointError, FitError, ModelError
 from orpo_lite.merge import dequantised
 from orpo_lite.prepare import prepare
@@ -469,6 +470,13 @@ def test_a_merged_model_is_verified_from_the_command_line(call: Call, small_reci
         assert "4-bit base + adapter, as trained" in said
     kept = json.loads((result.run / "merged" / "verify.json").read_text())
     assert (kept["passed"], kept["held_out"], len(kept["rows"])) == (True, True, 3)
+    card = (result.run / "README.md").read_text()
+    assert "Merged onto the base's own weights:\n\n| 8 held-out pairs" in card
+    assert "Merged onto what 4 bit had left of the base's weights, as in training:" in card
+    merge(result.run, weights="dequantized")  # made anew, and not measured
+    make = make_card(result.run, Shown(merged="dequantized"))
+    assert "The merge, measured" not in make
+    assert make_card(result.run).count("| merged |") == 1
     assert len(list((result.run / "merged").glob("*.safetensors"))) > 1
     code, _, complaint = call("merge", str(result.run), "--max-shard-size", "lots")
     assert (code, "a size such as 5GB" in complaint) == (2, True)
