@@ -259,15 +259,37 @@ def append_metrics(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All lines of metrics.jsonl; [] before the first."""
-    file = path / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+    """All lines of metrics.jsonl; [] before the first. Raises :class:`CheckpointError`."""
+    return _read_rows(path / "metrics.jsonl")
 
 
-def read_samples(path: Path) -> list[dict[str, str]]:
-    """All lines of samples.jsonl, which may not be there."""
-    file = path / SAMPLES
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+def read_samples(path: Path) -> list[dict[str, Any]]:
+    """All lines of samples.jsonl, which may not be there. Raises :class:`CheckpointError`."""
+    return _read_rows(path / SAMPLES)
+
+
+def _read_rows(file: Path) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(_lines(file), 1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{file}:{number}", f"cannot be read ({error})", "a line as it was written"
+            ) from error
+        if not isinstance(row, dict):
+            raise CheckpointError(f"{file}:{number}", "is not a JSON object", "a line as it was written")
+        rows.append(row)
+    return rows
+
+
+def _lines(file: Path) -> list[str]:
+    """Those that end with a line feed: a text in JSON may well hold what else Python takes for the end of a line."""
+    try:
+        text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    except (OSError, ValueError) as error:
+        raise CheckpointError(str(file), f"cannot be read ({error})", "a file of the run") from error
+    return [line for line in text.split("\n") if line.strip()]
 
 
 def cut_metrics(path: Path, *, step: int, evaluated: int | None) -> None:
@@ -276,7 +298,7 @@ def cut_metrics(path: Path, *, step: int, evaluated: int | None) -> None:
     if not file.is_file():
         return
     kept = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in _lines(file):
         try:
             row = json.loads(line)
         except ValueError:  # cut short by the kill

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import byte_tokenizer, tiny_opt, write_base
+from conftest import byte_tokenizer, tiny_llama, tiny_opt, write_base
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from orpo_lite import generate, run
+from orpo_lite.errors import CheckpointError
 from orpo_lite.generate import NEUTRAL, TEMPERATURE
 from orpo_lite.recipe import Recipe
 from orpo_lite.run import Update
@@ -77,6 +78,24 @@ def test_none_and_many(small_recipe: Build) -> None:
     _, result = train_all(small_recipe(*keys))
     held_out = run.read_json(result.run / "data.json")["held_out_pairs"]
     assert len(result.samples) == len(NEUTRAL) + held_out
+
+
+def test_a_text_may_hold_any_line_separator(small_recipe: Build) -> None:
+    """Python's splitlines takes U+2028 and its kin for the end of a line, JSON does not."""
+    recipe = small_recipe("training.max_steps=1")
+    base = write_base(Path("base"))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    assert tokenizer.add_tokens(["\u2028", "\u0085"]) == 2
+    write_base(base, tiny_llama(len(tokenizer)))
+    tokenizer.save_pretrained(base)
+    rows = [{"prompt": f"Tell{i}\u2028me\u0085", "chosen": "yes", "rejected": "no"} for i in range(10)]
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, result = train_all(recipe)
+    assert "\u2028" in result.samples[-1].prompt
+    assert [row["prompt"] for row in run.read_samples(result.run)] == [sample.prompt for sample in result.samples]
+    (result.run / run.SAMPLES).write_text('{"prompt"\n')
+    with pytest.raises(CheckpointError, match=r"samples\.jsonl:1: cannot be read"):
+        run.read_samples(result.run)
 
 
 def test_without_template_and_without_held_out_pairs(small_recipe: Build) -> None:
