@@ -388,6 +388,12 @@ def read_adapter_config(folder: Path) -> Any:
         options = dict(raw)
     except (ValueError, TypeError) as error:
         raise ModelError(str(path), f"is no JSON object: {error}", "a peft configuration") from None
+    # peft would take its own defaults for them, and with these the adapter is another one.
+    if lacking := next((key for key in ("r", "lora_alpha") if type(options.get(key)) not in (int, float)), None):
+        raise ModelError(str(path), f"has no number for {lacking}", "the configuration that the adapter was saved with")
+    if not options.get("target_modules") and not options.get("target_parameters"):
+        expected = "the configuration that the adapter was saved with"
+        raise ModelError(str(path), "names no target_modules", expected)
     default = LoraConfig().to_dict()
     for key, value in options.items():
         if value and key not in ADAPTER_KEYS and value != default.get(key):

@@ -163,18 +163,15 @@ def merge(
         bool, typer.Option("--verify", help="Then compare the model with base and adapter on held-out pairs.")
     ] = False,
     max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Of a file of weights.")] = "5GB",
+    base_path: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where the base lies now, if it was moved.")
+    ] = None,
 ) -> None:
     """Merge a run's adapter into its base: RUN/merged is a plain transformers folder. Needs no memory for the model."""
-    from orpo_lite.recipe import read_bytes
-
-    try:
-        most = read_bytes(max_shard_size)
-    except ValueError:
-        raise RecipeError("--max-shard-size", max_shard_size, "a size such as 5GB") from None
     with _quiet():
-        _merge(run, base, most)
+        _merge(run, weights=base, max_shard_size=max_shard_size, base_path=base_path)
         if verify:
-            _verify(run, base)
+            _verify(run, base, base_path)
 
 
 @app.command()
@@ -309,16 +306,14 @@ def _print_values(recipe: "Recipe") -> None:
     screen.print_levers(recipe)
 
 
-def _merge(run: Path, weights: "Weights" = "original", max_shard_size: int | None = None) -> Path:
-    from orpo_lite.merge import SHARD, merging
+def _merge(run: Path, **options: Any) -> None:
+    from orpo_lite.merge import merging
 
-    out.print(f"merging {run}/adapter into its base")
-    result = screen.draw(merging(run, weights=weights, max_shard_size=max_shard_size or SHARD))
+    result = screen.draw(merging(run, **options))
     if result.note:
         out.print(f"merged in memory: {result.note}")
     of_all = f"{result.changed} of {result.targets} adapted matrices changed"
     out.print(f"merged model: {result.folder} ({result.bytes / 2**20:,.1f} MiB; {of_all})")
-    return result.folder
 
 
 def _merge_if_changed(run: Path) -> None:
@@ -331,11 +326,11 @@ def _merge_if_changed(run: Path) -> None:
         out.print(f"not merged: {error.where} {error.found}")
 
 
-def _verify(run: Path, weights: "Weights") -> None:
+def _verify(run: Path, weights: "Weights", base_path: Path | None) -> None:
     """The comparison as a table. Raises :class:`ModelError` where the merged model is another than base and adapter."""
     from orpo_lite.verify import verifying
 
-    verdict = screen.draw(verifying(run, weights=weights))
+    verdict = screen.draw(verifying(run, weights=weights, base_path=base_path))
     screen.print_verdict(verdict)
     if not verdict.passed:
         found = f"differs from base and adapter: {verdict.said}"

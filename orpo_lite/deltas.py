@@ -102,12 +102,16 @@ def make_plan(
         if transposed and "lora_magnitude_vector" in part:
             return f"{name} is stored transposed"
         shape = (part["lora_B"].shape[0], part["lora_A"].shape[1])
-        ranks_differ = part["lora_A"].shape[0] != part["lora_B"].shape[1]
+        rank = part["lora_A"].shape[0]
+        if rank != (told := _of_layer(config.rank_pattern, name, config.r)):
+            found = f"{name} has rank {rank}, its adapter_config.json says {told}"
+            raise ModelError(f"adapter {adapter}", found, "the configuration that it was saved with")
+        ranks_differ = rank != part["lora_B"].shape[1]
         if stored[key].shape != (shape[::-1] if transposed else shape) or ranks_differ:
             found = f"{name} is {shape[0]}x{shape[1]}, the base's {stored[key].shape}"
             raise ModelError(f"adapter {adapter}", found, "the shapes of the base that it was trained on")
         magnitude = part.get("lora_magnitude_vector")
-        scale = _scale(config, name, part["lora_A"].shape[0])
+        scale = _scale(config, name, rank)
         deltas[key] = Delta(part["lora_A"], part["lora_B"], magnitude, scale, transposed)
     quantised = frozenset[str]()
     if weights == "dequantized":
@@ -181,7 +185,12 @@ def _moved(name: str, prefix: tuple[str, str]) -> str:
 
 def _scale(config: Any, module: str, rank: int) -> float:
     """peft's factor of a layer: lora_alpha over r, or over its root (rsLoRA, arXiv 2312.03732), with its patterns."""
+    alpha = float(_of_layer(config.alpha_pattern, module, config.lora_alpha))
+    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
+
+
+def _of_layer(pattern: Mapping[str, Any], module: str, usual: Any) -> Any:
+    """What a pattern of peft's gives a layer."""
     from peft.utils.other import get_pattern_key
 
-    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), module), config.lora_alpha)
-    return float(alpha) / (math.sqrt(rank) if config.use_rslora else rank)
+    return pattern.get(get_pattern_key(pattern.keys(), module), usual)

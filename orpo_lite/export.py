@@ -18,7 +18,7 @@ from orpo_lite.errors import FitError, ModelError, OrpoLiteError, RecipeError
 from orpo_lite.exports import family, llama, vocabulary
 from orpo_lite.exports.gguf_file import OUTTYPES, write_gguf
 from orpo_lite.exports.turns import Render, find_turns, renderer
-from orpo_lite.run import FOLDERS, Update, Weights
+from orpo_lite.run import Update, Weights
 from orpo_lite.weights import Stored, stored_tensors
 
 STORED = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}  # the widest last
@@ -90,16 +90,15 @@ def exporting(
             f"one of {', '.join(TARGETS)}",
             shlex.join(["orpo-lite", "export", str(path), "--to", "gguf"]),
         )
-    if weights not in FOLDERS:
-        raise RecipeError("--base", f"{weights!r}", f"one of {', '.join(FOLDERS)}")
+    merged = path / run.merged_folder(weights)
     known = (*OUTTYPES, *llama.QUANTISED)
     if outtype is not None and (to == "vllm" or outtype not in known):
         expected = "nothing: vLLM serves the adapter as it is" if to == "vllm" else f"one of {', '.join(known)}"
         raise RecipeError("--outtype", f"{outtype!r}", expected)
     run.find_result(path)
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.resolve().name).strip("-.") or "model"
-    with run.locked(path):
-        return (yield from TARGETS[to](_Request(path, name, path / FOLDERS[weights], outtype, weights)))
+    with run.locked(path), _blamed("RUN", shlex.quote(str(path))):
+        return (yield from TARGETS[to](_Request(path, name, merged, outtype, weights)))
 
 
 # --- one function a target ------------------------------------------------------------------------------------------
@@ -195,12 +194,13 @@ def _tensors(folder: Path) -> dict[str, Stored]:
 
 
 @contextmanager
-def _blamed(temporary: Path, final: Path) -> Generator[None]:
-    """Messages name the file that is to be, not the one that was removed."""
+def _blamed(stands: str | Path, meant: str | Path) -> Generator[None]:
+    """Messages name the file that is to be, not the one that was removed; and the run, in lines to be pasted."""
     try:
         yield
     except OrpoLiteError as error:
-        error.where = error.where.replace(str(temporary), str(final))
+        error.where = error.where.replace(str(stands), str(meant))
+        error.remedy = error.remedy.replace(f" {stands} ", f" {meant} ")
         raise
 
 
@@ -219,7 +219,7 @@ def _write_model(
     config = read_config(request.merged, str(request.merged))
     made = family.describe(config, where)
     tensors = _tensors(request.merged)
-    targets = family.find_targets(made, tensors, where)
+    targets = family.find_targets(made, config.get_text_config() if made.pictures else config, tensors, where)
     rows = next((t.stored.shape[0] for t in targets if t.name == "token_embd.weight"), 0)
     tokenizer = load_tokenizer(request.merged)
     variables = run.read_recipe(request.path).data.chat_template_kwargs
@@ -229,6 +229,7 @@ def _write_model(
     about, notes = vocabulary.describe_tokenizer(
         tokenizer, spec, rows, _ends(request, tokenizer), f"tokenizer in {request.merged}"
     )
+    probes = _probes(tokenizer, renderer(tokenizer, variables), f"chat template in {request.merged}")
     title = re.sub(NAMES_WITH_RULES, "model", request.name)
     keys = {"general.name": title, **made.keys, **about, f"{made.family.arch}.vocab_size": rows}
     first = outtype if outtype in OUTTYPES else _stored_type(request)
@@ -244,7 +245,7 @@ def _write_model(
         full.unlink()
     if llama.is_installed():
         yield Update("stage", "comparing tokens with llama.cpp's")
-        llama.check_tokens(file, tokenizer, _probes(tokenizer, renderer(tokenizer, variables)), _lead(keys))
+        llama.check_tokens(file, tokenizer, probes, _lead(keys))
     return [*made.notes, *notes], keys
 
 
@@ -265,14 +266,15 @@ def _lead(keys: dict[str, Any]) -> str:
     return " " if str(keys.get("tokenizer.chat_template")).startswith(vocabulary.SPACE) else ""
 
 
-def _probes(tokenizer: Any, render: Render) -> list[str]:
+def _probes(tokenizer: Any, render: Render, where: str) -> list[str]:
     """Texts to compare tokens of: questions as the template puts them, for in other places nothing is promised."""
     if not tokenizer.chat_template:
         return [text.lstrip() for text in llama.PROBES]  # some tokenizers add a space at the start, if there is none
     try:
         return [render([{"role": "user", "content": text}]) for text in llama.PROBES]
-    except Exception:  # a template can raise anything
-        return []
+    except Exception as error:  # a template can raise anything
+        found = f"fails on a question: {type(error).__name__}: {error}"
+        raise ModelError(where, found, "one that takes a user's turn", "orpo-lite merge RUN makes it again") from None
 
 
 def _size(folder: Path) -> int:

@@ -16,8 +16,8 @@ from orpo_lite.base import Base, check_disk, load_tokenizer
 from orpo_lite.deltas import Plan, make_plan, matches_nothing
 from orpo_lite.errors import CheckpointError, FitError, ModelError, RecipeError
 from orpo_lite.model import is_transposed, quantisable
-from orpo_lite.recipe import QuantizationSection
-from orpo_lite.run import FOLDERS, Update, Weights
+from orpo_lite.recipe import QuantizationSection, read_bytes
+from orpo_lite.run import Update, Weights
 from orpo_lite.weights import (
     Rows,
     Stored,
@@ -53,7 +53,13 @@ class MergeResult:
     """Why the model was merged in memory; "" where it was streamed."""
 
 
-def merge(run_folder: str | Path, *, weights: Weights = "original", max_shard_size: int = SHARD) -> MergeResult:
+def merge(
+    run_folder: str | Path,
+    *,
+    weights: Weights = "original",
+    max_shard_size: int | str = SHARD,
+    base_path: str | Path | None = None,
+) -> MergeResult:
     """Merge the adapter of a run into the base it was trained on; writes ``RUN/merged``, whole or not at all.
 
     No more of a model is held than some blocks of a tensor. The sum is made in float32 and rounded once, to the dtype
@@ -62,7 +68,8 @@ def merge(run_folder: str | Path, *, weights: Weights = "original", max_shard_si
     Args:
         run_folder: of a training that has ended.
         weights: see :data:`orpo_lite.run.Weights`; ``dequantized`` is written to ``RUN/merged-dequantized``.
-        max_shard_size: bytes of a file, unless one tensor is larger.
+        max_shard_size: bytes of a file, unless one tensor is larger; or a size such as 5GB.
+        base_path: where the base lies now, if it is a folder that was moved.
 
     Raises:
         CheckpointError: no finished run there.
@@ -70,23 +77,29 @@ def merge(run_folder: str | Path, *, weights: Weights = "original", max_shard_si
         FitError: not enough disk space or memory.
         HubError: the base cannot be fetched.
     """
-    return run.drain(merging(run_folder, weights=weights, max_shard_size=max_shard_size), lambda _: None)
+    updates = merging(run_folder, weights=weights, max_shard_size=max_shard_size, base_path=base_path)
+    return run.drain(updates, lambda _: None)
 
 
 def merging(
-    run_folder: str | Path, *, weights: Weights = "original", max_shard_size: int = SHARD
+    run_folder: str | Path,
+    *,
+    weights: Weights = "original",
+    max_shard_size: int | str = SHARD,
+    base_path: str | Path | None = None,
 ) -> Generator[Update, None, MergeResult]:
     """:func:`merge` as a generator of what is being done."""
     path = Path(run_folder)
-    recipe, adapter, base = run.read_recipe(path), run.find_result(path), run.find_trained_base(path)
-    if weights not in FOLDERS:
-        raise RecipeError("--base", f"{weights!r}", f"one of {', '.join(FOLDERS)}")
+    folder, most = path / run.merged_folder(weights), _shard_size(max_shard_size)
+    recipe, adapter = run.read_recipe(path), run.find_result(path)
+    load_tokenizer(adapter)  # it goes with the weights
+    base = run.find_trained_base(path, base_path)
+    yield Update("stage", f"merging {adapter} into its base")
     if weights == "dequantized" and not recipe.quantization.load_in_4bit:
         found = "this run was trained on 16-bit weights"
         raise CheckpointError(f"run {path}", found, "quantization.load_in_4bit", "merge onto the original ones")
     stored = stored_tensors(base.path)
     check_disk(path, sum(tensor.nbytes for tensor in stored.values()), f"merging {path}")
-    folder = path / FOLDERS[weights]
     with run.locked(path), run.new_folder(folder) as temporary, _enough_memory(path):
         left = run.read_lock(path).get("not_quantised", [])
         plan = make_plan(base, adapter, stored, recipe, weights, left)
@@ -95,7 +108,7 @@ def merging(
             how = recipe.quantization if weights == "dequantized" else None
             changed, targets, note = *_merge_in_memory(base, adapter, temporary, how, left), plan
         else:
-            changed = yield from _stream(plan, temporary, max_shard_size)
+            changed = yield from _stream(plan, temporary, most)
             targets, note = len(plan.deltas), ""
             shutil.copyfile(base.path / "config.json", temporary / "config.json")
         if not changed:
@@ -107,13 +120,23 @@ def merging(
             "base": base.name if base.revision else None,  # where a folder of somebody's lies is their business
             "revision": base.revision,
             "fingerprint": base.fingerprint,
-            "adapter_sha256": run.sha256(adapter / "adapter_model.safetensors"),
+            "adapter_sha256": run.adapter_sha256(adapter),
             "changed": changed,
             "targets": targets,
         }
         run.write_text(temporary / "merge.json", run.to_json(record))
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return MergeResult(folder, base, weights, size, changed, targets, note)
+
+
+def _shard_size(given: int | str) -> int:
+    try:
+        size = read_bytes(given) if isinstance(given, str) else given
+    except ValueError:
+        size = 0
+    if size < 1:
+        raise RecipeError("--max-shard-size", str(given), "a number and a unit: KB, MB, GB, KiB, MiB or GiB", "5GB")
+    return size
 
 
 @contextmanager

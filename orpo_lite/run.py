@@ -7,6 +7,7 @@ pairs in figures · ``metrics.jsonl`` a line a step · ``samples.jsonl`` answers
 ``train.log`` library noise.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -24,7 +25,7 @@ from typing import Any, Literal, TypeVar
 from safetensors import SafetensorError
 
 from orpo_lite.base import Base, fetch_weights, find_base, weight_files
-from orpo_lite.errors import FULL, CheckpointError, FitError, ModelError
+from orpo_lite.errors import FULL, CheckpointError, FitError, ModelError, RecipeError
 from orpo_lite.recipe import Recipe, load_recipe
 
 Result = TypeVar("Result")
@@ -116,21 +117,39 @@ def find_result(path: Path) -> Path:
     if not (adapter / "adapter_model.safetensors").is_file():
         resume = f"orpo-lite train --resume {shlex.quote(str(path))}"
         raise CheckpointError(f"run {path}", "has no adapter/", "a training that has ended", resume)
+    config, lora = read_json(adapter / "adapter_config.json"), read_recipe(path).lora
+    for key in ("r", "lora_alpha", "use_rslora", "use_dora"):  # with another scale it would be another adapter
+        if (config.get(key) or False) != getattr(lora, key):
+            found, expected = f"{key} is {config.get(key)!r}", f"{getattr(lora, key)!r}, as in recipe.yaml"
+            raise CheckpointError(str(adapter / "adapter_config.json"), found, expected, "put it back")
     return adapter
+
+
+def merged_folder(weights: Weights) -> str:
+    """Its name in the run. Raises :class:`RecipeError` for other weights than there are."""
+    if weights not in FOLDERS:
+        raise RecipeError("--base", f"{weights!r}", f"one of {', '.join(FOLDERS)}", "--base original")
+    return FOLDERS[weights]
 
 
 def find_merged(path: Path, weights: Weights = "original") -> Path:
     """The merged model of a run, all its files there. Raises :class:`CheckpointError` with the command for it."""
-    folder = path / FOLDERS[weights]
+    folder = path / merged_folder(weights)
     needed = [folder / "config.json", *weight_files(folder)]
     command = f"orpo-lite merge {shlex.quote(str(path))}" + f" --base {weights}" * (weights != "original")
     if lacking := next((file for file in needed if not file.is_file()), None):
         found = f"{folder.name}/ has no {lacking.name}" if folder.is_dir() else f"has no {folder.name}/"
         raise CheckpointError(f"run {path}", found, "a merged model", command)
-    record, adapter = folder / "merge.json", path / "adapter" / "adapter_model.safetensors"
-    if record.is_file() and read_json(record).get("adapter_sha256") != sha256(adapter):
+    record = folder / "merge.json"
+    if record.is_file() and read_json(record).get("adapter_sha256") != adapter_sha256(path / "adapter"):
         raise CheckpointError(f"run {path}", f"{folder.name}/ is of another adapter", "a merge of adapter/", command)
     return folder
+
+
+def adapter_sha256(adapter: Path) -> str:
+    """Of an adapter's weights and of what they are multiplied by."""
+    files = (adapter / name for name in ("adapter_config.json", "adapter_model.safetensors"))
+    return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
 
 
 def sha256(file: Path) -> str:
@@ -139,13 +158,20 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def find_trained_base(path: Path) -> Base:
-    """The base that the run was trained on. Raises :class:`ModelError` for any other, and as fetch_weights."""
-    lock = read_lock(path)["base"]
-    base = fetch_weights(find_base(lock["name"], lock["revision"] or "main"))
+def find_trained_base(path: Path, folder: str | Path | None = None) -> Base:
+    """The base that the run was trained on; in ``folder`` where it has been moved since.
+
+    Raises :class:`ModelError` for any other, and as fetch_weights.
+    """
+    lock, remedy = read_lock(path)["base"], f"orpo-lite merge {shlex.quote(str(path))} --base-path FOLDER"
+    name = lock["name"] if folder is None else str(folder)
+    if (folder is not None or lock["revision"] is None) and not Path(name).expanduser().is_dir():
+        where = "--base-path" if folder is not None else f"the base of run {path}"
+        raise ModelError(where, f"{name}: no such folder", "the base that it was trained on", remedy)
+    base = fetch_weights(find_base(name, "main" if folder else lock["revision"] or "main"))
     if base.fingerprint != lock["fingerprint"]:
         found = f"is not the base of this run (fingerprint {base.fingerprint[:12]}, was {lock['fingerprint'][:12]})"
-        raise ModelError(f"model {base.name}", found, "the weights that the adapter was trained on")
+        raise ModelError(f"model {base.name}", found, "the weights that the adapter was trained on", remedy)
     return base
 
 
@@ -179,8 +205,14 @@ def write_text(file: Path, text: str) -> None:
 @contextmanager
 def new_folder(final: Path) -> Iterator[Path]:
     """A temporary sibling to write into; on success it is flushed and takes the place of ``final``, else removed."""
+    if final.is_symlink() or (final.exists() and not final.is_dir()):
+        found = "is a link: what it points to would stay, and the link go" if final.is_symlink() else "is a file"
+        remedy = "move it away; a run whose whole folder is a link may lie on any disk"
+        raise CheckpointError(str(final), found, "a folder, or nothing", remedy)
     final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = final.with_name(f".{final.name}.tmp")
+    temporary, old = (final.with_name(f".{final.name}.{end}") for end in ("tmp", "old"))
+    if old.exists() and not final.exists():  # killed between the two renames below
+        old.rename(final)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -190,7 +222,6 @@ def new_folder(final: Path) -> Iterator[Path]:
                 with file.open("rb") as stream:
                     os.fsync(stream.fileno())
         sync_folder(temporary)
-        old = final.with_name(f".{final.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         if final.exists():
             final.rename(old)
@@ -198,6 +229,9 @@ def new_folder(final: Path) -> Iterator[Path]:
         sync_folder(final.parent)
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", 0) == errno.EFBIG or "File too large" in str(error):
+            remedy = "`ulimit -f unlimited`, another disk, or a smaller --max-shard-size"
+            raise FitError(str(final), "a file may not grow so large here", "", remedy) from error
         if getattr(error, "errno", 0) in FULL or "No space left" in str(error):
             free = f"{shutil.disk_usage(final.parent).free / 2**20:,.0f} MiB free"
             raise FitError(
@@ -208,6 +242,8 @@ def new_folder(final: Path) -> Iterator[Path]:
             raise CheckpointError(str(error.filename), found, "a file of the run") from error
         raise CheckpointError(str(final), f"cannot be written ({error})", "a folder that can be written to") from error
     finally:
+        if old.exists() and not final.exists():
+            old.rename(final)
         shutil.rmtree(temporary, ignore_errors=True)
 
 

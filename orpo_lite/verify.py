@@ -70,7 +70,7 @@ class Verdict:
         return {**asdict(self), "passed": self.passed}
 
 
-def verify(run_folder: str | Path, *, weights: Weights = "original") -> Verdict:
+def verify(run_folder: str | Path, *, weights: Weights = "original", base_path: str | Path | None = None) -> Verdict:
     """Compare the merged model of a run with its base and adapter, on pairs that the run held out.
 
     Writes ``verify.json`` beside the merged weights, and the run's card again. Loads the models, one after the other,
@@ -79,19 +79,25 @@ def verify(run_folder: str | Path, *, weights: Weights = "original") -> Verdict:
     Args:
         run_folder: of a run that is merged.
         weights: which of its merged models; it is compared on the weights that it stands on.
+        base_path: where the base lies now, if it is a folder that was moved.
 
     Raises:
         CheckpointError: nothing is merged there.
         OrpoLiteError: base or data cannot be read any more.
     """
-    return run.drain(verifying(run_folder, weights=weights), lambda _: None)
+    return run.drain(verifying(run_folder, weights=weights, base_path=base_path), lambda _: None)
 
 
-def verifying(run_folder: str | Path, *, weights: Weights = "original") -> Generator[Update, None, Verdict]:
+def verifying(
+    run_folder: str | Path, *, weights: Weights = "original", base_path: str | Path | None = None
+) -> Generator[Update, None, Verdict]:
     """:func:`verify` as a generator of what is being done."""
     path = Path(run_folder)
-    merged, base = run.find_merged(path, weights), run.find_trained_base(path)
+    run.find_result(path)
+    merged, base = run.find_merged(path, weights), run.find_trained_base(path, base_path)
     recipe = demo.resolve_builtin(run.read_recipe(path))
+    if base_path is not None:
+        recipe = recipe.override({"model.model_name_or_path": str(base.path)})
     ready = yield from prepare(recipe)
     held_out = len(ready.test) > 0
     pairs = [pair for pair, _ in zip(ready.test if held_out else ready.train, range(PAIRS), strict=False)]

@@ -181,11 +181,13 @@ def write_run(path: Path, model: Any, tokenizer: Any, ends: list[int] | None = N
     """What a finished and merged run leaves, without a training."""
     recipe = load_recipe("demo", [f"training.output_dir={path}"])
     (path / "adapter").mkdir(parents=True)
-    (path / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    config = {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj"]} | adapter
+    lora = {f"lora.{key}": config[key] for key in ("r", "lora_alpha", "use_dora") if key in config}
+    (path / "recipe.yaml").write_text(recipe.override(lora).to_yaml(), encoding="utf-8")
     base = {"name": "org/base", "revision": "0" * 40, "path": "/there/base", "fingerprint": "f"}
     lock = {"base": base, "data": {"name": "d", "sha256": ""}, "chat_template": {"name": "auto", "sha256": ""}}
     (path / "lock.json").write_text(json.dumps(lock), encoding="utf-8")
-    (path / "adapter" / "adapter_config.json").write_text(json.dumps({"r": 16} | adapter), encoding="utf-8")
+    (path / "adapter" / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
     (path / "adapter" / "adapter_model.safetensors").touch()
     GenerationConfig(eos_token_id=ends or [tokenizer.eos_token_id]).save_pretrained(path / "adapter")
     model.save_pretrained(path / "merged")
@@ -753,6 +755,36 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(name: str, tmp_pa
     assert ".tmp" not in str(caught.value)
 
 
+def test_a_model_that_is_not_that_of_its_config_is_refused(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a run", tiny_llama(520), bytes_tokenizer())
+    config = run / "merged" / "config.json"
+    for old, new, said in (
+        ('"num_hidden_layers": 2', '"num_hidden_layers": 3', r"has no model.layers.2.self_attn.q_proj.weight"),
+        (
+            '"num_key_value_heads": 2',
+            '"num_key_value_heads": 4',
+            "has a model.layers.0.self_attn.k_proj.weight of 32x64",
+        ),
+    ):
+        whole = config.read_text()
+        assert old in whole
+        config.write_text(whole.replace(old, new))
+        with pytest.raises(ModelError, match=said) as raised:
+            export(run, "gguf")
+        assert raised.value.remedy == f"orpo-lite merge '{run}' makes it again"
+        config.write_text(whole)
+    assert not (run / "export" / "gguf-f32").exists()
+
+
+@pytest.mark.parametrize("template", ["{% for m in ", "{{ raise_exception('no') }}"])
+def test_a_chat_template_that_fails_is_refused(template: str, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", tiny_llama(520), bytes_tokenizer())
+    (run / "merged" / "chat_template.jinja").write_text(template)
+    for target in ("gguf", "ollama"):
+        with pytest.raises(ModelError, match="fails on a question|raises TemplateSyntaxError|raises TemplateError"):
+            export(run, target)
+
+
 def test_a_head_that_is_said_to_be_tied_and_is_not_is_written(tmp_path: Path) -> None:
     """transformers takes the numbers of the file then, so training and merging do too."""
     model = tiny_llama(520, tie_word_embeddings=True)
@@ -947,6 +979,17 @@ def test_go_writes_what_jinja_writes(name: str, tmp_path: Path) -> None:
     given = json.dumps(talks)
     done = subprocess.run(asked, cwd=tmp_path, input=given, capture_output=True, check=True, encoding="utf-8")
     assert done.stdout.split("\0")[:-1] == [render(talk) for talk in talks]
+
+
+def test_thoughts_that_a_template_takes_out_are_told() -> None:
+    """As Qwen3's does of all answers but the last."""
+    from orpo_lite.exports.turns import find_turns, renderer
+
+    plain = OTHERS["system in the first question"]
+    note = "the chat template takes <think> out of earlier answers, which Ollama's does not"
+    for template, told in ((plain, False), (plain.replace("m.content", "m.content.split('</think>')[-1]"), True)):
+        _, notes = find_turns(renderer(pieces_tokenizer("always", chat_template=template), {}), "here")
+        assert (note in notes) is told, template
 
 
 def test_a_template_that_counts_its_turns_is_refused(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from orpo_lite import merge, run, verify, weights
 from orpo_lite.base import fingerprint
 from orpo_lite.card import Shown, make_card
-from orpo_lite.errors import CheckpointError, FitError, ModelError
+from orpo_lite.errors import CheckpointError, FitError, ModelError, RecipeError
 from orpo_lite.merge import dequantised
 from orpo_lite.prepare import prepare
 from orpo_lite.recipe import QuantizationSection, Recipe
@@ -40,11 +40,15 @@ Call = Callable[..., Answer]
 SIZES = GROUPED | {"hidden_size": 96, "intermediate_size": 160}
 
 
+RECIPE_KEYS = ("r", "lora_alpha", "use_rslora", "use_dora")
+
+
 def make_run(folder: Path, model: Any, *, four_bit: bool = True, **lora: Any) -> Path:
     """A base on disk and a run whose adapter is random, as a training leaves them."""
     base, path = write_base(folder / "base", model), folder / "run"
     adapter = path / "adapter"
-    adapted = get_peft_model(model, LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | lora))
+    lora = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | lora
+    adapted = get_peft_model(model, LoraConfig(**lora))
     generator = torch.Generator().manual_seed(0)
     for name, parameter in adapted.named_parameters():
         if "lora_" in name and "magnitude" not in name:
@@ -52,7 +56,8 @@ def make_run(folder: Path, model: Any, *, four_bit: bool = True, **lora: Any) ->
     adapted.save_pretrained(adapter)
     byte_tokenizer().save_pretrained(adapter)
     hf.GenerationConfig(eos_token_id=2).save_pretrained(adapter)
-    text = f"model:\n  model_name_or_path: {base}\nquantization:\n  load_in_4bit: {str(four_bit).lower()}\n"
+    text = f"model:\n  model_name_or_path: {base}\nquantization:\n  load_in_4bit: {str(four_bit).lower()}\nlora:\n"
+    text += "".join(f"  {key}: {value}\n" for key, value in lora.items() if key in RECIPE_KEYS)
     (path / "recipe.yaml").write_text(f"{text}data:\n  dataset_name: none\n", encoding="utf-8")
     other = {"name": "none", "sha256": ""}
     known = {"name": str(base), "revision": None, "path": str(base), "fingerprint": fingerprint(base)}
@@ -304,6 +309,85 @@ def test_a_merge_of_another_adapter_is_not_used(tmp_path: Path) -> None:
         run.find_merged(path)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"lora_alpha": 80}, "lora_alpha is 80"),
+        ({"r": 2}, "r is 2"),
+        ({"r": None}, "r is None"),
+        ({"use_rslora": True}, "use_rslora is True"),
+        ({"rank_pattern": {"q_proj": 2}}, "has rank 4, its adapter_config.json says 2"),
+        ({"target_modules": None}, "names no target_modules"),
+    ],
+)
+def test_a_config_that_is_not_the_adapter_s_is_refused(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+    """Another scale would make another model of the same tensors, and nothing would be seen."""
+    path = make_run(tmp_path, tiny_llama(98))
+    merge(path)
+    file = path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises((CheckpointError, ModelError), match=said):
+        merge(path)
+    with pytest.raises(CheckpointError, match="is of another adapter"):
+        run.find_merged(path)
+
+
+def test_a_base_that_was_moved_is_found_by_its_new_place(call: Call, small_recipe: Build, workspace: Path) -> None:
+    _, result = train_all(small_recipe("training.learning_rate=1e-2"))
+    (workspace / "base").rename(workspace / "moved base")
+    code, _, complaint = call("merge", str(result.run), "--verify")
+    assert (code, "remedy: orpo-lite merge run --base-path FOLDER" in complaint) == (4, True)
+    code, said, complaint = call("merge", str(result.run), "--verify", "--base-path", "moved base")
+    assert code == 0, complaint
+    assert "passed: log-probabilities differ by" in said
+    write_base(workspace / "other", tiny_llama(99, initializer_range=0.1))
+    code, _, complaint = call("merge", str(result.run), "--base-path", "other")
+    assert (code, "is not the base of this run" in complaint) == (4, True)
+    assert call("merge", str(result.run), "--base-path", "nowhere")[0] == 4
+
+
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_what_is_no_folder_is_not_replaced(kind: str, tmp_path: Path) -> None:
+    path, elsewhere = make_run(tmp_path, tiny_llama(98)), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (path / "merged").symlink_to(elsewhere) if kind == "link" else (path / "merged").write_text("mine")
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=f"is a {kind}"):
+            merge(path)
+    assert (path / "merged").is_symlink() or (path / "merged").read_text() == "mine"
+
+
+def test_a_kill_between_the_two_renames_is_mended(tmp_path: Path) -> None:
+    path = make_run(tmp_path, tiny_llama(98))
+    merge(path)
+    (path / "merged").rename(path / ".merged.old")
+    (path / "adapter" / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(ModelError):
+        merge(path)
+    assert (path / "merged" / "model.safetensors").is_file()
+
+
+def test_a_limit_on_files_is_not_a_full_disk(tmp_path: Path) -> None:
+    path = make_run(tmp_path, tiny_llama(98))
+    code = (
+        "import resource, signal, sys, orpo_lite; from orpo_lite import cli; import bitsandbytes, tempfile\n"
+        "tempfile.gettempdir(); signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))\n"
+        "sys.argv = ['orpo-lite', 'merge', sys.argv[1]]; cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
+    assert done.returncode == FitError.exit_code, done.stderr
+    assert "a file may not grow so large here" in done.stderr
+    assert not [entry for entry in path.iterdir() if "merged" in entry.name]
+
+
+def test_a_tokenizer_that_is_lacking_is_missed_before_the_merge(tmp_path: Path) -> None:
+    path = make_run(tmp_path, tiny_llama(98))
+    (path / "adapter" / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match=f"tokenizer in {path}/adapter"):
+        merge(path)
+
+
 def test_a_folder_that_cannot_be_written_to_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make_run(tmp_path, tiny_llama(98))
     (path / ".lock").mkdir()  # as root nothing else refuses
@@ -478,8 +562,15 @@ def test_a_merged_model_is_verified_from_the_command_line(call: Call, small_reci
     assert "The merge, measured" not in make
     assert make_card(result.run).count("| merged |") == 1
     assert len(list((result.run / "merged").glob("*.safetensors"))) > 1
-    code, _, complaint = call("merge", str(result.run), "--max-shard-size", "lots")
-    assert (code, "a size such as 5GB" in complaint) == (2, True)
+    for size in ("lots", "0", "-1GB", "5"):
+        code, _, complaint = call("merge", str(result.run), "--max-shard-size", size)
+        assert (code, "a number and a unit" in complaint) == (2, True), size
+    for wrong in (0, -1, "much"):
+        with pytest.raises(RecipeError, match="--max-shard-size"):
+            merge(result.run, max_shard_size=wrong)
+    for verb in (merge, verify):
+        with pytest.raises(RecipeError, match="one of original, dequantized"):
+            verb(result.run, weights="x")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

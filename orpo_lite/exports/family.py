@@ -268,11 +268,11 @@ def _frequencies(config: Any, kind: str) -> tuple[np.ndarray, float]:
     return scaled.double().numpy(), float(attention)
 
 
-def find_targets(made: Description, tensors: dict[str, Stored], where: str) -> list[Target]:
+def find_targets(made: Description, config: Any, tensors: dict[str, Stored], where: str) -> list[Target]:
     """Each tensor of the model under llama.cpp's name, in the order of the layers.
 
     Raises:
-        ModelError: a tensor that llama.cpp has no place for.
+        ModelError: a tensor that llama.cpp has no place for, or tensors that are not those of the configuration.
     """
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
@@ -297,7 +297,23 @@ def find_targets(made: Description, tensors: dict[str, Stored], where: str) -> l
             raise ModelError(where, found, f"whole heads of {made.head_dim}")
         adds_one = made.family.norm_adds_one and module.endswith("norm")
         targets.append(Target(name, stored, made.head_dim * is_turned, float(adds_one)))
+    _refuse_others(config, names, {target.name: target.stored for target in targets}, where)
     return targets
+
+
+def _refuse_others(config: Any, names: Any, found: Mapping[str, Stored], where: str) -> None:
+    """Refuse tensors that are not those of the configuration, which llama.cpp would notice when it loads the file."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    for name, parameter in model.named_parameters():  # a tied head is none of its own
+        stored = found.get(names.get_name(name, try_suffixes=(".weight", ".bias")))
+        shape = None if stored is None else "x".join(map(str, stored.shape))
+        told = "x".join(map(str, parameter.shape))
+        if shape != told:
+            said = f"has no {name}" if shape is None else f"has a {name} of {shape}"
+            raise ModelError(where, said, f"{told}, by its config.json", "orpo-lite merge RUN makes it again")
 
 
 def _has_own_head(tensors: Mapping[str, Stored]) -> bool:

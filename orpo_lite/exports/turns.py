@@ -107,6 +107,9 @@ def find_turns(render: Render, where: str) -> tuple[Turns, list[str]]:
     notes = []
     if render(padded) != turns.rebuild(padded):
         notes.append("the chat template takes white space off the ends of a text, which Ollama's cannot")
+    thought = _talk(["a", "b"], ["<think>\nc\n</think>\n\nd"])
+    if render(thought) != turns.rebuild(thought):
+        notes.append("the chat template takes <think> out of earlier answers, which Ollama's does not")
     for guess in _with_system(turns, render):
         if _different(guess, render, system=True) is None:
             return guess, notes
