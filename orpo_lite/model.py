@@ -417,7 +417,11 @@ def _add_lora(model: nn.Module, recipe: Recipe, folder: Path | None) -> nn.Modul
     try:
         with here if here == META else nullcontext():  # else each matrix is made in memory, to be dropped
             model = get_peft_model(model, config)
-    except ValueError as error:  # no such layers
+    except ValueError as error:
+        if "ParamWrapper" in str(error):  # of a mixture's experts, which are no layers of their own
+            found = "adapts experts, which takes neither DoRA nor dropout"
+            remedy = "lora.use_dora=false lora.lora_dropout=0, or lora.target_modules=q_proj,k_proj,v_proj,o_proj"
+            raise ModelError("adapter", found, "plain LoRA there", remedy) from error
         raise ModelError("adapter", str(error).splitlines()[0], "layers of this base") from error
     if lora.init_lora_weights == "orthogonal" and not folder:
         _init_orthogonal(model, recipe)

@@ -17,7 +17,7 @@ from orpo_lite.data.tokens import TokenizedPair
 from orpo_lite.errors import ModelError
 from orpo_lite.model import PairModel, _without_dropout, bare_pair_model, install_step
 from orpo_lite.proof import prove
-from orpo_lite.recipe import Recipe
+from orpo_lite.recipe import Recipe, load_recipe
 from orpo_lite.step import attention, layers, lora
 from orpo_lite.step.losses import Divisors, orpo_loss
 from orpo_lite.train import training
@@ -511,3 +511,14 @@ def test_noise_in_a_frozen_base_is_off() -> None:
     quiet = _without_dropout(config)
     assert (quiet.router_jitter_noise, quiet.attention_dropout) == (0.0, 0.0)
     assert config.router_jitter_noise == 0.1
+
+
+@pytest.mark.parametrize("key", ["lora.use_dora=true", "lora.lora_dropout=0.1"])
+def test_what_adapted_experts_cannot_have_is_said_with_a_way_out(key: str) -> None:
+    config = hf.MixtralConfig(**(GROUPED | IDS), num_local_experts=4, num_experts_per_tok=2)
+    wanted = load_recipe("demo", [key, "lora.target_modules=all-linear"])
+    with pytest.raises(ModelError, match="takes neither DoRA nor dropout") as raised:
+        bare_pair_model(wanted, config, torch.float32, torch.device("cpu"))
+    ways = raised.value.remedy.split(", or ")
+    for way in (ways[0], f"{key} {ways[1]}"):
+        bare_pair_model(load_recipe("demo", way.split()), config, torch.float32, torch.device("cpu"))
