@@ -249,6 +249,7 @@ def pieces_tokenizer(
     normalized: bool = False,
     stripping: Sequence[str] = (),
     runs: int = 0,
+    tab: bool = False,
     **changes: Any,
 ) -> PreTrainedTokenizerFast:
     """Sentencepiece's kind of BPE: bytes to fall back on, each pair that makes a token a merge, in its order."""
@@ -260,6 +261,8 @@ def pieces_tokenizer(
     pieces = list(dict.fromkeys([*("▁" * length for length in range(1, runs)), *pieces]))
     specials = ["<unk>", "<s>", "</s>"]
     tokens = [*specials, *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    if tab:  # as in Gemma 1 and 2
+        tokens = ["\t" if token == "<0x09>" else token for token in tokens if token != "\t"]
     vocab = {token: index for index, token in enumerate(tokens)}
     merges = [(t[:i], t[i:]) for t in pieces for i in range(1, len(t)) if t[:i] in vocab and t[i:] in vocab]
     model = models.BPE(vocab=vocab, merges=merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>")
@@ -313,6 +316,7 @@ TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "gpt-4o": lambda: bytes_tokenizer(500, pre_tokenizer=split_by(known_regex("gpt-4o"))),
     "pieces, a space before each text": lambda: pieces_tokenizer("always"),
     "pieces, no space": lambda: pieces_tokenizer("never"),
+    "pieces, a tab in place of its byte": lambda: pieces_tokenizer("never", tab=True),
     "pieces, Gemma's runs": lambda: pieces_tokenizer("never", plain=["\n\n", "\n \n", "▁▁", "<b>"]),
     "pieces, runs of spaces found first": lambda: pieces_tokenizer("never", plain=["▁▁", "▁▁▁▁"], normalized=True),
     "pieces, Gemma's merges": lambda: gemmas_merges(pieces_tokenizer("never", runs=6)),
@@ -659,6 +663,16 @@ def test_a_space_at_the_start_alone_is_left_to_the_template(template: str | None
     keys, _ = read_back(only_file(result.folder))
     assert keys["tokenizer.ggml.add_space_prefix"] is prefix
     assert any("space" in note for note in result.notes)
+
+
+def test_a_character_may_stand_in_the_place_of_its_byte(tmp_path: Path) -> None:
+    """Gemma 1 and 2 have a tab for <0x09>; any other byte that is lacking would be lost."""
+    run = write_run(tmp_path / "run", tiny_llama(520), pieces_tokenizer("never", tab=True))
+    export(run, "gguf")
+    file = run / "merged" / "tokenizer.json"
+    file.write_text(file.read_text().replace('"<0xE2>"', '"<0xE2"'))
+    with pytest.raises(ModelError, match="without bytes to fall back on"):
+        export(run, "gguf")
 
 
 def test_ollamas_template_begins_with_the_space_too(tmp_path: Path) -> None:

@@ -181,8 +181,11 @@ def _sentencepiece(keys: dict[str, Any], spec: dict[str, Any], tokenizer: Any, w
     """
     model = spec["model"]
     vocabulary: dict[str, int] = model["vocab"]
-    as_bytes = {f"<0x{byte:02X}>" for byte in range(256)}
-    if not model.get("byte_fallback") or not as_bytes <= vocabulary.keys():
+    bytes_ = {f"<0x{byte:02X}>": chr(byte) for byte in range(256)}
+    as_bytes = bytes_.keys() & vocabulary.keys()
+    # A tab is a token of its own in Gemma 1 and 2, in the place of its byte: nothing falls back on that.
+    own = {name for name, character in bytes_.items() if character.isascii() and character in vocabulary}
+    if not model.get("byte_fallback") or not bytes_.keys() <= as_bytes | own:
         raise _beyond(where, "BPE over characters without bytes to fall back on", "byte_fallback and its 256 tokens")
     keys["tokenizer.ggml.model"] = "llama"
     keys["tokenizer.ggml.pre"] = "default"
