@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -37,6 +38,7 @@ from transformers import (
 from orpo_lite import export, merge, train, verify
 from orpo_lite.data.templates import PAPER_CHAT_TEMPLATE
 from orpo_lite.errors import CheckpointError, ModelError, OrpoLiteError, RecipeError
+from orpo_lite.exports.llama import PROBES
 from orpo_lite.exports.vocabulary import ASCII, WORDS
 from orpo_lite.recipe import load_recipe
 
@@ -391,6 +393,34 @@ def test_llama_cpp_gives_the_tokens_of_a_real_model(name: str, tmp_path: Path) -
     rows = (SHARED / "data" / "hh-rlhf-harmless.jsonl").read_text(encoding="utf-8").splitlines()[:300]
     texts = [text for row in rows for text in json.loads(row).values() if isinstance(text, str)]
     assert different_tokens(run, tokenizer, [*TEXTS, *texts]) == []
+
+
+GIVEN = [Path(name) for name in os.environ.get("ORPO_LITE_TOKENIZERS", "").split(os.pathsep) if name]
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not GIVEN, reason="ORPO_LITE_TOKENIZERS names no folders of tokenizers")
+@pytest.mark.parametrize("folder", GIVEN, ids=str)
+def test_llama_cpp_gives_the_tokens_of_a_tokenizer_that_is_given(folder: Path, tmp_path: Path) -> None:
+    """Of any tokenizer at hand, and the conversations that its template writes; but for scripts that a note names."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    run = write_run(tmp_path / "run", tiny_llama(len(tokenizer), hidden_size=32), tokenizer)
+    result = export(run, "gguf")
+    texts = [
+        *TEXTS,
+        *(text for text in PROBES if text),
+        "I'LL we'Ve 12345678 ½ ǅ ไทย हिन्दी עברית العربية 한국어 🎉",
+    ]
+    if any("Hindi" in note for note in result.notes):
+        texts = [text for text in texts if not {unicodedata.category(c) for c in text if c > "z"} & {"Mn", "Mc", "Lu"}]
+    if any("first space" in note for note in result.notes):
+        texts = [text.lstrip() for text in texts]
+    if tokenizer.chat_template:
+        talks = [[{"role": "user", "content": text}] for text in texts]
+        texts += [tokenizer.apply_chat_template(t, tokenize=False, add_generation_prompt=True) for t in talks]
+    model = llama_cpp_model(only_file(result.folder), vocab_only=True)
+    found = [model.tokenize(text.encode(), add_bos=False, special=True) for text in texts]
+    assert found == [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
 
 
 def greedy_both(run: Path, prompts: list[str], outtype: str | None, tokens: int = 40) -> tuple[list[str], list[str]]:
