@@ -52,9 +52,9 @@ METRICS = {
 SOMEWHERE = "OWNER/NAME"  # stands for the repository until it is known
 SEAL = re.compile(r"\r?\n<!-- orpo-lite card [0-9a-f]{16} -->\r?\n")
 OLLAMA = (
-    "Ollama: it takes a GGUF file, which is not in this repository. `orpo-lite export RUN --to ollama`, by who has the "
-    "run's folder, writes it, and a Modelfile with the template and the stop tokens of this model. A bare `FROM` would "
-    "leave both to Ollama's guess."
+    "Ollama takes a GGUF file, which is not in this repository. `orpo-lite export RUN --to ollama` makes one of the "
+    "run's folder, and a Modelfile with the template and the stop tokens of this model. A bare `FROM` would leave both "
+    "to Ollama's guess."
 )
 ONTO: dict[run.Weights, str] = {
     "original": "the base's own weights",
@@ -65,6 +65,7 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # what no t
 # Of a text in Markdown: comments, what stands in a tag, where a link leads.
 UNSEEN = re.compile(r"<!--.*?(?:-->|\Z)|</?[A-Za-z][^>]*>|^ {0,3}\[[^\]]*\]:.*?$", re.DOTALL | re.MULTILINE)
 FIGURES: run.Kinds = {
+    "chat_template": str,
     "rows_read": int,
     "train_pairs": int,
     "held_out_pairs": int,
@@ -415,7 +416,8 @@ def _licence_metadata(facts: _Facts) -> dict[str, Any]:
 
 def _eval_results(facts: _Facts) -> list[EvalResult]:
     """For the hub's own table, which knows results on a data set of the hub alone."""
-    if facts.evaluations is None or len(facts.sets) != 1 or len(facts.recipe.data.names) != 1:
+    is_its_own = len(facts.sets) == len(facts.recipe.data.names) == 1
+    if facts.evaluations is None or not is_its_own or is_path(facts.recipe.data.dataset_test_split or ""):
         return []
     _, after = facts.evaluations
     kinds = {
@@ -463,7 +465,7 @@ def _training(facts: _Facts) -> str:
         ("λ (`loss.beta`)", f"{recipe.loss.beta:g}"),
         ("NLL counts", f"{scope}; mean over {mean}"),
         ("steps", "not known" if facts.steps is None else f"{facts.steps:,}; kept: step {facts.kept_step:,}"),
-        ("chat template", _template(recipe)),
+        ("chat template", _template(facts)),
         *((f"`{key}`", _cell(to_text(values[key]))) for key in SHOWN_KEYS),
         ("versions", ", ".join(f"{name} {version}" for name, version in facts.lock["versions"].items())),
     ]
@@ -474,9 +476,12 @@ def _training(facts: _Facts) -> str:
     return f"## Training\n\nL = NLL + λ · L_OR, Eq. 6 of the paper.\n\n{_table(('what', 'value'), rows)}"
 
 
-def _template(recipe: Recipe) -> str:
-    known = {"auto": "the tokenizer's own, else the paper's", "none": "none: prompt and response joined as plain text"}
-    return known.get(recipe.data.chat_template, "one of the trainer's own, in this repository's chat_template.jinja")
+def _template(facts: _Facts) -> str:
+    choice = facts.recipe.data.chat_template
+    if choice == "auto":
+        return _cell(facts.data["chat_template"])
+    is_none = choice == "none"
+    return "none: prompt and response joined as plain text" if is_none else "one of the trainer's own, which is here"
 
 
 def _data(facts: _Facts) -> str:
@@ -495,6 +500,12 @@ def _data(facts: _Facts) -> str:
     if facts.sets:
         split = recipe.data.dataset_train_split
         parts.append(f"Split: {'chosen automatically' if split == 'auto' else _cell(split)}.")
+    if recipe.data.max_samples:
+        parts.append(f"Of each set the first {recipe.data.max_samples:,} rows.")
+    if test := recipe.data.dataset_test_split:
+        parts.append(f"Held out: {'local files' if is_path(test) else f'split {_cell(test)}'}.")
+    elif data["held_out_pairs"]:
+        parts.append("Held out: some of the prompts, with all of their pairs.")
     total = " in all" if len(rows) > 1 else ""
     parts.append(
         f"{data['rows_read']:,} rows read{total}: {data['train_pairs']:,} pairs to train on, "
@@ -525,7 +536,7 @@ def _results(facts: _Facts) -> str:
         for key, label in METRICS.items()
         if before.get(key) is not None and after.get(key) is not None
     ]
-    head = ("", "before", "after")
+    head = ("figure", "before", "after")
     return f"## Held-out results\n\n{held_out}, before the first step and with what was kept.\n\n{_table(head, rows)}"
 
 

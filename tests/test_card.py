@@ -37,7 +37,12 @@ def make_run(path: Path, *overrides: str, **lock: Any) -> Path:
     (path / "lock.json").write_text(json.dumps(known | lock))
     dropped = {"empty rejected": {"pairs": 3, "first": [f"{PRIVATE}/pairs.csv:5"]}}
     figures = {"rows_read": 1203, "train_pairs": 1100, "held_out_pairs": 100, "dropped": dropped, "sha256": "d" * 64}
-    figures |= {"chosen_longer": 0.6, "cut": {"responses_without_end": 7}, "prompts": {"shared": 2}}
+    figures |= {
+        "chat_template": "the tokenizer's own chat template",
+        "chosen_longer": 0.6,
+        "cut": {"responses_without_end": 7},
+        "prompts": {"shared": 2},
+    }
     (path / "data.json").write_text(json.dumps(figures))
     rows = [{"step": step, "loss": 1.0} for step in range(1, 41)]
     for step, loss in ((0, 0.9), (20, 0.5), (40, 0.6)):
@@ -149,6 +154,8 @@ def test_what_was_done(tmp_path: Path) -> None:
         "| [lab/pairs](https://huggingface.co/datasets/lab/pairs) | mit |",
         "1,100 pairs to train on, 100 held out",
         "| empty rejected | 3 |",
+        "| chat template | the tokenizer's own chat template |",
+        "Held out: some of the prompts, with all of their pairs.",
         "100 pairs, before the first step and with what was kept.",
         "| loss | 0.9000 | 0.5000 |",
         "longer one in 60% of the pairs",
@@ -181,6 +188,16 @@ def test_without_held_out_pairs(tmp_path: Path) -> None:
     assert card.data.eval_results is None
     (run / "data.json").write_text((run / "data.json").read_text().replace("100,", "0,"))
     assert "None: no pairs were held out." in read(run).text
+
+
+def test_where_held_out_pairs_come_from(tmp_path: Path) -> None:
+    card = read(make_run(tmp_path, "data.dataset_test_split=test", "data.max_samples=1500"))
+    assert "Held out: split test." in card.text
+    assert "Of each set the first 1,500 rows." in card.text
+    assert card.data.eval_results
+    card = read(make_run(tmp_path, f"data.dataset_test_split={PRIVATE}/held-out.jsonl"))
+    assert "Held out: local files." in card.text
+    assert card.data.eval_results is None  # which would be of lab/pairs
 
 
 @pytest.mark.parametrize(
@@ -500,7 +517,7 @@ BROKEN = [
     ("lock.json", lambda text: re.sub(r'"licences": .*?}}}', '"licences": [1]', text), "lock.json: licences is [1]"),
     ("lock.json", lambda text: text.replace('"apache-2.0"', "null"), 'lock.json, licences: license is null'),
     ("lock.json", lambda text: text.replace('{"license": "mit"}', "[]"), "licences.data: lab/pairs is []"),
-    ("data.json", lambda _: "{}", "data.json: lacks rows_read"),
+    ("data.json", lambda _: "{}", "data.json: lacks chat_template"),
     ("data.json", lambda text: text.replace(" 100,", " null,"), "data.json: held_out_pairs is null"),
     (*without("data.json", "dropped", "empty rejected", "pairs"), "data.json, dropped, empty rejected: lacks pairs"),
     (*without("data.json", "cut", "responses_without_end"), "data.json, cut: lacks responses_without_end"),
