@@ -72,6 +72,7 @@ FIGURES: run.Kinds = {
     "dropped": dict,
     "cut": dict,
     "chosen_longer": run.FIGURE,
+    "rejected_longer": run.FIGURE,
     "prompts": dict,
     "sha256": str,
 }
@@ -572,7 +573,9 @@ def _loading(facts: _Facts) -> str:
         ]
     parts = ["## How to load it"]
     if not facts.is_hub_base and not facts.shown.merged:
-        parts.append("`BASE` is the model that it was trained on, which is not named here.")
+        is_toy = facts.recipe.model.model_name_or_path.startswith("builtin:")
+        where = "which orpo-lite writes into runs/builtin" if is_toy else "which is not named here"
+        parts.append(f"`BASE` is the model that it was trained on, {where}.")
     parts += [f"{title}:\n\n```{language}\n{text}\n```" for title, language, text in blocks]
     if not facts.shown.merged and not vllm_rank(facts.adapter):
         parts.append("vLLM does not serve this adapter as it is: merge it first.")
@@ -629,8 +632,8 @@ def _limits(facts: _Facts) -> str:
     lines = [
         "It has learned the preferences of these pairs, with whatever is one-sided in them, and keeps the base's own "
         "limits. No safety evaluation was made.",
-        f"The chosen answer is the longer one in {data['chosen_longer']:.0%} of the pairs; length may be part of what "
-        "was learned.",
+        f"The chosen answer is the longer one in {data['chosen_longer']:.0%} of the pairs and the shorter one in "
+        f"{data['rejected_longer']:.0%}; length may be part of what was learned.",
     ]
     if facts.evaluations:
         ranks = "The held-out figures say how well it ranks pairs like those it was trained on"
@@ -652,7 +655,7 @@ def _licence(facts: _Facts) -> str:
     elif name and not lines:
         lines.append(f"The base's card names its licence: {name}. It holds for this derivative as well.")
     elif not name:
-        lines.append("The licence of the base is not known here: its card names none, or could not be read.")
+        lines.append("The licence of the base is not known here: no card that could be read names one.")
     return "\n\n".join(["## Licence", *lines, *_non_commercial(facts)])
 
 

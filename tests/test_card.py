@@ -40,6 +40,7 @@ def make_run(path: Path, *overrides: str, **lock: Any) -> Path:
     figures |= {
         "chat_template": "the tokenizer's own chat template",
         "chosen_longer": 0.6,
+        "rejected_longer": 0.25,
         "cut": {"responses_without_end": 7},
         "prompts": {"shared": 2},
     }
@@ -158,7 +159,7 @@ def test_what_was_done(tmp_path: Path) -> None:
         "Held out: some of the prompts, with all of their pairs.",
         "100 pairs, before the first step and with what was kept.",
         "| loss | 0.9000 | 0.5000 |",
-        "longer one in 60% of the pairs",
+        "longer one in 60% of the pairs and the shorter one in 25%;",
         "7 responses lost their end at 2,048 tokens",
         "2 held-out prompts stand in the training pairs too",
     ):
