@@ -220,7 +220,7 @@ def _read_metadata(text: str, where: str) -> tuple[dict[str, Any], yaml.MappingN
     except (yaml.YAMLError, ValueError) as error:
         found = f"its metadata cannot be read ({' '.join(str(error).split())})"
         raise CheckpointError(where, found, expected, remedy) from error
-    if isinstance(node, yaml.MappingNode) and not node.flow_style:
+    if isinstance(node, yaml.MappingNode):
         data: dict[str, Any] = _texts(node)
         if len(data) == len(node.value):
             return data, node

@@ -175,7 +175,7 @@ def refuse_lacking(value: Mapping[str, Any], needed: Kinds, where: str) -> None:
     for key, kind in needed.items():
         if not isinstance(value.get(key), kind):
             found = f"{key} is {json.dumps(value[key])[:40]}" if key in value else f"lacks {key}"
-            raise CheckpointError(where, found, "what the training wrote")
+            raise CheckpointError(where, found, "what the training wrote", "put it back as it was")
 
 
 def to_json(value: Mapping[str, Any]) -> str:

@@ -624,7 +624,7 @@ def test_every_licence_of_a_list_has_its_say() -> None:
         ("llama3", "me/Llama", False),
         ("llama3", "me/meta-llama-3-mine", False),
         ("llama3", "m" * 96, False),
-        ("llama3", f"me/{'m' * 83}.git", False),
+        ("llama3", f"me/{'m' * 81}.git-not", False),
     ],
 )
 def test_the_name_of_a_derivative(licence_name: str, repository: str, is_fine: bool) -> None:
@@ -636,6 +636,12 @@ def test_the_name_of_a_derivative(licence_name: str, repository: str, is_fine: b
     suggested = refused.value.remedy.removeprefix("a name such as ")
     refuse_name(suggested, {"license": licence_name}, "REPO")
     refuse_repository(suggested)
+
+
+def test_a_name_that_is_nothing_but_the_bases_is_given_an_end() -> None:
+    with pytest.raises(RecipeError) as refused:
+        refuse_name("me/meta-llama-3", {"license": "llama3"}, "REPO")
+    assert refused.value.remedy == "a name such as me/Llama-3-tuned"
 
 
 def test_the_papers_of_a_base_go_with_it(tmp_path: Path) -> None:
