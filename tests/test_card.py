@@ -741,6 +741,7 @@ def test_a_push_asks_for_licences_and_says_when_a_changed_card_is_of_the_adapter
 
     assert "says how to load an adapter" not in notes("original")
     assert b"**Not for commercial use by its data**: lab/pairs is licensed cc-by-nc-4.0." in written["README.md"]
+    assert b"as its base" not in written["README.md"]
     (run / "README.md").write_bytes(make_card(run).replace("\n", "\r\n").encode() + b"Mine.")
     assert f"{run}/README.md says how to load an adapter; this is a merged model" in notes("original")
     assert written["README.md"].endswith(b"\r\nMine.")
