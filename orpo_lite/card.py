@@ -145,14 +145,16 @@ def changed_card(path: Path) -> str:
     """README.md of a run, byte for byte, where a person has changed it; "" where it is ours or not there.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: it cannot be read, or is a link.
     """
-    file = path / "README.md"
+    file, remedy = path / "README.md", "or remove it, and the card is made afresh"
+    if file.is_symlink():
+        expected = "a file; links are not followed"
+        raise CheckpointError(str(file), "is a link", expected, f"a copy in its place, {remedy}")
     try:
         card = file.read_bytes().decode("utf-8-sig") if file.is_file() else ""
     except (OSError, ValueError) as error:
-        remedy = "save it in UTF-8, or remove it"
-        raise CheckpointError(str(file), f"cannot be read ({error})", "a text in UTF-8", remedy) from error
+        raise CheckpointError(str(file), f"cannot be read ({error})", "UTF-8", f"save it as such, {remedy}") from error
     return "" if is_own(card.replace("\r\n", "\n")) else card
 
 

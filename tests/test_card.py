@@ -493,7 +493,11 @@ def test_a_card_in_another_encoding_is_named(tmp_path: Path) -> None:
     (run / "README.md").write_bytes(make_card(run).replace("\n", "\r\n").encode("utf-8-sig"))
     assert changed_card(run) == ""
     (run / "README.md").write_bytes(b"---\nlicense: mit\n---\nM\xfcller\n")
-    with pytest.raises(CheckpointError, match=r"README.md: cannot be read .*\n  expected: a text in UTF-8"):
+    with pytest.raises(CheckpointError, match=r"README.md: cannot be read .*\n  expected: UTF-8"):
+        changed_card(run)
+    (run / "README.md").rename(tmp_path / "elsewhere.md")
+    (run / "README.md").symlink_to(tmp_path / "elsewhere.md")
+    with pytest.raises(CheckpointError, match="is a link"):
         changed_card(run)
 
 
