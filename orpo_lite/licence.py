@@ -26,7 +26,7 @@ MAX_NAME = 96  # characters of a repository's name, its owner's among them
 # In words joined by hyphens. Beside what says so itself, names of the hub's list and of large models that do not:
 # https://huggingface.co/docs/hub/repositories-licenses
 NON_COMMERCIAL = re.compile(
-    r"\b(nc|non-?commercial|non-production|(not-for|no)-commercial|research-(use-)?only|only-for-research|research-use"
+    r"\b(nc|non-?commercial|non-production|not-for-commercial|no-commercial-use|research-(use-)?only|only-for-research|research-use"
     r"|(h|intel|qwen|mistral-ai)-research|apple-amlr|deepfloyd-if-license|mnpl|mrl)\b"
 )
 BEGINS = r"(?:^|[\s,;/+&(]|meta[-_ ]|google[-_ ])"  # not my-llama3, which may be anything
@@ -88,7 +88,7 @@ def named(licence: Mapping[str, Any]) -> list[str]:
     """Every licence that a card names: one or several in ``license``, and ``license_name``."""
     found = licence.get("license", [])
     texts = [*(found if isinstance(found, list) else [found]), licence.get("license_name", "")]
-    return [text for text in texts if text]
+    return [str(text) for text in texts if text]
 
 
 def in_words(licence: Mapping[str, Any]) -> str:
