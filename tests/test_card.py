@@ -265,7 +265,8 @@ def test_what_a_merge_measured_of_itself(tmp_path: Path) -> None:
 
 NOT_FOR_COMMERCE = (
     "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "CC-BY-NC-ND-3.0", "x-noncommercial", "x-research-only", "non commercial",
-    "non_commercial", "research only", "no commercial use", "not for commercial use", "CC BY-NC 4.0", "Mistral AI Non-Production License", "mnpl", "mrl", "apple-amlr",
+    "non_commercial", "research only", "no commercial use", "not for commercial use",
+    "CC BY-NC 4.0", "Mistral AI Non-Production License", "mnpl", "mrl", "apple-amlr",
     "fair-noncommercial-research-license", "deepfloyd-if-license", "h-research", "intel-research", "qwen-research",
 )  # fmt: skip
 
