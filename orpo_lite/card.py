@@ -11,12 +11,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from orpo_lite import run
 from orpo_lite.base import vllm_rank
+from orpo_lite.data.rows import is_path
 from orpo_lite.errors import TOKEN, CheckpointError
-from orpo_lite.licence import find_terms, is_hub_name, is_non_commercial, split_card
+from orpo_lite.licence import (
+    CARD,
+    KEYS,
+    Terms,
+    climbs,
+    find_terms,
+    in_words,
+    is_hub_name,
+    is_non_commercial,
+    is_plain,
+    licence_of,
+    named,
+)
 from orpo_lite.recipe import Recipe, to_text
 
 PAPER = "https://arxiv.org/abs/2403.07691"
@@ -36,16 +50,40 @@ METRICS = {
     "eval_rewards/accuracies": "share of pairs whose chosen answer is the likelier",
 }
 SOMEWHERE = "OWNER/NAME"  # stands for the repository until it is known
-SEAL = re.compile(r"\n<!-- orpo-lite card ([0-9a-f]{16}) -->\n\Z")
+SEAL = re.compile(r"\r?\n<!-- orpo-lite card [0-9a-f]{16} -->\r?\n")
 OLLAMA = (
-    "Ollama: `orpo-lite export RUN --to ollama`, where the run lies, writes the GGUF file and a Modelfile with the "
-    "template and the stop tokens of this model. A bare `FROM` would leave both to Ollama's guess."
+    "Ollama takes a GGUF file, which is not in this repository. `orpo-lite export RUN --to ollama` makes one of the "
+    "run's folder, and a Modelfile with the template and the stop tokens of this model. A bare `FROM` would leave both "
+    "to Ollama's guess."
 )
 ONTO: dict[run.Weights, str] = {
     "original": "the base's own weights",
     "dequantized": "what 4 bit had left of the base's weights, as in training",
 }
 SHOWN = 1500  # characters of a sample
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # what no text of a card holds
+# Of a text in Markdown: comments, what stands in a tag, where a link leads.
+UNSEEN = re.compile(r"<!--.*?(?:-->|\Z)|</?[A-Za-z][^>]*>|^ {0,3}\[[^\]]*\]:.*?$", re.DOTALL | re.MULTILINE)
+FIGURES: run.Kinds = {
+    "chat_template": str,
+    "rows_read": int,
+    "train_pairs": int,
+    "held_out_pairs": int,
+    "dropped": dict,
+    "cut": dict,
+    "chosen_longer": run.FIGURE,
+    "rejected_longer": run.FIGURE,
+    "prompts": dict,
+    "sha256": str,
+}
+VERDICT: run.Kinds = {
+    "rows": list,
+    "pairs": int,
+    "held_out": bool,
+    "passed": bool,
+    **dict.fromkeys(("difference", "effect", "bound"), run.FIGURE),
+}
+MEASURED: run.Kinds = {"model": str, **dict.fromkeys(("accuracy", "margin", "chosen"), run.FIGURE)}
 SAMPLED = {"Prompt": "prompt", "Before": "before", "After": "after"}
 
 
@@ -87,10 +125,9 @@ def make_card(path: Path, shown: Shown = Shown()) -> str:
 
 def write_card(path: Path) -> None:
     """README.md of a finished run, made afresh unless a person has changed the one that is there."""
-    file = path / "README.md"
-    if not file.is_file() or is_own(file.read_text(encoding="utf-8")):
+    if not changed_card(path):
         repository = run.read_recipe(path).output.hub_model_id
-        run.write_text(file, make_card(path, Shown(repository or SOMEWHERE)))
+        run.write_text(path / "README.md", make_card(path, Shown(repository or SOMEWHERE)))
 
 
 def seal(text: str) -> str:
@@ -104,27 +141,127 @@ def is_own(card: str) -> bool:
     return found is not None and seal(card[: found.start()]) == card
 
 
+def changed_card(path: Path) -> str:
+    """README.md of a run, byte for byte, where a person has changed it; "" where it is ours or not there.
+
+    Raises:
+        CheckpointError: it cannot be read, or is a link.
+    """
+    file, remedy = path / "README.md", "or remove it, and the card is made afresh"
+    if file.is_symlink():
+        expected = "a file; links are not followed"
+        raise CheckpointError(str(file), "is a link", expected, f"a copy in its place, {remedy}")
+    try:
+        card = file.read_bytes().decode("utf-8-sig") if file.is_file() else ""
+    except (OSError, ValueError) as error:
+        raise CheckpointError(str(file), f"cannot be read ({error})", "UTF-8", f"save it as such, {remedy}") from error
+    return "" if is_own(card.replace("\r\n", "\n")) else card
+
+
+def loads_adapter(card: str) -> bool:
+    """Whether a card changed by hand says how to load an adapter, which is wrong of a merged model."""
+    return not is_own(card) and re.search(r"PeftModel|--enable-lora", card) is not None
+
+
 def adopt_card(path: Path, own: str, shown: Shown) -> str:
     """A card changed by hand, for a repository: its words, and what must be true of the metadata.
 
     Raises:
-        CheckpointError: its metadata are no YAML, or it lacks what the base's licence asks for.
+        CheckpointError: its metadata are no YAML, or it does not say what the base's licence asks for.
     """
-    facts = _Facts.read(path, shown)
-    data, body = split_card(SEAL.sub("", own))
-    if not data:
+    facts, where = _Facts.read(path, shown), str(path / "README.md")
+    own = SEAL.sub("", own)
+    found = CARD.match(own)
+    if found is None:
         expected = "metadata in YAML between lines of ---"
-        raise CheckpointError(
-            str(path / "README.md"), "begins with no metadata", expected, "mend it, or remove the file"
-        )
+        raise CheckpointError(where, "begins with no metadata", expected, "mend it, or remove the file")
     made: dict[str, Any] = _metadata(facts).to_dict()  # type: ignore[no-untyped-call]
-    data |= {key: made[key] for key in ("library_name", "base_model_relation") if key in made}
-    built_with = facts.terms.built_with if facts.terms else ""
-    if built_with not in body:
-        rule = f"“prominently display “{built_with}”” ({facts.terms.title if facts.terms else ''}, 1.b.i)"
-        raise CheckpointError(str(path / "README.md"), f"does not say “{built_with}”", rule, "add the line")
-    text = ModelCardData(**data, ignore_metadata_errors=True).to_yaml()
-    return f"---\n{text}\n---\n\n{body.lstrip().replace(SOMEWHERE, shown.repository)}"
+    ours: dict[str, str] = {key: made[key] for key in ("library_name", "base_model_relation") if key in made}
+    data, text = _put(found[1], ours, where, without_lora=shown.merged is not None)
+    for terms in facts.terms:
+        _refuse_untrue(facts, terms, data, UNSEEN.sub("", found[2]), where)
+    body = found[2].replace(SOMEWHERE, shown.repository)
+    return f"{own[: found.start(1)]}{text}{own[found.end(1) : found.start(2)]}{body}"
+
+
+def _put(text: str, ours: Mapping[str, str], where: str, *, without_lora: bool) -> tuple[dict[str, Any], str]:
+    """A person's metadata, read as texts, and their YAML with lines of ours in it; all others stay as they stand.
+
+    The tag `lora` goes too, if asked, where it has a line of its own.
+    """
+    data, node = _read_metadata(text, where)
+    edits: list[tuple[int, int, str]] = []
+    lacking = dict(ours)
+    for key, value in node.value:
+        start, end = key.start_mark.index, _end(value)
+        if (name := key.value) in lacking:
+            tail = text[start:end][len(text[start:end].rstrip()) :]
+            edits.append((start, end, f"{name}: {lacking.pop(name)}{tail}"))
+        elif name == "tags" and without_lora and isinstance(data[name], list) and len(data[name]) > 1:
+            alone = re.search(r"\r?\n *- lora *(?=\r?\n|\Z)", text[start:end])
+            edits += [(start + alone.start(), start + alone.end(), "")] if alone else []
+    new = text
+    for start, end, line in reversed(edits):
+        new = new[:start] + line + new[end:]
+    feed = "\r\n" if "\r\n" in text else "\n"
+    new += "".join(f"{feed}{key}: {value}" for key, value in lacking.items())
+    after, _ = _read_metadata(new, where)
+    if {**after, "tags": None} != {**data, **ours, "tags": None}:
+        lines = ", ".join(f"{key}: {value}" for key, value in ours.items())
+        raise CheckpointError(where, "its metadata cannot be completed", "YAML with a key a line", f"write {lines}")
+    return after, new
+
+
+def _read_metadata(text: str, where: str) -> tuple[dict[str, Any], yaml.MappingNode]:
+    expected, remedy = (
+        "metadata that are a mapping in YAML: a key a line, none twice, no anchors",
+        "mend it, or remove the file",
+    )
+    try:
+        node = yaml.compose(f"{text}\n", Loader=yaml.SafeLoader) if is_plain(text) else None
+    except (yaml.YAMLError, ValueError) as error:
+        found = f"its metadata cannot be read ({' '.join(str(error).split())})"
+        raise CheckpointError(where, found, expected, remedy) from error
+    if isinstance(node, yaml.MappingNode):
+        data: dict[str, Any] = _texts(node)
+        if len(data) == len(node.value):
+            return data, node
+    raise CheckpointError(where, "its metadata are something else", expected, remedy)
+
+
+def _end(node: Any) -> int:
+    """Where a value ends; PyYAML counts the comments behind a list."""
+    while isinstance(node, yaml.CollectionNode) and node.value and not node.flow_style:
+        last = node.value[-1]
+        node = last[1] if isinstance(last, tuple) else last
+    return int(node.end_mark.index)
+
+
+def _texts(node: Any) -> Any:
+    """What a text in YAML holds, its words as they stand: 1.10 and no are neither a number nor false."""
+    if isinstance(node, yaml.MappingNode):
+        return {str(_texts(key)): _texts(value) for key, value in node.value}
+    if isinstance(node, yaml.SequenceNode):
+        return [_texts(value) for value in node.value]
+    return "" if node.tag.endswith(":null") else node.value
+
+
+def _refuse_untrue(facts: "_Facts", terms: Terms, data: Mapping[str, Any], body: str, where: str) -> None:
+    """Raise CheckpointError for a card that does not say what the terms of its base ask for."""
+    said, written, base = licence_of(data), _licence_metadata(facts), facts.lock["base"]["name"]
+    for key in KEYS:
+        known = facts.licence.get(key), written.get(key)
+        if said.get(key) not in known:
+            expected = f"{key}: {known[1]}" if known[1] else f"no {key}"
+            found = f"{key}: {said[key]}" if key in said else f"has no {key}"
+            raise CheckpointError(where, found, f"{expected}, as the base's card has it: “{terms.notice}”")
+    names = data.get("base_model", [])
+    if facts.is_hub_base and base not in (names if isinstance(names, list) else [names]):
+        rule = f"base_model: {base}, which is under the {terms.title}"
+        raise CheckpointError(where, "does not name its base", rule, "add the line to the metadata")
+    if terms.built_with not in body:
+        rule = f"“prominently display “{terms.built_with}”” ({terms.title}, 1.b.i)"
+        raise CheckpointError(where, f"does not say “{terms.built_with}”", rule, "add the line")
 
 
 # --- what is known
@@ -138,9 +275,10 @@ class _Facts:
     lock: Mapping[str, Any]
     data: Mapping[str, Any]
     metrics: Sequence[Mapping[str, Any]]
+    steps: int | None
     kept_step: int | None
-    licence: Mapping[str, str]
-    data_licences: Mapping[str, Mapping[str, str]]
+    licence: Mapping[str, Any]
+    data_licences: Mapping[str, Mapping[str, Any]]
     verified: Mapping[run.Weights, Mapping[str, Any]]
     """What `merge --verify` found, by the weights that were merged onto."""
     adapter: Mapping[str, Any]
@@ -152,25 +290,26 @@ class _Facts:
     @classmethod
     def read(cls, path: Path, shown: Shown) -> "_Facts":
         recipe, lock = run.read_recipe(path), run.read_lock(path)
-        licences = shown.licences if shown.licences is not None else lock.get("licences", {})
+        run.refuse_lacking(lock, {"orpo_lite": str, "versions": dict}, str(path / "lock.json"))
+        licences = shown.licences if shown.licences is not None else lock.get("licences") or {}
         kinds = [shown.merged] if shown.merged else run.FOLDERS
         metrics = run.read_metrics(path)
         return cls(
             recipe,
             lock,
-            run.read_json(path / "data.json"),
+            _read_figures(path / "data.json"),
             metrics,
-            _kept_step(path, recipe, metrics),
+            *_steps(path, recipe, metrics),
             licences.get("base", {}),
             licences.get("data", {}),
             {kind: found for kind in kinds if (found := _verified(path, kind))},
-            run.read_json(path / "adapter" / "adapter_config.json"),
+            run.read_json(path / "adapter" / "adapter_config.json", {"r": int}),
             run.read_samples(path),
             shown,
         )
 
     @property
-    def terms(self) -> Any:
+    def terms(self) -> list[Terms]:
         return find_terms(self.licence)
 
     @property
@@ -204,24 +343,38 @@ class _Facts:
         return (rows[0], rows[self.kept_step]) if 0 in rows and self.kept_step in rows else None
 
 
-def _kept_step(path: Path, recipe: Recipe, metrics: Sequence[Mapping[str, Any]]) -> int | None:
-    """The step whose adapter was kept: as the run says, else as the training chooses it."""
+def _read_figures(file: Path) -> Mapping[str, Any]:
+    data = run.read_json(file, FIGURES)
+    for reason, drop in data["dropped"].items():
+        run.refuse_lacking(drop if isinstance(drop, dict) else {}, {"pairs": int}, f"{file}, dropped, {reason}")
+    run.refuse_lacking(data["cut"], {"responses_without_end": int}, f"{file}, cut")
+    run.refuse_lacking(data["prompts"], {"shared": int}, f"{file}, prompts")
+    return data
+
+
+def _steps(path: Path, recipe: Recipe, metrics: Sequence[Mapping[str, Any]]) -> tuple[int | None, int | None]:
+    """How many were made, and that whose adapter was kept: as the run says, else as the training chooses it."""
     if (path / run.RESULT).is_file():
-        kept: int = run.read_json(path / run.RESULT)["kept_step"]
-        return kept
-    steps = [row["step"] for row in metrics]
+        result = run.read_json(path / run.RESULT, {"steps": int, "kept_step": int})
+        return result["steps"], result["kept_step"]
+    last = max((row["step"] for row in metrics), default=None)
     losses = {row["step"]: row["eval_loss"] for row in metrics if row.get("eval_loss") is not None}
     best = recipe.training.load_best_model_at_end and losses
-    return min(losses, key=losses.__getitem__) if best else max(steps, default=None)
+    return last, min(losses, key=losses.__getitem__) if best else last
 
 
 def _verified(path: Path, kind: run.Weights) -> Mapping[str, Any]:
     """{} where nothing is merged, or measured, or where it is of another adapter than the run has now."""
-    found = path / run.FOLDERS[kind] / "verify.json"
+    file = path / run.FOLDERS[kind] / "verify.json"
     try:
-        return run.read_json(run.find_merged(path, kind) / found.name) if found.is_file() else {}
+        if not file.is_file() or not run.find_merged(path, kind):
+            return {}
     except CheckpointError:
         return {}
+    found = run.read_json(file, VERDICT)
+    for row in found["rows"]:
+        run.refuse_lacking(row if isinstance(row, dict) else {}, MEASURED, f"{file}, rows")
+    return found
 
 
 # --- metadata
@@ -247,11 +400,13 @@ def _metadata(facts: _Facts) -> ModelCardData:
     return data
 
 
-def _licence_metadata(facts: _Facts) -> dict[str, str]:
-    """As the base's card has it; a link to a file beside that card is written out."""
+def _licence_metadata(facts: _Facts) -> dict[str, Any]:
+    """As the base's card has it; a link to a file beside that card is written out, and none that leads elsewhere."""
     found = dict(facts.licence)
     link = found.get("license_link", "")
-    if link and "://" not in link:
+    if climbs(link):
+        del found["license_link"]
+    elif link and "://" not in link:
         if facts.is_hub_base:
             name, revision = facts.lock["base"]["name"], facts.lock["base"]["revision"]
             found["license_link"] = f"https://huggingface.co/{name}/blob/{revision}/{link.removeprefix('./')}"
@@ -264,7 +419,8 @@ def _licence_metadata(facts: _Facts) -> dict[str, str]:
 
 def _eval_results(facts: _Facts) -> list[EvalResult]:
     """For the hub's own table, which knows results on a data set of the hub alone."""
-    if facts.evaluations is None or len(facts.sets) != 1 or len(facts.recipe.data.names) != 1:
+    is_its_own = len(facts.sets) == len(facts.recipe.data.names) == 1
+    if facts.evaluations is None or not is_its_own or is_path(facts.recipe.data.dataset_test_split or ""):
         return []
     _, after = facts.evaluations
     kinds = {
@@ -290,7 +446,7 @@ def _eval_results(facts: _Facts) -> list[EvalResult]:
 
 
 def _head(facts: _Facts) -> str:
-    shown, terms = facts.shown, facts.terms
+    shown = facts.shown
     name = shown.repository.rpartition("/")[2] if shown.repository != SOMEWHERE else "Tuned with ORPO"
     what = "The merged weights" if shown.merged else f"A LoRA adapter (rank {facts.recipe.lora.r})"
     pairs = f"{facts.data['train_pairs']:,} preference pairs"
@@ -299,7 +455,8 @@ def _head(facts: _Facts) -> str:
         f"by orpo-lite {facts.lock['orpo_lite']}."
     )
     text += f" The adapter is merged onto {ONTO[shown.merged]}." if shown.merged else ""
-    built_with = f"**{terms.built_with}**\n\n" if terms and terms.built_with else ""
+    lines = dict.fromkeys(terms.built_with for terms in facts.terms if terms.built_with)
+    built_with = "".join(f"**{line}**\n\n" for line in lines)
     return f"# {name}\n\n{built_with}{text}"
 
 
@@ -310,8 +467,8 @@ def _training(facts: _Facts) -> str:
     rows = [
         ("λ (`loss.beta`)", f"{recipe.loss.beta:g}"),
         ("NLL counts", f"{scope}; mean over {mean}"),
-        ("steps", f"{max((row['step'] for row in facts.metrics), default=0):,}; kept: step {facts.kept_step}"),
-        ("chat template", _template(recipe)),
+        ("steps", "not known" if facts.steps is None else f"{facts.steps:,}; kept: step {facts.kept_step:,}"),
+        ("chat template", _template(facts)),
         *((f"`{key}`", _cell(to_text(values[key]))) for key in SHOWN_KEYS),
         ("versions", ", ".join(f"{name} {version}" for name, version in facts.lock["versions"].items())),
     ]
@@ -322,50 +479,68 @@ def _training(facts: _Facts) -> str:
     return f"## Training\n\nL = NLL + λ · L_OR, Eq. 6 of the paper.\n\n{_table(('what', 'value'), rows)}"
 
 
-def _template(recipe: Recipe) -> str:
-    known = {"auto": "the tokenizer's own, else the paper's", "none": "none: prompt and response joined as plain text"}
-    return known.get(recipe.data.chat_template, "one of the trainer's own, in this repository's chat_template.jinja")
+def _template(facts: _Facts) -> str:
+    choice = facts.recipe.data.chat_template
+    if choice == "auto":
+        return _cell(facts.data["chat_template"])
+    is_none = choice == "none"
+    return "none: prompt and response joined as plain text" if is_none else "one of the trainer's own, which is here"
 
 
 def _data(facts: _Facts) -> str:
     data, recipe = facts.data, facts.recipe
     rows = []
+    local = [name for name in recipe.data.names if is_path(name)]
     for name in recipe.data.names:
         if name in facts.sets:
-            licence = facts.data_licences.get(name, {})
-            said = licence.get("license_name") or licence.get("license") or "not stated"
+            said = in_words(facts.data_licences.get(name, {})) or "not stated"
             rows.append((f"[{name}](https://huggingface.co/datasets/{name})", _cell(said)))
+        elif name.startswith("builtin:"):
+            rows.append(("the built-in pairs of orpo-lite", "not stated"))
         else:
-            what = "the built-in pairs of orpo-lite" if name.startswith("builtin:") else _local(name)
-            rows.append((what, "not stated"))
+            rows.append((_local(name, local.index(name) + 1 if len(local) > 1 else 0), "not stated"))
     parts = ["## Data", _table(("data", "licence"), rows)]
     if facts.sets:
         split = recipe.data.dataset_train_split
         parts.append(f"Split: {'chosen automatically' if split == 'auto' else _cell(split)}.")
+    if recipe.data.max_samples:
+        parts.append(f"Of each set the first {recipe.data.max_samples:,} rows.")
+    if test := recipe.data.dataset_test_split:
+        parts.append(f"Held out: {'local files' if is_path(test) else f'split {_cell(test)}'}.")
+    elif data["held_out_pairs"]:
+        parts.append("Held out: some of the prompts, with all of their pairs.")
+    total = " in all" if len(rows) > 1 else ""
     parts.append(
-        f"{data['rows_read']:,} rows read: {data['train_pairs']:,} pairs to train on, {data['held_out_pairs']:,} held "
-        f"out; sha256 of the pairs `{data['sha256']}`."
+        f"{data['rows_read']:,} rows read{total}: {data['train_pairs']:,} pairs to train on, "
+        f"{data['held_out_pairs']:,} held out; sha256 of the pairs `{data['sha256']}`."
     )
-    dropped = [(reason, f"{drop['pairs']:,}") for reason, drop in data.get("dropped", {}).items()]
+    dropped = [(_cell(reason), f"{drop['pairs']:,}") for reason, drop in data["dropped"].items()]
     parts.append(f"Left out:\n\n{_table(('why', 'pairs'), dropped)}" if dropped else "No pair was left out.")
     return "\n\n".join(parts)
 
 
-def _local(name: str) -> str:
-    return "a local file" if Path(name).suffix else "local files"
+def _local(name: str, number: int) -> str:
+    """What data of one's own are called; a folder and a pattern are several files."""
+    is_file = Path(name).suffix and not set(name) & set("*?[")
+    if number:
+        return f"local {'file' if is_file else 'files'} {number}"
+    return "a local file" if is_file else "local files"
 
 
 def _results(facts: _Facts) -> str:
+    held_out = f"{facts.data['held_out_pairs']:,} pairs"
     if facts.evaluations is None:
-        return "## Held-out results\n\nNone: no pairs were held out."
+        lack = f"{held_out} were held out, but their figures before and after are not all there"
+        why = lack if facts.data["held_out_pairs"] else "no pairs were held out"
+        return f"## Held-out results\n\nNone: {why}."
     before, after = facts.evaluations
     rows = [
         (label, f"{before[key]:.4f}", f"{after[key]:.4f}")
         for key, label in METRICS.items()
         if before.get(key) is not None and after.get(key) is not None
     ]
-    pairs = f"{facts.data['held_out_pairs']:,} pairs"
-    return f"## Held-out results\n\n{pairs}.\n\n{_table(('', 'before', 'after'), rows)}"
+    head = ("figure", "before", "after")
+    return f"## Held-out results\n\n{held_out}, before the first step and with what was kept.\n\n{_table(head, rows)}"
 
 
 def _loading(facts: _Facts) -> str:
@@ -400,7 +575,9 @@ def _loading(facts: _Facts) -> str:
         ]
     parts = ["## How to load it"]
     if not facts.is_hub_base and not facts.shown.merged:
-        parts.append("`BASE` is the model that it was trained on, which is not named here.")
+        is_toy = facts.recipe.model.model_name_or_path.startswith("builtin:")
+        where = "which orpo-lite writes into runs/builtin" if is_toy else "which is not named here"
+        parts.append(f"`BASE` is the model that it was trained on, {where}.")
     parts += [f"{title}:\n\n```{language}\n{text}\n```" for title, language, text in blocks]
     if not facts.shown.merged and not vllm_rank(facts.adapter):
         parts.append("vLLM does not serve this adapter as it is: merge it first.")
@@ -438,13 +615,15 @@ def _samples(facts: _Facts) -> str:
         f"{rows[0].get('temperature', 0.7)}, at most {facts.recipe.output.max_new_tokens} tokens, not chosen by hand.",
     ]
     for row in rows:
-        parts += [f"{title}:\n\n{_quoted(row[key])}" for title, key in SAMPLED.items() if key in row]
+        parts += [f"{title}:\n\n{_quoted(row[key])}" for title, key in SAMPLED.items()]
     return "\n\n".join(parts)
 
 
 def _quoted(text: str) -> str:
     """A text in a fence that it cannot close."""
-    text = TOKEN.sub("hf_***", text if len(text) <= SHOWN else f"{text[:SHOWN]} ...")
+    text = CONTROL.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
+    text = TOKEN.sub("hf_***", text)
+    text = text if len(text) <= SHOWN else f"{text[:SHOWN]} ..."
     ticks = max((len(run_of) for run_of in re.findall("`+", text)), default=0)
     fence = "`" * max(3, ticks + 1)
     return f"{fence}text\n{text}\n{fence}"
@@ -452,16 +631,18 @@ def _quoted(text: str) -> str:
 
 def _limits(facts: _Facts) -> str:
     data = facts.data
-    longer = f"{100 * data['chosen_longer']:.0f}%" if "chosen_longer" in data else "an unknown share"
     lines = [
         "It has learned the preferences of these pairs, with whatever is one-sided in them, and keeps the base's own "
         "limits. No safety evaluation was made.",
-        f"The chosen answer is the longer one in {longer} of the pairs; length may be part of what was learned.",
-        "The held-out figures say how well it ranks pairs like those it was trained on, not how good its answers are.",
+        f"The chosen answer is the longer one in {data['chosen_longer']:.0%} of the pairs and the shorter one in "
+        f"{data['rejected_longer']:.0%}; length may be part of what was learned.",
     ]
-    if cut := data.get("cut", {}).get("responses_without_end"):
+    if facts.evaluations:
+        ranks = "The held-out figures say how well it ranks pairs like those it was trained on"
+        lines.append(f"{ranks}, not how good its answers are.")
+    if cut := data["cut"]["responses_without_end"]:
         lines.append(f"{cut:,} responses lost their end at {facts.recipe.data.max_length:,} tokens.")
-    if shared := data.get("prompts", {}).get("shared"):
+    if shared := data["prompts"]["shared"]:
         lines.append(f"{shared:,} held-out prompts stand in the training pairs too, so the figures flatter.")
     if facts.recipe.model.model_name_or_path.startswith("builtin:"):
         lines.append("A toy that shows that the machinery works; it is of no other use.")
@@ -469,28 +650,24 @@ def _limits(facts: _Facts) -> str:
 
 
 def _licence(facts: _Facts) -> str:
-    licence, terms = facts.licence, facts.terms
-    name = licence.get("license_name") or licence.get("license")
-    lines = []
-    if terms:
-        lines.append(f"{terms.notice}")
-    elif name:
-        lines.append(f"The base's card names its licence: {_cell(name)}. It holds for this derivative as well.")
-    else:
-        lines.append("The licence of the base is not known here: its card names none, or could not be read.")
-    lines += _non_commercial(facts)
-    return "## Licence\n\n" + "\n\n".join(lines)
+    lines = [terms.notice for terms in facts.terms]
+    name = _cell(in_words(facts.licence))
+    if isinstance(facts.licence.get("license"), list):
+        lines.append(f"The base's card names several licences: {name}. They hold for this derivative as well.")
+    elif name and not lines:
+        lines.append(f"The base's card names its licence: {name}. It holds for this derivative as well.")
+    elif not name:
+        lines.append("The licence of the base is not known here: no card that could be read names one.")
+    return "\n\n".join(["## Licence", *lines, *_non_commercial(facts)])
 
 
 def _non_commercial(facts: _Facts) -> list[str]:
-    said = []
-    if is_non_commercial(facts.licence.get("license_name") or facts.licence.get("license", "")):
-        said.append("**Not for commercial use**, as its base.")
+    said = ["**Not for commercial use**, as its base."] * any(map(is_non_commercial, named(facts.licence)))
     for name in facts.sets:
         licence = facts.data_licences.get(name, {})
-        if any(is_non_commercial(value) for key, value in licence.items() if key != "license_link"):
-            text = licence.get("license_name") or licence["license"]
-            said.append(f"**Not for commercial use by its data**: {name} is licensed {_cell(text)}.")
+        if any(map(is_non_commercial, named(licence))):
+            text = _cell(in_words(licence))
+            said.append(f"**Not for commercial use by its data**: {name} is licensed {text}.")
     return said
 
 
@@ -501,5 +678,5 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _cell(text: str) -> str:
     """A text that keeps to its cell and brings no mark-up of its own."""
-    flat = TOKEN.sub("hf_***", " ".join(text.split()))
+    flat = TOKEN.sub("hf_***", CONTROL.sub("", " ".join(text.split())))
     return re.sub(r"([|<>`\[\]*\\])", r"\\\1", flat)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import yaml
 from huggingface_hub import HfApi, snapshot_download
@@ -21,7 +22,21 @@ from orpo_lite.recipe import BACK, DEEPER, MAX_DEPTH
 KEYS = ("license", "license_name", "license_link")
 PAPERS = [f"{name}{end}" for name in ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY") for end in ("", ".txt", ".md")]
 MAX_BYTES = 1 << 20  # of a card or a licence's text
-NON_COMMERCIAL = re.compile(r"(^|[-_ ])(nc|non-?commercial|research-only)([-_ ]|$)", re.IGNORECASE)
+MAX_NAME = 96  # characters of a repository's name, its owner's among them
+# In words joined by hyphens. Beside what says so itself, names of the hub's list and of large models that do not:
+# https://huggingface.co/docs/hub/repositories-licenses
+NON_COMMERCIAL = re.compile(
+    r"\b(nc|non-?commercial|non-production|not-for-commercial|no-commercial-use|research-(use-)?only|only-for-research"
+    r"|research-use|(h|intel|qwen|mistral-ai)-research|apple-amlr|deepfloyd-if-license|mnpl|mrl)\b"
+)
+BEGINS = r"(?:^|[\s,;/+&(]|meta[-_ ]|google[-_ ])"  # not my-llama3, which may be anything
+LLAMA = re.compile(
+    BEGINS + r"llama(?:[-_ ]*(?:community|licen[cs]e|agreement|version))*[-_ ]*v?([234])"
+    r"(?:([-_.]?)(\d{1,2})(?![a-z\d]))?(?!\d)"
+)
+GEMMA = re.compile(BEGINS + r"gemma(?![a-z])")
+CARD = re.compile(r"\ufeff?\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)(.*)", re.DOTALL)  # metadata, body
+AGREEMENT = "community license"  # in the text of each of them that asks for a copy, and in no other licence
 COPY = "provide a copy of this Agreement"
 
 
@@ -69,33 +84,55 @@ TERMS: dict[str, Terms] = {
 }
 
 
-def find_terms(licence: Mapping[str, str]) -> Terms | None:
-    """What the licence of a base asks, if it is one that asks more than to be named."""
-    for key in ("license", "license_name"):
-        text = licence.get(key, "").lower()
-        if found := re.match(r"(?:meta[-_ ])?llama[-_ ]?([234])(?:[-_.]([123])(?!\d))?", text):
-            version = ".".join(part for part in found.groups() if part)
-            return TERMS.get(f"llama{version}", _llama(version))
-        if text.startswith("gemma"):
-            return TERMS["gemma"]
-    return None
+def named(licence: Mapping[str, Any]) -> list[str]:
+    """Every licence that a card names: one or several in ``license``, and ``license_name``."""
+    found = licence.get("license", [])
+    texts = [*(found if isinstance(found, list) else [found]), licence.get("license_name", "")]
+    return [str(text) for text in texts if text]
 
 
-def refuse_name(repository: str, licence: Mapping[str, str], where: str) -> None:
+def in_words(licence: Mapping[str, Any]) -> str:
+    """The licences of a card for people; "" where it names none."""
+    names = named(licence)
+    return ", ".join([name for name in names if name.lower() != "other"] or names)
+
+
+def find_terms(licence: Mapping[str, Any]) -> list[Terms]:
+    """What the licences of a base ask, those of them that ask more than to be named."""
+    found: list[Terms] = []
+    for text in map(str.lower, named(licence)):
+        found += [_llama_terms(*match.groups()) for match in LLAMA.finditer(text)]
+        found += [TERMS["gemma"]] * bool(GEMMA.search(text))
+    return list(dict.fromkeys(found))
+
+
+def _llama_terms(major: str, dot: str, minor: str | None) -> Terms:
+    exact = f"llama{major}" if not minor or int(minor) == 0 else f"llama{major}.{minor}"
+    if exact in TERMS:
+        return TERMS[exact]
+    # llama3.10 is none that is known here, and no Llama 3 for that; llama-3-8 is one of 8 billion.
+    return _llama(f"{major}.{minor}") if dot == "." and major != "2" else TERMS[f"llama{major}"]
+
+
+def refuse_name(repository: str, licence: Mapping[str, Any], where: str) -> None:
     """Raise RecipeError for a name that the base's licence does not allow, with the rule."""
-    terms = find_terms(licence)
     name = repository.rpartition("/")[2]
-    if terms is None or re.sub(r"[-_ .]", "", name).startswith(terms.prefix.replace(" ", "")):
+    flat = re.sub(r"[-_ .]", "", name)
+    broken = [terms for terms in find_terms(licence) if not flat.startswith(terms.prefix.replace(" ", ""))]
+    if not broken:
         return
+    terms = max(broken, key=lambda terms: len(terms.prefix))
     rule = f"you shall also include “{terms.prefix}” at the beginning of any such AI model name"
-    owner = repository.removesuffix(name)
-    renamed = re.sub("^llama[-_.]*", "", name, flags=re.IGNORECASE)
-    remedy = f"a name such as {owner}{terms.prefix.replace(' ', '-')}-{renamed}"
+    first, *others = terms.prefix.split()
+    prefix = rf"^(?:meta[-_.]*)?{first}[-_.]*" + "".join(rf"(?:{word}(?!\.?\d)[-_.]*)?" for word in others)
+    renamed = re.sub(prefix, "", name, flags=re.IGNORECASE).strip("-_.") or "tuned"
+    longest = f"{repository.removesuffix(name)}{terms.prefix.replace(' ', '-')}-{renamed}"[:MAX_NAME]
+    remedy = f"a name such as {longest.rstrip('-_.').removesuffix('.git')}"
     raise RecipeError(where, f"{repository}, of a base under the {terms.title}", f"“{rule}” (1.b.i)", remedy)
 
 
 def find_papers(
-    licence: Mapping[str, str], base: str, revision: str | None, folder: Path, beside: Sequence[Path] = ()
+    licence: Mapping[str, Any], base: str, revision: str | None, folder: Path, beside: Sequence[Path] = ()
 ) -> dict[str, bytes | Path]:
     """The files that go with a derivative: the base's licence and notices, and what its terms ask for.
 
@@ -111,28 +148,35 @@ def find_papers(
     """
     own = fetch_papers(base, revision, None if revision else folder)
     folders = [*beside, *([own] if own else [])]
-    agreement = _agreement(read_card(own))
-    papers: dict[str, bytes | Path] = {}
-    for folder in folders:
-        for file in (folder / name for name in PAPERS):
-            if file.is_file() and file.stat().st_size <= MAX_BYTES and _stays(file):
-                papers.setdefault(file.name, file)
-    terms = find_terms(licence)
-    if terms is None:
-        return papers
-    if agreement and not any(name.upper().startswith(("LICENSE", "LICENCE")) for name in papers):
-        papers["LICENSE"] = agreement.encode()
-    if terms.copy and not any(name.upper().startswith(("LICENSE", "LICENCE")) for name in papers):
-        rule = f"“{COPY}” ({terms.title}, 1.b.i)"
-        raise ModelError(
-            f"model {base}", "no file LICENSE beside its weights", rule, f"put it into {[*folders, folder][0]}"
-        )
-    written = [name for name in papers if name.upper().startswith("NOTICE")]
-    texts = {name: read_text(papers[name]) for name in written}
-    if not any(_flat(terms.notice) in _flat(text) for text in texts.values()):
-        kept = texts.get("NOTICE", "")
-        papers["NOTICE"] = f"{kept.rstrip()}\n\n{terms.notice}\n".lstrip().encode()
+    papers = _papers(folders)
+    if revision and not _copies(papers) and (found := fetch_papers(base, revision, None, cached=False)):
+        own, folders = found, [*beside, found]  # other programs leave the card alone in the cache
+        papers = _papers(folders)
+    for terms in find_terms(licence):
+        if terms.copy and not any(AGREEMENT in _flat(read_text(paper)) for paper in _copies(papers)):
+            agreement = _agreement(read_card(own))
+            if not agreement:
+                lack, rule = "no file LICENSE with its text beside the weights", f"“{COPY}” ({terms.title}, 1.b.i)"
+                raise ModelError(f"model {base}", lack, rule, f"put it into {[*folders, folder][0]}")
+            papers[next(name for name in PAPERS if name not in papers)] = agreement.encode()
+        texts = {name: read_text(paper) for name, paper in papers.items() if name.upper().startswith("NOTICE")}
+        if not any(_flat(terms.notice) in _flat(text) for text in texts.values()):
+            kept = texts.get("NOTICE", "")
+            papers["NOTICE"] = f"{kept.rstrip()}\n\n{terms.notice}\n".lstrip().encode()
     return papers
+
+
+def _papers(folders: Sequence[Path]) -> dict[str, bytes | Path]:
+    """The licences and notices in some folders, of one name the first."""
+    papers: dict[str, bytes | Path] = {}
+    for file in (folder / name for folder in folders for name in PAPERS):
+        if file.is_file() and file.stat().st_size <= MAX_BYTES and _stays(file):
+            papers.setdefault(file.name, file)
+    return papers
+
+
+def _copies(papers: Mapping[str, bytes | Path]) -> list[bytes | Path]:
+    return [paper for name, paper in papers.items() if name.startswith(("LICENSE", "LICENCE"))]
 
 
 def _stays(file: Path) -> bool:
@@ -155,20 +199,23 @@ def _flat(text: str) -> str:
 
 def is_non_commercial(licence: str) -> bool:
     """Whether a licence such as cc-by-nc-4.0 keeps commerce out."""
-    return bool(NON_COMMERCIAL.search(licence))
+    return bool(NON_COMMERCIAL.search("-".join(re.findall("[a-z0-9]+", licence.lower()))))
 
 
 # --- cards
 
 
-def fetch_papers(name: str, revision: str | None, folder: Path | None, *, kind: str = "model") -> Path | None:
-    """The folder with the card and the licence of a repository, from the cache where they are; None: they are not.
+def fetch_papers(
+    name: str, revision: str | None, folder: Path | None, *, kind: str = "model", cached: bool = True
+) -> Path | None:
+    """The folder with the card and the licence of a repository; None: there is none.
 
-    Nothing depends on it but what a card says, so a hub that cannot be reached is no fault here.
+    From the cache where the card is there; without ``cached`` the hub is asked whatever is there. Nothing depends on it
+    but what a card says, so a hub that cannot be reached is no fault here.
     """
     if folder is not None:
         return folder
-    for offline in (True, False):
+    for offline in (True, False) if cached else (False,):
         try:
             if not offline:  # asked once: the download of a file would ask for half a minute
                 HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=HUB_TIMEOUT)
@@ -191,17 +238,17 @@ def read_card(folder: Path | None) -> dict[str, Any]:
 
 def split_card(text: str) -> tuple[dict[str, Any], str]:
     """Metadata and body of a card; {} for metadata that is no mapping in YAML."""
-    found = re.match(r"\ufeff?\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)(.*)", text, re.DOTALL)
+    found = CARD.match(text)
     if found is None:
         return {}, text
     try:
-        data = yaml.safe_load(found[1]) if _is_plain(found[1]) else {}
+        data = yaml.safe_load(found[1]) if is_plain(found[1]) else {}
     except (yaml.YAMLError, ValueError):
         return {}, found[2]
     return (data if isinstance(data, dict) else {}), found[2]
 
 
-def _is_plain(text: str) -> bool:
+def is_plain(text: str) -> bool:
     """Whether a YAML text has neither aliases, which can expand without end, nor brackets that PyYAML sinks in."""
     depth = 0
     for token in yaml.scan(text, Loader=yaml.SafeLoader):
@@ -211,7 +258,9 @@ def _is_plain(text: str) -> bool:
     return True
 
 
-def read_licences(base: str, revision: str | None, folder: Path, names: Sequence[str]) -> dict[str, Any]:
+def read_licences(
+    base: str, revision: str | None, folder: Path, names: Sequence[str], known: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """What the cards of a base and of data sets say of their licences: lock.json's ``licences``.
 
     Args:
@@ -219,10 +268,18 @@ def read_licences(base: str, revision: str | None, folder: Path, names: Sequence
         revision: its hub commit; None for a folder.
         folder: where it lies.
         names: the data sets, as a recipe has them.
+        known: what was read before; only what it lacks is asked for.
     """
-    card = read_card(fetch_papers(base, revision, None if revision else folder))
-    sets = {name: read_card(fetch_papers(name, None, None, kind="dataset")) for name in names if is_hub_name(name)}
-    return {"base": licence_of(card), "data": {name: licence_of(card) for name, card in sets.items()}}
+    known = known or {}
+    data = known.get("data") or {}
+    return {
+        "base": known.get("base") or licence_of(read_card(fetch_papers(base, revision, None if revision else folder))),
+        "data": {
+            name: data.get(name) or licence_of(read_card(fetch_papers(name, None, None, kind="dataset")))
+            for name in names
+            if is_hub_name(name)
+        },
+    }
 
 
 def is_hub_name(name: str) -> bool:
@@ -230,16 +287,27 @@ def is_hub_name(name: str) -> bool:
     return not is_path(name) and not name.startswith("builtin:")
 
 
-def licence_of(card: Mapping[str, Any]) -> dict[str, str]:
-    """license, license_name and license_link as a card has them; several licences as one text."""
-    found: dict[str, str] = {}
+def licence_of(card: Mapping[str, Any]) -> dict[str, Any]:
+    """license, license_name and license_link as a card has them: texts, and a list of several licences."""
+    found: dict[str, Any] = {}
     for key in KEYS:
         value = card.get(key)
-        value = ", ".join(map(str, value)) if isinstance(value, list) else value
-        text = " ".join(str(value).split())[:300] if isinstance(value, str | int | float) else ""
-        if text and not TOKEN.search(text) and not text.startswith((os.sep, "~", "file:")):
-            found[key] = text
+        texts = [text for text in map(_word, value if isinstance(value, list) else [value]) if text]
+        if texts:
+            found[key] = texts if key == "license" and len(texts) > 1 else ", ".join(texts)
     return found
+
+
+def _word(value: object) -> str:
+    """A value of a card as one line; "" for what is none, or must not be passed on."""
+    text = " ".join(str(value).split())[:300] if isinstance(value, str | int | float) else ""
+    text = "".join(filter(str.isprintable, text))
+    return "" if TOKEN.search(text) or text.startswith((os.sep, "~", "file:")) else text
+
+
+def climbs(link: str) -> bool:
+    """Whether a link leads out of the folder that it is relative to."""
+    return ".." in re.split(r"[/\\]", unquote(link))
 
 
 def _agreement(card: Mapping[str, Any]) -> str:

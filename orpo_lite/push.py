@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import constants
 
 from orpo_lite import run
-from orpo_lite.card import Shown, adopt_card, is_own, make_card
+from orpo_lite.card import Shown, adopt_card, changed_card, loads_adapter, make_card
 from orpo_lite.errors import TOKEN, CheckpointError, OrpoLiteError, RecipeError
 from orpo_lite.licence import find_papers, read_licences, read_text, refuse_name
 from orpo_lite.recipe import Recipe, refuse_repository
@@ -93,7 +93,10 @@ def pushing(
             files = papers | _files(folder, lock, is_merged=merged is not None)
             target = yield from check_target(repository, is_private=not is_public)
             shown = Shown(target.repository, merged, licences, samples)
-            files["README.md"] = _card(path, shown).encode()
+            card = _card(path, shown)
+            if merged and loads_adapter(card):
+                yield Update("note", f"{path / 'README.md'} says how to load an adapter; this is a merged model")
+            files["README.md"] = card.encode()
             _refuse_leaks(files, path, lock, recipe)
             yield from _said(folder, files, licences)
             message = f"{'Merged model' if merged else 'LoRA adapter'}, tuned with ORPO by orpo-lite"
@@ -118,11 +121,8 @@ def push_command(
 
 def _licences(lock: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
     """As the run noted them; asked for again where it could not, for the rules depend on them."""
-    known: dict[str, Any] = lock.get("licences") or {}
-    if known.get("base"):
-        return known
     base = lock["base"]
-    return read_licences(base["name"], base["revision"], Path(base["path"]), recipe.data.names)
+    return read_licences(base["name"], base["revision"], Path(base["path"]), recipe.data.names, lock.get("licences"))
 
 
 def _files(folder: Path, lock: Mapping[str, Any], *, is_merged: bool) -> dict[str, bytes | Path]:
@@ -143,12 +143,14 @@ def _files(folder: Path, lock: Mapping[str, Any], *, is_merged: bool) -> dict[st
 
 def _card(path: Path, shown: Shown) -> str:
     """The card for this repository; the run's own where a person has changed it."""
-    file = path / "README.md"
-    text = file.read_text(encoding="utf-8") if file.is_file() else ""
-    if not text or is_own(text):
+    text = changed_card(path)
+    if not text:
         return make_card(path, shown)
     if shown.samples:
-        found, remedy = f"given, and {file} was changed by hand", "leave it out, and paste them; or remove the file"
+        found, remedy = (
+            f"given, and {path / 'README.md'} was changed by hand",
+            "leave it out, and paste them; or remove the file",
+        )
         raise RecipeError("--samples", found, "a card that is made afresh", remedy)
     return adopt_card(path, text, shown)
 

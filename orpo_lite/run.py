@@ -20,6 +20,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import UnionType
 from typing import Any, Literal, TypeVar
 
 from safetensors import SafetensorError
@@ -32,6 +33,9 @@ Result = TypeVar("Result")
 Weights = Literal["original", "dequantized"]
 """What an adapter is merged into. original: the base's own weights, in 16 bit. dequantized: what 4 bit made of them, in
 16 bit again, which is what the adapter was trained on."""
+Kinds = Mapping[str, type | UnionType]
+"""Keys that must be there, and of what kind their values are; one of None may lack."""
+FIGURE = int | float
 FOLDERS: dict[Weights, str] = {"original": "merged", "dequantized": "merged-dequantized"}
 RESULT = "result.json"
 SAMPLES = "samples.jsonl"
@@ -100,13 +104,18 @@ def read_recipe(path: Path) -> Recipe:
 def read_lock(path: Path) -> dict[str, Any]:
     """The lock.json of an existing run. Raises :class:`CheckpointError`."""
     read_recipe(path)
-    lock = read_json(path / "lock.json")
+    file = path / "lock.json"
+    lock = read_json(file)
     needed = {"base": ("name", "revision", "path", "fingerprint"), "data": ("name", "sha256")}
     needed["chat_template"] = needed["data"]
     if any(not isinstance(lock.get(part), dict) or not {*keys} <= lock[part].keys() for part, keys in needed.items()):
-        raise CheckpointError(
-            str(path / "lock.json"), "lacks base, data or chat_template", "the file that the training wrote"
-        )
+        raise CheckpointError(str(file), "lacks base, data or chat_template", "the file that the training wrote")
+    licences = lock.get("licences") or {"base": {}, "data": {}}
+    refuse_lacking({"licences": licences}, {"licences": dict}, str(file))
+    refuse_lacking(licences, {"base": dict, "data": dict}, f"{file}, licences")
+    refuse_lacking(licences["data"], dict.fromkeys(licences["data"], dict), f"{file}, licences.data")
+    for said in (licences["base"], *licences["data"].values()):
+        refuse_lacking(said, dict.fromkeys(said, str | list), f"{file}, licences")
     return lock
 
 
@@ -175,15 +184,24 @@ def find_trained_base(path: Path, folder: str | Path | None = None) -> Base:
     return base
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object of the run. Raises :class:`CheckpointError` when it is missing or broken."""
+def read_json(file: Path, needed: Kinds | None = None) -> dict[str, Any]:
+    """A JSON object of the run. Raises :class:`CheckpointError` when it is missing, broken or lacks what is needed."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(str(file), f"cannot be read ({error})", "a file of a finished save") from error
     if not isinstance(value, dict):
         raise CheckpointError(str(file), "is not a JSON object", "a file of a finished save")
+    refuse_lacking(value, needed or {}, str(file))
     return value
+
+
+def refuse_lacking(value: Mapping[str, Any], needed: Kinds, where: str) -> None:
+    """Raise :class:`CheckpointError` unless each key that is needed holds a value of its kind."""
+    for key, kind in needed.items():
+        if not isinstance(value.get(key), kind):
+            found = f"{key} is {json.dumps(value[key])[:40]}" if key in value else f"lacks {key}"
+            raise CheckpointError(where, found, "what the training wrote", "put it back as it was")
 
 
 def to_json(value: Mapping[str, Any]) -> str:
@@ -297,16 +315,18 @@ def append_metrics(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All lines of metrics.jsonl; [] before the first. Raises :class:`CheckpointError`."""
-    return _read_rows(path / "metrics.jsonl")
+    """All lines of metrics.jsonl, figures or null; [] before the first. Raises :class:`CheckpointError`."""
+    return _read_rows(path / "metrics.jsonl", {"step": int}, FIGURE | None)
 
 
 def read_samples(path: Path) -> list[dict[str, Any]]:
     """All lines of samples.jsonl, which may not be there. Raises :class:`CheckpointError`."""
-    return _read_rows(path / SAMPLES)
+    return _read_rows(
+        path / SAMPLES, {"prompt": str, "before": str, "after": str, "temperature": FIGURE | None}, object
+    )
 
 
-def _read_rows(file: Path) -> list[dict[str, Any]]:
+def _read_rows(file: Path, needed: Kinds, others: type | UnionType) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(_lines(file), 1):
         try:
@@ -317,6 +337,7 @@ def _read_rows(file: Path) -> list[dict[str, Any]]:
             ) from error
         if not isinstance(row, dict):
             raise CheckpointError(f"{file}:{number}", "is not a JSON object", "a line as it was written")
+        refuse_lacking(row, {**dict.fromkeys(row, others), **needed}, f"{file}:{number}")
         rows.append(row)
     return rows
 

@@ -4,7 +4,10 @@ import ast
 import json
 import re
 import subprocess
+from collections.abc import Generator
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,10 +16,10 @@ from hub_server import TOKEN
 from huggingface_hub import ModelCard
 
 from orpo_lite import licence
-from orpo_lite.card import SOMEWHERE, Shown, adopt_card, is_own, make_card
+from orpo_lite.card import SHOWN, SOMEWHERE, Shown, adopt_card, changed_card, is_own, loads_adapter, make_card
 from orpo_lite.errors import CheckpointError, ModelError, RecipeError
 from orpo_lite.licence import TERMS, find_papers, find_terms, is_non_commercial, licence_of, refuse_name, split_card
-from orpo_lite.recipe import load_recipe
+from orpo_lite.recipe import load_recipe, refuse_repository
 from orpo_lite.verify import Row, Verdict
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -37,7 +40,13 @@ def make_run(path: Path, *overrides: str, **lock: Any) -> Path:
     (path / "lock.json").write_text(json.dumps(known | lock))
     dropped = {"empty rejected": {"pairs": 3, "first": [f"{PRIVATE}/pairs.csv:5"]}}
     figures = {"rows_read": 1203, "train_pairs": 1100, "held_out_pairs": 100, "dropped": dropped, "sha256": "d" * 64}
-    figures |= {"chosen_longer": 0.6, "cut": {"responses_without_end": 7}, "prompts": {"shared": 2}}
+    figures |= {
+        "chat_template": "the tokenizer's own chat template",
+        "chosen_longer": 0.6,
+        "rejected_longer": 0.25,
+        "cut": {"responses_without_end": 7},
+        "prompts": {"shared": 2},
+    }
     (path / "data.json").write_text(json.dumps(figures))
     rows = [{"step": step, "loss": 1.0} for step in range(1, 41)]
     for step, loss in ((0, 0.9), (20, 0.5), (40, 0.6)):
@@ -103,6 +112,23 @@ def test_a_link_to_a_file_beside_the_bases_card_is_written_out(tmp_path: Path) -
     assert data.license == "other"
 
 
+@pytest.mark.parametrize("link", ["../../../evil", "docs/%2e%2E/%2e%2e/evil", "..\\evil"])
+def test_a_link_that_climbs_is_left_out(tmp_path: Path, link: str) -> None:
+    text = make_card(make_run(tmp_path, licences={"base": {"license_name": "x-1", "license_link": link}, "data": {}}))
+    assert "evil" not in text
+    assert "license_link" not in text
+
+
+def test_several_licences_are_a_list(tmp_path: Path) -> None:
+    said = licence_of({"license": ["apache-2.0", "llama3.1"]})
+    card = read(make_run(tmp_path, licences={"base": said, "data": {"lab/pairs": said}}))
+    assert card.data.license == ["apache-2.0", "llama3.1"]
+    assert "names several licences: apache-2.0, llama3.1. They hold" in card.text
+    assert TERMS["llama3.1"].notice in card.text
+    assert "**Built with Llama**" in card.text
+    assert "| apache-2.0, llama3.1 |" in card.text
+
+
 def test_a_base_and_data_of_ones_own_are_left_out(tmp_path: Path) -> None:
     base = {"name": f"{PRIVATE}/base", "revision": None, "path": f"{PRIVATE}/base", "fingerprint": "f" * 64}
     names = ["data.dataset_name=/home/ann/private-place/pairs.csv,/home/ann/private-place/more"]
@@ -111,8 +137,8 @@ def test_a_base_and_data_of_ones_own_are_left_out(tmp_path: Path) -> None:
     assert not [key for key in ("base_model", "base_model_relation", "datasets", "license") if card.data.get(key)]
     assert card.data.eval_results is None
     assert "a model that its trainer had in a local folder" in card.text
-    assert "| a local file | not stated |" in card.text
-    assert "| local files | not stated |" in card.text
+    assert "| local file 1 | not stated |" in card.text
+    assert "| local files 2 | not stated |" in card.text
     assert "1,203 rows read" in card.text
     assert "d" * 64 in card.text
 
@@ -132,8 +158,11 @@ def test_what_was_done(tmp_path: Path) -> None:
         "| [lab/pairs](https://huggingface.co/datasets/lab/pairs) | mit |",
         "1,100 pairs to train on, 100 held out",
         "| empty rejected | 3 |",
+        "| chat template | the tokenizer's own chat template |",
+        "Held out: some of the prompts, with all of their pairs.",
+        "100 pairs, before the first step and with what was kept.",
         "| loss | 0.9000 | 0.5000 |",
-        "longer one in 60% of the pairs",
+        "longer one in 60% of the pairs and the shorter one in 25%;",
         "7 responses lost their end at 2,048 tokens",
         "2 held-out prompts stand in the training pairs too",
     ):
@@ -148,14 +177,51 @@ def test_the_step_that_was_kept(tmp_path: Path) -> None:
     assert "| loss | 0.9000 | 0.6000 |" in read(run).text
     (run / "result.json").write_text('{"steps": 40, "kept_step": 20}')
     assert "| loss | 0.9000 | 0.5000 |" in read(run).text
+    (run / "metrics.jsonl").unlink()
+    assert "| steps | 40; kept: step 20 |" in read(run).text
+    (run / "result.json").unlink()
+    assert "| steps | not known |" in read(run).text
 
 
 def test_without_held_out_pairs(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     (run / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
     card = read(run)
-    assert "no pairs were held out" in card.text
+    assert "None: 100 pairs were held out, but their figures before and after are not all there." in card.text
+    assert "The held-out figures say" not in card.text
     assert card.data.eval_results is None
+    (run / "data.json").write_text((run / "data.json").read_text().replace("100,", "0,"))
+    assert "None: no pairs were held out." in read(run).text
+
+
+def test_where_held_out_pairs_come_from(tmp_path: Path) -> None:
+    card = read(make_run(tmp_path, "data.dataset_test_split=test", "data.max_samples=1500"))
+    assert "Held out: split test." in card.text
+    assert "Of each set the first 1,500 rows." in card.text
+    assert card.data.eval_results
+    card = read(make_run(tmp_path, f"data.dataset_test_split={PRIVATE}/held-out.jsonl"))
+    assert "Held out: local files." in card.text
+    assert card.data.eval_results is None  # which would be of lab/pairs
+
+
+@pytest.mark.parametrize(
+    ("name", "called"), [("a.csv", "a local file"), ("more", "local files"), ("*.jsonl", "local files")]
+)
+def test_a_local_file_has_no_name(tmp_path: Path, name: str, called: str) -> None:
+    text = read(make_run(tmp_path, f"data.dataset_name={PRIVATE}/{name}")).text
+    assert f"| {called} | not stated |" in text
+    assert "1,203 rows read:" in text
+
+
+def test_local_files_are_numbered(tmp_path: Path) -> None:
+    names = [f"{PRIVATE}/clients.csv", "lab/pairs", f"{PRIVATE}/more", f"{PRIVATE}/last.jsonl"]
+    text = read(make_run(tmp_path, f"data.dataset_name={','.join(names)}")).text
+    assert re.findall(r"^\| (local \w+ \d) \|", text, re.MULTILINE) == [
+        "local file 1",
+        "local files 2",
+        "local file 3",
+    ]
+    assert "1,203 rows read in all:" in text
 
 
 @pytest.mark.parametrize("is_merged", [False, True])
@@ -197,17 +263,39 @@ def test_what_a_merge_measured_of_itself(tmp_path: Path) -> None:
     assert "| merged | 75.0% | +0.1250 | -1.2500 |" in read(run).text
 
 
-@pytest.mark.parametrize("name", ["cc-by-nc-4.0", "cc-by-nc-sa-4.0", "CC-BY-NC-ND-3.0", "x-noncommercial", "x-research-only"])  # fmt: skip  # noqa: E501
+NOT_FOR_COMMERCE = (
+    "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "CC-BY-NC-ND-3.0", "x-noncommercial", "x-research-only", "non commercial",
+    "non_commercial", "research only", "no commercial use", "not for commercial use",
+    "CC BY-NC 4.0", "Mistral AI Non-Production License", "mnpl", "mrl", "apple-amlr",
+    "fair-noncommercial-research-license", "deepfloyd-if-license", "h-research", "intel-research", "qwen-research",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NOT_FOR_COMMERCE)
 def test_data_that_keep_commerce_out_are_named(tmp_path: Path, name: str) -> None:
     assert is_non_commercial(name)
     licences = {"base": {"license": "mit"}, "data": {"lab/pairs": {"license": name}}}
     text = read(make_run(tmp_path, licences=licences)).text
     assert f"**Not for commercial use by its data**: lab/pairs is licensed {name}." in text
     assert f"| {name} |" in text
+    assert "as its base" not in text
+
+
+@pytest.mark.parametrize("said", [
+    {"license": "cc-by-nc-4.0"},
+    {"license": "cc-by-nc-4.0", "license_name": "my-own"},
+    {"license": "other", "license_name": "mnpl"},
+    {"license": ["mit", "cc-by-nc-4.0"]},
+])  # fmt: skip
+def test_a_base_that_keeps_commerce_out_is_named(tmp_path: Path, said: dict[str, Any]) -> None:
+    text = read(make_run(tmp_path, licences={"base": said, "data": {"lab/pairs": said}})).text
+    assert "**Not for commercial use**, as its base." in text
+    assert "**Not for commercial use by its data**: lab/pairs" in text
 
 
 @pytest.mark.parametrize(
-    "name", ["mit", "apache-2.0", "cc-by-4.0", "cc-by-sa-4.0", "cc0-1.0", "gpl-3.0", "ncsa", "bsl"]
+    "name",
+    ["mit", "apache-2.0", "cc-by-4.0", "cc-by-sa-4.0", "cc0-1.0", "gpl-3.0", "ncsa", "bsl", "c-uda", "apple-ascl"],
 )
 def test_other_licences_are_not(name: str) -> None:
     assert not is_non_commercial(name)
@@ -224,7 +312,8 @@ def test_no_path_no_place_no_token(tmp_path: Path) -> None:
         f"model.adapter_name_or_path={PRIVATE}/adapter",
         f"training.output_dir={PRIVATE}/run",
     )
-    (run / "samples.jsonl").write_text(json.dumps({"prompt": f"my {TOKEN}", "after": "```\n# Title"}) + "\n")
+    sample = {"prompt": f"my {TOKEN}", "before": "", "after": "```\n# Title"}
+    (run / "samples.jsonl").write_text(json.dumps(sample) + "\n")
     for merged in (None, "original", "dequantized"):
         text = make_card(run, Shown(REPO, merged, samples=1))
         assert not [word for word in (PRIVATE, "ann", str(tmp_path), TOKEN, "pairs.csv") if word in text]
@@ -241,10 +330,22 @@ def test_what_others_wrote_brings_no_mark_up(tmp_path: Path) -> None:
     assert "<script>" not in card.text.replace("\\<script\\>", "")
 
 
-CARDS: list[tuple[str, dict[str, str]]] = [
+def test_an_answer_is_cut_and_brings_no_control_characters(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    sample = {"prompt": "a\r```\r\nb\x1b[31m\x00\ud800", "before": "x" * (SHOWN + 1), "after": "y" * SHOWN}
+    (run / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+    text = read(run, Shown(REPO, samples=1)).text
+    assert "````text\na\n```\nb[31m\n````" in text
+    assert f"```text\n{'x' * SHOWN} ...\n```" in text
+    assert f"```text\n{'y' * SHOWN}\n```" in text
+
+
+CARDS: list[tuple[str, dict[str, Any]]] = [
     ("---\nlicense: mit\n---\nText", {"license": "mit"}),
     ("\ufeff---\r\nlicense: mit\r\n---\r\nText", {"license": "mit"}),
-    ("---\nlicense:\n- mit\n- cc-by-4.0\n---\n", {"license": "mit, cc-by-4.0"}),
+    ("---\nlicense:\n- mit\n- cc-by-4.0\n---\n", {"license": ["mit", "cc-by-4.0"]}),
+    ("---\nlicense: [mit]\nlicense_name: [a, b]\n---\n", {"license": "mit", "license_name": "a, b"}),
+    ('---\nlicense: "m\\eit"\n---\n', {"license": "mit"}),
     (
         "---\nlicense: other\nlicense_name: x\nlicense_link: LICENSE\n---",
         {"license": "other", "license_name": "x", "license_link": "LICENSE"},
@@ -264,7 +365,7 @@ CARDS: list[tuple[str, dict[str, str]]] = [
 
 
 @pytest.mark.parametrize(("text", "found"), CARDS)
-def test_the_card_of_a_base_whatever_it_is(text: str, found: dict[str, str]) -> None:
+def test_the_card_of_a_base_whatever_it_is(text: str, found: dict[str, Any]) -> None:
     assert licence_of(split_card(text)[0]) == found
 
 
@@ -277,6 +378,7 @@ def test_a_changed_card_is_told_from_ours(tmp_path: Path) -> None:
     assert not is_own(ours.replace("0.9000", "0.1000"))
     assert not is_own("# Mine")
     assert not is_own(ours + "\nMore.")
+    assert "orpo-lite card" not in adopt_card(tmp_path, ours + "\nMore.", HERE)
     adopted = adopt_card(
         tmp_path, ours.replace("## Limits", f"Mine, {SOMEWHERE}.\n\n## Limits"), Shown(REPO, merged="original")
     )
@@ -294,6 +396,171 @@ def test_a_changed_card_keeps_the_line_that_its_base_asks_for(tmp_path: Path) ->
     with pytest.raises(CheckpointError, match="prominently display “Built with Llama”"):
         adopt_card(run, ours.replace("Built with", "Made of"), Shown(REPO))
 
+    for hidden in ("<!-- Built with Llama -->", "<!-- Built with Llama", "<img alt='Built with Llama'>", "[x]: # (Built with Llama)"):  # fmt: skip  # noqa: E501
+        with pytest.raises(CheckpointError, match="prominently display “Built with Llama”"):
+            adopt_card(run, ours.replace("**Built with Llama**", hidden), HERE)
+
+
+@pytest.mark.parametrize(("line", "changed", "said"), [
+    ("license: llama3.2", "license: apache-2.0", "license: llama3.2, as the base's card has it: “Llama 3.2 is"),
+    ("license: llama3.2\n", "", "license: llama3.2, as the base's card has it"),
+    ("license: llama3.2", "license: llama3.2\nlicense_name: mine", "no license_name, as the base's card has it"),
+    ("base_model: lab/base", "base_model: lab/other", "base_model: lab/base, which is under the Llama 3.2"),
+    ("base_model: lab/base\n", "", "base_model: lab/base, which is under the Llama 3.2"),
+])  # fmt: skip
+def test_a_changed_card_says_of_its_base_what_is_so(tmp_path: Path, line: str, changed: str, said: str) -> None:
+    run = make_run(tmp_path, licences={"base": {"license": "llama3.2"}, "data": {}})
+    with pytest.raises(CheckpointError) as refused:
+        adopt_card(run, make_card(run).replace(line, changed), HERE)
+    assert said in refused.value.expected
+    assert str(run / "README.md") in refused.value.where
+
+
+def test_a_changed_card_may_name_more_bases_and_its_link_as_the_base_does(tmp_path: Path) -> None:
+    said = {"license": "other", "license_name": "llama3", "license_link": "LICENSE"}
+    run = make_run(tmp_path, licences={"base": said, "data": {}})
+    ours = make_card(run).replace("base_model: lab/base", "base_model:\n- lab/other\n- lab/base")
+    adopt_card(run, ours, HERE)
+    adopt_card(run, re.sub("license_link: .*", "license_link: LICENSE", ours), HERE)
+
+
+HAND = """\
+# mine
+license: mit   # as it is
+language: no
+license_name: 1.10
+x: 010
+day: 2024-13-45
+2024: y
+on: z
+model-index:
+- foo: 1
+tags: [ lora, "a" ]
+text: >
+  folded
+
+  text
+"""
+
+
+@pytest.mark.parametrize("feed", ["\n", "\r\n"])
+@pytest.mark.parametrize(
+    ("more", "kept"),
+    [
+        ("", "{}library_name: peft\nbase_model_relation: adapter\n"),
+        ("library_name: 'mine' # x\ny: z\n", "{}library_name: peft # x\ny: z\nbase_model_relation: adapter\n"),
+        (
+            "base_model_relation:\nlibrary_name: |\n  a\n  b\nq: r\n",
+            "{}base_model_relation: adapter\nlibrary_name: peft\nq: r\n",
+        ),
+        ("library_name:\n- a\n- b\n# end\n", "{}library_name: peft\n# end\nbase_model_relation: adapter\n"),
+    ],
+)
+def test_a_persons_metadata_stay_as_they_stand(tmp_path: Path, feed: str, more: str, kept: str) -> None:
+    run, body = make_run(tmp_path), "Words,\n\n OWNER/NAME  \n"
+    (run / "README.md").write_bytes(f"---\n{HAND}{more}---\n{body}".replace("\n", feed).encode())
+    adopted = adopt_card(run, changed_card(run), HERE)
+    assert adopted == f"---\n{kept.format(HAND)}---\n{body}".replace("\n", feed).replace("OWNER/NAME", REPO)
+
+
+def test_the_tag_of_an_adapter_goes_from_a_merged_model_where_it_has_a_line(tmp_path: Path) -> None:
+    run, merged = make_run(tmp_path), Shown(REPO, merged="original")
+    ours = f"{make_card(run)}More."
+    assert "- lora" not in adopt_card(run, ours, merged)
+    assert "- lora\n" in adopt_card(run, ours, HERE)
+    end = "library_name: transformers\nbase_model_relation: finetune\n"
+    for tags in ("tags:\n- lora\n", "tags: [a, lora]\n", "tags: lora\n", "tags:\n- a\n- lora-x\n"):
+        assert adopt_card(run, f"---\n{tags}---\nMine.", merged) == f"---\n{tags}{end}---\nMine."
+    assert adopt_card(run, "---\ntags:\n  - a\n  - lora\n---\n", merged) == f"---\ntags:\n  - a\n{end}---\n"
+    assert loads_adapter(adopt_card(run, ours, merged))
+    assert not loads_adapter(adopt_card(run, "---\na: b\n---\nMine.", merged))
+    assert not loads_adapter(make_card(run))
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    ["[a", "- a", "a", "{a: b}", "a: b\na: c", "a: &x 1\nb: *x", "a: " + "[" * 5000, "? library_name\n: x", "# a",
+     "a: b\n...", "a: b\x00"],
+)  # fmt: skip
+def test_metadata_that_cannot_be_kept_are_named(tmp_path: Path, metadata: str) -> None:
+    run = make_run(tmp_path)
+    with pytest.raises(CheckpointError, match="its metadata") as refused:
+        adopt_card(run, f"---\n{metadata}\n---\nMine.", HERE)
+    assert refused.value.remedy
+
+
+def test_a_card_in_another_encoding_is_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    (run / "README.md").write_bytes(make_card(run).replace("\n", "\r\n").encode("utf-8-sig"))
+    assert changed_card(run) == ""
+    (run / "README.md").write_bytes(b"---\nlicense: mit\n---\nM\xfcller\n")
+    with pytest.raises(CheckpointError, match=r"README.md: cannot be read .*\n  expected: UTF-8"):
+        changed_card(run)
+    (run / "README.md").rename(tmp_path / "elsewhere.md")
+    (run / "README.md").symlink_to(tmp_path / "elsewhere.md")
+    with pytest.raises(CheckpointError, match="is a link"):
+        changed_card(run)
+
+
+# --- a run folder that a person broke
+
+
+def without(name: str, *keys: str) -> tuple[str, Any]:
+    """A file of a run, and what takes a key out of it."""
+
+    def cut(text: str) -> str:
+        value = json.loads(text)
+        part = value
+        for key in keys[:-1]:
+            part = part[key]
+        del part[keys[-1]]
+        return json.dumps(value)
+
+    return name, cut
+
+
+BROKEN = [
+    (*without("lock.json", "versions"), "lock.json: lacks versions"),
+    (*without("lock.json", "orpo_lite"), "lock.json: lacks orpo_lite"),
+    (*without("lock.json", "licences", "base"), "lock.json, licences: lacks base"),
+    ("lock.json", lambda text: re.sub(r'"licences": .*?}}}', '"licences": [1]', text), "lock.json: licences is [1]"),
+    ("lock.json", lambda text: text.replace('"apache-2.0"', "null"), 'lock.json, licences: license is null'),
+    ("lock.json", lambda text: text.replace('{"license": "mit"}', "[]"), "licences.data: lab/pairs is []"),
+    ("data.json", lambda _: "{}", "data.json: lacks chat_template"),
+    ("data.json", lambda text: text.replace(" 100,", " null,"), "data.json: held_out_pairs is null"),
+    (*without("data.json", "dropped", "empty rejected", "pairs"), "data.json, dropped, empty rejected: lacks pairs"),
+    (*without("data.json", "cut", "responses_without_end"), "data.json, cut: lacks responses_without_end"),
+    (*without("data.json", "prompts", "shared"), "data.json, prompts: lacks shared"),
+    ("result.json", lambda _: "{}", "result.json: lacks steps"),
+    ("result.json", lambda _: '{"steps": 3, "kept_step": null}', "result.json: kept_step is null"),
+    ("metrics.jsonl", lambda text: text.replace('"step": 2,', "", 1), "metrics.jsonl:2: lacks step"),
+    ("metrics.jsonl", lambda text: text.replace("0.9", "[]", 1), "metrics.jsonl:41: eval_loss is []"),
+    ("samples.jsonl", lambda _: "[1]\n", "samples.jsonl:1: is not a JSON object"),
+    ("samples.jsonl", lambda _: '{"source": "neutral"}\n', "samples.jsonl:1: lacks prompt"),
+    ("samples.jsonl", lambda _: '{"prompt": null}\n', "samples.jsonl:1: prompt is null"),
+    ("adapter/adapter_config.json", lambda _: "{}", "adapter_config.json: lacks r"),
+    ("merged/verify.json", lambda _: "{}", "verify.json: lacks rows"),
+    ("merged/verify.json", lambda text: text.replace("[]", "[1]"), "verify.json, rows: lacks model"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "change", "said"), BROKEN)
+def test_a_broken_file_of_a_run_is_named_with_what_it_lacks(tmp_path: Path, name: str, change: Any, said: str) -> None:
+    run = make_run(tmp_path)
+    (run / "result.json").write_text('{"steps": 40, "kept_step": 20}')
+    (run / "samples.jsonl").write_text("")
+    (run / "merged").mkdir()
+    (run / "merged/config.json").write_text("{}")
+    (run / "merged/model.safetensors").write_bytes(b"")
+    verdict = Verdict((), pairs=1, held_out=True, difference=0.0, effect=0.5, bound=1e-4)
+    (run / "merged/verify.json").write_text(json.dumps(verdict.to_json()))
+    make_card(run)
+    (run / name).write_text(change((run / name).read_text()))
+    with pytest.raises(CheckpointError) as refused:
+        make_card(run)
+    assert said in str(refused.value)
+    assert str(run / name) in refused.value.where
+
 
 # --- what licences ask
 
@@ -309,8 +576,7 @@ LLAMAS = [
 
 @pytest.mark.parametrize(("said", "title", "built_with", "prefix"), LLAMAS)
 def test_the_terms_of_llama(tmp_path: Path, said: dict[str, str], title: str, built_with: str, prefix: str) -> None:
-    terms = find_terms(said)
-    assert terms
+    (terms,) = find_terms(said)
     assert (terms.title, terms.built_with, terms.prefix) == (f"{title} Community License", built_with, prefix)
     assert terms.notice.endswith("Meta Platforms, Inc. All Rights Reserved.")
     text = read(make_run(tmp_path, licences={"base": said, "data": {}})).text
@@ -318,9 +584,35 @@ def test_the_terms_of_llama(tmp_path: Path, said: dict[str, str], title: str, bu
     assert terms.notice in text
 
 
-@pytest.mark.parametrize("name", ["mit", "gpl-3.0", "llamafile", "llama", "", "my-llama3"])
+@pytest.mark.parametrize(
+    "name", ["mit", "gpl-3.0", "llamafile", "llamafile 2", "llama", "", "my-llama3", "gemmate", "llama270b"]
+)
 def test_what_is_not_llama(name: str) -> None:
-    assert find_terms({"license": name}) is None
+    assert find_terms({"license": name}) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [
+        ("llama33", "Llama 3.3"),
+        ("llama3.10", "Llama 3.10"),
+        ("the Llama 3.1 license", "Llama 3.1"),
+        ("meta llama community license 3.1", "Llama 3.1"),
+        ("Apache-2.0 and Llama-3-1", "Llama 3.1"),
+        ("llama-3-8b", "Meta Llama 3"),
+        ("Llama 3.0", "Meta Llama 3"),
+        ("llama-2-70b-chat", "LLAMA 2"),
+    ],
+)
+def test_other_spellings_of_llama(name: str, title: str) -> None:
+    assert [terms.title for terms in find_terms({"license_name": name})] == [f"{title} Community License"]
+
+
+def test_every_licence_of_a_list_has_its_say() -> None:
+    assert find_terms({"license": ["gemma", "llama3.1", "llama3.1"]}) == [TERMS["gemma"], TERMS["llama3.1"]]
+    assert find_terms({"license": "apache-2.0", "license_name": "mit, the Gemma terms"}) == [TERMS["gemma"]]
+    with pytest.raises(RecipeError, match="“Llama 3” at the beginning"):
+        refuse_name("lab/Llama-mine", {"license": ["llama3.1", "llama3"]}, "REPO")
 
 
 @pytest.mark.parametrize(
@@ -336,6 +628,11 @@ def test_what_is_not_llama(name: str) -> None:
         ("llama2", "lab/mine", True),
         ("gemma", "lab/mine", True),
         ("mit", "lab/mine", True),
+        ("llama3.1", "llama", False),
+        ("llama3", "me/Llama", False),
+        ("llama3", "me/meta-llama-3-mine", False),
+        ("llama3", "m" * 96, False),
+        ("llama3", f"me/{'m' * 81}.git-not", False),
     ],
 )
 def test_the_name_of_a_derivative(licence_name: str, repository: str, is_fine: bool) -> None:
@@ -346,11 +643,18 @@ def test_the_name_of_a_derivative(licence_name: str, repository: str, is_fine: b
         refuse_name(repository, {"license": licence_name}, "REPO")
     suggested = refused.value.remedy.removeprefix("a name such as ")
     refuse_name(suggested, {"license": licence_name}, "REPO")
+    refuse_repository(suggested)
+
+
+def test_a_name_that_is_nothing_but_the_bases_is_given_an_end() -> None:
+    with pytest.raises(RecipeError) as refused:
+        refuse_name("me/meta-llama-3", {"license": "llama3"}, "REPO")
+    assert refused.value.remedy == "a name such as me/Llama-3-tuned"
 
 
 def test_the_papers_of_a_base_go_with_it(tmp_path: Path) -> None:
     for name in ("LICENSE", "NOTICE.txt", "USE_POLICY.md", "train.jsonl"):
-        (tmp_path / name).write_text(name)
+        (tmp_path / name).write_text(f"{name} of the community license")
     papers = find_papers({"license": "apache-2.0"}, "base", None, tmp_path)
     assert sorted(papers) == ["LICENSE", "NOTICE.txt", "USE_POLICY.md"]
     papers = find_papers({"license": "gemma"}, "base", None, tmp_path)
@@ -369,3 +673,81 @@ def test_the_agreement_that_a_gated_card_carries_is_the_copy(tmp_path: Path) -> 
     agreement = "LLAMA 3.2 COMMUNITY LICENSE AGREEMENT\n" + "word " * 500
     (tmp_path / "README.md").write_text("---\n" + yaml.safe_dump({"extra_gated_prompt": agreement}) + "---\n")
     assert find_papers({"license": "llama3.2"}, "base", None, tmp_path)["LICENSE"] == agreement.encode()
+    (tmp_path / "LICENSE").write_text("Apache License")  # of the other of two
+    papers = find_papers({"license": ["apache-2.0", "llama3.2", "gemma"]}, "base", None, tmp_path)
+    assert papers["LICENSE"] == tmp_path / "LICENSE"
+    assert papers["LICENSE.txt"] == agreement.encode()
+    assert isinstance(papers["NOTICE"], bytes)
+    assert papers["NOTICE"].decode() == f"{TERMS['llama3.2'].notice}\n\n{TERMS['gemma'].notice}\n"
+
+
+def test_the_hub_is_asked_for_a_licence_that_the_cache_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / "LICENSE").write_text("LLAMA 3.1 COMMUNITY LICENSE AGREEMENT")
+    asked = []
+
+    def fetch(name: str, revision: str | None, folder: Path | None, *, cached: bool = True, **_: Any) -> Path:
+        asked.append(cached)
+        return tmp_path if cached else there
+
+    monkeypatch.setattr(licence, "fetch_papers", fetch)
+    assert find_papers({"license": "llama3.1"}, "lab/base", COMMIT, tmp_path)["LICENSE"] == there / "LICENSE"
+    assert asked == [True, False]
+    find_papers({"license": "llama3.1"}, "lab/base", COMMIT, tmp_path, [there])
+    assert asked == [True, False, True]
+
+
+def test_only_the_licences_that_are_lacking_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
+    asked = []
+
+    def fetch(name: str, *_: Any, **__: Any) -> Path:
+        asked.append(name)
+        return tmp_path
+
+    monkeypatch.setattr(licence, "fetch_papers", fetch)
+    known = {"base": {"license": "gemma"}, "data": {"lab/pairs": {}, "lab/more": {"license": "cc0-1.0"}}}
+    names = ["lab/pairs", "lab/more", "/a/file.jsonl"]
+    data = {"lab/pairs": {"license": "mit"}, "lab/more": {"license": "cc0-1.0"}}
+    found = licence.read_licences("lab/base", COMMIT, tmp_path, names, known)
+    assert found == {"base": {"license": "gemma"}, "data": data}
+    assert asked == ["lab/pairs"]
+    assert licence.read_licences("lab/base", COMMIT, tmp_path, [])["base"] == {"license": "mit"}
+
+
+def test_a_push_asks_for_licences_and_says_when_a_changed_card_is_of_the_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = import_module("orpo_lite.push")
+    run, page, written = tmp_path / "run", SimpleNamespace(repository=REPO, page=REPO), dict[str, Any]()
+
+    def found(*_: Any, **__: Any) -> Generator[None, None, Any]:
+        yield from ()
+        return page
+
+    def commit(_: Any, files: dict[str, Any], __: str) -> Generator[None, None, str]:
+        yield from ()
+        written.update(files)
+        return "commit"
+
+    monkeypatch.setattr(module, "check_target", found)
+    monkeypatch.setattr(module, "commit_files", commit)
+    monkeypatch.setattr(licence, "fetch_papers", lambda *_, **__: tmp_path)
+    (tmp_path / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+    make_run(run, licences={"base": {"license": "mit"}, "data": {"lab/pairs": {}}})
+    (run / "merged").mkdir()
+    (run / "merged/config.json").write_text("{}")
+    for name in ("adapter/adapter_model.safetensors", "merged/model.safetensors"):
+        (run / name).write_bytes(b"")
+
+    def notes(merged: str | None) -> str:
+        return "\n".join(update.text for update in module.pushing(run, REPO, merged=merged) if update)
+
+    assert "says how to load an adapter" not in notes("original")
+    assert b"**Not for commercial use by its data**: lab/pairs is licensed cc-by-nc-4.0." in written["README.md"]
+    assert b"as its base" not in written["README.md"]
+    (run / "README.md").write_bytes(make_card(run).replace("\n", "\r\n").encode() + b"Mine.")
+    assert f"{run}/README.md says how to load an adapter; this is a merged model" in notes("original")
+    assert written["README.md"].endswith(b"\r\nMine.")
+    assert "says how to load an adapter" not in notes(None)
