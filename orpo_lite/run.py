@@ -64,7 +64,7 @@ def refuse_existing(recipe: Recipe) -> None:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         is_run = (path / "recipe.yaml").is_file()
         found = "holds a run already" if is_run else "exists and is not empty"
-        resume = f"orpo-lite train --resume {shlex.quote(str(path))}, or " if is_run else ""
+        resume = f"orpo-lite train --resume {quoted(path)}, or " if is_run else ""
         remedy = f"{resume}training.output_dir=OTHER"
         raise CheckpointError(f"training.output_dir: {path}", found, "a new folder", remedy)
     parent = path.absolute()
@@ -92,7 +92,9 @@ def create(recipe: Recipe, lock: Mapping[str, Any], data: Mapping[str, Any]) -> 
 def read_recipe(path: Path) -> Recipe:
     """The recipe of an existing run. Raises :class:`CheckpointError`."""
     if not (path / "recipe.yaml").is_file():
-        raise CheckpointError(f"run {path}", "has no recipe.yaml", "a folder that `orpo-lite train` made")
+        is_inside = (path.parent / "recipe.yaml").is_file()
+        remedy = str(path.parent) if is_inside else "the folder that training.output_dir named"
+        raise CheckpointError(f"run {path}", "has no recipe.yaml", "a folder that `orpo-lite train` made", remedy)
     return load_recipe(str((path / "recipe.yaml").resolve()))
 
 
@@ -114,7 +116,7 @@ def find_result(path: Path) -> Path:
     read_lock(path)
     adapter = path / "adapter"
     if not (adapter / "adapter_model.safetensors").is_file():
-        resume = f"orpo-lite train --resume {shlex.quote(str(path))}"
+        resume = f"orpo-lite train --resume {quoted(path)}"
         raise CheckpointError(f"run {path}", "has no adapter/", "a training that has ended", resume)
     return adapter
 
@@ -123,7 +125,7 @@ def find_merged(path: Path, weights: Weights = "original") -> Path:
     """The merged model of a run, all its files there. Raises :class:`CheckpointError` with the command for it."""
     folder = path / FOLDERS[weights]
     needed = [folder / "config.json", *weight_files(folder)]
-    command = f"orpo-lite merge {shlex.quote(str(path))}" + f" --base {weights}" * (weights != "original")
+    command = merge_command(path, weights)
     if lacking := next((file for file in needed if not file.is_file()), None):
         found = f"{folder.name}/ has no {lacking.name}" if folder.is_dir() else f"has no {folder.name}/"
         raise CheckpointError(f"run {path}", found, "a merged model", command)
@@ -131,6 +133,20 @@ def find_merged(path: Path, weights: Weights = "original") -> Path:
     if record.is_file() and read_json(record).get("adapter_sha256") != sha256(adapter):
         raise CheckpointError(f"run {path}", f"{folder.name}/ is of another adapter", "a merge of adapter/", command)
     return folder
+
+
+def merge_command(path: Path, weights: Weights = "original") -> str:
+    """The line that merges, to be pasted."""
+    return f"orpo-lite merge {quoted(path)}" + f" --base {weights}" * (weights != "original")
+
+
+def quoted(path: Path) -> str:
+    """A path in a line to be pasted: never taken for an option, and what a screen would change is written as bytes."""
+    text = f"./{path}" if str(path).startswith("-") else str(path)
+    if text.isprintable():
+        return shlex.quote(text)
+    kept = (c if c.isprintable() and c not in "\\'" else "".join(f"\\x{b:02x}" for b in os.fsencode(c)) for c in text)
+    return f"$'{''.join(kept)}'"
 
 
 def sha256(file: Path) -> str:
