@@ -108,8 +108,7 @@ def pushing(
     try:
         with run.locked(path):
             _refuse_samples(path, samples)
-            pushed = _files(folder, lock, is_merged=merged is not None)
-            _refuse_broken(folder, pushed, again, is_merged=merged is not None)
+            pushed = _files(folder, lock, again, is_merged=merged is not None)
             base = lock["base"]
             papers = apart(
                 lambda: find_papers(
@@ -133,9 +132,9 @@ def pushing(
         command = push_command(path, error.instead, merged=merged, is_public=public, samples=samples)
         error.remedy += f"\n  then: {command}"
         raise
+    except (RecipeError, CheckpointError):
+        raise  # something has to change first, and perhaps the command with it
     except OrpoLiteError as error:
-        if error.remedy and isinstance(error, RecipeError | CheckpointError):
-            raise  # it says what to do, after which the same command is not always the right one
         command = push_command(path, repository, merged=merged, is_public=is_public, samples=samples)
         error.remedy = f"{error.remedy}\n  then: {command}" if error.remedy else command
         raise
@@ -172,7 +171,7 @@ def _licences(lock: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
     return read_licences(base["name"], base["revision"], Path(base["path"]), recipe.data.names)
 
 
-def _files(folder: Path, lock: Mapping[str, Any], *, is_merged: bool) -> dict[str, bytes | Path]:
+def _files(folder: Path, lock: Mapping[str, Any], again: str, *, is_merged: bool) -> dict[str, bytes | Path]:
     """What is pushed of a folder: the files on the list, by their plain names; anything else stays."""
     patterns = (*(MERGED if is_merged else ADAPTER), *TOKENIZER)
     files: dict[str, bytes | Path] = {}
@@ -183,10 +182,15 @@ def _files(folder: Path, lock: Mapping[str, Any], *, is_merged: bool) -> dict[st
             found = "is a link" if file.is_symlink() else "is no file"
             raise CheckpointError(str(file), found, "a file; links are not followed", "a copy in its place")
         files[file.name] = file
+    _refuse_broken(folder, files, again, is_merged=is_merged)
     if is_merged:
         return files
     # peft looks here for the base; the path of a local one says nothing to others, and more of us than it should.
-    config = run.read_json(folder / "adapter_config.json")
+    try:
+        config = run.read_json(folder / "adapter_config.json")
+    except CheckpointError as error:
+        error.remedy = again
+        raise
     config["base_model_name_or_path"] = lock["base"]["name"] if lock["base"]["revision"] else None
     files["adapter_config.json"] = run.to_json(config).encode()
     return files

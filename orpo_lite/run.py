@@ -247,7 +247,9 @@ def locked(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise CheckpointError(f"run {path}", "is in use by another process", "one process a run") from None
+            raise CheckpointError(
+                f"run {path}", "is in use by another process", "one process a run", "wait for its end"
+            ) from None
         yield
 
 

@@ -40,10 +40,11 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 )
 from huggingface_hub.utils import (  # type: ignore[attr-defined]
     _http,
+    build_hf_headers,
     hf_raise_for_status,
     parse_ratelimit_headers,
 )
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ValidationError
 
 from orpo_lite.base import UNREACHABLE
 from orpo_lite.errors import TOKEN, CheckpointError, HubError
@@ -120,7 +121,7 @@ def check_target(repository: str, *, is_private: bool) -> Attempt[Target]:
 
 def _check(repository: str, is_private: bool) -> Attempt[Target]:
     where = f"hub, {repository}"
-    who = yield from attempts(where, "asking who we are", lambda: _Account.model_validate(HfApi().whoami()))
+    who = yield from attempts(where, "asking who we are", _whoami)
     repository = repository if "/" in repository else f"{who.name}/{repository}"
     where = f"hub, {repository}"
     _refuse_reader(where, repository, who, is_private=is_private)
@@ -190,6 +191,14 @@ class _Account(BaseModel):
     auth: _Auth | None = None
 
 
+def _whoami() -> _Account:
+    try:
+        return _Account.model_validate(HfApi().whoami())
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc']))} {first['msg']}") from None
+
+
 def _refuse_reader(where: str, repository: str, who: _Account, *, is_private: bool) -> None:
     """Refuse a token, or an account, that may not write to this owner's repositories."""
     owner, _, name = repository.partition("/")
@@ -233,12 +242,15 @@ def check_card(target: Target, card: str, where: str) -> Attempt[None]:
 
     def check() -> None:
         asked = {"content": card, "repoType": "model"}
-        response = get_session().post(f"{constants.ENDPOINT}/api/validate-yaml", json=asked)
+        url, headers = f"{constants.ENDPOINT}/api/validate-yaml", build_hf_headers()
+        response = get_session().post(url, json=asked, headers=headers)
         try:
             hf_raise_for_status(response)
         except BadRequestError as error:
             found = f"its metadata are refused by the hub{_server_message(error)}"
             raise HubError(where, found, "metadata that the hub takes", "mend it, or remove the file") from error
+        if not isinstance(response.json(), dict):
+            raise ValueError("no object")
 
     with _patient():
         yield from attempts(f"hub, {target.repository}", "showing the card", check)
@@ -281,7 +293,8 @@ def commit_files(
             try:
                 HfApi().preupload_lfs_files(repository, additions, free_memory=False)
             except ValueError as error:
-                raise _of_an_object(where, error, additions) from error
+                _refuse_objects(where, error, additions)
+                raise
             if left.is_set():
                 raise RuntimeError("stopped before the commit")
             deletions = [CommitOperationDelete(name, is_folder=False) for name in stale]
@@ -318,16 +331,13 @@ def _size(file: Path) -> int:
         raise _unreadable(error) from error
 
 
-def _of_an_object(where: str, error: ValueError, additions: Sequence[CommitOperationAdd]) -> Exception:
-    """What an answer to the batch of objects means: a refusal names them by their hashes, where people know files."""
-    text = str(error)
-    if not text.startswith("LFS batch API returned errors"):
-        return error
-    for addition in additions:
-        if addition.upload_info.is_hashed:
-            text = text.replace(addition.upload_info.sha256.hex(), addition.path_in_repo)
-    said = _server_message(ValueError(text.partition("\n")[2].replace("Encountered error for file with OID ", "")))
-    return HubError(where, f"the hub refuses a file (uploading){said}", "", "see what it says")
+def _refuse_objects(where: str, error: ValueError, additions: Sequence[CommitOperationAdd]) -> None:
+    """Raise what the hub says of single files; it names them by their hashes, where people know names."""
+    if str(error).startswith("LFS batch API returned errors"):
+        names = {a.upload_info.sha256.hex(): a.path_in_repo for a in additions if a.upload_info.is_hashed}
+        said = [f"{names.get(oid, oid)}: {text}" for oid, text in re.findall("OID ([^:]*): `?(.*)", str(error))]
+        found = f"the hub refuses a file (uploading){_server_message(ValueError('; '.join(said)))}"
+        raise HubError(where, found, "", "see what it says") from error
 
 
 def _create(target: Target) -> Attempt[Target]:
