@@ -858,17 +858,31 @@ def test_stopped_while_the_hub_is_waited_for(a_run: Path, hub: Hub, tmp_path: Pa
     assert seconds < 2
 
 
-@pytest.mark.parametrize("at", ["whoami", LFS])
-def test_a_training_stopped_while_the_hub_is_waited_for(
-    small_recipe: Callable[..., Any], hub: Hub, workspace: Path, at: str
-) -> None:
+def test_stopped_while_a_licence_is_asked_for(on_the_hub: Path, hub: Hub, tmp_path: Path) -> None:
+    code, said, seconds = interrupted(hub, tmp_path, f"GET /api/models/{NAME}", "push", str(on_the_hub), REPO)
+    assert (code, said) == (130, f"stopped; then: orpo-lite push {on_the_hub} {REPO}\n")
+    assert seconds < 2
+
+
+def test_a_training_stopped_while_it_pushes(small_recipe: Callable[..., Any], hub: Hub, workspace: Path) -> None:
     small_recipe()
     keys = ["output.push_to_hub=true", f"output.hub_model_id={REPO}", "training.max_steps=1", "output.merge=false"]
-    keys += ["output.samples=0"]
-    code, said, seconds = interrupted(hub, workspace, at, "train", "--recipe", "./small.yaml", *keys)
+    code, said, seconds = interrupted(hub, workspace, LFS, "train", "--recipe", "./small.yaml", *keys)
     last = f"stopped; the adapter is safe in run/adapter; then: orpo-lite push run {REPO}"
-    assert (code, said.splitlines()[-1]) == (130, "stopped; nothing further was saved" if at == "whoami" else last)
+    assert (code, said.splitlines()[-1]) == (130, last)
     assert seconds < 3
+
+
+def interrupt(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_stopped_anywhere_else(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "_exit", sys.exit)  # this process goes on, whatever threads it has
+    for place in ("app", "_choose_recipe"):
+        with monkeypatch.context() as patch:
+            patch.setattr(import_module("orpo_lite.cli"), place, interrupt)
+            assert call("plan", "--recipe", "demo") == (130, "", "stopped; nothing further was saved\n")
 
 
 def test_a_push_of_a_library_that_is_stopped_makes_no_commit(
@@ -882,13 +896,13 @@ def test_a_push_of_a_library_that_is_stopped_makes_no_commit(
         go.wait(10)
         upload_files(*arguments, **options)
 
-    def interrupt() -> None:
+    def stop() -> None:
         begun.wait(10)
         os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(HfApi, "preupload_lfs_files", wait)
     before = set(threading.enumerate())
-    threading.Thread(target=interrupt).start()
+    threading.Thread(target=stop).start()
     with pytest.raises(KeyboardInterrupt):
         push(a_run, REPO)
     go.set()
