@@ -19,7 +19,7 @@ import typer
 from typer.core import TyperGroup
 
 from orpo_lite import screen
-from orpo_lite.errors import ModelError, OrpoLiteError, RecipeError
+from orpo_lite.errors import CheckpointError, ModelError, OrpoLiteError, RecipeError
 from orpo_lite.screen import err, out
 
 if TYPE_CHECKING:
@@ -427,7 +427,9 @@ def _push_result(recipe: "Recipe", result: "TrainResult") -> None:
     try:
         _push(result.run, str(recipe.output.hub_model_id), is_public=not recipe.output.hub_private_repo)
     except OrpoLiteError as error:
-        error.remedy = f"{error.remedy}\n  {safe}"
+        if isinstance(error, RecipeError | CheckpointError):
+            safe += f"; when that is mended: {_push_command(recipe, result)}"
+        error.remedy = f"{error.remedy}\n  {safe}" if error.remedy else safe
         raise
     except KeyboardInterrupt:
         err.print(f"stopped; {safe}; then: {_push_command(recipe, result)}")

@@ -63,6 +63,8 @@ def push(
 ) -> PushResult:
     """Push the adapter of a run, or its merged model, in one commit; private unless ``is_public``.
 
+    Weights and configurations of an earlier push that this one does not bring go in the same commit.
+
     Args:
         run_folder: of a finished run.
         repository: owner/name, or a name alone, which is then yours.
@@ -73,7 +75,8 @@ def push(
     Raises:
         RecipeError: a name that the hub, or the base's licence, does not allow.
         ModelError: the base's licence asks for a text that is not there.
-        CheckpointError: nothing finished to push, or a file that holds what must not be published.
+        CheckpointError: nothing finished to push, a file that is a link or not whole, or that holds what must not be
+            published.
         HubError: refused, or unreachable after the attempts.
     """
     updates = pushing(run_folder, repository, merged=merged, is_public=is_public, samples=samples)

@@ -57,7 +57,7 @@ TIMEOUT = 120.0  # seconds without a byte; the hub's client would wait for ever
 PASSING = (408, 425, 429, 500, 502, 503, 504)
 ROLES = ("write", "contributor", "admin")  # in an organisation, of those who may write to its repositories
 LEAST = 8  # characters of a token that is looked for in texts; a shorter one may be a word
-FULL = re.compile("storage|quota|payment|billing|subscri|upgrade", re.IGNORECASE)  # what a 403 of no right's says
+QUOTA = re.compile("storage|quota|payment|billing|subscri|upgrade", re.IGNORECASE)  # in a 403 that is about no right
 MISSHAPEN = ValueError | LookupError | TypeError | AttributeError  # what becomes of an answer that is not one
 LOGIN = "`hf auth login` with a token that may write (https://huggingface.co/settings/tokens), or HF_TOKEN"
 
@@ -157,8 +157,8 @@ def own_token(where: str) -> str | None:
 
 
 class _Entity(BaseModel):
-    type: str = ""
-    name: str = ""
+    type: str | None = None
+    name: str | None = None
 
 
 class _Scope(BaseModel):
@@ -218,7 +218,7 @@ def _refuse_reader(where: str, repository: str, who: _Account, *, is_private: bo
         here = {("user", owner.lower()), ("org", owner.lower()), ("model", repository.lower())}
         granted = [*rights.everywhere]
         for scope in rights.scoped:
-            if (scope.entity.type, scope.entity.name.lower()) in here:
+            if (scope.entity.type, (scope.entity.name or "").lower()) in here:
                 granted += scope.permissions
         may_write = "repo.write" in granted
     if not may_write:
@@ -480,7 +480,7 @@ def _explain(where: str, doing: str, error: BaseException, wait: float | None) -
         return HubError(where, f"the access token is not accepted (401, {doing})", "a valid one", LOGIN)
     if isinstance(error, RepositoryNotFoundError) or status == 404:
         return _AbsentError(where, f"is not there, or not for you ({status}, {doing})", "a repository of yours", LOGIN)
-    if status in (402, 413) or (status == 403 and FULL.search(message)):
+    if status in (402, 413) or (status == 403 and QUOTA.search(message)):
         remedy = "see what it says: make room there, or push smaller files (orpo-lite merge --max-shard-size)"
         return HubError(where, f"the hub takes no more ({status}, {doing}){message}", "", remedy)
     if status == 403:

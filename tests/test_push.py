@@ -1115,6 +1115,19 @@ def test_a_push_that_fails_costs_no_training(
     assert len(hub.written[REPO].commits) == 1
 
 
+def test_a_push_that_asks_for_a_change_after_training(
+    small: Callable[..., Answer], hub: Hub, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "a-word-of-the-template")
+    turns = "{% for turn in messages %}{{ turn['content'] }}{{ eos_token }}{% endfor %}"
+    (workspace / "template.jinja").write_text("{# a-word-of-the-template #}" + turns)
+    code, _, complained = small("output.merge=false", "data.chat_template=./template.jinja", "output.samples=0")
+    assert code == 5, complained
+    safe = f"the adapter is safe in run/adapter; when that is mended: orpo-lite push run {REPO}"
+    assert complained.splitlines()[-1].strip() == safe
+    assert "then:" not in complained
+
+
 def test_a_run_that_goes_on_is_not_held_up_by_the_hub(
     small: Callable[..., Answer], hub: Hub, workspace: Path, call: Call
 ) -> None:
