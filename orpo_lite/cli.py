@@ -8,16 +8,18 @@ import logging
 import os
 import shlex
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from orpo_lite import screen
-from orpo_lite.errors import ModelError, OrpoLiteError, RecipeError
+from orpo_lite.errors import CheckpointError, ModelError, OrpoLiteError, RecipeError
 from orpo_lite.screen import err, out
 
 if TYPE_CHECKING:
@@ -26,8 +28,23 @@ if TYPE_CHECKING:
     from orpo_lite.run import Update, Weights
     from orpo_lite.train import TrainResult
 
+STOPPED = 130  # 128 + SIGINT
+
+
+class _Commands(TyperGroup):
+    """Typer would end at Ctrl-C without a word."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            _say_stopped()
+            raise typer.Exit(STOPPED) from None
+
+
 app = typer.Typer(
     name="orpo-lite",
+    cls=_Commands,
     help="Preference-tune a language model on the one GPU you own: ORPO on a 4-bit base with LoRA, merged for export.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -47,17 +64,34 @@ def main() -> None:
     screen.escape_the_rest()
     try:
         app()
+    except SystemExit as end:
+        if end.code == STOPPED:
+            _leave(STOPPED)
+        raise
     except OrpoLiteError as error:
         # Every process of a launch meets the same fault, or one of its own: the others say it in a line.
         err.print(str(error) if _is_main_process() else f"process {os.environ['RANK']}: {error.found}")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        err.print("stopped; nothing further was saved")
-        sys.exit(130)
+        _say_stopped()
+        _leave(STOPPED)
     except Exception:
         traceback.print_exc()
         err.print("\nThis is a fault of orpo-lite. Please report it with the traceback above and the run's train.log.")
         sys.exit(BUG)
+
+
+def _say_stopped() -> None:
+    err.print("stopped; nothing further was saved")
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process; at once where Python would wait for a library's threads first: an upload may hang for long."""
+    if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 @app.callback(invoke_without_command=True)
@@ -189,7 +223,14 @@ def push(
     _hush()
     if base == "dequantized" and not merged:
         raise RecipeError("--base dequantized", "without --merged", "it says which merged model", "add --merged")
-    _push(run, repository, merged=base if merged else None, is_public=public, samples=samples)
+    options: dict[str, Any] = {"merged": base if merged else None, "is_public": public, "samples": samples}
+    try:
+        _push(run, repository, **options)
+    except KeyboardInterrupt:
+        from orpo_lite.push import push_command
+
+        err.print(f"stopped; then: {push_command(run, repository, **options)}")
+        raise typer.Exit(STOPPED) from None
 
 
 @app.command()
@@ -354,7 +395,9 @@ def _finish(recipe: "Recipe", result: "TrainResult") -> None:
     if result.before:
         screen.print_before_after(result.before, result.after)
     _print_samples(result)
-    safe = f"the adapter is safe in {result.run}/adapter; then: orpo-lite merge {shlex.quote(str(result.run))}"
+    from orpo_lite.run import merge_command
+
+    safe = f"the adapter is safe in {result.run}/adapter; then: {merge_command(result.run)}"
     if recipe.output.push_to_hub:
         safe += f", and {_push_command(recipe, result)}"
     try:
@@ -365,7 +408,7 @@ def _finish(recipe: "Recipe", result: "TrainResult") -> None:
         raise
     except KeyboardInterrupt:
         err.print(f"stopped; {safe}")
-        raise typer.Exit(130) from None
+        raise typer.Exit(STOPPED) from None
     minutes, seconds = divmod(round(result.seconds), 60)
     out.print(f"{result.steps} steps in {minutes}m{seconds:02d}s; every step is in {result.run}/metrics.jsonl")
     if remark := builtin_remark(recipe):
@@ -379,11 +422,13 @@ def _push_result(recipe: "Recipe", result: "TrainResult") -> None:
     try:
         _push(result.run, str(recipe.output.hub_model_id), is_public=not recipe.output.hub_private_repo)
     except OrpoLiteError as error:
-        error.remedy = f"{error.remedy}\n  {safe}"
+        if isinstance(error, RecipeError | CheckpointError):
+            safe += f"; when that is mended: {_push_command(recipe, result)}"
+        error.remedy = f"{error.remedy}\n  {safe}" if error.remedy else safe
         raise
     except KeyboardInterrupt:
         err.print(f"stopped; {safe}; then: {_push_command(recipe, result)}")
-        raise typer.Exit(130) from None
+        raise typer.Exit(STOPPED) from None
 
 
 def _push_command(recipe: "Recipe", result: "TrainResult") -> str:

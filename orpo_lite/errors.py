@@ -9,7 +9,9 @@ from collections.abc import Sequence
 
 SHOWN = 20  # faults printed in one message; the total is always given
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what an OSError of a full disk, or quota, or size limit says
-TOKEN = re.compile(r"hf_[A-Za-z0-9]{16,}")  # of the hub; never shown, wherever a message quotes it from
+# Tokens of the hub, those of a login in the browser and of trusted publishers among them; never shown, wherever a
+# message quotes one from.
+TOKEN = re.compile(r"hf_(?:[A-Za-z0-9]{16,}|(?:oauth|jwt)_[A-Za-z0-9._-]{16,})")
 
 
 class OrpoLiteError(Exception):

@@ -88,7 +88,7 @@ def exporting(
             "--to",
             f"{to!r}",
             f"one of {', '.join(TARGETS)}",
-            shlex.join(["orpo-lite", "export", str(path), "--to", "gguf"]),
+            f"orpo-lite export {run.quoted(path)} --to gguf",
         )
     merged = path / run.merged_folder(weights)
     known = (*OUTTYPES, *llama.QUANTISED)
@@ -97,7 +97,7 @@ def exporting(
         raise RecipeError("--outtype", f"{outtype!r}", expected)
     run.find_result(path)
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.resolve().name).strip("-.") or "model"
-    with run.locked(path), _blamed("RUN", shlex.quote(str(path))):
+    with run.locked(path), _blamed("RUN", run.quoted(path)):
         return (yield from TARGETS[to](_Request(path, name, merged, outtype, weights)))
 
 

@@ -1,6 +1,8 @@
 """Push: a run's adapter, or its merged model, to a repository of the hub, with its card; by an allow-list of files."""
 
 import fnmatch
+import json
+import re
 import shlex
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
@@ -8,22 +10,35 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants
+from safetensors import SafetensorError, safe_open
 
 from orpo_lite import run
+from orpo_lite.base import weight_files
 from orpo_lite.card import Shown, adopt_card, changed_card, loads_adapter, make_card
-from orpo_lite.errors import TOKEN, CheckpointError, OrpoLiteError, RecipeError
+from orpo_lite.errors import TOKEN, CheckpointError, ModelError, OrpoLiteError, RecipeError
 from orpo_lite.licence import find_papers, read_licences, read_text, refuse_name
 from orpo_lite.recipe import Recipe, refuse_repository
 from orpo_lite.run import Update, Weights
-from orpo_lite.upload import check_target, commit_files
+from orpo_lite.upload import (
+    LEAST,
+    UnreadableError,
+    WrongTargetError,
+    apart,
+    check_card,
+    check_target,
+    commit_files,
+    own_token,
+)
 
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
     "generation_config.json",
 )  # fmt: skip
-ADAPTER = ("adapter_config.json", "adapter_model.safetensors", *TOKENIZER)
-MERGED = ("config.json", "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors", *TOKENIZER)
+# The words of the base, which are no place to write a path, and where /root may well be one of them.
+VOCABULARY = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "*.model")
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+MERGED = ("config.json", "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
 WRITTEN = ("README.md", ".gitattributes", "verify.json")  # not news when they stay here
 HEADER = 1 << 24  # bytes of a safetensors header that are looked at
 
@@ -48,6 +63,8 @@ def push(
 ) -> PushResult:
     """Push the adapter of a run, or its merged model, in one commit; private unless ``is_public``.
 
+    Weights and configurations of an earlier push that this one does not bring go in the same commit.
+
     Args:
         run_folder: of a finished run.
         repository: owner/name, or a name alone, which is then yours.
@@ -58,7 +75,8 @@ def push(
     Raises:
         RecipeError: a name that the hub, or the base's licence, does not allow.
         ModelError: the base's licence asks for a text that is not there.
-        CheckpointError: nothing finished to push, or a file that holds what must not be published.
+        CheckpointError: nothing finished to push, a file that is a link or not whole, or that holds what must not be
+            published.
         HubError: refused, or unreachable after the attempts.
     """
     updates = pushing(run_folder, repository, merged=merged, is_public=is_public, samples=samples)
@@ -78,19 +96,29 @@ def pushing(
     try:
         refuse_repository(repository)
     except ValueError as error:
-        raise RecipeError(f"REPO {repository!r}", "is no name of a repository", str(error)) from None
+        remedy = push_command(path, _name_in(repository), merged=merged, is_public=is_public, samples=samples)
+        raise RecipeError(f"REPO {repository!r}", "is no name of a repository", str(error), remedy) from None
     lock, recipe = run.read_lock(path), run.read_recipe(path)
     folder = run.find_result(path)
+    again = run.merge_command(path, merged) if merged else f"orpo-lite train --resume {run.quoted(path)}"
     if merged:
-        folder = run.find_merged(path, merged)
-    licences = _licences(lock, recipe)
+        try:
+            folder = run.find_merged(path, merged)
+        except ModelError as error:
+            raise CheckpointError(error.where, error.found, error.expected, again) from None
+    licences = apart(lambda: _licences(lock, recipe))
     refuse_name(repository, licences["base"], f"REPO {repository}")
     try:
         with run.locked(path):
             _refuse_samples(path, samples)
+            pushed = _files(folder, lock, again, is_merged=merged is not None)
             base = lock["base"]
-            papers = find_papers(licences["base"], base["name"], base["revision"], Path(base["path"]), [folder, path])
-            files = papers | _files(folder, lock, is_merged=merged is not None)
+            papers = apart(
+                lambda: find_papers(
+                    licences["base"], base["name"], base["revision"], Path(base["path"]), [folder, path]
+                )
+            )
+            files = papers | pushed
             target = yield from check_target(repository, is_private=not is_public)
             shown = Shown(target.repository, merged, licences, samples)
             card = _card(path, shown)
@@ -99,8 +127,19 @@ def pushing(
             files["README.md"] = card.encode()
             _refuse_leaks(files, path, lock, recipe)
             yield from _said(folder, files, licences)
+            yield from check_card(target, card, str(path / "README.md"))
             message = f"{'Merged model' if merged else 'LoRA adapter'}, tuned with ORPO by orpo-lite"
-            commit = yield from commit_files(target, files, message)
+            commit = yield from commit_files(target, files, message, ours=(*ADAPTER, *MERGED))
+    except UnreadableError as error:
+        error.remedy = again
+        raise
+    except WrongTargetError as error:
+        public = not error.is_private
+        command = push_command(path, error.instead, merged=merged, is_public=public, samples=samples)
+        error.remedy += f"\n  then: {command}"
+        raise
+    except (RecipeError, CheckpointError):
+        raise  # something has to change first, and perhaps the command with it
     except OrpoLiteError as error:
         command = push_command(path, repository, merged=merged, is_public=is_public, samples=samples)
         error.remedy = f"{error.remedy}\n  then: {command}" if error.remedy else command
@@ -116,7 +155,17 @@ def push_command(
     flags += ["--base", merged] if merged == "dequantized" else []
     flags += ["--public"] if is_public else []
     flags += ["--samples", str(samples)] if samples else []
-    return shlex.join(["orpo-lite", "push", str(path), repository, *flags])
+    return " ".join(["orpo-lite push", run.quoted(path), *map(shlex.quote, [repository, *flags])])
+
+
+def _name_in(text: str) -> str:
+    """The repository that an address leads to; else what stands for one."""
+    found = "/".join(text.split("://")[-1].strip("/").split("/")[1:3]) if "://" in text else ""
+    try:
+        refuse_repository(found)
+    except ValueError:
+        return "OWNER/NAME"
+    return found
 
 
 def _licences(lock: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
@@ -125,20 +174,44 @@ def _licences(lock: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
     return read_licences(base["name"], base["revision"], Path(base["path"]), recipe.data.names, lock.get("licences"))
 
 
-def _files(folder: Path, lock: Mapping[str, Any], *, is_merged: bool) -> dict[str, bytes | Path]:
-    """What is pushed of a folder: regular files on the list, by their plain names; anything else stays."""
-    patterns = MERGED if is_merged else ADAPTER
+def _files(folder: Path, lock: Mapping[str, Any], again: str, *, is_merged: bool) -> dict[str, bytes | Path]:
+    """What is pushed of a folder: the files on the list, by their plain names; anything else stays."""
+    patterns = (*(MERGED if is_merged else ADAPTER), *TOKENIZER)
     files: dict[str, bytes | Path] = {}
     for file in sorted(folder.iterdir()):
-        if file.is_file() and not file.is_symlink() and any(fnmatch.fnmatchcase(file.name, p) for p in patterns):
-            files[file.name] = file
+        if not any(fnmatch.fnmatchcase(file.name, p) for p in patterns):
+            continue
+        if file.is_symlink() or not file.is_file():
+            found = "is a link" if file.is_symlink() else "is no file"
+            raise CheckpointError(str(file), found, "a file; links are not followed", "a copy in its place")
+        files[file.name] = file
+    _refuse_broken(folder, files, again, is_merged=is_merged)
     if is_merged:
         return files
     # peft looks here for the base; the path of a local one says nothing to others, and more of us than it should.
-    config = run.read_json(folder / "adapter_config.json")
+    try:
+        config = run.read_json(folder / "adapter_config.json")
+    except CheckpointError as error:
+        error.remedy = again
+        raise
     config["base_model_name_or_path"] = lock["base"]["name"] if lock["base"]["revision"] else None
     files["adapter_config.json"] = run.to_json(config).encode()
     return files
+
+
+def _refuse_broken(folder: Path, files: Mapping[str, object], again: str, *, is_merged: bool) -> None:
+    """A model without its weights, or its tokenizer, would be pushed with success and load for nobody."""
+    weights = weight_files(folder) if is_merged else [folder / ADAPTER[1]]
+    for file in (folder / (MERGED if is_merged else ADAPTER)[0], *weights, folder / "tokenizer.json"):
+        if file.name not in files:
+            found = f"is not on the list of what is pushed: {file.name}" if file.exists() else f"has no {file.name}"
+            raise CheckpointError(str(folder), found, "a whole model", again)
+    for file in weights:
+        try:
+            with safe_open(file, "np"):  # the header, and whether the file is as long as that says
+                pass
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(str(file), f"cannot be read ({error})", "whole safetensors", again) from error
 
 
 def _card(path: Path, shown: Shown) -> str:
@@ -175,18 +248,35 @@ def _said(folder: Path, files: Mapping[str, object], licences: Mapping[str, Any]
 
 def _refuse_leaks(files: Mapping[str, Path | bytes], path: Path, lock: Mapping[str, Any], recipe: Recipe) -> None:
     """The last look: a token, or a path of this machine, in anything that would leave it."""
-    local = [str(path.resolve()), lock["base"]["path"], constants.HF_HUB_CACHE, str(Path.home())]
-    local += [name for name in (*recipe.data.names, recipe.data.dataset_test_split or "") if name.startswith("/")]
-    local = [name for name in local if name.count("/") > 1]  # /root may well be a word of a vocabulary
+    own = own_token(f"run {path}") or ""
+    places = _places(path, lock, recipe)
     for name, content in files.items():
-        if name in ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt") or name.endswith(".model"):
-            continue  # the base's vocabulary, which is no place to write anything
         text = _beginning(content) if name.endswith(".safetensors") else read_text(content)
-        found = next((word for word in local if word in text), "") or ("an access token" * bool(TOKEN.search(text)))
-        if found:
-            shown = found if found == "an access token" else f"a path of this machine, {found}"
-            expected = "nothing of the machine in what is pushed"
-            raise CheckpointError(f"run {path}, {name}", f"holds {shown}", expected, "take it out of the file")
+        text = _plain(text)
+        is_vocabulary = any(fnmatch.fnmatchcase(name, pattern) for pattern in VOCABULARY)
+        place = None if is_vocabulary else places.search(text)
+        if TOKEN.search(text) or (len(own) >= LEAST and own in text):
+            found = "an access token"
+        elif place:
+            found = f"a path of this machine, {place[0]}"
+        else:
+            continue
+        expected = "nothing of the machine in what is pushed"
+        raise CheckpointError(f"run {path}, {name}", f"holds {found}", expected, "take it out of the file")
+
+
+def _places(path: Path, lock: Mapping[str, Any], recipe: Recipe) -> re.Pattern[str]:
+    """Where things lie here: each as the whole of a path or as its beginning; /root or /data as the beginning alone."""
+    local = [str(path.absolute()), str(path.resolve()), lock["base"]["path"], constants.HF_HUB_CACHE, str(Path.home())]
+    local += [name for name in (*recipe.data.names, recipe.data.dataset_test_split or "") if name.startswith("/")]
+    names = sorted({name.rstrip("/") for name in local} - {""}, key=len, reverse=True)
+    return re.compile("|".join(re.escape(name) + ("/" if name.count("/") == 1 else r"(?!\w)") for name in names))
+
+
+def _plain(text: str) -> str:
+    """A text as JSON means it: letters may be escaped there."""
+    text = re.sub(r"(?:\\u[0-9a-fA-F]{4})+", lambda found: str(json.loads(f'"{found[0]}"')), text)
+    return text.replace("\\/", "/")
 
 
 def _beginning(content: Path | bytes) -> str:

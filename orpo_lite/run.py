@@ -69,7 +69,7 @@ def refuse_existing(recipe: Recipe) -> None:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         is_run = (path / "recipe.yaml").is_file()
         found = "holds a run already" if is_run else "exists and is not empty"
-        resume = f"orpo-lite train --resume {shlex.quote(str(path))}, or " if is_run else ""
+        resume = f"orpo-lite train --resume {quoted(path)}, or " if is_run else ""
         remedy = f"{resume}training.output_dir=OTHER"
         raise CheckpointError(f"training.output_dir: {path}", found, "a new folder", remedy)
     parent = path.absolute()
@@ -97,7 +97,9 @@ def create(recipe: Recipe, lock: Mapping[str, Any], data: Mapping[str, Any]) -> 
 def read_recipe(path: Path) -> Recipe:
     """The recipe of an existing run. Raises :class:`CheckpointError`."""
     if not (path / "recipe.yaml").is_file():
-        raise CheckpointError(f"run {path}", "has no recipe.yaml", "a folder that `orpo-lite train` made")
+        is_inside = (path.parent / "recipe.yaml").is_file()
+        remedy = str(path.parent) if is_inside else "the folder that training.output_dir named"
+        raise CheckpointError(f"run {path}", "has no recipe.yaml", "a folder that `orpo-lite train` made", remedy)
     return load_recipe(str((path / "recipe.yaml").resolve()))
 
 
@@ -123,14 +125,19 @@ def find_result(path: Path) -> Path:
     """The adapter of a training that has ended. Raises :class:`CheckpointError`."""
     read_lock(path)
     adapter = path / "adapter"
+    resume = f"orpo-lite train --resume {quoted(path)}"
     if not (adapter / "adapter_model.safetensors").is_file():
-        resume = f"orpo-lite train --resume {shlex.quote(str(path))}"
         raise CheckpointError(f"run {path}", "has no adapter/", "a training that has ended", resume)
-    config, lora = read_json(adapter / "adapter_config.json"), read_recipe(path).lora
+    lora = read_recipe(path).lora
+    try:
+        config = read_json(adapter / "adapter_config.json")
+    except CheckpointError as error:
+        error.remedy = resume
+        raise
     for key in ("r", "lora_alpha", "use_rslora", "use_dora"):  # with another scale it would be another adapter
         if (config.get(key) or False) != getattr(lora, key):
             found, expected = f"{key} is {config.get(key)!r}", f"{getattr(lora, key)!r}, as in recipe.yaml"
-            raise CheckpointError(str(adapter / "adapter_config.json"), found, expected, "put it back")
+            raise CheckpointError(str(adapter / "adapter_config.json"), found, expected, resume)
     return adapter
 
 
@@ -145,7 +152,7 @@ def find_merged(path: Path, weights: Weights = "original") -> Path:
     """The merged model of a run, all its files there. Raises :class:`CheckpointError` with the command for it."""
     folder = path / merged_folder(weights)
     needed = [folder / "config.json", *weight_files(folder)]
-    command = f"orpo-lite merge {shlex.quote(str(path))}" + f" --base {weights}" * (weights != "original")
+    command = merge_command(path, weights)
     if lacking := next((file for file in needed if not file.is_file()), None):
         found = f"{folder.name}/ has no {lacking.name}" if folder.is_dir() else f"has no {folder.name}/"
         raise CheckpointError(f"run {path}", found, "a merged model", command)
@@ -161,6 +168,20 @@ def adapter_sha256(adapter: Path) -> str:
     return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
 
 
+def merge_command(path: Path, weights: Weights = "original") -> str:
+    """The line that merges, to be pasted."""
+    return f"orpo-lite merge {quoted(path)}" + f" --base {weights}" * (weights != "original")
+
+
+def quoted(path: Path) -> str:
+    """A path in a line to be pasted: never taken for an option, and what a screen would change is written as bytes."""
+    text = f"./{path}" if str(path).startswith("-") else str(path)
+    if text.isprintable():
+        return shlex.quote(text)
+    kept = (c if c.isprintable() and c not in "\\'" else "".join(f"\\x{b:02x}" for b in os.fsencode(c)) for c in text)
+    return f"$'{''.join(kept)}'"
+
+
 def sha256(file: Path) -> str:
     """Of a file's bytes."""
     with file.open("rb") as stream:
@@ -172,7 +193,7 @@ def find_trained_base(path: Path, folder: str | Path | None = None) -> Base:
 
     Raises :class:`ModelError` for any other, and as fetch_weights.
     """
-    lock, remedy = read_lock(path)["base"], f"orpo-lite merge {shlex.quote(str(path))} --base-path FOLDER"
+    lock, remedy = read_lock(path)["base"], f"orpo-lite merge {quoted(path)} --base-path FOLDER"
     name = lock["name"] if folder is None else str(folder)
     if (folder is not None or lock["revision"] is None) and not Path(name).expanduser().is_dir():
         where = "--base-path" if folder is not None else f"the base of run {path}"

@@ -4,7 +4,6 @@ import copy
 import json
 import math
 import resource
-import shlex
 import signal
 import sys
 import threading
@@ -85,7 +84,7 @@ class Interrupted(OrpoLiteError):  # noqa: N818 - not a fault
 
     def __init__(self, number: int, path: Path) -> None:
         found = f"stopped by {signal.Signals(number).name} and saved"
-        super().__init__("", found, "", f"orpo-lite train --resume {shlex.quote(str(path))}")
+        super().__init__("", found, "", f"orpo-lite train --resume {run.quoted(path)}")
         self.exit_code = 128 + number
 
 

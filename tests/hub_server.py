@@ -193,7 +193,10 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(404, headers={"X-Error-Code": "RepoNotFound"})
             return
         sha = f"{len(found.commits):040x}"
-        self.answer_json({"_id": "1", "id": name, "private": found.is_private, "sha": sha, "tags": [], "siblings": []})
+        siblings = [{"rfilename": file} for file in found.files]
+        self.answer_json(
+            {"_id": "1", "id": name, "private": found.is_private, "sha": sha, "tags": [], "siblings": siblings}
+        )
 
     def take(self, path: str, body: bytes) -> None:
         """A request that writes."""
@@ -244,11 +247,18 @@ class Handler(BaseHTTPRequestHandler):
 
     def commit(self, name: str, lines: list[dict[str, Any]]) -> None:
         repository, files = self.server.written[name], {}
+        deleted = [line["value"]["path"] for line in lines if line["key"] == "deletedFile"]
+        if absent := [path for path in deleted if path not in repository.files]:
+            body = {"error": f"A file with this name doesn't exist: {absent[0]}"}
+            self.answer(404, json.dumps(body).encode(), {"X-Error-Code": "EntryNotFound"})
+            return
         for line in lines[1:]:
             value = line["value"]
+            if line["key"] == "deletedFile":
+                continue
             is_lfs = line["key"] == "lfsFile"
             files[value["path"]] = self.server.stored[value["oid"]] if is_lfs else base64.b64decode(value["content"])
-        repository.files |= files
+        repository.files = {path: had for path, had in repository.files.items() if path not in deleted} | files
         repository.commits.append((lines[0]["value"]["summary"], tuple(sorted(files))))
         oid = f"{len(repository.commits):040x}"
         self.answer_json({"commitUrl": f"{self.server.endpoint}/{name}/commit/{oid}", "commitOid": oid})

@@ -54,7 +54,7 @@ def make_run(path: Path, *overrides: str, **lock: Any) -> Path:
         rows.append({"step": step, **figure, "eval_rewards/accuracies": 1 - loss / 2})
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (path / "adapter").mkdir(exist_ok=True)
-    (path / "adapter" / "adapter_config.json").write_text(json.dumps({"r": 16}))
+    (path / "adapter" / "adapter_config.json").write_text(json.dumps({"r": 16, "lora_alpha": 32}))
     return path
 
 

@@ -1,8 +1,15 @@
 """Pushes to a loopback server that speaks the hub's protocol: what arrives, what never does, and every refusal."""
 
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -11,8 +18,8 @@ from typing import Any
 import pytest
 import yaml
 from conftest import Answer, write_base, write_pairs
-from hub_server import COMMIT, NAME, SET, TOKEN, Hub
-from huggingface_hub import ModelCard, constants
+from hub_server import COMMIT, NAME, SET, TOKEN, Hub, Repository, environment
+from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.utils import _http
 from safetensors import safe_open
 
@@ -23,7 +30,7 @@ from orpo_lite.generate import NEUTRAL
 from orpo_lite.merge import merge
 from orpo_lite.push import PushResult, push, push_command, pushing
 from orpo_lite.recipe import load_recipe
-from orpo_lite.run import Weights
+from orpo_lite.run import Weights, locked, quoted
 from orpo_lite.train import train
 
 REPO = "someone/tuned"
@@ -192,17 +199,50 @@ def test_a_second_push_sends_what_changed_alone(a_run: Path, hub: Hub) -> None:
 
 def test_the_shards_of_a_merged_model_all_of_them(a_run: Path, hub: Hub) -> None:
     merged = a_run / "merged"
-    whole = merged / "model.safetensors"
-    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-    for name in names:
-        shutil.copy(whole, merged / name)
-    whole.unlink()
-    index = {"weight_map": dict(zip("ab", names, strict=True))}
-    (merged / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert {*names, "model.safetensors.index.json"} <= set(push(a_run, REPO, merged="original").files)
+    names = in_shards(merged)
+    assert set(names) <= set(push(a_run, REPO, merged="original").files)
     (merged / names[1]).unlink()
     message = refused(CheckpointError, lambda: push(a_run, REPO, merged="original"), code=5)
     assert names[1] in message
+
+
+def in_shards(merged: Path) -> list[str]:
+    """Two shards and an index in place of the one file of a merged model, the same tensors in each."""
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    for name in names:
+        shutil.copy(merged / "model.safetensors", merged / name)
+    (merged / "model.safetensors").unlink()
+    index = {"weight_map": dict(zip("ab", names, strict=True))}
+    (merged / "model.safetensors.index.json").write_text(json.dumps(index))
+    return [*names, "model.safetensors.index.json"]
+
+
+def test_what_an_earlier_push_left_of_ours_goes(a_run: Path, hub: Hub) -> None:
+    """Else transformers would load the old file, or the merged model and the adapter on top of it."""
+    push(a_run, REPO, merged="original")
+    theirs = {"mine.txt": b"1", "LICENSE": b"2", "pytorch_model.bin": b"3", "original/config.json": b"4"}
+    hub.written[REPO].files |= theirs
+    in_shards(a_run / "merged")
+    result = push(a_run, REPO, merged="original")
+    assert set(hub.written[REPO].files) == {*result.files, *theirs}
+    assert "model.safetensors" not in hub.written[REPO].files
+    notes = [update.text for update in pushing(a_run, REPO) if update.kind == "note"]
+    gone = "config.json, model-00001-of-00002.safetensors, model-00002-of-00002.safetensors, model.safetensors.index.j"
+    assert f"removed, of an earlier push (the history keeps them): {gone}son" == notes[-1]
+    assert {"config.json", "model.safetensors.index.json"}.isdisjoint(hub.written[REPO].files)
+    result = push(a_run, REPO, merged="original")
+    assert set(hub.written[REPO].files) == {*result.files, *theirs}
+    assert len(hub.written[REPO].commits) == 4
+
+
+def test_what_is_stale_is_asked_again_after_a_commit_whose_answer_was_lost(
+    a_run: Path, hub: Hub, slept: list[float]
+) -> None:
+    push(a_run, REPO, merged="original")
+    hub.fail(COMMITTING, late=True, times=1)
+    result = push(a_run, REPO)
+    assert set(hub.written[REPO].files) == set(result.files)
+    assert len(hub.written[REPO].commits) == 2
 
 
 # --- what never does
@@ -214,14 +254,14 @@ def test_only_what_is_on_the_list(a_run: Path, hub: Hub) -> None:
             (a_run / folder / name).write_text("private")
         (a_run / folder / "more").mkdir()
         (a_run / folder / "more" / "tokenizer.json").write_text("private")
-        (a_run / folder / "merges.txt").symlink_to(a_run / "recipe.yaml")
+        (a_run / folder / "notes.md").symlink_to(a_run / "recipe.yaml")
     notes = [update.text for update in pushing(a_run, REPO) if update.kind == "note"]
     push(a_run, "someone/merged", merged="original")
     for repository in hub.written.values():
-        assert not {"train.jsonl", "optimizer.pt", "pytorch_model.bin", ".env", "run.py", "notes.txt", "merges.txt",
+        assert not {"train.jsonl", "optimizer.pt", "pytorch_model.bin", ".env", "run.py", "notes.txt", "notes.md",
                     "more/tokenizer.json"} & set(repository.files)  # fmt: skip
     assert not any(b"private" in content for r in hub.written.values() for content in r.files.values())
-    assert notes[0].startswith("not pushed: .env, merges.txt, more, ")
+    assert notes[0].startswith("not pushed: .env, more, notes.md, ")
 
 
 @pytest.mark.parametrize("merged", [None, "original"])
@@ -259,6 +299,154 @@ def test_a_file_that_says_too_much_is_not_sent(a_run: Path, hub: Hub, name: str,
     message = refused(CheckpointError, lambda: push(a_run, REPO), code=5)
     assert f"{Path(name).name}: holds {'a path of this machine' if secret == 'path' else 'an access token'}" in message
     assert hub.written == {}
+
+
+PLACES = ("run", "base", "data", "cache", "home")
+
+
+@pytest.mark.parametrize("escaped", [False, True])
+@pytest.mark.parametrize("place", PLACES)
+def test_no_place_of_the_machine(
+    a_run: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, place: str, escaped: bool
+) -> None:
+    monkeypatch.setenv("HOME", "/home/jörg")
+    base = json.loads((a_run / "lock.json").read_text())["base"]["path"]
+    data = str(Path(base).with_name("pairs.jsonl"))
+    found = dict(zip(PLACES, (str(a_run), base, data, constants.HF_HUB_CACHE, "/home/jörg"), strict=True))[place]
+    config = a_run / "adapter/generation_config.json"
+    said = json.dumps({"x": f"{found}/y"}, ensure_ascii=escaped)
+    config.write_text(said.replace("/", "\\/") if escaped else said)
+    message = refused(CheckpointError, lambda: push(a_run, REPO), code=5)
+    assert f"generation_config.json: holds a path of this machine, {found}" in message
+    assert not hub.asked("POST")
+    config.write_text(json.dumps({"x": f"{found}s"}))
+    push(a_run, REPO)
+
+
+def test_a_home_that_may_be_a_word(a_run: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/root")
+    config, vocabulary = a_run / "adapter/generation_config.json", a_run / "adapter/vocab.json"
+    vocabulary.write_text('{"/root/": 1}')
+    config.write_text('{"x": "/root"}')
+    push(a_run, REPO)
+    config.write_text('{"x": "/root/secret"}')
+    assert "machine, /root/" in refused(CheckpointError, lambda: push(a_run, REPO), code=5)
+
+
+OAUTH = "hf_oauth_eyJhbGciOi.eyJzY29wZSI6-WyJvcGVuaW_QifQ"
+SECRETS = {"user": TOKEN, "oauth": OAUTH, "jwt": OAUTH.replace("oauth", "jwt"), "own": "s3cret-of-mine"}
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json", "chat_template.jinja", "adapter_model.safetensors"])
+def test_a_token_of_any_form_in_any_file(a_run: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("HF_TOKEN", SECRETS["own"])
+    file = a_run / "adapter" / name
+    said = file.read_text() if file.is_file() and not name.endswith(".safetensors") else ""
+    for kind, secret in SECRETS.items():
+        if name.endswith(".safetensors"):
+            text = json.dumps({"__metadata__": {"x": secret}}).encode()
+            file.write_bytes(len(text).to_bytes(8, "little") + text)
+        else:
+            file.write_text(f'{said} "{secret}"')
+        message = refused(CheckpointError, lambda: push(a_run, REPO), code=5)
+        assert f"{name}: holds an access token" in message, kind
+    assert hub.written == {}
+
+
+@pytest.mark.parametrize("token", [OAUTH, "s3cret-of-mine"])
+def test_a_token_that_the_hub_quotes_is_not_shown(
+    a_run: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, token: str
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", token)
+    hub.fail("whoami", 403, body=json.dumps({"error": f"bad token {token} here"}).encode())
+    message = no_push(a_run, hub)
+    assert token not in message
+    assert "bad token hf_*** here" in message
+
+
+@pytest.mark.parametrize("token", ["hf_üabcdefghijklmnopqrs", "hf_abcdefghij klmnopqrst"])
+def test_what_cannot_be_a_token_is_not_sent(a_run: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, token: str) -> None:
+    monkeypatch.setenv("HF_TOKEN", token)
+    assert "the access token is not one" in no_push(a_run, hub)
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("name", ["adapter/adapter_model.safetensors", "merged/model.safetensors", "merged/config.json",
+                                  "adapter/merges.txt", "adapter/tokenizer.json", "README.md"])  # fmt: skip
+def test_a_link_is_not_left_out_but_refused(a_run: Path, hub: Hub, name: str) -> None:
+    file = a_run / name
+    there = a_run.parent / "elsewhere"
+    there.write_bytes(file.read_bytes() if file.is_file() else b"a b")
+    file.unlink(missing_ok=True)
+    file.symlink_to(there)
+    message = refused(CheckpointError, lambda: push(a_run, REPO, merged="original" if "merged" in name else None), code=5)  # fmt: skip  # noqa: E501
+    assert message.startswith(f"{file}: is a link")
+    assert "a copy in its place" in message
+    assert not hub.asked("POST")
+
+
+@pytest.mark.parametrize("merged", [None, "original", "dequantized"])
+@pytest.mark.parametrize("fault", ["cut", "no tokenizer", "no config", "no weights", "broken config"])
+def test_a_model_that_is_not_whole(a_run: Path, hub: Hub, merged: Weights | None, fault: str) -> None:
+    command = f"orpo-lite merge {a_run}" if merged else f"orpo-lite train --resume {a_run}"
+    if merged == "dequantized":
+        shutil.copytree(a_run / "merged", a_run / "merged-dequantized")
+        command += " --base dequantized"
+    folder = a_run / {None: "adapter", "original": "merged", "dequantized": "merged-dequantized"}[merged]
+    weights = folder / ("model.safetensors" if merged else "adapter_model.safetensors")
+    name = {"no tokenizer": "tokenizer.json", "no config": "config.json" if merged else "adapter_config.json"}
+    file = folder / name.get(fault, weights.name)
+    if fault == "broken config" and merged:
+        return  # which is the base's, and not read here
+    if fault == "broken config":
+        file = folder / "adapter_config.json"
+        file.write_text("{")
+    elif fault == "cut":
+        file.write_bytes(file.read_bytes()[:-8])
+    else:
+        file.unlink()
+    message = refused(CheckpointError, lambda: push(a_run, REPO, merged=merged), code=5)
+    if (fault, merged) != ("no weights", None):
+        assert file.name in message
+    assert message.splitlines()[-1] == f"  remedy: {command}"
+    assert hub.requests == []
+
+
+def test_a_shard_that_is_not_whole_or_an_index_that_is_none(a_run: Path, hub: Hub) -> None:
+    _, second, index = (a_run / "merged" / name for name in in_shards(a_run / "merged"))
+    second.write_bytes(second.read_bytes()[:-8])
+    message = refused(CheckpointError, lambda: push(a_run, REPO, merged="original"), code=5)
+    assert second.name in message
+    index.write_text("[]")
+    message = refused(CheckpointError, lambda: push(a_run, REPO, merged="original"), code=5)
+    assert index.name in message
+    assert message.endswith(f"remedy: orpo-lite merge {a_run}")
+
+
+def test_a_card_that_is_not_utf_8(a_run: Path, hub: Hub) -> None:
+    (a_run / "README.md").write_bytes(b"---\nlicense: mit\n---\nM\xfcller\n")
+    message = refused(CheckpointError, lambda: push(a_run, REPO), code=5)
+    assert message.startswith(f"{a_run}/README.md: cannot be read")
+    assert "then:" not in message
+
+
+def test_a_run_in_use_is_not_pushed(a_run: Path, hub: Hub) -> None:
+    with locked(a_run):
+        assert "in use" in refused(CheckpointError, lambda: push(a_run, REPO), code=5)
+    assert hub.requests == []
+
+
+def test_weights_that_go_while_the_hub_is_waited_for(a_run: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = a_run / "adapter/adapter_model.safetensors"
+    monkeypatch.setattr(time, "sleep", lambda _: file.unlink(missing_ok=True))
+    for at in ("repos/create", "preupload", COMMITTING):
+        shutil.copy(a_run / "merged/model.safetensors", file)
+        hub.written.clear()
+        hub.stored.clear()
+        hub.fail(at, 503, times=1)
+        message = refused(CheckpointError, lambda: push(a_run, REPO), code=5)
+        assert str(file) in message, at
+        assert message.endswith(f"remedy: orpo-lite train --resume {a_run}")
 
 
 # --- a hub that refuses
@@ -312,6 +500,7 @@ def test_a_name_that_no_repository_can_have(a_run: Path, hub: Hub, name: str) ->
 WRITE = {"permissions": ["repo.content.read", "repo.write"]}
 READ = {"permissions": ["repo.content.read"]}
 ME, OTHER = ({"entity": {"type": "user", "name": name}} for name in ("someone", "other"))
+DATA, OWNER_OF_DATA = ({"entity": {"type": "dataset", "name": name}} for name in (REPO, "someone"))
 THIS, THAT = ({"entity": {"type": "model", "name": name}} for name in (REPO, "someone/else"))
 
 
@@ -325,6 +514,7 @@ THIS, THAT = ({"entity": {"type": "model", "name": name}} for name in (REPO, "so
         ("fineGrained", {"global": ["repo.write"], "scoped": []}, True),
         ("fineGrained", {"global": ["discussion.write"], "scoped": [ME | READ]}, False),
         ("fineGrained", {"global": [], "scoped": [OTHER | WRITE, THAT | WRITE]}, False),
+        ("fineGrained", {"global": [], "scoped": [DATA | WRITE, OWNER_OF_DATA | WRITE]}, False),
         ("fineGrained", {"global": []}, False),
     ],
 )
@@ -346,6 +536,18 @@ def test_somebody_elses_name(a_run: Path, hub: Hub) -> None:
     assert hub.written == {}
 
 
+@pytest.mark.parametrize("role", ["read", "no_access", None, "contributor", "write", "admin"])
+def test_the_roles_of_an_organisation(a_run: Path, hub: Hub, role: str | None) -> None:
+    hub.who["orgs"] = [{"name": "Lab", "roleInOrg": role}]
+    if role in ("contributor", "write", "admin"):
+        push(a_run, "lab/tuned")
+        hub.grant("fineGrained", scoped=[{"entity": {"type": "org", "name": "Lab"}} | WRITE])
+        push(a_run, "lab/tuned")
+        return
+    assert "ask an admin" in refused(HubError, lambda: push(a_run, "lab/tuned"))
+    assert hub.requests == ["GET /api/whoami-v2"]
+
+
 @pytest.mark.parametrize("is_public", [False, True])
 def test_a_repository_that_is_there_keeps_its_visibility(a_run: Path, hub: Hub, is_public: bool) -> None:
     push(a_run, REPO, is_public=not is_public)
@@ -353,7 +555,82 @@ def test_a_repository_that_is_there_keeps_its_visibility(a_run: Path, hub: Hub, 
     message = refused(HubError, lambda: push(a_run, REPO, is_public=is_public))
     assert ("is private already" if is_public else "is public already") in message
     assert "/settings" in message
+    assert message.endswith(f"\n  then: orpo-lite push {a_run} {REPO}{'' if is_public else ' --public'}")
     assert (hub.written[REPO].is_private, hub.written[REPO].commits) == before
+
+
+def test_commands_that_repeat_a_fault_are_not_printed(a_run: Path, hub: Hub) -> None:
+    message = refused(HubError, lambda: push(a_run, "stranger/tuned", merged="original"))
+    assert message.endswith(f"\n  then: orpo-lite push {a_run} {REPO} --merged")
+    address = f"https://huggingface.co/{REPO}"
+    message = refused(RecipeError, lambda: push(a_run, address), code=2)
+    assert message.endswith(f"remedy: orpo-lite push {a_run} {REPO}")
+    message = refused(RecipeError, lambda: push(a_run, "a b"), code=2)
+    assert message.endswith(f"remedy: orpo-lite push {a_run} OWNER/NAME")
+    message = refused(CheckpointError, lambda: push(a_run / "adapter", REPO), code=5)
+    assert message.endswith(f"remedy: {a_run}")
+    (a_run / "samples.jsonl").write_text("{")
+    assert "orpo-lite push" not in refused(CheckpointError, lambda: push(a_run, REPO), code=5)
+    (a_run / "samples.jsonl").unlink()
+    message = refused(CheckpointError, lambda: push(a_run, REPO, samples=1), code=5)
+    assert message.endswith("remedy: leave --samples out")
+
+
+@pytest.mark.parametrize(
+    "name", ["-run", "a\tb", "a\nb", "it's", "two  words", "\u2028", "$(touch x)", "back\\slash\t", "ü"]
+)
+def test_a_path_in_a_command_is_that_path(a_run: Path, hub: Hub, call: Call, name: str) -> None:
+    run = a_run.rename(a_run.with_name(name))
+    hub.fail("whoami", 403)
+    code, _, said = call("push", str(run), REPO)
+    command = said[said.index("then: ") + 6 :].rstrip("\n")
+    shown = subprocess.run(["bash", "-c", f"printf '%s\\0' {command}"], capture_output=True, check=True).stdout
+    assert (code, shown.decode().split("\0")[2]) == (8, str(run))
+    assert quoted(Path("-run")) == "./-run"
+    assert push_command(Path("-run"), REPO) == f"orpo-lite push ./-run {REPO}"
+
+
+def test_metadata_that_the_hub_refuses_before_anything_is_made(a_run: Path, hub: Hub) -> None:
+    body = b'{"errors": [{"message": "license must be one of [a, b]"}], "warnings": []}'
+    hub.fail("validate-yaml", 400, body=body, headers={"Content-Type": "application/json"})
+    message = no_push(a_run, hub)
+    assert message.startswith(f"{a_run}/README.md: its metadata are refused by the hub: license must be one of [a, b]")
+    assert "remedy: mend it" in message
+    assert hub.written == {}
+
+
+def test_a_file_that_the_hub_refuses_by_its_name(a_run: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hub_server import Handler
+
+    def refuse(_: Handler, asked: dict[str, Any]) -> dict[str, Any]:
+        return {"oid": asked["oid"], "size": asked["size"], "error": {"code": 422, "message": "too big"}}
+
+    monkeypatch.setattr(Handler, "place", refuse)
+    message = no_push(a_run, hub)
+    assert "the hub refuses a file (uploading): adapter_model.safetensors: too big" in message
+    assert "not one" not in message
+
+
+@pytest.mark.parametrize(
+    ("status", "said"), [(402, "quota"), (413, "too large"), (403, "Private repository storage limit reached")]
+)
+def test_no_more_room(a_run: Path, hub: Hub, slept: list[float], status: int, said: str) -> None:
+    hub.fail(COMMITTING, status, headers={"X-Error-Message": said})
+    message = no_push(a_run, hub)
+    assert f"the hub takes no more ({status}, uploading): {said}" in message
+    assert "hf auth login" not in message
+    assert "later" not in message
+    assert slept == []
+
+
+def test_an_address_without_a_scheme(
+    a_run: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, slept: list[float]
+) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "hub.example")
+    message = no_push(a_run, hub)
+    assert message.startswith("HF_ENDPOINT: 'hub.example' is no address")
+    assert "HF_ENDPOINT=https://hub.example" in message
+    assert slept == []
 
 
 def test_a_name_that_is_taken_and_cannot_be_seen(a_run: Path, hub: Hub) -> None:
@@ -427,6 +704,34 @@ def test_an_upload_that_was_cut_off_goes_on_where_it_was(a_run: Path, hub: Hub, 
     assert len(hub.asked(LFS)) == sent == 2
 
 
+@pytest.mark.parametrize("at", ["whoami", "repos/create", "preupload", "lfs/objects", LFS, "verify", COMMITTING])
+def test_a_request_is_made_four_times_in_all(
+    a_run: Path, hub: Hub, slept: list[float], monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    monkeypatch.setattr(upload, "TIMEOUT", 0.1)
+    troubles: list[dict[str, Any]] = [{"hang": True}, {"status": 503}, {"cut": True}]
+    for trouble in troubles[: 2 if at == "whoami" else 3]:  # of a request that reads it is the answer that is cut
+        hub.faults.clear()
+        hub.written.clear()
+        hub.stored.clear()
+        hub.requests.clear()
+        slept.clear()
+        hub.fail(at, **trouble)
+        no_push(a_run, hub)
+        assert max(Counter(hub.asked(at)).values()) <= 4 * (2 if at == "verify" else 1)  # which both files have
+        assert len(slept) <= 6
+
+
+@pytest.mark.parametrize("status", [409, 412])
+def test_another_commit_meanwhile(a_run: Path, hub: Hub, slept: list[float], status: int) -> None:
+    hub.fail(COMMITTING, status, times=1)
+    push(a_run, REPO)
+    assert len(hub.written[REPO].commits) == 1
+    hub.fail(COMMITTING, status)
+    message = refused(HubError, lambda: push(a_run, REPO, merged="original"))
+    assert f"conflicts with what is there ({status}, uploading)" in message
+
+
 @pytest.mark.parametrize("asked", [7, 40])
 def test_the_wait_that_the_hub_asks_for(a_run: Path, hub: Hub, slept: list[float], asked: int) -> None:
     hub.fail("whoami", 429, headers={"Retry-After": str(asked)}, times=1)
@@ -436,6 +741,27 @@ def test_the_wait_that_the_hub_asks_for(a_run: Path, hub: Hub, slept: list[float
 
 def test_a_wait_that_is_too_long_is_left_to_the_person(a_run: Path, hub: Hub, slept: list[float]) -> None:
     hub.fail("whoami", 429, headers={"Retry-After": "3600"})
+    assert "asks to wait 3,600 s" in no_push(a_run, hub)
+    assert slept == []
+
+
+def test_the_wait_of_the_hubs_own_header(a_run: Path, hub: Hub, slept: list[float]) -> None:
+    headers = {"RateLimit": '"api";r=0;t=40', "RateLimit-Policy": '"fixed window";"api";q=500;w=300'}
+    hub.fail("whoami", 429, headers=headers, times=1)
+    push(a_run, REPO)
+    assert slept == [40]
+    hub.fail("whoami", 429, headers={"RateLimit": '"api";r=0;t=400'})
+    assert "asks to wait 400 s" in refused(HubError, lambda: push(a_run, REPO))
+
+
+def test_a_wait_that_is_no_number(a_run: Path, hub: Hub, slept: list[float]) -> None:
+    hub.fail("whoami", 429, headers={"Retry-After": "²"}, times=1)
+    push(a_run, REPO)
+    assert len(slept) == 1
+
+
+def test_a_wait_that_is_too_long_for_the_client_too(a_run: Path, hub: Hub, slept: list[float]) -> None:
+    hub.fail("preupload", 429, headers={"Retry-After": "3600"})
     assert "asks to wait 3,600 s" in no_push(a_run, hub)
     assert slept == []
 
@@ -454,10 +780,144 @@ def test_a_page_that_is_not_the_hubs(a_run: Path, hub: Hub, slept: list[float]) 
     assert "the hub's answer is not one" in no_push(a_run, hub)
 
 
+ANSWERS = [b"null", b"[]", b"{}", b'"text"', b'["text"]', b"1"]
+
+
+@pytest.mark.parametrize("at", ["whoami", "GET /api/models", "repos/create", "validate-yaml", "preupload", "lfs/objects", COMMITTING])  # fmt: skip  # noqa: E501
+def test_an_answer_of_an_odd_type(a_run: Path, hub: Hub, slept: list[float], at: str) -> None:
+    for body in ANSWERS:
+        if (at, body) == ("validate-yaml", b"{}"):
+            continue  # which says that nothing is wrong
+        hub.faults.clear()
+        hub.stored.clear()
+        hub.fail(at, 200, body=body, headers={"Content-Type": "application/json"})
+        assert "the hub's answer is not one" in no_push(a_run, hub), body
+        assert at != "validate-yaml" or hub.written == {}, body
+    assert slept == []
+
+
+def test_a_whoami_of_odd_types(a_run: Path, hub: Hub) -> None:
+    right = dict(hub.who)
+    for odd in (
+        {"name": None}, {"name": ""}, {"orgs": {"a": 1}}, {"orgs": ["lab"]}, {"auth": "x"}, {"auth": []},
+        {"auth": {"accessToken": "x"}}, {"auth": {"accessToken": {"role": 1}}},
+        {"auth": {"accessToken": {"role": "fineGrained", "fineGrained": {"scoped": ["x"]}}}},
+        {"auth": {"accessToken": {"role": "fineGrained", "fineGrained": {"global": "repo.write"}}}},
+        {"auth": {"accessToken": {"role": "fineGrained", "fineGrained": {"scoped": [{"entity": "x"}]}}}},
+    ):  # fmt: skip
+        hub.who = right | odd
+        assert "the hub's answer is not one (asking who we are: ValueError): " in no_push(a_run, hub), odd
+
+
+def test_a_repository_of_odd_types(a_run: Path, hub: Hub) -> None:
+    for odd in ({"private": None}, {"private": "yes"}, {"siblings": "x"}, {"siblings": [1]}, {"siblings": [{}]}):
+        body = json.dumps({"id": REPO, "private": True, "siblings": []} | odd).encode()
+        hub.faults.clear()
+        hub.fail("GET /api/models", 200, body=body, headers={"Content-Type": "application/json"})
+        assert "the hub's answer is not one" in no_push(a_run, hub)
+
+
+def test_a_fault_of_ours_stays_one(a_run: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the client makes of an odd answer is the hub's; the same in our lines is not."""
+    push(a_run, REPO)
+    monkeypatch.setattr(upload, "fnmatch", None)
+    with pytest.raises(AttributeError, match="fnmatchcase"):
+        push(a_run, REPO, merged="original")
+
+
+def test_a_page_in_answer_to_a_file(a_run: Path, hub: Hub, slept: list[float]) -> None:
+    hub.fail(LFS, 200, body=b"<html>Welcome!</html>", headers={"Content-Type": "text/html; charset=utf-8"})
+    assert "the hub itself, not a page in between" in no_push(a_run, hub)
+
+
 def test_the_clients_patience_is_given_back(a_run: Path, hub: Hub) -> None:
     before = _http._GLOBAL_CLIENT_FACTORY
     push(a_run, REPO)
     assert _http._GLOBAL_CLIENT_FACTORY is before
+
+
+# --- Ctrl-C
+
+
+def interrupted(hub: Hub, tmp_path: Path, at: str, *arguments: str) -> tuple[int, str, float]:
+    """Exit code and complaints of a command that gets SIGINT while a request hangs, and how long it took to end."""
+    hub.fail(at, hang=True)
+    command = [sys.executable, "-m", "orpo_lite", *arguments]
+    env = environment(hub, tmp_path / "home") | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    end = time.monotonic() + 60
+    while not hub.asked(at) and time.monotonic() < end and child.poll() is None:
+        time.sleep(0.02)
+    time.sleep(0.2)
+    began = time.monotonic()
+    child.send_signal(signal.SIGINT)
+    try:
+        _, said = child.communicate(timeout=15)
+    finally:
+        child.kill()
+    return child.returncode, said, time.monotonic() - began
+
+
+@pytest.mark.parametrize("at", ["whoami", "preupload", LFS, COMMITTING])
+def test_stopped_while_the_hub_is_waited_for(a_run: Path, hub: Hub, tmp_path: Path, at: str) -> None:
+    code, said, seconds = interrupted(hub, tmp_path, at, "push", str(a_run), REPO, "--merged")
+    assert (code, said) == (130, f"stopped; then: orpo-lite push {a_run} {REPO} --merged\n")
+    assert seconds < 2
+
+
+def test_stopped_while_a_licence_is_asked_for(on_the_hub: Path, hub: Hub, tmp_path: Path) -> None:
+    code, said, seconds = interrupted(hub, tmp_path, f"/{NAME}/resolve/", "push", str(on_the_hub), REPO)
+    assert (code, said) == (130, f"stopped; then: orpo-lite push {on_the_hub} {REPO}\n")
+    assert seconds < 2
+
+
+def test_a_training_stopped_while_it_pushes(small_recipe: Callable[..., Any], hub: Hub, workspace: Path) -> None:
+    small_recipe()
+    keys = ["output.push_to_hub=true", f"output.hub_model_id={REPO}", "training.max_steps=1", "output.merge=false"]
+    code, said, seconds = interrupted(hub, workspace, LFS, "train", "--recipe", "./small.yaml", *keys)
+    last = f"stopped; the adapter is safe in run/adapter; then: orpo-lite push run {REPO}"
+    assert (code, said.splitlines()[-1]) == (130, last)
+    assert seconds < 3
+
+
+def interrupt(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_stopped_anywhere_else(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "_exit", sys.exit)  # this process goes on, whatever threads it has
+    for place in ("app", "_choose_recipe"):
+        with monkeypatch.context() as patch:
+            patch.setattr(import_module("orpo_lite.cli"), place, interrupt)
+            assert call("plan", "--recipe", "demo") == (130, "", "stopped; nothing further was saved\n")
+
+
+def test_a_push_of_a_library_that_is_stopped_makes_no_commit(
+    a_run: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go = threading.Event(), threading.Event()
+    upload_files = HfApi.preupload_lfs_files
+
+    def wait(*arguments: Any, **options: Any) -> None:
+        begun.set()
+        go.wait(10)
+        upload_files(*arguments, **options)
+
+    def stop() -> None:
+        begun.wait(10)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(HfApi, "preupload_lfs_files", wait)
+    before = set(threading.enumerate())
+    threading.Thread(target=stop).start()
+    with pytest.raises(KeyboardInterrupt):
+        push(a_run, REPO)
+    go.set()
+    for thread in set(threading.enumerate()) - before:
+        if thread.name.startswith("ThreadPoolExecutor"):
+            thread.join(10)
+    assert hub.asked(LFS)
+    assert not hub.asked(COMMITTING)
 
 
 # --- runs that are not finished
@@ -614,8 +1074,6 @@ def test_what_cannot_be_pushed_is_not_trained(
     elif trouble == "stranger":
         hub.who["name"] = "other"
     elif trouble == "public":
-        from hub_server import Repository
-
         hub.written[REPO] = Repository(is_private=False)
     else:
         hub.grant("read" if trouble == "reads" else "fineGrained", **({} if trouble == "reads" else {"scoped": []}))
@@ -662,6 +1120,19 @@ def test_a_push_that_fails_costs_no_training(
     hub.faults.clear()
     assert call(*command[1].split()[1:])[0] == 0
     assert len(hub.written[REPO].commits) == 1
+
+
+def test_a_push_that_asks_for_a_change_after_training(
+    small: Callable[..., Answer], hub: Hub, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "a-word-of-the-template")
+    turns = "{% for turn in messages %}{{ turn['content'] }}{{ eos_token }}{% endfor %}"
+    (workspace / "template.jinja").write_text("{# a-word-of-the-template #}" + turns)
+    code, _, complained = small("output.merge=false", "data.chat_template=./template.jinja", "output.samples=0")
+    assert code == 5, complained
+    safe = f"the adapter is safe in run/adapter; when that is mended: orpo-lite push run {REPO}"
+    assert complained.splitlines()[-1].strip() == safe
+    assert "then:" not in complained
 
 
 def test_a_run_that_goes_on_is_not_held_up_by_the_hub(
