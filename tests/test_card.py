@@ -4,10 +4,7 @@ import ast
 import json
 import re
 import subprocess
-from collections.abc import Generator
-from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -714,40 +711,3 @@ def test_only_the_licences_that_are_lacking_are_asked_for(tmp_path: Path, monkey
     assert found == {"base": {"license": "gemma"}, "data": data}
     assert asked == ["lab/pairs"]
     assert licence.read_licences("lab/base", COMMIT, tmp_path, [])["base"] == {"license": "mit"}
-
-
-def test_a_push_asks_for_licences_and_says_when_a_changed_card_is_of_the_adapter(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module = import_module("orpo_lite.push")
-    run, page, written = tmp_path / "run", SimpleNamespace(repository=REPO, page=REPO), dict[str, Any]()
-
-    def found(*_: Any, **__: Any) -> Generator[None, None, Any]:
-        yield from ()
-        return page
-
-    def commit(_: Any, files: dict[str, Any], __: str) -> Generator[None, None, str]:
-        yield from ()
-        written.update(files)
-        return "commit"
-
-    monkeypatch.setattr(module, "check_target", found)
-    monkeypatch.setattr(module, "commit_files", commit)
-    monkeypatch.setattr(licence, "fetch_papers", lambda *_, **__: tmp_path)
-    (tmp_path / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
-    make_run(run, licences={"base": {"license": "mit"}, "data": {"lab/pairs": {}}})
-    (run / "merged").mkdir()
-    (run / "merged/config.json").write_text("{}")
-    for name in ("adapter/adapter_model.safetensors", "merged/model.safetensors"):
-        (run / name).write_bytes(b"")
-
-    def notes(merged: str | None) -> str:
-        return "\n".join(update.text for update in module.pushing(run, REPO, merged=merged) if update)
-
-    assert "says how to load an adapter" not in notes("original")
-    assert b"**Not for commercial use by its data**: lab/pairs is licensed cc-by-nc-4.0." in written["README.md"]
-    assert b"as its base" not in written["README.md"]
-    (run / "README.md").write_bytes(make_card(run).replace("\n", "\r\n").encode() + b"Mine.")
-    assert f"{run}/README.md says how to load an adapter; this is a merged model" in notes("original")
-    assert written["README.md"].endswith(b"\r\nMine.")
-    assert "says how to load an adapter" not in notes(None)

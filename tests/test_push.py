@@ -1016,6 +1016,30 @@ def test_a_card_changed_by_hand_is_pushed_as_it_is(a_run: Path, hub: Hub) -> Non
     assert "metadata" in refused(CheckpointError, lambda: push(a_run, REPO), code=5)
 
 
+def test_licences_that_the_run_lacks_are_asked_for(a_run: Path, hub: Hub) -> None:
+    hub.set.mkdir()
+    (hub.set / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+    recipe = a_run / "recipe.yaml"
+    recipe.write_text(re.sub("dataset_name: .*", f"dataset_name: {SET}", recipe.read_text()))
+    push(licensed(a_run, license="mit"), REPO)
+    card = hub.written[REPO].files["README.md"]
+    assert f"**Not for commercial use by its data**: {SET} is licensed cc-by-nc-4.0.".encode() in card
+    assert b"as its base" not in card
+
+
+def test_a_changed_card_of_an_adapter_is_said_to_be_one_beside_a_merged_model(a_run: Path, hub: Hub) -> None:
+    def notes(merged: Weights | None) -> str:
+        return "\n".join(update.text for update in pushing(a_run, REPO, merged=merged))
+
+    said = f"{a_run}/README.md says how to load an adapter; this is a merged model"
+    assert said not in notes("original")
+    card = a_run / "README.md"
+    card.write_bytes(card.read_bytes().replace(b"\n", b"\r\n") + b"Mine.")
+    assert said in notes("original")
+    assert hub.written[REPO].files["README.md"].endswith(b"\r\nMine.")
+    assert said not in notes(None)
+
+
 def test_the_runs_card_is_the_one_that_is_pushed(a_run: Path, hub: Hub) -> None:
     push(a_run, REPO)
     ours, pushed = (a_run / "README.md").read_text(), hub.written[REPO].files["README.md"].decode()
