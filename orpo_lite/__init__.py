@@ -7,7 +7,7 @@ The house, imports strictly downward (kept by tests/test_house.py):
 4  train  merge  verify  export  push  plan        one verb a file, each a function that returns a value
 3  prepare  proof  planner  gradient  evaluate     for several verbs: what comes before and in a step,
 3  generate  checkpoint  demo                      what is said and kept,
-3  deltas  exports  card  upload                   what leaves
+3  deltas  exports  card  hub                      what leaves
 2  model  run  optimizer  meter  weights  licence  the pair model, run folder, AdamW, a step, stored weights
 1  step  data  base                                the maths, pure tensors; rows to batches; the base on disk
 0  recipe  errors                                  the schema; the errors people see

@@ -16,19 +16,12 @@ from orpo_lite import run
 from orpo_lite.base import weight_files
 from orpo_lite.card import Shown, adopt_card, changed_card, loads_adapter, make_card
 from orpo_lite.errors import TOKEN, CheckpointError, ModelError, OrpoLiteError, RecipeError
+from orpo_lite.hub.account import WrongTargetError, check_target
+from orpo_lite.hub.attempts import LEAST, UnreadableError, apart, own_token
+from orpo_lite.hub.upload import check_card, commit_files
 from orpo_lite.licence import find_papers, read_licences, read_text, refuse_name
 from orpo_lite.recipe import Recipe, refuse_repository
 from orpo_lite.run import Update, Weights
-from orpo_lite.upload import (
-    LEAST,
-    UnreadableError,
-    WrongTargetError,
-    apart,
-    check_card,
-    check_target,
-    commit_files,
-    own_token,
-)
 
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",

@@ -39,6 +39,7 @@ from orpo_lite.errors import (
 from orpo_lite.evaluate import evaluate
 from orpo_lite.generate import NEUTRAL, Prompt, Sample, answers
 from orpo_lite.gradient import ShortageError, accumulate, any_process
+from orpo_lite.hub.account import check_target
 from orpo_lite.licence import find_papers, read_licences, refuse_name
 from orpo_lite.model import ITS_FAULTS, PairModel, checkpoint_first, choose_dtype, load_pair_model, skipped_modules
 from orpo_lite.optimizer import lr_factor, make_optimizer, whole_steps
@@ -58,7 +59,6 @@ from orpo_lite.recipe import Recipe, gib, to_text
 from orpo_lite.run import Update
 from orpo_lite.step.attention import device_kind
 from orpo_lite.step.losses import named_parts
-from orpo_lite.upload import check_target
 
 BAD_STEPS = 3  # non-finite steps in a row that end a run
 

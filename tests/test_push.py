@@ -23,10 +23,11 @@ from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.utils import _http
 from safetensors import safe_open
 
-from orpo_lite import licence, upload
+from orpo_lite import licence
 from orpo_lite.base import find_base
 from orpo_lite.errors import CheckpointError, HubError, ModelError, OrpoLiteError, RecipeError
 from orpo_lite.generate import NEUTRAL
+from orpo_lite.hub import attempts, upload
 from orpo_lite.merge import merge
 from orpo_lite.push import PushResult, push, push_command, pushing
 from orpo_lite.recipe import load_recipe
@@ -487,7 +488,7 @@ def test_offline(a_run: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_hub_that_is_not_there(a_run: Path, hub: Hub, slept: list[float]) -> None:
     hub.stop()
     assert "cannot be reached (ConnectError" in no_push(a_run, hub)
-    assert len(slept) == upload.ATTEMPTS - 1
+    assert len(slept) == attempts.ATTEMPTS - 1
 
 
 @pytest.mark.parametrize("name", ["a b/c", "x--y", "someone/../x", "someone/x.git", "a/b/c", "", "-x"])
@@ -672,7 +673,7 @@ def test_trouble_that_stays(a_run: Path, hub: Hub, slept: list[float], at: str, 
 def test_a_hub_that_never_answers(
     a_run: Path, hub: Hub, slept: list[float], monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
-    monkeypatch.setattr(upload, "TIMEOUT", 0.2)
+    monkeypatch.setattr(attempts, "TIMEOUT", 0.2)
     hub.fail(at, hang=True)
     assert "ReadTimeout" in no_push(a_run, hub)
     hub.faults.clear()
@@ -708,7 +709,7 @@ def test_an_upload_that_was_cut_off_goes_on_where_it_was(a_run: Path, hub: Hub, 
 def test_a_request_is_made_four_times_in_all(
     a_run: Path, hub: Hub, slept: list[float], monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
-    monkeypatch.setattr(upload, "TIMEOUT", 0.1)
+    monkeypatch.setattr(attempts, "TIMEOUT", 0.1)
     troubles: list[dict[str, Any]] = [{"hang": True}, {"status": 503}, {"cut": True}]
     for trouble in troubles[: 2 if at == "whoami" else 3]:  # of a request that reads it is the answer that is cut
         hub.faults.clear()
@@ -767,7 +768,7 @@ def test_a_wait_that_is_too_long_for_the_client_too(a_run: Path, hub: Hub, slept
 
 
 def test_waits_grow_and_are_not_those_of_everybody(hub: Hub) -> None:
-    first, second, third = ({upload._wait(TimeoutError(), n) for _ in range(20)} for n in (1, 2, 3))
+    first, second, third = ({attempts._wait(TimeoutError(), n) for _ in range(20)} for n in (1, 2, 3))
     assert max(first) < min(second) <= max(second) < min(third)  # type: ignore[type-var]
     assert len(first) > 1
 
