@@ -489,7 +489,7 @@ def _template(facts: _Facts) -> str:
 
 def _data(facts: _Facts) -> str:
     data, recipe = facts.data, facts.recipe
-    rows = []
+    rows: list[tuple[str, ...]] = []
     local = [name for name in recipe.data.names if is_path(name)]
     for name in recipe.data.names:
         if name in facts.sets:
@@ -499,7 +499,11 @@ def _data(facts: _Facts) -> str:
             rows.append(("the built-in pairs of orpo-lite", "not stated"))
         else:
             rows.append((_local(name, local.index(name) + 1 if len(local) > 1 else 0), "not stated"))
-    parts = ["## Data", _table(("data", "licence"), rows)]
+    head: tuple[str, ...] = ("data", "licence")
+    if len(data.get("rows_of_sets", ())) == len(rows):
+        head = (*head, "rows read")
+        rows = [(*row, f"{count:,}") for row, count in zip(rows, data["rows_of_sets"], strict=True)]
+    parts = ["## Data", _table(head, rows)]
     if facts.sets:
         split = recipe.data.dataset_train_split
         parts.append(f"Split: {'chosen automatically' if split == 'auto' else _cell(split)}.")

@@ -219,6 +219,11 @@ def test_local_files_are_numbered(tmp_path: Path) -> None:
         "local file 3",
     ]
     assert "1,203 rows read in all:" in text
+    figures = json.loads((tmp_path / "data.json").read_text())
+    (tmp_path / "data.json").write_text(json.dumps(figures | {"rows_of_sets": [1000, 3, 150, 50]}))
+    text = read(tmp_path, Shown(REPO)).text
+    assert "| data | licence | rows read |" in text
+    assert "| local file 1 | not stated | 1,000 |" in text
 
 
 @pytest.mark.parametrize("is_merged", [False, True])

@@ -350,6 +350,8 @@ def test_the_figures_are_those_of_the_rows(small_recipe: Build, held: str) -> No
 
     assert (found["train_pairs"], found["held_out_pairs"]) == (len(train), len(test))
     assert found["rows_read"] == sum(reader.read for reader in reads) == 103 + 19 * bool(own)
+    assert sum(found["rows_of_sets"]) == 103
+    assert len(found["rows_of_sets"]) == len(recipe.data.names)
     assert list(left_out) == [LONG_PROMPT]
     assert found["dropped"][LONG_PROMPT]["pairs"] == len(left_out[LONG_PROMPT]) > 2 * PLACES
     of_each = [[where for where in left_out[LONG_PROMPT] if where.startswith(name)][:PLACES] for name in ("p", "h")]

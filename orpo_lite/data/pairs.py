@@ -79,10 +79,15 @@ class PairReader:
         """Pairs with an empty turn before the last."""
         self.beside = 0
         """Pairs of which the row says more than is read: reasoning beside a message, tools, images."""
-        self.read = 0
-        """Rows read."""
+        self.rows: list[int] = []
+        """For each set, the rows read."""
         self.drops = Drops()
         self._digest = hashlib.sha256()
+
+    @property
+    def read(self) -> int:
+        """Rows read."""
+        return sum(self.rows)
 
     @property
     def sha256(self) -> str:
@@ -159,6 +164,7 @@ class PairReader:
         named = f", in {source.name}" if len(self.sources) > 1 else ""
         self.detected.append("")
         self.columns.append({})
+        self.rows.append(0)
         names = {key: None for row in looked for key in row}
         held = held_columns(listed, looked)
         self._say(f"{detected.sentence}{named}", detected, held, names)
@@ -167,7 +173,7 @@ class PairReader:
         for before, (where, row) in chain(looked_at, rows):
             faults += broken[moved:before]
             moved = before
-            self.read += 1
+            self.rows[-1] += 1
             mapped = mapped_row(row, listed)
             if late := [key for key, value in mapped.items() if key not in seen and not is_blank(value)]:
                 seen.update(late)

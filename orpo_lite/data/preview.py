@@ -31,10 +31,10 @@ def figures(train: TokenizedPairs, test: TokenizedPairs) -> dict[str, Any]:
     """What data.json holds. Shares are of 1; lengths are tokens, those of responses before the cut and with their end.
 
     format, chat_template: the sentences that say which they are · columns: of each set, which were read and which not ·
-    rows_read · train_pairs, held_out_pairs · dropped: for each reason the number of pairs and the first places ·
-    tokens: quantiles of prompt, chosen, rejected · cut: what data.max_length does · those of COUNTED ·
-    chosen_longer, rejected_longer: the length bias · prompts: different ones, and those on both sides · step: tokens
-    that go through a model · sha256: of the pairs' content and order.
+    rows_read · rows_of_sets: those of each set that is trained on · train_pairs, held_out_pairs · dropped: for each
+    reason the number of pairs and the first places · tokens: quantiles of prompt, chosen, rejected · cut: what
+    data.max_length does · those of COUNTED · chosen_longer, rejected_longer: the length bias · prompts: different ones,
+    and those on both sides · step: tokens that go through a model · sha256: of the pairs' content and order.
     """
     sides = _sides(train, test)
     both = {name: np.concatenate([train.column(name), test.column(name)]) for name in train.columns}
@@ -46,6 +46,7 @@ def figures(train: TokenizedPairs, test: TokenizedPairs) -> dict[str, Any]:
         "columns": _unique(columns for side in sides for columns in side["columns"]),
         "chat_template": train.facts["chat_template"],
         "rows_read": sum(side["rows_read"] for side in sides),
+        "rows_of_sets": train.facts.get("rows_of_sets", []),  # which a cache of before does not know
         "train_pairs": len(train),
         "held_out_pairs": len(test),
         "dropped": _dropped(sides),

@@ -122,6 +122,7 @@ def _tokenize(
             "columns": reader.columns,
             "chat_template": template.said,
             "rows_read": reader.read,
+            "rows_of_sets": reader.rows,
             "dropped": dict(reader.drops.counts),
             "places": reader.drops.places,
             "sha256": reader.sha256,
