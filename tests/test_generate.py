@@ -11,14 +11,14 @@ import pytest
 import torch
 from conftest import byte_tokenizer, tiny_llama, tiny_opt, write_base
 from peft import PeftModel
+from test_train import train_all
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from orpo_lite import generate, run
 from orpo_lite.errors import CheckpointError
 from orpo_lite.generate import NEUTRAL, TEMPERATURE
 from orpo_lite.recipe import Recipe
-from orpo_lite.run import Update
-from orpo_lite.train import Interrupted, TrainResult, training
+from orpo_lite.train import Interrupted, training
 
 Build = Callable[..., Recipe]
 FULL = ("quantization.load_in_4bit=false", "model.dtype=float32", "training.learning_rate=1e-2")
@@ -26,15 +26,6 @@ LEVERS = {
     "plain": ("memory.packing=false",),
     "all": ("memory.mlp_tile=3", "memory.embedding_on_cpu=true", "memory.checkpoint_offload=true"),
 }
-
-
-def train_all(recipe: Recipe, **options: Any) -> tuple[list[Update], TrainResult]:
-    updates, generator = [], training(recipe, **options)
-    while True:
-        try:
-            updates.append(next(generator))
-        except StopIteration as end:
-            return updates, end.value
 
 
 def answered(model: Any, folder: Path, ids: list[int], seed: int) -> str:
