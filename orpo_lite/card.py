@@ -17,7 +17,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from orpo_lite import run
 from orpo_lite.base import vllm_rank
 from orpo_lite.data.rows import is_path
-from orpo_lite.errors import TOKEN, CheckpointError
+from orpo_lite.errors import TOKEN, CheckpointError, ModelError
 from orpo_lite.licence import (
     CARD,
     KEYS,
@@ -126,8 +126,7 @@ def make_card(path: Path, shown: Shown = Shown()) -> str:
 def write_card(path: Path) -> None:
     """README.md of a finished run, made afresh unless a person has changed the one that is there."""
     if not changed_card(path):
-        repository = run.read_recipe(path).output.hub_model_id
-        run.write_text(path / "README.md", make_card(path, Shown(repository or SOMEWHERE)))
+        run.write_text(path / "README.md", make_card(path))  # a push knows the repository, whoever's it is
 
 
 def seal(text: str) -> str:
@@ -369,7 +368,7 @@ def _verified(path: Path, kind: run.Weights) -> Mapping[str, Any]:
     try:
         if not file.is_file() or not run.find_merged(path, kind):
             return {}
-    except CheckpointError:
+    except (CheckpointError, ModelError):
         return {}
     found = run.read_json(file, VERDICT)
     for row in found["rows"]:
@@ -427,6 +426,9 @@ def _eval_results(facts: _Facts) -> list[EvalResult]:
         "eval_rewards/accuracies": ("accuracy", "held-out reward accuracy"),
         "eval_loss": ("loss", "held-out loss"),
     }
+    if facts.shown.merged:  # whose figures are its own: those of the training are of the base as it was loaded there
+        found = facts.verified.get(facts.shown.merged, {})
+        after = {"eval_rewards/accuracies": found["rows"][-1]["accuracy"]} if found.get("held_out") else {}
     return [
         EvalResult(
             task_type="text-generation",
@@ -501,7 +503,7 @@ def _data(facts: _Facts) -> str:
             rows.append((_local(name, local.index(name) + 1 if len(local) > 1 else 0), "not stated"))
     head: tuple[str, ...] = ("data", "licence")
     if len(data.get("rows_of_sets", ())) == len(rows):
-        head = (*head, "rows read")
+        head = (*head, "rows to train on")
         rows = [(*row, f"{count:,}") for row, count in zip(rows, data["rows_of_sets"], strict=True)]
     parts = ["## Data", _table(head, rows)]
     if facts.sets:
@@ -511,6 +513,8 @@ def _data(facts: _Facts) -> str:
         parts.append(f"Of each set the first {recipe.data.max_samples:,} rows.")
     if test := recipe.data.dataset_test_split:
         parts.append(f"Held out: {'local files' if is_path(test) else f'split {_cell(test)}'}.")
+    elif any(name.startswith("builtin:") for name in recipe.data.names):
+        parts.append("Held out: pairs that were made for it.")
     elif data["held_out_pairs"]:
         parts.append("Held out: some of the prompts, with all of their pairs.")
     total = " in all" if len(rows) > 1 else ""
@@ -544,7 +548,9 @@ def _results(facts: _Facts) -> str:
         if before.get(key) is not None and after.get(key) is not None
     ]
     head = ("figure", "before", "after")
-    return f"## Held-out results\n\n{held_out}, before the first step and with what was kept.\n\n{_table(head, rows)}"
+    base = "the base in 4 bit" if facts.recipe.quantization.load_in_4bit else "the base"
+    said = f"{held_out}, by {base}: before the first step, and with the adapter that was kept."
+    return f"## Held-out results\n\n{said}\n\n{_table(head, rows)}"
 
 
 def _loading(facts: _Facts) -> str:

@@ -161,6 +161,8 @@ def to_vllm(request: _Request) -> Exporting:
         parts = ["vllm", "serve", str(request.merged.resolve()), "--served-model-name", name]
     else:
         parts = ["vllm", "serve", base["name"]]
+        if not base["revision"] and not Path(base["name"]).is_dir():
+            notes.append(f"{base['name']} is not there any more: name the folder where the base lies now in its place")
         if base["revision"]:
             parts += ["--revision", base["revision"]]
         # The tokenizer, and so the chat template, and the tokens that end an answer are the run's own.

@@ -110,7 +110,9 @@ def merging(
         else:
             changed = yield from _stream(plan, temporary, most)
             targets, note = len(plan.deltas), ""
-            shutil.copyfile(base.path / "config.json", temporary / "config.json")
+            config = run.read_json(base.path / "config.json")
+            config.pop("_name_or_path", None)  # where the base once lay, which an older transformers noted
+            run.write_text(temporary / "config.json", run.to_json(config))
         if not changed:
             found = f"changes nothing: none of its {targets} matrices differs after rounding"
             raise UnchangedError(f"adapter {adapter}", found, "an adapter that has learnt something")

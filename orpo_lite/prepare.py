@@ -269,6 +269,7 @@ def make_lock(recipe: Recipe, ready: Ready) -> dict[str, Any]:
         "data": {"name": ", ".join(recipe.data.names), "sha256": ready.figures["sha256"]},
         "tokens": {"name": "as tokens", "sha256": _sha256(f"{ready.train.sha256} {ready.test.sha256}")},
         "chat_template": {"name": recipe.data.chat_template, "sha256": _sha256(str(ready.tokenizer.chat_template))},
+        "lora": run.adapter_shape(recipe),
         "end_token_id": ready.end_id,
         "seed": recipe.training.seed,
     }
@@ -284,6 +285,7 @@ def check_lock(path: Path, lock: Mapping[str, Any]) -> None:
     Tokens may change though nothing else did: with a library, or with the date that a template writes.
     """
     before = run.read_lock(path)
+    run.refuse_other_shape(path, before, lock.get("lora"))
     pairs = {"base": "fingerprint", "chat_template": "sha256", "data": "sha256", "tokens": "sha256"}
     pairs = {what: key for what, key in pairs.items() if what in before}  # runs of an older version noted no tokens
     differing = [f"{what} {lock[what]['name']}" for what, key in pairs.items() if before[what][key] != lock[what][key]]

@@ -128,17 +128,33 @@ def find_result(path: Path) -> Path:
     resume = f"orpo-lite train --resume {quoted(path)}"
     if not (adapter / "adapter_model.safetensors").is_file():
         raise CheckpointError(f"run {path}", "has no adapter/", "a training that has ended", resume)
-    lora = read_recipe(path).lora
+    lock, recipe = read_lock(path), adapter_shape(read_recipe(path))
+    refuse_other_shape(path, lock, recipe)
     try:
         config = read_json(adapter / "adapter_config.json")
     except CheckpointError as error:
         error.remedy = resume
         raise
     for key in ("r", "lora_alpha", "use_rslora", "use_dora"):  # with another scale it would be another adapter
-        if (config.get(key) or False) != getattr(lora, key):
-            found, expected = f"{key} is {config.get(key)!r}", f"{getattr(lora, key)!r}, as in recipe.yaml"
-            raise CheckpointError(str(adapter / "adapter_config.json"), found, expected, resume)
+        if (config.get(key) or False) != recipe[key]:
+            found, expected = f"{key} is {config.get(key)!r}", f"{recipe[key]!r}, as in recipe.yaml"
+            remedy = resume if "lora" in lock else "put back the one that was changed"
+            raise CheckpointError(str(adapter / "adapter_config.json"), found, expected, remedy)
     return adapter
+
+
+def adapter_shape(recipe: Recipe) -> dict[str, Any]:
+    """What makes other tensors, or another sum of the same ones, of an adapter."""
+    return recipe.lora.model_dump(include={"r", "lora_alpha", "use_rslora", "use_dora", "target_modules"})
+
+
+def refuse_other_shape(path: Path, lock: Mapping[str, Any], shape: Mapping[str, Any] | None) -> None:
+    """Raise :class:`CheckpointError` for a recipe that was changed: what is trained is not of that shape."""
+    began = lock.get("lora")  # which runs of an older version did not note
+    for key, value in (began or {}).items() if shape else ():
+        if shape and shape.get(key) != value:
+            where, found = f"{path / 'recipe.yaml'}, lora.{key}", f"{shape.get(key)!r}"
+            raise CheckpointError(where, found, f"{value!r}, as the run began", "put it back, or train a new run")
 
 
 def merged_folder(weights: Weights) -> str:
@@ -163,9 +179,11 @@ def find_merged(path: Path, weights: Weights = "original") -> Path:
 
 
 def adapter_sha256(adapter: Path) -> str:
-    """Of an adapter's weights and of what they are multiplied by."""
-    files = (adapter / name for name in ("adapter_config.json", "adapter_model.safetensors"))
-    return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
+    """Of an adapter's weights and of what says how they are used; not of where its base lies."""
+    config = read_json(adapter / "adapter_config.json")
+    used = {key: value for key, value in config.items() if key not in ("base_model_name_or_path", "revision")}
+    text = json.dumps(used, sort_keys=True) + sha256(adapter / "adapter_model.safetensors")
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def merge_command(path: Path, weights: Weights = "original") -> str:

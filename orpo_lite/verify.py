@@ -13,6 +13,7 @@ from orpo_lite.base import Base, read_config
 from orpo_lite.card import write_card
 from orpo_lite.data.packing import make_batch, micro_batches
 from orpo_lite.data.tokens import TokenizedPair
+from orpo_lite.errors import CheckpointError
 from orpo_lite.model import PairModel, Way, load_base, load_pair_model
 from orpo_lite.prepare import prepare
 from orpo_lite.proof import prove
@@ -99,6 +100,7 @@ def verifying(
     if base_path is not None:
         recipe = recipe.override({"model.model_name_or_path": str(base.path)})
     ready = yield from prepare(recipe)
+    _refuse_other_pairs(path, ready.figures["sha256"])
     held_out = len(ready.test) > 0
     pairs = [pair for pair, _ in zip(ready.test if held_out else ready.train, range(PAIRS), strict=False)]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -138,6 +140,14 @@ def verifying(
     run.write_text(merged / "verify.json", run.to_json(verdict.to_json()))
     write_card(path)
     return verdict
+
+
+def _refuse_other_pairs(path: Path, sha256: str) -> None:
+    """Which pairs are held out depends on all of them: of others some may have been trained on."""
+    known = run.read_lock(path)["data"]
+    if known["sha256"] and known["sha256"] != sha256:
+        found, expected = f"changed since the run began: {known['name']}", "the pairs of the training"
+        raise CheckpointError(f"run {path}", found, expected, "put them back; what is merged stays as it is")
 
 
 def _row(name: str, values_2P: Tensor) -> Row:

@@ -157,7 +157,7 @@ def test_what_was_done(tmp_path: Path) -> None:
         "| empty rejected | 3 |",
         "| chat template | the tokenizer's own chat template |",
         "Held out: some of the prompts, with all of their pairs.",
-        "100 pairs, before the first step and with what was kept.",
+        "100 pairs, by the base in 4 bit: before the first step, and with the adapter that was kept.",
         "| loss | 0.9000 | 0.5000 |",
         "longer one in 60% of the pairs and the shorter one in 25%;",
         "7 responses lost their end at 2,048 tokens",
@@ -222,7 +222,7 @@ def test_local_files_are_numbered(tmp_path: Path) -> None:
     figures = json.loads((tmp_path / "data.json").read_text())
     (tmp_path / "data.json").write_text(json.dumps(figures | {"rows_of_sets": [1000, 3, 150, 50]}))
     text = read(tmp_path, Shown(REPO)).text
-    assert "| data | licence | rows read |" in text
+    assert "| data | licence | rows to train on |" in text
     assert "| local file 1 | not stated | 1,000 |" in text
 
 
@@ -263,6 +263,12 @@ def test_what_a_merge_measured_of_itself(tmp_path: Path) -> None:
     assert "passed: mean log-probabilities differ by 1.3e-06 at most" in text
     assert "reward accuracy | margin" not in read(run, Shown(REPO, merged="dequantized")).text
     assert "| merged | 75.0% | +0.1250 | -1.2500 |" in read(run).text
+    card = read(run, Shown(REPO, merged="original"))  # its own figures, not those of the 4-bit base with the adapter
+    assert [(result.metric_type, result.metric_value) for result in card.data.eval_results] == [("accuracy", 0.75)]
+    assert read(run, Shown(REPO, merged="dequantized")).data.eval_results is None
+    (run / "merged/model.safetensors").rename(run / "merged/model.safetensors.index.json")
+    (run / "merged/model.safetensors.index.json").write_text("{")
+    assert "| merged |" not in read(run).text
 
 
 NOT_FOR_COMMERCE = (
@@ -270,6 +276,7 @@ NOT_FOR_COMMERCE = (
     "non_commercial", "research only", "no commercial use", "not for commercial use",
     "CC BY-NC 4.0", "Mistral AI Non-Production License", "mnpl", "mrl", "apple-amlr",
     "fair-noncommercial-research-license", "deepfloyd-if-license", "h-research", "intel-research", "qwen-research",
+    "tongyi-qianwen-research", "academic-only",
 )  # fmt: skip
 
 

@@ -318,6 +318,7 @@ def test_a_merge_of_another_adapter_is_not_used(tmp_path: Path) -> None:
         ({"use_rslora": True}, "use_rslora is True"),
         ({"rank_pattern": {"q_proj": 2}}, "has rank 4, its adapter_config.json says 2"),
         ({"target_modules": None}, "names no target_modules"),
+        ({"alpha_pattern": {"q_proj": 3}, "lora_alpha": 8.5}, "lora_alpha is 8.5"),
     ],
 )
 def test_a_config_that_is_not_the_adapter_s_is_refused(change: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -332,6 +333,52 @@ def test_a_config_that_is_not_the_adapter_s_is_refused(change: dict[str, Any], s
         run.find_merged(path)
 
 
+@pytest.mark.parametrize(
+    ("old", "new"), [("lora_alpha: 32", "lora_alpha: 64"), ("use_rslora: false", "use_rslora: true"), ("r: 16", "r: 8")]
+)
+def test_a_recipe_that_was_changed_makes_no_other_adapter(old: str, new: str, small_recipe: Build) -> None:
+    """Gone on with, the same tensors would be saved under another scale, and published with figures of the first."""
+    _, result = train_all(small_recipe())
+    file = result.run / "recipe.yaml"
+    assert f"  {old}\n" in file.read_text()
+    file.write_text(file.read_text().replace(f"  {old}\n", f"  {new}\n"))
+    for verb in (merge, verify, lambda path: train_all(run.read_recipe(path), resume=True)):
+        with pytest.raises(CheckpointError, match=f"lora.{old.split(':')[0]}: .*\n.*as the run began") as raised:
+            verb(result.run)
+        assert raised.value.remedy == "put it back, or train a new run"
+
+
+def test_where_the_base_lies_is_no_part_of_an_adapter(tmp_path: Path) -> None:
+    path = make_run(tmp_path, tiny_llama(98))
+    merge(path)
+    file = path / "adapter" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"base_model_name_or_path": "elsewhere"}))
+    assert run.find_merged(path) == path / "merged"
+    file.write_text(json.dumps(config | {"alpha_pattern": {"q_proj": 3}}))
+    with pytest.raises(CheckpointError, match="is of another adapter"):
+        run.find_merged(path)
+
+
+def test_where_the_base_once_lay_is_not_merged_in(tmp_path: Path) -> None:
+    path = make_run(tmp_path, tiny_llama(98))
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"_name_or_path": "/home/ann/base"}))
+    lock = json.loads((path / "lock.json").read_text())
+    lock["base"]["fingerprint"] = fingerprint(tmp_path / "base")
+    (path / "lock.json").write_text(json.dumps(lock))
+    assert json.loads((merge(path).folder / "config.json").read_text()) == config
+
+
+def test_other_pairs_are_not_called_held_out(small_recipe: Build, workspace: Path) -> None:
+    _, result = train_all(small_recipe("training.learning_rate=1e-2"))
+    merge(result.run)
+    pairs = workspace / "pairs.jsonl"
+    pairs.write_text(pairs.read_text().replace("how is it", "what about it"))
+    with pytest.raises(CheckpointError, match="changed since the run began"):
+        verify(result.run)
+
+
 def test_a_base_that_was_moved_is_found_by_its_new_place(call: Call, small_recipe: Build, workspace: Path) -> None:
     _, result = train_all(small_recipe("training.learning_rate=1e-2"))
     (workspace / "base").rename(workspace / "moved base")
@@ -344,6 +391,7 @@ def test_a_base_that_was_moved_is_found_by_its_new_place(call: Call, small_recip
     code, _, complaint = call("merge", str(result.run), "--base-path", "other")
     assert (code, "is not the base of this run" in complaint) == (4, True)
     assert call("merge", str(result.run), "--base-path", "nowhere")[0] == 4
+    assert "is not there any more" in call("export", str(result.run), "--to", "vllm")[1]
 
 
 @pytest.mark.parametrize("kind", ["link", "file"])

@@ -669,6 +669,15 @@ def test_trouble_that_stays(a_run: Path, hub: Hub, slept: list[float], at: str, 
     assert sum(slept) < 300
 
 
+def test_files_that_share_an_address_share_no_attempts(a_run: Path, hub: Hub, slept: list[float]) -> None:
+    """Each on a thread of the client's: a short trouble of all is passed over, as that of one is."""
+    merge(a_run, max_shard_size=20_000)
+    assert len(list((a_run / "merged").glob("*.safetensors"))) > 5
+    hub.fail("verify", 503, times=6)
+    push(a_run, REPO, merged="original")
+    assert len(hub.written[REPO].commits) == 1
+
+
 @pytest.mark.parametrize("at", ["whoami", "repos/create", "preupload", LFS, COMMITTING])
 def test_a_hub_that_never_answers(
     a_run: Path, hub: Hub, slept: list[float], monkeypatch: pytest.MonkeyPatch, at: str

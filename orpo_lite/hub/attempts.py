@@ -5,6 +5,7 @@ The token comes from the environment or the login, through the hub's own client,
 
 import random
 import re
+import threading
 import time
 import traceback
 from collections import Counter
@@ -234,7 +235,7 @@ def _request(request: Callable[..., Any], failed: Counter[str], method: str, url
 
     Without that its attempts and ours would multiply, and it would wait for as long as any hub asks.
     """
-    key = f"{method} {url}"
+    key = f"{threading.get_ident()} {method} {url}"  # the files of an upload share an address, each on its thread
     failed[key] += 1
     is_last = failed[key] >= ATTEMPTS
     try:
