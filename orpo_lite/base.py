@@ -389,14 +389,13 @@ def read_adapter_config(folder: Path) -> Any:
     except (ValueError, TypeError) as error:
         raise ModelError(str(path), f"is no JSON object: {error}", "a peft configuration") from None
     # peft would take its own defaults for them, and with these the adapter is another one.
+    saved = "as the adapter was saved with"
     for key in ("r", "lora_alpha"):
         value = options.get(key)
         if not isinstance(value, int | float) or isinstance(value, bool) or value % 1 or value <= 0:
-            expected = "a whole number, as the adapter was saved with"
-            raise ModelError(str(path), f"{key}: {json.dumps(value)}", expected)
+            raise ModelError(str(path), f"{key}: {json.dumps(value)}", f"a whole number, {saved}")
     if not options.get("target_modules") and not options.get("target_parameters"):
-        expected = "the configuration that the adapter was saved with"
-        raise ModelError(str(path), "names no target_modules", expected)
+        raise ModelError(str(path), "names no target_modules", f"those, {saved}")
     default = LoraConfig().to_dict()
     for key, value in options.items():
         if value and key not in ADAPTER_KEYS and value != default.get(key):

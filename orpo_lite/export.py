@@ -111,7 +111,7 @@ def to_gguf(request: _Request) -> Exporting:
     with run.new_folder(folder) as temporary, _blamed(temporary, folder):
         file = f"{request.name}-{outtype}.gguf"
         notes, _ = yield from _write_model(request, temporary / file, outtype)
-    command = f"llama-cli -m {shlex.quote(str(folder / file))}"
+    command = f"llama-cli -m {run.quoted(folder / file)}"
     return ExportResult(folder, _size(folder), command, tuple(notes))
 
 
@@ -139,7 +139,7 @@ def to_ollama(request: _Request) -> Exporting:
         lines += [f"PARAMETER stop {json.dumps(text, ensure_ascii=False)}" for text in stops if text]
         lines += [f"PARAMETER {key} {value}" for key, value in _sampling(request).items()]
         run.write_text(temporary / "Modelfile", "\n".join(lines) + "\n")
-    modelfile = shlex.quote(str(folder / "Modelfile"))
+    modelfile = run.quoted(folder / "Modelfile")
     command = f"ollama create {request.name.lower()} -f {modelfile} && ollama run {request.name.lower()}"
     return ExportResult(folder, _size(folder), command, (*notes, *missing))
 

@@ -27,7 +27,8 @@ MAX_NAME = 96  # characters of a repository's name, its owner's among them
 # https://huggingface.co/docs/hub/repositories-licenses
 NON_COMMERCIAL = re.compile(
     r"\b(nc|non-?commercial|non-production|not-for-commercial|no-commercial-use|research-(use-)?only|only-for-research"
-    r"|research-use|(h|intel|qwen|qianwen|mistral-ai)-research|academic-only|personal-use-only|apple-amlr|deepfloyd-if-license|mnpl|mrl)\b"
+    r"|research-use|(h|intel|qwen|qianwen|mistral-ai)-research|academic-only|personal-use-only"
+    r"|apple-amlr|deepfloyd-if-license|mnpl|mrl)\b"
 )
 BEGINS = r"(?:^|[\s,;/+&(]|meta[-_ ]|google[-_ ])"  # not my-llama3, which may be anything
 LLAMA = re.compile(

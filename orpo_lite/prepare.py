@@ -285,7 +285,7 @@ def check_lock(path: Path, lock: Mapping[str, Any]) -> None:
     Tokens may change though nothing else did: with a library, or with the date that a template writes.
     """
     before = run.read_lock(path)
-    run.refuse_other_shape(path, before, lock.get("lora"))
+    run.refuse_other_shape(path, before, lock["lora"])
     pairs = {"base": "fingerprint", "chat_template": "sha256", "data": "sha256", "tokens": "sha256"}
     pairs = {what: key for what, key in pairs.items() if what in before}  # runs of an older version noted no tokens
     differing = [f"{what} {lock[what]['name']}" for what, key in pairs.items() if before[what][key] != lock[what][key]]

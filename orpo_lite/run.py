@@ -123,12 +123,11 @@ def read_lock(path: Path) -> dict[str, Any]:
 
 def find_result(path: Path) -> Path:
     """The adapter of a training that has ended. Raises :class:`CheckpointError`."""
-    read_lock(path)
+    lock, recipe = read_lock(path), adapter_shape(read_recipe(path))
     adapter = path / "adapter"
     resume = f"orpo-lite train --resume {quoted(path)}"
     if not (adapter / "adapter_model.safetensors").is_file():
         raise CheckpointError(f"run {path}", "has no adapter/", "a training that has ended", resume)
-    lock, recipe = read_lock(path), adapter_shape(read_recipe(path))
     refuse_other_shape(path, lock, recipe)
     try:
         config = read_json(adapter / "adapter_config.json")
@@ -148,12 +147,11 @@ def adapter_shape(recipe: Recipe) -> dict[str, Any]:
     return recipe.lora.model_dump(include={"r", "lora_alpha", "use_rslora", "use_dora", "target_modules"})
 
 
-def refuse_other_shape(path: Path, lock: Mapping[str, Any], shape: Mapping[str, Any] | None) -> None:
+def refuse_other_shape(path: Path, lock: Mapping[str, Any], shape: Mapping[str, Any]) -> None:
     """Raise :class:`CheckpointError` for a recipe that was changed: what is trained is not of that shape."""
-    began = lock.get("lora")  # which runs of an older version did not note
-    for key, value in (began or {}).items() if shape else ():
-        if shape and shape.get(key) != value:
-            where, found = f"{path / 'recipe.yaml'}, lora.{key}", f"{shape.get(key)!r}"
+    for key, value in lock.get("lora", {}).items():  # which runs of an older version did not note
+        if shape[key] != value:
+            where, found = f"{path / 'recipe.yaml'}, lora.{key}", f"{shape[key]!r}"
             raise CheckpointError(where, found, f"{value!r}, as the run began", "put it back, or train a new run")
 
 

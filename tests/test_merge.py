@@ -415,6 +415,15 @@ def test_a_kill_between_the_two_renames_is_mended(tmp_path: Path) -> None:
     assert (path / "merged" / "model.safetensors").is_file()
 
 
+def said_where_it_does_not_fit(code: str, path: Path) -> str:
+    """The complaint of a merge in a process of its own, which must leave nothing behind."""
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
+    assert done.returncode == FitError.exit_code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert not [entry for entry in path.iterdir() if "merged" in entry.name]
+    return done.stderr
+
+
 def test_a_limit_on_files_is_not_a_full_disk(tmp_path: Path) -> None:
     path = make_run(tmp_path, tiny_llama(98))
     code = (
@@ -423,10 +432,7 @@ def test_a_limit_on_files_is_not_a_full_disk(tmp_path: Path) -> None:
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))\n"
         "sys.argv = ['orpo-lite', 'merge', sys.argv[1]]; cli.main()"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
-    assert done.returncode == FitError.exit_code, done.stderr
-    assert "a file may not grow so large here" in done.stderr
-    assert not [entry for entry in path.iterdir() if "merged" in entry.name]
+    assert "a file may not grow so large here" in said_where_it_does_not_fit(code, path)
 
 
 def test_a_tokenizer_that_is_lacking_is_missed_before_the_merge(tmp_path: Path) -> None:
@@ -565,11 +571,7 @@ def test_too_little_memory_is_said_and_leaves_nothing(tmp_path: Path) -> None:
         "sys.modules['orpo_lite.merge'].read_rows = starved\n"
         "sys.argv = ['orpo-lite', 'merge', sys.argv[1]]; cli.main()"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
-    assert done.returncode == FitError.exit_code, done.stderr
-    assert "memory ran out" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not [entry for entry in path.iterdir() if "merged" in entry.name]
+    assert "memory ran out" in said_where_it_does_not_fit(code, path)
 
 
 def test_a_model_much_larger_than_a_block_needs_no_memory_of_its_size(tmp_path: Path) -> None:

@@ -196,7 +196,16 @@ def _explain(where: str, doing: str, error: BaseException, wait: float | None) -
 
 
 def unreadable(error: OSError) -> UnreadableError:
+    """What to say of a file that went, or that may not be read."""
     return UnreadableError(str(error.filename), f"cannot be read ({error.strerror})", "a file of the run, whole")
+
+
+def own_token(where: str) -> str | None:
+    """The person's, of whatever form. Raises :class:`HubError` for a login that is over."""
+    try:
+        return get_token()
+    except Exception as error:  # of a login that had to be renewed, in ways of its own
+        raise HubError(where, f"the login cannot be renewed ({type(error).__name__})", "a login", LOGIN) from None
 
 
 def server_message(error: BaseException) -> str:
@@ -251,14 +260,3 @@ def _request(request: Callable[..., Any], failed: Counter[str], method: str, url
         if method == "PUT" and "html" in response.headers.get("Content-Type", "") and response.status_code < 300:
             raise ValueError("a page in answer to a file")  # which a network asks people to log in with
     return response
-
-
-# --- what it says, and what it must not show
-
-
-def own_token(where: str) -> str | None:
-    """The person's, of whatever form. Raises :class:`HubError` for a login that is over."""
-    try:
-        return get_token()
-    except Exception as error:  # of a login that had to be renewed, in ways of its own
-        raise HubError(where, f"the login cannot be renewed ({type(error).__name__})", "a login", LOGIN) from None
