@@ -24,7 +24,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
-from orpo_lite.errors import FULL, FitError, HubError, ModelError
+from orpo_lite.errors import FULL, FitError, HubError, ModelError, Overrides
 from orpo_lite.recipe import Recipe, gib
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,11 @@ def find_base(name: str, revision: str) -> Base:
     path, commit = find_texts(name, revision, weights=True)
     name = name if commit else str(path)
     if lacking := [file.name for file in weight_files(path) if not commit and not file.is_file()]:
-        raise ModelError(f"model {name}", f"has no {lacking[0]}", "weights in safetensors; pickles are never loaded")
+        raise ModelError(
+            where=f"model {name}",
+            found=f"has no {lacking[0]}",
+            expected="weights in safetensors; pickles are never loaded",
+        )
     return Base(name, path, commit, "", read_config(path, name))
 
 
@@ -80,7 +84,9 @@ def find_texts(name: str, revision: str, *, weights: bool = False) -> tuple[Path
         return local.resolve(), None
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         where = f"model.model_name_or_path: {name}"
-        raise ModelError(where, "no such folder", "a folder with config.json and safetensors, or a hub name")
+        raise ModelError(
+            where=where, found="no such folder", expected="a folder with config.json and safetensors, or a hub name"
+        )
     commit = resolve(name, revision, [*TEXT, *(WEIGHTS if weights else [])])
     return download(name, commit, TEXT), commit
 
@@ -90,8 +96,10 @@ def fetch_weights(base: Base) -> Base:
     if base.revision is not None:
         download(base.name, base.revision, [*TEXT, *WEIGHTS])
         if lacking := [file.name for file in weight_files(base.path) if not file.is_file()]:
-            where, remedy = f"hub, {base.name} at {base.revision}", _by_hand(base.name, base.revision)
-            raise HubError(where, f"{lacking[0]} is not in the cache", "all of the weights", remedy)
+            where, fix = f"hub, {base.name} at {base.revision}", _by_hand(base.name, base.revision)
+            raise HubError(
+                where=where, found=f"{lacking[0]} is not in the cache", expected="all of the weights", fix=fix
+            )
     return replace(base, fingerprint=fingerprint(base.path))
 
 
@@ -115,7 +123,11 @@ def resolve(name: str, revision: str, patterns: list[str]) -> str:
     commit, files = str(info.sha), {file.rfilename: file.size or 0 for file in info.siblings or []}
     wanted = list(filter_repo_objects(files, allow_patterns=patterns, ignore_patterns=NOT_FETCHED))
     if WEIGHTS[0] in patterns and not any(file.endswith(".safetensors") for file in wanted):
-        raise ModelError(f"model {name}", "has no weights in safetensors", "safetensors; pickles are never loaded")
+        raise ModelError(
+            where=f"model {name}",
+            found="has no weights in safetensors",
+            expected="safetensors; pickles are never loaded",
+        )
     missing = [f for f in wanted if not isinstance(try_to_load_from_cache(name, f, revision=commit), str)]
     check_disk(Path(constants.HF_HUB_CACHE), sum(files[f] for f in missing), f"downloading {name}")
     if revision != commit:
@@ -147,8 +159,8 @@ def download(name: str, commit: str, patterns: list[str]) -> Path:
         return Path(snapshot_download(name, revision=commit, allow_patterns=patterns, ignore_patterns=NOT_FETCHED))
     except UNREACHABLE as error:
         if isinstance(error, OSError) and error.errno in FULL:
-            found, remedy = "the disk is full", "free some space, or set HF_HOME to another disk"
-            raise FitError(f"downloading {name}, to {constants.HF_HUB_CACHE}", found, "", remedy) from error
+            found, fix = "the disk is full", "free some space, or set HF_HOME to another disk"
+            raise FitError(where=f"downloading {name}, to {constants.HF_HUB_CACHE}", found=found, fix=fix) from error
         raise hub_error(name, commit, error) from error
 
 
@@ -167,20 +179,31 @@ def hub_error(name: str, revision: str, error: Exception) -> HubError:
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, UNREACHABLE):
         error = error.__cause__  # it was asked for, this was the answer, and it is not in the cache either
     if isinstance(error, GatedRepoError):
-        remedy = f"ask for it at {page}, then `hf auth login`"
-        return HubError(where, "is gated", "access granted to your account", remedy)
+        fix = f"ask for it at {page}, then `hf auth login`"
+        return HubError(where=where, found="is gated", expected="access granted to your account", fix=fix)
     if isinstance(error, RevisionNotFoundError):
-        return HubError(where, "has no such revision", "a branch, tag or commit", f"see {page}/commits/main")
+        return HubError(
+            where=where,
+            found="has no such revision",
+            expected="a branch, tag or commit",
+            fix=f"see {page}/commits/main",
+        )
     if isinstance(error, RepositoryNotFoundError | HFValidationError):
-        remedy = "check the spelling; a private one needs `hf auth login`; a local folder must exist"
-        return HubError(where, "is not a repository that you can see", "owner/name, or a local folder", remedy)
+        fix = "check the spelling; a private one needs `hf auth login`; a local folder must exist"
+        return HubError(
+            where=where, found="is not a repository that you can see", expected="owner/name, or a local folder", fix=fix
+        )
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if status in (401, 403):
-        remedy = f"`hf auth login` with a token that may read {page}"
-        return HubError(where, f"is refused to you ({status})", "access granted to your account", remedy)
+        fix = f"`hf auth login` with a token that may read {page}"
+        return HubError(
+            where=where, found=f"is refused to you ({status})", expected="access granted to your account", fix=fix
+        )
     what = f"is not served ({status})" if status else f"cannot be reached ({type(error).__name__})"
-    remedy = f"try again later; or {_by_hand(name, revision)}"
-    return HubError(where, f"{what} and is not in the cache", "a connection, or a downloaded copy", remedy)
+    fix = f"try again later; or {_by_hand(name, revision)}"
+    return HubError(
+        where=where, found=f"{what} and is not in the cache", expected="a connection, or a downloaded copy", fix=fix
+    )
 
 
 def _by_hand(name: str, revision: str) -> str:
@@ -193,10 +216,10 @@ def check_disk(folder: Path, needed: int, purpose: str) -> None:
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if needed > free:
-        found, remedy = f"{gib(needed)} needed, {gib(free)} free", "free some space"
+        found, fix = f"{gib(needed)} needed, {gib(free)} free", "free some space"
         if purpose.startswith("downloading"):
-            remedy += ", or set HF_HOME to another disk"
-        raise FitError(f"{purpose}, to {folder}", found, "", remedy)
+            fix += ", or set HF_HOME to another disk"
+        raise FitError(where=f"{purpose}, to {folder}", found=found, fix=fix)
 
 
 def read_config(path: Path, name: str) -> Any:
@@ -208,15 +231,27 @@ def read_config(path: Path, name: str) -> Any:
     try:
         raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModelError(where, "has no config.json", "a transformers model folder") from None
+        raise ModelError(where=where, found="has no config.json", expected="a transformers model folder") from None
     except ValueError as error:
-        raise ModelError(f"{path / 'config.json'}", f"is not JSON: {error}", "a transformers configuration") from None
+        raise ModelError(
+            where=f"{path / 'config.json'}", found=f"is not JSON: {error}", expected="a transformers configuration"
+        ) from None
     if "auto_map" in raw:
-        raise ModelError(where, "needs code of its own (auto_map)", "an architecture that transformers ships")
+        raise ModelError(
+            where=where, found="needs code of its own (auto_map)", expected="an architecture that transformers ships"
+        )
     if "quantization_config" in raw:
-        raise ModelError(where, "is already quantised", "the 16-bit weights: quantising and merging start from them")
+        raise ModelError(
+            where=where,
+            found="is already quantised",
+            expected="the 16-bit weights: quantising and merging start from them",
+        )
     if raw.get("is_encoder_decoder") or raw.get("model_type") not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise ModelError(where, f"model_type {raw.get('model_type')!r}", "a decoder-only (causal) language model")
+        raise ModelError(
+            where=where,
+            found=f"model_type {raw.get('model_type')!r}",
+            expected="a decoder-only (causal) language model",
+        )
     return AutoConfig.from_pretrained(path)
 
 
@@ -274,7 +309,9 @@ def weight_files(path: Path) -> list[Path]:
         if any(Path(name).name != name for name in names):
             raise ValueError("a file outside of the folder")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(str(index), f"is broken: {error!r}", "a weight_map of file names beside it") from None
+        raise ModelError(
+            where=str(index), found=f"is broken: {error!r}", expected="a weight_map of file names beside it"
+        ) from None
     return [path / name for name in names]
 
 
@@ -302,7 +339,9 @@ def load_tokenizer(path: Path) -> Any:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # else it would ask at the terminal
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ModelError(f"tokenizer in {path}", reason, "tokenizer.json beside the weights") from error
+        raise ModelError(
+            where=f"tokenizer in {path}", found=reason, expected="tokenizer.json beside the weights"
+        ) from error
 
 
 def pad_id(tokenizer: Any) -> int:
@@ -340,7 +379,12 @@ def check_targets(recipe: Recipe, base: Base) -> None:
             if target == "lm_head":
                 found = "lora.target_modules: lm_head is the output head, which a recipe does not adapt"
             ends = sorted({name.rsplit(".", 1)[-1] for name in known})
-            raise ModelError(where, found, f"of {', '.join(ends)}", "lora.target_modules=all-linear")
+            raise ModelError(
+                where=where,
+                found=found,
+                expected=f"of {', '.join(ends)}",
+                fix=Overrides({"lora.target_modules": "all-linear"}),
+            )
 
 
 # --- an adapter to train on from
@@ -353,7 +397,7 @@ def find_adapter(name: str) -> Path:
     for file in ADAPTER:
         if not (folder / file).is_file():
             where = f"model.adapter_name_or_path: {name}"
-            raise ModelError(where, f"has no {file}", "a peft LoRA adapter in safetensors")
+            raise ModelError(where=where, found=f"has no {file}", expected="a peft LoRA adapter in safetensors")
     return folder
 
 
@@ -387,22 +431,28 @@ def read_adapter_config(folder: Path) -> Any:
         raw = json.loads(path.read_text(encoding="utf-8"))
         options = dict(raw)
     except (ValueError, TypeError) as error:
-        raise ModelError(str(path), f"is no JSON object: {error}", "a peft configuration") from None
+        raise ModelError(
+            where=str(path), found=f"is no JSON object: {error}", expected="a peft configuration"
+        ) from None
     # peft would take its own defaults for them, and with these the adapter is another one.
     saved = "as the adapter was saved with"
     for key in ("r", "lora_alpha"):
         value = options.get(key)
         if not isinstance(value, int | float) or isinstance(value, bool) or value % 1 or value <= 0:
-            raise ModelError(str(path), f"{key}: {json.dumps(value)}", f"a whole number, {saved}")
+            raise ModelError(where=str(path), found=f"{key}: {json.dumps(value)}", expected=f"a whole number, {saved}")
     if not options.get("target_modules") and not options.get("target_parameters"):
-        raise ModelError(str(path), "names no target_modules", f"those, {saved}")
+        raise ModelError(where=str(path), found="names no target_modules", expected=f"those, {saved}")
     default = LoraConfig().to_dict()
     for key, value in options.items():
         if value and key not in ADAPTER_KEYS and value != default.get(key):
-            raise ModelError(str(path), f"{key}: {value!r}", "plain LoRA, and nothing else that trains")
+            raise ModelError(
+                where=str(path), found=f"{key}: {value!r}", expected="plain LoRA, and nothing else that trains"
+            )
     init = options.get("init_lora_weights", True)
     if init not in (True, False, "gaussian", "orthogonal"):
-        raise ModelError(str(path), f"init_lora_weights: {init!r}", "one that leaves the base as it is")
+        raise ModelError(
+            where=str(path), found=f"init_lora_weights: {init!r}", expected="one that leaves the base as it is"
+        )
     config = LoraConfig.from_pretrained(folder)
     config.inference_mode = False  # as saved, an adapter is for use; here it trains on
     config.init_lora_weights = True  # any will do: the adapter's own weights follow

@@ -146,14 +146,16 @@ def changed_card(path: Path) -> str:
     Raises:
         CheckpointError: it cannot be read, or is a link.
     """
-    file, remedy = path / "README.md", "or remove it, and the card is made afresh"
+    file, fix = path / "README.md", "or remove it, and the card is made afresh"
     if file.is_symlink():
         expected = "a file; links are not followed"
-        raise CheckpointError(str(file), "is a link", expected, f"a copy in its place, {remedy}")
+        raise CheckpointError(where=str(file), found="is a link", expected=expected, fix=f"a copy in its place, {fix}")
     try:
         card = file.read_bytes().decode("utf-8-sig") if file.is_file() else ""
     except (OSError, ValueError) as error:
-        raise CheckpointError(str(file), f"cannot be read ({error})", "UTF-8", f"save it as such, {remedy}") from error
+        raise CheckpointError(
+            where=str(file), found=f"cannot be read ({error})", expected="UTF-8", fix=f"save it as such, {fix}"
+        ) from error
     return "" if is_own(card.replace("\r\n", "\n")) else card
 
 
@@ -173,7 +175,9 @@ def adopt_card(path: Path, own: str, shown: Shown) -> str:
     found = CARD.match(own)
     if found is None:
         expected = "metadata in YAML between lines of ---"
-        raise CheckpointError(where, "begins with no metadata", expected, "mend it, or remove the file")
+        raise CheckpointError(
+            where=where, found="begins with no metadata", expected=expected, fix="mend it, or remove the file"
+        )
     made: dict[str, Any] = _metadata(facts).to_dict()  # type: ignore[no-untyped-call]
     ours: dict[str, str] = {key: made[key] for key in ("library_name", "base_model_relation") if key in made}
     data, text = _put(found[1], ours, where, without_lora=shown.merged is not None)
@@ -207,12 +211,17 @@ def _put(text: str, ours: Mapping[str, str], where: str, *, without_lora: bool) 
     after, _ = _read_metadata(new, where)
     if {**after, "tags": None} != {**data, **ours, "tags": None}:
         lines = ", ".join(f"{key}: {value}" for key, value in ours.items())
-        raise CheckpointError(where, "its metadata cannot be completed", "YAML with a key a line", f"write {lines}")
+        raise CheckpointError(
+            where=where,
+            found="its metadata cannot be completed",
+            expected="YAML with a key a line",
+            fix=f"write {lines}",
+        )
     return after, new
 
 
 def _read_metadata(text: str, where: str) -> tuple[dict[str, Any], yaml.MappingNode]:
-    expected, remedy = (
+    expected, fix = (
         "metadata that are a mapping in YAML: a key a line, none twice, no anchors",
         "mend it, or remove the file",
     )
@@ -220,12 +229,12 @@ def _read_metadata(text: str, where: str) -> tuple[dict[str, Any], yaml.MappingN
         node = yaml.compose(f"{text}\n", Loader=yaml.SafeLoader) if is_plain(text) else None
     except (yaml.YAMLError, ValueError) as error:
         found = f"its metadata cannot be read ({' '.join(str(error).split())})"
-        raise CheckpointError(where, found, expected, remedy) from error
+        raise CheckpointError(where=where, found=found, expected=expected, fix=fix) from error
     if isinstance(node, yaml.MappingNode):
         data: dict[str, Any] = _texts(node)
         if len(data) == len(node.value):
             return data, node
-    raise CheckpointError(where, "its metadata are something else", expected, remedy)
+    raise CheckpointError(where=where, found="its metadata are something else", expected=expected, fix=fix)
 
 
 def _end(node: Any) -> int:
@@ -253,14 +262,20 @@ def _refuse_untrue(facts: "_Facts", terms: Terms, data: Mapping[str, Any], body:
         if said.get(key) not in known:
             expected = f"{key}: {known[1]}" if known[1] else f"no {key}"
             found = f"{key}: {said[key]}" if key in said else f"has no {key}"
-            raise CheckpointError(where, found, f"{expected}, as the base's card has it: “{terms.notice}”")
+            raise CheckpointError(
+                where=where, found=found, expected=f"{expected}, as the base's card has it: “{terms.notice}”"
+            )
     names = data.get("base_model", [])
     if facts.is_hub_base and base not in (names if isinstance(names, list) else [names]):
         rule = f"base_model: {base}, which is under the {terms.title}"
-        raise CheckpointError(where, "does not name its base", rule, "add the line to the metadata")
+        raise CheckpointError(
+            where=where, found="does not name its base", expected=rule, fix="add the line to the metadata"
+        )
     if terms.built_with not in body:
         rule = f"“prominently display “{terms.built_with}”” ({terms.title}, 1.b.i)"
-        raise CheckpointError(where, f"does not say “{terms.built_with}”", rule, "add the line")
+        raise CheckpointError(
+            where=where, found=f"does not say “{terms.built_with}”", expected=rule, fix="add the line"
+        )
 
 
 # --- what is known

@@ -52,8 +52,8 @@ def newest(run: Path) -> tuple[Path, list[str]]:
             return folder, faults
         faults.append(f"{folder.name}: {fault}")
     found = "no valid checkpoint" + "".join(f"; {fault}" for fault in faults)
-    remedy = "start again under another training.output_dir"
-    raise CheckpointError(f"run {run}", found, "a checkpoint to go on from", remedy)
+    fix = "start again under another training.output_dir"
+    raise CheckpointError(where=f"run {run}", found=found, expected="a checkpoint to go on from", fix=fix)
 
 
 def at_step(run: Path, step: int) -> Path:
@@ -61,7 +61,7 @@ def at_step(run: Path, step: int) -> Path:
     folder = run / "checkpoints" / f"step-{step:07d}"
     fault = find_fault(folder)
     if fault is not None:
-        raise CheckpointError(str(folder), fault, "a complete, unaltered checkpoint")
+        raise CheckpointError(where=str(folder), found=fault, expected="a complete, unaltered checkpoint")
     return folder
 
 

@@ -19,7 +19,7 @@ import typer
 from typer.core import TyperGroup
 
 from orpo_lite import screen
-from orpo_lite.errors import CheckpointError, ModelError, OrpoLiteError, RecipeError
+from orpo_lite.errors import CheckpointError, Command, ModelError, OrpoLiteError, RecipeError
 from orpo_lite.screen import err, out
 
 if TYPE_CHECKING:
@@ -173,7 +173,10 @@ def data(
     """Show what the model will see of the data: format, one pair, lengths, cuts, and what is left out and why."""
     if as_json and row:
         raise RecipeError(
-            "--row", "given with --json", "one of them: the figures are those of all rows", "leave one out"
+            where="--row",
+            found="given with --json",
+            expected="one of them: the figures are those of all rows",
+            fix="leave one out",
         )
     chosen = _choose_recipe(recipe, None, overrides or [], verb="data")
     _hush()
@@ -222,7 +225,12 @@ def push(
     """Push a run's adapter, or its merged model, to the hub, with a model card."""
     _hush()
     if base == "dequantized" and not merged:
-        raise RecipeError("--base dequantized", "without --merged", "it says which merged model", "add --merged")
+        raise RecipeError(
+            where="--base dequantized",
+            found="without --merged",
+            expected="it says which merged model",
+            fix="add --merged",
+        )
     options: dict[str, Any] = {"merged": base if merged else None, "is_public": public, "samples": samples}
     try:
         _push(run, repository, **options)
@@ -284,11 +292,15 @@ def recipes_cp(
     text = load_recipe(name).to_yaml(comments=True)
     path = path / f"{find_recipe(name).stem}.yaml" if path.is_dir() else path
     if path.exists():
-        raise RecipeError(str(path), "exists", "a new file", "remove it or choose another name")
+        raise RecipeError(
+            where=str(path), found="exists", expected="a new file", fix="remove it or choose another name"
+        )
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise RecipeError(str(path), f"cannot be written ({error.strerror})", "a folder that exists") from None
+        raise RecipeError(
+            where=str(path), found=f"cannot be written ({error.strerror})", expected="a folder that exists"
+        ) from None
     runnable = str(path) if "/" in str(path) else f"./{path}"
     out.print(f"wrote {path}; run it with: orpo-lite train --recipe {shlex.quote(runnable)}")
 
@@ -315,15 +327,20 @@ def _choose_recipe(name: str | None, resume: Path | None, overrides: list[str], 
     if resume is not None:
         if name or overrides:
             found = "given with " + (f"--recipe {name}" if name else " ".join(overrides))
-            raise RecipeError("--resume", found, "the run's own recipe", f"orpo-lite train --resume {resume}")
+            raise RecipeError(
+                where="--resume",
+                found=found,
+                expected="the run's own recipe",
+                fix=Command(f"orpo-lite train --resume {resume}"),
+            )
         recipe = read_recipe(resume)
         return recipe.override({"training.output_dir": str(resume)})  # the folder may have been moved
     _refuse_file(name, overrides, verb)
     if name is None:
         words = [text for text in overrides if "=" not in text]
         expected = "--recipe NAME, or --resume RUN" if verb == "train" else "--recipe NAME"
-        remedy = f"orpo-lite {verb} --recipe {words[0] if words else 'demo'}"
-        raise RecipeError(f"orpo-lite {verb}", "no recipe given", expected, remedy)
+        fix = Command(f"orpo-lite {verb} --recipe {words[0] if words else 'demo'}")
+        raise RecipeError(where=f"orpo-lite {verb}", found="no recipe given", expected=expected, fix=fix)
     return load_recipe(name, overrides)
 
 
@@ -337,7 +354,12 @@ def _refuse_file(name: str | None, overrides: list[str], verb: str) -> None:
     if found := [word for word in words if is_local(word)]:
         others = [text for text in overrides if text not in found]
         parts = ["orpo-lite", verb, "--recipe", name or "demo", f"data.dataset_name={','.join(found)}", *others]
-        raise RecipeError(f"argument {found[0]!r}", "is not an override", "data.dataset_name=FILE", shlex.join(parts))
+        raise RecipeError(
+            where=f"argument {found[0]!r}",
+            found="is not an override",
+            expected="data.dataset_name=FILE",
+            fix=Command(shlex.join(parts)),
+        )
 
 
 def _print_values(recipe: "Recipe") -> None:
@@ -375,7 +397,12 @@ def _verify(run: Path, weights: "Weights", base_path: Path | None) -> None:
     screen.print_verdict(verdict)
     if not verdict.passed:
         found = f"differs from base and adapter: {verdict.said}"
-        raise ModelError(f"{run}, merged", found, "the same answers", "please report it with the run's lock.json")
+        raise ModelError(
+            where=f"{run}, merged",
+            found=found,
+            expected="the same answers",
+            fix="please report it with the run's lock.json",
+        )
 
 
 def _push(run: Path, repository: str, **options: Any) -> None:
@@ -403,7 +430,7 @@ def _finish(recipe: "Recipe", result: "TrainResult") -> None:
         if recipe.output.merge:
             _merge_if_changed(result.run)
     except OrpoLiteError as error:
-        error.remedy = f"{error.remedy}\n  {safe}" if error.remedy else safe
+        error.fix = f"{error.fix}\n  {safe}" if error.fix else safe
         raise
     except KeyboardInterrupt:
         err.print(f"stopped; {safe}")
@@ -423,7 +450,7 @@ def _push_result(recipe: "Recipe", result: "TrainResult") -> None:
     except OrpoLiteError as error:
         if isinstance(error, RecipeError | CheckpointError):
             safe += f"; when that is mended: {_push_command(recipe, result)}"
-        error.remedy = f"{error.remedy}\n  {safe}" if error.remedy else safe
+        error.fix = f"{error.fix}\n  {safe}" if error.fix else safe
         raise
     except KeyboardInterrupt:
         err.print(f"stopped; {safe}; then: {_push_command(recipe, result)}")

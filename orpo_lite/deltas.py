@@ -56,7 +56,9 @@ class Delta:
 def _finite(stored: Stored) -> Tensor:
     tensor = read_tensor(stored).float()
     if not tensor.isfinite().all():
-        raise ModelError(str(stored.file), f"{stored.name} holds numbers that are none", "finite ones")
+        raise ModelError(
+            where=str(stored.file), found=f"{stored.name} holds numbers that are none", expected="finite ones"
+        )
     return tensor
 
 
@@ -94,7 +96,7 @@ def make_plan(
         transposed = is_transposed(module)
         if module is model.get_output_embeddings() and base.config.get_text_config().tie_word_embeddings:
             found = f"{name} is adapted and tied to the input embedding, which would change too"
-            raise ModelError(f"adapter {adapter}", found, "an adapter of other layers")
+            raise ModelError(where=f"adapter {adapter}", found=found, expected="an adapter of other layers")
         if not transposed and not isinstance(module, nn.Linear):
             return f"{name} is a {type(module).__name__}, and merged by peft"
         if prefix is None or (key := _moved(f"{name}.weight", prefix)) not in stored:
@@ -105,11 +107,15 @@ def make_plan(
         rank = part["lora_A"].shape[0]
         if rank != (told := _of_layer(config.rank_pattern, name, config.r)):
             found = f"{name} has rank {rank}, its adapter_config.json says {told}"
-            raise ModelError(f"adapter {adapter}", found, "the configuration that it was saved with")
+            raise ModelError(
+                where=f"adapter {adapter}", found=found, expected="the configuration that it was saved with"
+            )
         ranks_differ = rank != part["lora_B"].shape[1]
         if stored[key].shape != (shape[::-1] if transposed else shape) or ranks_differ:
             found = f"{name} is {shape[0]}x{shape[1]}, the base's {stored[key].shape}"
-            raise ModelError(f"adapter {adapter}", found, "the shapes of the base that it was trained on")
+            raise ModelError(
+                where=f"adapter {adapter}", found=found, expected="the shapes of the base that it was trained on"
+            )
         magnitude = part.get("lora_magnitude_vector")
         scale = _scale(config, name, rank)
         deltas[key] = Delta(part["lora_A"], part["lora_B"], magnitude, scale, transposed)
@@ -139,7 +145,7 @@ def _adapter_parts(adapter: Path, modules: Mapping[str, nn.Module], config: Any)
     wrong += [name for name, part in parts.items() if not {"lora_A", "lora_B"} <= part.keys()]
     if lacking := sorted(_targets(config, modules) - parts.keys()):
         found = f"lacks {len(lacking)} of the layers that it is for ({lacking[0]} ...)"
-        raise ModelError(f"adapter {adapter}", found, "A and B of each")
+        raise ModelError(where=f"adapter {adapter}", found=found, expected="A and B of each")
     if wrong:
         raise matches_nothing(adapter, wrong)
     return parts
@@ -160,7 +166,7 @@ def _targets(config: Any, modules: Mapping[str, nn.Module]) -> set[str]:
 
 def matches_nothing(adapter: Path, keys: Sequence[str]) -> ModelError:
     found = f"{len(keys)} of its keys match nothing in the base ({keys[0]} ...)"
-    return ModelError(f"adapter {adapter}", found, "LoRA's A and B of layers of this base")
+    return ModelError(where=f"adapter {adapter}", found=found, expected="LoRA's A and B of layers of this base")
 
 
 def _prefix(stored: Mapping[str, Stored], names: list[str]) -> tuple[str, str] | None:

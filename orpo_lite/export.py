@@ -14,7 +14,7 @@ import torch
 
 from orpo_lite import run
 from orpo_lite.base import check_disk, load_tokenizer, read_config, vllm_rank
-from orpo_lite.errors import FitError, ModelError, OrpoLiteError, RecipeError
+from orpo_lite.errors import Command, FitError, ModelError, OrpoLiteError, RecipeError
 from orpo_lite.exports import family, llama, vocabulary
 from orpo_lite.exports.gguf_file import OUTTYPES, write_gguf
 from orpo_lite.exports.turns import Render, find_turns, renderer
@@ -85,16 +85,16 @@ def exporting(
     path = Path(run_folder)
     if to not in TARGETS:
         raise RecipeError(
-            "--to",
-            f"{to!r}",
-            f"one of {', '.join(TARGETS)}",
-            f"orpo-lite export {run.quoted(path)} --to gguf",
+            where="--to",
+            found=f"{to!r}",
+            expected=f"one of {', '.join(TARGETS)}",
+            fix=Command(f"orpo-lite export {run.quoted(path)} --to gguf"),
         )
     merged = path / run.merged_folder(weights)
     known = (*OUTTYPES, *llama.QUANTISED)
     if outtype is not None and (to == "vllm" or outtype not in known):
         expected = "nothing: vLLM serves the adapter as it is" if to == "vllm" else f"one of {', '.join(known)}"
-        raise RecipeError("--outtype", f"{outtype!r}", expected)
+        raise RecipeError(where="--outtype", found=f"{outtype!r}", expected=expected)
     run.find_result(path)
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.resolve().name).strip("-.") or "model"
     with run.locked(path), _blamed("RUN", run.quoted(path)):
@@ -191,7 +191,9 @@ def _tensors(folder: Path) -> dict[str, Stored]:
     """Those of the merged model. Raises :class:`ModelError` for another kind of number."""
     tensors = stored_tensors(folder)
     if wrong := next((tensor for tensor in tensors.values() if tensor.dtype not in STORED), None):
-        raise ModelError(str(wrong.file), f"{wrong.name} is of type {wrong.dtype}", "weights of 16 or 32 bit")
+        raise ModelError(
+            where=str(wrong.file), found=f"{wrong.name} is of type {wrong.dtype}", expected="weights of 16 or 32 bit"
+        )
     return tensors
 
 
@@ -202,7 +204,7 @@ def _blamed(stands: str | Path, meant: str | Path) -> Generator[None]:
         yield
     except OrpoLiteError as error:
         error.where = error.where.replace(str(stands), str(meant))
-        error.remedy = error.remedy.replace(f" {stands} ", f" {meant} ")
+        error.fix = error.fix.replace(f" {stands} ", f" {meant} ")
         raise
 
 
@@ -217,7 +219,12 @@ def _write_model(
         (outtype in llama.QUANTISED, llama.is_installed(), "llama-cpp-python>=0.3.36"),
     ):
         if needed and not there:
-            raise FitError("export", f"{package} is not installed", "the package", f"pip install '{package}'")
+            raise FitError(
+                where="export",
+                found=f"{package} is not installed",
+                expected="the package",
+                fix=f"pip install '{package}'",
+            )
     config = read_config(request.merged, str(request.merged))
     made = family.describe(config, where)
     tensors = _tensors(request.merged)
@@ -226,7 +233,7 @@ def _write_model(
     tokenizer = load_tokenizer(request.merged)
     variables = run.read_recipe(request.path).data.chat_template_kwargs
     if not tokenizer.is_fast:
-        raise ModelError(f"tokenizer in {request.merged}", "is not a fast one", "a tokenizer.json")
+        raise ModelError(where=f"tokenizer in {request.merged}", found="is not a fast one", expected="a tokenizer.json")
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     about, notes = vocabulary.describe_tokenizer(
         tokenizer, spec, rows, _ends(request, tokenizer), f"tokenizer in {request.merged}"
@@ -276,7 +283,9 @@ def _probes(tokenizer: Any, render: Render, where: str) -> list[str]:
         return [render([{"role": "user", "content": text}]) for text in llama.PROBES]
     except Exception as error:  # a template can raise anything
         found = f"fails on a question: {type(error).__name__}: {error}"
-        raise ModelError(where, found, "one that takes a user's turn", "orpo-lite merge RUN makes it again") from None
+        raise ModelError(
+            where=where, found=found, expected="one that takes a user's turn", fix="orpo-lite merge RUN makes it again"
+        ) from None
 
 
 def _size(folder: Path) -> int:

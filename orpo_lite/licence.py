@@ -128,8 +128,10 @@ def refuse_name(repository: str, licence: Mapping[str, Any], where: str) -> None
     prefix = rf"^(?:meta[-_.]*)?{first}[-_.]*" + "".join(rf"(?:{word}(?!\.?\d)[-_.]*)?" for word in others)
     renamed = re.sub(prefix, "", name, flags=re.IGNORECASE).strip("-_.") or "tuned"
     longest = f"{repository.removesuffix(name)}{terms.prefix.replace(' ', '-')}-{renamed}"[:MAX_NAME]
-    remedy = f"a name such as {longest.rstrip('-_.').removesuffix('.git')}"
-    raise RecipeError(where, f"{repository}, of a base under the {terms.title}", f"“{rule}” (1.b.i)", remedy)
+    fix = f"a name such as {longest.rstrip('-_.').removesuffix('.git')}"
+    raise RecipeError(
+        where=where, found=f"{repository}, of a base under the {terms.title}", expected=f"“{rule}” (1.b.i)", fix=fix
+    )
 
 
 def find_papers(
@@ -158,7 +160,9 @@ def find_papers(
             agreement = _agreement(read_card(own))
             if not agreement:
                 lack, rule = "no file LICENSE with its text beside the weights", f"“{COPY}” ({terms.title}, 1.b.i)"
-                raise ModelError(f"model {base}", lack, rule, f"put it into {[*folders, folder][0]}")
+                raise ModelError(
+                    where=f"model {base}", found=lack, expected=rule, fix=f"put it into {[*folders, folder][0]}"
+                )
             papers[next(name for name in PAPERS if name not in papers)] = agreement.encode()
         texts = {name: read_text(paper) for name, paper in papers.items() if name.upper().startswith("NOTICE")}
         if not any(_flat(terms.notice) in _flat(text) for text in texts.values()):

@@ -97,7 +97,9 @@ def merging(
     yield Update("stage", f"merging {adapter} into its base")
     if weights == "dequantized" and not recipe.quantization.load_in_4bit:
         found = "this run was trained on 16-bit weights"
-        raise CheckpointError(f"run {path}", found, "quantization.load_in_4bit", "merge onto the original ones")
+        raise CheckpointError(
+            where=f"run {path}", found=found, expected="quantization.load_in_4bit", fix="merge onto the original ones"
+        )
     stored = stored_tensors(base.path)
     check_disk(path, sum(tensor.nbytes for tensor in stored.values()), f"merging {path}")
     with run.locked(path), run.new_folder(folder) as temporary, _enough_memory(path):
@@ -115,7 +117,9 @@ def merging(
             run.write_text(temporary / "config.json", run.to_json(config))
         if not changed:
             found = f"changes nothing: none of its {targets} matrices differs after rounding"
-            raise UnchangedError(f"adapter {adapter}", found, "an adapter that has learnt something")
+            raise UnchangedError(
+                where=f"adapter {adapter}", found=found, expected="an adapter that has learnt something"
+            )
         _copy_texts(base.path, adapter, temporary)
         record = {
             "weights": weights,
@@ -137,7 +141,12 @@ def _shard_size(given: int | str) -> int:
     except ValueError:
         size = 0
     if size < 1:
-        raise RecipeError("--max-shard-size", str(given), "a number and a unit: KB, MB, GB, KiB, MiB or GiB", "5GB")
+        raise RecipeError(
+            where="--max-shard-size",
+            found=str(given),
+            expected="a number and a unit: KB, MB, GB, KiB, MiB or GiB",
+            fix="5GB",
+        )
     return size
 
 
@@ -150,7 +159,7 @@ def _enough_memory(path: Path) -> Iterator[None]:
         if isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error):
             raise
         found = f"memory ran out ({str(error).splitlines()[0] if str(error) else 'MemoryError'})"
-        raise FitError(f"merging {path}", found, "", "close other programs, or raise the limit") from error
+        raise FitError(where=f"merging {path}", found=found, fix="close other programs, or raise the limit") from error
 
 
 # --- block by block
@@ -186,7 +195,7 @@ def _merged_blocks(plan: Plan, files: Iterable[Iterable[Stored]], changed: set[s
             out.copy_(merged)  # in the place of what was read: memory that is new to a process costs time
             if stored.dtype == torch.float16 and not out.isfinite().all():
                 found = f"{stored.name} overflows float16 with the adapter"
-                raise ModelError("merge", found, "", "a base whose weights are bfloat16 or float32")
+                raise ModelError(where="merge", found=found, fix="a base whose weights are bfloat16 or float32")
             yield out
 
 

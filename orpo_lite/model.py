@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from orpo_lite.base import Base, find_adapter, read_adapter_config
 from orpo_lite.data.packing import Batch, Batching, PackedPairs, nll_tokens
 from orpo_lite.data.tokens import TokenizedPair
-from orpo_lite.errors import FitError, ModelError, RecipeError
+from orpo_lite.errors import FitError, ModelError, Overrides, RecipeError
 from orpo_lite.recipe import MemorySection, Recipe, gib
 from orpo_lite.step import attention
 from orpo_lite.step.attention import Layout, Segment, UnsupportedError, device_kind, pair_attention, scoreless, using
@@ -290,15 +290,19 @@ def load_base(recipe: Recipe, base: Base, device: torch.device) -> nn.Module:
         model, loading = AutoModelForCausalLM.from_pretrained(base.path, output_loading_info=True, **options)
     except ImportError as error:
         found = str(error).splitlines()[0]
-        raise FitError(f"model {base.name}", found, "", "quantization.load_in_4bit=false") from error
+        raise FitError(
+            where=f"model {base.name}", found=found, fix=Overrides({"quantization.load_in_4bit": False})
+        ) from error
     except (OSError, SafetensorError) as error:
         found = f"its weights cannot be read: {str(error).splitlines()[0]}"
-        raise ModelError(f"model {base.path}", found, "whole safetensors", "download it again") from error
+        raise ModelError(
+            where=f"model {base.path}", found=found, expected="whole safetensors", fix="download it again"
+        ) from error
     # transformers would leave these random
     lacking = [*loading["missing_keys"], *(str(name) for name, *_ in loading["mismatched_keys"]), *_misshapen(model)]
     if lacking:
         found = f"lacks {len(lacking)} weights of the right shape ({', '.join(sorted(lacking)[:3])} ...)"
-        raise ModelError(f"model {base.name}", found, "all of them")
+        raise ModelError(where=f"model {base.name}", found=found, expected="all of them")
     loaded: nn.Module = model
     return loaded
 
@@ -420,9 +424,11 @@ def _add_lora(model: nn.Module, recipe: Recipe, folder: Path | None) -> nn.Modul
     except ValueError as error:
         if "ParamWrapper" in str(error):  # of a mixture's experts, which are no layers of their own
             found = "adapts experts, which takes neither DoRA nor dropout"
-            remedy = "lora.use_dora=false lora.lora_dropout=0, or lora.target_modules=q_proj,k_proj,v_proj,o_proj"
-            raise ModelError("adapter", found, "plain LoRA there", remedy) from error
-        raise ModelError("adapter", str(error).splitlines()[0], "layers of this base") from error
+            fix = Overrides(
+                {"lora.use_dora": False, "lora.lora_dropout": 0}, ", or lora.target_modules=q_proj,k_proj,v_proj,o_proj"
+            )
+            raise ModelError(where="adapter", found=found, expected="plain LoRA there", fix=fix) from error
+        raise ModelError(where="adapter", found=str(error).splitlines()[0], expected="layers of this base") from error
     if lora.init_lora_weights == "orthogonal" and not folder:
         _init_orthogonal(model, recipe)
     return model
@@ -449,7 +455,10 @@ def _init_orthogonal(model: nn.Module, recipe: Recipe) -> None:
     if rank % 2:
         where = recipe.sources["lora.r"]
         raise RecipeError(
-            where, f"lora.r={rank}", "an even number for lora.init_lora_weights=orthogonal", f"{rank + 1}"
+            where=where,
+            found=f"lora.r={rank}",
+            expected="an even number for lora.init_lora_weights=orthogonal",
+            fix=f"{rank + 1}",
         )
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
@@ -570,5 +579,5 @@ def set_adapter(model: PairModel, tensors: dict[str, Tensor]) -> None:
     given = {name: tensor.shape for name, tensor in tensors.items()}
     if differing := {name for name, _ in own.items() ^ given.items()}:
         found = f"{len(differing)} tensors have no counterpart of their shape ({min(differing)} ...)"
-        raise ModelError("adapter", found, "the adapter of this recipe")
+        raise ModelError(where="adapter", found=found, expected="the adapter of this recipe")
     set_peft_model_state_dict(model.model, tensors)

@@ -33,7 +33,7 @@ from orpo_lite.data.rows import Source, is_local, is_path, told_apart
 from orpo_lite.data.sets import held_out_sources, hold_out, training_sources
 from orpo_lite.data.sides import show_row, tokenized
 from orpo_lite.data.templates import set_chat_template
-from orpo_lite.errors import CheckpointError, ModelError, RecipeError, raise_all
+from orpo_lite.errors import CheckpointError, ModelError, Overrides, RecipeError, raise_all
 from orpo_lite.recipe import DataSection, Recipe
 from orpo_lite.run import Update
 
@@ -194,7 +194,7 @@ def check_embedding(recipe: Recipe, config: Any) -> None:
     if recipe.memory.embedding_on_cpu is True and config.get_text_config().tie_word_embeddings:
         where = recipe.sources["memory.embedding_on_cpu"]
         expected = "a base whose input embedding is not its output head as well"
-        raise RecipeError(where, "memory.embedding_on_cpu: true", expected, "leave it out")
+        raise RecipeError(where=where, found="memory.embedding_on_cpu: true", expected=expected, fix="leave it out")
 
 
 def pair_lengths(pairs: TokenizedPairs) -> NDArray[np.int64]:
@@ -208,7 +208,12 @@ def _check_ids(pairs: TokenizedPairs, vocab_size: int | None) -> None:
     largest, where = pairs.facts["largest_id"]
     if vocab_size is not None and largest >= vocab_size:
         found = f"token id {largest}, and the model's embedding has {vocab_size} rows"
-        raise ModelError(where, found, "a tokenizer that belongs to the model", "use the base's own tokenizer")
+        raise ModelError(
+            where=where,
+            found=found,
+            expected="a tokenizer that belongs to the model",
+            fix="use the base's own tokenizer",
+        )
 
 
 def _check_positions(name: str, limit: int | None, sides: Sequence[TokenizedPairs]) -> None:
@@ -217,7 +222,11 @@ def _check_positions(name: str, limit: int | None, sides: Sequence[TokenizedPair
     longest = max(int(column.max(initial=0)) for column in lengths)
     if limit is not None and longest > limit:
         found = f"the longest pair has {longest:,} tokens, and {name} reads {limit:,}"
-        raise ModelError("data.max_length", found, "", f"data.max_length={limit} data.max_prompt_length={limit // 2}")
+        raise ModelError(
+            where="data.max_length",
+            found=found,
+            fix=Overrides({"data.max_length": limit, "data.max_prompt_length": limit // 2}),
+        )
 
 
 def with_absolute_paths(recipe: Recipe) -> Recipe:
@@ -249,7 +258,9 @@ def adopt_adapter(recipe: Recipe) -> Recipe:
     for key, wanted in recipe.items():
         if key in values and values[key] != wanted and recipe.sources[key] != "default":
             found, expected = f"{key}: {wanted} with model.adapter_name_or_path", f"its own {values[key]}, or nothing"
-            faults.append(RecipeError(recipe.sources[key], found, expected, "leave the key out"))
+            faults.append(
+                RecipeError(where=recipe.sources[key], found=found, expected=expected, fix="leave the key out")
+            )
     raise_all(faults)
     return recipe.override(values)
 
@@ -291,5 +302,5 @@ def check_lock(path: Path, lock: Mapping[str, Any]) -> None:
     differing = [f"{what} {lock[what]['name']}" for what, key in pairs.items() if before[what][key] != lock[what][key]]
     if differing:
         found = f"changed since the run began: {', '.join(differing)}"
-        remedy = "start a new run: training.output_dir=OTHER"
-        raise CheckpointError(f"run {path}", found, "the same base, template and data", remedy)
+        fix = "start a new run: training.output_dir=OTHER"
+        raise CheckpointError(where=f"run {path}", found=found, expected="the same base, template and data", fix=fix)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from orpo_lite.base import positions_switch
 from orpo_lite.data.packing import pack_pairs, packed_tokens
 from orpo_lite.data.tokens import TokenizedPair
-from orpo_lite.errors import ModelError
+from orpo_lite.errors import ModelError, Overrides
 from orpo_lite.model import ITS_FAULTS, WAYS, PairModel, Way
 from orpo_lite.step.attention import UnsupportedError, flash_attn
 from orpo_lite.step.head import packed_logps
@@ -108,16 +108,16 @@ def _refuse_others(model: PairModel) -> None:
         ]
     except ITS_FAULTS as error:
         found = f"its own forward pass fails with this adapter ({_kind(error)})"
-        remedy = "other lora.target_modules, or another base"
-        raise ModelError(f"model {model.config.model_type}", found, "", remedy) from error
+        fix = "other lora.target_modules, or another base"
+        raise ModelError(where=f"model {model.config.model_type}", found=found, fix=fix) from error
     if not all(bool(logits.isfinite().all()) for logits in both):
         found = f"its logits are not finite in {_name(model.causal.dtype)}"
-        remedy = "model.dtype=float32 if they overflow; else its weights are broken"
-        raise ModelError(f"model {model.config.model_type}", found, "numbers", remedy)
+        fix = Overrides({"model.dtype": "float32"}, " if they overflow; else its weights are broken")
+        raise ModelError(where=f"model {model.config.model_type}", found=found, expected="numbers", fix=fix)
     difference = float((both[0].double() - both[1].double()).norm() / both[0].double().norm().clamp_min(1e-300))
     if not difference <= _rounding(model):
         found = "its tokens see those that come after: it was made to fill in, not to write on"
-        raise ModelError(f"model {model.config.model_type}", found, "a causal language model")
+        raise ModelError(where=f"model {model.config.model_type}", found=found, expected="a causal language model")
 
 
 def _refuse_wrong_reruns(model: PairModel) -> None:
@@ -134,11 +134,15 @@ def _refuse_wrong_reruns(model: PairModel) -> None:
     where = f"model {model.config.model_type}"
     if not all(bool(part.isfinite().all()) for part in wanted):
         said = f"its gradient is not finite in {_name(model.causal.dtype)}"
-        raise ModelError(where, said, "numbers", "model.dtype=float32")
+        raise ModelError(where=where, found=said, expected="numbers", fix=Overrides({"model.dtype": "float32"}))
     bound = {torch.float64: 1e-8, torch.float32: 1e-3}.get(_coarsest(model), 0.01)
     if not (difference := _distance(found, wanted)) <= bound:
         said = f"where its layers run again gradients differ by {difference:.2%} (bound {bound:.2%})"
-        raise ModelError(where, said, "", "memory.activation_checkpointing=none memory.checkpoint_offload=false")
+        raise ModelError(
+            where=where,
+            found=said,
+            fix=Overrides({"memory.activation_checkpointing": "none", "memory.checkpoint_offload": False}),
+        )
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from orpo_lite import run
 from orpo_lite.base import weight_files
 from orpo_lite.card import Shown, adopt_card, changed_card, loads_adapter, make_card
-from orpo_lite.errors import TOKEN, CheckpointError, ModelError, OrpoLiteError, RecipeError
+from orpo_lite.errors import TOKEN, CheckpointError, Command, ModelError, OrpoLiteError, RecipeError
 from orpo_lite.hub.account import WrongTargetError, check_target
 from orpo_lite.hub.attempts import LEAST, UnreadableError, apart, own_token
 from orpo_lite.hub.upload import check_card, commit_files
@@ -89,16 +89,18 @@ def pushing(
     try:
         refuse_repository(repository)
     except ValueError as error:
-        remedy = push_command(path, _name_in(repository), merged=merged, is_public=is_public, samples=samples)
-        raise RecipeError(f"REPO {repository!r}", "is no name of a repository", str(error), remedy) from None
+        fix = push_command(path, _name_in(repository), merged=merged, is_public=is_public, samples=samples)
+        raise RecipeError(
+            where=f"REPO {repository!r}", found="is no name of a repository", expected=str(error), fix=fix
+        ) from None
     lock, recipe = run.read_lock(path), run.read_recipe(path)
     folder = run.find_result(path)
-    again = run.merge_command(path, merged) if merged else f"orpo-lite train --resume {run.quoted(path)}"
+    again = run.merge_command(path, merged) if merged else Command(f"orpo-lite train --resume {run.quoted(path)}")
     if merged:
         try:
             folder = run.find_merged(path, merged)
         except ModelError as error:
-            raise CheckpointError(error.where, error.found, error.expected, again) from None
+            raise CheckpointError(where=error.where, found=error.found, expected=error.expected, fix=again) from None
     licences = apart(lambda: _licences(lock, recipe))
     refuse_name(repository, licences["base"], f"REPO {repository}")
     try:
@@ -124,31 +126,31 @@ def pushing(
             message = f"{'Merged model' if merged else 'LoRA adapter'}, tuned with ORPO by orpo-lite"
             commit = yield from commit_files(target, files, message, ours=(*ADAPTER, *MERGED))
     except UnreadableError as error:
-        error.remedy = again
+        error.fix = again
         raise
     except WrongTargetError as error:
         public = not error.is_private
         command = push_command(path, error.instead, merged=merged, is_public=public, samples=samples)
-        error.remedy += f"\n  then: {command}"
+        error.fix += f"\n  then: {command}"
         raise
     except (RecipeError, CheckpointError):
         raise  # something has to change first, and perhaps the command with it
     except OrpoLiteError as error:
         command = push_command(path, repository, merged=merged, is_public=is_public, samples=samples)
-        error.remedy = f"{error.remedy}\n  then: {command}" if error.remedy else command
+        error.fix = f"{error.fix}\n  then: {command}" if error.fix else command
         raise
     return PushResult(target.repository, target.page, commit, tuple(sorted(files)))
 
 
 def push_command(
     path: Path, repository: str, *, merged: Weights | None = None, is_public: bool = False, samples: int = 0
-) -> str:
+) -> Command:
     """The line that pushes, to be pasted."""
     flags = ["--merged"] if merged else []
     flags += ["--base", merged] if merged == "dequantized" else []
     flags += ["--public"] if is_public else []
     flags += ["--samples", str(samples)] if samples else []
-    return " ".join(["orpo-lite push", run.quoted(path), *map(shlex.quote, [repository, *flags])])
+    return Command(" ".join(["orpo-lite push", run.quoted(path), *map(shlex.quote, [repository, *flags])]))
 
 
 def _name_in(text: str) -> str:
@@ -176,7 +178,9 @@ def _files(folder: Path, lock: Mapping[str, Any], again: str, *, is_merged: bool
             continue
         if file.is_symlink() or not file.is_file():
             found = "is a link" if file.is_symlink() else "is no file"
-            raise CheckpointError(str(file), found, "a file; links are not followed", "a copy in its place")
+            raise CheckpointError(
+                where=str(file), found=found, expected="a file; links are not followed", fix="a copy in its place"
+            )
         files[file.name] = file
     _refuse_broken(folder, files, again, is_merged=is_merged)
     if is_merged:
@@ -185,7 +189,7 @@ def _files(folder: Path, lock: Mapping[str, Any], again: str, *, is_merged: bool
     try:
         config = run.read_json(folder / "adapter_config.json")
     except CheckpointError as error:
-        error.remedy = again
+        error.fix = again
         raise
     config["base_model_name_or_path"] = lock["base"]["name"] if lock["base"]["revision"] else None
     files["adapter_config.json"] = run.to_json(config).encode()
@@ -198,13 +202,15 @@ def _refuse_broken(folder: Path, files: Mapping[str, object], again: str, *, is_
     for file in (folder / (MERGED if is_merged else ADAPTER)[0], *weights, folder / "tokenizer.json"):
         if file.name not in files:
             found = f"is not on the list of what is pushed: {file.name}" if file.exists() else f"has no {file.name}"
-            raise CheckpointError(str(folder), found, "a whole model", again)
+            raise CheckpointError(where=str(folder), found=found, expected="a whole model", fix=again)
     for file in weights:
         try:
             with safe_open(file, "np"):  # the header, and whether the file is as long as that says
                 pass
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(str(file), f"cannot be read ({error})", "whole safetensors", again) from error
+            raise CheckpointError(
+                where=str(file), found=f"cannot be read ({error})", expected="whole safetensors", fix=again
+            ) from error
 
 
 def _card(path: Path, shown: Shown) -> str:
@@ -213,11 +219,11 @@ def _card(path: Path, shown: Shown) -> str:
     if not text:
         return make_card(path, shown)
     if shown.samples:
-        found, remedy = (
+        found, fix = (
             f"given, and {path / 'README.md'} was changed by hand",
             "leave it out, and paste them; or remove the file",
         )
-        raise RecipeError("--samples", found, "a card that is made afresh", remedy)
+        raise RecipeError(where="--samples", found=found, expected="a card that is made afresh", fix=fix)
     return adopt_card(path, text, shown)
 
 
@@ -225,7 +231,10 @@ def _refuse_samples(path: Path, count: int) -> None:
     if count and not any(row.get("source", "held-out") == "held-out" for row in run.read_samples(path)):
         expected = "a run with output.samples and held-out pairs"
         raise CheckpointError(
-            f"run {path}", f"has no answers to its data in {run.SAMPLES}", expected, "leave --samples out"
+            where=f"run {path}",
+            found=f"has no answers to its data in {run.SAMPLES}",
+            expected=expected,
+            fix="leave --samples out",
         )
 
 
@@ -255,7 +264,9 @@ def _refuse_leaks(files: Mapping[str, Path | bytes], path: Path, lock: Mapping[s
         else:
             continue
         expected = "nothing of the machine in what is pushed"
-        raise CheckpointError(f"run {path}, {name}", f"holds {found}", expected, "take it out of the file")
+        raise CheckpointError(
+            where=f"run {path}, {name}", found=f"holds {found}", expected=expected, fix="take it out of the file"
+        )
 
 
 def _places(path: Path, lock: Mapping[str, Any], recipe: Recipe) -> re.Pattern[str]:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
 
-from orpo_lite.errors import TOKEN, RecipeError, raise_all
+from orpo_lite.errors import TOKEN, Overrides, RecipeError, raise_all
 
 MAX_BYTES = 1 << 20  # a recipe is a page of text; anything larger is another file
 MAX_DEPTH = 32
@@ -552,20 +552,29 @@ def find_recipe(name: str) -> Path:
         path = Path(name).expanduser()
         if path.is_dir():
             raise RecipeError(
-                name, "is a folder", "a YAML file", f"orpo-lite recipes cp NAME {name.rstrip('/')}/recipe.yaml"
+                where=name,
+                found="is a folder",
+                expected="a YAML file",
+                fix=f"orpo-lite recipes cp NAME {name.rstrip('/')}/recipe.yaml",
             )
         if not path.is_file():
             near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=3)
             raise RecipeError(
-                name, "no such file", "a recipe file", f"did you mean {', '.join(near)}?" if near else LIST
+                where=name,
+                found="no such file",
+                expected="a recipe file",
+                fix=f"did you mean {', '.join(near)}?" if near else LIST,
             )
         return path
     known = shipped_recipes()
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-        remedy = f"did you mean {', '.join(near)}? {LIST}; a path needs a / or .yaml" if near else LIST
+        fix = f"did you mean {', '.join(near)}? {LIST}; a path needs a / or .yaml" if near else LIST
         raise RecipeError(
-            f"--recipe {name}", "no shipped recipe of that name", "one of the shipped names, or a path", remedy
+            where=f"--recipe {name}",
+            found="no shipped recipe of that name",
+            expected="one of the shipped names, or a path",
+            fix=fix,
         )
     return known[name]
 
@@ -590,7 +599,9 @@ def _read_file(path: Path, written: dict[str, _Written]) -> Iterator[RecipeError
                 written[key] = _Written(_plain(child, typed=key in TYPED), f"{path.name}:{child_line}")
         elif section in KEYS and _plain(node) is not None:
             yield RecipeError(
-                f"{path}:{line}", f"section {section} holds {_shown(_plain(node))}", "indented `key: value` lines"
+                where=f"{path}:{line}",
+                found=f"section {section} holds {_shown(_plain(node))}",
+                expected="indented `key: value` lines",
             )
         elif section not in KEYS:
             written[section] = _Written(_plain(node), f"{path.name}:{line}")
@@ -599,18 +610,29 @@ def _read_file(path: Path, written: dict[str, _Written]) -> Iterator[RecipeError
 def _compose(path: Path) -> yaml.MappingNode:
     """The YAML nodes of the file, which know their lines. Raises :class:`RecipeError`."""
     if path.stat().st_size > MAX_BYTES:
-        raise RecipeError(str(path), f"{path.stat().st_size:,} bytes", f"a recipe of at most {MAX_BYTES:,}")
+        raise RecipeError(
+            where=str(path), found=f"{path.stat().st_size:,} bytes", expected=f"a recipe of at most {MAX_BYTES:,}"
+        )
     try:
         root = _nodes(path.read_bytes().decode(), str(path))
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         found = f"byte 0x{error.object[error.start]:02x} is not UTF-8"
-        raise RecipeError(f"{path}:{line}", found, "UTF-8 text", "iconv -f CP1252 -t UTF-8 OLD > NEW") from None
+        raise RecipeError(
+            where=f"{path}:{line}", found=found, expected="UTF-8 text", fix="iconv -f CP1252 -t UTF-8 OLD > NEW"
+        ) from None
     except OSError as error:
-        raise RecipeError(str(path), f"cannot be read ({error.strerror})", "a file that you may read") from None
+        raise RecipeError(
+            where=str(path), found=f"cannot be read ({error.strerror})", expected="a file that you may read"
+        ) from None
     if not isinstance(root, yaml.MappingNode):
         found = "is empty" if root is None else "is not a mapping"
-        raise RecipeError(str(path), found, f"the sections {', '.join(KEYS)}", "orpo-lite recipes cp NAME PATH")
+        raise RecipeError(
+            where=str(path),
+            found=found,
+            expected=f"the sections {', '.join(KEYS)}",
+            fix="orpo-lite recipes cp NAME PATH",
+        )
     return root
 
 
@@ -622,17 +644,29 @@ def _nodes(text: str, where: str) -> Any:
         for token in yaml.scan(text, Loader=yaml.SafeLoader):
             place = f"{where}:{token.start_mark.line + 1}"
             if isinstance(token, yaml.AnchorToken | yaml.AliasToken):
-                raise RecipeError(place, f"YAML anchor or alias {token.value!r}", "plain values", "write the value out")
+                raise RecipeError(
+                    where=place,
+                    found=f"YAML anchor or alias {token.value!r}",
+                    expected="plain values",
+                    fix="write the value out",
+                )
             depth += isinstance(token, DEEPER) - isinstance(token, BACK)
             if depth > MAX_DEPTH:
-                raise RecipeError(place, "nested too deeply", f"at most {MAX_DEPTH} levels", "close the brackets")
+                raise RecipeError(
+                    where=place,
+                    found="nested too deeply",
+                    expected=f"at most {MAX_DEPTH} levels",
+                    fix="close the brackets",
+                )
         return yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
         problem = str(getattr(error, "problem", error))
-        remedy = "mend the line; quote a text that holds : # { [ or %"
-        raise RecipeError(place, problem, "YAML: `key: value` lines, indented by spaces", remedy) from None
+        fix = "mend the line; quote a text that holds : # { [ or %"
+        raise RecipeError(
+            where=place, found=problem, expected="YAML: `key: value` lines, indented by spaces", fix=fix
+        ) from None
 
 
 def _entries(node: yaml.MappingNode) -> Iterator[tuple[str, Any, int]]:
@@ -657,7 +691,9 @@ def _duplicates(node: Any, path: Path) -> Iterator[RecipeError]:
         key, line = str(key_node.value), key_node.start_mark.line + 1
         if key in first:
             found = f"key {key!r} again; it stands on line {first[key]} too"
-            yield RecipeError(f"{path}:{line}", found, "each key once", "keep one of the two lines")
+            yield RecipeError(
+                where=f"{path}:{line}", found=found, expected="each key once", fix="keep one of the two lines"
+            )
         first.setdefault(key, line)
         yield from _duplicates(value_node, path)
 
@@ -692,8 +728,10 @@ def _read_overrides(overrides: Sequence[str], written: dict[str, _Written]) -> I
         key, equals, value = text.partition("=")
         if not equals:
             near = "--recipe" if text in shipped_recipes() or text.endswith(".yaml") else ""
-            remedy = f"orpo-lite train {near} {text}" if near else "orpo-lite train --recipe NAME section.key=value"
-            yield RecipeError(f"argument {text!r}", "is not an override", "section.key=value", remedy)
+            fix = f"orpo-lite train {near} {text}" if near else "orpo-lite train --recipe NAME section.key=value"
+            yield RecipeError(
+                where=f"argument {text!r}", found="is not an override", expected="section.key=value", fix=fix
+            )
             continue
         try:
             written[key.strip()] = _Written(_override_value(key.strip(), value), "command line")
@@ -729,7 +767,12 @@ def _refuse_secrets(written: dict[str, _Written]) -> Iterator[RecipeError]:
         if TOKEN.search(f"{key} {entry.value}") or key.split(".")[-1] in ("token", "hub_token", "hf_token"):
             del written[key]
             found = f"{key} holds an access token (not shown)"
-            yield RecipeError(entry.where, found, "no secret in a recipe", "run `hf auth login`, or set HF_TOKEN")
+            yield RecipeError(
+                where=entry.where,
+                found=found,
+                expected="no secret in a recipe",
+                fix="run `hf auth login`, or set HF_TOKEN",
+            )
 
 
 def _answer_unknown(written: dict[str, _Written]) -> Iterator[RecipeError]:
@@ -742,21 +785,28 @@ def _answer_unknown(written: dict[str, _Written]) -> Iterator[RecipeError]:
         ours, remark = FOREIGN.get(name, ("", ""))
         remark = f" ({remark})" if remark and ours else remark
         if key in batch and product:
-            remedy = f"training.global_batch_size: {product}{remark}"
+            fix = f"training.global_batch_size: {product}{remark}"
         elif name in FOREIGN:
-            remedy = f"{ours}{remark}"
+            fix = f"{ours}{remark}"
         elif bare in HOMES:
-            remedy = " or ".join(HOMES[bare])
+            fix = " or ".join(HOMES[bare])
         else:
             section, _, _ = key.rpartition(".")
             near = difflib.get_close_matches(bare, KEYS.get(section) or list(HOMES), n=1, cutoff=0.6)
             near = near or difflib.get_close_matches(bare, list(HOMES), n=1, cutoff=0.6)
             near_section = difflib.get_close_matches(section or bare, list(KEYS), n=1)
-            remedy = HOMES[near[0]][0] if near else (f"section {near_section[0]}" if near_section else "")
-            remedy = f"did you mean {remedy}?" if remedy else f"the sections are {', '.join(KEYS)}"
-            yield RecipeError(entry.where, f"unknown key {key}", "a key of `orpo-lite recipes show NAME`", remedy)
+            fix = HOMES[near[0]][0] if near else (f"section {near_section[0]}" if near_section else "")
+            fix = f"did you mean {fix}?" if fix else f"the sections are {', '.join(KEYS)}"
+            yield RecipeError(
+                where=entry.where,
+                found=f"unknown key {key}",
+                expected="a key of `orpo-lite recipes show NAME`",
+                fix=fix,
+            )
             continue
-        yield RecipeError(entry.where, f"unknown key {key}", "", f"write {remedy}" if ours or bare in HOMES else remedy)
+        yield RecipeError(
+            where=entry.where, found=f"unknown key {key}", fix=f"write {fix}" if ours or bare in HOMES else fix
+        )
 
 
 BATCH_KEYS = ("per_device_train_batch_size", "gradient_accumulation_steps")
@@ -802,7 +852,9 @@ def _explain(error: ValidationError, written: Mapping[str, _Written], file: str)
     for key, texts in messages.items():
         entry = written.get(key, _Written(None, file))
         found = f"{key}: {_shown(entry.value)}" if key in written else f"{key} is not set"
-        faults.append(RecipeError(entry.where, found, " or ".join(dict.fromkeys(texts)), _advice(key)))
+        faults.append(
+            RecipeError(where=entry.where, found=found, expected=" or ".join(dict.fromkeys(texts)), fix=_advice(key))
+        )
     return faults
 
 
@@ -810,45 +862,47 @@ def _advice(key: str) -> str:
     """A line that can be pasted, where the key has a default; and what the key means."""
     section, _, name = key.partition(".")
     field = SECTIONS[section].model_fields[name]
-    example = f"{name}: {to_text(field.default)} is the default. " if not field.is_required() else ""
-    return f"{example}{field.description}"
+    if field.is_required():
+        return str(field.description)
+    text = f"{name}: {to_text(field.default)} is the default. {field.description}"
+    return Overrides({key: field.default}, text=text)
 
 
 def _contradictions(recipe: Recipe) -> Iterator[RecipeError]:
     """Values that are each valid and cannot stand together; both keys are named."""
     data, training, memory = recipe.data, recipe.training, recipe.memory
 
-    def fault(one: str, other: str, why: str, remedy: str) -> RecipeError:
+    def fault(one: str, other: str, why: str, fix: Mapping[str, Any] | str) -> RecipeError:
         values = dict(recipe.items())
         found = f"{one}: {values[one]} with {other}: {values[other]}"
         where = next((recipe.sources[k] for k in (one, other) if recipe.sources[k] != "default"), "recipe")
-        return RecipeError(where, found, why, remedy)
+        return RecipeError(where=where, found=found, expected=why, fix=fix if isinstance(fix, str) else Overrides(fix))
 
     if data.max_prompt_length >= data.max_length:
         yield fault(
             "data.max_prompt_length", "data.max_length", "a prompt limit below the length limit, or no reply is left",
-            f"data.max_prompt_length={max(1, data.max_length // 2)}",
+            {"data.max_prompt_length": max(1, data.max_length // 2)},
         )  # fmt: skip
     if training.early_stopping_patience and not data.dataset_test_split and data.test_split_size == 0:
         yield fault(
             "training.early_stopping_patience", "data.test_split_size", "held-out pairs to stop on",
-            "data.test_split_size=0.02",
+            {"data.test_split_size": 0.02},
         )  # fmt: skip
     if data.test_split_size >= 1 and data.test_split_size != int(data.test_split_size):
         yield RecipeError(
-            recipe.sources["data.test_split_size"], f"data.test_split_size: {data.test_split_size}",
-            "a share below 1, or a whole number of pairs",
+            where=recipe.sources["data.test_split_size"], found=f"data.test_split_size: {data.test_split_size}",
+            expected="a share below 1, or a whole number of pairs",
         )  # fmt: skip
     # A run's own recipe holds every key: that one stands there says nothing, that it differs from its default does.
     asked = {"prompt_sharing": recipe.sources["memory.prompt_sharing"] == "command line" and memory.prompt_sharing}
     asked |= {"micro_batch_tokens": memory.micro_batch_tokens != "auto"}
     asked |= {"head_chunk": memory.head_chunk not in ("auto", "none")}
     for key in [key for key, is_asked in asked.items() if is_asked and not memory.packing]:
-        yield fault(f"memory.{key}", "memory.packing", "packed rows, not padded ones", "memory.packing=true")
+        yield fault(f"memory.{key}", "memory.packing", "packed rows, not padded ones", {"memory.packing": True})
     if memory.checkpoint_offload is True and memory.activation_checkpointing in ("none", 0):
         yield fault(
             "memory.checkpoint_offload", "memory.activation_checkpointing", "checkpoints that could be moved",
-            "memory.activation_checkpointing=all",
+            {"memory.activation_checkpointing": "all"},
         )  # fmt: skip
     if recipe.output.push_to_hub and recipe.output.hub_model_id is None:
         yield fault("output.push_to_hub", "output.hub_model_id", "a repository to push to", "output.hub_model_id=NAME")

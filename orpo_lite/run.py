@@ -26,7 +26,7 @@ from typing import Any, Literal, TypeVar
 from safetensors import SafetensorError
 
 from orpo_lite.base import Base, fetch_weights, find_base, weight_files
-from orpo_lite.errors import FULL, CheckpointError, FitError, ModelError, RecipeError
+from orpo_lite.errors import FULL, CheckpointError, Command, FitError, ModelError, RecipeError
 from orpo_lite.recipe import Recipe, load_recipe
 
 Result = TypeVar("Result")
@@ -69,15 +69,20 @@ def refuse_existing(recipe: Recipe) -> None:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         is_run = (path / "recipe.yaml").is_file()
         found = "holds a run already" if is_run else "exists and is not empty"
-        resume = f"orpo-lite train --resume {quoted(path)}, or " if is_run else ""
-        remedy = f"{resume}training.output_dir=OTHER"
-        raise CheckpointError(f"training.output_dir: {path}", found, "a new folder", remedy)
+        resume = Command(f"orpo-lite train --resume {quoted(path)}", ", or training.output_dir=OTHER")
+        fix = resume if is_run else "training.output_dir=OTHER"
+        raise CheckpointError(where=f"training.output_dir: {path}", found=found, expected="a new folder", fix=fix)
     parent = path.absolute()
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         found = f"{parent} cannot be written to"
-        raise CheckpointError(f"training.output_dir: {path}", found, "a folder of yours", "training.output_dir=OTHER")
+        raise CheckpointError(
+            where=f"training.output_dir: {path}",
+            found=found,
+            expected="a folder of yours",
+            fix="training.output_dir=OTHER",
+        )
 
 
 def create(recipe: Recipe, lock: Mapping[str, Any], data: Mapping[str, Any]) -> Path:
@@ -90,7 +95,9 @@ def create(recipe: Recipe, lock: Mapping[str, Any], data: Mapping[str, Any]) -> 
         write_text(path / "lock.json", to_json(lock))
         write_text(path / "recipe.yaml", recipe.to_yaml())  # last: its presence says that a run has begun
     except OSError as error:
-        raise CheckpointError(f"training.output_dir: {path}", f"cannot be written ({error.strerror})") from error
+        raise CheckpointError(
+            where=f"training.output_dir: {path}", found=f"cannot be written ({error.strerror})"
+        ) from error
     return path
 
 
@@ -98,8 +105,10 @@ def read_recipe(path: Path) -> Recipe:
     """The recipe of an existing run. Raises :class:`CheckpointError`."""
     if not (path / "recipe.yaml").is_file():
         is_inside = (path.parent / "recipe.yaml").is_file()
-        remedy = str(path.parent) if is_inside else "the folder that training.output_dir named"
-        raise CheckpointError(f"run {path}", "has no recipe.yaml", "a folder that `orpo-lite train` made", remedy)
+        fix = str(path.parent) if is_inside else "the folder that training.output_dir named"
+        raise CheckpointError(
+            where=f"run {path}", found="has no recipe.yaml", expected="a folder that `orpo-lite train` made", fix=fix
+        )
     return load_recipe(str((path / "recipe.yaml").resolve()))
 
 
@@ -111,7 +120,9 @@ def read_lock(path: Path) -> dict[str, Any]:
     needed = {"base": ("name", "revision", "path", "fingerprint"), "data": ("name", "sha256")}
     needed["chat_template"] = needed["data"]
     if any(not isinstance(lock.get(part), dict) or not {*keys} <= lock[part].keys() for part, keys in needed.items()):
-        raise CheckpointError(str(file), "lacks base, data or chat_template", "the file that the training wrote")
+        raise CheckpointError(
+            where=str(file), found="lacks base, data or chat_template", expected="the file that the training wrote"
+        )
     licences = lock.get("licences") or {"base": {}, "data": {}}
     refuse_lacking({"licences": licences}, {"licences": dict}, str(file))
     refuse_lacking(licences, {"base": dict, "data": dict}, f"{file}, licences")
@@ -125,20 +136,22 @@ def find_result(path: Path) -> Path:
     """The adapter of a training that has ended. Raises :class:`CheckpointError`."""
     lock, recipe = read_lock(path), adapter_shape(read_recipe(path))
     adapter = path / "adapter"
-    resume = f"orpo-lite train --resume {quoted(path)}"
+    resume = Command(f"orpo-lite train --resume {quoted(path)}")
     if not (adapter / "adapter_model.safetensors").is_file():
-        raise CheckpointError(f"run {path}", "has no adapter/", "a training that has ended", resume)
+        raise CheckpointError(
+            where=f"run {path}", found="has no adapter/", expected="a training that has ended", fix=resume
+        )
     refuse_other_shape(path, lock, recipe)
     try:
         config = read_json(adapter / "adapter_config.json")
     except CheckpointError as error:
-        error.remedy = resume
+        error.fix = resume
         raise
     for key in ("r", "lora_alpha", "use_rslora", "use_dora"):  # with another scale it would be another adapter
         if (config.get(key) or False) != recipe[key]:
             found, expected = f"{key} is {config.get(key)!r}", f"{recipe[key]!r}, as in recipe.yaml"
-            remedy = resume if "lora" in lock else "put back the one that was changed"
-            raise CheckpointError(str(adapter / "adapter_config.json"), found, expected, remedy)
+            fix = resume if "lora" in lock else "put back the one that was changed"
+            raise CheckpointError(where=str(adapter / "adapter_config.json"), found=found, expected=expected, fix=fix)
     return adapter
 
 
@@ -152,13 +165,17 @@ def refuse_other_shape(path: Path, lock: Mapping[str, Any], shape: Mapping[str, 
     for key, value in lock.get("lora", {}).items():  # which runs of an older version did not note
         if shape[key] != value:
             where, found = f"{path / 'recipe.yaml'}, lora.{key}", f"{shape[key]!r}"
-            raise CheckpointError(where, found, f"{value!r}, as the run began", "put it back, or train a new run")
+            raise CheckpointError(
+                where=where, found=found, expected=f"{value!r}, as the run began", fix="put it back, or train a new run"
+            )
 
 
 def merged_folder(weights: Weights) -> str:
     """Its name in the run. Raises :class:`RecipeError` for other weights than there are."""
     if weights not in FOLDERS:
-        raise RecipeError("--base", f"{weights!r}", f"one of {', '.join(FOLDERS)}", "--base original")
+        raise RecipeError(
+            where="--base", found=f"{weights!r}", expected=f"one of {', '.join(FOLDERS)}", fix="--base original"
+        )
     return FOLDERS[weights]
 
 
@@ -169,10 +186,15 @@ def find_merged(path: Path, weights: Weights = "original") -> Path:
     command = merge_command(path, weights)
     if lacking := next((file for file in needed if not file.is_file()), None):
         found = f"{folder.name}/ has no {lacking.name}" if folder.is_dir() else f"has no {folder.name}/"
-        raise CheckpointError(f"run {path}", found, "a merged model", command)
+        raise CheckpointError(where=f"run {path}", found=found, expected="a merged model", fix=command)
     record = folder / "merge.json"
     if record.is_file() and read_json(record).get("adapter_sha256") != adapter_sha256(path / "adapter"):
-        raise CheckpointError(f"run {path}", f"{folder.name}/ is of another adapter", "a merge of adapter/", command)
+        raise CheckpointError(
+            where=f"run {path}",
+            found=f"{folder.name}/ is of another adapter",
+            expected="a merge of adapter/",
+            fix=command,
+        )
     return folder
 
 
@@ -184,9 +206,9 @@ def adapter_sha256(adapter: Path) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def merge_command(path: Path, weights: Weights = "original") -> str:
+def merge_command(path: Path, weights: Weights = "original") -> Command:
     """The line that merges, to be pasted."""
-    return f"orpo-lite merge {quoted(path)}" + f" --base {weights}" * (weights != "original")
+    return Command(f"orpo-lite merge {quoted(path)}" + f" --base {weights}" * (weights != "original"))
 
 
 def quoted(path: Path) -> str:
@@ -209,15 +231,19 @@ def find_trained_base(path: Path, folder: str | Path | None = None) -> Base:
 
     Raises :class:`ModelError` for any other, and as fetch_weights.
     """
-    lock, remedy = read_lock(path)["base"], f"orpo-lite merge {quoted(path)} --base-path FOLDER"
+    lock, fix = read_lock(path)["base"], f"orpo-lite merge {quoted(path)} --base-path FOLDER"
     name = lock["name"] if folder is None else str(folder)
     if (folder is not None or lock["revision"] is None) and not Path(name).expanduser().is_dir():
         where = "--base-path" if folder is not None else f"the base of run {path}"
-        raise ModelError(where, f"{name}: no such folder", "the base that it was trained on", remedy)
+        raise ModelError(
+            where=where, found=f"{name}: no such folder", expected="the base that it was trained on", fix=fix
+        )
     base = fetch_weights(find_base(name, "main" if folder else lock["revision"] or "main"))
     if base.fingerprint != lock["fingerprint"]:
         found = f"is not the base of this run (fingerprint {base.fingerprint[:12]}, was {lock['fingerprint'][:12]})"
-        raise ModelError(f"model {base.name}", found, "the weights that the adapter was trained on", remedy)
+        raise ModelError(
+            where=f"model {base.name}", found=found, expected="the weights that the adapter was trained on", fix=fix
+        )
     return base
 
 
@@ -226,9 +252,11 @@ def read_json(file: Path, needed: Kinds | None = None) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(str(file), f"cannot be read ({error})", "a file of a finished save") from error
+        raise CheckpointError(
+            where=str(file), found=f"cannot be read ({error})", expected="a file of a finished save"
+        ) from error
     if not isinstance(value, dict):
-        raise CheckpointError(str(file), "is not a JSON object", "a file of a finished save")
+        raise CheckpointError(where=str(file), found="is not a JSON object", expected="a file of a finished save")
     refuse_lacking(value, needed or {}, str(file))
     return value
 
@@ -238,7 +266,9 @@ def refuse_lacking(value: Mapping[str, Any], needed: Kinds, where: str) -> None:
     for key, kind in needed.items():
         if not isinstance(value.get(key), kind):
             found = f"{key} is {json.dumps(value[key])[:40]}" if key in value else f"lacks {key}"
-            raise CheckpointError(where, found, "what the training wrote", "put it back as it was")
+            raise CheckpointError(
+                where=where, found=found, expected="what the training wrote", fix="put it back as it was"
+            )
 
 
 def to_json(value: Mapping[str, Any]) -> str:
@@ -262,8 +292,8 @@ def new_folder(final: Path) -> Iterator[Path]:
     """A temporary sibling to write into; on success it is flushed and takes the place of ``final``, else removed."""
     if final.is_symlink() or (final.exists() and not final.is_dir()):
         found = "is a link: what it points to would stay, and the link go" if final.is_symlink() else "is a file"
-        remedy = "move it away; a run whose whole folder is a link may lie on any disk"
-        raise CheckpointError(str(final), found, "a folder, or nothing", remedy)
+        fix = "move it away; a run whose whole folder is a link may lie on any disk"
+        raise CheckpointError(where=str(final), found=found, expected="a folder, or nothing", fix=fix)
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary, old = (final.with_name(f".{final.name}.{end}") for end in ("tmp", "old"))
     if old.exists() and not final.exists():  # killed between the two renames below
@@ -285,17 +315,19 @@ def new_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         if getattr(error, "errno", 0) == errno.EFBIG or "File too large" in str(error):
-            remedy = "`ulimit -f unlimited`, another disk, or a smaller --max-shard-size"
-            raise FitError(str(final), "a file may not grow so large here", "", remedy) from error
+            fix = "`ulimit -f unlimited`, another disk, or a smaller --max-shard-size"
+            raise FitError(where=str(final), found="a file may not grow so large here", fix=fix) from error
         if getattr(error, "errno", 0) in FULL or "No space left" in str(error):
             free = f"{shutil.disk_usage(final.parent).free / 2**20:,.0f} MiB free"
             raise FitError(
-                str(final), f"the disk is full ({free})", "", "free some space; nothing older is lost"
+                where=str(final), found=f"the disk is full ({free})", fix="free some space; nothing older is lost"
             ) from error
         if isinstance(error, OSError) and error.filename and not str(error.filename).startswith(str(temporary)):
             found = f"cannot be read ({error.strerror})"
-            raise CheckpointError(str(error.filename), found, "a file of the run") from error
-        raise CheckpointError(str(final), f"cannot be written ({error})", "a folder that can be written to") from error
+            raise CheckpointError(where=str(error.filename), found=found, expected="a file of the run") from error
+        raise CheckpointError(
+            where=str(final), found=f"cannot be written ({error})", expected="a folder that can be written to"
+        ) from error
     finally:
         if old.exists() and not final.exists():
             old.rename(final)
@@ -317,13 +349,18 @@ def locked(path: Path) -> Iterator[None]:
     try:
         stream = (path / ".lock").open("w")
     except OSError as error:
-        raise CheckpointError(f"run {path}", f"cannot be written to ({error.strerror})", "a folder of yours") from error
+        raise CheckpointError(
+            where=f"run {path}", found=f"cannot be written to ({error.strerror})", expected="a folder of yours"
+        ) from error
     with stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise CheckpointError(
-                f"run {path}", "is in use by another process", "one process a run", "let it end, or stop it"
+                where=f"run {path}",
+                found="is in use by another process",
+                expected="one process a run",
+                fix="let it end, or stop it",
             ) from None
         yield
 
@@ -370,10 +407,12 @@ def _read_rows(file: Path, needed: Kinds, others: type | UnionType) -> list[dict
             row = json.loads(line)
         except ValueError as error:
             raise CheckpointError(
-                f"{file}:{number}", f"cannot be read ({error})", "a line as it was written"
+                where=f"{file}:{number}", found=f"cannot be read ({error})", expected="a line as it was written"
             ) from error
         if not isinstance(row, dict):
-            raise CheckpointError(f"{file}:{number}", "is not a JSON object", "a line as it was written")
+            raise CheckpointError(
+                where=f"{file}:{number}", found="is not a JSON object", expected="a line as it was written"
+            )
         refuse_lacking(row, {**dict.fromkeys(row, others), **needed}, f"{file}:{number}")
         rows.append(row)
     return rows
@@ -384,7 +423,9 @@ def _lines(file: Path) -> list[str]:
     try:
         text = file.read_text(encoding="utf-8") if file.is_file() else ""
     except (OSError, ValueError) as error:
-        raise CheckpointError(str(file), f"cannot be read ({error})", "a file of the run") from error
+        raise CheckpointError(
+            where=str(file), found=f"cannot be read ({error})", expected="a file of the run"
+        ) from error
     return [line for line in text.split("\n") if line.strip()]
 
 

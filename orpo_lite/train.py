@@ -28,12 +28,14 @@ from orpo_lite.data.sides import prompt_ids
 from orpo_lite.data.tokens import TokenizedPair
 from orpo_lite.errors import (
     CheckpointError,
+    Command,
     DataError,
     DivergedError,
     FitError,
     HubError,
     ModelError,
     OrpoLiteError,
+    Overrides,
     RecipeError,
 )
 from orpo_lite.evaluate import evaluate
@@ -55,7 +57,7 @@ from orpo_lite.prepare import (
     with_absolute_paths,
 )
 from orpo_lite.proof import prove, prove_operations
-from orpo_lite.recipe import Recipe, gib, to_text
+from orpo_lite.recipe import Recipe, gib
 from orpo_lite.run import Update
 from orpo_lite.step.attention import device_kind
 from orpo_lite.step.losses import named_parts
@@ -84,7 +86,7 @@ class Interrupted(OrpoLiteError):  # noqa: N818 - not a fault
 
     def __init__(self, number: int, path: Path) -> None:
         found = f"stopped by {signal.Signals(number).name} and saved"
-        super().__init__("", found, "", f"orpo-lite train --resume {run.quoted(path)}")
+        super().__init__(found=found, fix=Command(f"orpo-lite train --resume {run.quoted(path)}"))
         self.exit_code = 128 + number
 
 
@@ -103,7 +105,10 @@ def training(recipe: Recipe, *, resume: bool = False) -> Generator[Update, None,
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         found = f"distributed by {accelerator.distributed_type.value}"
         raise RecipeError(
-            "accelerate's configuration", found, "one process, or plain data parallel", "accelerate config"
+            where="accelerate's configuration",
+            found=found,
+            expected="one process, or plain data parallel",
+            fix="accelerate config",
         )
     if not resume and accelerator.is_main_process:
         run.refuse_existing(recipe)
@@ -141,9 +146,10 @@ def training(recipe: Recipe, *, resume: bool = False) -> Generator[Update, None,
             return (yield from _train(resolved, ready, path, accelerator, stop, resume=resume))
         except torch.OutOfMemoryError as error:
             found = f"the GPU is out of memory ({str(error).splitlines()[0]})"
-            levers = "memory.checkpoint_offload=true memory.mlp_tile=512 memory.embedding_on_cpu=true"
-            remedy = f"{levers}, less memory.micro_batch_tokens; none of them changes the result; checkpoints are kept"
-            raise FitError(f"run {path}", found, "", remedy) from error
+            levers = {"memory.checkpoint_offload": True, "memory.mlp_tile": 512, "memory.embedding_on_cpu": True}
+            advice = ", less memory.micro_batch_tokens; none of them changes the result; checkpoints are kept"
+            fix = Overrides(levers, advice)
+            raise FitError(where=f"run {path}", found=found, fix=fix) from error
 
 
 def _may_push(recipe: Recipe, *, resume: bool) -> Generator[Update, None, None]:
@@ -155,7 +161,7 @@ def _may_push(recipe: Recipe, *, resume: bool) -> Generator[Update, None, None]:
         yield from check_target(str(recipe.output.hub_model_id), is_private=recipe.output.hub_private_repo)
     except HubError as error:
         if not resume:
-            error.remedy += "; or output.push_to_hub=false, and `orpo-lite push` later"
+            error.fix += "; or output.push_to_hub=false, and `orpo-lite push` later"
             raise
         yield Update("note", f"the push at the end may fail: {error.where} {error.found}")
 
@@ -335,9 +341,11 @@ def _smaller(
         sizes = {"micro_batch_tokens": memory.micro_batch_tokens, "micro_batch_size": 1}
         return sizes | {"activation_checkpointing": "all"}
     plain = {"checkpoint_offload": True, "mlp_tile": 512, "embedding_on_cpu": True}
-    unused = [f"memory.{key}={to_text(plain[key])}" for key in plain if getattr(memory, key) in (None, False, "auto")]
-    remedy = f"{' '.join(unused) or 'a shorter data.max_length'} in a new run; checkpoints are kept"
-    raise FitError(f"run {path}", "one pair at a time is out of memory, with all layers checkpointed", "", remedy)
+    unused = {f"memory.{key}": plain[key] for key in plain if getattr(memory, key) in (None, False, "auto")}
+    fix = Overrides(unused, f"{'' if unused else 'a shorter data.max_length'} in a new run; checkpoints are kept")
+    raise FitError(
+        where=f"run {path}", found="one pair at a time is out of memory, with all layers checkpointed", fix=fix
+    )
 
 
 def _with_levers(recipe: Recipe, loaded: _Loaded, levers: Mapping[str, Any]) -> Recipe:
@@ -352,8 +360,8 @@ def _not_finite(batch: Sequence[TokenizedPair], state: Mapping[str, Any], path: 
     """What to say of a step that was skipped; raises :class:`DivergedError` at the third in a row."""
     found = f"loss or gradient not finite at step {state['step']}"
     if state["bad"] == BAD_STEPS:
-        remedy = f"lower training.learning_rate; the last checkpoint is kept in {path}"
-        raise DivergedError(f"run {path}", f"{found}, the {BAD_STEPS}rd in a row", "", remedy)
+        fix = f"lower training.learning_rate; the last checkpoint is kept in {path}"
+        raise DivergedError(where=f"run {path}", found=f"{found}, the {BAD_STEPS}rd in a row", fix=fix)
     rows = ", ".join(pair.where for pair in batch[:8])
     return Update("note", f"{found}; no update (pairs {rows}{' ...' if len(batch) > 8 else ''})")
 
@@ -409,7 +417,7 @@ def _deterministic(recipe: Recipe) -> Iterator[None]:
             raise
         found = f"an operation of this model has no deterministic kernel ({str(error).split('.')[0]})"
         where = f"training.full_determinism ({recipe.sources['training.full_determinism']})"
-        raise RecipeError(where, found, "", "training.full_determinism=false") from error
+        raise RecipeError(where=where, found=found, fix=Overrides({"training.full_determinism": False})) from error
     finally:
         torch.use_deterministic_algorithms(False)
 

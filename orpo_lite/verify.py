@@ -147,7 +147,9 @@ def _refuse_other_pairs(path: Path, sha256: str) -> None:
     known = run.read_lock(path)["data"]
     if known["sha256"] and known["sha256"] != sha256:
         found, expected = f"changed since the run began: {known['name']}", "the pairs of the training"
-        raise CheckpointError(f"run {path}", found, expected, "put them back; what is merged stays as it is")
+        raise CheckpointError(
+            where=f"run {path}", found=found, expected=expected, fix="put them back; what is merged stays as it is"
+        )
 
 
 def _row(name: str, values_2P: Tensor) -> Row:

@@ -97,7 +97,7 @@ def read_header(file: Path) -> list[Stored]:
                 raise ValueError(f"{name} is cut short")
             found.append(stored)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(str(file), f"cannot be read: {error!r}", "whole safetensors") from error
+        raise ModelError(where=str(file), found=f"cannot be read: {error!r}", expected="whole safetensors") from error
     return sorted(found, key=lambda stored: stored.start)
 
 
@@ -133,7 +133,9 @@ def _fill(stream: BinaryIO, data: Tensor, stored: Stored) -> None:
     while view:
         count = stream.readinto(view)  # type: ignore[attr-defined]
         if not count:
-            raise ModelError(str(stored.file), "became shorter while it was read", "whole safetensors")
+            raise ModelError(
+                where=str(stored.file), found="became shorter while it was read", expected="whole safetensors"
+            )
         view = view[count:]
 
 

@@ -495,7 +495,7 @@ def test_metadata_that_cannot_be_kept_are_named(tmp_path: Path, metadata: str) -
     run = make_run(tmp_path)
     with pytest.raises(CheckpointError, match="its metadata") as refused:
         adopt_card(run, f"---\n{metadata}\n---\nMine.", HERE)
-    assert refused.value.remedy
+    assert refused.value.fix
 
 
 def test_a_card_in_another_encoding_is_named(tmp_path: Path) -> None:
@@ -650,7 +650,7 @@ def test_the_name_of_a_derivative(licence_name: str, repository: str, is_fine: b
         return
     with pytest.raises(RecipeError, match="at the beginning of any such AI model name") as refused:
         refuse_name(repository, {"license": licence_name}, "REPO")
-    suggested = refused.value.remedy.removeprefix("a name such as ")
+    suggested = refused.value.fix.removeprefix("a name such as ")
     refuse_name(suggested, {"license": licence_name}, "REPO")
     refuse_repository(suggested)
 
@@ -658,7 +658,7 @@ def test_the_name_of_a_derivative(licence_name: str, repository: str, is_fine: b
 def test_a_name_that_is_nothing_but_the_bases_is_given_an_end() -> None:
     with pytest.raises(RecipeError) as refused:
         refuse_name("me/meta-llama-3", {"license": "llama3"}, "REPO")
-    assert refused.value.remedy == "a name such as me/Llama-3-tuned"
+    assert refused.value.fix == "a name such as me/Llama-3-tuned"
 
 
 def test_the_papers_of_a_base_go_with_it(tmp_path: Path) -> None:

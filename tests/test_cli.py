@@ -235,7 +235,7 @@ def test_a_wrong_command_line_ends_with_2_and_says_the_right_one(
 
 @pytest.mark.parametrize("verb", ["data", "train"])
 @pytest.mark.parametrize(
-    ("arguments", "remedy"),
+    ("arguments", "fix"),
     [
         (["pairs.csv"], "--recipe demo data.dataset_name=pairs.csv"),
         (["--recipe", "demo", "pairs.csv"], "--recipe demo data.dataset_name=pairs.csv"),
@@ -247,13 +247,13 @@ def test_a_wrong_command_line_ends_with_2_and_says_the_right_one(
     ],
 )
 def test_pairs_without_their_key_are_told_the_key(
-    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str, arguments: list[str], remedy: str
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str, arguments: list[str], fix: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sets").mkdir()
     code, out, err = call(verb, *arguments)
     assert (code, out) == (2, "")
-    assert err.endswith(f"  remedy: orpo-lite {verb} {remedy}\n")
+    assert err.endswith(f"  fix: orpo-lite {verb} {fix}\n")
 
 
 @pytest.mark.parametrize("arguments", [["lora.r=8"], ["--recipe", "demo"]], ids=" ".join)
@@ -324,11 +324,11 @@ def test_every_error_people_cause_ends_with_its_own_code(call: Call, monkeypatch
     for kind in kinds:
 
         def fail(*_: object, kind: type[errors.OrpoLiteError] = kind) -> None:
-            raise kind("somewhere", "found", "expected", "remedy")
+            raise kind(where="somewhere", found="found", expected="expected", fix="fix")
 
         monkeypatch.setattr("orpo_lite.recipe.load_recipe", fail)
         code, _, said = call("recipes", "show", "demo")
-        assert said == "somewhere: found\n  expected: expected\n  remedy: remedy\n"
+        assert said == "somewhere: found\n  expected: expected\n  fix: fix\n"
         codes.append(code)
     assert codes == [2, 3, 4, 5, 6, 7, 8]
 
@@ -548,4 +548,4 @@ def test_a_hub_that_is_not_there_is_said_once(tmp_path: Path) -> None:
     assert done.returncode == errors.HubError.exit_code
     first, *rest = done.stderr.splitlines()
     assert first.startswith("data.dataset_name someone/pairs: ")
-    assert [line.partition(":")[0] for line in rest] == ["  expected", "  remedy"]
+    assert [line.partition(":")[0] for line in rest] == ["  expected", "  fix"]

@@ -815,7 +815,7 @@ def test_a_model_that_is_not_that_of_its_config_is_refused(tmp_path: Path) -> No
         config.write_text(whole.replace(old, new))
         with pytest.raises(ModelError, match=said) as raised:
             export(run, "gguf")
-        assert raised.value.remedy == f"orpo-lite merge '{run}' makes it again"
+        assert raised.value.fix == f"orpo-lite merge '{run}' makes it again"
         config.write_text(whole)
     assert not (run / "export" / "gguf-f32").exists()
 

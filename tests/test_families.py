@@ -519,6 +519,6 @@ def test_what_adapted_experts_cannot_have_is_said_with_a_way_out(key: str) -> No
     wanted = load_recipe("demo", [key, "lora.target_modules=all-linear"])
     with pytest.raises(ModelError, match="takes neither DoRA nor dropout") as raised:
         bare_pair_model(wanted, config, torch.float32, torch.device("cpu"))
-    ways = raised.value.remedy.split(", or ")
+    ways = raised.value.fix.split(", or ")
     for way in (ways[0], f"{key} {ways[1]}"):
         bare_pair_model(load_recipe("demo", way.split()), config, torch.float32, torch.device("cpu"))

@@ -33,7 +33,7 @@ def refused(kind: type[OrpoLiteError], do: Callable[[], object]) -> str:
         do()
     assert type(raised.value) is kind
     assert raised.value.exit_code == {HubError: 8, FitError: 6, ModelError: 4}[kind]
-    assert raised.value.remedy or raised.value.expected
+    assert raised.value.fix or raised.value.expected
     assert TOKEN not in str(raised.value)
     return str(raised.value)
 

@@ -345,7 +345,7 @@ def test_a_recipe_that_was_changed_makes_no_other_adapter(old: str, new: str, sm
     for verb in (merge, verify, lambda path: train_all(run.read_recipe(path), resume=True)):
         with pytest.raises(CheckpointError, match=f"lora.{old.split(':')[0]}: .*\n.*as the run began") as raised:
             verb(result.run)
-        assert raised.value.remedy == "put it back, or train a new run"
+        assert raised.value.fix == "put it back, or train a new run"
 
 
 def test_where_the_base_lies_is_no_part_of_an_adapter(tmp_path: Path) -> None:
@@ -383,7 +383,7 @@ def test_a_base_that_was_moved_is_found_by_its_new_place(call: Call, small_recip
     _, result = train_all(small_recipe("training.learning_rate=1e-2"))
     (workspace / "base").rename(workspace / "moved base")
     code, _, complaint = call("merge", str(result.run), "--verify")
-    assert (code, "remedy: orpo-lite merge run --base-path FOLDER" in complaint) == (4, True)
+    assert (code, "fix: orpo-lite merge run --base-path FOLDER" in complaint) == (4, True)
     code, said, complaint = call("merge", str(result.run), "--verify", "--base-path", "moved base")
     assert code == 0, complaint
     assert "passed: log-probabilities differ by" in said

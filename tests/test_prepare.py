@@ -470,7 +470,7 @@ def file_limit(size: int) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("name", "limit", "file"), [("pairs.jsonl", 60_000, "ids"), ("p" * 200 + ".jsonl", 300_000, "pairs")]
 )
-def test_a_full_disk_ends_with_the_remedy(
+def test_a_full_disk_ends_with_the_fix(
     small_recipe: Build, token_cache: Path, name: str, limit: int, file: str
 ) -> None:
     recipe = small_recipe("data.chat_template=none", f"data.dataset_name={name}")
@@ -549,7 +549,7 @@ def test_places_tell_files_of_one_name_apart(tmp_path: Path, monkeypatch: pytest
     for folder, chosen in rows.items():
         for place in (f"{folder}/p.jsonl:1", f"{tmp_path}/{folder}/p.jsonl:1"):
             assert reader.find(place)[0].chosen == chosen
-    with pytest.raises(DataError, match=r"no such row, but 3 that end so(.|\n)*remedy: one/p"):
+    with pytest.raises(DataError, match=r"no such row, but 3 that end so(.|\n)*fix: one/p"):
         reader.find("p.jsonl:1")
     alone, _ = find_sources(DataSection(dataset_name="one/p.jsonl"))
     assert [where for where, _ in alone[0].rows([])] == ["p.jsonl:1"]

@@ -409,7 +409,7 @@ def test_a_model_that_is_not_whole(a_run: Path, hub: Hub, merged: Weights | None
     message = refused(CheckpointError, lambda: push(a_run, REPO, merged=merged), code=5)
     if (fault, merged) != ("no weights", None):
         assert file.name in message
-    assert message.splitlines()[-1] == f"  remedy: {command}"
+    assert message.splitlines()[-1] == f"  fix: {command}"
     assert hub.requests == []
 
 
@@ -421,7 +421,7 @@ def test_a_shard_that_is_not_whole_or_an_index_that_is_none(a_run: Path, hub: Hu
     index.write_text("[]")
     message = refused(CheckpointError, lambda: push(a_run, REPO, merged="original"), code=5)
     assert index.name in message
-    assert message.endswith(f"remedy: orpo-lite merge {a_run}")
+    assert message.endswith(f"fix: orpo-lite merge {a_run}")
 
 
 def test_a_card_that_is_not_utf_8(a_run: Path, hub: Hub) -> None:
@@ -447,7 +447,7 @@ def test_weights_that_go_while_the_hub_is_waited_for(a_run: Path, hub: Hub, monk
         hub.fail(at, 503, times=1)
         message = refused(CheckpointError, lambda: push(a_run, REPO), code=5)
         assert str(file) in message, at
-        assert message.endswith(f"remedy: orpo-lite train --resume {a_run}")
+        assert message.endswith(f"fix: orpo-lite train --resume {a_run}")
 
 
 # --- a hub that refuses
@@ -565,16 +565,16 @@ def test_commands_that_repeat_a_fault_are_not_printed(a_run: Path, hub: Hub) -> 
     assert message.endswith(f"\n  then: orpo-lite push {a_run} {REPO} --merged")
     address = f"https://huggingface.co/{REPO}"
     message = refused(RecipeError, lambda: push(a_run, address), code=2)
-    assert message.endswith(f"remedy: orpo-lite push {a_run} {REPO}")
+    assert message.endswith(f"fix: orpo-lite push {a_run} {REPO}")
     message = refused(RecipeError, lambda: push(a_run, "a b"), code=2)
-    assert message.endswith(f"remedy: orpo-lite push {a_run} OWNER/NAME")
+    assert message.endswith(f"fix: orpo-lite push {a_run} OWNER/NAME")
     message = refused(CheckpointError, lambda: push(a_run / "adapter", REPO), code=5)
-    assert message.endswith(f"remedy: {a_run}")
+    assert message.endswith(f"fix: {a_run}")
     (a_run / "samples.jsonl").write_text("{")
     assert "orpo-lite push" not in refused(CheckpointError, lambda: push(a_run, REPO), code=5)
     (a_run / "samples.jsonl").unlink()
     message = refused(CheckpointError, lambda: push(a_run, REPO, samples=1), code=5)
-    assert message.endswith("remedy: leave --samples out")
+    assert message.endswith("fix: leave --samples out")
 
 
 @pytest.mark.parametrize(
@@ -596,7 +596,7 @@ def test_metadata_that_the_hub_refuses_before_anything_is_made(a_run: Path, hub:
     hub.fail("validate-yaml", 400, body=body, headers={"Content-Type": "application/json"})
     message = no_push(a_run, hub)
     assert message.startswith(f"{a_run}/README.md: its metadata are refused by the hub: license must be one of [a, b]")
-    assert "remedy: mend it" in message
+    assert "fix: mend it" in message
     assert hub.written == {}
 
 

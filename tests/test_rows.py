@@ -82,7 +82,7 @@ def fault(read: Callable[..., Any], *arguments: Any, kind: type[OrpoLiteError] =
     text = str(raised.value)
     assert raised.value.where or "faults:" in text
     assert "expected: " in text
-    assert "remedy: " in text
+    assert "fix: " in text
     return text
 
 
@@ -439,8 +439,8 @@ def test_the_remedy_for_columns_works(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     rows = [{"prompt": f"{i}", "chosen": "2020-01-01", "rejected": "é\n"} for i in range(12)]
     pandas.DataFrame(rows).to_json("a.json")
-    remedy = fault(places, "a.json").partition("remedy: ")[2]
-    eval(remedy, {"pandas": pandas, "OLD": "a.json"})  # noqa: S307 - our own text
+    fix = fault(places, "a.json").partition("fix: ")[2]
+    eval(fix, {"pandas": pandas, "OLD": "a.json"})  # noqa: S307 - our own text
     assert rows_of("NEW.jsonl") == rows
 
 
@@ -718,7 +718,7 @@ def test_one_name_in_two_kinds_is_not_read_twice(tmp_path: Path) -> None:
     text = fault(source, both)
     assert "train.csv and train.jsonl: one name in two kinds of files" in text
     assert wheres(both / "train.jsonl") == ["train.jsonl:1"]
-    assert f"remedy: data.dataset_name={both / 'train.jsonl'} or data.dataset_name={both / 'train.csv'}" in text
+    assert f"fix: data.dataset_name={both / 'train.jsonl'} or data.dataset_name={both / 'train.csv'}" in text
 
 
 def test_a_folder_without_data(tmp_path: Path) -> None:
@@ -834,11 +834,11 @@ def test_a_bare_name_that_is_not_on_the_hub_may_have_been_a_file(
     monkeypatch.setattr(datasets, "get_dataset_split_names", refuse)
     monkeypatch.chdir(folder(tmp_path, "mydata.csv"))
     for name, near in (("mydat", "did you mean mydata.csv?"), ("zzz", "check the path")):
-        for error, remedy in ((ConnectionError("offline"), "network"), (ValueError(f"'{name}' doesn't exist"), "open")):
+        for error, fix in ((ConnectionError("offline"), "network"), (ValueError(f"'{name}' doesn't exist"), "open")):
             errors = [error, error]
             text = fault(source, name, kind=HubError)
             assert f"there is no file or folder {name} here either ({near}); for a set of the hub, " in text
-            assert remedy in text
+            assert fix in text
     errors = [ConnectionError("offline")] * 2
     assert "no file" not in fault(source, "org/mydat", kind=HubError)
 
@@ -964,11 +964,11 @@ CONFIGS = "Config name is missing.\nPlease pick one among the available configs:
 
 @pytest.mark.parametrize("split", ["auto", "train"])
 @pytest.mark.parametrize(
-    ("error", "remedy"),
+    ("error", "fix"),
     [
         (ValueError("Unknown split \"train\". Should be one of ['train_prefs']."), "data.dataset_train_split=SPLIT"),
         (ValueError("Config name is missing."), "data.dataset_config=CONFIG"),
-        (ValueError(CONFIGS), "['en', 'de']|remedy: data.dataset_config=en,"),
+        (ValueError(CONFIGS), "['en', 'de']|fix: data.dataset_config=en,"),
         (ValueError("BuilderConfig 'x' not found. Available: ['en', 'de']"), "['en', 'de']|data.dataset_config=en,"),
         (
             ValueError("There are multiple 'o/split' configurations in the cache: en, de\nPlease specify which"),
@@ -987,8 +987,8 @@ CONFIGS = "Config name is missing.\nPlease pick one among the available configs:
         (TimeoutError(), "TimeoutError|hf download --repo-type dataset o/split"),
     ],
 )
-def test_a_hub_fault_names_the_set_and_the_remedy(
-    monkeypatch: pytest.MonkeyPatch, error: Exception, remedy: str, split: str
+def test_a_hub_fault_names_the_set_and_the_fix(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, fix: str, split: str
 ) -> None:
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise error
@@ -996,7 +996,7 @@ def test_a_hub_fault_names_the_set_and_the_remedy(
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     monkeypatch.setattr(datasets, "get_dataset_split_names", refuse)
     text = fault(find_source, "o/split", split, None, kind=HubError)
-    assert all(part in text for part in remedy.split("|"))
+    assert all(part in text for part in fix.split("|"))
     assert text.startswith("data.dataset_name o/split: ")
     assert "Example of usage" not in text
 

@@ -77,7 +77,7 @@ def message(raised: pytest.ExceptionInfo[OrpoLiteError]) -> str:
     """The text of an error that says all three: the place, what was expected, and what to do."""
     text = str(raised.value)
     assert "expected: " in text
-    assert "remedy: " in text
+    assert "fix: " in text
     return text
 
 

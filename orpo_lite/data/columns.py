@@ -31,7 +31,7 @@ from orpo_lite.data.kinds import (
     waits_for_reply,
 )
 from orpo_lite.data.readers import COLUMNS, Row, fault, says_nothing, seen
-from orpo_lite.errors import DataError
+from orpo_lite.errors import DataError, Overrides, one_of
 
 SOME = 0.1  # of the rows: too many to be chance
 MANY = 0.9  # of the rows: a habit of the whole set
@@ -180,17 +180,19 @@ class Look:
             raw = [column for column in columns if column not in templated]
             if not replies and all(plain_name(column) == "history" for column in templated):
                 found = f"{shown(*templated)} holds earlier turns as a text, and that is not read"
-                remedy = f"write it so, or {self.lines('prompt', raw)} to leave it out"
-                raise DataError("data.column_map", found, "messages, or pairs [user, assistant]", remedy)
+                fix = f"write it so, or {self.lines('prompt', raw)} to leave it out"
+                raise DataError(
+                    where="data.column_map", found=found, expected="messages, or pairs [user, assistant]", fix=fix
+                )
             refuse_templated(self, [*templated, *replies], () if replies else raw)
         found = f"{shown(*columns)} could each be the {canonical}, and they differ"
         lines = [self.line(**{canonical: column}) for column in columns]
         if canonical == "prompt":  # what the question is about may stand beside it
             about = [column for column in columns if plain_name(column) in ABOUT]
             lines += [self.line(prompt=one, input=other) for other in about for one in columns if one not in about]
-        raise DataError("data.column_map", found, f"one {canonical}", " or ".join(lines))
+        raise DataError(where="data.column_map", found=found, expected=f"one {canonical}", fix=one_of(lines))
 
-    def line(self, **columns: str) -> str:
+    def line(self, **columns: str) -> Overrides:
         """The line of data.column_map that says this, and what was mapped already as far as it still holds."""
         theirs = {ours: self.mapped.get(column, column) for ours, column in columns.items()}
         instead = {*theirs, *(other for pair in EITHER for one, other in (pair, pair[::-1]) if one in theirs)}
@@ -199,7 +201,7 @@ class Look:
         return map_line({**self.others, **lists})
 
     def lines(self, canonical: str, columns: Iterable[str]) -> str:
-        return " or ".join(self.line(**{canonical: column}) for column in columns)
+        return one_of(self.line(**{canonical: column}) for column in columns)
 
     # --- the rows as their reader wants them
 
@@ -221,8 +223,8 @@ class Look:
                     raise fault(where, column, "a text", f"{kind}, as in most rows")
             elif kind in TEXTS and is_conversation(value):
                 plain = f", or data.format={self.as_texts} if it is the reply as it should be"
-                remedy = f"mend or remove the row{plain if self.as_texts and key in SIDES else ''}"
-                raise fault(where, column, "messages as JSON", "a text, as in most rows", remedy)
+                fix = f"mend or remove the row{plain if self.as_texts and key in SIDES else ''}"
+                raise fault(where, column, "messages as JSON", "a text, as in most rows", fix)
         if self.verdict and says_nothing(str(out.get("better"))):
             out["better"] = None
         elif self.verdict and not is_blank(out.get("better")):
@@ -259,7 +261,7 @@ def holds(*columns: str) -> str:
     return f"{shown(*columns)} {'holds' if len(columns) == 1 else 'hold'}"
 
 
-def map_line(columns: Mapping[str, Sequence[str]]) -> str:
+def map_line(columns: Mapping[str, Sequence[str]]) -> Overrides:
     """The setting, as it can be pasted into a shell; as a mapping of YAML's where a name would break the short form.
 
     ``columns``: our name to a column, or to those of several sets.
@@ -272,7 +274,8 @@ def map_line(columns: Mapping[str, Sequence[str]]) -> str:
             f'"{ours}": [{names}]' if len(columns[ours]) > 1 else f'"{ours}": {names}' for ours, names in lists.items()
         )
         value = "{" + ", ".join(named) + "}"
-    return shlex.quote(f"data.column_map={value}")
+    data = {ours: names[0] if len(names) == 1 else [*names] for ours, names in columns.items() if names}
+    return Overrides({"data.column_map": data}, text=shlex.quote(f"data.column_map={value}"))
 
 
 def _quoted(text: str) -> str:
@@ -283,21 +286,26 @@ def _quoted(text: str) -> str:
 def _verdict_fault(row: Row, where: str, column: str) -> DataError:
     """Of a value that is neither answer; where it is a number, the others may mean another answer than they seem to."""
     number = kind_of(row["better"]) == "number" or str(row["better"]).strip().isdigit()
-    remedy = f"write {column} as a or b in every row, by what its numbers mean" if number else "mend or remove the row"
-    return fault(where, column, seen(row, "better"), "one of the two answers, or a tie", remedy)
+    fix = f"write {column} as a or b in every row, by what its numbers mean" if number else "mend or remove the row"
+    return fault(where, column, seen(row, "better"), "one of the two answers, or a tie", fix)
 
 
 def refuse_templated(look: Look, names: Sequence[str], raw: Sequence[str] = ()) -> NoReturn:
     columns = [look.column(look.taken.get(name, name)) for name in names]
     values = [value for column in columns for (value,) in look.values(column)]
-    remedy = look.lines("prompt", raw) or "data.chat_template=none"
+    fix = look.lines("prompt", raw) or Overrides({"data.chat_template": "none"})
     if any(look.kind(column) not in TEXTS for column in columns):
-        remedy = "no setting helps: take the template's markers out of the messages; the model's own are put in"
+        fix = "no setting helps: take the template's markers out of the messages; the model's own are put in"
     elif not raw and not any(is_opened(value) for value in values):
         markers = Counter(marker for value in values if (marker := end_marker(value)))
-        remedy = (
+        fix = (
             f"take {' and '.join(markers)} off the ends of {shown(*columns)}, for the model's own is put there; "
             "or data.chat_template=none to train on the texts as they are"
         )
     found = f"{holds(*columns)} text to which a chat template was applied already"
-    raise DataError("data.chat_template", found, "text without markers: the template would put them in again", remedy)
+    raise DataError(
+        where="data.chat_template",
+        found=found,
+        expected="text without markers: the template would put them in again",
+        fix=fix,
+    )

@@ -136,13 +136,13 @@ def _refuse_lookalikes(file: File) -> None:
                 start = stream.read(32)
         except BROKEN_GZIP:
             raise _broken_gzip(file.label) from None
-    for mark, found, remedy in LOOKALIKES:
+    for mark, found, fix in LOOKALIKES:
         if start.startswith(mark) and not (mark == b"PAR1" and file.kind == ".parquet"):
             kind = f"{file.kind[1:]} in UTF-8" if file.kind != ".parquet" else "a parquet file"
-            raise DataError(f"{file.label}:1", found, kind, remedy)
+            raise DataError(where=f"{file.label}:1", found=found, expected=kind, fix=fix)
     if file.kind != ".parquet" and (order := _utf16_order(start)):
-        remedy = f"iconv -f UTF-16{order} -t UTF-8 OLD > NEW"
-        raise DataError(f"{file.label}:1", "UTF-16 text", f"{file.kind[1:]} in UTF-8", remedy)
+        fix = f"iconv -f UTF-16{order} -t UTF-8 OLD > NEW"
+        raise DataError(where=f"{file.label}:1", found="UTF-16 text", expected=f"{file.kind[1:]} in UTF-8", fix=fix)
 
 
 def _utf16_order(start: bytes) -> str:
@@ -162,7 +162,12 @@ def _lines(file: File, *, quoted: bool) -> Iterator[tuple[int, bytes]]:
                 number += 1
                 if len(line) > MAX_ROW_BYTES:
                     found, expected = "a line without end", f"at most {MAX_ROW_BYTES >> 20} MiB a row"
-                    raise DataError(f"{file.label}:{number}", found, expected, "one row a line, and text only")
+                    raise DataError(
+                        where=f"{file.label}:{number}",
+                        found=found,
+                        expected=expected,
+                        fix="one row a line, and text only",
+                    )
                 # Some editors write a mark at the start of the file.
                 yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
         except BROKEN_GZIP:
@@ -186,7 +191,9 @@ def _decode(line: bytes, where: str) -> str:
     except UnicodeDecodeError as error:
         before, number = line[: error.start].decode().rpartition("\n"), line[: error.start].count(b"\n") + 1
         found = f"byte 0x{line[error.start]:02x} at {_position(number, len(before[-1]) + 1)} is not UTF-8"
-        raise DataError(where, found, "UTF-8 text", "iconv -f CP1252 -t UTF-8 OLD > NEW") from None
+        raise DataError(
+            where=where, found=found, expected="UTF-8 text", fix="iconv -f CP1252 -t UTF-8 OLD > NEW"
+        ) from None
 
 
 def _position(line: int, column: int) -> str:
@@ -197,7 +204,12 @@ BROKEN_GZIP = (EOFError, zlib.error, gzip.BadGzipFile)
 
 
 def _broken_gzip(where: str) -> DataError:
-    return DataError(where, "broken gzip, or its end is missing", "a whole gzip file", "copy or download it again")
+    return DataError(
+        where=where,
+        found="broken gzip, or its end is missing",
+        expected="a whole gzip file",
+        fix="copy or download it again",
+    )
 
 
 # --- JSON
@@ -221,8 +233,15 @@ def _json_fault(error: ValueError | RecursionError, where: str) -> DataError:
         rest = error.doc[error.pos :].strip() if error.msg == "Extra data" else ""
         said = "a comma behind the object" if rest == "," else error.msg
         found = f"broken JSON at {_position(error.lineno, error.colno)}: {said}"
-        return DataError(where, found, "one whole JSON object", "mend or remove the row; no line breaks inside it")
-    return DataError(where, str(error), "plain JSON with each key once", "mend or remove the row")
+        return DataError(
+            where=where,
+            found=found,
+            expected="one whole JSON object",
+            fix="mend or remove the row; no line breaks inside it",
+        )
+    return DataError(
+        where=where, found=str(error), expected="plain JSON with each key once", fix="mend or remove the row"
+    )
 
 
 def _jsonl_rows(file: File, faults: list[DataError]) -> Iterator[Place]:
@@ -234,7 +253,12 @@ def _jsonl_rows(file: File, faults: list[DataError]) -> Iterator[Place]:
         where, before, held = f"{file.label}:{number}", held, ""
         if first and line.lstrip().startswith(b"["):
             renamed = re.sub(r"(?i)\.jsonl", ".json", file.path.name)
-            raise DataError(where, "a JSON array", "one JSON object a line", f"rename the file to {renamed}")
+            raise DataError(
+                where=where,
+                found="a JSON array",
+                expected="one JSON object a line",
+                fix=f"rename the file to {renamed}",
+            )
         first = False
         try:
             text = _decode(line.rstrip(), where).removeprefix("\ufeff")  # files with a mark may have been joined
@@ -243,7 +267,12 @@ def _jsonl_rows(file: File, faults: list[DataError]) -> Iterator[Place]:
             continue
         if before and not text.startswith("{") and _goes_on(f"{before}\n{text}"):
             start = faults.pop().where  # one fault for all the lines of all the objects
-            raise DataError(start, "a JSON object over several lines", "one JSON object a line", "jq -c . OLD > NEW")
+            raise DataError(
+                where=start,
+                found="a JSON object over several lines",
+                expected="one JSON object a line",
+                fix="jq -c . OLD > NEW",
+            )
         try:
             row = _DECODER.decode(text)
         except (ValueError, RecursionError) as error:
@@ -273,7 +302,7 @@ def _goes_on(text: str) -> bool:
 
 
 def _not_an_object(where: str, expected: str) -> DataError:
-    return DataError(where, "not a JSON object", expected, "mend or remove the row")
+    return DataError(where=where, found="not a JSON object", expected=expected, fix="mend or remove the row")
 
 
 def _json_rows(file: File, faults: list[DataError]) -> Iterator[Place]:
@@ -313,7 +342,9 @@ def _whole_text(file: File) -> str:
             size += len(part)
             if size > MAX_JSON_BYTES:
                 found, expected = f"over {MAX_JSON_BYTES / 2**30:g} GiB", "a .json that fits in memory"
-                raise DataError(file.label, found, expected, "use .jsonl: jq -c '.[]' OLD > NEW.jsonl")
+                raise DataError(
+                    where=file.label, found=found, expected=expected, fix="use .jsonl: jq -c '.[]' OLD > NEW.jsonl"
+                )
     return _decode(b"".join(parts).removeprefix(codecs.BOM_UTF8), file.label)
 
 
@@ -361,11 +392,18 @@ def _held_list(text: str, file: File) -> list[Any] | None:
     messages = any(not rows[0].keys().isdisjoint(("role", "from")) for rows in lists)
     if len(lists) == len(values) > 1 and not (a_row or messages):
         names = ", ".join(repr(name) for name in list(whole)[:5])
-        remedy = f"jq -c '.[\"{next(iter(whole))}\"][]' OLD > NEW.jsonl, and a file for each of the others"
-        raise DataError(file.label, f"lists of rows under several names: {names}", "one list of rows", remedy)
+        fix = f"jq -c '.[\"{next(iter(whole))}\"][]' OLD > NEW.jsonl, and a file for each of the others"
+        raise DataError(
+            where=file.label, found=f"lists of rows under several names: {names}", expected="one list of rows", fix=fix
+        )
     if _are_columns(values):
-        remedy = 'pandas.read_json(OLD, dtype=False).to_json("NEW.jsonl", orient="records", lines=True)'
-        raise DataError(file.label, "columns, each with the cells of all rows", "one JSON object a row", remedy)
+        fix = 'pandas.read_json(OLD, dtype=False).to_json("NEW.jsonl", orient="records", lines=True)'
+        raise DataError(
+            where=file.label,
+            found="columns, each with the cells of all rows",
+            expected="one JSON object a row",
+            fix=fix,
+        )
     return None
 
 
@@ -394,11 +432,17 @@ def _csv_rows(file: File, faults: list[DataError]) -> Iterator[Place]:
     for number, cells in records:
         where, unnamed = f"{file.label}:{number}", cells[len(header) :]
         if not len(header) <= len(cells) <= len(titles):
-            expected, remedy = f"{len(titles)} cells, as in the header", 'put "..." around {} and line ends'
-            faults.append(DataError(where, f"{len(cells)} cells", expected, remedy.format(DELIMITERS[delimiter])))
+            expected, fix = f"{len(titles)} cells, as in the header", 'put "..." around {} and line ends'
+            faults.append(
+                DataError(
+                    where=where, found=f"{len(cells)} cells", expected=expected, fix=fix.format(DELIMITERS[delimiter])
+                )
+            )
         elif any(cell.strip() for cell in unnamed):
-            found, remedy = "a cell in a column without a name", f"name it in line {start}, or clear the cell"
-            faults.append(DataError(where, found, "the first line should name the columns", remedy))
+            found, fix = "a cell in a column without a name", f"name it in line {start}, or clear the cell"
+            faults.append(
+                DataError(where=where, found=found, expected="the first line should name the columns", fix=fix)
+            )
         else:
             yield where, dict(zip(header, cells, strict=False))
 
@@ -417,8 +461,10 @@ def _records(file: File, delimiter: str, spaced: bool) -> Iterator[tuple[int, li
                 yield start, cells
             start = above + records.line_num + 1
     except csv.Error as error:
-        remedy = 'put "..." around a cell with commas, quotes or line ends, and double the quotes inside'
-        raise DataError(f"{file.label}:{start}", f"broken csv: {error}", "plain or quoted cells", remedy) from None
+        fix = 'put "..." around a cell with commas, quotes or line ends, and double the quotes inside'
+        raise DataError(
+            where=f"{file.label}:{start}", found=f"broken csv: {error}", expected="plain or quoted cells", fix=fix
+        ) from None
 
 
 def _texts(file: File) -> Iterator[tuple[int, str]]:
@@ -462,15 +508,17 @@ def _header(cells: Sequence[str], where: str) -> list[str]:
         names[0] = PANDAS_INDEX
     if any(not name or len(name) > MAX_COLUMN_NAME for name in names):
         found = "a first line with an empty cell or a long text"
-        remedy = "write the names above the rows"
-        raise DataError(where, found, "the first line should name the columns", remedy)
+        fix = "write the names above the rows"
+        raise DataError(where=where, found=found, expected="the first line should name the columns", fix=fix)
     _refuse_same_names(names, where)
     return names
 
 
 def _refuse_same_names(names: Sequence[str], where: str) -> None:
     if len(set(names)) < len(names):
-        raise DataError(where, "two columns of one name", "a name for each column", "rename one")
+        raise DataError(
+            where=where, found="two columns of one name", expected="a name for each column", fix="rename one"
+        )
 
 
 def _parquet_rows(file: File, _faults: list[DataError]) -> Iterator[Place]:
@@ -496,7 +544,9 @@ def _parquet(file: File) -> Any:
 
 
 def _broken_parquet(file: File, error: Exception) -> DataError:
-    return DataError(file.label, f"broken parquet: {error}", "a whole parquet file", "copy it again")
+    return DataError(
+        where=file.label, found=f"broken parquet: {error}", expected="a whole parquet file", fix="copy it again"
+    )
 
 
 READERS: dict[str, Callable[[File, list[DataError]], Iterator[Place]]] = {

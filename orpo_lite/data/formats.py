@@ -65,7 +65,7 @@ from orpo_lite.data.readers import (
 )
 from orpo_lite.data.unread import refuse_unread
 from orpo_lite.data.verdicts import EITHER_VERDICT, VERDICTS, find_verdict, is_answer, refuse_labels, two_answers
-from orpo_lite.errors import DataError
+from orpo_lite.errors import DataError, one_of
 
 __all__ = ["COLUMNS", "PROMPTS_DIFFER", "READERS", "Detected", "Message", "Pair", "Reader", "Row", "detect_format",
            "shared_start"]  # fmt: skip
@@ -164,10 +164,10 @@ def _is_doubled(look: Look, name: str, read: Reader) -> bool:
         shares = [sum(end is not None for end in side) / len(ends) for side in zip(*ends, strict=True)]
         chosen, rejected = (f"{share:.0%}" for share in shares)
         found = f"{chosen} of chosen and {rejected} of rejected repeat the prompt in the first {len(ends)} rows"
-        remedy = f"data.format={name} to leave it in the replies"
+        fix = f"data.format={name} to leave it in the replies"
         if name in AS_TEXTS:
-            remedy = f"data.format=doubled to take it off where it is, or {remedy}"
-        raise DataError("data.format", found, "the prompt once, and all rows alike", remedy)
+            fix = f"data.format=doubled to take it off where it is, or {fix}"
+        raise DataError(where="data.format", found=found, expected="the prompt once, and all rows alike", fix=fix)
     return both >= MANY
 
 
@@ -395,8 +395,8 @@ def _find_before(look: Look) -> tuple[str, str] | None:
     strangers = [column for column in strangers if look.share(_holds_turn, conversation, column) < 1]
     if strangers:
         found = f"{shown(conversation, *strangers)} could each stand before the reply, and they differ"
-        remedy = f"{look.line(conversation=conversation)} or {look.lines('prompt', strangers)}"
-        raise DataError("data.column_map", found, "one conversation, or one prompt", remedy)
+        fix = f"{look.line(conversation=conversation)} or {look.lines('prompt', strangers)}"
+        raise DataError(where="data.column_map", found=found, expected="one conversation, or one prompt", fix=fix)
     return "conversation", conversation
 
 
@@ -413,8 +413,8 @@ def _refuse_python(look: Look) -> None:
     ]
     if columns := [column for column in columns if plain_name(column) in KNOWN or is_answer(column)]:
         found = f"{holds(*columns)} lists as Python prints them, which is not JSON"
-        remedy = "write the column with json.dumps, or save the set as .jsonl or .parquet"
-        raise DataError("data.format", found, "texts, or lists as JSON", remedy)
+        fix = "write the column with json.dumps, or save the set as .jsonl or .parquet"
+        raise DataError(where="data.format", found=found, expected="texts, or lists as JSON", fix=fix)
 
 
 def _refuse_mapped(look: Look) -> None:
@@ -427,16 +427,16 @@ def _refuse_mapped(look: Look) -> None:
             others = [column for column in look.columns if column not in look.mapped and look.kind(column) in fitting]
             others = [column for column in others if look.kind(column) != "null" and column not in SIDES]
             lines = look.lines(ours, others) if ours in ("completions", "scores", "ranks") else ""
-            remedy = lines or f"no setting helps: write {shown(theirs)} so, or name another column"
-            raise DataError("data.column_map", found, expected, remedy)
+            fix = lines or f"no setting helps: write {shown(theirs)} so, or name another column"
+            raise DataError(where="data.column_map", found=found, expected=expected, fix=fix)
 
 
 def _refuse_order(look: Look, completions: str, ranks: str) -> None:
     """From 0 on they may as well say which answer comes first, which second: 2, 0, 1 is another order then."""
     if look.share(lambda numbers: sorted(map(str, numbers)) == [str(i) for i in range(len(numbers))], ranks) == 1:
         found = f"{shown(ranks)} counts from 0: the rank of each of {shown(completions)}, or their order, best first"
-        remedy = f"{look.line(ranks=ranks)} if they are ranks, the lowest the best; write an order as ranks"
-        raise DataError("data.column_map", found, "ranks from 1 on", remedy)
+        fix = f"{look.line(ranks=ranks)} if they are ranks, the lowest the best; write an order as ranks"
+        raise DataError(where="data.column_map", found=found, expected="ranks from 1 on", fix=fix)
 
 
 def _refuse_ranking(look: Look, completions: str, found: str, lines: Sequence[str] = ()) -> NoReturn:
@@ -446,7 +446,9 @@ def _refuse_ranking(look: Look, completions: str, found: str, lines: Sequence[st
         lines += [f"{look.lines('ranks', [column])} if the lowest is the best" for column in numbers]
     expected = f"in each answer one of {', '.join(MEASURES)}; or texts with scores or ranks"
     found = f"{shown(completions)} holds {found}: nothing says which answer is the best"
-    raise DataError("data.column_map", found, expected, " or ".join(lines) or f"no setting helps: {PAIRS}")
+    raise DataError(
+        where="data.column_map", found=found, expected=expected, fix=one_of(lines) or f"no setting helps: {PAIRS}"
+    )
 
 
 def _refuse_unknown(look: Look) -> NoReturn:
@@ -459,14 +461,21 @@ def _refuse_unknown(look: Look) -> NoReturn:
     guesses = {side: guess(look, side) for side in ("chosen", "rejected")}
     if not any(guesses.values()) and (single := single_reply(look)):
         expected = "a pair needs two replies to one prompt, a better and a worse one"
-        raise DataError("data.format", f"{single}; {found}", expected, f"no setting helps: {PAIRS}")
+        raise DataError(
+            where="data.format", found=f"{single}; {found}", expected=expected, fix=f"no setting helps: {PAIRS}"
+        )
     _refuse_roles(look)
     as_texts = _as_texts(look)
     if listed := [look.column(side) for side, kind in kinds.items() if kind in LISTS]:
-        remedy = "write a single text without the list around it, and turns as messages"
+        fix = "write a single text without the list around it, and turns as messages"
         before = f"{as_texts} if these texts are the replies; else" if as_texts else "no setting helps:"
         expected = "in each of prompt, chosen and rejected a text, or messages {role, content}"
-        raise DataError("data.format", f"{holds(*listed)} lists of texts; {found}", expected, f"{before} {remedy}")
+        raise DataError(
+            where="data.format",
+            found=f"{holds(*listed)} lists of texts; {found}",
+            expected=expected,
+            fix=f"{before} {fix}",
+        )
     guesses["prompt"] = guess_prompt(look, [column for column in guesses.values() if column])
     unfit = [side for side, kind in kinds.items() if kind not in (USABLE if side != "prompt" else (*TEXTS, *CHAT))]
     sides = [column for side in ("chosen", "rejected") if (column := guesses[side])]
@@ -474,21 +483,21 @@ def _refuse_unknown(look: Look) -> NoReturn:
     if whole or (look.candidates("conversation") and unfit != ["prompt"]):
         unfit = [side for side in unfit if side != "prompt"]
     expected = "chosen and rejected, both texts or both lists of messages, with or without a prompt"
-    remedy = "no setting helps: write chosen and rejected alike, as expected"
+    fix = "no setting helps: write chosen and rejected alike, as expected"
     if unfit:
-        remedy = "name the columns: " + look.line(**{side: guesses[side] or "COLUMN" for side in unfit})
+        fix = "name the columns: " + look.line(**{side: guesses[side] or "COLUMN" for side in unfit})
     if not (guesses["chosen"] or guesses["rejected"]):
-        remedy += f"; or, where no column always holds the better reply, {PAIRS}"
+        fix += f"; or, where no column always holds the better reply, {PAIRS}"
     if odd := _odd(look, [side for side in unfit if not guesses[side]]):
-        remedy = f"no setting helps: write {shown(*odd)} as a text, or as a list of messages {{role, content}}"
+        fix = f"no setting helps: write {shown(*odd)} as a text, or as a list of messages {{role, content}}"
     no_names = look.columns and not any(guesses.values()) and all(" " in column.strip() for column in look.columns)
     if no_names or any(column.rstrip()[-1:] in ".?!" or len(column.split()) > 4 for column in look.columns):
-        remedy += "; if the first line of the file is a row, write a line with the columns' names above it"
+        fix += "; if the first line of the file is a row, write a line with the columns' names above it"
     if as_texts:
-        remedy = f"{as_texts} to take chosen and rejected for the texts that they are, though they look like JSON"
+        fix = f"{as_texts} to take chosen and rejected for the texts that they are, though they look like JSON"
     if unfit == ["prompt"] and kinds["chosen"] in TEXTS:
-        remedy += "; or data.format=implicit if both texts begin with the prompt"
-    raise DataError("data.format", f"no known format: {found}", expected, remedy)
+        fix += "; or data.format=implicit if both texts begin with the prompt"
+    raise DataError(where="data.format", found=f"no known format: {found}", expected=expected, fix=fix)
 
 
 def _refuse_nested(look: Look, found: str) -> None:
@@ -497,8 +506,10 @@ def _refuse_nested(look: Look, found: str) -> None:
         held = [row[column] for row in look.rows if isinstance(row.get(column), Mapping)]
         if held and all(item.keys() & {*SIDES} for item in held):
             found = f"{shown(column)} holds objects with a pair inside; {found}"
-            remedy = "no setting helps: write what is inside as a row of its own"
-            raise DataError("data.format", found, "prompt, chosen and rejected as columns", remedy)
+            fix = "no setting helps: write what is inside as a row of its own"
+            raise DataError(
+                where="data.format", found=found, expected="prompt, chosen and rejected as columns", fix=fix
+            )
 
 
 def _odd(look: Look, sides: Sequence[str]) -> list[str]:
@@ -563,8 +574,8 @@ def _refuse_no_messages(look: Look, read: Reader, as_texts: str) -> None:
     if len(faults) > len(look.rows) / 2:
         found = f"{shown(*SIDES)} look like messages in JSON, and are none in {len(faults)} of {len(look.rows)} rows"
         found += f" ({faults[0].where.removeprefix(', ')}: {faults[0].found})"
-        remedy = f"{as_texts} if these texts are the replies as they should be; else mend the messages"
-        raise DataError("data.format", found, "messages that end with a reply, or texts", remedy)
+        fix = f"{as_texts} if these texts are the replies as they should be; else mend the messages"
+        raise DataError(where="data.format", found=found, expected="messages that end with a reply, or texts", fix=fix)
 
 
 def _refuse_roles(look: Look) -> None:
@@ -577,9 +588,9 @@ def _refuse_roles(look: Look) -> None:
         roles = dict.fromkeys(str(item.get(speaker)) for item in messages if is_message(item))
         if strange := [f"{role!r:.24}" for role in roles if role not in known]:
             found = f"the messages of {shown(column)} have roles that are not known: {', '.join(strange[:5])}"
-            remedy = "leave out the rows that have others, or write their turns in these"
+            fix = "leave out the rows that have others, or write their turns in these"
             if tools := [role for role in roles if role in TOOL_ROLES]:
-                found, remedy = f"{found}; turns of {' and '.join(tools)} are not read", WITHOUT_TOOLS
+                found, fix = f"{found}; turns of {' and '.join(tools)} are not read", WITHOUT_TOOLS
             as_texts = _as_texts(look)
-            remedy = f"{as_texts} if these are texts; else {remedy}" if as_texts else f"no setting helps: {remedy}"
-            raise DataError("data.format", found, f"the roles {', '.join(known)}", remedy)
+            fix = f"{as_texts} if these are texts; else {fix}" if as_texts else f"no setting helps: {fix}"
+            raise DataError(where="data.format", found=found, expected=f"the roles {', '.join(known)}", fix=fix)

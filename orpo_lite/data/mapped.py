@@ -82,7 +82,7 @@ def check_mapped(column_map: Mapping[str, Sequence[str]]) -> None:
         if all(len(columns) == 1 and columns[0] in COLUMNS for columns in column_map.values()):
             line = map_line({columns[0]: [theirs] for theirs, columns in column_map.items()})
             found = f"{shown(*unknown)} {'is' if len(unknown) == 1 else 'are'} not among our names"
-            raise DataError("data.column_map", found, "OURS=THEIRS", f"turn it round: {line}")
+            raise DataError(where="data.column_map", found=found, expected="OURS=THEIRS", fix=f"turn it round: {line}")
         _raise_unknown(unknown, COLUMNS)
 
 
@@ -90,7 +90,9 @@ def _raise_unknown(names: Sequence[str], options: Sequence[str]) -> NoReturn:
     faults = []
     for name in names:
         near = difflib.get_close_matches(name, options, n=1)
-        remedy = f"did you mean {near[0]!r}?" if near else "data.column_map=prompt=COLUMN"
-        faults.append(DataError("data.column_map", f"{name!r}", f"one of {', '.join(options)}", remedy))
+        fix = f"did you mean {near[0]!r}?" if near else "data.column_map=prompt=COLUMN"
+        faults.append(
+            DataError(where="data.column_map", found=f"{name!r}", expected=f"one of {', '.join(options)}", fix=fix)
+        )
     raise_all(faults)
     raise AssertionError("names is empty")

@@ -435,7 +435,9 @@ def _messages(row: Row, field: str, where: str, label: str = "") -> list[Message
         if not isinstance(item, Mapping):
             raise fault(where, place, seen({"": item}, ""), "a message {role, content}")
         if any(item.get(key) for key in TOOL_CALLS):
-            raise ToolError(f"{where}, field {place}", "a call of a tool", NO_TOOLS, WITHOUT_TOOLS)
+            raise ToolError(
+                where=f"{where}, field {place}", found="a call of a tool", expected=NO_TOOLS, fix=WITHOUT_TOOLS
+            )
         if item.get("role") is None and item.get("from") is None and "input" in item:
             messages += _user(_content(item, "input", where, f"{place}.input"))
             if item.get("output") is not None:
@@ -447,7 +449,12 @@ def _messages(row: Row, field: str, where: str, label: str = "") -> list[Message
             speaker, said, roles = ("from", "value", SHAREGPT_ROLES)
         role = item.get(speaker)
         if role in TOOL_ROLES:
-            raise ToolError(f"{where}, field {place}.{speaker}", f"{role!r}, a tool's turn", NO_TOOLS, WITHOUT_TOOLS)
+            raise ToolError(
+                where=f"{where}, field {place}.{speaker}",
+                found=f"{role!r}, a tool's turn",
+                expected=NO_TOOLS,
+                fix=WITHOUT_TOOLS,
+            )
         if not isinstance(role, str) or role not in roles:
             raise fault(where, f"{place}.{speaker}", f"{role!r:.24}", f"one of {', '.join(roles)}")
         messages.append({"role": roles[role], "content": _content(item, said, where, f"{place}.{said}")})
@@ -681,7 +688,7 @@ def seen(row: Row, field: str) -> str:
             return "an object"
 
 
-def fault(where: str, field: str, found: str, expected: str, remedy: str = "mend or remove the row") -> DataError:
+def fault(where: str, field: str, found: str, expected: str, fix: str = "mend or remove the row") -> DataError:
     if found.startswith("missing") and field in COLUMNS:
-        remedy += f"; if every row has it under another name: data.column_map={field}=COLUMN"
-    return DataError(f"{where}, field {field}", found, expected, remedy)
+        fix += f"; if every row has it under another name: data.column_map={field}=COLUMN"
+    return DataError(where=f"{where}, field {field}", found=found, expected=expected, fix=fix)

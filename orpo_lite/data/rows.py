@@ -94,7 +94,12 @@ def refuse_twice(sources: Sequence[Source]) -> None:
         names = {os.path.realpath(file.path): file.label for file in files}
         names |= {source.whole_name: source.whole_name} if isinstance(source, HubSource) else {}
         if twice := [label for name, label in names.items() if name in read]:
-            raise DataError("data.dataset_name", f"{_listed(twice)}: twice", "each row once", "name it once")
+            raise DataError(
+                where="data.dataset_name",
+                found=f"{_listed(twice)}: twice",
+                expected="each row once",
+                fix="name it once",
+            )
         read |= names.keys()
 
 
@@ -196,7 +201,9 @@ def _readable(name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DataError(name, str(error), "a file that can be read", "check its owner and permissions") from None
+        raise DataError(
+            where=name, found=str(error), expected="a file that can be read", fix="check its owner and permissions"
+        ) from None
 
 
 def _find_files(name: str, split: str) -> LocalSource:
@@ -253,12 +260,19 @@ def _data_files(folder: Path) -> list[Path]:
         _refuse_copies(folder, found)
         return found
     if any((folder / name).exists() for name in SAVED):
-        remedy = f'datasets.load_from_disk({str(folder)!r}), then .to_parquet("train.parquet") of each split'
-        raise DataError(str(folder), "a folder of save_to_disk", "files as Dataset.to_parquet writes them", remedy)
+        fix = f'datasets.load_from_disk({str(folder)!r}), then .to_parquet("train.parquet") of each split'
+        raise DataError(
+            where=str(folder),
+            found="a folder of save_to_disk",
+            expected="files as Dataset.to_parquet writes them",
+            fix=fix,
+        )
     below = sorted({path.parent.name for path in folder.glob("*/*") if _is_data(path)})
     likely = choose_split(below) or next((name for name in below if "train" in name.lower()), *below[:1] or [""])
-    remedy = names_line([str(folder / likely)]) if below else "check data.dataset_name"
-    raise DataError(str(folder), "no data files in the folder", f"files of {', '.join(KINDS)}", remedy)
+    fix = names_line([str(folder / likely)]) if below else "check data.dataset_name"
+    raise DataError(
+        where=str(folder), found="no data files in the folder", expected=f"files of {', '.join(KINDS)}", fix=fix
+    )
 
 
 def _refuse_copies(folder: Path, paths: Sequence[Path]) -> None:
@@ -268,15 +282,20 @@ def _refuse_copies(folder: Path, paths: Sequence[Path]) -> None:
         other = stems.setdefault(path.parent / _stem(path.name), path)
         if other != path:
             found = f"{other.name} and {path.name}: one name in two kinds of files, as if one was made of the other"
-            remedy = f"{names_line([str(path)])} or {names_line([str(other)])}, or another name for one of them"
-            raise DataError(str(folder), found, "each row once", remedy)
+            fix = f"{names_line([str(path)])} or {names_line([str(other)])}, or another name for one of them"
+            raise DataError(where=str(folder), found=found, expected="each row once", fix=fix)
 
 
 def _matched(pattern: Path) -> list[Path]:
     found = sorted(path for path in map(Path, glob.glob(str(pattern), recursive=True)) if _is_data(path))
     if not found:
         expected = f"files of {', '.join(KINDS)}"
-        raise DataError(str(pattern), "no data file matches", expected, 'check the pattern, and put "..." around it')
+        raise DataError(
+            where=str(pattern),
+            found="no data file matches",
+            expected=expected,
+            fix='check the pattern, and put "..." around it',
+        )
     return found
 
 
@@ -290,8 +309,8 @@ def _of_split(where: Path, paths: list[Path], split: str) -> tuple[list[Path], s
     if chosen not in splits:
         wanted, example = ("train", "train") if split == AUTO else (repr(split), split)
         found = f"no file of split {wanted}; files: {_listed([path.name for path in paths])}"
-        remedy = f"data.dataset_train_split=SPLIT, data.dataset_test_split=SPLIT; splits: {_listed(splits)}"
-        raise DataError(str(where), found, f"{example}.jsonl or the like", remedy)
+        fix = f"data.dataset_train_split=SPLIT, data.dataset_test_split=SPLIT; splits: {_listed(splits)}"
+        raise DataError(where=str(where), found=found, expected=f"{example}.jsonl or the like", fix=fix)
     left = [path.name for path in paths if split_of(path) not in named]
     said = [_said_split(chosen, named), f"not read: {_listed(left)}" if left else ""] if split == AUTO else []
     return [path for path in paths if split_of(path) == chosen], "; ".join(filter(None, said))
@@ -299,11 +318,21 @@ def _of_split(where: Path, paths: list[Path], split: str) -> tuple[list[Path], s
 
 def _unknown_kind(path: Path) -> DataError:
     if path.suffix.lower() in SPREADSHEETS:
-        return DataError(str(path), "a spreadsheet", f"one of {', '.join(KINDS)}", "save it as csv, in UTF-8")
-    remedy = 'Dataset.from_file(OLD).to_parquet("train.parquet")' if path.suffix == ".arrow" else "convert or rename it"
+        return DataError(
+            where=str(path),
+            found="a spreadsheet",
+            expected=f"one of {', '.join(KINDS)}",
+            fix="save it as csv, in UTF-8",
+        )
+    fix = 'Dataset.from_file(OLD).to_parquet("train.parquet")' if path.suffix == ".arrow" else "convert or rename it"
     if path.suffix.lower() in (".ndjson", ".jl", ".jsonlines"):
-        remedy = f"rename it to {path.stem}.jsonl"
-    return DataError(str(path), "an unknown kind of file", f"one of {', '.join(KINDS)}, or .gz of a text", remedy)
+        fix = f"rename it to {path.stem}.jsonl"
+    return DataError(
+        where=str(path),
+        found="an unknown kind of file",
+        expected=f"one of {', '.join(KINDS)}, or .gz of a text",
+        fix=fix,
+    )
 
 
 def _refuse_mistyped(name: str) -> None:
@@ -321,7 +350,7 @@ def _refuse_mistyped(name: str) -> None:
 
 def _missing(path: Path, near: Sequence[str], expected: str = "a file or folder") -> DataError:
     found = "no such file" if path.parent.is_dir() else f"no such file, and {path.parent} is not a folder"
-    return DataError(str(path), found, expected, _did_you_mean(near) or "check the path")
+    return DataError(where=str(path), found=found, expected=expected, fix=_did_you_mean(near) or "check the path")
 
 
 def _did_you_mean(near: Sequence[str]) -> str:
@@ -388,11 +417,11 @@ def _load_set(name: str, split: str, config: str | None) -> HubSource:
         raise
     except Exception as error:  # whatever a download can raise is the hub's or the network's
         expected, said = f"split {split!r}" if split != AUTO else "a data set with pairs", _found(error)
-        remedy = _hub_remedy(name, error)
+        fix = _hub_fix(name, error)
         if unreachable and isinstance(error, ConnectionError):  # all that datasets knows is that it was not to ask
             expected, said = "a connection, or a copy in the cache", f"{unreachable} and it is not in the cache"
-            remedy += "; HF_HUB_ETAG_TIMEOUT=60 waits longer for a slow one" if "Timeout" in unreachable else ""
-        raise HubError(f"data.dataset_name {name}", said, expected, remedy) from error
+            fix += "; HF_HUB_ETAG_TIMEOUT=60 waits longer for a slow one" if "Timeout" in unreachable else ""
+        raise HubError(where=f"data.dataset_name {name}", found=said, expected=expected, fix=fix) from error
     if unreachable:
         found = replace(found, said="; ".join(filter(None, (f"{unreachable}; read from the cache", found.said))))
     return found
@@ -461,8 +490,10 @@ def _load_auto(name: str, config: str | None) -> HubSource:
         names = list(loaded)
     split = choose_split(names)
     if split is None:
-        found, remedy = f"several splits: {_listed(names)}", f"data.dataset_train_split={names[0]}" if names else ""
-        raise HubError(f"data.dataset_name {name}", found, "a split train, or one with preferences", remedy)
+        found, fix = f"several splits: {_listed(names)}", f"data.dataset_train_split={names[0]}" if names else ""
+        raise HubError(
+            where=f"data.dataset_name {name}", found=found, expected="a split train, or one with preferences", fix=fix
+        )
     table = loaded[split] if loaded is not None else datasets.load_dataset(name, config, split=split)
     return HubSource(name, _said_split(split, names), split, table)
 
@@ -476,7 +507,7 @@ def _found(error: Exception) -> str:
 CONFIGS = re.compile(r"(?:available configs|available configs in the cache|available|in the cache): \[?(.+?)\]?$", re.I)
 
 
-def _hub_remedy(name: str, error: Exception) -> str:
+def _hub_fix(name: str, error: Exception) -> str:
     said = str(error).replace(name, "").lower()
     if "scripts are no longer supported" in said:
         parquet = f"hf download --repo-type dataset --revision refs/convert/parquet --local-dir DIR {name}"

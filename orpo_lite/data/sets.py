@@ -15,7 +15,7 @@ from orpo_lite.data.columns import shown
 from orpo_lite.data.formats import Pair
 from orpo_lite.data.mapped import check_mapped
 from orpo_lite.data.rows import Source, find_source, is_local, is_path, names_line, refuse_twice
-from orpo_lite.errors import DataError
+from orpo_lite.errors import DataError, Overrides
 
 if TYPE_CHECKING:
     from orpo_lite.recipe import DataSection
@@ -29,7 +29,12 @@ def training_sources(data: DataSection) -> list[Source]:
     split = data.dataset_train_split
     if split not in ("auto", "train") and all(Path(name).expanduser().is_file() for name in data.names):
         found, expected = repr(split), "auto: files of their own have no splits"
-        raise DataError("data.dataset_train_split", found, expected, "leave it out, or name the file of that split")
+        raise DataError(
+            where="data.dataset_train_split",
+            found=found,
+            expected=expected,
+            fix="leave it out, or name the file of that split",
+        )
     sources = [find_source(name, split, data.dataset_config) for name in data.names]
     refuse_twice(sources)
     if data.dataset_test_split is not None and all(map(is_local, data.names)):
@@ -45,10 +50,12 @@ def _refuse_held_out(sources: Sequence[Source], held_out: Sequence[Source]) -> N
     left = [file for file in files if os.path.realpath(file) not in held]
     if len(left) < len(files):
         both = shown(*(Path(file).name for file in files if file not in left))
-        remedy = names_line(left) if left else "name other files in one of the two"
+        fix = names_line(left) if left else "name other files in one of the two"
         if left and len(theirs) == 1:  # files of their own have no splits by which to name it
-            remedy += " " + shlex.quote(f"data.dataset_test_split={theirs[0]}")
-        raise DataError("data.dataset_name", f"{both}: held out as well", "pairs on one side alone", remedy)
+            fix += " " + shlex.quote(f"data.dataset_test_split={theirs[0]}")
+        raise DataError(
+            where="data.dataset_name", found=f"{both}: held out as well", expected="pairs on one side alone", fix=fix
+        )
 
 
 def held_out_sources(data: DataSection) -> list[Source]:
@@ -68,8 +75,8 @@ def held_out_sources(data: DataSection) -> list[Source]:
         expected = f"a file of its own ({alone} has no splits), or null to hold out data.test_split_size"
         folders = [find_source(name, test, None) for name in data.names if Path(name).expanduser().is_dir()]
         files = [file for source in folders for file in source.paths()]
-        remedy = shlex.quote(f"data.dataset_test_split={files[0] if len(files) == 1 else 'held-out.jsonl'}")
-        raise DataError("data.dataset_test_split", repr(test), expected, remedy)
+        fix = shlex.quote(f"data.dataset_test_split={files[0] if len(files) == 1 else 'held-out.jsonl'}")
+        raise DataError(where="data.dataset_test_split", found=repr(test), expected=expected, fix=fix)
     return [find_source(name, test, data.dataset_config) for name in data.names]
 
 
@@ -99,7 +106,12 @@ def hold_out(pairs: Sequence[Held], prompts: Sequence[bytes], size: float, seed:
         held = {key for key, pairs_held in zip(ranked, before, strict=False) if pairs_held < size}
     if len(held) == len(ranked):
         found = f"{size:g} of {len(pairs)} pairs with {len(ranked)} different prompts leaves none to train on"
-        raise DataError("data.test_split_size", found, "less than all prompts", "data.test_split_size=0, or more pairs")
+        raise DataError(
+            where="data.test_split_size",
+            found=found,
+            expected="less than all prompts",
+            fix=Overrides({"data.test_split_size": 0}, ", or more pairs"),
+        )
     train: list[Held] = []
     test: list[Held] = []
     for pair, prompt in zip(pairs, prompts, strict=True):

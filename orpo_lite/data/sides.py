@@ -76,10 +76,17 @@ def tokenized(
     except OSError as error:
         if error.errno not in FULL:
             raise
-        remedy = f"free some space, or {cache.VARIABLE}=FOLDER on another disk"
-        raise FitError(str(cache.cache_folder()), "the disk is full", "room for the tokens", remedy) from error
+        fix = f"free some space, or {cache.VARIABLE}=FOLDER on another disk"
+        raise FitError(
+            where=str(cache.cache_folder()), found="the disk is full", expected="room for the tokens", fix=fix
+        ) from error
     if entry is None:
-        raise FitError(str(cache.cache_folder()), "what was written cannot be read", "a sound disk", "try it again")
+        raise FitError(
+            where=str(cache.cache_folder()),
+            found="what was written cannot be read",
+            expected="a sound disk",
+            fix="try it again",
+        )
     return entry
 
 
@@ -142,8 +149,13 @@ def _tokenize(
 
 def _templated(count: int, pairs: int) -> DataError:
     found = f"{count:,} of {pairs:,} pairs hold markers of a chat template, though hardly any of the first rows did"
-    remedy = "write all rows alike: without markers, or, for data.chat_template=none, with them"
-    return DataError("data.chat_template", found, "text without markers: the template puts them in again", remedy)
+    fix = "write all rows alike: without markers, or, for data.chat_template=none, with them"
+    return DataError(
+        where="data.chat_template",
+        found=found,
+        expected="text without markers: the template puts them in again",
+        fix=fix,
+    )
 
 
 def show_row(data: DataSection, sources: Sequence[Source], load: LoadTokenizer, place: str) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, Self, cast
 
 from orpo_lite.data.formats import Message, Pair, shared_start
-from orpo_lite.errors import DataError, ModelError, OrpoLiteError, RecipeError
+from orpo_lite.errors import DataError, ModelError, OrpoLiteError, Overrides, RecipeError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -118,7 +118,9 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, data: DataSection) -> 
             text = tokenizer.get_chat_template()
         except ValueError as error:
             found = str(error).splitlines()[0]
-            raise ModelError("tokenizer", found, "a default chat template", "data.chat_template=FILE.jinja") from None
+            raise ModelError(
+                where="tokenizer", found=found, expected="a default chat template", fix="data.chat_template=FILE.jinja"
+            ) from None
         said = "the tokenizer's own chat template"
     elif choice == "auto":
         eos_id(tokenizer)  # the template writes it
@@ -136,7 +138,12 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, data: DataSection) -> 
             said += " (it writes today's date; data.chat_template_kwargs can fix one)"
     if taken := RESERVED & data.chat_template_kwargs.keys():
         expected = f"other names than {', '.join(sorted(RESERVED))}"
-        raise RecipeError("data.chat_template_kwargs", f"sets {', '.join(sorted(taken))}", expected, "leave it out")
+        raise RecipeError(
+            where="data.chat_template_kwargs",
+            found=f"sets {', '.join(sorted(taken))}",
+            expected=expected,
+            fix="leave it out",
+        )
     variables = {**tokenizer.special_tokens_map, **data.chat_template_kwargs}
     return Template(text, variables, *_end_texts(tokenizer), said)
 
@@ -152,14 +159,21 @@ def template_file(choice: str) -> str:
         return Path(choice).expanduser().read_text("utf-8")
     except (OSError, ValueError) as error:
         expected = "auto, none, a .jinja file, or a template"
-        raise RecipeError("data.chat_template", f"{choice}: {error}", expected, "check the path") from None
+        raise RecipeError(
+            where="data.chat_template", found=f"{choice}: {error}", expected=expected, fix="check the path"
+        ) from None
 
 
 def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The tokenizer's eos. Raises ModelError when it has none."""
     if tokenizer.eos_token_id is None:
         expected = "an eos_token, or a chat template that ends a reply with a special token"
-        raise ModelError("tokenizer", "nothing ends a reply", expected, "set eos_token in tokenizer_config.json")
+        raise ModelError(
+            where="tokenizer",
+            found="nothing ends a reply",
+            expected=expected,
+            fix="set eos_token in tokenizer_config.json",
+        )
     return int(tokenizer.eos_token_id)
 
 
@@ -186,8 +200,10 @@ def pair_texts(pair: Pair, template: Template) -> PairTexts | str:
     answered = _render([*pair.messages, _reply(_MARK)], template, pair.where)
     before, mark, after = answered.rpartition(_MARK)
     if not mark:
-        remedy = "data.chat_template=FILE.jinja with a template that shows the assistant's turns"
-        raise ModelError(pair.where, "the chat template leaves out the reply", "the reply in the text", remedy)
+        fix = "data.chat_template=FILE.jinja with a template that shows the assistant's turns"
+        raise ModelError(
+            where=pair.where, found="the chat template leaves out the reply", expected="the reply in the text", fix=fix
+        )
     lost = [turn["role"] for turn in _lost_turns(pair, template) if turn["content"].strip()]
     if any(role != "system" for role in lost):
         return TURN_LOST
@@ -236,7 +252,12 @@ def _joined(pair: Pair, special: re.Pattern[str]) -> PairTexts | str:
     end with a token, but not hold one."""
     if pair.prompt_text is None:
         found = "a conversation, and data.chat_template: none joins plain texts"
-        raise DataError(pair.where, found, "a prompt that is one text", "data.chat_template=auto")
+        raise DataError(
+            where=pair.where,
+            found=found,
+            expected="a prompt that is one text",
+            fix=Overrides({"data.chat_template": "auto"}),
+        )
     replies = []
     for reply in (pair.chosen, pair.rejected):
         end = special.search(reply)
@@ -264,8 +285,8 @@ def _render(messages: Iterable[Message], template: Template, where: str, generat
         raise BeyondLimitsError(where, f"the chat template takes more than {MEMORY >> 30} GiB of memory") from None
     except Exception as error:  # a template can raise anything
         found = f"the chat template raises {type(error).__name__}: {error}"
-        remedy = "data.chat_template=FILE.jinja with a template that takes such turns, or mend the row"
-        raise ModelError(where, found, "a template that renders these turns", remedy) from None
+        fix = "data.chat_template=FILE.jinja with a template that takes such turns, or mend the row"
+        raise ModelError(where=where, found=found, expected="a template that renders these turns", fix=fix) from None
     if len(texts[0]) > SLACK + GROWTH * sum(len(turn["content"]) for turn in turns):
         raise BeyondLimitsError(where, f"the chat template writes {len(texts[0]):,} characters")
     return str(texts[0])
@@ -279,7 +300,8 @@ class BeyondLimitsError(ModelError):
     """A template that takes too long or writes too much: the first pair that shows it is the last one rendered."""
 
     def __init__(self, where: str, found: str) -> None:
-        super().__init__(where, found, "a template that renders these turns", "data.chat_template=FILE.jinja")
+        fix = "data.chat_template=FILE.jinja"
+        super().__init__(where=where, found=found, expected="a template that renders these turns", fix=fix)
 
 
 # --- many pairs
@@ -397,7 +419,7 @@ def _pack(item: Rendered) -> list[str | bool]:
     if isinstance(item, BeyondLimitsError):
         return [type(item).__name__, item.where, item.found]
     if isinstance(item, OrpoLiteError):
-        return [type(item).__name__, item.where, item.found, item.expected, item.remedy]
+        return [type(item).__name__, item.where, item.found, item.expected, item.fix]
     return [item] if isinstance(item, str) else list(item)
 
 
@@ -410,7 +432,7 @@ def _unpack(parts: list[Any]) -> Rendered:
         case [name, *fields]:
             kinds: dict[str, Callable[..., OrpoLiteError]]
             kinds = {"DataError": DataError, "ModelError": ModelError, "BeyondLimitsError": BeyondLimitsError}
-            return kinds[name](*fields)
+            return kinds[name](**dict(zip(("where", "found", "expected", "fix"), fields, strict=False)))
     raise ValueError(f"{len(parts)} parts")
 
 

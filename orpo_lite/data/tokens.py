@@ -92,7 +92,12 @@ def tokenize_pairs(
     """
     if not tokenizer.is_fast:
         expected = "a fast tokenizer, which says where in the text each token stands"
-        raise ModelError("tokenizer", f"{type(tokenizer).__name__} is a slow one", expected, "add a tokenizer.json")
+        raise ModelError(
+            where="tokenizer",
+            found=f"{type(tokenizer).__name__} is a slow one",
+            expected=expected,
+            fix="add a tokenizer.json",
+        )
     end, lead = end_token_id(renderer, tokenizer), _leading_ids(tokenizer)
     faults: list[OrpoLiteError] = []
     for batch, rendered, encoded in _encoded(_rendered(_batches(pairs, BATCH), renderer), tokenizer):

@@ -18,7 +18,7 @@ from orpo_lite.data.kinds import (
     waits_for_reply,
 )
 from orpo_lite.data.readers import Pair
-from orpo_lite.errors import DataError
+from orpo_lite.errors import DataError, Overrides
 
 # What may stand in a column of that name, and what is read there. A number is no prompt, but the id of one.
 FITS: dict[str, tuple[tuple[Kind, ...], str]] = {
@@ -61,8 +61,10 @@ def _refuse_misfits(look: Look, name: str, *, decided: bool) -> None:
             continue
         found = f"{shown(column)} holds {look.kind(column)}, and that is not read"
         without = _without(look, name) if is_prompt else ""
-        remedy = f"{without} to leave it out" if without else "no setting helps: leave the column out"
-        raise DataError("data.column_map", found, expected, f"{remedy}, or write it as {expected}")
+        fix = f"{without} to leave it out" if without else "no setting helps: leave the column out"
+        raise DataError(
+            where="data.column_map", found=found, expected=expected, fix=f"{fix}, or write it as {expected}"
+        )
 
 
 def _refuse_prompts(look: Look, name: str, *, decided: bool) -> None:
@@ -86,8 +88,10 @@ def _refuse_prompts(look: Look, name: str, *, decided: bool) -> None:
             without = (
                 _without(look, name) if listed else "data.format=implicit" if name in WHOLE else "take the column out"
             )
-            remedy = before + (f"{without} to leave it out" if without else "take the column out")
-            raise DataError("data.column_map", found, "conversations that hold their prompt", remedy)
+            fix = before + (f"{without} to leave it out" if without else "take the column out")
+            raise DataError(
+                where="data.column_map", found=found, expected="conversations that hold their prompt", fix=fix
+            )
 
 
 def _holds(turns: Sequence[str], prompt: str) -> bool:
@@ -115,10 +119,13 @@ def _refuse_turns(look: Look, name: str, reads: Callable[..., Pairs]) -> None:
             in_front = next((our for our in ours if _all_read(reads(**{our: column}), now, values)), None)
             in_line = f"{look.line(**{in_front: column})} to put them in front" if in_front else ""
             without = _without(look, name)
-            remedy = (
-                f"{in_line or 'write them into the prompt'}, or {without or 'take the column out'} to leave them out"
+            fix = f"{in_line or 'write them into the prompt'}, or {without or 'take the column out'} to leave them out"
+            raise DataError(
+                where="data.column_map",
+                found=found,
+                expected="all that stands before the reply in what is read",
+                fix=fix,
             )
-            raise DataError("data.column_map", found, "all that stands before the reply in what is read", remedy)
 
 
 def _is_lost(look: Look, i: int, conversation: Any, *, stranger: bool) -> bool:
@@ -160,7 +167,7 @@ def _without(look: Look, name: str) -> str:
     if conversation := look.taken.get("conversation"):
         return look.line(conversation=conversation)
     prompts = [look.taken["prompt"]] if "prompt" in look.taken else look.candidates("prompt")
-    return look.lines("prompt", prompts) or ("data.format=implicit" if name in WHOLE else "")
+    return look.lines("prompt", prompts) or (Overrides({"data.format": "implicit"}) if name in WHOLE else "")
 
 
 def _unread(look: Look, names: Iterable[str]) -> list[str]:

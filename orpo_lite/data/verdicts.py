@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 from orpo_lite.data.columns import MANY, NUMBERED, PAIRS, SIDES, Look, plain_name, shown, words
 from orpo_lite.data.guesses import MEASURING, names_better
 from orpo_lite.data.kinds import USABLE
-from orpo_lite.errors import DataError
+from orpo_lite.errors import DataError, one_of
 
 ANSWER_WORDS = ("response", "answer", "completion", "output", "reply", "generation", "conv", "messages", "human_ref")
 SIGNED = ("preference_strength", "overall_preference")  # HelpSteer: -3, the first is much better, to 3, the second is
@@ -34,8 +34,8 @@ def two_answers(look: Look) -> tuple[str, str] | None:
     pairs = [tuple(ends[end] for end in sorted(ends)) for ends in stems.values() if len(ends) == 2]
     if len(pairs) > 1:
         found = " and ".join(f"{shown(a)} with {shown(b)}" for a, b in pairs) + " could each be the two answers"
-        lines = " or ".join(look.line(response_a=a, response_b=b) for a, b in pairs)
-        raise DataError("data.column_map", found, "two answers", lines)
+        lines = one_of(look.line(response_a=a, response_b=b) for a, b in pairs)
+        raise DataError(where="data.column_map", found=found, expected="two answers", fix=lines)
     return (pairs[0][0], pairs[0][1]) if pairs else None
 
 
@@ -57,7 +57,9 @@ def refuse_labels(look: Look) -> None:
     columns = {} if is_answer(answers[0]) else {"response_a": answers[0], "response_b": answers[1]}
     found = f"{shown(*map(look.column, SIDES))} name {shown(*answers)}, and hold no replies themselves"
     line = look.line(**columns, better=look.column("chosen"))
-    raise DataError("data.column_map", found, "the better reply in chosen, and the worse in rejected", line)
+    raise DataError(
+        where="data.column_map", found=found, expected="the better reply in chosen, and the worse in rejected", fix=line
+    )
 
 
 Says = Callable[[Any], str | None]  # a verdict's value -> a, b, tie; None where it says none of these
@@ -125,20 +127,22 @@ def _refuse_values(look: Look, column: str, answers: tuple[str, str]) -> NoRetur
         held = look.kind(column)
     found = f"{shown(theirs)} is to say which of {shown(*names)} is the better, and holds {held}"
     expected = f"a or {names[0]} for the first, b or {names[1]} for the second, or tie"
-    remedy = f"no setting helps: write {shown(theirs)} so, or {PAIRS}"
-    raise DataError("data.column_map", found, expected, remedy)
+    fix = f"no setting helps: write {shown(theirs)} so, or {PAIRS}"
+    raise DataError(where="data.column_map", found=found, expected=expected, fix=fix)
 
 
 def _refuse_verdict(look: Look, answers: tuple[str, str], verdicts: Sequence[str]) -> NoReturn:
     two = shown(*answers)
     found = f"{two} are two answers, and no column is known to say which is the better"
-    remedy = f"no setting helps: {PAIRS}"
+    fix = f"no setting helps: {PAIRS}"
     if [column for column in verdicts if plain_name(column) in VERDICTS]:
         found = f"{shown(*verdicts)} could each say which of {two} is the better"
     elif not verdicts and (measures := _measures(look, answers)):
         found += f"; {' and '.join(shown(*pair) for pair in measures)} measure them"
-        remedy += ", by those numbers: only you know whether the higher or the lower is the better"
-    raise DataError("data.column_map", found, "one verdict", look.lines("better", verdicts) or remedy)
+        fix += ", by those numbers: only you know whether the higher or the lower is the better"
+    raise DataError(
+        where="data.column_map", found=found, expected="one verdict", fix=look.lines("better", verdicts) or fix
+    )
 
 
 def _refuse_unsigned(look: Look, column: str, answers: tuple[str, str]) -> None:
@@ -148,8 +152,8 @@ def _refuse_unsigned(look: Look, column: str, answers: tuple[str, str]) -> None:
         found = f"{shown(column)} is below 0 in no row: a strength, by which the first is never the better, or the "
         found += f"number of the better one of {shown(*answers)}"
         strength, number = look.line(preference_strength=column), look.line(better=column)
-        remedy = f"{strength} if it is a strength, or {number} if a number"
-        raise DataError("data.column_map", found, "strengths on both sides of 0", remedy)
+        fix = f"{strength} if it is a strength, or {number} if a number"
+        raise DataError(where="data.column_map", found=found, expected="strengths on both sides of 0", fix=fix)
 
 
 def _measures(look: Look, answers: tuple[str, str]) -> list[tuple[str, str]]:

@@ -114,10 +114,10 @@ def describe(config: Any, where: str) -> Description:
     if family is None:
         found = f"model_type {config.model_type!r} has no export to GGUF here"
         raise ModelError(
-            where,
-            found,
-            f"one of {', '.join(FAMILIES)}",
-            f"{VLLM}, or llama.cpp's own converter",
+            where=where,
+            found=found,
+            expected=f"one of {', '.join(FAMILIES)}",
+            fix=f"{VLLM}, or llama.cpp's own converter",
         )
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -156,7 +156,9 @@ def describe(config: Any, where: str) -> Description:
 
 
 def _beyond(where: str, found: str, expected: str) -> ModelError:
-    return ModelError(where, f"{found}, which llama.cpp does not do for this family", expected, VLLM)
+    return ModelError(
+        where=where, found=f"{found}, which llama.cpp does not do for this family", expected=expected, fix=VLLM
+    )
 
 
 def _gemma_keys(made: Description, config: Any, where: str) -> None:
@@ -290,11 +292,11 @@ def find_targets(made: Description, config: Any, tensors: dict[str, Stored], whe
         allowed = kind == "weight" or any(module.endswith(projection) for projection in made.family.biases)
         if name is None or not allowed or len(stored.shape) not in (1, 2):
             found = f"has a tensor {stored.name}, for which llama.cpp's {made.family.arch} has no place"
-            raise ModelError(where, found, "the tensors of that family")
+            raise ModelError(where=where, found=found, expected="the tensors of that family")
         is_turned = made.family.pairs_adjacent and module.endswith(ATTENTION[:2])
         if is_turned and stored.shape[0] % made.head_dim:
             found = f"has a tensor {stored.name} of {stored.shape[0]} rows"
-            raise ModelError(where, found, f"whole heads of {made.head_dim}")
+            raise ModelError(where=where, found=found, expected=f"whole heads of {made.head_dim}")
         adds_one = made.family.norm_adds_one and module.endswith("norm")
         targets.append(Target(name, stored, made.head_dim * is_turned, float(adds_one)))
     _refuse_others(config, names, {target.name: target.stored for target in targets}, where)
@@ -313,7 +315,12 @@ def _refuse_others(config: Any, names: Any, found: Mapping[str, Stored], where: 
         told = "x".join(map(str, parameter.shape))
         if shape != told:
             said = f"has no {name}" if shape is None else f"has a {name} of {shape}"
-            raise ModelError(where, said, f"{told}, by its config.json", "orpo-lite merge RUN makes it again")
+            raise ModelError(
+                where=where,
+                found=said,
+                expected=f"{told}, by its config.json",
+                fix="orpo-lite merge RUN makes it again",
+            )
 
 
 def _has_own_head(tensors: Mapping[str, Stored]) -> bool:

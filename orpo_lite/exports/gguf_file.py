@@ -107,5 +107,10 @@ def _encode(block: np.ndarray, entry: _Entry, file: Path) -> np.ndarray:
 
     block = np.ascontiguousarray(block, np.float32)
     if entry.kind == "f16" and block.size and np.abs(block).max() > LARGEST_F16:
-        raise ModelError(str(file), f"{entry.name} holds numbers that f16 cannot", "up to 65504", "--outtype bf16")
+        raise ModelError(
+            where=str(file),
+            found=f"{entry.name} holds numbers that f16 cannot",
+            expected="up to 65504",
+            fix="--outtype bf16",
+        )
     return np.asarray(quantize(block, GGMLQuantizationType[entry.kind.upper()]))

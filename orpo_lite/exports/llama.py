@@ -37,7 +37,9 @@ def quantise(source: Path, file: Path, outtype: str) -> None:
     options = llama_cpp.llama_model_quantize_default_params()
     options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{outtype.upper()}")
     if code := llama_cpp.llama_model_quantize(str(source).encode(), str(file).encode(), options):
-        raise ModelError(str(file), f"llama.cpp's quantiser failed ({code})", "a model that it can quantise")
+        raise ModelError(
+            where=str(file), found=f"llama.cpp's quantiser failed ({code})", expected="a model that it can quantise"
+        )
 
 
 def check_tokens(file: Path, tokenizer: Any, texts: Sequence[str], lead: str) -> None:
@@ -46,16 +48,18 @@ def check_tokens(file: Path, tokenizer: Any, texts: Sequence[str], lead: str) ->
     try:
         model = _load().Llama(where, vocab_only=True, n_ctx=8, n_batch=8, verbose=False)
     except ValueError as error:
-        raise ModelError(where, f"llama.cpp does not load it: {error}", "a model that it knows") from None
+        raise ModelError(
+            where=where, found=f"llama.cpp does not load it: {error}", expected="a model that it knows"
+        ) from None
     try:
         for text in texts:
             found = model.tokenize((lead + text).encode(), add_bos=False, special=True)
             if found != tokenizer(text, add_special_tokens=False).input_ids:
                 raise ModelError(
-                    where,
-                    f"llama.cpp makes other tokens of {text!r}",
-                    "those of transformers",
-                    VLLM,
+                    where=where,
+                    found=f"llama.cpp makes other tokens of {text!r}",
+                    expected="those of transformers",
+                    fix=VLLM,
                 )
     finally:
         model.close()

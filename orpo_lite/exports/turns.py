@@ -168,10 +168,10 @@ def _cut(text: str, marks: Sequence[str]) -> list[str] | None:
 def _refused(where: str, found: str) -> ModelError:
     expected = "one that writes each turn between the same texts"
     return ModelError(
-        where,
-        f"{found}: it has no Ollama template",
-        expected,
-        "orpo-lite export RUN --to gguf, which keeps it",
+        where=where,
+        found=f"{found}: it has no Ollama template",
+        expected=expected,
+        fix="orpo-lite export RUN --to gguf, which keeps it",
     )
 
 

@@ -67,7 +67,9 @@ def describe_tokenizer(
     texts = {id_: text for text, id_ in vocabulary.items()} | {id_: token["content"] for id_, token in added.items()}
     if max(texts) >= rows:
         raise ModelError(
-            where, f"the id {max(texts)} is beyond the embedding's {rows} rows", "an embedding of its size"
+            where=where,
+            found=f"the id {max(texts)} is beyond the embedding's {rows} rows",
+            expected="an embedding of its size",
         )
     keys: dict[str, Any] = {}
     if any(step["type"] == "ByteLevel" for step in _steps(spec["pre_tokenizer"])):
@@ -132,7 +134,7 @@ def _caveats(keys: dict[str, Any], spec: dict[str, Any], ends: Sequence[int]) ->
 
 
 def _beyond(where: str, found: str, expected: str) -> ModelError:
-    return ModelError(where, f"{found}, which llama.cpp cannot tokenise alike", expected, VLLM)
+    return ModelError(where=where, found=f"{found}, which llama.cpp cannot tokenise alike", expected=expected, fix=VLLM)
 
 
 def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:

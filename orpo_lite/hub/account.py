@@ -15,8 +15,8 @@ ROLES = ("write", "contributor", "admin")  # in an organisation, of those who ma
 class WrongTargetError(HubError):
     """It may not be written to as asked; ``instead``, with ``is_private``, would do."""
 
-    def __init__(self, where: str, found: str, expected: str, remedy: str, *, instead: str, is_private: bool) -> None:
-        super().__init__(where, found, expected, remedy)
+    def __init__(self, *, instead: str, is_private: bool, **said: str) -> None:
+        super().__init__(**said)
         self.instead, self.is_private = instead, is_private
 
 
@@ -48,16 +48,25 @@ def check_target(repository: str, *, is_private: bool) -> Attempt[Target]:
     where = f"hub, {repository}"
     if constants.is_offline_mode():
         found, expected = "cannot be reached: HF_HUB_OFFLINE is set", "a connection"
-        raise HubError(where, found, expected, "unset HF_HUB_OFFLINE (TRANSFORMERS_OFFLINE sets it too)")
+        raise HubError(
+            where=where, found=found, expected=expected, fix="unset HF_HUB_OFFLINE (TRANSFORMERS_OFFLINE sets it too)"
+        )
     if not re.match("https?://.", constants.ENDPOINT):
         found, expected = f"{constants.ENDPOINT!r} is no address", "https://, and the host"
-        raise HubError("HF_ENDPOINT", found, expected, f"HF_ENDPOINT=https://{constants.ENDPOINT}, or unset it")
+        raise HubError(
+            where="HF_ENDPOINT",
+            found=found,
+            expected=expected,
+            fix=f"HF_ENDPOINT=https://{constants.ENDPOINT}, or unset it",
+        )
     token = own_token(where)
     if token is None:
-        raise HubError(where, "no access token here", "a token that may write", LOGIN)
+        raise HubError(where=where, found="no access token here", expected="a token that may write", fix=LOGIN)
     if not re.fullmatch("[!-~]+", token):
         found = "the access token is not one: it holds a space, or what is not ASCII"
-        raise HubError(where, found, "the token as the hub shows it, which begins with hf_", LOGIN)
+        raise HubError(
+            where=where, found=found, expected="the token as the hub shows it, which begins with hf_", fix=LOGIN
+        )
     with patient():
         return (yield from find_target(repository, is_private))
 
@@ -82,10 +91,12 @@ def find_target(repository: str, is_private: bool) -> Attempt[Target]:
         return Target(repository, is_private, exists=False)
     if found != is_private:
         there, asked = ("private", "public") if found else ("public", "private")
-        remedy = "--public (output.hub_private_repo=false)" if asked == "private" else "leave --public out"
-        remedy += f"; or change it at {constants.ENDPOINT}/{repository}/settings; or another name"
+        fix = "--public (output.hub_private_repo=false)" if asked == "private" else "leave --public out"
+        fix += f"; or change it at {constants.ENDPOINT}/{repository}/settings; or another name"
         expected = f"a {asked} repository, as asked; it is not changed here"
-        raise WrongTargetError(where, f"is {there} already", expected, remedy, instead=repository, is_private=found)
+        raise WrongTargetError(
+            where=where, found=f"is {there} already", expected=expected, fix=fix, instead=repository, is_private=found
+        )
     return Target(repository, is_private, exists=True)
 
 
@@ -143,10 +154,12 @@ def _refuse_reader(where: str, repository: str, who: _Account, *, is_private: bo
         theirs = ", ".join([who.name, *(org.name for org in who.orgs)])
         found = f"{owner} is neither you ({who.name}) nor an organisation of yours"
         mine = f"{who.name}/{name}"
-        raise WrongTargetError(where, found, f"an owner among {theirs}", mine, instead=mine, is_private=is_private)
+        raise WrongTargetError(
+            where=where, found=found, expected=f"an owner among {theirs}", fix=mine, instead=mine, is_private=is_private
+        )
     if owner.lower() != who.name.lower() and (role := roles[owner.lower()]) not in ROLES:
         found = f"you may only read at {owner}" if role == "read" else f"your role at {owner} is {role}"
-        raise HubError(where, found, "the role of a contributor or more", "ask an admin")
+        raise HubError(where=where, found=found, expected="the role of a contributor or more", fix="ask an admin")
     token = (who.auth.token if who.auth else None) or _Token()
     rights = token.rights or _Rights()
     may_write = token.role != "read"
@@ -163,4 +176,9 @@ def _refuse_reader(where: str, repository: str, who: _Account, *, is_private: bo
             if token.role == "fineGrained"
             else "a token that reads"
         )
-        raise HubError(where, f"the access token is {kind}", f"one that may write to {owner}'s repositories", LOGIN)
+        raise HubError(
+            where=where,
+            found=f"the access token is {kind}",
+            expected=f"one that may write to {owner}'s repositories",
+            fix=LOGIN,
+        )

@@ -167,37 +167,61 @@ def _explain(where: str, doing: str, error: BaseException, wait: float | None) -
     message = server_message(error)
     if isinstance(error, GatedRepoError):
         return HubError(
-            where, f"is gated ({status}, {doing})", "access granted to your account", f"ask for it; {LOGIN}"
+            where=where,
+            found=f"is gated ({status}, {doing})",
+            expected="access granted to your account",
+            fix=f"ask for it; {LOGIN}",
         )
     if status == 401 or _is_forbidden(error):
-        return HubError(where, f"the access token is not accepted (401, {doing})", "a valid one", LOGIN)
+        return HubError(
+            where=where, found=f"the access token is not accepted (401, {doing})", expected="a valid one", fix=LOGIN
+        )
     if isinstance(error, RepositoryNotFoundError) or status == 404:
-        return AbsentError(where, f"is not there, or not for you ({status}, {doing})", "a repository of yours", LOGIN)
+        return AbsentError(
+            where=where,
+            found=f"is not there, or not for you ({status}, {doing})",
+            expected="a repository of yours",
+            fix=LOGIN,
+        )
     if status in (402, 413) or (status == 403 and QUOTA.search(message)):
-        remedy = "see what it says: make room there, or push smaller files (orpo-lite merge --max-shard-size)"
-        return HubError(where, f"the hub takes no more ({status}, {doing}){message}", "", remedy)
+        fix = "see what it says: make room there, or push smaller files (orpo-lite merge --max-shard-size)"
+        return HubError(where=where, found=f"the hub takes no more ({status}, {doing}){message}", fix=fix)
     if status == 403:
-        return HubError(where, f"you may not write there (403, {doing}){message}", "the right to write", LOGIN)
+        return HubError(
+            where=where,
+            found=f"you may not write there (403, {doing}){message}",
+            expected="the right to write",
+            fix=LOGIN,
+        )
     if status in (409, 412):
-        return ConflictError(where, f"conflicts with what is there ({status}, {doing}){message}", "", "try again")
+        return ConflictError(
+            where=where, found=f"conflicts with what is there ({status}, {doing}){message}", fix="try again"
+        )
     if status == 429 and wait is not None and wait > LONGEST_WAIT:
-        return HubError(where, f"asks to wait {wait:,.0f} s (429, {doing})", "", "try again then")
+        return HubError(where=where, found=f"asks to wait {wait:,.0f} s (429, {doing})", fix="try again then")
     if status is not None:
-        remedy = "see what it says" if 400 <= status < 500 and status not in PASSING else "try again later"
-        return HubError(where, f"the hub answers {status} ({doing}){message}", "", remedy)
+        fix = "see what it says" if 400 <= status < 500 and status not in PASSING else "try again later"
+        return HubError(where=where, found=f"the hub answers {status} ({doing}){message}", fix=fix)
     if isinstance(error, OSError) and error.filename is not None:
         return unreadable(error)
     if isinstance(error, MISSHAPEN):
         found = f"the hub's answer is not one ({doing}: {type(error).__name__}){message}"
-        return HubError(where, found, "the hub itself, not a page in between", "try again later")
+        return HubError(
+            where=where, found=found, expected="the hub itself, not a page in between", fix="try again later"
+        )
     return HubError(
-        where, f"cannot be reached ({type(error).__name__}, {doing}){message}", "a connection", "try again later"
+        where=where,
+        found=f"cannot be reached ({type(error).__name__}, {doing}){message}",
+        expected="a connection",
+        fix="try again later",
     )
 
 
 def unreadable(error: OSError) -> UnreadableError:
     """What to say of a file that went, or that may not be read."""
-    return UnreadableError(str(error.filename), f"cannot be read ({error.strerror})", "a file of the run, whole")
+    return UnreadableError(
+        where=str(error.filename), found=f"cannot be read ({error.strerror})", expected="a file of the run, whole"
+    )
 
 
 def own_token(where: str) -> str | None:
@@ -205,7 +229,9 @@ def own_token(where: str) -> str | None:
     try:
         return get_token()
     except Exception as error:  # of a login that had to be renewed, in ways of its own
-        raise HubError(where, f"the login cannot be renewed ({type(error).__name__})", "a login", LOGIN) from None
+        raise HubError(
+            where=where, found=f"the login cannot be renewed ({type(error).__name__})", expected="a login", fix=LOGIN
+        ) from None
 
 
 def server_message(error: BaseException) -> str:

@@ -32,7 +32,9 @@ def check_card(target: Target, card: str, where: str) -> Attempt[None]:
             hf_raise_for_status(response)
         except BadRequestError as error:
             found = f"its metadata are refused by the hub{server_message(error)}"
-            raise HubError(where, found, "metadata that the hub takes", "mend it, or remove the file") from error
+            raise HubError(
+                where=where, found=found, expected="metadata that the hub takes", fix="mend it, or remove the file"
+            ) from error
         if not isinstance(response.json(), dict):
             raise ValueError("no object")
 
@@ -121,7 +123,7 @@ def _refuse_objects(where: str, error: ValueError, additions: Sequence[CommitOpe
         names = {a.upload_info.sha256.hex(): a.path_in_repo for a in additions if a.upload_info.is_hashed}
         said = [f"{names.get(oid, oid)}: {text}" for oid, text in re.findall("OID ([^:]*): `?(.*)", str(error))]
         found = f"the hub refuses a file (uploading){server_message(ValueError('; '.join(said)))}"
-        raise HubError(where, found, "", "see what it says") from error
+        raise HubError(where=where, found=found, fix="see what it says") from error
 
 
 def _create(target: Target) -> Attempt[Target]:
@@ -136,6 +138,8 @@ def _create(target: Target) -> Attempt[Target]:
     except ConflictError:  # made by somebody else, or by the attempt before this one, whose answer was lost
         made = yield from find_target(target.repository, target.is_private)
         if not made.exists:
-            raise HubError(where, "cannot be made (409), and is not there", "a free name", "another name") from None
+            raise HubError(
+                where=where, found="cannot be made (409), and is not there", expected="a free name", fix="another name"
+            ) from None
         return made
     return target

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from orpo_lite.errors import FitError, ModelError
+from orpo_lite.errors import FitError, ModelError, Overrides
 from orpo_lite.model import bare_pair_model, choose_dtype
 from orpo_lite.planner.cards import CARDS, Card
 from orpo_lite.planner.counted import Measured, loading_bytes, measure, rounded, standing_bytes
@@ -317,7 +317,9 @@ def no_plan(name: str, error: Exception) -> ModelError:
     """That a model cannot be planned, and how to go on."""
     logger.warning("the step could not be counted", exc_info=error)
     found = f"its step cannot be counted without weights ({type(error).__name__})"
-    return ModelError(f"model {name}", found, "", "set the levers of memory by hand; training takes them as they are")
+    return ModelError(
+        where=f"model {name}", found=found, fix="set the levers of memory by hand; training takes them as they are"
+    )
 
 
 def fit(recipe: Recipe, config: Any, triples: Triples, kind: str, budget: int, card: Card | None) -> MemoryPlan:
@@ -342,4 +344,6 @@ def does_not_fit(plan: MemoryPlan, changes: Sequence[Change]) -> FitError:
         first = "one of these; all but the levers of memory change what is trained:"
     else:
         useful, first = lines[-1:], "another base, or a card with more memory; no single change is enough"
-    return FitError("memory.budget", found, "", "\n    ".join([first, *useful]))
+    text = "\n    ".join([first, *useful])
+    fitting = next((change.keys for change in changes if change.fits), None)
+    return FitError(where="memory.budget", found=found, fix=Overrides(fitting, text=text) if fitting else text)
