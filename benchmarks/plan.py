@@ -26,12 +26,13 @@ from orpo_lite.base import find_config
 from orpo_lite.data.packing import make_batch
 from orpo_lite.meter import LiveBytes
 from orpo_lite.model import bare_pair_model, choose_dtype, held
+from orpo_lite.objectives.objective import Divisors
+from orpo_lite.objectives.orpo import orpo_loss
 from orpo_lite.planner.counted import heaviest, measure
 from orpo_lite.planner.lengths import worst_case
 from orpo_lite.planner.search import Planner
 from orpo_lite.proof import prove
 from orpo_lite.recipe import Recipe, load_recipe
-from orpo_lite.step.losses import Divisors, orpo_loss
 
 GOALS = {
     "worst_error_live_bytes": "<= 0.02",

@@ -49,17 +49,17 @@ from orpo_lite.model import (
     PairModel,
     bare_base,
     bare_pair_model,
-    divisors_of,
     held,
     load_pair_model,
-    loss_of,
 )
+from orpo_lite.objectives.objective import Divisors
+from orpo_lite.objectives.orpo import orpo_loss
+from orpo_lite.objectives.registry import find_objective
 from orpo_lite.planner.counted import measure as counted
 from orpo_lite.planner.counted import phases, standing_bytes
 from orpo_lite.planner.lengths import blank_pairs, worst_case
 from orpo_lite.recipe import Recipe
 from orpo_lite.step.head import Head, chunk_rows, row_logps
-from orpo_lite.step.losses import Divisors, orpo_loss
 
 SETS = {"hh": "hh-rlhf", "alpaca": "alpaca-prefs"}
 BATCH = 8
@@ -124,10 +124,11 @@ def head_bytes_per_logit(vocab_size: int = 152_064, rows: int = 4_096, hidden_si
 
 def step_losses(model: PairModel, pairs: Sequence[TokenizedPair], settings: Recipe) -> Iterator[torch.Tensor]:
     """Each micro-batch's share of the loss of one optimizer step."""
-    batching, divisors = model.batching(settings, pad_id=0), divisors_of(pairs, settings)
+    batching, objective = model.batching(settings, pad_id=0), find_objective(settings.loss)
+    divisors = objective.divisors(pairs)
     for chunk in micro_batches(pairs, batching):
         batch = make_batch([pairs[index] for index in chunk], batching).to(model.device)
-        yield loss_of(model(batch), divisors, settings)[0]
+        yield objective.loss(model(batch), divisors)[0]
 
 
 def storages(model: torch.nn.Module) -> list[torch.Tensor]:

@@ -31,9 +31,10 @@ from orpo_lite.licence import (
     licence_of,
     named,
 )
+from orpo_lite.objectives.objective import Objective
+from orpo_lite.objectives.registry import find_objective
 from orpo_lite.recipe import Recipe, to_text
 
-PAPER = "https://arxiv.org/abs/2403.07691"
 SHOWN_KEYS = (
     "lora.r", "lora.lora_alpha", "lora.lora_dropout", "lora.target_modules", "lora.use_rslora", "lora.use_dora",
     "quantization.load_in_4bit", "data.max_length", "data.max_prompt_length", "training.learning_rate",
@@ -41,14 +42,6 @@ SHOWN_KEYS = (
     "training.warmup_steps", "training.optim", "training.adam_beta1", "training.adam_beta2", "training.adam_epsilon",
     "training.weight_decay", "training.max_grad_norm", "training.seed",
 )  # fmt: skip
-METRICS = {
-    "eval_loss": "loss",
-    "eval_nll_loss": "NLL of the chosen",
-    "eval_log_odds_chosen": "log odds, chosen to rejected",
-    "eval_logps/chosen": "mean log-probability, chosen",
-    "eval_logps/rejected": "mean log-probability, rejected",
-    "eval_rewards/accuracies": "share of pairs whose chosen answer is the likelier",
-}
 SOMEWHERE = "OWNER/NAME"  # stands for the repository until it is known
 SEAL = re.compile(r"\r?\n<!-- orpo-lite card [0-9a-f]{16} -->\r?\n")
 OLLAMA = (
@@ -299,6 +292,7 @@ class _Facts:
     """Its configuration, peft's."""
     samples: Sequence[Mapping[str, str]]
     """Prompts and their answers."""
+    objective: Objective
     shown: Shown
 
     @classmethod
@@ -319,6 +313,7 @@ class _Facts:
             {kind: found for kind in kinds if (found := _verified(path, kind))},
             run.read_json(path / "adapter" / "adapter_config.json", {"r": int}),
             run.read_samples(path),
+            find_objective(recipe.loss),
             shown,
         )
 
@@ -396,7 +391,7 @@ def _verified(path: Path, kind: run.Weights) -> Mapping[str, Any]:
 
 def _metadata(facts: _Facts) -> ModelCardData:
     shown = facts.shown
-    tags = ["orpo", "preference-tuning", "orpo-lite", *([] if shown.merged else ["lora"])]
+    tags = [facts.recipe.loss.type, "preference-tuning", "orpo-lite", *([] if shown.merged else ["lora"])]
     name = "" if shown.repository == SOMEWHERE else shown.repository.rpartition("/")[2]
     licence: dict[str, Any] = dict(_licence_metadata(facts))
     data = ModelCardData(
@@ -405,7 +400,7 @@ def _metadata(facts: _Facts) -> ModelCardData:
         base_model=facts.lock["base"]["name"] if facts.is_hub_base else None,
         datasets=facts.sets or None,
         tags=tags,
-        model_name=(name or "tuned with ORPO") if _eval_results(facts) else None,
+        model_name=(name or f"tuned with {facts.objective.title}") if _eval_results(facts) else None,
         eval_results=_eval_results(facts) or None,
         **licence,
     )
@@ -463,12 +458,12 @@ def _eval_results(facts: _Facts) -> list[EvalResult]:
 
 
 def _head(facts: _Facts) -> str:
-    shown = facts.shown
-    name = shown.repository.rpartition("/")[2] if shown.repository != SOMEWHERE else "Tuned with ORPO"
+    shown, objective = facts.shown, facts.objective
+    name = shown.repository.rpartition("/")[2] if shown.repository != SOMEWHERE else f"Tuned with {objective.title}"
     what = "The merged weights" if shown.merged else f"A LoRA adapter (rank {facts.recipe.lora.r})"
     pairs = f"{facts.data['train_pairs']:,} preference pairs"
     text = (
-        f"{what} of {facts.base}, tuned on {pairs} with ORPO ([arXiv 2403.07691]({PAPER})) "
+        f"{what} of {facts.base}, tuned on {pairs} with {objective.title} ([{_paper(objective)}]({objective.paper})) "
         f"by orpo-lite {facts.lock['orpo_lite']}."
     )
     text += f" The adapter is merged onto {ONTO[shown.merged]}." if shown.merged else ""
@@ -477,13 +472,15 @@ def _head(facts: _Facts) -> str:
     return f"# {name}\n\n{built_with}{text}"
 
 
+def _paper(objective: Objective) -> str:
+    """How a paper is called: by its number where it is on arXiv."""
+    return objective.paper.replace("https://arxiv.org/abs/", "arXiv ")
+
+
 def _training(facts: _Facts) -> str:
     recipe, values = facts.recipe, dict(facts.recipe.items())
-    scope = "the chosen response" if recipe.loss.completion_only_loss else "prompt and chosen response"
-    mean = "all tokens of a step" if recipe.loss.nll_reduction == "token" else "each response, then over pairs"
     rows = [
-        ("λ (`loss.beta`)", f"{recipe.loss.beta:g}"),
-        ("NLL counts", f"{scope}; mean over {mean}"),
+        *facts.objective.described(),
         ("steps", "not known" if facts.steps is None else f"{facts.steps:,}; kept: step {facts.kept_step:,}"),
         ("chat template", _template(facts)),
         *((f"`{key}`", _cell(to_text(values[key]))) for key in SHOWN_KEYS),
@@ -493,7 +490,7 @@ def _training(facts: _Facts) -> str:
         source = recipe.model.adapter_name_or_path
         is_local = source.startswith((".", "/", "~")) or source.count("/") != 1
         rows.insert(0, ("trained on from", "an adapter of the trainer's own" if is_local else _cell(source)))
-    return f"## Training\n\nL = NLL + λ · L_OR, Eq. 6 of the paper.\n\n{_table(('what', 'value'), rows)}"
+    return f"## Training\n\n{facts.objective.formula}\n\n{_table(('what', 'value'), rows)}"
 
 
 def _template(facts: _Facts) -> str:
@@ -557,9 +554,10 @@ def _results(facts: _Facts) -> str:
         why = lack if facts.data["held_out_pairs"] else "no pairs were held out"
         return f"## Held-out results\n\nNone: {why}."
     before, after = facts.evaluations
+    keys = ((metric, f"eval_{metric.name}") for metric in facts.objective.shown)
     rows = [
-        (label, f"{before[key]:.4f}", f"{after[key]:.4f}")
-        for key, label in METRICS.items()
+        (metric.meaning, f"{before[key]:.4f}", f"{after[key]:.4f}")
+        for metric, key in keys
         if before.get(key) is not None and after.get(key) is not None
     ]
     head = ("figure", "before", "after")

@@ -6,6 +6,7 @@ by (seed, step, micro-batch), so the number of finished steps says it all.
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +17,23 @@ from torch import Tensor
 from orpo_lite.errors import CheckpointError
 from orpo_lite.model import PairModel, adapter_tensors, set_adapter
 from orpo_lite.run import new_folder, read_json, sha256, to_json
+from orpo_lite.state import TrainState
 
 KEPT = 2  # newest ones; the best one stays besides
 ADAPTER, OPTIMIZER = "adapter_model.safetensors", "optimizer.safetensors"
 STATE, MANIFEST = "state.json", "manifest.json"
 
 
-def save(run: Path, model: PairModel, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Path:
-    """Write ``checkpoints/step-N``, complete or not at all, then remove those no longer needed.
-
-    Args:
-        state: plain figures; ``step`` (finished optimizer steps) and ``best_step`` (or None) are read here.
-    """
-    final = run / "checkpoints" / f"step-{state['step']:07d}"
+def save(run: Path, model: PairModel, optimizer: torch.optim.Optimizer, state: TrainState) -> Path:
+    """Write ``checkpoints/step-N``, complete or not at all, then remove those no longer needed."""
+    final = run / "checkpoints" / f"step-{state.step:07d}"
     tensors, scalars = _optimizer_state(optimizer)
     with new_folder(final) as folder:
         save_file(adapter_tensors(model), folder / ADAPTER)
         save_file(tensors, folder / OPTIMIZER)
-        (folder / STATE).write_text(to_json({**state, "optimizer": scalars}), encoding="utf-8")
+        (folder / STATE).write_text(to_json(replace(state, optimizer=scalars).to_json()), encoding="utf-8")
         (folder / MANIFEST).write_text(to_json(_hashes(folder)), encoding="utf-8")
-    _rotate(run, state["best_step"])
+    _rotate(run, state.best_step)
     return final
 
 
@@ -77,12 +75,12 @@ def find_fault(folder: Path) -> str | None:
     return next((f"{name} is missing or altered" for name in expected if found.get(name) != expected[name]), None)
 
 
-def restore(folder: Path, model: PairModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Load a checkpoint that :func:`newest` gave; returns its state."""
-    state = read_json(folder / STATE)
+def restore(folder: Path, model: PairModel, optimizer: torch.optim.Optimizer) -> TrainState:
+    """Load a checkpoint that :func:`newest` gave; returns its state. Raises :class:`CheckpointError`."""
+    state = TrainState.from_json(read_json(folder / STATE), str(folder / STATE))
     load_adapter(folder, model)
-    _restore_optimizer(optimizer, load_file(folder / OPTIMIZER), state.pop("optimizer"))
-    return state
+    _restore_optimizer(optimizer, load_file(folder / OPTIMIZER), state.optimizer)
+    return replace(state, optimizer={})
 
 
 def load_adapter(folder: Path, model: PairModel) -> None:

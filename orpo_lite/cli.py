@@ -417,11 +417,12 @@ def _push(run: Path, repository: str, **options: Any) -> None:
 def _finish(recipe: "Recipe", result: "TrainResult") -> None:
     """After the adapter is safe: the table, the merge, the answers. A failure here costs no training."""
     from orpo_lite.demo import builtin_remark
+    from orpo_lite.objectives.registry import find_objective
     from orpo_lite.run import merge_command
 
     out.print(f"adapter of step {result.kept_step}: {result.run}/adapter")
     if result.before:
-        screen.print_before_after(result.before, result.after)
+        screen.print_before_after(result.before, result.after, find_objective(recipe.loss).shown)
     _print_samples(result)
     safe = f"the adapter is safe in {result.run}/adapter; then: {merge_command(result.run)}"
     if recipe.output.push_to_hub:

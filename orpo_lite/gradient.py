@@ -3,29 +3,29 @@
 import gc
 import hashlib
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from accelerate import Accelerator
 
 from orpo_lite.data.packing import Batching, make_batch, micro_batches
 from orpo_lite.data.tokens import TokenizedPair
-from orpo_lite.model import PairModel, divisors_of, loss_of
-from orpo_lite.recipe import Recipe
-from orpo_lite.step.losses import PARTS
+from orpo_lite.model import PairModel
+from orpo_lite.objectives.objective import Objective
+from orpo_lite.parallel import Processes
 
 
-class ShortageError(Exception):
+class OutOfMemory(Exception):  # noqa: N818 - torch's own has the longer name
     """A process ran out of memory; no gradient of the step is left in any, so all may do it again in smaller pieces."""
 
 
 def accumulate(
     model: PairModel,
+    objective: Objective,
     batch: Sequence[TokenizedPair],
-    recipe: Recipe,
-    step: int,
     batching: Batching,
-    accelerator: Accelerator,
+    *,
+    step: int,
+    seed: int,
+    processes: Processes,
     scaler: torch.amp.GradScaler,
 ) -> list[float]:
     """Add the gradient of one optimizer step to the parameters, micro-batch by micro-batch.
@@ -34,59 +34,44 @@ def accumulate(
     is known before the first forward pass, so shares of loss and gradient add up to those of the step.
 
     Returns:
-        The step's :data:`PARTS`, summed over micro-batches and processes.
+        The objective's ``parts`` of the step, summed over micro-batches and processes.
 
     Raises:
-        ShortageError: out of memory, here or in another process.
+        OutOfMemory: here or in another process.
     """
-    divisors, rank = divisors_of(batch, recipe), accelerator.process_index
-    parts = torch.zeros(len(PARTS), dtype=torch.float64, device=accelerator.device)
+    divisors, rank = objective.divisors(batch), processes.rank
+    parts = torch.zeros(len(objective.parts), dtype=torch.float64, device=processes.device)
 
-    def passes() -> None:
-        """This process's; of a small step it may have none. A function, so that a shortage leaves no tensor behind."""
-        for number, chunk in enumerate(micro_batches(batch, batching, rank=rank, world=accelerator.num_processes)):
+    def run_passes() -> None:
+        """Run this process's micro-batches. There may be none in a small step.
+
+        A function, so that running out of memory leaves no tensor behind.
+        """
+        for number, chunk in enumerate(micro_batches(batch, batching, rank=rank, world=processes.count)):
             rows = make_batch([batch[index] for index in chunk], batching)
-            seed_dropout(recipe.training.seed, step, number, rank)
-            logps = model(rows.to(accelerator.device))
-            loss, share = loss_of(logps, divisors, recipe)
-            accelerator.backward(scaler.scale(loss))
+            seed_dropout(seed, step, number, rank)
+            logps = model(rows.to(processes.device))
+            loss, share = objective.loss(logps, divisors)
+            processes.backward(scaler.scale(loss))
             parts.add_(share)  # there: to read it would wait for the device before the next batch is made
 
-    scaler.scale(torch.zeros((), device=accelerator.device))  # makes its state, also where there is no pair to scale
+    scaler.scale(torch.zeros((), device=processes.device))  # makes its state, also where there is no pair to scale
     short = False
     try:
-        passes()
+        run_passes()
     except torch.OutOfMemoryError:
         short = True
     trained = [parameter for _, parameter in model.trained()]
-    if any_process(accelerator, short):
+    if processes.any(short):
         for parameter in trained:
             parameter.grad = None
         gc.collect()
-        if accelerator.device.type == "cuda":
+        if processes.device.type == "cuda":
             torch.cuda.empty_cache()
-        raise ShortageError
-    if accelerator.num_processes > 1:
-        _add_up(trained, accelerator)
-    total: Any = accelerator.reduce(parts, reduction="sum")
-    values: list[float] = total.tolist()
+        raise OutOfMemory
+    processes.sum_gradients(trained)
+    values: list[float] = processes.sum(parts).tolist()
     return values
-
-
-def _add_up(trained: Sequence[torch.nn.Parameter], accelerator: Accelerator) -> None:
-    """Each gradient becomes the sum over all processes: an adapter's is small, and one message carries it."""
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
-    total: Any = accelerator.reduce(torch.cat([grad.flatten() for grad in grads]), reduction="sum")
-    for parameter, part in zip(trained, total.split([grad.numel() for grad in grads]), strict=True):
-        parameter.grad = part.view_as(parameter).to(parameter.dtype)
-
-
-def any_process(accelerator: Accelerator, flag: bool) -> bool:
-    """Whether any process raised its flag: all must then do the same."""
-    if accelerator.num_processes == 1:
-        return flag
-    total: Any = accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), reduction="sum")
-    return bool(total.item() > 0)
 
 
 def seed_dropout(*place: int) -> None:

@@ -1,7 +1,7 @@
 """The base in 4 bit with LoRA on top and the step installed, as a :class:`PairModel`."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -14,8 +14,7 @@ from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from orpo_lite.base import Base, find_adapter, read_adapter_config
-from orpo_lite.data.packing import Batch, Batching, PackedPairs, nll_tokens
-from orpo_lite.data.tokens import TokenizedPair
+from orpo_lite.data.packing import Batch, Batching, PackedPairs
 from orpo_lite.errors import FitError, ModelError, Overrides, RecipeError
 from orpo_lite.recipe import MemorySection, Recipe, gib
 from orpo_lite.step import attention
@@ -23,8 +22,8 @@ from orpo_lite.step.attention import Layout, Segment, UnsupportedError, device_k
 from orpo_lite.step.head import Head, chunk_rows, packed_logps, padded_logps, pick, row_logps
 from orpo_lite.step.layers import checkpoint_layers, embed_on_host, tile_mlps
 from orpo_lite.step.lora import fuse_lora
-from orpo_lite.step.losses import Divisors, PairLogps, at_least_float32, orpo_loss
 from orpo_lite.step.memory import is_on_host
+from orpo_lite.step.outputs import PairLogps, at_least_float32
 
 AttentionInterface.register(attention.NAME, pair_attention)
 META = torch.device("meta")
@@ -47,6 +46,9 @@ SAID: dict[Way, str] = {
 
 class PairModel(nn.Module):
     """A causal language model that takes pairs and answers with their log-probabilities."""
+
+    outputs: frozenset[str] = frozenset({"policy_logps"})
+    """What an objective may need of it: see :attr:`orpo_lite.objectives.objective.Objective.needs`."""
 
     def __init__(self, model: nn.Module, memory: MemorySection | None = None) -> None:
         super().__init__()
@@ -193,17 +195,6 @@ class PairModel(nn.Module):
         finally:
             for module in noisy:
                 module.train()
-
-
-def divisors_of(pairs: Sequence[TokenizedPair], recipe: Recipe) -> Divisors:
-    """What the loss of a step on these pairs is divided by."""
-    only = recipe.loss.completion_only_loss
-    return Divisors(len(pairs), sum(nll_tokens(pair, completion_only_loss=only) for pair in pairs))
-
-
-def loss_of(logps: PairLogps, divisors: Divisors, recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """:func:`orpo_loss` as the recipe says."""
-    return orpo_loss(logps, divisors, beta=recipe.loss.beta, nll_reduction=recipe.loss.nll_reduction)
 
 
 def choose_dtype(name: str, kind: str) -> torch.dtype:

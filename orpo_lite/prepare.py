@@ -164,13 +164,7 @@ def tokenized_sides(
 def _tokenized(data: DataSection, folder: Path, sources: Sequence[Source]) -> Generator[Update, None, TokenizedPairs]:
     yield Update("stage", f"reading {', '.join(source.name for source in sources)}")
     rows = tokenized(data, sources, folder, partial(load_tokenizer, folder))
-    while True:
-        try:
-            done, total = next(rows)
-        except StopIteration as end:
-            pairs: TokenizedPairs = end.value
-            return pairs
-        yield Update("stage", "tokenizing", done, total)
+    return (yield from run.staged("tokenizing", rows))
 
 
 def _said(found: Mapping[str, Any]) -> Iterator[Update]:

@@ -18,7 +18,7 @@ from orpo_lite.errors import ModelError, Overrides
 from orpo_lite.model import ITS_FAULTS, WAYS, PairModel, Way
 from orpo_lite.step.attention import UnsupportedError, flash_attn
 from orpo_lite.step.head import packed_logps
-from orpo_lite.step.losses import PairLogps
+from orpo_lite.step.outputs import PairLogps
 
 log = logging.getLogger(__name__)
 

@@ -20,6 +20,7 @@ from orpo_lite.hub.account import WrongTargetError, check_target
 from orpo_lite.hub.attempts import LEAST, UnreadableError, apart, own_token
 from orpo_lite.hub.upload import check_card, commit_files
 from orpo_lite.licence import find_papers, read_licences, read_text, refuse_name
+from orpo_lite.objectives.registry import find_objective
 from orpo_lite.recipe import Recipe, refuse_repository
 from orpo_lite.run import Update, Weights
 
@@ -123,7 +124,8 @@ def pushing(
             _refuse_leaks(files, path, lock, recipe)
             yield from _said(folder, files, licences)
             yield from check_card(target, card, str(path / "README.md"))
-            message = f"{'Merged model' if merged else 'LoRA adapter'}, tuned with ORPO by orpo-lite"
+            what, title = "Merged model" if merged else "LoRA adapter", find_objective(recipe.loss).title
+            message = f"{what}, tuned with {title} by orpo-lite"
             commit = yield from commit_files(target, files, message, ours=(*ADAPTER, *MERGED))
     except UnreadableError as error:
         error.fix = again

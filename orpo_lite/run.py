@@ -63,6 +63,17 @@ def drain(updates: Generator[Update, None, Result], show: Callable[[Update], obj
             return result
 
 
+def staged(text: str, progress: Generator[tuple[int, int], None, Result]) -> Generator[Update, None, Result]:
+    """Turn a generator of (done, total) into one of updates of a stage; returns what it returns."""
+    while True:
+        try:
+            done, total = next(progress)
+        except StopIteration as end:
+            result: Result = end.value
+            return result
+        yield Update("stage", text, done, total)
+
+
 def refuse_existing(recipe: Recipe) -> None:
     """Raise :class:`CheckpointError` when the run folder is taken, with the command that goes on; or not writable."""
     path = Path(recipe.training.output_dir)
@@ -429,7 +440,7 @@ def _lines(file: Path) -> list[str]:
     return [line for line in text.split("\n") if line.strip()]
 
 
-def cut_metrics(path: Path, *, step: int, evaluated: int | None) -> None:
+def cut_metrics(path: Path, step: int, evaluated: int | None) -> None:
     """Forget what a resumed run will write again: steps after ``step``, evaluations after ``evaluated``."""
     file = path / "metrics.jsonl"
     if not file.is_file():

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from orpo_lite.objectives.objective import Metric
     from orpo_lite.plan import PlanReport
     from orpo_lite.recipe import Recipe
     from orpo_lite.run import Update
@@ -91,20 +92,12 @@ def print_levers(recipe: "Recipe") -> None:
         out.print(f"on a GPU, or with memory.budget, the plan sets {', '.join(free)}: see orpo-lite plan")
 
 
-def print_before_after(before: Mapping[str, float], after: Mapping[str, float]) -> None:
+def print_before_after(before: Mapping[str, float], after: Mapping[str, float], metrics: "Sequence[Metric]") -> None:
     """The held-out metrics before the first step, and those of the adapter that was kept."""
-    rows = {
-        "loss": "eval_loss",
-        "NLL of the chosen": "eval_nll_loss",
-        "log odds chosen : rejected": "eval_log_odds_chosen",
-        "log-prob of chosen": "eval_logps/chosen",
-        "log-prob of rejected": "eval_logps/rejected",
-        "reward accuracy": "eval_rewards/accuracies",
-    }
     table: list[tuple[str, ...]] = [("held-out pairs", "before", "after")]
-    for label, key in rows.items():
-        shown = [f"{100 * m[key]:.1f}%" if "accuracies" in key else f"{m[key]:.4f}" for m in (before, after)]
-        table.append((label, *shown))
+    for metric in metrics:
+        values = [found[f"eval_{metric.name}"] for found in (before, after)]
+        table.append((metric.label, *(f"{100 * v:.1f}%" if metric.is_share else f"{v:.4f}" for v in values)))
     print_columns(table)
 
 
@@ -206,7 +199,7 @@ class _PlainLines:
             elif update.step % max(1, update.steps // PLAIN_LINES) == 0 or update.step == update.steps:
                 each = (time.monotonic() - self.began) / max(1, update.step - 1)
                 left = f"  {_clock(each * (update.steps - update.step))} left"
-                out.print(f"step {update.step}/{update.steps}  {_figures(update.metrics)}{left}")
+                out.print(f"step {update.step}/{update.steps}  {_figures(update)}{left}")
         elif update.kind != "stage":
             out.print(_line(update))
         elif update.text != self.stage:
@@ -233,8 +226,8 @@ class _Screen:
             out.print(_line(update))
             return
         if update.metrics:
-            self.figures.plain = _figures(update.metrics)
-        text = update.text or "training"
+            self.figures.plain = _figures(update)
+        text = "training" if update.kind == "step" else update.text
         if text not in self.tasks:
             self.tasks[text] = self.progress.add_task(text, total=update.steps or None)
         for name, task in self.tasks.items():
@@ -242,22 +235,15 @@ class _Screen:
         self.progress.update(self.tasks[text], completed=update.step, total=update.steps or None)
 
 
-def _figures(metrics: Mapping[str, float]) -> str:
-    return (
-        f"loss {metrics['loss']:.4f}  nll {metrics['nll_loss']:.4f}  log odds {metrics['log_odds_chosen']:+.3f}  "
-        f"accuracy {metrics['rewards/accuracies']:.2f}  {metrics['tokens_per_second']:,.0f} tok/s  "
-        f"{metrics['memory_gib']:.2f} GiB"
-    )
+def _figures(update: "Update") -> str:
+    metrics = update.metrics
+    return f"{update.text}  {metrics['tokens_per_second']:,.0f} tok/s  {metrics['memory_gib']:.2f} GiB"
 
 
 def _line(update: "Update") -> str:
     if update.kind == "note" or not update.metrics:
         return update.text
-    m = update.metrics
-    return (
-        f"held-out at step {update.step}/{update.steps}: loss {m['eval_loss']:.4f}  nll {m['eval_nll_loss']:.4f}  "
-        f"log odds {m['eval_log_odds_chosen']:+.3f}  accuracy {m['eval_rewards/accuracies']:.3f}  {update.text}"
-    ).rstrip()
+    return f"held-out at step {update.step}/{update.steps}: {update.text}"
 
 
 def _clock(seconds: float) -> str:

@@ -16,10 +16,11 @@ from orpo_lite.data.packing import Batching, make_batch, micro_batches
 from orpo_lite.data.tokens import TokenizedPair
 from orpo_lite.errors import ModelError
 from orpo_lite.model import PairModel, _without_dropout, bare_pair_model, install_step
+from orpo_lite.objectives.objective import Divisors
+from orpo_lite.objectives.orpo import orpo_loss
 from orpo_lite.proof import prove
 from orpo_lite.recipe import Recipe, load_recipe
 from orpo_lite.step import attention, layers, lora
-from orpo_lite.step.losses import Divisors, orpo_loss
 from orpo_lite.train import training
 
 IDS = {"vocab_size": 98, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.2}

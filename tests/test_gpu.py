@@ -10,10 +10,11 @@ from torch import Tensor
 
 from orpo_lite.data.packing import make_batch
 from orpo_lite.model import PairModel, bare_pair_model
+from orpo_lite.objectives.objective import Divisors
+from orpo_lite.objectives.orpo import orpo_loss
 from orpo_lite.proof import prove
 from orpo_lite.step import attention
 from orpo_lite.step.attention import Shape
-from orpo_lite.step.losses import Divisors, orpo_loss
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda", 0)

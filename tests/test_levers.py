@@ -16,12 +16,13 @@ from torch.autograd import gradcheck
 from orpo_lite.data.packing import Batching, make_batch, micro_batches, nll_tokens, pack_pairs, packed_tokens
 from orpo_lite.data.tokens import TokenizedPair, common_prefix
 from orpo_lite.model import PairModel, install_step
+from orpo_lite.objectives.objective import Divisors
+from orpo_lite.objectives.orpo import orpo_loss
 from orpo_lite.recipe import Recipe
 from orpo_lite.step import attention, layers
 from orpo_lite.step.attention import Segment, Shape
 from orpo_lite.step.head import Head, packed_logps, pick, row_logps
 from orpo_lite.step.lora import frozen_weight, lora_linear
-from orpo_lite.step.losses import Divisors, orpo_loss
 
 PLAIN = {
     "packing": False,

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from conftest import in_float64, ragged_pairs, tiny_llama, tiny_opt
 from peft import LoraConfig, get_peft_model
 
@@ -19,8 +18,11 @@ from orpo_lite.data.packing import Batching, epoch_order, micro_batches, nll_tok
 from orpo_lite.data.tokens import TokenizedPair
 from orpo_lite.gradient import accumulate, seed_dropout
 from orpo_lite.model import PairModel
+from orpo_lite.objectives.objective import Divisors
+from orpo_lite.objectives.orpo import orpo_loss
+from orpo_lite.objectives.registry import find_objective
+from orpo_lite.parallel import Processes
 from orpo_lite.recipe import Recipe, load_recipe
-from orpo_lite.step.losses import Divisors, orpo_loss
 
 PADDED = Batching(packed=False, share=False, tokens=0, pairs=2, pad_id=0, completion_only_loss=False)
 PACKED = replace(PADDED, packed=True, share=True, tokens=60)
@@ -43,11 +45,22 @@ def lora_model(base: torch.nn.Module, dtype: torch.dtype = torch.float64, dropou
     return PairModel(model).train()
 
 
-def gradients(model: PairModel, pairs: list[TokenizedPair], settings: Recipe) -> tuple[torch.Tensor, list[float]]:
+def gradients(
+    model: PairModel, pairs: list[TokenizedPair], settings: Recipe, processes: Processes | None = None
+) -> tuple[torch.Tensor, list[float]]:
     """All LoRA gradients of one step as one vector, and the step's figures."""
     model.zero_grad(set_to_none=True)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    parts = accumulate(model, pairs, settings, 0, model.batching(settings, 0), Accelerator(cpu=True), scaler)
+    parts = accumulate(
+        model,
+        find_objective(settings.loss),
+        pairs,
+        model.batching(settings, 0),
+        step=0,
+        seed=settings.training.seed,
+        processes=processes or Processes(cpu=True),
+        scaler=scaler,
+    )
     return torch.cat([parameter.grad.flatten() for _, parameter in model.trained()]), parts  # type: ignore[union-attr]
 
 
@@ -187,23 +200,17 @@ gradients_of_processes(sys.argv[1])
 
 def gradients_of_processes(folder: str) -> None:
     """What each of the launched processes runs: three steps' gradients, saved by the first."""
-    accelerator = Accelerator(cpu=True)
+    processes = Processes(cpu=True)
     model = lora_model(tiny_llama())
-    assert accelerator.num_processes == 2
+    assert processes.count == 2
     saved = {}
     for reduction, only in REDUCTIONS:
         for count in (8, 7, 1):  # an uneven share; a process with no pair at all
             settings = recipe(
                 memory__micro_batch_size=2, loss__nll_reduction=reduction, loss__completion_only_loss=only
             )
-            model.zero_grad(set_to_none=True)
-            scaler = torch.amp.GradScaler("cpu", enabled=False)
-            parts = accumulate(
-                model, ragged_pairs(count), settings, 0, model.batching(settings, 0), accelerator, scaler
-            )
-            vector = torch.cat([p.grad.flatten() for _, p in model.trained()])  # type: ignore[union-attr]
-            saved[f"{reduction} {count}"] = (vector, parts)
-    if accelerator.is_main_process:
+            saved[f"{reduction} {count}"] = gradients(model, ragged_pairs(count), settings, processes)
+    if processes.is_main:
         torch.save(saved, f"{folder}/gradients.pt")
 
 

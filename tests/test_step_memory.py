@@ -16,12 +16,13 @@ from orpo_lite.base import fetch_weights, find_base
 from orpo_lite.data.packing import Batching, make_batch, micro_batches, pack_pairs, pad_pairs
 from orpo_lite.meter import LiveBytes
 from orpo_lite.model import PairModel, bare_pair_model, load_pair_model
+from orpo_lite.objectives.objective import Divisors
+from orpo_lite.objectives.orpo import orpo_loss
 from orpo_lite.proof import prove
 from orpo_lite.recipe import Recipe
 from orpo_lite.step.attention import BACKENDS, Segment, Shape
 from orpo_lite.step.head import Head, row_logps
 from orpo_lite.step.layers import HostStore
-from orpo_lite.step.losses import Divisors, orpo_loss
 from orpo_lite.step.memory import HOST, is_on_host, move
 
 CPU, META = torch.device("cpu"), torch.device("meta")

@@ -17,14 +17,14 @@ from conftest import tiny_llama, write_base
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM
 
-import orpo_lite.gradient
 from orpo_lite import checkpoint, run, train
 from orpo_lite.errors import CheckpointError, DataError, DivergedError, FitError, ModelError, RecipeError
 from orpo_lite.merge import merge
+from orpo_lite.objectives.orpo import Orpo
 from orpo_lite.optimizer import lr_factor, whole_steps
 from orpo_lite.recipe import Recipe
 from orpo_lite.run import Update
-from orpo_lite.train import TrainResult, training
+from orpo_lite.train import TrainResult, training, update
 
 Build = Callable[..., Recipe]
 EIGHT_BIT = "lora.r=64"  # bitsandbytes keeps 8-bit states of tensors from 4,096 numbers on
@@ -248,16 +248,15 @@ def test_a_step_that_is_not_finite_leaves_the_loss_scale_usable(small_recipe: Bu
     parameter = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.SGD([parameter], lr=1.0)
     scaler = torch.amp.GradScaler("cpu", enabled=True, init_scale=8.0)
-    loaded = train_module()._Loaded(parameter, [parameter], optimizer, scaler)
     for _ in range(2):
         scaler.scale(parameter.sum() * math.nan).backward()
-        norm, finite = train_module()._update(loaded, math.nan, 1.0)
+        norm, finite = update([parameter], optimizer, scaler, math.nan, 1.0)
         assert not finite
         assert math.isnan(norm)
         assert torch.equal(parameter, torch.ones(3))
     assert scaler.get_scale() == 2.0
     scaler.scale(parameter.sum()).backward()
-    assert train_module()._update(loaded, 3.0, 0.0)[1]
+    assert update([parameter], optimizer, scaler, 3.0, 0.0)[1]
     assert torch.equal(parameter, torch.zeros(3))
 
 
@@ -374,13 +373,13 @@ def test_an_existing_run_is_refused_with_the_resume_command(small_recipe: Build)
 def test_nonfinite_steps_leave_the_adapter_alone_and_end_the_run(
     small_recipe: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = orpo_lite.gradient.loss_of
+    real = Orpo.loss
 
     def poisoned(*args: Any, **kwargs: Any) -> Any:
         loss, parts = real(*args, **kwargs)
         return loss * math.nan, parts * math.nan
 
-    monkeypatch.setattr(orpo_lite.gradient, "loss_of", poisoned)
+    monkeypatch.setattr(Orpo, "loss", poisoned)
     updates = []
     with pytest.raises(DivergedError) as caught:
         for update in training(small_recipe("training.num_train_epochs=3")):

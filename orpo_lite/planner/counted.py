@@ -12,7 +12,8 @@ import numpy as np
 from orpo_lite.data.packing import Batch, Batching, PackedPairs, make_batch, micro_batches, packed_tokens
 from orpo_lite.data.tokens import TokenizedPair
 from orpo_lite.meter import LiveBytes, allocated
-from orpo_lite.model import META, PairModel, bare_pair_model, choose_dtype, divisors_of, held, loss_of
+from orpo_lite.model import META, PairModel, bare_pair_model, choose_dtype, held
+from orpo_lite.objectives.registry import find_objective
 from orpo_lite.optimizer import state_bytes
 from orpo_lite.planner.lengths import Triples, blank_pairs
 from orpo_lite.planner.ways import Passing, find_passing, without_values
@@ -93,14 +94,14 @@ def measure(recipe: Recipe, config: Any, triples: Triples, kind: str, passing: P
     for parameter, gradient in zip(trained, gradients, strict=True):
         parameter.grad = gradient
     standing, paged = standing_bytes(model, recipe)
-    batching = model.batching(recipe, pad_id=0)
+    batching, objective = model.batching(recipe, pad_id=0), find_objective(recipe.loss)
     pairs = heaviest(recipe, triples, batching)
     known = [tensor for tensors in held(model).values() for tensor in tensors] + gradients
     forget_rows()
     with without_values(), LiveBytes(known) as tracker, phases(model.backbone, tracker):
         batch = make_batch(pairs, batching).to(META)
         logps = model(batch)
-        loss, _ = loss_of(logps, divisors_of(pairs, recipe), recipe)
+        loss, _ = objective.loss(logps, objective.divisors(pairs))
         tracker.phase = "backward pass"
         loss.backward()  # type: ignore[no-untyped-call]
     unseen = int(_attention_flops(model, recipe, batch) * passing.unseen)

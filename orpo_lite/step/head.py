@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from orpo_lite.step.losses import PairLogps, at_least_float32
+from orpo_lite.step.outputs import PairLogps, at_least_float32
 
 CHUNK_BYTES = 96 << 20  # of the logits of a chunk in float32: large enough a matrix product for any device
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Weight = Callable[[], Tensor]  # the frozen (O, I) matrix in the stream's dtype; made anew where it is quantised
+Weight = Callable[[], Tensor]
+"""Gives the frozen (O, I) matrix in the stream's dtype. Asked at each use: the tensor may have been replaced."""
 
 
 def lora_linear(
@@ -103,7 +104,7 @@ def fuse_lora(model: nn.Module) -> list[str]:
 
 
 def frozen_weight(layer: nn.Module) -> Weight | None:
-    """The matrix of a linear layer, dequantised where it is in 4 bit; None for any other kind of layer."""
+    """How to get the matrix of a linear layer, dequantised where it is in 4 bit; None for any other kind of layer."""
     if getattr(layer, "source_cls", nn.Linear) is not nn.Linear:  # transformers notes what it has replaced
         return None
     if type(layer) is nn.Linear:
@@ -111,22 +112,29 @@ def frozen_weight(layer: nn.Module) -> Weight | None:
     if type(layer).__name__ == "Linear4bit":
         import bitsandbytes as bnb
 
-        matrix: Any = layer.weight
-        if layer.compute_dtype not in (None, matrix.quant_state.dtype):
-            return None
-        return lambda: bnb.functional.dequantize_4bit(matrix.data, matrix.quant_state)
+        def dequantised() -> Tensor:
+            weight: Any = layer.weight
+            matrix_OI: Tensor = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+            return matrix_OI
+
+        return dequantised if layer.compute_dtype in (None, _stream_dtype(layer)) else None
     return None
+
+
+def _stream_dtype(layer: Any) -> torch.dtype:
+    """The dtype of a layer's matrix when it is used: mostly that of the stream."""
+    weight = layer.weight
+    dtype: torch.dtype = weight.quant_state.dtype if hasattr(weight, "quant_state") else weight.dtype
+    return dtype
 
 
 def _fused(layer: Any, weight: Weight, plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
     (name,) = layer.lora_A
-    matrix = layer.base_layer.weight
-    dtype = matrix.quant_state.dtype if hasattr(matrix, "quant_state") else matrix.dtype  # the stream's, mostly
     a, b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         off = layer.disable_adapters or layer.merged or name not in layer.active_adapters
-        if off or args or kwargs or x.dtype != dtype:
+        if off or args or kwargs or x.dtype != _stream_dtype(layer.base_layer):
             return plain(x, *args, **kwargs)
         dropped = x if isinstance(dropout, nn.Identity) or not layer.training else dropout(x)
         return lora_linear(x, dropped, a.weight, b.weight, layer.scaling[name], weight, layer.base_layer.bias)
