@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -46,11 +45,14 @@ def lora_model(base: torch.nn.Module, dtype: torch.dtype = torch.float64, dropou
 
 
 def gradients(
-    model: PairModel, pairs: list[TokenizedPair], settings: Recipe, processes: Processes | None = None
+    model: PairModel,
+    pairs: list[TokenizedPair],
+    settings: Recipe,
+    processes: Processes | None = None,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> tuple[torch.Tensor, list[float]]:
     """All LoRA gradients of one step as one vector, and the step's figures."""
     model.zero_grad(set_to_none=True)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
     parts = accumulate(
         model,
         find_objective(settings.loss),
@@ -59,7 +61,7 @@ def gradients(
         step=0,
         seed=settings.training.seed,
         processes=processes or Processes(cpu=True),
-        scaler=scaler,
+        scaler=scaler or torch.amp.GradScaler("cpu", enabled=False),
     )
     return torch.cat([parameter.grad.flatten() for _, parameter in model.trained()]), parts  # type: ignore[union-attr]
 
@@ -239,10 +241,9 @@ def test_two_processes_give_the_gradient_of_one(tmp_path: Path) -> None:
 def test_a_process_without_a_pair_has_a_scaler_that_works() -> None:
     """float16: the scaler makes its state at its first use, and unscale_ refuses to run before that."""
     model, scaler = lora_model(tiny_llama()), torch.amp.GradScaler("cpu", enabled=True)
-    other: Any = SimpleNamespace(num_processes=2, process_index=1, device=torch.device("cpu"))
-    other.reduce = lambda tensor, **_: tensor
-    settings = recipe()
-    accumulate(model, ragged_pairs(1), settings, 0, model.batching(settings, 0), other, scaler)
+    second: Any = Processes(cpu=True)
+    second.rank, second.count, second.sum = 1, 2, lambda tensor: tensor
+    gradients(model, ragged_pairs(1), recipe(), second, scaler)
     optimizer = torch.optim.SGD([parameter for _, parameter in model.trained()], lr=0.1)
     scaler.unscale_(optimizer)
     assert all(not parameter.grad.any() for _, parameter in model.trained())  # type: ignore[union-attr]

@@ -428,7 +428,7 @@ def test_full_determinism_trains_and_ends_with_the_run(small_recipe: Build) -> N
 def test_an_operation_without_a_deterministic_kernel_is_named(
     small_recipe: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def explode(*_: object) -> None:
+    def explode(*_: object, **__: object) -> None:
         assert torch.are_deterministic_algorithms_enabled()
         assert not torch.is_deterministic_algorithms_warn_only_enabled()  # with it, FlashAttention would stay as it is
         raise RuntimeError("kthvalue CUDA does not have a deterministic implementation, but you set more.")
