@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 from orpo_lite.data import cache
-from orpo_lite.data.tokens import TokenizedPair
+from orpo_lite.data.pair import TokenizedPair
 
 SHARED = Path(__file__).parents[2] / "shared"
 WORDS = "red blue green round square small large old new warm cold bright dark soft hard quick slow".split()
@@ -166,7 +166,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def small_recipe(workspace: Path) -> Callable[..., Any]:
     """Builds a recipe on the workspace's base and pairs; overrides as on the command line."""
-    from orpo_lite.recipe import load_recipe
+    from orpo_lite.recipe.reader import load_recipe
 
     def build(*overrides: str) -> Any:
         text = (
@@ -188,13 +188,13 @@ Answer = tuple[int, str, str]
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
     """Runs the command line in this process; returns (exit code, what it printed, what it complained of)."""
 
-    from orpo_lite import cli
+    from orpo_lite.cli import commands
 
     def run(*arguments: str) -> Answer:
         monkeypatch.setattr(sys, "argv", ["orpo-lite", *arguments])
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            commands.main()
         printed = capsys.readouterr()
         code = ended.value.code
         return code if isinstance(code, int) else 0, printed.out, printed.err

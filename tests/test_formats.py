@@ -20,10 +20,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orpo_lite.data.formats import COLUMNS, PROMPTS_DIFFER, READERS, Detected, Pair, Row, detect_format
-from orpo_lite.data.readers import EMPTY_CHOSEN, EMPTY_REJECTED, TIED, TOO_FEW, UNJUDGED, begins_with, behind
+from orpo_lite.data.formats.detect import Detected, detect_format
+from orpo_lite.data.formats.readers import READERS
+from orpo_lite.data.formats.text import begins_with, behind
+from orpo_lite.data.pair import (
+    COLUMNS,
+    EMPTY_CHOSEN,
+    EMPTY_REJECTED,
+    PROMPTS_DIFFER,
+    TIED,
+    TOO_FEW,
+    UNJUDGED,
+    Pair,
+    Row,
+)
 from orpo_lite.errors import DataError
-from orpo_lite.recipe import DataSection, load_recipe
+from orpo_lite.recipe.reader import load_recipe
+from orpo_lite.recipe.schema import DataSection
 
 Turns = tuple[dict[str, str], ...]
 

@@ -16,15 +16,16 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from orpo_lite.data import pairs as data_pairs
-from orpo_lite.data import rows as data_rows
-from orpo_lite.data.formats import PROMPTS_DIFFER, Pair
-from orpo_lite.data.mapped import LOOK, refuse_unknown_columns
+from orpo_lite.data.formats.column_map import LOOK, refuse_unknown_columns
+from orpo_lite.data.pair import EMPTY_CHOSEN, EMPTY_REJECTED, PROMPTS_DIFFER, SYSTEMS_DIFFER, Pair
 from orpo_lite.data.pairs import BLANK, EMPTY_PROMPT, EQUAL, PLACES, SAID_TWICE, PairReader
-from orpo_lite.data.readers import EMPTY_CHOSEN, EMPTY_REJECTED, SYSTEMS_DIFFER
-from orpo_lite.data.rows import HubSource, Source
-from orpo_lite.data.sets import held_out_sources, hold_out, prompt_key, training_sources
+from orpo_lite.data.sources import local as sources_local
+from orpo_lite.data.sources.hub import HubSource
+from orpo_lite.data.sources.source import Source
+from orpo_lite.data.split import held_out_sources, hold_out, prompt_key, training_sources
 from orpo_lite.errors import SHOWN, DataError, HubError, OrpoLiteError
-from orpo_lite.recipe import DataSection, load_recipe
+from orpo_lite.recipe.reader import load_recipe
+from orpo_lite.recipe.schema import DataSection
 
 EXPLICIT = {"prompt": "Name a colour.", "chosen": "Blue.", "rejected": "Seven."}
 HH = {side: f"\n\nHuman: Name a colour.\n\nAssistant: {EXPLICIT[side]}" for side in ("chosen", "rejected")}
@@ -493,8 +494,8 @@ def test_a_table_is_not_read_for_a_column_that_its_head_does_not_name(
         opened.append(file.label)
         return read_rows(file, faults)
 
-    read_rows = data_rows.read_file
-    monkeypatch.setattr(data_rows, "read_file", read_file)
+    read_rows = read_file
+    monkeypatch.setattr(sources_local, "read_file", read_file)
     (tmp_path / "a.csv").write_text("prompt,chosen,rejected\n" + "q,a,b\n" * 150)
     table = datasets.Dataset.from_list(some_rows(150))
     table.to_parquet(tmp_path / "b.parquet")

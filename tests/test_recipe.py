@@ -18,17 +18,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from orpo_lite.errors import SHOWN, HubError, RecipeError
-from orpo_lite.recipe import (
-    CHECKOUT,
-    FOREIGN,
-    KEYS,
-    MAX_BYTES,
-    Recipe,
-    find_recipe,
-    load_recipe,
-    shipped_recipes,
-    to_text,
-)
+from orpo_lite.recipe.foreign import FOREIGN
+from orpo_lite.recipe.reader import CHECKOUT, MAX_BYTES, find_recipe, load_recipe, shipped_recipes
+from orpo_lite.recipe.schema import KEYS, Recipe
+from orpo_lite.recipe.text import to_text
 
 MINIMAL = "model:\n  model_name_or_path: some/base\ndata:\n  dataset_name: some/pairs\n"
 TOKEN = "hf_" + "Abcd1234" * 4

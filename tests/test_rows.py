@@ -21,11 +21,14 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from orpo_lite.data import files as data_files
-from orpo_lite.data import rows as data_rows
-from orpo_lite.data.rows import Place, Source, choose_split, find_source, is_local, is_path, names_line, split_of
+from orpo_lite.data.sources import json_rows as sources_json_rows
+from orpo_lite.data.sources import lines as sources_lines
+from orpo_lite.data.sources.find import find_source
+from orpo_lite.data.sources.hub import load_set
+from orpo_lite.data.sources.lines import Place
+from orpo_lite.data.sources.source import Source, choose_split, is_local, is_path, names_line, split_of
 from orpo_lite.errors import DataError, HubError, OrpoLiteError, raise_all
-from orpo_lite.recipe import load_recipe
+from orpo_lite.recipe.reader import load_recipe
 
 ROW = {"prompt": "Name a colour.", "chosen": "Blue.", "rejected": "Seven."}
 LINE = json.dumps(ROW).encode()
@@ -509,7 +512,7 @@ def test_two_columns_of_one_name_in_parquet(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.csv.gz"])
 def test_a_line_over_the_cap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(data_files, "MAX_ROW_BYTES", 1 << 20)
+    monkeypatch.setattr(sources_lines, "MAX_ROW_BYTES", 1 << 20)
     path = write(tmp_path / name, b"a,b\n1,2\n" if "csv" in name else LINE + b"\n" + b'{"prompt": "' + b"a" * (1 << 20))
     if "csv" in name:
         write(path, b"a,b\n1," + b"2" * (1 << 20))
@@ -529,7 +532,7 @@ def test_a_gzip_bomb_is_refused_in_little_memory(tmp_path: Path) -> None:
 
 
 def test_a_json_array_over_its_cap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_files, "MAX_JSON_BYTES", 1 << 20)
+    monkeypatch.setattr(sources_json_rows, "MAX_JSON_BYTES", 1 << 20)
     for name in ("a.json", "a.json.gz"):
         path = write(tmp_path / name, json.dumps([ROW] * 20_000))
         assert "use .jsonl" in fault(places, path)
@@ -1023,26 +1026,26 @@ def test_the_hubs_own_reader_on_a_real_folder(tmp_path: Path, monkeypatch: pytes
         write(where / f"{split}.jsonl", to_jsonl(some_rows(count)))
     names = "".join(f"  - split: {split}\n    path: {split}.jsonl\n" for split in ULTRAFEEDBACK)
     write(where / "README.md", f"---\nconfigs:\n- config_name: en\n  data_files:\n{names}---\n")
-    found = data_rows._load_set(str(where), "auto", None)
+    found = load_set(str(where), "auto", None)
     assert found.said.startswith("split train_prefs (of train_prefs, train_sft, test_prefs, test_sft); ")
     assert [row for _, row in found.rows([])] == some_rows(3)
     assert found.table.cache_files
     sha, count = found.fingerprint()
-    assert (sha, count) == (data_rows._load_set(str(where), "train_prefs", "en").fingerprint()[0], 3)
-    assert sha != data_rows._load_set(str(where), "test_prefs", None).fingerprint()[0]
+    assert (sha, count) == (load_set(str(where), "train_prefs", "en").fingerprint()[0], 3)
+    assert sha != load_set(str(where), "test_prefs", None).fingerprint()[0]
     # A set of the hub that is in the cache, when the hub cannot be reached.
     shutil.copytree(tmp_path / "cache" / "set" / "en", tmp_path / "cache" / "org___set" / "en")
     cached = find_source("org/set", "auto", None)
     assert (cached.said, cached.fingerprint()[1]) == (found.said, 3)
     assert list(cached.rows([])) == list(found.rows([]))
     assert "configs in the cache: ['en']" in fault(find_source, "org/set", "auto", "fr", kind=HubError)
-    text = fault(data_rows._load_set, str(where), "dev", None, kind=HubError)
+    text = fault(load_set, str(where), "dev", None, kind=HubError)
     assert "train_prefs" in text
     assert "data.dataset_train_split=SPLIT" in text
-    assert "data.dataset_config=en," in fault(data_rows._load_set, str(where), "auto", "fr", kind=HubError)
+    assert "data.dataset_config=en," in fault(load_set, str(where), "auto", "fr", kind=HubError)
     more = f"- config_name: de\n  data_files:\n{names}"
     write(where / "README.md", f"---\nconfigs:\n- config_name: en\n  data_files:\n{names}{more}---\n")
     for split in ("auto", "train_prefs"):
-        text = fault(data_rows._load_set, str(where), split, None, kind=HubError)
+        text = fault(load_set, str(where), split, None, kind=HubError)
         assert "['en', 'de']" in text
         assert "data.dataset_config=en," in text

@@ -12,16 +12,18 @@ from datasets import load_dataset
 from test_step import lora_model
 from torch.utils.data import SequentialSampler
 
+from orpo_lite.data.chat_template import set_chat_template
+from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.data.pairs import PairReader
-from orpo_lite.data.sets import training_sources
-from orpo_lite.data.templates import Renderer, set_chat_template
-from orpo_lite.data.tokens import TokenizedPair, tokenize_pairs
-from orpo_lite.gradient import accumulate
+from orpo_lite.data.render_process import Renderer
+from orpo_lite.data.split import training_sources
+from orpo_lite.data.tokenize import tokenize_pairs
+from orpo_lite.model.optimizer import lr_factor, make_optimizer
+from orpo_lite.model.parallel import Processes
 from orpo_lite.objectives.registry import find_objective
-from orpo_lite.optimizer import lr_factor, make_optimizer
-from orpo_lite.parallel import Processes
-from orpo_lite.recipe import load_recipe
-from orpo_lite.train import update
+from orpo_lite.recipe.reader import load_recipe
+from orpo_lite.training.gradient import accumulate
+from orpo_lite.training.step import update
 
 trl = pytest.importorskip("trl.experimental.orpo", reason="TRL, the oracle, comes with the extra `bench`")
 

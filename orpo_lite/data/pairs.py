@@ -13,16 +13,19 @@ from contextlib import suppress
 from itertools import chain, islice, pairwise
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from orpo_lite.data.columns import Look, map_line, plain_name, shown
-from orpo_lite.data.formats import Detected, Pair, Row, detect_format, is_known
-from orpo_lite.data.kinds import CHAT, is_blank, kind_of
-from orpo_lite.data.mapped import LOOK, first_with, found_columns, held_columns, lacking_columns, mapped_row
-from orpo_lite.data.readers import EMPTY_CHOSEN, EMPTY_REJECTED, NO_TOOLS, ToolError, says_nothing
-from orpo_lite.data.rows import Source, names_line
+from orpo_lite.data.formats.column_map import LOOK, first_with, found_columns, held_columns, lacking_columns, mapped_row
+from orpo_lite.data.formats.columns import ColumnProfile, map_line, plain_name, shown
+from orpo_lite.data.formats.detect import Detected, detect_format, is_known
+from orpo_lite.data.formats.readers import NO_TOOLS
+from orpo_lite.data.formats.text import says_nothing
+from orpo_lite.data.formats.values import CHAT, is_blank, kind_of
+from orpo_lite.data.pair import EMPTY_CHOSEN, EMPTY_REJECTED, Pair, Row, ToolError
+from orpo_lite.data.sources.source import Source, names_line
 from orpo_lite.errors import SHOWN, DataError, Overrides, raise_all
 
 if TYPE_CHECKING:
-    from orpo_lite.recipe import DataSection
+    from orpo_lite.recipe.schema import DataSection
+
 
 # Reasons to leave a pair out, beside those of readers.py: the paper's, Appendix C.
 EQUAL = "chosen and rejected are equal"
@@ -265,7 +268,7 @@ class PairReader:
             rows: list[Row] = []
             with suppress(DataError):
                 rows = [mapped_row(row, self._map) for _, row in islice(part.rows([]), LOOK)]
-            look = Look(rows, {}, plain=False)
+            look = ColumnProfile(rows, {}, plain=False)
             kinds.append({column: kind for column, kind in look.kinds.items() if kind != "null"})
         if all(held == kinds[0] for held in kinds):
             return ""

@@ -7,9 +7,9 @@ from typing import ClassVar, Literal, NamedTuple
 from torch import Tensor
 
 from orpo_lite.data.packing import nll_tokens
-from orpo_lite.data.tokens import TokenizedPair
-from orpo_lite.recipe import LossSection
-from orpo_lite.step.outputs import PairLogps
+from orpo_lite.data.pair import TokenizedPair
+from orpo_lite.ops.outputs import PairLogps
+from orpo_lite.recipe.schema import LossSection
 
 Need = Literal["policy_logps"]
 """What a model can be asked for. policy_logps: :class:`PairLogps` of the model that is trained."""

@@ -8,7 +8,7 @@ import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from torch import Tensor
 
 from orpo_lite.objectives.objective import Divisors, Metric, Objective
-from orpo_lite.step.outputs import PairLogps, at_least_float32
+from orpo_lite.ops.outputs import PairLogps, at_least_float32
 
 
 class Orpo(Objective):

@@ -3,7 +3,7 @@
 from importlib import import_module
 
 from orpo_lite.objectives.objective import Objective
-from orpo_lite.recipe import LossSection
+from orpo_lite.recipe.schema import LossSection
 
 
 def find_objective(settings: LossSection) -> Objective:
