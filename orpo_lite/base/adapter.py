@@ -16,8 +16,11 @@ def find_adapter(name: str) -> Path:
     folder = local if local.is_dir() else download(name, resolve(name, "main", ADAPTER), ADAPTER)
     for file in ADAPTER:
         if not (folder / file).is_file():
-            where = f"model.adapter_name_or_path: {name}"
-            raise ModelError(where=where, found=f"has no {file}", expected="a peft LoRA adapter in safetensors")
+            raise ModelError(
+                where=f"model.adapter_name_or_path: {name}",
+                found=f"has no {file}",
+                expected="a peft LoRA adapter in safetensors",
+            )
     return folder
 
 
@@ -88,9 +91,13 @@ def adopt_adapter(recipe: Recipe) -> Recipe:
     faults = []
     for key, wanted in recipe.items():
         if key in values and values[key] != wanted and recipe.sources[key] != "default":
-            found, expected = f"{key}: {wanted} with model.adapter_name_or_path", f"its own {values[key]}, or nothing"
             faults.append(
-                RecipeError(where=recipe.sources[key], found=found, expected=expected, fix="leave the key out")
+                RecipeError(
+                    where=recipe.sources[key],
+                    found=f"{key}: {wanted} with model.adapter_name_or_path",
+                    expected=f"its own {values[key]}, or nothing",
+                    fix="leave the key out",
+                )
             )
     raise_all(faults)
     return recipe.override(values)

@@ -91,8 +91,11 @@ def download(name: str, commit: str, patterns: list[str]) -> Path:
         return Path(snapshot_download(name, revision=commit, allow_patterns=patterns, ignore_patterns=NOT_FETCHED))
     except UNREACHABLE as error:
         if isinstance(error, OSError) and error.errno in FULL:
-            found, fix = "the disk is full", "free some space, or set HF_HOME to another disk"
-            raise FitError(where=f"downloading {name}, to {constants.HF_HUB_CACHE}", found=found, fix=fix) from error
+            raise FitError(
+                where=f"downloading {name}, to {constants.HF_HUB_CACHE}",
+                found="the disk is full",
+                fix="free some space, or set HF_HOME to another disk",
+            ) from error
         raise hub_error(name, commit, error) from error
 
 

@@ -56,9 +56,10 @@ def find_texts(name: str, revision: str, *, weights: bool = False) -> tuple[Path
     if local.is_dir():
         return local.resolve(), None
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        where = f"model.model_name_or_path: {name}"
         raise ModelError(
-            where=where, found="no such folder", expected="a folder with config.json and safetensors, or a hub name"
+            where=f"model.model_name_or_path: {name}",
+            found="no such folder",
+            expected="a folder with config.json and safetensors, or a hub name",
         )
     commit = resolve(name, revision, [*TEXT, *(WEIGHTS if weights else [])])
     return download(name, commit, TEXT), commit
@@ -69,9 +70,11 @@ def fetch_weights(base: Base) -> Base:
     if base.revision is not None:
         download(base.name, base.revision, [*TEXT, *WEIGHTS])
         if lacking := [file.name for file in weight_files(base.path) if not file.is_file()]:
-            where, fix = f"hub, {base.name} at {base.revision}", by_hand(base.name, base.revision)
             raise HubError(
-                where=where, found=f"{lacking[0]} is not in the cache", expected="all of the weights", fix=fix
+                where=f"hub, {base.name} at {base.revision}",
+                found=f"{lacking[0]} is not in the cache",
+                expected="all of the weights",
+                fix=by_hand(base.name, base.revision),
             )
     return replace(base, fingerprint=fingerprint(base.path))
 
@@ -226,6 +229,9 @@ def check_targets(recipe: Recipe, base: Base) -> None:
 def check_embedding(recipe: Recipe, config: Any) -> None:
     """Refuse to move an embedding to host memory that is the output head as well. Raises :class:`RecipeError`."""
     if recipe.memory.embedding_on_cpu is True and config.get_text_config().tie_word_embeddings:
-        where = recipe.sources["memory.embedding_on_cpu"]
-        expected = "a base whose input embedding is not its output head as well"
-        raise RecipeError(where=where, found="memory.embedding_on_cpu: true", expected=expected, fix="leave it out")
+        raise RecipeError(
+            where=recipe.sources["memory.embedding_on_cpu"],
+            found="memory.embedding_on_cpu: true",
+            expected="a base whose input embedding is not its output head as well",
+            fix="leave it out",
+        )

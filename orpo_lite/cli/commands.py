@@ -316,10 +316,9 @@ def _choose_recipe(name: str | None, resume: Path | None, overrides: list[str], 
 
     if resume is not None:
         if name or overrides:
-            found = "given with " + (f"--recipe {name}" if name else " ".join(overrides))
             raise RecipeError(
                 where="--resume",
-                found=found,
+                found="given with " + (f"--recipe {name}" if name else " ".join(overrides)),
                 expected="the run's own recipe",
                 fix=Command(f"orpo-lite train --resume {resume}"),
             )
@@ -328,9 +327,12 @@ def _choose_recipe(name: str | None, resume: Path | None, overrides: list[str], 
     _refuse_file(name, overrides, verb)
     if name is None:
         words = [text for text in overrides if "=" not in text]
-        expected = "--recipe NAME, or --resume RUN" if verb == "train" else "--recipe NAME"
-        fix = Command(f"orpo-lite {verb} --recipe {words[0] if words else 'demo'}")
-        raise RecipeError(where=f"orpo-lite {verb}", found="no recipe given", expected=expected, fix=fix)
+        raise RecipeError(
+            where=f"orpo-lite {verb}",
+            found="no recipe given",
+            expected="--recipe NAME, or --resume RUN" if verb == "train" else "--recipe NAME",
+            fix=Command(f"orpo-lite {verb} --recipe {words[0] if words else 'demo'}"),
+        )
     return load_recipe(name, overrides)
 
 

@@ -45,10 +45,9 @@ def verify_run(run: Path, weights: "Weights", base_path: Path | None) -> None:
     verdict = draw(verify_events(run, weights=weights, base_path=base_path))
     print_verdict(verdict)
     if not verdict.passed:
-        found = f"differs from base and adapter: {verdict.said}"
         raise ModelError(
             where=f"{run}, merged",
-            found=found,
+            found=f"differs from base and adapter: {verdict.said}",
             expected="the same answers",
             fix="please report it with the run's lock.json",
         )

@@ -105,9 +105,11 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, data: DataSection) -> 
         try:
             text = tokenizer.get_chat_template()
         except ValueError as error:
-            found = str(error).splitlines()[0]
             raise ModelError(
-                where="tokenizer", found=found, expected="a default chat template", fix="data.chat_template=FILE.jinja"
+                where="tokenizer",
+                found=str(error).splitlines()[0],
+                expected="a default chat template",
+                fix="data.chat_template=FILE.jinja",
             ) from None
         said = "the tokenizer's own chat template"
     elif choice == "auto":
@@ -125,11 +127,10 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, data: DataSection) -> 
         if "strftime_now" in text and "date_string" not in data.chat_template_kwargs:
             said += " (it writes today's date; data.chat_template_kwargs can fix one)"
     if taken := RESERVED & data.chat_template_kwargs.keys():
-        expected = f"other names than {', '.join(sorted(RESERVED))}"
         raise RecipeError(
             where="data.chat_template_kwargs",
             found=f"sets {', '.join(sorted(taken))}",
-            expected=expected,
+            expected=f"other names than {', '.join(sorted(RESERVED))}",
             fix="leave it out",
         )
     variables = {**tokenizer.special_tokens_map, **data.chat_template_kwargs}
@@ -146,20 +147,21 @@ def template_file(choice: str) -> str:
     try:
         return Path(choice).expanduser().read_text("utf-8")
     except (OSError, ValueError) as error:
-        expected = "auto, none, a .jinja file, or a template"
         raise RecipeError(
-            where="data.chat_template", found=f"{choice}: {error}", expected=expected, fix="check the path"
+            where="data.chat_template",
+            found=f"{choice}: {error}",
+            expected="auto, none, a .jinja file, or a template",
+            fix="check the path",
         ) from None
 
 
 def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The tokenizer's eos. Raises ModelError when it has none."""
     if tokenizer.eos_token_id is None:
-        expected = "an eos_token, or a chat template that ends a reply with a special token"
         raise ModelError(
             where="tokenizer",
             found="nothing ends a reply",
-            expected=expected,
+            expected="an eos_token, or a chat template that ends a reply with a special token",
             fix="set eos_token in tokenizer_config.json",
         )
     return int(tokenizer.eos_token_id)
@@ -185,9 +187,11 @@ def pair_texts(pair: Pair, template: Template) -> PairTexts | str:
     answered = render([*pair.messages, _reply(_MARK)], template, pair.where)
     before, mark, after = answered.rpartition(_MARK)
     if not mark:
-        fix = "data.chat_template=FILE.jinja with a template that shows the assistant's turns"
         raise ModelError(
-            where=pair.where, found="the chat template leaves out the reply", expected="the reply in the text", fix=fix
+            where=pair.where,
+            found="the chat template leaves out the reply",
+            expected="the reply in the text",
+            fix="data.chat_template=FILE.jinja with a template that shows the assistant's turns",
         )
     lost = [turn["role"] for turn in _lost_turns(pair, template) if turn["content"].strip()]
     if any(role != "system" for role in lost):
@@ -236,10 +240,9 @@ def _joined(pair: Pair, special: re.Pattern[str]) -> PairTexts | str:
     """Prompt and reply as they stand. The person may have written a template's tokens into the prompt; a reply may
     end with a token, but not hold one."""
     if pair.prompt_text is None:
-        found = "a conversation, and data.chat_template: none joins plain texts"
         raise DataError(
             where=pair.where,
-            found=found,
+            found="a conversation, and data.chat_template: none joins plain texts",
             expected="a prompt that is one text",
             fix=Overrides({"data.chat_template": "auto"}),
         )
@@ -269,9 +272,12 @@ def render(messages: Iterable[Message], template: Template, where: str, generati
     except MemoryError:
         raise BeyondLimitsError(where, f"the chat template takes more than {MEMORY >> 30} GiB of memory") from None
     except Exception as error:  # a template can raise anything
-        found = f"the chat template raises {type(error).__name__}: {error}"
-        fix = "data.chat_template=FILE.jinja with a template that takes such turns, or mend the row"
-        raise ModelError(where=where, found=found, expected="a template that renders these turns", fix=fix) from None
+        raise ModelError(
+            where=where,
+            found=f"the chat template raises {type(error).__name__}: {error}",
+            expected="a template that renders these turns",
+            fix="data.chat_template=FILE.jinja with a template that takes such turns, or mend the row",
+        ) from None
     if len(texts[0]) > SLACK + GROWTH * sum(len(turn["content"]) for turn in turns):
         raise BeyondLimitsError(where, f"the chat template writes {len(texts[0]):,} characters")
     return str(texts[0])

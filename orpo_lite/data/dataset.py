@@ -76,9 +76,11 @@ def tokenized(
     except OSError as error:
         if error.errno not in FULL:
             raise
-        fix = f"free some space, or {cache.VARIABLE}=FOLDER on another disk"
         raise FitError(
-            where=str(cache.cache_folder()), found="the disk is full", expected="room for the tokens", fix=fix
+            where=str(cache.cache_folder()),
+            found="the disk is full",
+            expected="room for the tokens",
+            fix=f"free some space, or {cache.VARIABLE}=FOLDER on another disk",
         ) from error
     if entry is None:
         raise FitError(
@@ -148,13 +150,11 @@ def _tokenize(
 
 
 def _templated(count: int, pairs: int) -> DataError:
-    found = f"{count:,} of {pairs:,} pairs hold markers of a chat template, though hardly any of the first rows did"
-    fix = "write all rows alike: without markers, or, for data.chat_template=none, with them"
     return DataError(
         where="data.chat_template",
-        found=found,
+        found=f"{count:,} of {pairs:,} pairs hold markers of a chat template, though hardly any of the first rows did",
         expected="text without markers: the template puts them in again",
-        fix=fix,
+        fix="write all rows alike: without markers, or, for data.chat_template=none, with them",
     )
 
 

@@ -55,8 +55,12 @@ class Drops:
         """Raise DataError with the table of reasons; ``hints`` has the fix for some of them."""
         table = "".join(f"\n  {count:>8}  {reason}" for reason, count in self.counts.items())
         most = self.counts.most_common(1)[0][0]
-        fix = (hints or {}).get(most, "mend the data, or its limits")
-        raise DataError(where=name, found=f"every pair was left out:{table}", expected="pairs to train on", fix=fix)
+        raise DataError(
+            where=name,
+            found=f"every pair was left out:{table}",
+            expected="pairs to train on",
+            fix=(hints or {}).get(most, "mend the data, or its limits"),
+        )
 
 
 class PairReader:
@@ -132,9 +136,11 @@ class PairReader:
                 if pair.where.endswith(f"/{place}"):
                     alike.append(pair)
         if len(alike) > 1:
-            fix = " or ".join(pair.where for pair in alike[:PLACES])
             raise DataError(
-                where=place, found=f"no such row, but {len(alike)} that end so", expected="the whole place", fix=fix
+                where=place,
+                found=f"no such row, but {len(alike)} that end so",
+                expected="the whole place",
+                fix=" or ".join(pair.where for pair in alike[:PLACES]),
             )
         if near := near or alike:
             pair = max(near, key=lambda pair: len(pair.where))  # sub/p.jsonl:3 rather than p.jsonl:3
@@ -155,9 +161,11 @@ class PairReader:
         first = [place for _, place in looked_at]
         if all(is_blank(value) for _, row in first for value in row.values()):
             raise_all([*faults, *broken])
-            found = "no rows" if not first else "no rows that hold anything"
             raise DataError(
-                where=source.name, found=found, expected="at least one preference pair", fix="check data.dataset_name"
+                where=source.name,
+                found="no rows" if not first else "no rows that hold anything",
+                expected="at least one preference pair",
+                fix="check data.dataset_name",
             )
         try:
             looked = [row for _, row in first]
@@ -237,9 +245,12 @@ class PairReader:
             ) from None
         changed = {ours for ours, _ in before.columns.items() ^ now.columns.items()}
         if changed - LATER or before.columns.items() - now.columns.items():
-            found, expected = f"{turned_up}, and with that it is: {now.sentence}", before.sentence
-            fix = Overrides({"data.format": before.name}, ", or leave the column out, or write it in every row")
-            raise DataError(where="data.format", found=found, expected=expected, fix=fix)
+            raise DataError(
+                where="data.format",
+                found=f"{turned_up}, and with that it is: {now.sentence}",
+                expected=before.sentence,
+                fix=Overrides({"data.format": before.name}, ", or leave the column out, or write it in every row"),
+            )
         return now
 
     def _detect(self, rows: Sequence[Row], mapped: Mapping[str, str]) -> Detected:
@@ -255,9 +266,11 @@ class PairReader:
         if not fault.where.startswith("data."):
             return fault
         fix = self._line_by_file(source)
-        found = f"{fault.found}; its files hold rows of different kinds" if fix else fault.found
         return DataError(
-            where=f"{fault.where} of {source.name}", found=found, expected=fault.expected, fix=fix or fault.fix
+            where=f"{fault.where} of {source.name}",
+            found=f"{fault.found}; its files hold rows of different kinds" if fix else fault.found,
+            expected=fault.expected,
+            fix=fix or fault.fix,
         )
 
     def _line_by_file(self, source: Source) -> str:
@@ -332,9 +345,12 @@ class PairReader:
             if lacking:
                 why = f"and no column here for {shown(*sorted(lacking))}"
                 fix = f"leave {took} out of this set; or, where no other has {own_columns}: {line}"
-            found = f"it takes {took} for {shown(*changed)}, {why}"
-            expected = f"all of the map, or nothing of it: {own.sentence}"
-            raise DataError(where="data.column_map", found=found, expected=expected, fix=fix)
+            raise DataError(
+                where="data.column_map",
+                found=f"it takes {took} for {shown(*changed)}, {why}",
+                expected=f"all of the map, or nothing of it: {own.sentence}",
+                fix=fix,
+            )
 
     def _alone_has(self, source: Source, columns: Mapping[str, str]) -> bool:
         """The set has the columns under our own names, and no other set has any of these."""

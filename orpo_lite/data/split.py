@@ -30,11 +30,10 @@ def training_sources(data: DataSection) -> list[Source]:
     check_mapped(data.columns)
     split = data.dataset_train_split
     if split not in ("auto", "train") and all(Path(name).expanduser().is_file() for name in data.names):
-        found, expected = repr(split), "auto: files of their own have no splits"
         raise DataError(
             where="data.dataset_train_split",
-            found=found,
-            expected=expected,
+            found=repr(split),
+            expected="auto: files of their own have no splits",
             fix="leave it out, or name the file of that split",
         )
     sources = [find_source(name, split, data.dataset_config) for name in data.names]
@@ -74,11 +73,14 @@ def held_out_sources(data: DataSection) -> list[Source]:
         except DataError:  # files that carry no names of splits are all held out
             return [find_source(test, "auto", None)]
     if alone := next((name for name in data.names if Path(name).expanduser().is_file()), None):
-        expected = f"a file of its own ({alone} has no splits), or null to hold out data.test_split_size"
         folders = [find_source(name, test, None) for name in data.names if Path(name).expanduser().is_dir()]
         files = [file for source in folders for file in source.paths()]
-        fix = shlex.quote(f"data.dataset_test_split={files[0] if len(files) == 1 else 'held-out.jsonl'}")
-        raise DataError(where="data.dataset_test_split", found=repr(test), expected=expected, fix=fix)
+        raise DataError(
+            where="data.dataset_test_split",
+            found=repr(test),
+            expected=f"a file of its own ({alone} has no splits), or null to hold out data.test_split_size",
+            fix=shlex.quote(f"data.dataset_test_split={files[0] if len(files) == 1 else 'held-out.jsonl'}"),
+        )
     return [find_source(name, test, data.dataset_config) for name in data.names]
 
 
@@ -107,10 +109,9 @@ def hold_out(pairs: Sequence[Held], prompts: Sequence[bytes], size: float, seed:
         before = accumulate((counts[key] for key in ranked), initial=0)  # pairs held before each prompt
         held = {key for key, pairs_held in zip(ranked, before, strict=False) if pairs_held < size}
     if len(held) == len(ranked):
-        found = f"{size:g} of {len(pairs)} pairs with {len(ranked)} different prompts leaves none to train on"
         raise DataError(
             where="data.test_split_size",
-            found=found,
+            found=f"{size:g} of {len(pairs)} pairs with {len(ranked)} different prompts leaves none to train on",
             expected="less than all prompts",
             fix=Overrides({"data.test_split_size": 0}, ", or more pairs"),
         )

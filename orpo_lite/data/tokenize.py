@@ -70,11 +70,10 @@ def tokenize_pairs(
     template; at the end, with all places.
     """
     if not tokenizer.is_fast:
-        expected = "a fast tokenizer, which says where in the text each token stands"
         raise ModelError(
             where="tokenizer",
             found=f"{type(tokenizer).__name__} is a slow one",
-            expected=expected,
+            expected="a fast tokenizer, which says where in the text each token stands",
             fix="add a tokenizer.json",
         )
     end, lead = end_token_id(renderer, tokenizer), _leading_ids(tokenizer)

@@ -13,9 +13,8 @@ def load_tokenizer(path: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # else it would ask at the terminal
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
         raise ModelError(
-            where=f"tokenizer in {path}", found=reason, expected="tokenizer.json beside the weights"
+            where=f"tokenizer in {path}", found=str(error).splitlines()[0], expected="tokenizer.json beside the weights"
         ) from error
 
 

@@ -144,9 +144,11 @@ def _refuse_other_pairs(path: Path, sha256: str) -> None:
     """Which pairs are held out depends on all of them: of others some may have been trained on."""
     known = read_lock(path)["data"]
     if known["sha256"] and known["sha256"] != sha256:
-        found, expected = f"changed since the run began: {known['name']}", "the pairs of the training"
         raise CheckpointError(
-            where=f"run {path}", found=found, expected=expected, fix="put them back; what is merged stays as it is"
+            where=f"run {path}",
+            found=f"changed since the run began: {known['name']}",
+            expected="the pairs of the training",
+            fix="put them back; what is merged stays as it is",
         )
 
 

@@ -112,10 +112,9 @@ def describe(config: Any, where: str) -> Description:
     config = config.get_text_config() if pictures else config
     family = FAMILIES.get(config.model_type)
     if family is None:
-        found = f"model_type {config.model_type!r} has no export to GGUF here"
         raise ModelError(
             where=where,
-            found=found,
+            found=f"model_type {config.model_type!r} has no export to GGUF here",
             expected=f"one of {', '.join(FAMILIES)}",
             fix=f"{VLLM}, or llama.cpp's own converter",
         )
@@ -314,10 +313,9 @@ def _refuse_others(config: Any, names: Any, found: Mapping[str, Stored], where: 
         shape = None if stored is None else "x".join(map(str, stored.shape))
         told = "x".join(map(str, parameter.shape))
         if shape != told:
-            said = f"has no {name}" if shape is None else f"has a {name} of {shape}"
             raise ModelError(
                 where=where,
-                found=said,
+                found=f"has no {name}" if shape is None else f"has a {name} of {shape}",
                 expected=f"{told}, by its config.json",
                 fix="orpo-lite merge RUN makes it again",
             )

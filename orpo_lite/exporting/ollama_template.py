@@ -166,11 +166,10 @@ def _cut(text: str, marks: Sequence[str]) -> list[str] | None:
 
 
 def _refused(where: str, found: str) -> ModelError:
-    expected = "one that writes each turn between the same texts"
     return ModelError(
         where=where,
         found=f"{found}: it has no Ollama template",
-        expected=expected,
+        expected="one that writes each turn between the same texts",
         fix="orpo-lite export RUN --to gguf, which keeps it",
     )
 

@@ -285,9 +285,11 @@ def _probes(tokenizer: Any, render: Render, where: str) -> list[str]:
     try:
         return [render([{"role": "user", "content": text}]) for text in PROBES]
     except Exception as error:  # a template can raise anything
-        found = f"fails on a question: {type(error).__name__}: {error}"
         raise ModelError(
-            where=where, found=found, expected="one that takes a user's turn", fix="orpo-lite merge RUN makes it again"
+            where=where,
+            found=f"fails on a question: {type(error).__name__}: {error}",
+            expected="one that takes a user's turn",
+            fix="orpo-lite merge RUN makes it again",
         ) from None
 
 

@@ -146,8 +146,11 @@ def _adapter_parts(adapter: Path, modules: Mapping[str, nn.Module], config: Any)
             wrong.append(key)
     wrong += [name for name, part in parts.items() if not {"lora_A", "lora_B"} <= part.keys()]
     if lacking := sorted(_targets(config, modules) - parts.keys()):
-        found = f"lacks {len(lacking)} of the layers that it is for ({lacking[0]} ...)"
-        raise ModelError(where=f"adapter {adapter}", found=found, expected="A and B of each")
+        raise ModelError(
+            where=f"adapter {adapter}",
+            found=f"lacks {len(lacking)} of the layers that it is for ({lacking[0]} ...)",
+            expected="A and B of each",
+        )
     if wrong:
         raise matches_nothing(adapter, wrong)
     return parts
@@ -167,8 +170,11 @@ def _targets(config: Any, modules: Mapping[str, nn.Module]) -> set[str]:
 
 
 def matches_nothing(adapter: Path, keys: Sequence[str]) -> ModelError:
-    found = f"{len(keys)} of its keys match nothing in the base ({keys[0]} ...)"
-    return ModelError(where=f"adapter {adapter}", found=found, expected="LoRA's A and B of layers of this base")
+    return ModelError(
+        where=f"adapter {adapter}",
+        found=f"{len(keys)} of its keys match nothing in the base ({keys[0]} ...)",
+        expected="LoRA's A and B of layers of this base",
+    )
 
 
 def _prefix(stored: Mapping[str, Stored], names: list[str]) -> tuple[str, str] | None:

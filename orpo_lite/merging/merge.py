@@ -165,8 +165,11 @@ def _enough_memory(path: Path) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error):
             raise
-        found = f"memory ran out ({str(error).splitlines()[0] if str(error) else 'MemoryError'})"
-        raise FitError(where=f"merging {path}", found=found, fix="close other programs, or raise the limit") from error
+        raise FitError(
+            where=f"merging {path}",
+            found=f"memory ran out ({str(error).splitlines()[0] if str(error) else 'MemoryError'})",
+            fix="close other programs, or raise the limit",
+        ) from error
 
 
 def _stream(plan: Plan, folder: Path, most: int) -> Generator[Update, None, int]:
@@ -198,8 +201,11 @@ def _merged_blocks(plan: Plan, files: Iterable[Iterable[Stored]], changed: set[s
             out = block if block.dtype == stored.dtype else torch.empty(block.shape, dtype=stored.dtype)
             out.copy_(merged)  # in the place of what was read: memory that is new to a process costs time
             if stored.dtype == torch.float16 and not out.isfinite().all():
-                found = f"{stored.name} overflows float16 with the adapter"
-                raise ModelError(where="merge", found=found, fix="a base whose weights are bfloat16 or float32")
+                raise ModelError(
+                    where="merge",
+                    found=f"{stored.name} overflows float16 with the adapter",
+                    fix="a base whose weights are bfloat16 or float32",
+                )
             yield out
 
 

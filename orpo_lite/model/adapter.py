@@ -41,11 +41,15 @@ def add_lora(model: nn.Module, recipe: Recipe, folder: Path | None) -> nn.Module
             model = get_peft_model(model, config)
     except ValueError as error:
         if "ParamWrapper" in str(error):  # of a mixture's experts, which are no layers of their own
-            found = "adapts experts, which takes neither DoRA nor dropout"
             fix = Overrides(
                 {"lora.use_dora": False, "lora.lora_dropout": 0}, ", or lora.target_modules=q_proj,k_proj,v_proj,o_proj"
             )
-            raise ModelError(where="adapter", found=found, expected="plain LoRA there", fix=fix) from error
+            raise ModelError(
+                where="adapter",
+                found="adapts experts, which takes neither DoRA nor dropout",
+                expected="plain LoRA there",
+                fix=fix,
+            ) from error
         raise ModelError(where="adapter", found=str(error).splitlines()[0], expected="layers of this base") from error
     if lora.init_lora_weights == "orthogonal" and not folder:
         _init_orthogonal(model, recipe)
@@ -71,9 +75,8 @@ def _init_orthogonal(model: nn.Module, recipe: Recipe) -> None:
 
     rank = recipe.lora.r
     if rank % 2:
-        where = recipe.sources["lora.r"]
         raise RecipeError(
-            where=where,
+            where=recipe.sources["lora.r"],
             found=f"lora.r={rank}",
             expected="an even number for lora.init_lora_weights=orthogonal",
             fix=f"{rank + 1}",
@@ -101,6 +104,9 @@ def set_adapter(model: PairModel, tensors: dict[str, Tensor]) -> None:
     own = {name: tensor.shape for name, tensor in adapter_tensors(model).items()}
     given = {name: tensor.shape for name, tensor in tensors.items()}
     if differing := {name for name, _ in own.items() ^ given.items()}:
-        found = f"{len(differing)} tensors have no counterpart of their shape ({min(differing)} ...)"
-        raise ModelError(where="adapter", found=found, expected="the adapter of this recipe")
+        raise ModelError(
+            where="adapter",
+            found=f"{len(differing)} tensors have no counterpart of their shape ({min(differing)} ...)",
+            expected="the adapter of this recipe",
+        )
     set_peft_model_state_dict(model.model, tensors)

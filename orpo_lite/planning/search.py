@@ -314,9 +314,10 @@ class Planner:
 def no_plan(name: str, error: Exception) -> ModelError:
     """That a model cannot be planned, and how to go on."""
     logger.warning("the step could not be counted", exc_info=error)
-    found = f"its step cannot be counted without weights ({type(error).__name__})"
     return ModelError(
-        where=f"model {name}", found=found, fix="set the levers of memory by hand; training takes them as they are"
+        where=f"model {name}",
+        found=f"its step cannot be counted without weights ({type(error).__name__})",
+        fix="set the levers of memory by hand; training takes them as they are",
     )
 
 

@@ -93,9 +93,13 @@ def find_target(repository: str, is_private: bool) -> Attempt[Target]:
         there, asked = ("private", "public") if found else ("public", "private")
         fix = "--public (output.hub_private_repo=false)" if asked == "private" else "leave --public out"
         fix += f"; or change it at {constants.ENDPOINT}/{repository}/settings; or another name"
-        expected = f"a {asked} repository, as asked; it is not changed here"
         raise WrongTargetError(
-            where=where, found=f"is {there} already", expected=expected, fix=fix, instead=repository, is_private=found
+            where=where,
+            found=f"is {there} already",
+            expected=f"a {asked} repository, as asked; it is not changed here",
+            fix=fix,
+            instead=repository,
+            is_private=found,
         )
     return Target(repository, is_private, exists=True)
 

@@ -37,8 +37,12 @@ def changed_card(path: Path) -> str:
     """
     file, fix = path / "README.md", "or remove it, and the card is made afresh"
     if file.is_symlink():
-        expected = "a file; links are not followed"
-        raise CheckpointError(where=str(file), found="is a link", expected=expected, fix=f"a copy in its place, {fix}")
+        raise CheckpointError(
+            where=str(file),
+            found="is a link",
+            expected="a file; links are not followed",
+            fix=f"a copy in its place, {fix}",
+        )
     try:
         card = file.read_bytes().decode("utf-8-sig") if file.is_file() else ""
     except (OSError, ValueError) as error:
@@ -63,9 +67,11 @@ def adopt_card(path: Path, own: str, shown: Shown) -> str:
     own = SEAL.sub("", own)
     found = CARD.match(own)
     if found is None:
-        expected = "metadata in YAML between lines of ---"
         raise CheckpointError(
-            where=where, found="begins with no metadata", expected=expected, fix="mend it, or remove the file"
+            where=where,
+            found="begins with no metadata",
+            expected="metadata in YAML between lines of ---",
+            fix="mend it, or remove the file",
         )
     made: dict[str, Any] = make_metadata(facts).to_dict()  # type: ignore[no-untyped-call]
     ours: dict[str, str] = {key: made[key] for key in ("library_name", "base_model_relation") if key in made}
@@ -117,8 +123,12 @@ def _read_metadata(text: str, where: str) -> tuple[dict[str, Any], yaml.MappingN
     try:
         node = yaml.compose(f"{text}\n", Loader=yaml.SafeLoader) if is_plain(text) else None
     except (yaml.YAMLError, ValueError) as error:
-        found = f"its metadata cannot be read ({' '.join(str(error).split())})"
-        raise CheckpointError(where=where, found=found, expected=expected, fix=fix) from error
+        raise CheckpointError(
+            where=where,
+            found=f"its metadata cannot be read ({' '.join(str(error).split())})",
+            expected=expected,
+            fix=fix,
+        ) from error
     if isinstance(node, yaml.MappingNode):
         data: dict[str, Any] = _texts(node)
         if len(data) == len(node.value):
@@ -150,9 +160,10 @@ def _refuse_untrue(facts: "Facts", terms: Terms, data: Mapping[str, Any], body: 
         known = facts.licence.get(key), written.get(key)
         if said.get(key) not in known:
             expected = f"{key}: {known[1]}" if known[1] else f"no {key}"
-            found = f"{key}: {said[key]}" if key in said else f"has no {key}"
             raise CheckpointError(
-                where=where, found=found, expected=f"{expected}, as the base's card has it: “{terms.notice}”"
+                where=where,
+                found=f"{key}: {said[key]}" if key in said else f"has no {key}",
+                expected=f"{expected}, as the base's card has it: “{terms.notice}”",
             )
     names = data.get("base_model", [])
     if facts.is_hub_base and base not in (names if isinstance(names, list) else [names]):

@@ -130,9 +130,11 @@ def refuse_name(repository: str, licence: Mapping[str, Any], where: str) -> None
     prefix = rf"^(?:meta[-_.]*)?{first}[-_.]*" + "".join(rf"(?:{word}(?!\.?\d)[-_.]*)?" for word in others)
     renamed = re.sub(prefix, "", name, flags=re.IGNORECASE).strip("-_.") or "tuned"
     longest = f"{repository.removesuffix(name)}{terms.prefix.replace(' ', '-')}-{renamed}"[:MAX_NAME]
-    fix = f"a name such as {longest.rstrip('-_.').removesuffix('.git')}"
     raise RecipeError(
-        where=where, found=f"{repository}, of a base under the {terms.title}", expected=f"“{rule}” (1.b.i)", fix=fix
+        where=where,
+        found=f"{repository}, of a base under the {terms.title}",
+        expected=f"“{rule}” (1.b.i)",
+        fix=f"a name such as {longest.rstrip('-_.').removesuffix('.git')}",
     )
 
 
@@ -161,9 +163,11 @@ def find_license_files(
         if terms.copy and not any(AGREEMENT in _flat(read_text(paper)) for paper in _copies(papers)):
             agreement = _agreement(read_card(own))
             if not agreement:
-                lack, rule = "no file LICENSE with its text beside the weights", f"“{COPY}” ({terms.title}, 1.b.i)"
                 raise ModelError(
-                    where=f"model {base}", found=lack, expected=rule, fix=f"put it into {[*folders, folder][0]}"
+                    where=f"model {base}",
+                    found="no file LICENSE with its text beside the weights",
+                    expected=f"“{COPY}” ({terms.title}, 1.b.i)",
+                    fix=f"put it into {[*folders, folder][0]}",
                 )
             papers[next(name for name in LICENSE_FILES if name not in papers)] = agreement.encode()
         texts = {name: read_text(paper) for name, paper in papers.items() if name.upper().startswith("NOTICE")}

@@ -96,9 +96,11 @@ def push_events(
     try:
         refuse_repository(repository)
     except ValueError as error:
-        fix = push_command(path, _name_in(repository), merged=merged, is_public=is_public, samples=samples)
         raise RecipeError(
-            where=f"REPO {repository!r}", found="is no name of a repository", expected=str(error), fix=fix
+            where=f"REPO {repository!r}",
+            found="is no name of a repository",
+            expected=str(error),
+            fix=push_command(path, _name_in(repository), merged=merged, is_public=is_public, samples=samples),
         ) from None
     lock, recipe = read_lock(path), read_recipe(path)
     folder = find_result(path)
@@ -185,9 +187,11 @@ def _files(folder: Path, lock: Mapping[str, Any], again: str, *, is_merged: bool
         if not any(fnmatch.fnmatchcase(file.name, p) for p in patterns):
             continue
         if file.is_symlink() or not file.is_file():
-            found = "is a link" if file.is_symlink() else "is no file"
             raise CheckpointError(
-                where=str(file), found=found, expected="a file; links are not followed", fix="a copy in its place"
+                where=str(file),
+                found="is a link" if file.is_symlink() else "is no file",
+                expected="a file; links are not followed",
+                fix="a copy in its place",
             )
         files[file.name] = file
     _refuse_broken(folder, files, again, is_merged=is_merged)
@@ -227,21 +231,21 @@ def _card(path: Path, shown: Shown) -> str:
     if not text:
         return make_card(path, shown)
     if shown.samples:
-        found, fix = (
-            f"given, and {path / 'README.md'} was changed by hand",
-            "leave it out, and paste them; or remove the file",
+        raise RecipeError(
+            where="--samples",
+            found=f"given, and {path / 'README.md'} was changed by hand",
+            expected="a card that is made afresh",
+            fix="leave it out, and paste them; or remove the file",
         )
-        raise RecipeError(where="--samples", found=found, expected="a card that is made afresh", fix=fix)
     return adopt_card(path, text, shown)
 
 
 def _refuse_samples(path: Path, count: int) -> None:
     if count and not any(row.get("source", "held-out") == "held-out" for row in read_samples(path)):
-        expected = "a run with output.samples and held-out pairs"
         raise CheckpointError(
             where=f"run {path}",
             found=f"has no answers to its data in {SAMPLES}",
-            expected=expected,
+            expected="a run with output.samples and held-out pairs",
             fix="leave --samples out",
         )
 
@@ -271,9 +275,11 @@ def _refuse_leaks(files: Mapping[str, Path | bytes], path: Path, lock: Mapping[s
             found = f"a path of this machine, {place[0]}"
         else:
             continue
-        expected = "nothing of the machine in what is pushed"
         raise CheckpointError(
-            where=f"run {path}, {name}", found=f"holds {found}", expected=expected, fix="take it out of the file"
+            where=f"run {path}, {name}",
+            found=f"holds {found}",
+            expected="nothing of the machine in what is pushed",
+            fix="take it out of the file",
         )
 
 

@@ -199,9 +199,11 @@ def _explain(where: str, doing: str, error: BaseException, wait: float | None) -
     if isinstance(error, OSError) and error.filename is not None:
         return unreadable(error)
     if isinstance(error, MISSHAPEN):
-        found = f"the hub's answer is not one ({doing}: {type(error).__name__}){message}"
         return HubError(
-            where=where, found=found, expected="the hub itself, not a page in between", fix="try again later"
+            where=where,
+            found=f"the hub's answer is not one ({doing}: {type(error).__name__}){message}",
+            expected="the hub itself, not a page in between",
+            fix="try again later",
         )
     return HubError(
         where=where,

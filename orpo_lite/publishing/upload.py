@@ -31,9 +31,11 @@ def check_card(target: Target, card: str, where: str) -> Attempt[None]:
         try:
             hf_raise_for_status(response)
         except BadRequestError as error:
-            found = f"its metadata are refused by the hub{server_message(error)}"
             raise HubError(
-                where=where, found=found, expected="metadata that the hub takes", fix="mend it, or remove the file"
+                where=where,
+                found=f"its metadata are refused by the hub{server_message(error)}",
+                expected="metadata that the hub takes",
+                fix="mend it, or remove the file",
             ) from error
         if not isinstance(response.json(), dict):
             raise ValueError("no object")
@@ -122,8 +124,11 @@ def _refuse_objects(where: str, error: ValueError, additions: Sequence[CommitOpe
     if str(error).startswith("LFS batch API returned errors"):
         names = {a.upload_info.sha256.hex(): a.path_in_repo for a in additions if a.upload_info.is_hashed}
         said = [f"{names.get(oid, oid)}: {text}" for oid, text in re.findall("OID ([^:]*): `?(.*)", str(error))]
-        found = f"the hub refuses a file (uploading){server_message(ValueError('; '.join(said)))}"
-        raise HubError(where=where, found=found, fix="see what it says") from error
+        raise HubError(
+            where=where,
+            found=f"the hub refuses a file (uploading){server_message(ValueError('; '.join(said)))}",
+            fix="see what it says",
+        ) from error
 
 
 def _create(target: Target) -> Attempt[Target]:

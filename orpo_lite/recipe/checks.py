@@ -13,9 +13,12 @@ def contradictions(recipe: Recipe) -> Iterator[RecipeError]:
 
     def fault(one: str, other: str, why: str, fix: Mapping[str, Any] | str) -> RecipeError:
         values = dict(recipe.items())
-        found = f"{one}: {values[one]} with {other}: {values[other]}"
-        where = next((recipe.sources[k] for k in (one, other) if recipe.sources[k] != "default"), "recipe")
-        return RecipeError(where=where, found=found, expected=why, fix=fix if isinstance(fix, str) else Overrides(fix))
+        return RecipeError(
+            where=next((recipe.sources[k] for k in (one, other) if recipe.sources[k] != "default"), "recipe"),
+            found=f"{one}: {values[one]} with {other}: {values[other]}",
+            expected=why,
+            fix=fix if isinstance(fix, str) else Overrides(fix),
+        )
 
     if data.max_prompt_length >= data.max_length:
         yield fault(

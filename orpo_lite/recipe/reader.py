@@ -68,12 +68,11 @@ def find_recipe(name: str) -> Path:
     known = shipped_recipes()
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-        fix = f"did you mean {', '.join(near)}? {LIST}; a path needs a / or .yaml" if near else LIST
         raise RecipeError(
             where=f"--recipe {name}",
             found="no shipped recipe of that name",
             expected="one of the shipped names, or a path",
-            fix=fix,
+            fix=f"did you mean {', '.join(near)}? {LIST}; a path needs a / or .yaml" if near else LIST,
         )
     return known[name]
 
@@ -161,10 +160,11 @@ def _nodes(text: str, where: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
-        problem = str(getattr(error, "problem", error))
-        fix = "mend the line; quote a text that holds : # { [ or %"
         raise RecipeError(
-            where=place, found=problem, expected="YAML: `key: value` lines, indented by spaces", fix=fix
+            where=place,
+            found=str(getattr(error, "problem", error)),
+            expected="YAML: `key: value` lines, indented by spaces",
+            fix="mend the line; quote a text that holds : # { [ or %",
         ) from None
 
 
@@ -189,9 +189,11 @@ def _duplicates(node: Any, path: Path) -> Iterator[RecipeError]:
     for key_node, value_node in node.value:
         key, line = str(key_node.value), key_node.start_mark.line + 1
         if key in first:
-            found = f"key {key!r} again; it stands on line {first[key]} too"
             yield RecipeError(
-                where=f"{path}:{line}", found=found, expected="each key once", fix="keep one of the two lines"
+                where=f"{path}:{line}",
+                found=f"key {key!r} again; it stands on line {first[key]} too",
+                expected="each key once",
+                fix="keep one of the two lines",
             )
         first.setdefault(key, line)
         yield from _duplicates(value_node, path)
@@ -265,10 +267,9 @@ def _refuse_secrets(written: dict[str, Written]) -> Iterator[RecipeError]:
     for key, entry in list(written.items()):
         if TOKEN.search(f"{key} {entry.value}") or key.split(".")[-1] in ("token", "hub_token", "hf_token"):
             del written[key]
-            found = f"{key} holds an access token (not shown)"
             yield RecipeError(
                 where=entry.where,
-                found=found,
+                found=f"{key} holds an access token (not shown)",
                 expected="no secret in a recipe",
                 fix="run `hf auth login`, or set HF_TOKEN",
             )
@@ -300,9 +301,13 @@ def _explain(error: ValidationError, written: Mapping[str, Written], file: str) 
     faults = []
     for key, texts in messages.items():
         entry = written.get(key, Written(None, file))
-        found = f"{key}: {_shown(entry.value)}" if key in written else f"{key} is not set"
         faults.append(
-            RecipeError(where=entry.where, found=found, expected=" or ".join(dict.fromkeys(texts)), fix=_advice(key))
+            RecipeError(
+                where=entry.where,
+                found=f"{key}: {_shown(entry.value)}" if key in written else f"{key} is not set",
+                expected=" or ".join(dict.fromkeys(texts)),
+                fix=_advice(key),
+            )
         )
     return faults
 

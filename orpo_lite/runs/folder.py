@@ -39,8 +39,12 @@ def refuse_existing(recipe: Recipe) -> None:
         is_run = (path / "recipe.yaml").is_file()
         found = "holds a run already" if is_run else "exists and is not empty"
         resume = Command(f"orpo-lite train --resume {quoted(path)}", ", or training.output_dir=OTHER")
-        fix = resume if is_run else "training.output_dir=OTHER"
-        raise CheckpointError(where=f"training.output_dir: {path}", found=found, expected="a new folder", fix=fix)
+        raise CheckpointError(
+            where=f"training.output_dir: {path}",
+            found=found,
+            expected="a new folder",
+            fix=resume if is_run else "training.output_dir=OTHER",
+        )
     parent = path.absolute()
     while not parent.exists():
         parent = parent.parent
@@ -87,9 +91,12 @@ def find_result(path: Path) -> Path:
         raise
     for key in ("r", "lora_alpha", "use_rslora", "use_dora"):  # with another scale it would be another adapter
         if (config.get(key) or False) != recipe[key]:
-            found, expected = f"{key} is {config.get(key)!r}", f"{recipe[key]!r}, as in recipe.yaml"
-            fix = resume if "lora" in lock else "put back the one that was changed"
-            raise CheckpointError(where=str(adapter / "adapter_config.json"), found=found, expected=expected, fix=fix)
+            raise CheckpointError(
+                where=str(adapter / "adapter_config.json"),
+                found=f"{key} is {config.get(key)!r}",
+                expected=f"{recipe[key]!r}, as in recipe.yaml",
+                fix=resume if "lora" in lock else "put back the one that was changed",
+            )
     return adapter
 
 
@@ -108,8 +115,12 @@ def find_merged(path: Path, weights: Weights = "original") -> Path:
     needed = [folder / "config.json", *weight_files(folder)]
     command = merge_command(path, weights)
     if lacking := next((file for file in needed if not file.is_file()), None):
-        found = f"{folder.name}/ has no {lacking.name}" if folder.is_dir() else f"has no {folder.name}/"
-        raise CheckpointError(where=f"run {path}", found=found, expected="a merged model", fix=command)
+        raise CheckpointError(
+            where=f"run {path}",
+            found=f"{folder.name}/ has no {lacking.name}" if folder.is_dir() else f"has no {folder.name}/",
+            expected="a merged model",
+            fix=command,
+        )
     record = folder / "merge.json"
     if record.is_file() and read_json(record).get("adapter_sha256") != adapter_sha256(path / "adapter"):
         raise CheckpointError(
@@ -137,15 +148,19 @@ def find_trained_base(path: Path, folder: str | Path | None = None) -> Base:
     lock, fix = read_lock(path)["base"], f"orpo-lite merge {quoted(path)} --base-path FOLDER"
     name = lock["name"] if folder is None else str(folder)
     if (folder is not None or lock["revision"] is None) and not Path(name).expanduser().is_dir():
-        where = "--base-path" if folder is not None else f"the base of run {path}"
         raise ModelError(
-            where=where, found=f"{name}: no such folder", expected="the base that it was trained on", fix=fix
+            where="--base-path" if folder is not None else f"the base of run {path}",
+            found=f"{name}: no such folder",
+            expected="the base that it was trained on",
+            fix=fix,
         )
     base = fetch_weights(find_base(name, "main" if folder else lock["revision"] or "main"))
     if base.fingerprint != lock["fingerprint"]:
-        found = f"is not the base of this run (fingerprint {base.fingerprint[:12]}, was {lock['fingerprint'][:12]})"
         raise ModelError(
-            where=f"model {base.name}", found=found, expected="the weights that the adapter was trained on", fix=fix
+            where=f"model {base.name}",
+            found=f"is not the base of this run (fingerprint {base.fingerprint[:12]}, was {lock['fingerprint'][:12]})",
+            expected="the weights that the adapter was trained on",
+            fix=fix,
         )
     return base
 

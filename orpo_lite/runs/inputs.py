@@ -109,10 +109,9 @@ def _check_ids(pairs: TokenizedPairs, vocab_size: int | None) -> None:
     """Refuse tokens that the base has no embedding for."""
     largest, where = pairs.facts["largest_id"]
     if vocab_size is not None and largest >= vocab_size:
-        found = f"token id {largest}, and the model's embedding has {vocab_size} rows"
         raise ModelError(
             where=where,
-            found=found,
+            found=f"token id {largest}, and the model's embedding has {vocab_size} rows",
             expected="a tokenizer that belongs to the model",
             fix="use the base's own tokenizer",
         )
@@ -123,10 +122,9 @@ def _check_positions(name: str, limit: int | None, sides: Sequence[TokenizedPair
     lengths = (side.column(column) for side in sides for column in ("chosen_tokens", "rejected_tokens"))
     longest = max(int(column.max(initial=0)) for column in lengths)
     if limit is not None and longest > limit:
-        found = f"the longest pair has {longest:,} tokens, and {name} reads {limit:,}"
         raise ModelError(
             where="data.max_length",
-            found=found,
+            found=f"the longest pair has {longest:,} tokens, and {name} reads {limit:,}",
             fix=Overrides({"data.max_length": limit, "data.max_prompt_length": limit // 2}),
         )
 

@@ -18,9 +18,11 @@ def read_recipe(path: Path) -> Recipe:
     """The recipe of an existing run. Raises :class:`CheckpointError`."""
     if not (path / "recipe.yaml").is_file():
         is_inside = (path.parent / "recipe.yaml").is_file()
-        fix = str(path.parent) if is_inside else "the folder that training.output_dir named"
         raise CheckpointError(
-            where=f"run {path}", found="has no recipe.yaml", expected="a folder that `orpo-lite train` made", fix=fix
+            where=f"run {path}",
+            found="has no recipe.yaml",
+            expected="a folder that `orpo-lite train` made",
+            fix=str(path.parent) if is_inside else "the folder that training.output_dir named",
         )
     return load_recipe(str((path / "recipe.yaml").resolve()))
 
@@ -54,9 +56,11 @@ def refuse_other_shape(path: Path, lock: Mapping[str, Any], shape: Mapping[str, 
     """Raise :class:`CheckpointError` for a recipe that was changed: what is trained is not of that shape."""
     for key, value in lock.get("lora", {}).items():  # which runs of an older version did not note
         if shape[key] != value:
-            where, found = f"{path / 'recipe.yaml'}, lora.{key}", f"{shape[key]!r}"
             raise CheckpointError(
-                where=where, found=found, expected=f"{value!r}, as the run began", fix="put it back, or train a new run"
+                where=f"{path / 'recipe.yaml'}, lora.{key}",
+                found=f"{shape[key]!r}",
+                expected=f"{value!r}, as the run began",
+                fix="put it back, or train a new run",
             )
 
 
@@ -99,6 +103,9 @@ def check_lock(path: Path, lock: Mapping[str, Any]) -> None:
     pairs = {what: key for what, key in pairs.items() if what in before}  # runs of an older version noted no tokens
     differing = [f"{what} {lock[what]['name']}" for what, key in pairs.items() if before[what][key] != lock[what][key]]
     if differing:
-        found = f"changed since the run began: {', '.join(differing)}"
-        fix = "start a new run: training.output_dir=OTHER"
-        raise CheckpointError(where=f"run {path}", found=found, expected="the same base, template and data", fix=fix)
+        raise CheckpointError(
+            where=f"run {path}",
+            found=f"changed since the run began: {', '.join(differing)}",
+            expected="the same base, template and data",
+            fix="start a new run: training.output_dir=OTHER",
+        )

@@ -35,9 +35,11 @@ def refuse_lacking(value: Mapping[str, Any], needed: Kinds, where: str) -> None:
     """Raise :class:`CheckpointError` unless each key that is needed holds a value of its kind."""
     for key, kind in needed.items():
         if not isinstance(value.get(key), kind):
-            found = f"{key} is {json.dumps(value[key])[:40]}" if key in value else f"lacks {key}"
             raise CheckpointError(
-                where=where, found=found, expected="what the training wrote", fix="put it back as it was"
+                where=where,
+                found=f"{key} is {json.dumps(value[key])[:40]}" if key in value else f"lacks {key}",
+                expected="what the training wrote",
+                fix="put it back as it was",
             )
 
 

@@ -51,9 +51,12 @@ def newest(run: Path) -> tuple[Path, list[str]]:
         if fault is None:
             return folder, faults
         faults.append(f"{folder.name}: {fault}")
-    found = "no valid checkpoint" + "".join(f"; {fault}" for fault in faults)
-    fix = "start again under another training.output_dir"
-    raise CheckpointError(where=f"run {run}", found=found, expected="a checkpoint to go on from", fix=fix)
+    raise CheckpointError(
+        where=f"run {run}",
+        found="no valid checkpoint" + "".join(f"; {fault}" for fault in faults),
+        expected="a checkpoint to go on from",
+        fix="start again under another training.output_dir",
+    )
 
 
 def at_step(run: Path, step: int) -> Path:

@@ -36,17 +36,22 @@ def smaller_pieces(session: Session, batch: Sequence[TokenizedPair]) -> dict[str
         return sizes | {"activation_checkpointing": "all"}
     plain = {"checkpoint_offload": True, "mlp_tile": 512, "embedding_on_cpu": True}
     unused = {f"memory.{key}": plain[key] for key in plain if getattr(memory, key) in (None, False, "auto")}
-    fix = Overrides(unused, f"{'' if unused else 'a shorter data.max_length'} in a new run; checkpoints are kept")
-    found = "one pair at a time is out of memory, with all layers checkpointed"
-    raise FitError(where=f"run {session.path}", found=found, fix=fix)
+    raise FitError(
+        where=f"run {session.path}",
+        found="one pair at a time is out of memory, with all layers checkpointed",
+        fix=Overrides(unused, f"{'' if unused else 'a shorter data.max_length'} in a new run; checkpoints are kept"),
+    )
 
 
 def skipped_step(session: Session, batch: Sequence[TokenizedPair], state: TrainState) -> Update:
     """Return what to say of a step that was skipped. Raises :class:`DivergedError` at the third in a row."""
     found = f"loss or gradient not finite at step {state.step}"
     if state.bad == BAD_STEPS:
-        fix = f"lower training.learning_rate; the last checkpoint is kept in {session.path}"
-        raise DivergedError(where=f"run {session.path}", found=f"{found}, the {BAD_STEPS}rd in a row", fix=fix)
+        raise DivergedError(
+            where=f"run {session.path}",
+            found=f"{found}, the {BAD_STEPS}rd in a row",
+            fix=f"lower training.learning_rate; the last checkpoint is kept in {session.path}",
+        )
     rows = ", ".join(pair.where for pair in batch[:8])
     return Update("note", f"{found}; no update (pairs {rows}{' ...' if len(batch) > 8 else ''})")
 
@@ -72,8 +77,11 @@ def explain_faults(recipe: Recipe, path: Path) -> Iterator[None]:
         if not deterministic or "deterministic" not in str(error):
             raise
         found = f"an operation of this model has no deterministic kernel ({str(error).split('.')[0]})"
-        where = f"training.full_determinism ({recipe.sources['training.full_determinism']})"
-        raise RecipeError(where=where, found=found, fix=Overrides({"training.full_determinism": False})) from error
+        raise RecipeError(
+            where=f"training.full_determinism ({recipe.sources['training.full_determinism']})",
+            found=found,
+            fix=Overrides({"training.full_determinism": False}),
+        ) from error
     finally:
         if deterministic:
             torch.use_deterministic_algorithms(False)

@@ -90,9 +90,11 @@ def load_session(
     yield Update("stage", f"loading {inputs.base.name}")
     pair_model, objective = load_pair_model(recipe, inputs.base, processes.device), find_objective(recipe.loss)
     if lacking := objective.needs - pair_model.outputs:
-        found = f"{recipe.loss.type} needs {', '.join(sorted(lacking))}"
-        expected = f"what a model gives: {', '.join(pair_model.outputs)}"
-        raise ModelError(where="loss.type", found=found, expected=expected)
+        raise ModelError(
+            where="loss.type",
+            found=f"{recipe.loss.type} needs {', '.join(sorted(lacking))}",
+            expected=f"what a model gives: {', '.join(pair_model.outputs)}",
+        )
     yield Update("stage", "proving the step on this model")
     if not recipe.memory.packing:
         probe_operations(pair_model)

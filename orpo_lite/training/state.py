@@ -73,7 +73,10 @@ class TrainState:
             known["memory"] = known.pop("levers")
         names = {each.name for each in fields(cls)}
         if version not in range(VERSION + 1) or known.keys() != names:
-            found = f"is of version {version}" if version not in range(VERSION + 1) else "has other fields"
-            fix = "go on with the version of orpo-lite that lock.json names"
-            raise CheckpointError(where=where, found=found, expected=f"version {VERSION} or an earlier one", fix=fix)
+            raise CheckpointError(
+                where=where,
+                found=f"is of version {version}" if version not in range(VERSION + 1) else "has other fields",
+                expected=f"version {VERSION} or an earlier one",
+                fix="go on with the version of orpo-lite that lock.json names",
+            )
         return cls(**known)

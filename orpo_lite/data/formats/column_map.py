@@ -82,8 +82,12 @@ def check_mapped(column_map: Mapping[str, Sequence[str]]) -> None:
     if unknown := [name for name in column_map if name not in COLUMNS]:
         if all(len(columns) == 1 and columns[0] in COLUMNS for columns in column_map.values()):
             line = map_line({columns[0]: [theirs] for theirs, columns in column_map.items()})
-            found = f"{shown(*unknown)} {'is' if len(unknown) == 1 else 'are'} not among our names"
-            raise DataError(where="data.column_map", found=found, expected="OURS=THEIRS", fix=f"turn it round: {line}")
+            raise DataError(
+                where="data.column_map",
+                found=f"{shown(*unknown)} {'is' if len(unknown) == 1 else 'are'} not among our names",
+                expected="OURS=THEIRS",
+                fix=f"turn it round: {line}",
+            )
         _raise_unknown(unknown, COLUMNS)
 
 
@@ -91,9 +95,13 @@ def _raise_unknown(names: Sequence[str], options: Sequence[str]) -> NoReturn:
     faults = []
     for name in names:
         near = difflib.get_close_matches(name, options, n=1)
-        fix = f"did you mean {near[0]!r}?" if near else "data.column_map=prompt=COLUMN"
         faults.append(
-            DataError(where="data.column_map", found=f"{name!r}", expected=f"one of {', '.join(options)}", fix=fix)
+            DataError(
+                where="data.column_map",
+                found=f"{name!r}",
+                expected=f"one of {', '.join(options)}",
+                fix=f"did you mean {near[0]!r}?" if near else "data.column_map=prompt=COLUMN",
+            )
         )
     raise_all(faults)
     raise AssertionError("names is empty")

@@ -181,9 +181,11 @@ class ColumnProfile:
             raw = [column for column in columns if column not in templated]
             if not replies and all(plain_name(column) == "history" for column in templated):
                 found = f"{shown(*templated)} holds earlier turns as a text, and that is not read"
-                fix = f"write it so, or {self.lines('prompt', raw)} to leave it out"
                 raise DataError(
-                    where="data.column_map", found=found, expected="messages, or pairs [user, assistant]", fix=fix
+                    where="data.column_map",
+                    found=found,
+                    expected="messages, or pairs [user, assistant]",
+                    fix=f"write it so, or {self.lines('prompt', raw)} to leave it out",
                 )
             refuse_templated(self, [*templated, *replies], () if replies else raw)
         found = f"{shown(*columns)} could each be the {canonical}, and they differ"
@@ -301,10 +303,9 @@ def refuse_templated(look: ColumnProfile, names: Sequence[str], raw: Sequence[st
             f"take {' and '.join(markers)} off the ends of {shown(*columns)}, for the model's own is put there; "
             "or data.chat_template=none to train on the texts as they are"
         )
-    found = f"{holds(*columns)} text to which a chat template was applied already"
     raise DataError(
         where="data.chat_template",
-        found=found,
+        found=f"{holds(*columns)} text to which a chat template was applied already",
         expected="text without markers: the template would put them in again",
         fix=fix,
     )

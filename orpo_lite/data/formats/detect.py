@@ -365,9 +365,12 @@ def _find_before(look: ColumnProfile) -> tuple[str, str] | None:
     strangers = [] if "conversation" in look.mapped else look.candidates("prompt")
     strangers = [column for column in strangers if look.share(_holds_turn, conversation, column) < 1]
     if strangers:
-        found = f"{shown(conversation, *strangers)} could each stand before the reply, and they differ"
-        fix = f"{look.line(conversation=conversation)} or {look.lines('prompt', strangers)}"
-        raise DataError(where="data.column_map", found=found, expected="one conversation, or one prompt", fix=fix)
+        raise DataError(
+            where="data.column_map",
+            found=f"{shown(conversation, *strangers)} could each stand before the reply, and they differ",
+            expected="one conversation, or one prompt",
+            fix=f"{look.line(conversation=conversation)} or {look.lines('prompt', strangers)}",
+        )
     return "conversation", conversation
 
 

@@ -28,9 +28,12 @@ def refuse_python(look: ColumnProfile) -> None:
         column for column, kind in look.kinds.items() if kind in ("Python text of a list", "Python text of texts")
     ]
     if columns := [column for column in columns if plain_name(column) in KNOWN or is_answer(column)]:
-        found = f"{holds(*columns)} lists as Python prints them, which is not JSON"
-        fix = "write the column with json.dumps, or save the set as .jsonl or .parquet"
-        raise DataError(where="data.format", found=found, expected="texts, or lists as JSON", fix=fix)
+        raise DataError(
+            where="data.format",
+            found=f"{holds(*columns)} lists as Python prints them, which is not JSON",
+            expected="texts, or lists as JSON",
+            fix="write the column with json.dumps, or save the set as .jsonl or .parquet",
+        )
 
 
 def refuse_mapped(look: ColumnProfile) -> None:
@@ -38,21 +41,27 @@ def refuse_mapped(look: ColumnProfile) -> None:
     for ours, theirs in look.mapped.items():
         kind, fitting = look.kind(ours), FITTING.get(ours, ()) if ours != "prompt" else ()
         if fitting and kind not in (*fitting, "missing", "null"):
-            found = f"{shown(theirs)} is to be {ours}, and holds {kind}"
-            expected = " or ".join(one for one in fitting if one not in ("null", "dialogue"))
             others = [column for column in look.columns if column not in look.mapped and look.kind(column) in fitting]
             others = [column for column in others if look.kind(column) != "null" and column not in SIDES]
             lines = look.lines(ours, others) if ours in ("completions", "scores", "ranks") else ""
-            fix = lines or f"no setting helps: write {shown(theirs)} so, or name another column"
-            raise DataError(where="data.column_map", found=found, expected=expected, fix=fix)
+            raise DataError(
+                where="data.column_map",
+                found=f"{shown(theirs)} is to be {ours}, and holds {kind}",
+                expected=" or ".join(one for one in fitting if one not in ("null", "dialogue")),
+                fix=lines or f"no setting helps: write {shown(theirs)} so, or name another column",
+            )
 
 
 def refuse_order(look: ColumnProfile, completions: str, ranks: str) -> None:
     """From 0 on they may as well say which answer comes first, which second: 2, 0, 1 is another order then."""
     if look.share(lambda numbers: sorted(map(str, numbers)) == [str(i) for i in range(len(numbers))], ranks) == 1:
         found = f"{shown(ranks)} counts from 0: the rank of each of {shown(completions)}, or their order, best first"
-        fix = f"{look.line(ranks=ranks)} if they are ranks, the lowest the best; write an order as ranks"
-        raise DataError(where="data.column_map", found=found, expected="ranks from 1 on", fix=fix)
+        raise DataError(
+            where="data.column_map",
+            found=found,
+            expected="ranks from 1 on",
+            fix=f"{look.line(ranks=ranks)} if they are ranks, the lowest the best; write an order as ranks",
+        )
 
 
 def refuse_ranking(look: ColumnProfile, completions: str, found: str, lines: Sequence[str] = ()) -> NoReturn:
@@ -60,10 +69,12 @@ def refuse_ranking(look: ColumnProfile, completions: str, found: str, lines: Seq
     if not lines and look.kind(completions) in LISTS:
         lines = [f"{look.lines('scores', [column])} if the highest is the best" for column in numbers]
         lines += [f"{look.lines('ranks', [column])} if the lowest is the best" for column in numbers]
-    expected = f"in each answer one of {', '.join(MEASURES)}; or texts with scores or ranks"
     found = f"{shown(completions)} holds {found}: nothing says which answer is the best"
     raise DataError(
-        where="data.column_map", found=found, expected=expected, fix=one_of(lines) or f"no setting helps: {PAIRS}"
+        where="data.column_map",
+        found=found,
+        expected=f"in each answer one of {', '.join(MEASURES)}; or texts with scores or ranks",
+        fix=one_of(lines) or f"no setting helps: {PAIRS}",
     )
 
 
@@ -122,9 +133,11 @@ def _refuse_nested(look: ColumnProfile, found: str) -> None:
         held = [row[column] for row in look.rows if isinstance(row.get(column), Mapping)]
         if held and all(item.keys() & {*SIDES} for item in held):
             found = f"{shown(column)} holds objects with a pair inside; {found}"
-            fix = "no setting helps: write what is inside as a row of its own"
             raise DataError(
-                where="data.format", found=found, expected="prompt, chosen and rejected as columns", fix=fix
+                where="data.format",
+                found=found,
+                expected="prompt, chosen and rejected as columns",
+                fix="no setting helps: write what is inside as a row of its own",
             )
 
 
@@ -153,8 +166,12 @@ def refuse_no_messages(look: ColumnProfile, read: Reader, as_texts: str) -> None
     if len(faults) > len(look.rows) / 2:
         found = f"{shown(*SIDES)} look like messages in JSON, and are none in {len(faults)} of {len(look.rows)} rows"
         found += f" ({faults[0].where.removeprefix(', ')}: {faults[0].found})"
-        fix = f"{as_texts} if these texts are the replies as they should be; else mend the messages"
-        raise DataError(where="data.format", found=found, expected="messages that end with a reply, or texts", fix=fix)
+        raise DataError(
+            where="data.format",
+            found=found,
+            expected="messages that end with a reply, or texts",
+            fix=f"{as_texts} if these texts are the replies as they should be; else mend the messages",
+        )
 
 
 def _refuse_roles(look: ColumnProfile, as_texts: str) -> None:

@@ -59,11 +59,13 @@ def _refuse_misfits(look: ColumnProfile, name: str, *, decided: bool) -> None:
         is_prompt = plain_name(column) != "history" and plain_name(column) not in ALIASES["system"]
         if look.kind(column) in fitting or (decided and is_prompt):
             continue
-        found = f"{shown(column)} holds {look.kind(column)}, and that is not read"
         without = _without(look, name) if is_prompt else ""
         fix = f"{without} to leave it out" if without else "no setting helps: leave the column out"
         raise DataError(
-            where="data.column_map", found=found, expected=expected, fix=f"{fix}, or write it as {expected}"
+            where="data.column_map",
+            found=f"{shown(column)} holds {look.kind(column)}, and that is not read",
+            expected=expected,
+            fix=f"{fix}, or write it as {expected}",
         )
 
 
@@ -82,15 +84,16 @@ def _refuse_prompts(look: ColumnProfile, name: str, *, decided: bool) -> None:
             asked = [text for column in group if isinstance(text := row.get(column), str) and text.strip()]
             held += [any(_holds(side, text) for text in asked for side in sides)] if asked else []
         if held.count(False) > len(held) / 2:
-            found = f"{shown(*group)}: not in the conversations, in {held.count(False)} of {len(held)} rows"
             free = look.kind(look.taken.get("system", "system")) in ("missing", "null")
             before = f"{look.line(system=group[0])} to put it in front as a system turn, or " if free else ""
             without = (
                 _without(look, name) if listed else "data.format=implicit" if name in WHOLE else "take the column out"
             )
-            fix = before + (f"{without} to leave it out" if without else "take the column out")
             raise DataError(
-                where="data.column_map", found=found, expected="conversations that hold their prompt", fix=fix
+                where="data.column_map",
+                found=f"{shown(*group)}: not in the conversations, in {held.count(False)} of {len(held)} rows",
+                expected="conversations that hold their prompt",
+                fix=before + (f"{without} to leave it out" if without else "take the column out"),
             )
 
 
@@ -114,7 +117,6 @@ def _refuse_turns(look: ColumnProfile, name: str, reads: Callable[..., Pairs]) -
         values = [look.held(row, column) for row in look.rows]
         lost = [_is_lost(look, i, value, stranger=stranger) for i, value in enumerate(values) if value]
         if lost and sum(lost) >= SOME * len(lost):
-            found = f"{shown(column)} holds turns that are not in what is read"
             now, ours = reads(), [our for our in ("conversation", "history") if our not in look.mapped]
             in_front = next((our for our in ours if _all_read(reads(**{our: column}), now, values)), None)
             in_line = f"{look.line(**{in_front: column})} to put them in front" if in_front else ""
@@ -122,7 +124,7 @@ def _refuse_turns(look: ColumnProfile, name: str, reads: Callable[..., Pairs]) -
             fix = f"{in_line or 'write them into the prompt'}, or {without or 'take the column out'} to leave them out"
             raise DataError(
                 where="data.column_map",
-                found=found,
+                found=f"{shown(column)} holds turns that are not in what is read",
                 expected="all that stands before the reply in what is read",
                 fix=fix,
             )

@@ -33,9 +33,12 @@ def two_answers(look: ColumnProfile) -> tuple[str, str] | None:
             stems.setdefault(match[1], {})[match[2].lower()] = column
     pairs = [tuple(ends[end] for end in sorted(ends)) for ends in stems.values() if len(ends) == 2]
     if len(pairs) > 1:
-        found = " and ".join(f"{shown(a)} with {shown(b)}" for a, b in pairs) + " could each be the two answers"
-        lines = one_of(look.line(response_a=a, response_b=b) for a, b in pairs)
-        raise DataError(where="data.column_map", found=found, expected="two answers", fix=lines)
+        raise DataError(
+            where="data.column_map",
+            found=" and ".join(f"{shown(a)} with {shown(b)}" for a, b in pairs) + " could each be the two answers",
+            expected="two answers",
+            fix=one_of(look.line(response_a=a, response_b=b) for a, b in pairs),
+        )
     return (pairs[0][0], pairs[0][1]) if pairs else None
 
 
@@ -55,10 +58,11 @@ def refuse_labels(look: ColumnProfile) -> None:
     if answers is None or not all(both):
         return
     columns = {} if is_answer(answers[0]) else {"response_a": answers[0], "response_b": answers[1]}
-    found = f"{shown(*map(look.column, SIDES))} name {shown(*answers)}, and hold no replies themselves"
-    line = look.line(**columns, better=look.column("chosen"))
     raise DataError(
-        where="data.column_map", found=found, expected="the better reply in chosen, and the worse in rejected", fix=line
+        where="data.column_map",
+        found=f"{shown(*map(look.column, SIDES))} name {shown(*answers)}, and hold no replies themselves",
+        expected="the better reply in chosen, and the worse in rejected",
+        fix=look.line(**columns, better=look.column("chosen")),
     )
 
 
@@ -125,10 +129,12 @@ def _refuse_values(look: ColumnProfile, column: str, answers: tuple[str, str]) -
     held = ", ".join(repr(value) for value in list(values)[:5])
     if look.kind(column) not in JUDGING or any(len(value) > LABEL for value in values):
         held = look.kind(column)
-    found = f"{shown(theirs)} is to say which of {shown(*names)} is the better, and holds {held}"
-    expected = f"a or {names[0]} for the first, b or {names[1]} for the second, or tie"
-    fix = f"no setting helps: write {shown(theirs)} so, or {PAIRS}"
-    raise DataError(where="data.column_map", found=found, expected=expected, fix=fix)
+    raise DataError(
+        where="data.column_map",
+        found=f"{shown(theirs)} is to say which of {shown(*names)} is the better, and holds {held}",
+        expected=f"a or {names[0]} for the first, b or {names[1]} for the second, or tie",
+        fix=f"no setting helps: write {shown(theirs)} so, or {PAIRS}",
+    )
 
 
 def _refuse_verdict(look: ColumnProfile, answers: tuple[str, str], verdicts: Sequence[str]) -> NoReturn:
@@ -152,8 +158,12 @@ def _refuse_unsigned(look: ColumnProfile, column: str, answers: tuple[str, str])
         found = f"{shown(column)} is below 0 in no row: a strength, by which the first is never the better, or the "
         found += f"number of the better one of {shown(*answers)}"
         strength, number = look.line(preference_strength=column), look.line(better=column)
-        fix = f"{strength} if it is a strength, or {number} if a number"
-        raise DataError(where="data.column_map", found=found, expected="strengths on both sides of 0", fix=fix)
+        raise DataError(
+            where="data.column_map",
+            found=found,
+            expected="strengths on both sides of 0",
+            fix=f"{strength} if it is a strength, or {number} if a number",
+        )
 
 
 def _measures(look: ColumnProfile, answers: tuple[str, str]) -> list[tuple[str, str]]:

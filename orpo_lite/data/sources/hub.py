@@ -136,9 +136,11 @@ def _load_auto(name: str, config: str | None) -> HubSource:
         names = list(loaded)
     split = choose_split(names)
     if split is None:
-        found, fix = f"several splits: {listed(names)}", f"data.dataset_train_split={names[0]}" if names else ""
         raise HubError(
-            where=f"data.dataset_name {name}", found=found, expected="a split train, or one with preferences", fix=fix
+            where=f"data.dataset_name {name}",
+            found=f"several splits: {listed(names)}",
+            expected="a split train, or one with preferences",
+            fix=f"data.dataset_train_split={names[0]}" if names else "",
         )
     table = loaded[split] if loaded is not None else datasets.load_dataset(name, config, split=split)
     return HubSource(name, said_split(split, names), split, table)

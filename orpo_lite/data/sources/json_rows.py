@@ -33,10 +33,9 @@ def _json_fault(error: ValueError | RecursionError, where: str) -> DataError:
     if isinstance(error, json.JSONDecodeError):
         rest = error.doc[error.pos :].strip() if error.msg == "Extra data" else ""
         said = "a comma behind the object" if rest == "," else error.msg
-        found = f"broken JSON at {position(error.lineno, error.colno)}: {said}"
         return DataError(
             where=where,
-            found=found,
+            found=f"broken JSON at {position(error.lineno, error.colno)}: {said}",
             expected="one whole JSON object",
             fix="mend or remove the row; no line breaks inside it",
         )
@@ -142,9 +141,11 @@ def _whole_text(file: File) -> str:
             parts.append(part)
             size += len(part)
             if size > MAX_JSON_BYTES:
-                found, expected = f"over {MAX_JSON_BYTES / 2**30:g} GiB", "a .json that fits in memory"
                 raise DataError(
-                    where=file.label, found=found, expected=expected, fix="use .jsonl: jq -c '.[]' OLD > NEW.jsonl"
+                    where=file.label,
+                    found=f"over {MAX_JSON_BYTES / 2**30:g} GiB",
+                    expected="a .json that fits in memory",
+                    fix="use .jsonl: jq -c '.[]' OLD > NEW.jsonl",
                 )
     return decode(b"".join(parts).removeprefix(codecs.BOM_UTF8), file.label)
 

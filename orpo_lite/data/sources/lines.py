@@ -77,8 +77,12 @@ def refuse_lookalikes(file: File) -> None:
             raise broken_gzip(file.label) from None
     for mark, found, fix in LOOKALIKES:
         if start.startswith(mark) and not (mark == b"PAR1" and file.kind == ".parquet"):
-            kind = f"{file.kind[1:]} in UTF-8" if file.kind != ".parquet" else "a parquet file"
-            raise DataError(where=f"{file.label}:1", found=found, expected=kind, fix=fix)
+            raise DataError(
+                where=f"{file.label}:1",
+                found=found,
+                expected=f"{file.kind[1:]} in UTF-8" if file.kind != ".parquet" else "a parquet file",
+                fix=fix,
+            )
     if file.kind != ".parquet" and (order := _utf16_order(start)):
         fix = f"iconv -f UTF-16{order} -t UTF-8 OLD > NEW"
         raise DataError(where=f"{file.label}:1", found="UTF-16 text", expected=f"{file.kind[1:]} in UTF-8", fix=fix)
@@ -100,11 +104,10 @@ def lines(file: File, *, quoted: bool) -> Iterator[tuple[int, bytes]]:
             for line in _split(stream, quoted):
                 number += 1
                 if len(line) > MAX_ROW_BYTES:
-                    found, expected = "a line without end", f"at most {MAX_ROW_BYTES >> 20} MiB a row"
                     raise DataError(
                         where=f"{file.label}:{number}",
-                        found=found,
-                        expected=expected,
+                        found="a line without end",
+                        expected=f"at most {MAX_ROW_BYTES >> 20} MiB a row",
                         fix="one row a line, and text only",
                     )
                 # Some editors write a mark at the start of the file.
@@ -129,9 +132,11 @@ def decode(line: bytes, where: str) -> str:
         return line.decode()
     except UnicodeDecodeError as error:
         before, number = line[: error.start].decode().rpartition("\n"), line[: error.start].count(b"\n") + 1
-        found = f"byte 0x{line[error.start]:02x} at {position(number, len(before[-1]) + 1)} is not UTF-8"
         raise DataError(
-            where=where, found=found, expected="UTF-8 text", fix="iconv -f CP1252 -t UTF-8 OLD > NEW"
+            where=where,
+            found=f"byte 0x{line[error.start]:02x} at {position(number, len(before[-1]) + 1)} is not UTF-8",
+            expected="UTF-8 text",
+            fix="iconv -f CP1252 -t UTF-8 OLD > NEW",
         ) from None
 
 

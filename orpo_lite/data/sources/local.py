@@ -139,19 +139,21 @@ def _refuse_copies(folder: Path, paths: Sequence[Path]) -> None:
     for path in paths:
         other = stems.setdefault(path.parent / stem(path.name), path)
         if other != path:
-            found = f"{other.name} and {path.name}: one name in two kinds of files, as if one was made of the other"
-            fix = f"{names_line([str(path)])} or {names_line([str(other)])}, or another name for one of them"
-            raise DataError(where=str(folder), found=found, expected="each row once", fix=fix)
+            raise DataError(
+                where=str(folder),
+                found=f"{other.name} and {path.name}: one name in two kinds of files, as if one was made of the other",
+                expected="each row once",
+                fix=f"{names_line([str(path)])} or {names_line([str(other)])}, or another name for one of them",
+            )
 
 
 def _matched(pattern: Path) -> list[Path]:
     found = sorted(path for path in map(Path, glob.glob(str(pattern), recursive=True)) if _is_data(path))
     if not found:
-        expected = f"files of {', '.join(KINDS)}"
         raise DataError(
             where=str(pattern),
             found="no data file matches",
-            expected=expected,
+            expected=f"files of {', '.join(KINDS)}",
             fix='check the pattern, and put "..." around it',
         )
     return found
@@ -166,9 +168,12 @@ def _of_split(where: Path, paths: list[Path], split: str) -> tuple[list[Path], s
     chosen = choose_split(named) if split == AUTO else split
     if chosen not in splits:
         wanted, example = ("train", "train") if split == AUTO else (repr(split), split)
-        found = f"no file of split {wanted}; files: {listed([path.name for path in paths])}"
-        fix = f"data.dataset_train_split=SPLIT, data.dataset_test_split=SPLIT; splits: {listed(splits)}"
-        raise DataError(where=str(where), found=found, expected=f"{example}.jsonl or the like", fix=fix)
+        raise DataError(
+            where=str(where),
+            found=f"no file of split {wanted}; files: {listed([path.name for path in paths])}",
+            expected=f"{example}.jsonl or the like",
+            fix=f"data.dataset_train_split=SPLIT, data.dataset_test_split=SPLIT; splits: {listed(splits)}",
+        )
     left = [path.name for path in paths if split_of(path) not in named]
     said = [said_split(chosen, named), f"not read: {listed(left)}" if left else ""] if split == AUTO else []
     return [path for path in paths if split_of(path) == chosen], "; ".join(filter(None, said))

@@ -28,16 +28,24 @@ def csv_rows(file: File, faults: list[DataError]) -> Iterator[Place]:
     for number, cells in records:
         where, unnamed = f"{file.label}:{number}", cells[len(header) :]
         if not len(header) <= len(cells) <= len(titles):
-            expected, fix = f"{len(titles)} cells, as in the header", 'put "..." around {} and line ends'
+            fix = 'put "..." around {} and line ends'
             faults.append(
                 DataError(
-                    where=where, found=f"{len(cells)} cells", expected=expected, fix=fix.format(DELIMITERS[delimiter])
+                    where=where,
+                    found=f"{len(cells)} cells",
+                    expected=f"{len(titles)} cells, as in the header",
+                    fix=fix.format(DELIMITERS[delimiter]),
                 )
             )
         elif any(cell.strip() for cell in unnamed):
-            found, fix = "a cell in a column without a name", f"name it in line {start}, or clear the cell"
+            fix = f"name it in line {start}, or clear the cell"
             faults.append(
-                DataError(where=where, found=found, expected="the first line should name the columns", fix=fix)
+                DataError(
+                    where=where,
+                    found="a cell in a column without a name",
+                    expected="the first line should name the columns",
+                    fix=fix,
+                )
             )
         else:
             yield where, dict(zip(header, cells, strict=False))
@@ -57,9 +65,11 @@ def csv_records(file: File, delimiter: str, spaced: bool) -> Iterator[tuple[int,
                 yield start, cells
             start = above + records.line_num + 1
     except csv.Error as error:
-        fix = 'put "..." around a cell with commas, quotes or line ends, and double the quotes inside'
         raise DataError(
-            where=f"{file.label}:{start}", found=f"broken csv: {error}", expected="plain or quoted cells", fix=fix
+            where=f"{file.label}:{start}",
+            found=f"broken csv: {error}",
+            expected="plain or quoted cells",
+            fix='put "..." around a cell with commas, quotes or line ends, and double the quotes inside',
         ) from None
 
 
@@ -103,9 +113,12 @@ def csv_header(cells: Sequence[str], where: str) -> list[str]:
     if names[:1] == [""] and len(names) > 1:  # an index that pandas wrote beside the columns
         names[0] = PANDAS_INDEX
     if any(not name or len(name) > MAX_COLUMN_NAME for name in names):
-        found = "a first line with an empty cell or a long text"
-        fix = "write the names above the rows"
-        raise DataError(where=where, found=found, expected="the first line should name the columns", fix=fix)
+        raise DataError(
+            where=where,
+            found="a first line with an empty cell or a long text",
+            expected="the first line should name the columns",
+            fix="write the names above the rows",
+        )
     _refuse_same_names(names, where)
     return names
 
