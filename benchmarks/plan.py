@@ -28,10 +28,9 @@ from orpo_lite.model.load import bare_pair_model, choose_dtype
 from orpo_lite.model.probe import probe
 from orpo_lite.objectives.objective import Divisors
 from orpo_lite.objectives.orpo import orpo_loss
-from orpo_lite.planning.lengths import worst_case
 from orpo_lite.planning.measure import heaviest, measure
 from orpo_lite.planning.meter import LiveBytes
-from orpo_lite.planning.on_meta import held_tensors
+from orpo_lite.planning.on_meta import held_tensors, worst_case
 from orpo_lite.planning.search import Planner
 from orpo_lite.recipe.reader import load_recipe
 from orpo_lite.recipe.schema import Recipe

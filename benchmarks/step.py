@@ -45,15 +45,13 @@ from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.model.adapter import META
 from orpo_lite.model.load import bare_base, bare_pair_model, load_pair_model
 from orpo_lite.model.pair_model import PairModel
-from orpo_lite.objectives.objective import Divisors
+from orpo_lite.objectives.objective import Divisors, find_objective
 from orpo_lite.objectives.orpo import orpo_loss
-from orpo_lite.objectives.registry import find_objective
 from orpo_lite.ops.head import Head, chunk_rows, row_logps
-from orpo_lite.planning.lengths import blank_pairs, worst_case
 from orpo_lite.planning.measure import measure as counted
 from orpo_lite.planning.measure import phases, standing_bytes
 from orpo_lite.planning.meter import LiveBytes
-from orpo_lite.planning.on_meta import META_ATTENTION, held_tensors
+from orpo_lite.planning.on_meta import META_ATTENTION, blank_pairs, held_tensors, worst_case
 from orpo_lite.recipe.schema import Recipe
 
 SETS = {"hh": "hh-rlhf", "alpaca": "alpaca-prefs"}

@@ -17,7 +17,7 @@ from orpo_lite.model.quantize import skipped_modules
 from orpo_lite.planning.choose import PLAN, choose_memory
 from orpo_lite.progress import Update, run_to_end
 from orpo_lite.publishing.model_card import write_card
-from orpo_lite.publishing.preflight import check_push, find_licences
+from orpo_lite.publishing.push import check_push, find_licences
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.runs.atomic import locked, to_json, write_text
 from orpo_lite.runs.commands import Weights

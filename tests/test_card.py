@@ -15,8 +15,8 @@ from huggingface_hub import ModelCard
 from orpo_lite.errors import CheckpointError, ModelError, RecipeError
 from orpo_lite.evaluation.verify import Row, Verdict
 from orpo_lite.publishing import licences as licence
-from orpo_lite.publishing.card_facts import Shown
-from orpo_lite.publishing.edited_card import SOMEWHERE, adopt_card, changed_card, is_own, loads_adapter
+from orpo_lite.publishing.card_facts import SOMEWHERE, Shown
+from orpo_lite.publishing.edited_card import adopt_card, changed_card, is_own, loads_adapter
 from orpo_lite.publishing.licences import (
     TERMS,
     find_license_files,

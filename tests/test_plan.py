@@ -38,9 +38,8 @@ from orpo_lite.model.pair_model import PairModel
 from orpo_lite.planning import gpus as cards
 from orpo_lite.planning.extrapolate import LayerExtrapolation
 from orpo_lite.planning.gpus import GPUS, local_gpu
-from orpo_lite.planning.lengths import blank_pairs, worst_case
 from orpo_lite.planning.measure import heaviest, measure
-from orpo_lite.planning.on_meta import META_ATTENTION, held_tensors
+from orpo_lite.planning.on_meta import META_ATTENTION, blank_pairs, held_tensors, worst_case
 from orpo_lite.planning.route import find_route, with_layers
 from orpo_lite.planning.search import Planner, fit
 from orpo_lite.recipe.reader import load_recipe, shipped_recipes
@@ -48,7 +47,7 @@ from orpo_lite.recipe.schema import LEVERS, Recipe
 from orpo_lite.recipe.text import read_bytes
 from orpo_lite.runs.interrupt import Interrupted
 from orpo_lite.runs.records import read_json
-from orpo_lite.training import gradient
+from orpo_lite.training import step as gradient
 
 plan_bench = pytest.importorskip("benchmarks.plan", reason="TRL, the peer, comes with the extra `bench`")
 MIB, GIB = 2**20, 2**30

@@ -17,6 +17,7 @@ import psutil
 import pytest
 from conftest import byte_tokenizer, write_pairs
 
+from orpo_lite.base.find import load_tokenizer
 from orpo_lite.data import cache
 from orpo_lite.data import dataset as data_sides
 from orpo_lite.data.cache import TokenizedPairs
@@ -28,7 +29,6 @@ from orpo_lite.data.render_process import LimitedRenderer, Renderer
 from orpo_lite.data.split import prompt_key
 from orpo_lite.data.statistics import PADDED_BATCH, QUANTILES, SHUFFLES
 from orpo_lite.data.tokenize import EQUAL_CUT, LONG_PROMPT, tokenize_pairs
-from orpo_lite.data.tokenizer import load_tokenizer
 from orpo_lite.errors import DataError, FitError, ModelError
 from orpo_lite.progress import Update, run_to_end
 from orpo_lite.recipe.reader import load_recipe

@@ -17,12 +17,11 @@ from orpo_lite.data.packing import Batching, epoch_order, micro_batches, nll_tok
 from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.model.pair_model import PairModel
 from orpo_lite.model.parallel import Processes
-from orpo_lite.objectives.objective import Divisors
+from orpo_lite.objectives.objective import Divisors, find_objective
 from orpo_lite.objectives.orpo import orpo_loss
-from orpo_lite.objectives.registry import find_objective
 from orpo_lite.recipe.reader import load_recipe
 from orpo_lite.recipe.schema import Recipe
-from orpo_lite.training.gradient import accumulate, seed_dropout
+from orpo_lite.training.step import accumulate, seed_dropout
 
 PADDED = Batching(packed=False, share=False, tokens=0, pairs=2, pad_id=0, completion_only_loss=False)
 PACKED = replace(PADDED, packed=True, share=True, tokens=60)

@@ -21,6 +21,7 @@ from orpo_lite.data import render_process as data_render_process
 from orpo_lite.data.chat_template import (
     PAPER_CHAT_TEMPLATE,
     REWRITTEN,
+    SECONDS,
     SPECIAL,
     TURN_LOST,
     BeyondLimitsError,
@@ -33,7 +34,7 @@ from orpo_lite.data.chat_template import (
     template_file,
 )
 from orpo_lite.data.pair import Pair
-from orpo_lite.data.render_process import SECONDS, LimitedRenderer, Renderer
+from orpo_lite.data.render_process import LimitedRenderer, Renderer
 from orpo_lite.data.tokenize import BATCH, end_token_id, tokenize_pairs
 from orpo_lite.errors import DataError, ModelError, OrpoLiteError, RecipeError
 

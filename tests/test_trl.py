@@ -20,10 +20,9 @@ from orpo_lite.data.split import training_sources
 from orpo_lite.data.tokenize import tokenize_pairs
 from orpo_lite.model.optimizer import lr_factor, make_optimizer
 from orpo_lite.model.parallel import Processes
-from orpo_lite.objectives.registry import find_objective
+from orpo_lite.objectives.objective import find_objective
 from orpo_lite.recipe.reader import load_recipe
-from orpo_lite.training.gradient import accumulate
-from orpo_lite.training.step import update
+from orpo_lite.training.step import accumulate, update
 
 trl = pytest.importorskip("trl.experimental.orpo", reason="TRL, the oracle, comes with the extra `bench`")
 

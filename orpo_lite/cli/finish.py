@@ -65,7 +65,7 @@ def push_run(run: Path, repository: str, **options: Any) -> None:
 def finish(recipe: "Recipe", result: "TrainResult") -> None:
     """After the adapter is safe: the table, the merge, the answers. A failure here costs no training."""
     from orpo_lite.demo import builtin_remark
-    from orpo_lite.objectives.registry import find_objective
+    from orpo_lite.objectives.objective import find_objective
     from orpo_lite.runs.commands import merge_command
 
     out.print(f"adapter of step {result.kept_step}: {result.run}/adapter")

@@ -1,5 +1,5 @@
 """Rows to pairs to tokens to batches.
 
 Order: pair, cache, packing, sources, formats, chat_template, pairs, render_process, split, statistics, tokenize,
-dataset, tokenizer, prepare.
+dataset, prepare.
 """

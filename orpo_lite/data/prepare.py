@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from orpo_lite.base.find import load_tokenizer
 from orpo_lite.data.cache import VARIABLE, TokenizedPairs, cache_folder, wanted_folder
 from orpo_lite.data.dataset import tokenized
 from orpo_lite.data.formats.column_map import refuse_unknown_columns
@@ -15,7 +16,6 @@ from orpo_lite.data.sources.find import with_unique_labels
 from orpo_lite.data.sources.source import Source
 from orpo_lite.data.split import held_out_sources, hold_out, training_sources
 from orpo_lite.data.statistics import COUNTED, figures
-from orpo_lite.data.tokenizer import load_tokenizer
 from orpo_lite.progress import Update, staged
 from orpo_lite.recipe.schema import DataSection, Recipe
 

@@ -6,8 +6,8 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+from orpo_lite.base.find import load_tokenizer
 from orpo_lite.data.dataset import prompt_ids
-from orpo_lite.data.tokenizer import load_tokenizer
 from orpo_lite.errors import DataError, ModelError
 from orpo_lite.model.generate import NEUTRAL, Prompt, Sample, answers
 from orpo_lite.model.pair_model import MODEL_CODE_ERRORS, PairModel

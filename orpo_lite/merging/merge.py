@@ -23,8 +23,7 @@ from orpo_lite.base.blocks import (
     write_model,
 )
 from orpo_lite.base.download import check_disk
-from orpo_lite.base.find import Base
-from orpo_lite.data.tokenizer import load_tokenizer
+from orpo_lite.base.find import Base, load_tokenizer
 from orpo_lite.errors import CheckpointError, FitError, ModelError, RecipeError
 from orpo_lite.merging.deltas import Plan, make_plan, matches_nothing
 from orpo_lite.model.quantize import is_transposed, quantisable

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from orpo_lite.data.tokenizer import load_tokenizer
+from orpo_lite.base.find import load_tokenizer
 from orpo_lite.model.pair_model import PairModel
 
 NEUTRAL = (

@@ -1,7 +1,11 @@
-"""The contract of an objective: everything that training, planning, evaluation and the reports ask of it."""
+"""The contract of an objective: everything that training, planning, evaluation and the reports ask of it.
+
+A new objective is a file of this package, named as ``LossSection.type`` names it.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import ClassVar, Literal, NamedTuple
 
 from torch import Tensor
@@ -10,6 +14,7 @@ from orpo_lite.data.packing import nll_tokens
 from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.ops.outputs import PairLogps
 from orpo_lite.recipe.schema import LossSection
+
 
 Need = Literal["policy_logps"]
 """What a model can be asked for. policy_logps: :class:`PairLogps` of the model that is trained."""
@@ -90,3 +95,9 @@ class Objective(ABC):
         """Return the metrics of a step as one line; ``prefix`` is ``eval_`` for held-out ones."""
         known = ((metric, metrics[prefix + metric.name]) for metric in self.shown if metric.short)
         return "  ".join(f"{metric.short} {value:{metric.sign}.{metric.digits}f}" for metric, value in known)
+
+
+def find_objective(settings: LossSection) -> Objective:
+    """Return the ``OBJECTIVE`` of the file that ``loss.type`` names, with the recipe's settings."""
+    objective: Objective = import_module(f"orpo_lite.objectives.{settings.type}").OBJECTIVE(settings)
+    return objective

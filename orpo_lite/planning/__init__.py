@@ -1,4 +1,4 @@
 """Will it fit, how fast, and what to change.
 
-Order: gpus, lengths, meter, on_meta, route, measure, extrapolate, search, choose, plan.
+Order: gpus, meter, on_meta, route, measure, extrapolate, search, choose, plan.
 """

@@ -6,8 +6,8 @@ from functools import cached_property
 from typing import Any
 
 from orpo_lite.planning.gpus import Gpu
-from orpo_lite.planning.lengths import Triples
 from orpo_lite.planning.measure import StepMemory, measure
+from orpo_lite.planning.on_meta import Triples
 from orpo_lite.planning.route import PlannedRoute, with_layers
 from orpo_lite.recipe.schema import Recipe
 

@@ -15,12 +15,11 @@ from orpo_lite.model.adapter import META
 from orpo_lite.model.load import bare_pair_model, choose_dtype
 from orpo_lite.model.optimizer import state_bytes
 from orpo_lite.model.pair_model import PairModel
-from orpo_lite.objectives.registry import find_objective
+from orpo_lite.objectives.objective import find_objective
 from orpo_lite.ops.attention import forget_rows
 from orpo_lite.ops.transfer import is_on_host
-from orpo_lite.planning.lengths import Triples, blank_pairs
 from orpo_lite.planning.meter import LiveBytes, allocated
-from orpo_lite.planning.on_meta import held_tensors, without_values
+from orpo_lite.planning.on_meta import Triples, blank_pairs, held_tensors, without_values
 from orpo_lite.planning.route import PlannedRoute, find_route
 from orpo_lite.recipe.schema import Recipe
 

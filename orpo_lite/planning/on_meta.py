@@ -1,13 +1,16 @@
-"""What the meta device lacks for a step: attention without scores, autocast, packed positions; and what stays."""
+"""A step on the meta device: pairs known by their lengths, attention without scores, what stays in memory."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AttentionInterface, masking_utils
 
+from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.model.pair_model import PairModel
 from orpo_lite.ops.attention import meta_flash_attention
 from orpo_lite.ops.transfer import is_on_host
@@ -68,3 +71,22 @@ def without_values() -> Iterator[None]:
     finally:
         torch.autocast = plain  # type: ignore[misc]
         masking_utils.find_packed_sequence_indices = search
+
+
+Triples = NDArray[np.int64]
+"""Tokens of each pair: (common prefix, chosen, rejected), shape (pairs, 3)."""
+
+
+def worst_case(max_length: int, pairs: int) -> Triples:
+    """Pairs of two sequences of ``max_length`` tokens that share nothing: nothing longer can come."""
+    return np.tile(np.array([[0, max_length, max_length]]), (pairs, 1))
+
+
+def blank_pairs(triples: Triples) -> list[TokenizedPair]:
+    """Pairs of these lengths; their tokens are of no account on meta."""
+    pairs = []
+    for prefix, chosen, rejected in triples.tolist():
+        ids = np.zeros(chosen, np.int32), np.r_[np.zeros(prefix, np.int32), np.ones(rejected - prefix, np.int32)]
+        start = max(1, min(prefix, chosen - 1, rejected - 1))
+        pairs.append(TokenizedPair(*ids, start, start, "plan"))
+    return pairs

@@ -14,7 +14,7 @@ from orpo_lite.data.prepare import find_sources, pair_lengths, tokenized_sides
 from orpo_lite.model.pair_model import MODEL_CODE_ERRORS
 from orpo_lite.ops.attention import device_kind
 from orpo_lite.planning.gpus import GPUS, Gpu, LocalGpu, local_gpu, memory_budget
-from orpo_lite.planning.lengths import worst_case
+from orpo_lite.planning.on_meta import worst_case
 from orpo_lite.planning.search import Change, GpuRow, MemoryPlan, Planner, no_plan
 from orpo_lite.progress import Update, run_to_end
 from orpo_lite.recipe.schema import Recipe

@@ -17,8 +17,7 @@ from orpo_lite.model.load import bare_pair_model, choose_dtype
 from orpo_lite.model.pair_model import MODEL_CODE_ERRORS, PairModel, Route
 from orpo_lite.ops import attention
 from orpo_lite.ops.attention import UnsupportedError
-from orpo_lite.planning.lengths import Triples, blank_pairs, worst_case
-from orpo_lite.planning.on_meta import META_ATTENTION, without_values
+from orpo_lite.planning.on_meta import META_ATTENTION, Triples, blank_pairs, without_values, worst_case
 from orpo_lite.recipe.schema import Recipe
 
 logger = logging.getLogger(__name__)

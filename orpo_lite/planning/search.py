@@ -18,8 +18,8 @@ from orpo_lite.errors import FitError, ModelError, Overrides
 from orpo_lite.model.load import bare_pair_model, choose_dtype
 from orpo_lite.planning.extrapolate import LayerExtrapolation, seconds
 from orpo_lite.planning.gpus import GPUS, Gpu
-from orpo_lite.planning.lengths import Triples
 from orpo_lite.planning.measure import StepMemory, loading_bytes, measure, rounded, standing_bytes
+from orpo_lite.planning.on_meta import Triples
 from orpo_lite.planning.route import PlannedRoute, find_route
 from orpo_lite.recipe.schema import LEVERS, Recipe
 from orpo_lite.recipe.text import gib, to_text

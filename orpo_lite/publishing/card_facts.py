@@ -10,8 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from orpo_lite.data.sources.source import is_path
 from orpo_lite.errors import CheckpointError, ModelError
-from orpo_lite.objectives.objective import Objective
-from orpo_lite.objectives.registry import find_objective
+from orpo_lite.objectives.objective import Objective, find_objective
 from orpo_lite.publishing.licences import Terms, climbs, find_terms, is_hub_name
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.runs.commands import Weights
@@ -20,7 +19,6 @@ from orpo_lite.runs.lock import read_lock, read_recipe
 from orpo_lite.runs.records import FIGURE, Kinds, read_json, read_metrics, read_samples, refuse_lacking
 
 SOMEWHERE = "OWNER/NAME"  # stands for the repository until it is known
-
 
 FIGURES: Kinds = {
     "chat_template": str,

@@ -1,4 +1,4 @@
-"""Push: a run's adapter, or its merged model, to a repository of the hub, with its card; by an allow-list of files."""
+"""Push a run's adapter or merged model to a repository of the hub, with its card; by an allow-list of files."""
 
 import fnmatch
 import json
@@ -13,8 +13,8 @@ from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 
 from orpo_lite.base.find import weight_files
-from orpo_lite.errors import TOKEN, CheckpointError, Command, ModelError, OrpoLiteError, RecipeError
-from orpo_lite.objectives.registry import find_objective
+from orpo_lite.errors import TOKEN, CheckpointError, Command, HubError, ModelError, OrpoLiteError, RecipeError
+from orpo_lite.objectives.objective import find_objective
 from orpo_lite.progress import Update, run_to_end
 from orpo_lite.publishing.account import WrongTargetError, check_target
 from orpo_lite.publishing.card_facts import Shown
@@ -27,6 +27,7 @@ from orpo_lite.recipe.schema import Recipe, refuse_repository
 from orpo_lite.runs.atomic import locked, to_json
 from orpo_lite.runs.commands import Weights, merge_command, quoted
 from orpo_lite.runs.folder import find_merged, find_result
+from orpo_lite.runs.inputs import Inputs
 from orpo_lite.runs.lock import read_lock, read_recipe
 from orpo_lite.runs.records import SAMPLES, read_json, read_samples
 
@@ -304,3 +305,27 @@ def _beginning(content: Path | bytes) -> str:
     with content.open("rb") as stream:
         length = min(int.from_bytes(stream.read(8), "little"), HEADER)
         return stream.read(length).decode("utf-8", "replace")
+
+
+def check_push(recipe: Recipe, *, resume: bool) -> Generator[Update, None, None]:
+    """Refuse to begin what could not be pushed in the end; a run that goes on is not held up for that."""
+    if not recipe.output.push_to_hub:
+        return
+    yield Update("stage", f"asking the hub whether {recipe.output.hub_model_id} may be written to")
+    try:
+        yield from check_target(str(recipe.output.hub_model_id), is_private=recipe.output.hub_private_repo)
+    except HubError as error:
+        if not resume:
+            error.fix += "; or output.push_to_hub=false, and `orpo-lite push` later"
+            raise
+        yield Update("note", f"the push at the end may fail: {error.where} {error.found}")
+
+
+def find_licences(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
+    """What lock.json says of licences; where the recipe asks for a push, the base's must allow it."""
+    base = inputs.base
+    licences = read_licences(base.name, base.revision, base.path, recipe.data.names)
+    if recipe.output.push_to_hub:
+        refuse_name(str(recipe.output.hub_model_id), licences["base"], recipe.sources["output.hub_model_id"])
+        find_license_files(licences["base"], base.name, base.revision, base.path)
+    return licences

@@ -8,13 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from orpo_lite.base.download import hub_host
-from orpo_lite.base.find import Base, check_embedding, check_targets, find_base, find_texts, read_sizes
+from orpo_lite.base.find import (
+    Base,
+    check_embedding,
+    check_targets,
+    find_base,
+    find_texts,
+    load_tokenizer,
+    pad_id,
+    read_sizes,
+)
 from orpo_lite.data.cache import TokenizedPairs
 from orpo_lite.data.chat_template import set_chat_template
 from orpo_lite.data.dataset import show_row
 from orpo_lite.data.prepare import figures_said, find_sources, tokenized_sides
 from orpo_lite.data.sources.source import is_local, is_path
-from orpo_lite.data.tokenizer import load_tokenizer, pad_id
 from orpo_lite.errors import ModelError, Overrides
 from orpo_lite.progress import Update
 from orpo_lite.recipe.schema import Recipe

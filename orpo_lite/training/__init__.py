@@ -1,4 +1,4 @@
 """From prepared inputs to an adapter.
 
-Order: gradient, state, checkpoint, session, faults, result, step, loop.
+Order: state, checkpoint, session, faults, result, step, loop.
 """

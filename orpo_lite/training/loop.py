@@ -9,10 +9,9 @@ from orpo_lite.recipe.schema import Recipe
 from orpo_lite.runs.interrupt import Interrupted
 from orpo_lite.runs.records import append_metrics
 from orpo_lite.training.faults import skipped_step, smaller_pieces
-from orpo_lite.training.gradient import OutOfMemory
 from orpo_lite.training.session import Session, save_checkpoint
 from orpo_lite.training.state import TrainState
-from orpo_lite.training.step import take_step
+from orpo_lite.training.step import OutOfMemory, take_step
 
 
 def train_steps(session: Session, state: TrainState, *, saved: bool = False) -> Generator[Update, None, None]:

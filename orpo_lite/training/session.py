@@ -19,8 +19,7 @@ from orpo_lite.model.optimizer import lr_factor, make_optimizer, whole_steps
 from orpo_lite.model.pair_model import PairModel
 from orpo_lite.model.parallel import Processes
 from orpo_lite.model.probe import probe, probe_operations
-from orpo_lite.objectives.objective import Objective
-from orpo_lite.objectives.registry import find_objective
+from orpo_lite.objectives.objective import Objective, find_objective
 from orpo_lite.ops.attention import device_kind
 from orpo_lite.progress import Update
 from orpo_lite.recipe.schema import Recipe

@@ -50,7 +50,6 @@ from orpo_lite.errors import DataError
 
 SAID = "data.format says so"
 
-
 AS_TEXTS = ("explicit", "orca", "alpaca")  # formats of replies that are texts, beside a prompt that is one
 
 
