@@ -15,7 +15,6 @@ from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.ops.outputs import PairLogps
 from orpo_lite.recipe.schema import LossSection
 
-
 Need = Literal["policy_logps"]
 """What a model can be asked for. policy_logps: :class:`PairLogps` of the model that is trained."""
 
