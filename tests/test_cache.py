@@ -438,3 +438,17 @@ def test_the_sum_of_a_tokenizer(tmp_path: Path) -> None:
     for name in ("model.safetensors", "generation_config.json", "README.md", "trainer_state.json"):
         (tmp_path / name).write_text("no part of it")
     assert cache.tokenizer_sha256(tmp_path) == before
+
+
+def test_code_in_any_folder_of_the_package_is_part_of_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else tokens that older code made would be taken for those of today."""
+    (tmp_path / "formats").mkdir()
+    reader = tmp_path / "formats" / "readers.py"
+    monkeypatch.setattr(cache, "__file__", str(tmp_path / "cache.py"))
+    keys = []
+    for text in ("", "one", "other"):
+        reader.write_text(text, encoding="utf-8")
+        cache._code.cache_clear()
+        keys.append(cache.make_key())
+    cache._code.cache_clear()
+    assert len(set(keys)) == 3

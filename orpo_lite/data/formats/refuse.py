@@ -20,7 +20,7 @@ from orpo_lite.data.formats.readers import MEASURES, ROLES, SHAREGPT_ROLES, TOOL
 from orpo_lite.data.formats.values import CHAT, LISTS, TEXTS, USABLE, asks, is_message, is_sharegpt
 from orpo_lite.data.formats.verdicts import is_answer
 from orpo_lite.data.pair import ToolError
-from orpo_lite.errors import DataError, one_of
+from orpo_lite.errors import DataError, Overrides, one_of
 
 
 def refuse_python(look: ColumnProfile) -> None:
@@ -112,7 +112,9 @@ def refuse_unknown(look: ColumnProfile, as_texts: str) -> NoReturn:
     expected = "chosen and rejected, both texts or both lists of messages, with or without a prompt"
     fix = "no setting helps: write chosen and rejected alike, as expected"
     if unfit:
-        fix = "name the columns: " + look.line(**{side: guesses[side] or "COLUMN" for side in unfit})
+        line = look.line(**{side: guesses[side] or "COLUMN" for side in unfit})
+        fix = f"name the columns: {line}"
+        fix = Overrides(line.values, text=fix) if all(guesses[side] for side in unfit) else fix
     if not (guesses["chosen"] or guesses["rejected"]):
         fix += f"; or, where no column always holds the better reply, {PAIRS}"
     if odd := _odd(look, [side for side in unfit if not guesses[side]]):

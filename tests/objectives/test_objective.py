@@ -1,0 +1,122 @@
+"""A new objective is its own file and a name in the schema: it trains, plans, evaluates, resumes and is shown."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import orpo_lite
+from orpo_lite.api import train
+from orpo_lite.errors import ModelError
+from orpo_lite.objectives.orpo import Orpo
+from orpo_lite.recipe.schema import Recipe
+
+SQUARED = '''
+"""The squared distance of the log odds from 1."""
+
+import torch
+
+from orpo_lite.objectives.objective import Metric, Objective
+from orpo_lite.objectives.orpo import log_odds
+
+
+class Squared(Objective):
+    title = "squared log odds"
+    paper = "https://example.org/squared"
+    formula = "L = (1 - log odds)²."
+    parts = ("square", "rewards/accuracies")
+    shown = (Metric("loss", "loss", "distance", "loss"), Metric("rewards/accuracies", "right", "share of right pairs"))
+
+    def loss(self, logps, divisors):
+        odds_P = log_odds(logps.chosen_P, logps.rejected_P)
+        loss = (1 - odds_P).square().sum() / divisors.pairs
+        right = (odds_P > 0).to(odds_P.dtype).sum() / divisors.pairs
+        return loss, torch.stack([loss, right]).detach()
+
+    def metrics(self, parts):
+        return {"loss": parts[0], "rewards/accuracies": parts[1]}
+
+
+OBJECTIVE = Squared
+'''
+# Trains in one go and in two, with a plan for a budget; prints what is to be seen of it.
+SCRIPT = """
+import json, os, signal, sys
+from pathlib import Path
+
+from orpo_lite import plan, train
+from orpo_lite.api import train_events
+from orpo_lite.objectives.objective import find_objective
+from orpo_lite.recipe.reader import load_recipe
+from orpo_lite.runs.interrupt import Interrupted
+
+
+def recipe(run):
+    keys = ["micro_batch_tokens=512", "head_chunk=64", "activation_checkpointing=1", "checkpoint_offload=false",
+            "mlp_tile=null", "embedding_on_cpu=false", "budget=2GiB"]
+    keys = [f"memory.{key}" for key in keys] + ["loss.type=squared", f"training.output_dir={run}"]
+    return load_recipe("./small.yaml", keys)
+
+
+report = plan(recipe("none"))
+whole = train(recipe("whole"))
+lines = []
+try:
+    for update in train_events(recipe("stopped")):
+        lines += [update.text] if update.kind in ("step", "eval") else []
+        if update.kind == "step" and update.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+except Interrupted:
+    resumed = train(recipe("stopped"), resume=True)
+bits = [Path(run, "adapter/adapter_model.safetensors").read_bytes() for run in ("whole", "stopped")]
+print(json.dumps({
+    "flops": report.plan.flops_per_pair, "planned": Path("whole/plan.json").is_file(), "same_bits": bits[0] == bits[1],
+    "lines": lines, "rows": Path("whole/metrics.jsonl").read_text(), "card": Path("whole/README.md").read_text(),
+    "before": whole.before, "after": resumed.after,
+    "shown": [metric.label for metric in find_objective(recipe("none").loss).shown],
+}))
+"""
+
+
+def test_a_new_objective_touches_its_own_file_and_the_schema(
+    small_recipe: Callable[..., Recipe], workspace: Path
+) -> None:
+    small_recipe()  # writes small.yaml
+    package = workspace / "site" / "orpo_lite"
+    shutil.copytree(Path(orpo_lite.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    (package / "objectives" / "squared.py").write_text(SQUARED, encoding="utf-8")
+    schema = package / "recipe" / "schema.py"
+    text = schema.read_text(encoding="utf-8")
+    assert text.count('type: Literal["orpo"]') == 1
+    schema.write_text(text.replace('type: Literal["orpo"]', 'type: Literal["orpo", "squared"]'), encoding="utf-8")
+    environment = os.environ | {"PYTHONPATH": str(package.parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=False, cwd=workspace
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["flops"] > 0
+    assert found["planned"]
+    assert found["same_bits"]
+    rows = [json.loads(line) for line in found["rows"].splitlines()]
+    assert {"eval_loss", "eval_rewards/accuracies", "step"} == rows[0].keys()
+    assert not {"nll_loss", "log_odds_ratio"} & rows[1].keys()
+    assert found["after"]["eval_loss"] < found["before"]["eval_loss"]
+    assert found["lines"][0].startswith("loss ")
+    assert found["shown"] == ["loss", "right"]
+    assert "squared log odds ([https://example.org/squared]" in found["card"]
+    assert "L = (1 - log odds)²." in found["card"]
+    assert "| distance |" in found["card"]
+
+
+def test_a_need_that_no_model_fills_is_refused(
+    small_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Orpo, "needs", frozenset({"policy_logps", "scores"}))
+    with pytest.raises(ModelError, match=r"loss\.type: orpo needs scores"):
+        train(small_recipe())
