@@ -503,7 +503,7 @@ def test_other_tokens_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """A pre-tokenizer under a wrong name, as a table that lags behind would have it."""
     words = split_by(known_regex("llama-bpe"))
     run = write_run(tmp_path / "run", tiny_llama(520), bytes_tokenizer(500, pre_tokenizer=words, ignore_merges=True))
-    monkeypatch.setattr("orpo_lite.exports.vocabulary.WORDS", dict.fromkeys(WORDS, "smollm"))
+    monkeypatch.setattr("orpo_lite.exporting.gguf_tokenizer.WORDS", dict.fromkeys(WORDS, "smollm"))
     with pytest.raises(ModelError, match=r"llama.cpp makes other tokens of"):
         export(run, "gguf")
     assert not list((run / "export").rglob("*.gguf"))

@@ -64,7 +64,7 @@ class PackedPairs:
     targets_N: Tensor
     """What each of them predicts."""
     spans: tuple[tuple[int, ...], ...]
-    """How the scored rows of each pair lie: see :class:`orpo_lite.step.head.Spans`."""
+    """How the scored rows of each pair lie: see :class:`orpo_lite.ops.head.Spans`."""
 
     def to(self, device: torch.device) -> "PackedPairs":
         """The same batch on another device."""

@@ -73,7 +73,7 @@ def merge(
 
     Args:
         run_folder: of a training that has ended.
-        weights: see :data:`orpo_lite.run.Weights`; ``dequantized`` is written to ``RUN/merged-dequantized``.
+        weights: see :data:`orpo_lite.runs.commands.Weights`; ``dequantized`` is written to ``RUN/merged-dequantized``.
         max_shard_size: bytes of a file, unless one tensor is larger; or a size such as 5GB.
         base_path: where the base lies now, if it is a folder that was moved.
 

@@ -24,7 +24,7 @@ from orpo_lite.recipe.text import gib
 def choose_dtype(name: str, kind: str) -> torch.dtype:
     """``auto``: bfloat16 where the card has it, else float16 (T4, V100), else float32 (CPU).
 
-    ``kind`` of a device is what :func:`orpo_lite.step.attention.device_kind` says.
+    ``kind`` of a device is what :func:`orpo_lite.ops.attention.device_kind` says.
     """
     by_kind = {"ampere": torch.bfloat16, "cuda": torch.float16, "cpu": torch.float32}
     dtype: torch.dtype = by_kind[kind] if name == "auto" else getattr(torch, name)

@@ -21,12 +21,12 @@ def apply_memory_settings(model: PairModel, recipe: Recipe) -> None:
     if not model.layers and memory.checkpointed(1):
         said = "this model's layers cannot run again; each keeps all that its backward pass needs"
         model.notes.append(f"memory.activation_checkpointing: {said}")
-    checkpoint_layers_of(model, recipe)
+    checkpoint_first_layers(model, recipe)
     if memory.embedding_on_cpu:
         embed_on_host(model.causal.get_input_embeddings())
 
 
-def checkpoint_layers_of(model: PairModel, recipe: Recipe) -> None:
+def checkpoint_first_layers(model: PairModel, recipe: Recipe) -> None:
     """Let so many of the first layers as the recipe says keep their input only; later on, more of them."""
     memory = recipe.memory.unplanned()
     model.checkpointed = memory.checkpointed(len(model.layers))

@@ -49,9 +49,9 @@ class PairModel(nn.Module):
         if memory.head_chunk != "none":
             self.chunk = chunk_rows(self.config.get_text_config().vocab_size, _number(memory.head_chunk))
         self.way: Route = "shared" if memory.prompt_sharing else "packed"
-        """How packed pairs go; ``proof.prove`` takes a plainer one where this model needs it."""
+        """How packed pairs go; ``model.probe`` takes a plainer one where this model needs it."""
         self.backend = "auto"
-        """Of the attention in packed rows: see :class:`orpo_lite.step.attention.Layout`."""
+        """Of the attention in packed rows: see :class:`orpo_lite.ops.attention.Layout`."""
         self.planned: str | None = None
         """On meta: the kind of device that is meant."""
         self.notes: list[str] = []
@@ -187,7 +187,7 @@ class PairModel(nn.Module):
 
 
 def find_head(causal: Any) -> Head:
-    """The output embedding and what transformers' models do to its logits; ``proof.prove`` finds what is not here."""
+    """The output embedding and what transformers' models do to its logits; ``model.probe`` finds what is not here."""
     config = causal.config.get_text_config()
     scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
     return Head(causal.get_output_embeddings(), float(scale), getattr(config, "final_logit_softcapping", None))

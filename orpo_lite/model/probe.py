@@ -1,4 +1,4 @@
-"""The step, proven on the loaded model before it trains: the model's own outputs and gradient are the reference."""
+"""The step, compared on the loaded model before it trains: the model's own outputs and gradient are the reference."""
 
 import logging
 import math
@@ -37,14 +37,14 @@ def probe(model: PairModel, max_length: int, tokens: int = 0) -> None:
     Args:
         model: as it is to be trained. Its adapter is set to random numbers meanwhile where it is new, for then one half
             of it would have no gradient.
-        max_length: tokens of the longest sequence; windows beyond it are of no account.
+        max_length: tokens of the longest sequence; windows beyond it do not matter.
         tokens: of the longest packed row; 0 for that of one pair.
 
     Raises:
         ModelError: its own forward pass fails, or looks at tokens that come after.
     """
     with _random_adapter(model):
-        own = _probed_operations(model)
+        own = _compare_operations(model)
         with model.evaluating():
             reasons = _disagreements(model, max_length, tokens)
         ways = [way for way in ROUTES[ROUTES.index(model.way) : -1] if way not in reasons]
@@ -61,12 +61,12 @@ def probe(model: PairModel, max_length: int, tokens: int = 0) -> None:
 
 
 def probe_operations(model: PairModel) -> None:
-    """The part of :func:`prove` that is of account where nothing is packed: that our layers are the model's own."""
+    """The part of :func:`probe` that matters where nothing is packed: that our layers are the model's own."""
     with _random_adapter(model):
-        _probed_operations(model)
+        _compare_operations(model)
 
 
-def _probed_operations(model: PairModel) -> "Gradient":
+def _compare_operations(model: PairModel) -> "Gradient":
     """Go back to the model's own layers where ours are not; returns its own gradient."""
     with model.evaluating(), plain(model):
         _refuse_others(model)

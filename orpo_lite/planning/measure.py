@@ -85,7 +85,7 @@ def measure(
         recipe: with the levers to measure.
         config: the base's, transformers'.
         triples: lengths of the pairs.
-        kind: of the device that is meant: see :func:`orpo_lite.step.attention.device_kind`.
+        kind: of the device that is meant: see :func:`orpo_lite.ops.attention.device_kind`.
         passing: how pairs go through the model; found out where it is not given.
     """
     passing = passing or find_route(recipe, config, triples, kind)

@@ -53,7 +53,7 @@ def held_tensors(model: nn.Module) -> dict[str, list[Tensor]]:
 
 @contextmanager
 def without_values() -> Iterator[None]:
-    """Let two things pass on meta that are of no account there: the first fails, the second asks for values.
+    """Let two things pass on meta that do not matter there: the first fails, the second asks for values.
 
     Autocast, which peft's adapters of experts turn off; and transformers' search for sequences packed into a row, where
     each row is one sequence.
@@ -83,7 +83,7 @@ def worst_case(max_length: int, pairs: int) -> Triples:
 
 
 def blank_pairs(triples: Triples) -> list[TokenizedPair]:
-    """Pairs of these lengths; their tokens are of no account on meta."""
+    """Pairs of these lengths; their tokens do not matter on meta."""
     pairs = []
     for prefix, chosen, rejected in triples.tolist():
         ids = np.zeros(chosen, np.int32), np.r_[np.zeros(prefix, np.int32), np.ones(rejected - prefix, np.int32)]

@@ -1,4 +1,4 @@
-"""How pairs go through a model that is only planned: what ``proof.prove`` will choose once it is loaded."""
+"""How pairs go through a model that is only planned: what ``model.probe`` will choose once it is loaded."""
 
 import copy
 import logging

@@ -14,7 +14,7 @@ from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.data.prepare import pair_lengths
 from orpo_lite.errors import ModelError
 from orpo_lite.model.load import choose_dtype, load_pair_model
-from orpo_lite.model.memory import checkpoint_layers_of
+from orpo_lite.model.memory import checkpoint_first_layers
 from orpo_lite.model.optimizer import lr_factor, make_optimizer, whole_steps
 from orpo_lite.model.pair_model import PairModel
 from orpo_lite.model.parallel import Processes
@@ -79,7 +79,7 @@ class Session:
         """Change keys of ``memory``, and the model as they say; loss and gradient stay as they are."""
         if settings:
             self.recipe = self.recipe.with_memory(settings)
-            checkpoint_layers_of(self.pair_model, self.recipe)
+            checkpoint_first_layers(self.pair_model, self.recipe)
 
 
 def load_session(
@@ -94,7 +94,7 @@ def load_session(
             found=f"{recipe.loss.type} needs {', '.join(sorted(lacking))}",
             expected=f"what a model gives: {', '.join(pair_model.outputs)}",
         )
-    yield Update("stage", "proving the step on this model")
+    yield Update("stage", "probing the step on this model")
     if not recipe.memory.packing:
         probe_operations(pair_model)
     else:
