@@ -13,9 +13,10 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -24,6 +25,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 from orpo_lite.data import cache
+from orpo_lite.data import sides as data_sides
+from orpo_lite.data.templates import LimitedRenderer, Template
 from orpo_lite.data.tokens import TokenizedPair
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -143,6 +146,47 @@ def write_base(folder: Path, model: Any = None) -> Path:
     (model or tiny_llama(len(tokenizer))).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+class KeptRenderer(LimitedRenderer):
+    """The process that renders a template takes a second to start: it is kept for whoever renders the same one next."""
+
+    idle: ClassVar[dict[str, "KeptRenderer"]] = {}
+
+    def __new__(cls, template: Template) -> "KeptRenderer":
+        return cls.idle.pop(json.dumps(asdict(template)), None) or super().__new__(cls)
+
+    def __init__(self, template: Template) -> None:
+        if "_process" in vars(self):
+            self.template = template
+            return
+        self.is_answered = True
+        super().__init__(template)
+
+    def __exit__(self, kind: Any, error: Any, at: Any) -> None:
+        is_well = kind is None and self.is_answered and self._process.poll() is None
+        if not is_well or self.idle.setdefault(json.dumps(asdict(self.template)), self) is not self:
+            super().__exit__(kind, error, at)
+
+    def send(self, pairs: Any) -> None:
+        self.is_answered = False
+        super().send(pairs)
+
+    def receive(self) -> Any:
+        texts = super().receive()
+        self.is_answered = True
+        return texts
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kept_renderers() -> Iterator[None]:
+    """Processes that render templates are started once for each template, and end with the session."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data_sides, "LimitedRenderer", KeptRenderer)
+        yield
+    while KeptRenderer.idle:
+        _, renderer = KeptRenderer.idle.popitem()
+        LimitedRenderer.__exit__(renderer, None, None, None)
 
 
 @pytest.fixture
