@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_llama, write_base
+from conftest import Answer, tiny_llama, write_base
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM
 
@@ -27,6 +27,7 @@ from orpo_lite.run import Update
 from orpo_lite.train import TrainResult, training
 
 Build = Callable[..., Recipe]
+Call = Callable[..., Answer]
 EIGHT_BIT = "lora.r=64"  # bitsandbytes keeps 8-bit states of tensors from 4,096 numbers on
 
 
@@ -117,7 +118,9 @@ def train_module() -> Any:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_process_goes_on_with_the_same_bits(small_recipe: Build, workspace: Path, number: int) -> None:
+def test_a_killed_process_goes_on_with_the_same_bits(
+    small_recipe: Build, workspace: Path, call: Call, number: int
+) -> None:
     recipe = small_recipe("training.num_train_epochs=4", "training.eval_steps=2", "training.output_dir=whole")
     train(recipe)
     command = [sys.executable, "-m", "orpo_lite", "train", "--recipe", "./small.yaml", "output.merge=false"]
@@ -132,10 +135,8 @@ def test_a_killed_process_goes_on_with_the_same_bits(small_recipe: Build, worksp
     _, errors = child.communicate(timeout=120)
     assert child.returncode == (-9 if number == signal.SIGKILL else 130), errors
     assert "Traceback" not in errors
-    resumed = subprocess.run(
-        [sys.executable, "-m", "orpo_lite", "train", "--resume", "killed"], capture_output=True, text=True, check=False
-    )
-    assert resumed.returncode == 0, resumed.stderr
+    code, _, errors = call("train", "--resume", "killed")
+    assert code == 0, errors
     assert same_bits(adapter(Path("whole")), adapter(Path("killed")))
     assert rows_without_clock(Path("whole")) == rows_without_clock(Path("killed"))
 
@@ -201,16 +202,15 @@ def test_no_filter_can_empty_the_held_out_side(small_recipe: Build, workspace: P
 
 
 def test_a_run_can_be_resumed_and_merged_from_another_folder(
-    small_recipe: Build, workspace: Path, monkeypatch: pytest.MonkeyPatch
+    small_recipe: Build, workspace: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, result = train_all(small_recipe())
     bits = adapter(result.run)
     shutil.rmtree(result.run / "adapter")
     (workspace / "elsewhere").mkdir()
     monkeypatch.chdir(workspace / "elsewhere")
-    command = [sys.executable, "-m", "orpo_lite", "train", "--resume", "../run"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    code, _, errors = call("train", "--resume", "../run")
+    assert code == 0, errors
     assert same_bits(bits, adapter(workspace / "run"))
     assert (workspace / "run" / "merged" / "config.json").is_file()
 
