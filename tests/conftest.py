@@ -148,6 +148,15 @@ def write_base(folder: Path, model: Any = None) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all workers of this session: what is in it is never changed, and is put there whole."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 class KeptRenderer(LimitedRenderer):
     """The process that renders a template takes a second to start: it is kept for whoever renders the same one next."""
 
