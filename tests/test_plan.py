@@ -57,12 +57,8 @@ Call = Callable[..., Answer]
 @pytest.fixture(autouse=True)
 def counted_once(shared_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step is counted once for all tests here: it depends on nothing but what its file is named after."""
-    paths = {
-        "model": {"model_name_or_path"},
-        "data": {"dataset_name"},
-        "training": {"output_dir"},
-        "memory": {"budget"},
-    }
+    unread = {"model": {"model_name_or_path"}, "data": {"dataset_name"}, "training": {"output_dir"}}
+    unread |= {"memory": {"budget"}}
 
     def remembered(recipe: Recipe, config: Any, triples: Any, kind: str, passing: Any = None) -> Measured:
         shape = {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
