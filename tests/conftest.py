@@ -216,22 +216,56 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+SMALL = (
+    "model:\n  model_name_or_path: ./base\ndata:\n  dataset_name: ./pairs.jsonl\n  test_split_size: 0.2\n"
+    "  max_length: 128\n  max_prompt_length: 96\n"
+    "training:\n  output_dir: run\n  learning_rate: 1e-3\n  global_batch_size: 8\n  eval_steps: 0.5\n"
+    "output:\n  samples: 1\n  max_new_tokens: 8\n"
+)
+
+
 @pytest.fixture
 def small_recipe(workspace: Path) -> Callable[..., Any]:
     """Builds a recipe on the workspace's base and pairs; overrides as on the command line."""
     from orpo_lite.recipe import load_recipe
 
     def build(*overrides: str) -> Any:
-        text = (
-            "model:\n  model_name_or_path: ./base\ndata:\n  dataset_name: ./pairs.jsonl\n  test_split_size: 0.2\n"
-            "  max_length: 128\n  max_prompt_length: 96\n"
-            "training:\n  output_dir: run\n  learning_rate: 1e-3\n  global_batch_size: 8\n  eval_steps: 0.5\n"
-            "output:\n  samples: 1\n  max_new_tokens: 8\n"
-        )
-        (workspace / "small.yaml").write_text(text, encoding="utf-8")
+        (workspace / "small.yaml").write_text(SMALL, encoding="utf-8")
         return load_recipe("./small.yaml", overrides)
 
     return build
+
+
+@pytest.fixture(scope="session")
+def one_training(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any], Any]:
+    """The folder of a workspace in which ``small_recipe("training.learning_rate=1e-2")`` was trained; read only."""
+    from orpo_lite.recipe import load_recipe
+    from orpo_lite.train import training
+
+    folder = tmp_path_factory.mktemp("trained")
+    write_base(folder / "base")
+    write_pairs(folder / "pairs.jsonl", 40)
+    (folder / "small.yaml").write_text(SMALL, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        updates, generator = [], training(load_recipe("./small.yaml", ["training.learning_rate=1e-2"]))
+        while True:
+            try:
+                updates.append(next(generator))
+            except StopIteration as end:
+                return folder, updates, end.value
+
+
+@pytest.fixture
+def trained(one_training: tuple[Path, list[Any], Any], workspace: Path) -> tuple[list[Any], Any]:
+    """The workspace with a finished run in it, a copy of its own: what happened in the training, and its result."""
+    folder, updates, result = one_training
+    shutil.copytree(folder / "run", workspace / "run")
+    (workspace / "small.yaml").write_text(SMALL, encoding="utf-8")
+    for name in ("recipe.yaml", "lock.json", "adapter/adapter_config.json"):
+        file = workspace / "run" / name
+        file.write_text(file.read_text("utf-8").replace(str(folder), str(workspace)), encoding="utf-8")
+    return updates, result
 
 
 Answer = tuple[int, str, str]

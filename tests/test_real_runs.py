@@ -24,7 +24,11 @@ SETS = {
 @pytest.mark.parametrize("name", SETS)
 def test_a_real_llama_learns_real_preferences(name: str, tmp_path: Path) -> None:
     file, form, more = SETS[name]
-    overrides = [f"{key}={SHARED / 'data' / value}" for key, value in more.items()]
+    overrides, held_out = [], tmp_path / "held-out.jsonl"
+    for key, value in more.items():  # as many held out as of the other set
+        lines = (SHARED / "data" / value).read_text(encoding="utf-8").split("\n")[:16]
+        held_out.write_text("\n".join(lines), encoding="utf-8")
+        overrides.append(f"{key}={held_out}")
     recipe = load_recipe(
         "mistral-qlora",
         [
@@ -40,6 +44,8 @@ def test_a_real_llama_learns_real_preferences(name: str, tmp_path: Path) -> None
             "training.max_steps=8",
             "training.learning_rate=4e-3",
             "training.eval_steps=4",
+            "output.samples=1",
+            "output.max_new_tokens=8",
             *overrides,
         ],
     )
