@@ -72,7 +72,7 @@ def counted_once(shared_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         found = ast.literal_eval(file.read_text())
         return Measured(**found | {"work": Counter(found["work"])})
 
-    for module in [module for name, module in sys.modules.items() if name.startswith("orpo_lite.planner.")]:
+    for module in [module for name, module in sys.modules.items() if name.startswith("orpo_lite.")]:
         if getattr(module, "measure", None) is measure:
             monkeypatch.setattr(module, "measure", remembered)
 
