@@ -23,11 +23,11 @@ import torch
 from transformers import LlamaConfig
 
 from benchmarks import lengths, peers, step
-from orpo_lite.model import bare_base, bare_pair_model
-from orpo_lite.planner.cards import CARDS, own_card
-from orpo_lite.planner.lengths import worst_case
-from orpo_lite.planner.search import Planner
-from orpo_lite.step.attention import device_kind
+from orpo_lite.model.load import bare_base, bare_pair_model
+from orpo_lite.ops.attention import device_kind
+from orpo_lite.planning.gpus import GPUS, local_gpu
+from orpo_lite.planning.on_meta import worst_case
+from orpo_lite.planning.search import Planner
 
 BATCHES = 6
 
@@ -59,8 +59,8 @@ def planned(config: Any, tokens: int, device: torch.device, say: Callable[[str],
     """
     settings = step.recipe().override({"data.max_length": tokens, "training.optim": "paged_adamw_8bit"})
     kind = device_kind(device)
-    own = own_card(device.index or 0) if device.type == "cuda" else None
-    card = own.card if own else CARDS[-1]
+    own = local_gpu(device.index or 0) if device.type == "cuda" else None
+    card = own.card if own else GPUS[-1]
     planner = Planner(settings, config, worst_case(tokens, 2), kind)
     rows = []
     for spare in (0.1, 3, 8):

@@ -32,8 +32,8 @@ from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.data import processor
-from orpo_lite.base import fingerprint
-from orpo_lite.weights import BLOCK, Stored, shards, stored_tensors, write_model
+from orpo_lite.base.blocks import BLOCK, Stored, shards, stored_tensors, write_model
+from orpo_lite.base.find import fingerprint
 
 GOALS = {"peak_rss_over_largest_tensor": "<= 1.5", "throughput_vs_copy": ">= 0.35", "kills_ok": "20 of 20"}
 SHAPE = {"hidden_size": 2_048, "intermediate_size": 5_632, "num_attention_heads": 32, "num_key_value_heads": 4}
@@ -116,7 +116,7 @@ def one(path: Path, weights: Any) -> None:
     import transformers.models.auto.modeling_auto
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    from orpo_lite.merge import merge
+    from orpo_lite.merging.merge import merge
 
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
     before, began = _status("VmRSS"), time.monotonic()

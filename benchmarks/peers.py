@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedTokenizerFast
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-from orpo_lite.data.tokens import TokenizedPair
+from orpo_lite.data.pair import TokenizedPair
 
 
 def make_trainer(model: Any, tokenizer: PreTrainedTokenizerFast, lora: LoraConfig, folder: str, **changes: Any) -> Any:

@@ -22,16 +22,18 @@ import torch
 from transformers import Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config
 
 from benchmarks import step
-from orpo_lite.base import find_config
+from orpo_lite.base.find import find_config
 from orpo_lite.data.packing import make_batch
-from orpo_lite.meter import LiveBytes
-from orpo_lite.model import bare_pair_model, choose_dtype, held
-from orpo_lite.planner.counted import heaviest, measure
-from orpo_lite.planner.lengths import worst_case
-from orpo_lite.planner.search import Planner
-from orpo_lite.proof import prove
-from orpo_lite.recipe import Recipe, load_recipe
-from orpo_lite.step.losses import Divisors, orpo_loss
+from orpo_lite.model.load import bare_pair_model, choose_dtype
+from orpo_lite.model.probe import probe
+from orpo_lite.objectives.objective import Divisors
+from orpo_lite.objectives.orpo import orpo_loss
+from orpo_lite.planning.measure import heaviest, measure
+from orpo_lite.planning.meter import LiveBytes
+from orpo_lite.planning.on_meta import held_tensors, worst_case
+from orpo_lite.planning.search import Planner
+from orpo_lite.recipe.reader import load_recipe
+from orpo_lite.recipe.schema import Recipe
 
 GOALS = {
     "worst_error_live_bytes": "<= 0.02",
@@ -83,12 +85,12 @@ def error_of(config: Any, settings: Recipe) -> float:
     torch.manual_seed(0)
     model = bare_pair_model(settings, config, choose_dtype(settings.model.dtype, "cpu"), CPU)
     if settings.memory.packing:
-        prove(model, int(LENGTHS.max()))
+        probe(model, int(LENGTHS.max()))
     gradients = []
     for _, parameter in model.trained():
         parameter.grad = torch.zeros_like(parameter)
         gradients.append(parameter.grad)
-    known = [tensor for tensors in held(model).values() for tensor in tensors] + gradients
+    known = [tensor for tensors in held_tensors(model).values() for tensor in tensors] + gradients
     batching = model.batching(settings, pad_id=0)
     pairs = heaviest(settings, LENGTHS, batching)
     with LiveBytes(known) as tracker:

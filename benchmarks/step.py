@@ -41,25 +41,18 @@ from transformers import (
 from benchmarks import lengths, peers
 from benchmarks.data import processor
 from orpo_lite.data.packing import make_batch, micro_batches, pack_pairs
-from orpo_lite.data.tokens import TokenizedPair
-from orpo_lite.meter import LiveBytes
-from orpo_lite.model import (
-    META,
-    SCORELESS,
-    PairModel,
-    bare_base,
-    bare_pair_model,
-    divisors_of,
-    held,
-    load_pair_model,
-    loss_of,
-)
-from orpo_lite.planner.counted import measure as counted
-from orpo_lite.planner.counted import phases, standing_bytes
-from orpo_lite.planner.lengths import blank_pairs, worst_case
-from orpo_lite.recipe import Recipe
-from orpo_lite.step.head import Head, chunk_rows, row_logps
-from orpo_lite.step.losses import Divisors, orpo_loss
+from orpo_lite.data.pair import TokenizedPair
+from orpo_lite.model.adapter import META
+from orpo_lite.model.load import bare_base, bare_pair_model, load_pair_model
+from orpo_lite.model.pair_model import PairModel
+from orpo_lite.objectives.objective import Divisors, find_objective
+from orpo_lite.objectives.orpo import orpo_loss
+from orpo_lite.ops.head import Head, chunk_rows, row_logps
+from orpo_lite.planning.measure import measure as counted
+from orpo_lite.planning.measure import phases, standing_bytes
+from orpo_lite.planning.meter import LiveBytes
+from orpo_lite.planning.on_meta import META_ATTENTION, blank_pairs, held_tensors, worst_case
+from orpo_lite.recipe.schema import Recipe
 
 SETS = {"hh": "hh-rlhf", "alpaca": "alpaca-prefs"}
 BATCH = 8
@@ -124,22 +117,23 @@ def head_bytes_per_logit(vocab_size: int = 152_064, rows: int = 4_096, hidden_si
 
 def step_losses(model: PairModel, pairs: Sequence[TokenizedPair], settings: Recipe) -> Iterator[torch.Tensor]:
     """Each micro-batch's share of the loss of one optimizer step."""
-    batching, divisors = model.batching(settings, pad_id=0), divisors_of(pairs, settings)
+    batching, objective = model.batching(settings, pad_id=0), find_objective(settings.loss)
+    divisors = objective.divisors(pairs)
     for chunk in micro_batches(pairs, batching):
         batch = make_batch([pairs[index] for index in chunk], batching).to(model.device)
-        yield loss_of(model(batch), divisors, settings)[0]
+        yield objective.loss(model(batch), divisors)[0]
 
 
 def storages(model: torch.nn.Module) -> list[torch.Tensor]:
     """Every tensor that a model holds: parameters, buffers, gradients, quantisation states."""
-    found = [tensor for tensors in held(model).values() for tensor in tensors]
+    found = [tensor for tensors in held_tensors(model).values() for tensor in tensors]
     return found + [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 
 
 def trl_on_meta(config: Any) -> Any:
     """TRL's model in 4 bit with its adapter and checkpointing, on meta; its attention too keeps no scores."""
     model = bare_base(recipe(), config, torch.bfloat16)
-    model.config._attn_implementation = SCORELESS
+    model.config._attn_implementation = META_ATTENTION
     return peers.meta_model(model, LORA)
 
 
@@ -260,7 +254,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @contextmanager
 def both_sides(folder: str) -> Iterator[tuple[PairModel, Any, Recipe]]:
     """Ours and TRL's on one small base in NF4, with equal adapters."""
-    from orpo_lite.base import fetch_weights, find_base
+    from orpo_lite.base.find import fetch_weights, find_base
 
     torch.manual_seed(0)
     LlamaForCausalLM(small_llama()).to(torch.bfloat16).save_pretrained(folder)

@@ -1,22 +1,21 @@
 """orpo-lite: preference-tune a language model on the one GPU you own.
 
-The house, imports strictly downward (kept by tests/test_house.py):
+The packages, imports strictly downward (kept by tests/test_layout.py):
 
-6  cli (__main__)                                  parse, call, chain the verbs
-5  screen                                          what the person sees; the only place that prints
-4  train  merge  verify  export  push  plan        one verb a file, each a function that returns a value
-3  prepare  proof  planner  gradient  evaluate     for several verbs: what comes before and in a step,
-3  generate  checkpoint  demo                      what is said and kept,
-3  deltas  exports  card  hub                      what leaves
-2  model  run  optimizer  meter  weights  licence  the pair model, run folder, AdamW, a step, stored weights
-1  step  data  base                                the maths, pure tensors; rows to batches; the base on disk
-0  recipe  errors                                  the schema; the errors people see
+8  cli (__main__)                                parse, call, draw; the only place that prints
+7  api                                           what chains the verbs, for notebooks and for cli
+6  planning  training  evaluation                the verbs; none imports another
+6  merging  exporting  publishing
+5  runs  model                                   the run folder; the model in memory
+4  objectives  demo                              losses on pairs; the built-in base and pairs
+3  data                                          rows to pairs to tokens to batches
+2  base  ops                                     base and adapters on disk; low-memory tensor operations
+1  recipe  progress                              what is chosen; what happens while a verb runs
+0  errors                                        the errors people cause
 """
 
 import os
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
@@ -29,27 +28,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # Lazy, so that `orpo-lite --help` does not wait for torch.
 _EXPORTS = {
-    "load_recipe": "orpo_lite.recipe",
-    "plan": "orpo_lite.plan",
-    "train": "orpo_lite.train",
-    "merge": "orpo_lite.merge",
-    "verify": "orpo_lite.verify",
-    "export": "orpo_lite.export",
-    "push": "orpo_lite.push",
+    "load_recipe": "orpo_lite.recipe.reader",
+    "plan": "orpo_lite.planning.plan",
+    "train": "orpo_lite.api",
+    "merge": "orpo_lite.merging.merge",
+    "verify": "orpo_lite.api",
+    "export": "orpo_lite.exporting.targets",
+    "push": "orpo_lite.publishing.push",
 }
 __all__ = ["export", "load_recipe", "merge", "plan", "push", "train", "verify"]
-
-
-class _Package(ModuleType):
-    """Importing the file train.py binds the module to the package's name ``train``; keep the verb there instead."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, ModuleType) and name in _EXPORTS:
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from orpo_lite.recipe import Recipe
+from orpo_lite.recipe.schema import Recipe
 
 BASE = "builtin:tiny-llama"
 TOKENIZER = "builtin:tiny-llama-tokenizer"  # of that base; nobody names it

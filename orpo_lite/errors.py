@@ -1,11 +1,13 @@
-"""The errors people cause: each names the place, what was found, what was expected and the remedy.
+"""The errors people cause: each names the place, what was found, what was expected and how to fix it.
 
 An error of ours is any other exception; the command line shows its traceback and asks for a report.
 """
 
 import errno
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Self
 
 SHOWN = 20  # faults printed in one message; the total is always given
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what an OSError of a full disk, or quota, or size limit says
@@ -14,29 +16,65 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what an OSError of a full di
 TOKEN = re.compile(r"hf_(?:[A-Za-z0-9]{16,}|(?:oauth|jwt)_[A-Za-z0-9._-]{16,})")
 
 
+class Command(str):
+    """A fix that is a line for the shell."""
+
+    __slots__ = ("line",)
+    line: str
+
+    def __new__(cls, line: str, advice: str = "") -> Self:
+        """``advice`` is printed behind the line."""
+        fix = super().__new__(cls, line + advice)
+        fix.line = line
+        return fix
+
+
+class Overrides(str):
+    """A fix that is recipe keys and their new values: words for people, ``values`` for programs."""
+
+    __slots__ = ("values",)
+    values: Mapping[str, Any]
+    """``section.key`` -> value."""
+
+    def __new__(cls, values: Mapping[str, Any], advice: str = "", *, text: str = "") -> Self:
+        """Printed as ``key=value`` words and ``advice`` behind them; or as ``text``."""
+        words = (f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items())
+        fix = super().__new__(cls, text or " ".join(words) + advice)
+        fix.values = values
+        return fix
+
+
+def one_of(fixes: Iterable[str]) -> str:
+    """Join fixes of which any will do: all of them in words, the first one as data."""
+    options = [*fixes]
+    first = next((fix for fix in options if isinstance(fix, Overrides)), None)
+    text = " or ".join(options)
+    return Overrides(first.values, text=text) if first else text
+
+
 class OrpoLiteError(Exception):
-    """Something the person can mend. Printed without a traceback; the process ends with ``exit_code``.
+    """An error that the person can fix. Printed without a traceback; the process ends with ``exit_code``.
 
     Args:
         where: the file and line, or the recipe key, that holds the fault.
-        found: what stands there.
+        found: what it holds.
         expected: what was expected instead, or "".
-        remedy: what to do about it, best as a line that can be pasted; or "".
+        fix: what to do about it: :class:`Overrides` or a :class:`Command` where one exists, else words; or "".
     """
 
     exit_code = 2
 
-    def __init__(self, where: str, found: str, expected: str = "", remedy: str = "") -> None:
-        where, found, expected, remedy = (TOKEN.sub("hf_***", text) for text in (where, found, expected, remedy))
-        super().__init__(where, found, expected, remedy)
-        self.where, self.found, self.expected, self.remedy = where, found, expected, remedy
+    def __init__(self, *, where: str = "", found: str, expected: str = "", fix: str = "") -> None:
+        self.where, self.found, self.expected = (TOKEN.sub("hf_***", text) for text in (where, found, expected))
+        self.fix = TOKEN.sub("hf_***", fix) if TOKEN.search(fix) else fix  # which keeps the data of a fix
+        super().__init__(self.where, self.found, self.expected, self.fix)
 
     def __str__(self) -> str:
         lines = [f"{self.where}: {self.found}" if self.where else self.found]
         if self.expected:
             lines.append(f"  expected: {self.expected}")
-        if self.remedy:
-            lines.append(f"  remedy: {self.remedy}")
+        if self.fix:
+            lines.append(f"  fix: {self.fix}")
         return "\n".join(lines)
 
 
@@ -91,4 +129,4 @@ def raise_all(faults: Sequence[OrpoLiteError]) -> None:
     shown = "\n".join(str(fault) for fault in faults[:SHOWN])
     rest = len(faults) - SHOWN
     more = f"\n... and {rest} more" if rest > 0 else ""
-    raise type(faults[0])("", f"{len(faults)} faults:\n{shown}{more}")
+    raise type(faults[0])(found=f"{len(faults)} faults:\n{shown}{more}")

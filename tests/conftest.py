@@ -24,10 +24,10 @@ from hub_server import hub, slept  # noqa: F401 - fixtures
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
-from orpo_lite.data import cache
-from orpo_lite.data import sides as data_sides
-from orpo_lite.data.templates import LimitedRenderer, Template
-from orpo_lite.data.tokens import TokenizedPair
+from orpo_lite.data import cache, dataset
+from orpo_lite.data.chat_template import Template
+from orpo_lite.data.pair import TokenizedPair
+from orpo_lite.data.render_process import LimitedRenderer
 
 SHARED = Path(__file__).parents[2] / "shared"
 WORDS = "red blue green round square small large old new warm cold bright dark soft hard quick slow".split()
@@ -191,7 +191,7 @@ class KeptRenderer(LimitedRenderer):
 def kept_renderers() -> Iterator[None]:
     """Processes that render templates are started once for each template, and end with the session."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data_sides, "LimitedRenderer", KeptRenderer)
+        patch.setattr(dataset, "LimitedRenderer", KeptRenderer)
         yield
     while KeptRenderer.idle:
         _, renderer = KeptRenderer.idle.popitem()
@@ -227,7 +227,7 @@ SMALL = (
 @pytest.fixture
 def small_recipe(workspace: Path) -> Callable[..., Any]:
     """Builds a recipe on the workspace's base and pairs; overrides as on the command line."""
-    from orpo_lite.recipe import load_recipe
+    from orpo_lite.recipe.reader import load_recipe
 
     def build(*overrides: str) -> Any:
         (workspace / "small.yaml").write_text(SMALL, encoding="utf-8")
@@ -239,8 +239,8 @@ def small_recipe(workspace: Path) -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def one_training(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any], Any]:
     """The folder of a workspace in which ``small_recipe("training.learning_rate=1e-2")`` was trained; read only."""
-    from orpo_lite.recipe import load_recipe
-    from orpo_lite.train import training
+    from orpo_lite.api import train_events
+    from orpo_lite.recipe.reader import load_recipe
 
     folder = tmp_path_factory.mktemp("trained")
     write_base(folder / "base")
@@ -248,7 +248,7 @@ def one_training(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[A
     (folder / "small.yaml").write_text(SMALL, encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        updates, generator = [], training(load_recipe("./small.yaml", ["training.learning_rate=1e-2"]))
+        updates, generator = [], train_events(load_recipe("./small.yaml", ["training.learning_rate=1e-2"]))
         while True:
             try:
                 updates.append(next(generator))
@@ -275,13 +275,13 @@ Answer = tuple[int, str, str]
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
     """Runs the command line in this process; returns (exit code, what it printed, what it complained of)."""
 
-    from orpo_lite import cli
+    from orpo_lite.cli import commands
 
     def run(*arguments: str) -> Answer:
         monkeypatch.setattr(sys, "argv", ["orpo-lite", *arguments])
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            commands.main()
         printed = capsys.readouterr()
         code = ended.value.code
         return code if isinstance(code, int) else 0, printed.out, printed.err

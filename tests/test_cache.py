@@ -21,8 +21,8 @@ from safetensors.numpy import load_file
 
 from orpo_lite.data import cache
 from orpo_lite.data.cache import NUMBERS, TokenizedPairs
-from orpo_lite.data.sets import hold_out
-from orpo_lite.data.tokens import TokenizedPair, common_prefix
+from orpo_lite.data.pair import TokenizedPair, common_prefix
+from orpo_lite.data.split import hold_out
 
 KEY = "0123456789abcdef" * 2
 FACTS = {"format": ["détecté"], "largest_id": [9, "x"], "nested": {"a": [1, None]}}

@@ -12,12 +12,23 @@ import yaml
 from hub_server import TOKEN
 from huggingface_hub import ModelCard
 
-from orpo_lite import licence
-from orpo_lite.card import SHOWN, SOMEWHERE, Shown, adopt_card, changed_card, is_own, loads_adapter, make_card
 from orpo_lite.errors import CheckpointError, ModelError, RecipeError
-from orpo_lite.licence import TERMS, find_papers, find_terms, is_non_commercial, licence_of, refuse_name, split_card
-from orpo_lite.recipe import load_recipe, refuse_repository
-from orpo_lite.verify import Row, Verdict
+from orpo_lite.evaluation.verify import Row, Verdict
+from orpo_lite.publishing import licences as licence
+from orpo_lite.publishing.card_facts import SOMEWHERE, Shown
+from orpo_lite.publishing.edited_card import adopt_card, changed_card, is_own, loads_adapter
+from orpo_lite.publishing.licences import (
+    TERMS,
+    find_license_files,
+    find_terms,
+    is_non_commercial,
+    licence_of,
+    refuse_name,
+    split_card,
+)
+from orpo_lite.publishing.model_card import SHOWN, make_card
+from orpo_lite.recipe.reader import load_recipe
+from orpo_lite.recipe.schema import refuse_repository
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 PRIVATE = "/home/ann/private-place"
@@ -495,7 +506,7 @@ def test_metadata_that_cannot_be_kept_are_named(tmp_path: Path, metadata: str) -
     run = make_run(tmp_path)
     with pytest.raises(CheckpointError, match="its metadata") as refused:
         adopt_card(run, f"---\n{metadata}\n---\nMine.", HERE)
-    assert refused.value.remedy
+    assert refused.value.fix
 
 
 def test_a_card_in_another_encoding_is_named(tmp_path: Path) -> None:
@@ -650,7 +661,7 @@ def test_the_name_of_a_derivative(licence_name: str, repository: str, is_fine: b
         return
     with pytest.raises(RecipeError, match="at the beginning of any such AI model name") as refused:
         refuse_name(repository, {"license": licence_name}, "REPO")
-    suggested = refused.value.remedy.removeprefix("a name such as ")
+    suggested = refused.value.fix.removeprefix("a name such as ")
     refuse_name(suggested, {"license": licence_name}, "REPO")
     refuse_repository(suggested)
 
@@ -658,19 +669,19 @@ def test_the_name_of_a_derivative(licence_name: str, repository: str, is_fine: b
 def test_a_name_that_is_nothing_but_the_bases_is_given_an_end() -> None:
     with pytest.raises(RecipeError) as refused:
         refuse_name("me/meta-llama-3", {"license": "llama3"}, "REPO")
-    assert refused.value.remedy == "a name such as me/Llama-3-tuned"
+    assert refused.value.fix == "a name such as me/Llama-3-tuned"
 
 
 def test_the_papers_of_a_base_go_with_it(tmp_path: Path) -> None:
     for name in ("LICENSE", "NOTICE.txt", "USE_POLICY.md", "train.jsonl"):
         (tmp_path / name).write_text(f"{name} of the community license")
-    papers = find_papers({"license": "apache-2.0"}, "base", None, tmp_path)
+    papers = find_license_files({"license": "apache-2.0"}, "base", None, tmp_path)
     assert sorted(papers) == ["LICENSE", "NOTICE.txt", "USE_POLICY.md"]
-    papers = find_papers({"license": "gemma"}, "base", None, tmp_path)
+    papers = find_license_files({"license": "gemma"}, "base", None, tmp_path)
     assert papers["NOTICE"] == f"{TERMS['gemma'].notice}\n".encode()
     (tmp_path / "NOTICE").write_text(f"Ours.\n{TERMS['gemma'].notice.replace(' ', '  ')}\n")
-    assert find_papers({"license": "gemma"}, "base", None, tmp_path)["NOTICE"] == tmp_path / "NOTICE"
-    papers = find_papers({"license": "llama2"}, "base", None, tmp_path)
+    assert find_license_files({"license": "gemma"}, "base", None, tmp_path)["NOTICE"] == tmp_path / "NOTICE"
+    papers = find_license_files({"license": "llama2"}, "base", None, tmp_path)
     assert isinstance(papers["NOTICE"], bytes)
     assert papers["NOTICE"].startswith(b"Ours.\n")
     assert papers["NOTICE"].decode().rstrip().endswith(TERMS["llama2"].notice)
@@ -678,12 +689,12 @@ def test_the_papers_of_a_base_go_with_it(tmp_path: Path) -> None:
 
 def test_the_agreement_that_a_gated_card_carries_is_the_copy(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="provide a copy of this Agreement"):
-        find_papers({"license": "llama3.2"}, "base", None, tmp_path)
+        find_license_files({"license": "llama3.2"}, "base", None, tmp_path)
     agreement = "LLAMA 3.2 COMMUNITY LICENSE AGREEMENT\n" + "word " * 500
     (tmp_path / "README.md").write_text("---\n" + yaml.safe_dump({"extra_gated_prompt": agreement}) + "---\n")
-    assert find_papers({"license": "llama3.2"}, "base", None, tmp_path)["LICENSE"] == agreement.encode()
+    assert find_license_files({"license": "llama3.2"}, "base", None, tmp_path)["LICENSE"] == agreement.encode()
     (tmp_path / "LICENSE").write_text("Apache License")  # of the other of two
-    papers = find_papers({"license": ["apache-2.0", "llama3.2", "gemma"]}, "base", None, tmp_path)
+    papers = find_license_files({"license": ["apache-2.0", "llama3.2", "gemma"]}, "base", None, tmp_path)
     assert papers["LICENSE"] == tmp_path / "LICENSE"
     assert papers["LICENSE.txt"] == agreement.encode()
     assert isinstance(papers["NOTICE"], bytes)
@@ -700,10 +711,10 @@ def test_the_hub_is_asked_for_a_licence_that_the_cache_lacks(tmp_path: Path, mon
         asked.append(cached)
         return tmp_path if cached else there
 
-    monkeypatch.setattr(licence, "fetch_papers", fetch)
-    assert find_papers({"license": "llama3.1"}, "lab/base", COMMIT, tmp_path)["LICENSE"] == there / "LICENSE"
+    monkeypatch.setattr(licence, "fetch_license_files", fetch)
+    assert find_license_files({"license": "llama3.1"}, "lab/base", COMMIT, tmp_path)["LICENSE"] == there / "LICENSE"
     assert asked == [True, False]
-    find_papers({"license": "llama3.1"}, "lab/base", COMMIT, tmp_path, [there])
+    find_license_files({"license": "llama3.1"}, "lab/base", COMMIT, tmp_path, [there])
     assert asked == [True, False, True]
 
 
@@ -715,7 +726,7 @@ def test_only_the_licences_that_are_lacking_are_asked_for(tmp_path: Path, monkey
         asked.append(name)
         return tmp_path
 
-    monkeypatch.setattr(licence, "fetch_papers", fetch)
+    monkeypatch.setattr(licence, "fetch_license_files", fetch)
     known = {"base": {"license": "gemma"}, "data": {"lab/pairs": {}, "lab/more": {"license": "cc0-1.0"}}}
     names = ["lab/pairs", "lab/more", "/a/file.jsonl"]
     data = {"lab/pairs": {"license": "mit"}, "lab/more": {"license": "cc0-1.0"}}

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,8 @@ from conftest import Answer, byte_tokenizer, tiny_llama, write_base
 from transformers import T5Config, T5ForConditionalGeneration
 
 from orpo_lite import errors
-from orpo_lite.recipe import KEYS, load_recipe, shipped_recipes
+from orpo_lite.recipe.reader import load_recipe, shipped_recipes
+from orpo_lite.recipe.schema import KEYS
 
 SCRIPT = Path(sys.executable).with_name("orpo-lite")
 SMALL = "./small.yaml"
@@ -235,7 +235,7 @@ def test_a_wrong_command_line_ends_with_2_and_says_the_right_one(
 
 @pytest.mark.parametrize("verb", ["data", "train"])
 @pytest.mark.parametrize(
-    ("arguments", "remedy"),
+    ("arguments", "fix"),
     [
         (["pairs.csv"], "--recipe demo data.dataset_name=pairs.csv"),
         (["--recipe", "demo", "pairs.csv"], "--recipe demo data.dataset_name=pairs.csv"),
@@ -247,13 +247,13 @@ def test_a_wrong_command_line_ends_with_2_and_says_the_right_one(
     ],
 )
 def test_pairs_without_their_key_are_told_the_key(
-    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str, arguments: list[str], remedy: str
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str, arguments: list[str], fix: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sets").mkdir()
     code, out, err = call(verb, *arguments)
     assert (code, out) == (2, "")
-    assert err.endswith(f"  remedy: orpo-lite {verb} {remedy}\n")
+    assert err.endswith(f"  fix: orpo-lite {verb} {fix}\n")
 
 
 @pytest.mark.parametrize("arguments", [["lora.r=8"], ["--recipe", "demo"]], ids=" ".join)
@@ -309,7 +309,7 @@ def test_a_fault_of_ours_ends_with_70_a_traceback_and_the_request_to_report(
     def burst(*_: object) -> None:
         raise ZeroDivisionError("the pipe burst")
 
-    monkeypatch.setattr("orpo_lite.recipe.load_recipe", burst)
+    monkeypatch.setattr("orpo_lite.recipe.reader.load_recipe", burst)
     code, _, said = call("recipes", "show", "demo")
     assert code == 70
     assert "Traceback" in said
@@ -324,11 +324,11 @@ def test_every_error_people_cause_ends_with_its_own_code(call: Call, monkeypatch
     for kind in kinds:
 
         def fail(*_: object, kind: type[errors.OrpoLiteError] = kind) -> None:
-            raise kind("somewhere", "found", "expected", "remedy")
+            raise kind(where="somewhere", found="found", expected="expected", fix="fix")
 
-        monkeypatch.setattr("orpo_lite.recipe.load_recipe", fail)
+        monkeypatch.setattr("orpo_lite.recipe.reader.load_recipe", fail)
         code, _, said = call("recipes", "show", "demo")
-        assert said == "somewhere: found\n  expected: expected\n  remedy: remedy\n"
+        assert said == "somewhere: found\n  expected: expected\n  fix: fix\n"
         codes.append(code)
     assert codes == [2, 3, 4, 5, 6, 7, 8]
 
@@ -343,8 +343,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("weights were loaded before everything had been checked")
 
-    # Not by its dotted name: orpo_lite.train is the verb, not the file.
-    monkeypatch.setattr(import_module("orpo_lite.train"), "load_pair_model", refuse)
+    monkeypatch.setattr("orpo_lite.training.session.load_pair_model", refuse)
 
 
 def rows(*pairs: tuple[object, object, object]) -> str:
@@ -536,7 +535,7 @@ def test_weights_are_loaded_only_after_the_checks(small: Callable[..., Answer], 
 
 
 def test_a_hub_that_is_not_there_is_said_once(tmp_path: Path) -> None:
-    script = "import sys, time; time.sleep = lambda _: None; from orpo_lite.cli import main; main()"
+    script = "import sys, time; time.sleep = lambda _: None; from orpo_lite.cli.commands import main; main()"
     offline = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", script, "data", "--recipe", "demo", "data.dataset_name=someone/pairs"],
@@ -548,4 +547,4 @@ def test_a_hub_that_is_not_there_is_said_once(tmp_path: Path) -> None:
     assert done.returncode == errors.HubError.exit_code
     first, *rest = done.stderr.splitlines()
     assert first.startswith("data.dataset_name someone/pairs: ")
-    assert [line.partition(":")[0] for line in rest] == ["  expected", "  remedy"]
+    assert [line.partition(":")[0] for line in rest] == ["  expected", "  fix"]

@@ -12,8 +12,11 @@ import yaml
 from conftest import Answer
 from transformers import AutoModelForCausalLM
 
-from orpo_lite import run
-from orpo_lite.recipe import KEYS, find_recipe
+import orpo_lite
+from orpo_lite.recipe.reader import find_recipe
+from orpo_lite.recipe.schema import KEYS
+from orpo_lite.runs.lock import read_recipe
+from orpo_lite.runs.records import read_json, read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +35,14 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, float]:
 
 def test_a_fair_fight_is_won_by_training(demo: tuple[Path, str, float]) -> None:
     """Held-out accuracy after quantisation and before the first step, and at the end; on at least 100 pairs."""
-    rows = [row for row in run.read_metrics(demo[0]) if "eval_loss" in row]
-    assert run.read_json(demo[0] / "data.json")["held_out_pairs"] >= 100
+    rows = [row for row in read_metrics(demo[0]) if "eval_loss" in row]
+    assert read_json(demo[0] / "data.json")["held_out_pairs"] >= 100
     assert 0.35 <= rows[0]["eval_rewards/accuracies"] <= 0.65
     assert rows[-1]["eval_rewards/accuracies"] >= 0.95
 
 
 def test_it_went_through_the_real_path(demo: tuple[Path, str, float]) -> None:
-    recipe = run.read_recipe(demo[0])
+    recipe = read_recipe(demo[0])
     assert recipe.quantization.load_in_4bit
     assert recipe.quantization.bnb_4bit_quant_type == "nf4"
     assert recipe.training.optim == "paged_adamw_8bit"
@@ -75,7 +78,7 @@ def test_the_merged_model_is_plain_transformers(demo: tuple[Path, str, float]) -
 
 def test_demo_is_a_recipe_like_any_other() -> None:
     """No line of the code knows its name, and it may hold no key that another recipe may not."""
-    for file in (Path(run.__file__).parent).rglob("*.py"):
+    for file in (Path(orpo_lite.__file__).parent).rglob("*.py"):
         text = file.read_text(encoding="utf-8")
         assert '== "demo"' not in text
         assert "== 'demo'" not in text

@@ -36,12 +36,12 @@ from transformers import (
 )
 
 from orpo_lite import export, merge, train, verify
-from orpo_lite.data.templates import PAPER_CHAT_TEMPLATE
+from orpo_lite.data.chat_template import PAPER_CHAT_TEMPLATE
 from orpo_lite.errors import CheckpointError, ModelError, OrpoLiteError, RecipeError
-from orpo_lite.export import exporting
-from orpo_lite.exports.llama import PROBES
-from orpo_lite.exports.vocabulary import ASCII, WORDS
-from orpo_lite.recipe import load_recipe
+from orpo_lite.exporting.gguf_tokenizer import ASCII, WORDS
+from orpo_lite.exporting.llama_cpp import PROBES
+from orpo_lite.exporting.targets import export_events
+from orpo_lite.recipe.reader import load_recipe
 
 gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")
 
@@ -610,8 +610,8 @@ def test_each_type_rounds_as_it_says(tmp_path: Path) -> None:
 def test_shards_are_read_and_no_more_than_a_block_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import tracemalloc
 
-    from orpo_lite import weights
-    from orpo_lite.exports import gguf_file
+    from orpo_lite.base import blocks as weights
+    from orpo_lite.exporting import gguf_file
 
     model = tiny_llama(20_000, hidden_size=256, num_hidden_layers=1)  # an embedding and an output of 20 MB each
     run = write_run(tmp_path / "run", model, bytes_tokenizer())
@@ -724,7 +724,7 @@ def test_killed_half_way_there_is_no_file_or_the_one_before(earlier: bool, tmp_p
     there = only_file(before).read_bytes() if earlier else b""
 
     def end_half_way() -> None:
-        for update in exporting(run, "gguf"):
+        for update in export_events(run, "gguf"):
             if update.step == 5:
                 os._exit(9)
 
@@ -821,7 +821,7 @@ def test_a_model_that_is_not_that_of_its_config_is_refused(tmp_path: Path) -> No
         config.write_text(whole.replace(old, new))
         with pytest.raises(ModelError, match=said) as raised:
             export(run, "gguf")
-        assert raised.value.remedy == f"orpo-lite merge '{run}' makes it again"
+        assert raised.value.fix == f"orpo-lite merge '{run}' makes it again"
         config.write_text(whole)
     assert not (run / "export" / "gguf-f32").exists()
 
@@ -954,7 +954,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("name", OTHERS | WILD)
 def test_a_template_is_taken_apart_and_put_together(name: str) -> None:
-    from orpo_lite.exports.turns import find_turns, renderer
+    from orpo_lite.exporting.ollama_template import find_turns, renderer
 
     tokenizer = pieces_tokenizer("always", chat_template=(OTHERS | WILD)[name])
     render = renderer(tokenizer, {})
@@ -1010,7 +1010,7 @@ func main() {
 @pytest.mark.skipif(shutil.which("go") is None, reason="no Go here, whose templates Ollama's are")
 @pytest.mark.parametrize("name", OTHERS | WILD)
 def test_go_writes_what_jinja_writes(name: str, tmp_path: Path) -> None:
-    from orpo_lite.exports.turns import find_turns, renderer
+    from orpo_lite.exporting.ollama_template import find_turns, renderer
 
     render = renderer(pieces_tokenizer("always", chat_template=(OTHERS | WILD)[name]), {})
     (tmp_path / "main.go").write_text(GO, encoding="utf-8")
@@ -1033,7 +1033,7 @@ def test_go_writes_what_jinja_writes(name: str, tmp_path: Path) -> None:
 
 def test_thoughts_that_a_template_takes_out_are_told() -> None:
     """As Qwen3's does of all answers but the last."""
-    from orpo_lite.exports.turns import find_turns, renderer
+    from orpo_lite.exporting.ollama_template import find_turns, renderer
 
     plain = OTHERS["system in the first question"]
     note = "the chat template takes <think> out of earlier answers, which Ollama's does not"

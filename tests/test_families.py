@@ -11,16 +11,20 @@ from conftest import ragged_pairs, tiny_llama, tiny_opt
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from orpo_lite import proof
+from orpo_lite.api import train_events
 from orpo_lite.data.packing import Batching, make_batch, micro_batches
-from orpo_lite.data.tokens import TokenizedPair
+from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.errors import ModelError
-from orpo_lite.model import PairModel, _without_dropout, bare_pair_model, install_step
-from orpo_lite.proof import prove
-from orpo_lite.recipe import Recipe, load_recipe
-from orpo_lite.step import attention, layers, lora
-from orpo_lite.step.losses import Divisors, orpo_loss
-from orpo_lite.train import training
+from orpo_lite.model import probe as proof
+from orpo_lite.model.load import _without_dropout, bare_pair_model
+from orpo_lite.model.memory import apply_memory_settings
+from orpo_lite.model.pair_model import PairModel
+from orpo_lite.model.probe import probe
+from orpo_lite.objectives.objective import Divisors
+from orpo_lite.objectives.orpo import orpo_loss
+from orpo_lite.ops import attention, layers, lora
+from orpo_lite.recipe.reader import load_recipe
+from orpo_lite.recipe.schema import Recipe
 
 IDS = {"vocab_size": 98, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.2}
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
@@ -139,8 +143,8 @@ def compare(model: PairModel, way: str) -> None:
     """All levers against padded rows with the model's own attention and logits, in float32."""
     pairs = ragged_pairs(6, vocab_size=98)
     expected, wanted = gradients(model, pairs, Batching(False, False, 0, 6, 0, False))
-    install_step(model, recipe(mlp_tile=16, checkpoint_offload=True))
-    prove(model, 256)
+    apply_memory_settings(model, recipe(mlp_tile=16, checkpoint_offload=True))
+    probe(model, 256)
     assert model.way == way, model.notes
     loss, found = gradients(model, pairs, Batching(True, way == "shared", 120, None, 0, False))
     assert loss == pytest.approx(expected, rel=1e-5)
@@ -179,7 +183,7 @@ def test_a_family_that_cannot_share_goes_alone_and_says_so(name: str) -> None:
 )
 def test_levers_that_a_model_cannot_have_are_named(make: Callable[[], Any], said: str) -> None:
     model = adapted(make)
-    install_step(model, recipe(mlp_tile=16))
+    apply_memory_settings(model, recipe(mlp_tile=16))
     assert sum(note.startswith(said) for note in model.notes) == 1, model.notes
 
 
@@ -217,7 +221,7 @@ def test_a_mild_one_is_caught_in_bfloat16_too(scale: float) -> None:
         return output
 
     model.causal.forward = forward
-    prove(model, 256)
+    probe(model, 256)
     assert model.way == ("shared" if scale == 1 else "logits")
 
 
@@ -231,7 +235,7 @@ def test_a_wrong_gradient_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     hf.AttentionInterface.register(attention.NAME, detached)
     try:
         model = adapted(SHARED["llama"])
-        prove(model, 256)
+        probe(model, 256)
     finally:
         hf.AttentionInterface.register(attention.NAME, honest)
     assert model.way == "rows"
@@ -240,7 +244,7 @@ def test_a_wrong_gradient_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_code_that_takes_no_packed_row_is_named_in_words() -> None:
     model = adapted(lambda: hf.FalconForCausalLM(hf.FalconConfig(alibi=True, **(SIZES | IDS))))
-    prove(model, 256)
+    probe(model, 256)
     assert model.way == "rows"
     assert not re.search("[(]'|TypeError[(]|got an unexpected", model.notes[-1]), model.notes
 
@@ -262,7 +266,7 @@ def test_a_window_is_known_by_any_name(keys: dict[str, Any], window: int | None)
 
 def test_an_auxiliary_loss_is_said_to_be_left_out() -> None:
     model = adapted(family("Mixtral", GROUPED, num_local_experts=4, num_experts_per_tok=2, output_router_logits=True))
-    prove(model, 256)
+    probe(model, 256)
     assert (model.way, "auxiliary loss" in model.notes[0]) == ("shared", True)
 
 
@@ -276,7 +280,7 @@ class PeekingLlama(hf.LlamaForCausalLM):
 
 def test_a_state_that_runs_along_the_row_is_caught() -> None:
     model = adapted(lambda: PeekingLlama(tiny_llama(98).config))
-    prove(model, 256)
+    probe(model, 256)
     assert model.way == "rows"
 
 
@@ -297,7 +301,7 @@ class CountingLlama(hf.LlamaForCausalLM):
 def test_a_place_in_a_long_row_that_matters_is_caught(tokens: int, way: str) -> None:
     """Of rows as short as a pair nothing is seen, and in them nothing is wrong."""
     model = adapted(lambda: CountingLlama(tiny_llama(98).config))
-    prove(model, 128, tokens)
+    probe(model, 128, tokens)
     assert model.way == way
     assert not model.notes or "in rows of 500 tokens" in model.notes[-1]
 
@@ -309,20 +313,20 @@ def test_a_model_that_fails_by_itself_is_refused_in_words() -> None:
 
     model = adapted(lambda: Broken(tiny_llama(98).config))
     with pytest.raises(ModelError, match=r"its own forward pass fails with this adapter \(RuntimeError"):
-        prove(model, 128)
+        probe(model, 128)
 
 
 def test_a_model_that_sees_what_comes_after_is_refused() -> None:
     bert = hf.BertConfig(**(SIZES | IDS), is_decoder=False)
     with pytest.raises(ModelError, match="its tokens see those that come after"):
-        prove(adapted(lambda: hf.BertLMHeadModel(bert)), 128)
+        probe(adapted(lambda: hf.BertLMHeadModel(bert)), 128)
 
 
 def test_a_configuration_without_a_pad_token_is_no_fault() -> None:
     config = hf.CodeGenConfig(n_embd=64, n_layer=2, n_head=4, rotary_dim=16, vocab_size=98, initializer_range=0.2)
     model = adapted(lambda: hf.CodeGenForCausalLM(config))
     assert not hasattr(config, "pad_token_id") or config.pad_token_id is None
-    prove(model, 128)
+    probe(model, 128)
     assert model.way in ("rows", "shared")
 
 
@@ -333,7 +337,7 @@ def test_adapters_that_the_loss_does_not_reach_are_named() -> None:
             self.model.extra = nn.Linear(64, 64)
 
     model = adapted(lambda: Idle(tiny_llama(98).config))
-    prove(model, 128)
+    probe(model, 128)
     assert model.way == "shared"
     (note,) = model.notes
     assert note.startswith("1 of 15 adapted layers get no gradient (model.extra ...)"), note
@@ -343,7 +347,7 @@ def test_a_new_adapter_is_random_only_while_it_is_proven() -> None:
     torch.manual_seed(0)
     model = PairModel(get_peft_model(tiny_llama(98), LoraConfig(r=4, target_modules="all-linear")), recipe().memory)
     before = {name: parameter.detach().clone() for name, parameter in model.trained()}
-    prove(model, 128)
+    probe(model, 128)
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.trained())
     assert all(parameter.grad is None for _, parameter in model.trained())
 
@@ -361,8 +365,8 @@ def test_a_fused_operation_that_is_wrong_is_caught(monkeypatch: pytest.MonkeyPat
     torch.manual_seed(0)
     settings = recipe()
     model = PairModel(get_peft_model(tiny_llama(98), LoraConfig(r=4, target_modules="all-linear")), settings.memory)
-    install_step(model, settings)
-    prove(model, 128)
+    apply_memory_settings(model, settings)
+    probe(model, 128)
     (note,) = model.notes
     assert note.startswith("not used: memory.fused_lora, because gradients would differ by"), note
     assert model.way == "shared"
@@ -377,8 +381,8 @@ def halved(honest: Callable[..., Any]) -> Any:
 def test_tiles_longer_than_the_pairs_of_the_proof_are_proven(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layers._Tiles, "backward", halved(layers._Tiles.backward))
     model = adapted(SHARED["llama"], fused_lora=False, mlp_tile=512)
-    install_step(model, recipe(fused_lora=False, mlp_tile=512))
-    prove(model, 128)
+    apply_memory_settings(model, recipe(fused_lora=False, mlp_tile=512))
+    probe(model, 128)
     (note,) = model.notes
     assert note.startswith("not used: memory.mlp_tile, because gradients would differ by"), note
 
@@ -387,14 +391,14 @@ def test_what_comes_back_from_the_host_is_proven(monkeypatch: pytest.MonkeyPatch
     honest = layers.HostStore._unpack
     monkeypatch.setattr(layers.HostStore, "_unpack", lambda store, stored: honest(store, stored) * 1.5)
     model = adapted(SHARED["llama"], checkpoint_offload=True)
-    install_step(model, recipe(checkpoint_offload=True))
+    apply_memory_settings(model, recipe(checkpoint_offload=True))
     with pytest.raises(ModelError, match="where its layers run again gradients differ by"):
-        prove(model, 128)
+        probe(model, 128)
 
 
 def test_padded_rows_are_proven_too(monkeypatch: pytest.MonkeyPatch, small_recipe: Callable[..., Recipe]) -> None:
     monkeypatch.setattr(lora._LoraLinear, "backward", halved(lora._LoraLinear.backward))
-    updates = training(small_recipe("memory.packing=false", "memory.prompt_sharing=false"))
+    updates = train_events(small_recipe("memory.packing=false", "memory.prompt_sharing=false"))
     notes = [update.text for update in updates if update.kind == "note"]
     assert any(note.startswith("not used: memory.fused_lora, because gradients") for note in notes), notes
 
@@ -403,7 +407,7 @@ def test_numbers_that_are_none_are_named_as_such() -> None:
     model = adapted(SHARED["llama"])
     model.causal.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(ModelError, match="its logits are not finite in float32"):
-        prove(model, 128)
+        probe(model, 128)
 
 
 SEEING = hf.Gemma3Config(
@@ -441,7 +445,7 @@ def test_a_router_that_is_no_plain_linear_layer_gets_no_adapter() -> None:
     settings = recipe().override({"quantization.load_in_4bit": False})
     model = bare_pair_model(settings, config, torch.float32, torch.device("cpu"))
     assert not [name for name, _ in model.trained() if "router" in name]
-    prove(model, 128)
+    probe(model, 128)
     assert model.way == "shared", model.notes
 
 
@@ -457,11 +461,11 @@ def test_a_window_that_is_not_kept_is_caught(name: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(proof, "_random_pairs", short_pairs)
     try:
         model = adapted(SHARED[name])
-        prove(model, 256)
+        probe(model, 256)
         assert model.way == "rows"
         assert "in rows of 256 tokens" in model.notes[-1]
         model = adapted(SHARED[name])
-        prove(model, 8)  # no pair of the run reaches beyond it
+        probe(model, 8)  # no pair of the run reaches beyond it
         assert model.way == "shared"
     finally:
         hf.AttentionInterface.register(attention.NAME, honest)
@@ -500,7 +504,7 @@ def test_an_embedding_in_host_memory_keeps_its_scale() -> None:
     model = adapted(family("Gemma3", GEMMA | {"tie_word_embeddings": False}, "TextConfig"))
     pairs, batching = ragged_pairs(4, vocab_size=98), Batching(True, True, 120, None, 0, False)
     expected, wanted = gradients(model, pairs, batching)
-    install_step(model, recipe(embedding_on_cpu=True))
+    apply_memory_settings(model, recipe(embedding_on_cpu=True))
     loss, found = gradients(model, pairs, batching)
     assert loss == pytest.approx(expected, rel=1e-5)
     assert (found - wanted).norm() <= 1e-5 * wanted.norm()
@@ -519,6 +523,6 @@ def test_what_adapted_experts_cannot_have_is_said_with_a_way_out(key: str) -> No
     wanted = load_recipe("demo", [key, "lora.target_modules=all-linear"])
     with pytest.raises(ModelError, match="takes neither DoRA nor dropout") as raised:
         bare_pair_model(wanted, config, torch.float32, torch.device("cpu"))
-    ways = raised.value.remedy.split(", or ")
+    ways = raised.value.fix.split(", or ")
     for way in (ways[0], f"{key} {ways[1]}"):
         bare_pair_model(load_recipe("demo", way.split()), config, torch.float32, torch.device("cpu"))

@@ -20,10 +20,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orpo_lite.data.formats import COLUMNS, PROMPTS_DIFFER, READERS, Detected, Pair, Row, detect_format
-from orpo_lite.data.readers import EMPTY_CHOSEN, EMPTY_REJECTED, TIED, TOO_FEW, UNJUDGED, begins_with, behind
+from orpo_lite.data.formats.detect import Detected, detect_format
+from orpo_lite.data.formats.readers import READERS
+from orpo_lite.data.formats.text import begins_with, behind
+from orpo_lite.data.pair import (
+    COLUMNS,
+    EMPTY_CHOSEN,
+    EMPTY_REJECTED,
+    PROMPTS_DIFFER,
+    TIED,
+    TOO_FEW,
+    UNJUDGED,
+    Pair,
+    Row,
+)
 from orpo_lite.errors import DataError
-from orpo_lite.recipe import DataSection, load_recipe
+from orpo_lite.recipe.reader import load_recipe
+from orpo_lite.recipe.schema import DataSection
 
 Turns = tuple[dict[str, str], ...]
 
@@ -70,9 +83,9 @@ def refused(rows: list[Any], *lines: str, **settings: Any) -> str:
     assert error.where
     assert error.found
     assert error.expected
-    assert error.remedy
-    found = re.findall(r"data\.\w+=[\w=,\[\]-]+", error.remedy)
-    assert found == list(lines), error.remedy
+    assert error.fix
+    found = re.findall(r"data\.\w+=[\w=,\[\]-]+", error.fix)
+    assert found == list(lines), error.fix
     for text in (text for row in rows for text in texts(row) if len(text) > 8):
         assert text not in str(error)
     return str(error)
@@ -882,14 +895,14 @@ def test_a_mapped_column_that_cannot_be_that_is_refused(row: Any, column_map: di
             detect([row] * 3, column_map, name=name)
         assert found in raised.value.found
     if "completions" in column_map:
-        assert raised.value.remedy == "data.column_map=completions=responses"
+        assert raised.value.fix == "data.column_map=completions=responses"
 
 
 def test_a_line_keeps_what_was_mapped_already() -> None:
     rows = [{"question": Q, "ask": Q2, "query": Q2, "good": "Blue.", "bad": "Seven."}] * 2
     with pytest.raises(DataError) as raised:
         detect(rows, {"chosen": "good", "rejected": "bad"})
-    lines = [word for word in raised.value.remedy.split() if word.startswith("data.")]
+    lines = [word for word in raised.value.fix.split() if word.startswith("data.")]
     assert lines == [f"data.column_map=chosen=good,rejected=bad,prompt={column}" for column in ("question", "query")]
 
 
@@ -1278,9 +1291,9 @@ def test_numbers_that_count_otherwise_than_the_answers_are_refused(
 def test_a_number_of_neither_answer_puts_all_numbers_in_doubt() -> None:
     rows = [{"prompt": Q, "answer_1": "Blue.", "answer_2": "Seven.", "winner": 1}] * 2
     detected, _ = detect(rows)
-    with pytest.raises(DataError, match="remedy: write winner as a or b in every row"):
+    with pytest.raises(DataError, match="fix: write winner as a or b in every row"):
         detected.read(rows[0] | {"winner": 0}, "x:3")
-    with pytest.raises(DataError, match="remedy: mend or remove the row"):
+    with pytest.raises(DataError, match="fix: mend or remove the row"):
         detected.read(rows[0] | {"winner": "third"}, "x:3")
 
 
@@ -1557,7 +1570,7 @@ def test_the_line_can_be_pasted_whatever_the_columns_names(names: tuple[str, str
     with pytest.raises(DataError) as raised:
         detect(rows)
     assert all(character.isprintable() or character == "\n" for character in str(raised.value))
-    (line,) = (word for word in shlex.split(raised.value.remedy) if word.startswith("data."))
+    (line,) = (word for word in shlex.split(raised.value.fix) if word.startswith("data."))
     column_map = load_recipe("demo", [line]).data.column_map
     assert column_map == dict(zip(("prompt", "chosen", "rejected"), names, strict=True))
     assert [pair.chosen for pair in read(rows, column_map)] == ["Blue."] * 2
@@ -1570,7 +1583,7 @@ def test_roles_that_nobody_has_here_are_named() -> None:
         detect([row] * 3)
     assert "conversations have roles that are not known: 'function_call', 'observation'" in raised.value.found
     assert "system, user, assistant, developer, model, human, gpt" in raised.value.expected
-    assert "COLUMN" not in raised.value.remedy
+    assert "COLUMN" not in raised.value.fix
 
 
 def test_newer_names_of_the_roles_are_read() -> None:
@@ -1683,7 +1696,7 @@ def test_messages_in_a_column_of_texts_are_a_fault(turns: list[Any], column: str
         with pytest.raises(DataError) as raised:
             detect(rows)[0].read(odd, "x:10")
         assert f"x:10, field {column}: messages as JSON" in str(raised.value)
-        assert ("data.format=explicit" in raised.value.remedy) == (column != "prompt")
+        assert ("data.format=explicit" in raised.value.fix) == (column != "prompt")
     if column != "prompt":
         (pair,) = read([odd], name="explicit")
         assert json.dumps(turns) in (pair.chosen, pair.rejected)
@@ -1787,7 +1800,7 @@ def test_a_first_row_in_place_of_the_names_is_suspected() -> None:
     row = {"Name a colour.": "Name a number.", "It is blue.": "Seven.", "It is seven.": "Blue."}
     with pytest.raises(DataError) as raised:
         detect([row] * 3)
-    assert "if the first line of the file is a row" in raised.value.remedy
+    assert "if the first line of the file is a row" in raised.value.fix
 
 
 @pytest.mark.parametrize("listed", [["prompt"], ["chosen", "rejected"], ["prompt", "chosen", "rejected"]])
@@ -1893,7 +1906,7 @@ def test_a_faulty_row_is_named(form: str, row: dict[str, Any], place: str) -> No
         READERS[form](row, "pairs.jsonl:7")
     text = str(raised.value)
     assert "expected: " in text
-    assert "remedy: " in text
+    assert "fix: " in text
     assert text.startswith("pairs.jsonl:7, field ")
     assert place in text
 
@@ -1946,7 +1959,7 @@ def test_the_odd_row_is_its_readers_to_report(shape: str, change: dict[str, Any]
     assert raised.value.where.startswith("pairs.jsonl:7, field ")
     assert place in str(raised.value)
     assert raised.value.expected
-    assert raised.value.remedy
+    assert raised.value.fix
 
 
 def test_scores_may_be_written_as_texts() -> None:
@@ -2193,7 +2206,7 @@ def test_no_rows_escape_as_a_traceback() -> None:
         try:
             detected, mapped = detect(rows, column_map, name=name, plain=plain)
         except DataError as error:
-            assert error.remedy  # noqa: PT017 - either outcome is right
+            assert error.fix  # noqa: PT017 - either outcome is right
             refused_sets += 1
             continue
         for row in mapped:

@@ -14,11 +14,14 @@ from peft import PeftModel
 from test_train import train_all
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from orpo_lite import generate, run
+from orpo_lite.api import train_events
 from orpo_lite.errors import CheckpointError
-from orpo_lite.generate import NEUTRAL, TEMPERATURE
-from orpo_lite.recipe import Recipe
-from orpo_lite.train import Interrupted, training
+from orpo_lite.model import generate
+from orpo_lite.model.generate import NEUTRAL, TEMPERATURE
+from orpo_lite.recipe.schema import Recipe
+from orpo_lite.runs.folder import RESULT
+from orpo_lite.runs.interrupt import Interrupted
+from orpo_lite.runs.records import SAMPLES, read_json, read_samples
 
 Build = Callable[..., Recipe]
 FULL = ("quantization.load_in_4bit=false", "model.dtype=float32", "training.learning_rate=1e-2")
@@ -56,18 +59,18 @@ def test_the_answers_are_those_of_base_and_adapter(small_recipe: Build, levers: 
     assert [sample.after for sample in neutral] == after
     assert before != after
     assert all("Item" in sample.prompt for sample in result.samples[2:])
-    written = [json.loads(line) for line in (result.run / run.SAMPLES).read_text().splitlines()]
+    written = [json.loads(line) for line in (result.run / SAMPLES).read_text().splitlines()]
     assert [row["prompt"] for row in written] == [sample.prompt for sample in result.samples]
 
 
 def test_none_and_many(small_recipe: Build) -> None:
     _, result = train_all(small_recipe("output.samples=0", "training.max_steps=1"))
     assert result.samples == ()
-    assert (result.run / run.SAMPLES).read_text() == ""
+    assert (result.run / SAMPLES).read_text() == ""
     assert "## Samples" not in (result.run / "README.md").read_text()
     keys = ("output.samples=20", "training.max_steps=1", "training.output_dir=many", "output.max_new_tokens=1")
     _, result = train_all(small_recipe(*keys))
-    held_out = run.read_json(result.run / "data.json")["held_out_pairs"]
+    held_out = read_json(result.run / "data.json")["held_out_pairs"]
     assert len(result.samples) == len(NEUTRAL) + held_out
 
 
@@ -83,10 +86,10 @@ def test_a_text_may_hold_any_line_separator(small_recipe: Build) -> None:
     Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     _, result = train_all(recipe)
     assert "\u2028" in result.samples[-1].prompt
-    assert [row["prompt"] for row in run.read_samples(result.run)] == [sample.prompt for sample in result.samples]
-    (result.run / run.SAMPLES).write_text('{"prompt"\n')
+    assert [row["prompt"] for row in read_samples(result.run)] == [sample.prompt for sample in result.samples]
+    (result.run / SAMPLES).write_text('{"prompt"\n')
     with pytest.raises(CheckpointError, match=r"samples\.jsonl:1: cannot be read"):
-        run.read_samples(result.run)
+        read_samples(result.run)
 
 
 def test_without_template_and_without_held_out_pairs(small_recipe: Build) -> None:
@@ -116,13 +119,13 @@ def test_a_fault_while_answering_costs_the_answers_only(small_recipe: Build, mon
     monkeypatch.setattr(generate, "load_tokenizer", fail)
     updates, result = train_all(small_recipe("training.max_steps=1"))
     assert any("prompts are not answered: CUDA out of memory" in update.text for update in updates)
-    assert {"adapter", "README.md", run.RESULT} <= {path.name for path in result.run.iterdir()}
+    assert {"adapter", "README.md", RESULT} <= {path.name for path in result.run.iterdir()}
 
 
 def test_stopped_while_answering_the_result_is_there_and_goes_on(small_recipe: Build) -> None:
     recipe = small_recipe("output.samples=3")
     with pytest.raises(Interrupted) as stopped:
-        for update in training(recipe):
+        for update in train_events(recipe):
             if update.text == "answering prompts":
                 os.kill(os.getpid(), signal.SIGINT)
     assert stopped.value.exit_code == 130

@@ -9,11 +9,13 @@ from test_levers import SEGMENTS, recipe
 from torch import Tensor
 
 from orpo_lite.data.packing import make_batch
-from orpo_lite.model import PairModel, bare_pair_model
-from orpo_lite.proof import prove
-from orpo_lite.step import attention
-from orpo_lite.step.attention import Shape
-from orpo_lite.step.losses import Divisors, orpo_loss
+from orpo_lite.model.load import bare_pair_model
+from orpo_lite.model.pair_model import PairModel
+from orpo_lite.model.probe import probe
+from orpo_lite.objectives.objective import Divisors
+from orpo_lite.objectives.orpo import orpo_loss
+from orpo_lite.ops import attention
+from orpo_lite.ops.attention import Shape
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda", 0)
@@ -84,7 +86,7 @@ def test_a_lever_changes_nothing_but_roundings(lever: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_proof_passes_on_a_gpu(dtype: torch.dtype) -> None:
     model = built(dtype)
-    prove(model, 256)
+    probe(model, 256)
     assert (model.way, model.notes) == ("shared", [])
 
 

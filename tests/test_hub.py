@@ -16,11 +16,13 @@ from conftest import write_pairs
 from hub_server import COMMIT, NAME, PICKLES, SET, TOKEN, WEIGHTS, Hub, environment
 from huggingface_hub import constants, file_download, hf_hub_download
 
-from orpo_lite import base as base_module
-from orpo_lite.base import Base, fetch_weights, find_adapter, find_base
-from orpo_lite.data import rows
+from orpo_lite.base import download as base_download
+from orpo_lite.base.adapter import find_adapter
+from orpo_lite.base.find import Base, fetch_weights, find_base
+from orpo_lite.data.sources import hub as sources_hub
+from orpo_lite.data.sources.hub import _unreachable
 from orpo_lite.errors import FitError, HubError, ModelError, OrpoLiteError
-from orpo_lite.merge import merge
+from orpo_lite.merging.merge import merge
 
 
 def fetch(name: str = NAME, revision: str = "main") -> Base:
@@ -33,7 +35,7 @@ def refused(kind: type[OrpoLiteError], do: Callable[[], object]) -> str:
         do()
     assert type(raised.value) is kind
     assert raised.value.exit_code == {HubError: 8, FitError: 6, ModelError: 4}[kind]
-    assert raised.value.remedy or raised.value.expected
+    assert raised.value.fix or raised.value.expected
     assert TOKEN not in str(raised.value)
     return str(raised.value)
 
@@ -183,7 +185,7 @@ def test_a_hub_that_is_busy(hub: Hub, slept: list[float], at: str, status: int) 
 
 
 def test_a_hub_that_never_answers(hub: Hub, slept: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base_module, "HUB_TIMEOUT", 0.3)
+    monkeypatch.setattr(base_download, "HUB_TIMEOUT", 0.3)
     hub.fail("/revision/", hang=True)
     started = time.monotonic()
     message = refused(HubError, fetch)
@@ -340,9 +342,9 @@ def test_a_slow_hub_is_waited_for_as_long_as_was_asked(hub: Hub, tmp_path: Path)
 def test_one_connection_that_fails_is_not_yet_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = ["ConnectTimeout", ""]
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(rows, "_no_answer", lambda _: answers.pop(0))
-    monkeypatch.setattr(rows, "PAUSE", 0)
-    assert rows._unreachable(SET) == ""
+    monkeypatch.setattr(sources_hub, "_no_answer", lambda _: answers.pop(0))
+    monkeypatch.setattr(sources_hub, "PAUSE", 0)
+    assert _unreachable(SET) == ""
     assert answers == []
 
 

@@ -14,14 +14,16 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck
 
 from orpo_lite.data.packing import Batching, make_batch, micro_batches, nll_tokens, pack_pairs, packed_tokens
-from orpo_lite.data.tokens import TokenizedPair, common_prefix
-from orpo_lite.model import PairModel, install_step
-from orpo_lite.recipe import Recipe
-from orpo_lite.step import attention, layers
-from orpo_lite.step.attention import Segment, Shape
-from orpo_lite.step.head import Head, packed_logps, pick, row_logps
-from orpo_lite.step.lora import frozen_weight, lora_linear
-from orpo_lite.step.losses import Divisors, orpo_loss
+from orpo_lite.data.pair import TokenizedPair, common_prefix
+from orpo_lite.model.memory import apply_memory_settings
+from orpo_lite.model.pair_model import PairModel
+from orpo_lite.objectives.objective import Divisors
+from orpo_lite.objectives.orpo import orpo_loss
+from orpo_lite.ops import attention, layers
+from orpo_lite.ops.attention import Segment, Shape
+from orpo_lite.ops.head import Head, packed_logps, pick, row_logps
+from orpo_lite.ops.lora import frozen_weight, lora_linear
+from orpo_lite.recipe.schema import Recipe
 
 PLAIN = {
     "packing": False,
@@ -46,7 +48,7 @@ def build(make: Callable[[], Any] = tiny_llama, dropout: float = 0.0, **memory: 
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)
     found = PairModel(model, recipe(**memory).memory).train()
-    install_step(found, recipe(**memory))
+    apply_memory_settings(found, recipe(**memory))
     return found
 
 

@@ -7,8 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from orpo_lite.step.head import padded_logps
-from orpo_lite.step.losses import PARTS, Divisors, PairLogps, log1mexp, log_odds, named_parts, orpo_loss
+from orpo_lite.objectives.objective import Divisors
+from orpo_lite.objectives.orpo import Orpo, log1mexp, log_odds, orpo_loss
+from orpo_lite.ops.head import padded_logps
+from orpo_lite.ops.outputs import PairLogps
+from orpo_lite.recipe.schema import LossSection
 
 EXACT = [-50.0, -30.0, -8.0, -2.5, -0.7, -0.69, -0.1, -1e-2, -1e-3]
 EXTREME = [-1e4, -745.0, -50.0, -1e-3, -1e-7, -1e-12, -1e-300, 0.0]
@@ -113,7 +116,7 @@ def test_loss_and_gradient_equal_the_written_out_reference(only: bool, mean: str
     (expected_gradient,) = torch.autograd.grad(expected, logits)
     assert loss.item() == pytest.approx(expected.item(), abs=1e-12)
     assert (gradient - expected_gradient).abs().max() < 1e-12
-    assert named_parts(parts.tolist(), beta=0.3)["loss"] == pytest.approx(expected.item(), abs=1e-12)
+    assert Orpo(LossSection(beta=0.3)).metrics(parts.tolist())["loss"] == pytest.approx(expected.item(), abs=1e-12)
 
 
 def test_gradcheck() -> None:
@@ -128,9 +131,9 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(loss, (chosen, rejected, nll))
 
 
-def test_named_parts_are_those_of_trl() -> None:
-    named = named_parts([1.0, -0.5, 2.0, -1.0, -3.0, 0.75], beta=0.1)
-    assert len(PARTS) == 6
+def test_metrics_are_those_of_trl() -> None:
+    named = Orpo(LossSection(beta=0.1)).metrics([1.0, -0.5, 2.0, -1.0, -3.0, 0.75])
+    assert len(Orpo.parts) == 6
     assert named["loss"] == pytest.approx(1.05)
     assert named["rewards/chosen"] == pytest.approx(-0.1)
     assert named["rewards/margins"] == pytest.approx(0.2)

@@ -25,15 +25,19 @@ from test_families import ALONE, GEMMA, GROUPED, IDS, SHARED, family
 from test_train import Trained, train_all
 from torch import Tensor, nn
 
-from orpo_lite import merge, run, verify, weights
-from orpo_lite.base import fingerprint
-from orpo_lite.card import Shown, make_card
+from orpo_lite import merge, verify
+from orpo_lite.base import blocks as weights
+from orpo_lite.base.blocks import in_blocks, read_header, read_tensor, stored_tensors
+from orpo_lite.base.find import fingerprint
 from orpo_lite.errors import CheckpointError, FitError, ModelError, RecipeError
-from orpo_lite.merge import dequantised
-from orpo_lite.prepare import prepare
-from orpo_lite.recipe import QuantizationSection, Recipe
-from orpo_lite.run import drain
-from orpo_lite.weights import in_blocks, read_header, read_tensor, stored_tensors
+from orpo_lite.merging.merge import dequantised
+from orpo_lite.progress import run_to_end
+from orpo_lite.publishing.card_facts import Shown
+from orpo_lite.publishing.model_card import make_card
+from orpo_lite.recipe.schema import QuantizationSection, Recipe
+from orpo_lite.runs.folder import find_merged
+from orpo_lite.runs.inputs import prepare_inputs
+from orpo_lite.runs.lock import read_lock, read_recipe
 
 Build = Callable[..., Recipe]
 Call = Callable[..., Answer]
@@ -227,7 +231,7 @@ def test_rows_that_a_kernel_errs_on_stay_in_16_bit_and_are_merged_so(
     write_base(workspace / "base", tiny_llama(99, intermediate_size=96))
     updates, result = train_all(small_recipe("training.learning_rate=1e-2"))
     assert any("down_proj and such stay as they are" in update.text for update in updates)
-    assert "model.layers.0.mlp.down_proj" in run.read_lock(result.run)["not_quantised"]
+    assert "model.layers.0.mlp.down_proj" in read_lock(result.run)["not_quantised"]
     assert merge(result.run, weights="dequantized").changed > 0
     verdict = verify(result.run, weights="dequantized")
     assert verdict.passed, verdict.said
@@ -302,11 +306,11 @@ def test_a_layer_that_is_lacking_and_numbers_that_are_none_are_refused(tmp_path:
 def test_a_merge_of_another_adapter_is_not_used(tmp_path: Path) -> None:
     path = make_run(tmp_path, tiny_llama(98))
     merge(path)
-    assert run.find_merged(path) == path / "merged"
+    assert find_merged(path) == path / "merged"
     file = path / "adapter" / "adapter_model.safetensors"
     save_file({key: 2 * tensor for key, tensor in load_file(file).items()}, file)
     with pytest.raises(CheckpointError, match="is of another adapter"):
-        run.find_merged(path)
+        find_merged(path)
 
 
 @pytest.mark.parametrize(
@@ -330,7 +334,7 @@ def test_a_config_that_is_not_the_adapter_s_is_refused(change: dict[str, Any], s
     with pytest.raises((CheckpointError, ModelError), match=said):
         merge(path)
     with pytest.raises(CheckpointError, match="is of another adapter"):
-        run.find_merged(path)
+        find_merged(path)
 
 
 @pytest.mark.parametrize(
@@ -342,10 +346,10 @@ def test_a_recipe_that_was_changed_makes_no_other_adapter(old: str, new: str, tr
     file = result.run / "recipe.yaml"
     assert f"  {old}\n" in file.read_text()
     file.write_text(file.read_text().replace(f"  {old}\n", f"  {new}\n"))
-    for verb in (merge, verify, lambda path: train_all(run.read_recipe(path), resume=True)):
+    for verb in (merge, verify, lambda path: train_all(read_recipe(path), resume=True)):
         with pytest.raises(CheckpointError, match=f"lora.{old.split(':')[0]}: .*\n.*as the run began") as raised:
             verb(result.run)
-        assert raised.value.remedy == "put it back, or train a new run"
+        assert raised.value.fix == "put it back, or train a new run"
 
 
 def test_where_the_base_lies_is_no_part_of_an_adapter(tmp_path: Path) -> None:
@@ -354,10 +358,10 @@ def test_where_the_base_lies_is_no_part_of_an_adapter(tmp_path: Path) -> None:
     file = path / "adapter" / "adapter_config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps(config | {"base_model_name_or_path": "elsewhere"}))
-    assert run.find_merged(path) == path / "merged"
+    assert find_merged(path) == path / "merged"
     file.write_text(json.dumps(config | {"alpha_pattern": {"q_proj": 3}}))
     with pytest.raises(CheckpointError, match="is of another adapter"):
-        run.find_merged(path)
+        find_merged(path)
 
 
 def test_where_the_base_once_lay_is_not_merged_in(tmp_path: Path) -> None:
@@ -383,7 +387,7 @@ def test_a_base_that_was_moved_is_found_by_its_new_place(call: Call, trained: Tr
     _, result = trained
     (workspace / "base").rename(workspace / "moved base")
     code, _, complaint = call("merge", str(result.run), "--verify")
-    assert (code, "remedy: orpo-lite merge run --base-path FOLDER" in complaint) == (4, True)
+    assert (code, "fix: orpo-lite merge run --base-path FOLDER" in complaint) == (4, True)
     code, said, complaint = call("merge", str(result.run), "--verify", "--base-path", "moved base")
     assert code == 0, complaint
     assert "passed: log-probabilities differ by" in said
@@ -427,10 +431,10 @@ def said_where_it_does_not_fit(code: str, path: Path) -> str:
 def test_a_limit_on_files_is_not_a_full_disk(tmp_path: Path) -> None:
     path = make_run(tmp_path, tiny_llama(98))
     code = (
-        "import resource, signal, sys, orpo_lite; from orpo_lite import cli; import bitsandbytes, tempfile\n"
+        "import resource, signal, sys, orpo_lite; from orpo_lite.cli import commands; import bitsandbytes, tempfile\n"
         "tempfile.gettempdir(); signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))\n"
-        "sys.argv = ['orpo-lite', 'merge', sys.argv[1]]; cli.main()"
+        "sys.argv = ['orpo-lite', 'merge', sys.argv[1]]; commands.main()"
     )
     assert "a file may not grow so large here" in said_where_it_does_not_fit(code, path)
 
@@ -567,15 +571,17 @@ def test_too_little_memory_is_said_and_leaves_nothing(tmp_path: Path) -> None:
     path = make_run(tmp_path, tiny_llama(98))
     code = (
         "import resource, sys, transformers.models.llama.modeling_llama, peft, orpo_lite, bitsandbytes\n"
-        "from orpo_lite import cli, merge, weights\n"
-        "import importlib, torch; read = weights.read_rows\n"
+        "from orpo_lite.base import blocks\n"
+        "from orpo_lite.cli import commands\n"
+        "from orpo_lite.merging import merge\n"
+        "import importlib, torch; read = blocks.read_rows\n"
         "def starved(rows):\n"
         "    used = int(open('/proc/self/statm').read().split()[0]) * 4096\n"
         "    resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 20), resource.RLIM_INFINITY))\n"
         "    torch.empty(1 << 28)\n"  # more than is left
         "    return read(rows)\n"
-        "sys.modules['orpo_lite.merge'].read_rows = starved\n"
-        "sys.argv = ['orpo-lite', 'merge', sys.argv[1]]; cli.main()"
+        "merge.read_rows = starved\n"
+        "sys.argv = ['orpo-lite', 'merge', sys.argv[1]]; commands.main()"
     )
     assert "memory ran out" in said_where_it_does_not_fit(code, path)
 
@@ -653,7 +659,7 @@ def test_the_template_writes_the_bos_that_training_had(trained: Trained, workspa
     ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]
     assert ids[0] == tokenizer.bos_token_id
     assert ids.count(tokenizer.bos_token_id) == 1
-    (pair, *_) = drain(prepare(run.read_recipe(result.run)), lambda _: None).train
+    (pair, *_) = run_to_end(prepare_inputs(read_recipe(result.run)), lambda _: None).train
     assert list(pair.chosen_ids[: pair.chosen_start])[:2] == ids[:2]
 
 

@@ -27,13 +27,16 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from orpo_lite.base import check_targets, fetch_weights, find_base, linear_names
+from orpo_lite.base.find import check_targets, fetch_weights, find_base, linear_names
 from orpo_lite.data.packing import PairBatch, pad_pairs
 from orpo_lite.errors import ModelError, RecipeError
-from orpo_lite.model import PairModel, adapter_tensors, choose_dtype, load_pair_model, set_adapter
-from orpo_lite.recipe import Recipe
-from orpo_lite.step.attention import device_kind
-from orpo_lite.step.losses import Divisors, orpo_loss
+from orpo_lite.model.adapter import adapter_tensors, set_adapter
+from orpo_lite.model.load import choose_dtype, load_pair_model
+from orpo_lite.model.pair_model import PairModel
+from orpo_lite.objectives.objective import Divisors
+from orpo_lite.objectives.orpo import orpo_loss
+from orpo_lite.ops.attention import device_kind
+from orpo_lite.recipe.schema import Recipe
 
 CPU = torch.device("cpu")
 LLAMA_LINEARS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -198,7 +201,7 @@ def test_a_target_that_matches_nothing(llama: Path, targets: list[str]) -> None:
     with pytest.raises(ModelError, match=targets[-1]) as raised:
         load(llama, lora__target_modules=targets)
     assert all(name in raised.value.expected for name in LLAMA_LINEARS)
-    assert "all-linear" in raised.value.remedy
+    assert "all-linear" in raised.value.fix
 
 
 # --- bases that are refused

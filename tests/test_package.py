@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 NAMES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
 LIST = (
-    "import json, orpo_lite, orpo_lite.recipe as r; "
+    "import json, orpo_lite, orpo_lite.recipe.reader as r; "
     "print(json.dumps([orpo_lite.__file__, {name: str(path) for name, path in r.shipped_recipes().items()}]))"
 )
 
@@ -127,14 +127,14 @@ def test_the_wheel_holds_the_package_the_licence_and_nothing_else(wheel: Path) -
         modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "orpo_lite").rglob("*.py")}
         recipes = {f"orpo_lite/recipes/{name}.yaml" for name in NAMES}
         ours = {name for name in names if not name.startswith(info)}
-        assert ours - {"orpo_lite/py.typed", "orpo_lite/bases.json"} == modules | recipes
-        assert "orpo_lite/bases.json" in ours
+        assert ours - {"orpo_lite/py.typed", "orpo_lite/base/bases.json"} == modules | recipes
+        assert "orpo_lite/base/bases.json" in ours
         assert archive.read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
         metadata = archive.read(f"{info}/METADATA").decode()
         scripts = archive.read(f"{info}/entry_points.txt").decode()
     assert "License-Expression: Apache-2.0" in metadata
     assert "Requires-Python: >=3.11" in metadata
-    assert "orpo-lite = orpo_lite.cli:main" in scripts
+    assert "orpo-lite = orpo_lite.cli.commands:main" in scripts
 
 
 def test_the_wheel_says_that_it_is_typed(wheel: Path) -> None:

@@ -16,15 +16,16 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from orpo_lite.data import pairs as data_pairs
-from orpo_lite.data import rows as data_rows
-from orpo_lite.data.formats import PROMPTS_DIFFER, Pair
-from orpo_lite.data.mapped import LOOK, refuse_unknown_columns
+from orpo_lite.data.formats.column_map import LOOK, refuse_unknown_columns
+from orpo_lite.data.pair import EMPTY_CHOSEN, EMPTY_REJECTED, PROMPTS_DIFFER, SYSTEMS_DIFFER, Pair
 from orpo_lite.data.pairs import BLANK, EMPTY_PROMPT, EQUAL, PLACES, SAID_TWICE, PairReader
-from orpo_lite.data.readers import EMPTY_CHOSEN, EMPTY_REJECTED, SYSTEMS_DIFFER
-from orpo_lite.data.rows import HubSource, Source
-from orpo_lite.data.sets import held_out_sources, hold_out, prompt_key, training_sources
+from orpo_lite.data.sources import local as sources_local
+from orpo_lite.data.sources.hub import HubSource
+from orpo_lite.data.sources.source import Source
+from orpo_lite.data.split import held_out_sources, hold_out, prompt_key, training_sources
 from orpo_lite.errors import SHOWN, DataError, HubError, OrpoLiteError
-from orpo_lite.recipe import DataSection, load_recipe
+from orpo_lite.recipe.reader import load_recipe
+from orpo_lite.recipe.schema import DataSection
 
 EXPLICIT = {"prompt": "Name a colour.", "chosen": "Blue.", "rejected": "Seven."}
 HH = {side: f"\n\nHuman: Name a colour.\n\nAssistant: {EXPLICIT[side]}" for side in ("chosen", "rejected")}
@@ -71,7 +72,7 @@ def message(raised: pytest.ExceptionInfo[OrpoLiteError]) -> str:
     """The text of an error that says all three: the place, what was expected, and what to do."""
     text = str(raised.value)
     assert "expected: " in text
-    assert "remedy: " in text
+    assert "fix: " in text
     return text
 
 
@@ -443,7 +444,7 @@ def test_a_mapped_column_has_to_stand_in_one_of_the_sets(tmp_path: Path) -> None
 
 
 def test_sets_of_different_names_share_a_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each remedy can be pasted, keeps what is well already, and in the end all is read, held-out files included."""
+    """Each fix can be pasted, keeps what is well already, and in the end all is read, held-out files included."""
     monkeypatch.chdir(tmp_path)
     texts = [(f"{name} is what?", f"Good {i}.", f"Bad {i}.") for i, name in enumerate(["Red", "Blue", "Green", "Grey"])]
     for file, names in (("a", "topic,good,bad"), ("b", "asked,win,lose"), ("c", "prompt,chosen,rejected")):
@@ -463,7 +464,7 @@ def test_sets_of_different_names_share_a_map(tmp_path: Path, monkeypatch: pytest
             except DataError as error:
                 place = error.where.removeprefix("data.format of ").removeprefix("./").removesuffix(".jsonl")
                 assert place in ("a", "b")
-                (line,) = re.findall(r"data\.column_map=\S+", error.remedy)
+                (line,) = re.findall(r"data\.column_map=\S+", error.fix)
                 said.append(line)
         assert len(said) == len({*train, *(test or "")} & {"a", "b"})
         assert [(pair.prompt_text, pair.chosen, pair.rejected) for pair in pairs] == texts * len(sources)
@@ -475,7 +476,7 @@ def test_a_map_of_another_set_does_not_take_half_a_pair(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data\.column_map of .*b\.jsonl: it takes bad for rejected") as raised:
         read(f"{one},{other}", column_map={"prompt": "topic", "chosen": "good", "rejected": "bad"})
     assert "no column here for chosen and prompt" in message(raised)
-    line = raised.value.remedy.split()[-1]
+    line = raised.value.fix.split()[-1]
     pairs, _ = read(f"{one},{other}", column_map=load_recipe("demo", [line]).data.column_map)
     assert [(pair.chosen, pair.rejected) for pair in pairs] == [("a", "b"), ("Blue.", "Seven.")]
     # What such a set lacks may be what it need not have.
@@ -493,8 +494,8 @@ def test_a_table_is_not_read_for_a_column_that_its_head_does_not_name(
         opened.append(file.label)
         return read_rows(file, faults)
 
-    read_rows = data_rows.read_file
-    monkeypatch.setattr(data_rows, "read_file", read_file)
+    read_rows = read_file
+    monkeypatch.setattr(sources_local, "read_file", read_file)
     (tmp_path / "a.csv").write_text("prompt,chosen,rejected\n" + "q,a,b\n" * 150)
     table = datasets.Dataset.from_list(some_rows(150))
     table.to_parquet(tmp_path / "b.parquet")
@@ -517,7 +518,7 @@ def test_a_map_does_not_take_the_place_of_a_pair_that_one_set_alone_has(tmp_path
     column_map = {"chosen": "good", "rejected": "bad"}
     with pytest.raises(DataError, match=r"b\.jsonl: it takes good and bad for chosen and rejected, which") as raised:
         read(f"{one},{other}", column_map=column_map)
-    (line,) = re.findall(r"data\.column_map=[^\s;]+", raised.value.remedy)
+    (line,) = re.findall(r"data\.column_map=[^\s;]+", raised.value.fix)
     pairs, reader = read(f"{one},{other}", column_map=load_recipe("demo", [line]).data.column_map)
     assert [pair.chosen for pair in pairs] == ["Blue."] * 3 + ["Red."] * 3
     assert [columns["read"]["chosen"] for columns in reader.columns] == ["good", "chosen"]
@@ -554,14 +555,14 @@ def test_files_of_different_formats_in_one_folder_are_named_one_by_one(tmp_path:
     write_jsonl(tmp_path / "my set" / "b.jsonl", [EXPLICIT] * (SHOWN + 5))
     with pytest.raises(DataError, match="its files hold rows of different kinds") as raised:
         read(f"{tmp_path / 'my set'},{other}", format=format_)
-    (line,) = shlex.split(*re.findall(r"remedy: (\S.*) reads each file in its own format", str(raised.value)))
+    (line,) = shlex.split(*re.findall(r"fix: (\S.*) reads each file in its own format", str(raised.value)))
     pairs, reader = read(",".join(load_recipe("demo", [line]).data.names))
     assert (len(pairs), len(reader.detected)) == (LOOK + 20 + SHOWN + 6, 3)
     write_jsonl(tmp_path / "my set" / "a.jsonl", [{"question": "q", "good": "a", "bad": "b"}] * 3)
     write_jsonl(tmp_path / "my set" / "b.jsonl", [{"question": "q", "good": "a", "bad": "b"}] * 3)
     with pytest.raises(DataError) as raised:  # of one kind
         read(tmp_path / "my set", format=format_)
-    assert "dataset_name=" not in raised.value.remedy
+    assert "dataset_name=" not in raised.value.fix
 
 
 def test_a_format_that_fits_no_row_is_one_fault(tmp_path: Path) -> None:
@@ -835,7 +836,7 @@ def test_a_single_file_has_no_splits(tmp_path: Path) -> None:
         with pytest.raises(DataError, match="'test'") as raised:
             held_out_sources(section(dataset_name=str(names), dataset_test_split="test"))
         assert "train.jsonl has no splits" in message(raised)
-    split = raised.value.remedy.removeprefix("data.dataset_test_split=")  # that of the set beside it
+    split = raised.value.fix.removeprefix("data.dataset_test_split=")  # that of the set beside it
     assert len(held_out_sources(section(dataset_name=str(names), dataset_test_split=split))) == 1
 
 
@@ -845,7 +846,7 @@ def test_what_a_pattern_takes_is_not_held_out_as_well(tmp_path: Path, split: str
         write_jsonl(tmp_path / f"{name}.jsonl", some_rows(3))
     with pytest.raises(DataError, match=r"test\.jsonl: held out as well") as raised:
         training_sources(section(dataset_name=f"{tmp_path}/*.jsonl", dataset_test_split=split.format(tmp_path)))
-    data = load_recipe("demo", shlex.split(message(raised).partition("remedy: ")[2])).data
+    data = load_recipe("demo", shlex.split(message(raised).partition("fix: ")[2])).data
     assert data.names == [f"{tmp_path}/more.jsonl", f"{tmp_path}/train.jsonl"]
     assert len(training_sources(data)) == 2
     assert [pair.where for pair in held_out(data)] == [f"test.jsonl:{line}" for line in (1, 2, 3)]
@@ -871,7 +872,7 @@ def test_a_hub_set_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     assert PairReader(data, training_sources(data)).find("train[1]")[0].chosen == "1"
 
 
-def test_a_hub_fault_names_the_set_and_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_fault_names_the_set_and_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     def load_dataset(*args: Any, **kwargs: Any) -> Any:
         raise ValueError("Unknown split \"train\". Should be one of ['train_prefs'].")
 
@@ -920,9 +921,9 @@ def test_turns_that_come_late_are_not_left_out_unsaid(tmp_path: Path, column: st
 def test_a_conversation_that_comes_late_is_not_left_out_by_the_name_of_the_format(tmp_path: Path) -> None:
     rows = [*some_rows(LOOK + 20), EXPLICIT | {"messages": [user("Hi"), bot("Hello."), user(EXPLICIT["prompt"])]}]
     path = write_jsonl(tmp_path / "pairs.jsonl", rows)
-    with pytest.raises(DataError, match=r"remedy: data\.format=explicit"):
+    with pytest.raises(DataError, match=r"fix: data\.format=explicit"):
         read(path)
-    with pytest.raises(DataError, match=r"remedy: data\.column_map=history=messages to put them in front"):
+    with pytest.raises(DataError, match=r"fix: data\.column_map=history=messages to put them in front"):
         read(path, format="explicit")
     pairs, _ = read(path, column_map={"history": "messages"})
     assert [len(pair.messages) for pair in pairs[-2:]] == [1, 3]

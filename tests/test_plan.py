@@ -32,24 +32,30 @@ from transformers import (
     Qwen3NextConfig,
 )
 
-from orpo_lite import gradient, plan, run
-from orpo_lite.base import Base
+from orpo_lite import plan
+from orpo_lite.api import train_events
+from orpo_lite.base.find import Base
 from orpo_lite.data.packing import packed_tokens
 from orpo_lite.errors import FitError, ModelError, RecipeError
-from orpo_lite.model import SCORELESS, PairModel, bare_pair_model, held, load_pair_model
-from orpo_lite.planner import cards
-from orpo_lite.planner.cards import CARDS, own_card
-from orpo_lite.planner.counted import Measured, heaviest, measure
-from orpo_lite.planner.lengths import blank_pairs, worst_case
-from orpo_lite.planner.lines import Line
-from orpo_lite.planner.search import Planner, fit
-from orpo_lite.planner.ways import find_passing, with_layers
-from orpo_lite.recipe import LEVERS, Recipe, load_recipe, read_bytes, shipped_recipes
-from orpo_lite.train import training
+from orpo_lite.model.load import bare_pair_model, load_pair_model
+from orpo_lite.model.pair_model import PairModel
+from orpo_lite.planning import gpus as cards
+from orpo_lite.planning.extrapolate import LayerExtrapolation
+from orpo_lite.planning.gpus import GPUS, local_gpu
+from orpo_lite.planning.measure import StepMemory, heaviest, measure
+from orpo_lite.planning.on_meta import META_ATTENTION, blank_pairs, held_tensors, worst_case
+from orpo_lite.planning.route import find_route, with_layers
+from orpo_lite.planning.search import Planner, fit
+from orpo_lite.recipe.reader import load_recipe, shipped_recipes
+from orpo_lite.recipe.schema import LEVERS, Recipe
+from orpo_lite.recipe.text import read_bytes
+from orpo_lite.runs.interrupt import Interrupted
+from orpo_lite.runs.records import read_json
+from orpo_lite.training import step as gradient
 
 plan_bench = pytest.importorskip("benchmarks.plan", reason="TRL, the peer, comes with the extra `bench`")
 MIB, GIB = 2**20, 2**30
-CARD = CARDS[3]
+CARD = GPUS[3]
 FEW = ("training.global_batch_size=2", "memory.micro_batch_tokens=512")  # fewer steps to count
 Call = Callable[..., Answer]
 
@@ -60,7 +66,7 @@ def counted_once(shared_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unread = {"model": {"model_name_or_path"}, "data": {"dataset_name"}, "training": {"output_dir"}}
     unread |= {"memory": {"budget"}}
 
-    def remembered(recipe: Recipe, config: Any, triples: Any, kind: str, passing: Any = None) -> Measured:
+    def remembered(recipe: Recipe, config: Any, triples: Any, kind: str, passing: Any = None) -> StepMemory:
         shape = {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
         asked = (recipe.model_dump(exclude=unread), shape, triples.tolist(), kind, passing, torch.cuda.is_available())
         file = shared_folder / f"{hashlib.sha256(repr(asked).encode()).hexdigest()}.step"
@@ -70,7 +76,7 @@ def counted_once(shared_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             whole.write_text(repr({key: dict(value) if key == "work" else value for key, value in found.items()}))
             whole.replace(file)
         found = ast.literal_eval(file.read_text())
-        return Measured(**found | {"work": Counter(found["work"])})
+        return StepMemory(**found | {"work": Counter(found["work"])})
 
     for module in [module for name, module in sys.modules.items() if name.startswith("orpo_lite.")]:
         if getattr(module, "measure", None) is measure:
@@ -131,7 +137,7 @@ def test_what_cannot_share_and_what_has_experts_is_predicted_too(case: str) -> N
 def test_a_plan_counts_the_way_that_the_proof_will_choose(name: str, way: str) -> None:
     make = ALONE[name][0] if way == "rows" else SHARED[name]
     chosen = recipe().override({"model.dtype": "bfloat16"})
-    passing = find_passing(chosen, make().config, worst_case(256, 1), "ampere")
+    passing = find_route(chosen, make().config, worst_case(256, 1), "ampere")
     assert (passing.way, bool(passing.reason)) == (way, way == "rows")
 
 
@@ -145,16 +151,16 @@ def test_a_plan_says_what_the_model_cannot_have(call: Call, workspace: Path) -> 
 
 def test_attention_that_shows_its_flops_is_not_counted_twice() -> None:
     chosen, config = settings(), OTHERS["bloom, no checkpoints"]
-    assert find_passing(chosen, config, worst_case(256, 1), "ampere").unseen == 0
-    half = find_passing(chosen, OTHERS["qwen3-next, default"], worst_case(256, 1), "ampere")
-    assert (half.attention, half.unseen) == (SCORELESS, 0.5)
+    assert find_route(chosen, config, worst_case(256, 1), "ampere").unseen == 0
+    half = find_route(chosen, OTHERS["qwen3-next, default"], worst_case(256, 1), "ampere")
+    assert (half.attention, half.unseen) == (META_ATTENTION, 0.5)
 
 
 @pytest.mark.parametrize("levers", [{}, {"mlp_tile": 512}, {"checkpoint_offload": True}], ids=str)
 def test_a_few_layers_tell_of_all(levers: dict[str, Any]) -> None:
     """Peak and work of eight layers, any number of them un-checkpointed, from steps of two to four."""
     chosen, config, triples = settings(**levers), small(8), worst_case(512, 2)
-    line = Line(chosen, config, triples, "ampere", find_passing(chosen, config, triples, "ampere"))
+    line = LayerExtrapolation(chosen, config, triples, "ampere", find_route(chosen, config, triples, "ampere"))
     for kept in (0, 1, 4, 7, 8):
         whole = chosen.override({"memory.activation_checkpointing": 8 - kept})
         found = measure(whole, config, triples, "ampere")
@@ -309,7 +315,7 @@ def pretend_card(
 
 def test_memory_of_other_processes_is_seen_and_left(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_card(monkeypatch, free=20 * GIB - GIB // 2, others=3 * GIB)
-    own = own_card()
+    own = local_gpu()
     assert own is not None
     assert (own.free, own.others, own.card.flops) == (20 * GIB, 3 * GIB, 165e12)
 
@@ -323,7 +329,7 @@ def test_a_driver_that_does_not_answer_is_asked_through_torch(monkeypatch: pytes
     pretend_card(monkeypatch, free=0, others=0, name="Some Future Card")
     monkeypatch.setattr(pynvml, "nvmlInit", refuse)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (9 * GIB, 24 * GIB))
-    own = own_card()
+    own = local_gpu()
     assert own is not None
     assert (own.free, own.others) == (9 * GIB, 0)
     assert own.card.flops == CARD.flops  # of the known card that is nearest in memory
@@ -331,7 +337,7 @@ def test_a_driver_that_does_not_answer_is_asked_through_torch(monkeypatch: pytes
 
 def test_no_card_is_no_fault() -> None:
     if not torch.cuda.is_available():
-        assert own_card() is None
+        assert local_gpu() is None
     assert cards.SPEEDS.keys()
 
 
@@ -346,13 +352,13 @@ def test_the_plan_of_a_shipped_recipe_needs_no_network(call: Call) -> None:
     assert {"peak_bytes", "parts", "flops_per_pair", "fits", "levers", "cards", "disk_bytes"} <= plan.keys()
     assert plan["fits"]
     assert plan["peak_bytes"] == sum(plan["parts"].values())
-    assert [row["card"] for row in plan["cards"]][1:] == [card.name for card in CARDS if card != CARD]
+    assert [row["card"] for row in plan["cards"]][1:] == [card.name for card in GPUS if card != CARD]
     assert plan["cards"][0]["card"] == CARD.name
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_every_recipes_base_is_known_offline(name: str) -> None:
-    from orpo_lite.base import find_config
+    from orpo_lite.base.find import find_config
 
     base = load_recipe(name).model.model_name_or_path
     if not base.startswith("builtin:"):
@@ -368,7 +374,7 @@ def test_the_screen_has_a_bar_a_part_and_a_row_a_card(call: Call, workspace: Pat
     assert "CUDA context (allowance)" in said
     assert "█" in said
     assert "memory.activation_checkpointing=0" in said
-    assert [card.name for card in CARDS if card.name not in said] == []
+    assert [card.name for card in GPUS if card.name not in said] == []
 
 
 def test_a_plan_that_does_not_fit_ends_with_6(call: Call, workspace: Path) -> None:
@@ -397,8 +403,8 @@ def notes(updates: Any) -> list[str]:
 
 
 def stop_after_two_steps(recipe: Recipe) -> None:
-    with pytest.raises(sys.modules["orpo_lite.train"].Interrupted):
-        for update in training(recipe):
+    with pytest.raises(Interrupted):
+        for update in train_events(recipe):
             if update.kind == "step" and update.step == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
 
@@ -413,7 +419,7 @@ def test_a_run_keeps_to_its_budget_and_learns_the_same(small_recipe: Callable[..
     loading = next(i for i, (_, text) in enumerate(said) if text.startswith("loading"))
     lines = [text for kind, text in said[:loading] if kind == "note"][-3:]
     assert [line.split(":")[0] for line in lines] == ["memory", "levers", "the largest pass"]
-    kept = run.read_json(planned.run / "plan.json")
+    kept = read_json(planned.run / "plan.json")
     assert kept["needed_bytes"] <= kept["budget_bytes"]
     assert set(kept["levers"]) <= set(LEVERS)
     for row, other in zip(rows_without_clock(free.run), rows_without_clock(planned.run), strict=True):
@@ -436,11 +442,11 @@ def test_a_run_that_goes_on_keeps_its_plan_and_its_bits(small_recipe: Callable[.
 def test_a_plan_that_fits_no_more_is_made_anew_and_said(small_recipe: Callable[..., Recipe]) -> None:
     stopped = small_recipe("memory.budget=40MiB")
     stop_after_two_steps(stopped)
-    before = run.read_json(Path("run") / "plan.json")
+    before = read_json(Path("run") / "plan.json")
     smaller = before["needed_bytes"] - 1
     updates, _ = train_all(small_recipe(f"memory.budget={smaller}B"), resume=True)
     assert [note for note in notes(updates) if note.startswith("the plan that the run began with does not fit")]
-    after = run.read_json(Path("run") / "plan.json")
+    after = read_json(Path("run") / "plan.json")
     assert after["needed_bytes"] <= smaller
 
 
@@ -483,7 +489,7 @@ def test_padded_rows_are_planned_too() -> None:
 )
 def test_a_card_is_known_by_its_whole_name(monkeypatch: pytest.MonkeyPatch, name: str, bandwidth: float | None) -> None:
     pretend_card(monkeypatch, free=GIB, others=0, name=name)
-    own = own_card()
+    own = local_gpu()
     assert own is not None
     assert own.card.bandwidth == (bandwidth or CARD.bandwidth)  # of the known card nearest in memory
 
@@ -554,7 +560,7 @@ def test_a_shortage_with_single_pairs_checkpoints_all_layers_then_ends(
     scarce(10)
     said = []
     with pytest.raises(FitError, match="one pair at a time is out of memory") as caught:
-        for update in training(small_recipe("memory.activation_checkpointing=none")):
+        for update in train_events(small_recipe("memory.activation_checkpointing=none")):
             said += [update.text] if update.kind == "note" else []
     assert "memory.activation_checkpointing=all" in said[-1].replace(
         "activation_checkpointing=all", "activation_checkpointing=all"
@@ -568,13 +574,11 @@ def test_no_gradient_of_a_step_that_ran_short_is_left(
     small_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first micro-batch had gone through; its gradient must not count twice."""
-    from accelerate import Accelerator
     from conftest import ragged_pairs
-    from test_step import lora_model
+    from test_step import gradients, lora_model
 
     model, pairs = lora_model(tiny_llama()), ragged_pairs(6)
     chosen = recipe(micro_batch_tokens=60)
-    accelerator, scaler = Accelerator(cpu=True), torch.amp.GradScaler("cpu", enabled=False)
     honest, calls = PairModel.forward, []
 
     def forward(self: PairModel, batch: Any) -> Any:
@@ -584,9 +588,8 @@ def test_no_gradient_of_a_step_that_ran_short_is_left(
         return honest(self, batch)
 
     monkeypatch.setattr(PairModel, "forward", forward)
-    batching = model.batching(chosen, 0)
-    with pytest.raises(gradient.ShortageError):
-        gradient.accumulate(model, pairs, chosen, 0, batching, accelerator, scaler)
+    with pytest.raises(gradient.OutOfMemory):
+        gradients(model, pairs, chosen)
     assert len(calls) == 2
     assert all(parameter.grad is None for _, parameter in model.trained())
 
@@ -610,8 +613,8 @@ def test_gpt2_is_planned_in_4_bit_as_it_is_loaded(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", GPT2LMHeadModel(config))
     model = load_pair_model(recipe(), Base(str(base), base, None, "", config), torch.device("cpu"))
     planned = bare_pair_model(recipe(), config, torch.float32)
-    for part, tensors in held(model).items():
-        assert sum(t.nbytes for t in tensors) == sum(t.nbytes for t in held(planned)[part]), part
+    for part, tensors in held_tensors(model).items():
+        assert sum(t.nbytes for t in tensors) == sum(t.nbytes for t in held_tensors(planned)[part]), part
     assert {type(module).__name__ for module in planned.modules()} == {type(m).__name__ for m in model.modules()}
 
 

@@ -17,21 +17,23 @@ import psutil
 import pytest
 from conftest import byte_tokenizer, write_pairs
 
-from orpo_lite import prepare
-from orpo_lite.base import load_tokenizer
+from orpo_lite.base.find import load_tokenizer
 from orpo_lite.data import cache
-from orpo_lite.data import sides as data_sides
+from orpo_lite.data import dataset as data_sides
 from orpo_lite.data.cache import TokenizedPairs
-from orpo_lite.data.formats import Pair
-from orpo_lite.data.pairs import EMPTY_CHOSEN, EQUAL, PLACES, PairReader
-from orpo_lite.data.preview import PADDED_BATCH, QUANTILES, SHUFFLES
-from orpo_lite.data.sets import prompt_key
-from orpo_lite.data.templates import SPECIAL, LimitedRenderer, Renderer, set_chat_template
-from orpo_lite.data.tokens import EQUAL_CUT, LONG_PROMPT, TokenizedPair, tokenize_pairs
+from orpo_lite.data.chat_template import SPECIAL, set_chat_template
+from orpo_lite.data.pair import EMPTY_CHOSEN, Pair, TokenizedPair
+from orpo_lite.data.pairs import EQUAL, PLACES, PairReader
+from orpo_lite.data.prepare import find_sources, tokenized_sides
+from orpo_lite.data.render_process import LimitedRenderer, Renderer
+from orpo_lite.data.split import prompt_key
+from orpo_lite.data.statistics import PADDED_BATCH, QUANTILES, SHUFFLES
+from orpo_lite.data.tokenize import EQUAL_CUT, LONG_PROMPT, tokenize_pairs
 from orpo_lite.errors import DataError, FitError, ModelError
-from orpo_lite.prepare import find_sources, preview, tokenized_sides
-from orpo_lite.recipe import DataSection, Recipe, load_recipe
-from orpo_lite.run import Update, drain
+from orpo_lite.progress import Update, run_to_end
+from orpo_lite.recipe.reader import load_recipe
+from orpo_lite.recipe.schema import DataSection, Recipe
+from orpo_lite.runs.inputs import _check_ids, prepare_inputs, preview, with_absolute_paths
 
 Build = Callable[..., Recipe]
 pytestmark = pytest.mark.usefixtures("token_cache", "rendered_here")
@@ -46,7 +48,7 @@ def rendered_here(monkeypatch: pytest.MonkeyPatch) -> None:
 def sides(
     recipe: Recipe, show: Callable[[Update], object] = lambda _: None
 ) -> tuple[TokenizedPairs, TokenizedPairs, Any]:
-    return drain(tokenized_sides(recipe, Path("base"), *find_sources(recipe.data)), show)
+    return run_to_end(tokenized_sides(recipe, Path("base"), *find_sources(recipe.data)), show)
 
 
 def ids(pairs: TokenizedPairs) -> list[tuple[list[int], list[int]]]:
@@ -226,7 +228,7 @@ def test_shared_prompts_are_said(small_recipe: Build) -> None:
     write_rows("held.jsonl", [row("  two? "), row("Four?"), row("Two?", "Red.")])
     recipe = small_recipe("data.dataset_test_split=held.jsonl")
     said: list[Update] = []
-    ready = drain(prepare.prepare(recipe), said.append)
+    ready = run_to_end(prepare_inputs(recipe), said.append)
     assert ready.figures["prompts"] == {"train": 3, "held_out": 2, "shared": 1}
     (warning,) = [update.text for update in said if "warning" in update.text]
     assert "1 of 2 held-out prompts stand in the training set too" in warning
@@ -386,7 +388,7 @@ def joined(sample: dict[str, Any], side: str) -> list[tuple[str, str]]:
 
 def test_the_preview_shows_the_first_pair_and_the_first_that_is_cut(small_recipe: Build) -> None:
     write_rows("pairs.jsonl", [row("", "left out", "left out"), row("One?"), row("Two?", "b" * 150), row("Three?")])
-    shown = drain(preview(small_recipe("data.test_split_size=0")), lambda _: None)
+    shown = run_to_end(preview(small_recipe("data.test_split_size=0")), lambda _: None)
     first, cut = shown.samples["first"], shown.samples["cut"]
     assert (first["where"], cut["where"], shown.warnings) == ("pairs.jsonl:2", "pairs.jsonl:3", [])
     asked = "<|user|>\nOne?</s>\n<|assistant|>\n"
@@ -411,7 +413,7 @@ def test_the_preview_shows_a_row(small_recipe: Build) -> None:
         ("pairs.jsonl:4", SPECIAL, None),
         ("held.jsonl:1", None, "Held."),
     ):
-        shown = drain(preview(recipe, place), lambda _: None).samples
+        shown = run_to_end(preview(recipe, place), lambda _: None).samples
         assert list(shown) == ["first"]
         assert (shown["first"]["where"], shown["first"]["dropped"]) == (place, dropped)
         if chosen is None:
@@ -423,7 +425,7 @@ def test_the_preview_shows_a_row(small_recipe: Build) -> None:
 
 def test_the_preview_of_a_row_that_is_not_there(small_recipe: Build) -> None:
     with pytest.raises(DataError, match=r"pairs.jsonl:41: no such row in ./pairs.jsonl"):
-        drain(preview(small_recipe(), "pairs.jsonl:41"), lambda _: None)
+        run_to_end(preview(small_recipe(), "pairs.jsonl:41"), lambda _: None)
 
 
 def test_the_preview_warns_where_training_would_stop(small_recipe: Build, workspace: Path) -> None:
@@ -433,7 +435,7 @@ def test_the_preview_warns_where_training_would_stop(small_recipe: Build, worksp
         ("max_position_embeddings", 20, "base reads 20"),
     ):
         Path("base/config.json").write_text(json.dumps(config | {name: value}))
-        shown = drain(preview(small_recipe()), lambda _: None)
+        shown = run_to_end(preview(small_recipe()), lambda _: None)
         (warning,) = shown.warnings
         assert warning.startswith("training would stop: ")
         assert found in warning
@@ -447,10 +449,10 @@ def test_a_token_without_an_embedding_is_refused(small_recipe: Build) -> None:
     assert largest == max(max(side) for both in ids(pairs) for side in both)
     (holder,) = [pair for pair in pairs if pair.where == where]
     assert largest in [*holder.chosen_ids, *holder.rejected_ids]
-    prepare._check_ids(pairs, largest + 1)
-    prepare._check_ids(pairs, None)
+    _check_ids(pairs, largest + 1)
+    _check_ids(pairs, None)
     with pytest.raises(ModelError, match=f"{where}: token id {largest}, and the model's embedding has {largest} rows"):
-        prepare._check_ids(pairs, largest)
+        _check_ids(pairs, largest)
 
 
 # --- a full disk
@@ -470,7 +472,7 @@ def file_limit(size: int) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("name", "limit", "file"), [("pairs.jsonl", 60_000, "ids"), ("p" * 200 + ".jsonl", 300_000, "pairs")]
 )
-def test_a_full_disk_ends_with_the_remedy(
+def test_a_full_disk_ends_with_the_fix(
     small_recipe: Build, token_cache: Path, name: str, limit: int, file: str
 ) -> None:
     recipe = small_recipe("data.chat_template=none", f"data.dataset_name={name}")
@@ -508,7 +510,7 @@ def test_an_entry_that_cannot_be_read_again(small_recipe: Build, monkeypatch: py
 
 def test_a_folder_with_a_tokenizer_is_all_that_a_preview_needs(small_recipe: Build) -> None:
     Path("base/model.safetensors").unlink()
-    assert drain(preview(small_recipe()), lambda _: None).figures["train_pairs"] == 32
+    assert run_to_end(preview(small_recipe()), lambda _: None).figures["train_pairs"] == 32
 
 
 def test_names_with_commas_and_several_names(small_recipe: Any, workspace: Path) -> None:
@@ -518,15 +520,15 @@ def test_names_with_commas_and_several_names(small_recipe: Any, workspace: Path)
         shutil.copy(workspace / "pairs.jsonl", workspace / name)
     recipe = small_recipe("data.dataset_name=co,mma/a,b.jsonl")
     assert recipe.data.names == ["co,mma/a,b.jsonl"]
-    (name,) = prepare.with_absolute_paths(recipe).data.names
+    (name,) = with_absolute_paths(recipe).data.names
     assert name == str(workspace / "co,mma" / "a,b.jsonl")
     both = small_recipe("data.dataset_name=c.jsonl, pairs.jsonl,some/set")
     assert both.data.names == ["c.jsonl", "pairs.jsonl", "some/set"]
-    absolute = prepare.with_absolute_paths(both)
+    absolute = with_absolute_paths(both)
     assert absolute.data.names == [str(workspace / "c.jsonl"), str(workspace / "pairs.jsonl"), "some/set"]
     (workspace / "written.yaml").write_text(absolute.to_yaml())
     assert load_recipe("./written.yaml").data.names == absolute.data.names
-    pattern = prepare.with_absolute_paths(small_recipe("data.dataset_name=*.jsonl"))
+    pattern = with_absolute_paths(small_recipe("data.dataset_name=*.jsonl"))
     assert pattern.data.names == [str(workspace / "*.jsonl")]
 
 
@@ -549,7 +551,7 @@ def test_places_tell_files_of_one_name_apart(tmp_path: Path, monkeypatch: pytest
     for folder, chosen in rows.items():
         for place in (f"{folder}/p.jsonl:1", f"{tmp_path}/{folder}/p.jsonl:1"):
             assert reader.find(place)[0].chosen == chosen
-    with pytest.raises(DataError, match=r"no such row, but 3 that end so(.|\n)*remedy: one/p"):
+    with pytest.raises(DataError, match=r"no such row, but 3 that end so(.|\n)*fix: one/p"):
         reader.find("p.jsonl:1")
     alone, _ = find_sources(DataSection(dataset_name="one/p.jsonl"))
     assert [where for where, _ in alone[0].rows([])] == ["p.jsonl:1"]

@@ -14,8 +14,9 @@ import pytest
 from conftest import Answer, byte_tokenizer
 from rich.console import Console
 
-from orpo_lite import screen
-from orpo_lite.data.mapped import LOOK
+from orpo_lite.cli import console as cli_console
+from orpo_lite.cli.data_view import print_pair, visible
+from orpo_lite.data.formats.column_map import LOOK
 
 MAP = "data.column_map=prompt=question,chosen=good_answer,rejected=bad_answer"
 COFFEE = [
@@ -77,8 +78,8 @@ def test_the_pair_is_legible_without_colour(look: Look) -> None:
 def test_each_kind_of_segment_has_a_colour_on_a_terminal(look: Look, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Console(force_terminal=True, color_system="standard", highlight=False, markup=False, soft_wrap=True)
     with terminal.capture() as captured:
-        monkeypatch.setattr(screen, "out", terminal)
-        screen.print_pair(json.loads(json.dumps(SAMPLE)))
+        monkeypatch.setattr(cli_console, "out", terminal)
+        print_pair(json.loads(json.dumps(SAMPLE)))
     shown = captured.get()
     for text, style in (("Hi", "36"), ("Yes", "32"), ("[end: </s>]", "1;35"), ("[cut off: way.</s>]", "31")):
         assert f"\x1b[{style}m{text}" in shown, text
@@ -102,7 +103,7 @@ def test_control_codes_of_the_data_do_not_reach_the_terminal(coffee: Path, look:
     assert code == 0
     assert not {"\x1b", "\x07", "\u202e"} & set(shown)
     # The tokenizer of the workspace keeps none of these, so what is shown of one that does:
-    assert screen.visible("\x1b[2J\x07b\u202e\n\té🦜") == "\\x1b[2J\\x07b\\u202e\n\té🦜"
+    assert visible("\x1b[2J\x07b\u202e\n\té🦜") == "\\x1b[2J\\x07b\\u202e\n\té🦜"
 
 
 def test_json_is_what_a_run_keeps_as_data_json_and_the_pairs(

@@ -23,16 +23,18 @@ from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.utils import _http
 from safetensors import safe_open
 
-from orpo_lite import licence
-from orpo_lite.base import find_base
+from orpo_lite.api import train
+from orpo_lite.base.find import find_base
 from orpo_lite.errors import CheckpointError, HubError, ModelError, OrpoLiteError, RecipeError
-from orpo_lite.generate import NEUTRAL
-from orpo_lite.hub import attempts, upload
-from orpo_lite.merge import merge
-from orpo_lite.push import PushResult, push, push_command, pushing
-from orpo_lite.recipe import load_recipe
-from orpo_lite.run import Weights, locked, quoted
-from orpo_lite.train import train
+from orpo_lite.merging.merge import merge
+from orpo_lite.model.generate import NEUTRAL
+from orpo_lite.publishing import licences as licence
+from orpo_lite.publishing import retry as attempts
+from orpo_lite.publishing import upload
+from orpo_lite.publishing.push import PushResult, push, push_command, push_events
+from orpo_lite.recipe.reader import load_recipe
+from orpo_lite.runs.atomic import locked
+from orpo_lite.runs.commands import Weights, quoted
 
 REPO = "someone/tuned"
 CANARY = "xylophone-canary"  # of the data; a path's and a token's are beside it
@@ -227,7 +229,7 @@ def test_what_an_earlier_push_left_of_ours_goes(a_run: Path, hub: Hub) -> None:
     result = push(a_run, REPO, merged="original")
     assert set(hub.written[REPO].files) == {*result.files, *theirs}
     assert "model.safetensors" not in hub.written[REPO].files
-    notes = [update.text for update in pushing(a_run, REPO) if update.kind == "note"]
+    notes = [update.text for update in push_events(a_run, REPO) if update.kind == "note"]
     gone = "config.json, model-00001-of-00002.safetensors, model-00002-of-00002.safetensors, model.safetensors.index.j"
     assert f"removed, of an earlier push (the history keeps them): {gone}son" == notes[-1]
     assert {"config.json", "model.safetensors.index.json"}.isdisjoint(hub.written[REPO].files)
@@ -256,7 +258,7 @@ def test_only_what_is_on_the_list(a_run: Path, hub: Hub) -> None:
         (a_run / folder / "more").mkdir()
         (a_run / folder / "more" / "tokenizer.json").write_text("private")
         (a_run / folder / "notes.md").symlink_to(a_run / "recipe.yaml")
-    notes = [update.text for update in pushing(a_run, REPO) if update.kind == "note"]
+    notes = [update.text for update in push_events(a_run, REPO) if update.kind == "note"]
     push(a_run, "someone/merged", merged="original")
     for repository in hub.written.values():
         assert not {"train.jsonl", "optimizer.pt", "pytorch_model.bin", ".env", "run.py", "notes.txt", "notes.md",
@@ -409,7 +411,7 @@ def test_a_model_that_is_not_whole(a_run: Path, hub: Hub, merged: Weights | None
     message = refused(CheckpointError, lambda: push(a_run, REPO, merged=merged), code=5)
     if (fault, merged) != ("no weights", None):
         assert file.name in message
-    assert message.splitlines()[-1] == f"  remedy: {command}"
+    assert message.splitlines()[-1] == f"  fix: {command}"
     assert hub.requests == []
 
 
@@ -421,7 +423,7 @@ def test_a_shard_that_is_not_whole_or_an_index_that_is_none(a_run: Path, hub: Hu
     index.write_text("[]")
     message = refused(CheckpointError, lambda: push(a_run, REPO, merged="original"), code=5)
     assert index.name in message
-    assert message.endswith(f"remedy: orpo-lite merge {a_run}")
+    assert message.endswith(f"fix: orpo-lite merge {a_run}")
 
 
 def test_a_card_that_is_not_utf_8(a_run: Path, hub: Hub) -> None:
@@ -447,7 +449,7 @@ def test_weights_that_go_while_the_hub_is_waited_for(a_run: Path, hub: Hub, monk
         hub.fail(at, 503, times=1)
         message = refused(CheckpointError, lambda: push(a_run, REPO), code=5)
         assert str(file) in message, at
-        assert message.endswith(f"remedy: orpo-lite train --resume {a_run}")
+        assert message.endswith(f"fix: orpo-lite train --resume {a_run}")
 
 
 # --- a hub that refuses
@@ -565,16 +567,16 @@ def test_commands_that_repeat_a_fault_are_not_printed(a_run: Path, hub: Hub) -> 
     assert message.endswith(f"\n  then: orpo-lite push {a_run} {REPO} --merged")
     address = f"https://huggingface.co/{REPO}"
     message = refused(RecipeError, lambda: push(a_run, address), code=2)
-    assert message.endswith(f"remedy: orpo-lite push {a_run} {REPO}")
+    assert message.endswith(f"fix: orpo-lite push {a_run} {REPO}")
     message = refused(RecipeError, lambda: push(a_run, "a b"), code=2)
-    assert message.endswith(f"remedy: orpo-lite push {a_run} OWNER/NAME")
+    assert message.endswith(f"fix: orpo-lite push {a_run} OWNER/NAME")
     message = refused(CheckpointError, lambda: push(a_run / "adapter", REPO), code=5)
-    assert message.endswith(f"remedy: {a_run}")
+    assert message.endswith(f"fix: {a_run}")
     (a_run / "samples.jsonl").write_text("{")
     assert "orpo-lite push" not in refused(CheckpointError, lambda: push(a_run, REPO), code=5)
     (a_run / "samples.jsonl").unlink()
     message = refused(CheckpointError, lambda: push(a_run, REPO, samples=1), code=5)
-    assert message.endswith("remedy: leave --samples out")
+    assert message.endswith("fix: leave --samples out")
 
 
 @pytest.mark.parametrize(
@@ -596,7 +598,7 @@ def test_metadata_that_the_hub_refuses_before_anything_is_made(a_run: Path, hub:
     hub.fail("validate-yaml", 400, body=body, headers={"Content-Type": "application/json"})
     message = no_push(a_run, hub)
     assert message.startswith(f"{a_run}/README.md: its metadata are refused by the hub: license must be one of [a, b]")
-    assert "remedy: mend it" in message
+    assert "fix: mend it" in message
     assert hub.written == {}
 
 
@@ -900,7 +902,7 @@ def test_stopped_anywhere_else(call: Call, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(os, "_exit", sys.exit)  # this process goes on, whatever threads it has
     for place in ("app", "_choose_recipe"):
         with monkeypatch.context() as patch:
-            patch.setattr(import_module("orpo_lite.cli"), place, interrupt)
+            patch.setattr(import_module("orpo_lite.cli.commands"), place, interrupt)
             assert call("plan", "--recipe", "demo") == (130, "", "stopped; nothing further was saved\n")
 
 
@@ -983,7 +985,7 @@ def test_the_agreement_beside_the_base_on_the_hub(on_the_hub: Path, hub: Hub) ->
 
 
 def test_a_base_without_a_licence_is_not_given_one(a_run: Path, hub: Hub) -> None:
-    notes = [update.text for update in pushing(a_run, REPO) if update.kind == "note"]
+    notes = [update.text for update in push_events(a_run, REPO) if update.kind == "note"]
     assert any("names no licence" in note for note in notes)
     card = ModelCard(hub.written[REPO].files["README.md"].decode())
     assert not [key for key in (*licence.KEYS, "base_model") if card.data.get(key)]
@@ -1041,7 +1043,7 @@ def test_licences_that_the_run_lacks_are_asked_for(a_run: Path, hub: Hub) -> Non
 
 def test_a_changed_card_of_an_adapter_is_said_to_be_one_beside_a_merged_model(a_run: Path, hub: Hub) -> None:
     def notes(merged: Weights | None) -> str:
-        return "\n".join(update.text for update in pushing(a_run, REPO, merged=merged))
+        return "\n".join(update.text for update in push_events(a_run, REPO, merged=merged))
 
     said = f"{a_run}/README.md says how to load an adapter; this is a merged model"
     assert said not in notes("original")
@@ -1113,9 +1115,7 @@ def test_what_cannot_be_pushed_is_not_trained(
         hub.written[REPO] = Repository(is_private=False)
     else:
         hub.grant("read" if trouble == "reads" else "fineGrained", **({} if trouble == "reads" else {"scoped": []}))
-    monkeypatch.setattr(
-        import_module("orpo_lite.train"), "load_pair_model", lambda *_: pytest.fail("weights were loaded")
-    )
+    monkeypatch.setattr("orpo_lite.training.session.load_pair_model", lambda *_: pytest.fail("weights were loaded"))
     code, said, complained = small()
     assert code == 8
     assert "output.push_to_hub=false" in complained
@@ -1128,9 +1128,7 @@ def test_what_cannot_be_pushed_is_not_trained(
 def test_a_name_that_the_licence_refuses_is_not_trained(
     small: Callable[..., Answer], hub: Hub, workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        import_module("orpo_lite.train"), "load_pair_model", lambda *_: pytest.fail("weights were loaded")
-    )
+    monkeypatch.setattr("orpo_lite.training.session.load_pair_model", lambda *_: pytest.fail("weights were loaded"))
     (workspace / "base/README.md").write_text("---\nlicense: other\nlicense_name: llama3\nlicense_link: LICENSE\n---\n")
     code, _, complained = small()
     assert code == 2

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from orpo_lite.data.formats import PROMPTS_DIFFER, Pair
-from orpo_lite.data.pairs import EMPTY_CHOSEN, PairReader
-from orpo_lite.data.sets import held_out_sources, hold_out, prompt_key, training_sources
-from orpo_lite.data.templates import LimitedRenderer, Renderer, set_chat_template
-from orpo_lite.data.tokens import LONG_PROMPT, TokenizedPair, end_token_id, show_texts, tokenize_pairs
-from orpo_lite.recipe import DataSection
+from orpo_lite.data.chat_template import set_chat_template
+from orpo_lite.data.pair import EMPTY_CHOSEN, PROMPTS_DIFFER, Pair, TokenizedPair
+from orpo_lite.data.pairs import PairReader
+from orpo_lite.data.render_process import LimitedRenderer, Renderer
+from orpo_lite.data.split import held_out_sources, hold_out, prompt_key, training_sources
+from orpo_lite.data.tokenize import LONG_PROMPT, end_token_id, show_texts, tokenize_pairs
+from orpo_lite.recipe.schema import DataSection
 
 SHARED = Path(__file__).parents[2] / "shared"
 HH = SHARED / "data" / "hh-rlhf-harmless.jsonl"

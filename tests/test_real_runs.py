@@ -8,10 +8,10 @@ import torch
 from conftest import SHARED
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from orpo_lite import run
-from orpo_lite.merge import merge
-from orpo_lite.recipe import load_recipe
-from orpo_lite.train import train
+from orpo_lite.api import train
+from orpo_lite.merging.merge import merge
+from orpo_lite.recipe.reader import load_recipe
+from orpo_lite.runs.records import read_json, read_metrics
 
 pytestmark = pytest.mark.real
 
@@ -50,11 +50,11 @@ def test_a_real_llama_learns_real_preferences(name: str, tmp_path: Path) -> None
         ],
     )
     result = train(recipe)
-    data = run.read_json(result.run / "data.json")
+    data = read_json(result.run / "data.json")
     (said,) = data["format"]
     assert form in said
     assert "the paper's" in data["chat_template"]
-    losses = {row["step"]: row["eval_loss"] for row in run.read_metrics(result.run) if "eval_loss" in row}
+    losses = {row["step"]: row["eval_loss"] for row in read_metrics(result.run) if "eval_loss" in row}
     assert losses[result.kept_step] == min(losses.values())
     assert result.after["eval_nll_loss"] < result.before["eval_nll_loss"] - 0.05
     assert all(math.isfinite(value) for value in result.after.values())

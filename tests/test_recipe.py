@@ -18,17 +18,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from orpo_lite.errors import SHOWN, HubError, RecipeError
-from orpo_lite.recipe import (
-    CHECKOUT,
-    FOREIGN,
-    KEYS,
-    MAX_BYTES,
-    Recipe,
-    find_recipe,
-    load_recipe,
-    shipped_recipes,
-    to_text,
-)
+from orpo_lite.recipe.foreign import FOREIGN
+from orpo_lite.recipe.reader import CHECKOUT, MAX_BYTES, find_recipe, load_recipe, shipped_recipes
+from orpo_lite.recipe.schema import KEYS, Recipe
+from orpo_lite.recipe.text import to_text
 
 MINIMAL = "model:\n  model_name_or_path: some/base\ndata:\n  dataset_name: some/pairs\n"
 TOKEN = "hf_" + "Abcd1234" * 4
@@ -167,10 +160,10 @@ def test_a_recipe_is_frozen() -> None:
         recipe.lora.r = 4
 
 
-# --- bad files: each with its place, what was expected, and a remedy
+# --- bad files: each with its place, what was expected, and a fix
 
 BAD_FILES: dict[str, tuple[str, list[str]]] = {
-    "syntax": ("model:\n  a: [1\nlora:\n", ["mine.yaml:3:", "YAML", "remedy"]),
+    "syntax": ("model:\n  a: [1\nlora:\n", ["mine.yaml:3:", "YAML", "fix"]),
     "tab": ("model:\n\tmodel_name_or_path: x\n", ["mine.yaml:2:1", "YAML"]),
     "two documents": (MINIMAL + "---\n" + MINIMAL, ["mine.yaml:5:", "document"]),
     "control character": ("model:\n  a: \x00\n", ["mine.yaml", "unacceptable character"]),
@@ -317,7 +310,7 @@ def test_a_bad_value_is_answered_with_key_and_expectation(write: Write, key: str
     assert said.startswith("command line:"), said
     assert said.count("\n") == 2
     assert f"expected: {expected}" in said or expected in said, said
-    assert "remedy: " in said
+    assert "fix: " in said
     assert key in said or "YAML" in said
 
 
@@ -455,7 +448,7 @@ MEANT: dict[str, str] = {
 def test_a_key_of_another_tool_is_answered_by_its_meaning(write: Write, key: str) -> None:
     said = message(write(MINIMAL), f"{key}=1")
     assert f"command line: unknown key {key}\n" in said
-    assert f"remedy: {MEANT[key]}" in said or MEANT[key] in said
+    assert f"fix: {MEANT[key]}" in said or MEANT[key] in said
 
 
 def test_every_answer_leads_to_a_key_that_exists() -> None:
@@ -500,7 +493,7 @@ def test_a_token_is_refused_and_never_shown(write: Write, case: str) -> None:
 
 
 def test_a_token_is_shown_by_no_error_at_all() -> None:
-    error = HubError(f"hub {TOKEN}", f"said {TOKEN}", f"not {TOKEN}", f"use {TOKEN}")
+    error = HubError(where=f"hub {TOKEN}", found=f"said {TOKEN}", expected=f"not {TOKEN}", fix=f"use {TOKEN}")
     assert TOKEN not in str(error)
     assert TOKEN not in repr(error)
     assert TOKEN not in message(TOKEN)

@@ -21,11 +21,14 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from orpo_lite.data import files as data_files
-from orpo_lite.data import rows as data_rows
-from orpo_lite.data.rows import Place, Source, choose_split, find_source, is_local, is_path, names_line, split_of
+from orpo_lite.data.sources import json_rows as sources_json_rows
+from orpo_lite.data.sources import lines as sources_lines
+from orpo_lite.data.sources.find import find_source
+from orpo_lite.data.sources.hub import load_set
+from orpo_lite.data.sources.lines import Place
+from orpo_lite.data.sources.source import Source, choose_split, is_local, is_path, names_line, split_of
 from orpo_lite.errors import DataError, HubError, OrpoLiteError, raise_all
-from orpo_lite.recipe import load_recipe
+from orpo_lite.recipe.reader import load_recipe
 
 ROW = {"prompt": "Name a colour.", "chosen": "Blue.", "rejected": "Seven."}
 LINE = json.dumps(ROW).encode()
@@ -82,7 +85,7 @@ def fault(read: Callable[..., Any], *arguments: Any, kind: type[OrpoLiteError] =
     text = str(raised.value)
     assert raised.value.where or "faults:" in text
     assert "expected: " in text
-    assert "remedy: " in text
+    assert "fix: " in text
     return text
 
 
@@ -439,8 +442,8 @@ def test_the_remedy_for_columns_works(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     rows = [{"prompt": f"{i}", "chosen": "2020-01-01", "rejected": "é\n"} for i in range(12)]
     pandas.DataFrame(rows).to_json("a.json")
-    remedy = fault(places, "a.json").partition("remedy: ")[2]
-    eval(remedy, {"pandas": pandas, "OLD": "a.json"})  # noqa: S307 - our own text
+    fix = fault(places, "a.json").partition("fix: ")[2]
+    eval(fix, {"pandas": pandas, "OLD": "a.json"})  # noqa: S307 - our own text
     assert rows_of("NEW.jsonl") == rows
 
 
@@ -509,7 +512,7 @@ def test_two_columns_of_one_name_in_parquet(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.csv.gz"])
 def test_a_line_over_the_cap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(data_files, "MAX_ROW_BYTES", 1 << 20)
+    monkeypatch.setattr(sources_lines, "MAX_ROW_BYTES", 1 << 20)
     path = write(tmp_path / name, b"a,b\n1,2\n" if "csv" in name else LINE + b"\n" + b'{"prompt": "' + b"a" * (1 << 20))
     if "csv" in name:
         write(path, b"a,b\n1," + b"2" * (1 << 20))
@@ -529,7 +532,7 @@ def test_a_gzip_bomb_is_refused_in_little_memory(tmp_path: Path) -> None:
 
 
 def test_a_json_array_over_its_cap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_files, "MAX_JSON_BYTES", 1 << 20)
+    monkeypatch.setattr(sources_json_rows, "MAX_JSON_BYTES", 1 << 20)
     for name in ("a.json", "a.json.gz"):
         path = write(tmp_path / name, json.dumps([ROW] * 20_000))
         assert "use .jsonl" in fault(places, path)
@@ -718,7 +721,7 @@ def test_one_name_in_two_kinds_is_not_read_twice(tmp_path: Path) -> None:
     text = fault(source, both)
     assert "train.csv and train.jsonl: one name in two kinds of files" in text
     assert wheres(both / "train.jsonl") == ["train.jsonl:1"]
-    assert f"remedy: data.dataset_name={both / 'train.jsonl'} or data.dataset_name={both / 'train.csv'}" in text
+    assert f"fix: data.dataset_name={both / 'train.jsonl'} or data.dataset_name={both / 'train.csv'}" in text
 
 
 def test_a_folder_without_data(tmp_path: Path) -> None:
@@ -834,11 +837,11 @@ def test_a_bare_name_that_is_not_on_the_hub_may_have_been_a_file(
     monkeypatch.setattr(datasets, "get_dataset_split_names", refuse)
     monkeypatch.chdir(folder(tmp_path, "mydata.csv"))
     for name, near in (("mydat", "did you mean mydata.csv?"), ("zzz", "check the path")):
-        for error, remedy in ((ConnectionError("offline"), "network"), (ValueError(f"'{name}' doesn't exist"), "open")):
+        for error, fix in ((ConnectionError("offline"), "network"), (ValueError(f"'{name}' doesn't exist"), "open")):
             errors = [error, error]
             text = fault(source, name, kind=HubError)
             assert f"there is no file or folder {name} here either ({near}); for a set of the hub, " in text
-            assert remedy in text
+            assert fix in text
     errors = [ConnectionError("offline")] * 2
     assert "no file" not in fault(source, "org/mydat", kind=HubError)
 
@@ -964,11 +967,11 @@ CONFIGS = "Config name is missing.\nPlease pick one among the available configs:
 
 @pytest.mark.parametrize("split", ["auto", "train"])
 @pytest.mark.parametrize(
-    ("error", "remedy"),
+    ("error", "fix"),
     [
         (ValueError("Unknown split \"train\". Should be one of ['train_prefs']."), "data.dataset_train_split=SPLIT"),
         (ValueError("Config name is missing."), "data.dataset_config=CONFIG"),
-        (ValueError(CONFIGS), "['en', 'de']|remedy: data.dataset_config=en,"),
+        (ValueError(CONFIGS), "['en', 'de']|fix: data.dataset_config=en,"),
         (ValueError("BuilderConfig 'x' not found. Available: ['en', 'de']"), "['en', 'de']|data.dataset_config=en,"),
         (
             ValueError("There are multiple 'o/split' configurations in the cache: en, de\nPlease specify which"),
@@ -987,8 +990,8 @@ CONFIGS = "Config name is missing.\nPlease pick one among the available configs:
         (TimeoutError(), "TimeoutError|hf download --repo-type dataset o/split"),
     ],
 )
-def test_a_hub_fault_names_the_set_and_the_remedy(
-    monkeypatch: pytest.MonkeyPatch, error: Exception, remedy: str, split: str
+def test_a_hub_fault_names_the_set_and_the_fix(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, fix: str, split: str
 ) -> None:
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise error
@@ -996,7 +999,7 @@ def test_a_hub_fault_names_the_set_and_the_remedy(
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     monkeypatch.setattr(datasets, "get_dataset_split_names", refuse)
     text = fault(find_source, "o/split", split, None, kind=HubError)
-    assert all(part in text for part in remedy.split("|"))
+    assert all(part in text for part in fix.split("|"))
     assert text.startswith("data.dataset_name o/split: ")
     assert "Example of usage" not in text
 
@@ -1023,26 +1026,26 @@ def test_the_hubs_own_reader_on_a_real_folder(tmp_path: Path, monkeypatch: pytes
         write(where / f"{split}.jsonl", to_jsonl(some_rows(count)))
     names = "".join(f"  - split: {split}\n    path: {split}.jsonl\n" for split in ULTRAFEEDBACK)
     write(where / "README.md", f"---\nconfigs:\n- config_name: en\n  data_files:\n{names}---\n")
-    found = data_rows._load_set(str(where), "auto", None)
+    found = load_set(str(where), "auto", None)
     assert found.said.startswith("split train_prefs (of train_prefs, train_sft, test_prefs, test_sft); ")
     assert [row for _, row in found.rows([])] == some_rows(3)
     assert found.table.cache_files
     sha, count = found.fingerprint()
-    assert (sha, count) == (data_rows._load_set(str(where), "train_prefs", "en").fingerprint()[0], 3)
-    assert sha != data_rows._load_set(str(where), "test_prefs", None).fingerprint()[0]
+    assert (sha, count) == (load_set(str(where), "train_prefs", "en").fingerprint()[0], 3)
+    assert sha != load_set(str(where), "test_prefs", None).fingerprint()[0]
     # A set of the hub that is in the cache, when the hub cannot be reached.
     shutil.copytree(tmp_path / "cache" / "set" / "en", tmp_path / "cache" / "org___set" / "en")
     cached = find_source("org/set", "auto", None)
     assert (cached.said, cached.fingerprint()[1]) == (found.said, 3)
     assert list(cached.rows([])) == list(found.rows([]))
     assert "configs in the cache: ['en']" in fault(find_source, "org/set", "auto", "fr", kind=HubError)
-    text = fault(data_rows._load_set, str(where), "dev", None, kind=HubError)
+    text = fault(load_set, str(where), "dev", None, kind=HubError)
     assert "train_prefs" in text
     assert "data.dataset_train_split=SPLIT" in text
-    assert "data.dataset_config=en," in fault(data_rows._load_set, str(where), "auto", "fr", kind=HubError)
+    assert "data.dataset_config=en," in fault(load_set, str(where), "auto", "fr", kind=HubError)
     more = f"- config_name: de\n  data_files:\n{names}"
     write(where / "README.md", f"---\nconfigs:\n- config_name: en\n  data_files:\n{names}{more}---\n")
     for split in ("auto", "train_prefs"):
-        text = fault(data_rows._load_set, str(where), split, None, kind=HubError)
+        text = fault(load_set, str(where), split, None, kind=HubError)
         assert "['en', 'de']" in text
         assert "data.dataset_config=en," in text

@@ -6,21 +6,22 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from conftest import in_float64, ragged_pairs, tiny_llama, tiny_opt
 from peft import LoraConfig, get_peft_model
 
 from orpo_lite.data.packing import Batching, epoch_order, micro_batches, nll_tokens, pad_pairs
-from orpo_lite.data.tokens import TokenizedPair
-from orpo_lite.gradient import accumulate, seed_dropout
-from orpo_lite.model import PairModel
-from orpo_lite.recipe import Recipe, load_recipe
-from orpo_lite.step.losses import Divisors, orpo_loss
+from orpo_lite.data.pair import TokenizedPair
+from orpo_lite.model.pair_model import PairModel
+from orpo_lite.model.parallel import Processes
+from orpo_lite.objectives.objective import Divisors, find_objective
+from orpo_lite.objectives.orpo import orpo_loss
+from orpo_lite.recipe.reader import load_recipe
+from orpo_lite.recipe.schema import Recipe
+from orpo_lite.training.step import accumulate, seed_dropout
 
 PADDED = Batching(packed=False, share=False, tokens=0, pairs=2, pad_id=0, completion_only_loss=False)
 PACKED = replace(PADDED, packed=True, share=True, tokens=60)
@@ -43,11 +44,25 @@ def lora_model(base: torch.nn.Module, dtype: torch.dtype = torch.float64, dropou
     return PairModel(model).train()
 
 
-def gradients(model: PairModel, pairs: list[TokenizedPair], settings: Recipe) -> tuple[torch.Tensor, list[float]]:
+def gradients(
+    model: PairModel,
+    pairs: list[TokenizedPair],
+    settings: Recipe,
+    processes: Processes | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+) -> tuple[torch.Tensor, list[float]]:
     """All LoRA gradients of one step as one vector, and the step's figures."""
     model.zero_grad(set_to_none=True)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    parts = accumulate(model, pairs, settings, 0, model.batching(settings, 0), Accelerator(cpu=True), scaler)
+    parts = accumulate(
+        model,
+        find_objective(settings.loss),
+        pairs,
+        model.batching(settings, 0),
+        step=0,
+        seed=settings.training.seed,
+        processes=processes or Processes(cpu=True),
+        scaler=scaler or torch.amp.GradScaler("cpu", enabled=False),
+    )
     return torch.cat([parameter.grad.flatten() for _, parameter in model.trained()]), parts  # type: ignore[union-attr]
 
 
@@ -187,23 +202,17 @@ gradients_of_processes(sys.argv[1])
 
 def gradients_of_processes(folder: str) -> None:
     """What each of the launched processes runs: three steps' gradients, saved by the first."""
-    accelerator = Accelerator(cpu=True)
+    processes = Processes(cpu=True)
     model = lora_model(tiny_llama())
-    assert accelerator.num_processes == 2
+    assert processes.count == 2
     saved = {}
     for reduction, only in REDUCTIONS:
         for count in (8, 7, 1):  # an uneven share; a process with no pair at all
             settings = recipe(
                 memory__micro_batch_size=2, loss__nll_reduction=reduction, loss__completion_only_loss=only
             )
-            model.zero_grad(set_to_none=True)
-            scaler = torch.amp.GradScaler("cpu", enabled=False)
-            parts = accumulate(
-                model, ragged_pairs(count), settings, 0, model.batching(settings, 0), accelerator, scaler
-            )
-            vector = torch.cat([p.grad.flatten() for _, p in model.trained()])  # type: ignore[union-attr]
-            saved[f"{reduction} {count}"] = (vector, parts)
-    if accelerator.is_main_process:
+            saved[f"{reduction} {count}"] = gradients(model, ragged_pairs(count), settings, processes)
+    if processes.is_main:
         torch.save(saved, f"{folder}/gradients.pt")
 
 
@@ -232,10 +241,9 @@ def test_two_processes_give_the_gradient_of_one(tmp_path: Path) -> None:
 def test_a_process_without_a_pair_has_a_scaler_that_works() -> None:
     """float16: the scaler makes its state at its first use, and unscale_ refuses to run before that."""
     model, scaler = lora_model(tiny_llama()), torch.amp.GradScaler("cpu", enabled=True)
-    other: Any = SimpleNamespace(num_processes=2, process_index=1, device=torch.device("cpu"))
-    other.reduce = lambda tensor, **_: tensor
-    settings = recipe()
-    accumulate(model, ragged_pairs(1), settings, 0, model.batching(settings, 0), other, scaler)
+    second: Any = Processes(cpu=True)
+    second.rank, second.count, second.sum = 1, 2, lambda tensor: tensor
+    gradients(model, ragged_pairs(1), recipe(), second, scaler)
     optimizer = torch.optim.SGD([parameter for _, parameter in model.trained()], lr=0.1)
     scaler.unscale_(optimizer)
     assert all(not parameter.grad.any() for _, parameter in model.trained())  # type: ignore[union-attr]

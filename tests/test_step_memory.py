@@ -12,17 +12,19 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from benchmarks.step import storages
-from orpo_lite.base import fetch_weights, find_base
+from orpo_lite.base.find import fetch_weights, find_base
 from orpo_lite.data.packing import Batching, make_batch, micro_batches, pack_pairs, pad_pairs
-from orpo_lite.meter import LiveBytes
-from orpo_lite.model import PairModel, bare_pair_model, load_pair_model
-from orpo_lite.proof import prove
-from orpo_lite.recipe import Recipe
-from orpo_lite.step.attention import BACKENDS, Segment, Shape
-from orpo_lite.step.head import Head, row_logps
-from orpo_lite.step.layers import HostStore
-from orpo_lite.step.losses import Divisors, orpo_loss
-from orpo_lite.step.memory import HOST, is_on_host, move
+from orpo_lite.model.load import bare_pair_model, load_pair_model
+from orpo_lite.model.pair_model import PairModel
+from orpo_lite.model.probe import probe
+from orpo_lite.objectives.objective import Divisors
+from orpo_lite.objectives.orpo import orpo_loss
+from orpo_lite.ops.attention import BACKENDS, Segment, Shape
+from orpo_lite.ops.head import Head, row_logps
+from orpo_lite.ops.layers import HostStore
+from orpo_lite.ops.transfer import HOST, is_on_host, transfer
+from orpo_lite.planning.meter import LiveBytes
+from orpo_lite.recipe.schema import Recipe
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -62,14 +64,14 @@ def test_live_bytes_follow_storages_not_tensors() -> None:
 def test_what_would_be_in_host_memory_is_counted_apart_on_meta() -> None:
     tensor = torch.empty(1024, device=META)
     with LiveBytes([tensor]) as tracker:
-        host = move(tensor, HOST)
+        host = transfer(tensor, HOST)
         assert (tracker.live, tracker.host) == (0, 4096)
         assert is_on_host(host)
         assert not is_on_host(tensor)
-        back = move(host, META)
+        back = transfer(host, META)
         assert (tracker.live, tracker.host) == (4096, 4096)
         assert not is_on_host(back)
-        assert move(back, META) is back
+        assert transfer(back, META) is back
         del host
         assert tracker.host == 0
         assert tracker.host_peak == 4096
@@ -77,7 +79,7 @@ def test_what_would_be_in_host_memory_is_counted_apart_on_meta() -> None:
 
 def test_on_a_cpu_nothing_needs_to_be_moved() -> None:
     tensor = torch.ones(3)
-    assert move(tensor, HOST) is tensor
+    assert transfer(tensor, HOST) is tensor
     store = HostStore()
     x = torch.ones(4, requires_grad=True)
     with store.saving():
@@ -214,14 +216,14 @@ def test_bfloat16_is_as_exact_as_trl(base: Path) -> None:
 def test_the_proof_accepts_bfloat16_on_a_4_bit_base(base: Path) -> None:
     settings = on_base(base).override({"model.dtype": "bfloat16"})
     model = load_pair_model(settings, fetch_weights(find_base(str(base), "main")), CPU)
-    prove(model, 256)
+    probe(model, 256)
     assert (model.way, model.notes) == ("shared", [])
 
 
 def test_the_proof_knows_that_4_bit_products_may_be_coarser_than_the_stream(base: Path) -> None:
     settings = on_base(base).override({"model.dtype": "float32", "quantization.bnb_4bit_compute_dtype": "bfloat16"})
     model = load_pair_model(settings, fetch_weights(find_base(str(base), "main")), CPU)
-    prove(model, 256)
+    probe(model, 256)
     assert model.way == "shared", model.notes
 
 

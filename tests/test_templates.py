@@ -17,24 +17,25 @@ from hypothesis import strategies as st
 from test_tokens import CHATML, TURNS, bot, byte_level, colour, message, section, user
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from orpo_lite.data import templates
-from orpo_lite.data.formats import Pair
-from orpo_lite.data.templates import (
+from orpo_lite.data import render_process as data_render_process
+from orpo_lite.data.chat_template import (
+    PAPER_CHAT_TEMPLATE,
     REWRITTEN,
+    SECONDS,
     SPECIAL,
     TURN_LOST,
     BeyondLimitsError,
-    LimitedRenderer,
     PairTexts,
     Rendered,
-    Renderer,
     Template,
     is_file,
     pair_texts,
     set_chat_template,
     template_file,
 )
-from orpo_lite.data.tokens import BATCH, end_token_id, tokenize_pairs
+from orpo_lite.data.pair import Pair
+from orpo_lite.data.render_process import LimitedRenderer, Renderer
+from orpo_lite.data.tokenize import BATCH, end_token_id, tokenize_pairs
 from orpo_lite.errors import DataError, ModelError, OrpoLiteError, RecipeError
 
 
@@ -180,7 +181,7 @@ WILD = {
     "{{ '<start_of_turn>' + role + '\\n' + m.content | trim + '<end_of_turn>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}",
     "no header of its own": "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}",
-    "paper": templates.PAPER_CHAT_TEMPLATE,
+    "paper": PAPER_CHAT_TEMPLATE,
 }
 ENDS = {
     "chatml": "<|im_end|>",
@@ -431,13 +432,13 @@ def nothing_left() -> Iterator[None]:
 def one_second(monkeypatch: pytest.MonkeyPatch) -> None:
     """The process apart takes SECONDS for 1."""
     start = subprocess.Popen
-    serve = "import orpo_lite.data.templates as t; t.SECONDS = 1; t._serve()"
+    serve = "from orpo_lite.data import chat_template as c, render_process as r; c.SECONDS = r.SECONDS = 1; r._serve()"
 
     def start_shortened(command: list[str], **options: Any) -> Any:
-        assert command == [sys.executable, "-P", "-m", templates.__name__]
+        assert command == [sys.executable, "-P", "-m", data_render_process.__name__]
         return start([sys.executable, "-P", "-c", serve], **options)
 
-    monkeypatch.setattr(templates.subprocess, "Popen", start_shortened)
+    monkeypatch.setattr(data_render_process.subprocess, "Popen", start_shortened)
 
 
 def bomb() -> Template:
@@ -463,7 +464,7 @@ def test_a_template_out_of_bounds_is_refused_and_placed() -> None:
 def test_a_template_that_no_signal_stops_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     with LimitedRenderer(bomb()) as limited:
         assert isinstance(render(limited, [colour()])[0], PairTexts)
-        monkeypatch.setattr(templates, "STUCK", 1.0)
+        monkeypatch.setattr(data_render_process, "STUCK", 1.0)
         began = time.monotonic()
         with pytest.raises(
             BeyondLimitsError, match=r"one of the 2 pairs from x:1: .* did not end within 1 seconds"
@@ -487,9 +488,9 @@ def test_a_bomb_among_many_pairs_stops_the_run(bpe: PreTrainedTokenizerFast) -> 
 def test_the_seconds_are_those_of_the_process(bpe: PreTrainedTokenizerFast) -> None:
     with LimitedRenderer(bomb()) as limited:
         began = time.monotonic()
-        with pytest.raises(BeyondLimitsError, match=f"takes more than {templates.SECONDS} seconds"):
+        with pytest.raises(BeyondLimitsError, match=f"takes more than {SECONDS} seconds"):
             render(limited, [colour("time")])
-        assert templates.SECONDS <= time.monotonic() - began < 10 * templates.SECONDS
+        assert SECONDS <= time.monotonic() - began < 10 * SECONDS
 
 
 # --- the process ends

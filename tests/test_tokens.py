@@ -14,24 +14,24 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from orpo_lite.data import tokens as data_tokens
-from orpo_lite.data.formats import Pair
-from orpo_lite.data.sets import prompt_key
-from orpo_lite.data.templates import REWRITTEN, SPECIAL, PairTexts, Renderer, pair_texts, set_chat_template
-from orpo_lite.data.tokens import (
+from orpo_lite.data.chat_template import REWRITTEN, SPECIAL, PairTexts, pair_texts, set_chat_template
+from orpo_lite.data.pair import Pair, TokenizedPair, common_prefix
+from orpo_lite.data.render_process import Renderer
+from orpo_lite.data.split import prompt_key
+from orpo_lite.data.tokenize import (
     BATCH,
     EQUAL_CUT,
     LONG_PROMPT,
     NO_ROOM,
     Segment,
-    TokenizedPair,
-    common_prefix,
+    _encode,
+    _response_start,
     end_token_id,
     show_texts,
     tokenize_pairs,
 )
 from orpo_lite.errors import DataError, ModelError, OrpoLiteError
-from orpo_lite.recipe import DataSection
+from orpo_lite.recipe.schema import DataSection
 
 MANY, SOME = (
     settings(max_examples=count, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -77,7 +77,7 @@ def message(raised: pytest.ExceptionInfo[OrpoLiteError]) -> str:
     """The text of an error that says all three: the place, what was expected, and what to do."""
     text = str(raised.value)
     assert "expected: " in text
-    assert "remedy: " in text
+    assert "fix: " in text
     return text
 
 
@@ -563,12 +563,12 @@ PIECES = st.lists(st.sampled_from(ODD.split("|")), max_size=12).map(lambda piece
 def test_the_response_starts_with_the_first_token_that_reaches_beyond_the_boundary(
     any_tokenizer: PreTrainedTokenizerFast, text: str
 ) -> None:
-    encoded = data_tokens._encode([text, "another " + text], any_tokenizer)
+    encoded = _encode([text, "another " + text], any_tokenizer)
     for row, whole in enumerate((text, "another " + text)):
         offsets = encoded.encodings[row].offsets
         for boundary in range(len(whole) + 1):
             beyond = (index for index, (_, end) in enumerate(offsets) if end > boundary)
-            assert data_tokens._response_start(encoded, row, boundary) == next(beyond, len(offsets)), boundary
+            assert _response_start(encoded, row, boundary) == next(beyond, len(offsets)), boundary
 
 
 @given(one=st.lists(st.integers(0, 2), max_size=8), other=st.lists(st.integers(0, 2), max_size=8))

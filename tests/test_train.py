@@ -17,14 +17,22 @@ from conftest import Answer, tiny_llama, write_base
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM
 
-import orpo_lite.gradient
-from orpo_lite import checkpoint, run, train
+from orpo_lite import train
+from orpo_lite.api import train_events
 from orpo_lite.errors import CheckpointError, DataError, DivergedError, FitError, ModelError, RecipeError
-from orpo_lite.merge import merge
-from orpo_lite.optimizer import lr_factor, whole_steps
-from orpo_lite.recipe import Recipe
-from orpo_lite.run import Update
-from orpo_lite.train import TrainResult, training
+from orpo_lite.merging.merge import merge
+from orpo_lite.model.optimizer import lr_factor, whole_steps
+from orpo_lite.objectives.orpo import Orpo
+from orpo_lite.progress import Update
+from orpo_lite.recipe.schema import Recipe
+from orpo_lite.runs.atomic import locked
+from orpo_lite.runs.folder import KEPT
+from orpo_lite.runs.interrupt import Interrupted
+from orpo_lite.runs.lock import read_recipe
+from orpo_lite.runs.records import read_json, read_metrics
+from orpo_lite.training.checkpoint import ADAPTER, STATE, at_step
+from orpo_lite.training.result import TrainResult
+from orpo_lite.training.step import update
 
 Build = Callable[..., Recipe]
 Call = Callable[..., Answer]
@@ -34,7 +42,7 @@ EIGHT_BIT = "lora.r=64"  # bitsandbytes keeps 8-bit states of tensors from 4,096
 
 
 def train_all(recipe: Recipe, **options: Any) -> tuple[list[Update], TrainResult]:
-    updates, generator = [], training(recipe, **options)
+    updates, generator = [], train_events(recipe, **options)
     while True:
         try:
             updates.append(next(generator))
@@ -52,7 +60,7 @@ def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> b
 
 def rows_without_clock(folder: Path) -> list[dict[str, Any]]:
     ignored = {"tokens_per_second", "memory_gib"}
-    return [{k: v for k, v in row.items() if k not in ignored} for row in run.read_metrics(folder)]
+    return [{k: v for k, v in row.items() if k not in ignored} for row in read_metrics(folder)]
 
 
 def test_a_run_folder_holds_what_every_verb_needs(small_recipe: Build) -> None:
@@ -68,23 +76,23 @@ def test_a_run_folder_holds_what_every_verb_needs(small_recipe: Build) -> None:
     }
     assert not list(result.run.rglob(".*tmp*"))
     assert [update.kind for update in updates].count("step") == result.steps == 4
-    lock = run.read_json(result.run / "lock.json")
+    lock = read_json(result.run / "lock.json")
     assert len(lock["base"]["fingerprint"]) == len(lock["data"]["sha256"]) == 64
     assert (
         lock["versions"]["torch"] == torch.__version__.split("+")[0] or lock["versions"]["torch"] == torch.__version__
     )
-    data = run.read_json(result.run / "data.json")
+    data = read_json(result.run / "data.json")
     assert data["train_pairs"] + data["held_out_pairs"] == 40
     here = {
         "model.model_name_or_path": str(Path("base").resolve()),
         "data.dataset_name": str(Path("pairs.jsonl").resolve()),
     }
-    assert run.read_recipe(result.run).model_dump() == small_recipe(EIGHT_BIT).override(here).model_dump()
+    assert read_recipe(result.run).model_dump() == small_recipe(EIGHT_BIT).override(here).model_dump()
 
 
 def test_metrics_carry_trls_names_for_every_step(trained: Trained) -> None:
     _, result = trained
-    rows = run.read_metrics(result.run)
+    rows = read_metrics(result.run)
     assert [row["step"] for row in rows] == [0, 1, 2, 2, 3, 4, 4]
     trl = {"nll_loss", "log_odds_ratio", "log_odds_chosen", "logps/chosen", "logps/rejected", "rewards/chosen"}
     trl |= {"rewards/rejected", "rewards/accuracies", "rewards/margins", "loss"}
@@ -103,8 +111,8 @@ def test_every_optimizer_learns_and_resumes_to_the_same_bits(small_recipe: Build
     assert last_loss < first_loss
 
     stopped = small_recipe(*options, "training.output_dir=stopped")
-    with pytest.raises(train_module().Interrupted) as caught:
-        for update in training(stopped):
+    with pytest.raises(Interrupted) as caught:
+        for update in train_events(stopped):
             if update.kind == "step" and update.step == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
     assert caught.value.exit_code == 143
@@ -113,10 +121,6 @@ def test_every_optimizer_learns_and_resumes_to_the_same_bits(small_recipe: Build
     _, resumed = train_all(stopped, resume=True)
     assert same_bits(adapter(whole.run), adapter(resumed.run))
     assert rows_without_clock(whole.run) == rows_without_clock(resumed.run)
-
-
-def train_module() -> Any:
-    return sys.modules["orpo_lite.train"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
@@ -147,7 +151,7 @@ def test_evaluation_changes_no_bit_of_the_training(small_recipe: Build) -> None:
     often = small_recipe("training.eval_steps=1", "training.output_dir=often", "lora.lora_dropout=0.2")
     never = small_recipe("training.eval_steps=4", "training.output_dir=never", "lora.lora_dropout=0.2")
     results = [train(recipe) for recipe in (often, never)]
-    at_end = [load_file(checkpoint.at_step(result.run, 4) / checkpoint.ADAPTER) for result in results]
+    at_end = [load_file(at_step(result.run, 4) / ADAPTER) for result in results]
     assert same_bits(*at_end)
 
 
@@ -156,13 +160,13 @@ def test_the_best_checkpoint_is_kept_and_an_idle_run_stops(small_recipe: Build) 
     options = ("training.learning_rate=0.03", "training.eval_steps=1", "training.num_train_epochs=12")
     recipe = small_recipe(*options, "training.lr_scheduler_type=constant", "training.early_stopping_patience=2")
     _, result = train_all(recipe)
-    losses = {row["step"]: row["eval_loss"] for row in run.read_metrics(result.run) if "eval_loss" in row}
+    losses = {row["step"]: row["eval_loss"] for row in read_metrics(result.run) if "eval_loss" in row}
     assert 0 < result.kept_step < result.steps < 48
     assert losses[result.kept_step] == min(losses.values()) == result.after["eval_loss"]
     assert result.steps == result.kept_step + 2
-    kept = load_file(checkpoint.at_step(result.run, result.kept_step) / checkpoint.ADAPTER)
+    kept = load_file(at_step(result.run, result.kept_step) / ADAPTER)
     assert same_bits(kept, adapter(result.run))
-    assert len(list((result.run / "checkpoints").iterdir())) <= checkpoint.KEPT + 1
+    assert len(list((result.run / "checkpoints").iterdir())) <= KEPT + 1
 
 
 def test_a_run_that_only_gets_worse_ends_where_it_began(small_recipe: Build) -> None:
@@ -181,13 +185,11 @@ def test_a_damaged_best_checkpoint_does_not_cost_the_run(small_recipe: Build) ->
     recipe = small_recipe(*options, "training.lr_scheduler_type=constant", "training.early_stopping_patience=2")
     _, result = train_all(recipe)
     shutil.rmtree(result.run / "adapter")
-    (checkpoint.at_step(result.run, result.kept_step) / checkpoint.ADAPTER).unlink()
+    (at_step(result.run, result.kept_step) / ADAPTER).unlink()
     updates, again = train_all(recipe, resume=True)
     assert again.kept_step == result.steps
     assert any("the best checkpoint cannot be used" in update.text for update in updates)
-    assert same_bits(
-        adapter(result.run), load_file(checkpoint.at_step(result.run, again.kept_step) / checkpoint.ADAPTER)
-    )
+    assert same_bits(adapter(result.run), load_file(at_step(result.run, again.kept_step) / ADAPTER))
 
 
 def test_no_filter_can_empty_the_held_out_side(small_recipe: Build, workspace: Path) -> None:
@@ -198,10 +200,10 @@ def test_no_filter_can_empty_the_held_out_side(small_recipe: Build, workspace: P
     (workspace / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for seed in range(4):
         recipe = small_recipe("data.test_split_size=0.02", f"training.seed={seed}", f"training.output_dir=run{seed}")
-        updates = training(recipe.override({"training.max_steps": 1}))
+        updates = train_events(recipe.override({"training.max_steps": 1}))
         next(update for update in updates if update.text.startswith("loading"))  # the sides are made, and written down
         updates.close()
-        data = run.read_json(workspace / f"run{seed}" / "data.json")
+        data = read_json(workspace / f"run{seed}" / "data.json")
         assert (data["train_pairs"], data["held_out_pairs"]) == (19, 1)
 
 
@@ -243,7 +245,7 @@ def test_an_adapter_to_train_on_from_sets_its_shape(small_recipe: Build) -> None
         train(small_recipe(*onward, "lora.r=8"))
     assert not Path("second").exists()
     result = train(small_recipe(*onward))
-    assert run.read_recipe(result.run).lora.r == 4
+    assert read_recipe(result.run).lora.r == 4
 
 
 def test_a_step_that_is_not_finite_leaves_the_loss_scale_usable(small_recipe: Build) -> None:
@@ -251,16 +253,15 @@ def test_a_step_that_is_not_finite_leaves_the_loss_scale_usable(small_recipe: Bu
     parameter = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.SGD([parameter], lr=1.0)
     scaler = torch.amp.GradScaler("cpu", enabled=True, init_scale=8.0)
-    loaded = train_module()._Loaded(parameter, [parameter], optimizer, scaler)
     for _ in range(2):
         scaler.scale(parameter.sum() * math.nan).backward()
-        norm, finite = train_module()._update(loaded, math.nan, 1.0)
+        norm, finite = update([parameter], optimizer, scaler, math.nan, 1.0)
         assert not finite
         assert math.isnan(norm)
         assert torch.equal(parameter, torch.ones(3))
     assert scaler.get_scale() == 2.0
     scaler.scale(parameter.sum()).backward()
-    assert train_module()._update(loaded, 3.0, 0.0)[1]
+    assert update([parameter], optimizer, scaler, 3.0, 0.0)[1]
     assert torch.equal(parameter, torch.zeros(3))
 
 
@@ -323,14 +324,14 @@ def test_altered_checkpoints_are_passed_over_and_named(small_recipe: Build) -> N
     recipe = small_recipe("training.eval_steps=1")
     _, result = train_all(recipe)
     newest = max((result.run / "checkpoints").iterdir())
-    content = bytearray((newest / checkpoint.ADAPTER).read_bytes())
+    content = bytearray((newest / ADAPTER).read_bytes())
     content[-5] ^= 1
-    (newest / checkpoint.ADAPTER).write_bytes(content)
+    (newest / ADAPTER).write_bytes(content)
     updates, again = train_all(recipe, resume=True)
     assert any(newest.name in update.text and "altered" in update.text for update in updates if update.kind == "note")
     assert again.steps == result.steps
     for folder in (result.run / "checkpoints").iterdir():
-        (folder / checkpoint.STATE).unlink()
+        (folder / STATE).unlink()
     with pytest.raises(CheckpointError, match="no valid checkpoint"):
         train_all(recipe, resume=True)
 
@@ -338,7 +339,7 @@ def test_altered_checkpoints_are_passed_over_and_named(small_recipe: Build) -> N
 def test_a_run_stopped_before_its_first_checkpoint_starts_again(small_recipe: Build) -> None:
     _, whole = train_all(small_recipe("training.output_dir=whole"))
     recipe = small_recipe()
-    updates = training(recipe)
+    updates = train_events(recipe)
     next(update for update in updates if update.text.startswith("loading"))
     updates.close()
     assert not Path("run/checkpoints").exists()
@@ -363,7 +364,7 @@ def test_resume_refuses_another_template_and_other_data(small_recipe: Build, wor
 
 def test_one_process_a_run(trained: Trained, small_recipe: Build) -> None:
     recipe = small_recipe(AS_TRAINED)
-    with run.locked(Path("run")), pytest.raises(CheckpointError, match="another process"):
+    with locked(Path("run")), pytest.raises(CheckpointError, match="another process"):
         train_all(recipe, resume=True)
 
 
@@ -375,16 +376,16 @@ def test_an_existing_run_is_refused_with_the_resume_command(trained: Trained, sm
 def test_nonfinite_steps_leave_the_adapter_alone_and_end_the_run(
     small_recipe: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = orpo_lite.gradient.loss_of
+    real = Orpo.loss
 
     def poisoned(*args: Any, **kwargs: Any) -> Any:
         loss, parts = real(*args, **kwargs)
         return loss * math.nan, parts * math.nan
 
-    monkeypatch.setattr(orpo_lite.gradient, "loss_of", poisoned)
+    monkeypatch.setattr(Orpo, "loss", poisoned)
     updates = []
     with pytest.raises(DivergedError) as caught:
-        for update in training(small_recipe("training.num_train_epochs=3")):
+        for update in train_events(small_recipe("training.num_train_epochs=3")):
             updates.append(update)  # noqa: PERF402 - what came before the error is looked at
     assert caught.value.exit_code == 7
     notes = [update.text for update in updates if update.kind == "note" and "not finite" in update.text]
@@ -397,7 +398,7 @@ def test_out_of_memory_names_the_levers(small_recipe: Build, monkeypatch: pytest
     def explode(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(train_module(), "accumulate", explode)
+    monkeypatch.setattr("orpo_lite.training.step.accumulate", explode)
     with pytest.raises(FitError, match=r"memory\.micro_batch_tokens"):
         train(small_recipe())
 
@@ -430,12 +431,12 @@ def test_full_determinism_trains_and_ends_with_the_run(small_recipe: Build) -> N
 def test_an_operation_without_a_deterministic_kernel_is_named(
     small_recipe: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def explode(*_: object) -> None:
+    def explode(*_: object, **__: object) -> None:
         assert torch.are_deterministic_algorithms_enabled()
         assert not torch.is_deterministic_algorithms_warn_only_enabled()  # with it, FlashAttention would stay as it is
         raise RuntimeError("kthvalue CUDA does not have a deterministic implementation, but you set more.")
 
-    monkeypatch.setattr(train_module(), "accumulate", explode)
+    monkeypatch.setattr("orpo_lite.training.step.accumulate", explode)
     with pytest.raises(RecipeError, match=r"kthvalue CUDA.*\n.*training\.full_determinism=false"):
         train_all(small_recipe("training.full_determinism=true"))
     assert not torch.are_deterministic_algorithms_enabled()

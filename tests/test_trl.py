@@ -7,21 +7,22 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from conftest import byte_tokenizer, tiny_llama, tiny_opt, write_pairs
 from datasets import load_dataset
 from test_step import lora_model
 from torch.utils.data import SequentialSampler
 
+from orpo_lite.data.chat_template import set_chat_template
+from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.data.pairs import PairReader
-from orpo_lite.data.sets import training_sources
-from orpo_lite.data.templates import Renderer, set_chat_template
-from orpo_lite.data.tokens import TokenizedPair, tokenize_pairs
-from orpo_lite.gradient import accumulate
-from orpo_lite.optimizer import lr_factor, make_optimizer
-from orpo_lite.recipe import load_recipe
-from orpo_lite.step.losses import named_parts
-from orpo_lite.train import _Loaded, _update
+from orpo_lite.data.render_process import Renderer
+from orpo_lite.data.split import training_sources
+from orpo_lite.data.tokenize import tokenize_pairs
+from orpo_lite.model.optimizer import lr_factor, make_optimizer
+from orpo_lite.model.parallel import Processes
+from orpo_lite.objectives.objective import find_objective
+from orpo_lite.recipe.reader import load_recipe
+from orpo_lite.training.step import accumulate, update
 
 trl = pytest.importorskip("trl.experimental.orpo", reason="TRL, the oracle, comes with the extra `bench`")
 
@@ -116,18 +117,19 @@ def test_ten_steps_equal_trl(make: Callable[..., Any], tmp_path: Path) -> None:
 
     trained = [parameter for _, parameter in ours.trained()]
     optimizer, scaler = make_optimizer(recipe, trained), torch.amp.GradScaler("cpu", enabled=False)
-    loaded = _Loaded(ours, trained, optimizer, scaler)
-    batching = ours.batching(recipe, tokenizer.pad_token_id)
-    factor = lr_factor(recipe, optimizer, STEPS)
+    batching, objective = ours.batching(recipe, tokenizer.pad_token_id), find_objective(recipe.loss)
+    factor, processes = lr_factor(recipe, optimizer, STEPS), Processes(cpu=True)
     for step in range(STEPS):
         batch = pairs[step * BATCH : (step + 1) * BATCH]
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * factor(step)
-        parts = accumulate(ours, batch, recipe, step, batching, Accelerator(cpu=True), scaler)
-        found = named_parts(parts, beta=0.1)
+        parts = accumulate(
+            ours, objective, batch, batching, step=step, seed=recipe.training.seed, processes=processes, scaler=scaler
+        )
+        found = objective.metrics(parts)
         for name in FIGURES:
             assert found[name] == pytest.approx(figures[step][name], rel=1e-5, abs=1e-5), (step, name)
         difference = (flat_gradients(ours) - gradients[step]).norm() / gradients[step].norm()
         assert difference < 1e-5, step
-        _update(loaded, found["loss"], recipe.training.max_grad_norm)
+        update(trained, optimizer, scaler, found["loss"], recipe.training.max_grad_norm)
     assert (flat_weights(ours) - flat_weights(theirs)).norm() / flat_weights(theirs).norm() < 1e-4
     assert figures[-1]["loss"] < figures[0]["loss"] - 0.1  # they learnt; equality was not that of standing still

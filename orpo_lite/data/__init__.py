@@ -1,5 +1,5 @@
 """Rows to pairs to tokens to batches.
 
-Order inside the wing: readers, kinds, columns, guesses, verdicts, unread, formats, files, rows, mapped, sets, pairs,
-templates, tokens, cache, sides, packing, preview.
+Order: pair, cache, packing, sources, formats, chat_template, pairs, render_process, split, statistics, tokenize,
+dataset, prepare.
 """

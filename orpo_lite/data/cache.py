@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import load_file, save
 
-from orpo_lite.data.tokens import TokenizedPair, common_prefix
+from orpo_lite.data.pair import TokenizedPair, common_prefix
 
 VARIABLE = "ORPO_LITE_CACHE"  # the environment may name the folder
 KEPT = 16  # entries
@@ -164,7 +164,7 @@ def make_key(**parts: Any) -> str:
 @cache
 def _code() -> str:
     digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()
 

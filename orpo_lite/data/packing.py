@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from orpo_lite.data.tokens import TokenizedPair, common_prefix
+from orpo_lite.data.pair import TokenizedPair, common_prefix
 
 
 @dataclass(frozen=True)

@@ -13,16 +13,19 @@ from contextlib import suppress
 from itertools import chain, islice, pairwise
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from orpo_lite.data.columns import Look, map_line, plain_name, shown
-from orpo_lite.data.formats import Detected, Pair, Row, detect_format, is_known
-from orpo_lite.data.kinds import CHAT, is_blank, kind_of
-from orpo_lite.data.mapped import LOOK, first_with, found_columns, held_columns, lacking_columns, mapped_row
-from orpo_lite.data.readers import EMPTY_CHOSEN, EMPTY_REJECTED, NO_TOOLS, ToolError, says_nothing
-from orpo_lite.data.rows import Source, names_line
-from orpo_lite.errors import SHOWN, DataError, raise_all
+from orpo_lite.data.formats.column_map import LOOK, first_with, found_columns, held_columns, lacking_columns, mapped_row
+from orpo_lite.data.formats.columns import ColumnProfile, map_line, plain_name, shown
+from orpo_lite.data.formats.detect import Detected, detect_format, is_known
+from orpo_lite.data.formats.readers import NO_TOOLS
+from orpo_lite.data.formats.text import says_nothing
+from orpo_lite.data.formats.values import CHAT, is_blank, kind_of
+from orpo_lite.data.pair import EMPTY_CHOSEN, EMPTY_REJECTED, Pair, Row, ToolError
+from orpo_lite.data.sources.source import Source, names_line
+from orpo_lite.errors import SHOWN, DataError, Overrides, raise_all
 
 if TYPE_CHECKING:
-    from orpo_lite.recipe import DataSection
+    from orpo_lite.recipe.schema import DataSection
+
 
 # Reasons to leave a pair out, beside those of readers.py: the paper's, Appendix C.
 EQUAL = "chosen and rejected are equal"
@@ -49,11 +52,15 @@ class Drops:
             self.places.setdefault(reason, []).append(where)
 
     def raise_nothing_left(self, name: str, hints: Mapping[str, str] | None = None) -> NoReturn:
-        """Raise DataError with the table of reasons; ``hints`` has the remedy for some of them."""
+        """Raise DataError with the table of reasons; ``hints`` has the fix for some of them."""
         table = "".join(f"\n  {count:>8}  {reason}" for reason, count in self.counts.items())
         most = self.counts.most_common(1)[0][0]
-        remedy = (hints or {}).get(most, "mend the data, or its limits")
-        raise DataError(name, f"every pair was left out:{table}", "pairs to train on", remedy)
+        raise DataError(
+            where=name,
+            found=f"every pair was left out:{table}",
+            expected="pairs to train on",
+            fix=(hints or {}).get(most, "mend the data, or its limits"),
+        )
 
 
 class PairReader:
@@ -129,8 +136,12 @@ class PairReader:
                 if pair.where.endswith(f"/{place}"):
                     alike.append(pair)
         if len(alike) > 1:
-            remedy = " or ".join(pair.where for pair in alike[:PLACES])
-            raise DataError(place, f"no such row, but {len(alike)} that end so", "the whole place", remedy)
+            raise DataError(
+                where=place,
+                found=f"no such row, but {len(alike)} that end so",
+                expected="the whole place",
+                fix=" or ".join(pair.where for pair in alike[:PLACES]),
+            )
         if near := near or alike:
             pair = max(near, key=lambda pair: len(pair.where))  # sub/p.jsonl:3 rather than p.jsonl:3
             return pair, pair.drop or _drop_reason(pair)
@@ -138,7 +149,9 @@ class PairReader:
         names = ", ".join(source.name for source in self.sources)
         limit = self.data.max_samples
         found = f"no such row in {names}" + (f", of which data.max_samples reads the first {limit:,}" if limit else "")
-        raise DataError(place, found, "a place as messages name it", "pairs.csv:3, or train[11]")
+        raise DataError(
+            where=place, found=found, expected="a place as messages name it", fix="pairs.csv:3, or train[11]"
+        )
 
     def _pairs(self, source: Source, faults: list[DataError]) -> Iterator[Pair]:
         """The pairs of one set, before any is left out; the faults of its rows in their order."""
@@ -148,8 +161,12 @@ class PairReader:
         first = [place for _, place in looked_at]
         if all(is_blank(value) for _, row in first for value in row.values()):
             raise_all([*faults, *broken])
-            found = "no rows" if not first else "no rows that hold anything"
-            raise DataError(source.name, found, "at least one preference pair", "check data.dataset_name")
+            raise DataError(
+                where=source.name,
+                found="no rows" if not first else "no rows that hold anything",
+                expected="at least one preference pair",
+                fix="check data.dataset_name",
+            )
         try:
             looked = [row for _, row in first]
             looked += first_with(source, lacking_columns(self.data, looked), self.data.max_samples)
@@ -223,12 +240,17 @@ class PairReader:
         try:
             now = self._detect([*look, row], mapped)
         except DataError as fault:
-            raise DataError(fault.where, f"{fault.found}; {turned_up}", fault.expected, fault.remedy) from None
+            raise DataError(
+                where=fault.where, found=f"{fault.found}; {turned_up}", expected=fault.expected, fix=fault.fix
+            ) from None
         changed = {ours for ours, _ in before.columns.items() ^ now.columns.items()}
         if changed - LATER or before.columns.items() - now.columns.items():
-            found, expected = f"{turned_up}, and with that it is: {now.sentence}", before.sentence
-            remedy = f"data.format={before.name}, or leave the column out, or write it in every row"
-            raise DataError("data.format", found, expected, remedy)
+            raise DataError(
+                where="data.format",
+                found=f"{turned_up}, and with that it is: {now.sentence}",
+                expected=before.sentence,
+                fix=Overrides({"data.format": before.name}, ", or leave the column out, or write it in every row"),
+            )
         return now
 
     def _detect(self, rows: Sequence[Row], mapped: Mapping[str, str]) -> Detected:
@@ -243,9 +265,13 @@ class PairReader:
         """
         if not fault.where.startswith("data."):
             return fault
-        remedy = self._line_by_file(source)
-        found = f"{fault.found}; its files hold rows of different kinds" if remedy else fault.found
-        return DataError(f"{fault.where} of {source.name}", found, fault.expected, remedy or fault.remedy)
+        fix = self._line_by_file(source)
+        return DataError(
+            where=f"{fault.where} of {source.name}",
+            found=f"{fault.found}; its files hold rows of different kinds" if fix else fault.found,
+            expected=fault.expected,
+            fix=fix or fault.fix,
+        )
 
     def _line_by_file(self, source: Source) -> str:
         """What names the files of a set one by one, each of its own format; "" where their first rows are alike."""
@@ -255,7 +281,7 @@ class PairReader:
             rows: list[Row] = []
             with suppress(DataError):
                 rows = [mapped_row(row, self._map) for _, row in islice(part.rows([]), LOOK)]
-            look = Look(rows, {}, plain=False)
+            look = ColumnProfile(rows, {}, plain=False)
             kinds.append({column: kind for column, kind in look.kinds.items() if kind != "null"})
         if all(held == kinds[0] for held in kinds):
             return ""
@@ -274,15 +300,25 @@ class PairReader:
         said = f"{first.found} at {first.where}"
         if line := self._line_by_file(source):
             found = f"its files hold rows of different kinds: {said}; rows like this: {len(unread):,}"
-            return [*others, DataError(f"data.dataset_name of {source.name}", found, first.expected, line)]
+            return [
+                *others,
+                DataError(where=f"data.dataset_name of {source.name}", found=found, expected=first.expected, fix=line),
+            ]
         if len(unread) < read:
             return [*faults]
         if self.data.format != "auto":
             found = f"{self.data.format} fits none of {read:,} rows: {said}"
-            remedy = "data.format=auto, to find out which does"
-            return [*others, DataError(f"data.format of {source.name}", found, first.expected, remedy)]
+            fix = Overrides({"data.format": "auto"}, ", to find out which does")
+            return [
+                *others,
+                DataError(where=f"data.format of {source.name}", found=found, expected=first.expected, fix=fix),
+            ]
         found = f"{first.found}, as in all {read:,} rows"
-        return [*others, DataError(first.where, found, first.expected, first.remedy)] if read > SHOWN else [*faults]
+        return (
+            [*others, DataError(where=first.where, found=found, expected=first.expected, fix=first.fix)]
+            if read > SHOWN
+            else [*faults]
+        )
 
     def _refuse_anothers(
         self, source: Source, rows: Sequence[Row], mapped: Mapping[str, str], detected: Detected
@@ -305,13 +341,16 @@ class PairReader:
             took = shown(*(taken[ours] for ours in changed))
             line = map_line({ours: [*filter(None, [changed.get(ours)]), *names] for ours, names in self._map.items()})
             why, own_columns = "which this set alone has", shown(*changed.values())
-            remedy = f"{line}; or, where {took} are the pair, leave {own_columns} out of this set"
+            fix = f"{line}; or, where {took} are the pair, leave {own_columns} out of this set"
             if lacking:
                 why = f"and no column here for {shown(*sorted(lacking))}"
-                remedy = f"leave {took} out of this set; or, where no other has {own_columns}: {line}"
-            found = f"it takes {took} for {shown(*changed)}, {why}"
-            expected = f"all of the map, or nothing of it: {own.sentence}"
-            raise DataError("data.column_map", found, expected, remedy)
+                fix = f"leave {took} out of this set; or, where no other has {own_columns}: {line}"
+            raise DataError(
+                where="data.column_map",
+                found=f"it takes {took} for {shown(*changed)}, {why}",
+                expected=f"all of the map, or nothing of it: {own.sentence}",
+                fix=fix,
+            )
 
     def _alone_has(self, source: Source, columns: Mapping[str, str]) -> bool:
         """The set has the columns under our own names, and no other set has any of these."""
@@ -321,13 +360,18 @@ class PairReader:
 
 
 def _tools_once(faults: Sequence[DataError]) -> list[DataError]:
-    """The faults, of which the rows with tools are one, with their count: there is one remedy for all of them."""
+    """The faults, of which the rows with tools are one, with their count: there is one fix for all of them."""
     tools = [fault for fault in faults if isinstance(fault, ToolError)]
     others = [fault for fault in faults if not isinstance(fault, ToolError)]
     if not tools:
         return others
     first = tools[0]
-    return [DataError(first.where, f"{first.found}; rows with tools: {len(tools):,}", NO_TOOLS, first.remedy), *others]
+    return [
+        DataError(
+            where=first.where, found=f"{first.found}; rows with tools: {len(tools):,}", expected=NO_TOOLS, fix=first.fix
+        ),
+        *others,
+    ]
 
 
 def _drop_reason(pair: Pair) -> str | None:

@@ -1,0 +1,4 @@
+"""The base and adapters on disk.
+
+Order: download, adapter, find, blocks.
+"""

@@ -1,0 +1,103 @@
+"""A LoRA adapter on disk: found, fetched, checked."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from orpo_lite.base.download import ADAPTER, download, resolve
+from orpo_lite.errors import ModelError, RecipeError, raise_all
+from orpo_lite.recipe.schema import Recipe
+
+
+def find_adapter(name: str) -> Path:
+    """The folder of a LoRA adapter in safetensors, local or fetched. Raises :class:`ModelError`, :class:`HubError`."""
+    local = Path(name).expanduser()
+    folder = local if local.is_dir() else download(name, resolve(name, "main", ADAPTER), ADAPTER)
+    for file in ADAPTER:
+        if not (folder / file).is_file():
+            raise ModelError(
+                where=f"model.adapter_name_or_path: {name}",
+                found=f"has no {file}",
+                expected="a peft LoRA adapter in safetensors",
+            )
+    return folder
+
+
+# What an adapter may choose; any other option of LoraConfig must stand at its default.
+ADAPTER_KEYS = (
+    "r lora_alpha lora_dropout target_modules use_rslora use_dora rank_pattern alpha_pattern init_lora_weights "
+    "exclude_modules target_parameters layers_to_transform layers_pattern fan_in_fan_out "
+    "auto_mapping base_model_name_or_path inference_mode peft_version revision task_type"
+).split()
+
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes for --max-lora-rank
+
+
+def vllm_rank(config: Mapping[str, Any]) -> int | None:
+    """The ``--max-lora-rank`` that serves an adapter; None for one that vLLM does not serve as it is.
+
+    It knows neither DoRA nor adapted experts, and has one scale, ``lora_alpha / r``, for all layers (its PEFTHelper).
+    """
+    if any(config.get(key) for key in ("use_dora", "target_parameters", "rank_pattern", "alpha_pattern")):
+        return None
+    return next((rank for rank in VLLM_RANKS if rank >= config["r"]), None)
+
+
+def read_adapter_config(folder: Path) -> Any:
+    """The peft configuration of a LoRA that trains nothing else and fits the base as it is; or :class:`ModelError`."""
+    from peft import LoraConfig
+
+    path = folder / "adapter_config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        options = dict(raw)
+    except (ValueError, TypeError) as error:
+        raise ModelError(
+            where=str(path), found=f"is no JSON object: {error}", expected="a peft configuration"
+        ) from None
+    # peft would take its own defaults for them, and with these the adapter is another one.
+    saved = "as the adapter was saved with"
+    for key in ("r", "lora_alpha"):
+        value = options.get(key)
+        if not isinstance(value, int | float) or isinstance(value, bool) or value % 1 or value <= 0:
+            raise ModelError(where=str(path), found=f"{key}: {json.dumps(value)}", expected=f"a whole number, {saved}")
+    if not options.get("target_modules") and not options.get("target_parameters"):
+        raise ModelError(where=str(path), found="names no target_modules", expected=f"those, {saved}")
+    default = LoraConfig().to_dict()
+    for key, value in options.items():
+        if value and key not in ADAPTER_KEYS and value != default.get(key):
+            raise ModelError(
+                where=str(path), found=f"{key}: {value!r}", expected="plain LoRA, and nothing else that trains"
+            )
+    init = options.get("init_lora_weights", True)
+    if init not in (True, False, "gaussian", "orthogonal"):
+        raise ModelError(
+            where=str(path), found=f"init_lora_weights: {init!r}", expected="one that leaves the base as it is"
+        )
+    config = LoraConfig.from_pretrained(folder)
+    config.inference_mode = False  # as saved, an adapter is for use; here it trains on
+    config.init_lora_weights = True  # any will do: the adapter's own weights follow
+    return config
+
+
+def adopt_adapter(recipe: Recipe) -> Recipe:
+    """The recipe with the shape of the adapter that it trains on from; a key set to something else is refused."""
+    if not recipe.model.adapter_name_or_path:
+        return recipe
+    config = read_adapter_config(find_adapter(recipe.model.adapter_name_or_path))
+    shape = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
+    values = {f"lora.{key}": getattr(config, key) for key in shape}
+    faults = []
+    for key, wanted in recipe.items():
+        if key in values and values[key] != wanted and recipe.sources[key] != "default":
+            faults.append(
+                RecipeError(
+                    where=recipe.sources[key],
+                    found=f"{key}: {wanted} with model.adapter_name_or_path",
+                    expected=f"its own {values[key]}, or nothing",
+                    fix="leave the key out",
+                )
+            )
+    raise_all(faults)
+    return recipe.override(values)

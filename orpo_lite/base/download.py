@@ -1,0 +1,157 @@
+"""The hub as it is read from: a repository resolved to a commit and fetched; its refusals explained."""
+
+import logging
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import (  # type: ignore[attr-defined]
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
+
+from orpo_lite.errors import FULL, FitError, HubError, ModelError
+from orpo_lite.recipe.text import gib
+
+logger = logging.getLogger(__name__)
+
+HUB_TIMEOUT = 30.0  # seconds; the hub's client would wait for ever
+# What is fetched: of a base, and all of an adapter. Pickles never are.
+TEXT = ["*.json", "*.model", "*.txt", "*.jinja"]
+WEIGHTS = ["*.safetensors"]
+ADAPTER = ["adapter_config.json", "adapter_model.safetensors"]
+NOT_FETCHED = ["*/*", "consolidated*"]  # other people's formats: original/, onnx/, Mistral's own copy of its weights
+# All the hub's own errors are among these; ValueError is a page that is not the hub's, or a name that cannot be one.
+UNREACHABLE = (HTTPError, OSError, ValueError)
+
+
+def resolve(name: str, revision: str, patterns: list[str]) -> str:
+    """The commit of a hub repository that we may read and whose files we have room for; offline, the cached one.
+
+    Raises:
+        ModelError: it has no weights in safetensors.
+        FitError: not enough disk space.
+        HubError: unknown, gated, or unreachable.
+    """
+    try:
+        info = HfApi().model_info(name, revision=revision, files_metadata=True, timeout=HUB_TIMEOUT)
+    except UNREACHABLE as error:
+        refused = isinstance(error, GatedRepoError | RepositoryNotFoundError | RevisionNotFoundError)
+        cached = None if refused else _cached(name, revision, [p for p in patterns if "safetensors" not in p])
+        if cached is None:
+            raise hub_error(name, revision, error) from error
+        logger.warning("the hub cannot be reached (%s); using the cached copy of %s", type(error).__name__, name)
+        return cached.name
+    commit, files = str(info.sha), {file.rfilename: file.size or 0 for file in info.siblings or []}
+    wanted = list(filter_repo_objects(files, allow_patterns=patterns, ignore_patterns=NOT_FETCHED))
+    if WEIGHTS[0] in patterns and not any(file.endswith(".safetensors") for file in wanted):
+        raise ModelError(
+            where=f"model {name}",
+            found="has no weights in safetensors",
+            expected="safetensors; pickles are never loaded",
+        )
+    missing = [f for f in wanted if not isinstance(try_to_load_from_cache(name, f, revision=commit), str)]
+    check_disk(Path(constants.HF_HUB_CACHE), sum(files[f] for f in missing), f"downloading {name}")
+    if revision != commit:
+        _remember(name, revision, commit)
+    return commit
+
+
+def hub_host() -> str:
+    """Whom the hub's client asks; "" when it is told to ask nobody."""
+    return "" if constants.HF_HUB_OFFLINE else urlsplit(constants.ENDPOINT).netloc
+
+
+def _remember(name: str, revision: str, commit: str) -> None:
+    """Note in the cache where a branch stands, for the day without a network; a download by commit does not."""
+    ref = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model") / "refs" / revision
+    with suppress(OSError):  # a cache that others fill, and we only read
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        ref.write_text(commit, encoding="utf-8")
+
+
+def download(name: str, commit: str, patterns: list[str]) -> Path:
+    """A hub repository's files at one commit, from the cache where they are there.
+
+    Raises:
+        FitError: the disk filled up.
+        HubError: gated, or unreachable.
+    """
+    try:
+        return Path(snapshot_download(name, revision=commit, allow_patterns=patterns, ignore_patterns=NOT_FETCHED))
+    except UNREACHABLE as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise FitError(
+                where=f"downloading {name}, to {constants.HF_HUB_CACHE}",
+                found="the disk is full",
+                fix="free some space, or set HF_HOME to another disk",
+            ) from error
+        raise hub_error(name, commit, error) from error
+
+
+def _cached(name: str, revision: str, patterns: list[str]) -> Path | None:
+    try:
+        options: dict[str, Any] = {"allow_patterns": patterns, "ignore_patterns": NOT_FETCHED, "local_files_only": True}
+        return Path(snapshot_download(name, revision=revision, **options))
+    except UNREACHABLE:
+        return None
+
+
+def hub_error(name: str, revision: str, error: Exception) -> HubError:
+    """What the hub's refusal means and what to do about it."""
+    where = f"hub, {name} at {revision}"
+    page = f"{constants.ENDPOINT}/{name}"
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, UNREACHABLE):
+        error = error.__cause__  # it was asked for, this was the answer, and it is not in the cache either
+    if isinstance(error, GatedRepoError):
+        fix = f"ask for it at {page}, then `hf auth login`"
+        return HubError(where=where, found="is gated", expected="access granted to your account", fix=fix)
+    if isinstance(error, RevisionNotFoundError):
+        return HubError(
+            where=where,
+            found="has no such revision",
+            expected="a branch, tag or commit",
+            fix=f"see {page}/commits/main",
+        )
+    if isinstance(error, RepositoryNotFoundError | HFValidationError):
+        fix = "check the spelling; a private one needs `hf auth login`; a local folder must exist"
+        return HubError(
+            where=where, found="is not a repository that you can see", expected="owner/name, or a local folder", fix=fix
+        )
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    if status in (401, 403):
+        fix = f"`hf auth login` with a token that may read {page}"
+        return HubError(
+            where=where, found=f"is refused to you ({status})", expected="access granted to your account", fix=fix
+        )
+    what = f"is not served ({status})" if status else f"cannot be reached ({type(error).__name__})"
+    fix = f"try again later; or {by_hand(name, revision)}"
+    return HubError(
+        where=where, found=f"{what} and is not in the cache", expected="a connection, or a downloaded copy", fix=fix
+    )
+
+
+def by_hand(name: str, revision: str) -> str:
+    return f"on a connected machine: hf download {name} --revision {revision}"
+
+
+def check_disk(folder: Path, needed: int, purpose: str) -> None:
+    """Raise :class:`FitError` unless ``needed`` bytes are free where ``folder`` is or will be."""
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        found, fix = f"{gib(needed)} needed, {gib(free)} free", "free some space"
+        if purpose.startswith("downloading"):
+            fix += ", or set HF_HOME to another disk"
+        raise FitError(where=f"{purpose}, to {folder}", found=found, fix=fix)

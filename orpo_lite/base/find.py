@@ -1,0 +1,255 @@
+"""The base on disk: found, fetched, checked, and its tokenizer. Nothing is loaded, and no code of the base runs."""
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from orpo_lite.base.download import TEXT, WEIGHTS, by_hand, download, resolve
+from orpo_lite.errors import HubError, ModelError, Overrides, RecipeError
+from orpo_lite.recipe.schema import Recipe
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a base or adapter folder. Raises :class:`ModelError`."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # else it would ask at the terminal
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            where=f"tokenizer in {path}", found=str(error).splitlines()[0], expected="tokenizer.json beside the weights"
+        ) from error
+
+
+def pad_id(tokenizer: Any) -> int:
+    """An id to fill rows with; any will do, for padding is masked by position."""
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+
+BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model on disk, checked to be one that can be trained."""
+
+    name: str
+    """As the recipe names it; a local folder as an absolute path."""
+    path: Path
+    revision: str | None
+    """The hub commit; None for a local folder."""
+    fingerprint: str
+    """Hash of the configuration and of samples of the weights, once they are there: tells one base from another."""
+    config: Any
+    """The transformers configuration."""
+
+
+def find_base(name: str, revision: str) -> Base:
+    """The base's text files on disk; a hub name is checked for access and disk space first. No weights yet.
+
+    Raises:
+        ModelError: not a causal model in safetensors that needs no code of its own.
+        FitError: not enough disk space for the download.
+        HubError: unknown, gated, or unreachable.
+    """
+    path, commit = find_texts(name, revision, weights=True)
+    name = name if commit else str(path)
+    if lacking := [file.name for file in weight_files(path) if not commit and not file.is_file()]:
+        raise ModelError(
+            where=f"model {name}",
+            found=f"has no {lacking[0]}",
+            expected="weights in safetensors; pickles are never loaded",
+        )
+    return Base(name, path, commit, "", read_config(path, name))
+
+
+def find_texts(name: str, revision: str, *, weights: bool = False) -> tuple[Path, str | None]:
+    """The folder of a base's text files, tokenizer and configuration among them, and its hub commit; None if local.
+
+    With ``weights``, a hub name is also checked for weights and for disk space for them. Raises as find_base.
+    """
+    local = Path(name).expanduser()
+    if local.is_dir():
+        return local.resolve(), None
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError(
+            where=f"model.model_name_or_path: {name}",
+            found="no such folder",
+            expected="a folder with config.json and safetensors, or a hub name",
+        )
+    commit = resolve(name, revision, [*TEXT, *(WEIGHTS if weights else [])])
+    return download(name, commit, TEXT), commit
+
+
+def fetch_weights(base: Base) -> Base:
+    """The same base with its weights on disk and its fingerprint taken. Raises :class:`HubError`."""
+    if base.revision is not None:
+        download(base.name, base.revision, [*TEXT, *WEIGHTS])
+        if lacking := [file.name for file in weight_files(base.path) if not file.is_file()]:
+            raise HubError(
+                where=f"hub, {base.name} at {base.revision}",
+                found=f"{lacking[0]} is not in the cache",
+                expected="all of the weights",
+                fix=by_hand(base.name, base.revision),
+            )
+    return replace(base, fingerprint=fingerprint(base.path))
+
+
+def read_config(path: Path, name: str) -> Any:
+    """The transformers configuration of a base that can be trained. Raises :class:`ModelError`."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    where = f"model {name}"
+    try:
+        raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(where=where, found="has no config.json", expected="a transformers model folder") from None
+    except ValueError as error:
+        raise ModelError(
+            where=f"{path / 'config.json'}", found=f"is not JSON: {error}", expected="a transformers configuration"
+        ) from None
+    if "auto_map" in raw:
+        raise ModelError(
+            where=where, found="needs code of its own (auto_map)", expected="an architecture that transformers ships"
+        )
+    if "quantization_config" in raw:
+        raise ModelError(
+            where=where,
+            found="is already quantised",
+            expected="the 16-bit weights: quantising and merging start from them",
+        )
+    if raw.get("is_encoder_decoder") or raw.get("model_type") not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ModelError(
+            where=where,
+            found=f"model_type {raw.get('model_type')!r}",
+            expected="a decoder-only (causal) language model",
+        )
+    return AutoConfig.from_pretrained(path)
+
+
+def positions_switch(config: Any, max_length: int) -> bool:
+    """Whether the rotary embedding takes other frequencies for sequences that ``max_length`` allows."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = rope.values() if all(isinstance(value, dict) for value in rope.values()) else [rope]
+    original = getattr(config, "original_max_position_embeddings", None)
+    for kind in kinds:
+        if kind.get("rope_type") in ("dynamic", "longrope"):
+            limit = kind.get("original_max_position_embeddings") or original or config.max_position_embeddings
+            if max_length > limit:
+                return True
+    return False
+
+
+def find_config(name: str, revision: str) -> Any:
+    """A base's configuration and nothing else of it: of a folder, of the hub, or, for our recipes' bases, as shipped.
+
+    Raises as :func:`find_base`.
+    """
+    from transformers import AutoConfig
+
+    shipped = json.loads((Path(__file__).parent / "bases.json").read_text(encoding="utf-8"))
+    if name in shipped and revision == "main" and not Path(name).is_dir():
+        return AutoConfig.for_model(**shipped[name])
+    local = Path(name).expanduser()
+    if local.is_dir() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        path, _ = find_texts(name, revision)
+        return read_config(path, name)
+    patterns = ["config.json"]
+    return read_config(download(name, resolve(name, revision, patterns), patterns), name)
+
+
+def read_sizes(folder: Path) -> dict[str, Any]:
+    """What config.json says of the text model's sizes, read without transformers; {} when there is none."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {**config, **config.get("text_config", {})} if isinstance(config, dict) else {}
+
+
+def weight_files(path: Path) -> list[Path]:
+    """What transformers loads from a folder: model.safetensors, else the files that its index names, there or not.
+
+    Raises:
+        ModelError: an index that is broken or leads out of the folder.
+    """
+    whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if whole.is_file() or not index.is_file():
+        return [whole]
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if any(Path(name).name != name for name in names):
+            raise ValueError("a file outside of the folder")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            where=str(index), found=f"is broken: {error!r}", expected="a weight_map of file names beside it"
+        ) from None
+    return [path / name for name in names]
+
+
+def fingerprint(path: Path) -> str:
+    """Hash of config.json and, of each weight file, its size, its first and last MiB and 16 blocks between.
+
+    Reading all of a 7B base would take a minute from a slow disk; fine-tuning moves every block of a tensor.
+    """
+    digest = hashlib.sha256((path / "config.json").read_bytes())
+    for file in weight_files(path):
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}".encode())
+        with file.open("rb") as stream:
+            for block in range(18):
+                stream.seek(max(0, size - BLOCK) * block // 17)
+                digest.update(stream.read(BLOCK))
+    return digest.hexdigest()
+
+
+def linear_names(base: Base) -> list[str]:
+    """Names of the base's linear layers without the head, read from the architecture alone."""
+    import torch
+    from torch import nn
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(base.config)
+    head = model.get_output_embeddings()
+    modules = model.named_modules()
+    # GPT-2's Conv1D counts as linear for peft too.
+    return [
+        name
+        for name, module in modules
+        if module is not head and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
+    ]
+
+
+def check_targets(recipe: Recipe, base: Base) -> None:
+    """Refuse a target that matches nothing, which peft accepts as long as another one matches."""
+    if recipe.lora.target_modules == "all-linear":
+        return
+    known = linear_names(base)
+    for target in recipe.lora.target_modules:
+        if not any(name == target or name.endswith(f".{target}") for name in known):  # as peft matches them
+            where = recipe.sources["lora.target_modules"]
+            found = f"lora.target_modules: {target} matches no layer of {base.name}"
+            if target == "lm_head":
+                found = "lora.target_modules: lm_head is the output head, which a recipe does not adapt"
+            ends = sorted({name.rsplit(".", 1)[-1] for name in known})
+            raise ModelError(
+                where=where,
+                found=found,
+                expected=f"of {', '.join(ends)}",
+                fix=Overrides({"lora.target_modules": "all-linear"}),
+            )
+
+
+def check_embedding(recipe: Recipe, config: Any) -> None:
+    """Refuse to move an embedding to host memory that is the output head as well. Raises :class:`RecipeError`."""
+    if recipe.memory.embedding_on_cpu is True and config.get_text_config().tie_word_embeddings:
+        raise RecipeError(
+            where=recipe.sources["memory.embedding_on_cpu"],
+            found="memory.embedding_on_cpu: true",
+            expected="a base whose input embedding is not its output head as well",
+            fix="leave it out",
+        )

@@ -1,0 +1,4 @@
+"""The command line: parse, call, draw.
+
+Order: console, data_view, finish, plan_view, quiet, commands.
+"""

@@ -1,0 +1,361 @@
+"""The commands: parse, call, show.
+
+torch and its kin are imported inside the commands, so that ``--help`` answers at once.
+"""
+
+import os
+import shlex
+import sys
+import threading
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from orpo_lite.cli.console import draw, err, escape_the_rest, out, print_columns, print_json
+from orpo_lite.cli.data_view import print_preview
+from orpo_lite.cli.finish import STOPPED, finish, merge_run, push_run, verify_run
+from orpo_lite.cli.plan_view import print_levers, print_plan
+from orpo_lite.cli.quiet import hush, is_first_process, quiet
+from orpo_lite.errors import Command, OrpoLiteError, RecipeError
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from orpo_lite.progress import Update
+    from orpo_lite.recipe.schema import Recipe
+    from orpo_lite.runs.inputs import Preview
+
+
+class _Commands(TyperGroup):
+    """Typer would end at Ctrl-C without a word."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            say_stopped()
+            raise typer.Exit(STOPPED) from None
+
+
+app = typer.Typer(
+    name="orpo-lite",
+    cls=_Commands,
+    help="Preference-tune a language model on the one GPU you own: ORPO on a 4-bit base with LoRA, merged for export.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+recipes_app = typer.Typer(no_args_is_help=True, help="The shipped recipes: list, show, copy.")
+app.add_typer(recipes_app, name="recipes")
+
+BUG = 70  # EX_SOFTWARE of sysexits.h
+
+
+def main() -> None:
+    """Run the command line; errors people cause end with their exit code and no traceback."""
+    escape_the_rest()
+    try:
+        app()
+    except SystemExit as end:
+        if end.code == STOPPED:
+            _leave(STOPPED)
+        raise
+    except OrpoLiteError as error:
+        # Every process of a launch meets the same fault, or one of its own: the others say it in a line.
+        err.print(str(error) if is_first_process() else f"process {os.environ['RANK']}: {error.found}")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        say_stopped()
+        _leave(STOPPED)
+    except Exception:
+        traceback.print_exc()
+        err.print("\nThis is a fault of orpo-lite. Please report it with the traceback above and the run's train.log.")
+        sys.exit(BUG)
+
+
+def say_stopped() -> None:
+    err.print("stopped; nothing further was saved")
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process; at once where Python would wait for a library's threads first: an upload may hang for long."""
+    if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+@app.callback(invoke_without_command=True)
+def _top(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        from orpo_lite import __version__
+
+        out.print(__version__)
+        raise typer.Exit
+
+
+RecipeName = Annotated[str | None, typer.Option("--recipe", help="A shipped name (see `recipes ls`), or a .yaml path.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print all of it as JSON, and nothing else.")]
+
+
+@app.command()
+def train(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Any key of the recipe, e.g. lora.r=8.")
+    ] = None,
+    recipe: RecipeName = None,
+    resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with the run in this folder.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print every value and its source; do nothing.")] = False,
+) -> None:
+    """Train an adapter as a recipe says, then merge it and show what changed."""
+    chosen = _choose_recipe(recipe, resume, overrides or [])
+    if dry_run:
+        _print_values(chosen)
+        return
+    with quiet():
+        from orpo_lite.api import train_events
+
+        updates = train_events(chosen, resume=resume is not None)
+        result = draw(updates, silent=not is_first_process())
+        if is_first_process():
+            finish(chosen, result)
+
+
+@app.command()
+def plan(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Any key of the recipe, e.g. memory.budget=12GiB."),
+    ] = None,
+    recipe: RecipeName = None,
+    with_data: Annotated[
+        bool, typer.Option("--with-data", help="Read the data, and plan for its longest pairs, not for max_length.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Will it fit, how fast, and what to change: counted without weights, before anything is downloaded."""
+    chosen = _choose_recipe(recipe, None, overrides or [], verb="plan")
+    with quiet():
+        from orpo_lite.planning.plan import plan_events
+        from orpo_lite.planning.search import does_not_fit
+
+        report = draw(plan_events(chosen, with_data=with_data), silent=as_json)
+    if as_json:
+        print_json(report.to_json())
+    else:
+        print_plan(report)
+    if report.is_verdict and not report.plan.fits:
+        raise does_not_fit(report.plan, report.changes)
+
+
+@app.command()
+def data(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Any key of the recipe, e.g. data.max_length=1024."),
+    ] = None,
+    recipe: RecipeName = None,
+    row: Annotated[str | None, typer.Option(metavar="PLACE", help="Show this row, e.g. pairs.csv:3.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what the model will see of the data: format, one pair, lengths, cuts, and what is left out and why."""
+    if as_json and row:
+        raise RecipeError(
+            where="--row",
+            found="given with --json",
+            expected="one of them: the figures are those of all rows",
+            fix="leave one out",
+        )
+    chosen = _choose_recipe(recipe, None, overrides or [], verb="data")
+    hush()
+    preview = draw(_previewing(chosen, row), silent=as_json)
+    if as_json:
+        print_json(preview.figures | {"samples": preview.samples, "warnings": preview.warnings})
+        for warning in preview.warnings:
+            err.print(warning)
+        return
+    print_preview(preview.figures, preview.samples, preview.warnings, chosen.data.max_length)
+
+
+@app.command()
+def merge(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
+    base: Annotated[
+        Literal["original", "dequantized"],
+        typer.Option(help="The base's own 16-bit weights; or those that 4 bit left of them, as in training."),
+    ] = "original",
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Then compare the model with base and adapter on held-out pairs.")
+    ] = False,
+    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Of a file of weights.")] = "5GB",
+    base_path: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where the base lies now, if it was moved.")
+    ] = None,
+) -> None:
+    """Merge a run's adapter into its base: RUN/merged is a plain transformers folder. Needs no memory for the model."""
+    with quiet():
+        merge_run(run, weights=base, max_shard_size=max_shard_size, base_path=base_path)
+        if verify:
+            verify_run(run, base, base_path)
+
+
+@app.command()
+def push(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
+    repository: Annotated[str, typer.Argument(metavar="REPO", help="owner/name; a name alone is yours.")],
+    merged: Annotated[bool, typer.Option("--merged", help="Push RUN/merged, not the adapter.")] = False,
+    base: Annotated[Literal["original", "dequantized"], typer.Option(help="Which merge.")] = "original",
+    public: Annotated[bool, typer.Option("--public", help="Everybody can see it; private without.")] = False,
+    samples: Annotated[
+        int, typer.Option(min=0, max=20, help="Show so many prompts of the data, with answers, in the card.")
+    ] = 0,
+) -> None:
+    """Push a run's adapter, or its merged model, to the hub, with a model card."""
+    hush()
+    if base == "dequantized" and not merged:
+        raise RecipeError(
+            where="--base dequantized",
+            found="without --merged",
+            expected="it says which merged model",
+            fix="add --merged",
+        )
+    options: dict[str, Any] = {"merged": base if merged else None, "is_public": public, "samples": samples}
+    try:
+        push_run(run, repository, **options)
+    except KeyboardInterrupt:
+        from orpo_lite.publishing.push import push_command
+
+        err.print(f"stopped; then: {push_command(run, repository, **options)}")
+        raise typer.Exit(STOPPED) from None
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
+    to: Annotated[str, typer.Option("--to", help="gguf (llama.cpp), ollama or vllm.")],
+    outtype: Annotated[
+        str | None, typer.Option(help="f32, f16, bf16, q8_0, q3_k_m, q4_k_m, q5_k_m or q6_k; as merged by default.")
+    ] = None,
+    base: Annotated[Literal["original", "dequantized"], typer.Option(help="Which merge.")] = "original",
+) -> None:
+    """Write a run as llama.cpp, Ollama or vLLM take it, to RUN/export, with the command that uses it."""
+    with quiet():
+        from orpo_lite.exporting.targets import export_events
+
+        result = draw(export_events(run, to, outtype=outtype, weights=base))
+    for note in result.notes:
+        out.print(f"note: {note}")
+    out.print(f"wrote {result.folder} ({result.bytes / 2**20:,.1f} MiB); use it with:\n{result.command}")
+
+
+@recipes_app.command("ls")
+def recipes_ls() -> None:
+    """List the shipped recipes."""
+    from orpo_lite.recipe.reader import load_recipe, shipped_recipes
+
+    rows = [("recipe", "base", "beta", "what for")]
+    for name, path in shipped_recipes().items():
+        recipe = load_recipe(name)
+        headline = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        rows.append((name, recipe.model.model_name_or_path, f"{recipe.loss.beta:g}", headline))
+    print_columns(rows)
+
+
+@recipes_app.command("show")
+def recipes_show(name: Annotated[str, typer.Argument(metavar="NAME", help="A shipped name or a path.")]) -> None:
+    """Print a recipe with every key, its value and what it means."""
+    from orpo_lite.recipe.reader import load_recipe
+
+    out.print(load_recipe(name).to_yaml(comments=True), end="")
+
+
+@recipes_app.command("cp")
+def recipes_cp(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A shipped name or a path.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="Where to write it.")],
+) -> None:
+    """Copy a recipe, every key commented, to edit."""
+    from orpo_lite.recipe.reader import find_recipe, load_recipe
+
+    text = load_recipe(name).to_yaml(comments=True)
+    path = path / f"{find_recipe(name).stem}.yaml" if path.is_dir() else path
+    if path.exists():
+        raise RecipeError(
+            where=str(path), found="exists", expected="a new file", fix="remove it or choose another name"
+        )
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(
+            where=str(path), found=f"cannot be written ({error.strerror})", expected="a folder that exists"
+        ) from None
+    runnable = str(path) if "/" in str(path) else f"./{path}"
+    out.print(f"wrote {path}; run it with: orpo-lite train --recipe {shlex.quote(runnable)}")
+
+
+def _previewing(recipe: "Recipe", row: str | None) -> "Generator[Update, None, Preview]":
+    from orpo_lite.runs.inputs import preview
+
+    if any(name.startswith("builtin:") for name in (recipe.model.model_name_or_path, *recipe.data.names)):
+        from orpo_lite import demo
+
+        for _ in demo.make_builtin(recipe, weights=False):
+            pass
+        recipe = demo.resolve_builtin(recipe)
+    return (yield from preview(recipe, row))
+
+
+def _choose_recipe(name: str | None, resume: Path | None, overrides: list[str], *, verb: str = "train") -> "Recipe":
+    from orpo_lite.recipe.reader import load_recipe
+    from orpo_lite.runs.lock import read_recipe
+
+    if resume is not None:
+        if name or overrides:
+            raise RecipeError(
+                where="--resume",
+                found="given with " + (f"--recipe {name}" if name else " ".join(overrides)),
+                expected="the run's own recipe",
+                fix=Command(f"orpo-lite train --resume {resume}"),
+            )
+        recipe = read_recipe(resume)
+        return recipe.override({"training.output_dir": str(resume)})  # the folder may have been moved
+    _refuse_file(name, overrides, verb)
+    if name is None:
+        words = [text for text in overrides if "=" not in text]
+        raise RecipeError(
+            where=f"orpo-lite {verb}",
+            found="no recipe given",
+            expected="--recipe NAME, or --resume RUN" if verb == "train" else "--recipe NAME",
+            fix=Command(f"orpo-lite {verb} --recipe {words[0] if words else 'demo'}"),
+        )
+    return load_recipe(name, overrides)
+
+
+def _refuse_file(name: str | None, overrides: list[str], verb: str) -> None:
+    """A set of pairs named without its key."""
+    from orpo_lite.data.sources.source import is_local
+    from orpo_lite.recipe.reader import shipped_recipes
+
+    words = [text for text in overrides if "=" not in text and not text.endswith((".yaml", ".yml"))]
+    words = [word for word in words if word not in shipped_recipes() and not (Path(word) / "recipe.yaml").exists()]
+    if found := [word for word in words if is_local(word)]:
+        others = [text for text in overrides if text not in found]
+        parts = ["orpo-lite", verb, "--recipe", name or "demo", f"data.dataset_name={','.join(found)}", *others]
+        raise RecipeError(
+            where=f"argument {found[0]!r}",
+            found="is not an override",
+            expected="data.dataset_name=FILE",
+            fix=Command(shlex.join(parts)),
+        )
+
+
+def _print_values(recipe: "Recipe") -> None:
+    from orpo_lite.recipe.text import to_text
+
+    print_columns([("key", "value", "from"), *((k, to_text(v), recipe.sources[k]) for k, v in recipe.items())])
+    print_levers(recipe)

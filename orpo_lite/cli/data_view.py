@@ -1,0 +1,135 @@
+"""The data as the person sees them: a pair, its lengths, what is left out."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.text import Text
+
+from orpo_lite.cli.console import out, print_columns
+
+SHOWN = 1200  # characters of a prompt or reply; the middle of a longer one is left out
+MUCH = 0.05  # of the responses: a model that rarely sees an end does not learn to stop
+STYLES = {"prompt": "cyan", "response": "green", "end": "bold magenta", "cut": "red"}
+
+
+def print_preview(
+    figures: Mapping[str, Any], samples: Mapping[str, Any], warnings: Sequence[str], max_length: int
+) -> None:
+    """A pair as the model sees it, then the figures, then what may be wrong; what ``prepare.preview`` returns."""
+    sample = samples["first"]
+    out.print(f"\none pair, {sample['where']}, as the model sees it")
+    if sample.get("dropped"):
+        out.print(f"(left out of the training: {sample['dropped']})", style="bold red")
+    print_pair(sample)
+    if "cut" in samples and not any(piece["kind"] == "cut" for piece in sample.get("chosen", [])):
+        cut = samples["cut"]
+        out.print(f"\na pair that data.max_length={max_length} cuts, {cut['where']}")
+        print_pair(cut)
+    _print_figures(figures, max_length)
+    for warning in warnings:
+        out.print(f"\n{warning}", style="bold red")
+
+
+def _print_figures(figures: Mapping[str, Any], max_length: int) -> None:
+    from orpo_lite.data.statistics import COUNTED
+
+    out.print()
+    for columns in figures["columns"]:
+        out.print(f"{columns['format']}\n  {_columns_line(columns)}")
+    out.print(figures["chat_template"])
+    kept = f"{figures['train_pairs']:,} to train on, {figures['held_out_pairs']:,} held out"
+    out.print(
+        f"{figures['rows_read']:,} rows: {kept}, {sum(d['pairs'] for d in figures['dropped'].values()):,} left out"
+    )
+    for reason, drop in figures["dropped"].items():
+        more = ", ..." if drop["pairs"] > len(drop["first"]) else ""
+        out.print(f"  {drop['pairs']:>7,}  {reason} ({', '.join(drop['first'])}{more})")
+    names = list(figures["tokens"]["prompt"])
+    lengths = [[f"{value:,.0f}" for value in row.values()] for row in figures["tokens"].values()]
+    out.print()
+    print_columns(
+        [["tokens", *names], *([name, *row] for name, row in zip(figures["tokens"], lengths, strict=True))], right=True
+    )
+    out.print()
+    cut, prompts, step = figures["cut"], figures["prompts"], figures["step"]
+    padded, whole, shared = step.values()
+    lost = cut["responses_without_end"]
+    _print_count(
+        f"data.max_length={max_length} cuts {_share(cut['pairs_share'])} of the pairs; "
+        f"{lost:,} of the responses ({_share(cut['responses_without_end_share'])}) lose their end",
+        cut["responses_without_end_share"] >= MUCH,
+    )
+    for name, said in COUNTED.items():
+        if count := figures[name]:
+            _print_count(f"{said}: {count:,}", True)
+    longer = [_share(figures[f"{side}_longer"]) for side in ("chosen", "rejected")]
+    out.print(f"chosen is the longer one in {longer[0]} of the pairs, rejected in {longer[1]}")
+    _print_count(
+        f"{prompts['train']:,} different prompts to train on, {prompts['held_out']:,} held out, "
+        f"{prompts['shared']:,} on both sides{': the evaluation will flatter' if prompts['shared'] else ''}",
+        prompts["shared"] > 0,
+    )
+    out.print(
+        f"tokens a pair: {padded:,.0f} in rows padded to the longest of 8 pairs, {whole:,.0f} without padding, "
+        f"{shared:,.0f} with the prompt shared as well ({padded / shared:.1f}x fewer than padded)"
+    )
+
+
+def _columns_line(columns: Mapping[str, Any]) -> str:
+    read = [ours if ours == theirs else f"{ours} from {theirs}" for ours, theirs in columns["read"].items()]
+    return visible(
+        "; ".join(
+            f"{title}: {', '.join(names)}"
+            for title, names in (("read", read), ("not read", columns["not_read"]))
+            if names
+        )
+    )
+
+
+def _print_count(text: str, bad: bool) -> None:
+    out.print(text, style="bold red" if bad else None)
+
+
+def print_pair(sample: Mapping[str, Any]) -> None:
+    """Prompt once, then both replies; each kind of segment has a mark of its own and a colour, where there is one."""
+    if "chosen" not in sample:
+        out.print("  (it cannot be rendered)")
+        return
+    shared = ""
+    for side in ("chosen", "rejected"):
+        pieces = {piece["kind"]: piece["text"] for piece in sample[side]}
+        if side == "chosen" or pieces.get("prompt") != shared:
+            shared = pieces.get("prompt", "")
+            _print_piece(f"prompt{'' if side == 'chosen' else ' of rejected'}", "prompt", shared)
+        _print_piece(side, "response", pieces.get("response", ""), pieces)
+
+
+def _print_piece(title: str, kind: str, text: str, pieces: Mapping[str, str] | None = None) -> None:
+    line = Text(f"--- {title} ", style="bold") + Text("-" * max(3, 60 - len(title)), style="dim")
+    out.print(line)
+    body = Text(_seams(visible(text)), style=STYLES[kind])
+    if pieces and "end" in pieces:
+        body.append(f"[end: {pieces['end']}]", style=STYLES["end"])
+    if pieces and "cut" in pieces:
+        body.append(f"[cut off: {visible(pieces['cut'], 200)}]", style=STYLES["cut"])
+    out.print(body)
+
+
+def visible(text: str, shown: int = SHOWN) -> str:
+    """Text that is safe to print, its middle left out when it is long; data may hold a terminal's control codes."""
+    if len(text) > shown:
+        half = shown // 2
+        text = f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def _seams(text: str) -> str:
+    """White space at either end made visible: there prompt and reply meet."""
+    inner = text.strip()
+    before, _, after = text.partition(inner) if inner else (text, "", "")
+    marks = str.maketrans({" ": "·", "\n": "⏎\n", "\t": "→"})
+    return before.translate(marks) + inner + after.translate(marks)
+
+
+def _share(share: float) -> str:
+    return f"{100 * share:.1f}%"

@@ -1,0 +1,132 @@
+"""What the command line does and prints after a verb: tables, merge, push."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from orpo_lite.cli.console import draw, err, out, print_before_after, print_verdict
+from orpo_lite.errors import CheckpointError, ModelError, OrpoLiteError, RecipeError
+
+if TYPE_CHECKING:
+    from orpo_lite.recipe.schema import Recipe
+    from orpo_lite.runs.commands import Weights
+    from orpo_lite.training.result import TrainResult
+
+
+STOPPED = 130  # 128 + SIGINT
+LONGEST = 400  # characters of a prompt or an answer on the screen
+
+
+def merge_run(run: Path, **options: Any) -> None:
+    from orpo_lite.merging.merge import merge_events
+
+    result = draw(merge_events(run, **options))
+    if result.note:
+        out.print(f"merged in memory: {result.note}")
+    of_all = f"{result.changed} of {result.targets} adapted matrices changed"
+    out.print(f"merged model: {result.folder} ({result.bytes / 2**20:,.1f} MiB; {of_all})")
+
+
+def merge_if_changed(run: Path) -> None:
+    """As :func:`merge_run`; a trial of a step or two, which has learnt nothing yet, is no fault."""
+    from orpo_lite.merging.merge import UnchangedError
+
+    try:
+        merge_run(run)
+    except UnchangedError as error:
+        out.print(f"not merged: {error.where} {error.found}")
+
+
+def verify_run(run: Path, weights: "Weights", base_path: Path | None) -> None:
+    """The comparison as a table. Raises :class:`ModelError` where the merged model is another than base and adapter."""
+    from orpo_lite.api import verify_events
+
+    verdict = draw(verify_events(run, weights=weights, base_path=base_path))
+    print_verdict(verdict)
+    if not verdict.passed:
+        raise ModelError(
+            where=f"{run}, merged",
+            found=f"differs from base and adapter: {verdict.said}",
+            expected="the same answers",
+            fix="please report it with the run's lock.json",
+        )
+
+
+def push_run(run: Path, repository: str, **options: Any) -> None:
+    from orpo_lite.publishing.push import push_events
+
+    # The hub's client draws bars of its own while files go up.
+    result = draw(push_events(run, repository, **options), plain=True)
+    visible = "everybody" if options.get("is_public") else "you, and who you let"
+    out.print(f"pushed {len(result.files)} files: {result.page} (to be seen by {visible})")
+
+
+def finish(recipe: "Recipe", result: "TrainResult") -> None:
+    """After the adapter is safe: the table, the merge, the answers. A failure here costs no training."""
+    from orpo_lite.demo import builtin_remark
+    from orpo_lite.objectives.objective import find_objective
+    from orpo_lite.runs.commands import merge_command
+
+    out.print(f"adapter of step {result.kept_step}: {result.run}/adapter")
+    if result.before:
+        print_before_after(result.before, result.after, find_objective(recipe.loss).shown)
+    _print_samples(result)
+    safe = f"the adapter is safe in {result.run}/adapter; then: {merge_command(result.run)}"
+    if recipe.output.push_to_hub:
+        safe += f", and {push_line(recipe, result)}"
+    try:
+        if recipe.output.merge:
+            merge_if_changed(result.run)
+    except OrpoLiteError as error:
+        error.fix = f"{error.fix}\n  {safe}" if error.fix else safe
+        raise
+    except KeyboardInterrupt:
+        err.print(f"stopped; {safe}")
+        raise typer.Exit(STOPPED) from None
+    minutes, seconds = divmod(round(result.seconds), 60)
+    out.print(f"{result.steps} steps in {minutes}m{seconds:02d}s; every step is in {result.run}/metrics.jsonl")
+    if remark := builtin_remark(recipe):
+        out.print(remark)
+    if recipe.output.push_to_hub:
+        _push_result(recipe, result)
+
+
+def _push_result(recipe: "Recipe", result: "TrainResult") -> None:
+    safe = f"the adapter is safe in {result.run}/adapter"
+    try:
+        push_run(result.run, str(recipe.output.hub_model_id), is_public=not recipe.output.hub_private_repo)
+    except OrpoLiteError as error:
+        if isinstance(error, RecipeError | CheckpointError):
+            safe += f"; when that is mended: {push_line(recipe, result)}"
+        error.fix = f"{error.fix}\n  {safe}" if error.fix else safe
+        raise
+    except KeyboardInterrupt:
+        err.print(f"stopped; {safe}; then: {push_line(recipe, result)}")
+        raise typer.Exit(STOPPED) from None
+
+
+def push_line(recipe: "Recipe", result: "TrainResult") -> str:
+    from orpo_lite.publishing.push import push_command
+
+    return push_command(result.run, str(recipe.output.hub_model_id), is_public=not recipe.output.hub_private_repo)
+
+
+def _print_samples(result: "TrainResult") -> None:
+    """The answers to the data's own prompts, else to neutral ones; all are in the file."""
+    shown = [sample for sample in result.samples if sample.source == "held-out"] or [*result.samples]
+    if not shown:
+        return
+    more = len(result.samples) - len(shown)
+    rest = f"; {more} more, to neutral prompts, in {result.run}/samples.jsonl" if more else ""
+    out.print(f"\nanswers, sampled at temperature {shown[0].temperature}, before and after the training{rest}")
+    for sample in shown:
+        out.print(
+            f"\n  prompt  {_flat(sample.prompt)}\n  before  {_flat(sample.before)}\n  after   {_flat(sample.after)}"
+        )
+    out.print()
+
+
+def _flat(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= LONGEST else f"{line[:LONGEST]} ..."

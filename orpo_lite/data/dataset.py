@@ -1,0 +1,199 @@
+"""One side of the data as tokens: read, rendered, tokenised and kept in the cache, or found there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orpo_lite.data import cache
+from orpo_lite.data.cache import TokenizedPairs
+from orpo_lite.data.chat_template import (
+    REWRITTEN,
+    SPECIAL,
+    TURN_LOST,
+    PairTexts,
+    Template,
+    is_file,
+    set_chat_template,
+    template_file,
+)
+from orpo_lite.data.formats.columns import SOME
+from orpo_lite.data.formats.values import is_templated
+from orpo_lite.data.pair import Pair
+from orpo_lite.data.pairs import PairReader
+from orpo_lite.data.render_process import LimitedRenderer, Renderer
+from orpo_lite.data.sources.source import Source
+from orpo_lite.data.tokenize import LONG_PROMPT, end_token_id, show_texts, tokenize_pairs
+from orpo_lite.errors import FULL, DataError, FitError
+
+if TYPE_CHECKING:
+    from orpo_lite.recipe.schema import DataSection
+
+
+# What to do when that is why no pair is left.
+HINTS = {
+    REWRITTEN: "data.chat_template=FILE.jinja: this template changes replies (some take <think> out, or change case)",
+    TURN_LOST: "data.chat_template=FILE.jinja with a template that writes every turn",
+    SPECIAL: "take the special tokens out of the texts; texts that are templated already: data.chat_template=none",
+    LONG_PROMPT: "a higher data.max_prompt_length",
+}
+
+# What tokens depend on, besides the rows, the tokenizer and the template.
+TOKEN_FIELDS = ("format", "column_map", "max_samples", "max_length", "max_prompt_length", "chat_template_kwargs")
+LoadTokenizer = Callable[[], Any]
+
+
+def tokenized(
+    data: DataSection, sources: Sequence[Source], tokenizer_folder: Path, load: LoadTokenizer
+) -> Generator[tuple[int, int], None, TokenizedPairs]:
+    """One side from the cache, or tokenised into it; yields (rows read, rows), the second 0 where nobody knows.
+
+    Args:
+        data: what tokens depend on, besides rows and tokenizer.
+        sources: the sets of this side.
+        tokenizer_folder: what the tokenizer is made of, for the key.
+        load: called for the tokenizer when the cache does not have the side.
+
+    Raises DataError and ModelError for what cannot be read or rendered, FitError for a full disk.
+    """
+    prints = [source.fingerprint() for source in sources]
+    key = cache.make_key(
+        sets=[sha256 for sha256, _ in prints],
+        tokenizer=cache.tokenizer_sha256(tokenizer_folder),
+        template=_template_key(data.chat_template),
+        fields=data.model_dump(include=set(TOKEN_FIELDS)),
+    )
+    try:
+        with cache.locked(key):
+            if (entry := cache.load(key)) is None:
+                rows = sum(count if data.max_samples is None else min(count, data.max_samples) for _, count in prints)
+                with cache.new_entry(key) as writer:
+                    reader = PairReader(data, sources)
+                    yield from _tokenize(data, load(), reader, writer, rows)
+                entry = cache.load(key)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise FitError(
+            where=str(cache.cache_folder()),
+            found="the disk is full",
+            expected="room for the tokens",
+            fix=f"free some space, or {cache.VARIABLE}=FOLDER on another disk",
+        ) from error
+    if entry is None:
+        raise FitError(
+            where=str(cache.cache_folder()),
+            found="what was written cannot be read",
+            expected="a sound disk",
+            fix="try it again",
+        )
+    return entry
+
+
+def _template_key(choice: str) -> str:
+    """The template, with the name of its file, which is said of the tokens."""
+    return f"{choice}\n{template_file(choice)}" if is_file(choice) else choice
+
+
+def _tokenize(
+    data: DataSection, tokenizer: Any, reader: PairReader, writer: cache.Writer, rows: int
+) -> Generator[tuple[int, int], None, None]:
+    """Read, render, tokenise and write one side; ``rows`` is what the bar counts to, 0 when nobody knows."""
+    template = set_chat_template(tokenizer, data)
+    if tokenizer.unk_token_id != tokenizer.eos_token_id:  # GPT-2's one special token is both
+        writer.unknown_id = tokenizer.unk_token_id
+    samples: dict[str, Pair] = {}
+    templated = without_system = 0
+    with _renderer(template) as renderer:
+        for number, (pair, tokens) in enumerate(tokenize_pairs(reader, renderer, tokenizer, data)):
+            if number % 100 == 0:
+                yield reader.read, max(rows, reader.read) if rows else 0
+            if isinstance(tokens, str):
+                reader.drops.add(tokens, pair.where)
+                continue
+            writer.add(tokens)
+            templated += template.text is not None and is_templated([*pair.messages, pair.chosen, pair.rejected])
+            without_system += tokens.without_system
+            samples.setdefault("first", pair)
+            if tokens.chosen_cut or tokens.rejected_cut:
+                samples.setdefault("cut", pair)
+        if not len(writer):
+            reader.drops.raise_nothing_left("data", HINTS)
+        if templated >= SOME * len(writer):
+            raise _templated(templated, len(writer))
+        end = end_token_id(renderer, tokenizer)
+        shown = dict(zip(samples, _shown_samples([*samples.values()], renderer, tokenizer, data), strict=True))
+    writer.close(
+        {
+            "format": reader.detected,
+            "columns": reader.columns,
+            "chat_template": template.said,
+            "rows_read": reader.read,
+            "rows_of_sets": reader.rows,
+            "dropped": dict(reader.drops.counts),
+            "places": reader.drops.places,
+            "sha256": reader.sha256,
+            "end_token_id": end,
+            "largest_id": writer.largest,
+            "unknown_tokens": writer.unknown,
+            "repeated_prompts": reader.repeated,
+            "absent_texts": reader.absent,
+            "empty_turns": reader.silent,
+            "beside_pairs": reader.beside,
+            "templated_pairs": templated,
+            "lost_systems": without_system,
+            "samples": shown,
+        }
+    )
+
+
+def _templated(count: int, pairs: int) -> DataError:
+    return DataError(
+        where="data.chat_template",
+        found=f"{count:,} of {pairs:,} pairs hold markers of a chat template, though hardly any of the first rows did",
+        expected="text without markers: the template puts them in again",
+        fix="write all rows alike: without markers, or, for data.chat_template=none, with them",
+    )
+
+
+def show_row(data: DataSection, sources: Sequence[Source], load: LoadTokenizer, place: str) -> dict[str, Any]:
+    """The row at a place as segments of text, and under ``dropped`` why it is left out, if it is. Raises DataError."""
+    pair, reason = PairReader(data, sources).find(place)
+    tokenizer = load()
+    with _renderer(set_chat_template(tokenizer, data)) as renderer:
+        if reason is None:
+            ((_, tokens),) = tokenize_pairs([pair], renderer, tokenizer, data)
+            reason = tokens if isinstance(tokens, str) else None
+        (shown,) = _shown_samples([pair], renderer, tokenizer, data) or [{"where": place}]
+    return shown | {"dropped": reason}
+
+
+def prompt_ids(data: DataSection, prompts: Sequence[str], load: LoadTokenizer) -> list[list[int]]:
+    """Questions as the tokens that a pair with such a prompt would begin with; [] for one that is too long."""
+    turns = [({"role": "user", "content": text},) for text in prompts]
+    pairs = [Pair(turn, "Yes.", "No.", text, prompt_text=text) for turn, text in zip(turns, prompts, strict=True)]
+    tokenizer = load()
+    with _renderer(set_chat_template(tokenizer, data)) as renderer:
+        found = [tokens for _, tokens in tokenize_pairs(pairs, renderer, tokenizer, data)]
+    return [[] if isinstance(tokens, str) else list(tokens.chosen_ids[: tokens.chosen_start]) for tokens in found]
+
+
+def _renderer(template: Template) -> Renderer:
+    """Plain text needs no template, and a template is not trusted with this process."""
+    return Renderer(template) if template.text is None else LimitedRenderer(template)
+
+
+def _shown_samples(
+    pairs: Sequence[Pair], renderer: Renderer, tokenizer: Any, data: DataSection
+) -> list[dict[str, Any]]:
+    """Pairs as segments of text, for a person to read; a pair that cannot be rendered is not among them."""
+    end = end_token_id(renderer, tokenizer)
+    renderer.send(pairs)
+    rows = []
+    for pair, texts in zip(pairs, renderer.receive(), strict=True):
+        if isinstance(texts, PairTexts):
+            sides = show_texts(texts, tokenizer, data, end).items()
+            rows.append({"where": pair.where} | {side: [asdict(piece) for piece in pieces] for side, pieces in sides})
+    return rows

@@ -1,0 +1,315 @@
+"""The first rows of a set, column by column: what kind of value each holds, and which column holds what we call prompt.
+
+A column's kind is what most of its rows hold, the empty ones aside. A column is taken under another name only when it
+is the one candidate, or all candidates agree in every row; else the error has the data.column_map lines to choose from.
+"""
+
+import re
+import shlex
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from orpo_lite.data.formats.text import fault, says_nothing, seen
+from orpo_lite.data.formats.values import (
+    CHAT,
+    LISTS,
+    PLAIN_LISTS,
+    STRUCTURED,
+    TEXTS,
+    Kind,
+    are_texts,
+    end_marker,
+    ends_with,
+    is_blank,
+    is_conversation,
+    is_opened,
+    is_templated,
+    kind_of,
+    unpacked,
+    usual_kind,
+    waits_for_reply,
+)
+from orpo_lite.data.pair import COLUMNS, Row
+from orpo_lite.errors import DataError, Overrides, one_of
+
+SOME = 0.1  # of the rows: too many to be chance
+MANY = 0.9  # of the rows: a habit of the whole set
+PAIRS = "write each pair as prompt, chosen and rejected"
+
+# What other sets call a column of ours. None for chosen and rejected: their names alone say which reply is the better.
+ALIASES: dict[str, tuple[str, ...]] = {
+    "prompt": ("prompt", "question", "instruction", "query", "input", "problem", "user_prompt", "user_input", "history",
+               "context"),
+    "system": ("system", "system_prompt", "system_message", "system_instruction", "system_instructions", "sys_prompt"),
+    "conversation": ("conversation", "conversations", "messages", "context"),
+    "history": ("history",),
+    "input": ("input",),
+    "completions": ("completions", "answers", "responses", "generations", "candidates"),
+    "scores": ("scores", "score", "ratings", "rating", "rewards", "reward"),
+    "ranks": ("ranks", "rank", "rankings", "ranking"),
+}  # fmt: skip
+FITTING: dict[str, tuple[Kind, ...]] = {
+    "prompt": TEXTS,
+    "system": (*TEXTS, "null"),
+    "conversation": CHAT,
+    "history": (*CHAT, "pairs of texts", "null"),  # null: the first rows may be those without earlier turns
+    "input": (*TEXTS, "request", "null"),
+    "completions": ("completions", *LISTS),
+    "scores": ("numbers", "numbers as texts"),
+    "ranks": ("numbers", "numbers as texts"),
+}
+ABOUT = ("context", "input")
+EITHER = (("prompt", "conversation"), ("scores", "ranks"), ("better", "preference_strength"))  # the one or the other
+SIDES = ("chosen", "rejected")
+OPENAI = ("input", "preferred_output", "non_preferred_output")  # the columns of OpenAI's own format
+# Who reads such lists: under another name a table's cell that looks like one is a text.
+READ_BY: dict[Kind, tuple[str, ...]] = {
+    "numbers": (*ALIASES["scores"], *ALIASES["ranks"]),
+    "pairs of texts": ("history",),
+    "something else": ("history", *ALIASES["system"], *ALIASES["conversation"]),
+}
+KNOWN = {*COLUMNS, *OPENAI, "output", *(alias for aliases in ALIASES.values() for alias in aliases)}
+
+
+@dataclass
+class ColumnProfile:
+    """The first rows, the kind of each column, and the columns taken so far: canonical name -> column."""
+
+    rows: Sequence[Row]
+    mapped: Mapping[str, str]  # data.column_map, whose names the rows have by now: nothing else is a candidate
+    plain: bool  # data.chat_template is none
+    others: Mapping[str, Sequence[str]] = field(default_factory=dict)  # data.column_map's, by which other sets are read
+    taken: dict[str, str] = field(default_factory=dict)
+    as_texts: str = ""  # the format that reads replies as texts, whatever they look like, once it is named
+    texts: Collection[str] = ()  # canonical columns that hold texts, though they may look like JSON of messages
+    verdict: Callable[[Any], str | None] | None = None  # what a judged set's better column says: a, b or tie
+
+    def __post_init__(self) -> None:
+        self.columns = list(dict.fromkeys(key for row in self.rows for key in row))
+        self.kinds = {column: self._usual_kind(column) for column in self.columns}
+
+    def _usual_kind(self, column: str) -> Kind:
+        values = [row[column] for row in self.rows if column in row]
+        kind = usual_kind(values)
+        name, read_by = plain_name(column), READ_BY.get(kind)
+        return "text" if read_by and name not in read_by and are_texts(values) else kind
+
+    def named(self, *names: str) -> list[str]:
+        """The columns of these names, however their words are put together, and whatever the spaces around them."""
+        return [column for name in names for column in self.columns if plain_name(column) == name]
+
+    def column(self, name: str) -> str:
+        return name if name in self.kinds else next(iter(self.named(name)), name)
+
+    def kind(self, name: str) -> Kind:
+        return self.kinds.get(self.column(name), "missing")
+
+    def values(self, *names: str) -> list[tuple[Any, ...]]:
+        """What these columns hold, in the rows in which none is empty and each holds its column's kind."""
+        columns = [self.column(name) for name in names]
+        rows = [tuple(self.held(row, column) for column in columns) for row in self.rows]
+        return [
+            row
+            for row in rows
+            if all(self._fits(value, self.kind(column)) for value, column in zip(row, columns, strict=True))
+        ]
+
+    def held(self, row: Row, column: str) -> Any:
+        """What a row holds there, as the list that it is where the column's texts are lists as JSON."""
+        return row.get(column) if self.kind(column) in TEXTS else unpacked(row.get(column))
+
+    @staticmethod
+    def _fits(value: Any, kind: Kind) -> bool:
+        if kind in TEXTS:
+            return isinstance(value, str) and bool(value.strip())
+        return "null" != kind_of(value) in (LISTS if kind in LISTS else (kind,))
+
+    def share(self, test: Callable[..., bool], *columns: str) -> float:
+        """Of the rows in which the columns hold something, the share that passes."""
+        values = self.values(*columns)
+        return sum(bool(test(*row)) for row in values) / len(values) if values else 0.0
+
+    def find(self, canonical: str) -> str | None:
+        """The column that holds it, if any; refused when several could and differ."""
+        if canonical not in self.taken and (candidates := self.candidates(canonical)):
+            rivals = [column for column in candidates[1:] if self._differ(candidates[0], column)]
+            if rivals:
+                self._refuse_rivals(canonical, [candidates[0], *rivals])
+            self.taken[canonical] = candidates[0]
+        return self.taken.get(canonical)
+
+    def candidates(self, canonical: str) -> list[str]:
+        if canonical in self.mapped or (canonical == "prompt" and self.kind("prompt") in CHAT):
+            return [self.column(canonical)] if self.kind(canonical) != "missing" else []
+        named = self.named(*ALIASES.get(canonical, (canonical,)))
+        said = {*self.mapped, *self.mapped.values()}  # what these are has been said
+        named = [column for column in named if column not in said]
+        named = [column for column in named if self.kinds[column] in FITTING.get(canonical, self.kinds.values())]
+        named.sort(key=lambda column: self.kinds[column] == "null")  # a blank one is no rival of one that speaks
+        if canonical == "prompt" and self.is_alpaca():
+            return [column for column in named if plain_name(column) != "input"]
+        if canonical == "conversation":
+            # One that already holds the reply, as in UltraFeedback binarized, only where nothing else asks.
+            waiting = [column for column in named if self.share(waits_for_reply, column) > 0.5]
+            answered = [column for column in named if not waiting and self.share(ends_with, column, *SIDES) > 0.5]
+            return answered if answered and not self.candidates("prompt") else waiting
+        return named
+
+    def is_alpaca(self) -> bool:
+        """Beside an instruction, input is what the instruction is about, and often blank; history is earlier turns."""
+        about = self.kind("input") in (*TEXTS, "null") or self.kind("history") == "pairs of texts"
+        return self.kind("instruction") != "missing" and about
+
+    def agree(self, one: str, other: str) -> bool:
+        return self.column(other) == one or (self.kind(other) != "missing" and not self._differ(one, other))
+
+    def _differ(self, one: str, other: str) -> bool:
+        """In some row; spaces around a text make no difference."""
+        return any(a != b and str(a).strip() != str(b).strip() for a, b in self.values(one, other))
+
+    def templated(self) -> list[str]:
+        """The canonical columns in which a chat template was applied already, in too many rows to be chance."""
+        read = {name: column for name, column in self.taken.items() if name != "better"}
+        return [name for name, column in read.items() if self.share(is_templated, column) >= SOME]
+
+    def _refuse_rivals(self, canonical: str, columns: Sequence[str]) -> NoReturn:
+        templated = [column for column in columns if self.share(is_templated, column) >= SOME]
+        if canonical == "prompt" and templated and not self.plain:
+            replies = [side for side in ("chosen", "rejected") if self.share(is_templated, side) >= SOME]
+            raw = [column for column in columns if column not in templated]
+            if not replies and all(plain_name(column) == "history" for column in templated):
+                found = f"{shown(*templated)} holds earlier turns as a text, and that is not read"
+                raise DataError(
+                    where="data.column_map",
+                    found=found,
+                    expected="messages, or pairs [user, assistant]",
+                    fix=f"write it so, or {self.lines('prompt', raw)} to leave it out",
+                )
+            refuse_templated(self, [*templated, *replies], () if replies else raw)
+        found = f"{shown(*columns)} could each be the {canonical}, and they differ"
+        lines = [self.line(**{canonical: column}) for column in columns]
+        if canonical == "prompt":  # what the question is about may stand beside it
+            about = [column for column in columns if plain_name(column) in ABOUT]
+            lines += [self.line(prompt=one, input=other) for other in about for one in columns if one not in about]
+        raise DataError(where="data.column_map", found=found, expected=f"one {canonical}", fix=one_of(lines))
+
+    def line(self, **columns: str) -> Overrides:
+        """The line of data.column_map that says this, and what was mapped already as far as it still holds."""
+        theirs = {ours: self.mapped.get(column, column) for ours, column in columns.items()}
+        instead = {*theirs, *(other for pair in EITHER for one, other in (pair, pair[::-1]) if one in theirs)}
+        kept = {ours: name for ours, name in self.mapped.items() if ours not in instead and name not in theirs.values()}
+        lists = {ours: [*self.others.get(ours, ()), name] for ours, name in (kept | theirs).items()}
+        return map_line({**self.others, **lists})
+
+    def lines(self, canonical: str, columns: Iterable[str]) -> str:
+        return one_of(self.line(**{canonical: column}) for column in columns)
+
+    # --- the rows as their reader wants them
+
+    def renamed(self, row: Row, where: str) -> Row:
+        """Canonical names, lists where JSON stands for them, and no other candidate than those that were taken."""
+        left_out = {"system", "input", "conversation", "history", "scores", "ranks", *self.taken, *self.taken.values()}
+        out = {key: value for key, value in row.items() if key not in left_out}
+        out |= {canonical: row[column] for canonical, column in self.taken.items() if column in row}
+        for key, value in out.items():
+            kind = self.kind(self.taken.get(key, key))
+            if not isinstance(value, str) or key not in KNOWN or key in self.texts:
+                continue
+            column = shown(self.taken.get(key, key))
+            if value.strip() == "[]" and kind not in TEXTS:
+                out[key] = None
+            elif kind in (*STRUCTURED, *PLAIN_LISTS):
+                out[key] = unpacked(value) if value.strip() else None
+                if isinstance(out[key], str):
+                    raise fault(where, column, "a text", f"{kind}, as in most rows")
+            elif kind in TEXTS and is_conversation(value):
+                plain = f", or data.format={self.as_texts} if it is the reply as it should be"
+                fix = f"mend or remove the row{plain if self.as_texts and key in SIDES else ''}"
+                raise fault(where, column, "messages as JSON", "a text, as in most rows", fix)
+        if self.verdict and says_nothing(str(out.get("better"))):
+            out["better"] = None
+        elif self.verdict and not is_blank(out.get("better")):
+            verdict = self.verdict(out["better"])
+            if verdict is None:
+                raise _verdict_fault(out, where, shown(self.taken["better"]))
+            out["better"] = verdict
+        return out
+
+
+NUMBERED = re.compile(r"(.*?)[ _-]?([012ab])", re.IGNORECASE)  # response_0, response1, human_ref_A
+
+
+def plain_name(column: str) -> str:
+    """system_prompt, of System Prompt, system-prompt and systemPrompt."""
+    parted = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", column.strip())
+    return re.sub(r"[\s_-]+", "_", parted).lower()
+
+
+def words(column: str) -> list[str]:
+    """The words of a column's name: good, answer of good_answer2 and of GoodAnswer."""
+    return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", column)]
+
+
+def shown(*columns: str) -> str:
+    """Their names in a sentence, without what a terminal would act on."""
+    *names, last = [column if column.isprintable() else repr(column) for column in columns] or [""]
+    return f"{', '.join(names)} and {last}" if names else last
+
+
+def holds(*columns: str) -> str:
+    return f"{shown(*columns)} {'holds' if len(columns) == 1 else 'hold'}"
+
+
+def map_line(columns: Mapping[str, Sequence[str]]) -> Overrides:
+    """The setting, as it can be pasted into a shell; as a mapping of YAML's where a name would break the short form.
+
+    ``columns``: our name to a column, or to those of several sets.
+    """
+    each = [(ours, column) for ours, names in columns.items() for column in names]
+    value = ",".join(f"{ours}={column}" for ours, column in each)
+    if not all(column.isprintable() and column == column.strip() and not set(column) & set(",=") for _, column in each):
+        lists = {ours: ", ".join(map(_quoted, names)) for ours, names in columns.items() if names}
+        named = (
+            f'"{ours}": [{names}]' if len(columns[ours]) > 1 else f'"{ours}": {names}' for ours, names in lists.items()
+        )
+        value = "{" + ", ".join(named) + "}"
+    data = {ours: names[0] if len(names) == 1 else [*names] for ours, names in columns.items() if names}
+    return Overrides({"data.column_map": data}, text=shlex.quote(f"data.column_map={value}"))
+
+
+def _quoted(text: str) -> str:
+    """In YAML's double quotes, which know an escape for every character."""
+    return '"' + "".join(c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08x}" for c in text) + '"'
+
+
+def _verdict_fault(row: Row, where: str, column: str) -> DataError:
+    """Of a value that is neither answer; where it is a number, the others may mean another answer than they seem to."""
+    number = kind_of(row["better"]) == "number" or str(row["better"]).strip().isdigit()
+    fix = f"write {column} as a or b in every row, by what its numbers mean" if number else "mend or remove the row"
+    return fault(where, column, seen(row, "better"), "one of the two answers, or a tie", fix)
+
+
+def refuse_templated(look: ColumnProfile, names: Sequence[str], raw: Sequence[str] = ()) -> NoReturn:
+    columns = [look.column(look.taken.get(name, name)) for name in names]
+    values = [value for column in columns for (value,) in look.values(column)]
+    fix = look.lines("prompt", raw) or Overrides({"data.chat_template": "none"})
+    if any(look.kind(column) not in TEXTS for column in columns):
+        fix = "no setting helps: take the template's markers out of the messages; the model's own are put in"
+    elif not raw and not any(is_opened(value) for value in values):
+        markers = Counter(marker for value in values if (marker := end_marker(value)))
+        fix = (
+            f"take {' and '.join(markers)} off the ends of {shown(*columns)}, for the model's own is put there; "
+            "or data.chat_template=none to train on the texts as they are"
+        )
+    raise DataError(
+        where="data.chat_template",
+        found=f"{holds(*columns)} text to which a chat template was applied already",
+        expected="text without markers: the template would put them in again",
+        fix=fix,
+    )
+
+
+def side_columns(look: ColumnProfile) -> list[str]:
+    return [look.column(side) for side in ("chosen", "rejected")]

@@ -1,0 +1,414 @@
+"""Which format a set has, found by the structure of its first rows."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+from orpo_lite.data.formats.columns import (
+    FITTING,
+    KNOWN,
+    MANY,
+    OPENAI,
+    SIDES,
+    SOME,
+    ColumnProfile,
+    plain_name,
+    refuse_templated,
+    shown,
+    side_columns,
+)
+from orpo_lite.data.formats.name_hints import could_ask, guess_prompt
+from orpo_lite.data.formats.readers import MEASURES, READERS, Reader, repeated, says_more, undoubled, without_reply
+from orpo_lite.data.formats.refuse import (
+    refuse_mapped,
+    refuse_no_messages,
+    refuse_order,
+    refuse_python,
+    refuse_ranking,
+    refuse_unknown,
+)
+from orpo_lite.data.formats.text import begins_with, is_whole_dialogue, shared_words
+from orpo_lite.data.formats.unused_columns import refuse_unread
+from orpo_lite.data.formats.values import (
+    CHAT,
+    LISTS,
+    STRUCTURED,
+    TEXTS,
+    USABLE,
+    asks,
+    contents,
+    is_sharegpt,
+    is_templated,
+    one_after_another,
+    opens,
+)
+from orpo_lite.data.formats.verdicts import EITHER_VERDICT, VERDICTS, find_verdict, refuse_labels, two_answers
+from orpo_lite.data.pair import Pair, Row
+from orpo_lite.errors import DataError
+
+SAID = "data.format says so"
+
+AS_TEXTS = ("explicit", "orca", "alpaca")  # formats of replies that are texts, beside a prompt that is one
+
+
+@dataclass(frozen=True, slots=True)
+class Detected:
+    """A format, the structure that gave it away, and its reader, which takes rows as data.column_map left them."""
+
+    name: str
+    because: str
+    read: Reader
+    columns: dict[str, str]
+    """Canonical name -> the column it is read from: all that the reader uses, and nothing else."""
+
+    @property
+    def sentence(self) -> str:
+        return f"detected {self.name} because {self.because}"
+
+
+def detect_format(
+    rows: Sequence[Row],
+    *,
+    name: str = "auto",
+    mapped: Mapping[str, str] = {},
+    plain: bool = False,
+    others: Mapping[str, Sequence[str]] = {},
+) -> Detected:
+    """The format that the first rows share, by what their columns hold; a row that deviates is its reader's to report.
+
+    Args:
+        name: a name of READERS when the person has set data.format; its columns are still looked for.
+        mapped: data.column_map: our name -> the column that has it in these rows; nothing else is a candidate for it.
+        plain: data.chat_template is none, so already-templated text is what the person wants.
+        others: what data.column_map says beside that, of other sets: to be kept in a line that is to be written.
+
+    Raises DataError, with the line to write, when nothing fits, when two readings are possible, and when a template
+    is in the text already.
+    """
+    said = name != "auto"
+    look = ColumnProfile(rows, mapped, plain, others)
+    refuse_mapped(look)
+    refuse_python(look)
+    if not said:
+        refuse_labels(look)
+        clauses = (_judged, *CLAUSES) if _is_judged(look) else CLAUSES
+        fitting = (found for clause in clauses if (found := clause(look)))
+        name, because = next(fitting, None) or refuse_unknown(look, _as_texts_setting(look))
+    else:
+        because = SAID
+        _find_columns(look, name)
+    if name in AS_TEXTS and look.kind(look.taken.get("prompt", "prompt")) in TEXTS:
+        # Once named, these formats take chosen and rejected for the texts that they are, whatever they look like.
+        look.texts, look.as_texts = (SIDES, "") if said else ((), name)
+    for reply in _replies(look, name):
+        look.find(reply)
+    asked = look.taken.get("prompt")
+    if asked and ("input" in look.mapped or (look.is_alpaca() and look.agree(asked, "instruction"))):
+        look.find("input")  # what the instruction is about
+    _find_history(look)
+    system = _find_system(look)
+    if (templated := look.templated()) and not plain:
+        refuse_templated(look, templated)
+    as_texts = "" if said else _as_texts_setting(look)
+    if as_texts and "message" in map(look.kind, SIDES):
+        because += f" (JSON in texts, which {as_texts} would read as they are)"
+    if system and look.kind(system) != "null" and name != "orca":
+        because += f"; {shown(system)} goes in front as a system turn where the conversation has none"
+    sides = _replies(look, name)[-2:]
+
+    def read(row: Row, where: str) -> Pair:
+        named = look.renamed(row, where)
+        pair = without_reply(named, sides, where) or READERS[name](named, where)
+        return replace(pair, beside=True) if says_more(named) else pair
+
+    if as_texts:
+        refuse_no_messages(look, read, as_texts)
+    refuse_unread(look, name, lambda **columns: _tried(look, name if said else "auto", columns, read), said=said)
+    if not said and _is_doubled(look, name, read):
+        texts = look.kind(look.taken.get("prompt", "")) in TEXTS
+        name = "doubled" if texts and name in ("explicit", "orca") else name
+        because += ", and both replies begin with the prompt again, which is taken off"
+        return Detected(name, because, lambda row, where: undoubled(read(row, where)), look.taken)
+    return Detected(name, because, read, look.taken)
+
+
+def _is_doubled(look: ColumnProfile, name: str, read: Reader) -> bool:
+    """Both replies begin with what they reply to, as a habit of the set; refused where some do and others do not."""
+    ends = [repeated(pair) for pair in _pairs(look, read) if pair.drop is None]
+    doubled = [sum(end is not None for end in both) for both in ends]
+    both, one = (doubled.count(n) / max(1, len(doubled)) for n in (2, 1))
+    if SOME <= both < MANY or one >= 0.5:
+        shares = [sum(end is not None for end in side) / len(ends) for side in zip(*ends, strict=True)]
+        chosen, rejected = (f"{share:.0%}" for share in shares)
+        found = f"{chosen} of chosen and {rejected} of rejected repeat the prompt in the first {len(ends)} rows"
+        fix = f"data.format={name} to leave it in the replies"
+        if name in AS_TEXTS:
+            fix = f"data.format=doubled to take it off where it is, or {fix}"
+        raise DataError(where="data.format", found=found, expected="the prompt once, and all rows alike", fix=fix)
+    return both >= MANY
+
+
+def _pairs(look: ColumnProfile, read: Reader) -> Iterator[Pair]:
+    for row in look.rows:
+        with suppress(DataError):  # its reader will report it
+            yield read(row, "")
+
+
+def is_known(column: str) -> bool:
+    """Whether detection goes by a column's name at all; a person may have any number of others."""
+    return plain_name(column) in KNOWN or plain_name(column) in VERDICTS
+
+
+Found = tuple[str, str] | None
+
+
+def _openai(look: ColumnProfile) -> Found:
+    outputs = (look.kind("preferred_output"), look.kind("non_preferred_output"))
+    if look.kind("input") == "request" and all(kind in ("message", "messages") for kind in outputs):
+        return "openai", "input holds messages beside preferred_output and non_preferred_output"
+    return None
+
+
+def _dialogues(look: ColumnProfile) -> Found:
+    if look.kind("chosen") == look.kind("rejected") == "dialogue":
+        if not _is_whole(look) and look.kind("prompt") in TEXTS:
+            look.find("prompt")
+            return "hh_rlhf", "chosen and rejected are texts with Assistant: turns, which reply to prompt"
+        return "hh_rlhf", "chosen and rejected are texts with Human: and Assistant: turns"
+    return None
+
+
+def _is_whole(look: ColumnProfile) -> bool:
+    """The dialogues hold what they reply to."""
+    return look.kind("chosen") == "dialogue" and look.share(is_whole_dialogue, "chosen") > 0
+
+
+def _conversations(look: ColumnProfile) -> Found:
+    kinds = {side: look.kind(side) for side in ("chosen", "rejected")}
+    lists = [side for side, kind in kinds.items() if kind in ("message", "messages")]
+    if not lists or not all(kind in ("text", "message", "messages") for kind in kinds.values()):
+        return None
+    sides = f"chosen and rejected are {'lists of' if 'messages' in kinds.values() else 'single'} messages"
+    if len(lists) == 1:
+        other = "rejected" if lists == ["chosen"] else "chosen"
+        sides = f"{other} is a text, {lists[0]} {'a list of messages' if 'messages' in kinds.values() else 'a message'}"
+    style = "sharegpt" if look.share(is_sharegpt, lists[0]) > 0.5 else None
+    if style:
+        sides += " in from and value"
+    if look.kind("prompt") in CHAT and "conversation" not in look.mapped:
+        look.find("prompt")
+        return style or "explicit", f"prompt is a list of messages and {sides}"
+    whole = look.share(opens, lists[0])
+    if (whole < 1 or "conversation" in look.mapped) and (before := _find_before(look)):
+        canonical, column = before
+        if canonical == "conversation":
+            return style or "conversation", f"{sides}, and {shown(column)} is a list of messages"
+        return style or "messages", f"{sides} beside {shown(column)}, a text"
+    if whole > 0 and look.kind("prompt") in TEXTS:
+        return style or "messages", f"{sides} beside prompt, a text"
+    return (style or "implicit", f"{sides} that hold their prompt") if look.share(asks, lists[0]) > 0 else None
+
+
+def _texts(look: ColumnProfile) -> Found:
+    if not all(look.kind(side) in TEXTS for side in ("chosen", "rejected")):
+        return None
+    before = _find_before(look)
+    if before is None:
+        reason = "chosen and rejected are texts that begin alike and there is no prompt"
+        return ("implicit", reason) if _share_prompts(look) else None
+    canonical, column = before
+    if look.kind(column) in CHAT:
+        style = "sharegpt" if look.share(is_sharegpt, column) > 0.5 else "conversation"
+        reason = f"{shown(column)} is a list of messages and chosen and rejected are texts"
+        return style if canonical == "conversation" else "explicit", reason
+    if look.kind(column) == "dialogue":
+        reason = f"{shown(column)} is a text with Human: and Assistant: turns, and chosen and rejected are texts"
+        return "hh_rlhf", reason
+    if look.is_alpaca() and look.agree(column, "instruction"):
+        about = look.find("input") or ("input" if look.kind("input") != "missing" else "history")
+        return "alpaca", f"{shown(column)}, chosen and rejected are texts beside {about}"
+    reason = f"{shown(column)}, chosen and rejected are texts"
+    if (system := _find_system(look)) and look.kind(system) != "null":
+        return "orca", f"{shown(system)}, {reason}"
+    return "explicit", reason
+
+
+def _share_prompts(look: ColumnProfile) -> bool:
+    """Both texts begin with their prompt, as far as one can tell.
+
+    Two replies can begin alike by chance, and what they reply to may be what was not taken.
+    """
+    others = [column for column in look.columns if column not in side_columns(look)]
+    unread = any(could_ask(look, column) for column in others)
+    starts = [shared_words(*texts) for texts in look.values("chosen", "rejected")]
+    usual = max(Counter(starts).values(), default=0)
+    texts = any(look.kind(column) in TEXTS for column in others)
+    a_phrase = texts and usual > 2 and usual > len(starts) / 2  # "I think", whatever was asked
+    return not unread and not a_phrase and sum(map(bool, starts)) >= MANY * len(starts) > 0
+
+
+def _two_outputs(look: ColumnProfile) -> Found:
+    if look.kind("chosen") != "missing" or look.kind("output") not in LISTS or not look.find("prompt"):
+        return None
+    if look.kind("instruction") == "missing" or look.share(lambda output: len(output) == 2, "output") < 1:
+        return None
+    look.find("input")
+    return "alpaca", "instruction is a text and output holds two texts, the chosen one and the rejected"
+
+
+def _ranked(look: ColumnProfile, *, said: bool = False) -> Found:
+    completions = None if look.kind("rejected") in USABLE and not said else look.find("completions")
+    if completions is None:
+        return None
+    if look.kind(completions) in LISTS:
+        if not any(kind in FITTING["scores"] for column, kind in look.kinds.items() if column != completions):
+            return None
+        wanted = [name for name in ("scores", "ranks") if name in look.mapped] or ["scores", "ranks"]
+        measures = [column for name in wanted if (column := look.find(name))]
+        if measures and measures[0] == look.taken.get("ranks") and "ranks" not in look.mapped:
+            refuse_order(look, completions, measures[0])
+        if len(measures) != 1:
+            lines = [look.line(**{name: column}) for name, column in zip(wanted, measures, strict=False)]
+            refuse_ranking(look, completions, f"texts beside {shown(*measures) or 'no known scores'}", lines)
+        reason = f"{shown(completions)} is a list of texts and {shown(measures[0])} of their numbers"
+    else:
+        held = {key for (answers,) in look.values(completions) for answer in answers for key in answer}
+        measures = [key for key in MEASURES if key in held]
+        if not measures or (len(measures) > 1 and measures[0] != "overall_score"):
+            refuse_ranking(look, completions, f"answers with {' and '.join(measures) or 'no known score'}")
+        reason = f"{shown(completions)} is a list of answers, each with its {measures[0]}"
+    _find_before(look)
+    return "ranked", reason
+
+
+def _is_judged(look: ColumnProfile) -> bool:
+    """The person has said which column is the verdict, whatever chosen and rejected hold."""
+    return bool(look.mapped.keys() & {*EITHER_VERDICT})
+
+
+def _judged(look: ColumnProfile, *, said: bool = False) -> Found:
+    said = said or _is_judged(look)
+    answers = None if look.kind("rejected") in USABLE and not said else two_answers(look)
+    if answers is None:
+        return None
+    verdict, look.verdict = find_verdict(look, answers)
+    if look.share(opens, answers[0]) < 1 or "conversation" in look.mapped:
+        _find_before(look)
+    look.taken |= {"response_a": answers[0], "response_b": answers[1], "better": verdict}
+    return "judged", f"{shown(*answers)} are two answers and {shown(verdict)} says which is the better"
+
+
+CLAUSES = (_openai, _dialogues, _conversations, _texts, _two_outputs, _ranked, _judged)
+
+
+def _find_columns(look: ColumnProfile, name: str) -> None:
+    """Of a format that the person has named, whatever the structure says."""
+    if name == "ranked":
+        _ranked(look, said=True)
+    elif name == "judged":
+        _judged(look, said=True)
+    elif name in ("conversation", "sharegpt"):
+        if look.share(opens, "chosen") < 1 or "conversation" in look.mapped:
+            _find_before(look)
+    elif name not in ("implicit", "openai"):
+        # Conversations and dialogues that are whole need no prompt, so no rival of it matters.
+        whole = _is_whole(look) if name == "hh_rlhf" else look.share(opens, "chosen") == 1
+        if not whole or name in ("explicit", "alpaca"):
+            look.find("prompt")
+    if name == "alpaca":
+        look.find("input")
+
+
+def _replies(look: ColumnProfile, name: str) -> tuple[str, ...]:
+    if name == "alpaca" and look.kind("chosen") == "missing":
+        return ("output",)
+    return {"openai": OPENAI, "ranked": (), "judged": ()}.get(name, ("chosen", "rejected"))
+
+
+def _find_history(look: ColumnProfile) -> None:
+    """Earlier turns, unless the prompt's text has them inside, or they go on to the prompt and the reply."""
+    column, prompt = look.find("history"), look.taken.get("prompt")
+    if column is None or prompt is None or look.kind(prompt) not in TEXTS or "history" in look.mapped:
+        return
+    inside = look.share(lambda turns, text: one_after_another(contents(turns), text), column, prompt)
+    beyond = look.share(
+        lambda turns, *told: contents(turns)[-2:] == [text for value in told for text in contents(value)[-1:]],
+        column,
+        prompt,
+        "chosen",
+    )
+    if inside > 0.5 or beyond > 0.5:
+        del look.taken["history"]
+
+
+def _find_system(look: ColumnProfile) -> str | None:
+    """The column of the system turn; None where the prompt has it inside already."""
+    system, prompt = look.find("system"), look.taken.get("prompt")
+    if system and prompt and look.kind(prompt) in TEXTS:
+        inside = look.share(begins_with, system, prompt) >= MANY
+        if inside or look.share(is_templated, prompt) >= SOME:
+            del look.taken["system"]
+            return None
+    return system
+
+
+def _find_before(look: ColumnProfile) -> tuple[str, str] | None:
+    """What stands before the reply, (canonical, column): a conversation that waits for it, else a prompt."""
+    conversation = look.find("conversation")
+    if conversation is None or "prompt" in look.mapped:
+        look.taken.pop("conversation", None)
+        prompt = look.find("prompt")
+        return ("prompt", prompt) if prompt else None
+    strangers = [] if "conversation" in look.mapped else look.candidates("prompt")
+    strangers = [column for column in strangers if look.share(_holds_turn, conversation, column) < 1]
+    if strangers:
+        raise DataError(
+            where="data.column_map",
+            found=f"{shown(conversation, *strangers)} could each stand before the reply, and they differ",
+            expected="one conversation, or one prompt",
+            fix=f"{look.line(conversation=conversation)} or {look.lines('prompt', strangers)}",
+        )
+    return "conversation", conversation
+
+
+def _holds_turn(turns: Any, prompt: Any) -> bool:
+    return turns == prompt or (isinstance(prompt, str) and prompt.strip() in [text.strip() for text in contents(turns)])
+
+
+def _as_texts_setting(look: ColumnProfile) -> str:
+    """The settings that read replies as the texts that they are, though they look like JSON; "" where none would."""
+    sides = [look.column(side) for side in SIDES]
+    texts = all(isinstance(row.get(column), str) for row in look.rows for column in sides)
+    if not texts or not any(look.kind(column) in (*STRUCTURED, *LISTS) for column in sides):
+        return ""
+    prompt = None if look.candidates("prompt") else guess_prompt(look, sides)
+    pairs = _tried(look, "explicit", {"prompt": prompt} if prompt else {})
+    if any(
+        pair is None or [pair.chosen, pair.rejected] != [row[side] for side in sides]
+        for pair, row in zip(pairs, look.rows, strict=True)
+    ):
+        return ""
+    return f"data.format=explicit {look.line(prompt=prompt)}" if prompt else "data.format=explicit"
+
+
+def _tried(look: ColumnProfile, name: str, columns: Mapping[str, str], read: Reader | None = None) -> list[Pair | None]:
+    """The pairs of these rows with further columns mapped, or, without any, as ``read`` has them; None: a fault."""
+    rows = look.rows
+    if columns or read is None:
+        rows = [
+            {key: value for key, value in row.items() if key not in columns}
+            | {ours: row[column] for ours, column in columns.items() if column in row}
+            for row in look.rows
+        ]
+        try:
+            read = detect_format(rows, name=name, mapped={**look.mapped, **columns}, plain=look.plain).read
+        except DataError:
+            return [None] * len(rows)
+    pairs: list[Pair | None] = []
+    for row in rows:
+        pairs.append(None)
+        with suppress(DataError):
+            pairs[-1] = read(row, "")
+    return pairs

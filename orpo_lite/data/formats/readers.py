@@ -1,0 +1,493 @@
+"""Rows to pairs: one reader per format, all with one signature."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from orpo_lite.data.formats.text import (
+    ABSENT,
+    MARKED,
+    REPLY,
+    begins_dialogue,
+    begins_with,
+    behind,
+    fault,
+    is_whole_dialogue,
+    numeric,
+    read_dialogue_prompt,
+    seen,
+    shared_start,
+    shared_words,
+    split_dialogue,
+    text_of,
+)
+from orpo_lite.data.pair import (
+    EMPTY_CHOSEN,
+    EMPTY_REJECTED,
+    PROMPTS_DIFFER,
+    SYSTEMS_DIFFER,
+    TIED,
+    TOO_FEW,
+    UNJUDGED,
+    Message,
+    NotJson,
+    Pair,
+    Row,
+    ToolError,
+)
+
+ROLES = {
+    **{role: role for role in ("system", "user", "assistant")},
+    "developer": "system",  # OpenAI's newer name
+    "model": "assistant",  # Gemini's and Gemma's
+}
+SHAREGPT_ROLES = {**ROLES, "human": "user", **dict.fromkeys(("gpt", "chatgpt", "bot"), "assistant")}
+# Whose turns are no one's here: what a tool was asked, and what it gave.
+TOOL_ROLES = ("tool", "function", "ipython", "observation", "tool_call", "function_call", "tool_response",
+              "function_response", "tool_result")  # fmt: skip
+TOOL_CALLS = ("tool_calls", "function_call")  # keys of a message
+ANSWER_KEYS = ("response", "answer", "completion", "generation", "output", "text")
+MEASURES = {"overall_score": 1, "score": 1, "rating": 1, "reward": 1, "rank": -1}  # -1: the lowest is the best
+
+NO_TOOLS = "turns of system, user and assistant alone: calls of tools, and what tools give, are not read"
+WITHOUT_TOOLS = "leave out the rows with tools, or write each call and what it gave as text, into the turn beside it"
+
+Reader = Callable[[Row, str], Pair]
+
+
+def read_explicit(row: Row, where: str) -> Pair:
+    """TRL's explicit prompt: prompt, chosen and rejected are all texts, or all messages."""
+    if isinstance(row.get("prompt"), list):
+        return _join(row, _messages(row, "prompt", where), where)
+    prompt = _asked(row, where)
+    if not prompt and isinstance(row.get("chosen"), list | Mapping):
+        return _join(row, () if _opens(row, "chosen", where) else _user(prompt), where)
+    return _texts(row, prompt, where, _user(prompt))
+
+
+def read_implicit(row: Row, where: str) -> Pair:
+    """TRL's implicit prompt: chosen and rejected begin alike, as lists of messages or as texts."""
+    if not isinstance(row.get("chosen"), str) or isinstance(row.get("rejected"), list | Mapping):
+        return _join(row, (), where)
+    chosen, rejected = (text_of(row, side, where) for side in ("chosen", "rejected"))
+    if begins_dialogue(chosen):
+        return read_hh_rlhf(row, where)
+    prompt = shared_words(chosen, rejected)
+    drop = None if prompt or chosen == rejected else PROMPTS_DIFFER
+    return _pair(row, _user(prompt), chosen[len(prompt) :], rejected[len(prompt) :], where, prompt, drop)
+
+
+def read_messages(row: Row, where: str) -> Pair:
+    """UltraFeedback binarized: chosen and rejected are whole conversations, prompt repeats their user turn as text."""
+    return _join(row, () if _opens(row, "chosen", where) else _user(_asked(row, where)), where)
+
+
+def read_hh_rlhf(row: Row, where: str) -> Pair:
+    """Anthropic's HH-RLHF: chosen and rejected are dialogues in one text, told apart by their turn markers.
+
+    The reply follows the last assistant marker. The space after a marker belongs to the marker. What stands in front
+    of the first turn is a system text. Some sets hold the dialogue in prompt, and only the replies in chosen and
+    rejected.
+    """
+    if isinstance(row.get("prompt"), str) and not is_whole_dialogue(text_of(row, "chosen", where)):
+        turns, prompt = read_dialogue_prompt(row, where)
+        chosen, rejected = (MARKED.sub("", text_of(row, side, where)) for side in ("chosen", "rejected"))
+        drop = None
+    else:
+        (prompt, turns, chosen), (_, other_turns, rejected) = (
+            split_dialogue(row, side, where) for side in ("chosen", "rejected")
+        )
+        drop = None if turns == other_turns else PROMPTS_DIFFER
+    if prompt.endswith(REPLY) and chosen.startswith(" ") and rejected.startswith(" "):
+        prompt, chosen, rejected = prompt + " ", chosen[1:], rejected[1:]
+    return _pair(row, turns, chosen, rejected, where, prompt, drop)
+
+
+def read_doubled(row: Row, where: str) -> Pair:
+    """Texts with the prompt in its own column and again at the start of chosen and rejected: taken off where it is."""
+    return undoubled(read_explicit(row, where))
+
+
+def read_orca(row: Row, where: str) -> Pair:
+    """Intel's Orca pairs: a system text, blank for none, a question and two replies."""
+    prompt = _asked(row, where)
+    return _texts(row, prompt, where, _user(prompt))
+
+
+def read_alpaca(row: Row, where: str) -> Pair:
+    """Alpaca: an instruction (as prompt), the input it is about, and two replies; or output, [chosen, rejected].
+
+    Instruction and input are joined by a line end, as in LLaMA-Factory.
+    """
+    prompt = _asked(row, where)
+    if row.get("chosen") is None and isinstance(output := row.get("output"), list):
+        if len(output) != 2:
+            raise fault(where, "output", f"a list of {len(output)}", "a list of two texts: [chosen, rejected]")
+        row = {**row, "chosen": output[0], "rejected": output[1]}
+    return _texts(row, prompt, where, _user(prompt))
+
+
+def read_conversation(row: Row, where: str) -> Pair:
+    """Axolotl's chat_template: a list of messages, and chosen and rejected are the replies to it."""
+    return _join(row, _messages(row, "conversation", where), where, asked="conversation")
+
+
+def read_sharegpt(row: Row, where: str) -> Pair:
+    """ShareGPT's from and value: a conversation with two replies to it, or two whole conversations."""
+    if row.get("conversation") is not None:
+        return read_conversation(row, where)
+    return read_implicit(row, where) if row.get("prompt") is None else read_messages(row, where)
+
+
+def read_openai(row: Row, where: str) -> Pair:
+    """OpenAI's preference fine-tuning: input.messages, preferred_output and non_preferred_output."""
+    request = row.get("input")
+    if not isinstance(request, Mapping):
+        raise fault(where, "input", seen(row, "input"), "an object with messages")
+    before = _messages(request, "messages", where, "input.messages")
+    return _join(row, before, where, ("preferred_output", "non_preferred_output"), asked="input.messages")
+
+
+def read_ranked(row: Row, where: str) -> Pair:
+    """Any number of answers with scores or ranks, as in UltraFeedback and Nectar: the best against the worst."""
+    before, prompt_text = _before(row, where)
+    answers = list(_ranked(row, where))
+    if len(answers) < 2:
+        return _pair(row, before, "", "", where, prompt_text, TOO_FEW)
+    best, worst = max(answers, key=lambda answer: answer[0]), min(answers, key=lambda answer: answer[0])
+    drop = TIED if best[0] == worst[0] else None
+    return _pair(row, before, best[1], worst[1], where, prompt_text, drop)
+
+
+def read_judged(row: Row, where: str) -> Pair:
+    """Two answers, texts or whole conversations, and a verdict: better is a, b or tie; blank where nobody judged."""
+    if "better" in row and not str(row["better"] or "").strip():
+        return _pair(row, (), "", "", where, drop=UNJUDGED)
+    verdict = str(row.get("better")).strip().lower()
+    if verdict not in ("a", "b", "tie"):
+        raise fault(where, "better", seen(row, "better"), "a verdict that names one of the two answers, or a tie")
+    fields = ("response_b", "response_a") if verdict == "b" else ("response_a", "response_b")
+    whole = row.get("conversation") is None and _opens(row, "response_a", where)
+    before, prompt_text = ((), None) if whole else _before(row, where)
+    if blank := without_reply(row, fields, where):
+        return blank
+    pair = _join(row, before, where, fields, prompt_text)
+    return replace(pair, drop=TIED) if verdict == "tie" else pair
+
+
+READERS: dict[str, Reader] = {
+    "explicit": read_explicit,
+    "implicit": read_implicit,
+    "messages": read_messages,
+    "hh_rlhf": read_hh_rlhf,
+    "doubled": read_doubled,
+    "orca": read_orca,
+    "alpaca": read_alpaca,
+    "conversation": read_conversation,
+    "sharegpt": read_sharegpt,
+    "openai": read_openai,
+    "ranked": read_ranked,
+    "judged": read_judged,
+}
+
+
+def without_reply(row: Row, fields: Sequence[str], where: str) -> Pair | None:
+    """The pair of a row in which the chosen reply or the rejected one is null, as it is empty in a csv; else None."""
+    for field, reason in zip(fields, (EMPTY_CHOSEN, EMPTY_REJECTED), strict=False):  # or one for both
+        if field in row and row[field] is None:
+            return Pair((), "", "", where, drop=reason)
+    return None
+
+
+def undoubled(pair: Pair) -> Pair:
+    """Without the prompt, or its last turns, at the start of the replies that begin with it again."""
+    texts = (pair.chosen, pair.rejected)
+    ends = repeated(pair)
+    repeats = [(text, end) for text, end in zip(texts, ends, strict=True) if end is not None]
+    if not repeats:
+        return pair
+    # The space between prompt and reply is the set's seam, no part of the reply.
+    spaces = [end[: len(end) - len(end.lstrip())] for _, end in repeats]
+    seam = shared_start(spaces[0], spaces[-1])
+    good, bad = (text if end is None else end[len(seam) :] for text, end in zip(texts, ends, strict=True))
+    *before, last = pair.messages
+    (text, end), asked = repeats[0], last["content"]
+    prompt_text = text[: len(text) - len(end)] + seam if pair.prompt_text == asked else pair.prompt_text
+    messages = (*before, {**last, "content": asked.rstrip()})
+    return replace(pair, messages=messages, chosen=good, rejected=bad, prompt_text=prompt_text)
+
+
+def repeated(pair: Pair) -> list[str | None]:
+    """What follows in chosen and in rejected on the prompt, or on its last turns, where they begin so; else None."""
+    return [_behind_turns(pair.messages, text) for text in (pair.chosen, pair.rejected)]
+
+
+def _behind_turns(turns: Sequence[Message], text: str) -> str | None:
+    for i in range(len(turns)):  # a pair that is left out may have none
+        rest: str | None = text
+        for turn in turns[i:]:
+            rest = behind(turn["content"], rest) if rest is not None else None
+        if rest is not None:
+            return rest
+    return None
+
+
+def _pair(
+    row: Row,
+    before: Sequence[Message],
+    chosen: str,
+    rejected: str,
+    where: str,
+    prompt_text: str | None = None,
+    drop: str | None = None,
+) -> Pair:
+    """Every pair is made here, so that earlier turns and a system text go in front in every format.
+
+    No system text where the conversation has a system turn, or a user's turn that begins with that text.
+    """
+    if earlier := _history(row, where):
+        before = _joined(earlier, before)
+        prompt_text = None  # a conversation now; nobody said how its turns would be joined as plain text
+    if row.get("system") is not None and (system := text_of(row, "system", where)).strip():
+        asked = [turn["content"] for turn in before if turn["role"] == "user"]
+        if not _split_system(before)[0] and not any(begins_with(system, text) for text in asked):
+            before = ({"role": "system", "content": system}, *before)
+            prompt_text = None
+    return Pair(tuple(before), chosen, rejected, where, prompt_text, drop)
+
+
+def _texts(row: Row, prompt_text: str | None, where: str, before: Sequence[Message]) -> Pair:
+    chosen, rejected = (text_of(row, side, where) for side in ("chosen", "rejected"))
+    return _pair(row, before, chosen, rejected, where, prompt_text)
+
+
+def _join(
+    row: Row,
+    prompt: Sequence[Message],
+    where: str,
+    fields: tuple[str, str] = ("chosen", "rejected"),
+    prompt_text: str | None = None,
+    asked: str = "prompt",
+) -> Pair:
+    """A pair of replies or whole conversations; ``prompt`` goes before both unless they already hold it.
+
+    A reply that is a text answers what the other side's conversation asks.
+    """
+    sides = []
+    for field in fields:
+        *turns, reply = _side(row, field, where)
+        if reply["role"] != "assistant":
+            found = f"the last turn is the {reply['role']}'s"
+            raise fault(where, field, found, "a conversation that ends with the assistant's reply")
+        sides.append((turns, reply))
+    prompt = _unanswered(prompt, sides, where, asked)
+    (before, other_before) = (_joined(prompt, turns) for turns, _ in sides)
+    chosen, rejected = (reply["content"] for _, reply in sides)
+    before = before or (other_before if isinstance(row[fields[0]], str) else before)
+    other_before = other_before or (before if isinstance(row[fields[1]], str) else other_before)
+    if not before:
+        raise fault(where, fields[0], "nothing stands before the reply", "the user's turn, or a prompt")
+    drop = None if _alike(before, other_before) else PROMPTS_DIFFER
+    if drop and _alike(_split_system(before)[1], _split_system(other_before)[1]):
+        drop = SYSTEMS_DIFFER
+    return _pair(row, before, chosen, rejected, where, prompt_text, drop)
+
+
+def _unanswered(
+    prompt: Sequence[Message], sides: Sequence[tuple[Sequence[Message], Message]], where: str, field: str
+) -> Sequence[Message]:
+    """The turns that the replies answer: some sets have one of the two replies at the end of the prompt as well.
+
+    A prompt that ends with an assistant's turn may also be what was said before the sides' own turns.
+    """
+    if not prompt or prompt[-1]["role"] != "assistant":
+        return prompt
+    asked = _split_system(prompt[:-1])[1]
+    own = [_split_system(turns)[1] for turns, _ in sides]
+    if not all(_alike(asked[len(asked) - len(turns) :], turns) for turns in own):
+        return prompt
+    if any(_alike(prompt[-1:], [reply]) for _, reply in sides):
+        return prompt[:-1]
+    raise fault(where, field, "it ends with an assistant's turn that is neither reply", "turns that wait for a reply")
+
+
+def _joined(earlier: Sequence[Message], turns: Sequence[Message]) -> list[Message]:
+    """The earlier turns and then these, none of them twice, under one system turn: the later one's."""
+    earlier_system, earlier = _split_system(earlier)
+    system, turns = _split_system(turns)
+    system, size = system or earlier_system, len(earlier)
+    if any(_alike(turns[i : i + size], earlier) for i in range(len(turns) - size + 1)):
+        return [*system, *turns]
+    longest = min(size, len(turns))
+    overlap = next(n for n in range(longest, -1, -1) if _alike(earlier[size - n :], turns[:n]))
+    return [*system, *earlier, *turns[overlap:]]
+
+
+def _split_system(turns: Sequence[Message]) -> tuple[Sequence[Message], Sequence[Message]]:
+    start = 1 if turns and turns[0]["role"] == "system" else 0
+    return turns[:start], turns[start:]
+
+
+def _alike(one: Sequence[Message], other: Sequence[Message]) -> bool:
+    """The same turns, compared by words."""
+    return len(one) == len(other) and all(
+        a == b or (a["role"] == b["role"] and a["content"].split() == b["content"].split())
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def _history(row: Row, where: str) -> list[Message]:
+    """Earlier turns, as messages or, as in LLaMA-Factory, as [user, assistant]."""
+    history = row.get("history")
+    if not history or (isinstance(history, str) and not history.strip()):
+        return []
+    if not isinstance(history, list):
+        raise fault(where, "history", seen(row, "history"), "a list of messages, or of two texts: [user, assistant]")
+    if isinstance(history[0], Mapping):
+        return _messages(row, "history", where)
+    earlier: list[Message] = []
+    for i, turn in enumerate(history):
+        if not isinstance(turn, list) or len(turn) != 2:
+            raise fault(where, f"history[{i}]", seen({"": turn}, ""), "a list of two texts: [user, assistant]")
+        said = (text_of({"": text}, "", where, f"history[{i}][{j}]") for j, text in enumerate(turn))
+        earlier += ({"role": role, "content": text} for role, text in zip(("user", "assistant"), said, strict=True))
+    return earlier
+
+
+def _before(row: Row, where: str) -> tuple[Sequence[Message], str | None]:
+    """What stands before the reply, and the same as plain text where it is one."""
+    if row.get("conversation") is not None:
+        return _messages(row, "conversation", where), None
+    if isinstance(row.get("prompt"), list):
+        return _messages(row, "prompt", where), None
+    text = _asked(row, where)
+    return read_dialogue_prompt(row, where) if begins_dialogue(text) else (_user(text), text)
+
+
+def _asked(row: Row, where: str) -> str:
+    """The prompt, and below it what an instruction of Alpaca's kind is about; formats.py leaves input out elsewhere."""
+    blank = "prompt" in row and row["prompt"] is None  # as an empty cell is: it will be left out, and counted
+    prompt = "" if blank else text_of(row, "prompt", where)
+    if row.get("input") is not None and (about := text_of(row, "input", where)).strip():
+        return f"{prompt}\n{about}"
+    return prompt
+
+
+def _user(text: str) -> tuple[Message, ...]:
+    return ({"role": "user", "content": text},)
+
+
+def _side(row: Row, field: str, where: str) -> list[Message]:
+    """A reply or a whole conversation: a text, one message, or a list of messages."""
+    if isinstance(row.get(field), str):
+        return [{"role": "assistant", "content": text_of(row, field, where)}]
+    if isinstance(row.get(field), Mapping):
+        row = {**row, field: [row[field]]}
+    return _messages(row, field, where)
+
+
+def _opens(row: Row, field: str, where: str) -> bool:
+    """A conversation from its start: a user's turn is the first, or the first behind a system turn."""
+    return [turn["role"] for turn in _split_system(_side(row, field, where))[1][:1]] == ["user"]
+
+
+def _messages(row: Row, field: str, where: str, label: str = "") -> list[Message]:
+    """A list of {role, content}, of ShareGPT's {from, value}, or of {input, output}."""
+    value, label = row.get(field), label or field
+    if not isinstance(value, list) or not value:
+        raise fault(where, label, seen(row, field), "a list of messages {role, content}")
+    messages: list[Message] = []
+    for i, item in enumerate(value):
+        place = f"{label}[{i}]"
+        if not isinstance(item, Mapping):
+            raise fault(where, place, seen({"": item}, ""), "a message {role, content}")
+        if any(item.get(key) for key in TOOL_CALLS):
+            raise ToolError(
+                where=f"{where}, field {place}", found="a call of a tool", expected=NO_TOOLS, fix=WITHOUT_TOOLS
+            )
+        if item.get("role") is None and item.get("from") is None and "input" in item:
+            messages += _user(_content(item, "input", where, f"{place}.input"))
+            if item.get("output") is not None:
+                reply = _content(item, "output", where, f"{place}.output")
+                messages.append({"role": "assistant", "content": reply})
+            continue
+        speaker, said, roles = ("role", "content", ROLES)
+        if item.get("role") is None and item.get("from") is not None:
+            speaker, said, roles = ("from", "value", SHAREGPT_ROLES)
+        role = item.get(speaker)
+        if role in TOOL_ROLES:
+            raise ToolError(
+                where=f"{where}, field {place}.{speaker}",
+                found=f"{role!r}, a tool's turn",
+                expected=NO_TOOLS,
+                fix=WITHOUT_TOOLS,
+            )
+        if not isinstance(role, str) or role not in roles:
+            raise fault(where, f"{place}.{speaker}", f"{role!r:.24}", f"one of {', '.join(roles)}")
+        messages.append({"role": roles[role], "content": _content(item, said, where, f"{place}.{said}")})
+    return messages
+
+
+def _content(item: Row, field: str, where: str, label: str) -> str:
+    """A message's text, which some sets hold in parts: [{"type": "text", "text": ...}]."""
+    parts = item.get(field)
+    if not isinstance(parts, list):
+        return text_of(item, field, where, label)
+    for i, part in enumerate(parts):
+        if not isinstance(part, Mapping) or part.get("type") != "text":
+            raise fault(where, f"{label}[{i}]", "a part that is no text", 'parts {"type": "text", "text": ...} alone')
+    return "".join(text_of(part, "text", where, f"{label}[{i}].text") for i, part in enumerate(parts))
+
+
+def _ranked(row: Row, where: str) -> Iterator[tuple[float, str]]:
+    """(the higher the better, answer); answers that nobody scored are left out."""
+    answers = row.get("completions")
+    if not isinstance(answers, list):
+        raise fault(where, "completions", seen(row, "completions"), "a list of answers")
+    if any(isinstance(answer, str) for answer in answers):
+        field, sign = ("ranks", -1) if row.get("scores") is None else ("scores", 1)
+        values = row.get(field)
+        if not isinstance(values, list) or len(values) != len(answers):
+            raise fault(where, field, seen(row, field), f"a list of numbers, one for each of {len(answers)} answers")
+        for i, value in enumerate(values):
+            if (number := _number(value, where, f"{field}[{i}]")) is not None:
+                yield sign * number, text_of({"": answers[i]}, "", where, f"completions[{i}]")
+        return
+    for i, answer in enumerate(answers):
+        if not isinstance(answer, Mapping):
+            raise fault(where, f"completions[{i}]", seen({"": answer}, ""), "an answer {response, overall_score}")
+    # One measure for all: a score of one kind says nothing beside a score of another.
+    measure = next((key for key in MEASURES if any(answer.get(key) is not None for answer in answers)), "")
+    for i, answer in enumerate(answers):
+        number = _number(answer.get(measure), where, f"completions[{i}].{measure}")
+        key = next((key for key in ANSWER_KEYS if answer.get(key) is not None), None)
+        if key and number is not None:
+            yield MEASURES[measure] * number, text_of(answer, key, where, f"completions[{i}].{key}")
+
+
+def _number(value: Any, where: str, label: str) -> float | None:
+    """A score; None and nan are none, and so is N/A."""
+    if isinstance(value, str) and numeric(value):
+        value = None if value.strip().lower() in ABSENT else float(value)
+    if value is None:
+        return None
+    if isinstance(value, bool | NotJson) or not isinstance(value, int | float):
+        raise fault(where, label, seen({"": value}, ""), "a number")
+    return None if math.isnan(value) else float(value)
+
+
+BESIDE_TEXT = ("reasoning_content", "reasoning", "thinking")  # keys of a message: said before the reply, and apart
+BESIDE_PAIR = ("tools", "functions", "image", "images", "video", "videos", "audio", "audios")  # columns
+
+
+def says_more(row: Row) -> bool:
+    """The row holds what belongs to the pair for those who made it, and is not read."""
+    values = [value if isinstance(value, list) else [value] for value in row.values()]
+    messages = (
+        item for items in values for item in items if isinstance(item, Mapping) and {"role", "from"} & item.keys()
+    )
+    apart = (row.get(name) for name in BESIDE_PAIR)
+    return any(value and value not in ("[]", "{}") for value in apart) or any(
+        item.get(key) for item in messages for key in BESIDE_TEXT
+    )

@@ -1,0 +1,186 @@
+"""What a format would leave unread: nothing of which the name or the turns say that it belongs before the reply."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from orpo_lite.data.formats.columns import ALIASES, MANY, SIDES, SOME, ColumnProfile, plain_name, shown, words
+from orpo_lite.data.formats.name_hints import ABOUT
+from orpo_lite.data.formats.values import (
+    CHAT,
+    SCALARS,
+    TEXTS,
+    Kind,
+    contents,
+    is_templated,
+    one_after_another,
+    up_to_question,
+    waits_for_reply,
+)
+from orpo_lite.data.pair import Pair
+from orpo_lite.errors import DataError, Overrides
+
+# What may stand in a column of that name, and what is read there. A number is no prompt, but the id of one.
+FITS: dict[str, tuple[tuple[Kind, ...], str]] = {
+    **dict.fromkeys(
+        (*ALIASES["prompt"], *ALIASES["conversation"]),
+        ((*SCALARS, *TEXTS, *CHAT), "a text, or a list of messages {role, content}"),
+    ),
+    "history": (("missing", "null", *TEXTS, *CHAT, "pairs of texts"), "messages, or pairs [user, assistant]"),
+    **dict.fromkeys(ALIASES["system"], (("missing", "null", *TEXTS), "a text")),
+}
+WHOLE = ("implicit", "messages", "sharegpt", "hh_rlhf")  # formats whose replies may be whole conversations
+Pairs = Sequence[Pair | None]  # one for each row of the look; None for a row that cannot be read
+APART = ("input", "context", "history")  # say something beside a prompt; the other names all mean the prompt
+
+
+def refuse_unread(look: ColumnProfile, name: str, reads: Callable[..., Pairs], *, said: bool) -> None:
+    """Raise DataError, with the lines to choose from.
+
+    Args:
+        look: the first rows.
+        name: the format that they are read in.
+        reads: the pairs of these rows, under what data.column_map would say beside: our name=column.
+        said: the person has named the format.
+    """
+    whole = said and name == "implicit"  # so all that stands before the reply is in chosen and rejected
+    decided = whole or bool(look.mapped.keys() & {"prompt", "conversation"})
+    _refuse_misfits(look, name, decided=decided)
+    if not whole:
+        _refuse_prompts(look, name, decided=decided)
+    if not decided:
+        _refuse_turns(look, name, reads)
+
+
+def _refuse_misfits(look: ColumnProfile, name: str, *, decided: bool) -> None:
+    """A name that is known, over what is not read there."""
+    for column in _unread(look, FITS):
+        fitting, expected = FITS[plain_name(column)]
+        is_prompt = plain_name(column) != "history" and plain_name(column) not in ALIASES["system"]
+        if look.kind(column) in fitting or (decided and is_prompt):
+            continue
+        without = _without(look, name) if is_prompt else ""
+        fix = f"{without} to leave it out" if without else "no setting helps: leave the column out"
+        raise DataError(
+            where="data.column_map",
+            found=f"{shown(column)} holds {look.kind(column)}, and that is not read",
+            expected=expected,
+            fix=f"{fix}, or write it as {expected}",
+        )
+
+
+def _refuse_prompts(look: ColumnProfile, name: str, *, decided: bool) -> None:
+    """A prompt beside whole conversations, most of which do not hold it; or what stands apart from a list of turns."""
+    listed = look.kind(look.taken.get("prompt", "")) in CHAT and not decided
+    if not listed and (name not in (*WHOLE, "judged") or look.taken.keys() & {"prompt", "conversation"}):
+        return
+    columns = [column for column in _unread(look, ALIASES["prompt"]) if look.kind(column) in TEXTS]
+    apart = [column for column in columns if plain_name(column) in APART]
+    same = [] if listed else [column for column in columns if column not in apart]
+    for group in [same, *([column] for column in apart)]:
+        held = []
+        for row in look.rows:
+            sides = [contents(look.held(row, look.column(side))) for side in (*SIDES, *look.taken.values())]
+            asked = [text for column in group if isinstance(text := row.get(column), str) and text.strip()]
+            held += [any(_holds(side, text) for text in asked for side in sides)] if asked else []
+        if held.count(False) > len(held) / 2:
+            free = look.kind(look.taken.get("system", "system")) in ("missing", "null")
+            before = f"{look.line(system=group[0])} to put it in front as a system turn, or " if free else ""
+            without = (
+                _without(look, name) if listed else "data.format=implicit" if name in WHOLE else "take the column out"
+            )
+            raise DataError(
+                where="data.column_map",
+                found=f"{shown(*group)}: not in the conversations, in {held.count(False)} of {len(held)} rows",
+                expected="conversations that hold their prompt",
+                fix=before + (f"{without} to leave it out" if without else "take the column out"),
+            )
+
+
+def _holds(turns: Sequence[str], prompt: str) -> bool:
+    """The prompt is among the turns, or it is all of them before the reply, as somebody's template renders them."""
+    words, before = _spaced(prompt), [_spaced(text) for text in turns[:-1]]
+    rendered = len(before) > 2 or is_templated(prompt)
+    return words in _spaced(" ".join(turns)) or (rendered and one_after_another(before, words))
+
+
+def _refuse_turns(look: ColumnProfile, name: str, reads: Callable[..., Pairs]) -> None:
+    """A conversation of which turns before the reply are not read: earlier turns, most likely, or a system turn."""
+    known = look.named(*ALIASES["conversation"])
+    others = [column for column in look.columns if column not in known and not ABOUT & set(words(column))]
+    for column in _unread(look, map(plain_name, (*known, *others))):
+        pairs = look.kind(column) == "pairs of texts"  # [user, assistant]
+        if not (pairs or look.kind(column) in CHAT) or plain_name(column) == "history":  # the prompt may have it inside
+            continue
+        waits = not pairs and look.share(waits_for_reply, column) > 0.5
+        stranger = waits and column not in known  # where it shares no turn, it may be about anything
+        values = [look.held(row, column) for row in look.rows]
+        lost = [_is_lost(look, i, value, stranger=stranger) for i, value in enumerate(values) if value]
+        if lost and sum(lost) >= SOME * len(lost):
+            now, ours = reads(), [our for our in ("conversation", "history") if our not in look.mapped]
+            in_front = next((our for our in ours if _all_read(reads(**{our: column}), now, values)), None)
+            in_line = f"{look.line(**{in_front: column})} to put them in front" if in_front else ""
+            without = _without(look, name)
+            fix = f"{in_line or 'write them into the prompt'}, or {without or 'take the column out'} to leave them out"
+            raise DataError(
+                where="data.column_map",
+                found=f"{shown(column)} holds turns that are not in what is read",
+                expected="all that stands before the reply in what is read",
+                fix=fix,
+            )
+
+
+def _is_lost(look: ColumnProfile, i: int, conversation: Any, *, stranger: bool) -> bool:
+    """Its turns before the reply are not among those that are read in row i, nor in a text that has them inside."""
+    before = _spoken(up_to_question(conversation))
+    read = {column: _spoken(contents(look.held(look.rows[i], column))) for column in look.taken.values()}
+    turns = {text for texts in read.values() for text in texts}
+    inside = any(
+        one_after_another(before, text)
+        for column, texts in read.items()
+        for text in texts
+        if look.kind(column) == "dialogue" or len(before) > 1
+    )
+    shared = inside or bool(turns & {*_spoken(contents(conversation))})
+    missed = not inside and not turns.issuperset(before)
+    return missed and shared if stranger else missed or not shared
+
+
+def _all_read(pairs: Pairs, now: Pairs, conversations: Sequence[Any]) -> bool:
+    """Each pair has these turns before the same replies, and all that it has now, in their order and none twice."""
+    right = []
+    for new, old, turns in zip(pairs, now, conversations, strict=True):
+        if old is None or old.drop or not turns:
+            continue
+        same = new is not None and (new.drop, new.chosen, new.rejected) == (None, old.chosen, old.rejected)
+        before, told = ([_spaced(turn["content"]) for turn in pair.messages] if pair else [] for pair in (old, new))
+        once = Counter(told) <= Counter(before) | Counter(_spoken(contents(turns)))
+        right.append(same and once and _in_order(_spoken(up_to_question(turns)), told) and _in_order(before, told))
+    return sum(right) >= MANY * len(right) > 0
+
+
+def _in_order(some: Iterable[str], turns: Iterable[str]) -> bool:
+    left = iter(turns)
+    return all(turn in left for turn in some)
+
+
+def _without(look: ColumnProfile, name: str) -> str:
+    """The setting by which nothing else stands before the reply than what is read now; "" where there is none."""
+    if conversation := look.taken.get("conversation"):
+        return look.line(conversation=conversation)
+    prompts = [look.taken["prompt"]] if "prompt" in look.taken else look.candidates("prompt")
+    return look.lines("prompt", prompts) or (Overrides({"data.format": "implicit"}) if name in WHOLE else "")
+
+
+def _unread(look: ColumnProfile, names: Iterable[str]) -> list[str]:
+    """Neither read nor named in data.column_map, by which it has been read."""
+    others = {*look.taken.values(), *(set(look.mapped.values()) - look.mapped.keys())}
+    return [column for column in look.named(*names) if column not in others]
+
+
+def _spaced(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _spoken(texts: Iterable[str]) -> list[str]:
+    return [spaced for text in texts if (spaced := _spaced(text))]

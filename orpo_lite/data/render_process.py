@@ -1,0 +1,200 @@
+"""Chat templates rendered under limits: a template is somebody's program, so it runs in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self, cast
+
+from orpo_lite.data.chat_template import (
+    MEMORY,
+    SECONDS,
+    BeyondLimitsError,
+    PairTexts,
+    Rendered,
+    Template,
+    pair_texts,
+    render,
+    too_long,
+)
+from orpo_lite.data.pair import Pair
+from orpo_lite.errors import DataError, ModelError, OrpoLiteError
+
+STUCK = 120.0  # seconds without an answer, after which the process is killed: a single operation cannot be interrupted
+
+Limit = Callable[[], AbstractContextManager[None]]
+
+
+class Renderer:
+    """Renders batch after batch: ``send`` one, do something else, ``receive`` its texts. Use as a context manager."""
+
+    def __init__(self, template: Template) -> None:
+        self.template = template
+        self.sent: Sequence[Pair] = ()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Nothing to end."""
+
+    def send(self, pairs: Sequence[Pair]) -> None:
+        """Hand over a batch; the one before must have been received."""
+        self.sent = pairs
+
+    def receive(self) -> list[Rendered]:
+        """The texts of the batch that was sent, in its order. Raises BeyondLimitsError."""
+        return _raise_limit(_attempt(self.sent, self.template))
+
+
+class LimitedRenderer(Renderer):
+    """The same in a process of its own, which a template can neither hold up nor fill with memory."""
+
+    def __init__(self, template: Template) -> None:
+        super().__init__(template)
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
+        # -P: no file of the current folder is taken for a module; this package is, wherever it stands.
+        paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        self._process = subprocess.Popen(  # noqa: S603 - this module
+            [sys.executable, "-P", "-m", __name__],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+        )
+        self._late = False
+        self._write(asdict(template))
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._errors.close()
+
+    def send(self, pairs: Sequence[Pair]) -> None:
+        super().send(pairs)
+        self._write([[pair.messages, pair.chosen, pair.rejected, pair.where, pair.prompt_text] for pair in pairs])
+
+    def receive(self) -> list[Rendered]:
+        watch = threading.Timer(STUCK, self._stop)
+        watch.start()
+        try:
+            line = cast(IO[bytes], self._process.stdout).readline()
+        finally:
+            watch.cancel()
+        if not line.endswith(b"\n"):
+            raise self._died()
+        return _raise_limit([_unpack(item) for item in json.loads(line)])
+
+    def _stop(self) -> None:
+        self._late = True
+        self._process.kill()
+
+    def _write(self, value: Any) -> None:
+        stream = cast(IO[bytes], self._process.stdin)
+        try:
+            stream.write(json.dumps(value).encode() + b"\n")
+            stream.flush()
+        except BrokenPipeError:
+            raise self._died() from None
+
+    def _died(self) -> Exception:
+        code = self._process.wait()
+        self._errors.seek(0)
+        last = self._errors.read().decode(errors="replace").strip().rpartition("\n")[2]
+        if code >= 0:  # not killed, neither by the watch nor for its memory: a fault of ours
+            return RuntimeError(f"the process that renders chat templates ended with {code}: {last}")
+        first = self.sent[0].where if self.sent else "data"
+        places = f"one of the {len(self.sent)} pairs from {first}" if len(self.sent) > 1 else first
+        if self._late:
+            return BeyondLimitsError(places, f"the chat template did not end within {STUCK:.0f} seconds")
+        found = f"the process that renders the chat template was killed (signal {-code}), perhaps for its memory"
+        return BeyondLimitsError(places, found)
+
+
+def _raise_limit(results: list[Rendered]) -> list[Rendered]:
+    if results and isinstance(results[-1], BeyondLimitsError):
+        raise results[-1]
+    return results
+
+
+def _attempt(pairs: Iterable[Pair], template: Template, limited: Limit = nullcontext) -> list[Rendered]:
+    """The texts of each pair; the last one is what went beyond the limits, if one did."""
+    results: list[Rendered] = []
+    for pair in pairs:
+        try:
+            with limited():
+                results.append(pair_texts(pair, template))
+        except BeyondLimitsError as fault:
+            return [*results, fault]
+        except TimeoutError:  # between two of the pair's texts
+            return [*results, too_long(pair.where)]
+        except (DataError, ModelError) as fault:
+            results.append(fault)
+    return results
+
+
+def _pack(item: Rendered) -> list[str | bool]:
+    if isinstance(item, BeyondLimitsError):
+        return [type(item).__name__, item.where, item.found]
+    if isinstance(item, OrpoLiteError):
+        return [type(item).__name__, item.where, item.found, item.expected, item.fix]
+    return [item] if isinstance(item, str) else list(item)
+
+
+def _unpack(parts: list[Any]) -> Rendered:
+    match parts:
+        case [reason]:
+            return str(reason)
+        case [prompt, chosen, rejected, end, bool(without_system)]:
+            return PairTexts(prompt, chosen, rejected, end, without_system)
+        case [name, *fields]:
+            kinds: dict[str, Callable[..., OrpoLiteError]]
+            kinds = {"DataError": DataError, "ModelError": ModelError, "BeyondLimitsError": BeyondLimitsError}
+            return kinds[name](**dict(zip(("where", "found", "expected", "fix"), fields, strict=False)))
+    raise ValueError(f"{len(parts)} parts")
+
+
+def _serve() -> None:
+    """The process apart: a template, then batches, a line each, in and out."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever a library prints is no answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    values: Mapping[str, Any] = json.loads(sys.stdin.buffer.readline() or b"{}")
+    template = Template(**values)
+    render(({"role": "user", "content": ""},), Template("", {}, [], [], ""), "")  # imports, before the limits
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    signal.signal(signal.SIGPROF, _out_of_time)
+    for line in sys.stdin.buffer:
+        sent = (Pair(tuple(turns), *texts) for turns, *texts in json.loads(line))
+        results = [_pack(item) for item in _attempt(sent, template, _alarm)]
+        answers.write(json.dumps(results).encode() + b"\n")
+        answers.flush()
+
+
+@contextmanager
+def _alarm() -> Iterator[None]:
+    """TimeoutError after SECONDS of this process's own time; waiting for a busy machine does not count."""
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def _out_of_time(_number: int, _frame: object) -> None:
+    raise TimeoutError
+
+
+if __name__ == "__main__":
+    _serve()

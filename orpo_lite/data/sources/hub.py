@@ -1,0 +1,175 @@
+"""Rows of a set of the hub."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from orpo_lite.data.sources.lines import Place, blocks
+from orpo_lite.data.sources.local import did_you_mean, near_names
+from orpo_lite.data.sources.source import AUTO, Source, choose_split, listed, readable, said_split
+from orpo_lite.errors import DataError, HubError
+
+
+@dataclass(frozen=True)
+class HubSource(Source):
+    label: str  # its split, for the places
+    table: Any = field(repr=False)  # a datasets.Dataset, on disk
+
+    def rows(self, faults: list[DataError]) -> Iterator[Place]:  # noqa: ARG002 - the hub's own reader has read them
+        yield from ((f"{self.label}[{i}]", row) for i, row in enumerate(self.table))
+
+    def labelled(self, labels: Mapping[str, str]) -> Source:
+        return replace(self, label=labels[self.whole_name])
+
+    @property
+    def whole_name(self) -> str:
+        return f"{self.name}/{self.label}"
+
+    def fingerprint(self) -> tuple[str, int]:
+        digest = hashlib.sha256(f"{self.label}\n".encode())
+        paths = [Path(file["filename"]) for file in self.table.cache_files]
+        with readable(self.name):
+            for path in paths:
+                for block in blocks(path):
+                    digest.update(block)
+        if not paths:  # a set in memory
+            digest.update(f"{self.name}\n{self.table._fingerprint}".encode())
+        return digest.hexdigest(), len(self.table)
+
+    def columns(self) -> frozenset[str] | None:
+        return frozenset(self.table.column_names)
+
+
+def load_set(name: str, split: str, config: str | None) -> HubSource:
+    import datasets  # a second to import, and local files do not need it
+
+    datasets.disable_progress_bars()
+    unreachable = _unreachable(name)
+    try:
+        with _offline() if unreachable else nullcontext():
+            if split == AUTO:
+                found = _load_auto(name, config)
+            else:
+                found = HubSource(name, "", split, datasets.load_dataset(name, config, split=split))
+    except HubError:
+        raise
+    except Exception as error:  # whatever a download can raise is the hub's or the network's
+        expected, said = f"split {split!r}" if split != AUTO else "a data set with pairs", _found(error)
+        fix = _hub_fix(name, error)
+        if unreachable and isinstance(error, ConnectionError):  # all that datasets knows is that it was not to ask
+            expected, said = "a connection, or a copy in the cache", f"{unreachable} and it is not in the cache"
+            fix += "; HF_HUB_ETAG_TIMEOUT=60 waits longer for a slow one" if "Timeout" in unreachable else ""
+        raise HubError(where=f"data.dataset_name {name}", found=said, expected=expected, fix=fix) from error
+    if unreachable:
+        found = replace(found, said="; ".join(filter(None, (f"{unreachable}; read from the cache", found.said))))
+    return found
+
+
+PAUSE = 1.0  # seconds; one connection may fail by chance
+
+
+def _unreachable(name: str) -> str:
+    """That the hub cannot be reached, as a sentence; "" when it answers, whatever it says, and when it is not asked.
+
+    datasets would try each of its own requests for half a minute or more, and make several, before it looks into its
+    cache. This is the first of them, through the same client and so the same proxies, made twice at the most.
+    """
+    from datasets import config
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        url = hf_hub_url(name, config.REPOCARD_FILENAME, repo_type="dataset", endpoint=config.HF_ENDPOINT)
+    except HFValidationError:
+        return ""
+    if config.HF_HUB_OFFLINE or not _no_answer(url):
+        return ""
+    time.sleep(PAUSE)
+    why = _no_answer(url)
+    return why and f"{urlsplit(url).netloc} cannot be reached ({why})"
+
+
+def _no_answer(url: str) -> str:
+    """The kind of fault that kept a request from being answered at all, or ""."""
+    from huggingface_hub import constants, get_hf_file_metadata
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]
+
+    try:
+        get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except HfHubHTTPError:  # an answer
+        return ""
+    except HTTPError as error:
+        return type(error).__name__
+    except (OSError, ValueError):  # a page that is not the hub's, or the hub's own switch for offline
+        return ""
+    return ""
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """datasets reads its cache at once; it has no other switch once it is imported."""
+    from datasets import config
+
+    before, config.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        config.HF_HUB_OFFLINE = before
+
+
+def _load_auto(name: str, config: str | None) -> HubSource:
+    import datasets
+
+    loaded = None
+    try:
+        names = list(datasets.get_dataset_split_names(name, config))
+    except Exception:  # offline the set may still be in the cache; if not, this says why
+        loaded = datasets.load_dataset(name, config)
+        names = list(loaded)
+    split = choose_split(names)
+    if split is None:
+        raise HubError(
+            where=f"data.dataset_name {name}",
+            found=f"several splits: {listed(names)}",
+            expected="a split train, or one with preferences",
+            fix=f"data.dataset_train_split={names[0]}" if names else "",
+        )
+    table = loaded[split] if loaded is not None else datasets.load_dataset(name, config, split=split)
+    return HubSource(name, said_split(split, names), split, table)
+
+
+def _found(error: Exception) -> str:
+    """The first line of the message, and the second when it lists the configurations."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return " ".join(lines[:2]) if len(lines) > 1 and CONFIGS.search(lines[1]) else lines[0]
+
+
+CONFIGS = re.compile(r"(?:available configs|available configs in the cache|available|in the cache): \[?(.+?)\]?$", re.I)
+
+
+def _hub_fix(name: str, error: Exception) -> str:
+    said = str(error).replace(name, "").lower()
+    if "scripts are no longer supported" in said:
+        parquet = f"hf download --repo-type dataset --revision refs/convert/parquet --local-dir DIR {name}"
+        return f"{parquet}, then data.dataset_name='DIR/CONFIG/train/*.parquet'"
+    if "split" in said:
+        return "data.dataset_train_split=SPLIT (or data.dataset_test_split) with a split of the set"
+    if "config" in said:
+        listed = next(filter(None, map(CONFIGS.search, str(error).splitlines())), None)
+        first = listed[1].split(", ")[0].strip("'\"") if listed else "CONFIG"
+        return f"data.dataset_config={first}, or another configuration of the set"
+    near = did_you_mean(near_names(Path(name))) or "check the path"
+    here = "" if "/" in name else f"there is no file or folder {name} here either ({near}); for a set of the hub, "
+    if any(word in said for word in ("gated", "401", "403", "private", "authenticat", "doesn't exist")):
+        return f"{here}open https://huggingface.co/datasets/{name}, ask for access if it is gated, then `hf auth login`"
+    # Without a network datasets does not look for a set where `hf download` alone would put it.
+    copy = f"hf download --repo-type dataset {name} --local-dir DIR, then data.dataset_name=DIR"
+    return f"{here}check the network, or on a connected machine: {copy}"

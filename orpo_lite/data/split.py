@@ -1,0 +1,122 @@
+"""Which sets are trained on and which are held out, found but not read; and the split by prompt where none is named."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from orpo_lite.data.formats.column_map import check_mapped
+from orpo_lite.data.formats.columns import shown
+from orpo_lite.data.pair import Pair
+from orpo_lite.data.sources.find import find_source, refuse_twice
+from orpo_lite.data.sources.source import Source, is_local, is_path, names_line
+from orpo_lite.errors import DataError, Overrides
+
+if TYPE_CHECKING:
+    from orpo_lite.recipe.schema import DataSection
+
+
+Held = TypeVar("Held")  # whatever is split by prompt
+
+
+def training_sources(data: DataSection) -> list[Source]:
+    """The sets to train on, found but not read. Raises DataError and HubError."""
+    check_mapped(data.columns)
+    split = data.dataset_train_split
+    if split not in ("auto", "train") and all(Path(name).expanduser().is_file() for name in data.names):
+        raise DataError(
+            where="data.dataset_train_split",
+            found=repr(split),
+            expected="auto: files of their own have no splits",
+            fix="leave it out, or name the file of that split",
+        )
+    sources = [find_source(name, split, data.dataset_config) for name in data.names]
+    refuse_twice(sources)
+    if data.dataset_test_split is not None and all(map(is_local, data.names)):
+        _refuse_held_out(sources, held_out_sources(data))
+    return sources
+
+
+def _refuse_held_out(sources: Sequence[Source], held_out: Sequence[Source]) -> None:
+    """Raise DataError for a file that would be both trained on and held out: a pattern takes all that it matches."""
+    theirs = [file for source in held_out for file in source.paths()]
+    held = set(map(os.path.realpath, theirs))
+    files = [file for source in sources for file in source.paths()]
+    left = [file for file in files if os.path.realpath(file) not in held]
+    if len(left) < len(files):
+        both = shown(*(Path(file).name for file in files if file not in left))
+        fix = names_line(left) if left else "name other files in one of the two"
+        if left and len(theirs) == 1:  # files of their own have no splits by which to name it
+            fix += " " + shlex.quote(f"data.dataset_test_split={theirs[0]}")
+        raise DataError(
+            where="data.dataset_name", found=f"{both}: held out as well", expected="pairs on one side alone", fix=fix
+        )
+
+
+def held_out_sources(data: DataSection) -> list[Source]:
+    """The held-out set of data.dataset_test_split: a file or folder of its own, else that split of the training sets.
+
+    [] without one; ``hold_out`` then splits what is left of the training side. Raises DataError and HubError.
+    """
+    test = data.dataset_test_split
+    if test is None:
+        return []
+    if is_path(test):  # a bare word is a split, even when a folder of that name stands near by
+        try:
+            return [find_source(test, "test", None)]
+        except DataError:  # files that carry no names of splits are all held out
+            return [find_source(test, "auto", None)]
+    if alone := next((name for name in data.names if Path(name).expanduser().is_file()), None):
+        folders = [find_source(name, test, None) for name in data.names if Path(name).expanduser().is_dir()]
+        files = [file for source in folders for file in source.paths()]
+        raise DataError(
+            where="data.dataset_test_split",
+            found=repr(test),
+            expected=f"a file of its own ({alone} has no splits), or null to hold out data.test_split_size",
+            fix=shlex.quote(f"data.dataset_test_split={files[0] if len(files) == 1 else 'held-out.jsonl'}"),
+        )
+    return [find_source(name, test, data.dataset_config) for name in data.names]
+
+
+def prompt_key(pair: Pair) -> bytes:
+    """What makes two prompts the same: a hash (16 bytes) of roles and words, whatever their case and spacing."""
+    turns = (f"{turn['role']}: {' '.join(turn['content'].split()).casefold()}" for turn in pair.messages)
+    return hashlib.blake2b("\n".join(turns).encode(), digest_size=16).digest()
+
+
+def hold_out(pairs: Sequence[Held], prompts: Sequence[bytes], size: float, seed: int) -> tuple[list[Held], list[Held]]:
+    """Split by prompt: a share of the prompts (size < 1), or whole prompts until there are ``size`` pairs.
+
+    Args:
+        pairs: those that are left when all filters have been passed, so that no filter can empty a side.
+        prompts: what makes two prompts the same, one for each pair (:func:`prompt_key`).
+
+    A prompt's rank is a hash of seed and prompt, so the order of the rows does not matter.
+    """
+    if size == 0:
+        return list(pairs), []
+    counts = Counter(prompts)
+    ranked = sorted(counts, key=lambda key: hashlib.sha256(b"%d\n" % seed + key).digest())
+    if size < 1:
+        held = set(ranked[: max(1, round(size * len(ranked)))])
+    else:
+        before = accumulate((counts[key] for key in ranked), initial=0)  # pairs held before each prompt
+        held = {key for key, pairs_held in zip(ranked, before, strict=False) if pairs_held < size}
+    if len(held) == len(ranked):
+        raise DataError(
+            where="data.test_split_size",
+            found=f"{size:g} of {len(pairs)} pairs with {len(ranked)} different prompts leaves none to train on",
+            expected="less than all prompts",
+            fix=Overrides({"data.test_split_size": 0}, ", or more pairs"),
+        )
+    train: list[Held] = []
+    test: list[Held] = []
+    for pair, prompt in zip(pairs, prompts, strict=True):
+        (test if prompt in held else train).append(pair)
+    return train, test

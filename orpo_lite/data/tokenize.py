@@ -1,0 +1,214 @@
+"""Pairs to tokens: each text tokenised once and whole, the response found in it, cut at data.max_length."""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from orpo_lite.data.chat_template import SPECIAL, PairTexts, Rendered, eos_id
+from orpo_lite.data.formats.text import shared_start
+from orpo_lite.data.pair import Pair, TokenizedPair
+from orpo_lite.data.render_process import Renderer
+from orpo_lite.data.split import prompt_key
+from orpo_lite.errors import ModelError, OrpoLiteError, raise_all
+
+if TYPE_CHECKING:
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+    from orpo_lite.recipe.schema import DataSection
+
+
+# Reasons to leave a pair out, seen when it is tokenised.
+LONG_PROMPT = "prompt longer than data.max_prompt_length"
+NO_ROOM = "no room for a response in data.max_length"
+EQUAL_CUT = "chosen and rejected are equal after the cut at data.max_length"
+EQUAL_TOKENS = "chosen and rejected are equal as tokens"
+
+BATCH = 128  # pairs rendered and tokenised in one call
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A piece of the text that the model sees, or is kept from seeing."""
+
+    kind: str
+    """prompt, response, end or cut."""
+    text: str
+
+
+def end_token_id(renderer: Renderer, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that ends a reply: the special token that the template writes after it, else the tokenizer's eos.
+
+    Tries the template on a question; raises ModelError when it fails, and when nothing ends a reply.
+    """
+    question = Pair(({"role": "user", "content": "?"},), "Yes.", "No.", "a question and its answer", prompt_text="?")
+    renderer.send([question])
+    (texts,) = renderer.receive()
+    if isinstance(texts, OrpoLiteError):
+        raise texts
+    if isinstance(texts, PairTexts) and texts.end:
+        return int(tokenizer.convert_tokens_to_ids(texts.end))
+    return eos_id(tokenizer)
+
+
+def tokenize_pairs(
+    pairs: Iterable[Pair], renderer: Renderer, tokenizer: PreTrainedTokenizerBase, data: DataSection
+) -> Iterator[tuple[Pair, TokenizedPair | str]]:
+    """Yield each pair with its tokens, or with the reason to leave it out; in order.
+
+    A text is tokenised once and whole, as in generation; a token that straddles the boundary belongs to the response.
+    While one batch is put together here, the next is tokenised (all cores) and the one after that rendered.
+
+    Raises ModelError for a tokenizer without offsets and a template that fails, DataError for conversations without a
+    template; at the end, with all places.
+    """
+    if not tokenizer.is_fast:
+        raise ModelError(
+            where="tokenizer",
+            found=f"{type(tokenizer).__name__} is a slow one",
+            expected="a fast tokenizer, which says where in the text each token stands",
+            fix="add a tokenizer.json",
+        )
+    end, lead = end_token_id(renderer, tokenizer), _leading_ids(tokenizer)
+    faults: list[OrpoLiteError] = []
+    for batch, rendered, encoded in _encoded(_rendered(_batches(pairs, BATCH), renderer), tokenizer):
+        row = 0
+        for pair, texts in zip(batch, rendered, strict=True):
+            if isinstance(texts, OrpoLiteError):
+                faults.append(texts)
+            elif isinstance(texts, str):
+                yield pair, texts
+            else:
+                chosen, rejected = (_place(encoded, row + i, len(texts.prompt), lead, end) for i in (0, 1))
+                row += 2
+                yield pair, _cut_pair(pair, chosen, rejected, end, data, without_system=texts.without_system)
+    raise_all(faults)
+
+
+def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+def _rendered(batches: Iterator[list[Pair]], renderer: Renderer) -> Iterator[tuple[list[Pair], list[Rendered]]]:
+    """Each batch with its texts. Rows are read while the batch before them is rendered."""
+    batch = next(batches, None)
+    if batch:
+        renderer.send(batch)
+    while batch:
+        following = next(batches, None)
+        results = renderer.receive()
+        if following:
+            renderer.send(following)
+        yield batch, results
+        batch = following
+
+
+def _encoded(
+    rendered: Iterator[tuple[list[Pair], list[Rendered]]], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[list[Pair], list[Rendered], BatchEncoding]]:
+    """Each batch with its tokens, two texts for each pair that has texts, one batch ahead of who asks for them."""
+    with ThreadPoolExecutor(1) as thread:
+        ahead: tuple[list[Pair], list[Rendered], Future[BatchEncoding]] | None = None
+        for batch, results in rendered:
+            texts = [item.prompt + reply for item in results if isinstance(item, PairTexts) for reply in item[1:3]]
+            future = thread.submit(_encode, texts, tokenizer)
+            if ahead:
+                yield ahead[0], ahead[1], ahead[2].result()
+            ahead = (batch, results, future)
+        if ahead:
+            yield ahead[0], ahead[1], ahead[2].result()
+
+
+def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Any:
+    if not texts:
+        return None
+    flags = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+    return tokenizer(texts, add_special_tokens=False, **flags)
+
+
+def _leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts before a text by itself: [bos] for many, [] for some."""
+    bare, whole = (tokenizer("a", add_special_tokens=flag).input_ids for flag in (False, True))
+    return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(bare)] == bare), [])
+
+
+def _place(encoded: BatchEncoding, row: int, boundary: int, lead: list[int], end: int) -> tuple[array[int], int]:
+    """A whole sequence with its first and last token, each exactly once, and where the response starts in it."""
+    ids = encoded.input_ids[row]
+    start = _response_start(encoded, row, boundary)
+    if ids[: len(lead)] != lead:  # unless the template wrote it
+        ids, start = lead + ids, start + len(lead)
+    if ids[-1:] != [end]:
+        ids = [*ids, end]
+    return array("i", ids), start
+
+
+def _response_start(encoded: BatchEncoding, row: int, boundary: int) -> int:
+    """The first token that reaches beyond the boundary.
+
+    Several tokens may stand for one character (bytes, a sentencepiece's added space), and a trimmed space for none:
+    the character at the boundary answers at once, and where it has no token, all offsets are looked through.
+    """
+    start = encoded.char_to_token(row, boundary)
+    if start is None:
+        return bisect_right(encoded.encodings[row].offsets, boundary, key=lambda offset: offset[1])
+    return int(start)
+
+
+def _cut_pair(
+    pair: Pair,
+    chosen: tuple[array[int], int],
+    rejected: tuple[array[int], int],
+    end: int,
+    data: DataSection,
+    *,
+    without_system: bool,
+) -> TokenizedPair | str:
+    """The pair cut at data.max_length, or why it is left out."""
+    if max(chosen[1], rejected[1]) > data.max_prompt_length:
+        return LONG_PROMPT
+    if any(end in ids[start:-1] for ids, start in (chosen, rejected)):
+        return SPECIAL
+    chosen_ids, rejected_ids = chosen[0][: data.max_length], rejected[0][: data.max_length]
+    # Nothing predicts a sequence's first token, so a response of that alone has no score either.
+    if len(chosen_ids) <= max(chosen[1], 1) or len(rejected_ids) <= max(rejected[1], 1):
+        return NO_ROOM
+    if chosen_ids == rejected_ids:
+        return EQUAL_TOKENS if chosen[0] == rejected[0] else EQUAL_CUT
+    cut = (len(chosen[0]) - len(chosen_ids), len(rejected[0]) - len(rejected_ids))
+    starts = (chosen[1], rejected[1])
+    return TokenizedPair(chosen_ids, rejected_ids, *starts, pair.where, prompt_key(pair), *cut, without_system)
+
+
+def show_texts(
+    texts: PairTexts, tokenizer: PreTrainedTokenizerBase, data: DataSection, end: int
+) -> dict[str, list[Segment]]:
+    """Chosen and rejected as the text that their tokens decode to; ``end`` is :func:`end_token_id`.
+
+    Decoded, not copied: what a tokenizer loses (case, unknown characters) is lost here too.
+    """
+    encoded = _encode([texts.prompt + texts.chosen, texts.prompt + texts.rejected], tokenizer)
+    lead = _leading_ids(tokenizer)
+    shown = {}
+    for row, side in enumerate(("chosen", "rejected")):
+        ids, start = _place(encoded, row, len(texts.prompt), lead, end)
+        room = data.max_length
+        last = max(start, min(len(ids) - 1, room))  # a prompt beyond the limit is shown whole
+        parts = [("prompt", start), ("response", last), ("end" if len(ids) <= room else "cut", None)]
+        pieces, done = [], ""
+        for kind, stop in parts:
+            text = str(tokenizer.decode(ids[:stop], clean_up_tokenization_spaces=False))
+            done = shared_start(done, text)  # a character may be made of tokens on both sides of the boundary
+            pieces.append(Segment(kind, text[len(done) :]))
+            done = text
+        shown[side] = [piece for piece in pieces if piece.text]
+    return shown

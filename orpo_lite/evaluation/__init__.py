@@ -1,0 +1,4 @@
+"""What a trained model says.
+
+Order: samples, verify.
+"""

@@ -1,0 +1,81 @@
+"""llama.cpp itself, where its Python package is installed: it quantises, and says what tokens it makes of a text."""
+
+import importlib.util
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from orpo_lite.errors import ModelError
+from orpo_lite.exporting.gguf_family import VLLM
+
+# Made by llama.cpp's quantiser, out of a file in full precision.
+QUANTISED = ("q3_k_m", "q4_k_m", "q5_k_m", "q6_k")
+# Words, numbers, marks and white space. Of other scripts little: where llama.cpp differs in those, a note has said so.
+PROBES = (
+    "Hello, world! It's what we've said: they're here, I'll go.",
+    "  two  spaces,   three,\ta tab\n\nlines \n and  an end  ",
+    "1 22 333 4444 55555 3.14159 x2y3 (2024-12-31) $9.99 50%",
+    "def f(x):\n    return x + 1  # why?\n",
+    "https://example.com/a?b=c&d=[e]{f} user@example.org C++ a_b-c",
+    "naïve café 日本語 русский 🙂",
+    "aaaaaaaaaaaa ======== ........ ",
+    "",
+)
+_callbacks: list[Any] = []  # C holds on to what it was given; so must Python
+
+
+def is_installed() -> bool:
+    """Whether llama-cpp-python is there."""
+    return importlib.util.find_spec("llama_cpp") is not None
+
+
+def quantise(source: Path, file: Path, outtype: str) -> None:
+    """Write ``source``, a GGUF file in full precision, as one of ``QUANTISED``. Raises ModelError when it fails."""
+    llama_cpp = _load()
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{outtype.upper()}")
+    if code := llama_cpp.llama_model_quantize(str(source).encode(), str(file).encode(), options):
+        raise ModelError(
+            where=str(file), found=f"llama.cpp's quantiser failed ({code})", expected="a model that it can quantise"
+        )
+
+
+def check_tokens(file: Path, tokenizer: Any, texts: Sequence[str], lead: str) -> None:
+    """Raise ModelError when llama.cpp makes other tokens of ``lead`` and a text than transformers of the text."""
+    where = str(file)
+    try:
+        model = _load().Llama(where, vocab_only=True, n_ctx=8, n_batch=8, verbose=False)
+    except ValueError as error:
+        raise ModelError(
+            where=where, found=f"llama.cpp does not load it: {error}", expected="a model that it knows"
+        ) from None
+    try:
+        for text in texts:
+            found = model.tokenize((lead + text).encode(), add_bos=False, special=True)
+            if found != tokenizer(text, add_special_tokens=False).input_ids:
+                raise ModelError(
+                    where=where,
+                    found=f"llama.cpp makes other tokens of {text!r}",
+                    expected="those of transformers",
+                    fix=VLLM,
+                )
+    finally:
+        model.close()
+
+
+def _load() -> Any:
+    """The package, its log sent where other libraries' goes."""
+    import llama_cpp
+
+    warnings.filterwarnings("ignore", "unclosed file", ResourceWarning)  # it leaves one open to the end
+    if not _callbacks:
+        logger = logging.getLogger("llama.cpp")
+
+        def log(_level: int, text: bytes, _data: Any) -> None:
+            logger.info(text.decode(errors="replace").rstrip())
+
+        _callbacks.append(llama_cpp.llama_log_callback(log))
+        llama_cpp.llama_log_set(_callbacks[0], None)
+    return llama_cpp

@@ -1,0 +1,296 @@
+"""Export: a finished run as llama.cpp, Ollama or vLLM take it. One function a target, all with the same signature."""
+
+import importlib.util
+import json
+import re
+import shlex
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from orpo_lite.base.adapter import vllm_rank
+from orpo_lite.base.blocks import Stored, stored_tensors
+from orpo_lite.base.download import check_disk
+from orpo_lite.base.find import load_tokenizer, read_config
+from orpo_lite.errors import Command, FitError, ModelError, OrpoLiteError, RecipeError
+from orpo_lite.exporting.gguf_family import describe, find_targets
+from orpo_lite.exporting.gguf_file import OUTTYPES, write_gguf
+from orpo_lite.exporting.gguf_tokenizer import SPACE, describe_tokenizer
+from orpo_lite.exporting.llama_cpp import PROBES, QUANTISED, check_tokens, is_installed, quantise
+from orpo_lite.exporting.ollama_template import Render, find_turns, renderer
+from orpo_lite.progress import Update, run_to_end
+from orpo_lite.runs.atomic import locked, new_folder, write_text
+from orpo_lite.runs.commands import Weights, quoted
+from orpo_lite.runs.folder import find_merged, find_result, merged_folder
+from orpo_lite.runs.lock import read_lock, read_recipe
+from orpo_lite.runs.records import read_json
+
+STORED = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}  # the widest last
+BITS = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5, "q3_k_m": 4.0, "q4_k_m": 5.0, "q5_k_m": 5.8, "q6_k": 6.6}
+NAMES_WITH_RULES = r"(?i)phi-?3|modern-bert"  # by which llama.cpp knows tokens that strip the spaces beside them
+MOST_CONTEXT = 8192  # tokens that Ollama is told to hold; its own default is a few thousand, a model's 128k take GBs
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """An export on disk."""
+
+    folder: Path
+    bytes: int
+    command: str
+    """What to type to use it."""
+    notes: tuple[str, ...] = ()
+    """What is not quite the same there."""
+
+
+Exporting = Generator[Update, None, ExportResult]
+_Written = tuple[list[str], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Request:
+    path: Path
+    name: str
+    """Of the model, for its new home."""
+    merged: Path
+    outtype: str | None
+    weights: Weights
+
+    def folder(self, to: str, outtype: str = "") -> Path:
+        parts = [to, outtype, "" if self.weights == "original" else self.weights]
+        return self.path / "export" / "-".join(part for part in parts if part)
+
+
+def export(
+    run_folder: str | Path, to: str, *, outtype: str | None = None, weights: Weights = "original"
+) -> ExportResult:
+    """:func:`exporting`, without its updates."""
+    return run_to_end(export_events(run_folder, to, outtype=outtype, weights=weights), lambda _: None)
+
+
+def export_events(
+    run_folder: str | Path, to: str, *, outtype: str | None = None, weights: Weights = "original"
+) -> Exporting:
+    """Export a run; writes ``RUN/export/...``, whole or not at all.
+
+    Args:
+        run_folder: a finished run.
+        to: gguf (``RUN/merged`` as one file), ollama (that file with its Modelfile) or vllm (the adapter as it is, with
+            the command that serves it).
+        outtype: of the matrices in a GGUF file: f32, f16, bf16, q8_0, or one of llama.cpp's quantiser; None: as merged.
+        weights: which merge: ``RUN/merged`` or ``RUN/merged-dequantized``.
+
+    Raises:
+        RecipeError: an unknown target or type.
+        CheckpointError: no finished run there, or not merged.
+        ModelError: a model, tokenizer or template that the target cannot have.
+        FitError: a library that is not installed, or not enough disk space.
+    """
+    path = Path(run_folder)
+    if to not in TARGETS:
+        raise RecipeError(
+            where="--to",
+            found=f"{to!r}",
+            expected=f"one of {', '.join(TARGETS)}",
+            fix=Command(f"orpo-lite export {quoted(path)} --to gguf"),
+        )
+    merged = path / merged_folder(weights)
+    known = (*OUTTYPES, *QUANTISED)
+    if outtype is not None and (to == "vllm" or outtype not in known):
+        expected = "nothing: vLLM serves the adapter as it is" if to == "vllm" else f"one of {', '.join(known)}"
+        raise RecipeError(where="--outtype", found=f"{outtype!r}", expected=expected)
+    find_result(path)
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.resolve().name).strip("-.") or "model"
+    with locked(path), _blamed("RUN", quoted(path)):
+        return (yield from TARGETS[to](_Request(path, name, merged, outtype, weights)))
+
+
+def to_gguf(request: _Request) -> Exporting:
+    """One file for llama.cpp: weights, tokenizer and chat template."""
+    outtype = request.outtype or _stored_type(request)
+    folder = request.folder("gguf", outtype)
+    with new_folder(folder) as temporary, _blamed(temporary, folder):
+        file = f"{request.name}-{outtype}.gguf"
+        notes, _ = yield from _write_model(request, temporary / file, outtype)
+    command = f"llama-cli -m {quoted(folder / file)}"
+    return ExportResult(folder, _size(folder), command, tuple(notes))
+
+
+def to_ollama(request: _Request) -> Exporting:
+    """The GGUF file with a Modelfile: the template in Ollama's own words, where to stop, how long a context to hold."""
+    outtype = request.outtype or _stored_type(request)
+    folder = request.folder("ollama", request.outtype or "")
+    tokenizer = load_tokenizer(request.merged)
+    recipe = read_recipe(request.path)
+    if recipe.data.chat_template == "none":
+        tokenizer.chat_template = None
+    turns, missing = find_turns(renderer(tokenizer, recipe.data.chat_template_kwargs), "chat template")
+    fixed = "date_string" in recipe.data.chat_template_kwargs
+    if "strftime_now" in str(tokenizer.chat_template) and not fixed:
+        missing.append("the chat template writes the date: Ollama's will write that of this export")
+    with new_folder(folder) as temporary, _blamed(temporary, folder):
+        file = f"{request.name}-{outtype}.gguf"
+        notes, keys = yield from _write_model(request, temporary / file, outtype)
+        if keys["tokenizer.ggml.add_bos_token"] and (bos := tokenizer.bos_token):  # Ollama adds it by itself
+            turns = turns.with_heads(lambda head: head.removeprefix(bos))
+        turns = turns.with_heads(lambda head: _lead(keys) + head)
+        context = next(value for key, value in keys.items() if key.endswith(".context_length"))
+        lines = [f"FROM ./{file}", f'TEMPLATE """{turns.to_go()}"""', f"PARAMETER num_ctx {min(context, MOST_CONTEXT)}"]
+        stops = tokenizer.batch_decode([[end] for end in _ends(request, tokenizer)])
+        lines += [f"PARAMETER stop {json.dumps(text, ensure_ascii=False)}" for text in stops if text]
+        lines += [f"PARAMETER {key} {value}" for key, value in _sampling(request).items()]
+        write_text(temporary / "Modelfile", "\n".join(lines) + "\n")
+    modelfile = quoted(folder / "Modelfile")
+    command = f"ollama create {request.name.lower()} -f {modelfile} && ollama run {request.name.lower()}"
+    return ExportResult(folder, _size(folder), command, (*notes, *missing))
+
+
+def to_vllm(request: _Request) -> Exporting:
+    """The command that serves the adapter beside its base; the adapter itself stays as it is."""
+    yield Update("stage", "writing the command")
+    lock = read_lock(request.path)
+    adapter = request.path.resolve() / "adapter"
+    config = read_json(adapter / "adapter_config.json")
+    name, base, rank = request.name, lock["base"], vllm_rank(config)
+    notes: list[str] = []
+    if rank is None:
+        what = "DoRA" if config.get("use_dora") else f"its rank of {config['r']}"
+        if any(config.get(key) for key in ("rank_pattern", "alpha_pattern", "target_parameters")):
+            what = "ranks and scales by layer, or adapted experts"
+        find_merged(request.path, request.weights)
+        notes.append(f"vLLM does not serve {what}: the merged model is served instead")
+        parts = ["vllm", "serve", str(request.merged.resolve()), "--served-model-name", name]
+    else:
+        parts = ["vllm", "serve", base["name"]]
+        if not base["revision"] and not Path(base["name"]).is_dir():
+            notes.append(f"{base['name']} is not there any more: name the folder where the base lies now in its place")
+        if base["revision"]:
+            parts += ["--revision", base["revision"]]
+        # The tokenizer, and so the chat template, and the tokens that end an answer are the run's own.
+        parts += ["--tokenizer", str(adapter), "--generation-config", str(adapter)]
+        parts += ["--enable-lora", "--lora-modules", f"{name}={adapter}", "--max-lora-rank", str(rank)]
+    command = shlex.join(parts)
+    folder = request.folder("vllm")
+    with new_folder(folder) as temporary:
+        write_text(temporary / "serve.sh", f"#!/bin/sh\n{command}\n")
+    return ExportResult(folder, _size(folder), command, tuple(notes))
+
+
+TARGETS: dict[str, Callable[[_Request], Exporting]] = {"gguf": to_gguf, "ollama": to_ollama, "vllm": to_vllm}
+
+
+def _stored_type(request: _Request) -> str:
+    find_merged(request.path, request.weights)
+    kinds = {tensor.dtype for tensor in _tensors(request.merged).values() if len(tensor.shape) == 2}
+    return next((STORED[dtype] for dtype in reversed(STORED) if dtype in kinds), "f32")
+
+
+def _tensors(folder: Path) -> dict[str, Stored]:
+    """Those of the merged model. Raises :class:`ModelError` for another kind of number."""
+    tensors = stored_tensors(folder)
+    if wrong := next((tensor for tensor in tensors.values() if tensor.dtype not in STORED), None):
+        raise ModelError(
+            where=str(wrong.file), found=f"{wrong.name} is of type {wrong.dtype}", expected="weights of 16 or 32 bit"
+        )
+    return tensors
+
+
+@contextmanager
+def _blamed(stands: str | Path, meant: str | Path) -> Generator[None]:
+    """Messages name the file that is to be, not the one that was removed; and the run, in lines to be pasted."""
+    try:
+        yield
+    except OrpoLiteError as error:
+        error.where = error.where.replace(str(stands), str(meant))
+        error.fix = error.fix.replace(f" {stands} ", f" {meant} ")
+        raise
+
+
+def _write_model(
+    request: _Request, file: Path, outtype: str
+) -> Generator[Update, None, tuple[list[str], dict[str, Any]]]:
+    """Write ``RUN/merged`` as a GGUF file; returns what is not the same there, and the file's keys."""
+    where = f"model {request.merged}"
+    find_merged(request.path, request.weights)
+    for needed, there, package in (
+        (True, importlib.util.find_spec("gguf") is not None, "gguf>=0.19"),
+        (outtype in QUANTISED, is_installed(), "llama-cpp-python>=0.3.36"),
+    ):
+        if needed and not there:
+            raise FitError(
+                where="export",
+                found=f"{package} is not installed",
+                expected="the package",
+                fix=f"pip install '{package}'",
+            )
+    config = read_config(request.merged, str(request.merged))
+    made = describe(config, where)
+    tensors = _tensors(request.merged)
+    targets = find_targets(made, config.get_text_config() if made.pictures else config, tensors, where)
+    rows = next((t.stored.shape[0] for t in targets if t.name == "token_embd.weight"), 0)
+    tokenizer = load_tokenizer(request.merged)
+    variables = read_recipe(request.path).data.chat_template_kwargs
+    if not tokenizer.is_fast:
+        raise ModelError(where=f"tokenizer in {request.merged}", found="is not a fast one", expected="a tokenizer.json")
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    about, notes = describe_tokenizer(
+        tokenizer, spec, rows, _ends(request, tokenizer), f"tokenizer in {request.merged}"
+    )
+    probes = _probes(tokenizer, renderer(tokenizer, variables), f"chat template in {request.merged}")
+    title = re.sub(NAMES_WITH_RULES, "model", request.name)
+    keys = {"general.name": title, **made.keys, **about, f"{made.family.arch}.vocab_size": rows}
+    first = outtype if outtype in OUTTYPES else _stored_type(request)
+    numbers = sum(target.stored.shape[0] * target.stored_columns for target in targets)
+    bits = BITS[outtype] + (BITS[first] if first != outtype else 0)
+    check_disk(request.path, int(numbers * bits / 8), f"exporting {request.path}")
+    full = file if first == outtype else file.with_name("full.gguf")
+    for done, steps in write_gguf(full, made, keys, targets, first):
+        yield Update("stage", f"writing {first} tensors", done, steps)
+    if full != file:
+        yield Update("stage", f"quantising to {outtype}")
+        quantise(full, file, outtype)
+        full.unlink()
+    if is_installed():
+        yield Update("stage", "comparing tokens with llama.cpp's")
+        check_tokens(file, tokenizer, probes, _lead(keys))
+    return [*made.notes, *notes], keys
+
+
+def _ends(request: _Request, tokenizer: Any) -> list[int]:
+    """The tokens that end an answer, the template's own first: of the run's generation config."""
+    ends = read_json(request.path / "adapter" / "generation_config.json").get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [tokenizer.eos_token_id if ends is None else ends]
+    return [end for end in ends if isinstance(end, int)]
+
+
+def _sampling(request: _Request) -> dict[str, float]:
+    config = read_json(request.path / "adapter" / "generation_config.json")
+    return {key: config[key] for key in ("temperature", "top_p", "top_k") if config.get(key) is not None}
+
+
+def _lead(keys: dict[str, Any]) -> str:
+    """What the file's own chat template begins with, beyond that of the tokenizer."""
+    return " " if str(keys.get("tokenizer.chat_template")).startswith(SPACE) else ""
+
+
+def _probes(tokenizer: Any, render: Render, where: str) -> list[str]:
+    """Texts to compare tokens of: questions as the template puts them, for in other places nothing is promised."""
+    if not tokenizer.chat_template:
+        return [text.lstrip() for text in PROBES]  # some tokenizers add a space at the start, if there is none
+    try:
+        return [render([{"role": "user", "content": text}]) for text in PROBES]
+    except Exception as error:  # a template can raise anything
+        raise ModelError(
+            where=where,
+            found=f"fails on a question: {type(error).__name__}: {error}",
+            expected="one that takes a user's turn",
+            fix="orpo-lite merge RUN makes it again",
+        ) from None
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -1,0 +1,4 @@
+"""The model in memory.
+
+Order: optimizer, pair_model, adapter, generate, memory, parallel, held_out, probe, quantize, load.
+"""

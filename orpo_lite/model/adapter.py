@@ -1,0 +1,112 @@
+"""The LoRA adapter of a model in memory: added, initialised, read and set."""
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from orpo_lite.base.adapter import read_adapter_config
+from orpo_lite.errors import ModelError, Overrides, RecipeError
+from orpo_lite.model.pair_model import PairModel
+from orpo_lite.recipe.schema import Recipe
+
+META = torch.device("meta")
+
+
+def add_lora(model: nn.Module, recipe: Recipe, folder: Path | None) -> nn.Module:
+    """The model with a new adapter, of the recipe's shape or of that of the adapter in ``folder``."""
+    from peft import LoraConfig, get_peft_model
+
+    lora = recipe.lora
+    if folder:
+        config = read_adapter_config(folder)
+    else:
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=lora.r,
+            lora_alpha=lora.lora_alpha,
+            lora_dropout=lora.lora_dropout,
+            target_modules=lora.target_modules,
+            exclude_modules=_not_adapted(model) or None,
+            use_rslora=lora.use_rslora,
+            use_dora=lora.use_dora,
+            init_lora_weights=True if lora.init_lora_weights == "orthogonal" else lora.init_lora_weights,
+        )
+    torch.manual_seed(recipe.training.seed)  # of the adapter's initialisation
+    here = next(model.parameters()).device
+    try:
+        with here if here == META else nullcontext():  # else each matrix is made in memory, to be dropped
+            model = get_peft_model(model, config)
+    except ValueError as error:
+        if "ParamWrapper" in str(error):  # of a mixture's experts, which are no layers of their own
+            fix = Overrides(
+                {"lora.use_dora": False, "lora.lora_dropout": 0}, ", or lora.target_modules=q_proj,k_proj,v_proj,o_proj"
+            )
+            raise ModelError(
+                where="adapter",
+                found="adapts experts, which takes neither DoRA nor dropout",
+                expected="plain LoRA there",
+                fix=fix,
+            ) from error
+        raise ModelError(where="adapter", found=str(error).splitlines()[0], expected="layers of this base") from error
+    if lora.init_lora_weights == "orthogonal" and not folder:
+        _init_orthogonal(model, recipe)
+    return model
+
+
+def _not_adapted(model: Any) -> list[str]:
+    """Layers that peft would adapt in vain: those that read pictures or sound, through which no pair goes; and routers
+    that are linear layers by birth and return more than one tensor."""
+    inside = set(model.get_decoder().modules())
+    return [
+        name
+        for name, module in model.named_modules()
+        if (isinstance(module, nn.Linear) and module not in inside and module is not model.get_output_embeddings())
+        or "router" in type(module).__name__.lower()
+    ]
+
+
+@torch.no_grad()
+def _init_orthogonal(model: nn.Module, recipe: Recipe) -> None:
+    """peft's orthogonal_init, which takes the dtype of the base's weights and so fails on a 4-bit one."""
+    from peft.tuners.lora import LoraLayer
+
+    rank = recipe.lora.r
+    if rank % 2:
+        raise RecipeError(
+            where=recipe.sources["lora.r"],
+            found=f"lora.r={rank}",
+            expected="an even number for lora.init_lora_weights=orthogonal",
+            fix=f"{rank + 1}",
+        )
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            a_RI, b_OR = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            rows_RR = torch.linalg.qr(torch.randn(rank, rank)).Q
+            a_RI.copy_(rows_RR[0::2].T @ torch.randn(rank // 2, a_RI.shape[1]) / 10)
+            b_OR.copy_(torch.randn(b_OR.shape[0], rank // 2) @ rows_RR[1::2] / 10)
+
+
+def adapter_tensors(model: PairModel) -> dict[str, Tensor]:
+    """The adapter's tensors under peft's names, on the CPU."""
+    from peft import get_peft_model_state_dict
+
+    state: dict[str, Tensor] = get_peft_model_state_dict(model.model)
+    return {name: tensor.detach().to("cpu").contiguous() for name, tensor in state.items()}
+
+
+def set_adapter(model: PairModel, tensors: dict[str, Tensor]) -> None:
+    """Load :func:`adapter_tensors` back. Raises :class:`ModelError` when names or shapes differ."""
+    from peft import set_peft_model_state_dict
+
+    own = {name: tensor.shape for name, tensor in adapter_tensors(model).items()}
+    given = {name: tensor.shape for name, tensor in tensors.items()}
+    if differing := {name for name, _ in own.items() ^ given.items()}:
+        raise ModelError(
+            where="adapter",
+            found=f"{len(differing)} tensors have no counterpart of their shape ({min(differing)} ...)",
+            expected="the adapter of this recipe",
+        )
+    set_peft_model_state_dict(model.model, tensors)

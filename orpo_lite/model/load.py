@@ -1,0 +1,133 @@
+"""The base loaded in 4 bit with LoRA on top, as a PairModel; or built from its configuration alone."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from orpo_lite.base.adapter import find_adapter
+from orpo_lite.base.find import Base
+from orpo_lite.errors import FitError, ModelError, Overrides
+from orpo_lite.model.adapter import META, add_lora, set_adapter
+from orpo_lite.model.memory import apply_memory_settings
+from orpo_lite.model.pair_model import PairModel
+from orpo_lite.model.quantize import compute_dtype, misshapen, quantise, skipped_modules
+from orpo_lite.ops.attention import device_kind
+from orpo_lite.recipe.schema import Recipe
+from orpo_lite.recipe.text import gib
+
+
+def choose_dtype(name: str, kind: str) -> torch.dtype:
+    """``auto``: bfloat16 where the card has it, else float16 (T4, V100), else float32 (CPU).
+
+    ``kind`` of a device is what :func:`orpo_lite.step.attention.device_kind` says.
+    """
+    by_kind = {"ampere": torch.bfloat16, "cuda": torch.float16, "cpu": torch.float32}
+    dtype: torch.dtype = by_kind[kind] if name == "auto" else getattr(torch, name)
+    return dtype
+
+
+def load_pair_model(recipe: Recipe, base: Base, device: torch.device) -> PairModel:
+    """Load the base, quantised as the recipe says and frozen, with a LoRA adapter whose parameters are float32.
+
+    ``peft.prepare_model_for_kbit_training`` is not used: it copies embeddings, head and norms to float32.
+    """
+    model = load_base(recipe, base, device)
+    name = recipe.model.adapter_name_or_path
+    folder = find_adapter(name) if name else None
+    pair_model = _with_step(model, recipe, folder)
+    how = getattr(model.config, "quantization_config", None)
+    if left := getattr(how, "llm_int8_skip_modules", None):
+        said = f"{left[0]} and such stay as they are: on this CPU bitsandbytes' kernel errs on rows of their width"
+        pair_model.notes.append(f"quantization.load_in_4bit: {said}")
+    if folder:
+        set_adapter(pair_model, load_file(folder / "adapter_model.safetensors"))
+    return pair_model
+
+
+def bare_pair_model(recipe: Recipe, config: Any, dtype: torch.dtype, device: torch.device = META) -> PairModel:
+    """The same model from its configuration alone: on meta shapes and storages only, elsewhere random weights."""
+    return _with_step(bare_base(recipe, config, dtype, device), recipe, None)
+
+
+def bare_base(recipe: Recipe, config: Any, dtype: torch.dtype, device: torch.device = META) -> Any:
+    """The base of :func:`bare_pair_model`, quantised as the recipe says."""
+    from transformers import AutoModelForCausalLM
+
+    with device:
+        model = AutoModelForCausalLM.from_config(_without_dropout(config), dtype=dtype)
+    if device == META:
+        model.config.pad_token_id = None  # some models look for it among the tokens, which have no values here
+    if recipe.quantization.load_in_4bit:
+        quantise(model, recipe, dtype)
+    return model
+
+
+def _with_step(model: nn.Module, recipe: Recipe, folder: Path | None) -> PairModel:
+    """Frozen, with its adapter and the levers of ``memory``."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    experts = sum(p.nbytes for n, p in model.named_parameters() if "expert" in n and p.ndim == 3)  # a layer's in one
+    pair_model = PairModel(add_lora(model, recipe, folder), recipe.memory).train()
+    if recipe.quantization.load_in_4bit and experts:
+        said = f"{gib(experts)} of its experts stay as they are: bitsandbytes quantises linear layers only"
+        pair_model.notes.append(f"quantization.load_in_4bit: {said}")
+    apply_memory_settings(pair_model, recipe)
+    return pair_model
+
+
+def load_base(recipe: Recipe, base: Base, device: torch.device) -> nn.Module:
+    """The base alone, loaded as the recipe says. Raises FitError, ModelError."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    dtype = choose_dtype(recipe.model.dtype, device_kind(device))
+    options: dict[str, Any] = {
+        "config": _without_dropout(base.config),
+        "dtype": dtype,
+        "device_map": {"": str(device)},
+        "use_safetensors": True,
+    }
+    if recipe.model.attn_implementation:
+        options["attn_implementation"] = recipe.model.attn_implementation
+    if recipe.quantization.load_in_4bit:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            llm_int8_skip_modules=skipped_modules(recipe, base.config, device) or None,  # its name for 4 bit too
+            bnb_4bit_quant_type=recipe.quantization.bnb_4bit_quant_type,
+            bnb_4bit_use_double_quant=recipe.quantization.bnb_4bit_use_double_quant,
+            bnb_4bit_compute_dtype=compute_dtype(recipe, dtype),
+        )
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(base.path, output_loading_info=True, **options)
+    except ImportError as error:
+        found = str(error).splitlines()[0]
+        raise FitError(
+            where=f"model {base.name}", found=found, fix=Overrides({"quantization.load_in_4bit": False})
+        ) from error
+    except (OSError, SafetensorError) as error:
+        found = f"its weights cannot be read: {str(error).splitlines()[0]}"
+        raise ModelError(
+            where=f"model {base.path}", found=found, expected="whole safetensors", fix="download it again"
+        ) from error
+    # transformers would leave these random
+    lacking = [*loading["missing_keys"], *(str(name) for name, *_ in loading["mismatched_keys"]), *misshapen(model)]
+    if lacking:
+        found = f"lacks {len(lacking)} weights of the right shape ({', '.join(sorted(lacking)[:3])} ...)"
+        raise ModelError(where=f"model {base.name}", found=found, expected="all of them")
+    loaded: nn.Module = model
+    return loaded
+
+
+def _without_dropout(config: Any) -> Any:
+    """The base's own dropout off, which is TRL's default; that of the adapter is lora.lora_dropout."""
+    config = copy.deepcopy(config)
+    for part in (config, config.get_text_config()):
+        for key, value in part.to_dict().items():
+            noise = any(word in key for word in ("dropout", "pdrop", "layerdrop", "jitter"))
+            if noise and isinstance(value, float):
+                setattr(part, key, 0.0)
+    return config

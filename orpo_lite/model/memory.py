@@ -1,0 +1,39 @@
+"""The settings of ``memory`` applied to a model; none of them changes loss or gradient."""
+
+from torch import nn
+
+from orpo_lite.model.pair_model import PairModel
+from orpo_lite.ops.layers import checkpoint_layers, embed_on_host, tile_mlps
+from orpo_lite.ops.lora import fuse_lora
+from orpo_lite.recipe.schema import Recipe
+
+
+def apply_memory_settings(model: PairModel, recipe: Recipe) -> None:
+    """Give the loaded model the levers of ``memory``; none of them changes loss or gradient."""
+    memory = recipe.memory.unplanned()
+    if memory.fused_lora and (left := fuse_lora(model.model)):
+        model.notes.append(f"memory.fused_lora: {len(left)} adapted layers keep peft's own operation ({left[0]} ...)")
+    if isinstance(memory.mlp_tile, int):
+        tiled = tile_mlps(model.layers, memory.mlp_tile, has_dropout=has_dropout(model))
+        if tiled < len(model.layers) or not tiled:
+            which = f"{len(model.layers) - tiled} of {len(model.layers)} layers have" if tiled else "this model has"
+            model.notes.append(f"memory.mlp_tile: {which} no MLP that takes tokens one by one; nothing is tiled there")
+    if not model.layers and memory.checkpointed(1):
+        said = "this model's layers cannot run again; each keeps all that its backward pass needs"
+        model.notes.append(f"memory.activation_checkpointing: {said}")
+    checkpoint_layers_of(model, recipe)
+    if memory.embedding_on_cpu:
+        embed_on_host(model.causal.get_input_embeddings())
+
+
+def checkpoint_layers_of(model: PairModel, recipe: Recipe) -> None:
+    """Let so many of the first layers as the recipe says keep their input only; later on, more of them."""
+    memory = recipe.memory.unplanned()
+    model.checkpointed = memory.checkpointed(len(model.layers))
+    layers, offload = model.layers[: model.checkpointed], bool(memory.checkpoint_offload)
+    checkpoint_layers(layers, model.attending, offload=offload, has_dropout=has_dropout(model))
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Whether a second run of a layer needs the random state of the first."""
+    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())

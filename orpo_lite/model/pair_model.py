@@ -1,0 +1,197 @@
+"""A causal language model that takes pairs and answers with their log-probabilities."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from orpo_lite.data.packing import Batch, Batching, PackedPairs
+from orpo_lite.ops import attention
+from orpo_lite.ops.attention import Layout, Segment, UnsupportedError, pair_attention, using
+from orpo_lite.ops.head import Head, chunk_rows, packed_logps, padded_logps, pick, row_logps
+from orpo_lite.ops.outputs import PairLogps, at_least_float32
+from orpo_lite.recipe.schema import MemorySection, Recipe
+
+AttentionInterface.register(attention.NAME, pair_attention)
+
+# What a model's own code raises that does not take packed rows, or does not run without values.
+MODEL_CODE_ERRORS = (TypeError, ValueError, AttributeError, RuntimeError, IndexError, KeyError, UnsupportedError)
+
+Route = Literal["shared", "packed", "rows", "logits"]
+"""How packed pairs go through the model, from the fastest way to the plainest. shared: one row, each prompt once.
+packed: one row, each sequence whole. rows: a row a sequence, with the model's own attention. logits: so, and with the
+model's own logits."""
+ROUTES: tuple[Route, ...] = ("shared", "packed", "rows", "logits")
+ROUTE_NOTES: dict[Route, str] = {
+    "packed": "prompts are not shared",
+    "rows": "pairs are neither packed nor shared: each sequence goes through the model by itself",
+    "logits": "each sequence goes through the model by itself, with all its logits",
+}
+
+
+class PairModel(nn.Module):
+    """A causal language model that takes pairs and answers with their log-probabilities."""
+
+    outputs: frozenset[str] = frozenset({"policy_logps"})
+    """What an objective may need of it: see :attr:`orpo_lite.objectives.objective.Objective.needs`."""
+
+    def __init__(self, model: nn.Module, memory: MemorySection | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.config = self.causal.config
+        self.head = find_head(self.causal)
+        memory = memory or MemorySection()
+        self.chunk = None
+        if memory.head_chunk != "none":
+            self.chunk = chunk_rows(self.config.get_text_config().vocab_size, _number(memory.head_chunk))
+        self.way: Route = "shared" if memory.prompt_sharing else "packed"
+        """How packed pairs go; ``proof.prove`` takes a plainer one where this model needs it."""
+        self.backend = "auto"
+        """Of the attention in packed rows: see :class:`orpo_lite.step.attention.Layout`."""
+        self.planned: str | None = None
+        """On meta: the kind of device that is meant."""
+        self.notes: list[str] = []
+        """What the person should know of this model's step, a line each."""
+        decoder = self.causal.get_decoder()  # what reads pictures has layers too, and no pair goes through them
+        self.layers = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
+        """The decoder layers."""
+        self.checkpointed = 0
+        """How many of them, from the first on, keep their input only."""
+        if getattr(self.config.get_text_config(), "output_router_logits", False):
+            self.notes.append("its routers' auxiliary loss (output_router_logits) is not added: ORPO's is all")
+        self.own_attention = self.config._attn_implementation
+
+    @property
+    def causal(self) -> Any:
+        """The model without peft's wrapper."""
+        wrapped: Any = self.model
+        return wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
+
+    @property
+    def backbone(self) -> Any:
+        """All but the head: hidden states after the last norm."""
+        causal = self.causal
+        return causal.model if causal.base_model is causal else causal.base_model  # some have a prefix of no attribute
+
+    def forward(self, batch: Batch) -> PairLogps:
+        """One forward pass over all pairs of a batch."""
+        if isinstance(batch, PackedPairs):
+            return packed_logps(self.score(batch, self.way), batch.spans)
+        output = self.model(input_ids=batch.input_ids_RT, attention_mask=batch.attention_RT, use_cache=False)
+        return padded_logps(output.logits, batch.input_ids_RT, batch.response_RT, batch.counted_RT)
+
+    def score(self, batch: PackedPairs, way: Route) -> Tensor:
+        """Log-probabilities of the batch's scored rows by one of the ways, shape (N,)."""
+        if way == "logits" or self.chunk is None:
+            return pick(at_least_float32(self.row_logits(batch, way)), batch.targets_N)
+        return row_logps(self._hidden(batch, way), batch.rows_N, batch.targets_N, self.head, self.chunk)
+
+    def row_logits(self, batch: PackedPairs, way: Route) -> Tensor:
+        """The logits of the batch's scored rows, shape (N, V): all of them are held."""
+        if way == "logits":
+            return torch.cat([output.logits[0] for output in self._each_row(self.model, batch)])[batch.rows_N]
+        return self.head.logits(self._hidden(batch, way)[batch.rows_N])
+
+    def _hidden(self, batch: PackedPairs, way: Route) -> Tensor:
+        """After the last norm, shape (T, D)."""
+        if way in ("shared", "packed"):
+            return self._packed_hidden(batch)
+        return torch.cat([output.last_hidden_state[0] for output in self._each_row(self.backbone, batch)])
+
+    @staticmethod
+    def _each_row(run: Any, batch: PackedPairs) -> Iterator[Any]:
+        """A sequence at a time, each by the model's own attention."""
+        for start, stop, *_ in batch.segments:
+            yield run(input_ids=batch.input_ids_T[start:stop].unsqueeze(0), use_cache=False)
+
+    def _packed_hidden(self, batch: PackedPairs) -> Tensor:
+        """After the last norm, shape (T, D); all segments in one row, each with its own positions."""
+        layout = Layout(tuple(Segment(*numbers) for numbers in batch.segments), self.backend, self.planned)
+        ids, positions = batch.input_ids_T.unsqueeze(0), batch.position_ids_T.unsqueeze(0)
+        with self.attending(layout):
+            output = self.backbone(input_ids=ids, position_ids=positions, use_cache=False)
+        hidden_TD: Tensor = output.last_hidden_state[0]
+        return hidden_TD
+
+    @contextmanager
+    def attending(self, layout: Layout | None) -> Iterator[None]:
+        """Attend by segments while this lasts; by the model's own attention for None."""
+        before = self.config._attn_implementation
+        self.config._attn_implementation = attention.NAME if layout else self.own_attention
+        try:
+            with using(layout):
+                yield
+        finally:
+            self.config._attn_implementation = before
+
+    def take(self, way: Route, reason: str) -> None:
+        """Let packed pairs go a plainer way from now on, and note why."""
+        self.notes.append(f"{ROUTE_NOTES[way]}, because {reason}")
+        self.way = way
+
+    def batching(self, recipe: Recipe, pad_id: int) -> Batching:
+        """How the recipe's pairs are to be cut for this model."""
+        return Batching(
+            packed=recipe.memory.packing,
+            share=recipe.memory.packing and self.way == "shared",
+            tokens=recipe.micro_batch_tokens,
+            pairs=recipe.memory.micro_batch_size,
+            pad_id=pad_id,
+            completion_only_loss=recipe.loss.completion_only_loss,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where a batch is to be."""
+        return self.head.module.weight.device  # type: ignore[return-value]
+
+    def trained(self) -> list[tuple[str, nn.Parameter]]:
+        """The adapter's parameters, by name."""
+        return [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Without dropout and gradients, and without touching the 4-bit weights.
+
+        A Linear4bit in eval mode repacks its weights on CPUs with AVX512-BF16 at the first forward without
+        gradients, and its input loses its gradient from then on (bitsandbytes 0.50, Linear4bit.forward).
+        """
+        import bitsandbytes as bnb
+
+        was_training = self.training
+        self.eval()
+        for module in self.modules():
+            if isinstance(module, bnb.nn.Linear4bit):
+                module.training = True
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.train(was_training)
+
+    @contextmanager
+    def without_dropout(self) -> Iterator[None]:
+        """Training as it is, but for the noise; gradients flow."""
+        noisy = [module for module in self.modules() if isinstance(module, nn.Dropout) and module.training]
+        for module in noisy:
+            module.eval()
+        try:
+            yield
+        finally:
+            for module in noisy:
+                module.train()
+
+
+def find_head(causal: Any) -> Head:
+    """The output embedding and what transformers' models do to its logits; ``proof.prove`` finds what is not here."""
+    config = causal.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+    return Head(causal.get_output_embeddings(), float(scale), getattr(config, "final_logit_softcapping", None))
+
+
+def _number(value: str | int) -> int | None:
+    return None if isinstance(value, str) else value

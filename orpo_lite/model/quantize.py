@@ -1,0 +1,99 @@
+"""Which layers go into 4 bit, and how: what loading with a BitsAndBytesConfig does."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from orpo_lite.model.adapter import META
+from orpo_lite.recipe.schema import Recipe
+
+
+def skipped_modules(recipe: Recipe, config: Any, device: torch.device) -> list[str]:
+    """transformers' ``llm_int8_skip_modules``: layers for which bitsandbytes' kernel is wrong here, and heads.
+
+    Its kernel for CPUs (0.50) dequantises rows of an odd multiple of 32 elements wrongly. [] where nothing is wrong.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    if device.type != "cpu" or not recipe.quantization.load_in_4bit:
+        return []
+    with META:
+        model = AutoModelForCausalLM.from_config(config)
+    widths = {name: layer_shape(layer)[0] for name, layer in quantisable(model).items()}
+    wrong = {width for width in set(widths.values()) if _is_wrong(width)}
+    names = [name for name, width in widths.items() if width in wrong]
+    return [*names, *(name for name in get_keys_to_not_convert(model) if name not in names)] if names else []
+
+
+def quantisable(model: Any) -> dict[str, Any]:
+    """The layers that transformers puts into 4 bit, by name: plain linear ones, GPT-2's Conv1D too, but no head."""
+    head = model.get_output_embeddings()
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if (type(module) is nn.Linear or is_transposed(module)) and module is not head
+    }
+
+
+def is_transposed(layer: Any) -> bool:
+    """Whether a layer's matrix is (inputs, outputs), as GPT-2's are."""
+    return type(layer).__name__ == "Conv1D"
+
+
+def layer_shape(layer: Any) -> tuple[int, int]:
+    """(inputs, outputs)."""
+    rows, columns = layer.weight.shape
+    return (rows, columns) if is_transposed(layer) else (columns, rows)
+
+
+def _is_wrong(width: int) -> bool:
+    """Whether rows of so many elements come back from 4 bit otherwise than the same elements as one row do."""
+    from bitsandbytes import functional
+
+    matrix = torch.randn(64, width, generator=torch.Generator().manual_seed(0))
+    quantised = (functional.quantize_4bit(part, quant_type="nf4") for part in (matrix, matrix.view(1, -1)))
+    rows, row = (functional.dequantize_4bit(*pair) for pair in quantised)
+    return not torch.equal(rows.flatten(), row.flatten())
+
+
+def compute_dtype(recipe: Recipe, dtype: torch.dtype) -> torch.dtype:
+    name = recipe.quantization.bnb_4bit_compute_dtype
+    compute: torch.dtype = dtype if name == "auto" else getattr(torch, name)
+    return compute
+
+
+def quantise(model: Any, recipe: Recipe, dtype: torch.dtype) -> None:
+    """What loading with a BitsAndBytesConfig does: every linear layer but the head as a Linear4bit."""
+    import bitsandbytes as bnb
+
+    settings = recipe.quantization
+    # bitsandbytes keeps this table from its first use on, wherever it was made; on meta it would spoil a later loading.
+    bnb.functional.name2qmap.setdefault("dynamic", bnb.functional.create_dynamic_map())
+    options = {"compress_statistics": settings.bnb_4bit_use_double_quant, "quant_type": settings.bnb_4bit_quant_type}
+    for name, layer in quantisable(model).items():
+        weight = layer.weight.data.t().contiguous() if is_transposed(layer) else layer.weight.data
+        packed, state = bnb.functional.quantize_4bit(weight, **options)
+        compute, bias = compute_dtype(recipe, dtype), layer.bias
+        linear = bnb.nn.Linear4bit(*layer_shape(layer), bias is not None, compute, **options, device=weight.device)
+        linear.source_cls = type(layer)  # as transformers notes it
+        linear.weight = bnb.nn.Params4bit(
+            packed, requires_grad=False, quant_state=state, bnb_quantized=True, module=linear, **options
+        )
+        if bias is not None:
+            linear.bias = bias
+        model.set_submodule(name, linear)
+
+
+def misshapen(model: nn.Module) -> list[str]:
+    """4-bit layers whose weights are not of the layer's shape, which transformers looks at in other layers only."""
+    import bitsandbytes as bnb
+
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
+    return [
+        f"{name}.weight"
+        for name, layer in layers.items()  # in either orientation, for GPT-2 stores its matrices transposed
+        if (state := getattr(layer.weight, "quant_state", None)) is not None  # a missing weight has none
+        and sorted(state.shape) != sorted((layer.in_features, layer.out_features))
+    ]

@@ -1,0 +1,195 @@
+"""From hidden states to log-probabilities: without logits in chunks of rows, or plainly with all of them.
+
+The plain form (:func:`padded_logps`) is the reference. ``log p(token)`` depends on one hidden state alone, so where the
+head is frozen the forward pass stores its Jacobian, one vector a row, and the backward pass multiplies: logits are
+neither kept nor computed twice (:func:`row_logps`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from orpo_lite.ops.outputs import PairLogps, at_least_float32
+
+CHUNK_BYTES = 96 << 20  # of the logits of a chunk in float32: large enough a matrix product for any device
+
+
+@dataclass(frozen=True)
+class Head:
+    """What makes logits of a hidden state: ``softcap(scale * (hidden @ weight.T + bias))``."""
+
+    module: nn.Module
+    """The output embedding, called as it is where it is trained, adapted or quantised."""
+    scale: float = 1.0
+    """What the model multiplies its logits by (Cohere's logit_scale, one over Granite's logits_scaling)."""
+    softcap: float | None = None
+    """Gemma's ``final_logit_softcapping``: ``cap * tanh(logits / cap)``."""
+
+    @property
+    def is_plain(self) -> bool:
+        """A frozen matrix, so the Jacobian of a row does not change until the backward pass."""
+        return type(self.module) is nn.Linear and not any(p.requires_grad for p in self.module.parameters())
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """In at least float32; shape (..., V)."""
+        logits: Tensor = at_least_float32(self.module(hidden))
+        logits = logits if self.scale == 1.0 else logits * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def chunk_rows(vocab_size: int, rows: int | None = None) -> int:
+    """How many rows of logits to hold at once; ``rows`` where the person has set it. Whole tiles of a GPU's kernels."""
+    fitting = CHUNK_BYTES // (4 * vocab_size)
+    return rows or max(16, min(1024, fitting // 128 * 128 or fitting))
+
+
+def row_logps(hidden_TD: Tensor, rows_N: Tensor, targets_N: Tensor, head: Head, chunk: int) -> Tensor:
+    """Log-probabilities of ``targets_N`` by the hidden states ``hidden_TD[rows_N]``, float32 or float64, shape (N,).
+
+    Args:
+        hidden_TD: after the model's last norm.
+        rows_N: which row predicts each target; a row may stand there twice.
+        targets_N: token ids.
+        head: a frozen one takes the Jacobian's way; any other is recomputed in the backward pass.
+        chunk: rows of logits held at once.
+    """
+    if head.is_plain:
+        weight_VD, bias_V = head.module.weight, head.module.bias
+        logps_N: Tensor = _RowJacobian.apply(
+            hidden_TD, weight_VD, bias_V, rows_N, targets_N, head.scale, head.softcap, chunk
+        )
+        return logps_N
+
+    def recomputed(hidden_CD: Tensor, targets_C: Tensor) -> Tensor:
+        return pick(head.logits(hidden_CD), targets_C)
+
+    parts = zip(rows_N.split(chunk), targets_N.split(chunk), strict=True)
+    return torch.cat([checkpoint(recomputed, hidden_TD[rows], targets, use_reentrant=False) for rows, targets in parts])
+
+
+def pick(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
+    """``log softmax(logits)`` at the targets; shape (C,)."""
+    return logits_CV.gather(-1, targets_C.unsqueeze(-1)).squeeze(-1) - logits_CV.logsumexp(-1)
+
+
+class _RowJacobian(torch.autograd.Function):
+    """Forward: log p of each target and, if hidden states need a gradient, ``d log p / d hidden``, shape (N, D)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        rows_N: Tensor,
+        targets_N: Tensor,
+        scale: float,
+        softcap: float | None,
+        chunk: int,
+    ) -> Tensor:
+        wanted = ctx.needs_input_grad[0]
+        logps_N = at_least_float32(hidden_TD.new_empty(0)).new_empty(len(rows_N))
+        jacobian_ND = hidden_TD.new_empty((len(rows_N), hidden_TD.shape[1]) if wanted else 0)
+        for start in range(0, len(rows_N), chunk):
+            part = slice(start, start + chunk)
+            targets_C1 = targets_N[part].unsqueeze(1)
+            logits_CV = torch.nn.functional.linear(hidden_TD[rows_N[part]], weight_VD, bias_V)
+            logits_CV = at_least_float32(logits_CV)
+            if scale != 1.0:
+                logits_CV.mul_(scale)
+            slope_CV = None
+            if softcap is not None:
+                tanh_CV = logits_CV.div_(softcap).tanh_()
+                slope_CV = 1 - tanh_CV.square() if wanted else None
+                logits_CV = tanh_CV.mul_(softcap)
+            picked_C1 = logits_CV.gather(1, targets_C1)
+            highest_C1 = logits_CV.amax(1, keepdim=True)
+            logits_CV.sub_(highest_C1).exp_()  # in place: these are the only logits there are
+            sum_C1 = logits_CV.sum(1, keepdim=True)
+            logps_N[part] = (picked_C1 - highest_C1 - sum_C1.log()).squeeze(1)
+            if not wanted:
+                continue
+            # d log p(target) / d logits = onehot(target) - softmax
+            slope_of_logits_CV = logits_CV.div_(-sum_C1)
+            slope_of_logits_CV[torch.arange(len(sum_C1), device=sum_C1.device), targets_N[part]] += 1
+            if slope_CV is not None:
+                slope_of_logits_CV.mul_(slope_CV)
+            torch.mm(slope_of_logits_CV.to(weight_VD.dtype), weight_VD, out=jacobian_ND[part])
+        if wanted:
+            if scale != 1.0:
+                jacobian_ND.mul_(scale)
+            ctx.save_for_backward(jacobian_ND, rows_N)
+            ctx.shape = hidden_TD.shape
+        return logps_N
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_N,) = grads
+        jacobian_ND, rows_N = ctx.saved_tensors
+        # Multiplied in the gradient's own float32 and rounded once.
+        terms_ND = torch.mul(jacobian_ND, grad_N.unsqueeze(1), out=torch.empty_like(jacobian_ND))
+        # A row that predicts two tokens gets two terms.
+        grad_TD = jacobian_ND.new_zeros(ctx.shape).index_add_(0, rows_N, terms_ND)
+        return grad_TD, None, None, None, None, None, None, None
+
+
+class Spans(NamedTuple):
+    """How the scored rows of one pair lie: those of its common prefix, of its chosen rest, of its rejected rest.
+
+    ``*_in_prefix`` and ``*_in_rest`` say from which of these rows on a sum counts.
+    """
+
+    prefix: int
+    chosen: int
+    rejected: int
+    chosen_in_prefix: int
+    chosen_in_rest: int
+    rejected_in_prefix: int
+    rejected_in_rest: int
+    nll_in_prefix: int
+    nll_in_rest: int
+
+
+def packed_logps(logps_N: Tensor, spans: Sequence[Sequence[int]]) -> PairLogps:
+    """:class:`PairLogps` of the rows that :func:`row_logps` scored; ``spans`` as :class:`Spans`, one a pair."""
+    chosen, rejected, nll, counted = [], [], [], []
+    for span, part in zip(map(Spans._make, spans), logps_N.split([sum(span[:3]) for span in spans]), strict=True):
+        prefix, rest_w, rest_l = part.split([span.prefix, span.chosen, span.rejected])
+        chosen.append(_mean(prefix[span.chosen_in_prefix :], rest_w[span.chosen_in_rest :]))
+        rejected.append(_mean(prefix[span.rejected_in_prefix :], rest_l[span.rejected_in_rest :]))
+        ones, others = prefix[span.nll_in_prefix :], rest_w[span.nll_in_rest :]
+        nll.append(-(ones.sum() + others.sum()))
+        counted.append(len(ones) + len(others))
+    return PairLogps(
+        torch.stack(chosen), torch.stack(rejected), torch.stack(nll), torch.tensor(counted, device=logps_N.device)
+    )
+
+
+def _mean(one: Tensor, other: Tensor) -> Tensor:
+    return (one.sum() + other.sum()) / (len(one) + len(other))
+
+
+def padded_logps(logits_RTV: Tensor, input_ids_RT: Tensor, response_RT: Tensor, counted_RT: Tensor) -> PairLogps:
+    """Log-probabilities of P pairs from the logits of their 2P padded rows: all logits are held, the reference.
+
+    Args:
+        logits_RTV: position t predicts token t + 1.
+        input_ids_RT: chosen rows first, then rejected rows in the same order.
+        response_RT: True at the tokens of the response. The first token of a row is predicted by nothing and ignored.
+        counted_RT: True at the tokens that the NLL counts; only the chosen rows are read.
+
+    A response without tokens would be 0/0; such pairs are dropped before they get here.
+    """
+    targets_RT = input_ids_RT[:, 1:]
+    logps_RT = pick(at_least_float32(logits_RTV[:, :-1]), targets_RT)
+    response_RT, counted_RT = response_RT[:, 1:], counted_RT[:, 1:]
+    mean_R = (logps_RT * response_RT).sum(-1) / response_RT.sum(-1)
+    pairs = len(mean_R) // 2
+    nll_P = -(logps_RT * counted_RT)[:pairs].sum(-1)
+    return PairLogps(mean_R[:pairs], mean_R[pairs:], nll_P, counted_RT[:pairs].sum(-1))

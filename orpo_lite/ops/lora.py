@@ -1,0 +1,143 @@
+"""A linear layer with LoRA on it as one operation: ``y = x W.T + b + s (x A.T) B.T`` (arXiv 2106.09685, Eq. 3).
+
+It keeps ``x`` for the backward pass and nothing else, in the dtype of the stream: A and B are float32 masters that are
+cast inside, so no float32 copy of ``x`` is made. The frozen W may be 4-bit: it is dequantised where it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Weight = Callable[[], Tensor]
+"""Gives the frozen (O, I) matrix in the stream's dtype. Asked at each use: the tensor may have been replaced."""
+
+
+def lora_linear(
+    x: Tensor, dropped: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float, weight: Weight, bias_O: Tensor | None
+) -> Tensor:
+    """``x`` through the frozen layer plus ``dropped``, which is x after the adapter's dropout, through the adapter.
+
+    Args:
+        x: shape (..., I).
+        dropped: the same tensor where there is no dropout.
+        a_RI: LoRA's A, float32 or the stream's dtype; so ``b_OR``.
+        scale: ``lora_alpha / r``, or what rsLoRA makes of it.
+        weight: gives the frozen matrix.
+        bias_O: the frozen layer's bias.
+
+    Returns:
+        Shape (..., O), in the dtype of ``x``.
+    """
+    y: Tensor = _LoraLinear.apply(x, dropped, a_RI, b_OR, scale, weight)
+    # Filled after the operation is on record: a checkpointed layer that is run again ends with its last saved tensor,
+    # and so never computes an output that only the next layer would read.
+    with torch.no_grad():
+        y_TO, x_TI, dropped_TI = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), dropped.reshape(-1, x.shape[-1])
+        w_IO = weight().t()
+        if bias_O is None:
+            torch.mm(x_TI, w_IO, out=y_TO)
+        else:
+            torch.addmm(bias_O.to(x.dtype), x_TI, w_IO, out=y_TO)
+        y_TO.addmm_(dropped_TI @ a_RI.to(x.dtype).t(), b_OR.to(x.dtype).t(), alpha=scale)
+    return y
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        dropped: Tensor,
+        a_RI: Tensor,
+        b_OR: Tensor,
+        scale: float,
+        weight: Weight,
+    ) -> Tensor:
+        ctx.save_for_backward(dropped, a_RI, b_OR)  # x only meets the frozen matrix, whose gradient nobody wants
+        ctx.scale, ctx.weight, ctx.same = scale, weight, dropped is x
+        return x.new_empty(*x.shape[:-1], b_OR.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        dropped, a_RI, b_OR = ctx.saved_tensors
+        grad_TO, dropped_TI = grad.reshape(-1, grad.shape[-1]), dropped.reshape(-1, dropped.shape[-1])
+        a, b = a_RI.to(grad.dtype), b_OR.to(grad.dtype)
+        inner_TR = (grad_TO @ b).mul_(ctx.scale)
+        grad_a = (inner_TR.t() @ dropped_TI).to(a_RI.dtype) if ctx.needs_input_grad[2] else None
+        grad_b = None
+        if ctx.needs_input_grad[3]:
+            grad_b = (grad_TO.t() @ (dropped_TI @ a.t())).to(b_OR.dtype).mul_(ctx.scale)
+        grad_x = grad_dropped = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad_TO @ ctx.weight()
+            if ctx.same:  # both are one tensor: one gradient, and no second one to be added by autograd
+                grad_x.addmm_(inner_TR, a)
+            grad_x = grad_x.view(dropped.shape)
+        if ctx.needs_input_grad[1] and not ctx.same:
+            grad_dropped = (inner_TR @ a).view(dropped.shape)
+        return grad_x, grad_dropped, grad_a, grad_b, None, None
+
+
+def fuse_lora(model: nn.Module) -> list[str]:
+    """Let every LoRA layer of ``model`` that can compute as :func:`lora_linear`; returns the names of the others.
+
+    Others keep peft's own forward: DoRA, and layers whose matrix is neither a plain nor a 4-bit linear one (GPT-2's
+    Conv1D) or computes in another dtype than the stream's.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    left = []
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        weight = frozen_weight(layer.base_layer)
+        if weight is None or layer.lora_variant or len(layer.lora_A) != 1:
+            left.append(name)
+        else:
+            layer.forward = _fused(layer, weight, layer.forward)
+    return left
+
+
+def frozen_weight(layer: nn.Module) -> Weight | None:
+    """How to get the matrix of a linear layer, dequantised where it is in 4 bit; None for any other kind of layer."""
+    if getattr(layer, "source_cls", nn.Linear) is not nn.Linear:  # transformers notes what it has replaced
+        return None
+    if type(layer) is nn.Linear:
+        return lambda: layer.weight
+    if type(layer).__name__ == "Linear4bit":
+        import bitsandbytes as bnb
+
+        def dequantised() -> Tensor:
+            weight: Any = layer.weight
+            matrix_OI: Tensor = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+            return matrix_OI
+
+        return dequantised if layer.compute_dtype in (None, _stream_dtype(layer)) else None
+    return None
+
+
+def _stream_dtype(layer: Any) -> torch.dtype:
+    """The dtype of a layer's matrix when it is used: mostly that of the stream."""
+    weight = layer.weight
+    dtype: torch.dtype = weight.quant_state.dtype if hasattr(weight, "quant_state") else weight.dtype
+    return dtype
+
+
+def _fused(layer: Any, weight: Weight, plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    (name,) = layer.lora_A
+    a, b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        off = layer.disable_adapters or layer.merged or name not in layer.active_adapters
+        if off or args or kwargs or x.dtype != _stream_dtype(layer.base_layer):
+            return plain(x, *args, **kwargs)
+        dropped = x if isinstance(dropout, nn.Identity) or not layer.training else dropout(x)
+        return lora_linear(x, dropped, a.weight, b.weight, layer.scaling[name], weight, layer.base_layer.bias)
+
+    forward.equals_plain = True  # type: ignore[attr-defined]  # without it the class's own takes over
+    return forward

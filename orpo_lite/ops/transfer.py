@@ -1,0 +1,64 @@
+"""The one way between device and host memory."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+HOST = torch.device("cpu")
+
+_host_storages: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+_making_host_memory = False
+
+
+def transfer(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on ``device``; every transfer between a step's device and the host goes through here.
+
+    From a GPU to the host it lands in pinned memory, and both ways are asynchronous: whoever reads the result on
+    another stream waits for the stream that this ran on. On the meta device nothing is copied; what would be in host
+    memory is a meta tensor that :func:`is_on_host` knows.
+    """
+    if tensor.is_meta:
+        to_host = device == HOST
+        if to_host == is_on_host(tensor):
+            return tensor
+        with _host_memory(to_host):
+            moved = torch.empty_like(tensor)
+        if to_host:
+            mark_as_host(moved.untyped_storage())
+        return moved
+    if device == tensor.device:
+        return tensor
+    if device == HOST:
+        host = torch.empty_like(tensor, device=HOST, pin_memory=True)
+        return host.copy_(tensor, non_blocking=True)
+    return tensor.to(device, non_blocking=True)
+
+
+def is_on_host(tensor: Tensor) -> bool:
+    """Whether a meta tensor stands for host memory; any other tensor knows its device."""
+    return tensor.untyped_storage() in _host_storages if tensor.is_meta else tensor.device == HOST
+
+
+def mark_as_host(storage: torch.UntypedStorage) -> None:
+    """Let a meta storage stand for host memory."""
+    _host_storages.add(storage)
+
+
+def making_host_memory() -> bool:
+    """Whether what is allocated now, on meta, stands for host memory: for whoever counts bytes."""
+    return _making_host_memory
+
+
+@contextmanager
+def _host_memory(active: bool) -> Iterator[None]:
+    global _making_host_memory
+    before, _making_host_memory = _making_host_memory, active or _making_host_memory
+    try:
+        yield
+    finally:
+        _making_host_memory = before

@@ -1,0 +1,92 @@
+"""A step on the meta device: pairs known by their lengths, attention without scores, what stays in memory."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import AttentionInterface, masking_utils
+
+from orpo_lite.data.pair import TokenizedPair
+from orpo_lite.model.pair_model import PairModel
+from orpo_lite.ops.attention import meta_flash_attention
+from orpo_lite.ops.transfer import is_on_host
+
+META_ATTENTION = "orpo_lite_scoreless"  # attention of padded rows on meta
+
+
+def meta_attention(
+    _module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Any, **_: Any
+) -> tuple[Tensor, None]:
+    """Attention's output and what it keeps (queries, keys, values, output, one number a query and head), no scores."""
+    return meta_flash_attention(query, key, value).transpose(1, 2), None
+
+
+AttentionInterface.register(META_ATTENTION, meta_attention)
+
+
+def held_tensors(model: nn.Module) -> dict[str, list[Tensor]]:
+    """The tensors that a model keeps on its device through all steps, each storage once."""
+    parts: dict[str, list[Tensor]] = {"base": [], "embeddings, head, norms": [], "adapter": []}
+    own: Any = model.causal if isinstance(model, PairModel) else model
+    ends = [module.weight for module in (own.get_input_embeddings(), own.get_output_embeddings()) if module]
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            parts["base"] += [parameter, state.absmax, state.code, state.offset]
+            parts["base"] += [state.state2.absmax, state.state2.code] if state.nested else []
+        elif parameter.requires_grad:
+            parts["adapter"].append(parameter)
+        else:
+            is_end = parameter.ndim < 2 or any(parameter is end for end in ends)
+            parts["embeddings, head, norms" if is_end else "base"].append(parameter)
+    parts["embeddings, head, norms"] += model.buffers()
+    seen: set[torch.UntypedStorage] = set()
+    for name, tensors in parts.items():
+        here = (t for t in tensors if isinstance(t, Tensor) and not (t.is_meta and is_on_host(t)))
+        parts[name] = [t for t in here if not (t.untyped_storage() in seen or seen.add(t.untyped_storage()))]  # type: ignore[func-returns-value]
+    return parts
+
+
+@contextmanager
+def without_values() -> Iterator[None]:
+    """Let two things pass on meta that are of no account there: the first fails, the second asks for values.
+
+    Autocast, which peft's adapters of experts turn off; and transformers' search for sequences packed into a row, where
+    each row is one sequence.
+    """
+    plain: Any = torch.autocast
+    search = masking_utils.find_packed_sequence_indices
+
+    def autocast(device_type: str, *args: Any, **options: Any) -> Any:
+        return plain("cpu" if device_type == "meta" else device_type, *args, **options)
+
+    torch.autocast = autocast  # type: ignore[misc,assignment]
+    masking_utils.find_packed_sequence_indices = lambda _positions: None
+    try:
+        yield
+    finally:
+        torch.autocast = plain  # type: ignore[misc]
+        masking_utils.find_packed_sequence_indices = search
+
+
+Triples = NDArray[np.int64]
+"""Tokens of each pair: (common prefix, chosen, rejected), shape (pairs, 3)."""
+
+
+def worst_case(max_length: int, pairs: int) -> Triples:
+    """Pairs of two sequences of ``max_length`` tokens that share nothing: nothing longer can come."""
+    return np.tile(np.array([[0, max_length, max_length]]), (pairs, 1))
+
+
+def blank_pairs(triples: Triples) -> list[TokenizedPair]:
+    """Pairs of these lengths; their tokens are of no account on meta."""
+    pairs = []
+    for prefix, chosen, rejected in triples.tolist():
+        ids = np.zeros(chosen, np.int32), np.r_[np.zeros(prefix, np.int32), np.ones(rejected - prefix, np.int32)]
+        start = max(1, min(prefix, chosen - 1, rejected - 1))
+        pairs.append(TokenizedPair(*ids, start, start, "plan"))
+    return pairs

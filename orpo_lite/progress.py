@@ -1,0 +1,39 @@
+"""What happens while a verb runs: updates, and how to run it to its end."""
+
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Update:
+    """One thing that happened; the command line draws it."""
+
+    kind: Literal["stage", "note", "step", "eval"]
+    text: str = ""
+    step: int = 0
+    steps: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+def run_to_end(updates: Generator[Update, None, Result], show: Callable[[Update], object]) -> Result:
+    """Run a verb to its end, showing each update; returns its result."""
+    while True:
+        try:
+            show(next(updates))
+        except StopIteration as end:
+            result: Result = end.value
+            return result
+
+
+def staged(text: str, progress: Generator[tuple[int, int], None, Result]) -> Generator[Update, None, Result]:
+    """Turn a generator of (done, total) into one of updates of a stage; returns what it returns."""
+    while True:
+        try:
+            done, total = next(progress)
+        except StopIteration as end:
+            result: Result = end.value
+            return result
+        yield Update("stage", text, done, total)

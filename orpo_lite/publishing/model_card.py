@@ -1,0 +1,318 @@
+"""Write the model card (README.md) of a finished run.
+
+Nothing of the data's texts, no path of this machine and no token enters it; nor what local data are called.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from orpo_lite.base.adapter import vllm_rank
+from orpo_lite.data.sources.source import is_path
+from orpo_lite.errors import TOKEN
+from orpo_lite.objectives.objective import Objective
+from orpo_lite.publishing.card_facts import SOMEWHERE, Facts, Shown, make_metadata
+from orpo_lite.publishing.edited_card import changed_card, seal
+from orpo_lite.publishing.licences import in_words, is_non_commercial, named
+from orpo_lite.recipe.text import to_text
+from orpo_lite.runs.atomic import write_text
+from orpo_lite.runs.commands import Weights
+
+SHOWN_KEYS = (
+    "lora.r", "lora.lora_alpha", "lora.lora_dropout", "lora.target_modules", "lora.use_rslora", "lora.use_dora",
+    "quantization.load_in_4bit", "data.max_length", "data.max_prompt_length", "training.learning_rate",
+    "training.global_batch_size", "training.num_train_epochs", "training.max_steps", "training.lr_scheduler_type",
+    "training.warmup_steps", "training.optim", "training.adam_beta1", "training.adam_beta2", "training.adam_epsilon",
+    "training.weight_decay", "training.max_grad_norm", "training.seed",
+)  # fmt: skip
+
+OLLAMA = (
+    "Ollama takes a GGUF file, which is not in this repository. `orpo-lite export RUN --to ollama` makes one of the "
+    "run's folder, and a Modelfile with the template and the stop tokens of this model. A bare `FROM` would leave both "
+    "to Ollama's guess."
+)
+ONTO: dict[Weights, str] = {
+    "original": "the base's own weights",
+    "dequantized": "what 4 bit had left of the base's weights, as in training",
+}
+SHOWN = 1500  # characters of a sample
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # what no text of a card holds
+
+SAMPLED = {"Prompt": "prompt", "Before": "before", "After": "after"}
+
+
+def make_card(path: Path, shown: Shown | None = None) -> str:
+    """README.md of a finished run: metadata in YAML, then Markdown.
+
+    Raises:
+        CheckpointError: no finished run there.
+    """
+    facts = Facts.read(path, shown or Shown())
+    metadata = make_metadata(facts)
+    parts = [
+        _head(facts),
+        _training(facts),
+        _data(facts),
+        _results(facts),
+        _loading(facts),
+        _verification(facts),
+        _samples(facts),
+        _limits(facts),
+        _licence(facts),
+    ]
+    body = "\n\n".join(part for part in parts if part)
+    return seal(f"---\n{metadata.to_yaml()}\n---\n\n{body}\n")
+
+
+def write_card(path: Path) -> None:
+    """README.md of a finished run, made afresh unless a person has changed the one that is there."""
+    if not changed_card(path):
+        write_text(path / "README.md", make_card(path))  # a push knows the repository, whoever's it is
+
+
+def _head(facts: Facts) -> str:
+    shown, objective = facts.shown, facts.objective
+    name = shown.repository.rpartition("/")[2] if shown.repository != SOMEWHERE else f"Tuned with {objective.title}"
+    what = "The merged weights" if shown.merged else f"A LoRA adapter (rank {facts.recipe.lora.r})"
+    pairs = f"{facts.data['train_pairs']:,} preference pairs"
+    text = (
+        f"{what} of {facts.base}, tuned on {pairs} with {objective.title} ([{_paper(objective)}]({objective.paper})) "
+        f"by orpo-lite {facts.lock['orpo_lite']}."
+    )
+    text += f" The adapter is merged onto {ONTO[shown.merged]}." if shown.merged else ""
+    lines = dict.fromkeys(terms.built_with for terms in facts.terms if terms.built_with)
+    built_with = "".join(f"**{line}**\n\n" for line in lines)
+    return f"# {name}\n\n{built_with}{text}"
+
+
+def _paper(objective: Objective) -> str:
+    """How a paper is called: by its number where it is on arXiv."""
+    return objective.paper.replace("https://arxiv.org/abs/", "arXiv ")
+
+
+def _training(facts: Facts) -> str:
+    recipe, values = facts.recipe, dict(facts.recipe.items())
+    rows = [
+        *facts.objective.described(),
+        ("steps", "not known" if facts.steps is None else f"{facts.steps:,}; kept: step {facts.kept_step:,}"),
+        ("chat template", _template(facts)),
+        *((f"`{key}`", _cell(to_text(values[key]))) for key in SHOWN_KEYS),
+        ("versions", ", ".join(f"{name} {version}" for name, version in facts.lock["versions"].items())),
+    ]
+    if recipe.model.adapter_name_or_path:
+        source = recipe.model.adapter_name_or_path
+        is_local = source.startswith((".", "/", "~")) or source.count("/") != 1
+        rows.insert(0, ("trained on from", "an adapter of the trainer's own" if is_local else _cell(source)))
+    return f"## Training\n\n{facts.objective.formula}\n\n{_table(('what', 'value'), rows)}"
+
+
+def _template(facts: Facts) -> str:
+    choice = facts.recipe.data.chat_template
+    if choice == "auto":
+        return _cell(facts.data["chat_template"])
+    is_none = choice == "none"
+    return "none: prompt and response joined as plain text" if is_none else "one of the trainer's own, which is here"
+
+
+def _data(facts: Facts) -> str:
+    data, recipe = facts.data, facts.recipe
+    rows: list[tuple[str, ...]] = []
+    local = [name for name in recipe.data.names if is_path(name)]
+    for name in recipe.data.names:
+        if name in facts.sets:
+            said = in_words(facts.data_licences.get(name, {})) or "not stated"
+            rows.append((f"[{name}](https://huggingface.co/datasets/{name})", _cell(said)))
+        elif name.startswith("builtin:"):
+            rows.append(("the built-in pairs of orpo-lite", "not stated"))
+        else:
+            rows.append((_local(name, local.index(name) + 1 if len(local) > 1 else 0), "not stated"))
+    head: tuple[str, ...] = ("data", "licence")
+    if len(data.get("rows_of_sets", ())) == len(rows):
+        head = (*head, "rows to train on")
+        rows = [(*row, f"{count:,}") for row, count in zip(rows, data["rows_of_sets"], strict=True)]
+    parts = ["## Data", _table(head, rows)]
+    if facts.sets:
+        split = recipe.data.dataset_train_split
+        parts.append(f"Split: {'chosen automatically' if split == 'auto' else _cell(split)}.")
+    if recipe.data.max_samples:
+        parts.append(f"Of each set the first {recipe.data.max_samples:,} rows.")
+    if test := recipe.data.dataset_test_split:
+        parts.append(f"Held out: {'local files' if is_path(test) else f'split {_cell(test)}'}.")
+    elif any(name.startswith("builtin:") for name in recipe.data.names):
+        parts.append("Held out: pairs that were made for it.")
+    elif data["held_out_pairs"]:
+        parts.append("Held out: some of the prompts, with all of their pairs.")
+    total = " in all" if len(rows) > 1 else ""
+    parts.append(
+        f"{data['rows_read']:,} rows read{total}: {data['train_pairs']:,} pairs to train on, "
+        f"{data['held_out_pairs']:,} held out; sha256 of the pairs `{data['sha256']}`."
+    )
+    dropped = [(_cell(reason), f"{drop['pairs']:,}") for reason, drop in data["dropped"].items()]
+    parts.append(f"Left out:\n\n{_table(('why', 'pairs'), dropped)}" if dropped else "No pair was left out.")
+    return "\n\n".join(parts)
+
+
+def _local(name: str, number: int) -> str:
+    """What data of one's own are called; a folder and a pattern are several files."""
+    is_file = Path(name).suffix and not set(name) & set("*?[")
+    if number:
+        return f"local {'file' if is_file else 'files'} {number}"
+    return "a local file" if is_file else "local files"
+
+
+def _results(facts: Facts) -> str:
+    held_out = f"{facts.data['held_out_pairs']:,} pairs"
+    if facts.evaluations is None:
+        lack = f"{held_out} were held out, but their figures before and after are not all there"
+        why = lack if facts.data["held_out_pairs"] else "no pairs were held out"
+        return f"## Held-out results\n\nNone: {why}."
+    before, after = facts.evaluations
+    keys = ((metric, f"eval_{metric.name}") for metric in facts.objective.shown)
+    rows = [
+        (metric.meaning, f"{before[key]:.4f}", f"{after[key]:.4f}")
+        for metric, key in keys
+        if before.get(key) is not None and after.get(key) is not None
+    ]
+    head = ("figure", "before", "after")
+    base = "the base in 4 bit" if facts.recipe.quantization.load_in_4bit else "the base"
+    said = f"{held_out}, by {base}: before the first step, and with the adapter that was kept."
+    return f"## Held-out results\n\n{said}\n\n{_table(head, rows)}"
+
+
+def _loading(facts: Facts) -> str:
+    repository, base, revision = facts.shown.repository, facts.base_name, facts.lock["base"]["revision"]
+    if facts.shown.merged:
+        blocks = [
+            (
+                "transformers",
+                "python",
+                "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+                f'tokenizer = AutoTokenizer.from_pretrained("{repository}")\n'
+                f'model = AutoModelForCausalLM.from_pretrained("{repository}", dtype="auto", device_map="auto")',
+            ),
+            ("vLLM", "sh", f"vllm serve {repository}"),
+        ]
+    else:
+        at = f', revision="{revision}"' if revision else ""
+        rank = vllm_rank(facts.adapter)
+        vllm = f"vllm serve {base}" + (f" --revision {revision}" if revision else "")
+        vllm += f" --tokenizer {repository} --generation-config {repository}"  # the template, and what ends a reply
+        vllm += f" --enable-lora --lora-modules tuned={repository} --max-lora-rank {rank}"
+        blocks = [
+            (
+                "transformers and PEFT",
+                "python",
+                "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+                f'tokenizer = AutoTokenizer.from_pretrained("{repository}")\n'
+                f'base = AutoModelForCausalLM.from_pretrained("{base}"{at}, dtype="auto", device_map="auto")\n'
+                f'model = PeftModel.from_pretrained(base, "{repository}")',
+            ),
+            *([("vLLM", "sh", vllm)] if rank else []),
+        ]
+    parts = ["## How to load it"]
+    if not facts.is_hub_base and not facts.shown.merged:
+        is_toy = facts.recipe.model.model_name_or_path.startswith("builtin:")
+        where = "which orpo-lite writes into runs/builtin" if is_toy else "which is not named here"
+        parts.append(f"`BASE` is the model that it was trained on, {where}.")
+    parts += [f"{title}:\n\n```{language}\n{text}\n```" for title, language, text in blocks]
+    if not facts.shown.merged and not vllm_rank(facts.adapter):
+        parts.append("vLLM does not serve this adapter as it is: merge it first.")
+    parts.append(OLLAMA)
+    return "\n\n".join(parts)
+
+
+def _verification(facts: Facts) -> str:
+    """The tables of `orpo-lite merge --verify`."""
+    parts = ["## The merge, measured"]
+    for kind, found in facts.verified.items():
+        rows = [
+            (_cell(row["model"]), f"{row['accuracy']:.1%}", f"{row['margin']:+.4f}", f"{row['chosen']:.4f}")
+            for row in found["rows"]
+        ]
+        pairs = f"{found['pairs']:,} {'held-out' if found['held_out'] else 'training'} pairs"
+        verdict = f"{'passed' if found['passed'] else 'FAILED'}: mean log-probabilities differ by"
+        bound = f"{found['difference']:.2g} at most from those of base and adapter (bound {found['bound']:.2g})"
+        parts.append(f"Merged onto {ONTO[kind]}:")
+        parts.append(_table((pairs, "reward accuracy", "margin", "log-prob of chosen"), rows))
+        parts.append(f"{verdict} {bound}; the adapter changes them by up to {found['effect']:.2g}.")
+    return "\n\n".join(parts) if facts.verified else ""
+
+
+def _samples(facts: Facts) -> str:
+    kind, count = ("held-out", facts.shown.samples) if facts.shown.samples else ("neutral", None)
+    rows = [row for row in facts.samples if row.get("source", "held-out") == kind][:count]
+    if not rows:
+        return ""
+    whose = "Held-out prompts of the data" if facts.shown.samples else "Neutral prompts, of no data"
+    base = "the base in 4 bit" if facts.recipe.quantization.load_in_4bit else "the base"
+    parts = [
+        "## Samples",
+        f"{whose}, answered by {base}, without the adapter and with it; sampled at temperature "
+        f"{rows[0].get('temperature', 0.7)}, at most {facts.recipe.output.max_new_tokens} tokens, not chosen by hand.",
+    ]
+    for row in rows:
+        parts += [f"{title}:\n\n{_quoted(row[key])}" for title, key in SAMPLED.items()]
+    return "\n\n".join(parts)
+
+
+def _quoted(text: str) -> str:
+    """A text in a fence that it cannot close."""
+    text = CONTROL.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
+    text = TOKEN.sub("hf_***", text)
+    text = text if len(text) <= SHOWN else f"{text[:SHOWN]} ..."
+    ticks = max((len(run_of) for run_of in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, ticks + 1)
+    return f"{fence}text\n{text}\n{fence}"
+
+
+def _limits(facts: Facts) -> str:
+    data = facts.data
+    lines = [
+        "It has learned the preferences of these pairs, with whatever is one-sided in them, and keeps the base's own "
+        "limits. No safety evaluation was made.",
+        f"The chosen answer is the longer one in {data['chosen_longer']:.0%} of the pairs and the shorter one in "
+        f"{data['rejected_longer']:.0%}; length may be part of what was learned.",
+    ]
+    if facts.evaluations:
+        ranks = "The held-out figures say how well it ranks pairs like those it was trained on"
+        lines.append(f"{ranks}, not how good its answers are.")
+    if cut := data["cut"]["responses_without_end"]:
+        lines.append(f"{cut:,} responses lost their end at {facts.recipe.data.max_length:,} tokens.")
+    if shared := data["prompts"]["shared"]:
+        lines.append(f"{shared:,} held-out prompts stand in the training pairs too, so the figures flatter.")
+    if facts.recipe.model.model_name_or_path.startswith("builtin:"):
+        lines.append("A toy that shows that the machinery works; it is of no other use.")
+    return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines)
+
+
+def _licence(facts: Facts) -> str:
+    lines = [terms.notice for terms in facts.terms]
+    name = _cell(in_words(facts.licence))
+    if isinstance(facts.licence.get("license"), list):
+        lines.append(f"The base's card names several licences: {name}. They hold for this derivative as well.")
+    elif name and not lines:
+        lines.append(f"The base's card names its licence: {name}. It holds for this derivative as well.")
+    elif not name:
+        lines.append("The licence of the base is not known here: no card that could be read names one.")
+    return "\n\n".join(["## Licence", *lines, *_non_commercial(facts)])
+
+
+def _non_commercial(facts: Facts) -> list[str]:
+    said = ["**Not for commercial use**, as its base."] * any(map(is_non_commercial, named(facts.licence)))
+    for name in facts.sets:
+        licence = facts.data_licences.get(name, {})
+        if any(map(is_non_commercial, named(licence))):
+            text = _cell(in_words(licence))
+            said.append(f"**Not for commercial use by its data**: {name} is licensed {text}.")
+    return said
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    """A text that keeps to its cell and brings no mark-up of its own."""
+    flat = TOKEN.sub("hf_***", CONTROL.sub("", " ".join(text.split())))
+    return re.sub(r"([|<>`\[\]*\\])", r"\\\1", flat)

@@ -1,0 +1,4 @@
+"""What the person chooses.
+
+Order: text, schema, checks, foreign, reader.
+"""

@@ -1,0 +1,322 @@
+"""A recipe read from a shipped name or a path, with overrides; every fault found at once."""
+
+import difflib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from orpo_lite.errors import TOKEN, Overrides, RecipeError, raise_all
+from orpo_lite.recipe.checks import contradictions
+from orpo_lite.recipe.foreign import answer_unknown
+from orpo_lite.recipe.schema import KEYS, SECTIONS, Recipe
+from orpo_lite.recipe.text import BACK, DEEPER, MAX_DEPTH, Written, to_text
+
+MAX_BYTES = 1 << 20  # a recipe is a page of text; anything larger is another file
+
+SHIPPED = Path(__file__).parents[1] / "recipes"  # in a wheel
+CHECKOUT = Path(__file__).parents[2] / "recipes"  # in a checkout or an editable install
+
+
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read the recipe ``name`` (a shipped name, or a path when it has a / or ends in .yaml), then ``overrides``.
+
+    Args:
+        name: for instance ``"mistral-qlora"`` or ``"./mine.yaml"``.
+        overrides: ``"section.key=value"`` texts; the value is read by the key's type, not by YAML.
+
+    Raises:
+        RecipeError: every fault found, at once.
+    """
+    path = find_recipe(name)
+    written: dict[str, Written] = {}
+    faults: list[RecipeError] = list(_read_file(path, written))
+    faults += _read_overrides(overrides, written)
+    faults += _refuse_secrets(written)
+    faults += answer_unknown(written)
+    recipe = _validate(written, path.name, faults)
+    raise_all(faults)
+    assert recipe is not None  # noqa: S101 - a recipe that could not be built has left its faults
+    raise_all(list(contradictions(recipe)))
+    return recipe
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a shipped name or path. Raises :class:`RecipeError` with the nearest names."""
+    if "/" in name or name.endswith((".yaml", ".yml")):
+        path = Path(name).expanduser()
+        if path.is_dir():
+            raise RecipeError(
+                where=name,
+                found="is a folder",
+                expected="a YAML file",
+                fix=f"orpo-lite recipes cp NAME {name.rstrip('/')}/recipe.yaml",
+            )
+        if not path.is_file():
+            near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=3)
+            raise RecipeError(
+                where=name,
+                found="no such file",
+                expected="a recipe file",
+                fix=f"did you mean {', '.join(near)}?" if near else LIST,
+            )
+        return path
+    known = shipped_recipes()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+        raise RecipeError(
+            where=f"--recipe {name}",
+            found="no shipped recipe of that name",
+            expected="one of the shipped names, or a path",
+            fix=f"did you mean {', '.join(near)}? {LIST}; a path needs a / or .yaml" if near else LIST,
+        )
+    return known[name]
+
+
+LIST = "`orpo-lite recipes ls` lists the shipped ones"
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Name -> file of every shipped recipe, sorted; a checkout's own folder wins over a wheel's copy."""
+    checkout = CHECKOUT.is_dir() and (CHECKOUT.parent / "pyproject.toml").is_file()
+    return {path.stem: path for path in sorted((CHECKOUT if checkout else SHIPPED).glob("*.yaml"))}
+
+
+def _read_file(path: Path, written: dict[str, Written]) -> Iterator[RecipeError]:
+    """Fill ``written`` from the file; yield its faults. Every scalar stays the text it is."""
+    root = _compose(path)
+    yield from _duplicates(root, path)
+    for section, node, line in _entries(root):
+        if section in KEYS and isinstance(node, yaml.MappingNode):
+            for field, child, child_line in _entries(node):
+                key = f"{section}.{field}"
+                written[key] = Written(_plain(child, typed=key in TYPED), f"{path.name}:{child_line}")
+        elif section in KEYS and _plain(node) is not None:
+            yield RecipeError(
+                where=f"{path}:{line}",
+                found=f"section {section} holds {_shown(_plain(node))}",
+                expected="indented `key: value` lines",
+            )
+        elif section not in KEYS:
+            written[section] = Written(_plain(node), f"{path.name}:{line}")
+
+
+def _compose(path: Path) -> yaml.MappingNode:
+    """The YAML nodes of the file, which know their lines. Raises :class:`RecipeError`."""
+    if path.stat().st_size > MAX_BYTES:
+        raise RecipeError(
+            where=str(path), found=f"{path.stat().st_size:,} bytes", expected=f"a recipe of at most {MAX_BYTES:,}"
+        )
+    try:
+        root = _nodes(path.read_bytes().decode(), str(path))
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        found = f"byte 0x{error.object[error.start]:02x} is not UTF-8"
+        raise RecipeError(
+            where=f"{path}:{line}", found=found, expected="UTF-8 text", fix="iconv -f CP1252 -t UTF-8 OLD > NEW"
+        ) from None
+    except OSError as error:
+        raise RecipeError(
+            where=str(path), found=f"cannot be read ({error.strerror})", expected="a file that you may read"
+        ) from None
+    if not isinstance(root, yaml.MappingNode):
+        found = "is empty" if root is None else "is not a mapping"
+        raise RecipeError(
+            where=str(path),
+            found=found,
+            expected=f"the sections {', '.join(KEYS)}",
+            fix="orpo-lite recipes cp NAME PATH",
+        )
+    return root
+
+
+def _nodes(text: str, where: str) -> Any:
+    """The root node of a YAML text, or None. Raises :class:`RecipeError`."""
+    try:
+        # An alias can make a page of text expand to gigabytes, and PyYAML takes minutes over deep brackets.
+        depth = 0
+        for token in yaml.scan(text, Loader=yaml.SafeLoader):
+            place = f"{where}:{token.start_mark.line + 1}"
+            if isinstance(token, yaml.AnchorToken | yaml.AliasToken):
+                raise RecipeError(
+                    where=place,
+                    found=f"YAML anchor or alias {token.value!r}",
+                    expected="plain values",
+                    fix="write the value out",
+                )
+            depth += isinstance(token, DEEPER) - isinstance(token, BACK)
+            if depth > MAX_DEPTH:
+                raise RecipeError(
+                    where=place,
+                    found="nested too deeply",
+                    expected=f"at most {MAX_DEPTH} levels",
+                    fix="close the brackets",
+                )
+        return yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
+        raise RecipeError(
+            where=place,
+            found=str(getattr(error, "problem", error)),
+            expected="YAML: `key: value` lines, indented by spaces",
+            fix="mend the line; quote a text that holds : # { [ or %",
+        ) from None
+
+
+def _entries(node: yaml.MappingNode) -> Iterator[tuple[str, Any, int]]:
+    """(key, value node, line) of a mapping; of a key that stands twice, the first."""
+    seen = set()
+    for key_node, value_node in node.value:
+        key = str(key_node.value)
+        if key not in seen:
+            yield key, value_node, key_node.start_mark.line + 1
+        seen.add(key)
+
+
+def _duplicates(node: Any, path: Path) -> Iterator[RecipeError]:
+    """A fault for each key that stands twice in one mapping, at any depth; PyYAML keeps the last one silently."""
+    if isinstance(node, yaml.SequenceNode):
+        for child in node.value:
+            yield from _duplicates(child, path)
+    if not isinstance(node, yaml.MappingNode):
+        return
+    first: dict[str, int] = {}
+    for key_node, value_node in node.value:
+        key, line = str(key_node.value), key_node.start_mark.line + 1
+        if key in first:
+            yield RecipeError(
+                where=f"{path}:{line}",
+                found=f"key {key!r} again; it stands on line {first[key]} too",
+                expected="each key once",
+                fix="keep one of the two lines",
+            )
+        first.setdefault(key, line)
+        yield from _duplicates(value_node, path)
+
+
+def _plain(node: Any, *, typed: bool = False) -> Any:
+    """Text, None, list or dict of a YAML node, without YAML's guesses at types.
+
+    ``typed`` is for values that no field gives a type to: true, false and numbers are then what JSON says they are.
+    """
+    if isinstance(node, yaml.MappingNode):
+        return {str(key.value): _plain(value, typed=typed) for key, value in node.value}
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(child, typed=typed) for child in node.value]
+    if node.style is None and node.value in ("", "~", "null", "Null", "NULL"):
+        return None
+    if typed and node.tag != "tag:yaml.org,2002:str":  # a quoted text has the tag of a text
+        try:
+            return json.loads(node.value)
+        except ValueError:
+            pass
+    return str(node.value)
+
+
+def _shown(value: Any) -> str:
+    """A value as an error shows it: on one line, of at most 80 characters."""
+    text = "null" if value is None else " ".join(str(value).split())
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _read_overrides(overrides: Sequence[str], written: dict[str, Written]) -> Iterator[RecipeError]:
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            near = "--recipe" if text in shipped_recipes() or text.endswith(".yaml") else ""
+            fix = f"orpo-lite train {near} {text}" if near else "orpo-lite train --recipe NAME section.key=value"
+            yield RecipeError(
+                where=f"argument {text!r}", found="is not an override", expected="section.key=value", fix=fix
+            )
+            continue
+        try:
+            written[key.strip()] = Written(_override_value(key.strip(), value), "command line")
+        except RecipeError as fault:
+            yield fault
+
+
+TYPED = ("data.chat_template_kwargs",)  # passed on as they are, so true must be a truth value
+MAPPINGS = ("data.column_map", *TYPED)
+
+
+def _override_value(key: str, text: str) -> Any:
+    """null, and {a: b} or a=b,c=d for the two keys that hold a mapping; any other text stays text.
+
+    a=b,a=c is {a: [b, c]}.
+    """
+    if text in ("null", "~"):
+        return None
+    parts = [part.partition("=") for part in text.split(",")]
+    if key in MAPPINGS and text.lstrip().startswith("{"):
+        return _plain(_nodes(text, "command line"), typed=key in TYPED)
+    if key in MAPPINGS and all(name.strip() and value.strip() for name, _, value in parts):
+        values: dict[str, list[Any]] = {}
+        for name, _, value in parts:
+            typed = _plain(_nodes(value, "command line"), typed=True) if key in TYPED else value.strip()
+            values.setdefault(name.strip(), []).append(typed)
+        return {name: several if several[1:] else several[0] for name, several in values.items()}
+    return text
+
+
+def _refuse_secrets(written: dict[str, Written]) -> Iterator[RecipeError]:
+    for key, entry in list(written.items()):
+        if TOKEN.search(f"{key} {entry.value}") or key.split(".")[-1] in ("token", "hub_token", "hf_token"):
+            del written[key]
+            yield RecipeError(
+                where=entry.where,
+                found=f"{key} holds an access token (not shown)",
+                expected="no secret in a recipe",
+                fix="run `hf auth login`, or set HF_TOKEN",
+            )
+
+
+def _validate(written: Mapping[str, Written], file: str, faults: list[RecipeError]) -> Recipe | None:
+    """The recipe; or None, with what is wrong appended to ``faults``."""
+    tree: dict[str, dict[str, Any]] = {"model": {}, "data": {}}
+    for key, entry in written.items():
+        section, _, field = key.partition(".")
+        tree.setdefault(section, {})[field] = entry.value
+    try:
+        recipe = Recipe.model_validate(tree)
+    except ValidationError as error:
+        faults += _explain(error, written, file)
+        return None
+    recipe._sources.update({key: entry.where for key, entry in written.items()})
+    return recipe
+
+
+def _explain(error: ValidationError, written: Mapping[str, Written], file: str) -> list[RecipeError]:
+    """One fault a key: pydantic reports a union once per branch."""
+    messages: dict[str, list[str]] = {}
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"][:2])
+        message = re.sub(r"^(Input should be|Value error,|Assertion failed,) ?", "", item["msg"])
+        message = "a value; it has no default" if item["type"] == "missing" else re.sub(r", unable to.*", "", message)
+        messages.setdefault(key, []).append(message)
+    faults = []
+    for key, texts in messages.items():
+        entry = written.get(key, Written(None, file))
+        faults.append(
+            RecipeError(
+                where=entry.where,
+                found=f"{key}: {_shown(entry.value)}" if key in written else f"{key} is not set",
+                expected=" or ".join(dict.fromkeys(texts)),
+                fix=_advice(key),
+            )
+        )
+    return faults
+
+
+def _advice(key: str) -> str:
+    """A line that can be pasted, where the key has a default; and what the key means."""
+    section, _, name = key.partition(".")
+    field = SECTIONS[section].model_fields[name]
+    if field.is_required():
+        return str(field.description)
+    text = f"{name}: {to_text(field.default)} is the default. {field.description}"
+    return Overrides({key: field.default}, text=text)

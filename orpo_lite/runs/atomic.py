@@ -1,0 +1,116 @@
+"""Files and folders that are written whole or not at all."""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from orpo_lite.errors import FULL, CheckpointError, FitError
+
+
+def sha256(file: Path) -> str:
+    """Of a file's bytes."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def to_json(value: Mapping[str, Any]) -> str:
+    """JSON for people and programs: indented, in the given order."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(file)
+    sync_folder(file.parent)
+
+
+@contextmanager
+def new_folder(final: Path) -> Iterator[Path]:
+    """A temporary sibling to write into; on success it is flushed and takes the place of ``final``, else removed."""
+    if final.is_symlink() or (final.exists() and not final.is_dir()):
+        found = "is a link: what it points to would stay, and the link go" if final.is_symlink() else "is a file"
+        fix = "move it away; a run whose whole folder is a link may lie on any disk"
+        raise CheckpointError(where=str(final), found=found, expected="a folder, or nothing", fix=fix)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary, old = (final.with_name(f".{final.name}.{end}") for end in ("tmp", "old"))
+    if old.exists() and not final.exists():  # killed between the two renames below
+        old.rename(final)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as stream:
+                    os.fsync(stream.fileno())
+        sync_folder(temporary)
+        shutil.rmtree(old, ignore_errors=True)
+        if final.exists():
+            final.rename(old)
+        temporary.rename(final)
+        sync_folder(final.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", 0) == errno.EFBIG or "File too large" in str(error):
+            fix = "`ulimit -f unlimited`, another disk, or a smaller --max-shard-size"
+            raise FitError(where=str(final), found="a file may not grow so large here", fix=fix) from error
+        if getattr(error, "errno", 0) in FULL or "No space left" in str(error):
+            free = f"{shutil.disk_usage(final.parent).free / 2**20:,.0f} MiB free"
+            raise FitError(
+                where=str(final), found=f"the disk is full ({free})", fix="free some space; nothing older is lost"
+            ) from error
+        if isinstance(error, OSError) and error.filename and not str(error.filename).startswith(str(temporary)):
+            found = f"cannot be read ({error.strerror})"
+            raise CheckpointError(where=str(error.filename), found=found, expected="a file of the run") from error
+        raise CheckpointError(
+            where=str(final), found=f"cannot be written ({error})", expected="a folder that can be written to"
+        ) from error
+    finally:
+        if old.exists() and not final.exists():
+            old.rename(final)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the folder's names durable, not only the files' contents."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the run folder for this process. Raises :class:`CheckpointError` when another one has it."""
+    try:
+        stream = (path / ".lock").open("w")
+    except OSError as error:
+        raise CheckpointError(
+            where=f"run {path}", found=f"cannot be written to ({error.strerror})", expected="a folder of yours"
+        ) from error
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise CheckpointError(
+                where=f"run {path}",
+                found="is in use by another process",
+                expected="one process a run",
+                fix="let it end, or stop it",
+            ) from None
+        yield

@@ -1,0 +1,155 @@
+"""Everything that can be known, and can go wrong, before weights load: base, template, data, tokens."""
+
+import glob
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from orpo_lite.base.download import hub_host
+from orpo_lite.base.find import (
+    Base,
+    check_embedding,
+    check_targets,
+    find_base,
+    find_texts,
+    load_tokenizer,
+    pad_id,
+    read_sizes,
+)
+from orpo_lite.data.cache import TokenizedPairs
+from orpo_lite.data.chat_template import set_chat_template
+from orpo_lite.data.dataset import show_row
+from orpo_lite.data.prepare import figures_said, find_sources, tokenized_sides
+from orpo_lite.data.sources.source import is_local, is_path
+from orpo_lite.errors import ModelError, Overrides
+from orpo_lite.progress import Update
+from orpo_lite.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All that is known before weights load."""
+
+    base: Base
+    tokenizer: Any
+    train: TokenizedPairs
+    test: TokenizedPairs
+    figures: dict[str, Any]
+    """What data.json holds."""
+
+    @property
+    def pad_id(self) -> int:
+        """What rows are filled with."""
+        return pad_id(self.tokenizer)
+
+    @property
+    def end_id(self) -> int:
+        """The token that ends a reply."""
+        return int(self.train.facts["end_token_id"])
+
+
+def prepare_inputs(recipe: Recipe) -> Generator[Update, None, Inputs]:
+    """All that can go wrong before weights are fetched: base, template, targets, data, tokens."""
+    yield from asking(recipe.data.names)
+    sources = find_sources(recipe.data)
+    yield from asking([recipe.model.model_name_or_path])
+    base = find_base(recipe.model.model_name_or_path, recipe.model.model_revision)
+    check_targets(recipe, base)
+    check_embedding(recipe, base.config)
+    train, test, found = yield from tokenized_sides(recipe, base.path, *sources)
+    yield from figures_said(found)
+    text_config = base.config.get_text_config()
+    _check_ids(train, text_config.vocab_size)
+    _check_ids(test, text_config.vocab_size)
+    _check_positions(base.name, getattr(text_config, "max_position_embeddings", None), (train, test))
+    tokenizer = load_tokenizer(base.path)
+    set_chat_template(tokenizer, recipe.data)
+    return Inputs(base, tokenizer, train, test, found)
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What the model will see of a recipe's data."""
+
+    figures: dict[str, Any]
+    """What data.json holds."""
+    samples: dict[str, Any]
+    """Pairs as segments of text: the ``first`` one, and the first that is ``cut``, if one is."""
+    warnings: list[str]
+
+
+def preview(recipe: Recipe, place: str | None = None) -> Generator[Update, None, Preview]:
+    """Look at the data as :func:`prepare` would; of the base only the tokenizer is needed.
+
+    Args:
+        recipe: which data, which base.
+        place: of a row ("pairs.csv:3") to show in place of the first one, whether it is kept or left out.
+    """
+    yield from asking(recipe.data.names)
+    sources = find_sources(recipe.data)
+    yield from asking([recipe.model.model_name_or_path])
+    folder, _ = find_texts(recipe.model.model_name_or_path, recipe.model.model_revision)
+    train, test, found = yield from tokenized_sides(recipe, folder, *sources)
+    warnings = []
+    sizes = read_sizes(folder)
+    try:
+        _check_ids(train, sizes.get("vocab_size"))
+        _check_ids(test, sizes.get("vocab_size"))
+        _check_positions(str(folder), sizes.get("max_position_embeddings"), (train, test))
+    except ModelError as error:
+        warnings.append(f"training would stop: {error}")
+    samples = train.facts["samples"]
+    if place is not None:
+        samples = {"first": show_row(recipe.data, [*sources[0], *sources[1]], partial(load_tokenizer, folder), place)}
+    return Preview(found, samples, warnings)
+
+
+def asking(names: Sequence[str]) -> Iterator[Update]:
+    """What the network is waited for; it may take a while, and nothing else would be seen."""
+    remote = [name for name in names if not is_local(name)]
+    if remote and (host := hub_host()):
+        yield Update("stage", f"asking {host} for {', '.join(remote)}")
+
+
+def _check_ids(pairs: TokenizedPairs, vocab_size: int | None) -> None:
+    """Refuse tokens that the base has no embedding for."""
+    largest, where = pairs.facts["largest_id"]
+    if vocab_size is not None and largest >= vocab_size:
+        raise ModelError(
+            where=where,
+            found=f"token id {largest}, and the model's embedding has {vocab_size} rows",
+            expected="a tokenizer that belongs to the model",
+            fix="use the base's own tokenizer",
+        )
+
+
+def _check_positions(name: str, limit: int | None, sides: Sequence[TokenizedPairs]) -> None:
+    """Refuse sequences longer than the base has positions for: learned ones fail, rotary ones turn to noise."""
+    lengths = (side.column(column) for side in sides for column in ("chosen_tokens", "rejected_tokens"))
+    longest = max(int(column.max(initial=0)) for column in lengths)
+    if limit is not None and longest > limit:
+        raise ModelError(
+            where="data.max_length",
+            found=f"the longest pair has {longest:,} tokens, and {name} reads {limit:,}",
+            fix=Overrides({"data.max_length": limit, "data.max_prompt_length": limit // 2}),
+        )
+
+
+def with_absolute_paths(recipe: Recipe) -> Recipe:
+    """Local paths written out, so that the run can be resumed from any folder."""
+    keys = ["model.model_name_or_path", "model.adapter_name_or_path", "data.chat_template"]
+    if is_path(recipe.data.dataset_test_split or ""):
+        keys.append("data.dataset_test_split")
+    # A template may stand in the recipe itself, and auto and none are no files.
+    written = {key: value for key, value in recipe.items() if key in keys and value not in (None, "auto", "none")}
+    values = {key: _absolute(value) for key, value in written.items() if "{" not in value}
+    names = [_absolute(name) for name in recipe.data.names]
+    return recipe.override(values | {"data.dataset_name": names if len(names) > 1 else names[0]})
+
+
+def _absolute(name: str) -> str:
+    """A local path, or pattern of such, written out; any other name as it is."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() or glob.has_magic(name) else name

@@ -1,0 +1,40 @@
+"""SIGINT and SIGTERM: the step under way is finished and saved first."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from orpo_lite.errors import Command, OrpoLiteError
+from orpo_lite.runs.commands import quoted
+
+
+class Interrupted(OrpoLiteError):  # noqa: N818 - not a fault
+    """SIGINT or SIGTERM, after the step was finished and saved."""
+
+    def __init__(self, number: int, path: Path) -> None:
+        found = f"stopped by {signal.Signals(number).name} and saved"
+        super().__init__(found=found, fix=Command(f"orpo-lite train --resume {quoted(path)}"))
+        self.exit_code = 128 + number
+
+
+@contextmanager
+def collect_signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM so that the step under way can finish; a second SIGINT ends at once."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def note(number: int, _frame: object) -> None:
+        if number == signal.SIGINT and signal.SIGINT in received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,111 @@
+"""lock.json and recipe.yaml of a run: what it was resolved to, and whether it still is."""
+
+import hashlib
+import sys
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from orpo_lite.errors import CheckpointError
+from orpo_lite.recipe.reader import load_recipe
+from orpo_lite.recipe.schema import Recipe
+from orpo_lite.runs.inputs import Inputs
+from orpo_lite.runs.records import read_json, refuse_lacking
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe of an existing run. Raises :class:`CheckpointError`."""
+    if not (path / "recipe.yaml").is_file():
+        is_inside = (path.parent / "recipe.yaml").is_file()
+        raise CheckpointError(
+            where=f"run {path}",
+            found="has no recipe.yaml",
+            expected="a folder that `orpo-lite train` made",
+            fix=str(path.parent) if is_inside else "the folder that training.output_dir named",
+        )
+    return load_recipe(str((path / "recipe.yaml").resolve()))
+
+
+def read_lock(path: Path) -> dict[str, Any]:
+    """The lock.json of an existing run. Raises :class:`CheckpointError`."""
+    read_recipe(path)
+    file = path / "lock.json"
+    lock = read_json(file)
+    needed = {"base": ("name", "revision", "path", "fingerprint"), "data": ("name", "sha256")}
+    needed["chat_template"] = needed["data"]
+    if any(not isinstance(lock.get(part), dict) or not {*keys} <= lock[part].keys() for part, keys in needed.items()):
+        raise CheckpointError(
+            where=str(file), found="lacks base, data or chat_template", expected="the file that the training wrote"
+        )
+    licences = lock.get("licences") or {"base": {}, "data": {}}
+    refuse_lacking({"licences": licences}, {"licences": dict}, str(file))
+    refuse_lacking(licences, {"base": dict, "data": dict}, f"{file}, licences")
+    refuse_lacking(licences["data"], dict.fromkeys(licences["data"], dict), f"{file}, licences.data")
+    for said in (licences["base"], *licences["data"].values()):
+        refuse_lacking(said, dict.fromkeys(said, str | list), f"{file}, licences")
+    return lock
+
+
+def adapter_shape(recipe: Recipe) -> dict[str, Any]:
+    """What makes other tensors, or another sum of the same ones, of an adapter."""
+    return recipe.lora.model_dump(include={"r", "lora_alpha", "use_rslora", "use_dora", "target_modules"})
+
+
+def refuse_other_shape(path: Path, lock: Mapping[str, Any], shape: Mapping[str, Any]) -> None:
+    """Raise :class:`CheckpointError` for a recipe that was changed: what is trained is not of that shape."""
+    for key, value in lock.get("lora", {}).items():  # which runs of an older version did not note
+        if shape[key] != value:
+            raise CheckpointError(
+                where=f"{path / 'recipe.yaml'}, lora.{key}",
+                found=f"{shape[key]!r}",
+                expected=f"{value!r}, as the run began",
+                fix="put it back, or train a new run",
+            )
+
+
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors")
+
+
+def make_lock(recipe: Recipe, ready: Inputs) -> dict[str, Any]:
+    """What the run was resolved to: enough to repeat it and to merge it."""
+    return {
+        "orpo_lite": version("orpo-lite"),
+        "versions": {name: version(name) for name in PACKAGES},
+        "python": sys.version.split()[0],
+        "base": {
+            "name": ready.base.name,
+            "revision": ready.base.revision,
+            "path": str(ready.base.path),
+            "fingerprint": ready.base.fingerprint,
+        },
+        "data": {"name": ", ".join(recipe.data.names), "sha256": ready.figures["sha256"]},
+        "tokens": {"name": "as tokens", "sha256": _sha256(f"{ready.train.sha256} {ready.test.sha256}")},
+        "chat_template": {"name": recipe.data.chat_template, "sha256": _sha256(str(ready.tokenizer.chat_template))},
+        "lora": adapter_shape(recipe),
+        "end_token_id": ready.end_id,
+        "seed": recipe.training.seed,
+    }
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_lock(path: Path, lock: Mapping[str, Any]) -> None:
+    """Refuse to go on with another base, template, data or tokens than the run began with.
+
+    Tokens may change though nothing else did: with a library, or with the date that a template writes.
+    """
+    before = read_lock(path)
+    refuse_other_shape(path, before, lock["lora"])
+    pairs = {"base": "fingerprint", "chat_template": "sha256", "data": "sha256", "tokens": "sha256"}
+    pairs = {what: key for what, key in pairs.items() if what in before}  # runs of an older version noted no tokens
+    differing = [f"{what} {lock[what]['name']}" for what, key in pairs.items() if before[what][key] != lock[what][key]]
+    if differing:
+        raise CheckpointError(
+            where=f"run {path}",
+            found=f"changed since the run began: {', '.join(differing)}",
+            expected="the same base, template and data",
+            fix="start a new run: training.output_dir=OTHER",
+        )

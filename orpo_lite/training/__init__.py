@@ -1,0 +1,4 @@
+"""From prepared inputs to an adapter.
+
+Order: state, checkpoint, session, faults, result, step, loop.
+"""

@@ -1,0 +1,87 @@
+"""Steps that fail: out of memory, not finite, without a deterministic kernel."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import enable_full_determinism
+
+from orpo_lite.data.packing import micro_batches
+from orpo_lite.data.pair import TokenizedPair
+from orpo_lite.errors import DivergedError, FitError, Overrides, RecipeError
+from orpo_lite.progress import Update
+from orpo_lite.recipe.schema import Recipe
+from orpo_lite.training.session import Session
+from orpo_lite.training.state import TrainState
+
+BAD_STEPS = 3  # non-finite steps in a row that end a run
+
+
+def smaller_pieces(session: Session, batch: Sequence[TokenizedPair]) -> dict[str, Any]:
+    """Return settings of ``memory`` by which the step takes less: smaller micro-batches, then all layers checkpointed.
+
+    Raises:
+        FitError: each micro-batch is one pair, and all layers are checkpointed.
+    """
+    recipe, model = session.recipe, session.pair_model
+    memory = recipe.memory
+    pairs = max(map(len, micro_batches(batch, model.batching(recipe, session.inputs.pad_id))))
+    settings: dict[str, Any] = {"activation_checkpointing": memory.activation_checkpointing}
+    if pairs > 1:
+        return settings | {"micro_batch_tokens": max(1, recipe.micro_batch_tokens // 2), "micro_batch_size": pairs // 2}
+    if model.checkpointed < len(model.layers):
+        sizes = {"micro_batch_tokens": memory.micro_batch_tokens, "micro_batch_size": 1}
+        return sizes | {"activation_checkpointing": "all"}
+    plain = {"checkpoint_offload": True, "mlp_tile": 512, "embedding_on_cpu": True}
+    unused = {f"memory.{key}": plain[key] for key in plain if getattr(memory, key) in (None, False, "auto")}
+    raise FitError(
+        where=f"run {session.path}",
+        found="one pair at a time is out of memory, with all layers checkpointed",
+        fix=Overrides(unused, f"{'' if unused else 'a shorter data.max_length'} in a new run; checkpoints are kept"),
+    )
+
+
+def skipped_step(session: Session, batch: Sequence[TokenizedPair], state: TrainState) -> Update:
+    """Return what to say of a step that was skipped. Raises :class:`DivergedError` at the third in a row."""
+    found = f"loss or gradient not finite at step {state.step}"
+    if state.bad == BAD_STEPS:
+        raise DivergedError(
+            where=f"run {session.path}",
+            found=f"{found}, the {BAD_STEPS}rd in a row",
+            fix=f"lower training.learning_rate; the last checkpoint is kept in {session.path}",
+        )
+    rows = ", ".join(pair.where for pair in batch[:8])
+    return Update("note", f"{found}; no update (pairs {rows}{' ...' if len(batch) > 8 else ''})")
+
+
+@contextmanager
+def explain_faults(recipe: Recipe, path: Path) -> Iterator[None]:
+    """Deterministic kernels where the recipe asks for them; what torch raises in a step, as an error with its fix.
+
+    Only warned of an operation that is not deterministic, FlashAttention's backward pass would stay as it is (torch,
+    Context.h).
+    """
+    deterministic = recipe.training.full_determinism
+    if deterministic:
+        enable_full_determinism(recipe.training.seed)
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        found = f"the GPU is out of memory ({str(error).splitlines()[0]})"
+        settings = {"memory.checkpoint_offload": True, "memory.mlp_tile": 512, "memory.embedding_on_cpu": True}
+        advice = ", less memory.micro_batch_tokens; none of them changes the result; checkpoints are kept"
+        raise FitError(where=f"run {path}", found=found, fix=Overrides(settings, advice)) from error
+    except RuntimeError as error:
+        if not deterministic or "deterministic" not in str(error):
+            raise
+        found = f"an operation of this model has no deterministic kernel ({str(error).split('.')[0]})"
+        raise RecipeError(
+            where=f"training.full_determinism ({recipe.sources['training.full_determinism']})",
+            found=found,
+            fix=Overrides({"training.full_determinism": False}),
+        ) from error
+    finally:
+        if deterministic:
+            torch.use_deterministic_algorithms(False)

@@ -1,0 +1,87 @@
+"""The training loop."""
+
+import signal
+from collections.abc import Generator
+
+from orpo_lite.model.held_out import evaluate
+from orpo_lite.progress import Update, staged
+from orpo_lite.recipe.schema import Recipe
+from orpo_lite.runs.interrupt import Interrupted
+from orpo_lite.runs.records import append_metrics
+from orpo_lite.training.faults import skipped_step, smaller_pieces
+from orpo_lite.training.session import Session, save_checkpoint
+from orpo_lite.training.state import TrainState
+from orpo_lite.training.step import OutOfMemory, take_step
+
+
+def train_steps(session: Session, state: TrainState, *, saved: bool = False) -> Generator[Update, None, None]:
+    """Train from ``state`` to the last step, to an early stop or to a signal: evaluate, save, take a step, repeat.
+
+    A step depends on the recipe, the data and its number, on no hidden state.
+
+    Args:
+        session: what the steps share.
+        state: changed in place.
+        saved: ``state`` is that of a checkpoint.
+
+    Raises:
+        Interrupted: after the checkpoint was written.
+        DivergedError: loss or gradients were not finite several times in a row.
+        FitError: one pair at a time is out of memory.
+    """
+    processes = session.processes
+    last_save = (state.step, state.evaluated) if saved else None
+    while True:
+        stopping = processes.any(bool(session.stop))
+        due = state.step % session.eval_every == 0 or state.step == session.steps
+        if due and not stopping and state.evaluated != state.step:
+            yield from evaluate_step(session, state)
+            stopping = processes.any(bool(session.stop))
+        if (due or stopping) and last_save != (state.step, state.evaluated):
+            processes.on_main(save_checkpoint, session, state)
+            processes.wait()
+            last_save = (state.step, state.evaluated)
+        if stopping:
+            raise Interrupted(session.stop[0] if session.stop else signal.SIGTERM, session.path)
+        if state.step == session.steps or is_exhausted(session.recipe, state):
+            return
+        batch = session.batch(state.step)
+        try:
+            metrics, finite = take_step(session, batch, state)
+        except OutOfMemory:
+            state.memory = smaller_pieces(session, batch)
+            session.set_memory(state.memory)
+            said = " ".join(f"memory.{key}={value}" for key, value in state.memory.items())
+            yield Update("note", f"out of memory at step {state.step + 1}: done again, and gone on, with {said}")
+            continue
+        processes.on_main(append_metrics, session.path, {"step": state.step, **metrics})
+        yield Update("step", session.objective.line(metrics), state.step, session.steps, metrics)
+        if not finite:
+            yield skipped_step(session, batch, state)
+
+
+def evaluate_step(session: Session, state: TrainState) -> Generator[Update, None, None]:
+    """Write the held-out metrics down and note in ``state`` whether they are the best; nothing without such pairs."""
+    inputs = session.inputs
+    batches = evaluate(
+        session.pair_model,
+        session.objective,
+        inputs.test,
+        session.recipe,
+        pad_id=inputs.pad_id,
+        processes=session.processes,
+    )
+    metrics = yield from staged(f"evaluating {len(inputs.test):,} held-out pairs", batches)
+    is_best = state.take_evaluation(metrics)
+    if not metrics:
+        return
+    session.processes.on_main(append_metrics, session.path, {"step": state.step, **metrics})
+    remark = "before training" if state.step == 0 else "best so far" if is_best else ""
+    line = f"{session.objective.line(metrics, 'eval_')}  {remark}".rstrip()
+    yield Update("eval", line, state.step, session.steps, metrics)
+
+
+def is_exhausted(recipe: Recipe, state: TrainState) -> bool:
+    """Whether so many evaluations in a row were no better that the training is to stop."""
+    patience = recipe.training.early_stopping_patience
+    return patience is not None and state.worse >= patience
