@@ -13,9 +13,10 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -23,8 +24,10 @@ from hub_server import hub, slept  # noqa: F401 - fixtures
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
-from orpo_lite.data import cache
+from orpo_lite.data import cache, dataset
+from orpo_lite.data.chat_template import Template
 from orpo_lite.data.pair import TokenizedPair
+from orpo_lite.data.render_process import LimitedRenderer
 
 SHARED = Path(__file__).parents[2] / "shared"
 WORDS = "red blue green round square small large old new warm cold bright dark soft hard quick slow".split()
@@ -145,6 +148,56 @@ def write_base(folder: Path, model: Any = None) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all workers of this session: what is in it is never changed, and is put there whole."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+class KeptRenderer(LimitedRenderer):
+    """The process that renders a template takes a second to start: it is kept for whoever renders the same one next."""
+
+    idle: ClassVar[dict[str, "KeptRenderer"]] = {}
+
+    def __new__(cls, template: Template) -> "KeptRenderer":
+        return cls.idle.pop(json.dumps(asdict(template)), None) or super().__new__(cls)
+
+    def __init__(self, template: Template) -> None:
+        if "_process" in vars(self):
+            self.template = template
+            return
+        self.is_answered = True
+        super().__init__(template)
+
+    def __exit__(self, kind: Any, error: Any, at: Any) -> None:
+        is_well = kind is None and self.is_answered and self._process.poll() is None
+        if not is_well or self.idle.setdefault(json.dumps(asdict(self.template)), self) is not self:
+            super().__exit__(kind, error, at)
+
+    def send(self, pairs: Any) -> None:
+        self.is_answered = False
+        super().send(pairs)
+
+    def receive(self) -> Any:
+        texts = super().receive()
+        self.is_answered = True
+        return texts
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kept_renderers() -> Iterator[None]:
+    """Processes that render templates are started once for each template, and end with the session."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dataset, "LimitedRenderer", KeptRenderer)
+        yield
+    while KeptRenderer.idle:
+        _, renderer = KeptRenderer.idle.popitem()
+        LimitedRenderer.__exit__(renderer, None, None, None)
+
+
 @pytest.fixture
 def token_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty cache of tokens, for one test."""
@@ -163,22 +216,56 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+SMALL = (
+    "model:\n  model_name_or_path: ./base\ndata:\n  dataset_name: ./pairs.jsonl\n  test_split_size: 0.2\n"
+    "  max_length: 128\n  max_prompt_length: 96\n"
+    "training:\n  output_dir: run\n  learning_rate: 1e-3\n  global_batch_size: 8\n  eval_steps: 0.5\n"
+    "output:\n  samples: 1\n  max_new_tokens: 8\n"
+)
+
+
 @pytest.fixture
 def small_recipe(workspace: Path) -> Callable[..., Any]:
     """Builds a recipe on the workspace's base and pairs; overrides as on the command line."""
     from orpo_lite.recipe.reader import load_recipe
 
     def build(*overrides: str) -> Any:
-        text = (
-            "model:\n  model_name_or_path: ./base\ndata:\n  dataset_name: ./pairs.jsonl\n  test_split_size: 0.2\n"
-            "  max_length: 128\n  max_prompt_length: 96\n"
-            "training:\n  output_dir: run\n  learning_rate: 1e-3\n  global_batch_size: 8\n  eval_steps: 0.5\n"
-            "output:\n  samples: 1\n  max_new_tokens: 8\n"
-        )
-        (workspace / "small.yaml").write_text(text, encoding="utf-8")
+        (workspace / "small.yaml").write_text(SMALL, encoding="utf-8")
         return load_recipe("./small.yaml", overrides)
 
     return build
+
+
+@pytest.fixture(scope="session")
+def one_training(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any], Any]:
+    """The folder of a workspace in which ``small_recipe("training.learning_rate=1e-2")`` was trained; read only."""
+    from orpo_lite.api import train_events
+    from orpo_lite.recipe.reader import load_recipe
+
+    folder = tmp_path_factory.mktemp("trained")
+    write_base(folder / "base")
+    write_pairs(folder / "pairs.jsonl", 40)
+    (folder / "small.yaml").write_text(SMALL, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        updates, generator = [], train_events(load_recipe("./small.yaml", ["training.learning_rate=1e-2"]))
+        while True:
+            try:
+                updates.append(next(generator))
+            except StopIteration as end:
+                return folder, updates, end.value
+
+
+@pytest.fixture
+def trained(one_training: tuple[Path, list[Any], Any], workspace: Path) -> tuple[list[Any], Any]:
+    """The workspace with a finished run in it, a copy of its own: what happened in the training, and its result."""
+    folder, updates, result = one_training
+    shutil.copytree(folder / "run", workspace / "run")
+    (workspace / "small.yaml").write_text(SMALL, encoding="utf-8")
+    for name in ("recipe.yaml", "lock.json", "adapter/adapter_config.json"):
+        file = workspace / "run" / name
+        file.write_text(file.read_text("utf-8").replace(str(folder), str(workspace)), encoding="utf-8")
+    return updates, result
 
 
 Answer = tuple[int, str, str]

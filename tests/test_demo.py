@@ -4,10 +4,12 @@ import json
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
+from conftest import Answer
 from transformers import AutoModelForCausalLM
 
 import orpo_lite
@@ -84,11 +86,10 @@ def test_demo_is_a_recipe_like_any_other() -> None:
     assert all(set(section) <= set(KEYS[name]) for name, section in written.items())
 
 
-def test_demo_with_another_base_and_other_data_is_an_ordinary_run(workspace: Path) -> None:
-    command = [sys.executable, "-m", "orpo_lite", "train", "--recipe", "demo"]
-    command += ["model.model_name_or_path=./base", "data.dataset_name=./pairs.jsonl", "training.max_steps=2"]
-    done = subprocess.run([*command, "output.samples=1"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "built-in" not in done.stdout
+def test_demo_with_another_base_and_other_data_is_an_ordinary_run(workspace: Path, call: Callable[..., Answer]) -> None:
+    command = ["train", "--recipe", "demo", "model.model_name_or_path=./base", "data.dataset_name=./pairs.jsonl"]
+    code, said, complaint = call(*command, "training.max_steps=2", "output.samples=1")
+    assert code == 0, complaint
+    assert "built-in" not in said
     assert (workspace / "runs" / "demo" / "merged" / "config.json").is_file()
     assert not (workspace / "runs" / "builtin").exists()

@@ -2,11 +2,11 @@
 
 import importlib.util
 import json
+import multiprocessing
 import os
 import shlex
 import shutil
 import subprocess
-import sys
 import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -40,6 +40,7 @@ from orpo_lite.data.chat_template import PAPER_CHAT_TEMPLATE
 from orpo_lite.errors import CheckpointError, ModelError, OrpoLiteError, RecipeError
 from orpo_lite.exporting.gguf_tokenizer import ASCII, WORDS
 from orpo_lite.exporting.llama_cpp import PROBES
+from orpo_lite.exporting.targets import export_events
 from orpo_lite.recipe.reader import load_recipe
 
 gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")
@@ -721,11 +722,16 @@ def test_killed_half_way_there_is_no_file_or_the_one_before(earlier: bool, tmp_p
     run = write_run(tmp_path / "run", tiny_llama(520), bytes_tokenizer())
     before = export(run, "gguf").folder if earlier else run / "export" / "gguf-f32"
     there = only_file(before).read_bytes() if earlier else b""
-    program = (
-        "import os, sys\nfrom orpo_lite.export import exporting\n"
-        "for update in exporting(sys.argv[1], 'gguf'):\n    if update.step == 5:\n        os._exit(9)"
-    )
-    assert subprocess.run([sys.executable, "-c", program, run]).returncode == 9
+
+    def end_half_way() -> None:
+        for update in export_events(run, "gguf"):
+            if update.step == 5:
+                os._exit(9)
+
+    process = multiprocessing.get_context("fork").Process(target=end_half_way)  # it has nothing to import
+    process.start()
+    process.join()
+    assert process.exitcode == 9
     assert (only_file(before).read_bytes() == there) if earlier else not before.exists()
     export(run, "gguf")
     assert [folder.name for folder in (run / "export").iterdir()] == ["gguf-f32"]

@@ -335,8 +335,9 @@ def test_attention_back_ends_equal_the_written_out_mask(
     wanted = torch.autograd.grad(expected.square().sum(), (query, key, value))
     grads = torch.autograd.grad(found.square().sum(), (query, key, value))
     assert all((a - b).abs().max() < 1e-12 for a, b in zip(grads, wanted, strict=True))
-    if backend != "sdpa" and window != 6:
-        assert gradcheck(run, (query, key, value))
+    if backend != "sdpa" and window != 6:  # each number of the inputs is moved: half of the heads, and narrow ones
+        few = (drawn(1, 2, 24, 4), drawn(1, 1, 24, 4, seed=1), drawn(1, 1, 24, 4, seed=2))
+        assert gradcheck(run, few)
 
 
 def test_values_may_be_narrower_than_keys() -> None:

@@ -1,9 +1,9 @@
 """Merging: block by block, equal to peft's merge, whole or not at all, and checked against base and adapter."""
 
 import json
+import multiprocessing
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -22,7 +22,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_families import ALONE, GEMMA, GROUPED, IDS, SHARED, family
-from test_train import train_all
+from test_train import Trained, train_all
 from torch import Tensor, nn
 
 from orpo_lite import merge, verify
@@ -340,9 +340,9 @@ def test_a_config_that_is_not_the_adapter_s_is_refused(change: dict[str, Any], s
 @pytest.mark.parametrize(
     ("old", "new"), [("lora_alpha: 32", "lora_alpha: 64"), ("use_rslora: false", "use_rslora: true"), ("r: 16", "r: 8")]
 )
-def test_a_recipe_that_was_changed_makes_no_other_adapter(old: str, new: str, small_recipe: Build) -> None:
+def test_a_recipe_that_was_changed_makes_no_other_adapter(old: str, new: str, trained: Trained) -> None:
     """Gone on with, the same tensors would be saved under another scale, and published with figures of the first."""
-    _, result = train_all(small_recipe())
+    _, result = trained
     file = result.run / "recipe.yaml"
     assert f"  {old}\n" in file.read_text()
     file.write_text(file.read_text().replace(f"  {old}\n", f"  {new}\n"))
@@ -374,8 +374,8 @@ def test_where_the_base_once_lay_is_not_merged_in(tmp_path: Path) -> None:
     assert json.loads((merge(path).folder / "config.json").read_text()) == config
 
 
-def test_other_pairs_are_not_called_held_out(small_recipe: Build, workspace: Path) -> None:
-    _, result = train_all(small_recipe("training.learning_rate=1e-2"))
+def test_other_pairs_are_not_called_held_out(trained: Trained, workspace: Path) -> None:
+    _, result = trained
     merge(result.run)
     pairs = workspace / "pairs.jsonl"
     pairs.write_text(pairs.read_text().replace("how is it", "what about it"))
@@ -383,8 +383,8 @@ def test_other_pairs_are_not_called_held_out(small_recipe: Build, workspace: Pat
         verify(result.run)
 
 
-def test_a_base_that_was_moved_is_found_by_its_new_place(call: Call, small_recipe: Build, workspace: Path) -> None:
-    _, result = train_all(small_recipe("training.learning_rate=1e-2"))
+def test_a_base_that_was_moved_is_found_by_its_new_place(call: Call, trained: Trained, workspace: Path) -> None:
+    _, result = trained
     (workspace / "base").rename(workspace / "moved base")
     code, _, complaint = call("merge", str(result.run), "--verify")
     assert (code, "fix: orpo-lite merge run --base-path FOLDER" in complaint) == (4, True)
@@ -524,8 +524,8 @@ def test_shards_are_what_transformers_loads(tmp_path: Path) -> None:
     assert torch.equal(logits(hf.AutoModelForCausalLM.from_pretrained(result.folder)), whole)
 
 
-def test_what_is_beside_the_weights(small_recipe: Build, workspace: Path) -> None:
-    _, result = train_all(small_recipe("training.learning_rate=1e-2"))
+def test_what_is_beside_the_weights(trained: Trained, workspace: Path) -> None:
+    _, result = trained
     merged = merge(result.run)
     tokenizer = hf.AutoTokenizer.from_pretrained(merged.folder)
     assert "<|assistant|>" in tokenizer.chat_template
@@ -537,24 +537,30 @@ def test_what_is_beside_the_weights(small_recipe: Build, workspace: Path) -> Non
 # --- faults
 
 
-MERGE = "import sys; from orpo_lite import merge; merge(sys.argv[1])"
-
-
 def test_killed_at_any_time_there_is_a_whole_model_or_none(tmp_path: Path) -> None:
     """Twenty kills of a bigger model are in benchmarks/merge.py."""
     path = make_run(tmp_path, family("Llama", SIZES, hidden_size=1024, intermediate_size=4096, num_hidden_layers=4)())
-    command = [sys.executable, "-c", MERGE, str(path)]
+
+    def start() -> Any:
+        process = multiprocessing.get_context("fork").Process(target=merge, args=(path,))  # it has nothing to import
+        process.start()
+        return process
+
+    def wait(process: Any) -> None:
+        process.join()
+        assert process.exitcode == 0
+
     began = time.monotonic()
-    subprocess.run(command, check=True, capture_output=True)
+    wait(start())
     longest, whole = time.monotonic() - began, load_file(path / "merged" / "model.safetensors")
     for number in range(2):
         shutil.rmtree(path / "merged")
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        time.sleep(longest * (0.75 + 0.15 * number))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process = start()
+        time.sleep(longest * (0.5 + 0.3 * number))
+        process.kill()
+        process.join()
         if not (path / "merged").exists():
-            subprocess.run(command, check=True, capture_output=True)  # nothing that is left is in the way
+            wait(start())  # nothing that is left is in the way
         found = load_file(path / "merged" / "model.safetensors")
         assert all(torch.equal(found[key], tensor) for key, tensor in whole.items())
         assert {entry.name for entry in path.iterdir()} >= {"adapter", "merged"}
@@ -601,8 +607,8 @@ def test_a_model_much_larger_than_a_block_needs_no_memory_of_its_size(tmp_path: 
 # --- verify
 
 
-def test_a_merged_model_is_verified_from_the_command_line(call: Call, small_recipe: Build, workspace: Path) -> None:
-    _, result = train_all(small_recipe("training.learning_rate=1e-2"))
+def test_a_merged_model_is_verified_from_the_command_line(call: Call, trained: Trained, workspace: Path) -> None:
+    _, result = trained
     for base in ("original", "dequantized"):
         code, said, complaint = call("merge", str(result.run), "--base", base, "--verify", "--max-shard-size", "50KB")
         assert code == 0, complaint
@@ -645,9 +651,9 @@ def test_in_16_bit_rounding_passes_and_a_lost_adapter_does_not(
     assert verdict.difference == pytest.approx(verdict.effect, rel=0.05)
 
 
-def test_the_template_writes_the_bos_that_training_had(small_recipe: Build, workspace: Path) -> None:
+def test_the_template_writes_the_bos_that_training_had(trained: Trained, workspace: Path) -> None:
     """The base has no template, its tokenizer writes a bos: who renders the saved template gets what was trained on."""
-    _, result = train_all(small_recipe("training.learning_rate=1e-2"))
+    _, result = trained
     tokenizer = hf.AutoTokenizer.from_pretrained(merge(result.run).folder)
     turns = [{"role": "user", "content": "How is it?"}]
     ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"]

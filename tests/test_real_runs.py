@@ -40,6 +40,8 @@ def test_a_real_llama_learns_real_preferences(name: str, tmp_path: Path) -> None
             "training.max_steps=8",
             "training.learning_rate=4e-3",
             "training.eval_steps=4",
+            "output.samples=1",
+            "output.max_new_tokens=8",
             *overrides,
         ],
     )

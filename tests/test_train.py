@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_llama, write_base
+from conftest import Answer, tiny_llama, write_base
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM
 
@@ -35,6 +35,9 @@ from orpo_lite.training.result import TrainResult
 from orpo_lite.training.step import update
 
 Build = Callable[..., Recipe]
+Call = Callable[..., Answer]
+Trained = tuple[list[Update], TrainResult]  # of conftest
+AS_TRAINED = "training.learning_rate=1e-2"
 EIGHT_BIT = "lora.r=64"  # bitsandbytes keeps 8-bit states of tensors from 4,096 numbers on
 
 
@@ -87,8 +90,8 @@ def test_a_run_folder_holds_what_every_verb_needs(small_recipe: Build) -> None:
     assert read_recipe(result.run).model_dump() == small_recipe(EIGHT_BIT).override(here).model_dump()
 
 
-def test_metrics_carry_trls_names_for_every_step(small_recipe: Build) -> None:
-    _, result = train_all(small_recipe())
+def test_metrics_carry_trls_names_for_every_step(trained: Trained) -> None:
+    _, result = trained
     rows = read_metrics(result.run)
     assert [row["step"] for row in rows] == [0, 1, 2, 2, 3, 4, 4]
     trl = {"nll_loss", "log_odds_ratio", "log_odds_chosen", "logps/chosen", "logps/rejected", "rewards/chosen"}
@@ -121,7 +124,9 @@ def test_every_optimizer_learns_and_resumes_to_the_same_bits(small_recipe: Build
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_process_goes_on_with_the_same_bits(small_recipe: Build, workspace: Path, number: int) -> None:
+def test_a_killed_process_goes_on_with_the_same_bits(
+    small_recipe: Build, workspace: Path, call: Call, number: int
+) -> None:
     recipe = small_recipe("training.num_train_epochs=4", "training.eval_steps=2", "training.output_dir=whole")
     train(recipe)
     command = [sys.executable, "-m", "orpo_lite", "train", "--recipe", "./small.yaml", "output.merge=false"]
@@ -136,10 +141,8 @@ def test_a_killed_process_goes_on_with_the_same_bits(small_recipe: Build, worksp
     _, errors = child.communicate(timeout=120)
     assert child.returncode == (-9 if number == signal.SIGKILL else 130), errors
     assert "Traceback" not in errors
-    resumed = subprocess.run(
-        [sys.executable, "-m", "orpo_lite", "train", "--resume", "killed"], capture_output=True, text=True, check=False
-    )
-    assert resumed.returncode == 0, resumed.stderr
+    code, _, errors = call("train", "--resume", "killed")
+    assert code == 0, errors
     assert same_bits(adapter(Path("whole")), adapter(Path("killed")))
     assert rows_without_clock(Path("whole")) == rows_without_clock(Path("killed"))
 
@@ -197,29 +200,29 @@ def test_no_filter_can_empty_the_held_out_side(small_recipe: Build, workspace: P
     (workspace / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for seed in range(4):
         recipe = small_recipe("data.test_split_size=0.02", f"training.seed={seed}", f"training.output_dir=run{seed}")
-        _, result = train_all(recipe.override({"training.max_steps": 1}))
-        data = read_json(result.run / "data.json")
+        updates = train_events(recipe.override({"training.max_steps": 1}))
+        next(update for update in updates if update.text.startswith("loading"))  # the sides are made, and written down
+        updates.close()
+        data = read_json(workspace / f"run{seed}" / "data.json")
         assert (data["train_pairs"], data["held_out_pairs"]) == (19, 1)
 
 
 def test_a_run_can_be_resumed_and_merged_from_another_folder(
-    small_recipe: Build, workspace: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Trained, workspace: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, result = train_all(small_recipe())
+    _, result = trained
     bits = adapter(result.run)
     shutil.rmtree(result.run / "adapter")
     (workspace / "elsewhere").mkdir()
     monkeypatch.chdir(workspace / "elsewhere")
-    command = [sys.executable, "-m", "orpo_lite", "train", "--resume", "../run"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    code, _, errors = call("train", "--resume", "../run")
+    assert code == 0, errors
     assert same_bits(bits, adapter(workspace / "run"))
     assert (workspace / "run" / "merged" / "config.json").is_file()
 
 
-def test_a_broken_lock_is_a_fault_of_the_folder(small_recipe: Build) -> None:
-    recipe = small_recipe()
-    train(recipe)
+def test_a_broken_lock_is_a_fault_of_the_folder(trained: Trained, small_recipe: Build) -> None:
+    recipe = small_recipe(AS_TRAINED)
     Path("run/lock.json").write_text("{}\n")
     for go_on in (lambda: train(recipe, resume=True), lambda: merge("run")):
         with pytest.raises(CheckpointError, match=r"lock\.json: lacks"):
@@ -268,10 +271,10 @@ def test_without_held_out_pairs_the_last_step_is_kept(small_recipe: Build) -> No
     assert result.kept_step == result.steps == 5
 
 
-def test_a_merge_is_the_base_with_the_adapter(small_recipe: Build, workspace: Path) -> None:
+def test_a_merge_is_the_base_with_the_adapter(trained: Trained, workspace: Path) -> None:
     from peft import PeftModel
 
-    _, result = train_all(small_recipe("training.learning_rate=1e-2"))
+    _, result = trained
     merged = merge(result.run)
     assert merged.folder == result.run / "merged"
     model = AutoModelForCausalLM.from_pretrained(merged.folder)
@@ -289,10 +292,10 @@ def test_a_merge_is_the_base_with_the_adapter(small_recipe: Build, workspace: Pa
     assert "quantization_config" not in json.loads((merged.folder / "config.json").read_text())
 
 
-def test_a_merge_onto_another_base_is_refused(small_recipe: Build, workspace: Path) -> None:
+def test_a_merge_onto_another_base_is_refused(trained: Trained, workspace: Path) -> None:
     from conftest import byte_tokenizer, tiny_llama
 
-    _, result = train_all(small_recipe())
+    _, result = trained
     other = tiny_llama(len(byte_tokenizer()))
     torch.nn.init.normal_(other.model.embed_tokens.weight)
     other.save_pretrained(workspace / "base")
@@ -301,8 +304,8 @@ def test_a_merge_onto_another_base_is_refused(small_recipe: Build, workspace: Pa
     assert not (result.run / "merged").exists()
 
 
-def test_a_merge_before_the_end_is_refused_with_the_command(small_recipe: Build) -> None:
-    _, result = train_all(small_recipe())
+def test_a_merge_before_the_end_is_refused_with_the_command(trained: Trained) -> None:
+    _, result = trained
     shutil.rmtree(result.run / "adapter")
     with pytest.raises(CheckpointError, match="orpo-lite train --resume run"):
         merge(result.run)
@@ -359,15 +362,13 @@ def test_resume_refuses_another_template_and_other_data(small_recipe: Build, wor
         train_all(recipe, resume=True)
 
 
-def test_one_process_a_run(small_recipe: Build) -> None:
-    recipe = small_recipe()
-    train(recipe)
+def test_one_process_a_run(trained: Trained, small_recipe: Build) -> None:
+    recipe = small_recipe(AS_TRAINED)
     with locked(Path("run")), pytest.raises(CheckpointError, match="another process"):
         train_all(recipe, resume=True)
 
 
-def test_an_existing_run_is_refused_with_the_resume_command(small_recipe: Build) -> None:
-    train(small_recipe())
+def test_an_existing_run_is_refused_with_the_resume_command(trained: Trained, small_recipe: Build) -> None:
     with pytest.raises(CheckpointError, match="orpo-lite train --resume run"):
         train(small_recipe())
 
