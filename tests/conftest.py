@@ -29,7 +29,8 @@ from orpo_lite.data.chat_template import Template
 from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.data.render_process import LimitedRenderer
 
-SHARED = Path(__file__).parents[2] / "shared"
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"
 WORDS = "red blue green round square small large old new warm cold bright dark soft hard quick slow".split()
 
 torch.set_num_threads(1)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ragged_pairs, tiny_llama
-from test_levers import SEGMENTS, recipe
+from test_memory import SEGMENTS, recipe
 from torch import Tensor
 
 from orpo_lite.data.packing import make_batch

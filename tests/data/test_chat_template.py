@@ -14,7 +14,7 @@ import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_tokens import CHATML, TURNS, bot, byte_level, colour, message, section, user
+from test_tokenize import CHATML, TURNS, bot, byte_level, colour, message, section, user
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from orpo_lite.data import render_process as data_render_process

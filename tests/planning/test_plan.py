@@ -17,8 +17,8 @@ import pytest
 import torch
 from conftest import Answer, tiny_llama, write_base
 from test_families import ALONE, GROUPED, IDS, LINEAR, SHARED
-from test_levers import recipe
-from test_train import adapter, rows_without_clock, same_bits, train_all
+from test_loop import adapter, rows_without_clock, same_bits, train_all
+from test_memory import recipe
 from transformers import (
     BloomConfig,
     Gemma2Config,

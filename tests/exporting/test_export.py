@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import SHARED, Answer, tiny_llama
 from safetensors.torch import load_file, save_file
-from test_templates import WILD
+from test_chat_template import WILD
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,

@@ -194,7 +194,7 @@ def test_shares_of_processes_cover_the_step_once() -> None:
 PROCESS = """
 import sys
 import torch
-sys.path.insert(0, sys.argv[2])
+sys.path[:0] = sys.argv[2:]
 from test_step import gradients_of_processes
 gradients_of_processes(sys.argv[1])
 """
@@ -222,8 +222,8 @@ def test_two_processes_give_the_gradient_of_one(tmp_path: Path) -> None:
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    here = str(Path(__file__).parent)
-    done = subprocess.run([*launch, str(script), str(tmp_path), here], env=environment, capture_output=True, text=True)
+    here = Path(__file__).parent
+    done = subprocess.run([*launch, str(script), str(tmp_path), str(here), str(here.parent)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     saved = torch.load(tmp_path / "gradients.pt")
     model = lora_model(tiny_llama())

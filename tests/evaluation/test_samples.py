@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import byte_tokenizer, tiny_llama, tiny_opt, write_base
 from peft import PeftModel
-from test_train import train_all
+from test_loop import train_all
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from orpo_lite.api import train_events

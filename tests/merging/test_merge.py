@@ -22,7 +22,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_families import ALONE, GEMMA, GROUPED, IDS, SHARED, family
-from test_train import Trained, train_all
+from test_loop import Trained, train_all
 from torch import Tensor, nn
 
 from orpo_lite import merge, verify

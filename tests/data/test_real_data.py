@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROOT, SHARED
 from transformers import AutoTokenizer
 
 from orpo_lite.data.chat_template import set_chat_template
@@ -18,7 +19,6 @@ from orpo_lite.data.split import held_out_sources, hold_out, prompt_key, trainin
 from orpo_lite.data.tokenize import LONG_PROMPT, end_token_id, show_texts, tokenize_pairs
 from orpo_lite.recipe.schema import DataSection
 
-SHARED = Path(__file__).parents[2] / "shared"
 HH = SHARED / "data" / "hh-rlhf-harmless.jsonl"
 ALPACA = SHARED / "data" / "alpaca-prefs"
 
@@ -179,7 +179,7 @@ def test_the_benchmark_of_the_data_screen_runs(tmp_path: Path) -> None:
     where = tmp_path / "figures.json"
     arguments = [str(ALPACA / "train.jsonl"), str(SHARED / "models" / "stories260k"), "--count", "150"]
     command = [sys.executable, "-m", "benchmarks.data", *arguments, "--json", str(where)]
-    subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parents[1])
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
     figures = json.loads(where.read_text("utf-8"))
     assert (figures["pairs"], figures["dropped"]) == (150, {LONG_PROMPT: 1})
     assert figures["seconds_second_start"] < figures["seconds_first_start"]

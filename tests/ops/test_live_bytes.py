@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ragged_pairs, tiny_llama, write_base
-from test_levers import recipe
+from test_memory import recipe
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 

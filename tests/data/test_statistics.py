@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Answer, byte_tokenizer
+from conftest import ROOT, Answer, byte_tokenizer
 from rich.console import Console
 
 from orpo_lite.cli import console as cli_console
@@ -271,7 +271,7 @@ def test_the_readme_shows_what_happens(tmp_path: Path, call: Look, monkeypatch: 
     """Its csv and its two commands, as a newcomer would copy them."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "300")
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     section = readme[readme.index("## Your data") : readme.index("## Commands")]
     table, *sessions = (block.partition("\n")[2] for block in section.split("```")[1::2])
     (tmp_path / "pairs.csv").write_text(table, encoding="utf-8")

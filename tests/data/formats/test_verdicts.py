@@ -1,0 +1,141 @@
+"""One reply, two answers and a verdict: what says which is the better."""
+
+from typing import Any
+
+import pytest
+from shapes import Q, bot, detect, follow, read, refused, said, user
+
+from orpo_lite.data.pair import (
+    TIED,
+)
+from orpo_lite.errors import DataError
+
+
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        ({"prompt": Q, "completion": "Blue.", "label": True}, "prompt, completion and label are unpaired preferences"),
+        ({"prompt": [user(Q)], "completion": [bot("Blue.")], "label": False}, "are unpaired preferences"),
+        ({"messages": [user(Q), bot("Blue.")]}, "messages holds one conversation a row"),
+        ({"conversations": [said("human", Q), said("gpt", "Blue.")]}, "conversations holds one conversation a row"),
+        ({"messages": [user(Q), bot("Blue.")], "label": True}, "messages and label are unpaired preferences"),
+        ({"prompt": Q, "completion": "Blue."}, "prompt and completion are one reply to each prompt"),
+        ({"instruction": Q, "input": "", "output": "Blue."}, "instruction and output are one reply to each prompt"),
+        ({"question": Q, "answer": "Blue."}, "question and answer are one reply to each prompt"),
+    ],
+)
+def test_one_reply_is_no_pair(row: dict[str, Any], sentence: str) -> None:
+    error = refused([row] * 3)
+    assert sentence in error
+    assert "a pair needs two replies to one prompt" in error
+    assert "no setting helps: write each pair as prompt, chosen and rejected" in error
+
+
+JUDGED = {"question": Q, "gpt": "Blue.", "claude_2": "Seven."}
+
+
+JUDGED_MAP = {"prompt": "question", "response_a": "gpt", "response_b": "claude_2", "better": "Winner"}
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "chosen"),
+    [
+        (["gpt", "Claude_2", "tie"], ["Blue.", "Seven.", None]),
+        (["A", "claude_2", "b"], ["Blue.", "Seven.", "Seven."]),
+        ([1, 2, 1.0], ["Blue.", "Seven.", "Blue."]),
+        ([" a ", "b.", "B"], ["Blue.", "Seven.", "Seven."]),
+        (["model_a", "response_b", "both", "neither"], ["Blue.", "Seven.", None, None]),
+    ],
+)
+def test_a_verdict_may_name_the_columns(verdicts: list[Any], chosen: list[str | None]) -> None:
+    pairs = read([JUDGED | {"Winner": verdict} for verdict in verdicts], JUDGED_MAP)
+    assert [None if pair.drop == TIED else pair.chosen for pair in pairs] == chosen
+
+
+@pytest.mark.parametrize("verdicts", [["x", "y"], [0, 1], [1, 1], ["x", "y", "gpt"], [True, False]])
+def test_a_verdict_that_is_not_understood_is_shown(verdicts: list[Any]) -> None:
+    with pytest.raises(DataError) as raised:
+        detect([JUDGED | {"Winner": verdict} for verdict in verdicts], JUDGED_MAP)
+    held = "true or false" if verdicts[0] is True else repr(str(verdicts[0]))
+    assert raised.value.found.startswith(f"Winner is to say which of gpt and claude_2 is the better, and holds {held}")
+    assert raised.value.expected == "a or gpt for the first, b or claude_2 for the second, or tie"
+
+
+def test_a_verdict_that_is_a_text_is_not_shown() -> None:
+    row = {"prompt": Q, "answer_a": "Blue.", "answer_b": "Seven.", "winner": "The first one, by a wide margin."}
+    refused([row] * 3)
+
+
+def test_a_verdict_that_names_the_one_and_the_other_says_nothing() -> None:
+    rows = [{"prompt": Q, "text_a": "Blue.", "text_b": "Seven.", "winner": end} for end in "ab"]
+    with pytest.raises(DataError, match="winner is to say which of text_b and text_a is the better"):
+        detect(rows, {"response_a": "text_b", "response_b": "text_a"})
+
+
+def test_the_odd_verdict_is_named_with_its_row() -> None:
+    rows = [JUDGED | {"Winner": verdict} for verdict in [*["gpt"] * 5, "x"]]
+    with pytest.raises(DataError, match="x:6, field better: a text"):
+        read(rows, JUDGED_MAP)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": Q, "answer_a": "Blue.", "answer_b": "Seven."},
+        {"prompt": Q, "answer_a": "Blue.", "answer_b": "Seven.", "label": 1},  # of which? Nobody wrote it down
+        {"prompt": Q, "response_a": "Blue.", "response_b": "Seven.", "preference_strength": 2},
+        {"prompt": Q, "completions": [{"response": "Blue.", "helpfulness": 3}, {"response": "7", "helpfulness": 1}]},
+        {"prompt": Q, "completions": [{"response": "Blue.", "score": 3, "rank": 3}] * 2},
+    ],
+)
+def test_the_polarity_is_never_guessed(row: dict[str, Any]) -> None:
+    assert "no setting helps" in refused([row] * 3)
+
+
+ANSWERS = {"prompt": Q, "answer_0": "Blue.", "answer_1": "Seven."}
+
+
+@pytest.mark.parametrize("column", ["vote", "best", "Preferred", "chosen_answer", "verdict", "human_choice", "label"])
+def test_a_column_that_names_the_better_answer_is_offered(column: str) -> None:
+    rows = [ANSWERS | {column: i % 2, "loser": 1 - i % 2} for i in range(4)]
+    refused(rows, f"data.column_map=better={column}")
+    pairs = follow(rows, f"data.column_map=better={column}")[1]
+    assert [pair.chosen for pair in pairs] == ["Blue.", "Seven."] * 2
+
+
+@pytest.mark.parametrize(
+    "column",
+    ["loser", "worse", "worst_answer", "reject", "rejected_label", "less_preferred", "non_preferred", "not_chosen",
+     "second_best", "best_score", "label_rank", "correct", "grade", "score_0", "best_0", "rating", "reward", "x"],
+)  # fmt: skip
+def test_no_other_column_is_offered_as_the_verdict(column: str) -> None:
+    rows = [ANSWERS | {column: i % 2} for i in range(4)]
+    assert "no setting helps: write each pair as prompt, chosen and rejected" in refused(rows)
+
+
+@pytest.mark.parametrize("name", ["score", "rating", "Reward", "rank", "correct"])
+def test_measures_of_two_answers_are_named_and_left_to_the_person(name: str) -> None:
+    error = refused([ANSWERS | {f"{name}_0": i % 2, f"{name}_1": 1 - i % 2} for i in range(4)])
+    assert f"{name}_0 and {name}_1 measure them" in error
+    assert "only you know whether the higher or the lower is the better" in error
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "guesses"),
+    [
+        ("less_preferred_answer", "more_preferred_answer", "chosen=more_preferred_answer,rejected=COLUMN"),
+        ("least_preferred_answer", "most_preferred_answer", "chosen=most_preferred_answer,rejected=COLUMN"),
+        ("worse_than_best", "best", "chosen=best,rejected=COLUMN"),
+        ("second_best", "best", "chosen=best,rejected=COLUMN"),
+        ("good_answer", "better_answer", "chosen=COLUMN,rejected=COLUMN"),
+        ("not_chosen_text", "chosen_text", "chosen=chosen_text,rejected=not_chosen_text"),
+        ("non_rejected", "rejected_text", "chosen=COLUMN,rejected=rejected_text"),
+        ("unpreferred", "preferred", "chosen=preferred,rejected=COLUMN"),
+        ("best_of_the_worst", "text_b", "chosen=COLUMN,rejected=COLUMN"),
+        ("response_j", "response_k", "chosen=COLUMN,rejected=COLUMN"),
+    ],
+)
+def test_a_guess_never_takes_the_wrong_side(one: str, other: str, guesses: str) -> None:
+    error = refused([{"question": Q, one: "Seven.", other: "Blue."}] * 2, f"data.column_map=prompt=question,{guesses}")
+    by_hand = "where no column always holds the better reply, write each pair as prompt, chosen and rejected"
+    assert (by_hand in error) == (guesses == "chosen=COLUMN,rejected=COLUMN")
