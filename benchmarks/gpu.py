@@ -60,14 +60,14 @@ def planned(config: Any, tokens: int, device: torch.device, say: Callable[[str],
     settings = step.recipe().override({"data.max_length": tokens, "training.optim": "paged_adamw_8bit"})
     kind = device_kind(device)
     own = local_gpu(device.index or 0) if device.type == "cuda" else None
-    card = own.card if own else GPUS[-1]
+    gpu = own.gpu if own else GPUS[-1]
     planner = Planner(settings, config, worst_case(tokens, 2), kind)
     rows = []
     for spare in (0.1, 3, 8):
-        budget = planner.least(card) + int(spare * 2**30)
-        plan = planner.plan(budget, card)
+        budget = planner.least(gpu) + int(spare * 2**30)
+        plan = planner.plan(budget, gpu)
         if device.type == "cuda":
-            torch.cuda.set_per_process_memory_fraction(min(1.0, budget / card.memory), device)
+            torch.cuda.set_per_process_memory_fraction(min(1.0, budget / gpu.memory), device)
         levers = dict(plan.levers)
         measured, seconds = measured_step(config, levers, tokens, device)
         flops = plan.flops_per_pair / seconds
@@ -75,7 +75,7 @@ def planned(config: Any, tokens: int, device: torch.device, say: Callable[[str],
             {
                 "budget": round(budget / 2**30, 3), "predicted": round(plan.peak / 2**30, 3),
                 "measured": round(measured, 3), "seconds_predicted": plan.seconds_per_pair,
-                "seconds": round(seconds, 4), "mfu": round(flops / card.flops, 4), "levers": levers,
+                "seconds": round(seconds, 4), "mfu": round(flops / gpu.flops, 4), "levers": levers,
             }
         )  # fmt: skip
         say(f"  {rows[-1]}")

@@ -197,13 +197,13 @@ def table(result: dict[str, Any]) -> str:
     """What each card makes of each recipe: layers that run again, or that it does not fit."""
     order = sorted({row["card"]: row["memory_bytes"] for rows in result["cards"].values() for row in rows[1:]}.items(),
                    key=lambda item: item[1])  # fmt: skip
-    cards = [name for name, _ in order]
-    lines = [f"| recipe, pairs of 2 x max_length | {' | '.join(cards)} |", "|---" * (len(cards) + 1) + "|"]
+    gpus = [name for name, _ in order]
+    lines = [f"| recipe, pairs of 2 x max_length | {' | '.join(gpus)} |", "|---" * (len(gpus) + 1) + "|"]
     for name, rows in result["cards"].items():
         by_card = {row["card"]: row for row in rows}
         cells = []
-        for card in cards:
-            row = by_card.get(card)
+        for gpu in gpus:
+            row = by_card.get(gpu)
             if row is None or not row["fits"]:
                 cells.append("no")
                 continue

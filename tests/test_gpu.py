@@ -87,7 +87,7 @@ def test_a_lever_changes_nothing_but_roundings(lever: str) -> None:
 def test_the_proof_passes_on_a_gpu(dtype: torch.dtype) -> None:
     model = built(dtype)
     probe(model, 256)
-    assert (model.way, model.notes) == ("shared", [])
+    assert (model.route, model.notes) == ("shared", [])
 
 
 def test_a_softcap_is_kept() -> None:

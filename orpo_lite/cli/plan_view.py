@@ -46,10 +46,10 @@ def print_plan(report: "PlanReport") -> None:
 
     plan = report.plan
     whose = "of memory.budget"
-    if report.own and plan.card and plan.budget == report.own.free:
-        whose = f"free on this machine's {plan.card.name}"
-    if not report.own and not report.rows[0].card.name.startswith("memory.budget") and plan.card:
-        whose = f"of a {plan.card.name} (no GPU here, and no memory.budget)"
+    if report.own and plan.gpu and plan.budget == report.own.free:
+        whose = f"free on this machine's {plan.gpu.name}"
+    if not report.own and not report.rows[0].gpu.name.startswith("memory.budget") and plan.gpu:
+        whose = f"of a {plan.gpu.name} (no GPU here, and no memory.budget)"
     verdict = "fits" if plan.fits else "does not fit"
     out.print(f"{report.base}: {verdict}, {gib(plan.needed)} needed, {gib(plan.budget or 0)} {whose}")
     if report.own and report.own.others:
@@ -87,7 +87,7 @@ def print_plan(report: "PlanReport") -> None:
         others = [key if value is True else f"{key}={to_text(value)}" for key, value in used.items()]
         seconds = "" if row.seconds_per_pair is None else f"{row.seconds_per_pair:.2g}"
         fits = "yes" if row.levers else "no"
-        table.append((row.card.name, gib(row.needed), fits, seconds, again, " ".join(others)))
+        table.append((row.gpu.name, gib(row.needed), fits, seconds, again, " ".join(others)))
     print_columns(table)
 
 

@@ -109,22 +109,22 @@ def compare_merged(
     if recipe.quantization.load_in_4bit:
         yield Update("stage", "scoring pairs by the 4-bit base with the adapter")
         model = load_pair_model(adapted, base, device)
-        scores["4-bit base + adapter, as trained"], way = _score(model, pairs, recipe)
+        scores["4-bit base + adapter, as trained"], route = _score(model, pairs, recipe)
         if weights == "original":
             del model  # before the next one is loaded
     if weights == "original":
         yield Update("stage", "scoring pairs by the base with the adapter")
         model = load_pair_model(adapted.override(whole), base, device)
-        scores["base + adapter"], way = _score(model, pairs, recipe)
+        scores["base + adapter"], route = _score(model, pairs, recipe)
     *_, expected = scores.values()
     adapter: Any = model.model
     with adapter.disable_adapter():
-        plain, _ = _score(model, pairs, recipe, way)
+        plain, _ = _score(model, pairs, recipe, route)
     del model, adapter
     yield Update("stage", "scoring pairs by the merged model")
     own = Base(str(merged), merged, None, "", read_config(merged, str(merged)))
     model = PairModel(load_base(recipe.override(whole), own, device), recipe.memory)
-    scores["merged"], _ = _score(model, pairs, recipe, way)
+    scores["merged"], _ = _score(model, pairs, recipe, route)
     found = scores["merged"]
     halves = any(stored.dtype.itemsize < 4 for stored in stored_tensors(merged).values())
     effect = float((expected - plain).abs().max())
@@ -159,14 +159,14 @@ def _row(name: str, values_2P: Tensor) -> Row:
 
 
 def _score(
-    model: PairModel, pairs: Sequence[TokenizedPair], recipe: Recipe, way: Route | None = None
+    model: PairModel, pairs: Sequence[TokenizedPair], recipe: Recipe, route: Route | None = None
 ) -> tuple[Tensor, Route]:
     """Mean log-probabilities of chosen and rejected replies, shape (2, P), float64; and the way that the pairs went.
 
     Without a ``way`` the fastest one that is proven for the model.
     """
-    if way:
-        model.way = way
+    if route:
+        model.route = route
     elif recipe.memory.packing:
         probe(model, max(len(ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)))
     scores_2P = torch.empty(2, len(pairs), dtype=torch.float64)
@@ -176,4 +176,4 @@ def _score(
         with model.evaluating():
             logps = model(batch)
         scores_2P[:, chunk] = torch.stack([logps.chosen_P, logps.rejected_P]).double().cpu()
-    return scores_2P, model.way
+    return scores_2P, model.route

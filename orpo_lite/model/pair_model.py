@@ -22,7 +22,7 @@ AttentionInterface.register(attention.NAME, pair_attention)
 MODEL_CODE_ERRORS = (TypeError, ValueError, AttributeError, RuntimeError, IndexError, KeyError, UnsupportedError)
 
 Route = Literal["shared", "packed", "rows", "logits"]
-"""How packed pairs go through the model, from the fastest way to the plainest. shared: one row, each prompt once.
+"""How packed pairs go through the model, from the fastest route to the plainest. shared: one row, each prompt once.
 packed: one row, each sequence whole. rows: a row a sequence, with the model's own attention. logits: so, and with the
 model's own logits."""
 ROUTES: tuple[Route, ...] = ("shared", "packed", "rows", "logits")
@@ -48,7 +48,7 @@ class PairModel(nn.Module):
         self.chunk = None
         if memory.head_chunk != "none":
             self.chunk = chunk_rows(self.config.get_text_config().vocab_size, _number(memory.head_chunk))
-        self.way: Route = "shared" if memory.prompt_sharing else "packed"
+        self.route: Route = "shared" if memory.prompt_sharing else "packed"
         """How packed pairs go; ``model.probe`` takes a plainer one where this model needs it."""
         self.backend = "auto"
         """Of the attention in packed rows: see :class:`orpo_lite.ops.attention.Layout`."""
@@ -80,25 +80,25 @@ class PairModel(nn.Module):
     def forward(self, batch: Batch) -> PairLogps:
         """One forward pass over all pairs of a batch."""
         if isinstance(batch, PackedPairs):
-            return packed_logps(self.score(batch, self.way), batch.spans)
+            return packed_logps(self.score(batch, self.route), batch.spans)
         output = self.model(input_ids=batch.input_ids_RT, attention_mask=batch.attention_RT, use_cache=False)
         return padded_logps(output.logits, batch.input_ids_RT, batch.response_RT, batch.counted_RT)
 
-    def score(self, batch: PackedPairs, way: Route) -> Tensor:
-        """Log-probabilities of the batch's scored rows by one of the ways, shape (N,)."""
-        if way == "logits" or self.chunk is None:
-            return pick(at_least_float32(self.row_logits(batch, way)), batch.targets_N)
-        return row_logps(self._hidden(batch, way), batch.rows_N, batch.targets_N, self.head, self.chunk)
+    def score(self, batch: PackedPairs, route: Route) -> Tensor:
+        """Log-probabilities of the batch's scored rows by one of the routes, shape (N,)."""
+        if route == "logits" or self.chunk is None:
+            return pick(at_least_float32(self.row_logits(batch, route)), batch.targets_N)
+        return row_logps(self._hidden(batch, route), batch.rows_N, batch.targets_N, self.head, self.chunk)
 
-    def row_logits(self, batch: PackedPairs, way: Route) -> Tensor:
+    def row_logits(self, batch: PackedPairs, route: Route) -> Tensor:
         """The logits of the batch's scored rows, shape (N, V): all of them are held."""
-        if way == "logits":
+        if route == "logits":
             return torch.cat([output.logits[0] for output in self._each_row(self.model, batch)])[batch.rows_N]
-        return self.head.logits(self._hidden(batch, way)[batch.rows_N])
+        return self.head.logits(self._hidden(batch, route)[batch.rows_N])
 
-    def _hidden(self, batch: PackedPairs, way: Route) -> Tensor:
+    def _hidden(self, batch: PackedPairs, route: Route) -> Tensor:
         """After the last norm, shape (T, D)."""
-        if way in ("shared", "packed"):
+        if route in ("shared", "packed"):
             return self._packed_hidden(batch)
         return torch.cat([output.last_hidden_state[0] for output in self._each_row(self.backbone, batch)])
 
@@ -128,16 +128,16 @@ class PairModel(nn.Module):
         finally:
             self.config._attn_implementation = before
 
-    def take(self, way: Route, reason: str) -> None:
-        """Let packed pairs go a plainer way from now on, and note why."""
-        self.notes.append(f"{ROUTE_NOTES[way]}, because {reason}")
-        self.way = way
+    def fall_back(self, route: Route, reason: str) -> None:
+        """Let packed pairs go a plainer route from now on, and note why."""
+        self.notes.append(f"{ROUTE_NOTES[route]}, because {reason}")
+        self.route = route
 
     def batching(self, recipe: Recipe, pad_id: int) -> Batching:
         """How the recipe's pairs are to be cut for this model."""
         return Batching(
             packed=recipe.memory.packing,
-            share=recipe.memory.packing and self.way == "shared",
+            share=recipe.memory.packing and self.route == "shared",
             tokens=recipe.micro_batch_tokens,
             pairs=recipe.memory.micro_batch_size,
             pad_id=pad_id,

@@ -29,7 +29,7 @@ TINY = [(5, 3, 4)]  # for a gradient for which all layers keep everything
 
 
 def probe(model: PairModel, max_length: int, tokens: int = 0) -> None:
-    """Let random pairs go the model's own way and ours, and take the fastest way that agrees; says so if it is another.
+    """Send random pairs the model's own route and ours; fall back to the fastest route that agrees, and note why.
 
     What differs: position biases (ALiBi), states that run along the row (linear attention), sinks, sparse attention,
     logits that are changed by something that ``model.find_head`` does not know, positions counted along the row.
@@ -47,16 +47,16 @@ def probe(model: PairModel, max_length: int, tokens: int = 0) -> None:
         own = _compare_operations(model)
         with model.evaluating():
             reasons = _disagreements(model, max_length, tokens)
-        ways = [way for way in ROUTES[ROUTES.index(model.way) : -1] if way not in reasons]
+        routes = [route for route in ROUTES[ROUTES.index(model.route) : -1] if route not in reasons]
         with model.without_dropout():
-            reasons |= _wrong_gradients(model, ways, own)
-    for way in ROUTES[ROUTES.index(model.way) :]:
-        if way not in reasons:
+            reasons |= _wrong_gradients(model, routes, own)
+    for route in ROUTES[ROUTES.index(model.route) :]:
+        if route not in reasons:
             break
-    if way != model.way:
-        model.take(way, reasons[model.way])
+    if route != model.route:
+        model.fall_back(route, reasons[model.route])
     capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
-    if capped and way in ("shared", "packed") and model.device.type == "cuda" and flash_attn() is None:
+    if capped and route in ("shared", "packed") and model.device.type == "cuda" and flash_attn() is None:
         model.notes.append("attention with a softcap runs by the plain formula, slowly: flash-attn has a kernel for it")
 
 
@@ -188,7 +188,7 @@ def _drop_wrong_operations(model: PairModel, own: Gradient) -> None:
 
 
 def _disagreements(model: PairModel, max_length: int, tokens: int) -> dict[Route, str]:
-    """Each way that differs from the model's own, and how."""
+    """Each route that differs from the model's own, and how."""
     config = model.config.get_text_config()
     short = _random_pairs(config, SHORT)
     if reason := _head_differs(model, short[0]):
@@ -197,26 +197,26 @@ def _disagreements(model: PairModel, max_length: int, tokens: int) -> dict[Route
     bound = _bound(model, short, expected)
     reasons: dict[Route, str] = {}
 
-    def compare(way: Route, pairs: list[TokenizedPair], wanted: Tensor, where: str = "") -> None:
-        if reason := _difference(model, pairs, way, wanted, bound):
-            reasons[way] = reason + where
+    def compare(route: Route, pairs: list[TokenizedPair], wanted: Tensor, where: str = "") -> None:
+        if reason := _difference(model, pairs, route, wanted, bound):
+            reasons[route] = reason + where
 
     compare("rows", short, expected)
-    packed = ROUTES[ROUTES.index(model.way) : ROUTES.index("rows")]  # of "shared" and "packed" those that are asked for
+    packed = ROUTES[ROUTES.index(model.route) : ROUTES.index("rows")]  # of "shared" and "packed" those asked for
     if positions_switch(config, max_length):
         # Its position embedding depends on the longest sequence of a forward pass, so no two can share one.
         return reasons | dict.fromkeys(packed, f"its rotary embedding changes within {max_length:,} tokens")
-    for way in packed:
-        compare(way, short, expected)
+    for route in packed:
+        compare(route, short, expected)
     if "rows" in reasons:
         return dict.fromkeys(packed, reasons["rows"]) | reasons
     where = f" in rows of {max(tokens, max_length):,} tokens"
-    for way in packed:
-        if way in reasons:
+    for route in packed:
+        if route in reasons:
             continue
-        pairs = [*_long_pairs(config, max_length, tokens, share=way == "shared"), *short]
+        pairs = [*_long_pairs(config, max_length, tokens, share=route == "shared"), *short]
         wanted = _figures(model, pairs, "rows")  # the head is proven, and spares the logits of all these tokens
-        compare(way, pairs, wanted, where)
+        compare(route, pairs, wanted, where)
     return reasons
 
 
@@ -247,38 +247,38 @@ def _head_differs(model: PairModel, pair: TokenizedPair) -> str:
     """
     batch = pack_pairs([pair], completion_only_loss=False, share=False).to(model.device)
     try:
-        theirs, found = (model.row_logits(batch, way).double() for way in ("logits", "rows"))
+        theirs, found = (model.row_logits(batch, route).double() for route in ("logits", "rows"))
     except MODEL_CODE_ERRORS as error:
         return _reason(error, "logits")
     difference = float((theirs - found).norm() / theirs.norm())
     return "" if difference <= _rounding(model) else f"its logits are not its head's: they differ by {difference:.2%}"
 
 
-def _difference(model: PairModel, pairs: list[TokenizedPair], way: Route, wanted: Tensor, bound: float) -> str:
-    """Why this way is not the model's own, or ""."""
+def _difference(model: PairModel, pairs: list[TokenizedPair], route: Route, wanted: Tensor, bound: float) -> str:
+    """Why this route is not the model's own, or ""."""
     try:
-        difference = float((_figures(model, pairs, way) - wanted).abs().max())
+        difference = float((_figures(model, pairs, route) - wanted).abs().max())
     except MODEL_CODE_ERRORS as error:
-        return _reason(error, way)
+        return _reason(error, route)
     return "" if difference <= bound else f"log-probabilities would differ by {difference:.2g} (bound {bound:.2g})"
 
 
-def _wrong_gradients(model: PairModel, ways: Sequence[Route], own: Gradient) -> dict[Route, str]:
-    """The first of these ways if its gradient is not the model's own, and so on with the next; {} if it is."""
+def _wrong_gradients(model: PairModel, routes: Sequence[Route], own: Gradient) -> dict[Route, str]:
+    """The first of these routes if its gradient is not the model's own, and so on with the next; {} if it is."""
     reasons: dict[Route, str] = {}
-    for way in ways:
-        if not (reason := _differs(model, way, own)):
+    for route in routes:
+        if not (reason := _differs(model, route, own)):
             break
-        reasons[way] = reason
+        reasons[route] = reason
     return reasons
 
 
-def _differs(model: PairModel, way: Route, own: Gradient) -> str:
-    """Why the gradient of this way is not the model's own, or ""."""
+def _differs(model: PairModel, route: Route, own: Gradient) -> str:
+    """Why the gradient of this route is not the model's own, or ""."""
     try:
-        difference = _distance(_gradient(model, way), own.parts)
+        difference = _distance(_gradient(model, route), own.parts)
     except MODEL_CODE_ERRORS as error:
-        return _reason(error, way)
+        return _reason(error, route)
     return "" if difference <= own.bound else f"gradients would differ by {difference:.2%} (bound {own.bound:.2%})"
 
 
@@ -308,9 +308,9 @@ def _say_unused(model: PairModel, gradient: list[Tensor]) -> None:
         model.notes.append(f"{len(dead)} of {of_all} adapted layers get no gradient ({layer} ...): they learn nothing")
 
 
-def _gradient(model: PairModel, way: Route, lengths: list[tuple[int, int, int]] = FEW) -> list[Tensor]:
+def _gradient(model: PairModel, route: Route, lengths: list[tuple[int, int, int]] = FEW) -> list[Tensor]:
     """Of some sum of :func:`_figures` of a few pairs, by each trained parameter."""
-    figures = _figures(model, _random_pairs(model.config.get_text_config(), lengths), way)
+    figures = _figures(model, _random_pairs(model.config.get_text_config(), lengths), route)
     weights_3 = figures.new_tensor([1.0, -2.0, 0.5])
     trained = [parameter for _, parameter in model.trained()]
     return list(torch.autograd.grad((weights_3 @ figures).sum(), trained, allow_unused=True, materialize_grads=True))
@@ -339,10 +339,10 @@ def plain(model: PairModel) -> Iterator[None]:
             module.forward = forward
 
 
-def _reason(error: Exception, way: Route) -> str:
+def _reason(error: Exception, route: Route) -> str:
     if isinstance(error, UnsupportedError):
         return str(error)
-    what = "does not take packed rows" if way in ("shared", "packed") else "fails"
+    what = "does not take packed rows" if route in ("shared", "packed") else "fails"
     return f"its code {what} ({_kind(error)})"
 
 
@@ -354,10 +354,10 @@ def _kind(error: Exception) -> str:
     return f"{type(error).__name__}; train.log has the place"
 
 
-def _figures(model: PairModel, pairs: list[TokenizedPair], way: Route) -> Tensor:
+def _figures(model: PairModel, pairs: list[TokenizedPair], route: Route) -> Tensor:
     """Mean log-probabilities of chosen, rejected and of all chosen tokens, shape (3, P), float64."""
-    batch = pack_pairs(pairs, completion_only_loss=False, share=way == "shared").to(model.device)
-    return _stacked(packed_logps(model.score(batch, way), batch.spans))
+    batch = pack_pairs(pairs, completion_only_loss=False, share=route == "shared").to(model.device)
+    return _stacked(packed_logps(model.score(batch, route), batch.spans))
 
 
 def _stacked(logps: PairLogps) -> Tensor:

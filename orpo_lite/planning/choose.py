@@ -36,7 +36,7 @@ def choose_memory(
     budget = processes.smallest(budget)  # one plan for all processes
     if own and wanted and wanted > own.free:
         yield Update("note", f"memory.budget={recipe.memory.budget}, and {gib(own.free)} are free on the card")
-    card = own.card if own else None
+    gpu = own.gpu if own else None
     before = read_json(path / PLAN) if (path / PLAN).is_file() else {}
     if before and before["needed_bytes"] <= budget:
         return recipe.with_memory(before["levers"]), {}
@@ -45,7 +45,7 @@ def choose_memory(
     yield Update("stage", "planning the memory of a step")
     lengths = pair_lengths(inputs.train)
     try:
-        found = fit(recipe, inputs.base.config, lengths, device_kind(device), budget, card)
+        found = fit(recipe, inputs.base.config, lengths, device_kind(device), budget, gpu)
     except MODEL_CODE_ERRORS as error:
         yield Update("note", f"{no_plan(inputs.base.name, error).found}: the levers of memory stay as they are")
         return recipe, {}

@@ -15,12 +15,12 @@ PCIE = 25e9  # bytes a second that version 4 carries over 16 lanes
 REACHED = 0.6  # of what a card's data sheet promises, for the estimate of time
 
 
-def seconds(work: Mapping[tuple[int, int], int], sent: int, card: Gpu) -> float:
+def seconds(work: Mapping[tuple[int, int], int], sent: int, gpu: Gpu) -> float:
     """Each operator takes as long as its FLOPs or its bytes do, whichever is more (the roofline model).
 
     What goes to host memory and back is added as if nothing were computed meanwhile.
     """
-    bounds = (count * max(f / card.flops, b / card.bandwidth) for (f, b), count in work.items())
+    bounds = (count * max(f / gpu.flops, b / gpu.bandwidth) for (f, b), count in work.items())
     return sum(bounds) / REACHED + 2 * sent / PCIE
 
 
@@ -31,10 +31,10 @@ class LayerExtrapolation:
     layers have kept. Either grows by so much a layer.
     """
 
-    def __init__(self, recipe: Recipe, config: Any, triples: Triples, kind: str, passing: PlannedRoute) -> None:
+    def __init__(self, recipe: Recipe, config: Any, triples: Triples, kind: str, planned: PlannedRoute) -> None:
         def small(layers: int, kept: int) -> StepMemory:
             chosen = recipe.with_memory({"activation_checkpointing": layers - kept})
-            return measure(chosen, with_layers(config, layers), triples, kind, passing)
+            return measure(chosen, with_layers(config, layers), triples, kind, planned)
 
         self._small = small
         self._two, self._three = small(2, 0), small(3, 0)
@@ -83,8 +83,8 @@ class LayerExtrapolation:
         """Of the forward pass that was planned."""
         return self._two.tokens / self._two.pairs
 
-    def seconds_per_token(self, layers: int, kept: int, card: Gpu) -> float:
+    def seconds_per_token(self, layers: int, kept: int, gpu: Gpu) -> float:
         """An estimate, from the card's data sheet."""
         a_layer = self._three.sent - self._two.sent
         sent = self._two.sent + (layers - kept - 2) * a_layer
-        return seconds(self.work(layers, kept), sent, card) / self._two.tokens
+        return seconds(self.work(layers, kept), sent, gpu) / self._two.tokens

@@ -46,7 +46,7 @@ GPUS = (  # those of the table; memory as torch names it
 class LocalGpu:
     """The card that is here, now."""
 
-    card: Gpu
+    gpu: Gpu
     free: int
     """Bytes that this process may have: what the driver would still give, and what it has given."""
     others: int
@@ -62,11 +62,11 @@ def local_gpu(index: int = 0) -> LocalGpu | None:
     known = [speed for part, speed in SPEEDS.items() if re.search(rf"\b{part}\b(?! Laptop)", properties.name)]
     flops, bandwidth = known[0] if known else (0.0, 0.0)
     if not flops:
-        like = min(GPUS, key=lambda card: abs(card.memory - properties.total_memory))
+        like = min(GPUS, key=lambda gpu: abs(gpu.memory - properties.total_memory))
         flops, bandwidth = like.flops, like.bandwidth
-    card = Gpu(properties.name, properties.total_memory, flops, bandwidth)
+    gpu = Gpu(properties.name, properties.total_memory, flops, bandwidth)
     free, others = _asked_of_driver(str(properties.uuid)) or (torch.cuda.mem_get_info(index)[0], 0)
-    return LocalGpu(card, free, others)
+    return LocalGpu(gpu, free, others)
 
 
 def memory_budget(wanted: int | None, own: LocalGpu | None) -> int | None:

@@ -77,7 +77,7 @@ def _tokens(pairs: Sequence[TokenizedPair], batching: Batching) -> int:
 
 
 def measure(
-    recipe: Recipe, config: Any, triples: Triples, kind: str, passing: PlannedRoute | None = None
+    recipe: Recipe, config: Any, triples: Triples, kind: str, planned: PlannedRoute | None = None
 ) -> StepMemory:
     """The heaviest micro-batch of a recipe through its model, on meta.
 
@@ -88,11 +88,11 @@ def measure(
         kind: of the device that is meant: see :func:`orpo_lite.ops.attention.device_kind`.
         passing: how pairs go through the model; found out where it is not given.
     """
-    passing = passing or find_route(recipe, config, triples, kind)
+    planned = planned or find_route(recipe, config, triples, kind)
     if kind == "cpu":  # its memory is the host's, and these move nothing
         recipe = recipe.with_memory({"checkpoint_offload": False, "embedding_on_cpu": False})
     model = bare_pair_model(recipe, config, choose_dtype(recipe.model.dtype, kind))
-    passing.apply(model, kind)
+    planned.apply(model, kind)
     trained = [parameter for _, parameter in model.trained()]
     gradients = [parameter.new_empty(parameter.shape) for parameter in trained]
     for parameter, gradient in zip(trained, gradients, strict=True):
@@ -108,7 +108,7 @@ def measure(
         loss, _ = objective.loss(logps, objective.divisors(pairs))
         tracker.phase = "backward pass"
         loss.backward()  # type: ignore[no-untyped-call]
-    unseen = int(_attention_flops(model, recipe, batch) * passing.unseen)
+    unseen = int(_attention_flops(model, recipe, batch) * planned.unseen)
     work = tracker.work + Counter({(unseen, 0): 1})
     return StepMemory(
         held=standing,

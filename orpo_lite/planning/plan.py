@@ -20,7 +20,7 @@ from orpo_lite.progress import Update, run_to_end
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.runs.folder import KEPT
 
-ASSUMED = next(card for card in GPUS if "24 GB" in card.name)  # where there is no card and nobody names a budget
+ASSUMED = next(gpu for gpu in GPUS if "24 GB" in gpu.name)  # where there is no card and nobody names a budget
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class PlanReport:
             "card_held_by_others_bytes": self.own.others if self.own else None,
             "cards": [
                 {
-                    "card": row.card.name,
-                    "memory_bytes": row.card.memory,
+                    "card": row.gpu.name,
+                    "memory_bytes": row.gpu.memory,
                     "fits": row.levers is not None,
                     "needed_bytes": row.needed,
                     "levers": dict(row.levers) if row.levers else None,
@@ -112,19 +112,19 @@ def _report(
     recipe: Recipe, name: str, planner: Planner, own: LocalGpu | None, asked: int | None, from_data: bool
 ) -> PlanReport:
     if own:
-        card = own.card
+        gpu = own.gpu
     elif asked is not None:
-        card = replace(_like(asked), memory=asked)
+        gpu = replace(_like(asked), memory=asked)
     else:
         larger = [other for other in GPUS if other.memory >= ASSUMED.memory]
-        card = next((other for other in larger if planner.least(other) <= other.memory), GPUS[-1])
-    budget = card.memory if asked is None else asked
-    found = planner.plan(budget, card)
-    name_of_first = card.name if recipe.memory.budget_bytes is None else f"memory.budget={recipe.memory.budget}"
-    first = replace(card, name=name_of_first, memory=budget)
+        gpu = next((other for other in larger if planner.least(other) <= other.memory), GPUS[-1])
+    budget = gpu.memory if asked is None else asked
+    found = planner.plan(budget, gpu)
+    name_of_first = gpu.name if recipe.memory.budget_bytes is None else f"memory.budget={recipe.memory.budget}"
+    first = replace(gpu, name=name_of_first, memory=budget)
     rows = [planner.row(first), *(planner.row(other) for other in GPUS if other != first)]
     is_verdict = asked is not None or not found.fits  # what fits none of the cards fits nobody's
-    changes = planner.changes(budget, card) if is_verdict and not found.fits else []
+    changes = planner.changes(budget, gpu) if is_verdict and not found.fits else []
     return PlanReport(
         base=name,
         plan=found,
@@ -149,7 +149,7 @@ def _too_long(planner: Planner) -> list[str]:
 
 def _like(budget: int) -> Gpu:
     """The smallest of the known cards that has so much, for its speed."""
-    return next((card for card in GPUS if card.memory >= 0.95 * budget), GPUS[-1])
+    return next((gpu for gpu in GPUS if gpu.memory >= 0.95 * budget), GPUS[-1])
 
 
 def _disk(found: MemoryPlan, recipe: Recipe, *, is_local: bool) -> dict[str, int]:

@@ -27,25 +27,25 @@ logger = logging.getLogger(__name__)
 class PlannedRoute:
     """How pairs go through a planned model."""
 
-    way: Route
+    route: Route
     attention: str | None
     """The model's attention where it is not its own: transformers' name for it."""
     unseen: float
     """Share of the layers whose attention shows no FLOPs to a counter of operators."""
     reason: str = ""
-    """Why it is not the way that was asked for."""
+    """Why it is not the route that was asked for."""
 
     def apply(self, model: PairModel, kind: str) -> None:
-        """Let a model on meta take this way, as on such a device."""
+        """Let a model on meta take this route, as on such a device."""
         model.planned = kind
-        if self.way != model.way:
-            model.take(self.way, self.reason)
+        if self.route != model.route:
+            model.fall_back(self.route, self.reason)
         if self.attention:
             model.own_attention = model.config._attn_implementation = self.attention
 
 
 def find_route(recipe: Recipe, config: Any, triples: Triples, kind: str) -> PlannedRoute:
-    """The fastest way by which every layer's attention goes through ours; else each sequence by itself.
+    """The fastest route by which every layer's attention goes through ours; else each sequence by itself.
 
     Each layer that attends must call the function that transformers looks up: ALiBi, linear attention and the like do
     not, sinks and masks are refused by it. What only numbers would show, the proof finds.
@@ -68,19 +68,19 @@ def find_route(recipe: Recipe, config: Any, triples: Triples, kind: str) -> Plan
 
 
 @torch.no_grad()
-def _tried(passing: PlannedRoute, name: str, recipe: Recipe, config: Any, kind: str) -> float | str:
+def _tried(planned: PlannedRoute, name: str, recipe: Recipe, config: Any, kind: str) -> float | str:
     """The share of layers that attend by the function ``name`` when a pair passes so; why, where the model cannot."""
     model = bare_pair_model(recipe, _one_of_each(config), choose_dtype(recipe.model.dtype, kind), META)
-    if passing.attention and model.own_attention == "eager":
+    if planned.attention and model.own_attention == "eager":
         return "its scores are held"
-    passing.apply(model, kind)
+    planned.apply(model, kind)
     batch = make_batch(blank_pairs(worst_case(8, 1)), model.batching(recipe, pad_id=0)).to(META)
-    passes = 2 if recipe.memory.packing and passing.way == "rows" else 1
+    passes = 2 if recipe.memory.packing and planned.route == "rows" else 1
     try:
         with without_values(), _counted(name) as calls:
             model(batch)
     except MODEL_CODE_ERRORS as error:
-        logger.info("pairs cannot pass as %s", passing, exc_info=error)
+        logger.info("pairs cannot pass as %s", planned, exc_info=error)
         return str(error) if isinstance(error, UnsupportedError) else "its code does not take packed rows"
     return len(calls) / (passes * int(model.config.get_text_config().num_hidden_layers))
 

@@ -50,7 +50,7 @@ class Change:
 class GpuRow:
     """What a card makes of the recipe, by the lines."""
 
-    card: Gpu
+    gpu: Gpu
     levers: Mapping[str, Any] | None
     """None: it does not fit."""
     needed: int
@@ -65,7 +65,7 @@ class MemoryPlan:
     """Values for the keys of ``memory``."""
     budget: int | None
     """Bytes that the run may take; None where nobody said."""
-    card: Gpu | None
+    gpu: Gpu | None
     """None on a CPU."""
     measured: StepMemory
     """The step as it was run on meta with these levers."""
@@ -83,12 +83,12 @@ class MemoryPlan:
     @property
     def allowances(self) -> dict[str, int]:
         """What a program takes besides its tensors."""
-        return allowances(self.measured.peak, self.card)
+        return allowances(self.measured.peak, self.gpu)
 
     @property
     def needed(self) -> int:
         """Peak and allowances; more where loading takes more."""
-        loading = self.measured.loading + sum(allowances(0, self.card).values())
+        loading = self.measured.loading + sum(allowances(0, self.gpu).values())
         return max(self.peak + sum(self.allowances.values()), loading)
 
     @property
@@ -104,9 +104,9 @@ class MemoryPlan:
     @property
     def seconds_per_pair(self) -> float | None:
         """An estimate, from the card's data sheet."""
-        if self.card is None:
+        if self.gpu is None:
             return None
-        return seconds(self.measured.work, self.measured.sent, self.card) / self.measured.pairs
+        return seconds(self.measured.work, self.measured.sent, self.gpu) / self.measured.pairs
 
     def sentences(self, others: int = 0) -> list[str]:
         """The plan in three lines: memory, levers, time."""
@@ -136,14 +136,14 @@ class MemoryPlan:
             "micro_batch": {"tokens": self.measured.tokens, "pairs": self.measured.pairs},
             "flops_per_pair": self.flops_per_pair,
             "seconds_per_pair": self.seconds_per_pair,
-            "card": self.card.name if self.card else None,
+            "card": self.gpu.name if self.gpu else None,
         }
 
 
-def allowances(step: int, card: Gpu | None) -> dict[str, int]:
+def allowances(step: int, gpu: Gpu | None) -> dict[str, int]:
     """Bytes besides the tensors, for a step that holds so many."""
     fragments = {"fragmentation": int(FRAGMENTATION * step)}
-    return {"CUDA context": CONTEXT, "kernels' workspaces": WORKSPACE, **fragments} if card else fragments
+    return {"CUDA context": CONTEXT, "kernels' workspaces": WORKSPACE, **fragments} if gpu else fragments
 
 
 class Planner:
@@ -155,7 +155,7 @@ class Planner:
         self._lines: dict[tuple[Any, ...], LayerExtrapolation] = {}
 
     @cached_property
-    def passing(self) -> PlannedRoute:
+    def planned(self) -> PlannedRoute:
         """How pairs go through this model."""
         return find_route(self.recipe, self.config, self.triples, self.kind)
 
@@ -204,7 +204,7 @@ class Planner:
         return self._longest(1)
 
     def _longest(self, count: int) -> int:
-        share = self.passing.way == "shared"
+        share = self.planned.route == "shared"
         tokens = self.triples[:, 1] + self.triples[:, 2] - self.triples[:, 0] * share
         return int(np.sort(tokens)[-count:].sum())
 
@@ -222,62 +222,62 @@ class Planner:
         key = tuple(value for name, value in choice.items() if name != "embedding_on_cpu")
         if key not in self._lines:
             chosen = self.recipe.with_memory({**choice, "embedding_on_cpu": False})
-            self._lines[key] = LayerExtrapolation(chosen, self.config, self.triples, self.kind, self.passing)
+            self._lines[key] = LayerExtrapolation(chosen, self.config, self.triples, self.kind, self.planned)
         return self._lines[key]
 
-    def best(self, budget: int | None, card: Gpu | None) -> dict[str, Any] | None:
+    def best(self, budget: int | None, gpu: Gpu | None) -> dict[str, Any] | None:
         """The fastest levers that fit by the lines; None if none does."""
         fastest: tuple[float, dict[str, Any]] | None = None
         for choice in self.choices():
             line, room = self.line(choice), math.inf if budget is None else budget
-            kept = max((k for k in self._amounts() if self._needed(choice, k, card) <= room), default=None)
+            kept = max((k for k in self._amounts() if self._needed(choice, k, gpu) <= room), default=None)
             if kept is None:
                 continue
-            taken = line.seconds_per_token(self.layers, kept, card or GPUS[0])
+            taken = line.seconds_per_token(self.layers, kept, gpu or GPUS[0])
             if fastest is None or taken < fastest[0]:
                 fastest = taken, choice | {"activation_checkpointing": self.layers - kept}
             if kept == self.layers and not any(choice[name] for name in ("mlp_tile", "checkpoint_offload")):
                 break  # the largest forward pass without any lever: nothing is faster
         return fastest[1] if fastest else None
 
-    def run(self, levers: Mapping[str, Any], budget: int | None, card: Gpu | None) -> MemoryPlan:
+    def run(self, levers: Mapping[str, Any], budget: int | None, gpu: Gpu | None) -> MemoryPlan:
         """The plan of these levers, from a step with all layers."""
-        found = measure(self.recipe.with_memory(levers), self.config, self.triples, self.kind, self.passing)
-        return MemoryPlan(levers, budget, card, found)
+        found = measure(self.recipe.with_memory(levers), self.config, self.triples, self.kind, self.planned)
+        return MemoryPlan(levers, budget, gpu, found)
 
-    def plan(self, budget: int | None, card: Gpu | None) -> MemoryPlan:
+    def plan(self, budget: int | None, gpu: Gpu | None) -> MemoryPlan:
         """The fastest plan that fits, run once in full; where nothing fits, the one that needs the least."""
         tightest = self.tightest() | {"activation_checkpointing": self.layers - min(self._amounts())}
-        levers = self.best(budget, card) or tightest
-        plan = self.run(levers, budget, card)
+        levers = self.best(budget, gpu) or tightest
+        plan = self.run(levers, budget, gpu)
         while not plan.fits and self.layers - levers["activation_checkpointing"] > min(self._amounts()):
             # The lines were a little low: layers of different kinds.
             levers = levers | {"activation_checkpointing": levers["activation_checkpointing"] + 1}
-            plan = self.run(levers, budget, card)
-        return plan if plan.fits or levers == tightest else self.run(tightest, budget, card)
+            plan = self.run(levers, budget, gpu)
+        return plan if plan.fits or levers == tightest else self.run(tightest, budget, gpu)
 
-    def row(self, card: Gpu) -> GpuRow:
+    def row(self, gpu: Gpu) -> GpuRow:
         """What that card would make of it."""
-        levers = self.best(card.memory, card)
+        levers = self.best(gpu.memory, gpu)
         if levers is None:
-            return GpuRow(card, None, self.least(card), None)
+            return GpuRow(gpu, None, self.least(gpu), None)
         choice = {name: value for name, value in levers.items() if name != "activation_checkpointing"}
         line, kept = self.line(choice), self.layers - levers["activation_checkpointing"]
-        taken = line.seconds_per_token(self.layers, kept, card) * line.tokens_per_pair
-        return GpuRow(card, levers, self._needed(choice, kept, card), taken)
+        taken = line.seconds_per_token(self.layers, kept, gpu) * line.tokens_per_pair
+        return GpuRow(gpu, levers, self._needed(choice, kept, gpu), taken)
 
-    def least(self, card: Gpu | None) -> int:
+    def least(self, gpu: Gpu | None) -> int:
         """Bytes that the tightest levers need."""
-        return self._needed(self.tightest(), min(self._amounts()), card)
+        return self._needed(self.tightest(), min(self._amounts()), gpu)
 
-    def _needed(self, choice: Mapping[str, Any], kept: int, card: Gpu | None) -> int:
+    def _needed(self, choice: Mapping[str, Any], kept: int, gpu: Gpu | None) -> int:
         whole, embedding, loaded = self._whole
         moved = embedding if choice["embedding_on_cpu"] else 0
         step = self.line(choice).peak(self.layers, kept)
-        in_step = whole - moved + step + sum(allowances(step, card).values())
-        return max(in_step, loaded + sum(allowances(0, card).values()))
+        in_step = whole - moved + step + sum(allowances(step, gpu).values())
+        return max(in_step, loaded + sum(allowances(0, gpu).values()))
 
-    def changes(self, budget: int, card: Gpu | None) -> list[Change]:
+    def changes(self, budget: int, gpu: Gpu | None) -> list[Change]:
         """Changes of the maths that need less, and which of them would fit; none is made by itself."""
         recipe, memory = self.recipe, self.recipe.memory
         levers: dict[str, Any] = {f"memory.{name}": "auto" for name in LEVERS if getattr(memory, name) != "auto"}
@@ -289,25 +289,25 @@ class Planner:
         alone: list[dict[str, Any]] = [levers] * bool(levers)
         alone += [{"quantization.load_in_4bit": True}] * (not recipe.quantization.load_in_4bit)
         alone += [{"training.optim": "paged_adamw_8bit"}] * (recipe.training.optim != "paged_adamw_8bit")
-        found = [self._changed(keys, budget, card) for keys in [*alone, *([rank] * bool(rank))]]
+        found = [self._changed(keys, budget, gpu) for keys in [*alone, *([rank] * bool(rank))]]
         longest = int(self.triples[:, 1:].max())
         for shorter in (longest // 2, longest // 4, longest // 8):
             limits = {
                 "data.max_length": shorter,
                 "data.max_prompt_length": min(recipe.data.max_prompt_length, shorter // 2),
             }
-            found.append(self._changed(limits, budget, card))
+            found.append(self._changed(limits, budget, gpu))
             if not any(change.fits for change in found) and rank:
-                found.append(self._changed(limits | rank, budget, card))
+                found.append(self._changed(limits | rank, budget, gpu))
             if found[-1].fits or shorter < SHORTEST:
                 break
-        as_it_is = self.least(card)
+        as_it_is = self.least(gpu)
         return [change for change in found if change.needed < as_it_is]
 
-    def _changed(self, keys: Mapping[str, Any], budget: int, card: Gpu | None) -> Change:
+    def _changed(self, keys: Mapping[str, Any], budget: int, gpu: Gpu | None) -> Change:
         limit = keys.get("data.max_length")
         triples = self.triples if limit is None else np.minimum(self.triples, limit)
-        needed = Planner(self.recipe.override(dict(keys)), self.config, triples, self.kind).least(card)
+        needed = Planner(self.recipe.override(dict(keys)), self.config, triples, self.kind).least(gpu)
         return Change(keys, needed, needed <= budget)
 
 
@@ -321,12 +321,12 @@ def no_plan(name: str, error: Exception) -> ModelError:
     )
 
 
-def fit(recipe: Recipe, config: Any, triples: Triples, kind: str, budget: int, card: Gpu | None) -> MemoryPlan:
+def fit(recipe: Recipe, config: Any, triples: Triples, kind: str, budget: int, gpu: Gpu | None) -> MemoryPlan:
     """The fastest plan within ``budget`` bytes. Raises :class:`FitError` with what would help."""
     planner = Planner(recipe, config, triples, kind)
-    plan = planner.plan(budget, card)
+    plan = planner.plan(budget, gpu)
     if not plan.fits:
-        raise does_not_fit(plan, planner.changes(budget, card))
+        raise does_not_fit(plan, planner.changes(budget, gpu))
     return plan
 
 

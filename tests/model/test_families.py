@@ -139,14 +139,14 @@ def gradients(model: PairModel, pairs: list[TokenizedPair], batching: Batching) 
     return total, torch.cat([p.grad.flatten() for _, p in model.trained() if p.grad is not None])
 
 
-def compare(model: PairModel, way: str) -> None:
+def compare(model: PairModel, route: str) -> None:
     """All levers against padded rows with the model's own attention and logits, in float32."""
     pairs = ragged_pairs(6, vocab_size=98)
     expected, wanted = gradients(model, pairs, Batching(False, False, 0, 6, 0, False))
     apply_memory_settings(model, recipe(mlp_tile=16, checkpoint_offload=True))
     probe(model, 256)
-    assert model.way == way, model.notes
-    loss, found = gradients(model, pairs, Batching(True, way == "shared", 120, None, 0, False))
+    assert model.route == route, model.notes
+    loss, found = gradients(model, pairs, Batching(True, route == "shared", 120, None, 0, False))
     assert loss == pytest.approx(expected, rel=1e-5)
     assert (found - wanted).norm() <= 1e-5 * wanted.norm()
 
@@ -222,7 +222,7 @@ def test_a_mild_one_is_caught_in_bfloat16_too(scale: float) -> None:
 
     model.causal.forward = forward
     probe(model, 256)
-    assert model.way == ("shared" if scale == 1 else "logits")
+    assert model.route == ("shared" if scale == 1 else "logits")
 
 
 def test_a_wrong_gradient_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,14 +238,14 @@ def test_a_wrong_gradient_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
         probe(model, 256)
     finally:
         hf.AttentionInterface.register(attention.NAME, honest)
-    assert model.way == "rows"
+    assert model.route == "rows"
     assert "gradients would differ by" in model.notes[-1]
 
 
 def test_code_that_takes_no_packed_row_is_named_in_words() -> None:
     model = adapted(lambda: hf.FalconForCausalLM(hf.FalconConfig(alibi=True, **(SIZES | IDS))))
     probe(model, 256)
-    assert model.way == "rows"
+    assert model.route == "rows"
     assert not re.search("[(]'|TypeError[(]|got an unexpected", model.notes[-1]), model.notes
 
 
@@ -267,7 +267,7 @@ def test_a_window_is_known_by_any_name(keys: dict[str, Any], window: int | None)
 def test_an_auxiliary_loss_is_said_to_be_left_out() -> None:
     model = adapted(family("Mixtral", GROUPED, num_local_experts=4, num_experts_per_tok=2, output_router_logits=True))
     probe(model, 256)
-    assert (model.way, "auxiliary loss" in model.notes[0]) == ("shared", True)
+    assert (model.route, "auxiliary loss" in model.notes[0]) == ("shared", True)
 
 
 class PeekingLlama(hf.LlamaForCausalLM):
@@ -281,7 +281,7 @@ class PeekingLlama(hf.LlamaForCausalLM):
 def test_a_state_that_runs_along_the_row_is_caught() -> None:
     model = adapted(lambda: PeekingLlama(tiny_llama(98).config))
     probe(model, 256)
-    assert model.way == "rows"
+    assert model.route == "rows"
 
 
 class CountingLlama(hf.LlamaForCausalLM):
@@ -297,12 +297,12 @@ class CountingLlama(hf.LlamaForCausalLM):
         return out * (1 + 0.2 * (place_T1 // 400))
 
 
-@pytest.mark.parametrize(("tokens", "way"), [(0, "shared"), (500, "rows")])
-def test_a_place_in_a_long_row_that_matters_is_caught(tokens: int, way: str) -> None:
+@pytest.mark.parametrize(("tokens", "route"), [(0, "shared"), (500, "rows")])
+def test_a_place_in_a_long_row_that_matters_is_caught(tokens: int, route: str) -> None:
     """Of rows as short as a pair nothing is seen, and in them nothing is wrong."""
     model = adapted(lambda: CountingLlama(tiny_llama(98).config))
     probe(model, 128, tokens)
-    assert model.way == way
+    assert model.route == route
     assert not model.notes or "in rows of 500 tokens" in model.notes[-1]
 
 
@@ -327,7 +327,7 @@ def test_a_configuration_without_a_pad_token_is_no_fault() -> None:
     model = adapted(lambda: hf.CodeGenForCausalLM(config))
     assert not hasattr(config, "pad_token_id") or config.pad_token_id is None
     probe(model, 128)
-    assert model.way in ("rows", "shared")
+    assert model.route in ("rows", "shared")
 
 
 def test_adapters_that_the_loss_does_not_reach_are_named() -> None:
@@ -338,7 +338,7 @@ def test_adapters_that_the_loss_does_not_reach_are_named() -> None:
 
     model = adapted(lambda: Idle(tiny_llama(98).config))
     probe(model, 128)
-    assert model.way == "shared"
+    assert model.route == "shared"
     (note,) = model.notes
     assert note.startswith("1 of 15 adapted layers get no gradient (model.extra ...)"), note
 
@@ -369,7 +369,7 @@ def test_a_fused_operation_that_is_wrong_is_caught(monkeypatch: pytest.MonkeyPat
     probe(model, 128)
     (note,) = model.notes
     assert note.startswith("not used: memory.fused_lora, because gradients would differ by"), note
-    assert model.way == "shared"
+    assert model.route == "shared"
     assert not [module for module in model.modules() if "forward" in module.__dict__]
 
 
@@ -446,7 +446,7 @@ def test_a_router_that_is_no_plain_linear_layer_gets_no_adapter() -> None:
     model = bare_pair_model(settings, config, torch.float32, torch.device("cpu"))
     assert not [name for name, _ in model.trained() if "router" in name]
     probe(model, 128)
-    assert model.way == "shared", model.notes
+    assert model.route == "shared", model.notes
 
 
 @pytest.mark.parametrize("name", ["mistral, window shorter than the pair", "gemma3"])
@@ -462,11 +462,11 @@ def test_a_window_that_is_not_kept_is_caught(name: str, monkeypatch: pytest.Monk
     try:
         model = adapted(SHARED[name])
         probe(model, 256)
-        assert model.way == "rows"
+        assert model.route == "rows"
         assert "in rows of 256 tokens" in model.notes[-1]
         model = adapted(SHARED[name])
         probe(model, 8)  # no pair of the run reaches beyond it
-        assert model.way == "shared"
+        assert model.route == "shared"
     finally:
         hf.AttentionInterface.register(attention.NAME, honest)
 
@@ -523,6 +523,6 @@ def test_what_adapted_experts_cannot_have_is_said_with_a_way_out(key: str) -> No
     wanted = load_recipe("demo", [key, "lora.target_modules=all-linear"])
     with pytest.raises(ModelError, match="takes neither DoRA nor dropout") as raised:
         bare_pair_model(wanted, config, torch.float32, torch.device("cpu"))
-    ways = raised.value.fix.split(", or ")
-    for way in (ways[0], f"{key} {ways[1]}"):
-        bare_pair_model(load_recipe("demo", way.split()), config, torch.float32, torch.device("cpu"))
+    routes = raised.value.fix.split(", or ")
+    for route in (routes[0], f"{key} {routes[1]}"):
+        bare_pair_model(load_recipe("demo", route.split()), config, torch.float32, torch.device("cpu"))

@@ -217,14 +217,14 @@ def test_the_proof_accepts_bfloat16_on_a_4_bit_base(base: Path) -> None:
     settings = on_base(base).override({"model.dtype": "bfloat16"})
     model = load_pair_model(settings, fetch_weights(find_base(str(base), "main")), CPU)
     probe(model, 256)
-    assert (model.way, model.notes) == ("shared", [])
+    assert (model.route, model.notes) == ("shared", [])
 
 
 def test_the_proof_knows_that_4_bit_products_may_be_coarser_than_the_stream(base: Path) -> None:
     settings = on_base(base).override({"model.dtype": "float32", "quantization.bnb_4bit_compute_dtype": "bfloat16"})
     model = load_pair_model(settings, fetch_weights(find_base(str(base), "main")), CPU)
     probe(model, 256)
-    assert model.way == "shared", model.notes
+    assert model.route == "shared", model.notes
 
 
 def test_a_packed_evaluation_changes_no_bit_of_training(base: Path) -> None:

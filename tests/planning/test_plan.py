@@ -39,7 +39,7 @@ from orpo_lite.data.packing import packed_tokens
 from orpo_lite.errors import FitError, ModelError, RecipeError
 from orpo_lite.model.load import bare_pair_model, load_pair_model
 from orpo_lite.model.pair_model import PairModel
-from orpo_lite.planning import gpus as cards
+from orpo_lite.planning import gpus as gpus
 from orpo_lite.planning.extrapolate import LayerExtrapolation
 from orpo_lite.planning.gpus import GPUS, local_gpu
 from orpo_lite.planning.measure import StepMemory, heaviest, measure
@@ -55,7 +55,7 @@ from orpo_lite.training import step as gradient
 
 plan_bench = pytest.importorskip("benchmarks.plan", reason="TRL, the peer, comes with the extra `bench`")
 MIB, GIB = 2**20, 2**30
-CARD = GPUS[3]
+GPU = GPUS[3]
 FEW = ("training.global_batch_size=2", "memory.micro_batch_tokens=512")  # fewer steps to count
 Call = Callable[..., Answer]
 
@@ -66,12 +66,12 @@ def counted_once(shared_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unread = {"model": {"model_name_or_path"}, "data": {"dataset_name"}, "training": {"output_dir"}}
     unread |= {"memory": {"budget"}}
 
-    def remembered(recipe: Recipe, config: Any, triples: Any, kind: str, passing: Any = None) -> StepMemory:
+    def remembered(recipe: Recipe, config: Any, triples: Any, kind: str, planned: Any = None) -> StepMemory:
         shape = {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
-        asked = (recipe.model_dump(exclude=unread), shape, triples.tolist(), kind, passing, torch.cuda.is_available())
+        asked = (recipe.model_dump(exclude=unread), shape, triples.tolist(), kind, planned, torch.cuda.is_available())
         file = shared_folder / f"{hashlib.sha256(repr(asked).encode()).hexdigest()}.step"
         if not file.exists():
-            found = vars(measure(recipe, config, triples, kind, passing))
+            found = vars(measure(recipe, config, triples, kind, planned))
             whole = file.with_suffix(f".{os.getpid()}")
             whole.write_text(repr({key: dict(value) if key == "work" else value for key, value in found.items()}))
             whole.replace(file)
@@ -133,12 +133,14 @@ def test_what_cannot_share_and_what_has_experts_is_predicted_too(case: str) -> N
     assert abs(plan_bench.error_of(OTHERS[case], chosen)) <= 0.02
 
 
-@pytest.mark.parametrize(("name", "way"), [*((name, "shared") for name in SHARED), *((name, "rows") for name in ALONE)])
-def test_a_plan_counts_the_way_that_the_proof_will_choose(name: str, way: str) -> None:
-    make = ALONE[name][0] if way == "rows" else SHARED[name]
+@pytest.mark.parametrize(
+    ("name", "route"), [*((name, "shared") for name in SHARED), *((name, "rows") for name in ALONE)]
+)
+def test_a_plan_counts_the_way_that_the_proof_will_choose(name: str, route: str) -> None:
+    make = ALONE[name][0] if route == "rows" else SHARED[name]
     chosen = recipe().override({"model.dtype": "bfloat16"})
-    passing = find_route(chosen, make().config, worst_case(256, 1), "ampere")
-    assert (passing.way, bool(passing.reason)) == (way, way == "rows")
+    planned = find_route(chosen, make().config, worst_case(256, 1), "ampere")
+    assert (planned.route, bool(planned.reason)) == (route, route == "rows")
 
 
 def test_a_plan_says_what_the_model_cannot_have(call: Call, workspace: Path) -> None:
@@ -170,7 +172,7 @@ def test_a_few_layers_tell_of_all(levers: dict[str, Any]) -> None:
 
 
 def test_parts_add_up_to_the_peak() -> None:
-    found = planner().plan(None, CARD)
+    found = planner().plan(None, GPU)
     assert sum(found.parts.values()) == found.peak
     assert {"base", "adapter", "gradients", "optimizer", "kept by the layers"} <= found.parts.keys()
     assert found.needed == found.peak + sum(found.allowances.values())
@@ -179,7 +181,7 @@ def test_parts_add_up_to_the_peak() -> None:
 
 def test_the_heaviest_micro_batch_is_of_the_longest_pairs() -> None:
     triples = np.array([[5, 20, 30]] * 20 + [[10, 400, 100], [0, 50, 60]])
-    model = SimpleNamespace(way="shared")
+    model = SimpleNamespace(route="shared")
     chosen = settings(micro_batch_tokens=600).override({"training.global_batch_size": 8})
     pairs = heaviest(chosen, triples, PairModel.batching(model, chosen, 0))  # type: ignore[arg-type]
     lengths = [(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs]
@@ -202,9 +204,9 @@ def test_fewer_layers_keep_their_kinds() -> None:
 
 def test_a_plan_fits_its_budget_and_more_memory_makes_it_no_slower() -> None:
     plans, found = planner(), []
-    least = plans.least(CARD)
+    least = plans.least(GPU)
     for extra in (0, 5, 20, 60, 150, 4_000):
-        plan = plans.plan(least + extra * MIB, CARD)
+        plan = plans.plan(least + extra * MIB, GPU)
         assert plan.fits
         assert plan.needed <= least + extra * MIB
         found.append(plan.seconds_per_pair or 0)
@@ -216,27 +218,27 @@ def test_nothing_that_fits_is_faster() -> None:
     """Every choice of levers, run in full, against the plan."""
     plans = planner(layers=3)
     others = [
-        plans.run(choice | {"activation_checkpointing": 3 - kept}, None, CARD)
+        plans.run(choice | {"activation_checkpointing": 3 - kept}, None, GPU)
         for choice in plans.choices()
         for kept in range(4)
     ]
     for extra in (0, 10, 40):
-        budget = plans.least(CARD) + extra * MIB
-        best = plans.plan(budget, CARD).seconds_per_pair or 0
+        budget = plans.least(GPU) + extra * MIB
+        best = plans.plan(budget, GPU).seconds_per_pair or 0
         assert all((other.seconds_per_pair or 0) >= 0.99 * best for other in others if other.needed <= budget)
 
 
 def test_a_plan_is_the_same_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    budget = planner(mlp_tile=None).least(CARD) + 10 * MIB
-    one = planner(mlp_tile=None).plan(budget, CARD)
+    budget = planner(mlp_tile=None).least(GPU) + 10 * MIB
+    one = planner(mlp_tile=None).plan(budget, GPU)
     monkeypatch.undo()  # each step is counted anew
-    other = planner(mlp_tile=None).plan(budget, CARD)
+    other = planner(mlp_tile=None).plan(budget, GPU)
     assert one.to_json() == other.to_json()
 
 
 def test_a_plan_sets_levers_and_nothing_else() -> None:
     plans = planner()
-    assert set(plans.plan(plans.least(CARD), CARD).levers) <= set(LEVERS)
+    assert set(plans.plan(plans.least(GPU), GPU).levers) <= set(LEVERS)
 
 
 @pytest.mark.parametrize(
@@ -249,7 +251,7 @@ def test_a_plan_sets_levers_and_nothing_else() -> None:
 )  # fmt: skip
 def test_a_lever_that_the_person_has_set_stays(fixed: dict[str, Any]) -> None:
     plans = planner(**fixed)
-    levers = plans.plan(plans.least(CARD) + 20 * MIB, CARD).levers
+    levers = plans.plan(plans.least(GPU) + 20 * MIB, GPU).levers
     ((key, value),) = fixed.items()
     assert levers[key] == {"all": 6}.get(value, value)  # type: ignore[call-overload]
 
@@ -260,9 +262,9 @@ def test_a_tied_embedding_is_not_moved() -> None:
 
 
 def test_what_does_not_fit_is_said_with_what_would() -> None:
-    least = planner().least(CARD)
+    least = planner().least(GPU)
     with pytest.raises(FitError) as caught:
-        fit(settings(), small(), worst_case(512, 2), "ampere", least - MIB, CARD)
+        fit(settings(), small(), worst_case(512, 2), "ampere", least - MIB, GPU)
     said = str(caught.value)
     assert caught.value.exit_code == 6
     assert said.startswith("memory.budget: the smallest step needs")
@@ -273,7 +275,7 @@ def test_what_does_not_fit_is_said_with_what_would() -> None:
 
 def test_loading_counts_where_it_takes_more_than_a_step() -> None:
     config = small(vocab_size=400_000)
-    plan = Planner(settings(embedding_on_cpu=True), config, worst_case(16, 1), "ampere").plan(None, CARD)
+    plan = Planner(settings(embedding_on_cpu=True), config, worst_case(16, 1), "ampere").plan(None, GPU)
     assert plan.measured.loading > plan.peak
     assert plan.needed == plan.measured.loading + 512 * MIB + 64 * MIB
 
@@ -317,7 +319,7 @@ def test_memory_of_other_processes_is_seen_and_left(monkeypatch: pytest.MonkeyPa
     pretend_card(monkeypatch, free=20 * GIB - GIB // 2, others=3 * GIB)
     own = local_gpu()
     assert own is not None
-    assert (own.free, own.others, own.card.flops) == (20 * GIB, 3 * GIB, 165e12)
+    assert (own.free, own.others, own.gpu.flops) == (20 * GIB, 3 * GIB, 165e12)
 
 
 def test_a_driver_that_does_not_answer_is_asked_through_torch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,13 +334,13 @@ def test_a_driver_that_does_not_answer_is_asked_through_torch(monkeypatch: pytes
     own = local_gpu()
     assert own is not None
     assert (own.free, own.others) == (9 * GIB, 0)
-    assert own.card.flops == CARD.flops  # of the known card that is nearest in memory
+    assert own.gpu.flops == GPU.flops  # of the known card that is nearest in memory
 
 
 def test_no_card_is_no_fault() -> None:
     if not torch.cuda.is_available():
         assert local_gpu() is None
-    assert cards.SPEEDS.keys()
+    assert gpus.SPEEDS.keys()
 
 
 # --- orpo-lite plan
@@ -352,8 +354,8 @@ def test_the_plan_of_a_shipped_recipe_needs_no_network(call: Call) -> None:
     assert {"peak_bytes", "parts", "flops_per_pair", "fits", "levers", "cards", "disk_bytes"} <= plan.keys()
     assert plan["fits"]
     assert plan["peak_bytes"] == sum(plan["parts"].values())
-    assert [row["card"] for row in plan["cards"]][1:] == [card.name for card in GPUS if card != CARD]
-    assert plan["cards"][0]["card"] == CARD.name
+    assert [row["card"] for row in plan["cards"]][1:] == [gpu.name for gpu in GPUS if gpu != GPU]
+    assert plan["cards"][0]["card"] == GPU.name
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
@@ -374,7 +376,7 @@ def test_the_screen_has_a_bar_a_part_and_a_row_a_card(call: Call, workspace: Pat
     assert "CUDA context (allowance)" in said
     assert "█" in said
     assert "memory.activation_checkpointing=0" in said
-    assert [card.name for card in GPUS if card.name not in said] == []
+    assert [gpu.name for gpu in GPUS if gpu.name not in said] == []
 
 
 def test_a_plan_that_does_not_fit_ends_with_6(call: Call, workspace: Path) -> None:
@@ -472,9 +474,9 @@ def test_a_base_that_cannot_be_counted_trains_with_its_levers_as_they_are(
 
 def test_padded_rows_are_planned_too() -> None:
     plans = planner(packing=False, micro_batch_size=2)
-    found = plans.plan(None, CARD)
+    found = plans.plan(None, GPU)
     assert found.measured.tokens == 2 * 2 * 512
-    assert found.peak > planner().plan(None, CARD).peak  # all logits
+    assert found.peak > planner().plan(None, GPU).peak  # all logits
 
 
 @pytest.mark.parametrize(
@@ -491,7 +493,7 @@ def test_a_card_is_known_by_its_whole_name(monkeypatch: pytest.MonkeyPatch, name
     pretend_card(monkeypatch, free=GIB, others=0, name=name)
     own = local_gpu()
     assert own is not None
-    assert own.card.bandwidth == (bandwidth or CARD.bandwidth)  # of the known card nearest in memory
+    assert own.gpu.bandwidth == (bandwidth or GPU.bandwidth)  # of the known card nearest in memory
 
 
 def test_a_budget_that_nothing_fits_leaves_no_run(small_recipe: Callable[..., Recipe]) -> None:
@@ -597,15 +599,15 @@ def test_no_gradient_of_a_step_that_ran_short_is_left(
 def test_an_embedding_set_to_the_host_is_counted_away_once() -> None:
     moved, least = planner(embedding_on_cpu=True), planner()
     assert least.tightest()["embedding_on_cpu"] is True
-    assert moved.least(CARD) == least.least(CARD)
+    assert moved.least(GPU) == least.least(GPU)
 
 
 def test_a_step_of_few_tokens_passes_at_once_where_there_is_room() -> None:
     """Nothing is gained by passes of one pair; a step may have fewer tokens than the sizes that are tried."""
     chosen = settings()
-    assert Planner(chosen, small(), worst_case(512, 2), "ampere").plan(None, CARD).levers["micro_batch_tokens"] == 2_048
+    assert Planner(chosen, small(), worst_case(512, 2), "ampere").plan(None, GPU).levers["micro_batch_tokens"] == 2_048
     short = worst_case(100, 2)
-    assert Planner(chosen, small(), short, "ampere").plan(None, CARD).levers["micro_batch_tokens"] == 400
+    assert Planner(chosen, small(), short, "ampere").plan(None, GPU).levers["micro_batch_tokens"] == 400
 
 
 def test_gpt2_is_planned_in_4_bit_as_it_is_loaded(tmp_path: Path) -> None:
@@ -631,11 +633,11 @@ def test_what_fits_no_card_ends_with_6_and_says_what_would(call: Call, workspace
 
 def test_levers_are_proposed_before_anything_is_trained_otherwise() -> None:
     plans = planner(packing=False, micro_batch_size=2, prompt_sharing=False)
-    (first, *_) = plans.changes(10 * GIB, CARD)
+    (first, *_) = plans.changes(10 * GIB, GPU)
     assert first.keys == {"memory.packing": True, "memory.prompt_sharing": True, "memory.micro_batch_size": 1}
     assert first.fits
     short = Planner(settings(), small(), worst_case(60, 2), "ampere")
-    assert all(change.keys.get("data.max_length", 0) <= 30 for change in short.changes(MIB, CARD))
+    assert all(change.keys.get("data.max_length", 0) <= 30 for change in short.changes(MIB, GPU))
 
 
 def test_a_limit_beyond_the_base_s_is_said(call: Call, workspace: Path) -> None:

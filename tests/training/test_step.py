@@ -223,7 +223,8 @@ def test_two_processes_give_the_gradient_of_one(tmp_path: Path) -> None:
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     here = Path(__file__).parent
-    done = subprocess.run([*launch, str(script), str(tmp_path), str(here), str(here.parent)], env=environment, capture_output=True, text=True)
+    launch += [str(script), str(tmp_path), str(here), str(here.parent)]
+    done = subprocess.run(launch, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     saved = torch.load(tmp_path / "gradients.pt")
     model = lora_model(tiny_llama())
