@@ -1,6 +1,6 @@
 """``python -m orpo_lite`` is ``orpo-lite``."""
 
-from orpo_lite.cli.commands import main
+from orpo_lite.cli import main
 
 if __name__ == "__main__":
     main()

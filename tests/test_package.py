@@ -134,7 +134,7 @@ def test_the_wheel_holds_the_package_the_licence_and_nothing_else(wheel: Path) -
         scripts = archive.read(f"{info}/entry_points.txt").decode()
     assert "License-Expression: Apache-2.0" in metadata
     assert "Requires-Python: >=3.11" in metadata
-    assert "orpo-lite = orpo_lite.cli.commands:main" in scripts
+    assert "orpo-lite = orpo_lite.cli:main" in scripts
 
 
 def test_the_wheel_says_that_it_is_typed(wheel: Path) -> None:

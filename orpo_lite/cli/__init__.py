@@ -2,3 +2,7 @@
 
 Order: console, data_view, finish, plan_view, quiet, commands.
 """
+
+from orpo_lite.cli.commands import main
+
+__all__ = ["main"]

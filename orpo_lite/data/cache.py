@@ -2,7 +2,7 @@
 
 An entry is a folder: ``ids.safetensors`` with all tokens one after the other, ``pairs.safetensors`` with what is known
 of each pair, and ``entry.json``, written last, with what was found on the way and the sha256 of all three. It is found
-by a key over all that tokens depend on, this wing's own code among it. Entries not used lately make room for new ones.
+by a key over all that tokens depend on, this package's code among it. Entries not used lately make room for new ones.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ class Writer:
 
 
 def make_key(**parts: Any) -> str:
-    """A key that changes with any of the parts, with this wing's code, and with the libraries that make tokens."""
+    """A key that changes with any of the parts, with this package's code, and with the libraries that make tokens."""
     parts |= {"code": _code(), "versions": {name: version(name) for name in LIBRARIES}}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 

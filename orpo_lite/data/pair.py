@@ -13,28 +13,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-@dataclass(frozen=True, slots=True)
-class TokenizedPair:
-    """A pair as two whole sequences, prompt + response + end token, each cut at data.max_length."""
-
-    chosen_ids: Sequence[int] | NDArray[numpy.int32]
-    rejected_ids: Sequence[int] | NDArray[numpy.int32]
-    chosen_start: int  # index of the first response token
-    rejected_start: int
-    where: str
-    prompt: bytes = b""  # pairs.prompt_key: the held-out side is split by it
-    chosen_cut: int = 0  # tokens beyond data.max_length
-    rejected_cut: int = 0
-    without_system: bool = False  # the chat template leaves the system text out
-
-
-def common_prefix(one: NDArray[numpy.int32], other: NDArray[numpy.int32]) -> int:
-    """How many tokens two sequences begin with in common; prompt, boundary and shared openings of replies alike."""
-    shorter = min(len(one), len(other))
-    differ = (one[:shorter] != other[:shorter]).nonzero()[0]
-    return int(differ[0]) if len(differ) else shorter
-
-
 Message = dict[str, str]  # {"role": system, user or assistant, "content": text}
 Row = Mapping[str, Any]
 
@@ -84,3 +62,25 @@ class Pair:
 
 class ToolError(DataError):
     """A call of a tool, or what it gave. Such rows are many or none, and one message speaks of them all."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedPair:
+    """A pair as two whole sequences, prompt + response + end token, each cut at data.max_length."""
+
+    chosen_ids: Sequence[int] | NDArray[numpy.int32]
+    rejected_ids: Sequence[int] | NDArray[numpy.int32]
+    chosen_start: int  # index of the first response token
+    rejected_start: int
+    where: str
+    prompt: bytes = b""  # pairs.prompt_key: the held-out side is split by it
+    chosen_cut: int = 0  # tokens beyond data.max_length
+    rejected_cut: int = 0
+    without_system: bool = False  # the chat template leaves the system text out
+
+
+def common_prefix(one: NDArray[numpy.int32], other: NDArray[numpy.int32]) -> int:
+    """How many tokens two sequences begin with in common; prompt, boundary and shared openings of replies alike."""
+    shorter = min(len(one), len(other))
+    differ = (one[:shorter] != other[:shorter]).nonzero()[0]
+    return int(differ[0]) if len(differ) else shorter

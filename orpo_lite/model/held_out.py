@@ -21,11 +21,11 @@ def evaluate(
     pad_id: int,
     processes: Processes,
 ) -> Generator[tuple[int, int], None, dict[str, float]]:
-    """Metrics on ``pairs`` under the objective's names with the prefix ``eval_``; {} for no pairs. Yields (batch,
-    batches).
+    """Return metrics of ``pairs`` under the objective's names with the prefix ``eval_``; {} for no pairs.
 
-    The NLL is divided by the tokens of all pairs, so the figure does not depend on the micro-batch. Nothing of the
-    training that follows changes by a bit: no dropout, no generator is touched, the 4-bit weights stay as they are.
+    Yields (batch, batches). The NLL is divided by the tokens of all pairs, so the figure does not depend on the
+    micro-batch. Nothing of the training that follows changes by a bit: no dropout, no generator is touched, the 4-bit
+    weights stay as they are.
     """
     if not pairs:
         return {}

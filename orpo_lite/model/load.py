@@ -68,7 +68,7 @@ def bare_base(recipe: Recipe, config: Any, dtype: torch.dtype, device: torch.dev
 
 
 def _with_step(model: nn.Module, recipe: Recipe, folder: Path | None) -> PairModel:
-    """Frozen, with its adapter and the levers of ``memory``."""
+    """Return the model frozen, with its adapter and the settings of ``memory``."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     experts = sum(p.nbytes for n, p in model.named_parameters() if "expert" in n and p.ndim == 3)  # a layer's in one

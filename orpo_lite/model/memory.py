@@ -9,7 +9,7 @@ from orpo_lite.recipe.schema import Recipe
 
 
 def apply_memory_settings(model: PairModel, recipe: Recipe) -> None:
-    """Give the loaded model the levers of ``memory``; none of them changes loss or gradient."""
+    """Apply the recipe's settings to the loaded model."""
     memory = recipe.memory.unplanned()
     if memory.fused_lora and (left := fuse_lora(model.model)):
         model.notes.append(f"memory.fused_lora: {len(left)} adapted layers keep peft's own operation ({left[0]} ...)")

@@ -13,6 +13,8 @@ from orpo_lite.recipe.schema import Recipe
 from orpo_lite.runs.inputs import Inputs
 from orpo_lite.runs.records import read_json, refuse_lacking
 
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors")
+
 
 def read_recipe(path: Path) -> Recipe:
     """The recipe of an existing run. Raises :class:`CheckpointError`."""
@@ -64,26 +66,23 @@ def refuse_other_shape(path: Path, lock: Mapping[str, Any], shape: Mapping[str, 
             )
 
 
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors")
-
-
-def make_lock(recipe: Recipe, ready: Inputs) -> dict[str, Any]:
+def make_lock(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
     """What the run was resolved to: enough to repeat it and to merge it."""
     return {
         "orpo_lite": version("orpo-lite"),
         "versions": {name: version(name) for name in PACKAGES},
         "python": sys.version.split()[0],
         "base": {
-            "name": ready.base.name,
-            "revision": ready.base.revision,
-            "path": str(ready.base.path),
-            "fingerprint": ready.base.fingerprint,
+            "name": inputs.base.name,
+            "revision": inputs.base.revision,
+            "path": str(inputs.base.path),
+            "fingerprint": inputs.base.fingerprint,
         },
-        "data": {"name": ", ".join(recipe.data.names), "sha256": ready.figures["sha256"]},
-        "tokens": {"name": "as tokens", "sha256": _sha256(f"{ready.train.sha256} {ready.test.sha256}")},
-        "chat_template": {"name": recipe.data.chat_template, "sha256": _sha256(str(ready.tokenizer.chat_template))},
+        "data": {"name": ", ".join(recipe.data.names), "sha256": inputs.figures["sha256"]},
+        "tokens": {"name": "as tokens", "sha256": _sha256(f"{inputs.train.sha256} {inputs.test.sha256}")},
+        "chat_template": {"name": recipe.data.chat_template, "sha256": _sha256(str(inputs.tokenizer.chat_template))},
         "lora": adapter_shape(recipe),
-        "end_token_id": ready.end_id,
+        "end_token_id": inputs.end_id,
         "seed": recipe.training.seed,
     }
 

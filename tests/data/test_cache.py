@@ -259,7 +259,7 @@ def test_an_error_leaves_the_entry_that_was_there() -> None:
 CHILD = """
 import sys, time
 from orpo_lite.data import cache
-from orpo_lite.data.tokens import TokenizedPair
+from orpo_lite.data.pair import TokenizedPair
 KEY = sys.argv[1]
 PAIRS = [TokenizedPair([1, 2, i], [1, 3], 1, 1, f"x:{i}", bytes(16)) for i in range(9)]
 """

@@ -551,7 +551,8 @@ def test_who_stops_early_leaves_nothing_behind(bpe: PreTrainedTokenizerFast, err
 def test_it_ends_with_its_parent(bpe: PreTrainedTokenizerFast) -> None:
     """Nobody is left to kill it when the parent was killed: then its input ends."""
     code = (
-        "import os; from orpo_lite.data.templates import LimitedRenderer, Template\n"
+        "import os; from orpo_lite.data.chat_template import Template\n"
+        "from orpo_lite.data.render_process import LimitedRenderer\n"
         "limited = LimitedRenderer(Template('{{ 1 }}', {}, [], [], ''))\n"
         "print(limited._process.pid, flush=True)\nos.kill(os.getpid(), 9)\n"
     )

@@ -610,7 +610,7 @@ def test_each_type_rounds_as_it_says(tmp_path: Path) -> None:
 def test_shards_are_read_and_no_more_than_a_block_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import tracemalloc
 
-    from orpo_lite.base import blocks as weights
+    from orpo_lite.base import blocks
     from orpo_lite.exporting import gguf_file
 
     model = tiny_llama(20_000, hidden_size=256, num_hidden_layers=1)  # an embedding and an output of 20 MB each
@@ -618,12 +618,12 @@ def test_shards_are_read_and_no_more_than_a_block_is_held(tmp_path: Path, monkey
     whole = read_back(only_file(export(run, "gguf", outtype="q8_0").folder))[1]
     model.save_pretrained(run / "merged", max_shard_size="8MB")
     (run / "merged" / "model.safetensors").unlink()
-    monkeypatch.setattr(weights, "BLOCK", 1 << 18)
+    monkeypatch.setattr(blocks, "BLOCK", 1 << 18)
     held = []
 
     def read_rows(rows: Any) -> Any:
-        held.append(weights.read_rows(rows).nbytes)
-        return weights.read_rows(rows)
+        held.append(blocks.read_rows(rows).nbytes)
+        return blocks.read_rows(rows)
 
     monkeypatch.setattr(gguf_file, "read_rows", read_rows)
     export(run, "gguf", outtype="q8_0")  # the libraries are loaded, and what they keep is kept

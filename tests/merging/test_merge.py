@@ -26,7 +26,7 @@ from test_loop import Trained, train_all
 from torch import Tensor, nn
 
 from orpo_lite import merge, verify
-from orpo_lite.base import blocks as weights
+from orpo_lite.base import blocks
 from orpo_lite.base.blocks import in_blocks, read_header, read_tensor, stored_tensors
 from orpo_lite.base.find import fingerprint
 from orpo_lite.errors import CheckpointError, FitError, ModelError, RecipeError
@@ -185,8 +185,8 @@ def test_weights_go_through_4_bit_as_in_training(nested: bool, shape: tuple[int,
     save_file({"w": matrix}, tmp_path / "w.safetensors")
     (stored,) = read_header(tmp_path / "w.safetensors")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weights, "BLOCK", 64 * 96 * 4)
-        pieces = [(rows, weights.read_rows(rows)) for rows in in_blocks(stored)]
+        patch.setattr(blocks, "BLOCK", 64 * 96 * 4)
+        pieces = [(rows, blocks.read_rows(rows)) for rows in in_blocks(stored)]
     found = torch.cat(
         [block for _, block in dequantised(pieces, QuantizationSection(bnb_4bit_use_double_quant=nested))]
     )
@@ -503,9 +503,9 @@ def test_files_of_weights_are_read_and_written_as_by_safetensors(tmp_path: Path)
     for most, count in ((10**9, 1), (300, 6)):
         folder = tmp_path / str(most)
         folder.mkdir()
-        files = weights.shards(stored.values(), most)
-        pieces = (weights.read_rows(rows) for held in files for each in held for rows in in_blocks(each))
-        assert list(weights.write_model(folder, files, pieces))[-1] == sum(t.nbytes for t in tensors.values())
+        files = blocks.shards(stored.values(), most)
+        pieces = (blocks.read_rows(rows) for held in files for each in held for rows in in_blocks(each))
+        assert list(blocks.write_model(folder, files, pieces))[-1] == sum(t.nbytes for t in tensors.values())
         assert len(list(folder.glob("*.safetensors"))) == len(files) >= count - 3
         found = {}
         for file in folder.glob("*.safetensors"):

@@ -15,7 +15,7 @@ from orpo_lite.api import train_events
 from orpo_lite.data.packing import Batching, make_batch, micro_batches
 from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.errors import ModelError
-from orpo_lite.model import probe as proof
+from orpo_lite.model import probe as model_probe
 from orpo_lite.model.load import _without_dropout, bare_pair_model
 from orpo_lite.model.memory import apply_memory_settings
 from orpo_lite.model.pair_model import PairModel
@@ -261,7 +261,7 @@ def test_code_that_takes_no_packed_row_is_named_in_words() -> None:
     ],
 )
 def test_a_window_is_known_by_any_name(keys: dict[str, Any], window: int | None) -> None:
-    assert proof._smallest_window(hf.PretrainedConfig(**keys)) == window
+    assert model_probe._smallest_window(hf.PretrainedConfig(**keys)) == window
 
 
 def test_an_auxiliary_loss_is_said_to_be_left_out() -> None:
@@ -458,7 +458,7 @@ def test_a_window_that_is_not_kept_is_caught(name: str, monkeypatch: pytest.Monk
         return honest(*args, **kwargs | {"sliding_window": None})
 
     hf.AttentionInterface.register(attention.NAME, blind)
-    monkeypatch.setattr(proof, "_random_pairs", short_pairs)
+    monkeypatch.setattr(model_probe, "_random_pairs", short_pairs)
     try:
         model = adapted(SHARED[name])
         probe(model, 256)
@@ -471,12 +471,12 @@ def test_a_window_that_is_not_kept_is_caught(name: str, monkeypatch: pytest.Monk
         hf.AttentionInterface.register(attention.NAME, honest)
 
 
-random_pairs = proof._random_pairs
+random_pairs = model_probe._random_pairs
 
 
 def short_pairs(config: Any, lengths: list[tuple[int, int, int]]) -> list[TokenizedPair]:
     """The long pairs as they are, the others so short that no window matters."""
-    return random_pairs(config, [(3, 2, 3), (1, 4, 2)] if lengths[:1] == proof.SHORT[:1] else lengths)
+    return random_pairs(config, [(3, 2, 3), (1, 4, 2)] if lengths[:1] == model_probe.SHORT[:1] else lengths)
 
 
 def test_a_model_that_asks_for_a_mask_is_refused_by_name() -> None:

@@ -39,7 +39,7 @@ from orpo_lite.data.packing import packed_tokens
 from orpo_lite.errors import FitError, ModelError, RecipeError
 from orpo_lite.model.load import bare_pair_model, load_pair_model
 from orpo_lite.model.pair_model import PairModel
-from orpo_lite.planning import gpus as gpus
+from orpo_lite.planning import gpus
 from orpo_lite.planning.extrapolate import LayerExtrapolation
 from orpo_lite.planning.gpus import GPUS, local_gpu
 from orpo_lite.planning.measure import StepMemory, heaviest, measure
@@ -51,7 +51,7 @@ from orpo_lite.recipe.schema import LEVERS, Recipe
 from orpo_lite.recipe.text import read_bytes
 from orpo_lite.runs.interrupt import Interrupted
 from orpo_lite.runs.records import read_json
-from orpo_lite.training import step as gradient
+from orpo_lite.training import step as training_step
 
 plan_bench = pytest.importorskip("benchmarks.plan", reason="TRL, the peer, comes with the extra `bench`")
 MIB, GIB = 2**20, 2**30
@@ -590,7 +590,7 @@ def test_no_gradient_of_a_step_that_ran_short_is_left(
         return honest(self, batch)
 
     monkeypatch.setattr(PairModel, "forward", forward)
-    with pytest.raises(gradient.OutOfMemory):
+    with pytest.raises(training_step.OutOfMemory):
         gradients(model, pairs, chosen)
     assert len(calls) == 2
     assert all(parameter.grad is None for _, parameter in model.trained())

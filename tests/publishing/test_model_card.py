@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 
 from orpo_lite.errors import CheckpointError, ModelError, RecipeError
 from orpo_lite.evaluation.verify import Row, Verdict
-from orpo_lite.publishing import licences as licence
+from orpo_lite.publishing import licences
 from orpo_lite.publishing.card_facts import SOMEWHERE, Shown
 from orpo_lite.publishing.edited_card import adopt_card, changed_card, is_own, loads_adapter
 from orpo_lite.publishing.licences import (
@@ -109,7 +109,7 @@ def test_of_a_merged_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize("said", [{"license": "other", "license_name": "x-1", "license_link": "https://x.org/1"}, {}])
 def test_the_licence_is_that_of_the_bases_card_or_none(tmp_path: Path, said: dict[str, str]) -> None:
     card = read(make_run(tmp_path, licences={"base": said, "data": {}}))
-    assert {key: card.data.get(key) for key in licence.KEYS if card.data.get(key)} == said
+    assert {key: card.data.get(key) for key in licences.KEYS if card.data.get(key)} == said
     assert ("is not known here" in card.text) is (not said)
 
 
@@ -711,7 +711,7 @@ def test_the_hub_is_asked_for_a_licence_that_the_cache_lacks(tmp_path: Path, mon
         asked.append(cached)
         return tmp_path if cached else there
 
-    monkeypatch.setattr(licence, "fetch_license_files", fetch)
+    monkeypatch.setattr(licences, "fetch_license_files", fetch)
     assert find_license_files({"license": "llama3.1"}, "lab/base", COMMIT, tmp_path)["LICENSE"] == there / "LICENSE"
     assert asked == [True, False]
     find_license_files({"license": "llama3.1"}, "lab/base", COMMIT, tmp_path, [there])
@@ -726,11 +726,11 @@ def test_only_the_licences_that_are_lacking_are_asked_for(tmp_path: Path, monkey
         asked.append(name)
         return tmp_path
 
-    monkeypatch.setattr(licence, "fetch_license_files", fetch)
+    monkeypatch.setattr(licences, "fetch_license_files", fetch)
     known = {"base": {"license": "gemma"}, "data": {"lab/pairs": {}, "lab/more": {"license": "cc0-1.0"}}}
     names = ["lab/pairs", "lab/more", "/a/file.jsonl"]
     data = {"lab/pairs": {"license": "mit"}, "lab/more": {"license": "cc0-1.0"}}
-    found = licence.read_licences("lab/base", COMMIT, tmp_path, names, known)
+    found = licences.read_licences("lab/base", COMMIT, tmp_path, names, known)
     assert found == {"base": {"license": "gemma"}, "data": data}
     assert asked == ["lab/pairs"]
-    assert licence.read_licences("lab/base", COMMIT, tmp_path, [])["base"] == {"license": "mit"}
+    assert licences.read_licences("lab/base", COMMIT, tmp_path, [])["base"] == {"license": "mit"}

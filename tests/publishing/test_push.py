@@ -28,9 +28,8 @@ from orpo_lite.base.find import find_base
 from orpo_lite.errors import CheckpointError, HubError, ModelError, OrpoLiteError, RecipeError
 from orpo_lite.merging.merge import merge
 from orpo_lite.model.generate import NEUTRAL
-from orpo_lite.publishing import licences as licence
-from orpo_lite.publishing import retry as attempts
-from orpo_lite.publishing import upload
+from orpo_lite.publishing import licences, upload
+from orpo_lite.publishing import retry as publishing_retry
 from orpo_lite.publishing.push import PushResult, push, push_command, push_events
 from orpo_lite.recipe.reader import load_recipe
 from orpo_lite.runs.atomic import locked
@@ -84,10 +83,10 @@ def on_the_hub(a_run: Path, hub: Hub) -> Path:
     return a_run
 
 
-def licensed(run: Path, **licence: str) -> Path:
+def licensed(run: Path, **licences: str) -> Path:
     """The run with what the card of its base says of the licence."""
     lock = json.loads((run / "lock.json").read_text())
-    lock["licences"]["base"] = licence
+    lock["licences"]["base"] = licences
     (run / "lock.json").write_text(json.dumps(lock))
     return run
 
@@ -490,7 +489,7 @@ def test_offline(a_run: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_hub_that_is_not_there(a_run: Path, hub: Hub, slept: list[float]) -> None:
     hub.stop()
     assert "cannot be reached (ConnectError" in no_push(a_run, hub)
-    assert len(slept) == attempts.ATTEMPTS - 1
+    assert len(slept) == publishing_retry.ATTEMPTS - 1
 
 
 @pytest.mark.parametrize("name", ["a b/c", "x--y", "someone/../x", "someone/x.git", "a/b/c", "", "-x"])
@@ -686,7 +685,7 @@ def test_files_that_share_an_address_share_no_attempts(a_run: Path, hub: Hub, mo
 def test_a_hub_that_never_answers(
     a_run: Path, hub: Hub, slept: list[float], monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
-    monkeypatch.setattr(attempts, "TIMEOUT", 0.2)
+    monkeypatch.setattr(publishing_retry, "TIMEOUT", 0.2)
     hub.fail(at, hang=True)
     assert "ReadTimeout" in no_push(a_run, hub)
     hub.faults.clear()
@@ -722,7 +721,7 @@ def test_an_upload_that_was_cut_off_goes_on_where_it_was(a_run: Path, hub: Hub, 
 def test_a_request_is_made_four_times_in_all(
     a_run: Path, hub: Hub, slept: list[float], monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
-    monkeypatch.setattr(attempts, "TIMEOUT", 0.1)
+    monkeypatch.setattr(publishing_retry, "TIMEOUT", 0.1)
     troubles: list[dict[str, Any]] = [{"hang": True}, {"status": 503}, {"cut": True}]
     for trouble in troubles[: 2 if at == "whoami" else 3]:  # of a request that reads it is the answer that is cut
         hub.faults.clear()
@@ -781,7 +780,7 @@ def test_a_wait_that_is_too_long_for_the_client_too(a_run: Path, hub: Hub, slept
 
 
 def test_waits_grow_and_are_not_those_of_everybody(hub: Hub) -> None:
-    first, second, third = ({attempts._wait(TimeoutError(), n) for _ in range(20)} for n in (1, 2, 3))
+    first, second, third = ({publishing_retry._wait(TimeoutError(), n) for _ in range(20)} for n in (1, 2, 3))
     assert max(first) < min(second) <= max(second) < min(third)  # type: ignore[type-var]
     assert len(first) > 1
 
@@ -988,7 +987,7 @@ def test_a_base_without_a_licence_is_not_given_one(a_run: Path, hub: Hub) -> Non
     notes = [update.text for update in push_events(a_run, REPO) if update.kind == "note"]
     assert any("names no licence" in note for note in notes)
     card = ModelCard(hub.written[REPO].files["README.md"].decode())
-    assert not [key for key in (*licence.KEYS, "base_model") if card.data.get(key)]
+    assert not [key for key in (*licences.KEYS, "base_model") if card.data.get(key)]
     assert "is not known here" in card.text
 
 
@@ -996,9 +995,9 @@ def test_a_hub_that_cannot_be_reached_is_not_waited_for_to_learn_a_licence(hub: 
     base = find_base(NAME, "main")
     hub.fail("/", 503)
     before = len(hub.requests)
-    assert licence.read_licences(NAME, COMMIT, base.path, ["lab/pairs"]) == {"base": {}, "data": {"lab/pairs": {}}}
+    assert licences.read_licences(NAME, COMMIT, base.path, ["lab/pairs"]) == {"base": {}, "data": {"lab/pairs": {}}}
     hub.stop()
-    assert licence.read_licences(NAME, COMMIT, base.path, ["lab/pairs"]) == {"base": {}, "data": {"lab/pairs": {}}}
+    assert licences.read_licences(NAME, COMMIT, base.path, ["lab/pairs"]) == {"base": {}, "data": {"lab/pairs": {}}}
     assert len(hub.requests) == before + 2
     assert slept == []
 
@@ -1009,9 +1008,9 @@ def test_licences_of_base_and_data_from_their_cards(hub: Hub) -> None:
     (hub.folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     base = find_base(NAME, "main")
     known = {"base": {"license": "apache-2.0"}, "data": {SET: {"license": "cc-by-nc-4.0"}}}
-    assert licence.read_licences(NAME, COMMIT, base.path, [SET, "/a/file.jsonl", "builtin:two-tones"]) == known
+    assert licences.read_licences(NAME, COMMIT, base.path, [SET, "/a/file.jsonl", "builtin:two-tones"]) == known
     hub.stop()
-    assert licence.read_licences(NAME, COMMIT, base.path, [SET]) == known
+    assert licences.read_licences(NAME, COMMIT, base.path, [SET]) == known
 
 
 # --- a card changed by hand

@@ -19,7 +19,7 @@ from conftest import byte_tokenizer, write_pairs
 
 from orpo_lite.base.find import load_tokenizer
 from orpo_lite.data import cache
-from orpo_lite.data import dataset as data_sides
+from orpo_lite.data import dataset as data_dataset
 from orpo_lite.data.cache import TokenizedPairs
 from orpo_lite.data.chat_template import SPECIAL, set_chat_template
 from orpo_lite.data.pair import EMPTY_CHOSEN, Pair, TokenizedPair
@@ -42,7 +42,7 @@ pytestmark = pytest.mark.usefixtures("token_cache", "rendered_here")
 @pytest.fixture
 def rendered_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Templates are rendered in this process, which takes no second to start."""
-    monkeypatch.setattr(data_sides, "LimitedRenderer", Renderer)
+    monkeypatch.setattr(data_dataset, "LimitedRenderer", Renderer)
 
 
 def sides(
@@ -80,7 +80,7 @@ def tokenised(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             places.append(pair.where)
             yield pair, tokens
 
-    monkeypatch.setattr(data_sides, "tokenize_pairs", count)
+    monkeypatch.setattr(data_dataset, "tokenize_pairs", count)
     return places
 
 
@@ -88,7 +88,7 @@ def tokenised(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_second_start_does_not_tokenise(
     small_recipe: Build, tokenised: list[str], template: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data_sides, "LimitedRenderer", LimitedRenderer)
+    monkeypatch.setattr(data_dataset, "LimitedRenderer", LimitedRenderer)
     recipe = small_recipe(f"data.chat_template={template}")
     train, test, found = sides(recipe)
     assert tokenised == [f"pairs.jsonl:{line}" for line in range(1, 41)]
@@ -237,7 +237,7 @@ def test_shared_prompts_are_said(small_recipe: Build) -> None:
 def test_a_stop_in_the_middle_leaves_nothing(
     small_recipe: Build, token_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data_sides, "LimitedRenderer", LimitedRenderer)
+    monkeypatch.setattr(data_dataset, "LimitedRenderer", LimitedRenderer)
     write_pairs(Path("pairs.jsonl"), 600)
     threads, processes = threading.active_count(), psutil.Process().children()
     for stop in (GeneratorExit, KeyboardInterrupt):

@@ -13,7 +13,8 @@ from typing import IO, Any, cast
 
 from orpo_lite.errors import DataError
 
-Place = tuple[str, Mapping[str, Any]]  # where a row stands, and the row
+Place = tuple[str, Mapping[str, Any]]
+"""Where a row is ("pairs.jsonl:12", "table.parquet[11]", "train[11]"), and the row."""
 
 KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
