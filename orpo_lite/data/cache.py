@@ -245,18 +245,18 @@ def new_entry(key: str) -> Iterator[Writer]:
         final = parent / key
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
-        _make_room(parent)
+        _make_room(parent, final)
     finally:
         writer.abandon()
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _make_room(parent: Path) -> None:
+def _make_room(parent: Path, newest: Path) -> None:
     """Remove the entries that were not used lately; who reads one keeps its files until it is done."""
     used: dict[Path, float] = {}
     for child in parent.iterdir():
         with suppress(OSError):  # another process may have removed it
-            used[child] = child.stat().st_mtime
+            used[child] = time.time() + DAY if child == newest else child.stat().st_mtime  # clocks go back at times
     entries = sorted((child for child in used if ENTRY.fullmatch(child.name)), key=used.__getitem__)
     unfinished = [child for child in used if UNFINISHED.fullmatch(child.name)]
     abandoned = [child for child in unfinished if used[child] < time.time() - DAY]  # by a process that was killed

@@ -440,6 +440,14 @@ def test_the_sum_of_a_tokenizer(tmp_path: Path) -> None:
     assert cache.tokenizer_sha256(tmp_path) == before
 
 
+def test_the_newest_entry_stays_whatever_the_clock_says(token_cache: Path) -> None:
+    """Where the clock has gone back since, all others look newer."""
+    for key in keys(cache.KEPT):
+        write(some_pairs(1), key)
+        os.utime(token_cache / key, (time.time() + 60, time.time() + 60))
+    check_equal(write(some_pairs(2)), some_pairs(2))
+
+
 def test_code_in_any_folder_of_the_package_is_part_of_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else tokens that older code made would be taken for those of today."""
     (tmp_path / "formats").mkdir()
