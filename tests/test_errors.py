@@ -26,7 +26,6 @@ WRONG = [
     ["lora.target_modules=query"],
     ["data.dataset_name=./renamed.jsonl"],
     ["data.test_split_size=40"],
-    ["data.format=messages", "data.chat_template=none"],
 ]
 
 

@@ -494,7 +494,7 @@ def test_a_table_is_not_read_for_a_column_that_its_head_does_not_name(
         opened.append(file.label)
         return read_rows(file, faults)
 
-    read_rows = read_file
+    read_rows = sources_local.read_file
     monkeypatch.setattr(sources_local, "read_file", read_file)
     (tmp_path / "a.csv").write_text("prompt,chosen,rejected\n" + "q,a,b\n" * 150)
     table = datasets.Dataset.from_list(some_rows(150))

@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, Answer, byte_tokenizer
 from rich.console import Console
 
-from orpo_lite.cli import console as cli_console
+from orpo_lite.cli import data_view
 from orpo_lite.cli.data_view import print_pair, visible
 from orpo_lite.data.formats.column_map import LOOK
 
@@ -78,7 +78,7 @@ def test_the_pair_is_legible_without_colour(look: Look) -> None:
 def test_each_kind_of_segment_has_a_colour_on_a_terminal(look: Look, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Console(force_terminal=True, color_system="standard", highlight=False, markup=False, soft_wrap=True)
     with terminal.capture() as captured:
-        monkeypatch.setattr(cli_console, "out", terminal)
+        monkeypatch.setattr(data_view, "out", terminal)
         print_pair(json.loads(json.dumps(SAMPLE)))
     shown = captured.get()
     for text, style in (("Hi", "36"), ("Yes", "32"), ("[end: </s>]", "1;35"), ("[cut off: way.</s>]", "31")):
