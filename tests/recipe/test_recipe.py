@@ -749,5 +749,5 @@ def test_the_values_offered_are_the_owners_own() -> None:
 
 
 def test_the_schema_needs_no_torch() -> None:
-    code = "import sys; from orpo_lite.recipe.reader import load_recipe; load_recipe('demo'); assert 'torch' not in sys.modules"
+    code = "import sys, orpo_lite; orpo_lite.load_recipe('demo'); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
