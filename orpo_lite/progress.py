@@ -13,6 +13,7 @@ class Update:
 
     kind: Literal["stage", "note", "step", "eval"]
     text: str = ""
+    """What is being done, what the person should know, or the metrics of a step or an evaluation as a line."""
     step: int = 0
     steps: int = 0
     metrics: Mapping[str, float] = field(default_factory=dict)

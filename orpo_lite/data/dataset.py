@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from orpo_lite.data import cache
 from orpo_lite.data.cache import TokenizedPairs
@@ -27,10 +27,7 @@ from orpo_lite.data.render_process import LimitedRenderer, Renderer
 from orpo_lite.data.sources.source import Source
 from orpo_lite.data.tokenize import LONG_PROMPT, end_token_id, show_texts, tokenize_pairs
 from orpo_lite.errors import FULL, DataError, FitError
-
-if TYPE_CHECKING:
-    from orpo_lite.recipe.schema import DataSection
-
+from orpo_lite.recipe.schema import DataSection
 
 # What to do when that is why no pair is left.
 HINTS = {

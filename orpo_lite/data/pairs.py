@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain, islice, pairwise
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from orpo_lite.data.formats.column_map import LOOK, first_with, found_columns, held_columns, lacking_columns, mapped_row
 from orpo_lite.data.formats.columns import ColumnProfile, map_line, plain_name, shown
@@ -22,10 +22,7 @@ from orpo_lite.data.formats.values import CHAT, is_blank, kind_of
 from orpo_lite.data.pair import EMPTY_CHOSEN, EMPTY_REJECTED, Pair, Row, ToolError
 from orpo_lite.data.sources.source import Source, names_line
 from orpo_lite.errors import SHOWN, DataError, Overrides, raise_all
-
-if TYPE_CHECKING:
-    from orpo_lite.recipe.schema import DataSection
-
+from orpo_lite.recipe.schema import DataSection
 
 # Reasons to leave a pair out, beside those of readers.py: the paper's, Appendix C.
 EQUAL = "chosen and rejected are equal"

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from orpo_lite.data.formats.column_map import check_mapped
 from orpo_lite.data.formats.columns import shown
@@ -17,10 +17,7 @@ from orpo_lite.data.pair import Pair
 from orpo_lite.data.sources.find import find_source, refuse_twice
 from orpo_lite.data.sources.source import Source, is_local, is_path, names_line
 from orpo_lite.errors import DataError, Overrides
-
-if TYPE_CHECKING:
-    from orpo_lite.recipe.schema import DataSection
-
+from orpo_lite.recipe.schema import DataSection
 
 Held = TypeVar("Held")  # whatever is split by prompt
 

@@ -16,11 +16,10 @@ from orpo_lite.data.pair import Pair, TokenizedPair
 from orpo_lite.data.render_process import Renderer
 from orpo_lite.data.split import prompt_key
 from orpo_lite.errors import ModelError, OrpoLiteError, raise_all
+from orpo_lite.recipe.schema import DataSection
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
-
-    from orpo_lite.recipe.schema import DataSection
 
 
 # Reasons to leave a pair out, seen when it is tokenised.

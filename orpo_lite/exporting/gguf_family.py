@@ -16,7 +16,6 @@ from orpo_lite.base.blocks import Stored, in_blocks, read_rows
 from orpo_lite.errors import ModelError
 
 VLLM = "orpo-lite export RUN --to vllm"  # what remains where llama.cpp cannot
-LAYER = "model.layers.{}."
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 

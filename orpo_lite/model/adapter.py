@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from orpo_lite.base.adapter import read_adapter_config
@@ -17,8 +19,6 @@ META = torch.device("meta")
 
 def add_lora(model: nn.Module, recipe: Recipe, folder: Path | None) -> nn.Module:
     """The model with a new adapter, of the recipe's shape or of that of the adapter in ``folder``."""
-    from peft import LoraConfig, get_peft_model
-
     lora = recipe.lora
     if folder:
         config = read_adapter_config(folder)
@@ -71,8 +71,6 @@ def _not_adapted(model: Any) -> list[str]:
 @torch.no_grad()
 def _init_orthogonal(model: nn.Module, recipe: Recipe) -> None:
     """peft's orthogonal_init, which takes the dtype of the base's weights and so fails on a 4-bit one."""
-    from peft.tuners.lora import LoraLayer
-
     rank = recipe.lora.r
     if rank % 2:
         raise RecipeError(
@@ -91,16 +89,12 @@ def _init_orthogonal(model: nn.Module, recipe: Recipe) -> None:
 
 def adapter_tensors(model: PairModel) -> dict[str, Tensor]:
     """The adapter's tensors under peft's names, on the CPU."""
-    from peft import get_peft_model_state_dict
-
     state: dict[str, Tensor] = get_peft_model_state_dict(model.model)
     return {name: tensor.detach().to("cpu").contiguous() for name, tensor in state.items()}
 
 
 def set_adapter(model: PairModel, tensors: dict[str, Tensor]) -> None:
     """Load :func:`adapter_tensors` back. Raises :class:`ModelError` when names or shapes differ."""
-    from peft import set_peft_model_state_dict
-
     own = {name: tensor.shape for name, tensor in adapter_tensors(model).items()}
     given = {name: tensor.shape for name, tensor in tensors.items()}
     if differing := {name for name, _ in own.items() ^ given.items()}:

@@ -8,6 +8,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from orpo_lite.base.adapter import find_adapter
 from orpo_lite.base.find import Base
@@ -56,8 +57,6 @@ def bare_pair_model(recipe: Recipe, config: Any, dtype: torch.dtype, device: tor
 
 def bare_base(recipe: Recipe, config: Any, dtype: torch.dtype, device: torch.device = META) -> Any:
     """The base of :func:`bare_pair_model`, quantised as the recipe says."""
-    from transformers import AutoModelForCausalLM
-
     with device:
         model = AutoModelForCausalLM.from_config(_without_dropout(config), dtype=dtype)
     if device == META:
@@ -82,8 +81,6 @@ def _with_step(model: nn.Module, recipe: Recipe, folder: Path | None) -> PairMod
 
 def load_base(recipe: Recipe, base: Base, device: torch.device) -> nn.Module:
     """The base alone, loaded as the recipe says. Raises FitError, ModelError."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
     dtype = choose_dtype(recipe.model.dtype, device_kind(device))
     options: dict[str, Any] = {
         "config": _without_dropout(base.config),

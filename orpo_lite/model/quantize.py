@@ -2,8 +2,11 @@
 
 from typing import Any
 
+import bitsandbytes as bnb
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.quantizers.base import get_keys_to_not_convert
 
 from orpo_lite.model.adapter import META
 from orpo_lite.recipe.schema import Recipe
@@ -14,9 +17,6 @@ def skipped_modules(recipe: Recipe, config: Any, device: torch.device) -> list[s
 
     Its kernel for CPUs (0.50) dequantises rows of an odd multiple of 32 elements wrongly. [] where nothing is wrong.
     """
-    from transformers import AutoModelForCausalLM
-    from transformers.quantizers.base import get_keys_to_not_convert
-
     if device.type != "cpu" or not recipe.quantization.load_in_4bit:
         return []
     with META:
@@ -50,11 +50,9 @@ def layer_shape(layer: Any) -> tuple[int, int]:
 
 def _is_wrong(width: int) -> bool:
     """Whether rows of so many elements come back from 4 bit otherwise than the same elements as one row do."""
-    from bitsandbytes import functional
-
     matrix = torch.randn(64, width, generator=torch.Generator().manual_seed(0))
-    quantised = (functional.quantize_4bit(part, quant_type="nf4") for part in (matrix, matrix.view(1, -1)))
-    rows, row = (functional.dequantize_4bit(*pair) for pair in quantised)
+    quantised = (bnb.functional.quantize_4bit(part, quant_type="nf4") for part in (matrix, matrix.view(1, -1)))
+    rows, row = (bnb.functional.dequantize_4bit(*pair) for pair in quantised)
     return not torch.equal(rows.flatten(), row.flatten())
 
 
@@ -66,8 +64,6 @@ def compute_dtype(recipe: Recipe, dtype: torch.dtype) -> torch.dtype:
 
 def quantise(model: Any, recipe: Recipe, dtype: torch.dtype) -> None:
     """What loading with a BitsAndBytesConfig does: every linear layer but the head as a Linear4bit."""
-    import bitsandbytes as bnb
-
     settings = recipe.quantization
     # bitsandbytes keeps this table from its first use on, wherever it was made; on meta it would spoil a later loading.
     bnb.functional.name2qmap.setdefault("dynamic", bnb.functional.create_dynamic_map())
@@ -88,8 +84,6 @@ def quantise(model: Any, recipe: Recipe, dtype: torch.dtype) -> None:
 
 def misshapen(model: nn.Module) -> list[str]:
     """4-bit layers whose weights are not of the layer's shape, which transformers looks at in other layers only."""
-    import bitsandbytes as bnb
-
     layers = {name: module for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
     return [
         f"{name}.weight"

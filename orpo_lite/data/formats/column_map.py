@@ -5,16 +5,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from orpo_lite.data.formats.columns import map_line, shown
 from orpo_lite.data.pair import COLUMNS, Row
 from orpo_lite.data.sources.source import Source
 from orpo_lite.errors import DataError, raise_all
-
-if TYPE_CHECKING:
-    from orpo_lite.recipe.schema import DataSection
-
+from orpo_lite.recipe.schema import DataSection
 
 LOOK = 100  # rows that detection looks at
 
