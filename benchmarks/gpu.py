@@ -24,7 +24,7 @@ from transformers import LlamaConfig
 
 from benchmarks import lengths, peers, step
 from orpo_lite.model.load import bare_base, bare_pair_model
-from orpo_lite.ops.attention import device_kind
+from orpo_lite.ops.devices import device_kind
 from orpo_lite.planning.gpus import GPUS, local_gpu
 from orpo_lite.planning.on_meta import worst_case
 from orpo_lite.planning.search import Planner

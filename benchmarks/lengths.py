@@ -18,8 +18,8 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.data.prepare import find_sources, pair_lengths, tokenized_sides
 from orpo_lite.planning.on_meta import Triples
-from orpo_lite.progress import run_to_end
 from orpo_lite.recipe.reader import load_recipe
+from orpo_lite.updates import run_to_end
 
 FOLDER = Path(__file__).parent / "lengths"
 SHUFFLES = 20

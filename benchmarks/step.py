@@ -42,11 +42,11 @@ from benchmarks import lengths, peers
 from benchmarks.data import processor
 from orpo_lite.data.packing import make_batch, micro_batches, pack_pairs
 from orpo_lite.data.pair import TokenizedPair
-from orpo_lite.model.adapter import META
 from orpo_lite.model.load import bare_base, bare_pair_model, load_pair_model
 from orpo_lite.model.pair_model import PairModel
 from orpo_lite.objectives.objective import Divisors, find_objective
 from orpo_lite.objectives.orpo import orpo_loss
+from orpo_lite.ops.devices import META
 from orpo_lite.ops.head import Head, chunk_rows, row_logps
 from orpo_lite.planning.measure import measure as counted
 from orpo_lite.planning.measure import phases, standing_bytes

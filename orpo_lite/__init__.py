@@ -10,7 +10,7 @@ The packages, imports strictly downward (kept by tests/test_layout.py):
 4  objectives  demo                              losses on pairs; the built-in base and pairs
 3  data                                          rows to pairs to tokens to batches
 2  base  ops                                     base and adapters on disk; low-memory tensor operations
-1  recipe  progress                              what is chosen; what happens while a verb runs
+1  recipe  updates                               what is chosen; what happens while a verb runs
 0  errors                                        the errors people cause
 """
 

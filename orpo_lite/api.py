@@ -15,13 +15,12 @@ from orpo_lite.model.generate import Sample
 from orpo_lite.model.parallel import Processes
 from orpo_lite.model.quantize import skipped_modules
 from orpo_lite.planning.choose import PLAN, choose_memory
-from orpo_lite.progress import Update, run_to_end
 from orpo_lite.publishing.model_card import write_card
 from orpo_lite.publishing.push import check_push, find_licences
 from orpo_lite.recipe.schema import Recipe
-from orpo_lite.runs.atomic import locked, to_json, write_text
+from orpo_lite.runs.atomic import to_json, write_text
 from orpo_lite.runs.commands import Weights
-from orpo_lite.runs.folder import create, logged, refuse_existing
+from orpo_lite.runs.folder import create, locked, logged, refuse_existing
 from orpo_lite.runs.inputs import Inputs, prepare_inputs, with_absolute_paths
 from orpo_lite.runs.interrupt import collect_signals
 from orpo_lite.runs.lock import check_lock, make_lock
@@ -30,6 +29,7 @@ from orpo_lite.training.loop import train_steps
 from orpo_lite.training.result import TrainResult, keep_best
 from orpo_lite.training.session import load_session, restore_session
 from orpo_lite.training.state import TrainState
+from orpo_lite.updates import Update, run_to_end
 
 
 def train(recipe: Recipe, *, resume: bool = False) -> TrainResult:

@@ -10,10 +10,10 @@ import pytest
 from orpo_lite.errors import Command, HubError, OrpoLiteError, Overrides, RecipeError, one_of, raise_all
 from orpo_lite.planning.plan import plan
 from orpo_lite.planning.search import does_not_fit
-from orpo_lite.progress import run_to_end
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.recipe.text import to_text
 from orpo_lite.runs.inputs import prepare_inputs
+from orpo_lite.updates import run_to_end
 
 Build = Callable[..., Recipe]
 WRONG = [

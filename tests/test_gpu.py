@@ -14,8 +14,7 @@ from orpo_lite.model.pair_model import PairModel
 from orpo_lite.model.probe import probe
 from orpo_lite.objectives.objective import Divisors
 from orpo_lite.objectives.orpo import orpo_loss
-from orpo_lite.ops import attention
-from orpo_lite.ops.attention import Shape
+from orpo_lite.ops.attention import BACKENDS, Shape, choose_backend, flash_attn
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda", 0)
@@ -30,14 +29,14 @@ def drawn(*shape: int, seed: int) -> Tensor:
 @pytest.mark.parametrize("backend", ["varlen", "flash_attn", "sdpa"])
 def test_a_kernel_equals_the_formula(backend: str, window: int | None) -> None:
     """bfloat16 against float32 maths on the same rounded inputs: forward and gradients, prefix and groups too."""
-    if backend == "flash_attn" and attention.flash_attn() is None:
+    if backend == "flash_attn" and flash_attn() is None:
         pytest.skip("flash-attn is not installed")
     query, key, value = (drawn(1, heads, 24, 64, seed=heads).bfloat16() for heads in (8, 2, 2))
     value = drawn(1, 2, 24, 64, seed=3).bfloat16()
     results = []
     for name, dtype in ((backend, torch.bfloat16), ("maths", torch.float32)):
         inputs = [tensor.to(dtype).requires_grad_() for tensor in (query, key, value)]
-        out = attention.BACKENDS[name](*inputs, SEGMENTS, Shape(0.125, window, None))  # type: ignore[call-arg,arg-type]
+        out = BACKENDS[name](*inputs, SEGMENTS, Shape(0.125, window, None))  # type: ignore[call-arg,arg-type]
         grads = torch.autograd.grad(out.float().square().sum(), inputs)
         results.append([out.float(), *(grad.float() for grad in grads)])
     for found, expected in zip(*results, strict=True):
@@ -94,9 +93,9 @@ def test_a_softcap_is_kept() -> None:
     """By flash-attn where it is installed, else by the formula."""
     query, key, value = (drawn(1, heads, 24, 64, seed=heads).bfloat16() for heads in (8, 2, 2))
     shape = Shape(0.125, None, 5.0)
-    name = attention.choose_backend(query, value, 5.0)
-    found = attention.BACKENDS[name](query, key, value, SEGMENTS, shape)  # type: ignore[arg-type]
-    expected = attention.BACKENDS["maths"](query.float(), key.float(), value.float(), SEGMENTS, shape)  # type: ignore[arg-type]
+    name = choose_backend(query, value, 5.0)
+    found = BACKENDS[name](query, key, value, SEGMENTS, shape)  # type: ignore[arg-type]
+    expected = BACKENDS["maths"](query.float(), key.float(), value.float(), SEGMENTS, shape)  # type: ignore[arg-type]
     assert (found - expected).norm() < 0.02 * expected.norm()
 
 

@@ -14,19 +14,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from orpo_lite.cli.console import draw, err, escape_the_rest, out, print_columns, print_json
+from orpo_lite.cli.console import err, escape_the_rest, out, print_columns, print_json
 from orpo_lite.cli.data_view import print_preview
 from orpo_lite.cli.finish import STOPPED, finish, merge_run, push_run, verify_run
 from orpo_lite.cli.plan_view import print_levers, print_plan
+from orpo_lite.cli.progress import draw
 from orpo_lite.cli.quiet import hush, is_first_process, quiet
 from orpo_lite.errors import Command, OrpoLiteError, RecipeError
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-    from orpo_lite.progress import Update
     from orpo_lite.recipe.schema import Recipe
     from orpo_lite.runs.inputs import Preview
+    from orpo_lite.updates import Update
 
 
 class _Commands(TyperGroup):

@@ -1,29 +1,17 @@
-"""Where everything is printed: columns, tables, progress."""
+"""The two streams that everything is printed to; columns and tables."""
 
 import json
 import os
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from io import TextIOWrapper
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.text import Text
+from rich.console import Console
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
-
     from orpo_lite.evaluation.verify import Verdict
     from orpo_lite.objectives.objective import Metric
-    from orpo_lite.progress import Update
-
-
-PLAIN_LINES = 50  # step lines in a log file, besides the evaluations
-
-Result = TypeVar("Result")
 
 
 class _Console(Console):
@@ -78,82 +66,3 @@ def print_verdict(verdict: "Verdict") -> None:
     rows += [(r.model, f"{r.accuracy:.1%}", f"{r.margin:+.4f}", f"{r.chosen:.4f}") for r in verdict.rows]
     print_columns(rows)
     out.print(f"{'passed' if verdict.passed else 'FAILED'}: {verdict.said}")
-
-
-def draw(updates: "Generator[Update, None, Result]", *, silent: bool = False, plain: bool = False) -> Result:
-    """Show each update; returns the generator's result. Live on a terminal, plain lines elsewhere, or where asked."""
-    from orpo_lite.progress import run_to_end
-
-    if silent:
-        return run_to_end(updates, lambda _: None)
-    if plain or not out.is_terminal:
-        return run_to_end(updates, _PlainLines().show)
-    screen = _Screen()
-    with Live(screen.layout, console=out, refresh_per_second=4, transient=True):
-        return run_to_end(updates, screen.show)
-
-
-class _PlainLines:
-    """A line for an evaluation, one for a stage and for each quarter of a long one, and some fifty for the steps."""
-
-    def __init__(self) -> None:
-        self.stage, self.quarter, self.began = "", 1, 0.0
-
-    def show(self, update: "Update") -> None:
-        if update.kind == "step":
-            if self.began == 0.0:
-                self.began = time.monotonic()
-            elif update.step % max(1, update.steps // PLAIN_LINES) == 0 or update.step == update.steps:
-                each = (time.monotonic() - self.began) / max(1, update.step - 1)
-                left = f"  {_clock(each * (update.steps - update.step))} left"
-                out.print(f"step {update.step}/{update.steps}  {_figures(update)}{left}")
-        elif update.kind != "stage":
-            out.print(_line(update))
-        elif update.text != self.stage:
-            self.stage, self.quarter = update.text, 1
-            out.print(f"{update.text} ...")
-        elif update.steps and 4 * update.step >= self.quarter * update.steps and update.step < update.steps:
-            self.quarter = 1 + 4 * update.step // update.steps
-            out.print(f"{update.text} ... {update.step:,} of {update.steps:,}")
-
-
-class _Screen:
-    """The last step's figures over a bar for the training and one for what interrupts it; the rest scrolls above."""
-
-    def __init__(self) -> None:
-        self.progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=out
-        )
-        self.figures = Text()
-        self.layout = Group(self.figures, self.progress)
-        self.tasks: dict[str, TaskID] = {}
-
-    def show(self, update: "Update") -> None:
-        if update.kind in ("note", "eval"):
-            out.print(_line(update))
-            return
-        if update.metrics:
-            self.figures.plain = _figures(update)
-        text = "training" if update.kind == "step" else update.text
-        if text not in self.tasks:
-            self.tasks[text] = self.progress.add_task(text, total=update.steps or None)
-        for name, task in self.tasks.items():
-            self.progress.update(task, visible=name == text or (name == "training" and update.steps > 0))
-        self.progress.update(self.tasks[text], completed=update.step, total=update.steps or None)
-
-
-def _figures(update: "Update") -> str:
-    metrics = update.metrics
-    return f"{update.text}  {metrics['tokens_per_second']:,.0f} tok/s  {metrics['memory_gib']:.2f} GiB"
-
-
-def _line(update: "Update") -> str:
-    if update.kind == "note" or not update.metrics:
-        return update.text
-    return f"held-out at step {update.step}/{update.steps}: {update.text}"
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"

@@ -15,7 +15,7 @@ STYLES = {"prompt": "cyan", "response": "green", "end": "bold magenta", "cut": "
 def print_preview(
     figures: Mapping[str, Any], samples: Mapping[str, Any], warnings: Sequence[str], max_length: int
 ) -> None:
-    """A pair as the model sees it, then the figures, then what may be wrong; what ``prepare.preview`` returns."""
+    """A pair as the model sees it, then the figures, then what may be wrong; what ``runs.inputs.preview`` returns."""
     sample = samples["first"]
     out.print(f"\none pair, {sample['where']}, as the model sees it")
     if sample.get("dropped"):

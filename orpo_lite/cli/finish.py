@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from orpo_lite.cli.console import draw, err, out, print_before_after, print_verdict
+from orpo_lite.cli.console import err, out, print_before_after, print_verdict
+from orpo_lite.cli.progress import draw
 from orpo_lite.errors import CheckpointError, ModelError, OrpoLiteError, RecipeError
 
 if TYPE_CHECKING:

@@ -76,7 +76,7 @@ class TokenizedPairs(Sequence[TokenizedPair]):
         return values
 
     def prompts(self) -> list[bytes]:
-        """``pairs.prompt_key`` of each pair."""
+        """``split.prompt_key`` of each pair."""
         return [row.tobytes() for row in self.column("prompt")]
 
     def __len__(self) -> int:

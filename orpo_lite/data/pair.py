@@ -73,7 +73,7 @@ class TokenizedPair:
     chosen_start: int  # index of the first response token
     rejected_start: int
     where: str
-    prompt: bytes = b""  # pairs.prompt_key: the held-out side is split by it
+    prompt: bytes = b""  # split.prompt_key: the held-out side is split by it
     chosen_cut: int = 0  # tokens beyond data.max_length
     rejected_cut: int = 0
     without_system: bool = False  # the chat template leaves the system text out

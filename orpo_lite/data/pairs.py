@@ -24,7 +24,7 @@ from orpo_lite.data.sources.source import Source, names_line
 from orpo_lite.errors import SHOWN, DataError, Overrides, raise_all
 from orpo_lite.recipe.schema import DataSection
 
-# Reasons to leave a pair out, beside those of readers.py: the paper's, Appendix C.
+# Reasons to leave a pair out, beside those of pair.py: the paper's, Appendix C.
 EQUAL = "chosen and rejected are equal"
 # And ours: such a prompt asks for nothing, or was put together wrongly.
 EMPTY_PROMPT = "empty prompt"

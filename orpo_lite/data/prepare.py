@@ -16,8 +16,8 @@ from orpo_lite.data.sources.find import with_unique_labels
 from orpo_lite.data.sources.source import Source
 from orpo_lite.data.split import held_out_sources, hold_out, training_sources
 from orpo_lite.data.statistics import COUNTED, figures
-from orpo_lite.progress import Update, staged
 from orpo_lite.recipe.schema import DataSection, Recipe
+from orpo_lite.updates import Update, staged
 
 Sources = tuple[list[Source], list[Source]]  # to train on, held out
 

@@ -11,12 +11,12 @@ from orpo_lite.data.dataset import prompt_ids
 from orpo_lite.errors import DataError, ModelError
 from orpo_lite.model.generate import NEUTRAL, Prompt, Sample, answers
 from orpo_lite.model.pair_model import MODEL_CODE_ERRORS, PairModel
-from orpo_lite.progress import Update
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.runs.atomic import write_text
 from orpo_lite.runs.inputs import Inputs
 from orpo_lite.runs.interrupt import Interrupted
 from orpo_lite.runs.records import SAMPLES
+from orpo_lite.updates import Update
 
 
 def answer_prompts(

@@ -17,13 +17,13 @@ from orpo_lite.errors import CheckpointError
 from orpo_lite.model.load import load_base, load_pair_model
 from orpo_lite.model.pair_model import PairModel, Route
 from orpo_lite.model.probe import probe
-from orpo_lite.progress import Update
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.runs.atomic import to_json, write_text
 from orpo_lite.runs.commands import Weights
-from orpo_lite.runs.folder import find_merged, find_result, find_trained_base
+from orpo_lite.runs.folder import find_finished_adapter, find_merged, find_trained_base
 from orpo_lite.runs.inputs import prepare_inputs
 from orpo_lite.runs.lock import read_lock, read_recipe
+from orpo_lite.updates import Update
 
 PAIRS = 200  # as many are compared
 EXACT = 1e-4  # what sums in another order do to a mean log-probability in float32
@@ -80,8 +80,8 @@ def compare_merged(
 ) -> Generator[Update, None, Verdict]:
     """Compare the merged model of a run with its base and adapter, on pairs that the run held out.
 
-    Writes ``verify.json`` beside the merged weights. Loads the models, one after the other,
-    on the GPU if there is one.
+    Writes ``verify.json`` beside the merged weights. Loads the models, one after the other, on the GPU if there is
+    one.
 
     Args:
         run_folder: of a run that is merged.
@@ -93,7 +93,7 @@ def compare_merged(
         OrpoLiteError: base or data cannot be read any more.
     """
     path = Path(run_folder)
-    find_result(path)
+    find_finished_adapter(path)
     merged, base = find_merged(path, weights), find_trained_base(path, base_path)
     recipe = demo.resolve_builtin(read_recipe(path))
     if base_path is not None:

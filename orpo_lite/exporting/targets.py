@@ -22,12 +22,12 @@ from orpo_lite.exporting.gguf_file import OUTTYPES, write_gguf
 from orpo_lite.exporting.gguf_tokenizer import SPACE, describe_tokenizer
 from orpo_lite.exporting.llama_cpp import PROBES, QUANTISED, check_tokens, is_installed, quantise
 from orpo_lite.exporting.ollama_template import Render, find_turns, renderer
-from orpo_lite.progress import Update, run_to_end
-from orpo_lite.runs.atomic import locked, new_folder, write_text
+from orpo_lite.runs.atomic import new_folder, write_text
 from orpo_lite.runs.commands import Weights, quoted
-from orpo_lite.runs.folder import find_merged, find_result, merged_folder
+from orpo_lite.runs.folder import find_finished_adapter, find_merged, locked, merged_folder
 from orpo_lite.runs.lock import read_lock, read_recipe
 from orpo_lite.runs.records import read_json
+from orpo_lite.updates import Update, run_to_end
 
 STORED = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}  # the widest last
 BITS = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5, "q3_k_m": 4.0, "q4_k_m": 5.0, "q5_k_m": 5.8, "q6_k": 6.6}
@@ -48,7 +48,6 @@ class ExportResult:
 
 
 Exporting = Generator[Update, None, ExportResult]
-_Written = tuple[list[str], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class _Request:
 def export(
     run_folder: str | Path, to: str, *, outtype: str | None = None, weights: Weights = "original"
 ) -> ExportResult:
-    """:func:`exporting`, without its updates."""
+    """:func:`export_events`, without its updates."""
     return run_to_end(export_events(run_folder, to, outtype=outtype, weights=weights), lambda _: None)
 
 
@@ -103,7 +102,7 @@ def export_events(
     if outtype is not None and (to == "vllm" or outtype not in known):
         expected = "nothing: vLLM serves the adapter as it is" if to == "vllm" else f"one of {', '.join(known)}"
         raise RecipeError(where="--outtype", found=f"{outtype!r}", expected=expected)
-    find_result(path)
+    find_finished_adapter(path)
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.resolve().name).strip("-.") or "model"
     with locked(path), _blamed("RUN", quoted(path)):
         return (yield from TARGETS[to](_Request(path, name, merged, outtype, weights)))

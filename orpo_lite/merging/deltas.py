@@ -15,7 +15,7 @@ from orpo_lite.base.blocks import Stored, read_header, read_tensor
 from orpo_lite.base.find import Base
 from orpo_lite.errors import ModelError
 from orpo_lite.model.load import bare_base
-from orpo_lite.model.quantize import is_transposed, quantisable
+from orpo_lite.model.quantize import is_transposed, quantizable
 from orpo_lite.recipe.schema import QuantizationSection, Recipe
 from orpo_lite.runs.commands import Weights
 
@@ -123,7 +123,7 @@ def make_plan(
         deltas[key] = Delta(part["lora_A"], part["lora_B"], magnitude, scale, transposed)
     quantised = frozenset[str]()
     if weights == "dequantized":
-        layers = {name: layer for name, layer in quantisable(model).items() if name not in left}
+        layers = {name: layer for name, layer in quantizable(model).items() if name not in left}
         if stored_otherwise := next((name for name, layer in layers.items() if is_transposed(layer)), None):
             return f"{stored_otherwise} is stored transposed"
         quantised = frozenset(_moved(f"{name}.weight", prefix or ("", "")) for name in layers)

@@ -26,15 +26,15 @@ from orpo_lite.base.download import check_disk
 from orpo_lite.base.find import Base, load_tokenizer
 from orpo_lite.errors import CheckpointError, FitError, ModelError, RecipeError
 from orpo_lite.merging.deltas import Plan, make_plan, matches_nothing
-from orpo_lite.model.quantize import is_transposed, quantisable
-from orpo_lite.progress import Update, run_to_end
+from orpo_lite.model.quantize import is_transposed, quantizable
 from orpo_lite.recipe.schema import QuantizationSection
 from orpo_lite.recipe.text import read_bytes
-from orpo_lite.runs.atomic import locked, new_folder, to_json, write_text
+from orpo_lite.runs.atomic import new_folder, to_json, write_text
 from orpo_lite.runs.commands import Weights
-from orpo_lite.runs.folder import adapter_sha256, find_result, find_trained_base, merged_folder
+from orpo_lite.runs.folder import adapter_sha256, find_finished_adapter, find_trained_base, locked, merged_folder
 from orpo_lite.runs.lock import read_lock, read_recipe
 from orpo_lite.runs.records import read_json
+from orpo_lite.updates import Update, run_to_end
 
 SHARD = 5 * 10**9  # bytes of a file; transformers' max_shard_size has long been so
 
@@ -97,7 +97,7 @@ def merge_events(
     """:func:`merge` as a generator of what is being done."""
     path = Path(run_folder)
     folder, most = path / merged_folder(weights), _shard_size(max_shard_size)
-    recipe, adapter = read_recipe(path), find_result(path)
+    recipe, adapter = read_recipe(path), find_finished_adapter(path)
     load_tokenizer(adapter)  # it goes with the weights
     base = find_trained_base(path, base_path)
     yield Update("stage", f"merging {adapter} into its base")
@@ -188,7 +188,7 @@ def _merged_blocks(plan: Plan, files: Iterable[Iterable[Stored]], changed: set[s
     for stored in order:
         pieces: Iterator[tuple[Rows, Tensor]] = zip(in_blocks(stored), reads)  # noqa: B905 - reads go on
         if stored.name in plan.quantised:
-            pieces = dequantised(pieces, plan.settings)
+            pieces = dequantized(pieces, plan.settings)
         added = plan.deltas[stored.name].load() if stored.name in plan.deltas else None
         for rows, block in pieces:
             if added is None:
@@ -208,7 +208,7 @@ def _merged_blocks(plan: Plan, files: Iterable[Iterable[Stored]], changed: set[s
             yield out
 
 
-def dequantised(pieces: Iterable[tuple[Rows, Tensor]], settings: QuantizationSection) -> Iterator[tuple[Rows, Tensor]]:
+def dequantized(pieces: Iterable[tuple[Rows, Tensor]], settings: QuantizationSection) -> Iterator[tuple[Rows, Tensor]]:
     """A matrix's blocks of rows as 4 bit leaves them, in float32.
 
     The double quantisation rounds all of the matrix's scales together, so its codes, a quarter of its bytes, wait until
@@ -248,12 +248,12 @@ def _merge_in_memory(
 
     model = AutoModelForCausalLM.from_pretrained(base.path, dtype="auto", use_safetensors=True)
     if how:
-        for name, layer in quantisable(model).items():
+        for name, layer in quantizable(model).items():
             if name in left:
                 continue
             matrix = layer.weight.data.t().contiguous() if is_transposed(layer) else layer.weight.data
             whole = Rows(Stored("", base.path, matrix.dtype, tuple(matrix.shape), 0), 0, len(matrix))
-            ((_, values),) = dequantised([(whole, matrix)], how)
+            ((_, values),) = dequantized([(whole, matrix)], how)
             layer.weight.data = (values.t().contiguous() if is_transposed(layer) else values).to(matrix.dtype)
     adapted = PeftModel.from_pretrained(model, adapter)
     known = get_peft_model_state_dict(adapted)

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from orpo_lite.base.adapter import read_adapter_config
 from orpo_lite.errors import ModelError, Overrides, RecipeError
 from orpo_lite.model.pair_model import PairModel
+from orpo_lite.ops.devices import META
 from orpo_lite.recipe.schema import Recipe
-
-META = torch.device("meta")
 
 
 def add_lora(model: nn.Module, recipe: Recipe, folder: Path | None) -> nn.Module:

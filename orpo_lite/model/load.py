@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from orpo_lite.base.adapter import find_adapter
 from orpo_lite.base.find import Base
 from orpo_lite.errors import FitError, ModelError, Overrides
-from orpo_lite.model.adapter import META, add_lora, set_adapter
+from orpo_lite.model.adapter import add_lora, set_adapter
 from orpo_lite.model.memory import apply_memory_settings
 from orpo_lite.model.pair_model import PairModel
-from orpo_lite.model.quantize import compute_dtype, misshapen, quantise, skipped_modules
-from orpo_lite.ops.attention import device_kind
+from orpo_lite.model.quantize import compute_dtype, misshapen, quantize, skipped_modules
+from orpo_lite.ops.devices import META, device_kind
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.recipe.text import gib
 
@@ -40,7 +40,7 @@ def load_pair_model(recipe: Recipe, base: Base, device: torch.device) -> PairMod
     model = load_base(recipe, base, device)
     name = recipe.model.adapter_name_or_path
     folder = find_adapter(name) if name else None
-    pair_model = _with_step(model, recipe, folder)
+    pair_model = _as_pair_model(model, recipe, folder)
     how = getattr(model.config, "quantization_config", None)
     if left := getattr(how, "llm_int8_skip_modules", None):
         said = f"{left[0]} and such stay as they are: on this CPU bitsandbytes' kernel errs on rows of their width"
@@ -52,7 +52,7 @@ def load_pair_model(recipe: Recipe, base: Base, device: torch.device) -> PairMod
 
 def bare_pair_model(recipe: Recipe, config: Any, dtype: torch.dtype, device: torch.device = META) -> PairModel:
     """The same model from its configuration alone: on meta shapes and storages only, elsewhere random weights."""
-    return _with_step(bare_base(recipe, config, dtype, device), recipe, None)
+    return _as_pair_model(bare_base(recipe, config, dtype, device), recipe, None)
 
 
 def bare_base(recipe: Recipe, config: Any, dtype: torch.dtype, device: torch.device = META) -> Any:
@@ -62,11 +62,11 @@ def bare_base(recipe: Recipe, config: Any, dtype: torch.dtype, device: torch.dev
     if device == META:
         model.config.pad_token_id = None  # some models look for it among the tokens, which have no values here
     if recipe.quantization.load_in_4bit:
-        quantise(model, recipe, dtype)
+        quantize(model, recipe, dtype)
     return model
 
 
-def _with_step(model: nn.Module, recipe: Recipe, folder: Path | None) -> PairModel:
+def _as_pair_model(model: nn.Module, recipe: Recipe, folder: Path | None) -> PairModel:
     """Return the model frozen, with its adapter and the settings of ``memory``."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)

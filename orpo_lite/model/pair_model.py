@@ -10,13 +10,12 @@ from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from orpo_lite.data.packing import Batch, Batching, PackedPairs
-from orpo_lite.ops import attention
-from orpo_lite.ops.attention import Layout, Segment, UnsupportedError, pair_attention, using
+from orpo_lite.ops.attention import NAME, Layout, Segment, UnsupportedError, pair_attention, using
 from orpo_lite.ops.head import Head, chunk_rows, packed_logps, padded_logps, pick, row_logps
 from orpo_lite.ops.outputs import PairLogps, at_least_float32
 from orpo_lite.recipe.schema import MemorySection, Recipe
 
-AttentionInterface.register(attention.NAME, pair_attention)
+AttentionInterface.register(NAME, pair_attention)
 
 # What a model's own code raises that does not take packed rows, or does not run without values.
 MODEL_CODE_ERRORS = (TypeError, ValueError, AttributeError, RuntimeError, IndexError, KeyError, UnsupportedError)
@@ -52,7 +51,7 @@ class PairModel(nn.Module):
         """How packed pairs go; ``model.probe`` takes a plainer one where this model needs it."""
         self.backend = "auto"
         """Of the attention in packed rows: see :class:`orpo_lite.ops.attention.Layout`."""
-        self.planned: str | None = None
+        self.meant: str | None = None
         """On meta: the kind of device that is meant."""
         self.notes: list[str] = []
         """What the person should know of this model's step, a line each."""
@@ -110,7 +109,7 @@ class PairModel(nn.Module):
 
     def _packed_hidden(self, batch: PackedPairs) -> Tensor:
         """After the last norm, shape (T, D); all segments in one row, each with its own positions."""
-        layout = Layout(tuple(Segment(*numbers) for numbers in batch.segments), self.backend, self.planned)
+        layout = Layout(tuple(Segment(*numbers) for numbers in batch.segments), self.backend, self.meant)
         ids, positions = batch.input_ids_T.unsqueeze(0), batch.position_ids_T.unsqueeze(0)
         with self.attending(layout):
             output = self.backbone(input_ids=ids, position_ids=positions, use_cache=False)
@@ -121,7 +120,7 @@ class PairModel(nn.Module):
     def attending(self, layout: Layout | None) -> Iterator[None]:
         """Attend by segments while this lasts; by the model's own attention for None."""
         before = self.config._attn_implementation
-        self.config._attn_implementation = attention.NAME if layout else self.own_attention
+        self.config._attn_implementation = NAME if layout else self.own_attention
         try:
             with using(layout):
                 yield

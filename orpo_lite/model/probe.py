@@ -32,7 +32,7 @@ def probe(model: PairModel, max_length: int, tokens: int = 0) -> None:
     """Send random pairs the model's own route and ours; fall back to the fastest route that agrees, and note why.
 
     What differs: position biases (ALiBi), states that run along the row (linear attention), sinks, sparse attention,
-    logits that are changed by something that ``model.find_head`` does not know, positions counted along the row.
+    logits that are changed by something that ``pair_model.find_head`` does not know, positions counted along the row.
 
     Args:
         model: as it is to be trained. Its adapter is set to random numbers meanwhile where it is new, for then one half
@@ -215,7 +215,7 @@ def _disagreements(model: PairModel, max_length: int, tokens: int) -> dict[Route
         if route in reasons:
             continue
         pairs = [*_long_pairs(config, max_length, tokens, share=route == "shared"), *short]
-        wanted = _figures(model, pairs, "rows")  # the head is proven, and spares the logits of all these tokens
+        wanted = _figures(model, pairs, "rows")  # the head is probed, and spares the logits of all these tokens
         compare(route, pairs, wanted, where)
     return reasons
 

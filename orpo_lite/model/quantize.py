@@ -1,4 +1,7 @@
-"""Which layers go into 4 bit, and how: what loading with a BitsAndBytesConfig does."""
+"""Which layers go into 4 bit, and how.
+
+transformers quantizes a base as it is loaded; here the same is done for bases without weights.
+"""
 
 from typing import Any
 
@@ -8,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.quantizers.base import get_keys_to_not_convert
 
-from orpo_lite.model.adapter import META
+from orpo_lite.ops.devices import META
 from orpo_lite.recipe.schema import Recipe
 
 
@@ -21,13 +24,13 @@ def skipped_modules(recipe: Recipe, config: Any, device: torch.device) -> list[s
         return []
     with META:
         model = AutoModelForCausalLM.from_config(config)
-    widths = {name: layer_shape(layer)[0] for name, layer in quantisable(model).items()}
+    widths = {name: layer_shape(layer)[0] for name, layer in quantizable(model).items()}
     wrong = {width for width in set(widths.values()) if _is_wrong(width)}
     names = [name for name, width in widths.items() if width in wrong]
     return [*names, *(name for name in get_keys_to_not_convert(model) if name not in names)] if names else []
 
 
-def quantisable(model: Any) -> dict[str, Any]:
+def quantizable(model: Any) -> dict[str, Any]:
     """The layers that transformers puts into 4 bit, by name: plain linear ones, GPT-2's Conv1D too, but no head."""
     head = model.get_output_embeddings()
     return {
@@ -62,13 +65,13 @@ def compute_dtype(recipe: Recipe, dtype: torch.dtype) -> torch.dtype:
     return compute
 
 
-def quantise(model: Any, recipe: Recipe, dtype: torch.dtype) -> None:
+def quantize(model: Any, recipe: Recipe, dtype: torch.dtype) -> None:
     """What loading with a BitsAndBytesConfig does: every linear layer but the head as a Linear4bit."""
     settings = recipe.quantization
     # bitsandbytes keeps this table from its first use on, wherever it was made; on meta it would spoil a later loading.
     bnb.functional.name2qmap.setdefault("dynamic", bnb.functional.create_dynamic_map())
     options = {"compress_statistics": settings.bnb_4bit_use_double_quant, "quant_type": settings.bnb_4bit_quant_type}
-    for name, layer in quantisable(model).items():
+    for name, layer in quantizable(model).items():
         weight = layer.weight.data.t().contiguous() if is_transposed(layer) else layer.weight.data
         packed, state = bnb.functional.quantize_4bit(weight, **options)
         compute, bias = compute_dtype(recipe, dtype), layer.bias

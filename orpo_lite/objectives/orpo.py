@@ -64,16 +64,16 @@ def orpo_loss(
     Returns:
         The scalar to run backward on, and the detached :attr:`Orpo.parts` as a tensor of shape (6,).
     """
-    odds_P = log_odds(logps.chosen_P, logps.rejected_P)
-    ratio_P = F.logsigmoid(odds_P)  # -L_OR, Eq. 7
+    log_odds_P = log_odds(logps.chosen_P, logps.rejected_P)
+    log_sigmoid_P = F.logsigmoid(log_odds_P)  # -L_OR, Eq. 7
     if nll_reduction == "token":
         nll = logps.nll_P.sum() / divisors.nll_tokens
     else:
         nll = (logps.nll_P / logps.nll_tokens_P).sum() / divisors.pairs
-    loss = nll - beta * ratio_P.sum() / divisors.pairs
+    loss = nll - beta * log_sigmoid_P.sum() / divisors.pairs
     with torch.no_grad():
-        accurate_P = (logps.chosen_P > logps.rejected_P).to(ratio_P.dtype)
-        per_pair = [ratio_P, odds_P, logps.chosen_P, logps.rejected_P, accurate_P]
+        accurate_P = (logps.chosen_P > logps.rejected_P).to(log_sigmoid_P.dtype)
+        per_pair = [log_sigmoid_P, log_odds_P, logps.chosen_P, logps.rejected_P, accurate_P]
         parts = torch.stack([nll, *(values_P.sum() / divisors.pairs for values_P in per_pair)])
     return loss, parts
 

@@ -1,4 +1,4 @@
 """Low-memory tensor operations: pure tensors, no files, no recipe.
 
-Order: attention, lora, outputs, head, transfer, layers.
+Order: devices, attention, layers, lora, outputs, head.
 """

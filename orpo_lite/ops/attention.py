@@ -21,6 +21,8 @@ import torch.nn.functional as F  # noqa: N812 - the field's name for it
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+from orpo_lite.ops.devices import device_kind
+
 NAME = "orpo_lite_pairs"  # in transformers' AttentionInterface
 BLOCK = 256  # queries whose scores are held at once where a back-end needs a mask
 
@@ -50,7 +52,7 @@ class Layout:
     segments: tuple[Segment, ...]
     backend: str = "auto"
     """auto, or one of BACKENDS: flash_cpu, varlen, flash_attn, sdpa, maths."""
-    planned: str | None = None
+    meant: str | None = None
     """On meta: the kind of device that is meant (:func:`device_kind`)."""
 
 
@@ -117,7 +119,7 @@ def pair_attention(
     if wanted or layout is None:
         raise UnsupportedError(f"the model asks its attention for {', '.join(wanted)}")
     shape = Shape(scaling or query.shape[-1] ** -0.5, sliding_window, softcap)
-    name = layout.backend if layout.backend != "auto" else choose_backend(query, value, softcap, layout.planned)
+    name = layout.backend if layout.backend != "auto" else choose_backend(query, value, softcap, layout.meant)
     return BACKENDS[name](query, key, value, layout.segments, shape).transpose(1, 2), None
 
 
@@ -134,9 +136,9 @@ class Shape(NamedTuple):
         return (-1 if self.window is None else self.window - 1, 0)
 
 
-def choose_backend(query: Tensor, value: Tensor, softcap: float | None, planned: str | None = None) -> str:
+def choose_backend(query: Tensor, value: Tensor, softcap: float | None, meant: str | None = None) -> str:
     """The fastest back-end that can do this: device, dtype, softcap and the size of a head decide."""
-    kind = planned or device_kind(query.device)
+    kind = meant or device_kind(query.device)
     square = query.shape[-1] == value.shape[-1]
     if kind == "cpu":
         return "flash_cpu" if softcap is None and square else "maths"
@@ -146,13 +148,6 @@ def choose_backend(query: Tensor, value: Tensor, softcap: float | None, planned:
             return "varlen"
         return "flash_attn" if flash_attn() else "maths"
     return "sdpa" if softcap is None else "maths"
-
-
-def device_kind(device: torch.device) -> str:
-    """cpu; ampere for that generation of NVIDIA's cards and later ones; cuda for those before."""
-    if device.type != "cuda":
-        return "cpu"
-    return "ampere" if torch.cuda.get_device_capability(device) >= (8, 0) else "cuda"
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], shape: Shape) -> Tensor:
@@ -264,7 +259,7 @@ class MetaAttention(torch.autograd.Function):
 
 
 def meta_flash_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """What a kernel that never holds scores makes of queries, keys and values, on meta: see :class:`Kept`."""
+    """What a kernel that never holds scores makes of queries, keys and values, on meta: see :class:`MetaAttention`."""
     out: Tensor = MetaAttention.apply(query, key, value)
     return out
 

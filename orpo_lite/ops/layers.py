@@ -17,7 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from orpo_lite.ops.attention import Layout, current_layout
-from orpo_lite.ops.transfer import HOST, transfer
+from orpo_lite.ops.devices import HOST, transfer
 
 MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe")  # what transformers' decoder layers call theirs
 
@@ -150,7 +150,7 @@ def _tiled(mlp: nn.Module, plain: Callable[..., Tensor], tokens: int, has_dropou
             return _fill(y, x, plain, tokens)
 
     forward.equals_plain = True  # type: ignore[attr-defined]  # without it the class's own takes over
-    forward.tokens = tokens  # type: ignore[attr-defined]  # fewer while it is proven on short pairs
+    forward.tokens = tokens  # type: ignore[attr-defined]  # fewer while it is probed on short pairs
     return forward
 
 

@@ -1,4 +1,4 @@
-"""What a model says of pairs."""
+"""PairLogps: what a model says of pairs, and all that an objective reads."""
 
 from typing import NamedTuple
 

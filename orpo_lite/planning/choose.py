@@ -7,14 +7,14 @@ from typing import Any
 from orpo_lite.data.prepare import pair_lengths
 from orpo_lite.model.pair_model import MODEL_CODE_ERRORS
 from orpo_lite.model.parallel import Processes
-from orpo_lite.ops.attention import device_kind
+from orpo_lite.ops.devices import device_kind
 from orpo_lite.planning.gpus import local_gpu, memory_budget
 from orpo_lite.planning.search import fit, no_plan
-from orpo_lite.progress import Update
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.recipe.text import gib
 from orpo_lite.runs.inputs import Inputs
 from orpo_lite.runs.records import read_json
+from orpo_lite.updates import Update
 
 PLAN = "plan.json"
 

@@ -11,13 +11,12 @@ import numpy as np
 
 from orpo_lite.data.packing import Batch, Batching, PackedPairs, make_batch, micro_batches, packed_tokens
 from orpo_lite.data.pair import TokenizedPair
-from orpo_lite.model.adapter import META
 from orpo_lite.model.load import bare_pair_model, choose_dtype
 from orpo_lite.model.optimizer import state_bytes
 from orpo_lite.model.pair_model import PairModel
 from orpo_lite.objectives.objective import find_objective
 from orpo_lite.ops.attention import forget_rows
-from orpo_lite.ops.transfer import is_on_host
+from orpo_lite.ops.devices import META, is_on_host
 from orpo_lite.planning.meter import LiveBytes, allocated
 from orpo_lite.planning.on_meta import Triples, blank_pairs, held_tensors, without_values
 from orpo_lite.planning.route import PlannedRoute, find_route
@@ -86,7 +85,7 @@ def measure(
         config: the base's, transformers'.
         triples: lengths of the pairs.
         kind: of the device that is meant: see :func:`orpo_lite.ops.attention.device_kind`.
-        passing: how pairs go through the model; found out where it is not given.
+        planned: how pairs go through the model; found out where it is not given.
     """
     planned = planned or find_route(recipe, config, triples, kind)
     if kind == "cpu":  # its memory is the host's, and these move nothing
@@ -102,21 +101,21 @@ def measure(
     pairs = heaviest(recipe, triples, batching)
     known = [tensor for tensors in held_tensors(model).values() for tensor in tensors] + gradients
     forget_rows()
-    with without_values(), LiveBytes(known) as tracker, phases(model.backbone, tracker):
+    with without_values(), LiveBytes(known) as meter, phases(model.backbone, meter):
         batch = make_batch(pairs, batching).to(META)
         logps = model(batch)
         loss, _ = objective.loss(logps, objective.divisors(pairs))
-        tracker.phase = "backward pass"
+        meter.phase = "backward pass"
         loss.backward()  # type: ignore[no-untyped-call]
     unseen = int(_attention_flops(model, recipe, batch) * planned.unseen)
-    work = tracker.work + Counter({(unseen, 0): 1})
+    work = meter.work + Counter({(unseen, 0): 1})
     return StepMemory(
         held=standing,
-        peak=tracker.peak,
-        parts={name: size for name, size in tracker.peak_by_phase.items() if size},
-        host=tracker.host_peak + moved_bytes(model),
+        peak=meter.peak,
+        parts={name: size for name, size in meter.peak_by_phase.items() if size},
+        host=meter.host_peak + moved_bytes(model),
         work=work,
-        sent=tracker.sent,
+        sent=meter.sent,
         paged=paged,
         tokens=_tokens(pairs, batching),
         pairs=len(pairs),
@@ -150,13 +149,13 @@ def loading_bytes(model: PairModel, standing: Mapping[str, int]) -> int:
 
 
 @contextmanager
-def phases(backbone: Any, tracker: LiveBytes) -> Iterator[None]:
-    """Say to the tracker what is being done: the batch, the layers of ``backbone``, then the head and the loss."""
+def phases(backbone: Any, meter: LiveBytes) -> Iterator[None]:
+    """Say to the meter what is being done: the batch, the layers of ``backbone``, then the head and the loss."""
 
     def set_phase(name: str) -> Any:
-        return lambda *_: setattr(tracker, "phase", name)
+        return lambda *_: setattr(meter, "phase", name)
 
-    tracker.phase = "batch"
+    meter.phase = "batch"
     hooks = [
         backbone.register_forward_pre_hook(set_phase("kept by the layers")),
         backbone.register_forward_hook(set_phase("head")),

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from orpo_lite.ops.transfer import making_host_memory, mark_as_host
+from orpo_lite.ops.devices import making_host_memory, mark_as_host
 
 ROUNDING = 512  # bytes: torch's CUDA allocator hands out no less
 UNTOUCHED = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}  # they make, and write nothing

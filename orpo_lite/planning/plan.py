@@ -12,13 +12,13 @@ from orpo_lite.base.adapter import adopt_adapter
 from orpo_lite.base.find import check_embedding, find_config, find_texts
 from orpo_lite.data.prepare import find_sources, pair_lengths, tokenized_sides
 from orpo_lite.model.pair_model import MODEL_CODE_ERRORS
-from orpo_lite.ops.attention import device_kind
+from orpo_lite.ops.devices import device_kind
 from orpo_lite.planning.gpus import GPUS, Gpu, LocalGpu, local_gpu, memory_budget
 from orpo_lite.planning.on_meta import worst_case
 from orpo_lite.planning.search import Change, GpuRow, MemoryPlan, Planner, no_plan
-from orpo_lite.progress import Update, run_to_end
 from orpo_lite.recipe.schema import Recipe
-from orpo_lite.runs.folder import KEPT
+from orpo_lite.runs.folder import KEPT_CHECKPOINTS
+from orpo_lite.updates import Update, run_to_end
 
 ASSUMED = next(gpu for gpu in GPUS if "24 GB" in gpu.name)  # where there is no card and nobody names a budget
 
@@ -41,7 +41,6 @@ class PlanReport:
     """Bytes: download, checkpoints, merged."""
     is_verdict: bool
     """Whether the answer stands: for the person's budget or card; or because no card that is known has the memory."""
-
     notes: list[str]
     """What the person should know, a line each."""
 
@@ -139,7 +138,7 @@ def _report(
 
 
 def _too_long(planner: Planner) -> list[str]:
-    """That training would refuse such pairs, as ``prepare`` does."""
+    """That training would refuse such pairs, as ``prepare_inputs`` does."""
     limit = getattr(planner.config.get_text_config(), "max_position_embeddings", None)
     longest = int(planner.triples[:, 1:].max())
     if not limit or longest <= limit:
@@ -156,5 +155,5 @@ def _disk(found: MemoryPlan, recipe: Recipe, *, is_local: bool) -> dict[str, int
     half = 2 * found.measured.weights
     adapter = found.measured.held["adapter"]
     disk = {} if is_local else {"download": half}
-    disk |= {"checkpoints": 3 * adapter * (KEPT + 2), "adapter": adapter}
+    disk |= {"checkpoints": 3 * adapter * (KEPT_CHECKPOINTS + 2), "adapter": adapter}
     return disk | ({"merged": half} if recipe.output.merge else {})

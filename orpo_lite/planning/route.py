@@ -12,11 +12,10 @@ from transformers import AttentionInterface
 
 from orpo_lite.base.find import positions_switch
 from orpo_lite.data.packing import make_batch
-from orpo_lite.model.adapter import META
 from orpo_lite.model.load import bare_pair_model, choose_dtype
 from orpo_lite.model.pair_model import MODEL_CODE_ERRORS, PairModel, Route
-from orpo_lite.ops import attention
-from orpo_lite.ops.attention import UnsupportedError
+from orpo_lite.ops.attention import NAME, UnsupportedError
+from orpo_lite.ops.devices import META
 from orpo_lite.planning.on_meta import META_ATTENTION, Triples, blank_pairs, without_values, worst_case
 from orpo_lite.recipe.schema import Recipe
 
@@ -37,7 +36,7 @@ class PlannedRoute:
 
     def apply(self, model: PairModel, kind: str) -> None:
         """Let a model on meta take this route, as on such a device."""
-        model.planned = kind
+        model.meant = kind
         if self.route != model.route:
             model.fall_back(self.route, self.reason)
         if self.attention:
@@ -48,15 +47,15 @@ def find_route(recipe: Recipe, config: Any, triples: Triples, kind: str) -> Plan
     """The fastest route by which every layer's attention goes through ours; else each sequence by itself.
 
     Each layer that attends must call the function that transformers looks up: ALiBi, linear attention and the like do
-    not, sinks and masks are refused by it. What only numbers would show, the proof finds.
+    not, sinks and masks are refused by it. What only numbers would show, the probe finds.
 
     Raises:
-        One of ITS_FAULTS: the model does not run on meta at all.
+        One of MODEL_CODE_ERRORS: the model does not run on meta at all.
     """
     asked: Route = "shared" if recipe.memory.prompt_sharing else "packed"
     reason = "its rotary embedding changes with the length"
     if recipe.memory.packing and not positions_switch(config.get_text_config(), int(triples[:, 1:].max())):
-        found = _tried(PlannedRoute(asked, None, 1.0), attention.NAME, recipe, config, kind)
+        found = _tried(PlannedRoute(asked, None, 1.0), NAME, recipe, config, kind)
         if found == 1:
             return PlannedRoute(asked, None, 1.0)
         reason = found if isinstance(found, str) else "some of its layers have an attention of their own"

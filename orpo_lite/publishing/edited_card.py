@@ -153,7 +153,7 @@ def _texts(node: Any) -> Any:
     return "" if node.tag.endswith(":null") else node.value
 
 
-def _refuse_untrue(facts: "Facts", terms: Terms, data: Mapping[str, Any], body: str, where: str) -> None:
+def _refuse_untrue(facts: Facts, terms: Terms, data: Mapping[str, Any], body: str, where: str) -> None:
     """Raise CheckpointError for a card that does not say what the terms of its base ask for."""
     said, written, base = licence_of(data), licence_metadata(facts), facts.lock["base"]["name"]
     for key in KEYS:

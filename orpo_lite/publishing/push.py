@@ -15,7 +15,6 @@ from safetensors import SafetensorError, safe_open
 from orpo_lite.base.find import weight_files
 from orpo_lite.errors import TOKEN, CheckpointError, Command, HubError, ModelError, OrpoLiteError, RecipeError
 from orpo_lite.objectives.objective import find_objective
-from orpo_lite.progress import Update, run_to_end
 from orpo_lite.publishing.account import WrongTargetError, check_target
 from orpo_lite.publishing.card_facts import Shown
 from orpo_lite.publishing.edited_card import adopt_card, changed_card, loads_adapter
@@ -24,12 +23,13 @@ from orpo_lite.publishing.model_card import make_card
 from orpo_lite.publishing.retry import LEAST, UnreadableError, own_token, run_in_thread
 from orpo_lite.publishing.upload import check_card, commit_files
 from orpo_lite.recipe.schema import Recipe, refuse_repository
-from orpo_lite.runs.atomic import locked, to_json
+from orpo_lite.runs.atomic import to_json
 from orpo_lite.runs.commands import Weights, merge_command, quoted
-from orpo_lite.runs.folder import find_merged, find_result
+from orpo_lite.runs.folder import find_finished_adapter, find_merged, locked
 from orpo_lite.runs.inputs import Inputs
 from orpo_lite.runs.lock import read_lock, read_recipe
 from orpo_lite.runs.records import SAMPLES, read_json, read_samples
+from orpo_lite.updates import Update, run_to_end
 
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
@@ -104,7 +104,7 @@ def push_events(
             fix=push_command(path, _name_in(repository), merged=merged, is_public=is_public, samples=samples),
         ) from None
     lock, recipe = read_lock(path), read_recipe(path)
-    folder = find_result(path)
+    folder = find_finished_adapter(path)
     again = merge_command(path, merged) if merged else Command(f"orpo-lite train --resume {quoted(path)}")
     if merged:
         try:

@@ -29,7 +29,7 @@ from huggingface_hub.utils import _http, hf_raise_for_status, parse_ratelimit_he
 
 from orpo_lite.base.download import UNREACHABLE
 from orpo_lite.errors import TOKEN, CheckpointError, HubError
-from orpo_lite.progress import Update
+from orpo_lite.updates import Update
 
 ATTEMPTS = 4  # of each request, whether the client makes them or we do
 FIRST_WAIT = 2.0  # seconds, doubled each time
@@ -244,7 +244,6 @@ def server_message(error: BaseException) -> str:
 @contextmanager
 def with_timeouts() -> Any:
     """The hub's client with a limit to its patience, while this lasts."""
-
     before = _http._GLOBAL_CLIENT_FACTORY
     failed: Counter[str] = Counter()
 

@@ -12,9 +12,9 @@ from huggingface_hub.errors import BadRequestError
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
 from orpo_lite.errors import HubError
-from orpo_lite.progress import Update
 from orpo_lite.publishing.account import Target, find_target
 from orpo_lite.publishing.retry import PASSING, Attempt, ConflictError, retry, server_message, unreadable, with_timeouts
+from orpo_lite.updates import Update
 
 
 def check_card(target: Target, card: str, where: str) -> Attempt[None]:

@@ -17,7 +17,6 @@ from orpo_lite.recipe.schema import KEYS, SECTIONS, Recipe
 from orpo_lite.recipe.text import BACK, DEEPER, MAX_DEPTH, Written, to_text
 
 MAX_BYTES = 1 << 20  # a recipe is a page of text; anything larger is another file
-
 SHIPPED = Path(__file__).parents[1] / "recipes"  # in a wheel
 CHECKOUT = Path(__file__).parents[2] / "recipes"  # in a checkout or an editable install
 

@@ -85,9 +85,8 @@ def _attention(value: object) -> object:
     return value
 
 
-REPOSITORY = re.compile(
-    r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9_]([\w.-]*\w)?", re.ASCII
-)  # as the hub's own client checks it
+# As the hub's own client checks it.
+REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9_]([\w.-]*\w)?", re.ASCII)
 
 
 def refuse_repository(name: str) -> None:

@@ -1,7 +1,6 @@
 """Files and folders that are written whole or not at all."""
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -92,25 +91,3 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the run folder for this process. Raises :class:`CheckpointError` when another one has it."""
-    try:
-        stream = (path / ".lock").open("w")
-    except OSError as error:
-        raise CheckpointError(
-            where=f"run {path}", found=f"cannot be written to ({error.strerror})", expected="a folder of yours"
-        ) from error
-    with stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise CheckpointError(
-                where=f"run {path}",
-                found="is in use by another process",
-                expected="one process a run",
-                fix="let it end, or stop it",
-            ) from None
-        yield

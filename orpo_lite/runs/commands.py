@@ -1,4 +1,4 @@
-"""Commands that messages show, ready to be pasted."""
+"""Command lines that messages show, ready to be pasted."""
 
 import os
 import shlex

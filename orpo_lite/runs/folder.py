@@ -1,12 +1,6 @@
-"""The run folder: the contract between the verbs. Everything written here is complete or absent.
+"""Files and folders that are written whole or not at all."""
 
-``recipe.yaml`` resolved recipe · ``lock.json`` what was resolved: revisions, versions, hashes, seed · ``data.json`` the
-pairs in figures · ``metrics.jsonl`` a line a step · ``samples.jsonl`` answers before and after · ``checkpoints/`` ·
-``adapter/`` the result, with tokenizer, template and generation config · ``result.json`` which step it is of ·
-``README.md`` the model card · ``merged/`` and ``merged-dequantized/`` whole models · ``export/`` ·
-``train.log`` library noise.
-"""
-
+import fcntl
 import hashlib
 import json
 import logging
@@ -24,11 +18,32 @@ from orpo_lite.runs.commands import Weights, merge_command, quoted
 from orpo_lite.runs.lock import adapter_shape, read_lock, read_recipe, refuse_other_shape
 from orpo_lite.runs.records import read_json
 
-KEPT = 2  # newest ones; the best one stays besides
 
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the run folder for this process. Raises :class:`CheckpointError` when another one has it."""
+    try:
+        stream = (path / ".lock").open("w")
+    except OSError as error:
+        raise CheckpointError(
+            where=f"run {path}", found=f"cannot be written to ({error.strerror})", expected="a folder of yours"
+        ) from error
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise CheckpointError(
+                where=f"run {path}",
+                found="is in use by another process",
+                expected="one process a run",
+                fix="let it end, or stop it",
+            ) from None
+        yield
+
+
+KEPT_CHECKPOINTS = 2  # newest ones; the best one stays besides
 FOLDERS: dict[Weights, str] = {"original": "merged", "dequantized": "merged-dequantized"}
 RESULT = "result.json"
-
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -74,7 +89,7 @@ def create(recipe: Recipe, lock: Mapping[str, Any], data: Mapping[str, Any]) -> 
     return path
 
 
-def find_result(path: Path) -> Path:
+def find_finished_adapter(path: Path) -> Path:
     """The adapter of a training that has ended. Raises :class:`CheckpointError`."""
     lock, recipe = read_lock(path), adapter_shape(read_recipe(path))
     adapter = path / "adapter"

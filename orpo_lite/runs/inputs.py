@@ -24,8 +24,8 @@ from orpo_lite.data.dataset import show_row
 from orpo_lite.data.prepare import figures_said, find_sources, tokenized_sides
 from orpo_lite.data.sources.source import is_local, is_path
 from orpo_lite.errors import ModelError, Overrides
-from orpo_lite.progress import Update
 from orpo_lite.recipe.schema import Recipe
+from orpo_lite.updates import Update
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Preview:
 
 
 def preview(recipe: Recipe, place: str | None = None) -> Generator[Update, None, Preview]:
-    """Look at the data as :func:`prepare` would; of the base only the tokenizer is needed.
+    """Look at the data as :func:`prepare_inputs` would; of the base only the tokenizer is needed.
 
     Args:
         recipe: which data, which base.

@@ -13,7 +13,6 @@ from orpo_lite.runs.atomic import write_text
 Kinds = Mapping[str, type | UnionType]
 """Keys that must be there, and of what kind their values are; one of None may lack."""
 FIGURE = int | float
-
 SAMPLES = "samples.jsonl"
 
 

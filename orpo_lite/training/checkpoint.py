@@ -18,7 +18,7 @@ from orpo_lite.errors import CheckpointError
 from orpo_lite.model.adapter import adapter_tensors, set_adapter
 from orpo_lite.model.pair_model import PairModel
 from orpo_lite.runs.atomic import new_folder, sha256, to_json
-from orpo_lite.runs.folder import KEPT
+from orpo_lite.runs.folder import KEPT_CHECKPOINTS
 from orpo_lite.runs.records import read_json
 from orpo_lite.training.state import TrainState
 
@@ -141,7 +141,7 @@ def _rotate(run: Path, best_step: int | None) -> None:
     """Remove what is older than the newest valid ones, which are in place; the best stays."""
     valid = 0
     for folder in reversed(_folders(run)):
-        if valid == KEPT and folder.name != f"step-{-1 if best_step is None else best_step:07d}":
+        if valid == KEPT_CHECKPOINTS and folder.name != f"step-{-1 if best_step is None else best_step:07d}":
             shutil.rmtree(folder)
-        elif valid < KEPT and find_fault(folder) is None:
+        elif valid < KEPT_CHECKPOINTS and find_fault(folder) is None:
             valid += 1

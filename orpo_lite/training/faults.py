@@ -11,15 +11,15 @@ from transformers import enable_full_determinism
 from orpo_lite.data.packing import micro_batches
 from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.errors import DivergedError, FitError, Overrides, RecipeError
-from orpo_lite.progress import Update
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.training.session import Session
 from orpo_lite.training.state import TrainState
+from orpo_lite.updates import Update
 
 BAD_STEPS = 3  # non-finite steps in a row that end a run
 
 
-def smaller_pieces(session: Session, batch: Sequence[TokenizedPair]) -> dict[str, Any]:
+def shrink_memory(session: Session, batch: Sequence[TokenizedPair]) -> dict[str, Any]:
     """Return settings of ``memory`` by which the step takes less: smaller micro-batches, then all layers checkpointed.
 
     Raises:
@@ -43,10 +43,10 @@ def smaller_pieces(session: Session, batch: Sequence[TokenizedPair]) -> dict[str
     )
 
 
-def skipped_step(session: Session, batch: Sequence[TokenizedPair], state: TrainState) -> Update:
+def report_not_finite(session: Session, batch: Sequence[TokenizedPair], state: TrainState) -> Update:
     """Return what to say of a step that was skipped. Raises :class:`DivergedError` at the third in a row."""
     found = f"loss or gradient not finite at step {state.step}"
-    if state.bad == BAD_STEPS:
+    if state.bad_in_a_row == BAD_STEPS:
         raise DivergedError(
             where=f"run {session.path}",
             found=f"{found}, the {BAD_STEPS}rd in a row",

@@ -1,17 +1,17 @@
-"""The training loop."""
+"""The training loop: evaluate, save, take a step, repeat; stop at the end, early, or at a signal."""
 
 import signal
 from collections.abc import Generator
 
 from orpo_lite.model.held_out import evaluate
-from orpo_lite.progress import Update, staged
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.runs.interrupt import Interrupted
 from orpo_lite.runs.records import append_metrics
-from orpo_lite.training.faults import skipped_step, smaller_pieces
+from orpo_lite.training.faults import report_not_finite, shrink_memory
 from orpo_lite.training.session import Session, save_checkpoint
 from orpo_lite.training.state import TrainState
 from orpo_lite.training.step import OutOfMemory, take_step
+from orpo_lite.updates import Update, staged
 
 
 def train_steps(session: Session, state: TrainState, *, saved: bool = False) -> Generator[Update, None, None]:
@@ -30,26 +30,26 @@ def train_steps(session: Session, state: TrainState, *, saved: bool = False) -> 
         FitError: one pair at a time is out of memory.
     """
     processes = session.processes
-    last_save = (state.step, state.evaluated) if saved else None
+    last_save = (state.step, state.evaluated_step) if saved else None
     while True:
-        stopping = processes.any(bool(session.stop))
+        stopping = processes.any(bool(session.signals))
         due = state.step % session.eval_every == 0 or state.step == session.steps
-        if due and not stopping and state.evaluated != state.step:
+        if due and not stopping and state.evaluated_step != state.step:
             yield from evaluate_step(session, state)
-            stopping = processes.any(bool(session.stop))
-        if (due or stopping) and last_save != (state.step, state.evaluated):
+            stopping = processes.any(bool(session.signals))
+        if (due or stopping) and last_save != (state.step, state.evaluated_step):
             processes.on_main(save_checkpoint, session, state)
             processes.wait()
-            last_save = (state.step, state.evaluated)
+            last_save = (state.step, state.evaluated_step)
         if stopping:
-            raise Interrupted(session.stop[0] if session.stop else signal.SIGTERM, session.path)
+            raise Interrupted(session.signals[0] if session.signals else signal.SIGTERM, session.path)
         if state.step == session.steps or is_exhausted(session.recipe, state):
             return
         batch = session.batch(state.step)
         try:
             metrics, finite = take_step(session, batch, state)
         except OutOfMemory:
-            state.memory = smaller_pieces(session, batch)
+            state.memory = shrink_memory(session, batch)
             session.set_memory(state.memory)
             said = " ".join(f"memory.{key}={value}" for key, value in state.memory.items())
             yield Update("note", f"out of memory at step {state.step + 1}: done again, and gone on, with {said}")
@@ -57,7 +57,7 @@ def train_steps(session: Session, state: TrainState, *, saved: bool = False) -> 
         processes.on_main(append_metrics, session.path, {"step": state.step, **metrics})
         yield Update("step", session.objective.line(metrics), state.step, session.steps, metrics)
         if not finite:
-            yield skipped_step(session, batch, state)
+            yield report_not_finite(session, batch, state)
 
 
 def evaluate_step(session: Session, state: TrainState) -> Generator[Update, None, None]:
@@ -72,7 +72,7 @@ def evaluate_step(session: Session, state: TrainState) -> Generator[Update, None
         processes=session.processes,
     )
     metrics = yield from staged(f"evaluating {len(inputs.test):,} held-out pairs", batches)
-    is_best = state.take_evaluation(metrics)
+    is_best = state.note_evaluation(metrics)
     if not metrics:
         return
     session.processes.on_main(append_metrics, session.path, {"step": state.step, **metrics})
@@ -84,4 +84,4 @@ def evaluate_step(session: Session, state: TrainState) -> Generator[Update, None
 def is_exhausted(recipe: Recipe, state: TrainState) -> bool:
     """Whether so many evaluations in a row were no better that the training is to stop."""
     patience = recipe.training.early_stopping_patience
-    return patience is not None and state.worse >= patience
+    return patience is not None and state.worse_in_a_row >= patience

@@ -9,13 +9,13 @@ from typing import Any
 from orpo_lite.errors import CheckpointError
 from orpo_lite.model.generate import Sample
 from orpo_lite.model.pair_model import PairModel
-from orpo_lite.progress import Update
 from orpo_lite.runs.atomic import new_folder, to_json, write_text
 from orpo_lite.runs.folder import RESULT
 from orpo_lite.runs.inputs import Inputs
-from orpo_lite.training.checkpoint import at_step, load_adapter
+from orpo_lite.training import checkpoint
 from orpo_lite.training.session import Session
 from orpo_lite.training.state import TrainState
+from orpo_lite.updates import Update
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def keep_best(session: Session, state: TrainState) -> Generator[Update, None, in
     kept, path = state.step, session.path
     if session.recipe.training.load_best_model_at_end and state.best_step is not None:
         try:
-            load_adapter(at_step(path, state.best_step), session.pair_model)
+            checkpoint.load_adapter(checkpoint.at_step(path, state.best_step), session.pair_model)
             kept = state.best_step
         except CheckpointError as error:  # the training is not lost for that
             yield Update("note", f"the best checkpoint cannot be used, the last step is kept ({error.found})")

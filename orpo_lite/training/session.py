@@ -1,4 +1,4 @@
-"""What a step needs in memory, loaded and restored."""
+"""A training in memory: loaded, restored, saved; its batches and its learning rate."""
 
 import math
 from collections.abc import Generator
@@ -20,14 +20,14 @@ from orpo_lite.model.pair_model import PairModel
 from orpo_lite.model.parallel import Processes
 from orpo_lite.model.probe import probe, probe_operations
 from orpo_lite.objectives.objective import Objective, find_objective
-from orpo_lite.ops.attention import device_kind
-from orpo_lite.progress import Update
+from orpo_lite.ops.devices import device_kind
 from orpo_lite.recipe.schema import Recipe
-from orpo_lite.runs.folder import KEPT
+from orpo_lite.runs.folder import KEPT_CHECKPOINTS
 from orpo_lite.runs.inputs import Inputs
 from orpo_lite.runs.records import cut_metrics
-from orpo_lite.training.checkpoint import newest, restore, save
+from orpo_lite.training import checkpoint
 from orpo_lite.training.state import TrainState
+from orpo_lite.updates import Update
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Session:
     path: Path
     """The run folder."""
     processes: Processes
-    stop: list[int]
+    signals: list[int]
     """Signals received."""
     objective: Objective
     pair_model: PairModel
@@ -108,7 +108,7 @@ def load_session(
     trained = [parameter for _, parameter in pair_model.trained()]
     # A checkpoint holds the adapter and two states of its size; those kept, one being written, and the result.
     adapter_bytes = 4 * sum(parameter.numel() for parameter in trained)
-    check_disk(path, 3 * adapter_bytes * (KEPT + 3), f"saving the checkpoints of {path}")
+    check_disk(path, 3 * adapter_bytes * (KEPT_CHECKPOINTS + 3), f"saving the checkpoints of {path}")
     is_half = choose_dtype(recipe.model.dtype, device_kind(processes.device)) == torch.float16
     scaler = torch.amp.GradScaler(processes.device.type, enabled=is_half)
     optimizer = make_optimizer(recipe, trained)
@@ -119,13 +119,13 @@ def restore_session(session: Session) -> Generator[Update, None, TrainState]:
     """Go back to the newest valid checkpoint; to the start when the run was stopped before its first one."""
     state = TrainState()
     if any((session.path / "checkpoints").glob("step-*")):
-        folder, faults = newest(session.path)
+        folder, faults = checkpoint.newest(session.path)
         for fault in faults:
             yield Update("note", f"skipped {fault}")
-        state = restore(folder, session.pair_model, session.optimizer)
+        state = checkpoint.restore(folder, session.pair_model, session.optimizer)
         if session.scaler.is_enabled():
             session.scaler.load_state_dict(state.scaler)
-    session.processes.on_main(cut_metrics, session.path, state.step, state.evaluated)
+    session.processes.on_main(cut_metrics, session.path, state.step, state.evaluated_step)
     yield Update("note", f"going on after step {state.step} of {session.steps}")
     session.set_memory(state.memory)
     return state
@@ -134,4 +134,4 @@ def restore_session(session: Session) -> Generator[Update, None, TrainState]:
 def save_checkpoint(session: Session, state: TrainState) -> None:
     """Write a checkpoint of what the next steps depend on."""
     scaled = replace(state, scaler=session.scaler.state_dict())
-    save(session.path, session.pair_model, session.optimizer, scaled)
+    checkpoint.save(session.path, session.pair_model, session.optimizer, scaled)

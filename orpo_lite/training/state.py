@@ -8,7 +8,13 @@ from typing import Any, Self
 from orpo_lite.errors import CheckpointError
 
 VERSION = 1
-"""Of the JSON form. 0, which had no number: ``memory`` was called ``levers``."""
+"""Of the JSON form. Version 0 had no number, and other names: :data:`NAMES_OF_0`."""
+NAMES_OF_0 = {
+    "evaluated": "evaluated_step",
+    "worse": "worse_in_a_row",
+    "bad": "bad_in_a_row",
+    "levers": "memory",
+}
 
 
 @dataclass
@@ -16,12 +22,12 @@ class TrainState:
     """A training after ``step`` finished optimizer steps."""
 
     step: int = 0
-    evaluated: int | None = None
+    evaluated_step: int | None = None
     """The step of the last evaluation."""
     best_step: int | None = None
     """The step of the lowest held-out loss."""
     best_loss: float | None = None
-    worse: int = 0
+    worse_in_a_row: int = 0
     """Evaluations in a row that were no better than the best one."""
     before: dict[str, float] = field(default_factory=dict)
     """Held-out metrics before the first step; {} without held-out pairs."""
@@ -29,7 +35,7 @@ class TrainState:
     """Held-out metrics of the best step."""
     latest: dict[str, float] = field(default_factory=dict)
     """Held-out metrics of the last evaluation."""
-    bad: int = 0
+    bad_in_a_row: int = 0
     """Steps in a row of which loss or gradient was not finite."""
     num_tokens: int = 0
     """Tokens of all pairs so far, both replies with their prompts."""
@@ -40,24 +46,24 @@ class TrainState:
     scaler: dict[str, Any] = field(default_factory=dict)
     """The state of the loss scaler, in a checkpoint alone; {} where activations are not float16."""
 
-    def take_step(self, tokens: int, *, finite: bool) -> None:
+    def count_step(self, tokens: int, *, finite: bool) -> None:
         """Count a step on so many tokens."""
         self.step += 1
-        self.bad = 0 if finite else self.bad + 1
+        self.bad_in_a_row = 0 if finite else self.bad_in_a_row + 1
         self.num_tokens += tokens
 
-    def take_evaluation(self, metrics: dict[str, float]) -> bool:
+    def note_evaluation(self, metrics: dict[str, float]) -> bool:
         """Note the held-out metrics of this step, {} where no pairs are held out; return whether they are the best."""
-        self.evaluated = self.step
+        self.evaluated_step = self.step
         if not metrics:
             return False
         self.latest = metrics
         if self.step == 0:
             self.before = metrics
         if not metrics["eval_loss"] < (math.inf if self.best_loss is None else self.best_loss):  # which no NaN is
-            self.worse += 1
+            self.worse_in_a_row += 1
             return False
-        self.best_loss, self.best_step, self.worse, self.after = metrics["eval_loss"], self.step, 0, metrics
+        self.best_loss, self.best_step, self.worse_in_a_row, self.after = metrics["eval_loss"], self.step, 0, metrics
         return True
 
     def to_json(self) -> dict[str, Any]:
@@ -69,8 +75,8 @@ class TrainState:
         """Read :meth:`to_json` back, of this version or an earlier one. Raises :class:`CheckpointError`."""
         known = dict(value)
         version = known.pop("version", 0)
-        if version == 0 and "levers" in known:
-            known["memory"] = known.pop("levers")
+        if version == 0:
+            known = {NAMES_OF_0.get(name, name): entry for name, entry in known.items()}
         names = {each.name for each in fields(cls)}
         if version not in range(VERSION + 1) or known.keys() != names:
             raise CheckpointError(

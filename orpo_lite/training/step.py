@@ -19,6 +19,10 @@ from orpo_lite.training.session import Session
 from orpo_lite.training.state import TrainState
 
 
+class OutOfMemory(Exception):  # noqa: N818 - torch's own has the longer name
+    """A process ran out of memory; no gradient of the step is left in any, so all may do it again in smaller pieces."""
+
+
 def take_step(session: Session, batch: Sequence[TokenizedPair], state: TrainState) -> tuple[dict[str, float], bool]:
     """Take one optimizer step on the pairs of ``batch``.
 
@@ -47,7 +51,7 @@ def take_step(session: Session, batch: Sequence[TokenizedPair], state: TrainStat
         session.trained, session.optimizer, session.scaler, named["loss"], session.recipe.training.max_grad_norm
     )
     tokens = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in batch)
-    state.take_step(tokens, finite=finite)
+    state.count_step(tokens, finite=finite)
     figures = {
         "grad_norm": norm,
         "learning_rate": learning_rate,
@@ -57,38 +61,6 @@ def take_step(session: Session, batch: Sequence[TokenizedPair], state: TrainStat
         "epoch": state.step / session.per_epoch,
     }
     return named | figures, finite
-
-
-def update(
-    trained: Sequence[torch.nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    loss: float,
-    max_grad_norm: float,
-) -> tuple[float, bool]:
-    """Clip and take the optimizer's step, unless loss or gradients are not finite; the norm, and whether they were."""
-    scaler.unscale_(optimizer)
-    norm = float(torch.nn.utils.clip_grad_norm_(trained, max_grad_norm or math.inf))
-    # An overflow of the scaled float16 loss shows in the gradients alone: the scaler skips the step, lowers its scale.
-    overflow = scaler.is_enabled() and scaler.get_scale() > 1
-    finite = math.isfinite(loss) and (math.isfinite(norm) or overflow)
-    if finite:
-        scaler.step(optimizer)
-    scaler.update()  # also after a step that was not taken: unscale_ refuses to run twice
-    optimizer.zero_grad(set_to_none=True)
-    return norm, finite
-
-
-def memory_gib(device: torch.device) -> float:
-    """Peak memory so far: of the allocator on a GPU, of the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-class OutOfMemory(Exception):  # noqa: N818 - torch's own has the longer name
-    """A process ran out of memory; no gradient of the step is left in any, so all may do it again in smaller pieces."""
 
 
 def accumulate(
@@ -152,3 +124,31 @@ def seed_dropout(*place: int) -> None:
     """Seed torch by (seed, step, micro-batch, process), so that dropout needs no saved state to be repeated."""
     digest = hashlib.blake2b(":".join(map(str, place)).encode(), digest_size=8).digest()
     torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def update(
+    trained: Sequence[torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    loss: float,
+    max_grad_norm: float,
+) -> tuple[float, bool]:
+    """Clip and take the optimizer's step, unless loss or gradients are not finite; the norm, and whether they were."""
+    scaler.unscale_(optimizer)
+    norm = float(torch.nn.utils.clip_grad_norm_(trained, max_grad_norm or math.inf))
+    # An overflow of the scaled float16 loss shows in the gradients alone: the scaler skips the step, lowers its scale.
+    overflow = scaler.is_enabled() and scaler.get_scale() > 1
+    finite = math.isfinite(loss) and (math.isfinite(norm) or overflow)
+    if finite:
+        scaler.step(optimizer)
+    scaler.update()  # also after a step that was not taken: unscale_ refuses to run twice
+    optimizer.zero_grad(set_to_none=True)
+    return norm, finite
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory so far: of the allocator on a GPU, of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -30,14 +30,14 @@ from orpo_lite.base import blocks
 from orpo_lite.base.blocks import in_blocks, read_header, read_tensor, stored_tensors
 from orpo_lite.base.find import fingerprint
 from orpo_lite.errors import CheckpointError, FitError, ModelError, RecipeError
-from orpo_lite.merging.merge import dequantised
-from orpo_lite.progress import run_to_end
+from orpo_lite.merging.merge import dequantized
 from orpo_lite.publishing.card_facts import Shown
 from orpo_lite.publishing.model_card import make_card
 from orpo_lite.recipe.schema import QuantizationSection, Recipe
 from orpo_lite.runs.folder import find_merged
 from orpo_lite.runs.inputs import prepare_inputs
 from orpo_lite.runs.lock import read_lock, read_recipe
+from orpo_lite.updates import run_to_end
 
 Build = Callable[..., Recipe]
 Call = Callable[..., Answer]
@@ -188,7 +188,7 @@ def test_weights_go_through_4_bit_as_in_training(nested: bool, shape: tuple[int,
         patch.setattr(blocks, "BLOCK", 64 * 96 * 4)
         pieces = [(rows, blocks.read_rows(rows)) for rows in in_blocks(stored)]
     found = torch.cat(
-        [block for _, block in dequantised(pieces, QuantizationSection(bnb_4bit_use_double_quant=nested))]
+        [block for _, block in dequantized(pieces, QuantizationSection(bnb_4bit_use_double_quant=nested))]
     )
     packed, state = functional.quantize_4bit(matrix, quant_type="nf4", compress_statistics=nested)
     codes = torch.stack([packed.flatten() >> 4, packed.flatten() & 15], 1).flatten().long()

@@ -22,7 +22,8 @@ from orpo_lite.model.pair_model import PairModel
 from orpo_lite.model.probe import probe
 from orpo_lite.objectives.objective import Divisors
 from orpo_lite.objectives.orpo import orpo_loss
-from orpo_lite.ops import attention, layers, lora
+from orpo_lite.ops import layers, lora
+from orpo_lite.ops.attention import NAME, Layout, Segment, UnsupportedError, current_layout, pair_attention, using
 from orpo_lite.recipe.reader import load_recipe
 from orpo_lite.recipe.schema import Recipe
 
@@ -227,17 +228,17 @@ def test_a_mild_one_is_caught_in_bfloat16_too(scale: float) -> None:
 
 def test_a_wrong_gradient_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Log-probabilities are right, but packed rows learn nothing through the values of their attention."""
-    honest = attention.pair_attention
+    honest = pair_attention
 
     def detached(module: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Any:
         return honest(module, q, k, v.detach(), *args, **kwargs)
 
-    hf.AttentionInterface.register(attention.NAME, detached)
+    hf.AttentionInterface.register(NAME, detached)
     try:
         model = adapted(SHARED["llama"])
         probe(model, 256)
     finally:
-        hf.AttentionInterface.register(attention.NAME, honest)
+        hf.AttentionInterface.register(NAME, honest)
     assert model.route == "rows"
     assert "gradients would differ by" in model.notes[-1]
 
@@ -452,12 +453,12 @@ def test_a_router_that_is_no_plain_linear_layer_gets_no_adapter() -> None:
 @pytest.mark.parametrize("name", ["mistral, window shorter than the pair", "gemma3"])
 def test_a_window_that_is_not_kept_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The silent fault of a mask that does not know the window; short pairs would not show it."""
-    honest = attention.pair_attention
+    honest = pair_attention
 
     def blind(*args: Any, **kwargs: Any) -> Any:
         return honest(*args, **kwargs | {"sliding_window": None})
 
-    hf.AttentionInterface.register(attention.NAME, blind)
+    hf.AttentionInterface.register(NAME, blind)
     monkeypatch.setattr(model_probe, "_random_pairs", short_pairs)
     try:
         model = adapted(SHARED[name])
@@ -468,7 +469,7 @@ def test_a_window_that_is_not_kept_is_caught(name: str, monkeypatch: pytest.Monk
         probe(model, 8)  # no pair of the run reaches beyond it
         assert model.route == "shared"
     finally:
-        hf.AttentionInterface.register(attention.NAME, honest)
+        hf.AttentionInterface.register(NAME, honest)
 
 
 random_pairs = model_probe._random_pairs
@@ -484,11 +485,11 @@ def test_a_model_that_asks_for_a_mask_is_refused_by_name() -> None:
     masks: list[dict[str, Any]] = [{"attention_mask": torch.zeros(1)}, {"s_aux": torch.zeros(1)}, {"dropout": 0.1}]
     for asked in [*masks, {"block_indices": torch.zeros(1)}, {"whatever comes next": 1}]:
         arguments: dict[str, Any] = {"attention_mask": None} | asked
-        layout = attention.Layout((attention.Segment(0, 3),))
-        with attention.using(layout), pytest.raises(attention.UnsupportedError):
-            attention.pair_attention(nn.Module(), q, q, q, **arguments)
-    with pytest.raises(attention.UnsupportedError):
-        attention.pair_attention(nn.Module(), q, q, q, None)
+        layout = Layout((Segment(0, 3),))
+        with using(layout), pytest.raises(UnsupportedError):
+            pair_attention(nn.Module(), q, q, q, **arguments)
+    with pytest.raises(UnsupportedError):
+        pair_attention(nn.Module(), q, q, q, None)
 
 
 def test_the_models_own_attention_is_as_before_after_a_step() -> None:
@@ -496,7 +497,7 @@ def test_the_models_own_attention_is_as_before_after_a_step() -> None:
     before = model.config._attn_implementation
     gradients(model, ragged_pairs(3), Batching(True, True, 120, None, 0, False))
     assert model.config._attn_implementation == before
-    assert attention.current_layout() is None
+    assert current_layout() is None
 
 
 def test_an_embedding_in_host_memory_keeps_its_scale() -> None:

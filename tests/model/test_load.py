@@ -35,7 +35,7 @@ from orpo_lite.model.load import choose_dtype, load_pair_model
 from orpo_lite.model.pair_model import PairModel
 from orpo_lite.objectives.objective import Divisors
 from orpo_lite.objectives.orpo import orpo_loss
-from orpo_lite.ops.attention import device_kind
+from orpo_lite.ops.devices import device_kind
 from orpo_lite.recipe.schema import Recipe
 
 CPU = torch.device("cpu")

@@ -19,8 +19,9 @@ from orpo_lite.model.memory import apply_memory_settings
 from orpo_lite.model.pair_model import PairModel
 from orpo_lite.objectives.objective import Divisors
 from orpo_lite.objectives.orpo import orpo_loss
-from orpo_lite.ops import attention, layers
-from orpo_lite.ops.attention import Segment, Shape
+from orpo_lite.ops import attention as ops_attention
+from orpo_lite.ops import layers
+from orpo_lite.ops.attention import BACKENDS, Segment, Shape, _blocks, choose_backend
 from orpo_lite.ops.head import Head, packed_logps, pick, row_logps
 from orpo_lite.ops.lora import frozen_weight, lora_linear
 from orpo_lite.recipe.schema import Recipe
@@ -322,12 +323,12 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor, shape: Shape) -> 
 def test_attention_back_ends_equal_the_written_out_mask(
     backend: str, softcap: float | None, window: int | None, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "BLOCK", block)
+    monkeypatch.setattr(ops_attention, "BLOCK", block)
     shape = Shape(0.4, window, softcap)
     query, key, value = drawn(1, 4, 24, 8), drawn(1, 2, 24, 8, seed=1), drawn(1, 2, 24, 8, seed=2)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attention.BACKENDS[backend](q, k, v, SEGMENTS, shape)
+        return BACKENDS[backend](q, k, v, SEGMENTS, shape)
 
     expected = plain_attention(query, key, value, shape)
     found = run(query, key, value)
@@ -343,8 +344,8 @@ def test_attention_back_ends_equal_the_written_out_mask(
 def test_values_may_be_narrower_than_keys() -> None:
     shape = Shape(0.4, None, None)
     query, key, value = drawn(1, 2, 24, 8), drawn(1, 2, 24, 8, seed=1), drawn(1, 2, 24, 3, seed=2)
-    assert attention.choose_backend(query, value, None) == "maths"
-    found = attention.BACKENDS["maths"](query, key, value, SEGMENTS, shape)
+    assert choose_backend(query, value, None) == "maths"
+    found = BACKENDS["maths"](query, key, value, SEGMENTS, shape)
     assert (found - plain_attention(query, key, value, shape)).abs().max() < 1e-13
 
 
@@ -401,7 +402,7 @@ def test_a_mixture_of_experts_and_a_layer_without_mlp_are_not_tiled() -> None:
 
 def test_the_tests_see_a_leak(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fault that sharing could have: rejected tokens that see the chosen reply."""
-    honest = attention._blocks
+    honest = _blocks
 
     def leaking(segments: Any, window: Any, whole: bool) -> Any:
         wrong = [s._replace(prefix_stop=s.start) if s.before else s for s in segments]
@@ -409,5 +410,5 @@ def test_the_tests_see_a_leak(monkeypatch: pytest.MonkeyPatch) -> None:
 
     pairs = ragged_pairs(4)
     expected = step(build(**PLAIN), pairs, **PLAIN)
-    monkeypatch.setattr(attention, "_blocks", leaking)
+    monkeypatch.setattr(ops_attention, "_blocks", leaking)
     assert not same(step(build(), pairs), expected, bound=1e-3)

@@ -20,9 +20,9 @@ from orpo_lite.model.probe import probe
 from orpo_lite.objectives.objective import Divisors
 from orpo_lite.objectives.orpo import orpo_loss
 from orpo_lite.ops.attention import BACKENDS, Segment, Shape
+from orpo_lite.ops.devices import HOST, is_on_host, transfer
 from orpo_lite.ops.head import Head, row_logps
 from orpo_lite.ops.layers import HostStore
-from orpo_lite.ops.transfer import HOST, is_on_host, transfer
 from orpo_lite.planning.meter import LiveBytes
 from orpo_lite.recipe.schema import Recipe
 

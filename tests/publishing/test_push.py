@@ -32,8 +32,8 @@ from orpo_lite.publishing import licences, upload
 from orpo_lite.publishing import retry as publishing_retry
 from orpo_lite.publishing.push import PushResult, push, push_command, push_events
 from orpo_lite.recipe.reader import load_recipe
-from orpo_lite.runs.atomic import locked
 from orpo_lite.runs.commands import Weights, quoted
+from orpo_lite.runs.folder import locked
 
 REPO = "someone/tuned"
 CANARY = "xylophone-canary"  # of the data; a path's and a token's are beside it

@@ -30,10 +30,10 @@ from orpo_lite.data.split import prompt_key
 from orpo_lite.data.statistics import PADDED_BATCH, QUANTILES, SHUFFLES
 from orpo_lite.data.tokenize import EQUAL_CUT, LONG_PROMPT, tokenize_pairs
 from orpo_lite.errors import DataError, FitError, ModelError
-from orpo_lite.progress import Update, run_to_end
 from orpo_lite.recipe.reader import load_recipe
 from orpo_lite.recipe.schema import DataSection, Recipe
 from orpo_lite.runs.inputs import _check_ids, prepare_inputs, preview, with_absolute_paths
+from orpo_lite.updates import Update, run_to_end
 
 Build = Callable[..., Recipe]
 pytestmark = pytest.mark.usefixtures("token_cache", "rendered_here")

@@ -23,16 +23,15 @@ from orpo_lite.errors import CheckpointError, DataError, DivergedError, FitError
 from orpo_lite.merging.merge import merge
 from orpo_lite.model.optimizer import lr_factor, whole_steps
 from orpo_lite.objectives.orpo import Orpo
-from orpo_lite.progress import Update
 from orpo_lite.recipe.schema import Recipe
-from orpo_lite.runs.atomic import locked
-from orpo_lite.runs.folder import KEPT
+from orpo_lite.runs.folder import KEPT_CHECKPOINTS, locked
 from orpo_lite.runs.interrupt import Interrupted
 from orpo_lite.runs.lock import read_recipe
 from orpo_lite.runs.records import read_json, read_metrics
 from orpo_lite.training.checkpoint import ADAPTER, STATE, at_step
 from orpo_lite.training.result import TrainResult
 from orpo_lite.training.step import update
+from orpo_lite.updates import Update
 
 Build = Callable[..., Recipe]
 Call = Callable[..., Answer]
@@ -166,7 +165,7 @@ def test_the_best_checkpoint_is_kept_and_an_idle_run_stops(small_recipe: Build) 
     assert result.steps == result.kept_step + 2
     kept = load_file(at_step(result.run, result.kept_step) / ADAPTER)
     assert same_bits(kept, adapter(result.run))
-    assert len(list((result.run / "checkpoints").iterdir())) <= KEPT + 1
+    assert len(list((result.run / "checkpoints").iterdir())) <= KEPT_CHECKPOINTS + 1
 
 
 def test_a_run_that_only_gets_worse_ends_where_it_began(small_recipe: Build) -> None:

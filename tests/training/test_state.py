@@ -68,7 +68,7 @@ def test_the_best_evaluation_is_the_one_of_the_lowest_loss() -> None:
     seen = []
     for step, loss in enumerate((3.0, 2.0, math.nan, 2.0, 1.0)):
         state.step = step
-        seen.append((state.take_evaluation({"eval_loss": loss}), state.best_step, state.worse))
+        seen.append((state.note_evaluation({"eval_loss": loss}), state.best_step, state.worse_in_a_row))
     assert seen == [(True, 0, 0), (True, 1, 0), (False, 1, 1), (False, 1, 2), (True, 4, 0)]
     assert (state.before, state.after, state.latest) == ({"eval_loss": 3.0}, {"eval_loss": 1.0}, {"eval_loss": 1.0})
-    assert not TrainState().take_evaluation({})
+    assert not TrainState().note_evaluation({})

@@ -49,7 +49,6 @@ from orpo_lite.data.pair import Pair, Row
 from orpo_lite.errors import DataError
 
 SAID = "data.format says so"
-
 AS_TEXTS = ("explicit", "orca", "alpaca")  # formats of replies that are texts, beside a prompt that is one
 
 

@@ -366,7 +366,7 @@ def _before(row: Row, where: str) -> tuple[Sequence[Message], str | None]:
 
 
 def _asked(row: Row, where: str) -> str:
-    """The prompt, and below it what an instruction of Alpaca's kind is about; formats.py leaves input out elsewhere."""
+    """The prompt, and below it what an instruction of Alpaca's kind is about."""
     blank = "prompt" in row and row["prompt"] is None  # as an empty cell is: it will be left out, and counted
     prompt = "" if blank else text_of(row, "prompt", where)
     if row.get("input") is not None and (about := text_of(row, "input", where)).strip():

@@ -19,7 +19,6 @@ Place = tuple[str, Mapping[str, Any]]
 KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 MAX_ROW_BYTES = 16 << 20  # a longer line is a binary or a file without line ends, not a pair
-
 MAX_COLUMN_NAME = 100  # characters; a longer one is a text
 BLOCK = 1 << 20
 

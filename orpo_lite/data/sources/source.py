@@ -18,7 +18,6 @@ from orpo_lite.data.sources.lines import Place, kind_of
 from orpo_lite.errors import DataError
 
 AUTO = "auto"
-
 NAMES_SHOWN = 10  # file names in one sentence
 
 

@@ -12,7 +12,6 @@ from orpo_lite.data.sources.lines import MAX_COLUMN_NAME, MAX_ROW_BYTES, File, P
 from orpo_lite.errors import DataError
 
 PANDAS_INDEX = "Unnamed: 0"  # what pandas calls it when it reads the file again
-
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 EXCEL_SEP = re.compile(r"sep=([,;\t|])\s*$", re.IGNORECASE)  # the first line that Excel writes and reads
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")  # in the name of a column they would command the terminal

@@ -8,14 +8,7 @@ from typing import Any
 import pytest
 
 from orpo_lite.data.formats.detect import Detected, detect_format
-from orpo_lite.data.pair import (
-    COLUMNS,
-    PROMPTS_DIFFER,
-    TIED,
-    TOO_FEW,
-    Pair,
-    Row,
-)
+from orpo_lite.data.pair import COLUMNS, PROMPTS_DIFFER, TIED, TOO_FEW, Pair, Row
 from orpo_lite.errors import DataError
 
 Turns = tuple[dict[str, str], ...]

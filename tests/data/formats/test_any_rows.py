@@ -13,10 +13,7 @@ from shapes import CHATML, HH, NAMES, Q, bot, detect, part, said, system, user
 from orpo_lite.data.formats.detect import detect_format
 from orpo_lite.data.formats.readers import READERS
 from orpo_lite.data.formats.text import begins_with, behind
-from orpo_lite.data.pair import (
-    COLUMNS,
-    Row,
-)
+from orpo_lite.data.pair import COLUMNS, Row
 from orpo_lite.errors import DataError
 
 WORDS = st.text("abc  é🎨'\"[]{}:,\\", min_size=1, max_size=12).filter(str.strip).map(lambda text: f"x{text}")

@@ -25,12 +25,7 @@ from shapes import (
 )
 
 from orpo_lite.data.formats.readers import READERS
-from orpo_lite.data.pair import (
-    EMPTY_CHOSEN,
-    EMPTY_REJECTED,
-    TOO_FEW,
-    UNJUDGED,
-)
+from orpo_lite.data.pair import EMPTY_CHOSEN, EMPTY_REJECTED, TOO_FEW, UNJUDGED
 from orpo_lite.errors import DataError
 
 

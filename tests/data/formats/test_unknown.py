@@ -9,9 +9,7 @@ import pytest
 from shapes import CHATML, HH, SHAPES, TEXTS, Q, bot, detect, follow, read, refused, said, system, user
 
 from orpo_lite.data.formats.detect import detect_format
-from orpo_lite.data.pair import (
-    PROMPTS_DIFFER,
-)
+from orpo_lite.data.pair import PROMPTS_DIFFER
 from orpo_lite.errors import DataError
 from orpo_lite.recipe.reader import load_recipe
 

@@ -5,9 +5,7 @@ from typing import Any
 import pytest
 from shapes import Q, bot, detect, follow, read, refused, said, user
 
-from orpo_lite.data.pair import (
-    TIED,
-)
+from orpo_lite.data.pair import TIED
 from orpo_lite.errors import DataError
 
 

@@ -1,4 +1,4 @@
-"""The one way between device and host memory."""
+"""Devices: which kind, host memory and meta, and the one way between them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,16 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+META = torch.device("meta")
+
+
+def device_kind(device: torch.device) -> str:
+    """cpu; ampere for that generation of NVIDIA's cards and later ones; cuda for those before."""
+    if device.type != "cuda":
+        return "cpu"
+    return "ampere" if torch.cuda.get_device_capability(device) >= (8, 0) else "cuda"
+
 
 HOST = torch.device("cpu")
 

@@ -1,4 +1,4 @@
-"""What happens while a verb runs: updates, and how to run it to its end."""
+"""Updates: what a verb says while it runs, and how to run one to its end."""
 
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
