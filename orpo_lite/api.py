@@ -14,6 +14,7 @@ from orpo_lite.evaluation.verify import Verdict, compare_merged
 from orpo_lite.model.generate import Sample
 from orpo_lite.model.parallel import Processes
 from orpo_lite.model.quantize import skipped_modules
+from orpo_lite.objectives.objective import find_objective
 from orpo_lite.planning.choose import PLAN, choose_memory
 from orpo_lite.publishing.model_card import write_card
 from orpo_lite.publishing.push import check_push, find_licences
@@ -62,6 +63,7 @@ def train_events(recipe: Recipe, *, resume: bool = False) -> Generator[Update, N
     resolved, plan = yield from choose_memory(resolved, inputs, path, processes)
     inputs = replace(inputs, base=fetch_weights(inputs.base))
     lock = make_lock(resolved, inputs)
+    lock["objective"] = find_objective(recipe.loss).to_json()
     lock["not_quantised"] = skipped_modules(resolved, inputs.base.config, processes.device)
     processes.wait()
     if resume:

@@ -101,6 +101,7 @@ def test_the_readmes_plans_are_the_benchmarks(tmp_path: Path) -> None:
         assert COMPARE[sign](result[key], float(bound)), key
 
 
+@pytest.mark.long  # what is counted at 7B above, of more and larger layers
 @pytest.mark.parametrize(("name", "goal"), [("qwen2.5-32b-qlora", 19.5), ("llama3-70b-qlora", 39.5)])
 def test_peaks_of_the_large_ones(name: str, goal: float) -> None:
     from benchmarks import plan

@@ -6,7 +6,7 @@ A new objective is a file of this package, named as ``LossSection.type`` names i
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -89,6 +89,12 @@ class Objective(ABC):
     def described(self) -> list[tuple[str, str]]:
         """Return the settings of the loss, each with its name, for the model card."""
         return []
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what a model card says of it; lock.json keeps that with the run."""
+        metrics = {f"eval_{metric.name}": metric.meaning for metric in self.shown}
+        named = {"title": self.title, "paper": self.paper, "formula": self.formula}
+        return {**named, "settings": dict(self.described()), "metrics": metrics}
 
     def line(self, metrics: Mapping[str, float], prefix: str = "") -> str:
         """Return the metrics of a step as one line; ``prefix`` is ``eval_`` for held-out ones."""

@@ -48,7 +48,7 @@ class Change:
 
 @dataclass(frozen=True)
 class GpuRow:
-    """What a card makes of the recipe, by the lines."""
+    """What a card makes of the recipe, by extrapolation."""
 
     gpu: Gpu
     levers: Mapping[str, Any] | None
@@ -147,12 +147,12 @@ def allowances(step: int, gpu: Gpu | None) -> dict[str, int]:
 
 
 class Planner:
-    """The plans of one recipe, for any budget; lines are run when they are first asked for, and kept."""
+    """The plans of one recipe, for any budget; extrapolations are made when first asked for, and kept."""
 
     def __init__(self, recipe: Recipe, config: Any, triples: Triples, kind: str) -> None:
         self.recipe, self.config, self.triples, self.kind = recipe, config, triples, kind
         self.layers = int(config.get_text_config().num_hidden_layers)
-        self._lines: dict[tuple[Any, ...], LayerExtrapolation] = {}
+        self._extrapolations: dict[tuple[Any, ...], LayerExtrapolation] = {}
 
     @cached_property
     def planned(self) -> PlannedRoute:
@@ -217,23 +217,23 @@ class Planner:
             amounts = [self.layers - self.recipe.memory.checkpointed(self.layers)]
         return [kept for kept in amounts if kept < self.layers or not partly]
 
-    def line(self, choice: Mapping[str, Any]) -> LayerExtrapolation:
+    def extrapolation(self, choice: Mapping[str, Any]) -> LayerExtrapolation:
         """That of a choice; where the embedding lies makes no difference to a step."""
         key = tuple(value for name, value in choice.items() if name != "embedding_on_cpu")
-        if key not in self._lines:
+        if key not in self._extrapolations:
             chosen = self.recipe.with_memory({**choice, "embedding_on_cpu": False})
-            self._lines[key] = LayerExtrapolation(chosen, self.config, self.triples, self.kind, self.planned)
-        return self._lines[key]
+            self._extrapolations[key] = LayerExtrapolation(chosen, self.config, self.triples, self.kind, self.planned)
+        return self._extrapolations[key]
 
     def best(self, budget: int | None, gpu: Gpu | None) -> dict[str, Any] | None:
-        """The fastest levers that fit by the lines; None if none does."""
+        """The fastest levers that fit by the extrapolations; None if none does."""
         fastest: tuple[float, dict[str, Any]] | None = None
         for choice in self.choices():
-            line, room = self.line(choice), math.inf if budget is None else budget
+            found, room = self.extrapolation(choice), math.inf if budget is None else budget
             kept = max((k for k in self._amounts() if self._needed(choice, k, gpu) <= room), default=None)
             if kept is None:
                 continue
-            taken = line.seconds_per_token(self.layers, kept, gpu or GPUS[0])
+            taken = found.seconds_per_token(self.layers, kept, gpu or GPUS[0])
             if fastest is None or taken < fastest[0]:
                 fastest = taken, choice | {"activation_checkpointing": self.layers - kept}
             if kept == self.layers and not any(choice[name] for name in ("mlp_tile", "checkpoint_offload")):
@@ -251,7 +251,7 @@ class Planner:
         levers = self.best(budget, gpu) or tightest
         plan = self.run(levers, budget, gpu)
         while not plan.fits and self.layers - levers["activation_checkpointing"] > min(self._amounts()):
-            # The lines were a little low: layers of different kinds.
+            # The extrapolation was a little low: layers of different kinds.
             levers = levers | {"activation_checkpointing": levers["activation_checkpointing"] + 1}
             plan = self.run(levers, budget, gpu)
         return plan if plan.fits or levers == tightest else self.run(tightest, budget, gpu)
@@ -262,8 +262,8 @@ class Planner:
         if levers is None:
             return GpuRow(gpu, None, self.least(gpu), None)
         choice = {name: value for name, value in levers.items() if name != "activation_checkpointing"}
-        line, kept = self.line(choice), self.layers - levers["activation_checkpointing"]
-        taken = line.seconds_per_token(self.layers, kept, gpu) * line.tokens_per_pair
+        found, kept = self.extrapolation(choice), self.layers - levers["activation_checkpointing"]
+        taken = found.seconds_per_token(self.layers, kept, gpu) * found.tokens_per_pair
         return GpuRow(gpu, levers, self._needed(choice, kept, gpu), taken)
 
     def least(self, gpu: Gpu | None) -> int:
@@ -273,7 +273,7 @@ class Planner:
     def _needed(self, choice: Mapping[str, Any], kept: int, gpu: Gpu | None) -> int:
         whole, embedding, loaded = self._whole
         moved = embedding if choice["embedding_on_cpu"] else 0
-        step = self.line(choice).peak(self.layers, kept)
+        step = self.extrapolation(choice).peak(self.layers, kept)
         in_step = whole - moved + step + sum(allowances(step, gpu).values())
         return max(in_step, loaded + sum(allowances(0, gpu).values()))
 

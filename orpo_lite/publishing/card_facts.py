@@ -10,7 +10,6 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from orpo_lite.data.sources.source import is_path
 from orpo_lite.errors import CheckpointError, ModelError
-from orpo_lite.objectives.objective import Objective, find_objective
 from orpo_lite.publishing.licences import Terms, climbs, find_terms, is_hub_name
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.runs.commands import Weights
@@ -39,6 +38,7 @@ VERDICT: Kinds = {
     "passed": bool,
     **dict.fromkeys(("difference", "effect", "bound"), FIGURE),
 }
+OBJECTIVE: Kinds = {**dict.fromkeys(("title", "paper", "formula"), str), "settings": dict, "metrics": dict}
 MEASURED: Kinds = {"model": str, **dict.fromkeys(("accuracy", "margin", "chosen"), FIGURE)}
 
 
@@ -73,7 +73,8 @@ class Facts:
     """Its configuration, peft's."""
     samples: Sequence[Mapping[str, str]]
     """Prompts and their answers."""
-    objective: Objective
+    objective: Mapping[str, Any]
+    """What the loss is: see :meth:`orpo_lite.objectives.objective.Objective.to_json`."""
     shown: Shown
 
     @classmethod
@@ -94,7 +95,7 @@ class Facts:
             {kind: found for kind in kinds if (found := _verified(path, kind))},
             read_json(path / "adapter" / "adapter_config.json", {"r": int}),
             read_samples(path),
-            find_objective(recipe.loss),
+            read_objective(recipe, lock),
             shown,
         )
 
@@ -131,6 +132,17 @@ class Facts:
         """Held-out figures before the first step and of what was kept; None without."""
         rows = {row["step"]: row for row in self.metrics if row.get("eval_loss") is not None}
         return (rows[0], rows[self.kept_step]) if 0 in rows and self.kept_step in rows else None
+
+
+def read_objective(recipe: Recipe, lock: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What lock.json says of the objective; a run of an older version did not note it."""
+    if "objective" in lock:
+        refuse_lacking(lock, {"objective": dict}, "lock.json")
+        refuse_lacking(lock["objective"], OBJECTIVE, "lock.json, objective")
+        return lock["objective"]  # type: ignore[no-any-return]
+    from orpo_lite.objectives.objective import find_objective  # which loads torch
+
+    return find_objective(recipe.loss).to_json()
 
 
 def _read_figures(file: Path) -> Mapping[str, Any]:
@@ -178,7 +190,7 @@ def make_metadata(facts: Facts) -> ModelCardData:
         base_model=facts.lock["base"]["name"] if facts.is_hub_base else None,
         datasets=facts.sets or None,
         tags=tags,
-        model_name=(name or f"tuned with {facts.objective.title}") if _eval_results(facts) else None,
+        model_name=(name or f"tuned with {facts.objective['title']}") if _eval_results(facts) else None,
         eval_results=_eval_results(facts) or None,
         **licence,
     )

@@ -10,7 +10,6 @@ from pathlib import Path
 from orpo_lite.base.adapter import vllm_rank
 from orpo_lite.data.sources.source import is_path
 from orpo_lite.errors import TOKEN
-from orpo_lite.objectives.objective import Objective
 from orpo_lite.publishing.card_facts import SOMEWHERE, Facts, Shown, make_metadata
 from orpo_lite.publishing.edited_card import changed_card, seal
 from orpo_lite.publishing.licences import in_words, is_non_commercial, named
@@ -72,11 +71,12 @@ def write_card(path: Path) -> None:
 
 def _head(facts: Facts) -> str:
     shown, objective = facts.shown, facts.objective
-    name = shown.repository.rpartition("/")[2] if shown.repository != SOMEWHERE else f"Tuned with {objective.title}"
+    paper = objective["paper"].replace("https://arxiv.org/abs/", "arXiv ")
+    name = shown.repository.rpartition("/")[2] if shown.repository != SOMEWHERE else f"Tuned with {objective['title']}"
     what = "The merged weights" if shown.merged else f"A LoRA adapter (rank {facts.recipe.lora.r})"
     pairs = f"{facts.data['train_pairs']:,} preference pairs"
     text = (
-        f"{what} of {facts.base}, tuned on {pairs} with {objective.title} ([{_paper(objective)}]({objective.paper})) "
+        f"{what} of {facts.base}, tuned on {pairs} with {objective['title']} ([{paper}]({objective['paper']})) "
         f"by orpo-lite {facts.lock['orpo_lite']}."
     )
     text += f" The adapter is merged onto {ONTO[shown.merged]}." if shown.merged else ""
@@ -85,15 +85,10 @@ def _head(facts: Facts) -> str:
     return f"# {name}\n\n{built_with}{text}"
 
 
-def _paper(objective: Objective) -> str:
-    """How a paper is called: by its number where it is on arXiv."""
-    return objective.paper.replace("https://arxiv.org/abs/", "arXiv ")
-
-
 def _training(facts: Facts) -> str:
     recipe, values = facts.recipe, dict(facts.recipe.items())
     rows = [
-        *facts.objective.described(),
+        *facts.objective["settings"].items(),
         ("steps", "not known" if facts.steps is None else f"{facts.steps:,}; kept: step {facts.kept_step:,}"),
         ("chat template", _template(facts)),
         *((f"`{key}`", _cell(to_text(values[key]))) for key in SHOWN_KEYS),
@@ -103,7 +98,7 @@ def _training(facts: Facts) -> str:
         source = recipe.model.adapter_name_or_path
         is_local = source.startswith((".", "/", "~")) or source.count("/") != 1
         rows.insert(0, ("trained on from", "an adapter of the trainer's own" if is_local else _cell(source)))
-    return f"## Training\n\n{facts.objective.formula}\n\n{_table(('what', 'value'), rows)}"
+    return f"## Training\n\n{facts.objective['formula']}\n\n{_table(('what', 'value'), rows)}"
 
 
 def _template(facts: Facts) -> str:
@@ -167,10 +162,9 @@ def _results(facts: Facts) -> str:
         why = lack if facts.data["held_out_pairs"] else "no pairs were held out"
         return f"## Held-out results\n\nNone: {why}."
     before, after = facts.evaluations
-    keys = ((metric, f"eval_{metric.name}") for metric in facts.objective.shown)
     rows = [
-        (metric.meaning, f"{before[key]:.4f}", f"{after[key]:.4f}")
-        for metric, key in keys
+        (meaning, f"{before[key]:.4f}", f"{after[key]:.4f}")
+        for key, meaning in facts.objective["metrics"].items()
         if before.get(key) is not None and after.get(key) is not None
     ]
     head = ("figure", "before", "after")

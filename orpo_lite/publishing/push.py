@@ -14,9 +14,8 @@ from safetensors import SafetensorError, safe_open
 
 from orpo_lite.base.find import weight_files
 from orpo_lite.errors import TOKEN, CheckpointError, Command, HubError, ModelError, OrpoLiteError, RecipeError
-from orpo_lite.objectives.objective import find_objective
 from orpo_lite.publishing.account import WrongTargetError, check_target
-from orpo_lite.publishing.card_facts import Shown
+from orpo_lite.publishing.card_facts import Shown, read_objective
 from orpo_lite.publishing.edited_card import adopt_card, changed_card, loads_adapter
 from orpo_lite.publishing.licences import find_license_files, read_licences, read_text, refuse_name
 from orpo_lite.publishing.model_card import make_card
@@ -133,7 +132,7 @@ def push_events(
             _refuse_leaks(files, path, lock, recipe)
             yield from _said(folder, files, licences)
             yield from check_card(target, card, str(path / "README.md"))
-            what, title = "Merged model" if merged else "LoRA adapter", find_objective(recipe.loss).title
+            what, title = "Merged model" if merged else "LoRA adapter", read_objective(recipe, lock)["title"]
             message = f"{what}, tuned with {title} by orpo-lite"
             commit = yield from commit_files(target, files, message, ours=(*ADAPTER, *MERGED))
     except UnreadableError as error:

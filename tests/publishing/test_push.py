@@ -1185,3 +1185,9 @@ def test_from_python(a_run: Path, hub: Hub) -> None:
     import orpo_lite
 
     assert isinstance(orpo_lite.push(a_run, REPO), PushResult)
+
+
+def test_a_push_begins_at_once() -> None:
+    """What its card says of the loss is in lock.json: torch is not waited for."""
+    code = "import sys, orpo_lite.publishing.push; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
