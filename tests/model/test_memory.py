@@ -336,9 +336,8 @@ def test_attention_back_ends_equal_the_written_out_mask(
     wanted = torch.autograd.grad(expected.square().sum(), (query, key, value))
     grads = torch.autograd.grad(found.square().sum(), (query, key, value))
     assert all((a - b).abs().max() < 1e-12 for a, b in zip(grads, wanted, strict=True))
-    if backend != "sdpa" and window != 6:  # each number of the inputs is moved: half of the heads, and narrow ones
-        few = (drawn(1, 2, 24, 4), drawn(1, 1, 24, 4, seed=1), drawn(1, 1, 24, 4, seed=2))
-        assert gradcheck(run, few)
+    if backend != "sdpa" and window != 6:  # along a random direction; each number was compared above
+        assert gradcheck(run, (query, key, value), fast_mode=True)
 
 
 def test_values_may_be_narrower_than_keys() -> None:
