@@ -152,7 +152,7 @@ class PairReader:
 
     def _pairs(self, source: Source, faults: list[DataError]) -> Iterator[Pair]:
         """The pairs of one set, before any is left out; the faults of its rows in their order."""
-        broken: list[DataError] = []  # rows that cannot be read: those of the first look come before their time
+        broken: list[DataError] = []  # rows that cannot be read: those of the first rows are read before their turn
         rows = ((len(broken), place) for place in islice(source.rows(broken), self.data.max_samples))
         looked_at = list(islice(rows, LOOK))
         first = [place for _, place in looked_at]
@@ -169,8 +169,8 @@ class PairReader:
             looked += first_with(source, lacking_columns(self.data, looked), self.data.max_samples)
             columns = found_columns(self.data, looked)
             listed = {ours: self._map[ours] for ours in columns}
-            look = [mapped_row(row, listed) for row in looked]
-            detected = self._detect(look, columns)
+            profile = [mapped_row(row, listed) for row in looked]
+            detected = self._detect(profile, columns)
             self._refuse_anothers(source, looked, columns, detected)
         except DataError as fault:
             raise_all(_tools_once([*faults, self._of_set(fault, source), *broken]))
@@ -182,7 +182,7 @@ class PairReader:
         names = {key: None for row in looked for key in row}
         held = held_columns(listed, looked)
         self._say(f"{detected.sentence}{named}", detected, held, names)
-        seen = {key for row in look for key, value in row.items() if not is_blank(value)}
+        seen = {key for row in profile for key, value in row.items() if not is_blank(value)}
         moved, read, unread = 0, 0, []
         for before, (where, row) in chain(looked_at, rows):
             faults += broken[moved:before]
@@ -193,7 +193,7 @@ class PairReader:
                 seen.update(late)
                 names.update(dict.fromkeys(row))
                 try:
-                    detected = self._look_again(detected, look, mapped, columns, late, where)
+                    detected = self._detect_again(detected, profile, mapped, columns, late, where)
                 except DataError as fault:
                     raise_all(_tools_once([*faults, self._of_set(fault, source)]))
                     raise
@@ -218,10 +218,10 @@ class PairReader:
         self.detected[-1] = sentence
         self.columns[-1] = {"format": sentence, "read": read, "not_read": others}
 
-    def _look_again(
+    def _detect_again(
         self,
         before: Detected,
-        look: Sequence[Row],
+        profile: Sequence[Row],
         row: Row,
         mapped: Mapping[str, str],
         late: Sequence[str],
@@ -235,7 +235,7 @@ class PairReader:
             return before
         turned_up = f"{shown(*late)} first {'holds' if len(late) == 1 else 'hold'} something at {where}"
         try:
-            now = self._detect([*look, row], mapped)
+            now = self._detect([*profile, row], mapped)
         except DataError as fault:
             raise DataError(
                 where=fault.where, found=f"{fault.found}; {turned_up}", expected=fault.expected, fix=fault.fix
@@ -278,8 +278,8 @@ class PairReader:
             rows: list[Row] = []
             with suppress(DataError):
                 rows = [mapped_row(row, self._map) for _, row in islice(part.rows([]), LOOK)]
-            look = ColumnProfile(rows, {}, plain=False)
-            kinds.append({column: kind for column, kind in look.kinds.items() if kind != "null"})
+            profile = ColumnProfile(rows, {}, plain=False)
+            kinds.append({column: kind for column, kind in profile.kinds.items() if kind != "null"})
         if all(held == kinds[0] for held in kinds):
             return ""
         files = {source.name: source.paths()}

@@ -30,7 +30,7 @@ def find_sources(data: DataSection) -> Sources:
     return both[: len(train)], both[len(train) :]
 
 
-def tokenized_sides(
+def tokenized_splits(
     recipe: Recipe, tokenizer_folder: Path, train_sources: Sequence[Source], test_sources: Sequence[Source]
 ) -> Generator[Update, None, tuple[TokenizedPairs, TokenizedPairs, dict[str, Any]]]:
     """Both sides as tokens, and their figures. Without a held-out set one is split off, by prompt, after all filters.
@@ -45,9 +45,9 @@ def tokenized_sides(
         news = [said for said in source.said.split("; ") if not (test_sources and said.startswith("data.dataset_test"))]
         if any(news):
             yield Update("note", f"{source.name}: {'; '.join(news)}")
-    train = yield from _tokenize_side(recipe.data, tokenizer_folder, train_sources)
+    train = yield from _tokenize_split(recipe.data, tokenizer_folder, train_sources)
     if test_sources:
-        test = yield from _tokenize_side(recipe.data, tokenizer_folder, test_sources)
+        test = yield from _tokenize_split(recipe.data, tokenizer_folder, test_sources)
     else:
         size, seed = recipe.data.test_split_size, recipe.training.seed
         kept, held = hold_out(range(len(train)), train.prompts(), size, seed)
@@ -55,7 +55,7 @@ def tokenized_sides(
     return train, test, figures(train, test)
 
 
-def _tokenize_side(
+def _tokenize_split(
     data: DataSection, folder: Path, sources: Sequence[Source]
 ) -> Generator[Update, None, TokenizedPairs]:
     yield Update("stage", f"reading {', '.join(source.name for source in sources)}")

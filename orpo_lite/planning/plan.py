@@ -10,7 +10,7 @@ import torch
 from orpo_lite import demo
 from orpo_lite.base.adapter import adopt_adapter
 from orpo_lite.base.find import check_embedding, find_config, find_texts
-from orpo_lite.data.prepare import find_sources, pair_lengths, tokenized_sides
+from orpo_lite.data.prepare import find_sources, pair_lengths, tokenized_splits
 from orpo_lite.model.pair_model import MODEL_CODE_ERRORS
 from orpo_lite.ops.devices import device_kind
 from orpo_lite.planning.gpus import GPUS, Gpu, LocalGpu, local_gpu, memory_budget
@@ -95,7 +95,7 @@ def plan_events(recipe: Recipe, *, with_data: bool = False) -> Generator[Update,
     check_embedding(recipe, config)
     triples = worst_case(recipe.data.max_length, recipe.training.global_batch_size)
     if with_data:
-        train, _, _ = yield from tokenized_sides(recipe, find_texts(name, revision)[0], *find_sources(recipe.data))
+        train, _, _ = yield from tokenized_splits(recipe, find_texts(name, revision)[0], *find_sources(recipe.data))
         triples = pair_lengths(train)
     own = local_gpu()
     kind = device_kind(torch.device("cuda", 0)) if own else "ampere"

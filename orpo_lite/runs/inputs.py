@@ -21,7 +21,7 @@ from orpo_lite.base.find import (
 from orpo_lite.data.cache import TokenizedPairs
 from orpo_lite.data.chat_template import set_chat_template
 from orpo_lite.data.dataset import show_row
-from orpo_lite.data.prepare import figures_said, find_sources, tokenized_sides
+from orpo_lite.data.prepare import figures_said, find_sources, tokenized_splits
 from orpo_lite.data.sources.source import is_local, is_path
 from orpo_lite.errors import ModelError, Overrides
 from orpo_lite.recipe.schema import Recipe
@@ -58,7 +58,7 @@ def prepare_inputs(recipe: Recipe) -> Generator[Update, None, Inputs]:
     base = find_base(recipe.model.model_name_or_path, recipe.model.model_revision)
     check_targets(recipe, base)
     check_embedding(recipe, base.config)
-    train, test, found = yield from tokenized_sides(recipe, base.path, *sources)
+    train, test, found = yield from tokenized_splits(recipe, base.path, *sources)
     yield from figures_said(found)
     text_config = base.config.get_text_config()
     _check_ids(train, text_config.vocab_size)
@@ -91,7 +91,7 @@ def preview(recipe: Recipe, place: str | None = None) -> Generator[Update, None,
     sources = find_sources(recipe.data)
     yield from asking([recipe.model.model_name_or_path])
     folder, _ = find_texts(recipe.model.model_name_or_path, recipe.model.model_revision)
-    train, test, found = yield from tokenized_sides(recipe, folder, *sources)
+    train, test, found = yield from tokenized_splits(recipe, folder, *sources)
     warnings = []
     sizes = read_sizes(folder)
     try:

@@ -24,7 +24,7 @@ from orpo_lite.data.cache import TokenizedPairs
 from orpo_lite.data.chat_template import SPECIAL, set_chat_template
 from orpo_lite.data.pair import EMPTY_CHOSEN, Pair, TokenizedPair
 from orpo_lite.data.pairs import EQUAL, PLACES, PairReader
-from orpo_lite.data.prepare import find_sources, tokenized_sides
+from orpo_lite.data.prepare import find_sources, tokenized_splits
 from orpo_lite.data.render_process import LimitedRenderer, Renderer
 from orpo_lite.data.split import prompt_key
 from orpo_lite.data.statistics import PADDED_BATCH, QUANTILES, SHUFFLES
@@ -48,7 +48,7 @@ def rendered_here(monkeypatch: pytest.MonkeyPatch) -> None:
 def sides(
     recipe: Recipe, show: Callable[[Update], object] = lambda _: None
 ) -> tuple[TokenizedPairs, TokenizedPairs, Any]:
-    return run_to_end(tokenized_sides(recipe, Path("base"), *find_sources(recipe.data)), show)
+    return run_to_end(tokenized_splits(recipe, Path("base"), *find_sources(recipe.data)), show)
 
 
 def ids(pairs: TokenizedPairs) -> list[tuple[list[int], list[int]]]:
@@ -242,7 +242,7 @@ def test_a_stop_in_the_middle_leaves_nothing(
     threads, processes = threading.active_count(), psutil.Process().children()
     for stop in (GeneratorExit, KeyboardInterrupt):
         recipe = small_recipe()
-        updates = tokenized_sides(recipe, Path("base"), *find_sources(recipe.data))
+        updates = tokenized_splits(recipe, Path("base"), *find_sources(recipe.data))
         update = next(updates)
         while not (update.text == "tokenizing" and update.step > 200):
             update = next(updates)

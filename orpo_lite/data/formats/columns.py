@@ -291,11 +291,11 @@ def _verdict_fault(row: Row, where: str, column: str) -> DataError:
     return fault(where, column, seen(row, "better"), "one of the two answers, or a tie", fix)
 
 
-def refuse_templated(look: ColumnProfile, names: Sequence[str], raw: Sequence[str] = ()) -> NoReturn:
-    columns = [look.column(look.taken.get(name, name)) for name in names]
-    values = [value for column in columns for (value,) in look.values(column)]
-    fix = look.lines("prompt", raw) or Overrides({"data.chat_template": "none"})
-    if any(look.kind(column) not in TEXTS for column in columns):
+def refuse_templated(profile: ColumnProfile, names: Sequence[str], raw: Sequence[str] = ()) -> NoReturn:
+    columns = [profile.column(profile.taken.get(name, name)) for name in names]
+    values = [value for column in columns for (value,) in profile.values(column)]
+    fix = profile.lines("prompt", raw) or Overrides({"data.chat_template": "none"})
+    if any(profile.kind(column) not in TEXTS for column in columns):
         fix = "no setting helps: take the template's markers out of the messages; the model's own are put in"
     elif not raw and not any(is_opened(value) for value in values):
         markers = Counter(marker for value in values if (marker := end_marker(value)))
@@ -311,5 +311,5 @@ def refuse_templated(look: ColumnProfile, names: Sequence[str], raw: Sequence[st
     )
 
 
-def side_columns(look: ColumnProfile) -> list[str]:
-    return [look.column(side) for side in ("chosen", "rejected")]
+def side_columns(profile: ColumnProfile) -> list[str]:
+    return [profile.column(side) for side in ("chosen", "rejected")]

@@ -19,7 +19,7 @@ from orpo_lite.data.formats.columns import (
     shown,
     side_columns,
 )
-from orpo_lite.data.formats.name_hints import could_ask, guess_prompt
+from orpo_lite.data.formats.name_hints import could_ask, prompt_hint
 from orpo_lite.data.formats.readers import MEASURES, READERS, Reader, repeated, says_more, undoubled, without_reply
 from orpo_lite.data.formats.refuse import (
     refuse_mapped,
@@ -30,7 +30,7 @@ from orpo_lite.data.formats.refuse import (
     refuse_unknown,
 )
 from orpo_lite.data.formats.text import begins_with, is_whole_dialogue, shared_words
-from orpo_lite.data.formats.unused_columns import refuse_unread
+from orpo_lite.data.formats.unused_columns import refuse_unused
 from orpo_lite.data.formats.values import (
     CHAT,
     LISTS,
@@ -87,55 +87,55 @@ def detect_format(
     is in the text already.
     """
     said = name != "auto"
-    look = ColumnProfile(rows, mapped, plain, others)
-    refuse_mapped(look)
-    refuse_python(look)
+    profile = ColumnProfile(rows, mapped, plain, others)
+    refuse_mapped(profile)
+    refuse_python(profile)
     if not said:
-        refuse_labels(look)
-        clauses = (_judged, *CLAUSES) if _is_judged(look) else CLAUSES
-        fitting = (found for clause in clauses if (found := clause(look)))
-        name, because = next(fitting, None) or refuse_unknown(look, _as_texts_setting(look))
+        refuse_labels(profile)
+        clauses = (_judged, *CLAUSES) if _is_judged(profile) else CLAUSES
+        fitting = (found for clause in clauses if (found := clause(profile)))
+        name, because = next(fitting, None) or refuse_unknown(profile, _as_texts_setting(profile))
     else:
         because = SAID
-        _find_columns(look, name)
-    if name in AS_TEXTS and look.kind(look.taken.get("prompt", "prompt")) in TEXTS:
+        _find_columns(profile, name)
+    if name in AS_TEXTS and profile.kind(profile.taken.get("prompt", "prompt")) in TEXTS:
         # Once named, these formats take chosen and rejected for the texts that they are, whatever they look like.
-        look.texts, look.as_texts = (SIDES, "") if said else ((), name)
-    for reply in _replies(look, name):
-        look.find(reply)
-    asked = look.taken.get("prompt")
-    if asked and ("input" in look.mapped or (look.is_alpaca() and look.agree(asked, "instruction"))):
-        look.find("input")  # what the instruction is about
-    _find_history(look)
-    system = _find_system(look)
-    if (templated := look.templated()) and not plain:
-        refuse_templated(look, templated)
-    as_texts = "" if said else _as_texts_setting(look)
-    if as_texts and "message" in map(look.kind, SIDES):
+        profile.texts, profile.as_texts = (SIDES, "") if said else ((), name)
+    for reply in _replies(profile, name):
+        profile.find(reply)
+    asked = profile.taken.get("prompt")
+    if asked and ("input" in profile.mapped or (profile.is_alpaca() and profile.agree(asked, "instruction"))):
+        profile.find("input")  # what the instruction is about
+    _find_history(profile)
+    system = _find_system(profile)
+    if (templated := profile.templated()) and not plain:
+        refuse_templated(profile, templated)
+    as_texts = "" if said else _as_texts_setting(profile)
+    if as_texts and "message" in map(profile.kind, SIDES):
         because += f" (JSON in texts, which {as_texts} would read as they are)"
-    if system and look.kind(system) != "null" and name != "orca":
+    if system and profile.kind(system) != "null" and name != "orca":
         because += f"; {shown(system)} goes in front as a system turn where the conversation has none"
-    sides = _replies(look, name)[-2:]
+    sides = _replies(profile, name)[-2:]
 
     def read(row: Row, where: str) -> Pair:
-        named = look.renamed(row, where)
+        named = profile.renamed(row, where)
         pair = without_reply(named, sides, where) or READERS[name](named, where)
         return replace(pair, beside=True) if says_more(named) else pair
 
     if as_texts:
-        refuse_no_messages(look, read, as_texts)
-    refuse_unread(look, name, lambda **columns: _tried(look, name if said else "auto", columns, read), said=said)
-    if not said and _is_doubled(look, name, read):
-        texts = look.kind(look.taken.get("prompt", "")) in TEXTS
+        refuse_no_messages(profile, read, as_texts)
+    refuse_unused(profile, name, lambda **columns: _tried(profile, name if said else "auto", columns, read), said=said)
+    if not said and _is_doubled(profile, name, read):
+        texts = profile.kind(profile.taken.get("prompt", "")) in TEXTS
         name = "doubled" if texts and name in ("explicit", "orca") else name
         because += ", and both replies begin with the prompt again, which is taken off"
-        return Detected(name, because, lambda row, where: undoubled(read(row, where)), look.taken)
-    return Detected(name, because, read, look.taken)
+        return Detected(name, because, lambda row, where: undoubled(read(row, where)), profile.taken)
+    return Detected(name, because, read, profile.taken)
 
 
-def _is_doubled(look: ColumnProfile, name: str, read: Reader) -> bool:
+def _is_doubled(profile: ColumnProfile, name: str, read: Reader) -> bool:
     """Both replies begin with what they reply to, as a habit of the set; refused where some do and others do not."""
-    ends = [repeated(pair) for pair in _pairs(look, read) if pair.drop is None]
+    ends = [repeated(pair) for pair in _pairs(profile, read) if pair.drop is None]
     doubled = [sum(end is not None for end in both) for both in ends]
     both, one = (doubled.count(n) / max(1, len(doubled)) for n in (2, 1))
     if SOME <= both < MANY or one >= 0.5:
@@ -149,8 +149,8 @@ def _is_doubled(look: ColumnProfile, name: str, read: Reader) -> bool:
     return both >= MANY
 
 
-def _pairs(look: ColumnProfile, read: Reader) -> Iterator[Pair]:
-    for row in look.rows:
+def _pairs(profile: ColumnProfile, read: Reader) -> Iterator[Pair]:
+    for row in profile.rows:
         with suppress(DataError):  # its reader will report it
             yield read(row, "")
 
@@ -163,29 +163,29 @@ def is_known(column: str) -> bool:
 Found = tuple[str, str] | None
 
 
-def _openai(look: ColumnProfile) -> Found:
-    outputs = (look.kind("preferred_output"), look.kind("non_preferred_output"))
-    if look.kind("input") == "request" and all(kind in ("message", "messages") for kind in outputs):
+def _openai(profile: ColumnProfile) -> Found:
+    outputs = (profile.kind("preferred_output"), profile.kind("non_preferred_output"))
+    if profile.kind("input") == "request" and all(kind in ("message", "messages") for kind in outputs):
         return "openai", "input holds messages beside preferred_output and non_preferred_output"
     return None
 
 
-def _dialogues(look: ColumnProfile) -> Found:
-    if look.kind("chosen") == look.kind("rejected") == "dialogue":
-        if not _is_whole(look) and look.kind("prompt") in TEXTS:
-            look.find("prompt")
+def _dialogues(profile: ColumnProfile) -> Found:
+    if profile.kind("chosen") == profile.kind("rejected") == "dialogue":
+        if not _is_whole(profile) and profile.kind("prompt") in TEXTS:
+            profile.find("prompt")
             return "hh_rlhf", "chosen and rejected are texts with Assistant: turns, which reply to prompt"
         return "hh_rlhf", "chosen and rejected are texts with Human: and Assistant: turns"
     return None
 
 
-def _is_whole(look: ColumnProfile) -> bool:
+def _is_whole(profile: ColumnProfile) -> bool:
     """The dialogues hold what they reply to."""
-    return look.kind("chosen") == "dialogue" and look.share(is_whole_dialogue, "chosen") > 0
+    return profile.kind("chosen") == "dialogue" and profile.share(is_whole_dialogue, "chosen") > 0
 
 
-def _conversations(look: ColumnProfile) -> Found:
-    kinds = {side: look.kind(side) for side in ("chosen", "rejected")}
+def _conversations(profile: ColumnProfile) -> Found:
+    kinds = {side: profile.kind(side) for side in ("chosen", "rejected")}
     lists = [side for side, kind in kinds.items() if kind in ("message", "messages")]
     if not lists or not all(kind in ("text", "message", "messages") for kind in kinds.values()):
         return None
@@ -193,181 +193,181 @@ def _conversations(look: ColumnProfile) -> Found:
     if len(lists) == 1:
         other = "rejected" if lists == ["chosen"] else "chosen"
         sides = f"{other} is a text, {lists[0]} {'a list of messages' if 'messages' in kinds.values() else 'a message'}"
-    style = "sharegpt" if look.share(is_sharegpt, lists[0]) > 0.5 else None
+    style = "sharegpt" if profile.share(is_sharegpt, lists[0]) > 0.5 else None
     if style:
         sides += " in from and value"
-    if look.kind("prompt") in CHAT and "conversation" not in look.mapped:
-        look.find("prompt")
+    if profile.kind("prompt") in CHAT and "conversation" not in profile.mapped:
+        profile.find("prompt")
         return style or "explicit", f"prompt is a list of messages and {sides}"
-    whole = look.share(opens, lists[0])
-    if (whole < 1 or "conversation" in look.mapped) and (before := _find_before(look)):
+    whole = profile.share(opens, lists[0])
+    if (whole < 1 or "conversation" in profile.mapped) and (before := _find_before(profile)):
         canonical, column = before
         if canonical == "conversation":
             return style or "conversation", f"{sides}, and {shown(column)} is a list of messages"
         return style or "messages", f"{sides} beside {shown(column)}, a text"
-    if whole > 0 and look.kind("prompt") in TEXTS:
+    if whole > 0 and profile.kind("prompt") in TEXTS:
         return style or "messages", f"{sides} beside prompt, a text"
-    return (style or "implicit", f"{sides} that hold their prompt") if look.share(asks, lists[0]) > 0 else None
+    return (style or "implicit", f"{sides} that hold their prompt") if profile.share(asks, lists[0]) > 0 else None
 
 
-def _texts(look: ColumnProfile) -> Found:
-    if not all(look.kind(side) in TEXTS for side in ("chosen", "rejected")):
+def _texts(profile: ColumnProfile) -> Found:
+    if not all(profile.kind(side) in TEXTS for side in ("chosen", "rejected")):
         return None
-    before = _find_before(look)
+    before = _find_before(profile)
     if before is None:
         reason = "chosen and rejected are texts that begin alike and there is no prompt"
-        return ("implicit", reason) if _share_prompts(look) else None
+        return ("implicit", reason) if _share_prompts(profile) else None
     canonical, column = before
-    if look.kind(column) in CHAT:
-        style = "sharegpt" if look.share(is_sharegpt, column) > 0.5 else "conversation"
+    if profile.kind(column) in CHAT:
+        style = "sharegpt" if profile.share(is_sharegpt, column) > 0.5 else "conversation"
         reason = f"{shown(column)} is a list of messages and chosen and rejected are texts"
         return style if canonical == "conversation" else "explicit", reason
-    if look.kind(column) == "dialogue":
+    if profile.kind(column) == "dialogue":
         reason = f"{shown(column)} is a text with Human: and Assistant: turns, and chosen and rejected are texts"
         return "hh_rlhf", reason
-    if look.is_alpaca() and look.agree(column, "instruction"):
-        about = look.find("input") or ("input" if look.kind("input") != "missing" else "history")
+    if profile.is_alpaca() and profile.agree(column, "instruction"):
+        about = profile.find("input") or ("input" if profile.kind("input") != "missing" else "history")
         return "alpaca", f"{shown(column)}, chosen and rejected are texts beside {about}"
     reason = f"{shown(column)}, chosen and rejected are texts"
-    if (system := _find_system(look)) and look.kind(system) != "null":
+    if (system := _find_system(profile)) and profile.kind(system) != "null":
         return "orca", f"{shown(system)}, {reason}"
     return "explicit", reason
 
 
-def _share_prompts(look: ColumnProfile) -> bool:
+def _share_prompts(profile: ColumnProfile) -> bool:
     """Both texts begin with their prompt, as far as one can tell.
 
     Two replies can begin alike by chance, and what they reply to may be what was not taken.
     """
-    others = [column for column in look.columns if column not in side_columns(look)]
-    unread = any(could_ask(look, column) for column in others)
-    starts = [shared_words(*texts) for texts in look.values("chosen", "rejected")]
+    others = [column for column in profile.columns if column not in side_columns(profile)]
+    unread = any(could_ask(profile, column) for column in others)
+    starts = [shared_words(*texts) for texts in profile.values("chosen", "rejected")]
     usual = max(Counter(starts).values(), default=0)
-    texts = any(look.kind(column) in TEXTS for column in others)
+    texts = any(profile.kind(column) in TEXTS for column in others)
     a_phrase = texts and usual > 2 and usual > len(starts) / 2  # "I think", whatever was asked
     return not unread and not a_phrase and sum(map(bool, starts)) >= MANY * len(starts) > 0
 
 
-def _two_outputs(look: ColumnProfile) -> Found:
-    if look.kind("chosen") != "missing" or look.kind("output") not in LISTS or not look.find("prompt"):
+def _two_outputs(profile: ColumnProfile) -> Found:
+    if profile.kind("chosen") != "missing" or profile.kind("output") not in LISTS or not profile.find("prompt"):
         return None
-    if look.kind("instruction") == "missing" or look.share(lambda output: len(output) == 2, "output") < 1:
+    if profile.kind("instruction") == "missing" or profile.share(lambda output: len(output) == 2, "output") < 1:
         return None
-    look.find("input")
+    profile.find("input")
     return "alpaca", "instruction is a text and output holds two texts, the chosen one and the rejected"
 
 
-def _ranked(look: ColumnProfile, *, said: bool = False) -> Found:
-    completions = None if look.kind("rejected") in USABLE and not said else look.find("completions")
+def _ranked(profile: ColumnProfile, *, said: bool = False) -> Found:
+    completions = None if profile.kind("rejected") in USABLE and not said else profile.find("completions")
     if completions is None:
         return None
-    if look.kind(completions) in LISTS:
-        if not any(kind in FITTING["scores"] for column, kind in look.kinds.items() if column != completions):
+    if profile.kind(completions) in LISTS:
+        if not any(kind in FITTING["scores"] for column, kind in profile.kinds.items() if column != completions):
             return None
-        wanted = [name for name in ("scores", "ranks") if name in look.mapped] or ["scores", "ranks"]
-        measures = [column for name in wanted if (column := look.find(name))]
-        if measures and measures[0] == look.taken.get("ranks") and "ranks" not in look.mapped:
-            refuse_order(look, completions, measures[0])
+        wanted = [name for name in ("scores", "ranks") if name in profile.mapped] or ["scores", "ranks"]
+        measures = [column for name in wanted if (column := profile.find(name))]
+        if measures and measures[0] == profile.taken.get("ranks") and "ranks" not in profile.mapped:
+            refuse_order(profile, completions, measures[0])
         if len(measures) != 1:
-            lines = [look.line(**{name: column}) for name, column in zip(wanted, measures, strict=False)]
-            refuse_ranking(look, completions, f"texts beside {shown(*measures) or 'no known scores'}", lines)
+            lines = [profile.line(**{name: column}) for name, column in zip(wanted, measures, strict=False)]
+            refuse_ranking(profile, completions, f"texts beside {shown(*measures) or 'no known scores'}", lines)
         reason = f"{shown(completions)} is a list of texts and {shown(measures[0])} of their numbers"
     else:
-        held = {key for (answers,) in look.values(completions) for answer in answers for key in answer}
+        held = {key for (answers,) in profile.values(completions) for answer in answers for key in answer}
         measures = [key for key in MEASURES if key in held]
         if not measures or (len(measures) > 1 and measures[0] != "overall_score"):
-            refuse_ranking(look, completions, f"answers with {' and '.join(measures) or 'no known score'}")
+            refuse_ranking(profile, completions, f"answers with {' and '.join(measures) or 'no known score'}")
         reason = f"{shown(completions)} is a list of answers, each with its {measures[0]}"
-    _find_before(look)
+    _find_before(profile)
     return "ranked", reason
 
 
-def _is_judged(look: ColumnProfile) -> bool:
+def _is_judged(profile: ColumnProfile) -> bool:
     """The person has said which column is the verdict, whatever chosen and rejected hold."""
-    return bool(look.mapped.keys() & {*EITHER_VERDICT})
+    return bool(profile.mapped.keys() & {*EITHER_VERDICT})
 
 
-def _judged(look: ColumnProfile, *, said: bool = False) -> Found:
-    said = said or _is_judged(look)
-    answers = None if look.kind("rejected") in USABLE and not said else two_answers(look)
+def _judged(profile: ColumnProfile, *, said: bool = False) -> Found:
+    said = said or _is_judged(profile)
+    answers = None if profile.kind("rejected") in USABLE and not said else two_answers(profile)
     if answers is None:
         return None
-    verdict, look.verdict = find_verdict(look, answers)
-    if look.share(opens, answers[0]) < 1 or "conversation" in look.mapped:
-        _find_before(look)
-    look.taken |= {"response_a": answers[0], "response_b": answers[1], "better": verdict}
+    verdict, profile.verdict = find_verdict(profile, answers)
+    if profile.share(opens, answers[0]) < 1 or "conversation" in profile.mapped:
+        _find_before(profile)
+    profile.taken |= {"response_a": answers[0], "response_b": answers[1], "better": verdict}
     return "judged", f"{shown(*answers)} are two answers and {shown(verdict)} says which is the better"
 
 
 CLAUSES = (_openai, _dialogues, _conversations, _texts, _two_outputs, _ranked, _judged)
 
 
-def _find_columns(look: ColumnProfile, name: str) -> None:
+def _find_columns(profile: ColumnProfile, name: str) -> None:
     """Of a format that the person has named, whatever the structure says."""
     if name == "ranked":
-        _ranked(look, said=True)
+        _ranked(profile, said=True)
     elif name == "judged":
-        _judged(look, said=True)
+        _judged(profile, said=True)
     elif name in ("conversation", "sharegpt"):
-        if look.share(opens, "chosen") < 1 or "conversation" in look.mapped:
-            _find_before(look)
+        if profile.share(opens, "chosen") < 1 or "conversation" in profile.mapped:
+            _find_before(profile)
     elif name not in ("implicit", "openai"):
         # Conversations and dialogues that are whole need no prompt, so no rival of it matters.
-        whole = _is_whole(look) if name == "hh_rlhf" else look.share(opens, "chosen") == 1
+        whole = _is_whole(profile) if name == "hh_rlhf" else profile.share(opens, "chosen") == 1
         if not whole or name in ("explicit", "alpaca"):
-            look.find("prompt")
+            profile.find("prompt")
     if name == "alpaca":
-        look.find("input")
+        profile.find("input")
 
 
-def _replies(look: ColumnProfile, name: str) -> tuple[str, ...]:
-    if name == "alpaca" and look.kind("chosen") == "missing":
+def _replies(profile: ColumnProfile, name: str) -> tuple[str, ...]:
+    if name == "alpaca" and profile.kind("chosen") == "missing":
         return ("output",)
     return {"openai": OPENAI, "ranked": (), "judged": ()}.get(name, ("chosen", "rejected"))
 
 
-def _find_history(look: ColumnProfile) -> None:
+def _find_history(profile: ColumnProfile) -> None:
     """Earlier turns, unless the prompt's text has them inside, or they go on to the prompt and the reply."""
-    column, prompt = look.find("history"), look.taken.get("prompt")
-    if column is None or prompt is None or look.kind(prompt) not in TEXTS or "history" in look.mapped:
+    column, prompt = profile.find("history"), profile.taken.get("prompt")
+    if column is None or prompt is None or profile.kind(prompt) not in TEXTS or "history" in profile.mapped:
         return
-    inside = look.share(lambda turns, text: one_after_another(contents(turns), text), column, prompt)
-    beyond = look.share(
+    inside = profile.share(lambda turns, text: one_after_another(contents(turns), text), column, prompt)
+    beyond = profile.share(
         lambda turns, *told: contents(turns)[-2:] == [text for value in told for text in contents(value)[-1:]],
         column,
         prompt,
         "chosen",
     )
     if inside > 0.5 or beyond > 0.5:
-        del look.taken["history"]
+        del profile.taken["history"]
 
 
-def _find_system(look: ColumnProfile) -> str | None:
+def _find_system(profile: ColumnProfile) -> str | None:
     """The column of the system turn; None where the prompt has it inside already."""
-    system, prompt = look.find("system"), look.taken.get("prompt")
-    if system and prompt and look.kind(prompt) in TEXTS:
-        inside = look.share(begins_with, system, prompt) >= MANY
-        if inside or look.share(is_templated, prompt) >= SOME:
-            del look.taken["system"]
+    system, prompt = profile.find("system"), profile.taken.get("prompt")
+    if system and prompt and profile.kind(prompt) in TEXTS:
+        inside = profile.share(begins_with, system, prompt) >= MANY
+        if inside or profile.share(is_templated, prompt) >= SOME:
+            del profile.taken["system"]
             return None
     return system
 
 
-def _find_before(look: ColumnProfile) -> tuple[str, str] | None:
+def _find_before(profile: ColumnProfile) -> tuple[str, str] | None:
     """What stands before the reply, (canonical, column): a conversation that waits for it, else a prompt."""
-    conversation = look.find("conversation")
-    if conversation is None or "prompt" in look.mapped:
-        look.taken.pop("conversation", None)
-        prompt = look.find("prompt")
+    conversation = profile.find("conversation")
+    if conversation is None or "prompt" in profile.mapped:
+        profile.taken.pop("conversation", None)
+        prompt = profile.find("prompt")
         return ("prompt", prompt) if prompt else None
-    strangers = [] if "conversation" in look.mapped else look.candidates("prompt")
-    strangers = [column for column in strangers if look.share(_holds_turn, conversation, column) < 1]
+    strangers = [] if "conversation" in profile.mapped else profile.candidates("prompt")
+    strangers = [column for column in strangers if profile.share(_holds_turn, conversation, column) < 1]
     if strangers:
         raise DataError(
             where="data.column_map",
             found=f"{shown(conversation, *strangers)} could each stand before the reply, and they differ",
             expected="one conversation, or one prompt",
-            fix=f"{look.line(conversation=conversation)} or {look.lines('prompt', strangers)}",
+            fix=f"{profile.line(conversation=conversation)} or {profile.lines('prompt', strangers)}",
         )
     return "conversation", conversation
 
@@ -376,33 +376,35 @@ def _holds_turn(turns: Any, prompt: Any) -> bool:
     return turns == prompt or (isinstance(prompt, str) and prompt.strip() in [text.strip() for text in contents(turns)])
 
 
-def _as_texts_setting(look: ColumnProfile) -> str:
+def _as_texts_setting(profile: ColumnProfile) -> str:
     """The settings that read replies as the texts that they are, though they look like JSON; "" where none would."""
-    sides = [look.column(side) for side in SIDES]
-    texts = all(isinstance(row.get(column), str) for row in look.rows for column in sides)
-    if not texts or not any(look.kind(column) in (*STRUCTURED, *LISTS) for column in sides):
+    sides = [profile.column(side) for side in SIDES]
+    texts = all(isinstance(row.get(column), str) for row in profile.rows for column in sides)
+    if not texts or not any(profile.kind(column) in (*STRUCTURED, *LISTS) for column in sides):
         return ""
-    prompt = None if look.candidates("prompt") else guess_prompt(look, sides)
-    pairs = _tried(look, "explicit", {"prompt": prompt} if prompt else {})
+    prompt = None if profile.candidates("prompt") else prompt_hint(profile, sides)
+    pairs = _tried(profile, "explicit", {"prompt": prompt} if prompt else {})
     if any(
         pair is None or [pair.chosen, pair.rejected] != [row[side] for side in sides]
-        for pair, row in zip(pairs, look.rows, strict=True)
+        for pair, row in zip(pairs, profile.rows, strict=True)
     ):
         return ""
-    return f"data.format=explicit {look.line(prompt=prompt)}" if prompt else "data.format=explicit"
+    return f"data.format=explicit {profile.line(prompt=prompt)}" if prompt else "data.format=explicit"
 
 
-def _tried(look: ColumnProfile, name: str, columns: Mapping[str, str], read: Reader | None = None) -> list[Pair | None]:
+def _tried(
+    profile: ColumnProfile, name: str, columns: Mapping[str, str], read: Reader | None = None
+) -> list[Pair | None]:
     """The pairs of these rows with further columns mapped, or, without any, as ``read`` has them; None: a fault."""
-    rows = look.rows
+    rows = profile.rows
     if columns or read is None:
         rows = [
             {key: value for key, value in row.items() if key not in columns}
             | {ours: row[column] for ours, column in columns.items() if column in row}
-            for row in look.rows
+            for row in profile.rows
         ]
         try:
-            read = detect_format(rows, name=name, mapped={**look.mapped, **columns}, plain=look.plain).read
+            read = detect_format(rows, name=name, mapped={**profile.mapped, **columns}, plain=profile.plain).read
         except DataError:
             return [None] * len(rows)
     pairs: list[Pair | None] = []

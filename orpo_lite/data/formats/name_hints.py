@@ -44,69 +44,71 @@ def side_of(column: str) -> str | None:
     return "rejected" if denied and len(doubts) == 1 else None
 
 
-def guess(look: ColumnProfile, side: str) -> str | None:
-    named = [column for column in look.columns if look.kind(column) in USABLE]
+def hint(profile: ColumnProfile, side: str) -> str | None:
+    named = [column for column in profile.columns if profile.kind(column) in USABLE]
     own = [column for column in named if plain_name(column) == side]
-    guesses = own or [column for column in named if side_of(column) == side and not _holds_labels(look, column)]
-    return guesses[0] if len(guesses) == 1 else None
+    hints = own or [column for column in named if side_of(column) == side and not _holds_labels(profile, column)]
+    return hints[0] if len(hints) == 1 else None
 
 
-def guess_prompt(look: ColumnProfile, replies: Sequence[str]) -> str | None:
-    texts = [column for column in look.columns if look.kind(column) in (*TEXTS, *CHAT) and column not in replies]
-    texts = [column for column in texts if not ABOUT & set(words(column)) and not _holds_labels(look, column)]
+def prompt_hint(profile: ColumnProfile, replies: Sequence[str]) -> str | None:
+    texts = [column for column in profile.columns if profile.kind(column) in (*TEXTS, *CHAT) and column not in replies]
+    texts = [column for column in texts if not ABOUT & set(words(column)) and not _holds_labels(profile, column)]
     by_word = [column for column in texts if PROMPT & set(words(column))]
-    known = [column for column in look.candidates("prompt") if column in texts]
-    asking = [column for column in texts if look.kind(column) in CHAT and look.share(waits_for_reply, column) > 0.5]
-    single = [column for column in texts if look.kind(column) in TEXTS and could_ask(look, column)]
-    for guesses in (known[:1], asking, by_word, like_prompts(look), single):
-        if len(guesses) == 1 and guesses[0] not in replies:
-            return guesses[0]
+    known = [column for column in profile.candidates("prompt") if column in texts]
+    asking = [
+        column for column in texts if profile.kind(column) in CHAT and profile.share(waits_for_reply, column) > 0.5
+    ]
+    single = [column for column in texts if profile.kind(column) in TEXTS and could_ask(profile, column)]
+    for hints in (known[:1], asking, by_word, like_prompts(profile), single):
+        if len(hints) == 1 and hints[0] not in replies:
+            return hints[0]
     return None
 
 
-def _holds_labels(look: ColumnProfile, column: str) -> bool:
+def _holds_labels(profile: ColumnProfile, column: str) -> bool:
     """Single words that name other columns, or the same few again and again: a verdict or a topic, no text to learn."""
-    texts = [text.strip().lower() for (text,) in look.values(column)] if look.kind(column) in TEXTS else []
-    names = {plain_name(other) for other in look.columns} | {"model_a", "model_b", "tie"}
+    texts = [text.strip().lower() for (text,) in profile.values(column)] if profile.kind(column) in TEXTS else []
+    names = {plain_name(other) for other in profile.columns} | {"model_a", "model_b", "tie"}
     single = bool(texts) and all(len(text.split()) == 1 for text in texts)
     return single and (set(texts) <= names or (len(texts) >= FEW and len(set(texts)) <= len(texts) / 2))
 
 
-def like_prompts(look: ColumnProfile) -> list[str]:
+def like_prompts(profile: ColumnProfile) -> list[str]:
     """Columns that could well hold the prompt under another name: mostly distinct texts of several words."""
-    return [column for column in look.columns if _says_much(look, column, lambda text: len(text.split()) > 1)]
+    return [column for column in profile.columns if _says_much(profile, column, lambda text: len(text.split()) > 1)]
 
 
-def could_ask(look: ColumnProfile, column: str) -> bool:
+def could_ask(profile: ColumnProfile, column: str) -> bool:
     """It may hold the prompt, of any kind and under any name: what must not be lost where no prompt was found."""
-    if plain_name(column) == "prompt" or look.kind(column) in TEXTS:
-        named = plain_name(column) == "prompt" and look.kind(column) != "null"
-        return named or _says_much(look, column, lambda text: len(text.split()) > 1 or text.strip().isalpha())
-    return look.kind(column) not in (*SCALARS, "numbers") and not ABOUT & set(words(column))
+    if plain_name(column) == "prompt" or profile.kind(column) in TEXTS:
+        named = plain_name(column) == "prompt" and profile.kind(column) != "null"
+        return named or _says_much(profile, column, lambda text: len(text.split()) > 1 or text.strip().isalpha())
+    return profile.kind(column) not in (*SCALARS, "numbers") and not ABOUT & set(words(column))
 
 
-def _says_much(look: ColumnProfile, column: str, says: Callable[[str], bool]) -> bool:
-    texts = [text for (text,) in look.values(column)] if look.kind(column) in TEXTS else []
+def _says_much(profile: ColumnProfile, column: str, says: Callable[[str], bool]) -> bool:
+    texts = [text for (text,) in profile.values(column)] if profile.kind(column) in TEXTS else []
     many = sum(map(says, texts)) >= MANY * len(texts) > 0
     return many and len(set(texts)) > len(texts) / 2 and not ABOUT & set(words(column))
 
 
-def single_reply(look: ColumnProfile) -> str:
+def single_reply(profile: ColumnProfile) -> str:
     """A sentence for the sets that have only one reply to each prompt, and are often taken for pairs."""
 
     def first(names: Iterable[str], *kinds: str) -> str | None:
-        return next((column for column in look.named(*names) if not kinds or look.kind(column) in kinds), None)
+        return next((column for column in profile.named(*names) if not kinds or profile.kind(column) in kinds), None)
 
     reply = first(("completion", "response", "output", "answer"), *USABLE)
-    prompt = next((column for column in look.candidates("prompt") if column != reply), None)
+    prompt = next((column for column in profile.candidates("prompt") if column != reply), None)
     label = first(("label", "labels", "kto_tag"))
     chat = first(ALIASES["conversation"], *CHAT)
     if reply and prompt and label:
         return f"{shown(prompt, reply, label)} are unpaired preferences, one reply with a label, as for KTO"
     if reply and prompt:
         return f"{shown(prompt, reply)} are one reply to each prompt, as for supervised fine-tuning"
-    if chat and label and look.kind("chosen") == "missing":
+    if chat and label and profile.kind("chosen") == "missing":
         return f"{shown(chat, label)} are unpaired preferences, one conversation with a label, as for KTO"
-    if chat and look.kind("chosen") == "missing":
+    if chat and profile.kind("chosen") == "missing":
         return f"{shown(chat)} holds one conversation a row, as for supervised fine-tuning"
     return ""

@@ -30,65 +30,64 @@ FITS: dict[str, tuple[tuple[Kind, ...], str]] = {
     **dict.fromkeys(ALIASES["system"], (("missing", "null", *TEXTS), "a text")),
 }
 WHOLE = ("implicit", "messages", "sharegpt", "hh_rlhf")  # formats whose replies may be whole conversations
-Pairs = Sequence[Pair | None]  # one for each row of the look; None for a row that cannot be read
+Pairs = Sequence[Pair | None]  # one for each row of the profile; None for a row that cannot be read
 APART = ("input", "context", "history")  # say something beside a prompt; the other names all mean the prompt
 
 
-def refuse_unread(look: ColumnProfile, name: str, reads: Callable[..., Pairs], *, said: bool) -> None:
+def refuse_unused(profile: ColumnProfile, name: str, reads: Callable[..., Pairs], *, said: bool) -> None:
     """Raise DataError, with the lines to choose from.
 
     Args:
-        look: the first rows.
+        profile: the first rows.
         name: the format that they are read in.
         reads: the pairs of these rows, under what data.column_map would say beside: our name=column.
         said: the person has named the format.
     """
     whole = said and name == "implicit"  # so all that stands before the reply is in chosen and rejected
-    decided = whole or bool(look.mapped.keys() & {"prompt", "conversation"})
-    _refuse_misfits(look, name, decided=decided)
+    decided = whole or bool(profile.mapped.keys() & {"prompt", "conversation"})
+    _refuse_misfits(profile, name, decided=decided)
     if not whole:
-        _refuse_prompts(look, name, decided=decided)
+        _refuse_prompts(profile, name, decided=decided)
     if not decided:
-        _refuse_turns(look, name, reads)
+        _refuse_turns(profile, name, reads)
 
 
-def _refuse_misfits(look: ColumnProfile, name: str, *, decided: bool) -> None:
+def _refuse_misfits(profile: ColumnProfile, name: str, *, decided: bool) -> None:
     """A name that is known, over what is not read there."""
-    for column in _unread(look, FITS):
+    for column in _unused(profile, FITS):
         fitting, expected = FITS[plain_name(column)]
         is_prompt = plain_name(column) != "history" and plain_name(column) not in ALIASES["system"]
-        if look.kind(column) in fitting or (decided and is_prompt):
+        if profile.kind(column) in fitting or (decided and is_prompt):
             continue
-        without = _without(look, name) if is_prompt else ""
+        without = _without(profile, name) if is_prompt else ""
         fix = f"{without} to leave it out" if without else "no setting helps: leave the column out"
         raise DataError(
             where="data.column_map",
-            found=f"{shown(column)} holds {look.kind(column)}, and that is not read",
+            found=f"{shown(column)} holds {profile.kind(column)}, and that is not read",
             expected=expected,
             fix=f"{fix}, or write it as {expected}",
         )
 
 
-def _refuse_prompts(look: ColumnProfile, name: str, *, decided: bool) -> None:
+def _refuse_prompts(profile: ColumnProfile, name: str, *, decided: bool) -> None:
     """A prompt beside whole conversations, most of which do not hold it; or what stands apart from a list of turns."""
-    listed = look.kind(look.taken.get("prompt", "")) in CHAT and not decided
-    if not listed and (name not in (*WHOLE, "judged") or look.taken.keys() & {"prompt", "conversation"}):
+    listed = profile.kind(profile.taken.get("prompt", "")) in CHAT and not decided
+    if not listed and (name not in (*WHOLE, "judged") or profile.taken.keys() & {"prompt", "conversation"}):
         return
-    columns = [column for column in _unread(look, ALIASES["prompt"]) if look.kind(column) in TEXTS]
+    columns = [column for column in _unused(profile, ALIASES["prompt"]) if profile.kind(column) in TEXTS]
     apart = [column for column in columns if plain_name(column) in APART]
     same = [] if listed else [column for column in columns if column not in apart]
     for group in [same, *([column] for column in apart)]:
         held = []
-        for row in look.rows:
-            sides = [contents(look.held(row, look.column(side))) for side in (*SIDES, *look.taken.values())]
+        for row in profile.rows:
+            sides = [contents(profile.held(row, profile.column(side))) for side in (*SIDES, *profile.taken.values())]
             asked = [text for column in group if isinstance(text := row.get(column), str) and text.strip()]
             held += [any(_holds(side, text) for text in asked for side in sides)] if asked else []
         if held.count(False) > len(held) / 2:
-            free = look.kind(look.taken.get("system", "system")) in ("missing", "null")
-            before = f"{look.line(system=group[0])} to put it in front as a system turn, or " if free else ""
-            without = (
-                _without(look, name) if listed else "data.format=implicit" if name in WHOLE else "take the column out"
-            )
+            free = profile.kind(profile.taken.get("system", "system")) in ("missing", "null")
+            before = f"{profile.line(system=group[0])} to put it in front as a system turn, or " if free else ""
+            left_out = "data.format=implicit" if name in WHOLE else "take the column out"
+            without = _without(profile, name) if listed else left_out
             raise DataError(
                 where="data.column_map",
                 found=f"{shown(*group)}: not in the conversations, in {held.count(False)} of {len(held)} rows",
@@ -104,23 +103,24 @@ def _holds(turns: Sequence[str], prompt: str) -> bool:
     return words in _spaced(" ".join(turns)) or (rendered and one_after_another(before, words))
 
 
-def _refuse_turns(look: ColumnProfile, name: str, reads: Callable[..., Pairs]) -> None:
+def _refuse_turns(profile: ColumnProfile, name: str, reads: Callable[..., Pairs]) -> None:
     """A conversation of which turns before the reply are not read: earlier turns, most likely, or a system turn."""
-    known = look.named(*ALIASES["conversation"])
-    others = [column for column in look.columns if column not in known and not ABOUT & set(words(column))]
-    for column in _unread(look, map(plain_name, (*known, *others))):
-        pairs = look.kind(column) == "pairs of texts"  # [user, assistant]
-        if not (pairs or look.kind(column) in CHAT) or plain_name(column) == "history":  # the prompt may have it inside
+    known = profile.named(*ALIASES["conversation"])
+    others = [column for column in profile.columns if column not in known and not ABOUT & set(words(column))]
+    for column in _unused(profile, map(plain_name, (*known, *others))):
+        pairs = profile.kind(column) == "pairs of texts"  # [user, assistant]
+        holds_turns = pairs or profile.kind(column) in CHAT
+        if not holds_turns or plain_name(column) == "history":  # the prompt may have it inside
             continue
-        waits = not pairs and look.share(waits_for_reply, column) > 0.5
+        waits = not pairs and profile.share(waits_for_reply, column) > 0.5
         stranger = waits and column not in known  # where it shares no turn, it may be about anything
-        values = [look.held(row, column) for row in look.rows]
-        lost = [_is_lost(look, i, value, stranger=stranger) for i, value in enumerate(values) if value]
+        values = [profile.held(row, column) for row in profile.rows]
+        lost = [_is_lost(profile, i, value, stranger=stranger) for i, value in enumerate(values) if value]
         if lost and sum(lost) >= SOME * len(lost):
-            now, ours = reads(), [our for our in ("conversation", "history") if our not in look.mapped]
+            now, ours = reads(), [our for our in ("conversation", "history") if our not in profile.mapped]
             in_front = next((our for our in ours if _all_read(reads(**{our: column}), now, values)), None)
-            in_line = f"{look.line(**{in_front: column})} to put them in front" if in_front else ""
-            without = _without(look, name)
+            in_line = f"{profile.line(**{in_front: column})} to put them in front" if in_front else ""
+            without = _without(profile, name)
             fix = f"{in_line or 'write them into the prompt'}, or {without or 'take the column out'} to leave them out"
             raise DataError(
                 where="data.column_map",
@@ -130,16 +130,16 @@ def _refuse_turns(look: ColumnProfile, name: str, reads: Callable[..., Pairs]) -
             )
 
 
-def _is_lost(look: ColumnProfile, i: int, conversation: Any, *, stranger: bool) -> bool:
+def _is_lost(profile: ColumnProfile, i: int, conversation: Any, *, stranger: bool) -> bool:
     """Its turns before the reply are not among those that are read in row i, nor in a text that has them inside."""
     before = _spoken(up_to_question(conversation))
-    read = {column: _spoken(contents(look.held(look.rows[i], column))) for column in look.taken.values()}
+    read = {column: _spoken(contents(profile.held(profile.rows[i], column))) for column in profile.taken.values()}
     turns = {text for texts in read.values() for text in texts}
     inside = any(
         one_after_another(before, text)
         for column, texts in read.items()
         for text in texts
-        if look.kind(column) == "dialogue" or len(before) > 1
+        if profile.kind(column) == "dialogue" or len(before) > 1
     )
     shared = inside or bool(turns & {*_spoken(contents(conversation))})
     missed = not inside and not turns.issuperset(before)
@@ -164,18 +164,18 @@ def _in_order(some: Iterable[str], turns: Iterable[str]) -> bool:
     return all(turn in left for turn in some)
 
 
-def _without(look: ColumnProfile, name: str) -> str:
+def _without(profile: ColumnProfile, name: str) -> str:
     """The setting by which nothing else stands before the reply than what is read now; "" where there is none."""
-    if conversation := look.taken.get("conversation"):
-        return look.line(conversation=conversation)
-    prompts = [look.taken["prompt"]] if "prompt" in look.taken else look.candidates("prompt")
-    return look.lines("prompt", prompts) or (Overrides({"data.format": "implicit"}) if name in WHOLE else "")
+    if conversation := profile.taken.get("conversation"):
+        return profile.line(conversation=conversation)
+    prompts = [profile.taken["prompt"]] if "prompt" in profile.taken else profile.candidates("prompt")
+    return profile.lines("prompt", prompts) or (Overrides({"data.format": "implicit"}) if name in WHOLE else "")
 
 
-def _unread(look: ColumnProfile, names: Iterable[str]) -> list[str]:
+def _unused(profile: ColumnProfile, names: Iterable[str]) -> list[str]:
     """Neither read nor named in data.column_map, by which it has been read."""
-    others = {*look.taken.values(), *(set(look.mapped.values()) - look.mapped.keys())}
-    return [column for column in look.named(*names) if column not in others]
+    others = {*profile.taken.values(), *(set(profile.mapped.values()) - profile.mapped.keys())}
+    return [column for column in profile.named(*names) if column not in others]
 
 
 def _spaced(text: str) -> str:

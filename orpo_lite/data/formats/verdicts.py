@@ -23,13 +23,13 @@ def is_answer(column: str) -> bool:
     return match is not None and any(word in match[1].lower() for word in ANSWER_WORDS)
 
 
-def two_answers(look: ColumnProfile) -> tuple[str, str] | None:
-    if {"response_a", "response_b"} <= look.mapped.keys():
+def two_answers(profile: ColumnProfile) -> tuple[str, str] | None:
+    if {"response_a", "response_b"} <= profile.mapped.keys():
         return "response_a", "response_b"
     stems: dict[str, dict[str, str]] = {}
-    for column in look.columns:
+    for column in profile.columns:
         match = NUMBERED.fullmatch(column)
-        if match and look.kind(column) in USABLE and is_answer(column):
+        if match and profile.kind(column) in USABLE and is_answer(column):
             stems.setdefault(match[1], {})[match[2].lower()] = column
     pairs = [tuple(ends[end] for end in sorted(ends)) for ends in stems.values() if len(ends) == 2]
     if len(pairs) > 1:
@@ -37,66 +37,66 @@ def two_answers(look: ColumnProfile) -> tuple[str, str] | None:
             where="data.column_map",
             found=" and ".join(f"{shown(a)} with {shown(b)}" for a, b in pairs) + " could each be the two answers",
             expected="two answers",
-            fix=one_of(look.line(response_a=a, response_b=b) for a, b in pairs),
+            fix=one_of(profile.line(response_a=a, response_b=b) for a, b in pairs),
         )
     return (pairs[0][0], pairs[0][1]) if pairs else None
 
 
-def refuse_labels(look: ColumnProfile) -> None:
+def refuse_labels(profile: ColumnProfile) -> None:
     """Raise DataError where chosen and rejected only name two other columns, which are the answers."""
-    labels = [(plain_verdict(one), plain_verdict(other)) for one, other in look.values(*SIDES)]
+    labels = [(plain_verdict(one), plain_verdict(other)) for one, other in profile.values(*SIDES)]
     if (
         not labels
-        or look.mapped.keys() & {*EITHER_VERDICT}
+        or profile.mapped.keys() & {*EITHER_VERDICT}
         or any(len(label.split()) != 1 or len(label) > LABEL for both in labels for label in both)
     ):
         return
-    texts = [column for column in look.columns if column not in SIDES and look.kind(column) in USABLE]
+    texts = [column for column in profile.columns if column not in SIDES and profile.kind(column) in USABLE]
     named = [column for column in texts if any(column.strip().lower() in both for both in labels)]
-    answers = (named[0], named[1]) if len(named) == 2 else two_answers(look)
-    both = [_meaning(look, look.column(side), answers) for side in SIDES] if answers else []
+    answers = (named[0], named[1]) if len(named) == 2 else two_answers(profile)
+    both = [_meaning(profile, profile.column(side), answers) for side in SIDES] if answers else []
     if answers is None or not all(both):
         return
     columns = {} if is_answer(answers[0]) else {"response_a": answers[0], "response_b": answers[1]}
     raise DataError(
         where="data.column_map",
-        found=f"{shown(*map(look.column, SIDES))} name {shown(*answers)}, and hold no replies themselves",
+        found=f"{shown(*map(profile.column, SIDES))} name {shown(*answers)}, and hold no replies themselves",
         expected="the better reply in chosen, and the worse in rejected",
-        fix=look.line(**columns, better=look.column("chosen")),
+        fix=profile.line(**columns, better=profile.column("chosen")),
     )
 
 
 Says = Callable[[Any], str | None]  # a verdict's value -> a, b, tie; None where it says none of these
 
 
-def find_verdict(look: ColumnProfile, answers: tuple[str, str]) -> tuple[str, Says]:
+def find_verdict(profile: ColumnProfile, answers: tuple[str, str]) -> tuple[str, Says]:
     """The column that says which answer is the better, and what its values say; refused where that is not clear."""
-    columns = [name for name in EITHER_VERDICT if name in look.mapped] or look.columns
-    meanings = {column: says for column in columns if (says := _meaning(look, column, answers))}
+    columns = [name for name in EITHER_VERDICT if name in profile.mapped] or profile.columns
+    meanings = {column: says for column in columns if (says := _meaning(profile, column, answers))}
     verdicts = [column for column in meanings if plain_name(column) in VERDICTS]
     if len(verdicts) != 1:
         named = verdicts or [column for column in meanings if names_better(column)]
         unclear = [column for column in columns if plain_name(column) in VERDICTS]
-        unclear = [column for column in unclear if column in look.mapped or look.kind(column) in JUDGING]
+        unclear = [column for column in unclear if column in profile.mapped or profile.kind(column) in JUDGING]
         if unclear and not named:
-            _refuse_values(look, unclear[0], answers)
-        _refuse_verdict(look, answers, named)
-    _refuse_unsigned(look, verdicts[0], answers)
+            _refuse_values(profile, unclear[0], answers)
+        _refuse_verdict(profile, answers, named)
+    _refuse_unsigned(profile, verdicts[0], answers)
     return verdicts[0], meanings[verdicts[0]]
 
 
-def _meaning(look: ColumnProfile, column: str, answers: tuple[str, str]) -> Says | None:
+def _meaning(profile: ColumnProfile, column: str, answers: tuple[str, str]) -> Says | None:
     """What a column's values say of the two answers, where that is documented or they name one of them."""
     ends = [match[2].lower() if (match := NUMBERED.fullmatch(answer)) else answer for answer in answers]
-    names = [look.mapped.get(answer, answer).lower() for answer in answers]
+    names = [profile.mapped.get(answer, answer).lower() for answer in answers]
     matches = [match for name in names if (match := NUMBERED.fullmatch(name))]
     named = [match[2] for match in matches] if len({match[1] for match in matches}) == len(matches) - 1 else names
-    values = {plain_verdict(value) for (value,) in look.values(column)}
+    values = {plain_verdict(value) for (value,) in profile.values(column)}
     table: dict[str, str] = {}
-    if column in answers or look.kind(column) not in JUDGING:
+    if column in answers or profile.kind(column) not in JUDGING:
         return None
     if plain_name(column) in SIGNED:
-        if ends == ["1", "2"] or set(answers) <= look.mapped.keys():
+        if ends == ["1", "2"] or set(answers) <= profile.mapped.keys():
             table = {str(i): "a" if i < 0 else "b" if i > 0 else "tie" for i in range(-3, 4)}
     elif plain_name(column) == "labels":
         if answers == ("human_ref_A", "human_ref_B"):  # SHP: 1, the first is preferred
@@ -115,7 +115,7 @@ def _meaning(look: ColumnProfile, column: str, answers: tuple[str, str]) -> Says
     def says(value: Any) -> str | None:
         return table.get(plain_verdict(value)) or None
 
-    share = look.share(lambda value: says(value) is not None, column)
+    share = profile.share(lambda value: says(value) is not None, column)
     return says if share > 0.5 and (known or share >= MANY) else None
 
 
@@ -123,12 +123,12 @@ def plain_verdict(value: Any) -> str:
     return str(value).strip().lower().removesuffix(".0").rstrip(".")
 
 
-def _refuse_values(look: ColumnProfile, column: str, answers: tuple[str, str]) -> NoReturn:
-    values = dict.fromkeys(plain_verdict(value) for (value,) in look.values(column))
-    theirs, names = look.mapped.get(column, column), [look.mapped.get(answer, answer) for answer in answers]
+def _refuse_values(profile: ColumnProfile, column: str, answers: tuple[str, str]) -> NoReturn:
+    values = dict.fromkeys(plain_verdict(value) for (value,) in profile.values(column))
+    theirs, names = profile.mapped.get(column, column), [profile.mapped.get(answer, answer) for answer in answers]
     held = ", ".join(repr(value) for value in list(values)[:5])
-    if look.kind(column) not in JUDGING or any(len(value) > LABEL for value in values):
-        held = look.kind(column)
+    if profile.kind(column) not in JUDGING or any(len(value) > LABEL for value in values):
+        held = profile.kind(column)
     raise DataError(
         where="data.column_map",
         found=f"{shown(theirs)} is to say which of {shown(*names)} is the better, and holds {held}",
@@ -137,27 +137,27 @@ def _refuse_values(look: ColumnProfile, column: str, answers: tuple[str, str]) -
     )
 
 
-def _refuse_verdict(look: ColumnProfile, answers: tuple[str, str], verdicts: Sequence[str]) -> NoReturn:
+def _refuse_verdict(profile: ColumnProfile, answers: tuple[str, str], verdicts: Sequence[str]) -> NoReturn:
     two = shown(*answers)
     found = f"{two} are two answers, and no column is known to say which is the better"
     fix = f"no setting helps: {PAIRS}"
     if [column for column in verdicts if plain_name(column) in VERDICTS]:
         found = f"{shown(*verdicts)} could each say which of {two} is the better"
-    elif not verdicts and (measures := _measures(look, answers)):
+    elif not verdicts and (measures := _measures(profile, answers)):
         found += f"; {' and '.join(shown(*pair) for pair in measures)} measure them"
         fix += ", by those numbers: only you know whether the higher or the lower is the better"
     raise DataError(
-        where="data.column_map", found=found, expected="one verdict", fix=look.lines("better", verdicts) or fix
+        where="data.column_map", found=found, expected="one verdict", fix=profile.lines("better", verdicts) or fix
     )
 
 
-def _refuse_unsigned(look: ColumnProfile, column: str, answers: tuple[str, str]) -> None:
+def _refuse_unsigned(profile: ColumnProfile, column: str, answers: tuple[str, str]) -> None:
     """Without a value below 0 it may as well be the number of the better answer, and then 1 says the reverse."""
-    signed = plain_name(column) in SIGNED and "preference_strength" not in look.mapped
-    if signed and look.share(lambda value: plain_verdict(value).startswith("-"), column) == 0:
+    signed = plain_name(column) in SIGNED and "preference_strength" not in profile.mapped
+    if signed and profile.share(lambda value: plain_verdict(value).startswith("-"), column) == 0:
         found = f"{shown(column)} is below 0 in no row: a strength, by which the first is never the better, or the "
         found += f"number of the better one of {shown(*answers)}"
-        strength, number = look.line(preference_strength=column), look.line(better=column)
+        strength, number = profile.line(preference_strength=column), profile.line(better=column)
         raise DataError(
             where="data.column_map",
             found=found,
@@ -166,11 +166,11 @@ def _refuse_unsigned(look: ColumnProfile, column: str, answers: tuple[str, str])
         )
 
 
-def _measures(look: ColumnProfile, answers: tuple[str, str]) -> list[tuple[str, str]]:
+def _measures(profile: ColumnProfile, answers: tuple[str, str]) -> list[tuple[str, str]]:
     """Columns of numbers that mirror the two answers: score_0 and score_1 beside answer_0 and answer_1."""
     ends = {match[2].lower() for answer in answers if (match := NUMBERED.fullmatch(answer))}
     stems: dict[str, list[str]] = {}
-    for column in look.columns:
+    for column in profile.columns:
         if (match := NUMBERED.fullmatch(column)) and match[2].lower() in ends and MEASURING & set(words(match[1])):
             stems.setdefault(match[1], []).append(column)
     return [(pair[0], pair[1]) for pair in stems.values() if len(pair) == 2]
