@@ -46,6 +46,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainResult:
 
 def train_events(recipe: Recipe, *, resume: bool = False) -> Generator[Update, None, TrainResult]:
     """:func:`train` as a generator: yields an :class:`Update` for all that happens and returns the result."""
+    objective = find_objective(recipe.loss)
     processes = Processes()
     if not resume:
         processes.on_main(refuse_existing, recipe)
@@ -63,7 +64,7 @@ def train_events(recipe: Recipe, *, resume: bool = False) -> Generator[Update, N
     resolved, plan = yield from choose_memory(resolved, inputs, path, processes)
     inputs = replace(inputs, base=fetch_weights(inputs.base))
     lock = make_lock(resolved, inputs)
-    lock["objective"] = find_objective(recipe.loss).to_json()
+    lock["objective"] = objective.to_json()
     lock["not_quantised"] = skipped_modules(resolved, inputs.base.config, processes.device)
     processes.wait()
     if resume:

@@ -3,6 +3,7 @@
 An error of ours is any other exception; the command line shows its traceback and asks for a report.
 """
 
+import copyreg
 import errno
 import json
 import re
@@ -22,11 +23,14 @@ class Command(str):
     __slots__ = ("line",)
     line: str
 
-    def __new__(cls, line: str, advice: str = "") -> Self:
-        """``advice`` is printed behind the line."""
-        fix = super().__new__(cls, line + advice)
+    def __new__(cls, line: str, advice: str = "", *, text: str = "") -> Self:
+        """Printed as the line and ``advice`` behind it; or as ``text``."""
+        fix = super().__new__(cls, text or line + advice)
         fix.line = line
         return fix
+
+    def __getnewargs_ex__(self) -> tuple[tuple[str], dict[str, str]]:
+        return (self.line,), {"text": str(self)}
 
 
 class Overrides(str):
@@ -43,13 +47,22 @@ class Overrides(str):
         fix.values = values
         return fix
 
+    def __getnewargs_ex__(self) -> tuple[tuple[Mapping[str, Any]], dict[str, str]]:
+        return (self.values,), {"text": str(self)}
+
+
+def reworded(fix: str, text: str) -> str:
+    """Return ``text`` with the data of ``fix``: a string method would return words alone."""
+    if isinstance(fix, Overrides):
+        return Overrides(fix.values, text=text)
+    return Command(fix.line, text=text) if isinstance(fix, Command) else text
+
 
 def one_of(fixes: Iterable[str]) -> str:
     """Join fixes of which any will do: all of them in words, the first one as data."""
     options = [*fixes]
-    first = next((fix for fix in options if isinstance(fix, Overrides)), None)
-    text = " or ".join(options)
-    return Overrides(first.values, text=text) if first else text
+    first = next((fix for fix in options if isinstance(fix, Overrides)), "")
+    return reworded(first, " or ".join(options))
 
 
 class OrpoLiteError(Exception):
@@ -68,6 +81,10 @@ class OrpoLiteError(Exception):
         self.where, self.found, self.expected = (TOKEN.sub("hf_***", text) for text in (where, found, expected))
         self.fix = TOKEN.sub("hf_***", fix) if TOKEN.search(fix) else fix  # which keeps the data of a fix
         super().__init__(self.where, self.found, self.expected, self.fix)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle it as it is: a constructor takes keywords, and a subclass its own."""
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
     def __str__(self) -> str:
         lines = [f"{self.where}: {self.found}" if self.where else self.found]
@@ -121,12 +138,22 @@ class HubError(OrpoLiteError):
 
 
 def raise_all(faults: Sequence[OrpoLiteError]) -> None:
-    """Raise every fault as one error of the first one's class: the first twenty and the total. No-op when empty."""
+    """Raise every fault as one error of the first one's class: the first twenty and the total. No-op when empty.
+
+    A fix that all of them have in common is the error's own.
+    """
     if not faults:
         return
     if len(faults) == 1:
         raise faults[0]
-    shown = "\n".join(str(fault) for fault in faults[:SHOWN])
+    common = faults[0].fix
+    is_common = isinstance(common, Overrides) and all(
+        isinstance(fault.fix, Overrides) and fault.fix.values == common.values for fault in faults
+    )
+    once = f"\n  fix: {common}" if is_common else ""  # said behind all of them
+    shown = "\n".join(str(fault).removesuffix(once) for fault in faults[:SHOWN])
     rest = len(faults) - SHOWN
     more = f"\n... and {rest} more" if rest > 0 else ""
-    raise type(faults[0])(found=f"{len(faults)} faults:\n{shown}{more}")
+    error = type(faults[0])(found=f"{len(faults)} faults:\n{shown}{more}")
+    error.fix = common if is_common else ""
+    raise error

@@ -1,18 +1,22 @@
 """An error's fix is data: applied as it stands, it cures the fault."""
 
+import copy
+import pickle
 import shlex
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from orpo_lite.errors import Command, HubError, OrpoLiteError, Overrides, RecipeError, one_of, raise_all
+from orpo_lite.errors import Command, HubError, OrpoLiteError, Overrides, RecipeError, one_of, raise_all, reworded
 from orpo_lite.planning.plan import plan
 from orpo_lite.planning.search import does_not_fit
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.recipe.text import to_text
 from orpo_lite.runs.inputs import prepare_inputs
+from orpo_lite.runs.interrupt import Interrupted
 from orpo_lite.updates import run_to_end
 
 Build = Callable[..., Recipe]
@@ -99,3 +103,19 @@ def test_faults_are_raised_as_one() -> None:
     one, other = RecipeError(found="this"), RecipeError(found="that")
     with pytest.raises(RecipeError, match=r"2 faults:\nthis\nthat"):
         raise_all([one, other])
+
+
+def test_an_error_keeps_its_fix_when_copied_amended_or_joined_with_others() -> None:
+    fix = Overrides({"lora.r": 8})
+    of_two, stopped = RecipeError(where="lora.r", found="0", fix=fix), Interrupted(signal.SIGTERM, Path("run"))
+    for error, part in ((of_two, "values"), (stopped, "line")):
+        same = pickle.loads(pickle.dumps(copy.deepcopy(copy.copy(error))))  # noqa: S301 - made here
+        assert (type(same), str(same), same.exit_code) == (type(error), str(error), error.exit_code)
+        assert getattr(same.fix, part) == getattr(error.fix, part)
+    amended = reworded(fix, f"{fix}\n  then: go on")
+    assert (amended, amended.values) == ("lora.r=8\n  then: go on", fix.values)  # type: ignore[attr-defined]
+    for other, common in (("lora.r=8", None), (Overrides({"lora.r": 8}, " at most"), fix.values)):
+        with pytest.raises(RecipeError) as caught:
+            raise_all([RecipeError(found="one", fix=fix), RecipeError(found="two", fix=other)])
+        assert str(caught.value).count("fix: ") == 2
+        assert getattr(caught.value.fix, "values", None) == common

@@ -7,7 +7,7 @@ import typer
 
 from orpo_lite.cli.console import err, out, print_before_after, print_verdict
 from orpo_lite.cli.progress import draw
-from orpo_lite.errors import CheckpointError, ModelError, OrpoLiteError, RecipeError
+from orpo_lite.errors import CheckpointError, ModelError, OrpoLiteError, RecipeError, reworded
 
 if TYPE_CHECKING:
     from orpo_lite.recipe.schema import Recipe
@@ -80,7 +80,7 @@ def finish(recipe: "Recipe", result: "TrainResult") -> None:
         if recipe.output.merge:
             merge_if_changed(result.run)
     except OrpoLiteError as error:
-        error.fix = f"{error.fix}\n  {safe}" if error.fix else safe
+        error.fix = reworded(error.fix, f"{error.fix}\n  {safe}" if error.fix else safe)
         raise
     except KeyboardInterrupt:
         err.print(f"stopped; {safe}")
@@ -100,7 +100,7 @@ def _push_result(recipe: "Recipe", result: "TrainResult") -> None:
     except OrpoLiteError as error:
         if isinstance(error, RecipeError | CheckpointError):
             safe += f"; when that is mended: {push_line(recipe, result)}"
-        error.fix = f"{error.fix}\n  {safe}" if error.fix else safe
+        error.fix = reworded(error.fix, f"{error.fix}\n  {safe}" if error.fix else safe)
         raise
     except KeyboardInterrupt:
         err.print(f"stopped; {safe}; then: {push_line(recipe, result)}")

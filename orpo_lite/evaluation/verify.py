@@ -98,10 +98,10 @@ def compare_merged(
     recipe = demo.resolve_builtin(read_recipe(path))
     if base_path is not None:
         recipe = recipe.override({"model.model_name_or_path": str(base.path)})
-    ready = yield from prepare_inputs(recipe)
-    _refuse_other_pairs(path, ready.figures["sha256"])
-    held_out = len(ready.test) > 0
-    pairs = [pair for pair, _ in zip(ready.test if held_out else ready.train, range(PAIRS), strict=False)]
+    inputs = yield from prepare_inputs(recipe)
+    _refuse_other_pairs(path, inputs.figures["sha256"])
+    held_out = len(inputs.test) > 0
+    pairs = [pair for pair, _ in zip(inputs.test if held_out else inputs.train, range(PAIRS), strict=False)]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     adapted = recipe.override({"model.adapter_name_or_path": str((path / "adapter").resolve())})
     whole = {"quantization.load_in_4bit": False}
@@ -161,9 +161,9 @@ def _row(name: str, values_2P: Tensor) -> Row:
 def _score(
     model: PairModel, pairs: Sequence[TokenizedPair], recipe: Recipe, route: Route | None = None
 ) -> tuple[Tensor, Route]:
-    """Mean log-probabilities of chosen and rejected replies, shape (2, P), float64; and the way that the pairs went.
+    """Mean log-probabilities of chosen and rejected replies, shape (2, P), float64; and the route of the pairs.
 
-    Without a ``way`` the fastest one that is proven for the model.
+    Without a ``route`` it is the fastest one that the probe finds equal for the model.
     """
     if route:
         model.route = route

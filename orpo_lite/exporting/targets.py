@@ -205,7 +205,8 @@ def _blamed(stands: str | Path, meant: str | Path) -> Generator[None]:
         yield
     except OrpoLiteError as error:
         error.where = error.where.replace(str(stands), str(meant))
-        error.fix = error.fix.replace(f" {stands} ", f" {meant} ")
+        if f" {stands} " in error.fix:
+            error.fix = error.fix.replace(f" {stands} ", f" {meant} ")
         raise
 
 

@@ -35,9 +35,6 @@ ROUTE_NOTES: dict[Route, str] = {
 class PairModel(nn.Module):
     """A causal language model that takes pairs and answers with their log-probabilities."""
 
-    outputs: frozenset[str] = frozenset({"policy_logps"})
-    """What an objective may need of it: see :attr:`orpo_lite.objectives.objective.Objective.needs`."""
-
     def __init__(self, model: nn.Module, memory: MemorySection | None = None) -> None:
         super().__init__()
         self.model = model

@@ -6,17 +6,18 @@ A new objective is a file of this package, named as ``LossSection.type`` names i
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 from torch import Tensor
 
 from orpo_lite.data.packing import nll_tokens
 from orpo_lite.data.pair import TokenizedPair
+from orpo_lite.errors import Overrides, RecipeError
 from orpo_lite.ops.outputs import PairLogps
 from orpo_lite.recipe.schema import LossSection
 
 Need = Literal["policy_logps"]
-"""What a model can be asked for. policy_logps: :class:`PairLogps` of the model that is trained."""
+"""What a model gives. policy_logps: :class:`PairLogps` of the model that is trained."""
 
 
 class Divisors(NamedTuple):
@@ -77,6 +78,8 @@ class Objective(ABC):
     def loss(self, logps: PairLogps, divisors: Divisors) -> tuple[Tensor, Tensor]:
         """Return a micro-batch's share of the step's loss, to run backward on, and its detached ``parts``.
 
+        A plan runs it on ``meta``, without values: no branch on a value, no boolean mask, no ``.item()``.
+
         Args:
             logps: of the P pairs of this micro-batch.
             divisors: of the whole optimizer step. Shares of all micro-batches and processes add up to the step's loss.
@@ -103,6 +106,17 @@ class Objective(ABC):
 
 
 def find_objective(settings: LossSection) -> Objective:
-    """Return the ``OBJECTIVE`` of the file that ``loss.type`` names, with the recipe's settings."""
+    """Return the ``OBJECTIVE`` of the file that ``loss.type`` names, with the recipe's settings.
+
+    Raises:
+        RecipeError: no model gives what it needs.
+    """
     objective: Objective = import_module(f"orpo_lite.objectives.{settings.type}").OBJECTIVE(settings)
+    if lacking := objective.needs.difference(get_args(Need)):
+        raise RecipeError(
+            where="loss.type",
+            found=f"{settings.type} needs {', '.join(sorted(lacking))}",
+            expected=f"an objective that needs no more than {', '.join(get_args(Need))}",
+            fix=Overrides({"loss.type": LossSection().type}),
+        )
     return objective

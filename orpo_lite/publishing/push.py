@@ -13,7 +13,17 @@ from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 
 from orpo_lite.base.find import weight_files
-from orpo_lite.errors import TOKEN, CheckpointError, Command, HubError, ModelError, OrpoLiteError, RecipeError
+from orpo_lite.errors import (
+    TOKEN,
+    CheckpointError,
+    Command,
+    HubError,
+    ModelError,
+    OrpoLiteError,
+    Overrides,
+    RecipeError,
+    reworded,
+)
 from orpo_lite.publishing.account import WrongTargetError, check_target
 from orpo_lite.publishing.card_facts import Shown, read_objective
 from orpo_lite.publishing.edited_card import adopt_card, changed_card, loads_adapter
@@ -141,13 +151,13 @@ def push_events(
     except WrongTargetError as error:
         public = not error.is_private
         command = push_command(path, error.instead, merged=merged, is_public=public, samples=samples)
-        error.fix += f"\n  then: {command}"
+        error.fix = reworded(error.fix, f"{error.fix}\n  then: {command}")
         raise
     except (RecipeError, CheckpointError):
         raise  # something has to change first, and perhaps the command with it
     except OrpoLiteError as error:
         command = push_command(path, repository, merged=merged, is_public=is_public, samples=samples)
-        error.fix = f"{error.fix}\n  then: {command}" if error.fix else command
+        error.fix = reworded(error.fix, f"{error.fix}\n  then: {command}") if error.fix else command
         raise
     return PushResult(target.repository, target.page, commit, tuple(sorted(files)))
 
@@ -315,7 +325,8 @@ def check_push(recipe: Recipe, *, resume: bool) -> Generator[Update, None, None]
         yield from check_target(str(recipe.output.hub_model_id), is_private=recipe.output.hub_private_repo)
     except HubError as error:
         if not resume:
-            error.fix += "; or output.push_to_hub=false, and `orpo-lite push` later"
+            either = f"{error.fix}; or output.push_to_hub=false, and `orpo-lite push` later"
+            error.fix = Overrides({"output.push_to_hub": False}, text=either)
             raise
         yield Update("note", f"the push at the end may fail: {error.where} {error.found}")
 

@@ -36,10 +36,11 @@ def shrink_memory(session: Session, batch: Sequence[TokenizedPair]) -> dict[str,
         return sizes | {"activation_checkpointing": "all"}
     plain = {"checkpoint_offload": True, "mlp_tile": 512, "embedding_on_cpu": True}
     unused = {f"memory.{key}": plain[key] for key in plain if getattr(memory, key) in (None, False, "auto")}
+    kept = " in a new run; checkpoints are kept"
     raise FitError(
         where=f"run {session.path}",
         found="one pair at a time is out of memory, with all layers checkpointed",
-        fix=Overrides(unused, f"{'' if unused else 'a shorter data.max_length'} in a new run; checkpoints are kept"),
+        fix=Overrides(unused, kept) if unused else f"a shorter data.max_length{kept}",
     )
 
 

@@ -12,7 +12,6 @@ from orpo_lite.base.download import check_disk
 from orpo_lite.data.packing import epoch_order, steps_per_epoch
 from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.data.prepare import pair_lengths
-from orpo_lite.errors import ModelError
 from orpo_lite.model.load import choose_dtype, load_pair_model
 from orpo_lite.model.memory import checkpoint_first_layers
 from orpo_lite.model.optimizer import lr_factor, make_optimizer, whole_steps
@@ -88,12 +87,6 @@ def load_session(
     """Load base and adapter, probe the step on them, make the optimizer. Raises FitError, ModelError."""
     yield Update("stage", f"loading {inputs.base.name}")
     pair_model, objective = load_pair_model(recipe, inputs.base, processes.device), find_objective(recipe.loss)
-    if lacking := objective.needs - pair_model.outputs:
-        raise ModelError(
-            where="loss.type",
-            found=f"{recipe.loss.type} needs {', '.join(sorted(lacking))}",
-            expected=f"what a model gives: {', '.join(pair_model.outputs)}",
-        )
     yield Update("stage", "probing the step on this model")
     if not recipe.memory.packing:
         probe_operations(pair_model)

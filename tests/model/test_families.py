@@ -1,4 +1,4 @@
-"""Real architectures, small and random: the step equals the model's own forward pass, or the proof refuses it."""
+"""Real architectures, small and random: the step equals the model's own forward pass, or the probe refuses it."""
 
 import re
 from collections.abc import Callable
@@ -344,7 +344,7 @@ def test_adapters_that_the_loss_does_not_reach_are_named() -> None:
     assert note.startswith("1 of 15 adapted layers get no gradient (model.extra ...)"), note
 
 
-def test_a_new_adapter_is_random_only_while_it_is_proven() -> None:
+def test_a_new_adapter_is_random_only_while_it_is_probed() -> None:
     torch.manual_seed(0)
     model = PairModel(get_peft_model(tiny_llama(98), LoraConfig(r=4, target_modules="all-linear")), recipe().memory)
     before = {name: parameter.detach().clone() for name, parameter in model.trained()}
@@ -379,7 +379,7 @@ def halved(honest: Callable[..., Any]) -> Any:
     return staticmethod(lambda ctx, *grads: tuple(g * 0.5 if isinstance(g, Tensor) else g for g in honest(ctx, *grads)))
 
 
-def test_tiles_longer_than_the_pairs_of_the_proof_are_proven(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_longer_than_the_pairs_of_the_probe_are_probed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layers._Tiles, "backward", halved(layers._Tiles.backward))
     model = adapted(SHARED["llama"], fused_lora=False, mlp_tile=512)
     apply_memory_settings(model, recipe(fused_lora=False, mlp_tile=512))
@@ -388,7 +388,7 @@ def test_tiles_longer_than_the_pairs_of_the_proof_are_proven(monkeypatch: pytest
     assert note.startswith("not used: memory.mlp_tile, because gradients would differ by"), note
 
 
-def test_what_comes_back_from_the_host_is_proven(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_comes_back_from_the_host_is_probed(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = layers.HostStore._unpack
     monkeypatch.setattr(layers.HostStore, "_unpack", lambda store, stored: honest(store, stored) * 1.5)
     model = adapted(SHARED["llama"], checkpoint_offload=True)
@@ -397,7 +397,7 @@ def test_what_comes_back_from_the_host_is_proven(monkeypatch: pytest.MonkeyPatch
         probe(model, 128)
 
 
-def test_padded_rows_are_proven_too(monkeypatch: pytest.MonkeyPatch, small_recipe: Callable[..., Recipe]) -> None:
+def test_padded_rows_are_probed_too(monkeypatch: pytest.MonkeyPatch, small_recipe: Callable[..., Recipe]) -> None:
     monkeypatch.setattr(lora._LoraLinear, "backward", halved(lora._LoraLinear.backward))
     updates = train_events(small_recipe("memory.packing=false", "memory.prompt_sharing=false"))
     notes = [update.text for update in updates if update.kind == "note"]

@@ -12,8 +12,9 @@ import pytest
 
 import orpo_lite
 from orpo_lite.api import train
-from orpo_lite.errors import ModelError
+from orpo_lite.errors import RecipeError
 from orpo_lite.objectives.orpo import Orpo
+from orpo_lite.planning.plan import plan
 from orpo_lite.recipe.schema import Recipe
 
 SQUARED = '''
@@ -116,5 +117,7 @@ def test_a_need_that_no_model_fills_is_refused(
     small_recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Orpo, "needs", frozenset({"policy_logps", "scores"}))
-    with pytest.raises(ModelError, match=r"loss\.type: orpo needs scores"):
-        train(small_recipe())
+    for verb in (train, plan):
+        with pytest.raises(RecipeError, match=r"loss\.type: orpo needs scores"):
+            verb(small_recipe())
+    assert not Path("run").exists()

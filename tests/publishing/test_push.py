@@ -1121,7 +1121,7 @@ def test_what_cannot_be_pushed_is_not_trained(
     if trouble not in ("stranger", "public", "offline"):
         assert "hf auth login" in complained
     assert not (workspace / "run").exists()
-    assert "proving" not in said
+    assert "loading" not in said
 
 
 def test_a_name_that_the_licence_refuses_is_not_trained(

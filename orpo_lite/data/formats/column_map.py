@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from orpo_lite.data.formats.columns import map_line, shown
 from orpo_lite.data.pair import COLUMNS, Row
 from orpo_lite.data.sources.source import Source
-from orpo_lite.errors import DataError, raise_all
+from orpo_lite.errors import DataError, raise_all, reworded
 from orpo_lite.recipe.schema import DataSection
 
 LOOK = 100  # rows that detection looks at
@@ -83,7 +83,7 @@ def check_mapped(column_map: Mapping[str, Sequence[str]]) -> None:
                 where="data.column_map",
                 found=f"{shown(*unknown)} {'is' if len(unknown) == 1 else 'are'} not among our names",
                 expected="OURS=THEIRS",
-                fix=f"turn it round: {line}",
+                fix=reworded(line, f"turn it round: {line}"),
             )
         _raise_unknown(unknown, COLUMNS)
 

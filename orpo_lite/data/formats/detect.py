@@ -46,7 +46,7 @@ from orpo_lite.data.formats.values import (
 )
 from orpo_lite.data.formats.verdicts import EITHER_VERDICT, VERDICTS, find_verdict, refuse_labels, two_answers
 from orpo_lite.data.pair import Pair, Row
-from orpo_lite.errors import DataError
+from orpo_lite.errors import DataError, one_of
 
 SAID = "data.format says so"
 AS_TEXTS = ("explicit", "orca", "alpaca")  # formats of replies that are texts, beside a prompt that is one
@@ -367,7 +367,7 @@ def _find_before(profile: ColumnProfile) -> tuple[str, str] | None:
             where="data.column_map",
             found=f"{shown(conversation, *strangers)} could each stand before the reply, and they differ",
             expected="one conversation, or one prompt",
-            fix=f"{profile.line(conversation=conversation)} or {profile.lines('prompt', strangers)}",
+            fix=one_of([profile.line(conversation=conversation), profile.lines("prompt", strangers)]),
         )
     return "conversation", conversation
 

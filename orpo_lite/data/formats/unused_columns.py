@@ -18,7 +18,7 @@ from orpo_lite.data.formats.values import (
     waits_for_reply,
 )
 from orpo_lite.data.pair import Pair
-from orpo_lite.errors import DataError, Overrides
+from orpo_lite.errors import DataError, Overrides, reworded
 
 # What may stand in a column of that name, and what is read there. A number is no prompt, but the id of one.
 FITS: dict[str, tuple[tuple[Kind, ...], str]] = {
@@ -85,14 +85,16 @@ def _refuse_prompts(profile: ColumnProfile, name: str, *, decided: bool) -> None
             held += [any(_holds(side, text) for text in asked for side in sides)] if asked else []
         if held.count(False) > len(held) / 2:
             free = profile.kind(profile.taken.get("system", "system")) in ("missing", "null")
-            before = f"{profile.line(system=group[0])} to put it in front as a system turn, or " if free else ""
-            left_out = "data.format=implicit" if name in WHOLE else "take the column out"
+            before = profile.line(system=group[0]) if free else ""
+            left_out = Overrides({"data.format": "implicit"}) if name in WHOLE else "take the column out"
             without = _without(profile, name) if listed else left_out
+            leave = f"{without} to leave it out" if without else "take the column out"
+            put = f"{before} to put it in front as a system turn, or " if before else ""
             raise DataError(
                 where="data.column_map",
                 found=f"{shown(*group)}: not in the conversations, in {held.count(False)} of {len(held)} rows",
                 expected="conversations that hold their prompt",
-                fix=before + (f"{without} to leave it out" if without else "take the column out"),
+                fix=reworded(before or without, put + leave),
             )
 
 

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from orpo_lite.data.sources.lines import Place, blocks
 from orpo_lite.data.sources.local import did_you_mean, near_names
 from orpo_lite.data.sources.source import AUTO, Source, choose_split, listed, readable, said_split
-from orpo_lite.errors import DataError, HubError
+from orpo_lite.errors import DataError, HubError, Overrides
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def _load_auto(name: str, config: str | None) -> HubSource:
             where=f"data.dataset_name {name}",
             found=f"several splits: {listed(names)}",
             expected="a split train, or one with preferences",
-            fix=f"data.dataset_train_split={names[0]}" if names else "",
+            fix=Overrides({"data.dataset_train_split": names[0]}) if names else "",
         )
     table = loaded[split] if loaded is not None else datasets.load_dataset(name, config, split=split)
     return HubSource(name, said_split(split, names), split, table)

@@ -437,7 +437,7 @@ def test_one_row_is_no_columns(tmp_path: Path, row: Any) -> None:
     assert rows_of(write(tmp_path / "a.json", json.dumps(row))) == [row]
 
 
-def test_the_remedy_for_columns_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fix_for_columns_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pandas = pytest.importorskip("pandas")
     monkeypatch.chdir(tmp_path)
     rows = [{"prompt": f"{i}", "chosen": "2020-01-01", "rejected": "é\n"} for i in range(12)]
