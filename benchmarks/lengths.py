@@ -16,7 +16,7 @@ import torch
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from orpo_lite.data.pair import TokenizedPair
-from orpo_lite.data.prepare import find_sources, pair_lengths, tokenized_sides
+from orpo_lite.data.prepare import find_sources, pair_lengths, tokenized_splits
 from orpo_lite.planning.on_meta import Triples
 from orpo_lite.recipe.reader import load_recipe
 from orpo_lite.updates import run_to_end
@@ -34,7 +34,7 @@ def of_texts(data: str, tokenizer: Path, *, max_length: int = 2048) -> Triples:
     """The lengths of any data set under the default recipe's limits and template."""
     keys = [f"data.dataset_name={data}", "data.test_split_size=0", f"data.max_length={max_length}"]
     recipe = load_recipe("mistral-qlora", keys)
-    pairs, _, _ = run_to_end(tokenized_sides(recipe, tokenizer, *find_sources(recipe.data)), lambda _: None)
+    pairs, _, _ = run_to_end(tokenized_splits(recipe, tokenizer, *find_sources(recipe.data)), lambda _: None)
     return pair_lengths(pairs)
 
 
