@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from orpo_lite.runs.records import read_json, read_metrics
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, float]:
+def demo(tmp_path_factory: pytest.TempPathFactory, shared_folder: Path) -> tuple[Path, str, float]:
     """The run folder, what was printed, and the processor seconds that it took."""
     folder = tmp_path_factory.mktemp("demo")
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -30,6 +31,9 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, float]:
     assert done.stderr == ""
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    (base,) = (folder / "runs" / "builtin").glob("tiny-llama-*")
+    copy = shutil.copytree(base, folder / "base")
+    copy.rename(shared_folder / "demo-base")  # test_demo_base need not make it again
     return folder / "runs" / "demo", done.stdout, seconds
 
 
