@@ -60,7 +60,11 @@ class Pair:
     beside: bool = False  # its row says more than is read here: reasoning beside a message, tools, images
 
 
-class ToolError(DataError):
+class RowError(DataError):
+    """A fault of one row: it is counted and left out, up to ``data.max_bad_rows``. Any other fault stops the command."""
+
+
+class ToolError(RowError):
     """A call of a tool, or what it gave. Such rows are many or none, and one message speaks of them all."""
 
 
