@@ -61,11 +61,7 @@ class Pair:
 
 
 class RowError(DataError):
-    """A fault of one row: it is counted and left out, up to ``data.max_bad_rows``. Any other fault stops the command."""
-
-
-class ToolError(RowError):
-    """A call of a tool, or what it gave. Such rows are many or none, and one message speaks of them all."""
+    """A fault of one row: counted and left out, up to ``data.max_bad_rows``. Any other fault stops the command."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -14,12 +16,12 @@ from itertools import chain, islice, pairwise
 from typing import Any, NoReturn
 
 from orpo_lite.data.formats.column_map import LOOK, first_with, found_columns, held_columns, lacking_columns, mapped_row
-from orpo_lite.data.formats.columns import ColumnProfile, map_line, plain_name, shown
+from orpo_lite.data.formats.columns import ColumnProfile, map_line
 from orpo_lite.data.formats.detect import Detected, detect_format, is_known
-from orpo_lite.data.formats.readers import NO_TOOLS
+from orpo_lite.data.formats.names import plain_name, shown
 from orpo_lite.data.formats.text import says_nothing
 from orpo_lite.data.formats.values import CHAT, is_blank, kind_of
-from orpo_lite.data.pair import EMPTY_CHOSEN, EMPTY_REJECTED, Pair, Row, ToolError
+from orpo_lite.data.pair import EMPTY_CHOSEN, EMPTY_REJECTED, Pair, Row, RowError
 from orpo_lite.data.sources.source import Source, names_line
 from orpo_lite.errors import SHOWN, DataError, Overrides, raise_all
 from orpo_lite.recipe.schema import DataSection
@@ -30,9 +32,11 @@ EQUAL = "chosen and rejected are equal"
 EMPTY_PROMPT = "empty prompt"
 BLANK = "blank row"
 SAID_TWICE = "the same turn twice in a row"
+FAULTY = "a fault in the row"
 
 LATER = {"system", "history", "input"}  # what may stand in some rows alone: the others read the same without it
 PLACES = 3  # places kept of each reason to leave a pair out
+MAY_BE_BAD = 3  # rows of a set that may hold a fault, whatever share of it they are
 
 
 class Drops:
@@ -63,9 +67,9 @@ class Drops:
 class PairReader:
     """The pairs of one side, training or held out, as an iterator; what was found on the way stands in the attributes.
 
-    Iterating raises DataError at the end for faulty rows (all of them at once) and for a set of which nothing is left,
-    at the start for an unknown format; HubError when the hub does not deliver. ``data.max_samples`` takes the first
-    rows of each set, before anything is left out.
+    Iterating raises DataError at the start for an unknown format, and at the end for faults of a file (all of them at
+    once), for more faulty rows in a set than data.max_bad_rows, and for a set of which nothing is left; HubError when
+    the hub does not deliver. ``data.max_samples`` takes the first rows of each set, before anything is left out.
     """
 
     def __init__(self, data: DataSection, sources: Sequence[Source]) -> None:
@@ -86,6 +90,8 @@ class PairReader:
         self.rows: list[int] = []
         """For each set, the rows read."""
         self.drops = Drops()
+        self.bad_rows: list[RowError] = []
+        """The faults of the rows that are left out."""
         self._digest = hashlib.sha256()
 
     @property
@@ -115,7 +121,7 @@ class PairReader:
                     )
                     self._digest.update(_content(pair))
                     yield pair
-        raise_all(_tools_once(faults))
+        raise_all(faults)
         if not kept:
             self.drops.raise_nothing_left(", ".join(source.name for source in self.sources))
 
@@ -142,7 +148,7 @@ class PairReader:
         if near := near or alike:
             pair = max(near, key=lambda pair: len(pair.where))  # sub/p.jsonl:3 rather than p.jsonl:3
             return pair, pair.drop or _drop_reason(pair)
-        raise_all([fault for fault in faults if fault.where.partition(", field ")[0] == place])
+        raise_all([fault for fault in [*self.bad_rows, *faults] if fault.where.partition(", field ")[0] == place])
         names = ", ".join(source.name for source in self.sources)
         limit = self.data.max_samples
         found = f"no such row in {names}" + (f", of which data.max_samples reads the first {limit:,}" if limit else "")
@@ -173,7 +179,7 @@ class PairReader:
             detected = self._detect(profile, columns)
             self._refuse_anothers(source, looked, columns, detected)
         except DataError as fault:
-            raise_all(_tools_once([*faults, self._of_set(fault, source), *broken]))
+            raise_all([*faults, self._of_set(fault, source), *broken])
             raise
         named = f", in {source.name}" if len(self.sources) > 1 else ""
         self.detected.append("")
@@ -183,9 +189,10 @@ class PairReader:
         held = held_columns(listed, looked)
         self._say(f"{detected.sentence}{named}", detected, held, names)
         seen = {key for row in profile for key, value in row.items() if not is_blank(value)}
-        moved, read, unread = 0, 0, []
+        moved, read = 0, 0
+        bad: list[RowError] = []
         for before, (where, row) in chain(looked_at, rows):
-            faults += broken[moved:before]
+            _sort(broken[moved:before], bad, faults)
             moved = before
             self.rows[-1] += 1
             mapped = mapped_row(row, listed)
@@ -195,18 +202,18 @@ class PairReader:
                 try:
                     detected = self._detect_again(detected, profile, mapped, columns, late, where)
                 except DataError as fault:
-                    raise_all(_tools_once([*faults, self._of_set(fault, source)]))
+                    raise_all([*faults, self._of_set(fault, source)])
                     raise
                 self._say(f"{detected.sentence}{named}", detected, held, names)
             try:
                 blank = all(map(is_blank, mapped.values()))
                 read += not blank
                 yield Pair((), "", "", where, drop=BLANK) if blank else detected.read(mapped, where)
-            except DataError as fault:
-                faults.append(fault)
-                unread.append(fault)
-        faults += broken[moved:]
-        faults[:] = self._sum_up(faults, unread, read, source)
+            except RowError as fault:
+                bad.append(fault)
+        _sort(broken[moved:], bad, faults)
+        read += sum(isinstance(fault, RowError) for fault in broken)
+        self._judge(bad, read, source, detected, faults)
 
     def _say(
         self, sentence: str, detected: Detected, held: Mapping[str, Collection[str]], names: Collection[str]
@@ -286,36 +293,37 @@ class PairReader:
         line = names_line([file for name in self.data.names for file in files.get(name, [name])])
         return f"{line} reads each file in its own format"
 
-    def _sum_up(
-        self, faults: Sequence[DataError], unread: Sequence[DataError], read: int, source: Source
-    ) -> list[DataError]:
-        """The faults, of which those of a set that is not what it was taken for are one."""
-        if len(unread) < min(read, SHOWN + 1) or read < 2 or isinstance(unread[0], ToolError):
-            return [*faults]
-        these, first = set(map(id, unread)), unread[0]
-        others = [fault for fault in faults if id(fault) not in these]
-        said = f"{first.found} at {first.where}"
-        if line := self._line_by_file(source):
-            found = f"its files hold rows of different kinds: {said}; rows like this: {len(unread):,}"
-            return [
-                *others,
-                DataError(where=f"data.dataset_name of {source.name}", found=found, expected=first.expected, fix=line),
-            ]
-        if len(unread) < read:
-            return [*faults]
-        if self.data.format != "auto":
-            found = f"{self.data.format} fits none of {read:,} rows: {said}"
-            fix = Overrides({"data.format": "auto"}, ", to find out which does")
-            return [
-                *others,
-                DataError(where=f"data.format of {source.name}", found=found, expected=first.expected, fix=fix),
-            ]
-        found = f"{first.found}, as in all {read:,} rows"
-        return (
-            [*others, DataError(where=first.where, found=found, expected=first.expected, fix=first.fix)]
-            if read > SHOWN
-            else [*faults]
-        )
+    def _judge(
+        self, bad: Sequence[RowError], read: int, source: Source, detected: Detected, faults: list[DataError]
+    ) -> None:
+        """Count the faulty rows of a set as left out; more than may be, or all of it, are a fault of the set."""
+        for fault in bad:
+            self.drops.add(FAULTY, fault.where.partition(", field ")[0])
+        self.bad_rows += bad
+        if not bad or (len(bad) < read and len(bad) <= max(MAY_BE_BAD, self.data.max_bad_rows * read)):
+            return
+        kinds: dict[tuple[str, str], list[RowError]] = {}
+        for fault in bad:
+            field = re.sub(r"\[\d+\]", "[]", fault.where.partition(", field ")[2])
+            kinds.setdefault((field, fault.found), []).append(fault)
+        most = sorted(kinds.items(), key=lambda kind: -len(kind[1]))
+        table = ""
+        for (field, found), these in most[:SHOWN]:
+            place = these[0].where.partition(", field ")[0]
+            table += f"\n  {len(these):>8,}  {f'field {field}: ' if field else ''}{found}, first {place}"
+        first = most[0][1][0]
+        fix, line = first.fix, self._line_by_file(source)
+        if line:
+            fix = line
+        elif len(bad) < read:
+            share = math.ceil(1000 * len(bad) / read) / 1000
+            fix = Overrides({"data.max_bad_rows": share}, f" to leave them out; else {fix}") if share < 1 else fix
+        elif detected.is_json:
+            fix = Overrides({"data.format": "explicit"}, f" to read the replies as texts; else {fix}")
+        elif self.data.format != "auto":
+            fix = Overrides({"data.format": "auto"}, f", to find out which format fits; else {fix}")
+        found = f"{len(bad):,} of {read:,} rows cannot be read:{table}"
+        faults.append(DataError(where=source.name, found=found, expected=first.expected, fix=fix))
 
     def _refuse_anothers(
         self, source: Source, rows: Sequence[Row], mapped: Mapping[str, str], detected: Detected
@@ -356,19 +364,10 @@ class PairReader:
         return own and not any(keys & {*columns.values()} for keys in others)
 
 
-def _tools_once(faults: Sequence[DataError]) -> list[DataError]:
-    """The faults, of which the rows with tools are one, with their count: there is one fix for all of them."""
-    tools = [fault for fault in faults if isinstance(fault, ToolError)]
-    others = [fault for fault in faults if not isinstance(fault, ToolError)]
-    if not tools:
-        return others
-    first = tools[0]
-    return [
-        DataError(
-            where=first.where, found=f"{first.found}; rows with tools: {len(tools):,}", expected=NO_TOOLS, fix=first.fix
-        ),
-        *others,
-    ]
+def _sort(found: Sequence[DataError], bad: list[RowError], faults: list[DataError]) -> None:
+    """Faults of rows to ``bad``, those of files to ``faults``."""
+    for fault in found:
+        (bad if isinstance(fault, RowError) else faults).append(fault)  # type: ignore[arg-type]
 
 
 def _drop_reason(pair: Pair) -> str | None:

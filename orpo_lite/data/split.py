@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from orpo_lite.data.formats.column_map import check_mapped
-from orpo_lite.data.formats.columns import shown
+from orpo_lite.data.formats.names import shown
 from orpo_lite.data.pair import Pair
 from orpo_lite.data.sources.find import find_source, refuse_twice
 from orpo_lite.data.sources.source import Source, is_local, is_path, names_line

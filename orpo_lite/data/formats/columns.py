@@ -4,13 +4,13 @@ A column's kind is what most of its rows hold, the empty ones aside. A column is
 is the one candidate, or all candidates agree in every row; else the error has the data.column_map lines to choose from.
 """
 
-import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+from orpo_lite.data.formats.names import ALIASES, KNOWN, SIDES, plain_name, shown, side_of
 from orpo_lite.data.formats.text import fault, says_nothing, seen
 from orpo_lite.data.formats.values import (
     CHAT,
@@ -18,7 +18,9 @@ from orpo_lite.data.formats.values import (
     PLAIN_LISTS,
     STRUCTURED,
     TEXTS,
+    USABLE,
     Kind,
+    alone,
     are_texts,
     end_marker,
     ends_with,
@@ -31,46 +33,32 @@ from orpo_lite.data.formats.values import (
     usual_kind,
     waits_for_reply,
 )
-from orpo_lite.data.pair import COLUMNS, Row
+from orpo_lite.data.pair import Row
 from orpo_lite.errors import DataError, Overrides, one_of
 
 SOME = 0.1  # of the rows: too many to be chance
 MANY = 0.9  # of the rows: a habit of the whole set
 PAIRS = "write each pair as prompt, chosen and rejected"
 
-# What other sets call a column of ours. None for chosen and rejected: their names alone say which reply is the better.
-ALIASES: dict[str, tuple[str, ...]] = {
-    "prompt": ("prompt", "question", "instruction", "query", "input", "problem", "user_prompt", "user_input", "history",
-               "context"),
-    "system": ("system", "system_prompt", "system_message", "system_instruction", "system_instructions", "sys_prompt"),
-    "conversation": ("conversation", "conversations", "messages", "context"),
-    "history": ("history",),
-    "input": ("input",),
-    "completions": ("completions", "answers", "responses", "generations", "candidates"),
-    "scores": ("scores", "score", "ratings", "rating", "rewards", "reward"),
-    "ranks": ("ranks", "rank", "rankings", "ranking"),
-}  # fmt: skip
 FITTING: dict[str, tuple[Kind, ...]] = {
     "prompt": TEXTS,
     "system": (*TEXTS, "null"),
     "conversation": CHAT,
     "history": (*CHAT, "pairs of texts", "null"),  # null: the first rows may be those without earlier turns
-    "input": (*TEXTS, "request", "null"),
+    "input": (*TEXTS, *CHAT, "null"),  # OpenAI's holds messages
     "completions": ("completions", *LISTS),
     "scores": ("numbers", "numbers as texts"),
     "ranks": ("numbers", "numbers as texts"),
 }
 ABOUT = ("context", "input")
 EITHER = (("prompt", "conversation"), ("scores", "ranks"), ("better", "preference_strength"))  # the one or the other
-SIDES = ("chosen", "rejected")
-OPENAI = ("input", "preferred_output", "non_preferred_output")  # the columns of OpenAI's own format
+FEW = 10  # rows: fewer say nothing of what a column repeats
 # Who reads such lists: under another name a table's cell that looks like one is a text.
 READ_BY: dict[Kind, tuple[str, ...]] = {
     "numbers": (*ALIASES["scores"], *ALIASES["ranks"]),
     "pairs of texts": ("history",),
     "something else": ("history", *ALIASES["system"], *ALIASES["conversation"]),
 }
-KNOWN = {*COLUMNS, *OPENAI, "output", *(alias for aliases in ALIASES.values() for alias in aliases)}
 
 
 @dataclass
@@ -82,23 +70,53 @@ class ColumnProfile:
     plain: bool  # data.chat_template is none
     others: Mapping[str, Sequence[str]] = field(default_factory=dict)  # data.column_map's, by which other sets are read
     taken: dict[str, str] = field(default_factory=dict)
-    as_texts: str = ""  # the format that reads replies as texts, whatever they look like, once it is named
     texts: Collection[str] = ()  # canonical columns that hold texts, though they may look like JSON of messages
     verdict: Callable[[Any], str | None] | None = None  # what a judged set's better column says: a, b or tie
 
     def __post_init__(self) -> None:
         self.columns = list(dict.fromkeys(key for row in self.rows for key in row))
+        self.alone: set[str] = set()  # columns of lists that hold one text each
         self.kinds = {column: self._usual_kind(column) for column in self.columns}
+        self.sides: dict[str, str] = {}
+        self.sides = self._find_sides()
 
     def _usual_kind(self, column: str) -> Kind:
         values = [row[column] for row in self.rows if column in row]
         kind = usual_kind(values)
         name, read_by = plain_name(column), READ_BY.get(kind)
+        if kind in LISTS and name not in ALIASES["completions"] and all(is_blank(v) or alone(v) for v in values):
+            self.alone.add(column)
+            return "text"
         return "text" if read_by and name not in read_by and are_texts(values) else kind
+
+    def _find_sides(self) -> dict[str, str]:
+        """chosen and rejected, each under a name that says so, where a column has the name itself or both are found."""
+        found: dict[str, str] = {}
+        for side in SIDES:
+            if own := self.named(side):
+                found[side] = own[0]
+                continue
+            named = [column for column in self.columns if column not in self.mapped and side_of(column) == side]
+            named = [column for column in named if self.kinds[column] in USABLE and not self.holds_labels(column)]
+            found |= {side: named[0]} if len(named) == 1 else {}
+        if found.keys() == {"rejected"} and self.kinds[found["rejected"]] in USABLE:
+            # ms-swift: messages end with the better reply, rejected_response is the worse one.
+            chats = [name for name in self.named(*ALIASES["conversation"]) if self.kinds[name] == "messages"]
+            answered = [name for name in chats if self.share(lambda turns: not waits_for_reply(turns), name) == 1]
+            found |= {"chosen": answered[0]} if len(answered) == 1 else {}
+        return found if len(found) == len(SIDES) else {}
+
+    def holds_labels(self, column: str) -> bool:
+        """Single words that name other columns, or the same few again and again: a verdict or a topic, no reply."""
+        texts = [text.strip().lower() for (text,) in self.values(column)] if self.kind(column) in TEXTS else []
+        names = {plain_name(other) for other in self.columns} | {"model_a", "model_b", "tie"}
+        single = bool(texts) and all(len(text.split()) == 1 for text in texts)
+        return single and (set(texts) <= names or (len(texts) >= FEW and len(set(texts)) <= len(texts) / 2))
 
     def named(self, *names: str) -> list[str]:
         """The columns of these names, however their words are put together, and whatever the spaces around them."""
-        return [column for name in names for column in self.columns if plain_name(column) == name]
+        found = [column for name in names for column in self.columns if plain_name(column) == name]
+        return found or [self.sides[name] for name in names if name in self.sides]
 
     def column(self, name: str) -> str:
         return name if name in self.kinds else next(iter(self.named(name)), name)
@@ -118,7 +136,10 @@ class ColumnProfile:
 
     def held(self, row: Row, column: str) -> Any:
         """What a row holds there, as the list that it is where the column's texts are lists as JSON."""
-        return row.get(column) if self.kind(column) in TEXTS else unpacked(row.get(column))
+        value = row.get(column)
+        if column in self.alone:
+            return alone(value) or value
+        return value if self.kind(column) in TEXTS else unpacked(value)
 
     @staticmethod
     def _fits(value: Any, kind: Kind) -> bool:
@@ -214,10 +235,14 @@ class ColumnProfile:
         out = {key: value for key, value in row.items() if key not in left_out}
         out |= {canonical: row[column] for canonical, column in self.taken.items() if column in row}
         for key, value in out.items():
-            kind = self.kind(self.taken.get(key, key))
-            if not isinstance(value, str) or key not in KNOWN or key in self.texts:
+            theirs = self.taken.get(key, key)
+            kind, column = self.kind(theirs), shown(theirs)
+            if key in self.texts or key not in KNOWN:
                 continue
-            column = shown(self.taken.get(key, key))
+            if theirs in self.alone:
+                out[key] = value = alone(value) or value
+            if not isinstance(value, str):
+                continue
             if value.strip() == "[]" and kind not in TEXTS:
                 out[key] = None
             elif kind in (*STRUCTURED, *PLAIN_LISTS):
@@ -225,9 +250,7 @@ class ColumnProfile:
                 if isinstance(out[key], str):
                     raise fault(where, column, "a text", f"{kind}, as in most rows")
             elif kind in TEXTS and is_conversation(value):
-                plain = f", or data.format={self.as_texts} if it is the reply as it should be"
-                fix = f"mend or remove the row{plain if self.as_texts and key in SIDES else ''}"
-                raise fault(where, column, "messages as JSON", "a text, as in most rows", fix)
+                raise fault(where, column, "messages as JSON", "a text, as in most rows")
         if self.verdict and says_nothing(str(out.get("better"))):
             out["better"] = None
         elif self.verdict and not is_blank(out.get("better")):
@@ -236,26 +259,6 @@ class ColumnProfile:
                 raise _verdict_fault(out, where, shown(self.taken["better"]))
             out["better"] = verdict
         return out
-
-
-NUMBERED = re.compile(r"(.*?)[ _-]?([012ab])", re.IGNORECASE)  # response_0, response1, human_ref_A
-
-
-def plain_name(column: str) -> str:
-    """system_prompt, of System Prompt, system-prompt and systemPrompt."""
-    parted = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", column.strip())
-    return re.sub(r"[\s_-]+", "_", parted).lower()
-
-
-def words(column: str) -> list[str]:
-    """The words of a column's name: good, answer of good_answer2 and of GoodAnswer."""
-    return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", column)]
-
-
-def shown(*columns: str) -> str:
-    """Their names in a sentence, without what a terminal would act on."""
-    *names, last = [column if column.isprintable() else repr(column) for column in columns] or [""]
-    return f"{', '.join(names)} and {last}" if names else last
 
 
 def holds(*columns: str) -> str:

@@ -8,22 +8,18 @@ from typing import Any
 
 from orpo_lite.data.formats.columns import (
     FITTING,
-    KNOWN,
     MANY,
-    OPENAI,
-    SIDES,
     SOME,
     ColumnProfile,
-    plain_name,
     refuse_templated,
-    shown,
     side_columns,
 )
-from orpo_lite.data.formats.name_hints import could_ask, prompt_hint
+from orpo_lite.data.formats.messages import role_of
+from orpo_lite.data.formats.names import KNOWN, OPENAI, SIDES, plain_name, shown
 from orpo_lite.data.formats.readers import MEASURES, READERS, Reader, repeated, says_more, undoubled, without_reply
 from orpo_lite.data.formats.refuse import (
+    could_ask,
     refuse_mapped,
-    refuse_no_messages,
     refuse_order,
     refuse_python,
     refuse_ranking,
@@ -34,7 +30,6 @@ from orpo_lite.data.formats.unused_columns import refuse_unused
 from orpo_lite.data.formats.values import (
     CHAT,
     LISTS,
-    STRUCTURED,
     TEXTS,
     USABLE,
     asks,
@@ -61,6 +56,8 @@ class Detected:
     read: Reader
     columns: dict[str, str]
     """Canonical name -> the column it is read from: all that the reader uses, and nothing else."""
+    is_json: bool = False
+    """The replies are JSON in texts, which ``data.format: explicit`` would read as they are."""
 
     @property
     def sentence(self) -> str:
@@ -94,13 +91,13 @@ def detect_format(
         refuse_labels(profile)
         clauses = (_judged, *CLAUSES) if _is_judged(profile) else CLAUSES
         fitting = (found for clause in clauses if (found := clause(profile)))
-        name, because = next(fitting, None) or refuse_unknown(profile, _as_texts_setting(profile))
+        name, because = next(fitting, None) or refuse_unknown(profile)
     else:
         because = SAID
         _find_columns(profile, name)
     if name in AS_TEXTS and profile.kind(profile.taken.get("prompt", "prompt")) in TEXTS:
         # Once named, these formats take chosen and rejected for the texts that they are, whatever they look like.
-        profile.texts, profile.as_texts = (SIDES, "") if said else ((), name)
+        profile.texts = SIDES if said else ()
     for reply in _replies(profile, name):
         profile.find(reply)
     asked = profile.taken.get("prompt")
@@ -110,9 +107,9 @@ def detect_format(
     system = _find_system(profile)
     if (templated := profile.templated()) and not plain:
         refuse_templated(profile, templated)
-    as_texts = "" if said else _as_texts_setting(profile)
-    if as_texts and "message" in map(profile.kind, SIDES):
-        because += f" (JSON in texts, which {as_texts} would read as they are)"
+    is_json = not said and _are_json(profile)
+    if is_json:
+        because += " (JSON in texts, which data.format=explicit would read as they are)"
     if system and profile.kind(system) != "null" and name != "orca":
         because += f"; {shown(system)} goes in front as a system turn where the conversation has none"
     sides = _replies(profile, name)[-2:]
@@ -122,15 +119,13 @@ def detect_format(
         pair = without_reply(named, sides, where) or READERS[name](named, where)
         return replace(pair, beside=True) if says_more(named) else pair
 
-    if as_texts:
-        refuse_no_messages(profile, read, as_texts)
-    refuse_unused(profile, name, lambda **columns: _tried(profile, name if said else "auto", columns, read), said=said)
+    refuse_unused(profile, name, said=said)
     if not said and _is_doubled(profile, name, read):
         texts = profile.kind(profile.taken.get("prompt", "")) in TEXTS
         name = "doubled" if texts and name in ("explicit", "orca") else name
         because += ", and both replies begin with the prompt again, which is taken off"
         return Detected(name, because, lambda row, where: undoubled(read(row, where)), profile.taken)
-    return Detected(name, because, read, profile.taken)
+    return Detected(name, because, read, profile.taken, is_json)
 
 
 def _is_doubled(profile: ColumnProfile, name: str, read: Reader) -> bool:
@@ -165,7 +160,7 @@ Found = tuple[str, str] | None
 
 def _openai(profile: ColumnProfile) -> Found:
     outputs = (profile.kind("preferred_output"), profile.kind("non_preferred_output"))
-    if profile.kind("input") == "request" and all(kind in ("message", "messages") for kind in outputs):
+    if profile.kind("input") in CHAT and all(kind in ("message", "messages") for kind in outputs):
         return "openai", "input holds messages beside preferred_output and non_preferred_output"
     return None
 
@@ -199,7 +194,7 @@ def _conversations(profile: ColumnProfile) -> Found:
     if profile.kind("prompt") in CHAT and "conversation" not in profile.mapped:
         profile.find("prompt")
         return style or "explicit", f"prompt is a list of messages and {sides}"
-    whole = profile.share(opens, lists[0])
+    whole = max(profile.share(opens, side) for side in lists)
     if (whole < 1 or "conversation" in profile.mapped) and (before := _find_before(profile)):
         canonical, column = before
         if canonical == "conversation":
@@ -207,7 +202,14 @@ def _conversations(profile: ColumnProfile) -> Found:
         return style or "messages", f"{sides} beside {shown(column)}, a text"
     if whole > 0 and profile.kind("prompt") in TEXTS:
         return style or "messages", f"{sides} beside prompt, a text"
-    return (style or "implicit", f"{sides} that hold their prompt") if profile.share(asks, lists[0]) > 0 else None
+    # A role that nobody has here is its reader's to report.
+    strange = any(profile.share(_strange, side) > 0 for side in lists)
+    hold = strange or any(profile.share(asks, side) > 0 for side in lists)
+    return (style or "implicit", f"{sides} that hold their prompt") if hold else None
+
+
+def _strange(side: Any) -> bool:
+    return any(role_of(turn) is None for turn in (side if isinstance(side, list) else [side]))
 
 
 def _texts(profile: ColumnProfile) -> Found:
@@ -376,40 +378,7 @@ def _holds_turn(turns: Any, prompt: Any) -> bool:
     return turns == prompt or (isinstance(prompt, str) and prompt.strip() in [text.strip() for text in contents(turns)])
 
 
-def _as_texts_setting(profile: ColumnProfile) -> str:
-    """The settings that read replies as the texts that they are, though they look like JSON; "" where none would."""
-    sides = [profile.column(side) for side in SIDES]
-    texts = all(isinstance(row.get(column), str) for row in profile.rows for column in sides)
-    if not texts or not any(profile.kind(column) in (*STRUCTURED, *LISTS) for column in sides):
-        return ""
-    prompt = None if profile.candidates("prompt") else prompt_hint(profile, sides)
-    pairs = _tried(profile, "explicit", {"prompt": prompt} if prompt else {})
-    if any(
-        pair is None or [pair.chosen, pair.rejected] != [row[side] for side in sides]
-        for pair, row in zip(pairs, profile.rows, strict=True)
-    ):
-        return ""
-    return f"data.format=explicit {profile.line(prompt=prompt)}" if prompt else "data.format=explicit"
-
-
-def _tried(
-    profile: ColumnProfile, name: str, columns: Mapping[str, str], read: Reader | None = None
-) -> list[Pair | None]:
-    """The pairs of these rows with further columns mapped, or, without any, as ``read`` has them; None: a fault."""
-    rows = profile.rows
-    if columns or read is None:
-        rows = [
-            {key: value for key, value in row.items() if key not in columns}
-            | {ours: row[column] for ours, column in columns.items() if column in row}
-            for row in profile.rows
-        ]
-        try:
-            read = detect_format(rows, name=name, mapped={**profile.mapped, **columns}, plain=profile.plain).read
-        except DataError:
-            return [None] * len(rows)
-    pairs: list[Pair | None] = []
-    for row in rows:
-        pairs.append(None)
-        with suppress(DataError):
-            pairs[-1] = read(row, "")
-    return pairs
+def _are_json(profile: ColumnProfile) -> bool:
+    """chosen and rejected are JSON of a message in texts, beside a prompt that is a text."""
+    texts = all(isinstance(row.get(column), str) for row in profile.rows for column in side_columns(profile))
+    return texts and bool({"message", "messages"} & {*map(profile.kind, SIDES)}) and profile.kind("prompt") in TEXTS

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from orpo_lite.data.formats.messages import ANSWER_KEYS, ROLES, SPEAKERS, is_message, role_of, said_key
 from orpo_lite.data.formats.text import (
     ABSENT,
     MARKED,
@@ -34,20 +35,13 @@ from orpo_lite.data.pair import (
     NotJson,
     Pair,
     Row,
-    ToolError,
+    RowError,
 )
 
-ROLES = {
-    **{role: role for role in ("system", "user", "assistant")},
-    "developer": "system",  # OpenAI's newer name
-    "model": "assistant",  # Gemini's and Gemma's
-}
-SHAREGPT_ROLES = {**ROLES, "human": "user", **dict.fromkeys(("gpt", "chatgpt", "bot"), "assistant")}
 # Whose turns are no one's here: what a tool was asked, and what it gave.
 TOOL_ROLES = ("tool", "function", "ipython", "observation", "tool_call", "function_call", "tool_response",
               "function_response", "tool_result")  # fmt: skip
 TOOL_CALLS = ("tool_calls", "function_call")  # keys of a message
-ANSWER_KEYS = ("response", "answer", "completion", "generation", "output", "text")
 MEASURES = {"overall_score": 1, "score": 1, "rating": 1, "reward": 1, "rank": -1}  # -1: the lowest is the best
 
 NO_TOOLS = "turns of system, user and assistant alone: calls of tools, and what tools give, are not read"
@@ -142,11 +136,8 @@ def read_sharegpt(row: Row, where: str) -> Pair:
 
 def read_openai(row: Row, where: str) -> Pair:
     """OpenAI's preference fine-tuning: input.messages, preferred_output and non_preferred_output."""
-    request = row.get("input")
-    if not isinstance(request, Mapping):
-        raise fault(where, "input", seen(row, "input"), "an object with messages")
-    before = _messages(request, "messages", where, "input.messages")
-    return _join(row, before, where, ("preferred_output", "non_preferred_output"), asked="input.messages")
+    before = _messages(row, "input", where)
+    return _join(row, before, where, ("preferred_output", "non_preferred_output"), asked="input")
 
 
 def read_ranked(row: Row, where: str) -> Pair:
@@ -272,7 +263,7 @@ def _join(
 ) -> Pair:
     """A pair of replies or whole conversations; ``prompt`` goes before both unless they already hold it.
 
-    A reply that is a text answers what the other side's conversation asks.
+    A reply alone answers what the other side's conversation asks.
     """
     sides = []
     for field in fields:
@@ -284,8 +275,7 @@ def _join(
     prompt = _unanswered(prompt, sides, where, asked)
     (before, other_before) = (_joined(prompt, turns) for turns, _ in sides)
     chosen, rejected = (reply["content"] for _, reply in sides)
-    before = before or (other_before if isinstance(row[fields[0]], str) else before)
-    other_before = other_before or (before if isinstance(row[fields[1]], str) else other_before)
+    before, other_before = before or other_before, other_before or before
     if not before:
         raise fault(where, fields[0], "nothing stands before the reply", "the user's turn, or a prompt")
     drop = None if _alike(before, other_before) else PROMPTS_DIFFER
@@ -403,29 +393,29 @@ def _messages(row: Row, field: str, where: str, label: str = "") -> list[Message
         if not isinstance(item, Mapping):
             raise fault(where, place, seen({"": item}, ""), "a message {role, content}")
         if any(item.get(key) for key in TOOL_CALLS):
-            raise ToolError(
+            raise RowError(
                 where=f"{where}, field {place}", found="a call of a tool", expected=NO_TOOLS, fix=WITHOUT_TOOLS
             )
-        if item.get("role") is None and item.get("from") is None and "input" in item:
+        if not any(item.get(key) is not None for key in SPEAKERS) and "input" in item:
             messages += _user(_content(item, "input", where, f"{place}.input"))
             if item.get("output") is not None:
                 reply = _content(item, "output", where, f"{place}.output")
                 messages.append({"role": "assistant", "content": reply})
             continue
-        speaker, said, roles = ("role", "content", ROLES)
-        if item.get("role") is None and item.get("from") is not None:
-            speaker, said, roles = ("from", "value", SHAREGPT_ROLES)
-        role = item.get(speaker)
-        if role in TOOL_ROLES:
-            raise ToolError(
+        speaker = next((key for key in SPEAKERS if item.get(key) is not None), "role")
+        role, said = role_of(item), said_key(item)
+        if role is None and str(item.get(speaker)).lower() in TOOL_ROLES:
+            raise RowError(
                 where=f"{where}, field {place}.{speaker}",
-                found=f"{role!r}, a tool's turn",
+                found=f"{item.get(speaker)!r}, a tool's turn",
                 expected=NO_TOOLS,
                 fix=WITHOUT_TOOLS,
             )
-        if not isinstance(role, str) or role not in roles:
-            raise fault(where, f"{place}.{speaker}", f"{role!r:.24}", f"one of {', '.join(roles)}")
-        messages.append({"role": roles[role], "content": _content(item, said, where, f"{place}.{said}")})
+        if role is None:
+            name = item.get(speaker)
+            found = f"{name!r:.24}" if isinstance(name, str) else seen(item, speaker)
+            raise fault(where, f"{place}.{speaker}", found, f"one of {', '.join(ROLES)}")
+        messages.append({"role": role, "content": _content(item, said, where, f"{place}.{said}")})
     return messages
 
 
@@ -463,7 +453,17 @@ def _ranked(row: Row, where: str) -> Iterator[tuple[float, str]]:
         number = _number(answer.get(measure), where, f"completions[{i}].{measure}")
         key = next((key for key in ANSWER_KEYS if answer.get(key) is not None), None)
         if key and number is not None:
-            yield MEASURES[measure] * number, text_of(answer, key, where, f"completions[{i}].{key}")
+            yield MEASURES[measure] * number, _answer(answer, key, where, f"completions[{i}].{key}")
+
+
+def _answer(answer: Row, key: str, where: str, label: str) -> str:
+    """An answer's text, which some sets hold as a list of one message."""
+    if not isinstance(answer[key], list):
+        return text_of(answer, key, where, label)
+    turns = _messages(answer, key, where, label)
+    if [turn["role"] for turn in turns] != ["assistant"]:
+        raise fault(where, label, "messages", "a text, or one message of the assistant")
+    return turns[0]["content"]
 
 
 def _number(value: Any, where: str, label: str) -> float | None:
@@ -484,9 +484,7 @@ BESIDE_PAIR = ("tools", "functions", "image", "images", "video", "videos", "audi
 def says_more(row: Row) -> bool:
     """The row holds what belongs to the pair for those who made it, and is not read."""
     values = [value if isinstance(value, list) else [value] for value in row.values()]
-    messages = (
-        item for items in values for item in items if isinstance(item, Mapping) and {"role", "from"} & item.keys()
-    )
+    messages = (item for items in values for item in items if is_message(item))
     apart = (row.get(name) for name in BESIDE_PAIR)
     return any(value and value not in ("[]", "{}") for value in apart) or any(
         item.get(key) for item in messages for key in BESIDE_TEXT

@@ -1,36 +1,33 @@
 """Refusals of a set whose format is not clear, each with the setting that helps."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
-from orpo_lite.data.formats.columns import (
+from orpo_lite.data.formats.columns import FITTING, MANY, PAIRS, ColumnProfile, holds
+from orpo_lite.data.formats.names import (
+    ABOUT,
     ALIASES,
-    FITTING,
     KNOWN,
-    PAIRS,
+    NOT_A_REPLY,
+    PROMPT,
     SIDES,
-    ColumnProfile,
-    holds,
     plain_name,
     shown,
-    side_columns,
+    side_of,
+    words,
 )
-from orpo_lite.data.formats.name_hints import could_ask, hint, prompt_hint, single_reply
-from orpo_lite.data.formats.readers import MEASURES, ROLES, SHAREGPT_ROLES, TOOL_ROLES, WITHOUT_TOOLS, Reader
-from orpo_lite.data.formats.values import CHAT, LISTS, TEXTS, USABLE, asks, is_message, is_sharegpt
+from orpo_lite.data.formats.readers import MEASURES
+from orpo_lite.data.formats.values import CHAT, LISTS, SCALARS, TEXTS, USABLE, waits_for_reply
 from orpo_lite.data.formats.verdicts import is_answer
-from orpo_lite.data.pair import ToolError
-from orpo_lite.errors import DataError, Overrides, one_of
+from orpo_lite.errors import DataError, Overrides, one_of, reworded
 
 
 def refuse_python(profile: ColumnProfile) -> None:
-    columns = [
-        column for column, kind in profile.kinds.items() if kind in ("Python text of a list", "Python text of texts")
-    ]
+    columns = [column for column, kind in profile.kinds.items() if kind == "Python text of a list"]
     if columns := [column for column in columns if plain_name(column) in KNOWN or is_answer(column)]:
         raise DataError(
             where="data.format",
-            found=f"{holds(*columns)} lists as Python prints them, which is not JSON",
+            found=f"{holds(*columns)} lists as NumPy prints them, which cannot be read back",
             expected="texts, or lists as JSON",
             fix="write the column with json.dumps, or save the set as .jsonl or .parquet",
         )
@@ -80,116 +77,99 @@ def refuse_ranking(profile: ColumnProfile, completions: str, found: str, lines: 
     )
 
 
-def refuse_unknown(profile: ColumnProfile, as_texts: str) -> NoReturn:
-    """``as_texts`` are the settings that would read the replies as texts, or ""."""
+def refuse_unknown(profile: ColumnProfile) -> NoReturn:
+    """Raise DataError for a set that fits no format, with what its columns hold and what would make a pair of it."""
     kinds = {side: profile.kind(side) for side in ("prompt", *SIDES)}
     found = ", ".join(
         f"{side} {'is' if kind in ('missing', 'null') else 'holds'} {kind}" for side, kind in kinds.items()
     )
     found += f"; the columns are {', '.join(map(repr, profile.columns)) or 'none'}"
-    _refuse_nested(profile, found)
-    hints = {side: hint(profile, side) for side in ("chosen", "rejected")}
-    if not any(hints.values()) and (single := single_reply(profile)):
-        expected = "a pair needs two replies to one prompt, a better and a worse one"
-        raise DataError(
-            where="data.format", found=f"{single}; {found}", expected=expected, fix=f"no setting helps: {PAIRS}"
-        )
-    _refuse_roles(profile, as_texts)
-    if listed := [profile.column(side) for side, kind in kinds.items() if kind in LISTS]:
-        fix = "write a single text without the list around it, and turns as messages"
-        before = f"{as_texts} if these texts are the replies; else" if as_texts else "no setting helps:"
-        expected = "in each of prompt, chosen and rejected a text, or messages {role, content}"
-        raise DataError(
-            where="data.format",
-            found=f"{holds(*listed)} lists of texts; {found}",
-            expected=expected,
-            fix=f"{before} {fix}",
-        )
-    hints["prompt"] = prompt_hint(profile, [column for column in hints.values() if column])
-    unfit = [side for side, kind in kinds.items() if kind not in (USABLE if side != "prompt" else (*TEXTS, *CHAT))]
-    sides = [column for side in ("chosen", "rejected") if (column := hints[side])]
-    whole = len(sides) == 2 and all(profile.share(asks, column) == 1 for column in sides)
-    if whole or (profile.candidates("conversation") and unfit != ["prompt"]):
-        unfit = [side for side in unfit if side != "prompt"]
+    lacking = [side for side in SIDES if kinds[side] not in USABLE]
+    odd = [profile.column(side) for side in lacking if kinds[side] not in ("missing", "null")]
+    listed = [profile.column(side) for side, kind in kinds.items() if kind in LISTS]
     expected = "chosen and rejected, both texts or both lists of messages, with or without a prompt"
-    fix = "no setting helps: write chosen and rejected alike, as expected"
-    if unfit:
-        line = profile.line(**{side: hints[side] or "COLUMN" for side in unfit})
-        fix = f"name the columns: {line}"
-        fix = Overrides(line.values, text=fix) if all(hints[side] for side in unfit) else fix
-    if not (hints["chosen"] or hints["rejected"]):
-        fix += f"; or, where no column always holds the better reply, {PAIRS}"
-    if odd := _odd(profile, [side for side in unfit if not hints[side]]):
-        fix = f"no setting helps: write {shown(*odd)} as a text, or as a list of messages {{role, content}}"
-    no_names = profile.columns and not any(hints.values()) and all(" " in column.strip() for column in profile.columns)
-    if no_names or any(column.rstrip()[-1:] in ".?!" or len(column.split()) > 4 for column in profile.columns):
-        fix += "; if the first line of the file is a row, write a line with the columns' names above it"
-    if as_texts:
-        fix = f"{as_texts} to take chosen and rejected for the texts that they are, though they look like JSON"
-    if unfit == ["prompt"] and kinds["chosen"] in TEXTS:
-        fix += "; or data.format=implicit if both texts begin with the prompt"
+    if len(lacking) == len(SIDES) and not odd and (single := single_reply(profile)):
+        found, expected = f"{single}; {found}", "a pair needs two replies to one prompt, a better and a worse one"
+        fix = f"no setting helps: {PAIRS}"
+    elif listed or odd:
+        found = f"{holds(*listed)} lists of texts; {found}" if listed else found
+        expected = "in each of prompt, chosen and rejected a text, or messages {role, content}"
+        fix = f"write {shown(*dict.fromkeys([*listed, *odd]))} as texts without a list around them, or as messages"
+        texts = all(isinstance(row.get(column), str) for row in profile.rows for column in (*listed, *odd))
+        fix = Overrides({"data.format": "explicit"}, f" to read them as they are; else {fix}") if texts else fix
+    else:
+        fix = _name_sides(profile) if lacking else _name_prompt(profile)
+    if any(column.rstrip()[-1:] in ".?!" or len(column.split()) > 4 for column in profile.columns):
+        fix = f"write a line with the columns' names above the first one, if that is a row; else {fix}"
     raise DataError(where="data.format", found=f"no known format: {found}", expected=expected, fix=fix)
 
 
-def _refuse_nested(profile: ColumnProfile, found: str) -> None:
-    """Rows that hold the whole pair within one column, as in {"data": {"prompt": ..., "chosen": ...}}."""
-    for column in profile.columns:
-        held = [row[column] for row in profile.rows if isinstance(row.get(column), Mapping)]
-        if held and all(item.keys() & {*SIDES} for item in held):
-            found = f"{shown(column)} holds objects with a pair inside; {found}"
-            raise DataError(
-                where="data.format",
-                found=found,
-                expected="prompt, chosen and rejected as columns",
-                fix="no setting helps: write what is inside as a row of its own",
-            )
+def _name_sides(profile: ColumnProfile) -> str:
+    """The lines by which two columns are the replies, where there are just two that could be."""
+    sides = {side: [column for column in profile.columns if side_of(column) == side] for side in SIDES}
+    known = {side: columns[0] for side, columns in sides.items() if len(columns) == 1}
+    apart = (*ALIASES["prompt"], *ALIASES["system"], *ALIASES["conversation"])
+    could = [name for name in profile.columns if profile.kinds[name] in USABLE and plain_name(name) not in apart]
+    could = [name for name in could if name not in known.values() and not NOT_A_REPLY & set(words(name))]
+    could = [name for name in could if not profile.holds_labels(name)]
+    if len(known) + len(could) != len(SIDES) or not could:
+        return f"no setting helps: {PAIRS}"
+    one, other = [*known.values(), *could]
+    orders = [(one, other)] if "chosen" in known else [(other, one)] if known else [(one, other), (other, one)]
+    asking = [] if profile.candidates("prompt") else [name for name in prompt_columns(profile) if name not in orders[0]]
+    prompt = {"prompt": asking[0]} if len(asking) == 1 else {}
+    lines = [profile.line(**prompt, chosen=better, rejected=worse) for better, worse in orders]
+    said = (
+        f"{line} if {shown(better)} is always the better reply" for line, (better, _) in zip(lines, orders, strict=True)
+    )
+    return one_of(map(reworded, lines, said))
 
 
-def _odd(profile: ColumnProfile, sides: Sequence[str]) -> list[str]:
-    """The columns that are what is lacking, for all that one can tell, and that hold what cannot be read there."""
-    named = [profile.column(side) for side in sides if profile.kind(side) not in ("missing", "null")]
-    ours = (*side_columns(profile), profile.column("prompt"))
-    others = [column for column in profile.columns if column not in ours]
-    if sides == ["prompt"] and not named:
-        others = [column for column in others if profile.kind(column) not in (*TEXTS, *CHAT)]
-        return [column for column in others if could_ask(profile, column)]
-    spare = any(profile.kind(column) in (*USABLE, *CHAT) for column in others)
-    return named if len(named) == len(sides) and not spare else []
+def _name_prompt(profile: ColumnProfile) -> str:
+    """The lines by which a column, or the replies themselves, hold the prompt."""
+    if profile.candidates("prompt"):
+        return "no setting helps: write chosen and rejected alike, as expected"
+    lines: list[str] = [profile.line(prompt=column) for column in prompt_columns(profile)[:3]]
+    if profile.kind("chosen") in TEXTS:
+        lines.append(Overrides({"data.format": "implicit"}, " if both texts begin with the prompt"))
+    return one_of(lines) or "no setting helps: write what the replies answer into a column prompt"
 
 
-def refuse_no_messages(profile: ColumnProfile, read: Reader, as_texts: str) -> None:
-    """Texts that are JSON with a role, or a from, and that most rows show to be no messages."""
-    faults: list[DataError] = []
-    for row in profile.rows:
-        try:
-            read(row, "")
-        except ToolError:
-            pass  # a message all the same
-        except DataError as error:
-            faults.append(error)
-    if len(faults) > len(profile.rows) / 2:
-        found = f"{shown(*SIDES)} look like messages in JSON, and are none in {len(faults)} of {len(profile.rows)} rows"
-        found += f" ({faults[0].where.removeprefix(', ')}: {faults[0].found})"
-        raise DataError(
-            where="data.format",
-            found=found,
-            expected="messages that end with a reply, or texts",
-            fix=f"{as_texts} if these texts are the replies as they should be; else mend the messages",
-        )
+def prompt_columns(profile: ColumnProfile) -> list[str]:
+    """The columns that could hold the prompt; those alone that are named like one, where there are any."""
+    sides = [profile.column(side) for side in SIDES]
+    could = [name for name in profile.columns if name not in sides and profile.kinds[name] in (*TEXTS, *CHAT)]
+    could = [name for name in could if not ABOUT & set(words(name)) and not profile.holds_labels(name)]
+    could = [name for name in could if profile.kinds[name] in TEXTS or profile.share(waits_for_reply, name) > 0.5]
+    chats = [name for name in could if profile.kinds[name] in CHAT]
+    by_word = [name for name in could if PROMPT & set(words(name))]
+    return chats or by_word or [name for name in could if could_ask(profile, name)]
 
 
-def _refuse_roles(profile: ColumnProfile, as_texts: str) -> None:
-    """Messages of tools and the like, which are nobody's turn here."""
-    for column in profile.named("chosen", "rejected", "prompt", *ALIASES["conversation"]):
-        messages = [
-            item for (value,) in profile.values(column) for item in (value if isinstance(value, list) else [value])
-        ]
-        speaker, known = ("from", SHAREGPT_ROLES) if profile.share(is_sharegpt, column) > 0.5 else ("role", ROLES)
-        roles = dict.fromkeys(str(item.get(speaker)) for item in messages if is_message(item))
-        if strange := [f"{role!r:.24}" for role in roles if role not in known]:
-            found = f"the messages of {shown(column)} have roles that are not known: {', '.join(strange[:5])}"
-            fix = "leave out the rows that have others, or write their turns in these"
-            if tools := [role for role in roles if role in TOOL_ROLES]:
-                found, fix = f"{found}; turns of {' and '.join(tools)} are not read", WITHOUT_TOOLS
-            fix = f"{as_texts} if these are texts; else {fix}" if as_texts else f"no setting helps: {fix}"
-            raise DataError(where="data.format", found=found, expected=f"the roles {', '.join(known)}", fix=fix)
+def could_ask(profile: ColumnProfile, column: str) -> bool:
+    """It may hold the prompt, of any kind and under any name: what must not be lost where no prompt was found."""
+    kind, named = profile.kind(column), plain_name(column) == "prompt"
+    if kind in TEXTS:
+        texts = [text for (text,) in profile.values(column)]
+        many = sum(len(text.split()) > 1 or text.strip().isalpha() for text in texts) >= MANY * len(texts) > 0
+        return named or (many and len(set(texts)) > len(texts) / 2 and not ABOUT & set(words(column)))
+    return (named and kind != "null") or (kind not in (*SCALARS, "numbers") and not ABOUT & set(words(column)))
+
+
+def single_reply(profile: ColumnProfile) -> str:
+    """A sentence for the sets that have only one reply to each prompt, and are often taken for pairs."""
+
+    def first(names: Iterable[str], *kinds: str) -> list[str]:
+        return [column for column in profile.named(*names) if not kinds or profile.kind(column) in kinds][:1]
+
+    reply = first(("completion", "response", "output", "answer"), *USABLE)
+    prompt = [column for column in profile.candidates("prompt") if column not in reply][:1]
+    label, chat = first(("label", "labels", "kto_tag")), first(ALIASES["conversation"], *CHAT)
+    if not (reply and prompt):
+        reply, prompt = chat, []
+    if not reply:
+        return ""
+    if label:
+        return f"{shown(*prompt, *reply, *label)} are unpaired preferences, one reply with a label, as for KTO"
+    one = "are one reply to each prompt" if prompt else "holds one conversation a row"
+    return f"{shown(*prompt, *reply)} {one}, as for supervised fine-tuning"

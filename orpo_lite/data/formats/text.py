@@ -3,8 +3,7 @@
 import math
 import re
 
-from orpo_lite.data.pair import COLUMNS, Message, NotJson, Row
-from orpo_lite.errors import DataError
+from orpo_lite.data.pair import Message, NotJson, Row, RowError
 
 _TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):[ ]?")  # "Human:" within a line is only text
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
@@ -159,7 +158,6 @@ def seen(row: Row, field: str) -> str:
             return "an object"
 
 
-def fault(where: str, field: str, found: str, expected: str, fix: str = "mend or remove the row") -> DataError:
-    if found.startswith("missing") and field in COLUMNS:
-        fix += f"; if every row has it under another name: data.column_map={field}=COLUMN"
-    return DataError(where=f"{where}, field {field}", found=found, expected=expected, fix=fix)
+def fault(where: str, field: str, found: str, expected: str, fix: str = "mend or remove the row") -> RowError:
+    """Return the fault of one row's field."""
+    return RowError(where=f"{where}, field {field}", found=found, expected=expected, fix=fix)

@@ -1,23 +1,22 @@
 """What a format would leave unread: nothing of which the name or the turns say that it belongs before the reply."""
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from orpo_lite.data.formats.columns import ALIASES, MANY, SIDES, SOME, ColumnProfile, plain_name, shown, words
-from orpo_lite.data.formats.name_hints import ABOUT
+from orpo_lite.data.formats.columns import SOME, ColumnProfile
+from orpo_lite.data.formats.names import ABOUT, ALIASES, SIDES, plain_name, shown, words
 from orpo_lite.data.formats.values import (
     CHAT,
     SCALARS,
     TEXTS,
     Kind,
     contents,
+    ends_with,
     is_templated,
     one_after_another,
     up_to_question,
     waits_for_reply,
 )
-from orpo_lite.data.pair import Pair
 from orpo_lite.errors import DataError, Overrides, reworded
 
 # What may stand in a column of that name, and what is read there. A number is no prompt, but the id of one.
@@ -30,17 +29,15 @@ FITS: dict[str, tuple[tuple[Kind, ...], str]] = {
     **dict.fromkeys(ALIASES["system"], (("missing", "null", *TEXTS), "a text")),
 }
 WHOLE = ("implicit", "messages", "sharegpt", "hh_rlhf")  # formats whose replies may be whole conversations
-Pairs = Sequence[Pair | None]  # one for each row of the profile; None for a row that cannot be read
 APART = ("input", "context", "history")  # say something beside a prompt; the other names all mean the prompt
 
 
-def refuse_unused(profile: ColumnProfile, name: str, reads: Callable[..., Pairs], *, said: bool) -> None:
+def refuse_unused(profile: ColumnProfile, name: str, *, said: bool) -> None:
     """Raise DataError, with the lines to choose from.
 
     Args:
         profile: the first rows.
         name: the format that they are read in.
-        reads: the pairs of these rows, under what data.column_map would say beside: our name=column.
         said: the person has named the format.
     """
     whole = said and name == "implicit"  # so all that stands before the reply is in chosen and rejected
@@ -49,7 +46,7 @@ def refuse_unused(profile: ColumnProfile, name: str, reads: Callable[..., Pairs]
     if not whole:
         _refuse_prompts(profile, name, decided=decided)
     if not decided:
-        _refuse_turns(profile, name, reads)
+        _refuse_turns(profile, name)
 
 
 def _refuse_misfits(profile: ColumnProfile, name: str, *, decided: bool) -> None:
@@ -105,7 +102,7 @@ def _holds(turns: Sequence[str], prompt: str) -> bool:
     return words in _spaced(" ".join(turns)) or (rendered and one_after_another(before, words))
 
 
-def _refuse_turns(profile: ColumnProfile, name: str, reads: Callable[..., Pairs]) -> None:
+def _refuse_turns(profile: ColumnProfile, name: str) -> None:
     """A conversation of which turns before the reply are not read: earlier turns, most likely, or a system turn."""
     known = profile.named(*ALIASES["conversation"])
     others = [column for column in profile.columns if column not in known and not ABOUT & set(words(column))]
@@ -119,11 +116,11 @@ def _refuse_turns(profile: ColumnProfile, name: str, reads: Callable[..., Pairs]
         values = [profile.held(row, column) for row in profile.rows]
         lost = [_is_lost(profile, i, value, stranger=stranger) for i, value in enumerate(values) if value]
         if lost and sum(lost) >= SOME * len(lost):
-            now, ours = reads(), [our for our in ("conversation", "history") if our not in profile.mapped]
-            in_front = next((our for our in ours if _all_read(reads(**{our: column}), now, values)), None)
-            in_line = f"{profile.line(**{in_front: column})} to put them in front" if in_front else ""
+            in_line = _in_front(profile, column, waits=waits)
             without = _without(profile, name)
-            fix = f"{in_line or 'write them into the prompt'}, or {without or 'take the column out'} to leave them out"
+            first = f"{in_line} to put them in front" if in_line else "write them into the prompt"
+            second = f"{without} to leave them out" if without else "take the column out"
+            fix = reworded(in_line or without, f"{first}, or {second}")
             raise DataError(
                 where="data.column_map",
                 found=f"{shown(column)} holds turns that are not in what is read",
@@ -148,22 +145,18 @@ def _is_lost(profile: ColumnProfile, i: int, conversation: Any, *, stranger: boo
     return missed and shared if stranger else missed or not shared
 
 
-def _all_read(pairs: Pairs, now: Pairs, conversations: Sequence[Any]) -> bool:
-    """Each pair has these turns before the same replies, and all that it has now, in their order and none twice."""
-    right = []
-    for new, old, turns in zip(pairs, now, conversations, strict=True):
-        if old is None or old.drop or not turns:
-            continue
-        same = new is not None and (new.drop, new.chosen, new.rejected) == (None, old.chosen, old.rejected)
-        before, told = ([_spaced(turn["content"]) for turn in pair.messages] if pair else [] for pair in (old, new))
-        once = Counter(told) <= Counter(before) | Counter(_spoken(contents(turns)))
-        right.append(same and once and _in_order(_spoken(up_to_question(turns)), told) and _in_order(before, told))
-    return sum(right) >= MANY * len(right) > 0
+def _in_front(profile: ColumnProfile, column: str, *, waits: bool) -> str:
+    """The setting by which these turns stand before the reply; "" where none would have each of them once."""
+    replies = [profile.column(side) for side in SIDES]
+    if (waits or profile.share(ends_with, column, *replies) > 0.5) and "conversation" not in profile.mapped:
+        return profile.line(conversation=column)
+    prompt = profile.taken.get("prompt")
+    asked = prompt is not None and profile.share(_asks_again, column, prompt) > 0
+    return "" if asked or "history" in profile.mapped else profile.line(history=column)
 
 
-def _in_order(some: Iterable[str], turns: Iterable[str]) -> bool:
-    left = iter(turns)
-    return all(turn in left for turn in some)
+def _asks_again(turns: Any, prompt: Any) -> bool:
+    return _spaced(" ".join(contents(prompt)[-1:])) in _spoken(contents(turns))
 
 
 def _without(profile: ColumnProfile, name: str) -> str:

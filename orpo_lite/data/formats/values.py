@@ -1,25 +1,25 @@
 """What a value of a row holds: its kind, its texts, and whether somebody's chat template stands in them."""
 
+import ast
 import json
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
-from orpo_lite.data.formats.readers import ANSWER_KEYS, ROLES, SHAREGPT_ROLES
+from orpo_lite.data.formats.messages import ANSWER_KEYS, CONTENTS, is_message, reshaped, role_of
 from orpo_lite.data.formats.text import is_dialogue, numeric
 from orpo_lite.data.pair import NotJson
 
 Kind = Literal[
-    "missing", "null", "text", "dialogue", "Python text of a list", "Python text of texts", "message", "messages",
-    "turns", "completions", "texts", "numbers as texts", "pairs of texts", "numbers", "number", "true or false",
-    "request", "something else",
+    "missing", "null", "text", "dialogue", "Python text of a list", "message", "messages", "turns", "completions",
+    "texts", "numbers as texts", "pairs of texts", "numbers", "number", "true or false", "something else",
 ]  # fmt: skip
 TEXTS: tuple[Kind, ...] = ("text", "dialogue")
 LISTS: tuple[Kind, ...] = ("texts", "numbers as texts")  # of texts; answers may be numbers, and scores texts
 CHAT: tuple[Kind, ...] = ("messages", "turns")  # lists that hold a conversation
 USABLE: tuple[Kind, ...] = (*TEXTS, "message", "messages")  # as chosen or rejected
-STRUCTURED: tuple[Kind, ...] = ("message", *CHAT, "completions", "request")  # a table holds these as JSON
+STRUCTURED: tuple[Kind, ...] = ("message", *CHAT, "completions")  # a table holds these as JSON
 # So it does these, and here and there a text looks like one: a column holds them where every cell of it does.
 PLAIN_LISTS: tuple[Kind, ...] = (*LISTS, "pairs of texts", "numbers")
 SCALARS: tuple[Kind, ...] = ("missing", "null", "number", "true or false")
@@ -32,13 +32,14 @@ def kind_of(value: Any) -> Kind:
         case str(text) if not text.strip():
             return "null"  # all that a csv can write for it
         case str(text):
-            return _python_kind(text) or ("dialogue" if is_dialogue(text) else "text")
+            python = _PYTHON.match(text) and _parsed(text) is None
+            return "Python text of a list" if python else "dialogue" if is_dialogue(text) else "text"
         case bool():
             return "true or false"
         case int() | float():
             return "number"
         case Mapping() as item:
-            return "message" if is_message(item) else "request" if item.get("messages") else "something else"
+            return "message" if is_message(item) else "something else"
         case list(items) if all(isinstance(item, Mapping) for item in items):
             return _kind_of_list(items)
         case list(items) if all(isinstance(item, str) for item in items):
@@ -60,7 +61,7 @@ def usual_kind(values: Sequence[Any]) -> Kind:
     if not kinds:
         return "null"
     usual = kinds.most_common(1)[0][0]
-    in_doubt = usual in (*PLAIN_LISTS, "Python text of texts", "something else")
+    in_doubt = usual in (*PLAIN_LISTS, "something else")
     alike: Collection[Kind] = PLAIN_LISTS if usual in PLAIN_LISTS else (usual,)
     return "text" if in_doubt and are_texts(values) and not kinds.keys() <= set(alike) else usual
 
@@ -84,16 +85,19 @@ def _kind_of_list(items: Sequence[Mapping[str, Any]]) -> Kind:
     return "completions" if all(any(key in item for key in ANSWER_KEYS) for item in items) else "something else"
 
 
-def is_message(item: Any) -> bool:
-    return isinstance(item, Mapping) and (item.get("role") is not None or item.get("from") is not None)
-
-
 def unpacked(value: Any) -> Any:
     """A text that holds JSON of something that a format reads, as a table has to, as what it is; any other as is."""
-    if (held := _parsed(value)) is None:
+    if (held := reshaped(_parsed(value))) is None:
         return value
     objects = isinstance(held, list) and all(isinstance(item, Mapping) for item in held)
     return held if objects or kind_of(held) in (*STRUCTURED, *PLAIN_LISTS) else value
+
+
+def alone(value: Any) -> str | None:
+    """The text in a list of one text, as a table or Python holds it; None of anything else, JSON in a text among it."""
+    if isinstance(value, str) and _PYTHON.match(value) and not _is_json(value):
+        value = _parsed(value)
+    return value[0] if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str) else None
 
 
 def is_conversation(text: str) -> bool:
@@ -103,34 +107,31 @@ def is_conversation(text: str) -> bool:
 
 
 def _is_turn(item: Any) -> bool:
-    if not isinstance(item, Mapping):
+    return role_of(item) is not None and any(isinstance(item.get(key), str) for key in CONTENTS)
+
+
+# Lists as Python prints them, which pandas writes into a table; NumPy's have no commas, and cannot be read.
+_PYTHON = re.compile(r"""\s*(?:array\(\s*)?(?:\[\s*\{?\s*['"]|\{\s*['"](?:role|content|from|value|messages)['"]\s*:)""")
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
         return False
-    speaker, said, roles = ("role", "content", ROLES) if "role" in item else ("from", "value", SHAREGPT_ROLES)
-    return str(item.get(speaker)) in roles and isinstance(item.get(said), str)
+    return True
 
 
 def _parsed(value: Any) -> Any:
-    """The list or the object that a text is as JSON; None of any other value."""
+    """The list or the object that a text is as JSON, or as Python prints it; None of any other value."""
     if not isinstance(value, str) or (value.lstrip()[:1], value.rstrip()[-1:]) not in (("[", "]"), ("{", "}")):
         return None
-    try:
+    if _is_json(value):
         return json.loads(value)
-    except (ValueError, RecursionError):
+    try:
+        return ast.literal_eval(value.strip()) if _PYTHON.match(value) else None
+    except (ValueError, SyntaxError, RecursionError, MemoryError):  # literals alone: no code of the text runs
         return None
-
-
-_PYTHON = re.compile(r"""\s*(?:array\(\s*)?(?:\[\s*\{\s*['"]|\{\s*['"](?:role|content|from|value|messages)['"]\s*:)""")
-_PYTHON_TEXTS = re.compile(r"""\s*(?:array\(\s*)?\[\s*['"].*\]\s*(?:,\s*dtype=\w+\s*)?\)?\s*\Z""", re.DOTALL)
-
-
-def _python_kind(text: str) -> Kind | None:
-    """Of a text that is a list as Python or NumPy prints it, which is not JSON."""
-    printed = text.lstrip()[:1] in ("[", "{", "a") and ("'" in text or "array(" in text)
-    if not printed or _parsed(text) is not None:
-        return None
-    if _PYTHON.match(text):
-        return "Python text of a list"
-    return "Python text of texts" if _PYTHON_TEXTS.match(text) else None
 
 
 def contents(value: Any) -> list[str]:
@@ -147,18 +148,13 @@ def contents(value: Any) -> list[str]:
 
 def asks(side: Any) -> bool:
     """It holds a user's turn: a whole conversation, not only the reply."""
-    return any(_speaker(turn) in ("user", "human") for turn in (side if isinstance(side, list) else [side]))
+    return any(role_of(turn) == "user" for turn in (side if isinstance(side, list) else [side]))
 
 
 def opens(side: Any) -> bool:
     """A conversation from its start: a user's turn is the first, or the first behind a system turn."""
-    speakers = [_speaker(turn) for turn in (side if isinstance(side, list) else [side])]
-    first = speakers[1:] if speakers[:1] in (["system"], ["developer"]) else speakers
-    return first[:1] in (["user"], ["human"])
-
-
-def _speaker(turn: Any) -> Any:
-    return (turn.get("role") or turn.get("from")) if is_message(turn) else None
+    roles = [role_of(turn) for turn in (side if isinstance(side, list) else [side])]
+    return roles[:1] == ["user"] or roles[:2] == ["system", "user"]
 
 
 def one_after_another(parts: Sequence[str], text: str) -> bool:
@@ -197,14 +193,15 @@ def waits_for_reply(turns: Sequence[Mapping[str, Any]]) -> bool:
 
 
 _START = re.compile(
-    r"\s*(?:<s>|<bos>|<\|begin_of_text\|>|<\|endoftext\|>|<｜begin▁of▁sentence｜>|<\|im_start\|>|\[INST\]|<<SYS>>"
+    r"\s*(?:<s>(?![\s\S]*</s>[\s\S]*\S)|(?:<s>\s*)?(?:"  # <s>old</s> new: of HTML
+    r"<bos>|<\|begin_of_text\|>|<\|endoftext\|>|<｜begin▁of▁sentence｜>|<\|im_start\|>|\[INST\]|<<SYS>>"
     r"|<\|im_(?:user|system|assistant|middle)\|>|<\|header_start\|>|<\|start_of_role\|>|<\|channel\|>"
     r"|<\|start\|>(?:user|system|developer|assistant)|\[\|(?:user|system|assistant)\|\]"
     r"|\[SYSTEM_PROMPT\]|<\|start_header_id\|>|<start_of_turn>|<\|START_OF_TURN_TOKEN\|>"
     r"|<\|(?:user|system|assistant)\|>|<｜(?:User|Assistant)｜>"
     r"|#{2,3} ?(?:Instruction|Human|User|System|Input|Question)s?:"
     r"|Below is an instruction that describes|(?:USER|User|Human|ASSISTANT|Assistant|GPT4 Correct User): "
-    r"|<(?:human|bot)>:|A chat between a curious (?:user|human) and an artificial intelligence)"
+    r"|<(?:human|bot)>:|A chat between a curious (?:user|human) and an artificial intelligence))"
 )
 # Its turns within one text, behind a system text or not: what has to be in the text at all, and how it stands there.
 _TURNS = {
@@ -247,5 +244,11 @@ def _end(text: str) -> str:
 
 def end_marker(value: Any) -> str | None:
     """A template's marker at the end of the last text that has one there."""
-    ends = (_END.search(_end(text)) for text in reversed(contents(value)) if not is_dialogue(text))
-    return next((match[0].strip() for match in ends if match), None)
+    ends = (_end_marker(text) for text in reversed(contents(value)) if not is_dialogue(text))
+    return next(filter(None, ends), None)
+
+
+def _end_marker(text: str) -> str | None:
+    match = _END.search(_end(text))
+    is_html = match is not None and match[0] == "</s>" and text.strip().rfind("<s>") > 0
+    return match[0] if match and not is_html else None

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from orpo_lite.data.formats.columns import MANY, NUMBERED, PAIRS, SIDES, ColumnProfile, plain_name, shown, words
-from orpo_lite.data.formats.name_hints import MEASURING, names_better
+from orpo_lite.data.formats.columns import MANY, PAIRS, ColumnProfile
+from orpo_lite.data.formats.names import MEASURING, NUMBERED, SIDES, names_better, plain_name, shown, words
 from orpo_lite.data.formats.values import USABLE
 from orpo_lite.errors import DataError, one_of
 

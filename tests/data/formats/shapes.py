@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from orpo_lite.data.formats.column_map import mapped_row
 from orpo_lite.data.formats.detect import Detected, detect_format
 from orpo_lite.data.pair import COLUMNS, PROMPTS_DIFFER, TIED, TOO_FEW, Pair, Row
 from orpo_lite.errors import DataError
@@ -36,10 +37,7 @@ def said(speaker: str, text: str) -> dict[str, str]:
 
 def detect(rows: list[Any], column_map: Mapping[str, str] = {}, **settings: Any) -> tuple[Detected, list[Row]]:
     """As pairs.py asks: the rows as data.column_map leaves them."""
-    mapped = []
-    for row in rows:
-        taken = {ours: row[theirs] for ours, theirs in column_map.items() if theirs in row}
-        mapped.append({key: value for key, value in row.items() if key not in column_map} | taken)
+    mapped: list[Row] = [mapped_row(row, {ours: [theirs] for ours, theirs in column_map.items()}) for row in rows]
     return detect_format(mapped, mapped=column_map, **settings), mapped
 
 
@@ -654,6 +652,87 @@ SHAPES: dict[str, Shape] = {
             ((user("What does [INST] mean?"),), "A start.", "It ends with </s> and no more"),
             ((user("Is <|im_start|> a token?"),), "Yes: `<|im_start|>`.", "No"),
         ],
+    ),
+    "a reply alone beside a whole conversation": Shape(
+        "implicit",
+        [{"chosen": [user(Q), bot("Blue.")], "rejected": [bot("Seven.")]},
+         {"chosen": [bot("7")], "rejected": [user(Q2), bot("Blue")]},
+         {"chosen": [*TALK, bot("Blue.")], "rejected": [bot("Seven.")]}],
+        "chosen rejected",
+        [*ONE, (TALK, "Blue.", "Seven.")],
+        csv=False,
+    ),
+    "ms-swift's messages and a rejected response": Shape(
+        "implicit",
+        [{"messages": [*turns, bot(good)], "rejected_response": bad}
+         for turns, good, bad in (((user(Q),), "Blue.", "Seven."), ((user(Q2),), "7", "Blue"))],
+        "chosen rejected",
+        ONE,
+    ),
+    "ms-swift's two lists of messages": Shape(
+        "implicit",
+        [{"messages": [*TALK, bot("Blue.")], "rejected_messages": [*TALK, bot("Seven.")]}] * 2,
+        "chosen rejected",
+        [(TALK, "Blue.", "Seven.")] * 2,
+    ),
+    "replies as objects around a text": Shape(
+        "explicit",
+        [{"prompt": Q, "chosen": {"text": "Blue.", "score": 9}, "rejected": {"text": "Seven.", "score": 1}},
+         {"prompt": Q2, "chosen": {"text": "7", "score": None}, "rejected": {"text": "Blue", "score": 2}}],
+        "prompt chosen rejected",
+        ONE,
+        csv=False,
+    ),
+    "Argilla's values, and an answer with its score": Shape(
+        "explicit",
+        [{"prompt": {"value": Q}, "chosen": {"answer": "Blue.", "score": 9.5}, "rejected": {"value": "Seven."}}] * 2,
+        "prompt chosen rejected",
+        [((user(Q),), "Blue.", "Seven.")] * 2,
+        csv=False,
+    ),
+    "NeMo's ranked messages": Shape(
+        "ranked",
+        [{"context": [*turns],
+          "completions": [{"rank": i, "completion": [bot(text)]} for i, text in ((1, bad), (0, good))]}
+         for turns, good, bad in ((TALK, "Blue.", "Seven."), ((user(Q2),), "7", "Blue"))],
+        "completions rank",
+        [(TALK, "Blue.", "Seven."), ONE[1]],
+    ),
+    "roles in capitals and by other names": Shape(
+        "explicit",
+        [{"prompt": [{"role": asks, "content": Q}], "chosen": [{"role": says, "content": "Blue."}],
+          "rejected": [{"role": says, "content": "Seven."}]}
+         for asks, says in (("USER", "ASSISTANT"), ("Human", "Assistant"), ("prompter", "bot"), ("User", "AI"))],
+        "prompt chosen rejected",
+        [((user(Q),), "Blue.", "Seven.")] * 4,
+    ),
+    "messages under a key of their own": Shape(
+        "implicit",
+        [{side: {"messages": [*TALK, bot(text)]} for side, text in BLUE_SEVEN.items()}] * 2,
+        "chosen rejected",
+        [(TALK, "Blue.", "Seven.")] * 2,
+        csv=False,
+    ),
+    "a struct of lists": Shape(
+        "messages",
+        [{"prompt": Q} | {side: {"role": ["user", "assistant"], "content": [Q, text]}
+                          for side, text in BLUE_SEVEN.items()}] * 2,
+        "prompt chosen rejected",
+        [((user(Q),), "Blue.", "Seven.")] * 2,
+        csv=False,
+    ),
+    "replies as parts": Shape(
+        "explicit",
+        [{"prompt": Q, "chosen": [part("Blue"), part(".")], "rejected": [part("Seven.")]}] * 2,
+        "prompt chosen rejected",
+        [((user(Q),), "Blue.", "Seven.")] * 2,
+        csv=False,
+    ),
+    "HTML in replies": Shape(
+        "explicit",
+        [{"prompt": Q, "chosen": "<s>Green.</s> Blue.", "rejected": "It was <s>Seven.</s>"}] * 2,
+        "prompt chosen rejected",
+        [((user(Q),), "<s>Green.</s> Blue.", "It was <s>Seven.</s>")] * 2,
     ),
 }  # fmt: skip
 

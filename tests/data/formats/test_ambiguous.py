@@ -165,22 +165,6 @@ TWO_READINGS: dict[str, tuple[list[dict[str, Any]], dict[str, tuple[str, list[An
             "data.format=explicit": ("explicit", [((user(Q),), f"{Q} Blue.", f"{Q} Seven."), BLUE]),
         },
     ),
-    "replies under other names": (
-        [{"question": Q, "good_answer": "Blue.", "bad_answer": "Seven.", "good_score": 3, "good_model": "m"}] * 2,
-        {"data.column_map=prompt=question,chosen=good_answer,rejected=bad_answer": ("explicit", [BLUE] * 2)},
-    ),
-    "replies in camel case": (
-        [{"prompt": Q, "WorstResponse": "Seven.", "BestResponse": "Blue."}] * 2,
-        {"data.column_map=chosen=BestResponse,rejected=WorstResponse": ("explicit", [BLUE] * 2)},
-    ),
-    "replies in lists under other names": (
-        [{"prompt": Q, "reply_accepted": [user(Q), bot("Blue.")], "reply_rejected": [user(Q), bot("Seven.")]}] * 2,
-        {"data.column_map=chosen=reply_accepted,rejected=reply_rejected": ("messages", [BLUE] * 2)},
-    ),
-    "chosen under its name alone": (
-        [{"prompt": Q, "chosen": "Blue.", "rejected_response": "Seven."}] * 2,
-        {"data.column_map=rejected=rejected_response": ("explicit", [BLUE] * 2)},
-    ),
     "a raw column beside a templated prompt": (
         [{"prompt": CHATML, "question": Q, "chosen": "Blue.", "rejected": "Seven."}] * 2,
         {"data.column_map=prompt=question": ("explicit", [BLUE] * 2)},
@@ -207,14 +191,14 @@ TWO_READINGS: dict[str, tuple[list[dict[str, Any]], dict[str, tuple[str, list[An
     "earlier turns beside whole conversations": (
         [{"prompt": Q, "messages": [*EARLIER], **wholes(user(Q))}] * 2,
         {
-            "data.column_map=conversation=messages": ("conversation", [(TALK, "Blue.", "Seven.")] * 2),
+            "data.column_map=history=messages": ("messages", [(TALK, "Blue.", "Seven.")] * 2),
             "data.column_map=prompt=prompt": ("messages", [BLUE] * 2),
         },
     ),
     "earlier turns beside whole conversations and no prompt": (
         [{"messages": [*EARLIER], **wholes(user(Q))}] * 2,
         {
-            "data.column_map=conversation=messages": ("conversation", [(TALK, "Blue.", "Seven.")] * 2),
+            "data.column_map=history=messages": ("implicit", [(TALK, "Blue.", "Seven.")] * 2),
             "data.format=implicit": ("implicit", [BLUE] * 2),
         },
     ),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shapes import CHATML, HH, NAMES, Q, bot, detect, part, said, system, user
+from shapes import CHATML, HH, NAMES, Q, bot, detect, part, read, said, system, user
 
 from orpo_lite.data.formats.detect import detect_format
 from orpo_lite.data.formats.readers import READERS
@@ -66,15 +66,11 @@ def test_all_shapes_of_one_pair_read_alike(
             continue
         row = {"system": brief or " ", **row}
         expected = tuple(before) if stands_already else ((system(brief),) if brief else ()) + tuple(before)
-        named = detect_format([row], name=name)
-        assert (named.read(row, "x").messages, named.read(row, "x").chosen, named.read(row, "x").rejected) == (
-            expected,
-            chosen,
-            rejected,
-        ), name
+        (pair,) = read([row], name=name)
+        assert (pair.messages, pair.chosen, pair.rejected) == (expected, chosen, rejected), name
         if behind(question, chosen) is behind(question, rejected) is None:
             orca = name == "orca" and (not brief or stands_already)
-            assert detect_format([row]).name == ("explicit" if orca else name)
+            assert detect([row])[0].name == ("explicit" if orca else name)
 
 
 @pytest.mark.parametrize("values", [(1, 2), (0, 1), (0, 2), (1, 3), (0, 1, 2)])

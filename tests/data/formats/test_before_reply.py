@@ -118,8 +118,8 @@ def test_a_prompt_stands_in_front_of_turns_that_begin_with_a_reply(style: Callab
 @pytest.mark.parametrize(
     ("column", "held"),
     [
-        *(("system", held) for held in (system("Be kind."), [system("Be kind.")], ["You are kind."], {"text": "x"}, 3)),
-        ("system_prompt", ["You are kind."]),
+        *(("system", held) for held in (system("Be kind."), [system("Be kind.")], ["Be", "kind."], {"en": "x"}, 3)),
+        ("system_prompt", ["You are", "kind."]),
         *(("history", held) for held in (["Hi", "Hello."], [{"q": "Hi", "a": "Hello."}], {"Hi": "Hello."}, 3)),
     ],
 )

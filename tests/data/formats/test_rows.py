@@ -89,7 +89,11 @@ def test_a_faulty_row_is_named(form: str, row: dict[str, Any], place: str) -> No
             {"chosen": [user(Q), {"role": "tool", "content": "x"}]},
             "chosen[1].role: 'tool'",
         ),
-        ("TRL implicit conversations", {"chosen": [user(Q), {"role": "gpt", "content": "x"}]}, "chosen[1].role: 'gpt'"),
+        (
+            "TRL implicit conversations",
+            {"chosen": [user(Q), {"role": "nurse", "content": "x"}]},
+            "chosen[1].role: 'nurse'",
+        ),
         ("TRL implicit conversations", {"chosen": [user(Q)]}, "field chosen: the last turn is the user's"),
         (
             "TRL implicit conversations",

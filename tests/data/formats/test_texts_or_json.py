@@ -7,6 +7,7 @@ import pytest
 from shapes import BLUE_SEVEN, Q, bot, detect, read, refused, user
 
 from orpo_lite.data.formats.detect import detect_format
+from orpo_lite.data.pair import RowError
 from orpo_lite.errors import DataError
 
 ABOUT_TEXT = {"instruction": "Sum up.", "input": "A long text."}
@@ -49,20 +50,18 @@ NO_MESSAGES = [
     {"role": "nurse", "shift": 3},
     {"from": "Berlin", "to": "Paris"},
     {"role": "assistant", "name": "Ada"},
-    {"role": "user", "content": "Blue."},
-    [{"role": "user", "content": "Blue."}],
+    {"role": "assistant", "value": 3},
 ]
 
 
 @pytest.mark.parametrize("reply", NO_MESSAGES)
-@pytest.mark.parametrize("column", ["prompt", "question", "ask"])
-def test_json_that_only_looks_like_messages_is_offered_as_texts(reply: Any, column: str) -> None:
+@pytest.mark.parametrize("column", ["prompt", "question"])
+def test_json_that_only_looks_like_messages_can_be_read_as_texts(reply: Any, column: str) -> None:
     sides = {"chosen": json.dumps(reply), "rejected": json.dumps(reply) + " "}
     rows = [{column: f"Write {i} as JSON.", **sides} for i in range(4)]
-    pasted: dict[str, Any] = {"name": "explicit", "column_map": {"prompt": "ask"} if column == "ask" else {}}
-    lines = ["data.format=explicit", *(["data.column_map=prompt=ask"] if column == "ask" else [])]
-    refused(rows, *lines)
-    assert [(pair.messages, pair.chosen) for pair in read(rows, **pasted)] == [
+    with pytest.raises(RowError):
+        read(rows)
+    assert [(pair.messages, pair.chosen) for pair in read(rows, name="explicit")] == [
         ((user(row[column]),), row["chosen"]) for row in rows
     ]
 
@@ -86,25 +85,19 @@ def test_tools_in_json_are_tools_and_no_texts() -> None:
         detected.read(row, "x:1")
 
 
-def test_tools_in_every_row_are_refused_for_what_they_are() -> None:
-    gave = {"role": "tool", "content": "21 degrees"}
-    sides = {side: [gave, {"role": "model", "content": f"It is {side}."}] for side in ("chosen", "rejected")}
-    error = refused([sides] * 3)
-    assert "; turns of tool are not read" in error
-    assert "no setting helps: leave out the rows with tools, or write each call" in error
-
-
 def test_a_first_row_in_place_of_the_names_is_suspected() -> None:
     row = {"Name a colour.": "Name a number.", "It is blue.": "Seven.", "It is seven.": "Blue."}
     with pytest.raises(DataError) as raised:
         detect([row] * 3)
-    assert "if the first line of the file is a row" in raised.value.fix
+    assert "write a line with the columns' names above the first one, if that is a row" in raised.value.fix
 
 
 @pytest.mark.parametrize("listed", [["prompt"], ["chosen", "rejected"], ["prompt", "chosen", "rejected"]])
-def test_lists_of_texts_are_refused_by_what_they_are(listed: list[str]) -> None:
+def test_lists_of_one_text_are_read_and_of_several_refused(listed: list[str]) -> None:
     row = {"prompt": Q, **BLUE_SEVEN}
-    error = refused([row | {column: [row[column]] for column in listed}] * 2)
+    (pair, _) = read([row | {column: [row[column]] for column in listed}] * 2)
+    assert (pair.messages, pair.chosen, pair.rejected) == ((user(Q),), "Blue.", "Seven.")
+    error = refused([row | {column: [row[column], "Red?"] for column in listed}] * 2)
     assert f"{listed[-1]} hold{'s' if len(listed) == 1 else ''} lists of texts" in error
 
 
@@ -140,17 +133,12 @@ def test_a_verdict_is_never_offered_as_a_reply() -> None:
 
 def test_a_conversation_under_an_unknown_name_is_offered() -> None:
     rows = [{"task": "Math", "trajectory": [user(f"Q{i}")], "good": f"a{i}", "bad": f"b{i}"} for i in range(12)]
-    with pytest.raises(DataError) as raised:
-        detect_format(rows)
-    assert "data.column_map=prompt=trajectory,chosen=good,rejected=bad" in str(raised.value)
+    refused(rows, "data.column_map=prompt=trajectory", "data.format=implicit")
 
 
 def test_whole_conversations_under_other_names_need_no_prompt() -> None:
     rows = [{"chosen_conversations": [user(Q), bot("a")], "rejected_conversations": [user(Q), bot("b")]}] * 3
-    with pytest.raises(DataError) as raised:
-        detect_format(rows)
-    line = "data.column_map=chosen=chosen_conversations,rejected=rejected_conversations"
-    assert str(raised.value).endswith(f"name the columns: {line}")
+    assert [(pair.messages, pair.chosen, pair.rejected) for pair in read(rows)] == [((user(Q),), "a", "b")] * 3
 
 
 def test_turns_within_a_text_are_a_template_too() -> None:

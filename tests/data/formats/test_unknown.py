@@ -17,11 +17,11 @@ from orpo_lite.recipe.reader import load_recipe
 @pytest.mark.parametrize(
     "names",
     [
-        ("my question", "good, answer", "bad, answer"),
-        ("user_query", "good=1", "bad='0'"),
-        ("the $question", '"best"', "{worst}"),
-        ("question\x07", "good\ttext", "bad\\text 🎨"),
-        (" my question ", "good#", "bad: text"),
+        ("my question", "best, answer", "other, answer"),
+        ("user_query", "good=1", "odd='0'"),
+        ("the $question", '"best"', "{other}"),
+        ("question\x07", "good\ttext", "odd\\text 🎨"),
+        (" my question ", "good#", "odd: text"),
     ],
 )
 def test_the_line_can_be_pasted_whatever_the_columns_names(names: tuple[str, str, str]) -> None:
@@ -29,20 +29,18 @@ def test_the_line_can_be_pasted_whatever_the_columns_names(names: tuple[str, str
     with pytest.raises(DataError) as raised:
         detect(rows)
     assert all(character.isprintable() or character == "\n" for character in str(raised.value))
-    (line,) = (word for word in shlex.split(raised.value.fix) if word.startswith("data."))
+    line, *_ = (word for word in shlex.split(raised.value.fix) if word.startswith("data."))
     column_map = load_recipe("demo", [line]).data.column_map
     assert column_map == dict(zip(("prompt", "chosen", "rejected"), names, strict=True))
     assert [pair.chosen for pair in read(rows, column_map)] == ["Blue."] * 2
 
 
 def test_roles_that_nobody_has_here_are_named() -> None:
-    turns = [said("human", Q), said("function_call", "f"), said("observation", "o")]
-    row = {"conversations": turns, "chosen": said("gpt", "Blue."), "rejected": said("gpt", "Seven.")}
-    with pytest.raises(DataError) as raised:
-        detect([row] * 3)
-    assert "conversations have roles that are not known: 'function_call', 'observation'" in raised.value.found
-    assert "system, user, assistant, developer, model, human, gpt" in raised.value.expected
-    assert "COLUMN" not in raised.value.fix
+    with pytest.raises(DataError, match=r"field chosen\[1\].from: 'observation', a tool's turn"):
+        read([{side: [said("human", Q), said("observation", side)] for side in ("chosen", "rejected")}] * 3)
+    with pytest.raises(DataError, match=r"field chosen\[1\].from: 'nurse'") as raised:
+        read([{side: [said("human", Q), said("nurse", side)] for side in ("chosen", "rejected")}] * 3)
+    assert "one of system, developer, user, human" in raised.value.expected
 
 
 def test_newer_names_of_the_roles_are_read() -> None:
@@ -55,22 +53,18 @@ def test_newer_names_of_the_roles_are_read() -> None:
 @pytest.mark.parametrize(
     ("row", "lines"),
     [
-        ({"text": "q", "label": 1}, ["data.column_map=prompt=COLUMN,chosen=COLUMN,rejected=COLUMN"]),
-        ({"chosen": "yes", "rejected": "no"}, ["data.column_map=prompt=COLUMN", "data.format=implicit"]),
-        ({"prompt": "q", "chosen": 3, "rejected": "no", "y": "Yes, so"}, ["data.column_map=chosen=COLUMN"]),
+        ({"text": "q", "label": 1}, []),
+        ({"chosen": "yes", "rejected": "no"}, ["data.format=implicit"]),
+        ({"prompt": "q", "chosen": 3, "rejected": "no", "y": "Yes, so"}, []),
         ({"prompt": "q", "chosen": 3, "rejected": "no"}, []),
         ({"prompt": "q", "chosen": HH, "rejected": [bot("no")]}, []),
-        ({"prompt": user("q"), "chosen": "yes", "rejected": "no"}, ["data.format=implicit"]),
-        ({"prompt": "q", "chosen": {"content": "yes"}, "rejected": {"content": "no"}}, []),
         ({"chosen": "It is so", "rejected": "It is no", "messages": [user("q"), bot("It was so")]},
-         ["data.column_map=prompt=COLUMN", "data.format=implicit"]),
+         ["data.format=implicit"]),
         *(({"chosen": "It is so", "rejected": "It is no", name: held}, ["data.format=implicit"])
           for name in ("prompt", "question", "input", "instruction", "about")
-          for held in ({"text": "Why?"}, ["Why?"], {"en": "Why?", "id": 3}) if (name, held) != ("prompt", ["Why?"])),
-        ({"prompt": "q", "y_w": "a", "y_l": "b"}, ["data.column_map=chosen=y_w,rejected=y_l"]),
-        ({"prompt": "q", "completion": "a", "rejected": "b"}, ["data.column_map=chosen=COLUMN"]),
-        ({"prompt": "q", "output_preferred": "a", "output_non_preferred": "b"},
-         ["data.column_map=chosen=output_preferred,rejected=output_non_preferred"]),
+          for held in (["Why?", "So?"], {"en": "Why?", "id": 3}) if (name, held) != ("prompt", ["Why?", "So?"])),
+        ({"prompt": "q", "completion": "a", "rejected": "b"}, ["data.column_map=chosen=completion,rejected=rejected"]),
+        ({"prompt": "q", "text_1": "Some text", "text_2": "Other text", "text_3": "A third text"}, []),
     ],
 )  # fmt: skip
 def test_what_fits_nothing_is_refused_with_the_columns(row: dict[str, Any], lines: list[str]) -> None:
@@ -80,13 +74,13 @@ def test_what_fits_nothing_is_refused_with_the_columns(row: dict[str, Any], line
 
 def test_two_replies_that_begin_alike_by_chance_are_no_implicit_prompt() -> None:
     rows = [{"chosen": "It is so", "rejected": "It is no"}, {"chosen": "Yes", "rejected": "No"}]
-    refused(rows * 9, "data.column_map=prompt=COLUMN", "data.format=implicit")
+    refused(rows * 9, "data.format=implicit")
     assert follow(rows, "data.format=implicit")[1][1].drop == PROMPTS_DIFFER
 
 
 def test_a_phrase_that_all_replies_begin_with_is_no_prompt() -> None:
     rows = [{"topic": f"t{i}", "chosen": f"I think yes {i}", "rejected": f"I think no {i}"} for i in range(9)]
-    refused(rows, "data.column_map=prompt=COLUMN", "data.format=implicit")
+    refused(rows, "data.format=implicit")
     rows = [{"chosen": row["chosen"], "rejected": row["rejected"]} for row in rows]
     assert detect(rows)[0].name == "implicit"
 
@@ -94,8 +88,8 @@ def test_a_phrase_that_all_replies_begin_with_is_no_prompt() -> None:
 def test_a_line_can_be_pasted_whatever_the_columns_name() -> None:
     row = {"prompt": "Other text", "Query": Q, "chosen": "Blue.", "rejected": "Seven.", "the system": "x"}
     refused([row], "data.column_map=prompt=prompt", "data.column_map=prompt=Query")
-    row = {"prompt": Q, "good answer": "Blue.", "bad answer": "Seven."}
-    with pytest.raises(DataError, match=r"'data\.column_map=chosen=good answer,rejected=bad answer'"):
+    row = {"prompt": Q, "good answer": "Blue.", "odd answer": "Seven."}
+    with pytest.raises(DataError, match=r"'data\.column_map=chosen=good answer,rejected=odd answer'"):
         detect_format([row])
 
 
@@ -113,19 +107,26 @@ def test_a_prompt_that_is_the_instruction_keeps_its_input() -> None:
     assert (name, pair.messages) == ("alpaca", (user("Name it.\nThe sky"),))
 
 
-def test_python_lists_in_a_csv_are_refused() -> None:
-    for value in (repr([user(Q), bot("Blue.")]), repr([user("it's"), bot("Blue.")]).replace("}, {", "}\n {")):
-        error = refused([{"prompt": Q, "chosen": value, "rejected": value}] * 2)
-        assert "chosen and rejected hold lists as Python prints them" in error
-        assert "write the column with json.dumps, or save the set as .jsonl or .parquet" in error
-
-
-@pytest.mark.parametrize("value", ["array([{'content': 'Blue.'}], dtype=object)", "['Blue.']", "['it''s', \"Blue.\"]"])
-@pytest.mark.parametrize("sides", [("chosen", "rejected"), ("response_a", "response_b"), ("answer_1", "answer_2")])
-def test_lists_of_numpy_and_of_texts_are_refused(value: str, sides: tuple[str, str]) -> None:
-    error = refused([{"prompt": Q, "winner": 1, **dict.fromkeys(sides, value)}] * 2)
-    assert f"{' and '.join(sides)} hold lists as Python prints them" in error
+def test_lists_that_python_printed_are_read() -> None:
+    for sides in (
+        {"chosen": [user(Q), bot("Blue.")], "rejected": [user(Q), bot("Seven.")]},
+        {"chosen": ["Blue."], "rejected": ["Seven."]},
+    ):
+        (pair,) = read([{"prompt": Q} | {side: repr(value) for side, value in sides.items()}])
+        assert (pair.messages, pair.chosen, pair.rejected) == ((user(Q),), "Blue.", "Seven.")
     assert read([TEXTS | {"chosen": text} for text in ("['a', 'b']", "no list")])[0].chosen == "['a', 'b']"
+    several = [{"prompt": Q, "chosen": "['Blue.', 'Seven.']", "rejected": "['Seven.']"}] * 2
+    refused(several, "data.format=explicit")
+    assert follow(several, "data.format=explicit")[1][0].chosen == "['Blue.', 'Seven.']"
+
+
+@pytest.mark.parametrize(
+    "value", ["array([{'content': 'Blue.'}], dtype=object)", "[{'content': 'a'}\n {'content': 'b'}]"]
+)
+@pytest.mark.parametrize("sides", [("chosen", "rejected"), ("response_a", "response_b"), ("answer_1", "answer_2")])
+def test_lists_that_numpy_printed_are_refused(value: str, sides: tuple[str, str]) -> None:
+    error = refused([{"prompt": Q, "winner": 1, **dict.fromkeys(sides, value)}] * 2)
+    assert f"{' and '.join(sides)} hold lists as NumPy prints them" in error
 
 
 @pytest.mark.parametrize("first", ["id", "name", "index", "weight"])
@@ -155,7 +156,6 @@ def test_messages_in_a_column_of_texts_are_a_fault(turns: list[Any], column: str
         with pytest.raises(DataError) as raised:
             detect(rows)[0].read(odd, "x:10")
         assert f"x:10, field {column}: messages as JSON" in str(raised.value)
-        assert ("data.format=explicit" in raised.value.fix) == (column != "prompt")
     if column != "prompt":
         (pair,) = read([odd], name="explicit")
         assert json.dumps(turns) in (pair.chosen, pair.rejected)

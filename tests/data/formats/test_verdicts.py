@@ -119,21 +119,49 @@ def test_measures_of_two_answers_are_named_and_left_to_the_person(name: str) -> 
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "guesses"),
+    ("one", "other", "lines"),
     [
-        ("less_preferred_answer", "more_preferred_answer", "chosen=more_preferred_answer,rejected=COLUMN"),
-        ("least_preferred_answer", "most_preferred_answer", "chosen=most_preferred_answer,rejected=COLUMN"),
-        ("worse_than_best", "best", "chosen=best,rejected=COLUMN"),
-        ("second_best", "best", "chosen=best,rejected=COLUMN"),
-        ("good_answer", "better_answer", "chosen=COLUMN,rejected=COLUMN"),
-        ("not_chosen_text", "chosen_text", "chosen=chosen_text,rejected=not_chosen_text"),
-        ("non_rejected", "rejected_text", "chosen=COLUMN,rejected=rejected_text"),
-        ("unpreferred", "preferred", "chosen=preferred,rejected=COLUMN"),
-        ("best_of_the_worst", "text_b", "chosen=COLUMN,rejected=COLUMN"),
-        ("response_j", "response_k", "chosen=COLUMN,rejected=COLUMN"),
+        ("less_preferred_answer", "more_preferred_answer", ["ba"]),
+        ("least_preferred_answer", "most_preferred_answer", ["ba"]),
+        ("worse_than_best", "best", ["ba"]),
+        ("second_best", "best", ["ba"]),
+        ("non_rejected", "rejected_text", ["ab"]),
+        ("good_answer", "better_answer", ["ab", "ba"]),
+        ("best_of_the_worst", "text_b", ["ab", "ba"]),
+        ("response_j", "response_k", ["ab", "ba"]),
     ],
 )
-def test_a_guess_never_takes_the_wrong_side(one: str, other: str, guesses: str) -> None:
-    error = refused([{"question": Q, one: "Seven.", other: "Blue."}] * 2, f"data.column_map=prompt=question,{guesses}")
-    by_hand = "where no column always holds the better reply, write each pair as prompt, chosen and rejected"
-    assert (by_hand in error) == (guesses == "chosen=COLUMN,rejected=COLUMN")
+def test_a_guess_never_takes_the_wrong_side(one: str, other: str, lines: list[str]) -> None:
+    rows = [{"question": Q, one: "Seven.", other: "Blue."}] * 2
+    said = {
+        "ab": f"data.column_map=chosen={one},rejected={other}",
+        "ba": f"data.column_map=chosen={other},rejected={one}",
+    }
+    refused(rows, *(said[line] for line in lines))
+    for line in lines:
+        (pair, _) = follow(rows, said[line])[1]
+        assert pair.chosen == {"ab": "Seven.", "ba": "Blue."}[line]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected"),
+    [
+        ("chosen_response", "rejected_response"),
+        ("response_chosen", "response_rejected"),
+        ("accepted", "rejected"),
+        ("winner", "loser"),
+        ("BestResponse", "WorstResponse"),
+        ("chosen", "rejected_response"),
+        ("preferred", "dispreferred"),
+        ("chosen_text", "not_chosen_text"),
+        ("output_preferred", "output_non_preferred"),
+        ("y_w", "y_l"),
+    ],
+)
+@pytest.mark.parametrize("style", [str, bot, lambda text: [bot(text)], lambda text: [user(Q), bot(text)]])
+def test_names_that_say_which_is_the_better_are_read(chosen: str, rejected: str, style: Any) -> None:
+    extra = {"chosen_score": 3, "better_model": "m", "label": "Blue."}
+    rows = [{rejected: style("Seven."), "prompt": Q, chosen: style("Blue."), **extra}] * 3
+    for pair in read(rows):
+        assert (pair.messages, pair.chosen, pair.rejected) == ((user(Q),), "Blue.", "Seven.")
+    assert detect(rows)[0].columns["chosen"] == chosen
