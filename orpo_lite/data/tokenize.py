@@ -173,7 +173,7 @@ def _cut_pair(
     without_system: bool,
 ) -> TokenizedPair | str:
     """The pair cut at data.max_length, or why it is left out."""
-    if max(chosen[1], rejected[1]) > data.max_prompt_length:
+    if max(chosen[1], rejected[1]) > data.prompt_limit:
         return LONG_PROMPT
     if any(end in ids[start:-1] for ids, start in (chosen, rejected)):
         return SPECIAL

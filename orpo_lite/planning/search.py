@@ -292,10 +292,9 @@ class Planner:
         found = [self._changed(keys, budget, gpu) for keys in [*alone, *([rank] * bool(rank))]]
         longest = int(self.triples[:, 1:].max())
         for shorter in (longest // 2, longest // 4, longest // 8):
-            limits = {
-                "data.max_length": shorter,
-                "data.max_prompt_length": min(recipe.data.max_prompt_length, shorter // 2),
-            }
+            limits = {"data.max_length": shorter}
+            if recipe.data.prompt_limit > shorter // 2 and recipe.data.max_prompt_length != "auto":
+                limits["data.max_prompt_length"] = shorter // 2
             found.append(self._changed(limits, budget, gpu))
             if not any(change.fits for change in found) and rank:
                 found.append(self._changed(limits | rank, budget, gpu))

@@ -86,7 +86,8 @@ def _head(facts: Facts) -> str:
 
 
 def _training(facts: Facts) -> str:
-    recipe, values = facts.recipe, dict(facts.recipe.items())
+    recipe = facts.recipe
+    values = dict(recipe.items()) | {"data.max_prompt_length": recipe.data.prompt_limit}
     rows = [
         *facts.objective["settings"].items(),
         ("steps", "not known" if facts.steps is None else f"{facts.steps:,}; kept: step {facts.kept_step:,}"),

@@ -20,10 +20,10 @@ def contradictions(recipe: Recipe) -> Iterator[RecipeError]:
             fix=fix if isinstance(fix, str) else Overrides(fix),
         )
 
-    if data.max_prompt_length >= data.max_length:
+    if data.prompt_limit >= data.max_length:
         yield fault(
             "data.max_prompt_length", "data.max_length", "a prompt limit below the length limit, or no reply is left",
-            {"data.max_prompt_length": max(1, data.max_length // 2)},
+            {"data.max_prompt_length": "auto"},
         )  # fmt: skip
     if training.early_stopping_patience and not data.dataset_test_split and data.test_split_size == 0:
         yield fault(

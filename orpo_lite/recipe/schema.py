@@ -189,8 +189,8 @@ class DataSection(Section):
     """Share of the rows that may be left out for a fault (null, NaN, a tool call); more stops. 3 rows may always be."""
     max_length: int = Field(2048, ge=8)
     """Tokens of prompt and response together; a longer response is cut at its end."""
-    max_prompt_length: int = Field(1024, ge=1)
-    """Pairs with a longer prompt are dropped, as in the paper (Appendix C)."""
+    max_prompt_length: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """Pairs with a longer prompt are dropped, as in the paper (Appendix C). auto: half of max_length, as there."""
     chat_template: str = "auto"
     """auto: the tokenizer's, else the paper's. none: prompt and response joined as plain text. Or a .jinja file."""
     chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_plain_values)] = {}
@@ -200,6 +200,11 @@ class DataSection(Section):
     def names(self) -> list[str]:
         """The sets that dataset_name names."""
         return [self.dataset_name] if isinstance(self.dataset_name, str) else self.dataset_name
+
+    @property
+    def prompt_limit(self) -> int:
+        """max_prompt_length in tokens."""
+        return self.max_length // 2 if self.max_prompt_length == "auto" else self.max_prompt_length
 
     @property
     def columns(self) -> dict[str, list[str]]:

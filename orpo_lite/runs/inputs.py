@@ -133,7 +133,7 @@ def _check_positions(name: str, limit: int | None, sides: Sequence[TokenizedPair
         raise ModelError(
             where="data.max_length",
             found=f"the longest pair has {longest:,} tokens, and {name} reads {limit:,}",
-            fix=Overrides({"data.max_length": limit, "data.max_prompt_length": limit // 2}),
+            fix=Overrides({"data.max_length": limit, "data.max_prompt_length": "auto"}),
         )
 
 

@@ -333,13 +333,21 @@ def test_every_initialisation_of_peft_is_decided_on(write: Write) -> None:
             assert recipe.lora.init_lora_weights in ("gaussian", "orthogonal")
 
 
+def test_the_prompt_limit_is_half_of_the_length_unless_it_is_set(write: Write) -> None:
+    for override, limit in (("data.max_length=512", 256), ("data.max_length=4096", 2048), ("data.max_length=9", 4)):
+        assert load_recipe(write(MINIMAL), [override]).data.prompt_limit == limit
+    assert load_recipe(write(MINIMAL), ["data.max_length=512", "data.max_prompt_length=500"]).data.prompt_limit == 500
+
+
 def test_a_long_value_is_not_repeated_in_full(write: Write) -> None:
     assert len(message(write(MINIMAL + "lora:\n  r: " + "9x" * 10_000 + "\n"))) < 500
 
 
 CONTRADICTIONS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
-    (("data.max_length=512",), ("data.max_prompt_length: 1024", "data.max_length: 512", "data.max_prompt_length=256")),
-    (("data.max_length=512", "data.max_prompt_length=512"), ("data.max_prompt_length: 512", "data.max_length: 512")),
+    (
+        ("data.max_length=512", "data.max_prompt_length=512"),
+        ("data.max_prompt_length: 512", "data.max_length: 512", "data.max_prompt_length=auto"),
+    ),
     (
         ("training.early_stopping_patience=2", "data.test_split_size=0"),
         ("training.early_stopping_patience: 2", "data.test_split_size: 0", "held-out"),
@@ -663,6 +671,7 @@ OWNERS: dict[str, tuple[str, str]] = {
     "data.format": (OURS, ""),
     "data.column_map": (OURS, ""),
     "data.max_samples": (OURS, "after LLaMA-Factory"),
+    "data.max_bad_rows": (OURS, ""),
     "data.max_length": ("trl.experimental.orpo.ORPOConfig", "max_length"),
     "data.max_prompt_length": (OURS, "in TRL's ORPOConfig until 1.0; there it cut, here it drops"),
     "data.chat_template": ("transformers.PreTrainedTokenizerBase.apply_chat_template", "chat_template"),

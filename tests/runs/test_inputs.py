@@ -216,9 +216,10 @@ def test_nothing_left_is_refused_with_all_reasons(small_recipe: Build, token_cac
 
 
 def test_faulty_rows_leave_no_entry(small_recipe: Build, token_cache: Path) -> None:
-    write_rows("pairs.jsonl", [*(row(f"{i}?") for i in range(300)), {"prompt": "q", "chosen": 3, "rejected": "a"}])
+    faulty = {"prompt": "q", "chosen": 3, "rejected": "a"}
+    write_rows("pairs.jsonl", [*(row(f"{i}?") for i in range(300)), *[faulty] * 4])
     for _ in range(2):
-        with pytest.raises(DataError, match=r"pairs.jsonl:301, field chosen"):
+        with pytest.raises(DataError, match="4 of 304 rows cannot be read"):
             sides(small_recipe())
         assert names(token_cache) == []
 

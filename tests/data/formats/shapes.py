@@ -721,13 +721,6 @@ SHAPES: dict[str, Shape] = {
         [((user(Q),), "Blue.", "Seven.")] * 2,
         csv=False,
     ),
-    "replies as parts": Shape(
-        "explicit",
-        [{"prompt": Q, "chosen": [part("Blue"), part(".")], "rejected": [part("Seven.")]}] * 2,
-        "prompt chosen rejected",
-        [((user(Q),), "Blue.", "Seven.")] * 2,
-        csv=False,
-    ),
     "HTML in replies": Shape(
         "explicit",
         [{"prompt": Q, "chosen": "<s>Green.</s> Blue.", "rejected": "It was <s>Seven.</s>"}] * 2,

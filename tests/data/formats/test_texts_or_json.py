@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from shapes import BLUE_SEVEN, Q, bot, detect, read, refused, user
+from shapes import BLUE_SEVEN, Q, bot, detect, part, read, refused, user
 
 from orpo_lite.data.formats.detect import detect_format
 from orpo_lite.data.pair import RowError
@@ -96,6 +96,8 @@ def test_a_first_row_in_place_of_the_names_is_suspected() -> None:
 def test_lists_of_one_text_are_read_and_of_several_refused(listed: list[str]) -> None:
     row = {"prompt": Q, **BLUE_SEVEN}
     (pair, _) = read([row | {column: [row[column]] for column in listed}] * 2)
+    assert (pair.messages, pair.chosen, pair.rejected) == ((user(Q),), "Blue.", "Seven.")
+    (pair, _) = read([row | {column: [part(row[column][:2]), part(row[column][2:])] for column in listed}] * 2)
     assert (pair.messages, pair.chosen, pair.rejected) == ((user(Q),), "Blue.", "Seven.")
     error = refused([row | {column: [row[column], "Red?"] for column in listed}] * 2)
     assert f"{listed[-1]} hold{'s' if len(listed) == 1 else ''} lists of texts" in error
