@@ -61,7 +61,7 @@ class Pair:
 
 
 class RowError(DataError):
-    """A fault of one row: it is counted and left out, up to ``data.max_bad_rows``. Any other fault stops the command."""
+    """A fault of one row: it is counted and left out up to ``data.max_bad_rows``. Any other fault stops the command."""
 
 
 class ToolError(RowError):
