@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import datasets
 import pytest
 from conftest import write_pairs
 from hub_server import COMMIT, NAME, PICKLES, SET, TOKEN, WEIGHTS, Hub, environment
@@ -19,8 +18,6 @@ from huggingface_hub import constants, file_download, hf_hub_download
 from orpo_lite.base import download as base_download
 from orpo_lite.base.adapter import find_adapter
 from orpo_lite.base.find import Base, fetch_weights, find_base
-from orpo_lite.data.sources import hub as sources_hub
-from orpo_lite.data.sources.hub import _unreachable
 from orpo_lite.errors import FitError, HubError, ModelError, OrpoLiteError
 from orpo_lite.merging.merge import merge
 
@@ -328,24 +325,17 @@ def test_a_set_that_is_not_cached_is_not_waited_for(hub: Hub, tmp_path: Path) ->
     assert refused.stdout == f"asking {host} for {SET} ...\n"
     first, *_, last = refused.stderr.splitlines()
     assert first == f"data.dataset_name {SET}: {host} cannot be reached (ConnectError) and it is not in the cache"
-    assert f"hf download --repo-type dataset {SET} --local-dir DIR, then data.dataset_name=DIR" in last
+    assert (
+        f"hf download --repo-type dataset {SET} --local-dir {SET.rpartition('/')[2]}, then data.dataset_name=" in last
+    )
 
 
 def test_a_slow_hub_is_waited_for_as_long_as_was_asked(hub: Hub, tmp_path: Path) -> None:
     hub.fail(f"HEAD .*{SET}", hang=True)
     refused = see_data(hub, tmp_path, HF_HUB_ETAG_TIMEOUT="1")
-    assert len([line for line in hub.requests if SET in line]) == 2
+    assert len([line for line in hub.requests if SET in line]) == 1
     assert "cannot be reached (ReadTimeout)" in refused.stderr
     assert "; HF_HUB_ETAG_TIMEOUT=60 waits longer for a slow one" in refused.stderr
-
-
-def test_one_connection_that_fails_is_not_yet_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = ["ConnectTimeout", ""]
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(sources_hub, "_no_answer", lambda _: answers.pop(0))
-    monkeypatch.setattr(sources_hub, "PAUSE", 0)
-    assert _unreachable(SET) == ""
-    assert answers == []
 
 
 def test_a_run_on_a_hub_base_and_its_merge_without_the_hub(

@@ -895,7 +895,7 @@ def test_a_hub_fault_names_the_set_and_the_fix(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(HubError) as raised:
         read("o/split", dataset_train_split="train")
-    assert "data.dataset_train_split=SPLIT" in message(raised)
+    assert "data.dataset_train_split=train_prefs" in message(raised)
     assert "o/split" in raised.value.where
 
 

@@ -3,66 +3,79 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
+import lzma
+import zlib
 from collections.abc import Callable, Iterator
 
-from orpo_lite.data.sources.json_rows import is_lines, json_rows, jsonl_rows
-from orpo_lite.data.sources.lines import BROKEN_GZIP, File, Place, blocks, broken_gzip, refuse_lookalikes
-from orpo_lite.data.sources.tables import csv_header, csv_records, csv_rows, parquet, parquet_rows, reading
+from orpo_lite.data.sources.arrow_rows import arrow_rows, arrow_table
+from orpo_lite.data.sources.csv_rows import csv_header, csv_records, csv_rows, delimiter_of
+from orpo_lite.data.sources.encoding import refuse_lookalikes
+from orpo_lite.data.sources.json_rows import is_lines, json_rows
+from orpo_lite.data.sources.lines import File, Place, blocks
 from orpo_lite.errors import DataError
 
 SPREADSHEETS = (".xlsx", ".xls", ".ods")
+BROKEN = (EOFError, zlib.error, lzma.LZMAError, OSError)  # what a compressed file raises that is cut or altered
 
 
 def read_file(file: File, faults: list[DataError]) -> Iterator[Place]:
     """Yield (place, row). A row that cannot be read goes to ``faults``; a file that cannot be is raised at once."""
     try:
         refuse_lookalikes(file)
-        yield from READERS[file.kind](file, faults)
-    except BROKEN_GZIP:
-        raise broken_gzip(file.label) from None
+        yield from READERS[_kind(file)](file, faults)
+    except BROKEN as error:
+        if isinstance(error, OSError) and error.errno:  # of the disk, not of the content
+            raise
+        found = f"broken {file.compression}, or its end is missing"
+        raise DataError(
+            where=file.label, found=found, expected="a whole file", fix="copy or download it again"
+        ) from None
 
 
 def file_fingerprint(file: File) -> tuple[str, int]:
     """sha256 of the bytes as they are on disk, and about how many rows they are; 0: unknown."""
-    refuse_lookalikes(file)
-    ends, last = Counter[bytes](), b""
-    digest = hashlib.sha256()
+    digest, line_ends, last = hashlib.sha256(), 0, b""
     for block in blocks(file.path):
         digest.update(block)
-        ends.update({end: block.count(end) for end in (b"\n", b"\r")})
+        line_ends += block.count(b"\n")
         last = block[-1:]
-    return digest.hexdigest(), _estimate(file, (ends[b"\n"] or ends[b"\r"]) + (last not in b"\r\n"))
+    return digest.hexdigest(), _estimate(file, line_ends + (last not in (b"", b"\n")))
 
 
 def column_names(file: File) -> frozenset[str]:
     """The columns of a table; none for the other kinds, and none for a table that cannot be read."""
     try:
         refuse_lookalikes(file)
-        if file.kind == ".parquet":
-            with parquet(file) as table:
-                return frozenset(table.schema_arrow.names)
-        if file.kind in (".csv", ".tsv"):
-            start, cells = next(csv_records(file, *reading(file)), (1, []))
+        kind = _kind(file)
+        if kind == ".arrow":
+            with arrow_table(file) as (schema, _, _):
+                return frozenset(schema.names)
+        if kind == ".csv":
+            start, cells = next(csv_records(file, delimiter_of(file)), (1, []))
             return frozenset(csv_header(cells, f"{file.label}:{start}"))
-    except (DataError, OSError, *BROKEN_GZIP):
+    except (DataError, *BROKEN):
         pass  # whoever reads it will say so
     return frozenset()
 
 
+def _kind(file: File) -> str:
+    """Return the reader of a file: that of an Arrow table also where its name says otherwise."""
+    return ".arrow" if file.start.startswith((b"PAR1", b"ARROW1")) else SAME_READER.get(file.kind, file.kind)
+
+
 def _estimate(file: File, lines: int) -> int:
-    if file.kind == ".parquet":
-        with parquet(file) as table:
-            return int(table.metadata.num_rows)
-    if file.zipped or (file.kind == ".json" and not is_lines(file)):
+    kind = _kind(file)
+    if kind == ".arrow":
+        with arrow_table(file) as (_, _, count):
+            return count
+    if file.compression or (kind == ".json" and not is_lines(file)):
         return 0
-    return max(lines - 1, 0) if file.kind in (".csv", ".tsv") else lines  # less the header
+    return max(lines - 1, 0) if kind == ".csv" else lines  # less the header
 
 
+SAME_READER = {".jsonl": ".json", ".tsv": ".csv", ".parquet": ".arrow"}
 READERS: dict[str, Callable[[File, list[DataError]], Iterator[Place]]] = {
-    ".jsonl": jsonl_rows,
     ".json": json_rows,
     ".csv": csv_rows,
-    ".tsv": csv_rows,
-    ".parquet": parquet_rows,
+    ".arrow": arrow_rows,
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-import time
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 
 from orpo_lite.data.sources.lines import Place, blocks
 from orpo_lite.data.sources.local import did_you_mean, near_names
-from orpo_lite.data.sources.source import AUTO, Source, choose_split, listed, readable, said_split
-from orpo_lite.errors import DataError, HubError, Overrides
+from orpo_lite.data.sources.source import AUTO, Source, choose_split, listed, readable, said_split, split_fix
+from orpo_lite.errors import Command, DataError, HubError, Overrides, reworded
 
 
 @dataclass(frozen=True)
@@ -63,52 +63,36 @@ def load_set(name: str, split: str, config: str | None) -> HubSource:
         raise
     except Exception as error:  # whatever a download can raise is the hub's or the network's
         expected, said = f"split {split!r}" if split != AUTO else "a data set with pairs", _found(error)
-        fix = _hub_fix(name, error)
+        fix = _hub_fix(name, error, split)
         if unreachable and isinstance(error, ConnectionError):  # all that datasets knows is that it was not to ask
             expected, said = "a connection, or a copy in the cache", f"{unreachable} and it is not in the cache"
-            fix += "; HF_HUB_ETAG_TIMEOUT=60 waits longer for a slow one" if "Timeout" in unreachable else ""
+            if "Timeout" in unreachable:
+                fix = reworded(fix, f"{fix}; HF_HUB_ETAG_TIMEOUT=60 waits longer for a slow one")
         raise HubError(where=f"data.dataset_name {name}", found=said, expected=expected, fix=fix) from error
     if unreachable:
         found = replace(found, said="; ".join(filter(None, (f"{unreachable}; read from the cache", found.said))))
     return found
 
 
-PAUSE = 1.0  # seconds; one connection may fail by chance
-
-
 def _unreachable(name: str) -> str:
-    """That the hub cannot be reached, as a sentence; "" when it answers, whatever it says, and when it is not asked.
+    """Return that the hub does not answer, as a sentence; "" when it does, and when it is not to be asked.
 
-    datasets would try each of its own requests for half a minute or more, and make several, before it looks into its
-    cache. This is the first of them, through the same client and so the same proxies, made twice at the most.
+    datasets would try each of its own requests for half a minute or more before it looks into its cache. This is the
+    first of them, through the same client and so the same proxies.
     """
     from datasets import config
-    from huggingface_hub import hf_hub_url
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        url = hf_hub_url(name, config.REPOCARD_FILENAME, repo_type="dataset", endpoint=config.HF_ENDPOINT)
-    except HFValidationError:
-        return ""
-    if config.HF_HUB_OFFLINE or not _no_answer(url):
-        return ""
-    time.sleep(PAUSE)
-    why = _no_answer(url)
-    return why and f"{urlsplit(url).netloc} cannot be reached ({why})"
-
-
-def _no_answer(url: str) -> str:
-    """The kind of fault that kept a request from being answered at all, or ""."""
-    from huggingface_hub import constants, get_hf_file_metadata
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]
 
     try:
-        get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        if not config.HF_HUB_OFFLINE:
+            url = hf_hub_url(name, config.REPOCARD_FILENAME, repo_type="dataset", endpoint=config.HF_ENDPOINT)
+            get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except HfHubHTTPError:  # an answer
         return ""
     except HTTPError as error:
-        return type(error).__name__
-    except (OSError, ValueError):  # a page that is not the hub's, or the hub's own switch for offline
+        return f"{urlsplit(url).netloc} cannot be reached ({type(error).__name__})"
+    except (OSError, ValueError):  # a page that is not the hub's, or a name that cannot be one
         return ""
     return ""
 
@@ -155,21 +139,32 @@ def _found(error: Exception) -> str:
 CONFIGS = re.compile(r"(?:available configs|available configs in the cache|available|in the cache): \[?(.+?)\]?$", re.I)
 
 
-def _hub_fix(name: str, error: Exception) -> str:
+SPLITS = re.compile(r"should be one of \[(.+?)\]", re.I)
+
+
+def _hub_fix(name: str, error: Exception, split: str) -> str:
     said = str(error).replace(name, "").lower()
+    folder = shlex.quote(name.rpartition("/")[2])
+    download = f"hf download --repo-type dataset {shlex.quote(name)} --local-dir {folder}"
+    then = f", then data.dataset_name={folder}"
     if "scripts are no longer supported" in said:
-        parquet = f"hf download --repo-type dataset --revision refs/convert/parquet --local-dir DIR {name}"
-        return f"{parquet}, then data.dataset_name='DIR/CONFIG/train/*.parquet'"
+        return Command(f"{download} --revision refs/convert/parquet", then)
     if "split" in said:
-        return "data.dataset_train_split=SPLIT (or data.dataset_test_split) with a split of the set"
+        named = SPLITS.search(str(error))
+        return split_fix(split, _names(named[1])) if named else "name a split of the set in data.dataset_train_split"
     if "config" in said:
         listed = next(filter(None, map(CONFIGS.search, str(error).splitlines())), None)
-        first = listed[1].split(", ")[0].strip("'\"") if listed else "CONFIG"
-        return f"data.dataset_config={first}, or another configuration of the set"
+        if listed is None:
+            return "name a configuration of the set in data.dataset_config"
+        return Overrides({"data.dataset_config": _names(listed[1])[0]}, ", or another configuration of the set")
     near = did_you_mean(near_names(Path(name))) or "check the path"
     here = "" if "/" in name else f"there is no file or folder {name} here either ({near}); for a set of the hub, "
     if any(word in said for word in ("gated", "401", "403", "private", "authenticat", "doesn't exist")):
-        return f"{here}open https://huggingface.co/datasets/{name}, ask for access if it is gated, then `hf auth login`"
+        page = f"{here}open https://huggingface.co/datasets/{name}, ask for access if it is gated, then `hf auth login`"
+        return Command("hf auth login", text=page)
     # Without a network datasets does not look for a set where `hf download` alone would put it.
-    copy = f"hf download --repo-type dataset {name} --local-dir DIR, then data.dataset_name=DIR"
-    return f"{here}check the network, or on a connected machine: {copy}"
+    return Command(download, text=f"{here}check the network, or on a connected machine: {download}{then}")
+
+
+def _names(listed: str) -> list[str]:
+    return [name.strip("'\"") for name in listed.split(", ")]

@@ -1,19 +1,20 @@
-"""Rows of .jsonl and .json files, with the place of each fault."""
+"""Rows of JSON: an object a line, or one array of objects, with the place of each fault."""
 
 from __future__ import annotations
 
 import codecs
 import json
-import re
+import shlex
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any, cast
+from collections.abc import Iterable, Iterator
+from typing import Any
 
-from orpo_lite.data.pair import COLUMNS, NotJson
-from orpo_lite.data.sources.lines import BLOCK, MAX_COLUMN_NAME, MAX_ROW_BYTES, File, Place, decode, lines, position
-from orpo_lite.errors import DataError
+from orpo_lite.data.pair import COLUMNS, NotJson, RowError
+from orpo_lite.data.sources.encoding import decode, position
+from orpo_lite.data.sources.lines import BLOCK, MAX_COLUMN_NAME, MAX_ROW_BYTES, File, Place, converted, lines, stem
+from orpo_lite.errors import DataError, reworded
 
-MAX_JSON_BYTES = 1 << 30  # a .json is held in memory as a whole
+MAX_JSON_BYTES = 1 << 30  # one array is held in memory as a whole
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -21,63 +22,68 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(row) < len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         key = f"the key {twice!r}" if len(twice) <= MAX_COLUMN_NAME else "a key"
-        raise ValueError(f"{key} stands twice in one object")
+        raise ValueError(f"{key} appears twice in one object")
     return row
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=NotJson)
+DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=NotJson)
 
 
-def _json_fault(error: ValueError | RecursionError, where: str) -> DataError:
-    """What the decoder raised, as a fault."""
-    if isinstance(error, json.JSONDecodeError):
-        rest = error.doc[error.pos :].strip() if error.msg == "Extra data" else ""
-        said = "a comma behind the object" if rest == "," else error.msg
-        return DataError(
-            where=where,
-            found=f"broken JSON at {position(error.lineno, error.colno)}: {said}",
-            expected="one whole JSON object",
-            fix="mend or remove the row; no line breaks inside it",
-        )
-    return DataError(
-        where=where, found=str(error), expected="plain JSON with each key once", fix="mend or remove the row"
-    )
+def json_rows(file: File, faults: list[DataError]) -> Iterator[Place]:
+    """Yield an object a line; or those of one array, of an object that holds one, or of columns."""
+    first, more = _first_line(file)
+    if first and first[:1] not in b"[{" and file.path.name[len(stem(file.path.name)) :].lower().startswith(".txt"):
+        found, fix = "a text that is not JSON", "give it the suffix of its kind, such as .csv"
+        raise DataError(where=file.label, found=found, expected="one JSON object a line in a .txt", fix=fix)
+    if more and first.startswith(b"[") and isinstance(array := _parsed(first), list):
+        raise _array_a_line(len(array), file)
+    if is_lines(file):
+        yield from _line_rows(file, faults)
+        return
+    try:
+        whole = DECODER.decode(_whole_text(file))
+    except (ValueError, RecursionError) as error:
+        if first.startswith(b"[") or not isinstance(error, json.JSONDecodeError) or error.lineno > 1:
+            raise _json_fault(error, file.label, file) from None
+        yield from _line_rows(file, faults)
+    else:
+        yield from _objects(_rows_within(whole, file), file, faults)
 
 
-def jsonl_rows(file: File, faults: list[DataError]) -> Iterator[Place]:
-    first = True
-    held = ""  # the line before, when its object does not end there
-    for number, line in lines(file, quoted=False):
-        if not line.strip():
+def _first_line(file: File) -> tuple[bytes, bool]:
+    """Return the first line that is not blank, without the spaces around it, and whether another one follows."""
+    with file.open() as stream:
+        raw = iter(lambda: stream.readline(MAX_ROW_BYTES + 1), b"")
+        first = next(filter(None, (line.removeprefix(codecs.BOM_UTF8).strip() for line in raw)), b"")
+        return first, any(line.strip() for line in iter(lambda: stream.readline(BLOCK), b""))
+
+
+def is_lines(file: File) -> bool:
+    """Return whether the file is read line by line: .jsonl always, .json with an object on its first line and more."""
+    first, more = _first_line(file)
+    if file.kind == ".jsonl":
+        return not first.startswith(b"[")
+    return not first or (more and isinstance(_parsed(first), dict))
+
+
+def _parsed(line: bytes) -> Any:
+    """Return the value that a line holds, or None."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _line_rows(file: File, faults: list[DataError]) -> Iterator[Place]:
+    for number, line in lines(file, faults):
+        where = f"{file.label}:{number}"
+        text = decode(line.rstrip(), file, where).removeprefix("\ufeff")  # files with a mark may have been joined
+        if not text.strip():
             continue
-        where, before, held = f"{file.label}:{number}", held, ""
-        if first and line.lstrip().startswith(b"["):
-            renamed = re.sub(r"(?i)\.jsonl", ".json", file.path.name)
-            raise DataError(
-                where=where,
-                found="a JSON array",
-                expected="one JSON object a line",
-                fix=f"rename the file to {renamed}",
-            )
-        first = False
         try:
-            text = decode(line.rstrip(), where).removeprefix("\ufeff")  # files with a mark may have been joined
-        except DataError as fault:
-            faults.append(fault)
-            continue
-        if before and not text.startswith("{") and _goes_on(f"{before}\n{text}"):
-            start = faults.pop().where  # one fault for all the lines of all the objects
-            raise DataError(
-                where=start,
-                found="a JSON object over several lines",
-                expected="one JSON object a line",
-                fix="jq -c . OLD > NEW",
-            )
-        try:
-            row = _DECODER.decode(text)
+            row = DECODER.decode(text)
         except (ValueError, RecursionError) as error:
-            faults.append(_json_fault(error, where))
-            held = text if _breaks_off(error, text) else ""
+            faults.append(_json_fault(error, where, file))
         else:
             if isinstance(row, dict):
                 yield where, row
@@ -85,53 +91,44 @@ def jsonl_rows(file: File, faults: list[DataError]) -> Iterator[Place]:
                 faults.append(_not_an_object(where, "one JSON object a line"))
 
 
-def _breaks_off(error: Exception, text: str) -> bool:
-    """Whether an object is right as far as it goes, and only lacks its end."""
-    return isinstance(error, json.JSONDecodeError) and error.pos >= len(text) and text.startswith("{")
-
-
-def _goes_on(text: str) -> bool:
-    """Whether two lines are one object, or the start of one: a row cut short before other text is neither."""
-    try:
-        _DECODER.decode(text)
-    except json.JSONDecodeError as error:
-        return _breaks_off(error, text)
-    except (ValueError, RecursionError):
-        return True  # a number or a key that we refuse, in an object all the same
-    return True
+def _json_fault(error: ValueError | RecursionError, where: str, file: File) -> DataError:
+    """Return what the decoder raised, as a fault."""
+    fix = "correct or remove the row"
+    if not isinstance(error, json.JSONDecodeError):
+        return DataError(where=where, found=str(error), expected="plain JSON with each key once", fix=fix)
+    rest = error.doc[error.pos :].strip() if error.msg == "Extra data" else ""
+    if error.doc.startswith("{") and (error.pos >= len(error.doc) or rest.startswith("{")):
+        line = converted(file, "jq -c .", ".lines.jsonl")
+        fix = reworded(line, f"{fix}; objects over several lines: {line}")
+    found = f"broken JSON at {position(error.lineno, error.colno)}: "
+    found += "a comma behind the object" if rest == "," else error.msg
+    return DataError(where=where, found=found, expected="whole objects, each in one line of a .jsonl", fix=fix)
 
 
 def _not_an_object(where: str, expected: str) -> DataError:
-    return DataError(where=where, found="not a JSON object", expected=expected, fix="mend or remove the row")
+    return DataError(where=where, found="not a JSON object", expected=expected, fix="correct or remove the row")
 
 
-def json_rows(file: File, faults: list[DataError]) -> Iterator[Place]:
-    """One array of objects, an object that holds one, or else the same as .jsonl."""
-    if is_lines(file):
-        yield from jsonl_rows(file, faults)
-        return
-    text = _whole_text(file)
-    start = _skip_space(text, 0)
-    items = _array_items(text, start + 1, file) if text[start : start + 1] == "[" else _held_list(text, file)
-    if items is None:
-        yield from jsonl_rows(file, faults)
-        return
-    for i, row in enumerate(items):
+def _array_a_line(width: int, file: File) -> DataError:
+    names = ("prompt", "chosen", "rejected") if width == 3 else [f"column_{i}" for i in range(width)]
+    keys = ", ".join(f"{name}: .[{i}]" for i, name in enumerate(names))
+    found, fix = f"a JSON array a line, of {width} items", converted(file, f"jq -c '{{{keys}}}'", ".objects.jsonl")
+    return DataError(where=f"{file.label}:1", found=found, expected="one JSON object a line", fix=fix)
+
+
+def _objects(items: Iterable[Any], file: File, faults: list[DataError]) -> Iterator[Place]:
+    for i, item in enumerate(items):
+        where, row = f"{file.label}[{i}]", item
+        if isinstance(item, dict) and {"row_idx", "row", "truncated_cells"} <= item.keys():  # the hub's viewer wraps it
+            row = item["row"]
+            if item["truncated_cells"]:
+                found, fix = "cells that the viewer of the hub cut short", "name the set itself in data.dataset_name"
+                faults.append(RowError(where=where, found=found, expected="whole cells", fix=fix))
+                continue
         if isinstance(row, dict):
-            yield f"{file.label}[{i}]", row
+            yield where, row
         else:
-            faults.append(_not_an_object(f"{file.label}[{i}]", "an array of objects"))
-
-
-def is_lines(file: File) -> bool:
-    """Whether a .json holds an object on its first line and something after it."""
-    with file.open() as stream:
-        contents = (line for line in iter(lambda: stream.readline(MAX_ROW_BYTES + 1), b"") if line.strip())
-        first, second = next(contents, b""), next(contents, b"")
-    try:
-        return bool(second) and isinstance(json.loads(first), dict)
-    except (ValueError, RecursionError):  # json's own and what is not UTF-8 are among these
-        return False
+            faults.append(_not_an_object(where, "an array of objects"))
 
 
 def _whole_text(file: File) -> str:
@@ -141,72 +138,32 @@ def _whole_text(file: File) -> str:
             parts.append(part)
             size += len(part)
             if size > MAX_JSON_BYTES:
-                raise DataError(
-                    where=file.label,
-                    found=f"over {MAX_JSON_BYTES / 2**30:g} GiB",
-                    expected="a .json that fits in memory",
-                    fix="use .jsonl: jq -c '.[]' OLD > NEW.jsonl",
-                )
-    return decode(b"".join(parts).removeprefix(codecs.BOM_UTF8), file.label)
+                found, fix = f"over {MAX_JSON_BYTES / 2**30:g} GiB", converted(file, "jq -c '.[]'", ".lines.jsonl")
+                raise DataError(where=file.label, found=found, expected="one JSON object a line", fix=fix)
+    return decode(b"".join(parts).removeprefix(codecs.BOM_UTF8), file, file.label)
 
 
-def _array_items(text: str, at: int, file: File) -> Iterator[Any]:
-    """The items one by one, so that a fault is placed at its own; ``at`` is behind the bracket that opens."""
-    count, at = 0, _skip_space(text, at)
-    try:
-        while count or text[at : at + 1] != "]":  # an array that ends where an item should stand is a fault
-            item, at = _DECODER.raw_decode(text, at)
-            yield item
-            count, at = count + 1, _skip_space(text, at)
-            if text[at : at + 1] == "]":
-                break
-            if text[at : at + 1] != ",":
-                raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
-            at = _skip_space(text, at + 1)
-        if (rest := _skip_space(text, at + 1)) < len(text):
-            raise json.JSONDecodeError("Extra data", text, rest)
-    except (ValueError, RecursionError) as error:
-        raise _json_fault(error, f"{file.label}[{count}]") from None
-
-
-_SPACE = re.compile(r"[ \t\r\n]*")
-
-
-def _skip_space(text: str, at: int) -> int:
-    return cast(re.Match[str], _SPACE.match(text, at)).end()
-
-
-def _held_list(text: str, file: File) -> list[Any] | None:
-    """The list of {"data": [...]}; None when the text is something else."""
-    try:
-        whole = _DECODER.decode(text)
-    except json.JSONDecodeError as error:
-        if error.lineno > 1 and error.msg != "Extra data":
-            raise _json_fault(error, file.label) from None
-        return None  # several objects: the lines will be judged one by one
-    except (ValueError, RecursionError) as error:
-        raise _json_fault(error, file.label) from None
+def _rows_within(whole: Any, file: File) -> list[Any]:
+    """Return the rows of an array, of {"data": [rows]} or of columns; else what the file holds is the only row."""
+    if isinstance(whole, list):
+        return whole
     values = list(whole.values()) if isinstance(whole, dict) else []
+    if values and {"features", "rows"} <= whole.keys() and isinstance(whole["rows"], list):  # from the hub's viewer
+        return whole["rows"]
     lists = [value for value in values if isinstance(value, list) and value and isinstance(value[0], dict)]
-    a_row = isinstance(whole, dict) and not whole.keys().isdisjoint(COLUMNS)  # by itself, with messages in it
-    if len(lists) == 1 and not a_row:
+    is_row = isinstance(whole, dict) and not whole.keys().isdisjoint(COLUMNS)  # by itself, with messages in it
+    if len(lists) == 1 and not is_row:
         return lists[0]
     messages = any(not rows[0].keys().isdisjoint(("role", "from")) for rows in lists)
-    if len(lists) == len(values) > 1 and not (a_row or messages):
-        names = ", ".join(repr(name) for name in list(whole)[:5])
-        fix = f"jq -c '.[\"{next(iter(whole))}\"][]' OLD > NEW.jsonl, and a file for each of the others"
-        raise DataError(
-            where=file.label, found=f"lists of rows under several names: {names}", expected="one list of rows", fix=fix
-        )
+    if len(lists) == len(values) > 1 and not (is_row or messages):
+        first = next(iter(whole))
+        found = f"lists of rows under several names: {', '.join(map(repr, list(whole)[:5]))}"
+        fix = converted(file, f"jq -c {shlex.quote(f'.[{json.dumps(first)}][]')}", ".first.jsonl")
+        raise DataError(where=file.label, found=found, expected="one list of rows", fix=fix)
     if _are_columns(values):
-        fix = 'pandas.read_json(OLD, dtype=False).to_json("NEW.jsonl", orient="records", lines=True)'
-        raise DataError(
-            where=file.label,
-            found="columns, each with the cells of all rows",
-            expected="one JSON object a row",
-            fix=fix,
-        )
-    return None
+        cells = values[0] if isinstance(values[0], dict) else range(len(values[0]))
+        return [{name: column[cell] for name, column in whole.items()} for cell in cells]
+    return [whole]
 
 
 def _are_columns(values: list[Any]) -> bool:

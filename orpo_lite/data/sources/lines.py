@@ -2,37 +2,50 @@
 
 from __future__ import annotations
 
+import bz2
 import codecs
 import gzip
 import io
-import zlib
-from collections.abc import Iterator, Mapping
+import lzma
+import re
+import shlex
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
-from orpo_lite.errors import DataError
+from orpo_lite.data.pair import RowError
+from orpo_lite.errors import Command, DataError
 
 Place = tuple[str, Mapping[str, Any]]
 """Where a row is ("pairs.jsonl:12", "table.parquet[11]", "train[11]"), and the row."""
 
-KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+LISTED = f"{', '.join(KINDS)}, or a text in .gz, .bz2, .xz or .zst"
+OTHER_NAMES = {".ndjson": ".jsonl", ".jl": ".jsonl", ".jsonlines": ".jsonl", ".txt": ".jsonl", ".feather": ".arrow"}
+SUFFIX = re.compile(
+    r"(\.(?:jsonl|json|csv|tsv|ndjson|jl|jsonlines|txt))(?:\.(?:gz|bz2|xz|zst))?$|(\.(?:parquet|arrow|feather))$", re.I
+)
 
 MAX_ROW_BYTES = 16 << 20  # a longer line is a binary or a file without line ends, not a pair
 MAX_COLUMN_NAME = 100  # characters; a longer one is a text
 BLOCK = 1 << 20
 
-# What a file may hold whatever its name says: its first bytes, what that is, and what to do.
-LOOKALIKES = (
-    (codecs.BOM_UTF32_LE, "UTF-32 text", "iconv -f UTF-32 -t UTF-8 OLD > NEW"),  # it begins as that of UTF-16 does
-    (codecs.BOM_UTF32_BE, "UTF-32 text", "iconv -f UTF-32 -t UTF-8 OLD > NEW"),
-    (codecs.BOM_UTF16_LE, "UTF-16 text", "iconv -f UTF-16 -t UTF-8 OLD > NEW"),
-    (codecs.BOM_UTF16_BE, "UTF-16 text", "iconv -f UTF-16 -t UTF-8 OLD > NEW"),
-    (b"\x1f\x8b", "a gzip file", "add .gz to its name"),
-    (b"PK\x03\x04", "a zip file or a spreadsheet", "unpack it, or save it as csv"),
-    (b"PAR1", "a parquet file", "name it .parquet"),
-    (b"version https://git-lfs", "a git-lfs pointer, not the file itself", "git lfs pull"),
-)
+
+def _open_zstd(path: Path) -> IO[bytes]:
+    from pyarrow import input_stream  # type: ignore[import-untyped] # it comes with datasets
+
+    return io.BufferedReader(input_stream(path, compression="zstd"))
+
+
+# By their first bytes: a browser may have unpacked a file and left its name.
+COMPRESSIONS: dict[str, tuple[bytes, Callable[[Path], Any]]] = {
+    "gzip": (b"\x1f\x8b", gzip.open),
+    "bzip2": (b"BZh", bz2.open),
+    "xz": (b"\xfd7zXZ\0", lzma.open),
+    "zstd": (b"(\xb5/\xfd", _open_zstd),
+}
 
 
 @dataclass(frozen=True)
@@ -47,18 +60,41 @@ class File:
         return kind_of(self.path.name)
 
     @property
-    def zipped(self) -> bool:
-        return self.path.suffix.lower() == ".gz"
+    def start(self) -> bytes:
+        """The first bytes as they are on disk."""
+        with self.path.open("rb") as raw:
+            return raw.read(8)
+
+    @property
+    def compression(self) -> str:
+        """The program that compressed the file, or ""."""
+        start = self.start
+        return next((program for program, (mark, _) in COMPRESSIONS.items() if start.startswith(mark)), "")
 
     def open(self) -> IO[bytes]:
-        return cast(IO[bytes], gzip.open(self.path) if self.zipped else self.path.open("rb"))
+        """Open the file for reading, decompressed."""
+        program = self.compression
+        return COMPRESSIONS[program][1](self.path) if program else self.path.open("rb")
 
 
 def kind_of(name: str) -> str:
-    """The suffix in KINDS that a file name ends with, with or without .gz behind it; else ""."""
-    bare = name.lower().removesuffix(".gz")
-    kind = next((kind for kind in KINDS if bare.endswith(kind)), "")
-    return "" if kind == ".parquet" and bare != name.lower() else kind  # parquet is compressed inside
+    """Return the one of KINDS that a file of this name is read as; "" for another name."""
+    found = SUFFIX.search(name)
+    kind = (found[1] or found[2]).lower() if found else ""
+    return OTHER_NAMES.get(kind, kind)
+
+
+def stem(name: str) -> str:
+    """Return the name without the suffix of its kind and of its compression."""
+    return SUFFIX.sub("", name)
+
+
+def converted(file: File, program: str, suffix: str) -> Command:
+    """Return the fix that writes what a program makes of a file to a new file."""
+    old, new = shlex.quote(str(file.path)), shlex.quote(str(file.path.with_name(stem(file.path.name) + suffix)))
+    unpack = file.compression
+    line = f"{unpack} -dc {old} | {program} > {new}" if unpack else f"{program} {old} > {new}"
+    return Command(line, f", then data.dataset_name={new}")
 
 
 def blocks(path: Path) -> Iterator[bytes]:
@@ -66,91 +102,24 @@ def blocks(path: Path) -> Iterator[bytes]:
         yield from iter(lambda: raw.read(BLOCK), b"")
 
 
-def refuse_lookalikes(file: File) -> None:
-    with file.path.open("rb") as raw:
-        start = raw.read(32)
-    if file.zipped and start.startswith(b"\x1f\x8b"):
-        try:
-            with file.open() as stream:
-                start = stream.read(32)
-        except BROKEN_GZIP:
-            raise broken_gzip(file.label) from None
-    for mark, found, fix in LOOKALIKES:
-        if start.startswith(mark) and not (mark == b"PAR1" and file.kind == ".parquet"):
-            raise DataError(
-                where=f"{file.label}:1",
-                found=found,
-                expected=f"{file.kind[1:]} in UTF-8" if file.kind != ".parquet" else "a parquet file",
-                fix=fix,
-            )
-    if file.kind != ".parquet" and (order := _utf16_order(start)):
-        fix = f"iconv -f UTF-16{order} -t UTF-8 OLD > NEW"
-        raise DataError(where=f"{file.label}:1", found="UTF-16 text", expected=f"{file.kind[1:]} in UTF-8", fix=fix)
-
-
-def _utf16_order(start: bytes) -> str:
-    """LE or BE when every other byte of the start is NUL, as in UTF-16 without a mark; else ""."""
-    even, odd = start[0::2].count(0), start[1::2].count(0)
-    if len(start) < 4 or max(even, odd) < len(start) // 4 or min(even, odd):
-        return ""
-    return "LE" if odd else "BE"
-
-
-def lines(file: File, *, quoted: bool) -> Iterator[tuple[int, bytes]]:
-    """Numbered lines with their ends. ``quoted``: a quoted cell may hold line ends, as a JSON string may not."""
-    number = 0
+def lines(file: File, faults: list[DataError]) -> Iterator[tuple[int, bytes]]:
+    """Yield numbered lines with their ends. A line over MAX_ROW_BYTES goes to ``faults``."""
     with file.open() as stream:
-        try:
-            for line in _split(stream, quoted):
-                number += 1
-                if len(line) > MAX_ROW_BYTES:
-                    raise DataError(
-                        where=f"{file.label}:{number}",
-                        found="a line without end",
-                        expected=f"at most {MAX_ROW_BYTES >> 20} MiB a row",
-                        fix="one row a line, and text only",
-                    )
-                # Some editors write a mark at the start of the file.
+        for number in count(1):
+            line = stream.readline(MAX_ROW_BYTES + 1)
+            where = f"{file.label}:{number}"
+            if number == 1 and b"\r" in line.rstrip() and not line.endswith(b"\n"):  # as old spreadsheets for the Mac
+                fix = converted(file, r"perl -pe 's/\r/\n/g'", f".lines{file.kind}")
+                raise DataError(
+                    where=where, found=r"line ends of \r alone", expected=r"lines that end with \n", fix=fix
+                )
+            if len(line) > MAX_ROW_BYTES:
+                found, expected = f"a line of over {MAX_ROW_BYTES >> 20} MiB", "one row a line, and text only"
+                faults.append(RowError(where=where, found=found, expected=expected, fix="shorten or remove the row"))
+                while line and not line.endswith(b"\n"):
+                    line = stream.readline(BLOCK)
+            elif line:
+                # Some editors write a mark at the start of a file.
                 yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-        except BROKEN_GZIP:
-            raise broken_gzip(f"{file.label}:{number + 1}") from None
-
-
-def _split(stream: IO[bytes], quoted: bool) -> Iterator[bytes]:
-    first = stream.readline(MAX_ROW_BYTES + 1)
-    stream.seek(0)
-    # Old spreadsheets for the Mac end lines with \r alone.
-    if b"\r" in first.rstrip(b"\r\n") and (quoted or not first.endswith(b"\n")):
-        with io.TextIOWrapper(stream, "latin-1", newline="\r") as text:  # a character a byte
-            yield from (line.encode("latin-1") for line in iter(lambda: text.readline(MAX_ROW_BYTES + 1), ""))
-    else:
-        yield from iter(lambda: stream.readline(MAX_ROW_BYTES + 1), b"")
-
-
-def decode(line: bytes, where: str) -> str:
-    try:
-        return line.decode()
-    except UnicodeDecodeError as error:
-        before, number = line[: error.start].decode().rpartition("\n"), line[: error.start].count(b"\n") + 1
-        raise DataError(
-            where=where,
-            found=f"byte 0x{line[error.start]:02x} at {position(number, len(before[-1]) + 1)} is not UTF-8",
-            expected="UTF-8 text",
-            fix="iconv -f CP1252 -t UTF-8 OLD > NEW",
-        ) from None
-
-
-def position(line: int, column: int) -> str:
-    return f"column {column}" if line == 1 else f"line {line}, column {column}"
-
-
-BROKEN_GZIP = (EOFError, zlib.error, gzip.BadGzipFile)
-
-
-def broken_gzip(where: str) -> DataError:
-    return DataError(
-        where=where,
-        found="broken gzip, or its end is missing",
-        expected="a whole gzip file",
-        fix="copy or download it again",
-    )
+            if not line:
+                return

@@ -5,14 +5,15 @@ from __future__ import annotations
 import difflib
 import glob
 import hashlib
+import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from orpo_lite.data.sources.files import SPREADSHEETS, column_names, file_fingerprint, read_file
-from orpo_lite.data.sources.lines import KINDS, File, Place, kind_of
+from orpo_lite.data.sources.lines import LISTED, File, Place, kind_of, stem
 from orpo_lite.data.sources.source import (
     AUTO,
     SPLIT_WORDS,
@@ -22,13 +23,13 @@ from orpo_lite.data.sources.source import (
     names_line,
     readable,
     said_split,
+    split_fix,
     split_of,
-    stem,
 )
-from orpo_lite.errors import DataError
+from orpo_lite.errors import DataError, one_of
 
-SAVED = ("dataset_dict.json", "state.json")  # what Dataset.save_to_disk leaves in a folder
-NOT_DATA = (*SAVED, "dataset_info.json", "dataset_infos.json")
+NOT_DATA = ("dataset_dict.json", "state.json", "dataset_info.json", "dataset_infos.json")
+DEPTH = 4  # folders below a folder in which files are looked for
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,11 @@ def find_files(name: str, split: str) -> LocalSource:
             paths, said = [path], ""
         elif path.is_dir():
             paths, said = _of_split(path, _data_files(path), split)
+            said = "; ".join(filter(None, (said, _said_folders(path, paths))))
         elif glob.has_magic(name):
             matched = _matched(path)
-            paths, said = _of_split(path, matched, split) if split not in (AUTO, "train") else (matched, "")
+            base = Path(os.path.commonpath([file.parent for file in matched]))
+            paths, said = _of_split(base, matched, split) if split not in (AUTO, "train") else (matched, "")
         else:
             raise _missing(path, near_names(path))
     labels = unique_labels(paths)
@@ -106,31 +109,61 @@ def unique_labels(paths: Sequence[Path]) -> list[str]:
     return [path.relative_to(common).as_posix() for path in paths]
 
 
-def _is_data(path: Path) -> bool:
-    hidden = path.name.startswith(".") or path.name in NOT_DATA
-    return bool(kind_of(path.name)) and not hidden and path.is_file()
+def _rows_files(paths: Iterable[Path]) -> list[Path]:
+    """Return the files of rows among the paths, in order. A .txt next to other kinds is taken for a note."""
+    found = sorted(path for path in paths if kind_of(path.name) and path.name not in NOT_DATA and path.is_file())
+    shown = [path for path in found if not path.name.startswith(".") and not path.match("cache-*.arrow")]
+    return [path for path in shown if path.suffix.lower() != ".txt"] or shown
 
 
 def _data_files(folder: Path) -> list[Path]:
-    """The files of rows in a folder and in its data/, where sets from the hub have them."""
-    found = sorted(path for parent in (folder, folder / "data") for path in parent.glob("*") if _is_data(path))
-    if found:
-        _refuse_copies(folder, found)
-        return found
-    if any((folder / name).exists() for name in SAVED):
-        fix = f'datasets.load_from_disk({str(folder)!r}), then .to_parquet("train.parquet") of each split'
-        raise DataError(
-            where=str(folder),
-            found="a folder of save_to_disk",
-            expected="files as Dataset.to_parquet writes them",
-            fix=fix,
-        )
-    below = sorted({path.parent.name for path in folder.glob("*/*") if _is_data(path)})
-    likely = choose_split(below) or next((name for name in below if "train" in name.lower()), *below[:1] or [""])
-    fix = names_line([str(folder / likely)]) if below else "check data.dataset_name"
-    raise DataError(
-        where=str(folder), found="no data files in the folder", expected=f"files of {', '.join(KINDS)}", fix=fix
-    )
+    """Return the files of rows in a folder and in its data/, where sets from the hub have them; else those below."""
+    if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return _saved_files(folder)
+    below = _files_below(folder)
+    found = [path for path in below if path.parent in (folder, folder / "data")] or below
+    if not found:
+        expected, fix = f"files of {LISTED}", "check data.dataset_name"
+        raise DataError(where=str(folder), found="no data files in the folder", expected=expected, fix=fix)
+    _refuse_copies(folder, found)
+    return found
+
+
+def _files_below(folder: Path) -> list[Path]:
+    below = (path for depth in range(1, DEPTH + 1) for path in folder.glob("/".join("*" * depth)))
+    return _rows_files(path for path in below if not any(part[0] in "._" for part in path.relative_to(folder).parts))
+
+
+def _saved_files(folder: Path) -> list[Path]:
+    """Return the files that save_to_disk wrote, in the order of the rows: of a Dataset, or of a DatasetDict's splits.
+
+    Other tables there, which Dataset.map may have left, are not among them.
+    """
+    index = folder / "dataset_dict.json"
+    try:
+        splits = json.loads(index.read_bytes())["splits"] if index.is_file() else ["."]
+        paths = []
+        for part in [folder / split for split in splits]:
+            index = part / "state.json"
+            paths += [part / file["filename"] for file in json.loads(index.read_bytes())["_data_files"]]
+        missing = [
+            path.name for path in paths if not path.is_file() or folder not in path.parents or ".." in path.parts
+        ]
+    except (OSError, ValueError, KeyError, TypeError):
+        missing = [index.name]
+    if missing:
+        found, expected = f"missing or broken: {listed(missing)}", "a whole folder of save_to_disk"
+        raise DataError(where=str(folder), found=found, expected=expected, fix="copy the folder again")
+    return paths
+
+
+def _said_folders(folder: Path, paths: Sequence[Path]) -> str:
+    """Return what to say of folders with data next to the files that are read."""
+    if any(path.parent not in (folder, folder / "data") for path in paths):
+        return ""
+    others = {path.relative_to(folder).parts[0] for path in _files_below(folder) if path.parent != folder}
+    left = sorted(others - {"data"})
+    return f"not read: the {'folder' if len(left) == 1 else 'folders'} {listed(left)}" if left else ""
 
 
 def _refuse_copies(folder: Path, paths: Sequence[Path]) -> None:
@@ -139,63 +172,52 @@ def _refuse_copies(folder: Path, paths: Sequence[Path]) -> None:
     for path in paths:
         other = stems.setdefault(path.parent / stem(path.name), path)
         if other != path:
-            raise DataError(
-                where=str(folder),
-                found=f"{other.name} and {path.name}: one name in two kinds of files, as if one was made of the other",
-                expected="each row once",
-                fix=f"{names_line([str(path)])} or {names_line([str(other)])}, or another name for one of them",
-            )
+            found = f"{other.name} and {path.name}: one name in two kinds of files, as if one was made of the other"
+            fix = one_of([names_line([str(path)]), names_line([str(other)]), "another name for one of them"])
+            raise DataError(where=str(folder), found=found, expected="each row once", fix=fix)
 
 
 def _matched(pattern: Path) -> list[Path]:
-    found = sorted(path for path in map(Path, glob.glob(str(pattern), recursive=True)) if _is_data(path))
+    found = _rows_files(map(Path, glob.glob(str(pattern), recursive=True)))
     if not found:
-        raise DataError(
-            where=str(pattern),
-            found="no data file matches",
-            expected=f"files of {', '.join(KINDS)}",
-            fix='check the pattern, and put "..." around it',
-        )
+        expected, fix = f"files of {LISTED}", 'check the pattern, and put "..." around it'
+        raise DataError(where=str(pattern), found="no data file matches", expected=expected, fix=fix)
     return found
 
 
-def _of_split(where: Path, paths: list[Path], split: str) -> tuple[list[Path], str]:
-    """The files of a split, and what was chosen. Files without any split names are one training set."""
-    splits = list(dict.fromkeys(split_of(path) for path in paths))
-    named = [name for name in splits if SPLIT_WORDS & set(re.split(r"[-_.]", name.lower()))]
+def _of_split(folder: Path, paths: list[Path], split: str) -> tuple[list[Path], str]:
+    """Return the files of a split, and what was chosen. Files without any split names are one training set."""
+    split_by_path = {path: _split_below(folder, path) for path in paths}
+    splits = list(dict.fromkeys(split_by_path.values()))
+    named = [*filter(_names_split, splits)]
     if not named and split in (AUTO, "train"):
         return paths, ""
     chosen = choose_split(named) if split == AUTO else split
     if chosen not in splits:
         wanted, example = ("train", "train") if split == AUTO else (repr(split), split)
-        raise DataError(
-            where=str(where),
-            found=f"no file of split {wanted}; files: {listed([path.name for path in paths])}",
-            expected=f"{example}.jsonl or the like",
-            fix=f"data.dataset_train_split=SPLIT, data.dataset_test_split=SPLIT; splits: {listed(splits)}",
-        )
-    left = [path.name for path in paths if split_of(path) not in named]
+        found, expected = f"no file of split {wanted}; splits: {listed(splits)}", f"{example}.jsonl or the like"
+        raise DataError(where=str(folder), found=found, expected=expected, fix=split_fix(split, splits))
+    left = [path.relative_to(folder).as_posix() for path in paths if split_by_path[path] not in named]
     said = [said_split(chosen, named), f"not read: {listed(left)}" if left else ""] if split == AUTO else []
-    return [path for path in paths if split_of(path) == chosen], "; ".join(filter(None, said))
+    return [path for path in paths if split_by_path[path] == chosen], "; ".join(filter(None, said))
+
+
+def _split_below(folder: Path, path: Path) -> str:
+    """Return the split that the name of a file or of a folder above it says; else the nearest name."""
+    folders = [part.rpartition("=")[2] for part in path.relative_to(folder).parts[:-1] if part != "data"]
+    names = [split_of(path), *reversed(folders)]
+    return next(filter(_names_split, names), names[:2][-1])
+
+
+def _names_split(name: str) -> bool:
+    return not SPLIT_WORDS.isdisjoint(re.split(r"[-_.]", name.lower()))
 
 
 def _unknown_kind(path: Path) -> DataError:
+    found, fix = "an unknown kind of file", "save it as .jsonl, one JSON object a row"
     if path.suffix.lower() in SPREADSHEETS:
-        return DataError(
-            where=str(path),
-            found="a spreadsheet",
-            expected=f"one of {', '.join(KINDS)}",
-            fix="save it as csv, in UTF-8",
-        )
-    fix = 'Dataset.from_file(OLD).to_parquet("train.parquet")' if path.suffix == ".arrow" else "convert or rename it"
-    if path.suffix.lower() in (".ndjson", ".jl", ".jsonlines"):
-        fix = f"rename it to {path.stem}.jsonl"
-    return DataError(
-        where=str(path),
-        found="an unknown kind of file",
-        expected=f"one of {', '.join(KINDS)}, or .gz of a text",
-        fix=fix,
-    )
+        found, fix = "a spreadsheet", "save it as csv, in UTF-8"
+    return DataError(where=str(path), found=found, expected=f"one of {LISTED}", fix=fix)
 
 
 def refuse_mistyped(name: str) -> None:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orpo_lite.data.sources.files import SPREADSHEETS
-from orpo_lite.data.sources.lines import Place, kind_of
-from orpo_lite.errors import DataError
+from orpo_lite.data.sources.lines import Place, kind_of, stem
+from orpo_lite.errors import DataError, Overrides
 
 AUTO = "auto"
 NAMES_SHOWN = 10  # file names in one sentence
@@ -58,7 +58,8 @@ def names_line(names: Sequence[str], more: str = "") -> str:
     value = ",".join(names) + more
     if any(set(name) & set(",[]'\"") for name in names):
         value = json.dumps(list(names), ensure_ascii=False)
-    return shlex.quote(f"data.dataset_name={value}")
+    line = shlex.quote(f"data.dataset_name={value}")
+    return line if more else Overrides({"data.dataset_name": names[0] if len(names) == 1 else [*names]}, text=line)
 
 
 def is_local(name: str) -> bool:
@@ -80,11 +81,6 @@ def split_of(path: Path) -> str:
     return SHARD.sub("", stem(path.name))
 
 
-def stem(name: str) -> str:
-    """The name less the suffix of its kind, where it has one."""
-    return name[: name.lower().rindex(kind_of(name))]
-
-
 def choose_split(names: Sequence[str]) -> str | None:
     """The preference split, else train, else the only one; None when there are several others."""
     likely = ["train_prefs", *(name for name in names if re.search("train.*pref", name.lower())), "train"]
@@ -101,6 +97,17 @@ def said_split(split: str, names: Sequence[str]) -> str:
     held_out = next((name for name in names if pattern.fullmatch(name.lower())), "")
     hint = f"data.dataset_test_split={held_out} would use its own held-out pairs" if held_out else ""
     return "; ".join(filter(None, ("" if split == "train" else f"split {split} (of {listed(names)})", hint)))
+
+
+def split_fix(split: str, names: Sequence[str]) -> str:
+    """Return the setting that names a split that there is, in place of ``split``."""
+    held_out = [name for name in names if HELD_OUT.match(name.lower()) or HELD_OUT_PREFS.fullmatch(name.lower())]
+    others = [name for name in names if name not in held_out]
+    if HELD_OUT.match(split.lower()):
+        key, likely = "data.dataset_test_split", [*held_out, *others]
+    else:
+        key, likely = "data.dataset_train_split", [choose_split(names) or "", *others, *held_out]
+    return next((Overrides({key: name}) for name in likely if name), "check data.dataset_name")
 
 
 def listed(names: Sequence[str]) -> str:

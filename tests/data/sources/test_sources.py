@@ -1,33 +1,38 @@
 """Rows out of files, folders, patterns and hub sets: what is read, what is chosen, and where a fault is said to be."""
 
+import bz2
 import csv
 import gzip
 import json
 import logging
+import lzma
 import os
 import shlex
 import shutil
+import subprocess
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
+from orpo_lite.data.pair import RowError
 from orpo_lite.data.sources import json_rows as sources_json_rows
 from orpo_lite.data.sources import lines as sources_lines
 from orpo_lite.data.sources.find import find_source
 from orpo_lite.data.sources.hub import load_set
 from orpo_lite.data.sources.lines import Place
 from orpo_lite.data.sources.source import Source, choose_split, is_local, is_path, names_line, split_of
-from orpo_lite.errors import DataError, HubError, OrpoLiteError, raise_all
+from orpo_lite.errors import Command, DataError, HubError, OrpoLiteError, raise_all
 from orpo_lite.recipe.reader import load_recipe
 
 ROW = {"prompt": "Name a colour.", "chosen": "Blue.", "rejected": "Seven."}
@@ -54,7 +59,7 @@ def to_csv(rows: list[Any], delimiter: str = ",", **options: Any) -> str:
 def write(path: Path, content: str | bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     data = content.encode() if isinstance(content, str) else content
-    path.write_bytes(gzip.compress(data, 1) if path.suffix == ".gz" else data)
+    path.write_bytes(compressed(data, path.suffix))
     return path
 
 
@@ -101,10 +106,8 @@ KINDS: dict[str, Callable[[list[Any]], str | bytes]] = {
     "g.csv": lambda rows: to_csv(rows, ";", lineterminator="\n", quoting=csv.QUOTE_ALL),
     "h.csv": lambda rows: to_csv(rows, "|"),
     "i.csv": lambda rows: to_csv(rows, "\t"),
-    "j.csv": lambda rows: to_csv(rows, lineterminator="\r", quoting=csv.QUOTE_ALL),
     "k.tsv": lambda rows: to_csv(rows, "\t"),
     "l.jsonl": lambda rows: to_jsonl(rows).replace("\n", "\r\n"),
-    "m.jsonl": lambda rows: to_jsonl(rows).replace("\n", "\r"),
     "n.jsonl.gz": to_jsonl,
     "o.json.gz": lambda rows: json.dumps(rows),
     "p.csv.gz": to_csv,
@@ -112,7 +115,42 @@ KINDS: dict[str, Callable[[list[Any]], str | bytes]] = {
     "r.JSONL": lambda rows: "\ufeff" + to_jsonl(rows),
     "s.json": lambda rows: "\ufeff\n " + json.dumps(rows, ensure_ascii=False),
     "t.parquet": lambda rows: to_parquet(rows),
+    "u.arrow": lambda rows: to_arrow(rows, pyarrow.ipc.new_stream),
+    "v.feather": lambda rows: to_arrow(rows, pyarrow.ipc.new_file),
+    "w.ndjson.xz": to_jsonl,
+    "x.txt.bz2": to_jsonl,
+    "y.tsv.zst": lambda rows: to_csv(rows, "\t"),
+    "z.jsonl": lambda rows: json.dumps(rows),
+    "aa.json": lambda rows: json.dumps({name: [row[name] for row in rows] for name in rows[0]}),
+    "ab.json": lambda rows: json.dumps(
+        {"features": [{"name": name} for name in rows[0]], "rows": [viewer_row(row) for row in rows]}
+    ),
 }
+
+
+def viewer_row(row: Any, cut: Sequence[str] = ()) -> dict[str, Any]:
+    return {"row_idx": 0, "row": row, "truncated_cells": [*cut]}
+
+
+def to_arrow(rows: list[Any], writer: Any) -> bytes:
+    sink, table = pyarrow.BufferOutputStream(), pyarrow.Table.from_pylist(rows)
+    with writer(sink, table.schema) as out:
+        out.write_table(table, max_chunksize=3)
+    return bytes(sink.getvalue())
+
+
+def compressed(data: bytes, suffix: str) -> bytes:
+    if suffix == ".zst":
+        sink = pyarrow.BufferOutputStream()
+        with pyarrow.CompressedOutputStream(sink, "zstd") as out:
+            out.write(data)
+        return bytes(sink.getvalue())
+    packers: dict[str, Callable[[bytes], bytes]] = {
+        ".gz": lambda data: gzip.compress(data, 1, mtime=0),
+        ".bz2": bz2.compress,
+        ".xz": lzma.compress,
+    }
+    return packers.get(suffix, bytes)(data)
 
 
 def to_parquet(rows: list[Any], group: int = 3) -> bytes:
@@ -127,12 +165,24 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.lists
 ROWS = st.lists(st.fixed_dictionaries(dict.fromkeys(ROW, TEXT)), min_size=1, max_size=6)
 
 
+DELIMITERS = dict.fromkeys(("f.csv", "p.csv.gz", "q.csv"), ",") | {"g.csv": ";", "h.csv": "|"}
+DELIMITERS |= dict.fromkeys(("i.csv", "k.tsv", "y.tsv.zst"), "\t")
+
+
+def is_ambiguous(rows: list[Any], delimiter: str | None) -> bool:
+    """Whether the lines of some text look like rows of the table: what is made of these is another test's."""
+    texts = ["".join(row.values()) for row in rows]
+    over_lines = [text.count(delimiter) == 2 * text.count("\n") for text in texts if delimiter and "\n" in text]
+    return any(over_lines)
+
+
 @pytest.mark.parametrize("name", KINDS)
 @given(rows=ROWS)
 @example(rows=some_rows(7))
 @example(rows=[{"prompt": "\r", "chosen": "a\n\ufeffb", "rejected": "\ufeff\u2028\x00"}])
 @settings(parent=QUICK, max_examples=40)
 def test_every_kind_reads_back_equal(tmp_path: Path, name: str, rows: list[Any]) -> None:
+    assume(not is_ambiguous(rows, DELIMITERS.get(name)))
     assert rows_of(write(tmp_path / name, KINDS[name](rows))) == rows
 
 
@@ -141,7 +191,8 @@ def test_the_places(tmp_path: Path) -> None:
     found = {name: wheres(write(tmp_path / name, make(rows)))[4] for name, make in KINDS.items()}
     # A csv row takes two lines here, for a cell holds a line break.
     lines = {"a.jsonl": 5, "c.json": 5, "f.csv": 10, "g.csv": 10, "h.csv": 10, "i.csv": 10, "k.tsv": 10, "l.jsonl": 5}
-    lines |= {"m.jsonl": 5, "n.jsonl.gz": 5, "p.csv.gz": 10, "q.csv": 10, "r.JSONL": 5, "j.csv": 6}
+    lines |= {"n.jsonl.gz": 5, "p.csv.gz": 10, "q.csv": 10, "r.JSONL": 5}
+    lines |= {"w.ndjson.xz": 5, "x.txt.bz2": 5, "y.tsv.zst": 10}
     assert found == {name: f"{name}:{lines[name]}" if name in lines else f"{name}[4]" for name in KINDS}
 
 
@@ -149,6 +200,117 @@ def test_what_parquet_holds(tmp_path: Path) -> None:
     rows = [{"chosen": [{"role": "user", "content": f"{i}"}], "score": None if i % 2 else 1.5} for i in range(3000)]
     path = write(tmp_path / "table.parquet", to_parquet(rows, group=1000))
     assert places(path) == [(f"table.parquet[{i}]", row) for i, row in enumerate(rows)]
+
+
+def test_json_and_maps_in_tables(tmp_path: Path) -> None:
+    turn = [{"role": "user", "content": 'a "b"'}, None]
+    values = [[42, {"x": turn}], [{"a": [1]}, None], None]
+    texts = [value and [json.dumps(item) if item is not None else None for item in value] for value in values]
+    stored = pyarrow.array(texts, pyarrow.list_(pyarrow.string()))
+    inner = pyarrow.array(stored.values.to_pylist(), pyarrow.json_())
+    lists = pyarrow.ListArray.from_arrays(stored.offsets, inner, mask=stored.is_null())
+    roles = (pyarrow.array(["role"]), pyarrow.array(["1"], pyarrow.json_()))
+    table = pyarrow.table(
+        {
+            "reply": pyarrow.array(['"It is \\"3\\""', "7", None], pyarrow.json_()),
+            "lists": lists,
+            "inside": pyarrow.StructArray.from_arrays([lists, pyarrow.array(["1", "2", "3"])], ["json", "text"]),
+            "map": pyarrow.MapArray.from_arrays([0, 1, 1, 1], *roles),
+            "plain": pyarrow.array(['"q"', "a", "a"], pyarrow.large_string()).dictionary_encode(),
+            "view": pyarrow.array(['"q"', "a", None], pyarrow.string_view()),
+        }
+    )
+    expected = [
+        {
+            "reply": reply,
+            "lists": inner,
+            "inside": {"json": inner, "text": str(i + 1)},
+            "map": mapped,
+            "plain": plain,
+            "view": view,
+        }
+        for i, (reply, inner, mapped, plain, view) in enumerate(
+            zip(
+                ['It is "3"', 7, None],
+                values,
+                [{"role": 1}, {}, {}],
+                ['"q"', "a", "a"],
+                ['"q"', "a", None],
+                strict=True,
+            )
+        )
+    ]
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(table, tmp_path / "b.csv", store_schema=False)  # as DuckDB does, and by a wrong name
+    with pyarrow.ipc.new_stream(str(tmp_path / "c.arrow"), table.schema) as out:
+        out.write_table(table)
+    for name in ("a.parquet", "b.csv", "c.arrow"):
+        assert rows_of(tmp_path / name) == expected
+
+
+def test_json_is_read_as_datasets_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = [
+        {"chosen": reply, "turns": [{"a": 1}, {"b": "x"}]} for reply in ("text", 'with "quotes"', 42, [1, "b"], None)
+    ]
+    features = datasets.Features({"chosen": datasets.Json(), "turns": datasets.List(datasets.Json())})
+    table = datasets.Dataset.from_list(rows, features=features)
+    table.to_parquet(str(tmp_path / "a.parquet"))
+    assert rows_of(tmp_path / "a.parquet") == list(table) == rows
+
+
+def test_a_broken_cell_of_json_is_a_fault_of_its_row(tmp_path: Path) -> None:
+    cells = ["1", "{oops", '{"a": 1, "a": 2}', "[" * 200_000, "2"]
+    pyarrow.parquet.write_table(
+        pyarrow.table({"q": pyarrow.array(["q"] * 5), "chosen": pyarrow.array(cells, pyarrow.json_())}),
+        tmp_path / "a.parquet",
+    )
+    faults: list[DataError] = []
+    assert [where for where, _ in source(tmp_path / "a.parquet").rows(faults)] == ["a.parquet[0]", "a.parquet[4]"]
+    assert [(type(one), one.where) for one in faults] == [
+        (RowError, f"a.parquet[{i}], field chosen") for i in (1, 2, 3)
+    ]
+
+
+def test_a_row_that_the_viewer_cut_is_left_out(tmp_path: Path) -> None:
+    entries = [viewer_row(ROW), viewer_row(ROW, ["chosen"]), viewer_row(ROW)]
+    faults: list[DataError] = []
+    path = write(tmp_path / "a.json", json.dumps({"features": [{"name": "prompt"}], "rows": entries, "partial": False}))
+    assert [row for _, row in source(path).rows(faults)] == [ROW, ROW]
+    assert [(type(one), one.where) for one in faults] == [(RowError, "a.json[1]")]
+
+
+QUOTES = 'q\ta\tb\n1\t"good one\tbad\n2\tgood two"\tbad\n3\tx\ty\n'
+
+
+def test_quotes_in_a_table_with_tabs(tmp_path: Path) -> None:
+    plain = [{"q": "1", "a": '"good one', "b": "bad"}, {"q": "2", "a": 'good two"', "b": "bad"}]
+    for name in ("a.tsv", "a.csv"):
+        assert rows_of(write(tmp_path / name, QUOTES))[:2] == plain
+    assert rows_of(write(tmp_path / "a.tsv", 'q\ta\n1\t"good" one\n')) == [{"q": "1", "a": '"good" one'}]
+    quoted = [{"q": 'a "b"', "a": "two\nlines"}, {"q": "c\td", "a": "plain"}]
+    assert rows_of(write(tmp_path / "a.tsv", to_csv(quoted, "\t"))) == quoted
+    # Both are in one file, or a csv may be either: nobody can tell which rows there are.
+    assert "a.tsv:2: broken csv" in fault(places, write(tmp_path / "a.tsv", QUOTES + '4\t"two\nlines"\tz\n'))
+    assert "a.csv:2: broken csv" in fault(places, write(tmp_path / "a.csv", QUOTES.replace("\t", ",")))
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        ("你好吗？我很好，谢谢。天空为什么是蓝色的？因为阳光被大气散射了，蓝光散射得最多。", "gb18030"),
+        ("Привет, как дела? Всё хорошо, спасибо, а у тебя как?", "cp1251"),
+    ],
+)
+def test_the_likely_encodings_are_shown(tmp_path: Path, text: str, encoding: str) -> None:
+    rows = "".join(f"{text}{i},{text},no\n" for i in range(50))
+    said = fault(places, write(tmp_path / "a.csv", f"prompt,chosen,rejected\n{rows}".encode(encoding)))
+    assert f"{encoding.upper()}: {text[:6]}" in said
+    assert f"iconv -f {encoding.upper()} -t UTF-8 {tmp_path}/a.csv > {tmp_path}/a.utf8.csv" in said
+    assert text not in said
+    # One line among others in UTF-8: to convert all would spoil those.
+    mixed = "q,a\nÜber,b\n".encode() + "Über,b\n".encode("cp1252")
+    assert "iconv" not in fault(places, write(tmp_path / "b.csv", mixed))
 
 
 def test_an_index_of_pandas_is_a_column_of_its_own(tmp_path: Path) -> None:
@@ -198,14 +360,10 @@ def test_names_in_a_csv_are_stripped_and_cells_are_not(tmp_path: Path) -> None:
         ("q;text,a\n1;2,3\n", {2: {"q;text": "1;2", "a": "3"}}),
         ('q\ttext;a|b;c\n"1\n1";2;3\n', {2: {"q text": "1\n1", "a|b": "2", "c": "3"}}),
         ("q;text,a\n", {}),
-        # Spaces before the quotes.
-        ('q, a\n"1", "2, ""3"""\n4, 5\n', {2: {"q": "1", "a": '2, "3"'}, 3: {"q": "4", "a": "5"}}),
-        ('"q",  "a"\n1, "2\n3"\n', {2: {"q": "1", "a": "2\n3"}}),
         ("q, a\n1, 2\n", {2: {"q": "1", "a": " 2"}}),
-        ('q,a\n1," ""2"", 3"\n4, "5"\n', {2: {"q": "1", "a": ' "2", 3'}, 3: {"q": "4", "a": ' "5"'}}),
         ('q,a\n"1, ""x""", 2\n', {2: {"q": '1, "x"', "a": " 2"}}),
         ('q,a\n"1, "," 2"\n', {2: {"q": "1, ", "a": " 2"}}),
-        ('q,a\n1, "2" is right\n', {2: {"q": "1", "a": ' "2" is right'}}),
+        ('q,a\n"1, "," ""2"""\n', {2: {"q": "1, ", "a": ' "2"'}}),
         # Nothing in the name of a column can command a terminal.
         ('\x1b[31mq,a\x07b,"c\nd"\n1,\x1b2,3\n', {3: {"[31mq": "1", "a b": "\x1b2", "c d": "3"}}),
     ],
@@ -237,15 +395,14 @@ def test_a_cell_without_a_name_is_a_fault(tmp_path: Path) -> None:
         (b'{"prompt": "q", "chosen": "a"', ":2: broken JSON at column 30: Expecting ',' delimiter"),
         (b'{"prompt": "a\rb", "chosen": "a"}', ":2: broken JSON at column 14: Invalid control character"),
         (b'{"prompt": "q"},', ":2: broken JSON at column 16: a comma behind the object"),
-        (b'{"prompt": "q", "prompt": "p"}', ":2: the key 'prompt' stands twice"),
-        (b'{"a": {"%b": 1, "%b": 2}}' % (b"k" * 200, b"k" * 200), ":2: a key stands twice"),
+        (b'{"prompt": "q", "prompt": "p"}', ":2: the key 'prompt' appears twice"),
+        (b'{"a": {"%b": 1, "%b": 2}}' % (b"k" * 200, b"k" * 200), ":2: a key appears twice"),
         (b'"prompt"', ":2: not a JSON object"),
         (b"[1]", ":2: not a JSON object"),
         (b"{", ":2: broken JSON at column 2"),
         (b"[" * 200_000, ":2: "),
         (b'{"a":' * 200_000, ":2: "),
         (b'{"prompt": ' + b"1" * 5000 + b"}", ":2: "),
-        ('{"prompt": "ü'.encode() + b'\xfc"}', ":2: byte 0xfc at column 14 is not UTF-8"),
         (b"\x00\x01", ":2: broken JSON at column 1"),
     ],
 )
@@ -290,12 +447,12 @@ def test_no_bytes_escape_as_a_traceback(tmp_path: Path, name: str, wrapped: bool
             assert name in str(error)  # noqa: PT017 - either outcome is right
 
 
-FAULTS = [b"{oops}", b'{"a" 1}', b"[1]", b'{"a": nan}', b'{"a": 1, "a": 2}', b"\xff", b"{", b'{"a": "b', b"nothing"]
+FAULTS = [b"{oops}", b'{"a" 1}', b"[1]", b'{"a": nan}', b'{"a": 1, "a": 2}', b"{", b'{"a": "b', b"nothing"]
 
 
 @given(
     planted=st.dictionaries(st.integers(0, 19), st.sampled_from(FAULTS), max_size=6),
-    ends=st.sampled_from([b"\n", b"\r\n", b"\r"]),
+    ends=st.sampled_from([b"\n", b"\r\n"]),
 )
 @QUICK
 def test_the_place_of_a_planted_fault_is_exact(tmp_path: Path, planted: dict[int, bytes], ends: bytes) -> None:
@@ -303,9 +460,6 @@ def test_the_place_of_a_planted_fault_is_exact(tmp_path: Path, planted: dict[int
     if 0 in planted:
         lines.insert(0, LINE)  # what the first line is decides how the file is read
         planted = {i + 1: line for i, line in planted.items()}
-    wrong = {i for i, line in planted.items() if line != b"{" or i + 1 == len(lines) or lines[i + 1][:1] == b"{"}
-    if wrong != set(planted):
-        return  # an object that seems to go on: another test's
     faults: list[DataError] = []
     found = list(source(write(tmp_path / "a.jsonl", ends.join(lines))).rows(faults))
     assert [one.where for one in faults] == [f"a.jsonl:{i + 1}" for i in sorted(planted)]
@@ -326,17 +480,17 @@ def test_a_short_row_in_a_csv_is_placed_where_it_starts(tmp_path: Path, rows: li
 @pytest.mark.parametrize(
     ("content", "where"),
     [
-        ('[{"q": 1},\n {"q": 2, "q": 3}]', "a.json[1]: the key 'q' stands twice"),
+        ('[{"q": 1},\n {"q": 2, "q": 3}]', "a.json: the key 'q' appears twice"),
         ('[{"q": 1},\n 3]', "a.json[1]: not a JSON object"),
-        ('[{"q": 1},\n oops]', "a.json[1]: broken JSON at line 2, column 2"),
-        ('[{"q": 1}\n {"q": 2}]', "a.json[1]: broken JSON at line 2, column 2: Expecting ',' delimiter"),
-        ('[{"q": 1},]', "a.json[1]: broken JSON at column 11"),
-        ('[{"q": 1}] []', "a.json[1]: broken JSON at column 12: Extra data"),
-        ('[{"q": 1}', "a.json[1]: broken JSON at column 10"),
-        ("[" * 200_000, "a.json[0]: "),
+        ('[{"q": 1},\n oops]', "a.json: broken JSON at line 2, column 2"),
+        ('[{"q": 1}\n {"q": 2}]', "a.json: broken JSON at line 2, column 2: Expecting ',' delimiter"),
+        ('[{"q": 1},]', "a.json: broken JSON at column 11"),
+        ('[{"q": 1}] []', "a.json: broken JSON at column 12: Extra data"),
+        ('[{"q": 1}', "a.json: broken JSON at column 10"),
+        ("[" * 200_000, "a.json: "),
         ('[{"q": "ü"},\n {"é": "'.encode() + b'\xfc"}]', "a.json: byte 0xfc at line 2, column 9"),
         ('{"data": [{"q": 1},\n {"q": 2 "r": 3}]}', "a.json: broken JSON at line 2, column 10"),
-        ('{"data": [\n{"q": 1, "q": 2}]}', "a.json: the key 'q' stands twice"),
+        ('{"data": [\n{"q": 1, "q": 2}]}', "a.json: the key 'q' appears twice"),
     ],
 )
 def test_a_fault_in_a_json_array_is_placed(tmp_path: Path, content: str | bytes, where: str) -> None:
@@ -351,31 +505,46 @@ def test_a_carriage_return_in_the_first_row_splits_no_lines(tmp_path: Path) -> N
     assert [one.where for one in faults] == ["a.jsonl:1"]
 
 
-def test_objects_over_several_lines_are_one_fault(tmp_path: Path) -> None:
-    objects = [ROW, ROW | {"chosen": [{"role": "user", "content": "q"}]}] * 50
+def test_objects_over_several_lines_have_a_fix(tmp_path: Path) -> None:
+    rows = [ROW, ROW | {"chosen": [{"role": "user", "content": "q"}]}]
     for name in ("a.jsonl", "a.json"):
-        for indent in (0, 2):
-            for before in ("", to_jsonl([ROW] * 2)):
-                content = before + "\n".join(json.dumps(row, indent=indent) for row in objects)
-                faults: list[DataError] = []
-                path = write(tmp_path / name, content)
-                text = fault(list, source(path).rows(faults))
-                assert faults == []
-                assert text.startswith(f"{name}:{3 if before else 1}: a JSON object over several lines")
-                assert "jq -c . OLD > NEW" in text
-    broken_in_two = b'{"q": 1, "chosen": [\n  {"role": "user"}]}\n' + LINE
-    assert "a.jsonl:1: a JSON object over" in fault(places, write(tmp_path / "a.jsonl", broken_in_two))
-    # One alone has no lines of its own either.
-    assert "over several lines" in fault(places, write(tmp_path / "b.json", json.dumps(ROW, indent=1)))
-    two_lists = {"chosen": [{"role": "user"}], "rejected": [{"role": "user"}]}
-    for row in (ROW, two_lists, ROW | {"chosen": [{"role": "user"}]}, {"data": []}):
-        assert rows_of(write(tmp_path / "c.json", json.dumps(row))) == [row]
+        path = write(tmp_path / name, "\n".join(json.dumps(row, indent=2) for row in rows))
+        with pytest.raises(DataError) as raised:
+            places(path)
+        assert f"jq -c . {path} > {tmp_path}/a.lines.jsonl" in str(raised.value)
+    for row in (ROW, {"data": []}, {"chosen": [{"role": "user"}], "rejected": [{"role": "user"}]}):
+        assert rows_of(write(tmp_path / "c.json", json.dumps(row, indent=1))) == [row]
 
 
-def test_splits_within_one_json_are_told_apart(tmp_path: Path) -> None:
-    text = fault(places, write(tmp_path / "a.json", json.dumps({"train": [ROW], "test": [ROW]})))
-    assert text.startswith("a.json: lists of rows under several names: 'train', 'test'")
-    assert """jq -c '.["train"][]' OLD > NEW.jsonl""" in text
+def run_fix(read: Callable[..., Any], *arguments: Any) -> str:
+    """What the person gets who pastes the line of the fix: the new file."""
+    with pytest.raises(DataError) as raised:
+        read(*arguments)
+    assert isinstance(raised.value.fix, Command)
+    if not shutil.which(raised.value.fix.line.split()[0]):
+        pytest.skip("this machine lacks the program")
+    subprocess.run(["bash", "-c", raised.value.fix.line], check=True)
+    return raised.value.fix.line.rpartition("> ")[2].strip("'")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "found"),
+    [
+        ("a b.json", json.dumps({"train": [ROW], "it's": [ROW]}).encode(), [ROW]),
+        ("a.jsonl", b'["A?", "b", "c"]\n["D?", "e", "f"]\n', [dict(zip(ROW, "A? b c".split(), strict=True))]),
+        ("a.json.gz", b'["A?", "b", "c"]\n["D?", "e", "f"]\n', [dict(zip(ROW, "A? b c".split(), strict=True))]),
+        ("a.csv", b'q, a\n1, "2, ""3"""\n"x, "," ""y"""\n', [{"q": "1", "a": '2, "3"'}, {"q": "x, ", "a": ' "y"'}]),
+        ("a.csv", b"q,a\r1,2\r", [{"q": "1", "a": "2"}]),
+        ("a.jsonl", LINE + b"\r" + LINE, [ROW, ROW]),
+        ("a b.csv", "prompt,chosen\nÜber,Ça va\n".encode("utf-16"), [{"prompt": "Über", "chosen": "Ça va"}]),
+        ("a.csv.gz", "prompt,chosen\nÜber,Ça va\n".encode("utf-16-le"), [{"prompt": "Über", "chosen": "Ça va"}]),
+        ("a.jsonl", '{"q": "你好吗？我很好，谢谢。"}\n'.encode("gbk"), [{"q": "你好吗？我很好，谢谢。"}]),
+    ],
+)
+def test_the_line_of_a_fix_works(tmp_path: Path, name: str, content: bytes, found: list[Any]) -> None:
+    rows = rows_of(run_fix(places, write(tmp_path / name, content)))
+    assert rows[: len(found)] == found
+    assert "OLD" not in fault(places, tmp_path / name)
 
 
 @pytest.mark.parametrize("before", [0, 1])
@@ -384,7 +553,6 @@ def test_splits_within_one_json_are_told_apart(tmp_path: Path) -> None:
     [
         b'{"prompt": "R", "chosen": "c", \nplain',
         b'{"prompt": "R", "chosen": "c"\n[1]',
-        b'{"prompt": "R", "chosen": [\n\xff',
         b'{"prompt": "R", "chosen": {"role":\nuser}',
         b'{"prompt": "R",\n"chosen"} "b"',
         b"{\nplain",
@@ -398,12 +566,6 @@ def test_a_row_cut_short_hides_no_later_fault(tmp_path: Path, cut: bytes, before
     assert len(found) == before + 2
 
 
-def test_an_object_over_lines_may_hold_what_json_may_not(tmp_path: Path) -> None:
-    for member in ('"score": NaN', '"a": {"b": 1, "b": 2}', '"a": "b"'):
-        text = fault(places, write(tmp_path / "a.jsonl", f"{{\n {member},\n"))
-        assert text.startswith("a.jsonl:1: a JSON object over several lines")
-
-
 @pytest.mark.parametrize(
     "whole",
     [
@@ -415,10 +577,10 @@ def test_an_object_over_lines_may_hold_what_json_may_not(tmp_path: Path) -> None
     ],
 )
 @pytest.mark.parametrize("indent", [None, 1])
-def test_columns_are_told_to_become_rows(tmp_path: Path, whole: Any, indent: int | None) -> None:
-    text = fault(places, write(tmp_path / "a.json", json.dumps(whole, indent=indent)))
-    assert text.startswith("a.json: columns, each with the cells of all rows")
-    assert 'orient="records", lines=True)' in text
+def test_columns_are_read_as_rows(tmp_path: Path, whole: Any, indent: int | None) -> None:
+    path = write(tmp_path / "a.json", json.dumps(whole, indent=indent))
+    columns = [value.values() if isinstance(value, dict) else value for value in whole.values()]
+    assert rows_of(path) == [dict(zip(whole, cells, strict=True)) for cells in zip(*columns, strict=True)]
 
 
 @pytest.mark.parametrize(
@@ -437,19 +599,9 @@ def test_one_row_is_no_columns(tmp_path: Path, row: Any) -> None:
     assert rows_of(write(tmp_path / "a.json", json.dumps(row))) == [row]
 
 
-def test_the_fix_for_columns_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pandas = pytest.importorskip("pandas")
-    monkeypatch.chdir(tmp_path)
-    rows = [{"prompt": f"{i}", "chosen": "2020-01-01", "rejected": "é\n"} for i in range(12)]
-    pandas.DataFrame(rows).to_json("a.json")
-    fix = fault(places, "a.json").partition("fix: ")[2]
-    eval(fix, {"pandas": pandas, "OLD": "a.json"})  # noqa: S307 - our own text
-    assert rows_of("NEW.jsonl") == rows
-
-
 def test_a_cell_that_never_ends_is_placed_where_its_row_starts(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", 'q,a\n1,2\n"3,4\n' + "5,6\n" * 30)
-    assert fault(places, path).startswith("a.csv:3: broken csv: unexpected end of data")
+    assert fault(places, path).startswith("a.csv:3: broken csv: ")
 
 
 # --- a file that cannot be read
@@ -458,28 +610,26 @@ def test_a_cell_that_never_ends_is_placed_where_its_row_starts(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("name", "content", "found"),
     [
-        ("pairs.jsonl", "[\n{}]", ":1: a JSON array\n|rename the file to pairs.json"),
-        ("pairs.jsonl.gz", '[{"q": 1}]', "rename the file to pairs.json.gz"),
-        ("pairs.txt", "hello", "pairs.txt: an unknown kind of file"),
-        ("pairs.parquet.gz", "hello", "an unknown kind of file"),
-        ("pairs.arrow", "hello", "an unknown kind of file|to_parquet"),
-        ("pairs.ndjson", LINE, "an unknown kind of file|rename it to pairs.jsonl"),
+        ("pairs.txt", "hello", "pairs.txt: a text that is not JSON"),
+        ("pairs.parquet.gz", "hello", "an unknown kind of file|.arrow, or a text in .gz, .bz2, .xz or .zst"),
+        ("pairs.arrow", "hello", "pairs.arrow: broken arrow"),
+        ("pairs.arrow", to_arrow([ROW], pyarrow.ipc.new_stream)[:-20], "pairs.arrow: broken arrow"),
+        ("pairs.feather", to_arrow([ROW], pyarrow.ipc.new_file)[:-20], "pairs.feather: broken arrow"),
         ("pairs.xlsx", b"PK\x03\x04", "pairs.xlsx: a spreadsheet|save it as csv"),
         ("pairs.XLS", b"", "a spreadsheet"),
         ("pairs.ods", b"", "a spreadsheet"),
         ("pairs.csv", b"PK\x03\x04 sheet", "pairs.csv:1: a zip file or a spreadsheet|save it as csv"),
-        ("pairs.jsonl", gzip.compress(LINE, mtime=0), "pairs.jsonl:1: a gzip file|add .gz"),
         ("pairs.parquet", b"version https://git-lfs.github.com/spec/v1\noid", "a git-lfs pointer|git lfs pull"),
         ("pairs.jsonl", '{"q": "ü"}'.encode("utf-16"), ":1: UTF-16 text|iconv -f UTF-16 -t UTF-8"),
         ("pairs.json.gz", "[]".encode("utf-16"), ":1: UTF-16 text|iconv -f UTF-16 -t UTF-8"),
         ("pairs.csv", b"\xfe\xff" + "q,a".encode("utf-16-be"), ":1: UTF-16 text|iconv -f UTF-16 -t UTF-8"),
-        ("pairs.csv", b"PAR1\x15\x04", "pairs.csv:1: a parquet file|name it .parquet"),
-        ("pairs.jsonl", b"PAR1\x15\x04", "pairs.jsonl:1: a parquet file|name it .parquet"),
-        ("pairs.jsonl", '{"q": "ü"}'.encode("utf-32"), ":1: UTF-32 text|iconv -f UTF-32 -t UTF-8"),
-        ("pairs.csv", b"\0\0\xfe\xff" + "q,a".encode("utf-32-be"), ":1: UTF-32 text|iconv -f UTF-32 -t UTF-8"),
-        ("pairs.csv", "prompt,a\nü,b\n".encode("utf-16-le"), ":1: UTF-16 text|iconv -f UTF-16LE -t UTF-8"),
-        ("pairs.jsonl.gz", '{"q": "ü"}'.encode("utf-16-be"), ":1: UTF-16 text|iconv -f UTF-16BE -t UTF-8"),
-        ("pairs.csv", "q,a\nü,b\n".encode("cp1252"), "pairs.csv:2: byte 0xfc at column 1|iconv -f CP1252 -t UTF-8"),
+        ("pairs.csv", "prompt,a\nü,b\n".encode("utf-16-le"), ":1: UTF-16LE text|iconv -f UTF-16LE -t UTF-8"),
+        ("pairs.jsonl.gz", '{"q": "ü"}'.encode("utf-16-be"), ":1: UTF-16BE text|iconv -f UTF-16BE -t UTF-8"),
+        (
+            "pairs.csv",
+            "q,a\nÜber das schöne Österreich,b\n".encode("cp1252"),
+            "pairs.csv:2: byte 0xdc at column 1|CP1252: Über|iconv -f",
+        ),
         ("pairs.parquet", "hello", "pairs.parquet: broken parquet"),
         ("pairs.parquet", to_parquet([ROW])[:-20], "pairs.parquet: broken parquet"),
         ("pairs.csv", "prompt,chosen,rejected\nq,a\n", "pairs.csv:2: 2 cells"),
@@ -513,19 +663,26 @@ def test_two_columns_of_one_name_in_parquet(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.csv.gz"])
 def test_a_line_over_the_cap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(sources_lines, "MAX_ROW_BYTES", 1 << 20)
-    path = write(tmp_path / name, b"a,b\n1,2\n" if "csv" in name else LINE + b"\n" + b'{"prompt": "' + b"a" * (1 << 20))
-    if "csv" in name:
-        write(path, b"a,b\n1," + b"2" * (1 << 20))
-    assert f"{name}:2: a line without end" in fault(places, path)
+    if "csv" in name:  # it may hold parts of other rows, so it stops
+        path = write(tmp_path / name, b"a,b\n1," + b"2" * (3 << 20) + b"\n3,4\n")
+        assert f"{name}:2: a line of over 1 MiB" in fault(places, path)
+        return
+    for at in (0, 1, 2):
+        lines = [LINE, LINE]
+        lines.insert(at, b'{"prompt": "' + b"a" * (3 << 20) + b'"}')
+        faults: list[DataError] = []
+        found = [where for where, _ in source(write(tmp_path / name, b"\n".join(lines))).rows(faults)]
+        assert found == [f"{name}:{number + 1}" for number in range(3) if number != at]
+        assert [(type(one), one.where) for one in faults] == [(RowError, f"{name}:{at + 1}")]
 
 
 def test_a_gzip_bomb_is_refused_in_little_memory(tmp_path: Path) -> None:
     with gzip.open(tmp_path / "bomb.jsonl.gz", "wb", 1) as bomb:
         for _ in range(48):
-            bomb.write(bytes(1 << 20))
+            bomb.write(b"a" * (1 << 20))
     tracemalloc.start()
     try:
-        assert "a line without end" in fault(places, tmp_path / "bomb.jsonl.gz")
+        assert "a line of over 16 MiB" in fault(places, tmp_path / "bomb.jsonl.gz")
         assert tracemalloc.get_traced_memory()[1] < 60 << 20
     finally:
         tracemalloc.stop()
@@ -535,26 +692,26 @@ def test_a_json_array_over_its_cap(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(sources_json_rows, "MAX_JSON_BYTES", 1 << 20)
     for name in ("a.json", "a.json.gz"):
         path = write(tmp_path / name, json.dumps([ROW] * 20_000))
-        assert "use .jsonl" in fault(places, path)
+        assert "jq -c '.[]'" in fault(places, path)
     assert len(places(write(tmp_path / "lines.json", to_jsonl([ROW] * 20_000)))) == 20_000
 
 
-def test_a_gzip_cut_short_is_placed(tmp_path: Path) -> None:
-    whole = gzip.compress(to_jsonl([{"q": os.urandom(400).hex()} for _ in range(400)]).encode(), mtime=0)
-    path = tmp_path / "a.jsonl.gz"
-    for cut, low, high in ((whole[: len(whole) // 2], 100, 300), (whole[:-4], 350, 401), (whole[:15], 0, 2)):
-        path.write_bytes(cut)
-        text = fault(places, path)
-        assert text.startswith("a.jsonl.gz")
-        assert "broken gzip" in text
-        number = text.partition(": broken")[0].partition("gz:")[2]
-        assert low <= int(number or 0) <= high
-    path.write_bytes(whole[:-6] + bytes(2) + whole[-4:])  # the checksum
-    assert "broken gzip" in fault(places, path)
-    (tmp_path / "a.json.gz").write_bytes(gzip.compress(b"[" + os.urandom(400).hex().encode(), mtime=0)[:-20])
-    assert fault(places, tmp_path / "a.json.gz").startswith("a.json.gz: broken gzip")
-    (tmp_path / "b.csv.gz").write_bytes(b"prompt,chosen\n")
-    assert "broken gzip" in fault(places, tmp_path / "b.csv.gz")
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+def test_compressed_files(tmp_path: Path, suffix: str) -> None:
+    rows = [{"q": os.urandom(400).hex()} for _ in range(400)]
+    whole = compressed(to_jsonl(rows).encode(), suffix)
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(whole + whole)  # parts that were packed by themselves and joined
+    assert rows_of(path) == rows * 2
+    plain_name = tmp_path / "plain.jsonl"  # and a name that does not say it
+    plain_name.write_bytes(whole)
+    assert rows_of(plain_name) == rows
+    for broken in (whole[: len(whole) // 2], whole[:-4], whole[:15], whole[:5000] + bytes(9) + whole[5009:]):
+        path.write_bytes(broken)
+        assert "broken" in fault(places, path)
+        assert "differ" not in source(path).said
+    path.write_bytes(LINE)
+    assert rows_of(path) == [ROW]
 
 
 def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -678,7 +835,7 @@ HELD_OUT = "data.dataset_test_split=%s would use its own held-out pairs"
         ("train.jsonl test_sft.jsonl pretest.jsonl", "train.jsonl:1", "not read: pretest.jsonl"),
         ("train_0.jsonl train_1.csv", "train_0.jsonl:1 train_1.csv:2", "2 files: train_0.jsonl, train_1.csv"),
         ("train.jsonl data/train.jsonl", "data/train.jsonl:1 train.jsonl:1", "2 files: data/train.jsonl, train.jsonl"),
-        ("b.jsonl a.csv c.json", "a.csv:2 b.jsonl:1 c.json:1", "3 files: a.csv, b.jsonl, c.json"),
+        ("b.jsonl a.csv c.json", "a.csv:2 b.jsonl:1 c.json[0]", "3 files: a.csv, b.jsonl, c.json"),
         ("train.jsonl more.jsonl", "train.jsonl:1", "not read: more.jsonl"),
         ("only_test.jsonl", "only_test.jsonl:1", "split only_test (of only_test)"),
         (
@@ -701,19 +858,19 @@ def test_an_explicit_split_is_taken_as_it_is(tmp_path: Path) -> None:
         assert wheres(where, split) == [f"{name}.jsonl:1"]
         assert source(where, split).said == ""
     text = fault(source, where, "dev")
-    assert "no file of split 'dev'; files: helpful-00000-of-00001.jsonl, test.jsonl, train.jsonl" in text
-    assert "splits: helpful, test, train, train_prefs" in text
+    assert "no file of split 'dev'; splits: helpful, test, train, train_prefs" in text
+    assert text.endswith("fix: data.dataset_test_split=test")
 
 
 def test_a_folder_where_nothing_can_be_chosen(tmp_path: Path) -> None:
     text = fault(source, folder(tmp_path / "a", "train_sft.jsonl", "test_sft.jsonl"))
     assert "no file of split train;" in text
     assert "splits: test_sft, train_sft" in text
+    assert text.endswith("fix: data.dataset_train_split=train_sft")
     assert "no file of split 'test'" in fault(source, folder(tmp_path / "b", "x.jsonl", "y.jsonl"), "test")
     many = folder(tmp_path / "c", *(f"shard_{i}.jsonl" for i in range(40)))
     assert source(many).said.startswith("40 files: shard_0.jsonl, ")
     assert source(many).said.endswith(" and 30 more")
-    assert "and 30 more" in fault(source, many, "test")
 
 
 def test_one_name_in_two_kinds_is_not_read_twice(tmp_path: Path) -> None:
@@ -727,16 +884,62 @@ def test_one_name_in_two_kinds_is_not_read_twice(tmp_path: Path) -> None:
 def test_a_folder_without_data(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "no data files" in fault(source, tmp_path / "empty")
-    below = folder(tmp_path / "clone", "harmless/train.jsonl.gz", "helpful/train.jsonl.gz", "README.md")
-    assert f"data.dataset_name={below / 'harmless'}" in fault(source, below)
-    for names, likely in (("test train", "train"), ("dev train_prefs", "train_prefs"), ("a my_train test", "my_train")):
-        below = folder(tmp_path / names, *(f"{name}/rows.jsonl" for name in names.split()))
-        assert f"data.dataset_name={below / likely}" in fault(source, below)
-    table = datasets.Dataset.from_list([ROW])
-    table.save_to_disk(str(tmp_path / "saved"))
-    datasets.DatasetDict(train=table).save_to_disk(str(tmp_path / "saved_dict"))
-    for name in ("saved", "saved_dict"):
-        assert "Dataset.to_parquet" in fault(source, tmp_path / name)
+
+
+def saved(rows: list[Any], path: Path, shards: int = 1) -> None:
+    datasets.Dataset.from_list(rows).save_to_disk(str(path), num_shards=shards)
+
+
+def test_folders_of_save_to_disk(tmp_path: Path) -> None:
+    rows, held = some_rows(25), some_rows(3)
+    saved(rows, tmp_path / "one", shards=12)
+    write(tmp_path / "one" / "cache-1f2e.arrow", to_arrow(held, pyarrow.ipc.new_stream))
+    assert rows_of(tmp_path / "one") == rows
+    sets = {"train": datasets.Dataset.from_list(rows), "test": datasets.Dataset.from_list(held)}
+    datasets.DatasetDict(sets).save_to_disk(str(tmp_path / "two"))
+    assert rows_of(tmp_path / "two") == rows_of(tmp_path / "two", "train") == rows
+    assert rows_of(tmp_path / "two", "test") == held
+    assert source(tmp_path / "two").said == HELD_OUT % "test"
+    assert source(tmp_path / "two").columns() == frozenset(ROW)
+    before = source(tmp_path / "two").fingerprint()[0]
+    saved([*rows[:-1], ROW], tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "data-00000-of-00001.arrow", tmp_path / "two" / "train")
+    assert source(tmp_path / "two").fingerprint()[0] != before
+    datasets.DatasetDict({"harmless": sets["train"], "helpful": sets["test"]}).save_to_disk(str(tmp_path / "three"))
+    assert rows_of(tmp_path / "three") == rows + held
+    assert rows_of(tmp_path / "three", "helpful") == held
+    (tmp_path / "one" / "data-00007-of-00012.arrow").unlink()
+    assert "missing or broken: data-00007-of-00012.arrow" in fault(source, tmp_path / "one")
+    for state in ("{", "[]", '{"_data_files": [{"filename": "../two/train/data-00000-of-00001.arrow"}]}'):
+        write(tmp_path / "one" / "state.json", state)
+        assert "missing or broken" in fault(source, tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    ("names", "read", "said"),
+    [
+        ("train/a.jsonl test/a.jsonl", "a.jsonl:1", HELD_OUT % "test"),
+        ("split=train/a.csv split=test/a.csv", "a.csv:2", HELD_OUT % "test"),
+        (
+            "en/train/0.parquet en/test/0.parquet de/train/0.parquet",
+            "de/train/0.parquet[0] en/train/0.parquet[0]",
+            None,
+        ),
+        (
+            "part=0/x.jsonl part=1/x.jsonl",
+            "part=0/x.jsonl:1 part=1/x.jsonl:1",
+            "2 files: part=0/x.jsonl, part=1/x.jsonl",
+        ),
+        ("a/train.jsonl a/test.jsonl b/train.jsonl", "a/train.jsonl:1 b/train.jsonl:1", None),
+        ("a/x.jsonl b/y.jsonl .git/z.jsonl _old/z.jsonl", "a/x.jsonl:1 b/y.jsonl:1", "2 files: a/x.jsonl, b/y.jsonl"),
+        ("train.jsonl old/a.jsonl notes.txt", "train.jsonl:1", "not read: the folder old"),
+        ("train.txt test.txt", "train.txt:1", None),
+    ],
+)
+def test_sub_folders(tmp_path: Path, names: str, read: str, said: str | None) -> None:
+    where = folder(tmp_path, *names.split())
+    assert " ".join(wheres(where)) == read
+    assert said is None or source(where).said == said
 
 
 def test_a_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -817,7 +1020,7 @@ def test_a_name_meant_for_a_file_here_is_not_looked_for_on_the_hub(
 ) -> None:
     folder(tmp_path, "mydata.csv", "mydata.jsonl.gz", "mydata.txt", "Other/train.jsonl", "data/pairs.jsonl")
     monkeypatch.chdir(tmp_path)
-    assert fault(source, "mydata").endswith("did you mean mydata.csv or mydata.jsonl.gz?")
+    assert fault(source, "mydata").endswith("did you mean mydata.csv or mydata.jsonl.gz or mydata.txt?")
     assert "did you mean Other?" in fault(source, "other")
     assert "did you mean pairs.jsonl?" in fault(source, "data/pears")
     text = fault(source, "data/nothing-like-it", "train")
@@ -868,7 +1071,8 @@ def test_the_fingerprint_is_of_content_order_and_labels(tmp_path: Path) -> None:
 def test_the_number_of_rows_is_estimated(tmp_path: Path) -> None:
     rows = [ROW] * 7
     counts = {name: source(write(tmp_path / name, make(rows))).fingerprint()[1] for name, make in KINDS.items()}
-    unknown = {"b.json", "d.json", "e.json", "s.json", "n.jsonl.gz", "o.json.gz", "p.csv.gz"}
+    unknown = {"b.json", "d.json", "e.json", "s.json", "n.jsonl.gz", "o.json.gz", "p.csv.gz", "u.arrow", "v.feather"}
+    unknown |= {"w.ndjson.xz", "x.txt.bz2", "y.tsv.zst", "aa.json", "ab.json", "z.jsonl"}
     assert counts == {name: 0 if name in unknown else 7 for name in KINDS}
     folder(tmp_path / "both", "a.jsonl", "b.jsonl.gz")
     assert source(tmp_path / "both").fingerprint()[1] == 0
@@ -969,8 +1173,11 @@ CONFIGS = "Config name is missing.\nPlease pick one among the available configs:
 @pytest.mark.parametrize(
     ("error", "fix"),
     [
-        (ValueError("Unknown split \"train\". Should be one of ['train_prefs']."), "data.dataset_train_split=SPLIT"),
-        (ValueError("Config name is missing."), "data.dataset_config=CONFIG"),
+        (
+            ValueError("Unknown split \"train\". Should be one of ['train_prefs']."),
+            "data.dataset_train_split=train_prefs",
+        ),
+        (ValueError("Config name is missing."), "name a configuration of the set in data.dataset_config"),
         (ValueError(CONFIGS), "['en', 'de']|fix: data.dataset_config=en,"),
         (ValueError("BuilderConfig 'x' not found. Available: ['en', 'de']"), "['en', 'de']|data.dataset_config=en,"),
         (
@@ -983,7 +1190,7 @@ CONFIGS = "Config name is missing.\nPlease pick one among the available configs:
         ),
         (
             RuntimeError("Dataset scripts are no longer supported, but found split.py"),
-            "--revision refs/convert/parquet --local-dir DIR o/split|dataset_name='DIR/",
+            "o/split --local-dir split --revision refs/convert/parquet, then data.dataset_name=split",
         ),
         (datasets.exceptions.DatasetNotFoundError("Dataset 'o/split' is a gated dataset on the Hub."), "hf auth login"),
         (ConnectionError("Couldn't reach 'o/split' on the Hub"), "hf download --repo-type dataset o/split"),
@@ -1041,7 +1248,7 @@ def test_the_hubs_own_reader_on_a_real_folder(tmp_path: Path, monkeypatch: pytes
     assert "configs in the cache: ['en']" in fault(find_source, "org/set", "auto", "fr", kind=HubError)
     text = fault(load_set, str(where), "dev", None, kind=HubError)
     assert "train_prefs" in text
-    assert "data.dataset_train_split=SPLIT" in text
+    assert "data.dataset_test_split=test_prefs" in text
     assert "data.dataset_config=en," in fault(load_set, str(where), "auto", "fr", kind=HubError)
     more = f"- config_name: de\n  data_files:\n{names}"
     write(where / "README.md", f"---\nconfigs:\n- config_name: en\n  data_files:\n{names}{more}---\n")

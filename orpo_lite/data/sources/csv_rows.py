@@ -1,0 +1,160 @@
+"""Rows of .csv and .tsv files."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterator, Sequence
+from itertools import chain, dropwhile, islice
+
+from orpo_lite.data.sources.encoding import decode
+from orpo_lite.data.sources.lines import MAX_COLUMN_NAME, MAX_ROW_BYTES, File, Place, converted, lines
+from orpo_lite.errors import DataError, raise_all
+
+PANDAS_INDEX = "Unnamed: 0"  # what pandas calls it when it reads the file again
+DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+EXCEL_SEP = re.compile(r"sep=([,;\t|])\s*$", re.IGNORECASE)  # the first line that Excel writes and reads
+NAMED = "the first line should name the columns"
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")  # in the name of a column they would command the terminal
+
+
+def csv_rows(file: File, faults: list[DataError]) -> Iterator[Place]:
+    """Yield every cell as text: a reader that guesses types would make a number of the reply "42"."""
+    delimiter = delimiter_of(file)
+    records = csv_records(file, delimiter, quoted=not _is_unquoted(file, delimiter))
+    start, titles = next(records, (1, []))
+    header = csv_header(titles, f"{file.label}:{start}")
+    for number, cells in records:
+        where, unnamed = f"{file.label}:{number}", cells[len(header) :]
+        if not len(header) <= len(cells) <= len(titles):
+            expected, fix = f"{len(titles)} cells, as in the header", f'put "..." around {DELIMITERS[delimiter]}'
+            faults.append(DataError(where=where, found=f"{len(cells)} cells", expected=expected, fix=fix))
+        elif any(cell.strip() for cell in unnamed):
+            found, fix = "a cell in a column without a name", f"name it in line {start}, or clear the cell"
+            faults.append(DataError(where=where, found=found, expected=NAMED, fix=fix))
+        elif delimiter == "\t" and _may_be_several(cells):
+            raise _broken(where)
+        else:
+            yield where, dict(zip(header, cells, strict=False))
+
+
+def csv_records(file: File, delimiter: str, *, quoted: bool = True) -> Iterator[tuple[int, list[str]]]:
+    """Yield the header and the rows, each with the line it starts at."""
+    csv.field_size_limit(MAX_ROW_BYTES)
+    texts = dropwhile(lambda place: not place[1].strip() or bool(EXCEL_SEP.match(place[1])), _texts(file))
+    start, first = next(texts, (1, ""))
+    above = start - 1
+    rest = chain([first], (text for _, text in texts))
+    checked = _without_spaced_quotes(rest, delimiter, file) if quoted else rest
+    records = csv.reader(checked, delimiter=delimiter, quotechar='"' if quoted else None, strict=True)
+    try:
+        for cells in records:
+            if cells:
+                yield start, cells
+            start = above + records.line_num + 1
+    except csv.Error as error:
+        raise _broken(f"{file.label}:{start}", str(error)) from None
+
+
+def _texts(file: File) -> Iterator[tuple[int, str]]:
+    """Yield numbered lines. Raises DataError for one that is too long: it may hold the start or end of other rows."""
+    faults: list[DataError] = []
+    for number, line in lines(file, faults):
+        raise_all(faults)
+        yield number, decode(line, file, f"{file.label}:{number}")
+    raise_all(faults)
+
+
+def _without_spaced_quotes(texts: Iterator[str], delimiter: str, file: File) -> Iterator[str]:
+    """Yield the lines. Raises DataError where a quote that opens a cell follows a space: it would be text.
+
+    Quotes are doubled within a quoted cell, so that none is found there.
+    """
+    mark = re.escape(delimiter)
+    spaced = re.compile(rf'(^|{mark}) +"(?=[^"\r\n{mark}])')
+    for text in texts:
+        if '"' in text and spaced.search(text):
+            program = f"perl -pe 's/{spaced.pattern}/$1\"/g'"
+            found, fix = "spaces before the quotes of a cell", converted(file, program, f".quoted{file.kind}")
+            raise DataError(where=file.label, found=found, expected="quotes right after the delimiter", fix=fix)
+        yield text
+
+
+def delimiter_of(file: File) -> str:
+    """Return the delimiter.
+
+    Excel names it above the header. Else it is the one that cuts the header and the first row into as many cells, the
+    comma before the others: a spreadsheet in much of Europe writes semicolons.
+    """
+    top = next((text for _, text in _texts(file) if text.strip()), "")
+    if said := EXCEL_SEP.match(top):
+        return said[1]
+    marks = ["\t"] if file.kind == ".tsv" else [mark for mark in DELIMITERS if mark in top] or [","]
+    fitting = [mark for mark in marks if _fits(file, mark)] or marks
+    return "," if "," in fitting else max(fitting, key=top.count)
+
+
+def _fits(file: File, delimiter: str) -> bool:
+    try:
+        header, row = [*(cells for _, cells in islice(csv_records(file, delimiter), 2)), [], []][:2]
+    except DataError:
+        return False
+    return len(header) == len(row) > 1
+
+
+def _is_unquoted(file: File, delimiter: str) -> bool:
+    """Return whether the quotes in a table with tabs are plain characters, as the standard of .tsv has it.
+
+    They are if each line has as many cells as the header with plain quotes, and some line has not by the rules of csv.
+    Raises DataError for a .csv of that kind: by its rules it would hold fewer rows.
+    """
+    width, uneven = 0, 0
+    for number, text in _texts(file):
+        if text.strip() and not EXCEL_SEP.match(text):
+            width = width or text.count(delimiter)
+            if not text.count(delimiter) == width > 0:
+                return False
+            if not uneven and '"' in text and not _is_record(text, delimiter, width + 1):
+                uneven = number
+    if uneven and delimiter != "\t":
+        raise _broken(f"{file.label}:{uneven}")
+    return bool(uneven)
+
+
+def _is_record(text: str, delimiter: str, width: int) -> bool:
+    """Return whether a line is a row of that many cells by itself."""
+    try:
+        return [len(cells) for cells in csv.reader([text], delimiter=delimiter, strict=True)] == [width]
+    except csv.Error:
+        return False
+
+
+def _may_be_several(cells: Sequence[str]) -> bool:
+    """Return whether a row over several lines has the cells of a whole row on each of them."""
+    line_ends, tabs = (sum(cell.count(mark) for cell in cells) for mark in "\n\t")
+    return line_ends > 0 and tabs == line_ends * (len(cells) - 1)
+
+
+def _broken(where: str, said: str = "a quote that is not closed in a line with all cells of a row") -> DataError:
+    fix = 'put "..." around a cell with commas, quotes or line ends, and double the quotes inside'
+    return DataError(where=where, found=f"broken csv: {said}", expected="plain or quoted cells", fix=fix)
+
+
+def csv_header(cells: Sequence[str], where: str) -> list[str]:
+    """The names; [] of an empty file. A delimiter may end each line, and then the last cells have no names."""
+    names = [CONTROL.sub(" ", cell).strip() for cell in cells]
+    while len(names) > 1 and not names[-1]:
+        del names[-1]
+    if names[:1] == [""] and len(names) > 1:  # an index that pandas wrote beside the columns
+        names[0] = PANDAS_INDEX
+    if any(not name or len(name) > MAX_COLUMN_NAME for name in names):
+        found, fix = "a first line with an empty cell or a long text", "write the names above the rows"
+        raise DataError(where=where, found=found, expected=NAMED, fix=fix)
+    refuse_same_names(names, where)
+    return names
+
+
+def refuse_same_names(names: Sequence[str], where: str) -> None:
+    if len(set(names)) < len(names):
+        expected = "a name for each column"
+        raise DataError(where=where, found="two columns of one name", expected=expected, fix="rename one")
