@@ -238,15 +238,52 @@ def check_embedding(recipe: Recipe, config: Any) -> None:
 
 
 def load_tokenizer(path: Path) -> Any:
-    """The tokenizer of a base or adapter folder. Raises :class:`ModelError`."""
-    from transformers import AutoTokenizer
+    """The tokenizer of a base or adapter folder, as tokenizer.json says it. Raises :class:`ModelError`.
+
+    Some classes of transformers keep only the vocabulary of tokenizer.json and build the rest themselves. Where that
+    makes another tokenizer, the class is not used, and ``replaced`` says so in a sentence; it is "" otherwise.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # else it would ask at the terminal
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # else it would ask at the terminal
+        changed = _changed_parts(path / "tokenizer.json", tokenizer)
+        said = ""
+        if changed:
+            said = f"tokenizer.json is used as it is: {type(tokenizer).__name__} would change its {', '.join(changed)}"
+            vocabulary = _read_tokenizer(path / "tokenizer.json")
+            named = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+            known = {name: token for name, token in named.items() if vocabulary.token_to_id(token) is not None}
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(path, **known)
+        tokenizer.replaced = said
+        return tokenizer
     except (OSError, ValueError) as error:
         raise ModelError(
             where=f"tokenizer in {path}", found=str(error).splitlines()[0], expected="tokenizer.json beside the weights"
         ) from error
+
+
+def _read_tokenizer(file: Path) -> Any:
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(file))
+
+
+def _changed_parts(file: Path, tokenizer: Any) -> list[str]:
+    """The parts of tokenizer.json that a tokenizer does not have as they are written there."""
+    from transformers import PreTrainedTokenizerFast
+
+    # The general class reads the file itself.
+    if type(tokenizer) is PreTrainedTokenizerFast or not tokenizer.is_fast or not file.is_file():
+        return []
+    written, built = (json.loads(backend.to_str()) for backend in (_read_tokenizer(file), tokenizer.backend_tokenizer))
+    for parts in (written, built):  # an empty prefix is none
+        parts["model"] = {name: value for name, value in parts["model"].items() if value}
+    if written["post_processor"] is None:  # transformers writes one that does nothing
+        built["post_processor"] = None
+    built["added_tokens"] = [token for token in built["added_tokens"] if token in written["added_tokens"]]
+    names = ("normalizer", "pre_tokenizer", "model", "post_processor", "decoder", "added_tokens")
+    return [name for name in names if written[name] != built[name]]
 
 
 def pad_id(tokenizer: Any) -> int:

@@ -31,12 +31,14 @@ def print_preview(
 
 
 def _print_figures(figures: Mapping[str, Any], max_length: int) -> None:
-    from orpo_lite.data.statistics import COUNTED
+    from orpo_lite.data.statistics import counted
 
     out.print()
     for columns in figures["columns"]:
         out.print(f"{columns['format']}\n  {_columns_line(columns)}")
     out.print(figures["chat_template"])
+    if figures["tokenizer"]:
+        out.print(figures["tokenizer"])
     kept = f"{figures['train_pairs']:,} to train on, {figures['held_out_pairs']:,} held out"
     out.print(
         f"{figures['rows_read']:,} rows: {kept}, {sum(d['pairs'] for d in figures['dropped'].values()):,} left out"
@@ -44,6 +46,8 @@ def _print_figures(figures: Mapping[str, Any], max_length: int) -> None:
     for reason, drop in figures["dropped"].items():
         more = ", ..." if drop["pairs"] > len(drop["first"]) else ""
         out.print(f"  {drop['pairs']:>7,}  {reason} ({', '.join(drop['first'])}{more})")
+        if reason in figures["hints"]:
+            out.print(f"           {figures['hints'][reason]}")
     names = list(figures["tokens"]["prompt"])
     lengths = [[f"{value:,.0f}" for value in row.values()] for row in figures["tokens"].values()]
     out.print()
@@ -59,9 +63,8 @@ def _print_figures(figures: Mapping[str, Any], max_length: int) -> None:
         f"{lost:,} of the responses ({_share(cut['responses_without_end_share'])}) lose their end",
         cut["responses_without_end_share"] >= MUCH,
     )
-    for name, said in COUNTED.items():
-        if count := figures[name]:
-            _print_count(f"{said}: {count:,}", True)
+    for line in counted(figures):
+        _print_count(line, True)
     longer = [_share(figures[f"{side}_longer"]) for side in ("chosen", "rejected")]
     out.print(f"chosen is the longer one in {longer[0]} of the pairs, rejected in {longer[1]}")
     _print_count(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,10 +19,14 @@ if TYPE_CHECKING:
     from orpo_lite.recipe.schema import DataSection
 
 
-# Reasons to leave a pair out, seen when it is rendered.
+# Reasons to leave a pair out, seen when it is rendered. Behind SPECIAL stands which token.
 SPECIAL = "special token inside the text"
 REWRITTEN = "reply changed by the chat template"
 TURN_LOST = "a turn before the reply is left out by the chat template"
+TURN_CHANGED = "a turn before the reply is changed by the chat template"
+NO_BOUNDARY = "the chat template does not show where the reply begins"
+UNFAITHFUL = (REWRITTEN, TURN_LOST, TURN_CHANGED, NO_BOUNDARY)
+OWN_TEMPLATE = "a template of your own, whose file data.chat_template names"
 
 PAPER_CHAT_TEMPLATE = (  # "<|user|>\n{}</s>\n<|assistant|>\n{}</s>"
     "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token }}"
@@ -50,21 +54,31 @@ class Template:
     variables: dict[str, Any]
     """The tokenizer's special tokens by name, and data.chat_template_kwargs."""
     special_tokens: list[str]
-    """Texts that the tokenizer would take for special tokens, which no message may hold."""
+    """Texts that the tokenizer takes for special tokens."""
     end_tokens: list[str]
     """Those, and added tokens that are not special: a template may end a reply with one (ChatML's <|im_end|>)."""
     said: str
     """The sentence that says which template it is."""
 
+    named_tokens: list[str] = field(default_factory=list)
+    """Those with a purpose of their own: bos, eos, pad, unk."""
+
     @cached_property
-    def lost(self) -> dict[tuple[str, ...], list[int]]:
-        """The turns that the template leaves out of a conversation of such roles, for those that were tried."""
+    def layouts(self) -> dict[tuple[str, ...], Layout | None]:
+        """How the template writes a conversation of such roles, for those that were tried."""
         return {}
 
     @cached_property
     def special(self) -> re.Pattern[str]:
-        """Finds a special token."""
-        return _any_of(self.special_tokens)
+        """Finds a special token that no message may hold: a named one, or one that the template itself writes.
+
+        Others, as <think> added for replies that hold it, are tokenised as what they are.
+        """
+        if self.text is None:
+            return _any_of(self.special_tokens)
+        plain = _plain_conversation(self)
+        written = [token for token in self.special_tokens if plain is None or token in plain]
+        return _any_of([*self.named_tokens, *written])
 
     @cached_property
     def end(self) -> re.Pattern[str]:
@@ -85,8 +99,25 @@ class PairTexts(NamedTuple):
     rejected: str
     end: str
     """The special token that the template ends a reply with; empty when it writes none."""
-    without_system: bool = False
-    """The template leaves the system text out."""
+    remarks: tuple[str, ...] = ()
+    """Of the names below, those that hold."""
+
+
+# What a person should know of a pair that is kept: names of figures.
+MOVED_SYSTEM = "moved_systems"  # the system text stands in front of the user's: the template takes no system turn
+EMPTY_THOUGHT = "empty_thoughts"  # the template writes an empty <think> block before the reply: it is trained on
+NO_THOUGHT = "missing_thoughts"  # the generation prompt opens a <think> that the reply does not have
+REMARKS = (MOVED_SYSTEM, EMPTY_THOUGHT, NO_THOUGHT)
+
+
+class Layout(NamedTuple):
+    """How a template writes a conversation of certain roles."""
+
+    moves_system: bool = False
+    """The system text has to stand in front of the first user turn's."""
+    tails: tuple[str, str] | None = None
+    """What stands behind the last turn's text when a reply is asked for, and in front of the reply when it follows.
+    None when everything up to there is the same with and without a reply."""
 
 
 Rendered = PairTexts | str | OrpoLiteError  # or the reason to leave the pair out, or what is wrong with it
@@ -109,7 +140,7 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, data: DataSection) -> 
                 where="tokenizer",
                 found=str(error).splitlines()[0],
                 expected="a default chat template",
-                fix="data.chat_template=FILE.jinja",
+                fix=OWN_TEMPLATE,
             ) from None
         said = "the tokenizer's own chat template"
     elif choice == "auto":
@@ -134,7 +165,11 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, data: DataSection) -> 
             fix="leave it out",
         )
     variables = {**tokenizer.special_tokens_map, **data.chat_template_kwargs}
-    return Template(text, variables, *_end_texts(tokenizer), said)
+    special, ends = _end_texts(tokenizer)
+    named = [str(token) for token in tokenizer.special_tokens_map.values()]
+    if text is None and isinstance(tokenizer.chat_template, str):  # it is not rendered, but says which tokens are marks
+        special = [token for token in special if token in named or token in tokenizer.chat_template]
+    return Template(text, variables, special, ends, said, named)
 
 
 def is_file(choice: str) -> bool:
@@ -175,58 +210,163 @@ def _end_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[str]
     return sorted(special), sorted(special | marks)
 
 
+def special_in(texts: Iterable[str], special: re.Pattern[str]) -> str:
+    """The reason to leave such texts out, with the first special token that they hold; "" when they hold none."""
+    found = next(filter(None, map(special.search, texts)), None)
+    return f"{SPECIAL}: {found.group()}" if found else ""
+
+
 def pair_texts(pair: Pair, template: Template) -> PairTexts | str:
     """The texts of a pair, or why it is left out. Raises ModelError and DataError, placed at the pair."""
     if template.text is None:
         return _joined(pair, template.special)
     # It would be tokenised as the token: an end in mid-response, or a turn that nobody took.
-    contents = (pair.chosen, pair.rejected, *(turn["content"] for turn in pair.messages))
-    if any(template.special.search(text) for text in contents):
-        return SPECIAL
-    asked = render(pair.messages, template, pair.where, generation=True)
-    answered = render([*pair.messages, _reply(_MARK)], template, pair.where)
+    replies = (pair.chosen, pair.rejected)
+    contents = (*replies, *(turn["content"] for turn in pair.messages))
+    if reason := special_in(contents, template.special):
+        return reason
+    layout = _layout(pair, template)
+    if layout is None:
+        return TURN_LOST
+    turns = _system_moved(pair.messages) if layout.moves_system else pair.messages
+    asked = render(turns, template, pair.where, generation=True)
+    answered = render([*turns, _reply(_MARK)], template, pair.where)
     before, mark, after = answered.rpartition(_MARK)
     if not mark:
         raise ModelError(
             where=pair.where,
             found="the chat template leaves out the reply",
             expected="the reply in the text",
-            fix="data.chat_template=FILE.jinja with a template that shows the assistant's turns",
+            fix=f"{OWN_TEMPLATE}, and which shows the assistant's turns",
         )
-    lost = [turn["role"] for turn in _lost_turns(pair, template) if turn["content"].strip()]
-    if any(role != "system" for role in lost):
-        return TURN_LOST
-    # Not the generation prompt itself: some templates open a <think> there that the reply does not have.
-    prompt, end = shared_start(asked, before), template.end.search(after)
-    if end and any(end.group() in text for text in contents):
-        return SPECIAL
+    prompt, head = _prompt_and_head(asked, before, layout)
+    if prompt is None:
+        return NO_BOUNDARY
+    if not _holds(prompt, turns):
+        return TURN_CHANGED
+    end = template.end.search(after)
+    if end and (reason := special_in(contents, re.compile(re.escape(end.group())))):
+        return reason
     # What the template writes after the end token is not the model's to say.
     kept = after[: end.end()] if end else ""
     whole = []
-    for reply in (pair.chosen, pair.rejected):
-        text = render([*pair.messages, _reply(reply)], template, pair.where)
-        body = text[len(prompt) : len(text) - len(after)]
+    for reply in replies:
+        text = render([*turns, _reply(reply)], template, pair.where)
+        body = text[len(head) : len(text) - len(after)]
         # Some templates strip the reply; one that rewrites it would teach what nobody chose.
-        if not (text.startswith(prompt) and text.endswith(after) and body.rstrip().endswith(reply.strip())):
+        if not (text.startswith(head) and text.endswith(after) and body.rstrip().endswith(reply.strip())):
             return REWRITTEN
         whole.append(body + kept)
     chosen, rejected = whole
-    return PairTexts(prompt, chosen, rejected, end.group() if end else "", bool(lost))
+    remarks = []
+    if layout.moves_system and any(turn["role"] == "system" and turn["content"].strip() for turn in pair.messages):
+        remarks.append(MOVED_SYSTEM)
+    if not all("<think>" in reply for reply in replies):
+        remarks += _thoughts(asked[len(prompt) :], before[len(head) :])
+    return PairTexts(prompt, chosen, rejected, end.group() if end else "", tuple(remarks))
 
 
-def _lost_turns(pair: Pair, template: Template) -> list[Message]:
-    """The turns of which a template writes nothing.
+def _prompt_and_head(asked: str, before: str, layout: Layout) -> tuple[str, str] | tuple[None, str]:
+    """The prompt as the model is asked with it, and the text of the same turns when a reply follows; None: unknown.
+
+    Without the rest of the generation prompt: some templates open a <think> there that the reply does not have.
+    """
+    if layout.tails is None:
+        prompt = shared_start(asked, before)
+        return prompt, prompt
+    if not (asked.endswith(layout.tails[0]) and before.endswith(layout.tails[1])):
+        return None, ""
+    shared = len(shared_start(*layout.tails))
+    beyond = [len(tail) - shared for tail in layout.tails]
+    return asked[: len(asked) - beyond[0]], before[: len(before) - beyond[1]]
+
+
+def _thoughts(opened: str, written: str) -> list[str]:
+    """The remark on a reply without thoughts, from what stands behind the prompt: when asked, and before a reply."""
+    if "</think>" in written:
+        return [EMPTY_THOUGHT]
+    return [NO_THOUGHT] if "<think>" in opened and "</think>" not in opened else []
+
+
+def _layout(pair: Pair, template: Template) -> Layout | None:
+    """How the template writes turns of such roles; None when it leaves one out.
 
     Tried with a word in the place of each text, once for each sequence of roles: templates may trim a text, escape it,
     move it, or take the thoughts out of it.
     """
     roles = tuple(turn["role"] for turn in pair.messages)
-    if roles not in template.lost:
-        words = [f"turn{i}of{len(roles)}" for i in range(len(roles))]
-        turns = [{"role": role, "content": word} for role, word in zip(roles, words, strict=True)]
-        text = render(turns, template, pair.where, generation=True).casefold()
-        template.lost[roles] = [i for i, word in enumerate(words) if word not in text]
-    return [pair.messages[i] for i in template.lost[roles]]
+    if roles not in template.layouts:
+        turns = [{"role": role, "content": f"turn{i}of{len(roles)}"} for i, role in enumerate(roles)]
+        template.layouts[roles] = _try_layout(turns, template, pair.where)
+    return template.layouts[roles]
+
+
+def _try_layout(turns: Sequence[Message], template: Template, where: str) -> Layout | None:
+    """The layout of the turns as they are, else with the system text moved: templates drop it, or raise an error."""
+    found: Layout | None = Layout()  # where all fails, the pair itself is rendered, and says why
+    for moves, tried in ((False, turns), (True, _system_moved(turns))):
+        if moves and tried == turns:
+            break
+        try:
+            asked = render(tried, template, where, generation=True)
+            before = render([*tried, _reply(_MARK)], template, where).rpartition(_MARK)[0]
+        except BeyondLimitsError:
+            raise
+        except ModelError:
+            continue
+        if not _holds(asked.casefold(), tried):
+            found = None
+        elif _holds(shared_start(asked, before).casefold(), tried):
+            return Layout(moves)
+        else:
+            last = tried[-1]["content"]
+            return Layout(moves, (asked.rpartition(last)[2], before.rpartition(last)[2]))
+    return found
+
+
+def _system_moved(turns: Sequence[Message]) -> list[Message]:
+    """The turns without system turns: their texts stand in front of the text of the user turn that follows."""
+    kept: list[Message] = []
+    held: list[str] = []
+    for turn in turns:
+        if turn["role"] == "system":
+            held += filter(str.strip, [turn["content"]])
+        elif turn["role"] == "user":
+            kept.append({**turn, "content": "\n\n".join([*held, turn["content"]])})
+            held = []
+        else:
+            kept.append(turn)
+    return kept if not held else [*turns]
+
+
+def _holds(text: str, turns: Iterable[Message]) -> bool:
+    """Whether each turn stands in the text, in order.
+
+    Some templates write the system text further down, and leave out the thoughts of earlier replies.
+    """
+    at = 0
+    for turn in turns:
+        content = turn["content"].strip()
+        if turn["role"] == "assistant":
+            content = content.rpartition("</think>")[2].strip()
+        found = text.find(content, 0 if turn["role"] == "system" else at)
+        if found < 0:
+            return False
+        at = at if turn["role"] == "system" else found + len(content)
+    return True
+
+
+def _plain_conversation(template: Template) -> str | None:
+    """A conversation without anything special in it, rendered; None where the template renders none."""
+    turns = [{"role": role, "content": "a"} for role in ("system", "user", "assistant", "user")]
+    for tried in (turns, turns[1:], turns[1:3]):
+        try:
+            return render(tried, template, "a plain conversation")
+        except BeyondLimitsError:
+            raise
+        except ModelError:
+            continue
+    return None
 
 
 _MARK = "\ue0fe"  # private use: stands where the reply will stand
@@ -250,7 +390,7 @@ def _joined(pair: Pair, special: re.Pattern[str]) -> PairTexts | str:
     for reply in (pair.chosen, pair.rejected):
         end = special.search(reply)
         if end and (reply[end.end() :].strip() or not reply[: end.start()].strip()):
-            return SPECIAL
+            return special_in([reply], special)
         replies.append(reply[: end.end()] if end else reply)
     chosen, rejected = replies
     return PairTexts(pair.prompt_text, chosen, rejected, "")
@@ -276,7 +416,7 @@ def render(messages: Iterable[Message], template: Template, where: str, generati
             where=where,
             found=f"the chat template raises {type(error).__name__}: {error}",
             expected="a template that renders these turns",
-            fix="data.chat_template=FILE.jinja with a template that takes such turns, or mend the row",
+            fix=f"{OWN_TEMPLATE}, and which takes such turns; or mend the row",
         ) from None
     if len(texts[0]) > SLACK + GROWTH * sum(len(turn["content"]) for turn in turns):
         raise BeyondLimitsError(where, f"the chat template writes {len(texts[0]):,} characters")
@@ -291,5 +431,4 @@ class BeyondLimitsError(ModelError):
     """A template that takes too long or writes too much: the first pair that shows it is the last one rendered."""
 
     def __init__(self, where: str, found: str) -> None:
-        fix = "data.chat_template=FILE.jinja"
-        super().__init__(where=where, found=found, expected="a template that renders these turns", fix=fix)
+        super().__init__(where=where, found=found, expected="a template that renders these turns", fix=OWN_TEMPLATE)

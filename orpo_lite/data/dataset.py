@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import asdict
+import json
+import math
+import shlex
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from orpo_lite.data import cache
 from orpo_lite.data.cache import TokenizedPairs
 from orpo_lite.data.chat_template import (
-    REWRITTEN,
+    EMPTY_THOUGHT,
+    NO_THOUGHT,
+    OWN_TEMPLATE,
+    REMARKS,
     SPECIAL,
-    TURN_LOST,
+    UNFAITHFUL,
     PairTexts,
     Template,
     is_file,
@@ -22,23 +30,26 @@ from orpo_lite.data.chat_template import (
 from orpo_lite.data.formats.columns import SOME
 from orpo_lite.data.formats.values import is_templated
 from orpo_lite.data.pair import Pair
-from orpo_lite.data.pairs import PairReader
+from orpo_lite.data.pairs import Drops, PairReader
 from orpo_lite.data.render_process import LimitedRenderer, Renderer
 from orpo_lite.data.sources.source import Source
 from orpo_lite.data.tokenize import LONG_PROMPT, end_token_id, show_texts, tokenize_pairs
-from orpo_lite.errors import FULL, DataError, FitError
+from orpo_lite.errors import FULL, DataError, FitError, ModelError, Overrides
 from orpo_lite.recipe.schema import DataSection
 
-# What to do when that is why no pair is left.
-HINTS = {
-    REWRITTEN: "data.chat_template=FILE.jinja: this template changes replies (some take <think> out, or change case)",
-    TURN_LOST: "data.chat_template=FILE.jinja with a template that writes every turn",
-    SPECIAL: "take the special tokens out of the texts; texts that are templated already: data.chat_template=none",
-    LONG_PROMPT: "a higher data.max_prompt_length",
-}
+THOUGHTS = (EMPTY_THOUGHT, NO_THOUGHT)
+FEW = 3  # pairs that a template may always change; data.max_bad_rows says which share of them beyond that
 
 # What tokens depend on, besides the rows, the tokenizer and the template.
-TOKEN_FIELDS = ("format", "column_map", "max_samples", "max_length", "max_prompt_length", "chat_template_kwargs")
+TOKEN_FIELDS = (
+    "format",
+    "column_map",
+    "max_samples",
+    "max_bad_rows",
+    "max_length",
+    "max_prompt_length",
+    "chat_template_kwargs",
+)
 LoadTokenizer = Callable[[], Any]
 
 
@@ -102,7 +113,8 @@ def _tokenize(
     if tokenizer.unk_token_id != tokenizer.eos_token_id:  # GPT-2's one special token is both
         writer.unknown_id = tokenizer.unk_token_id
     samples: dict[str, Pair] = {}
-    templated = without_system = 0
+    remarked: dict[str, Pair] = {}
+    templated, remarks = 0, Counter[str]()
     with _renderer(template) as renderer:
         for number, (pair, tokens) in enumerate(tokenize_pairs(reader, renderer, tokenizer, data)):
             if number % 100 == 0:
@@ -112,12 +124,18 @@ def _tokenize(
                 continue
             writer.add(tokens)
             templated += template.text is not None and is_templated([*pair.messages, pair.chosen, pair.rejected])
-            without_system += tokens.without_system
+            for remark in tokens.remarks:
+                remarks[remark] += 1
+                remarked.setdefault(remark, pair)
             samples.setdefault("first", pair)
             if tokens.chosen_cut or tokens.rejected_cut:
                 samples.setdefault("cut", pair)
+        _check_unfaithful(reader.drops, reader.read, data)
+        hints = _hints(reader.drops.counts, data)
         if not len(writer):
-            reader.drops.raise_nothing_left("data", HINTS)
+            reader.drops.raise_nothing_left("data", hints)
+        if thoughts := [remarked[name] for name in THOUGHTS if name in remarked]:
+            hints |= _thoughts_off(thoughts, template, data)
         if templated >= SOME * len(writer):
             raise _templated(templated, len(writer))
         end = end_token_id(renderer, tokenizer)
@@ -140,10 +158,54 @@ def _tokenize(
             "empty_turns": reader.silent,
             "beside_pairs": reader.beside,
             "templated_pairs": templated,
-            "lost_systems": without_system,
+            **{name: remarks[name] for name in REMARKS},
+            "hints": hints,
+            "tokenizer": getattr(tokenizer, "replaced", ""),
             "samples": shown,
         }
     )
+
+
+def _hints(reasons: Iterable[str], data: DataSection) -> dict[str, str]:
+    """What to do about pairs that are left out, for each reason about which something can be done."""
+    hints = {LONG_PROMPT: "raise data.max_prompt_length"}
+    hints |= dict.fromkeys(UNFAITHFUL, f"{OWN_TEMPLATE}, and which writes every turn as it is")
+    for reason in reasons:
+        if reason.startswith(SPECIAL):
+            hints[reason] = f"take{reason.removeprefix(SPECIAL).lstrip(':')} out of the texts"
+            if data.chat_template != "none":
+                hints[reason] += "; or, where they are templated already, data.chat_template=none"
+    return {reason: hints[reason] for reason in reasons if reason in hints}
+
+
+def _check_unfaithful(drops: Drops, read: int, data: DataSection) -> None:
+    """Refuse a template that loses or changes turns of more pairs than data.max_bad_rows allows."""
+    reasons = [reason for reason in UNFAITHFUL if drops.counts[reason]]
+    count = sum(drops.counts[reason] for reason in reasons)
+    if count <= max(FEW, data.max_bad_rows * read):
+        return
+    said = [f"{reason} ({drops.counts[reason]:,}: {', '.join(drops.places[reason])}, ...)" for reason in reasons]
+    fix = f"{OWN_TEMPLATE}, and which writes every turn as it is"
+    if count < read:
+        share = math.ceil(100 * count / read) / 100
+        fix = Overrides({"data.max_bad_rows": share}, text=f"{fix}; or data.max_bad_rows={share} leaves these out")
+    raise ModelError(
+        where="data.chat_template",
+        found=f"{count:,} of {read:,} pairs: {'; '.join(said)}",
+        expected=f"at most {max(FEW, int(data.max_bad_rows * read)):,} such pairs",
+        fix=fix,
+    )
+
+
+def _thoughts_off(pairs: Sequence[Pair], template: Template, data: DataSection) -> dict[str, str]:
+    """The line that makes the template write and ask for no thoughts, for both remarks; {} where it has none."""
+    off = {"enable_thinking": False}
+    with suppress(ModelError), _renderer(replace(template, variables=template.variables | off)) as renderer:
+        renderer.send(pairs)
+        if all(isinstance(texts, PairTexts) and not {*THOUGHTS} & {*texts.remarks} for texts in renderer.receive()):
+            line = shlex.quote(f"data.chat_template_kwargs={json.dumps(data.chat_template_kwargs | off)}")
+            return dict.fromkeys(THOUGHTS, f"{line} turns thoughts off")
+    return {}
 
 
 def _templated(count: int, pairs: int) -> DataError:

@@ -76,7 +76,7 @@ class TokenizedPair:
     prompt: bytes = b""  # split.prompt_key: the held-out side is split by it
     chosen_cut: int = 0  # tokens beyond data.max_length
     rejected_cut: int = 0
-    without_system: bool = False  # the chat template leaves the system text out
+    remarks: tuple[str, ...] = ()  # what the chat template did to the pair, by the names of the figures
 
 
 def common_prefix(one: NDArray[numpy.int32], other: NDArray[numpy.int32]) -> int:

@@ -15,7 +15,7 @@ from orpo_lite.data.formats.column_map import refuse_unknown_columns
 from orpo_lite.data.sources.find import with_unique_labels
 from orpo_lite.data.sources.source import Source
 from orpo_lite.data.split import held_out_sources, hold_out, training_sources
-from orpo_lite.data.statistics import COUNTED, figures
+from orpo_lite.data.statistics import counted, figures
 from orpo_lite.recipe.schema import DataSection, Recipe
 from orpo_lite.updates import Update, staged
 
@@ -65,15 +65,14 @@ def _tokenize_split(
 
 def figures_said(found: Mapping[str, Any]) -> Iterator[Update]:
     """The figures that nobody should train without having seen."""
-    yield from (Update("note", sentence) for sentence in (*found["format"], found["chat_template"]))
+    sentences = (*found["format"], found["chat_template"], found["tokenizer"])
+    yield from (Update("note", sentence) for sentence in sentences if sentence)
     dropped = ", ".join(f"{drop['pairs']:,} {reason}" for reason, drop in found["dropped"].items()) or "none"
     kept = f"{found['train_pairs']:,} pairs to train on, {found['held_out_pairs']:,} held out"
     yield Update("note", f"{kept}; left out: {dropped}")
     if count := found["cut"]["responses_without_end"]:
         yield Update("note", f"{count:,} responses are cut by data.max_length and lose their end")
-    for name, said in COUNTED.items():
-        if count := found[name]:
-            yield Update("note", f"warning: {said}: {count:,}")
+    yield from (Update("note", f"warning: {line}") for line in counted(found))
     if count := found["prompts"]["shared"]:
         said = f"{count:,} of {found['prompts']['held_out']:,} held-out prompts stand in the training set too"
         yield Update("note", f"warning: {said}: the evaluation will flatter")

@@ -144,7 +144,7 @@ def _attempt(pairs: Iterable[Pair], template: Template, limited: Limit = nullcon
     return results
 
 
-def _pack(item: Rendered) -> list[str | bool]:
+def _pack(item: Rendered) -> list[Any]:
     if isinstance(item, BeyondLimitsError):
         return [type(item).__name__, item.where, item.found]
     if isinstance(item, OrpoLiteError):
@@ -156,8 +156,8 @@ def _unpack(parts: list[Any]) -> Rendered:
     match parts:
         case [reason]:
             return str(reason)
-        case [prompt, chosen, rejected, end, bool(without_system)]:
-            return PairTexts(prompt, chosen, rejected, end, without_system)
+        case [prompt, chosen, rejected, end, list(remarks)]:
+            return PairTexts(prompt, chosen, rejected, end, tuple(remarks))
         case [name, *fields]:
             kinds: dict[str, Callable[..., OrpoLiteError]]
             kinds = {"DataError": DataError, "ModelError": ModelError, "BeyondLimitsError": BeyondLimitsError}

@@ -19,9 +19,13 @@ COUNTED = {
     "empty_turns": "pairs with an empty turn before the last",
     "beside_pairs": "pairs of which reasoning, tools, images or the like stand beside the texts, and are not read",
     "templated_pairs": "pairs that hold markers of a chat template, as if one was applied already",
-    "lost_systems": "pairs of which the chat template leaves out the system text",
+    "moved_systems": "pairs of which the system text stands in front of the first user text, as it must in use: the "
+    "chat template takes no system turn",
+    "empty_thoughts": "pairs to whose replies the chat template adds an empty <think> block, which is trained on",
+    "missing_thoughts": "pairs without the <think> block that the chat template opens in use",
     "unknown_tokens": "tokens that stand for what the tokenizer does not know, and which is lost",
 }
+OF_PAIRS = ("moved_systems", "empty_thoughts", "missing_thoughts")  # counted among the pairs that are kept
 QUANTILES = (5, 25, 50, 75, 95, 99)
 PADDED_BATCH = 8  # pairs; what peers' trainers put in a batch unless told otherwise
 SHUFFLES = 20
@@ -30,11 +34,13 @@ SHUFFLES = 20
 def figures(train: TokenizedPairs, test: TokenizedPairs) -> dict[str, Any]:
     """What data.json holds. Shares are of 1; lengths are tokens, those of responses before the cut and with their end.
 
-    format, chat_template: the sentences that say which they are · columns: of each set, which were read and which not ·
-    rows_read · rows_of_sets: those of each set that is trained on · train_pairs, held_out_pairs · dropped: for each
-    reason the number of pairs and the first places · tokens: quantiles of prompt, chosen, rejected · cut: what
-    data.max_length does · those of COUNTED · chosen_longer, rejected_longer: the length bias · prompts: different ones,
-    and those on both sides · step: tokens that go through a model · sha256: of the pairs' content and order.
+    format, chat_template: the sentences that say which they are · tokenizer: the sentence that says that transformers
+    would change it, or "" · hints: what to do about figures of COUNTED and reasons of dropped · columns: of each set,
+    which were read and which not · rows_read · rows_of_sets: those of each set that is trained on · train_pairs,
+    held_out_pairs · dropped: for each reason the number of pairs and the first places · tokens: quantiles of prompt,
+    chosen, rejected · cut: what data.max_length does · those of COUNTED, among them moved_systems, empty_thoughts and
+    missing_thoughts of pairs that are kept · chosen_longer, rejected_longer: the length bias · prompts: different
+    ones, and those on both sides · step: tokens that go through a model · sha256: of the pairs' content and order.
     """
     sides = _sides(train, test)
     both = {name: np.concatenate([train.column(name), test.column(name)]) for name in train.columns}
@@ -45,6 +51,8 @@ def figures(train: TokenizedPairs, test: TokenizedPairs) -> dict[str, Any]:
         "format": _unique(sentence for side in sides for sentence in side["format"]),
         "columns": _unique(columns for side in sides for columns in side["columns"]),
         "chat_template": train.facts["chat_template"],
+        "tokenizer": train.facts["tokenizer"],
+        "hints": {name: hint for side in sides for name, hint in side["hints"].items()},
         "rows_read": sum(side["rows_read"] for side in sides),
         "rows_of_sets": train.facts.get("rows_of_sets", []),  # which a cache of before does not know
         "train_pairs": len(train),
@@ -68,6 +76,17 @@ def figures(train: TokenizedPairs, test: TokenizedPairs) -> dict[str, Any]:
         "step": _step(both),
         "sha256": hashlib.sha256("".join(side["sha256"] for side in sides).encode()).hexdigest(),
     }
+
+
+def counted(found: Mapping[str, Any]) -> list[str]:
+    """A line for each figure of COUNTED that is not 0: what it counts, how many, and what to do."""
+    lines = []
+    for name, said in COUNTED.items():
+        if count := found[name]:
+            share = f" ({count / (found['train_pairs'] + found['held_out_pairs']):.0%})" if name in OF_PAIRS else ""
+            hint = f"; {found['hints'][name]}" if name in found["hints"] else ""
+            lines.append(f"{said}: {count:,}{share}{hint}")
+    return lines
 
 
 def _sides(train: TokenizedPairs, test: TokenizedPairs) -> list[Mapping[str, Any]]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from orpo_lite.data.chat_template import SPECIAL, PairTexts, Rendered, eos_id
 from orpo_lite.data.formats.text import shared_start
@@ -62,7 +62,8 @@ def tokenize_pairs(
 ) -> Iterator[tuple[Pair, TokenizedPair | str]]:
     """Yield each pair with its tokens, or with the reason to leave it out; in order.
 
-    A text is tokenised once and whole, as in generation; a token that straddles the boundary belongs to the response.
+    A text is tokenised once and whole, as in generation; a token that straddles the boundary belongs to the response,
+    but not one that is the prompt's and takes the spaces behind it along (``rstrip``).
     While one batch is put together here, the next is tokenised (all cores) and the one after that rendered.
 
     Raises ModelError for a tokenizer without offsets and a template that fails, DataError for conversations without a
@@ -75,7 +76,8 @@ def tokenize_pairs(
             expected="a fast tokenizer, which says where in the text each token stands",
             fix="add a tokenizer.json",
         )
-    end, lead = end_token_id(renderer, tokenizer), _leading_ids(tokenizer)
+    end = end_token_id(renderer, tokenizer)
+    marks = _marks(tokenizer, end)
     faults: list[OrpoLiteError] = []
     for batch, rendered, encoded in _encoded(_rendered(_batches(pairs, BATCH), renderer), tokenizer):
         row = 0
@@ -85,9 +87,9 @@ def tokenize_pairs(
             elif isinstance(texts, str):
                 yield pair, texts
             else:
-                chosen, rejected = (_place(encoded, row + i, len(texts.prompt), lead, end) for i in (0, 1))
+                chosen, rejected = (_place(encoded, row + i, texts, i, marks) for i in (0, 1))
                 row += 2
-                yield pair, _cut_pair(pair, chosen, rejected, end, data, without_system=texts.without_system)
+                yield pair, _cut_pair(pair, chosen, rejected, marks, data, texts.remarks)
     raise_all(faults)
 
 
@@ -134,20 +136,38 @@ def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Any:
     return tokenizer(texts, add_special_tokens=False, **flags)
 
 
-def _leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer puts before a text by itself: [bos] for many, [] for some."""
+class _Marks(NamedTuple):
+    """The tokens that a sequence has at its ends, and those that take the white space behind them along."""
+
+    lead: list[int]
+    end: int
+    stripping: frozenset[int]
+    end_text: str
+
+
+def _marks(tokenizer: PreTrainedTokenizerBase, end: int) -> _Marks:
+    """What the tokenizer puts before a text by itself ([bos] for many, [] for some), and the rest of the marks."""
     bare, whole = (tokenizer("a", add_special_tokens=flag).input_ids for flag in (False, True))
-    return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(bare)] == bare), [])
+    lead: list[int] = next((whole[:i] for i in range(len(whole)) if whole[i : i + len(bare)] == bare), [])
+    stripping = frozenset(index for index, token in tokenizer.added_tokens_decoder.items() if token.rstrip)
+    return _Marks(lead, end, stripping, str(tokenizer.convert_ids_to_tokens(end)))
 
 
-def _place(encoded: BatchEncoding, row: int, boundary: int, lead: list[int], end: int) -> tuple[array[int], int]:
-    """A whole sequence with its first and last token, each exactly once, and where the response starts in it."""
-    ids = encoded.input_ids[row]
+def _place(encoded: BatchEncoding, row: int, texts: PairTexts, side: int, marks: _Marks) -> tuple[array[int], int]:
+    """A whole sequence with its first and last token, each exactly once, and where the response starts in it.
+
+    ``row`` is that of the text in the batch, ``side`` 0 for chosen and 1 for rejected.
+    """
+    ids, lead, boundary = encoded.input_ids[row], marks.lead, len(texts.prompt)
+    reply = texts.rejected if side else texts.chosen
     start = _response_start(encoded, row, boundary)
+    if start < len(ids) and ids[start] in marks.stripping:
+        # Of a token that stands in the prompt only white space can lie beyond it.
+        start += reply[: encoded.encodings[row].offsets[start][1] - boundary].isspace()
     if ids[: len(lead)] != lead:  # unless the template wrote it
         ids, start = lead + ids, start + len(lead)
-    if ids[-1:] != [end]:
-        ids = [*ids, end]
+    if ids[-1:] != [marks.end]:
+        ids = [*ids, marks.end]
     return array("i", ids), start
 
 
@@ -167,16 +187,15 @@ def _cut_pair(
     pair: Pair,
     chosen: tuple[array[int], int],
     rejected: tuple[array[int], int],
-    end: int,
+    marks: _Marks,
     data: DataSection,
-    *,
-    without_system: bool,
+    remarks: tuple[str, ...],
 ) -> TokenizedPair | str:
     """The pair cut at data.max_length, or why it is left out."""
     if max(chosen[1], rejected[1]) > data.prompt_limit:
         return LONG_PROMPT
-    if any(end in ids[start:-1] for ids, start in (chosen, rejected)):
-        return SPECIAL
+    if any(marks.end in ids[start:-1] for ids, start in (chosen, rejected)):
+        return f"{SPECIAL}: {marks.end_text}"
     chosen_ids, rejected_ids = chosen[0][: data.max_length], rejected[0][: data.max_length]
     # Nothing predicts a sequence's first token, so a response of that alone has no score either.
     if len(chosen_ids) <= max(chosen[1], 1) or len(rejected_ids) <= max(rejected[1], 1):
@@ -185,7 +204,7 @@ def _cut_pair(
         return EQUAL_TOKENS if chosen[0] == rejected[0] else EQUAL_CUT
     cut = (len(chosen[0]) - len(chosen_ids), len(rejected[0]) - len(rejected_ids))
     starts = (chosen[1], rejected[1])
-    return TokenizedPair(chosen_ids, rejected_ids, *starts, pair.where, prompt_key(pair), *cut, without_system)
+    return TokenizedPair(chosen_ids, rejected_ids, *starts, pair.where, prompt_key(pair), *cut, remarks)
 
 
 def show_texts(
@@ -196,10 +215,10 @@ def show_texts(
     Decoded, not copied: what a tokenizer loses (case, unknown characters) is lost here too.
     """
     encoded = _encode([texts.prompt + texts.chosen, texts.prompt + texts.rejected], tokenizer)
-    lead = _leading_ids(tokenizer)
+    marks = _marks(tokenizer, end)
     shown = {}
     for row, side in enumerate(("chosen", "rejected")):
-        ids, start = _place(encoded, row, len(texts.prompt), lead, end)
+        ids, start = _place(encoded, row, texts, row, marks)
         room = data.max_length
         last = max(start, min(len(ids) - 1, room))  # a prompt beyond the limit is shown whole
         parts = [("prompt", start), ("response", last), ("end" if len(ids) <= room else "cut", None)]

@@ -19,10 +19,15 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from orpo_lite.data import render_process as data_render_process
 from orpo_lite.data.chat_template import (
+    EMPTY_THOUGHT,
+    MOVED_SYSTEM,
+    NO_BOUNDARY,
+    NO_THOUGHT,
     PAPER_CHAT_TEMPLATE,
     REWRITTEN,
     SECONDS,
     SPECIAL,
+    TURN_CHANGED,
     TURN_LOST,
     BeyondLimitsError,
     PairTexts,
@@ -97,7 +102,7 @@ def test_a_tokenizer_with_several_templates(bpe: PreTrainedTokenizerFast, tmp_pa
     bpe.chat_template = {"rag": CHATML, "tool_use": "{{ 1 }}"}
     with pytest.raises(ModelError, match="tokenizer: ") as raised:
         set_chat_template(bpe, section())
-    assert "data.chat_template=FILE.jinja" in message(raised)
+    assert "whose file data.chat_template names" in message(raised)
     assert set_chat_template(bpe, section(chat_template=CHATML)).text == CHATML
 
 
@@ -147,7 +152,7 @@ def test_an_end_token_that_is_not_special_ends_a_reply_all_the_same() -> None:
         "Seven.<|im_end|>",
         "<|im_end|>",
     )
-    assert left_out == [SPECIAL] * 2
+    assert left_out == [f"{SPECIAL}: <|im_end|>"] * 2
     assert isinstance(other, PairTexts)
 
 
@@ -216,11 +221,10 @@ def test_texts_equal_those_of_transformers(wild: PreTrainedTokenizerFast, name: 
     renderer = Renderer(template)
     renderer.send([pair])
     (texts,) = renderer.receive()
-    if name == "gemma" and turns == "a system turn":
-        assert isinstance(texts, ModelError)
-        assert "x:1: the chat template raises TemplateError: System role not supported" in str(texts)
-        return
     assert isinstance(texts, PairTexts)
+    if name == "gemma" and turns == "a system turn":  # which it does not take
+        messages = [user("Be brief.\n\nName a colour.")]
+        assert texts.remarks == (MOVED_SYSTEM,)
     assert texts.end == ENDS.get(name, wild.eos_token)
     asked = wild.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     for body, reply in ((texts.chosen, REPLIES[0]), (texts.rejected, REPLIES[1])):
@@ -245,7 +249,7 @@ ASKED_TWICE = ({"role": "system", "content": "Be brief."}, *TURNS)
 @pytest.mark.parametrize(
     ("text", "turns", "found"),
     [
-        (INST, ASKED_TWICE, True),  # the system text alone
+        (INST, ASKED_TWICE, True),  # the system text alone, which is moved
         (INST, ASKED_TWICE[1:], False),
         (INST, ({"role": "system", "content": " "}, user("q")), False),
         (FIRST, ASKED_TWICE, TURN_LOST),
@@ -261,18 +265,99 @@ def test_turns_that_a_template_leaves_out_are_seen(
     for renderer in (Renderer(template), LimitedRenderer(template)):
         with renderer:
             (texts,) = render(renderer, [Pair(turns, *REPLIES, "x:1")])
-        assert (texts.without_system if isinstance(texts, PairTexts) else texts) == found
+        assert (bool(texts.remarks) if isinstance(texts, PairTexts) else texts) == found
 
 
-def test_a_turn_may_be_moved_and_changed(wild: PreTrainedTokenizerFast) -> None:
+def test_a_turn_may_be_moved(wild: PreTrainedTokenizerFast) -> None:
     moved = (
         "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' and loop.last %}{{ messages[0].content }} "
-        "{% endif %}{{ m.role }}: {{ m.content.split('</think>')[-1] | trim if loop.last else "
-        "m.content.split('</think>')[-1] | upper | tojson }}\n{% endfor %}"
+        "{% endif %}{{ m.role }}: {{ m.content.split('</think>')[-1] | trim }}\n{% endfor %}"
     )
     turns = ({"role": "system", "content": "Be brief."}, user("a <b>"), bot("<think>c</think> d"), user(" e\n"))
     texts = texts_of(Pair(turns, *REPLIES, "x:1"), set_chat_template(wild, section(chat_template=moved)))
-    assert not texts.without_system
+    assert texts.remarks == ()
+
+
+# Mistral's later templates: the system text stands in the last user turn, unless a reply follows.
+LAST_TURN = (
+    "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set rest = messages[1:] %}{% else %}"
+    "{% set rest = messages %}{% endif %}<s>{% for m in rest %}{% if m.role == 'user' %}{% if loop.last and system is "
+    "defined %}[INST] {{ system }}\n\n{{ m.content }}[/INST]{% else %}[INST] {{ m.content }}[/INST]{% endif %}"
+    "{% elif m.role == 'assistant' %} {{ m.content | trim }}</s>{% endif %}{% endfor %}"
+)
+OTHER_START = "{{ 'ASK ' if add_generation_prompt else 'TOLD ' }}" + CHATML
+THOUGHT_LAST = OTHER_START.replace("assistant\n", "assistant\n<think>\n")  # and the generation prompt opens a thought
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt", "reply"),
+    [
+        (LAST_TURN, "[/INST][INST] Be brief.\n\nName a colour.[/INST]", " Blue.</s>"),
+        (OTHER_START, "<|im_end|>\n<|im_start|>assistant\n", "Blue.<|im_end|>"),
+        (THOUGHT_LAST, "<|im_end|>\n<|im_start|>assistant\n", "Blue.<|im_end|>"),
+    ],
+)
+@pytest.mark.parametrize("turns", [ASKED_TWICE, (ASKED_TWICE[0], user("[INST] TOLD"), user("Name a colour."))])
+def test_the_prompt_is_what_the_model_is_asked_with(
+    wild: PreTrainedTokenizerFast, text: str, prompt: str, reply: str, turns: tuple[dict[str, str], ...]
+) -> None:
+    """Where a template writes earlier turns otherwise once a reply follows."""
+    wild.add_tokens(["</s>"], special_tokens=True)
+    texts = texts_of(Pair(turns, *REPLIES, "x:1"), set_chat_template(wild, section(chat_template=text)))
+    asked = wild.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)
+    assert asked.removesuffix("<think>\n") == texts.prompt
+    assert texts.prompt.endswith(prompt.removeprefix("[/INST]"))
+    assert texts.chosen == reply
+    assert all(turn["content"] in texts.prompt for turn in turns)
+
+
+@pytest.mark.parametrize(
+    ("text", "turns", "reason"),
+    [
+        (CHATML.replace("m.content", "m.content[:20]"), (user("Name a colour. " * 3),), TURN_CHANGED),
+        (CHATML.replace("m.content", "m.content | replace('b', '')"), (user("a b"), bot("c"), user("d")), TURN_CHANGED),
+        (OTHER_START.replace("|>\n{%", "|>{{ messages[0].content[-1] }}\n{%"), (user("Name a colour."),), NO_BOUNDARY),
+        (OTHER_START, (user(" Name a colour.\n"),), None),
+        (CHATML.replace("m.content", "m.content.split('</think>')[-1]"), (bot("<think>a</think>b"), user("c")), None),
+    ],
+)
+def test_a_turn_that_a_template_changes_is_not_trained_on(
+    wild: PreTrainedTokenizerFast, text: str, turns: tuple[dict[str, str], ...], reason: str | None
+) -> None:
+    found = pair_texts(Pair(turns, *REPLIES, "x:1"), set_chat_template(wild, section(chat_template=text)))
+    assert (found if isinstance(found, str) else None) == reason
+
+
+QWEN3 = (  # writes a block of thoughts in front of the last reply, and one into the prompt when told not to think
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}"
+    "{% if '</think>' in m.content %}{{ m.content }}{% else %}<think>\n\n</think>\n\n{{ m.content }}{% endif %}"
+    "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+OPENS = CHATML.replace("t\n{% endif", "t\n<think>\n{% endif")
+
+
+@pytest.mark.parametrize(
+    ("text", "replies", "kwargs", "remarks"),
+    [
+        (QWEN3, REPLIES, {}, (EMPTY_THOUGHT,)),
+        (QWEN3, REPLIES, {"enable_thinking": False}, ()),
+        (QWEN3, ("<think>\na\n</think>\n\nb", "<think>\nc\n</think>\n\nd"), {}, ()),
+        (QWEN3.replace("t\n{% if", "t\n<think>\n{% if"), REPLIES, {}, (EMPTY_THOUGHT,)),  # half of it in the prompt
+        (OPENS, REPLIES, {}, (NO_THOUGHT,)),
+        (OPENS, ("<think>\na\n</think>\n\nb", "<think>\nc\n</think>\n\nd"), {}, ()),
+        (CHATML, REPLIES, {}, ()),
+    ],
+)
+def test_what_a_template_makes_of_thoughts(
+    wild: PreTrainedTokenizerFast,
+    text: str,
+    replies: tuple[str, str],
+    kwargs: dict[str, Any],
+    remarks: tuple[str, ...],
+) -> None:
+    data = section(chat_template=text, chat_template_kwargs=kwargs)
+    assert texts_of(Pair(TURNS, *replies, "x:1"), set_chat_template(wild, data)).remarks == remarks
 
 
 # --- many pairs, in a process of its own
@@ -317,7 +402,7 @@ def test_a_process_apart_gives_equal_texts(strict: tuple[LimitedRenderer, Templa
         expected = comparable(render(Renderer(template), batch))
         assert comparable(render(limited, batch)) == expected
     kinds = [item if isinstance(item, str) else type(item) for item in render(limited, MIXED)]
-    assert kinds[:5] == [PairTexts, SPECIAL, REWRITTEN, ModelError, ModelError]
+    assert kinds[:5] == [PairTexts, f"{SPECIAL}: <|im_end|>", REWRITTEN, ModelError, ModelError]
     assert set(kinds[5:]) == {PairTexts}
 
 
@@ -359,10 +444,9 @@ def test_a_module_of_the_current_folder_is_not_run(
 
 
 def test_a_template_that_fails_is_placed(bpe: PreTrainedTokenizerFast) -> None:
-    alternate = CHATML + "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
-    data = section(chat_template=alternate)
-    bad = Pair(({"role": "system", "content": "S"}, user("q")), "a", "b", "x:2")
-    with pytest.raises(ModelError, match="x:2: the chat template raises TemplateError: no system turns") as raised:
+    data = section(chat_template=ALTERNATE + CHATML)
+    bad = Pair((bot("S"), user("q")), "a", "b", "x:2")
+    with pytest.raises(ModelError, match="x:2: the chat template raises TemplateError: Conversation roles") as raised:
         list(tokenize_pairs([colour(), bad], Renderer(set_chat_template(bpe, data)), bpe, data))
     message(raised)
 

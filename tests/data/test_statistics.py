@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -326,10 +327,80 @@ def test_templates_that_begin_late_are_counted(coffee: Path, look: Look) -> None
     assert "data.chat_template: 15 of 115 pairs hold markers of a chat template" in said
 
 
-def test_system_texts_that_the_template_leaves_out_are_counted(coffee: Path, look: Look) -> None:
+NO_SYSTEM = "{% for m in messages if m.role != 'system' %}{{ m.content }}</s>{% endfor %}"
+
+
+def test_system_texts_that_the_template_does_not_take_are_moved_and_counted(coffee: Path, look: Look) -> None:
     with (coffee / "coffee.csv").open("w", newline="", encoding="utf-8") as file:
-        rows = [(f"Which bean is {i}?", "This.", "None.", "Be brief." if i else "") for i in range(4)]
+        rows = [(f"Which bean is {i}?", "This.", "None.", "Be brief." if i != 1 else "") for i in range(4)]
         csv.writer(file).writerows([("question", "good_answer", "bad_answer", "system"), *rows])
-    assert "leaves out the system text" not in look()[1]
-    template = "{% for m in messages if m.role != 'system' %}{{ m.content }}</s>{% endfor %}"
-    assert "the chat template leaves out the system text: 3\n" in look(f"data.chat_template={template}")[1]
+    assert "takes no system turn" not in look()[1]
+    shown = look(f"data.chat_template={NO_SYSTEM}")[1]
+    assert "the chat template takes no system turn: 3 (75%)\n" in shown
+    assert "Be brief.\n\nWhich bean is 0?</s>" in shown
+
+
+def write_rows(coffee: Path, rows: list[tuple[str, str, str]]) -> None:
+    with (coffee / "coffee.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("question", "good_answer", "bad_answer"), *rows])
+
+
+def test_a_template_that_changes_more_pairs_than_allowed_is_refused(coffee: Path, look: Look) -> None:
+    write_rows(coffee, [(f"Which bean is {i}?", f"b {i}", f"c {i}") for i in range(20)])
+    short = NO_SYSTEM.replace("m.content", "m.content[: 5 if '9' in m.content and 'bean' in m.content else 99]")
+    code, shown, said = look(f"data.chat_template={short}")
+    assert (code, said) == (0, "")  # two of them
+    reason = "a turn before the reply is changed by the chat template"
+    assert f"2  {reason} (coffee.csv:11, coffee.csv:21)\n           a template of your own" in shown
+    short = short.replace("'9'", "'1'")  # 11 of 20
+    code, _, said = look(f"data.chat_template={short}")
+    assert code == 4
+    assert f"data.chat_template: 11 of 20 pairs: {reason} (11: coffee.csv:3, coffee.csv:12, coffee.csv:13, ...)" in said
+    assert "expected: at most 3 such pairs" in said
+    (line,) = (word for word in said.split() if word.startswith("data.max_bad_rows="))
+    assert look(f"data.chat_template={short}", line)[0] == 0
+
+
+def test_what_to_do_about_a_special_token_is_said(coffee: Path, look: Look) -> None:
+    write_rows(coffee, [(f"Which {i}?", f"b {i}" + "<s>" * (i % 2), f"c {i}") for i in range(10)])
+    shown, found = look()[1], json.loads(look("--json")[1])
+    reason = "special token inside the text: <s>"
+    assert found["dropped"][reason] == {"pairs": 5, "first": ["coffee.csv:3", "coffee.csv:5", "coffee.csv:7"]}
+    assert "take <s> out of the texts; or, where they are templated already, data.chat_template=none" in shown
+    plain = look("data.chat_template=none")[1]
+    assert f"5  {reason}" not in plain  # a plain reply may end with one
+    write_rows(coffee, [(f"Which {i}?", f"b <s> {i}", f"c {i}") for i in range(10)])
+    for options in ((), ("data.chat_template=none",)):
+        code, _, said = look(*options)
+        assert code == 3
+        assert "fix: take <s> out of the texts" in said
+        assert ("data.chat_template=none" in said) == (not options)
+
+
+def test_an_empty_thought_is_said_with_the_line_that_ends_it(coffee: Path, look: Look, call: Look) -> None:
+    block = "<think></think>"
+    template = (
+        f"{{% for m in messages %}}{{% if m.role == 'assistant' %}}{block}{{% endif %}}{{{{ m.content }}}}</s>"
+        f"{{% endfor %}}{{% if add_generation_prompt and enable_thinking is false %}}{block}{{% endif %}}"
+    )
+    (coffee / "mine.jinja").write_text(template)
+    own = "data.chat_template=mine.jinja"
+    shown = look(own)[1]
+    (line,) = (line for line in shown.splitlines() if "adds an empty <think> block" in line)
+    assert ", which is trained on: 3 (100%); " in line
+    (word,) = (word for word in shlex.split(line) if word.startswith("data.chat_template_kwargs="))
+    assert "<think>" not in look(own, word)[1].partition("tokens  ")[2]
+    assert json.loads(look("--json", own, word)[1])["empty_thoughts"] == 0
+    (coffee / "mine.jinja").write_text(template.replace("enable_thinking is false", "false"))
+    shown = look(own)[1]
+    assert ", which is trained on: 3 (100%)\n" in shown
+    assert "enable_thinking" not in shown
+
+
+def test_a_tokenizer_that_transformers_would_change_is_said(coffee: Path, look: Look) -> None:
+    assert "tokenizer.json is used" not in look()[1]
+    file = coffee / "base" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | {"tokenizer_class": "GPT2Tokenizer"}))
+    said = "tokenizer.json is used as it is: GPT2Tokenizer would change its pre_tokenizer"
+    assert said in look()[1]
+    assert json.loads(look("--json")[1])["tokenizer"].startswith(said)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from orpo_lite.data.chat_template import REWRITTEN, SPECIAL, PairTexts, pair_texts, set_chat_template
@@ -63,7 +63,7 @@ def tokenize(
     with Renderer(set_chat_template(tokenizer, data)) as renderer:
         for _, found in tokenize_pairs(pairs, renderer, tokenizer, data):
             if isinstance(found, str):
-                counts[found] += 1
+                counts[found.partition(": ")[0]] += 1  # behind it stands which token
             else:
                 kept.append(found)
     return kept, dict(counts)
@@ -284,6 +284,30 @@ def test_spaces_and_bytes_at_the_boundary(piece: PreTrainedTokenizerFast) -> Non
     assert tokens.chosen_start < len(tokens.chosen_ids) - 1
 
 
+@pytest.mark.parametrize("space", ["", " ", "\n", "    ", "\n\n"])
+def test_a_token_that_strips_spaces_stays_on_its_side(space: str) -> None:
+    """As Phi-3's <|assistant|>, which takes the white space behind it along, that of the reply too."""
+    tokenizer = byte_level(marks=())
+    tokenizer.add_tokens([AddedToken("<|ask|>", rstrip=True, special=True)])
+    tokenizer.add_tokens([AddedToken("<|stop|>", lstrip=True, rstrip=True, special=True)])
+    tokenizer.add_tokens([AddedToken("<think>", lstrip=True, special=True)])
+    ask, stop = tokenizer.convert_tokens_to_ids(["<|ask|>", "<|stop|>"])
+    template = (
+        "{% for m in messages %}{{ m.content }}<|stop|>\n{% if m.role == 'user' %}<|ask|>\n{% endif %}{% endfor %}"
+    )
+    pairs = [colour(chosen=f"{space}Blue.{space}", rejected=f"{space}<think>a")]
+    ((tokens,), counts) = tokenize(pairs, tokenizer, section(chat_template=template))
+    assert counts == {}
+    for ids, start, said in (
+        (list(tokens.chosen_ids), tokens.chosen_start, tokenizer("Blue.").input_ids),
+        (list(tokens.rejected_ids), tokens.rejected_start, tokenizer("<think>a").input_ids),
+    ):
+        assert ids[start - 1] == ask
+        assert ids[start:] == [*said, stop]
+    ((tokens,), _) = tokenize([colour("a <|ask|>", f"{space}b", f"{space}c")], tokenizer, section(chat_template="none"))
+    assert tokens.chosen_ids[tokens.chosen_start - 1] == tokens.rejected_ids[tokens.rejected_start - 1] == ask
+
+
 # --- both ends
 
 
@@ -365,9 +389,24 @@ def test_what_is_known_of_a_pair(bpe: PreTrainedTokenizerFast) -> None:
 @pytest.mark.parametrize(
     "pair", [colour("a<|im_start|>b"), colour(chosen="a<|endoftext|>b"), colour(rejected="<|im_end|>?")]
 )
-@pytest.mark.parametrize("template", ["auto", CHATML])
-def test_a_special_token_in_the_text_is_no_end(bpe: PreTrainedTokenizerFast, pair: Pair, template: str) -> None:
-    assert tokenize([pair, colour()], bpe, section(chat_template=template))[1] == {SPECIAL: 1}
+def test_a_special_token_in_the_text_is_no_end(bpe: PreTrainedTokenizerFast, pair: Pair) -> None:
+    assert tokenize([pair, colour()], bpe, section(chat_template=CHATML))[1] == {SPECIAL: 1}
+
+
+@pytest.mark.parametrize("template", [CHATML, "auto", "none"])
+def test_special_tokens_of_ones_own_are_trained_on(bpe: PreTrainedTokenizerFast, template: str) -> None:
+    bpe.add_tokens(["<think>", "</think>"], special_tokens=True)
+    if template == "none":
+        bpe.chat_template = CHATML  # which says that <think> is no mark of a turn
+    reply = "<think>ab</think>"
+    ((tokens,), counts) = tokenize([colour(chosen=reply)], bpe, section(chat_template=template))
+    ids = list(tokens.chosen_ids[tokens.chosen_start :])
+    assert counts == {}
+    assert ids[:-1] == bpe(reply).input_ids
+    assert ids[0] == bpe.convert_tokens_to_ids("<think>")
+    held = tokenize([colour(chosen="<think>a</think>b<|im_end|>?")], bpe, section(chat_template=template))
+    assert held[1] == ({} if template == "auto" else {SPECIAL: 1})  # the paper's template does not write <|im_end|>
+    assert tokenize([colour(chosen="a<|endoftext|>b")], bpe, section(chat_template=template))[1] == {SPECIAL: 1}
 
 
 def test_special_tokens_in_plain_text(bpe: PreTrainedTokenizerFast) -> None:
@@ -431,11 +470,11 @@ def test_a_slow_tokenizer_is_refused() -> None:
 
 
 def test_faults_are_reported_together_when_all_is_read(bpe: PreTrainedTokenizerFast) -> None:
-    no_system = CHATML + "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
+    no_reply_first = CHATML + "{% if messages[0].role == 'assistant' %}{{ raise_exception('asks first') }}{% endif %}"
     pairs = [colour(prompt=str(i)) for i in range(BATCH * 2 + 3)]
     for place in (0, BATCH, BATCH * 2 + 2):
-        pairs[place] = Pair(({"role": "system", "content": "S"}, user("q")), "a", "b", f"x:{place}")
-    data, kept = section(chat_template=no_system), 0
+        pairs[place] = Pair((bot("S"), user("q")), "a", "b", f"x:{place}")
+    data, kept = section(chat_template=no_reply_first), 0
     with pytest.raises(ModelError, match="3 faults") as raised:
         for _ in tokenize_pairs(pairs, Renderer(set_chat_template(bpe, data)), bpe, data):
             kept += 1
@@ -449,20 +488,21 @@ def test_faults_are_reported_together_when_all_is_read(bpe: PreTrainedTokenizerF
 @pytest.mark.parametrize("count", [1, BATCH - 1, BATCH, BATCH + 1, 2 * BATCH, 3 * BATCH + 7])
 def test_batches_keep_the_order(bpe: PreTrainedTokenizerFast, count: int) -> None:
     pairs = [Pair((user(f"{i}"),), f"{i} a", "b" if i % 7 else "<|im_end|>", f"x:{i}") for i in range(count)]
-    data = section()
+    data = section(chat_template=CHATML)
     found = list(tokenize_pairs(pairs, Renderer(set_chat_template(bpe, data)), bpe, data))
     assert [pair for pair, _ in found] == pairs
-    assert [pair.where for pair, tokens in found if tokens == SPECIAL] == [f"x:{i}" for i in range(0, count, 7)]
+    left_out = [pair.where for pair, tokens in found if tokens == f"{SPECIAL}: <|im_end|>"]
+    assert left_out == [f"x:{i}" for i in range(0, count, 7)]
     for pair, tokens in found:
         if isinstance(tokens, TokenizedPair):
             assert tokens.where == pair.where
             reply = bpe.decode(tokens.chosen_ids[tokens.chosen_start :])
-            assert reply == f"{pair.where[2:]} a<|endoftext|>"
+            assert reply == f"{pair.where[2:]} a<|im_end|>"
 
 
 def test_a_batch_of_which_nothing_is_tokenised(bpe: PreTrainedTokenizerFast) -> None:
     left_out = [colour("<|im_end|>")] * BATCH
-    kept, counts = tokenize([*left_out, colour(), *left_out], bpe, section())
+    kept, counts = tokenize([*left_out, colour(), *left_out], bpe, section(chat_template=CHATML))
     assert (len(kept), counts) == (1, {SPECIAL: 2 * BATCH})
 
 
@@ -663,16 +703,16 @@ def test_a_template_that_strips_the_reply_is_followed_and_one_that_rewrites_it_r
     bpe: PreTrainedTokenizerFast,
 ) -> None:
     strips, lowers = (CHATML.replace("m.content", f"m.content | {verb}") for verb in ("trim", "lower"))
-    pair = colour(chosen="  Blue. \n")
+    pair = colour("name", chosen="  Blue. \n")
     assert split_text(bpe, pair, chat_template=strips)[1] == "Blue.<|im_end|>"
     assert split_text(bpe, pair, chat_template=CHATML)[1] == "  Blue. \n<|im_end|>"
-    kept, counts = tokenize([pair, colour(chosen="blue", rejected="seven")], bpe, section(chat_template=lowers))
+    kept, counts = tokenize([pair, colour("a", "blue", "seven")], bpe, section(chat_template=lowers))
     assert (len(kept), counts) == (1, {REWRITTEN: 1})
 
 
 def test_places_ascend(bpe: PreTrainedTokenizerFast) -> None:
     pairs = [Pair((user(f"{i}"),), f"{i} a", "b" if i % 7 else "<|im_end|>", f"x:{i}") for i in range(300)]
-    kept, counts = tokenize(pairs, bpe, section())
+    kept, counts = tokenize(pairs, bpe, section(chat_template=CHATML))
     assert counts == {SPECIAL: 43}
     places = [int(pair.where[2:]) for pair in kept]
     assert all(one < other for one, other in pairwise(places))
