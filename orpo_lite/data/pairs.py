@@ -298,7 +298,7 @@ class PairReader:
     ) -> None:
         """Count the faulty rows of a set as left out; more than may be, or all of it, are a fault of the set."""
         for fault in bad:
-            self.drops.add(FAULTY, fault.where.partition(", field ")[0])
+            self.drops.add(FAULTY, f"{fault.where}: {fault.found}")
         self.bad_rows += bad
         if not bad or (len(bad) < read and len(bad) <= max(MAY_BE_BAD, self.data.max_bad_rows * read)):
             return

@@ -16,6 +16,7 @@ from orpo_lite.data.sources.find import with_unique_labels
 from orpo_lite.data.sources.source import Source
 from orpo_lite.data.split import held_out_sources, hold_out, training_sources
 from orpo_lite.data.statistics import counted, figures
+from orpo_lite.errors import DataError, reworded
 from orpo_lite.recipe.schema import DataSection, Recipe
 from orpo_lite.updates import Update, staged
 
@@ -50,9 +51,22 @@ def tokenized_splits(
         test = yield from _tokenize_split(recipe.data, tokenizer_folder, test_sources)
     else:
         size, seed = recipe.data.test_split_size, recipe.training.seed
-        kept, held = hold_out(range(len(train)), train.prompts(), size, seed)
+        try:
+            kept, held = hold_out(range(len(train)), train.prompts(), size, seed)
+        except DataError as fault:
+            raise _after_drops(fault, train.facts) from None
         train, test = train.select(kept), train.select(held)
     return train, test, figures(train, test)
+
+
+def _after_drops(fault: DataError, facts: Mapping[str, Any]) -> DataError:
+    """The same; where few pairs are left because others were left out, that comes first."""
+    if not facts["dropped"]:
+        return fault
+    reasons = (f"{count:,} {reason} (first {facts['places'][reason][0]})" for reason, count in facts["dropped"].items())
+    found = f"{sum(facts['dropped'].values()):,} of {facts['rows_read']:,} rows were left out: {'; '.join(reasons)}"
+    fix = reworded(fault.fix, f"mend these rows; or {fault.fix}")
+    return DataError(where="data", found=f"{found}. Of the rest, {fault.found}", expected=fault.expected, fix=fix)
 
 
 def _tokenize_split(
@@ -67,7 +81,8 @@ def figures_said(found: Mapping[str, Any]) -> Iterator[Update]:
     """The figures that nobody should train without having seen."""
     sentences = (*found["format"], found["chat_template"], found["tokenizer"])
     yield from (Update("note", sentence) for sentence in sentences if sentence)
-    dropped = ", ".join(f"{drop['pairs']:,} {reason}" for reason, drop in found["dropped"].items()) or "none"
+    drops = (f"{drop['pairs']:,} {why} (first {drop['first'][0]})" for why, drop in found["dropped"].items())
+    dropped = ", ".join(drops) or "none"
     kept = f"{found['train_pairs']:,} pairs to train on, {found['held_out_pairs']:,} held out"
     yield Update("note", f"{kept}; left out: {dropped}")
     if count := found["cut"]["responses_without_end"]:

@@ -177,7 +177,9 @@ def test_faulty_rows_are_left_out_up_to_a_share_and_counted(tmp_path: Path, odd:
     faulty = [EXPLICIT | odd] * 4
     pairs, reader = read(write_jsonl(tmp_path / "pairs.jsonl", [*some_rows(397), *faulty[:3]]))
     assert (len(pairs), dict(reader.drops.counts)) == (397, {FAULTY: 3})
-    assert reader.drops.places == {FAULTY: [f"pairs.jsonl:{line}" for line in (398, 399, 400)]}
+    assert [place.partition(", field ")[0] for place in reader.drops.places[FAULTY]] == [
+        f"pairs.jsonl:{line}" for line in (398, 399, 400)
+    ]
     assert len(read(write_jsonl(tmp_path / "pairs.jsonl", [*some_rows(396), *faulty]))[0]) == 396  # 1% of 400
     path = write_jsonl(tmp_path / "pairs.jsonl", [*some_rows(395), *faulty])
     with pytest.raises(DataError, match="4 of 399 rows cannot be read") as raised:

@@ -53,10 +53,12 @@ def look(coffee: Path, call: Look) -> Look:
 
 
 def test_a_newcomer_with_a_csv_gets_there_by_pasting_what_is_said(coffee: Path, call: Look) -> None:
+    table = (coffee / "coffee.csv").read_text(encoding="utf-8")
+    (coffee / "coffee.csv").write_text(table.replace("bad_answer", "other_answer"), encoding="utf-8")
     code, _, said = call("data", "--recipe", "./coffee.yaml")
     assert code == 3
     (line,) = (word for word in said.split() if word.startswith("data.column_map="))
-    assert line == MAP
+    assert line == "data.column_map=chosen=good_answer,rejected=other_answer"
     code, shown, said = call("data", "--recipe", "./coffee.yaml", line)
     assert (code, said) == (0, "")
     assert "detected explicit because" in shown
@@ -269,14 +271,14 @@ def test_a_base_that_is_not_there(look: Look) -> None:
 
 
 def test_the_readme_shows_what_happens(tmp_path: Path, call: Look, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its csv and its two commands, as a newcomer would copy them."""
+    """Its csv and its command, as a newcomer would copy them."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "300")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     section = readme[readme.index("## Your data") : readme.index("## Commands")]
     table, *sessions = (block.partition("\n")[2] for block in section.split("```")[1::2])
     (tmp_path / "pairs.csv").write_text(table, encoding="utf-8")
-    assert len(sessions) == 2
+    assert len(sessions) == 1
     for session in sessions:
         command, _, expected = session.replace("\\\n", "").partition("\n")
         code, shown, said = call(*command.removeprefix("$ orpo-lite").split())

@@ -344,7 +344,7 @@ def test_the_end_token_is_the_templates_own(bpe: PreTrainedTokenizerFast, templa
 
 def test_lengths(bpe: PreTrainedTokenizerFast) -> None:
     def run(pair: Pair, **fields: Any) -> tuple[list[TokenizedPair], dict[str, int]]:
-        return tokenize([pair, colour()], bpe, section(chat_template="none", **fields))
+        return tokenize([pair, colour()], bpe, section(chat_template="none", **{"max_prompt_length": 999, **fields}))
 
     long = colour("1 " * 15, "2 " * 15, "0 " * 5)
     (tokens, _), _ = run(long)
@@ -375,7 +375,10 @@ def test_lengths(bpe: PreTrainedTokenizerFast) -> None:
     alike = colour("1 " * 15, "2 " * 15 + "a", "2 " * 15 + "b")
     assert run(alike, max_length=prompt + 4)[1] == {EQUAL_CUT: 1}
     assert tokenize([], bpe, section(chat_template="none")) == ([], {})
-    assert tokenize([long] * 3, bpe, section(chat_template="none", max_length=prompt)) == ([], {NO_ROOM: 3})
+    assert tokenize([long] * 3, bpe, section(chat_template="none", max_length=prompt, max_prompt_length=999)) == (
+        [],
+        {NO_ROOM: 3},
+    )
 
 
 def test_what_is_known_of_a_pair(bpe: PreTrainedTokenizerFast) -> None:

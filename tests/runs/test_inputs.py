@@ -224,6 +224,14 @@ def test_faulty_rows_leave_no_entry(small_recipe: Build, token_cache: Path) -> N
         assert names(token_cache) == []
 
 
+def test_few_pairs_are_put_down_to_the_rows_that_were_left_out(small_recipe: Build) -> None:
+    write_rows("pairs.jsonl", [row("One?"), {"prompt": "q", "chosen": "", "rejected": "a"}])
+    with pytest.raises(DataError, match=r"1 of 2 rows were left out: 1 empty chosen \(first pairs.jsonl:2\)") as raised:
+        sides(small_recipe())
+    assert "Of the rest, 0.2 of 1 pairs" in str(raised.value)
+    assert raised.value.fix.values == {"data.test_split_size": 0}  # type: ignore[attr-defined]
+
+
 def test_shared_prompts_are_said(small_recipe: Build) -> None:
     write_rows("pairs.jsonl", [row("One?"), row("Two?"), row("Three?")])
     write_rows("held.jsonl", [row("  two? "), row("Four?"), row("Two?", "Red.")])
