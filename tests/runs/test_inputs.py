@@ -195,7 +195,7 @@ def test_what_is_left_out_is_counted_and_placed(small_recipe: Build) -> None:
     assert found["dropped"] == {
         EMPTY_CHOSEN: {"pairs": 1, "first": ["pairs.jsonl:12"]},
         EQUAL: {"pairs": 1, "first": ["pairs.jsonl:13"]},
-        SPECIAL: {"pairs": 1, "first": ["pairs.jsonl:15"]},
+        f"{SPECIAL}: </s>": {"pairs": 1, "first": ["pairs.jsonl:15"]},
         LONG_PROMPT: {"pairs": 2, "first": ["pairs.jsonl:14", "pairs.jsonl:16"]},
     }
     assert (found["rows_read"], found["train_pairs"]) == (16, 11)
@@ -410,7 +410,7 @@ def test_the_preview_shows_a_row(small_recipe: Build) -> None:
         ("pairs.jsonl:1", None, "Blue."),
         ("pairs.jsonl:2", EMPTY_CHOSEN, ""),
         ("pairs.jsonl:3", LONG_PROMPT, "Blue."),
-        ("pairs.jsonl:4", SPECIAL, None),
+        ("pairs.jsonl:4", f"{SPECIAL}: </s>", None),
         ("held.jsonl:1", None, "Held."),
     ):
         shown = run_to_end(preview(recipe, place), lambda _: None).samples
