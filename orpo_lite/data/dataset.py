@@ -184,7 +184,9 @@ def _check_unfaithful(drops: Drops, read: int, data: DataSection) -> None:
     count = sum(drops.counts[reason] for reason in reasons)
     if count <= max(FEW, data.max_bad_rows * read):
         return
-    said = [f"{reason} ({drops.counts[reason]:,}: {', '.join(drops.places[reason])}, ...)" for reason in reasons]
+    said = [
+        f"{reason} ({drops.counts[reason]:,}, the first at {', '.join(drops.places[reason])})" for reason in reasons
+    ]
     fix = f"{OWN_TEMPLATE}, and which writes every turn as it is"
     if count < read:
         share = math.ceil(100 * count / read) / 100

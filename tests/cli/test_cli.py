@@ -487,7 +487,7 @@ BAD_BASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
     "a template that raises": (
         lambda _: None,
         ["data.chat_template={{ raise_exception('only poems') }}"],
-        ["the chat template raises", "only poems", "data.chat_template=FILE.jinja"],
+        ["the chat template raises", "only poems", "whose file data.chat_template names"],
     ),
     "token ids beyond the embedding": (
         lambda base: write_base(base, tiny_llama(64)),

@@ -357,7 +357,10 @@ def test_a_template_that_changes_more_pairs_than_allowed_is_refused(coffee: Path
     short = short.replace("'9'", "'1'")  # 11 of 20
     code, _, said = look(f"data.chat_template={short}")
     assert code == 4
-    assert f"data.chat_template: 11 of 20 pairs: {reason} (11: coffee.csv:3, coffee.csv:12, coffee.csv:13, ...)" in said
+    assert (
+        f"data.chat_template: 11 of 20 pairs: {reason} (11, the first at coffee.csv:3, coffee.csv:12, coffee.csv:13)"
+        in said
+    )
     assert "expected: at most 3 such pairs" in said
     (line,) = (word for word in said.split() if word.startswith("data.max_bad_rows="))
     assert look(f"data.chat_template={short}", line)[0] == 0
