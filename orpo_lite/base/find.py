@@ -245,22 +245,31 @@ def load_tokenizer(path: Path) -> Any:
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    said, file, known = "", path / "tokenizer.json", {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # else it would ask at the terminal
-        changed = _changed_parts(path / "tokenizer.json", tokenizer)
-        said = ""
-        if changed:
-            said = f"tokenizer.json is used as it is: {type(tokenizer).__name__} would change its {', '.join(changed)}"
-            vocabulary = _read_tokenizer(path / "tokenizer.json")
-            named = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
-            known = {name: token for name, token in named.items() if vocabulary.token_to_id(token) is not None}
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                path, trust_remote_code=False
+            )  # else it would ask at the terminal
+            if changed := _changed_parts(file, tokenizer):
+                said = f"{type(tokenizer).__name__} would change its {', '.join(changed)}"
+                vocabulary = _read_tokenizer(file)
+                named = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+                known = {name: token for name, token in named.items() if vocabulary.token_to_id(token) is not None}
+        except Exception as error:  # a class may want packages that tokenizer.json does not need
+            if isinstance(error, OSError | ValueError) or not file.is_file():
+                raise
+            said = f"its own class raises {type(error).__name__}"
+        if said:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(path, **known)
-        tokenizer.replaced = said
-        return tokenizer
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise ModelError(
-            where=f"tokenizer in {path}", found=str(error).splitlines()[0], expected="tokenizer.json beside the weights"
+            where=f"tokenizer in {path}",
+            found=(str(error).splitlines() or [type(error).__name__])[0],
+            expected="tokenizer.json beside the weights",
         ) from error
+    tokenizer.replaced = said and f"tokenizer.json is used as it is: {said}"
+    return tokenizer
 
 
 def _read_tokenizer(file: Path) -> Any:

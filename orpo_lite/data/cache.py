@@ -164,7 +164,8 @@ def make_key(**parts: Any) -> str:
 @cache
 def _code() -> str:
     digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.rglob("*.py")):
+    package = Path(__file__).parent
+    for file in (*sorted(package.rglob("*.py")), package.parent / "base" / "find.py"):  # which loads the tokenizer
         digest.update(file.read_bytes())
     return digest.hexdigest()
 

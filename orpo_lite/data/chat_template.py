@@ -70,20 +70,26 @@ class Template:
 
     @cached_property
     def special(self) -> re.Pattern[str]:
-        """Finds a special token that no message may hold: a named one, or one that the template itself writes.
+        """Finds a special token that no message may hold: a named one, one that the template writes, one that ends.
 
         Others, as <think> added for replies that hold it, are tokenised as what they are.
         """
         if self.text is None:
             return _any_of(self.special_tokens)
         plain = _plain_conversation(self)
-        written = [token for token in self.special_tokens if plain is None or token in plain]
+        written = [token for token in self.special_tokens if plain is None or token in plain or _ENDS.fullmatch(token)]
         return _any_of([*self.named_tokens, *written])
 
     @cached_property
     def end(self) -> re.Pattern[str]:
         """Finds a token that can end a reply."""
         return _any_of(self.end_tokens)
+
+
+# Ends of turns and of texts, of which a base may have more than its template and its names show.
+_ENDS = re.compile(
+    r"</s>|<[|｜]?(?:eo[a-z](?:_id)?|(?:im_)?end|end[_▁]?of[_▁]?(?:text|turn|sentence))[|｜]?>", re.IGNORECASE
+)
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:

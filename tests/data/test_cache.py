@@ -450,13 +450,15 @@ def test_the_newest_entry_stays_whatever_the_clock_says(token_cache: Path) -> No
 
 def test_code_in_any_folder_of_the_package_is_part_of_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else tokens that older code made would be taken for those of today."""
-    (tmp_path / "formats").mkdir()
-    reader = tmp_path / "formats" / "readers.py"
-    monkeypatch.setattr(cache, "__file__", str(tmp_path / "cache.py"))
+    reader, loader = tmp_path / "data" / "formats" / "readers.py", tmp_path / "base" / "find.py"
+    for file in (reader, loader):
+        file.parent.mkdir(parents=True)
+        file.write_text("", encoding="utf-8")
+    monkeypatch.setattr(cache, "__file__", str(tmp_path / "data" / "cache.py"))
     keys = []
-    for text in ("", "one", "other"):
-        reader.write_text(text, encoding="utf-8")
+    for file, text in ((reader, ""), (reader, "one"), (reader, "other"), (loader, "one")):
+        file.write_text(text, encoding="utf-8")
         cache._code.cache_clear()
         keys.append(cache.make_key())
     cache._code.cache_clear()
-    assert len(set(keys)) == 3
+    assert len(set(keys)) == 4

@@ -408,7 +408,7 @@ def test_special_tokens_of_ones_own_are_trained_on(bpe: PreTrainedTokenizerFast,
     assert ids[:-1] == bpe(reply).input_ids
     assert ids[0] == bpe.convert_tokens_to_ids("<think>")
     held = tokenize([colour(chosen="<think>a</think>b<|im_end|>?")], bpe, section(chat_template=template))
-    assert held[1] == ({} if template == "auto" else {SPECIAL: 1})  # the paper's template does not write <|im_end|>
+    assert held[1] == {SPECIAL: 1}  # though the paper's template does not write <|im_end|>
     assert tokenize([colour(chosen="a<|endoftext|>b")], bpe, section(chat_template=template))[1] == {SPECIAL: 1}
 
 
