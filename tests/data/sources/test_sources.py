@@ -894,7 +894,7 @@ def test_folders_of_save_to_disk(tmp_path: Path) -> None:
     rows, held = some_rows(25), some_rows(3)
     saved(rows, tmp_path / "one", shards=12)
     write(tmp_path / "one" / "cache-1f2e.arrow", to_arrow(held, pyarrow.ipc.new_stream))
-    assert rows_of(tmp_path / "one") == rows
+    assert rows_of(tmp_path / "one") == rows_of(tmp_path) == rows
     sets = {"train": datasets.Dataset.from_list(rows), "test": datasets.Dataset.from_list(held)}
     datasets.DatasetDict(sets).save_to_disk(str(tmp_path / "two"))
     assert rows_of(tmp_path / "two") == rows_of(tmp_path / "two", "train") == rows
