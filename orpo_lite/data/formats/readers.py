@@ -103,12 +103,6 @@ def read_doubled(row: Row, where: str) -> Pair:
     return undoubled(read_explicit(row, where))
 
 
-def read_orca(row: Row, where: str) -> Pair:
-    """Intel's Orca pairs: a system text, blank for none, a question and two replies."""
-    prompt = _asked(row, where)
-    return _texts(row, prompt, where, _user(prompt))
-
-
 def read_alpaca(row: Row, where: str) -> Pair:
     """Alpaca: an instruction (as prompt), the input it is about, and two replies; or output, [chosen, rejected].
 
@@ -173,7 +167,7 @@ READERS: dict[str, Reader] = {
     "messages": read_messages,
     "hh_rlhf": read_hh_rlhf,
     "doubled": read_doubled,
-    "orca": read_orca,
+    "orca": read_explicit,  # Intel's: the system text goes in front, as in every format
     "alpaca": read_alpaca,
     "conversation": read_conversation,
     "sharegpt": read_sharegpt,

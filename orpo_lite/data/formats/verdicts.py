@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from orpo_lite.data.formats.columns import MANY, PAIRS, ColumnProfile
-from orpo_lite.data.formats.names import MEASURING, NUMBERED, SIDES, names_better, plain_name, shown, words
+from orpo_lite.data.formats.names import NUMBERED, SIDES, names_better, plain_name, shown
 from orpo_lite.data.formats.values import USABLE
 from orpo_lite.errors import DataError, one_of
 
@@ -143,9 +143,6 @@ def _refuse_verdict(profile: ColumnProfile, answers: tuple[str, str], verdicts: 
     fix = f"no setting helps: {PAIRS}"
     if [column for column in verdicts if plain_name(column) in VERDICTS]:
         found = f"{shown(*verdicts)} could each say which of {two} is the better"
-    elif not verdicts and (measures := _measures(profile, answers)):
-        found += f"; {' and '.join(shown(*pair) for pair in measures)} measure them"
-        fix += ", by those numbers: only you know whether the higher or the lower is the better"
     raise DataError(
         where="data.column_map", found=found, expected="one verdict", fix=profile.lines("better", verdicts) or fix
     )
@@ -164,13 +161,3 @@ def _refuse_unsigned(profile: ColumnProfile, column: str, answers: tuple[str, st
             expected="strengths on both sides of 0",
             fix=f"{strength} if it is a strength, or {number} if a number",
         )
-
-
-def _measures(profile: ColumnProfile, answers: tuple[str, str]) -> list[tuple[str, str]]:
-    """Columns of numbers that mirror the two answers: score_0 and score_1 beside answer_0 and answer_1."""
-    ends = {match[2].lower() for answer in answers if (match := NUMBERED.fullmatch(answer))}
-    stems: dict[str, list[str]] = {}
-    for column in profile.columns:
-        if (match := NUMBERED.fullmatch(column)) and match[2].lower() in ends and MEASURING & set(words(match[1])):
-            stems.setdefault(match[1], []).append(column)
-    return [(pair[0], pair[1]) for pair in stems.values() if len(pair) == 2]

@@ -84,23 +84,7 @@ def find_files(name: str, split: str) -> LocalSource:
     labels = unique_labels(paths)
     count = f"{len(paths)} files: {listed(labels)}" if len(paths) > 1 else ""
     found = tuple(File(path, label) for path, label in zip(paths, labels, strict=True))
-    return LocalSource(name, "; ".join(filter(None, (said, count, _said_columns(found)))), found)
-
-
-def _said_columns(found: Sequence[File]) -> str:
-    """What to say of tables that differ in their columns: a source is read in one format, that of its first rows."""
-    if len(found) == 1:
-        return ""
-    columns = [(file, names) for file in found if (names := column_names(file))]
-    other = next((file for file, names in columns if names != columns[0][1]), None)
-    if other is None:
-        return ""
-    first = columns[0][0]
-    more = ",..." if len(found) > 2 else ""
-    return (
-        f"the columns of {first.label} and {other.label} differ; "
-        f"{names_line([str(first.path), str(other.path)], more)} reads each file in its own format"
-    )
+    return LocalSource(name, "; ".join(filter(None, (said, count))), found)
 
 
 def unique_labels(paths: Sequence[Path]) -> list[str]:

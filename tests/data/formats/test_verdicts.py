@@ -111,13 +111,6 @@ def test_no_other_column_is_offered_as_the_verdict(column: str) -> None:
     assert "no setting helps: write each pair as prompt, chosen and rejected" in refused(rows)
 
 
-@pytest.mark.parametrize("name", ["score", "rating", "Reward", "rank", "correct"])
-def test_measures_of_two_answers_are_named_and_left_to_the_person(name: str) -> None:
-    error = refused([ANSWERS | {f"{name}_0": i % 2, f"{name}_1": 1 - i % 2} for i in range(4)])
-    assert f"{name}_0 and {name}_1 measure them" in error
-    assert "only you know whether the higher or the lower is the better" in error
-
-
 @pytest.mark.parametrize(
     ("one", "other", "lines"),
     [

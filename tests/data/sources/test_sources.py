@@ -956,31 +956,6 @@ def test_a_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert wheres("odd [1].jsonl") == ["odd [1].jsonl:1"]
 
 
-def test_files_with_other_columns_are_said(tmp_path: Path) -> None:
-    def said(name: str, **contents: str | bytes) -> str:
-        for stem, content in contents.items():
-            write(tmp_path / name / stem.replace("_", "."), content)
-        return source(tmp_path / name).said
-
-    alike = {"a_csv": "q,a\n1,2\n", "b_csv": "a;q\n1;2\n", "c_tsv": "q\ta\n", "d_jsonl": LINE}
-    assert "differ" not in said("alike", **alike, e_parquet=to_parquet([{"q": 1, "a": 2}]))
-    at = tmp_path / "two"
-    text = f"data.dataset_name={at}/a.csv,{at}/b.csv reads each file in its own format"
-    assert (
-        said("two", a_csv="q,a\n", b_csv="q,b\n")
-        == f"2 files: a.csv, b.csv; the columns of a.csv and b.csv differ; {text}"
-    )
-    assert said("three", **alike, e_parquet=to_parquet([ROW])).endswith(
-        "e.parquet,... reads each file in its own format"
-    )
-    assert "columns of a.csv and e.parquet differ" in source(tmp_path / "three").said
-    # What cannot be read is said when it is read.
-    spoilt = {"b_csv": b"\xff\xfe", "c_csv": "q,q\n", "d_csv": "", "e_parquet": b"PAR1"}
-    assert "differ" not in said("spoilt", a_csv="q,a\n", **spoilt)
-    (tmp_path / "spoilt" / "f.csv.gz").write_bytes(gzip.compress(b"q,b\n" * 100)[:12])
-    assert "differ" not in source(tmp_path / "spoilt").said
-
-
 @pytest.mark.parametrize(
     "names", [["my set/a.csv", "b.csv"], ["p,q/a.csv", 'c"d.csv'], ["p,q/a.csv"], ["it's.csv", "[b].csv"], ["ü b.csv"]]
 )
