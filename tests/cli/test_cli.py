@@ -355,19 +355,23 @@ BAD_DATA: dict[str, tuple[str, list[str], list[str]]] = {
     "broken line": (
         rows(GOOD) + '{"prompt": "x", "chosen": }\n',
         [],
-        ["pairs.jsonl:2", "broken JSON at column 27", "one whole JSON object", "mend or remove the row"],
+        ["pairs.jsonl:2", "broken JSON at column 27", "whole objects", "correct or remove the row"],
     ),
     "missing field": (
         '{"prompt": "a", "chosen": "b"}\n',
         [],
-        ["rejected is missing", "'prompt', 'chosen'", "data.column_map=rejected=COLUMN"],
+        ["rejected is missing", "'prompt', 'chosen'", "write each pair as prompt, chosen and rejected"],
     ),
     "missing field in one row": (
         rows(GOOD) + '{"prompt": "a", "chosen": "b"}\n',
         [],
-        ["pairs.jsonl:2, field rejected", "missing", "data.column_map=rejected=COLUMN"],
+        ["1 of 2 rows were left out", "pairs.jsonl:2, field rejected: missing", "Of the rest, 0.2 of 1 pairs"],
     ),
-    "a number for a text": (rows(GOOD, ("a", 5, "c")), [], ["pairs.jsonl:2, field chosen", "a number", "text"]),
+    "numbers for texts": (
+        rows(*[GOOD] * 5, *[("a", 5, "c")] * 4),
+        [],
+        ["4 of 9 rows cannot be read", "field chosen: a number, first pairs.jsonl:6", "data.max_bad_rows=0.445"],
+    ),
     "an empty file": ("", [], ["pairs.jsonl: no rows", "at least one preference pair"]),
     "all equal": (
         rows(("a", "b", "b"), ("c", "d", "d")),

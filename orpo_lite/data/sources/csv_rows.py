@@ -108,11 +108,13 @@ def _is_unquoted(file: File, delimiter: str) -> bool:
     They are if each line has as many cells as the header with plain quotes, and some line has not by the rules of csv.
     Raises DataError for a .csv of that kind: by its rules it would hold fewer rows.
     """
-    width, uneven = 0, 0
+    width = uneven = blank = 0
     for number, text in _texts(file):
-        if text.strip() and not EXCEL_SEP.match(text):
+        if width and not text.strip():
+            blank = number
+        elif text.strip() and not EXCEL_SEP.match(text):
             width = width or text.count(delimiter)
-            if not text.count(delimiter) == width > 0:
+            if blank or not text.count(delimiter) == width > 0:  # a blank line between others is within a quoted cell
                 return False
             if not uneven and '"' in text and not _is_record(text, delimiter, width + 1):
                 uneven = number
