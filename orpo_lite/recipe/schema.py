@@ -167,7 +167,7 @@ class DataSection(Section):
     """The preference pairs."""
 
     dataset_name: Annotated[Name | Annotated[list[Name], Field(min_length=1)], BeforeValidator(_names)]
-    """A hub name, a local jsonl, json, csv, tsv, parquet or arrow file, a folder or a pattern; or several, as a list."""
+    """A hub name, a local jsonl, json, csv, tsv, parquet or arrow file, a folder, a pattern; or several, as a list."""
     dataset_config: str | None = None
     """The configuration of a hub data set that has several."""
     dataset_train_split: str = "auto"

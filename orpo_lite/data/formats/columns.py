@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from orpo_lite.data.formats.names import ALIASES, KNOWN, SIDES, plain_name, shown, side_of
+from orpo_lite.data.formats.names import ALIASES, KNOWN, NOT_A_REPLY, SIDES, plain_name, shown, side_of, words
 from orpo_lite.data.formats.text import fault, says_nothing, seen
 from orpo_lite.data.formats.values import (
     CHAT,
@@ -97,7 +97,7 @@ class ColumnProfile:
                 found[side] = own[0]
                 continue
             named = [column for column in self.columns if column not in self.mapped and side_of(column) == side]
-            named = [column for column in named if self.kinds[column] in USABLE and not self.holds_labels(column)]
+            named = [column for column in named if self.kinds[column] in USABLE and not self._may_be_label(column)]
             found |= {side: named[0]} if len(named) == 1 else {}
         if found.keys() == {"rejected"} and self.kinds[found["rejected"]] in USABLE:
             # ms-swift: messages end with the better reply, rejected_response is the worse one.
@@ -105,6 +105,14 @@ class ColumnProfile:
             answered = [name for name in chats if self.share(lambda turns: not waits_for_reply(turns), name) == 1]
             found |= {"chosen": answered[0]} if len(answered) == 1 else {}
         return found if len(found) == len(SIDES) else {}
+
+    def _may_be_label(self, column: str) -> bool:
+        """Single words next to another column that could as well be a reply: the name of a model, most likely."""
+        apart = {*ALIASES["prompt"], *ALIASES["system"], *ALIASES["conversation"]}
+        others = (name for name in self.columns if plain_name(name) not in apart and side_of(name) is None)
+        replies = any(self.kinds[name] in TEXTS and not NOT_A_REPLY & {*words(name)} for name in others)
+        single = self.share(lambda value: isinstance(value, str) and len(value.split()) == 1, column) == 1
+        return self.holds_labels(column) or (single and replies)
 
     def holds_labels(self, column: str) -> bool:
         """Single words that name other columns, or the same few again and again: a verdict or a topic, no reply."""

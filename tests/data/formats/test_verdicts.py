@@ -158,3 +158,13 @@ def test_names_that_say_which_is_the_better_are_read(chosen: str, rejected: str,
     for pair in read(rows):
         assert (pair.messages, pair.chosen, pair.rejected) == ((user(Q),), "Blue.", "Seven.")
     assert detect(rows)[0].columns["chosen"] == chosen
+
+
+@pytest.mark.parametrize(
+    "others", [{"answer_a": "Blue.", "answer_b": "Seven."}, {"output": "Blue."}, {"text": "Blue."}]
+)
+@pytest.mark.parametrize("sides", [("winner", "loser"), ("preferred", "dispreferred")])
+def test_names_of_models_are_no_replies(others: dict[str, str], sides: tuple[str, str]) -> None:
+    rows = [{"prompt": Q, sides[0]: "gpt", sides[1]: "claude", **others}] * 3
+    with pytest.raises(DataError):
+        detect(rows)
