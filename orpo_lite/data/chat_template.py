@@ -168,7 +168,9 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, data: DataSection) -> 
             where="data.chat_template_kwargs",
             found=f"sets {', '.join(sorted(taken))}",
             expected=f"other names than {', '.join(sorted(RESERVED))}",
-            fix="leave it out",
+            fix=Overrides(
+                {"data.chat_template_kwargs": {k: v for k, v in data.chat_template_kwargs.items() if k not in taken}}
+            ),
         )
     variables = {**tokenizer.special_tokens_map, **data.chat_template_kwargs}
     special, ends = _end_texts(tokenizer)

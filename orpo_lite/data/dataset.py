@@ -88,7 +88,7 @@ def tokenized(
             where=str(cache.cache_folder()),
             found="the disk is full",
             expected="room for the tokens",
-            fix=f"free some space, or {cache.VARIABLE}=FOLDER on another disk",
+            fix=f"free some space, or name a folder on another disk in {cache.VARIABLE}",
         ) from error
     if entry is None:
         raise FitError(
@@ -131,7 +131,7 @@ def _tokenize(
             if tokens.chosen_cut or tokens.rejected_cut:
                 samples.setdefault("cut", pair)
         _check_unfaithful(reader.drops, reader.read, data)
-        hints = _hints(reader.drops.counts, data)
+        hints = _hints(reader.drops.counts)
         if not len(writer):
             reader.drops.raise_nothing_left("data", hints)
         if thoughts := [remarked[name] for name in THOUGHTS if name in remarked]:
@@ -166,15 +166,13 @@ def _tokenize(
     )
 
 
-def _hints(reasons: Iterable[str], data: DataSection) -> dict[str, str]:
+def _hints(reasons: Iterable[str]) -> dict[str, str]:
     """What to do about pairs that are left out, for each reason about which something can be done."""
-    hints = {LONG_PROMPT: "raise data.max_prompt_length"}
+    hints = {LONG_PROMPT: "raise data.max_prompt_length, and data.max_length with it"}
     hints |= dict.fromkeys(UNFAITHFUL, f"{OWN_TEMPLATE}, and which writes every turn as it is")
     for reason in reasons:
         if reason.startswith(SPECIAL):
             hints[reason] = f"take{reason.removeprefix(SPECIAL).lstrip(':')} out of the texts"
-            if data.chat_template != "none":
-                hints[reason] += "; or, where they are templated already, data.chat_template=none"
     return {reason: hints[reason] for reason in reasons if reason in hints}
 
 
@@ -215,7 +213,7 @@ def _templated(count: int, pairs: int) -> DataError:
         where="data.chat_template",
         found=f"{count:,} of {pairs:,} pairs hold markers of a chat template, though hardly any of the first rows did",
         expected="text without markers: the template puts them in again",
-        fix="write all rows alike: without markers, or, for data.chat_template=none, with them",
+        fix="write all rows alike, without the markers",
     )
 
 

@@ -23,7 +23,7 @@ from orpo_lite.data.formats.text import says_nothing
 from orpo_lite.data.formats.values import CHAT, is_blank, kind_of
 from orpo_lite.data.pair import EMPTY_CHOSEN, EMPTY_REJECTED, Pair, Row, RowError
 from orpo_lite.data.sources.source import Source, names_line
-from orpo_lite.errors import SHOWN, DataError, Overrides, raise_all
+from orpo_lite.errors import SHOWN, DataError, Overrides, raise_all, reworded
 from orpo_lite.recipe.schema import DataSection
 
 # Reasons to leave a pair out, beside those of pair.py: the paper's, Appendix C.
@@ -130,8 +130,10 @@ class PairReader:
         faults: list[DataError] = []
         near: list[Pair] = []
         alike: list[Pair] = []
+        first = ""
         for source in self.sources:
             for pair in self._pairs(source, faults):
+                first = first or pair.where
                 if pair.where == place:
                     return pair, pair.drop or _drop_reason(pair)
                 if place.endswith(f"/{pair.where}"):
@@ -153,7 +155,7 @@ class PairReader:
         limit = self.data.max_samples
         found = f"no such row in {names}" + (f", of which data.max_samples reads the first {limit:,}" if limit else "")
         raise DataError(
-            where=place, found=found, expected="a place as messages name it", fix="pairs.csv:3, or train[11]"
+            where=place, found=found, expected="a place as messages name it", fix=f"--row {first}, which is the first"
         )
 
     def _pairs(self, source: Source, faults: list[DataError]) -> Iterator[Pair]:
@@ -291,7 +293,7 @@ class PairReader:
             return ""
         files = {source.name: source.paths()}
         line = names_line([file for name in self.data.names for file in files.get(name, [name])])
-        return f"{line} reads each file in its own format"
+        return reworded(line, f"{line} reads each file in its own format")
 
     def _judge(
         self, bad: Sequence[RowError], read: int, source: Source, detected: Detected, faults: list[DataError]
@@ -346,10 +348,10 @@ class PairReader:
             took = shown(*(taken[ours] for ours in changed))
             line = map_line({ours: [*filter(None, [changed.get(ours)]), *names] for ours, names in self._map.items()})
             why, own_columns = "which this set alone has", shown(*changed.values())
-            fix = f"{line}; or, where {took} are the pair, leave {own_columns} out of this set"
+            fix = reworded(line, f"{line}; or, where {took} are the pair, leave {own_columns} out of this set")
             if lacking:
                 why = f"and no column here for {shown(*sorted(lacking))}"
-                fix = f"leave {took} out of this set; or, where no other has {own_columns}: {line}"
+                fix = reworded(line, f"leave {took} out of this set; or, where no other has {own_columns}: {line}")
             raise DataError(
                 where="data.column_map",
                 found=f"it takes {took} for {shown(*changed)}, {why}",

@@ -15,7 +15,7 @@ from orpo_lite.data.formats.column_map import check_mapped
 from orpo_lite.data.formats.names import shown
 from orpo_lite.data.pair import Pair
 from orpo_lite.data.sources.find import find_source, refuse_twice
-from orpo_lite.data.sources.source import Source, is_local, is_path, names_line
+from orpo_lite.data.sources.source import TEST_SPLIT, Source, is_local, is_path, names_line
 from orpo_lite.errors import DataError, Overrides
 from orpo_lite.recipe.schema import DataSection
 
@@ -31,7 +31,9 @@ def training_sources(data: DataSection) -> list[Source]:
             where="data.dataset_train_split",
             found=repr(split),
             expected="auto: files of their own have no splits",
-            fix="leave it out, or name the file of that split",
+            fix=Overrides(
+                {"data.dataset_train_split": "auto"}, ", or name the file of that split in data.dataset_name"
+            ),
         )
     sources = [find_source(name, split, data.dataset_config) for name in data.names]
     refuse_twice(sources)
@@ -48,9 +50,10 @@ def _refuse_held_out(sources: Sequence[Source], held_out: Sequence[Source]) -> N
     left = [file for file in files if os.path.realpath(file) not in held]
     if len(left) < len(files):
         both = shown(*(Path(file).name for file in files if file not in left))
-        fix = names_line(left) if left else "name other files in one of the two"
-        if left and len(theirs) == 1:  # files of their own have no splits by which to name it
-            fix += " " + shlex.quote(f"data.dataset_test_split={theirs[0]}")
+        fix: str = names_line(left) if left else "name other files in one of the two"
+        if isinstance(fix, Overrides) and len(theirs) == 1:  # files of their own have no splits by which to name it
+            words = f"{fix} {shlex.quote(f'data.dataset_test_split={theirs[0]}')}"
+            fix = Overrides({**fix.values, "data.dataset_test_split": theirs[0]}, text=words)
         raise DataError(
             where="data.dataset_name", found=f"{both}: held out as well", expected="pairs on one side alone", fix=fix
         )
@@ -70,15 +73,18 @@ def held_out_sources(data: DataSection) -> list[Source]:
         except DataError:  # files that carry no names of splits are all held out
             return [find_source(test, "auto", None)]
     if alone := next((name for name in data.names if Path(name).expanduser().is_file()), None):
-        folders = [find_source(name, test, None) for name in data.names if Path(name).expanduser().is_dir()]
+        folders = [find_source(name, test, None, TEST_SPLIT) for name in data.names if Path(name).expanduser().is_dir()]
         files = [file for source in folders for file in source.paths()]
+        own = files[0] if len(files) == 1 else None
         raise DataError(
             where="data.dataset_test_split",
             found=repr(test),
             expected=f"a file of its own ({alone} has no splits), or null to hold out data.test_split_size",
-            fix=shlex.quote(f"data.dataset_test_split={files[0] if len(files) == 1 else 'held-out.jsonl'}"),
+            fix=Overrides(
+                {"data.dataset_test_split": own}, text=shlex.quote(f"data.dataset_test_split={own or 'null'}")
+            ),
         )
-    return [find_source(name, test, data.dataset_config) for name in data.names]
+    return [find_source(name, test, data.dataset_config, TEST_SPLIT) for name in data.names]
 
 
 def prompt_key(pair: Pair) -> bytes:

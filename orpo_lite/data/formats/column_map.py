@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
-from itertools import islice
+from collections.abc import Collection, Mapping, Sequence
+from itertools import chain, islice
 from typing import Any, NoReturn
 
 from orpo_lite.data.formats.columns import map_line
@@ -12,7 +12,7 @@ from orpo_lite.data.formats.messages import is_message, reshaped
 from orpo_lite.data.formats.names import ALIASES, SIDES, plain_name, shown
 from orpo_lite.data.pair import COLUMNS, Row
 from orpo_lite.data.sources.source import Source
-from orpo_lite.errors import DataError, raise_all, reworded
+from orpo_lite.errors import DataError, reworded
 from orpo_lite.recipe.schema import DataSection
 
 LOOK = 100  # rows that detection looks at
@@ -92,7 +92,10 @@ def refuse_unknown_columns(data: DataSection, sources: Sequence[Source]) -> None
     for source in sources if found else ():  # sets without rows have a message of their own
         unknown -= {key for row in first_with(source, unknown, data.max_samples) for key in row}
     if unknown:
-        _raise_unknown(sorted(unknown), tuple(found))
+        near = {name: difflib.get_close_matches(name, tuple(found), n=1) for name in unknown}
+        _raise_unknown(
+            unknown, tuple(found), {k: [*chain(*(near.get(v, [v]) for v in vs))] for k, vs in data.columns.items()}
+        )
 
 
 def check_mapped(column_map: Mapping[str, Sequence[str]]) -> None:
@@ -105,20 +108,16 @@ def check_mapped(column_map: Mapping[str, Sequence[str]]) -> None:
                 expected="OURS=THEIRS",
                 fix=reworded(line, f"turn it round: {line}"),
             )
-        _raise_unknown(unknown, COLUMNS)
+        near = {name: difflib.get_close_matches(name, COLUMNS, n=1) for name in unknown}
+        _raise_unknown(unknown, COLUMNS, {ours: vs for k, vs in column_map.items() for ours in near.get(k, [k])})
 
 
-def _raise_unknown(names: Sequence[str], options: Sequence[str]) -> NoReturn:
-    faults = []
-    for name in names:
-        near = difflib.get_close_matches(name, options, n=1)
-        faults.append(
-            DataError(
-                where="data.column_map",
-                found=f"{name!r}",
-                expected=f"one of {', '.join(options)}",
-                fix=f"did you mean {near[0]!r}?" if near else "data.column_map=prompt=COLUMN",
-            )
-        )
-    raise_all(faults)
-    raise AssertionError("names is empty")
+def _raise_unknown(names: Collection[str], options: Sequence[str], near: Mapping[str, Sequence[str]]) -> NoReturn:
+    """Refuse names, with the map of those that are there and most like them; ``near`` lacks what is like none."""
+    line = map_line(near)
+    raise DataError(
+        where="data.column_map",
+        found=f"no {' and no '.join(map(repr, sorted(names)))}",
+        expected=f"names among {', '.join(options)}",
+        fix=reworded(line, f"did you mean {line}?") if line.values["data.column_map"] else "leave data.column_map out",
+    )

@@ -34,7 +34,7 @@ from orpo_lite.data.formats.values import (
     waits_for_reply,
 )
 from orpo_lite.data.pair import Row
-from orpo_lite.errors import DataError, Overrides, one_of
+from orpo_lite.errors import DataError, Overrides, one_of, reworded
 
 SOME = 0.1  # of the rows: too many to be chance
 MANY = 0.9  # of the rows: a habit of the whole set
@@ -214,7 +214,7 @@ class ColumnProfile:
                     where="data.column_map",
                     found=found,
                     expected="messages, or pairs [user, assistant]",
-                    fix=f"write it so, or {self.lines('prompt', raw)} to leave it out",
+                    fix=reworded(line := self.lines("prompt", raw), f"write it so, or {line} to leave it out"),
                 )
             refuse_templated(self, [*templated, *replies], () if replies else raw)
         found = f"{shown(*columns)} could each be the {canonical}, and they differ"

@@ -41,7 +41,7 @@ from orpo_lite.data.formats.values import (
 )
 from orpo_lite.data.formats.verdicts import EITHER_VERDICT, VERDICTS, find_verdict, refuse_labels, two_answers
 from orpo_lite.data.pair import Pair, Row
-from orpo_lite.errors import DataError, one_of
+from orpo_lite.errors import DataError, Overrides, one_of
 
 SAID = "data.format says so"
 AS_TEXTS = ("explicit", "orca", "alpaca")  # formats of replies that are texts, beside a prompt that is one
@@ -137,9 +137,9 @@ def _is_doubled(profile: ColumnProfile, name: str, read: Reader) -> bool:
         shares = [sum(end is not None for end in side) / len(ends) for side in zip(*ends, strict=True)]
         chosen, rejected = (f"{share:.0%}" for share in shares)
         found = f"{chosen} of chosen and {rejected} of rejected repeat the prompt in the first {len(ends)} rows"
-        fix = f"data.format={name} to leave it in the replies"
+        fix = Overrides({"data.format": name}, " to leave it in the replies")
         if name in AS_TEXTS:
-            fix = f"data.format=doubled to take it off where it is, or {fix}"
+            fix = Overrides({"data.format": "doubled"}, f" to take it off where it is, or {fix}")
         raise DataError(where="data.format", found=found, expected="the prompt once, and all rows alike", fix=fix)
     return both >= MANY
 

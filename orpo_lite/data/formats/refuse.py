@@ -54,12 +54,13 @@ def refuse_mapped(profile: ColumnProfile) -> None:
 def refuse_order(profile: ColumnProfile, completions: str, ranks: str) -> None:
     """From 0 on they may as well say which answer comes first, which second: 2, 0, 1 is another order then."""
     if profile.share(lambda numbers: sorted(map(str, numbers)) == [str(i) for i in range(len(numbers))], ranks) == 1:
+        line = profile.line(ranks=ranks)
         found = f"{shown(ranks)} counts from 0: the rank of each of {shown(completions)}, or their order, best first"
         raise DataError(
             where="data.column_map",
             found=found,
             expected="ranks from 1 on",
-            fix=f"{profile.line(ranks=ranks)} if they are ranks, the lowest the best; write an order as ranks",
+            fix=reworded(line, f"{line} if they are ranks, the lowest the best; write an order as ranks"),
         )
 
 

@@ -57,12 +57,12 @@ def _refuse_misfits(profile: ColumnProfile, name: str, *, decided: bool) -> None
         if profile.kind(column) in fitting or (decided and is_prompt):
             continue
         without = _without(profile, name) if is_prompt else ""
-        fix = f"{without} to leave it out" if without else "no setting helps: leave the column out"
+        leave = f"{without} to leave it out" if without else "no setting helps: leave the column out"
         raise DataError(
             where="data.column_map",
             found=f"{shown(column)} holds {profile.kind(column)}, and that is not read",
             expected=expected,
-            fix=f"{fix}, or write it as {expected}",
+            fix=reworded(without, f"{leave}, or write it as {expected}"),
         )
 
 

@@ -8,19 +8,21 @@ from pathlib import Path
 
 from orpo_lite.data.sources.hub import HubSource, load_set
 from orpo_lite.data.sources.local import LocalSource, find_files, refuse_mistyped, unique_labels
-from orpo_lite.data.sources.source import Source, is_local, listed
+from orpo_lite.data.sources.source import TRAIN_SPLIT, Source, is_local, listed
 from orpo_lite.errors import DataError
 
 
-def find_source(name: str, split: str, config: str | None) -> Source:
-    """The rows of one split. ``split``: "auto" takes the preference split of a set, else train, else the only one.
+def find_source(name: str, split: str, config: str | None, key: str = TRAIN_SPLIT) -> Source:
+    """The rows of one split, which the setting ``key`` names.
+
+    ``split``: "auto" takes the preference split of a set, else train, else the only one.
 
     Raises DataError for a file or folder that is not there or holds no such split, HubError for a hub set.
     """
     if is_local(name):
-        return find_files(name, split)
+        return find_files(name, split, key)
     refuse_mistyped(name)
-    return load_set(name, split, config)
+    return load_set(name, split, config, key)
 
 
 def with_unique_labels(sources: Sequence[Source]) -> list[Source]:

@@ -14,7 +14,16 @@ from urllib.parse import urlsplit
 
 from orpo_lite.data.sources.lines import Place, blocks
 from orpo_lite.data.sources.local import did_you_mean, near_names
-from orpo_lite.data.sources.source import AUTO, Source, choose_split, listed, readable, said_split, split_fix
+from orpo_lite.data.sources.source import (
+    AUTO,
+    TRAIN_SPLIT,
+    Source,
+    choose_split,
+    listed,
+    readable,
+    said_split,
+    split_fix,
+)
 from orpo_lite.errors import Command, DataError, HubError, Overrides, reworded
 
 
@@ -48,7 +57,7 @@ class HubSource(Source):
         return frozenset(self.table.column_names)
 
 
-def load_set(name: str, split: str, config: str | None) -> HubSource:
+def load_set(name: str, split: str, config: str | None, key: str = TRAIN_SPLIT) -> HubSource:
     import datasets  # a second to import, and local files do not need it
 
     datasets.disable_progress_bars()
@@ -63,7 +72,7 @@ def load_set(name: str, split: str, config: str | None) -> HubSource:
         raise
     except Exception as error:  # whatever a download can raise is the hub's or the network's
         expected, said = f"split {split!r}" if split != AUTO else "a data set with pairs", _found(error)
-        fix = _hub_fix(name, error, split)
+        fix = _hub_fix(name, error, key)
         if unreachable and isinstance(error, ConnectionError):  # all that datasets knows is that it was not to ask
             expected, said = "a connection, or a copy in the cache", f"{unreachable} and it is not in the cache"
             if "Timeout" in unreachable:
@@ -142,7 +151,7 @@ CONFIGS = re.compile(r"(?:available configs|available configs in the cache|avail
 SPLITS = re.compile(r"should be one of \[(.+?)\]", re.I)
 
 
-def _hub_fix(name: str, error: Exception, split: str) -> str:
+def _hub_fix(name: str, error: Exception, key: str) -> str:
     said = str(error).replace(name, "").lower()
     folder = shlex.quote(name.rpartition("/")[2])
     download = f"hf download --repo-type dataset {shlex.quote(name)} --local-dir {folder}"
@@ -151,7 +160,7 @@ def _hub_fix(name: str, error: Exception, split: str) -> str:
         return Command(f"{download} --revision refs/convert/parquet", then)
     if "split" in said:
         named = SPLITS.search(str(error))
-        return split_fix(split, _names(named[1])) if named else "name a split of the set in data.dataset_train_split"
+        return split_fix(key, _names(named[1])) if named else f"name a split of the set in {key}"
     if "config" in said:
         listed = next(filter(None, map(CONFIGS.search, str(error).splitlines())), None)
         if listed is None:

@@ -97,7 +97,8 @@ def _json_fault(error: ValueError | RecursionError, where: str, file: File) -> D
     if not isinstance(error, json.JSONDecodeError):
         return DataError(where=where, found=str(error), expected="plain JSON with each key once", fix=fix)
     rest = error.doc[error.pos :].strip() if error.msg == "Extra data" else ""
-    if error.doc.startswith("{") and (error.pos >= len(error.doc) or rest.startswith("{")):
+    begins = error.pos >= len(error.doc) and where == f"{file.label}:1"  # a later row that breaks off may be cut short
+    if error.doc.startswith("{") and (begins or rest.startswith("{")):
         line = converted(file, "jq -c .", ".lines.jsonl")
         fix = reworded(line, f"{fix}; objects over several lines: {line}")
     found = f"broken JSON at {position(error.lineno, error.colno)}: "

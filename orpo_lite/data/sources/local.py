@@ -65,7 +65,7 @@ class LocalSource(Source):
         return frozenset[str]().union(*headers) if all(headers) else None
 
 
-def find_files(name: str, split: str) -> LocalSource:
+def find_files(name: str, split: str, key: str) -> LocalSource:
     path = Path(os.path.expanduser(name))
     with readable(name):
         if path.is_file():
@@ -73,12 +73,12 @@ def find_files(name: str, split: str) -> LocalSource:
                 raise _unknown_kind(path)
             paths, said = [path], ""
         elif path.is_dir():
-            paths, said = _of_split(path, _data_files(path), split)
+            paths, said = _of_split(path, _data_files(path), split, key)
             said = "; ".join(filter(None, (said, _said_folders(path, paths))))
         elif glob.has_magic(name):
             matched = _matched(path)
             base = Path(os.path.commonpath([file.parent for file in matched]))
-            paths, said = _of_split(base, matched, split) if split not in (AUTO, "train") else (matched, "")
+            paths, said = _of_split(base, matched, split, key) if split not in (AUTO, "train") else (matched, "")
         else:
             raise _missing(path, near_names(path))
     labels = unique_labels(paths)
@@ -169,7 +169,7 @@ def _matched(pattern: Path) -> list[Path]:
     return found
 
 
-def _of_split(folder: Path, paths: list[Path], split: str) -> tuple[list[Path], str]:
+def _of_split(folder: Path, paths: list[Path], split: str, key: str) -> tuple[list[Path], str]:
     """Return the files of a split, and what was chosen. Files without any split names are one training set."""
     split_by_path = {path: _split_below(folder, path) for path in paths}
     splits = list(dict.fromkeys(split_by_path.values()))
@@ -180,7 +180,7 @@ def _of_split(folder: Path, paths: list[Path], split: str) -> tuple[list[Path], 
     if chosen not in splits:
         wanted, example = ("train", "train") if split == AUTO else (repr(split), split)
         found, expected = f"no file of split {wanted}; splits: {listed(splits)}", f"{example}.jsonl or the like"
-        raise DataError(where=str(folder), found=found, expected=expected, fix=split_fix(split, splits))
+        raise DataError(where=str(folder), found=found, expected=expected, fix=split_fix(key, splits))
     left = [path.relative_to(folder).as_posix() for path in paths if split_by_path[path] not in named]
     said = [said_split(chosen, named), f"not read: {listed(left)}" if left else ""] if split == AUTO else []
     return [path for path in paths if split_by_path[path] == chosen], "; ".join(filter(None, said))

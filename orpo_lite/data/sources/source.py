@@ -53,13 +53,13 @@ class Source(ABC):
         return ()
 
 
-def names_line(names: Sequence[str], more: str = "") -> str:
+def names_line(names: Sequence[str]) -> Overrides:
     """The setting that names these files one by one, as it can be pasted into a shell."""
-    value = ",".join(names) + more
+    value = ",".join(names)
     if any(set(name) & set(",[]'\"") for name in names):
         value = json.dumps(list(names), ensure_ascii=False)
-    line = shlex.quote(f"data.dataset_name={value}")
-    return line if more else Overrides({"data.dataset_name": names[0] if len(names) == 1 else [*names]}, text=line)
+    data = names[0] if len(names) == 1 else [*names]
+    return Overrides({"data.dataset_name": data}, text=shlex.quote(f"data.dataset_name={value}"))
 
 
 def is_local(name: str) -> bool:
@@ -99,14 +99,14 @@ def said_split(split: str, names: Sequence[str]) -> str:
     return "; ".join(filter(None, ("" if split == "train" else f"split {split} (of {listed(names)})", hint)))
 
 
-def split_fix(split: str, names: Sequence[str]) -> str:
-    """Return the setting that names a split that there is, in place of ``split``."""
+TRAIN_SPLIT, TEST_SPLIT = "data.dataset_train_split", "data.dataset_test_split"  # the settings that name a split
+
+
+def split_fix(key: str, names: Sequence[str]) -> str:
+    """Return the setting with a split that there is."""
     held_out = [name for name in names if HELD_OUT.match(name.lower()) or HELD_OUT_PREFS.fullmatch(name.lower())]
     others = [name for name in names if name not in held_out]
-    if HELD_OUT.match(split.lower()):
-        key, likely = "data.dataset_test_split", [*held_out, *others]
-    else:
-        key, likely = "data.dataset_train_split", [choose_split(names) or "", *others, *held_out]
+    likely = [*held_out, *others] if key == TEST_SPLIT else [choose_split(names) or "", *others, *held_out]
     return next((Overrides({key: name}) for name in likely if name), "check data.dataset_name")
 
 

@@ -1,0 +1,420 @@
+"""Every place of the data package that raises an error with a fix, and what happens when the fix is applied.
+
+A fix that is data, or that names a setting, is applied as a person would paste it: the next run succeeds, goes further,
+or names another fault. A fix that is words alone must name no setting and hold no placeholder.
+"""
+
+import ast
+import gzip
+import itertools
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+import orpo_lite.data
+from orpo_lite.data import dataset as data_dataset
+from orpo_lite.data.render_process import Renderer
+from orpo_lite.data.sources import hub, json_rows, lines
+from orpo_lite.errors import Command, OrpoLiteError, Overrides
+from orpo_lite.recipe.text import to_text
+
+PACKAGE = Path(orpo_lite.data.__file__).parent
+PLACEHOLDER = re.compile(r"\b(?:OLD|NEW|FILE|SPLIT|COLUMN|DIR|FOLDER|NAME|CONFIG)\b")
+SETTING = re.compile(r"^(?:data|model)\.\w+=")
+
+
+def json_column(text: str) -> bytes:
+    """A table whose chosen column is of type JSON."""
+    rows = [pair(i) for i in range(6)]
+    chosen = pyarrow.array([text] * 6, pyarrow.string()).cast(pyarrow.json_())
+    sink = pyarrow.BufferOutputStream()
+    columns = {
+        "prompt": [row["prompt"] for row in rows],
+        "chosen": chosen,
+        "rejected": [row["rejected"] for row in rows],
+    }
+    pyarrow.parquet.write_table(pyarrow.table(columns), sink)
+    return bytes(sink.getvalue())
+
+
+def places() -> dict[str, range]:
+    """The calls that make an error with a fix, by module, function and number in it, with their lines."""
+    found = {}
+    for file in sorted(PACKAGE.rglob("*.py")):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and is_error(node)]
+        numbers: dict[str, Iterator[int]] = {}
+        for call in sorted(calls, key=lambda node: node.lineno):
+            inside = [node for node in functions if node.lineno <= call.lineno <= (node.end_lineno or 0)]
+            name = f"{file.relative_to(PACKAGE).with_suffix('')}:{inside[-1].name if inside else ''}"
+            number = next(numbers.setdefault(name, itertools.count(1)))
+            found[f"{name}#{number}"] = range(call.lineno, (call.end_lineno or 0) + 1)
+    return found
+
+
+def is_error(call: ast.Call) -> bool:
+    name = call.func.id if isinstance(call.func, ast.Name) else ""
+    return name.endswith("Error") and any(keyword.arg == "fix" for keyword in call.keywords)
+
+
+# --- the sets, each with a fault of its own
+
+PAIR = {"prompt": "Name a colour.", "chosen": "It is blue.", "rejected": "Seven, of course."}
+PLAIN = "data.chat_template=none"
+
+
+def pair(i: int, **fields: Any) -> dict[str, Any]:
+    return {"prompt": f"Name a colour, {i}.", "chosen": f"It is blue {i}.", "rejected": f"Seven, {i}."} | fields
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def bot(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def jsonl(*rows: Any) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def many(count: int = 6, **fields: Any) -> str:
+    return jsonl(*(pair(i) | fields for i in range(count)))
+
+
+def under(**fields: Callable[[int], Any] | Any) -> str:
+    """Rows of these columns alone."""
+    return jsonl(*({k: v(i) if callable(v) else v for k, v in fields.items()} for i in range(6)))
+
+
+BLUE = {"chosen": lambda i: f"It is blue {i}.", "rejected": lambda i: f"Seven, {i}."}
+ANSWERS = {"prompt": lambda i: f"Why {i}?", "answer_1": lambda i: f"It is blue {i}.", "answer_2": lambda i: f"No, {i}."}
+CSV = "prompt,chosen,rejected\n" + "".join(f"Why {i}?,It is so {i}.,No {i}.\n" for i in range(6))
+LONG = {"prompt": "why " * 60}
+
+Files = Mapping[str, str | bytes]
+CASES: dict[str, tuple[Files, list[str]]] = {
+    # sources
+    "array a line": ({"a.jsonl": '["A?","b","c"]\n["D?","e","f"]\n["G?","h","i"]\n'}, []),
+    "a text file": ({"a.txt": CSV}, ["data.dataset_name=a.txt"]),
+    "a broken line": ({"a.jsonl": many() + '{"prompt": \n'}, []),
+    "an object over lines": ({"a.jsonl": "".join(json.dumps(pair(i), indent=1) + "\n" for i in range(6))}, []),
+    "a key twice": ({"a.jsonl": many() + '{"prompt": "a", "prompt": "b"}\n'}, []),
+    "no object": ({"a.jsonl": many() + "3\n"}, []),
+    "over the cap": ({"a.json": json.dumps([pair(i) for i in range(40)])}, ["data.dataset_name=a.json"]),
+    "cut cells": (
+        {
+            "a.json": json.dumps(
+                {
+                    "features": [],
+                    "rows": [{"row_idx": i, "row": pair(i), "truncated_cells": ["chosen"]} for i in range(6)],
+                }
+            )
+        },
+        ["data.dataset_name=a.json"],
+    ),
+    "several lists": (
+        {"a.json": json.dumps({"good": [pair(0)] * 4, "more": [pair(1)] * 4})},
+        ["data.dataset_name=a.json"],
+    ),
+    "a quote in a csv": ({"a.csv": CSV + 'q,"a"b,c\n'}, ["data.dataset_name=a.csv"]),
+    "cells without a header": ({"a.csv": "prompt,,rejected\n" + CSV}, ["data.dataset_name=a.csv"]),
+    "two columns of a name": ({"a.csv": CSV.replace("chosen", "prompt", 1)}, ["data.dataset_name=a.csv"]),
+    "spaced quotes": ({"a.csv": CSV + 'q, "a,b", c\n'}, ["data.dataset_name=a.csv"]),
+    "too few cells": ({"a.csv": CSV + "q,a\n"}, ["data.dataset_name=a.csv"]),
+    "a cell without a name": ({"a.csv": CSV.replace("\n", ",\n") + "q,a,b,c\n"}, ["data.dataset_name=a.csv"]),
+    "another encoding": ({"a.csv": CSV.replace("so", "söß").encode("cp1252")}, ["data.dataset_name=a.csv"]),
+    "UTF-16": ({"a.csv": CSV.encode("utf-16")}, ["data.dataset_name=a.csv"]),
+    "a zip": ({"a.csv": b"PK\x03\x04" + bytes(40)}, ["data.dataset_name=a.csv"]),
+    "half a gzip": ({"a.csv.gz": gzip.compress(CSV.encode())[:-20]}, ["data.dataset_name=a.csv.gz"]),
+    "ends of a Mac": ({"a.csv": CSV.replace("\n", "\r")}, ["data.dataset_name=a.csv"]),
+    "a long line": ({"a.jsonl": many(2) + 4 * ('{"a": "' + "x" * 5000 + '"}\n')}, []),
+    "half a table": ({"a.parquet": b"PAR1" + bytes(20)}, ["data.dataset_name=a.parquet"]),
+    "broken JSON in a table": ({"a.parquet": json_column("{")}, ["data.dataset_name=a.parquet"]),
+    "several splits of the hub": ({}, ["data.dataset_name=org/several"]),
+    "no such split of the hub": ({}, ["data.dataset_name=org/several", "data.dataset_train_split=three"]),
+    "a spreadsheet": ({"a.xlsx": b"PK\x03\x04"}, ["data.dataset_name=a.xlsx"]),
+    "no such file": ({"a.jsonl": many()}, ["data.dataset_name=./b.jsonl"]),
+    "an empty folder": ({"f/README.md": ""}, ["data.dataset_name=f"]),
+    "half a saved set": ({"f/state.json": '{"_data_files": [{"filename": "x.arrow"}]}'}, ["data.dataset_name=f"]),
+    "a pattern of nothing": ({"a.jsonl": many()}, ["data.dataset_name=*.csv"]),
+    "no such split": (
+        {"f/train.jsonl": many(), "f/test.jsonl": many(2)},
+        ["data.dataset_name=f", "data.dataset_train_split=valid"],
+    ),
+    "one name in two kinds": ({"f/a.jsonl": many(), "f/a.csv": CSV}, ["data.dataset_name=f"]),
+    "a file twice": ({"a.jsonl": many()}, ["data.dataset_name=a.jsonl,./a.jsonl"]),
+    # splits
+    "a split of a file": ({"a.jsonl": many()}, ["data.dataset_train_split=valid"]),
+    "held out as well": (
+        {"a.jsonl": many(), "b.jsonl": many(2)},
+        ["data.dataset_name=*.jsonl", "data.dataset_test_split=./b.jsonl"],
+    ),
+    "a held-out split of a file": ({"a.jsonl": many()}, ["data.dataset_test_split=test"]),
+    "a prompt alone": ({"a.jsonl": jsonl(PAIR, PAIR | {"chosen": "Red."})}, []),
+    "few after drops": ({"a.jsonl": jsonl(PAIR, PAIR | {"chosen": ""})}, []),
+    # formats
+    "a map turned round": ({"a.jsonl": under(ask=lambda i: f"Why {i}?", **BLUE)}, ["data.column_map=ask=prompt"]),
+    "an unknown column": ({"a.jsonl": under(ask=lambda i: f"Why {i}?", **BLUE)}, ["data.column_map=prompt=aks"]),
+    "a templated prompt": ({"a.jsonl": under(prompt=lambda i: f"[INST] Why {i}? [/INST]", **BLUE)}, []),
+    "two prompts": ({"a.jsonl": many(question="Which number?")}, []),
+    "earlier turns as text": ({"a.jsonl": many(history="<|user|>\nHi")}, []),
+    "the prompt again": (
+        {
+            "a.jsonl": many(3)
+            + jsonl(
+                *(pair(i, chosen=f"Name a colour, {i}. Blue.", rejected=f"Name a colour, {i}. Red.") for i in range(3))
+            )
+        },
+        [],
+    ),
+    "a conversation and a prompt": ({"a.jsonl": many(messages=[user("Hi"), bot("Hello."), user("Another?")])}, []),
+    "a tool call": (
+        {
+            "a.jsonl": under(
+                **{
+                    side: [user("q"), {"role": "assistant", "content": "", "tool_calls": [1]}, bot(side)]
+                    for side in ("chosen", "rejected")
+                }
+            )
+        },
+        [],
+    ),
+    "a tool's turn": (
+        {
+            "a.jsonl": under(
+                **{side: [user("q"), {"role": "tool", "content": "x"}, bot(side)] for side in ("chosen", "rejected")}
+            )
+        },
+        [],
+    ),
+    "no scores": (
+        {"a.jsonl": under(prompt=lambda i: f"Why {i}?", responses=["Blue one.", "Red one."], numbers=[2, 1])},
+        [],
+    ),
+    "no sides": (
+        {"a.jsonl": under(prompt=lambda i: f"Why {i}?", best=lambda i: f"It is {i}.", other=lambda i: f"No {i}.")},
+        [],
+    ),
+    "no prompt": ({"a.jsonl": under(ask=lambda i: f"Why {i}?", **BLUE)}, []),
+    "lists in texts": (
+        {"a.jsonl": under(prompt=lambda i: f"Why {i}?", chosen='["a b", "c"]', rejected='["d", "e"]')},
+        [],
+    ),
+    "NumPy's lists": (
+        {"a.jsonl": under(prompt=lambda i: f"Why {i}?", chosen="array(['a'])", rejected="array(['b'])")},
+        [],
+    ),
+    "ranks from 0": (
+        {"a.jsonl": under(prompt=lambda i: f"Why {i}?", responses=["Blue one.", "Red one."], ranking=[0, 1])},
+        [],
+    ),
+    "a map of another kind": ({"a.jsonl": many(n=3)}, ["data.column_map=history=n"]),
+    "a number for a text": (
+        {"a.jsonl": many(3) + jsonl(*(pair(i, chosen=3) for i in range(4)), *map(pair, range(9)))},
+        [],
+    ),
+    "JSON for messages": (
+        {
+            "a.jsonl": under(
+                prompt=lambda i: f"Why {i}?", chosen='{"role": "nurse", "a": 1}', rejected='{"role": "nurse", "a": 2}'
+            )
+        },
+        [],
+    ),
+    "a system that is a list": ({"a.jsonl": many(system=["Be", "brief."])}, []),
+    "a prompt that is not there": (
+        {"a.jsonl": under(prompt="Be brief.", **{side: [user("Why?"), bot(side)] for side in ("chosen", "rejected")})},
+        [],
+    ),
+    "earlier turns beside": ({"a.jsonl": many(conversation=[user("Hi"), bot("Hello.")])}, []),
+    "labels for replies": ({"a.jsonl": under(**ANSWERS, chosen="answer_1", rejected="answer_2")}, []),
+    "unclear verdicts": ({"a.jsonl": under(**ANSWERS, winner="x")}, []),
+    "no verdict": ({"a.jsonl": under(**ANSWERS, vote=lambda i: str(i % 2 + 1))}, []),
+    "two pairs of answers": ({"a.jsonl": under(**ANSWERS, reply_1="Blue one.", reply_2="Red one.", winner="1")}, []),
+    "strengths": ({"a.jsonl": under(**ANSWERS, preference_strength=lambda i: i % 2 + 1)}, []),
+    # pairs
+    "all left out": ({"a.jsonl": many(chosen="")}, []),
+    "all too long": ({"a.jsonl": many(**LONG)}, ["data.max_length=64", "data.max_prompt_length=32"]),
+    "special tokens": ({"a.jsonl": many(chosen="a </s> b")}, []),
+    "no such row": ({"a.jsonl": many()}, ["--row", "b.jsonl:3"]),
+    "rows that end alike": (
+        {"f/a/x.jsonl": many(), "f/b/x.jsonl": many()},
+        ["data.dataset_name=f", "--row", "x.jsonl:1"],
+    ),
+    "no rows": ({"a.jsonl": ""}, []),
+    "another format": ({"a.jsonl": many()}, ["data.format=ranked"]),
+    "files of two kinds": (
+        {
+            "f/a.jsonl": many(),
+            "f/b.jsonl": under(
+                prompt="Why?", completions=[{"response": "Blue.", "score": 2}, {"response": "Red.", "score": 1}]
+            ),
+        },
+        ["data.dataset_name=f"],
+    ),
+    "a column comes late": ({"a.jsonl": many(120) + jsonl(pair(0, context="A long text"))}, []),
+    "a format changes late": (
+        {
+            "a.jsonl": jsonl(
+                *({side: [user(f"q {i}"), bot(side)] for side in ("chosen", "rejected")} for i in range(120)),
+                {
+                    "prompt": [user("Hi"), bot("Hello."), user("q")],
+                    **{side: [bot(side)] for side in ("chosen", "rejected")},
+                },
+            )
+        },
+        [],
+    ),
+    "a map of another set": (
+        {
+            "a.jsonl": under(prompt=lambda i: f"Why {i}?", good=lambda i: f"It is {i}.", bad=lambda i: f"No {i}."),
+            "b.jsonl": many(good="Other text."),
+        },
+        ["data.dataset_name=a.jsonl,b.jsonl", "data.column_map=chosen=good,rejected=bad"],
+    ),
+    # templates and tokens
+    "a setting of ours": ({"a.jsonl": many()}, ['data.chat_template_kwargs={"messages": 1}']),
+    "no template file": ({"a.jsonl": many()}, ["data.chat_template=t.jinja"]),
+    "a template without replies": (
+        {"a.jsonl": many(), "t.jinja": "{{ messages[0].content }}"},
+        ["data.chat_template=t.jinja"],
+    ),
+    "a template that raises": (
+        {"a.jsonl": many(), "t.jinja": "{{ raise_exception('no') }}"},
+        ["data.chat_template=t.jinja"],
+    ),
+    "a template that loses turns": (
+        {
+            "a.jsonl": jsonl(
+                *(
+                    {side: [user("q"), *[bot("a"), user("r")] * (i % 2), bot(side)] for side in ("chosen", "rejected")}
+                    for i in range(12)
+                )
+            ),
+            "t.jinja": "{% for m in messages if m.role == 'user' or loop.last %}{{ m.content }}{% endfor %}"
+            "{% if not add_generation_prompt %}</s>{% endif %}",
+        },
+        ["data.chat_template=t.jinja"],
+    ),
+    "templates late": (
+        {"a.jsonl": many(120) + jsonl(*(pair(i, prompt=f"[INST] Why {i}? [/INST]") for i in range(30)))},
+        [],
+    ),
+    "conversations without a template": (
+        {"a.jsonl": under(**{side: [user("q"), bot(side)] for side in ("chosen", "rejected")})},
+        [PLAIN],
+    ),
+}
+
+
+# Places whose fix is words, and that no set of rows can reach.
+WORDS = {
+    "chat_template:eos_id#1": "a tokenizer without an end",
+    "chat_template:set_chat_template#1": "templates without a default",
+    "dataset:tokenized#1": "a full disk",
+    "dataset:tokenized#2": "a broken disk",
+    "sources/source:readable#1": "a file that may not be read",
+    "tokenize:tokenize_pairs#1": "a slow tokenizer",
+}
+
+Raised = list[tuple[str, OrpoLiteError]]  # with the place
+
+
+@pytest.fixture
+def raised(monkeypatch: pytest.MonkeyPatch) -> Raised:
+    """The errors that the data package makes, in order, suppressed ones among them."""
+    errors: Raised = []
+    known, made = places(), OrpoLiteError.__init__
+
+    def record(error: OrpoLiteError, **parts: str) -> None:
+        made(error, **parts)
+        frame = sys._getframe(1)
+        file = Path(frame.f_code.co_filename)
+        if PACKAGE in file.parents:
+            module = file.relative_to(PACKAGE).with_suffix("").as_posix()
+            names = (name for name, at in known.items() if name.startswith(f"{module}:") and frame.f_lineno in at)
+            errors.extend((name, error) for name in names)
+
+    monkeypatch.setattr(OrpoLiteError, "__init__", record)
+    monkeypatch.setattr(data_dataset, "LimitedRenderer", Renderer)  # in this process, to see who raises
+    return errors
+
+
+@pytest.fixture
+def a_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A set of the hub with two splits, neither of which is train."""
+
+    def load(name: str, _config: str | None, split: str) -> datasets.Dataset:
+        if split not in ("one", "two"):
+            raise ValueError(f"Unknown split {split!r}. Should be one of ['one', 'two'].")
+        return datasets.Dataset.from_list([pair(i) for i in range(6)])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda _name, _config: ["one", "two"])
+    monkeypatch.setattr(hub, "_unreachable", lambda _name: "")
+
+
+@pytest.mark.usefixtures("a_hub")
+def test_every_fix_is_applied(
+    small_recipe: Callable[..., Any],
+    workspace: Path,
+    call: Callable[..., Any],
+    raised: Raised,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(lines, "MAX_ROW_BYTES", 4096)
+    monkeypatch.setattr(json_rows, "MAX_JSON_BYTES", 2048)
+    small_recipe()
+    kept, reached = {*workspace.iterdir()}, set()
+
+    def printed(*words: str) -> Raised:
+        """The errors that a command ends with."""
+        raised.clear()
+        code, _, said = call("data", "--recipe", "./small.yaml", "data.dataset_name=a.jsonl", *words)
+        assert code in (0, 2, 3, 4, 8), said
+        return [(place, error) for place, error in raised if code and error.found in said]
+
+    for case, (files, words) in CASES.items():
+        for name, content in files.items():
+            (workspace / name).parent.mkdir(exist_ok=True, parents=True)
+            (workspace / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        found = printed(*words)
+        assert found, f"{case}: nothing is wrong"
+        reached |= {place for place, _ in found}
+        place, error = found[-1]
+        for more in settings(error.fix, workspace):
+            again = [(name, other.found) for name, other in printed(*words, *more)]
+            assert (place, error.found) not in again, f"{case}: the fix leads back to it: {more}"
+        for path in {*workspace.iterdir()} - kept:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert reached | WORDS.keys() == places().keys()
+    assert not reached & WORDS.keys()
+
+
+def settings(fix: str, workspace: Path) -> Iterator[list[str]]:
+    """What to add to the command, for each way that a fix names; a line for the shell is run."""
+    assert fix
+    assert not PLACEHOLDER.search(fix), fix
+    if isinstance(fix, Command):
+        if shutil.which(fix.line.partition(" ")[0]) is None:
+            return
+        subprocess.run(["bash", "-c", fix.line], cwd=workspace, check=True)
+    if isinstance(fix, Overrides):
+        yield [f"{key}={to_text(value)}" for key, value in fix.values.items()]
+    for text in [] if isinstance(fix, Overrides) else re.split(r"; | or |, then | to ", fix):
+        if "'" not in text or text.count("'") % 2 == 0:  # no apostrophe of the sentence
+            yield from filter(None, [[word for word in shlex.split(text) if SETTING.match(word)]])
