@@ -305,7 +305,7 @@ CASES: dict[str, tuple[Files, list[str]]] = {
                     for i in range(12)
                 )
             ),
-            "t.jinja": "{% for m in messages if m.role == 'user' or loop.last %}{{ m.content }}{% endfor %}"
+            "t.jinja": "{% for m in messages %}{% if m.role == 'user' or loop.last %}{{ m.content }}{% endif %}{% endfor %}"
             "{% if not add_generation_prompt %}</s>{% endif %}",
         },
         ["data.chat_template=t.jinja"],
