@@ -301,12 +301,15 @@ CASES: dict[str, tuple[Files, list[str]]] = {
         {
             "a.jsonl": jsonl(
                 *(
-                    {side: [user("q"), *[bot("a"), user("r")] * (i % 2), bot(side)] for side in ("chosen", "rejected")}
+                    {
+                        side: [user("Why?"), *[bot("Because."), user("So?")] * (i % 2), bot(side)]
+                        for side in ("chosen", "rejected")
+                    }
                     for i in range(12)
                 )
             ),
-            "t.jinja": "{% for m in messages %}{% if m.role == 'user' or loop.last %}{{ m.content }}{% endif %}{% endfor %}"
-            "{% if not add_generation_prompt %}</s>{% endif %}",
+            "t.jinja": "{% for m in messages %}{% if m.role == 'user' or loop.last %}{{ m.content }}{% endif %}"
+            "{% endfor %}{% if not add_generation_prompt %}</s>{% endif %}",
         },
         ["data.chat_template=t.jinja"],
     ),

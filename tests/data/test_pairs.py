@@ -288,9 +288,9 @@ def test_column_map_wins(tmp_path: Path) -> None:
             {"good": "chosen", "bad": "rejected"},
             ["good and bad are not", "turn it round: data.column_map=chosen=good,rejected=bad"],
         ),
-        ({"promt": "question"}, ["'promt'", "did you mean 'prompt'"]),
-        ({"prompt": "questoin"}, ["'questoin'", "did you mean 'question'"]),
-        ({"prompt": "question", "chosen": "zzz", "rejected": "yyy"}, ["2 faults", "'zzz'", "'yyy'"]),
+        ({"promt": "question"}, ["'promt'", "did you mean data.column_map=prompt=question"]),
+        ({"prompt": "questoin"}, ["'questoin'", "did you mean data.column_map=prompt=question"]),
+        ({"prompt": "question", "chosen": "zzz", "rejected": "yyy"}, ["no 'yyy' and no 'zzz'", "=prompt=question?"]),
     ],
 )
 def test_an_unknown_column_is_refused(tmp_path: Path, column_map: dict[str, str], found: list[str]) -> None:
@@ -457,7 +457,7 @@ def test_a_mapped_column_has_to_stand_in_one_of_the_sets(tmp_path: Path) -> None
     for names in (f"{one},{other}", f"{other},{one}"):
         pairs, _ = read(names, column_map={"prompt": "instruction"})
         assert {pair.where: pair.prompt_text for pair in pairs} == {"a.jsonl:1": "q", "b.jsonl:1": "Name a colour."}
-        with pytest.raises(DataError, match=r"data\.column_map: 'instructoin'"):
+        with pytest.raises(DataError, match=r"data\.column_map: no 'instructoin'"):
             read(names, column_map={"prompt": "instructoin"})
 
 

@@ -10,7 +10,19 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from orpo_lite.data.formats.names import ALIASES, KNOWN, NOT_A_REPLY, SIDES, plain_name, shown, side_of, words
+from orpo_lite.data.formats.names import (
+    ALIASES,
+    KNOWN,
+    NOT_A_REPLY,
+    POLAR,
+    SIDES,
+    is_answer,
+    is_reply,
+    plain_name,
+    shown,
+    side_of,
+    words,
+)
 from orpo_lite.data.formats.text import fault, says_nothing, seen
 from orpo_lite.data.formats.values import (
     CHAT,
@@ -84,35 +96,43 @@ class ColumnProfile:
         values = [row[column] for row in self.rows if column in row]
         kind = usual_kind(values)
         name, read_by = plain_name(column), READ_BY.get(kind)
-        if kind in LISTS and name not in ALIASES["completions"] and all(is_blank(v) or alone(v) for v in values):
+        some = kind in (*LISTS, "text") and name not in ALIASES["completions"] and any(map(alone, values))
+        if some and all(is_blank(v) or alone(v) or (isinstance(v, str) and kind_of(v) == "text") for v in values):
             self.alone.add(column)
             return "text"
         return "text" if read_by and name not in read_by and are_texts(values) else kind
 
     def _find_sides(self) -> dict[str, str]:
-        """chosen and rejected, each under a name that says so, where a column has the name itself or both are found."""
-        found: dict[str, str] = {}
+        """chosen and rejected under names that say so: "winner", "good_answer". Both, or neither.
+
+        Not beside numbered answers, of which a column may say which is the better one.
+        """
+        found = {side: own[0] for side in SIDES if (own := self.named(side))}
+        if len(found) == len(SIDES) or any(is_answer(column) for column in self.columns):
+            return found if len(found) == len(SIDES) else {}
         for side in SIDES:
-            if own := self.named(side):
-                found[side] = own[0]
-                continue
             named = [column for column in self.columns if column not in self.mapped and side_of(column) == side]
-            named = [column for column in named if self.kinds[column] in USABLE and not self._may_be_label(column)]
-            found |= {side: named[0]} if len(named) == 1 else {}
-        if found.keys() == {"rejected"} and self.kinds[found["rejected"]] in USABLE:
+            named = [column for column in named if self.kinds[column] in USABLE and self._is_reply(column)]
+            found = {side: named[0]} | found if len(named) == 1 else found
+        if found.keys() == {"rejected"} and is_reply(found["rejected"]):
             # ms-swift: messages end with the better reply, rejected_response is the worse one.
             chats = [name for name in self.named(*ALIASES["conversation"]) if self.kinds[name] == "messages"]
-            answered = [name for name in chats if self.share(lambda turns: not waits_for_reply(turns), name) == 1]
+            answered = [name for name in chats if self.share(lambda turns: not waits_for_reply(turns), name) > 0.5]
             found |= {"chosen": answered[0]} if len(answered) == 1 else {}
         return found if len(found) == len(SIDES) else {}
 
-    def _may_be_label(self, column: str) -> bool:
-        """Single words next to another column that could as well be a reply: the name of a model, most likely."""
-        apart = {*ALIASES["prompt"], *ALIASES["system"], *ALIASES["conversation"]}
-        others = (name for name in self.columns if plain_name(name) not in apart and side_of(name) is None)
-        replies = any(self.kinds[name] in TEXTS and not NOT_A_REPLY & {*words(name)} for name in others)
-        single = self.share(lambda value: isinstance(value, str) and len(value.split()) == 1, column) == 1
-        return self.holds_labels(column) or (single and replies)
+    def _is_reply(self, column: str) -> bool:
+        """It is called so, or only better or worse, and no other column could be the reply that this one rates."""
+        if is_reply(column):
+            return not self.holds_labels(column)
+        asks = [*self.named(*ALIASES["prompt"], *ALIASES["conversation"])]
+        others = [name for name in self.columns if name not in asks and side_of(name) is None]
+        others = [name for name in others if name not in self.mapped.values()]
+        others = [name for name in others if plain_name(name) not in ALIASES["system"]]
+        rivals = [name for name in others if self.kinds[name] in TEXTS and not NOT_A_REPLY & {*words(name)}]
+        rivals = [name for name in rivals if not self.holds_labels(name)][0 if asks else 1 :]  # one may be the prompt
+        bare = set(words(column)) <= (POLAR["chosen"] | POLAR["rejected"]) - {"positive", "negative"}
+        return bare and not rivals and not self.holds_labels(column)
 
     def holds_labels(self, column: str) -> bool:
         """Single words that name other columns, or the same few again and again: a verdict or a topic, no reply."""
@@ -237,6 +257,14 @@ class ColumnProfile:
 
     # --- the rows as their reader wants them
 
+    def _unwrapped(self, value: Any, column: str, where: str) -> Any:
+        """The text in a list of one, in a column of such lists."""
+        if column not in self.alone:
+            return value
+        if alone(value) is None and isinstance(unpacked(value), list) and unpacked(value):
+            raise fault(where, shown(column), "a list", "a list of one text, as in most rows")
+        return alone(value) or value
+
     def renamed(self, row: Row, where: str) -> Row:
         """Canonical names, lists where JSON stands for them, and no other candidate than those that were taken."""
         left_out = {"system", "input", "conversation", "history", "scores", "ranks", *self.taken, *self.taken.values()}
@@ -247,8 +275,7 @@ class ColumnProfile:
             kind, column = self.kind(theirs), shown(theirs)
             if key in self.texts or key not in KNOWN:
                 continue
-            if theirs in self.alone:
-                out[key] = value = alone(value) or value
+            out[key] = value = self._unwrapped(value, theirs, where)
             if not isinstance(value, str):
                 continue
             if value.strip() == "[]" and kind not in TEXTS:

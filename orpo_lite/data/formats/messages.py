@@ -14,6 +14,7 @@ ROLES = {  # in lower case
 SPEAKERS = ("role", "from")  # keys of a message
 CONTENTS = ("content", "value", "text")
 ANSWER_KEYS = ("response", "answer", "completion", "generation", "output", "text")  # keys of an answer
+APART = ("reasoning_content", "reasoning", "thinking")  # keys of what is said before the reply, apart from it
 _WHOLE = ("messages", *ALIASES["conversation"])  # keys of an object that holds a conversation, or one text
 _TEXTS = (*ANSWER_KEYS, "content", "value")
 
@@ -54,5 +55,9 @@ def reshaped(value: Any) -> Any:
     if is_message(value) or len(held) != 1 or value.keys() & {*ALIASES["prompt"]} - {"context"}:
         return value
     inner = reshaped(held[0])
+    if any(
+        isinstance(other, str) and other != held[0] and (" " in other or key in APART) for key, other in value.items()
+    ):
+        return value  # which says more than the reply
     listed = isinstance(inner, list) and bool(inner) and all(map(is_message, inner))
     return inner if listed or isinstance(inner, str) else value

@@ -31,6 +31,10 @@ DENYING = frozenset("non not".split())
 DOUBTFUL = DENYING | frozenset(
     "un dis no never nor without anti less least than second third next almost former previous original old".split()
 )
+REPLY = frozenset(
+    "response responses answer answers output outputs completion completions text reply replies message messages "
+    "generation conversation conversations candidate content summary y".split()
+)
 MEASURING = frozenset(
     "score scores rating ratings rank ranks ranking reward rewards correct grade grades strength margin count".split()
 )
@@ -58,6 +62,19 @@ def side_of(column: str) -> str | None:
     return "rejected" if denied and len(doubts) == 1 else None
 
 
+def is_reply(column: str) -> bool:
+    """Whether the name says that it is a reply, and nothing else: of chosen_response, not of chosen_critique."""
+    said = set(words(column))
+    return bool(said & REPLY) and said <= REPLY | DENYING | POLAR["chosen"] | POLAR["rejected"]
+
+
+def is_answer(column: str) -> bool:
+    """Whether by its name it is one of several answers."""
+    match = NUMBERED.fullmatch(column)
+    return match is not None and any(word in match[1].lower() for word in ANSWER_WORDS)
+
+
+ANSWER_WORDS = ("response", "answer", "completion", "output", "reply", "generation", "conv", "messages", "human_ref")
 NUMBERED = re.compile(r"(.*?)[ _-]?([012ab])", re.IGNORECASE)  # response_0, response1, human_ref_A
 
 

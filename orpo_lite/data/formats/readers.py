@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from orpo_lite.data.formats.messages import ANSWER_KEYS, ROLES, SPEAKERS, is_message, role_of, said_key
+from orpo_lite.data.formats.messages import ANSWER_KEYS, APART, ROLES, SPEAKERS, is_message, role_of, said_key
 from orpo_lite.data.formats.text import (
     ABSENT,
     MARKED,
@@ -471,7 +471,6 @@ def _number(value: Any, where: str, label: str) -> float | None:
     return None if math.isnan(value) else float(value)
 
 
-BESIDE_TEXT = ("reasoning_content", "reasoning", "thinking")  # keys of a message: said before the reply, and apart
 BESIDE_PAIR = ("tools", "functions", "image", "images", "video", "videos", "audio", "audios")  # columns
 
 
@@ -481,5 +480,5 @@ def says_more(row: Row) -> bool:
     messages = (item for items in values for item in items if is_message(item))
     apart = (row.get(name) for name in BESIDE_PAIR)
     return any(value and value not in ("[]", "{}") for value in apart) or any(
-        item.get(key) for item in messages for key in BESIDE_TEXT
+        item.get(key) for item in messages for key in APART
     )

@@ -8,17 +8,17 @@ from orpo_lite.data.formats.names import (
     ABOUT,
     ALIASES,
     KNOWN,
-    NOT_A_REPLY,
     PROMPT,
     SIDES,
+    is_answer,
     plain_name,
     shown,
     side_of,
     words,
 )
 from orpo_lite.data.formats.readers import MEASURES
+from orpo_lite.data.formats.text import shared_words
 from orpo_lite.data.formats.values import CHAT, LISTS, SCALARS, TEXTS, USABLE, waits_for_reply
-from orpo_lite.data.formats.verdicts import is_answer
 from orpo_lite.errors import DataError, Overrides, one_of, reworded
 
 
@@ -95,7 +95,8 @@ def refuse_unknown(profile: ColumnProfile) -> NoReturn:
     elif listed or odd:
         found = f"{holds(*listed)} lists of texts; {found}" if listed else found
         expected = "in each of prompt, chosen and rejected a text, or messages {role, content}"
-        fix = f"write {shown(*dict.fromkeys([*listed, *odd]))} as texts without a list around them, or as messages"
+        names = shown(*dict.fromkeys([*listed, *odd]))
+        fix = f"write {names} as texts{' without a list around them' if listed else ''}, or as messages"
         texts = all(isinstance(row.get(column), str) for row in profile.rows for column in (*listed, *odd))
         fix = Overrides({"data.format": "explicit"}, f" to read them as they are; else {fix}") if texts else fix
     else:
@@ -111,19 +112,21 @@ def _name_sides(profile: ColumnProfile) -> str:
     known = {side: columns[0] for side, columns in sides.items() if len(columns) == 1}
     apart = (*ALIASES["prompt"], *ALIASES["system"], *ALIASES["conversation"])
     could = [name for name in profile.columns if profile.kinds[name] in USABLE and plain_name(name) not in apart]
-    could = [name for name in could if name not in known.values() and not NOT_A_REPLY & set(words(name))]
-    could = [name for name in could if not profile.holds_labels(name)]
-    if len(known) + len(could) != len(SIDES) or not could:
+    could = [name for name in could if not profile.holds_labels(name) and not PROMPT & set(words(name))]
+    known = {side: name for side, name in known.items() if name in could}
+    others = [name for name in could if name not in known.values()]
+    if len(could) > len(SIDES):
+        return f"name the better and the worse reply, as chosen and rejected, in data.column_map: of {shown(*could)}"
+    if len(could) < len(SIDES) or not others:
         return f"no setting helps: {PAIRS}"
-    one, other = [*known.values(), *could]
+    one, other = [*known.values(), *others]
     orders = [(one, other)] if "chosen" in known else [(other, one)] if known else [(one, other), (other, one)]
     asking = [] if profile.candidates("prompt") else [name for name in prompt_columns(profile) if name not in orders[0]]
     prompt = {"prompt": asking[0]} if len(asking) == 1 else {}
     lines = [profile.line(**prompt, chosen=better, rejected=worse) for better, worse in orders]
-    said = (
-        f"{line} if {shown(better)} is always the better reply" for line, (better, _) in zip(lines, orders, strict=True)
-    )
-    return one_of(map(reworded, lines, said))
+    ifs = (f" if {shown(better)} is always the better reply" for better, _ in orders)
+    said = [reworded(line, line + words) for line, words in zip(lines, ifs, strict=True)]
+    return said[0] if known else " or ".join(said)  # words alone: nobody but the person knows which
 
 
 def _name_prompt(profile: ColumnProfile) -> str:
@@ -131,9 +134,12 @@ def _name_prompt(profile: ColumnProfile) -> str:
     if profile.candidates("prompt"):
         return "no setting helps: write chosen and rejected alike, as expected"
     lines: list[str] = [profile.line(prompt=column) for column in prompt_columns(profile)[:3]]
-    if profile.kind("chosen") in TEXTS:
+    texts = all(profile.kind(side) in TEXTS for side in SIDES)
+    if texts and profile.share(lambda *replies: bool(shared_words(*replies)), *SIDES) > 0:
         lines.append(Overrides({"data.format": "implicit"}, " if both texts begin with the prompt"))
-    return one_of(lines) or "no setting helps: write what the replies answer into a column prompt"
+    return (
+        one_of(lines) or "no setting helps: write what the replies answer into a column prompt, as a text or messages"
+    )
 
 
 def prompt_columns(profile: ColumnProfile) -> list[str]:

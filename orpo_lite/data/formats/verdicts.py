@@ -4,23 +4,16 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from orpo_lite.data.formats.columns import MANY, PAIRS, ColumnProfile
-from orpo_lite.data.formats.names import NUMBERED, SIDES, names_better, plain_name, shown
+from orpo_lite.data.formats.names import NUMBERED, SIDES, is_answer, names_better, plain_name, shown
 from orpo_lite.data.formats.values import USABLE
 from orpo_lite.errors import DataError, one_of
 
-ANSWER_WORDS = ("response", "answer", "completion", "output", "reply", "generation", "conv", "messages", "human_ref")
 SIGNED = ("preference_strength", "overall_preference")  # HelpSteer: -3, the first is much better, to 3, the second is
 VERDICTS = ("better", "winner", "better_response_id", "safer_response_id", "labels", *SIGNED)
-TIES = ("tie", "tie (bothbad)", "both_bad", "both", "neither")
+TIES = ("tie", "tie_(bothbad)", "both_bad", "both", "neither")
 JUDGING = ("text", "number")
 LABEL = 24  # characters; a longer verdict is a text that nobody may want on the screen
 EITHER_VERDICT = ("better", "preference_strength")
-
-
-def is_answer(column: str) -> bool:
-    """By its name it is one of several answers."""
-    match = NUMBERED.fullmatch(column)
-    return match is not None and any(word in match[1].lower() for word in ANSWER_WORDS)
 
 
 def two_answers(profile: ColumnProfile) -> tuple[str, str] | None:
@@ -48,11 +41,11 @@ def refuse_labels(profile: ColumnProfile) -> None:
     if (
         not labels
         or profile.mapped.keys() & {*EITHER_VERDICT}
-        or any(len(label.split()) != 1 or len(label) > LABEL for both in labels for label in both)
+        or any(not label or len(label) > LABEL for both in labels for label in both)
     ):
         return
     texts = [column for column in profile.columns if column not in SIDES and profile.kind(column) in USABLE]
-    named = [column for column in texts if any(column.strip().lower() in both for both in labels)]
+    named = [column for column in texts if any(plain_name(column) in both for both in labels)]
     answers = (named[0], named[1]) if len(named) == 2 else two_answers(profile)
     both = [_meaning(profile, profile.column(side), answers) for side in SIDES] if answers else []
     if answers is None or not all(both):
@@ -120,7 +113,8 @@ def _meaning(profile: ColumnProfile, column: str, answers: tuple[str, str]) -> S
 
 
 def plain_verdict(value: Any) -> str:
-    return str(value).strip().lower().removesuffix(".0").rstrip(".")
+    """a, of A; response_a, of Response A; 1, of 1.0."""
+    return "_".join(str(value).lower().removesuffix(".0").rstrip(".").split())
 
 
 def _refuse_values(profile: ColumnProfile, column: str, answers: tuple[str, str]) -> NoReturn:

@@ -135,7 +135,7 @@ def test_a_verdict_is_never_offered_as_a_reply() -> None:
 
 def test_a_conversation_under_an_unknown_name_is_offered() -> None:
     rows = [{"task": "Math", "trajectory": [user(f"Q{i}")], "good": f"a{i}", "bad": f"b{i}"} for i in range(12)]
-    refused(rows, "data.column_map=prompt=trajectory", "data.format=implicit")
+    refused(rows, "data.column_map=prompt=trajectory")
 
 
 def test_whole_conversations_under_other_names_need_no_prompt() -> None:

@@ -54,7 +54,11 @@ def test_newer_names_of_the_roles_are_read() -> None:
     ("row", "lines"),
     [
         ({"text": "q", "label": 1}, []),
-        ({"chosen": "yes", "rejected": "no"}, ["data.format=implicit"]),
+        ({"chosen": "yes", "rejected": "no"}, []),
+        ({"prompt": {"a": 1, "b": 2}, "chosen": "yes", "rejected": "no"}, []),
+        ({"question": "q", "correct_answer": "a", "incorrect_answer": "b"},
+         [f"data.column_map=chosen={one}_answer,rejected={other}_answer"
+          for one, other in (("correct", "incorrect"), ("incorrect", "correct"))]),
         ({"prompt": "q", "chosen": 3, "rejected": "no", "y": "Yes, so"}, []),
         ({"prompt": "q", "chosen": 3, "rejected": "no"}, []),
         ({"prompt": "q", "chosen": HH, "rejected": [bot("no")]}, []),

@@ -160,11 +160,43 @@ def test_names_that_say_which_is_the_better_are_read(chosen: str, rejected: str,
     assert detect(rows)[0].columns["chosen"] == chosen
 
 
+CRITIQUES = {"chosen_critique": "It is right.", "rejected_critique": "It is wrong."}
+NAMES = {"winner": "GPT-4 Turbo", "loser": "Llama 2 70b"}
+
+
 @pytest.mark.parametrize(
-    "others", [{"answer_a": "Blue.", "answer_b": "Seven."}, {"output": "Blue."}, {"text": "Blue."}]
+    "row",
+    [
+        {"answer_1": "Blue.", "answer_2": "Seven.", "winner": "gpt", "loser": "claude"},
+        {"response_a": "It is blue.", "response_b": "Seven, I say.", **NAMES},
+        {"a": "It is blue.", "b": "Seven, I say.", **NAMES},
+        {"output": "It is blue.", **NAMES},
+        {"output_1": "Blue.", "output_2": "Seven.", "winner": "The first output", "loser": "The second output"},
+        {
+            "response_a": "Blue.",
+            "response_b": "Seven.",
+            "chosen_explanation": "So it is.",
+            "rejected_explanation": "No.",
+        },
+        {"chosen": "Blue.", "rejected_explanation": "It is wrong."},
+        {"answer_1": "Blue.", "answer_2": "Seven.", "best_url": "a b", "worst_url": "c d"},
+        {"accepted_at": "on Monday", "rejected_at": "on Friday", "response": "It is blue."},
+        {"text_1": "Blue.", "text_2": "Seven.", "chosen_by": "Annotator 3", "rejected_by": "Annotator 4"},
+        {"messages": [user(Q), bot("Blue.")], "bad_words": "some words"},
+        {"messages": [user(Q), bot("Blue.")], "loser": "gpt 4"},
+        {"positive": "It is blue.", "negative": "Seven, I say."},
+        {"preferred_over": "Seven, I say.", "rejected": "It is blue."},
+        {"previously_chosen": "Seven, I say.", "rejected": "It is blue."},
+        {"chosen": "Response A", "rejected": "Response B", "response_a": "Blue.", "response_b": "Seven."},
+    ],
 )
-@pytest.mark.parametrize("sides", [("winner", "loser"), ("preferred", "dispreferred")])
-def test_names_of_models_are_no_replies(others: dict[str, str], sides: tuple[str, str]) -> None:
-    rows = [{"prompt": Q, sides[0]: "gpt", sides[1]: "claude", **others}] * 3
+def test_what_is_said_of_a_reply_is_no_reply(row: dict[str, Any]) -> None:
     with pytest.raises(DataError):
-        detect(rows)
+        detect([{"prompt": f"{Q} {i}", **row} for i in range(6)])
+
+
+@pytest.mark.parametrize("verdict", [{"better": 1}, {"better_response_id": 1}, {"winner": "Answer 1"}])
+@pytest.mark.parametrize("beside", [CRITIQUES, {"better_text": "x y", "worse_text": "z w"}])
+def test_a_verdict_comes_before_names(verdict: dict[str, Any], beside: dict[str, str]) -> None:
+    rows = [{"prompt": f"{Q} {i}", "answer_1": "Blue.", "answer_2": "Seven.", **verdict, **beside} for i in range(6)]
+    assert {(pair.chosen, pair.rejected) for pair in read(rows)} == {("Blue.", "Seven.")}
