@@ -77,7 +77,8 @@ class Template:
         if self.text is None:
             return _any_of(self.special_tokens)
         plain = _plain_conversation(self)
-        written = [token for token in self.special_tokens if plain is None or token in plain or _ENDS.fullmatch(token)]
+        written = [token for token in self.special_tokens if plain is None or _ENDS.fullmatch(token)]
+        written += [token for token in self.end_tokens if plain is not None and token in plain]  # special or not
         return _any_of([*self.named_tokens, *written])
 
     @cached_property

@@ -54,7 +54,9 @@ class Drops:
 
     def raise_nothing_left(self, name: str, hints: Mapping[str, str] | None = None) -> NoReturn:
         """Raise DataError with the table of reasons; ``hints`` has the fix for some of them."""
-        table = "".join(f"\n  {count:>8}  {reason}" for reason, count in self.counts.items())
+        table = "".join(
+            f"\n  {count:>8}  {reason} (first {self.places[reason][0]})" for reason, count in self.counts.items()
+        )
         most = self.counts.most_common(1)[0][0]
         raise DataError(
             where=name,
@@ -214,7 +216,9 @@ class PairReader:
             except RowError as fault:
                 bad.append(fault)
         _sort(broken[moved:], bad, faults)
-        read += sum(isinstance(fault, RowError) for fault in broken)
+        lost = sum(isinstance(fault, RowError) for fault in broken)
+        self.rows[-1] += lost
+        read += lost
         self._judge(bad, read, source, detected, faults)
 
     def _say(

@@ -143,7 +143,7 @@ def test_an_end_token_that_is_not_special_ends_a_reply_all_the_same() -> None:
     assert template.special_tokens == ["<|endoftext|>"]
     renderer = Renderer(template)
     assert end_token_id(renderer, tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")
-    pairs = [colour(), colour(chosen="a<|im_end|>b"), colour("a<|im_end|>b"), colour("covid", "  <|im_start|>")]
+    pairs = [colour(), colour(chosen="a<|im_end|>b"), colour("a<|im_end|>b"), colour("covid", "  ")]
     renderer.send(pairs)
     kept, *left_out, other = renderer.receive()
     assert kept == PairTexts(
@@ -154,6 +154,7 @@ def test_an_end_token_that_is_not_special_ends_a_reply_all_the_same() -> None:
     )
     assert left_out == [f"{SPECIAL}: <|im_end|>"] * 2
     assert isinstance(other, PairTexts)
+    assert pair_texts(colour(chosen="a<|im_start|>assistant"), template) == f"{SPECIAL}: <|im_start|>"
 
 
 def texts_of(pair: Pair, template: Template) -> PairTexts:

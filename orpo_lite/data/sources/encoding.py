@@ -7,7 +7,7 @@ import re
 from itertools import islice
 
 from orpo_lite.data.sources.lines import BLOCK, File, converted
-from orpo_lite.errors import DataError
+from orpo_lite.errors import Command, DataError, reworded
 
 # Those that iconv knows too; of two that give the same text the first is taken.
 ENCODINGS = (
@@ -47,13 +47,14 @@ def decode(line: bytes, file: File, where: str) -> str:
         found = f"byte 0x{line[error.start]:02x} at {position(number, len(before[-1]) + 1)} is not UTF-8"
         likely = _likely(line, file)
     fix: str = "correct this line: other lines are in UTF-8"
-    if likely:
+    if likely := _likely(line, file):
         found += "; it may be " + ", or ".join(f"{name}: {words}" for words, name in likely.items())
-        fix = _recoded(file, next(iter(likely.values())))
+        lines = [_recoded(file, name) for name in likely.values()]
+        fix = reworded(lines[0], "; or ".join(lines))
     raise DataError(where=where, found=found, expected="UTF-8 text", fix=fix)
 
 
-def _recoded(file: File, encoding: str) -> str:
+def _recoded(file: File, encoding: str) -> Command:
     return converted(file, f"iconv -f {encoding} -t UTF-8", f".utf8{file.kind}")
 
 
@@ -68,14 +69,28 @@ def _likely(line: bytes, file: File) -> dict[str, str]:
         others = [other for other in stream.read(BLOCK).splitlines() if not other.isascii()]
     if any("\ufffd" not in other.decode(errors="replace") for other in others):
         return {}
+    best = from_bytes(b"\n".join([*others[:SAMPLE], line]), cp_isolation=[*ENCODINGS])
+    names = [match.encoding for match in best]
+    if not names:
+        names = ["cp1252", "cp1250", "cp1251"]
+    elif _is_western(line.decode("cp1252", errors="replace")):
+        names.insert(0, "cp1252")
     found: dict[str, str] = {}
-    for match in from_bytes(b"\n".join([*others[:SAMPLE], line]), cp_isolation=[*ENCODINGS]):
-        text = line.decode(match.encoding, errors="replace")
+    for encoding in names:
+        text = line.decode(encoding, errors="replace")
         words = re.search(r"\w{0,8}[^\x00-\x7f][^\s\"]*", text)
         shown = "".join(filter(str.isprintable, words[0][:SHOWN])) if words else ""
         same = [name for name in ENCODINGS if text == line.decode(name, errors="replace")]
-        found.setdefault(shown, (same or [match.encoding])[0].upper())
+        found.setdefault(shown, (same or [encoding])[0].upper())
     return dict(islice(found.items(), 3))
+
+
+def _is_western(text: str) -> bool:
+    """Whether a text is of plain letters with some accents, which most encodings of one byte would read otherwise."""
+    letters = [character for character in text if character.isalpha()]
+    accents = [character for character in text if not character.isascii()]
+    usual = all("À" <= character <= "ÿ" or character in "œŒ€«»’‘“”–—…" for character in accents)
+    return usual and 0 < len(accents) < len(letters) / 4
 
 
 def position(line: int, column: int) -> str:

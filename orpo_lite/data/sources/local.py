@@ -19,6 +19,7 @@ from orpo_lite.data.sources.source import (
     SPLIT_WORDS,
     Source,
     choose_split,
+    is_held_out,
     listed,
     names_line,
     readable,
@@ -174,14 +175,19 @@ def _of_split(folder: Path, paths: list[Path], split: str, key: str) -> tuple[li
     split_by_path = {path: _split_below(folder, path) for path in paths}
     splits = list(dict.fromkeys(split_by_path.values()))
     named = [*filter(_names_split, splits)]
-    if not named and split in (AUTO, "train"):
+    if not named and split in (AUTO, "train") and (len(splits) == 1 or not (folder / "dataset_dict.json").is_file()):
         return paths, ""
-    chosen = choose_split(named) if split == AUTO else split
+    unnamed = [path for path in paths if split_by_path[path] not in named]
+    held_out = bool(named) and all(map(is_held_out, named))
+    if held_out and unnamed and split == AUTO:  # pairs.jsonl next to test.jsonl
+        return unnamed, said_split("train", named)
+    chosen = choose_split(named or splits) if split == AUTO else split
     if chosen not in splits:
         wanted, example = ("train", "train") if split == AUTO else (repr(split), split)
         found, expected = f"no file of split {wanted}; splits: {listed(splits)}", f"{example}.jsonl or the like"
         raise DataError(where=str(folder), found=found, expected=expected, fix=split_fix(key, splits))
-    left = [path.relative_to(folder).as_posix() for path in paths if split_by_path[path] not in named]
+    others = (path for path in paths if split_by_path[path] != chosen)
+    left = [path.relative_to(folder).as_posix() for path in others if not is_held_out(split_by_path[path])]
     said = [said_split(chosen, named), f"not read: {listed(left)}" if left else ""] if split == AUTO else []
     return [path for path in paths if split_by_path[path] == chosen], "; ".join(filter(None, said))
 

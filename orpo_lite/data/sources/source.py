@@ -73,7 +73,8 @@ def is_path(name: str) -> bool:
 
 
 SHARD = re.compile(r"(-\d+-of-\d+(-[0-9a-f]+)?|[-_.]part[-_.]?\d+|[-_.]\d+)$", re.IGNORECASE)
-SPLIT_WORDS = {"train", "test", "validation", "valid", "val", "dev", "eval", "heldout", "holdout"}
+SPLIT_WORDS = {"train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation",
+               "heldout", "holdout"}  # fmt: skip
 
 
 def split_of(path: Path) -> str:
@@ -83,17 +84,22 @@ def split_of(path: Path) -> str:
 
 def choose_split(names: Sequence[str]) -> str | None:
     """The preference split, else train, else the only one; None when there are several others."""
-    likely = ["train_prefs", *(name for name in names if re.search("train.*pref", name.lower())), "train"]
+    likely = ["train_prefs", *(name for name in names if re.search("train.*pref", name.lower())), "train", "training"]
     return next((name for name in likely if name in names), names[0] if len(names) == 1 else None)
 
 
-HELD_OUT = re.compile("test|val|valid|validation|dev|eval|held_?out")
+HELD_OUT = re.compile("test(ing)?|val(id(ation)?)?|dev|eval(uation)?|held_?out|holdout")
 HELD_OUT_PREFS = re.compile(".*(test|val|eval).*pref.*")
+
+
+def is_held_out(split: str) -> bool:
+    """Whether a word of the split's name says that it is not to be trained on."""
+    return any(map(HELD_OUT.fullmatch, re.split(r"[-_.]", split.lower())))
 
 
 def said_split(split: str, names: Sequence[str]) -> str:
     """What to say of a chosen split: which, unless it is plainly train, and what the set has to hold out."""
-    pattern = HELD_OUT if split == "train" else HELD_OUT_PREFS
+    pattern = HELD_OUT_PREFS if "pref" in split else HELD_OUT
     held_out = next((name for name in names if pattern.fullmatch(name.lower())), "")
     hint = f"data.dataset_test_split={held_out} would use its own held-out pairs" if held_out else ""
     return "; ".join(filter(None, ("" if split == "train" else f"split {split} (of {listed(names)})", hint)))

@@ -31,7 +31,7 @@ from orpo_lite.data.sources import lines as sources_lines
 from orpo_lite.data.sources.find import find_source
 from orpo_lite.data.sources.hub import load_set
 from orpo_lite.data.sources.lines import Place
-from orpo_lite.data.sources.source import Source, choose_split, is_local, is_path, names_line, split_of
+from orpo_lite.data.sources.source import TEST_SPLIT, Source, choose_split, is_local, is_path, names_line, split_of
 from orpo_lite.errors import Command, DataError, HubError, OrpoLiteError, raise_all
 from orpo_lite.recipe.reader import load_recipe
 
@@ -842,7 +842,8 @@ HELD_OUT = "data.dataset_test_split=%s would use its own held-out pairs"
         (
             "train_prefs.jsonl test_prefs.jsonl train_sft.jsonl test_sft.jsonl",
             "train_prefs.jsonl:1",
-            "split train_prefs (of test_prefs, test_sft, train_prefs, train_sft); " + HELD_OUT % "test_prefs",
+            "split train_prefs (of test_prefs, test_sft, train_prefs, train_sft); "
+            f"{HELD_OUT % 'test_prefs'}; not read: train_sft.jsonl",
         ),
     ],
 )
@@ -860,7 +861,30 @@ def test_an_explicit_split_is_taken_as_it_is(tmp_path: Path) -> None:
         assert source(where, split).said == ""
     text = fault(source, where, "dev")
     assert "no file of split 'dev'; splits: helpful, test, train, train_prefs" in text
-    assert text.endswith("fix: data.dataset_test_split=test")
+    assert text.endswith("fix: data.dataset_train_split=train_prefs")
+    with pytest.raises(DataError) as raised:
+        find_source(str(where), "dev", None, TEST_SPLIT)
+    assert raised.value.fix == "data.dataset_test_split=test"
+
+
+@pytest.mark.parametrize(
+    ("names", "read", "said"),
+    [
+        ("pairs.jsonl test.jsonl", "pairs.jsonl", HELD_OUT % "test"),
+        ("dpo.jsonl dpo_test.jsonl", "dpo.jsonl", ""),
+        ("data.jsonl val.jsonl", "data.jsonl", HELD_OUT % "val"),
+        (
+            "training/a.jsonl evaluation/b.jsonl",
+            "training/a.jsonl",
+            f"split training (of evaluation, training); {HELD_OUT % 'evaluation'}",
+        ),
+        ("train.jsonl train_extra.jsonl", "train.jsonl", "not read: train_extra.jsonl"),
+    ],
+)
+def test_what_is_held_out_is_never_chosen_to_train_on(tmp_path: Path, names: str, read: str, said: str) -> None:
+    found = source(folder(tmp_path, *names.split()))
+    assert [str(file.path.relative_to(tmp_path)) for file in found.files] == [read]  # type: ignore[attr-defined]
+    assert found.said == said
 
 
 def test_a_folder_where_nothing_can_be_chosen(tmp_path: Path) -> None:
@@ -907,7 +931,7 @@ def test_folders_of_save_to_disk(tmp_path: Path) -> None:
     shutil.copy(tmp_path / "other" / "data-00000-of-00001.arrow", tmp_path / "two" / "train")
     assert source(tmp_path / "two").fingerprint()[0] != before
     datasets.DatasetDict({"harmless": sets["train"], "helpful": sets["test"]}).save_to_disk(str(tmp_path / "three"))
-    assert rows_of(tmp_path / "three") == rows + held
+    assert "splits: harmless, helpful" in fault(source, tmp_path / "three")
     assert rows_of(tmp_path / "three", "helpful") == held
     (tmp_path / "one" / "data-00007-of-00012.arrow").unlink()
     assert "missing or broken: data-00007-of-00012.arrow" in fault(source, tmp_path / "one")
@@ -1222,7 +1246,7 @@ def test_the_hubs_own_reader_on_a_real_folder(tmp_path: Path, monkeypatch: pytes
     assert (cached.said, cached.fingerprint()[1]) == (found.said, 3)
     assert list(cached.rows([])) == list(found.rows([]))
     assert "configs in the cache: ['en']" in fault(find_source, "org/set", "auto", "fr", kind=HubError)
-    text = fault(load_set, str(where), "dev", None, kind=HubError)
+    text = fault(load_set, str(where), "dev", None, TEST_SPLIT, kind=HubError)
     assert "train_prefs" in text
     assert "data.dataset_test_split=test_prefs" in text
     assert "data.dataset_config=en," in fault(load_set, str(where), "auto", "fr", kind=HubError)
