@@ -30,7 +30,7 @@ from orpo_lite.data.chat_template import (
 from orpo_lite.data.formats.columns import SOME
 from orpo_lite.data.formats.values import is_templated
 from orpo_lite.data.pair import Pair
-from orpo_lite.data.pairs import Drops, PairReader
+from orpo_lite.data.pairs import MAY_BE_BAD, Drops, PairReader
 from orpo_lite.data.render_process import LimitedRenderer, Renderer
 from orpo_lite.data.sources.source import Source
 from orpo_lite.data.tokenize import LONG_PROMPT, end_token_id, show_texts, tokenize_pairs
@@ -38,7 +38,6 @@ from orpo_lite.errors import FULL, DataError, FitError, ModelError, Overrides
 from orpo_lite.recipe.schema import DataSection
 
 THOUGHTS = (EMPTY_THOUGHT, NO_THOUGHT)
-FEW = 3  # pairs that a template may always change; data.max_bad_rows says which share of them beyond that
 
 # What tokens depend on, besides the rows, the tokenizer and the template.
 TOKEN_FIELDS = (
@@ -177,10 +176,10 @@ def _hints(reasons: Iterable[str]) -> dict[str, str]:
 
 
 def _check_unfaithful(drops: Drops, read: int, data: DataSection) -> None:
-    """Refuse a template that loses or changes turns of more pairs than data.max_bad_rows allows."""
-    reasons = [reason for reason in UNFAITHFUL if drops.counts[reason]]
+    """Refuse a template that loses or changes turns of more pairs than data.max_bad_rows allows, or raises on them."""
+    reasons = [reason for reason in drops.counts if reason in UNFAITHFUL or reason.startswith("the chat template ")]
     count = sum(drops.counts[reason] for reason in reasons)
-    if count <= max(FEW, data.max_bad_rows * read):
+    if count <= max(MAY_BE_BAD, data.max_bad_rows * read):
         return
     said = [
         f"{reason} ({drops.counts[reason]:,}, the first at {', '.join(drops.places[reason])})" for reason in reasons
@@ -192,7 +191,7 @@ def _check_unfaithful(drops: Drops, read: int, data: DataSection) -> None:
     raise ModelError(
         where="data.chat_template",
         found=f"{count:,} of {read:,} pairs: {'; '.join(said)}",
-        expected=f"at most {max(FEW, int(data.max_bad_rows * read)):,} such pairs",
+        expected=f"at most {max(MAY_BE_BAD, int(data.max_bad_rows * read)):,} such pairs",
         fix=fix,
     )
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from orpo_lite.data.chat_template import SPECIAL, PairTexts, Rendered, eos_id
+from orpo_lite.data.chat_template import SPECIAL, BeyondLimitsError, PairTexts, Rendered, eos_id
 from orpo_lite.data.formats.text import shared_start
 from orpo_lite.data.pair import Pair, TokenizedPair
 from orpo_lite.data.render_process import Renderer
@@ -27,6 +27,8 @@ LONG_PROMPT = "prompt longer than data.max_prompt_length"
 NO_ROOM = "no room for a response in data.max_length"
 EQUAL_CUT = "chosen and rejected are equal after the cut at data.max_length"
 EQUAL_TOKENS = "chosen and rejected are equal as tokens"
+
+LONGEST_REASON = 120  # characters; what a template says when it raises an error
 
 BATCH = 128  # pairs rendered and tokenised in one call
 
@@ -66,8 +68,9 @@ def tokenize_pairs(
     but not one that is the prompt's and takes the spaces behind it along (``rstrip``).
     While one batch is put together here, the next is tokenised (all cores) and the one after that rendered.
 
-    Raises ModelError for a tokenizer without offsets and a template that fails, DataError for conversations without a
-    template; at the end, with all places.
+    A template that raises an error on a pair gives the reason to leave it out. Raises ModelError for a tokenizer
+    without offsets and a template that fails on a plain question or goes beyond its limits, DataError for conversations
+    without a template, at the end, with all places.
     """
     if not tokenizer.is_fast:
         raise ModelError(
@@ -82,7 +85,9 @@ def tokenize_pairs(
     for batch, rendered, encoded in _encoded(_rendered(_batches(pairs, BATCH), renderer), tokenizer):
         row = 0
         for pair, texts in zip(batch, rendered, strict=True):
-            if isinstance(texts, OrpoLiteError):
+            if isinstance(texts, ModelError) and not isinstance(texts, BeyondLimitsError):
+                yield pair, texts.found[:LONGEST_REASON]
+            elif isinstance(texts, OrpoLiteError):
                 faults.append(texts)
             elif isinstance(texts, str):
                 yield pair, texts

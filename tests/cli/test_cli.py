@@ -391,12 +391,12 @@ BAD_DATA: dict[str, tuple[str, list[str], list[str]]] = {
     "an unknown column in the map": (
         rows(GOOD),
         ["data.column_map=prompt=promt"],
-        ["data.column_map", "'promt'", "did you mean 'prompt'?"],
+        ["data.column_map", "'promt'", "did you mean data.column_map=prompt=prompt?"],
     ),
     "a test split of a single file": (
         rows(GOOD),
         ["data.dataset_test_split=test"],
-        ["data.dataset_test_split: 'test'", "data.test_split_size", "held-out.jsonl"],
+        ["data.dataset_test_split: 'test'", "data.test_split_size", "data.dataset_test_split=null"],
     ),
     "one prompt, so nothing to hold out": (rows(GOOD, GOOD), [], ["data.test_split_size", "data.test_split_size=0"]),
 }  # fmt: skip

@@ -472,17 +472,25 @@ def test_a_slow_tokenizer_is_refused() -> None:
     message(raised)
 
 
-def test_faults_are_reported_together_when_all_is_read(bpe: PreTrainedTokenizerFast) -> None:
+def test_pairs_on_which_a_template_raises_are_left_out(bpe: PreTrainedTokenizerFast) -> None:
     no_reply_first = CHATML + "{% if messages[0].role == 'assistant' %}{{ raise_exception('asks first') }}{% endif %}"
     pairs = [colour(prompt=str(i)) for i in range(BATCH * 2 + 3)]
     for place in (0, BATCH, BATCH * 2 + 2):
         pairs[place] = Pair((bot("S"), user("q")), "a", "b", f"x:{place}")
-    data, kept = section(chat_template=no_reply_first), 0
-    with pytest.raises(ModelError, match="3 faults") as raised:
+    kept, counts = tokenize(pairs, bpe, section(chat_template=no_reply_first))
+    assert (len(kept), counts) == (len(pairs) - 3, {"the chat template raises TemplateError": 3})
+
+
+def test_faults_are_reported_together_when_all_is_read(bpe: PreTrainedTokenizerFast) -> None:
+    pairs = [colour(prompt=str(i)) for i in range(BATCH * 2 + 3)]
+    for place in (0, BATCH, BATCH * 2 + 2):
+        pairs[place] = Pair((bot("S"), user("q")), "a", "b", f"x:{place}")
+    data, kept = section(chat_template="none"), 0
+    with pytest.raises(DataError, match="3 faults") as raised:
         for _ in tokenize_pairs(pairs, Renderer(set_chat_template(bpe, data)), bpe, data):
             kept += 1
     assert kept == len(pairs) - 3
-    assert all(f"x:{place}: the chat template raises" in message(raised) for place in (0, BATCH, BATCH * 2 + 2))
+    assert all(f"x:{place}: a conversation" in message(raised) for place in (0, BATCH, BATCH * 2 + 2))
 
 
 # --- order over batches
