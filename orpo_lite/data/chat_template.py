@@ -195,7 +195,7 @@ def template_file(choice: str) -> str:
             where="data.chat_template",
             found=f"{choice}: {error}",
             expected="auto, none, a .jinja file, or a template",
-            fix="check the path",
+            fix=Overrides({"data.chat_template": "auto"}, ", or another path"),
         ) from None
 
 

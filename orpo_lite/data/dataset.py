@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
+import sys
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import suppress
@@ -33,11 +34,12 @@ from orpo_lite.data.pair import Pair
 from orpo_lite.data.pairs import MAY_BE_BAD, Drops, PairReader
 from orpo_lite.data.render_process import LimitedRenderer, Renderer
 from orpo_lite.data.sources.source import Source
-from orpo_lite.data.tokenize import LONG_PROMPT, end_token_id, show_texts, tokenize_pairs
+from orpo_lite.data.tokenize import EQUAL_CUT, LONG_PROMPT, NO_ROOM, end_token_id, show_texts, tokenize_pairs
 from orpo_lite.errors import FULL, DataError, FitError, ModelError, Overrides
 from orpo_lite.recipe.schema import DataSection
 
 THOUGHTS = (EMPTY_THOUGHT, NO_THOUGHT)
+LIMITED = (LONG_PROMPT, NO_ROOM, EQUAL_CUT)  # reasons that longer limits do away with
 
 # What tokens depend on, besides the rows, the tokenizer and the template.
 TOKEN_FIELDS = (
@@ -113,6 +115,7 @@ def _tokenize(
         writer.unknown_id = tokenizer.unk_token_id
     samples: dict[str, Pair] = {}
     remarked: dict[str, Pair] = {}
+    dropped: dict[str, Pair] = {}
     templated, remarks = 0, Counter[str]()
     with _renderer(template) as renderer:
         for number, (pair, tokens) in enumerate(tokenize_pairs(reader, renderer, tokenizer, data)):
@@ -120,6 +123,7 @@ def _tokenize(
                 yield reader.read, max(rows, reader.read) if rows else 0
             if isinstance(tokens, str):
                 reader.drops.add(tokens, pair.where)
+                dropped.setdefault(tokens, pair)
                 continue
             writer.add(tokens)
             templated += template.text is not None and is_templated([*pair.messages, pair.chosen, pair.rejected])
@@ -131,6 +135,9 @@ def _tokenize(
                 samples.setdefault("cut", pair)
         _check_unfaithful(reader.drops, reader.read, data)
         hints = _hints(reader.drops.counts)
+        hints |= {
+            reason: _limits(dropped[reason], renderer, tokenizer, data) for reason in LIMITED if reason in dropped
+        }
         if not len(writer):
             reader.drops.raise_nothing_left("data", hints)
         if thoughts := [remarked[name] for name in THOUGHTS if name in remarked]:
@@ -167,12 +174,23 @@ def _tokenize(
 
 def _hints(reasons: Iterable[str]) -> dict[str, str]:
     """What to do about pairs that are left out, for each reason about which something can be done."""
-    hints = {LONG_PROMPT: "raise data.max_prompt_length, and data.max_length with it"}
-    hints |= dict.fromkeys(UNFAITHFUL, f"{OWN_TEMPLATE}, and which writes every turn as it is")
+    hints = dict.fromkeys(UNFAITHFUL, f"{OWN_TEMPLATE}, and which writes every turn as it is")
     for reason in reasons:
         if reason.startswith(SPECIAL):
             hints[reason] = f"take{reason.removeprefix(SPECIAL).lstrip(':')} out of the texts"
     return {reason: hints[reason] for reason in reasons if reason in hints}
+
+
+def _limits(pair: Pair, renderer: Renderer, tokenizer: Any, data: DataSection) -> str:
+    """The limits that keep a pair which is left out for its length."""
+    free = data.model_copy(update=dict.fromkeys(("max_length", "max_prompt_length"), sys.maxsize))
+    ((_, tokens),) = tokenize_pairs([pair], renderer, tokenizer, free)
+    if isinstance(tokens, str):
+        return ""
+    prompt = max(tokens.chosen_start, tokens.rejected_start)
+    whole = max(len(tokens.chosen_ids), len(tokens.rejected_ids))
+    limits = {"data.max_length": max(whole, data.max_length), "data.max_prompt_length": max(prompt, data.prompt_limit)}
+    return Overrides(limits, f" keep the one at {pair.where}")
 
 
 def _check_unfaithful(drops: Drops, read: int, data: DataSection) -> None:

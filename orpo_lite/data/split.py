@@ -7,6 +7,7 @@ import os
 import shlex
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import TypeVar
@@ -15,8 +16,8 @@ from orpo_lite.data.formats.column_map import check_mapped
 from orpo_lite.data.formats.names import shown
 from orpo_lite.data.pair import Pair
 from orpo_lite.data.sources.find import find_source, refuse_twice
-from orpo_lite.data.sources.source import TEST_SPLIT, Source, is_local, is_path, names_line
-from orpo_lite.errors import DataError, Overrides
+from orpo_lite.data.sources.source import TEST_SPLIT, TRAIN_SPLIT, Source, is_local, is_path, names_line
+from orpo_lite.errors import DataError, OrpoLiteError, Overrides
 from orpo_lite.recipe.schema import DataSection
 
 Held = TypeVar("Held")  # whatever is split by prompt
@@ -35,11 +36,24 @@ def training_sources(data: DataSection) -> list[Source]:
                 {"data.dataset_train_split": "auto"}, ", or name the file of that split in data.dataset_name"
             ),
         )
-    sources = [find_source(name, split, data.dataset_config) for name in data.names]
+    sources = [_find(data, "data.dataset_name", name, split, TRAIN_SPLIT) for name in data.names]
     refuse_twice(sources)
     if data.dataset_test_split is not None and all(map(is_local, data.names)):
         _refuse_held_out(sources, held_out_sources(data))
     return sources
+
+
+def _find(data: DataSection, key: str, name: str, split: str, split_key: str) -> Source:
+    """Find the set that ``key`` names. A fix that names another in its place is made one of the whole setting."""
+    try:
+        return find_source(name, split, data.dataset_config, split_key)
+    except OrpoLiteError as error:
+        other = error.fix.values.get("data.dataset_name") if isinstance(error.fix, Overrides) else None
+        if other and key != "data.dataset_name":
+            error.fix = Overrides({key: other})
+        elif other and len(data.names) > 1:
+            error.fix = names_line([other if old == name else old for old in data.names])
+        raise
 
 
 def _refuse_held_out(sources: Sequence[Source], held_out: Sequence[Source]) -> None:
@@ -68,10 +82,9 @@ def held_out_sources(data: DataSection) -> list[Source]:
     if test is None:
         return []
     if is_path(test):  # a bare word is a split, even when a folder of that name stands near by
-        try:
+        with suppress(DataError):  # files that carry no names of splits are all held out
             return [find_source(test, "test", None)]
-        except DataError:  # files that carry no names of splits are all held out
-            return [find_source(test, "auto", None)]
+        return [_find(data, TEST_SPLIT, test, "auto", TEST_SPLIT)]
     if alone := next((name for name in data.names if Path(name).expanduser().is_file()), None):
         folders = [find_source(name, test, None, TEST_SPLIT) for name in data.names if Path(name).expanduser().is_dir()]
         files = [file for source in folders for file in source.paths()]

@@ -86,7 +86,7 @@ def tokenize_pairs(
         row = 0
         for pair, texts in zip(batch, rendered, strict=True):
             if isinstance(texts, ModelError) and not isinstance(texts, BeyondLimitsError):
-                yield pair, texts.found[:LONGEST_REASON]
+                yield pair, _without_content(texts.found, pair)
             elif isinstance(texts, OrpoLiteError):
                 faults.append(texts)
             elif isinstance(texts, str):
@@ -96,6 +96,13 @@ def tokenize_pairs(
                 row += 2
                 yield pair, _cut_pair(pair, chosen, rejected, marks, data, texts.remarks)
     raise_all(faults)
+
+
+def _without_content(said: str, pair: Pair) -> str:
+    """What a template says when it raises an error; without the message where it quotes the pair."""
+    contents = (pair.chosen, pair.rejected, *(turn["content"] for turn in pair.messages))
+    quotes = any(len(text) > 8 and text.strip()[:LONGEST_REASON] in said for text in contents)
+    return said.partition(": ")[0] if quotes else said[:LONGEST_REASON]
 
 
 def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

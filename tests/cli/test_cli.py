@@ -420,7 +420,7 @@ def test_a_missing_data_file_names_its_neighbours(small: Callable[..., Answer], 
     code, _, said = small("data.dataset_name=./pears.jsonl")
     assert code == 3
     assert "pears.jsonl: no such file" in said
-    assert "did you mean pairs.jsonl?" in said
+    assert "fix: data.dataset_name=pairs.jsonl" in said
     assert not (workspace / "run").exists()
 
 

@@ -1,7 +1,7 @@
 """Every place of the data package that raises an error with a fix, and what happens when the fix is applied.
 
-A fix that is data, or that names a setting, is applied as a person would paste it: the next run succeeds, goes further,
-or names another fault. A fix that is words alone must name no setting and hold no placeholder.
+A fix that is data is applied as a person would paste it, and so is each other setting that it prints: the next run
+succeeds, goes further, or names another fault. A fix that is words alone names no setting and holds no placeholder.
 """
 
 import ast
@@ -26,12 +26,15 @@ import orpo_lite.data
 from orpo_lite.data import dataset as data_dataset
 from orpo_lite.data.render_process import Renderer
 from orpo_lite.data.sources import hub, json_rows, lines
-from orpo_lite.errors import Command, OrpoLiteError, Overrides
+from orpo_lite.data.split import training_sources
+from orpo_lite.errors import Command, DataError, OrpoLiteError, Overrides
+from orpo_lite.recipe.reader import load_recipe
+from orpo_lite.recipe.schema import DataSection
 from orpo_lite.recipe.text import to_text
 
 PACKAGE = Path(orpo_lite.data.__file__).parent
 PLACEHOLDER = re.compile(r"\b(?:OLD|NEW|FILE|SPLIT|COLUMN|DIR|FOLDER|NAME|CONFIG)\b")
-SETTING = re.compile(r"^(?:data|model)\.\w+=")
+SETTING = re.compile(r"'?\bdata\.\w+=")
 
 
 def json_column(text: str) -> bytes:
@@ -105,6 +108,10 @@ ANSWERS = {"prompt": lambda i: f"Why {i}?", "answer_1": lambda i: f"It is blue {
 CSV = "prompt,chosen,rejected\n" + "".join(f"Why {i}?,It is so {i}.,No {i}.\n" for i in range(6))
 LONG = {"prompt": "why " * 60}
 
+TEMPLATE, FILE = "only the person can write another template", "only the person has another file"
+ROW, COLUMN = "only the person knows what the row should say", "what the column holds has to be written otherwise"
+ELSEWHERE = ("git lfs ", "hf ")  # commands that need a network
+
 Files = Mapping[str, str | bytes]
 CASES: dict[str, tuple[Files, list[str]]] = {
     # sources
@@ -138,6 +145,7 @@ CASES: dict[str, tuple[Files, list[str]]] = {
     "a cell without a name": ({"a.csv": CSV.replace("\n", ",\n") + "q,a,b,c\n"}, ["data.dataset_name=a.csv"]),
     "another encoding": ({"a.csv": CSV.replace("so", "söß").encode("cp1252")}, ["data.dataset_name=a.csv"]),
     "UTF-16": ({"a.csv": CSV.encode("utf-16")}, ["data.dataset_name=a.csv"]),
+    "a pointer": ({"a.jsonl": "version https://git-lfs.github.com/spec/v1\noid"}, []),
     "a zip": ({"a.csv": b"PK\x03\x04" + bytes(40)}, ["data.dataset_name=a.csv"]),
     "half a gzip": ({"a.csv.gz": gzip.compress(CSV.encode())[:-20]}, ["data.dataset_name=a.csv.gz"]),
     "ends of a Mac": ({"a.csv": CSV.replace("\n", "\r")}, ["data.dataset_name=a.csv"]),
@@ -146,8 +154,11 @@ CASES: dict[str, tuple[Files, list[str]]] = {
     "broken JSON in a table": ({"a.parquet": json_column("{")}, ["data.dataset_name=a.parquet"]),
     "several splits of the hub": ({}, ["data.dataset_name=org/several"]),
     "no such split of the hub": ({}, ["data.dataset_name=org/several", "data.dataset_train_split=three"]),
+    "no such set of the hub": ({}, ["data.dataset_name=org/none"]),
     "a spreadsheet": ({"a.xlsx": b"PK\x03\x04"}, ["data.dataset_name=a.xlsx"]),
     "no such file": ({"a.jsonl": many()}, ["data.dataset_name=./b.jsonl"]),
+    "one of two files": ({"b.jsonl": many()}, ["data.dataset_name=./a.json,./b.jsonl"]),
+    "no such file to hold out": ({"a.jsonl": many(), "held.jsonl": many(2)}, ["data.dataset_test_split=./helt.jsonl"]),
     "an empty folder": ({"f/README.md": ""}, ["data.dataset_name=f"]),
     "half a saved set": ({"f/state.json": '{"_data_files": [{"filename": "x.arrow"}]}'}, ["data.dataset_name=f"]),
     "a pattern of nothing": ({"a.jsonl": many()}, ["data.dataset_name=*.csv"]),
@@ -169,6 +180,7 @@ CASES: dict[str, tuple[Files, list[str]]] = {
     # formats
     "a map turned round": ({"a.jsonl": under(ask=lambda i: f"Why {i}?", **BLUE)}, ["data.column_map=ask=prompt"]),
     "an unknown column": ({"a.jsonl": under(ask=lambda i: f"Why {i}?", **BLUE)}, ["data.column_map=prompt=aks"]),
+    "a column like none": ({"a.jsonl": many()}, ["data.column_map=prompt=zzz"]),
     "a templated prompt": ({"a.jsonl": under(prompt=lambda i: f"[INST] Why {i}? [/INST]", **BLUE)}, []),
     "two prompts": ({"a.jsonl": many(question="Which number?")}, []),
     "earlier turns as text": ({"a.jsonl": many(history="<|user|>\nHi")}, []),
@@ -324,14 +336,46 @@ CASES: dict[str, tuple[Files, list[str]]] = {
 }
 
 
-# Places whose fix is words, and that no set of rows can reach.
-WORDS = {
+# Places that no set of rows can reach, and whose fix is words.
+UNREACHED = {
     "chat_template:eos_id#1": "a tokenizer without an end",
     "chat_template:set_chat_template#1": "templates without a default",
     "dataset:tokenized#1": "a full disk",
     "dataset:tokenized#2": "a broken disk",
     "sources/source:readable#1": "a file that may not be read",
     "tokenize:tokenize_pairs#1": "a slow tokenizer",
+}
+# Places that have no setting or command to name, and why.
+WORDS = {
+    "chat_template:pair_texts#1": TEMPLATE,
+    "chat_template:render#1": TEMPLATE,
+    "formats/readers:_messages#1": ROW,
+    "formats/readers:_messages#2": ROW,
+    "formats/refuse:refuse_mapped#1": COLUMN,
+    "formats/refuse:refuse_python#1": COLUMN,
+    "formats/text:fault#1": ROW,
+    "formats/verdicts:_refuse_values#1": COLUMN,
+    "dataset:_templated#1": COLUMN,
+    "formats/unused_columns:_refuse_misfits#1": COLUMN,
+    "pairs:_pairs#1": FILE,
+    "pairs:find#1": "an option of the command, with a real place",
+    "pairs:find#2": "an option of the command, with a real place",
+    "sources/arrow_rows:arrow_rows#1": ROW,
+    "sources/arrow_rows:arrow_table#1": FILE,
+    "sources/csv_rows:_broken#1": ROW,
+    "sources/csv_rows:csv_header#1": COLUMN,
+    "sources/csv_rows:csv_rows#1": ROW,
+    "sources/csv_rows:csv_rows#2": ROW,
+    "sources/csv_rows:refuse_same_names#1": COLUMN,
+    "sources/files:read_file#1": FILE,
+    "sources/json_rows:_json_fault#1": ROW,
+    "sources/json_rows:_not_an_object#1": ROW,
+    "sources/json_rows:_objects#1": FILE,
+    "sources/lines:lines#2": ROW,
+    "sources/local:_data_files#1": FILE,
+    "sources/local:_matched#1": FILE,
+    "sources/local:_saved_files#1": FILE,
+    "sources/local:_unknown_kind#1": FILE,
 }
 
 Raised = list[tuple[str, OrpoLiteError]]  # with the place
@@ -364,6 +408,8 @@ def a_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(name: str, _config: str | None, split: str) -> datasets.Dataset:
         if split not in ("one", "two"):
             raise ValueError(f"Unknown split {split!r}. Should be one of ['one', 'two'].")
+        if name == "org/none":
+            raise ConnectionError("Couldn't reach it")
         return datasets.Dataset.from_list([pair(i) for i in range(6)])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
@@ -382,14 +428,14 @@ def test_every_fix_is_applied(
     monkeypatch.setattr(lines, "MAX_ROW_BYTES", 4096)
     monkeypatch.setattr(json_rows, "MAX_JSON_BYTES", 2048)
     small_recipe()
-    kept, reached = {*workspace.iterdir()}, set()
+    kept, reached, with_data = {*workspace.iterdir()}, set(), set()
 
     def printed(*words: str) -> Raised:
-        """The errors that a command ends with."""
+        """The errors that a command ends with, by what they say and by their fix."""
         raised.clear()
         code, _, said = call("data", "--recipe", "./small.yaml", "data.dataset_name=a.jsonl", *words)
         assert code in (0, 2, 3, 4, 8), said
-        return [(place, error) for place, error in raised if code and error.found in said]
+        return [(place, error) for place, error in raised if code and error.found in said and error.fix in said]
 
     for case, (files, words) in CASES.items():
         for name, content in files.items():
@@ -398,26 +444,47 @@ def test_every_fix_is_applied(
         found = printed(*words)
         assert found, f"{case}: nothing is wrong"
         reached |= {place for place, _ in found}
-        place, error = found[-1]
-        for more in settings(error.fix, workspace):
-            again = [(name, other.found) for name, other in printed(*words, *more)]
-            assert (place, error.found) not in again, f"{case}: the fix leads back to it: {more}"
+        with_data |= {place for place, error in found if isinstance(error.fix, Overrides | Command)}
+        for place, error in {str(error.fix): (place, error) for place, error in found}.values():
+            for more in settings(error.fix, workspace):
+                again = [(name, other.found) for name, other in printed(*words, *more)]
+                assert (place, error.found) not in again, f"{case}: the fix leads back to it: {more}"
         for path in {*workspace.iterdir()} - kept:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    assert reached | WORDS.keys() == places().keys()
-    assert not reached & WORDS.keys()
+    assert reached | UNREACHED.keys() == places().keys()
+    assert reached - with_data == WORDS.keys()
+    assert not reached & UNREACHED.keys()
 
 
-def settings(fix: str, workspace: Path) -> Iterator[list[str]]:
-    """What to add to the command, for each way that a fix names; a line for the shell is run."""
+def settings(fix: str, workspace: Path) -> list[list[str]]:
+    """What to add to the command, for each way that a fix names: its data first; a line for the shell is run."""
     assert fix
     assert not PLACEHOLDER.search(fix), fix
+    pasted = [first_word(fix[match.start() :]) for match in SETTING.finditer(fix)]
     if isinstance(fix, Command):
-        if shutil.which(fix.line.partition(" ")[0]) is None:
-            return
+        if fix.line.startswith(ELSEWHERE):
+            return []
         subprocess.run(["bash", "-c", fix.line], cwd=workspace, check=True)
-    if isinstance(fix, Overrides):
-        yield [f"{key}={to_text(value)}" for key, value in fix.values.items()]
-    for text in [] if isinstance(fix, Overrides) else re.split(r"; | or |, then | to ", fix):
-        if "'" not in text or text.count("'") % 2 == 0:  # no apostrophe of the sentence
-            yield from filter(None, [[word for word in shlex.split(text) if SETTING.match(word)]])
+        return [[word] for word in pasted]
+    if not isinstance(fix, Overrides):
+        assert not pasted, f"a setting in words: {fix}"
+        return []
+    together = pasted[: len(fix.values)]
+    told = load_recipe("demo", [f"{key}={to_text(value)}" for key, value in fix.values.items()])
+    assert load_recipe("demo", together).data == told.data, f"what is printed is not what is meant: {fix}"
+    return [together, *([word] for word in pasted[len(together) :])]
+
+
+def first_word(text: str) -> str:
+    """The first word as a shell reads it, without the marks of the sentence behind it."""
+    words = shlex.shlex(text, posix=True)
+    words.whitespace_split, words.commenters = True, ""
+    return (words.get_token() or "").rstrip(",;?")
+
+
+def test_a_fix_for_one_of_several_names_keeps_the_others(workspace: Path) -> None:
+    (workspace / "more.jsonl").write_text(many())
+    with pytest.raises(DataError, match="no such file") as error:
+        training_sources(DataSection(dataset_name=["pair.jsonl", "more.jsonl"]))
+    assert isinstance(error.value.fix, Overrides)
+    assert error.value.fix.values == {"data.dataset_name": ["pairs.jsonl", "more.jsonl"]}

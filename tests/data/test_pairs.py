@@ -23,7 +23,7 @@ from orpo_lite.data.sources import local as sources_local
 from orpo_lite.data.sources.hub import HubSource
 from orpo_lite.data.sources.source import Source
 from orpo_lite.data.split import held_out_sources, hold_out, prompt_key, training_sources
-from orpo_lite.errors import SHOWN, DataError, HubError, OrpoLiteError
+from orpo_lite.errors import SHOWN, DataError, HubError, OrpoLiteError, Overrides
 from orpo_lite.recipe.reader import load_recipe
 from orpo_lite.recipe.schema import DataSection
 
@@ -834,7 +834,9 @@ def test_the_same_rows_are_not_read_twice(tmp_path: Path) -> None:
     for other in (path, tmp_path / "link.jsonl", tmp_path / "*.jsonl"):
         with pytest.raises(DataError, match=r"jsonl: twice") as raised:
             training_sources(section(dataset_name=f"{path},{other}"))
-        assert "name it once" in message(raised)
+        assert isinstance(raised.value.fix, Overrides)
+        once = raised.value.fix.values["data.dataset_name"]
+        assert len(training_sources(section(dataset_name=once))) == 1
 
 
 def test_a_split_of_a_single_file_is_refused(tmp_path: Path) -> None:

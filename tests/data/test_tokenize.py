@@ -479,6 +479,10 @@ def test_pairs_on_which_a_template_raises_are_left_out(bpe: PreTrainedTokenizerF
         pairs[place] = Pair((bot("S"), user("q")), "a", "b", f"x:{place}")
     kept, counts = tokenize(pairs, bpe, section(chat_template=no_reply_first))
     assert (len(kept), counts) == (len(pairs) - 3, {"the chat template raises TemplateError": 3})
+    told = CHATML + "{% if 'canary' in messages[0].content %}{{ raise_exception(messages[0].content) }}{% endif %}"
+    renderer = Renderer(set_chat_template(bpe, section(chat_template=told)))
+    ((_, reason),) = tokenize_pairs([colour(prompt="a canary text")], renderer, bpe, section())
+    assert reason == "the chat template raises TemplateError"
 
 
 def test_faults_are_reported_together_when_all_is_read(bpe: PreTrainedTokenizerFast) -> None:

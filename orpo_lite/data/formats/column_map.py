@@ -12,7 +12,7 @@ from orpo_lite.data.formats.messages import is_message, reshaped
 from orpo_lite.data.formats.names import ALIASES, SIDES, plain_name, shown
 from orpo_lite.data.pair import COLUMNS, Row
 from orpo_lite.data.sources.source import Source
-from orpo_lite.errors import DataError, reworded
+from orpo_lite.errors import DataError, Overrides, reworded
 from orpo_lite.recipe.schema import DataSection
 
 LOOK = 100  # rows that detection looks at
@@ -119,5 +119,7 @@ def _raise_unknown(names: Collection[str], options: Sequence[str], near: Mapping
         where="data.column_map",
         found=f"no {' and no '.join(map(repr, sorted(names)))}",
         expected=f"names among {', '.join(options)}",
-        fix=reworded(line, f"did you mean {line}?") if line.values["data.column_map"] else "leave data.column_map out",
+        fix=reworded(line, f"did you mean {line}?")
+        if line.values["data.column_map"]
+        else Overrides({"data.column_map": {}}),
     )

@@ -67,8 +67,9 @@ def refuse_order(profile: ColumnProfile, completions: str, ranks: str) -> None:
 def refuse_ranking(profile: ColumnProfile, completions: str, found: str, lines: Sequence[str] = ()) -> NoReturn:
     numbers = [column for column, kind in profile.kinds.items() if kind in FITTING["scores"] and column != completions]
     if not lines and profile.kind(completions) in LISTS:
-        lines = [f"{profile.lines('scores', [column])} if the highest is the best" for column in numbers]
-        lines += [f"{profile.lines('ranks', [column])} if the lowest is the best" for column in numbers]
+        settings = [(profile.line(scores=column), "highest") for column in numbers]
+        settings += [(profile.line(ranks=column), "lowest") for column in numbers]
+        lines = [reworded(line, f"{line} if the {best} is the best") for line, best in settings]
     found = f"{shown(completions)} holds {found}: nothing says which answer is the best"
     raise DataError(
         where="data.column_map",

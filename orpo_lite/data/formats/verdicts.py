@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 from orpo_lite.data.formats.columns import MANY, PAIRS, ColumnProfile
 from orpo_lite.data.formats.names import NUMBERED, SIDES, is_answer, names_better, plain_name, shown
 from orpo_lite.data.formats.values import USABLE
-from orpo_lite.errors import DataError, one_of
+from orpo_lite.errors import DataError, one_of, reworded
 
 SIGNED = ("preference_strength", "overall_preference")  # HelpSteer: -3, the first is much better, to 3, the second is
 VERDICTS = ("better", "winner", "better_response_id", "safer_response_id", "labels", *SIGNED)
@@ -153,5 +153,5 @@ def _refuse_unsigned(profile: ColumnProfile, column: str, answers: tuple[str, st
             where="data.column_map",
             found=found,
             expected="strengths on both sides of 0",
-            fix=f"{strength} if it is a strength, or {number} if a number",
+            fix=reworded(strength, f"{strength} if it is a strength, or {number} if a number"),
         )

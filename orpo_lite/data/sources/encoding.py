@@ -19,7 +19,7 @@ SAMPLE = 100  # lines
 
 NOT_TEXT = (
     (b"PK\x03\x04", "a zip file or a spreadsheet", "unpack it, or save it as csv"),
-    (b"version https://git-lfs", "a git-lfs pointer, not the file itself", "git lfs pull"),
+    (b"version https://git-lfs", "a git-lfs pointer, not the file itself", Command("git lfs pull")),
 )
 
 

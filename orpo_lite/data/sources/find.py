@@ -8,7 +8,7 @@ from pathlib import Path
 
 from orpo_lite.data.sources.hub import HubSource, load_set
 from orpo_lite.data.sources.local import LocalSource, find_files, refuse_mistyped, unique_labels
-from orpo_lite.data.sources.source import TRAIN_SPLIT, Source, is_local, listed
+from orpo_lite.data.sources.source import TRAIN_SPLIT, Source, is_local, listed, names_line
 from orpo_lite.errors import DataError
 
 
@@ -40,16 +40,12 @@ def with_unique_labels(sources: Sequence[Source]) -> list[Source]:
 
 def refuse_twice(sources: Sequence[Source]) -> None:
     """Raise DataError for a file, or a split of a set, of which all rows would be read twice."""
-    read: set[str] = set()
+    once: dict[str, str] = {}
+    twice = []
     for source in sources:
-        files = source.files if isinstance(source, LocalSource) else ()
-        names = {os.path.realpath(file.path): file.label for file in files}
-        names |= {source.whole_name: source.whole_name} if isinstance(source, HubSource) else {}
-        if twice := [label for name, label in names.items() if name in read]:
-            raise DataError(
-                where="data.dataset_name",
-                found=f"{listed(twice)}: twice",
-                expected="each row once",
-                fix="name it once",
-            )
-        read |= names.keys()
+        names = {os.path.realpath(name): name for name in source.paths() or [source.name]}
+        twice += [name for path, name in names.items() if path in once]
+        once = {**once, **names, **once}
+    if twice:
+        fix = names_line([*once.values()])
+        raise DataError(where="data.dataset_name", found=f"{listed(twice)}: twice", expected="each row once", fix=fix)

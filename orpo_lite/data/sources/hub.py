@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from orpo_lite.data.sources.lines import Place, blocks
-from orpo_lite.data.sources.local import did_you_mean, near_names
+from orpo_lite.data.sources.local import named, near_names
 from orpo_lite.data.sources.source import (
     AUTO,
     TRAIN_SPLIT,
@@ -159,20 +159,22 @@ def _hub_fix(name: str, error: Exception, key: str) -> str:
     if "scripts are no longer supported" in said:
         return Command(f"{download} --revision refs/convert/parquet", then)
     if "split" in said:
-        named = SPLITS.search(str(error))
-        return split_fix(key, _names(named[1])) if named else f"name a split of the set in {key}"
+        options = SPLITS.search(str(error))
+        return split_fix(key, _names(options[1])) if options else f"name a split of the set in {key}"
     if "config" in said:
         listed = next(filter(None, map(CONFIGS.search, str(error).splitlines())), None)
         if listed is None:
             return "name a configuration of the set in data.dataset_config"
         return Overrides({"data.dataset_config": _names(listed[1])[0]}, ", or another configuration of the set")
-    near = did_you_mean(near_names(Path(name))) or "check the path"
-    here = "" if "/" in name else f"there is no file or folder {name} here either ({near}); for a set of the hub, "
+    near = "" if "/" in name else named(Path(name), near_names(Path(name)))
+    other = f" ({near} is)" if near else ""
+    here = "" if "/" in name else f"there is no file or folder {name} here either{other}; for a set of the hub, "
     if any(word in said for word in ("gated", "401", "403", "private", "authenticat", "doesn't exist")):
         page = f"{here}open https://huggingface.co/datasets/{name}, ask for access if it is gated, then `hf auth login`"
-        return Command("hf auth login", text=page)
+        return reworded(near or Command("hf auth login"), page)
     # Without a network datasets does not look for a set where `hf download` alone would put it.
-    return Command(download, text=f"{here}check the network, or on a connected machine: {download}{then}")
+    page = f"{here}check the network, or on a connected machine: {download}{then}"
+    return reworded(near or Command(download), page)
 
 
 def _names(listed: str) -> list[str]:

@@ -33,7 +33,8 @@ def json_rows(file: File, faults: list[DataError]) -> Iterator[Place]:
     """Yield an object a line; or those of one array, of an object that holds one, or of columns."""
     first, more = _first_line(file)
     if first and first[:1] not in b"[{" and file.path.name[len(stem(file.path.name)) :].lower().startswith(".txt"):
-        found, fix = "a text that is not JSON", "give it the suffix of its kind, such as .csv"
+        line = converted(file, "cat", ".csv")
+        found, fix = "a text that is not JSON", reworded(line, f"give it the suffix of its kind, such as: {line}")
         raise DataError(where=file.label, found=found, expected="one JSON object a line in a .txt", fix=fix)
     if more and first.startswith(b"[") and isinstance(array := _parsed(first), list):
         raise _array_a_line(len(array), file)

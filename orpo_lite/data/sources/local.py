@@ -225,11 +225,12 @@ def refuse_mistyped(name: str) -> None:
 
 def _missing(path: Path, near: Sequence[str], expected: str = "a file or folder") -> DataError:
     found = "no such file" if path.parent.is_dir() else f"no such file, and {path.parent} is not a folder"
-    return DataError(where=str(path), found=found, expected=expected, fix=did_you_mean(near) or "check the path")
+    return DataError(where=str(path), found=found, expected=expected, fix=named(path, near) or "check the path")
 
 
-def did_you_mean(near: Sequence[str]) -> str:
-    return f"did you mean {' or '.join(near)}?" if near else ""
+def named(path: Path, near: Sequence[str]) -> str:
+    """Return the settings that name one of these in place of the path."""
+    return one_of(names_line([str(path.with_name(name))]) for name in near)
 
 
 def near_names(path: Path) -> list[str]:

@@ -1008,10 +1008,10 @@ def test_links_are_followed(tmp_path: Path) -> None:
 
 def test_a_missing_file_has_nearest_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder(tmp_path, "preferences.jsonl")
-    assert "did you mean preferences.jsonl?" in fault(source, tmp_path / "preference.jsonl")
+    assert f"fix: data.dataset_name={tmp_path}/preferences.jsonl" in fault(source, tmp_path / "preference.jsonl")
     assert "is not a folder" in fault(source, tmp_path / "nowhere" / "pairs.jsonl")
     monkeypatch.chdir(tmp_path)
-    assert "did you mean preferences.jsonl?" in fault(source, "preferences.json")
+    assert "fix: data.dataset_name=preferences.jsonl" in fault(source, "preferences.json")
     assert "no such file" in fault(source, "sheet.xlsx")
 
 
@@ -1020,9 +1020,10 @@ def test_a_name_meant_for_a_file_here_is_not_looked_for_on_the_hub(
 ) -> None:
     folder(tmp_path, "mydata.csv", "mydata.jsonl.gz", "mydata.txt", "Other/train.jsonl", "data/pairs.jsonl")
     monkeypatch.chdir(tmp_path)
-    assert fault(source, "mydata").endswith("did you mean mydata.csv or mydata.jsonl.gz or mydata.txt?")
-    assert "did you mean Other?" in fault(source, "other")
-    assert "did you mean pairs.jsonl?" in fault(source, "data/pears")
+    names = ("mydata.csv", "mydata.jsonl.gz", "mydata.txt")
+    assert fault(source, "mydata").endswith(" or ".join(f"data.dataset_name={name}" for name in names))
+    assert "fix: data.dataset_name=Other" in fault(source, "other")
+    assert "fix: data.dataset_name=data/pairs.jsonl" in fault(source, "data/pears")
     text = fault(source, "data/nothing-like-it", "train")
     assert "there is a folder data here; else a set of the hub" in text
     assert "check the path" in text
@@ -1039,11 +1040,11 @@ def test_a_bare_name_that_is_not_on_the_hub_may_have_been_a_file(
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     monkeypatch.setattr(datasets, "get_dataset_split_names", refuse)
     monkeypatch.chdir(folder(tmp_path, "mydata.csv"))
-    for name, near in (("mydat", "did you mean mydata.csv?"), ("zzz", "check the path")):
+    for name, near in (("mydat", " (data.dataset_name=mydata.csv is)"), ("zzz", "")):
         for error, fix in ((ConnectionError("offline"), "network"), (ValueError(f"'{name}' doesn't exist"), "open")):
             errors = [error, error]
             text = fault(source, name, kind=HubError)
-            assert f"there is no file or folder {name} here either ({near}); for a set of the hub, " in text
+            assert f"there is no file or folder {name} here either{near}; for a set of the hub, " in text
             assert fix in text
     errors = [ConnectionError("offline")] * 2
     assert "no file" not in fault(source, "org/mydat", kind=HubError)
