@@ -186,7 +186,7 @@ class DataSection(Section):
     max_samples: int | None = Field(None, ge=1)
     """Use only the first rows of each set."""
     max_bad_rows: Fraction = 0.01
-    """Share of the rows that may be left out for a fault (null, NaN, a tool call); more stops. 3 rows may always be."""
+    """Share of the rows that may be left out for a fault (NaN, a tool call); more stops. 3 rows may always be."""
     max_length: int = Field(2048, ge=8)
     """Tokens of prompt and response together; a longer response is cut at its end."""
     max_prompt_length: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"

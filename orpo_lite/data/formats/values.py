@@ -126,8 +126,10 @@ def _parsed(value: Any) -> Any:
     """The list or the object that a text is as JSON, or as Python prints it; None of any other value."""
     if not isinstance(value, str) or (value.lstrip()[:1], value.rstrip()[-1:]) not in (("[", "]"), ("{", "}")):
         return None
-    if _is_json(value):
+    try:
         return json.loads(value)
+    except (ValueError, RecursionError):
+        pass
     try:
         return ast.literal_eval(value.strip()) if _PYTHON.match(value) else None
     except (ValueError, SyntaxError, RecursionError, MemoryError):  # literals alone: no code of the text runs
