@@ -99,7 +99,7 @@ def test_rows_are_read_when_they_are_asked_for(tmp_path: Path, monkeypatch: pyte
     assert reader.read == 1  # and the fault at the end is still ahead
     list(pairs)
     assert reader.read == 10
-    assert [str(fault).partition(";")[0] for fault in reader.bad_rows] == ["pairs.jsonl:10, field prompt: missing"]
+    assert [str(fault).partition(";")[0] for fault in reader.bad_rows] == ["pairs.jsonl:10, field chosen: a number\n  expected: text\n  fix: mend or remove the row"]
 
 
 @pytest.mark.parametrize(
@@ -650,7 +650,7 @@ def test_a_row_is_found_by_its_place(tmp_path: Path) -> None:
     assert find("a.jsonl:13")[1] == EMPTY_CHOSEN
     pair, reason = find("b.jsonl:2")
     assert (pair.where, pair.rejected, reason) == ("b.jsonl:2", "Seven.", PROMPTS_DIFFER)
-    with pytest.raises(DataError, match=r"a.jsonl:14, field prompt: missing") as raised:
+    with pytest.raises(DataError, match=r"a.jsonl:14, field chosen: a list") as raised:
         find("a.jsonl:14")
     message(raised)
     for nowhere in ("a.jsonl:15", "a.jsonl", "c.jsonl:1", "a.jsonl:1, field chosen", ""):

@@ -189,6 +189,10 @@ class ColumnProfile:
             self.taken[canonical] = candidates[0]
         return self.taken.get(canonical)
 
+    def take(self, columns: Mapping[str, str]) -> None:
+        """Take columns for ours, as far as the rows have them."""
+        self.taken |= {ours: self.column(name) for ours, name in columns.items() if self.kind(name) != "missing"}
+
     def candidates(self, canonical: str) -> list[str]:
         if canonical in self.mapped or (canonical == "prompt" and self.kind("prompt") in CHAT):
             return [self.column(canonical)] if self.kind(canonical) != "missing" else []
@@ -277,6 +281,8 @@ class ColumnProfile:
                 continue
             out[key] = value = self._unwrapped(value, theirs, where)
             if not isinstance(value, str):
+                if key in SIDES and kind in TEXTS and value is not None:
+                    raise fault(where, column, seen(out, key), "text")
                 continue
             if value.strip() == "[]" and kind not in TEXTS:
                 out[key] = None

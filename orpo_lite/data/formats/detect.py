@@ -112,11 +112,13 @@ def detect_format(
         because += " (JSON in texts, which data.format=explicit would read as they are)"
     if system and profile.kind(system) != "null" and name != "orca":
         because += f"; {shown(system)} goes in front as a system turn where the conversation has none"
-    sides = _replies(profile, name)[-2:]
+    sides = _replies(profile, name)
+    whole = name == "sharegpt" and not profile.taken.keys() & {"prompt", "conversation"}
+    reader = READERS["implicit" if whole else name]
 
     def read(row: Row, where: str) -> Pair:
         named = profile.renamed(row, where)
-        pair = without_reply(named, sides, where) or READERS[name](named, where)
+        pair = without_reply(named, sides, where) or reader(named, where)
         return replace(pair, beside=True) if says_more(named) else pair
 
     refuse_unused(profile, name, said=said)
@@ -159,8 +161,8 @@ Found = tuple[str, str] | None
 
 
 def _openai(profile: ColumnProfile) -> Found:
-    outputs = (profile.kind("preferred_output"), profile.kind("non_preferred_output"))
-    if profile.kind("input") in CHAT and all(kind in ("message", "messages") for kind in outputs):
+    if profile.kind("input") in CHAT and all(profile.kind(output) in ("message", "messages") for output in OPENAI[1:]):
+        profile.take(dict(zip(("conversation", *SIDES), OPENAI, strict=True)))
         return "openai", "input holds messages beside preferred_output and non_preferred_output"
     return None
 
@@ -297,7 +299,7 @@ def _judged(profile: ColumnProfile, *, said: bool = False) -> Found:
     verdict, profile.verdict = find_verdict(profile, answers)
     if profile.share(opens, answers[0]) < 1 or "conversation" in profile.mapped:
         _find_before(profile)
-    profile.taken |= {"response_a": answers[0], "response_b": answers[1], "better": verdict}
+    profile.take({"response_a": answers[0], "response_b": answers[1], "better": verdict})
     return "judged", f"{shown(*answers)} are two answers and {shown(verdict)} says which is the better"
 
 
@@ -313,7 +315,9 @@ def _find_columns(profile: ColumnProfile, name: str) -> None:
     elif name in ("conversation", "sharegpt"):
         if profile.share(opens, "chosen") < 1 or "conversation" in profile.mapped:
             _find_before(profile)
-    elif name not in ("implicit", "openai"):
+    elif name == "openai":
+        profile.take(dict(zip(("conversation", *SIDES), OPENAI, strict=True)))
+    elif name != "implicit":
         # Conversations and dialogues that are whole need no prompt, so no rival of it matters.
         whole = _is_whole(profile) if name == "hh_rlhf" else profile.share(opens, "chosen") == 1
         if not whole or name in ("explicit", "alpaca"):
@@ -325,7 +329,7 @@ def _find_columns(profile: ColumnProfile, name: str) -> None:
 def _replies(profile: ColumnProfile, name: str) -> tuple[str, ...]:
     if name == "alpaca" and profile.kind("chosen") == "missing":
         return ("output",)
-    return {"openai": OPENAI, "ranked": (), "judged": ()}.get(name, ("chosen", "rejected"))
+    return () if name in ("ranked", "judged") else SIDES
 
 
 def _find_history(profile: ColumnProfile) -> None:

@@ -101,7 +101,7 @@ def test_a_faulty_row_is_named(form: str, row: dict[str, Any], place: str) -> No
             "chosen[0].content[0]: a part that is no text",
         ),
         ("LLaMA-Factory's dpo_en_demo", {"chosen": said("observation", "x")}, "chosen[0].from: 'observation'"),
-        ("LLaMA-Factory's dpo_en_demo", {"conversations": None}, "nothing stands before the reply"),
+        ("LLaMA-Factory's dpo_en_demo", {"conversations": None}, "field conversation: null"),
         ("Intel/orca_dpo_pairs", {"system": 3}, "field system: a number"),
         ("LLaMA-Factory's older alpaca, with history", {"output": ["a", "b", "c"]}, "field output: a list of 3"),
         ("LLaMA-Factory's older alpaca, with history", {"history": ["Hi"]}, "field history[0]: a text"),
@@ -113,7 +113,7 @@ def test_a_faulty_row_is_named(form: str, row: dict[str, Any], place: str) -> No
         ),
         ("texts with scores", {"scores": [1.0]}, "field scores: a list"),
         ("texts with ranks", {"ranks": None}, "field ranks: null"),
-        ("OpenAI preference fine-tuning", {"input": None}, "field input: null"),
+        ("OpenAI preference fine-tuning", {"input": None}, "field conversation: null"),
         ("lmsys/chatbot_arena_conversations", {"winner": "a third"}, "field winner: a text"),
         (
             "hh-rlhf with the dialogue in prompt",
