@@ -20,7 +20,7 @@ from orpo_lite.data.formats.columns import ColumnProfile, map_line
 from orpo_lite.data.formats.detect import Detected, detect_format, is_known
 from orpo_lite.data.formats.names import plain_name, shown
 from orpo_lite.data.formats.text import says_nothing
-from orpo_lite.data.formats.values import CHAT, is_blank, kind_of
+from orpo_lite.data.formats.values import is_blank, kind_of
 from orpo_lite.data.pair import EMPTY_CHOSEN, EMPTY_REJECTED, Pair, Row, RowError
 from orpo_lite.data.sources.source import Source, names_line
 from orpo_lite.errors import SHOWN, DataError, Overrides, raise_all, reworded
@@ -244,7 +244,7 @@ class PairReader:
 
         Raises DataError where the rows before would have been read otherwise.
         """
-        if not any(is_known(column) or kind_of(row[column]) in CHAT for column in late):
+        if not any(is_known(column) or kind_of(row[column]) == "messages" for column in late):
             return before
         turned_up = f"{shown(*late)} first {'holds' if len(late) == 1 else 'hold'} something at {where}"
         try:

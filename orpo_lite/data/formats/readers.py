@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from orpo_lite.data.formats.messages import ANSWER_KEYS, APART, ROLES, SPEAKERS, is_message, role_of, said_key
+from orpo_lite.data.formats.messages import ANSWER_KEYS, APART, ROLES, is_message, normal
 from orpo_lite.data.formats.text import (
     ABSENT,
     MARKED,
@@ -23,6 +23,7 @@ from orpo_lite.data.formats.text import (
     split_dialogue,
     text_of,
 )
+from orpo_lite.data.formats.values import opens
 from orpo_lite.data.pair import (
     EMPTY_CHOSEN,
     EMPTY_REJECTED,
@@ -57,7 +58,7 @@ def read_pair(row: Row, where: str) -> Pair:
 
 def read_implicit(row: Row, where: str) -> Pair:
     """TRL's implicit prompt: chosen and rejected begin alike, as lists of messages or as texts."""
-    if not isinstance(row.get("chosen"), str) or isinstance(row.get("rejected"), list | Mapping):
+    if not isinstance(row.get("chosen"), str) or isinstance(row.get("rejected"), list):
         return _join(row, (), None, where)
     chosen, rejected = (text_of(row, side, where) for side in ("chosen", "rejected"))
     if begins_dialogue(chosen):
@@ -282,21 +283,9 @@ def _alike(one: Sequence[Message], other: Sequence[Message]) -> bool:
 
 
 def _history(row: Row, where: str) -> list[Message]:
-    """Earlier turns, as messages or, as in LLaMA-Factory, as [user, assistant]."""
     history = row.get("history")
-    if not history or (isinstance(history, str) and not history.strip()):
-        return []
-    if not isinstance(history, list):
-        raise fault(where, "history", seen(row, "history"), "a list of messages, or of two texts: [user, assistant]")
-    if isinstance(history[0], Mapping):
-        return _messages(row, "history", where)
-    earlier: list[Message] = []
-    for i, turn in enumerate(history):
-        if not isinstance(turn, list) or len(turn) != 2:
-            raise fault(where, f"history[{i}]", seen({"": turn}, ""), "a list of two texts: [user, assistant]")
-        said = (text_of({"": text}, "", where, f"history[{i}][{j}]") for j, text in enumerate(turn))
-        earlier += ({"role": role, "content": text} for role, text in zip(("user", "assistant"), said, strict=True))
-    return earlier
+    blank = not history or (isinstance(history, str) and not history.strip())
+    return [] if blank else _messages(row, "history", where)
 
 
 def _before(row: Row, where: str, reply: str = "chosen") -> tuple[Sequence[Message], str | None]:
@@ -304,7 +293,7 @@ def _before(row: Row, where: str, reply: str = "chosen") -> tuple[Sequence[Messa
     for field in ("conversation", "prompt"):
         if isinstance(row.get(field), list) or (field == "conversation" and field in row):
             return _messages(row, field, where), None
-    if isinstance(row.get(reply), list | Mapping) and _opens(row, reply, where):
+    if opens(row.get(reply)):
         return (), None
     text = _asked(row, where)
     return _user(text), text
@@ -330,21 +319,13 @@ def _user(text: str) -> tuple[Message, ...]:
 
 
 def _side(row: Row, field: str, where: str, label: str = "") -> list[Message]:
-    """A reply or a whole conversation: a text, one message, or a list of messages."""
+    """A reply as a text, or a reply or a whole conversation as messages."""
     if isinstance(row.get(field), str):
         return [{"role": "assistant", "content": text_of(row, field, where, label)}]
-    if isinstance(row.get(field), Mapping):
-        row = {**row, field: [row[field]]}
     return _messages(row, field, where, label)
 
 
-def _opens(row: Row, field: str, where: str) -> bool:
-    """A conversation from its start: a user's turn is the first, or the first behind a system turn."""
-    return [turn["role"] for turn in _split_system(_side(row, field, where))[1][:1]] == ["user"]
-
-
 def _messages(row: Row, field: str, where: str, label: str = "") -> list[Message]:
-    """A list of {role, content}, of ShareGPT's {from, value}, or of {input, output}."""
     value, label = row.get(field), label or field
     if not isinstance(value, list) or not value:
         raise fault(where, label, seen(row, field), "a list of messages {role, content}")
@@ -353,42 +334,15 @@ def _messages(row: Row, field: str, where: str, label: str = "") -> list[Message
         place = f"{label}[{i}]"
         if not isinstance(item, Mapping):
             raise fault(where, place, seen({"": item}, ""), "a message {role, content}")
-        if any(item.get(key) for key in TOOL_CALLS):
-            raise RowError(
-                where=f"{where}, field {place}", found="a call of a tool", expected=NO_TOOLS, fix=WITHOUT_TOOLS
-            )
-        if not any(item.get(key) is not None for key in SPEAKERS) and "input" in item:
-            messages += _user(_content(item, "input", where, f"{place}.input"))
-            if item.get("output") is not None:
-                reply = _content(item, "output", where, f"{place}.output")
-                messages.append({"role": "assistant", "content": reply})
-            continue
-        speaker = next((key for key in SPEAKERS if item.get(key) is not None), "role")
-        role, said = role_of(item), said_key(item)
-        if role is None and str(item.get(speaker)).lower() in TOOL_ROLES:
-            raise RowError(
-                where=f"{where}, field {place}.{speaker}",
-                found=f"{item.get(speaker)!r}, a tool's turn",
-                expected=NO_TOOLS,
-                fix=WITHOUT_TOOLS,
-            )
-        if role is None:
-            name = item.get(speaker)
-            found = f"{name!r:.24}" if isinstance(name, str) else seen(item, speaker)
-            raise fault(where, f"{place}.{speaker}", found, f"one of {', '.join(ROLES)}")
-        messages.append({"role": role, "content": _content(item, said, where, f"{place}.{said}")})
+        role = item.get("role")
+        if str(role).lower() in TOOL_ROLES or any(map(item.get, TOOL_CALLS)):
+            found = "a call of a tool" if any(map(item.get, TOOL_CALLS)) else f"{role!r:.24}, a tool's turn"
+            raise RowError(where=f"{where}, field {place}", found=found, expected=NO_TOOLS, fix=WITHOUT_TOOLS)
+        if not isinstance(role, str) or role not in ROLES.values():
+            found = f"{role!r:.24}" if isinstance(role, str) else seen(item, "role")
+            raise fault(where, f"{place}.role", found, f"one of {', '.join(ROLES)}")
+        messages.append({"role": role, "content": text_of(item, "content", where, f"{place}.content")})
     return messages
-
-
-def _content(item: Row, field: str, where: str, label: str) -> str:
-    """A message's text, which some sets hold in parts: [{"type": "text", "text": ...}]."""
-    parts = item.get(field)
-    if not isinstance(parts, list):
-        return text_of(item, field, where, label)
-    for i, part in enumerate(parts):
-        if not isinstance(part, Mapping) or part.get("type") != "text":
-            raise fault(where, f"{label}[{i}]", "a part that is no text", 'parts {"type": "text", "text": ...} alone')
-    return "".join(text_of(part, "text", where, f"{label}[{i}].text") for i, part in enumerate(parts))
 
 
 def _ranked(row: Row, where: str) -> Iterator[tuple[float, str]]:
@@ -414,7 +368,7 @@ def _ranked(row: Row, where: str) -> Iterator[tuple[float, str]]:
         number = _number(answer.get(measure), where, f"completions[{i}].{measure}")
         key = next((key for key in ANSWER_KEYS if answer.get(key) is not None), None)
         if key and number is not None:
-            *turns, reply = _side(answer, key, where, label := f"completions[{i}].{key}")
+            *turns, reply = _side({key: normal(answer[key])}, key, where, label := f"completions[{i}].{key}")
             if turns or reply["role"] != "assistant":
                 raise fault(where, label, "messages", "a text, or one message of the assistant")
             yield MEASURES[measure] * number, reply["content"]

@@ -24,6 +24,7 @@ from shapes import (
     wholes,
 )
 
+from orpo_lite.data.formats.column_map import mapped_row
 from orpo_lite.errors import DataError
 
 
@@ -168,7 +169,7 @@ def test_the_first_rows_may_have_no_earlier_turns() -> None:
     row = {"prompt": Q, "history": [], **BLUE_SEVEN}
     detected, _ = detect([row] * 3)
     assert detected.columns["history"] == "history"
-    assert detected.read(row | {"history": [["Hi", "Hello."]]}, "x").messages == TALK
+    assert detected.read(mapped_row(row | {"history": [["Hi", "Hello."]]}, {}), "x").messages == TALK
 
 
 def test_a_system_text_may_hold_a_dialogue() -> None:

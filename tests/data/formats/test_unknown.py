@@ -36,9 +36,9 @@ def test_the_line_can_be_pasted_whatever_the_columns_names(names: tuple[str, str
 
 
 def test_roles_that_nobody_has_here_are_named() -> None:
-    with pytest.raises(DataError, match=r"field chosen\[1\].from: 'observation', a tool's turn"):
+    with pytest.raises(DataError, match=r"field chosen\[1\]: 'observation', a tool's turn"):
         read([{side: [said("human", Q), said("observation", side)] for side in ("chosen", "rejected")}] * 3)
-    with pytest.raises(DataError, match=r"field chosen\[1\].from: 'nurse'") as raised:
+    with pytest.raises(DataError, match=r"field chosen\[1\].role: 'nurse'") as raised:
         read([{side: [said("human", Q), said("nurse", side)] for side in ("chosen", "rejected")}] * 3)
     assert "one of system, developer, user, human" in raised.value.expected
 
