@@ -348,7 +348,7 @@ def test_prompts_that_ask_nothing_and_turns_that_stand_twice_are_left_out(tmp_pa
     later = {side: [user("q"), bot("a"), user(" "), bot(side)] for side in ("chosen", "rejected")}
     within = {side: [system | {"content": ""}, user("q"), bot(" "), user("q"), bot(side)] for side in later}
     pairs, reader = read(write_jsonl(tmp_path / "later.jsonl", [LISTS, later, within]))
-    assert (len(pairs), reader.drops.counts, reader.silent) == (2, {EMPTY_PROMPT: 1}, 1)
+    assert (len(pairs), reader.drops.counts, reader.remarks["empty_turns"]) == (2, {EMPTY_PROMPT: 1}, 1)
 
 
 LISTED = {"prompt": [user("q")], "chosen": [bot("a")], "rejected": [bot("b")]}
@@ -380,7 +380,7 @@ def test_words_for_nothing_are_counted(tmp_path: Path) -> None:
     pairs, reader = read(
         write_jsonl(tmp_path / "pairs.jsonl", [*rows, *systems, EXPLICIT | {"chosen": "None at all."}])
     )
-    assert (len(pairs), reader.absent) == (2 * len(words) + 4, 2 * len(words) + 1)
+    assert (len(pairs), reader.remarks["absent_texts"]) == (2 * len(words) + 4, 2 * len(words) + 1)
 
 
 def test_replies_that_begin_with_the_prompt_again_are_counted(tmp_path: Path) -> None:
@@ -392,7 +392,7 @@ def test_replies_that_begin_with_the_prompt_again_are_counted(tmp_path: Path) ->
         {"system": "Be brief.", "prompt": "Name one.", "chosen": "Be  brief.\nName one. Blue.", "rejected": "no"},
     ]
     _, reader = read(write_jsonl(tmp_path / "pairs.jsonl", plain + again))
-    assert reader.repeated == 3
+    assert reader.remarks["repeated_prompts"] == 3
 
 
 def test_what_was_read_and_what_was_not_is_said(tmp_path: Path) -> None:
@@ -617,7 +617,7 @@ def test_what_stands_beside_the_texts_is_counted(tmp_path: Path) -> None:
     ]
     pairs, reader = read(write_jsonl(tmp_path / "a.jsonl", rows))
     assert [pair.beside for pair in pairs] == [True, True, False, True, True]
-    assert reader.beside == 4
+    assert reader.remarks["beside_pairs"] == 4
 
 
 def test_a_reason_says_what_is_lacking(tmp_path: Path) -> None:

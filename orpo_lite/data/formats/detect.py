@@ -14,9 +14,9 @@ from orpo_lite.data.formats.columns import (
     refuse_templated,
     side_columns,
 )
-from orpo_lite.data.formats.messages import is_sharegpt, role_of
+from orpo_lite.data.formats.messages import MEASURES, is_sharegpt, role_of
 from orpo_lite.data.formats.names import KNOWN, OPENAI, SIDES, plain_name, shown
-from orpo_lite.data.formats.readers import MEASURES, READERS, Reader, repeated, says_more, undoubled, without_reply
+from orpo_lite.data.formats.readers import READERS, Reader, repeated, says_more, undoubled, without_reply
 from orpo_lite.data.formats.refuse import (
     could_ask,
     refuse_mapped,

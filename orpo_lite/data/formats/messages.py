@@ -11,11 +11,12 @@ ROLES = {  # in lower case
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "ai"), "assistant"),
     "model": "assistant",  # Gemini's and Gemma's
 }
-SPEAKERS = ("role", "from")  # keys of a message
+SPEAKERS = ("role", "from", "speaker")  # keys of a message
 CONTENTS = ("content", "value", "text")
-ANSWER_KEYS = ("response", "answer", "completion", "generation", "output", "text", "content", "message")  # of an answer
+ANSWER_KEYS = ("response", "answer", "completion", "generation", "output", "text", "content", "message", "messages")
+MEASURES = {"overall_score": 1, "score": 1, "rating": 1, "reward": 1, "rank": -1}  # -1: the lowest is the best
 APART = ("reasoning_content", "reasoning", "thinking")  # keys of what is said before the reply, apart from it
-_HELD = dict.fromkeys(("messages", *ALIASES["conversation"], *ANSWER_KEYS, "value"))  # keys of an object around these
+_HELD = dict.fromkeys((*ALIASES["conversation"], *ANSWER_KEYS, "value"))  # keys of an object around these
 
 
 def is_message(item: Any) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from orpo_lite.data.formats.messages import ANSWER_KEYS, APART, ROLES, is_message, normal
+from orpo_lite.data.formats.messages import ANSWER_KEYS, APART, MEASURES, ROLES, is_message, normal
 from orpo_lite.data.formats.text import (
     ABSENT,
     MARKED,
@@ -43,7 +43,6 @@ from orpo_lite.data.pair import (
 TOOL_ROLES = ("tool", "function", "ipython", "observation", "tool_call", "function_call", "tool_response",
               "function_response", "tool_result")  # fmt: skip
 TOOL_CALLS = ("tool_calls", "function_call")  # keys of a message
-MEASURES = {"overall_score": 1, "score": 1, "rating": 1, "reward": 1, "rank": -1}  # -1: the lowest is the best
 
 NO_TOOLS = "turns of system, user and assistant alone: calls of tools, and what tools give, are not read"
 WITHOUT_TOOLS = "leave out the rows with tools, or write each call and what it gave as text, into the turn beside it"

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 from orpo_lite.data.formats.columns import FITTING, MANY, PAIRS, ColumnProfile, holds
+from orpo_lite.data.formats.messages import MEASURES
 from orpo_lite.data.formats.names import (
     ABOUT,
     ALIASES,
@@ -16,7 +17,6 @@ from orpo_lite.data.formats.names import (
     side_of,
     words,
 )
-from orpo_lite.data.formats.readers import MEASURES
 from orpo_lite.data.formats.text import shared_words
 from orpo_lite.data.formats.values import LISTS, SCALARS, TEXTS, USABLE, waits_for_reply
 from orpo_lite.errors import DataError, Overrides, one_of, reworded

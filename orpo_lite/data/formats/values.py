@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
-from orpo_lite.data.formats.messages import ANSWER_KEYS, is_message, is_pairs, normal, role_of
+from orpo_lite.data.formats.messages import ANSWER_KEYS, MEASURES, is_message, is_pairs, normal, role_of
 from orpo_lite.data.formats.text import is_dialogue, numeric
 from orpo_lite.data.pair import NotJson
 
@@ -73,7 +73,8 @@ def is_blank(value: Any) -> bool:
 
 
 def _kind_of_list(items: Sequence[Mapping[str, Any]]) -> Kind:
-    if all(map(is_message, items)):
+    answers = len(items) > 1 and all(role_of(item) == "assistant" and item.keys() & {*MEASURES} for item in items)
+    if all(map(is_message, items)) and not answers:
         return "messages"
     return "completions" if all(any(key in item for key in ANSWER_KEYS) for item in items) else "something else"
 
