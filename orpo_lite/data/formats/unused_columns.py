@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from orpo_lite.data.formats.columns import SOME, ColumnProfile
+from orpo_lite.data.formats.messages import normal
 from orpo_lite.data.formats.names import ABOUT, ALIASES, SIDES, plain_name, shown, words
 from orpo_lite.data.formats.values import (
     SCALARS,
@@ -106,13 +107,11 @@ def _refuse_turns(profile: ColumnProfile, name: str) -> None:
     known = profile.named(*ALIASES["conversation"])
     others = [column for column in profile.columns if column not in known and not ABOUT & set(words(column))]
     for column in _unused(profile, map(plain_name, (*known, *others))):
-        pairs = profile.kind(column) == "pairs of texts"  # [user, assistant]
-        holds_turns = pairs or profile.kind(column) == "messages"
-        if not holds_turns or plain_name(column) == "history":  # the prompt may have it inside
-            continue
-        waits = not pairs and profile.share(waits_for_reply, column) > 0.5
+        if profile.kind(column) not in ("messages", "pairs of texts") or plain_name(column) == "history":
+            continue  # the prompt may have history inside
+        waits = profile.share(waits_for_reply, column) > 0.5
         stranger = waits and column not in known  # where it shares no turn, it may be about anything
-        values = [row.get(column) for row in profile.rows]
+        values = [normal(row.get(column), "history") for row in profile.rows]  # pairs [user, assistant] too
         lost = [_is_lost(profile, i, value, stranger=stranger) for i, value in enumerate(values) if value]
         if lost and sum(lost) >= SOME * len(lost):
             in_line = _in_front(profile, column, waits=waits)

@@ -186,3 +186,9 @@ def test_a_system_text_that_the_prompt_begins_with_is_not_read() -> None:
     assert "system turn" not in detected.because
     rows = [{"system": "Not this.", **wholes(*BRIEF)}]
     assert "in front as a system turn where the conversation has none" in detect(rows)[0].because
+
+
+def test_pairs_of_texts_in_another_column_are_earlier_turns_that_would_be_lost() -> None:
+    rows = [{"prompt": Q, "past": [["Hi", "Hello."], [Q, text]], **BLUE_SEVEN} for text in ("1", "2", "3")]
+    with pytest.raises(DataError, match="past holds turns that are not in what is read"):
+        detect(rows)
