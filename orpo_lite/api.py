@@ -9,14 +9,14 @@ from pathlib import Path
 from orpo_lite import demo
 from orpo_lite.base.adapter import adopt_adapter
 from orpo_lite.base.find import fetch_weights
-from orpo_lite.evaluation.samples import answer_prompts
+from orpo_lite.evaluation.samples import answer_prompts, find_prompts
 from orpo_lite.evaluation.verify import Verdict, compare_merged
 from orpo_lite.model.generate import Sample
 from orpo_lite.model.parallel import Processes
 from orpo_lite.model.quantize import skipped_modules
 from orpo_lite.objectives.objective import find_objective
 from orpo_lite.planning.choose import PLAN, choose_memory
-from orpo_lite.publishing.model_card import write_card
+from orpo_lite.publishing.model_card import make_card, write_card
 from orpo_lite.publishing.push import check_push, find_licences
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.runs.atomic import to_json, write_text
@@ -27,10 +27,13 @@ from orpo_lite.runs.interrupt import collect_signals
 from orpo_lite.runs.lock import check_lock, make_lock
 from orpo_lite.training.faults import explain_faults
 from orpo_lite.training.loop import train_steps
-from orpo_lite.training.result import TrainResult, keep_best
+from orpo_lite.training.result import TrainResult, keep_best, write_adapter_config
 from orpo_lite.training.session import load_session, restore_session
 from orpo_lite.training.state import TrainState
-from orpo_lite.updates import Update, run_to_end
+from orpo_lite.training.texts import make_texts, write_texts
+from orpo_lite.updates import Update, attempt, run_to_end
+
+NO_CARD = "the model card (README.md) is not written"
 
 
 def train(recipe: Recipe, *, resume: bool = False) -> TrainResult:
@@ -61,6 +64,11 @@ def train_events(recipe: Recipe, *, resume: bool = False) -> Generator[Update, N
     inputs = yield from prepare_inputs(resolved)
     path = Path(recipe.training.output_dir)
     licences = find_licences(recipe, inputs) if processes.is_main and not resume else {}
+    texts: dict[str, bytes] = {}
+    if processes.is_main:
+        texts, left_out = make_texts(inputs)
+        if left_out:
+            yield Update("note", left_out)
     resolved, plan = yield from choose_memory(resolved, inputs, path, processes)
     inputs = replace(inputs, base=fetch_weights(inputs.base))
     lock = make_lock(resolved, inputs)
@@ -76,8 +84,9 @@ def train_events(recipe: Recipe, *, resume: bool = False) -> Generator[Update, N
     processes.wait()
     with ExitStack() as stack:
         if processes.is_main:
-            stack.enter_context(locked(path))
-            stack.enter_context(logged(path))
+            for note in (*stack.enter_context(locked(path)), *stack.enter_context(logged(path))):
+                yield Update("note", note)
+            write_texts(path / "adapter", texts)
         stop = stack.enter_context(collect_signals())
         stack.enter_context(explain_faults(resolved, path))
         return (yield from _train(resolved, inputs, path, processes, stop, resume=resume))
@@ -86,9 +95,16 @@ def train_events(recipe: Recipe, *, resume: bool = False) -> Generator[Update, N
 def _train(
     recipe: Recipe, inputs: Inputs, path: Path, processes: Processes, stop: list[int], *, resume: bool
 ) -> Generator[Update, None, TrainResult]:
-    """Load, train, keep the best adapter; then answer prompts and write the model card."""
+    """Load, train, keep the best adapter; then answer prompts and write the model card.
+
+    What can be known of the answers and of the card is tried first; what is wrong with them ends no training.
+    """
     began = time.monotonic()
+    prompts = (yield from find_prompts(recipe, inputs)) if processes.is_main else []
     session = yield from load_session(recipe, inputs, path, processes, stop)
+    if processes.is_main:
+        write_adapter_config(path / "adapter", session.pair_model, inputs.base.name)
+        yield from attempt(NO_CARD, make_card, path)
     state = TrainState()
     if resume:
         state = yield from restore_session(session)
@@ -96,8 +112,8 @@ def _train(
     kept = yield from keep_best(session, state)
     samples: tuple[Sample, ...] = ()
     if processes.is_main:
-        samples = yield from answer_prompts(recipe, inputs, session.pair_model, path, stop)
-        write_card(path)
+        samples = yield from answer_prompts(recipe, prompts, session.pair_model, path, stop)
+        yield from attempt(NO_CARD, write_card, path)
     processes.wait()
     return TrainResult(
         run=path,
@@ -120,5 +136,5 @@ def verify_events(
 ) -> Generator[Update, None, Verdict]:
     """:func:`verify` as a generator of updates."""
     verdict = yield from compare_merged(run_folder, weights=weights, base_path=base_path)
-    write_card(Path(run_folder))
+    yield from attempt(NO_CARD, write_card, Path(run_folder))
     return verdict

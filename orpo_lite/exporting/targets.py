@@ -104,7 +104,9 @@ def export_events(
         raise RecipeError(where="--outtype", found=f"{outtype!r}", expected=expected)
     find_finished_adapter(path)
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.resolve().name).strip("-.") or "model"
-    with locked(path), _blamed("RUN", quoted(path)):
+    with locked(path) as notes, _blamed("RUN", quoted(path)):
+        for note in notes:
+            yield Update("note", note)
         return (yield from TARGETS[to](_Request(path, name, merged, outtype, weights)))
 
 
