@@ -136,5 +136,5 @@ def verify_events(
 ) -> Generator[Update, None, Verdict]:
     """:func:`verify` as a generator of updates."""
     verdict = yield from compare_merged(run_folder, weights=weights, base_path=base_path)
-    yield from attempt(NO_CARD, write_card, Path(run_folder))
+    yield from attempt(NO_CARD, write_card, Path(run_folder).expanduser())
     return verdict

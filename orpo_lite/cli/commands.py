@@ -323,6 +323,7 @@ def _choose_recipe(name: str | None, resume: Path | None, overrides: list[str], 
                 expected="the run's own recipe",
                 fix=Command(f"orpo-lite train --resume {resume}"),
             )
+        resume = resume.expanduser()  # a shell leaves ~ alone in --resume=~/runs/a
         recipe = read_recipe(resume)
         return recipe.override({"training.output_dir": str(resume)})  # the folder may have been moved
     _refuse_file(name, overrides, verb)

@@ -92,7 +92,7 @@ def compare_merged(
         CheckpointError: nothing is merged there.
         OrpoLiteError: base or data cannot be read any more.
     """
-    path = Path(run_folder)
+    path = Path(run_folder).expanduser()
     find_finished_adapter(path)
     merged, base = find_merged(path, weights), find_trained_base(path, base_path)
     recipe = demo.resolve_builtin(read_recipe(path))

@@ -89,7 +89,7 @@ def export_events(
         ModelError: a model, tokenizer or template that the target cannot have.
         FitError: a library that is not installed, or not enough disk space.
     """
-    path = Path(run_folder)
+    path = Path(run_folder).expanduser()
     if to not in TARGETS:
         raise RecipeError(
             where="--to",

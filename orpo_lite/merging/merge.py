@@ -95,7 +95,7 @@ def merge_events(
     base_path: str | Path | None = None,
 ) -> Generator[Update, None, MergeResult]:
     """:func:`merge` as a generator of what is being done."""
-    path = Path(run_folder)
+    path = Path(run_folder).expanduser()
     folder, most = path / merged_folder(weights), _shard_size(max_shard_size)
     recipe, adapter = read_recipe(path), find_finished_adapter(path)
     try:

@@ -102,7 +102,7 @@ def push_events(
     samples: int = 0,
 ) -> Generator[Update, None, PushResult]:
     """:func:`push` as a generator: yields an :class:`Update` for all that happens and returns the result."""
-    path = Path(run_folder)
+    path = Path(run_folder).expanduser()
     try:
         refuse_repository(repository)
     except ValueError as error:
