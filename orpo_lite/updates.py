@@ -5,6 +5,8 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
+from orpo_lite.errors import OrpoLiteError
+
 Result = TypeVar("Result")
 
 
@@ -52,5 +54,6 @@ def attempt(failed: str, function: Callable[..., Any], *args: Any) -> Iterator[U
 def failure(failed: str, error: Exception) -> Update:
     """The note of an error that costs nothing but ``failed``, whose traceback is logged."""
     logging.getLogger(__name__).warning(failed, exc_info=error)
-    said = " ".join(str(error).split())[:300] or type(error).__name__
+    said = error.found if isinstance(error, OrpoLiteError) else " ".join(str(error).split())[:300]
+    said = said or type(error).__name__
     return Update("note", f"{failed}: {said}")

@@ -16,6 +16,7 @@ from orpo_lite.base.adapter import vllm_rank
 from orpo_lite.base.blocks import Stored, stored_tensors
 from orpo_lite.base.download import check_disk
 from orpo_lite.base.find import load_tokenizer, read_config
+from orpo_lite.base.generation import read_generation_config
 from orpo_lite.errors import Command, FitError, ModelError, OrpoLiteError, RecipeError
 from orpo_lite.exporting.gguf_family import describe, find_targets
 from orpo_lite.exporting.gguf_file import OUTTYPES, write_gguf
@@ -263,15 +264,24 @@ def _write_model(
 
 
 def _ends(request: _Request, tokenizer: Any) -> list[int]:
-    """The tokens that end an answer, the template's own first: of the run's generation config."""
-    ends = read_json(request.path / "adapter" / "generation_config.json").get("eos_token_id")
-    ends = ends if isinstance(ends, list) else [tokenizer.eos_token_id if ends is None else ends]
-    return [end for end in ends if isinstance(end, int)]
+    """The tokens that end an answer, the template's own first."""
+    ends = _generation_config(request).get("eos_token_id")
+    ends = [read_lock(request.path).get("end_token_id"), *(ends if isinstance(ends, list) else [ends])]
+    return [end for end in dict.fromkeys(ends) if isinstance(end, int)] or [tokenizer.eos_token_id]
 
 
 def _sampling(request: _Request) -> dict[str, float]:
-    config = read_json(request.path / "adapter" / "generation_config.json")
-    return {key: config[key] for key in ("temperature", "top_p", "top_k") if config.get(key) is not None}
+    """Ollama's parameters; greedy decoding is a temperature of 0 there."""
+    config = _generation_config(request)
+    if config.get("do_sample") is False:
+        return {"temperature": 0}
+    values = {key: config.get(key) for key in ("temperature", "top_p", "top_k", "min_p")}
+    return {key: value for key, value in values.items() if isinstance(value, int | float)}
+
+
+def _generation_config(request: _Request) -> dict[str, Any]:
+    """The run's; {} where it cannot be read any more."""
+    return read_generation_config(request.path / "adapter")[0]
 
 
 def _lead(keys: dict[str, Any]) -> str:

@@ -27,12 +27,13 @@ def to_json(value: Mapping[str, Any]) -> str:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all. Raises CheckpointError, FitError."""
     temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    sync(temporary)
-    temporary.replace(file)
-    sync(file.parent)
+    with explained(file, temporary):
+        temporary.write_text(text, encoding="utf-8")
+        sync(temporary)
+        temporary.replace(file)
+        sync(file.parent)
 
 
 @contextmanager
@@ -44,7 +45,7 @@ def new_folder(final: Path) -> Iterator[Path]:
         raise CheckpointError(where=str(final), found=found, expected="a folder, or nothing", fix=fix)
     temporary, old = (final.with_name(f".{final.name}.{end}") for end in ("tmp", "old"))
     try:
-        with _explained(final, temporary):
+        with explained(final, temporary):
             final.parent.mkdir(parents=True, exist_ok=True)
             if old.exists() and not final.exists():  # killed between the two renames below
                 old.rename(final)
@@ -71,7 +72,7 @@ def new_files(folder: Path) -> Iterator[Path]:
     """
     temporary = folder / ".new.tmp"
     try:
-        with _explained(folder, temporary):
+        with explained(folder, temporary):
             folder.mkdir(parents=True, exist_ok=True)
             _make_empty(temporary)
             yield temporary
@@ -99,7 +100,7 @@ def _sync_all(folder: Path) -> list[Path]:
 
 
 @contextmanager
-def _explained(final: Path, temporary: Path) -> Iterator[None]:
+def explained(final: Path, temporary: Path) -> Iterator[None]:
     """Errors of writing ``temporary``, which is to become ``final``, as errors that say what to do."""
     try:
         yield

@@ -112,11 +112,14 @@ def no_push(run: Path, hub: Hub, **options: Any) -> str:
 
 
 def test_an_adapter_in_one_commit_private(a_run: Path, hub: Hub) -> None:
+    named = "additional_chat_templates/rag.jinja"
+    (a_run / "adapter" / named).parent.mkdir()
+    (a_run / "adapter" / named).write_text("{{ messages }}")
     result = push(a_run, REPO)
     repository = hub.written[REPO]
     names = {
         "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json",
-        "generation_config.json", "chat_template.jinja", "README.md",
+        "generation_config.json", "chat_template.jinja", "README.md", named,
     }  # fmt: skip
     assert repository.is_private
     assert set(repository.files) == names == set(result.files)

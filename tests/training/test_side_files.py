@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from orpo_lite import train
 from orpo_lite.api import train_events
 from orpo_lite.base.generation import read_generation_config
-from orpo_lite.errors import ModelError
+from orpo_lite.errors import FitError, ModelError
 from orpo_lite.merging.merge import merge
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.runs.inputs import prepare_inputs
@@ -112,6 +112,18 @@ def test_a_log_that_cannot_be_written_costs_no_training(
     assert same_bits(adapter(Path("run")), load_file(at_step(Path("run"), LAST) / ADAPTER))
     assert any("goes on without a log" in note for note in notes) == (at == "open")
     assert "Logging error" not in capfd.readouterr().err
+
+
+def test_a_full_disk_for_the_metrics_is_said_and_gone_on_from(small_recipe: Build) -> None:
+    recipe, file = small_recipe(AS_TRAINED), Path("run/metrics.jsonl")
+    with pytest.raises(FitError, match="the disk is full"):
+        for update in train_events(recipe):
+            if update.kind == "step" and update.step == 2:
+                rows = file.read_text()
+                fill(file)
+    file.unlink()
+    file.write_text(rows)
+    assert train(recipe, resume=True).steps == LAST
 
 
 def test_a_training_outlives_its_terminal(small_recipe: Build) -> None:
