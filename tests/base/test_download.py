@@ -44,7 +44,7 @@ def refused(kind: type[OrpoLiteError], do: Callable[[], object]) -> str:
 
 def test_text_first_then_weights_and_never_a_pickle(hub: Hub) -> None:
     for name in (NAMED_TEMPLATE, "original/params.json", "adapters/config.json"):
-        (hub.folder / name).parent.mkdir()
+        (hub.folder / name).parent.mkdir(exist_ok=True)
         (hub.folder / name).write_text("{}")
     base = find_base(NAME, "main")
     assert (base.name, base.revision, base.config.model_type) == (NAME, COMMIT, "llama")
