@@ -241,7 +241,8 @@ def load_tokenizer(path: Path) -> Any:
     """The tokenizer of a base or adapter folder, as tokenizer.json says it. Raises :class:`ModelError`.
 
     Some classes of transformers keep only the vocabulary of tokenizer.json and build the rest themselves. Where that
-    makes another tokenizer, the class is not used, and ``replaced`` says so in a sentence; it is "" otherwise.
+    makes another tokenizer, or a slow one, the class is not used, and ``replaced`` says so in a sentence; it is ""
+    otherwise.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -251,8 +252,11 @@ def load_tokenizer(path: Path) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(
                 path, trust_remote_code=False
             )  # else it would ask at the terminal
-            if changed := _changed_parts(file, tokenizer):
+            if file.is_file() and not tokenizer.is_fast:
+                said = f"{type(tokenizer).__name__} is a slow one"
+            elif changed := _changed_parts(file, tokenizer):
                 said = f"{type(tokenizer).__name__} would change its {', '.join(changed)}"
+            if said:
                 vocabulary = _read_tokenizer(file)
                 named = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
                 known = {name: token for name, token in named.items() if vocabulary.token_to_id(token) is not None}
@@ -283,7 +287,7 @@ def _changed_parts(file: Path, tokenizer: Any) -> list[str]:
     from transformers import PreTrainedTokenizerFast
 
     # The general class reads the file itself.
-    if type(tokenizer) is PreTrainedTokenizerFast or not tokenizer.is_fast or not file.is_file():
+    if type(tokenizer) is PreTrainedTokenizerFast or not file.is_file():
         return []
     written, built = (json.loads(backend.to_str()) for backend in (_read_tokenizer(file), tokenizer.backend_tokenizer))
     for parts in (written, built):  # an empty prefix is none

@@ -5,15 +5,19 @@ succeeds, goes further, or names another fault. A fix that is words alone names 
 """
 
 import ast
+import ctypes
 import gzip
 import itertools
 import json
+import os
 import re
+import resource
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +25,11 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+import transformers
+from conftest import byte_tokenizer
 
 import orpo_lite.data
+from orpo_lite.data import cache
 from orpo_lite.data import dataset as data_dataset
 from orpo_lite.data.render_process import Renderer
 from orpo_lite.data.sources import hub, json_rows, lines
@@ -336,15 +343,6 @@ CASES: dict[str, tuple[Files, list[str]]] = {
 }
 
 
-# Places that no set of rows can reach, and whose fix is words.
-UNREACHED = {
-    "chat_template:eos_id#1": "a tokenizer without an end",
-    "chat_template:set_chat_template#1": "templates without a default",
-    "dataset:tokenized#1": "a full disk",
-    "dataset:tokenized#2": "a broken disk",
-    "sources/source:readable#1": "a file that may not be read",
-    "tokenize:tokenize_pairs#1": "a slow tokenizer",
-}
 # Places that have no setting or command to name, and why.
 WORDS = {
     "chat_template:pair_texts#1": TEMPLATE,
@@ -378,6 +376,8 @@ WORDS = {
 }
 
 Raised = list[tuple[str, OrpoLiteError]]  # with the place
+Run = Callable[..., tuple[int, Raised]]
+Words = Generator[list[str], None, None]
 
 
 @pytest.fixture
@@ -416,43 +416,148 @@ def a_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "_unreachable", lambda _name: "")
 
 
+@pytest.fixture
+def run_data(call: Callable[..., Any], raised: Raised) -> Run:
+    """Runs ``orpo-lite data``: its exit code, and the errors that it ends with, by what they say and by their fix."""
+
+    def run(*words: str) -> tuple[int, Raised]:
+        raised.clear()
+        code, _, said = call("data", "--recipe", "./small.yaml", "data.dataset_name=a.jsonl", *words)
+        assert code in (0, 2, 3, 4, 6, 8), said
+        return code, [(place, error) for place, error in raised if code and error.found in said and error.fix in said]
+
+    return run
+
+
 @pytest.mark.usefixtures("a_hub")
 def test_every_fix_is_applied(
-    small_recipe: Callable[..., Any],
-    workspace: Path,
-    call: Callable[..., Any],
-    raised: Raised,
-    monkeypatch: pytest.MonkeyPatch,
+    small_recipe: Callable[..., Any], workspace: Path, run_data: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lines, "MAX_ROW_BYTES", 4096)
     monkeypatch.setattr(json_rows, "MAX_JSON_BYTES", 2048)
     small_recipe()
     kept, reached, with_data = {*workspace.iterdir()}, set(), set()
-
-    def printed(*words: str) -> Raised:
-        """The errors that a command ends with, by what they say and by their fix."""
-        raised.clear()
-        code, _, said = call("data", "--recipe", "./small.yaml", "data.dataset_name=a.jsonl", *words)
-        assert code in (0, 2, 3, 4, 8), said
-        return [(place, error) for place, error in raised if code and error.found in said and error.fix in said]
-
     for case, (files, words) in CASES.items():
         for name, content in files.items():
             (workspace / name).parent.mkdir(exist_ok=True, parents=True)
             (workspace / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-        found = printed(*words)
+        _, found = run_data(*words)
         assert found, f"{case}: nothing is wrong"
         reached |= {place for place, _ in found}
         with_data |= {place for place, error in found if isinstance(error.fix, Overrides | Command)}
         for place, error in {str(error.fix): (place, error) for place, error in found}.values():
             for more in settings(error.fix, workspace):
-                again = [(name, other.found) for name, other in printed(*words, *more)]
+                again = [(name, other.found) for name, other in run_data(*words, *more)[1]]
                 assert (place, error.found) not in again, f"{case}: the fix leads back to it: {more}"
         for path in {*workspace.iterdir()} - kept:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    assert reached | UNREACHED.keys() == places().keys()
+    assert reached | BY_HAND.keys() == places().keys()
     assert reached - with_data == WORDS.keys()
-    assert not reached & UNREACHED.keys()
+    assert not reached & BY_HAND.keys()
+
+
+# --- faults of the tokenizer, of the disk and of permissions: the fix is words, and the case does what they say
+
+
+def changed_tokenizer(workspace: Path, **values: Any) -> None:
+    file = workspace / "base" / "tokenizer_config.json"
+    kept = {name: value for name, value in json.loads(file.read_text("utf-8")).items() if name not in values}
+    file.write_text(json.dumps(kept | {name: value for name, value in values.items() if value}), encoding="utf-8")
+
+
+def no_eos(workspace: Path, _patch: pytest.MonkeyPatch) -> Words:
+    changed_tokenizer(workspace, eos_token=None)
+    yield []
+    changed_tokenizer(workspace, eos_token="</s>")
+    yield []
+
+
+def no_default_template(workspace: Path, _patch: pytest.MonkeyPatch) -> Words:
+    changed_tokenizer(workspace, chat_template=[{"name": "rag", "template": "{{ messages }}"}])
+    yield []
+    (workspace / "own.jinja").write_text("{% for m in messages %}{{ m.content }}</s>{% endfor %}")
+    yield ["data.chat_template=own.jinja"]
+
+
+def slow_tokenizer(workspace: Path, _patch: pytest.MonkeyPatch) -> Words:
+    for file in (workspace / "base").glob("tokenizer*"):
+        file.unlink()
+    transformers.ByT5Tokenizer().save_pretrained(workspace / "base")
+    yield []
+    byte_tokenizer().backend_tokenizer.save(str(workspace / "base" / "tokenizer.json"))
+    yield []
+
+
+def full_disk(_workspace: Path, _patch: pytest.MonkeyPatch) -> Words:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))  # no file can be longer
+    try:
+        yield []
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    yield []
+
+
+def broken_disk(_workspace: Path, patch: pytest.MonkeyPatch) -> Words:
+    """A disk that loses what was written cannot be had: the file of the tokens is cut behind the back of the writer."""
+    close = cache.Writer.close
+
+    def close_and_cut(writer: cache.Writer, facts: Any) -> None:
+        close(writer, facts)
+        for file in writer.folder.glob("ids*"):
+            os.truncate(file, file.stat().st_size - 1)
+
+    with patch.context() as broken:
+        broken.setattr(cache.Writer, "close", close_and_cut)
+        yield []
+    yield []
+
+
+def unreadable_file(workspace: Path, _patch: pytest.MonkeyPatch) -> Words:
+    (workspace / "a.jsonl").chmod(0)
+    with permissions_obeyed():
+        yield []
+        (workspace / "a.jsonl").chmod(0o600)
+        yield []
+
+
+@contextmanager
+def permissions_obeyed() -> Iterator[None]:
+    """Take from the superuser, while this lasts, the right to read what permissions refuse."""
+    libc, header = ctypes.CDLL(None, use_errno=True), (ctypes.c_uint32 * 2)(0x20080522, 0)
+    before = (ctypes.c_uint32 * 6)()  # effective, permitted and inheritable, twice
+    assert libc.capget(header, before) == 0
+    without = (ctypes.c_uint32 * 6)(before[0] & ~0b110, *before[1:])  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
+    assert libc.capset(header, without) == 0
+    try:
+        yield
+    finally:
+        assert libc.capset(header, before) == 0
+
+
+BY_HAND: dict[str, tuple[str, Callable[[Path, pytest.MonkeyPatch], Words]]] = {
+    "chat_template:eos_id#1": ("set eos_token in tokenizer_config.json", no_eos),
+    "chat_template:set_chat_template#1": ("a template of your own, whose file", no_default_template),
+    "dataset:tokenized#1": ("free some space", full_disk),
+    "dataset:tokenized#2": ("try it again", broken_disk),
+    "sources/source:readable#1": ("check its owner and permissions", unreadable_file),
+    "tokenize:tokenize_pairs#1": ("add a tokenizer.json", slow_tokenizer),
+}
+"""The place, how its fix begins, and what makes the fault and then, when it is asked again, does what the fix says."""
+
+
+@pytest.mark.parametrize("place", BY_HAND)
+@pytest.mark.usefixtures("token_cache")
+def test_a_fix_by_hand_is_applied(
+    small_recipe: Callable[..., Any], workspace: Path, run_data: Run, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    small_recipe()
+    (workspace / "a.jsonl").write_text(many())
+    fix, steps = BY_HAND[place]
+    with closing(steps(workspace, monkeypatch)) as words:
+        _, found = run_data(*next(words))
+        assert [name for name, error in found if error.fix.startswith(fix)] == [place]
+        assert run_data(*next(words)) == (0, [])
 
 
 def settings(fix: str, workspace: Path) -> list[list[str]]:
