@@ -1,8 +1,9 @@
 """Tokenised sides on disk: a set is tokenised once, and a run reads the pairs it needs, never all of them.
 
-An entry is a folder: ``ids.safetensors`` with all tokens one after the other, ``pairs.safetensors`` with what is known
-of each pair, and ``entry.json``, written last, with what was found on the way and the sha256 of all three. It is found
-by a key over all that tokens depend on, this package's code among it. Entries not used lately make room for new ones.
+An entry is a folder: ``ids.bin`` with all tokens one after the other (int32), ``pairs.bin`` with a PAIR record for each
+pair, ``places.txt`` with a line for each, and ``entry.json``, written last, with what was found on the way and the
+sha256 of all four. It is found by a key over all that tokens depend on, this package's code among it. Entries not used
+lately make room for new ones.
 """
 
 from __future__ import annotations
@@ -14,12 +15,11 @@ import json
 import os
 import re
 import shutil
-import struct
 import tempfile
 import time
-from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from copy import copy
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -27,8 +27,6 @@ from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import safe_open
-from safetensors.numpy import load_file, save
 
 from orpo_lite.data.pair import TokenizedPair, common_prefix
 
@@ -39,10 +37,11 @@ LIBRARIES = ("tokenizers", "transformers", "jinja2")
 TOKENIZER_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*/*.jinja")
 NOT_TOKENIZER = ("generation_config.json", "model.safetensors.index.json", "trainer_state.json")
 NUMBERS = ("chosen_tokens", "rejected_tokens", "chosen_start", "rejected_start", "chosen_cut", "rejected_cut")
+PAIR = np.dtype([*((name, "<i4") for name in (*NUMBERS, "prefix")), ("prompt", "V16")])
+"""NUMBERS, the prefix that both sequences share in tokens, and the prompt's hash of 16 bytes."""
 ENTRY = re.compile(r"[0-9a-f]{32}")  # the name of an entry's folder; nothing else in the cache folder is ever removed
 UNFINISHED = re.compile(r"\.[0-9a-f]{32}-.+")
-FILES = ("ids.safetensors", "pairs.safetensors")
-HEADER = 256  # bytes of the JSON before the tokens; the format lets it end in spaces
+FILES = ("ids.bin", "pairs.bin", "places.txt")
 
 
 class TokenizedPairs(Sequence[TokenizedPair]):
@@ -53,26 +52,22 @@ class TokenizedPairs(Sequence[TokenizedPair]):
         """What was found while the pairs were made."""
         self.sha256 = sha256
         """Of the file that holds the tokens."""
-        file: Any = safe_open(folder / "ids.safetensors", framework="np")
-        self._ids = file.get_slice("ids")
-        columns = load_file(folder / "pairs.safetensors")
-        self.places: list[str] = columns.pop("where").tobytes().decode().split("\n")
-        self.columns: dict[str, NDArray[Any]] = columns
-        """NUMBERS, the prefix that both sequences share in tokens, and the prompt's hash of 16 bytes."""
-        lengths_P2 = np.stack([columns["chosen_tokens"], columns["rejected_tokens"]], 1)
-        ends = np.cumsum(lengths_P2, dtype=np.int64)
-        self._begin_P2 = (ends - lengths_P2.reshape(-1)).reshape(-1, 2)
-        self.rows: NDArray[np.int64] = np.arange(len(lengths_P2))
+        self._ids = np.memmap(folder / "ids.bin", "<i4", "r")
+        self._pairs_P = np.fromfile(folder / "pairs.bin", PAIR)
+        self._places = (folder / "places.txt").read_bytes().decode().split("\n")
+        lengths_P = self._pairs_P["chosen_tokens"] + self._pairs_P["rejected_tokens"]
+        self._begins_P = np.cumsum(lengths_P, dtype=np.int64) - lengths_P
+        self.rows: NDArray[np.int64] = np.arange(len(lengths_P))
 
     def select(self, rows: Sequence[int]) -> TokenizedPairs:
         """The pairs at ``rows``, as a view."""
-        view = object.__new__(TokenizedPairs)
-        view.__dict__.update(self.__dict__, rows=self.rows[np.asarray(rows, dtype=np.int64)])
+        view = copy(self)
+        view.rows = self.rows[np.asarray(rows, dtype=np.int64)]
         return view
 
     def column(self, name: str) -> NDArray[Any]:
-        """One column of these pairs."""
-        values: NDArray[Any] = self.columns[name][self.rows]
+        """One field of these pairs' PAIR records."""
+        values: NDArray[Any] = self._pairs_P[name][self.rows]
         return values
 
     def prompts(self) -> list[bytes]:
@@ -90,25 +85,22 @@ class TokenizedPairs(Sequence[TokenizedPair]):
         if isinstance(index, slice):
             return self.select(range(len(self))[index])
         row = int(self.rows[index])
-        numbers: dict[str, Any] = {name: int(self.columns[name][row]) for name in NUMBERS}
-        chosen, rejected = (
-            self._ids[int(begin) : int(begin) + numbers.pop(f"{side}_tokens")]
-            for side, begin in zip(("chosen", "rejected"), self._begin_P2[row], strict=True)
-        )
-        prompt = self.columns["prompt"][row].tobytes()
-        return TokenizedPair(chosen, rejected, where=self.places[row], prompt=prompt, **numbers)
+        pair = self._pairs_P[row]
+        begin = self._begins_P[row]
+        middle = begin + pair["chosen_tokens"]
+        end = middle + pair["rejected_tokens"]
+        chosen, rejected = np.array(self._ids[begin:middle]), np.array(self._ids[middle:end])
+        numbers: dict[str, Any] = {name: int(pair[name]) for name in NUMBERS[2:]}
+        return TokenizedPair(chosen, rejected, where=self._places[row], prompt=pair["prompt"].tobytes(), **numbers)
 
 
 class Writer:
-    """A new entry: the pairs come one by one, and their tokens go straight to the disk."""
+    """A new entry: the pairs come one by one and go straight to the disk."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._stream = (folder / "ids.safetensors").open("wb")
-        self._stream.write(bytes(8 + HEADER))  # its place; what it says is known at the end
-        self._columns = {name: array("i") for name in (*NUMBERS, "prefix")}
-        self._prompts = bytearray()
-        self._places: list[str] = []
+        self._streams = [(folder / name).open("wb") for name in FILES]
+        self._count = 0
         self.largest = (-1, "")
         """The largest token id and the pair that holds it."""
         self.unknown_id: int | None = None
@@ -116,43 +108,36 @@ class Writer:
         self.unknown = 0
 
     def __len__(self) -> int:
-        return len(self._places)
+        return self._count
 
     def add(self, pair: TokenizedPair) -> None:
         """Append a pair."""
         chosen, rejected = (np.asarray(ids, dtype="<i4") for ids in (pair.chosen_ids, pair.rejected_ids))
         starts, cuts = (pair.chosen_start, pair.rejected_start), (pair.chosen_cut, pair.rejected_cut)
         numbers = (len(chosen), len(rejected), *starts, *cuts, common_prefix(chosen, rejected))
-        for column, number in zip(self._columns.values(), numbers, strict=True):
-            column.append(number)
+        ids_file, pairs_file, places_file = self._streams
+        ids_file.write(chosen.tobytes() + rejected.tobytes())
+        pairs_file.write(np.array((*numbers, pair.prompt), dtype=PAIR).tobytes())
+        places_file.write(pair.where.replace("\n", " ").encode() + b"\n")
+        self._count += 1
         for ids in (chosen, rejected):
-            self._stream.write(ids.tobytes())
             self.unknown += int((ids == self.unknown_id).sum()) if self.unknown_id is not None else 0
             if ids.max() > self.largest[0]:
                 self.largest = (int(ids.max()), pair.where)
-        self._prompts += pair.prompt
-        self._places.append(pair.where.replace("\n", " "))
 
     def close(self, facts: Mapping[str, Any]) -> None:
         """Write the rest, entry.json last."""
-        count = sum(self._columns["chosen_tokens"]) + sum(self._columns["rejected_tokens"])
-        header = {"ids": {"dtype": "I32", "shape": [count], "data_offsets": [0, 4 * count]}}
-        self._stream.seek(0)
-        self._stream.write(struct.pack("<Q", HEADER) + json.dumps(header).ljust(HEADER).encode())
-        self._stream.close()
-        columns: dict[str, NDArray[Any]]
-        columns = {name: np.asarray(column, dtype=np.int32) for name, column in self._columns.items()}
-        columns["prompt"] = np.frombuffer(bytes(self._prompts), dtype=np.uint8).reshape(len(self), -1)
-        columns["where"] = np.frombuffer("\n".join(self._places).encode(), dtype=np.uint8)
-        (self.folder / "pairs.safetensors").write_bytes(save(columns))  # save_file says a full disk in its own way
+        for stream in self._streams:
+            stream.close()
         sums = {name: file_sha256(self.folder / name) for name in FILES} | {"facts": _facts_sha256(facts)}
         entry = {"facts": facts, "sha256": sums}
         (self.folder / "entry.json").write_text(json.dumps(entry, ensure_ascii=False), encoding="utf-8")
 
     def abandon(self) -> None:
-        """Close the file of an entry that will not be."""
-        with suppress(OSError):  # a full disk has no room for what is still to be written
-            self._stream.close()
+        """Close the files of an entry that will not be."""
+        for stream in self._streams:
+            with suppress(OSError):  # a full disk has no room for what is still to be written
+                stream.close()
 
 
 def make_key(**parts: Any) -> str:
@@ -221,7 +206,7 @@ def load(key: str) -> TokenizedPairs | None:
             return None
         with suppress(OSError):
             os.utime(folder)  # used now
-        return TokenizedPairs(folder, facts, sums["ids.safetensors"])
+        return TokenizedPairs(folder, facts, sums["ids.bin"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

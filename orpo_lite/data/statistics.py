@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from orpo_lite.data.cache import TokenizedPairs
+from orpo_lite.data.cache import NUMBERS, TokenizedPairs
 
 # Figures that should be 0, and what they count.
 COUNTED = {
@@ -43,7 +43,7 @@ def figures(train: TokenizedPairs, test: TokenizedPairs) -> dict[str, Any]:
     ones, and those on both sides · step: tokens that go through a model · sha256: of the pairs' content and order.
     """
     sides = _sides(train, test)
-    both = {name: np.concatenate([train.column(name), test.column(name)]) for name in train.columns}
+    both = {name: np.concatenate([train.column(name), test.column(name)]) for name in (*NUMBERS, "prefix")}
     prompts = [set(side.prompts()) for side in (train, test)]
     cut = np.stack([both["chosen_cut"], both["rejected_cut"]])
     chosen, rejected = (_response(both, side) for side in ("chosen", "rejected"))

@@ -2,7 +2,6 @@
 
 import json
 import os
-import struct
 import subprocess
 import sys
 import time
@@ -13,11 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import safetensors
 from conftest import ragged_pairs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import load_file
 
 from orpo_lite.data import cache
 from orpo_lite.data.cache import NUMBERS, TokenizedPairs
@@ -133,19 +130,17 @@ def test_a_held_out_side_is_a_view() -> None:
         check_equal(side, expected)
 
 
-def test_the_files_are_safetensors(token_cache: Path) -> None:
+def test_the_files_are_plain_arrays(token_cache: Path) -> None:
     pairs = some_pairs(10)
     write(pairs)
     folder = token_cache / KEY
-    assert sorted(file.name for file in folder.iterdir()) == ["entry.json", "ids.safetensors", "pairs.safetensors"]
+    assert sorted(file.name for file in folder.iterdir()) == ["entry.json", "ids.bin", "pairs.bin", "places.txt"]
     ids = [i for pair in pairs for side in (pair.chosen_ids, pair.rejected_ids) for i in side]
-    data = (folder / "ids.safetensors").read_bytes()
-    (header,) = struct.unpack("<Q", data[:8])
-    ((name, info),) = safetensors.deserialize(data)
-    assert (name, info["dtype"], info["shape"], header % 8) == ("ids", "I32", [len(ids)], 0)
-    assert len(data) == 8 + header + 4 * len(ids)
-    assert load_file(folder / "ids.safetensors")["ids"].tolist() == ids
-    assert load_file(folder / "pairs.safetensors")["chosen_cut"].tolist() == [pair.chosen_cut for pair in pairs]
+    assert np.fromfile(folder / "ids.bin", "<i4").tolist() == ids
+    records = np.fromfile(folder / "pairs.bin", cache.PAIR)
+    assert records.dtype.itemsize == 4 * (len(NUMBERS) + 1) + 16
+    assert records["chosen_cut"].tolist() == [pair.chosen_cut for pair in pairs]
+    assert (folder / "places.txt").read_text("utf-8") == "".join(f"{pair.where}\n" for pair in pairs)
 
 
 def test_a_line_break_in_a_place_becomes_a_space() -> None:
@@ -171,9 +166,9 @@ def flip(file: Path, at: int) -> None:
     file.write_bytes(data)
 
 
-@pytest.mark.parametrize("name", ["ids.safetensors", "pairs.safetensors"])
+@pytest.mark.parametrize("name", cache.FILES)
 def test_a_changed_byte_is_seen(token_cache: Path, name: str) -> None:
-    pairs = some_pairs(6)
+    pairs = some_pairs(9)
     write(pairs)
     file = token_cache / KEY / name
     for at in (0, 9, 100, file.stat().st_size // 2, file.stat().st_size - 1):
@@ -274,7 +269,7 @@ def test_a_process_that_is_killed_leaves_nothing_that_is_read(token_cache: Path)
     code = (
         "with cache.locked(KEY), cache.new_entry(KEY) as writer:\n"
         "    [writer.add(pair) for pair in PAIRS]\n"
-        "    writer._stream.flush()\n    print('half', flush=True)\n    time.sleep(60)"
+        "    [stream.flush() for stream in writer._streams]\n    print('half', flush=True)\n    time.sleep(60)"
     )
     with start(code) as running:
         assert running.stdout is not None

@@ -119,7 +119,7 @@ def test_both_sides_are_cached(small_recipe: Build, tokenised: list[str], token_
 def test_an_entry_that_broke_is_made_anew(small_recipe: Build, tokenised: list[str], token_cache: Path) -> None:
     before, _, found = sides(small_recipe())
     (name,) = names(token_cache)
-    file = token_cache / name / "ids.safetensors"
+    file = token_cache / name / "ids.bin"
     file.write_bytes(file.read_bytes()[:-4])
     after, _, found_again = sides(small_recipe())
     assert len(tokenised) == 80
@@ -479,7 +479,7 @@ def file_limit(size: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("name", "limit", "file"), [("pairs.jsonl", 60_000, "ids"), ("p" * 200 + ".jsonl", 300_000, "pairs")]
+    ("name", "limit", "file"), [("pairs.jsonl", 60_000, "ids"), ("p" * 200 + ".jsonl", 300_000, "places")]
 )
 def test_a_full_disk_ends_with_the_fix(
     small_recipe: Build, token_cache: Path, name: str, limit: int, file: str
