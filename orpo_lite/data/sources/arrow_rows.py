@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,25 +14,23 @@ from orpo_lite.errors import DataError
 
 BATCH = 1024  # rows that are Python objects at a time
 
-Decoder = Callable[[Any], Any]
-
 
 def arrow_rows(file: File, faults: list[DataError]) -> Iterator[Place]:
     """Yield the rows with maps as dictionaries, and with what cells of type JSON hold."""
     with arrow_table(file) as (schema, batches, _):
         refuse_same_names(schema.names, file.label)
-        decoders = {field.name: decode for field in schema if (decode := _decoder(field.type))}
+        with_json = [field for field in schema if "extension<arrow.json>" in str(field.type)]
         slices = (batch.slice(at, BATCH) for batch in batches for at in range(0, batch.num_rows, BATCH))
         rows = (row for part in slices for row in part.to_pylist(maps_as_pydicts="strict"))
         for i, row in enumerate(rows):
             where = f"{file.label}[{i}]"
             try:
-                for name, decode in decoders.items():
-                    row[name] = decode(row[name])
+                for field in with_json:
+                    row[field.name] = _decoded(row[field.name], field.type)
             except (ValueError, RecursionError):
                 found, expected = "broken JSON in a column of type JSON", "plain JSON with each key once"
                 fix = "correct or remove the row"
-                faults.append(RowError(where=f"{where}, field {name}", found=found, expected=expected, fix=fix))
+                faults.append(RowError(where=f"{where}, field {field.name}", found=found, expected=expected, fix=fix))
             else:
                 yield where, row
 
@@ -61,28 +59,20 @@ def arrow_table(file: File) -> Iterator[tuple[Any, Iterator[Any], int]]:
         ) from None
 
 
-def _decoder(kind: Any) -> Decoder | None:
-    """Return the function that decodes the JSON in a value of an Arrow type, or None for a type without JSON."""
+def _decoded(value: Any, kind: Any) -> Any:
+    """Return a value of an Arrow type with what the JSON in it holds. Raises ValueError for broken JSON."""
     from pyarrow import BaseExtensionType, JsonType, types
 
-    if isinstance(kind, JsonType):
-        return _unless_null(DECODER.decode)
-    if isinstance(kind, BaseExtensionType):
-        return _decoder(kind.storage_type)
-    if types.is_dictionary(kind):
-        return _decoder(kind.value_type)
-    inside = {field.name: field.type for field in map(kind.field, range(kind.num_fields))}
-    types_by_name = {"": kind.item_type} if types.is_map(kind) else inside
-    inner = {name: decode for name, inner_type in types_by_name.items() if (decode := _decoder(inner_type))}
-    if not inner:
+    if value is None:
         return None
-    if types.is_struct(kind):
-        return _unless_null(lambda row: row | {name: inner[name](row[name]) for name in inner})
-    decode = next(iter(inner.values()))
+    if isinstance(kind, JsonType):
+        return DECODER.decode(value)
+    if isinstance(kind, BaseExtensionType):
+        return _decoded(value, kind.storage_type)
     if types.is_map(kind):
-        return _unless_null(lambda pairs: {key: decode(value) for key, value in pairs.items()})
-    return _unless_null(lambda items: [decode(item) for item in items])
-
-
-def _unless_null(decode: Decoder) -> Decoder:
-    return lambda value: None if value is None else decode(value)
+        return {key: _decoded(item, kind.item_type) for key, item in value.items()}
+    if types.is_struct(kind):
+        return {field.name: _decoded(value[field.name], field.type) for field in kind}
+    if isinstance(value, list):
+        return [_decoded(item, kind.value_type) for item in value]
+    return _decoded(value, kind.value_type) if types.is_dictionary(kind) else value
