@@ -7,7 +7,6 @@ import glob
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,12 +15,13 @@ from orpo_lite.data.sources.files import SPREADSHEETS, column_names, file_finger
 from orpo_lite.data.sources.lines import LISTED, File, Place, kind_of, stem
 from orpo_lite.data.sources.source import (
     AUTO,
-    SPLIT_WORDS,
     Source,
     choose_split,
     is_held_out,
+    joined,
     listed,
     names_line,
+    names_split,
     readable,
     said_split,
     split_fix,
@@ -74,8 +74,9 @@ def find_files(name: str, split: str, key: str) -> LocalSource:
                 raise _unknown_kind(path)
             paths, said = [path], ""
         elif path.is_dir():
-            paths, said = _of_split(path, _data_files(path), split, key)
-            said = "; ".join(filter(None, (said, _said_folders(path, paths))))
+            below, not_read = _data_files(path)
+            paths, said = _of_split(path, below, split, key)
+            said = joined(said, not_read)
         elif glob.has_magic(name):
             matched = _matched(path)
             base = Path(os.path.commonpath([file.parent for file in matched]))
@@ -85,7 +86,7 @@ def find_files(name: str, split: str, key: str) -> LocalSource:
     labels = unique_labels(paths)
     count = f"{len(paths)} files: {listed(labels)}" if len(paths) > 1 else ""
     found = tuple(File(path, label) for path, label in zip(paths, labels, strict=True))
-    return LocalSource(name, "; ".join(filter(None, (said, count))), found)
+    return LocalSource(name, joined(said, count), found)
 
 
 def unique_labels(paths: Sequence[Path]) -> list[str]:
@@ -101,17 +102,22 @@ def _rows_files(paths: Iterable[Path]) -> list[Path]:
     return [path for path in shown if path.suffix.lower() != ".txt"] or shown
 
 
-def _data_files(folder: Path) -> list[Path]:
-    """Return the files of rows in a folder and in its data/, where sets from the hub have them; else those below."""
-    if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
-        return _saved_files(folder)
+def _data_files(folder: Path) -> tuple[list[Path], str]:
+    """Return the files of rows in a folder and in its data/, where sets from the hub have them; else those below.
+
+    The second is what to say of folders with rows that are not read.
+    """
     below = _files_below(folder)
     found = [path for path in below if path.parent in (folder, folder / "data")] or below
+    if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        found = _saved_files(folder)
     if not found:
         expected, fix = f"files of {LISTED}", "check data.dataset_name"
         raise DataError(where=str(folder), found="no data files in the folder", expected=expected, fix=fix)
     _refuse_copies(folder, found)
-    return found
+    others = {path.relative_to(folder).parts[0] for path in {*below} - {*found} if path.parent != folder}
+    left = sorted(others - {"data"})
+    return found, f"not read: the {'folder' if len(left) == 1 else 'folders'} {listed(left)}" if left else ""
 
 
 def _files_below(folder: Path) -> list[Path]:
@@ -124,31 +130,19 @@ def _saved_files(folder: Path) -> list[Path]:
 
     Other tables there, which Dataset.map may have left, are not among them.
     """
-    index = folder / "dataset_dict.json"
+    index, paths = folder / "dataset_dict.json", list[Path]()
     try:
-        splits = json.loads(index.read_bytes())["splits"] if index.is_file() else ["."]
-        paths = []
-        for part in [folder / split for split in splits]:
-            index = part / "state.json"
-            paths += [part / file["filename"] for file in json.loads(index.read_bytes())["_data_files"]]
-        missing = [
-            path.name for path in paths if not path.is_file() or folder not in path.parents or ".." in path.parts
-        ]
+        splits = json.loads(index.read_bytes())["splits"] if index.is_file() else [""]
+        for split in splits:
+            index = folder / Path(split).name / "state.json"
+            paths += [index.with_name(file["filename"]) for file in json.loads(index.read_bytes())["_data_files"]]
+        missing = [path.name for path in paths if not path.is_file()]
     except (OSError, ValueError, KeyError, TypeError):
         missing = [index.name]
     if missing:
         found, expected = f"missing or broken: {listed(missing)}", "a whole folder of save_to_disk"
         raise DataError(where=str(folder), found=found, expected=expected, fix="copy the folder again")
     return paths
-
-
-def _said_folders(folder: Path, paths: Sequence[Path]) -> str:
-    """Return what to say of folders with data next to the files that are read."""
-    if any(path.parent not in (folder, folder / "data") for path in paths):
-        return ""
-    others = {path.relative_to(folder).parts[0] for path in _files_below(folder) if path.parent != folder}
-    left = sorted(others - {"data"})
-    return f"not read: the {'folder' if len(left) == 1 else 'folders'} {listed(left)}" if left else ""
 
 
 def _refuse_copies(folder: Path, paths: Sequence[Path]) -> None:
@@ -171,36 +165,32 @@ def _matched(pattern: Path) -> list[Path]:
 
 
 def _of_split(folder: Path, paths: list[Path], split: str, key: str) -> tuple[list[Path], str]:
-    """Return the files of a split, and what was chosen. Files without any split names are one training set."""
+    """Return the files of a split, and what was chosen.
+
+    Files without a split in their names are one training set, unless others are named for training.
+    """
     split_by_path = {path: _split_below(folder, path) for path in paths}
+    named = {*filter(names_split, split_by_path.values())}
+    may_be_train = split == AUTO or (split == "train" and not named)
+    if may_be_train and all(map(is_held_out, named)) and not (folder / "dataset_dict.json").is_file():
+        split_by_path = {path: name if name in named else "train" for path, name in split_by_path.items()}
     splits = list(dict.fromkeys(split_by_path.values()))
-    named = [*filter(_names_split, splits)]
-    if not named and split in (AUTO, "train") and (len(splits) == 1 or not (folder / "dataset_dict.json").is_file()):
-        return paths, ""
-    unnamed = [path for path in paths if split_by_path[path] not in named]
-    held_out = bool(named) and all(map(is_held_out, named))
-    if held_out and unnamed and split == AUTO:  # pairs.jsonl next to test.jsonl
-        return unnamed, said_split("train", named)
-    chosen = choose_split(named or splits) if split == AUTO else split
+    chosen = choose_split([*filter(names_split, splits)] or splits) if split == AUTO else split
     if chosen not in splits:
         wanted, example = ("train", "train") if split == AUTO else (repr(split), split)
         found, expected = f"no file of split {wanted}; splits: {listed(splits)}", f"{example}.jsonl or the like"
         raise DataError(where=str(folder), found=found, expected=expected, fix=split_fix(key, splits))
     others = (path for path in paths if split_by_path[path] != chosen)
     left = [path.relative_to(folder).as_posix() for path in others if not is_held_out(split_by_path[path])]
-    said = [said_split(chosen, named), f"not read: {listed(left)}" if left else ""] if split == AUTO else []
-    return [path for path in paths if split_by_path[path] == chosen], "; ".join(filter(None, said))
+    said = joined(said_split(chosen, splits), f"not read: {listed(left)}" if left else "") if split == AUTO else ""
+    return [path for path in paths if split_by_path[path] == chosen], said
 
 
 def _split_below(folder: Path, path: Path) -> str:
     """Return the split that the name of a file or of a folder above it says; else the nearest name."""
     folders = [part.rpartition("=")[2] for part in path.relative_to(folder).parts[:-1] if part != "data"]
     names = [split_of(path), *reversed(folders)]
-    return next(filter(_names_split, names), names[:2][-1])
-
-
-def _names_split(name: str) -> bool:
-    return not SPLIT_WORDS.isdisjoint(re.split(r"[-_.]", name.lower()))
+    return next(filter(names_split, names), names[:2][-1])
 
 
 def _unknown_kind(path: Path) -> DataError:

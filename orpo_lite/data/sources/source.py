@@ -73,8 +73,8 @@ def is_path(name: str) -> bool:
 
 
 SHARD = re.compile(r"(-\d+-of-\d+(-[0-9a-f]+)?|[-_.]part[-_.]?\d+|[-_.]\d+)$", re.IGNORECASE)
-SPLIT_WORDS = {"train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation",
-               "heldout", "holdout"}  # fmt: skip
+TRAIN = {"train", "training"}
+HELD_OUT = {"test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation", "heldout", "holdout"}
 
 
 def split_of(path: Path) -> str:
@@ -88,21 +88,32 @@ def choose_split(names: Sequence[str]) -> str | None:
     return next((name for name in likely if name in names), names[0] if len(names) == 1 else None)
 
 
-HELD_OUT = re.compile("test(ing)?|val(id(ation)?)?|dev|eval(uation)?|held_?out|holdout")
-HELD_OUT_PREFS = re.compile(".*(test|val|eval).*pref.*")
+def split_words(split: str) -> set[str]:
+    """Return the words of a split's name: train and prefs of train_prefs."""
+    return set(re.split(r"[-_.]", split.lower().replace("held_out", "heldout")))
 
 
 def is_held_out(split: str) -> bool:
     """Whether a word of the split's name says that it is not to be trained on."""
-    return any(map(HELD_OUT.fullmatch, re.split(r"[-_.]", split.lower())))
+    return not HELD_OUT.isdisjoint(split_words(split))
+
+
+def names_split(name: str) -> bool:
+    """Whether a word of a name says for what the rows are."""
+    return is_held_out(name) or not TRAIN.isdisjoint(split_words(name))
 
 
 def said_split(split: str, names: Sequence[str]) -> str:
     """What to say of a chosen split: which, unless it is plainly train, and what the set has to hold out."""
-    pattern = HELD_OUT_PREFS if "pref" in split else HELD_OUT
-    held_out = next((name for name in names if pattern.fullmatch(name.lower())), "")
+    rest = split_words(split) - TRAIN
+    held_out = next((name for name in names if is_held_out(name) and split_words(name) - HELD_OUT == rest), "")
     hint = f"data.dataset_test_split={held_out} would use its own held-out pairs" if held_out else ""
-    return "; ".join(filter(None, ("" if split == "train" else f"split {split} (of {listed(names)})", hint)))
+    return joined("" if split == "train" else f"split {split} (of {listed(names)})", hint)
+
+
+def joined(*sentences: str) -> str:
+    """Join what there is to say; "" is nothing."""
+    return "; ".join(filter(None, sentences))
 
 
 TRAIN_SPLIT, TEST_SPLIT = "data.dataset_train_split", "data.dataset_test_split"  # the settings that name a split
@@ -110,7 +121,7 @@ TRAIN_SPLIT, TEST_SPLIT = "data.dataset_train_split", "data.dataset_test_split" 
 
 def split_fix(key: str, names: Sequence[str]) -> str:
     """Return the setting with a split that there is."""
-    held_out = [name for name in names if HELD_OUT.match(name.lower()) or HELD_OUT_PREFS.fullmatch(name.lower())]
+    held_out = [*filter(is_held_out, names)]
     others = [name for name in names if name not in held_out]
     likely = [*held_out, *others] if key == TEST_SPLIT else [choose_split(names) or "", *others, *held_out]
     return next((Overrides({key: name}) for name in likely if name), "check data.dataset_name")
