@@ -5,11 +5,11 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterator, Sequence
-from itertools import chain, dropwhile, islice
+from itertools import islice
 
 from orpo_lite.data.sources.encoding import decode
 from orpo_lite.data.sources.lines import MAX_COLUMN_NAME, MAX_ROW_BYTES, File, Place, converted, lines
-from orpo_lite.errors import DataError, raise_all
+from orpo_lite.errors import DataError, raise_all, reworded
 
 PANDAS_INDEX = "Unnamed: 0"  # what pandas calls it when it reads the file again
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
@@ -21,39 +21,43 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")  # in the name of a column they w
 def csv_rows(file: File, faults: list[DataError]) -> Iterator[Place]:
     """Yield every cell as text: a reader that guesses types would make a number of the reply "42"."""
     delimiter = delimiter_of(file)
-    records = csv_records(file, delimiter, quoted=not _is_unquoted(file, delimiter))
+    records = csv_records(file, delimiter)
     start, titles = next(records, (1, []))
     header = csv_header(titles, f"{file.label}:{start}")
+    may_be_unclosed = True
     for number, cells in records:
         where, unnamed = f"{file.label}:{number}", cells[len(header) :]
+        if may_be_unclosed and _may_be_several(cells, delimiter):
+            if delimiter == "\t" or _is_even(file, delimiter):
+                raise _broken(file, delimiter, where, "a quote that is not closed in a line with all cells of a row")
+            may_be_unclosed = False
         if not len(header) <= len(cells) <= len(titles):
             expected, fix = f"{len(titles)} cells, as in the header", f'put "..." around {DELIMITERS[delimiter]}'
             faults.append(DataError(where=where, found=f"{len(cells)} cells", expected=expected, fix=fix))
         elif any(cell.strip() for cell in unnamed):
             found, fix = "a cell in a column without a name", f"name it in line {start}, or clear the cell"
             faults.append(DataError(where=where, found=found, expected=NAMED, fix=fix))
-        elif delimiter == "\t" and _may_be_several(cells):
-            raise _broken(where)
         else:
             yield where, dict(zip(header, cells, strict=False))
 
 
-def csv_records(file: File, delimiter: str, *, quoted: bool = True) -> Iterator[tuple[int, list[str]]]:
+def csv_records(file: File, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """Yield the header and the rows, each with the line it starts at."""
     csv.field_size_limit(MAX_ROW_BYTES)
-    texts = dropwhile(lambda place: not place[1].strip() or bool(EXCEL_SEP.match(place[1])), _texts(file))
-    start, first = next(texts, (1, ""))
-    above = start - 1
-    rest = chain([first], (text for _, text in texts))
-    checked = _without_spaced_quotes(rest, delimiter, file) if quoted else rest
-    records = csv.reader(checked, delimiter=delimiter, quotechar='"' if quoted else None, strict=True)
+    records = csv.reader(_without_spaced_quotes(file, delimiter), delimiter=delimiter, strict=True)
+    start, above_header = 1, True
     try:
         for cells in records:
-            if cells:
+            above_header = above_header and _is_above_header(delimiter.join(cells))
+            if cells and not above_header:
                 yield start, cells
-            start = above + records.line_num + 1
+            start = records.line_num + 1
     except csv.Error as error:
-        raise _broken(f"{file.label}:{start}", str(error)) from None
+        raise _broken(file, delimiter, f"{file.label}:{start}", str(error)) from None
+
+
+def _is_above_header(text: str) -> bool:
+    return not text.strip() or EXCEL_SEP.match(text) is not None
 
 
 def _texts(file: File) -> Iterator[tuple[int, str]]:
@@ -65,14 +69,14 @@ def _texts(file: File) -> Iterator[tuple[int, str]]:
     raise_all(faults)
 
 
-def _without_spaced_quotes(texts: Iterator[str], delimiter: str, file: File) -> Iterator[str]:
+def _without_spaced_quotes(file: File, delimiter: str) -> Iterator[str]:
     """Yield the lines. Raises DataError where a quote that opens a cell follows a space: it would be text.
 
     Quotes are doubled within a quoted cell, so that none is found there.
     """
     mark = re.escape(delimiter)
     spaced = re.compile(rf'(^|{mark}) +"(?=[^"\r\n{mark}])')
-    for text in texts:
+    for _, text in _texts(file):
         if '"' in text and spaced.search(text):
             program = f"perl -pe 's/{spaced.pattern}/$1\"/g'"
             found, fix = "spaces before the quotes of a cell", converted(file, program, f".quoted{file.kind}")
@@ -102,43 +106,23 @@ def _fits(file: File, delimiter: str) -> bool:
     return len(header) == len(row) > 1
 
 
-def _is_unquoted(file: File, delimiter: str) -> bool:
-    """Return whether the quotes in a table with tabs are plain characters, as the standard of .tsv has it.
-
-    They are if each line has as many cells as the header with plain quotes, and some line has not by the rules of csv.
-    Raises DataError for a .csv of that kind: by its rules it would hold fewer rows.
-    """
-    width = uneven = blank = 0
-    for number, text in _texts(file):
-        if width and not text.strip():
-            blank = number
-        elif text.strip() and not EXCEL_SEP.match(text):
-            width = width or text.count(delimiter)
-            if blank or not text.count(delimiter) == width > 0:  # a blank line between others is within a quoted cell
-                return False
-            if not uneven and '"' in text and not _is_record(text, delimiter, width + 1):
-                uneven = number
-    if uneven and delimiter != "\t":
-        raise _broken(f"{file.label}:{uneven}")
-    return bool(uneven)
-
-
-def _is_record(text: str, delimiter: str, width: int) -> bool:
-    """Return whether a line is a row of that many cells by itself."""
-    try:
-        return [len(cells) for cells in csv.reader([text], delimiter=delimiter, strict=True)] == [width]
-    except csv.Error:
-        return False
-
-
-def _may_be_several(cells: Sequence[str]) -> bool:
+def _may_be_several(cells: Sequence[str], delimiter: str) -> bool:
     """Return whether a row over several lines has the cells of a whole row on each of them."""
-    line_ends, tabs = (sum(cell.count(mark) for cell in cells) for mark in "\n\t")
-    return line_ends > 0 and tabs == line_ends * (len(cells) - 1)
+    line_ends, marks = (sum(cell.count(mark) for cell in cells) for mark in ("\n", delimiter))
+    return line_ends > 0 and marks == line_ends * (len(cells) - 1)
 
 
-def _broken(where: str, said: str = "a quote that is not closed in a line with all cells of a row") -> DataError:
+def _is_even(file: File, delimiter: str) -> bool:
+    """Return whether all lines have as many cells as the header if quotes are plain characters."""
+    texts = (text for _, text in _texts(file) if not _is_above_header(text))
+    return len({text.count(delimiter) for text in texts}) == 1
+
+
+def _broken(file: File, delimiter: str, where: str, said: str) -> DataError:
     fix = 'put "..." around a cell with commas, quotes or line ends, and double the quotes inside'
+    if delimiter == "\t":
+        quoted = converted(file, """perl -pe 's/"/""/g; s/[^\\t\\r\\n]+/"$&"/g'""", f".quoted{file.kind}")
+        fix = reworded(quoted, f"{fix}; or where quotes are plain characters: {quoted}")
     return DataError(where=where, found=f"broken csv: {said}", expected="plain or quoted cells", fix=fix)
 
 

@@ -285,15 +285,21 @@ QUOTES = 'q\ta\tb\n1\t"good one\tbad\n2\tgood two"\tbad\n3\tx\ty\n'
 
 
 def test_quotes_in_a_table_with_tabs(tmp_path: Path) -> None:
+    """Plain characters by the standard of .tsv, and quotes by the rules of csv: a line makes the one of the other."""
     plain = [{"q": "1", "a": '"good one', "b": "bad"}, {"q": "2", "a": 'good two"', "b": "bad"}]
     for name in ("a.tsv", "a.csv"):
-        assert rows_of(write(tmp_path / name, QUOTES))[:2] == plain
-    assert rows_of(write(tmp_path / "a.tsv", 'q\ta\n1\t"good" one\n')) == [{"q": "1", "a": '"good" one'}]
+        path = write(tmp_path / name, QUOTES.replace("\n", "\r\n"))
+        assert "a quote that is not closed" in fault(places, path)
+        assert rows_of(run_fix(places, path))[:2] == plain
+    path = write(tmp_path / "b.tsv", 'q\ta\n1\t"good" one\n\t""\n')
+    assert rows_of(run_fix(places, path)) == [{"q": "1", "a": '"good" one'}, {"q": "", "a": '""'}]
     quoted = [{"q": 'a "b"', "a": "two\nlines"}, {"q": "c\td", "a": "plain"}]
     assert rows_of(write(tmp_path / "a.tsv", to_csv(quoted, "\t"))) == quoted
     # Both are in one file, or a csv may be either: nobody can tell which rows there are.
     assert "a.tsv:2: broken csv" in fault(places, write(tmp_path / "a.tsv", QUOTES + '4\t"two\nlines"\tz\n'))
-    assert "a.csv:2: broken csv" in fault(places, write(tmp_path / "a.csv", QUOTES.replace("\t", ",")))
+    for ends in ("", "\n"):
+        path = write(tmp_path / "c.csv", "sep=,\n" + QUOTES.replace("\t", ",") + ends)
+        assert "c.csv:3: broken csv" in fault(places, path)
 
 
 @pytest.mark.parametrize(
