@@ -9,11 +9,12 @@ from itertools import islice
 from orpo_lite.data.sources.lines import BLOCK, File, converted
 from orpo_lite.errors import Command, DataError, reworded
 
-# Those that iconv knows too; of two that give the same text the first is taken.
+# Those that iconv knows too, there with "-" for "_"; of two that give the same text the first is taken.
 ENCODINGS = (
-    "cp1252", "gb18030", "shift_jis", "euc-jp", "euc-kr", "big5", "cp1251", "koi8-r", "cp1250", "cp1253", "cp1254",
+    "cp1252", "gb18030", "shift_jis", "euc_jp", "euc_kr", "big5", "cp1251", "koi8_r", "cp1250", "cp1253", "cp1254",
     "cp1255", "cp1256", "cp874",
 )  # fmt: skip
+WESTERN = {*map(chr, range(0xC0, 0x100)), *"œŒ€«»’‘“”–—…"}  # what most encodings of one byte would read otherwise
 SHOWN = 30  # characters of a line
 SAMPLE = 100  # lines
 
@@ -45,7 +46,6 @@ def decode(line: bytes, file: File, where: str) -> str:
     except UnicodeDecodeError as error:
         before, number = line[: error.start].decode().rpartition("\n"), line[: error.start].count(b"\n") + 1
         found = f"byte 0x{line[error.start]:02x} at {position(number, len(before[-1]) + 1)} is not UTF-8"
-        likely = _likely(line, file)
     fix: str = "correct this line: other lines are in UTF-8"
     if likely := _likely(line, file):
         found += "; it may be " + ", or ".join(f"{name}: {words}" for words, name in likely.items())
@@ -70,27 +70,21 @@ def _likely(line: bytes, file: File) -> dict[str, str]:
     if any("\ufffd" not in other.decode(errors="replace") for other in others):
         return {}
     best = from_bytes(b"\n".join([*others[:SAMPLE], line]), cp_isolation=[*ENCODINGS])
-    names = [match.encoding for match in best]
-    if not names:
-        names = ["cp1252", "cp1250", "cp1251"]
-    elif _is_western(line.decode("cp1252", errors="replace")):
+    guesses = [min(match.could_be_from_charset, key=ENCODINGS.index) for match in best]
+    names = guesses or ["cp1252", "cp1250", "cp1251"]
+    if _is_western(line.decode("cp1252", errors="replace")):
         names.insert(0, "cp1252")
     found: dict[str, str] = {}
     for encoding in names:
-        text = line.decode(encoding, errors="replace")
-        words = re.search(r"\w{0,8}[^\x00-\x7f][^\s\"]*", text)
-        shown = "".join(filter(str.isprintable, words[0][:SHOWN])) if words else ""
-        same = [name for name in ENCODINGS if text == line.decode(name, errors="replace")]
-        found.setdefault(shown, (same or [encoding])[0].upper())
+        word = re.findall(r"\w{0,8}[^\x00-\x7f][^\s\"]*", line.decode(encoding, errors="replace"))[0]
+        found.setdefault("".join(filter(str.isprintable, word[:SHOWN])), encoding.upper().replace("_", "-"))
     return dict(islice(found.items(), 3))
 
 
 def _is_western(text: str) -> bool:
-    """Whether a text is of plain letters with some accents, which most encodings of one byte would read otherwise."""
-    letters = [character for character in text if character.isalpha()]
+    """Return whether a text is of plain letters with some accents."""
     accents = [character for character in text if not character.isascii()]
-    usual = all("À" <= character <= "ÿ" or character in "œŒ€«»’‘“”–—…" for character in accents)
-    return usual and 0 < len(accents) < len(letters) / 4
+    return WESTERN.issuperset(accents) and len(accents) < sum(map(str.isalpha, text)) / 3
 
 
 def position(line: int, column: int) -> str:

@@ -19,6 +19,7 @@ from orpo_lite.data.sources.source import (
     TRAIN_SPLIT,
     Source,
     choose_split,
+    joined,
     listed,
     readable,
     said_split,
@@ -61,15 +62,12 @@ def load_set(name: str, split: str, config: str | None, key: str = TRAIN_SPLIT) 
     import datasets  # a second to import, and local files do not need it
 
     datasets.disable_progress_bars()
-    unreachable = _unreachable(name)
+    unreachable, where = _unreachable(name), f"data.dataset_name {name}"
     try:
         with _offline() if unreachable else nullcontext():
-            if split == AUTO:
-                found = _load_auto(name, config)
-            else:
-                found = HubSource(name, "", split, datasets.load_dataset(name, config, split=split))
-    except HubError:
-        raise
+            names = [split] if split != AUTO else _split_names(name, config)
+            chosen = choose_split(names)
+            table = datasets.load_dataset(name, config, split=chosen) if chosen is not None else None
     except Exception as error:  # whatever a download can raise is the hub's or the network's
         expected, said = f"split {split!r}" if split != AUTO else "a data set with pairs", _found(error)
         fix = _hub_fix(name, error, key)
@@ -77,10 +75,21 @@ def load_set(name: str, split: str, config: str | None, key: str = TRAIN_SPLIT) 
             expected, said = "a connection, or a copy in the cache", f"{unreachable} and it is not in the cache"
             if "Timeout" in unreachable:
                 fix = reworded(fix, f"{fix}; HF_HUB_ETAG_TIMEOUT=60 waits longer for a slow one")
-        raise HubError(where=f"data.dataset_name {name}", found=said, expected=expected, fix=fix) from error
-    if unreachable:
-        found = replace(found, said="; ".join(filter(None, (f"{unreachable}; read from the cache", found.said))))
-    return found
+        raise HubError(where=where, found=said, expected=expected, fix=fix) from error
+    if chosen is None:
+        found, expected = f"several splits: {listed(names)}", "a split train, or one with preferences"
+        raise HubError(where=where, found=found, expected=expected, fix=split_fix(key, names))
+    said = said_split(chosen, names) if split == AUTO else ""
+    return HubSource(name, joined(f"{unreachable}; read from the cache" if unreachable else "", said), chosen, table)
+
+
+def _split_names(name: str, config: str | None) -> list[str]:
+    import datasets
+
+    try:
+        return list(datasets.get_dataset_split_names(name, config))
+    except Exception:  # offline the set may still be in the cache; if not, this says why
+        return list(datasets.load_dataset(name, config))
 
 
 def _unreachable(name: str) -> str:
@@ -91,18 +100,16 @@ def _unreachable(name: str) -> str:
     """
     from datasets import config
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
     try:
         if not config.HF_HUB_OFFLINE:
             url = hf_hub_url(name, config.REPOCARD_FILENAME, repo_type="dataset", endpoint=config.HF_ENDPOINT)
             get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-    except HfHubHTTPError:  # an answer
+    except (OSError, ValueError):  # an answer, a page that is not the hub's, or a name that cannot be one
         return ""
     except HTTPError as error:
         return f"{urlsplit(url).netloc} cannot be reached ({type(error).__name__})"
-    except (OSError, ValueError):  # a page that is not the hub's, or a name that cannot be one
-        return ""
     return ""
 
 
@@ -118,36 +125,16 @@ def _offline() -> Iterator[None]:
         config.HF_HUB_OFFLINE = before
 
 
-def _load_auto(name: str, config: str | None) -> HubSource:
-    import datasets
-
-    loaded = None
-    try:
-        names = list(datasets.get_dataset_split_names(name, config))
-    except Exception:  # offline the set may still be in the cache; if not, this says why
-        loaded = datasets.load_dataset(name, config)
-        names = list(loaded)
-    split = choose_split(names)
-    if split is None:
-        raise HubError(
-            where=f"data.dataset_name {name}",
-            found=f"several splits: {listed(names)}",
-            expected="a split train, or one with preferences",
-            fix=Overrides({"data.dataset_train_split": names[0]}) if names else "",
-        )
-    table = loaded[split] if loaded is not None else datasets.load_dataset(name, config, split=split)
-    return HubSource(name, said_split(split, names), split, table)
-
-
 def _found(error: Exception) -> str:
     """The first line of the message, and the second when it lists the configurations."""
     lines = str(error).splitlines() or [type(error).__name__]
     return " ".join(lines[:2]) if len(lines) > 1 and CONFIGS.search(lines[1]) else lines[0]
 
 
-CONFIGS = re.compile(r"(?:available configs|available configs in the cache|available|in the cache): \[?(.+?)\]?$", re.I)
-
-
+# How datasets lists what there is, at the end of a line.
+CONFIGS = re.compile(
+    r"(?:available configs|available configs in the cache|available|in the cache): \[?(.+?)\]?$", re.I | re.M
+)
 SPLITS = re.compile(r"should be one of \[(.+?)\]", re.I)
 
 
@@ -162,10 +149,10 @@ def _hub_fix(name: str, error: Exception, key: str) -> str:
         options = SPLITS.search(str(error))
         return split_fix(key, _names(options[1])) if options else f"name a split of the set in {key}"
     if "config" in said:
-        listed = next(filter(None, map(CONFIGS.search, str(error).splitlines())), None)
-        if listed is None:
+        options = CONFIGS.search(str(error))
+        if options is None:
             return "name a configuration of the set in data.dataset_config"
-        return Overrides({"data.dataset_config": _names(listed[1])[0]}, ", or another configuration of the set")
+        return Overrides({"data.dataset_config": _names(options[1])[0]}, ", or another configuration of the set")
     near = "" if "/" in name else named(Path(name), near_names(Path(name)))
     other = f" ({near} is)" if near else ""
     here = "" if "/" in name else f"there is no file or folder {name} here either{other}; for a set of the hub, "

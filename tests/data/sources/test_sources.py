@@ -1156,7 +1156,10 @@ def test_a_hub_set_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_hub_sets_split_is_chosen(monkeypatch: pytest.MonkeyPatch, offline: bool) -> None:
     hub = Hub(monkeypatch, ULTRAFEEDBACK, names=ConnectionError("offline") if offline else None)
     found = find_source("h4/ultra", "auto", None)
-    assert hub.asked == [(("h4/ultra", None), {} if offline else {"split": "train_prefs"})]
+    assert hub.asked == [
+        *([(("h4/ultra", None), {})] if offline else []),
+        (("h4/ultra", None), {"split": "train_prefs"}),
+    ]
     assert found.said.startswith("split train_prefs (of train_prefs, train_sft, test_prefs, test_sft); ")
     assert "data.dataset_test_split=test_prefs" in found.said
     assert [where for where, _ in found.rows([])] == ["train_prefs[0]", "train_prefs[1]", "train_prefs[2]"]
