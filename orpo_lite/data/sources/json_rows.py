@@ -7,6 +7,8 @@ import json
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import partial
+from itertools import islice
 from typing import Any
 
 from orpo_lite.data.pair import COLUMNS, NotJson, RowError
@@ -38,17 +40,17 @@ def json_rows(file: File, faults: list[DataError]) -> Iterator[Place]:
         raise DataError(where=file.label, found=found, expected="one JSON object a line in a .txt", fix=fix)
     if more and first.startswith(b"[") and isinstance(array := _parsed(first), list):
         raise _array_a_line(len(array), file)
-    if is_lines(file):
-        yield from _line_rows(file, faults)
-        return
-    try:
-        whole = DECODER.decode(_whole_text(file))
-    except (ValueError, RecursionError) as error:
-        if first.startswith(b"[") or not isinstance(error, json.JSONDecodeError) or error.lineno > 1:
-            raise _json_fault(error, file.label, file) from None
-        yield from _line_rows(file, faults)
-    else:
-        yield from _objects(_rows_within(whole, file), file, faults)
+    if not is_lines(file):
+        try:
+            whole = DECODER.decode(_whole_text(file))
+        except (ValueError, RecursionError) as error:
+            in_first_line = isinstance(error, json.JSONDecodeError) and error.lineno == 1
+            if first.startswith(b"[") or not in_first_line:
+                raise _json_fault(error, file.label, file) from None
+        else:
+            yield from _objects(_rows_within(whole, file), file, faults)
+            return
+    yield from _line_rows(file, faults)
 
 
 def _first_line(file: File) -> tuple[bytes, bool]:
@@ -134,48 +136,42 @@ def _objects(items: Iterable[Any], file: File, faults: list[DataError]) -> Itera
 
 
 def _whole_text(file: File) -> str:
-    parts, size = [], 0
     with file.open() as stream:
-        for part in iter(lambda: stream.read(BLOCK), b""):
-            parts.append(part)
-            size += len(part)
-            if size > MAX_JSON_BYTES:
-                found, fix = f"over {MAX_JSON_BYTES / 2**30:g} GiB", converted(file, "jq -c '.[]'", ".lines.jsonl")
-                raise DataError(where=file.label, found=found, expected="one JSON object a line", fix=fix)
+        parts = [*islice(iter(partial(stream.read, BLOCK), b""), MAX_JSON_BYTES // BLOCK + 1)]
+    if sum(map(len, parts)) > MAX_JSON_BYTES:
+        found, fix = f"over {MAX_JSON_BYTES / 2**30:g} GiB", converted(file, "jq -c '.[]'", ".lines.jsonl")
+        raise DataError(where=file.label, found=found, expected="one JSON object a line", fix=fix)
     return decode(b"".join(parts).removeprefix(codecs.BOM_UTF8), file, file.label)
 
 
 def _rows_within(whole: Any, file: File) -> list[Any]:
     """Return the rows of an array, of {"data": [rows]} or of columns; else what the file holds is the only row."""
-    if isinstance(whole, list):
-        return whole
-    values = list(whole.values()) if isinstance(whole, dict) else []
-    if values and {"features", "rows"} <= whole.keys() and isinstance(whole["rows"], list):  # from the hub's viewer
+    if not isinstance(whole, dict):
+        return whole if isinstance(whole, list) else [whole]
+    if {"features", "rows"} <= whole.keys() and isinstance(whole["rows"], list):  # from the hub's viewer
         return whole["rows"]
-    lists = [value for value in values if isinstance(value, list) and value and isinstance(value[0], dict)]
-    is_row = isinstance(whole, dict) and not whole.keys().isdisjoint(COLUMNS)  # by itself, with messages in it
+    lists = [value for value in whole.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    is_row = not whole.keys().isdisjoint(COLUMNS)
     if len(lists) == 1 and not is_row:
         return lists[0]
-    messages = any(not rows[0].keys().isdisjoint(("role", "from")) for rows in lists)
-    if len(lists) == len(values) > 1 and not (is_row or messages):
-        first = next(iter(whole))
-        found = f"lists of rows under several names: {', '.join(map(repr, list(whole)[:5]))}"
-        fix = converted(file, f"jq -c {shlex.quote(f'.[{json.dumps(first)}][]')}", ".first.jsonl")
-        raise DataError(where=file.label, found=found, expected="one list of rows", fix=fix)
-    if _are_columns(values):
-        cells = values[0] if isinstance(values[0], dict) else range(len(values[0]))
-        return [{name: column[cell] for name, column in whole.items()} for cell in cells]
-    return [whole]
+    if whole and _are_columns([*whole.values()]):
+        columns = [value.values() if isinstance(value, dict) else value for value in whole.values()]
+        return [dict(zip(whole, cells, strict=True)) for cells in zip(*columns, strict=True)]
+    has_messages = any(not items[0].keys().isdisjoint(("role", "from")) for items in lists)
+    if is_row or has_messages or not len(lists) == len(whole) > 1:
+        return [whole]
+    first = next(iter(whole))
+    found = f"lists of rows under several names: {', '.join(map(repr, list(whole)[:5]))}"
+    fix = converted(file, f"jq -c {shlex.quote(f'.[{json.dumps(first)}][]')}", ".first.jsonl")
+    raise DataError(where=file.label, found=found, expected="one list of rows", fix=fix)
 
 
 def _are_columns(values: list[Any]) -> bool:
-    """Of {"prompt": ["a", ...], ...}, or {"prompt": {"0": "a", ...}, ...} as pandas writes a table by default.
+    """Return whether it is {"prompt": ["a", ...], ...}, or {"prompt": {"0": "a", ...}, ...} as pandas writes a table.
 
     A row of its own may hold lists too: of messages, which are objects.
     """
-    if not values or not values[0]:
-        return False
-    if all(isinstance(value, dict) for value in values):
+    if all(isinstance(value, dict) and value for value in values):
         return all(value.keys() == values[0].keys() for value in values) and all(map(str.isdigit, values[0]))
-    even = all(isinstance(value, list) and len(value) == len(values[0]) for value in values)
+    even = all(isinstance(value, list) and len(value) == len(values[0]) > 0 for value in values)
     return even and any(not isinstance(cell, dict) for value in values for cell in value)
