@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import resource
+import selectors
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
@@ -73,7 +73,6 @@ class LimitedRenderer(Renderer):
             stdout=subprocess.PIPE,
             stderr=self._errors,
         )
-        self._late = False
         self._write(asdict(template))
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -86,19 +85,16 @@ class LimitedRenderer(Renderer):
         self._write([[pair.messages, pair.chosen, pair.rejected, pair.where, pair.prompt_text] for pair in pairs])
 
     def receive(self) -> list[Rendered]:
-        watch = threading.Timer(STUCK, self._stop)
-        watch.start()
-        try:
-            line = cast(IO[bytes], self._process.stdout).readline()
-        finally:
-            watch.cancel()
+        stream = cast(IO[bytes], self._process.stdout)
+        with selectors.DefaultSelector() as selector:
+            selector.register(stream, selectors.EVENT_READ)
+            is_late = not selector.select(STUCK)
+        if is_late:
+            self._process.kill()
+        line = stream.readline()
         if not line.endswith(b"\n"):
-            raise self._died()
+            raise self._died(is_late=is_late)
         return _raise_limit([_unpack(item) for item in json.loads(line)])
-
-    def _stop(self) -> None:
-        self._late = True
-        self._process.kill()
 
     def _write(self, value: Any) -> None:
         stream = cast(IO[bytes], self._process.stdin)
@@ -108,7 +104,7 @@ class LimitedRenderer(Renderer):
         except BrokenPipeError:
             raise self._died() from None
 
-    def _died(self) -> Exception:
+    def _died(self, *, is_late: bool = False) -> Exception:
         code = self._process.wait()
         self._errors.seek(0)
         last = self._errors.read().decode(errors="replace").strip().rpartition("\n")[2]
@@ -116,7 +112,7 @@ class LimitedRenderer(Renderer):
             return RuntimeError(f"the process that renders chat templates ended with {code}: {last}")
         first = self.sent[0].where if self.sent else "data"
         places = f"one of the {len(self.sent)} pairs from {first}" if len(self.sent) > 1 else first
-        if self._late:
+        if is_late:
             return BeyondLimitsError(places, f"the chat template did not end within {STUCK:.0f} seconds")
         found = f"the process that renders the chat template was killed (signal {-code}), perhaps for its memory"
         return BeyondLimitsError(places, found)

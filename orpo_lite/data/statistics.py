@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -32,14 +33,12 @@ SHUFFLES = 20
 
 
 def figures(train: TokenizedPairs, test: TokenizedPairs) -> dict[str, Any]:
-    """What data.json holds. Shares are of 1; lengths are tokens, those of responses before the cut and with their end.
+    """Return what data.json holds. Shares are of 1; lengths are tokens.
 
-    format, chat_template: the sentences that say which they are · tokenizer: the sentence that says that transformers
-    would change it, or "" · hints: what to do about figures of COUNTED and reasons of dropped · columns: of each set,
-    which were read and which not · rows_read · rows_of_sets: those of each set that is trained on · train_pairs,
-    held_out_pairs · dropped: for each reason the number of pairs and the first places · tokens: quantiles of prompt,
-    chosen, rejected · cut: what data.max_length does · those of COUNTED, among them moved_systems, empty_thoughts and
-    missing_thoughts of pairs that are kept · chosen_longer, rejected_longer: the length bias · prompts: different
+    format, columns: of each set, how it is read, and which columns are and are not · rows_of_sets: rows read of each
+    set that is trained on · hints: what to do about figures of COUNTED and reasons of dropped · dropped: for each
+    reason the number of pairs and the first places · tokens: quantiles; those of responses before the cut and with
+    their end · cut: what data.max_length does · chosen_longer, rejected_longer: the length bias · prompts: different
     ones, and those on both sides · step: tokens that go through a model · sha256: of the pairs' content and order.
     """
     sides = _sides(train, test)
@@ -96,11 +95,7 @@ def _sides(train: TokenizedPairs, test: TokenizedPairs) -> list[Mapping[str, Any
 
 def _unique(values: Iterable[Any]) -> list[Any]:
     """Each value once, in order: training and held-out sets mostly have one format."""
-    found: list[Any] = []
-    for value in values:
-        if value not in found:
-            found.append(value)
-    return found
+    return list({json.dumps(value): value for value in values}.values())
 
 
 def _response(both: Mapping[str, NDArray[Any]], side: str) -> NDArray[Any]:
