@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shlex
 from collections import Counter
 from collections.abc import Sequence
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import TypeVar
 
 from orpo_lite.data.formats.column_map import check_mapped
-from orpo_lite.data.formats.names import shown
 from orpo_lite.data.pair import Pair
 from orpo_lite.data.sources.find import find_source, refuse_twice
 from orpo_lite.data.sources.source import TEST_SPLIT, TRAIN_SPLIT, Source, is_local, is_path, names_line
@@ -37,9 +35,7 @@ def training_sources(data: DataSection) -> list[Source]:
             ),
         )
     sources = [_find(data, "data.dataset_name", name, split, TRAIN_SPLIT) for name in data.names]
-    refuse_twice(sources)
-    if data.dataset_test_split is not None and all(map(is_local, data.names)):
-        _refuse_held_out(sources, held_out_sources(data))
+    refuse_twice(sources, held_out_sources(data) if all(map(is_local, data.names)) else ())
     return sources
 
 
@@ -54,23 +50,6 @@ def _find(data: DataSection, key: str, name: str, split: str, split_key: str) ->
         elif other and len(data.names) > 1:
             error.fix = names_line([other if old == name else old for old in data.names])
         raise
-
-
-def _refuse_held_out(sources: Sequence[Source], held_out: Sequence[Source]) -> None:
-    """Raise DataError for a file that would be both trained on and held out: a pattern takes all that it matches."""
-    theirs = [file for source in held_out for file in source.paths()]
-    held = set(map(os.path.realpath, theirs))
-    files = [file for source in sources for file in source.paths()]
-    left = [file for file in files if os.path.realpath(file) not in held]
-    if len(left) < len(files):
-        both = shown(*(Path(file).name for file in files if file not in left))
-        fix: str = names_line(left) if left else "name other files in one of the two"
-        if isinstance(fix, Overrides) and len(theirs) == 1:  # files of their own have no splits by which to name it
-            words = f"{fix} {shlex.quote(f'data.dataset_test_split={theirs[0]}')}"
-            fix = Overrides({**fix.values, "data.dataset_test_split": theirs[0]}, text=words)
-        raise DataError(
-            where="data.dataset_name", found=f"{both}: held out as well", expected="pairs on one side alone", fix=fix
-        )
 
 
 def held_out_sources(data: DataSection) -> list[Source]:

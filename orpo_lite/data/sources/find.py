@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from orpo_lite.data.sources.hub import HubSource, load_set
 from orpo_lite.data.sources.local import LocalSource, find_files, refuse_mistyped, unique_labels
-from orpo_lite.data.sources.source import TRAIN_SPLIT, Source, is_local, listed, names_line
-from orpo_lite.errors import DataError
+from orpo_lite.data.sources.source import TEST_SPLIT, TRAIN_SPLIT, Source, is_local, listed, names_line
+from orpo_lite.errors import DataError, Overrides
 
 
 def find_source(name: str, split: str, config: str | None, key: str = TRAIN_SPLIT) -> Source:
@@ -38,14 +39,20 @@ def with_unique_labels(sources: Sequence[Source]) -> list[Source]:
     return [source.labelled({**paths, **splits}) for source in sources]
 
 
-def refuse_twice(sources: Sequence[Source]) -> None:
-    """Raise DataError for a file, or a split of a set, of which all rows would be read twice."""
+def refuse_twice(sources: Sequence[Source], held_out: Sequence[Source] = ()) -> None:
+    """Raise DataError for a file, or a split of a set, of which all rows would be read twice, or held out as well."""
+    held = {os.path.realpath(file): file for source in held_out for file in source.paths()}
     once: dict[str, str] = {}
-    twice = []
+    twice: dict[str, str] = {}
     for source in sources:
         names = {os.path.realpath(name): name for name in source.paths() or [source.name]}
-        twice += [name for path, name in names.items() if path in once]
-        once = {**once, **names, **once}
-    if twice:
-        fix = names_line([*once.values()])
-        raise DataError(where="data.dataset_name", found=f"{listed(twice)}: twice", expected="each row once", fix=fix)
+        twice |= {path: name for path, name in names.items() if path in once or path in held}
+        once |= {path: name for path, name in names.items() if path not in twice}
+    if not twice:
+        return
+    fix: str = names_line([*once.values()]) if once else "name other files in one of the two"
+    if isinstance(fix, Overrides) and len(held) == 1:  # files of their own have no splits by which to name it
+        values = {**fix.values, TEST_SPLIT: next(iter(held.values()))}
+        fix = Overrides(values, text=f"{fix} {shlex.quote(f'{TEST_SPLIT}={values[TEST_SPLIT]}')}")
+    found = f"{listed([*twice.values()])}: {'twice' if held.keys().isdisjoint(twice) else 'held out as well'}"
+    raise DataError(where="data.dataset_name", found=found, expected="each row once", fix=fix)
