@@ -17,7 +17,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
 from functools import cache
@@ -148,21 +148,21 @@ def make_key(**parts: Any) -> str:
 
 @cache
 def _code() -> str:
-    digest = hashlib.sha256()
-    package = Path(__file__).parent
-    for file in (*sorted(package.rglob("*.py")), package.parent / "base" / "find.py"):  # which loads the tokenizer
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
+    package = Path(__file__).parents[1]
+    loader = package / "base" / "find.py"  # which loads the tokenizer
+    return _files_sha256(package, [*(package / "data").rglob("*.py"), loader])
 
 
 def tokenizer_sha256(folder: Path) -> str:
     """Of the files that a tokenizer is made of."""
-    digest = hashlib.sha256()
     files = {file for pattern in TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()}
-    for file in sorted(files, key=lambda file: file.relative_to(folder).as_posix()):
-        if file.name not in NOT_TOKENIZER:
-            digest.update(f"{file.relative_to(folder)} {file_sha256(file)}\n".encode())
-    return digest.hexdigest()
+    return _files_sha256(folder, [file for file in files if file.name not in NOT_TOKENIZER])
+
+
+def _files_sha256(folder: Path, files: Iterable[Path]) -> str:
+    """Of the files' names and contents, in whatever order."""
+    named = sorted((file.relative_to(folder).as_posix(), file_sha256(file)) for file in files)
+    return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
 
 def _facts_sha256(facts: Mapping[str, Any]) -> str:

@@ -164,7 +164,8 @@ def micro_batches(
     share = range(len(pairs))[rank::world]
     if not batching.packed:
         size = batching.pairs or 1
-        ordered = sorted(share, key=lambda index: (_width(pairs[index]), index))
+        widths = {index: max(len(pairs[index].chosen_ids), len(pairs[index].rejected_ids)) for index in share}
+        ordered = sorted(share, key=widths.__getitem__)
         return [ordered[start : start + size] for start in range(0, len(ordered), size)]
     lengths = {index: packed_tokens(pairs[index], share=batching.share) for index in share}
     bins: list[list[int]] = []
@@ -185,7 +186,3 @@ def packed_tokens(pair: TokenizedPair, *, share: bool) -> int:
     """Tokens of a pair that go through the model."""
     shared = common_prefix(np.asarray(pair.chosen_ids), np.asarray(pair.rejected_ids)) if share else 0
     return len(pair.chosen_ids) + len(pair.rejected_ids) - shared
-
-
-def _width(pair: TokenizedPair) -> int:
-    return max(len(pair.chosen_ids), len(pair.rejected_ids))

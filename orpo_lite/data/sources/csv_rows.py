@@ -60,12 +60,12 @@ def _is_above_header(text: str) -> bool:
     return not text.strip() or EXCEL_SEP.match(text) is not None
 
 
-def _texts(file: File) -> Iterator[tuple[int, str]]:
-    """Yield numbered lines. Raises DataError for one that is too long: it may hold the start or end of other rows."""
+def _texts(file: File) -> Iterator[str]:
+    """Yield the lines. Raises DataError for one that is too long: it may hold the start or end of other rows."""
     faults: list[DataError] = []
     for number, line in lines(file, faults):
         raise_all(faults)
-        yield number, decode(line, file, f"{file.label}:{number}")
+        yield decode(line, file, f"{file.label}:{number}")
     raise_all(faults)
 
 
@@ -76,7 +76,7 @@ def _without_spaced_quotes(file: File, delimiter: str) -> Iterator[str]:
     """
     mark = re.escape(delimiter)
     spaced = re.compile(rf'(^|{mark}) +"(?=[^"\r\n{mark}])')
-    for _, text in _texts(file):
+    for text in _texts(file):
         if '"' in text and spaced.search(text):
             program = f"perl -pe 's/{spaced.pattern}/$1\"/g'"
             found, fix = "spaces before the quotes of a cell", converted(file, program, f".quoted{file.kind}")
@@ -90,7 +90,7 @@ def delimiter_of(file: File) -> str:
     Excel names it above the header. Else it is the one that cuts the header and the first row into as many cells, the
     comma before the others: a spreadsheet in much of Europe writes semicolons.
     """
-    top = next((text for _, text in _texts(file) if text.strip()), "")
+    top = next(filter(str.strip, _texts(file)), "")
     if said := EXCEL_SEP.match(top):
         return said[1]
     marks = ["\t"] if file.kind == ".tsv" else [mark for mark in DELIMITERS if mark in top] or [","]
@@ -114,8 +114,7 @@ def _may_be_several(cells: Sequence[str], delimiter: str) -> bool:
 
 def _is_even(file: File, delimiter: str) -> bool:
     """Return whether all lines have as many cells as the header if quotes are plain characters."""
-    texts = (text for _, text in _texts(file) if not _is_above_header(text))
-    return len({text.count(delimiter) for text in texts}) == 1
+    return len({text.count(delimiter) for text in _texts(file) if not _is_above_header(text)}) == 1
 
 
 def _broken(file: File, delimiter: str, where: str, said: str) -> DataError:

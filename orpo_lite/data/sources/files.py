@@ -6,6 +6,7 @@ import hashlib
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 from orpo_lite.data.sources.arrow_rows import arrow_rows, arrow_table
 from orpo_lite.data.sources.csv_rows import csv_header, csv_records, csv_rows, delimiter_of
@@ -22,7 +23,7 @@ def read_file(file: File, faults: list[DataError]) -> Iterator[Place]:
     """Yield (place, row). A row that cannot be read goes to ``faults``; a file that cannot be is raised at once."""
     try:
         refuse_lookalikes(file)
-        yield from READERS[_kind(file)](file, faults)
+        yield from _reader(file)(file, faults)
     except BROKEN as error:
         if isinstance(error, OSError) and error.errno:  # of the disk, not of the content
             raise
@@ -44,38 +45,37 @@ def file_fingerprint(file: File) -> tuple[str, int]:
 
 def column_names(file: File) -> frozenset[str]:
     """The columns of a table; none for the other kinds, and none for a table that cannot be read."""
-    try:
+    with suppress(DataError, *BROKEN):  # whoever reads it will say so
         refuse_lookalikes(file)
-        kind = _kind(file)
-        if kind == ".arrow":
+        if _reader(file) is arrow_rows:
             with arrow_table(file) as (schema, _, _):
                 return frozenset(schema.names)
-        if kind == ".csv":
+        if _reader(file) is csv_rows:
             start, cells = next(csv_records(file, delimiter_of(file)), (1, []))
             return frozenset(csv_header(cells, f"{file.label}:{start}"))
-    except (DataError, *BROKEN):
-        pass  # whoever reads it will say so
     return frozenset()
 
 
-def _kind(file: File) -> str:
-    """Return the reader of a file: that of an Arrow table also where its name says otherwise."""
-    return ".arrow" if file.start.startswith((b"PAR1", b"ARROW1")) else SAME_READER.get(file.kind, file.kind)
-
-
 def _estimate(file: File, lines: int) -> int:
-    kind = _kind(file)
-    if kind == ".arrow":
+    if _reader(file) is arrow_rows:
         with arrow_table(file) as (_, _, count):
             return count
-    if file.compression or (kind == ".json" and not is_lines(file)):
+    if file.compression or (_reader(file) is json_rows and not is_lines(file)):
         return 0
-    return max(lines - 1, 0) if kind == ".csv" else lines  # less the header
+    return max(lines - 1, 0) if _reader(file) is csv_rows else lines  # less the header
 
 
-SAME_READER = {".jsonl": ".json", ".tsv": ".csv", ".parquet": ".arrow"}
-READERS: dict[str, Callable[[File, list[DataError]], Iterator[Place]]] = {
+Reader = Callable[[File, list[DataError]], Iterator[Place]]
+READERS: dict[str, Reader] = {
+    ".jsonl": json_rows,
     ".json": json_rows,
     ".csv": csv_rows,
+    ".tsv": csv_rows,
+    ".parquet": arrow_rows,
     ".arrow": arrow_rows,
 }
+
+
+def _reader(file: File) -> Reader:
+    """Return the reader of a file: that of a table also where its name says otherwise."""
+    return arrow_rows if file.start.startswith((b"PAR1", b"ARROW1")) else READERS[file.kind]

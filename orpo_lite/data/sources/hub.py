@@ -153,9 +153,11 @@ def _hub_fix(name: str, error: Exception, key: str) -> str:
         if options is None:
             return "name a configuration of the set in data.dataset_config"
         return Overrides({"data.dataset_config": _names(options[1])[0]}, ", or another configuration of the set")
-    near = "" if "/" in name else named(Path(name), near_names(Path(name)))
-    other = f" ({near} is)" if near else ""
-    here = "" if "/" in name else f"there is no file or folder {name} here either{other}; for a set of the hub, "
+    near = here = ""
+    if "/" not in name:
+        near = named(Path(name), near_names(Path(name)))
+        other = f" ({near} is)" if near else ""
+        here = f"there is no file or folder {name} here either{other}; for a set of the hub, "
     if any(word in said for word in ("gated", "401", "403", "private", "authenticat", "doesn't exist")):
         page = f"{here}open https://huggingface.co/datasets/{name}, ask for access if it is gated, then `hf auth login`"
         return reworded(near or Command("hf auth login"), page)

@@ -208,7 +208,7 @@ def refuse_mistyped(name: str) -> None:
             raise _missing(path, near)
     elif name.count("/") > 1 or name.endswith("/"):
         raise _missing(path, near_names(path))
-    elif os.path.isdir(path.parent):
+    elif path.parent.is_dir():
         expected = f"a file or folder, for there is a folder {path.parent} here; else a set of the hub"
         raise _missing(path, near_names(path), expected)
 
@@ -229,7 +229,5 @@ def near_names(path: Path) -> list[str]:
         beside = sorted(child.name for child in path.parent.iterdir())
     except (OSError, ValueError):  # no folder, or no name that could be one
         return []
-    called = {part.lower() for name in beside for part in (name, stem(name))}
-    close = difflib.get_close_matches(path.name.lower(), called, n=3, cutoff=0.5)
-    names = [name for part in close for name in beside if part in (name.lower(), stem(name).lower())]
-    return list(dict.fromkeys(names))[:3]
+    close = difflib.get_close_matches(stem(path.name).lower(), {stem(name).lower() for name in beside}, cutoff=0.5)
+    return [name for part in close for name in beside if stem(name).lower() == part][:3]
