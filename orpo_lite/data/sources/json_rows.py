@@ -33,13 +33,13 @@ DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=NotJson)
 
 def json_rows(file: File, faults: list[DataError]) -> Iterator[Place]:
     """Yield an object a line; or those of one array, of an object that holds one, or of columns."""
-    first, more = _first_line(file)
+    first, value, more = _first_line(file)
     if first and first[:1] not in b"[{" and file.path.name[len(stem(file.path.name)) :].lower().startswith(".txt"):
         line = converted(file, "cat", ".csv")
         found, fix = "a text that is not JSON", reworded(line, f"give it the suffix of its kind, such as: {line}")
         raise DataError(where=file.label, found=found, expected="one JSON object a line in a .txt", fix=fix)
-    if more and first.startswith(b"[") and isinstance(array := _parsed(first), list):
-        raise _array_a_line(len(array), file)
+    if more and isinstance(value, list):
+        raise _array_a_line(len(value), file)
     if not is_lines(file):
         try:
             whole = DECODER.decode(_whole_text(file))
@@ -48,50 +48,63 @@ def json_rows(file: File, faults: list[DataError]) -> Iterator[Place]:
             if first.startswith(b"[") or not in_first_line:
                 raise _json_fault(error, file.label, file) from None
         else:
-            yield from _objects(_rows_within(whole, file), file, faults)
+            yield from _objects(_unwrapped(_rows_within(whole, file), file, faults), "an array of objects", faults)
             return
-    yield from _line_rows(file, faults)
+    yield from _objects(_line_values(file, faults), "one JSON object a line", faults)
 
 
-def _first_line(file: File) -> tuple[bytes, bool]:
-    """Return the first line that is not blank, without the spaces around it, and whether another one follows."""
+def _first_line(file: File) -> tuple[bytes, Any, bool]:
+    """Return the first line that is not blank, what it holds or None, and whether another one follows."""
     with file.open() as stream:
         raw = iter(lambda: stream.readline(MAX_ROW_BYTES + 1), b"")
         first = next(filter(None, (line.removeprefix(codecs.BOM_UTF8).strip() for line in raw)), b"")
-        return first, any(line.strip() for line in iter(lambda: stream.readline(BLOCK), b""))
+        more = any(line.strip() for line in iter(lambda: stream.readline(BLOCK), b""))
+    try:
+        return first, json.loads(first), more
+    except (ValueError, RecursionError):
+        return first, None, more
 
 
 def is_lines(file: File) -> bool:
     """Return whether the file is read line by line: .jsonl always, .json with an object on its first line and more."""
-    first, more = _first_line(file)
+    first, value, more = _first_line(file)
     if file.kind == ".jsonl":
         return not first.startswith(b"[")
-    return not first or (more and isinstance(_parsed(first), dict))
+    return not first or (more and isinstance(value, dict))
 
 
-def _parsed(line: bytes) -> Any:
-    """Return the value that a line holds, or None."""
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _line_rows(file: File, faults: list[DataError]) -> Iterator[Place]:
+def _line_values(file: File, faults: list[DataError]) -> Iterator[tuple[str, Any]]:
     for number, line in lines(file, faults):
         where = f"{file.label}:{number}"
         text = decode(line.rstrip(), file, where).removeprefix("\ufeff")  # files with a mark may have been joined
         if not text.strip():
             continue
         try:
-            row = DECODER.decode(text)
+            yield where, DECODER.decode(text)
         except (ValueError, RecursionError) as error:
             faults.append(_json_fault(error, where, file))
+
+
+def _unwrapped(items: Iterable[Any], file: File, faults: list[DataError]) -> Iterator[tuple[str, Any]]:
+    """Yield the items of an array, without what the hub's viewer wraps each of them in."""
+    for i, item in enumerate(items):
+        where, row = f"{file.label}[{i}]", item
+        if isinstance(item, dict) and {"row_idx", "row", "truncated_cells"} <= item.keys():
+            row = item["row"]
+            if item["truncated_cells"]:
+                found, fix = "cells that the viewer of the hub cut short", "name the set itself in data.dataset_name"
+                faults.append(RowError(where=where, found=found, expected="whole cells", fix=fix))
+                continue
+        yield where, row
+
+
+def _objects(values: Iterable[tuple[str, Any]], expected: str, faults: list[DataError]) -> Iterator[Place]:
+    for where, value in values:
+        if isinstance(value, dict):
+            yield where, value
         else:
-            if isinstance(row, dict):
-                yield where, row
-            else:
-                faults.append(_not_an_object(where, "one JSON object a line"))
+            fix = "correct or remove the row"
+            faults.append(DataError(where=where, found="not a JSON object", expected=expected, fix=fix))
 
 
 def _json_fault(error: ValueError | RecursionError, where: str, file: File) -> DataError:
@@ -109,30 +122,11 @@ def _json_fault(error: ValueError | RecursionError, where: str, file: File) -> D
     return DataError(where=where, found=found, expected="whole objects, each in one line of a .jsonl", fix=fix)
 
 
-def _not_an_object(where: str, expected: str) -> DataError:
-    return DataError(where=where, found="not a JSON object", expected=expected, fix="correct or remove the row")
-
-
 def _array_a_line(width: int, file: File) -> DataError:
     names = ("prompt", "chosen", "rejected") if width == 3 else [f"column_{i}" for i in range(width)]
     keys = ", ".join(f"{name}: .[{i}]" for i, name in enumerate(names))
     found, fix = f"a JSON array a line, of {width} items", converted(file, f"jq -c '{{{keys}}}'", ".objects.jsonl")
     return DataError(where=f"{file.label}:1", found=found, expected="one JSON object a line", fix=fix)
-
-
-def _objects(items: Iterable[Any], file: File, faults: list[DataError]) -> Iterator[Place]:
-    for i, item in enumerate(items):
-        where, row = f"{file.label}[{i}]", item
-        if isinstance(item, dict) and {"row_idx", "row", "truncated_cells"} <= item.keys():  # the hub's viewer wraps it
-            row = item["row"]
-            if item["truncated_cells"]:
-                found, fix = "cells that the viewer of the hub cut short", "name the set itself in data.dataset_name"
-                faults.append(RowError(where=where, found=found, expected="whole cells", fix=fix))
-                continue
-        if isinstance(row, dict):
-            yield where, row
-        else:
-            faults.append(_not_an_object(where, "an array of objects"))
 
 
 def _whole_text(file: File) -> str:
