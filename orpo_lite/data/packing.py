@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -16,7 +16,15 @@ from orpo_lite.data.pair import TokenizedPair, common_prefix
 
 
 @dataclass(frozen=True)
-class PairBatch:
+class _Tensors:
+    def to(self, device: torch.device) -> Self:
+        """The same batch on another device."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+
+
+@dataclass(frozen=True)
+class PairBatch(_Tensors):
     """P pairs as R = 2P right-padded rows of T tokens: the chosen rows, then the rejected rows in the same order."""
 
     input_ids_RT: Tensor
@@ -26,11 +34,6 @@ class PairBatch:
     """True at the tokens of the response."""
     counted_RT: Tensor
     """True at the tokens that the NLL counts (chosen rows)."""
-
-    def to(self, device: torch.device) -> "PairBatch":
-        """The same batch on another device."""
-        tensors = (self.input_ids_RT, self.attention_RT, self.response_RT, self.counted_RT)
-        return PairBatch(*(tensor.to(device, non_blocking=True) for tensor in tensors))
 
 
 def pad_pairs(pairs: Sequence[TokenizedPair], *, pad_id: int, completion_only_loss: bool) -> PairBatch:
@@ -51,7 +54,7 @@ def pad_pairs(pairs: Sequence[TokenizedPair], *, pad_id: int, completion_only_lo
 
 
 @dataclass(frozen=True)
-class PackedPairs:
+class PackedPairs(_Tensors):
     """P pairs as one row of T tokens without padding; each pair is [common prefix | chosen rest | rejected rest]."""
 
     input_ids_T: Tensor
@@ -65,11 +68,6 @@ class PackedPairs:
     """What each of them predicts."""
     spans: tuple[tuple[int, ...], ...]
     """How the scored rows of each pair lie: see :class:`orpo_lite.ops.head.Spans`."""
-
-    def to(self, device: torch.device) -> "PackedPairs":
-        """The same batch on another device."""
-        tensors = ("input_ids_T", "position_ids_T", "rows_N", "targets_N")
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in tensors})
 
 
 def pack_pairs(pairs: Sequence[TokenizedPair], *, completion_only_loss: bool, share: bool) -> PackedPairs:

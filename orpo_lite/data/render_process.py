@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self, cast
+from typing import IO, Any, cast
 
 from orpo_lite.data.chat_template import (
     MEMORY,
@@ -36,15 +36,12 @@ STUCK = 120.0  # seconds without an answer, after which the process is killed: a
 Limit = Callable[[], AbstractContextManager[None]]
 
 
-class Renderer:
+class Renderer(AbstractContextManager["Renderer"]):
     """Renders batch after batch: ``send`` one, do something else, ``receive`` its texts. Use as a context manager."""
 
     def __init__(self, template: Template) -> None:
         self.template = template
         self.sent: Sequence[Pair] = ()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         """Nothing to end."""

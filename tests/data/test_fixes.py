@@ -360,7 +360,7 @@ WORDS = {
     "sources/arrow_rows:arrow_rows#1": ROW,
     "sources/arrow_rows:arrow_table#1": FILE,
     "sources/csv_rows:_broken#1": ROW,
-    "sources/csv_rows:csv_header#1": COLUMN,
+    "sources/csv_rows:_header#1": COLUMN,
     "sources/csv_rows:csv_rows#1": ROW,
     "sources/csv_rows:csv_rows#2": ROW,
     "sources/csv_rows:refuse_same_names#1": COLUMN,

@@ -20,10 +20,10 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")  # in the name of a column they w
 
 def csv_rows(file: File, faults: list[DataError]) -> Iterator[Place]:
     """Yield every cell as text: a reader that guesses types would make a number of the reply "42"."""
-    delimiter = delimiter_of(file)
-    records = csv_records(file, delimiter)
+    delimiter = _delimiter_of(file)
+    records = _records(file, delimiter)
     start, titles = next(records, (1, []))
-    header = csv_header(titles, f"{file.label}:{start}")
+    header = _header(titles, f"{file.label}:{start}")
     may_be_unclosed = True
     for number, cells in records:
         where, unnamed = f"{file.label}:{number}", cells[len(header) :]
@@ -41,7 +41,7 @@ def csv_rows(file: File, faults: list[DataError]) -> Iterator[Place]:
             yield where, dict(zip(header, cells, strict=False))
 
 
-def csv_records(file: File, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+def _records(file: File, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """Yield the header and the rows, each with the line it starts at."""
     csv.field_size_limit(MAX_ROW_BYTES)
     records = csv.reader(_without_spaced_quotes(file, delimiter), delimiter=delimiter, strict=True)
@@ -84,7 +84,7 @@ def _without_spaced_quotes(file: File, delimiter: str) -> Iterator[str]:
         yield text
 
 
-def delimiter_of(file: File) -> str:
+def _delimiter_of(file: File) -> str:
     """Return the delimiter.
 
     Excel names it above the header. Else it is the one that cuts the header and the first row into as many cells, the
@@ -100,7 +100,7 @@ def delimiter_of(file: File) -> str:
 
 def _fits(file: File, delimiter: str) -> bool:
     try:
-        header, row = [*(cells for _, cells in islice(csv_records(file, delimiter), 2)), [], []][:2]
+        header, row = [*(cells for _, cells in islice(_records(file, delimiter), 2)), [], []][:2]
     except DataError:
         return False
     return len(header) == len(row) > 1
@@ -125,7 +125,7 @@ def _broken(file: File, delimiter: str, where: str, said: str) -> DataError:
     return DataError(where=where, found=f"broken csv: {said}", expected="plain or quoted cells", fix=fix)
 
 
-def csv_header(cells: Sequence[str], where: str) -> list[str]:
+def _header(cells: Sequence[str], where: str) -> list[str]:
     """The names; [] of an empty file. A delimiter may end each line, and then the last cells have no names."""
     names = [CONTROL.sub(" ", cell).strip() for cell in cells]
     while len(names) > 1 and not names[-1]:

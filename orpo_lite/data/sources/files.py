@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 from orpo_lite.data.sources.arrow_rows import arrow_rows, arrow_table
-from orpo_lite.data.sources.csv_rows import csv_header, csv_records, csv_rows, delimiter_of
+from orpo_lite.data.sources.csv_rows import csv_rows
 from orpo_lite.data.sources.encoding import refuse_lookalikes
 from orpo_lite.data.sources.json_rows import is_lines, json_rows
 from orpo_lite.data.sources.lines import File, Place, blocks
@@ -44,15 +44,12 @@ def file_fingerprint(file: File) -> tuple[str, int]:
 
 
 def column_names(file: File) -> frozenset[str]:
-    """The columns of a table; none for the other kinds, and none for a table that cannot be read."""
+    """The columns of a table, by its first row; none for the other kinds, and none for a table that cannot be read."""
+    if _reader(file) is json_rows:
+        return frozenset()
     with suppress(DataError, *BROKEN):  # whoever reads it will say so
-        refuse_lookalikes(file)
-        if _reader(file) is arrow_rows:
-            with arrow_table(file) as (schema, _, _):
-                return frozenset(schema.names)
-        if _reader(file) is csv_rows:
-            start, cells = next(csv_records(file, delimiter_of(file)), (1, []))
-            return frozenset(csv_header(cells, f"{file.label}:{start}"))
+        for _, row in read_file(file, []):
+            return frozenset(row)
     return frozenset()
 
 
