@@ -7,12 +7,13 @@ import lzma
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 
 from orpo_lite.data.sources.arrow_rows import arrow_rows, arrow_table
 from orpo_lite.data.sources.csv_rows import csv_rows
 from orpo_lite.data.sources.encoding import refuse_lookalikes
 from orpo_lite.data.sources.json_rows import is_lines, json_rows
-from orpo_lite.data.sources.lines import File, Place, blocks
+from orpo_lite.data.sources.lines import BLOCK, File, Place
 from orpo_lite.errors import DataError
 
 SPREADSHEETS = (".xlsx", ".xls", ".ods")
@@ -36,10 +37,11 @@ def read_file(file: File, faults: list[DataError]) -> Iterator[Place]:
 def file_fingerprint(file: File) -> tuple[str, int]:
     """sha256 of the bytes as they are on disk, and about how many rows they are; 0: unknown."""
     digest, line_ends, last = hashlib.sha256(), 0, b""
-    for block in blocks(file.path):
-        digest.update(block)
-        line_ends += block.count(b"\n")
-        last = block[-1:]
+    with file.path.open("rb") as raw:
+        for block in iter(partial(raw.read, BLOCK), b""):
+            digest.update(block)
+            line_ends += block.count(b"\n")
+            last = block[-1:]
     return digest.hexdigest(), _estimate(file, line_ends + (last not in (b"", b"\n")))
 
 

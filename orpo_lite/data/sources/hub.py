@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from orpo_lite.data.sources.lines import Place, blocks
+from orpo_lite.data.sources.lines import Place
 from orpo_lite.data.sources.local import named, near_names
 from orpo_lite.data.sources.source import (
     AUTO,
@@ -21,7 +21,6 @@ from orpo_lite.data.sources.source import (
     choose_split,
     joined,
     listed,
-    readable,
     said_split,
     split_fix,
 )
@@ -44,15 +43,9 @@ class HubSource(Source):
         return f"{self.name}/{self.label}"
 
     def fingerprint(self) -> tuple[str, int]:
-        digest = hashlib.sha256(f"{self.label}\n".encode())
-        paths = [Path(file["filename"]) for file in self.table.cache_files]
-        with readable(self.name):
-            for path in paths:
-                for block in blocks(path):
-                    digest.update(block)
-        if not paths:  # a set in memory
-            digest.update(f"{self.name}\n{self.table._fingerprint}".encode())
-        return digest.hexdigest(), len(self.table)
+        # datasets' own is of the revision, the configuration and the split.
+        said = f"{self.whole_name}\n{self.table._fingerprint}"
+        return hashlib.sha256(said.encode()).hexdigest(), len(self.table)
 
     def columns(self) -> frozenset[str] | None:
         return frozenset(self.table.column_names)

@@ -97,11 +97,6 @@ def converted(file: File, program: str, suffix: str) -> Command:
     return Command(line, f", then data.dataset_name={new}")
 
 
-def blocks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as raw:
-        yield from iter(lambda: raw.read(BLOCK), b"")
-
-
 def lines(file: File, faults: list[DataError]) -> Iterator[tuple[int, bytes]]:
     """Yield numbered lines with their ends. A line over MAX_ROW_BYTES goes to ``faults``."""
     with file.open() as stream:
