@@ -34,6 +34,9 @@ from orpo_lite.errors import DataError, ModelError, OrpoLiteError
 STUCK = 120.0  # seconds without an answer, after which the process is killed: a single operation cannot be interrupted
 
 Limit = Callable[[], AbstractContextManager[None]]
+ERRORS: dict[str, Callable[..., OrpoLiteError]] = {
+    kind.__name__: kind for kind in (DataError, ModelError, BeyondLimitsError)
+}
 
 
 class Renderer(AbstractContextManager["Renderer"]):
@@ -152,9 +155,7 @@ def _unpack(parts: list[Any]) -> Rendered:
         case [prompt, chosen, rejected, end, list(remarks)]:
             return PairTexts(prompt, chosen, rejected, end, tuple(remarks))
         case [name, *fields]:
-            kinds: dict[str, Callable[..., OrpoLiteError]]
-            kinds = {"DataError": DataError, "ModelError": ModelError, "BeyondLimitsError": BeyondLimitsError}
-            return kinds[name](**dict(zip(("where", "found", "expected", "fix"), fields, strict=False)))
+            return ERRORS[name](**dict(zip(("where", "found", "expected", "fix"), fields, strict=False)))
     raise ValueError(f"{len(parts)} parts")
 
 

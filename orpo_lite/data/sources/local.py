@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import glob
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -130,19 +129,16 @@ def _saved_files(folder: Path) -> list[Path]:
 
     Other tables there, which Dataset.map may have left, are not among them.
     """
-    index, paths = folder / "dataset_dict.json", list[Path]()
+    import datasets  # a second to import, and other files do not need it
+
     try:
-        splits = json.loads(index.read_bytes())["splits"] if index.is_file() else [""]
-        for split in splits:
-            index = folder / Path(split).name / "state.json"
-            paths += [index.with_name(file["filename"]) for file in json.loads(index.read_bytes())["_data_files"]]
-        missing = [path.name for path in paths if not path.is_file()]
-    except (OSError, ValueError, KeyError, TypeError):
-        missing = [index.name]
-    if missing:
-        found, expected = f"missing or broken: {listed(missing)}", "a whole folder of save_to_disk"
-        raise DataError(where=str(folder), found=found, expected=expected, fix="copy the folder again")
-    return paths
+        loaded = datasets.load_from_disk(str(folder), keep_in_memory=False)
+    except Exception as error:  # datasets raises whatever it stumbles on
+        found, expected = f"missing or broken: {error}".splitlines()[0], "a whole folder of save_to_disk"
+        raise DataError(where=str(folder), found=found, expected=expected, fix="copy the folder again") from None
+    tables = loaded.values() if isinstance(loaded, dict) else [loaded]
+    names = [file["filename"] for table in tables for file in table.cache_files]
+    return [folder / os.path.relpath(name, folder) for name in names]
 
 
 def _refuse_copies(folder: Path, paths: Sequence[Path]) -> None:
