@@ -359,7 +359,7 @@ WORDS = {
     "pairs:find#2": "an option of the command, with a real place",
     "sources/arrow_rows:arrow_rows#1": ROW,
     "sources/arrow_rows:arrow_table#1": FILE,
-    "sources/csv_rows:_broken#1": ROW,
+    "sources/csv_rows:_records#1": ROW,
     "sources/csv_rows:_header#1": COLUMN,
     "sources/csv_rows:csv_rows#1": ROW,
     "sources/csv_rows:csv_rows#2": ROW,

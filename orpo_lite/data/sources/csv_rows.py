@@ -24,15 +24,10 @@ def csv_rows(file: File, faults: list[DataError]) -> Iterator[Place]:
     records = _records(file, delimiter)
     start, titles = next(records, (1, []))
     header = _header(titles, f"{file.label}:{start}")
-    may_be_unclosed = True
     for number, cells in records:
         where, unnamed = f"{file.label}:{number}", cells[len(header) :]
-        if may_be_unclosed and _may_be_several(cells, delimiter):
-            if delimiter == "\t" or _is_even(file, delimiter):
-                raise _broken(file, delimiter, where, "a quote that is not closed in a line with all cells of a row")
-            may_be_unclosed = False
         if not len(header) <= len(cells) <= len(titles):
-            expected, fix = f"{len(titles)} cells, as in the header", f'put "..." around {DELIMITERS[delimiter]}'
+            expected, fix = f"{len(titles)} cells, as in the header", _quoting(file, delimiter)
             faults.append(DataError(where=where, found=f"{len(cells)} cells", expected=expected, fix=fix))
         elif any(cell.strip() for cell in unnamed):
             found, fix = "a cell in a column without a name", f"name it in line {start}, or clear the cell"
@@ -45,19 +40,21 @@ def _records(file: File, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """Yield the header and the rows, each with the line it starts at."""
     csv.field_size_limit(MAX_ROW_BYTES)
     records = csv.reader(_without_spaced_quotes(file, delimiter), delimiter=delimiter, strict=True)
-    start, above_header = 1, True
+    start, above_header, may_be_unclosed = 1, True, True
     try:
         for cells in records:
-            above_header = above_header and _is_above_header(delimiter.join(cells))
+            is_blank = not cells or (len(cells) == 1 and cells[0].isspace())
+            above_header = above_header and (is_blank or EXCEL_SEP.match(delimiter.join(cells)) is not None)
+            if may_be_unclosed and _may_be_several(cells, delimiter):
+                if delimiter == "\t" or _is_even(file, delimiter):
+                    raise csv.Error("a quote that is not closed in a line with all cells of a row")
+                may_be_unclosed = False
             if cells and not above_header:
                 yield start, cells
             start = records.line_num + 1
     except csv.Error as error:
-        raise _broken(file, delimiter, f"{file.label}:{start}", str(error)) from None
-
-
-def _is_above_header(text: str) -> bool:
-    return not text.strip() or EXCEL_SEP.match(text) is not None
+        where, expected, fix = f"{file.label}:{start}", "plain or quoted cells", _quoting(file, delimiter)
+        raise DataError(where=where, found=f"broken csv: {error}", expected=expected, fix=fix) from None
 
 
 def _texts(file: File) -> Iterator[str]:
@@ -109,20 +106,22 @@ def _fits(file: File, delimiter: str) -> bool:
 def _may_be_several(cells: Sequence[str], delimiter: str) -> bool:
     """Return whether a row over several lines has the cells of a whole row on each of them."""
     line_ends, marks = (sum(cell.count(mark) for cell in cells) for mark in ("\n", delimiter))
-    return line_ends > 0 and marks == line_ends * (len(cells) - 1)
+    return len(cells) > 1 and line_ends > 0 and marks == line_ends * (len(cells) - 1)
 
 
 def _is_even(file: File, delimiter: str) -> bool:
     """Return whether all lines have as many cells as the header if quotes are plain characters."""
-    return len({text.count(delimiter) for text in _texts(file) if not _is_above_header(text)}) == 1
+    texts = (text for text in _texts(file) if text.strip() and not EXCEL_SEP.match(text))
+    return len({text.count(delimiter) for text in texts}) == 1
 
 
-def _broken(file: File, delimiter: str, where: str, said: str) -> DataError:
-    fix = 'put "..." around a cell with commas, quotes or line ends, and double the quotes inside'
-    if delimiter == "\t":
-        quoted = converted(file, """perl -pe 's/"/""/g; s/[^\\t\\r\\n]+/"$&"/g'""", f".quoted{file.kind}")
-        fix = reworded(quoted, f"{fix}; or where quotes are plain characters: {quoted}")
-    return DataError(where=where, found=f"broken csv: {said}", expected="plain or quoted cells", fix=fix)
+def _quoting(file: File, delimiter: str) -> str:
+    """Return how to write a cell; with tabs also the line for a table in which quotes are plain characters."""
+    fix = f'put "..." around {DELIMITERS[delimiter]}, quotes and line ends in a cell, and double the quotes inside'
+    if delimiter != "\t":
+        return fix
+    line = converted(file, """perl -pe 's/"/""/g; s/[^\\t\\r\\n]+/"$&"/g'""", f".quoted{file.kind}")
+    return reworded(line, f"{fix}; or where quotes are plain characters: {line}")
 
 
 def _header(cells: Sequence[str], where: str) -> list[str]:

@@ -291,8 +291,11 @@ def test_quotes_in_a_table_with_tabs(tmp_path: Path) -> None:
         path = write(tmp_path / name, QUOTES.replace("\n", "\r\n"))
         assert "a quote that is not closed" in fault(places, path)
         assert rows_of(run_fix(places, path))[:2] == plain
-    path = write(tmp_path / "b.tsv", 'q\ta\n1\t"good" one\n\t""\n')
-    assert rows_of(run_fix(places, path)) == [{"q": "1", "a": '"good" one'}, {"q": "", "a": '""'}]
+    for row in ({"q": "1", "a": '"good" one'}, {"q": "", "a": '""one'}, {"q": '"1', "a": '2"'}):
+        path = write(tmp_path / "b.tsv", f"q\ta\n{row['q']}\t{row['a']}\n")
+        assert rows_of(run_fix(places, path)) == [row]
+    header = write(tmp_path / "b.tsv", 'q\t"a\tb\n1\t2"\t3\n')
+    assert rows_of(run_fix(places, header)) == [{"q": "1", '"a': '2"', "b": "3"}]
     quoted = [{"q": 'a "b"', "a": "two\nlines"}, {"q": "c\td", "a": "plain"}]
     assert rows_of(write(tmp_path / "a.tsv", to_csv(quoted, "\t"))) == quoted
     # Both are in one file, or a csv may be either: nobody can tell which rows there are.
@@ -340,6 +343,16 @@ def test_a_file_without_rows(tmp_path: Path, name: str, content: str) -> None:
     assert places(write(tmp_path / name, content)) == []
     assert source(tmp_path / name).fingerprint()[1] in (0, 2)
     assert places(write(tmp_path / f"{name}.gz", content)) == []
+
+
+def test_a_table_of_one_column_holds_texts_over_lines(tmp_path: Path) -> None:
+    for name in ("a.csv", "a.tsv"):
+        assert rows_of(write(tmp_path / name, 'q\n"a\nb"\n"c\nd"\n')) == [{"q": "a\nb"}, {"q": "c\nd"}]
+
+
+@pytest.mark.parametrize("header", ['""', ",,", '"",""', '""\t""'])
+def test_a_header_without_names_is_not_passed_over(tmp_path: Path, header: str) -> None:
+    assert "should name the columns" in fault(places, write(tmp_path / "a.csv", f"{header}\nq,a\n1,2\n"))
 
 
 def test_names_in_a_csv_are_stripped_and_cells_are_not(tmp_path: Path) -> None:
