@@ -43,9 +43,11 @@ def _records(file: File, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     start, above_header, may_be_unclosed = 1, True, True
     try:
         for cells in records:
-            is_blank = not cells or (len(cells) == 1 and cells[0].isspace())
-            above_header = above_header and (is_blank or EXCEL_SEP.match(delimiter.join(cells)) is not None)
-            if may_be_unclosed and _may_be_several(cells, delimiter):
+            line_ends = records.line_num - start  # within the row
+            if above_header:
+                is_blank = not cells or (len(cells) == 1 and cells[0].isspace())
+                above_header = is_blank or EXCEL_SEP.match(delimiter.join(cells)) is not None
+            if line_ends and may_be_unclosed and _may_be_several(cells, delimiter, line_ends):
                 if delimiter == "\t" or _is_even(file, delimiter):
                     raise csv.Error("a quote that is not closed in a line with all cells of a row")
                 may_be_unclosed = False
@@ -103,16 +105,16 @@ def _fits(file: File, delimiter: str) -> bool:
     return len(header) == len(row) > 1
 
 
-def _may_be_several(cells: Sequence[str], delimiter: str) -> bool:
+def _may_be_several(cells: Sequence[str], delimiter: str, line_ends: int) -> bool:
     """Return whether a row over several lines has the cells of a whole row on each of them."""
-    line_ends, marks = (sum(cell.count(mark) for cell in cells) for mark in ("\n", delimiter))
-    return len(cells) > 1 and line_ends > 0 and marks == line_ends * (len(cells) - 1)
+    return len(cells) > 1 and sum(cell.count(delimiter) for cell in cells) == line_ends * (len(cells) - 1)
 
 
 def _is_even(file: File, delimiter: str) -> bool:
     """Return whether all lines have as many cells as the header if quotes are plain characters."""
-    texts = (text for text in _texts(file) if text.strip() and not EXCEL_SEP.match(text))
-    return len({text.count(delimiter) for text in texts}) == 1
+    counts = (text.count(delimiter) for text in _texts(file) if text.strip() and not EXCEL_SEP.match(text))
+    width = next(counts, 0)
+    return all(count == width for count in counts)
 
 
 def _quoting(file: File, delimiter: str) -> str:
