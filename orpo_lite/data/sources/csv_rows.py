@@ -21,7 +21,7 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")  # in the name of a column they w
 def csv_rows(file: File, faults: list[DataError]) -> Iterator[Place]:
     """Yield every cell as text: a reader that guesses types would make a number of the reply "42"."""
     delimiter = _delimiter_of(file)
-    records = _records(file, delimiter)
+    records = _records(file, delimiter, quoted=delimiter != "\t" or not _has_plain_quotes(file))
     start, titles = next(records, (1, []))
     header = _header(titles, f"{file.label}:{start}")
     for number, cells in records:
@@ -36,10 +36,11 @@ def csv_rows(file: File, faults: list[DataError]) -> Iterator[Place]:
             yield where, dict(zip(header, cells, strict=False))
 
 
-def _records(file: File, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+def _records(file: File, delimiter: str, *, quoted: bool = True) -> Iterator[tuple[int, list[str]]]:
     """Yield the header and the rows, each with the line it starts at."""
     csv.field_size_limit(MAX_ROW_BYTES)
-    records = csv.reader(_without_spaced_quotes(file, delimiter), delimiter=delimiter, strict=True)
+    texts = _without_spaced_quotes(file, delimiter) if quoted else _texts(file)
+    records = csv.reader(texts, delimiter=delimiter, quotechar='"' if quoted else None, strict=True)
     start, above_header, may_be_unclosed = 1, True, True
     try:
         for cells in records:
@@ -103,6 +104,28 @@ def _fits(file: File, delimiter: str) -> bool:
     except DataError:
         return False
     return len(header) == len(row) > 1
+
+
+def _has_plain_quotes(file: File) -> bool:
+    """Return whether the quotes in a table with tabs are plain characters, as the standard of .tsv has it.
+
+    They are if each line has as many cells as the header with plain quotes, and some line has not by the rules of csv.
+    """
+    blank = uneven = False
+    for text in _texts(file):
+        if text.strip() and (blank or "\t" not in text):  # a blank line between others is within a quoted cell
+            return False
+        blank = not text.strip()
+        uneven = uneven or ('"' in text and not _is_row(text))
+    return uneven and _is_even(file, "\t")
+
+
+def _is_row(text: str) -> bool:
+    """Return whether a line has as many cells by the rules of csv as it has between tabs."""
+    try:
+        return [len(cells) for cells in csv.reader([text], delimiter="\t", strict=True)] == [text.count("\t") + 1]
+    except csv.Error:
+        return False
 
 
 def _may_be_several(cells: Sequence[str], delimiter: str, line_ends: int) -> bool:
