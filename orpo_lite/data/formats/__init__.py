@@ -1,4 +1,4 @@
 """Which format a set of rows has, and its pairs.
 
-Order: text, names, messages, readers, values, columns, column_map, unused_columns, verdicts, refuse, detect.
+Order: text, names, messages, values, readers, columns, column_map, unused_columns, verdicts, refuse, detect.
 """
