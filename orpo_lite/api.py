@@ -1,10 +1,11 @@
 """Train and verify: what chains several verbs, for notebooks and for the command line."""
 
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from orpo_lite import demo
 from orpo_lite.base.adapter import adopt_adapter
@@ -20,15 +21,16 @@ from orpo_lite.publishing.model_card import write_card
 from orpo_lite.publishing.push import check_push, find_licences
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.runs.atomic import to_json, write_text
+from orpo_lite.runs.changes import Change, find_changes, other_versions, record_changes, values_in_force
 from orpo_lite.runs.commands import Weights
-from orpo_lite.runs.folder import create, locked, logged, refuse_existing
-from orpo_lite.runs.inputs import Inputs, prepare_inputs, with_absolute_paths
+from orpo_lite.runs.folder import create, find_initial_adapter, locked, logged, refuse_existing
+from orpo_lite.runs.inputs import prepare_inputs, with_absolute_paths
 from orpo_lite.runs.interrupt import collect_signals
-from orpo_lite.runs.lock import check_lock, make_lock
+from orpo_lite.runs.lock import check_lock, make_lock, read_lock, with_pinned_base
 from orpo_lite.training.faults import explain_faults
 from orpo_lite.training.loop import train_steps
 from orpo_lite.training.result import TrainResult, keep_best
-from orpo_lite.training.session import load_session, restore_session
+from orpo_lite.training.session import Session, load_session, refuse_fewer_steps, restore_session
 from orpo_lite.training.state import TrainState
 from orpo_lite.updates import Update, run_to_end
 
@@ -47,21 +49,29 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainResult:
 def train_events(recipe: Recipe, *, resume: bool = False) -> Generator[Update, None, TrainResult]:
     """:func:`train` as a generator: yields an :class:`Update` for all that happens and returns the result."""
     objective = find_objective(recipe.loss)
-    processes = Processes()
-    if not resume:
+    processes, path = Processes(), Path(recipe.training.output_dir)
+    changed: dict[str, Any] = {}
+    if resume:
+        recipe, changed = find_changes(path, recipe)
+    else:
         processes.on_main(refuse_existing, recipe)
     if processes.is_main:
         yield from check_push(recipe, resume=resume)
-    recipe = with_absolute_paths(adopt_adapter(recipe))
+    if not resume:
+        recipe = with_absolute_paths(adopt_adapter(recipe))
     if processes.is_main:
         for done, total in demo.make_builtin(recipe):
             yield Update("stage", "training the built-in base", done, total)
     processes.wait()
-    resolved = demo.resolve_builtin(recipe)
+    initial = find_initial_adapter(recipe, path)
+    resolved = demo.resolve_builtin(recipe).override({"model.adapter_name_or_path": initial and str(initial)})
+    if resume:
+        resolved = with_pinned_base(resolved, read_lock(path))
     inputs = yield from prepare_inputs(resolved)
-    path = Path(recipe.training.output_dir)
+    if resume:
+        refuse_fewer_steps(resolved, inputs, path)
     licences = find_licences(recipe, inputs) if processes.is_main and not resume else {}
-    resolved, plan = yield from choose_memory(resolved, inputs, path, processes)
+    resolved, plan = yield from choose_memory(resolved, inputs, path, processes, changed)
     inputs = replace(inputs, base=fetch_weights(inputs.base))
     lock = make_lock(resolved, inputs)
     lock["objective"] = objective.to_json()
@@ -70,7 +80,8 @@ def train_events(recipe: Recipe, *, resume: bool = False) -> Generator[Update, N
     if resume:
         processes.on_main(check_lock, path, lock)
     else:
-        processes.on_main(create, recipe, lock | {"licences": licences}, inputs.figures)
+        lock |= {"licences": licences, "recipe": dict(recipe.items())}
+        processes.on_main(create, recipe, lock, inputs.figures, initial)
     if plan:
         processes.on_main(write_text, path / PLAN, to_json(plan))
     processes.wait()
@@ -80,23 +91,40 @@ def train_events(recipe: Recipe, *, resume: bool = False) -> Generator[Update, N
             stack.enter_context(logged(path))
         stop = stack.enter_context(collect_signals())
         stack.enter_context(explain_faults(resolved, path))
-        return (yield from _train(resolved, inputs, path, processes, stop, resume=resume))
+        began, state = time.monotonic(), TrainState()
+        session = yield from load_session(resolved, inputs, path, processes, stop)
+        if resume:
+            state = yield from restore_session(session, changed)
+            yield from _go_on(session, state, recipe, changed, lock)
+        return (yield from _train(session, state, began, saved=resume))
 
 
-def _train(
-    recipe: Recipe, inputs: Inputs, path: Path, processes: Processes, stop: list[int], *, resume: bool
-) -> Generator[Update, None, TrainResult]:
-    """Load, train, keep the best adapter; then answer prompts and write the model card."""
-    began = time.monotonic()
-    session = yield from load_session(recipe, inputs, path, processes, stop)
-    state = TrainState()
-    if resume:
-        state = yield from restore_session(session)
-    yield from train_steps(session, state, saved=resume)
+def _go_on(
+    session: Session, state: TrainState, recipe: Recipe, changed: Mapping[str, Any], lock: Mapping[str, Any]
+) -> Generator[Update, None, None]:
+    """Write down, and say, what is different from here on."""
+    before = read_lock(session.path)
+    in_force = values_in_force(session.path, before)
+    versions = other_versions(session.path, before, lock)
+    session.processes.wait()
+    session.processes.on_main(record_changes, session.path, recipe, changed, lock, state.step)
+    for key, value in changed.items():
+        yield Update("note", f"changed after step {state.step}: {Change(key, in_force[key], value, state.step)}")
+    if changed and state.step < session.steps:
+        rate = session.learning_rate(state.step)
+        yield Update("note", f"step {state.step + 1} of {session.steps} has the learning rate {rate:.3g}")
+    for key, (old, new) in versions.items():
+        yield Update("note", f"{key.removeprefix('versions.')} is {new}, and was {old}: bits may differ from here on")
+
+
+def _train(session: Session, state: TrainState, began: float, *, saved: bool) -> Generator[Update, None, TrainResult]:
+    """Train, keep the best adapter; then answer prompts and write the model card."""
+    path, processes = session.path, session.processes
+    yield from train_steps(session, state, saved=saved)
     kept = yield from keep_best(session, state)
     samples: tuple[Sample, ...] = ()
     if processes.is_main:
-        samples = yield from answer_prompts(recipe, inputs, session.pair_model, path, stop)
+        samples = yield from answer_prompts(session.recipe, session.inputs, session.pair_model, path, session.signals)
         write_card(path)
     processes.wait()
     return TrainResult(
