@@ -106,7 +106,7 @@ def recipe_to_resume(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     recipe = read_recipe(path, overrides)
     said, source = recipe.training.output_dir, recipe.sources[OUTPUT_DIR]
-    began = json.loads((path / "lock.json").read_bytes()).get("recipe", {}) if (path / "lock.json").is_file() else {}
+    began = values_at_start(path, read_lock(path)) if (path / "lock.json").is_file() else {}
     is_edited = source == "command line" or said != began.get(OUTPUT_DIR, said)
     if is_edited and Path(said).expanduser().resolve() != path.resolve():
         other = quoted(Path(said))

@@ -18,6 +18,11 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "data
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """recipe.yaml of an existing run, which may have been edited. Raises :class:`CheckpointError`."""
+    _refuse_no_run(path)
+    return load_recipe(str((path / "recipe.yaml").resolve()), overrides)
+
+
+def _refuse_no_run(path: Path) -> None:
     if not (path / "recipe.yaml").is_file():
         is_inside = (path.parent / "recipe.yaml").is_file()
         raise CheckpointError(
@@ -26,12 +31,11 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
             expected="a folder that `orpo-lite train` made",
             fix=str(path.parent) if is_inside else "the folder that training.output_dir named",
         )
-    return load_recipe(str((path / "recipe.yaml").resolve()), overrides)
 
 
 def read_lock(path: Path) -> dict[str, Any]:
     """The lock.json of an existing run. Raises :class:`CheckpointError`."""
-    read_recipe(path)
+    _refuse_no_run(path)
     file = path / "lock.json"
     lock = read_json(file)
     needed = {"base": ("name", "revision", "path", "fingerprint"), "data": ("name", "sha256")}
