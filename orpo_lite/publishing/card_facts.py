@@ -120,8 +120,8 @@ class Facts:
         """A value as text; where another one took its place, each of them with the step that it came after."""
         found = {0: self.start[key]}
         found.update((change.after_step, change.after) for change in self.changes if change.key == key)
-        first, *later = found.items()
-        return "".join([to_text(first[1]), *(f", then {to_text(value)} after step {step:,}" for step, value in later)])
+        texts = {step: value if key.startswith("versions.") else to_text(value) for step, value in found.items()}
+        return ", then ".join(f"{text} after step {step:,}" if step else text for step, text in texts.items())
 
     @property
     def terms(self) -> list[Terms]:
