@@ -324,7 +324,7 @@ def _previewing(recipe: "Recipe", row: str | None) -> "Generator[Update, None, P
 def _choose_recipe(name: str | None, resume: Path | None, overrides: list[str], *, verb: str = "train") -> "Recipe":
     from orpo_lite.recipe.reader import load_recipe
     from orpo_lite.runs.changes import recipe_to_resume
-    from orpo_lite.runs.commands import quoted
+    from orpo_lite.runs.commands import resume_command
 
     if resume is not None:
         if name:
@@ -332,7 +332,7 @@ def _choose_recipe(name: str | None, resume: Path | None, overrides: list[str], 
                 where="--resume",
                 found=f"given with --recipe {name}",
                 expected="the run's own recipe",
-                fix=Command(f"orpo-lite train --resume {quoted(resume)}"),
+                fix=resume_command(resume),
             )
         return recipe_to_resume(resume, overrides)
     _refuse_file(name, overrides, verb)

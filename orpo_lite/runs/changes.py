@@ -4,7 +4,6 @@ lock.json holds both, and recipe.yaml the outcome. What is in force is never rea
 """
 
 import json
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from orpo_lite.errors import CheckpointError, Command, raise_all
 from orpo_lite.recipe.schema import KEYS, Recipe
 from orpo_lite.recipe.text import to_text
 from orpo_lite.runs.atomic import to_json, write_text
-from orpo_lite.runs.commands import quoted
+from orpo_lite.runs.commands import new_run_command, quoted, resume_command
 from orpo_lite.runs.inputs import with_absolute_paths
 from orpo_lite.runs.lock import read_lock, read_recipe
 from orpo_lite.runs.records import refuse_lacking
@@ -86,15 +85,17 @@ def is_recipe_key(key: str) -> bool:
 def trained_recipe(path: Path) -> Recipe:
     """The recipe that a run was trained with, for the verbs that take up its result.
 
-    What ``train --resume`` would take from an edited recipe.yaml has had no effect yet, and is not in it.
+    What ``train --resume`` would take from an edited recipe.yaml has had no effect yet, and is not in it; but for where
+    files lie now.
 
     Raises:
         CheckpointError: recipe.yaml was edited where no run may change; or it is no run.
     """
     recipe = with_absolute_paths(read_recipe(path))
     in_force = values_in_force(path, read_lock(path))
-    _find_differing(path, recipe, in_force)
-    return recipe.override({**_of_schema(in_force), OUTPUT_DIR: str(path)})
+    changed = _find_differing(path, recipe, in_force)
+    moved = {key: value for key, value in changed.items() if key in MOVABLE}
+    return recipe.override({**_of_schema(in_force), **moved, OUTPUT_DIR: str(path)})
 
 
 def recipe_to_resume(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -203,31 +204,7 @@ def _of_schema(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _place(path: Path, source: str) -> str:
     """Where a value stands; the recipe of the run by its path."""
-    return str(path / source) if source.startswith("recipe.yaml:") else source
-
-
-def resume_command(path: Path, values: Mapping[str, Any] | None = None) -> Command:
-    """The line that goes on with a run, with some values changed."""
-    return Command(" ".join([f"orpo-lite train --resume {quoted(path)}", *_words(values or {})]))
-
-
-def new_run_command(path: Path, values: Mapping[str, Any]) -> Command:
-    """The line that trains a new run by recipe.yaml as it is now, with some values changed."""
-    number = next(n for n in range(2, 10_000) if not path.with_name(f"{path.resolve().name}-{n}").exists())
-    words = _words({**values, OUTPUT_DIR: str(path.with_name(f"{path.resolve().name}-{number}"))})
-    file = path / "recipe.yaml"
-    return Command(" ".join([f"orpo-lite train --recipe {quoted(file)}", *words]))
-
-
-def _words(values: Mapping[str, Any]) -> Iterable[str]:
-    """Values as words for the shell, which the recipe's reader reads back."""
-    for key, value in values.items():
-        text = value if isinstance(value, str) else json.dumps(value)
-        if isinstance(value, dict):
-            text = to_text(value)
-        elif isinstance(value, list) and not any("," in name for name in value):
-            text = ",".join(value)
-        yield shlex.quote(f"{key}={text}")
+    return {"default": "recipe"}.get(source, str(path / source) if source.startswith("recipe.yaml:") else source)
 
 
 def record_changes(path: Path, recipe: Recipe, changed: Mapping[str, Any], lock: Mapping[str, Any], step: int) -> None:

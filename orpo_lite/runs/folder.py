@@ -17,8 +17,8 @@ from orpo_lite.base.find import Base, fetch_weights, find_base, weight_files
 from orpo_lite.errors import CheckpointError, Command, ModelError, RecipeError
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.runs.atomic import new_folder, sha256, to_json, write_text
-from orpo_lite.runs.changes import resume_command, trained_recipe
-from orpo_lite.runs.commands import Weights, merge_command, quoted
+from orpo_lite.runs.changes import trained_recipe
+from orpo_lite.runs.commands import Weights, merge_command, quoted, resume_command
 from orpo_lite.runs.lock import read_lock
 from orpo_lite.runs.records import read_json
 
@@ -57,7 +57,7 @@ def refuse_existing(recipe: Recipe) -> None:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         is_run = (path / "recipe.yaml").is_file()
         found = "holds a run already" if is_run else "exists and is not empty"
-        resume = Command(f"orpo-lite train --resume {quoted(path)}", ", or training.output_dir=OTHER")
+        resume = Command(resume_command(path).line, ", or training.output_dir=OTHER")
         raise CheckpointError(
             where=f"training.output_dir: {path}",
             found=found,

@@ -10,6 +10,7 @@ from typing import Any
 from orpo_lite.errors import CheckpointError
 from orpo_lite.recipe.reader import load_recipe
 from orpo_lite.recipe.schema import Recipe
+from orpo_lite.runs.commands import new_run_command
 from orpo_lite.runs.inputs import Inputs
 from orpo_lite.runs.records import read_json, refuse_lacking
 
@@ -97,5 +98,5 @@ def check_lock(path: Path, lock: Mapping[str, Any]) -> None:
             where=f"run {path}",
             found=f"changed since the run began: {', '.join(differing)}",
             expected="the same base, template and data",
-            fix="start a new run: training.output_dir=OTHER",
+            fix=new_run_command(path, {}),
         )

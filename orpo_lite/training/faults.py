@@ -12,7 +12,7 @@ from orpo_lite.data.packing import micro_batches
 from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.errors import Command, DivergedError, FitError, Overrides, RecipeError
 from orpo_lite.recipe.schema import Recipe
-from orpo_lite.runs.changes import resume_command
+from orpo_lite.runs.commands import resume_command
 from orpo_lite.training.session import Session
 from orpo_lite.training.state import TrainState
 from orpo_lite.updates import Update

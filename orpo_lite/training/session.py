@@ -22,7 +22,7 @@ from orpo_lite.model.probe import probe, probe_operations
 from orpo_lite.objectives.objective import Objective, find_objective
 from orpo_lite.ops.devices import device_kind
 from orpo_lite.recipe.schema import Recipe
-from orpo_lite.runs.changes import resume_command
+from orpo_lite.runs.commands import resume_command
 from orpo_lite.runs.folder import KEPT_CHECKPOINTS
 from orpo_lite.runs.inputs import Inputs
 from orpo_lite.runs.records import cut_metrics
