@@ -40,10 +40,11 @@ def choose_memory(
     gpu = own.gpu if own else None
     before = read_json(path / PLAN) if (path / PLAN).is_file() else {}
     is_asked = any(key.startswith("memory.") for key in changed)
-    if before and not is_asked and before["needed_bytes"] <= budget:
+    still_fits = bool(before) and before["needed_bytes"] <= budget
+    if still_fits and not is_asked:
         return recipe.with_memory(before["levers"]), {}
     if before:
-        why = "is not what is asked for now" if is_asked else "does not fit any more"
+        why = "is not what is asked for now" if still_fits else "does not fit any more"
         yield Update("note", f"the plan that the run began with {why}: bits may differ from here on")
     yield Update("stage", "planning the memory of a step")
     lengths = pair_lengths(inputs.train)
