@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Answer
+from hub_server import NAME, Hub
 from safetensors.torch import load_file, save_file
 
 from orpo_lite.api import train, train_events
@@ -169,6 +170,15 @@ def test_base_pairs_and_template_may_lie_elsewhere_and_are_the_same(small_recipe
     go_on(run, *words)
     assert read_lock(run)["base"]["path"] == str(workspace / "there" / "base")
     assert merge(run).changed
+
+
+def test_a_run_goes_on_with_the_commit_of_its_base_wherever_main_is_by_then(hub: Hub, small_recipe: Build) -> None:
+    run = stop_at(2, small_recipe(*FEW, f"model.model_name_or_path={NAME}"))
+    hub.requests.clear()
+    go_on(run)
+    assert hub.requests
+    assert not [line for line in hub.requests if line.endswith("/revision/main")]
+    assert read_recipe(run).model.model_revision == "main"
 
 
 def test_a_memory_setting_that_is_changed_counts_for_more_than_that_of_a_step_out_of_memory(
