@@ -3,36 +3,39 @@
 import time
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from orpo_lite import demo
 from orpo_lite.base.adapter import adopt_adapter
 from orpo_lite.base.find import fetch_weights
-from orpo_lite.evaluation.samples import answer_prompts
+from orpo_lite.evaluation.samples import answer_prompts, find_prompts
 from orpo_lite.evaluation.verify import Verdict, compare_merged
 from orpo_lite.model.generate import Sample
 from orpo_lite.model.parallel import Processes
 from orpo_lite.model.quantize import skipped_modules
 from orpo_lite.objectives.objective import find_objective
 from orpo_lite.planning.choose import PLAN, choose_memory
-from orpo_lite.publishing.model_card import write_card
+from orpo_lite.publishing.model_card import make_card, write_card
 from orpo_lite.publishing.push import check_push, find_licences
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.runs.atomic import to_json, write_text
 from orpo_lite.runs.changes import Change, find_changes, other_versions, record_changes, values_in_force
 from orpo_lite.runs.commands import Weights
 from orpo_lite.runs.folder import create, find_initial_adapter, locked, logged, refuse_existing
-from orpo_lite.runs.inputs import prepare_inputs, with_absolute_paths
+from orpo_lite.runs.inputs import Inputs, prepare_inputs, with_absolute_paths
 from orpo_lite.runs.interrupt import collect_signals
 from orpo_lite.runs.lock import check_lock, make_lock, read_lock, with_pinned_base
 from orpo_lite.training.faults import explain_faults
 from orpo_lite.training.loop import train_steps
-from orpo_lite.training.result import TrainResult, keep_best
+from orpo_lite.training.result import TrainResult, keep_best, write_adapter_config
 from orpo_lite.training.session import Session, load_session, refuse_fewer_steps, restore_session
 from orpo_lite.training.state import TrainState
-from orpo_lite.updates import Update, run_to_end
+from orpo_lite.training.texts import make_texts, write_texts
+from orpo_lite.updates import Update, attempt, run_to_end
+
+NO_CARD = "the model card (README.md) is not written"
 
 
 def train(recipe: Recipe, *, resume: bool = False) -> TrainResult:
@@ -50,19 +53,7 @@ def train_events(recipe: Recipe, *, resume: bool = False) -> Generator[Update, N
     """:func:`train` as a generator: yields an :class:`Update` for all that happens and returns the result."""
     objective = find_objective(recipe.loss)
     processes, path = Processes(), Path(recipe.training.output_dir)
-    changed: dict[str, Any] = {}
-    if resume:
-        recipe, changed = find_changes(path, recipe)
-    else:
-        processes.on_main(refuse_existing, recipe)
-    if processes.is_main:
-        yield from check_push(recipe, resume=resume)
-    if not resume:
-        recipe = with_absolute_paths(adopt_adapter(recipe))
-    if processes.is_main:
-        for done, total in demo.make_builtin(recipe):
-            yield Update("stage", "training the built-in base", done, total)
-    processes.wait()
+    recipe, changed = yield from _begin(recipe, processes, path, resume=resume)
     initial = find_initial_adapter(recipe, path)
     resolved = demo.resolve_builtin(recipe).override({"model.adapter_name_or_path": initial and str(initial)})
     if resume:
@@ -71,6 +62,11 @@ def train_events(recipe: Recipe, *, resume: bool = False) -> Generator[Update, N
     if resume:
         refuse_fewer_steps(resolved, inputs, path)
     licences = find_licences(recipe, inputs) if processes.is_main and not resume else {}
+    texts: dict[str, bytes] = {}
+    if processes.is_main:
+        texts, left_out = make_texts(inputs)
+        if left_out:
+            yield Update("note", left_out)
     resolved, plan = yield from choose_memory(resolved, inputs, path, processes, changed)
     inputs = replace(inputs, base=fetch_weights(inputs.base))
     lock = make_lock(resolved, inputs)
@@ -87,45 +83,83 @@ def train_events(recipe: Recipe, *, resume: bool = False) -> Generator[Update, N
     processes.wait()
     with ExitStack() as stack:
         if processes.is_main:
-            stack.enter_context(locked(path))
-            stack.enter_context(logged(path))
+            for note in (*stack.enter_context(locked(path)), *stack.enter_context(logged(path))):
+                yield Update("note", note)
+            write_texts(path / "adapter", texts)
         stop = stack.enter_context(collect_signals())
         stack.enter_context(explain_faults(resolved, path))
-        began, state = time.monotonic(), TrainState()
-        session = yield from load_session(resolved, inputs, path, processes, stop)
-        if resume:
-            state = yield from restore_session(session, changed)
-            yield from _go_on(session, state, recipe, changed, lock)
-        return (yield from _train(session, state, began, saved=resume))
+        going_on = _GoingOn(recipe, changed, lock) if resume else None
+        return (yield from _train(resolved, inputs, path, processes, stop, going_on))
 
 
-def _go_on(
-    session: Session, state: TrainState, recipe: Recipe, changed: Mapping[str, Any], lock: Mapping[str, Any]
-) -> Generator[Update, None, None]:
-    """Write down, and say, what is different from here on."""
-    before = read_lock(session.path)
-    in_force = values_in_force(session.path, before)
-    versions = other_versions(session.path, before, lock)
-    session.processes.wait()
-    session.processes.on_main(record_changes, session.path, recipe, changed, lock, state.step)
-    for key, value in changed.items():
-        yield Update("note", f"changed after step {state.step}: {Change(key, in_force[key], value, state.step)}")
-    if changed and state.step < session.steps:
-        rate = session.learning_rate(state.step)
-        yield Update("note", f"step {state.step + 1} of {session.steps} has the learning rate {rate:.3g}")
-    for key, (old, new) in versions.items():
-        yield Update("note", f"{key.removeprefix('versions.')} is {new}, and was {old}: bits may differ from here on")
+def _begin(
+    recipe: Recipe, processes: Processes, path: Path, *, resume: bool
+) -> Generator[Update, None, tuple[Recipe, dict[str, Any]]]:
+    """Return the recipe in full, and what of it changes in a run that goes on; make the built-in base."""
+    changed: dict[str, Any] = {}
+    if resume:
+        recipe, changed = find_changes(path, recipe)
+    else:
+        processes.on_main(refuse_existing, recipe)
+    if processes.is_main:
+        yield from check_push(recipe, resume=resume)
+    if not resume:
+        recipe = with_absolute_paths(adopt_adapter(recipe))
+    if processes.is_main:
+        for done, total in demo.make_builtin(recipe):
+            yield Update("stage", "training the built-in base", done, total)
+    processes.wait()
+    return recipe, changed
 
 
-def _train(session: Session, state: TrainState, began: float, *, saved: bool) -> Generator[Update, None, TrainResult]:
-    """Train, keep the best adapter; then answer prompts and write the model card."""
-    path, processes = session.path, session.processes
-    yield from train_steps(session, state, saved=saved)
+@dataclass(frozen=True)
+class _GoingOn:
+    """What lock.json and recipe.yaml are to say of a run that goes on."""
+
+    recipe: Recipe
+    """As it is written down: nothing in it is resolved."""
+    changed: Mapping[str, Any]
+    lock: Mapping[str, Any]
+
+    def record(self, session: Session, step: int) -> Generator[Update, None, None]:
+        """Write down, and say, what is different after ``step``."""
+        path, before = session.path, read_lock(session.path)
+        in_force, versions = values_in_force(path, before), other_versions(path, before, self.lock)
+        session.processes.wait()
+        session.processes.on_main(record_changes, path, self.recipe, self.changed, self.lock, step)
+        for key, value in self.changed.items():
+            yield Update("note", f"changed after step {step}: {Change(key, in_force[key], value, step)}")
+        if self.changed and step < session.steps:
+            rate = session.learning_rate(step)
+            yield Update("note", f"step {step + 1} of {session.steps} has the learning rate {rate:.3g}")
+        for key, (old, new) in versions.items():
+            name = key.removeprefix("versions.")
+            yield Update("note", f"{name} is {new}, and was {old}: bits may differ from here on")
+
+
+def _train(
+    recipe: Recipe, inputs: Inputs, path: Path, processes: Processes, stop: list[int], going_on: _GoingOn | None
+) -> Generator[Update, None, TrainResult]:
+    """Load, train, keep the best adapter; then answer prompts and write the model card.
+
+    What can be known of the answers and of the card is tried first; what is wrong with them ends no training.
+    """
+    began = time.monotonic()
+    prompts = (yield from find_prompts(recipe, inputs)) if processes.is_main else []
+    session = yield from load_session(recipe, inputs, path, processes, stop)
+    if processes.is_main:
+        write_adapter_config(path / "adapter", session.pair_model, inputs.base.name)
+        yield from attempt(NO_CARD, make_card, path)
+    state = TrainState()
+    if going_on:
+        state = yield from restore_session(session, going_on.changed)
+        yield from going_on.record(session, state.step)
+    yield from train_steps(session, state, saved=going_on is not None)
     kept = yield from keep_best(session, state)
     samples: tuple[Sample, ...] = ()
     if processes.is_main:
-        samples = yield from answer_prompts(session.recipe, session.inputs, session.pair_model, path, session.signals)
-        write_card(path)
+        samples = yield from answer_prompts(recipe, prompts, session.pair_model, path, stop)
+        yield from attempt(NO_CARD, write_card, path)
     processes.wait()
     return TrainResult(
         run=path,
@@ -148,5 +182,5 @@ def verify_events(
 ) -> Generator[Update, None, Verdict]:
     """:func:`verify` as a generator of updates."""
     verdict = yield from compare_merged(run_folder, weights=weights, base_path=base_path)
-    write_card(Path(run_folder))
+    yield from attempt(NO_CARD, write_card, Path(run_folder).expanduser())
     return verdict

@@ -1,8 +1,11 @@
 """Updates: what a verb says while it runs, and how to run one to its end."""
 
-from collections.abc import Callable, Generator, Mapping
+import logging
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
+
+from orpo_lite.errors import OrpoLiteError
 
 Result = TypeVar("Result")
 
@@ -38,3 +41,19 @@ def staged(text: str, progress: Generator[tuple[int, int], None, Result]) -> Gen
             result: Result = end.value
             return result
         yield Update("stage", text, done, total)
+
+
+def attempt(failed: str, function: Callable[..., Any], *args: Any) -> Iterator[Update]:
+    """Call ``function``, which nothing else depends on: what it raises becomes a note, and its traceback is logged."""
+    try:
+        function(*args)
+    except Exception as error:
+        yield failure(failed, error)
+
+
+def failure(failed: str, error: Exception) -> Update:
+    """The note of an error that costs nothing but ``failed``, whose traceback is logged."""
+    logging.getLogger(__name__).warning(failed, exc_info=error)
+    said = error.found if isinstance(error, OrpoLiteError) else " ".join(str(error).split())[:300]
+    said = said or type(error).__name__
+    return Update("note", f"{failed}: {said}")

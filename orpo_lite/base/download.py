@@ -30,7 +30,9 @@ HUB_TIMEOUT = 30.0  # seconds; the hub's client would wait for ever
 TEXT = ["*.json", "*.model", "*.txt", "*.jinja"]
 WEIGHTS = ["*.safetensors"]
 ADAPTER = ["adapter_config.json", "adapter_model.safetensors"]
-NOT_FETCHED = ["*/*", "consolidated*"]  # other people's formats: original/, onnx/, Mistral's own copy of its weights
+# Other people's formats: original/, onnx/, Mistral's own copy of its weights. Of all folders, one has named templates.
+NAMED = "additional_chat_templates/"
+NOT_FETCHED = [*(f"{NAMED[:i]}[!{letter}]*/*" for i, letter in enumerate(NAMED)), "consolidated*"]
 # All the hub's own errors are among these; ValueError is a page that is not the hub's, or a name that cannot be one.
 UNREACHABLE = (HTTPError, OSError, ValueError)
 

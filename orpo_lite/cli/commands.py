@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from orpo_lite.cli.console import err, escape_the_rest, out, print_columns, print_json
+from orpo_lite.cli.console import err, out, print_columns, print_json, protect_output
 from orpo_lite.cli.data_view import print_preview
 from orpo_lite.cli.finish import STOPPED, finish, merge_run, push_run, verify_run
 from orpo_lite.cli.plan_view import print_levers, print_plan
@@ -58,7 +58,7 @@ BUG = 70  # EX_SOFTWARE of sysexits.h
 
 def main() -> None:
     """Run the command line; errors people cause end with their exit code and no traceback."""
-    escape_the_rest()
+    protect_output()
     try:
         app()
     except SystemExit as end:
@@ -334,7 +334,7 @@ def _choose_recipe(name: str | None, resume: Path | None, overrides: list[str], 
                 expected="the run's own recipe",
                 fix=resume_command(resume),
             )
-        return recipe_to_resume(resume, overrides)
+        return recipe_to_resume(resume.expanduser(), overrides)  # a shell leaves ~ alone in --resume=~/runs/a
     _refuse_file(name, overrides, verb)
     if name is None:
         words = [text for text in overrides if "=" not in text]

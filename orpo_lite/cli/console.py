@@ -4,7 +4,8 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from io import TextIOWrapper
+from contextlib import suppress
+from io import BufferedWriter, FileIO, TextIOWrapper
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -14,22 +15,38 @@ if TYPE_CHECKING:
     from orpo_lite.objectives.objective import Metric
 
 
-class _Console(Console):
-    """Whoever reads the output may go away (`| head`); the work goes on, and writes to nowhere."""
-
-    def on_broken_pipe(self) -> None:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-out = _Console(highlight=False, markup=False, soft_wrap=True)
+out = Console(highlight=False, markup=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
-def escape_the_rest() -> None:
-    """What the output's encoding does not have is written as Python and JSON escape it; data may hold any character."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+class _Output(FileIO):
+    """An output that never raises: where it cannot be written to any more, the rest goes nowhere.
+
+    A reader may go away (`| head`), a terminal may be closed, and a disk may be full. The work goes on.
+    """
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            return len(data)
+
+
+def protect_output() -> None:
+    """Nothing that is printed ends the work: see :class:`_Output`.
+
+    What the output's encoding does not have is written as Python and JSON escape it; data may hold any character.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if not isinstance(stream, TextIOWrapper):
+            continue
+        stream.reconfigure(errors="backslashreplace")
+        with suppress(OSError):  # what is only in memory has no number
+            buffer = BufferedWriter(_Output(stream.fileno(), "w", closefd=False))
+            output = TextIOWrapper(buffer, stream.encoding, "backslashreplace", line_buffering=stream.line_buffering)
+            setattr(sys, name, output)
 
 
 def print_json(value: Any) -> None:

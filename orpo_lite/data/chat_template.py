@@ -114,7 +114,6 @@ class PairTexts(NamedTuple):
 MOVED_SYSTEM = "moved_systems"  # the system text stands in front of the user's: the template takes no system turn
 EMPTY_THOUGHT = "empty_thoughts"  # the template writes an empty <think> block before the reply: it is trained on
 NO_THOUGHT = "missing_thoughts"  # the generation prompt opens a <think> that the reply does not have
-REMARKS = (MOVED_SYSTEM, EMPTY_THOUGHT, NO_THOUGHT)
 
 
 class Layout(NamedTuple):

@@ -19,7 +19,6 @@ from orpo_lite.data.chat_template import (
     EMPTY_THOUGHT,
     NO_THOUGHT,
     OWN_TEMPLATE,
-    REMARKS,
     SPECIAL,
     UNFAITHFUL,
     PairTexts,
@@ -116,7 +115,7 @@ def _tokenize(
     samples: dict[str, Pair] = {}
     remarked: dict[str, Pair] = {}
     dropped: dict[str, Pair] = {}
-    templated, remarks = 0, Counter[str]()
+    remarks = Counter[str]()
     with _renderer(template) as renderer:
         for number, (pair, tokens) in enumerate(tokenize_pairs(reader, renderer, tokenizer, data)):
             if number % 100 == 0:
@@ -126,10 +125,9 @@ def _tokenize(
                 dropped.setdefault(tokens, pair)
                 continue
             writer.add(tokens)
-            templated += template.text is not None and is_templated([*pair.messages, pair.chosen, pair.rejected])
-            for remark in tokens.remarks:
-                remarks[remark] += 1
-                remarked.setdefault(remark, pair)
+            is_marked = template.text is not None and is_templated([*pair.messages, pair.chosen, pair.rejected])
+            remarks.update([*tokens.remarks, *["templated_pairs"] * is_marked])
+            remarked.update({remark: pair for remark in tokens.remarks if remark not in remarked})
             samples.setdefault("first", pair)
             if tokens.chosen_cut or tokens.rejected_cut:
                 samples.setdefault("cut", pair)
@@ -142,8 +140,8 @@ def _tokenize(
             reader.drops.raise_nothing_left("data", hints)
         if thoughts := [remarked[name] for name in THOUGHTS if name in remarked]:
             hints |= _thoughts_off(thoughts, template, data)
-        if templated >= SOME * len(writer):
-            raise _templated(templated, len(writer))
+        if (count := remarks["templated_pairs"]) >= SOME * len(writer):
+            raise _templated(count, len(writer))
         end = end_token_id(renderer, tokenizer)
         shown = dict(zip(samples, _shown_samples([*samples.values()], renderer, tokenizer, data), strict=True))
     writer.close(
@@ -158,13 +156,7 @@ def _tokenize(
             "sha256": reader.sha256,
             "end_token_id": end,
             "largest_id": writer.largest,
-            "unknown_tokens": writer.unknown,
-            "repeated_prompts": reader.repeated,
-            "absent_texts": reader.absent,
-            "empty_turns": reader.silent,
-            "beside_pairs": reader.beside,
-            "templated_pairs": templated,
-            **{name: remarks[name] for name in REMARKS},
+            "counted": reader.remarks + remarks + Counter(unknown_tokens=writer.unknown),
             "hints": hints,
             "tokenizer": getattr(tokenizer, "replaced", ""),
             "samples": shown,

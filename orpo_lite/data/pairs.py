@@ -20,7 +20,7 @@ from orpo_lite.data.formats.columns import ColumnProfile, map_line
 from orpo_lite.data.formats.detect import Detected, detect_format, is_known
 from orpo_lite.data.formats.names import plain_name, shown
 from orpo_lite.data.formats.text import says_nothing
-from orpo_lite.data.formats.values import CHAT, is_blank, kind_of
+from orpo_lite.data.formats.values import is_blank, kind_of
 from orpo_lite.data.pair import EMPTY_CHOSEN, EMPTY_REJECTED, Pair, Row, RowError
 from orpo_lite.data.sources.source import Source, names_line
 from orpo_lite.errors import SHOWN, DataError, Overrides, raise_all, reworded
@@ -81,14 +81,8 @@ class PairReader:
         """For each set, the sentence that says which format was read, and why."""
         self.columns: list[dict[str, Any]] = []
         """For each set, its format, the columns that were ``read``, our name to theirs, and the others."""
-        self.repeated = 0
-        """Pairs of which a reply begins with the prompt, or its last turn, again."""
-        self.absent = 0
-        """Pairs of which a reply, or the system text, is NULL, None, NaN or N/A, and may well be meant to be none."""
-        self.silent = 0
-        """Pairs with an empty turn before the last."""
-        self.beside = 0
-        """Pairs of which the row says more than is read: reasoning beside a message, tools, images."""
+        self.remarks = Counter[str]()
+        """How many of the pairs hold what a person should look at, by the names of the figures."""
         self.rows: list[int] = []
         """For each set, the rows read."""
         self.drops = Drops()
@@ -115,12 +109,7 @@ class PairReader:
                     self.drops.add(reason, pair.where)
                 else:
                     kept += 1
-                    self.repeated += _repeats_prompt(pair)
-                    self.absent += _holds_absent(pair)
-                    self.beside += pair.beside
-                    self.silent += any(
-                        not turn["content"].strip() for turn in pair.messages if turn["role"] != "system"
-                    )
+                    self.remarks.update(_remarks(pair))
                     self._digest.update(_content(pair))
                     yield pair
         raise_all(faults)
@@ -244,7 +233,7 @@ class PairReader:
 
         Raises DataError where the rows before would have been read otherwise.
         """
-        if not any(is_known(column) or kind_of(row[column]) in CHAT for column in late):
+        if not any(is_known(column) or kind_of(row[column]) == "messages" for column in late):
             return before
         turned_up = f"{shown(*late)} first {'holds' if len(late) == 1 else 'hold'} something at {where}"
         try:
@@ -389,21 +378,23 @@ def _drop_reason(pair: Pair) -> str | None:
     return SAID_TWICE if any(one == other for one, other in pairwise(pair.messages)) else None
 
 
-def _repeats_prompt(pair: Pair) -> bool:
-    """A reply begins with the prompt's last turn again, or with all of them."""
-    turns = [turn["content"] for turn in pair.messages]
-    return any(_begins(reply, text) for text in {turns[-1], " ".join(turns)} for reply in (pair.chosen, pair.rejected))
+def _remarks(pair: Pair) -> list[str]:
+    """The figures of ``statistics.COUNTED`` that a pair counts for, as it was read."""
+    turns, replies = [turn["content"] for turn in pair.messages], (pair.chosen, pair.rejected)
+    is_system = [turn["role"] == "system" for turn in pair.messages]
+    held = {
+        "repeated_prompts": any(_begins(reply, text) for text in {turns[-1], " ".join(turns)} for reply in replies),
+        "absent_texts": any(map(says_nothing, (*replies, *(turns[:1] if is_system[0] else ())))),
+        "empty_turns": any(not text.strip() for text, system in zip(turns, is_system, strict=True) if not system),
+        "beside_pairs": pair.beside,
+    }
+    return [name for name, holds in held.items() if holds]
 
 
 def _begins(reply: str, text: str) -> bool:
     words = text.split()
     enough = 2 * (len(text) + 16)  # characters that hold as many words
     return bool(words) and reply[:enough].split()[: len(words)] == words
-
-
-def _holds_absent(pair: Pair) -> bool:
-    system = [turn["content"] for turn in pair.messages[:1] if turn["role"] == "system"]
-    return any(map(says_nothing, (pair.chosen, pair.rejected, *system)))
 
 
 def _content(pair: Pair) -> bytes:

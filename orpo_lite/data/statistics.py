@@ -69,7 +69,7 @@ def figures(train: TokenizedPairs, test: TokenizedPairs) -> dict[str, Any]:
             "responses_without_end": int((cut > 0).sum()),
             "responses_without_end_share": float((cut > 0).mean()),
         },
-        **{name: sum(side[name] for side in sides) for name in COUNTED},
+        **{name: sum(side["counted"].get(name, 0) for side in sides) for name in COUNTED},
         "chosen_longer": float((chosen > rejected).mean()),
         "rejected_longer": float((chosen < rejected).mean()),
         "prompts": {"train": len(prompts[0]), "held_out": len(prompts[1]), "shared": len(prompts[0] & prompts[1])},

@@ -93,7 +93,7 @@ def compare_merged(
         CheckpointError: nothing is merged there.
         OrpoLiteError: base or data cannot be read any more.
     """
-    path = Path(run_folder)
+    path = Path(run_folder).expanduser()
     find_finished_adapter(path)
     merged, base = find_merged(path, weights), find_trained_base(path, base_path)
     recipe = with_pinned_base(demo.resolve_builtin(trained_recipe(path)), read_lock(path))

@@ -303,8 +303,17 @@ def _special_ids(keys: dict[str, Any], tokenizer: Any, ends: Sequence[int], wher
     keys["tokenizer.ggml.add_eos_token"] = bool(after)
     if template := _template(tokenizer):
         keys.setdefault("tokenizer.chat_template", template)
+    if named := _named_templates(tokenizer):
+        keys["tokenizer.chat_templates"] = [*named]
+        keys |= {f"tokenizer.chat_template.{name}": text for name, text in named.items()}
 
 
 def _template(tokenizer: Any) -> str:
     template = tokenizer.chat_template or ""
     return template if isinstance(template, str) else str(template.get("default", ""))
+
+
+def _named_templates(tokenizer: Any) -> dict[str, str]:
+    """Those besides the default one, which llama.cpp takes for tools (``tool_use``) and documents."""
+    templates = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+    return {re.sub(r"[^A-Za-z0-9]", "_", name): text for name, text in templates.items() if name != "default"}

@@ -16,6 +16,7 @@ from orpo_lite.base.adapter import vllm_rank
 from orpo_lite.base.blocks import Stored, stored_tensors
 from orpo_lite.base.download import check_disk
 from orpo_lite.base.find import load_tokenizer, read_config
+from orpo_lite.base.generation import read_generation_config
 from orpo_lite.errors import Command, FitError, ModelError, OrpoLiteError, RecipeError
 from orpo_lite.exporting.gguf_family import describe, find_targets
 from orpo_lite.exporting.gguf_file import OUTTYPES, write_gguf
@@ -90,7 +91,7 @@ def export_events(
         ModelError: a model, tokenizer or template that the target cannot have.
         FitError: a library that is not installed, or not enough disk space.
     """
-    path = Path(run_folder)
+    path = Path(run_folder).expanduser()
     if to not in TARGETS:
         raise RecipeError(
             where="--to",
@@ -105,7 +106,9 @@ def export_events(
         raise RecipeError(where="--outtype", found=f"{outtype!r}", expected=expected)
     find_finished_adapter(path)
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.resolve().name).strip("-.") or "model"
-    with locked(path), _blamed("RUN", quoted(path)):
+    with locked(path) as notes, _blamed("RUN", quoted(path)):
+        for note in notes:
+            yield Update("note", note)
         return (yield from TARGETS[to](_Request(path, name, merged, outtype, weights)))
 
 
@@ -262,15 +265,24 @@ def _write_model(
 
 
 def _ends(request: _Request, tokenizer: Any) -> list[int]:
-    """The tokens that end an answer, the template's own first: of the run's generation config."""
-    ends = read_json(request.path / "adapter" / "generation_config.json").get("eos_token_id")
-    ends = ends if isinstance(ends, list) else [tokenizer.eos_token_id if ends is None else ends]
-    return [end for end in ends if isinstance(end, int)]
+    """The tokens that end an answer, the template's own first."""
+    ends = _generation_config(request).get("eos_token_id")
+    ends = [read_lock(request.path).get("end_token_id"), *(ends if isinstance(ends, list) else [ends])]
+    return [end for end in dict.fromkeys(ends) if isinstance(end, int)] or [tokenizer.eos_token_id]
 
 
 def _sampling(request: _Request) -> dict[str, float]:
-    config = read_json(request.path / "adapter" / "generation_config.json")
-    return {key: config[key] for key in ("temperature", "top_p", "top_k") if config.get(key) is not None}
+    """Ollama's parameters; greedy decoding is a temperature of 0 there."""
+    config = _generation_config(request)
+    if config.get("do_sample") is False:
+        return {"temperature": 0}
+    values = {key: config.get(key) for key in ("temperature", "top_p", "top_k", "min_p")}
+    return {key: value for key, value in values.items() if isinstance(value, int | float)}
+
+
+def _generation_config(request: _Request) -> dict[str, Any]:
+    """The run's; {} where it cannot be read any more."""
+    return read_generation_config(request.path / "adapter")[0]
 
 
 def _lead(keys: dict[str, Any]) -> str:

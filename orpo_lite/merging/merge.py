@@ -24,14 +24,14 @@ from orpo_lite.base.blocks import (
 )
 from orpo_lite.base.download import check_disk
 from orpo_lite.base.find import Base, load_tokenizer
-from orpo_lite.errors import CheckpointError, FitError, ModelError, RecipeError
+from orpo_lite.errors import CheckpointError, Command, FitError, ModelError, RecipeError
 from orpo_lite.merging.deltas import Plan, make_plan, matches_nothing
 from orpo_lite.model.quantize import is_transposed, quantizable
 from orpo_lite.recipe.schema import QuantizationSection
 from orpo_lite.recipe.text import read_bytes
 from orpo_lite.runs.atomic import new_folder, to_json, write_text
 from orpo_lite.runs.changes import trained_recipe
-from orpo_lite.runs.commands import Weights
+from orpo_lite.runs.commands import Weights, resume_command
 from orpo_lite.runs.folder import adapter_sha256, find_finished_adapter, find_trained_base, locked, merged_folder
 from orpo_lite.runs.lock import read_lock
 from orpo_lite.runs.records import read_json
@@ -96,10 +96,14 @@ def merge_events(
     base_path: str | Path | None = None,
 ) -> Generator[Update, None, MergeResult]:
     """:func:`merge` as a generator of what is being done."""
-    path = Path(run_folder)
+    path = Path(run_folder).expanduser()
     folder, most = path / merged_folder(weights), _shard_size(max_shard_size)
     recipe, adapter = trained_recipe(path), find_finished_adapter(path)
-    load_tokenizer(adapter)  # it goes with the weights
+    try:
+        load_tokenizer(adapter)  # it goes with the weights
+    except ModelError as error:
+        error.fix = Command(resume_command(path).line, ", which writes it again")
+        raise
     base = find_trained_base(path, base_path)
     yield Update("stage", f"merging {adapter} into its base")
     if weights == "dequantized" and not recipe.quantization.load_in_4bit:
@@ -109,7 +113,9 @@ def merge_events(
         )
     stored = stored_tensors(base.path)
     check_disk(path, sum(tensor.nbytes for tensor in stored.values()), f"merging {path}")
-    with locked(path), new_folder(folder) as temporary, _enough_memory(path):
+    with locked(path) as notes, new_folder(folder) as temporary, _enough_memory(path):
+        for note in notes:
+            yield Update("note", note)
         left = read_lock(path).get("not_quantised", [])
         plan = make_plan(base, adapter, stored, recipe, weights, left)
         if isinstance(plan, str):
@@ -245,9 +251,11 @@ def _merge_in_memory(
     ``how`` its weights go through 4 bit first, if they do, but for the layers ``left``.
     """
     from peft import PeftModel, get_peft_model_state_dict
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
-    model = AutoModelForCausalLM.from_pretrained(base.path, dtype="auto", use_safetensors=True)
+    # The adapter's generation config goes with the model, and transformers may refuse to load or to save the base's.
+    options = {"dtype": "auto", "use_safetensors": True, "generation_config": GenerationConfig()}
+    model = AutoModelForCausalLM.from_pretrained(base.path, **options)
     if how:
         for name, layer in quantizable(model).items():
             if name in left:
@@ -277,9 +285,11 @@ def _base_weight(layer: Any) -> Tensor:
 
 def _copy_texts(base: Path, adapter: Path, folder: Path) -> None:
     """The adapter's tokenizer, template and generation config, and what a base that sees has for its pictures."""
-    for file in adapter.iterdir():
+    for file in adapter.rglob("*"):
         if file.is_file() and not file.name.startswith("adapter_") and file.name != "README.md":
-            shutil.copyfile(file, folder / file.name)
+            place = folder / file.relative_to(adapter)
+            place.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, place)
     for file in base.glob("*processor*.json"):
         shutil.copyfile(file, folder / file.name)
     load_tokenizer(folder)

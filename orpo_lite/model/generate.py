@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from orpo_lite.base.find import load_tokenizer
+from orpo_lite.base.generation import SAMPLING, read_generation_config
 from orpo_lite.model.pair_model import PairModel
 
 NEUTRAL = (
@@ -62,8 +63,10 @@ def answers(
     """
     from transformers import GenerationConfig
 
-    tokenizer, config = load_tokenizer(folder), GenerationConfig.from_pretrained(folder)
-    config.update(do_sample=True, temperature=TEMPERATURE)
+    # Not the config as a whole: one may ask for beams, for other outputs, or for what a tokenizer has to stop at.
+    tokenizer, (given, _) = load_tokenizer(folder), read_generation_config(folder)
+    kept = {key: given[key] for key in (*SAMPLING, "eos_token_id", "pad_token_id") if given.get(key) is not None}
+    config = GenerationConfig(**kept, do_sample=True, temperature=TEMPERATURE)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
     # A sum that sampling needs has no deterministic kernel on a GPU (full_determinism); all that is trained is saved.
     torch.use_deterministic_algorithms(False)

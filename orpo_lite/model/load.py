@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 
 from orpo_lite.base.adapter import find_adapter
 from orpo_lite.base.find import Base
@@ -94,6 +94,7 @@ def load_base(recipe: Recipe, base: Base, device: torch.device) -> nn.Module:
         "dtype": dtype,
         "device_map": {"": str(device)},
         "use_safetensors": True,
+        "generation_config": GenerationConfig(),  # else a generation_config.json that it refuses would end the loading
     }
     if recipe.model.attn_implementation:
         options["attn_implementation"] = recipe.model.attn_implementation

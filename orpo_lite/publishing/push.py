@@ -44,7 +44,7 @@ from orpo_lite.updates import Update, run_to_end
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
-    "generation_config.json",
+    "generation_config.json", "additional_chat_templates/*.jinja",
 )  # fmt: skip
 # The words of the base, which are no place to write a path, and where /root may well be one of them.
 VOCABULARY = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "*.model")
@@ -103,7 +103,7 @@ def push_events(
     samples: int = 0,
 ) -> Generator[Update, None, PushResult]:
     """:func:`push` as a generator: yields an :class:`Update` for all that happens and returns the result."""
-    path = Path(run_folder)
+    path = Path(run_folder).expanduser()
     try:
         refuse_repository(repository)
     except ValueError as error:
@@ -124,7 +124,9 @@ def push_events(
     licences = run_in_thread(lambda: _licences(lock, recipe))
     refuse_name(repository, licences["base"], f"REPO {repository}")
     try:
-        with locked(path):
+        with locked(path) as notes:
+            for note in notes:
+                yield Update("note", note)
             _refuse_samples(path, samples)
             pushed = _files(folder, lock, again, is_merged=merged is not None)
             base = lock["base"]
@@ -191,11 +193,12 @@ def _licences(lock: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
 
 
 def _files(folder: Path, lock: Mapping[str, Any], again: str, *, is_merged: bool) -> dict[str, bytes | Path]:
-    """What is pushed of a folder: the files on the list, by their plain names; anything else stays."""
+    """What is pushed of a folder: the files on the list, by their names in it; anything else stays."""
     patterns = (*(MERGED if is_merged else ADAPTER), *TOKENIZER)
     files: dict[str, bytes | Path] = {}
-    for file in sorted(folder.iterdir()):
-        if not any(fnmatch.fnmatchcase(file.name, p) for p in patterns):
+    for file in sorted(folder.glob("**/*")):  # which enters no folder that is a link
+        name = file.relative_to(folder).as_posix()
+        if not any(fnmatch.fnmatchcase(name, p) for p in patterns):
             continue
         if file.is_symlink() or not file.is_file():
             raise CheckpointError(
@@ -204,7 +207,7 @@ def _files(folder: Path, lock: Mapping[str, Any], again: str, *, is_merged: bool
                 expected="a file; links are not followed",
                 fix="a copy in its place",
             )
-        files[file.name] = file
+        files[name] = file
     _refuse_broken(folder, files, again, is_merged=is_merged)
     if is_merged:
         return files
@@ -263,7 +266,8 @@ def _refuse_samples(path: Path, count: int) -> None:
 
 def _said(folder: Path, files: Mapping[str, object], licences: Mapping[str, Any]) -> Generator[Update, None, None]:
     """What a person should know before the files leave."""
-    if staying := sorted(file.name for file in folder.iterdir() if file.name not in {*files, *WRITTEN}):
+    going = {name.partition("/")[0] for name in files}
+    if staying := sorted(file.name for file in folder.iterdir() if file.name not in {*going, *WRITTEN}):
         more = f" and {len(staying) - 5} more" if len(staying) > 5 else ""
         yield Update("note", f"not pushed: {', '.join(staying[:5])}{more}")
     if not licences["base"]:

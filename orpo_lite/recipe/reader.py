@@ -1,8 +1,11 @@
 """A recipe read from a shipped name or a path, with overrides; every fault found at once."""
 
+import codecs
 import difflib
 import json
 import re
+import shlex
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from orpo_lite.errors import TOKEN, Overrides, RecipeError, raise_all
+from orpo_lite.errors import TOKEN, Command, Overrides, RecipeError, raise_all
 from orpo_lite.recipe.checks import contradictions
 from orpo_lite.recipe.foreign import answer_unknown
 from orpo_lite.recipe.schema import KEYS, SECTIONS, Recipe
@@ -111,13 +114,7 @@ def _compose(path: Path) -> yaml.MappingNode:
             where=str(path), found=f"{path.stat().st_size:,} bytes", expected=f"a recipe of at most {MAX_BYTES:,}"
         )
     try:
-        root = _nodes(path.read_bytes().decode(), str(path))
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        found = f"byte 0x{error.object[error.start]:02x} is not UTF-8"
-        raise RecipeError(
-            where=f"{path}:{line}", found=found, expected="UTF-8 text", fix="iconv -f CP1252 -t UTF-8 OLD > NEW"
-        ) from None
+        root = _nodes(_decode(path.read_bytes(), path), str(path))
     except OSError as error:
         raise RecipeError(
             where=str(path), found=f"cannot be read ({error.strerror})", expected="a file that you may read"
@@ -131,6 +128,60 @@ def _compose(path: Path) -> yaml.MappingNode:
             fix="orpo-lite recipes cp NAME PATH",
         )
     return root
+
+
+def _decode(content: bytes, path: Path) -> str:
+    """The text of the file. Raises :class:`RecipeError` for one that is not UTF-8, or indented by other spaces."""
+    if encoding := _wide_encoding(content):
+        raise RecipeError(
+            where=f"{path}:1", found=f"{encoding} text", expected="UTF-8 text", fix=_recoded(path, encoding)
+        )
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        found = f"byte 0x{content[error.start]:02x} is not UTF-8"
+        encoding = next((name for name in ("CP1252", "GB18030") if _reads(content, name)), "")
+        fix = _recoded(path, encoding) if encoding else "write this line again, in an editor that saves UTF-8"
+        raise RecipeError(where=f"{path}:{line}", found=found, expected="UTF-8 text", fix=fix) from None
+    if other := re.search(r"^[ \t]*([^\S \t\r\n])\s*\w+:", text, re.MULTILINE):  # YAML takes it for a part of the key
+        name = unicodedata.name(other[1], "another space").lower()
+        raise RecipeError(
+            where=f"{path}:{text.count(chr(10), 0, other.start(1)) + 1}",
+            found=f"is indented by U+{ord(other[1]):04X} ({name})",
+            expected="plain spaces",
+            fix=_converted(path, r"perl -CSD -pe 's/[^\S\n]/ /g'"),
+        )
+    return text
+
+
+def _wide_encoding(content: bytes) -> str:
+    """UTF-16 or UTF-32 by the mark at the start, or by the zeros that no text in UTF-8 begins with; else ""."""
+    if content.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "UTF-32"
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16"
+    if b"\0" in content[:2]:
+        return "UTF-16BE" if content.startswith(b"\0") else "UTF-16LE"
+    return ""
+
+
+def _reads(content: bytes, encoding: str) -> bool:
+    try:
+        content.decode(encoding)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _recoded(path: Path, encoding: str) -> Command:
+    return _converted(path, f"iconv -f {encoding} -t UTF-8")
+
+
+def _converted(path: Path, program: str) -> Command:
+    """The fix that writes what a program makes of the file to a new one."""
+    new = shlex.quote(str(path.with_name(f"{path.stem}.utf8{path.suffix}")))
+    return Command(f"{program} {shlex.quote(str(path))} > {new}", f", then --recipe {new}")
 
 
 def _nodes(text: str, where: str) -> Any:

@@ -4,6 +4,7 @@ Each default has one home, here; a recipe file holds only what differs from it. 
 """
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -36,6 +37,16 @@ def _not_zero(value: int) -> int:
     if value == 0:
         raise ValueError("-1, or at least one step")
     return value
+
+
+def _from_home(value: str) -> str:
+    """A path that begins with ~ written out, for no shell sees it."""
+    path = os.path.expanduser(value)
+    if path.startswith("~"):
+        raise ValueError(
+            f"a folder: {value.partition('/')[0]} is nobody's home; ./{value} is a folder of that name here"
+        )
+    return path
 
 
 def _list_or_all_linear(value: object) -> object:
@@ -232,7 +243,7 @@ class TrainingSection(Section):
     function of the step alone: from the next step on it is what it would be had the run begun with the new values.
     """
 
-    output_dir: str = Field("runs/orpo", min_length=1)
+    output_dir: Annotated[str, Field(min_length=1), AfterValidator(_from_home)] = "runs/orpo"
     """The run folder; refused when it exists."""
     learning_rate: Positive = 5e-5
     """Peak learning rate. `train --resume RUN` may change it, for instance after a divergence."""

@@ -16,7 +16,7 @@ from orpo_lite.base.download import ADAPTER
 from orpo_lite.base.find import Base, fetch_weights, find_base, weight_files
 from orpo_lite.errors import CheckpointError, Command, ModelError, RecipeError
 from orpo_lite.recipe.schema import Recipe
-from orpo_lite.runs.atomic import new_folder, sha256, to_json, write_text
+from orpo_lite.runs.atomic import new_folder, sha256, sync, to_json, write_text
 from orpo_lite.runs.changes import trained_recipe
 from orpo_lite.runs.commands import Weights, merge_command, quoted, resume_command
 from orpo_lite.runs.lock import read_lock
@@ -24,10 +24,17 @@ from orpo_lite.runs.records import read_json
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the run folder for this process. Raises :class:`CheckpointError` when another one has it."""
+def locked(path: Path) -> Iterator[list[str]]:
+    """Hold the run folder for this process; gives notes on what its file system cannot do.
+
+    Raises :class:`CheckpointError` when another process has it.
+    """
+    notes = []
     try:
         stream = (path / ".lock").open("w")
+        if not sync(path):
+            found = "its file system does not write names of files to the disk when asked"
+            notes.append(f"{path}: {found}; after a power failure the newest checkpoint may be missing")
     except OSError as error:
         raise CheckpointError(
             where=f"run {path}", found=f"cannot be written to ({error.strerror})", expected="a folder of yours"
@@ -35,14 +42,17 @@ def locked(path: Path) -> Iterator[None]:
     with stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise CheckpointError(
                 where=f"run {path}",
                 found="is in use by another process",
                 expected="one process a run",
                 fix="let it end, or stop it",
             ) from None
-        yield
+        except OSError as error:  # NFS without its lock service, Lustre without -o flock
+            found = f"its file system has no locks ({error.strerror})"
+            notes.append(f"{path}: {found}; let no other process use this run meanwhile")
+        yield notes
 
 
 KEPT_CHECKPOINTS = 2  # newest ones; the best one stays besides
@@ -116,7 +126,7 @@ def find_finished_adapter(path: Path) -> Path:
     lora, lock, adapter, resume = trained_recipe(path).lora, read_lock(path), path / "adapter", resume_command(path)
     if not (adapter / "adapter_model.safetensors").is_file():
         raise CheckpointError(
-            where=f"run {path}", found="has no adapter/", expected="a training that has ended", fix=resume
+            where=f"run {path}", found="has no trained adapter", expected="a training that has ended", fix=resume
         )
     try:
         config = read_json(adapter / "adapter_config.json")
@@ -199,15 +209,32 @@ def find_trained_base(path: Path, folder: str | Path | None = None) -> Base:
     return base
 
 
+class _Log(logging.FileHandler):
+    """A log whose file may fail: a full disk costs lines of it, and no training."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - its name in logging
+        """Drop the line; logging would print a traceback for each."""
+
+    def close(self) -> None:
+        try:
+            super().close()
+        except OSError:  # what is still buffered cannot be written
+            self.stream = None
+
+
 @contextmanager
-def logged(path: Path) -> Iterator[None]:
-    """What libraries log and warn goes to the run's train.log while this lasts."""
-    handler = logging.FileHandler(path / "train.log", encoding="utf-8")
+def logged(path: Path) -> Iterator[list[str]]:
+    """What libraries log and warn goes to the run's train.log while this lasts; gives a note where it cannot."""
+    try:
+        handler = _Log(path / "train.log", encoding="utf-8")
+    except OSError as error:
+        yield [f"{path / 'train.log'} cannot be written ({error.strerror}): the training goes on without a log"]
+        return
     handler.setFormatter(logging.Formatter(LOG_FORMAT))
     root = logging.getLogger()
     root.addHandler(handler)
     try:
-        yield
+        yield []
     finally:
         root.removeHandler(handler)
         handler.close()

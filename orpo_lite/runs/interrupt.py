@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: the step under way is finished and saved first."""
+"""SIGINT, SIGTERM and SIGHUP: the step under way is finished and saved first."""
 
 import signal
 import threading
@@ -11,7 +11,7 @@ from orpo_lite.runs.commands import resume_command
 
 
 class Interrupted(OrpoLiteError):  # noqa: N818 - not a fault
-    """SIGINT or SIGTERM, after the step was finished and saved."""
+    """A signal, after the step was finished and saved."""
 
     def __init__(self, number: int, path: Path) -> None:
         found = f"stopped by {signal.Signals(number).name} and saved"
@@ -21,7 +21,10 @@ class Interrupted(OrpoLiteError):  # noqa: N818 - not a fault
 
 @contextmanager
 def collect_signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM so that the step under way can finish; a second SIGINT ends at once."""
+    """Collects SIGINT, SIGTERM and SIGHUP so that the step under way can finish; a second SIGINT ends at once.
+
+    SIGHUP stays ignored where it is: that is how nohup keeps a training when its terminal is closed.
+    """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received
@@ -32,7 +35,10 @@ def collect_signals() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         received.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield received
     finally:

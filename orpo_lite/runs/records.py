@@ -8,7 +8,7 @@ from types import UnionType
 from typing import Any
 
 from orpo_lite.errors import CheckpointError
-from orpo_lite.runs.atomic import write_text
+from orpo_lite.runs.atomic import explained, write_text
 
 Kinds = Mapping[str, type | UnionType]
 """Keys that must be there, and of what kind their values are; one of None may lack."""
@@ -47,7 +47,8 @@ def append_metrics(path: Path, row: Mapping[str, Any]) -> None:
     known = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
     }
-    with (path / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+    file = path / "metrics.jsonl"
+    with explained(file, file), file.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(known) + "\n")
 
 

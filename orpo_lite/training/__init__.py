@@ -1,4 +1,4 @@
 """From prepared inputs to an adapter.
 
-Order: state, checkpoint, session, faults, result, step, loop.
+Order: texts, state, checkpoint, session, faults, result, step, loop.
 """

@@ -21,6 +21,8 @@ from orpo_lite.base.find import Base, fetch_weights, find_base
 from orpo_lite.errors import FitError, HubError, ModelError, OrpoLiteError
 from orpo_lite.merging.merge import merge
 
+NAMED_TEMPLATE = "additional_chat_templates/rag.jinja"
+
 
 def fetch(name: str = NAME, revision: str = "main") -> Base:
     return fetch_weights(find_base(name, revision))
@@ -41,9 +43,12 @@ def refused(kind: type[OrpoLiteError], do: Callable[[], object]) -> str:
 
 
 def test_text_first_then_weights_and_never_a_pickle(hub: Hub) -> None:
+    for name in (NAMED_TEMPLATE, "original/params.json", "adapters/config.json"):
+        (hub.folder / name).parent.mkdir(exist_ok=True)
+        (hub.folder / name).write_text("{}")
     base = find_base(NAME, "main")
     assert (base.name, base.revision, base.config.model_type) == (NAME, COMMIT, "llama")
-    text = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+    text = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", NAMED_TEMPLATE}
     assert hub.fetched() == text
     whole = fetch_weights(base)
     assert hub.fetched() == text | {WEIGHTS}

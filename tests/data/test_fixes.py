@@ -350,7 +350,6 @@ WORDS = {
     "chat_template:pair_texts#1": TEMPLATE,
     "chat_template:render#1": TEMPLATE,
     "formats/readers:_messages#1": ROW,
-    "formats/readers:_messages#2": ROW,
     "formats/refuse:refuse_mapped#1": COLUMN,
     "formats/refuse:refuse_python#1": COLUMN,
     "formats/text:fault#1": ROW,

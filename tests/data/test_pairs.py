@@ -99,7 +99,7 @@ def test_rows_are_read_when_they_are_asked_for(tmp_path: Path, monkeypatch: pyte
     assert reader.read == 1  # and the fault at the end is still ahead
     list(pairs)
     assert reader.read == 10
-    assert [str(fault).partition(";")[0] for fault in reader.bad_rows] == ["pairs.jsonl:10, field prompt: missing"]
+    assert [str(fault).splitlines()[0] for fault in reader.bad_rows] == ["pairs.jsonl:10, field chosen: a number"]
 
 
 @pytest.mark.parametrize(
@@ -348,7 +348,7 @@ def test_prompts_that_ask_nothing_and_turns_that_stand_twice_are_left_out(tmp_pa
     later = {side: [user("q"), bot("a"), user(" "), bot(side)] for side in ("chosen", "rejected")}
     within = {side: [system | {"content": ""}, user("q"), bot(" "), user("q"), bot(side)] for side in later}
     pairs, reader = read(write_jsonl(tmp_path / "later.jsonl", [LISTS, later, within]))
-    assert (len(pairs), reader.drops.counts, reader.silent) == (2, {EMPTY_PROMPT: 1}, 1)
+    assert (len(pairs), reader.drops.counts, reader.remarks["empty_turns"]) == (2, {EMPTY_PROMPT: 1}, 1)
 
 
 LISTED = {"prompt": [user("q")], "chosen": [bot("a")], "rejected": [bot("b")]}
@@ -380,7 +380,7 @@ def test_words_for_nothing_are_counted(tmp_path: Path) -> None:
     pairs, reader = read(
         write_jsonl(tmp_path / "pairs.jsonl", [*rows, *systems, EXPLICIT | {"chosen": "None at all."}])
     )
-    assert (len(pairs), reader.absent) == (2 * len(words) + 4, 2 * len(words) + 1)
+    assert (len(pairs), reader.remarks["absent_texts"]) == (2 * len(words) + 4, 2 * len(words) + 1)
 
 
 def test_replies_that_begin_with_the_prompt_again_are_counted(tmp_path: Path) -> None:
@@ -392,7 +392,7 @@ def test_replies_that_begin_with_the_prompt_again_are_counted(tmp_path: Path) ->
         {"system": "Be brief.", "prompt": "Name one.", "chosen": "Be  brief.\nName one. Blue.", "rejected": "no"},
     ]
     _, reader = read(write_jsonl(tmp_path / "pairs.jsonl", plain + again))
-    assert reader.repeated == 3
+    assert reader.remarks["repeated_prompts"] == 3
 
 
 def test_what_was_read_and_what_was_not_is_said(tmp_path: Path) -> None:
@@ -617,7 +617,7 @@ def test_what_stands_beside_the_texts_is_counted(tmp_path: Path) -> None:
     ]
     pairs, reader = read(write_jsonl(tmp_path / "a.jsonl", rows))
     assert [pair.beside for pair in pairs] == [True, True, False, True, True]
-    assert reader.beside == 4
+    assert reader.remarks["beside_pairs"] == 4
 
 
 def test_a_reason_says_what_is_lacking(tmp_path: Path) -> None:
@@ -650,7 +650,7 @@ def test_a_row_is_found_by_its_place(tmp_path: Path) -> None:
     assert find("a.jsonl:13")[1] == EMPTY_CHOSEN
     pair, reason = find("b.jsonl:2")
     assert (pair.where, pair.rejected, reason) == ("b.jsonl:2", "Seven.", PROMPTS_DIFFER)
-    with pytest.raises(DataError, match=r"a.jsonl:14, field prompt: missing") as raised:
+    with pytest.raises(DataError, match=r"a.jsonl:14, field chosen: a list") as raised:
         find("a.jsonl:14")
     message(raised)
     for nowhere in ("a.jsonl:15", "a.jsonl", "c.jsonl:1", "a.jsonl:1, field chosen", ""):
@@ -913,7 +913,7 @@ def test_rows_with_tools_are_one_fault_with_their_count(tmp_path: Path) -> None:
     text = message(raised)
     assert "31 of 33 rows cannot be read" in text
     assert "30  field chosen[]: a call of a tool, first tools.jsonl:3" in text
-    assert "1  field chosen[].role: 'tool', a tool's turn, first tools.jsonl:33" in text
+    assert "1  field chosen[]: 'tool', a tool's turn, first tools.jsonl:33" in text
     assert "leave out the rows with tools, or write each call and what it gave as text" in text
 
 

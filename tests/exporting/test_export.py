@@ -1066,6 +1066,32 @@ def test_the_modelfile(tmp_path: Path) -> None:
     assert str(tmp_path).encode() not in (result.folder / "My-Run-q8_0.gguf").read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("config", "lines"),
+    [
+        ('{"do_sample": false, "temperature": 0.0, "top_k": 20}', ["PARAMETER temperature 0"]),
+        ('{"temperature": 0.6, "top_p": 0.9, "min_p": null}', ["PARAMETER temperature 0.6", "PARAMETER top_p 0.9"]),
+        ("{", []),
+    ],
+)
+def test_ollama_decodes_as_the_generation_config_says(config: str, lines: list[str], tmp_path: Path) -> None:
+    tokenizer = pieces_tokenizer("always", chat_template=OTHERS["system in the first question"])
+    run = write_run(tmp_path / "run", tiny_llama(520), tokenizer)
+    (run / "adapter" / "generation_config.json").write_text(config)
+    modelfile = (export(run, "ollama").folder / "Modelfile").read_text(encoding="utf-8").splitlines()
+    parameters = [line for line in modelfile if line.startswith("PARAMETER") and "num_ctx" not in line]
+    assert parameters == ['PARAMETER stop "</s>"', *lines]
+
+
+def test_named_templates_are_in_the_file(tmp_path: Path) -> None:
+    tokenizer = pieces_tokenizer("always", chat_template={"default": TEMPLATE, "tool_use": "tools: " + TEMPLATE})
+    run = write_run(tmp_path / "run", tiny_llama(520), tokenizer)
+    keys = read_back(only_file(export(run, "gguf").folder))[0]
+    assert keys["tokenizer.chat_template"] == TEMPLATE
+    assert keys["tokenizer.chat_template.tool_use"] == "tools: " + TEMPLATE
+    assert keys["tokenizer.chat_templates"] == ["tool_use"]
+
+
 # --- vLLM
 
 

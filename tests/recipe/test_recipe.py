@@ -17,7 +17,7 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from orpo_lite.errors import SHOWN, HubError, RecipeError
+from orpo_lite.errors import SHOWN, Command, HubError, RecipeError
 from orpo_lite.recipe.foreign import FOREIGN
 from orpo_lite.recipe.reader import CHECKOUT, MAX_BYTES, find_recipe, load_recipe, shipped_recipes
 from orpo_lite.recipe.schema import KEYS, Recipe
@@ -200,12 +200,43 @@ def test_a_bad_file_is_answered_with_its_place(write: Write, case: str) -> None:
     assert os.listdir() == ["mine.yaml"]
 
 
-def test_a_file_that_is_not_utf8(write: Write) -> None:
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (f"{MINIMAL}# é\n".encode("cp1252"), "mine.yaml:5: byte 0xe9 is not UTF-8"),
+        (f"{MINIMAL}# 对\n".encode("gb18030"), "mine.yaml:5: byte 0xb6 is not UTF-8"),
+        (MINIMAL.encode("utf-16"), "mine.yaml:1: UTF-16 text"),
+        (MINIMAL.encode("utf-16-le"), "mine.yaml:1: UTF-16LE text"),
+        (MINIMAL.encode("utf-16-be"), "mine.yaml:1: UTF-16BE text"),
+        (MINIMAL.encode("utf-32"), "mine.yaml:1: UTF-32 text"),
+        (MINIMAL.replace("  ", "\u00a0 ").encode(), "mine.yaml:2: is indented by U+00A0 (no-break space)"),
+        (MINIMAL.replace("  ", " \u3000").encode(), "mine.yaml:2: is indented by U+3000 (ideographic space)"),
+    ],
+)
+def test_a_file_in_another_encoding_is_mended_by_the_fix(content: bytes, said: str, write: Write) -> None:
     name = write(MINIMAL)
-    Path(name).write_bytes(MINIMAL.encode() + b"lora:\n  r: \xff\n")
-    said = message(name)
-    assert "mine.yaml:6: byte 0xff is not UTF-8" in said
-    assert "iconv" in said
+    Path(name).write_bytes(content)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(name)
+    assert said in str(caught.value)
+    assert isinstance(caught.value.fix, Command)
+    subprocess.run(["bash", "-c", caught.value.fix.line], check=True)
+    recipe = load_recipe(str(caught.value.fix).rpartition("--recipe ")[2])
+    Path(name).write_text(MINIMAL, encoding="utf-8")
+    assert recipe.model_dump() == load_recipe(name).model_dump()
+
+
+def test_a_byte_of_no_encoding_is_placed(write: Write) -> None:
+    Path(write(MINIMAL)).write_bytes(MINIMAL.encode() + b"lora:\n  r: \x81\n")
+    assert "mine.yaml:6: byte 0x81 is not UTF-8" in message("mine.yaml")
+
+
+def test_the_run_folder_may_be_named_from_home(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    recipe = load_recipe(write(MINIMAL), ["training.output_dir=~/runs/a"])
+    assert recipe.training.output_dir == "/home/me/runs/a"
+    assert load_recipe(write(MINIMAL), ["training.output_dir=./~"]).training.output_dir == "./~"
+    assert "~nobody-here/a" in message("mine.yaml", "training.output_dir=~nobody-here/a")
 
 
 def test_a_file_of_more_than_a_mebibyte_is_not_read(write: Write) -> None:

@@ -116,7 +116,7 @@ def test_every_optimizer_learns_and_resumes_to_the_same_bits(small_recipe: Build
                 os.kill(os.getpid(), signal.SIGTERM)
     assert caught.value.exit_code == 143
     assert "orpo-lite train --resume stopped" in str(caught.value)
-    assert not Path("stopped/adapter").exists()
+    assert not Path("stopped/adapter/adapter_model.safetensors").exists()
     _, resumed = train_all(stopped, resume=True)
     assert same_bits(adapter(whole.run), adapter(resumed.run))
     assert rows_without_clock(whole.run) == rows_without_clock(resumed.run)
@@ -227,15 +227,6 @@ def test_a_broken_lock_is_a_fault_of_the_folder(trained: Trained, small_recipe: 
     for go_on in (lambda: train(recipe, resume=True), lambda: merge("run")):
         with pytest.raises(CheckpointError, match=r"lock\.json: lacks"):
             go_on()
-
-
-def test_a_reader_that_goes_away_does_not_stop_the_training(small_recipe: Build) -> None:
-    small_recipe()
-    command = f"{sys.executable} -m orpo_lite train --recipe ./small.yaml training.num_train_epochs=3 | head -n 3"
-    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 3
-    assert Path("run/merged/config.json").is_file()
 
 
 def test_an_adapter_to_train_on_from_sets_its_shape(small_recipe: Build) -> None:

@@ -8,8 +8,8 @@ from itertools import chain, islice
 from typing import Any, NoReturn
 
 from orpo_lite.data.formats.columns import map_line
-from orpo_lite.data.formats.messages import is_message, reshaped
-from orpo_lite.data.formats.names import ALIASES, SIDES, plain_name, shown
+from orpo_lite.data.formats.messages import normal
+from orpo_lite.data.formats.names import SIDES, shown
 from orpo_lite.data.pair import COLUMNS, Row
 from orpo_lite.data.sources.source import Source
 from orpo_lite.errors import DataError, Overrides, reworded
@@ -19,21 +19,13 @@ LOOK = 100  # rows that detection looks at
 
 
 def mapped_row(row: Row, column_map: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """The row under our names, texts and messages taken out of the objects around them.
+    """The row under our names, texts and messages in one form.
 
     Of several columns that may hold one of ours, it has the first that it has at all.
     """
     taken = {ours: row[column] for ours, names in column_map.items() if (column := _first(names, row)) is not None}
     mapped = {key: value for key, value in row.items() if key not in column_map} | taken
-    return {key: _turns(key, reshaped(value)) for key, value in _lifted(mapped).items()}
-
-
-def _turns(column: str, value: Any) -> Any:
-    """A single message, where it is what a reply answers, as the list that it would be with others."""
-    return [value] if is_message(value) and plain_name(column) in _BEFORE else value
-
-
-_BEFORE = {*ALIASES["prompt"], *ALIASES["conversation"], *ALIASES["history"]}
+    return {key: normal(value, key) for key, value in _lifted(mapped).items()}
 
 
 def _lifted(row: Row) -> Row:

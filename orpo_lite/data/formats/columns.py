@@ -25,7 +25,6 @@ from orpo_lite.data.formats.names import (
 )
 from orpo_lite.data.formats.text import fault, says_nothing, seen
 from orpo_lite.data.formats.values import (
-    CHAT,
     LISTS,
     PLAIN_LISTS,
     STRUCTURED,
@@ -55,9 +54,9 @@ PAIRS = "write each pair as prompt, chosen and rejected"
 FITTING: dict[str, tuple[Kind, ...]] = {
     "prompt": TEXTS,
     "system": (*TEXTS, "null"),
-    "conversation": CHAT,
-    "history": (*CHAT, "pairs of texts", "null"),  # null: the first rows may be those without earlier turns
-    "input": (*TEXTS, *CHAT, "null"),  # OpenAI's holds messages
+    "conversation": ("messages",),
+    "history": ("messages", "null"),  # null: the first rows may be those without earlier turns
+    "input": (*TEXTS, "messages", "null"),  # OpenAI's holds messages
     "completions": ("completions", *LISTS),
     "scores": ("numbers", "numbers as texts"),
     "ranks": ("numbers", "numbers as texts"),
@@ -68,7 +67,6 @@ FEW = 10  # rows: fewer say nothing of what a column repeats
 # Who reads such lists: under another name a table's cell that looks like one is a text.
 READ_BY: dict[Kind, tuple[str, ...]] = {
     "numbers": (*ALIASES["scores"], *ALIASES["ranks"]),
-    "pairs of texts": ("history",),
     "something else": ("history", *ALIASES["system"], *ALIASES["conversation"]),
 }
 
@@ -86,15 +84,17 @@ class ColumnProfile:
     verdict: Callable[[Any], str | None] | None = None  # what a judged set's better column says: a, b or tie
 
     def __post_init__(self) -> None:
+        self.raw = self.rows
         self.columns = list(dict.fromkeys(key for row in self.rows for key in row))
         self.alone: set[str] = set()  # columns of lists that hold one text each
         self.kinds = {column: self._usual_kind(column) for column in self.columns}
+        self.rows = [self._normal(row) for row in self.rows]
         self.sides: dict[str, str] = {}
         self.sides = self._find_sides()
 
     def _usual_kind(self, column: str) -> Kind:
-        values = [row[column] for row in self.rows if column in row]
-        kind = usual_kind(values)
+        values = [row[column] for row in self.raw if column in row]
+        kind = usual_kind(values, column)
         name, read_by = plain_name(column), READ_BY.get(kind)
         some = kind in (*LISTS, "text") and name not in ALIASES["completions"] and any(map(alone, values))
         if some and all(is_blank(v) or alone(v) or (isinstance(v, str) and kind_of(v) == "text") for v in values):
@@ -155,19 +155,19 @@ class ColumnProfile:
     def values(self, *names: str) -> list[tuple[Any, ...]]:
         """What these columns hold, in the rows in which none is empty and each holds its column's kind."""
         columns = [self.column(name) for name in names]
-        rows = [tuple(self.held(row, column) for column in columns) for row in self.rows]
-        return [
-            row
-            for row in rows
-            if all(self._fits(value, self.kind(column)) for value, column in zip(row, columns, strict=True))
-        ]
+        rows = [tuple(row.get(column) for column in columns) for row in self.rows]
+        kinds = [self.kind(column) for column in columns]
+        return [row for row in rows if all(map(self._fits, row, kinds))]
 
-    def held(self, row: Row, column: str) -> Any:
-        """What a row holds there, as the list that it is where the column's texts are lists as JSON."""
-        value = row.get(column)
-        if column in self.alone:
-            return alone(value) or value
-        return value if self.kind(column) in TEXTS else unpacked(value)
+    def _normal(self, row: Row) -> Row:
+        """The row with lists where a column's texts are lists as JSON, and texts where its lists hold one each."""
+        out = dict(row)
+        for column, value in row.items():
+            if column in self.alone:
+                out[column] = alone(value) or value
+            elif isinstance(value, str) and self.kinds.get(column) in (*STRUCTURED, *PLAIN_LISTS):
+                out[column] = unpacked(value, column) if value.strip() else None
+        return out
 
     @staticmethod
     def _fits(value: Any, kind: Kind) -> bool:
@@ -189,8 +189,12 @@ class ColumnProfile:
             self.taken[canonical] = candidates[0]
         return self.taken.get(canonical)
 
+    def take(self, columns: Mapping[str, str]) -> None:
+        """Take columns for ours, as far as the rows have them."""
+        self.taken |= {ours: self.column(name) for ours, name in columns.items() if self.kind(name) != "missing"}
+
     def candidates(self, canonical: str) -> list[str]:
-        if canonical in self.mapped or (canonical == "prompt" and self.kind("prompt") in CHAT):
+        if canonical in self.mapped or (canonical == "prompt" and self.kind("prompt") == "messages"):
             return [self.column(canonical)] if self.kind(canonical) != "missing" else []
         named = self.named(*ALIASES.get(canonical, (canonical,)))
         said = {*self.mapped, *self.mapped.values()}  # what these are has been said
@@ -208,7 +212,7 @@ class ColumnProfile:
 
     def is_alpaca(self) -> bool:
         """Beside an instruction, input is what the instruction is about, and often blank; history is earlier turns."""
-        about = self.kind("input") in (*TEXTS, "null") or self.kind("history") == "pairs of texts"
+        about = self.kind("input") in (*TEXTS, "null") or self.kind("history") == "messages"
         return self.kind("instruction") != "missing" and about
 
     def agree(self, one: str, other: str) -> bool:
@@ -257,35 +261,14 @@ class ColumnProfile:
 
     # --- the rows as their reader wants them
 
-    def _unwrapped(self, value: Any, column: str, where: str) -> Any:
-        """The text in a list of one, in a column of such lists."""
-        if column not in self.alone:
-            return value
-        if alone(value) is None and isinstance(unpacked(value), list) and unpacked(value):
-            raise fault(where, shown(column), "a list", "a list of one text, as in most rows")
-        return alone(value) or value
-
     def renamed(self, row: Row, where: str) -> Row:
         """Canonical names, lists where JSON stands for them, and no other candidate than those that were taken."""
+        row = {**self._normal(row), **{side: row[side] for side in self.texts if side in row}}
         left_out = {"system", "input", "conversation", "history", "scores", "ranks", *self.taken, *self.taken.values()}
         out = {key: value for key, value in row.items() if key not in left_out}
         out |= {canonical: row[column] for canonical, column in self.taken.items() if column in row}
-        for key, value in out.items():
-            theirs = self.taken.get(key, key)
-            kind, column = self.kind(theirs), shown(theirs)
-            if key in self.texts or key not in KNOWN:
-                continue
-            out[key] = value = self._unwrapped(value, theirs, where)
-            if not isinstance(value, str):
-                continue
-            if value.strip() == "[]" and kind not in TEXTS:
-                out[key] = None
-            elif kind in (*STRUCTURED, *PLAIN_LISTS):
-                out[key] = unpacked(value) if value.strip() else None
-                if isinstance(out[key], str):
-                    raise fault(where, column, "a text", f"{kind}, as in most rows")
-            elif kind in TEXTS and is_conversation(value):
-                raise fault(where, column, "messages as JSON", "a text, as in most rows")
+        for key in [key for key in out if key in KNOWN and key not in self.texts]:
+            self._check(out[key], self.taken.get(key, key), where, is_reply=key in SIDES)
         if self.verdict and says_nothing(str(out.get("better"))):
             out["better"] = None
         elif self.verdict and not is_blank(out.get("better")):
@@ -294,6 +277,19 @@ class ColumnProfile:
                 raise _verdict_fault(out, where, shown(self.taken["better"]))
             out["better"] = verdict
         return out
+
+    def _check(self, value: Any, column: str, where: str, *, is_reply: bool) -> None:
+        """Raise RowError for a value of another kind than its column's, which its reader would misread."""
+        kind, name = self.kind(column), shown(column)
+        if isinstance(value, str):
+            if kind in (*STRUCTURED, *PLAIN_LISTS):
+                raise fault(where, name, "a text", f"{kind}, as in most rows")
+            if kind in TEXTS and is_conversation(value):
+                raise fault(where, name, "messages as JSON", "a text, as in most rows")
+        elif column in self.alone and isinstance(value, list) and value:
+            raise fault(where, name, "a list", "a list of one text, as in most rows")
+        elif is_reply and kind in TEXTS and value is not None:
+            raise fault(where, name, seen({name: value}, name), "text")
 
 
 def holds(*columns: str) -> str:

@@ -14,9 +14,9 @@ from orpo_lite.data.formats.columns import (
     refuse_templated,
     side_columns,
 )
-from orpo_lite.data.formats.messages import role_of
+from orpo_lite.data.formats.messages import MEASURES, is_sharegpt, role_of
 from orpo_lite.data.formats.names import KNOWN, OPENAI, SIDES, plain_name, shown
-from orpo_lite.data.formats.readers import MEASURES, READERS, Reader, repeated, says_more, undoubled, without_reply
+from orpo_lite.data.formats.readers import READERS, Reader, repeated, says_more, undoubled, without_reply
 from orpo_lite.data.formats.refuse import (
     could_ask,
     refuse_mapped,
@@ -28,13 +28,11 @@ from orpo_lite.data.formats.refuse import (
 from orpo_lite.data.formats.text import begins_with, is_whole_dialogue, shared_words
 from orpo_lite.data.formats.unused_columns import refuse_unused
 from orpo_lite.data.formats.values import (
-    CHAT,
     LISTS,
     TEXTS,
     USABLE,
     asks,
     contents,
-    is_sharegpt,
     is_templated,
     one_after_another,
     opens,
@@ -112,11 +110,13 @@ def detect_format(
         because += " (JSON in texts, which data.format=explicit would read as they are)"
     if system and profile.kind(system) != "null" and name != "orca":
         because += f"; {shown(system)} goes in front as a system turn where the conversation has none"
-    sides = _replies(profile, name)[-2:]
+    sides = _replies(profile, name)
+    whole = name == "sharegpt" and not profile.taken.keys() & {"prompt", "conversation"}
+    reader = READERS["implicit" if whole else name]
 
     def read(row: Row, where: str) -> Pair:
         named = profile.renamed(row, where)
-        pair = without_reply(named, sides, where) or READERS[name](named, where)
+        pair = without_reply(named, sides, where) or reader(named, where)
         return replace(pair, beside=True) if says_more(named) else pair
 
     refuse_unused(profile, name, said=said)
@@ -159,8 +159,8 @@ Found = tuple[str, str] | None
 
 
 def _openai(profile: ColumnProfile) -> Found:
-    outputs = (profile.kind("preferred_output"), profile.kind("non_preferred_output"))
-    if profile.kind("input") in CHAT and all(kind in ("message", "messages") for kind in outputs):
+    if {*map(profile.kind, OPENAI)} == {"messages"}:
+        profile.take(dict(zip(("conversation", *SIDES), OPENAI, strict=True)))
         return "openai", "input holds messages beside preferred_output and non_preferred_output"
     return None
 
@@ -180,18 +180,14 @@ def _is_whole(profile: ColumnProfile) -> bool:
 
 
 def _conversations(profile: ColumnProfile) -> Found:
-    kinds = {side: profile.kind(side) for side in ("chosen", "rejected")}
-    lists = [side for side, kind in kinds.items() if kind in ("message", "messages")]
-    if not lists or not all(kind in ("text", "message", "messages") for kind in kinds.values()):
+    lists = [side for side in SIDES if profile.kind(side) == "messages"]
+    if not lists or not all(profile.kind(side) in ("text", "messages") for side in SIDES):
         return None
-    sides = f"chosen and rejected are {'lists of' if 'messages' in kinds.values() else 'single'} messages"
+    sides = "chosen and rejected are lists of messages"
     if len(lists) == 1:
-        other = "rejected" if lists == ["chosen"] else "chosen"
-        sides = f"{other} is a text, {lists[0]} {'a list of messages' if 'messages' in kinds.values() else 'a message'}"
-    style = "sharegpt" if profile.share(is_sharegpt, lists[0]) > 0.5 else None
-    if style:
-        sides += " in from and value"
-    if profile.kind("prompt") in CHAT and "conversation" not in profile.mapped:
+        sides = f"{'rejected' if lists == ['chosen'] else 'chosen'} is a text, {lists[0]} a list of messages"
+    style = "sharegpt" if profile.share(is_sharegpt, lists[0]) > 0.5 else ""
+    if profile.kind("prompt") == "messages" and "conversation" not in profile.mapped:
         profile.find("prompt")
         return style or "explicit", f"prompt is a list of messages and {sides}"
     whole = max(profile.share(opens, side) for side in lists)
@@ -208,8 +204,8 @@ def _conversations(profile: ColumnProfile) -> Found:
     return (style or "implicit", f"{sides} that hold their prompt") if hold else None
 
 
-def _strange(side: Any) -> bool:
-    return any(role_of(turn) is None for turn in (side if isinstance(side, list) else [side]))
+def _strange(turns: Sequence[Any]) -> bool:
+    return any(role_of(turn) is None for turn in turns)
 
 
 def _texts(profile: ColumnProfile) -> Found:
@@ -220,9 +216,9 @@ def _texts(profile: ColumnProfile) -> Found:
         reason = "chosen and rejected are texts that begin alike and there is no prompt"
         return ("implicit", reason) if _share_prompts(profile) else None
     canonical, column = before
-    if profile.kind(column) in CHAT:
-        style = "sharegpt" if profile.share(is_sharegpt, column) > 0.5 else "conversation"
+    if profile.kind(column) == "messages":
         reason = f"{shown(column)} is a list of messages and chosen and rejected are texts"
+        style = "sharegpt" if profile.share(is_sharegpt, column) > 0.5 else "conversation"
         return style if canonical == "conversation" else "explicit", reason
     if profile.kind(column) == "dialogue":
         reason = f"{shown(column)} is a text with Human: and Assistant: turns, and chosen and rejected are texts"
@@ -297,7 +293,7 @@ def _judged(profile: ColumnProfile, *, said: bool = False) -> Found:
     verdict, profile.verdict = find_verdict(profile, answers)
     if profile.share(opens, answers[0]) < 1 or "conversation" in profile.mapped:
         _find_before(profile)
-    profile.taken |= {"response_a": answers[0], "response_b": answers[1], "better": verdict}
+    profile.take({"response_a": answers[0], "response_b": answers[1], "better": verdict})
     return "judged", f"{shown(*answers)} are two answers and {shown(verdict)} says which is the better"
 
 
@@ -313,7 +309,9 @@ def _find_columns(profile: ColumnProfile, name: str) -> None:
     elif name in ("conversation", "sharegpt"):
         if profile.share(opens, "chosen") < 1 or "conversation" in profile.mapped:
             _find_before(profile)
-    elif name not in ("implicit", "openai"):
+    elif name == "openai":
+        profile.take(dict(zip(("conversation", *SIDES), OPENAI, strict=True)))
+    elif name != "implicit":
         # Conversations and dialogues that are whole need no prompt, so no rival of it matters.
         whole = _is_whole(profile) if name == "hh_rlhf" else profile.share(opens, "chosen") == 1
         if not whole or name in ("explicit", "alpaca"):
@@ -325,7 +323,7 @@ def _find_columns(profile: ColumnProfile, name: str) -> None:
 def _replies(profile: ColumnProfile, name: str) -> tuple[str, ...]:
     if name == "alpaca" and profile.kind("chosen") == "missing":
         return ("output",)
-    return {"openai": OPENAI, "ranked": (), "judged": ()}.get(name, ("chosen", "rejected"))
+    return () if name in ("ranked", "judged") else SIDES
 
 
 def _find_history(profile: ColumnProfile) -> None:
@@ -380,5 +378,5 @@ def _holds_turn(turns: Any, prompt: Any) -> bool:
 
 def _are_json(profile: ColumnProfile) -> bool:
     """chosen and rejected are JSON of a message in texts, beside a prompt that is a text."""
-    texts = all(isinstance(row.get(column), str) for row in profile.rows for column in side_columns(profile))
-    return texts and bool({"message", "messages"} & {*map(profile.kind, SIDES)}) and profile.kind("prompt") in TEXTS
+    texts = all(isinstance(row.get(column), str) for row in profile.raw for column in side_columns(profile))
+    return texts and "messages" in map(profile.kind, SIDES) and profile.kind("prompt") in TEXTS

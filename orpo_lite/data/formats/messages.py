@@ -1,9 +1,9 @@
-"""The ways in which rows hold a text or messages, brought to one: a text, or a list of messages."""
+"""The forms in which rows hold a text or messages, brought to one: a text, or a list of {role, content}."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from orpo_lite.data.formats.names import ALIASES
+from orpo_lite.data.formats.names import ALIASES, plain_name
 
 ROLES = {  # in lower case
     **dict.fromkeys(("system", "developer"), "system"),  # developer: OpenAI's newer name
@@ -11,12 +11,12 @@ ROLES = {  # in lower case
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "ai"), "assistant"),
     "model": "assistant",  # Gemini's and Gemma's
 }
-SPEAKERS = ("role", "from")  # keys of a message
+SPEAKERS = ("role", "from", "speaker")  # keys of a message
 CONTENTS = ("content", "value", "text")
-ANSWER_KEYS = ("response", "answer", "completion", "generation", "output", "text")  # keys of an answer
+ANSWER_KEYS = ("response", "answer", "completion", "generation", "output", "text", "content", "message", "messages")
+MEASURES = {"overall_score": 1, "score": 1, "rating": 1, "reward": 1, "rank": -1}  # -1: the lowest is the best
 APART = ("reasoning_content", "reasoning", "thinking")  # keys of what is said before the reply, apart from it
-_WHOLE = ("messages", *ALIASES["conversation"])  # keys of an object that holds a conversation, or one text
-_TEXTS = (*ANSWER_KEYS, "content", "value")
+_HELD = dict.fromkeys((*ALIASES["conversation"], *ANSWER_KEYS, "value"))  # keys of an object around these
 
 
 def is_message(item: Any) -> bool:
@@ -29,35 +29,70 @@ def role_of(item: Any) -> str | None:
     return ROLES.get(name.strip().lower()) if isinstance(name, str) else None
 
 
-def said_key(item: Mapping[str, Any]) -> str:
-    """The key of a message's text."""
-    return next((key for key in CONTENTS if key in item), CONTENTS[0])
+def normal(value: Any, column: str = "") -> Any:
+    """Return the text or the messages {role, content} that a value holds in any form; any other value as it is.
 
-
-def reshaped(value: Any) -> Any:
-    """The text or the list of messages that an object is around; any other value as it is.
-
-    Objects around a text: ``{"text": ..., "score": 9}``. Around messages: ``{"messages": [...]}``, and
-    ``{"role": [...], "content": [...]}``, as a struct of lists in a table. Not one that holds a question as well.
+    The forms: ShareGPT's {from, value}; a single message; turns {input, output}; a text in parts; a struct of lists, as
+    in a table; an object around one of these ({"text": ..., "score": 9}, {"messages": [...]}); and in a column history
+    pairs [user, assistant].
     """
-    if isinstance(value, list):
-        parts = bool(value) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in value)
-        if not parts or not all(isinstance(part.get("text"), str) for part in value):
-            return value
-        return "".join(part["text"] for part in value)
-    if not isinstance(value, Mapping):
+    if isinstance(value, Mapping):
+        return _held(value)
+    if not isinstance(value, list) or not value:
         return value
+    if all(isinstance(item, Mapping) and item.get("type") == "text" for item in value):
+        parts = [item.get("text") for item in value]
+        return "".join(parts) if all(isinstance(part, str) for part in parts) else value
+    if all(isinstance(item, Mapping) and item.get("input") is not None and "output" in item for item in value):
+        return _turns((item["input"], item["output"]) for item in value)
+    if plain_name(column) == "history" and is_pairs(value):
+        return _turns(value)
+    return [_message(item) if is_message(item) else item for item in value]
+
+
+def is_pairs(value: Any) -> bool:
+    """A list of lists of two texts."""
+    return isinstance(value, list) and all(
+        isinstance(pair, list) and [type(text) for text in pair] == [str, str] for pair in value
+    )
+
+
+def _turns(pairs: Iterable[Sequence[Any]]) -> list[Mapping[str, Any]]:
+    """The turns of a user and of the assistant; the last reply may be missing."""
+    turns: list[Mapping[str, Any]] = []
+    for asked, reply in pairs:
+        turns.append({"role": "user", "content": asked})
+        turns += [{"role": "assistant", "content": reply}] if reply is not None else []
+    return turns
+
+
+def _message(item: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The message under the keys role and content; its other keys stay, and so does a role of another name."""
+    speaker = next(key for key in SPEAKERS if item.get(key) is not None)
+    said = next((key for key in CONTENTS if key in item), "content")
+    content = {"content": normal(item[said])} if said in item else {}
+    others = {key: value for key, value in item.items() if key != said}
+    return {**others, "role": role_of(item) or item[speaker], **content}
+
+
+def is_sharegpt(turns: Any) -> bool:
+    return any("from" in turn for turn in turns if is_message(turn))
+
+
+def _held(value: Mapping[str, Any]) -> Any:
+    """What an object is around, or the list of the message that it is."""
     for speaker, said in (("role", "content"), ("from", "value")):
         roles, texts = value.get(speaker), value.get(said)
         if isinstance(roles, list) and isinstance(texts, list) and len(roles) == len(texts):
-            return [{speaker: role, said: text} for role, text in zip(roles, texts, strict=True)]
-    held: list[Any] = [value[key] for key in dict.fromkeys((*_WHOLE, *_TEXTS)) if value.get(key) is not None]
-    if is_message(value) or len(held) != 1 or value.keys() & {*ALIASES["prompt"]} - {"context"}:
+            return [_message({speaker: role, said: text}) for role, text in zip(roles, texts, strict=True)]
+    if is_message(value):
+        return [_message(value)]
+    held = [key for key in _HELD if value.get(key) is not None]
+    if len(held) != 1 or value.keys() & {*ALIASES["prompt"]} - {"context"}:  # it holds a question as well
         return value
-    inner = reshaped(held[0])
-    if any(
-        isinstance(other, str) and other != held[0] and (" " in other or key in APART) for key, other in value.items()
-    ):
-        return value  # which says more than the reply
-    listed = isinstance(inner, list) and bool(inner) and all(map(is_message, inner))
-    return inner if listed or isinstance(inner, str) else value
+    others = {key: text for key, text in value.items() if isinstance(text, str) and key != held[0]}
+    if any(" " in text or key in APART for key, text in others.items()):  # it says more than the reply
+        return value
+    inner = normal(value[held[0]])
+    is_list = isinstance(inner, list) and bool(inner) and all(map(is_message, inner))
+    return inner if is_list or isinstance(inner, str) else value

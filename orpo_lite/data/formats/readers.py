@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from orpo_lite.data.formats.messages import ANSWER_KEYS, APART, ROLES, SPEAKERS, is_message, role_of, said_key
+from orpo_lite.data.formats.messages import ANSWER_KEYS, APART, MEASURES, ROLES, is_message, normal
 from orpo_lite.data.formats.text import (
     ABSENT,
     MARKED,
@@ -23,6 +23,7 @@ from orpo_lite.data.formats.text import (
     split_dialogue,
     text_of,
 )
+from orpo_lite.data.formats.values import opens
 from orpo_lite.data.pair import (
     EMPTY_CHOSEN,
     EMPTY_REJECTED,
@@ -42,7 +43,6 @@ from orpo_lite.data.pair import (
 TOOL_ROLES = ("tool", "function", "ipython", "observation", "tool_call", "function_call", "tool_response",
               "function_response", "tool_result")  # fmt: skip
 TOOL_CALLS = ("tool_calls", "function_call")  # keys of a message
-MEASURES = {"overall_score": 1, "score": 1, "rating": 1, "reward": 1, "rank": -1}  # -1: the lowest is the best
 
 NO_TOOLS = "turns of system, user and assistant alone: calls of tools, and what tools give, are not read"
 WITHOUT_TOOLS = "leave out the rows with tools, or write each call and what it gave as text, into the turn beside it"
@@ -50,31 +50,21 @@ WITHOUT_TOOLS = "leave out the rows with tools, or write each call and what it g
 Reader = Callable[[Row, str], Pair]
 
 
-def read_explicit(row: Row, where: str) -> Pair:
-    """TRL's explicit prompt: prompt, chosen and rejected are all texts, or all messages."""
-    if isinstance(row.get("prompt"), list):
-        return _join(row, _messages(row, "prompt", where), where)
-    prompt = _asked(row, where)
-    if not prompt and isinstance(row.get("chosen"), list | Mapping):
-        return _join(row, () if _opens(row, "chosen", where) else _user(prompt), where)
-    return _texts(row, prompt, where, _user(prompt))
+def read_pair(row: Row, where: str) -> Pair:
+    """Replies to a prompt or to a conversation, or whole conversations: as texts, as single messages, or as lists."""
+    return _join(row, *_before(row, where), where)
 
 
 def read_implicit(row: Row, where: str) -> Pair:
     """TRL's implicit prompt: chosen and rejected begin alike, as lists of messages or as texts."""
-    if not isinstance(row.get("chosen"), str) or isinstance(row.get("rejected"), list | Mapping):
-        return _join(row, (), where)
+    if not isinstance(row.get("chosen"), str) or isinstance(row.get("rejected"), list):
+        return _join(row, (), None, where)
     chosen, rejected = (text_of(row, side, where) for side in ("chosen", "rejected"))
     if begins_dialogue(chosen):
         return read_hh_rlhf(row, where)
     prompt = shared_words(chosen, rejected)
     drop = None if prompt or chosen == rejected else PROMPTS_DIFFER
     return _pair(row, _user(prompt), chosen[len(prompt) :], rejected[len(prompt) :], where, prompt, drop)
-
-
-def read_messages(row: Row, where: str) -> Pair:
-    """UltraFeedback binarized: chosen and rejected are whole conversations, prompt repeats their user turn as text."""
-    return _join(row, () if _opens(row, "chosen", where) else _user(_asked(row, where)), where)
 
 
 def read_hh_rlhf(row: Row, where: str) -> Pair:
@@ -100,43 +90,21 @@ def read_hh_rlhf(row: Row, where: str) -> Pair:
 
 def read_doubled(row: Row, where: str) -> Pair:
     """Texts with the prompt in its own column and again at the start of chosen and rejected: taken off where it is."""
-    return undoubled(read_explicit(row, where))
+    return undoubled(read_pair(row, where))
 
 
 def read_alpaca(row: Row, where: str) -> Pair:
-    """Alpaca: an instruction (as prompt), the input it is about, and two replies; or output, [chosen, rejected].
-
-    Instruction and input are joined by a line end, as in LLaMA-Factory.
-    """
-    prompt = _asked(row, where)
+    """Alpaca: an instruction (as prompt), the input it is about, and two replies; or output, [chosen, rejected]."""
     if row.get("chosen") is None and isinstance(output := row.get("output"), list):
         if len(output) != 2:
             raise fault(where, "output", f"a list of {len(output)}", "a list of two texts: [chosen, rejected]")
         row = {**row, "chosen": output[0], "rejected": output[1]}
-    return _texts(row, prompt, where, _user(prompt))
-
-
-def read_conversation(row: Row, where: str) -> Pair:
-    """Axolotl's chat_template: a list of messages, and chosen and rejected are the replies to it."""
-    return _join(row, _messages(row, "conversation", where), where, asked="conversation")
-
-
-def read_sharegpt(row: Row, where: str) -> Pair:
-    """ShareGPT's from and value: a conversation with two replies to it, or two whole conversations."""
-    if row.get("conversation") is not None:
-        return read_conversation(row, where)
-    return read_implicit(row, where) if row.get("prompt") is None else read_messages(row, where)
-
-
-def read_openai(row: Row, where: str) -> Pair:
-    """OpenAI's preference fine-tuning: input.messages, preferred_output and non_preferred_output."""
-    before = _messages(row, "input", where)
-    return _join(row, before, where, ("preferred_output", "non_preferred_output"), asked="input")
+    return read_pair(row, where)
 
 
 def read_ranked(row: Row, where: str) -> Pair:
     """Any number of answers with scores or ranks, as in UltraFeedback and Nectar: the best against the worst."""
-    before, prompt_text = _before(row, where)
+    before, prompt_text = _before_answers(row, where)
     answers = list(_ranked(row, where))
     if len(answers) < 2:
         return _pair(row, before, "", "", where, prompt_text, TOO_FEW)
@@ -148,30 +116,25 @@ def read_ranked(row: Row, where: str) -> Pair:
 def read_judged(row: Row, where: str) -> Pair:
     """Two answers, texts or whole conversations, and a verdict: better is a, b or tie; blank where nobody judged."""
     if "better" in row and not str(row["better"] or "").strip():
-        return _pair(row, (), "", "", where, drop=UNJUDGED)
+        return Pair((), "", "", where, drop=UNJUDGED)
     verdict = str(row.get("better")).strip().lower()
     if verdict not in ("a", "b", "tie"):
         raise fault(where, "better", seen(row, "better"), "a verdict that names one of the two answers, or a tie")
     fields = ("response_b", "response_a") if verdict == "b" else ("response_a", "response_b")
-    whole = row.get("conversation") is None and _opens(row, "response_a", where)
-    before, prompt_text = ((), None) if whole else _before(row, where)
+    before, prompt_text = _before_answers(row, where, "response_a")
     if blank := without_reply(row, fields, where):
         return blank
-    pair = _join(row, before, where, fields, prompt_text)
+    pair = _join(row, before, prompt_text, where, fields)
     return replace(pair, drop=TIED) if verdict == "tie" else pair
 
 
 READERS: dict[str, Reader] = {
-    "explicit": read_explicit,
+    # What sets these apart is how their columns are found.
+    **dict.fromkeys(("explicit", "messages", "conversation", "sharegpt", "openai", "orca"), read_pair),
     "implicit": read_implicit,
-    "messages": read_messages,
     "hh_rlhf": read_hh_rlhf,
     "doubled": read_doubled,
-    "orca": read_explicit,  # Intel's: the system text goes in front, as in every format
     "alpaca": read_alpaca,
-    "conversation": read_conversation,
-    "sharegpt": read_sharegpt,
-    "openai": read_openai,
     "ranked": read_ranked,
     "judged": read_judged,
 }
@@ -242,18 +205,12 @@ def _pair(
     return Pair(tuple(before), chosen, rejected, where, prompt_text, drop)
 
 
-def _texts(row: Row, prompt_text: str | None, where: str, before: Sequence[Message]) -> Pair:
-    chosen, rejected = (text_of(row, side, where) for side in ("chosen", "rejected"))
-    return _pair(row, before, chosen, rejected, where, prompt_text)
-
-
 def _join(
     row: Row,
     prompt: Sequence[Message],
+    prompt_text: str | None,
     where: str,
     fields: tuple[str, str] = ("chosen", "rejected"),
-    prompt_text: str | None = None,
-    asked: str = "prompt",
 ) -> Pair:
     """A pair of replies or whole conversations; ``prompt`` goes before both unless they already hold it.
 
@@ -266,7 +223,9 @@ def _join(
             found = f"the last turn is the {reply['role']}'s"
             raise fault(where, field, found, "a conversation that ends with the assistant's reply")
         sides.append((turns, reply))
-    prompt = _unanswered(prompt, sides, where, asked)
+    if any(turns for turns, _ in sides):
+        prompt_text = None
+    prompt = _unanswered(prompt, sides, where)
     (before, other_before) = (_joined(prompt, turns) for turns, _ in sides)
     chosen, rejected = (reply["content"] for _, reply in sides)
     before, other_before = before or other_before, other_before or before
@@ -279,7 +238,7 @@ def _join(
 
 
 def _unanswered(
-    prompt: Sequence[Message], sides: Sequence[tuple[Sequence[Message], Message]], where: str, field: str
+    prompt: Sequence[Message], sides: Sequence[tuple[Sequence[Message], Message]], where: str
 ) -> Sequence[Message]:
     """The turns that the replies answer: some sets have one of the two replies at the end of the prompt as well.
 
@@ -293,7 +252,8 @@ def _unanswered(
         return prompt
     if any(_alike(prompt[-1:], [reply]) for _, reply in sides):
         return prompt[:-1]
-    raise fault(where, field, "it ends with an assistant's turn that is neither reply", "turns that wait for a reply")
+    found = "it ends with an assistant's turn that is neither reply"
+    raise fault(where, "prompt", found, "turns that wait for a reply")
 
 
 def _joined(earlier: Sequence[Message], turns: Sequence[Message]) -> list[Message]:
@@ -322,31 +282,26 @@ def _alike(one: Sequence[Message], other: Sequence[Message]) -> bool:
 
 
 def _history(row: Row, where: str) -> list[Message]:
-    """Earlier turns, as messages or, as in LLaMA-Factory, as [user, assistant]."""
     history = row.get("history")
-    if not history or (isinstance(history, str) and not history.strip()):
-        return []
-    if not isinstance(history, list):
-        raise fault(where, "history", seen(row, "history"), "a list of messages, or of two texts: [user, assistant]")
-    if isinstance(history[0], Mapping):
-        return _messages(row, "history", where)
-    earlier: list[Message] = []
-    for i, turn in enumerate(history):
-        if not isinstance(turn, list) or len(turn) != 2:
-            raise fault(where, f"history[{i}]", seen({"": turn}, ""), "a list of two texts: [user, assistant]")
-        said = (text_of({"": text}, "", where, f"history[{i}][{j}]") for j, text in enumerate(turn))
-        earlier += ({"role": role, "content": text} for role, text in zip(("user", "assistant"), said, strict=True))
-    return earlier
+    blank = not history or (isinstance(history, str) and not history.strip())
+    return [] if blank else _messages(row, "history", where)
 
 
-def _before(row: Row, where: str) -> tuple[Sequence[Message], str | None]:
-    """What stands before the reply, and the same as plain text where it is one."""
-    if row.get("conversation") is not None:
-        return _messages(row, "conversation", where), None
-    if isinstance(row.get("prompt"), list):
-        return _messages(row, "prompt", where), None
+def _before(row: Row, where: str, reply: str = "chosen") -> tuple[Sequence[Message], str | None]:
+    """Return what the reply answers, and the same as plain text where it is one; () of a whole conversation."""
+    for field in ("conversation", "prompt"):
+        if isinstance(row.get(field), list) or (field == "conversation" and field in row):
+            return _messages(row, field, where), None
+    if opens(row.get(reply)):
+        return (), None
     text = _asked(row, where)
-    return read_dialogue_prompt(row, where) if begins_dialogue(text) else (_user(text), text)
+    return _user(text), text
+
+
+def _before_answers(row: Row, where: str, reply: str = "") -> tuple[Sequence[Message], str | None]:
+    """Return the same, where the prompt may also be a dialogue in one text."""
+    is_dialogue = "conversation" not in row and begins_dialogue(str(row.get("prompt")))
+    return read_dialogue_prompt(row, where) if is_dialogue else _before(row, where, reply)
 
 
 def _asked(row: Row, where: str) -> str:
@@ -362,22 +317,14 @@ def _user(text: str) -> tuple[Message, ...]:
     return ({"role": "user", "content": text},)
 
 
-def _side(row: Row, field: str, where: str) -> list[Message]:
-    """A reply or a whole conversation: a text, one message, or a list of messages."""
+def _side(row: Row, field: str, where: str, label: str = "") -> list[Message]:
+    """A reply as a text, or a reply or a whole conversation as messages."""
     if isinstance(row.get(field), str):
-        return [{"role": "assistant", "content": text_of(row, field, where)}]
-    if isinstance(row.get(field), Mapping):
-        row = {**row, field: [row[field]]}
-    return _messages(row, field, where)
-
-
-def _opens(row: Row, field: str, where: str) -> bool:
-    """A conversation from its start: a user's turn is the first, or the first behind a system turn."""
-    return [turn["role"] for turn in _split_system(_side(row, field, where))[1][:1]] == ["user"]
+        return [{"role": "assistant", "content": text_of(row, field, where, label)}]
+    return _messages(row, field, where, label)
 
 
 def _messages(row: Row, field: str, where: str, label: str = "") -> list[Message]:
-    """A list of {role, content}, of ShareGPT's {from, value}, or of {input, output}."""
     value, label = row.get(field), label or field
     if not isinstance(value, list) or not value:
         raise fault(where, label, seen(row, field), "a list of messages {role, content}")
@@ -386,42 +333,15 @@ def _messages(row: Row, field: str, where: str, label: str = "") -> list[Message
         place = f"{label}[{i}]"
         if not isinstance(item, Mapping):
             raise fault(where, place, seen({"": item}, ""), "a message {role, content}")
-        if any(item.get(key) for key in TOOL_CALLS):
-            raise RowError(
-                where=f"{where}, field {place}", found="a call of a tool", expected=NO_TOOLS, fix=WITHOUT_TOOLS
-            )
-        if not any(item.get(key) is not None for key in SPEAKERS) and "input" in item:
-            messages += _user(_content(item, "input", where, f"{place}.input"))
-            if item.get("output") is not None:
-                reply = _content(item, "output", where, f"{place}.output")
-                messages.append({"role": "assistant", "content": reply})
-            continue
-        speaker = next((key for key in SPEAKERS if item.get(key) is not None), "role")
-        role, said = role_of(item), said_key(item)
-        if role is None and str(item.get(speaker)).lower() in TOOL_ROLES:
-            raise RowError(
-                where=f"{where}, field {place}.{speaker}",
-                found=f"{item.get(speaker)!r}, a tool's turn",
-                expected=NO_TOOLS,
-                fix=WITHOUT_TOOLS,
-            )
-        if role is None:
-            name = item.get(speaker)
-            found = f"{name!r:.24}" if isinstance(name, str) else seen(item, speaker)
-            raise fault(where, f"{place}.{speaker}", found, f"one of {', '.join(ROLES)}")
-        messages.append({"role": role, "content": _content(item, said, where, f"{place}.{said}")})
+        role = item.get("role")
+        if str(role).lower() in TOOL_ROLES or any(map(item.get, TOOL_CALLS)):
+            found = "a call of a tool" if any(map(item.get, TOOL_CALLS)) else f"{role!r:.24}, a tool's turn"
+            raise RowError(where=f"{where}, field {place}", found=found, expected=NO_TOOLS, fix=WITHOUT_TOOLS)
+        if not isinstance(role, str) or role not in ROLES.values():
+            found = f"{role!r:.24}" if isinstance(role, str) else seen(item, "role")
+            raise fault(where, f"{place}.role", found, f"one of {', '.join(ROLES)}")
+        messages.append({"role": role, "content": text_of(item, "content", where, f"{place}.content")})
     return messages
-
-
-def _content(item: Row, field: str, where: str, label: str) -> str:
-    """A message's text, which some sets hold in parts: [{"type": "text", "text": ...}]."""
-    parts = item.get(field)
-    if not isinstance(parts, list):
-        return text_of(item, field, where, label)
-    for i, part in enumerate(parts):
-        if not isinstance(part, Mapping) or part.get("type") != "text":
-            raise fault(where, f"{label}[{i}]", "a part that is no text", 'parts {"type": "text", "text": ...} alone')
-    return "".join(text_of(part, "text", where, f"{label}[{i}].text") for i, part in enumerate(parts))
 
 
 def _ranked(row: Row, where: str) -> Iterator[tuple[float, str]]:
@@ -447,17 +367,10 @@ def _ranked(row: Row, where: str) -> Iterator[tuple[float, str]]:
         number = _number(answer.get(measure), where, f"completions[{i}].{measure}")
         key = next((key for key in ANSWER_KEYS if answer.get(key) is not None), None)
         if key and number is not None:
-            yield MEASURES[measure] * number, _answer(answer, key, where, f"completions[{i}].{key}")
-
-
-def _answer(answer: Row, key: str, where: str, label: str) -> str:
-    """An answer's text, which some sets hold as a list of one message."""
-    if not isinstance(answer[key], list):
-        return text_of(answer, key, where, label)
-    turns = _messages(answer, key, where, label)
-    if [turn["role"] for turn in turns] != ["assistant"]:
-        raise fault(where, label, "messages", "a text, or one message of the assistant")
-    return turns[0]["content"]
+            *turns, reply = _side({key: normal(answer[key])}, key, where, label := f"completions[{i}].{key}")
+            if turns or reply["role"] != "assistant":
+                raise fault(where, label, "messages", "a text, or one message of the assistant")
+            yield MEASURES[measure] * number, reply["content"]
 
 
 def _number(value: Any, where: str, label: str) -> float | None:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 from orpo_lite.data.formats.columns import FITTING, MANY, PAIRS, ColumnProfile, holds
+from orpo_lite.data.formats.messages import MEASURES
 from orpo_lite.data.formats.names import (
     ABOUT,
     ALIASES,
@@ -16,9 +17,8 @@ from orpo_lite.data.formats.names import (
     side_of,
     words,
 )
-from orpo_lite.data.formats.readers import MEASURES
 from orpo_lite.data.formats.text import shared_words
-from orpo_lite.data.formats.values import CHAT, LISTS, SCALARS, TEXTS, USABLE, waits_for_reply
+from orpo_lite.data.formats.values import LISTS, SCALARS, TEXTS, USABLE, waits_for_reply
 from orpo_lite.errors import DataError, Overrides, one_of, reworded
 
 
@@ -98,7 +98,7 @@ def refuse_unknown(profile: ColumnProfile) -> NoReturn:
         expected = "in each of prompt, chosen and rejected a text, or messages {role, content}"
         names = shown(*dict.fromkeys([*listed, *odd]))
         fix = f"write {names} as texts{' without a list around them' if listed else ''}, or as messages"
-        texts = all(isinstance(row.get(column), str) for row in profile.rows for column in (*listed, *odd))
+        texts = all(isinstance(row.get(column), str) for row in profile.raw for column in (*listed, *odd))
         fix = Overrides({"data.format": "explicit"}, f" to read them as they are; else {fix}") if texts else fix
     else:
         fix = _name_sides(profile) if lacking else _name_prompt(profile)
@@ -146,10 +146,10 @@ def _name_prompt(profile: ColumnProfile) -> str:
 def prompt_columns(profile: ColumnProfile) -> list[str]:
     """The columns that could hold the prompt; those alone that are named like one, where there are any."""
     sides = [profile.column(side) for side in SIDES]
-    could = [name for name in profile.columns if name not in sides and profile.kinds[name] in (*TEXTS, *CHAT)]
+    could = [name for name in profile.columns if name not in sides and profile.kinds[name] in (*TEXTS, "messages")]
     could = [name for name in could if not ABOUT & set(words(name)) and not profile.holds_labels(name)]
     could = [name for name in could if profile.kinds[name] in TEXTS or profile.share(waits_for_reply, name) > 0.5]
-    chats = [name for name in could if profile.kinds[name] in CHAT]
+    chats = [name for name in could if profile.kinds[name] == "messages"]
     by_word = [name for name in could if PROMPT & set(words(name))]
     return chats or by_word or [name for name in could if could_ask(profile, name)]
 
@@ -172,7 +172,7 @@ def single_reply(profile: ColumnProfile) -> str:
 
     reply = first(("completion", "response", "output", "answer"), *USABLE)
     prompt = [column for column in profile.candidates("prompt") if column not in reply][:1]
-    label, chat = first(("label", "labels", "kto_tag")), first(ALIASES["conversation"], *CHAT)
+    label, chat = first(("label", "labels", "kto_tag")), first(ALIASES["conversation"], "messages")
     if not (reply and prompt):
         reply, prompt = chat, []
     if not reply:

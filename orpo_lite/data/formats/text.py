@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Mapping
 
 from orpo_lite.data.pair import Message, NotJson, Row, RowError
 
@@ -152,6 +153,8 @@ def seen(row: Row, field: str) -> str:
             return "a text"
         case []:
             return "an empty list"
+        case list(parts) if any(isinstance(part, Mapping) and "type" in part for part in parts):
+            return "a list of parts that are not all texts"
         case list():
             return "a list"
         case _:

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from orpo_lite.data.formats.columns import SOME, ColumnProfile
+from orpo_lite.data.formats.messages import normal
 from orpo_lite.data.formats.names import ABOUT, ALIASES, SIDES, plain_name, shown, words
 from orpo_lite.data.formats.values import (
-    CHAT,
     SCALARS,
     TEXTS,
     Kind,
@@ -23,9 +23,9 @@ from orpo_lite.errors import DataError, Overrides, reworded
 FITS: dict[str, tuple[tuple[Kind, ...], str]] = {
     **dict.fromkeys(
         (*ALIASES["prompt"], *ALIASES["conversation"]),
-        ((*SCALARS, *TEXTS, *CHAT), "a text, or a list of messages {role, content}"),
+        ((*SCALARS, *TEXTS, "messages"), "a text, or a list of messages {role, content}"),
     ),
-    "history": (("missing", "null", *TEXTS, *CHAT, "pairs of texts"), "messages, or pairs [user, assistant]"),
+    "history": (("missing", "null", *TEXTS, "messages", "pairs of texts"), "messages, or pairs [user, assistant]"),
     **dict.fromkeys(ALIASES["system"], (("missing", "null", *TEXTS), "a text")),
 }
 WHOLE = ("implicit", "messages", "sharegpt", "hh_rlhf")  # formats whose replies may be whole conversations
@@ -68,7 +68,7 @@ def _refuse_misfits(profile: ColumnProfile, name: str, *, decided: bool) -> None
 
 def _refuse_prompts(profile: ColumnProfile, name: str, *, decided: bool) -> None:
     """A prompt beside whole conversations, most of which do not hold it; or what stands apart from a list of turns."""
-    listed = profile.kind(profile.taken.get("prompt", "")) in CHAT and not decided
+    listed = profile.kind(profile.taken.get("prompt", "")) == "messages" and not decided
     if not listed and (name not in (*WHOLE, "judged") or profile.taken.keys() & {"prompt", "conversation"}):
         return
     columns = [column for column in _unused(profile, ALIASES["prompt"]) if profile.kind(column) in TEXTS]
@@ -77,7 +77,7 @@ def _refuse_prompts(profile: ColumnProfile, name: str, *, decided: bool) -> None
     for group in [same, *([column] for column in apart)]:
         held = []
         for row in profile.rows:
-            sides = [contents(profile.held(row, profile.column(side))) for side in (*SIDES, *profile.taken.values())]
+            sides = [contents(row.get(profile.column(side))) for side in (*SIDES, *profile.taken.values())]
             asked = [text for column in group if isinstance(text := row.get(column), str) and text.strip()]
             held += [any(_holds(side, text) for text in asked for side in sides)] if asked else []
         if held.count(False) > len(held) / 2:
@@ -107,13 +107,11 @@ def _refuse_turns(profile: ColumnProfile, name: str) -> None:
     known = profile.named(*ALIASES["conversation"])
     others = [column for column in profile.columns if column not in known and not ABOUT & set(words(column))]
     for column in _unused(profile, map(plain_name, (*known, *others))):
-        pairs = profile.kind(column) == "pairs of texts"  # [user, assistant]
-        holds_turns = pairs or profile.kind(column) in CHAT
-        if not holds_turns or plain_name(column) == "history":  # the prompt may have it inside
-            continue
-        waits = not pairs and profile.share(waits_for_reply, column) > 0.5
+        if profile.kind(column) not in ("messages", "pairs of texts") or plain_name(column) == "history":
+            continue  # the prompt may have history inside
+        waits = profile.share(waits_for_reply, column) > 0.5
         stranger = waits and column not in known  # where it shares no turn, it may be about anything
-        values = [profile.held(row, column) for row in profile.rows]
+        values = [normal(row.get(column), "history") for row in profile.rows]  # pairs [user, assistant] too
         lost = [_is_lost(profile, i, value, stranger=stranger) for i, value in enumerate(values) if value]
         if lost and sum(lost) >= SOME * len(lost):
             in_line = _in_front(profile, column, waits=waits)
@@ -132,7 +130,7 @@ def _refuse_turns(profile: ColumnProfile, name: str) -> None:
 def _is_lost(profile: ColumnProfile, i: int, conversation: Any, *, stranger: bool) -> bool:
     """Its turns before the reply are not among those that are read in row i, nor in a text that has them inside."""
     before = _spoken(up_to_question(conversation))
-    read = {column: _spoken(contents(profile.held(profile.rows[i], column))) for column in profile.taken.values()}
+    read = {column: _spoken(contents(profile.rows[i].get(column))) for column in profile.taken.values()}
     turns = {text for texts in read.values() for text in texts}
     inside = any(
         one_after_another(before, text)

@@ -7,26 +7,25 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
-from orpo_lite.data.formats.messages import ANSWER_KEYS, CONTENTS, is_message, reshaped, role_of
+from orpo_lite.data.formats.messages import ANSWER_KEYS, MEASURES, is_message, is_pairs, normal, role_of
 from orpo_lite.data.formats.text import is_dialogue, numeric
 from orpo_lite.data.pair import NotJson
 
 Kind = Literal[
-    "missing", "null", "text", "dialogue", "Python text of a list", "message", "messages", "turns", "completions",
+    "missing", "null", "text", "dialogue", "Python text of a list", "messages", "completions",
     "texts", "numbers as texts", "pairs of texts", "numbers", "number", "true or false", "something else",
 ]  # fmt: skip
 TEXTS: tuple[Kind, ...] = ("text", "dialogue")
 LISTS: tuple[Kind, ...] = ("texts", "numbers as texts")  # of texts; answers may be numbers, and scores texts
-CHAT: tuple[Kind, ...] = ("messages", "turns")  # lists that hold a conversation
-USABLE: tuple[Kind, ...] = (*TEXTS, "message", "messages")  # as chosen or rejected
-STRUCTURED: tuple[Kind, ...] = ("message", *CHAT, "completions")  # a table holds these as JSON
+USABLE: tuple[Kind, ...] = (*TEXTS, "messages")  # as chosen or rejected
+STRUCTURED: tuple[Kind, ...] = ("messages", "completions")  # a table holds these as JSON
 # So it does these, and here and there a text looks like one: a column holds them where every cell of it does.
 PLAIN_LISTS: tuple[Kind, ...] = (*LISTS, "pairs of texts", "numbers")
 SCALARS: tuple[Kind, ...] = ("missing", "null", "number", "true or false")
 
 
-def kind_of(value: Any) -> Kind:
-    match unpacked(value):
+def kind_of(value: Any, column: str = "") -> Kind:
+    match unpacked(value, column):
         case None | []:
             return "null"
         case str(text) if not text.strip():
@@ -38,15 +37,11 @@ def kind_of(value: Any) -> Kind:
             return "true or false"
         case int() | float():
             return "number"
-        case Mapping() as item:
-            return "message" if is_message(item) else "something else"
         case list(items) if all(isinstance(item, Mapping) for item in items):
             return _kind_of_list(items)
         case list(items) if all(isinstance(item, str) for item in items):
             return "numbers as texts" if all(map(numeric, items)) else "texts"
-        case list(items) if all(
-            isinstance(item, list) and [type(text) for text in item] == [str, str] for item in items
-        ):
+        case list(items) if is_pairs(items):
             return "pairs of texts"
         case list(items) if all(item is None or type(item) in (int, float, NotJson) for item in items):
             return "numbers"
@@ -54,9 +49,9 @@ def kind_of(value: Any) -> Kind:
             return "something else"
 
 
-def usual_kind(values: Sequence[Any]) -> Kind:
+def usual_kind(values: Sequence[Any], column: str) -> Kind:
     """What most of a column's values hold, the empty ones aside."""
-    kinds = Counter(kind_of(value) for value in values)
+    kinds = Counter(kind_of(value, column) for value in values)
     del kinds["null"]
     if not kinds:
         return "null"
@@ -78,19 +73,17 @@ def is_blank(value: Any) -> bool:
 
 
 def _kind_of_list(items: Sequence[Mapping[str, Any]]) -> Kind:
-    if all(is_message(item) for item in items):
+    answers = len(items) > 1 and all(role_of(item) == "assistant" and item.keys() & {*MEASURES} for item in items)
+    if all(map(is_message, items)) and not answers:
         return "messages"
-    if all(item.get("input") is not None and "output" in item for item in items):
-        return "turns"
     return "completions" if all(any(key in item for key in ANSWER_KEYS) for item in items) else "something else"
 
 
-def unpacked(value: Any) -> Any:
+def unpacked(value: Any, column: str = "") -> Any:
     """A text that holds JSON of something that a format reads, as a table has to, as what it is; any other as is."""
-    if (held := reshaped(_parsed(value))) is None:
-        return value
+    held = normal(_parsed(value), column)
     objects = isinstance(held, list) and all(isinstance(item, Mapping) for item in held)
-    return held if objects or kind_of(held) in (*STRUCTURED, *PLAIN_LISTS) else value
+    return held if objects or (held is not None and kind_of(held) in (*STRUCTURED, *PLAIN_LISTS)) else value
 
 
 def alone(value: Any) -> str | None:
@@ -102,12 +95,8 @@ def alone(value: Any) -> str | None:
 
 def is_conversation(text: str) -> bool:
     """JSON that is a list of messages beyond doubt: each has a role that is known, and a text."""
-    turns = _parsed(text)
-    return isinstance(turns, list) and bool(turns) and all(map(_is_turn, turns))
-
-
-def _is_turn(item: Any) -> bool:
-    return role_of(item) is not None and any(isinstance(item.get(key), str) for key in CONTENTS)
+    turns = normal(_parsed(text)) if text.lstrip()[:1] == "[" else None
+    return isinstance(turns, list) and bool(turns) and all(role_of(turn) and turn.get("content") for turn in turns)
 
 
 # Lists as Python prints them, which pandas writes into a table; NumPy's have no commas, and cannot be read.
@@ -143,19 +132,18 @@ def contents(value: Any) -> list[str]:
     if isinstance(value, list):
         return [text for item in value for text in contents(item)]
     if isinstance(value, Mapping):
-        keys = dict.fromkeys(("content", "value", "messages", "input", *ANSWER_KEYS))
-        return [text for key in keys for text in contents(value.get(key))]
+        return [text for key in ANSWER_KEYS for text in contents(value.get(key))]
     return []
 
 
-def asks(side: Any) -> bool:
+def asks(turns: Sequence[Any]) -> bool:
     """It holds a user's turn: a whole conversation, not only the reply."""
-    return any(role_of(turn) == "user" for turn in (side if isinstance(side, list) else [side]))
+    return any(role_of(turn) == "user" for turn in turns)
 
 
-def opens(side: Any) -> bool:
+def opens(turns: Any) -> bool:
     """A conversation from its start: a user's turn is the first, or the first behind a system turn."""
-    roles = [role_of(turn) for turn in (side if isinstance(side, list) else [side])]
+    roles = [role_of(turn) for turn in turns] if isinstance(turns, list) else []
     return roles[:1] == ["user"] or roles[:2] == ["system", "user"]
 
 
@@ -169,11 +157,6 @@ def one_after_another(parts: Sequence[str], text: str) -> bool:
     return bool(parts)
 
 
-def is_sharegpt(side: Any) -> bool:
-    turns = side if isinstance(side, list) else [side]
-    return any(is_message(turn) and turn.get("role") is None for turn in turns)
-
-
 def ends_with(turns: Any, *replies: Any) -> bool:
     """A conversation whose last text is one of these replies."""
     return contents(turns)[-1:] in [contents(reply)[-1:] for reply in replies]
@@ -181,17 +164,12 @@ def ends_with(turns: Any, *replies: Any) -> bool:
 
 def up_to_question(turns: Any) -> list[str]:
     """The texts of a conversation up to the last that a user says: without the reply, where it ends with one."""
-    if not isinstance(turns, list) or not turns:
-        return []
-    if not all(map(is_message, turns)):  # {input, output}, or [user, assistant]
-        waits = isinstance(turns[-1], Mapping) and waits_for_reply(turns)
-        return contents(turns) if waits else contents(turns)[:-1]
-    asked = [i for i, turn in enumerate(turns, start=1) if asks(turn)]
+    asked = [i for i, turn in enumerate(turns, start=1) if role_of(turn) == "user"] if isinstance(turns, list) else []
     return contents(turns[: asked[-1]]) if asked else []
 
 
-def waits_for_reply(turns: Sequence[Mapping[str, Any]]) -> bool:
-    return asks(turns[-1]) if is_message(turns[-1]) else not turns[-1].get("output")
+def waits_for_reply(turns: Sequence[Any]) -> bool:
+    return role_of(turns[-1]) == "user"
 
 
 _START = re.compile(

@@ -24,6 +24,7 @@ from shapes import (
     wholes,
 )
 
+from orpo_lite.data.formats.column_map import mapped_row
 from orpo_lite.errors import DataError
 
 
@@ -168,7 +169,7 @@ def test_the_first_rows_may_have_no_earlier_turns() -> None:
     row = {"prompt": Q, "history": [], **BLUE_SEVEN}
     detected, _ = detect([row] * 3)
     assert detected.columns["history"] == "history"
-    assert detected.read(row | {"history": [["Hi", "Hello."]]}, "x").messages == TALK
+    assert detected.read(mapped_row(row | {"history": [["Hi", "Hello."]]}, {}), "x").messages == TALK
 
 
 def test_a_system_text_may_hold_a_dialogue() -> None:
@@ -185,3 +186,9 @@ def test_a_system_text_that_the_prompt_begins_with_is_not_read() -> None:
     assert "system turn" not in detected.because
     rows = [{"system": "Not this.", **wholes(*BRIEF)}]
     assert "in front as a system turn where the conversation has none" in detect(rows)[0].because
+
+
+def test_pairs_of_texts_in_another_column_are_earlier_turns_that_would_be_lost() -> None:
+    rows = [{"prompt": Q, "past": [["Hi", "Hello."], [Q, text]], **BLUE_SEVEN} for text in ("1", "2", "3")]
+    with pytest.raises(DataError, match="past holds turns that are not in what is read"):
+        detect(rows)

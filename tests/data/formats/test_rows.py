@@ -24,6 +24,7 @@ from shapes import (
     user,
 )
 
+from orpo_lite.data.formats.column_map import mapped_row
 from orpo_lite.data.formats.readers import READERS
 from orpo_lite.data.pair import EMPTY_CHOSEN, EMPTY_REJECTED, TOO_FEW, UNJUDGED
 from orpo_lite.errors import DataError
@@ -56,7 +57,7 @@ from orpo_lite.errors import DataError
         (
             "implicit",
             WHOLE | {"chosen": [user(Q), {"role": "ipython", "content": "x"}, bot("b")]},
-            "field chosen[1].role: 'ipython', a tool's turn",
+            "field chosen[1]: 'ipython', a tool's turn",
         ),
         ("messages", WHOLE | {"rejected": []}, "field rejected: an empty list"),
         ("messages", {"chosen": [bot("a")], "rejected": [bot("b")]}, "field prompt: missing"),
@@ -71,7 +72,7 @@ from orpo_lite.errors import DataError
 )
 def test_a_faulty_row_is_named(form: str, row: dict[str, Any], place: str) -> None:
     with pytest.raises(DataError) as raised:
-        READERS[form](row, "pairs.jsonl:7")
+        READERS[form](mapped_row(row, {}), "pairs.jsonl:7")
     text = str(raised.value)
     assert "expected: " in text
     assert "fix: " in text
@@ -87,7 +88,7 @@ def test_a_faulty_row_is_named(form: str, row: dict[str, Any], place: str) -> No
         (
             "TRL implicit conversations",
             {"chosen": [user(Q), {"role": "tool", "content": "x"}]},
-            "chosen[1].role: 'tool'",
+            "chosen[1]: 'tool'",
         ),
         (
             "TRL implicit conversations",
@@ -98,10 +99,10 @@ def test_a_faulty_row_is_named(form: str, row: dict[str, Any], place: str) -> No
         (
             "TRL implicit conversations",
             {"chosen": [{"role": "user", "content": [{"type": "image"}]}, bot("a")]},
-            "chosen[0].content[0]: a part that is no text",
+            "chosen[0].content: a list of parts that are not all texts",
         ),
-        ("LLaMA-Factory's dpo_en_demo", {"chosen": said("observation", "x")}, "chosen[0].from: 'observation'"),
-        ("LLaMA-Factory's dpo_en_demo", {"conversations": None}, "nothing stands before the reply"),
+        ("LLaMA-Factory's dpo_en_demo", {"chosen": said("observation", "x")}, "chosen[0]: 'observation'"),
+        ("LLaMA-Factory's dpo_en_demo", {"conversations": None}, "field conversation: null"),
         ("Intel/orca_dpo_pairs", {"system": 3}, "field system: a number"),
         ("LLaMA-Factory's older alpaca, with history", {"output": ["a", "b", "c"]}, "field output: a list of 3"),
         ("LLaMA-Factory's older alpaca, with history", {"history": ["Hi"]}, "field history[0]: a text"),
@@ -113,7 +114,7 @@ def test_a_faulty_row_is_named(form: str, row: dict[str, Any], place: str) -> No
         ),
         ("texts with scores", {"scores": [1.0]}, "field scores: a list"),
         ("texts with ranks", {"ranks": None}, "field ranks: null"),
-        ("OpenAI preference fine-tuning", {"input": None}, "field input: null"),
+        ("OpenAI preference fine-tuning", {"input": None}, "field conversation: null"),
         ("lmsys/chatbot_arena_conversations", {"winner": "a third"}, "field winner: a text"),
         (
             "hh-rlhf with the dialogue in prompt",
@@ -127,7 +128,7 @@ def test_the_odd_row_is_its_readers_to_report(shape: str, change: dict[str, Any]
     detected, _ = detect(rows)
     assert detected.name == SHAPES[shape].name
     with pytest.raises(DataError) as raised:
-        detected.read(SHAPES[shape].rows[0] | change, "pairs.jsonl:7")
+        detected.read(mapped_row(SHAPES[shape].rows[0] | change, {}), "pairs.jsonl:7")
     assert raised.value.where.startswith("pairs.jsonl:7, field ")
     assert place in str(raised.value)
     assert raised.value.expected

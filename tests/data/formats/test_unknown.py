@@ -36,9 +36,9 @@ def test_the_line_can_be_pasted_whatever_the_columns_names(names: tuple[str, str
 
 
 def test_roles_that_nobody_has_here_are_named() -> None:
-    with pytest.raises(DataError, match=r"field chosen\[1\].from: 'observation', a tool's turn"):
+    with pytest.raises(DataError, match=r"field chosen\[1\]: 'observation', a tool's turn"):
         read([{side: [said("human", Q), said("observation", side)] for side in ("chosen", "rejected")}] * 3)
-    with pytest.raises(DataError, match=r"field chosen\[1\].from: 'nurse'") as raised:
+    with pytest.raises(DataError, match=r"field chosen\[1\].role: 'nurse'") as raised:
         read([{side: [said("human", Q), said("nurse", side)] for side in ("chosen", "rejected")}] * 3)
     assert "one of system, developer, user, human" in raised.value.expected
 
@@ -169,3 +169,26 @@ def test_a_reply_that_is_json_is_a_text() -> None:
     rows = [{"prompt": "As JSON!", "chosen": '{"role": "x", "content": "y"}', "rejected": "no"}]
     rows += [{"prompt": "As JSON!", "chosen": "[1, 2]", "rejected": '["a"]'}] * 2
     assert [pair.chosen for pair in read(rows)] == ['{"role": "x", "content": "y"}', "[1, 2]", "[1, 2]"]
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        [{"message": bot("Seven."), "score": 1}, {"message": bot("Blue."), "score": 2}],
+        [{"messages": [bot("Seven.")], "score": 1}, {"messages": [bot("Blue.")], "score": 2}],
+        [{"content": "Seven.", "rating": 1}, {"content": "Blue.", "rating": 2}],
+        [bot("Blue.") | {"rank": 1}, bot("Seven.") | {"rank": 2}],
+    ],
+)
+def test_answers_that_are_messages_are_ranked(answers: list[Any]) -> None:
+    assert [(pair.messages, pair.chosen, pair.rejected) for pair in read([{"prompt": Q, "completions": answers}])] == [
+        ((user(Q),), "Blue.", "Seven.")
+    ]
+
+
+def test_messages_may_name_their_speaker() -> None:
+    turns = {
+        side: [{"speaker": "User", "text": Q}, {"speaker": "AI", "text": text}]
+        for side, text in (("chosen", "Blue."), ("rejected", "Seven."))
+    }
+    assert [(pair.messages, pair.chosen, pair.rejected) for pair in read([turns])] == [((user(Q),), "Blue.", "Seven.")]
