@@ -41,6 +41,8 @@ NO_CARD = "the model card (README.md) is not written"
 def train(recipe: Recipe, *, resume: bool = False) -> TrainResult:
     """Train as ``recipe`` says; ``resume`` goes on with the run in ``training.output_dir``.
 
+    What ``recipe`` leaves at its default is then as the run has it; what differs is recorded, or refused.
+
     Leaves the run folder: adapter, metrics, samples and model card. Merge and push are verbs of their own.
 
     Raises:
