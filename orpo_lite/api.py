@@ -1,10 +1,11 @@
 """Train and verify: what chains several verbs, for notebooks and for the command line."""
 
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from orpo_lite import demo
 from orpo_lite.base.adapter import adopt_adapter
@@ -20,15 +21,16 @@ from orpo_lite.publishing.model_card import make_card, write_card
 from orpo_lite.publishing.push import check_push, find_licences
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.runs.atomic import to_json, write_text
+from orpo_lite.runs.changes import Change, find_changes, other_versions, record_changes, values_in_force
 from orpo_lite.runs.commands import Weights
-from orpo_lite.runs.folder import create, locked, logged, refuse_existing
+from orpo_lite.runs.folder import create, find_initial_adapter, locked, logged, refuse_existing
 from orpo_lite.runs.inputs import Inputs, prepare_inputs, with_absolute_paths
 from orpo_lite.runs.interrupt import collect_signals
-from orpo_lite.runs.lock import check_lock, make_lock
+from orpo_lite.runs.lock import check_lock, make_lock, read_lock, with_pinned_base
 from orpo_lite.training.faults import explain_faults
 from orpo_lite.training.loop import train_steps
 from orpo_lite.training.result import TrainResult, keep_best, write_adapter_config
-from orpo_lite.training.session import load_session, restore_session
+from orpo_lite.training.session import Session, load_session, refuse_fewer_steps, restore_session
 from orpo_lite.training.state import TrainState
 from orpo_lite.training.texts import make_texts, write_texts
 from orpo_lite.updates import Update, attempt, run_to_end
@@ -38,6 +40,8 @@ NO_CARD = "the model card (README.md) is not written"
 
 def train(recipe: Recipe, *, resume: bool = False) -> TrainResult:
     """Train as ``recipe`` says; ``resume`` goes on with the run in ``training.output_dir``.
+
+    What ``recipe`` leaves at its default is then as the run has it; what differs is recorded, or refused.
 
     Leaves the run folder: adapter, metrics, samples and model card. Merge and push are verbs of their own.
 
@@ -50,26 +54,22 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainResult:
 def train_events(recipe: Recipe, *, resume: bool = False) -> Generator[Update, None, TrainResult]:
     """:func:`train` as a generator: yields an :class:`Update` for all that happens and returns the result."""
     objective = find_objective(recipe.loss)
-    processes = Processes()
-    if not resume:
-        processes.on_main(refuse_existing, recipe)
-    if processes.is_main:
-        yield from check_push(recipe, resume=resume)
-    recipe = with_absolute_paths(adopt_adapter(recipe))
-    if processes.is_main:
-        for done, total in demo.make_builtin(recipe):
-            yield Update("stage", "training the built-in base", done, total)
-    processes.wait()
-    resolved = demo.resolve_builtin(recipe)
+    processes, path = Processes(), Path(recipe.training.output_dir)
+    recipe, changed = yield from _begin(recipe, processes, path, resume=resume)
+    initial = find_initial_adapter(recipe, path)
+    resolved = demo.resolve_builtin(recipe).override({"model.adapter_name_or_path": initial and str(initial)})
+    if resume:
+        resolved = with_pinned_base(resolved, read_lock(path))
     inputs = yield from prepare_inputs(resolved)
-    path = Path(recipe.training.output_dir)
+    if resume:
+        refuse_fewer_steps(resolved, inputs, path)
     licences = find_licences(recipe, inputs) if processes.is_main and not resume else {}
     texts: dict[str, bytes] = {}
     if processes.is_main:
         texts, left_out = make_texts(inputs)
         if left_out:
             yield Update("note", left_out)
-    resolved, plan = yield from choose_memory(resolved, inputs, path, processes)
+    resolved, plan = yield from choose_memory(resolved, inputs, path, processes, changed)
     inputs = replace(inputs, base=fetch_weights(inputs.base))
     lock = make_lock(resolved, inputs)
     lock["objective"] = objective.to_json()
@@ -78,7 +78,8 @@ def train_events(recipe: Recipe, *, resume: bool = False) -> Generator[Update, N
     if resume:
         processes.on_main(check_lock, path, lock)
     else:
-        processes.on_main(create, recipe, lock | {"licences": licences}, inputs.figures)
+        lock |= {"licences": licences, "recipe": dict(recipe.items())}
+        processes.on_main(create, recipe, lock, inputs.figures, initial)
     if plan:
         processes.on_main(write_text, path / PLAN, to_json(plan))
     processes.wait()
@@ -89,11 +90,57 @@ def train_events(recipe: Recipe, *, resume: bool = False) -> Generator[Update, N
             write_texts(path / "adapter", texts)
         stop = stack.enter_context(collect_signals())
         stack.enter_context(explain_faults(resolved, path))
-        return (yield from _train(resolved, inputs, path, processes, stop, resume=resume))
+        going_on = _GoingOn(recipe, changed, lock) if resume else None
+        return (yield from _train(resolved, inputs, path, processes, stop, going_on))
+
+
+def _begin(
+    recipe: Recipe, processes: Processes, path: Path, *, resume: bool
+) -> Generator[Update, None, tuple[Recipe, dict[str, Any]]]:
+    """Return the recipe in full, and what of it changes in a run that goes on; make the built-in base."""
+    changed: dict[str, Any] = {}
+    if resume:
+        recipe, changed = find_changes(path, recipe)
+    else:
+        processes.on_main(refuse_existing, recipe)
+    if processes.is_main:
+        yield from check_push(recipe, resume=resume)
+    if not resume:
+        recipe = with_absolute_paths(adopt_adapter(recipe))
+    if processes.is_main:
+        for done, total in demo.make_builtin(recipe):
+            yield Update("stage", "training the built-in base", done, total)
+    processes.wait()
+    return recipe, changed
+
+
+@dataclass(frozen=True)
+class _GoingOn:
+    """What lock.json and recipe.yaml are to say of a run that goes on."""
+
+    recipe: Recipe
+    """As it is written down: nothing in it is resolved."""
+    changed: Mapping[str, Any]
+    lock: Mapping[str, Any]
+
+    def record(self, session: Session, step: int) -> Generator[Update, None, None]:
+        """Write down, and say, what is different after ``step``."""
+        path, before = session.path, read_lock(session.path)
+        in_force, versions = values_in_force(path, before), other_versions(path, before, self.lock)
+        session.processes.wait()
+        session.processes.on_main(record_changes, path, self.recipe, self.changed, self.lock, step)
+        for key, value in self.changed.items():
+            yield Update("note", f"changed after step {step}: {Change(key, in_force[key], value, step)}")
+        if self.changed and step < session.steps:
+            rate = session.learning_rate(step)
+            yield Update("note", f"step {step + 1} of {session.steps} has the learning rate {rate:.3g}")
+        for key, (old, new) in versions.items():
+            name = key.removeprefix("versions.")
+            yield Update("note", f"{name} is {new}, and was {old}: bits may differ from here on")
 
 
 def _train(
-    recipe: Recipe, inputs: Inputs, path: Path, processes: Processes, stop: list[int], *, resume: bool
+    recipe: Recipe, inputs: Inputs, path: Path, processes: Processes, stop: list[int], going_on: _GoingOn | None
 ) -> Generator[Update, None, TrainResult]:
     """Load, train, keep the best adapter; then answer prompts and write the model card.
 
@@ -106,9 +153,10 @@ def _train(
         write_adapter_config(path / "adapter", session.pair_model, inputs.base.name)
         yield from attempt(NO_CARD, make_card, path)
     state = TrainState()
-    if resume:
-        state = yield from restore_session(session)
-    yield from train_steps(session, state, saved=resume)
+    if going_on:
+        state = yield from restore_session(session, going_on.changed)
+        yield from going_on.record(session, state.step)
+    yield from train_steps(session, state, saved=going_on is not None)
     kept = yield from keep_best(session, state)
     samples: tuple[Sample, ...] = ()
     if processes.is_main:

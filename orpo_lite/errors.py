@@ -137,6 +137,13 @@ class HubError(OrpoLiteError):
     exit_code = 8
 
 
+def _is_same_fix(one: str, other: str) -> bool:
+    """Whether both are the same data; words alone stay with their fault."""
+    if isinstance(one, Overrides) and isinstance(other, Overrides):
+        return one.values == other.values
+    return isinstance(one, Command) and isinstance(other, Command) and one.line == other.line
+
+
 def raise_all(faults: Sequence[OrpoLiteError]) -> None:
     """Raise every fault as one error of the first one's class: the first twenty and the total. No-op when empty.
 
@@ -147,9 +154,7 @@ def raise_all(faults: Sequence[OrpoLiteError]) -> None:
     if len(faults) == 1:
         raise faults[0]
     common = faults[0].fix
-    is_common = isinstance(common, Overrides) and all(
-        isinstance(fault.fix, Overrides) and fault.fix.values == common.values for fault in faults
-    )
+    is_common = all(_is_same_fix(common, fault.fix) for fault in faults)
     once = f"\n  fix: {common}" if is_common else ""  # said behind all of them
     shown = "\n".join(str(fault).removesuffix(once) for fault in faults[:SHOWN])
     rest = len(faults) - SHOWN

@@ -1,13 +1,17 @@
 """A LoRA adapter on disk: found, fetched, checked."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from orpo_lite.base.download import ADAPTER, download, resolve
-from orpo_lite.errors import ModelError, RecipeError, raise_all
-from orpo_lite.recipe.schema import Recipe
+from orpo_lite.errors import ModelError, Overrides, RecipeError, raise_all
+from orpo_lite.recipe.schema import LoraSection, Recipe
+from orpo_lite.recipe.text import to_text
 
 
 def find_adapter(name: str) -> Path:
@@ -85,19 +89,52 @@ def adopt_adapter(recipe: Recipe) -> Recipe:
     """The recipe with the shape of the adapter that it trains on from; a key set to something else is refused."""
     if not recipe.model.adapter_name_or_path:
         return recipe
-    config = read_adapter_config(find_adapter(recipe.model.adapter_name_or_path))
+    folder = find_adapter(recipe.model.adapter_name_or_path)
+    config = read_adapter_config(folder)
     shape = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
     values = {f"lora.{key}": getattr(config, key) for key in shape}
-    faults = []
-    for key, wanted in recipe.items():
-        if key in values and values[key] != wanted and recipe.sources[key] != "default":
-            faults.append(
-                RecipeError(
-                    where=recipe.sources[key],
-                    found=f"{key}: {wanted} with model.adapter_name_or_path",
-                    expected=f"its own {values[key]}, or nothing",
-                    fix="leave the key out",
-                )
+    values["lora.target_modules"] = adapted_modules(config, folder)
+    values["lora.init_lora_weights"] = True  # which says nothing: the weights are the adapter's own
+    defaults = LoraSection()
+    differing = {
+        key: wanted
+        for key, wanted in recipe.items()
+        if key in values
+        and values[key] != (sorted(wanted) if isinstance(wanted, list) else wanted)
+        and (recipe.sources[key] != "default" or wanted != getattr(defaults, key.removeprefix("lora.")))
+    }
+    own = {key: ",".join(values[key]) if isinstance(values[key], list) else values[key] for key in differing}
+    raise_all(
+        [
+            RecipeError(
+                where=recipe.sources[key],
+                found=f"{key}: {to_text(wanted)} with model.adapter_name_or_path",
+                expected=f"its own {to_text(values[key])}, or nothing",
+                fix=Overrides(own, ", or leave the key out"),
             )
-    raise_all(faults)
+            for key, wanted in differing.items()
+        ]
+    )
     return recipe.override(values)
+
+
+def adapted_modules(config: Any, folder: Path) -> str | list[str]:
+    """The names of what an adapter adapts, sorted; those of its tensors where its configuration has an expression."""
+    targets = config.target_modules or []
+    if targets == "all-linear":
+        return "all-linear"
+    if isinstance(targets, str):
+        file = folder / "adapter_model.safetensors"
+        try:
+            with safe_open(file, "np") as tensors:
+                found = [MODULE.fullmatch(name) for name in tensors.keys()]  # noqa: SIM118 - it is no mapping
+        except (OSError, SafetensorError) as error:
+            raise ModelError(
+                where=str(file), found=f"cannot be read ({error})", expected="whole safetensors", fix="fetch it again"
+            ) from error
+        targets = {match["module"] for match in found if match}
+    return sorted({*targets, *(config.target_parameters or [])})
+
+
+# A tensor of an adapter, as peft names it.
+MODULE = re.compile(r"base_model\.model\.(?P<module>.+?)(\.base_layer)*\.lora_\w+(\.weight)?")

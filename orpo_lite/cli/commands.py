@@ -100,6 +100,12 @@ def _top(version: Annotated[bool, typer.Option("--version", help="Print the vers
         raise typer.Exit
 
 
+RESUME = (
+    "Go on with the run in this folder. KEY=VALUE may change its learning rate (learning_rate, lr_scheduler_type, "
+    "warmup_steps), its length (max_steps, num_train_epochs, early_stopping_patience), eval_steps, "
+    "load_best_model_at_end, full_determinism, memory.* and output.*: each change is recorded with its step. The rate "
+    "of a step is then what it would be there had the run begun with the new values."
+)
 RecipeName = Annotated[str | None, typer.Option("--recipe", help="A shipped name (see `recipes ls`), or a .yaml path.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print all of it as JSON, and nothing else.")]
 
@@ -110,12 +116,16 @@ def train(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Any key of the recipe, e.g. lora.r=8.")
     ] = None,
     recipe: RecipeName = None,
-    resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with the run in this folder.")] = None,
+    resume: Annotated[Path | None, typer.Option(metavar="RUN", help=RESUME)] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print every value and its source; do nothing.")] = False,
 ) -> None:
     """Train an adapter as a recipe says, then merge it and show what changed."""
     chosen = _choose_recipe(recipe, resume, overrides or [])
     if dry_run:
+        if resume is not None and (resume / "lock.json").is_file():
+            from orpo_lite.runs.changes import find_changes
+
+            chosen, _ = find_changes(resume, chosen)
         _print_values(chosen)
         return
     with quiet():
@@ -313,19 +323,18 @@ def _previewing(recipe: "Recipe", row: str | None) -> "Generator[Update, None, P
 
 def _choose_recipe(name: str | None, resume: Path | None, overrides: list[str], *, verb: str = "train") -> "Recipe":
     from orpo_lite.recipe.reader import load_recipe
-    from orpo_lite.runs.lock import read_recipe
+    from orpo_lite.runs.changes import recipe_to_resume
+    from orpo_lite.runs.commands import resume_command
 
     if resume is not None:
-        if name or overrides:
+        if name:
             raise RecipeError(
                 where="--resume",
-                found="given with " + (f"--recipe {name}" if name else " ".join(overrides)),
+                found=f"given with --recipe {name}",
                 expected="the run's own recipe",
-                fix=Command(f"orpo-lite train --resume {resume}"),
+                fix=resume_command(resume),
             )
-        resume = resume.expanduser()  # a shell leaves ~ alone in --resume=~/runs/a
-        recipe = read_recipe(resume)
-        return recipe.override({"training.output_dir": str(resume)})  # the folder may have been moved
+        return recipe_to_resume(resume.expanduser(), overrides)  # a shell leaves ~ alone in --resume=~/runs/a
     _refuse_file(name, overrides, verb)
     if name is None:
         words = [text for text in overrides if "=" not in text]

@@ -19,10 +19,11 @@ from orpo_lite.model.pair_model import PairModel, Route
 from orpo_lite.model.probe import probe
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.runs.atomic import to_json, write_text
+from orpo_lite.runs.changes import trained_recipe
 from orpo_lite.runs.commands import Weights
 from orpo_lite.runs.folder import find_finished_adapter, find_merged, find_trained_base
 from orpo_lite.runs.inputs import prepare_inputs
-from orpo_lite.runs.lock import read_lock, read_recipe
+from orpo_lite.runs.lock import read_lock, with_pinned_base
 from orpo_lite.updates import Update
 
 PAIRS = 200  # as many are compared
@@ -95,7 +96,7 @@ def compare_merged(
     path = Path(run_folder).expanduser()
     find_finished_adapter(path)
     merged, base = find_merged(path, weights), find_trained_base(path, base_path)
-    recipe = demo.resolve_builtin(read_recipe(path))
+    recipe = with_pinned_base(demo.resolve_builtin(trained_recipe(path)), read_lock(path))
     if base_path is not None:
         recipe = recipe.override({"model.model_name_or_path": str(base.path)})
     inputs = yield from prepare_inputs(recipe)

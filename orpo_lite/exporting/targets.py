@@ -24,9 +24,10 @@ from orpo_lite.exporting.gguf_tokenizer import SPACE, describe_tokenizer
 from orpo_lite.exporting.llama_cpp import PROBES, QUANTISED, check_tokens, is_installed, quantise
 from orpo_lite.exporting.ollama_template import Render, find_turns, renderer
 from orpo_lite.runs.atomic import new_folder, write_text
+from orpo_lite.runs.changes import trained_recipe
 from orpo_lite.runs.commands import Weights, quoted
 from orpo_lite.runs.folder import find_finished_adapter, find_merged, locked, merged_folder
-from orpo_lite.runs.lock import read_lock, read_recipe
+from orpo_lite.runs.lock import read_lock
 from orpo_lite.runs.records import read_json
 from orpo_lite.updates import Update, run_to_end
 
@@ -127,7 +128,7 @@ def to_ollama(request: _Request) -> Exporting:
     outtype = request.outtype or _stored_type(request)
     folder = request.folder("ollama", request.outtype or "")
     tokenizer = load_tokenizer(request.merged)
-    recipe = read_recipe(request.path)
+    recipe = trained_recipe(request.path)
     if recipe.data.chat_template == "none":
         tokenizer.chat_template = None
     turns, missing = find_turns(renderer(tokenizer, recipe.data.chat_template_kwargs), "chat template")
@@ -236,7 +237,7 @@ def _write_model(
     targets = find_targets(made, config.get_text_config() if made.pictures else config, tensors, where)
     rows = next((t.stored.shape[0] for t in targets if t.name == "token_embd.weight"), 0)
     tokenizer = load_tokenizer(request.merged)
-    variables = read_recipe(request.path).data.chat_template_kwargs
+    variables = trained_recipe(request.path).data.chat_template_kwargs
     if not tokenizer.is_fast:
         raise ModelError(where=f"tokenizer in {request.merged}", found="is not a fast one", expected="a tokenizer.json")
     spec = json.loads(tokenizer.backend_tokenizer.to_str())

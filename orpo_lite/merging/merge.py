@@ -30,9 +30,10 @@ from orpo_lite.model.quantize import is_transposed, quantizable
 from orpo_lite.recipe.schema import QuantizationSection
 from orpo_lite.recipe.text import read_bytes
 from orpo_lite.runs.atomic import new_folder, to_json, write_text
-from orpo_lite.runs.commands import Weights, quoted
+from orpo_lite.runs.changes import trained_recipe
+from orpo_lite.runs.commands import Weights, resume_command
 from orpo_lite.runs.folder import adapter_sha256, find_finished_adapter, find_trained_base, locked, merged_folder
-from orpo_lite.runs.lock import read_lock, read_recipe
+from orpo_lite.runs.lock import read_lock
 from orpo_lite.runs.records import read_json
 from orpo_lite.updates import Update, run_to_end
 
@@ -97,11 +98,11 @@ def merge_events(
     """:func:`merge` as a generator of what is being done."""
     path = Path(run_folder).expanduser()
     folder, most = path / merged_folder(weights), _shard_size(max_shard_size)
-    recipe, adapter = read_recipe(path), find_finished_adapter(path)
+    recipe, adapter = trained_recipe(path), find_finished_adapter(path)
     try:
         load_tokenizer(adapter)  # it goes with the weights
     except ModelError as error:
-        error.fix = Command(f"orpo-lite train --resume {quoted(path)}", ", which writes it again")
+        error.fix = Command(resume_command(path).line, ", which writes it again")
         raise
     base = find_trained_base(path, base_path)
     yield Update("stage", f"merging {adapter} into its base")

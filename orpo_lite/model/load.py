@@ -51,7 +51,14 @@ def load_pair_model(recipe: Recipe, base: Base, device: torch.device) -> PairMod
 
 
 def bare_pair_model(recipe: Recipe, config: Any, dtype: torch.dtype, device: torch.device = META) -> PairModel:
-    """The same model from its configuration alone: on meta shapes and storages only, elsewhere random weights."""
+    """The same model from its configuration alone: on meta shapes and storages only, elsewhere random weights.
+
+    An adapter of which single layers, or experts, are named may have none of them in a model of two layers: it counts
+    as one on all linear layers.
+    """
+    names = recipe.lora.target_modules
+    if recipe.model.adapter_name_or_path and any("." in name for name in names):
+        recipe = recipe.override({"lora.target_modules": "all-linear"})
     return _as_pair_model(bare_base(recipe, config, dtype, device), recipe, None)
 
 

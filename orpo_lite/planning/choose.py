@@ -1,6 +1,6 @@
 """The memory settings of a training, by a plan for the GPU that it runs on."""
 
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,14 @@ PLAN = "plan.json"
 
 
 def choose_memory(
-    recipe: Recipe, inputs: Inputs, path: Path, processes: Processes
+    recipe: Recipe, inputs: Inputs, path: Path, processes: Processes, changed: Collection[str] = ()
 ) -> Generator[Update, None, tuple[Recipe, dict[str, Any]]]:
     """Return the recipe with the memory settings of a plan, and what plan.json is to hold.
 
     Without a GPU and a budget no plan is made: the recipe as it is, and {}.
 
-    A run that goes on keeps the settings that it began with, if they still fit: its bits depend on them.
+    A run that goes on keeps the settings that it began with, if they still fit: its bits depend on them. It is planned
+    anew where a key of ``memory`` is among those ``changed``.
     """
     device, wanted = processes.device, recipe.memory.budget_bytes
     own = local_gpu(device.index or 0) if device.type == "cuda" else None
@@ -38,10 +39,13 @@ def choose_memory(
         yield Update("note", f"memory.budget={recipe.memory.budget}, and {gib(own.free)} are free on the card")
     gpu = own.gpu if own else None
     before = read_json(path / PLAN) if (path / PLAN).is_file() else {}
-    if before and before["needed_bytes"] <= budget:
+    is_asked = any(key.startswith("memory.") for key in changed)
+    still_fits = bool(before) and before["needed_bytes"] <= budget
+    if still_fits and not is_asked:
         return recipe.with_memory(before["levers"]), {}
     if before:
-        yield Update("note", "the plan that the run began with does not fit any more: bits may differ from here on")
+        why = "is not what is asked for now" if still_fits else "does not fit any more"
+        yield Update("note", f"the plan that the run began with {why}: bits may differ from here on")
     yield Update("stage", "planning the memory of a step")
     lengths = pair_lengths(inputs.train)
     try:

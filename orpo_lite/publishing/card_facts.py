@@ -11,10 +11,12 @@ from huggingface_hub import EvalResult, ModelCardData
 from orpo_lite.data.sources.source import is_path
 from orpo_lite.errors import CheckpointError, ModelError
 from orpo_lite.publishing.licences import Terms, climbs, find_terms, is_hub_name
-from orpo_lite.recipe.schema import Recipe
+from orpo_lite.recipe.schema import KEYS, Recipe
+from orpo_lite.recipe.text import to_text
+from orpo_lite.runs.changes import Change, read_changes, trained_recipe, values_at_start
 from orpo_lite.runs.commands import Weights
 from orpo_lite.runs.folder import FOLDERS, RESULT, find_merged
-from orpo_lite.runs.lock import read_lock, read_recipe
+from orpo_lite.runs.lock import read_lock
 from orpo_lite.runs.records import FIGURE, Kinds, read_json, read_metrics, read_samples, refuse_lacking
 
 SOMEWHERE = "OWNER/NAME"  # stands for the repository until it is known
@@ -76,28 +78,50 @@ class Facts:
     objective: Mapping[str, Any]
     """What the loss is: see :meth:`orpo_lite.objectives.objective.Objective.to_json`."""
     shown: Shown
+    start: Mapping[str, Any]
+    """``section.key``, and ``versions.NAME`` of a package -> value of the first step."""
+    changes: Sequence[Change]
+    """What was changed while the training went on, and had an effect on the steps that were made."""
 
     @classmethod
     def read(cls, path: Path, shown: Shown) -> "Facts":
-        recipe, lock = read_recipe(path), read_lock(path)
+        recipe, lock = trained_recipe(path), read_lock(path)
         refuse_lacking(lock, {"orpo_lite": str, "versions": dict}, str(path / "lock.json"))
         licences = shown.licences if shown.licences is not None else lock.get("licences") or {}
         kinds = [shown.merged] if shown.merged else FOLDERS
         metrics = read_metrics(path)
+        steps, kept_step = _steps(path, recipe, metrics)
+        changes = read_changes(lock, str(path / "lock.json"))
+        adapter = read_json(path / "adapter" / "adapter_config.json", {"r": int})
+        start = dict(recipe.items()) | values_at_start(path, lock)
+        start |= {f"versions.{name}": version for name, version in lock["versions"].items()}
+        if recipe.model.adapter_name_or_path:  # whose shape a recipe cannot state in full
+            shape = {key: adapter[key] for key in KEYS["lora"] if adapter.get(key) is not None}
+            start |= {f"lora.{k}": sorted(v) if isinstance(v, list) else v for k, v in shape.items()}
         return cls(
             recipe,
             lock,
             _read_figures(path / "data.json"),
             metrics,
-            *_steps(path, recipe, metrics),
+            steps,
+            kept_step,
             licences.get("base", {}),
             licences.get("data", {}),
             {kind: found for kind in kinds if (found := _verified(path, kind))},
-            read_json(path / "adapter" / "adapter_config.json", {"r": int}),
+            adapter,
             read_samples(path),
             read_objective(recipe, lock),
             shown,
+            start,
+            [change for change in changes if steps is None or change.after_step < steps],
         )
+
+    def over_time(self, key: str) -> str:
+        """A value as text; where another one took its place, each of them with the step that it came after."""
+        found = {0: self.start[key]}
+        found.update((change.after_step, change.after) for change in self.changes if change.key == key)
+        texts = {step: value if key.startswith("versions.") else to_text(value) for step, value in found.items()}
+        return ", then ".join(f"{text} after step {step:,}" if step else text for step, text in texts.items())
 
     @property
     def terms(self) -> list[Terms]:

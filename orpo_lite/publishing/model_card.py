@@ -25,6 +25,11 @@ SHOWN_KEYS = (
     "training.weight_decay", "training.max_grad_norm", "training.seed",
 )  # fmt: skip
 
+# What peft's configuration of an adapter may say of its shape, and no key of the recipe does.
+ADAPTER_SHAPE = (
+    "rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters",
+)  # fmt: skip
+
 OLLAMA = (
     "Ollama takes a GGUF file, which is not in this repository. `orpo-lite export RUN --to ollama` makes one of the "
     "run's folder, and a Modelfile with the template and the stop tokens of this model. A bare `FROM` would leave both "
@@ -87,18 +92,23 @@ def _head(facts: Facts) -> str:
 
 def _training(facts: Facts) -> str:
     recipe = facts.recipe
-    values = dict(recipe.items()) | {"data.max_prompt_length": recipe.data.prompt_limit}
+    values = {key: facts.over_time(key) for key in SHOWN_KEYS}
+    values["data.max_prompt_length"] = str(recipe.data.prompt_limit)
+    if facts.start["training.max_steps"] > 0 and recipe.training.max_steps > 0:
+        del values["training.num_train_epochs"]  # the steps are given, and it has no effect
     rows = [
         *facts.objective["settings"].items(),
         ("steps", "not known" if facts.steps is None else f"{facts.steps:,}; kept: step {facts.kept_step:,}"),
         ("chat template", _template(facts)),
-        *((f"`{key}`", _cell(to_text(values[key]))) for key in SHOWN_KEYS),
-        ("versions", ", ".join(f"{name} {version}" for name, version in facts.lock["versions"].items())),
+        *((f"`{key}`", _cell(value)) for key, value in values.items()),
+        ("versions", ", ".join(f"{name} {facts.over_time(f'versions.{name}')}" for name in facts.lock["versions"])),
     ]
     if recipe.model.adapter_name_or_path:
         source = recipe.model.adapter_name_or_path
         is_local = source.startswith((".", "/", "~")) or source.count("/") != 1
         rows.insert(0, ("trained on from", "an adapter of the trainer's own" if is_local else _cell(source)))
+        shape = {key: facts.adapter[key] for key in ADAPTER_SHAPE if facts.adapter.get(key)}
+        rows += [(f"`{key}` of the adapter", _cell(to_text(value))) for key, value in shape.items()]
     return f"## Training\n\n{facts.objective['formula']}\n\n{_table(('what', 'value'), rows)}"
 
 

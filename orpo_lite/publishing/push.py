@@ -33,10 +33,11 @@ from orpo_lite.publishing.retry import LEAST, UnreadableError, own_token, run_in
 from orpo_lite.publishing.upload import check_card, commit_files
 from orpo_lite.recipe.schema import Recipe, refuse_repository
 from orpo_lite.runs.atomic import to_json
-from orpo_lite.runs.commands import Weights, merge_command, quoted
+from orpo_lite.runs.changes import trained_recipe
+from orpo_lite.runs.commands import Weights, merge_command, quoted, resume_command
 from orpo_lite.runs.folder import find_finished_adapter, find_merged, locked
 from orpo_lite.runs.inputs import Inputs
-from orpo_lite.runs.lock import read_lock, read_recipe
+from orpo_lite.runs.lock import read_lock
 from orpo_lite.runs.records import SAMPLES, read_json, read_samples
 from orpo_lite.updates import Update, run_to_end
 
@@ -112,9 +113,9 @@ def push_events(
             expected=str(error),
             fix=push_command(path, _name_in(repository), merged=merged, is_public=is_public, samples=samples),
         ) from None
-    lock, recipe = read_lock(path), read_recipe(path)
+    lock, recipe = read_lock(path), trained_recipe(path)
     folder = find_finished_adapter(path)
-    again = merge_command(path, merged) if merged else Command(f"orpo-lite train --resume {quoted(path)}")
+    again = merge_command(path, merged) if merged else resume_command(path)
     if merged:
         try:
             folder = find_merged(path, merged)

@@ -133,7 +133,7 @@ class ModelSection(Section):
     model_revision: str = "main"
     """Branch, tag or commit; the commit it resolves to is recorded in lock.json."""
     adapter_name_or_path: str | None = None
-    """A LoRA adapter to train on from, instead of a new one."""
+    """A LoRA adapter to train on from, instead of a new one: it sets all of lora, which may be left out."""
     dtype: Dtype = "auto"
     """Of everything that is not quantised. auto: bfloat16, else float16 (T4, V100), else float32 (CPU)."""
     attn_implementation: Annotated[str | None, BeforeValidator(_attention)] = None
@@ -237,18 +237,22 @@ class LossSection(Section):
 
 
 class TrainingSection(Section):
-    """The optimisation (names of transformers' TrainingArguments)."""
+    """The optimisation (names of transformers' TrainingArguments).
+
+    `train --resume RUN KEY=VALUE` may change how fast, how long and how often it is evaluated. The learning rate is a
+    function of the step alone: from the next step on it is what it would be had the run begun with the new values.
+    """
 
     output_dir: Annotated[str, Field(min_length=1), AfterValidator(_from_home)] = "runs/orpo"
     """The run folder; refused when it exists."""
     learning_rate: Positive = 5e-5
-    """Peak learning rate."""
+    """Peak learning rate. `train --resume RUN` may change it, for instance after a divergence."""
     global_batch_size: int = Field(32, ge=1)
     """Pairs per optimizer step over all devices; memory settings never change it."""
     num_train_epochs: Positive = 1.0
     """Passes over the training pairs."""
     max_steps: Annotated[int, Field(ge=-1), AfterValidator(_not_zero)] = -1
-    """Optimizer steps; -1 leaves it to num_train_epochs."""
+    """Optimizer steps; -1 leaves it to num_train_epochs. Changed at --resume, the whole schedule has the new length."""
     lr_scheduler_type: Literal["cosine", "linear", "constant", "inverse_sqrt"] = "cosine"
     """Shape of the learning rate after the warm-up."""
     warmup_steps: Steps = 0.1

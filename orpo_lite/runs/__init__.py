@@ -1,4 +1,4 @@
 """The run folder: the contract between verbs.
 
-Order: atomic, commands, inputs, interrupt, records, lock, folder.
+Order: atomic, commands, inputs, interrupt, records, lock, changes, folder.
 """

@@ -5,17 +5,21 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from orpo_lite.base.adapter import find_adapter
+from orpo_lite.base.download import ADAPTER
 from orpo_lite.base.find import Base, fetch_weights, find_base, weight_files
 from orpo_lite.errors import CheckpointError, Command, ModelError, RecipeError
 from orpo_lite.recipe.schema import Recipe
-from orpo_lite.runs.atomic import sha256, sync, to_json, write_text
-from orpo_lite.runs.commands import Weights, merge_command, quoted
-from orpo_lite.runs.lock import adapter_shape, read_lock, read_recipe, refuse_other_shape
+from orpo_lite.runs.atomic import new_folder, sha256, sync, to_json, write_text
+from orpo_lite.runs.changes import trained_recipe
+from orpo_lite.runs.commands import Weights, merge_command, quoted, resume_command
+from orpo_lite.runs.lock import read_lock
 from orpo_lite.runs.records import read_json
 
 
@@ -63,7 +67,7 @@ def refuse_existing(recipe: Recipe) -> None:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         is_run = (path / "recipe.yaml").is_file()
         found = "holds a run already" if is_run else "exists and is not empty"
-        resume = Command(f"orpo-lite train --resume {quoted(path)}", ", or training.output_dir=OTHER")
+        resume = Command(resume_command(path).line, ", or training.output_dir=OTHER")
         raise CheckpointError(
             where=f"training.output_dir: {path}",
             found=found,
@@ -83,12 +87,22 @@ def refuse_existing(recipe: Recipe) -> None:
         )
 
 
-def create(recipe: Recipe, lock: Mapping[str, Any], data: Mapping[str, Any]) -> Path:
-    """Make the run folder with its recipe, lock and data figures; returns its path."""
+INITIAL = "initial_adapter"
+
+
+def create(recipe: Recipe, lock: Mapping[str, Any], data: Mapping[str, Any], initial: Path | None) -> Path:
+    """Make the run folder with its recipe, lock and data figures, and a copy of the adapter that it begins with.
+
+    The copy is what the run goes on with: where the adapter came from may be gone, or hold another one.
+    """
     refuse_existing(recipe)
     path = Path(recipe.training.output_dir)
     try:
         path.mkdir(parents=True, exist_ok=True)
+        if initial:
+            with new_folder(path / INITIAL) as folder:
+                for name in ADAPTER:
+                    shutil.copyfile(initial / name, folder / name)
         write_text(path / "data.json", to_json(data))
         write_text(path / "lock.json", to_json(lock))
         write_text(path / "recipe.yaml", recipe.to_yaml())  # last: its presence says that a run has begun
@@ -99,28 +113,33 @@ def create(recipe: Recipe, lock: Mapping[str, Any], data: Mapping[str, Any]) -> 
     return path
 
 
+def find_initial_adapter(recipe: Recipe, path: Path) -> Path | None:
+    """The folder of the adapter that a run begins with, if it begins with one: its own copy, once there is one."""
+    name = recipe.model.adapter_name_or_path
+    if name is None:
+        return None
+    return path / INITIAL if (path / INITIAL).is_dir() else find_adapter(name)
+
+
 def find_finished_adapter(path: Path) -> Path:
     """The adapter of a training that has ended. Raises :class:`CheckpointError`."""
-    lock, recipe = read_lock(path), adapter_shape(read_recipe(path))
-    adapter = path / "adapter"
-    resume = Command(f"orpo-lite train --resume {quoted(path)}")
+    lora, lock, adapter, resume = trained_recipe(path).lora, read_lock(path), path / "adapter", resume_command(path)
     if not (adapter / "adapter_model.safetensors").is_file():
         raise CheckpointError(
             where=f"run {path}", found="has no trained adapter", expected="a training that has ended", fix=resume
         )
-    refuse_other_shape(path, lock, recipe)
     try:
         config = read_json(adapter / "adapter_config.json")
     except CheckpointError as error:
         error.fix = resume
         raise
     for key in ("r", "lora_alpha", "use_rslora", "use_dora"):  # with another scale it would be another adapter
-        if (config.get(key) or False) != recipe[key]:
+        if (config.get(key) or False) != getattr(lora, key):
             raise CheckpointError(
                 where=str(adapter / "adapter_config.json"),
                 found=f"{key} is {config.get(key)!r}",
-                expected=f"{recipe[key]!r}, as in recipe.yaml",
-                fix=resume if "lora" in lock else "put back the one that was changed",
+                expected=f"{getattr(lora, key)!r}, as in recipe.yaml",
+                fix=resume if {"recipe", "lora"} & lock.keys() else "put back the one that was changed",
             )
     return adapter
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from orpo_lite.errors import Command, OrpoLiteError
-from orpo_lite.runs.commands import quoted
+from orpo_lite.errors import OrpoLiteError
+from orpo_lite.runs.commands import resume_command
 
 
 class Interrupted(OrpoLiteError):  # noqa: N818 - not a fault
@@ -15,7 +15,7 @@ class Interrupted(OrpoLiteError):  # noqa: N818 - not a fault
 
     def __init__(self, number: int, path: Path) -> None:
         found = f"stopped by {signal.Signals(number).name} and saved"
-        super().__init__(found=found, fix=Command(f"orpo-lite train --resume {quoted(path)}"))
+        super().__init__(found=found, fix=resume_command(path))
         self.exit_code = 128 + number
 
 

@@ -1,8 +1,8 @@
-"""lock.json and recipe.yaml of a run: what it was resolved to, and whether it still is."""
+"""lock.json and recipe.yaml of a run: what it was resolved to, and whether that is still so."""
 
 import hashlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,14 +10,20 @@ from typing import Any
 from orpo_lite.errors import CheckpointError
 from orpo_lite.recipe.reader import load_recipe
 from orpo_lite.recipe.schema import Recipe
+from orpo_lite.runs.commands import new_run_command
 from orpo_lite.runs.inputs import Inputs
 from orpo_lite.runs.records import read_json, refuse_lacking
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors")
 
 
-def read_recipe(path: Path) -> Recipe:
-    """The recipe of an existing run. Raises :class:`CheckpointError`."""
+def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """recipe.yaml of an existing run, which may have been edited. Raises :class:`CheckpointError`."""
+    _refuse_no_run(path)
+    return load_recipe(str((path / "recipe.yaml").resolve()), overrides)
+
+
+def _refuse_no_run(path: Path) -> None:
     if not (path / "recipe.yaml").is_file():
         is_inside = (path.parent / "recipe.yaml").is_file()
         raise CheckpointError(
@@ -26,12 +32,11 @@ def read_recipe(path: Path) -> Recipe:
             expected="a folder that `orpo-lite train` made",
             fix=str(path.parent) if is_inside else "the folder that training.output_dir named",
         )
-    return load_recipe(str((path / "recipe.yaml").resolve()))
 
 
 def read_lock(path: Path) -> dict[str, Any]:
     """The lock.json of an existing run. Raises :class:`CheckpointError`."""
-    read_recipe(path)
+    _refuse_no_run(path)
     file = path / "lock.json"
     lock = read_json(file)
     needed = {"base": ("name", "revision", "path", "fingerprint"), "data": ("name", "sha256")}
@@ -49,21 +54,10 @@ def read_lock(path: Path) -> dict[str, Any]:
     return lock
 
 
-def adapter_shape(recipe: Recipe) -> dict[str, Any]:
-    """What makes other tensors, or another sum of the same ones, of an adapter."""
-    return recipe.lora.model_dump(include={"r", "lora_alpha", "use_rslora", "use_dora", "target_modules"})
-
-
-def refuse_other_shape(path: Path, lock: Mapping[str, Any], shape: Mapping[str, Any]) -> None:
-    """Raise :class:`CheckpointError` for a recipe that was changed: what is trained is not of that shape."""
-    for key, value in lock.get("lora", {}).items():  # which runs of an older version did not note
-        if shape[key] != value:
-            raise CheckpointError(
-                where=f"{path / 'recipe.yaml'}, lora.{key}",
-                found=f"{shape[key]!r}",
-                expected=f"{value!r}, as the run began",
-                fix="put it back, or train a new run",
-            )
+def with_pinned_base(recipe: Recipe, lock: Mapping[str, Any]) -> Recipe:
+    """The recipe with the commit that the base's revision named when the run began, whatever it names by now."""
+    revision = lock["base"]["revision"]
+    return recipe.override({"model.model_revision": revision}) if revision is not None else recipe
 
 
 def make_lock(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
@@ -81,7 +75,6 @@ def make_lock(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
         "data": {"name": ", ".join(recipe.data.names), "sha256": inputs.figures["sha256"]},
         "tokens": {"name": "as tokens", "sha256": _sha256(f"{inputs.train.sha256} {inputs.test.sha256}")},
         "chat_template": {"name": recipe.data.chat_template, "sha256": _sha256(str(inputs.tokenizer.chat_template))},
-        "lora": adapter_shape(recipe),
         "end_token_id": inputs.end_id,
         "seed": recipe.training.seed,
     }
@@ -97,7 +90,6 @@ def check_lock(path: Path, lock: Mapping[str, Any]) -> None:
     Tokens may change though nothing else did: with a library, or with the date that a template writes.
     """
     before = read_lock(path)
-    refuse_other_shape(path, before, lock["lora"])
     pairs = {"base": "fingerprint", "chat_template": "sha256", "data": "sha256", "tokens": "sha256"}
     pairs = {what: key for what, key in pairs.items() if what in before}  # runs of an older version noted no tokens
     differing = [f"{what} {lock[what]['name']}" for what, key in pairs.items() if before[what][key] != lock[what][key]]
@@ -106,5 +98,5 @@ def check_lock(path: Path, lock: Mapping[str, Any]) -> None:
             where=f"run {path}",
             found=f"changed since the run began: {', '.join(differing)}",
             expected="the same base, template and data",
-            fix="start a new run: training.output_dir=OTHER",
+            fix=new_run_command(path, {}),
         )

@@ -82,10 +82,15 @@ def find_fault(folder: Path) -> str | None:
 
 def restore(folder: Path, model: PairModel, optimizer: torch.optim.Optimizer) -> TrainState:
     """Load a checkpoint that :func:`newest` gave; returns its state. Raises :class:`CheckpointError`."""
-    state = TrainState.from_json(read_json(folder / STATE), str(folder / STATE))
+    state = read_state(folder)
     load_adapter(folder, model)
     _restore_optimizer(optimizer, load_file(folder / OPTIMIZER), state.optimizer)
     return replace(state, optimizer={})
+
+
+def read_state(folder: Path) -> TrainState:
+    """The state in a checkpoint that :func:`newest` gave. Raises :class:`CheckpointError`."""
+    return TrainState.from_json(read_json(folder / STATE), str(folder / STATE))
 
 
 def load_adapter(folder: Path, model: PairModel) -> None:

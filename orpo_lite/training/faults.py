@@ -10,8 +10,9 @@ from transformers import enable_full_determinism
 
 from orpo_lite.data.packing import micro_batches
 from orpo_lite.data.pair import TokenizedPair
-from orpo_lite.errors import DivergedError, FitError, Overrides, RecipeError
+from orpo_lite.errors import Command, DivergedError, FitError, Overrides, RecipeError
 from orpo_lite.recipe.schema import Recipe
+from orpo_lite.runs.commands import resume_command
 from orpo_lite.training.session import Session
 from orpo_lite.training.state import TrainState
 from orpo_lite.updates import Update
@@ -36,11 +37,12 @@ def shrink_memory(session: Session, batch: Sequence[TokenizedPair]) -> dict[str,
         return sizes | {"activation_checkpointing": "all"}
     plain = {"checkpoint_offload": True, "mlp_tile": 512, "embedding_on_cpu": True}
     unused = {f"memory.{key}": plain[key] for key in plain if getattr(memory, key) in (None, False, "auto")}
-    kept = " in a new run; checkpoints are kept"
     raise FitError(
         where=f"run {session.path}",
         found="one pair at a time is out of memory, with all layers checkpointed",
-        fix=Overrides(unused, kept) if unused else f"a shorter data.max_length{kept}",
+        fix=Command(resume_command(session.path, unused).line, ", to go on from the last checkpoint")
+        if unused
+        else "a shorter data.max_length in a new run; checkpoints are kept",
     )
 
 
@@ -48,10 +50,13 @@ def report_not_finite(session: Session, batch: Sequence[TokenizedPair], state: T
     """Return what to say of a step that was skipped. Raises :class:`DivergedError` at the third in a row."""
     found = f"loss or gradient not finite at step {state.step}"
     if state.bad_in_a_row == BAD_STEPS:
+        lower = {"training.learning_rate": session.recipe.training.learning_rate / 2}
         raise DivergedError(
             where=f"run {session.path}",
             found=f"{found}, the {BAD_STEPS}rd in a row",
-            fix=f"lower training.learning_rate; the last checkpoint is kept in {session.path}",
+            fix=Command(
+                resume_command(session.path, lower).line, ", to go on from the last checkpoint at half the rate"
+            ),
         )
     rows = ", ".join(pair.where for pair in batch[:8])
     return Update("note", f"{found}; no update (pairs {rows}{' ...' if len(batch) > 8 else ''})")

@@ -43,7 +43,11 @@ def train_steps(session: Session, state: TrainState, *, saved: bool = False) -> 
             last_save = (state.step, state.evaluated_step)
         if stopping:
             raise Interrupted(session.signals[0] if session.signals else signal.SIGTERM, session.path)
-        if state.step == session.steps or is_exhausted(session.recipe, state):
+        if state.step == session.steps:
+            return
+        if is_exhausted(session.recipe, state):
+            said = f"stopped early: {state.worse_in_a_row} evaluations in a row were no better than the best one"
+            yield Update("note", f"{said} (training.early_stopping_patience)")
             return
         batch = session.batch(state.step)
         try:

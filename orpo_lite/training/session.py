@@ -1,7 +1,7 @@
 """A training in memory: loaded, restored, saved; its batches and its learning rate."""
 
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from orpo_lite.base.download import check_disk
 from orpo_lite.data.packing import epoch_order, steps_per_epoch
 from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.data.prepare import pair_lengths
+from orpo_lite.errors import CheckpointError
 from orpo_lite.model.load import choose_dtype, load_pair_model
 from orpo_lite.model.memory import checkpoint_first_layers
 from orpo_lite.model.optimizer import lr_factor, make_optimizer, whole_steps
@@ -21,6 +22,7 @@ from orpo_lite.model.probe import probe, probe_operations
 from orpo_lite.objectives.objective import Objective, find_objective
 from orpo_lite.ops.devices import device_kind
 from orpo_lite.recipe.schema import Recipe
+from orpo_lite.runs.commands import resume_command
 from orpo_lite.runs.folder import KEPT_CHECKPOINTS
 from orpo_lite.runs.inputs import Inputs
 from orpo_lite.runs.records import cut_metrics
@@ -58,8 +60,7 @@ class Session:
         settings = self.recipe.training
         self.trained = [parameter for _, parameter in self.pair_model.trained()]
         self.per_epoch = steps_per_epoch(len(self.inputs.train), settings.global_batch_size)
-        epochs = math.ceil(settings.num_train_epochs * self.per_epoch)
-        self.steps = settings.max_steps if settings.max_steps > 0 else epochs
+        self.steps = count_steps(self.recipe, self.inputs)
         self.eval_every = whole_steps(settings.eval_steps, self.steps)
         self._factor = lr_factor(self.recipe, self.optimizer, self.steps)
 
@@ -108,8 +109,34 @@ def load_session(
     return Session(recipe, inputs, path, processes, stop, objective, pair_model, optimizer, scaler)
 
 
-def restore_session(session: Session) -> Generator[Update, None, TrainState]:
-    """Go back to the newest valid checkpoint; to the start when the run was stopped before its first one."""
+def count_steps(recipe: Recipe, inputs: Inputs) -> int:
+    """Steps of the whole training."""
+    settings = recipe.training
+    epochs = settings.num_train_epochs * steps_per_epoch(len(inputs.train), settings.global_batch_size)
+    return settings.max_steps if settings.max_steps > 0 else math.ceil(epochs)
+
+
+def refuse_fewer_steps(recipe: Recipe, inputs: Inputs, path: Path) -> None:
+    """Raise :class:`CheckpointError` for a run that has done more steps than it is to have now."""
+    if not any((path / "checkpoints").glob("step-*")):
+        return
+    folder, _ = checkpoint.newest(path)
+    done, steps = checkpoint.read_state(folder).step, count_steps(recipe, inputs)
+    if done > steps:
+        key = "training.max_steps" if recipe.training.max_steps > 0 else "training.num_train_epochs"
+        raise CheckpointError(
+            where=f"run {path}, {folder.name}",
+            found=f"{done} steps are done, and {key} makes it {steps}",
+            expected="no fewer than are done",
+            fix=resume_command(path, {"training.max_steps": done}),
+        )
+
+
+def restore_session(session: Session, changed: Mapping[str, Any]) -> Generator[Update, None, TrainState]:
+    """Go back to the newest valid checkpoint; to the start when the run was stopped before its first one.
+
+    A setting of ``memory`` that a step ran out of memory with gives way to one that is ``changed`` now.
+    """
     state = TrainState()
     if any((session.path / "checkpoints").glob("step-*")):
         folder, faults = checkpoint.newest(session.path)
@@ -120,6 +147,7 @@ def restore_session(session: Session) -> Generator[Update, None, TrainState]:
             session.scaler.load_state_dict(state.scaler)
     session.processes.on_main(cut_metrics, session.path, state.step, state.evaluated_step)
     yield Update("note", f"going on after step {state.step} of {session.steps}")
+    state.memory = {key: value for key, value in state.memory.items() if f"memory.{key}" not in changed}
     session.set_memory(state.memory)
     return state
 

@@ -256,11 +256,10 @@ def test_pairs_without_their_key_are_told_the_key(
     assert err.endswith(f"  fix: orpo-lite {verb} {fix}\n")
 
 
-@pytest.mark.parametrize("arguments", [["lora.r=8"], ["--recipe", "demo"]], ids=" ".join)
-def test_resume_takes_the_recipe_of_the_run_and_no_other(call: Call, tmp_path: Path, arguments: list[str]) -> None:
-    code, _, said = call("train", "--resume", str(tmp_path), *arguments)
+def test_resume_takes_the_recipe_of_the_run_and_no_other(call: Call, tmp_path: Path) -> None:
+    code, _, said = call("train", "--resume", str(tmp_path), "--recipe", "demo")
     assert code == 2
-    assert "--resume: given with " + " ".join(arguments) in said
+    assert "--resume: given with --recipe demo" in said
     assert f"orpo-lite train --resume {tmp_path}" in said
 
 

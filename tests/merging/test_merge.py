@@ -349,7 +349,8 @@ def test_a_recipe_that_was_changed_makes_no_other_adapter(old: str, new: str, tr
     for verb in (merge, verify, lambda path: train_all(read_recipe(path), resume=True)):
         with pytest.raises(CheckpointError, match=f"lora.{old.split(':')[0]}: .*\n.*as the run began") as raised:
             verb(result.run)
-        assert raised.value.fix == "put it back, or train a new run"
+        key, _, value = old.partition(": ")
+        assert raised.value.fix.line == f"orpo-lite train --resume run lora.{key}={value}"
 
 
 def test_where_the_base_lies_is_no_part_of_an_adapter(tmp_path: Path) -> None:

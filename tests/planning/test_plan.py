@@ -457,6 +457,10 @@ def test_a_plan_that_fits_no_more_is_made_anew_and_said(small_recipe: Callable[.
     assert [note for note in notes(updates) if note.startswith("the plan that the run began with does not fit")]
     after = read_json(Path("run") / "plan.json")
     assert after["needed_bytes"] <= smaller
+    asked = ("memory.budget=40MiB", "memory.micro_batch_size=1")
+    updates, _ = train_all(small_recipe(*asked), resume=True)
+    assert [note for note in notes(updates) if note.startswith("the plan that the run began with is not what is asked")]
+    assert read_json(Path("run") / "plan.json")["budget_bytes"] == 40 * 2**20
 
 
 def test_a_base_that_cannot_be_counted_trains_with_its_levers_as_they_are(

@@ -1035,8 +1035,9 @@ def test_a_card_changed_by_hand_is_pushed_as_it_is(a_run: Path, hub: Hub) -> Non
 def test_licences_that_the_run_lacks_are_asked_for(a_run: Path, hub: Hub) -> None:
     hub.set.mkdir()
     (hub.set / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
-    recipe = a_run / "recipe.yaml"
-    recipe.write_text(re.sub("dataset_name: .*", f"dataset_name: {SET}", recipe.read_text()))
+    for name in ("recipe.yaml", "lock.json"):
+        file = a_run / name
+        file.write_text(re.sub(r'(dataset_name"?: )[^,\n]*', rf'\1"{SET}"', file.read_text()))
     push(licensed(a_run, license="mit"), REPO)
     card = hub.written[REPO].files["README.md"]
     assert f"**Not for commercial use by its data**: {SET} is licensed cc-by-nc-4.0.".encode() in card
