@@ -125,12 +125,12 @@ def _refuse_wrong_reruns(model: PairModel) -> None:
     found = _gradient(model, "logits", TINY)
     again: list[Any] = [layer for layer in model.layers if layer.gradient_checkpointing]
     for layer in again:
-        layer.gradient_checkpointing = False
+        layer.gradient_checkpointing = layer.training = False
     try:
         wanted = _gradient(model, "logits", TINY)
     finally:
         for layer in again:
-            layer.gradient_checkpointing = True
+            layer.gradient_checkpointing = layer.training = True
     where = f"model {model.config.model_type}"
     if not all(bool(part.isfinite().all()) for part in wanted):
         said = f"its gradient is not finite in {_name(model.causal.dtype)}"
