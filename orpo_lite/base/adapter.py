@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from orpo_lite.base.download import ADAPTER, download, resolve
-from orpo_lite.errors import ModelError, RecipeError, raise_all
+from orpo_lite.errors import ModelError, Overrides, RecipeError, raise_all
 from orpo_lite.recipe.schema import Recipe
 
 
@@ -56,6 +56,13 @@ def read_adapter_config(folder: Path) -> Any:
         raise ModelError(
             where=str(path), found=f"is no JSON object: {error}", expected="a peft configuration"
         ) from None
+    if options.get("task_type") not in (None, "CAUSAL_LM"):
+        raise ModelError(
+            where=str(path),
+            found=f"task_type: {options['task_type']!r}",
+            expected="'CAUSAL_LM': an adapter of a model with another head is not one of this model",
+            fix=Overrides({"model.adapter_name_or_path": None}, ", which trains a new adapter"),
+        )
     # peft would take its own defaults for them, and with these the adapter is another one.
     saved = "as the adapter was saved with"
     for key in ("r", "lora_alpha"):
