@@ -34,11 +34,18 @@ ADAPTER_KEYS = (
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes for --max-lora-rank
 
 
-def vllm_rank(config: Mapping[str, Any]) -> int | None:
+def vllm_rank(config: Mapping[str, Any], base: Mapping[str, Any]) -> int | None:
     """The ``--max-lora-rank`` that serves an adapter; None for one that vLLM does not serve as it is.
 
     It knows neither DoRA nor adapted experts, and has one scale, ``lora_alpha / r``, for all layers (its PEFTHelper).
+    Of a base that wraps the model that was trained it builds the whole, in which the adapter's names match nothing.
+
+    Args:
+        config: the adapter's.
+        base: what lock.json holds of it.
     """
+    if base.get("wrapper"):  # which runs of an older version did not note
+        return None
     if any(config.get(key) for key in ("use_dora", "target_parameters", "rank_pattern", "alpha_pattern")):
         return None
     return next((rank for rank in VLLM_RANKS if rank >= config["r"]), None)

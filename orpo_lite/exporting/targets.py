@@ -157,12 +157,14 @@ def to_vllm(request: _Request) -> Exporting:
     lock = read_lock(request.path)
     adapter = request.path.resolve() / "adapter"
     config = read_json(adapter / "adapter_config.json")
-    name, base, rank = request.name, lock["base"], vllm_rank(config)
+    name, base, rank = request.name, lock["base"], vllm_rank(config, lock["base"])
     notes: list[str] = []
     if rank is None:
         what = "DoRA" if config.get("use_dora") else f"its rank of {config['r']}"
         if any(config.get(key) for key in ("rank_pattern", "alpha_pattern", "target_parameters")):
             what = "ranks and scales by layer, or adapted experts"
+        if base.get("wrapper"):
+            what = "an adapter of a part of the base, whose layers it names otherwise"
         find_merged(request.path, request.weights)
         notes.append(f"vLLM does not serve {what}: the merged model is served instead")
         parts = ["vllm", "serve", str(request.merged.resolve()), "--served-model-name", name]

@@ -25,7 +25,7 @@ from test_families import ALONE, GEMMA, GROUPED, IDS, LINEAR, LONG, SHARED, fami
 from test_loop import Trained, train_all
 from torch import Tensor, nn
 
-from orpo_lite import merge, verify
+from orpo_lite import export, merge, verify
 from orpo_lite.base import blocks
 from orpo_lite.base.blocks import in_blocks, read_header, read_tensor, stored_tensors
 from orpo_lite.base.find import fingerprint
@@ -796,3 +796,24 @@ def test_a_merged_model_that_is_another_fails(call: Call, small_recipe: Build, w
     assert not verdict.passed
     assert not verdict.held_out
     assert verdict.difference > verdict.bound
+
+
+def test_a_model_around_the_one_that_is_trained_is_merged_and_served_whole(
+    small_recipe: Build, workspace: Path
+) -> None:
+    torch.manual_seed(0)
+    write_base(workspace / "base", sees("Qwen3_5", QWEN_TEXT | {"vocab_size": 99}, QWEN_VISION)())
+    _, result = train_all(small_recipe("training.learning_rate=1e-2", "training.max_steps=3"))
+    merged = merge(result.run)
+    verdict = verify(result.run)
+    assert verdict.passed, verdict.said
+    exported = export(result.run, "vllm")
+    assert f"vllm serve {merged.folder.resolve()} " in exported.command
+    assert "an adapter of a part of the base" in exported.notes[0]
+    assert "vLLM does not serve this adapter as it is" in (result.run / "README.md").read_text()
+    file = merged.folder / "model.safetensors"
+    kept = {key: tensor for key, tensor in load_file(file).items() if "visual.merger" not in key}
+    save_file(kept, file, metadata={"format": "pt"})
+    verdict = verify(result.run)
+    assert not verdict.passed
+    assert "of the base's tensors are missing (model.visual.merger" in verdict.said
