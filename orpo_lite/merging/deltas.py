@@ -118,6 +118,11 @@ class Whole:
     """Without weights."""
 
 
+def forget() -> None:
+    """Let go of deltas that were kept for more of their parts."""
+    _converted.cache_clear()
+
+
 @lru_cache(2)  # a layer's experts are stored one by one: two projections of each, then the third
 def _converted(whole: Whole) -> dict[str, Tensor]:
     values = {name: torch.zeros(shape) for name, shape in whole.shapes.items()}

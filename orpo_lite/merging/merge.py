@@ -23,6 +23,7 @@ from orpo_lite.base.blocks import (
 from orpo_lite.base.download import check_disk
 from orpo_lite.base.find import Base, load_tokenizer
 from orpo_lite.errors import CheckpointError, Command, FitError, ModelError, RecipeError
+from orpo_lite.merging.deltas import forget
 from orpo_lite.merging.plan import Plan, make_plan
 from orpo_lite.recipe.schema import QuantizationSection
 from orpo_lite.recipe.text import read_bytes
@@ -171,8 +172,11 @@ def _stream(plan: Plan, folder: Path, most: int) -> Generator[Update, None, int]
     files = shards(plan.stored.values(), most)
     total = sum(stored.nbytes for stored in plan.stored.values())
     changed: set[str] = set()
-    for done in write_model(folder, files, _merged_blocks(plan, files, changed)):
-        yield Update("stage", "MiB merged", done >> 20, max(total >> 20, 1))
+    try:
+        for done in write_model(folder, files, _merged_blocks(plan, files, changed)):
+            yield Update("stage", "MiB merged", done >> 20, max(total >> 20, 1))
+    finally:
+        forget()
     return len(changed)
 
 

@@ -95,12 +95,16 @@ def _random_adapter(model: PairModel) -> Iterator[None]:
 
 
 def _refuse_others(model: PairModel) -> None:
-    """Refuse a model whose own forward pass fails, or whose tokens see those that come after. Raises ModelError."""
+    """Refuse a model whose own forward pass fails or changes its weights, or whose tokens see those that come after.
+
+    Raises ModelError.
+    """
     pair = _random_pairs(model.config.get_text_config(), [(24, 9, 13)])[0]
     batch = pack_pairs([pair], completion_only_loss=False, share=False).to(model.device)
     stop = batch.segments[0][1]
     changed = batch.input_ids_T[:stop].clone()
     changed[-1] = batch.input_ids_T[0]
+    versions = {name: parameter._version for name, parameter in model.causal.named_parameters()}
     try:
         both = [
             model.causal(input_ids=ids.unsqueeze(0), use_cache=False).logits[0, :-1]
@@ -110,6 +114,11 @@ def _refuse_others(model: PairModel) -> None:
         found = f"its own forward pass fails with this adapter ({_kind(error)})"
         fix = "other lora.target_modules, or another base"
         raise ModelError(where=f"model {model.config.model_type}", found=found, fix=fix) from error
+    written = [name for name, parameter in model.causal.named_parameters() if parameter._version != versions[name]]
+    if written:
+        found = f"its forward pass changes its weights ({written[0]} ...), and not the adapter with them"
+        fix = "rescale_every: 0 in its config.json" if hasattr(model.config, "rescale_every") else "another base"
+        raise ModelError(where=f"model {model.config.model_type}", found=found, fix=fix)
     if not all(bool(logits.isfinite().all()) for logits in both):
         found = f"its logits are not finite in {_name(model.causal.dtype)}"
         fix = Overrides({"model.dtype": "float32"}, " if they overflow; else its weights are broken")

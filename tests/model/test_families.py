@@ -29,6 +29,7 @@ from orpo_lite.ops.attention import NAME, Layout, Segment, UnsupportedError, cur
 from orpo_lite.recipe.reader import load_recipe
 from orpo_lite.recipe.schema import Recipe
 
+CPU = torch.device("cpu")
 IDS = {"vocab_size": 98, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.2}
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 LONG = SIZES | {"max_position_embeddings": 256}
@@ -316,6 +317,21 @@ def test_a_model_that_fails_by_itself_is_refused_in_words() -> None:
 
     model = adapted(lambda: Broken(tiny_llama(98).config))
     with pytest.raises(ModelError, match=r"its own forward pass fails with this adapter \(RuntimeError"):
+        probe(model, 128)
+
+
+@pytest.mark.parametrize("every", [2, 0])
+def test_a_model_that_changes_its_weights_is_refused_with_what_keeps_them(every: int) -> None:
+    """RWKV halves some of them for evaluation, so that float16 does not overflow; what is beside them stays whole."""
+    config = hf.RwkvConfig(
+        hidden_size=64, attention_hidden_size=64, intermediate_size=128, num_hidden_layers=3, rescale_every=every, **IDS
+    )
+    model = bare_pair_model(recipe().override({"quantization.load_in_4bit": False}), config, torch.float32, CPU)
+    if every:
+        with pytest.raises(ModelError, match="its forward pass changes its weights") as raised:
+            probe(model, 128)
+        assert raised.value.fix == "rescale_every: 0 in its config.json"
+    else:
         probe(model, 128)
 
 
