@@ -1,4 +1,4 @@
-"""Which stored tensors of a base an adapter changes, by headers and configurations alone; or why none can be."""
+"""Plan a merge from headers and configurations alone: which stored tensors an adapter changes, or why it cannot."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -55,8 +55,14 @@ class AdaptedLayer:
 
 def check_mergeable(recipe: Recipe, base: Base) -> None:
     """Refuse, before weights load, an adapter that could not be merged in the end. Raises :class:`ModelError`."""
-    name = recipe.model.adapter_name_or_path
-    make_plan(base, find_adapter(name) if name else None, stored_tensors(base.path), recipe)
+    name, fix = recipe.model.adapter_name_or_path, Overrides({"lora.target_modules": "all-linear"})
+    if name:
+        fix = Overrides({"model.adapter_name_or_path": None}, ", which trains a new adapter")
+    try:
+        make_plan(base, find_adapter(name) if name else None, stored_tensors(base.path), recipe)
+    except ModelError as error:
+        error.fix = error.fix or fix
+        raise
 
 
 def make_plan(
@@ -90,14 +96,15 @@ def make_plan(
         deltas = _deltas(products, origins, stored, shapes, model)
     except ModelError as error:
         error.where = error.where or (f"adapter {adapter}" if adapter else f"model {base.name}")
-        error.fix = error.fix or _another_adapter(recipe)
         raise
     transposed = {layer.parameter for layer in layers if is_transposed(layer.layer.get_base_layer())}
     through_4_bit = set[str]()
     if weights == "dequantized":
         through_4_bit = {f"{name}.weight" for name in quantised if name not in left}
         transposed |= {f"{name}.weight" for name, layer in quantised.items() if is_transposed(layer)}
-    if converted := [name for name in sorted(through_4_bit | transposed) if not origins[name].same]:
+    if converted := [
+        name for name in sorted(through_4_bit | transposed) if name not in origins or not origins[name].same
+    ]:
         raise ModelError(
             where=f"model {base.name}",
             found=f"{converted[0]} is stored with others in one tensor, and went through 4 bit by itself",
@@ -111,12 +118,6 @@ def make_plan(
         transposed=frozenset(str(origins[name].same) for name in transposed),
         settings=recipe.quantization,
     )
-
-
-def _another_adapter(recipe: Recipe) -> str:
-    if recipe.model.adapter_name_or_path:
-        return Overrides({"model.adapter_name_or_path": None}, ", which trains a new adapter")
-    return Overrides({"lora.target_modules": "all-linear"})
 
 
 def _tied_parameters(model: nn.Module) -> dict[str, str]:
