@@ -10,12 +10,12 @@ from peft.tuners.lora import Embedding, Linear, LoraLayer, ParamWrapper
 from torch import nn
 
 from orpo_lite.base.adapter import find_adapter
-from orpo_lite.base.blocks import Stored, read_header, stored_tensors
+from orpo_lite.base.blocks import Rows, Stored, in_blocks, read_header, read_rows, stored_tensors
 from orpo_lite.base.find import Base
 from orpo_lite.errors import ModelError, Overrides
 from orpo_lite.merging.deltas import Delta, Kind, Part, Product, Whole
 from orpo_lite.merging.names import Origin, find_origins
-from orpo_lite.model.adapter import add_lora
+from orpo_lite.model.adapter import BASE_LAYER, add_lora, read_by_others
 from orpo_lite.model.load import bare_base
 from orpo_lite.model.quantize import is_transposed, quantizable
 from orpo_lite.recipe.schema import QuantizationSection, Recipe
@@ -38,6 +38,8 @@ class Plan:
     """Stored tensors that go through 4 bit first."""
     transposed: frozenset[str]
     """Matrices that are stored as (inputs, outputs), as GPT-2's are."""
+    passed_over: tuple[str, ...]
+    """Adapted layers whose adapter the model may pass over."""
     settings: QuantizationSection
 
 
@@ -59,7 +61,12 @@ def check_mergeable(recipe: Recipe, base: Base) -> None:
     if name:
         fix = Overrides({"model.adapter_name_or_path": None}, ", which trains a new adapter")
     try:
-        make_plan(base, find_adapter(name) if name else None, stored_tensors(base.path), recipe)
+        plan = make_plan(base, find_adapter(name) if name else None, stored_tensors(base.path), recipe)
+        if plan.passed_over:
+            found = f"{plan.passed_over[0]} is adapted, whose matrix the model's code reads by itself"
+            raise ModelError(
+                where=f"model {base.name}", found=found, expected="an adapter of layers that the model calls"
+            )
     except ModelError as error:
         error.fix = error.fix or fix
         raise
@@ -89,10 +96,11 @@ def make_plan(
     plain = recipe.override({"quantization.load_in_4bit": False})
     model = bare_base(plain, base.config, torch.float32)
     origins, shapes = find_origins(model, stored), {name: value.shape for name, value in model.state_dict().items()}
-    tied, quantised = _tied_parameters(model), quantizable(model)
+    tied, quantised, read = _tied_parameters(model), quantizable(model), read_by_others(model)
     layers = list(_adapted_layers(add_lora(model, plain, adapter)))
     try:
-        products = _products(layers, _adapter_tensors(adapter, layers) if adapter else {}, tied)
+        saved = _adapter_tensors(adapter, layers, origins, stored) if adapter else {}
+        products = _products(layers, saved, tied)
         deltas = _deltas(products, origins, stored, shapes, model)
     except ModelError as error:
         error.where = error.where or (f"adapter {adapter}" if adapter else f"model {base.name}")
@@ -116,6 +124,7 @@ def make_plan(
         targets=len(layers),
         quantised=frozenset(str(origins[name].same) for name in through_4_bit),
         transposed=frozenset(str(origins[name].same) for name in transposed),
+        passed_over=tuple(layer.name for layer in layers if layer.name in read),
         settings=recipe.quantization,
     )
 
@@ -146,16 +155,24 @@ def _adapted_layers(model: nn.Module) -> Iterator[AdaptedLayer]:
         yield AdaptedLayer(name, layer, f"{name}.{getattr(layer, 'parameter_name', 'weight')}", tensors)
 
 
-def _adapter_tensors(adapter: Path, layers: Sequence[AdaptedLayer]) -> dict[str, Stored]:
+def _adapter_tensors(
+    adapter: Path, layers: Sequence[AdaptedLayer], origins: Mapping[str, Origin], stored: Mapping[str, Stored]
+) -> dict[str, Stored]:
     """The adapter's tensors by name: all of these layers and no others. Raises :class:`ModelError`."""
     saved, wrong = {}, []
     wanted = {name for layer in layers for name, _ in layer.tensors.values()}
-    for stored in read_header(adapter / "adapter_model.safetensors"):
-        name = stored.name.removesuffix(".weight")
+    for tensor in read_header(adapter / "adapter_model.safetensors"):
+        name = tensor.name.removesuffix(".weight")
         if name in wanted:
-            saved[name] = stored
-        elif not name.endswith(".base_layer"):  # peft saves an adapted embedding itself too
-            wrong.append(stored.name)
+            saved[name] = tensor
+        elif not tensor.name.endswith(BASE_LAYER):
+            wrong.append(tensor.name)
+        else:  # peft saves an adapted embedding itself too
+            parameter = tensor.name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+            own = stored.get(_stored_as(origins, parameter) or "")
+            if own and not _equal(tensor, own):
+                found = f"holds other numbers of {parameter} than this base"
+                raise ModelError(found=found, expected="an adapter that was trained on this base")
     if wrong:
         raise ModelError(
             found=f"{len(wrong)} of its keys match nothing in the base ({wrong[0]} ...)",
@@ -176,6 +193,18 @@ def _adapter_tensors(adapter: Path, layers: Sequence[AdaptedLayer]) -> dict[str,
                 found = f"{layer.name}: {part} is {_by(held)}, this base's {_by(shape)}"
                 raise ModelError(found=found, expected="the shapes of the base that it was trained on")
     return saved
+
+
+def _equal(tensor: Stored, own: Stored) -> bool:
+    """Whether two tensors hold the same numbers, in the first one's dtype."""
+    if tensor.shape != own.shape:
+        return False
+    pairs = ((read_rows(rows), read_rows(Rows(own, rows.start, rows.stop))) for rows in in_blocks(tensor))
+    return all(torch.equal(mine, theirs.to(mine.dtype)) for mine, theirs in pairs)
+
+
+def _stored_as(origins: Mapping[str, Origin], parameter: str) -> str | None:
+    return origins[parameter].same if parameter in origins else None
 
 
 def _by(shape: Sequence[int]) -> str:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationCon
 from orpo_lite.base.adapter import find_adapter
 from orpo_lite.base.find import Base
 from orpo_lite.errors import FitError, ModelError, Overrides
-from orpo_lite.model.adapter import add_lora, set_adapter
+from orpo_lite.model.adapter import add_lora, read_by_others, set_adapter
 from orpo_lite.model.memory import apply_memory_settings
 from orpo_lite.model.pair_model import PairModel
 from orpo_lite.model.quantize import compute_dtype, misshapen, quantize, skipped_modules
@@ -75,6 +75,9 @@ def _as_pair_model(model: nn.Module, recipe: Recipe, folder: Path | None) -> Pai
     if recipe.quantization.load_in_4bit and experts:
         said = f"{gib(experts)} of its experts stay as they are: bitsandbytes quantises linear layers only"
         pair_model.notes.append(f"quantization.load_in_4bit: {said}")
+    if left := read_by_others(model):
+        said = f"{len(left)} layers are not adapted ({left[0]} ...): the model's code reads their matrices by itself"
+        pair_model.notes.append(said)
     apply_memory_settings(pair_model, recipe)
     return pair_model
 

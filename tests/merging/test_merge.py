@@ -241,6 +241,8 @@ def test_an_adapter_that_is_trained_on_can_be_merged(
     _, result = train_all(small_recipe("training.max_steps=2", f"model.adapter_name_or_path={folder}"))
     merged = merge(result.run)
     assert merged.changed == merged.targets > 0
+    saved = read_header(result.run / "adapter" / "adapter_model.safetensors")
+    assert not [tensor.name for tensor in saved if "base_layer" in tensor.name]
     verdict = verify(result.run)
     assert verdict.passed, verdict.said
 
@@ -282,6 +284,32 @@ def test_an_adapter_that_cannot_be_merged_is_not_trained(
     monkeypatch.chdir(workspace)
     if change.get("task_type"):
         train_all(small_recipe("training.max_steps=1", raised.value.fix.split(",")[0]))
+
+
+def test_an_adapter_with_another_base_s_embedding_is_not_trained(small_recipe: Build, workspace: Path) -> None:
+    """peft saves an adapted embedding whole, and would put it in the place of the base's own."""
+    folder = write_adapter(workspace / "given", target_modules=["embed_tokens"])
+    write_base(workspace / "base", tiny_llama(99, initializer_range=0.1))
+    with pytest.raises(ModelError, match="holds other numbers of model"):
+        train_all(small_recipe(f"model.adapter_name_or_path={folder}"))
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_matrix_that_the_model_reads_by_itself_is_not_adapted(
+    given: bool, small_recipe: Build, workspace: Path
+) -> None:
+    """Jamba's time step: an adapter beside it has an effect where the matrix is in 4 bit, and none where it is not."""
+    config = GROUPED | IDS | {"vocab_size": 99, "num_experts": 2, "mamba_d_state": 4, "use_mamba_kernels": False}
+    write_base(workspace / "base", hf.JambaForCausalLM(hf.JambaConfig(**config, attn_layer_offset=1)))
+    if given:
+        folder = write_adapter(workspace / "given", target_modules=["dt_proj", "q_proj"])
+        with pytest.raises(ModelError, match="dt_proj is adapted, whose matrix the model's code reads by itself"):
+            train_all(small_recipe(f"model.adapter_name_or_path={folder}"))
+        return
+    updates, result = train_all(small_recipe("training.max_steps=2", "training.learning_rate=1e-2"))
+    assert any("layers are not adapted (model.layers.0.mamba.dt_proj" in update.text for update in updates)
+    merge(result.run)
+    assert verify(result.run).passed
 
 
 def test_a_base_whose_files_lack_what_is_adapted_is_not_trained(small_recipe: Build, workspace: Path) -> None:
