@@ -12,6 +12,7 @@ from orpo_lite.base.adapter import adopt_adapter
 from orpo_lite.base.find import fetch_weights
 from orpo_lite.evaluation.samples import answer_prompts, find_prompts
 from orpo_lite.evaluation.verify import Verdict, compare_merged
+from orpo_lite.merging.plan import check_mergeable
 from orpo_lite.model.generate import Sample
 from orpo_lite.model.parallel import Processes
 from orpo_lite.model.quantize import skipped_modules
@@ -71,6 +72,8 @@ def train_events(recipe: Recipe, *, resume: bool = False) -> Generator[Update, N
             yield Update("note", left_out)
     resolved, plan = yield from choose_memory(resolved, inputs, path, processes, changed)
     inputs = replace(inputs, base=fetch_weights(inputs.base))
+    if not resume:
+        check_mergeable(resolved, inputs.base)
     lock = make_lock(resolved, inputs)
     lock["objective"] = objective.to_json()
     lock["not_quantised"] = skipped_modules(resolved, inputs.base.config, processes.device)

@@ -38,14 +38,32 @@ ADAPTER_KEYS = (
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes for --max-lora-rank
 
 
-def vllm_rank(config: Mapping[str, Any]) -> int | None:
-    """The ``--max-lora-rank`` that serves an adapter; None for one that vLLM does not serve as it is.
+def not_in_vllm(config: Mapping[str, Any], base: Mapping[str, Any]) -> str:
+    """What of an adapter vLLM does not serve; "" where it serves the adapter as it is.
 
-    It knows neither DoRA nor adapted experts, and has one scale, ``lora_alpha / r``, for all layers (its PEFTHelper).
+    It has one scale, ``lora_alpha / r``, for all layers (its PEFTHelper). Of a base that wraps the model that was
+    trained it builds the whole, in which the adapter's names match nothing.
+
+    Args:
+        config: the adapter's.
+        base: what lock.json holds of it.
     """
-    if any(config.get(key) for key in ("use_dora", "target_parameters", "rank_pattern", "alpha_pattern")):
+    if base.get("wrapper"):  # which runs of an older version did not note
+        return "an adapter of a part of the base, whose layers it names otherwise"
+    if config.get("use_dora"):
+        return "DoRA"
+    if any(config.get(key) for key in ("rank_pattern", "alpha_pattern", "target_parameters")):
+        return "ranks and scales by layer, or adapted experts"
+    if {"embed_tokens", "lm_head"} & {*(config.get("target_modules") or ())}:
+        return "an adapter with embeddings in it"  # peft saves these whole beside A and B
+    return "" if config["r"] <= VLLM_RANKS[-1] else f"its rank of {config['r']}"
+
+
+def vllm_rank(config: Mapping[str, Any], base: Mapping[str, Any]) -> int | None:
+    """The ``--max-lora-rank`` that serves an adapter; None for one that vLLM does not serve as it is."""
+    if not_in_vllm(config, base):
         return None
-    return next((rank for rank in VLLM_RANKS if rank >= config["r"]), None)
+    return next(rank for rank in VLLM_RANKS if rank >= config["r"])
 
 
 def read_adapter_config(folder: Path) -> Any:
@@ -60,6 +78,13 @@ def read_adapter_config(folder: Path) -> Any:
         raise ModelError(
             where=str(path), found=f"is no JSON object: {error}", expected="a peft configuration"
         ) from None
+    if options.get("task_type") not in (None, "CAUSAL_LM"):
+        raise ModelError(
+            where=str(path),
+            found=f"task_type: {options['task_type']!r}",
+            expected="'CAUSAL_LM': an adapter of a model with another head is not one of this model",
+            fix=Overrides({"model.adapter_name_or_path": None}, ", which trains a new adapter"),
+        )
     # peft would take its own defaults for them, and with these the adapter is another one.
     saved = "as the adapter was saved with"
     for key in ("r", "lora_alpha"):

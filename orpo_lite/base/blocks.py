@@ -101,11 +101,14 @@ def read_header(file: Path) -> list[Stored]:
     return sorted(found, key=lambda stored: stored.start)
 
 
-def in_blocks(stored: Stored, multiple: int = 64) -> Iterator[Rows]:
+def in_blocks(stored: Stored, multiple: int | None = None) -> Iterator[Rows]:
     """All rows of a tensor, some BLOCK bytes at a time; a tensor without rows as one block.
 
-    Blocks begin at a ``multiple`` of rows: by default where one of bitsandbytes' blocks of 64 elements begins.
+    Blocks begin at a ``multiple`` of rows: by default, in a matrix, where one of bitsandbytes' blocks of 64 elements
+    begins.
     """
+    if multiple is None:
+        multiple = 64 if len(stored.shape) == 2 else 1  # a row of a larger tensor is a whole expert
     count = max(multiple, BLOCK // max(stored.row_bytes, 1) // multiple * multiple)
     for start in range(0, max(stored.rows, 1), count):
         yield Rows(stored, start, min(start + count, stored.rows))

@@ -112,6 +112,14 @@ def read_config(path: Path, name: str) -> Any:
     return AutoConfig.from_pretrained(path)
 
 
+def is_wrapper(config: Any) -> bool:
+    """Whether a base's files are of a model around the one that is trained, which names its layers otherwise."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    trained = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]
+    return config.get_text_config() is not config and trained not in (config.architectures or [])
+
+
 def positions_switch(config: Any, max_length: int) -> bool:
     """Whether the rotary embedding takes other frequencies for sequences that ``max_length`` allows."""
     rope = getattr(config, "rope_parameters", None) or {}

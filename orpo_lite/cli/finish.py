@@ -23,8 +23,6 @@ def merge_run(run: Path, **options: Any) -> None:
     from orpo_lite.merging.merge import merge_events
 
     result = draw(merge_events(run, **options))
-    if result.note:
-        out.print(f"merged in memory: {result.note}")
     of_all = f"{result.changed} of {result.targets} adapted matrices changed"
     out.print(f"merged model: {result.folder} ({result.bytes / 2**20:,.1f} MiB; {of_all})")
 

@@ -59,16 +59,20 @@ class Verdict:
     """The largest difference that the adapter makes, to that base."""
     bound: float
     """What the first of the two may be: :data:`EXACT`, or in 16 bit :data:`LOST` of the second."""
+    missing: tuple[str, ...] = ()
+    """Tensors of the base's files that the merged model does not have in their shape."""
 
     @property
     def passed(self) -> bool:
-        """Within the bound; NaN is not."""
-        return self.difference <= self.bound
+        """All tensors there, and within the bound; NaN is not."""
+        return not self.missing and self.difference <= self.bound
 
     @property
     def said(self) -> str:
         """Why, in words."""
         moved = f"log-probabilities differ by {self.difference:.2g} at most (bound {self.bound:.2g})"
+        if self.missing:
+            moved = f"{len(self.missing)} of the base's tensors are missing ({self.missing[0]} ...); {moved}"
         return f"{moved}; the adapter changes them by up to {self.effect:.2g}"
 
     def to_json(self) -> dict[str, Any]:
@@ -127,7 +131,10 @@ def compare_merged(
     model = PairModel(load_base(recipe.override(whole), own, device), recipe.memory)
     scores["merged"], _ = _score(model, pairs, recipe, route)
     found = scores["merged"]
-    halves = any(stored.dtype.itemsize < 4 for stored in stored_tensors(merged).values())
+    stored = stored_tensors(merged)
+    halves = any(tensor.dtype.itemsize < 4 for tensor in stored.values())
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
+    missing = [name for name, tensor in stored_tensors(base.path).items() if shapes.get(name) != tensor.shape]
     effect = float((expected - plain).abs().max())
     verdict = Verdict(
         rows=tuple(_row(name, values) for name, values in scores.items()),
@@ -136,6 +143,7 @@ def compare_merged(
         difference=float((found - expected).abs().max()),
         effect=effect,
         bound=max(EXACT, LOST * effect) if halves or device.type == "cuda" else EXACT,
+        missing=tuple(missing),
     )
     write_text(merged / "verify.json", to_json(verdict.to_json()))
     return verdict

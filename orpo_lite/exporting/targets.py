@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from orpo_lite.base.adapter import vllm_rank
+from orpo_lite.base.adapter import not_in_vllm, vllm_rank
 from orpo_lite.base.blocks import Stored, stored_tensors
 from orpo_lite.base.download import check_disk
 from orpo_lite.base.find import load_tokenizer, read_config
@@ -158,13 +158,11 @@ def to_vllm(request: _Request) -> Exporting:
     lock = read_lock(request.path)
     adapter = request.path.resolve() / "adapter"
     config = read_json(adapter / "adapter_config.json")
-    name, base, rank = request.name, lock["base"], vllm_rank(config)
+    name, base, rank = request.name, lock["base"], vllm_rank(config, lock["base"])
     notes: list[str] = []
     if rank is None:
-        what = "DoRA" if config.get("use_dora") else f"its rank of {config['r']}"
-        if any(config.get(key) for key in ("rank_pattern", "alpha_pattern", "target_parameters")):
-            what = "ranks and scales by layer, or adapted experts"
         find_merged(request.path, request.weights)
+        what = not_in_vllm(config, base)
         notes.append(f"vLLM does not serve {what}: the merged model is served instead")
         parts = ["vllm", "serve", str(request.merged.resolve()), "--served-model-name", name]
     else:

@@ -1,4 +1,4 @@
 """The adapter merged into the base's weights.
 
-Order: deltas, merge.
+Order: names, deltas, plan, merge.
 """

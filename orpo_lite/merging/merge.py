@@ -2,11 +2,10 @@
 
 import math
 import shutil
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,6 @@ from orpo_lite.base.blocks import (
     Stored,
     ahead,
     in_blocks,
-    read_header,
     read_rows,
     shards,
     stored_tensors,
@@ -25,8 +23,8 @@ from orpo_lite.base.blocks import (
 from orpo_lite.base.download import check_disk
 from orpo_lite.base.find import Base, load_tokenizer
 from orpo_lite.errors import CheckpointError, Command, FitError, ModelError, RecipeError
-from orpo_lite.merging.deltas import Plan, make_plan, matches_nothing
-from orpo_lite.model.quantize import is_transposed, quantizable
+from orpo_lite.merging.deltas import forget
+from orpo_lite.merging.plan import Plan, make_plan
 from orpo_lite.recipe.schema import QuantizationSection
 from orpo_lite.recipe.text import read_bytes
 from orpo_lite.runs.atomic import new_folder, to_json, write_text
@@ -56,8 +54,6 @@ class MergeResult:
     """Matrices that the adapter changed."""
     targets: int
     """Matrices that it is trained for."""
-    note: str
-    """Why the model was merged in memory; "" where it was streamed."""
 
 
 def merge(
@@ -118,18 +114,12 @@ def merge_events(
             yield Update("note", note)
         left = read_lock(path).get("not_quantised", [])
         plan = make_plan(base, adapter, stored, recipe, weights, left)
-        if isinstance(plan, str):
-            yield Update("stage", "merging in memory")
-            how = recipe.quantization if weights == "dequantized" else None
-            changed, targets, note = *_merge_in_memory(base, adapter, temporary, how, left), plan
-        else:
-            changed = yield from _stream(plan, temporary, most)
-            targets, note = len(plan.deltas), ""
-            config = read_json(base.path / "config.json")
-            config.pop("_name_or_path", None)  # where the base once lay, which an older transformers noted
-            write_text(temporary / "config.json", to_json(config))
+        changed = yield from _stream(plan, temporary, most)
+        config = read_json(base.path / "config.json")
+        config.pop("_name_or_path", None)  # where the base once lay, which an older transformers noted
+        write_text(temporary / "config.json", to_json(config))
         if not changed:
-            found = f"changes nothing: none of its {targets} matrices differs after rounding"
+            found = f"changes nothing: none of its {plan.targets} matrices differs after rounding"
             raise UnchangedError(
                 where=f"adapter {adapter}", found=found, expected="an adapter that has learnt something"
             )
@@ -141,11 +131,11 @@ def merge_events(
             "fingerprint": base.fingerprint,
             "adapter_sha256": adapter_sha256(adapter),
             "changed": changed,
-            "targets": targets,
+            "targets": plan.targets,
         }
         write_text(temporary / "merge.json", to_json(record))
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    return MergeResult(folder, base, weights, size, changed, targets, note)
+    return MergeResult(folder, base, weights, size, changed, plan.targets)
 
 
 def _shard_size(given: int | str) -> int:
@@ -183,27 +173,34 @@ def _stream(plan: Plan, folder: Path, most: int) -> Generator[Update, None, int]
     files = shards(plan.stored.values(), most)
     total = sum(stored.nbytes for stored in plan.stored.values())
     changed: set[str] = set()
-    for done in write_model(folder, files, _merged_blocks(plan, files, changed)):
-        yield Update("stage", "MiB merged", done >> 20, max(total >> 20, 1))
+    try:
+        for done in write_model(folder, files, _merged_blocks(plan, files, changed)):
+            yield Update("stage", "MiB merged", done >> 20, max(total >> 20, 1))
+    finally:
+        forget()
     return len(changed)
 
 
 def _merged_blocks(plan: Plan, files: Iterable[Iterable[Stored]], changed: set[str]) -> Iterator[Tensor]:
-    """The contents of all files, in order; names of tensors that the adapter changes go to ``changed``."""
+    """The contents of all files, in order; names of adapted parameters that differ go to ``changed``."""
     order = [stored for held in files for stored in held]
     reads = ahead(read_rows, (rows for stored in order for rows in in_blocks(stored)))
     for stored in order:
         pieces: Iterator[tuple[Rows, Tensor]] = zip(in_blocks(stored), reads)  # noqa: B905 - reads go on
+        turned = stored.name in plan.transposed
+        if turned:
+            pieces = _turned(pieces)
         if stored.name in plan.quantised:
             pieces = dequantized(pieces, plan.settings)
-        added = plan.deltas[stored.name].load() if stored.name in plan.deltas else None
+        delta = plan.deltas.get(stored.name)
+        added = delta.load() if delta else None
         for rows, block in pieces:
-            if added is None:
-                yield block.to(stored.dtype)
+            if delta is None or added is None:
+                yield (block.t() if turned else block).to(stored.dtype)
                 continue
             merged = added(block, rows.start)
-            if stored.name not in changed and not torch.equal(merged.to(stored.dtype), block.to(stored.dtype)):
-                changed.add(stored.name)
+            if not changed.issuperset(delta.parameters) and not _same(merged, block, stored.dtype):
+                changed.update(delta.parameters)
             out = block if block.dtype == stored.dtype else torch.empty(block.shape, dtype=stored.dtype)
             out.copy_(merged)  # in the place of what was read: memory that is new to a process costs time
             if stored.dtype == torch.float16 and not out.isfinite().all():
@@ -212,7 +209,17 @@ def _merged_blocks(plan: Plan, files: Iterable[Iterable[Stored]], changed: set[s
                     found=f"{stored.name} overflows float16 with the adapter",
                     fix="a base whose weights are bfloat16 or float32",
                 )
-            yield out
+            yield out.t() if turned else out
+
+
+def _turned(pieces: Iterable[tuple[Rows, Tensor]]) -> Iterator[tuple[Rows, Tensor]]:
+    """All of a matrix that is stored as (inputs, outputs), as (outputs, inputs)."""
+    rows, blocks = zip(*pieces, strict=True)
+    yield rows[0], torch.cat(blocks).t().contiguous()
+
+
+def _same(merged: Tensor, block: Tensor, dtype: torch.dtype) -> bool:
+    return torch.equal(merged.to(dtype), block.to(dtype))
 
 
 def dequantized(pieces: Iterable[tuple[Rows, Tensor]], settings: QuantizationSection) -> Iterator[tuple[Rows, Tensor]]:
@@ -241,46 +248,6 @@ def dequantized(pieces: Iterable[tuple[Rows, Tensor]], settings: QuantizationSec
         # As one row: bitsandbytes' kernel for CPUs (0.50) errs on rows of an odd multiple of 32 elements.
         state.absmax, state.dtype, state.shape = part, torch.float32, torch.Size([math.prod(shape)])
         yield rows, functional.dequantize_4bit(packed, state).view(shape)
-
-
-def _merge_in_memory(
-    base: Base, adapter: Path, folder: Path, how: QuantizationSection | None, left: Sequence[str]
-) -> tuple[int, int]:
-    """peft's own merge of the loaded model; returns how many matrices it has changed, and how many it is for.
-
-    ``how`` its weights go through 4 bit first, if they do, but for the layers ``left``.
-    """
-    from peft import PeftModel, get_peft_model_state_dict
-    from transformers import AutoModelForCausalLM, GenerationConfig
-
-    # The adapter's generation config goes with the model, and transformers may refuse to load or to save the base's.
-    options = {"dtype": "auto", "use_safetensors": True, "generation_config": GenerationConfig()}
-    model = AutoModelForCausalLM.from_pretrained(base.path, **options)
-    if how:
-        for name, layer in quantizable(model).items():
-            if name in left:
-                continue
-            matrix = layer.weight.data.t().contiguous() if is_transposed(layer) else layer.weight.data
-            whole = Rows(Stored("", base.path, matrix.dtype, tuple(matrix.shape), 0), 0, len(matrix))
-            ((_, values),) = dequantized([(whole, matrix)], how)
-            layer.weight.data = (values.t().contiguous() if is_transposed(layer) else values).to(matrix.dtype)
-    adapted = PeftModel.from_pretrained(model, adapter)
-    known = get_peft_model_state_dict(adapted)
-    names = [stored.name for stored in read_header(adapter / "adapter_model.safetensors")]
-    if wrong := [name for name in names if name not in known]:
-        raise matches_nothing(adapter, wrong)
-    layers = {name: layer for name, layer in adapted.named_modules() if hasattr(layer, "merged_adapters")}
-    before = {name: _base_weight(layer).detach().clone() for name, layer in layers.items()}
-    adapted.merge_adapter(safe_merge=True)
-    changed = sum(not torch.equal(before[name], _base_weight(layer)) for name, layer in layers.items())
-    merged = adapted.unload()
-    merged.save_pretrained(folder)
-    return changed, len(layers)
-
-
-def _base_weight(layer: Any) -> Tensor:
-    weight: Tensor = layer.get_param() if hasattr(layer, "get_param") else layer.get_base_layer().weight
-    return weight
 
 
 def _copy_texts(base: Path, adapter: Path, folder: Path) -> None:

@@ -1,5 +1,7 @@
 """The LoRA adapter of a model in memory: added, initialised, read and set."""
 
+import inspect
+import re
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,9 @@ from orpo_lite.errors import ModelError, Overrides, RecipeError
 from orpo_lite.model.pair_model import PairModel
 from orpo_lite.ops.devices import META
 from orpo_lite.recipe.schema import Recipe
+
+READ = re.compile(r"self\.(\w+)\.weight @")
+BASE_LAYER = (".base_layer.weight", ".base_layer.bias")  # as peft names the base's own, of an adapted embedding
 
 
 def add_lora(model: nn.Module, recipe: Recipe, folder: Path | None) -> nn.Module:
@@ -56,15 +61,37 @@ def add_lora(model: nn.Module, recipe: Recipe, folder: Path | None) -> nn.Module
 
 
 def _not_adapted(model: Any) -> list[str]:
-    """Layers that peft would adapt in vain: those that read pictures or sound, through which no pair goes; and routers
-    that are linear layers by birth and return more than one tensor."""
+    """Layers that peft would adapt in vain: those that read pictures or sound, through which no pair goes; routers that
+    are linear layers by birth and return more than one tensor; and :func:`read_by_others`."""
     inside = set(model.get_decoder().modules())
-    return [
+    return read_by_others(model) + [
         name
         for name, module in model.named_modules()
         if (isinstance(module, nn.Linear) and module not in inside and module is not model.get_output_embeddings())
         or "router" in type(module).__name__.lower()
     ]
+
+
+def read_by_others(model: nn.Module) -> list[str]:
+    """Return the linear layers whose matrix another module multiplies with by itself, as Mamba's time step.
+
+    It would pass over an adapter beside the matrix, or not, by whether the matrix is in 4 bit.
+    """
+    read: dict[type, list[str]] = {}
+    found = []
+    for path, module in model.named_modules():
+        linear = [name for name, child in module.named_children() if isinstance(child, nn.Linear)]
+        if linear and type(module) not in read:
+            read[type(module)] = READ.findall(_source(type(module)))
+        found += [f"{path}.{name}".removeprefix(".") for name in linear if name in read[type(module)]]
+    return found
+
+
+def _source(kind: type) -> str:
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):  # of a class that was made while the program runs
+        return ""
 
 
 @torch.no_grad()
@@ -88,12 +115,17 @@ def _init_orthogonal(model: nn.Module, recipe: Recipe) -> None:
 
 def adapter_tensors(model: PairModel) -> dict[str, Tensor]:
     """The adapter's tensors under peft's names, on the CPU."""
-    state: dict[str, Tensor] = get_peft_model_state_dict(model.model)
+    # Else an adapted embedding would be saved too, and asked for on the hub.
+    state: dict[str, Tensor] = get_peft_model_state_dict(model.model, save_embedding_layers=False)
     return {name: tensor.detach().to("cpu").contiguous() for name, tensor in state.items()}
 
 
 def set_adapter(model: PairModel, tensors: dict[str, Tensor]) -> None:
-    """Load :func:`adapter_tensors` back. Raises :class:`ModelError` when names or shapes differ."""
+    """Load :func:`adapter_tensors` back. Raises :class:`ModelError` when names or shapes differ.
+
+    What peft has saved beside them of the base itself is left alone.
+    """
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(BASE_LAYER)}
     own = {name: tensor.shape for name, tensor in adapter_tensors(model).items()}
     given = {name: tensor.shape for name, tensor in tensors.items()}
     if differing := {name for name, _ in own.items() ^ given.items()}:

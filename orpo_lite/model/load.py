@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationCon
 from orpo_lite.base.adapter import find_adapter
 from orpo_lite.base.find import Base
 from orpo_lite.errors import FitError, ModelError, Overrides
-from orpo_lite.model.adapter import add_lora, set_adapter
+from orpo_lite.model.adapter import add_lora, read_by_others, set_adapter
 from orpo_lite.model.memory import apply_memory_settings
 from orpo_lite.model.pair_model import PairModel
 from orpo_lite.model.quantize import compute_dtype, misshapen, quantize, skipped_modules
@@ -65,7 +65,7 @@ def bare_pair_model(recipe: Recipe, config: Any, dtype: torch.dtype, device: tor
 def bare_base(recipe: Recipe, config: Any, dtype: torch.dtype, device: torch.device = META) -> Any:
     """The base of :func:`bare_pair_model`, quantised as the recipe says."""
     with device:
-        model = AutoModelForCausalLM.from_config(_without_dropout(config), dtype=dtype)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
     if device == META:
         model.config.pad_token_id = None  # some models look for it among the tokens, which have no values here
     if recipe.quantization.load_in_4bit:
@@ -82,6 +82,9 @@ def _as_pair_model(model: nn.Module, recipe: Recipe, folder: Path | None) -> Pai
     if recipe.quantization.load_in_4bit and experts:
         said = f"{gib(experts)} of its experts stay as they are: bitsandbytes quantises linear layers only"
         pair_model.notes.append(f"quantization.load_in_4bit: {said}")
+    if left := read_by_others(model):
+        said = f"{len(left)} layers are not adapted ({left[0]} ...): the model's code reads their matrices by itself"
+        pair_model.notes.append(said)
     apply_memory_settings(pair_model, recipe)
     return pair_model
 
@@ -90,7 +93,7 @@ def load_base(recipe: Recipe, base: Base, device: torch.device) -> nn.Module:
     """The base alone, loaded as the recipe says. Raises FitError, ModelError."""
     dtype = choose_dtype(recipe.model.dtype, device_kind(device))
     options: dict[str, Any] = {
-        "config": _without_dropout(base.config),
+        "config": copy.deepcopy(base.config),
         "dtype": dtype,
         "device_map": {"": str(device)},
         "use_safetensors": True,
@@ -125,14 +128,3 @@ def load_base(recipe: Recipe, base: Base, device: torch.device) -> nn.Module:
         raise ModelError(where=f"model {base.name}", found=found, expected="all of them")
     loaded: nn.Module = model
     return loaded
-
-
-def _without_dropout(config: Any) -> Any:
-    """The base's own dropout off, which is TRL's default; that of the adapter is lora.lora_dropout."""
-    config = copy.deepcopy(config)
-    for part in (config, config.get_text_config()):
-        for key, value in part.to_dict().items():
-            noise = any(word in key for word in ("dropout", "pdrop", "layerdrop", "jitter"))
-            if noise and isinstance(value, float):
-                setattr(part, key, 0.0)
-    return config

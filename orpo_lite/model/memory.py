@@ -1,5 +1,6 @@
 """The settings of ``memory`` applied to a model; none of them changes loss or gradient."""
 
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from orpo_lite.model.pair_model import PairModel
@@ -32,8 +33,10 @@ def checkpoint_first_layers(model: PairModel, recipe: Recipe) -> None:
     model.checkpointed = memory.checkpointed(len(model.layers))
     layers, offload = model.layers[: model.checkpointed], bool(memory.checkpoint_offload)
     checkpoint_layers(layers, model.attending, offload=offload, has_dropout=has_dropout(model))
+    model.train(model.training)
 
 
 def has_dropout(model: nn.Module) -> bool:
-    """Whether a second run of a layer needs the random state of the first."""
-    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+    """Whether a second run of a layer needs the random state of the first: for the adapter's dropout, the only one."""
+    adapters = (module for module in model.modules() if isinstance(module, LoraLayer))
+    return any(getattr(dropout, "p", 0) > 0 for layer in adapters for dropout in layer.lora_dropout.values())

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
+import bitsandbytes as bnb
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -149,20 +151,34 @@ class PairModel(nn.Module):
         """The adapter's parameters, by name."""
         return [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
 
+    def train(self, mode: bool = True) -> Self:
+        """Train the adapter, or not. The frozen base computes as in evaluation either way.
+
+        What a base does in training only is noise here, whatever it is called: dropout, layers that are left out,
+        jitter of a router, experts that are drawn.
+
+        A Linear4bit stays in training mode. In evaluation mode it repacks its weights on CPUs with AVX512-BF16 at the
+        first forward without gradients, and its input has no gradient from then on (bitsandbytes 0.50).
+        """
+        super().train(False)
+        self.training = mode
+        for module in self.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.training = mode
+                for name, child in module.named_children():
+                    if name != "base_layer":
+                        child.train(mode)
+            elif isinstance(module, bnb.nn.Linear4bit):
+                module.training = True
+            elif isinstance(module, GradientCheckpointingLayer):
+                module.training = mode and module.gradient_checkpointing  # transformers' wrapper asks for both
+        return self
+
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Without dropout and gradients, and without touching the 4-bit weights.
-
-        A Linear4bit in eval mode repacks its weights on CPUs with AVX512-BF16 at the first forward without
-        gradients, and its input loses its gradient from then on (bitsandbytes 0.50, Linear4bit.forward).
-        """
-        import bitsandbytes as bnb
-
+        """Without the adapter's dropout and without gradients."""
         was_training = self.training
         self.eval()
-        for module in self.modules():
-            if isinstance(module, bnb.nn.Linear4bit):
-                module.training = True
         try:
             with torch.no_grad():
                 yield
@@ -171,7 +187,7 @@ class PairModel(nn.Module):
 
     @contextmanager
     def without_dropout(self) -> Iterator[None]:
-        """Training as it is, but for the noise; gradients flow."""
+        """Training as it is, but for the adapter's dropout; gradients flow."""
         noisy = [module for module in self.modules() if isinstance(module, nn.Dropout) and module.training]
         for module in noisy:
             module.eval()

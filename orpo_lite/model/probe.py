@@ -95,12 +95,16 @@ def _random_adapter(model: PairModel) -> Iterator[None]:
 
 
 def _refuse_others(model: PairModel) -> None:
-    """Refuse a model whose own forward pass fails, or whose tokens see those that come after. Raises ModelError."""
+    """Refuse a model whose own forward pass fails or changes its weights, or whose tokens see those that come after.
+
+    Raises ModelError.
+    """
     pair = _random_pairs(model.config.get_text_config(), [(24, 9, 13)])[0]
     batch = pack_pairs([pair], completion_only_loss=False, share=False).to(model.device)
     stop = batch.segments[0][1]
     changed = batch.input_ids_T[:stop].clone()
     changed[-1] = batch.input_ids_T[0]
+    before = _beginnings(model)
     try:
         both = [
             model.causal(input_ids=ids.unsqueeze(0), use_cache=False).logits[0, :-1]
@@ -114,10 +118,26 @@ def _refuse_others(model: PairModel) -> None:
         found = f"its logits are not finite in {_name(model.causal.dtype)}"
         fix = Overrides({"model.dtype": "float32"}, " if they overflow; else its weights are broken")
         raise ModelError(where=f"model {model.config.model_type}", found=found, expected="numbers", fix=fix)
+    written = [name for name, some in _beginnings(model).items() if not torch.equal(some, before.get(name, some))]
+    if written:
+        found = f"its forward pass changes its weights ({written[0]} ...), and not the adapter with them"
+        fix = "rescale_every: 0 in its config.json" if hasattr(model.config, "rescale_every") else "another base"
+        raise ModelError(where=f"model {model.config.model_type}", found=found, fix=fix)
     difference = float((both[0].double() - both[1].double()).norm() / both[0].double().norm().clamp_min(1e-300))
     if not difference <= _rounding(model):
         found = "its tokens see those that come after: it was made to fill in, not to write on"
         raise ModelError(where=f"model {model.config.model_type}", found=found, expected="a causal language model")
+
+
+def _beginnings(model: PairModel) -> dict[str, Tensor]:
+    """A few numbers of each parameter."""
+    some = {}
+    for name, parameter in model.causal.named_parameters():
+        row = parameter.detach()
+        while row.dim() > 1:
+            row = row[0]
+        some[name] = row[:8].clone() if row.dim() else row.clone()
+    return some
 
 
 def _refuse_wrong_reruns(model: PairModel) -> None:
@@ -125,12 +145,12 @@ def _refuse_wrong_reruns(model: PairModel) -> None:
     found = _gradient(model, "logits", TINY)
     again: list[Any] = [layer for layer in model.layers if layer.gradient_checkpointing]
     for layer in again:
-        layer.gradient_checkpointing = False
+        layer.gradient_checkpointing = layer.training = False
     try:
         wanted = _gradient(model, "logits", TINY)
     finally:
         for layer in again:
-            layer.gradient_checkpointing = True
+            layer.gradient_checkpointing = layer.training = True
     where = f"model {model.config.model_type}"
     if not all(bool(part.isfinite().all()) for part in wanted):
         said = f"its gradient is not finite in {_name(model.causal.dtype)}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -35,11 +36,11 @@ def checkpoint_layers(layers: Sequence[Any], attending: Attending, *, offload: b
     """
     store = HostStore() if offload else None
 
-    def run(function: Callable[..., Any], *args: Any) -> Any:
+    def run(layer: Any, function: Callable[..., Any], *args: Any) -> Any:
         layout = current_layout()
 
         def again(*args: Any) -> Any:
-            with attending(layout):
+            with attending(layout), _in_evaluation(layer):
                 return function(*args)
 
         saving: AbstractContextManager[Any] = store.saving() if store else nullcontext()
@@ -48,7 +49,17 @@ def checkpoint_layers(layers: Sequence[Any], attending: Attending, *, offload: b
 
     for layer in layers:
         layer.gradient_checkpointing = True
-        layer._gradient_checkpointing_func = run
+        layer._gradient_checkpointing_func = partial(run, layer)
+
+
+@contextmanager
+def _in_evaluation(layer: nn.Module) -> Iterator[None]:
+    """Compute as in evaluation: a layer is in training mode only for transformers to let it run again."""
+    was_training, layer.training = layer.training, False
+    try:
+        yield
+    finally:
+        layer.training = was_training
 
 
 class HostStore:

@@ -199,7 +199,7 @@ def _loading(facts: Facts) -> str:
         ]
     else:
         at = f', revision="{revision}"' if revision else ""
-        rank = vllm_rank(facts.adapter)
+        rank = vllm_rank(facts.adapter, facts.lock["base"])
         vllm = f"vllm serve {base}" + (f" --revision {revision}" if revision else "")
         vllm += f" --tokenizer {repository} --generation-config {repository}"  # the template, and what ends a reply
         vllm += f" --enable-lora --lora-modules tuned={repository} --max-lora-rank {rank}"
@@ -220,7 +220,7 @@ def _loading(facts: Facts) -> str:
         where = "which orpo-lite writes into runs/builtin" if is_toy else "which is not named here"
         parts.append(f"`BASE` is the model that it was trained on, {where}.")
     parts += [f"{title}:\n\n```{language}\n{text}\n```" for title, language, text in blocks]
-    if not facts.shown.merged and not vllm_rank(facts.adapter):
+    if not facts.shown.merged and not vllm_rank(facts.adapter, facts.lock["base"]):
         parts.append("vLLM does not serve this adapter as it is: merge it first.")
     parts.append(OLLAMA)
     return "\n\n".join(parts)

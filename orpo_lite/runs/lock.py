@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from orpo_lite.base.find import is_wrapper
 from orpo_lite.errors import CheckpointError
 from orpo_lite.recipe.reader import load_recipe
 from orpo_lite.recipe.schema import Recipe
@@ -71,6 +72,7 @@ def make_lock(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
             "revision": inputs.base.revision,
             "path": str(inputs.base.path),
             "fingerprint": inputs.base.fingerprint,
+            "wrapper": is_wrapper(inputs.base.config),
         },
         "data": {"name": ", ".join(recipe.data.names), "sha256": inputs.figures["sha256"]},
         "tokens": {"name": "as tokens", "sha256": _sha256(f"{inputs.train.sha256} {inputs.test.sha256}")},

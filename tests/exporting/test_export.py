@@ -1106,7 +1106,9 @@ def test_the_command_of_vllm(rank: int, allowed: str, tmp_path: Path) -> None:
     assert (result.folder / "serve.sh").read_text(encoding="utf-8").splitlines()[1] == result.command
 
 
-@pytest.mark.parametrize("adapter", [{"use_dora": True}, {"r": 1024}, {"alpha_pattern": {"q_proj": 3}}])
+@pytest.mark.parametrize(
+    "adapter", [{"use_dora": True}, {"r": 1024}, {"alpha_pattern": {"q_proj": 3}}, {"target_modules": ["lm_head"]}]
+)
 def test_what_vllm_does_not_serve_is_served_merged(adapter: dict[str, Any], tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", tiny_llama(520), bytes_tokenizer(), **adapter)
     result = export(run, "vllm")

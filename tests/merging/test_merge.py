@@ -21,11 +21,11 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_families import ALONE, GEMMA, GROUPED, IDS, SHARED, family
+from test_families import ALONE, GEMMA, GROUPED, IDS, LINEAR, LONG, SHARED, family
 from test_loop import Trained, train_all
 from torch import Tensor, nn
 
-from orpo_lite import merge, verify
+from orpo_lite import export, merge, verify
 from orpo_lite.base import blocks
 from orpo_lite.base.blocks import in_blocks, read_header, read_tensor, stored_tensors
 from orpo_lite.base.find import fingerprint
@@ -108,7 +108,6 @@ def test_a_merge_is_peft_s_and_answers_as_base_and_adapter(name: str, tmp_path: 
             nn.init.normal_(parameter)
     path = make_run(tmp_path, model)
     result = merge(path)
-    assert result.note == ""  # streamed
     assert result.changed == result.targets > 0
     wanted = by_peft(path)
     found = hf.AutoModelForCausalLM.from_pretrained(result.folder)
@@ -151,26 +150,178 @@ def test_in_half_precision_the_sum_is_rounded_once(dtype: torch.dtype, tmp_path:
         assert off(tensor, exact[key]) <= off(peft[key], exact[key]) * (1 + 1e-6), key
 
 
-def test_what_streams_cannot_do_is_merged_in_memory_and_said(tmp_path: Path) -> None:
-    """Experts in one tensor, which the files hold one by one."""
-    model = SHARED["mixtral"]()
-    path = make_run(tmp_path, model, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
-    result = merge(path)
-    assert result.note.startswith("experts are adapted")
-    assert result.changed == result.targets > 2
-    wanted = by_peft(path)
-    assert off(logits(hf.AutoModelForCausalLM.from_pretrained(result.folder)), logits(wanted)) <= 1e-6
-    shutil.rmtree(tmp_path / "base")
-    shutil.rmtree(path)
-    path = make_run(tmp_path, family("Gemma3", GEMMA, "TextConfig")(), target_modules=["q_proj"])
-    file = tmp_path / "base" / "model.safetensors"
-    renamed = {key.replace("model.layers", "language_model.model.layers"): t for key, t in load_file(file).items()}
-    save_file(renamed, file, metadata={"format": "pt"})
+def sees(name: str, text: dict[str, Any], vision: dict[str, Any]) -> Callable[[], Any]:
+    """A model that reads pictures, as its files lie on the hub; of it AutoModelForCausalLM builds the text part."""
+    config = getattr(hf, f"{name}Config")
+    made = config(text_config=GROUPED | IDS | text, vision_config=vision)
+    return lambda: getattr(hf, f"{name}ForConditionalGeneration")(made)
+
+
+QWEN_VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
+QWEN_VISION["num_position_embeddings"] = 16
+LLAMA_VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+LLAMA_VISION |= {"vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64, "image_size": 28}
+QWEN_TEXT = LINEAR | {"head_dim": 16}
+LLAMA_TEXT = {"head_dim": 16, "intermediate_size_mlp": 128, "num_local_experts": 4}
+FURTHER = {  # layers that predict further tokens, which transformers does not build
+    "model.layers.2.eh_proj.weight": torch.ones(64, 128),
+    "model.layers.2.self_attn.q_proj.weight": torch.ones(64, 64),
+    "mtp.fc.weight": torch.ones(64, 128),
+}
+EXPERTS = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+# A base as it lies on the hub, what more its files hold, and an adapter.
+STORED: dict[str, tuple[Callable[[], Any], dict[str, Tensor], dict[str, Any]]] = {
+    "qwen3.5: a tower, other names": (sees("Qwen3_5", QWEN_TEXT, QWEN_VISION), {}, {}),
+    "qwen3.5-moe": (sees("Qwen3_5Moe", QWEN_TEXT, QWEN_VISION), {}, EXPERTS),
+    "llama4: experts stored as (inputs, outputs)": (sees("Llama4", LLAMA_TEXT, LLAMA_VISION), {}, EXPERTS),
+    "qwen3-next: layers that predict further tokens": (
+        family("Qwen3Next", GROUPED, head_dim=16, **LINEAR), FURTHER, {"target_modules": ["q_proj", "down_proj"]}
+    ),
+    "mixtral: experts stored one by one": (SHARED["mixtral"], FURTHER, EXPERTS),
+    "hrm: two projections stored as one": (family("HrmText", LONG | {"head_dim": 16}), {}, {}),
+    "gpt2: stored without the prefix": (SHARED["gpt2"], {}, {"use_dora": True}),
+    "llama: an embedding": (lambda: tiny_llama(98), {}, {"target_modules": ["embed_tokens", "lm_head", "v_proj"]}),
+    "llama: all but the layers of a pattern": (lambda: tiny_llama(98), {}, {"exclude_modules": r".*layers\.0.*"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_every_tensor_of_the_base_is_in_the_merged_model(name: str, tmp_path: Path) -> None:
+    """Adapted as by peft, or bit by bit as it was, under its own name."""
+    torch.manual_seed(0)
+    make, more, lora = STORED[name]
+    make().save_pretrained(tmp_path / "hub")
+    file = tmp_path / "hub" / "model.safetensors"
+    config = json.loads((tmp_path / "hub" / "config.json").read_text())
+    save_file(load_file(file) | more, file, metadata={"format": "pt"})
+    path = make_run(tmp_path, hf.AutoModelForCausalLM.from_pretrained(tmp_path / "hub"), **lora)
+    shutil.copytree(tmp_path / "hub", tmp_path / "base", dirs_exist_ok=True)
     lock = json.loads((path / "lock.json").read_text())
     lock["base"]["fingerprint"] = fingerprint(tmp_path / "base")
     (path / "lock.json").write_text(json.dumps(lock))
     result = merge(path)
-    assert "name their tensors otherwise" in result.note
+    assert result.changed == result.targets > 0
+    assert json.loads((result.folder / "config.json").read_text()) == config
+    found, base = load_file(result.folder / "model.safetensors"), load_file(file)
+    assert {key: tensor.shape for key, tensor in found.items()} == {key: tensor.shape for key, tensor in base.items()}
+    same = {key for key in base if torch.equal(found[key], base[key])}
+    assert same >= more.keys()
+    assert not [key for key in base.keys() - same if "visual" in key or "vision" in key]
+    wanted = logits(by_peft(path))
+    assert off(logits(hf.AutoModelForCausalLM.from_pretrained(result.folder)), wanted) <= 1e-5
+    assert off(logits(hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base")), wanted) > 1e-3
+
+
+# --- whether it can be merged is known before it is trained
+
+
+def write_adapter(folder: Path, **lora: Any) -> Path:
+    """A random adapter for the workspace's base."""
+    adapted = get_peft_model(hf.AutoModelForCausalLM.from_pretrained("base"), LoraConfig(r=4, lora_alpha=8, **lora))
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name and "magnitude" not in name:
+            nn.init.normal_(parameter, std=0.1)
+    adapted.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {"target_modules": ["q_proj", "lm_head"], "layers_to_transform": [1]},
+        {"target_modules": "all-linear", "exclude_modules": r".*layers\.0.*"},
+    ],
+    ids=str,
+)
+def test_an_adapter_that_is_trained_on_can_be_merged(
+    lora: dict[str, Any], small_recipe: Build, workspace: Path
+) -> None:
+    folder = write_adapter(workspace / "given", **lora)
+    _, result = train_all(small_recipe("training.max_steps=2", f"model.adapter_name_or_path={folder}"))
+    merged = merge(result.run)
+    assert merged.changed == merged.targets > 0
+    saved = read_header(result.run / "adapter" / "adapter_model.safetensors")
+    assert not [tensor.name for tensor in saved if "base_layer" in tensor.name]
+    verdict = verify(result.run)
+    assert verdict.passed, verdict.said
+
+
+TIED = {"tie_word_embeddings": True}
+
+
+@pytest.mark.parametrize(
+    ("base", "lora", "change", "said"),
+    [
+        (TIED, {"target_modules": ["lm_head"]}, {}, "lm_head is adapted and tied to model.embed_tokens"),
+        (TIED, {"target_modules": ["embed_tokens"]}, {}, "embed_tokens is adapted and tied to lm_head"),
+        ({}, {"target_modules": ["embed_tokens"], "use_dora": True}, {}, "of type Embedding with DoRA"),
+        ({}, {"target_modules": ["q_proj"]}, {"task_type": "SEQ_CLS"}, "task_type: 'SEQ_CLS'"),
+        ({}, {"target_modules": ["q_proj"]}, {"rank_pattern": {"q_proj": 2}}, "has rank 4"),
+        ({}, {"target_modules": ["q_proj"]}, {"target_modules": ["q_proj", "k_proj"]}, "lacks 2 of the layers"),
+        ({}, {"target_modules": ["q_proj", "k_proj"]}, {"target_modules": ["q_proj"]}, "4 of its keys match nothing"),
+        ({}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, {}, "modules_to_save"),
+    ],
+)
+def test_an_adapter_that_cannot_be_merged_is_not_trained(
+    base: dict[str, Any],
+    lora: dict[str, Any],
+    change: dict[str, Any],
+    said: str,
+    small_recipe: Build,
+    workspace: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write_base(workspace / "base", tiny_llama(99, **base))
+    folder = write_adapter(workspace / "given", **lora)
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    monkeypatch.setattr("orpo_lite.training.session.load_pair_model", lambda *_: pytest.fail("weights were loaded"))
+    with pytest.raises(ModelError, match=said) as raised:
+        train_all(small_recipe(f"model.adapter_name_or_path={folder}"))
+    assert not (workspace / "run").exists()
+    monkeypatch.undo()
+    monkeypatch.chdir(workspace)
+    if change.get("task_type"):
+        train_all(small_recipe("training.max_steps=1", raised.value.fix.split(",")[0]))
+
+
+def test_an_adapter_with_another_base_s_embedding_is_not_trained(small_recipe: Build, workspace: Path) -> None:
+    """peft saves an adapted embedding whole, and would put it in the place of the base's own."""
+    folder = write_adapter(workspace / "given", target_modules=["embed_tokens"])
+    write_base(workspace / "base", tiny_llama(99, initializer_range=0.1))
+    with pytest.raises(ModelError, match="holds other numbers of model"):
+        train_all(small_recipe(f"model.adapter_name_or_path={folder}"))
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_matrix_that_the_model_reads_by_itself_is_not_adapted(
+    given: bool, small_recipe: Build, workspace: Path
+) -> None:
+    """Jamba's time step: an adapter beside it has an effect where the matrix is in 4 bit, and none where it is not."""
+    config = GROUPED | IDS | {"vocab_size": 99, "num_experts": 2, "mamba_d_state": 4, "use_mamba_kernels": False}
+    write_base(workspace / "base", hf.JambaForCausalLM(hf.JambaConfig(**config, attn_layer_offset=1)))
+    if given:
+        folder = write_adapter(workspace / "given", target_modules=["dt_proj", "q_proj"])
+        with pytest.raises(ModelError, match="dt_proj is adapted, whose matrix the model's code reads by itself"):
+            train_all(small_recipe(f"model.adapter_name_or_path={folder}"))
+        return
+    updates, result = train_all(small_recipe("training.max_steps=2", "training.learning_rate=1e-2"))
+    assert any("layers are not adapted (model.layers.0.mamba.dt_proj" in update.text for update in updates)
+    merge(result.run)
+    assert verify(result.run).passed
+
+
+def test_a_base_whose_files_lack_what_is_adapted_is_not_trained(small_recipe: Build, workspace: Path) -> None:
+    file = workspace / "base" / "model.safetensors"
+    whole = load_file(file)
+    save_file({key: t for key, t in whole.items() if "1.self_attn.q_proj" not in key}, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"1 adapted parameters are not in the base's files \(model.layers.1"):
+        train_all(small_recipe())
+    name = "model.layers.0.self_attn.q_proj.weight"
+    save_file(whole | {name: torch.ones(32, 64)}, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"is 32x64, by its config.json 64x64"):
+        train_all(small_recipe())
 
 
 # --- onto what 4 bit left
@@ -202,7 +353,6 @@ def test_the_dequantised_base_is_the_one_that_was_trained_on(name: str, tmp_path
     path = make_run(tmp_path, FAMILIES[name]())
     result = merge(path, weights="dequantized")
     assert result.folder == path / "merged-dequantized"
-    assert bool(result.note) == name.startswith("gpt2")
     four_bit = hf.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
@@ -456,7 +606,7 @@ def test_a_folder_that_cannot_be_written_to_is_said(tmp_path: Path, monkeypatch:
 
 def test_a_tied_head_is_not_changed_behind_the_embedding_s_back(tmp_path: Path) -> None:
     path = make_run(tmp_path, tiny_llama(98, tie_word_embeddings=True), target_modules=["lm_head"])
-    with pytest.raises(ModelError, match="tied to the input embedding"):
+    with pytest.raises(ModelError, match="lm_head is adapted and tied to"):
         merge(path)
 
 
@@ -675,3 +825,26 @@ def test_a_merged_model_that_is_another_fails(call: Call, small_recipe: Build, w
     assert not verdict.passed
     assert not verdict.held_out
     assert verdict.difference > verdict.bound
+
+
+def test_a_model_around_the_one_that_is_trained_is_merged_and_served_whole(
+    small_recipe: Build, workspace: Path
+) -> None:
+    torch.manual_seed(0)
+    write_base(workspace / "base", sees("Llama4", LLAMA_TEXT | {"vocab_size": 99}, LLAMA_VISION)())
+    _, result = train_all(
+        small_recipe("training.learning_rate=1e-2", "training.max_steps=3", "lora.target_modules=q_proj")
+    )
+    merged = merge(result.run)
+    verdict = verify(result.run)
+    assert verdict.passed, verdict.said
+    exported = export(result.run, "vllm")
+    assert f"vllm serve {merged.folder.resolve()} " in exported.command
+    assert "an adapter of a part of the base" in exported.notes[0]
+    assert "vLLM does not serve this adapter as it is" in (result.run / "README.md").read_text()
+    file = merged.folder / "model.safetensors"
+    kept = {key: tensor for key, tensor in load_file(file).items() if "vision_model.layernorm_pre" not in key}
+    save_file(kept, file, metadata={"format": "pt"})
+    verdict = verify(result.run)
+    assert not verdict.passed
+    assert "of the base's tensors are missing (vision_model.layernorm_pre" in verdict.said

@@ -2,21 +2,23 @@
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers as hf
-from conftest import ragged_pairs, tiny_llama, tiny_opt
+from conftest import ragged_pairs, tiny_llama, tiny_opt, write_base
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from orpo_lite.api import train_events
+from orpo_lite.base.find import Base
 from orpo_lite.data.packing import Batching, make_batch, micro_batches
 from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.errors import ModelError
 from orpo_lite.model import probe as model_probe
-from orpo_lite.model.load import _without_dropout, bare_pair_model
+from orpo_lite.model.load import bare_pair_model, load_pair_model
 from orpo_lite.model.memory import apply_memory_settings
 from orpo_lite.model.pair_model import PairModel
 from orpo_lite.model.probe import probe
@@ -27,6 +29,7 @@ from orpo_lite.ops.attention import NAME, Layout, Segment, UnsupportedError, cur
 from orpo_lite.recipe.reader import load_recipe
 from orpo_lite.recipe.schema import Recipe
 
+CPU = torch.device("cpu")
 IDS = {"vocab_size": 98, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.2}
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 LONG = SIZES | {"max_position_embeddings": 256}
@@ -317,6 +320,21 @@ def test_a_model_that_fails_by_itself_is_refused_in_words() -> None:
         probe(model, 128)
 
 
+@pytest.mark.parametrize("every", [2, 0])
+def test_a_model_that_changes_its_weights_is_refused_with_what_keeps_them(every: int) -> None:
+    """RWKV halves some of them for evaluation, so that float16 does not overflow; what is beside them stays whole."""
+    config = hf.RwkvConfig(
+        hidden_size=64, attention_hidden_size=64, intermediate_size=128, num_hidden_layers=3, rescale_every=every, **IDS
+    )
+    model = bare_pair_model(recipe().override({"quantization.load_in_4bit": False}), config, torch.float32, CPU)
+    if every:
+        with pytest.raises(ModelError, match="its forward pass changes its weights") as raised:
+            probe(model, 128)
+        assert raised.value.fix == "rescale_every: 0 in its config.json"
+    else:
+        probe(model, 128)
+
+
 def test_a_model_that_sees_what_comes_after_is_refused() -> None:
     bert = hf.BertConfig(**(SIZES | IDS), is_decoder=False)
     with pytest.raises(ModelError, match="its tokens see those that come after"):
@@ -427,7 +445,7 @@ def test_a_model_that_sees_checkpoints_the_layers_that_read() -> None:
     assert len(model.layers) == 2
     assert [layer.gradient_checkpointing for layer in model.layers] == [True, False]
     assert sum(bool(getattr(module, "gradient_checkpointing", False)) for module in model.modules()) == 1
-    assert model.config.get_text_config().attention_dropout == 0.0
+    assert not any(layer.self_attn.training for layer in model.layers)  # so that its own dropout is off
     assert not any("vision" in name for name, _ in model.trained())
 
 
@@ -511,11 +529,47 @@ def test_an_embedding_in_host_memory_keeps_its_scale() -> None:
     assert (found - wanted).norm() <= 1e-5 * wanted.norm()
 
 
-def test_noise_in_a_frozen_base_is_off() -> None:
-    config = hf.MixtralConfig(**(GROUPED | IDS), router_jitter_noise=0.1, attention_dropout=0.2)
-    quiet = _without_dropout(config)
-    assert (quiet.router_jitter_noise, quiet.attention_dropout) == (0.0, 0.0)
-    assert config.router_jitter_noise == 0.1
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "attention_dropout": 0.2}
+NOISY: dict[str, Callable[[], Any]] = {
+    "phimoe: its router draws experts, and its jitter is a threshold in evaluation too": family(
+        "Phimoe", GROUPED | EXPERTS, router_jitter_noise=0.3, input_jitter_noise=0.3
+    ),
+    "mixtral: jitter": family("Mixtral", GROUPED | EXPERTS, router_jitter_noise=0.3),
+    "opt: dropout in the layer itself, layers left out": lambda: hf.OPTForCausalLM(
+        hf.OPTConfig(**(SIZES | IDS), ffn_dim=128, word_embed_proj_dim=64, dropout=0.3, layerdrop=0.5)
+    ),
+    "falcon: dropout read from the configuration": lambda: hf.FalconForCausalLM(
+        hf.FalconConfig(**(SIZES | IDS), hidden_dropout=0.3, attention_dropout=0.3)
+    ),
+    "gpt2: modules of dropout": lambda: hf.GPT2LMHeadModel(
+        hf.GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=256, resid_pdrop=0.3, **IDS)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOISY)
+def test_a_base_computes_in_training_what_it_does_in_evaluation(name: str, tmp_path: Path) -> None:
+    """As transformers loads it, with all layers run again, against plain transformers and peft in evaluation mode."""
+    torch.manual_seed(0)
+    folder = write_base(tmp_path / "base", NOISY[name]())
+    targets = [part for part in ("q_proj", "query_key_value", "c_attn") if part in str(NOISY[name]())]
+    wanted = recipe(activation_checkpointing="all").override(
+        {"lora.target_modules": targets, "quantization.load_in_4bit": False}
+    )
+    config = hf.AutoConfig.from_pretrained(folder)
+    model = load_pair_model(wanted, Base("base", folder, None, "", config), torch.device("cpu"))
+    for _, parameter in model.trained():
+        nn.init.normal_(parameter, std=0.1)
+    pairs, batching = ragged_pairs(4, vocab_size=98), Batching(False, False, 0, 4, 0, False)
+    loss, found = gradients(model, pairs, batching)
+    plain = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    plain = get_peft_model(plain, LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM"))
+    plain.load_state_dict(model.model.state_dict())
+    reference = nn.Module.train(PairModel(plain), False)
+    expected, exact = gradients(reference, pairs, batching)
+    assert loss == pytest.approx(expected, rel=1e-6)
+    assert (found - exact).norm() <= 1e-5 * exact.norm()
+    probe(model, 128)  # nothing random is left to refuse
 
 
 @pytest.mark.parametrize("key", ["lora.use_dora=true", "lora.lora_dropout=0.1"])

@@ -348,7 +348,7 @@ def test_plain_eval_would_repack_the_weights_and_ours_does_not(llama: Path, pack
     with model.evaluating():
         model(some_batch())
     assert packed == []
-    model.eval()
+    torch.nn.Module.train(model, False)
     with torch.no_grad():
         model(some_batch())
     assert len(packed) == 2 * len(LLAMA_LINEARS)  # the trap is there: without it this test shows nothing
@@ -359,13 +359,14 @@ def test_plain_eval_would_repack_the_weights_and_ours_does_not(llama: Path, pack
 def test_an_evaluation_changes_no_bit_of_training(llama: Path, packed: list[int], dropout: float, fused: bool) -> None:
     model = load(llama, lora__lora_dropout=dropout, memory__fused_lora=fused)
     shake(model)
+    modes = [module.training for module in model.modules()]
     loss, grads = step(model, some_batch())
     weights = {name: parameter.clone() for name, parameter in model.named_parameters()}
     with model.evaluating():
         first, second = model(some_batch()), model(some_batch())
         assert not first.chosen_P.requires_grad
         assert torch.equal(first.chosen_P, second.chosen_P)  # no dropout
-    assert all(module.training for module in model.modules())
+    assert [module.training for module in model.modules()] == modes
     again, grads_again = step(model, some_batch())
     assert again == loss
     assert grads.keys() == grads_again.keys() == dict(model.trained()).keys()
@@ -377,9 +378,11 @@ def test_an_evaluation_changes_no_bit_of_training(llama: Path, packed: list[int]
 
 def test_training_goes_on_after_an_evaluation_that_failed(llama: Path) -> None:
     model = load(llama)
+    modes = [module.training for module in model.modules()]
     with pytest.raises(KeyError), model.evaluating():
         raise KeyError
-    assert all(module.training for module in model.modules())
+    assert [module.training for module in model.modules()] == modes
+    assert any(modes)
 
 
 # --- training on from an adapter
