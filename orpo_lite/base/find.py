@@ -215,8 +215,11 @@ def linear_names(base: Base) -> list[str]:
 
 
 def check_targets(recipe: Recipe, base: Base) -> None:
-    """Refuse a target that matches nothing, which peft accepts as long as another one matches."""
-    if recipe.lora.target_modules == "all-linear":
+    """Refuse a target that matches nothing, which peft accepts as long as another one matches.
+
+    Those of an adapter on disk are judged with its tensors, when its merge is planned.
+    """
+    if recipe.lora.target_modules == "all-linear" or recipe.model.adapter_name_or_path:
         return
     known = linear_names(base)
     for target in recipe.lora.target_modules:
