@@ -9,6 +9,7 @@ from pathlib import Path
 from orpo_lite import demo
 from orpo_lite.base.adapter import adopt_adapter
 from orpo_lite.base.find import fetch_weights
+from orpo_lite.base.weights import check_weights
 from orpo_lite.evaluation.samples import answer_prompts
 from orpo_lite.evaluation.verify import Verdict, compare_merged
 from orpo_lite.model.generate import Sample
@@ -63,6 +64,7 @@ def train_events(recipe: Recipe, *, resume: bool = False) -> Generator[Update, N
     licences = find_licences(recipe, inputs) if processes.is_main and not resume else {}
     resolved, plan = yield from choose_memory(resolved, inputs, path, processes)
     inputs = replace(inputs, base=fetch_weights(inputs.base))
+    check_weights(inputs.base)
     lock = make_lock(resolved, inputs)
     lock["objective"] = objective.to_json()
     lock["not_quantised"] = skipped_modules(resolved, inputs.base.config, processes.device)

@@ -1,4 +1,4 @@
 """The base and adapters on disk.
 
-Order: download, adapter, find, blocks.
+Order: download, config, adapter, find, blocks, weights.
 """

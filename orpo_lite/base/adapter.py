@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from orpo_lite.base.download import ADAPTER, download, resolve
+from orpo_lite.base.download import ADAPTER, download, refuse_pointers, resolve
 from orpo_lite.errors import ModelError, RecipeError, raise_all
 from orpo_lite.recipe.schema import Recipe
 
@@ -21,6 +21,7 @@ def find_adapter(name: str) -> Path:
                 found=f"has no {file}",
                 expected="a peft LoRA adapter in safetensors",
             )
+    refuse_pointers(folder, ADAPTER)
     return folder
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from orpo_lite import demo
 from orpo_lite.base.blocks import stored_tensors
-from orpo_lite.base.find import Base, read_config
+from orpo_lite.base.config import read_config
+from orpo_lite.base.find import Base
 from orpo_lite.data.packing import make_batch, micro_batches
 from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.errors import CheckpointError

@@ -14,8 +14,9 @@ import torch
 
 from orpo_lite.base.adapter import vllm_rank
 from orpo_lite.base.blocks import Stored, stored_tensors
+from orpo_lite.base.config import read_config
 from orpo_lite.base.download import check_disk
-from orpo_lite.base.find import load_tokenizer, read_config
+from orpo_lite.base.find import load_tokenizer
 from orpo_lite.errors import Command, FitError, ModelError, OrpoLiteError, RecipeError
 from orpo_lite.exporting.gguf_family import describe, find_targets
 from orpo_lite.exporting.gguf_file import OUTTYPES, write_gguf

@@ -87,6 +87,7 @@ def load_base(recipe: Recipe, base: Base, device: torch.device) -> nn.Module:
         "dtype": dtype,
         "device_map": {"": str(device)},
         "use_safetensors": True,
+        "ignore_mismatched_sizes": True,  # else it raises, and names none of them
     }
     if recipe.model.attn_implementation:
         options["attn_implementation"] = recipe.model.attn_implementation

@@ -450,6 +450,7 @@ def as_pickle(base: Path) -> None:
     (base / "model.safetensors").rename(base / "pytorch_model.bin")
 
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 12345\n"
 BAD_BASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
     "no such folder": (shutil.rmtree, [], ["model.model_name_or_path: ./base", "no such folder", "or a hub name"]),
     "no safetensors": (as_pickle, [], ["base", "safetensors", "pickles are never loaded"]),
@@ -459,7 +460,7 @@ BAD_BASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
         [],
         ["config.json", "is not JSON"],
     ),
-    "encoder-decoder": (encoder_decoder, [], ["base", "model_type 't5'", "decoder-only"]),
+    "encoder-decoder": (encoder_decoder, [], ["base", "model_type 't5' is an encoder-decoder", "decoder-only"]),
     "code of its own": (
         lambda base: change_config(base, auto_map={"AutoModelForCausalLM": "evil.Model"}),
         [],
@@ -468,9 +469,23 @@ BAD_BASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
     "already quantised": (
         lambda base: change_config(base, quantization_config={"load_in_4bit": True}),
         [],
-        ["base", "is already quantised", "16-bit weights"],
+        ["base", "is already quantised", "16-bit weights", "take the model that it was quantised from"],
     ),
-    "an unknown architecture": (lambda base: change_config(base, model_type="rwkv99"), [], ["model_type 'rwkv99'"]),
+    "an unknown architecture": (
+        lambda base: change_config(base, model_type="rwkv99"),
+        [],
+        ["model_type 'rwkv99' is not in transformers"],
+    ),
+    "a vocabulary of another size": (
+        lambda base: change_config(base, vocab_size=128),
+        [],
+        ["config.json", "model.embed_tokens.weight is (99, 64)", "not (128, 64)", "set vocab_size to 99"],
+    ),
+    "weights that are a pointer": (
+        lambda base: (base / "model.safetensors").write_text(POINTER, encoding="utf-8"),
+        [],
+        ["model.safetensors", "a git-lfs pointer"],
+    ),
     "a target that matches nothing": (
         lambda _: None,
         ["lora.target_modules=q_proj,typo"],
