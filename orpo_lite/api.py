@@ -31,7 +31,7 @@ from orpo_lite.training.loop import train_steps
 from orpo_lite.training.result import TrainResult, keep_best
 from orpo_lite.training.session import load_session, restore_session
 from orpo_lite.training.state import TrainState
-from orpo_lite.updates import Update, run_to_end
+from orpo_lite.updates import Update, run_to_end, with_torch_defaults
 
 
 def train(recipe: Recipe, *, resume: bool = False) -> TrainResult:
@@ -45,6 +45,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainResult:
     return run_to_end(train_events(recipe, resume=resume), lambda _: None)
 
 
+@with_torch_defaults
 def train_events(recipe: Recipe, *, resume: bool = False) -> Generator[Update, None, TrainResult]:
     """:func:`train` as a generator: yields an :class:`Update` for all that happens and returns the result."""
     objective = find_objective(recipe.loss)

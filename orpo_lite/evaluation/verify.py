@@ -24,7 +24,7 @@ from orpo_lite.runs.commands import Weights
 from orpo_lite.runs.folder import find_finished_adapter, find_merged, find_trained_base
 from orpo_lite.runs.inputs import prepare_inputs
 from orpo_lite.runs.lock import read_lock, read_recipe
-from orpo_lite.updates import Update
+from orpo_lite.updates import Update, with_torch_defaults
 
 PAIRS = 200  # as many are compared
 EXACT = 1e-4  # what sums in another order do to a mean log-probability in float32
@@ -76,6 +76,7 @@ class Verdict:
         return {**asdict(self), "passed": self.passed}
 
 
+@with_torch_defaults
 def compare_merged(
     run_folder: str | Path, *, weights: Weights = "original", base_path: str | Path | None = None
 ) -> Generator[Update, None, Verdict]:

@@ -535,6 +535,17 @@ def test_a_bad_base_ends_with_4_before_weights_load(small: Callable[..., Answer]
 
 
 @pytest.mark.usefixtures("no_weights")
+def test_a_rank_without_a_launch_is_said_in_full(
+    small: Callable[..., Answer], workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "3")
+    code, _, said = small()
+    assert code == 2
+    assert "fix: unset RANK" in said
+    assert not (workspace / "run").exists()
+
+
+@pytest.mark.usefixtures("no_weights")
 def test_a_hub_base_that_is_not_cached_ends_with_8_when_there_is_no_hub(
     small: Callable[..., Answer], workspace: Path
 ) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from conftest import Answer, tiny_llama, write_base
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM
@@ -145,6 +147,23 @@ def test_a_killed_process_goes_on_with_the_same_bits(
     assert code == 0, errors
     assert same_bits(adapter(Path("whole")), adapter(Path("killed")))
     assert rows_without_clock(Path("whole")) == rows_without_clock(Path("killed"))
+
+
+def test_what_a_notebook_has_set_changes_no_bit(trained: Trained, small_recipe: Build) -> None:
+    """Gradients off, another default dtype, an Accelerator of another precision; all is back between the updates."""
+    recipe = small_recipe("training.learning_rate=1e-2", "training.output_dir=again")
+    before = torch.is_grad_enabled(), torch.get_default_dtype()
+    try:
+        Accelerator(mixed_precision="bf16")
+        torch.set_grad_enabled(False)
+        torch.set_default_dtype(torch.float64)
+        train_all(recipe)
+        assert (torch.is_grad_enabled(), torch.get_default_dtype()) == (False, torch.float64)
+    finally:
+        AcceleratorState._reset_state()
+        torch.set_grad_enabled(before[0])
+        torch.set_default_dtype(before[1])
+    assert same_bits(adapter(trained[1].run), adapter(Path("again")))
 
 
 def test_evaluation_changes_no_bit_of_the_training(small_recipe: Build) -> None:
