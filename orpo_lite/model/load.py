@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from orpo_lite.base.adapter import find_adapter
+from orpo_lite.base.adapter import base_of_adapter, find_adapter, same_base
 from orpo_lite.base.find import Base
 from orpo_lite.errors import FitError, ModelError, Overrides
 from orpo_lite.model.adapter import add_lora, set_adapter
@@ -46,6 +46,9 @@ def load_pair_model(recipe: Recipe, base: Base, device: torch.device) -> PairMod
         said = f"{left[0]} and such stay as they are: on this CPU bitsandbytes' kernel errs on rows of their width"
         pair_model.notes.append(f"quantization.load_in_4bit: {said}")
     if folder:
+        if (own := base_of_adapter(folder)) and not same_base(own, base.name):
+            said = f"it says that it was trained on {own}, and the base is {base.name}: on other weights it is noise"
+            pair_model.notes.append(f"model.adapter_name_or_path: {said}")
         set_adapter(pair_model, load_file(folder / "adapter_model.safetensors"))
     return pair_model
 

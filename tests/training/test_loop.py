@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -328,6 +329,44 @@ def test_a_merge_before_the_end_is_refused_with_the_command(trained: Trained) ->
     shutil.rmtree(result.run / "adapter")
     with pytest.raises(CheckpointError, match="orpo-lite train --resume run"):
         merge(result.run)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["training.max_steps=1"], "the learning rate is 0 at all 1 steps"),
+        (
+            ["training.max_steps=2", "training.warmup_steps=100"],
+            "takes 100 steps and the training has 2: the learning rate reaches 1e-05 of 0.001",
+        ),
+    ],
+)
+def test_a_warm_up_that_leaves_no_step_is_said(small_recipe: Build, overrides: list[str], said: str) -> None:
+    def warnings(*more: str) -> list[str]:
+        updates, _ = train_all(small_recipe(*overrides, *more, "output.samples=0"))
+        return [update.text for update in updates if update.kind == "note" and "learning rate" in update.text]
+
+    found = warnings()
+    assert [said in text for text in found] == [True]
+    key = re.findall(r"training\.warmup_steps=\d+", found[0])[0]
+    assert warnings(key, "training.output_dir=other") == []
+
+
+def test_an_adapter_of_another_base_is_said(trained: Trained, small_recipe: Build) -> None:
+    """Also where it still fits; the same base in a folder of another name is no other."""
+
+    def notes(base: str, run: str) -> list[str]:
+        keys = [f"model.model_name_or_path={base}", f"training.output_dir={run}", "training.max_steps=1"]
+        updates, _ = train_all(small_recipe(*keys, "model.adapter_name_or_path=run/adapter", "output.samples=0"))
+        return [update.text for update in updates if "it was trained on" in update.text]
+
+    shutil.copytree("base", "moved")
+    assert notes("moved", "again") == []
+    write_base(Path("other"), tiny_llama(99, rms_norm_eps=1e-4))
+    assert ["other" in text and "noise" in text for text in notes("other", "third")] == [True]
+    config = json.loads(Path("run/adapter/adapter_config.json").read_text("utf-8"))
+    Path("run/adapter/adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "owner/Other"}))
+    assert notes("other", "fourth") == []
 
 
 def test_training_goes_on_from_an_adapter(small_recipe: Build) -> None:
