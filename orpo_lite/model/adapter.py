@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from orpo_lite.base.adapter import read_adapter_config
 from orpo_lite.errors import ModelError, Overrides, RecipeError
 from orpo_lite.model.pair_model import PairModel
+from orpo_lite.model.quantize import bypassed_layers
 from orpo_lite.ops.devices import META
 from orpo_lite.recipe.schema import Recipe
 
@@ -57,9 +58,9 @@ def add_lora(model: nn.Module, recipe: Recipe, folder: Path | None) -> nn.Module
 
 def _not_adapted(model: Any) -> list[str]:
     """Layers that peft would adapt in vain: those that read pictures or sound, through which no pair goes; and routers
-    that are linear layers by birth and return more than one tensor."""
+    that are linear layers by birth and return more than one tensor; and those whose weight other code takes."""
     inside = set(model.get_decoder().modules())
-    return [
+    return bypassed_layers(model) + [
         name
         for name, module in model.named_modules()
         if (isinstance(module, nn.Linear) and module not in inside and module is not model.get_output_embeddings())

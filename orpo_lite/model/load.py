@@ -16,7 +16,7 @@ from orpo_lite.errors import FitError, ModelError, Overrides
 from orpo_lite.model.adapter import add_lora, set_adapter
 from orpo_lite.model.memory import apply_memory_settings
 from orpo_lite.model.pair_model import PairModel
-from orpo_lite.model.quantize import compute_dtype, misshapen, quantize, skipped_modules
+from orpo_lite.model.quantize import bypassed_layers, compute_dtype, misshapen, quantizable, quantize, skipped_modules
 from orpo_lite.ops.devices import META, device_kind
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.recipe.text import gib
@@ -40,9 +40,9 @@ def load_pair_model(recipe: Recipe, base: Base, device: torch.device) -> PairMod
     model = load_base(recipe, base, device)
     name = recipe.model.adapter_name_or_path
     folder = find_adapter(name) if name else None
+    left = [*quantizable(model)] if recipe.quantization.load_in_4bit else []  # those that are not in 4 bit
     pair_model = _as_pair_model(model, recipe, folder)
-    how = getattr(model.config, "quantization_config", None)
-    if left := getattr(how, "llm_int8_skip_modules", None):
+    if left:
         said = f"{left[0]} and such stay as they are: on this CPU bitsandbytes' kernel errs on rows of their width"
         pair_model.notes.append(f"quantization.load_in_4bit: {said}")
     if folder:
@@ -73,11 +73,15 @@ def _as_pair_model(model: nn.Module, recipe: Recipe, folder: Path | None) -> Pai
     """Return the model frozen, with its adapter and the settings of ``memory``."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    bypassed = sorted({name.rsplit(".", 1)[-1] for name in bypassed_layers(model)})
     experts = sum(p.nbytes for n, p in model.named_parameters() if "expert" in n and p.ndim == 3)  # a layer's in one
     pair_model = PairModel(add_lora(model, recipe, folder), recipe.memory).train()
     if recipe.quantization.load_in_4bit and experts:
         said = f"{gib(experts)} of its experts stay as they are: bitsandbytes quantises linear layers only"
         pair_model.notes.append(f"quantization.load_in_4bit: {said}")
+    if bypassed:
+        said = f"not in 4 bit and not adapted, because the model's own code takes their weights: {', '.join(bypassed)}"
+        pair_model.notes.append(said)
     apply_memory_settings(pair_model, recipe)
     return pair_model
 
