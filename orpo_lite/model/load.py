@@ -49,7 +49,13 @@ def load_pair_model(recipe: Recipe, base: Base, device: torch.device) -> PairMod
         if (own := base_of_adapter(folder)) and not same_base(own, base.name):
             said = f"it says that it was trained on {own}, and the base is {base.name}: on other weights it is noise"
             pair_model.notes.append(f"model.adapter_name_or_path: {said}")
-        set_adapter(pair_model, load_file(folder / "adapter_model.safetensors"))
+        file = folder / "adapter_model.safetensors"
+        try:
+            tensors = load_file(file)
+        except (OSError, SafetensorError) as error:
+            said = f"cannot be read: {error}"
+            raise ModelError(where=str(file), found=said, expected="whole safetensors") from error
+        set_adapter(pair_model, tensors)
     return pair_model
 
 

@@ -15,6 +15,7 @@ from conftest import byte_tokenizer, tiny_llama, write_base
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from orpo_lite.base.adapter import find_adapter
 from orpo_lite.base.find import fetch_weights, find_base, load_tokenizer
 from orpo_lite.base.weights import check_weights
 from orpo_lite.errors import Command, ModelError, Overrides
@@ -166,6 +167,13 @@ def test_a_pointer_is_no_file(base: Path, file: str, cloned: bool) -> None:
     if cloned:
         assert isinstance(error.fix, Command)
         assert error.fix.line == f"git -C {shlex.quote(str(base))} lfs pull"
+
+
+def test_an_adapter_may_be_a_pointer_too(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "adapter_model.safetensors").write_text(POINTER, encoding="utf-8")
+    with pytest.raises(ModelError, match="a git-lfs pointer"):
+        find_adapter(str(tmp_path))
 
 
 def test_a_tokenizer_of_a_later_release(base: Path) -> None:

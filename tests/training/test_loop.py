@@ -367,6 +367,10 @@ def test_an_adapter_of_another_base_is_said(trained: Trained, small_recipe: Buil
     config = json.loads(Path("run/adapter/adapter_config.json").read_text("utf-8"))
     Path("run/adapter/adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "owner/Other"}))
     assert notes("other", "fourth") == []
+    weights = Path("run/adapter/adapter_model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ModelError, match=r"adapter_model.safetensors: cannot be read"):
+        notes("other", "fifth")
 
 
 def test_training_goes_on_from_an_adapter(small_recipe: Build) -> None:
