@@ -10,6 +10,7 @@ from typing import Any
 from orpo_lite import demo
 from orpo_lite.base.adapter import adopt_adapter
 from orpo_lite.base.find import fetch_weights
+from orpo_lite.base.weights import check_weights
 from orpo_lite.evaluation.samples import answer_prompts, find_prompts
 from orpo_lite.evaluation.verify import Verdict, compare_merged
 from orpo_lite.merging.plan import check_mergeable
@@ -34,7 +35,7 @@ from orpo_lite.training.result import TrainResult, keep_best, write_adapter_conf
 from orpo_lite.training.session import Session, load_session, refuse_fewer_steps, restore_session
 from orpo_lite.training.state import TrainState
 from orpo_lite.training.texts import make_texts, write_texts
-from orpo_lite.updates import Update, attempt, run_to_end
+from orpo_lite.updates import Update, attempt, run_to_end, with_torch_defaults
 
 NO_CARD = "the model card (README.md) is not written"
 
@@ -52,6 +53,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainResult:
     return run_to_end(train_events(recipe, resume=resume), lambda _: None)
 
 
+@with_torch_defaults
 def train_events(recipe: Recipe, *, resume: bool = False) -> Generator[Update, None, TrainResult]:
     """:func:`train` as a generator: yields an :class:`Update` for all that happens and returns the result."""
     objective = find_objective(recipe.loss)
@@ -72,6 +74,7 @@ def train_events(recipe: Recipe, *, resume: bool = False) -> Generator[Update, N
             yield Update("note", left_out)
     resolved, plan = yield from choose_memory(resolved, inputs, path, processes, changed)
     inputs = replace(inputs, base=fetch_weights(inputs.base))
+    check_weights(inputs.base)
     if not resume:
         check_mergeable(resolved, inputs.base)
     lock = make_lock(resolved, inputs)

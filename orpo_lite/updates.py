@@ -2,11 +2,14 @@
 
 import logging
 from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from functools import wraps
+from typing import Any, Literal, ParamSpec, TypeVar
 
 from orpo_lite.errors import OrpoLiteError
 
+Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
@@ -57,3 +60,47 @@ def failure(failed: str, error: Exception) -> Update:
     said = error.found if isinstance(error, OrpoLiteError) else " ".join(str(error).split())[:300]
     said = said or type(error).__name__
     return Update("note", f"{failed}: {said}")
+
+
+def with_torch_defaults(
+    verb: Callable[Arguments, Generator[Update, None, Result]],
+) -> Callable[Arguments, Generator[Update, None, Result]]:
+    """Run a verb with torch's global settings as they are at its import; between updates the caller's are back.
+
+    A notebook may have switched gradients off, or set another default dtype or device.
+    """
+
+    @wraps(verb)
+    def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Generator[Update, None, Result]:
+        updates = verb(*args, **kwargs)
+        try:
+            while True:
+                with _torch_defaults():
+                    try:
+                        update = next(updates)
+                    except StopIteration as end:
+                        result: Result = end.value
+                        return result
+                yield update
+        finally:
+            updates.close()
+
+    return run
+
+
+@contextmanager
+def _torch_defaults() -> Iterator[None]:
+    import torch
+
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    moved = device.type != "cpu"  # whoever sets a device, even the usual one, slows every call of torch down
+    torch.set_default_dtype(torch.float32)
+    if moved:
+        torch.set_default_device(None)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        if moved:
+            torch.set_default_device(device)

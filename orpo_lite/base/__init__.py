@@ -1,4 +1,4 @@
 """The base and adapters on disk.
 
-Order: download, adapter, find, generation, blocks.
+Order: download, config, adapter, find, generation, blocks, weights.
 """

@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from orpo_lite.base.download import ADAPTER, download, resolve
+from orpo_lite.base.download import ADAPTER, download, refuse_pointers, resolve
 from orpo_lite.errors import ModelError, Overrides, RecipeError, raise_all
 from orpo_lite.recipe.schema import LoraSection, Recipe
 from orpo_lite.recipe.text import to_text
@@ -25,7 +25,26 @@ def find_adapter(name: str) -> Path:
                 found=f"has no {file}",
                 expected="a peft LoRA adapter in safetensors",
             )
+    refuse_pointers(folder, ADAPTER)
     return folder
+
+
+def base_of_adapter(folder: Path) -> str | None:
+    """The base that an adapter says it was trained on: a hub name or a folder; None where it does not say."""
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    name = config.get("base_model_name_or_path")
+    return name if isinstance(name, str) and name else None
+
+
+def same_base(one: str, other: str) -> bool:
+    """Whether two names may be of one base: a folder is often named for the hub's repository, or was moved."""
+    names, configs = set(), []
+    for name in (one, other):
+        path = Path(name).expanduser()
+        cached = next((part for part in path.parts if part.startswith("models--")), path.name)  # the hub's cache
+        names.add(cached.rsplit("--", 1)[-1].lower())
+        configs += [file.read_bytes() for file in [path / "config.json"] if file.is_file()]
+    return configs[0] == configs[1] if len(configs) == 2 else len(names) == 1
 
 
 # What an adapter may choose; any other option of LoraConfig must stand at its default.

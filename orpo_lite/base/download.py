@@ -1,6 +1,7 @@
 """The hub as it is read from: a repository resolved to a commit and fetched; its refusals explained."""
 
 import logging
+import shlex
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +21,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
-from orpo_lite.errors import FULL, FitError, HubError, ModelError
+from orpo_lite.errors import FULL, Command, FitError, HubError, ModelError
 from orpo_lite.recipe.text import gib
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ ADAPTER = ["adapter_config.json", "adapter_model.safetensors"]
 # Other people's formats: original/, onnx/, Mistral's own copy of its weights. Of all folders, one has named templates.
 NAMED = "additional_chat_templates/"
 NOT_FETCHED = [*(f"{NAMED[:i]}[!{letter}]*/*" for i, letter in enumerate(NAMED)), "consolidated*"]
+POINTER = b"version https://git-lfs"
 # All the hub's own errors are among these; ValueError is a page that is not the hub's, or a name that cannot be one.
 UNREACHABLE = (HTTPError, OSError, ValueError)
 
@@ -141,6 +143,22 @@ def hub_error(name: str, revision: str, error: Exception) -> HubError:
     return HubError(
         where=where, found=f"{what} and is not in the cache", expected="a connection, or a downloaded copy", fix=fix
     )
+
+
+def refuse_pointers(folder: Path, patterns: list[str]) -> None:
+    """Raise :class:`ModelError` for a file that holds a Git LFS pointer in place of what it is named for."""
+    for file in sorted(file for pattern in patterns for file in folder.glob(pattern) if file.is_file()):
+        with file.open("rb") as stream:
+            if stream.read(len(POINTER)) != POINTER:
+                continue
+        is_clone = any((parent / ".git").exists() for parent in (folder, *folder.parents))
+        again = f"download {file.name} itself, for instance by `hf download`"
+        raise ModelError(
+            where=str(file),
+            found="a git-lfs pointer, not the file itself",
+            expected="the file that it points to",
+            fix=Command(f"git -C {shlex.quote(str(folder))} lfs pull", f"; or {again}") if is_clone else again,
+        )
 
 
 def by_hand(name: str, revision: str) -> str:

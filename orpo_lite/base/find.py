@@ -1,13 +1,15 @@
 """The base on disk: found, fetched, checked, and its tokenizer. Nothing is loaded, and no code of the base runs."""
 
 import hashlib
+import importlib.metadata
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from orpo_lite.base.download import TEXT, WEIGHTS, by_hand, download, resolve
-from orpo_lite.errors import HubError, ModelError, Overrides, RecipeError
+from orpo_lite.base.config import build_empty, read_config, refuse_adapter
+from orpo_lite.base.download import TEXT, WEIGHTS, by_hand, download, refuse_pointers, resolve
+from orpo_lite.errors import Command, HubError, ModelError, Overrides, RecipeError
 from orpo_lite.recipe.schema import Recipe
 
 BLOCK = 1 << 20
@@ -38,13 +40,15 @@ def find_base(name: str, revision: str) -> Base:
     """
     path, commit = find_texts(name, revision, weights=True)
     name = name if commit else str(path)
+    config = read_config(path, name)
     if lacking := [file.name for file in weight_files(path) if not commit and not file.is_file()]:
+        refuse_adapter(path, name)
         raise ModelError(
             where=f"model {name}",
             found=f"has no {lacking[0]}",
             expected="weights in safetensors; pickles are never loaded",
         )
-    return Base(name, path, commit, "", read_config(path, name))
+    return Base(name, path, commit, "", config)
 
 
 def find_texts(name: str, revision: str, *, weights: bool = False) -> tuple[Path, str | None]:
@@ -54,6 +58,7 @@ def find_texts(name: str, revision: str, *, weights: bool = False) -> tuple[Path
     """
     local = Path(name).expanduser()
     if local.is_dir():
+        refuse_pointers(local, [*TEXT, *(WEIGHTS if weights else [])])
         return local.resolve(), None
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(
@@ -70,6 +75,7 @@ def fetch_weights(base: Base) -> Base:
     if base.revision is not None:
         download(base.name, base.revision, [*TEXT, *WEIGHTS])
         if lacking := [file.name for file in weight_files(base.path) if not file.is_file()]:
+            refuse_adapter(base.path, base.name)
             raise HubError(
                 where=f"hub, {base.name} at {base.revision}",
                 found=f"{lacking[0]} is not in the cache",
@@ -77,39 +83,6 @@ def fetch_weights(base: Base) -> Base:
                 fix=by_hand(base.name, base.revision),
             )
     return replace(base, fingerprint=fingerprint(base.path))
-
-
-def read_config(path: Path, name: str) -> Any:
-    """The transformers configuration of a base that can be trained. Raises :class:`ModelError`."""
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    where = f"model {name}"
-    try:
-        raw = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(where=where, found="has no config.json", expected="a transformers model folder") from None
-    except ValueError as error:
-        raise ModelError(
-            where=f"{path / 'config.json'}", found=f"is not JSON: {error}", expected="a transformers configuration"
-        ) from None
-    if "auto_map" in raw:
-        raise ModelError(
-            where=where, found="needs code of its own (auto_map)", expected="an architecture that transformers ships"
-        )
-    if "quantization_config" in raw:
-        raise ModelError(
-            where=where,
-            found="is already quantised",
-            expected="the 16-bit weights: quantising and merging start from them",
-        )
-    if raw.get("is_encoder_decoder") or raw.get("model_type") not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise ModelError(
-            where=where,
-            found=f"model_type {raw.get('model_type')!r}",
-            expected="a decoder-only (causal) language model",
-        )
-    return AutoConfig.from_pretrained(path)
 
 
 def is_wrapper(config: Any) -> bool:
@@ -151,15 +124,6 @@ def find_config(name: str, revision: str) -> Any:
     return read_config(download(name, resolve(name, revision, patterns), patterns), name)
 
 
-def read_sizes(folder: Path) -> dict[str, Any]:
-    """What config.json says of the text model's sizes, read without transformers; {} when there is none."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return {**config, **config.get("text_config", {})} if isinstance(config, dict) else {}
-
-
 def weight_files(path: Path) -> list[Path]:
     """What transformers loads from a folder: model.safetensors, else the files that its index names, there or not.
 
@@ -198,12 +162,9 @@ def fingerprint(path: Path) -> str:
 
 def linear_names(base: Base) -> list[str]:
     """Names of the base's linear layers without the head, read from the architecture alone."""
-    import torch
     from torch import nn
-    from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(base.config)
+    model = build_empty(base.config, base.path)
     head = model.get_output_embeddings()
     modules = model.named_modules()
     # GPT-2's Conv1D counts as linear for peft too.
@@ -278,10 +239,13 @@ def load_tokenizer(path: Path) -> Any:
         if said:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(path, **known)
     except Exception as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        fix = ""
+        if file.is_file():
+            said += f" (tokenizers {importlib.metadata.version('tokenizers')})"
+            fix = Command("pip install --upgrade tokenizers transformers", ", if it is newer; else download it again")
         raise ModelError(
-            where=f"tokenizer in {path}",
-            found=(str(error).splitlines() or [type(error).__name__])[0],
-            expected="tokenizer.json beside the weights",
+            where=f"tokenizer in {path}", found=said, expected="tokenizer.json beside the weights", fix=fix
         ) from error
     tokenizer.replaced = said and f"tokenizer.json is used as it is: {said}"
     return tokenizer

@@ -14,8 +14,8 @@ def hush() -> None:
 
 
 def is_first_process() -> bool:
-    """Under `accelerate launch` only the first process talks."""
-    return os.environ.get("RANK", "0") == "0"
+    """Under `accelerate launch` only the first process talks; a RANK without a launch is of something else."""
+    return "LOCAL_RANK" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 @contextlib.contextmanager

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from orpo_lite import demo
 from orpo_lite.base.blocks import stored_tensors
-from orpo_lite.base.find import Base, read_config
+from orpo_lite.base.config import read_config
+from orpo_lite.base.find import Base
 from orpo_lite.data.packing import make_batch, micro_batches
 from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.errors import CheckpointError
@@ -24,7 +25,7 @@ from orpo_lite.runs.commands import Weights
 from orpo_lite.runs.folder import find_finished_adapter, find_merged, find_trained_base
 from orpo_lite.runs.inputs import prepare_inputs
 from orpo_lite.runs.lock import read_lock, with_pinned_base
-from orpo_lite.updates import Update
+from orpo_lite.updates import Update, with_torch_defaults
 
 PAIRS = 200  # as many are compared
 EXACT = 1e-4  # what sums in another order do to a mean log-probability in float32
@@ -80,6 +81,7 @@ class Verdict:
         return {**asdict(self), "passed": self.passed}
 
 
+@with_torch_defaults
 def compare_merged(
     run_folder: str | Path, *, weights: Weights = "original", base_path: str | Path | None = None
 ) -> Generator[Update, None, Verdict]:

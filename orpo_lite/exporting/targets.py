@@ -14,8 +14,9 @@ import torch
 
 from orpo_lite.base.adapter import not_in_vllm, vllm_rank
 from orpo_lite.base.blocks import Stored, stored_tensors
+from orpo_lite.base.config import read_config
 from orpo_lite.base.download import check_disk
-from orpo_lite.base.find import load_tokenizer, read_config
+from orpo_lite.base.find import load_tokenizer
 from orpo_lite.base.generation import read_generation_config
 from orpo_lite.errors import Command, FitError, ModelError, OrpoLiteError, RecipeError
 from orpo_lite.exporting.gguf_family import describe, find_targets
@@ -29,7 +30,7 @@ from orpo_lite.runs.commands import Weights, quoted
 from orpo_lite.runs.folder import find_finished_adapter, find_merged, locked, merged_folder
 from orpo_lite.runs.lock import read_lock
 from orpo_lite.runs.records import read_json
-from orpo_lite.updates import Update, run_to_end
+from orpo_lite.updates import Update, run_to_end, with_torch_defaults
 
 STORED = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}  # the widest last
 BITS = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5, "q3_k_m": 4.0, "q4_k_m": 5.0, "q5_k_m": 5.8, "q6_k": 6.6}
@@ -73,6 +74,7 @@ def export(
     return run_to_end(export_events(run_folder, to, outtype=outtype, weights=weights), lambda _: None)
 
 
+@with_torch_defaults
 def export_events(
     run_folder: str | Path, to: str, *, outtype: str | None = None, weights: Weights = "original"
 ) -> Exporting:

@@ -33,7 +33,7 @@ from orpo_lite.runs.commands import Weights, resume_command
 from orpo_lite.runs.folder import adapter_sha256, find_finished_adapter, find_trained_base, locked, merged_folder
 from orpo_lite.runs.lock import read_lock
 from orpo_lite.runs.records import read_json
-from orpo_lite.updates import Update, run_to_end
+from orpo_lite.updates import Update, run_to_end, with_torch_defaults
 
 SHARD = 5 * 10**9  # bytes of a file; transformers' max_shard_size has long been so
 
@@ -84,6 +84,7 @@ def merge(
     return run_to_end(updates, lambda _: None)
 
 
+@with_torch_defaults
 def merge_events(
     run_folder: str | Path,
     *,

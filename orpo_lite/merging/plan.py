@@ -15,9 +15,9 @@ from orpo_lite.base.find import Base
 from orpo_lite.errors import ModelError, Overrides
 from orpo_lite.merging.deltas import Delta, Kind, Part, Product, Whole
 from orpo_lite.merging.names import Origin, find_origins
-from orpo_lite.model.adapter import BASE_LAYER, add_lora, read_by_others
+from orpo_lite.model.adapter import BASE_LAYER, add_lora
 from orpo_lite.model.load import bare_base
-from orpo_lite.model.quantize import is_transposed, quantizable
+from orpo_lite.model.quantize import bypassed_layers, is_transposed, quantizable
 from orpo_lite.recipe.schema import QuantizationSection, Recipe
 from orpo_lite.runs.commands import Weights
 
@@ -96,7 +96,7 @@ def make_plan(
     plain = recipe.override({"quantization.load_in_4bit": False})
     model = bare_base(plain, base.config, torch.float32)
     origins, shapes = find_origins(model, stored), {name: value.shape for name, value in model.state_dict().items()}
-    tied, quantised, read = _tied_parameters(model), quantizable(model), read_by_others(model)
+    tied, quantised, read = _tied_parameters(model), quantizable(model), bypassed_layers(model)
     layers = list(_adapted_layers(add_lora(model, plain, adapter)))
     try:
         saved = _adapter_tensors(adapter, layers, origins, stored) if adapter else {}

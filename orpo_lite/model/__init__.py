@@ -1,4 +1,4 @@
 """The model in memory.
 
-Order: optimizer, pair_model, adapter, generate, memory, parallel, held_out, probe, quantize, load.
+Order: optimizer, pair_model, quantize, adapter, generate, memory, parallel, held_out, probe, load.
 """

@@ -1,7 +1,5 @@
 """The LoRA adapter of a model in memory: added, initialised, read and set."""
 
-import inspect
-import re
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,10 +12,10 @@ from torch import Tensor, nn
 from orpo_lite.base.adapter import read_adapter_config
 from orpo_lite.errors import ModelError, Overrides, RecipeError
 from orpo_lite.model.pair_model import PairModel
+from orpo_lite.model.quantize import bypassed_layers
 from orpo_lite.ops.devices import META
 from orpo_lite.recipe.schema import Recipe
 
-READ = re.compile(r"self\.(\w+)\.weight @")
 BASE_LAYER = (".base_layer.weight", ".base_layer.bias")  # as peft names the base's own, of an adapted embedding
 
 
@@ -61,37 +59,15 @@ def add_lora(model: nn.Module, recipe: Recipe, folder: Path | None) -> nn.Module
 
 
 def _not_adapted(model: Any) -> list[str]:
-    """Layers that peft would adapt in vain: those that read pictures or sound, through which no pair goes; routers that
-    are linear layers by birth and return more than one tensor; and :func:`read_by_others`."""
+    """Layers that peft would adapt in vain: those that read pictures or sound, through which no pair goes; and routers
+    that are linear layers by birth and return more than one tensor; and those whose weight other code takes."""
     inside = set(model.get_decoder().modules())
-    return read_by_others(model) + [
+    return bypassed_layers(model) + [
         name
         for name, module in model.named_modules()
         if (isinstance(module, nn.Linear) and module not in inside and module is not model.get_output_embeddings())
         or "router" in type(module).__name__.lower()
     ]
-
-
-def read_by_others(model: nn.Module) -> list[str]:
-    """Return the linear layers whose matrix another module multiplies with by itself, as Mamba's time step.
-
-    It would pass over an adapter beside the matrix, or not, by whether the matrix is in 4 bit.
-    """
-    read: dict[type, list[str]] = {}
-    found = []
-    for path, module in model.named_modules():
-        linear = [name for name, child in module.named_children() if isinstance(child, nn.Linear)]
-        if linear and type(module) not in read:
-            read[type(module)] = READ.findall(_source(type(module)))
-        found += [f"{path}.{name}".removeprefix(".") for name in linear if name in read[type(module)]]
-    return found
-
-
-def _source(kind: type) -> str:
-    try:
-        return inspect.getsource(kind)
-    except (OSError, TypeError):  # of a class that was made while the program runs
-        return ""
 
 
 @torch.no_grad()

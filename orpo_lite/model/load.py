@@ -10,13 +10,13 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 
-from orpo_lite.base.adapter import find_adapter
+from orpo_lite.base.adapter import base_of_adapter, find_adapter, same_base
 from orpo_lite.base.find import Base
 from orpo_lite.errors import FitError, ModelError, Overrides
-from orpo_lite.model.adapter import add_lora, read_by_others, set_adapter
+from orpo_lite.model.adapter import add_lora, set_adapter
 from orpo_lite.model.memory import apply_memory_settings
 from orpo_lite.model.pair_model import PairModel
-from orpo_lite.model.quantize import compute_dtype, misshapen, quantize, skipped_modules
+from orpo_lite.model.quantize import bypassed_layers, compute_dtype, misshapen, quantizable, quantize, skipped_modules
 from orpo_lite.ops.devices import META, device_kind
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.recipe.text import gib
@@ -40,13 +40,22 @@ def load_pair_model(recipe: Recipe, base: Base, device: torch.device) -> PairMod
     model = load_base(recipe, base, device)
     name = recipe.model.adapter_name_or_path
     folder = find_adapter(name) if name else None
+    left = [*quantizable(model)] if recipe.quantization.load_in_4bit else []  # those that are not in 4 bit
     pair_model = _as_pair_model(model, recipe, folder)
-    how = getattr(model.config, "quantization_config", None)
-    if left := getattr(how, "llm_int8_skip_modules", None):
+    if left:
         said = f"{left[0]} and such stay as they are: on this CPU bitsandbytes' kernel errs on rows of their width"
         pair_model.notes.append(f"quantization.load_in_4bit: {said}")
     if folder:
-        set_adapter(pair_model, load_file(folder / "adapter_model.safetensors"))
+        if (own := base_of_adapter(folder)) and not same_base(own, base.name):
+            said = f"it says that it was trained on {own}, and the base is {base.name}: on other weights it is noise"
+            pair_model.notes.append(f"model.adapter_name_or_path: {said}")
+        file = folder / "adapter_model.safetensors"
+        try:
+            tensors = load_file(file)
+        except (OSError, SafetensorError) as error:
+            said = f"cannot be read: {error}"
+            raise ModelError(where=str(file), found=said, expected="whole safetensors") from error
+        set_adapter(pair_model, tensors)
     return pair_model
 
 
@@ -77,13 +86,14 @@ def _as_pair_model(model: nn.Module, recipe: Recipe, folder: Path | None) -> Pai
     """Return the model frozen, with its adapter and the settings of ``memory``."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    bypassed = sorted({name.rsplit(".", 1)[-1] for name in bypassed_layers(model)})
     experts = sum(p.nbytes for n, p in model.named_parameters() if "expert" in n and p.ndim == 3)  # a layer's in one
     pair_model = PairModel(add_lora(model, recipe, folder), recipe.memory).train()
     if recipe.quantization.load_in_4bit and experts:
         said = f"{gib(experts)} of its experts stay as they are: bitsandbytes quantises linear layers only"
         pair_model.notes.append(f"quantization.load_in_4bit: {said}")
-    if left := read_by_others(model):
-        said = f"{len(left)} layers are not adapted ({left[0]} ...): the model's code reads their matrices by itself"
+    if bypassed:
+        said = f"not in 4 bit and not adapted, because the model's own code takes their weights: {', '.join(bypassed)}"
         pair_model.notes.append(said)
     apply_memory_settings(pair_model, recipe)
     return pair_model
@@ -98,6 +108,7 @@ def load_base(recipe: Recipe, base: Base, device: torch.device) -> nn.Module:
         "device_map": {"": str(device)},
         "use_safetensors": True,
         "generation_config": GenerationConfig(),  # else a generation_config.json that it refuses would end the loading
+        "ignore_mismatched_sizes": True,  # else it raises, and names none of them
     }
     if recipe.model.attn_implementation:
         options["attn_implementation"] = recipe.model.attn_implementation

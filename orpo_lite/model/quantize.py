@@ -3,6 +3,9 @@
 transformers quantizes a base as it is loaded; here the same is done for bases without weights.
 """
 
+import inspect
+import re
+from functools import cache
 from typing import Any
 
 import bitsandbytes as bnb
@@ -16,28 +19,58 @@ from orpo_lite.recipe.schema import Recipe
 
 
 def skipped_modules(recipe: Recipe, config: Any, device: torch.device) -> list[str]:
-    """transformers' ``llm_int8_skip_modules``: layers for which bitsandbytes' kernel is wrong here, and heads.
+    """transformers' ``llm_int8_skip_modules``: layers that cannot be in 4 bit, and heads; [] where there are none.
 
-    Its kernel for CPUs (0.50) dequantises rows of an odd multiple of 32 elements wrongly. [] where nothing is wrong.
+    Those of :func:`bypassed_layers`; and on a CPU those of :func:`wrong_widths`.
     """
-    if device.type != "cpu" or not recipe.quantization.load_in_4bit:
+    if not recipe.quantization.load_in_4bit:
         return []
     with META:
         model = AutoModelForCausalLM.from_config(config)
     widths = {name: layer_shape(layer)[0] for name, layer in quantizable(model).items()}
-    wrong = {width for width in set(widths.values()) if _is_wrong(width)}
-    names = [name for name, width in widths.items() if width in wrong]
+    wrong = wrong_widths(set(widths.values())) if device.type == "cpu" else set()
+    names = [*bypassed_layers(model), *(name for name, width in widths.items() if width in wrong)]
     return [*names, *(name for name in get_keys_to_not_convert(model) if name not in names)] if names else []
 
 
 def quantizable(model: Any) -> dict[str, Any]:
-    """The layers that transformers puts into 4 bit, by name: plain linear ones, GPT-2's Conv1D too, but no head."""
-    head = model.get_output_embeddings()
+    """The layers that transformers puts into 4 bit, by name: plain linear ones, GPT-2's Conv1D too, but no head.
+
+    Nor those of :func:`bypassed_layers`, which it is told to leave.
+    """
+    head, bypassed = model.get_output_embeddings(), bypassed_layers(model)
     return {
         name: module
         for name, module in model.named_modules()
-        if (type(module) is nn.Linear or is_transposed(module)) and module is not head
+        if (type(module) is nn.Linear or is_transposed(module)) and module is not head and name not in bypassed
     }
+
+
+def bypassed_layers(model: nn.Module) -> list[str]:
+    """Linear layers whose weight the model's own code takes itself, by name.
+
+    Gemma 3n clamps such a weight in place, and Mamba's kernels multiply by it: a weight in 4 bit is of other numbers,
+    and an adapter on the layer has no effect.
+    """
+    found = []
+    for name, module in model.named_modules():
+        children = [child for child, layer in module.named_children() if isinstance(layer, nn.Linear)]
+        taken = "".join(map(_source, type(module).__mro__)) if children else ""
+        found += [f"{name}.{child}" for child in children if re.search(rf"\bself\.{child}{WEIGHT_TAKEN}", taken)]
+    return found
+
+
+# Not where its dtype or shape is asked for, nor Bloom's slices of it, which are for checkpoints split over processes.
+WEIGHT_TAKEN = r"\.weight\b(?!\.(?:dtype|device|shape)|\[)"
+
+
+@cache
+def _source(kind: type) -> str:
+    """The source of a model class's own methods; "" for the classes of torch."""
+    if not kind.__module__.startswith("transformers.models."):
+        return ""
+    methods = [inspect.unwrap(method) for method in vars(kind).values() if inspect.isfunction(method)]
+    return "".join(inspect.getsource(method) for method in methods)
 
 
 def is_transposed(layer: Any) -> bool:
@@ -49,6 +82,11 @@ def layer_shape(layer: Any) -> tuple[int, int]:
     """(inputs, outputs)."""
     rows, columns = layer.weight.shape
     return (rows, columns) if is_transposed(layer) else (columns, rows)
+
+
+def wrong_widths(widths: set[int]) -> set[int]:
+    """Those for which bitsandbytes' kernel for CPUs errs: rows of an odd multiple of 32 elements (0.50)."""
+    return {width for width in widths if _is_wrong(width)}
 
 
 def _is_wrong(width: int) -> bool:

@@ -18,7 +18,7 @@ from orpo_lite.planning.on_meta import worst_case
 from orpo_lite.planning.search import Change, GpuRow, MemoryPlan, Planner, no_plan
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.runs.folder import KEPT_CHECKPOINTS
-from orpo_lite.updates import Update, run_to_end
+from orpo_lite.updates import Update, run_to_end, with_torch_defaults
 
 ASSUMED = next(gpu for gpu in GPUS if "24 GB" in gpu.name)  # where there is no card and nobody names a budget
 
@@ -83,6 +83,7 @@ def plan(recipe: Recipe, *, with_data: bool = False) -> PlanReport:
     return run_to_end(plan_events(recipe, with_data=with_data), lambda _: None)
 
 
+@with_torch_defaults
 def plan_events(recipe: Recipe, *, with_data: bool = False) -> Generator[Update, None, PlanReport]:
     """:func:`plan` as a generator of what is being done."""
     recipe, asked_name = adopt_adapter(recipe), recipe.model.model_name_or_path

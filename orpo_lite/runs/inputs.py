@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from orpo_lite.base.config import read_sizes
 from orpo_lite.base.download import hub_host
 from orpo_lite.base.find import (
     Base,
@@ -16,7 +17,6 @@ from orpo_lite.base.find import (
     find_texts,
     load_tokenizer,
     pad_id,
-    read_sizes,
 )
 from orpo_lite.data.cache import TokenizedPairs
 from orpo_lite.data.chat_template import set_chat_template

@@ -75,6 +75,22 @@ class Session:
         """Return the learning rate of a step."""
         return float(self.recipe.training.learning_rate * self._factor(step))
 
+    def warmup_note(self) -> str:
+        """Return what to say of a warm-up that leaves no step at the learning rate that was asked for; or ""."""
+        settings = self.recipe.training
+        warmup = whole_steps(settings.warmup_steps, self.steps)
+        highest = max(self.learning_rate(step) for step in range(self.steps))
+        if highest == 0:
+            said = f"the learning rate is 0 at all {self.steps} steps, which are warm-up: nothing is learnt"
+        elif warmup > self.steps:
+            said = (
+                f"the warm-up takes {warmup} steps and the training has {self.steps}: "
+                f"the learning rate reaches {highest:.2g} of {settings.learning_rate:.2g}"
+            )
+        else:
+            return ""
+        return f"{said}; training.warmup_steps=0 trains without one"
+
     def set_memory(self, settings: dict[str, Any]) -> None:
         """Change keys of ``memory``, and the model as they say; loss and gradient stay as they are."""
         if settings:
@@ -106,7 +122,10 @@ def load_session(
     is_half = choose_dtype(recipe.model.dtype, device_kind(processes.device)) == torch.float16
     scaler = torch.amp.GradScaler(processes.device.type, enabled=is_half)
     optimizer = make_optimizer(recipe, trained)
-    return Session(recipe, inputs, path, processes, stop, objective, pair_model, optimizer, scaler)
+    session = Session(recipe, inputs, path, processes, stop, objective, pair_model, optimizer, scaler)
+    if said := session.warmup_note():
+        yield Update("note", said)
+    return session
 
 
 def count_steps(recipe: Recipe, inputs: Inputs) -> int:

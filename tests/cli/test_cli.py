@@ -449,6 +449,7 @@ def as_pickle(base: Path) -> None:
     (base / "model.safetensors").rename(base / "pytorch_model.bin")
 
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 12345\n"
 BAD_BASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
     "no such folder": (shutil.rmtree, [], ["model.model_name_or_path: ./base", "no such folder", "or a hub name"]),
     "no safetensors": (as_pickle, [], ["base", "safetensors", "pickles are never loaded"]),
@@ -458,7 +459,7 @@ BAD_BASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
         [],
         ["config.json", "is not JSON"],
     ),
-    "encoder-decoder": (encoder_decoder, [], ["base", "model_type 't5'", "decoder-only"]),
+    "encoder-decoder": (encoder_decoder, [], ["base", "model_type 't5' is an encoder-decoder", "decoder-only"]),
     "code of its own": (
         lambda base: change_config(base, auto_map={"AutoModelForCausalLM": "evil.Model"}),
         [],
@@ -467,9 +468,23 @@ BAD_BASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
     "already quantised": (
         lambda base: change_config(base, quantization_config={"load_in_4bit": True}),
         [],
-        ["base", "is already quantised", "16-bit weights"],
+        ["base", "is already quantised", "16-bit weights", "take the model that it was quantised from"],
     ),
-    "an unknown architecture": (lambda base: change_config(base, model_type="rwkv99"), [], ["model_type 'rwkv99'"]),
+    "an unknown architecture": (
+        lambda base: change_config(base, model_type="rwkv99"),
+        [],
+        ["model_type 'rwkv99' is not in transformers"],
+    ),
+    "a vocabulary of another size": (
+        lambda base: change_config(base, vocab_size=128),
+        [],
+        ["config.json", "model.embed_tokens.weight is (99, 64)", "not (128, 64)", "set vocab_size to 99"],
+    ),
+    "weights that are a pointer": (
+        lambda base: (base / "model.safetensors").write_text(POINTER, encoding="utf-8"),
+        [],
+        ["model.safetensors", "a git-lfs pointer"],
+    ),
     "a target that matches nothing": (
         lambda _: None,
         ["lora.target_modules=q_proj,typo"],
@@ -516,6 +531,17 @@ def test_a_bad_base_ends_with_4_before_weights_load(small: Callable[..., Answer]
     assert [part for part in expected if part not in said] == [], said
     assert "Traceback" not in said
     assert {path.name for path in workspace.rglob("*")} == before
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_rank_without_a_launch_is_said_in_full(
+    small: Callable[..., Answer], workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "3")
+    code, _, said = small()
+    assert code == 2
+    assert "fix: unset RANK" in said
+    assert not (workspace / "run").exists()
 
 
 @pytest.mark.usefixtures("no_weights")

@@ -11,6 +11,7 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
+import transformers as hf
 from conftest import ragged_pairs, tiny_llama, tiny_opt, write_base
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
@@ -33,6 +34,7 @@ from orpo_lite.errors import ModelError, RecipeError
 from orpo_lite.model.adapter import adapter_tensors, set_adapter
 from orpo_lite.model.load import choose_dtype, load_pair_model
 from orpo_lite.model.pair_model import PairModel
+from orpo_lite.model.quantize import bypassed_layers
 from orpo_lite.objectives.objective import Divisors
 from orpo_lite.objectives.orpo import orpo_loss
 from orpo_lite.ops.devices import device_kind
@@ -505,3 +507,44 @@ def test_the_card_chooses_the_dtype(
     assert choose_dtype("auto", device_kind(torch.device("cuda", 0))) == expected
     assert choose_dtype("auto", device_kind(torch.device("cpu"))) == torch.float32
     assert choose_dtype("float32", "cuda") == torch.float32
+
+
+# --- layers whose weight the model's own code takes
+
+TINY = {"vocab_size": 99, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "pad_token_id": 0}
+TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.1}
+MAMBA = {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 16}
+ALTUP = {"vocab_size_per_layer_input": 99, "hidden_size_per_layer_input": 16, "laurel_rank": 8, "altup_num_inputs": 2}
+ALTUP |= {"num_kv_shared_layers": 0, "layer_types": ["full_attention"] * 2, "head_dim": 16}
+BYPASSED: dict[str, tuple[Callable[[], Any], set[str]]] = {
+    "clamped in place": (
+        lambda: hf.Gemma3nForCausalLM(hf.Gemma3nTextConfig(**TINY, **ALTUP, activation_sparsity_pattern=[0.0, 0.0])),
+        {"correction_coefs", "prediction_coefs"},
+    ),
+    "given to a kernel": (lambda: hf.FalconH1ForCausalLM(hf.FalconH1Config(**TINY, **MAMBA)), {"out_proj"}),
+    "multiplied by": (lambda: hf.JambaForCausalLM(hf.JambaConfig(**TINY, num_experts=1)), {"dt_proj"}),
+}
+
+
+@pytest.mark.parametrize("case", BYPASSED)
+def test_a_layer_whose_weight_other_code_takes_stays_as_it_is(tmp_path: Path, case: str) -> None:
+    make, expected = BYPASSED[case]
+    torch.manual_seed(0)
+    base = make()
+    names = bypassed_layers(base)
+    assert {name.rsplit(".", 1)[-1] for name in names} == expected
+    model = load(write_base(tmp_path / "base", base))
+    own = {name: type(model.causal.get_submodule(name)) for name in names}
+    assert own == dict.fromkeys(names, nn.Linear)  # neither in 4 bit nor adapted; the others are both
+    assert any(isinstance(module, bnb.nn.Linear4bit) for module in model.modules())
+    assert [note for note in model.notes if note.startswith("not in 4 bit and not adapted") and min(expected) in note]
+    loss, gradients = step(model, some_batch())
+    assert math.isfinite(loss)
+    assert any(gradient.any() for gradient in gradients.values())
+
+
+def test_a_slice_of_a_weight_for_split_checkpoints_is_no_bypass() -> None:
+    assert (
+        bypassed_layers(hf.BloomForCausalLM(hf.BloomConfig(vocab_size=99, hidden_size=64, n_layer=1, n_head=2))) == []
+    )
+    assert bypassed_layers(tiny_llama()) == []

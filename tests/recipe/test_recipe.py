@@ -480,6 +480,12 @@ MEANT: dict[str, str] = {
     "training.push_to_hub": "write output.push_to_hub",
     "export_hub_model_id": "write output.hub_model_id",
     "hub_strategy": "once, at the end; leave the line out",
+    "deepspeed": "nothing is sharded; leave the line out",
+    "training.evaluation_strategy": "write training.eval_steps",
+    "resume_from_checkpoint": "orpo-lite train --resume",
+    "lora.modules_to_save": "LoRA alone is trained",
+    "overwrite_output_dir": "another training.output_dir",
+    "fsdp": "nothing is sharded; leave the line out",
 }
 
 

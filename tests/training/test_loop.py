@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from conftest import Answer, tiny_llama, write_base
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM
@@ -145,6 +148,23 @@ def test_a_killed_process_goes_on_with_the_same_bits(
     assert code == 0, errors
     assert same_bits(adapter(Path("whole")), adapter(Path("killed")))
     assert rows_without_clock(Path("whole")) == rows_without_clock(Path("killed"))
+
+
+def test_what_a_notebook_has_set_changes_no_bit(trained: Trained, small_recipe: Build) -> None:
+    """Gradients off, another default dtype, an Accelerator of another precision; all is back between the updates."""
+    recipe = small_recipe("training.learning_rate=1e-2", "training.output_dir=again")
+    before = torch.is_grad_enabled(), torch.get_default_dtype()
+    try:
+        Accelerator(mixed_precision="bf16")
+        torch.set_grad_enabled(False)
+        torch.set_default_dtype(torch.float64)
+        train_all(recipe)
+        assert (torch.is_grad_enabled(), torch.get_default_dtype()) == (False, torch.float64)
+    finally:
+        AcceleratorState._reset_state()
+        torch.set_grad_enabled(before[0])
+        torch.set_default_dtype(before[1])
+    assert same_bits(adapter(trained[1].run), adapter(Path("again")))
 
 
 def test_evaluation_changes_no_bit_of_the_training(small_recipe: Build) -> None:
@@ -300,6 +320,48 @@ def test_a_merge_before_the_end_is_refused_with_the_command(trained: Trained) ->
     shutil.rmtree(result.run / "adapter")
     with pytest.raises(CheckpointError, match="orpo-lite train --resume run"):
         merge(result.run)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["training.max_steps=1"], "the learning rate is 0 at all 1 steps"),
+        (
+            ["training.max_steps=2", "training.warmup_steps=100"],
+            "takes 100 steps and the training has 2: the learning rate reaches 1e-05 of 0.001",
+        ),
+    ],
+)
+def test_a_warm_up_that_leaves_no_step_is_said(small_recipe: Build, overrides: list[str], said: str) -> None:
+    def warnings(*more: str) -> list[str]:
+        updates, _ = train_all(small_recipe(*overrides, *more, "output.samples=0"))
+        return [update.text for update in updates if update.kind == "note" and "learning rate" in update.text]
+
+    found = warnings()
+    assert [said in text for text in found] == [True]
+    key = re.findall(r"training\.warmup_steps=\d+", found[0])[0]
+    assert warnings(key, "training.output_dir=other") == []
+
+
+def test_an_adapter_of_another_base_is_said(trained: Trained, small_recipe: Build) -> None:
+    """Also where it still fits; the same base in a folder of another name is no other."""
+
+    def notes(base: str, run: str) -> list[str]:
+        keys = [f"model.model_name_or_path={base}", f"training.output_dir={run}", "training.max_steps=1"]
+        updates, _ = train_all(small_recipe(*keys, "model.adapter_name_or_path=run/adapter", "output.samples=0"))
+        return [update.text for update in updates if "it was trained on" in update.text]
+
+    shutil.copytree("base", "moved")
+    assert notes("moved", "again") == []
+    write_base(Path("other"), tiny_llama(99, rms_norm_eps=1e-4))
+    assert ["other" in text and "noise" in text for text in notes("other", "third")] == [True]
+    config = json.loads(Path("run/adapter/adapter_config.json").read_text("utf-8"))
+    Path("run/adapter/adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "owner/Other"}))
+    assert notes("other", "fourth") == []
+    weights = Path("run/adapter/adapter_model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ModelError, match=r"adapter_model.safetensors: cannot be read"):
+        notes("other", "fifth")
 
 
 def test_training_goes_on_from_an_adapter(small_recipe: Build) -> None:
