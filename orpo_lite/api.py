@@ -19,6 +19,7 @@ from orpo_lite.model.parallel import Processes
 from orpo_lite.model.quantize import skipped_modules
 from orpo_lite.objectives.objective import find_objective
 from orpo_lite.planning.choose import PLAN, choose_memory
+from orpo_lite.planning.gpus import describe_device
 from orpo_lite.publishing.model_card import make_card, write_card
 from orpo_lite.publishing.push import check_push, find_licences
 from orpo_lite.recipe.schema import Recipe
@@ -58,6 +59,8 @@ def train_events(recipe: Recipe, *, resume: bool = False) -> Generator[Update, N
     """:func:`train` as a generator: yields an :class:`Update` for all that happens and returns the result."""
     objective = find_objective(recipe.loss)
     processes, path = Processes(), Path(recipe.training.output_dir)
+    if processes.is_main:
+        yield Update("note", describe_device(processes.device))
     recipe, changed = yield from _begin(recipe, processes, path, resume=resume)
     initial = find_initial_adapter(recipe, path)
     resolved = demo.resolve_builtin(recipe).override({"model.adapter_name_or_path": initial and str(initial)})

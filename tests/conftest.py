@@ -52,6 +52,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(long)
 
 
+# As torch's allocator says it, the driver and cuBLAS.
+OUT_OF_MEMORY = (
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    torch.AcceleratorError("CUDA error: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+)
+
+
 def tiny_llama(vocab_size: int = 96, **changes: Any) -> LlamaForCausalLM:
     """Two layers of a Llama: grouped heads, RMSNorm, RoPE, untied head; random and reproducible."""
     shape = {

@@ -12,6 +12,7 @@ import torch
 from orpo_lite.base.find import load_tokenizer
 from orpo_lite.base.generation import SAMPLING, read_generation_config
 from orpo_lite.model.pair_model import PairModel
+from orpo_lite.ops.layers import embed_on_device
 
 NEUTRAL = (
     "Name three things worth checking before a long bicycle ride.",
@@ -71,6 +72,8 @@ def answers(
     # A sum that sampling needs has no deterministic kernel on a GPU (full_determinism); all that is trained is saved.
     torch.use_deterministic_algorithms(False)
     wrapped: Any = model.model
+    # generate() makes what it needs on the device of the first parameter, which may be the embedding in host memory.
+    embed_on_device(model.causal.get_input_embeddings(), model.device)
     seeds = {source: itertools.count(seed) for source in ("neutral", "held-out")}
     for prompt in prompts:
         its_seed = next(seeds[prompt.source])

@@ -23,7 +23,7 @@ from orpo_lite.recipe.text import gib
 
 
 def choose_dtype(name: str, kind: str) -> torch.dtype:
-    """``auto``: bfloat16 where the card has it, else float16 (T4, V100), else float32 (CPU).
+    """``auto``: bfloat16 where the card has it, else float16 (T4), else float32 (CPU).
 
     ``kind`` of a device is what :func:`orpo_lite.ops.attention.device_kind` says.
     """

@@ -17,6 +17,7 @@ from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.errors import ModelError, Overrides
 from orpo_lite.model.pair_model import MODEL_CODE_ERRORS, ROUTES, PairModel, Route
 from orpo_lite.ops.attention import UnsupportedError, flash_attn
+from orpo_lite.ops.devices import is_device_error, is_out_of_memory
 from orpo_lite.ops.head import packed_logps
 from orpo_lite.ops.outputs import PairLogps
 
@@ -367,8 +368,8 @@ def _reason(error: Exception, route: Route) -> str:
 
 
 def _kind(error: Exception) -> str:
-    """What a fault of the model's code is, its traceback being in the log; memory that runs out is none of its."""
-    if isinstance(error, torch.OutOfMemoryError):
+    """What a fault of the model's code is, its traceback being in the log; an error of the device is none of its."""
+    if is_out_of_memory(error) or is_device_error(error):
         raise error
     log.warning("random tokens failed to go through the model", exc_info=error)
     return f"{type(error).__name__}; train.log has the place"

@@ -19,6 +19,30 @@ def device_kind(device: torch.device) -> str:
     return "ampere" if torch.cuda.get_device_capability(device) >= (8, 0) else "cuda"
 
 
+# What the driver and NVIDIA's libraries say where memory runs out outside of torch's allocator. The type is that of
+# their other errors.
+OUT_OF_MEMORY = (
+    "cuda error: out of memory",
+    "cuda out of memory",
+    "cublas_status_alloc_failed",
+    "cudnn_status_alloc_failed",
+    "cusolver_status_alloc_failed",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that the device's memory is used up."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in OUT_OF_MEMORY)
+
+
+def is_device_error(error: BaseException) -> bool:
+    """Return whether an error is the device's, and no fault of the code that was running."""
+    said = ("cuda error", "cublas_status", "cudnn_status")
+    return isinstance(error, torch.AcceleratorError) or any(sign in str(error).lower() for sign in said)
+
+
 HOST = torch.device("cpu")
 
 _host_storages: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()

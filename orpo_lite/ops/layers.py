@@ -242,3 +242,9 @@ def embed_on_host(embedding: nn.Embedding) -> None:
         return transfer(plain(ids), device)
 
     embedding.forward = forward  # type: ignore[method-assign,assignment]
+
+
+def embed_on_device(embedding: nn.Module, device: torch.device) -> None:
+    """Undo :func:`embed_on_host`: the input embedding is on ``device`` with its own forward pass."""
+    vars(embedding).pop("forward", None)
+    embedding.to(device)

@@ -30,7 +30,7 @@ SPEEDS = {
     "RTX 4060": (30e12, 272e9), "RTX 3090": (71e12, 936e9), "RTX 3080": (60e12, 760e9), "RTX 3060": (26e12, 360e9),
     "RTX 6000 Ada": (364e12, 960e9), "RTX A6000": (155e12, 768e9), "H200": (989e12, 4800e9), "H100": (989e12, 3350e9),
     "A100": (312e12, 2039e9), "L40S": (362e12, 864e9), "L4": (121e12, 300e9), "A10G": (70e12, 600e9),
-    "A10": (125e12, 600e9), "T4": (65e12, 320e9), "V100": (125e12, 900e9),
+    "A10": (125e12, 600e9), "T4": (65e12, 320e9),
 }  # fmt: skip
 GPUS = (  # those of the table; memory as torch names it
     Gpu("RTX 4060, 8 GB", int(7.63 * GIB), *SPEEDS["RTX 4060"]),
@@ -67,6 +67,35 @@ def local_gpu(index: int = 0) -> LocalGpu | None:
     gpu = Gpu(properties.name, properties.total_memory, flops, bandwidth)
     free, others = _asked_of_driver(str(properties.uuid)) or (torch.cuda.mem_get_info(index)[0], 0)
     return LocalGpu(gpu, free, others)
+
+
+def describe_device(device: torch.device) -> str:
+    """Return the sentence that says what a training runs on, and why not on a GPU that the driver has."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        memory, version = properties.total_memory / GIB, f"{properties.major}.{properties.minor}"
+        return f"training on {properties.name} ({device}, {memory:.1f} GiB, compute capability {version})"
+    said = f"training on the CPU ({torch.get_num_threads()} threads)"
+    if found := _unusable_gpu():
+        name, driver = found
+        built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU alone"
+        said += f": {name} is here with driver {driver}, and this torch, built for {built}, cannot use it"
+    return said
+
+
+def _unusable_gpu() -> tuple[str, str] | None:
+    """(name, driver version) of the first GPU that NVML finds; None where it finds none."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        try:
+            name = pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(0))
+            return str(name), str(pynvml.nvmlSystemGetDriverVersion())
+        finally:
+            pynvml.nvmlShutdown()
+    except pynvml.NVMLError:
+        return None
 
 
 def memory_budget(wanted: int | None, own: LocalGpu | None) -> int | None:

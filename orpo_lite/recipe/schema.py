@@ -135,7 +135,7 @@ class ModelSection(Section):
     adapter_name_or_path: str | None = None
     """A LoRA adapter to train on from, instead of a new one: it sets all of lora, which may be left out."""
     dtype: Dtype = "auto"
-    """Of everything that is not quantised. auto: bfloat16, else float16 (T4, V100), else float32 (CPU)."""
+    """Of everything that is not quantised. auto: bfloat16, else float16 (T4), else float32 (CPU)."""
     attn_implementation: Annotated[str | None, BeforeValidator(_attention)] = None
     """transformers' attention back-end: sdpa, eager, flash_attention_2; null lets transformers choose."""
 

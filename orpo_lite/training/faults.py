@@ -11,6 +11,7 @@ from transformers import enable_full_determinism
 from orpo_lite.data.packing import micro_batches
 from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.errors import Command, DivergedError, FitError, Overrides, RecipeError
+from orpo_lite.ops.devices import is_out_of_memory
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.runs.commands import resume_command
 from orpo_lite.training.session import Session
@@ -74,12 +75,12 @@ def explain_faults(recipe: Recipe, path: Path) -> Iterator[None]:
         enable_full_determinism(recipe.training.seed)
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        found = f"the GPU is out of memory ({str(error).splitlines()[0]})"
-        settings = {"memory.checkpoint_offload": True, "memory.mlp_tile": 512, "memory.embedding_on_cpu": True}
-        advice = ", less memory.micro_batch_tokens; none of them changes the result; checkpoints are kept"
-        raise FitError(where=f"run {path}", found=found, fix=Overrides(settings, advice)) from error
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            found = f"the GPU is out of memory ({str(error).splitlines()[0]})"
+            settings = {"memory.checkpoint_offload": True, "memory.mlp_tile": 512, "memory.embedding_on_cpu": True}
+            advice = ", less memory.micro_batch_tokens; none of them changes the result; checkpoints are kept"
+            raise FitError(where=f"run {path}", found=found, fix=Overrides(settings, advice)) from error
         if not deterministic or "deterministic" not in str(error):
             raise
         found = f"an operation of this model has no deterministic kernel ({str(error).split('.')[0]})"

@@ -15,6 +15,7 @@ from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.model.pair_model import PairModel
 from orpo_lite.model.parallel import Processes
 from orpo_lite.objectives.objective import Objective
+from orpo_lite.ops.devices import is_out_of_memory
 from orpo_lite.training.session import Session
 from orpo_lite.training.state import TrainState
 
@@ -105,7 +106,9 @@ def accumulate(
     short = False
     try:
         run_passes()
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         short = True
     trained = [parameter for _, parameter in model.trained()]
     if processes.any(short):

@@ -502,7 +502,7 @@ def test_other_families_train_all_their_linears(family: str, dtype: str, tmp_pat
 def test_the_card_chooses_the_dtype(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: torch.dtype
 ) -> None:
-    """V100 and T4 have no bfloat16, Ampere has; a CPU computes in float32; a named dtype is what it says."""
+    """A T4 has no bfloat16, Ampere has; a CPU computes in float32; a named dtype is what it says."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     assert choose_dtype("auto", device_kind(torch.device("cuda", 0))) == expected
     assert choose_dtype("auto", device_kind(torch.device("cpu"))) == torch.float32

@@ -16,7 +16,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from conftest import Answer, tiny_llama, write_base
+from conftest import OUT_OF_MEMORY, Answer, tiny_llama, write_base
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM
 
@@ -447,9 +447,12 @@ def test_nonfinite_steps_leave_the_adapter_alone_and_end_the_run(
     assert "pairs.jsonl:" in notes[0]
 
 
-def test_out_of_memory_names_the_levers(small_recipe: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=str)
+def test_out_of_memory_names_the_levers(
+    error: RuntimeError, small_recipe: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def explode(*_: Any, **__: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        raise error
 
     monkeypatch.setattr("orpo_lite.training.step.accumulate", explode)
     with pytest.raises(FitError, match=r"memory\.micro_batch_tokens"):
