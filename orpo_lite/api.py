@@ -160,11 +160,12 @@ def _train(
     session = yield from load_session(recipe, inputs, path, processes, stop)
     if processes.is_main:
         write_adapter_config(path / "adapter", session.pair_model, inputs.base.name)
-        yield from attempt(NO_CARD, make_card, path)
     state = TrainState()
     if going_on:
-        state = yield from restore_session(session, going_on.changed)
+        state = yield from restore_session(session, going_on.changed)  # which mends metrics.jsonl, of which cards tell
         yield from going_on.record(session, state.step)
+    if processes.is_main:
+        yield from attempt(NO_CARD, make_card, path)
     yield from train_steps(session, state, saved=going_on is not None)
     kept = yield from keep_best(session, state)
     samples: tuple[Sample, ...] = ()

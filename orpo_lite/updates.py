@@ -57,7 +57,9 @@ def attempt(failed: str, function: Callable[..., Any], *args: Any) -> Iterator[U
 def failure(failed: str, error: Exception) -> Update:
     """The note of an error that costs nothing but ``failed``, whose traceback is logged."""
     logging.getLogger(__name__).warning(failed, exc_info=error)
-    said = error.found if isinstance(error, OrpoLiteError) else " ".join(str(error).split())[:300]
+    said = " ".join(str(error).split())[:300]
+    if isinstance(error, OrpoLiteError):
+        said = f"{error.where}: {error.found}" if error.where else error.found
     said = said or type(error).__name__
     return Update("note", f"{failed}: {said}")
 

@@ -4,6 +4,7 @@ Files are read with ``readinto`` into buffers of ours. A memory map would count 
 this process, and a limit on its memory would end it.
 """
 
+import errno
 import json
 import math
 import os
@@ -198,7 +199,7 @@ def write_model(folder: Path, files: Sequence[Sequence[Stored]], blocks: Iterato
                     left, total = left - block.nbytes, total + block.nbytes
                     later(_write, stream, _bytes(block))
                     yield total
-                later(os.fsync, stream.fileno())
+                later(_sync, stream.fileno())
                 while waiting:
                     waiting.popleft().result()
             finally:
@@ -209,6 +210,15 @@ def write_model(folder: Path, files: Sequence[Sequence[Stored]], blocks: Iterato
             "weight_map": {stored.name: name for name, held in zip(names, files, strict=True) for stored in held},
         }
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _sync(descriptor: int) -> None:
+    """Make the contents durable, where the file system can (FUSE, SMB); whoever renames the folder notes that."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise
 
 
 def _file_name(number: int, count: int) -> str:

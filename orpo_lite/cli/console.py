@@ -27,7 +27,8 @@ class _Output(FileIO):
 
     def write(self, data: Any) -> int:
         try:
-            return super().write(data)
+            written: int | None = super().write(data)
+            return len(data) if written is None else written  # None: whoever reads it is slow, and is not waited for
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
             return len(data)

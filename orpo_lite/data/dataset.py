@@ -68,7 +68,7 @@ def tokenized(
     """
     prints = [source.fingerprint() for source in sources]
     key = cache.make_key(
-        sets=[sha256 for sha256, _ in prints],
+        sets=[(source.name, sha256) for source, (sha256, _) in zip(sources, prints, strict=True)],
         tokenizer=cache.tokenizer_sha256(tokenizer_folder),
         template=_template_key(data.chat_template),
         fields=data.model_dump(include=set(TOKEN_FIELDS)),

@@ -60,7 +60,8 @@ def held_out_sources(data: DataSection) -> list[Source]:
     test = data.dataset_test_split
     if test is None:
         return []
-    if is_path(test):  # a bare word is a split, even when a folder of that name stands near by
+    # A bare word is a split, even when a folder of that name stands near by.
+    if is_path(test) or ("/" in test and Path(test).is_dir()):
         with suppress(DataError):  # files that carry no names of splits are all held out
             return [find_source(test, "test", None)]
         return [_find(data, TEST_SPLIT, test, "auto", TEST_SPLIT)]

@@ -249,7 +249,9 @@ CASES: dict[str, tuple[Files, list[str]]] = {
     "JSON for messages": (
         {
             "a.jsonl": under(
-                prompt=lambda i: f"Why {i}?", chosen='{"role": "nurse", "a": 1}', rejected='{"role": "nurse", "a": 2}'
+                prompt=lambda i: f"Why {i}?",
+                chosen='{"role": "nurse", "content": 1}',
+                rejected='{"role": "nurse", "content": 2}',
             )
         },
         [],

@@ -277,7 +277,7 @@ def test_column_map_wins(tmp_path: Path) -> None:
     assert (pair.prompt_text, pair.chosen, pair.rejected) == ("q", "better", "worse")
     write_jsonl(path, [*rows, EXPLICIT])  # never another column in place of the one that is asked for
     (fault,) = read(path, column_map={"prompt": "question"})[1].bad_rows
-    assert str(fault).startswith("pairs.jsonl:3, field prompt: missing")
+    assert str(fault).startswith("pairs.jsonl:3, field question: missing")
 
 
 @pytest.mark.parametrize(

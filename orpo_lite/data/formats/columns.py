@@ -4,6 +4,7 @@ A column's kind is what most of its rows hold, the empty ones aside. A column is
 is the one candidate, or all candidates agree in every row; else the error has the data.column_map lines to choose from.
 """
 
+import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -38,6 +39,7 @@ from orpo_lite.data.formats.values import (
     is_blank,
     is_conversation,
     is_opened,
+    is_single_reply,
     is_templated,
     kind_of,
     unpacked,
@@ -165,8 +167,9 @@ class ColumnProfile:
         for column, value in row.items():
             if column in self.alone:
                 out[column] = alone(value) or value
-            elif isinstance(value, str) and self.kinds.get(column) in (*STRUCTURED, *PLAIN_LISTS):
-                out[column] = unpacked(value, column) if value.strip() else None
+            elif isinstance(value, str) and self.kinds.get(column) not in TEXTS:
+                is_list = self.kinds.get(column) in (*STRUCTURED, *PLAIN_LISTS)
+                out[column] = None if is_blank(value) else unpacked(value, column) if is_list else value
         return out
 
     @staticmethod
@@ -190,8 +193,9 @@ class ColumnProfile:
         return self.taken.get(canonical)
 
     def take(self, columns: Mapping[str, str]) -> None:
-        """Take columns for ours, as far as the rows have them."""
-        self.taken |= {ours: self.column(name) for ours, name in columns.items() if self.kind(name) != "missing"}
+        """Take columns for ours, as far as the rows have them, and data.column_map has none."""
+        found = {ours: self.column(name) for ours, name in columns.items() if self.kind(name) != "missing"}
+        self.taken |= {ours: column for ours, column in found.items() if ours not in self.mapped}
 
     def candidates(self, canonical: str) -> list[str]:
         if canonical in self.mapped or (canonical == "prompt" and self.kind("prompt") == "messages"):
@@ -261,6 +265,11 @@ class ColumnProfile:
 
     # --- the rows as their reader wants them
 
+    def replies_are_json(self) -> bool:
+        """chosen and rejected are JSON of messages in texts, beside a prompt that is a text."""
+        texts = all(isinstance(row.get(self.column(side)), str) for row in self.raw for side in SIDES)
+        return texts and "messages" in map(self.kind, SIDES) and self.kind("prompt") in TEXTS
+
     def renamed(self, row: Row, where: str) -> Row:
         """Canonical names, lists where JSON stands for them, and no other candidate than those that were taken."""
         row = {**self._normal(row), **{side: row[side] for side in self.texts if side in row}}
@@ -278,17 +287,26 @@ class ColumnProfile:
             out["better"] = verdict
         return out
 
+    def in_its_words(self, where: str) -> str:
+        """Return the place of a fault with the set's own name of the column."""
+        place, mark, field = where.partition(", field ")
+        name = re.match(r"\w*", field)[0]  # type: ignore[index]
+        column = self.taken.get(name, name)
+        return f"{place}{mark}{shown(self.mapped.get(column, column))}{field.removeprefix(name)}"
+
     def _check(self, value: Any, column: str, where: str, *, is_reply: bool) -> None:
         """Raise RowError for a value of another kind than its column's, which its reader would misread."""
         kind, name = self.kind(column), shown(column)
         if isinstance(value, str):
+            if is_reply and kind == "messages" and value.lstrip()[:1] not in ("[", "{"):
+                return  # a reply as a text among replies as messages
             if kind in (*STRUCTURED, *PLAIN_LISTS):
                 raise fault(where, name, "a text", f"{kind}, as in most rows")
             if kind in TEXTS and is_conversation(value):
                 raise fault(where, name, "messages as JSON", "a text, as in most rows")
         elif column in self.alone and isinstance(value, list) and value:
             raise fault(where, name, "a list", "a list of one text, as in most rows")
-        elif is_reply and kind in TEXTS and value is not None:
+        elif is_reply and kind in TEXTS and value is not None and not is_single_reply(value):
             raise fault(where, name, seen({name: value}, name), "text")
 
 

@@ -38,7 +38,7 @@ from orpo_lite.data.formats.values import (
     opens,
 )
 from orpo_lite.data.formats.verdicts import EITHER_VERDICT, VERDICTS, find_verdict, refuse_labels, two_answers
-from orpo_lite.data.pair import Pair, Row
+from orpo_lite.data.pair import Pair, Row, RowError
 from orpo_lite.errors import DataError, Overrides, one_of
 
 SAID = "data.format says so"
@@ -105,7 +105,7 @@ def detect_format(
     system = _find_system(profile)
     if (templated := profile.templated()) and not plain:
         refuse_templated(profile, templated)
-    is_json = not said and _are_json(profile)
+    is_json = not said and profile.replies_are_json()
     if is_json:
         because += " (JSON in texts, which data.format=explicit would read as they are)"
     if system and profile.kind(system) != "null" and name != "orca":
@@ -116,7 +116,11 @@ def detect_format(
 
     def read(row: Row, where: str) -> Pair:
         named = profile.renamed(row, where)
-        pair = without_reply(named, sides, where) or reader(named, where)
+        try:
+            pair = without_reply(named, sides, where) or reader(named, where)
+        except RowError as error:
+            error.where = profile.in_its_words(error.where)
+            raise
         return replace(pair, beside=True) if says_more(named) else pair
 
     refuse_unused(profile, name, said=said)
@@ -293,7 +297,7 @@ def _judged(profile: ColumnProfile, *, said: bool = False) -> Found:
     verdict, profile.verdict = find_verdict(profile, answers)
     if profile.share(opens, answers[0]) < 1 or "conversation" in profile.mapped:
         _find_before(profile)
-    profile.take({"response_a": answers[0], "response_b": answers[1], "better": verdict})
+    profile.taken |= {"response_a": answers[0], "response_b": answers[1], "better": verdict}
     return "judged", f"{shown(*answers)} are two answers and {shown(verdict)} says which is the better"
 
 
@@ -374,9 +378,3 @@ def _find_before(profile: ColumnProfile) -> tuple[str, str] | None:
 
 def _holds_turn(turns: Any, prompt: Any) -> bool:
     return turns == prompt or (isinstance(prompt, str) and prompt.strip() in [text.strip() for text in contents(turns)])
-
-
-def _are_json(profile: ColumnProfile) -> bool:
-    """chosen and rejected are JSON of a message in texts, beside a prompt that is a text."""
-    texts = all(isinstance(row.get(column), str) for row in profile.raw for column in side_columns(profile))
-    return texts and "messages" in map(profile.kind, SIDES) and profile.kind("prompt") in TEXTS

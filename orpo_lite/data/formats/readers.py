@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from orpo_lite.data.formats.messages import ANSWER_KEYS, APART, MEASURES, ROLES, is_message, normal
+from orpo_lite.data.formats.messages import ANSWER_KEYS, BESIDE, MEASURES, ROLES, TOOL_CALLS, is_message, normal
 from orpo_lite.data.formats.text import (
     ABSENT,
     MARKED,
@@ -42,7 +42,6 @@ from orpo_lite.data.pair import (
 # Whose turns are no one's here: what a tool was asked, and what it gave.
 TOOL_ROLES = ("tool", "function", "ipython", "observation", "tool_call", "function_call", "tool_response",
               "function_response", "tool_result")  # fmt: skip
-TOOL_CALLS = ("tool_calls", "function_call")  # keys of a message
 
 NO_TOOLS = "turns of system, user and assistant alone: calls of tools, and what tools give, are not read"
 WITHOUT_TOOLS = "leave out the rows with tools, or write each call and what it gave as text, into the turn beside it"
@@ -384,14 +383,9 @@ def _number(value: Any, where: str, label: str) -> float | None:
     return None if math.isnan(value) else float(value)
 
 
-BESIDE_PAIR = ("tools", "functions", "image", "images", "video", "videos", "audio", "audios")  # columns
-
-
 def says_more(row: Row) -> bool:
     """The row holds what belongs to the pair for those who made it, and is not read."""
     values = [value if isinstance(value, list) else [value] for value in row.values()]
-    messages = (item for items in values for item in items if is_message(item))
-    apart = (row.get(name) for name in BESIDE_PAIR)
-    return any(value and value not in ("[]", "{}") for value in apart) or any(
-        item.get(key) for item in messages for key in APART
-    )
+    messages = [item for items in values for item in items if is_message(item)]
+    beside = (item.get(key) for item in (row, *messages) for key in BESIDE)
+    return any(value and value not in ("[]", "{}") for value in beside)

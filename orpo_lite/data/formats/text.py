@@ -126,7 +126,8 @@ def numeric(text: str) -> bool:
 def text_of(row: Row, field: str, where: str, label: str = "") -> str:
     value = row.get(field)
     if not isinstance(value, str):
-        raise fault(where, label or field, seen(row, field), "text")
+        parts = ', or parts {"type": "text", "text": ...} alone' if isinstance(value, list) else ""
+        raise fault(where, label or field, seen(row, field), f"text{parts}")
     if not value.isascii():
         try:
             value.encode()

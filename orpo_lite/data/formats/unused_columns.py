@@ -87,6 +87,9 @@ def _refuse_prompts(profile: ColumnProfile, name: str, *, decided: bool) -> None
             without = _without(profile, name) if listed else left_out
             leave = f"{without} to leave it out" if without else "take the column out"
             put = f"{before} to put it in front as a system turn, or " if before else ""
+            if profile.replies_are_json():
+                before = Overrides({"data.format": "explicit"})
+                put = f"{before} to read the replies as the texts that they are, or {put}"
             raise DataError(
                 where="data.column_map",
                 found=f"{shown(*group)}: not in the conversations, in {held.count(False)} of {len(held)} rows",

@@ -68,8 +68,8 @@ def are_texts(values: Sequence[Any]) -> bool:
 
 
 def is_blank(value: Any) -> bool:
-    """It holds nothing: kind_of says null."""
-    return not value.strip() if isinstance(value, str) else value is None or value == []
+    """It holds nothing, also as a table has to write that: kind_of says null."""
+    return value.strip() in ("", "[]") if isinstance(value, str) else value is None or value == []
 
 
 def _kind_of_list(items: Sequence[Mapping[str, Any]]) -> Kind:
@@ -100,7 +100,9 @@ def is_conversation(text: str) -> bool:
 
 
 # Lists as Python prints them, which pandas writes into a table; NumPy's have no commas, and cannot be read.
-_PYTHON = re.compile(r"""\s*(?:array\(\s*)?(?:\[\s*\{?\s*['"]|\{\s*['"](?:role|content|from|value|messages)['"]\s*:)""")
+_PYTHON = re.compile(
+    r"""\s*(?:array\(\s*)?(?:\[\s*[\[({]?\s*['"]|\{\s*['"](?:role|content|from|value|messages)['"]\s*:)"""
+)
 
 
 def _is_json(text: str) -> bool:
@@ -139,6 +141,11 @@ def contents(value: Any) -> list[str]:
 def asks(turns: Sequence[Any]) -> bool:
     """It holds a user's turn: a whole conversation, not only the reply."""
     return any(role_of(turn) == "user" for turn in turns)
+
+
+def is_single_reply(value: Any) -> bool:
+    """A list of one message, the assistant's."""
+    return isinstance(value, list) and [role_of(item) for item in value] == ["assistant"]
 
 
 def opens(turns: Any) -> bool:

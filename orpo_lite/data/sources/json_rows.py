@@ -149,8 +149,9 @@ def _rows_within(whole: Any, file: File) -> list[Any]:
     if len(lists) == 1 and not is_row:
         return lists[0]
     if whole and _are_columns([*whole.values()]):
-        columns = [value.values() if isinstance(value, dict) else value for value in whole.values()]
-        return [dict(zip(whole, cells, strict=True)) for cells in zip(*columns, strict=True)]
+        first = next(iter(whole.values()))
+        places = first if isinstance(first, dict) else range(len(first))  # the keys of a column may be in any order
+        return [{name: column[place] for name, column in whole.items()} for place in places]
     has_messages = any(not items[0].keys().isdisjoint(("role", "from")) for items in lists)
     if is_row or has_messages or not len(lists) == len(whole) > 1:
         return [whole]

@@ -85,13 +85,18 @@ def find_files(name: str, split: str, key: str) -> LocalSource:
     labels = unique_labels(paths)
     count = f"{len(paths)} files: {listed(labels)}" if len(paths) > 1 else ""
     found = tuple(File(path, label) for path, label in zip(paths, labels, strict=True))
-    return LocalSource(name, joined(said, count), found)
+    return LocalSource(in_unicode(name), joined(said, count), found)
 
 
 def unique_labels(paths: Sequence[Path]) -> list[str]:
     """The names from the folder that all have in common, so that two train.jsonl are told apart."""
     common = os.path.commonpath([path.parent for path in paths])
-    return [path.relative_to(common).as_posix() for path in paths]
+    return [in_unicode(path.relative_to(common).as_posix()) for path in paths]
+
+
+def in_unicode(name: str) -> str:
+    """Return the name of a file as text, where its bytes are of another encoding than the system's."""
+    return os.fsencode(name).decode(errors="replace")
 
 
 def _rows_files(paths: Iterable[Path]) -> list[Path]:

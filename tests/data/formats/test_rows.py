@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from shapes import (
     BLUE,
+    BLUE_SEVEN,
     BRIEF,
     DOUBLED,
     EARLIER,
@@ -21,6 +22,7 @@ from shapes import (
     read,
     refused,
     said,
+    system,
     user,
 )
 
@@ -83,7 +85,7 @@ def test_a_faulty_row_is_named(form: str, row: dict[str, Any], place: str) -> No
 @pytest.mark.parametrize(
     ("shape", "change", "place"),
     [
-        ("TRL explicit texts", {"chosen": [bot("Blue.")]}, "field chosen: a list"),
+        ("TRL explicit texts", {"chosen": [user("?"), bot("Blue.")]}, "field chosen: a list"),
         ("TRL implicit conversations", {"chosen": "[{"}, "field chosen: a text"),
         (
             "TRL implicit conversations",
@@ -102,7 +104,7 @@ def test_a_faulty_row_is_named(form: str, row: dict[str, Any], place: str) -> No
             "chosen[0].content: a list of parts that are not all texts",
         ),
         ("LLaMA-Factory's dpo_en_demo", {"chosen": said("observation", "x")}, "chosen[0]: 'observation'"),
-        ("LLaMA-Factory's dpo_en_demo", {"conversations": None}, "field conversation: null"),
+        ("LLaMA-Factory's dpo_en_demo", {"conversations": None}, "field conversations: null"),
         ("Intel/orca_dpo_pairs", {"system": 3}, "field system: a number"),
         ("LLaMA-Factory's older alpaca, with history", {"output": ["a", "b", "c"]}, "field output: a list of 3"),
         ("LLaMA-Factory's older alpaca, with history", {"history": ["Hi"]}, "field history[0]: a text"),
@@ -114,7 +116,7 @@ def test_a_faulty_row_is_named(form: str, row: dict[str, Any], place: str) -> No
         ),
         ("texts with scores", {"scores": [1.0]}, "field scores: a list"),
         ("texts with ranks", {"ranks": None}, "field ranks: null"),
-        ("OpenAI preference fine-tuning", {"input": None}, "field conversation: null"),
+        ("OpenAI preference fine-tuning", {"input": None}, "field input: null"),
         ("lmsys/chatbot_arena_conversations", {"winner": "a third"}, "field winner: a text"),
         (
             "hh-rlhf with the dialogue in prompt",
@@ -177,7 +179,7 @@ def test_null_is_as_empty_as_an_empty_cell(shape: str, change: dict[str, Any], r
 def test_never_another_column_in_place_of_the_one_that_was_taken() -> None:
     rows = [{"question": Q, "chosen": "Blue.", "rejected": "Seven."}] * 9
     detected, _ = detect(rows)
-    with pytest.raises(DataError, match="field prompt: missing"):
+    with pytest.raises(DataError, match="field question: missing"):
         detected.read({"query": Q, "chosen": "Blue.", "rejected": "Seven."}, "x:1")
 
 
@@ -256,3 +258,57 @@ def test_a_habit_of_the_set_is_no_matter_of_one_row() -> None:
     assert detect([doubled] * 19 + [plain])[0].name == "doubled"
     refused([doubled] * 2 + [plain] * 18, "data.format=doubled", "data.format=explicit")
     refused([doubled] * 17 + [plain] * 3, "data.format=doubled", "data.format=explicit")
+
+
+def test_a_table_writes_a_blank_list_as_a_text() -> None:
+    """In a column that holds nothing else, and in one of lists; a reply that is this text stays one."""
+    rows = [{"prompt": Q, "system": "[]", "history": "[]", "input": "[]", **BLUE_SEVEN} for _ in range(3)]
+    assert [(pair.messages, pair.chosen) for pair in read(rows)] == [((user(Q),), "Blue.")] * 3
+    rows = [{"prompt": Q, "history": "[]", **BLUE_SEVEN}] * 3 + [
+        {"prompt": Q, "history": '[["Hi", "Hello."]]', **BLUE_SEVEN}
+    ]
+    assert [pair.messages for pair in read(rows)] == [(user(Q),)] * 3 + [TALK]
+    assert read([{"prompt": Q, "chosen": "[]", "rejected": "none"}, *[TEXTS] * 3])[0].chosen == "[]"
+
+
+@pytest.mark.parametrize("history", ["[['Hi', 'Hello.']]", "[('Hi', 'Hello.')]", '[["Hi", "Hello."]]'])
+def test_pairs_of_earlier_turns_in_a_table(history: str) -> None:
+    assert read([{"prompt": Q, "history": history, **BLUE_SEVEN}] * 3)[0].messages == TALK
+
+
+@pytest.mark.parametrize("text", ["Be brief.", "简洁。", "Be\nbrief."])
+def test_a_system_text_beside_messages_in_an_object_is_read(text: str) -> None:
+    rows = [{"prompt": {"system": text, "messages": [user(Q)]}, **BLUE_SEVEN}] * 3
+    assert [pair.messages for pair in read(rows)] == [(system(text), user(Q))] * 3
+
+
+def test_what_an_object_says_beside_its_messages_is_counted_or_refused() -> None:
+    for beside in ({"tools": [{"name": "search"}]}, {"documents": ["d"]}, {"images": ["i"]}):
+        (pair,) = read([{"prompt": {"messages": [user(Q)], **beside}, **BLUE_SEVEN}])
+        assert (pair.messages, pair.beside) == ((user(Q),), True)
+    for side in ({"content": "Blue.", "tool_calls": [{"name": "x"}]}, {"content": "Blue.", "note": "因为蓝色。"}):
+        with pytest.raises(DataError):
+            detect([{"prompt": Q, "chosen": side, "rejected": side}] * 3)
+
+
+def test_an_object_about_a_person_is_no_message() -> None:
+    for about in ({"role": "expert", "id": 1}, {"from": "reddit", "text": "r/all"}):
+        assert [pair.messages for pair in read([{"prompt": Q, "source": about, **BLUE_SEVEN}] * 3)] == [(user(Q),)] * 3
+
+
+def test_a_message_may_have_the_keys_of_several_sets() -> None:
+    turn = {"content": None, "value": Q, "role": None, "from": "human"}
+    assert read([{"conversations": [turn], **BLUE_SEVEN}])[0].messages == (user(Q),)
+
+
+def test_replies_as_texts_and_as_messages_may_be_mixed() -> None:
+    rows = [{"prompt": Q, **BLUE_SEVEN}, {"prompt": Q, "chosen": bot("Blue."), "rejected": [bot("Seven.")]}]
+    for mixed in (rows, rows[::-1], [*rows, *rows[:1]], [*rows, *rows[1:]]):
+        for pair in read(mixed):
+            assert (pair.messages, pair.chosen, pair.rejected) == ((user(Q),), "Blue.", "Seven.")
+
+
+def test_a_column_map_wins_over_the_columns_of_openai() -> None:
+    row = {"input": [user(Q)], "preferred_output": [bot("Blue.")], "non_preferred_output": [bot("Seven.")]}
+    (pair,) = read([row], {"chosen": "non_preferred_output", "rejected": "preferred_output"})
+    assert (pair.messages, pair.chosen, pair.rejected) == ((user(Q),), "Seven.", "Blue.")

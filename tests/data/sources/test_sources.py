@@ -6,6 +6,7 @@ import gzip
 import json
 import logging
 import lzma
+import os
 import random
 import shlex
 import shutil
@@ -1279,3 +1280,18 @@ def test_the_hubs_own_reader_on_a_real_folder(tmp_path: Path, monkeypatch: pytes
         text = fault(load_set, str(where), split, None, kind=HubError)
         assert "['en', 'de']" in text
         assert "data.dataset_config=en," in text
+
+
+def test_the_columns_of_a_table_by_pandas_may_be_in_any_order(tmp_path: Path) -> None:
+    columns = '{"prompt": {"0": "p0", "1": "p1"}, "chosen": {"1": "g1", "0": "g0"}}'
+    assert rows_of(write(tmp_path / "a.json", columns)) == [{"prompt": f"p{i}", "chosen": f"g{i}"} for i in (0, 1)]
+
+
+def test_the_name_of_a_file_may_be_of_another_encoding(tmp_path: Path) -> None:
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/donn\xe9es.jsonl")
+    with open(path, "w") as stream:
+        stream.write('{"q": "1"}\n')
+    for name in (path, str(tmp_path)):
+        found = source(name)
+        assert [place for place, _ in found.rows([])] == ["donn\ufffdes.jsonl:1"]
+        assert found.fingerprint()
