@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, Literal, ParamSpec, TypeVar
@@ -69,7 +69,7 @@ def with_torch_defaults(
 ) -> Callable[Arguments, Generator[Update, None, Result]]:
     """Run a verb with torch's global settings as they are at its import; between updates the caller's are back.
 
-    A notebook may have switched gradients off, or set another default dtype or device.
+    A notebook may have switched gradients off, autocast on, or set another default dtype or device.
     """
 
     @wraps(verb)
@@ -100,7 +100,12 @@ def _torch_defaults() -> Iterator[None]:
     if moved:
         torch.set_default_device(None)
     try:
-        with torch.inference_mode(False), torch.enable_grad():
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            # Autocast keeps the weights that it has cast: an adapter would never seem to change.
+            for kind in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
+                stack.enter_context(torch.autocast(kind, enabled=False))
             yield
     finally:
         torch.set_default_dtype(dtype)

@@ -54,6 +54,7 @@ ADAPTER_KEYS = (
     "auto_mapping base_model_name_or_path inference_mode peft_version revision task_type"
 ).split()
 
+EMBEDDINGS = ("embed", "lm_head", "wte", "wpe")  # in the names of input and output embeddings
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes for --max-lora-rank
 
 
@@ -73,7 +74,9 @@ def not_in_vllm(config: Mapping[str, Any], base: Mapping[str, Any]) -> str:
         return "DoRA"
     if any(config.get(key) for key in ("rank_pattern", "alpha_pattern", "target_parameters")):
         return "ranks and scales by layer, or adapted experts"
-    if {"embed_tokens", "lm_head"} & {*(config.get("target_modules") or ())}:
+    targets = config.get("target_modules") or ()
+    named = targets if isinstance(targets, str) else " ".join(targets)  # a text is a regular expression
+    if any(name in named for name in EMBEDDINGS):
         return "an adapter with embeddings in it"  # peft saves these whole beside A and B
     return "" if config["r"] <= VLLM_RANKS[-1] else f"its rank of {config['r']}"
 
@@ -124,6 +127,7 @@ def read_adapter_config(folder: Path) -> Any:
             where=str(path), found=f"init_lora_weights: {init!r}", expected="one that leaves the base as it is"
         )
     config = LoraConfig.from_pretrained(folder)
+    config.r = int(config.r)  # some tools write 4.0
     config.inference_mode = False  # as saved, an adapter is for use; here it trains on
     config.init_lora_weights = True  # any will do: the adapter's own weights follow
     return config

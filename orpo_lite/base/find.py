@@ -241,7 +241,10 @@ def load_tokenizer(path: Path) -> Any:
     except Exception as error:
         said = (str(error).splitlines() or [type(error).__name__])[0]
         fix = ""
-        if file.is_file():
+        settings = path / "tokenizer_config.json"
+        if settings.is_file() and not _holds_object(settings):
+            said, fix = f"{settings.name} is no JSON object", "download it again"
+        elif file.is_file():
             said += f" (tokenizers {importlib.metadata.version('tokenizers')})"
             fix = Command("pip install --upgrade tokenizers transformers", ", if it is newer; else download it again")
         raise ModelError(
@@ -249,6 +252,13 @@ def load_tokenizer(path: Path) -> Any:
         ) from error
     tokenizer.replaced = said and f"tokenizer.json is used as it is: {said}"
     return tokenizer
+
+
+def _holds_object(file: Path) -> bool:
+    try:
+        return isinstance(json.loads(file.read_text(encoding="utf-8")), dict)
+    except ValueError:
+        return False
 
 
 def _read_tokenizer(file: Path) -> Any:

@@ -280,8 +280,11 @@ def find_targets(made: Description, config: Any, tensors: dict[str, Stored], whe
     names = get_tensor_name_map(arch, made.layers)
     targets = []
     tied = made.tied and not _has_own_head(tensors)
+    is_only = made.tied and not any(name.endswith("embed_tokens.weight") for name in tensors)
     for stored in _in_order(tensors.values()):
         theirs = _language_model(stored.name) if made.pictures else stored.name
+        if is_only and theirs == "lm_head.weight":  # one of two tied tensors is in the files, and this one
+            theirs = "model.embed_tokens.weight"
         # A tied output is the embedding; frequencies are counted anew.
         if not theirs or theirs.endswith("rotary_emb.inv_freq") or (tied and theirs == "lm_head.weight"):
             continue

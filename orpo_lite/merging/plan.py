@@ -262,7 +262,8 @@ def _deltas(
     """The deltas by stored tensor. Raises :class:`ModelError` for parameters that are not in the base's files."""
     if lost := [parameter for parameter in products if parameter not in origins]:
         found = f"{len(lost)} adapted parameters are not in the base's files ({', '.join(lost[:3])} ...)"
-        raise ModelError(found=found, expected="files that hold each of them", fix="download it again")
+        expected = f"files that hold each of them; theirs begin with {min(stored)}"
+        raise ModelError(found=found, expected=expected, fix="a config.json that describes them, or all of it again")
     deltas: dict[str, Delta] = {}
     wanted: dict[str, tuple[int, ...]] = {}
     for parameter, product in products.items():

@@ -13,6 +13,7 @@ from orpo_lite.errors import Command, RecipeError
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 LAUNCH = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what a launch sets, all of them
+DEVICE = "ACCELERATE_TORCH_DEVICE"  # accelerate takes it as it is
 SHARDED = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM")
 
 
@@ -28,6 +29,14 @@ class Processes:
         _check_environment()
         # No Accelerator: dtypes are ours, and another one in this process may have others, or DeepSpeed.
         self._state = PartialState(cpu=cpu or parse_flag_from_env("ACCELERATE_USE_CPU"))
+        self.device: torch.device = self._state.device
+        if self.device.type == "cuda" and (self.device.index or 0) >= torch.cuda.device_count():
+            raise RecipeError(
+                where="environment",
+                found=f"{DEVICE}={self.device}, and torch finds {torch.cuda.device_count()} CUDA devices",
+                expected="a device that is here",
+                fix=Command(f"unset {DEVICE}"),
+            )
         if self._state.distributed_type not in SUPPORTED:
             raise RecipeError(
                 where="accelerate's configuration",
@@ -35,7 +44,6 @@ class Processes:
                 expected="one process, or plain data parallel",
                 fix=Command("accelerate config"),
             )
-        self.device: torch.device = self._state.device
         self.rank: int = self._state.process_index
         self.count: int = self._state.num_processes
         self.is_main: bool = self._state.is_main_process

@@ -113,7 +113,7 @@ def _refuse_others(model: PairModel) -> None:
         ]
     except MODEL_CODE_ERRORS as error:
         found = f"its own forward pass fails with this adapter ({_kind(error)})"
-        fix = "other lora.target_modules, or another base"
+        fix = "other lora.target_modules (or another model.adapter_name_or_path), or quantization.load_in_4bit=false"
         raise ModelError(where=f"model {model.config.model_type}", found=found, fix=fix) from error
     if not all(bool(logits.isfinite().all()) for logits in both):
         found = f"its logits are not finite in {_name(model.causal.dtype)}"

@@ -71,3 +71,10 @@ def test_an_adapter_of_experts_names_them(small_recipe: Build, workspace: Path) 
     config = json.loads(file.read_text())
     file.write_text(json.dumps({**config, "target_parameters": ["mlp.experts.gate_up_proj"]}))
     assert adopt_adapter(small_recipe(FROM)).lora.target_modules == ["mlp.experts.gate_up_proj", "q_proj"]
+
+
+def test_a_rank_may_be_written_as_a_fraction(small_recipe: Build, workspace: Path) -> None:
+    write_adapter(workspace / "adapter", target_modules=["q_proj"])
+    file = workspace / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"r": 4.0}))
+    assert repr(adopt_adapter(small_recipe(FROM)).lora.r) == "4"

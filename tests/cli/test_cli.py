@@ -459,6 +459,11 @@ BAD_BASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
         [],
         ["config.json", "is not JSON"],
     ),
+    "broken settings of the tokenizer": (
+        lambda base: (base / "tokenizer_config.json").write_text("[]", encoding="utf-8"),
+        [],
+        ["tokenizer in", "tokenizer_config.json is no JSON object", "download it again"],
+    ),
     "encoder-decoder": (encoder_decoder, [], ["base", "model_type 't5' is an encoder-decoder", "decoder-only"]),
     "code of its own": (
         lambda base: change_config(base, auto_map={"AutoModelForCausalLM": "evil.Model"}),

@@ -849,6 +849,11 @@ def test_a_head_that_is_said_to_be_tied_and_is_not_is_written(tmp_path: Path) ->
     save_file(tensors | {"lm_head.weight": head}, file, metadata={"format": "pt"})
     found = read_back(only_file(export(run, "gguf").folder))[1]["output.weight"]
     assert np.array_equal(found, head.numpy())
+    del tensors["model.embed_tokens.weight"]  # one of two that are the same
+    save_file(tensors | {"lm_head.weight": head}, file, metadata={"format": "pt"})
+    written = read_back(only_file(export(run, "gguf").folder))[1]
+    assert "output.weight" not in written
+    assert np.array_equal(written["token_embd.weight"], head.numpy())
 
 
 @pytest.mark.parametrize(
@@ -1107,7 +1112,16 @@ def test_the_command_of_vllm(rank: int, allowed: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "adapter", [{"use_dora": True}, {"r": 1024}, {"alpha_pattern": {"q_proj": 3}}, {"target_modules": ["lm_head"]}]
+    "adapter",
+    [
+        {"use_dora": True},
+        {"r": 1024},
+        {"alpha_pattern": {"q_proj": 3}},
+        {"target_modules": ["lm_head"]},
+        {"target_modules": ["model.embed_tokens", "q_proj"]},
+        {"target_modules": r".*(embed_tokens|q_proj)"},
+    ],
+    ids=str,
 )
 def test_what_vllm_does_not_serve_is_served_merged(adapter: dict[str, Any], tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", tiny_llama(520), bytes_tokenizer(), **adapter)

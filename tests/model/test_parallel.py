@@ -1,16 +1,17 @@
 """The processes of a training: what a launch sets in the environment is all there, or nothing of it."""
 
 import pytest
+from accelerate import PartialState
 
 from orpo_lite.errors import Command, RecipeError
-from orpo_lite.model.parallel import LAUNCH, SHARDED, Processes
+from orpo_lite.model.parallel import DEVICE, LAUNCH, SHARDED, Processes
 
 WHOLE = {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
 @pytest.fixture(autouse=True)
 def no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*LAUNCH, *SHARDED):
+    for name in (*LAUNCH, *SHARDED, DEVICE):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -53,3 +54,16 @@ def test_what_says_nothing_of_several_processes_is_no_launch(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert Processes().count == 1
+
+
+def test_a_device_that_is_not_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    PartialState._reset_state()
+    monkeypatch.setenv(DEVICE, "cuda:97")
+    try:
+        with pytest.raises(RecipeError, match=f"{DEVICE}=cuda:97") as raised:
+            Processes()
+    finally:
+        PartialState._reset_state()
+    assert isinstance(raised.value.fix, Command)
+    monkeypatch.delenv(raised.value.fix.line.removeprefix("unset "))
+    assert Processes().is_main

@@ -151,14 +151,16 @@ def test_a_killed_process_goes_on_with_the_same_bits(
 
 
 def test_what_a_notebook_has_set_changes_no_bit(trained: Trained, small_recipe: Build) -> None:
-    """Gradients off, another default dtype, an Accelerator of another precision; all is back between the updates."""
+    """Gradients off, autocast on, another default dtype, an Accelerator of bfloat16; all is back afterwards."""
     recipe = small_recipe("training.learning_rate=1e-2", "training.output_dir=again")
     before = torch.is_grad_enabled(), torch.get_default_dtype()
     try:
         Accelerator(mixed_precision="bf16")
         torch.set_grad_enabled(False)
         torch.set_default_dtype(torch.float64)
-        train_all(recipe)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            train_all(recipe)
+            assert torch.is_autocast_enabled("cpu")
         assert (torch.is_grad_enabled(), torch.get_default_dtype()) == (False, torch.float64)
     finally:
         AcceleratorState._reset_state()
