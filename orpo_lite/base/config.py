@@ -196,7 +196,9 @@ def _text_part(config: Any, name: str) -> str:
     """What to do about a multimodal model: a command that saves its text part, where that can be tuned by itself."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    kind = config.get_text_config().model_type
+    text, kind = config.get_text_config(), config.get_text_config().model_type
+    if getattr(text, "use_bidirectional_attention", None):
+        return f"take a text model: the tokens of its text part ({kind}) see those that come after"
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return f"take a text model: its text part ({kind}) has no causal language model there either"
     folder = f"./{Path(name).name}-text"

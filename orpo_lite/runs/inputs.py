@@ -121,7 +121,7 @@ def _check_ids(pairs: TokenizedPairs, vocab_size: int | None) -> None:
             where=where,
             found=f"token id {largest}, and the model's embedding has {vocab_size} rows",
             expected="a tokenizer that belongs to the model",
-            fix="use the base's own tokenizer",
+            fix="use the base's own tokenizer; or set vocab_size in config.json to the rows of the weights",
         )
 
 
