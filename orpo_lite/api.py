@@ -15,9 +15,11 @@ from orpo_lite.evaluation.samples import answer_prompts, find_prompts
 from orpo_lite.evaluation.verify import Verdict, compare_merged
 from orpo_lite.merging.plan import check_mergeable
 from orpo_lite.model.generate import Sample
+from orpo_lite.model.load import choose_dtype
 from orpo_lite.model.parallel import Processes
 from orpo_lite.model.quantize import skipped_modules
 from orpo_lite.objectives.objective import find_objective
+from orpo_lite.ops.devices import device_kind
 from orpo_lite.planning.choose import PLAN, choose_memory
 from orpo_lite.planning.gpus import describe_device
 from orpo_lite.publishing.model_card import make_card, write_card
@@ -82,6 +84,7 @@ def train_events(recipe: Recipe, *, resume: bool = False) -> Generator[Update, N
         check_mergeable(resolved, inputs.base)
     lock = make_lock(resolved, inputs)
     lock["objective"] = objective.to_json()
+    lock["dtype"] = str(choose_dtype(resolved.model.dtype, device_kind(processes.device))).removeprefix("torch.")
     lock["not_quantised"] = skipped_modules(resolved, inputs.base.config, processes.device)
     processes.wait()
     if resume:

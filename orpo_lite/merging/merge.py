@@ -113,9 +113,10 @@ def merge_events(
     with locked(path) as notes, new_folder(folder) as temporary, _enough_memory(path):
         for note in notes:
             yield Update("note", note)
-        left = read_lock(path).get("not_quantised", [])
-        plan = make_plan(base, adapter, stored, recipe, weights, left)
-        changed = yield from _stream(plan, temporary, most)
+        lock = read_lock(path)
+        plan = make_plan(base, adapter, stored, recipe, weights, lock.get("not_quantised", []))
+        dtype = getattr(torch, lock.get("dtype", "float32"))  # which runs of an older version did not note
+        changed = yield from _stream(plan, temporary, most, dtype)
         config = read_json(base.path / "config.json")
         config.pop("_name_or_path", None)  # where the base once lay, which an older transformers noted
         write_text(temporary / "config.json", to_json(config))
@@ -169,20 +170,22 @@ def _enough_memory(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _stream(plan: Plan, folder: Path, most: int) -> Generator[Update, None, int]:
+def _stream(plan: Plan, folder: Path, most: int, trained_in: torch.dtype) -> Generator[Update, None, int]:
     """Write the merged tensors; returns how many the adapter has changed."""
     files = shards(plan.stored.values(), most)
     total = sum(stored.nbytes for stored in plan.stored.values())
     changed: set[str] = set()
     try:
-        for done in write_model(folder, files, _merged_blocks(plan, files, changed)):
+        for done in write_model(folder, files, _merged_blocks(plan, files, changed, trained_in)):
             yield Update("stage", "MiB merged", done >> 20, max(total >> 20, 1))
     finally:
         forget()
     return len(changed)
 
 
-def _merged_blocks(plan: Plan, files: Iterable[Iterable[Stored]], changed: set[str]) -> Iterator[Tensor]:
+def _merged_blocks(
+    plan: Plan, files: Iterable[Iterable[Stored]], changed: set[str], trained_in: torch.dtype
+) -> Iterator[Tensor]:
     """The contents of all files, in order; names of adapted parameters that differ go to ``changed``."""
     order = [stored for held in files for stored in held]
     reads = ahead(read_rows, (rows for stored in order for rows in in_blocks(stored)))
@@ -192,7 +195,7 @@ def _merged_blocks(plan: Plan, files: Iterable[Iterable[Stored]], changed: set[s
         if turned:
             pieces = _turned(pieces)
         if stored.name in plan.quantised:
-            pieces = dequantized(pieces, plan.settings)
+            pieces = dequantized(pieces, plan.settings, trained_in)
         delta = plan.deltas.get(stored.name)
         added = delta.load() if delta else None
         for rows, block in pieces:
@@ -223,8 +226,13 @@ def _same(merged: Tensor, block: Tensor, dtype: torch.dtype) -> bool:
     return torch.equal(merged.to(dtype), block.to(dtype))
 
 
-def dequantized(pieces: Iterable[tuple[Rows, Tensor]], settings: QuantizationSection) -> Iterator[tuple[Rows, Tensor]]:
+def dequantized(
+    pieces: Iterable[tuple[Rows, Tensor]], settings: QuantizationSection, trained_in: torch.dtype
+) -> Iterator[tuple[Rows, Tensor]]:
     """A matrix's blocks of rows as 4 bit leaves them, in float32.
+
+    They are quantised from ``trained_in``, as in the training: a base that is stored in float16 and trained in bfloat16
+    has other scales and other codes than one that is quantised as it is stored.
 
     The double quantisation rounds all of the matrix's scales together, so its codes, a quarter of its bytes, wait until
     the last block is read (``bitsandbytes.functional.quantize_4bit``).
@@ -234,7 +242,7 @@ def dequantized(pieces: Iterable[tuple[Rows, Tensor]], settings: QuantizationSec
     codes, scales = [], []
     for rows, block in pieces:
         packed, state = functional.quantize_4bit(
-            block, quant_type=settings.bnb_4bit_quant_type, compress_statistics=False
+            block.to(trained_in), quant_type=settings.bnb_4bit_quant_type, compress_statistics=False
         )
         codes.append((rows, packed, state))
         scales.append(state.absmax)

@@ -329,19 +329,23 @@ def test_a_base_whose_files_lack_what_is_adapted_is_not_trained(small_recipe: Bu
 
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize("shape", [(1_000, 96), (65, 33), (3, 7)], ids=str)
-def test_weights_go_through_4_bit_as_in_training(nested: bool, shape: tuple[int, int], tmp_path: Path) -> None:
-    """By blocks of rows as bitsandbytes does the whole."""
+@pytest.mark.parametrize("trained_in", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_go_through_4_bit_as_in_training(
+    nested: bool, shape: tuple[int, int], trained_in: torch.dtype, tmp_path: Path
+) -> None:
+    """By blocks of rows as bitsandbytes does the whole; stored in float16, as Llama 2 is."""
     torch.manual_seed(0)
-    matrix = torch.randn(shape)
+    matrix = torch.randn(shape).half()
     save_file({"w": matrix}, tmp_path / "w.safetensors")
     (stored,) = read_header(tmp_path / "w.safetensors")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "BLOCK", 64 * 96 * 4)
+        patch.setattr(blocks, "BLOCK", 64 * 96 * 2)
         pieces = [(rows, blocks.read_rows(rows)) for rows in in_blocks(stored)]
     found = torch.cat(
-        [block for _, block in dequantized(pieces, QuantizationSection(bnb_4bit_use_double_quant=nested))]
+        [block for _, block in dequantized(pieces, QuantizationSection(bnb_4bit_use_double_quant=nested), trained_in)]
     )
-    packed, state = functional.quantize_4bit(matrix, quant_type="nf4", compress_statistics=nested)
+    given = matrix.to(trained_in)
+    packed, state = functional.quantize_4bit(given, quant_type="nf4", compress_statistics=nested)
     codes = torch.stack([packed.flatten() >> 4, packed.flatten() & 15], 1).flatten().long()
     scales = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset if nested else state.absmax
     wanted = (state.code[codes] * scales.repeat_interleave(64)[: len(codes)])[: matrix.numel()].view(shape)
@@ -382,6 +386,7 @@ def test_rows_that_a_kernel_errs_on_stay_in_16_bit_and_are_merged_so(
     updates, result = train_all(small_recipe("training.learning_rate=1e-2"))
     assert any("down_proj and such stay as they are" in update.text for update in updates)
     assert "model.layers.0.mlp.down_proj" in read_lock(result.run)["not_quantised"]
+    assert read_lock(result.run)["dtype"] == "float32"  # which the weights go through 4 bit in
     assert merge(result.run, weights="dequantized").changed > 0
     verdict = verify(result.run, weights="dequantized")
     assert verdict.passed, verdict.said
