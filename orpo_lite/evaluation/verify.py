@@ -14,14 +14,15 @@ from orpo_lite.base.config import read_config
 from orpo_lite.base.find import Base
 from orpo_lite.data.packing import make_batch, micro_batches
 from orpo_lite.data.pair import TokenizedPair
-from orpo_lite.errors import CheckpointError
+from orpo_lite.errors import CheckpointError, Command, FitError
 from orpo_lite.model.load import load_base, load_pair_model
 from orpo_lite.model.pair_model import PairModel, Route
 from orpo_lite.model.probe import probe
+from orpo_lite.ops.devices import is_out_of_memory
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.runs.atomic import to_json, write_text
 from orpo_lite.runs.changes import trained_recipe
-from orpo_lite.runs.commands import Weights
+from orpo_lite.runs.commands import Weights, merge_command
 from orpo_lite.runs.folder import find_finished_adapter, find_merged, find_trained_base
 from orpo_lite.runs.inputs import prepare_inputs
 from orpo_lite.runs.lock import read_lock, with_pinned_base
@@ -97,9 +98,25 @@ def compare_merged(
 
     Raises:
         CheckpointError: nothing is merged there.
+        FitError: a model in 16 bit does not fit the GPU.
         OrpoLiteError: base or data cannot be read any more.
     """
     path = Path(run_folder).expanduser()
+    try:
+        return (yield from _compare(path, weights, base_path))
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        line = f"CUDA_VISIBLE_DEVICES= {merge_command(path, weights).line} --verify"
+        raise FitError(
+            where=f"verifying {path}",
+            found=f"the GPU is out of memory ({str(error).splitlines()[0] if str(error) else type(error).__name__})",
+            expected="room for the model in 16 bit; what is merged stays as it is",
+            fix=Command(line, " compares on the CPU, which takes long"),
+        ) from error
+
+
+def _compare(path: Path, weights: Weights, base_path: str | Path | None) -> Generator[Update, None, Verdict]:
     find_finished_adapter(path)
     merged, base = find_merged(path, weights), find_trained_base(path, base_path)
     recipe = with_pinned_base(demo.resolve_builtin(trained_recipe(path)), read_lock(path))

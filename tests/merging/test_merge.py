@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers as hf
 from bitsandbytes import functional
-from conftest import Answer, byte_tokenizer, tiny_llama, write_base
+from conftest import OUT_OF_MEMORY, Answer, byte_tokenizer, tiny_llama, write_base
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -29,7 +29,7 @@ from orpo_lite import export, merge, verify
 from orpo_lite.base import blocks
 from orpo_lite.base.blocks import in_blocks, read_header, read_tensor, stored_tensors
 from orpo_lite.base.find import fingerprint
-from orpo_lite.errors import CheckpointError, FitError, ModelError, RecipeError
+from orpo_lite.errors import CheckpointError, Command, FitError, ModelError, RecipeError
 from orpo_lite.merging.merge import dequantized
 from orpo_lite.publishing.card_facts import Shown
 from orpo_lite.publishing.model_card import make_card
@@ -805,6 +805,22 @@ def test_in_16_bit_rounding_passes_and_a_lost_adapter_does_not(
     verdict = verify(result.run)
     assert not verdict.passed
     assert verdict.difference == pytest.approx(verdict.effect, rel=0.05)
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=str)
+def test_a_gpu_that_is_too_small_to_verify_on_is_said(
+    error: RuntimeError, trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def explode(*_: Any) -> None:
+        raise error
+
+    _, result = trained
+    merge(result.run)
+    monkeypatch.setattr("orpo_lite.evaluation.verify.load_base", explode)
+    with pytest.raises(FitError, match="the GPU is out of memory") as raised:
+        verify(result.run)
+    assert isinstance(raised.value.fix, Command)
+    assert raised.value.fix.line == f"CUDA_VISIBLE_DEVICES= orpo-lite merge {result.run} --verify"
 
 
 def test_the_template_writes_the_bos_that_training_had(trained: Trained, workspace: Path) -> None:
