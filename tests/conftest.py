@@ -12,7 +12,7 @@ import random
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -50,6 +50,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(no_gpu)
         if "long" in item.keywords and "long" not in config.getoption("-m"):
             item.add_marker(long)
+
+
+def first_and_long(cases: Iterable[Any]) -> list[Any]:
+    """The first of several forms of one test; the others are slow, and asked for with -m long."""
+    first, *others = cases
+    return [first, *(pytest.param(case, marks=pytest.mark.long) for case in others)]
 
 
 # As torch's allocator says it, the driver and cuBLAS.

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import first_and_long
 
 pytest.importorskip("trl.experimental.orpo", reason="TRL, the peer, comes with the extra `bench`")
 
@@ -37,7 +38,7 @@ def test_tokens_through_the_model(key: str, name: str, size: int) -> None:
     assert meets(key, lengths.tokens_ratio(lengths.shipped(step.SETS[name]), size))
 
 
-@pytest.mark.parametrize("name", step.SETS)
+@pytest.mark.parametrize("name", first_and_long(step.SETS))
 def test_flops_a_pair(name: str) -> None:
     triples = lengths.shipped(step.SETS[name])
     assert meets(f"flops_ratio_{name}", step.flops_ratio(triples, step.SHAPES["peak_gib_mistral_7b"][1]))
@@ -49,7 +50,7 @@ def test_live_bytes_of_a_large_vocabulary() -> None:
     assert found["live_bytes_ratio_152k"] < found["live_bytes_ratio_152k_default_levers"] < 0.06
 
 
-@pytest.mark.parametrize("key", step.SHAPES)
+@pytest.mark.parametrize("key", first_and_long(step.SHAPES))
 def test_peak_at_7b(key: str) -> None:
     config = step.SHAPES[key][1]
     ours = step.peak_of_7b(config, step.ALL_LEVERS)

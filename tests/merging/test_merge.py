@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers as hf
 from bitsandbytes import functional
-from conftest import OUT_OF_MEMORY, Answer, byte_tokenizer, tiny_llama, write_base
+from conftest import OUT_OF_MEMORY, Answer, byte_tokenizer, first_and_long, tiny_llama, write_base
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -791,7 +791,7 @@ def test_a_merged_model_is_verified_from_the_command_line(call: Call, trained: T
             verb(result.run, weights="x")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", first_and_long([torch.bfloat16, torch.float16]))
 def test_in_16_bit_rounding_passes_and_a_lost_adapter_does_not(
     dtype: torch.dtype, small_recipe: Build, workspace: Path
 ) -> None:

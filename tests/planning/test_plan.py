@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import OUT_OF_MEMORY, Answer, tiny_llama, write_base
+from conftest import OUT_OF_MEMORY, Answer, first_and_long, tiny_llama, write_base
 from test_families import ALONE, GROUPED, IDS, LINEAR, SHARED
 from test_loop import adapter, rows_without_clock, same_bits, train_all
 from test_memory import recipe
@@ -134,7 +134,7 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("case", OTHERS)
+@pytest.mark.parametrize("case", first_and_long([*OTHERS][::-1]))
 def test_what_cannot_share_and_what_has_experts_is_predicted_too(case: str) -> None:
     """In bfloat16, for on meta torch multiplies experts in nothing else."""
     levers = plan_bench.LEVERS[case.split(", ")[1]]
@@ -167,7 +167,7 @@ def test_attention_that_shows_its_flops_is_not_counted_twice() -> None:
     assert (half.attention, half.unseen) == (META_ATTENTION, 0.5)
 
 
-@pytest.mark.parametrize("levers", [{}, {"mlp_tile": 512}, {"checkpoint_offload": True}], ids=str)
+@pytest.mark.parametrize("levers", first_and_long([{"checkpoint_offload": True}, {}, {"mlp_tile": 512}]), ids=str)
 def test_a_few_layers_tell_of_all(levers: dict[str, Any]) -> None:
     """Peak and work of eight layers, any number of them un-checkpointed, from steps of two to four."""
     chosen, config, triples = settings(**levers), small(8), worst_case(512, 2)
@@ -237,6 +237,7 @@ def test_nothing_that_fits_is_faster() -> None:
         assert all((other.seconds_per_pair or 0) >= 0.99 * best for other in others if other.needed <= budget)
 
 
+@pytest.mark.long
 def test_a_plan_is_the_same_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     budget = planner(mlp_tile=None).least(GPU) + 10 * MIB
     one = planner(mlp_tile=None).plan(budget, GPU)
@@ -386,6 +387,7 @@ def test_the_screen_has_a_bar_a_part_and_a_row_a_card(call: Call, workspace: Pat
     assert [gpu.name for gpu in GPUS if gpu.name not in said] == []
 
 
+@pytest.mark.long
 def test_a_plan_that_does_not_fit_ends_with_6(call: Call, workspace: Path) -> None:
     keys = ["model.model_name_or_path=./base", "memory.budget=100MiB", "data.max_length=256", *FEW]
     code, said, complained = call("plan", "--recipe", "mistral-qlora", *keys, "data.max_prompt_length=64")

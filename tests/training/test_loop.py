@@ -16,7 +16,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from conftest import OUT_OF_MEMORY, Answer, tiny_llama, write_base
+from conftest import OUT_OF_MEMORY, Answer, first_and_long, tiny_llama, write_base
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM
 
@@ -104,7 +104,7 @@ def test_metrics_carry_trls_names_for_every_step(trained: Trained) -> None:
     assert all(math.isfinite(value) for row in rows for value in row.values())
 
 
-@pytest.mark.parametrize("optim", ["paged_adamw_8bit", "paged_adamw_32bit", "adamw_torch"])
+@pytest.mark.parametrize("optim", first_and_long(["paged_adamw_8bit", "adamw_torch", "paged_adamw_32bit"]))
 def test_every_optimizer_learns_and_resumes_to_the_same_bits(small_recipe: Build, optim: str) -> None:
     """Stopped after two of four steps and gone on with: the adapter and each logged figure are those of one go."""
     options = (f"training.optim={optim}", EIGHT_BIT, "lora.lora_dropout=0.2", "training.learning_rate=5e-3")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHARED
+from conftest import SHARED, first_and_long
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orpo_lite.api import train
@@ -21,7 +21,7 @@ SETS = {
 }
 
 
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", first_and_long(SETS))
 def test_a_real_llama_learns_real_preferences(name: str, tmp_path: Path) -> None:
     file, form, more = SETS[name]
     overrides = []
