@@ -12,6 +12,7 @@ from typing import Any, Self
 
 SHOWN = 20  # faults printed in one message; the total is always given
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what an OSError of a full disk, or quota, or size limit says
+NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # what fsync raises on file systems without it (FUSE, SMB)
 # Tokens of the hub, those of a login in the browser and of trusted publishers among them; never shown, wherever a
 # message quotes one from.
 TOKEN = re.compile(r"hf_(?:[A-Za-z0-9]{16,}|(?:oauth|jwt)_[A-Za-z0-9._-]{16,})")
@@ -162,3 +163,8 @@ def raise_all(faults: Sequence[OrpoLiteError]) -> None:
     error = type(faults[0])(found=f"{len(faults)} faults:\n{shown}{more}")
     error.fix = common if is_common else ""
     raise error
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says; the name of its type where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

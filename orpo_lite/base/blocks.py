@@ -4,7 +4,6 @@ Files are read with ``readinto`` into buffers of ours. A memory map would count 
 this process, and a limit on its memory would end it.
 """
 
-import errno
 import json
 import math
 import os
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from orpo_lite.base.find import weight_files
-from orpo_lite.errors import ModelError
+from orpo_lite.errors import NO_SYNC, ModelError
 
 Job = TypeVar("Job")
 Made = TypeVar("Made")
@@ -217,7 +216,7 @@ def _sync(descriptor: int) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        if error.errno not in NO_SYNC:
             raise
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from orpo_lite.base.config import build_empty, read_config, refuse_adapter
 from orpo_lite.base.download import TEXT, WEIGHTS, by_hand, download, refuse_pointers, resolve
-from orpo_lite.errors import Command, HubError, ModelError, Overrides, RecipeError
+from orpo_lite.errors import Command, HubError, ModelError, Overrides, RecipeError, first_line
 from orpo_lite.recipe.schema import Recipe
 
 BLOCK = 1 << 20
@@ -239,7 +239,7 @@ def load_tokenizer(path: Path) -> Any:
         if said:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(path, **known)
     except Exception as error:
-        said = (str(error).splitlines() or [type(error).__name__])[0]
+        said = first_line(error)
         fix = ""
         settings = path / "tokenizer_config.json"
         if settings.is_file() and not _holds_object(settings):

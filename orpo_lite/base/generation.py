@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from orpo_lite.errors import first_line
+
 GENERATION_CONFIG = "generation_config.json"
 # What shapes a sampled answer besides the temperature. Beam search and its kin are no sampling.
 SAMPLING = ("top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
@@ -25,7 +27,7 @@ def read_generation_config(folder: Path) -> tuple[dict[str, Any], str]:
             config = json.loads(file.read_text(encoding="utf-8"))
             GenerationConfig.from_dict(config)
         except Exception as error:  # whatever its checks of a value raise
-            said = (str(error).splitlines() or [type(error).__name__])[0]
+            said = first_line(error)
             note = f"{file} is left out: transformers cannot load it ({said})"
         else:
             return config, ""

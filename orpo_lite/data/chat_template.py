@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from orpo_lite.data.formats.text import shared_start
 from orpo_lite.data.pair import Message, Pair
-from orpo_lite.errors import DataError, ModelError, OrpoLiteError, Overrides, RecipeError
+from orpo_lite.errors import DataError, ModelError, OrpoLiteError, Overrides, RecipeError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -144,7 +144,7 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, data: DataSection) -> 
         except ValueError as error:
             raise ModelError(
                 where="tokenizer",
-                found=str(error).splitlines()[0],
+                found=first_line(error),
                 expected="a default chat template",
                 fix=OWN_TEMPLATE,
             ) from None

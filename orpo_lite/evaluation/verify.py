@@ -14,7 +14,7 @@ from orpo_lite.base.config import read_config
 from orpo_lite.base.find import Base
 from orpo_lite.data.packing import make_batch, micro_batches
 from orpo_lite.data.pair import TokenizedPair
-from orpo_lite.errors import CheckpointError, Command, FitError
+from orpo_lite.errors import CheckpointError, Command, FitError, first_line
 from orpo_lite.model.load import load_base, load_pair_model
 from orpo_lite.model.pair_model import PairModel, Route
 from orpo_lite.model.probe import probe
@@ -110,7 +110,7 @@ def compare_merged(
         line = f"CUDA_VISIBLE_DEVICES= {merge_command(path, weights).line} --verify"
         raise FitError(
             where=f"verifying {path}",
-            found=f"the GPU is out of memory ({str(error).splitlines()[0] if str(error) else type(error).__name__})",
+            found=f"the GPU is out of memory ({first_line(error)})",
             expected="room for the model in 16 bit; what is merged stays as it is",
             fix=Command(line, " compares on the CPU, which takes long"),
         ) from error

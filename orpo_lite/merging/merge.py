@@ -22,7 +22,7 @@ from orpo_lite.base.blocks import (
 )
 from orpo_lite.base.download import check_disk
 from orpo_lite.base.find import Base, load_tokenizer
-from orpo_lite.errors import CheckpointError, Command, FitError, ModelError, RecipeError
+from orpo_lite.errors import CheckpointError, Command, FitError, ModelError, RecipeError, first_line
 from orpo_lite.merging.deltas import forget
 from orpo_lite.merging.plan import Plan, make_plan
 from orpo_lite.recipe.schema import QuantizationSection
@@ -165,7 +165,7 @@ def _enough_memory(path: Path) -> Iterator[None]:
             raise
         raise FitError(
             where=f"merging {path}",
-            found=f"memory ran out ({str(error).splitlines()[0] if str(error) else 'MemoryError'})",
+            found=f"memory ran out ({first_line(error)})",
             fix="close other programs, or raise the limit",
         ) from error
 

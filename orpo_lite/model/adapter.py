@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from orpo_lite.base.adapter import read_adapter_config
-from orpo_lite.errors import ModelError, Overrides, RecipeError
+from orpo_lite.errors import ModelError, Overrides, RecipeError, first_line
 from orpo_lite.model.pair_model import PairModel
 from orpo_lite.model.quantize import bypassed_layers
 from orpo_lite.ops.devices import META
@@ -52,7 +52,7 @@ def add_lora(model: nn.Module, recipe: Recipe, folder: Path | None) -> nn.Module
                 expected="plain LoRA there",
                 fix=fix,
             ) from error
-        raise ModelError(where="adapter", found=str(error).splitlines()[0], expected="layers of this base") from error
+        raise ModelError(where="adapter", found=first_line(error), expected="layers of this base") from error
     if lora.init_lora_weights == "orthogonal" and not folder:
         _init_orthogonal(model, recipe)
     return model

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationCon
 
 from orpo_lite.base.adapter import base_of_adapter, find_adapter, same_base
 from orpo_lite.base.find import Base
-from orpo_lite.errors import FitError, ModelError, Overrides
+from orpo_lite.errors import FitError, ModelError, Overrides, first_line
 from orpo_lite.model.adapter import add_lora, set_adapter
 from orpo_lite.model.memory import apply_memory_settings
 from orpo_lite.model.pair_model import PairModel
@@ -123,12 +123,12 @@ def load_base(recipe: Recipe, base: Base, device: torch.device) -> nn.Module:
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(base.path, output_loading_info=True, **options)
     except ImportError as error:
-        found = str(error).splitlines()[0]
+        found = first_line(error)
         raise FitError(
             where=f"model {base.name}", found=found, fix=Overrides({"quantization.load_in_4bit": False})
         ) from error
     except (OSError, SafetensorError) as error:
-        found = f"its weights cannot be read: {str(error).splitlines()[0]}"
+        found = f"its weights cannot be read: {first_line(error)}"
         raise ModelError(
             where=f"model {base.path}", found=found, expected="whole safetensors", fix="download it again"
         ) from error

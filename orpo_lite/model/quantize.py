@@ -52,19 +52,24 @@ def bypassed_layers(model: nn.Module) -> list[str]:
     Gemma 3n clamps such a weight in place, and Mamba's kernels multiply by it: a weight in 4 bit is of other numbers,
     and an adapter on the layer has no effect.
     """
-    found = []
-    for name, module in model.named_modules():
-        children = [child for child, layer in module.named_children() if isinstance(layer, nn.Linear)]
-        taken = "".join(map(_source, type(module).__mro__)) if children else ""
-        found += [f"{name}.{child}" for child in children if re.search(rf"\bself\.{child}{WEIGHT_TAKEN}", taken)]
-    return found
+    return [
+        f"{name}.{child}"
+        for name, module in model.named_modules()
+        for child, layer in module.named_children()
+        if isinstance(layer, nn.Linear) and child in _taken_weights(module.__class__)
+    ]
 
 
 # Not where its dtype or shape is asked for, nor Bloom's slices of it, which are for checkpoints split over processes.
-WEIGHT_TAKEN = r"\.weight\b(?!\.(?:dtype|device|shape)|\[)"
+WEIGHT_TAKEN = r"\bself\.(\w+)\.weight\b(?!\.(?:dtype|device|shape)|\[)"
 
 
 @cache
+def _taken_weights(kind: type) -> frozenset[str]:
+    """The layers whose weight the methods of a model's class take, those of its bases included."""
+    return frozenset(re.findall(WEIGHT_TAKEN, "".join(map(_source, kind.__mro__))))
+
+
 def _source(kind: type) -> str:
     """The source of a model class's own methods; "" for the classes of torch."""
     if not kind.__module__.startswith("transformers.models."):

@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from orpo_lite.errors import FULL, CheckpointError, FitError
+from orpo_lite.errors import FULL, NO_SYNC, CheckpointError, FitError
 
 
 def sha256(file: Path) -> str:
@@ -128,7 +128,7 @@ def sync(path: Path) -> bool:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        if error.errno not in NO_SYNC:
             raise
         return False
     finally:

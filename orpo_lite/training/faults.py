@@ -10,7 +10,7 @@ from transformers import enable_full_determinism
 
 from orpo_lite.data.packing import micro_batches
 from orpo_lite.data.pair import TokenizedPair
-from orpo_lite.errors import Command, DivergedError, FitError, Overrides, RecipeError
+from orpo_lite.errors import Command, DivergedError, FitError, Overrides, RecipeError, first_line
 from orpo_lite.ops.devices import is_out_of_memory
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.runs.commands import resume_command
@@ -77,7 +77,7 @@ def explain_faults(recipe: Recipe, path: Path) -> Iterator[None]:
         yield
     except RuntimeError as error:
         if is_out_of_memory(error):
-            found = f"the GPU is out of memory ({str(error).splitlines()[0]})"
+            found = f"the GPU is out of memory ({first_line(error)})"
             settings = {"memory.checkpoint_offload": True, "memory.mlp_tile": 512, "memory.embedding_on_cpu": True}
             advice = ", less memory.micro_batch_tokens; none of them changes the result; checkpoints are kept"
             raise FitError(where=f"run {path}", found=found, fix=Overrides(settings, advice)) from error

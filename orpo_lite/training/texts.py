@@ -7,7 +7,7 @@ from typing import Any
 
 from orpo_lite.base.find import load_tokenizer
 from orpo_lite.base.generation import GENERATION_CONFIG, read_generation_config, with_ends
-from orpo_lite.errors import ModelError
+from orpo_lite.errors import ModelError, first_line
 from orpo_lite.runs.atomic import new_files, to_json
 from orpo_lite.runs.inputs import Inputs
 
@@ -31,7 +31,7 @@ def make_texts(inputs: Inputs) -> tuple[dict[str, bytes], str]:
             is_same = load_tokenizer(folder)(PROBE)["input_ids"] == tokenizer(PROBE)["input_ids"]
             found = "" if is_same else "is another one when it is saved and loaded"
         except Exception as error:  # of a class of transformers' or of the tokenizers library
-            found = f"cannot be saved and loaded ({(str(error).splitlines() or [type(error).__name__])[0]})"
+            found = f"cannot be saved and loaded ({first_line(error)})"
         if found:
             raise ModelError(
                 where=f"tokenizer in {inputs.base.path}",

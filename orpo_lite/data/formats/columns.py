@@ -168,8 +168,10 @@ class ColumnProfile:
             if column in self.alone:
                 out[column] = alone(value) or value
             elif isinstance(value, str) and self.kinds.get(column) not in TEXTS:
-                is_list = self.kinds.get(column) in (*STRUCTURED, *PLAIN_LISTS)
-                out[column] = None if is_blank(value) else unpacked(value, column) if is_list else value
+                if is_blank(value):
+                    out[column] = None
+                elif self.kinds.get(column) in (*STRUCTURED, *PLAIN_LISTS):
+                    out[column] = unpacked(value, column)
         return out
 
     @staticmethod

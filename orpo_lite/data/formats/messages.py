@@ -73,7 +73,8 @@ def _turns(pairs: Iterable[Sequence[Any]]) -> list[Mapping[str, Any]]:
 def _message(item: Mapping[str, Any]) -> Mapping[str, Any]:
     """The message under the keys role and content; its other keys stay, and so does a role of another name."""
     speaker = next(key for key in SPEAKERS if item.get(key) is not None)
-    said = next((key for has in (item.get, item.__contains__) for key in CONTENTS if has(key) not in (None, False)), "")
+    present = [key for key in CONTENTS if key in item]  # a table of several sets has the keys of all, null but for one
+    said = next((key for key in present if item[key] is not None), present[0] if present else "")
     content = {"content": normal(item[said])} if said else {}
     others = {key: value for key, value in item.items() if key != said}
     return {**others, "role": role_of(item) or item[speaker], **content}

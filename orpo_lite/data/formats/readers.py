@@ -288,9 +288,10 @@ def _history(row: Row, where: str) -> list[Message]:
 
 def _before(row: Row, where: str, reply: str = "chosen") -> tuple[Sequence[Message], str | None]:
     """Return what the reply answers, and the same as plain text where it is one; () of a whole conversation."""
-    for field in ("conversation", "prompt"):
-        if isinstance(row.get(field), list) or (field == "conversation" and field in row):
-            return _messages(row, field, where), None
+    if "conversation" in row:
+        return _messages(row, "conversation", where), None
+    if isinstance(row.get("prompt"), list):
+        return _messages(row, "prompt", where), None
     if opens(row.get(reply)):
         return (), None
     text = _asked(row, where)
