@@ -1,0 +1,367 @@
+"""Parts that run steps in their own process: the card, gradients, plans against reality, memory that runs out."""
+
+import gc
+import json
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from bitsandbytes import functional
+from torch import Tensor
+
+from benchmarks import lengths, ours
+from benchmarks.gpu.commands import recipe as recipe_arguments
+from benchmarks.gpu.commands import steps_of
+from benchmarks.gpu.figures import NOT_MEASURED, Figures
+from benchmarks.gpu.scale import Scale
+from orpo_lite.api import train_events
+from orpo_lite.data.packing import micro_batches
+from orpo_lite.data.pair import TokenizedPair
+from orpo_lite.model.load import bare_pair_model
+from orpo_lite.model.optimizer import make_optimizer
+from orpo_lite.model.pair_model import PairModel
+from orpo_lite.ops.attention import choose_backend
+from orpo_lite.ops.devices import is_out_of_memory
+from orpo_lite.planning.gpus import SPEEDS, Gpu, describe_device, local_gpu
+from orpo_lite.planning.search import Planner
+from orpo_lite.recipe.reader import load_recipe
+from orpo_lite.recipe.schema import Recipe
+
+CUDA = torch.device("cuda", 0)
+PACKAGES = (
+    "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors", "tokenizers",
+    "huggingface_hub", "pydantic", "typer", "triton", "trl", "flash-attn", "orpo-lite",
+)  # fmt: skip
+GIB, MIB = 2**30, 2**20
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "offload": {"checkpoint_offload": True},
+    "tiles": {"mlp_tile": 512},
+    "embedding": {"embedding_on_cpu": True},
+    "head_chunk": {"head_chunk": 128},
+    "no_checkpoints": {"activation_checkpointing": "none"},
+    "all": ours.ALL_LEVERS,
+}
+
+
+# --- the card
+
+
+def card(scale: Scale, figures: Figures) -> None:
+    """Versions, the card, one NF4 round trip, one paged step, the largest matrix product."""
+    figures.note("versions", {name: _version(name) for name in PACKAGES})
+    figures.note("cuda_of_torch", torch.version.cuda)
+    figures.note("allocator", str(getattr(torch._C, "_accelerator_getAllocatorSettings", lambda: "")()))
+    figures.attempt("torch_sees", _torch_sees)
+    figures.attempt("nvml_sees", _nvml_sees)
+    figures.attempt("said", describe_device, CUDA)
+    own = local_gpu(0)
+    figures.note("free_bytes", own.free if own else None)
+    query = torch.empty(1, 8, 16, 128, dtype=torch.bfloat16, device=CUDA)
+    figures.attempt("attention", choose_backend, query, query, None)
+    figures.attempt("nf4", _nf4, scale.of(4_096, 128))
+    figures.attempt("paged_step", _paged_step, scale.of(2_048, 512))
+    figures.attempt("bf16_tflops", _matrix_product, scale.of(8_192, 256))
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _torch_sees() -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(0)
+    free, total = torch.cuda.mem_get_info(0)
+    return {
+        "name": properties.name,
+        "capability": torch.cuda.get_device_capability(0),
+        "devices": torch.cuda.device_count(),
+        "processors": properties.multi_processor_count,
+        "total_bytes": total,
+        "free_bytes": free,
+        "built_for": torch.cuda.get_arch_list(),
+    }
+
+
+def _nvml_sees() -> dict[str, Any]:
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        return {"error": str(error)}
+    handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+    return {
+        "name": pynvml.nvmlDeviceGetName(handle),
+        "driver": pynvml.nvmlSystemGetDriverVersion(),
+        "cuda_of_driver": pynvml.nvmlSystemGetCudaDriverVersion_v2(),
+        "total_bytes": memory.total,
+        "used_bytes": memory.used,
+        "free_bytes": memory.free,
+        "uuid": pynvml.nvmlDeviceGetUUID(handle),
+        "processes": len(pynvml.nvmlDeviceGetComputeRunningProcesses(handle)),
+    }
+
+
+def _nf4(size: int) -> dict[str, Any]:
+    """A matrix to NF4 with double quantisation and back: the error, and where the GPU's answer is not the CPU's."""
+    weight = torch.randn(size, size, generator=torch.Generator().manual_seed(0)).bfloat16()
+    back = []
+    for device in (CUDA, torch.device("cpu")):
+        packed, state = functional.quantize_4bit(weight.to(device), quant_type="nf4", compress_statistics=True)
+        back.append(functional.dequantize_4bit(packed, state).cpu().float())
+    differing = int((back[0] != back[1]).sum())
+    error = float((back[0] - weight.float()).norm() / weight.float().norm())
+    return {"relative_error": round(error, 6), "values_that_differ_from_cpu": differing, "values": weight.numel()}
+
+
+def _paged_step(size: int) -> dict[str, Any]:
+    """A step of PagedAdamW8bit, beside the same un-paged and beside torch's AdamW: relative differences."""
+    generator = torch.Generator().manual_seed(0)
+    start, gradient = (torch.randn(size, size, generator=generator) for _ in range(2))
+    kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {
+        "paged": bnb.optim.PagedAdamW8bit,
+        "unpaged": bnb.optim.AdamW8bit,
+        "torch": torch.optim.AdamW,
+    }
+    moved = {}
+    for name, make in kinds.items():
+        parameter = torch.nn.Parameter(start.clone().to(CUDA))
+        optimizer = make([parameter], lr=1e-3, weight_decay=0.0)
+        for _ in range(2):
+            parameter.grad = gradient.to(CUDA)
+            optimizer.step()
+        torch.cuda.synchronize()
+        moved[name] = parameter.detach().cpu() - start
+    return {
+        f"from_{name}": round(float((moved["paged"] - moved[name]).norm() / moved[name].norm()), 6)
+        for name in ("unpaged", "torch")
+    }
+
+
+def _matrix_product(size: int) -> float:
+    """Bfloat16 matrix product, TFLOP a second: what the card reaches here."""
+    one, other = (torch.randn(size, size, dtype=torch.bfloat16, device=CUDA) for _ in range(2))
+    for _ in range(3):
+        one @ other
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(10):
+        one @ other
+    torch.cuda.synchronize()
+    return round(10 * 2 * size**3 / (time.perf_counter() - began) / 1e12, 1)
+
+
+# --- gradients
+
+
+def gradients(scale: Scale, figures: Figures) -> None:
+    """7B width, 8 layers: loss and gradient with each memory setting, five times, beside those of the plain step."""
+    config, repeats = scale.config(layers=8), scale.of(5, 2)
+    triples = scale.lengths("hh-rlhf")[:8]
+    figures.note("pairs", triples.tolist())
+    figures.note("layers", config.num_hidden_layers)
+    pairs = lengths.random_pairs(triples, config.vocab_size)
+    expected: list[Tensor] = []
+
+    def compare(levers: dict[str, Any]) -> dict[str, Any]:
+        settings = ours.recipe(**levers)
+        model = drawn_model(settings, config)
+        torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        found = [loss_and_gradient(model, pairs, settings) for _ in range(repeats)]
+        seconds = time.perf_counter() - began
+        torch.use_deterministic_algorithms(True)
+        try:
+            fixed = [loss_and_gradient(model, pairs, settings) for _ in range(repeats)]
+        finally:
+            torch.use_deterministic_algorithms(False)
+        expected.extend([] if expected else [fixed[0].clone()])
+        return {
+            "loss": float(found[0][0]),
+            "loss_from_plain": largest(abs(float(one[0] / expected[0][0]) - 1) for one in found),
+            "gradient_from_plain": largest(relative(one[1:], expected[0][1:]) for one in found),
+            "spread_of_repeats": largest(relative(one[1:], found[0][1:]) for one in found),
+            "same_bits_deterministic": all(torch.equal(fixed[0], other) for other in fixed[1:]),
+            "finite": bool(torch.stack(found).isfinite().all()),
+            "seconds_a_step": round(seconds / repeats, 4),
+            "peak_gib": _gib(torch.cuda.max_memory_allocated()),
+        }
+
+    for name, levers in SETTINGS.items():
+        figures.attempt(name, compare, levers)
+        free()
+
+
+def largest(values: Any) -> float:
+    """The largest, with six digits."""
+    return float(f"{max(values):.6g}")
+
+
+def relative(one: Tensor, other: Tensor) -> float:
+    """The norm of the difference over that of ``other``."""
+    return float((one - other).norm() / other.norm())
+
+
+def drawn_model(settings: Recipe, config: Any) -> PairModel:
+    """A random model of this configuration whose adapter is not zero; the same values at every call."""
+    torch.manual_seed(0)
+    model = bare_pair_model(settings, config, torch.bfloat16, CUDA)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for _, parameter in model.trained():
+            noise = torch.randn_like(parameter)
+            parameter.add_(noise, alpha=0.01)
+    free()
+    return model
+
+
+def loss_and_gradient(model: PairModel, pairs: list[TokenizedPair], settings: Recipe) -> Tensor:
+    """The loss of one optimizer step, then its whole gradient, in host memory."""
+    model.zero_grad(set_to_none=True)
+    loss = torch.zeros((), device=CUDA)
+    for share in ours.step_losses(model, pairs, settings):
+        share.backward()
+        loss += share.detach()
+    grads = [parameter.grad.flatten() for _, parameter in model.trained() if parameter.grad is not None]
+    return torch.cat([loss.reshape(1), *grads]).float().cpu()
+
+
+def free() -> None:
+    """Give back what no tensor holds."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def _gib(size: int) -> float | str:
+    return round(size / GIB, 3) or NOT_MEASURED
+
+
+# --- plans against reality
+
+
+def make_plans(scale: Scale, figures: Figures) -> None:
+    """Plans for short pairs under three budgets, from the least on, and one for the whole card; on the CPU."""
+    config, gpu = scale.config(), Gpu("H200", int(139.8 * GIB), *SPEEDS["H200"])
+    began = time.monotonic()
+    planner = Planner(plan_recipe(scale), config, scale.lengths("hh-rlhf"), "ampere")
+    least = planner.least(gpu)
+    figures.note("least_gib", round(least / GIB, 3))
+    spare = scale.of((0.1, 1.5, 6), (0.001, 0.002, 0.01))
+    plans = []
+    for budget in (*(least + int(more * GIB) for more in spare), int(0.95 * gpu.memory)):
+        plan = planner.plan(budget, gpu)
+        plans.append(plan.to_json())
+        figures.note(f"seconds_of_plan_{len(plans)}", round(time.monotonic() - began, 1))
+        (scale.work / "plans.json").write_text(json.dumps(plans), "utf-8")
+        began = time.monotonic()
+    figures.note("plans", plans)
+
+
+def plan_recipe(scale: Scale) -> Recipe:
+    """The default recipe; rehearsed with as short a longest pair as its data has."""
+    longest = {"data.max_length": 256, "training.global_batch_size": 8} if scale.rehearse else {}
+    return ours.recipe().override(longest)
+
+
+def plan_kept(scale: Scale, figures: Figures) -> None:
+    """Steps of real lengths with torch's allocator held to each plan's budget less CUDA's context.
+
+    The model is built before that: random weights are 16-bit for a moment.
+    """
+    plans, triples = json.loads((scale.work / "plans.json").read_text("utf-8"))[:3], scale.lengths("hh-rlhf")
+    for number, plan in enumerate(plans, 1):
+        figures.note(f"budget_{number}.levers", plan["levers"])
+        figures.attempt(f"budget_{number}.found", one_budget, scale, plan, triples)
+        torch.cuda.set_per_process_memory_fraction(1.0, 0)
+        free()
+
+
+def one_budget(scale: Scale, plan: dict[str, Any], triples: lengths.Triples) -> dict[str, Any]:
+    """Steps under one plan: the one with the longest pairs, the one with the shortest, and two drawn ones."""
+    config, settings = scale.config(), plan_recipe(scale).with_memory(plan["levers"])
+    size = settings.training.global_batch_size
+    model = drawn_model(settings, config)
+    optimizer = make_optimizer(settings, [parameter for _, parameter in model.trained()])
+    order = (triples[:, 1] + triples[:, 2] - triples[:, 0]).argsort()
+    context = plan["allowances"].get("CUDA context", 0)
+    total = torch.cuda.mem_get_info(0)[1]
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (plan["budget_bytes"] - context) / total), 0)
+    torch.cuda.reset_peak_memory_stats()
+    steps: dict[str, Any] = {}
+    batches = {"longest": order[-size:], "shortest": order[:size], "first": slice(size), "next": slice(size, 2 * size)}
+    for name, chosen in batches.items():
+        pairs = lengths.random_pairs(triples[chosen], config.vocab_size)
+        batching = model.batching(settings, pad_id=0)
+        passes = micro_batches(pairs, batching)
+        began = time.perf_counter()
+        try:
+            ours.our_step(model, optimizer, pairs, settings)
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            steps[name] = {"out_of_memory": str(error)[:300]}
+            continue
+        steps[name] = {
+            "seconds": round(time.perf_counter() - began, 3),
+            "passes": len(passes),
+            "most_pairs_in_a_pass": max(map(len, passes)),
+            "peak_gib": _gib(torch.cuda.max_memory_allocated()),
+        }
+    stats = torch.cuda.memory_stats() if torch.cuda.max_memory_allocated() else {}
+    paged, reserved = plan["paged_bytes"], torch.cuda.max_memory_reserved()
+    return {
+        "steps": steps,
+        "gib": {
+            "budget": round(plan["budget_bytes"] / GIB, 3),
+            "needed_planned": round(plan["needed_bytes"] / GIB, 3),
+            "tensors_planned": round((plan["peak_bytes"] - paged) / GIB, 3),  # torch does not count what is paged
+            "tensors_measured": _gib(torch.cuda.max_memory_allocated()),
+            "reserved_planned": round((plan["needed_bytes"] - context - paged) / GIB, 3),
+            "reserved_measured": _gib(reserved),
+        },
+        "retries_of_allocator": stats.get("num_alloc_retries", NOT_MEASURED),
+        "seconds_per_pair_planned": plan["seconds_per_pair"],
+    }
+
+
+# --- memory that runs out
+
+
+def out_of_memory(scale: Scale, figures: Figures) -> None:
+    """A training that runs out of memory for real, and is taken again in smaller pieces: its losses are the same."""
+    free_run, held_run = scale.work / "run-free", scale.work / "run-held"
+    keys = ["training.max_steps=4", "output.samples=0", "memory.activation_checkpointing=none"]
+    keys += ["memory.micro_batch_tokens=8192", "memory.head_chunk=none"]
+    notes = figures.note("notes_with_all_memory", train_notes(scale, free_run, keys))
+    reserved = torch.cuda.max_memory_reserved()
+    total = torch.cuda.mem_get_info(0)[1]
+    figures.note("reserved_gib", _gib(reserved))
+    free()
+    if reserved:
+        torch.cuda.set_per_process_memory_fraction(0.6 * reserved / total, 0)
+    notes = figures.note("notes_with_less", train_notes(scale, held_run, keys))
+    retried = [note for note in notes if note.startswith("out of memory at step")]
+    figures.note("retried", retried or f"{NOT_MEASURED}: nothing ran out of memory")
+    losses = [[row["loss"] for row in steps_of(out)] for out in (free_run, held_run)]
+    figures.note("losses", losses)
+    figures.note("losses_differ_by", largest_difference(*losses))
+
+
+def largest_difference(one: Sequence[float], other: Sequence[float]) -> float | None:
+    """The largest relative one, step by step."""
+    return max((abs(a - b) / abs(a) for a, b in zip(one, other, strict=True)), default=None)
+
+
+def train_notes(scale: Scale, out: Path, keys: list[str]) -> list[str]:
+    """Train in this process; what was said that is no stage."""
+    arguments = recipe_arguments(scale, "small", out, *keys)
+    return [update.text for update in train_events(load_recipe(arguments[2], arguments[3:])) if update.kind == "note"]
