@@ -20,9 +20,11 @@ from orpo_lite.runs.atomic import sha256
 
 ADAPTER = "adapter/adapter_model.safetensors"
 STAGE = re.compile(r"^(.*?) \.\.\.( [\d,]+ of [\d,]+)?$")
-# What a training says of a plan and of data, where all is well.
-EXPECTED = ("training on ", "memory: ", "levers: ", "the largest pass: ", "detected explicit ", "no chat template: ")
-MIB = 2**20
+# What a training says of its device, its data and its plan where all is well.
+EXPECTED = re.compile(
+    "training on|detected explicit|no chat template|[0-9,]+ pairs to train on|memory: |levers: |the largest pass: "
+    "|going on after"
+)
 
 
 class UsedMemory(threading.Thread):
@@ -107,11 +109,12 @@ class Command:
 
     @property
     def notes(self) -> list[str]:
-        """What it said before the first step that is neither a stage nor expected."""
+        """What it said between its device and its first step that is neither a stage nor expected: none is wanted."""
         said = [line for _, line in self.lines]
+        starts = [place for place, line in enumerate(said) if line.startswith("training on ")]
         steps = [place for place, line in enumerate(said) if line.startswith(("step ", "held-out at step"))]
-        before = said[: steps[0]] if steps else said
-        return [line for line in before if not STAGE.match(line) and not line.startswith(EXPECTED)]
+        between = said[starts[0] if starts else 0 : steps[0] if steps else None]
+        return [line for line in between if not STAGE.match(line) and not EXPECTED.match(line)]
 
 
 def run(scale: Scale, figures: Figures, name: str, *arguments: str) -> int:

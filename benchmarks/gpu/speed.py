@@ -12,7 +12,7 @@ import torch
 from benchmarks import lengths, ours
 from benchmarks.gpu.figures import NOT_MEASURED, Figures
 from benchmarks.gpu.scale import Scale
-from benchmarks.gpu.steps import CUDA, GIB, drawn_model, free
+from benchmarks.gpu.steps import CUDA, drawn_model, free, gib
 from benchmarks.ours import BATCH, SETS
 from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.model.load import bare_base
@@ -87,8 +87,8 @@ def timed(train: Train, batches: list[lengths.Triples], config: Any) -> dict[str
         "pairs_per_second": round(count / seconds, 3),
         "tokens_per_second": round(sum(int(b[:, 1:].sum()) for b in batches[1:]) / seconds, 1),
         "different_tokens_per_second": round(tokens / seconds, 1),
-        "mfu": round(flops / seconds / own.gpu.flops, 4) if own else NOT_MEASURED,
-        "peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 2) or NOT_MEASURED,
+        "mfu": float(f"{flops / seconds / own.gpu.flops:.4g}") if own else NOT_MEASURED,
+        "peak_gib": gib(torch.cuda.max_memory_allocated()),
     }
 
 

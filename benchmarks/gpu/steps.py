@@ -3,7 +3,7 @@
 import gc
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ PACKAGES = (
     "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors", "tokenizers",
     "huggingface_hub", "pydantic", "typer", "triton", "trl", "flash-attn", "orpo-lite",
 )  # fmt: skip
-GIB, MIB = 2**30, 2**20
+GIB = 2**30
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "offload": {"checkpoint_offload": True},
@@ -192,7 +192,7 @@ def gradients(scale: Scale, figures: Figures) -> None:
             "same_bits_deterministic": all(torch.equal(fixed[0], other) for other in fixed[1:]),
             "finite": bool(torch.stack(found).isfinite().all()),
             "seconds_a_step": round(seconds / repeats, 4),
-            "peak_gib": _gib(torch.cuda.max_memory_allocated()),
+            "peak_gib": gib(torch.cuda.max_memory_allocated()),
         }
 
     for name, levers in SETTINGS.items():
@@ -240,8 +240,9 @@ def free() -> None:
     torch.cuda.empty_cache()
 
 
-def _gib(size: int) -> float | str:
-    return round(size / GIB, 3) or NOT_MEASURED
+def gib(size: float) -> float | str:
+    """GiB of so many bytes; the simulated device may not count them."""
+    return round(size / GIB, 4) if size else NOT_MEASURED
 
 
 # --- plans against reality
@@ -314,7 +315,7 @@ def one_budget(scale: Scale, plan: dict[str, Any], triples: lengths.Triples) -> 
             "seconds": round(time.perf_counter() - began, 3),
             "passes": len(passes),
             "most_pairs_in_a_pass": max(map(len, passes)),
-            "peak_gib": _gib(torch.cuda.max_memory_allocated()),
+            "peak_gib": gib(torch.cuda.max_memory_allocated()),
         }
     stats = torch.cuda.memory_stats() if torch.cuda.max_memory_allocated() else {}
     paged, reserved = plan["paged_bytes"], torch.cuda.max_memory_reserved()
@@ -324,9 +325,9 @@ def one_budget(scale: Scale, plan: dict[str, Any], triples: lengths.Triples) -> 
             "budget": round(plan["budget_bytes"] / GIB, 3),
             "needed_planned": round(plan["needed_bytes"] / GIB, 3),
             "tensors_planned": round((plan["peak_bytes"] - paged) / GIB, 3),  # torch does not count what is paged
-            "tensors_measured": _gib(torch.cuda.max_memory_allocated()),
+            "tensors_measured": gib(torch.cuda.max_memory_allocated()),
             "reserved_planned": round((plan["needed_bytes"] - context - paged) / GIB, 3),
-            "reserved_measured": _gib(reserved),
+            "reserved_measured": gib(reserved),
         },
         "retries_of_allocator": stats.get("num_alloc_retries", NOT_MEASURED),
         "seconds_per_pair_planned": plan["seconds_per_pair"],
@@ -337,31 +338,35 @@ def one_budget(scale: Scale, plan: dict[str, Any], triples: lengths.Triples) -> 
 
 
 def out_of_memory(scale: Scale, figures: Figures) -> None:
-    """A training that runs out of memory for real, and is taken again in smaller pieces: its losses are the same."""
-    free_run, held_run = scale.work / "run-free", scale.work / "run-held"
-    keys = ["training.max_steps=4", "output.samples=0", "memory.activation_checkpointing=none"]
-    keys += ["memory.micro_batch_tokens=8192", "memory.head_chunk=none"]
-    notes = figures.note("notes_with_all_memory", train_notes(scale, free_run, keys))
-    reserved = torch.cuda.max_memory_reserved()
-    total = torch.cuda.mem_get_info(0)[1]
-    figures.note("reserved_gib", _gib(reserved))
+    """A training that runs out of memory for real, and is taken again in smaller pieces: its losses are the same.
+
+    From its first evaluation on, which is before the first step, it may have 85% of what the same training held.
+    """
+    outs = [scale.work / f"run-{name}" for name in ("free", "held")]
+    figures.note("notes_with_all_memory", train_notes(scale, outs[0], None))
+    peak = max(row["memory_gib"] for row in steps_of(outs[0])) * GIB
+    figures.note("peak_gib", gib(peak))
     free()
-    if reserved:
-        torch.cuda.set_per_process_memory_fraction(0.6 * reserved / total, 0)
-    notes = figures.note("notes_with_less", train_notes(scale, held_run, keys))
+    notes = figures.note("notes_with_85_percent", train_notes(scale, outs[1], 0.85 * peak))
     retried = [note for note in notes if note.startswith("out of memory at step")]
     figures.note("retried", retried or f"{NOT_MEASURED}: nothing ran out of memory")
-    losses = [[row["loss"] for row in steps_of(out)] for out in (free_run, held_run)]
+    losses = [[row["loss"] for row in steps_of(out)] for out in outs]
     figures.note("losses", losses)
-    figures.note("losses_differ_by", largest_difference(*losses))
+    pairs = zip(*losses, strict=True)
+    figures.note("losses_differ_by", largest(abs(a - b) / abs(a) for a, b in pairs))
 
 
-def largest_difference(one: Sequence[float], other: Sequence[float]) -> float | None:
-    """The largest relative one, step by step."""
-    return max((abs(a - b) / abs(a) for a, b in zip(one, other, strict=True)), default=None)
-
-
-def train_notes(scale: Scale, out: Path, keys: list[str]) -> list[str]:
-    """Train in this process; what was said that is no stage."""
+def train_notes(scale: Scale, out: Path, limit: float | None) -> list[str]:
+    """Train in this process, from the first evaluation on within so many bytes; return what was noted."""
+    keys = ["training.max_steps=4", "output.samples=0", "memory.head_chunk=64"]
+    keys += ["memory.activation_checkpointing=none", "memory.micro_batch_tokens=8192"]
     arguments = recipe_arguments(scale, "small", out, *keys)
-    return [update.text for update in train_events(load_recipe(arguments[2], arguments[3:])) if update.kind == "note"]
+    notes = []
+    for update in train_events(load_recipe(arguments[2], arguments[3:])):
+        if update.kind == "eval" and update.step == 0 and limit:
+            total = torch.cuda.mem_get_info(0)[1]
+            torch.cuda.empty_cache()
+            torch.cuda.set_per_process_memory_fraction(limit / total, 0)
+        if update.kind == "note":
+            notes.append(update.text)
+    return notes
