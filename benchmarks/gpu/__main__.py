@@ -24,6 +24,7 @@ from benchmarks.gpu.figures import Figures, Report
 from benchmarks.gpu.scale import ROOT, Scale, python
 
 LEAST = 8.0  # seconds; a part that has fewer left is not begun
+ROOM = 40e9  # bytes of two 16-bit 7B and some runs
 REHEARSAL_MINUTES, REHEARSAL_FACTOR = 40.0, 8.0  # a simulated device computes on one core
 
 
@@ -33,7 +34,7 @@ class Part:
 
     name: str
     function: str
-    """module.function; takes a :class:`Scale` and :class:`Figures`."""
+    """module.function; it takes a :class:`Scale`, :class:`Figures` and the arguments."""
     limit: float
     """Seconds on a GPU."""
     needs: tuple[str, ...] = ()
@@ -44,23 +45,23 @@ class Part:
 
 
 BESIDE = (  # begun at once, beside the others: none of them measures time
-    Part("plans", "steps.make_plans", 170),
-    Part("base", "base.make_bases", 120),
+    Part("plans", "benchmarks.gpu.steps.make_plans", 170),
+    Part("base", "benchmarks.gpu.base.make_bases", 120),
 )
 PARTS = (
-    Part("card", "steps.card", 45),
-    Part("tests", "commands.tests", 75),
-    Part("gradients", "steps.gradients", 75),
-    Part("train_12gib", "commands.train", 120, ("base",), (), ("12GiB",)),
-    Part("train_auto", "commands.train", 100, ("base",), (), ("auto",)),
-    Part("merge", "commands.merge", 100, ("base", "train_12gib")),
-    Part("plan_kept", "steps.plan_kept", 75, ("plans",)),
-    Part("resume", "commands.resume", 90, ("base",)),
-    Part("fp16", "commands.fp16", 60, ("base",)),
-    Part("out_of_memory", "steps.out_of_memory", 60, ("base",)),
-    Part("speed_mistral_7b", "speed.pairs_per_second", 120, (), ("plans", "base"), ("mistral_7b",)),
-    Part("speed_llama3_8b", "speed.pairs_per_second", 120, (), ("plans", "base"), ("llama3_8b",)),
-    Part("speed_qwen25_7b", "speed.pairs_per_second", 120, (), ("plans", "base"), ("qwen25_7b",)),
+    Part("card", "benchmarks.gpu.steps.card", 45),
+    Part("tests", "benchmarks.gpu.commands.tests", 75),
+    Part("gradients", "benchmarks.gpu.steps.gradients", 75),
+    Part("train_12gib", "benchmarks.gpu.commands.train", 120, ("base",), (), ("12GiB",)),
+    Part("train_auto", "benchmarks.gpu.commands.train", 100, ("base",), (), ("auto",)),
+    Part("merge", "benchmarks.gpu.commands.merge", 100, ("base", "train_12gib")),
+    Part("plan_kept", "benchmarks.gpu.steps.plan_kept", 75, ("plans",)),
+    Part("resume", "benchmarks.gpu.commands.resume", 90, ("base",)),
+    Part("fp16", "benchmarks.gpu.commands.fp16", 60, ("base",)),
+    Part("out_of_memory", "benchmarks.gpu.steps.out_of_memory", 60, ("base",)),
+    Part("speed_mistral_7b", "benchmarks.gpu.speed.pairs_per_second", 120, (), ("plans", "base"), ("mistral_7b",)),
+    Part("speed_llama3_8b", "benchmarks.gpu.speed.pairs_per_second", 120, (), ("plans", "base"), ("llama3_8b",)),
+    Part("speed_qwen25_7b", "benchmarks.gpu.speed.pairs_per_second", 120, (), ("plans", "base"), ("qwen25_7b",)),
 )
 
 
@@ -90,7 +91,8 @@ class Parts:
         figures, log = self.work / f"{part.name}.jsonl", self.work / f"{part.name}.log"
         figures.touch()
         command = python("benchmarks.gpu", rehearse=self.rehearse)
-        command += ["--part", part.name, "--work", str(self.work), *(["--rehearse"] if self.rehearse else [])]
+        command += ["--work", str(self.work), *(["--rehearse"] if self.rehearse else [])]
+        command += ["--part", part.name, part.function, *part.arguments]
         limit = part.limit * (REHEARSAL_FACTOR if self.rehearse else 1)
         until = min(time.monotonic() + limit, self.end)
         environment = os.environ | {"ORPO_LITE_CACHE": str(self.work / "cache"), "PYTHONUNBUFFERED": "1"}
@@ -173,22 +175,21 @@ def main() -> None:
     parser.add_argument("--rehearse", action="store_true", help="small shapes on the simulated device")
     parser.add_argument("--only", help="these parts, separated by commas; and what they need")
     parser.add_argument("--work", type=Path, help="where to put bases and runs, up to 35 GB; a temporary folder")
-    parser.add_argument("--part", help=argparse.SUPPRESS)
+    parser.add_argument("--part", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    known = {part.name: part for part in (*BESIDE, *PARTS)}
     if options.part:
-        part = known[options.part]
-        module, _, function = part.function.partition(".")
-        scale = Scale(rehearse=options.rehearse, work=options.work)
-        with Figures(options.work / f"{part.name}.jsonl") as figures:
-            getattr(import_module(f"benchmarks.gpu.{module}"), function)(scale, figures, *part.arguments)
+        name, function, *arguments = options.part
+        run_part(Scale(rehearse=options.rehearse, work=options.work), name, function, arguments)
         return
+    if said := unusable(rehearse=options.rehearse):
+        parser.error(said)
+    known = {part.name: part for part in (*BESIDE, *PARTS)}
     names = options.only.split(",") if options.only else [part.name for part in PARTS]
     if unknown := {*names} - {*known}:
         parser.error(f"--only: no part is called {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     needed = {name for part in names for name in with_needs(known, part)}
     minutes = options.minutes or (REHEARSAL_MINUTES if options.rehearse else 8.0)
-    work = options.work or Path(tempfile.mkdtemp(prefix="orpo-lite-gpu-"))
+    work = options.work or choose_folder()
     work.mkdir(parents=True, exist_ok=True)
     report = Report(options.json, rehearse=options.rehearse, minutes=minutes)
     parts = Parts(report, work.resolve(), rehearse=options.rehearse, end=time.monotonic() + 60 * minutes)
@@ -213,6 +214,38 @@ def main() -> None:
         report.finish()
         if options.work is None:
             shutil.rmtree(work, ignore_errors=True)
+
+
+def run_part(scale: Scale, name: str, function: str, arguments: list[str]) -> None:
+    """Run one part in this process."""
+    module, _, attribute = function.rpartition(".")
+    with Figures(scale.work / f"{name}.jsonl") as figures:
+        getattr(import_module(module), attribute)(scale, figures, *arguments)
+
+
+def unusable(*, rehearse: bool) -> str:
+    """Why nothing can be run here; "" where it can."""
+    if rehearse:
+        sys.path.append(str(ROOT / "tests" / "simulated_cuda"))
+        from simulated_cuda import missing
+
+        return str(missing())
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        return f"no NVIDIA GPU is here ({error}); --rehearse runs small shapes on a simulated one"
+    return ""
+
+
+def choose_folder() -> Path:
+    """A new folder where there is room: among temporary files, else in memory."""
+    memory = Path("/dev/shm")  # noqa: S108 - nothing of it is left
+    room = shutil.disk_usage(tempfile.gettempdir()).free
+    is_larger = memory.is_dir() and shutil.disk_usage(memory).free > room
+    parent = memory if room < ROOM and is_larger else None
+    return Path(tempfile.mkdtemp(prefix="orpo-lite-gpu-", dir=parent))
 
 
 def with_needs(known: dict[str, Part], name: str) -> set[str]:

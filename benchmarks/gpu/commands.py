@@ -11,6 +11,7 @@ import time
 import xml.etree.ElementTree
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,8 @@ class Command:
     def stages(self) -> dict[str, float]:
         """What it said that it was doing, and seconds until it said the next thing."""
         found: dict[str, float] = {}
-        for (at, line), (after, _) in zip(self.lines, [*self.lines[1:], self.lines[-1]], strict=True):
+        lines = [*self.lines]
+        for (at, line), (after, _) in pairwise([*lines, *lines[-1:]]):
             if match := STAGE.match(line):
                 found[match[1]] = round(found.get(match[1], 0) + after - at, 2)
         return found
@@ -119,10 +121,15 @@ class Command:
 
 def run(scale: Scale, figures: Figures, name: str, *arguments: str) -> int:
     """Run a command to its end; note its exit code, seconds, stages and memory, and what it printed last."""
+    known = 0
     with UsedMemory() as used:
+        figures.note(f"{name}.command", " ".join(["orpo-lite", *arguments]))
         command = Command.start(scale, *arguments)
+        while command.process.poll() is None:  # it may be ended from outside
+            time.sleep(0.2)
+            if len(command.stages) > known:
+                known = len(figures.note(f"{name}.stages", command.stages))
         code = command.wait()
-    figures.note(f"{name}.command", " ".join(["orpo-lite", *arguments]))
     figures.note(f"{name}.exit_code", code)
     figures.note(f"{name}.seconds", round(time.monotonic() - command.began, 2))
     figures.note(f"{name}.stages", command.stages)

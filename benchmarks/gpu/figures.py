@@ -28,14 +28,14 @@ class Figures(AbstractContextManager["Figures"]):
         return value
 
     def attempt(self, name: str, function: Callable[..., Result], *args: Any) -> Result | None:
-        """Note what ``function`` returns; where it fails, what it raised, and go on."""
+        """Note the figures that ``function`` returns; where it fails, what it raised, and go on with None."""
         try:
             result = function(*args)
         except Exception as error:
             traceback.print_exc()
             self.note(f"{name}.error", f"{type(error).__name__}: {str(error)[:600]}")
             return None
-        if result is not None:
+        if isinstance(result, dict | list | str | int | float):
             self.note(name, result)
         return result
 

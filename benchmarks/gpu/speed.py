@@ -1,10 +1,10 @@
 """Pairs a second of ours and of TRL's on the same pairs, tokens a second and the share of the card's peak."""
 
 import json
-import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ def pairs_per_second(scale: Scale, figures: Figures, shape: str) -> None:
         if label == "ours_planned" and not levers:
             continue
         figures.note(f"{label}.levers", levers)
-        train = figures_of_failure(figures, label, partial(_ours, config, levers))
+        train = figures.attempt(f"{label}.built", _ours, config, levers)
         if train is None:
             continue
         for name, triples in batches.items():
@@ -45,7 +45,7 @@ def pairs_per_second(scale: Scale, figures: Figures, shape: str) -> None:
             best[name] = max(best.get(name, 0.0), found["pairs_per_second"] if found else 0.0)
         del train
         free()
-    make = figures_of_failure(figures, "trl", partial(_theirs, config))
+    make = figures.attempt("trl.built", _theirs, config, scale.work / f"trl-{shape}")
     if make is None:
         return
     for size in scale.of((BATCH, BATCH // 2, BATCH // 4), (BATCH,)):
@@ -55,13 +55,6 @@ def pairs_per_second(scale: Scale, figures: Figures, shape: str) -> None:
                 ratio = best[name] / found["pairs_per_second"]
                 figures.note(f"ratio.{name}_batch_{size}", round(ratio, 3))
             free()
-
-
-def figures_of_failure(figures: Figures, name: str, make: Callable[[], Any]) -> Any:
-    """What ``make`` makes; None where it fails, which is noted."""
-    made: list[Any] = []
-    figures.attempt(f"{name}.built", lambda: made.append(make()))
-    return made[0] if made else None
 
 
 def timed(train: Train, batches: list[lengths.Triples], config: Any) -> dict[str, Any]:
@@ -112,14 +105,14 @@ def _ours(config: Any, levers: dict[str, Any]) -> Train:
     return lambda pairs: ours.our_step(model, optimizer, pairs, settings)
 
 
-def _theirs(config: Any) -> Callable[..., None]:
+def _theirs(config: Any, folder: Path) -> Callable[..., None]:
     """The same of TRL, the batch in parts of ``size``."""
     from benchmarks import peers, step
 
     model = bare_base(ours.recipe(), config, torch.bfloat16, CUDA)
     free()
     model.is_loaded_in_4bit = True  # what from_pretrained notes, and TRL asks for
-    trainer = peers.make_trainer(model, step.tokenizer(), step.LORA, tempfile.mkdtemp())
+    trainer = peers.make_trainer(model, step.tokenizer(), step.LORA, str(folder))
 
     def train(pairs: list[TokenizedPair], size: int) -> None:
         for start in range(0, len(pairs), size):

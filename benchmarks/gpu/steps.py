@@ -2,8 +2,10 @@
 
 import gc
 import json
+import os
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -37,15 +39,6 @@ PACKAGES = (
     "huggingface_hub", "pydantic", "typer", "triton", "trl", "flash-attn", "orpo-lite",
 )  # fmt: skip
 GIB = 2**30
-SETTINGS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "offload": {"checkpoint_offload": True},
-    "tiles": {"mlp_tile": 512},
-    "embedding": {"embedding_on_cpu": True},
-    "head_chunk": {"head_chunk": 128},
-    "no_checkpoints": {"activation_checkpointing": "none"},
-    "all": ours.ALL_LEVERS,
-}
 
 
 # --- the card
@@ -55,7 +48,7 @@ def card(scale: Scale, figures: Figures) -> None:
     """Versions, the card, one NF4 round trip, one paged step, the largest matrix product."""
     figures.note("versions", {name: _version(name) for name in PACKAGES})
     figures.note("cuda_of_torch", torch.version.cuda)
-    figures.note("allocator", str(getattr(torch._C, "_accelerator_getAllocatorSettings", lambda: "")()))
+    figures.note("allocator", os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF"))
     figures.attempt("torch_sees", _torch_sees)
     figures.attempt("nvml_sees", _nvml_sees)
     figures.attempt("said", describe_device, CUDA)
@@ -170,34 +163,64 @@ def gradients(scale: Scale, figures: Figures) -> None:
     figures.note("layers", config.num_hidden_layers)
     pairs = lengths.random_pairs(triples, config.vocab_size)
     expected: list[Tensor] = []
-
-    def compare(levers: dict[str, Any]) -> dict[str, Any]:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with it
+    for name, levers in memory_settings(scale).items():
         settings = ours.recipe(**levers)
-        model = drawn_model(settings, config)
-        torch.cuda.reset_peak_memory_stats()
-        began = time.perf_counter()
-        found = [loss_and_gradient(model, pairs, settings) for _ in range(repeats)]
-        seconds = time.perf_counter() - began
-        torch.use_deterministic_algorithms(True)
-        try:
-            fixed = [loss_and_gradient(model, pairs, settings) for _ in range(repeats)]
-        finally:
-            torch.use_deterministic_algorithms(False)
-        expected.extend([] if expected else [fixed[0].clone()])
-        return {
-            "loss": float(found[0][0]),
-            "loss_from_plain": largest(abs(float(one[0] / expected[0][0]) - 1) for one in found),
-            "gradient_from_plain": largest(relative(one[1:], expected[0][1:]) for one in found),
-            "spread_of_repeats": largest(relative(one[1:], found[0][1:]) for one in found),
-            "same_bits_deterministic": all(torch.equal(fixed[0], other) for other in fixed[1:]),
-            "finite": bool(torch.stack(found).isfinite().all()),
-            "seconds_a_step": round(seconds / repeats, 4),
-            "peak_gib": gib(torch.cuda.max_memory_allocated()),
-        }
-
-    for name, levers in SETTINGS.items():
-        figures.attempt(name, compare, levers)
+        model = figures.attempt(f"{name}.built", drawn_model, settings, config)
+        if model is None:
+            continue
+        step = partial(loss_and_gradient, model, pairs, settings)
+        figures.attempt(f"{name}.deterministic", deterministic, step, repeats, expected)
+        figures.attempt(f"{name}.repeated", repeated, step, repeats, expected)
+        del model, step
         free()
+
+
+def memory_settings(scale: Scale) -> dict[str, dict[str, Any]]:
+    """Each setting of ``memory`` alone, then those that save the most together."""
+    tile, chunk = scale.of((512, 128), (16, 8))
+    return {
+        "plain": {},
+        "offload": {"checkpoint_offload": True},
+        "tiles": {"mlp_tile": tile},
+        "embedding": {"embedding_on_cpu": True},
+        "head_chunk": {"head_chunk": chunk},
+        "no_checkpoints": {"activation_checkpointing": "none"},
+        "all": ours.ALL_LEVERS | {"mlp_tile": tile, "head_chunk": chunk},
+    }
+
+
+def deterministic(step: Callable[[], Tensor], repeats: int, expected: list[Tensor]) -> dict[str, Any]:
+    """Repeats with deterministic kernels: whether their bits are equal, and how far they are from the plain step's."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = [step() for _ in range(repeats)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    expected.extend([] if expected else [found[0]])
+    return {"same_bits": all(torch.equal(found[0], other) for other in found[1:]), **differences(found, expected[0])}
+
+
+def repeated(step: Callable[[], Tensor], repeats: int, expected: list[Tensor]) -> dict[str, Any]:
+    """Repeats with the usual kernels: how far they are apart, and from the plain step; seconds and memory."""
+    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    found = [step() for _ in range(repeats)]
+    seconds = (time.perf_counter() - began) / repeats
+    peak = gib(torch.cuda.max_memory_allocated())
+    return differences(found, (expected or found)[0]) | {"seconds_a_step": round(seconds, 4), "peak_gib": peak}
+
+
+def differences(found: list[Tensor], expected: Tensor) -> dict[str, Any]:
+    """Relative ones: of the losses and of the gradients from what is expected, and of the repeats among themselves."""
+    return {
+        "loss": float(found[0][0]),
+        "loss_from_plain": largest(abs(float(one[0] / expected[0]) - 1) for one in found),
+        "gradient_from_plain": largest(relative(one[1:], expected[1:]) for one in found),
+        "spread_of_repeats": largest(relative(one[1:], found[0][1:]) for one in found),
+        "finite": bool(torch.stack(found).isfinite().all()),
+    }
 
 
 def largest(values: Any) -> float:
