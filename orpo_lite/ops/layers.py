@@ -145,7 +145,8 @@ class _Stored:
         self._place, self._copies, self._device = place, copies, tensor.device
         self._host = place.view(tensor)
         self._tensor: Tensor | None = tensor
-        self._event = copies.start(self._host, tensor)
+        self._event: torch.cuda.Event | None = None
+        self._event = copies.start(self._host, tensor)  # which may find no memory
 
     def fetch(self) -> Tensor:
         """Return the tensor on the device: the one that is leaving, or a copy that is on its way."""
