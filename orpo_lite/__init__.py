@@ -26,6 +26,10 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 # On a CPU torch and bitsandbytes each keep a pool of threads; idle ones that spin starve the other pool.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+# Passes of all lengths fill a GPU to the planned byte: segments that grow leave no holes between them.
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name of the same
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
 # Lazy, so that `orpo-lite --help` does not wait for torch.
 _EXPORTS = {
     "load_recipe": "orpo_lite.recipe.reader",

@@ -21,7 +21,7 @@ from orpo_lite.model.quantize import skipped_modules
 from orpo_lite.objectives.objective import find_objective
 from orpo_lite.ops.devices import device_kind
 from orpo_lite.planning.choose import PLAN, choose_memory
-from orpo_lite.planning.gpus import describe_device
+from orpo_lite.planning.device import describe_device, refuse_slow_device
 from orpo_lite.publishing.model_card import make_card, write_card
 from orpo_lite.publishing.push import check_push, find_licences
 from orpo_lite.recipe.schema import Recipe
@@ -60,15 +60,20 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainResult:
 def train_events(recipe: Recipe, *, resume: bool = False) -> Generator[Update, None, TrainResult]:
     """:func:`train` as a generator: yields an :class:`Update` for all that happens and returns the result."""
     objective = find_objective(recipe.loss)
-    processes, path = Processes(), Path(recipe.training.output_dir)
+    path = Path(recipe.training.output_dir)
+    changed: dict[str, Any] = {}
+    if resume:
+        recipe, changed = find_changes(path, recipe)
+    processes = Processes(cpu=recipe.model.device == "cpu")
     if processes.is_main:
         yield Update("note", describe_device(processes.device))
-    recipe, changed = yield from _begin(recipe, processes, path, resume=resume)
+    recipe = yield from _begin(recipe, processes, resume=resume)
     initial = find_initial_adapter(recipe, path)
     resolved = demo.resolve_builtin(recipe).override({"model.adapter_name_or_path": initial and str(initial)})
     if resume:
         resolved = with_pinned_base(resolved, read_lock(path))
     inputs = yield from prepare_inputs(resolved)
+    refuse_slow_device(processes.device, recipe.model.device, inputs.base.name, inputs.base.config)
     if resume:
         refuse_fewer_steps(resolved, inputs, path)
     licences = find_licences(recipe, inputs) if processes.is_main and not resume else {}
@@ -106,14 +111,9 @@ def train_events(recipe: Recipe, *, resume: bool = False) -> Generator[Update, N
         return (yield from _train(resolved, inputs, path, processes, stop, going_on))
 
 
-def _begin(
-    recipe: Recipe, processes: Processes, path: Path, *, resume: bool
-) -> Generator[Update, None, tuple[Recipe, dict[str, Any]]]:
-    """Return the recipe in full, and what of it changes in a run that goes on; make the built-in base."""
-    changed: dict[str, Any] = {}
-    if resume:
-        recipe, changed = find_changes(path, recipe)
-    else:
+def _begin(recipe: Recipe, processes: Processes, *, resume: bool) -> Generator[Update, None, Recipe]:
+    """Return the recipe in full; make the built-in base."""
+    if not resume:
         processes.on_main(refuse_existing, recipe)
     if processes.is_main:
         yield from check_push(recipe, resume=resume)
@@ -123,7 +123,7 @@ def _begin(
         for done, total in demo.make_builtin(recipe):
             yield Update("stage", "training the built-in base", done, total)
     processes.wait()
-    return recipe, changed
+    return recipe
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ def drawn(*shape: int, seed: int) -> Tensor:
 
 
 @pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("backend", ["varlen", "flash_attn", "sdpa"])
+@pytest.mark.parametrize("backend", ["varlen", "flash_attn", "efficient", "sdpa"])
 def test_a_kernel_equals_the_formula(backend: str, window: int | None) -> None:
     """bfloat16 against float32 maths on the same rounded inputs: forward and gradients, prefix and groups too."""
     if backend == "flash_attn" and flash_attn() is None:

@@ -103,8 +103,8 @@ def _top(version: Annotated[bool, typer.Option("--version", help="Print the vers
 RESUME = (
     "Go on with the run in this folder. KEY=VALUE may change its learning rate (learning_rate, lr_scheduler_type, "
     "warmup_steps), its length (max_steps, num_train_epochs, early_stopping_patience), eval_steps, "
-    "load_best_model_at_end, full_determinism, memory.* and output.*: each change is recorded with its step. The rate "
-    "of a step is then what it would be there had the run begun with the new values."
+    "load_best_model_at_end, full_determinism, model.device, memory.* and output.*: each change is "
+    "recorded with its step. The rate of a step is then what it would be there had the run begun with the new values."
 )
 RecipeName = Annotated[str | None, typer.Option("--recipe", help="A shipped name (see `recipes ls`), or a .yaml path.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print all of it as JSON, and nothing else.")]

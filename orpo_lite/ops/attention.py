@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -51,7 +52,7 @@ class Layout:
 
     segments: tuple[Segment, ...]
     backend: str = "auto"
-    """auto, or one of BACKENDS: flash_cpu, varlen, flash_attn, sdpa, maths."""
+    """auto, or one of BACKENDS: flash_cpu, varlen, flash_attn, efficient, sdpa, maths."""
     meant: str | None = None
     """On meta: the kind of device that is meant (:func:`device_kind`)."""
 
@@ -147,7 +148,10 @@ def choose_backend(query: Tensor, value: Tensor, softcap: float | None, meant: s
         if softcap is None:
             return "varlen"
         return "flash_attn" if flash_attn() else "maths"
-    return "sdpa" if softcap is None else "maths"
+    if softcap is not None:
+        return "maths"
+    aligned = query.shape[-1] % 8 == 0 and value.shape[-1] % 8 == 0
+    return "efficient" if aligned and query.dtype != torch.float64 else "sdpa"
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], shape: Shape) -> Tensor:
@@ -155,11 +159,14 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segmen
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v, lengths = _as_sequences(query, key, value, segments)
-    grouped = q.shape[1] != k.shape[1]
     if q.is_meta:
         return meta_flash_attention(q, k, v).transpose(0, 1).unsqueeze(0)
-    out: Tensor = varlen_attn(q, k, v, *lengths, scale=shape.scale, window_size=shape.window_size, enable_gqa=grouped)  # type: ignore[assignment]
-    return out.transpose(0, 1).unsqueeze(0)
+    options: dict[str, Any] = {"scale": shape.scale, "window_size": shape.window_size}
+    if "enable_gqa" in signature(varlen_attn).parameters:  # before torch 2.12 grouped heads went without saying
+        options["enable_gqa"] = q.shape[1] != k.shape[1]
+    out: Any = varlen_attn(q, k, v, *lengths, **options)
+    found: Tensor = out.transpose(0, 1).unsqueeze(0)
+    return found
 
 
 def _flash_attn_varlen(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], shape: Shape) -> Tensor:
@@ -217,8 +224,39 @@ def forget_rows() -> None:
     _starts.cache_clear()
 
 
+FROM_BOTTOM_RIGHT = 2
+"""The causal mask of ``_efficient_attention_forward`` whose last query sees the last key (torch's CausalVariant)."""
+
+
+def _efficient(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], shape: Shape) -> Tensor:
+    """torch's memory-efficient attention, all segments in one call; for GPUs before Ampere and float32."""
+    q, k, v, (starts_q, starts_k, longest_q, longest_k) = _as_sequences(query, key, value, segments)
+    if shape.window is not None and longest_k > shape.window:  # its own window is documented nowhere
+        return _sdpa(query, key, value, segments, shape)
+    k, v = (tensor.repeat_interleave(q.shape[1] // tensor.shape[1], 1) for tensor in (k, v))
+    if q.is_meta:
+        return meta_flash_attention(q, k, v).transpose(0, 1).unsqueeze(0)
+    # By its operator: what is public takes one sequence length, or nested tensors.
+    out, *_ = torch.ops.aten._efficient_attention_forward(
+        q.unsqueeze(0),
+        k.unsqueeze(0),
+        v.unsqueeze(0),
+        None,
+        starts_q,
+        starts_k,
+        longest_q,
+        longest_k,
+        0.0,
+        FROM_BOTTOM_RIGHT,
+        torch.is_grad_enabled(),
+        scale=shape.scale,
+    )
+    found: Tensor = out.transpose(1, 2)
+    return found
+
+
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], shape: Shape) -> Tensor:
-    """torch's scaled_dot_product_attention, segment by segment; for cards before Ampere and for float32 there."""
+    """torch's scaled_dot_product_attention, segment by segment; for sizes of heads that no other kernel takes."""
     outs = []
     for segment in segments:
         prefix, own = slice(segment.prefix_start, segment.prefix_stop), slice(segment.start, segment.stop)
@@ -445,6 +483,7 @@ BACKENDS = {
     "flash_cpu": _flash_cpu,
     "varlen": _varlen,
     "flash_attn": _flash_attn_varlen,
+    "efficient": _efficient,
     "sdpa": _sdpa,
     "maths": _maths,
 }

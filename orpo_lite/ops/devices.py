@@ -64,13 +64,23 @@ def transfer(tensor: Tensor, device: torch.device) -> Tensor:
             moved = torch.empty_like(tensor)
         if to_host:
             mark_as_host(moved.untyped_storage())
-        return moved
+        return moved.copy_(tensor)
     if device == tensor.device:
         return tensor
     if device == HOST:
         host = torch.empty_like(tensor, device=HOST, pin_memory=True)
         return host.copy_(tensor, non_blocking=True)
     return tensor.to(device, non_blocking=True)
+
+
+def host_memory(size: int, device: torch.device) -> Tensor:
+    """Return ``size`` bytes of host memory for copies from and to ``device``: pinned, or the stand-in on meta."""
+    if device.type == "meta":
+        with _host_memory(True):
+            memory_B = torch.empty(size, dtype=torch.uint8, device=device)
+        mark_as_host(memory_B.untyped_storage())
+        return memory_B
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
 
 def is_on_host(tensor: Tensor) -> bool:

@@ -6,11 +6,12 @@ All of it leaves loss and gradient as they are; a layer's second run is the same
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from inspect import signature
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from orpo_lite.ops.attention import Layout, current_layout
-from orpo_lite.ops.devices import HOST, transfer
+from orpo_lite.ops.devices import HOST, host_memory, transfer
 
 MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe")  # what transformers' decoder layers call theirs
 
@@ -34,7 +35,7 @@ def checkpoint_layers(layers: Sequence[Any], attending: Attending, *, offload: b
         offload: their inputs wait in host memory.
         has_dropout: rewind the random state for the second run.
     """
-    store = HostStore() if offload else None
+    store = HostStore(len(layers)) if offload else None
 
     def run(layer: Any, function: Callable[..., Any], *args: Any) -> Any:
         layout = current_layout()
@@ -63,63 +64,176 @@ def _in_evaluation(layer: nn.Module) -> Iterator[None]:
 
 
 class HostStore:
-    """Tensors saved for the backward pass, in host memory; on a GPU the copies run beside the computation.
+    """Tensors saved for the backward pass, in host memory; on a GPU the copies run next to the computation.
 
-    Going back, the tensor of the layer before is fetched while a layer runs, so two are on the device at a time.
+    Device memory is given back without ``record_stream``, which leaves the time of it to the allocator: the host runs
+    ahead of the device, and several states would wait to be reclaimed. A tensor on its way to the host is held until
+    two more have followed; then the computation waits for its copy, and what comes next may have its memory. On the
+    way back a tensor is copied into memory of the computation's own stream. (torch's and TRL's activation offloading
+    do the same.) Backward, the tensor of the layer before is fetched while a layer runs: two are on the device.
     """
 
-    def __init__(self) -> None:
-        self._stream: torch.cuda.Stream | None = None
-        self._latest: weakref.ref[_Stored] | None = None
+    def __init__(self, count: int = 1) -> None:
+        """``count``: how many tensors a forward pass is expected to save; more are taken too."""
+        self._count = count
+        self._pool = HostPool()
+        self._copies = _Copies()
+        self._leaving: deque[weakref.ref[_Stored]] = deque()
 
     def saving(self) -> AbstractContextManager[Any]:
-        """Saved tensors go to the host while this lasts."""
+        """Send saved tensors to the host while this lasts."""
         return saved_tensors_hooks(self._pack, self._unpack)
 
     def _pack(self, tensor: Tensor) -> Any:
-        if not tensor.is_floating_point():
+        if tensor.device == HOST or not tensor.is_floating_point():
             return tensor
-        before = self._latest() if self._latest else None
-        with self._beside(tensor.device):
-            stored = _Stored(transfer(tensor.detach(), HOST), tensor.device, weakref.ref(before) if before else None)
-        if tensor.is_cuda:
-            tensor.record_stream(self._stream)  # type: ignore[arg-type]  # not given away before it is copied
-        self._latest = weakref.ref(stored)
+        before = self._leaving[-1] if self._leaving else None
+        place = self._pool.place_for(tensor, self._count - self._pool.used)
+        stored = _Stored(tensor.detach(), place, self._copies, before)
+        self._leaving.append(weakref.ref(stored))
+        if len(self._leaving) > LEAVING and (oldest := self._leaving.popleft()()):
+            oldest.leave_device()
         return stored
 
     def _unpack(self, stored: Any) -> Tensor:
         if isinstance(stored, Tensor):
             return stored
-        tensor = self._fetched(stored)
-        stored.fetched = None
-        if self._stream is not None:
-            torch.cuda.current_stream().wait_stream(self._stream)
-            tensor.record_stream(torch.cuda.current_stream())
+        tensor: Tensor = stored.fetch()
+        stored.leave_device()  # whoever asked has it now
         if before := stored.before and stored.before():
-            self._fetched(before)
+            before.fetch()
         return tensor
 
-    def _fetched(self, stored: _Stored) -> Tensor:
-        if stored.fetched is None:
-            with self._beside(stored.device):
-                stored.fetched = transfer(stored.host, stored.device)
-        return stored.fetched
 
-    def _beside(self, device: torch.device) -> AbstractContextManager[Any]:
-        """On a stream of its own, after what the device has been asked to do so far."""
-        if device.type != "cuda":
-            return nullcontext()
+LEAVING = 2
+"""Tensors that are on their way to the host at a time: a copy has as long as two layers take."""
+
+
+class _Copies:
+    """Copies on a stream of their own. On meta nothing runs, and there is nothing to wait for."""
+
+    _stream: torch.cuda.Stream | None = None
+
+    def start(self, to: Tensor, source: Tensor) -> torch.cuda.Event | None:
+        """Copy after what the device has been asked to do so far; returns the event of its end."""
+        if to.is_meta:
+            to.copy_(source)
+            return None
+        device = to.device if to.is_cuda else source.device
         self._stream = self._stream or torch.cuda.Stream(device)
         self._stream.wait_stream(torch.cuda.current_stream(device))
-        return torch.cuda.stream(self._stream)
+        with torch.cuda.stream(self._stream):
+            to.copy_(source, non_blocking=True)
+            event: torch.cuda.Event = self._stream.record_event()
+            return event
+
+    @staticmethod
+    def wait(event: torch.cuda.Event | None, device: torch.device) -> None:
+        """Let what the device is asked from now on wait for a copy; the host does not."""
+        if event is not None:
+            torch.cuda.current_stream(device).wait_event(event)
 
 
 class _Stored:
-    __slots__ = ("__weakref__", "before", "device", "fetched", "host")
+    """A tensor in host memory; on the device too while it is copied there or back."""
 
-    def __init__(self, host: Tensor, device: torch.device, before: weakref.ref[_Stored] | None) -> None:
-        self.host, self.device, self.before = host, device, before
-        self.fetched: Tensor | None = None
+    __slots__ = ("__weakref__", "_copies", "_device", "_event", "_host", "_place", "_tensor", "before")
+
+    def __init__(self, tensor: Tensor, place: _Place, copies: _Copies, before: weakref.ref[_Stored] | None) -> None:
+        self.before = before
+        """The tensor that was stored before this one; it is fetched next."""
+        self._place, self._copies, self._device = place, copies, tensor.device
+        self._host = place.view(tensor)
+        self._tensor: Tensor | None = tensor
+        self._event: torch.cuda.Event | None = None
+        self._event = copies.start(self._host, tensor)  # which may find no memory
+
+    def fetch(self) -> Tensor:
+        """Return the tensor on the device: the one that is leaving, or a copy that is on its way."""
+        if self._tensor is None:
+            # Made here, so that its memory is the current stream's, which also gives it back.
+            self._tensor = torch.empty_like(self._host, device=self._device)
+            self._event = self._copies.start(self._tensor, self._host)
+        return self._tensor
+
+    def leave_device(self) -> None:
+        """Give the device memory back; what uses it next runs after the copy."""
+        self._copies.wait(self._event, self._device)
+        self._tensor = self._event = None
+
+    def __del__(self) -> None:
+        self.leave_device()  # of a pass that was given up, a copy may still be going on
+        self._place.give_back()
+
+
+class HostPool:
+    """Host memory for many tensors that wait there together, pinned where a GPU copies it.
+
+    torch rounds each request for pinned memory up to a power of two (``CachingHostAllocator.h``). A slab is one, and
+    tensors lie in it side by side.
+    """
+
+    def __init__(self) -> None:
+        self._slabs: list[_Slab] = []
+
+    @property
+    def used(self) -> int:
+        """How many tensors are in it."""
+        return sum(slab.count for slab in self._slabs)
+
+    def place_for(self, tensor: Tensor, expected: int) -> _Place:
+        """Return room for a tensor, in a new slab where none has any.
+
+        A new slab is the largest power of two that ``expected`` tensors of this size fill, so that little is unused.
+        """
+        size = -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        slab = next((slab for slab in self._slabs if slab.room >= size), None)
+        if slab is None:
+            filled = 1 << (max(expected, 1) * size).bit_length() - 1
+            whole = filled if filled >= size else 1 << (size - 1).bit_length()
+            slab = _Slab(host_memory(whole, tensor.device))
+            self._slabs.append(slab)
+        return slab.take(size)
+
+
+ALIGNMENT = 512  # bytes, as of torch's allocator on the device
+
+
+class _Slab:
+    """Host memory that is filled from its beginning, and empty again when its last tensor is gone."""
+
+    def __init__(self, memory_B: Tensor) -> None:
+        self.memory_B, self.filled, self.count = memory_B, 0, 0
+
+    @property
+    def room(self) -> int:
+        return len(self.memory_B) - self.filled
+
+    def take(self, size: int) -> _Place:
+        place = _Place(self, self.filled)
+        self.filled += size
+        self.count += 1
+        return place
+
+    def give_back(self) -> None:
+        self.count -= 1
+        if not self.count:
+            self.filled = 0
+
+
+class _Place(NamedTuple):
+    """A tensor's place in a slab. It is used again after ``give_back``: copies to and from it have one stream."""
+
+    slab: _Slab
+    start: int
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """Return the place as a tensor of the same shape and dtype."""
+        memory_B = self.slab.memory_B[self.start : self.start + tensor.nbytes]
+        return memory_B.view(tensor.dtype).view(tensor.shape)
+
+    def give_back(self) -> None:
+        self.slab.give_back()
 
 
 def tile_mlps(layers: Sequence[nn.Module], tokens: int, *, has_dropout: bool) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-GIB = 2**30
+from orpo_lite.recipe.text import GIB
 
 
 @dataclass(frozen=True)
@@ -67,35 +67,6 @@ def local_gpu(index: int = 0) -> LocalGpu | None:
     gpu = Gpu(properties.name, properties.total_memory, flops, bandwidth)
     free, others = _asked_of_driver(str(properties.uuid)) or (torch.cuda.mem_get_info(index)[0], 0)
     return LocalGpu(gpu, free, others)
-
-
-def describe_device(device: torch.device) -> str:
-    """Return the sentence that says what a training runs on, and why not on a GPU that the driver has."""
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        memory, version = properties.total_memory / GIB, f"{properties.major}.{properties.minor}"
-        return f"training on {properties.name} ({device}, {memory:.1f} GiB, compute capability {version})"
-    said = f"training on the CPU ({torch.get_num_threads()} threads)"
-    if found := _unusable_gpu():
-        name, driver = found
-        built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU alone"
-        said += f": {name} is here with driver {driver}, and this torch, built for {built}, cannot use it"
-    return said
-
-
-def _unusable_gpu() -> tuple[str, str] | None:
-    """(name, driver version) of the first GPU that NVML finds; None where it finds none."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-        try:
-            name = pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(0))
-            return str(name), str(pynvml.nvmlSystemGetDriverVersion())
-        finally:
-            pynvml.nvmlShutdown()
-    except pynvml.NVMLError:
-        return None
 
 
 def memory_budget(wanted: int | None, own: LocalGpu | None) -> int | None:

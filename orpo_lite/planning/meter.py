@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from orpo_lite.ops.devices import making_host_memory, mark_as_host
+from orpo_lite.ops.devices import is_on_host, making_host_memory, mark_as_host
 
 ROUNDING = 512  # bytes: torch's CUDA allocator hands out no less
 UNTOUCHED = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}  # they make, and write nothing
@@ -61,6 +61,9 @@ class LiveBytes(TorchDispatchMode):
         made = list(_tensors((result,)))
         for tensor in made:
             self._note(tensor.untyped_storage())
+        if function._overloadpacket is torch.ops.aten.copy_ and is_on_host(args[0]) != is_on_host(args[1]):
+            self.sent += args[1].nbytes * is_on_host(args[0])
+            return result
         self.work[_work(function, args, kwargs, made)] += 1
         return result
 
@@ -72,7 +75,6 @@ class LiveBytes(TorchDispatchMode):
         if making_host_memory():
             mark_as_host(storage)
             self.host += size
-            self.sent += size
             self.host_peak = max(self.host_peak, self.host)
             weakref.finalize(storage, self._free_host, size)
             return

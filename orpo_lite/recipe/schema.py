@@ -134,6 +134,8 @@ class ModelSection(Section):
     """Branch, tag or commit; the commit it resolves to is recorded in lock.json."""
     adapter_name_or_path: str | None = None
     """A LoRA adapter to train on from, instead of a new one: it sets all of lora, which may be left out."""
+    device: Literal["auto", "cpu"] = "auto"
+    """auto: the GPU, where torch has one. cpu: the CPU, next to a GPU too."""
     dtype: Dtype = "auto"
     """Of everything that is not quantised. auto: bfloat16, else float16 (T4), else float32 (CPU)."""
     attn_implementation: Annotated[str | None, BeforeValidator(_attention)] = None

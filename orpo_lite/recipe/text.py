@@ -12,6 +12,7 @@ DEEPER = (
 )  # fmt: skip
 BACK = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndToken)
 
+GIB = 2**30
 UNITS = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
@@ -25,7 +26,7 @@ def read_bytes(text: str) -> int:
 
 def gib(size: int) -> str:
     """A size in bytes as people read it."""
-    return f"{size / 2**30:.2f} GiB" if size >= 2**26 else f"{size / 2**20:.1f} MiB"
+    return f"{size / GIB:.2f} GiB" if size >= 2**26 else f"{size / 2**20:.1f} MiB"
 
 
 class _OneLine(yaml.SafeDumper):

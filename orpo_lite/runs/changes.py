@@ -11,7 +11,7 @@ from typing import Any
 
 from orpo_lite.data.sources.source import is_path
 from orpo_lite.errors import CheckpointError, Command, raise_all
-from orpo_lite.recipe.schema import KEYS, Recipe
+from orpo_lite.recipe.schema import KEYS, SECTIONS, Recipe
 from orpo_lite.recipe.text import to_text
 from orpo_lite.runs.atomic import to_json, write_text
 from orpo_lite.runs.commands import new_run_command, quoted, resume_command
@@ -24,7 +24,8 @@ OUTPUT_DIR = "training.output_dir"
 # A step depends on the recipe and on its number, on no hidden state. So each of these has one meaning at any step:
 # what it would have there, had the run begun with it.
 CHANGEABLE = frozenset(
-    [f"training.{key}" for key in ("learning_rate", "lr_scheduler_type", "warmup_steps")]  # how fast
+    ["model.device"]
+    + [f"training.{key}" for key in ("learning_rate", "lr_scheduler_type", "warmup_steps")]  # how fast
     + [f"training.{key}" for key in ("num_train_epochs", "max_steps", "early_stopping_patience")]  # how long
     + [f"training.{key}" for key in ("eval_steps", "load_best_model_at_end", "full_determinism")]
     + [f"memory.{key}" for key in KEYS["memory"]]  # how the step fits, never what it computes
@@ -60,14 +61,22 @@ def read_changes(lock: Mapping[str, Any], where: str) -> list[Change]:
     return changes
 
 
+_DEFAULTS: dict[str, Any] = {
+    f"{name}.{key}": field.default
+    for name, section in SECTIONS.items()
+    for key, field in section.model_fields.items()
+    if not field.is_required()
+}
+
+
 def values_at_start(path: Path, lock: Mapping[str, Any]) -> dict[str, Any]:
-    """``section.key`` -> value of the recipe that the run began with.
+    """``section.key`` -> value of the recipe that the run began with; keys that came later have their default.
 
     A run of an older version noted the adapter's shape at most: the rest is what recipe.yaml holds.
     """
     if "recipe" in lock:
         refuse_lacking(lock, {"recipe": dict}, str(path / "lock.json"))
-        return dict(lock["recipe"])
+        return {**_DEFAULTS, **lock["recipe"]}
     return dict(read_recipe(path).items()) | {f"lora.{key}": value for key, value in lock.get("lora", {}).items()}
 
 
@@ -149,15 +158,10 @@ def find_changes(path: Path, recipe: Recipe) -> tuple[Recipe, dict[str, Any]]:
 
 def _find_differing(path: Path, recipe: Recipe, in_force: Mapping[str, Any]) -> dict[str, Any]:
     """The values of ``recipe`` that are not in force and may change; the others raise :class:`CheckpointError`."""
-    defaults = {
-        f"{section}.{key}": field.default
-        for section in KEYS
-        for key, field in type(getattr(recipe, section)).model_fields.items()
-    }
     changed: dict[str, Any] = {}
     refused: dict[str, Any] = {}
     for key, value in recipe.items():
-        is_said = recipe.sources[key] != "default" or value != defaults[key]
+        is_said = recipe.sources[key] != "default" or value != _DEFAULTS.get(key)
         if key == OUTPUT_DIR or key not in in_force or not is_said or _is_same(key, value, in_force[key]):
             continue
         is_moved = key in MOVABLE and _is_local(value) and _is_local(in_force[key])

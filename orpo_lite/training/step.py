@@ -16,6 +16,7 @@ from orpo_lite.model.pair_model import PairModel
 from orpo_lite.model.parallel import Processes
 from orpo_lite.objectives.objective import Objective
 from orpo_lite.ops.devices import is_out_of_memory
+from orpo_lite.recipe.text import GIB
 from orpo_lite.training.session import Session
 from orpo_lite.training.state import TrainState
 
@@ -58,10 +59,9 @@ def take_step(session: Session, batch: Sequence[TokenizedPair], state: TrainStat
         "learning_rate": learning_rate,
         "num_tokens": state.num_tokens,
         "tokens_per_second": tokens / (time.monotonic() - began),
-        "memory_gib": memory_gib(session.processes.device),
         "epoch": state.step / session.per_epoch,
     }
-    return named | figures, finite
+    return named | figures | memory_figures(session.processes.device), finite
 
 
 def accumulate(
@@ -149,9 +149,22 @@ def update(
     return norm, finite
 
 
-def memory_gib(device: torch.device) -> float:
-    """Peak memory so far: of the allocator on a GPU, of the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+def memory_figures(device: torch.device) -> dict[str, float]:
+    """Return the memory that is taken, in GiB.
+
+    On a CPU ``memory_gib``, the process's peak so far. On a GPU also what a plan does not see:
+
+    - ``memory_gib``: the peak of tensors so far;
+    - ``memory_reserved_gib``: the peak of what torch's allocator took from the driver for them;
+    - ``memory_retries``: how often the allocator gave back what it kept because memory was short;
+    - ``memory_free_gib``: what the driver would still give, now, to any program.
+    """
+    if device.type != "cuda":
+        unit = 1 if sys.platform == "darwin" else 1024
+        return {"memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB}
+    return {
+        "memory_gib": torch.cuda.max_memory_allocated(device) / GIB,
+        "memory_reserved_gib": torch.cuda.max_memory_reserved(device) / GIB,
+        "memory_retries": torch.cuda.memory_stats(device).get("num_alloc_retries", 0),
+        "memory_free_gib": torch.cuda.mem_get_info(device)[0] / GIB,
+    }

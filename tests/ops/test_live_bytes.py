@@ -100,7 +100,7 @@ LEVERS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("backend", ["varlen", "flash_attn", "sdpa"])
+@pytest.mark.parametrize("backend", ["varlen", "flash_attn", "efficient", "sdpa"])
 def test_a_back_end_of_a_gpu_declares_on_meta_what_it_keeps(backend: str) -> None:
     """Queries, keys (each prefix once more), values, output, one number a query and head; never the scores."""
     heads, length, size = 8, 1_000, 16

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from orpo_lite.ops.head import Head, row_logps
-from orpo_lite.ops.lora import fuse_lora
+from orpo_lite.ops.lora import FEW_ROWS, fuse_lora
 
 
 def quantised(weight: torch.Tensor) -> bnb.nn.Params4bit:
@@ -60,6 +60,22 @@ def test_a_weight_that_is_replaced_before_the_backward_pass_is_used_there() -> N
     (gradient,) = torch.autograd.grad(y.sum(), x)
     a, b = fused.lora_A["default"].weight, fused.lora_B["default"].weight
     assert torch.allclose(gradient, (torch.ones(5, 128) @ b @ a) * fused.scaling["default"], atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, FEW_ROWS, FEW_ROWS + 1])
+def test_few_rows_without_a_gradient_take_the_fused_kernel(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the same layer computes them for training; one row more is dequantised for."""
+    weight, x = torch.randn(128, 64), torch.randn(rows, 64)
+    model, fused = layer(weight, four_bit=True)
+    fuse_lora(model)
+    fused.base_layer.bias = nn.Parameter(torch.randn(128), requires_grad=False)
+    expected = fused(x).detach()
+    calls, honest = [], bnb.matmul_4bit
+    monkeypatch.setattr(bnb, "matmul_4bit", lambda *args, **kwargs: calls.append(args) or honest(*args, **kwargs))
+    with torch.no_grad():
+        found = fused(x)
+    assert len(calls) == (rows <= FEW_ROWS)
+    assert torch.allclose(found, expected, atol=1e-5)
 
 
 def test_a_head_that_is_replaced_is_the_one_that_scores() -> None:

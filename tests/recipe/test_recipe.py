@@ -687,6 +687,7 @@ OWNERS: dict[str, tuple[str, str]] = {
     "model.model_name_or_path": ("trl.ModelConfig", "model_name_or_path"),
     "model.model_revision": ("trl.ModelConfig", "model_revision"),
     "model.adapter_name_or_path": (OURS, "after LLaMA-Factory"),
+    "model.device": (OURS, "as torch names it"),
     "model.dtype": ("trl.ModelConfig", "dtype"),
     "model.attn_implementation": ("trl.ModelConfig", "attn_implementation"),
     "quantization.load_in_4bit": ("transformers.BitsAndBytesConfig", "load_in_4bit"),

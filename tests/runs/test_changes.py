@@ -26,6 +26,7 @@ from orpo_lite.runs.changes import (
 from orpo_lite.runs.lock import read_lock, read_recipe
 
 ALLOWED: dict[str, Any] = {
+    "model.device": "cpu",
     "training.learning_rate": 1e-4,
     "training.lr_scheduler_type": "linear",
     "training.warmup_steps": 2,

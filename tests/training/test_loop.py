@@ -484,6 +484,7 @@ def test_full_determinism_trains_and_ends_with_the_run(small_recipe: Build) -> N
     _, result = train_all(small_recipe("training.full_determinism=true", "training.max_steps=2"))
     assert result.steps == 2
     assert not torch.are_deterministic_algorithms_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"  # with less cuBLAS has slow kernels only
 
 
 def test_an_operation_without_a_deterministic_kernel_is_named(
