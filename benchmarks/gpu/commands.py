@@ -207,12 +207,26 @@ def train(scale: Scale, figures: Figures, budget: str) -> None:
     figures.note("held_out", [row for row in rows(out) if "eval_loss" in row])
     plan = json.loads((out / "plan.json").read_text("utf-8")) if (out / "plan.json").is_file() else {}
     figures.note("plan", plan)
-    peak = max((row["memory_gib"] for row in steps), default=0.0)
-    figures.note("tensors_gib_planned", round(plan.get("peak_bytes", 0) / 2**30, 3))
-    figures.note("tensors_gib_measured", round(peak, 3) or NOT_MEASURED)
+    figures.note("gib", memory(steps, plan))
     samples = out / "samples.jsonl"
     figures.note("samples", [json.loads(line) for line in samples.read_text("utf-8").splitlines()])
     sys.exit(code)
+
+
+def memory(steps: list[dict[str, Any]], plan: dict[str, Any]) -> dict[str, Any]:
+    """GiB of tensors and of what torch's allocator reserves, planned and measured; paged memory is neither's."""
+    paged = plan.get("paged_bytes", 0)
+    outside = paged + plan.get("allowances", {}).get("CUDA context", 0)
+
+    def largest(key: str) -> float | str:
+        return max((row.get(key, 0.0) for row in steps), default=0.0) or NOT_MEASURED
+
+    return {
+        "tensors_planned": (plan.get("peak_bytes", 0) - paged) / 2**30,
+        "tensors_measured": largest("memory_gib"),
+        "reserved_planned": (plan.get("needed_bytes", 0) - outside) / 2**30,
+        "reserved_measured": largest("memory_reserved_gib"),
+    }
 
 
 def merge(scale: Scale, figures: Figures) -> None:

@@ -28,7 +28,8 @@ from orpo_lite.model.optimizer import make_optimizer
 from orpo_lite.model.pair_model import PairModel
 from orpo_lite.ops.attention import choose_backend
 from orpo_lite.ops.devices import is_out_of_memory
-from orpo_lite.planning.gpus import SPEEDS, Gpu, describe_device, local_gpu
+from orpo_lite.planning.device import describe_device
+from orpo_lite.planning.gpus import SPEEDS, Gpu, local_gpu
 from orpo_lite.planning.search import Planner
 from orpo_lite.recipe.reader import load_recipe
 from orpo_lite.recipe.schema import Recipe
