@@ -194,10 +194,14 @@ def main() -> None:
     report = Report(options.json, rehearse=options.rehearse, minutes=minutes)
     parts = Parts(report, work.resolve(), rehearse=options.rehearse, end=time.monotonic() + 60 * minutes)
 
+    signals = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+
     def leave(number: int, _: FrameType | None) -> None:
+        for each in signals:
+            signal.signal(each, signal.SIG_IGN)  # a second one would end the ending
         sys.exit(128 + number)
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in signals:
         signal.signal(number, leave)
     try:
         for part in BESIDE:
