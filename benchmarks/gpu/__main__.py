@@ -109,18 +109,23 @@ class Parts:
         """Take over new figures of all parts that run; note those that ended, end those whose time is over."""
         for running in [*self.running]:
             ended = running.process.poll() is not None
-            late = time.monotonic() > running.until
-            with running.figures.open("rb") as stream:
-                stream.seek(running.read)
-                whole, _, _ = stream.read().rpartition(b"\n")
-            running.read += len(whole) + 1 if whole else 0
-            self.report.add(running.part.name, whole.decode())
-            if ended or late:
-                self.running.remove(running)
+            is_over = ended or time.monotonic() > running.until
+            if is_over:
                 self.stop(running)
-                state = "out of time" if not ended else _said(running.process.returncode)
-                tail = "" if state == "done" else running.log.read_text("utf-8", errors="replace")[-3000:]
-                self.report.end(running.part.name, state, time.monotonic() - running.began, tail)
+            self.collect(running)
+            if is_over:
+                self.running.remove(running)
+                state = _said(running.process.returncode) if ended else "out of time"
+                log = "" if state == "done" else running.log.read_text("utf-8", errors="replace")[-3000:]
+                self.report.end(running.part.name, state, time.monotonic() - running.began, log)
+
+    def collect(self, running: Running) -> None:
+        """Take over the figures that a part has written since."""
+        with running.figures.open("rb") as stream:
+            stream.seek(running.read)
+            whole, _, _ = stream.read().rpartition(b"\n")
+        running.read += len(whole) + 1 if whole else 0
+        self.report.add(running.part.name, whole.decode())
 
     @staticmethod
     def stop(running: Running) -> None:

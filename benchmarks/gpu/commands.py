@@ -209,7 +209,8 @@ def train(scale: Scale, figures: Figures, budget: str) -> None:
     figures.note("plan", plan)
     figures.note("gib", memory(steps, plan))
     samples = out / "samples.jsonl"
-    figures.note("samples", [json.loads(line) for line in samples.read_text("utf-8").splitlines()])
+    if samples.is_file():
+        figures.note("samples", [json.loads(line) for line in samples.read_text("utf-8").splitlines()])
     sys.exit(code)
 
 
