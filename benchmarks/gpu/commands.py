@@ -133,7 +133,8 @@ def run(scale: Scale, figures: Figures, name: str, *arguments: str) -> int:
     figures.note(f"{name}.exit_code", code)
     figures.note(f"{name}.seconds", round(time.monotonic() - command.began, 2))
     figures.note(f"{name}.stages", command.stages)
-    figures.note(f"{name}.notes", command.notes)
+    if arguments[0] == "train":
+        figures.note(f"{name}.notes", command.notes)
     figures.note(f"{name}.bytes_used_by_nvml", used.added)
     figures.note(f"{name}.lines", command.lines[-40:])
     return code
@@ -214,18 +215,22 @@ def train(scale: Scale, figures: Figures, budget: str) -> None:
     sys.exit(code)
 
 
+def reserved_planned(plan: dict[str, Any]) -> int:
+    """Bytes that torch's allocator may take in a step: tensors that are not paged, workspaces and fragmentation."""
+    besides = sum(size for name, size in plan["allowances"].items() if name != "CUDA context")
+    return int(plan["peak_bytes"] - plan["paged_bytes"] + besides)
+
+
 def memory(steps: list[dict[str, Any]], plan: dict[str, Any]) -> dict[str, Any]:
     """GiB of tensors and of what torch's allocator reserves, planned and measured; paged memory is neither's."""
-    paged = plan.get("paged_bytes", 0)
-    outside = paged + plan.get("allowances", {}).get("CUDA context", 0)
 
     def largest(key: str) -> float | str:
         return max((row.get(key, 0.0) for row in steps), default=0.0) or NOT_MEASURED
 
     return {
-        "tensors_planned": (plan.get("peak_bytes", 0) - paged) / 2**30,
+        "tensors_planned": (plan.get("peak_bytes", 0) - plan.get("paged_bytes", 0)) / 2**30,
         "tensors_measured": largest("memory_gib"),
-        "reserved_planned": (plan.get("needed_bytes", 0) - outside) / 2**30,
+        "reserved_planned": reserved_planned(plan) / 2**30 if plan else NOT_MEASURED,
         "reserved_measured": largest("memory_reserved_gib"),
     }
 

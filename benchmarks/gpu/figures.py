@@ -48,7 +48,7 @@ class Report:
 
     def __init__(self, file: Path | None, *, rehearse: bool, minutes: float) -> None:
         self.file, self.began = file, time.monotonic()
-        device = "simulated: times are a CPU's, memory is not measured" if rehearse else "see the part `card`"
+        device = "simulated: times are a CPU's, memory is that of small shapes" if rehearse else "see the part `card`"
         self.tree: dict[str, Any] = {
             "date": time.strftime("%Y-%m-%d %H:%M"), "minutes": minutes, "device": device, "parts": {},
         }  # fmt: skip

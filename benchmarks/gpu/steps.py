@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks import lengths, ours
 from benchmarks.gpu.commands import recipe as recipe_arguments
-from benchmarks.gpu.commands import steps_of
+from benchmarks.gpu.commands import reserved_planned, steps_of
 from benchmarks.gpu.figures import NOT_MEASURED, Figures
 from benchmarks.gpu.scale import Scale
 from orpo_lite.api import train_events
@@ -319,13 +319,14 @@ def one_budget(scale: Scale, plan: dict[str, Any], triples: lengths.Triples) -> 
     context = plan["allowances"].get("CUDA context", 0)
     total = torch.cuda.mem_get_info(0)[1]
     torch.cuda.set_per_process_memory_fraction(min(1.0, (plan["budget_bytes"] - context) / total), 0)
-    torch.cuda.reset_peak_memory_stats()
     steps: dict[str, Any] = {}
+    peaks = [0]
     batches = {"longest": order[-size:], "shortest": order[:size], "first": slice(size), "next": slice(size, 2 * size)}
     for name, chosen in batches.items():
         pairs = lengths.random_pairs(triples[chosen], config.vocab_size)
         batching = model.batching(settings, pad_id=0)
         passes = micro_batches(pairs, batching)
+        torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
         try:
             ours.our_step(model, optimizer, pairs, settings)
@@ -335,23 +336,25 @@ def one_budget(scale: Scale, plan: dict[str, Any], triples: lengths.Triples) -> 
                 raise
             steps[name] = {"out_of_memory": str(error)[:300]}
             continue
+        peaks.append(torch.cuda.max_memory_allocated())
         steps[name] = {
             "seconds": round(time.perf_counter() - began, 3),
             "passes": len(passes),
             "most_pairs_in_a_pass": max(map(len, passes)),
-            "peak_gib": gib(torch.cuda.max_memory_allocated()),
+            "peak_gib": gib(peaks[-1]),
+            "reserved_gib": gib(torch.cuda.max_memory_reserved()),
         }
-    stats = torch.cuda.memory_stats() if torch.cuda.max_memory_allocated() else {}
-    paged, reserved = plan["paged_bytes"], torch.cuda.max_memory_reserved()
+    stats = torch.cuda.memory_stats() if max(peaks) else {}
+    paged = plan["paged_bytes"]
     return {
         "steps": steps,
         "gib": {
             "budget": round(plan["budget_bytes"] / GIB, 3),
             "needed_planned": round(plan["needed_bytes"] / GIB, 3),
             "tensors_planned": round((plan["peak_bytes"] - paged) / GIB, 3),  # torch does not count what is paged
-            "tensors_measured": gib(torch.cuda.max_memory_allocated()),
-            "reserved_planned": round((plan["needed_bytes"] - context - paged) / GIB, 3),
-            "reserved_measured": gib(reserved),
+            "tensors_measured": gib(max(peaks)),
+            "reserved_planned": round(reserved_planned(plan) / GIB, 3),
+            "reserved_measured": gib(torch.cuda.max_memory_reserved()),
         },
         "retries_of_allocator": stats.get("num_alloc_retries", NOT_MEASURED),
         "seconds_per_pair_planned": plan["seconds_per_pair"],
