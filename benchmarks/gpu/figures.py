@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+from orpo_lite.errors import OrpoLiteError
 from orpo_lite.runs.atomic import to_json, write_text
 
 NOT_MEASURED = "not measured"
@@ -69,9 +70,9 @@ class Report:
             place = self.tree["parts"][part]["figures"]
             *groups, last = name.split(".")
             for group in groups:
+                if not isinstance(place.get(group, {}), dict):
+                    place[group] = {"value": place[group]}
                 place = place.setdefault(group, {})
-                if not isinstance(place, dict):
-                    raise ValueError(f"{part}: {name} is in a figure")
             place[last] = value
             self._write(f"{part}: {name} = {_short(value)}")
 
@@ -90,7 +91,10 @@ class Report:
     def _write(self, said: str) -> None:
         print(f"{time.monotonic() - self.began:6.1f} s  {said}", flush=True)
         if self.file:
-            write_text(self.file, to_json(self.tree))
+            try:
+                write_text(self.file, to_json(self.tree))
+            except OrpoLiteError as error:  # a full disk, say: the screen has it, and the next figure tries again
+                print(error, flush=True)
 
 
 def _short(value: Any) -> str:
