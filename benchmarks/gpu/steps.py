@@ -27,9 +27,9 @@ from orpo_lite.model.load import bare_pair_model
 from orpo_lite.model.optimizer import make_optimizer
 from orpo_lite.model.pair_model import PairModel
 from orpo_lite.ops.attention import choose_backend
-from orpo_lite.ops.devices import is_out_of_memory
+from orpo_lite.ops.devices import device_kind, is_out_of_memory
 from orpo_lite.planning.device import describe_device
-from orpo_lite.planning.gpus import SPEEDS, Gpu, local_gpu
+from orpo_lite.planning.gpus import local_gpu
 from orpo_lite.planning.search import Planner
 from orpo_lite.recipe.reader import load_recipe
 from orpo_lite.recipe.schema import Recipe
@@ -274,9 +274,10 @@ def gib(size: float) -> float | str:
 
 def make_plans(scale: Scale, figures: Figures) -> None:
     """Plans for short pairs under three budgets, from the least on, and one for the whole card; on the CPU."""
-    config, gpu = scale.config(), Gpu("H200", int(139.8 * GIB), *SPEEDS["H200"])
-    began = time.monotonic()
-    planner = Planner(plan_recipe(scale), config, scale.lengths("hh-rlhf"), "ampere")
+    own, began = local_gpu(0), time.monotonic()
+    assert own is not None
+    gpu = own.gpu
+    planner = Planner(plan_recipe(scale), scale.config(), scale.lengths("hh-rlhf"), device_kind(CUDA))
     least = planner.least(gpu)
     figures.note("least_gib", round(least / GIB, 3))
     spare = scale.of((0.1, 1.5, 6), (0.001, 0.002, 0.01))
