@@ -72,6 +72,7 @@ void maybe_fail(bool is_product) {
   if (kind == NONE || (kind == CUBLAS) != is_product || is_quiet) return;
   if (until_fault.fetch_sub(1) > 0) return;
   fault = NONE;
+  tell("out of memory", "");
   raise_out_of_memory(kind);
 }
 

@@ -88,8 +88,12 @@ def install() -> None:
     _library.sim_fail.argtypes = [ctypes.c_int, ctypes.c_int64]
     _library.sim_quiet.argtypes = [ctypes.c_bool]
     _library.sim_start()
+    import torch
+
+    honest, torch.compile = torch.compile, _no_compile
     import bitsandbytes  # noqa: F401 - before torch.cuda speaks of a device, for which it would load its kernels
 
+    torch.compile = honest
     major, minor = os.environ.get("SIM_CAP", "9,0").split(",")
     capability = (int(major), int(minor))
     for index in range(device_count()):
@@ -99,6 +103,11 @@ def install() -> None:
 
     stand_ins.register()
     attention_kernels.register()
+
+
+def _no_compile(*_: Any, **__: Any) -> Any:
+    """Its formulas run again where compiled ones fail, so that no lack of memory would come through."""
+    raise RuntimeError("not compiled")
 
 
 def device_count() -> int:

@@ -44,8 +44,10 @@ CONSTANT: dict[str, Any] = {
     "is_initialized": lambda: True,
     "_is_in_bad_fork": lambda: False,
     "get_arch_list": lambda: ["sm_75", "sm_80", "sm_90"],
-    "device_of": contextlib.nullcontext,
-} | dict.fromkeys(("_lazy_init", "init", "ipc_collect", "manual_seed", "manual_seed_all"), nothing)
+    "device_of": lambda _: contextlib.nullcontext(),
+}
+for _name in ("_lazy_init", "init", "ipc_collect", "manual_seed", "manual_seed_all"):
+    CONSTANT[_name] = lambda *_: None  # each its own: torch's compiler refuses a function that has two names
 
 
 # --- devices
