@@ -78,8 +78,8 @@ ENDS = {
     "load": ("orpo_lite.training.session.load_pair_model", 1, 10, []),
     "comparison": ("orpo_lite.training.session.probe", 1, 50, []),
     "first evaluation": ("orpo_lite.training.loop.evaluate", 1, 10, []),
-    "update": ("orpo_lite.training.step.update", 2, 0, [0, 1]),
-    "later evaluation": ("orpo_lite.training.loop.evaluate", 3, 10, [1, 2]),
+    "update": ("orpo_lite.training.step.update", 2, 0, [1]),
+    "later evaluation": ("orpo_lite.training.loop.evaluate", 3, 10, [2]),
 }
 
 
@@ -98,7 +98,7 @@ def test_a_run_ends_with_what_to_do_and_goes_on_so(
     assert ("CUBLAS_STATUS_ALLOC_FAILED" in complaint) == (kind == "cublas")
     assert ("before its weights are loaded" in complaint) == (place == "load")
     assert ("from the last checkpoint" in complaint) == bool(kept)
-    assert checkpoints() == kept
+    assert checkpoints()[-1:] == kept
     assert not Path("run/adapter/adapter_model.safetensors").exists()
     code, _, complaint = call(*fix_of(complaint))
     assert code == 0, complaint
