@@ -29,8 +29,12 @@ logger = logging.getLogger(__name__)
 MIB = 2**20
 # Allowances: what the counted step cannot show. None of them was fitted to a model.
 CONTEXT = 512 * MIB  # of CUDA, with the kernels of torch, cuBLAS and bitsandbytes loaded; 300 to 550 on cards of today
-WORKSPACE = 64 * MIB  # cuBLAS asks for 8 MiB a stream, on Hopper for 32 (torch.backends.cuda, CUBLAS_WORKSPACE_CONFIG)
-FRAGMENTATION = 0.05  # of the step's own bytes
+FRAGMENTATION, LEAST_FRAGMENTATION = 0.05, 256 * MIB  # a share of the step's own bytes, and no less than that
+# What torch's aten/src/ATen/cuda/CublasHandlePool.cpp allocates for each of two handles, that of the main thread and
+# that of autograd's: for cuBLAS 8.125 MiB, on compute capability 9.0 (Hopper) and with CUBLAS_WORKSPACE_CONFIG=:4096:8
+# (deterministic) 32 MiB; and 1 MiB for cuBLASLt. They count in torch.cuda.max_memory_allocated.
+HANDLES, CUBLAS, CUBLAS_HOPPER, CUBLAS_LT = 2, 8 * MIB + MIB // 8, 32 * MIB, MIB
+HOPPER = (9, 0)
 TILE, SMALL_CHUNK = 512, 128  # tokens of an MLP, rows of logits
 SHORTEST = 128  # tokens of a sequence; no shorter one is proposed
 MORE_TOKENS = (4_096, 8_192)  # a forward pass of fewer spends much of its time on dequantising the weights
@@ -69,6 +73,8 @@ class MemoryPlan:
     """None on a CPU."""
     measured: StepMemory
     """The step as it was run on meta with these levers."""
+    deterministic: bool = False
+    """Whether the run asks for deterministic kernels."""
 
     @property
     def peak(self) -> int:
@@ -83,13 +89,16 @@ class MemoryPlan:
     @property
     def allowances(self) -> dict[str, int]:
         """What a program takes besides its tensors."""
-        return allowances(self.measured.peak, self.gpu)
+        return self._allowances(self.measured.peak)
 
     @property
     def needed(self) -> int:
         """Peak and allowances; more where loading takes more."""
-        loading = self.measured.loading + sum(allowances(0, self.gpu).values())
+        loading = self.measured.loading + sum(self._allowances(0).values())
         return max(self.peak + sum(self.allowances.values()), loading)
+
+    def _allowances(self, step: int) -> dict[str, int]:
+        return allowances(step, self.gpu, deterministic=self.deterministic)
 
     @property
     def fits(self) -> bool:
@@ -140,10 +149,16 @@ class MemoryPlan:
         }
 
 
-def allowances(step: int, gpu: Gpu | None) -> dict[str, int]:
+def allowances(step: int, gpu: Gpu | None, *, deterministic: bool = False) -> dict[str, int]:
     """Bytes besides the tensors, for a step that holds so many."""
-    fragments = {"fragmentation": int(FRAGMENTATION * step)}
-    return {"CUDA context": CONTEXT, "kernels' workspaces": WORKSPACE, **fragments} if gpu else fragments
+    if not gpu:
+        return {"fragmentation": int(FRAGMENTATION * step)}
+    cublas = CUBLAS_HOPPER if deterministic or gpu.capability == HOPPER else CUBLAS
+    return {
+        "CUDA context": CONTEXT,
+        "kernels' workspaces": HANDLES * (cublas + CUBLAS_LT),
+        "fragmentation": max(int(FRAGMENTATION * step), LEAST_FRAGMENTATION),
+    }
 
 
 class Planner:
@@ -243,7 +258,7 @@ class Planner:
     def run(self, levers: Mapping[str, Any], budget: int | None, gpu: Gpu | None) -> MemoryPlan:
         """The plan of these levers, from a step with all layers."""
         found = measure(self.recipe.with_memory(levers), self.config, self.triples, self.kind, self.planned)
-        return MemoryPlan(levers, budget, gpu, found)
+        return MemoryPlan(levers, budget, gpu, found, self.recipe.training.full_determinism)
 
     def plan(self, budget: int | None, gpu: Gpu | None) -> MemoryPlan:
         """The fastest plan that fits, run once in full; where nothing fits, the one that needs the least."""
@@ -274,8 +289,9 @@ class Planner:
         whole, embedding, loaded = self._whole
         moved = embedding if choice["embedding_on_cpu"] else 0
         step = self.extrapolation(choice).peak(self.layers, kept)
-        in_step = whole - moved + step + sum(allowances(step, gpu).values())
-        return max(in_step, loaded + sum(allowances(0, gpu).values()))
+        deterministic = self.recipe.training.full_determinism
+        besides, least = (sum(allowances(size, gpu, deterministic=deterministic).values()) for size in (step, 0))
+        return max(whole - moved + step + besides, loaded + least)
 
     def changes(self, budget: int, gpu: Gpu | None) -> list[Change]:
         """Changes of the maths that need less, and which of them would fit; none is made by itself."""
