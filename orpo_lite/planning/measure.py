@@ -56,10 +56,35 @@ class StepMemory:
         return sum(self.held.values()) + self.peak
 
 
-def heaviest(recipe: Recipe, triples: Triples, batching: Batching) -> list[TokenizedPair]:
-    """The largest micro-batch of the step that has the longest pairs, and filled up: other pairs may fit better."""
+def heaviest(recipe: Recipe, triples: Triples, batching: Batching, *, in_one_row: bool) -> list[TokenizedPair]:
+    """Pairs that need no less memory than any micro-batch of a training on pairs of these lengths.
+
+    In one row memory grows with the tokens, with the segments (FlashAttention adds 128 rows for each) and with the
+    tokens of the prefixes (keys and values are repeated behind them): each of the three is the most that a micro-batch
+    can have. Where each sequence goes by itself, the longest pairs count, and others that may fit beside them.
+    """
+    most = recipe.training.global_batch_size
+    if not (batching.packed and in_one_row):
+        return _longest_pairs(triples, most, batching)
+    most = min(most, batching.pairs or most)
+    prefixes = triples[:, 0] * batching.share
+    tokens = triples[:, 1] + triples[:, 2] - prefixes
+    ordered = np.sort(tokens)
+    total = max(int(ordered[-1]), min(batching.tokens, int(ordered[-most:].sum())))
+    pairs = max(1, min(most, int((ordered.cumsum() <= total).sum())))
+    shared = np.argsort(-prefixes / tokens, kind="stable")  # a knapsack that may hold a part of its last pair
+    before = np.minimum(tokens[shared].cumsum(), total)
+    prefix = int((np.diff(before, prepend=0) * (prefixes / tokens)[shared]).sum())
+    prefix = min(prefix, int(np.sort(prefixes)[-most:].sum()), total - 2 * pairs)
+    places = np.arange(pairs + 1)
+    each_prefix, each_rest = (np.diff(size * places // pairs) for size in (prefix, total - prefix))
+    chosen, rejected = each_prefix + (each_rest + 1) // 2, each_prefix + each_rest // 2
+    return blank_pairs(np.stack([each_prefix, chosen, rejected], 1))
+
+
+def _longest_pairs(triples: Triples, most: int, batching: Batching) -> list[TokenizedPair]:
     lengths = triples[:, 1] + triples[:, 2] - triples[:, 0] * batching.share
-    pairs = blank_pairs(triples[np.argsort(-lengths, kind="stable")[: recipe.training.global_batch_size]])
+    pairs = blank_pairs(triples[np.argsort(-lengths, kind="stable")[:most]])
     chunks = [[pairs[index] for index in chunk] for chunk in micro_batches(pairs, batching)]
     largest = max(chunks, key=lambda chunk: _tokens(chunk, batching))
     room = min(batching.tokens, _tokens(pairs, batching)) - _tokens(largest, batching)
@@ -98,7 +123,7 @@ def measure(
         parameter.grad = gradient
     standing, paged = standing_bytes(model, recipe)
     batching, objective = model.batching(recipe, pad_id=0), find_objective(recipe.loss)
-    pairs = heaviest(recipe, triples, batching)
+    pairs = heaviest(recipe, triples, batching, in_one_row=model.route in ("shared", "packed"))
     known = [tensor for tensors in held_tensors(model).values() for tensor in tensors] + gradients
     forget_rows()
     with without_values(), LiveBytes(known) as meter, phases(model.backbone, meter):

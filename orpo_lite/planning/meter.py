@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,9 +51,10 @@ class LiveBytes(TorchDispatchMode):
         """Bytes that went to host memory in all; what waits there comes back."""
         self.work: Counter[tuple[int, int]] = Counter()
         """How many operators did so many FLOPs and moved so many bytes (attention's kernels do not show theirs)."""
-        self._seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+        self._seen: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        """Each storage that lives, by its id; what is called at its end is cheaper here than weakref.finalize."""
         for tensor in known:
-            self._seen.add(tensor.untyped_storage())
+            self._follow(tensor.untyped_storage(), lambda: None)
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -70,28 +72,37 @@ class LiveBytes(TorchDispatchMode):
             result, work = function(*args, **kwargs), known.work
         else:
             result, work = known.again(tensors), known.work
-        if isinstance(result, Tensor):
-            self._note(result.untyped_storage())
+        for tensor in (result,) if isinstance(result, Tensor) else _tensors((result,)):
+            self._note(tensor.untyped_storage())
+        if function._overloadpacket is torch.ops.aten.copy_ and is_on_host(args[0]) != is_on_host(args[1]):
+            self.sent += args[1].nbytes * is_on_host(args[0])
         else:
-            for tensor in _tensors((result,)):
-                self._note(tensor.untyped_storage())
-        self.work[work] += 1
+            self.work[work] += 1
         return result
 
+    def _follow(self, storage: torch.UntypedStorage, freed: Callable[[], None]) -> None:
+        """Call ``freed`` when the storage is gone."""
+        place = id(storage)
+
+        def gone(_: Any) -> None:
+            self._seen.pop(place, None)
+            freed()
+
+        self._seen[place] = weakref.ref(storage, gone)
+
     def _note(self, storage: torch.UntypedStorage) -> None:
-        if storage in self._seen:
+        if id(storage) in self._seen:
             return
-        self._seen.add(storage)
         size = allocated(storage)
         if making_host_memory():
             mark_as_host(storage)
             self.host += size
             self.host_peak = max(self.host_peak, self.host)
-            weakref.finalize(storage, self._free_host, size)
+            self._follow(storage, partial(self._free_host, size))
             return
         self.live += size
         self.by_phase[self.phase] += size
-        weakref.finalize(storage, self._free, self.phase, size)
+        self._follow(storage, partial(self._free, self.phase, size))
         if self.live > self.peak:
             self.peak = self.live
             self.peak_by_phase = self.by_phase.copy()
