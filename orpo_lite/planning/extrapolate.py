@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any
 
 from orpo_lite.planning.gpus import Gpu
-from orpo_lite.planning.measure import StepMemory, measure
+from orpo_lite.planning.measure import MetaModels, StepMemory, measure
 from orpo_lite.planning.on_meta import Triples
 from orpo_lite.planning.route import PlannedRoute, with_layers
 from orpo_lite.recipe.schema import Recipe
@@ -31,10 +31,20 @@ class LayerExtrapolation:
     layers have kept. Either grows by so much a layer.
     """
 
-    def __init__(self, recipe: Recipe, config: Any, triples: Triples, kind: str, planned: PlannedRoute) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        config: Any,
+        triples: Triples,
+        kind: str,
+        planned: PlannedRoute,
+        models: MetaModels | None = None,
+    ) -> None:
+        models = models or MetaModels()
+
         def small(layers: int, kept: int) -> StepMemory:
             chosen = recipe.with_memory({"activation_checkpointing": layers - kept})
-            return measure(chosen, with_layers(config, layers), triples, kind, planned)
+            return measure(chosen, with_layers(config, layers), triples, kind, planned, models)
 
         self._small = small
         self._two, self._three = small(2, 0), small(3, 0)

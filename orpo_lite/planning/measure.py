@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from orpo_lite.data.packing import Batch, Batching, PackedPairs, make_batch, micro_batches, packed_tokens
 from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.model.load import bare_pair_model, choose_dtype
+from orpo_lite.model.memory import NO_LEVERS, with_levers
 from orpo_lite.model.optimizer import state_bytes
 from orpo_lite.model.pair_model import PairModel
 from orpo_lite.objectives.objective import find_objective
@@ -100,8 +102,27 @@ def _tokens(pairs: Sequence[TokenizedPair], batching: Batching) -> int:
     return 2 * len(pairs) * max(max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs)
 
 
+class MetaModels:
+    """The models on meta of one recipe and configuration: one for each number of layers, with the latest levers."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, PairModel] = {}
+
+    def get(self, recipe: Recipe, config: Any, dtype: torch.dtype) -> PairModel:
+        """Return the model with the recipe's levers. One that was given out before is not to be used any more."""
+        layers = int(config.get_text_config().num_hidden_layers)
+        if layers not in self._made:
+            self._made[layers] = bare_pair_model(recipe.with_memory(NO_LEVERS), config, dtype)
+        return with_levers(self._made[layers], recipe)
+
+
 def measure(
-    recipe: Recipe, config: Any, triples: Triples, kind: str, planned: PlannedRoute | None = None
+    recipe: Recipe,
+    config: Any,
+    triples: Triples,
+    kind: str,
+    planned: PlannedRoute | None = None,
+    models: MetaModels | None = None,
 ) -> StepMemory:
     """The heaviest micro-batch of a recipe through its model, on meta.
 
@@ -111,11 +132,12 @@ def measure(
         triples: lengths of the pairs.
         kind: of the device that is meant: see :func:`orpo_lite.ops.attention.device_kind`.
         planned: how pairs go through the model; found out where it is not given.
+        models: those of earlier steps of the recipe.
     """
     planned = planned or find_route(recipe, config, triples, kind)
     if kind == "cpu":  # its memory is the host's, and these move nothing
         recipe = recipe.with_memory({"checkpoint_offload": False, "embedding_on_cpu": False})
-    model = bare_pair_model(recipe, config, choose_dtype(recipe.model.dtype, kind))
+    model = (models or MetaModels()).get(recipe, config, choose_dtype(recipe.model.dtype, kind))
     planned.apply(model, kind)
     trained = [parameter for _, parameter in model.trained()]
     gradients = [parameter.new_empty(parameter.shape) for parameter in trained]
@@ -126,7 +148,7 @@ def measure(
     pairs = heaviest(recipe, triples, batching, in_one_row=model.route in ("shared", "packed"))
     known = [tensor for tensors in held_tensors(model).values() for tensor in tensors] + gradients
     forget_rows()
-    with without_values(), LiveBytes(known) as meter, phases(model.backbone, meter):
+    with without_values(), _kernels_of(recipe), LiveBytes(known) as meter, phases(model.backbone, meter):
         batch = make_batch(pairs, batching).to(META)
         logps = model(batch)
         loss, _ = objective.loss(logps, objective.divisors(pairs))
@@ -148,6 +170,17 @@ def measure(
         weights=sum(_elements(parameter) for parameter in model.parameters() if not parameter.requires_grad),
         notes=tuple(model.notes),
     )
+
+
+@contextmanager
+def _kernels_of(recipe: Recipe) -> Iterator[None]:
+    """Deterministic kernels where the recipe asks for them: attention's needs more memory."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(recipe.training.full_determinism)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 LOADERS = 4  # threads of transformers.core_model_loading, each with a 16-bit tensor on its way to be quantised

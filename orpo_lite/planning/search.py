@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from orpo_lite.errors import FitError, ModelError, Overrides
-from orpo_lite.model.load import bare_pair_model, choose_dtype
+from orpo_lite.model.load import choose_dtype
 from orpo_lite.planning.extrapolate import LayerExtrapolation, seconds
 from orpo_lite.planning.gpus import GPUS, Gpu
-from orpo_lite.planning.measure import StepMemory, loading_bytes, measure, rounded, standing_bytes
+from orpo_lite.planning.measure import MetaModels, StepMemory, loading_bytes, measure, rounded, standing_bytes
 from orpo_lite.planning.on_meta import Triples
 from orpo_lite.planning.route import PlannedRoute, find_route
 from orpo_lite.recipe.schema import LEVERS, Recipe
@@ -167,6 +167,7 @@ class Planner:
     def __init__(self, recipe: Recipe, config: Any, triples: Triples, kind: str) -> None:
         self.recipe, self.config, self.triples, self.kind = recipe, config, triples, kind
         self.layers = int(config.get_text_config().num_hidden_layers)
+        self._models = MetaModels()
         self._extrapolations: dict[tuple[Any, ...], LayerExtrapolation] = {}
 
     @cached_property
@@ -178,7 +179,7 @@ class Planner:
     def _whole(self) -> tuple[int, int, int]:
         """Bytes held by all layers; by the input embedding, which may be moved; on the device while the base loads."""
         here = self.recipe.with_memory({"embedding_on_cpu": False})
-        model = bare_pair_model(here, self.config, choose_dtype(here.model.dtype, self.kind))
+        model = self._models.get(here, self.config, choose_dtype(here.model.dtype, self.kind))
         standing, _ = standing_bytes(model, here)
         tied = self.config.get_text_config().tie_word_embeddings
         embedding = 0 if tied else rounded(model.causal.get_input_embeddings().weight)
@@ -237,7 +238,9 @@ class Planner:
         key = tuple(value for name, value in choice.items() if name != "embedding_on_cpu")
         if key not in self._extrapolations:
             chosen = self.recipe.with_memory({**choice, "embedding_on_cpu": False})
-            self._extrapolations[key] = LayerExtrapolation(chosen, self.config, self.triples, self.kind, self.planned)
+            self._extrapolations[key] = LayerExtrapolation(
+                chosen, self.config, self.triples, self.kind, self.planned, self._models
+            )
         return self._extrapolations[key]
 
     def best(self, budget: int | None, gpu: Gpu | None) -> dict[str, Any] | None:
@@ -257,7 +260,9 @@ class Planner:
 
     def run(self, levers: Mapping[str, Any], budget: int | None, gpu: Gpu | None) -> MemoryPlan:
         """The plan of these levers, from a step with all layers."""
-        found = measure(self.recipe.with_memory(levers), self.config, self.triples, self.kind, self.planned)
+        found = measure(
+            self.recipe.with_memory(levers), self.config, self.triples, self.kind, self.planned, self._models
+        )
         return MemoryPlan(levers, budget, gpu, found, self.recipe.training.full_determinism)
 
     def plan(self, budget: int | None, gpu: Gpu | None) -> MemoryPlan:
