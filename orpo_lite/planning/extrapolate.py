@@ -39,6 +39,7 @@ class LayerExtrapolation:
         kind: str,
         planned: PlannedRoute,
         models: MetaModels | None = None,
+        on_device: "LayerExtrapolation | None" = None,
     ) -> None:
         models = models or MetaModels()
 
@@ -46,7 +47,7 @@ class LayerExtrapolation:
             chosen = recipe.with_memory({"activation_checkpointing": layers - kept})
             return measure(chosen, with_layers(config, layers), triples, kind, planned, models)
 
-        self._small = small
+        self._small, self._on_device = small, on_device
         self._two, self._three = small(2, 0), small(3, 0)
         self.checkpoint = self._three.peak - self._two.peak
         """Bytes that a checkpointed layer adds to the peak."""
@@ -57,8 +58,11 @@ class LayerExtrapolation:
 
     @cached_property
     def _all_kept(self) -> StepMemory:
-        """Where the first layer too keeps all: its input, the embedding, needs no gradient, and it keeps less."""
-        return self._small(3, 3)
+        """Where the first layer too keeps all: its input, the embedding, needs no gradient, and it keeps less.
+
+        Nothing goes to host memory then, so the step is that of ``on_device``, the same choice without offload.
+        """
+        return self._on_device._all_kept if self._on_device else self._small(3, 3)
 
     @property
     def layer(self) -> int:

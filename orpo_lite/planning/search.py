@@ -235,13 +235,14 @@ class Planner:
 
     def extrapolation(self, choice: Mapping[str, Any]) -> LayerExtrapolation:
         """That of a choice; where the embedding lies makes no difference to a step."""
-        key = tuple(value for name, value in choice.items() if name != "embedding_on_cpu")
-        if key not in self._extrapolations:
-            chosen = self.recipe.with_memory({**choice, "embedding_on_cpu": False})
-            self._extrapolations[key] = LayerExtrapolation(
-                chosen, self.config, self.triples, self.kind, self.planned, self._models
-            )
-        return self._extrapolations[key]
+        if (known := self._extrapolations.get(_step_of(choice))) is not None:
+            return known
+        plain = {**choice, "checkpoint_offload": False, "embedding_on_cpu": False}
+        on_device = self._extrapolations.get(_step_of(plain))
+        chosen = self.recipe.with_memory({**choice, "embedding_on_cpu": False})
+        found = LayerExtrapolation(chosen, self.config, self.triples, self.kind, self.planned, self._models, on_device)
+        self._extrapolations[_step_of(choice)] = found
+        return found
 
     def best(self, budget: int | None, gpu: Gpu | None) -> dict[str, Any] | None:
         """The fastest levers that fit by the extrapolations; None if none does."""
@@ -329,6 +330,11 @@ class Planner:
         triples = self.triples if limit is None else np.minimum(self.triples, limit)
         needed = Planner(self.recipe.override(dict(keys)), self.config, triples, self.kind).least(gpu)
         return Change(keys, needed, needed <= budget)
+
+
+def _step_of(choice: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What of a choice makes a difference to the passes of a step."""
+    return tuple(value for name, value in sorted(choice.items()) if name != "embedding_on_cpu")
 
 
 def no_plan(name: str, error: Exception) -> ModelError:

@@ -9,6 +9,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,15 +40,18 @@ from orpo_lite.base.find import Base
 from orpo_lite.data.packing import micro_batches, pack_pairs, packed_tokens
 from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.errors import FitError, ModelError, RecipeError
-from orpo_lite.model.load import bare_pair_model, load_pair_model
+from orpo_lite.model.load import bare_pair_model, choose_dtype, load_pair_model
 from orpo_lite.model.pair_model import PairModel
+from orpo_lite.ops.attention import choose_backend
+from orpo_lite.ops.devices import device_kind
 from orpo_lite.planning import gpus
 from orpo_lite.planning.extrapolate import LayerExtrapolation
 from orpo_lite.planning.gpus import GPUS, local_gpu
 from orpo_lite.planning.measure import StepMemory, heaviest, measure
 from orpo_lite.planning.on_meta import META_ATTENTION, blank_pairs, held_tensors, worst_case
+from orpo_lite.planning.plan import plan_events
 from orpo_lite.planning.route import find_route, with_layers
-from orpo_lite.planning.search import Planner, fit
+from orpo_lite.planning.search import Planner, allowances, fit
 from orpo_lite.recipe.reader import load_recipe, shipped_recipes
 from orpo_lite.recipe.schema import LEVERS, Recipe
 from orpo_lite.recipe.text import read_bytes
@@ -340,7 +344,12 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 
 
 def pretend_card(
-    monkeypatch: pytest.MonkeyPatch, *, free: int, others: int, name: str = "NVIDIA GeForce RTX 4090"
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    free: int,
+    others: int,
+    name: str = "NVIDIA GeForce RTX 4090",
+    capability: tuple[int, int] = (8, 9),
 ) -> None:
     """NVML and torch as they answer on a machine with one card."""
     import pynvml
@@ -349,12 +358,52 @@ def pretend_card(
     running = [SimpleNamespace(pid=os.getpid(), usedGpuMemory=GIB // 2), SimpleNamespace(pid=1, usedGpuMemory=others)]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     for function in ("nvmlInit", "nvmlShutdown"):
         monkeypatch.setattr(pynvml, function, lambda: None)
     monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", lambda uuid: {"GPU-6f-a": "handle"}[uuid])
     monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lambda _: SimpleNamespace(free=free))
     monkeypatch.setattr(pynvml, "nvmlDeviceGetComputeRunningProcesses", lambda _: running)
+
+
+def test_a_plan_for_a_t4_is_of_its_dtype_and_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute capability 7.5: float16, and no FlashAttention, so segments cost it nothing."""
+    pretend_card(monkeypatch, free=15 * GIB, others=0, name="Tesla T4", capability=(7, 5))
+    own = local_gpu()
+    assert own is not None
+    assert (own.gpu.flops, own.gpu.capability) == (65e12, (7, 5))
+    kind = device_kind(torch.device("cuda", 0))
+    assert (kind, choose_dtype("auto", kind)) == ("cuda", torch.float16)
+    query = torch.empty(1, 4, 8, 128, dtype=torch.float16, device="meta")
+    assert choose_backend(query, query, None, kind) == "efficient"
+    chosen = settings(micro_batch_tokens=1_024).override({"training.global_batch_size": 32})
+    config = small(2, num_attention_heads=8, num_key_value_heads=8, head_dim=128, intermediate_size=64, vocab_size=99)
+    few, many = np.array([[0, 512, 512]] * 32), np.array([[0, 16, 16]] * 32)
+    for meant, grows in (("cuda", False), ("ampere", True)):
+        one, other = (measure(chosen, config, triples, meant) for triples in (few, many))
+        assert one.tokens == other.tokens
+        grown = (other.peak - one.peak) / (62 * 128 * 8 * 129 * 4)  # by 62 segments' rows, 8 heads of 128 numbers
+        assert grown == pytest.approx(float(grows), abs=0.1)
+
+
+def test_cublas_has_more_on_hopper_and_for_deterministic_kernels() -> None:
+    ours = {name: allowances(GIB, replace(GPU, capability=c)) for name, c in (("ada", (8, 9)), ("hopper", (9, 0)))}
+    sizes = {name: found["kernels' workspaces"] for name, found in ours.items()}
+    assert sizes == {"ada": 2 * (8 * MIB + 128 * 1024 + MIB), "hopper": 2 * (32 * MIB + MIB)}
+    assert allowances(GIB, GPU, deterministic=True)["kernels' workspaces"] == sizes["hopper"]
+    assert [allowances(size, GPU)["fragmentation"] for size in (GIB, 10 * GIB)] == [256 * MIB, 512 * MIB]
+
+
+def test_a_plan_says_first_whether_it_fits(workspace: Path) -> None:
+    keys = ["model.model_name_or_path=./base", "data.max_length=128", "data.max_prompt_length=64", *FEW]
+    for budget, verdict in (
+        ("8GiB", "yes, it fits: "),
+        ("900MiB", "yes, it fits: "),
+        ("100MiB", "no, it does not fit: "),
+    ):
+        updates = plan_events(load_recipe("mistral-qlora", [*keys, f"memory.budget={budget}"]))
+        assert next(update.text for update in updates if update.kind == "note").startswith(verdict)
+        updates.close()
 
 
 def test_memory_of_other_processes_is_seen_and_left(monkeypatch: pytest.MonkeyPatch) -> None:
