@@ -25,7 +25,7 @@ def seconds(work: Mapping[tuple[int, int], int], sent: int, gpu: Gpu) -> float:
 
 
 class LayerExtrapolation:
-    """What a choice of levers needs with ``kept`` layers un-checkpointed, from steps of two, three and four layers.
+    """What a choice of levers needs with ``kept`` layers un-checkpointed, from steps of two to five layers.
 
     A step is largest where a checkpointed layer runs again, or where the backward pass begins and all is held that the
     layers have kept. Either grows by so much a layer.
@@ -48,13 +48,15 @@ class LayerExtrapolation:
             return measure(chosen, with_layers(config, layers), triples, kind, planned, models)
 
         self._small, self._on_device = small, on_device
-        self._two, self._three = small(2, 0), small(3, 0)
+        # Offload holds an input until its copy is done, two layers later: only then do all layers add the same.
+        self._few = few = 3 if recipe.memory.checkpoint_offload is True else 2
+        self._two, self._three = small(few, 0), small(few + 1, 0)
         self.checkpoint = self._three.peak - self._two.peak
         """Bytes that a checkpointed layer adds to the peak."""
 
     @cached_property
     def _kept(self) -> tuple[StepMemory, StepMemory]:
-        return self._small(3, 2), self._small(4, 3)
+        return self._small(self._few + 1, 2), self._small(self._few + 2, 3)
 
     @cached_property
     def _all_kept(self) -> StepMemory:
@@ -72,18 +74,20 @@ class LayerExtrapolation:
 
     def peak(self, layers: int, kept: int) -> int:
         """Bytes of a step besides what is held."""
-        recomputing = self._two.peak + (layers - kept - 2) * self.checkpoint
+        recomputing = self._two.peak + (layers - kept - self._few) * self.checkpoint
         if not kept:
             return recomputing
         if kept == layers:
             return self._all_kept.peak + (layers - 3) * self.layer
         fewer, _ = self._kept
-        return max(recomputing, fewer.peak + (kept - 2) * self.layer + (layers - kept - 1) * self.checkpoint)
+        return max(
+            recomputing, fewer.peak + (kept - 2) * self.layer + (layers - kept - self._few + 1) * self.checkpoint
+        )
 
     def work(self, layers: int, kept: int) -> Counter[tuple[int, int]]:
         """The operators of such a step."""
         total = Counter(self._two.work)
-        parts = [(self._two.work, self._three.work, layers - kept - 2)]
+        parts = [(self._two.work, self._three.work, layers - kept - self._few)]
         if kept:
             fewer, more = self._kept
             parts.append((fewer.work, more.work, kept))
@@ -100,5 +104,5 @@ class LayerExtrapolation:
     def seconds_per_token(self, layers: int, kept: int, gpu: Gpu) -> float:
         """An estimate, from the card's data sheet."""
         a_layer = self._three.sent - self._two.sent
-        sent = self._two.sent + (layers - kept - 2) * a_layer
+        sent = self._two.sent + (layers - kept - self._few) * a_layer
         return seconds(self.work(layers, kept), sent, gpu) / self._two.tokens

@@ -176,7 +176,7 @@ def test_attention_that_shows_its_flops_is_not_counted_twice() -> None:
 
 @pytest.mark.parametrize("levers", first_and_long([{"checkpoint_offload": True}, {}, {"mlp_tile": 512}]), ids=str)
 def test_a_few_layers_tell_of_all(levers: dict[str, Any]) -> None:
-    """Peak and work of eight layers, any number of them un-checkpointed, from steps of two to four."""
+    """Peak and work of eight layers, any number of them un-checkpointed, from steps of two to five."""
     chosen, config, triples = settings(**levers), small(8), worst_case(512, 2)
     line = LayerExtrapolation(chosen, config, triples, "ampere", find_route(chosen, config, triples, "ampere"))
     for kept in (0, 1, 4, 7, 8):
