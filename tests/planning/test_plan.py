@@ -109,23 +109,20 @@ def planner(layers: int = 6, **memory: Any) -> Planner:
 # --- bytes
 
 
-ONE_OF_EACH = [
-    *((family, "default") for family in plan_bench.FAMILIES),
-    ("llama", "all"),
-    ("gemma2, softcap, tied", "no checkpoints"),
-]
-OTHER_PAIRS = itertools.product(plan_bench.FAMILIES, ("no checkpoints", "all"))
-ALSO = [pytest.param(*pair, marks=pytest.mark.long) for pair in OTHER_PAIRS if pair not in ONE_OF_EACH]
+FEW_PAIRS = [("gemma2, softcap, tied", "default"), ("llama", "all")]
+LEVERS_ALONE = ["tiles", *(name for name in plan_bench.LEVERS if name not in ("default", "all", "tiles"))]
+ALL_PAIRS = itertools.product(plan_bench.FAMILIES, ("default", "no checkpoints", "all"))
+ALSO = [pytest.param(*pair, marks=pytest.mark.long) for pair in ALL_PAIRS if pair not in FEW_PAIRS]
 
 
-@pytest.mark.parametrize(("family", "lever"), [*ONE_OF_EACH, *ALSO])
+@pytest.mark.parametrize(("family", "lever"), [*FEW_PAIRS, *ALSO])
 def test_predicted_bytes_are_those_of_the_step_on_this_cpu(family: str, lever: str) -> None:
     """NF4 and LoRA on the CPU, every storage followed, against the same step without weights."""
     error = plan_bench.error_of(plan_bench.FAMILIES[family](8_000), plan_bench.recipe(**plan_bench.LEVERS[lever]))
     assert abs(error) <= 0.02
 
 
-@pytest.mark.parametrize("lever", [name for name in plan_bench.LEVERS if name not in ("default", "all")])
+@pytest.mark.parametrize("lever", first_and_long(LEVERS_ALONE))
 def test_each_lever_is_predicted(lever: str) -> None:
     config = plan_bench.FAMILIES["llama"](8_000)
     assert abs(plan_bench.error_of(config, plan_bench.recipe(**plan_bench.LEVERS[lever]))) <= 0.02
@@ -289,12 +286,12 @@ def test_a_plan_sets_levers_and_nothing_else() -> None:
     assert set(plans.plan(plans.least(GPU), GPU).levers) <= set(LEVERS)
 
 
-FIXED = [{"mlp_tile": None}, {"activation_checkpointing": 3}, {"embedding_on_cpu": True}, {"head_chunk": 64}]
-FIXED_TOO = [{"mlp_tile": 256}, {"activation_checkpointing": "all"}, {"checkpoint_offload": False},
-             {"micro_batch_tokens": 1_024}]  # fmt: skip  # of the same kinds
+FIXED = [{"activation_checkpointing": 3}, {"mlp_tile": None}, {"embedding_on_cpu": True}, {"head_chunk": 64},
+         {"mlp_tile": 256}, {"activation_checkpointing": "all"}, {"checkpoint_offload": False},
+         {"micro_batch_tokens": 1_024}]  # fmt: skip
 
 
-@pytest.mark.parametrize("fixed", [*FIXED, *(pytest.param(one, marks=pytest.mark.long) for one in FIXED_TOO)], ids=str)
+@pytest.mark.parametrize("fixed", first_and_long(FIXED), ids=str)
 def test_a_lever_that_the_person_has_set_stays(fixed: dict[str, Any]) -> None:
     plans = planner(**{"mlp_tile": None} | fixed)  # fewer steps to count
     levers = plans.plan(plans.least(GPU) + 20 * MIB, GPU).levers
