@@ -36,10 +36,19 @@ DAY = 86_400.0  # seconds
 LIBRARIES = ("tokenizers", "transformers", "jinja2")
 TOKENIZER_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*/*.jinja")
 NOT_TOKENIZER = ("generation_config.json", "model.safetensors.index.json", "trainer_state.json")
-NUMBERS = ("chosen_tokens", "rejected_tokens", "chosen_start", "rejected_start", "chosen_cut", "rejected_cut")
+NUMBERS = (
+    "chosen_tokens",
+    "rejected_tokens",
+    "chosen_start",
+    "rejected_start",
+    "chosen_cut",
+    "rejected_cut",
+)
 PAIR = np.dtype([*((name, "<i4") for name in (*NUMBERS, "prefix")), ("prompt", "V16")])
 """NUMBERS, the prefix that both sequences share in tokens, and the prompt's hash of 16 bytes."""
-ENTRY = re.compile(r"[0-9a-f]{32}")  # the name of an entry's folder; nothing else in the cache folder is ever removed
+ENTRY = re.compile(
+    r"[0-9a-f]{32}"
+)  # the name of an entry's folder; nothing else in the cache folder is ever removed
 UNFINISHED = re.compile(r"\.[0-9a-f]{32}-.+")
 FILES = ("ids.bin", "pairs.bin", "places.txt")
 
@@ -91,7 +100,9 @@ class TokenizedPairs(Sequence[TokenizedPair]):
         end = middle + pair["rejected_tokens"]
         chosen, rejected = np.array(self._ids[begin:middle]), np.array(self._ids[middle:end])
         numbers: dict[str, Any] = {name: int(pair[name]) for name in NUMBERS[2:]}
-        return TokenizedPair(chosen, rejected, where=self._places[row], prompt=pair["prompt"].tobytes(), **numbers)
+        return TokenizedPair(
+            chosen, rejected, where=self._places[row], prompt=pair["prompt"].tobytes(), **numbers
+        )
 
 
 class Writer:
@@ -112,8 +123,13 @@ class Writer:
 
     def add(self, pair: TokenizedPair) -> None:
         """Append a pair."""
-        chosen, rejected = (np.asarray(ids, dtype="<i4") for ids in (pair.chosen_ids, pair.rejected_ids))
-        starts, cuts = (pair.chosen_start, pair.rejected_start), (pair.chosen_cut, pair.rejected_cut)
+        chosen, rejected = (
+            np.asarray(ids, dtype="<i4") for ids in (pair.chosen_ids, pair.rejected_ids)
+        )
+        starts, cuts = (
+            (pair.chosen_start, pair.rejected_start),
+            (pair.chosen_cut, pair.rejected_cut),
+        )
         numbers = (len(chosen), len(rejected), *starts, *cuts, common_prefix(chosen, rejected))
         ids_file, pairs_file, places_file = self._streams
         ids_file.write(chosen.tobytes() + rejected.tobytes())
@@ -121,7 +137,9 @@ class Writer:
         places_file.write(pair.where.replace("\n", " ").encode() + b"\n")
         self._count += 1
         for ids in (chosen, rejected):
-            self.unknown += int((ids == self.unknown_id).sum()) if self.unknown_id is not None else 0
+            self.unknown += (
+                int((ids == self.unknown_id).sum()) if self.unknown_id is not None else 0
+            )
             if ids.max() > self.largest[0]:
                 self.largest = (int(ids.max()), pair.where)
 
@@ -129,9 +147,13 @@ class Writer:
         """Write the rest, entry.json last."""
         for stream in self._streams:
             stream.close()
-        sums = {name: file_sha256(self.folder / name) for name in FILES} | {"facts": _facts_sha256(facts)}
+        sums = {name: file_sha256(self.folder / name) for name in FILES} | {
+            "facts": _facts_sha256(facts)
+        }
         entry = {"facts": facts, "sha256": sums}
-        (self.folder / "entry.json").write_text(json.dumps(entry, ensure_ascii=False), encoding="utf-8")
+        (self.folder / "entry.json").write_text(
+            json.dumps(entry, ensure_ascii=False), encoding="utf-8"
+        )
 
     def abandon(self) -> None:
         """Close the files of an entry that will not be."""
@@ -178,7 +200,11 @@ def file_sha256(file: Path) -> str:
 def wanted_folder() -> Path:
     """Where entries should live: $ORPO_LITE_CACHE, else the user's cache folder."""
     named = os.environ.get(VARIABLE)
-    folder = Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "orpo-lite" / "tokens"
+    folder = (
+        Path(named)
+        if named
+        else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "orpo-lite" / "tokens"
+    )
     return folder.expanduser()
 
 
@@ -202,7 +228,9 @@ def load(key: str) -> TokenizedPairs | None:
     try:
         entry = json.loads((folder / "entry.json").read_text(encoding="utf-8"))
         facts, sums = entry["facts"], entry["sha256"]
-        if sums["facts"] != _facts_sha256(facts) or any(sums[name] != file_sha256(folder / name) for name in FILES):
+        if sums["facts"] != _facts_sha256(facts) or any(
+            sums[name] != file_sha256(folder / name) for name in FILES
+        ):
             return None
         with suppress(OSError):
             os.utime(folder)  # used now
@@ -215,7 +243,9 @@ def load(key: str) -> TokenizedPairs | None:
 def locked(key: str) -> Iterator[None]:
     """Hold the key: of several processes that want an entry, one makes it and the others wait for it."""
     with (cache_folder() / f"{key}.lock").open("w") as stream:
-        with suppress(OSError):  # some network file systems cannot; then each makes its own, and the last one stays
+        with suppress(
+            OSError
+        ):  # some network file systems cannot; then each makes its own, and the last one stays
             fcntl.flock(stream, fcntl.LOCK_EX)
         yield
 
@@ -242,10 +272,14 @@ def _make_room(parent: Path, newest: Path) -> None:
     used: dict[Path, float] = {}
     for child in parent.iterdir():
         with suppress(OSError):  # another process may have removed it
-            used[child] = time.time() + DAY if child == newest else child.stat().st_mtime  # clocks go back at times
+            used[child] = (
+                time.time() + DAY if child == newest else child.stat().st_mtime
+            )  # clocks go back at times
     entries = sorted((child for child in used if ENTRY.fullmatch(child.name)), key=used.__getitem__)
     unfinished = [child for child in used if UNFINISHED.fullmatch(child.name)]
-    abandoned = [child for child in unfinished if used[child] < time.time() - DAY]  # by a process that was killed
+    abandoned = [
+        child for child in unfinished if used[child] < time.time() - DAY
+    ]  # by a process that was killed
     for entry in (*entries[:-KEPT], *abandoned):
         shutil.rmtree(entry, ignore_errors=True)
         entry.with_name(f"{entry.name}.lock").unlink(missing_ok=True)

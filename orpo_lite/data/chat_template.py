@@ -9,9 +9,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from orpo_lite.data.formats.text import shared_start
+from orpo_lite.data.formats.text import common_start
 from orpo_lite.data.pair import Message, Pair
-from orpo_lite.errors import DataError, ModelError, OrpoLiteError, Overrides, RecipeError, first_line
+from orpo_lite.errors import (
+    DataError,
+    ModelError,
+    OrpoLiteError,
+    Overrides,
+    RecipeError,
+    first_line,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -77,8 +84,12 @@ class Template:
         if self.text is None:
             return _any_of(self.special_tokens)
         plain = _plain_conversation(self)
-        written = [token for token in self.special_tokens if plain is None or _ENDS.fullmatch(token)]
-        written += [token for token in self.end_tokens if plain is not None and token in plain]  # special or not
+        written = [
+            token for token in self.special_tokens if plain is None or _ENDS.fullmatch(token)
+        ]
+        written += [
+            token for token in self.end_tokens if plain is not None and token in plain
+        ]  # special or not
         return _any_of([*self.named_tokens, *written])
 
     @cached_property
@@ -89,7 +100,8 @@ class Template:
 
 # Ends of turns and of texts, of which a base may have more than its template and its names show.
 _ENDS = re.compile(
-    r"</s>|<[|｜]?(?:eo[a-z](?:_id)?|(?:im_)?end|end[_▁]?of[_▁]?(?:text|turn|sentence))[|｜]?>", re.IGNORECASE
+    r"</s>|<[|｜]?(?:eo[a-z](?:_id)?|(?:im_)?end|end[_▁]?of[_▁]?(?:text|turn|sentence))[|｜]?>",
+    re.IGNORECASE,
 )
 
 
@@ -113,7 +125,9 @@ class PairTexts(NamedTuple):
 # What a person should know of a pair that is kept: names of figures.
 MOVED_SYSTEM = "moved_systems"  # the system text stands in front of the user's: the template takes no system turn
 EMPTY_THOUGHT = "empty_thoughts"  # the template writes an empty <think> block before the reply: it is trained on
-NO_THOUGHT = "missing_thoughts"  # the generation prompt opens a <think> that the reply does not have
+NO_THOUGHT = (
+    "missing_thoughts"  # the generation prompt opens a <think> that the reply does not have
+)
 
 
 class Layout(NamedTuple):
@@ -126,7 +140,9 @@ class Layout(NamedTuple):
     None when everything up to there is the same with and without a reply."""
 
 
-Rendered = PairTexts | str | OrpoLiteError  # or the reason to leave the pair out, or what is wrong with it
+Rendered = (
+    PairTexts | str | OrpoLiteError
+)  # or the reason to leave the pair out, or what is wrong with it
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, data: DataSection) -> Template:
@@ -169,13 +185,19 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, data: DataSection) -> 
             found=f"sets {', '.join(sorted(taken))}",
             expected=f"other names than {', '.join(sorted(RESERVED))}",
             fix=Overrides(
-                {"data.chat_template_kwargs": {k: v for k, v in data.chat_template_kwargs.items() if k not in taken}}
+                {
+                    "data.chat_template_kwargs": {
+                        k: v for k, v in data.chat_template_kwargs.items() if k not in taken
+                    }
+                }
             ),
         )
     variables = {**tokenizer.special_tokens_map, **data.chat_template_kwargs}
     special, ends = _end_texts(tokenizer)
     named = [str(token) for token in tokenizer.special_tokens_map.values()]
-    if text is None and isinstance(tokenizer.chat_template, str):  # it is not rendered, but says which tokens are marks
+    if text is None and isinstance(
+        tokenizer.chat_template, str
+    ):  # it is not rendered, but says which tokens are marks
         special = [token for token in special if token in named or token in tokenizer.chat_template]
     return Template(text, variables, special, ends, said, named)
 
@@ -213,7 +235,9 @@ def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
 def _end_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[str]]:
     """The special tokens, and with them the added ones that look like marks: not words, not runs of spaces."""
     added = list(tokenizer.added_tokens_decoder.values())
-    special = {str(token) for token in tokenizer.all_special_tokens} | {t.content for t in added if t.special}
+    special = {str(token) for token in tokenizer.all_special_tokens} | {
+        t.content for t in added if t.special
+    }
     marks = {t.content for t in added if t.content.strip() and not t.content.strip().isalnum()}
     return sorted(special), sorted(special | marks)
 
@@ -262,12 +286,16 @@ def pair_texts(pair: Pair, template: Template) -> PairTexts | str:
         text = render([*turns, _reply(reply)], template, pair.where)
         body = text[len(head) : len(text) - len(after)]
         # Some templates strip the reply; one that rewrites it would teach what nobody chose.
-        if not (text.startswith(head) and text.endswith(after) and body.rstrip().endswith(reply.strip())):
+        if not (
+            text.startswith(head) and text.endswith(after) and body.rstrip().endswith(reply.strip())
+        ):
             return REWRITTEN
         whole.append(body + kept)
     chosen, rejected = whole
     remarks = []
-    if layout.moves_system and any(turn["role"] == "system" and turn["content"].strip() for turn in pair.messages):
+    if layout.moves_system and any(
+        turn["role"] == "system" and turn["content"].strip() for turn in pair.messages
+    ):
         remarks.append(MOVED_SYSTEM)
     if not all("<think>" in reply for reply in replies):
         remarks += _thoughts(asked[len(prompt) :], before[len(head) :])
@@ -280,11 +308,11 @@ def _prompt_and_head(asked: str, before: str, layout: Layout) -> tuple[str, str]
     Without the rest of the generation prompt: some templates open a <think> there that the reply does not have.
     """
     if layout.tails is None:
-        prompt = shared_start(asked, before)
+        prompt = common_start(asked, before)
         return prompt, prompt
     if not (asked.endswith(layout.tails[0]) and before.endswith(layout.tails[1])):
         return None, ""
-    shared = len(shared_start(*layout.tails))
+    shared = len(common_start(*layout.tails))
     beyond = [len(tail) - shared for tail in layout.tails]
     return asked[: len(asked) - beyond[0]], before[: len(before) - beyond[1]]
 
@@ -304,7 +332,9 @@ def _layout(pair: Pair, template: Template) -> Layout | None:
     """
     roles = tuple(turn["role"] for turn in pair.messages)
     if roles not in template.layouts:
-        turns = [{"role": role, "content": f"turn{i}of{len(roles)}"} for i, role in enumerate(roles)]
+        turns = [
+            {"role": role, "content": f"turn{i}of{len(roles)}"} for i, role in enumerate(roles)
+        ]
         template.layouts[roles] = _try_layout(turns, template, pair.where)
     return template.layouts[roles]
 
@@ -324,7 +354,7 @@ def _try_layout(turns: Sequence[Message], template: Template, where: str) -> Lay
             continue
         if not _holds(asked.casefold(), tried):
             found = None
-        elif _holds(shared_start(asked, before).casefold(), tried):
+        elif _holds(common_start(asked, before).casefold(), tried):
             return Layout(moves)
         else:
             last = tried[-1]["content"]
@@ -404,8 +434,12 @@ def _joined(pair: Pair, special: re.Pattern[str]) -> PairTexts | str:
     return PairTexts(pair.prompt_text, chosen, rejected, "")
 
 
-def render(messages: Iterable[Message], template: Template, where: str, generation: bool = False) -> str:
-    from transformers.utils.chat_template_utils import render_jinja_template  # what apply_chat_template calls
+def render(
+    messages: Iterable[Message], template: Template, where: str, generation: bool = False
+) -> str:
+    from transformers.utils.chat_template_utils import (
+        render_jinja_template,
+    )  # what apply_chat_template calls
 
     turns = list(messages)
     try:
@@ -418,7 +452,9 @@ def render(messages: Iterable[Message], template: Template, where: str, generati
     except TimeoutError:
         raise too_long(where) from None
     except MemoryError:
-        raise BeyondLimitsError(where, f"the chat template takes more than {MEMORY >> 30} GiB of memory") from None
+        raise BeyondLimitsError(
+            where, f"the chat template takes more than {MEMORY >> 30} GiB of memory"
+        ) from None
     except Exception as error:  # a template can raise anything
         raise ModelError(
             where=where,
@@ -432,11 +468,18 @@ def render(messages: Iterable[Message], template: Template, where: str, generati
 
 
 def too_long(where: str) -> BeyondLimitsError:
-    return BeyondLimitsError(where, f"the chat template takes more than {SECONDS} seconds of processor time")
+    return BeyondLimitsError(
+        where, f"the chat template takes more than {SECONDS} seconds of processor time"
+    )
 
 
 class BeyondLimitsError(ModelError):
     """A template that takes too long or writes too much: the first pair that shows it is the last one rendered."""
 
     def __init__(self, where: str, found: str) -> None:
-        super().__init__(where=where, found=found, expected="a template that renders these turns", fix=OWN_TEMPLATE)
+        super().__init__(
+            where=where,
+            found=found,
+            expected="a template that renders these turns",
+            fix=OWN_TEMPLATE,
+        )

@@ -27,13 +27,20 @@ from orpo_lite.data.chat_template import (
     set_chat_template,
     template_file,
 )
-from orpo_lite.data.formats.columns import SOME
+from orpo_lite.data.formats.columns import NOTABLE_SHARE
 from orpo_lite.data.formats.values import is_templated
 from orpo_lite.data.pair import Pair
 from orpo_lite.data.pairs import MAY_BE_BAD, Drops, PairReader
 from orpo_lite.data.render_process import LimitedRenderer, Renderer
 from orpo_lite.data.sources.source import Source
-from orpo_lite.data.tokenize import EQUAL_CUT, LONG_PROMPT, NO_ROOM, end_token_id, show_texts, tokenize_pairs
+from orpo_lite.data.tokenize import (
+    EQUAL_CUT,
+    LONG_PROMPT,
+    NO_ROOM,
+    end_token_id,
+    show_texts,
+    tokenize_pairs,
+)
 from orpo_lite.errors import FULL, DataError, FitError, ModelError, Overrides
 from orpo_lite.recipe.schema import DataSection
 
@@ -76,7 +83,10 @@ def tokenized(
     try:
         with cache.locked(key):
             if (entry := cache.load(key)) is None:
-                rows = sum(count if data.max_samples is None else min(count, data.max_samples) for _, count in prints)
+                rows = sum(
+                    count if data.max_samples is None else min(count, data.max_samples)
+                    for _, count in prints
+                )
                 with cache.new_entry(key) as writer:
                     reader = PairReader(data, sources)
                     yield from _tokenize(data, load(), reader, writer, rows)
@@ -125,7 +135,9 @@ def _tokenize(
                 dropped.setdefault(tokens, pair)
                 continue
             writer.add(tokens)
-            is_marked = template.text is not None and is_templated([*pair.messages, pair.chosen, pair.rejected])
+            is_marked = template.text is not None and is_templated(
+                [*pair.messages, pair.chosen, pair.rejected]
+            )
             remarks.update([*tokens.remarks, *["templated_pairs"] * is_marked])
             remarked.update({remark: pair for remark in tokens.remarks if remark not in remarked})
             samples.setdefault("first", pair)
@@ -134,16 +146,22 @@ def _tokenize(
         _check_unfaithful(reader.drops, reader.read, data)
         hints = _hints(reader.drops.counts)
         hints |= {
-            reason: _limits(dropped[reason], renderer, tokenizer, data) for reason in LIMITED if reason in dropped
+            reason: _limits(dropped[reason], renderer, tokenizer, data)
+            for reason in LIMITED
+            if reason in dropped
         }
         if not len(writer):
             reader.drops.raise_nothing_left("data", hints)
         if thoughts := [remarked[name] for name in THOUGHTS if name in remarked]:
             hints |= _thoughts_off(thoughts, template, data)
-        if (count := remarks["templated_pairs"]) >= SOME * len(writer):
+        if (count := remarks["templated_pairs"]) >= NOTABLE_SHARE * len(writer):
             raise _templated(count, len(writer))
         end = end_token_id(renderer, tokenizer)
-        shown = dict(zip(samples, _shown_samples([*samples.values()], renderer, tokenizer, data), strict=True))
+        shown = dict(
+            zip(
+                samples, _shown_samples([*samples.values()], renderer, tokenizer, data), strict=True
+            )
+        )
     writer.close(
         {
             "format": reader.detected,
@@ -181,23 +199,34 @@ def _limits(pair: Pair, renderer: Renderer, tokenizer: Any, data: DataSection) -
         return ""
     prompt = max(tokens.chosen_start, tokens.rejected_start)
     whole = max(len(tokens.chosen_ids), len(tokens.rejected_ids))
-    limits = {"data.max_length": max(whole, data.max_length), "data.max_prompt_length": max(prompt, data.prompt_limit)}
+    limits = {
+        "data.max_length": max(whole, data.max_length),
+        "data.max_prompt_length": max(prompt, data.prompt_limit),
+    }
     return Overrides(limits, f" keep the one at {pair.where}")
 
 
 def _check_unfaithful(drops: Drops, read: int, data: DataSection) -> None:
     """Refuse a template that loses or changes turns of more pairs than data.max_bad_rows allows, or raises on them."""
-    reasons = [reason for reason in drops.counts if reason in UNFAITHFUL or reason.startswith("the chat template ")]
+    reasons = [
+        reason
+        for reason in drops.counts
+        if reason in UNFAITHFUL or reason.startswith("the chat template ")
+    ]
     count = sum(drops.counts[reason] for reason in reasons)
     if count <= max(MAY_BE_BAD, data.max_bad_rows * read):
         return
     said = [
-        f"{reason} ({drops.counts[reason]:,}, the first at {', '.join(drops.places[reason])})" for reason in reasons
+        f"{reason} ({drops.counts[reason]:,}, the first at {', '.join(drops.places[reason])})"
+        for reason in reasons
     ]
     fix = f"{OWN_TEMPLATE}, and which writes every turn as it is"
     if count < read:
         share = math.ceil(100 * count / read) / 100
-        fix = Overrides({"data.max_bad_rows": share}, text=f"{fix}; or data.max_bad_rows={share} leaves these out")
+        fix = Overrides(
+            {"data.max_bad_rows": share},
+            text=f"{fix}; or data.max_bad_rows={share} leaves these out",
+        )
     raise ModelError(
         where="data.chat_template",
         found=f"{count:,} of {read:,} pairs: {'; '.join(said)}",
@@ -209,10 +238,18 @@ def _check_unfaithful(drops: Drops, read: int, data: DataSection) -> None:
 def _thoughts_off(pairs: Sequence[Pair], template: Template, data: DataSection) -> dict[str, str]:
     """The line that makes the template write and ask for no thoughts, for both remarks; {} where it has none."""
     off = {"enable_thinking": False}
-    with suppress(ModelError), _renderer(replace(template, variables=template.variables | off)) as renderer:
+    with (
+        suppress(ModelError),
+        _renderer(replace(template, variables=template.variables | off)) as renderer,
+    ):
         renderer.send(pairs)
-        if all(isinstance(texts, PairTexts) and not {*THOUGHTS} & {*texts.remarks} for texts in renderer.receive()):
-            line = shlex.quote(f"data.chat_template_kwargs={json.dumps(data.chat_template_kwargs | off)}")
+        if all(
+            isinstance(texts, PairTexts) and not {*THOUGHTS} & {*texts.remarks}
+            for texts in renderer.receive()
+        ):
+            line = shlex.quote(
+                f"data.chat_template_kwargs={json.dumps(data.chat_template_kwargs | off)}"
+            )
             return dict.fromkeys(THOUGHTS, f"{line} turns thoughts off")
     return {}
 
@@ -226,7 +263,9 @@ def _templated(count: int, pairs: int) -> DataError:
     )
 
 
-def show_row(data: DataSection, sources: Sequence[Source], load: LoadTokenizer, place: str) -> dict[str, Any]:
+def show_row(
+    data: DataSection, sources: Sequence[Source], load: LoadTokenizer, place: str
+) -> dict[str, Any]:
     """The row at a place as segments of text, and under ``dropped`` why it is left out, if it is. Raises DataError."""
     pair, reason = PairReader(data, sources).find(place)
     tokenizer = load()
@@ -241,11 +280,17 @@ def show_row(data: DataSection, sources: Sequence[Source], load: LoadTokenizer, 
 def prompt_ids(data: DataSection, prompts: Sequence[str], load: LoadTokenizer) -> list[list[int]]:
     """Questions as the tokens that a pair with such a prompt would begin with; [] for one that is too long."""
     turns = [({"role": "user", "content": text},) for text in prompts]
-    pairs = [Pair(turn, "Yes.", "No.", text, prompt_text=text) for turn, text in zip(turns, prompts, strict=True)]
+    pairs = [
+        Pair(turn, "Yes.", "No.", text, prompt_text=text)
+        for turn, text in zip(turns, prompts, strict=True)
+    ]
     tokenizer = load()
     with _renderer(set_chat_template(tokenizer, data)) as renderer:
         found = [tokens for _, tokens in tokenize_pairs(pairs, renderer, tokenizer, data)]
-    return [[] if isinstance(tokens, str) else list(tokens.chosen_ids[: tokens.chosen_start]) for tokens in found]
+    return [
+        [] if isinstance(tokens, str) else list(tokens.chosen_ids[: tokens.chosen_start])
+        for tokens in found
+    ]
 
 
 def _renderer(template: Template) -> Renderer:
@@ -263,5 +308,8 @@ def _shown_samples(
     for pair, texts in zip(pairs, renderer.receive(), strict=True):
         if isinstance(texts, PairTexts):
             sides = show_texts(texts, tokenizer, data, end).items()
-            rows.append({"where": pair.where} | {side: [asdict(piece) for piece in pieces] for side, pieces in sides})
+            rows.append(
+                {"where": pair.where}
+                | {side: [asdict(piece) for piece in pieces] for side, pieces in sides}
+            )
     return rows

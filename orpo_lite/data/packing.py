@@ -20,7 +20,9 @@ class _Tensors:
     def to(self, device: torch.device) -> Self:
         """The same batch on another device."""
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+        return replace(
+            self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+        )
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,9 @@ class PairBatch(_Tensors):
     """True at the tokens that the NLL counts (chosen rows)."""
 
 
-def pad_pairs(pairs: Sequence[TokenizedPair], *, pad_id: int, completion_only_loss: bool) -> PairBatch:
+def pad_pairs(
+    pairs: Sequence[TokenizedPair], *, pad_id: int, completion_only_loss: bool
+) -> PairBatch:
     """Pad pairs to the longest of their sequences. ``completion_only_loss`` leaves the prompt out of the NLL."""
     rows = [(pair.chosen_ids, pair.chosen_start) for pair in pairs]
     rows += [(pair.rejected_ids, pair.rejected_start) for pair in pairs]
@@ -70,7 +74,9 @@ class PackedPairs(_Tensors):
     """How the scored rows of each pair lie: see :class:`orpo_lite.ops.head.Spans`."""
 
 
-def pack_pairs(pairs: Sequence[TokenizedPair], *, completion_only_loss: bool, share: bool) -> PackedPairs:
+def pack_pairs(
+    pairs: Sequence[TokenizedPair], *, completion_only_loss: bool, share: bool
+) -> PackedPairs:
     """Lay pairs end to end. ``share`` keeps the tokens that both sequences of a pair begin with once."""
     ids: list[NDArray[Any]] = []
     positions: list[NDArray[Any]] = []
@@ -89,8 +95,16 @@ def pack_pairs(pairs: Sequence[TokenizedPair], *, completion_only_loss: bool, sh
         chosen_row, rejected_row = max(pair.chosen_start, 1) - 1, max(pair.rejected_start, 1) - 1
         nll_row = chosen_row if completion_only_loss else 0
         fork = max(prefix - 1, 0)  # the row that predicts the first token of both rests
-        first, first_w, first_l = min(nll_row, rejected_row, fork), max(nll_row, fork), max(rejected_row, fork)
-        scored = (np.arange(first, fork), np.arange(first_w, len(chosen) - 1), np.arange(first_l, len(rejected) - 1))
+        first, first_w, first_l = (
+            min(nll_row, rejected_row, fork),
+            max(nll_row, fork),
+            max(rejected_row, fork),
+        )
+        scored = (
+            np.arange(first, fork),
+            np.arange(first_w, len(chosen) - 1),
+            np.arange(first_l, len(rejected) - 1),
+        )
         in_rejected = np.where(scored[2] < prefix, scored[2], scored[2] - prefix + len(chosen))
         rows += [start + scored[0], start + scored[1], start + in_rejected]
         targets += [chosen[scored[0] + 1], chosen[scored[1] + 1], rejected[scored[2] + 1]]
@@ -98,9 +112,14 @@ def pack_pairs(pairs: Sequence[TokenizedPair], *, completion_only_loss: bool, sh
         starts = (max(row - part, 0) for row, rest in froms for part in (first, rest))
         spans.append((*map(len, scored), *starts))
         start = stop
-    tensors = (torch.from_numpy(np.concatenate(parts).astype(np.int64)) for parts in (ids, positions, rows, targets))
+    tensors = (
+        torch.from_numpy(np.concatenate(parts).astype(np.int64))
+        for parts in (ids, positions, rows, targets)
+    )
     ids_T, positions_T, rows_N, targets_N = tensors
-    kept = tuple(segment for segment in segments if segment[1] > segment[0])  # one reply may begin the other
+    kept = tuple(
+        segment for segment in segments if segment[1] > segment[0]
+    )  # one reply may begin the other
     return PackedPairs(ids_T, positions_T, kept, rows_N, targets_N, tuple(spans))
 
 
@@ -162,7 +181,10 @@ def micro_batches(
     share = range(len(pairs))[rank::world]
     if not batching.packed:
         size = batching.pairs or 1
-        widths = {index: max(len(pairs[index].chosen_ids), len(pairs[index].rejected_ids)) for index in share}
+        widths = {
+            index: max(len(pairs[index].chosen_ids), len(pairs[index].rejected_ids))
+            for index in share
+        }
         ordered = sorted(share, key=widths.__getitem__)
         return [ordered[start : start + size] for start in range(0, len(ordered), size)]
     lengths = {index: packed_tokens(pairs[index], share=batching.share) for index in share}
@@ -182,5 +204,7 @@ def micro_batches(
 
 def packed_tokens(pair: TokenizedPair, *, share: bool) -> int:
     """Tokens of a pair that go through the model."""
-    shared = common_prefix(np.asarray(pair.chosen_ids), np.asarray(pair.rejected_ids)) if share else 0
+    shared = (
+        common_prefix(np.asarray(pair.chosen_ids), np.asarray(pair.rejected_ids)) if share else 0
+    )
     return len(pair.chosen_ids) + len(pair.rejected_ids) - shared

@@ -55,9 +55,13 @@ class Pair:
     chosen: str  # the last reply only
     rejected: str
     where: str  # "pairs.jsonl:12" or "train[11]", for error messages
-    prompt_text: str | None = None  # the prompt as plain text, when the row held text: for data.chat_template=none
+    prompt_text: str | None = (
+        None  # the prompt as plain text, when the row held text: for data.chat_template=none
+    )
     drop: str | None = None  # why this pair cannot be trained on, when its row already shows it
-    beside: bool = False  # its row says more than is read here: reasoning beside a message, tools, images
+    has_unread: bool = (
+        False  # its row says more than is read here: reasoning beside a message, tools, images
+    )
 
 
 class RowError(DataError):
@@ -76,7 +80,9 @@ class TokenizedPair:
     prompt: bytes = b""  # split.prompt_key: the held-out side is split by it
     chosen_cut: int = 0  # tokens beyond data.max_length
     rejected_cut: int = 0
-    remarks: tuple[str, ...] = ()  # what the chat template did to the pair, by the names of the figures
+    remarks: tuple[
+        str, ...
+    ] = ()  # what the chat template did to the pair, by the names of the figures
 
 
 def common_prefix(one: NDArray[numpy.int32], other: NDArray[numpy.int32]) -> int:

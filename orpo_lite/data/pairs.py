@@ -15,12 +15,19 @@ from contextlib import suppress
 from itertools import chain, islice, pairwise
 from typing import Any, NoReturn
 
-from orpo_lite.data.formats.column_map import LOOK, first_with, found_columns, held_columns, lacking_columns, mapped_row
-from orpo_lite.data.formats.columns import ColumnProfile, map_line
+from orpo_lite.data.formats.column_map import (
+    DETECTION_ROWS,
+    first_rows_with,
+    present_columns,
+    source_columns,
+    missing_columns,
+    apply_column_map,
+)
+from orpo_lite.data.formats.columns import ColumnProfile, column_map_setting
 from orpo_lite.data.formats.detect import Detected, detect_format, is_known
-from orpo_lite.data.formats.names import plain_name, shown
-from orpo_lite.data.formats.text import says_nothing
-from orpo_lite.data.formats.values import is_blank, kind_of
+from orpo_lite.data.formats.names import plain_name, join_names
+from orpo_lite.data.formats.text import is_absent
+from orpo_lite.data.formats.values import is_blank, value_type
 from orpo_lite.data.pair import EMPTY_CHOSEN, EMPTY_REJECTED, Pair, Row, RowError
 from orpo_lite.data.sources.source import Source, names_line
 from orpo_lite.errors import SHOWN, DataError, Overrides, raise_all, reworded
@@ -34,7 +41,11 @@ BLANK = "blank row"
 SAID_TWICE = "the same turn twice in a row"
 FAULTY = "a fault in the row"
 
-LATER = {"system", "history", "input"}  # what may stand in some rows alone: the others read the same without it
+LATER = {
+    "system",
+    "history",
+    "input",
+}  # what may stand in some rows alone: the others read the same without it
 PLACES = 3  # places kept of each reason to leave a pair out
 MAY_BE_BAD = 3  # rows of a set that may hold a fault, whatever share of it they are
 
@@ -55,7 +66,8 @@ class Drops:
     def raise_nothing_left(self, name: str, hints: Mapping[str, str] | None = None) -> NoReturn:
         """Raise DataError with the table of reasons; ``hints`` has the fix for some of them."""
         table = "".join(
-            f"\n  {count:>8}  {reason} (first {self.places[reason][0]})" for reason, count in self.counts.items()
+            f"\n  {count:>8}  {reason} (first {self.places[reason][0]})"
+            for reason, count in self.counts.items()
         )
         most = self.counts.most_common(1)[0][0]
         raise DataError(
@@ -139,21 +151,38 @@ class PairReader:
                 fix=" or ".join(pair.where for pair in alike[:PLACES]),
             )
         if near := near or alike:
-            pair = max(near, key=lambda pair: len(pair.where))  # sub/p.jsonl:3 rather than p.jsonl:3
+            pair = max(
+                near, key=lambda pair: len(pair.where)
+            )  # sub/p.jsonl:3 rather than p.jsonl:3
             return pair, pair.drop or _drop_reason(pair)
-        raise_all([fault for fault in [*self.bad_rows, *faults] if fault.where.partition(", field ")[0] == place])
+        raise_all(
+            [
+                fault
+                for fault in [*self.bad_rows, *faults]
+                if fault.where.partition(", field ")[0] == place
+            ]
+        )
         names = ", ".join(source.name for source in self.sources)
         limit = self.data.max_samples
-        found = f"no such row in {names}" + (f", of which data.max_samples reads the first {limit:,}" if limit else "")
+        found = f"no such row in {names}" + (
+            f", of which data.max_samples reads the first {limit:,}" if limit else ""
+        )
         raise DataError(
-            where=place, found=found, expected="a place as messages name it", fix=f"--row {first}, which is the first"
+            where=place,
+            found=found,
+            expected="a place as messages name it",
+            fix=f"--row {first}, which is the first",
         )
 
     def _pairs(self, source: Source, faults: list[DataError]) -> Iterator[Pair]:
         """The pairs of one set, before any is left out; the faults of its rows in their order."""
-        broken: list[DataError] = []  # rows that cannot be read: those of the first rows are read before their turn
-        rows = ((len(broken), place) for place in islice(source.rows(broken), self.data.max_samples))
-        looked_at = list(islice(rows, LOOK))
+        broken: list[
+            DataError
+        ] = []  # rows that cannot be read: those of the first rows are read before their turn
+        rows = (
+            (len(broken), place) for place in islice(source.rows(broken), self.data.max_samples)
+        )
+        looked_at = list(islice(rows, DETECTION_ROWS))
         first = [place for _, place in looked_at]
         if all(is_blank(value) for _, row in first for value in row.values()):
             raise_all([*faults, *broken])
@@ -165,10 +194,12 @@ class PairReader:
             )
         try:
             looked = [row for _, row in first]
-            looked += first_with(source, lacking_columns(self.data, looked), self.data.max_samples)
-            columns = found_columns(self.data, looked)
+            looked += first_rows_with(
+                source, missing_columns(self.data, looked), self.data.max_samples
+            )
+            columns = present_columns(self.data, looked)
             listed = {ours: self._map[ours] for ours in columns}
-            profile = [mapped_row(row, listed) for row in looked]
+            profile = [apply_column_map(row, listed) for row in looked]
             detected = self._detect(profile, columns)
             self._refuse_anothers(source, looked, columns, detected)
         except DataError as fault:
@@ -179,7 +210,7 @@ class PairReader:
         self.columns.append({})
         self.rows.append(0)
         names = {key: None for row in looked for key in row}
-        held = held_columns(listed, looked)
+        held = source_columns(listed, looked)
         self._say(f"{detected.sentence}{named}", detected, held, names)
         seen = {key for row in profile for key, value in row.items() if not is_blank(value)}
         moved, read = 0, 0
@@ -188,8 +219,10 @@ class PairReader:
             _sort(broken[moved:before], bad, faults)
             moved = before
             self.rows[-1] += 1
-            mapped = mapped_row(row, listed)
-            if late := [key for key, value in mapped.items() if key not in seen and not is_blank(value)]:
+            mapped = apply_column_map(row, listed)
+            if late := [
+                key for key, value in mapped.items() if key not in seen and not is_blank(value)
+            ]:
                 seen.update(late)
                 names.update(dict.fromkeys(row))
                 try:
@@ -211,7 +244,11 @@ class PairReader:
         self._judge(bad, read, source, detected, faults)
 
     def _say(
-        self, sentence: str, detected: Detected, held: Mapping[str, Collection[str]], names: Collection[str]
+        self,
+        sentence: str,
+        detected: Detected,
+        held: Mapping[str, Collection[str]],
+        names: Collection[str],
     ) -> None:
         """Note what is known by now of the set that is being read."""
         theirs = {ours: held.get(column, [column]) for ours, column in detected.columns.items()}
@@ -233,14 +270,17 @@ class PairReader:
 
         Raises DataError where the rows before would have been read otherwise.
         """
-        if not any(is_known(column) or kind_of(row[column]) == "messages" for column in late):
+        if not any(is_known(column) or value_type(row[column]) == "messages" for column in late):
             return before
-        turned_up = f"{shown(*late)} first {'holds' if len(late) == 1 else 'hold'} something at {where}"
+        turned_up = f"{join_names(*late)} first {'holds' if len(late) == 1 else 'hold'} something at {where}"
         try:
             now = self._detect([*profile, row], mapped)
         except DataError as fault:
             raise DataError(
-                where=fault.where, found=f"{fault.found}; {turned_up}", expected=fault.expected, fix=fault.fix
+                where=fault.where,
+                found=f"{fault.found}; {turned_up}",
+                expected=fault.expected,
+                fix=fault.fix,
             ) from None
         changed = {ours for ours, _ in before.columns.items() ^ now.columns.items()}
         if changed - LATER or before.columns.items() - now.columns.items():
@@ -248,13 +288,19 @@ class PairReader:
                 where="data.format",
                 found=f"{turned_up}, and with that it is: {now.sentence}",
                 expected=before.sentence,
-                fix=Overrides({"data.format": before.name}, ", or leave the column out, or write it in every row"),
+                fix=Overrides(
+                    {"data.format": before.name},
+                    ", or leave the column out, or write it in every row",
+                ),
             )
         return now
 
     def _detect(self, rows: Sequence[Row], mapped: Mapping[str, str]) -> Detected:
         plain = self.data.chat_template == "none"
-        others = {ours: [name for name in names if name != mapped.get(ours)] for ours, names in self._map.items()}
+        others = {
+            ours: [name for name in names if name != mapped.get(ours)]
+            for ours, names in self._map.items()
+        }
         return detect_format(rows, name=self.data.format, mapped=mapped, plain=plain, others=others)
 
     def _of_set(self, fault: DataError, source: Source) -> DataError:
@@ -274,14 +320,19 @@ class PairReader:
 
     def _line_by_file(self, source: Source) -> str:
         """What names the files of a set one by one, each of its own format; "" where their first rows are alike."""
-        parts = source.parts() if source.name in self.data.names else ()  # held-out pairs are one set
+        parts = (
+            source.parts() if source.name in self.data.names else ()
+        )  # held-out pairs are one set
         kinds = []
         for part in parts:
             rows: list[Row] = []
             with suppress(DataError):
-                rows = [mapped_row(row, self._map) for _, row in islice(part.rows([]), LOOK)]
+                rows = [
+                    apply_column_map(row, self._map)
+                    for _, row in islice(part.rows([]), DETECTION_ROWS)
+                ]
             profile = ColumnProfile(rows, {}, plain=False)
-            kinds.append({column: kind for column, kind in profile.kinds.items() if kind != "null"})
+            kinds.append({column: kind for column, kind in profile.types.items() if kind != "null"})
         if all(held == kinds[0] for held in kinds):
             return ""
         files = {source.name: source.paths()}
@@ -289,13 +340,20 @@ class PairReader:
         return reworded(line, f"{line} reads each file in its own format")
 
     def _judge(
-        self, bad: Sequence[RowError], read: int, source: Source, detected: Detected, faults: list[DataError]
+        self,
+        bad: Sequence[RowError],
+        read: int,
+        source: Source,
+        detected: Detected,
+        faults: list[DataError],
     ) -> None:
         """Count the faulty rows of a set as left out; more than may be, or all of it, are a fault of the set."""
         for fault in bad:
             self.drops.add(FAULTY, f"{fault.where}: {fault.found}")
         self.bad_rows += bad
-        if not bad or (len(bad) < read and len(bad) <= max(MAY_BE_BAD, self.data.max_bad_rows * read)):
+        if not bad or (
+            len(bad) < read and len(bad) <= max(MAY_BE_BAD, self.data.max_bad_rows * read)
+        ):
             return
         kinds: dict[tuple[str, str], list[RowError]] = {}
         for fault in bad:
@@ -305,16 +363,24 @@ class PairReader:
         table = ""
         for (field, found), these in most[:SHOWN]:
             place = these[0].where.partition(", field ")[0]
-            table += f"\n  {len(these):>8,}  {f'field {field}: ' if field else ''}{found}, first {place}"
+            table += (
+                f"\n  {len(these):>8,}  {f'field {field}: ' if field else ''}{found}, first {place}"
+            )
         first = most[0][1][0]
         fix, line = first.fix, self._line_by_file(source)
         if line:
             fix = line
         elif len(bad) < read:
             share = math.ceil(1000 * len(bad) / read) / 1000
-            fix = Overrides({"data.max_bad_rows": share}, f" to leave them out; else {fix}") if share < 1 else fix
+            fix = (
+                Overrides({"data.max_bad_rows": share}, f" to leave them out; else {fix}")
+                if share < 1
+                else fix
+            )
         elif detected.is_json:
-            fix = Overrides({"data.format": "explicit"}, f" to read the replies as texts; else {fix}")
+            fix = Overrides(
+                {"data.format": "explicit"}, f" to read the replies as texts; else {fix}"
+            )
         elif self.data.format != "auto":
             fix = Overrides({"data.format": "auto"}, f", to find out which format fits; else {fix}")
         found = f"{len(bad):,} of {read:,} rows cannot be read:{table}"
@@ -336,25 +402,44 @@ class PairReader:
         except DataError:
             return
         taken = {ours: mapped.get(column, column) for ours, column in detected.columns.items()}
-        changed = {ours: column for ours, column in own.columns.items() if taken.get(ours, column) != column}
+        changed = {
+            ours: column
+            for ours, column in own.columns.items()
+            if taken.get(ours, column) != column
+        }
         if changed and (lacking or self._alone_has(source, changed)):
-            took = shown(*(taken[ours] for ours in changed))
-            line = map_line({ours: [*filter(None, [changed.get(ours)]), *names] for ours, names in self._map.items()})
-            why, own_columns = "which this set alone has", shown(*changed.values())
-            fix = reworded(line, f"{line}; or, where {took} are the pair, leave {own_columns} out of this set")
+            took = join_names(*(taken[ours] for ours in changed))
+            line = column_map_setting(
+                {
+                    ours: [*filter(None, [changed.get(ours)]), *names]
+                    for ours, names in self._map.items()
+                }
+            )
+            why, own_columns = "which this set alone has", join_names(*changed.values())
+            fix = reworded(
+                line, f"{line}; or, where {took} are the pair, leave {own_columns} out of this set"
+            )
             if lacking:
-                why = f"and no column here for {shown(*sorted(lacking))}"
-                fix = reworded(line, f"leave {took} out of this set; or, where no other has {own_columns}: {line}")
+                why = f"and no column here for {join_names(*sorted(lacking))}"
+                fix = reworded(
+                    line,
+                    f"leave {took} out of this set; or, where no other has {own_columns}: {line}",
+                )
             raise DataError(
                 where="data.column_map",
-                found=f"it takes {took} for {shown(*changed)}, {why}",
+                found=f"it takes {took} for {join_names(*changed)}, {why}",
                 expected=f"all of the map, or nothing of it: {own.sentence}",
                 fix=fix,
             )
 
     def _alone_has(self, source: Source, columns: Mapping[str, str]) -> bool:
         """The set has the columns under our own names, and no other set has any of these."""
-        others = [row.keys() for other in self.sources if other is not source for _, row in islice(other.rows([]), 1)]
+        others = [
+            row.keys()
+            for other in self.sources
+            if other is not source
+            for _, row in islice(other.rows([]), 1)
+        ]
         own = all(plain_name(column) == ours for ours, column in columns.items())
         return own and not any(keys & {*columns.values()} for keys in others)
 
@@ -383,10 +468,14 @@ def _remarks(pair: Pair) -> list[str]:
     turns, replies = [turn["content"] for turn in pair.messages], (pair.chosen, pair.rejected)
     is_system = [turn["role"] == "system" for turn in pair.messages]
     held = {
-        "repeated_prompts": any(_begins(reply, text) for text in {turns[-1], " ".join(turns)} for reply in replies),
-        "absent_texts": any(map(says_nothing, (*replies, *(turns[:1] if is_system[0] else ())))),
-        "empty_turns": any(not text.strip() for text, system in zip(turns, is_system, strict=True) if not system),
-        "beside_pairs": pair.beside,
+        "repeated_prompts": any(
+            _begins(reply, text) for text in {turns[-1], " ".join(turns)} for reply in replies
+        ),
+        "absent_texts": any(map(is_absent, (*replies, *(turns[:1] if is_system[0] else ())))),
+        "empty_turns": any(
+            not text.strip() for text, system in zip(turns, is_system, strict=True) if not system
+        ),
+        "beside_pairs": pair.has_unread,
     }
     return [name for name, holds in held.items() if holds]
 

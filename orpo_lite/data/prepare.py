@@ -32,7 +32,10 @@ def find_sources(data: DataSection) -> Sources:
 
 
 def tokenized_splits(
-    recipe: Recipe, tokenizer_folder: Path, train_sources: Sequence[Source], test_sources: Sequence[Source]
+    recipe: Recipe,
+    tokenizer_folder: Path,
+    train_sources: Sequence[Source],
+    test_sources: Sequence[Source],
 ) -> Generator[Update, None, tuple[TokenizedPairs, TokenizedPairs, dict[str, Any]]]:
     """Both sides as tokens, and their figures. Without a held-out set one is split off, by prompt, after all filters.
 
@@ -43,7 +46,11 @@ def tokenized_splits(
         yield Update("note", said)
     for source in (*train_sources, *test_sources):
         # That the set has a held-out split is news only to who has none.
-        news = [said for said in source.said.split("; ") if not (test_sources and said.startswith("data.dataset_test"))]
+        news = [
+            said
+            for said in source.said.split("; ")
+            if not (test_sources and said.startswith("data.dataset_test"))
+        ]
         if any(news):
             yield Update("note", f"{source.name}: {'; '.join(news)}")
     train = yield from _tokenize_split(recipe.data, tokenizer_folder, train_sources)
@@ -63,10 +70,15 @@ def _after_drops(fault: DataError, facts: Mapping[str, Any]) -> DataError:
     """The same; where few pairs are left because others were left out, that comes first."""
     if not facts["dropped"]:
         return fault
-    reasons = (f"{count:,} {reason} (first {facts['places'][reason][0]})" for reason, count in facts["dropped"].items())
+    reasons = (
+        f"{count:,} {reason} (first {facts['places'][reason][0]})"
+        for reason, count in facts["dropped"].items()
+    )
     found = f"{sum(facts['dropped'].values()):,} of {facts['rows_read']:,} rows were left out: {'; '.join(reasons)}"
     fix = reworded(fault.fix, f"mend these rows; or {fault.fix}")
-    return DataError(where="data", found=f"{found}. Of the rest, {fault.found}", expected=fault.expected, fix=fix)
+    return DataError(
+        where="data", found=f"{found}. Of the rest, {fault.found}", expected=fault.expected, fix=fix
+    )
 
 
 def _tokenize_split(
@@ -81,7 +93,10 @@ def figures_said(found: Mapping[str, Any]) -> Iterator[Update]:
     """The figures that nobody should train without having seen."""
     sentences = (*found["format"], found["chat_template"], found["tokenizer"])
     yield from (Update("note", sentence) for sentence in sentences if sentence)
-    drops = (f"{drop['pairs']:,} {why} (first {drop['first'][0]})" for why, drop in found["dropped"].items())
+    drops = (
+        f"{drop['pairs']:,} {why} (first {drop['first'][0]})"
+        for why, drop in found["dropped"].items()
+    )
     dropped = ", ".join(drops) or "none"
     kept = f"{found['train_pairs']:,} pairs to train on, {found['held_out_pairs']:,} held out"
     yield Update("note", f"{kept}; left out: {dropped}")

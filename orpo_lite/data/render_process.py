@@ -46,7 +46,12 @@ class Renderer(AbstractContextManager["Renderer"]):
         self.template = template
         self.sent: Sequence[Pair] = ()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
         """Nothing to end."""
 
     def send(self, pairs: Sequence[Pair]) -> None:
@@ -75,14 +80,24 @@ class LimitedRenderer(Renderer):
         )
         self._write(asdict(template))
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
         self._process.kill()
         self._process.communicate()
         self._errors.close()
 
     def send(self, pairs: Sequence[Pair]) -> None:
         super().send(pairs)
-        self._write([[pair.messages, pair.chosen, pair.rejected, pair.where, pair.prompt_text] for pair in pairs])
+        self._write(
+            [
+                [pair.messages, pair.chosen, pair.rejected, pair.where, pair.prompt_text]
+                for pair in pairs
+            ]
+        )
 
     def receive(self) -> list[Rendered]:
         stream = cast(IO[bytes], self._process.stdout)
@@ -109,11 +124,15 @@ class LimitedRenderer(Renderer):
         self._errors.seek(0)
         last = self._errors.read().decode(errors="replace").strip().rpartition("\n")[2]
         if code >= 0:  # not killed, neither by the watch nor for its memory: a fault of ours
-            return RuntimeError(f"the process that renders chat templates ended with {code}: {last}")
+            return RuntimeError(
+                f"the process that renders chat templates ended with {code}: {last}"
+            )
         first = self.sent[0].where if self.sent else "data"
         places = f"one of the {len(self.sent)} pairs from {first}" if len(self.sent) > 1 else first
         if is_late:
-            return BeyondLimitsError(places, f"the chat template did not end within {STUCK:.0f} seconds")
+            return BeyondLimitsError(
+                places, f"the chat template did not end within {STUCK:.0f} seconds"
+            )
         found = f"the process that renders the chat template was killed (signal {-code}), perhaps for its memory"
         return BeyondLimitsError(places, found)
 
@@ -124,7 +143,9 @@ def _raise_limit(results: list[Rendered]) -> list[Rendered]:
     return results
 
 
-def _attempt(pairs: Iterable[Pair], template: Template, limited: Limit = nullcontext) -> list[Rendered]:
+def _attempt(
+    pairs: Iterable[Pair], template: Template, limited: Limit = nullcontext
+) -> list[Rendered]:
     """The texts of each pair; the last one is what went beyond the limits, if one did."""
     results: list[Rendered] = []
     for pair in pairs:
@@ -155,7 +176,9 @@ def _unpack(parts: list[Any]) -> Rendered:
         case [prompt, chosen, rejected, end, list(remarks)]:
             return PairTexts(prompt, chosen, rejected, end, tuple(remarks))
         case [name, *fields]:
-            return ERRORS[name](**dict(zip(("where", "found", "expected", "fix"), fields, strict=False)))
+            return ERRORS[name](
+                **dict(zip(("where", "found", "expected", "fix"), fields, strict=False))
+            )
     raise ValueError(f"{len(parts)} parts")
 
 
@@ -166,7 +189,9 @@ def _serve() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     values: Mapping[str, Any] = json.loads(sys.stdin.buffer.readline() or b"{}")
     template = Template(**values)
-    render(({"role": "user", "content": ""},), Template("", {}, [], [], ""), "")  # imports, before the limits
+    render(
+        ({"role": "user", "content": ""},), Template("", {}, [], [], ""), ""
+    )  # imports, before the limits
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     signal.signal(signal.SIGPROF, _out_of_time)
     for line in sys.stdin.buffer:

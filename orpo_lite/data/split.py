@@ -11,10 +11,17 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TypeVar
 
-from orpo_lite.data.formats.column_map import check_mapped
+from orpo_lite.data.formats.column_map import check_column_map
 from orpo_lite.data.pair import Pair
 from orpo_lite.data.sources.find import find_source, refuse_twice
-from orpo_lite.data.sources.source import TEST_SPLIT, TRAIN_SPLIT, Source, is_local, is_path, names_line
+from orpo_lite.data.sources.source import (
+    TEST_SPLIT,
+    TRAIN_SPLIT,
+    Source,
+    is_local,
+    is_path,
+    names_line,
+)
 from orpo_lite.errors import DataError, OrpoLiteError, Overrides
 from orpo_lite.recipe.schema import DataSection
 
@@ -23,15 +30,18 @@ Held = TypeVar("Held")  # whatever is split by prompt
 
 def training_sources(data: DataSection) -> list[Source]:
     """The sets to train on, found but not read. Raises DataError and HubError."""
-    check_mapped(data.columns)
+    check_column_map(data.columns)
     split = data.dataset_train_split
-    if split not in ("auto", "train") and all(Path(name).expanduser().is_file() for name in data.names):
+    if split not in ("auto", "train") and all(
+        Path(name).expanduser().is_file() for name in data.names
+    ):
         raise DataError(
             where="data.dataset_train_split",
             found=repr(split),
             expected="auto: files of their own have no splits",
             fix=Overrides(
-                {"data.dataset_train_split": "auto"}, ", or name the file of that split in data.dataset_name"
+                {"data.dataset_train_split": "auto"},
+                ", or name the file of that split in data.dataset_name",
             ),
         )
     sources = [_find(data, "data.dataset_name", name, split, TRAIN_SPLIT) for name in data.names]
@@ -44,7 +54,9 @@ def _find(data: DataSection, key: str, name: str, split: str, split_key: str) ->
     try:
         return find_source(name, split, data.dataset_config, split_key)
     except OrpoLiteError as error:
-        other = error.fix.values.get("data.dataset_name") if isinstance(error.fix, Overrides) else None
+        other = (
+            error.fix.values.get("data.dataset_name") if isinstance(error.fix, Overrides) else None
+        )
         if other and key != "data.dataset_name":
             error.fix = Overrides({key: other})
         elif other and len(data.names) > 1:
@@ -66,7 +78,11 @@ def held_out_sources(data: DataSection) -> list[Source]:
             return [find_source(test, "test", None)]
         return [_find(data, TEST_SPLIT, test, "auto", TEST_SPLIT)]
     if alone := next((name for name in data.names if Path(name).expanduser().is_file()), None):
-        folders = [find_source(name, test, None, TEST_SPLIT) for name in data.names if Path(name).expanduser().is_dir()]
+        folders = [
+            find_source(name, test, None, TEST_SPLIT)
+            for name in data.names
+            if Path(name).expanduser().is_dir()
+        ]
         files = [file for source in folders for file in source.paths()]
         own = files[0] if len(files) == 1 else None
         raise DataError(
@@ -74,7 +90,8 @@ def held_out_sources(data: DataSection) -> list[Source]:
             found=repr(test),
             expected=f"a file of its own ({alone} has no splits), or null to hold out data.test_split_size",
             fix=Overrides(
-                {"data.dataset_test_split": own}, text=shlex.quote(f"data.dataset_test_split={own or 'null'}")
+                {"data.dataset_test_split": own},
+                text=shlex.quote(f"data.dataset_test_split={own or 'null'}"),
             ),
         )
     return [find_source(name, test, data.dataset_config, TEST_SPLIT) for name in data.names]
@@ -82,11 +99,15 @@ def held_out_sources(data: DataSection) -> list[Source]:
 
 def prompt_key(pair: Pair) -> bytes:
     """What makes two prompts the same: a hash (16 bytes) of roles and words, whatever their case and spacing."""
-    turns = (f"{turn['role']}: {' '.join(turn['content'].split()).casefold()}" for turn in pair.messages)
+    turns = (
+        f"{turn['role']}: {' '.join(turn['content'].split()).casefold()}" for turn in pair.messages
+    )
     return hashlib.blake2b("\n".join(turns).encode(), digest_size=16).digest()
 
 
-def hold_out(pairs: Sequence[Held], prompts: Sequence[bytes], size: float, seed: int) -> tuple[list[Held], list[Held]]:
+def hold_out(
+    pairs: Sequence[Held], prompts: Sequence[bytes], size: float, seed: int
+) -> tuple[list[Held], list[Held]]:
     """Split by prompt: a share of the prompts (size < 1), or whole prompts until there are ``size`` pairs.
 
     Args:
@@ -102,7 +123,9 @@ def hold_out(pairs: Sequence[Held], prompts: Sequence[bytes], size: float, seed:
     if size < 1:
         held = set(ranked[: max(1, round(size * len(ranked)))])
     else:
-        before = accumulate((counts[key] for key in ranked), initial=0)  # pairs held before each prompt
+        before = accumulate(
+            (counts[key] for key in ranked), initial=0
+        )  # pairs held before each prompt
         held = {key for key, pairs_held in zip(ranked, before, strict=False) if pairs_held < size}
     if len(held) == len(ranked):
         raise DataError(

@@ -26,7 +26,11 @@ COUNTED = {
     "missing_thoughts": "pairs without the <think> block that the chat template opens in use",
     "unknown_tokens": "tokens that stand for what the tokenizer does not know, and which is lost",
 }
-OF_PAIRS = ("moved_systems", "empty_thoughts", "missing_thoughts")  # counted among the pairs that are kept
+OF_PAIRS = (
+    "moved_systems",
+    "empty_thoughts",
+    "missing_thoughts",
+)  # counted among the pairs that are kept
 QUANTILES = (5, 25, 50, 75, 95, 99)
 PADDED_BATCH = 8  # pairs; what peers' trainers put in a batch unless told otherwise
 SHUFFLES = 20
@@ -42,7 +46,10 @@ def figures(train: TokenizedPairs, test: TokenizedPairs) -> dict[str, Any]:
     ones, and those on both sides · step: tokens that go through a model · sha256: of the pairs' content and order.
     """
     sides = _sides(train, test)
-    both = {name: np.concatenate([train.column(name), test.column(name)]) for name in (*NUMBERS, "prefix")}
+    both = {
+        name: np.concatenate([train.column(name), test.column(name)])
+        for name in (*NUMBERS, "prefix")
+    }
     prompts = [set(side.prompts()) for side in (train, test)]
     cut = np.stack([both["chosen_cut"], both["rejected_cut"]])
     chosen, rejected = (_response(both, side) for side in ("chosen", "rejected"))
@@ -53,7 +60,9 @@ def figures(train: TokenizedPairs, test: TokenizedPairs) -> dict[str, Any]:
         "tokenizer": train.facts["tokenizer"],
         "hints": {name: hint for side in sides for name, hint in side["hints"].items()},
         "rows_read": sum(side["rows_read"] for side in sides),
-        "rows_of_sets": train.facts.get("rows_of_sets", []),  # which a cache of before does not know
+        "rows_of_sets": train.facts.get(
+            "rows_of_sets", []
+        ),  # which a cache of before does not know
         "train_pairs": len(train),
         "held_out_pairs": len(test),
         "dropped": _dropped(sides),
@@ -71,7 +80,11 @@ def figures(train: TokenizedPairs, test: TokenizedPairs) -> dict[str, Any]:
         **{name: sum(side["counted"].get(name, 0) for side in sides) for name in COUNTED},
         "chosen_longer": float((chosen > rejected).mean()),
         "rejected_longer": float((chosen < rejected).mean()),
-        "prompts": {"train": len(prompts[0]), "held_out": len(prompts[1]), "shared": len(prompts[0] & prompts[1])},
+        "prompts": {
+            "train": len(prompts[0]),
+            "held_out": len(prompts[1]),
+            "shared": len(prompts[0] & prompts[1]),
+        },
         "step": _step(both),
         "sha256": hashlib.sha256("".join(side["sha256"] for side in sides).encode()).hexdigest(),
     }
@@ -82,7 +95,11 @@ def counted(found: Mapping[str, Any]) -> list[str]:
     lines = []
     for name, said in COUNTED.items():
         if count := found[name]:
-            share = f" ({count / (found['train_pairs'] + found['held_out_pairs']):.0%})" if name in OF_PAIRS else ""
+            share = (
+                f" ({count / (found['train_pairs'] + found['held_out_pairs']):.0%})"
+                if name in OF_PAIRS
+                else ""
+            )
             hint = f"; {found['hints'][name]}" if name in found["hints"] else ""
             lines.append(f"{said}: {count:,}{share}{hint}")
     return lines
@@ -108,7 +125,10 @@ def _dropped(sides: list[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     for side in sides:
         counts.update(side["dropped"])
     return {
-        reason: {"pairs": count, "first": [place for side in sides for place in side["places"].get(reason, [])]}
+        reason: {
+            "pairs": count,
+            "first": [place for side in sides for place in side["places"].get(reason, [])],
+        }
         for reason, count in counts.most_common()
     }
 

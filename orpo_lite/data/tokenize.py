@@ -11,7 +11,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from orpo_lite.data.chat_template import SPECIAL, BeyondLimitsError, PairTexts, Rendered, eos_id
-from orpo_lite.data.formats.text import shared_start
+from orpo_lite.data.formats.text import common_start
 from orpo_lite.data.pair import Pair, TokenizedPair
 from orpo_lite.data.render_process import Renderer
 from orpo_lite.data.split import prompt_key
@@ -49,7 +49,13 @@ def end_token_id(renderer: Renderer, tokenizer: PreTrainedTokenizerBase) -> int:
 
     Tries the template on a question; raises ModelError when it fails, and when nothing ends a reply.
     """
-    question = Pair(({"role": "user", "content": "?"},), "Yes.", "No.", "a question and its answer", prompt_text="?")
+    question = Pair(
+        ({"role": "user", "content": "?"},),
+        "Yes.",
+        "No.",
+        "a question and its answer",
+        prompt_text="?",
+    )
     renderer.send([question])
     (texts,) = renderer.receive()
     if isinstance(texts, OrpoLiteError):
@@ -82,7 +88,9 @@ def tokenize_pairs(
     end = end_token_id(renderer, tokenizer)
     marks = _marks(tokenizer, end)
     faults: list[OrpoLiteError] = []
-    for batch, rendered, encoded in _encoded(_rendered(_batches(pairs, BATCH), renderer), tokenizer):
+    for batch, rendered, encoded in _encoded(
+        _rendered(_batches(pairs, BATCH), renderer), tokenizer
+    ):
         row = 0
         for pair, texts in zip(batch, rendered, strict=True):
             if isinstance(texts, ModelError) and not isinstance(texts, BeyondLimitsError):
@@ -111,7 +119,9 @@ def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
         yield batch
 
 
-def _rendered(batches: Iterator[list[Pair]], renderer: Renderer) -> Iterator[tuple[list[Pair], list[Rendered]]]:
+def _rendered(
+    batches: Iterator[list[Pair]], renderer: Renderer
+) -> Iterator[tuple[list[Pair], list[Rendered]]]:
     """Each batch with its texts. Rows are read while the batch before them is rendered."""
     batch = next(batches, None)
     if batch:
@@ -132,7 +142,12 @@ def _encoded(
     with ThreadPoolExecutor(1) as thread:
         ahead: tuple[list[Pair], list[Rendered], Future[BatchEncoding]] | None = None
         for batch, results in rendered:
-            texts = [item.prompt + reply for item in results if isinstance(item, PairTexts) for reply in item[1:3]]
+            texts = [
+                item.prompt + reply
+                for item in results
+                if isinstance(item, PairTexts)
+                for reply in item[1:3]
+            ]
             future = thread.submit(_encode, texts, tokenizer)
             if ahead:
                 yield ahead[0], ahead[1], ahead[2].result()
@@ -160,12 +175,18 @@ class _Marks(NamedTuple):
 def _marks(tokenizer: PreTrainedTokenizerBase, end: int) -> _Marks:
     """What the tokenizer puts before a text by itself ([bos] for many, [] for some), and the rest of the marks."""
     bare, whole = (tokenizer("a", add_special_tokens=flag).input_ids for flag in (False, True))
-    lead: list[int] = next((whole[:i] for i in range(len(whole)) if whole[i : i + len(bare)] == bare), [])
-    stripping = frozenset(index for index, token in tokenizer.added_tokens_decoder.items() if token.rstrip)
+    lead: list[int] = next(
+        (whole[:i] for i in range(len(whole)) if whole[i : i + len(bare)] == bare), []
+    )
+    stripping = frozenset(
+        index for index, token in tokenizer.added_tokens_decoder.items() if token.rstrip
+    )
     return _Marks(lead, end, stripping, str(tokenizer.convert_ids_to_tokens(end)))
 
 
-def _place(encoded: BatchEncoding, row: int, texts: PairTexts, side: int, marks: _Marks) -> tuple[array[int], int]:
+def _place(
+    encoded: BatchEncoding, row: int, texts: PairTexts, side: int, marks: _Marks
+) -> tuple[array[int], int]:
     """A whole sequence with its first and last token, each exactly once, and where the response starts in it.
 
     ``row`` is that of the text in the batch, ``side`` 0 for chosen and 1 for rejected.
@@ -216,7 +237,9 @@ def _cut_pair(
         return EQUAL_TOKENS if chosen[0] == rejected[0] else EQUAL_CUT
     cut = (len(chosen[0]) - len(chosen_ids), len(rejected[0]) - len(rejected_ids))
     starts = (chosen[1], rejected[1])
-    return TokenizedPair(chosen_ids, rejected_ids, *starts, pair.where, prompt_key(pair), *cut, remarks)
+    return TokenizedPair(
+        chosen_ids, rejected_ids, *starts, pair.where, prompt_key(pair), *cut, remarks
+    )
 
 
 def show_texts(
@@ -233,11 +256,17 @@ def show_texts(
         ids, start = _place(encoded, row, texts, row, marks)
         room = data.max_length
         last = max(start, min(len(ids) - 1, room))  # a prompt beyond the limit is shown whole
-        parts = [("prompt", start), ("response", last), ("end" if len(ids) <= room else "cut", None)]
+        parts = [
+            ("prompt", start),
+            ("response", last),
+            ("end" if len(ids) <= room else "cut", None),
+        ]
         pieces, done = [], ""
         for kind, stop in parts:
             text = str(tokenizer.decode(ids[:stop], clean_up_tokenization_spaces=False))
-            done = shared_start(done, text)  # a character may be made of tokens on both sides of the boundary
+            done = common_start(
+                done, text
+            )  # a character may be made of tokens on both sides of the boundary
             pieces.append(Segment(kind, text[len(done) :]))
             done = text
         shown[side] = [piece for piece in pieces if piece.text]

@@ -52,7 +52,9 @@ def bpe() -> PreTrainedTokenizerFast:
 # --- which template
 
 
-def test_the_templates_and_what_is_said_of_them(bpe: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_the_templates_and_what_is_said_of_them(
+    bpe: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
     def said(**fields: Any) -> str:
         return set_chat_template(bpe, section(**fields)).said
 
@@ -76,7 +78,14 @@ def test_the_templates_and_what_is_said_of_them(bpe: PreTrainedTokenizerFast, tm
 
 @pytest.mark.parametrize(
     ("choice", "named"),
-    [("auto", False), ("none", False), (CHATML, False), ("{{ messages }}", False), ("mine.jinja", True), ("x", True)],
+    [
+        ("auto", False),
+        ("none", False),
+        (CHATML, False),
+        ("{{ messages }}", False),
+        ("mine.jinja", True),
+        ("x", True),
+    ],
 )
 def test_a_template_is_told_from_a_file(choice: str, named: bool) -> None:
     assert is_file(choice) == named
@@ -118,7 +127,8 @@ def test_a_template_that_writes_the_date_is_remarked_on(bpe: PreTrainedTokenizer
 def test_chat_template_kwargs_reach_the_template(bpe: PreTrainedTokenizerFast) -> None:
     kwargs = {"mood": "calm", "tools": [{"name": "look"}], "eos_token": "<|im_end|>"}
     data = section(
-        chat_template="{{ mood }} {{ tools[0].name }} {{ eos_token }} " + CHATML, chat_template_kwargs=kwargs
+        chat_template="{{ mood }} {{ tools[0].name }} {{ eos_token }} " + CHATML,
+        chat_template_kwargs=kwargs,
     )
     template = set_chat_template(bpe, data)
     assert texts_of(colour(), template).prompt.startswith("calm look <|im_end|> <|im_start|>")
@@ -127,7 +137,9 @@ def test_chat_template_kwargs_reach_the_template(bpe: PreTrainedTokenizerFast) -
         assert renderer.receive() == [pair_texts(colour(), template)]
 
 
-@pytest.mark.parametrize("name", ["add_generation_prompt", "messages", "conversations", "chat_template"])
+@pytest.mark.parametrize(
+    "name", ["add_generation_prompt", "messages", "conversations", "chat_template"]
+)
 def test_what_we_render_with_is_not_a_kwarg(bpe: PreTrainedTokenizerFast, name: str) -> None:
     with pytest.raises(RecipeError, match=rf"data\.chat_template_kwargs: sets {name}") as raised:
         set_chat_template(bpe, section(chat_template=CHATML, chat_template_kwargs={name: 1}))
@@ -154,7 +166,9 @@ def test_an_end_token_that_is_not_special_ends_a_reply_all_the_same() -> None:
     )
     assert left_out == [f"{SPECIAL}: <|im_end|>"] * 2
     assert isinstance(other, PairTexts)
-    assert pair_texts(colour(chosen="a<|im_start|>assistant"), template) == f"{SPECIAL}: <|im_start|>"
+    assert (
+        pair_texts(colour(chosen="a<|im_start|>assistant"), template) == f"{SPECIAL}: <|im_start|>"
+    )
 
 
 def texts_of(pair: Pair, template: Template) -> PairTexts:
@@ -183,7 +197,9 @@ WILD = {
     "zephyr": "{% for m in messages %}\n{{ '<|' + m.role + '|>\\n' + m.content + eos_token }}\n"
     "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}",
     "gemma": "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}"
-    "{% endif %}" + ALTERNATE + "{% for m in messages %}{% set role = 'model' if m.role == 'assistant' else m.role %}"
+    "{% endif %}"
+    + ALTERNATE
+    + "{% for m in messages %}{% set role = 'model' if m.role == 'assistant' else m.role %}"
     "{{ '<start_of_turn>' + role + '\\n' + m.content | trim + '<end_of_turn>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}",
     "no header of its own": "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}",
@@ -208,14 +224,22 @@ REPLIES = ("Blue.", "Not {% a %} colour:\n\n1. <b>é🦜</b>")
 @pytest.fixture(scope="module")
 def wild() -> PreTrainedTokenizerFast:
     tokenizer = byte_level(bos="<|begin_of_text|>")
-    ends = ["<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<start_of_turn>", "<end_of_turn>"]
+    ends = [
+        "<|eot_id|>",
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        "<start_of_turn>",
+        "<end_of_turn>",
+    ]
     tokenizer.add_tokens(ends, special_tokens=True)
     return tokenizer
 
 
 @pytest.mark.parametrize("turns", CONVERSATIONS)
 @pytest.mark.parametrize("name", WILD)
-def test_texts_equal_those_of_transformers(wild: PreTrainedTokenizerFast, name: str, turns: str) -> None:
+def test_texts_equal_those_of_transformers(
+    wild: PreTrainedTokenizerFast, name: str, turns: str
+) -> None:
     messages = list(CONVERSATIONS[turns])
     template = set_chat_template(wild, section(chat_template=WILD[name]))
     pair = Pair(tuple(messages), *REPLIES, "x:1")
@@ -233,10 +257,14 @@ def test_texts_equal_those_of_transformers(wild: PreTrainedTokenizerFast, name: 
         said = texts.prompt + body
         assert whole.startswith(said)
         assert body.rstrip().removesuffix(texts.end).rstrip().endswith(reply)
-        assert whole[len(said) :].strip() == ""  # a line break after the end, which nobody has to say
+        assert (
+            whole[len(said) :].strip() == ""
+        )  # a line break after the end, which nobody has to say
         assert said.endswith(texts.end)
     assert asked.startswith(texts.prompt)
-    assert asked[len(texts.prompt) :].strip() == ""  # the generation prompt is the prompt's end, but for spaces
+    assert (
+        asked[len(texts.prompt) :].strip() == ""
+    )  # the generation prompt is the prompt's end, but for spaces
 
 
 INST = (
@@ -274,8 +302,15 @@ def test_a_turn_may_be_moved(wild: PreTrainedTokenizerFast) -> None:
         "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' and loop.last %}{{ messages[0].content }} "
         "{% endif %}{{ m.role }}: {{ m.content.split('</think>')[-1] | trim }}\n{% endfor %}"
     )
-    turns = ({"role": "system", "content": "Be brief."}, user("a <b>"), bot("<think>c</think> d"), user(" e\n"))
-    texts = texts_of(Pair(turns, *REPLIES, "x:1"), set_chat_template(wild, section(chat_template=moved)))
+    turns = (
+        {"role": "system", "content": "Be brief."},
+        user("a <b>"),
+        bot("<think>c</think> d"),
+        user(" e\n"),
+    )
+    texts = texts_of(
+        Pair(turns, *REPLIES, "x:1"), set_chat_template(wild, section(chat_template=moved))
+    )
     assert texts.remarks == ()
 
 
@@ -287,7 +322,9 @@ LAST_TURN = (
     "{% elif m.role == 'assistant' %} {{ m.content | trim }}</s>{% endif %}{% endfor %}"
 )
 OTHER_START = "{{ 'ASK ' if add_generation_prompt else 'TOLD ' }}" + CHATML
-THOUGHT_LAST = OTHER_START.replace("assistant\n", "assistant\n<think>\n")  # and the generation prompt opens a thought
+THOUGHT_LAST = OTHER_START.replace(
+    "assistant\n", "assistant\n<think>\n"
+)  # and the generation prompt opens a thought
 
 
 @pytest.mark.parametrize(
@@ -298,13 +335,21 @@ THOUGHT_LAST = OTHER_START.replace("assistant\n", "assistant\n<think>\n")  # and
         (THOUGHT_LAST, "<|im_end|>\n<|im_start|>assistant\n", "Blue.<|im_end|>"),
     ],
 )
-@pytest.mark.parametrize("turns", [ASKED_TWICE, (ASKED_TWICE[0], user("[INST] TOLD"), user("Name a colour."))])
+@pytest.mark.parametrize(
+    "turns", [ASKED_TWICE, (ASKED_TWICE[0], user("[INST] TOLD"), user("Name a colour."))]
+)
 def test_the_prompt_is_what_the_model_is_asked_with(
-    wild: PreTrainedTokenizerFast, text: str, prompt: str, reply: str, turns: tuple[dict[str, str], ...]
+    wild: PreTrainedTokenizerFast,
+    text: str,
+    prompt: str,
+    reply: str,
+    turns: tuple[dict[str, str], ...],
 ) -> None:
     """Where a template writes earlier turns otherwise once a reply follows."""
     wild.add_tokens(["</s>"], special_tokens=True)
-    texts = texts_of(Pair(turns, *REPLIES, "x:1"), set_chat_template(wild, section(chat_template=text)))
+    texts = texts_of(
+        Pair(turns, *REPLIES, "x:1"), set_chat_template(wild, section(chat_template=text))
+    )
     asked = wild.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)
     assert asked.removesuffix("<think>\n") == texts.prompt
     assert texts.prompt.endswith(prompt.removeprefix("[/INST]"))
@@ -315,17 +360,35 @@ def test_the_prompt_is_what_the_model_is_asked_with(
 @pytest.mark.parametrize(
     ("text", "turns", "reason"),
     [
-        (CHATML.replace("m.content", "m.content[:20]"), (user("Name a colour. " * 3),), TURN_CHANGED),
-        (CHATML.replace("m.content", "m.content | replace('b', '')"), (user("a b"), bot("c"), user("d")), TURN_CHANGED),
-        (OTHER_START.replace("|>\n{%", "|>{{ messages[0].content[-1] }}\n{%"), (user("Name a colour."),), NO_BOUNDARY),
+        (
+            CHATML.replace("m.content", "m.content[:20]"),
+            (user("Name a colour. " * 3),),
+            TURN_CHANGED,
+        ),
+        (
+            CHATML.replace("m.content", "m.content | replace('b', '')"),
+            (user("a b"), bot("c"), user("d")),
+            TURN_CHANGED,
+        ),
+        (
+            OTHER_START.replace("|>\n{%", "|>{{ messages[0].content[-1] }}\n{%"),
+            (user("Name a colour."),),
+            NO_BOUNDARY,
+        ),
         (OTHER_START, (user(" Name a colour.\n"),), None),
-        (CHATML.replace("m.content", "m.content.split('</think>')[-1]"), (bot("<think>a</think>b"), user("c")), None),
+        (
+            CHATML.replace("m.content", "m.content.split('</think>')[-1]"),
+            (bot("<think>a</think>b"), user("c")),
+            None,
+        ),
     ],
 )
 def test_a_turn_that_a_template_changes_is_not_trained_on(
     wild: PreTrainedTokenizerFast, text: str, turns: tuple[dict[str, str], ...], reason: str | None
 ) -> None:
-    found = pair_texts(Pair(turns, *REPLIES, "x:1"), set_chat_template(wild, section(chat_template=text)))
+    found = pair_texts(
+        Pair(turns, *REPLIES, "x:1"), set_chat_template(wild, section(chat_template=text))
+    )
     assert (found if isinstance(found, str) else None) == reason
 
 
@@ -344,7 +407,12 @@ OPENS = CHATML.replace("t\n{% endif", "t\n<think>\n{% endif")
         (QWEN3, REPLIES, {}, (EMPTY_THOUGHT,)),
         (QWEN3, REPLIES, {"enable_thinking": False}, ()),
         (QWEN3, ("<think>\na\n</think>\n\nb", "<think>\nc\n</think>\n\nd"), {}, ()),
-        (QWEN3.replace("t\n{% if", "t\n<think>\n{% if"), REPLIES, {}, (EMPTY_THOUGHT,)),  # half of it in the prompt
+        (
+            QWEN3.replace("t\n{% if", "t\n<think>\n{% if"),
+            REPLIES,
+            {},
+            (EMPTY_THOUGHT,),
+        ),  # half of it in the prompt
         (OPENS, REPLIES, {}, (NO_THOUGHT,)),
         (OPENS, ("<think>\na\n</think>\n\nb", "<think>\nc\n</think>\n\nd"), {}, ()),
         (CHATML, REPLIES, {}, ()),
@@ -371,7 +439,9 @@ def render(renderer: Renderer, pairs: list[Pair]) -> list[Rendered]:
 
 def comparable(results: list[Rendered]) -> list[Any]:
     """Errors are equal when their kind and all that they say is."""
-    return [(type(item), item.args) if isinstance(item, OrpoLiteError) else item for item in results]
+    return [
+        (type(item), item.args) if isinstance(item, OrpoLiteError) else item for item in results
+    ]
 
 
 STRICT = ALTERNATE + CHATML.replace("m.content", "m.content | replace('SHOUT', 'shout')")
@@ -385,7 +455,12 @@ MIXED = [
     colour("é🦜\ue0fe", "\ue0fe", "a\ue0fe\ue0feb"),
     colour("\ud800", "a\udfff", "b"),  # no reader lets these pass
     colour("{{ 1 }}{% raw %}", '"\\u0022\\', "[]\n{}"),
-    Pair((*TURNS, bot("a" * 100_000), user("b" * 50_000)), "c" * 100_000, "d\n" * 1000, "a name\nof two lines:7"),
+    Pair(
+        (*TURNS, bot("a" * 100_000), user("b" * 50_000)),
+        "c" * 100_000,
+        "d\n" * 1000,
+        "a name\nof two lines:7",
+    ),
     Pair(TURNS, "a", "b", "x:9", prompt_text="p"),
 ]
 
@@ -417,14 +492,20 @@ def test_whatever_the_pairs_hold_the_texts_are_equal(
 ) -> None:
     limited, template = strict
     batch = [
-        Pair(tuple((bot if i % 2 else user)(text) for i, text in enumerate(turns)), *texts) for turns, *texts in drawn
+        Pair(tuple((bot if i % 2 else user)(text) for i, text in enumerate(turns)), *texts)
+        for turns, *texts in drawn
     ]
     assert comparable(render(limited, batch)) == comparable(render(Renderer(template), batch))
 
 
 def test_plain_text_in_a_process_apart(bpe: PreTrainedTokenizerFast) -> None:
     template = set_chat_template(bpe, section(chat_template="none"))
-    batch = [colour(), Pair(TURNS, "a", "b", "x:2"), colour(chosen="a<|im_end|>b"), colour(chosen="a<|im_end|>\n")]
+    batch = [
+        colour(),
+        Pair(TURNS, "a", "b", "x:2"),
+        colour(chosen="a<|im_end|>b"),
+        colour(chosen="a<|im_end|>\n"),
+    ]
     with LimitedRenderer(template) as limited:
         found = comparable(render(limited, batch))
     assert found == comparable(render(Renderer(template), batch))
@@ -444,10 +525,14 @@ def test_a_module_of_the_current_folder_is_not_run(
 # --- faults of a template
 
 
-def test_a_pair_on_which_a_template_fails_is_left_out_with_the_reason(bpe: PreTrainedTokenizerFast) -> None:
+def test_a_pair_on_which_a_template_fails_is_left_out_with_the_reason(
+    bpe: PreTrainedTokenizerFast,
+) -> None:
     data = section(chat_template=ALTERNATE + CHATML)
     bad = Pair((bot("S"), user("q")), "a", "b", "x:2")
-    _, (_, reason) = tokenize_pairs([colour(), bad], Renderer(set_chat_template(bpe, data)), bpe, data)
+    _, (_, reason) = tokenize_pairs(
+        [colour(), bad], Renderer(set_chat_template(bpe, data)), bpe, data
+    )
     assert isinstance(reason, str)
     assert reason.startswith("the chat template raises TemplateError: Conversation roles")
 
@@ -507,7 +592,9 @@ def nothing_left() -> Iterator[None]:
     before, threads = children(), set(threading.enumerate())
     yield
     deadline = time.monotonic() + 5
-    while (children() - before or set(threading.enumerate()) - threads) and time.monotonic() < deadline:
+    while (
+        children() - before or set(threading.enumerate()) - threads
+    ) and time.monotonic() < deadline:
         time.sleep(0.02)  # a thread that has done its work may still be ending
     assert children() <= before
     assert set(threading.enumerate()) <= threads
@@ -537,7 +624,9 @@ def test_a_template_out_of_bounds_is_refused_and_placed() -> None:
         for name, found in FOUND.items():
             bad = Pair((user(name),), "a", "b", "x:3")
             began = time.monotonic()
-            with pytest.raises(BeyondLimitsError, match=f"^x:3: the chat template {found}") as raised:
+            with pytest.raises(
+                BeyondLimitsError, match=f"^x:3: the chat template {found}"
+            ) as raised:
                 render(limited, [colour(), colour("a<|im_end|>"), bad, colour()])
             assert time.monotonic() - began < 10
             assert raised.value.exit_code == 4
@@ -564,7 +653,10 @@ def test_a_bomb_among_many_pairs_stops_the_run(bpe: PreTrainedTokenizerFast) -> 
     data = section(chat_template=BOMB)
     pairs = [colour(str(i)) for i in range(3 * BATCH)]
     pairs[2 * BATCH + 1] = Pair((user("time"),), "a", "b", "x:here")
-    with LimitedRenderer(set_chat_template(bpe, data)) as limited, pytest.raises(BeyondLimitsError, match=r"^x:here: "):
+    with (
+        LimitedRenderer(set_chat_template(bpe, data)) as limited,
+        pytest.raises(BeyondLimitsError, match=r"^x:here: "),
+    ):
         list(tokenize_pairs(pairs, limited, bpe, data))
 
 
@@ -615,7 +707,9 @@ def test_ctrl_c_is_not_the_childs_to_handle(bpe: PreTrainedTokenizerFast) -> Non
 
 @pytest.mark.usefixtures("nothing_left")
 @pytest.mark.parametrize("error", [KeyboardInterrupt, GeneratorExit])
-def test_who_stops_early_leaves_nothing_behind(bpe: PreTrainedTokenizerFast, error: type[BaseException]) -> None:
+def test_who_stops_early_leaves_nothing_behind(
+    bpe: PreTrainedTokenizerFast, error: type[BaseException]
+) -> None:
     data = section()
 
     def run() -> Iterator[None]:

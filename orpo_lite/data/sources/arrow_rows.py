@@ -20,7 +20,9 @@ def arrow_rows(file: File, faults: list[DataError]) -> Iterator[Place]:
     with arrow_table(file) as (schema, batches, _):
         refuse_same_names(schema.names, file.label)
         with_json = [field for field in schema if "extension<arrow.json>" in str(field.type)]
-        slices = (batch.slice(at, BATCH) for batch in batches for at in range(0, batch.num_rows, BATCH))
+        slices = (
+            batch.slice(at, BATCH) for batch in batches for at in range(0, batch.num_rows, BATCH)
+        )
         rows = (row for part in slices for row in part.to_pylist(maps_as_pydicts="strict"))
         for i, row in enumerate(rows):
             where = f"{file.label}[{i}]"
@@ -28,9 +30,19 @@ def arrow_rows(file: File, faults: list[DataError]) -> Iterator[Place]:
                 for field in with_json:
                     row[field.name] = _decoded(row[field.name], field.type)
             except (ValueError, RecursionError):
-                found, expected = "broken JSON in a column of type JSON", "plain JSON with each key once"
+                found, expected = (
+                    "broken JSON in a column of type JSON",
+                    "plain JSON with each key once",
+                )
                 fix = "correct or remove the row"
-                faults.append(RowError(where=f"{where}, field {field.name}", found=found, expected=expected, fix=fix))
+                faults.append(
+                    RowError(
+                        where=f"{where}, field {field.name}",
+                        found=found,
+                        expected=expected,
+                        fix=fix,
+                    )
+                )
             else:
                 yield where, row
 
@@ -50,12 +62,19 @@ def arrow_table(file: File) -> Iterator[tuple[Any, Iterator[Any], int]]:
             with memory_map(str(file.path)) as raw:
                 is_file = start.startswith(b"ARROW1")
                 table = ipc.open_file(raw) if is_file else ipc.open_stream(raw)
-                batches = map(table.get_batch, range(table.num_record_batches)) if is_file else iter(table)
+                batches = (
+                    map(table.get_batch, range(table.num_record_batches))
+                    if is_file
+                    else iter(table)
+                )
                 yield table.schema, batches, 0
     except (OSError, ValueError, KeyError, ArrowException) as error:  # a key: twice in one map
         kind = file.kind[1:]
         raise DataError(
-            where=file.label, found=f"broken {kind}: {error}", expected=f"a whole {kind} file", fix="copy it again"
+            where=file.label,
+            found=f"broken {kind}: {error}",
+            expected=f"a whole {kind} file",
+            fix="copy it again",
         ) from None
 
 

@@ -8,14 +8,25 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 
 from orpo_lite.data.sources.encoding import decode
-from orpo_lite.data.sources.lines import MAX_COLUMN_NAME, MAX_ROW_BYTES, File, Place, converted, lines
+from orpo_lite.data.sources.lines import (
+    MAX_COLUMN_NAME,
+    MAX_ROW_BYTES,
+    File,
+    Place,
+    converted,
+    lines,
+)
 from orpo_lite.errors import DataError, raise_all, reworded
 
 PANDAS_INDEX = "Unnamed: 0"  # what pandas calls it when it reads the file again
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
-EXCEL_SEP = re.compile(r"sep=([,;\t|])\s*$", re.IGNORECASE)  # the first line that Excel writes and reads
+EXCEL_SEP = re.compile(
+    r"sep=([,;\t|])\s*$", re.IGNORECASE
+)  # the first line that Excel writes and reads
 NAMED = "the first line should name the columns"
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")  # in the name of a column they would command the terminal
+CONTROL = re.compile(
+    r"[\x00-\x1f\x7f-\x9f]+"
+)  # in the name of a column they would command the terminal
 
 
 def csv_rows(file: File, faults: list[DataError]) -> Iterator[Place]:
@@ -28,9 +39,14 @@ def csv_rows(file: File, faults: list[DataError]) -> Iterator[Place]:
         where, unnamed = f"{file.label}:{number}", cells[len(header) :]
         if not len(header) <= len(cells) <= len(titles):
             expected, fix = f"{len(titles)} cells, as in the header", _quoting(file, delimiter)
-            faults.append(DataError(where=where, found=f"{len(cells)} cells", expected=expected, fix=fix))
+            faults.append(
+                DataError(where=where, found=f"{len(cells)} cells", expected=expected, fix=fix)
+            )
         elif any(cell.strip() for cell in unnamed):
-            found, fix = "a cell in a column without a name", f"name it in line {start}, or clear the cell"
+            found, fix = (
+                "a cell in a column without a name",
+                f"name it in line {start}, or clear the cell",
+            )
             faults.append(DataError(where=where, found=found, expected=NAMED, fix=fix))
         else:
             yield where, dict(zip(header, cells, strict=False))
@@ -56,8 +72,14 @@ def _records(file: File, delimiter: str, *, quoted: bool = True) -> Iterator[tup
                 yield start, cells
             start = records.line_num + 1
     except csv.Error as error:
-        where, expected, fix = f"{file.label}:{start}", "plain or quoted cells", _quoting(file, delimiter)
-        raise DataError(where=where, found=f"broken csv: {error}", expected=expected, fix=fix) from None
+        where, expected, fix = (
+            f"{file.label}:{start}",
+            "plain or quoted cells",
+            _quoting(file, delimiter),
+        )
+        raise DataError(
+            where=where, found=f"broken csv: {error}", expected=expected, fix=fix
+        ) from None
 
 
 def _texts(file: File) -> Iterator[str]:
@@ -79,8 +101,13 @@ def _without_spaced_quotes(file: File, delimiter: str) -> Iterator[str]:
     for text in _texts(file):
         if '"' in text and spaced.search(text):
             program = f"perl -pe 's/{spaced.pattern}/$1\"/g'"
-            found, fix = "spaces before the quotes of a cell", converted(file, program, f".quoted{file.kind}")
-            raise DataError(where=file.label, found=found, expected="quotes right after the delimiter", fix=fix)
+            found, fix = (
+                "spaces before the quotes of a cell",
+                converted(file, program, f".quoted{file.kind}"),
+            )
+            raise DataError(
+                where=file.label, found=found, expected="quotes right after the delimiter", fix=fix
+            )
         yield text
 
 
@@ -113,7 +140,9 @@ def _has_plain_quotes(file: File) -> bool:
     """
     blank = uneven = False
     for text in _texts(file):
-        if text.strip() and (blank or "\t" not in text):  # a blank line between others is within a quoted cell
+        if text.strip() and (
+            blank or "\t" not in text
+        ):  # a blank line between others is within a quoted cell
             return False
         blank = not text.strip()
         uneven = uneven or ('"' in text and not _is_row(text))
@@ -123,19 +152,25 @@ def _has_plain_quotes(file: File) -> bool:
 def _is_row(text: str) -> bool:
     """Return whether a line has as many cells by the rules of csv as it has between tabs."""
     try:
-        return [len(cells) for cells in csv.reader([text], delimiter="\t", strict=True)] == [text.count("\t") + 1]
+        return [len(cells) for cells in csv.reader([text], delimiter="\t", strict=True)] == [
+            text.count("\t") + 1
+        ]
     except csv.Error:
         return False
 
 
 def _may_be_several(cells: Sequence[str], delimiter: str, line_ends: int) -> bool:
     """Return whether a row over several lines has the cells of a whole row on each of them."""
-    return len(cells) > 1 and sum(cell.count(delimiter) for cell in cells) == line_ends * (len(cells) - 1)
+    return len(cells) > 1 and sum(cell.count(delimiter) for cell in cells) == line_ends * (
+        len(cells) - 1
+    )
 
 
 def _is_even(file: File, delimiter: str) -> bool:
     """Return whether all lines have as many cells as the header if quotes are plain characters."""
-    counts = (text.count(delimiter) for text in _texts(file) if text.strip() and not EXCEL_SEP.match(text))
+    counts = (
+        text.count(delimiter) for text in _texts(file) if text.strip() and not EXCEL_SEP.match(text)
+    )
     width = next(counts, 0)
     return all(count == width for count in counts)
 
@@ -157,7 +192,10 @@ def _header(cells: Sequence[str], where: str) -> list[str]:
     if names[:1] == [""] and len(names) > 1:  # an index that pandas wrote beside the columns
         names[0] = PANDAS_INDEX
     if any(not name or len(name) > MAX_COLUMN_NAME for name in names):
-        found, fix = "a first line with an empty cell or a long text", "write the names above the rows"
+        found, fix = (
+            "a first line with an empty cell or a long text",
+            "write the names above the rows",
+        )
         raise DataError(where=where, found=found, expected=NAMED, fix=fix)
     refuse_same_names(names, where)
     return names
@@ -166,4 +204,6 @@ def _header(cells: Sequence[str], where: str) -> list[str]:
 def refuse_same_names(names: Sequence[str], where: str) -> None:
     if len(set(names)) < len(names):
         expected = "a name for each column"
-        raise DataError(where=where, found="two columns of one name", expected=expected, fix="rename one")
+        raise DataError(
+            where=where, found="two columns of one name", expected=expected, fix="rename one"
+        )

@@ -14,7 +14,10 @@ ENCODINGS = (
     "cp1252", "gb18030", "shift_jis", "euc_jp", "euc_kr", "big5", "cp1251", "koi8_r", "cp1250", "cp1253", "cp1254",
     "cp1255", "cp1256", "cp874",
 )  # fmt: skip
-WESTERN = {*map(chr, range(0xC0, 0x100)), *"œŒ€«»’‘“”–—…"}  # what most encodings of one byte would read otherwise
+WESTERN = {
+    *map(chr, range(0xC0, 0x100)),
+    *"œŒ€«»’‘“”–—…",
+}  # what most encodings of one byte would read otherwise
 SHOWN = 30  # characters of a line
 SAMPLE = 100  # lines
 
@@ -36,7 +39,9 @@ def refuse_lookalikes(file: File) -> None:
     if not encoding and b"\0" in start[:4]:  # no text in UTF-8 begins so
         encoding = "UTF-16BE" if start.startswith(b"\0") else "UTF-16LE"
     if encoding:
-        raise DataError(where=where, found=f"{encoding} text", expected=expected, fix=_recoded(file, encoding))
+        raise DataError(
+            where=where, found=f"{encoding} text", expected=expected, fix=_recoded(file, encoding)
+        )
 
 
 def decode(line: bytes, file: File, where: str) -> str:
@@ -44,7 +49,10 @@ def decode(line: bytes, file: File, where: str) -> str:
     try:
         return line.decode()
     except UnicodeDecodeError as error:
-        before, number = line[: error.start].decode().rpartition("\n"), line[: error.start].count(b"\n") + 1
+        before, number = (
+            line[: error.start].decode().rpartition("\n"),
+            line[: error.start].count(b"\n") + 1,
+        )
         found = f"byte 0x{line[error.start]:02x} at {position(number, len(before[-1]) + 1)} is not UTF-8"
     fix: str = "correct this line: other lines are in UTF-8"
     if likely := _likely(line, file):
@@ -76,8 +84,12 @@ def _likely(line: bytes, file: File) -> dict[str, str]:
         names.insert(0, "cp1252")
     found: dict[str, str] = {}
     for encoding in names:
-        word = re.findall(r"\w{0,8}[^\x00-\x7f][^\s\"]*", line.decode(encoding, errors="replace"))[0]
-        found.setdefault("".join(filter(str.isprintable, word[:SHOWN])), encoding.upper().replace("_", "-"))
+        word = re.findall(r"\w{0,8}[^\x00-\x7f][^\s\"]*", line.decode(encoding, errors="replace"))[
+            0
+        ]
+        found.setdefault(
+            "".join(filter(str.isprintable, word[:SHOWN])), encoding.upper().replace("_", "-")
+        )
     return dict(islice(found.items(), 3))
 
 

@@ -17,7 +17,12 @@ from orpo_lite.data.sources.lines import BLOCK, File, Place
 from orpo_lite.errors import DataError
 
 SPREADSHEETS = (".xlsx", ".xls", ".ods")
-BROKEN = (EOFError, zlib.error, lzma.LZMAError, OSError)  # what a compressed file raises that is cut or altered
+BROKEN = (
+    EOFError,
+    zlib.error,
+    lzma.LZMAError,
+    OSError,
+)  # what a compressed file raises that is cut or altered
 
 
 def read_file(file: File, faults: list[DataError]) -> Iterator[Place]:

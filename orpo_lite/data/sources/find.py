@@ -9,7 +9,14 @@ from pathlib import Path
 
 from orpo_lite.data.sources.hub import HubSource, load_set
 from orpo_lite.data.sources.local import LocalSource, find_files, refuse_mistyped, unique_labels
-from orpo_lite.data.sources.source import TEST_SPLIT, TRAIN_SPLIT, Source, is_local, listed, names_line
+from orpo_lite.data.sources.source import (
+    TEST_SPLIT,
+    TRAIN_SPLIT,
+    Source,
+    is_local,
+    listed,
+    names_line,
+)
 from orpo_lite.errors import DataError, Overrides
 
 
@@ -29,11 +36,18 @@ def find_source(name: str, split: str, config: str | None, key: str = TRAIN_SPLI
 def with_unique_labels(sources: Sequence[Source]) -> list[Source]:
     """The same sources, of which no two have places alike: where names repeat, each has its folder or its set in it."""
     paths = {
-        str(file.path): file.label for source in sources if isinstance(source, LocalSource) for file in source.files
+        str(file.path): file.label
+        for source in sources
+        if isinstance(source, LocalSource)
+        for file in source.files
     }
-    splits = {source.whole_name: source.label for source in sources if isinstance(source, HubSource)}
+    splits = {
+        source.whole_name: source.label for source in sources if isinstance(source, HubSource)
+    }
     if len(set(paths.values())) < len(paths):
-        paths = dict(zip(paths, unique_labels([Path(os.path.abspath(path)) for path in paths]), strict=True))
+        paths = dict(
+            zip(paths, unique_labels([Path(os.path.abspath(path)) for path in paths]), strict=True)
+        )
     if len(set(splits.values())) < len(splits):
         splits = {name: name for name in splits}
     return [source.labelled({**paths, **splits}) for source in sources]
@@ -51,7 +65,9 @@ def refuse_twice(sources: Sequence[Source], held_out: Sequence[Source] = ()) -> 
     if not twice:
         return
     fix: str = names_line([*once.values()]) if once else "name other files in one of the two"
-    if isinstance(fix, Overrides) and len(held) == 1:  # files of their own have no splits by which to name it
+    if (
+        isinstance(fix, Overrides) and len(held) == 1
+    ):  # files of their own have no splits by which to name it
         values = {**fix.values, TEST_SPLIT: next(iter(held.values()))}
         fix = Overrides(values, text=f"{fix} {shlex.quote(f'{TEST_SPLIT}={values[TEST_SPLIT]}')}")
     found = f"{listed([*twice.values()])}: {'twice' if held.keys().isdisjoint(twice) else 'held out as well'}"

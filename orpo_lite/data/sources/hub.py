@@ -60,20 +60,38 @@ def load_set(name: str, split: str, config: str | None, key: str = TRAIN_SPLIT) 
         with _offline() if unreachable else nullcontext():
             names = [split] if split != AUTO else _split_names(name, config)
             chosen = choose_split(names)
-            table = datasets.load_dataset(name, config, split=chosen) if chosen is not None else None
+            table = (
+                datasets.load_dataset(name, config, split=chosen) if chosen is not None else None
+            )
     except Exception as error:  # whatever a download can raise is the hub's or the network's
-        expected, said = f"split {split!r}" if split != AUTO else "a data set with pairs", _found(error)
+        expected, said = (
+            f"split {split!r}" if split != AUTO else "a data set with pairs",
+            _found(error),
+        )
         fix = _hub_fix(name, error, key)
-        if unreachable and isinstance(error, ConnectionError):  # all that datasets knows is that it was not to ask
-            expected, said = "a connection, or a copy in the cache", f"{unreachable} and it is not in the cache"
+        if unreachable and isinstance(
+            error, ConnectionError
+        ):  # all that datasets knows is that it was not to ask
+            expected, said = (
+                "a connection, or a copy in the cache",
+                f"{unreachable} and it is not in the cache",
+            )
             if "Timeout" in unreachable:
                 fix = reworded(fix, f"{fix}; HF_HUB_ETAG_TIMEOUT=60 waits longer for a slow one")
         raise HubError(where=where, found=said, expected=expected, fix=fix) from error
     if chosen is None:
-        found, expected = f"several splits: {listed(names)}", "a split train, or one with preferences"
+        found, expected = (
+            f"several splits: {listed(names)}",
+            "a split train, or one with preferences",
+        )
         raise HubError(where=where, found=found, expected=expected, fix=split_fix(key, names))
     said = said_split(chosen, names) if split == AUTO else ""
-    return HubSource(name, joined(f"{unreachable}; read from the cache" if unreachable else "", said), chosen, table)
+    return HubSource(
+        name,
+        joined(f"{unreachable}; read from the cache" if unreachable else "", said),
+        chosen,
+        table,
+    )
 
 
 def _split_names(name: str, config: str | None) -> list[str]:
@@ -97,9 +115,14 @@ def _unreachable(name: str) -> str:
 
     try:
         if not config.HF_HUB_OFFLINE:
-            url = hf_hub_url(name, config.REPOCARD_FILENAME, repo_type="dataset", endpoint=config.HF_ENDPOINT)
+            url = hf_hub_url(
+                name, config.REPOCARD_FILENAME, repo_type="dataset", endpoint=config.HF_ENDPOINT
+            )
             get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-    except (OSError, ValueError):  # an answer, a page that is not the hub's, or a name that cannot be one
+    except (
+        OSError,
+        ValueError,
+    ):  # an answer, a page that is not the hub's, or a name that cannot be one
         return ""
     except HTTPError as error:
         return f"{urlsplit(url).netloc} cannot be reached ({type(error).__name__})"
@@ -126,7 +149,8 @@ def _found(error: Exception) -> str:
 
 # How datasets lists what there is, at the end of a line.
 CONFIGS = re.compile(
-    r"(?:available configs|available configs in the cache|available|in the cache): \[?(.+?)\]?$", re.I | re.M
+    r"(?:available configs|available configs in the cache|available|in the cache): \[?(.+?)\]?$",
+    re.I | re.M,
 )
 SPLITS = re.compile(r"should be one of \[(.+?)\]", re.I)
 
@@ -140,18 +164,24 @@ def _hub_fix(name: str, error: Exception, key: str) -> str:
         return Command(f"{download} --revision refs/convert/parquet", then)
     if "split" in said:
         options = SPLITS.search(str(error))
-        return split_fix(key, _names(options[1])) if options else f"name a split of the set in {key}"
+        return (
+            split_fix(key, _names(options[1])) if options else f"name a split of the set in {key}"
+        )
     if "config" in said:
         options = CONFIGS.search(str(error))
         if options is None:
             return "name a configuration of the set in data.dataset_config"
-        return Overrides({"data.dataset_config": _names(options[1])[0]}, ", or another configuration of the set")
+        return Overrides(
+            {"data.dataset_config": _names(options[1])[0]}, ", or another configuration of the set"
+        )
     near = here = ""
     if "/" not in name:
         near = named(Path(name), near_names(Path(name)))
         other = f" ({near} is)" if near else ""
         here = f"there is no file or folder {name} here either{other}; for a set of the hub, "
-    if any(word in said for word in ("gated", "401", "403", "private", "authenticat", "doesn't exist")):
+    if any(
+        word in said for word in ("gated", "401", "403", "private", "authenticat", "doesn't exist")
+    ):
         page = f"{here}open https://huggingface.co/datasets/{name}, ask for access if it is gated, then `hf auth login`"
         return reworded(near or Command("hf auth login"), page)
     # Without a network datasets does not look for a set where `hf download` alone would put it.

@@ -23,9 +23,16 @@ Place = tuple[str, Mapping[str, Any]]
 
 KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 LISTED = f"{', '.join(KINDS)}, or a text in .gz, .bz2, .xz or .zst"
-OTHER_NAMES = {".ndjson": ".jsonl", ".jl": ".jsonl", ".jsonlines": ".jsonl", ".txt": ".jsonl", ".feather": ".arrow"}
+OTHER_NAMES = {
+    ".ndjson": ".jsonl",
+    ".jl": ".jsonl",
+    ".jsonlines": ".jsonl",
+    ".txt": ".jsonl",
+    ".feather": ".arrow",
+}
 SUFFIX = re.compile(
-    r"(\.(?:jsonl|json|csv|tsv|ndjson|jl|jsonlines|txt))(?:\.(?:gz|bz2|xz|zst))?$|(\.(?:parquet|arrow|feather))$", re.I
+    r"(\.(?:jsonl|json|csv|tsv|ndjson|jl|jsonlines|txt))(?:\.(?:gz|bz2|xz|zst))?$|(\.(?:parquet|arrow|feather))$",
+    re.I,
 )
 
 MAX_ROW_BYTES = 16 << 20  # a longer line is a binary or a file without line ends, not a pair
@@ -69,7 +76,9 @@ class File:
     def compression(self) -> str:
         """The program that compressed the file, or ""."""
         start = self.start
-        return next((program for program, (mark, _) in COMPRESSIONS.items() if start.startswith(mark)), "")
+        return next(
+            (program for program, (mark, _) in COMPRESSIONS.items() if start.startswith(mark)), ""
+        )
 
     def open(self) -> IO[bytes]:
         """Open the file for reading, decompressed."""
@@ -91,7 +100,10 @@ def stem(name: str) -> str:
 
 def converted(file: File, program: str, suffix: str) -> Command:
     """Return the fix that writes what a program makes of a file to a new file."""
-    old, new = shlex.quote(str(file.path)), shlex.quote(str(file.path.with_name(stem(file.path.name) + suffix)))
+    old, new = (
+        shlex.quote(str(file.path)),
+        shlex.quote(str(file.path.with_name(stem(file.path.name) + suffix))),
+    )
     unpack = file.compression
     line = f"{unpack} -dc {old} | {program} > {new}" if unpack else f"{program} {old} > {new}"
     return Command(line, f", then data.dataset_name={new}")
@@ -103,14 +115,26 @@ def lines(file: File, faults: list[DataError]) -> Iterator[tuple[int, bytes]]:
         for number in count(1):
             line = stream.readline(MAX_ROW_BYTES + 1)
             where = f"{file.label}:{number}"
-            if number == 1 and b"\r" in line.rstrip() and not line.endswith(b"\n"):  # as old spreadsheets for the Mac
+            if (
+                number == 1 and b"\r" in line.rstrip() and not line.endswith(b"\n")
+            ):  # as old spreadsheets for the Mac
                 fix = converted(file, r"perl -pe 's/\r/\n/g'", f".lines{file.kind}")
                 raise DataError(
-                    where=where, found=r"line ends of \r alone", expected=r"lines that end with \n", fix=fix
+                    where=where,
+                    found=r"line ends of \r alone",
+                    expected=r"lines that end with \n",
+                    fix=fix,
                 )
             if len(line) > MAX_ROW_BYTES:
-                found, expected = f"a line of over {MAX_ROW_BYTES >> 20} MiB", "one row a line, and text only"
-                faults.append(RowError(where=where, found=found, expected=expected, fix="shorten or remove the row"))
+                found, expected = (
+                    f"a line of over {MAX_ROW_BYTES >> 20} MiB",
+                    "one row a line, and text only",
+                )
+                faults.append(
+                    RowError(
+                        where=where, found=found, expected=expected, fix="shorten or remove the row"
+                    )
+                )
                 while line and not line.endswith(b"\n"):
                     line = stream.readline(BLOCK)
             elif line:

@@ -42,7 +42,9 @@ class LocalSource(Source):
                 yield from read_file(file, faults)
 
     def labelled(self, labels: Mapping[str, str]) -> Source:
-        return replace(self, files=tuple(replace(file, label=labels[str(file.path)]) for file in self.files))
+        return replace(
+            self, files=tuple(replace(file, label=labels[str(file.path)]) for file in self.files)
+        )
 
     def fingerprint(self) -> tuple[str, int]:
         digest, counts = hashlib.sha256(), []
@@ -79,7 +81,11 @@ def find_files(name: str, split: str, key: str) -> LocalSource:
         elif glob.has_magic(name):
             matched = _matched(path)
             base = Path(os.path.commonpath([file.parent for file in matched]))
-            paths, said = _of_split(base, matched, split, key) if split not in (AUTO, "train") else (matched, "")
+            paths, said = (
+                _of_split(base, matched, split, key)
+                if split not in (AUTO, "train")
+                else (matched, "")
+            )
         else:
             raise _missing(path, near_names(path))
     labels = unique_labels(paths)
@@ -101,8 +107,14 @@ def in_unicode(name: str) -> str:
 
 def _rows_files(paths: Iterable[Path]) -> list[Path]:
     """Return the files of rows among the paths, in order. A .txt next to other kinds is taken for a note."""
-    found = sorted(path for path in paths if kind_of(path.name) and path.name not in NOT_DATA and path.is_file())
-    shown = [path for path in found if not path.name.startswith(".") and not path.match("cache-*.arrow")]
+    found = sorted(
+        path
+        for path in paths
+        if kind_of(path.name) and path.name not in NOT_DATA and path.is_file()
+    )
+    shown = [
+        path for path in found if not path.name.startswith(".") and not path.match("cache-*.arrow")
+    ]
     return [path for path in shown if path.suffix.lower() != ".txt"] or shown
 
 
@@ -117,16 +129,27 @@ def _data_files(folder: Path) -> tuple[list[Path], str]:
         found = _saved_files(folder)
     if not found:
         expected, fix = f"files of {LISTED}", "check data.dataset_name"
-        raise DataError(where=str(folder), found="no data files in the folder", expected=expected, fix=fix)
+        raise DataError(
+            where=str(folder), found="no data files in the folder", expected=expected, fix=fix
+        )
     _refuse_copies(folder, found)
-    others = {path.relative_to(folder).parts[0] for path in {*below} - {*found} if path.parent != folder}
+    others = {
+        path.relative_to(folder).parts[0] for path in {*below} - {*found} if path.parent != folder
+    }
     left = sorted(others - {"data"})
-    return found, f"not read: the {'folder' if len(left) == 1 else 'folders'} {listed(left)}" if left else ""
+    return (
+        found,
+        f"not read: the {'folder' if len(left) == 1 else 'folders'} {listed(left)}" if left else "",
+    )
 
 
 def _files_below(folder: Path) -> list[Path]:
     below = (path for depth in range(1, DEPTH + 1) for path in folder.glob("/".join("*" * depth)))
-    return _rows_files(path for path in below if not any(part[0] in "._" for part in path.relative_to(folder).parts))
+    return _rows_files(
+        path
+        for path in below
+        if not any(part[0] in "._" for part in path.relative_to(folder).parts)
+    )
 
 
 def _saved_files(folder: Path) -> list[Path]:
@@ -139,8 +162,13 @@ def _saved_files(folder: Path) -> list[Path]:
     try:
         loaded = datasets.load_from_disk(str(folder), keep_in_memory=False)
     except Exception as error:  # datasets raises whatever it stumbles on
-        found, expected = f"missing or broken: {error}".splitlines()[0], "a whole folder of save_to_disk"
-        raise DataError(where=str(folder), found=found, expected=expected, fix="copy the folder again") from None
+        found, expected = (
+            f"missing or broken: {error}".splitlines()[0],
+            "a whole folder of save_to_disk",
+        )
+        raise DataError(
+            where=str(folder), found=found, expected=expected, fix="copy the folder again"
+        ) from None
     tables = loaded.values() if isinstance(loaded, dict) else [loaded]
     names = [file["filename"] for table in tables for file in table.cache_files]
     return [folder / os.path.relpath(name, folder) for name in names]
@@ -153,7 +181,9 @@ def _refuse_copies(folder: Path, paths: Sequence[Path]) -> None:
         other = stems.setdefault(path.parent / stem(path.name), path)
         if other != path:
             found = f"{other.name} and {path.name}: one name in two kinds of files, as if one was made of the other"
-            fix = one_of([names_line([str(path)]), names_line([str(other)]), "another name for one of them"])
+            fix = one_of(
+                [names_line([str(path)]), names_line([str(other)]), "another name for one of them"]
+            )
             raise DataError(where=str(folder), found=found, expected="each row once", fix=fix)
 
 
@@ -161,7 +191,9 @@ def _matched(pattern: Path) -> list[Path]:
     found = _rows_files(map(Path, glob.glob(str(pattern), recursive=True)))
     if not found:
         expected, fix = f"files of {LISTED}", 'check the pattern, and put "..." around it'
-        raise DataError(where=str(pattern), found="no data file matches", expected=expected, fix=fix)
+        raise DataError(
+            where=str(pattern), found="no data file matches", expected=expected, fix=fix
+        )
     return found
 
 
@@ -173,23 +205,44 @@ def _of_split(folder: Path, paths: list[Path], split: str, key: str) -> tuple[li
     split_by_path = {path: _split_below(folder, path) for path in paths}
     named = {*filter(names_split, split_by_path.values())}
     may_be_train = split == AUTO or (split == "train" and not named)
-    if may_be_train and all(map(is_held_out, named)) and not (folder / "dataset_dict.json").is_file():
-        split_by_path = {path: name if name in named else "train" for path, name in split_by_path.items()}
+    if (
+        may_be_train
+        and all(map(is_held_out, named))
+        and not (folder / "dataset_dict.json").is_file()
+    ):
+        split_by_path = {
+            path: name if name in named else "train" for path, name in split_by_path.items()
+        }
     splits = list(dict.fromkeys(split_by_path.values()))
     chosen = choose_split([*filter(names_split, splits)] or splits) if split == AUTO else split
     if chosen not in splits:
         wanted, example = ("train", "train") if split == AUTO else (repr(split), split)
-        found, expected = f"no file of split {wanted}; splits: {listed(splits)}", f"{example}.jsonl or the like"
-        raise DataError(where=str(folder), found=found, expected=expected, fix=split_fix(key, splits))
+        found, expected = (
+            f"no file of split {wanted}; splits: {listed(splits)}",
+            f"{example}.jsonl or the like",
+        )
+        raise DataError(
+            where=str(folder), found=found, expected=expected, fix=split_fix(key, splits)
+        )
     others = (path for path in paths if split_by_path[path] != chosen)
-    left = [path.relative_to(folder).as_posix() for path in others if not is_held_out(split_by_path[path])]
-    said = joined(said_split(chosen, splits), f"not read: {listed(left)}" if left else "") if split == AUTO else ""
+    left = [
+        path.relative_to(folder).as_posix()
+        for path in others
+        if not is_held_out(split_by_path[path])
+    ]
+    said = (
+        joined(said_split(chosen, splits), f"not read: {listed(left)}" if left else "")
+        if split == AUTO
+        else ""
+    )
     return [path for path in paths if split_by_path[path] == chosen], said
 
 
 def _split_below(folder: Path, path: Path) -> str:
     """Return the split that the name of a file or of a folder above it says; else the nearest name."""
-    folders = [part.rpartition("=")[2] for part in path.relative_to(folder).parts[:-1] if part != "data"]
+    folders = [
+        part.rpartition("=")[2] for part in path.relative_to(folder).parts[:-1] if part != "data"
+    ]
     names = [split_of(path), *reversed(folders)]
     return next(filter(names_split, names), names[:2][-1])
 
@@ -210,13 +263,21 @@ def refuse_mistyped(name: str) -> None:
     elif name.count("/") > 1 or name.endswith("/"):
         raise _missing(path, near_names(path))
     elif path.parent.is_dir():
-        expected = f"a file or folder, for there is a folder {path.parent} here; else a set of the hub"
+        expected = (
+            f"a file or folder, for there is a folder {path.parent} here; else a set of the hub"
+        )
         raise _missing(path, near_names(path), expected)
 
 
 def _missing(path: Path, near: Sequence[str], expected: str = "a file or folder") -> DataError:
-    found = "no such file" if path.parent.is_dir() else f"no such file, and {path.parent} is not a folder"
-    return DataError(where=str(path), found=found, expected=expected, fix=named(path, near) or "check the path")
+    found = (
+        "no such file"
+        if path.parent.is_dir()
+        else f"no such file, and {path.parent} is not a folder"
+    )
+    return DataError(
+        where=str(path), found=found, expected=expected, fix=named(path, near) or "check the path"
+    )
 
 
 def named(path: Path, near: Sequence[str]) -> str:
@@ -230,5 +291,7 @@ def near_names(path: Path) -> list[str]:
         beside = sorted(child.name for child in path.parent.iterdir())
     except (OSError, ValueError):  # no folder, or no name that could be one
         return []
-    close = difflib.get_close_matches(stem(path.name).lower(), {stem(name).lower() for name in beside}, cutoff=0.5)
+    close = difflib.get_close_matches(
+        stem(path.name).lower(), {stem(name).lower() for name in beside}, cutoff=0.5
+    )
     return [name for part in close for name in beside if stem(name).lower() == part][:3]

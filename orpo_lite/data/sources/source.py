@@ -74,7 +74,18 @@ def is_path(name: str) -> bool:
 
 SHARD = re.compile(r"(-\d+-of-\d+(-[0-9a-f]+)?|[-_.]part[-_.]?\d+|[-_.]\d+)$", re.IGNORECASE)
 TRAIN = {"train", "training"}
-HELD_OUT = {"test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation", "heldout", "holdout"}
+HELD_OUT = {
+    "test",
+    "testing",
+    "validation",
+    "valid",
+    "val",
+    "dev",
+    "eval",
+    "evaluation",
+    "heldout",
+    "holdout",
+}
 
 
 def split_of(path: Path) -> str:
@@ -84,7 +95,12 @@ def split_of(path: Path) -> str:
 
 def choose_split(names: Sequence[str]) -> str | None:
     """The preference split, else train, else the only one; None when there are several others."""
-    likely = ["train_prefs", *(name for name in names if re.search("train.*pref", name.lower())), "train", "training"]
+    likely = [
+        "train_prefs",
+        *(name for name in names if re.search("train.*pref", name.lower())),
+        "train",
+        "training",
+    ]
     return next((name for name in likely if name in names), names[0] if len(names) == 1 else None)
 
 
@@ -106,8 +122,12 @@ def names_split(name: str) -> bool:
 def said_split(split: str, names: Sequence[str]) -> str:
     """What to say of a chosen split: which, unless it is plainly train, and what the set has to hold out."""
     rest = split_words(split) - TRAIN
-    held_out = next((name for name in names if is_held_out(name) and split_words(name) - HELD_OUT == rest), "")
-    hint = f"data.dataset_test_split={held_out} would use its own held-out pairs" if held_out else ""
+    held_out = next(
+        (name for name in names if is_held_out(name) and split_words(name) - HELD_OUT == rest), ""
+    )
+    hint = (
+        f"data.dataset_test_split={held_out} would use its own held-out pairs" if held_out else ""
+    )
     return joined("" if split == "train" else f"split {split} (of {listed(names)})", hint)
 
 
@@ -116,14 +136,21 @@ def joined(*sentences: str) -> str:
     return "; ".join(filter(None, sentences))
 
 
-TRAIN_SPLIT, TEST_SPLIT = "data.dataset_train_split", "data.dataset_test_split"  # the settings that name a split
+TRAIN_SPLIT, TEST_SPLIT = (
+    "data.dataset_train_split",
+    "data.dataset_test_split",
+)  # the settings that name a split
 
 
 def split_fix(key: str, names: Sequence[str]) -> str:
     """Return the setting with a split that there is."""
     held_out = [*filter(is_held_out, names)]
     others = [name for name in names if name not in held_out]
-    likely = [*held_out, *others] if key == TEST_SPLIT else [choose_split(names) or "", *others, *held_out]
+    likely = (
+        [*held_out, *others]
+        if key == TEST_SPLIT
+        else [choose_split(names) or "", *others, *held_out]
+    )
     return next((Overrides({key: name}) for name in likely if name), "check data.dataset_name")
 
 
@@ -138,5 +165,8 @@ def readable(name: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise DataError(
-            where=name, found=str(error), expected="a file that can be read", fix="check its owner and permissions"
+            where=name,
+            found=str(error),
+            expected="a file that can be read",
+            fix="check its owner and permissions",
         ) from None

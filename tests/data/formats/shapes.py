@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from orpo_lite.data.formats.column_map import mapped_row
+from orpo_lite.data.formats.column_map import apply_column_map
 from orpo_lite.data.formats.detect import Detected, detect_format
 from orpo_lite.data.pair import COLUMNS, PROMPTS_DIFFER, TIED, TOO_FEW, Pair, Row
 from orpo_lite.errors import DataError
@@ -35,9 +35,14 @@ def said(speaker: str, text: str) -> dict[str, str]:
     return {"from": speaker, "value": text}
 
 
-def detect(rows: list[Any], column_map: Mapping[str, str] = {}, **settings: Any) -> tuple[Detected, list[Row]]:
+def detect(
+    rows: list[Any], column_map: Mapping[str, str] = {}, **settings: Any
+) -> tuple[Detected, list[Row]]:
     """As pairs.py asks: the rows as data.column_map leaves them."""
-    mapped: list[Row] = [mapped_row(row, {ours: [theirs] for ours, theirs in column_map.items()}) for row in rows]
+    mapped: list[Row] = [
+        apply_column_map(row, {ours: [theirs] for ours, theirs in column_map.items()})
+        for row in rows
+    ]
     return detect_format(mapped, mapped=column_map, **settings), mapped
 
 
@@ -65,7 +70,9 @@ def refused(rows: list[Any], *lines: str, **settings: Any) -> str:
 def texts(value: Any) -> list[str]:
     if isinstance(value, str):
         return [value]
-    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    parts = (
+        value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    )
     return [text for part in parts for text in texts(part)]
 
 
@@ -100,7 +107,10 @@ class Shape:
         assert detected.name == self.name
         if not settings:
             assert detected.sentence.startswith(f"detected {self.name} because ")
-            assert all(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", detected.because) for name in self.columns.split())
+            assert all(
+                re.search(rf"(?<!\w){re.escape(name)}(?!\w)", detected.because)
+                for name in self.columns.split()
+            )
         pairs = read(rows, **settings)
         for pair, expected in zip(pairs, self.pairs, strict=True):
             if isinstance(expected, str):
@@ -139,7 +149,10 @@ NAMES = {"user": "human", "assistant": "gpt"}
 ORCA = {"system": "Be  brief.", "question": Q, "chosen": "Blue.", "rejected": "Seven."}
 
 
-ONE: list[tuple[Turns, str, str] | str] = [((user(Q),), "Blue.", "Seven."), ((user(Q2),), "7", "Blue")]
+ONE: list[tuple[Turns, str, str] | str] = [
+    ((user(Q),), "Blue.", "Seven."),
+    ((user(Q2),), "7", "Blue"),
+]
 
 
 BRIEF = (system("Be  brief."), user(Q))

@@ -374,7 +374,7 @@ def test_a_number_of_neither_answer_puts_all_numbers_in_doubt() -> None:
     detected, _ = detect(rows)
     with pytest.raises(DataError, match="fix: write winner as a or b in every row"):
         detected.read(rows[0] | {"winner": 0}, "x:3")
-    with pytest.raises(DataError, match="fix: mend or remove the row"):
+    with pytest.raises(DataError, match="fix: correct or remove the row"):
         detected.read(rows[0] | {"winner": "third"}, "x:3")
 
 
