@@ -30,7 +30,7 @@ from orpo_lite.data.chat_template import (
 from orpo_lite.data.formats.columns import NOTABLE_SHARE
 from orpo_lite.data.formats.values import is_templated
 from orpo_lite.data.pair import Pair
-from orpo_lite.data.pairs import MAY_BE_BAD, Drops, PairReader
+from orpo_lite.data.pairs import ALLOWED_BAD_ROWS, Drops, PairReader
 from orpo_lite.data.render_process import LimitedRenderer, Renderer
 from orpo_lite.data.sources.source import Source
 from orpo_lite.data.tokenize import (
@@ -214,7 +214,7 @@ def _check_unfaithful(drops: Drops, read: int, data: DataSection) -> None:
         if reason in UNFAITHFUL or reason.startswith("the chat template ")
     ]
     count = sum(drops.counts[reason] for reason in reasons)
-    if count <= max(MAY_BE_BAD, data.max_bad_rows * read):
+    if count <= max(ALLOWED_BAD_ROWS, data.max_bad_rows * read):
         return
     said = [
         f"{reason} ({drops.counts[reason]:,}, the first at {', '.join(drops.places[reason])})"
@@ -230,7 +230,7 @@ def _check_unfaithful(drops: Drops, read: int, data: DataSection) -> None:
     raise ModelError(
         where="data.chat_template",
         found=f"{count:,} of {read:,} pairs: {'; '.join(said)}",
-        expected=f"at most {max(MAY_BE_BAD, int(data.max_bad_rows * read)):,} such pairs",
+        expected=f"at most {max(ALLOWED_BAD_ROWS, int(data.max_bad_rows * read)):,} such pairs",
         fix=fix,
     )
 

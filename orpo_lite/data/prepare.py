@@ -48,7 +48,7 @@ def tokenized_splits(
         # That the set has a held-out split is news only to who has none.
         news = [
             said
-            for said in source.said.split("; ")
+            for said in source.note.split("; ")
             if not (test_sources and said.startswith("data.dataset_test"))
         ]
         if any(news):

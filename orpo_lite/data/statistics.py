@@ -54,8 +54,8 @@ def figures(train: TokenizedPairs, test: TokenizedPairs) -> dict[str, Any]:
     cut = np.stack([both["chosen_cut"], both["rejected_cut"]])
     chosen, rejected = (_response(both, side) for side in ("chosen", "rejected"))
     return {
-        "format": _unique(sentence for side in sides for sentence in side["format"]),
-        "columns": _unique(columns for side in sides for columns in side["columns"]),
+        "format": _unique_values(sentence for side in sides for sentence in side["format"]),
+        "columns": _unique_values(columns for side in sides for columns in side["columns"]),
         "chat_template": train.facts["chat_template"],
         "tokenizer": train.facts["tokenizer"],
         "hints": {name: hint for side in sides for name, hint in side["hints"].items()},
@@ -110,7 +110,7 @@ def _sides(train: TokenizedPairs, test: TokenizedPairs) -> list[Mapping[str, Any
     return [train.facts] if test.facts is train.facts else [train.facts, test.facts]
 
 
-def _unique(values: Iterable[Any]) -> list[Any]:
+def _unique_values(values: Iterable[Any]) -> list[Any]:
     """Each value once, in order: training and held-out sets mostly have one format."""
     return list({json.dumps(value): value for value in values}.values())
 

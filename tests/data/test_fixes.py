@@ -472,7 +472,7 @@ WORDS = {
     "formats/unused_columns:_refuse_wrong_types#1": COLUMN,
     "pairs:_pairs#1": FILE,
     "pairs:find#1": "an option of the command, with a real place",
-    "pairs:find#2": "an option of the command, with a real place",
+    "pairs:_no_row#1": "an option of the command, with a real place",
     "sources/arrow_rows:arrow_rows#1": ROW,
     "sources/arrow_rows:arrow_table#1": FILE,
     "sources/csv_rows:_records#1": ROW,
@@ -481,14 +481,14 @@ WORDS = {
     "sources/csv_rows:csv_rows#2": ROW,
     "sources/csv_rows:refuse_same_names#1": COLUMN,
     "sources/files:read_file#1": FILE,
-    "sources/json_rows:_json_fault#1": ROW,
+    "sources/json_rows:_json_error#1": ROW,
     "sources/json_rows:_objects#1": ROW,
-    "sources/json_rows:_unwrapped#1": FILE,
-    "sources/lines:lines#2": ROW,
-    "sources/local:_data_files#1": FILE,
-    "sources/local:_matched#1": FILE,
+    "sources/json_rows:_without_viewer_wrapper#1": FILE,
+    "sources/lines:lines#1": ROW,
+    "sources/local:_find_data_files#1": FILE,
+    "sources/local:_match_pattern#1": FILE,
     "sources/local:_saved_files#1": FILE,
-    "sources/local:_unknown_kind#1": FILE,
+    "sources/local:_unknown_suffix#1": FILE,
 }
 
 Raised = list[tuple[str, OrpoLiteError]]  # with the place
@@ -687,7 +687,7 @@ BY_HAND: dict[str, tuple[str, Callable[[Path, pytest.MonkeyPatch], Words]]] = {
     ),
     "dataset:tokenized#1": ("free some space", full_disk),
     "dataset:tokenized#2": ("try it again", broken_disk),
-    "sources/source:readable#1": ("check its owner and permissions", unreadable_file),
+    "sources/source:report_unreadable#1": ("check its owner and permissions", unreadable_file),
     "tokenize:tokenize_pairs#1": ("add a tokenizer.json", slow_tokenizer),
 }
 """The place, how its fix begins, and what makes the fault and then, when it is asked again, does what the fix says."""

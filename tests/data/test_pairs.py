@@ -18,7 +18,15 @@ from hypothesis import strategies as st
 from orpo_lite.data import pairs as data_pairs
 from orpo_lite.data.formats.column_map import DETECTION_ROWS, refuse_unknown_columns
 from orpo_lite.data.pair import EMPTY_CHOSEN, EMPTY_REJECTED, PROMPTS_DIFFER, SYSTEMS_DIFFER, Pair
-from orpo_lite.data.pairs import BLANK, EMPTY_PROMPT, EQUAL, FAULTY, PLACES, SAID_TWICE, PairReader
+from orpo_lite.data.pairs import (
+    BLANK,
+    EMPTY_PROMPT,
+    EQUAL,
+    FAULTY,
+    MAX_PLACES,
+    REPEATED_TURN,
+    PairReader,
+)
 from orpo_lite.data.sources import local as sources_local
 from orpo_lite.data.sources.hub import HubSource
 from orpo_lite.data.sources.source import Source
@@ -415,7 +423,7 @@ def test_prompts_that_ask_nothing_and_turns_that_stand_twice_are_left_out(tmp_pa
     silent = {"chosen": [system, user(""), bot("a")], "rejected": [system, user(""), bot("b")]}
     pairs, reader = read(write_jsonl(tmp_path / "pairs.jsonl", [LISTS, blank, twice, silent]))
     assert len(pairs) == 1
-    assert reader.drops.counts == {EMPTY_PROMPT: 2, SAID_TWICE: 1}
+    assert reader.drops.counts == {EMPTY_PROMPT: 2, REPEATED_TURN: 1}
     later = {side: [user("q"), bot("a"), user(" "), bot(side)] for side in ("chosen", "rejected")}
     within = {
         side: [system | {"content": ""}, user("q"), bot(" "), user("q"), bot(side)]
@@ -500,11 +508,11 @@ def test_what_was_read_and_what_was_not_is_said(tmp_path: Path) -> None:
 
 
 def test_the_first_places_of_a_reason_are_kept(tmp_path: Path) -> None:
-    rows = [EXPLICIT | {"chosen": "" if i % 2 else "a"} for i in range(2 * PLACES + 5)]
+    rows = [EXPLICIT | {"chosen": "" if i % 2 else "a"} for i in range(2 * MAX_PLACES + 5)]
     _, reader = read(write_jsonl(tmp_path / "pairs.jsonl", rows))
-    assert reader.drops.counts[EMPTY_CHOSEN] == PLACES + 2
+    assert reader.drops.counts[EMPTY_CHOSEN] == MAX_PLACES + 2
     assert reader.drops.places == {
-        EMPTY_CHOSEN: [f"pairs.jsonl:{2 * i + 2}" for i in range(PLACES)]
+        EMPTY_CHOSEN: [f"pairs.jsonl:{2 * i + 2}" for i in range(MAX_PLACES)]
     }
 
 
@@ -632,7 +640,7 @@ def test_a_map_of_another_set_does_not_take_half_a_pair(tmp_path: Path) -> None:
     one = write_jsonl(tmp_path / "a.jsonl", [{"topic": "What?", "good": "a", "bad": "b"}])
     other = write_jsonl(tmp_path / "b.jsonl", [EXPLICIT | {"bad": "left over"}])
     with pytest.raises(
-        DataError, match=r"data\.column_map of .*b\.jsonl: it takes bad for rejected"
+        DataError, match=r"data\.column_map of .*b\.jsonl: it uses bad for rejected"
     ) as raised:
         read(f"{one},{other}", column_map={"prompt": "topic", "chosen": "good", "rejected": "bad"})
     assert "no column here for chosen and prompt" in message(raised)
@@ -684,7 +692,7 @@ def test_a_map_does_not_take_the_place_of_a_pair_that_one_set_alone_has(tmp_path
     write_jsonl(other, [row | {"chosen": "Red.", "rejected": "Eight."} for row in named])
     column_map = {"chosen": "good", "rejected": "bad"}
     with pytest.raises(
-        DataError, match=r"b\.jsonl: it takes good and bad for chosen and rejected, which"
+        DataError, match=r"b\.jsonl: it uses good and bad for chosen and rejected, which"
     ) as raised:
         read(f"{one},{other}", column_map=column_map)
     (line,) = re.findall(r"data\.column_map=[^\s;]+", raised.value.fix)
@@ -877,7 +885,7 @@ class Given(Source):
     def rows(self, _faults: list[DataError]) -> Any:
         return ((f"{self.name}[{i}]", row) for i, row in enumerate(vars(self)["given"]))
 
-    def labelled(self, _labels: Mapping[str, str]) -> Source:
+    def with_labels(self, _labels: Mapping[str, str]) -> Source:
         return self
 
     def fingerprint(self) -> tuple[str, int]:
@@ -1068,7 +1076,7 @@ def test_a_split_of_a_single_file_is_refused(tmp_path: Path) -> None:
         )
     with pytest.raises(DataError, match=r"data.dataset_train_split: 'foo'") as raised:
         training_sources(section(dataset_name=str(path), dataset_train_split="foo"))
-    assert "files of their own have no splits" in message(raised)
+    assert "single files have no splits" in message(raised)
 
 
 def test_a_single_file_has_no_splits(tmp_path: Path) -> None:
@@ -1087,7 +1095,7 @@ def test_a_single_file_has_no_splits(tmp_path: Path) -> None:
 def test_what_a_pattern_takes_is_not_held_out_as_well(tmp_path: Path, split: str) -> None:
     for name in ("train", "more", "test"):
         write_jsonl(tmp_path / f"{name}.jsonl", some_rows(3))
-    with pytest.raises(DataError, match=r"test\.jsonl: held out as well") as raised:
+    with pytest.raises(DataError, match=r"test\.jsonl: also held out") as raised:
         training_sources(
             section(dataset_name=f"{tmp_path}/*.jsonl", dataset_test_split=split.format(tmp_path))
         )

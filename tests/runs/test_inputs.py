@@ -23,7 +23,7 @@ from orpo_lite.data import dataset as data_dataset
 from orpo_lite.data.cache import TokenizedPairs
 from orpo_lite.data.chat_template import SPECIAL, set_chat_template
 from orpo_lite.data.pair import EMPTY_CHOSEN, Pair, TokenizedPair
-from orpo_lite.data.pairs import EQUAL, PLACES, PairReader
+from orpo_lite.data.pairs import EQUAL, MAX_PLACES, PairReader
 from orpo_lite.data.prepare import find_sources, tokenized_splits
 from orpo_lite.data.render_process import LimitedRenderer, Renderer
 from orpo_lite.data.split import prompt_key
@@ -364,8 +364,8 @@ def test_the_figures_are_those_of_the_rows(small_recipe: Build, held: str) -> No
     assert sum(found["rows_of_sets"]) == 103
     assert len(found["rows_of_sets"]) == len(recipe.data.names)
     assert list(left_out) == [LONG_PROMPT]
-    assert found["dropped"][LONG_PROMPT]["pairs"] == len(left_out[LONG_PROMPT]) > 2 * PLACES
-    of_each = [[where for where in left_out[LONG_PROMPT] if where.startswith(name)][:PLACES] for name in ("p", "h")]
+    assert found["dropped"][LONG_PROMPT]["pairs"] == len(left_out[LONG_PROMPT]) > 2 * MAX_PLACES
+    of_each = [[where for where in left_out[LONG_PROMPT] if where.startswith(name)][:MAX_PLACES] for name in ("p", "h")]
     assert found["dropped"][LONG_PROMPT]["first"] == [where for wheres in of_each for where in wheres]
     empty = ["pairs.jsonl:102", *(["held.jsonl:18"] if own else [])]
     assert found["dropped"][EMPTY_CHOSEN] == {"pairs": len(empty), "first": empty}

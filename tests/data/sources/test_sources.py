@@ -30,15 +30,15 @@ from orpo_lite.data.pair import RowError
 from orpo_lite.data.sources import json_rows as sources_json_rows
 from orpo_lite.data.sources import lines as sources_lines
 from orpo_lite.data.sources.find import find_source
-from orpo_lite.data.sources.hub import load_set
-from orpo_lite.data.sources.lines import Place
+from orpo_lite.data.sources.hub import load_hub_dataset
+from orpo_lite.data.sources.lines import PlacedRow
 from orpo_lite.data.sources.source import (
     TEST_SPLIT,
     Source,
     choose_split,
     is_local,
     is_path,
-    names_line,
+    dataset_name_setting,
     split_of,
 )
 from orpo_lite.errors import Command, DataError, HubError, OrpoLiteError, raise_all
@@ -81,7 +81,7 @@ def source(path: Path | str, split: str = "auto") -> Source:
     return find_source(str(path), split, None)
 
 
-def places(path: Path | str, split: str = "auto") -> list[Place]:
+def places(path: Path | str, split: str = "auto") -> list[PlacedRow]:
     """Every row; the faults, if any, are raised."""
     faults: list[DataError] = []
     found = list(source(path, split).rows(faults))
@@ -436,7 +436,7 @@ def test_a_table_of_one_column_holds_texts_over_lines(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("header", ['""', ",,", '"",""', '""\t""'])
 def test_a_header_without_names_is_not_passed_over(tmp_path: Path, header: str) -> None:
-    assert "should name the columns" in fault(
+    assert "column names in the first line" in fault(
         places, write(tmp_path / "a.csv", f"{header}\nq,a\n1,2\n")
     )
 
@@ -507,7 +507,7 @@ def test_a_cell_without_a_name_is_a_fault(tmp_path: Path) -> None:
             b'{"prompt": "a\rb", "chosen": "a"}',
             ":2: broken JSON at column 14: Invalid control character",
         ),
-        (b'{"prompt": "q"},', ":2: broken JSON at column 16: a comma behind the object"),
+        (b'{"prompt": "q"},', ":2: broken JSON at column 16: a comma after the object"),
         (b'{"prompt": "q", "prompt": "p"}', ":2: the key 'prompt' appears twice"),
         (b'{"a": {"%b": 1, "%b": 2}}' % (b"k" * 200, b"k" * 200), ":2: a key appears twice"),
         (b'"prompt"', ":2: not a JSON object"),
@@ -790,7 +790,7 @@ def test_a_cell_that_never_ends_is_placed_where_its_row_starts(tmp_path: Path) -
         (
             "pairs.parquet.gz",
             "hello",
-            "an unknown kind of file|.arrow, or a text in .gz, .bz2, .xz or .zst",
+            "an unknown type of file|.arrow, or a text file in .gz, .bz2, .xz or .zst",
         ),
         ("pairs.arrow", "hello", "pairs.arrow: broken arrow"),
         ("pairs.arrow", to_arrow([ROW], pyarrow.ipc.new_stream)[:-20], "pairs.arrow: broken arrow"),
@@ -837,17 +837,21 @@ def test_a_cell_that_never_ends_is_placed_where_its_row_starts(tmp_path: Path) -
         ("pairs.parquet", "hello", "pairs.parquet: broken parquet"),
         ("pairs.parquet", to_parquet([ROW])[:-20], "pairs.parquet: broken parquet"),
         ("pairs.csv", "prompt,chosen,rejected\nq,a\n", "pairs.csv:2: 2 cells"),
-        ("pairs.csv", "prompt;chosen;rejected\nq;a\n", "pairs.csv:2: 2 cells|around semicolons"),
+        (
+            "pairs.csv",
+            "prompt;chosen;rejected\nq;a\n",
+            "pairs.csv:2: 2 cells|around a cell with semicolons",
+        ),
         ("pairs.csv", 'prompt,chosen,rejected\nq,"a,b\n', "pairs.csv:2: broken csv"),
         ("pairs.csv", 'prompt,chosen\nq,"a"b\n', "pairs.csv:2: broken csv"),
         ("pairs.csv", "prompt,chosen,chosen\nq,a,b\n", "pairs.csv:1: two columns of one name"),
-        ("pairs.csv", "prompt,,chosen\nq,,a\n", "the first line should name the columns"),
+        ("pairs.csv", "prompt,,chosen\nq,,a\n", "column names in the first line"),
         (
             "pairs.csv",
             f"q,{'a' * 101}\n1,2\n",
-            "pairs.csv:1: |the first line should name the columns",
+            "pairs.csv:1: |column names in the first line",
         ),
-        ("pairs.tsv", "q\t\na\tb\n", "the first line should name the columns"),
+        ("pairs.tsv", "q\t\na\tb\n", "column names in the first line"),
     ],
 )
 def test_a_faulty_file_is_named(
@@ -928,7 +932,7 @@ def test_compressed_files(tmp_path: Path, suffix: str) -> None:
     ):
         path.write_bytes(broken)
         assert "broken" in fault(places, path)
-        assert "differ" not in source(path).said
+        assert "differ" not in source(path).note
     path.write_bytes(LINE)
     assert rows_of(path) == [ROW]
 
@@ -1091,7 +1095,7 @@ HELD_OUT = "data.dataset_test_split=%s would use its own held-out pairs"
 def test_what_a_folder_holds(tmp_path: Path, names: str, read: str, said: str) -> None:
     where = folder(tmp_path, *names.split())
     assert " ".join(wheres(where)) == read
-    assert source(where).said == said
+    assert source(where).note == said
     assert source(where).name == str(where)
 
 
@@ -1105,7 +1109,7 @@ def test_an_explicit_split_is_taken_as_it_is(tmp_path: Path) -> None:
         ("helpful", "helpful-00000-of-00001"),
     ]:
         assert wheres(where, split) == [f"{name}.jsonl:1"]
-        assert source(where, split).said == ""
+        assert source(where, split).note == ""
     text = fault(source, where, "dev")
     assert "no file of split 'dev'; splits: helpful, test, train, train_prefs" in text
     assert text.endswith("fix: data.dataset_train_split=train_prefs")
@@ -1133,7 +1137,7 @@ def test_what_is_held_out_is_never_chosen_to_train_on(
 ) -> None:
     found = source(folder(tmp_path, *names.split()))
     assert [str(file.path.relative_to(tmp_path)) for file in found.files] == [read]  # type: ignore[attr-defined]
-    assert found.said == said
+    assert found.note == said
 
 
 def test_a_folder_where_nothing_can_be_chosen(tmp_path: Path) -> None:
@@ -1145,14 +1149,14 @@ def test_a_folder_where_nothing_can_be_chosen(tmp_path: Path) -> None:
         source, folder(tmp_path / "b", "x.jsonl", "y.jsonl"), "test"
     )
     many = folder(tmp_path / "c", *(f"shard_{i}.jsonl" for i in range(40)))
-    assert source(many).said.startswith("40 files: shard_0.jsonl, ")
-    assert source(many).said.endswith(" and 30 more")
+    assert source(many).note.startswith("40 files: shard_0.jsonl, ")
+    assert source(many).note.endswith(" and 30 more")
 
 
 def test_one_name_in_two_kinds_is_not_read_twice(tmp_path: Path) -> None:
     both = folder(tmp_path / "set", "train.csv", "train.jsonl", "test.jsonl")
     text = fault(source, both)
-    assert "train.csv and train.jsonl: one name in two kinds of files" in text
+    assert "train.csv and train.jsonl: one may be a conversion of the other" in text
     assert wheres(both / "train.jsonl") == ["train.jsonl:1"]
     assert (
         f"fix: data.dataset_name={both / 'train.jsonl'} or data.dataset_name={both / 'train.csv'}"
@@ -1178,7 +1182,7 @@ def test_folders_of_save_to_disk(tmp_path: Path) -> None:
     datasets.DatasetDict(sets).save_to_disk(str(tmp_path / "two"))
     assert rows_of(tmp_path / "two") == rows_of(tmp_path / "two", "train") == rows
     assert rows_of(tmp_path / "two", "test") == held
-    assert source(tmp_path / "two").said == HELD_OUT % "test"
+    assert source(tmp_path / "two").note == HELD_OUT % "test"
     assert source(tmp_path / "two").columns() == frozenset(ROW)
     before = source(tmp_path / "two").fingerprint()[0]
     saved([*rows[:-1], ROW], tmp_path / "other")
@@ -1230,7 +1234,7 @@ def test_folders_of_save_to_disk(tmp_path: Path) -> None:
 def test_sub_folders(tmp_path: Path, names: str, read: str, said: str | None) -> None:
     where = folder(tmp_path, *names.split())
     assert " ".join(wheres(where)) == read
-    assert said is None or source(where).said == said
+    assert said is None or source(where).note == said
 
 
 def test_a_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1245,7 +1249,7 @@ def test_a_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert wheres(tmp_path / "pairs" / "*.jsonl") == ["b.jsonl:1"]
     assert wheres(tmp_path / "pairs" / "*") == ["a.csv:2", "b.jsonl:1"]
     assert wheres(tmp_path / "**" / "*.jsonl") == ["b.jsonl:1", "more/c.jsonl:1"]
-    assert source(tmp_path / "**" / "*.jsonl").said == "2 files: b.jsonl, more/c.jsonl"
+    assert source(tmp_path / "**" / "*.jsonl").note == "2 files: b.jsonl, more/c.jsonl"
     monkeypatch.chdir(tmp_path)
     assert wheres("pairs/*.[jc]s*", "train") == ["a.csv:2", "b.jsonl:1"]
     assert "no data file matches" in fault(source, "pairs/*.tsv")
@@ -1265,7 +1269,7 @@ def test_a_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_line_that_names_files_can_be_pasted(names: list[str]) -> None:
-    assert load_recipe("demo", shlex.split(names_line(names))).data.names == names
+    assert load_recipe("demo", shlex.split(dataset_name_setting(names))).data.names == names
 
 
 def test_two_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
@@ -1318,7 +1322,7 @@ def test_a_name_meant_for_a_file_here_is_not_looked_for_on_the_hub(
     assert "fix: data.dataset_name=Other" in fault(source, "other")
     assert "fix: data.dataset_name=data/pairs.jsonl" in fault(source, "data/pears")
     text = fault(source, "data/nothing-like-it", "train")
-    assert "there is a folder data here; else a set of the hub" in text
+    assert "in the local folder data, or a dataset of the hub" in text
     assert "check the path" in text
     assert "a/b is not a folder" in fault(source, "a/b/c")
     assert fault(source, "mydat/").startswith("mydat: no such file\n  expected: a file or folder\n")
@@ -1333,7 +1337,7 @@ def test_a_bare_name_that_is_not_on_the_hub_may_have_been_a_file(
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     monkeypatch.setattr(datasets, "get_dataset_split_names", refuse)
     monkeypatch.chdir(folder(tmp_path, "mydata.csv"))
-    for name, near in (("mydat", " (data.dataset_name=mydata.csv is)"), ("zzz", "")):
+    for name, near in (("mydat", " (similar: data.dataset_name=mydata.csv)"), ("zzz", "")):
         for error, fix in (
             (ConnectionError("offline"), "network"),
             (ValueError(f"'{name}' doesn't exist"), "open"),
@@ -1341,8 +1345,7 @@ def test_a_bare_name_that_is_not_on_the_hub_may_have_been_a_file(
             errors = [error, error]
             text = fault(source, name, kind=HubError)
             assert (
-                f"there is no file or folder {name} here either{near}; for a set of the hub, "
-                in text
+                f"there is no local file or folder {name}{near}; for a dataset of the hub, " in text
             )
             assert fix in text
     errors = [ConnectionError("offline")] * 2
@@ -1471,7 +1474,7 @@ def test_a_hub_set_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     found = find_source("someone/pairs", "train", "en")
     assert hub.asked == [(("someone/pairs", "en"), {"split": "train"})]
-    assert (found.name, found.said) == ("someone/pairs", "")
+    assert (found.name, found.note) == ("someone/pairs", "")
     assert list(found.rows([])) == [(f"train[{i}]", row) for i, row in enumerate(some_rows(3))]
     assert [where for where, _ in find_source("someone/pairs", "test", None).rows([])] == [
         "test[0]"
@@ -1486,22 +1489,22 @@ def test_a_hub_sets_split_is_chosen(monkeypatch: pytest.MonkeyPatch, offline: bo
         *([(("h4/ultra", None), {})] if offline else []),
         (("h4/ultra", None), {"split": "train_prefs"}),
     ]
-    assert found.said.startswith(
+    assert found.note.startswith(
         "split train_prefs (of train_prefs, train_sft, test_prefs, test_sft); "
     )
-    assert "data.dataset_test_split=test_prefs" in found.said
+    assert "data.dataset_test_split=test_prefs" in found.note
     assert [where for where, _ in found.rows([])] == [
         "train_prefs[0]",
         "train_prefs[1]",
         "train_prefs[2]",
     ]
     Hub(monkeypatch, {"train": 1})
-    assert find_source("a/b", "auto", None).said == ""
+    assert find_source("a/b", "auto", None).note == ""
     Hub(monkeypatch, {"train": 1, "test": 1})
-    assert find_source("a/b", "auto", None).said == HELD_OUT % "test"
-    assert find_source("a/b", "train", None).said == ""
+    assert find_source("a/b", "auto", None).note == HELD_OUT % "test"
+    assert find_source("a/b", "train", None).note == ""
     Hub(monkeypatch, {"default": 1})
-    assert find_source("a/b", "auto", None).said == "split default (of default)"
+    assert find_source("a/b", "auto", None).note == "split default (of default)"
     Hub(monkeypatch, {"train_sft": 1, "test_sft": 1})
     text = fault(find_source, "a/b", "auto", None, kind=HubError)
     assert "several splits: train_sft, test_sft" in text
@@ -1521,7 +1524,7 @@ CONFIGS = "Config name is missing.\nPlease pick one among the available configs:
         ),
         (
             ValueError("Config name is missing."),
-            "name a configuration of the set in data.dataset_config",
+            "name a configuration of the dataset in data.dataset_config",
         ),
         (ValueError(CONFIGS), "['en', 'de']|fix: data.dataset_config=en,"),
         (
@@ -1597,33 +1600,35 @@ def test_the_hubs_own_reader_on_a_real_folder(
         write(where / f"{split}.jsonl", to_jsonl(some_rows(count)))
     names = "".join(f"  - split: {split}\n    path: {split}.jsonl\n" for split in ULTRAFEEDBACK)
     write(where / "README.md", f"---\nconfigs:\n- config_name: en\n  data_files:\n{names}---\n")
-    found = load_set(str(where), "auto", None)
-    assert found.said.startswith(
+    found = load_hub_dataset(str(where), "auto", None)
+    assert found.note.startswith(
         "split train_prefs (of train_prefs, train_sft, test_prefs, test_sft); "
     )
     assert [row for _, row in found.rows([])] == some_rows(3)
     assert found.table.cache_files
     sha, count = found.fingerprint()
-    assert (sha, count) == (load_set(str(where), "train_prefs", "en").fingerprint()[0], 3)
-    assert sha != load_set(str(where), "test_prefs", None).fingerprint()[0]
+    assert (sha, count) == (load_hub_dataset(str(where), "train_prefs", "en").fingerprint()[0], 3)
+    assert sha != load_hub_dataset(str(where), "test_prefs", None).fingerprint()[0]
     # A set of the hub that is in the cache, when the hub cannot be reached.
     shutil.copytree(tmp_path / "cache" / "set" / "en", tmp_path / "cache" / "org___set" / "en")
     cached = find_source("org/set", "auto", None)
-    assert (cached.said, cached.fingerprint()[1]) == (found.said, 3)
+    assert (cached.note, cached.fingerprint()[1]) == (found.note, 3)
     assert list(cached.rows([])) == list(found.rows([]))
     assert "configs in the cache: ['en']" in fault(
         find_source, "org/set", "auto", "fr", kind=HubError
     )
-    text = fault(load_set, str(where), "dev", None, TEST_SPLIT, kind=HubError)
+    text = fault(load_hub_dataset, str(where), "dev", None, TEST_SPLIT, kind=HubError)
     assert "train_prefs" in text
     assert "data.dataset_test_split=test_prefs" in text
-    assert "data.dataset_config=en," in fault(load_set, str(where), "auto", "fr", kind=HubError)
+    assert "data.dataset_config=en," in fault(
+        load_hub_dataset, str(where), "auto", "fr", kind=HubError
+    )
     more = f"- config_name: de\n  data_files:\n{names}"
     write(
         where / "README.md", f"---\nconfigs:\n- config_name: en\n  data_files:\n{names}{more}---\n"
     )
     for split in ("auto", "train_prefs"):
-        text = fault(load_set, str(where), split, None, kind=HubError)
+        text = fault(load_hub_dataset, str(where), split, None, kind=HubError)
         assert "['en', 'de']" in text
         assert "data.dataset_config=en," in text
 
