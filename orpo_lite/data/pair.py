@@ -90,7 +90,7 @@ class TokenizedPair:
     """The number of tokens beyond data.max_length."""
     rejected_cut: int = 0
     remarks: tuple[str, ...] = ()
-    """What the chat template changed, as names of figures (``statistics.COUNTED``)."""
+    """What the chat template changed, as names of figures (``statistics.WARNINGS``)."""
 
 
 def common_prefix(one: NDArray[numpy.int32], other: NDArray[numpy.int32]) -> int:

@@ -485,7 +485,7 @@ def _reason_to_drop(pair: Pair) -> str | None:
 
 
 def _remarks(pair: Pair) -> list[str]:
-    """Return the names of the figures of ``statistics.COUNTED`` in which a pair counts."""
+    """Return the names of the figures of ``statistics.WARNINGS`` in which a pair counts."""
     turns, replies = [turn["content"] for turn in pair.messages], (pair.chosen, pair.rejected)
     systems = [pair.messages[0]["content"]] if pair.messages[0]["role"] == "system" else []
     others = [turn["content"] for turn in pair.messages if turn["role"] != "system"]

@@ -354,7 +354,7 @@ def keys(count: int) -> list[str]:
 def test_entries_that_are_not_used_make_room(
     token_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache, "KEPT", 3)
+    monkeypatch.setattr(cache, "MAX_ENTRIES", 3)
     pairs = some_pairs(8)
     first, second, third, fourth, fifth = keys(5)
     held = {}
@@ -371,14 +371,14 @@ def test_entries_that_are_not_used_make_room(
     for key in (second, third):  # who reads one goes on reading
         check_equal(held[key], pairs)
         assert cache.load(key) is None
-    assert cache.KEPT == 3
+    assert cache.MAX_ENTRIES == 3
 
 
 def test_nothing_but_entries_is_ever_removed(
     token_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The variable may name a folder that holds other things."""
-    monkeypatch.setattr(cache, "KEPT", 1)
+    monkeypatch.setattr(cache, "MAX_ENTRIES", 1)
     others = [".ssh", "photos", "0" * 31, "0" * 33, ".config-2", "G" * 32]
     for name in others:
         (token_cache / name).mkdir()
@@ -483,7 +483,7 @@ def test_the_sum_of_a_tokenizer(tmp_path: Path) -> None:
 
 def test_the_newest_entry_stays_whatever_the_clock_says(token_cache: Path) -> None:
     """Where the clock has gone back since, all others look newer."""
-    for key in keys(cache.KEPT):
+    for key in keys(cache.MAX_ENTRIES):
         write(some_pairs(1), key)
         os.utime(token_cache / key, (time.time() + 60, time.time() + 60))
     check_equal(write(some_pairs(2)), some_pairs(2))

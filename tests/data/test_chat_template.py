@@ -56,7 +56,7 @@ def test_the_templates_and_what_is_said_of_them(
     bpe: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     def said(**fields: Any) -> str:
-        return set_chat_template(bpe, section(**fields)).said
+        return set_chat_template(bpe, section(**fields)).description
 
     assert "the tokenizer has none" in said()
     assert "the tokenizer has none" in said()  # also when ours was installed before
@@ -107,20 +107,20 @@ def test_a_tokenizer_with_several_templates(bpe: PreTrainedTokenizerFast, tmp_pa
     for tokenizer in (bpe, AutoTokenizer.from_pretrained(tmp_path)):
         template = set_chat_template(tokenizer, section())
         assert template.text == CHATML == tokenizer.chat_template
-        assert "the tokenizer's own" in template.said
+        assert "the tokenizer's own" in template.description
     bpe.chat_template = {"rag": CHATML, "tool_use": "{{ 1 }}"}
     with pytest.raises(ModelError, match="tokenizer: ") as raised:
         set_chat_template(bpe, section())
-    assert "whose file data.chat_template names" in message(raised)
+    assert "set data.chat_template to a file with a template of your own" in message(raised)
     assert set_chat_template(bpe, section(chat_template=CHATML)).text == CHATML
 
 
 def test_a_template_that_writes_the_date_is_remarked_on(bpe: PreTrainedTokenizerFast) -> None:
     dated = "{{ date_string or strftime_now('%Y') }}" + CHATML
-    assert "today's date" in set_chat_template(bpe, section(chat_template=dated)).said
+    assert "today's date" in set_chat_template(bpe, section(chat_template=dated)).description
     fixed = section(chat_template=dated, chat_template_kwargs={"date_string": "1999"})
     template = set_chat_template(bpe, fixed)
-    assert "today's date" not in template.said
+    assert "today's date" not in template.description
     assert texts_of(colour(), template).prompt.startswith("1999<|im_start|>")
 
 

@@ -681,12 +681,12 @@ def permissions_obeyed() -> Iterator[None]:
 
 BY_HAND: dict[str, tuple[str, Callable[[Path, pytest.MonkeyPatch], Words]]] = {
     "chat_template:eos_id#1": ("set eos_token in tokenizer_config.json", no_eos),
-    "chat_template:set_chat_template#1": (
-        "a template of your own, whose file",
+    "chat_template:_own_template#1": (
+        "set data.chat_template to a file",
         no_default_template,
     ),
     "dataset:tokenized#1": ("free some space", full_disk),
-    "dataset:tokenized#2": ("try it again", broken_disk),
+    "dataset:tokenized#2": ("try again", broken_disk),
     "sources/source:report_unreadable#1": ("check its owner and permissions", unreadable_file),
     "tokenize:tokenize_pairs#1": ("add a tokenizer.json", slow_tokenizer),
 }

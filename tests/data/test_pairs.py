@@ -643,7 +643,7 @@ def test_a_map_of_another_set_does_not_take_half_a_pair(tmp_path: Path) -> None:
         DataError, match=r"data\.column_map of .*b\.jsonl: it uses bad for rejected"
     ) as raised:
         read(f"{one},{other}", column_map={"prompt": "topic", "chosen": "good", "rejected": "bad"})
-    assert "no column here for chosen and prompt" in message(raised)
+    assert "it has no column for chosen and prompt" in message(raised)
     line = raised.value.fix.split()[-1]
     pairs, _ = read(f"{one},{other}", column_map=load_recipe("demo", [line]).data.column_map)
     assert [(pair.chosen, pair.rejected) for pair in pairs] == [("a", "b"), ("Blue.", "Seven.")]

@@ -305,7 +305,7 @@ def test_a_cache_that_cannot_be_written_to_is_said_and_nothing_is_left(
     }
     command = [sys.executable, "-m", "orpo_lite", "data", "--recipe", "./coffee.yaml", MAP]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    assert "/proc/tokens cannot be written to: the tokens are in" in done.stdout
+    assert "cannot write to /proc/tokens: the tokens are in" in done.stdout
     assert "5 rows: 2 to train on" in done.stdout
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
@@ -399,7 +399,7 @@ def test_templates_that_begin_late_are_counted(coffee: Path, look: Look) -> None
         csv.writer(file).writerows([("question", "good_answer", "bad_answer"), *rows, *templated])
     code, shown, _ = look()
     assert code == 0
-    assert "pairs that hold markers of a chat template, as if one was applied already: 3\n" in shown
+    assert "pairs with markers of a chat template, as if one was already applied: 3\n" in shown
     assert json.loads(look("--json")[1])["templated_pairs"] == 3
     assert json.loads(look("--json", "data.chat_template=none")[1])["templated_pairs"] == 0
     with (coffee / "coffee.csv").open("a", newline="", encoding="utf-8") as file:
@@ -442,7 +442,10 @@ def test_a_template_that_changes_more_pairs_than_allowed_is_refused(
     code, shown, said = look(f"data.chat_template={short}")
     assert (code, said) == (0, "")  # two of them
     reason = "a turn before the reply is changed by the chat template"
-    assert f"2  {reason} (coffee.csv:11, coffee.csv:21)\n           a template of your own" in shown
+    assert (
+        f"2  {reason} (coffee.csv:11, coffee.csv:21)\n           set data.chat_template to a file"
+        in shown
+    )
     short = short.replace("'9'", "'1'")  # 11 of 20
     code, _, said = look(f"data.chat_template={short}")
     assert code == 4
@@ -463,14 +466,14 @@ def test_what_to_do_about_a_special_token_is_said(coffee: Path, look: Look) -> N
         "pairs": 5,
         "first": ["coffee.csv:3", "coffee.csv:5", "coffee.csv:7"],
     }
-    assert "take <s> out of the texts" in shown
+    assert "remove <s> from the texts" in shown
     plain = look("data.chat_template=none")[1]
     assert f"5  {reason}" not in plain  # a plain reply may end with one
     write_rows(coffee, [(f"Which {i}?", f"b <s> {i}", f"c {i}") for i in range(10)])
     for options in ((), ("data.chat_template=none",)):
         code, _, said = look(*options)
         assert code == 3
-        assert "fix: take <s> out of the texts" in said
+        assert "fix: remove <s> from the texts" in said
         assert (
             "data.chat_template" not in said.partition("fix: ")[2]
         )  # the texts hold the token in either case

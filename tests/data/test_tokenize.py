@@ -538,7 +538,7 @@ def test_tokenizers_that_cannot_be_used(bpe: PreTrainedTokenizerFast) -> None:
     plain = section(chat_template="none")
     bare = Pair((user("q"),), "a", "b", "x:2")
     with pytest.raises(
-        DataError, match=r"x:2: a conversation, and data\.chat_template: none"
+        DataError, match=r"x:2: a conversation, but data\.chat_template: none"
     ) as raised:
         tokenize([colour(), bare], bpe, plain)
     message(raised)
@@ -562,7 +562,7 @@ def test_tokenizers_that_cannot_be_used(bpe: PreTrainedTokenizerFast) -> None:
 def test_a_slow_tokenizer_is_refused() -> None:
     from transformers import ByT5Tokenizer
 
-    with pytest.raises(ModelError, match="ByT5Tokenizer is a slow one") as raised:
+    with pytest.raises(ModelError, match="ByT5Tokenizer is a slow tokenizer") as raised:
         tokenize([colour()], ByT5Tokenizer(), section(chat_template="none"))
     message(raised)
 

@@ -240,7 +240,7 @@ def test_shared_prompts_are_said(small_recipe: Build) -> None:
     ready = run_to_end(prepare_inputs(recipe), said.append)
     assert ready.figures["prompts"] == {"train": 3, "held_out": 2, "shared": 1}
     (warning,) = [update.text for update in said if "warning" in update.text]
-    assert "1 of 2 held-out prompts stand in the training set too" in warning
+    assert "1 of 2 held-out prompts are also in the training set" in warning
 
 
 def test_a_stop_in_the_middle_leaves_nothing(
@@ -371,7 +371,7 @@ def test_the_figures_are_those_of_the_rows(small_recipe: Build, held: str) -> No
     assert found["dropped"][EMPTY_CHOSEN] == {"pairs": len(empty), "first": empty}
     assert len(places) + len(left_out[LONG_PROMPT]) + len(empty) == found["rows_read"]
     assert found["format"] == list(dict.fromkeys(sentence for reader in reads for sentence in reader.detected))
-    assert found["chat_template"] == template.said
+    assert found["chat_template"] == template.description
 
 
 def test_the_hash_is_of_the_pairs(small_recipe: Build) -> None:
