@@ -65,10 +65,7 @@ class Template:
     special_tokens: list[str]
     """Texts that the tokenizer converts to special tokens."""
     end_tokens: list[str]
-    """Special tokens, and added tokens that are not special.
-
-    A template may end a reply with one (ChatML's <|im_end|>).
-    """
+    """Special tokens, and other added tokens that may end a reply (ChatML's <|im_end|>)."""
     description: str
     """A sentence that names the template."""
 
@@ -142,10 +139,7 @@ class Layout(NamedTuple):
     moves_system: bool = False
     """The system text must be put in front of the first user turn's text."""
     tails: tuple[str, str] | None = None
-    """The text after the last turn when a reply is requested, and before a reply that follows.
-
-    None if everything before the reply is the same in both cases.
-    """
+    """The text after the last turn when a reply is requested, and before a reply; None if equal."""
 
 
 Rendered = PairTexts | str | OrpoLiteError
@@ -245,10 +239,7 @@ def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _end_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[str]]:
-    """Return the special tokens, and these with the added ones that look like markers.
-
-    Words and spaces are not markers.
-    """
+    """Return the special tokens, and these with the added tokens that are not words or spaces."""
     added = list(tokenizer.added_tokens_decoder.values())
     special = {str(token) for token in tokenizer.all_special_tokens}
     special |= {token.content for token in added if token.special}
@@ -264,10 +255,7 @@ def special_in(texts: Iterable[str], special: re.Pattern[str]) -> str:
 
 
 def pair_texts(pair: Pair, template: Template) -> PairTexts | str:
-    """Return the texts of a pair, or the reason to leave it out.
-
-    Raises ModelError and DataError with the place of the pair.
-    """
+    """Return the texts of a pair, or the reason to leave it out. Raises ModelError, DataError."""
     if template.text is None:
         return _joined(pair, template.special)
     # A special token in a text would act as one: an end within the response, or another turn.
@@ -335,10 +323,7 @@ def _prompt_and_head(asked: str, before: str, layout: Layout) -> tuple[str, str]
 
 
 def _thought_remarks(opened: str, written: str) -> list[str]:
-    """Return the remark on a reply without thoughts.
-
-    ``opened``: the text after the prompt when a reply is requested; ``written``: before a reply.
-    """
+    """Return the remark on a reply without thoughts, from the texts between prompt and reply."""
     if "</think>" in written:
         return [EMPTY_THOUGHT]
     is_open = "<think>" in opened and "</think>" not in opened
@@ -361,10 +346,7 @@ def _layout(pair: Pair, template: Template) -> Layout | None:
 
 
 def _try_layout(turns: Sequence[Message], template: Template, where: str) -> Layout | None:
-    """Return the layout of the turns, or with the system text moved.
-
-    Some templates drop a system turn or raise an error.
-    """
+    """Return the layout of the turns, with the system text moved if the template needs that."""
     found: Layout | None = Layout()  # if all attempts fail, rendering the pair raises the error
     for moves, tried in ((False, turns), (True, _system_moved(turns))):
         if moves and tried == turns:

@@ -18,12 +18,13 @@ from typing import Any, NoReturn
 from orpo_lite.data.formats.column_map import (
     DETECTION_ROWS,
     apply_column_map,
+    column_map_setting,
     first_rows_with,
     missing_columns,
     present_columns,
     source_columns,
 )
-from orpo_lite.data.formats.columns import ColumnProfile, column_map_setting
+from orpo_lite.data.formats.columns import ColumnProfile
 from orpo_lite.data.formats.detect import Detected, detect_format, is_known
 from orpo_lite.data.formats.names import join_names, plain_name
 from orpo_lite.data.formats.text import is_absent
@@ -211,7 +212,7 @@ class PairReader:
         sorted_errors, read = 0, 0
         bad: list[RowError] = []
         for errors_before, (where, row) in chain(first_rows, rows):
-            _sort_errors(broken[sorted_errors:errors_before], bad, faults)
+            _sort(broken[sorted_errors:errors_before], bad, faults)
             sorted_errors = errors_before
             self.rows[-1] += 1
             mapped = apply_column_map(row, column_map)
@@ -234,15 +235,13 @@ class PairReader:
                 continue
             read += 1
             try:
-                pair = detected.read(mapped, where)
+                yield detected.read(mapped, where)
             except RowError as fault:
                 bad.append(fault)
-            else:
-                yield pair
-        _sort_errors(broken[sorted_errors:], bad, faults)
-        unread = sum(isinstance(fault, RowError) for fault in broken)
-        self.rows[-1] += unread
-        self._check_bad_rows(bad, read + unread, source, detected, faults)
+        _sort(broken[sorted_errors:], bad, faults)
+        unreadable = sum(isinstance(fault, RowError) for fault in broken)
+        self.rows[-1] += unreadable
+        self._check_bad_rows(bad, read + unreadable, source, detected, faults)
 
     def _record(
         self,
@@ -358,10 +357,7 @@ class PairReader:
         detected: Detected,
         faults: list[DataError],
     ) -> None:
-        """Count the rows with errors as left out.
-
-        Too many of them, or all rows, are an error of the dataset, which goes to ``faults``.
-        """
+        """Count rows with errors as left out. Too many are an error of the dataset (``faults``)."""
         for fault in bad:
             self.drops.add(FAULTY, f"{fault.where}: {fault.found}")
         self.bad_rows += bad
@@ -379,13 +375,9 @@ class PairReader:
             label = f"field {field}: " if field else ""
             table += f"\n  {len(errors):>8,}  {label}{found}, first {place}"
         first = most_frequent[0][1][0]
-        error = DataError(
-            where=source.name,
-            found=f"{len(bad):,} of {read:,} rows cannot be read:{table}",
-            expected=first.expected,
-            fix=self._fix_bad_rows(first.fix, len(bad), read, source, detected),
-        )
-        faults.append(error)
+        fix = self._fix_bad_rows(first.fix, len(bad), read, source, detected)
+        found = f"{len(bad):,} of {read:,} rows cannot be read:{table}"
+        faults.append(DataError(where=source.name, found=found, expected=first.expected, fix=fix))
 
     def _fix_bad_rows(
         self, fix: str, bad: int, read: int, source: Source, detected: Detected
@@ -399,9 +391,8 @@ class PairReader:
                 return fix
             return Overrides({"data.max_bad_rows": share}, f" to leave them out; else {fix}")
         if detected.is_json:
-            return Overrides(
-                {"data.format": "explicit"}, f" to read the replies as texts; else {fix}"
-            )
+            advice = f" to read the replies as texts; else {fix}"
+            return Overrides({"data.format": "explicit"}, advice)
         if self.data.format != "auto":
             return Overrides({"data.format": "auto"}, f", to detect the format; else {fix}")
         return fix
@@ -452,15 +443,12 @@ class PairReader:
         """Return whether the columns have our own names, and no other dataset has any of them."""
         if not all(plain_name(column) == ours for ours, column in columns.items()):
             return False
-        for other in self.sources:
-            if other is not source:
-                for _, row in islice(other.rows([]), 1):
-                    if row.keys() & {*columns.values()}:
-                        return False
-        return True
+        others = (other for other in self.sources if other is not source)
+        first_rows = (row for other in others for _, row in islice(other.rows([]), 1))
+        return not any(row.keys() & {*columns.values()} for row in first_rows)
 
 
-def _sort_errors(found: Sequence[DataError], bad: list[RowError], faults: list[DataError]) -> None:
+def _sort(found: Sequence[DataError], bad: list[RowError], faults: list[DataError]) -> None:
     """Add errors of rows to ``bad``, and those of files to ``faults``."""
     for fault in found:
         if isinstance(fault, RowError):

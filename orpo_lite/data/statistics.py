@@ -21,8 +21,8 @@ WARNINGS = {
     "empty_turns": "pairs with an empty turn before the last",
     "beside_pairs": "pairs with reasoning, tools, images or other content that is not read",
     "templated_pairs": "pairs with markers of a chat template, as if one was already applied",
-    "moved_systems": "pairs whose system text is put in front of the first user text, as it must be "
-    "when the model is used: the chat template takes no system turn",
+    "moved_systems": "pairs whose system text is put in front of the first user text, as it must "
+    "be when the model is used: the chat template takes no system turn",
     "empty_thoughts": "pairs to whose replies the chat template adds an empty <think> block, which "
     "is trained on",
     "missing_thoughts": "pairs without the <think> block that the chat template opens for a reply "

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any, NoReturn
 
-from orpo_lite.data.formats.columns import column_map_setting
 from orpo_lite.data.formats.messages import normalize
 from orpo_lite.data.formats.names import REPLIES, join_names
 from orpo_lite.data.pair import COLUMNS, Row
@@ -154,3 +154,34 @@ def _refuse_names(
         if has_entries
         else Overrides({"data.column_map": {}}),
     )
+
+
+def column_map_setting(columns: Mapping[str, Sequence[str]]) -> Overrides:
+    """Return the data.column_map setting, quoted for a shell.
+
+    It is a YAML mapping if a column's name does not fit in the short form OURS=THEIRS.
+
+    ``columns``: our name -> the column, or the columns of several datasets.
+    """
+    named = {ours: names for ours, names in columns.items() if names}
+    entries = [(ours, column) for ours, names in named.items() for column in names]
+    if all(_fits_short_form(column) for _, column in entries):
+        value = ",".join(f"{ours}={column}" for ours, column in entries)
+    else:
+        items = []
+        for ours, names in named.items():
+            quoted = ", ".join(map(_quote_yaml, names))
+            items.append(f'"{ours}": [{quoted}]' if len(names) > 1 else f'"{ours}": {quoted}')
+        value = "{" + ", ".join(items) + "}"
+    data = {ours: names[0] if len(names) == 1 else [*names] for ours, names in named.items()}
+    return Overrides({"data.column_map": data}, text=shlex.quote(f"data.column_map={value}"))
+
+
+def _fits_short_form(column: str) -> bool:
+    return column.isprintable() and column == column.strip() and not set(column) & set(",=")
+
+
+def _quote_yaml(text: str) -> str:
+    """Quote a text with YAML's double quotes, which have an escape for every character."""
+    escaped = (c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08x}" for c in text)
+    return f'"{"".join(escaped)}"'

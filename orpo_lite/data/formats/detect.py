@@ -11,7 +11,6 @@ from orpo_lite.data.formats.columns import (
     NEARLY_ALL,
     NOTABLE_SHARE,
     ColumnProfile,
-    columns_of_replies,
     refuse_templated,
 )
 from orpo_lite.data.formats.messages import MEASURES, is_sharegpt, role_of
@@ -125,21 +124,20 @@ def detect_format(
     if is_json:
         because += " (JSON in texts; data.format=explicit would read the texts unchanged)"
     if system and profile.type_of(system) != "null" and name != "orca":
-        because += (
-            f"; {join_names(system)} goes in front as a system turn where the conversation has none"
-        )
+        because += f"; {join_names(system)} goes in front as a system turn "
+        because += "where the conversation has none"
     read = _make_reader(profile, name, replies)
     refuse_unused(profile, name, requested=requested)
+    prompt_type = profile.type_of(profile.assigned.get("prompt", ""))
     if not requested and _is_doubled(profile, name, read):
-        if name in ("explicit", "orca") and _has_text_prompt(profile):
+        if name in ("explicit", "orca") and prompt_type in TEXTS:
             name = "doubled"
         because += ", and both replies begin with the prompt again, which is removed"
-        return Detected(
-            name,
-            because,
-            lambda row, where: without_repeated_prompt(read(row, where)),
-            profile.assigned,
-        )
+
+        def read_once(row: Row, where: str) -> Pair:
+            return without_repeated_prompt(read(row, where))
+
+        return Detected(name, because, read_once, profile.assigned)
     return Detected(name, because, read, profile.assigned, is_json)
 
 
@@ -167,10 +165,6 @@ def _make_reader(profile: ColumnProfile, name: str, replies: Sequence[str]) -> R
         return replace(pair, has_unread=True) if has_unread_fields(renamed) else pair
 
     return read
-
-
-def _has_text_prompt(profile: ColumnProfile) -> bool:
-    return profile.type_of(profile.assigned.get("prompt", "")) in TEXTS
 
 
 def _is_doubled(profile: ColumnProfile, name: str, read: Reader) -> bool:
@@ -211,8 +205,7 @@ def is_known(column: str) -> bool:
     return plain_name(column) in KNOWN or plain_name(column) in VERDICTS
 
 
-Found = tuple[str, str] | None
-"""A format and the reason, or None if the rule does not fit."""
+Found = tuple[str, str] | None  # a format and the reason; None if the rule does not fit
 
 
 def _openai(profile: ColumnProfile) -> Found:
@@ -301,11 +294,12 @@ def _texts(profile: ColumnProfile) -> Found:
 
 
 def _begin_with_prompt(profile: ColumnProfile) -> bool:
-    """Return whether both texts seem to begin with their prompt.
+    """Return whether both texts seem to begin with their prompt, and not only by chance.
 
-    Two replies can also begin alike by chance, while their prompt is in a column that was not used.
+    Their prompt may also be in a column that was not used.
     """
-    others = [column for column in profile.columns if column not in columns_of_replies(profile)]
+    replies = [profile.column_named(reply) for reply in REPLIES]
+    others = [column for column in profile.columns if column not in replies]
     if any(could_be_prompt(profile, column) for column in others):
         return False
     starts = [common_words(*texts) for texts in profile.values(*REPLIES)]
@@ -415,10 +409,9 @@ def _find_columns(profile: ColumnProfile, name: str) -> None:
         profile.assign(dict(zip(("conversation", *REPLIES), OPENAI, strict=True)))
     elif name != "implicit":
         # Whole conversations and dialogues need no prompt, so several candidates do not matter.
+        is_whole = profile.share(is_from_start, "chosen") == 1
         if name == "hh_rlhf":
             is_whole = _holds_dialogues(profile)
-        else:
-            is_whole = profile.share(is_from_start, "chosen") == 1
         if not is_whole or name in ("explicit", "alpaca"):
             profile.find("prompt")
     if name == "alpaca":
@@ -442,10 +435,7 @@ def _find_input(profile: ColumnProfile) -> None:
 
 
 def _find_history(profile: ColumnProfile) -> None:
-    """Find the earlier turns.
-
-    Not if the prompt's text contains them, or if they include the prompt and the reply.
-    """
+    """Find earlier turns, unless the prompt contains them or they include prompt and reply."""
     column, prompt = profile.find("history"), profile.assigned.get("prompt")
     if column is None or prompt is None or "history" in profile.mapped:
         return
@@ -493,21 +483,18 @@ def _find_prompt(profile: ColumnProfile) -> tuple[str, str] | None:
         if profile.share(_contains_turn, conversation, column) < 1
     ]
     if rivals:
+        columns = join_names(conversation, *rivals)
+        setting = profile.setting(conversation=conversation)
         raise DataError(
             where="data.column_map",
-            found=f"{join_names(conversation, *rivals)} could each be what the replies answer, "
-            "and they differ",
+            found=f"{columns} could each be what the replies answer, and they differ",
             expected="one conversation, or one prompt",
-            fix=one_of(
-                [profile.setting(conversation=conversation), profile.settings("prompt", rivals)]
-            ),
+            fix=one_of([setting, profile.settings("prompt", rivals)]),
         )
     return "conversation", conversation
 
 
 def _contains_turn(turns: Any, prompt: Any) -> bool:
-    if turns == prompt:
-        return True
-    if not isinstance(prompt, str):
-        return False
-    return prompt.strip() in [text.strip() for text in texts_in(turns)]
+    if isinstance(prompt, str):
+        return prompt.strip() in [text.strip() for text in texts_in(turns)]
+    return bool(turns == prompt)
