@@ -510,7 +510,7 @@ BAD_BASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
     "a template that raises": (
         lambda _: None,
         ["data.chat_template={{ raise_exception('only poems') }}"],
-        ["the chat template raises", "only poems", "whose file data.chat_template names"],
+        ["the chat template raises", "only poems", "set data.chat_template to a file with a template of your own"],
     ),
     "token ids beyond the embedding": (
         lambda base: write_base(base, tiny_llama(64)),
