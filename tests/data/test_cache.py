@@ -1,4 +1,5 @@
-"""The cache of tokens: what was written is read again, what is not whole is never read, and it stays small."""
+"""The cache of tokens: what was written is read again, what is not whole is never read, and it
+stays small."""
 
 import json
 import os
@@ -298,7 +299,8 @@ def test_a_process_that_is_killed_leaves_nothing_that_is_read(token_cache: Path)
     code = (
         "with cache.locked(KEY), cache.new_entry(KEY) as writer:\n"
         "    [writer.add(pair) for pair in PAIRS]\n"
-        "    [stream.flush() for stream in writer._streams]\n    print('half', flush=True)\n    time.sleep(60)"
+        "    [stream.flush() for stream in writer._streams]\n    print('half', flush=True)\n    "
+        "time.sleep(60)"
     )
     with start(code) as running:
         assert running.stdout is not None

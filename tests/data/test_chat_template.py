@@ -1,4 +1,5 @@
-"""Chat templates: which is taken, what is said of it, texts equal to transformers' own, and templates out of bounds."""
+"""Chat templates: which is taken, what is said of it, texts equal to transformers' own, and
+templates out of bounds."""
 
 import os
 import signal
@@ -185,18 +186,28 @@ ALTERNATE = (
 )
 WILD = {
     "chatml": CHATML,
-    "chatml with a default system turn": "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are helpful."
+    "chatml with a default system turn": "{% if messages[0].role != 'system' "
+    "%}<|im_start|>system\nYou are helpful."
     "<|im_end|>\n{% endif %}" + CHATML,
-    "llama-2": "{% if messages[0].role == 'system' %}{% set rest = messages[1:] %}{% set system = '<<SYS>>\\n' + "
-    "messages[0].content + '\\n<</SYS>>\\n\\n' %}{% else %}{% set rest = messages %}{% set system = '' %}{% endif %}"
-    "{% for m in rest %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + (system if loop.first else '') + "
-    "m.content.strip() + ' [/INST]' }}{% else %}{{ ' ' + m.content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}",
-    "llama-3": "{% for m in messages %}{% set c = '<|start_header_id|>' + m.role + '<|end_header_id|>\\n\\n' + "
-    "m.content | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set c = bos_token + c %}{% endif %}{{ c }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}",
+    "llama-2": "{% if messages[0].role == 'system' %}{% set rest = messages[1:] %}{% set system "
+    "= '<<SYS>>\\n' + "
+    "messages[0].content + '\\n<</SYS>>\\n\\n' %}{% else %}{% set rest = messages %}{% set "
+    "system = '' %}{% endif %}"
+    "{% for m in rest %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + (system if "
+    "loop.first else '') + "
+    "m.content.strip() + ' [/INST]' }}{% else %}{{ ' ' + m.content.strip() + ' ' + eos_token "
+    "}}{% endif %}{% endfor %}",
+    "llama-3": "{% for m in messages %}{% set c = '<|start_header_id|>' + m.role + "
+    "'<|end_header_id|>\\n\\n' + "
+    "m.content | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set c = bos_token + c %}{% "
+    "endif %}{{ c }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ "
+    "'<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}",
     "zephyr": "{% for m in messages %}\n{{ '<|' + m.role + '|>\\n' + m.content + eos_token }}\n"
-    "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}",
-    "gemma": "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor "
+    "%}",
+    "gemma": "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('System "
+    "role not supported') }}"
     "{% endif %}"
     + ALTERNATE
     + "{% for m in messages %}{% set role = 'model' if m.role == 'assistant' else m.role %}"
@@ -299,7 +310,8 @@ def test_turns_that_a_template_leaves_out_are_seen(
 
 def test_a_turn_may_be_moved(wild: PreTrainedTokenizerFast) -> None:
     moved = (
-        "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' and loop.last %}{{ messages[0].content }} "
+        "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' and loop.last %}{{ "
+        "messages[0].content }} "
         "{% endif %}{{ m.role }}: {{ m.content.split('</think>')[-1] | trim }}\n{% endfor %}"
     )
     turns = (
@@ -316,9 +328,12 @@ def test_a_turn_may_be_moved(wild: PreTrainedTokenizerFast) -> None:
 
 # Mistral's later templates: the system text stands in the last user turn, unless a reply follows.
 LAST_TURN = (
-    "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set rest = messages[1:] %}{% else %}"
-    "{% set rest = messages %}{% endif %}<s>{% for m in rest %}{% if m.role == 'user' %}{% if loop.last and system is "
-    "defined %}[INST] {{ system }}\n\n{{ m.content }}[/INST]{% else %}[INST] {{ m.content }}[/INST]{% endif %}"
+    "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set rest = "
+    "messages[1:] %}{% else %}"
+    "{% set rest = messages %}{% endif %}<s>{% for m in rest %}{% if m.role == 'user' %}{% if "
+    "loop.last and system is "
+    "defined %}[INST] {{ system }}\n\n{{ m.content }}[/INST]{% else %}[INST] {{ m.content "
+    "}}[/INST]{% endif %}"
     "{% elif m.role == 'assistant' %} {{ m.content | trim }}</s>{% endif %}{% endfor %}"
 )
 OTHER_START = "{{ 'ASK ' if add_generation_prompt else 'TOLD ' }}" + CHATML
@@ -392,11 +407,15 @@ def test_a_turn_that_a_template_changes_is_not_trained_on(
     assert (found if isinstance(found, str) else None) == reason
 
 
-QWEN3 = (  # writes a block of thoughts in front of the last reply, and one into the prompt when told not to think
+# It writes a block of thoughts before the last reply, and into the prompt if it must not think.
+QWEN3 = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}"
-    "{% if '</think>' in m.content %}{{ m.content }}{% else %}<think>\n\n</think>\n\n{{ m.content }}{% endif %}"
-    "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
-    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+    "{% if '</think>' in m.content %}{{ m.content }}{% else %}<think>\n\n</think>\n\n{{ "
+    "m.content }}{% endif %}"
+    "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt "
+    "%}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% "
+    "endif %}{% endif %}"
 )
 OPENS = CHATML.replace("t\n{% endif", "t\n<think>\n{% endif")
 
@@ -562,8 +581,10 @@ def test_a_template_that_no_pair_passes_is_refused_at_once(
 # --- templates out of bounds
 
 LOOPS = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
-STUCK = (  # one comparison of 2 ** 60 steps, all of them inside one operation, which no signal interrupts
-    "{% set n = namespace(x=[1], y=[1]) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}{% set n.y = [n.y, n.y] %}"
+# One comparison of 2 ** 60 steps, all of them inside one operation, which no signal interrupts.
+STUCK = (
+    "{% set n = namespace(x=[1], y=[1]) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}{% "
+    "set n.y = [n.y, n.y] %}"
     "{% endfor %}{{ n.x == n.y }}"
 )
 BOMBS = {
@@ -602,9 +623,10 @@ def nothing_left() -> Iterator[None]:
 
 @pytest.fixture
 def one_second(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process apart takes SECONDS for 1."""
+    """In the separate process SECONDS is 1."""
     start = subprocess.Popen
-    serve = "from orpo_lite.data import chat_template as c, render_process as r; c.SECONDS = r.SECONDS = 1; r._serve()"
+    imports = "from orpo_lite.data import chat_template as c, render_process as r"
+    serve = f"{imports}; c.SECONDS = r.SECONDS = 1; r._serve()"
 
     def start_shortened(command: list[str], **options: Any) -> Any:
         assert command == [sys.executable, "-P", "-m", data_render_process.__name__]

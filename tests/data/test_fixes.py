@@ -1,7 +1,8 @@
-"""Every place of the data package that raises an error with a fix, and what happens when the fix is applied.
+"""Apply the fix of every error that the data package raises.
 
-A fix that is data is applied as a person would paste it, and so is each other setting that it prints: the next run
-succeeds, goes further, or names another fault. A fix that is words alone names no setting and holds no placeholder.
+A fix that is data is applied as a person would paste it, and so is each other setting that it
+prints: the next run succeeds, goes further, or reports another error. A fix that is only words
+names no setting and has no placeholder.
 """
 
 import ast
@@ -59,7 +60,8 @@ def json_column(text: str) -> bytes:
 
 
 def places() -> dict[str, range]:
-    """The calls that make an error with a fix, by module, function and number in it, with their lines."""
+    """The calls that make an error with a fix, by module, function and number in it, with their
+    lines."""
     found = {}
     for file in sorted(PACKAGE.rglob("*.py")):
         tree = ast.parse(file.read_text(encoding="utf-8"))
@@ -440,7 +442,8 @@ CASES: dict[str, tuple[Files, list[str]]] = {
                     for i in range(12)
                 )
             ),
-            "t.jinja": "{% for m in messages %}{% if m.role == 'user' or loop.last %}{{ m.content }}{% endif %}"
+            "t.jinja": "{% for m in messages %}{% if m.role == 'user' or loop.last %}{{ "
+            "m.content }}{% endif %}"
             "{% endfor %}{% if not add_generation_prompt %}</s>{% endif %}",
         },
         ["data.chat_template=t.jinja"],
@@ -540,7 +543,8 @@ def a_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def run_data(call: Callable[..., Any], raised: Raised) -> Run:
-    """Runs ``orpo-lite data``: its exit code, and the errors that it ends with, by what they say and by their fix."""
+    """Runs ``orpo-lite data``: its exit code, and the errors that it ends with, by what they say
+    and by their fix."""
 
     def run(*words: str) -> tuple[int, Raised]:
         raised.clear()
@@ -591,7 +595,8 @@ def test_every_fix_is_applied(
     assert not reached & BY_HAND.keys()
 
 
-# --- faults of the tokenizer, of the disk and of permissions: the fix is words, and the case does what they say
+# --- faults of the tokenizer, of the disk and of permissions: the fix is words, and the case does
+# what they say
 
 
 def changed_tokenizer(workspace: Path, **values: Any) -> None:
@@ -641,7 +646,8 @@ def full_disk(_workspace: Path, _patch: pytest.MonkeyPatch) -> Words:
 
 
 def broken_disk(_workspace: Path, patch: pytest.MonkeyPatch) -> Words:
-    """A disk that loses what was written cannot be had: the file of the tokens is cut behind the back of the writer."""
+    """A disk that loses what was written cannot be had: the file of the tokens is cut behind the
+    back of the writer."""
     close = cache.Writer.close
 
     def close_and_cut(writer: cache.Writer, facts: Any) -> None:
@@ -690,7 +696,8 @@ BY_HAND: dict[str, tuple[str, Callable[[Path, pytest.MonkeyPatch], Words]]] = {
     "sources/source:report_unreadable#1": ("check its owner and permissions", unreadable_file),
     "tokenize:tokenize_pairs#1": ("add a tokenizer.json", slow_tokenizer),
 }
-"""The place, how its fix begins, and what makes the fault and then, when it is asked again, does what the fix says."""
+"""The place, how its fix begins, and what makes the fault and then, when it is asked again, does
+what the fix says."""
 
 
 @pytest.mark.parametrize("place", BY_HAND)
@@ -712,7 +719,8 @@ def test_a_fix_by_hand_is_applied(
 
 
 def settings(fix: str, workspace: Path) -> list[list[str]]:
-    """What to add to the command, for each way that a fix names: its data first; a line for the shell is run."""
+    """What to add to the command, for each way that a fix names: its data first; a line for the
+    shell is run."""
     assert fix
     assert not PLACEHOLDER.search(fix), fix
     pasted = [first_word(fix[match.start() :]) for match in SETTING.finditer(fix)]

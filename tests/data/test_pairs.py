@@ -1,4 +1,5 @@
-"""Sets to pairs: what is read, what is left out and where it stood, several sets in one, and the split by prompt."""
+"""Sets to pairs: what is read, what is left out and where it stood, several sets in one, and the
+split by prompt."""
 
 import json
 import random
@@ -141,7 +142,11 @@ def test_a_column_may_turn_up_late(
     rows = [*[EXPLICIT | first] * DETECTION_ROWS, EXPLICIT | late | {"id": 7}, EXPLICIT | first]
     pairs, reader = read(write_jsonl(tmp_path / "pairs.jsonl", rows))
     assert [pair.messages for pair in pairs] == [
-        *[(user("Name a colour."),)] * DETECTION_ROWS, (*before, user("Name a colour.")), (user("Name a colour."),)]  # fmt: skip
+        # Fmt: skip.
+        *[(user("Name a colour."),)] * DETECTION_ROWS,
+        (*before, user("Name a colour.")),
+        (user("Name a colour."),),
+    ]
     ((column, _),) = late.items()
     assert [set(columns["read"]) for columns in reader.columns] == [
         {"prompt", "chosen", "rejected", column}
@@ -594,7 +599,8 @@ def test_a_mapped_column_has_to_stand_in_one_of_the_sets(tmp_path: Path) -> None
 def test_sets_of_different_names_share_a_map(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each fix can be pasted, keeps what is well already, and in the end all is read, held-out files included."""
+    """Each fix can be pasted, keeps what is well already, and in the end all is read, held-out
+    files included."""
     monkeypatch.chdir(tmp_path)
     texts = [
         (f"{name} is what?", f"Good {i}.", f"Bad {i}.")

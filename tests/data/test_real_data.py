@@ -1,4 +1,5 @@
-"""The real sets and tokenizers of ../shared. Their text is offensive in places: assertions show counts and truths."""
+"""The real sets and tokenizers of ../shared. Their text is offensive in places: assertions show
+counts and truths."""
 
 import hashlib
 import json

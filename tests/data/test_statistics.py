@@ -1,4 +1,5 @@
-"""`orpo-lite data`: what it shows of a set, to a person and to a program, and what it needs for it."""
+"""`orpo-lite data`: what it shows of a set, to a person and to a program, and what it needs for
+it."""
 
 import csv
 import json
@@ -450,8 +451,8 @@ def test_a_template_that_changes_more_pairs_than_allowed_is_refused(
     code, _, said = look(f"data.chat_template={short}")
     assert code == 4
     assert (
-        f"data.chat_template: 11 of 20 pairs: {reason} (11, the first at coffee.csv:3, coffee.csv:12, coffee.csv:13)"
-        in said
+        f"data.chat_template: 11 of 20 pairs: {reason} (11, the first at coffee.csv:3, "
+        f"coffee.csv:12, coffee.csv:13)" in said
     )
     assert "expected: at most 3 such pairs" in said
     (line,) = (word for word in said.split() if word.startswith("data.max_bad_rows="))
@@ -484,8 +485,10 @@ def test_an_empty_thought_is_said_with_the_line_that_ends_it(
 ) -> None:
     block = "<think></think>"
     template = (
-        f"{{% for m in messages %}}{{% if m.role == 'assistant' %}}{block}{{% endif %}}{{{{ m.content }}}}</s>"
-        f"{{% endfor %}}{{% if add_generation_prompt and enable_thinking is false %}}{block}{{% endif %}}"
+        f"{{% for m in messages %}}{{% if m.role == 'assistant' %}}{block}{{% endif %}}{{{{ "
+        f"m.content }}}}</s>"
+        f"{{% endfor %}}{{% if add_generation_prompt and enable_thinking is false %}}{block}{{% "
+        f"endif %}}"
     )
     (coffee / "mine.jinja").write_text(template)
     own = "data.chat_template=mine.jinja"

@@ -1,4 +1,5 @@
-"""Pairs to tokens: where prompt and response part, both ends exactly once, the limits, and what a person is shown."""
+"""Pairs to tokens: where prompt and response part, both ends exactly once, the limits, and what a
+person is shown."""
 
 import json
 import random
@@ -77,7 +78,8 @@ def colour(prompt: str = "Name a colour.", chosen: str = "Blue.", rejected: str 
 def tokenize(
     pairs: Iterable[Pair], tokenizer: PreTrainedTokenizerFast, data: DataSection
 ) -> tuple[list[TokenizedPair], dict[str, int]]:
-    """Those that are kept, and how many are not for each reason; the template is installed as a run would do it."""
+    """Those that are kept, and how many are not for each reason; the template is installed as a
+    run would do it."""
     kept, counts = [], Counter[str]()
     with Renderer(set_chat_template(tokenizer, data)) as renderer:
         for _, found in tokenize_pairs(pairs, renderer, tokenizer, data):
@@ -149,7 +151,8 @@ def byte_level(
 
 
 def sentencepiece_like() -> PreTrainedTokenizerFast:
-    """As Llama-2 and Mistral: BOS by default, a dummy space after the start and every special token, byte fallback."""
+    """As Llama-2 and Mistral: BOS by default, a dummy space after the start and every special
+    token, byte fallback."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
@@ -206,7 +209,8 @@ def word_piece() -> PreTrainedTokenizerFast:
 
 
 def unigram() -> PreTrainedTokenizerFast:
-    """As T5: compatible characters are made equal, runs of spaces one, and the end is added by default."""
+    """As T5: compatible characters are made equal, runs of spaces one, and the end is added by
+    default."""
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFKC(), normalizers.Replace("  ", " ")]
@@ -272,13 +276,15 @@ def split_text(tokenizer: PreTrainedTokenizerFast, pair: Pair, **fields: Any) ->
             "Name a colour. <|im_end|><|endoftext|>",
             "Blue. <|im_end|>",
         ),
-        # Without one eos does, and a header that the template never asks with is the model's to say.
+        # Without one eos does, and a header that the template never asks with is the model's to
+        # say.
         (
             "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}",
             "user: Name a colour.\n\n",
             "assistant: Blue.<|endoftext|>",
         ),
-        # A thought that the template opens only when it asks, and one that it writes before every reply.
+        # A thought that the template opens only when it asks, and one that it writes before every
+        # reply.
         (CHATML.replace("t\n{% endif", "t\n<think>\n{% endif"), ASKED, "Blue.<|im_end|>"),
         (
             CHATML.replace("{{ m.c", "{% if m.role == 'assistant' %}<think>{% endif %}{{ m.c"),
@@ -322,7 +328,8 @@ def test_spaces_and_bytes_at_the_boundary(piece: PreTrainedTokenizerFast) -> Non
         )
         assert prompt == start + "A🦜"
         assert response.lstrip() == "Blue." + tokenizer.eos_token
-    # The space that sentencepiece adds after a special token is the response's when the reply follows the token.
+    # The space that sentencepiece adds after a special token is the response's when the reply
+    # follows the token.
     assert tokenize([colour("Hi", "Hello")], piece, section(chat_template="none"))[1] == {}
     piece.chat_template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
     ((tokens,), _) = tokenize([colour("Hi", "Hello")], piece, section())
@@ -333,13 +340,17 @@ def test_spaces_and_bytes_at_the_boundary(piece: PreTrainedTokenizerFast) -> Non
 
 @pytest.mark.parametrize("space", ["", " ", "\n", "    ", "\n\n"])
 def test_a_token_that_strips_spaces_stays_on_its_side(space: str) -> None:
-    """As Phi-3's <|assistant|>, which takes the white space behind it along, that of the reply too."""
+    """As Phi-3's <|assistant|>, which takes the white space behind it along, that of the reply
+    too."""
     tokenizer = byte_level(marks=())
     tokenizer.add_tokens([AddedToken("<|ask|>", rstrip=True, special=True)])
     tokenizer.add_tokens([AddedToken("<|stop|>", lstrip=True, rstrip=True, special=True)])
     tokenizer.add_tokens([AddedToken("<think>", lstrip=True, special=True)])
     ask, stop = tokenizer.convert_tokens_to_ids(["<|ask|>", "<|stop|>"])
-    template = "{% for m in messages %}{{ m.content }}<|stop|>\n{% if m.role == 'user' %}<|ask|>\n{% endif %}{% endfor %}"
+    template = (
+        "{% for m in messages %}{{ m.content }}<|stop|>\n"
+        "{% if m.role == 'user' %}<|ask|>\n{% endif %}{% endfor %}"
+    )
     pairs = [colour(chosen=f"{space}Blue.{space}", rejected=f"{space}<think>a")]
     ((tokens,), counts) = tokenize(pairs, tokenizer, section(chat_template=template))
     assert counts == {}
@@ -492,7 +503,8 @@ def test_special_tokens_of_ones_own_are_trained_on(
 
 
 def test_special_tokens_in_plain_text(bpe: PreTrainedTokenizerFast) -> None:
-    """Where the person templates the text himself, a prompt may hold them, and a reply may end with one."""
+    """Where the person templates the text himself, a prompt may hold them, and a reply may end
+    with one."""
     ends = colour(chosen="a<|endoftext|>")
     inside = [
         colour(chosen="a<|im_end|>b"),
@@ -579,7 +591,8 @@ def test_pairs_on_which_a_template_raises_are_left_out(bpe: PreTrainedTokenizerF
     assert (len(kept), counts) == (len(pairs) - 3, {"the chat template raises TemplateError": 3})
     told = (
         CHATML
-        + "{% if 'canary' in messages[0].content %}{{ raise_exception(messages[0].content) }}{% endif %}"
+        + "{% if 'canary' in messages[0].content %}{{ raise_exception(messages[0].content) }}{% "
+        "endif %}"
     )
     renderer = Renderer(set_chat_template(bpe, section(chat_template=told)))
     ((_, reason),) = tokenize_pairs([colour(prompt="a canary text")], renderer, bpe, section())
@@ -729,13 +742,17 @@ def test_the_tokens_decode_to_the_rendered_text(
 
 
 def plain(text: str) -> str:
-    """The text less the BOS and the spaces that a sentencepiece tokenizer adds after special tokens."""
+    """The text less the BOS and the spaces that a sentencepiece tokenizer adds after special
+    tokens."""
     text = text.removeprefix("<|begin_of_text|>")
     text = text.removeprefix("<s> ") if text.startswith("<s> ") else text.removeprefix("<s>")
     return text.replace("</s> ", "</s>")
 
 
-ODD = "a| |  |\n|Blue| colour|é|e\u0301|ﬁ|…|\u00ad|🦜|👩\u200d🚀|한|İ|ß|<!im_end!>|</s>|[SEP]|<s>|\x00|▁|\u0345α|\u0344"
+ODD = (
+    "a| |  |\n|Blue| colour|é|e\u0301|ﬁ|…|\u00ad|🦜|👩\u200d🚀|한|İ|ß|<!im_end!>|</s>|[SEP]|<s>"
+    "|\x00|▁|\u0345α|\u0344"
+)
 PIECES = st.lists(st.sampled_from(ODD.split("|")), max_size=12).map(
     lambda pieces: "".join(pieces).replace("!", "|")
 )

@@ -268,19 +268,19 @@ def _join(
     ``prompt`` goes before both unless they contain it. If only one of them is a conversation, the
     other reply answers it as well.
     """
-    sides = []
+    conversations = []
     for field in fields:
         *turns, reply = _reply_messages(row, field, where)
         if reply["role"] != "assistant":
             found = f"the last turn is the {reply['role']}'s"
             expected = "a conversation that ends with the assistant's reply"
             raise row_error(where, field, found, expected)
-        sides.append((turns, reply))
-    if any(turns for turns, _ in sides):
+        conversations.append((turns, reply))
+    if any(turns for turns, _ in conversations):
         prompt_text = None
-    prompt = _without_answer(prompt, sides, where)
-    before, other_before = (_join_turns(prompt, turns) for turns, _ in sides)
-    chosen, rejected = (reply["content"] for _, reply in sides)
+    prompt = _without_answer(prompt, conversations, where)
+    before, other_before = (_join_turns(prompt, turns) for turns, _ in conversations)
+    chosen, rejected = (reply["content"] for _, reply in conversations)
     before, other_before = before or other_before, other_before or before
     if not before:
         expected = "the user's turn, or a prompt"
@@ -293,7 +293,9 @@ def _join(
 
 
 def _without_answer(
-    prompt: Sequence[Message], sides: Sequence[tuple[Sequence[Message], Message]], where: str
+    prompt: Sequence[Message],
+    conversations: Sequence[tuple[Sequence[Message], Message]],
+    where: str,
 ) -> Sequence[Message]:
     """Return the turns that the replies answer.
 
@@ -303,11 +305,11 @@ def _without_answer(
     if not prompt or prompt[-1]["role"] != "assistant":
         return prompt
     question = _split_system(prompt[:-1])[1]
-    for turns, _ in sides:
+    for turns, _ in conversations:
         own = _split_system(turns)[1]
         if not _same_turns(question[len(question) - len(own) :], own):
             return prompt
-    if any(_same_turns(prompt[-1:], [reply]) for _, reply in sides):
+    if any(_same_turns(prompt[-1:], [reply]) for _, reply in conversations):
         return prompt[:-1]
     found = "it ends with an assistant's turn that is neither reply"
     raise row_error(where, "prompt", found, "turns that wait for a reply")

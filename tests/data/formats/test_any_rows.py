@@ -107,25 +107,108 @@ def test_a_strength_below_0_in_no_row_is_refused(column: str, values: tuple[int,
 
 
 ODD: list[Any] = [
-    *(None, "", " ", [], {}, 0, -1, 1.5, True, float("nan"), 10**400, "1", "a", "tie", "[{", '[{"role": "user"', "[]"),
-    *([None], [[]], [{}], ["a"], [["a", "b"]], [["a"]], [1, 2], [2, None], {"messages": []}, {"messages": [user("q")]}),
-    *({"role": "user"}, [{"role": None}], [{"role": "user", "content": None}], [{"role": ["x"], "content": "c"}]),
-    *([bot("a"), "a"], [{"role": "assistant", "content": [part("a")]}], [{"role": "assistant", "content": []}]),
-    *([{**user("q"), "tool_calls": "x"}], [said("human", "q")], [{"from": "gpt", "value": ["a"]}], [user("q")]),
-    *([{"input": "q", "output": "a"}], [{"input": "q"}], [{"answer": "a", "score": 1}, {"answer": "b", "score": None}]),
+    *(
+        None,
+        "",
+        " ",
+        [],
+        {},
+        0,
+        -1,
+        1.5,
+        True,
+        float("nan"),
+        10**400,
+        "1",
+        "a",
+        "tie",
+        "[{",
+        '[{"role": "user"',
+        "[]",
+    ),
+    *(
+        [None],
+        [[]],
+        [{}],
+        ["a"],
+        [["a", "b"]],
+        [["a"]],
+        [1, 2],
+        [2, None],
+        {"messages": []},
+        {"messages": [user("q")]},
+    ),
+    *(
+        {"role": "user"},
+        [{"role": None}],
+        [{"role": "user", "content": None}],
+        [{"role": ["x"], "content": "c"}],
+    ),
+    *(
+        [bot("a"), "a"],
+        [{"role": "assistant", "content": [part("a")]}],
+        [{"role": "assistant", "content": []}],
+    ),
+    *(
+        [{**user("q"), "tool_calls": "x"}],
+        [said("human", "q")],
+        [{"from": "gpt", "value": ["a"]}],
+        [user("q")],
+    ),
+    *(
+        [{"input": "q", "output": "a"}],
+        [{"input": "q"}],
+        [{"answer": "a", "score": 1}, {"answer": "b", "score": None}],
+    ),
     [user("q"), bot("a")],
-    *([{"response": None, "rank": 1}, {"answer": "a", "rank": "x"}], [{"text": "a"}], {"role": "user", "content": {}}),
-    *("\ud800", "{'role': 'user'}", "['a']", "array([{'role': 'user'}])", HH, f"{HH} a\n\nHuman: b", CHATML, "text", Q),
-]  # fmt: skip
+    *(
+        [{"response": None, "rank": 1}, {"answer": "a", "rank": "x"}],
+        [{"text": "a"}],
+        {"role": "user", "content": {}},
+    ),
+    *(
+        "\ud800",
+        "{'role': 'user'}",
+        "['a']",
+        "array([{'role': 'user'}])",
+        HH,
+        f"{HH} a\n\nHuman: b",
+        CHATML,
+        "text",
+        Q,
+    ),
+]
 
 
 LIKELY = ("prompt", "chosen", "rejected")
 
 
-NAMED = sorted({*COLUMNS, "instruction", "question", "messages", "answers", "responses", "ranking", "output", "winner",
-                "preferred_output", "non_preferred_output", "context", " Chosen", "response_0", "response_1", "labels",
-                "better_response_id", "human_ref_A", "human_ref_B", "overall_preference", "dialog"}
-               - {*LIKELY})  # fmt: skip
+NAMED = sorted(
+    {
+        *COLUMNS,
+        "instruction",
+        "question",
+        "messages",
+        "answers",
+        "responses",
+        "ranking",
+        "output",
+        "winner",
+        "preferred_output",
+        "non_preferred_output",
+        "context",
+        " Chosen",
+        "response_0",
+        "response_1",
+        "labels",
+        "better_response_id",
+        "human_ref_A",
+        "human_ref_B",
+        "overall_preference",
+        "dialog",
+    }
+    - {*LIKELY}
+)
 
 
 def anything(chance: random.Random) -> tuple[list[Row], dict[str, str], str, bool]:

@@ -1,4 +1,5 @@
-"""What stands before the reply: earlier turns, prompts, system texts; nothing twice and nothing lost."""
+"""What stands before the reply: earlier turns, prompts, system texts; nothing twice and nothing
+lost."""
 
 import json
 from collections.abc import Callable

@@ -343,7 +343,8 @@ def test_a_habit_of_the_set_is_no_matter_of_one_row() -> None:
 
 
 def test_a_table_writes_a_blank_list_as_a_text() -> None:
-    """In a column that holds nothing else, and in one of lists; a reply that is this text stays one."""
+    """In a column that holds nothing else, and in one of lists; a reply that is this text stays
+    one."""
     rows = [
         {"prompt": Q, "system": "[]", "history": "[]", "input": "[]", **BLUE_SEVEN}
         for _ in range(3)

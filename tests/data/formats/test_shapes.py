@@ -69,7 +69,11 @@ def test_columns_are_named_by_what_they_are_read_as() -> None:
         "better": "overall_preference",
     }
     assert detect([ORCA])[0].columns == {
-        "system": "system", "prompt": "question", "chosen": "chosen", "rejected": "rejected"}  # fmt: skip
+        "system": "system",
+        "prompt": "question",
+        "chosen": "chosen",
+        "rejected": "rejected",
+    }
     whole = SHAPES["HuggingFaceH4/ultrafeedback_binarized"].rows
     assert detect(whole)[0].columns == {"chosen": "chosen", "rejected": "rejected"}
     pairs = SHAPES["LLaMA-Factory's older alpaca, with history"].rows

@@ -17,7 +17,8 @@ TEMPLATES = {
     "Guanaco": "### Human: Hi\n### Assistant:",
     "Vicuna": "USER: Hi ASSISTANT:",
     "Vicuna behind a system text": "You are kind. USER: Hi ASSISTANT:",
-    "Vicuna behind a system text, in lines": "You are kind.\n\nUSER: Hi\nASSISTANT: Hello.\nUSER: And?",
+    "Vicuna behind a system text, in lines": "You are kind.\n\nUSER: Hi\nASSISTANT: "
+    "Hello.\nUSER: And?",
     "Mistral behind a system text": "You are kind.\n\n[INST] Hi [/INST]",
     "Zephyr behind a system text": "You are kind.\n<|user|>\nHi\n<|assistant|>\n",
     "RedPajama": "<human>: Hi\n<bot>:",
@@ -39,7 +40,8 @@ TEMPLATES = {
     "StackLLaMA": "Question: Hi\n\nAnswer: ",
     "a question and an answer as headings": "### Question: Hi\n### Answer:",
     "an answer as a heading": "Hi\n\n### Answer:\n",
-    "Vicuna's preamble": "A chat between a curious user and an artificial intelligence assistant. USER: Hi",
+    "Vicuna's preamble": "A chat between a curious user and an artificial intelligence "
+    "assistant. USER: Hi",
 }
 
 
@@ -107,8 +109,10 @@ def test_end_markers_alone_are_to_be_taken_off() -> None:
     error = refused(rows, "data.chat_template=none")
     assert "remove </s> and <|im_end|> from the ends of chosen and rejected" in error
     assert "or data.chat_template=none to train on the unchanged texts" in error
-    assert "remove" not in refused([{"prompt": CHATML, "chosen": "Blue.<|im_end|>", "rejected": "Seven."}] * 2,
-                                 "data.chat_template=none")  # fmt: skip
+    assert "remove" not in refused(
+        [{"prompt": CHATML, "chosen": "Blue.<|im_end|>", "rejected": "Seven."}] * 2,
+        "data.chat_template=none",
+    )
 
 
 def test_a_template_in_the_messages_is_refused_without_a_setting() -> None:

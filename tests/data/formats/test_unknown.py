@@ -84,21 +84,45 @@ def test_newer_names_of_the_roles_are_read() -> None:
         ({"text": "q", "label": 1}, []),
         ({"chosen": "yes", "rejected": "no"}, []),
         ({"prompt": {"a": 1, "b": 2}, "chosen": "yes", "rejected": "no"}, []),
-        ({"question": "q", "correct_answer": "a", "incorrect_answer": "b"},
-         [f"data.column_map=chosen={one}_answer,rejected={other}_answer"
-          for one, other in (("correct", "incorrect"), ("incorrect", "correct"))]),
+        (
+            {"question": "q", "correct_answer": "a", "incorrect_answer": "b"},
+            [
+                f"data.column_map=chosen={one}_answer,rejected={other}_answer"
+                for one, other in (("correct", "incorrect"), ("incorrect", "correct"))
+            ],
+        ),
         ({"prompt": "q", "chosen": 3, "rejected": "no", "y": "Yes, so"}, []),
         ({"prompt": "q", "chosen": 3, "rejected": "no"}, []),
         ({"prompt": "q", "chosen": HH, "rejected": [bot("no")]}, []),
-        ({"chosen": "It is so", "rejected": "It is no", "messages": [user("q"), bot("It was so")]},
-         ["data.format=implicit"]),
-        *(({"chosen": "It is so", "rejected": "It is no", name: held}, ["data.format=implicit"])
-          for name in ("prompt", "question", "input", "instruction", "about")
-          for held in (["Why?", "So?"], {"en": "Why?", "id": 3}) if (name, held) != ("prompt", ["Why?", "So?"])),
-        ({"prompt": "q", "completion": "a", "rejected": "b"}, ["data.column_map=chosen=completion,rejected=rejected"]),
-        ({"prompt": "q", "text_1": "Some text", "text_2": "Other text", "text_3": "A third text"}, []),
+        (
+            {
+                "chosen": "It is so",
+                "rejected": "It is no",
+                "messages": [user("q"), bot("It was so")],
+            },
+            ["data.format=implicit"],
+        ),
+        *(
+            ({"chosen": "It is so", "rejected": "It is no", name: held}, ["data.format=implicit"])
+            for name in ("prompt", "question", "input", "instruction", "about")
+            for held in (["Why?", "So?"], {"en": "Why?", "id": 3})
+            if (name, held) != ("prompt", ["Why?", "So?"])
+        ),
+        (
+            {"prompt": "q", "completion": "a", "rejected": "b"},
+            ["data.column_map=chosen=completion,rejected=rejected"],
+        ),
+        (
+            {
+                "prompt": "q",
+                "text_1": "Some text",
+                "text_2": "Other text",
+                "text_3": "A third text",
+            },
+            [],
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_fits_nothing_is_refused_with_the_columns(
     row: dict[str, Any], lines: list[str]
 ) -> None:

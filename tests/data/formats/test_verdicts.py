@@ -146,9 +146,27 @@ def test_a_column_that_names_the_better_answer_is_offered(column: str) -> None:
 
 @pytest.mark.parametrize(
     "column",
-    ["loser", "worse", "worst_answer", "reject", "rejected_label", "less_preferred", "non_preferred", "not_chosen",
-     "second_best", "best_score", "label_rank", "correct", "grade", "score_0", "best_0", "rating", "reward", "x"],
-)  # fmt: skip
+    [
+        "loser",
+        "worse",
+        "worst_answer",
+        "reject",
+        "rejected_label",
+        "less_preferred",
+        "non_preferred",
+        "not_chosen",
+        "second_best",
+        "best_score",
+        "label_rank",
+        "correct",
+        "grade",
+        "score_0",
+        "best_0",
+        "rating",
+        "reward",
+        "x",
+    ],
+)
 def test_no_other_column_is_offered_as_the_verdict(column: str) -> None:
     rows = [ANSWERS | {column: i % 2} for i in range(4)]
     assert "no setting helps: write each pair as prompt, chosen and rejected" in refused(rows)

@@ -1,4 +1,5 @@
-"""Rows out of files, folders, patterns and hub sets: what is read, what is chosen, and where a fault is said to be."""
+"""Rows out of files, folders, patterns and hub sets: what is read, what is chosen, and where a
+fault is said to be."""
 
 import bz2
 import csv
@@ -36,9 +37,9 @@ from orpo_lite.data.sources.source import (
     TEST_SPLIT,
     Source,
     choose_split,
+    dataset_name_setting,
     is_local,
     is_path,
-    dataset_name_setting,
     split_of,
 )
 from orpo_lite.errors import Command, DataError, HubError, OrpoLiteError, raise_all
@@ -205,7 +206,8 @@ DELIMITERS |= dict.fromkeys(("i.csv", "k.tsv", "y.tsv.zst"), "\t")
 
 
 def is_ambiguous(rows: list[Any], delimiter: str | None) -> bool:
-    """Whether the lines of some text look like rows of the table: what is made of these is another test's."""
+    """Whether the lines of some text look like rows of the table: what is made of these is another
+    test's."""
     texts = ["".join(row.values()) for row in rows]
     over_lines = [
         text.count(delimiter) == 2 * text.count("\n")
@@ -356,7 +358,8 @@ QUOTES = 'q\ta\tb\n1\t"good one\tbad\n2\tgood two"\tbad\n3\tx\ty\n'
 
 
 def test_quotes_in_a_table_with_tabs(tmp_path: Path) -> None:
-    """Plain characters where each line is a row by that, as the standard of .tsv has it; else the rules of csv."""
+    """Plain characters where each line is a row by that, as the standard of .tsv has it; else the
+    rules of csv."""
     plain = [{"q": "1", "a": '"good one', "b": "bad"}, {"q": "2", "a": 'good two"', "b": "bad"}]
     for name in ("a.tsv", "a.csv"):
         assert rows_of(write(tmp_path / name, QUOTES.replace("\n", "\r\n")))[:2] == plain
@@ -968,7 +971,8 @@ def test_no_message_holds_the_datas_text(tmp_path: Path) -> None:
 
 
 def test_the_name_of_a_file() -> None:
-    local = "a.jsonl a.json a.CSV a.tsv a.parquet a.jsonl.gz a.csv.gz a.xlsx ./a /a ~/a .. pairs/* org/pairs-??".split()
+    files = "a.jsonl a.json a.CSV a.tsv a.parquet a.jsonl.gz a.csv.gz a.xlsx".split()
+    local = [*files, *"./a /a ~/a .. pairs/* org/pairs-??".split()]
     assert all(is_path(name) for name in local)
     assert not any(
         is_path(name) for name in ["org/pairs", "pairs", "Anthropic/hh-rlhf", "a.parquet.gz"]
@@ -1511,7 +1515,10 @@ def test_a_hub_sets_split_is_chosen(monkeypatch: pytest.MonkeyPatch, offline: bo
     assert "data.dataset_train_split=train_sft" in text
 
 
-CONFIGS = "Config name is missing.\nPlease pick one among the available configs: ['en', 'de']\nExample of usage:\n\t`x`"
+CONFIGS = (
+    "Config name is missing.\nPlease pick one among the available configs: ['en', 'de']\n"
+    "Example of usage:\n\t`x`"
+)
 
 
 @pytest.mark.parametrize("split", ["auto", "train"])
@@ -1533,19 +1540,22 @@ CONFIGS = "Config name is missing.\nPlease pick one among the available configs:
         ),
         (
             ValueError(
-                "There are multiple 'o/split' configurations in the cache: en, de\nPlease specify which"
+                "There are multiple 'o/split' configurations in the cache: en, de\nPlease "
+                "specify which"
             ),
             "the cache: en, de|data.dataset_config=en,",
         ),
         (
             ValueError(
-                "Couldn't find cache for o/split for config 'x'\nAvailable configs in the cache: ['en']"
+                "Couldn't find cache for o/split for config 'x'\nAvailable configs in the cache: "
+                "['en']"
             ),
             "data.dataset_config=en,",
         ),
         (
             RuntimeError("Dataset scripts are no longer supported, but found split.py"),
-            "o/split --local-dir split --revision refs/convert/parquet, then data.dataset_name=split",
+            "o/split --local-dir split --revision refs/convert/parquet, then "
+            "data.dataset_name=split",
         ),
         (
             datasets.exceptions.DatasetNotFoundError(
@@ -1591,7 +1601,8 @@ def test_the_fingerprint_of_a_set_in_memory(monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_hubs_own_reader_on_a_real_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """datasets itself, on disk: the splits, the cached arrow files, and the messages that are parsed here."""
+    """datasets itself, on disk: the splits, the cached arrow files, and the messages that are
+    parsed here."""
     for name, at in (("HF_DATASETS_CACHE", "cache"), ("HF_CACHE_HOME", "home")):
         monkeypatch.setattr(datasets.config, name, str(tmp_path / at))
     logging.getLogger("datasets").setLevel(logging.ERROR)
