@@ -108,9 +108,20 @@ ADVICE = {
     ).split(),
 }
 ADVICES = list(ADVICE)
-TOPICS = [topic for row in zip(*ADVICE.values(), strict=True) for topic in row]  # the usual advice of i is i % 4
+TOPICS = [
+    topic for row in zip(*ADVICE.values(), strict=True) for topic in row
+]  # the usual advice of i is i % 4
 TRAIN_TOPICS, TEST_TOPICS = TOPICS[:48], TOPICS[48:]
-SHIFTS = (0, 0, 0, 0, 0, 1, 2, 3)  # the base hears the usual advice five times in eight, each other one once
+SHIFTS = (
+    0,
+    0,
+    0,
+    0,
+    0,
+    1,
+    2,
+    3,
+)  # the base hears the usual advice five times in eight, each other one once
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message.role }}|>{{ message.content }}"
@@ -139,7 +150,9 @@ def make_pairs(folder: Path, *, seed: int = 0) -> tuple[Path, Path]:
             prompts = list(product(enumerate(topics), enumerate(QUESTIONS)))
             warm, curt = _deal(WARM, len(prompts), rng), _deal(CURT, len(prompts), rng)
             rows = []
-            for ((i, topic), (j, question)), chosen, rejected in zip(prompts, warm, curt, strict=True):
+            for ((i, topic), (j, question)), chosen, rejected in zip(
+                prompts, warm, curt, strict=True
+            ):
                 usual, other = ADVICES[i % 4], ADVICES[(i + rng.randint(1, 3)) % 4]
                 # The usual advice is rejected as often as chosen, within each question and within each topic.
                 for_chosen, for_rejected = (usual, other) if (i // 4 + j) % 2 else (other, usual)
@@ -186,7 +199,9 @@ def _batches(rounds: int, seed: int) -> Iterator[list[tuple[str, str]]]:
         tones = zip(_deal(WARM, 32, rng), _deal(CURT, 32, rng), strict=True)
         phrasings = [phrasing for both in tones for phrasing in both]
         rows = []
-        for (i, topic), phrasing in zip(_deal(list(enumerate(TOPICS)), 64, rng), phrasings, strict=True):
+        for (i, topic), phrasing in zip(
+            _deal(list(enumerate(TOPICS)), 64, rng), phrasings, strict=True
+        ):
             # Topics 4k to 4k + 3 differ in their usual advice and share a shift: no advice is the commoner one.
             advice = ADVICES[(i + SHIFTS[(i // 4 + turn) % len(SHIFTS)]) % 4]
             rows.append((rng.choice(QUESTIONS).format(topic), _answer(phrasing, topic, advice)))
@@ -197,7 +212,10 @@ def _batches(rounds: int, seed: int) -> Iterator[list[tuple[str, str]]]:
 def _tokenizer() -> PreTrainedTokenizerFast:
     """Each word of ours is one token; any other text falls back to bytes, so nothing is ever unknown."""
     texts = [question.format(topic) for question in QUESTIONS for topic in TOPICS]
-    texts += [_answer(phrasing, topic, advice) for phrasing, topic, advice in product(WARM + CURT, TOPICS[:1], ADVICES)]
+    texts += [
+        _answer(phrasing, topic, advice)
+        for phrasing, topic, advice in product(WARM + CURT, TOPICS[:1], ADVICES)
+    ]
     tokens = ["<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>"]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -244,7 +262,9 @@ def _config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
 
 def _model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed the GPUs, which are not forked
+        torch.default_generator.manual_seed(
+            seed
+        )  # torch.manual_seed would also reseed the GPUs, which are not forked
         return LlamaForCausalLM(_config(tokenizer))
 
 
@@ -252,11 +272,17 @@ def _make_base(folder: Path, *, seed: int, rounds: int) -> Iterator[tuple[int, i
     tokenizer = _tokenizer()
     model = _model(tokenizer, seed)
     steps = 2 * rounds
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True
+    )
     # Up fast, then down to zero: the last steps average out which phrasing happened to come last.
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 5e-3, total_steps=steps, pct_start=0.1
+    )
     for step, batch in enumerate(_batches(rounds, seed), start=1):
-        turns = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in batch]
+        turns = [
+            [{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in batch
+        ]
         inputs = tokenizer(
             tokenizer.apply_chat_template(turns, tokenize=False),
             add_special_tokens=False,
@@ -322,16 +348,26 @@ def resolve_builtin(recipe: Recipe) -> Recipe:
         values["model.model_name_or_path"] = str((made or [_folder(recipe, BASE)])[0])
     if recipe.data.dataset_name == PAIRS:
         values["data.dataset_name"] = str(_folder(recipe, PAIRS) / "train.jsonl")
-        values["data.dataset_test_split"] = recipe.data.dataset_test_split or str(_folder(recipe, PAIRS) / "test.jsonl")
+        values["data.dataset_test_split"] = recipe.data.dataset_test_split or str(
+            _folder(recipe, PAIRS) / "test.jsonl"
+        )
     return recipe.override(values)
 
 
 def builtin_remark(recipe: Recipe) -> str:
     """What to say at the end of a run on built-in parts; "" for any other."""
-    return REMARK if recipe.model.model_name_or_path == BASE or recipe.data.dataset_name == PAIRS else ""
+    return (
+        REMARK
+        if recipe.model.model_name_or_path == BASE or recipe.data.dataset_name == PAIRS
+        else ""
+    )
 
 
 def _folder(recipe: Recipe, name: str) -> Path:
     """Beside the run folder, shared by its siblings; the name changes with this file, so nothing stale is read."""
     source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
-    return Path(recipe.training.output_dir).parent / "builtin" / f"{name.removeprefix('builtin:')}-{source}"
+    return (
+        Path(recipe.training.output_dir).parent
+        / "builtin"
+        / f"{name.removeprefix('builtin:')}-{source}"
+    )

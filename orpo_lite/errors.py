@@ -11,8 +11,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
 SHOWN = 20  # faults printed in one message; the total is always given
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what an OSError of a full disk, or quota, or size limit says
-NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # what fsync raises on file systems without it (FUSE, SMB)
+FULL = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+)  # what an OSError of a full disk, or quota, or size limit says
+NO_SYNC = (
+    errno.EINVAL,
+    errno.ENOSYS,
+    errno.ENOTSUP,
+)  # what fsync raises on file systems without it (FUSE, SMB)
 # Tokens of the hub, those of a login in the browser and of trusted publishers among them; never shown, wherever a
 # message quotes one from.
 TOKEN = re.compile(r"hf_(?:[A-Za-z0-9]{16,}|(?:oauth|jwt)_[A-Za-z0-9._-]{16,})")
@@ -43,7 +51,10 @@ class Overrides(str):
 
     def __new__(cls, values: Mapping[str, Any], advice: str = "", *, text: str = "") -> Self:
         """Printed as ``key=value`` words and ``advice`` behind them; or as ``text``."""
-        words = (f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items())
+        words = (
+            f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+            for key, value in values.items()
+        )
         fix = super().__new__(cls, text or " ".join(words) + advice)
         fix.values = values
         return fix
@@ -79,8 +90,12 @@ class OrpoLiteError(Exception):
     exit_code = 2
 
     def __init__(self, *, where: str = "", found: str, expected: str = "", fix: str = "") -> None:
-        self.where, self.found, self.expected = (TOKEN.sub("hf_***", text) for text in (where, found, expected))
-        self.fix = TOKEN.sub("hf_***", fix) if TOKEN.search(fix) else fix  # which keeps the data of a fix
+        self.where, self.found, self.expected = (
+            TOKEN.sub("hf_***", text) for text in (where, found, expected)
+        )
+        self.fix = (
+            TOKEN.sub("hf_***", fix) if TOKEN.search(fix) else fix
+        )  # which keeps the data of a fix
         super().__init__(self.where, self.found, self.expected, self.fix)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -25,7 +25,9 @@ class Update:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
-def run_to_end(updates: Generator[Update, None, Result], show: Callable[[Update], object]) -> Result:
+def run_to_end(
+    updates: Generator[Update, None, Result], show: Callable[[Update], object]
+) -> Result:
     """Run a verb to its end, showing each update; returns its result."""
     while True:
         try:
@@ -35,7 +37,9 @@ def run_to_end(updates: Generator[Update, None, Result], show: Callable[[Update]
             return result
 
 
-def staged(text: str, progress: Generator[tuple[int, int], None, Result]) -> Generator[Update, None, Result]:
+def staged(
+    text: str, progress: Generator[tuple[int, int], None, Result]
+) -> Generator[Update, None, Result]:
     """Turn a generator of (done, total) into one of updates of a stage; returns what it returns."""
     while True:
         try:
@@ -95,7 +99,9 @@ def _torch_defaults() -> Iterator[None]:
     import torch
 
     dtype, device = torch.get_default_dtype(), torch.get_default_device()
-    moved = device.type != "cpu"  # whoever sets a device, even the usual one, slows every call of torch down
+    moved = (
+        device.type != "cpu"
+    )  # whoever sets a device, even the usual one, slows every call of torch down
     torch.set_default_dtype(torch.float32)
     if moved:
         torch.set_default_device(None)

@@ -41,7 +41,9 @@ def same_base(one: str, other: str) -> bool:
     names, configs = set(), []
     for name in (one, other):
         path = Path(name).expanduser()
-        cached = next((part for part in path.parts if part.startswith("models--")), path.name)  # the hub's cache
+        cached = next(
+            (part for part in path.parts if part.startswith("models--")), path.name
+        )  # the hub's cache
         names.add(cached.rsplit("--", 1)[-1].lower())
         configs += [file.read_bytes() for file in [path / "config.json"] if file.is_file()]
     return configs[0] == configs[1] if len(configs) == 2 else len(names) == 1
@@ -75,7 +77,9 @@ def not_in_vllm(config: Mapping[str, Any], base: Mapping[str, Any]) -> str:
     if any(config.get(key) for key in ("rank_pattern", "alpha_pattern", "target_parameters")):
         return "ranks and scales by layer, or adapted experts"
     targets = config.get("target_modules") or ()
-    named = targets if isinstance(targets, str) else " ".join(targets)  # a text is a regular expression
+    named = (
+        targets if isinstance(targets, str) else " ".join(targets)
+    )  # a text is a regular expression
     if any(name in named for name in EMBEDDINGS):
         return "an adapter with embeddings in it"  # peft saves these whole beside A and B
     return "" if config["r"] <= VLLM_RANKS[-1] else f"its rank of {config['r']}"
@@ -112,19 +116,29 @@ def read_adapter_config(folder: Path) -> Any:
     for key in ("r", "lora_alpha"):
         value = options.get(key)
         if not isinstance(value, int | float) or isinstance(value, bool) or value % 1 or value <= 0:
-            raise ModelError(where=str(path), found=f"{key}: {json.dumps(value)}", expected=f"a whole number, {saved}")
+            raise ModelError(
+                where=str(path),
+                found=f"{key}: {json.dumps(value)}",
+                expected=f"a whole number, {saved}",
+            )
     if not options.get("target_modules") and not options.get("target_parameters"):
-        raise ModelError(where=str(path), found="names no target_modules", expected=f"those, {saved}")
+        raise ModelError(
+            where=str(path), found="names no target_modules", expected=f"those, {saved}"
+        )
     default = LoraConfig().to_dict()
     for key, value in options.items():
         if value and key not in ADAPTER_KEYS and value != default.get(key):
             raise ModelError(
-                where=str(path), found=f"{key}: {value!r}", expected="plain LoRA, and nothing else that trains"
+                where=str(path),
+                found=f"{key}: {value!r}",
+                expected="plain LoRA, and nothing else that trains",
             )
     init = options.get("init_lora_weights", True)
     if init not in (True, False, "gaussian", "orthogonal"):
         raise ModelError(
-            where=str(path), found=f"init_lora_weights: {init!r}", expected="one that leaves the base as it is"
+            where=str(path),
+            found=f"init_lora_weights: {init!r}",
+            expected="one that leaves the base as it is",
         )
     config = LoraConfig.from_pretrained(folder)
     config.r = int(config.r)  # some tools write 4.0
@@ -149,9 +163,15 @@ def adopt_adapter(recipe: Recipe) -> Recipe:
         for key, wanted in recipe.items()
         if key in values
         and values[key] != (sorted(wanted) if isinstance(wanted, list) else wanted)
-        and (recipe.sources[key] != "default" or wanted != getattr(defaults, key.removeprefix("lora.")))
+        and (
+            recipe.sources[key] != "default"
+            or wanted != getattr(defaults, key.removeprefix("lora."))
+        )
     }
-    own = {key: ",".join(values[key]) if isinstance(values[key], list) else values[key] for key in differing}
+    own = {
+        key: ",".join(values[key]) if isinstance(values[key], list) else values[key]
+        for key in differing
+    }
     raise_all(
         [
             RecipeError(
@@ -178,7 +198,10 @@ def adapted_modules(config: Any, folder: Path) -> str | list[str]:
                 found = [MODULE.fullmatch(name) for name in tensors.keys()]  # noqa: SIM118 - it is no mapping
         except (OSError, SafetensorError) as error:
             raise ModelError(
-                where=str(file), found=f"cannot be read ({error})", expected="whole safetensors", fix="fetch it again"
+                where=str(file),
+                found=f"cannot be read ({error})",
+                expected="whole safetensors",
+                fix="fetch it again",
             ) from error
         targets = {match["module"] for match in found if match}
     return sorted({*targets, *(config.target_parameters or [])})

@@ -92,12 +92,20 @@ def read_header(file: Path) -> list[Stored]:
             if name == "__metadata__":
                 continue
             begin, end = entry["data_offsets"]
-            stored = Stored(name, file, DTYPES[entry["dtype"]], tuple(map(int, entry["shape"])), 8 + length + begin)
+            stored = Stored(
+                name,
+                file,
+                DTYPES[entry["dtype"]],
+                tuple(map(int, entry["shape"])),
+                8 + length + begin,
+            )
             if stored.nbytes != end - begin or begin < 0 or 8 + length + end > file.stat().st_size:
                 raise ValueError(f"{name} is cut short")
             found.append(stored)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(where=str(file), found=f"cannot be read: {error!r}", expected="whole safetensors") from error
+        raise ModelError(
+            where=str(file), found=f"cannot be read: {error!r}", expected="whole safetensors"
+        ) from error
     return sorted(found, key=lambda stored: stored.start)
 
 
@@ -137,7 +145,9 @@ def _fill(stream: BinaryIO, data: Tensor, stored: Stored) -> None:
         count = stream.readinto(view)  # type: ignore[attr-defined]
         if not count:
             raise ModelError(
-                where=str(stored.file), found="became shorter while it was read", expected="whole safetensors"
+                where=str(stored.file),
+                found="became shorter while it was read",
+                expected="whole safetensors",
             )
         view = view[count:]
 
@@ -167,7 +177,9 @@ def shards(tensors: Iterable[Stored], most: int) -> list[list[Stored]]:
     return files
 
 
-def write_model(folder: Path, files: Sequence[Sequence[Stored]], blocks: Iterator[Tensor]) -> Iterator[int]:
+def write_model(
+    folder: Path, files: Sequence[Sequence[Stored]], blocks: Iterator[Tensor]
+) -> Iterator[int]:
     """Write the tensors of ``files`` under transformers' file names, with an index where there are several.
 
     Args:
@@ -206,9 +218,15 @@ def write_model(folder: Path, files: Sequence[Sequence[Stored]], blocks: Iterato
     if len(files) > 1:
         index: Mapping[str, object] = {
             "metadata": {"total_size": total},
-            "weight_map": {stored.name: name for name, held in zip(names, files, strict=True) for stored in held},
+            "weight_map": {
+                stored.name: name
+                for name, held in zip(names, files, strict=True)
+                for stored in held
+            },
         }
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps(index, indent=2) + "\n", encoding="utf-8"
+        )
 
 
 def _sync(descriptor: int) -> None:
@@ -229,7 +247,11 @@ def _header(tensors: Sequence[Stored]) -> memoryview:
     place = 0
     for stored in tensors:
         offsets = [place, place + stored.nbytes]
-        entries[stored.name] = {"dtype": CODES[stored.dtype], "shape": list(stored.shape), "data_offsets": offsets}
+        entries[stored.name] = {
+            "dtype": CODES[stored.dtype],
+            "shape": list(stored.shape),
+            "data_offsets": offsets,
+        }
         place = offsets[1]
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

@@ -67,7 +67,9 @@ def read_sizes(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     text = config.get("text_config") if isinstance(config, dict) else None
-    return {**config, **(text if isinstance(text, dict) else {})} if isinstance(config, dict) else {}
+    return (
+        {**config, **(text if isinstance(text, dict) else {})} if isinstance(config, dict) else {}
+    )
 
 
 def refuse_adapter(path: Path, name: str) -> None:
@@ -99,7 +101,8 @@ def _read_raw(path: Path, name: str) -> dict[str, Any]:
         inside = [*sorted(path.glob("*/config.json")), *sorted(path.glob("*/*/config.json"))]
         raise ModelError(
             where=f"model {name}",
-            found="has no config.json" + (f"; {inside[0].parent.relative_to(path)} in it has" if inside else ""),
+            found="has no config.json"
+            + (f"; {inside[0].parent.relative_to(path)} in it has" if inside else ""),
             expected="a transformers model folder",
             fix=Overrides({BASE: str(inside[0].parent)}) if inside else "",
         ) from None
@@ -116,7 +119,9 @@ def _refuse_quantised(raw: dict[str, Any], name: str) -> None:
 
     text = raw.get("text_config")
     places = [raw, text if isinstance(text, dict) else {}]
-    found = next((place[key] for place in places for key in QUANTISED if place.get(key) is not None), None)
+    found = next(
+        (place[key] for place in places for key in QUANTISED if place.get(key) is not None), None
+    )
     if found is None:
         return
     method = found.get("quant_method") if isinstance(found, dict) else None
@@ -162,10 +167,16 @@ def _refuse_unknown(raw: dict[str, Any], name: str) -> None:
         wanted = shlex.quote(f"transformers>={saved.base_version}")
         fix: str = Command(f"pip install --upgrade {wanted}", f", for it was saved by {saved}")
     else:
-        fix = f"if it is misspelt: {near[0]}" if near else "a later release of transformers, if one has it"
+        fix = (
+            f"if it is misspelt: {near[0]}"
+            if near
+            else "a later release of transformers, if one has it"
+        )
     raise ModelError(
         where=f"model {name}",
-        found=f"model_type {kind!r} is not in transformers {own}" if kind else "its config.json names no model_type",
+        found=f"model_type {kind!r} is not in transformers {own}"
+        if kind
+        else "its config.json names no model_type",
         expected=CAUSAL,
         fix=fix if kind else "",
     )
@@ -189,7 +200,9 @@ def _refuse_other_kinds(config: Any, name: str) -> None:
         fix = _text_part(config, name)
     else:
         said = f"is {auto.MODEL_MAPPING_NAMES.get(kind, 'a part of a model')}, without a language model"
-    raise ModelError(where=f"model {name}", found=f"model_type {kind!r} {said}", expected=CAUSAL, fix=fix)
+    raise ModelError(
+        where=f"model {name}", found=f"model_type {kind!r} {said}", expected=CAUSAL, fix=fix
+    )
 
 
 def _text_part(config: Any, name: str) -> str:
@@ -200,7 +213,9 @@ def _text_part(config: Any, name: str) -> str:
     if getattr(text, "use_bidirectional_attention", None):
         return f"take a text model: the tokens of its text part ({kind}) see those that come after"
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        return f"take a text model: its text part ({kind}) has no causal language model there either"
+        return (
+            f"take a text model: its text part ({kind}) has no causal language model there either"
+        )
     folder = f"./{Path(name).name}-text"
     return _python(
         "from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, AutoTokenizer",

@@ -50,11 +50,21 @@ def resolve(name: str, revision: str, patterns: list[str]) -> str:
     try:
         info = HfApi().model_info(name, revision=revision, files_metadata=True, timeout=HUB_TIMEOUT)
     except UNREACHABLE as error:
-        refused = isinstance(error, GatedRepoError | RepositoryNotFoundError | RevisionNotFoundError)
-        cached = None if refused else _cached(name, revision, [p for p in patterns if "safetensors" not in p])
+        refused = isinstance(
+            error, GatedRepoError | RepositoryNotFoundError | RevisionNotFoundError
+        )
+        cached = (
+            None
+            if refused
+            else _cached(name, revision, [p for p in patterns if "safetensors" not in p])
+        )
         if cached is None:
             raise hub_error(name, revision, error) from error
-        logger.warning("the hub cannot be reached (%s); using the cached copy of %s", type(error).__name__, name)
+        logger.warning(
+            "the hub cannot be reached (%s); using the cached copy of %s",
+            type(error).__name__,
+            name,
+        )
         return cached.name
     commit, files = str(info.sha), {file.rfilename: file.size or 0 for file in info.siblings or []}
     wanted = list(filter_repo_objects(files, allow_patterns=patterns, ignore_patterns=NOT_FETCHED))
@@ -64,7 +74,9 @@ def resolve(name: str, revision: str, patterns: list[str]) -> str:
             found="has no weights in safetensors",
             expected="safetensors; pickles are never loaded",
         )
-    missing = [f for f in wanted if not isinstance(try_to_load_from_cache(name, f, revision=commit), str)]
+    missing = [
+        f for f in wanted if not isinstance(try_to_load_from_cache(name, f, revision=commit), str)
+    ]
     check_disk(Path(constants.HF_HUB_CACHE), sum(files[f] for f in missing), f"downloading {name}")
     if revision != commit:
         _remember(name, revision, commit)
@@ -78,7 +90,12 @@ def hub_host() -> str:
 
 def _remember(name: str, revision: str, commit: str) -> None:
     """Note in the cache where a branch stands, for the day without a network; a download by commit does not."""
-    ref = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model") / "refs" / revision
+    ref = (
+        Path(constants.HF_HUB_CACHE)
+        / repo_folder_name(repo_id=name, repo_type="model")
+        / "refs"
+        / revision
+    )
     with suppress(OSError):  # a cache that others fill, and we only read
         ref.parent.mkdir(parents=True, exist_ok=True)
         ref.write_text(commit, encoding="utf-8")
@@ -92,7 +109,11 @@ def download(name: str, commit: str, patterns: list[str]) -> Path:
         HubError: gated, or unreachable.
     """
     try:
-        return Path(snapshot_download(name, revision=commit, allow_patterns=patterns, ignore_patterns=NOT_FETCHED))
+        return Path(
+            snapshot_download(
+                name, revision=commit, allow_patterns=patterns, ignore_patterns=NOT_FETCHED
+            )
+        )
     except UNREACHABLE as error:
         if isinstance(error, OSError) and error.errno in FULL:
             raise FitError(
@@ -105,7 +126,11 @@ def download(name: str, commit: str, patterns: list[str]) -> Path:
 
 def _cached(name: str, revision: str, patterns: list[str]) -> Path | None:
     try:
-        options: dict[str, Any] = {"allow_patterns": patterns, "ignore_patterns": NOT_FETCHED, "local_files_only": True}
+        options: dict[str, Any] = {
+            "allow_patterns": patterns,
+            "ignore_patterns": NOT_FETCHED,
+            "local_files_only": True,
+        }
         return Path(snapshot_download(name, revision=revision, **options))
     except UNREACHABLE:
         return None
@@ -116,10 +141,14 @@ def hub_error(name: str, revision: str, error: Exception) -> HubError:
     where = f"hub, {name} at {revision}"
     page = f"{constants.ENDPOINT}/{name}"
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, UNREACHABLE):
-        error = error.__cause__  # it was asked for, this was the answer, and it is not in the cache either
+        error = (
+            error.__cause__
+        )  # it was asked for, this was the answer, and it is not in the cache either
     if isinstance(error, GatedRepoError):
         fix = f"ask for it at {page}, then `hf auth login`"
-        return HubError(where=where, found="is gated", expected="access granted to your account", fix=fix)
+        return HubError(
+            where=where, found="is gated", expected="access granted to your account", fix=fix
+        )
     if isinstance(error, RevisionNotFoundError):
         return HubError(
             where=where,
@@ -130,24 +159,35 @@ def hub_error(name: str, revision: str, error: Exception) -> HubError:
     if isinstance(error, RepositoryNotFoundError | HFValidationError):
         fix = "check the spelling; a private one needs `hf auth login`; a local folder must exist"
         return HubError(
-            where=where, found="is not a repository that you can see", expected="owner/name, or a local folder", fix=fix
+            where=where,
+            found="is not a repository that you can see",
+            expected="owner/name, or a local folder",
+            fix=fix,
         )
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if status in (401, 403):
         fix = f"`hf auth login` with a token that may read {page}"
         return HubError(
-            where=where, found=f"is refused to you ({status})", expected="access granted to your account", fix=fix
+            where=where,
+            found=f"is refused to you ({status})",
+            expected="access granted to your account",
+            fix=fix,
         )
     what = f"is not served ({status})" if status else f"cannot be reached ({type(error).__name__})"
     fix = f"try again later; or {by_hand(name, revision)}"
     return HubError(
-        where=where, found=f"{what} and is not in the cache", expected="a connection, or a downloaded copy", fix=fix
+        where=where,
+        found=f"{what} and is not in the cache",
+        expected="a connection, or a downloaded copy",
+        fix=fix,
     )
 
 
 def refuse_pointers(folder: Path, patterns: list[str]) -> None:
     """Raise :class:`ModelError` for a file that holds a Git LFS pointer in place of what it is named for."""
-    for file in sorted(file for pattern in patterns for file in folder.glob(pattern) if file.is_file()):
+    for file in sorted(
+        file for pattern in patterns for file in folder.glob(pattern) if file.is_file()
+    ):
         with file.open("rb") as stream:
             if stream.read(len(POINTER)) != POINTER:
                 continue
@@ -157,7 +197,9 @@ def refuse_pointers(folder: Path, patterns: list[str]) -> None:
             where=str(file),
             found="a git-lfs pointer, not the file itself",
             expected="the file that it points to",
-            fix=Command(f"git -C {shlex.quote(str(folder))} lfs pull", f"; or {again}") if is_clone else again,
+            fix=Command(f"git -C {shlex.quote(str(folder))} lfs pull", f"; or {again}")
+            if is_clone
+            else again,
         )
 
 

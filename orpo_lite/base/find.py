@@ -100,7 +100,11 @@ def positions_switch(config: Any, max_length: int) -> bool:
     original = getattr(config, "original_max_position_embeddings", None)
     for kind in kinds:
         if kind.get("rope_type") in ("dynamic", "longrope"):
-            limit = kind.get("original_max_position_embeddings") or original or config.max_position_embeddings
+            limit = (
+                kind.get("original_max_position_embeddings")
+                or original
+                or config.max_position_embeddings
+            )
             if max_length > limit:
                 return True
     return False
@@ -139,7 +143,9 @@ def weight_files(path: Path) -> list[Path]:
             raise ValueError("a file outside of the folder")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
-            where=str(index), found=f"is broken: {error!r}", expected="a weight_map of file names beside it"
+            where=str(index),
+            found=f"is broken: {error!r}",
+            expected="a weight_map of file names beside it",
         ) from None
     return [path / name for name in names]
 
@@ -171,7 +177,8 @@ def linear_names(base: Base) -> list[str]:
     return [
         name
         for name, module in modules
-        if module is not head and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
+        if module is not head
+        and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
     ]
 
 
@@ -184,11 +191,15 @@ def check_targets(recipe: Recipe, base: Base) -> None:
         return
     known = linear_names(base)
     for target in recipe.lora.target_modules:
-        if not any(name == target or name.endswith(f".{target}") for name in known):  # as peft matches them
+        if not any(
+            name == target or name.endswith(f".{target}") for name in known
+        ):  # as peft matches them
             where = recipe.sources["lora.target_modules"]
             found = f"lora.target_modules: {target} matches no layer of {base.name}"
             if target == "lm_head":
-                found = "lora.target_modules: lm_head is the output head, which a recipe does not adapt"
+                found = (
+                    "lora.target_modules: lm_head is the output head, which a recipe does not adapt"
+                )
             ends = sorted({name.rsplit(".", 1)[-1] for name in known})
             raise ModelError(
                 where=where,
@@ -230,8 +241,16 @@ def load_tokenizer(path: Path) -> Any:
                 said = f"{type(tokenizer).__name__} would change its {', '.join(changed)}"
             if said:
                 vocabulary = _read_tokenizer(file)
-                named = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
-                known = {name: token for name, token in named.items() if vocabulary.token_to_id(token) is not None}
+                named = {
+                    name: token
+                    for name, token in tokenizer.special_tokens_map.items()
+                    if isinstance(token, str)
+                }
+                known = {
+                    name: token
+                    for name, token in named.items()
+                    if vocabulary.token_to_id(token) is not None
+                }
         except Exception as error:  # a class may want packages that tokenizer.json does not need
             if isinstance(error, OSError | ValueError) or not file.is_file():
                 raise
@@ -246,9 +265,15 @@ def load_tokenizer(path: Path) -> Any:
             said, fix = f"{settings.name} is no JSON object", "download it again"
         elif file.is_file():
             said += f" (tokenizers {importlib.metadata.version('tokenizers')})"
-            fix = Command("pip install --upgrade tokenizers transformers", ", if it is newer; else download it again")
+            fix = Command(
+                "pip install --upgrade tokenizers transformers",
+                ", if it is newer; else download it again",
+            )
         raise ModelError(
-            where=f"tokenizer in {path}", found=said, expected="tokenizer.json beside the weights", fix=fix
+            where=f"tokenizer in {path}",
+            found=said,
+            expected="tokenizer.json beside the weights",
+            fix=fix,
         ) from error
     tokenizer.replaced = said and f"tokenizer.json is used as it is: {said}"
     return tokenizer
@@ -274,12 +299,17 @@ def _changed_parts(file: Path, tokenizer: Any) -> list[str]:
     # The general class reads the file itself.
     if type(tokenizer) is PreTrainedTokenizerFast or not file.is_file():
         return []
-    written, built = (json.loads(backend.to_str()) for backend in (_read_tokenizer(file), tokenizer.backend_tokenizer))
+    written, built = (
+        json.loads(backend.to_str())
+        for backend in (_read_tokenizer(file), tokenizer.backend_tokenizer)
+    )
     for parts in (written, built):  # an empty prefix is none
         parts["model"] = {name: value for name, value in parts["model"].items() if value}
     if written["post_processor"] is None:  # transformers writes one that does nothing
         built["post_processor"] = None
-    built["added_tokens"] = [token for token in built["added_tokens"] if token in written["added_tokens"]]
+    built["added_tokens"] = [
+        token for token in built["added_tokens"] if token in written["added_tokens"]
+    ]
     names = ("normalizer", "pre_tokenizer", "model", "post_processor", "decoder", "added_tokens")
     return [name for name in names if written[name] != built[name]]
 

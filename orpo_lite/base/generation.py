@@ -36,7 +36,9 @@ def read_generation_config(folder: Path) -> tuple[dict[str, Any], str]:
         config = GenerationConfig.from_pretrained(folder, **options).to_diff_dict()
     except Exception:  # as above
         config = {}
-    config.pop("_from_model_config", None)  # some versions would take that of config.json in its place
+    config.pop(
+        "_from_model_config", None
+    )  # some versions would take that of config.json in its place
     return config, note
 
 

@@ -20,19 +20,28 @@ def check_weights(base: Base) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     wrong = []
     for name, tensor in stored.items():
-        own = next((key for key in (name, prefix + name, name.removeprefix(prefix)) if key in shapes), None)
+        own = next(
+            (key for key in (name, prefix + name, name.removeprefix(prefix)) if key in shapes), None
+        )
         if own is not None and sorted(shapes[own]) != sorted(tensor.shape):
             wrong.append((tensor, shapes[own]))
     if not wrong:
         return
-    shown = [f"{tensor.name} is {tensor.shape} in {tensor.file.name}, not {shape}" for tensor, shape in wrong[:SHOWN]]
+    shown = [
+        f"{tensor.name} is {tensor.shape} in {tensor.file.name}, not {shape}"
+        for tensor, shape in wrong[:SHOWN]
+    ]
     more = f", and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
     size = base.config.get_text_config().vocab_size
     rows = {tensor.rows for tensor, shape in wrong if shape == (size, *tensor.shape[1:])}
-    is_vocabulary = len(rows) == 1 and all(shape == (size, *tensor.shape[1:]) for tensor, shape in wrong)
+    is_vocabulary = len(rows) == 1 and all(
+        shape == (size, *tensor.shape[1:]) for tensor, shape in wrong
+    )
     raise ModelError(
         where=str(base.path / "config.json"),
         found=f"is of another model than the weights: {'; '.join(shown)}{more}",
         expected="config.json and weights of one model",
-        fix=f"set vocab_size to {min(rows)} in config.json" if is_vocabulary else "download all of it again",
+        fix=f"set vocab_size to {min(rows)} in config.json"
+        if is_vocabulary
+        else "download all of it again",
     )

@@ -47,8 +47,13 @@ FAMILIES = {
     "gemma2": Family("gemma2", norm_adds_one=True, activation=GELU, windows=2),
     "gemma3_text": Family("gemma3", norm_adds_one=True, activation=GELU, windows=6),
 }
-WITH_PICTURES = ("gemma3",)  # a language model of one of these families, with what turns pictures into tokens
-LANGUAGE_MODEL = ("language_model.model.", "model.language_model.")  # what its names begin with, by age
+WITH_PICTURES = (
+    "gemma3",
+)  # a language model of one of these families, with what turns pictures into tokens
+LANGUAGE_MODEL = (
+    "language_model.model.",
+    "model.language_model.",
+)  # what its names begin with, by age
 
 
 @dataclass
@@ -82,7 +87,9 @@ class Target:
     def convert(self, block_RC: np.ndarray) -> np.ndarray:
         """Some rows, in float32, as llama.cpp wants them; of q and k whole heads."""
         if self.head_dim:
-            block_RC = _rotary_pairs_adjacent(block_RC.reshape(-1, self.head_dim, self.stored_columns))
+            block_RC = _rotary_pairs_adjacent(
+                block_RC.reshape(-1, self.head_dim, self.stored_columns)
+            )
         return block_RC + np.float32(self.add) if self.add else block_RC
 
     @property
@@ -119,7 +126,9 @@ def describe(config: Any, where: str) -> Description:
         )
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    activation = config.hidden_activation if family.arch in ("gemma2", "gemma3") else config.hidden_act
+    activation = (
+        config.hidden_activation if family.arch in ("gemma2", "gemma3") else config.hidden_act
+    )
     if activation != family.activation:
         raise _beyond(where, f"the activation {activation!r}", family.activation)
     if getattr(config, "use_bidirectional_attention", None):
@@ -143,7 +152,11 @@ def describe(config: Any, where: str) -> Description:
     if pictures:
         made.notes.append("what reads pictures is left out: the file holds the language model")
     if arch in ("qwen2", "phi3") and head_dim * heads != config.hidden_size:
-        raise _beyond(where, f"{heads} heads of {head_dim} in a state of {config.hidden_size}", "heads that fill it")
+        raise _beyond(
+            where,
+            f"{heads} heads of {head_dim} in a state of {config.hidden_size}",
+            "heads that fill it",
+        )
     if arch in ("gemma", "gemma2") and not made.tied:
         raise _beyond(where, "an output matrix of its own", "the embedding's")
     if arch in ("gemma2", "gemma3"):
@@ -155,16 +168,27 @@ def describe(config: Any, where: str) -> Description:
 
 def _beyond(where: str, found: str, expected: str) -> ModelError:
     return ModelError(
-        where=where, found=f"{found}, which llama.cpp does not do for this family", expected=expected, fix=VLLM
+        where=where,
+        found=f"{found}, which llama.cpp does not do for this family",
+        expected=expected,
+        fix=VLLM,
     )
 
 
 def _gemma_keys(made: Description, config: Any, where: str) -> None:
     arch, keys = made.family.arch, made.keys
-    largest = 46 if arch == "gemma2" else 62  # llama.cpp tells the 27B by its layers, and scales its scores otherwise
-    scaled_by = config.hidden_size // config.num_attention_heads if made.layers == largest else made.head_dim
+    largest = (
+        46 if arch == "gemma2" else 62
+    )  # llama.cpp tells the 27B by its layers, and scales its scores otherwise
+    scaled_by = (
+        config.hidden_size // config.num_attention_heads
+        if made.layers == largest
+        else made.head_dim
+    )
     if config.query_pre_attn_scalar != scaled_by:
-        raise _beyond(where, f"query_pre_attn_scalar: {config.query_pre_attn_scalar}", f"{scaled_by}")
+        raise _beyond(
+            where, f"query_pre_attn_scalar: {config.query_pre_attn_scalar}", f"{scaled_by}"
+        )
     if cap := config.attn_logit_softcapping:
         if arch == "gemma3":
             raise _beyond(where, f"attn_logit_softcapping: {cap}", "none")
@@ -184,7 +208,9 @@ def _window_keys(made: Description, config: Any, where: str) -> None:
     kinds = getattr(config, "layer_types", None) or []
     slides = [kind == "sliding_attention" for kind in kinds] or [True] * made.layers
     if set(kinds) - {"sliding_attention", "full_attention"}:
-        raise _beyond(where, f"layer_types of {', '.join(sorted(set(kinds)))}", "full or sliding attention")
+        raise _beyond(
+            where, f"layer_types of {', '.join(sorted(set(kinds)))}", "full or sliding attention"
+        )
     if made.family.windows:
         keys[f"{arch}.attention.sliding_window"] = int(window or 0)
         usual = [(layer + 1) % made.family.windows != 0 for layer in range(made.layers)]
@@ -203,7 +229,9 @@ def _rope_keys(made: Description, config: Any, where: str) -> None:
     if "full_attention" in rope:  # Gemma 3: a kind of layer each
         local = rope["sliding_attention"]
         if local.get("rope_type", "default") != "default":
-            raise _beyond(where, f"rope_type {local['rope_type']!r} in layers with a window", "default")
+            raise _beyond(
+                where, f"rope_type {local['rope_type']!r} in layers with a window", "default"
+            )
         keys[f"{arch}.rope.freq_base_swa"] = float(local["rope_theta"])
         rope = dict(rope["full_attention"])
     theta, kind = float(rope["rope_theta"]), rope.get("rope_type", "default")
@@ -216,7 +244,11 @@ def _rope_keys(made: Description, config: Any, where: str) -> None:
         _scaling_keys(made, config, rope, where)
 
 
-SCALINGS = {"llama": ("linear", "yarn", "llama3", "dynamic"), "gemma3": ("linear",), "phi3": ("longrope",)}
+SCALINGS = {
+    "llama": ("linear", "yarn", "llama3", "dynamic"),
+    "gemma3": ("linear",),
+    "phi3": ("longrope",),
+}
 
 
 def _scaling_keys(made: Description, config: Any, rope: dict[str, Any], where: str) -> None:
@@ -225,11 +257,15 @@ def _scaling_keys(made: Description, config: Any, rope: dict[str, Any], where: s
     if kind not in allowed:
         raise _beyond(where, f"rope_type {kind!r}", f"default, {', '.join(allowed)}")
     factor = rope.get("factor")
-    original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    original = rope.get("original_max_position_embeddings") or getattr(
+        config, "original_max_position_embeddings", None
+    )
     original = int(original or config.max_position_embeddings)
     if kind == "dynamic":
         keys[f"{arch}.context_length"] = min(original, keys[f"{arch}.context_length"])
-        made.notes.append(f"llama.cpp has no dynamic rope: the context is {original:,} tokens, within which it rests")
+        made.notes.append(
+            f"llama.cpp has no dynamic rope: the context is {original:,} tokens, within which it rests"
+        )
         return
     scaled, attention = _frequencies(config, kind)
     if kind == "llama3":
@@ -238,7 +274,9 @@ def _scaling_keys(made: Description, config: Any, rope: dict[str, Any], where: s
         return
     factor = float(factor or config.max_position_embeddings / original)
     keys[f"{arch}.rope.scaling.type"] = kind
-    if kind != "longrope":  # there the factors say all, and llama.cpp would divide by this one as well
+    if (
+        kind != "longrope"
+    ):  # there the factors say all, and llama.cpp would divide by this one as well
         keys[f"{arch}.rope.scaling.factor"] = factor
     if kind == "linear":
         return
@@ -252,7 +290,9 @@ def _scaling_keys(made: Description, config: Any, rope: dict[str, Any], where: s
         return
     keys[f"{arch}.rope.scaling.attn_factor"] = attention
     for length in ("long", "short"):
-        made.factors[f"rope_factors_{length}.weight"] = np.asarray(rope[f"{length}_factor"], np.float32)
+        made.factors[f"rope_factors_{length}.weight"] = np.asarray(
+            rope[f"{length}_factor"], np.float32
+        )
     made.notes.append(
         f"llama.cpp chooses the long or short rope by the context it is started with: up to {original:,} tokens it is "
         "transformers' for short texts, beyond it transformers' for long ones"
@@ -268,7 +308,9 @@ def _frequencies(config: Any, kind: str) -> tuple[np.ndarray, float]:
     return scaled.double().numpy(), float(attention)
 
 
-def find_targets(made: Description, config: Any, tensors: dict[str, Stored], where: str) -> list[Target]:
+def find_targets(
+    made: Description, config: Any, tensors: dict[str, Stored], where: str
+) -> list[Target]:
     """Each tensor of the model under llama.cpp's name, in the order of the layers.
 
     Raises:
@@ -283,16 +325,26 @@ def find_targets(made: Description, config: Any, tensors: dict[str, Stored], whe
     is_only = made.tied and not any(name.endswith("embed_tokens.weight") for name in tensors)
     for stored in _in_order(tensors.values()):
         theirs = _language_model(stored.name) if made.pictures else stored.name
-        if is_only and theirs == "lm_head.weight":  # one of two tied tensors is in the files, and this one
+        if (
+            is_only and theirs == "lm_head.weight"
+        ):  # one of two tied tensors is in the files, and this one
             theirs = "model.embed_tokens.weight"
         # A tied output is the embedding; frequencies are counted anew.
-        if not theirs or theirs.endswith("rotary_emb.inv_freq") or (tied and theirs == "lm_head.weight"):
+        if (
+            not theirs
+            or theirs.endswith("rotary_emb.inv_freq")
+            or (tied and theirs == "lm_head.weight")
+        ):
             continue
         module, _, kind = theirs.rpartition(".")
         name = names.get_name(theirs, try_suffixes=(".weight", ".bias"))
-        allowed = kind == "weight" or any(module.endswith(projection) for projection in made.family.biases)
+        allowed = kind == "weight" or any(
+            module.endswith(projection) for projection in made.family.biases
+        )
         if name is None or not allowed or len(stored.shape) not in (1, 2):
-            found = f"has a tensor {stored.name}, for which llama.cpp's {made.family.arch} has no place"
+            found = (
+                f"has a tensor {stored.name}, for which llama.cpp's {made.family.arch} has no place"
+            )
             raise ModelError(where=where, found=found, expected="the tensors of that family")
         is_turned = made.family.pairs_adjacent and module.endswith(ATTENTION[:2])
         if is_turned and stored.shape[0] % made.head_dim:

@@ -45,13 +45,18 @@ def write_gguf(
     keys = {**keys, "general.file_type": OUTTYPES[outtype], "general.quantization_version": 2}
     for key, value in keys.items():
         _add_key(writer, key, value)
-    entries = [_entry(name, factor.shape, "f32", GGML_QUANT_SIZES) for name, factor in made.factors.items()]
+    entries = [
+        _entry(name, factor.shape, "f32", GGML_QUANT_SIZES) for name, factor in made.factors.items()
+    ]
     entries += [
-        _entry(target.name, target.stored.shape, _kind(target, outtype), GGML_QUANT_SIZES) for target in targets
+        _entry(target.name, target.stored.shape, _kind(target, outtype), GGML_QUANT_SIZES)
+        for target in targets
     ]
     for entry in entries:
         raw = GGMLQuantizationType[entry.kind.upper()]
-        writer.add_tensor_info(entry.name, entry.shape, np.dtype(np.float32), entry.nbytes, raw_dtype=raw)
+        writer.add_tensor_info(
+            entry.name, entry.shape, np.dtype(np.float32), entry.nbytes, raw_dtype=raw
+        )
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -84,7 +89,9 @@ def _kind(target: Target, outtype: str) -> str:
     return "f16" if outtype == "q8_0" and target.stored.shape[-1] % 32 else outtype
 
 
-def _entry(name: str, shape: tuple[int, ...], kind: str, sizes: Mapping[Any, tuple[int, int]]) -> _Entry:
+def _entry(
+    name: str, shape: tuple[int, ...], kind: str, sizes: Mapping[Any, tuple[int, int]]
+) -> _Entry:
     numbers, nbytes = next(size for key, size in sizes.items() if key.name == kind.upper())
     return _Entry(name, shape, kind, math.prod(shape) // numbers * nbytes)
 

@@ -39,10 +39,19 @@ WORDS: dict[tuple[tuple[str, ...], bool], str] = {
         False,
     ): "gpt-4o",
 }
-ASCII = ("tekken", "gpt-4o")  # llama.cpp's expression for these tells capitals in ASCII alone, and no combining marks
+ASCII = (
+    "tekken",
+    "gpt-4o",
+)  # llama.cpp's expression for these tells capitals in ASCII alone, and no combining marks
 SPACE = "{{ ' ' }}"  # a chat template in a file begins with it where a text gets a space at its start alone
-ENDS = ("eos", "eot", "eom")  # the tokens that end an answer have three names there, all of them respected
-COMPOSED = ("qwen2",)  # brought to Unicode's composed form first; llama.cpp leaves that out, and such texts are rare
+ENDS = (
+    "eos",
+    "eot",
+    "eom",
+)  # the tokens that end an answer have three names there, all of them respected
+COMPOSED = (
+    "qwen2",
+)  # brought to Unicode's composed form first; llama.cpp leaves that out, and such texts are rare
 
 
 def describe_tokenizer(
@@ -64,7 +73,9 @@ def describe_tokenizer(
     _refuse_model(model, where)
     vocabulary = dict(model["vocab"])
     added = {token["id"]: token for token in spec["added_tokens"]}
-    texts = {id_: text for text, id_ in vocabulary.items()} | {id_: token["content"] for id_, token in added.items()}
+    texts = {id_: text for text, id_ in vocabulary.items()} | {
+        id_: token["content"] for id_, token in added.items()
+    }
     if max(texts) >= rows:
         raise ModelError(
             where=where,
@@ -78,7 +89,11 @@ def describe_tokenizer(
         kinds = _sentencepiece(keys, spec, tokenizer, where)
     _mark_added(added, kinds, texts, keys, where)
     unknown = model.get("unk_token")
-    if unknown in vocabulary and keys["tokenizer.ggml.model"] == "llama" and vocabulary[unknown] not in ends:
+    if (
+        unknown in vocabulary
+        and keys["tokenizer.ggml.model"] == "llama"
+        and vocabulary[unknown] not in ends
+    ):
         kinds[vocabulary[unknown]] = UNKNOWN
         keys["tokenizer.ggml.unknown_token_id"] = vocabulary[unknown]
     _stripping(added.values(), keys, where)
@@ -88,7 +103,9 @@ def describe_tokenizer(
     if len(set(tokens)) != rows:
         raise _beyond(where, "two tokens of the same text", "a text for each token")
     keys["tokenizer.ggml.tokens"] = tokens
-    keys["tokenizer.ggml.token_type"] = [kinds.get(id_, NORMAL) if id_ in texts else UNUSED for id_ in range(rows)]
+    keys["tokenizer.ggml.token_type"] = [
+        kinds.get(id_, NORMAL) if id_ in texts else UNUSED for id_ in range(rows)
+    ]
     scores = keys.pop("scores", None)
     if scores is not None:
         keys["tokenizer.ggml.scores"] = [scores.get(text, -1e9) for text in tokens]
@@ -105,7 +122,11 @@ def _refuse_model(model: dict[str, Any], where: str) -> None:
 
 
 def _mark_added(
-    added: dict[int, dict[str, Any]], kinds: dict[int, int], texts: dict[int, str], keys: dict[str, Any], where: str
+    added: dict[int, dict[str, Any]],
+    kinds: dict[int, int],
+    texts: dict[int, str],
+    keys: dict[str, Any],
+    where: str,
 ) -> None:
     """What kind the added tokens are: those that are found in a text before any merge."""
     for id_, token in added.items():
@@ -116,7 +137,9 @@ def _mark_added(
             kinds[id_] = USER_DEFINED
         elif token["normalized"]:  # looked for once spaces are ▁; llama.cpp looks before that
             if keys["tokenizer.ggml.add_space_prefix"]:
-                raise _beyond(where, f"{text!r} is looked for behind a space that was added", "no such space")
+                raise _beyond(
+                    where, f"{text!r} is looked for behind a space that was added", "no such space"
+                )
             kinds[id_], texts[id_] = USER_DEFINED, text.replace("▁", " ")
 
 
@@ -125,16 +148,27 @@ def _caveats(keys: dict[str, Any], spec: dict[str, Any], ends: Sequence[int]) ->
     if len(ends) > len(ENDS):
         notes.append(f"the file names {len(ENDS)} tokens that end an answer, of {len(ends)}")
     if spec["normalizer"] and spec["normalizer"]["type"] == "NFC":
-        notes.append("texts in Unicode's decomposed form are composed by transformers, not by llama.cpp")
+        notes.append(
+            "texts in Unicode's decomposed form are composed by transformers, not by llama.cpp"
+        )
     if keys.get("tokenizer.ggml.pre") in ASCII:
-        notes.append("llama.cpp cuts words with combining marks (Hindi) or capitals like Ä inside otherwise than here")
+        notes.append(
+            "llama.cpp cuts words with combining marks (Hindi) or capitals like Ä inside otherwise than here"
+        )
     if keys.pop("metaspace", False):
-        notes.append("the file's tokens are those of the chat template; a bare text may get or lack a first space")
+        notes.append(
+            "the file's tokens are those of the chat template; a bare text may get or lack a first space"
+        )
     return notes
 
 
 def _beyond(where: str, found: str, expected: str) -> ModelError:
-    return ModelError(where=where, found=f"{found}, which llama.cpp cannot tokenise alike", expected=expected, fix=VLLM)
+    return ModelError(
+        where=where,
+        found=f"{found}, which llama.cpp cannot tokenise alike",
+        expected=expected,
+        fix=VLLM,
+    )
 
 
 def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
@@ -159,11 +193,15 @@ def _byte_level(keys: dict[str, Any], spec: dict[str, Any], where: str) -> dict[
             steps.append(f"{step}")
     name = WORDS.get((tuple(steps), bool(model.get("ignore_merges"))))
     if name is None:
-        found = f"words are cut by {' then '.join(steps)}" + (", ignore_merges" if model.get("ignore_merges") else "")
+        found = f"words are cut by {' then '.join(steps)}" + (
+            ", ignore_merges" if model.get("ignore_merges") else ""
+        )
         raise _beyond(where, found, f"the words of {', '.join(WORDS.values())}")
     normal = _steps(spec["normalizer"])
     if normal and not (name in COMPOSED and [step["type"] for step in normal] == ["NFC"]):
-        raise _beyond(where, f"texts are normalised by {spec['normalizer']['type']}", "no normalizer")
+        raise _beyond(
+            where, f"texts are normalised by {spec['normalizer']['type']}", "no normalizer"
+        )
     keys["tokenizer.ggml.model"] = "gpt2"
     keys["tokenizer.ggml.pre"] = name
     keys["tokenizer.ggml.merges"] = [" ".join(_pair(merge)) for merge in model["merges"]]
@@ -175,7 +213,9 @@ def _pair(merge: str | list[str]) -> tuple[str, str]:
     return left, right
 
 
-def _sentencepiece(keys: dict[str, Any], spec: dict[str, Any], tokenizer: Any, where: str) -> dict[int, int]:
+def _sentencepiece(
+    keys: dict[str, Any], spec: dict[str, Any], tokenizer: Any, where: str
+) -> dict[int, int]:
     """BPE over characters. llama.cpp joins any two tokens that make a token, those with the highest score first.
 
     transformers joins the pairs of a list, in its order. Both do the same when the list holds every such pair, and
@@ -186,15 +226,25 @@ def _sentencepiece(keys: dict[str, Any], spec: dict[str, Any], tokenizer: Any, w
     bytes_ = {f"<0x{byte:02X}>": chr(byte) for byte in range(256)}
     as_bytes = bytes_.keys() & vocabulary.keys()
     # A tab is a token of its own in Gemma 1 and 2, in the place of its byte: nothing falls back on that.
-    own = {name for name, character in bytes_.items() if character.isascii() and character in vocabulary}
+    own = {
+        name
+        for name, character in bytes_.items()
+        if character.isascii() and character in vocabulary
+    }
     if not model.get("byte_fallback") or not bytes_.keys() <= as_bytes | own:
-        raise _beyond(where, "BPE over characters without bytes to fall back on", "byte_fallback and its 256 tokens")
+        raise _beyond(
+            where,
+            "BPE over characters without bytes to fall back on",
+            "byte_fallback and its 256 tokens",
+        )
     keys["tokenizer.ggml.model"] = "llama"
     keys["tokenizer.ggml.pre"] = "default"
     keys["tokenizer.ggml.add_space_prefix"] = _space_prefix(keys, spec, tokenizer, where)
     # Found in a text before any merge.
     added = spec["added_tokens"]
-    whole = as_bytes | {token["content"] for token in added if "▁" not in token["content"] or token["normalized"]}
+    whole = as_bytes | {
+        token["content"] for token in added if "▁" not in token["content"] or token["normalized"]
+    }
     pairs = [_pair(merge) for merge in model["merges"]]
     scores: dict[str, float] = {}
     last = ""
@@ -202,7 +252,11 @@ def _sentencepiece(keys: dict[str, Any], spec: dict[str, Any], tokenizer: Any, w
         made = left + right
         # Gemma's runs of one character are of one score there, and so dealt among each other here.
         if made in scores and made != last and len(set(made)) > 1 and made not in whole:
-            raise _beyond(where, f"the merges that make {made!r} do not stand together", "those of sentencepiece")
+            raise _beyond(
+                where,
+                f"the merges that make {made!r} do not stand together",
+                "those of sentencepiece",
+            )
         scores.setdefault(made, -float(len(scores)))
         last = made
     known = set(pairs)
@@ -212,7 +266,9 @@ def _sentencepiece(keys: dict[str, Any], spec: dict[str, Any], tokenizer: Any, w
         lost = [cut for cut in cuts if cut not in known and cut[0] in parts and cut[1] in parts]
         if lost:
             raise _beyond(
-                where, f"no merge makes {text!r} of {lost[0][0]!r} and {lost[0][1]!r}", "a merge for each pair"
+                where,
+                f"no merge makes {text!r} of {lost[0][0]!r} and {lost[0][1]!r}",
+                "a merge for each pair",
             )
     keys["scores"] = scores
     return {vocabulary[text]: BYTE for text in as_bytes}
@@ -224,11 +280,21 @@ def _space_prefix(keys: dict[str, Any], spec: dict[str, Any], tokenizer: Any, wh
     for step in _steps(spec["normalizer"]) + _steps(spec["pre_tokenizer"]):
         if step["type"] == "Prepend" and step["prepend"] == "▁":
             prefix = "always"
-        elif step["type"] == "Replace" and step["pattern"] == {"String": " "} and step["content"] == "▁":
+        elif (
+            step["type"] == "Replace"
+            and step["pattern"] == {"String": " "}
+            and step["content"] == "▁"
+        ):
             replaced = True
-        elif step["type"] == "Metaspace" and step["replacement"] == "▁" and not step.get("split", True):
+        elif (
+            step["type"] == "Metaspace"
+            and step["replacement"] == "▁"
+            and not step.get("split", True)
+        ):
             prefix, replaced, metaspace = step["prepend_scheme"], True, True
-        elif not (step["type"] == "Split" and step["pattern"] == {"String": " "} and replaced):  # there are none left
+        elif not (
+            step["type"] == "Split" and step["pattern"] == {"String": " "} and replaced
+        ):  # there are none left
             raise _beyond(where, f"texts are changed by {step}", "spaces that become ▁")
     if not replaced:
         raise _beyond(where, "spaces stay spaces", "spaces that become ▁")
@@ -238,7 +304,9 @@ def _space_prefix(keys: dict[str, Any], spec: dict[str, Any], tokenizer: Any, wh
     return prefix != "never" and _prefix_fits(keys, spec, tokenizer, prefix, where)
 
 
-def _prefix_fits(keys: dict[str, Any], spec: dict[str, Any], tokenizer: Any, prefix: str, where: str) -> bool:
+def _prefix_fits(
+    keys: dict[str, Any], spec: dict[str, Any], tokenizer: Any, prefix: str, where: str
+) -> bool:
     """What fits the chat template best, where a space is only put before a text that has none.
 
     llama.cpp puts one before each text between special tokens, or before none. transformers' Metaspace looks whether
@@ -252,7 +320,9 @@ def _prefix_fits(keys: dict[str, Any], spec: dict[str, Any], tokenizer: Any, pre
         return texts is None
     begin = {text.startswith(" ") for _, text in texts or []}
     if len(begin) == 2:
-        found = "a space is put before texts of the chat template that have none, and others have one"
+        found = (
+            "a space is put before texts of the chat template that have none, and others have one"
+        )
         raise _beyond(where, found, "the same for all")
     return begin != {True}
 
@@ -266,7 +336,9 @@ def _texts_between(spec: dict[str, Any], tokenizer: Any) -> list[tuple[bool, str
         text = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
     except Exception:  # a template can raise anything
         return None
-    added = sorted((re.escape(token["content"]) for token in spec["added_tokens"]), key=len, reverse=True)
+    added = sorted(
+        (re.escape(token["content"]) for token in spec["added_tokens"]), key=len, reverse=True
+    )
     parts = re.split("|".join(added) or "(?!)", text)
     return [(number > 0, part) for number, part in enumerate(parts) if part]
 
@@ -275,11 +347,19 @@ def _stripping(added: Any, keys: dict[str, Any], where: str) -> None:
     """Tokens that eat the white space beside them: llama.cpp knows Phi-3's, by the model's name."""
     lefts = [token["content"] for token in added if token["lstrip"] or token["single_word"]]
     if lefts:
-        raise _beyond(where, f"{lefts[0]} takes the space before it, or stands for whole words only", "plain tokens")
+        raise _beyond(
+            where,
+            f"{lefts[0]} takes the space before it, or stands for whole words only",
+            "plain tokens",
+        )
     rights = {token["content"] for token in added if token["rstrip"]}
     if not rights:
         return
-    kept = {"<unk>", "<s>", "<|endoftext|>"}  # all others, by llama.cpp's rule for that name, which needs these
+    kept = {
+        "<unk>",
+        "<s>",
+        "<|endoftext|>",
+    }  # all others, by llama.cpp's rule for that name, which needs these
     texts = {token["content"] for token in added}
     if rights != texts - kept or not kept <= texts:
         raise _beyond(where, f"{min(rights)} takes the space after it", "plain tokens, or Phi-3's")
@@ -296,7 +376,11 @@ def _special_ids(keys: dict[str, Any], tokenizer: Any, ends: Sequence[int], wher
     at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), len(whole))
     before, after = whole[:at], whole[at + len(bare) :]
     if before not in ([], [tokenizer.bos_token_id]) or after not in ([], [tokenizer.eos_token_id]):
-        raise _beyond(where, f"a text is put between {before} and {after}", "a bos before it, or an eos after it")
+        raise _beyond(
+            where,
+            f"a text is put between {before} and {after}",
+            "a bos before it, or an eos after it",
+        )
     if after and tokenizer.eos_token_id not in ends[:1]:
         raise _beyond(where, "the eos after a text does not end answers", "one token for both")
     keys["tokenizer.ggml.add_bos_token"] = bool(before)
@@ -316,4 +400,8 @@ def _template(tokenizer: Any) -> str:
 def _named_templates(tokenizer: Any) -> dict[str, str]:
     """Those besides the default one, which llama.cpp takes for tools (``tool_use``) and documents."""
     templates = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
-    return {re.sub(r"[^A-Za-z0-9]", "_", name): text for name, text in templates.items() if name != "default"}
+    return {
+        re.sub(r"[^A-Za-z0-9]", "_", name): text
+        for name, text in templates.items()
+        if name != "default"
+    }

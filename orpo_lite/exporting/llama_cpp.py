@@ -38,7 +38,9 @@ def quantise(source: Path, file: Path, outtype: str) -> None:
     options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{outtype.upper()}")
     if code := llama_cpp.llama_model_quantize(str(source).encode(), str(file).encode(), options):
         raise ModelError(
-            where=str(file), found=f"llama.cpp's quantiser failed ({code})", expected="a model that it can quantise"
+            where=str(file),
+            found=f"llama.cpp's quantiser failed ({code})",
+            expected="a model that it can quantise",
         )
 
 
@@ -49,7 +51,9 @@ def check_tokens(file: Path, tokenizer: Any, texts: Sequence[str], lead: str) ->
         model = _load().Llama(where, vocab_only=True, n_ctx=8, n_batch=8, verbose=False)
     except ValueError as error:
         raise ModelError(
-            where=where, found=f"llama.cpp does not load it: {error}", expected="a model that it knows"
+            where=where,
+            found=f"llama.cpp does not load it: {error}",
+            expected="a model that it knows",
         ) from None
     try:
         for text in texts:
@@ -69,7 +73,9 @@ def _load() -> Any:
     """The package, its log sent where other libraries' goes."""
     import llama_cpp
 
-    warnings.filterwarnings("ignore", "unclosed file", ResourceWarning)  # it leaves one open to the end
+    warnings.filterwarnings(
+        "ignore", "unclosed file", ResourceWarning
+    )  # it leaves one open to the end
     if not _callbacks:
         logger = logging.getLogger("llama.cpp")
 

@@ -13,7 +13,9 @@ from typing import Any, Literal
 from orpo_lite.errors import ModelError
 
 Message = dict[str, str]
-Render = Callable[[list[Message]], str]  # up to where the model goes on; raises for turns that the template refuses
+Render = Callable[
+    [list[Message]], str
+]  # up to where the model goes on; raises for turns that the template refuses
 SYSTEM, USERS, ANSWER = "System-mark", ("First-mark", "Second-mark"), "Answer-mark"
 LONGEST = 4  # questions of the conversations that are compared
 
@@ -44,11 +46,17 @@ class Turns:
         for index, turn in enumerate(messages):
             last = index == len(messages) - 1
             if turn["role"] == "system":
-                text += self.system_head + system + self.system_end if self.system == "start" else ""
+                text += (
+                    self.system_head + system + self.system_end if self.system == "start" else ""
+                )
             elif turn["role"] == "user":
                 first = index == 0 or (index == 1 and bool(system) and self.system != "start")
                 text += self.head if first else ""
-                text += system + self.system_end if system and last and self.system == "last question" else ""
+                text += (
+                    system + self.system_end
+                    if system and last and self.system == "last question"
+                    else ""
+                )
                 text += turn["content"] + (self.generate if last else self.asked)
             else:
                 text += turn["content"] + ("" if last else self.answered)
@@ -62,19 +70,46 @@ class Turns:
         """The same as a Go template over Ollama's ``.Messages``; every text of ours is a quoted string in it."""
         at_start = self.system == "start"
         first = "eq $i 0" if at_start else "or (eq $i 0) (and (eq $i 1) $.System)"
-        lines = ["{{- range $i, $_ := .Messages }}", "{{- $last := eq (len (slice $.Messages $i)) 1 }}"]
+        lines = [
+            "{{- range $i, $_ := .Messages }}",
+            "{{- $last := eq (len (slice $.Messages $i)) 1 }}",
+        ]
         lines += ['{{- if eq .Role "system" }}']
-        lines += [_said(self.system_head), "{{- .Content }}", _said(self.system_end)] if at_start else []
-        lines += ['{{- else if eq .Role "user" }}', f"{{{{- if {first} }}}}", _said(self.head), "{{- end }}"]
+        lines += (
+            [_said(self.system_head), "{{- .Content }}", _said(self.system_end)] if at_start else []
+        )
+        lines += [
+            '{{- else if eq .Role "user" }}',
+            f"{{{{- if {first} }}}}",
+            _said(self.head),
+            "{{- end }}",
+        ]
         if self.system == "last question":
-            lines += ["{{- if and $last $.System }}", "{{- $.System }}", _said(self.system_end), "{{- end }}"]
+            lines += [
+                "{{- if and $last $.System }}",
+                "{{- $.System }}",
+                _said(self.system_end),
+                "{{- end }}",
+            ]
         lines += ["{{- .Content }}"]
         if self.generate == self.asked:
             lines += [_said(self.asked)]
         else:
-            lines += ["{{- if $last }}", _said(self.generate), "{{- else }}", _said(self.asked), "{{- end }}"]
+            lines += [
+                "{{- if $last }}",
+                _said(self.generate),
+                "{{- else }}",
+                _said(self.asked),
+                "{{- end }}",
+            ]
         lines += ['{{- else if eq .Role "assistant" }}', "{{- .Content }}"]
-        lines += ["{{- if not $last }}", _said(self.answered), "{{- end }}", "{{- end }}", "{{- end }}"]
+        lines += [
+            "{{- if not $last }}",
+            _said(self.answered),
+            "{{- end }}",
+            "{{- end }}",
+            "{{- end }}",
+        ]
         return "\n".join(line for line in lines if line)
 
 
@@ -102,23 +137,35 @@ def find_turns(render: Render, where: str) -> tuple[Turns, list[str]]:
         raise _refused(where, "does not write each text once, in its order")
     turns = Turns(head=alone[0], asked=both[1], answered=both[2], generate=alone[1])
     if (different := _different(turns, render, system=False)) is not None:
-        raise _refused(where, f"writes a conversation of {different} questions otherwise than a shorter one")
+        raise _refused(
+            where, f"writes a conversation of {different} questions otherwise than a shorter one"
+        )
     padded = _talk([" a \n", "\n b "], [" c "])
     notes = []
     if render(padded) != turns.rebuild(padded):
-        notes.append("the chat template takes white space off the ends of a text, which Ollama's cannot")
+        notes.append(
+            "the chat template takes white space off the ends of a text, which Ollama's cannot"
+        )
     thought = _talk(["a", "b"], ["<think>\nc\n</think>\n\nd"])
     if render(thought) != turns.rebuild(thought):
-        notes.append("the chat template takes <think> out of earlier answers, which Ollama's does not")
+        notes.append(
+            "the chat template takes <think> out of earlier answers, which Ollama's does not"
+        )
     for guess in _with_system(turns, render):
         if _different(guess, render, system=True) is None:
             return guess, notes
-    return turns, [*notes, "the chat template has no place of its own for a system text: Ollama will leave one out"]
+    return turns, [
+        *notes,
+        "the chat template has no place of its own for a system text: Ollama will leave one out",
+    ]
 
 
 def _with_system(turns: Turns, render: Render) -> Iterator[Turns]:
     try:
-        short, long = render(_talk(USERS[:1], system=SYSTEM)), render(_talk(USERS, [ANSWER], SYSTEM))
+        short, long = (
+            render(_talk(USERS[:1], system=SYSTEM)),
+            render(_talk(USERS, [ANSWER], SYSTEM)),
+        )
     except Exception:  # it takes no system text, and says so
         return
     if pieces := _cut(short, [SYSTEM, USERS[0]]):
@@ -180,6 +227,10 @@ def renderer(tokenizer: Any, variables: dict[str, Any]) -> Render:
         return lambda messages: "".join(turn["content"] for turn in messages)
 
     def render(messages: list[Message]) -> str:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **variables))
+        return str(
+            tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **variables
+            )
+        )
 
     return render

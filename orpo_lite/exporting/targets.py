@@ -33,8 +33,19 @@ from orpo_lite.runs.records import read_json
 from orpo_lite.updates import Update, run_to_end, with_torch_defaults
 
 STORED = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}  # the widest last
-BITS = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5, "q3_k_m": 4.0, "q4_k_m": 5.0, "q5_k_m": 5.8, "q6_k": 6.6}
-NAMES_WITH_RULES = r"(?i)phi-?3|modern-bert"  # by which llama.cpp knows tokens that strip the spaces beside them
+BITS = {
+    "f32": 32,
+    "f16": 16,
+    "bf16": 16,
+    "q8_0": 8.5,
+    "q3_k_m": 4.0,
+    "q4_k_m": 5.0,
+    "q5_k_m": 5.8,
+    "q6_k": 6.6,
+}
+NAMES_WITH_RULES = (
+    r"(?i)phi-?3|modern-bert"  # by which llama.cpp knows tokens that strip the spaces beside them
+)
 MOST_CONTEXT = 8192  # tokens that Ollama is told to hold; its own default is a few thousand, a model's 128k take GBs
 
 
@@ -71,7 +82,9 @@ def export(
     run_folder: str | Path, to: str, *, outtype: str | None = None, weights: Weights = "original"
 ) -> ExportResult:
     """:func:`export_events`, without its updates."""
-    return run_to_end(export_events(run_folder, to, outtype=outtype, weights=weights), lambda _: None)
+    return run_to_end(
+        export_events(run_folder, to, outtype=outtype, weights=weights), lambda _: None
+    )
 
 
 @with_torch_defaults
@@ -104,7 +117,11 @@ def export_events(
     merged = path / merged_folder(weights)
     known = (*OUTTYPES, *QUANTISED)
     if outtype is not None and (to == "vllm" or outtype not in known):
-        expected = "nothing: vLLM serves the adapter as it is" if to == "vllm" else f"one of {', '.join(known)}"
+        expected = (
+            "nothing: vLLM serves the adapter as it is"
+            if to == "vllm"
+            else f"one of {', '.join(known)}"
+        )
         raise RecipeError(where="--outtype", found=f"{outtype!r}", expected=expected)
     find_finished_adapter(path)
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.resolve().name).strip("-.") or "model"
@@ -133,24 +150,36 @@ def to_ollama(request: _Request) -> Exporting:
     recipe = trained_recipe(request.path)
     if recipe.data.chat_template == "none":
         tokenizer.chat_template = None
-    turns, missing = find_turns(renderer(tokenizer, recipe.data.chat_template_kwargs), "chat template")
+    turns, missing = find_turns(
+        renderer(tokenizer, recipe.data.chat_template_kwargs), "chat template"
+    )
     fixed = "date_string" in recipe.data.chat_template_kwargs
     if "strftime_now" in str(tokenizer.chat_template) and not fixed:
         missing.append("the chat template writes the date: Ollama's will write that of this export")
     with new_folder(folder) as temporary, _blamed(temporary, folder):
         file = f"{request.name}-{outtype}.gguf"
         notes, keys = yield from _write_model(request, temporary / file, outtype)
-        if keys["tokenizer.ggml.add_bos_token"] and (bos := tokenizer.bos_token):  # Ollama adds it by itself
+        if keys["tokenizer.ggml.add_bos_token"] and (
+            bos := tokenizer.bos_token
+        ):  # Ollama adds it by itself
             turns = turns.with_heads(lambda head: head.removeprefix(bos))
         turns = turns.with_heads(lambda head: _lead(keys) + head)
         context = next(value for key, value in keys.items() if key.endswith(".context_length"))
-        lines = [f"FROM ./{file}", f'TEMPLATE """{turns.to_go()}"""', f"PARAMETER num_ctx {min(context, MOST_CONTEXT)}"]
+        lines = [
+            f"FROM ./{file}",
+            f'TEMPLATE """{turns.to_go()}"""',
+            f"PARAMETER num_ctx {min(context, MOST_CONTEXT)}",
+        ]
         stops = tokenizer.batch_decode([[end] for end in _ends(request, tokenizer)])
-        lines += [f"PARAMETER stop {json.dumps(text, ensure_ascii=False)}" for text in stops if text]
+        lines += [
+            f"PARAMETER stop {json.dumps(text, ensure_ascii=False)}" for text in stops if text
+        ]
         lines += [f"PARAMETER {key} {value}" for key, value in _sampling(request).items()]
         write_text(temporary / "Modelfile", "\n".join(lines) + "\n")
     modelfile = quoted(folder / "Modelfile")
-    command = f"ollama create {request.name.lower()} -f {modelfile} && ollama run {request.name.lower()}"
+    command = (
+        f"ollama create {request.name.lower()} -f {modelfile} && ollama run {request.name.lower()}"
+    )
     return ExportResult(folder, _size(folder), command, (*notes, *missing))
 
 
@@ -170,12 +199,20 @@ def to_vllm(request: _Request) -> Exporting:
     else:
         parts = ["vllm", "serve", base["name"]]
         if not base["revision"] and not Path(base["name"]).is_dir():
-            notes.append(f"{base['name']} is not there any more: name the folder where the base lies now in its place")
+            notes.append(
+                f"{base['name']} is not there any more: name the folder where the base lies now in its place"
+            )
         if base["revision"]:
             parts += ["--revision", base["revision"]]
         # The tokenizer, and so the chat template, and the tokens that end an answer are the run's own.
         parts += ["--tokenizer", str(adapter), "--generation-config", str(adapter)]
-        parts += ["--enable-lora", "--lora-modules", f"{name}={adapter}", "--max-lora-rank", str(rank)]
+        parts += [
+            "--enable-lora",
+            "--lora-modules",
+            f"{name}={adapter}",
+            "--max-lora-rank",
+            str(rank),
+        ]
     command = shlex.join(parts)
     folder = request.folder("vllm")
     with new_folder(folder) as temporary:
@@ -183,7 +220,11 @@ def to_vllm(request: _Request) -> Exporting:
     return ExportResult(folder, _size(folder), command, tuple(notes))
 
 
-TARGETS: dict[str, Callable[[_Request], Exporting]] = {"gguf": to_gguf, "ollama": to_ollama, "vllm": to_vllm}
+TARGETS: dict[str, Callable[[_Request], Exporting]] = {
+    "gguf": to_gguf,
+    "ollama": to_ollama,
+    "vllm": to_vllm,
+}
 
 
 def _stored_type(request: _Request) -> str:
@@ -197,7 +238,9 @@ def _tensors(folder: Path) -> dict[str, Stored]:
     tensors = stored_tensors(folder)
     if wrong := next((tensor for tensor in tensors.values() if tensor.dtype not in STORED), None):
         raise ModelError(
-            where=str(wrong.file), found=f"{wrong.name} is of type {wrong.dtype}", expected="weights of 16 or 32 bit"
+            where=str(wrong.file),
+            found=f"{wrong.name} is of type {wrong.dtype}",
+            expected="weights of 16 or 32 bit",
         )
     return tensors
 
@@ -234,17 +277,25 @@ def _write_model(
     config = read_config(request.merged, str(request.merged))
     made = describe(config, where)
     tensors = _tensors(request.merged)
-    targets = find_targets(made, config.get_text_config() if made.pictures else config, tensors, where)
+    targets = find_targets(
+        made, config.get_text_config() if made.pictures else config, tensors, where
+    )
     rows = next((t.stored.shape[0] for t in targets if t.name == "token_embd.weight"), 0)
     tokenizer = load_tokenizer(request.merged)
     variables = trained_recipe(request.path).data.chat_template_kwargs
     if not tokenizer.is_fast:
-        raise ModelError(where=f"tokenizer in {request.merged}", found="is not a fast one", expected="a tokenizer.json")
+        raise ModelError(
+            where=f"tokenizer in {request.merged}",
+            found="is not a fast one",
+            expected="a tokenizer.json",
+        )
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     about, notes = describe_tokenizer(
         tokenizer, spec, rows, _ends(request, tokenizer), f"tokenizer in {request.merged}"
     )
-    probes = _probes(tokenizer, renderer(tokenizer, variables), f"chat template in {request.merged}")
+    probes = _probes(
+        tokenizer, renderer(tokenizer, variables), f"chat template in {request.merged}"
+    )
     title = re.sub(NAMES_WITH_RULES, "model", request.name)
     keys = {"general.name": title, **made.keys, **about, f"{made.family.arch}.vocab_size": rows}
     first = outtype if outtype in OUTTYPES else _stored_type(request)
@@ -267,7 +318,10 @@ def _write_model(
 def _ends(request: _Request, tokenizer: Any) -> list[int]:
     """The tokens that end an answer, the template's own first."""
     ends = _generation_config(request).get("eos_token_id")
-    ends = [read_lock(request.path).get("end_token_id"), *(ends if isinstance(ends, list) else [ends])]
+    ends = [
+        read_lock(request.path).get("end_token_id"),
+        *(ends if isinstance(ends, list) else [ends]),
+    ]
     return [end for end in dict.fromkeys(ends) if isinstance(end, int)] or [tokenizer.eos_token_id]
 
 
@@ -293,7 +347,9 @@ def _lead(keys: dict[str, Any]) -> str:
 def _probes(tokenizer: Any, render: Render, where: str) -> list[str]:
     """Texts to compare tokens of: questions as the template puts them, for in other places nothing is promised."""
     if not tokenizer.chat_template:
-        return [text.lstrip() for text in PROBES]  # some tokenizers add a space at the start, if there is none
+        return [
+            text.lstrip() for text in PROBES
+        ]  # some tokenizers add a space at the start, if there is none
     try:
         return [render([{"role": "user", "content": text}]) for text in PROBES]
     except Exception as error:  # a template can raise anything

@@ -72,7 +72,9 @@ class Objective(ABC):
     def divisors(self, pairs: Sequence[TokenizedPair]) -> Divisors:
         """Return what the loss of a step on these pairs is divided by."""
         only = self.settings.completion_only_loss
-        return Divisors(len(pairs), sum(nll_tokens(pair, completion_only_loss=only) for pair in pairs))
+        return Divisors(
+            len(pairs), sum(nll_tokens(pair, completion_only_loss=only) for pair in pairs)
+        )
 
     @abstractmethod
     def loss(self, logps: PairLogps, divisors: Divisors) -> tuple[Tensor, Tensor]:
@@ -102,7 +104,9 @@ class Objective(ABC):
     def line(self, metrics: Mapping[str, float], prefix: str = "") -> str:
         """Return the metrics of a step as one line; ``prefix`` is ``eval_`` for held-out ones."""
         known = ((metric, metrics[prefix + metric.name]) for metric in self.shown if metric.short)
-        return "  ".join(f"{metric.short} {value:{metric.sign}.{metric.digits}f}" for metric, value in known)
+        return "  ".join(
+            f"{metric.short} {value:{metric.sign}.{metric.digits}f}" for metric, value in known
+        )
 
 
 def find_objective(settings: LossSection) -> Objective:
@@ -111,7 +115,9 @@ def find_objective(settings: LossSection) -> Objective:
     Raises:
         RecipeError: no model gives what it needs.
     """
-    objective: Objective = import_module(f"orpo_lite.objectives.{settings.type}").OBJECTIVE(settings)
+    objective: Objective = import_module(f"orpo_lite.objectives.{settings.type}").OBJECTIVE(
+        settings
+    )
     if lacking := objective.needs.difference(get_args(Need)):
         raise RecipeError(
             where="loss.type",

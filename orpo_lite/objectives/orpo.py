@@ -17,7 +17,14 @@ class Orpo(Objective):
     title = "ORPO"
     paper = "https://arxiv.org/abs/2403.07691"
     formula = "L = NLL + λ · L_OR, Eq. 6 of the paper."
-    parts = ("nll_loss", "log_odds_ratio", "log_odds_chosen", "logps/chosen", "logps/rejected", "rewards/accuracies")
+    parts = (
+        "nll_loss",
+        "log_odds_ratio",
+        "log_odds_chosen",
+        "logps/chosen",
+        "logps/rejected",
+        "rewards/accuracies",
+    )
     shown = (
         Metric("loss", "loss", "loss", "loss"),
         Metric("nll_loss", "NLL of the chosen", "NLL of the chosen", "nll"),
@@ -32,25 +39,46 @@ class Orpo(Objective):
 
     def loss(self, logps: PairLogps, divisors: Divisors) -> tuple[Tensor, Tensor]:
         """Return :func:`orpo_loss` with the recipe's settings."""
-        return orpo_loss(logps, divisors, beta=self.settings.beta, nll_reduction=self.settings.nll_reduction)
+        return orpo_loss(
+            logps, divisors, beta=self.settings.beta, nll_reduction=self.settings.nll_reduction
+        )
 
     def metrics(self, parts: Sequence[float]) -> dict[str, float]:
         """Return the parts, loss and rewards under the names that TRL's ORPOTrainer logs; rewards are beta * logps."""
         named, beta = dict(zip(self.parts, parts, strict=True)), self.settings.beta
         chosen, rejected = beta * named["logps/chosen"], beta * named["logps/rejected"]
         loss = named["nll_loss"] - beta * named["log_odds_ratio"]
-        rewards = {"rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected}
+        rewards = {
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/margins": chosen - rejected,
+        }
         return {"loss": loss, **named, **rewards}
 
     def described(self) -> list[tuple[str, str]]:
         """Return λ, and which tokens the NLL counts."""
-        scope = "the chosen response" if self.settings.completion_only_loss else "prompt and chosen response"
-        mean = "all tokens of a step" if self.settings.nll_reduction == "token" else "each response, then over pairs"
-        return [("λ (`loss.beta`)", f"{self.settings.beta:g}"), ("NLL counts", f"{scope}; mean over {mean}")]
+        scope = (
+            "the chosen response"
+            if self.settings.completion_only_loss
+            else "prompt and chosen response"
+        )
+        mean = (
+            "all tokens of a step"
+            if self.settings.nll_reduction == "token"
+            else "each response, then over pairs"
+        )
+        return [
+            ("λ (`loss.beta`)", f"{self.settings.beta:g}"),
+            ("NLL counts", f"{scope}; mean over {mean}"),
+        ]
 
 
 def orpo_loss(
-    logps: PairLogps, divisors: Divisors, *, beta: float, nll_reduction: Literal["token", "pair"] = "token"
+    logps: PairLogps,
+    divisors: Divisors,
+    *,
+    beta: float,
+    nll_reduction: Literal["token", "pair"] = "token",
 ) -> tuple[Tensor, Tensor]:
     """This micro-batch's share of ``L = NLL + beta * L_OR``, Eq. 6 and 7.
 

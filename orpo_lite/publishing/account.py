@@ -9,7 +9,11 @@ from pydantic import BaseModel, Field, ValidationError
 from orpo_lite.errors import HubError
 from orpo_lite.publishing.retry import LOGIN, AbsentError, Attempt, own_token, retry, with_timeouts
 
-ROLES = ("write", "contributor", "admin")  # in an organisation, of those who may write to its repositories
+ROLES = (
+    "write",
+    "contributor",
+    "admin",
+)  # in an organisation, of those who may write to its repositories
 
 
 class WrongTargetError(HubError):
@@ -49,7 +53,10 @@ def check_target(repository: str, *, is_private: bool) -> Attempt[Target]:
     if constants.is_offline_mode():
         found, expected = "cannot be reached: HF_HUB_OFFLINE is set", "a connection"
         raise HubError(
-            where=where, found=found, expected=expected, fix="unset HF_HUB_OFFLINE (TRANSFORMERS_OFFLINE sets it too)"
+            where=where,
+            found=found,
+            expected=expected,
+            fix="unset HF_HUB_OFFLINE (TRANSFORMERS_OFFLINE sets it too)",
         )
     if not re.match("https?://.", constants.ENDPOINT):
         found, expected = f"{constants.ENDPOINT!r} is no address", "https://, and the host"
@@ -61,11 +68,16 @@ def check_target(repository: str, *, is_private: bool) -> Attempt[Target]:
         )
     token = own_token(where)
     if token is None:
-        raise HubError(where=where, found="no access token here", expected="a token that may write", fix=LOGIN)
+        raise HubError(
+            where=where, found="no access token here", expected="a token that may write", fix=LOGIN
+        )
     if not re.fullmatch("[!-~]+", token):
         found = "the access token is not one: it holds a space, or what is not ASCII"
         raise HubError(
-            where=where, found=found, expected="the token as the hub shows it, which begins with hf_", fix=LOGIN
+            where=where,
+            found=found,
+            expected="the token as the hub shows it, which begins with hf_",
+            fix=LOGIN,
         )
     with with_timeouts():
         return (yield from find_target(repository, is_private))
@@ -91,7 +103,11 @@ def find_target(repository: str, is_private: bool) -> Attempt[Target]:
         return Target(repository, is_private, exists=False)
     if found != is_private:
         there, asked = ("private", "public") if found else ("public", "private")
-        fix = "--public (output.hub_private_repo=false)" if asked == "private" else "leave --public out"
+        fix = (
+            "--public (output.hub_private_repo=false)"
+            if asked == "private"
+            else "leave --public out"
+        )
         fix += f"; or change it at {constants.ENDPOINT}/{repository}/settings; or another name"
         raise WrongTargetError(
             where=where,
@@ -156,11 +172,23 @@ def _refuse_reader(where: str, repository: str, who: _Account, *, is_private: bo
         found = f"{owner} is neither you ({who.name}) nor an organisation of yours"
         mine = f"{who.name}/{name}"
         raise WrongTargetError(
-            where=where, found=found, expected=f"an owner among {theirs}", fix=mine, instead=mine, is_private=is_private
+            where=where,
+            found=found,
+            expected=f"an owner among {theirs}",
+            fix=mine,
+            instead=mine,
+            is_private=is_private,
         )
     if owner.lower() != who.name.lower() and (role := roles[owner.lower()]) not in ROLES:
-        found = f"you may only read at {owner}" if role == "read" else f"your role at {owner} is {role}"
-        raise HubError(where=where, found=found, expected="the role of a contributor or more", fix="ask an admin")
+        found = (
+            f"you may only read at {owner}" if role == "read" else f"your role at {owner} is {role}"
+        )
+        raise HubError(
+            where=where,
+            found=found,
+            expected="the role of a contributor or more",
+            fix="ask an admin",
+        )
     token = (who.auth.token if who.auth else None) or _Token()
     rights = token.rights or _Rights()
     may_write = token.role != "read"

@@ -17,7 +17,14 @@ from orpo_lite.runs.changes import Change, read_changes, trained_recipe, values_
 from orpo_lite.runs.commands import Weights
 from orpo_lite.runs.folder import FOLDERS, RESULT, find_merged
 from orpo_lite.runs.lock import read_lock
-from orpo_lite.runs.records import FIGURE, Kinds, read_json, read_metrics, read_samples, refuse_lacking
+from orpo_lite.runs.records import (
+    FIGURE,
+    Kinds,
+    read_json,
+    read_metrics,
+    read_samples,
+    refuse_lacking,
+)
 
 SOMEWHERE = "OWNER/NAME"  # stands for the repository until it is known
 
@@ -40,7 +47,11 @@ VERDICT: Kinds = {
     "passed": bool,
     **dict.fromkeys(("difference", "effect", "bound"), FIGURE),
 }
-OBJECTIVE: Kinds = {**dict.fromkeys(("title", "paper", "formula"), str), "settings": dict, "metrics": dict}
+OBJECTIVE: Kinds = {
+    **dict.fromkeys(("title", "paper", "formula"), str),
+    "settings": dict,
+    "metrics": dict,
+}
 MEASURED: Kinds = {"model": str, **dict.fromkeys(("accuracy", "margin", "chosen"), FIGURE)}
 
 
@@ -97,7 +108,9 @@ class Facts:
         start |= {f"versions.{name}": version for name, version in lock["versions"].items()}
         if recipe.model.adapter_name_or_path:  # whose shape a recipe cannot state in full
             shape = {key: adapter[key] for key in KEYS["lora"] if adapter.get(key) is not None}
-            start |= {f"lora.{k}": sorted(v) if isinstance(v, list) else v for k, v in shape.items()}
+            start |= {
+                f"lora.{k}": sorted(v) if isinstance(v, list) else v for k, v in shape.items()
+            }
         return cls(
             recipe,
             lock,
@@ -119,9 +132,16 @@ class Facts:
     def over_time(self, key: str) -> str:
         """A value as text; where another one took its place, each of them with the step that it came after."""
         found = {0: self.start[key]}
-        found.update((change.after_step, change.after) for change in self.changes if change.key == key)
-        texts = {step: value if key.startswith("versions.") else to_text(value) for step, value in found.items()}
-        return ", then ".join(f"{text} after step {step:,}" if step else text for step, text in texts.items())
+        found.update(
+            (change.after_step, change.after) for change in self.changes if change.key == key
+        )
+        texts = {
+            step: value if key.startswith("versions.") else to_text(value)
+            for step, value in found.items()
+        }
+        return ", then ".join(
+            f"{text} after step {step:,}" if step else text for step, text in texts.items()
+        )
 
     @property
     def terms(self) -> list[Terms]:
@@ -172,13 +192,17 @@ def read_objective(recipe: Recipe, lock: Mapping[str, Any]) -> Mapping[str, Any]
 def _read_figures(file: Path) -> Mapping[str, Any]:
     data = read_json(file, FIGURES)
     for reason, drop in data["dropped"].items():
-        refuse_lacking(drop if isinstance(drop, dict) else {}, {"pairs": int}, f"{file}, dropped, {reason}")
+        refuse_lacking(
+            drop if isinstance(drop, dict) else {}, {"pairs": int}, f"{file}, dropped, {reason}"
+        )
     refuse_lacking(data["cut"], {"responses_without_end": int}, f"{file}, cut")
     refuse_lacking(data["prompts"], {"shared": int}, f"{file}, prompts")
     return data
 
 
-def _steps(path: Path, recipe: Recipe, metrics: Sequence[Mapping[str, Any]]) -> tuple[int | None, int | None]:
+def _steps(
+    path: Path, recipe: Recipe, metrics: Sequence[Mapping[str, Any]]
+) -> tuple[int | None, int | None]:
     """How many were made, and that whose adapter was kept: as the run says, else as the training chooses it."""
     if (path / RESULT).is_file():
         result = read_json(path / RESULT, {"steps": int, "kept_step": int})
@@ -205,7 +229,12 @@ def _verified(path: Path, kind: Weights) -> Mapping[str, Any]:
 
 def make_metadata(facts: Facts) -> ModelCardData:
     shown = facts.shown
-    tags = [facts.recipe.loss.type, "preference-tuning", "orpo-lite", *([] if shown.merged else ["lora"])]
+    tags = [
+        facts.recipe.loss.type,
+        "preference-tuning",
+        "orpo-lite",
+        *([] if shown.merged else ["lora"]),
+    ]
     name = "" if shown.repository == SOMEWHERE else shown.repository.rpartition("/")[2]
     licence: dict[str, Any] = dict(licence_metadata(facts))
     data = ModelCardData(
@@ -214,7 +243,9 @@ def make_metadata(facts: Facts) -> ModelCardData:
         base_model=facts.lock["base"]["name"] if facts.is_hub_base else None,
         datasets=facts.sets or None,
         tags=tags,
-        model_name=(name or f"tuned with {facts.objective['title']}") if _eval_results(facts) else None,
+        model_name=(name or f"tuned with {facts.objective['title']}")
+        if _eval_results(facts)
+        else None,
         eval_results=_eval_results(facts) or None,
         **licence,
     )
@@ -232,7 +263,9 @@ def licence_metadata(facts: Facts) -> dict[str, Any]:
     elif link and "://" not in link:
         if facts.is_hub_base:
             name, revision = facts.lock["base"]["name"], facts.lock["base"]["revision"]
-            found["license_link"] = f"https://huggingface.co/{name}/blob/{revision}/{link.removeprefix('./')}"
+            found["license_link"] = (
+                f"https://huggingface.co/{name}/blob/{revision}/{link.removeprefix('./')}"
+            )
         else:
             found["license_link"] = os.path.basename(link)
     if "license_name" in found and "license" not in found:
@@ -243,16 +276,26 @@ def licence_metadata(facts: Facts) -> dict[str, Any]:
 def _eval_results(facts: Facts) -> list[EvalResult]:
     """For the hub's own table, which knows results on a data set of the hub alone."""
     is_its_own = len(facts.sets) == len(facts.recipe.data.names) == 1
-    if facts.evaluations is None or not is_its_own or is_path(facts.recipe.data.dataset_test_split or ""):
+    if (
+        facts.evaluations is None
+        or not is_its_own
+        or is_path(facts.recipe.data.dataset_test_split or "")
+    ):
         return []
     _, after = facts.evaluations
     kinds = {
         "eval_rewards/accuracies": ("accuracy", "held-out reward accuracy"),
         "eval_loss": ("loss", "held-out loss"),
     }
-    if facts.shown.merged:  # whose figures are its own: those of the training are of the base as it was loaded there
+    if (
+        facts.shown.merged
+    ):  # whose figures are its own: those of the training are of the base as it was loaded there
         found = facts.verified.get(facts.shown.merged, {})
-        after = {"eval_rewards/accuracies": found["rows"][-1]["accuracy"]} if found.get("held_out") else {}
+        after = (
+            {"eval_rewards/accuracies": found["rows"][-1]["accuracy"]}
+            if found.get("held_out")
+            else {}
+        )
     return [
         EvalResult(
             task_type="text-generation",

@@ -15,7 +15,9 @@ from orpo_lite.publishing.licences import CARD, KEYS, Terms, is_plain, licence_o
 SEAL = re.compile(r"\r?\n<!-- orpo-lite card [0-9a-f]{16} -->\r?\n")
 
 # Of a text in Markdown: comments, what stands in a tag, where a link leads.
-UNSEEN = re.compile(r"<!--.*?(?:-->|\Z)|</?[A-Za-z][^>]*>|^ {0,3}\[[^\]]*\]:.*?$", re.DOTALL | re.MULTILINE)
+UNSEEN = re.compile(
+    r"<!--.*?(?:-->|\Z)|</?[A-Za-z][^>]*>|^ {0,3}\[[^\]]*\]:.*?$", re.DOTALL | re.MULTILINE
+)
 
 
 def seal(text: str) -> str:
@@ -47,7 +49,10 @@ def changed_card(path: Path) -> str:
         card = file.read_bytes().decode("utf-8-sig") if file.is_file() else ""
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            where=str(file), found=f"cannot be read ({error})", expected="UTF-8", fix=f"save it as such, {fix}"
+            where=str(file),
+            found=f"cannot be read ({error})",
+            expected="UTF-8",
+            fix=f"save it as such, {fix}",
         ) from error
     return "" if is_own(card.replace("\r\n", "\n")) else card
 
@@ -74,7 +79,9 @@ def adopt_card(path: Path, own: str, shown: Shown) -> str:
             fix="mend it, or remove the file",
         )
     made: dict[str, Any] = make_metadata(facts).to_dict()  # type: ignore[no-untyped-call]
-    ours: dict[str, str] = {key: made[key] for key in ("library_name", "base_model_relation") if key in made}
+    ours: dict[str, str] = {
+        key: made[key] for key in ("library_name", "base_model_relation") if key in made
+    }
     data, text = _put(found[1], ours, where, without_lora=shown.merged is not None)
     for terms in facts.terms:
         _refuse_untrue(facts, terms, data, UNSEEN.sub("", found[2]), where)
@@ -82,7 +89,9 @@ def adopt_card(path: Path, own: str, shown: Shown) -> str:
     return f"{own[: found.start(1)]}{text}{own[found.end(1) : found.start(2)]}{body}"
 
 
-def _put(text: str, ours: Mapping[str, str], where: str, *, without_lora: bool) -> tuple[dict[str, Any], str]:
+def _put(
+    text: str, ours: Mapping[str, str], where: str, *, without_lora: bool
+) -> tuple[dict[str, Any], str]:
     """A person's metadata, read as texts, and their YAML with lines of ours in it; all others stay as they stand.
 
     The tag `lora` goes too, if asked, where it has a line of its own.
@@ -95,7 +104,9 @@ def _put(text: str, ours: Mapping[str, str], where: str, *, without_lora: bool) 
         if (name := key.value) in lacking:
             tail = text[start:end][len(text[start:end].rstrip()) :]
             edits.append((start, end, f"{name}: {lacking.pop(name)}{tail}"))
-        elif name == "tags" and without_lora and isinstance(data[name], list) and len(data[name]) > 1:
+        elif (
+            name == "tags" and without_lora and isinstance(data[name], list) and len(data[name]) > 1
+        ):
             alone = re.search(r"\r?\n *- lora *(?=\r?\n|\Z)", text[start:end])
             edits += [(start + alone.start(), start + alone.end(), "")] if alone else []
     new = text
@@ -133,7 +144,9 @@ def _read_metadata(text: str, where: str) -> tuple[dict[str, Any], yaml.MappingN
         data: dict[str, Any] = _texts(node)
         if len(data) == len(node.value):
             return data, node
-    raise CheckpointError(where=where, found="its metadata are something else", expected=expected, fix=fix)
+    raise CheckpointError(
+        where=where, found="its metadata are something else", expected=expected, fix=fix
+    )
 
 
 def _end_of(node: Any) -> int:
@@ -153,7 +166,9 @@ def _texts(node: Any) -> Any:
     return "" if node.tag.endswith(":null") else node.value
 
 
-def _refuse_untrue(facts: Facts, terms: Terms, data: Mapping[str, Any], body: str, where: str) -> None:
+def _refuse_untrue(
+    facts: Facts, terms: Terms, data: Mapping[str, Any], body: str, where: str
+) -> None:
     """Raise CheckpointError for a card that does not say what the terms of its base ask for."""
     said, written, base = licence_of(data), licence_metadata(facts), facts.lock["base"]["name"]
     for key in KEYS:
@@ -169,10 +184,16 @@ def _refuse_untrue(facts: Facts, terms: Terms, data: Mapping[str, Any], body: st
     if facts.is_hub_base and base not in (names if isinstance(names, list) else [names]):
         rule = f"base_model: {base}, which is under the {terms.title}"
         raise CheckpointError(
-            where=where, found="does not name its base", expected=rule, fix="add the line to the metadata"
+            where=where,
+            found="does not name its base",
+            expected=rule,
+            fix="add the line to the metadata",
         )
     if terms.built_with not in body:
         rule = f"“prominently display “{terms.built_with}”” ({terms.title}, 1.b.i)"
         raise CheckpointError(
-            where=where, found=f"does not say “{terms.built_with}”", expected=rule, fix="add the line"
+            where=where,
+            found=f"does not say “{terms.built_with}”",
+            expected=rule,
+            fix="add the line",
         )

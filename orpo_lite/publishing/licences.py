@@ -21,7 +21,9 @@ from orpo_lite.recipe.text import BACK, DEEPER, MAX_DEPTH
 
 KEYS = ("license", "license_name", "license_link")
 LICENSE_FILES = [
-    f"{name}{end}" for name in ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY") for end in ("", ".txt", ".md")
+    f"{name}{end}"
+    for name in ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+    for end in ("", ".txt", ".md")
 ]
 MAX_BYTES = 1 << 20  # of a card or a licence's text
 MAX_NAME = 96  # characters of a repository's name, its owner's among them
@@ -38,8 +40,12 @@ LLAMA = re.compile(
     r"(?:([-_.]?)(\d{1,2})(?![a-z\d]))?(?!\d)"
 )
 GEMMA = re.compile(BEGINS + r"gemma(?![a-z])")
-CARD = re.compile(r"\ufeff?\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)(.*)", re.DOTALL)  # metadata, body
-AGREEMENT = "community license"  # in the text of each of them that asks for a copy, and in no other licence
+CARD = re.compile(
+    r"\ufeff?\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)(.*)", re.DOTALL
+)  # metadata, body
+AGREEMENT = (
+    "community license"  # in the text of each of them that asks for a copy, and in no other licence
+)
 COPY = "provide a copy of this Agreement"
 
 
@@ -121,15 +127,21 @@ def refuse_name(repository: str, licence: Mapping[str, Any], where: str) -> None
     """Raise RecipeError for a name that the base's licence does not allow, with the rule."""
     name = repository.rpartition("/")[2]
     flat = re.sub(r"[-_ .]", "", name)
-    broken = [terms for terms in find_terms(licence) if not flat.startswith(terms.prefix.replace(" ", ""))]
+    broken = [
+        terms for terms in find_terms(licence) if not flat.startswith(terms.prefix.replace(" ", ""))
+    ]
     if not broken:
         return
     terms = max(broken, key=lambda terms: len(terms.prefix))
     rule = f"you shall also include “{terms.prefix}” at the beginning of any such AI model name"
     first, *others = terms.prefix.split()
-    prefix = rf"^(?:meta[-_.]*)?{first}[-_.]*" + "".join(rf"(?:{word}(?!\.?\d)[-_.]*)?" for word in others)
+    prefix = rf"^(?:meta[-_.]*)?{first}[-_.]*" + "".join(
+        rf"(?:{word}(?!\.?\d)[-_.]*)?" for word in others
+    )
     renamed = re.sub(prefix, "", name, flags=re.IGNORECASE).strip("-_.") or "tuned"
-    longest = f"{repository.removesuffix(name)}{terms.prefix.replace(' ', '-')}-{renamed}"[:MAX_NAME]
+    longest = f"{repository.removesuffix(name)}{terms.prefix.replace(' ', '-')}-{renamed}"[
+        :MAX_NAME
+    ]
     raise RecipeError(
         where=where,
         found=f"{repository}, of a base under the {terms.title}",
@@ -139,7 +151,11 @@ def refuse_name(repository: str, licence: Mapping[str, Any], where: str) -> None
 
 
 def find_license_files(
-    licence: Mapping[str, Any], base: str, revision: str | None, folder: Path, beside: Sequence[Path] = ()
+    licence: Mapping[str, Any],
+    base: str,
+    revision: str | None,
+    folder: Path,
+    beside: Sequence[Path] = (),
 ) -> dict[str, bytes | Path]:
     """The files that go with a derivative: the base's licence and notices, and what its terms ask for.
 
@@ -156,11 +172,17 @@ def find_license_files(
     own = fetch_license_files(base, revision, None if revision else folder)
     folders = [*beside, *([own] if own else [])]
     papers = _license_files(folders)
-    if revision and not _copies(papers) and (found := fetch_license_files(base, revision, None, cached=False)):
+    if (
+        revision
+        and not _copies(papers)
+        and (found := fetch_license_files(base, revision, None, cached=False))
+    ):
         own, folders = found, [*beside, found]  # other programs leave the card alone in the cache
         papers = _license_files(folders)
     for terms in find_terms(licence):
-        if terms.copy and not any(AGREEMENT in _flat(read_text(paper)) for paper in _copies(papers)):
+        if terms.copy and not any(
+            AGREEMENT in _flat(read_text(paper)) for paper in _copies(papers)
+        ):
             agreement = _agreement(read_card(own))
             if not agreement:
                 raise ModelError(
@@ -170,7 +192,11 @@ def find_license_files(
                     fix=f"put it into {[*folders, folder][0]}",
                 )
             papers[next(name for name in LICENSE_FILES if name not in papers)] = agreement.encode()
-        texts = {name: read_text(paper) for name, paper in papers.items() if name.upper().startswith("NOTICE")}
+        texts = {
+            name: read_text(paper)
+            for name, paper in papers.items()
+            if name.upper().startswith("NOTICE")
+        }
         if not any(_flat(terms.notice) in _flat(text) for text in texts.values()):
             kept = texts.get("NOTICE", "")
             papers["NOTICE"] = f"{kept.rstrip()}\n\n{terms.notice}\n".lstrip().encode()
@@ -214,7 +240,12 @@ def is_non_commercial(licence: str) -> bool:
 
 
 def fetch_license_files(
-    name: str, revision: str | None, folder: Path | None, *, kind: str = "model", cached: bool = True
+    name: str,
+    revision: str | None,
+    folder: Path | None,
+    *,
+    kind: str = "model",
+    cached: bool = True,
 ) -> Path | None:
     """The folder with the card and the licence of a repository; None: there is none.
 
@@ -271,7 +302,11 @@ def is_plain(text: str) -> bool:
 
 
 def read_licences(
-    base: str, revision: str | None, folder: Path, names: Sequence[str], known: Mapping[str, Any] | None = None
+    base: str,
+    revision: str | None,
+    folder: Path,
+    names: Sequence[str],
+    known: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What the cards of a base and of data sets say of their licences: lock.json's ``licences``.
 
@@ -288,7 +323,8 @@ def read_licences(
         "base": known.get("base")
         or licence_of(read_card(fetch_license_files(base, revision, None if revision else folder))),
         "data": {
-            name: data.get(name) or licence_of(read_card(fetch_license_files(name, None, None, kind="dataset")))
+            name: data.get(name)
+            or licence_of(read_card(fetch_license_files(name, None, None, kind="dataset")))
             for name in names
             if is_hub_name(name)
         },

@@ -71,13 +71,19 @@ def make_card(path: Path, shown: Shown | None = None) -> str:
 def write_card(path: Path) -> None:
     """README.md of a finished run, made afresh unless a person has changed the one that is there."""
     if not changed_card(path):
-        write_text(path / "README.md", make_card(path))  # a push knows the repository, whoever's it is
+        write_text(
+            path / "README.md", make_card(path)
+        )  # a push knows the repository, whoever's it is
 
 
 def _head(facts: Facts) -> str:
     shown, objective = facts.shown, facts.objective
     paper = objective["paper"].replace("https://arxiv.org/abs/", "arXiv ")
-    name = shown.repository.rpartition("/")[2] if shown.repository != SOMEWHERE else f"Tuned with {objective['title']}"
+    name = (
+        shown.repository.rpartition("/")[2]
+        if shown.repository != SOMEWHERE
+        else f"Tuned with {objective['title']}"
+    )
     what = "The merged weights" if shown.merged else f"A LoRA adapter (rank {facts.recipe.lora.r})"
     pairs = f"{facts.data['train_pairs']:,} preference pairs"
     text = (
@@ -98,15 +104,27 @@ def _training(facts: Facts) -> str:
         del values["training.num_train_epochs"]  # the steps are given, and it has no effect
     rows = [
         *facts.objective["settings"].items(),
-        ("steps", "not known" if facts.steps is None else f"{facts.steps:,}; kept: step {facts.kept_step:,}"),
+        (
+            "steps",
+            "not known"
+            if facts.steps is None
+            else f"{facts.steps:,}; kept: step {facts.kept_step:,}",
+        ),
         ("chat template", _template(facts)),
         *((f"`{key}`", _cell(value)) for key, value in values.items()),
-        ("versions", ", ".join(f"{name} {facts.over_time(f'versions.{name}')}" for name in facts.lock["versions"])),
+        (
+            "versions",
+            ", ".join(
+                f"{name} {facts.over_time(f'versions.{name}')}" for name in facts.lock["versions"]
+            ),
+        ),
     ]
     if recipe.model.adapter_name_or_path:
         source = recipe.model.adapter_name_or_path
         is_local = source.startswith((".", "/", "~")) or source.count("/") != 1
-        rows.insert(0, ("trained on from", "an adapter of the trainer's own" if is_local else _cell(source)))
+        rows.insert(
+            0, ("trained on from", "an adapter of the trainer's own" if is_local else _cell(source))
+        )
         shape = {key: facts.adapter[key] for key in ADAPTER_SHAPE if facts.adapter.get(key)}
         rows += [(f"`{key}` of the adapter", _cell(to_text(value))) for key, value in shape.items()]
     return f"## Training\n\n{facts.objective['formula']}\n\n{_table(('what', 'value'), rows)}"
@@ -117,7 +135,11 @@ def _template(facts: Facts) -> str:
     if choice == "auto":
         return _cell(facts.data["chat_template"])
     is_none = choice == "none"
-    return "none: prompt and response joined as plain text" if is_none else "one of the trainer's own, which is here"
+    return (
+        "none: prompt and response joined as plain text"
+        if is_none
+        else "one of the trainer's own, which is here"
+    )
 
 
 def _data(facts: Facts) -> str:
@@ -131,7 +153,9 @@ def _data(facts: Facts) -> str:
         elif name.startswith("builtin:"):
             rows.append(("the built-in pairs of orpo-lite", "not stated"))
         else:
-            rows.append((_local(name, local.index(name) + 1 if len(local) > 1 else 0), "not stated"))
+            rows.append(
+                (_local(name, local.index(name) + 1 if len(local) > 1 else 0), "not stated")
+            )
     head: tuple[str, ...] = ("data", "licence")
     if len(data.get("rows_of_sets", ())) == len(rows):
         head = (*head, "rows to train on")
@@ -154,7 +178,9 @@ def _data(facts: Facts) -> str:
         f"{data['held_out_pairs']:,} held out; sha256 of the pairs `{data['sha256']}`."
     )
     dropped = [(_cell(reason), f"{drop['pairs']:,}") for reason, drop in data["dropped"].items()]
-    parts.append(f"Left out:\n\n{_table(('why', 'pairs'), dropped)}" if dropped else "No pair was left out.")
+    parts.append(
+        f"Left out:\n\n{_table(('why', 'pairs'), dropped)}" if dropped else "No pair was left out."
+    )
     return "\n\n".join(parts)
 
 
@@ -185,7 +211,11 @@ def _results(facts: Facts) -> str:
 
 
 def _loading(facts: Facts) -> str:
-    repository, base, revision = facts.shown.repository, facts.base_name, facts.lock["base"]["revision"]
+    repository, base, revision = (
+        facts.shown.repository,
+        facts.base_name,
+        facts.lock["base"]["revision"],
+    )
     if facts.shown.merged:
         blocks = [
             (
@@ -231,7 +261,12 @@ def _verification(facts: Facts) -> str:
     parts = ["## The merge, measured"]
     for kind, found in facts.verified.items():
         rows = [
-            (_cell(row["model"]), f"{row['accuracy']:.1%}", f"{row['margin']:+.4f}", f"{row['chosen']:.4f}")
+            (
+                _cell(row["model"]),
+                f"{row['accuracy']:.1%}",
+                f"{row['margin']:+.4f}",
+                f"{row['chosen']:.4f}",
+            )
             for row in found["rows"]
         ]
         pairs = f"{found['pairs']:,} {'held-out' if found['held_out'] else 'training'} pairs"
@@ -282,9 +317,13 @@ def _limits(facts: Facts) -> str:
         ranks = "The held-out figures say how well it ranks pairs like those it was trained on"
         lines.append(f"{ranks}, not how good its answers are.")
     if cut := data["cut"]["responses_without_end"]:
-        lines.append(f"{cut:,} responses lost their end at {facts.recipe.data.max_length:,} tokens.")
+        lines.append(
+            f"{cut:,} responses lost their end at {facts.recipe.data.max_length:,} tokens."
+        )
     if shared := data["prompts"]["shared"]:
-        lines.append(f"{shared:,} held-out prompts stand in the training pairs too, so the figures flatter.")
+        lines.append(
+            f"{shared:,} held-out prompts stand in the training pairs too, so the figures flatter."
+        )
     if facts.recipe.model.model_name_or_path.startswith("builtin:"):
         lines.append("A toy that shows that the machinery works; it is of no other use.")
     return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines)
@@ -294,16 +333,24 @@ def _licence(facts: Facts) -> str:
     lines = [terms.notice for terms in facts.terms]
     name = _cell(in_words(facts.licence))
     if isinstance(facts.licence.get("license"), list):
-        lines.append(f"The base's card names several licences: {name}. They hold for this derivative as well.")
+        lines.append(
+            f"The base's card names several licences: {name}. They hold for this derivative as well."
+        )
     elif name and not lines:
-        lines.append(f"The base's card names its licence: {name}. It holds for this derivative as well.")
+        lines.append(
+            f"The base's card names its licence: {name}. It holds for this derivative as well."
+        )
     elif not name:
-        lines.append("The licence of the base is not known here: no card that could be read names one.")
+        lines.append(
+            "The licence of the base is not known here: no card that could be read names one."
+        )
     return "\n\n".join(["## Licence", *lines, *_non_commercial(facts)])
 
 
 def _non_commercial(facts: Facts) -> list[str]:
-    said = ["**Not for commercial use**, as its base."] * any(map(is_non_commercial, named(facts.licence)))
+    said = ["**Not for commercial use**, as its base."] * any(
+        map(is_non_commercial, named(facts.licence))
+    )
     for name in facts.sets:
         licence = facts.data_licences.get(name, {})
         if any(map(is_non_commercial, named(licence))):

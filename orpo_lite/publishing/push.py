@@ -49,7 +49,12 @@ TOKENIZER = (
 # The words of the base, which are no place to write a path, and where /root may well be one of them.
 VOCABULARY = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "*.model")
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-MERGED = ("config.json", "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
+MERGED = (
+    "config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-*-of-*.safetensors",
+)
 WRITTEN = ("README.md", ".gitattributes", "verify.json")  # not news when they stay here
 HEADER = 1 << 24  # bytes of a safetensors header that are looked at
 
@@ -90,7 +95,9 @@ def push(
             published.
         HubError: refused, or unreachable after the attempts.
     """
-    updates = push_events(run_folder, repository, merged=merged, is_public=is_public, samples=samples)
+    updates = push_events(
+        run_folder, repository, merged=merged, is_public=is_public, samples=samples
+    )
     return run_to_end(updates, lambda _: None)
 
 
@@ -111,7 +118,9 @@ def push_events(
             where=f"REPO {repository!r}",
             found="is no name of a repository",
             expected=str(error),
-            fix=push_command(path, _name_in(repository), merged=merged, is_public=is_public, samples=samples),
+            fix=push_command(
+                path, _name_in(repository), merged=merged, is_public=is_public, samples=samples
+            ),
         ) from None
     lock, recipe = read_lock(path), trained_recipe(path)
     folder = find_finished_adapter(path)
@@ -120,7 +129,9 @@ def push_events(
         try:
             folder = find_merged(path, merged)
         except ModelError as error:
-            raise CheckpointError(where=error.where, found=error.found, expected=error.expected, fix=again) from None
+            raise CheckpointError(
+                where=error.where, found=error.found, expected=error.expected, fix=again
+            ) from None
     licences = run_in_thread(lambda: _licences(lock, recipe))
     refuse_name(repository, licences["base"], f"REPO {repository}")
     try:
@@ -132,7 +143,11 @@ def push_events(
             base = lock["base"]
             papers = run_in_thread(
                 lambda: find_license_files(
-                    licences["base"], base["name"], base["revision"], Path(base["path"]), [folder, path]
+                    licences["base"],
+                    base["name"],
+                    base["revision"],
+                    Path(base["path"]),
+                    [folder, path],
                 )
             )
             files = papers | pushed
@@ -140,12 +155,18 @@ def push_events(
             shown = Shown(target.repository, merged, licences, samples)
             card = _card(path, shown)
             if merged and loads_adapter(card):
-                yield Update("note", f"{path / 'README.md'} says how to load an adapter; this is a merged model")
+                yield Update(
+                    "note",
+                    f"{path / 'README.md'} says how to load an adapter; this is a merged model",
+                )
             files["README.md"] = card.encode()
             _refuse_leaks(files, path, lock, recipe)
             yield from _said(folder, files, licences)
             yield from check_card(target, card, str(path / "README.md"))
-            what, title = "Merged model" if merged else "LoRA adapter", read_objective(recipe, lock)["title"]
+            what, title = (
+                "Merged model" if merged else "LoRA adapter",
+                read_objective(recipe, lock)["title"],
+            )
             message = f"{what}, tuned with {title} by orpo-lite"
             commit = yield from commit_files(target, files, message, ours=(*ADAPTER, *MERGED))
     except UnreadableError as error:
@@ -153,27 +174,38 @@ def push_events(
         raise
     except WrongTargetError as error:
         public = not error.is_private
-        command = push_command(path, error.instead, merged=merged, is_public=public, samples=samples)
+        command = push_command(
+            path, error.instead, merged=merged, is_public=public, samples=samples
+        )
         error.fix = reworded(error.fix, f"{error.fix}\n  then: {command}")
         raise
     except (RecipeError, CheckpointError):
         raise  # something has to change first, and perhaps the command with it
     except OrpoLiteError as error:
-        command = push_command(path, repository, merged=merged, is_public=is_public, samples=samples)
+        command = push_command(
+            path, repository, merged=merged, is_public=is_public, samples=samples
+        )
         error.fix = reworded(error.fix, f"{error.fix}\n  then: {command}") if error.fix else command
         raise
     return PushResult(target.repository, target.page, commit, tuple(sorted(files)))
 
 
 def push_command(
-    path: Path, repository: str, *, merged: Weights | None = None, is_public: bool = False, samples: int = 0
+    path: Path,
+    repository: str,
+    *,
+    merged: Weights | None = None,
+    is_public: bool = False,
+    samples: int = 0,
 ) -> Command:
     """The line that pushes, to be pasted."""
     flags = ["--merged"] if merged else []
     flags += ["--base", merged] if merged == "dequantized" else []
     flags += ["--public"] if is_public else []
     flags += ["--samples", str(samples)] if samples else []
-    return Command(" ".join(["orpo-lite push", quoted(path), *map(shlex.quote, [repository, *flags])]))
+    return Command(
+        " ".join(["orpo-lite push", quoted(path), *map(shlex.quote, [repository, *flags])])
+    )
 
 
 def _name_in(text: str) -> str:
@@ -189,10 +221,14 @@ def _name_in(text: str) -> str:
 def _licences(lock: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
     """As the run noted them; asked for again where it could not, for the rules depend on them."""
     base = lock["base"]
-    return read_licences(base["name"], base["revision"], Path(base["path"]), recipe.data.names, lock.get("licences"))
+    return read_licences(
+        base["name"], base["revision"], Path(base["path"]), recipe.data.names, lock.get("licences")
+    )
 
 
-def _files(folder: Path, lock: Mapping[str, Any], again: str, *, is_merged: bool) -> dict[str, bytes | Path]:
+def _files(
+    folder: Path, lock: Mapping[str, Any], again: str, *, is_merged: bool
+) -> dict[str, bytes | Path]:
     """What is pushed of a folder: the files on the list, by their names in it; anything else stays."""
     patterns = (*(MERGED if is_merged else ADAPTER), *TOKENIZER)
     files: dict[str, bytes | Path] = {}
@@ -222,20 +258,35 @@ def _files(folder: Path, lock: Mapping[str, Any], again: str, *, is_merged: bool
     return files
 
 
-def _refuse_broken(folder: Path, files: Mapping[str, object], again: str, *, is_merged: bool) -> None:
+def _refuse_broken(
+    folder: Path, files: Mapping[str, object], again: str, *, is_merged: bool
+) -> None:
     """A model without its weights, or its tokenizer, would be pushed with success and load for nobody."""
     weights = weight_files(folder) if is_merged else [folder / ADAPTER[1]]
-    for file in (folder / (MERGED if is_merged else ADAPTER)[0], *weights, folder / "tokenizer.json"):
+    for file in (
+        folder / (MERGED if is_merged else ADAPTER)[0],
+        *weights,
+        folder / "tokenizer.json",
+    ):
         if file.name not in files:
-            found = f"is not on the list of what is pushed: {file.name}" if file.exists() else f"has no {file.name}"
-            raise CheckpointError(where=str(folder), found=found, expected="a whole model", fix=again)
+            found = (
+                f"is not on the list of what is pushed: {file.name}"
+                if file.exists()
+                else f"has no {file.name}"
+            )
+            raise CheckpointError(
+                where=str(folder), found=found, expected="a whole model", fix=again
+            )
     for file in weights:
         try:
             with safe_open(file, "np"):  # the header, and whether the file is as long as that says
                 pass
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
-                where=str(file), found=f"cannot be read ({error})", expected="whole safetensors", fix=again
+                where=str(file),
+                found=f"cannot be read ({error})",
+                expected="whole safetensors",
+                fix=again,
             ) from error
 
 
@@ -264,18 +315,26 @@ def _refuse_samples(path: Path, count: int) -> None:
         )
 
 
-def _said(folder: Path, files: Mapping[str, object], licences: Mapping[str, Any]) -> Generator[Update, None, None]:
+def _said(
+    folder: Path, files: Mapping[str, object], licences: Mapping[str, Any]
+) -> Generator[Update, None, None]:
     """What a person should know before the files leave."""
     going = {name.partition("/")[0] for name in files}
-    if staying := sorted(file.name for file in folder.iterdir() if file.name not in {*going, *WRITTEN}):
+    if staying := sorted(
+        file.name for file in folder.iterdir() if file.name not in {*going, *WRITTEN}
+    ):
         more = f" and {len(staying) - 5} more" if len(staying) > 5 else ""
         yield Update("note", f"not pushed: {', '.join(staying[:5])}{more}")
     if not licences["base"]:
-        yield Update("note", "the base's card names no licence, or cannot be read: the model card names none")
+        yield Update(
+            "note", "the base's card names no licence, or cannot be read: the model card names none"
+        )
     yield Update("note", f"files: {', '.join(sorted(files))}")
 
 
-def _refuse_leaks(files: Mapping[str, Path | bytes], path: Path, lock: Mapping[str, Any], recipe: Recipe) -> None:
+def _refuse_leaks(
+    files: Mapping[str, Path | bytes], path: Path, lock: Mapping[str, Any], recipe: Recipe
+) -> None:
     """The last look: a token, or a path of this machine, in anything that would leave it."""
     own = own_token(f"run {path}") or ""
     places = _places(path, lock, recipe)
@@ -300,10 +359,22 @@ def _refuse_leaks(files: Mapping[str, Path | bytes], path: Path, lock: Mapping[s
 
 def _places(path: Path, lock: Mapping[str, Any], recipe: Recipe) -> re.Pattern[str]:
     """Where things lie here: each as the whole of a path or as its beginning; /root or /data as the beginning alone."""
-    local = [str(path.absolute()), str(path.resolve()), lock["base"]["path"], constants.HF_HUB_CACHE, str(Path.home())]
-    local += [name for name in (*recipe.data.names, recipe.data.dataset_test_split or "") if name.startswith("/")]
+    local = [
+        str(path.absolute()),
+        str(path.resolve()),
+        lock["base"]["path"],
+        constants.HF_HUB_CACHE,
+        str(Path.home()),
+    ]
+    local += [
+        name
+        for name in (*recipe.data.names, recipe.data.dataset_test_split or "")
+        if name.startswith("/")
+    ]
     names = sorted({name.rstrip("/") for name in local} - {""}, key=len, reverse=True)
-    return re.compile("|".join(re.escape(name) + ("/" if name.count("/") == 1 else r"(?!\w)") for name in names))
+    return re.compile(
+        "|".join(re.escape(name) + ("/" if name.count("/") == 1 else r"(?!\w)") for name in names)
+    )
 
 
 def _plain(text: str) -> str:
@@ -327,7 +398,9 @@ def check_push(recipe: Recipe, *, resume: bool) -> Generator[Update, None, None]
         return
     yield Update("stage", f"asking the hub whether {recipe.output.hub_model_id} may be written to")
     try:
-        yield from check_target(str(recipe.output.hub_model_id), is_private=recipe.output.hub_private_repo)
+        yield from check_target(
+            str(recipe.output.hub_model_id), is_private=recipe.output.hub_private_repo
+        )
     except HubError as error:
         if not resume:
             either = f"{error.fix}; or output.push_to_hub=false, and `orpo-lite push` later"
@@ -341,6 +414,8 @@ def find_licences(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
     base = inputs.base
     licences = read_licences(base.name, base.revision, base.path, recipe.data.names)
     if recipe.output.push_to_hub:
-        refuse_name(str(recipe.output.hub_model_id), licences["base"], recipe.sources["output.hub_model_id"])
+        refuse_name(
+            str(recipe.output.hub_model_id), licences["base"], recipe.sources["output.hub_model_id"]
+        )
         find_license_files(licences["base"], base.name, base.revision, base.path)
     return licences

@@ -33,12 +33,18 @@ from orpo_lite.updates import Update
 
 ATTEMPTS = 4  # of each request, whether the client makes them or we do
 FIRST_WAIT = 2.0  # seconds, doubled each time
-LONGEST_WAIT = 300.0  # a hub that asks for more is left alone, and the command can be given again later
+LONGEST_WAIT = (
+    300.0  # a hub that asks for more is left alone, and the command can be given again later
+)
 TIMEOUT = 120.0  # seconds without a byte; the hub's client would wait for ever
 PASSING = (408, 425, 429, 500, 502, 503, 504)
 LEAST = 8  # characters of a token that is looked for in texts; a shorter one may be a word
-QUOTA = re.compile("storage|quota|payment|billing|subscri|upgrade", re.IGNORECASE)  # in a 403 that is about no right
-MISSHAPEN = ValueError | LookupError | TypeError | AttributeError  # what becomes of an answer that is not one
+QUOTA = re.compile(
+    "storage|quota|payment|billing|subscri|upgrade", re.IGNORECASE
+)  # in a 403 that is about no right
+MISSHAPEN = (
+    ValueError | LookupError | TypeError | AttributeError
+)  # what becomes of an answer that is not one
 LOGIN = "`hf auth login` with a token that may write (https://huggingface.co/settings/tokens), or HF_TOKEN"
 
 Result = TypeVar("Result")
@@ -66,7 +72,9 @@ class _SpentError(Exception):
 FAILURES = (*UNREACHABLE, RuntimeError, LookupError, TypeError, AttributeError, _SpentError)
 
 
-def retry(where: str, doing: str, call: Callable[[], Result], *, passing: Collection[int] = PASSING) -> Attempt[Result]:
+def retry(
+    where: str, doing: str, call: Callable[[], Result], *, passing: Collection[int] = PASSING
+) -> Attempt[Result]:
     """Call, and again after what may pass: a busy hub, a timeout, a connection that drops. A refusal stands at once.
 
     Raises:
@@ -82,7 +90,10 @@ def retry(where: str, doing: str, call: Callable[[], Result], *, passing: Collec
             wait = _wait(root, number, passing)
             if wait is None or is_spent or number == ATTEMPTS or wait > LONGEST_WAIT:
                 raise _explain(where, doing, root, wait) from error
-            yield Update("note", f"{doing}: {_said(root)}; again in {wait:.0f} s ({number} of {ATTEMPTS - 1})")
+            yield Update(
+                "note",
+                f"{doing}: {_said(root)}; again in {wait:.0f} s ({number} of {ATTEMPTS - 1})",
+            )
             time.sleep(wait)
     raise AssertionError
 
@@ -113,7 +124,11 @@ def _is_ours(error: BaseException) -> bool:
 
 
 def _status(error: BaseException) -> int | None:
-    return error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
+    return (
+        error.response.status_code
+        if isinstance(error, HfHubHTTPError) and error.response is not None
+        else None
+    )
 
 
 def _wait(error: BaseException, number: int, passing: Collection[int] = PASSING) -> float | None:
@@ -123,7 +138,9 @@ def _wait(error: BaseException, number: int, passing: Collection[int] = PASSING)
         return None
     if isinstance(error, JSONDecodeError):
         pass  # some requests read a busy hub's page as JSON before they look at its status
-    elif isinstance(error, LocalTokenNotFoundError | OfflineModeIsEnabled | MISSHAPEN) or _is_local(error):
+    elif isinstance(error, LocalTokenNotFoundError | OfflineModeIsEnabled | MISSHAPEN) or _is_local(
+        error
+    ):
         return None
     if status is not None and status not in passing:
         return None
@@ -155,7 +172,9 @@ def _said(error: BaseException) -> str:
     return f"the hub answers {status}" if status else f"no answer ({type(error).__name__})"
 
 
-def _explain(where: str, doing: str, error: BaseException, wait: float | None) -> HubError | UnreadableError:
+def _explain(
+    where: str, doing: str, error: BaseException, wait: float | None
+) -> HubError | UnreadableError:
     """What the hub's refusal of a push means and what to do about it."""
     status = _status(error)
     message = server_message(error)
@@ -168,7 +187,10 @@ def _explain(where: str, doing: str, error: BaseException, wait: float | None) -
         )
     if status == 401 or _is_forbidden(error):
         return HubError(
-            where=where, found=f"the access token is not accepted (401, {doing})", expected="a valid one", fix=LOGIN
+            where=where,
+            found=f"the access token is not accepted (401, {doing})",
+            expected="a valid one",
+            fix=LOGIN,
         )
     if isinstance(error, RepositoryNotFoundError) or status == 404:
         return AbsentError(
@@ -179,7 +201,9 @@ def _explain(where: str, doing: str, error: BaseException, wait: float | None) -
         )
     if status in (402, 413) or (status == 403 and QUOTA.search(message)):
         fix = "see what it says: make room there, or push smaller files (orpo-lite merge --max-shard-size)"
-        return HubError(where=where, found=f"the hub takes no more ({status}, {doing}){message}", fix=fix)
+        return HubError(
+            where=where, found=f"the hub takes no more ({status}, {doing}){message}", fix=fix
+        )
     if status == 403:
         return HubError(
             where=where,
@@ -189,12 +213,20 @@ def _explain(where: str, doing: str, error: BaseException, wait: float | None) -
         )
     if status in (409, 412):
         return ConflictError(
-            where=where, found=f"conflicts with what is there ({status}, {doing}){message}", fix="try again"
+            where=where,
+            found=f"conflicts with what is there ({status}, {doing}){message}",
+            fix="try again",
         )
     if status == 429 and wait is not None and wait > LONGEST_WAIT:
-        return HubError(where=where, found=f"asks to wait {wait:,.0f} s (429, {doing})", fix="try again then")
+        return HubError(
+            where=where, found=f"asks to wait {wait:,.0f} s (429, {doing})", fix="try again then"
+        )
     if status is not None:
-        fix = "see what it says" if 400 <= status < 500 and status not in PASSING else "try again later"
+        fix = (
+            "see what it says"
+            if 400 <= status < 500 and status not in PASSING
+            else "try again later"
+        )
         return HubError(where=where, found=f"the hub answers {status} ({doing}){message}", fix=fix)
     if isinstance(error, OSError) and error.filename is not None:
         return unreadable(error)
@@ -216,7 +248,9 @@ def _explain(where: str, doing: str, error: BaseException, wait: float | None) -
 def unreadable(error: OSError) -> UnreadableError:
     """What to say of a file that went, or that may not be read."""
     return UnreadableError(
-        where=str(error.filename), found=f"cannot be read ({error.strerror})", expected="a file of the run, whole"
+        where=str(error.filename),
+        found=f"cannot be read ({error.strerror})",
+        expected="a file of the run, whole",
     )
 
 
@@ -226,7 +260,10 @@ def own_token(where: str) -> str | None:
         return get_token()
     except Exception as error:  # of a login that had to be renewed, in ways of its own
         raise HubError(
-            where=where, found=f"the login cannot be renewed ({type(error).__name__})", expected="a login", fix=LOGIN
+            where=where,
+            found=f"the login cannot be renewed ({type(error).__name__})",
+            expected="a login",
+            fix=LOGIN,
         ) from None
 
 
@@ -260,7 +297,9 @@ def with_timeouts() -> Any:
         set_client_factory(before)
 
 
-def _request(request: Callable[..., Any], failed: Counter[str], method: str, url: object, **options: Any) -> Any:
+def _request(
+    request: Callable[..., Any], failed: Counter[str], method: str, url: object, **options: Any
+) -> Any:
     """A request of the client, which makes some again by itself; no more often than we do the others.
 
     Without that its attempts and ours would multiply, and it would wait for as long as any hub asks.
@@ -278,6 +317,12 @@ def _request(request: Callable[..., Any], failed: Counter[str], method: str, url
         raise
     if response.status_code not in PASSING:
         del failed[key]
-        if method == "PUT" and "html" in response.headers.get("Content-Type", "") and response.status_code < 300:
-            raise ValueError("a page in answer to a file")  # which a network asks people to log in with
+        if (
+            method == "PUT"
+            and "html" in response.headers.get("Content-Type", "")
+            and response.status_code < 300
+        ):
+            raise ValueError(
+                "a page in answer to a file"
+            )  # which a network asks people to log in with
     return response

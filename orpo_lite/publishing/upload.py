@@ -13,7 +13,15 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type:
 
 from orpo_lite.errors import HubError
 from orpo_lite.publishing.account import Target, find_target
-from orpo_lite.publishing.retry import PASSING, Attempt, ConflictError, retry, server_message, unreadable, with_timeouts
+from orpo_lite.publishing.retry import (
+    PASSING,
+    Attempt,
+    ConflictError,
+    retry,
+    server_message,
+    unreadable,
+    with_timeouts,
+)
 from orpo_lite.updates import Update
 
 
@@ -75,7 +83,9 @@ def commit_files(
             # New ones at each attempt: they ask the hub again what is there, which may be the commit whose answer was
             # lost. What was hashed stays hashed.
             hashed = {addition.path_in_repo: addition.upload_info for addition in additions}
-            additions[:] = [CommitOperationAdd(name, _there(content)) for name, content in files.items()]
+            additions[:] = [
+                CommitOperationAdd(name, _there(content)) for name, content in files.items()
+            ]
             for addition in additions:
                 addition.upload_info = hashed.get(addition.path_in_repo, addition.upload_info)
             try:
@@ -86,23 +96,37 @@ def commit_files(
             if left.is_set():
                 raise RuntimeError("stopped before the commit")
             deletions = [CommitOperationDelete(name, is_folder=False) for name in stale]
-            made = HfApi().create_commit(repository, [*additions, *deletions], commit_message=message)
+            made = HfApi().create_commit(
+                repository, [*additions, *deletions], commit_message=message
+            )
             return str(made.commit_url)
 
-        size = sum(len(content) if isinstance(content, bytes) else _size(content) for content in files.values())
-        yield Update("stage", f"uploading {len(files)} files, {size / 2**20:,.1f} MiB, to {target.page}")
+        size = sum(
+            len(content) if isinstance(content, bytes) else _size(content)
+            for content in files.values()
+        )
+        yield Update(
+            "stage", f"uploading {len(files)} files, {size / 2**20:,.1f} MiB, to {target.page}"
+        )
         try:
             page = yield from retry(where, "uploading", commit, passing=(*PASSING, 409, 412))
         finally:
             left.set()  # after Ctrl-C the client's threads go on, and must not make the commit all the same
     if removed:
-        yield Update("note", f"removed, of an earlier push (the history keeps them): {', '.join(sorted(removed))}")
+        yield Update(
+            "note",
+            f"removed, of an earlier push (the history keeps them): {', '.join(sorted(removed))}",
+        )
     return page
 
 
 def _stale(repository: str, files: Collection[str], ours: Sequence[str]) -> list[str]:
     there = [str(sibling.rfilename) for sibling in HfApi().model_info(repository).siblings or ()]
-    return [name for name in there if name not in files and any(fnmatch.fnmatchcase(name, p) for p in ours)]
+    return [
+        name
+        for name in there
+        if name not in files and any(fnmatch.fnmatchcase(name, p) for p in ours)
+    ]
 
 
 def _there(content: Path | bytes) -> Path | bytes:
@@ -122,8 +146,13 @@ def _size(file: Path) -> int:
 def _refuse_objects(where: str, error: ValueError, additions: Sequence[CommitOperationAdd]) -> None:
     """Raise what the hub says of single files; it names them by their hashes, where people know names."""
     if str(error).startswith("LFS batch API returned errors"):
-        names = {a.upload_info.sha256.hex(): a.path_in_repo for a in additions if a.upload_info.is_hashed}
-        said = [f"{names.get(oid, oid)}: {text}" for oid, text in re.findall("OID ([^:]*): `?(.*)", str(error))]
+        names = {
+            a.upload_info.sha256.hex(): a.path_in_repo for a in additions if a.upload_info.is_hashed
+        }
+        said = [
+            f"{names.get(oid, oid)}: {text}"
+            for oid, text in re.findall("OID ([^:]*): `?(.*)", str(error))
+        ]
         raise HubError(
             where=where,
             found=f"the hub refuses a file (uploading){server_message(ValueError('; '.join(said)))}",
@@ -140,11 +169,16 @@ def _create(target: Target) -> Attempt[Target]:
 
     try:
         yield from retry(where, "making the repository", create)
-    except ConflictError:  # made by somebody else, or by the attempt before this one, whose answer was lost
+    except (
+        ConflictError
+    ):  # made by somebody else, or by the attempt before this one, whose answer was lost
         made = yield from find_target(target.repository, target.is_private)
         if not made.exists:
             raise HubError(
-                where=where, found="cannot be made (409), and is not there", expected="a free name", fix="another name"
+                where=where,
+                found="cannot be made (409), and is not there",
+                expected="a free name",
+                fix="another name",
             ) from None
         return made
     return target

@@ -40,9 +40,15 @@ def write_text(file: Path, text: str) -> None:
 def new_folder(final: Path) -> Iterator[Path]:
     """A temporary sibling to write into; on success it is flushed and takes the place of ``final``, else removed."""
     if final.is_symlink() or (final.exists() and not final.is_dir()):
-        found = "is a link: what it points to would stay, and the link go" if final.is_symlink() else "is a file"
+        found = (
+            "is a link: what it points to would stay, and the link go"
+            if final.is_symlink()
+            else "is a file"
+        )
         fix = "move it away; a run whose whole folder is a link may lie on any disk"
-        raise CheckpointError(where=str(final), found=found, expected="a folder, or nothing", fix=fix)
+        raise CheckpointError(
+            where=str(final), found=found, expected="a folder, or nothing", fix=fix
+        )
     temporary, old = (final.with_name(f".{final.name}.{end}") for end in ("tmp", "old"))
     try:
         with explained(final, temporary):
@@ -107,18 +113,30 @@ def explained(final: Path, temporary: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         if getattr(error, "errno", 0) == errno.EFBIG or "File too large" in str(error):
             fix = "`ulimit -f unlimited`, another disk, or a smaller --max-shard-size"
-            raise FitError(where=str(final), found="a file may not grow so large here", fix=fix) from error
+            raise FitError(
+                where=str(final), found="a file may not grow so large here", fix=fix
+            ) from error
         if getattr(error, "errno", 0) in FULL or "No space left" in str(error):
             free = f"{shutil.disk_usage(final.parent).free / 2**20:,.0f} MiB free"
             raise FitError(
-                where=str(final), found=f"the disk is full ({free})", fix="free some space; nothing older is lost"
+                where=str(final),
+                found=f"the disk is full ({free})",
+                fix="free some space; nothing older is lost",
             ) from error
         places = (str(temporary), str(final))
-        if isinstance(error, OSError) and error.filename and not str(error.filename).startswith(places):
+        if (
+            isinstance(error, OSError)
+            and error.filename
+            and not str(error.filename).startswith(places)
+        ):
             found = f"cannot be read ({error.strerror})"
-            raise CheckpointError(where=str(error.filename), found=found, expected="a file of the run") from error
+            raise CheckpointError(
+                where=str(error.filename), found=found, expected="a file of the run"
+            ) from error
         raise CheckpointError(
-            where=str(final), found=f"cannot be written ({error})", expected="a folder that can be written to"
+            where=str(final),
+            found=f"cannot be written ({error})",
+            expected="a folder that can be written to",
         ) from error
 
 

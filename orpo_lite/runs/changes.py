@@ -25,14 +25,25 @@ OUTPUT_DIR = "training.output_dir"
 # what it would have there, had the run begun with it.
 CHANGEABLE = frozenset(
     ["model.device"]
-    + [f"training.{key}" for key in ("learning_rate", "lr_scheduler_type", "warmup_steps")]  # how fast
-    + [f"training.{key}" for key in ("num_train_epochs", "max_steps", "early_stopping_patience")]  # how long
+    + [
+        f"training.{key}" for key in ("learning_rate", "lr_scheduler_type", "warmup_steps")
+    ]  # how fast
+    + [
+        f"training.{key}" for key in ("num_train_epochs", "max_steps", "early_stopping_patience")
+    ]  # how long
     + [f"training.{key}" for key in ("eval_steps", "load_best_model_at_end", "full_determinism")]
     + [f"memory.{key}" for key in KEYS["memory"]]  # how the step fits, never what it computes
     + [f"output.{key}" for key in KEYS["output"]]  # what follows the last step
 )
 # Files and folders may lie elsewhere now: fingerprint and hashes in lock.json tell whether they are the same.
-MOVABLE = frozenset(("model.model_name_or_path", "data.dataset_name", "data.dataset_test_split", "data.chat_template"))
+MOVABLE = frozenset(
+    (
+        "model.model_name_or_path",
+        "data.dataset_name",
+        "data.dataset_test_split",
+        "data.chat_template",
+    )
+)
 PATHS = MOVABLE | {"model.adapter_name_or_path"}
 
 
@@ -56,7 +67,11 @@ def read_changes(lock: Mapping[str, Any], where: str) -> list[Change]:
     refuse_lacking({"changes": lock.get("changes", [])}, {"changes": list}, where)
     changes = []
     for row in lock.get("changes", []):
-        refuse_lacking(row if isinstance(row, dict) else {}, {"key": str, "after_step": int}, f"{where}, changes")
+        refuse_lacking(
+            row if isinstance(row, dict) else {},
+            {"key": str, "after_step": int},
+            f"{where}, changes",
+        )
         changes.append(Change(row["key"], row.get("before"), row.get("after"), row["after_step"]))
     return changes
 
@@ -77,13 +92,17 @@ def values_at_start(path: Path, lock: Mapping[str, Any]) -> dict[str, Any]:
     if "recipe" in lock:
         refuse_lacking(lock, {"recipe": dict}, str(path / "lock.json"))
         return {**_DEFAULTS, **lock["recipe"]}
-    return dict(read_recipe(path).items()) | {f"lora.{key}": value for key, value in lock.get("lora", {}).items()}
+    return dict(read_recipe(path).items()) | {
+        f"lora.{key}": value for key, value in lock.get("lora", {}).items()
+    }
 
 
 def values_in_force(path: Path, lock: Mapping[str, Any]) -> dict[str, Any]:
     """``section.key`` -> value that the newest steps of a run were made with."""
     changes = read_changes(lock, str(path / "lock.json"))
-    return values_at_start(path, lock) | {change.key: change.after for change in changes if is_recipe_key(change.key)}
+    return values_at_start(path, lock) | {
+        change.key: change.after for change in changes if is_recipe_key(change.key)
+    }
 
 
 def is_recipe_key(key: str) -> bool:
@@ -162,14 +181,24 @@ def _find_differing(path: Path, recipe: Recipe, in_force: Mapping[str, Any]) -> 
     refused: dict[str, Any] = {}
     for key, value in recipe.items():
         is_said = recipe.sources[key] != "default" or value != _DEFAULTS.get(key)
-        if key == OUTPUT_DIR or key not in in_force or not is_said or _is_same(key, value, in_force[key]):
+        if (
+            key == OUTPUT_DIR
+            or key not in in_force
+            or not is_said
+            or _is_same(key, value, in_force[key])
+        ):
             continue
         is_moved = key in MOVABLE and _is_local(value) and _is_local(in_force[key])
         (changed if key in CHANGEABLE or is_moved else refused)[key] = value
     back = {key: in_force[key] for key in refused if recipe.sources[key] != "command line"}
     new = {key: value for key, value in refused.items() if recipe.sources[key] == "command line"}
-    go_on, anew = resume_command(path, {**_said_here(recipe, changed), **back}), new_run_command(path, new)
-    fix = Command(go_on.line, text=f"`{go_on.line}` goes on as before; `{anew.line}` trains a new run with it")
+    go_on, anew = (
+        resume_command(path, {**_said_here(recipe, changed), **back}),
+        new_run_command(path, new),
+    )
+    fix = Command(
+        go_on.line, text=f"`{go_on.line}` goes on as before; `{anew.line}` trains a new run with it"
+    )
     raise_all(
         [
             CheckpointError(
@@ -208,10 +237,14 @@ def _of_schema(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _place(path: Path, source: str) -> str:
     """Where a value stands; the recipe of the run by its path."""
-    return {"default": "recipe"}.get(source, str(path / source) if source.startswith("recipe.yaml:") else source)
+    return {"default": "recipe"}.get(
+        source, str(path / source) if source.startswith("recipe.yaml:") else source
+    )
 
 
-def record_changes(path: Path, recipe: Recipe, changed: Mapping[str, Any], lock: Mapping[str, Any], step: int) -> None:
+def record_changes(
+    path: Path, recipe: Recipe, changed: Mapping[str, Any], lock: Mapping[str, Any], step: int
+) -> None:
     """Write down that a run goes on after ``step`` with changed values, and with the packages of ``lock``.
 
     Whatever was changed at a later step is in force from ``step`` on too: the steps between are made again.
@@ -222,13 +255,22 @@ def record_changes(path: Path, recipe: Recipe, changed: Mapping[str, Any], lock:
     began, known = values_at_start(path, old), read_changes(old, str(path / "lock.json"))
     in_force = values_in_force(path, old)
     new = [Change(key, in_force[key], value, step) for key, value in changed.items()]
-    new += [Change(key, before, after, step) for key, (before, after) in other_versions(path, old, lock).items()]
-    changes = _merged([*(replace(change, after_step=min(change.after_step, step)) for change in known), *new])
+    new += [
+        Change(key, before, after, step)
+        for key, (before, after) in other_versions(path, old, lock).items()
+    ]
+    changes = _merged(
+        [*(replace(change, after_step=min(change.after_step, step)) for change in known), *new]
+    )
     written = recipe.override({OUTPUT_DIR: in_force[OUTPUT_DIR]})
     if read_recipe(path).model_dump() != written.model_dump():
         write_text(path / "recipe.yaml", written.to_yaml())
     # Base, data and template are the same by their hashes, and may lie elsewhere now.
-    moved = {part: lock[part] for part in ("base", "data", "chat_template") if old[part].get("revision") is None}
+    moved = {
+        part: lock[part]
+        for part in ("base", "data", "chat_template")
+        if old[part].get("revision") is None
+    }
     updated = {**old, **moved, "recipe": began, "changes": [asdict(change) for change in changes]}
     if updated != old:
         write_text(path / "lock.json", to_json(updated))
@@ -243,11 +285,19 @@ def _merged(changes: Iterable[Change]) -> list[Change]:
     return [change for change in found.values() if change.before != change.after]
 
 
-def other_versions(path: Path, old: Mapping[str, Any], lock: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+def other_versions(
+    path: Path, old: Mapping[str, Any], lock: Mapping[str, Any]
+) -> dict[str, tuple[str, str]]:
     """``versions.NAME`` -> the version in force and that of now, of each package that is another one."""
     in_force, now = _versions(old), _versions(lock)
-    in_force |= {c.key: c.after for c in read_changes(old, str(path / "lock.json")) if c.key in in_force}
-    return {key: (in_force[key], now[key]) for key in in_force if key in now and in_force[key] != now[key]}
+    in_force |= {
+        c.key: c.after for c in read_changes(old, str(path / "lock.json")) if c.key in in_force
+    }
+    return {
+        key: (in_force[key], now[key])
+        for key in in_force
+        if key in now and in_force[key] != now[key]
+    }
 
 
 def _versions(lock: Mapping[str, Any]) -> dict[str, str]:

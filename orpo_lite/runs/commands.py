@@ -18,7 +18,9 @@ Weights = Literal["original", "dequantized"]
 
 def merge_command(path: Path, weights: Weights = "original") -> Command:
     """The line that merges, to be pasted."""
-    return Command(f"orpo-lite merge {quoted(path)}" + f" --base {weights}" * (weights != "original"))
+    return Command(
+        f"orpo-lite merge {quoted(path)}" + f" --base {weights}" * (weights != "original")
+    )
 
 
 def resume_command(path: Path, values: Mapping[str, Any] | None = None) -> Command:
@@ -29,7 +31,9 @@ def resume_command(path: Path, values: Mapping[str, Any] | None = None) -> Comma
 def new_run_command(path: Path, values: Mapping[str, Any]) -> Command:
     """The line that trains a new run by recipe.yaml as it is now, with some values changed."""
     folder = path if path.name not in ("", "..") else path.resolve()  # whose name can be added to
-    free = next(name for n in count(2) if not (name := folder.with_name(f"{folder.name}-{n}")).exists())
+    free = next(
+        name for n in count(2) if not (name := folder.with_name(f"{folder.name}-{n}")).exists()
+    )
     words = _words({**values, "training.output_dir": str(free)})
     return Command(" ".join([f"orpo-lite train --recipe {quoted(path / 'recipe.yaml')}", *words]))
 
@@ -50,5 +54,8 @@ def quoted(path: Path) -> str:
     text = f"./{path}" if str(path).startswith("-") else str(path)
     if text.isprintable():
         return shlex.quote(text)
-    kept = (c if c.isprintable() and c not in "\\'" else "".join(f"\\x{b:02x}" for b in os.fsencode(c)) for c in text)
+    kept = (
+        c if c.isprintable() and c not in "\\'" else "".join(f"\\x{b:02x}" for b in os.fsencode(c))
+        for c in text
+    )
     return f"$'{''.join(kept)}'"

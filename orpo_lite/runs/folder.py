@@ -34,10 +34,14 @@ def locked(path: Path) -> Iterator[list[str]]:
         stream = (path / ".lock").open("w")
         if not sync(path):
             found = "its file system does not write names of files to the disk when asked"
-            notes.append(f"{path}: {found}; after a power failure the newest checkpoint may be missing")
+            notes.append(
+                f"{path}: {found}; after a power failure the newest checkpoint may be missing"
+            )
     except OSError as error:
         raise CheckpointError(
-            where=f"run {path}", found=f"cannot be written to ({error.strerror})", expected="a folder of yours"
+            where=f"run {path}",
+            found=f"cannot be written to ({error.strerror})",
+            expected="a folder of yours",
         ) from error
     with stream:
         try:
@@ -90,7 +94,9 @@ def refuse_existing(recipe: Recipe) -> None:
 INITIAL = "initial_adapter"
 
 
-def create(recipe: Recipe, lock: Mapping[str, Any], data: Mapping[str, Any], initial: Path | None) -> Path:
+def create(
+    recipe: Recipe, lock: Mapping[str, Any], data: Mapping[str, Any], initial: Path | None
+) -> Path:
     """Make the run folder with its recipe, lock and data figures, and a copy of the adapter that it begins with.
 
     The copy is what the run goes on with: where the adapter came from may be gone, or hold another one.
@@ -105,7 +111,9 @@ def create(recipe: Recipe, lock: Mapping[str, Any], data: Mapping[str, Any], ini
                     shutil.copyfile(initial / name, folder / name)
         write_text(path / "data.json", to_json(data))
         write_text(path / "lock.json", to_json(lock))
-        write_text(path / "recipe.yaml", recipe.to_yaml())  # last: its presence says that a run has begun
+        write_text(
+            path / "recipe.yaml", recipe.to_yaml()
+        )  # last: its presence says that a run has begun
     except OSError as error:
         raise CheckpointError(
             where=f"training.output_dir: {path}", found=f"cannot be written ({error.strerror})"
@@ -123,23 +131,38 @@ def find_initial_adapter(recipe: Recipe, path: Path) -> Path | None:
 
 def find_finished_adapter(path: Path) -> Path:
     """The adapter of a training that has ended. Raises :class:`CheckpointError`."""
-    lora, lock, adapter, resume = trained_recipe(path).lora, read_lock(path), path / "adapter", resume_command(path)
+    lora, lock, adapter, resume = (
+        trained_recipe(path).lora,
+        read_lock(path),
+        path / "adapter",
+        resume_command(path),
+    )
     if not (adapter / "adapter_model.safetensors").is_file():
         raise CheckpointError(
-            where=f"run {path}", found="has no trained adapter", expected="a training that has ended", fix=resume
+            where=f"run {path}",
+            found="has no trained adapter",
+            expected="a training that has ended",
+            fix=resume,
         )
     try:
         config = read_json(adapter / "adapter_config.json")
     except CheckpointError as error:
         error.fix = resume
         raise
-    for key in ("r", "lora_alpha", "use_rslora", "use_dora"):  # with another scale it would be another adapter
+    for key in (
+        "r",
+        "lora_alpha",
+        "use_rslora",
+        "use_dora",
+    ):  # with another scale it would be another adapter
         if (config.get(key) or False) != getattr(lora, key):
             raise CheckpointError(
                 where=str(adapter / "adapter_config.json"),
                 found=f"{key} is {config.get(key)!r}",
                 expected=f"{getattr(lora, key)!r}, as in recipe.yaml",
-                fix=resume if {"recipe", "lora"} & lock.keys() else "put back the one that was changed",
+                fix=resume
+                if {"recipe", "lora"} & lock.keys()
+                else "put back the one that was changed",
             )
     return adapter
 
@@ -148,7 +171,10 @@ def merged_folder(weights: Weights) -> str:
     """Its name in the run. Raises :class:`RecipeError` for other weights than there are."""
     if weights not in FOLDERS:
         raise RecipeError(
-            where="--base", found=f"{weights!r}", expected=f"one of {', '.join(FOLDERS)}", fix="--base original"
+            where="--base",
+            found=f"{weights!r}",
+            expected=f"one of {', '.join(FOLDERS)}",
+            fix="--base original",
         )
     return FOLDERS[weights]
 
@@ -161,12 +187,16 @@ def find_merged(path: Path, weights: Weights = "original") -> Path:
     if lacking := next((file for file in needed if not file.is_file()), None):
         raise CheckpointError(
             where=f"run {path}",
-            found=f"{folder.name}/ has no {lacking.name}" if folder.is_dir() else f"has no {folder.name}/",
+            found=f"{folder.name}/ has no {lacking.name}"
+            if folder.is_dir()
+            else f"has no {folder.name}/",
             expected="a merged model",
             fix=command,
         )
     record = folder / "merge.json"
-    if record.is_file() and read_json(record).get("adapter_sha256") != adapter_sha256(path / "adapter"):
+    if record.is_file() and read_json(record).get("adapter_sha256") != adapter_sha256(
+        path / "adapter"
+    ):
         raise CheckpointError(
             where=f"run {path}",
             found=f"{folder.name}/ is of another adapter",
@@ -179,7 +209,11 @@ def find_merged(path: Path, weights: Weights = "original") -> Path:
 def adapter_sha256(adapter: Path) -> str:
     """Of an adapter's weights and of what says how they are used; not of where its base lies."""
     config = read_json(adapter / "adapter_config.json")
-    used = {key: value for key, value in config.items() if key not in ("base_model_name_or_path", "revision")}
+    used = {
+        key: value
+        for key, value in config.items()
+        if key not in ("base_model_name_or_path", "revision")
+    }
     text = json.dumps(used, sort_keys=True) + sha256(adapter / "adapter_model.safetensors")
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -228,7 +262,9 @@ def logged(path: Path) -> Iterator[list[str]]:
     try:
         handler = _Log(path / "train.log", encoding="utf-8")
     except OSError as error:
-        yield [f"{path / 'train.log'} cannot be written ({error.strerror}): the training goes on without a log"]
+        yield [
+            f"{path / 'train.log'} cannot be written ({error.strerror}): the training goes on without a log"
+        ]
         return
     handler.setFormatter(logging.Formatter(LOG_FORMAT))
     root = logging.getLogger()

@@ -63,7 +63,9 @@ def prepare_inputs(recipe: Recipe) -> Generator[Update, None, Inputs]:
     text_config = base.config.get_text_config()
     _check_ids(train, text_config.vocab_size)
     _check_ids(test, text_config.vocab_size)
-    _check_positions(base.name, getattr(text_config, "max_position_embeddings", None), (train, test))
+    _check_positions(
+        base.name, getattr(text_config, "max_position_embeddings", None), (train, test)
+    )
     tokenizer = load_tokenizer(base.path)
     set_chat_template(tokenizer, recipe.data)
     return Inputs(base, tokenizer, train, test, found)
@@ -102,7 +104,11 @@ def preview(recipe: Recipe, place: str | None = None) -> Generator[Update, None,
         warnings.append(f"training would stop: {error}")
     samples = train.facts["samples"]
     if place is not None:
-        samples = {"first": show_row(recipe.data, [*sources[0], *sources[1]], partial(load_tokenizer, folder), place)}
+        samples = {
+            "first": show_row(
+                recipe.data, [*sources[0], *sources[1]], partial(load_tokenizer, folder), place
+            )
+        }
     return Preview(found, samples, warnings)
 
 
@@ -127,7 +133,9 @@ def _check_ids(pairs: TokenizedPairs, vocab_size: int | None) -> None:
 
 def _check_positions(name: str, limit: int | None, sides: Sequence[TokenizedPairs]) -> None:
     """Refuse sequences longer than the base has positions for: learned ones fail, rotary ones turn to noise."""
-    lengths = (side.column(column) for side in sides for column in ("chosen_tokens", "rejected_tokens"))
+    lengths = (
+        side.column(column) for side in sides for column in ("chosen_tokens", "rejected_tokens")
+    )
     longest = max(int(column.max(initial=0)) for column in lengths)
     if limit is not None and longest > limit:
         raise ModelError(
@@ -143,7 +151,11 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
     if is_path(recipe.data.dataset_test_split or ""):
         keys.append("data.dataset_test_split")
     # A template may stand in the recipe itself, and auto and none are no files.
-    written = {key: value for key, value in recipe.items() if key in keys and value not in (None, "auto", "none")}
+    written = {
+        key: value
+        for key, value in recipe.items()
+        if key in keys and value not in (None, "auto", "none")
+    }
     values = {key: _absolute(value) for key, value in written.items() if "{" not in value}
     names = [_absolute(name) for name in recipe.data.names]
     return recipe.override(values | {"data.dataset_name": names if len(names) > 1 else names[0]})

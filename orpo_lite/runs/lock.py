@@ -15,7 +15,15 @@ from orpo_lite.runs.commands import new_run_command
 from orpo_lite.runs.inputs import Inputs
 from orpo_lite.runs.records import read_json, refuse_lacking
 
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "datasets",
+    "safetensors",
+)
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -42,14 +50,21 @@ def read_lock(path: Path) -> dict[str, Any]:
     lock = read_json(file)
     needed = {"base": ("name", "revision", "path", "fingerprint"), "data": ("name", "sha256")}
     needed["chat_template"] = needed["data"]
-    if any(not isinstance(lock.get(part), dict) or not {*keys} <= lock[part].keys() for part, keys in needed.items()):
+    if any(
+        not isinstance(lock.get(part), dict) or not {*keys} <= lock[part].keys()
+        for part, keys in needed.items()
+    ):
         raise CheckpointError(
-            where=str(file), found="lacks base, data or chat_template", expected="the file that the training wrote"
+            where=str(file),
+            found="lacks base, data or chat_template",
+            expected="the file that the training wrote",
         )
     licences = lock.get("licences") or {"base": {}, "data": {}}
     refuse_lacking({"licences": licences}, {"licences": dict}, str(file))
     refuse_lacking(licences, {"base": dict, "data": dict}, f"{file}, licences")
-    refuse_lacking(licences["data"], dict.fromkeys(licences["data"], dict), f"{file}, licences.data")
+    refuse_lacking(
+        licences["data"], dict.fromkeys(licences["data"], dict), f"{file}, licences.data"
+    )
     for said in (licences["base"], *licences["data"].values()):
         refuse_lacking(said, dict.fromkeys(said, str | list), f"{file}, licences")
     return lock
@@ -75,8 +90,14 @@ def make_lock(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
             "wrapper": is_wrapper(inputs.base.config),
         },
         "data": {"name": ", ".join(recipe.data.names), "sha256": inputs.figures["sha256"]},
-        "tokens": {"name": "as tokens", "sha256": _sha256(f"{inputs.train.sha256} {inputs.test.sha256}")},
-        "chat_template": {"name": recipe.data.chat_template, "sha256": _sha256(str(inputs.tokenizer.chat_template))},
+        "tokens": {
+            "name": "as tokens",
+            "sha256": _sha256(f"{inputs.train.sha256} {inputs.test.sha256}"),
+        },
+        "chat_template": {
+            "name": recipe.data.chat_template,
+            "sha256": _sha256(str(inputs.tokenizer.chat_template)),
+        },
         "end_token_id": inputs.end_id,
         "seed": recipe.training.seed,
     }
@@ -93,8 +114,14 @@ def check_lock(path: Path, lock: Mapping[str, Any]) -> None:
     """
     before = read_lock(path)
     pairs = {"base": "fingerprint", "chat_template": "sha256", "data": "sha256", "tokens": "sha256"}
-    pairs = {what: key for what, key in pairs.items() if what in before}  # runs of an older version noted no tokens
-    differing = [f"{what} {lock[what]['name']}" for what, key in pairs.items() if before[what][key] != lock[what][key]]
+    pairs = {
+        what: key for what, key in pairs.items() if what in before
+    }  # runs of an older version noted no tokens
+    differing = [
+        f"{what} {lock[what]['name']}"
+        for what, key in pairs.items()
+        if before[what][key] != lock[what][key]
+    ]
     if differing:
         raise CheckpointError(
             where=f"run {path}",

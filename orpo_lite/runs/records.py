@@ -25,7 +25,9 @@ def read_json(file: Path, needed: Kinds | None = None) -> dict[str, Any]:
             where=str(file), found=f"cannot be read ({error})", expected="a file of a finished save"
         ) from error
     if not isinstance(value, dict):
-        raise CheckpointError(where=str(file), found="is not a JSON object", expected="a file of a finished save")
+        raise CheckpointError(
+            where=str(file), found="is not a JSON object", expected="a file of a finished save"
+        )
     refuse_lacking(value, needed or {}, str(file))
     return value
 
@@ -45,7 +47,8 @@ def refuse_lacking(value: Mapping[str, Any], needed: Kinds, where: str) -> None:
 def append_metrics(path: Path, row: Mapping[str, Any]) -> None:
     """One line of metrics.jsonl; a figure that is not finite becomes null, for JSON has no word for it."""
     known = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in row.items()
     }
     file = path / "metrics.jsonl"
     with explained(file, file), file.open("a", encoding="utf-8") as stream:
@@ -60,7 +63,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def read_samples(path: Path) -> list[dict[str, Any]]:
     """All lines of samples.jsonl, which may not be there. Raises :class:`CheckpointError`."""
     return _read_rows(
-        path / SAMPLES, {"prompt": str, "before": str, "after": str, "temperature": FIGURE | None}, object
+        path / SAMPLES,
+        {"prompt": str, "before": str, "after": str, "temperature": FIGURE | None},
+        object,
     )
 
 
@@ -71,11 +76,15 @@ def _read_rows(file: Path, needed: Kinds, others: type | UnionType) -> list[dict
             row = json.loads(line)
         except ValueError as error:
             raise CheckpointError(
-                where=f"{file}:{number}", found=f"cannot be read ({error})", expected="a line as it was written"
+                where=f"{file}:{number}",
+                found=f"cannot be read ({error})",
+                expected="a line as it was written",
             ) from error
         if not isinstance(row, dict):
             raise CheckpointError(
-                where=f"{file}:{number}", found="is not a JSON object", expected="a line as it was written"
+                where=f"{file}:{number}",
+                found="is not a JSON object",
+                expected="a line as it was written",
             )
         refuse_lacking(row, {**dict.fromkeys(row, others), **needed}, f"{file}:{number}")
         rows.append(row)
