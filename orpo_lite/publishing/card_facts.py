@@ -19,7 +19,7 @@ from orpo_lite.runs.folder import FOLDERS, RESULT, find_merged
 from orpo_lite.runs.lock import read_lock
 from orpo_lite.runs.records import (
     FIGURE,
-    Kinds,
+    ValueTypes,
     read_json,
     read_metrics,
     read_samples,
@@ -28,7 +28,7 @@ from orpo_lite.runs.records import (
 
 SOMEWHERE = "OWNER/NAME"  # stands for the repository until it is known
 
-FIGURES: Kinds = {
+FIGURES: ValueTypes = {
     "chat_template": str,
     "rows_read": int,
     "train_pairs": int,
@@ -40,19 +40,19 @@ FIGURES: Kinds = {
     "prompts": dict,
     "sha256": str,
 }
-VERDICT: Kinds = {
+VERDICT: ValueTypes = {
     "rows": list,
     "pairs": int,
     "held_out": bool,
     "passed": bool,
     **dict.fromkeys(("difference", "effect", "bound"), FIGURE),
 }
-OBJECTIVE: Kinds = {
+OBJECTIVE: ValueTypes = {
     **dict.fromkeys(("title", "paper", "formula"), str),
     "settings": dict,
     "metrics": dict,
 }
-MEASURED: Kinds = {"model": str, **dict.fromkeys(("accuracy", "margin", "chosen"), FIGURE)}
+MEASURED: ValueTypes = {"model": str, **dict.fromkeys(("accuracy", "margin", "chosen"), FIGURE)}
 
 
 @dataclass(frozen=True)

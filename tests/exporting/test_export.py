@@ -784,7 +784,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str, type[OrpoLiteError]]] = {
     "words cut otherwise": (wrong(other_words), "words are cut by", ModelError),
     "lower case": (wrong(lambda s: s.update(normalizer={"type": "Lowercase"})), "normalised by Lowercase", ModelError),
     "a token that strips": (wrong(lambda s: s["added_tokens"][1].update(lstrip=True)), "the space before", ModelError),
-    "cut short": (cut_short, "is cut short", ModelError),
+    "cut short": (cut_short, "is truncated", ModelError),
     "too large for f16": (f16_overflow, "f16 cannot", ModelError),
     "not merged": (
         lambda run: (run / "merged" / "config.json").unlink(),

@@ -464,7 +464,7 @@ def test_a_merge_of_another_adapter_is_not_used(tmp_path: Path) -> None:
     assert find_merged(path) == path / "merged"
     file = path / "adapter" / "adapter_model.safetensors"
     save_file({key: 2 * tensor for key, tensor in load_file(file).items()}, file)
-    with pytest.raises(CheckpointError, match="is of another adapter"):
+    with pytest.raises(CheckpointError, match="was made from another adapter"):
         find_merged(path)
 
 
@@ -476,7 +476,7 @@ def test_a_merge_of_another_adapter_is_not_used(tmp_path: Path) -> None:
         ({"r": None}, "r is None"),
         ({"use_rslora": True}, "use_rslora is True"),
         ({"rank_pattern": {"q_proj": 2}}, "has rank 4, its adapter_config.json says 2"),
-        ({"target_modules": None}, "names no target_modules"),
+        ({"target_modules": None}, "has no target_modules"),
         ({"alpha_pattern": {"q_proj": 3}, "lora_alpha": 8.5}, "lora_alpha is 8.5"),
     ],
 )
@@ -488,7 +488,7 @@ def test_a_config_that_is_not_the_adapter_s_is_refused(change: dict[str, Any], s
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises((CheckpointError, ModelError), match=said):
         merge(path)
-    with pytest.raises(CheckpointError, match="is of another adapter"):
+    with pytest.raises(CheckpointError, match="was made from another adapter"):
         find_merged(path)
 
 
@@ -502,7 +502,7 @@ def test_a_recipe_that_was_changed_makes_no_other_adapter(old: str, new: str, tr
     assert f"  {old}\n" in file.read_text()
     file.write_text(file.read_text().replace(f"  {old}\n", f"  {new}\n"))
     for verb in (merge, verify, lambda path: train_all(read_recipe(path), resume=True)):
-        with pytest.raises(CheckpointError, match=f"lora.{old.split(':')[0]}: .*\n.*as the run began") as raised:
+        with pytest.raises(CheckpointError, match=f"lora.{old.split(':')[0]}: .*\n.*as at the start of the run") as raised:
             verb(result.run)
         key, _, value = old.partition(": ")
         assert raised.value.fix.line == f"orpo-lite train --resume run lora.{key}={value}"
@@ -516,7 +516,7 @@ def test_where_the_base_lies_is_no_part_of_an_adapter(tmp_path: Path) -> None:
     file.write_text(json.dumps(config | {"base_model_name_or_path": "elsewhere"}))
     assert find_merged(path) == path / "merged"
     file.write_text(json.dumps(config | {"alpha_pattern": {"q_proj": 3}}))
-    with pytest.raises(CheckpointError, match="is of another adapter"):
+    with pytest.raises(CheckpointError, match="was made from another adapter"):
         find_merged(path)
 
 
@@ -592,7 +592,7 @@ def test_a_limit_on_files_is_not_a_full_disk(tmp_path: Path) -> None:
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))\n"
         "sys.argv = ['orpo-lite', 'merge', sys.argv[1]]; commands.main()"
     )
-    assert "a file may not grow so large here" in said_where_it_does_not_fit(code, path)
+    assert "the file exceeds the size limit here" in said_where_it_does_not_fit(code, path)
 
 
 def test_a_tokenizer_that_is_lacking_is_missed_before_the_merge(tmp_path: Path) -> None:
