@@ -84,7 +84,7 @@ def paste(fix: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (
             {"model_type": "qwen2_5_vl"},
             "has Qwen2_5_VLForConditionalGeneration",
-            "(qwen2_5_vl_text) has no causal",
+            "no causal model of its text part (qwen2_5_vl_text)",
         ),
         ({"hidden_act": "nosuch"}, "cannot build its model: KeyError: 'nosuch'", "config.json"),
         ({"num_attention_heads": 3}, "not a multiple of the number of attention heads (3)", ""),
@@ -198,7 +198,7 @@ def test_a_pointer_is_no_file(base: Path, file: str, cloned: bool) -> None:
         (base / ".git").mkdir()
     error = refused(base)
     assert error.where == str(base / file)
-    assert error.found == "a git-lfs pointer, not the file itself"
+    assert error.found == "is a git-lfs pointer, not the file itself"
     if cloned:
         assert isinstance(error.fix, Command)
         assert error.fix.line == f"git -C {shlex.quote(str(base))} lfs pull"

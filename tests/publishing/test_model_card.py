@@ -110,7 +110,7 @@ def test_of_a_merged_model(tmp_path: Path) -> None:
 def test_the_licence_is_that_of_the_bases_card_or_none(tmp_path: Path, said: dict[str, str]) -> None:
     card = read(make_run(tmp_path, licences={"base": said, "data": {}}))
     assert {key: card.data.get(key) for key in licences.KEYS if card.data.get(key)} == said
-    assert ("is not known here" in card.text) is (not said)
+    assert ("is not known:" in card.text) is (not said)
 
 
 def test_a_link_to_a_file_beside_the_bases_card_is_written_out(tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_a_base_and_data_of_ones_own_are_left_out(tmp_path: Path) -> None:
     card = read(run)
     assert not [key for key in ("base_model", "base_model_relation", "datasets", "license") if card.data.get(key)]
     assert card.data.eval_results is None
-    assert "a model that its trainer had in a local folder" in card.text
+    assert "a model from a local folder of its trainer" in card.text
     assert "| local file 1 | not stated |" in card.text
     assert "| local files 2 | not stated |" in card.text
     assert "1,203 rows read" in card.text
@@ -164,15 +164,15 @@ def test_what_was_done(tmp_path: Path) -> None:
         "| `lora.r` | 8 |",
         "| steps | 40; kept: step 20 |",
         "| [lab/pairs](https://huggingface.co/datasets/lab/pairs) | mit |",
-        "1,100 pairs to train on, 100 held out",
+        "1,100 training pairs, 100 held out",
         "| empty rejected | 3 |",
         "| chat template | the tokenizer's own chat template |",
         "Held out: some of the prompts, with all of their pairs.",
-        "100 pairs, by the base in 4 bit: before the first step, and with the adapter that was kept.",
+        "100 pairs, with the base in 4 bit: before the first step, and with the kept adapter.",
         "| loss | 0.9000 | 0.5000 |",
         "longer one in 60% of the pairs and the shorter one in 25%;",
-        "7 responses lost their end at 2,048 tokens",
-        "2 held-out prompts stand in the training pairs too",
+        "7 responses were cut at 2,048 tokens",
+        "2 held-out prompts are also training prompts",
     ):
         assert said in text, said
     text = read(make_run(tmp_path, "loss.completion_only_loss=true", "loss.nll_reduction=pair")).text
@@ -196,7 +196,7 @@ def test_without_held_out_pairs(tmp_path: Path) -> None:
     (run / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
     card = read(run)
     assert "None: 100 pairs were held out, but their figures before and after are not all there." in card.text
-    assert "The held-out figures say" not in card.text
+    assert "The held-out metrics measure" not in card.text
     assert card.data.eval_results is None
     (run / "data.json").write_text((run / "data.json").read_text().replace("100,", "0,"))
     assert "None: no pairs were held out." in read(run).text
@@ -205,7 +205,7 @@ def test_without_held_out_pairs(tmp_path: Path) -> None:
 def test_where_held_out_pairs_come_from(tmp_path: Path) -> None:
     card = read(make_run(tmp_path, "data.dataset_test_split=test", "data.max_samples=1500"))
     assert "Held out: split test." in card.text
-    assert "Of each set the first 1,500 rows." in card.text
+    assert "Only the first 1,500 rows of each dataset are used." in card.text
     assert card.data.eval_results
     card = read(make_run(tmp_path, f"data.dataset_test_split={PRIVATE}/held-out.jsonl"))
     assert "Held out: local files." in card.text
@@ -256,7 +256,7 @@ def test_vllm_is_given_what_it_takes(tmp_path: Path) -> None:
     config.write_text(json.dumps({"r": 4}))
     assert "--max-lora-rank 8\n" in read(run).text
     config.write_text(json.dumps({"r": 4, "alpha_pattern": {"q_proj": 32}}))
-    assert "vLLM does not serve this adapter as it is: merge it first." in read(run).text
+    assert "vLLM cannot serve this adapter: merge it first." in read(run).text
     assert "vllm serve" not in read(run).text
 
 
@@ -296,9 +296,9 @@ def test_data_that_keep_commerce_out_are_named(tmp_path: Path, name: str) -> Non
     assert is_non_commercial(name)
     licences = {"base": {"license": "mit"}, "data": {"lab/pairs": {"license": name}}}
     text = read(make_run(tmp_path, licences=licences)).text
-    assert f"**Not for commercial use by its data**: lab/pairs is licensed {name}." in text
+    assert f"**Not for commercial use because of its data**: lab/pairs is under {name}." in text
     assert f"| {name} |" in text
-    assert "as its base" not in text
+    assert "like its base" not in text
 
 
 @pytest.mark.parametrize("said", [
@@ -309,8 +309,8 @@ def test_data_that_keep_commerce_out_are_named(tmp_path: Path, name: str) -> Non
 ])  # fmt: skip
 def test_a_base_that_keeps_commerce_out_is_named(tmp_path: Path, said: dict[str, Any]) -> None:
     text = read(make_run(tmp_path, licences={"base": said, "data": {"lab/pairs": said}})).text
-    assert "**Not for commercial use**, as its base." in text
-    assert "**Not for commercial use by its data**: lab/pairs" in text
+    assert "**Not for commercial use**, like its base." in text
+    assert "**Not for commercial use because of its data**: lab/pairs" in text
 
 
 @pytest.mark.parametrize(
@@ -337,7 +337,7 @@ def test_no_path_no_place_no_token(tmp_path: Path) -> None:
     for merged in (None, "original", "dequantized"):
         text = make_card(run, Shown(REPO, merged, samples=1))
         assert not [word for word in (PRIVATE, "ann", str(tmp_path), TOKEN, "pairs.csv") if word in text]
-    assert "an adapter of the trainer's own" in text
+    assert "a local adapter" in text
     assert "````text\n```\n# Title\n````" in text
 
 
@@ -422,9 +422,9 @@ def test_a_changed_card_keeps_the_line_that_its_base_asks_for(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(("line", "changed", "said"), [
-    ("license: llama3.2", "license: apache-2.0", "license: llama3.2, as the base's card has it: “Llama 3.2 is"),
-    ("license: llama3.2\n", "", "license: llama3.2, as the base's card has it"),
-    ("license: llama3.2", "license: llama3.2\nlicense_name: mine", "no license_name, as the base's card has it"),
+    ("license: llama3.2", "license: apache-2.0", "license: llama3.2, as in the base's card: “Llama 3.2 is"),
+    ("license: llama3.2\n", "", "license: llama3.2, as in the base's card"),
+    ("license: llama3.2", "license: llama3.2\nlicense_name: mine", "no license_name, as in the base's card"),
     ("base_model: lab/base", "base_model: lab/other", "base_model: lab/base, which is under the Llama 3.2"),
     ("base_model: lab/base\n", "", "base_model: lab/base, which is under the Llama 3.2"),
 ])  # fmt: skip

@@ -148,7 +148,7 @@ def test_the_merge_onto_the_dequantised_weights(a_run: Path, hub: Hub, call: Cal
     files = hub.written[REPO].files
     assert files["model.safetensors"] == (folder / "model.safetensors").read_bytes()
     assert files["model.safetensors"] != (a_run / "merged/model.safetensors").read_bytes()
-    assert "what 4 bit had left of the base's" in files["README.md"].decode()
+    assert "as rounded to 4 bit in training" in files["README.md"].decode()
     assert push_command(a_run, REPO, merged="dequantized") == command
     code, _, said = call("push", str(a_run), REPO, "--base", "dequantized")
     assert (code, "--merged" in said) == (2, True)
@@ -233,7 +233,7 @@ def test_what_an_earlier_push_left_of_ours_goes(a_run: Path, hub: Hub) -> None:
     assert "model.safetensors" not in hub.written[REPO].files
     notes = [update.text for update in push_events(a_run, REPO) if update.kind == "note"]
     gone = "config.json, model-00001-of-00002.safetensors, model-00002-of-00002.safetensors, model.safetensors.index.j"
-    assert f"removed, of an earlier push (the history keeps them): {gone}son" == notes[-1]
+    assert f"removed files of an earlier push (still in the history): {gone}son" == notes[-1]
     assert {"config.json", "model.safetensors.index.json"}.isdisjoint(hub.written[REPO].files)
     result = push(a_run, REPO, merged="original")
     assert set(hub.written[REPO].files) == {*result.files, *theirs}
@@ -372,7 +372,7 @@ def test_a_token_that_the_hub_quotes_is_not_shown(
 @pytest.mark.parametrize("token", ["hf_üabcdefghijklmnopqrs", "hf_abcdefghij klmnopqrst"])
 def test_what_cannot_be_a_token_is_not_sent(a_run: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, token: str) -> None:
     monkeypatch.setenv("HF_TOKEN", token)
-    assert "the access token is not one" in no_push(a_run, hub)
+    assert "the access token is invalid" in no_push(a_run, hub)
     assert hub.requests == []
 
 
@@ -386,7 +386,7 @@ def test_a_link_is_not_left_out_but_refused(a_run: Path, hub: Hub, name: str) ->
     file.symlink_to(there)
     message = refused(CheckpointError, lambda: push(a_run, REPO, merged="original" if "merged" in name else None), code=5)  # fmt: skip  # noqa: E501
     assert message.startswith(f"{file}: is a link")
-    assert "a copy in its place" in message
+    assert "replace it by a copy" in message
     assert not hub.asked("POST")
 
 
@@ -460,7 +460,7 @@ def test_weights_that_go_while_the_hub_is_waited_for(a_run: Path, hub: Hub, monk
 @pytest.mark.parametrize("at", ["whoami", "GET /api/models", "repos/create", "preupload", "lfs/objects", "commit"])
 @pytest.mark.parametrize(
     ("status", "code", "said"),
-    [(401, "", "401"), (403, "", "may not write"), (403, "GatedRepo", "gated"), (404, "RepoNotFound", "not there")],
+    [(401, "", "401"), (403, "", "no write access"), (403, "GatedRepo", "gated"), (404, "RepoNotFound", "does not exist")],
 )
 def test_a_refusal_is_not_asked_for_twice(
     a_run: Path, hub: Hub, slept: list[float], at: str, status: int, code: str, said: str
@@ -469,7 +469,7 @@ def test_a_refusal_is_not_asked_for_twice(
         return  # which is how a new repository looks
     hub.fail(at, status, code)
     message = no_push(a_run, hub)
-    assert said in message or (status == 401 and "is not there" in message)
+    assert said in message or (status == 401 and "does not exist" in message)
     assert "hf auth login" in message
     assert slept == []
     assert len(hub.asked(at)) == 1
@@ -599,7 +599,7 @@ def test_metadata_that_the_hub_refuses_before_anything_is_made(a_run: Path, hub:
     body = b'{"errors": [{"message": "license must be one of [a, b]"}], "warnings": []}'
     hub.fail("validate-yaml", 400, body=body, headers={"Content-Type": "application/json"})
     message = no_push(a_run, hub)
-    assert message.startswith(f"{a_run}/README.md: its metadata are refused by the hub: license must be one of [a, b]")
+    assert message.startswith(f"{a_run}/README.md: the hub refuses its metadata: license must be one of [a, b]")
     assert "fix: mend it" in message
     assert hub.written == {}
 
@@ -622,7 +622,7 @@ def test_a_file_that_the_hub_refuses_by_its_name(a_run: Path, hub: Hub, monkeypa
 def test_no_more_room(a_run: Path, hub: Hub, slept: list[float], status: int, said: str) -> None:
     hub.fail(COMMITTING, status, headers={"X-Error-Message": said})
     message = no_push(a_run, hub)
-    assert f"the hub takes no more ({status}, uploading): {said}" in message
+    assert f"the hub's storage limit is reached ({status}, uploading): {said}" in message
     assert "hf auth login" not in message
     assert "later" not in message
     assert slept == []
@@ -633,14 +633,14 @@ def test_an_address_without_a_scheme(
 ) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "hub.example")
     message = no_push(a_run, hub)
-    assert message.startswith("HF_ENDPOINT: 'hub.example' is no address")
+    assert message.startswith("HF_ENDPOINT: 'hub.example' is not a URL")
     assert "HF_ENDPOINT=https://hub.example" in message
     assert slept == []
 
 
 def test_a_name_that_is_taken_and_cannot_be_seen(a_run: Path, hub: Hub) -> None:
     hub.fail("repos/create", 409, body=b'{"error": "taken"}')
-    assert "cannot be made (409)" in no_push(a_run, hub)
+    assert "cannot be created (409)" in no_push(a_run, hub)
 
 
 def test_made_by_the_attempt_whose_answer_was_lost(a_run: Path, hub: Hub, slept: list[float]) -> None:
@@ -745,7 +745,7 @@ def test_another_commit_meanwhile(a_run: Path, hub: Hub, slept: list[float], sta
     assert len(hub.written[REPO].commits) == 1
     hub.fail(COMMITTING, status)
     message = refused(HubError, lambda: push(a_run, REPO, merged="original"))
-    assert f"conflicts with what is there ({status}, uploading)" in message
+    assert f"conflicts with the current state ({status}, uploading)" in message
 
 
 @pytest.mark.parametrize("asked", [7, 40])
@@ -790,10 +790,10 @@ def test_waits_grow_and_are_not_those_of_everybody(hub: Hub) -> None:
 
 def test_a_page_that_is_not_the_hubs(a_run: Path, hub: Hub, slept: list[float]) -> None:
     hub.fail("/", 200, body=b"<html>Welcome! Room number?</html>")
-    assert "the hub's answer is not one" in no_push(a_run, hub)
+    assert "the answer is not from the hub" in no_push(a_run, hub)
     hub.faults.clear()
     hub.fail("/", 200, body=b"{}")
-    assert "the hub's answer is not one" in no_push(a_run, hub)
+    assert "the answer is not from the hub" in no_push(a_run, hub)
 
 
 ANSWERS = [b"null", b"[]", b"{}", b'"text"', b'["text"]', b"1"]
@@ -807,7 +807,7 @@ def test_an_answer_of_an_odd_type(a_run: Path, hub: Hub, slept: list[float], at:
         hub.faults.clear()
         hub.stored.clear()
         hub.fail(at, 200, body=body, headers={"Content-Type": "application/json"})
-        assert "the hub's answer is not one" in no_push(a_run, hub), body
+        assert "the answer is not from the hub" in no_push(a_run, hub), body
         assert at != "validate-yaml" or hub.written == {}, body
     assert slept == []
 
@@ -822,7 +822,7 @@ def test_a_whoami_of_odd_types(a_run: Path, hub: Hub) -> None:
         {"auth": {"accessToken": {"role": "fineGrained", "fineGrained": {"scoped": [{"entity": "x"}]}}}},
     ):  # fmt: skip
         hub.who = right | odd
-        assert "the hub's answer is not one (asking who we are: ValueError): " in no_push(a_run, hub), odd
+        assert "the answer is not from the hub (reading the account: ValueError): " in no_push(a_run, hub), odd
 
 
 def test_a_repository_of_odd_types(a_run: Path, hub: Hub) -> None:
@@ -830,7 +830,7 @@ def test_a_repository_of_odd_types(a_run: Path, hub: Hub) -> None:
         body = json.dumps({"id": REPO, "private": True, "siblings": []} | odd).encode()
         hub.faults.clear()
         hub.fail("GET /api/models", 200, body=body, headers={"Content-Type": "application/json"})
-        assert "the hub's answer is not one" in no_push(a_run, hub)
+        assert "the answer is not from the hub" in no_push(a_run, hub)
 
 
 def test_a_fault_of_ours_stays_one(a_run: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -843,7 +843,7 @@ def test_a_fault_of_ours_stays_one(a_run: Path, hub: Hub, monkeypatch: pytest.Mo
 
 def test_a_page_in_answer_to_a_file(a_run: Path, hub: Hub, slept: list[float]) -> None:
     hub.fail(LFS, 200, body=b"<html>Welcome!</html>", headers={"Content-Type": "text/html; charset=utf-8"})
-    assert "the hub itself, not a page in between" in no_push(a_run, hub)
+    assert "a direct connection, not the page of a proxy or login" in no_push(a_run, hub)
 
 
 def test_the_clients_patience_is_given_back(a_run: Path, hub: Hub) -> None:
@@ -991,7 +991,7 @@ def test_a_base_without_a_licence_is_not_given_one(a_run: Path, hub: Hub) -> Non
     assert any("names no licence" in note for note in notes)
     card = ModelCard(hub.written[REPO].files["README.md"].decode())
     assert not [key for key in (*licences.KEYS, "base_model") if card.data.get(key)]
-    assert "is not known here" in card.text
+    assert "is not known:" in card.text
 
 
 def test_a_hub_that_cannot_be_reached_is_not_waited_for_to_learn_a_licence(hub: Hub, slept: list[float]) -> None:
@@ -1040,7 +1040,7 @@ def test_licences_that_the_run_lacks_are_asked_for(a_run: Path, hub: Hub) -> Non
         file.write_text(re.sub(r'(dataset_name"?: )[^,\n]*', rf'\1"{SET}"', file.read_text()))
     push(licensed(a_run, license="mit"), REPO)
     card = hub.written[REPO].files["README.md"]
-    assert f"**Not for commercial use by its data**: {SET} is licensed cc-by-nc-4.0.".encode() in card
+    assert f"**Not for commercial use because of its data**: {SET} is under cc-by-nc-4.0.".encode() in card
     assert b"as its base" not in card
 
 
