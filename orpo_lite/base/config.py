@@ -165,14 +165,14 @@ def _refuse_unknown(raw: dict[str, Any], name: str) -> None:
     from packaging.version import InvalidVersion, Version
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    kind, own = raw.get("model_type"), importlib.metadata.version("transformers")
-    if kind in CONFIG_MAPPING_NAMES:
+    model_type, own = raw.get("model_type"), importlib.metadata.version("transformers")
+    if model_type in CONFIG_MAPPING_NAMES:
         return
     try:
         saved = Version(str(raw.get("transformers_version")))
     except InvalidVersion:
         saved = Version("0")
-    near = difflib.get_close_matches(str(kind), CONFIG_MAPPING_NAMES, n=1, cutoff=0.8)
+    near = difflib.get_close_matches(str(model_type), CONFIG_MAPPING_NAMES, n=1, cutoff=0.8)
     if saved.release > Version(own).release:
         wanted = shlex.quote(f"transformers>={saved.base_version}")
         fix: str = Command(f"pip install --upgrade {wanted}", f", since it was saved by {saved}")
@@ -180,12 +180,12 @@ def _refuse_unknown(raw: dict[str, Any], name: str) -> None:
         fix = f"if it is misspelt: {near[0]}"
     else:
         fix = "a later release of transformers, if it has this model_type"
-    found = f"model_type {kind!r} is not in transformers {own}"
+    found = f"model_type {model_type!r} is not in transformers {own}"
     raise ModelError(
         where=f"model {name}",
-        found=found if kind else "config.json has no model_type",
+        found=found if model_type else "config.json has no model_type",
         expected=CAUSAL,
-        fix=fix if kind else "",
+        fix=fix if model_type else "",
     )
 
 
@@ -193,23 +193,23 @@ def _refuse_non_causal(config: Any, name: str) -> None:
     """Raise :class:`ModelError` for a model that is not a causal language model."""
     from transformers.models.auto import modeling_auto as auto
 
-    kind, fix = config.model_type, ""
-    encoder = auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(kind)
-    multimodal = auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.get(kind)
+    model_type, fix = config.model_type, ""
+    encoder = auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(model_type)
+    multimodal = auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.get(model_type)
     if config.is_encoder_decoder:
         found = "is an encoder-decoder"
     elif encoder and not getattr(config, "is_decoder", False):
         found = f"is an encoder ({encoder}), whose tokens attend to later tokens"
-    elif kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    elif model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return
     elif multimodal:
         found = f"is multimodal: transformers has {multimodal}"
         fix = _text_part(config, name)
     else:
-        own_class = auto.MODEL_MAPPING_NAMES.get(kind, "a part of a model")
+        own_class = auto.MODEL_MAPPING_NAMES.get(model_type, "a part of a model")
         found = f"is {own_class}, without a language model"
     raise ModelError(
-        where=f"model {name}", found=f"model_type {kind!r} {found}", expected=CAUSAL, fix=fix
+        where=f"model {name}", found=f"model_type {model_type!r} {found}", expected=CAUSAL, fix=fix
     )
 
 
@@ -217,11 +217,11 @@ def _text_part(config: Any, name: str) -> str:
     """Return the fix for a multimodal model: a command that saves its text part if it is causal."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    text, kind = config.get_text_config(), config.get_text_config().model_type
+    text, model_type = config.get_text_config(), config.get_text_config().model_type
     if getattr(text, "use_bidirectional_attention", None):
-        return f"use a text model; tokens of its text part ({kind}) attend to later tokens"
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        return f"use a text model; transformers has no causal model of its text part ({kind})"
+        return f"use a text model; tokens of its text part ({model_type}) attend to later tokens"
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return f"use a text model; transformers has no causal model of its text part ({model_type})"
     folder = f"./{Path(name).name}-text"
     return _python(
         "from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, AutoTokenizer",
@@ -233,7 +233,7 @@ def _text_part(config: Any, name: str) -> str:
         "text.set_output_embeddings(whole.get_output_embeddings())",
         f"text.save_pretrained({json.dumps(folder)})",
         _save_tokenizer(name, folder),
-        then=f" saves its text part ({kind}), which can be tuned alone; "
+        then=f" saves its text part ({model_type}), which can be tuned alone; "
         f"then set {BASE}={shlex.quote(folder)}",
     )
 

@@ -83,7 +83,7 @@ class _Request:
 def export(
     run_folder: str | Path, to: str, *, outtype: str | None = None, weights: Weights = "original"
 ) -> ExportResult:
-    """:func:`export_events`, without its updates."""
+    """Do the same as :func:`export_events` without updates; return the result."""
     return run_to_end(
         export_events(run_folder, to, outtype=outtype, weights=weights), lambda _: None
     )

@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from orpo_lite.data.sources.source import is_path
 from orpo_lite.errors import CheckpointError, ModelError
-from orpo_lite.publishing.licences import Terms, climbs, find_terms, is_hub_name
+from orpo_lite.publishing.licences import Terms, find_terms, is_hub_name, leads_out
 from orpo_lite.recipe.schema import KEYS, Recipe
 from orpo_lite.recipe.text import to_text
 from orpo_lite.runs.changes import Change, read_changes, trained_recipe, values_at_start
@@ -26,7 +26,7 @@ from orpo_lite.runs.records import (
     refuse_lacking,
 )
 
-SOMEWHERE = "OWNER/NAME"  # placeholder until the repository is known
+PLACEHOLDER = "OWNER/NAME"  # placeholder until the repository is known
 
 FIGURES: ValueTypes = {
     "chat_template": str,
@@ -56,10 +56,10 @@ MEASURED: ValueTypes = {"model": str, **dict.fromkeys(("accuracy", "margin", "ch
 
 
 @dataclass(frozen=True)
-class Shown:
+class CardOptions:
     """What a card describes, and its options."""
 
-    repository: str = SOMEWHERE
+    repository: str = PLACEHOLDER
     merged: Weights | None = None
     """The weights that the model was merged onto; None for an adapter."""
     licences: Mapping[str, Any] | None = None
@@ -88,19 +88,19 @@ class Facts:
     """Prompts and their answers."""
     objective: Mapping[str, Any]
     """The loss, from :meth:`orpo_lite.objectives.objective.Objective.to_json`."""
-    shown: Shown
+    options: CardOptions
     start: Mapping[str, Any]
     """``section.key`` or ``versions.NAME`` of a package -> value at the first step."""
     changes: Sequence[Change]
     """The changes of values during the training that affected at least one step."""
 
     @classmethod
-    def read(cls, path: Path, shown: Shown) -> "Facts":
+    def read(cls, path: Path, options: CardOptions) -> "Facts":
         """Read the facts of a run."""
         recipe, lock = trained_recipe(path), read_lock(path)
         refuse_lacking(lock, {"orpo_lite": str, "versions": dict}, str(path / "lock.json"))
-        licences = shown.licences if shown.licences is not None else lock.get("licences") or {}
-        merges = [shown.merged] if shown.merged else FOLDERS
+        licences = options.licences if options.licences is not None else lock.get("licences") or {}
+        merges = [options.merged] if options.merged else FOLDERS
         metrics = read_metrics(path)
         steps, kept_step = _steps(path, recipe, metrics)
         changes = read_changes(lock, str(path / "lock.json"))
@@ -126,7 +126,7 @@ class Facts:
             adapter,
             read_samples(path),
             read_objective(recipe, lock),
-            shown,
+            options,
             start,
             [change for change in changes if steps is None or change.after_step < steps],
         )
@@ -238,16 +238,16 @@ def _read_verification(path: Path, weights: Weights) -> Mapping[str, Any]:
 
 def make_metadata(facts: Facts) -> ModelCardData:
     """Return the metadata of a run's model card."""
-    shown, results = facts.shown, _eval_results(facts)
+    options, results = facts.options, _eval_results(facts)
     tags = [facts.recipe.loss.type, "preference-tuning", "orpo-lite"]
-    if not shown.merged:
+    if not options.merged:
         tags.append("lora")
     name = f"tuned with {facts.objective['title']}"
-    if shown.repository != SOMEWHERE:
-        name = shown.repository.rpartition("/")[2]
+    if options.repository != PLACEHOLDER:
+        name = options.repository.rpartition("/")[2]
     licence: dict[str, Any] = dict(licence_metadata(facts))
     data = ModelCardData(
-        library_name="transformers" if shown.merged else "peft",
+        library_name="transformers" if options.merged else "peft",
         pipeline_tag="text-generation",
         base_model=facts.lock["base"]["name"] if facts.is_hub_base else None,
         datasets=facts.datasets or None,
@@ -257,7 +257,7 @@ def make_metadata(facts: Facts) -> ModelCardData:
         **licence,
     )
     if facts.is_hub_base:
-        data["base_model_relation"] = "finetune" if shown.merged else "adapter"
+        data["base_model_relation"] = "finetune" if options.merged else "adapter"
     return data
 
 
@@ -268,7 +268,7 @@ def licence_metadata(facts: Facts) -> dict[str, Any]:
     """
     found = dict(facts.licence)
     link = found.get("license_link", "")
-    if climbs(link):
+    if leads_out(link):
         del found["license_link"]
     elif link and "://" not in link:
         if facts.is_hub_base:
@@ -294,8 +294,8 @@ def _eval_results(facts: Facts) -> list[EvalResult]:
         "eval_rewards/accuracies": ("accuracy", "held-out reward accuracy"),
         "eval_loss": ("loss", "held-out loss"),
     }
-    if facts.shown.merged:  # the training measured the base as loaded there, not the merged model
-        found = facts.verified.get(facts.shown.merged, {})
+    if facts.options.merged:  # the training measured the base as loaded there, not the merged model
+        found = facts.verified.get(facts.options.merged, {})
         after = {}
         if found.get("held_out"):
             after = {"eval_rewards/accuracies": found["rows"][-1]["accuracy"]}

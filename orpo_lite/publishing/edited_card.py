@@ -9,8 +9,14 @@ from typing import Any
 import yaml
 
 from orpo_lite.errors import CheckpointError
-from orpo_lite.publishing.card_facts import SOMEWHERE, Facts, Shown, licence_metadata, make_metadata
-from orpo_lite.publishing.licences import CARD, KEYS, Terms, is_plain, licence_of
+from orpo_lite.publishing.card_facts import (
+    PLACEHOLDER,
+    CardOptions,
+    Facts,
+    licence_metadata,
+    make_metadata,
+)
+from orpo_lite.publishing.licences import CARD, KEYS, Terms, is_simple_yaml, licence_of
 
 SEAL = re.compile(r"\r?\n<!-- orpo-lite card [0-9a-f]{16} -->\r?\n")
 
@@ -25,13 +31,13 @@ def seal(text: str) -> str:
     return f"{text}\n<!-- orpo-lite card {hashlib.sha256(text.encode()).hexdigest()[:16]} -->\n"
 
 
-def is_own(card: str) -> bool:
+def is_unedited(card: str) -> bool:
     """Return whether a card is unedited. An edited card is pushed as the person left it."""
     found = SEAL.search(card)
     return found is not None and seal(card[: found.start()]) == card
 
 
-def changed_card(path: Path) -> str:
+def read_edited_card(path: Path) -> str:
     """Return README.md of a run unchanged if a person has edited it, else "".
 
     Raises:
@@ -54,22 +60,22 @@ def changed_card(path: Path) -> str:
             expected="UTF-8",
             fix=f"save it in UTF-8, {fix}",
         ) from error
-    return "" if is_own(card.replace("\r\n", "\n")) else card
+    return "" if is_unedited(card.replace("\r\n", "\n")) else card
 
 
 def loads_adapter(card: str) -> bool:
     """Return whether an edited card explains how to load an adapter, wrong for a merged model."""
-    return not is_own(card) and re.search(r"PeftModel|--enable-lora", card) is not None
+    return not is_unedited(card) and re.search(r"PeftModel|--enable-lora", card) is not None
 
 
-def adopt_card(path: Path, own: str, shown: Shown) -> str:
+def complete_card(path: Path, own: str, options: CardOptions) -> str:
     """Return an edited card for a repository, with its text kept and its metadata completed.
 
     Raises:
         CheckpointError: its metadata are not valid YAML, or it lacks what the base's licence
             requires.
     """
-    facts, where = Facts.read(path, shown), str(path / "README.md")
+    facts, where = Facts.read(path, options), str(path / "README.md")
     own = SEAL.sub("", own)
     found = CARD.match(own)
     if found is None:
@@ -82,10 +88,10 @@ def adopt_card(path: Path, own: str, shown: Shown) -> str:
     made: dict[str, Any] = make_metadata(facts).to_dict()  # type: ignore[no-untyped-call]
     keys = ("library_name", "base_model_relation")
     needed: dict[str, str] = {key: made[key] for key in keys if key in made}
-    data, text = _with_entries(found[1], needed, where, without_lora=shown.merged is not None)
+    data, text = _with_entries(found[1], needed, where, without_lora=options.merged is not None)
     for terms in facts.terms:
         _check_terms(facts, terms, data, INVISIBLE.sub("", found[2]), where)
-    body = found[2].replace(SOMEWHERE, shown.repository)
+    body = found[2].replace(PLACEHOLDER, options.repository)
     return f"{own[: found.start(1)]}{text}{own[found.end(1) : found.start(2)]}{body}"
 
 
@@ -131,7 +137,7 @@ def _read_metadata(text: str, where: str) -> tuple[dict[str, Any], yaml.MappingN
     expected = "a YAML mapping with one key per line, without duplicate keys or anchors"
     fix = "fix it, or remove the file"
     try:
-        node = yaml.compose(f"{text}\n", Loader=yaml.SafeLoader) if is_plain(text) else None
+        node = yaml.compose(f"{text}\n", Loader=yaml.SafeLoader) if is_simple_yaml(text) else None
     except (yaml.YAMLError, ValueError) as error:
         raise CheckpointError(
             where=where,

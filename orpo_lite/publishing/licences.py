@@ -97,23 +97,23 @@ TERMS: dict[str, Terms] = {
 }
 
 
-def named(licence: Mapping[str, Any]) -> list[str]:
+def licence_names(licence: Mapping[str, Any]) -> list[str]:
     """Return all licences that a card names in ``license`` and ``license_name``."""
     found = licence.get("license", [])
     texts = [*(found if isinstance(found, list) else [found]), licence.get("license_name", "")]
     return [str(text) for text in texts if text]
 
 
-def in_words(licence: Mapping[str, Any]) -> str:
+def licence_text(licence: Mapping[str, Any]) -> str:
     """Return the licences of a card as a text; "" if it names none."""
-    names = named(licence)
+    names = licence_names(licence)
     return ", ".join([name for name in names if name.lower() != "other"] or names)
 
 
 def find_terms(licence: Mapping[str, Any]) -> list[Terms]:
     """Return the terms of the base's licences that have requirements."""
     found: list[Terms] = []
-    for text in map(str.lower, named(licence)):
+    for text in map(str.lower, licence_names(licence)):
         found += [_llama_terms(*match.groups()) for match in LLAMA.finditer(text)]
         if GEMMA.search(text):
             found.append(TERMS["gemma"])
@@ -254,7 +254,7 @@ def fetch_license_files(
     revision: str | None,
     folder: Path | None,
     *,
-    kind: str = "model",
+    repo_type: str = "model",
     cached: bool = True,
 ) -> Path | None:
     """Return the folder with the card and licence files of a repository; None if there is none.
@@ -267,10 +267,10 @@ def fetch_license_files(
     for offline in (True, False) if cached else (False,):
         try:
             if not offline:  # fails fast; a download would retry for half a minute
-                HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=HUB_TIMEOUT)
+                HfApi().repo_info(name, repo_type=repo_type, revision=revision, timeout=HUB_TIMEOUT)
             found = snapshot_download(
                 name,
-                repo_type=kind,
+                repo_type=repo_type,
                 revision=revision,
                 allow_patterns=["README.md", *LICENSE_FILES],
                 local_files_only=offline,
@@ -295,13 +295,13 @@ def split_card(text: str) -> tuple[dict[str, Any], str]:
     if found is None:
         return {}, text
     try:
-        data = yaml.safe_load(found[1]) if is_plain(found[1]) else {}
+        data = yaml.safe_load(found[1]) if is_simple_yaml(found[1]) else {}
     except (yaml.YAMLError, ValueError):
         return {}, found[2]
     return (data if isinstance(data, dict) else {}), found[2]
 
 
-def is_plain(text: str) -> bool:
+def is_simple_yaml(text: str) -> bool:
     """Return whether a YAML text has no aliases and no deep nesting.
 
     Aliases can expand to a huge size, and deep nesting exceeds PyYAML's recursion limit.
@@ -339,7 +339,7 @@ def read_licences(
     for name in filter(is_hub_name, names):
         of_data[name] = (known.get("data") or {}).get(name)
         if not of_data[name]:
-            card = read_card(fetch_license_files(name, None, None, kind="dataset"))
+            card = read_card(fetch_license_files(name, None, None, repo_type="dataset"))
             of_data[name] = licence_of(card)
     return {"base": of_base, "data": of_data}
 
@@ -373,7 +373,7 @@ def _to_line(value: object) -> str:
     return "" if is_private else text
 
 
-def climbs(link: str) -> bool:
+def leads_out(link: str) -> bool:
     """Return whether a relative link leads out of its folder."""
     return ".." in re.split(r"[/\\]", unquote(link))
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from orpo_lite.base.adapter import vllm_rank
 from orpo_lite.data.sources.source import is_path
 from orpo_lite.errors import TOKEN
-from orpo_lite.publishing.card_facts import SOMEWHERE, Facts, Shown, make_metadata
-from orpo_lite.publishing.edited_card import changed_card, seal
-from orpo_lite.publishing.licences import in_words, is_non_commercial, named
+from orpo_lite.publishing.card_facts import PLACEHOLDER, CardOptions, Facts, make_metadata
+from orpo_lite.publishing.edited_card import read_edited_card, seal
+from orpo_lite.publishing.licences import is_non_commercial, licence_names, licence_text
 from orpo_lite.recipe.text import to_text
 from orpo_lite.runs.atomic import write_text
 from orpo_lite.runs.commands import Weights
@@ -48,13 +48,13 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 SAMPLED = {"Prompt": "prompt", "Before": "before", "After": "after"}
 
 
-def make_card(path: Path, shown: Shown | None = None) -> str:
+def make_card(path: Path, options: CardOptions | None = None) -> str:
     """Return README.md of a finished run: metadata in YAML, then Markdown.
 
     Raises:
         CheckpointError: the run is not finished.
     """
-    facts = Facts.read(path, shown or Shown())
+    facts = Facts.read(path, options or CardOptions())
     metadata = make_metadata(facts)
     parts = [
         _head(facts),
@@ -73,25 +73,27 @@ def make_card(path: Path, shown: Shown | None = None) -> str:
 
 def write_card(path: Path) -> None:
     """Write README.md of a finished run, unless a person has edited it."""
-    if not changed_card(path):
+    if not read_edited_card(path):
         write_text(path / "README.md", make_card(path))
 
 
 def _head(facts: Facts) -> str:
     """Return the title and the summary."""
-    shown, objective = facts.shown, facts.objective
+    options, objective = facts.options, facts.objective
     paper = objective["paper"].replace("https://arxiv.org/abs/", "arXiv ")
     name = f"Tuned with {objective['title']}"
-    if shown.repository != SOMEWHERE:
-        name = shown.repository.rpartition("/")[2]
-    what = "The merged weights" if shown.merged else f"A LoRA adapter (rank {facts.recipe.lora.r})"
+    if options.repository != PLACEHOLDER:
+        name = options.repository.rpartition("/")[2]
+    what = (
+        "The merged weights" if options.merged else f"A LoRA adapter (rank {facts.recipe.lora.r})"
+    )
     pairs = f"{facts.data['train_pairs']:,} preference pairs"
     text = (
         f"{what} of {facts.base}, tuned on {pairs} with {objective['title']} "
         f"([{paper}]({objective['paper']})) by orpo-lite {facts.lock['orpo_lite']}."
     )
-    if shown.merged:
-        text += f" The adapter is merged onto {ONTO[shown.merged]}."
+    if options.merged:
+        text += f" The adapter is merged onto {ONTO[options.merged]}."
     lines = dict.fromkeys(terms.built_with for terms in facts.terms if terms.built_with)
     built_with = "".join(f"**{line}**\n\n" for line in lines)
     return f"# {name}\n\n{built_with}{text}"
@@ -138,7 +140,7 @@ def _data(facts: Facts) -> str:
     local = [name for name in recipe.data.names if is_path(name)]
     for name in recipe.data.names:
         if name in facts.datasets:
-            licence = in_words(facts.data_licences.get(name, {})) or "not stated"
+            licence = licence_text(facts.data_licences.get(name, {})) or "not stated"
             link = f"[{name}](https://huggingface.co/datasets/{name})"
             rows.append((link, _cell(licence)))
         elif name.startswith("builtin:"):
@@ -202,9 +204,9 @@ def _results(facts: Facts) -> str:
 
 
 def _loading(facts: Facts) -> str:
-    repository, base = facts.shown.repository, facts.base_name
+    repository, base = facts.options.repository, facts.base_name
     revision = facts.lock["base"]["revision"]
-    if facts.shown.merged:
+    if facts.options.merged:
         blocks = [
             (
                 "transformers",
@@ -237,12 +239,12 @@ def _loading(facts: Facts) -> str:
             *([("vLLM", "sh", vllm)] if rank else []),
         ]
     parts = ["## How to load it"]
-    if not facts.is_hub_base and not facts.shown.merged:
+    if not facts.is_hub_base and not facts.options.merged:
         is_toy = facts.recipe.model.model_name_or_path.startswith("builtin:")
         where = "which orpo-lite writes to runs/builtin" if is_toy else "which is not named here"
         parts.append(f"`BASE` is the model that the adapter was trained on, {where}.")
     parts += [f"{title}:\n\n```{language}\n{text}\n```" for title, language, text in blocks]
-    if not facts.shown.merged and not vllm_rank(facts.adapter, facts.lock["base"]):
+    if not facts.options.merged and not vllm_rank(facts.adapter, facts.lock["base"]):
         parts.append("vLLM cannot serve this adapter: merge it first.")
     parts.append(OLLAMA)
     return "\n\n".join(parts)
@@ -273,13 +275,13 @@ def _verification(facts: Facts) -> str:
 
 
 def _samples(facts: Facts) -> str:
-    source = "held-out" if facts.shown.samples else "neutral"
+    source = "held-out" if facts.options.samples else "neutral"
     rows = [row for row in facts.samples if row.get("source", "held-out") == source]
-    if facts.shown.samples:
-        rows = rows[: facts.shown.samples]
+    if facts.options.samples:
+        rows = rows[: facts.options.samples]
     if not rows:
         return ""
-    prompts = "Held-out prompts" if facts.shown.samples else "Neutral prompts, not from the data"
+    prompts = "Held-out prompts" if facts.options.samples else "Neutral prompts, not from the data"
     base = "the base in 4 bit" if facts.recipe.quantization.load_in_4bit else "the base"
     parts = [
         "## Samples",
@@ -328,7 +330,7 @@ def _limits(facts: Facts) -> str:
 
 def _licence(facts: Facts) -> str:
     lines = [terms.notice for terms in facts.terms]
-    name = _cell(in_words(facts.licence))
+    name = _cell(licence_text(facts.licence))
     if isinstance(facts.licence.get("license"), list):
         lines.append(
             f"The base's card names several licences: {name}. "
@@ -347,12 +349,12 @@ def _licence(facts: Facts) -> str:
 
 def _non_commercial(facts: Facts) -> list[str]:
     lines = []
-    if any(map(is_non_commercial, named(facts.licence))):
+    if any(map(is_non_commercial, licence_names(facts.licence))):
         lines.append("**Not for commercial use**, like its base.")
     for name in facts.datasets:
         licence = facts.data_licences.get(name, {})
-        if any(map(is_non_commercial, named(licence))):
-            text = _cell(in_words(licence))
+        if any(map(is_non_commercial, licence_names(licence))):
+            text = _cell(licence_text(licence))
             lines.append(f"**Not for commercial use because of its data**: {name} is under {text}.")
     return lines
 

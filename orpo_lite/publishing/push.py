@@ -25,8 +25,8 @@ from orpo_lite.errors import (
     reworded,
 )
 from orpo_lite.publishing.account import WrongTargetError, check_target
-from orpo_lite.publishing.card_facts import Shown, read_objective
-from orpo_lite.publishing.edited_card import adopt_card, changed_card, loads_adapter
+from orpo_lite.publishing.card_facts import CardOptions, read_objective
+from orpo_lite.publishing.edited_card import complete_card, loads_adapter, read_edited_card
 from orpo_lite.publishing.licences import find_license_files, read_licences, read_text, refuse_name
 from orpo_lite.publishing.model_card import make_card
 from orpo_lite.publishing.retry import LEAST, UnreadableError, own_token, run_in_thread
@@ -160,8 +160,8 @@ def push_events(
             )
             files = license_files | pushed
             target = yield from check_target(repository, is_private=not is_public)
-            shown = Shown(target.repository, merged, licences, samples)
-            card = _card(path, shown)
+            options = CardOptions(target.repository, merged, licences, samples)
+            card = _card(path, options)
             if merged and loads_adapter(card):
                 yield Update(
                     "note",
@@ -293,19 +293,19 @@ def _refuse_broken(
             ) from error
 
 
-def _card(path: Path, shown: Shown) -> str:
+def _card(path: Path, options: CardOptions) -> str:
     """Return the card for this repository; an edited card is kept."""
-    text = changed_card(path)
+    text = read_edited_card(path)
     if not text:
-        return make_card(path, shown)
-    if shown.samples:
+        return make_card(path, options)
+    if options.samples:
         raise RecipeError(
             where="--samples",
             found=f"cannot be used, because {path / 'README.md'} was edited",
             expected="an unedited card",
             fix="leave it out and add the samples to the file; or remove the file",
         )
-    return adopt_card(path, text, shown)
+    return complete_card(path, text, options)
 
 
 def _refuse_samples(path: Path, count: int) -> None:

@@ -142,7 +142,9 @@ def _status(error: BaseException) -> int | None:
     return None
 
 
-def _wait(error: BaseException, number: int, temporary: Collection[int]) -> float | None:
+def _wait(
+    error: BaseException, number: int, temporary: Collection[int] = TEMPORARY
+) -> float | None:
     """Return the seconds to wait before the next attempt; None: do not retry."""
     status = _status(error)
     if _is_forbidden(error):

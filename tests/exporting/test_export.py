@@ -949,7 +949,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str, type[OrpoLiteError]]] = {
     "words cut otherwise": (wrong(other_words), "texts are split by", ModelError),
     "lower case": (
         wrong(lambda s: s.update(normalizer={"type": "Lowercase"})),
-        "normalised by Lowercase",
+        "a normalizer of type Lowercase",
         ModelError,
     ),
     "a token that strips": (

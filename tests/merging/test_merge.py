@@ -31,7 +31,7 @@ from orpo_lite.base.blocks import in_blocks, read_header, read_tensor, stored_te
 from orpo_lite.base.find import fingerprint
 from orpo_lite.errors import CheckpointError, Command, FitError, ModelError, RecipeError
 from orpo_lite.merging.merge import dequantized
-from orpo_lite.publishing.card_facts import Shown
+from orpo_lite.publishing.card_facts import CardOptions
 from orpo_lite.publishing.model_card import make_card
 from orpo_lite.recipe.schema import QuantizationSection, Recipe
 from orpo_lite.runs.folder import find_merged
@@ -776,7 +776,7 @@ def test_a_merged_model_is_verified_from_the_command_line(call: Call, trained: T
     assert "Merged onto the base's own weights:\n\n| 8 held-out pairs" in card
     assert "Merged onto the base's weights as rounded to 4 bit in training:" in card
     merge(result.run, weights="dequantized")  # made anew, and not measured
-    make = make_card(result.run, Shown(merged="dequantized"))
+    make = make_card(result.run, CardOptions(merged="dequantized"))
     assert "Check of the merge" not in make
     assert make_card(result.run).count("| merged |") == 1
     assert len(list((result.run / "merged").glob("*.safetensors"))) > 1
