@@ -1,4 +1,5 @@
-"""A base's files that cannot be used: the message says what they are, and what it offers works when pasted."""
+"""A base's files that cannot be used: the message says what they are, and what it offers works when
+pasted."""
 
 import importlib.util
 import json

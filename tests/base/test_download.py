@@ -1,4 +1,5 @@
-"""The hub as a base's source, on a loopback server that speaks its protocol: what is fetched, and every refusal."""
+"""The hub as a base's source, on a loopback server that speaks its protocol: what is fetched, and
+every refusal."""
 
 import errno
 import json
@@ -87,7 +88,8 @@ def test_an_adapter_without_its_pickle(hub: Hub) -> None:
 
 
 def test_another_peoples_format_is_neither_fetched_nor_part_of_the_base(hub: Hub) -> None:
-    """Mistral's own consolidated.safetensors doubles the download; ``hf download`` leaves it in the same folder."""
+    """Mistral's own consolidated.safetensors doubles the download; ``hf download`` leaves it in the
+    same folder."""
     base = fetch()
     assert not (base.path / "consolidated.safetensors").exists()
     hf_hub_download(NAME, "consolidated.safetensors")
@@ -303,7 +305,8 @@ def test_unreachable_and_only_the_configuration_cached(hub: Hub, slept: list[flo
 
 
 def see_data(hub: Hub, folder: Path, **changes: str) -> subprocess.CompletedProcess[str]:
-    """`orpo-lite data` on a set of the hub, with the hub's client and the cache of a home of its own."""
+    """`orpo-lite data` on a set of the hub, with the hub's client and the cache of a home of its
+    own."""
     command = [sys.executable, "-m", "orpo_lite", "data", "--recipe", "./pairs.yaml"]
     (folder / "pairs.yaml").write_text(
         f"model:\n  model_name_or_path: {hub.folder}\ndata:\n  dataset_name: {SET}\n"
@@ -354,12 +357,12 @@ def test_a_set_that_is_not_cached_is_not_waited_for(hub: Hub, tmp_path: Path) ->
     assert refused.stdout == f"asking {host} for {SET} ...\n"
     first, *_, last = refused.stderr.splitlines()
     assert (
-        first
-        == f"data.dataset_name {SET}: {host} cannot be reached (ConnectError) and it is not in the cache"
+        first == f"data.dataset_name {SET}: {host} cannot be reached (ConnectError) "
+        "and it is not in the cache"
     )
     assert (
-        f"hf download --repo-type dataset {SET} --local-dir {SET.rpartition('/')[2]}, then data.dataset_name="
-        in last
+        f"hf download --repo-type dataset {SET} --local-dir {SET.rpartition('/')[2]}, "
+        "then data.dataset_name=" in last
     )
 
 
@@ -376,8 +379,10 @@ def test_a_run_on_a_hub_base_and_its_merge_without_the_hub(
 ) -> None:
     write_pairs(tmp_path / "pairs.jsonl", 10)
     (tmp_path / "small.yaml").write_text(
-        f"model:\n  model_name_or_path: {NAME}\ndata:\n  dataset_name: ./pairs.jsonl\n  test_split_size: 0\n"
-        "  max_length: 128\n  max_prompt_length: 96\ntraining:\n  global_batch_size: 4\n  max_steps: 2\n"
+        f"model:\n  model_name_or_path: {NAME}\n"
+        "data:\n  dataset_name: ./pairs.jsonl\n  test_split_size: 0\n"
+        "  max_length: 128\n  max_prompt_length: 96\n"
+        "training:\n  global_batch_size: 4\n  max_steps: 2\n"
         "  output_dir: run\noutput:\n  merge: false\n  samples: 0\n"
     )
     command = [sys.executable, "-m", "orpo_lite", "train", "--recipe", "./small.yaml"]

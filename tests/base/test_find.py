@@ -110,7 +110,8 @@ NAMED = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "unk_toke
 def test_the_tokenizer_is_the_file(
     tmp_path: Path, make: Callable[[], Tokenizer], name: str | None, model_type: str, changed: str
 ) -> None:
-    """Also when it is saved and loaded as anybody would, with its template, named tokens and flags of added ones."""
+    """Also when it is saved and loaded as anybody would, with its template, named tokens and flags
+    of added ones."""
     written, base, saved = make(), tmp_path / "base", tmp_path / "saved"
     written.add_special_tokens([AddedToken("<|end|>", rstrip=True, lstrip=True)])
     written.add_tokens([AddedToken("<tool>", normalized=False)])

@@ -1,4 +1,5 @@
-"""Export: the file is the model. Read back without llama.cpp; asked for its tokens, logits and text where it is."""
+"""Export: the file is the model. Read back without llama.cpp; asked for its tokens, logits and text
+where it is."""
 
 import importlib.util
 import json
@@ -301,7 +302,8 @@ def pieces_tokenizer(
     tab: bool = False,
     **changes: Any,
 ) -> PreTrainedTokenizerFast:
-    """Sentencepiece's kind of BPE: bytes to fall back on, each pair that makes a token a merge, in its order."""
+    """Sentencepiece's kind of BPE: bytes to fall back on, each pair that makes a token a merge, in
+    its order."""
     shape = Tokenizer(models.BPE())
     shape.normalizer = normalizers.Replace(" ", "▁")
     trainer = trainers.BpeTrainer(
@@ -354,7 +356,8 @@ def pieces_tokenizer(
 
 
 def gemmas_merges(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """Runs of spaces all have one score: their merges come first, those with the longest left half before others."""
+    """Runs of spaces all have one score: their merges come first, those with the longest left half
+    before others."""
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     merges = spec["model"]["merges"]
     runs = sorted(
@@ -365,7 +368,10 @@ def gemmas_merges(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast
     return tokenizer
 
 
-TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}[assistant]"
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}"
+    "{% endfor %}[assistant]"
+)
 TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "gpt-2": lambda: bytes_tokenizer(500),
     "smollm": lambda: bytes_tokenizer(
@@ -409,7 +415,8 @@ def without(text: str, words: list[str]) -> str:
 
 
 def different_tokens(run: Path, tokenizer: Any, texts: list[str]) -> list[str]:
-    """The texts that llama.cpp tokenises otherwise than transformers, with or without what is added to a text."""
+    """The texts that llama.cpp tokenises otherwise than transformers, with or without what is added
+    to a text."""
     model = llama_cpp_model(only_file(export(run, "gguf").folder), vocab_only=True)
     differing = []
     for text in texts:
@@ -509,7 +516,8 @@ GIVEN = [
 def test_llama_cpp_gives_the_tokens_of_a_tokenizer_that_is_given(
     folder: Path, tmp_path: Path
 ) -> None:
-    """Of any tokenizer at hand, and the conversations that its template writes; but for scripts that a note names."""
+    """Of any tokenizer at hand, and the conversations that its template writes; but for scripts
+    that a note names."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     run = write_run(tmp_path / "run", tiny_llama(len(tokenizer), hidden_size=32), tokenizer)
     result = export(run, "gguf")
@@ -593,7 +601,10 @@ def test_a_real_llama_speaks_from_llama_cpp(tmp_path: Path) -> None:
             f"model.model_name_or_path={SHARED / 'models' / 'stories260k'}",
             f"data.dataset_name={SHARED / 'data' / 'hh-rlhf-harmless.jsonl'}",
             f"training.output_dir={tmp_path / 'run'}",
-            *"data.max_samples=64 data.max_length=256 data.test_split_size=16 data.max_prompt_length=160".split(),
+            "data.max_samples=64",
+            "data.max_length=256",
+            "data.test_split_size=16",
+            "data.max_prompt_length=160",
             *"memory.micro_batch_size=8 training.global_batch_size=16 training.max_steps=3".split(),
         ],
     )
@@ -900,7 +911,10 @@ def test_killed_half_way_there_is_no_file_or_the_one_before(earlier: bool, tmp_p
 
 
 def test_spaces_that_are_put_before_some_texts_alone_are_refused(tmp_path: Path) -> None:
-    template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }} {% endfor %}"
+    template = (
+        "{{ bos_token }}{% for m in messages %}"
+        "[{{ m.role }}] {{ m.content }}{{ eos_token }} {% endfor %}"
+    )
     tokenizer = pieces_tokenizer("metaspace always", chat_template=template)
     with pytest.raises(ModelError, match="only some texts of the chat template begin with a space"):
         export(write_run(tmp_path / "run", tiny_llama(520), tokenizer), "gguf")
@@ -1121,17 +1135,24 @@ def test_the_other_merge_is_asked_for(tmp_path: Path) -> None:
 
 OTHERS = {
     "chatml": (
-        "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n"
-        "{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+        "{% for m in messages %}{% if loop.first and m.role != 'system' %}"
+        "<|im_start|>system\nBe kind.<|im_end|>\n"
+        "{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "<|im_start|>assistant\n"
     ),
     "system in the first question": (
-        "{{ bos_token }}{% if messages[0].role == 'system' %}{% set s = messages[0].content + '\n\n' %}"
-        "{% set messages = messages[1:] %}{% else %}{% set s = '' %}{% endif %}{% for m in messages %}"
-        "<start>{{ m.role }}\n{% if loop.first %}{{ s }}{% endif %}{{ m.content }}<end>\n{% endfor %}<start>model\n"
+        "{{ bos_token }}{% if messages[0].role == 'system' %}"
+        "{% set s = messages[0].content + '\n\n' %}"
+        "{% set messages = messages[1:] %}{% else %}{% set s = '' %}{% endif %}"
+        "{% for m in messages %}"
+        "<start>{{ m.role }}\n{% if loop.first %}{{ s }}{% endif %}{{ m.content }}<end>\n"
+        "{% endfor %}<start>model\n"
     ),
     "system in the last question": (
-        "{{ bos_token }}{% if messages[0].role == 'system' %}{% set s = messages[0].content + '\n\n' %}"
-        "{% set messages = messages[1:] %}{% else %}{% set s = '' %}{% endif %}{% for m in messages %}"
+        "{{ bos_token }}{% if messages[0].role == 'system' %}"
+        "{% set s = messages[0].content + '\n\n' %}"
+        "{% set messages = messages[1:] %}{% else %}{% set s = '' %}{% endif %}"
+        "{% for m in messages %}"
         "{% if m.role == 'user' %}[INST] {% if loop.last %}{{ s }}{% endif %}{{ m.content }}[/INST]"
         "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
     ),
@@ -1187,7 +1208,8 @@ func main() {
 		if talk[0].Role == "system" {
 			system = talk[0].Content
 		}
-		if parsed.Execute(os.Stdout, map[string]any{"System": system, "Messages": talk, "Response": ""}) != nil {
+		values := map[string]any{"System": system, "Messages": talk, "Response": ""}
+		if parsed.Execute(os.Stdout, values) != nil {
 			panic("a template that fails")
 		}
 		os.Stdout.WriteString("\\x00")

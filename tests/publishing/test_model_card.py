@@ -18,9 +18,9 @@ from orpo_lite.publishing import licences
 from orpo_lite.publishing.card_facts import PLACEHOLDER, CardOptions
 from orpo_lite.publishing.edited_card import (
     complete_card,
-    read_edited_card,
     is_unedited,
     loads_adapter,
+    read_edited_card,
 )
 from orpo_lite.publishing.licences import (
     TERMS,
@@ -120,7 +120,8 @@ def test_the_metadata_are_the_hubs(tmp_path: Path) -> None:
         ("text-generation", "lab/pairs")
     }
     assert card.data.model_name == "tuned"
-    # What the hub asks of the fields: https://github.com/huggingface/hub-docs/blob/main/modelcard.md
+    # What the hub asks of the fields:
+    # https://github.com/huggingface/hub-docs/blob/main/modelcard.md
     data = yaml.safe_load(make_card(tmp_path).split("---")[1])
     assert all(
         re.fullmatch(r"[\w.-]+/[\w.-]+", name) for name in [data["base_model"], *data["datasets"]]
@@ -287,7 +288,7 @@ def test_local_files_are_numbered(tmp_path: Path) -> None:
     figures = json.loads((tmp_path / "data.json").read_text())
     (tmp_path / "data.json").write_text(json.dumps(figures | {"rows_of_sets": [1000, 3, 150, 50]}))
     text = read(tmp_path, CardOptions(REPO)).text
-    assert "| data | licence | rows to train on |" in text
+    assert "| data | licence | training rows |" in text
     assert "| local file 1 | not stated | 1,000 |" in text
 
 
@@ -341,12 +342,29 @@ def test_what_a_merge_measured_of_itself(tmp_path: Path) -> None:
 
 
 NOT_FOR_COMMERCE = (
-    "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "CC-BY-NC-ND-3.0", "x-noncommercial", "x-research-only", "non commercial",
-    "non_commercial", "research only", "no commercial use", "not for commercial use",
-    "CC BY-NC 4.0", "Mistral AI Non-Production License", "mnpl", "mrl", "apple-amlr",
-    "fair-noncommercial-research-license", "deepfloyd-if-license", "h-research", "intel-research", "qwen-research",
-    "tongyi-qianwen-research", "academic-only",
-)  # fmt: skip
+    "cc-by-nc-4.0",
+    "cc-by-nc-sa-4.0",
+    "CC-BY-NC-ND-3.0",
+    "x-noncommercial",
+    "x-research-only",
+    "non commercial",
+    "non_commercial",
+    "research only",
+    "no commercial use",
+    "not for commercial use",
+    "CC BY-NC 4.0",
+    "Mistral AI Non-Production License",
+    "mnpl",
+    "mrl",
+    "apple-amlr",
+    "fair-noncommercial-research-license",
+    "deepfloyd-if-license",
+    "h-research",
+    "intel-research",
+    "qwen-research",
+    "tongyi-qianwen-research",
+    "academic-only",
+)
 
 
 @pytest.mark.parametrize("name", NOT_FOR_COMMERCE)
@@ -500,18 +518,38 @@ def test_a_changed_card_keeps_the_line_that_its_base_asks_for(tmp_path: Path) ->
     with pytest.raises(CheckpointError, match="prominently display “Built with Llama”"):
         complete_card(run, ours.replace("Built with", "Made of"), CardOptions(REPO))
 
-    for hidden in ("<!-- Built with Llama -->", "<!-- Built with Llama", "<img alt='Built with Llama'>", "[x]: # (Built with Llama)"):  # fmt: skip  # noqa: E501
+    for hidden in (
+        "<!-- Built with Llama -->",
+        "<!-- Built with Llama",
+        "<img alt='Built with Llama'>",
+        "[x]: # (Built with Llama)",
+    ):
         with pytest.raises(CheckpointError, match="prominently display “Built with Llama”"):
             complete_card(run, ours.replace("**Built with Llama**", hidden), HERE)
 
 
-@pytest.mark.parametrize(("line", "changed", "said"), [
-    ("license: llama3.2", "license: apache-2.0", "license: llama3.2, as in the base's card: “Llama 3.2 is"),
-    ("license: llama3.2\n", "", "license: llama3.2, as in the base's card"),
-    ("license: llama3.2", "license: llama3.2\nlicense_name: mine", "no license_name, as in the base's card"),
-    ("base_model: lab/base", "base_model: lab/other", "base_model: lab/base, because it is under the Llama 3.2"),
-    ("base_model: lab/base\n", "", "base_model: lab/base, because it is under the Llama 3.2"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("line", "changed", "said"),
+    [
+        (
+            "license: llama3.2",
+            "license: apache-2.0",
+            "license: llama3.2, as in the base's card: “Llama 3.2 is",
+        ),
+        ("license: llama3.2\n", "", "license: llama3.2, as in the base's card"),
+        (
+            "license: llama3.2",
+            "license: llama3.2\nlicense_name: mine",
+            "no license_name, as in the base's card",
+        ),
+        (
+            "base_model: lab/base",
+            "base_model: lab/other",
+            "base_model: lab/base, because it is under the Llama 3.2",
+        ),
+        ("base_model: lab/base\n", "", "base_model: lab/base, because it is under the Llama 3.2"),
+    ],
+)
 def test_a_changed_card_says_of_its_base_what_is_so(
     tmp_path: Path, line: str, changed: str, said: str
 ) -> None:
@@ -598,9 +636,20 @@ def test_the_tag_of_an_adapter_goes_from_a_merged_model_where_it_has_a_line(tmp_
 
 @pytest.mark.parametrize(
     "metadata",
-    ["[a", "- a", "a", "{a: b}", "a: b\na: c", "a: &x 1\nb: *x", "a: " + "[" * 5000, "? library_name\n: x", "# a",
-     "a: b\n...", "a: b\x00"],
-)  # fmt: skip
+    [
+        "[a",
+        "- a",
+        "a",
+        "{a: b}",
+        "a: b\na: c",
+        "a: &x 1\nb: *x",
+        "a: " + "[" * 5000,
+        "? library_name\n: x",
+        "# a",
+        "a: b\n...",
+        "a: b\x00",
+    ],
+)
 def test_metadata_that_cannot_be_kept_are_named(tmp_path: Path, metadata: str) -> None:
     run = make_run(tmp_path)
     with pytest.raises(CheckpointError, match="its metadata") as refused:
@@ -642,25 +691,59 @@ BROKEN = [
     (*without("lock.json", "versions"), "lock.json: lacks versions"),
     (*without("lock.json", "orpo_lite"), "lock.json: lacks orpo_lite"),
     (*without("lock.json", "licences", "base"), "lock.json, licences: lacks base"),
-    ("lock.json", lambda text: re.sub(r'"licences": .*?}}}', '"licences": [1]', text), "lock.json: licences is [1]"),
-    ("lock.json", lambda text: text.replace('"apache-2.0"', "null"), 'lock.json, licences: license is null'),
-    ("lock.json", lambda text: text.replace('{"license": "mit"}', "[]"), "licences.data: lab/pairs is []"),
+    (
+        "lock.json",
+        lambda text: re.sub(r'"licences": .*?}}}', '"licences": [1]', text),
+        "lock.json: licences is [1]",
+    ),
+    (
+        "lock.json",
+        lambda text: text.replace('"apache-2.0"', "null"),
+        "lock.json, licences: license is null",
+    ),
+    (
+        "lock.json",
+        lambda text: text.replace('{"license": "mit"}', "[]"),
+        "licences.data: lab/pairs is []",
+    ),
     ("data.json", lambda _: "{}", "data.json: lacks chat_template"),
-    ("data.json", lambda text: text.replace(" 100,", " null,"), "data.json: held_out_pairs is null"),
-    (*without("data.json", "dropped", "empty rejected", "pairs"), "data.json, dropped, empty rejected: lacks pairs"),
-    (*without("data.json", "cut", "responses_without_end"), "data.json, cut: lacks responses_without_end"),
+    (
+        "data.json",
+        lambda text: text.replace(" 100,", " null,"),
+        "data.json: held_out_pairs is null",
+    ),
+    (
+        *without("data.json", "dropped", "empty rejected", "pairs"),
+        "data.json, dropped, empty rejected: lacks pairs",
+    ),
+    (
+        *without("data.json", "cut", "responses_without_end"),
+        "data.json, cut: lacks responses_without_end",
+    ),
     (*without("data.json", "prompts", "shared"), "data.json, prompts: lacks shared"),
     ("result.json", lambda _: "{}", "result.json: lacks steps"),
     ("result.json", lambda _: '{"steps": 3, "kept_step": null}', "result.json: kept_step is null"),
-    ("metrics.jsonl", lambda text: text.replace('"step": 2,', "", 1), "metrics.jsonl:2: lacks step"),
-    ("metrics.jsonl", lambda text: text.replace("0.9", "[]", 1), "metrics.jsonl:41: eval_loss is []"),
+    (
+        "metrics.jsonl",
+        lambda text: text.replace('"step": 2,', "", 1),
+        "metrics.jsonl:2: lacks step",
+    ),
+    (
+        "metrics.jsonl",
+        lambda text: text.replace("0.9", "[]", 1),
+        "metrics.jsonl:41: eval_loss is []",
+    ),
     ("samples.jsonl", lambda _: "[1]\n", "samples.jsonl:1: is not a JSON object"),
     ("samples.jsonl", lambda _: '{"source": "neutral"}\n', "samples.jsonl:1: lacks prompt"),
     ("samples.jsonl", lambda _: '{"prompt": null}\n', "samples.jsonl:1: prompt is null"),
     ("adapter/adapter_config.json", lambda _: "{}", "adapter_config.json: lacks r"),
     ("merged/verify.json", lambda _: "{}", "verify.json: lacks rows"),
-    ("merged/verify.json", lambda text: text.replace("[]", "[1]"), "verify.json, rows: lacks model"),
-]  # fmt: skip
+    (
+        "merged/verify.json",
+        lambda text: text.replace("[]", "[1]"),
+        "verify.json, rows: lacks model",
+    ),
+]
 
 
 @pytest.mark.parametrize(("name", "change", "said"), BROKEN)

@@ -1,4 +1,5 @@
-"""Pushes to a loopback server that speaks the hub's protocol: what arrives, what never does, and every refusal."""
+"""Pushes to a loopback server that speaks the hub's protocol: what arrives, what never does, and
+every refusal."""
 
 import json
 import os
@@ -47,7 +48,8 @@ Call = Callable[..., Answer]
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on local data and a local base, merged; every row of the data says a canary, and so does every path."""
+    """A run on local data and a local base, merged; every row of the data says a canary, and so
+    does every path."""
     folder = tmp_path_factory.mktemp(CANARY_PATH)
     write_base(folder / "base")
     lines = (
@@ -58,7 +60,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     (folder / "pairs.jsonl").write_text(lines)
     (folder / "small.yaml").write_text(
-        f"model:\n  model_name_or_path: {folder}/base\ndata:\n  dataset_name: {folder}/pairs.jsonl\n"
+        f"model:\n  model_name_or_path: {folder}/base\n"
+        f"data:\n  dataset_name: {folder}/pairs.jsonl\n"
         "  test_split_size: 0.2\n  max_length: 128\n  max_prompt_length: 96\n"
         f"training:\n  output_dir: {folder}/run\n  global_batch_size: 8\n  eval_steps: 0.5\n"
         "output:\n  samples: 1\n  max_new_tokens: 8\n"
@@ -100,7 +103,8 @@ def licensed(run: Path, **licences: str) -> Path:
 
 
 def refused(kind: type[OrpoLiteError], do: Callable[[], object], *, code: int = 8) -> str:
-    """The message of the error that ``do`` must raise; with the command that goes on, and without the token."""
+    """The message of the error that ``do`` must raise; with the command that goes on, and without
+    the token."""
     with pytest.raises(kind) as raised:
         do()
     assert raised.value.exit_code == code
@@ -126,9 +130,15 @@ def test_an_adapter_in_one_commit_private(a_run: Path, hub: Hub) -> None:
     result = push(a_run, REPO)
     repository = hub.written[REPO]
     names = {
-        "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json",
-        "generation_config.json", "chat_template.jinja", "README.md", named,
-    }  # fmt: skip
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+        "chat_template.jinja",
+        "README.md",
+        named,
+    }
     assert repository.is_private
     assert set(repository.files) == names == set(result.files)
     assert len(repository.commits) == 1
@@ -229,7 +239,8 @@ def test_the_shards_of_a_merged_model_all_of_them(a_run: Path, hub: Hub) -> None
 
 
 def in_shards(merged: Path) -> list[str]:
-    """Two shards and an index in place of the one file of a merged model, the same tensors in each."""
+    """Two shards and an index in place of the one file of a merged model, the same tensors in
+    each."""
     names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     for name in names:
         shutil.copy(merged / "model.safetensors", merged / name)
@@ -240,7 +251,8 @@ def in_shards(merged: Path) -> list[str]:
 
 
 def test_what_an_earlier_push_left_of_ours_goes(a_run: Path, hub: Hub) -> None:
-    """Else transformers would load the old file, or the merged model and the adapter on top of it."""
+    """Else transformers would load the old file, or the merged model and the adapter on top of
+    it."""
     push(a_run, REPO, merged="original")
     theirs = {
         "mine.txt": b"1",
@@ -254,7 +266,10 @@ def test_what_an_earlier_push_left_of_ours_goes(a_run: Path, hub: Hub) -> None:
     assert set(hub.written[REPO].files) == {*result.files, *theirs}
     assert "model.safetensors" not in hub.written[REPO].files
     notes = [update.text for update in push_events(a_run, REPO) if update.kind == "note"]
-    gone = "config.json, model-00001-of-00002.safetensors, model-00002-of-00002.safetensors, model.safetensors.index.j"
+    gone = (
+        "config.json, model-00001-of-00002.safetensors, model-00002-of-00002.safetensors, "
+        "model.safetensors.index.j"
+    )
     assert f"removed files of an earlier push (still in the history): {gone}son" == notes[-1]
     assert {"config.json", "model.safetensors.index.json"}.isdisjoint(hub.written[REPO].files)
     result = push(a_run, REPO, merged="original")
@@ -292,8 +307,16 @@ def test_only_what_is_on_the_list(a_run: Path, hub: Hub) -> None:
     notes = [update.text for update in push_events(a_run, REPO) if update.kind == "note"]
     push(a_run, "someone/merged", merged="original")
     for repository in hub.written.values():
-        assert not {"train.jsonl", "optimizer.pt", "pytorch_model.bin", ".env", "run.py", "notes.txt", "notes.md",
-                    "more/tokenizer.json"} & set(repository.files)  # fmt: skip
+        assert not {
+            "train.jsonl",
+            "optimizer.pt",
+            "pytorch_model.bin",
+            ".env",
+            "run.py",
+            "notes.txt",
+            "notes.md",
+            "more/tokenizer.json",
+        } & set(repository.files)
     assert not any(
         b"private" in content for r in hub.written.values() for content in r.files.values()
     )
@@ -343,10 +366,8 @@ def test_a_file_that_says_too_much_is_not_sent(
     said = file.read_text() if file.is_file() else "{}"
     file.write_text(said + (str(a_run.resolve()) if secret == "path" else TOKEN))
     message = refused(CheckpointError, lambda: push(a_run, REPO), code=5)
-    assert (
-        f"{Path(name).name}: contains {'a path of this machine' if secret == 'path' else 'an access token'}"
-        in message
-    )
+    found = "a path of this machine" if secret == "path" else "an access token"
+    assert f"{Path(name).name}: contains {found}" in message
     assert hub.written == {}
 
 
@@ -433,15 +454,28 @@ def test_what_cannot_be_a_token_is_not_sent(
     assert hub.requests == []
 
 
-@pytest.mark.parametrize("name", ["adapter/adapter_model.safetensors", "merged/model.safetensors", "merged/config.json",
-                                  "adapter/merges.txt", "adapter/tokenizer.json", "README.md"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "adapter/adapter_model.safetensors",
+        "merged/model.safetensors",
+        "merged/config.json",
+        "adapter/merges.txt",
+        "adapter/tokenizer.json",
+        "README.md",
+    ],
+)
 def test_a_link_is_not_left_out_but_refused(a_run: Path, hub: Hub, name: str) -> None:
     file = a_run / name
     there = a_run.parent / "elsewhere"
     there.write_bytes(file.read_bytes() if file.is_file() else b"a b")
     file.unlink(missing_ok=True)
     file.symlink_to(there)
-    message = refused(CheckpointError, lambda: push(a_run, REPO, merged="original" if "merged" in name else None), code=5)  # fmt: skip  # noqa: E501
+    message = refused(
+        CheckpointError,
+        lambda: push(a_run, REPO, merged="original" if "merged" in name else None),
+        code=5,
+    )  # noqa: E501
     assert message.startswith(f"{file}: is a link")
     assert "replace it by a copy" in message
     assert not hub.asked("POST")
@@ -752,7 +786,20 @@ def test_made_by_the_attempt_whose_answer_was_lost(
 # --- a hub in trouble
 
 
-@pytest.mark.parametrize("at", ["whoami", "GET /api/models", "repos/create", "validate-yaml", "preupload", "lfs/objects", LFS, "verify", COMMITTING])  # fmt: skip  # noqa: E501
+@pytest.mark.parametrize(
+    "at",
+    [
+        "whoami",
+        "GET /api/models",
+        "repos/create",
+        "validate-yaml",
+        "preupload",
+        "lfs/objects",
+        LFS,
+        "verify",
+        COMMITTING,
+    ],
+)  # noqa: E501
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_trouble_that_passes(
     a_run: Path, hub: Hub, slept: list[float], at: str, status: int
@@ -779,7 +826,8 @@ def test_trouble_that_stays(
 def test_files_that_share_an_address_share_no_attempts(
     a_run: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each on a thread of the client's: a short trouble of all is passed over, as that of one is."""
+    """Each on a thread of the client's: a short trouble of all is passed over, as that of one
+    is."""
     sleep = time.sleep
     monkeypatch.setattr(
         time, "sleep", lambda _: sleep(0.3)
@@ -930,7 +978,18 @@ def test_a_page_that_is_not_the_hubs(a_run: Path, hub: Hub, slept: list[float]) 
 ANSWERS = [b"null", b"[]", b"{}", b'"text"', b'["text"]', b"1"]
 
 
-@pytest.mark.parametrize("at", ["whoami", "GET /api/models", "repos/create", "validate-yaml", "preupload", "lfs/objects", COMMITTING])  # fmt: skip  # noqa: E501
+@pytest.mark.parametrize(
+    "at",
+    [
+        "whoami",
+        "GET /api/models",
+        "repos/create",
+        "validate-yaml",
+        "preupload",
+        "lfs/objects",
+        COMMITTING,
+    ],
+)  # noqa: E501
 def test_an_answer_of_an_odd_type(a_run: Path, hub: Hub, slept: list[float], at: str) -> None:
     for body in ANSWERS:
         if (at, body) == ("validate-yaml", b"{}"):
@@ -946,12 +1005,22 @@ def test_an_answer_of_an_odd_type(a_run: Path, hub: Hub, slept: list[float], at:
 def test_a_whoami_of_odd_types(a_run: Path, hub: Hub) -> None:
     right = dict(hub.who)
     for odd in (
-        {"name": None}, {"name": ""}, {"orgs": {"a": 1}}, {"orgs": ["lab"]}, {"auth": "x"}, {"auth": []},
-        {"auth": {"accessToken": "x"}}, {"auth": {"accessToken": {"role": 1}}},
+        {"name": None},
+        {"name": ""},
+        {"orgs": {"a": 1}},
+        {"orgs": ["lab"]},
+        {"auth": "x"},
+        {"auth": []},
+        {"auth": {"accessToken": "x"}},
+        {"auth": {"accessToken": {"role": 1}}},
         {"auth": {"accessToken": {"role": "fineGrained", "fineGrained": {"scoped": ["x"]}}}},
         {"auth": {"accessToken": {"role": "fineGrained", "fineGrained": {"global": "repo.write"}}}},
-        {"auth": {"accessToken": {"role": "fineGrained", "fineGrained": {"scoped": [{"entity": "x"}]}}}},
-    ):  # fmt: skip
+        {
+            "auth": {
+                "accessToken": {"role": "fineGrained", "fineGrained": {"scoped": [{"entity": "x"}]}}
+            }
+        },
+    ):
         hub.who = right | odd
         assert "the answer is not from the hub (reading the account: ValueError): " in no_push(
             a_run, hub
@@ -1000,7 +1069,8 @@ def test_the_clients_patience_is_given_back(a_run: Path, hub: Hub) -> None:
 
 
 def interrupted(hub: Hub, tmp_path: Path, at: str, *arguments: str) -> tuple[int, str, float]:
-    """Exit code and complaints of a command that gets SIGINT while a request hangs, and how long it took to end."""
+    """Exit code and complaints of a command that gets SIGINT while a request hangs, and how long it
+    took to end."""
     hub.fail(at, hang=True)
     command = [sys.executable, "-m", "orpo_lite", *arguments]
     env = environment(hub, tmp_path / "home") | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
@@ -1132,7 +1202,10 @@ def test_llama_asks_for_its_name_its_notice_and_its_line(on_the_hub: Path, hub: 
     push(on_the_hub, "someone/Llama-tuned")
     files = hub.written["someone/Llama-tuned"].files
     assert files["LICENSE"].decode() == AGREEMENT
-    notice = "Llama 3.1 is licensed under the Llama 3.1 Community License, Copyright © Meta Platforms, Inc."
+    notice = (
+        "Llama 3.1 is licensed under the Llama 3.1 Community License, "
+        "Copyright © Meta Platforms, Inc."
+    )
     assert files["NOTICE"].decode().startswith(notice)
     card = ModelCard(files["README.md"].decode())
     assert "**Built with Llama**" in card.text
@@ -1198,7 +1271,11 @@ def test_licences_of_base_and_data_from_their_cards(hub: Hub) -> None:
 
 def test_a_card_changed_by_hand_is_pushed_as_it_is(a_run: Path, hub: Hub) -> None:
     card = a_run / "README.md"
-    card.write_text(card.read_text().replace("## Limits", "My own words.\n\n## Limits").replace("pipeline_tag", "language: en\npipeline_tag"))  # fmt: skip  # noqa: E501
+    card.write_text(
+        card.read_text()
+        .replace("## Limits", "My own words.\n\n## Limits")
+        .replace("pipeline_tag", "language: en\npipeline_tag")
+    )  # noqa: E501
     push(a_run, REPO, merged="original")
     pushed = ModelCard(hub.written[REPO].files["README.md"].decode())
     assert "My own words." in pushed.text

@@ -1,4 +1,5 @@
-"""What may change before a run goes on: every key of the recipe is refused with its place, or allowed and recorded."""
+"""What may change before a run goes on: every key of the recipe is refused with its place, or
+allowed and recorded."""
 
 import json
 import shlex

@@ -1,4 +1,5 @@
-"""What is known before weights load: sides from the cache, their figures, the preview, and a disk that is full."""
+"""What is known before weights load: sides from the cache, their figures, the preview, and a disk
+that is full."""
 
 import json
 import math
@@ -311,7 +312,8 @@ def uneven_rows(count: int) -> list[dict[str, str]]:
 
 
 def nearest(values: list[int], share: int) -> set[int]:
-    """The value at that share of the way from the least to the greatest, or either of two that are as near."""
+    """The value at that share of the way from the least to the greatest, or either of two that are
+    as near."""
     at, ordered = (len(values) - 1) * share / 100, sorted(values)
     if at % 1 == 0.5:
         return {ordered[math.floor(at)], ordered[math.ceil(at)]}
@@ -603,7 +605,8 @@ def test_a_folder_with_a_tokenizer_is_all_that_a_preview_needs(small_recipe: Bui
 
 
 def test_names_with_commas_and_several_names(small_recipe: Any, workspace: Path) -> None:
-    """A comma parts names, unless a file has one in its name; a run keeps them as absolute paths all the same."""
+    """A comma parts names, unless a file has one in its name; a run keeps them as absolute paths
+    all the same."""
     (workspace / "co,mma").mkdir()
     for name in ("co,mma/a,b.jsonl", "c.jsonl"):
         shutil.copy(workspace / "pairs.jsonl", workspace / name)
