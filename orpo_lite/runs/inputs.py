@@ -127,7 +127,7 @@ def _check_ids(pairs: TokenizedPairs, vocab_size: int | None) -> None:
             where=where,
             found=f"token id {largest}, but the model's embedding has {vocab_size} rows",
             expected="a tokenizer that belongs to the model",
-            fix="use the base's own tokenizer; or set vocab_size to the number of rows in the weights",
+            fix="use the base's own tokenizer; or set vocab_size to the weights' number of rows",
         )
 
 

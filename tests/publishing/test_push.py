@@ -475,7 +475,7 @@ def test_a_link_is_not_left_out_but_refused(a_run: Path, hub: Hub, name: str) ->
         CheckpointError,
         lambda: push(a_run, REPO, merged="original" if "merged" in name else None),
         code=5,
-    )  # noqa: E501
+    )
     assert message.startswith(f"{file}: is a link")
     assert "replace it by a copy" in message
     assert not hub.asked("POST")
@@ -799,7 +799,7 @@ def test_made_by_the_attempt_whose_answer_was_lost(
         "verify",
         COMMITTING,
     ],
-)  # noqa: E501
+)
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_trouble_that_passes(
     a_run: Path, hub: Hub, slept: list[float], at: str, status: int
@@ -989,7 +989,7 @@ ANSWERS = [b"null", b"[]", b"{}", b'"text"', b'["text"]', b"1"]
         "lfs/objects",
         COMMITTING,
     ],
-)  # noqa: E501
+)
 def test_an_answer_of_an_odd_type(a_run: Path, hub: Hub, slept: list[float], at: str) -> None:
     for body in ANSWERS:
         if (at, body) == ("validate-yaml", b"{}"):
@@ -1275,7 +1275,7 @@ def test_a_card_changed_by_hand_is_pushed_as_it_is(a_run: Path, hub: Hub) -> Non
         card.read_text()
         .replace("## Limits", "My own words.\n\n## Limits")
         .replace("pipeline_tag", "language: en\npipeline_tag")
-    )  # noqa: E501
+    )
     push(a_run, REPO, merged="original")
     pushed = ModelCard(hub.written[REPO].files["README.md"].decode())
     assert "My own words." in pushed.text
