@@ -283,7 +283,7 @@ def test_an_existing_run_ends_with_5_and_the_command_to_go_on(small: Callable[..
     (workspace / "run" / "recipe.yaml").write_text("a run", encoding="utf-8")
     code, _, said = small()
     assert code == 5
-    assert "training.output_dir: run: holds a run already" in said
+    assert "training.output_dir: run: already holds a run" in said
     assert "orpo-lite train --resume run" in said
     assert "training.output_dir=OTHER" in said
     assert (workspace / "run" / "recipe.yaml").read_text(encoding="utf-8") == "a run"
@@ -462,18 +462,18 @@ BAD_BASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
     "broken settings of the tokenizer": (
         lambda base: (base / "tokenizer_config.json").write_text("[]", encoding="utf-8"),
         [],
-        ["tokenizer in", "tokenizer_config.json is no JSON object", "download it again"],
+        ["tokenizer in", "tokenizer_config.json is not a JSON object", "download it again"],
     ),
     "encoder-decoder": (encoder_decoder, [], ["base", "model_type 't5' is an encoder-decoder", "decoder-only"]),
-    "code of its own": (
+    "its own code": (
         lambda base: change_config(base, auto_map={"AutoModelForCausalLM": "evil.Model"}),
         [],
-        ["base", "needs code of its own (auto_map)"],
+        ["base", "needs its own code (auto_map)"],
     ),
     "already quantised": (
         lambda base: change_config(base, quantization_config={"load_in_4bit": True}),
         [],
-        ["base", "is already quantised", "16-bit weights", "take the model that it was quantised from"],
+        ["base", "is already quantised", "16-bit weights", "use the model that it was quantised from"],
     ),
     "an unknown architecture": (
         lambda base: change_config(base, model_type="rwkv99"),

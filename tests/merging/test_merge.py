@@ -31,7 +31,7 @@ from orpo_lite.base.blocks import in_blocks, read_header, read_tensor, stored_te
 from orpo_lite.base.find import fingerprint
 from orpo_lite.errors import CheckpointError, Command, FitError, ModelError, RecipeError
 from orpo_lite.merging.merge import dequantized
-from orpo_lite.publishing.card_facts import Shown
+from orpo_lite.publishing.card_facts import CardOptions
 from orpo_lite.publishing.model_card import make_card
 from orpo_lite.recipe.schema import QuantizationSection, Recipe
 from orpo_lite.runs.folder import find_merged
@@ -463,7 +463,7 @@ def test_a_merge_of_another_adapter_is_not_used(tmp_path: Path) -> None:
     assert find_merged(path) == path / "merged"
     file = path / "adapter" / "adapter_model.safetensors"
     save_file({key: 2 * tensor for key, tensor in load_file(file).items()}, file)
-    with pytest.raises(CheckpointError, match="is of another adapter"):
+    with pytest.raises(CheckpointError, match="was made from another adapter"):
         find_merged(path)
 
 
@@ -475,7 +475,7 @@ def test_a_merge_of_another_adapter_is_not_used(tmp_path: Path) -> None:
         ({"r": None}, "r is None"),
         ({"use_rslora": True}, "use_rslora is True"),
         ({"rank_pattern": {"q_proj": 2}}, "has rank 4, its adapter_config.json says 2"),
-        ({"target_modules": None}, "names no target_modules"),
+        ({"target_modules": None}, "has no target_modules"),
         ({"alpha_pattern": {"q_proj": 3}, "lora_alpha": 8.5}, "lora_alpha is 8.5"),
     ],
 )
@@ -487,7 +487,7 @@ def test_a_config_that_is_not_the_adapter_s_is_refused(change: dict[str, Any], s
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises((CheckpointError, ModelError), match=said):
         merge(path)
-    with pytest.raises(CheckpointError, match="is of another adapter"):
+    with pytest.raises(CheckpointError, match="was made from another adapter"):
         find_merged(path)
 
 
@@ -501,7 +501,7 @@ def test_a_recipe_that_was_changed_makes_no_other_adapter(old: str, new: str, tr
     assert f"  {old}\n" in file.read_text()
     file.write_text(file.read_text().replace(f"  {old}\n", f"  {new}\n"))
     for verb in (merge, verify, lambda path: train_all(read_recipe(path), resume=True)):
-        with pytest.raises(CheckpointError, match=f"lora.{old.split(':')[0]}: .*\n.*as the run began") as raised:
+        with pytest.raises(CheckpointError, match=f"lora.{old.split(':')[0]}: .*\n.*as at the start of the run") as raised:
             verb(result.run)
         key, _, value = old.partition(": ")
         assert raised.value.fix.line == f"orpo-lite train --resume run lora.{key}={value}"
@@ -515,7 +515,7 @@ def test_where_the_base_lies_is_no_part_of_an_adapter(tmp_path: Path) -> None:
     file.write_text(json.dumps(config | {"base_model_name_or_path": "elsewhere"}))
     assert find_merged(path) == path / "merged"
     file.write_text(json.dumps(config | {"alpha_pattern": {"q_proj": 3}}))
-    with pytest.raises(CheckpointError, match="is of another adapter"):
+    with pytest.raises(CheckpointError, match="was made from another adapter"):
         find_merged(path)
 
 
@@ -550,7 +550,7 @@ def test_a_base_that_was_moved_is_found_by_its_new_place(call: Call, trained: Tr
     code, _, complaint = call("merge", str(result.run), "--base-path", "other")
     assert (code, "is not the base of this run" in complaint) == (4, True)
     assert call("merge", str(result.run), "--base-path", "nowhere")[0] == 4
-    assert "is not there any more" in call("export", str(result.run), "--to", "vllm")[1]
+    assert "does not exist any more" in call("export", str(result.run), "--to", "vllm")[1]
 
 
 @pytest.mark.parametrize("kind", ["link", "file"])
@@ -591,7 +591,7 @@ def test_a_limit_on_files_is_not_a_full_disk(tmp_path: Path) -> None:
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))\n"
         "sys.argv = ['orpo-lite', 'merge', sys.argv[1]]; commands.main()"
     )
-    assert "a file may not grow so large here" in said_where_it_does_not_fit(code, path)
+    assert "the file exceeds the size limit here" in said_where_it_does_not_fit(code, path)
 
 
 def test_a_tokenizer_that_is_lacking_is_missed_before_the_merge(tmp_path: Path) -> None:
@@ -773,10 +773,10 @@ def test_a_merged_model_is_verified_from_the_command_line(call: Call, trained: T
     assert (kept["passed"], kept["held_out"], len(kept["rows"])) == (True, True, 3)
     card = (result.run / "README.md").read_text()
     assert "Merged onto the base's own weights:\n\n| 8 held-out pairs" in card
-    assert "Merged onto what 4 bit had left of the base's weights, as in training:" in card
+    assert "Merged onto the base's weights as rounded to 4 bit in training:" in card
     merge(result.run, weights="dequantized")  # made anew, and not measured
-    make = make_card(result.run, Shown(merged="dequantized"))
-    assert "The merge, measured" not in make
+    make = make_card(result.run, CardOptions(merged="dequantized"))
+    assert "Check of the merge" not in make
     assert make_card(result.run).count("| merged |") == 1
     assert len(list((result.run / "merged").glob("*.safetensors"))) > 1
     for size in ("lots", "0", "-1GB", "5"):
@@ -861,7 +861,7 @@ def test_a_model_around_the_one_that_is_trained_is_merged_and_served_whole(
     exported = export(result.run, "vllm")
     assert f"vllm serve {merged.folder.resolve()} " in exported.command
     assert "an adapter of a part of the base" in exported.notes[0]
-    assert "vLLM does not serve this adapter as it is" in (result.run / "README.md").read_text()
+    assert "vLLM cannot serve this adapter" in (result.run / "README.md").read_text()
     file = merged.folder / "model.safetensors"
     kept = {key: tensor for key, tensor in load_file(file).items() if "vision_model.layernorm_pre" not in key}
     save_file(kept, file, metadata={"format": "pt"})
