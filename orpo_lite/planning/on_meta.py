@@ -50,10 +50,14 @@ def held_tensors(model: nn.Module) -> dict[str, list[Tensor]]:
     parts["embeddings, head, norms"] += model.buffers()
     seen: set[torch.UntypedStorage] = set()
     for name, tensors in parts.items():
-        here = (t for t in tensors if isinstance(t, Tensor) and not (t.is_meta and is_on_host(t)))
-        parts[name] = [
-            t for t in here if not (t.untyped_storage() in seen or seen.add(t.untyped_storage()))
-        ]  # type: ignore[func-returns-value]
+        parts[name] = []
+        for tensor in tensors:
+            if not isinstance(tensor, Tensor) or (tensor.is_meta and is_on_host(tensor)):
+                continue
+            storage = tensor.untyped_storage()
+            if storage not in seen:
+                seen.add(storage)
+                parts[name].append(tensor)
     return parts
 
 
