@@ -12,9 +12,10 @@ from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from orpo_lite.data.packing import Batch, Batching, PackedPairs
-from orpo_lite.ops.attention import NAME, Layout, Segment, UnsupportedError, pair_attention, using
+from orpo_lite.ops.attention import NAME, UnsupportedError, pair_attention
 from orpo_lite.ops.head import Head, chunk_rows, packed_logps, padded_logps, pick, row_logps
 from orpo_lite.ops.outputs import PairLogps, at_least_float32
+from orpo_lite.ops.segments import Layout, Segment, use_layout
 from orpo_lite.recipe.schema import MemorySection, Recipe
 
 AttentionInterface.register(NAME, pair_attention)
@@ -149,7 +150,7 @@ class PairModel(nn.Module):
         before = self.config._attn_implementation
         self.config._attn_implementation = NAME if layout else self.own_attention
         try:
-            with using(layout):
+            with use_layout(layout):
                 yield
         finally:
             self.config._attn_implementation = before

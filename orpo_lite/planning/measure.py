@@ -24,8 +24,8 @@ from orpo_lite.model.memory import NO_LEVERS, with_levers
 from orpo_lite.model.optimizer import state_bytes
 from orpo_lite.model.pair_model import PairModel
 from orpo_lite.objectives.objective import find_objective
-from orpo_lite.ops.attention import forget_rows
 from orpo_lite.ops.devices import META, is_on_host
+from orpo_lite.ops.segments import clear_row_caches
 from orpo_lite.planning.meter import LiveBytes, allocated
 from orpo_lite.planning.on_meta import Triples, blank_pairs, held_tensors, without_values
 from orpo_lite.planning.route import PlannedRoute, find_route
@@ -141,7 +141,7 @@ def measure(
         recipe: with the levers to measure.
         config: the base's, transformers'.
         triples: lengths of the pairs.
-        kind: of the device that is meant: see :func:`orpo_lite.ops.attention.device_kind`.
+        kind: of the device that is meant: see :func:`orpo_lite.ops.devices.device_kind`.
         planned: how pairs go through the model; found out where it is not given.
         models: those of earlier steps of the recipe.
     """
@@ -158,7 +158,7 @@ def measure(
     batching, objective = model.batching(recipe, pad_id=0), find_objective(recipe.loss)
     pairs = heaviest(recipe, triples, batching, in_one_row=model.route in ("shared", "packed"))
     known = [tensor for tensors in held_tensors(model).values() for tensor in tensors] + gradients
-    forget_rows()
+    clear_row_caches()
     with (
         without_values(),
         _kernels_of(recipe),

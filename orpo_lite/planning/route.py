@@ -42,7 +42,7 @@ class PlannedRoute:
 
     def apply(self, model: PairModel, kind: str) -> None:
         """Let a model on meta take this route, as on such a device."""
-        model.meant = kind
+        model.target_kind = kind
         if self.route != model.route:
             model.fall_back(self.route, self.reason)
         if self.attention:

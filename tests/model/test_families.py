@@ -27,13 +27,10 @@ from orpo_lite.objectives.orpo import orpo_loss
 from orpo_lite.ops import layers, lora
 from orpo_lite.ops.attention import (
     NAME,
-    Layout,
-    Segment,
     UnsupportedError,
-    current_layout,
     pair_attention,
-    using,
 )
+from orpo_lite.ops.segments import Layout, Segment, current_layout, use_layout
 from orpo_lite.recipe.reader import load_recipe
 from orpo_lite.recipe.schema import Recipe
 
@@ -596,7 +593,7 @@ def test_a_model_that_asks_for_a_mask_is_refused_by_name() -> None:
     for asked in [*masks, {"block_indices": torch.zeros(1)}, {"whatever comes next": 1}]:
         arguments: dict[str, Any] = {"attention_mask": None} | asked
         layout = Layout((Segment(0, 3),))
-        with using(layout), pytest.raises(UnsupportedError):
+        with use_layout(layout), pytest.raises(UnsupportedError):
             pair_attention(nn.Module(), q, q, q, **arguments)
     with pytest.raises(UnsupportedError):
         pair_attention(nn.Module(), q, q, q, None)

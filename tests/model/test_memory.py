@@ -26,11 +26,12 @@ from orpo_lite.model.memory import apply_memory_settings
 from orpo_lite.model.pair_model import PairModel
 from orpo_lite.objectives.objective import Divisors
 from orpo_lite.objectives.orpo import orpo_loss
-from orpo_lite.ops import attention as ops_attention
-from orpo_lite.ops import layers
-from orpo_lite.ops.attention import BACKENDS, Segment, Shape, _blocks, choose_backend
+from orpo_lite.ops import blockwise_attention, layers
+from orpo_lite.ops.attention import BACKENDS, choose_backend
+from orpo_lite.ops.blockwise_attention import _blocks
 from orpo_lite.ops.head import Head, packed_logps, pick, row_logps
 from orpo_lite.ops.lora import frozen_weight, lora_linear
+from orpo_lite.ops.segments import AttentionOptions, Segment
 from orpo_lite.recipe.schema import Recipe
 
 PLAIN = {
@@ -357,7 +358,7 @@ SEGMENTS = (
 )
 
 
-def plain_attention(query: Tensor, key: Tensor, value: Tensor, shape: Shape) -> Tensor:
+def plain_attention(query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
     """Softmax over a mask of the whole row, with the rule of segments written out cell by cell."""
     length = query.shape[2]
     visible = torch.zeros(length, length, dtype=torch.bool)
@@ -369,12 +370,12 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor, shape: Shape) -> 
         for row in range(segment.start, segment.stop):
             own = places.index(row)
             for position, place in enumerate(places[: own + 1]):
-                visible[row, place] = shape.window is None or own - position < shape.window
+                visible[row, place] = options.window is None or own - position < options.window
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = query @ key.transpose(-1, -2) * shape.scale
-    if shape.softcap is not None:
-        scores = shape.softcap * torch.tanh(scores / shape.softcap)
+    scores = query @ key.transpose(-1, -2) * options.scale
+    if options.softcap is not None:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
     return scores.masked_fill(~visible, -torch.inf).softmax(-1) @ value
 
 
@@ -390,14 +391,14 @@ def test_attention_back_ends_equal_the_written_out_mask(
     block: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(ops_attention, "BLOCK", block)
-    shape = Shape(0.4, window, softcap)
+    monkeypatch.setattr(blockwise_attention, "BLOCK", block)
+    options = AttentionOptions(0.4, window, softcap)
     query, key, value = drawn(1, 4, 24, 8), drawn(1, 2, 24, 8, seed=1), drawn(1, 2, 24, 8, seed=2)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return BACKENDS[backend](q, k, v, SEGMENTS, shape)
+        return BACKENDS[backend](q, k, v, SEGMENTS, options)
 
-    expected = plain_attention(query, key, value, shape)
+    expected = plain_attention(query, key, value, options)
     found = run(query, key, value)
     assert (found - expected).abs().max() < 1e-13
     wanted = torch.autograd.grad(expected.square().sum(), (query, key, value))
@@ -410,11 +411,11 @@ def test_attention_back_ends_equal_the_written_out_mask(
 
 
 def test_values_may_be_narrower_than_keys() -> None:
-    shape = Shape(0.4, None, None)
+    options = AttentionOptions(0.4, None, None)
     query, key, value = drawn(1, 2, 24, 8), drawn(1, 2, 24, 8, seed=1), drawn(1, 2, 24, 3, seed=2)
     assert choose_backend(query, value, None) == "maths"
-    found = BACKENDS["maths"](query, key, value, SEGMENTS, shape)
-    assert (found - plain_attention(query, key, value, shape)).abs().max() < 1e-13
+    found = BACKENDS["maths"](query, key, value, SEGMENTS, options)
+    assert (found - plain_attention(query, key, value, options)).abs().max() < 1e-13
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -476,10 +477,10 @@ def test_the_tests_see_a_leak(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = _blocks
 
     def leaking(segments: Any, window: Any, whole: bool) -> Any:
-        wrong = [s._replace(prefix_stop=s.start) if s.before else s for s in segments]
+        wrong = [s._replace(prefix_stop=s.start) if s.prefix_length else s for s in segments]
         return honest(wrong, window, whole)
 
     pairs = ragged_pairs(4)
     expected = step(build(**PLAIN), pairs, **PLAIN)
-    monkeypatch.setattr(ops_attention, "_blocks", leaking)
+    monkeypatch.setattr(blockwise_attention, "_blocks", leaking)
     assert not same(step(build(), pairs), expected, bound=1e-3)

@@ -20,10 +20,11 @@ from orpo_lite.model.pair_model import PairModel
 from orpo_lite.model.probe import probe
 from orpo_lite.objectives.objective import Divisors
 from orpo_lite.objectives.orpo import orpo_loss
-from orpo_lite.ops.attention import BACKENDS, Segment, Shape
+from orpo_lite.ops.attention import BACKENDS
 from orpo_lite.ops.devices import HOST, is_on_host, transfer
 from orpo_lite.ops.head import Head, row_logps
 from orpo_lite.ops.layers import HostStore
+from orpo_lite.ops.segments import AttentionOptions, Segment
 from orpo_lite.planning.meter import LiveBytes
 from orpo_lite.recipe.schema import Recipe
 
@@ -89,7 +90,7 @@ def backward_bytes(backend: str, lengths: list[int], heads: int, shared: int, wi
         torch.empty(1, *size, dtype=torch.bfloat16, device=META, requires_grad=True)
         for size in sizes
     ]
-    out = BACKENDS[backend](*qkv, segments, Shape(1.0, None, None))
+    out = BACKENDS[backend](*qkv, segments, AttentionOptions(1.0, None, None))
     grad = torch.empty_like(out)
     with LiveBytes([*qkv, out, grad]) as tracker:
         torch.autograd.grad(out, qkv, grad)
@@ -164,7 +165,7 @@ def test_a_back_end_of_a_gpu_declares_on_meta_what_it_keeps(backend: str) -> Non
         torch.empty(1, heads, length, size, device=META, requires_grad=True) for _ in range(3)
     )
     with LiveBytes([q, k, v]) as tracker:
-        out = BACKENDS[backend](q, k, v, segments, Shape(0.25, None, None))
+        out = BACKENDS[backend](q, k, v, segments, AttentionOptions(0.25, None, None))
         kept = tracker.live
         out.sum().backward()
     tensor = heads * length * size * 4
