@@ -92,16 +92,17 @@ def host_memory(size: int, device: torch.device) -> Tensor:
 
 def is_on_host(tensor: Tensor) -> bool:
     """Return whether a tensor is in host memory, or on meta represents host memory."""
+    return tensor.untyped_storage() in _host_storages if tensor.is_meta else tensor.device == HOST
 
 
 def mark_as_host(storage: torch.UntypedStorage) -> None:
-    """Let a meta storage stand for host memory."""
     """Mark a meta storage as representing host memory."""
+    _host_storages.add(storage)
 
 
 def making_host_memory() -> bool:
-    """Whether what is allocated now, on meta, stands for host memory: for whoever counts bytes."""
     """Return whether what is allocated now on meta represents host memory; byte counters ask."""
+    return _making_host_memory
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from orpo_lite.data.packing import (
 )
 from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.model.load import bare_pair_model, choose_dtype
-from orpo_lite.model.memory import NO_LEVERS, with_levers
+from orpo_lite.model.memory import NO_MEMORY_SETTINGS, with_memory_settings
 from orpo_lite.model.optimizer import state_bytes
 from orpo_lite.model.pair_model import PairModel
 from orpo_lite.objectives.objective import find_objective
@@ -123,8 +123,8 @@ class MetaModels:
         """Return the model with the recipe's levers. One that was given out before is not to be used any more."""
         layers = int(config.get_text_config().num_hidden_layers)
         if layers not in self._made:
-            self._made[layers] = bare_pair_model(recipe.with_memory(NO_LEVERS), config, dtype)
-        return with_levers(self._made[layers], recipe)
+            self._made[layers] = bare_pair_model(recipe.with_memory(NO_MEMORY_SETTINGS), config, dtype)
+        return with_memory_settings(self._made[layers], recipe)
 
 
 def measure(

@@ -17,7 +17,7 @@ from orpo_lite.base.find import Base
 from orpo_lite.data.packing import Batching, make_batch, micro_batches
 from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.errors import ModelError
-from orpo_lite.model import probe as model_probe
+from orpo_lite.model import probe_gradients, probe_values
 from orpo_lite.model.load import bare_pair_model, load_pair_model
 from orpo_lite.model.memory import apply_memory_settings
 from orpo_lite.model.pair_model import PairModel
@@ -304,7 +304,7 @@ def test_code_that_takes_no_packed_row_is_named_in_words() -> None:
     ],
 )
 def test_a_window_is_known_by_any_name(keys: dict[str, Any], window: int | None) -> None:
-    assert model_probe._smallest_window(hf.PretrainedConfig(**keys)) == window
+    assert probe_values._smallest_window(hf.PretrainedConfig(**keys)) == window
 
 
 def test_an_auxiliary_loss_is_said_to_be_left_out() -> None:
@@ -393,7 +393,7 @@ def test_a_model_that_changes_its_weights_is_refused_with_what_keeps_them(every:
 
 def test_a_model_that_sees_what_comes_after_is_refused() -> None:
     bert = hf.BertConfig(**(SIZES | IDS), is_decoder=False)
-    with pytest.raises(ModelError, match="its tokens see those that come after"):
+    with pytest.raises(ModelError, match="its tokens see later tokens"):
         probe(adapted(lambda: hf.BertLMHeadModel(bert)), 128)
 
 
@@ -560,7 +560,8 @@ def test_a_window_that_is_not_kept_is_caught(name: str, monkeypatch: pytest.Monk
         return honest(*args, **kwargs | {"sliding_window": None})
 
     hf.AttentionInterface.register(NAME, blind)
-    monkeypatch.setattr(model_probe, "_random_pairs", short_pairs)
+    monkeypatch.setattr(probe_values, "random_pairs", short_pairs)
+    monkeypatch.setattr(probe_gradients, "random_pairs", short_pairs)
     try:
         model = adapted(SHARED[name])
         probe(model, 256)
@@ -573,13 +574,13 @@ def test_a_window_that_is_not_kept_is_caught(name: str, monkeypatch: pytest.Monk
         hf.AttentionInterface.register(NAME, honest)
 
 
-random_pairs = model_probe._random_pairs
+random_pairs = probe_values.random_pairs
 
 
 def short_pairs(config: Any, lengths: list[tuple[int, int, int]]) -> list[TokenizedPair]:
     """The long pairs as they are, the others so short that no window matters."""
     return random_pairs(
-        config, [(3, 2, 3), (1, 4, 2)] if lengths[:1] == model_probe.SHORT[:1] else lengths
+        config, [(3, 2, 3), (1, 4, 2)] if lengths[:1] == probe_values.SHORT_PAIRS[:1] else lengths
     )
 
 
