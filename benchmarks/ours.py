@@ -31,7 +31,7 @@ SHAPES: dict[str, tuple[str, Any]] = {
         ),
     ),
 }  # fmt: skip
-ALL_LEVERS = {
+ALL_SETTINGS = {
     "mlp_tile": 512,
     "checkpoint_offload": True,
     "embedding_on_cpu": True,
@@ -40,7 +40,7 @@ ALL_LEVERS = {
 
 
 def recipe(**memory: Any) -> Recipe:
-    """The default recipe with these levers."""
+    """The default recipe with these memory settings."""
     tree = {
         "model": {"model_name_or_path": "none"},
         "data": {"dataset_name": "none"},

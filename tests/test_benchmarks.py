@@ -61,7 +61,7 @@ def test_live_bytes_of_a_large_vocabulary() -> None:
 @pytest.mark.parametrize("key", first_and_long(step.SHAPES))
 def test_peak_at_7b(key: str) -> None:
     config = step.SHAPES[key][1]
-    ours = step.peak_of_7b(config, step.ALL_LEVERS)
+    ours = step.peak_of_7b(config, step.ALL_SETTINGS)
     assert meets(key, ours)
     assert ours < step.peak_of_7b(config, {})
 

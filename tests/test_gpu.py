@@ -1,4 +1,4 @@
-"""What only a GPU shows: its attention kernels, streams to host memory, and that its levers change nothing."""
+"""What only a GPU shows: its attention kernels, streams to host memory, and that its memory settings change nothing."""
 
 from typing import Any
 
@@ -64,7 +64,7 @@ def step(model: PairModel, **memory: Any) -> tuple[Tensor, Tensor]:
     return loss.detach(), torch.cat([parameter.grad.flatten() for _, parameter in model.trained()])  # type: ignore[union-attr]
 
 
-LEVERS: dict[str, dict[str, Any]] = {
+MEMORY_SETTINGS: dict[str, dict[str, Any]] = {
     "offload": {"checkpoint_offload": True},
     "tiles": {"mlp_tile": 64},
     "embedding": {"embedding_on_cpu": True},
@@ -73,11 +73,11 @@ LEVERS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("lever", LEVERS)
-def test_a_lever_changes_nothing_but_roundings(lever: str) -> None:
+@pytest.mark.parametrize("setting", MEMORY_SETTINGS)
+def test_a_memory_setting_changes_nothing_but_roundings(setting: str) -> None:
     loss, gradient = step(built())
     found = [
-        step(built(**LEVERS[lever]), **LEVERS[lever]) for _ in range(2)
+        step(built(**MEMORY_SETTINGS[setting]), **MEMORY_SETTINGS[setting]) for _ in range(2)
     ]  # twice: a race would differ
     for other, grads in found:
         assert abs(other - loss) < 0.01 * loss.abs()

@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 from orpo_lite.cli.console import err, out, print_columns, print_json, protect_output
 from orpo_lite.cli.data_view import print_preview
 from orpo_lite.cli.finish import STOPPED, finish, merge_run, push_run, verify_run
-from orpo_lite.cli.plan_view import print_levers, print_plan
+from orpo_lite.cli.plan_view import print_memory_settings, print_plan
 from orpo_lite.cli.progress import draw
 from orpo_lite.cli.quiet import hush, is_first_process, quiet
 from orpo_lite.errors import Command, OrpoLiteError, RecipeError
@@ -450,4 +450,4 @@ def _print_values(recipe: "Recipe") -> None:
     print_columns(
         [("key", "value", "from"), *((k, to_text(v), recipe.sources[k]) for k, v in recipe.items())]
     )
-    print_levers(recipe)
+    print_memory_settings(recipe)

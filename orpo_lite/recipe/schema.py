@@ -334,7 +334,7 @@ class MemorySection(Section):
     """The input embedding stays in host memory; not where it is also the output head. auto, unplanned: false."""
 
     def unplanned(self) -> "MemorySection":
-        """The same with each lever that no plan has set at its plain value."""
+        """Return a copy in which settings that no plan has set have their plain values."""
         plain: dict[str, Any] = {"activation_checkpointing": "all", "mlp_tile": None}
         plain |= {"checkpoint_offload": False, "embedding_on_cpu": False}
         return self.model_copy(
@@ -352,9 +352,15 @@ class MemorySection(Section):
         return None if self.budget == "auto" else read_bytes(self.budget)
 
 
-LEVERS = (
-    "micro_batch_tokens", "head_chunk", "activation_checkpointing", "checkpoint_offload", "mlp_tile", "embedding_on_cpu"
-)  # fmt: skip  # what a plan may set where it is auto
+PLANNED_SETTINGS = (
+    "micro_batch_tokens",
+    "head_chunk",
+    "activation_checkpointing",
+    "checkpoint_offload",
+    "mlp_tile",
+    "embedding_on_cpu",
+)
+"""Keys of ``memory`` that a plan may set where they are auto."""
 
 
 class OutputSection(Section):
@@ -416,9 +422,9 @@ class Recipe(Section):
         copy._sources.update(self._sources)
         return copy
 
-    def with_memory(self, levers: Mapping[str, Any]) -> "Recipe":
+    def with_memory(self, settings: Mapping[str, Any]) -> "Recipe":
         """:meth:`override` of keys of ``memory``, named without their section."""
-        return self.override({f"memory.{key}": value for key, value in levers.items()})
+        return self.override({f"memory.{key}": value for key, value in settings.items()})
 
     def to_yaml(self, *, comments: bool = False) -> str:
         """The whole recipe as YAML; with ``comments`` each key carries its field's documentation."""

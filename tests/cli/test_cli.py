@@ -183,10 +183,10 @@ def test_dry_run_prints_every_value_whole_with_its_source_and_does_nothing(
         "--dry-run",
     )
     recipe = load_recipe("phi2-qlora", [f"data.dataset_name={long}", "lora.use_dora=true"])
-    values, _, levers = said.partition("\na step\n")
+    values, _, memory_settings = said.partition("\na step\n")
     rows = [re.split(r"  +", line) for line in values.splitlines()]
     assert code == 0
-    assert "the prompt of a pair once, 4,096 tokens a forward pass" in levers
+    assert "the prompt of a pair once, 4,096 tokens a forward pass" in memory_settings
     assert rows[0] == ["key", "value", "from"]
     assert [row[0] for row in rows[1:]] == [
         f"{section}.{key}" for section, keys in KEYS.items() for key in keys
@@ -223,7 +223,7 @@ def test_dry_run_prints_every_value_whole_with_its_source_and_does_nothing(
         ),
         (
             ["memory.head_chunk=256", "memory.mlp_tile=512"],
-            ["256 rows of logits", "512 tokens at a time through"],
+            ["256 rows of logits", "on 512 tokens at a time"],
         ),
         (["memory.checkpoint_offload=true"], ["in the backward pass from inputs in host memory"]),
         (
@@ -236,7 +236,7 @@ def test_dry_run_prints_every_value_whole_with_its_source_and_does_nothing(
         ),
     ],
 )
-def test_dry_run_says_the_levers_in_words(
+def test_dry_run_says_the_memory_settings_in_words(
     call: Call, overrides: list[str], said: list[str]
 ) -> None:
     code, printed, _ = call("train", "--recipe", "mistral-qlora", *overrides, "--dry-run")

@@ -176,7 +176,7 @@ def gradients(
 
 
 def compare(model: PairModel, route: str) -> None:
-    """All levers against padded rows with the model's own attention and logits, in float32."""
+    """All memory settings against padded rows with the model's own attention and logits, in float32."""
     pairs = ragged_pairs(6, vocab_size=98)
     expected, wanted = gradients(model, pairs, Batching(False, False, 0, 6, 0, False))
     apply_memory_settings(model, recipe(mlp_tile=16, checkpoint_offload=True))
@@ -224,7 +224,9 @@ def test_a_family_that_cannot_share_goes_alone_and_says_so(name: str) -> None:
         ),
     ],
 )
-def test_levers_that_a_model_cannot_have_are_named(make: Callable[[], Any], said: str) -> None:
+def test_memory_settings_that_a_model_cannot_have_are_named(
+    make: Callable[[], Any], said: str
+) -> None:
     model = adapted(make)
     apply_memory_settings(model, recipe(mlp_tile=16))
     assert sum(note.startswith(said) for note in model.notes) == 1, model.notes
@@ -609,7 +611,7 @@ def test_the_models_own_attention_is_as_before_after_a_step() -> None:
 
 
 def test_an_embedding_in_host_memory_keeps_its_scale() -> None:
-    """Gemma multiplies what it looks up; the lever moves the table and nothing else."""
+    """Gemma multiplies what it looks up; the memory setting moves the table and nothing else."""
     model = adapted(family("Gemma3", GEMMA | {"tie_word_embeddings": False}, "TextConfig"))
     pairs, batching = ragged_pairs(4, vocab_size=98), Batching(True, True, 120, None, 0, False)
     expected, wanted = gradients(model, pairs, batching)

@@ -1,4 +1,4 @@
-"""Every lever of ``memory`` alone and together: the same loss and the same gradient as separate plain sequences."""
+"""Every setting of ``memory`` alone and together: the same loss and the same gradient as separate plain sequences."""
 
 import random
 from collections.abc import Callable
@@ -53,7 +53,7 @@ def recipe(**memory: Any) -> Recipe:
 
 
 def build(make: Callable[[], Any] = tiny_llama, dropout: float = 0.0, **memory: Any) -> PairModel:
-    """A float64 toy with a drawn adapter and these levers; the same weights at every call."""
+    """A float64 toy with a drawn adapter and these memory settings; the same weights at every call."""
     config = LoraConfig(
         r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=dropout
     )
@@ -106,7 +106,7 @@ def same(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], bound: float =
     return all((a - b).norm() <= bound * b.norm() for a, b in zip(found, expected, strict=True))
 
 
-LEVERS: dict[str, dict[str, Any]] = {
+MEMORY_SETTINGS: dict[str, dict[str, Any]] = {
     "head in chunks of one": {"packing": True, "head_chunk": 1},
     "head in chunks": {"packing": True, "head_chunk": 7},
     "packing": {"packing": True},
@@ -132,34 +132,40 @@ LEVERS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("completion_only", [False, True])
-@pytest.mark.parametrize("lever", LEVERS)
+@pytest.mark.parametrize("setting", MEMORY_SETTINGS)
 @pytest.mark.parametrize("make", [tiny_llama, tiny_opt])
-def test_a_lever_changes_neither_loss_nor_gradient(
-    make: Callable[[], Any], lever: str, completion_only: bool
+def test_a_memory_setting_changes_neither_loss_nor_gradient(
+    make: Callable[[], Any], setting: str, completion_only: bool
 ) -> None:
     pairs = ragged_pairs(8)
     expected = step(build(make, **PLAIN), pairs, completion_only=completion_only, **PLAIN)
-    levers = PLAIN | LEVERS[lever]
+    memory_settings = PLAIN | MEMORY_SETTINGS[setting]
     assert expected[2].norm() > 0.1
     assert same(
-        step(build(make, **levers), pairs, completion_only=completion_only, **levers), expected
+        step(
+            build(make, **memory_settings),
+            pairs,
+            completion_only=completion_only,
+            **memory_settings,
+        ),
+        expected,
     )
 
 
 @pytest.mark.parametrize(
-    "lever", ["checkpoints", "tiles", "tiles in checkpoints", "checkpoints in host memory"]
+    "setting", ["checkpoints", "tiles", "tiles in checkpoints", "checkpoints in host memory"]
 )
-def test_dropout_is_rewound(lever: str) -> None:
+def test_dropout_is_rewound(setting: str) -> None:
     """The second run of a layer, or of a tile, draws the masks of its first."""
-    levers = PLAIN | LEVERS[lever]
-    model, pairs = build(dropout=0.3, **levers), ragged_pairs(4)
-    loss, _, gradient = step(model, pairs, seed=3, **levers)
+    memory_settings = PLAIN | MEMORY_SETTINGS[setting]
+    model, pairs = build(dropout=0.3, **memory_settings), ragged_pairs(4)
+    loss, _, gradient = step(model, pairs, seed=3, **memory_settings)
     name, parameter = model.trained()[1]  # a B: numerically, with the same seed
     index, change = (2, 1), 1e-6
     for sign in (1, -1):
         with torch.no_grad():
             parameter[index] += sign * change
-        moved = step(model, pairs, seed=3, **levers)[0]
+        moved = step(model, pairs, seed=3, **memory_settings)[0]
         with torch.no_grad():
             parameter[index] -= sign * change
         loss = moved if sign == 1 else loss - moved
@@ -176,7 +182,7 @@ def test_any_cut_of_a_step_gives_one_gradient(data: st.DataObject) -> None:
     pairs = ragged_pairs(6, seed=data.draw(st.integers(0, 5)))
     expected = step(build(**PLAIN), pairs, **PLAIN)
     order = data.draw(st.permutations(range(len(pairs))))
-    levers: dict[str, Any] = {
+    memory_settings: dict[str, Any] = {
         "micro_batch_tokens": data.draw(st.integers(1, 300)),
         "micro_batch_size": data.draw(st.none() | st.integers(1, 6)),
         "prompt_sharing": data.draw(st.booleans()),
@@ -186,7 +192,9 @@ def test_any_cut_of_a_step_gives_one_gradient(data: st.DataObject) -> None:
         "checkpoint_offload": data.draw(st.booleans()),
         "fused_lora": data.draw(st.booleans()),
     }
-    loss, logps, gradient = step(build(**levers), [pairs[index] for index in order], **levers)
+    loss, logps, gradient = step(
+        build(**memory_settings), [pairs[index] for index in order], **memory_settings
+    )
     assert same((loss, logps, gradient), (expected[0], expected[1][:, list(order)], expected[2]))
 
 
