@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 def print_levers(recipe: "Recipe") -> None:
     """What the keys of ``memory`` make of a step, in words; none of them changes the result."""
-    from orpo_lite.recipe.schema import LEVERS
+    from orpo_lite.recipe.schema import PLANNED_KEYS
 
     memory = recipe.memory.unplanned()
     out.print("\na step")
@@ -43,7 +43,7 @@ def print_levers(recipe: "Recipe") -> None:
         )
     if memory.embedding_on_cpu:
         out.print("  looks tokens up in host memory")
-    if free := [key for key in LEVERS if getattr(recipe.memory, key) == "auto"]:
+    if free := [key for key in PLANNED_KEYS if getattr(recipe.memory, key) == "auto"]:
         out.print(
             f"on a GPU, or with memory.budget, the plan sets {', '.join(free)}: see orpo-lite plan"
         )

@@ -28,7 +28,7 @@ from orpo_lite.planning.measure import (
 )
 from orpo_lite.planning.on_meta import Triples
 from orpo_lite.planning.route import PlannedRoute, find_route
-from orpo_lite.recipe.schema import LEVERS, Recipe
+from orpo_lite.recipe.schema import PLANNED_KEYS, Recipe
 from orpo_lite.recipe.text import gib, to_text
 
 logger = logging.getLogger(__name__)
@@ -361,7 +361,7 @@ class Planner:
         """Changes of the maths that need less, and which of them would fit; none is made by itself."""
         recipe, memory = self.recipe, self.recipe.memory
         levers: dict[str, Any] = {
-            f"memory.{name}": "auto" for name in LEVERS if getattr(memory, name) != "auto"
+            f"memory.{name}": "auto" for name in PLANNED_KEYS if getattr(memory, name) != "auto"
         }
         switches = ("packing", "prompt_sharing", "fused_lora")
         levers |= {f"memory.{name}": True for name in switches if not getattr(memory, name)}

@@ -53,7 +53,7 @@ from orpo_lite.planning.plan import plan_events
 from orpo_lite.planning.route import find_route, with_layers
 from orpo_lite.planning.search import Planner, allowances, fit
 from orpo_lite.recipe.reader import load_recipe, shipped_recipes
-from orpo_lite.recipe.schema import LEVERS, Recipe
+from orpo_lite.recipe.schema import PLANNED_KEYS, Recipe
 from orpo_lite.recipe.text import read_bytes
 from orpo_lite.runs.interrupt import Interrupted
 from orpo_lite.runs.records import read_json
@@ -348,7 +348,7 @@ def test_a_plan_is_the_same_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_plan_sets_levers_and_nothing_else() -> None:
     plans = planner()
-    assert set(plans.plan(plans.least(GPU), GPU).levers) <= set(LEVERS)
+    assert set(plans.plan(plans.least(GPU), GPU).levers) <= set(PLANNED_KEYS)
 
 
 FIXED = [{"activation_checkpointing": 3}, {"mlp_tile": None}, {"embedding_on_cpu": True}, {"head_chunk": 64},
@@ -639,7 +639,7 @@ def test_a_run_keeps_to_its_budget_and_learns_the_same(small_recipe: Callable[..
     assert [line.split(":")[0] for line in lines] == ["memory", "levers", "the largest pass"]
     kept = read_json(planned.run / "plan.json")
     assert kept["needed_bytes"] <= kept["budget_bytes"]
-    assert set(kept["levers"]) <= set(LEVERS)
+    assert set(kept["levers"]) <= set(PLANNED_KEYS)
     for row, other in zip(
         rows_without_clock(free.run), rows_without_clock(planned.run), strict=True
     ):
