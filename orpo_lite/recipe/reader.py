@@ -17,7 +17,7 @@ from orpo_lite.errors import TOKEN, Command, Overrides, RecipeError, raise_all
 from orpo_lite.recipe.checks import contradictions
 from orpo_lite.recipe.foreign import answer_unknown
 from orpo_lite.recipe.schema import KEYS, SECTIONS, Recipe
-from orpo_lite.recipe.text import BACK, DEEPER, MAX_DEPTH, Written, to_text
+from orpo_lite.recipe.text import CLOSING_TOKENS, MAX_DEPTH, OPENING_TOKENS, Written, to_text
 
 MAX_BYTES = 1 << 20  # a recipe is a page of text; anything larger is another file
 SHIPPED = Path(__file__).parents[1] / "recipes"  # in a wheel
@@ -219,7 +219,7 @@ def _nodes(text: str, where: str) -> Any:
                     expected="plain values",
                     fix="write the value out",
                 )
-            depth += isinstance(token, DEEPER) - isinstance(token, BACK)
+            depth += isinstance(token, OPENING_TOKENS) - isinstance(token, CLOSING_TOKENS)
             if depth > MAX_DEPTH:
                 raise RecipeError(
                     where=place,

@@ -562,7 +562,7 @@ MEANT: dict[str, str] = {
     "deepspeed": "nothing is sharded; leave the line out",
     "training.evaluation_strategy": "write training.eval_steps",
     "resume_from_checkpoint": "orpo-lite train --resume",
-    "lora.modules_to_save": "LoRA alone is trained",
+    "lora.modules_to_save": "only LoRA is trained",
     "overwrite_output_dir": "another training.output_dir",
     "fsdp": "nothing is sharded; leave the line out",
 }
@@ -723,7 +723,8 @@ def test_show_prints_every_key_with_its_meaning(write: Write, name: str) -> None
     for section, keys in KEYS.items():
         fields = type(getattr(recipe, section)).model_fields
         for key in keys:
-            assert f"  # {fields[key].description}\n  {key}: " in text
+            comments = text[: text.index(f"\n  {key}: ")].replace("\n  # ", " ")
+            assert comments.endswith(f" {fields[key].description}")
 
 
 # --- the shipped recipes
