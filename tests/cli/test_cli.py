@@ -16,7 +16,7 @@ from conftest import Answer, byte_tokenizer, tiny_llama, write_base
 from transformers import T5Config, T5ForConditionalGeneration
 
 from orpo_lite import errors
-from orpo_lite.recipe.reader import load_recipe, shipped_recipes
+from orpo_lite.recipe.reader import gpu_sizes, load_recipe, shipped_recipes
 from orpo_lite.recipe.schema import KEYS
 
 SCRIPT = Path(sys.executable).with_name("orpo-lite")
@@ -94,7 +94,7 @@ def test_the_version(call: Call) -> None:
 # --- recipes ls, show, cp
 
 
-def test_ls_lists_every_recipe_with_its_headline_base_and_beta(call: Call) -> None:
+def test_ls_lists_every_recipe_with_its_headline_base_beta_and_gpu(call: Call) -> None:
     code, said, _ = call("recipes", "ls")
     header, *lines = said.splitlines()
     assert code == 0
@@ -102,7 +102,8 @@ def test_ls_lists_every_recipe_with_its_headline_base_and_beta(call: Call) -> No
     assert [line.split()[0] for line in lines] == list(shipped_recipes())
     for line, (name, path) in zip(lines, shipped_recipes().items(), strict=True):
         recipe, headline = load_recipe(name), path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-        assert re.split(r"  +", line) == [name, recipe.model.model_name_or_path, f"{recipe.loss.beta:g}", headline]
+        base, beta = recipe.model.model_name_or_path, f"{recipe.loss.beta:g}"
+        assert re.split(r"  +", line) == [name, base, beta, gpu_sizes()[name], headline]
 
 
 def test_show_prints_the_whole_recipe_and_what_it_prints_is_that_recipe(call: Call, tmp_path: Path) -> None:
