@@ -9,17 +9,20 @@ os.environ["USE_HUB_KERNELS"] = "0"
 import atexit
 import json
 import random
+import resource
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
+from filelock import FileLock
 from hub_server import hub, slept  # noqa: F401 - fixtures
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
@@ -281,6 +284,53 @@ def trained(one_training: tuple[Path, list[Any], Any], workspace: Path) -> tuple
         file = workspace / "run" / name
         file.write_text(file.read_text("utf-8").replace(str(folder), str(workspace)), encoding="utf-8")
     return updates, result
+
+
+@dataclass(frozen=True)
+class DemoRun:
+    """What ``orpo-lite train --recipe demo`` left in a folder of its own; read only."""
+
+    folder: Path
+    """It holds ``runs/demo`` and ``runs/builtin``."""
+    printed: str
+    complained: str
+    seconds: float
+    """Of the processor."""
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "runs" / "demo"
+
+    @property
+    def base(self) -> Path:
+        (found,) = (self.folder / "runs" / "builtin").glob("tiny-llama-*")
+        return found
+
+
+@pytest.fixture(scope="session")
+def demo_run(shared_folder: Path) -> DemoRun:
+    """The demo as a new user runs it, trained once for all workers of this session."""
+    folder = shared_folder / "demo"
+    known = shared_folder / "demo.json"
+    with FileLock(shared_folder / "demo.lock"):
+        if not known.exists():
+            folder.mkdir()
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            command = [sys.executable, "-m", "orpo_lite", "train", "--recipe", "demo"]
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+            known.write_text(json.dumps([done.stdout, done.stderr, seconds]), encoding="utf-8")
+    return DemoRun(folder, *json.loads(known.read_text(encoding="utf-8")))
+
+
+def moved_run(demo: DemoRun, target: Path) -> None:
+    """Copy the demo's ``runs`` into another folder, as if it had been trained there."""
+    shutil.copytree(demo.folder / "runs", target / "runs")
+    for name in ("recipe.yaml", "lock.json", "adapter/adapter_config.json"):
+        file = target / "runs" / "demo" / name
+        file.write_text(file.read_text("utf-8").replace(str(demo.folder), str(target)), encoding="utf-8")
 
 
 Answer = tuple[int, str, str]
