@@ -4,7 +4,6 @@ python -m benchmarks.recipes            writes orpo_lite/recipe/gpu_sizes.json
 """
 
 import json
-from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -31,7 +30,7 @@ def gpu_size(name: str) -> str:
     config = find_config(recipe.model.model_name_or_path, "main")
     triples = worst_case(recipe.data.max_length, recipe.training.global_batch_size)
     planner = Planner(recipe, config, triples, "ampere")
-    smallest = next(gpu for gpu in GPUS if planner.best(gpu.memory, gpu) is not None)
+    smallest = next(gpu for gpu in GPUS if planner.least(gpu) <= gpu.memory)
     size = smallest.name.rpartition(", ")[2]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -45,7 +44,7 @@ def main() -> None:
     for name in shipped_recipes():
         sizes[name] = gpu_size(name)
         print(f"{name}: {sizes[name]}", flush=True)
-    Path(GPU_SIZES).write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
+    GPU_SIZES.write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

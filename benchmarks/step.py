@@ -450,7 +450,7 @@ def tables(result: dict[str, Any]) -> str:
     for title, *keys, form in RATIOS:
         values = [result.get(key.format(name)) for name in SETS for key in keys]
         lines.append(f"| {title} | {' | '.join('' if v is None else form.format(v) for v in values)} |")
-    lines += ["", "| GiB at its peak, one pair of 2 x 2,048 tokens | TRL | ours, default | ours, all levers |"]
+    lines += ["", "| GiB at its peak, one pair of 2 x 2,048 tokens | TRL | ours, default | ours, all memory settings |"]
     lines.append("|---|---|---|---|")
     for key, (name, _) in SHAPES.items():
         lines.append(f"| {name} | {' | '.join(f'{result[key + s]:.1f}' for s in ('_trl', '_default_levers', ''))} |")

@@ -91,6 +91,27 @@ def test_the_version(call: Call) -> None:
     assert call("--version") == (0, f"{__version__}\n", "")
 
 
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("orpo-lite train --recipe qwen3-8", ["qwen3-8b-qlora"]),
+        ("orpo-lite train --recipe ./mi", []),
+        ("orpo-lite plan --recipe mi", ["mistral-orpo-beta-qlora", "mistral-qlora", "mine.yaml"]),
+        ("orpo-lite train lora.lora_", ["lora.lora_alpha=", "lora.lora_dropout="]),
+        ("orpo-lite merge ", ["runs/one", "runs/two"]),
+        ("orpo-lite push runs/t", ["runs/two"]),
+        ("orpo-lite export runs/one --to g", ["gguf"]),
+    ],
+)
+def test_the_shell_completes(line: str, expected: list[str], tmp_path: Path) -> None:
+    for name in ("runs/one/recipe.yaml", "runs/two/recipe.yaml", "runs/builtin/other", "mine.yaml"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    words = {"COMP_WORDS": line, "COMP_CWORD": str(line.count(" ")), "_ORPO_LITE_COMPLETE": "complete_bash"}
+    done = subprocess.run([SCRIPT], cwd=tmp_path, env=os.environ | words, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == expected
+
+
 # --- recipes ls, show, cp
 
 

@@ -33,6 +33,7 @@ from transformers import (
     Qwen3NextConfig,
 )
 
+from benchmarks.recipes import gpu_size
 from orpo_lite import plan
 from orpo_lite.api import train_events
 from orpo_lite.base.find import Base
@@ -47,7 +48,7 @@ from orpo_lite.planning.measure import StepMemory, heaviest, measure
 from orpo_lite.planning.on_meta import META_ATTENTION, blank_pairs, held_tensors, worst_case
 from orpo_lite.planning.route import find_route, with_layers
 from orpo_lite.planning.search import Planner, fit
-from orpo_lite.recipe.reader import load_recipe, shipped_recipes
+from orpo_lite.recipe.reader import gpu_sizes, load_recipe, shipped_recipes
 from orpo_lite.recipe.schema import LEVERS, Recipe
 from orpo_lite.recipe.text import read_bytes
 from orpo_lite.runs.interrupt import Interrupted
@@ -364,6 +365,16 @@ def test_the_plan_of_a_shipped_recipe_needs_no_network(call: Call) -> None:
     assert plan["peak_bytes"] == sum(plan["parts"].values())
     assert [row["card"] for row in plan["cards"]][1:] == [gpu.name for gpu in GPUS if gpu != GPU]
     assert plan["cards"][0]["card"] == GPU.name
+
+
+SIZED = ["smollm2-135m", *(name for name in shipped_recipes() if name != "smollm2-135m")]
+
+
+@pytest.mark.parametrize("name", first_and_long(SIZED))
+def test_the_gpu_that_a_recipe_needs_is_its_plans(name: str, workspace: Path) -> None:
+    """`recipes ls` shows what ``python -m benchmarks.recipes`` wrote."""
+    assert gpu_sizes().keys() == shipped_recipes().keys()
+    assert gpu_size(name) == gpu_sizes()[name]
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
