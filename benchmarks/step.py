@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -33,18 +33,16 @@ from transformers import (
     BitsAndBytesConfig,
     LlamaConfig,
     LlamaForCausalLM,
-    MistralConfig,
     PreTrainedTokenizerFast,
-    Qwen2Config,
 )
 
 from benchmarks import lengths, peers
 from benchmarks.data import processor
-from orpo_lite.data.packing import make_batch, micro_batches, pack_pairs
-from orpo_lite.data.pair import TokenizedPair
+from benchmarks.ours import ALL_LEVERS, BATCH, SETS, SHAPES, our_step, recipe
+from orpo_lite.data.packing import pack_pairs
 from orpo_lite.model.load import bare_base, bare_pair_model, load_pair_model
 from orpo_lite.model.pair_model import PairModel
-from orpo_lite.objectives.objective import Divisors, find_objective
+from orpo_lite.objectives.objective import Divisors
 from orpo_lite.objectives.orpo import orpo_loss
 from orpo_lite.ops.devices import META
 from orpo_lite.ops.head import Head, chunk_rows, row_logps
@@ -54,27 +52,7 @@ from orpo_lite.planning.meter import LiveBytes
 from orpo_lite.planning.on_meta import META_ATTENTION, blank_pairs, held_tensors, worst_case
 from orpo_lite.recipe.schema import Recipe
 
-SETS = {"hh": "hh-rlhf", "alpaca": "alpaca-prefs"}
-BATCH = 8
 LORA = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-SHAPES: dict[str, tuple[str, Any]] = {
-    "peak_gib_mistral_7b": (
-        "Mistral-7B",
-        MistralConfig(num_key_value_heads=8, num_hidden_layers=32, vocab_size=32_000, intermediate_size=14_336),
-    ),
-    "peak_gib_llama3_8b": (
-        "Llama-3-8B",
-        LlamaConfig(num_key_value_heads=8, num_hidden_layers=32, vocab_size=128_256, intermediate_size=14_336),
-    ),
-    "peak_gib_qwen25_7b": (
-        "Qwen2.5-7B",
-        Qwen2Config(
-            hidden_size=3_584, intermediate_size=18_944, num_hidden_layers=28, num_attention_heads=28,
-            num_key_value_heads=4, vocab_size=152_064,
-        ),
-    ),
-}  # fmt: skip
-ALL_LEVERS = {"mlp_tile": 512, "checkpoint_offload": True, "embedding_on_cpu": True, "head_chunk": 256}
 GOALS = {
     "head_bytes_per_logit": "<= 0.5",
     "tokens_ratio_hh_b8": ">= 3.75",
@@ -95,12 +73,6 @@ GOALS = {
 }
 
 
-def recipe(**memory: Any) -> Recipe:
-    """The default recipe with these levers."""
-    tree = {"model": {"model_name_or_path": "none"}, "data": {"dataset_name": "none"}, "memory": memory}
-    return Recipe.model_validate(tree)
-
-
 # --- counted: tokens, bytes, FLOPs
 
 
@@ -113,15 +85,6 @@ def head_bytes_per_logit(vocab_size: int = 152_064, rows: int = 4_096, hidden_si
     with LiveBytes([module.weight, hidden, index]) as tracker:
         row_logps(hidden, index, index, Head(module), chunk_rows(vocab_size)).sum().backward()
     return tracker.peak / (rows * vocab_size)
-
-
-def step_losses(model: PairModel, pairs: Sequence[TokenizedPair], settings: Recipe) -> Iterator[torch.Tensor]:
-    """Each micro-batch's share of the loss of one optimizer step."""
-    batching, objective = model.batching(settings, pad_id=0), find_objective(settings.loss)
-    divisors = objective.divisors(pairs)
-    for chunk in micro_batches(pairs, batching):
-        batch = make_batch([pairs[index] for index in chunk], batching).to(model.device)
-        yield objective.loss(model(batch), divisors)[0]
 
 
 def storages(model: torch.nn.Module) -> list[torch.Tensor]:
@@ -274,18 +237,6 @@ def both_sides(folder: str) -> Iterator[tuple[PairModel, Any, Recipe]]:
             if parameter.requires_grad:
                 parameter.copy_(adapter[name])
     yield ours, trainer, settings
-
-
-def our_step(model: PairModel, optimizer: torch.optim.Optimizer, pairs: list[TokenizedPair], settings: Recipe) -> float:
-    """Forward, backward, clipping and the optimizer's step on one batch; the loss."""
-    total = 0.0
-    for loss in step_losses(model, pairs, settings):
-        loss.backward()
-        total += float(loss.detach())
-    torch.nn.utils.clip_grad_norm_([parameter for _, parameter in model.trained()], 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return total
 
 
 def pairs_per_second(triples: lengths.Triples, batches: int, *, grouped: bool = False) -> dict[str, float]:

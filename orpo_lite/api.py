@@ -106,7 +106,7 @@ def train_events(recipe: Recipe, *, resume: bool = False) -> Generator[Update, N
                 yield Update("note", note)
             write_texts(path / "adapter", texts)
         stop = stack.enter_context(collect_signals())
-        stack.enter_context(explain_faults(resolved, path))
+        stack.enter_context(explain_faults(resolved, inputs.base.config, path))
         going_on = _GoingOn(recipe, changed, lock) if resume else None
         return (yield from _train(resolved, inputs, path, processes, stop, going_on))
 

@@ -1,6 +1,9 @@
 """The base loaded in 4 bit with LoRA on top, as a PairModel; or built from its configuration alone."""
 
 import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from orpo_lite.model.adapter import add_lora, set_adapter
 from orpo_lite.model.memory import apply_memory_settings
 from orpo_lite.model.pair_model import PairModel
 from orpo_lite.model.quantize import bypassed_layers, compute_dtype, misshapen, quantizable, quantize, skipped_modules
-from orpo_lite.ops.devices import META, device_kind
+from orpo_lite.ops.devices import META, device_kind, is_out_of_memory
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.recipe.text import gib
 
@@ -120,13 +123,20 @@ def load_base(recipe: Recipe, base: Base, device: torch.device) -> nn.Module:
             bnb_4bit_use_double_quant=recipe.quantization.bnb_4bit_use_double_quant,
             bnb_4bit_compute_dtype=compute_dtype(recipe, dtype),
         )
+    report = _Report()
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(base.path, output_loading_info=True, **options)
+        with report.kept():
+            model, loading = AutoModelForCausalLM.from_pretrained(base.path, output_loading_info=True, **options)
     except ImportError as error:
         found = first_line(error)
         raise FitError(
             where=f"model {base.name}", found=found, fix=Overrides({"quantization.load_in_4bit": False})
         ) from error
+    except RuntimeError as error:
+        line = next((line for line in report.lines if is_out_of_memory(RuntimeError(line))), None)
+        if line is None:
+            raise
+        raise torch.OutOfMemoryError(line) from error
     except (OSError, SafetensorError) as error:
         found = f"its weights cannot be read: {first_line(error)}"
         raise ModelError(
@@ -139,3 +149,24 @@ def load_base(recipe: Recipe, base: Base, device: torch.device) -> nn.Module:
         raise ModelError(where=f"model {base.name}", found=found, expected="all of them")
     loaded: nn.Module = model
     return loaded
+
+
+class _Report(logging.Handler):
+    """What transformers logs of a loading: of a tensor that it cannot quantise it raises only that there was one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines += record.getMessage().splitlines()
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Keep what is logged while this lasts."""
+        logger = logging.getLogger("transformers.modeling_utils")
+        logger.addHandler(self)
+        try:
+            yield
+        finally:
+            logger.removeHandler(self)

@@ -30,6 +30,8 @@ class Processes:
         # No Accelerator: dtypes are ours, and another one in this process may have others, or DeepSpeed.
         self._state = PartialState(cpu=cpu or parse_flag_from_env("ACCELERATE_USE_CPU"))
         self.device: torch.device = self._state.device
+        if self.device.type == "cuda" and self.device.index is None:  # of a single process: the current one
+            self.device = torch.device("cuda", torch.cuda.current_device())
         if self.device.type == "cuda" and (self.device.index or 0) >= torch.cuda.device_count():
             raise RecipeError(
                 where="environment",

@@ -3,8 +3,9 @@
 import logging
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,16 +45,21 @@ def probe(model: PairModel, max_length: int, tokens: int = 0) -> None:
     Raises:
         ModelError: its own forward pass fails, or looks at tokens that come after.
     """
+    reasons: dict[Route, str] = {}
     with _random_adapter(model):
         own = _compare_operations(model)
-        with model.evaluating():
-            reasons = _disagreements(model, max_length, tokens)
-        routes = [route for route in ROUTES[ROUTES.index(model.route) : -1] if route not in reasons]
-        with model.without_dropout():
-            reasons |= _wrong_gradients(model, routes, own)
-    for route in ROUTES[ROUTES.index(model.route) :]:
-        if route not in reasons:
-            break
+        comparison = _Comparison(model, max_length, tokens)
+        for route in ROUTES[ROUTES.index(model.route) :]:
+            if route == "logits":
+                break
+            with model.evaluating():
+                reason = comparison.difference(route)
+            if not reason:
+                with model.without_dropout():
+                    reason = _differs(model, route, own)
+            if not reason:
+                break
+            reasons[route] = reason
     if route != model.route:
         model.fall_back(route, reasons[model.route])
     capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
@@ -208,43 +214,66 @@ def _drop_wrong_operations(model: PairModel, own: Gradient) -> None:
         model.notes.append(f"not used: {' and '.join(used)}, because {reason}")
 
 
-def _disagreements(model: PairModel, max_length: int, tokens: int) -> dict[Route, str]:
-    """Each route that differs from the model's own, and how."""
-    config = model.config.get_text_config()
-    short = _random_pairs(config, SHORT)
-    if reason := _head_differs(model, short[0]):
-        return dict.fromkeys(ROUTES[:-1], reason)
-    expected = _figures(model, short, "logits")
-    bound = _bound(model, short, expected)
-    reasons: dict[Route, str] = {}
+class _Comparison:
+    """The log-probabilities of one model by its own route, and how another route differs from them.
 
-    def compare(route: Route, pairs: list[TokenizedPair], wanted: Tensor, where: str = "") -> None:
-        if reason := _difference(model, pairs, route, wanted, bound):
-            reasons[route] = reason + where
+    Each figure is computed when it is first asked for: a plainer route is not compared where a faster one agrees.
+    """
 
-    compare("rows", short, expected)
-    packed = ROUTES[ROUTES.index(model.route) : ROUTES.index("rows")]  # of "shared" and "packed" those asked for
-    if positions_switch(config, max_length):
-        # Its position embedding depends on the longest sequence of a forward pass, so no two can share one.
-        return reasons | dict.fromkeys(packed, f"its rotary embedding changes within {max_length:,} tokens")
-    for route in packed:
-        compare(route, short, expected)
-    if "rows" in reasons:
-        return dict.fromkeys(packed, reasons["rows"]) | reasons
-    where = f" in rows of {max(tokens, max_length):,} tokens"
-    for route in packed:
-        if route in reasons:
-            continue
-        pairs = [*_long_pairs(config, max_length, tokens, share=route == "shared"), *short]
-        wanted = _figures(model, pairs, "rows")  # the head is probed, and spares the logits of all these tokens
-        compare(route, pairs, wanted, where)
-    return reasons
+    def __init__(self, model: PairModel, max_length: int, tokens: int) -> None:
+        self.model, self.max_length, self.tokens = model, max_length, tokens
+        self.config = model.config.get_text_config()
+        self.short = _random_pairs(self.config, SHORT)
+
+    def difference(self, route: Route) -> str:
+        """Return how this route, any but "logits", differs from the model's own; "" where it does not."""
+        if self._head_difference:
+            return self._head_difference
+        if route == "rows":
+            return self._rows_difference
+        if positions_switch(self.config, self.max_length):
+            # Its position embedding depends on the longest sequence of a forward pass, so no two can share one.
+            return f"its rotary embedding changes within {self.max_length:,} tokens"
+        return self._short_difference(route) or self._rows_difference or self._long_difference(route)
+
+    @cached_property
+    def _head_difference(self) -> str:
+        return _head_differs(self.model, self.short[0])
+
+    @cached_property
+    def _expected(self) -> tuple[Tensor, float]:
+        """The figures of the short pairs, and what rounding explains of a difference."""
+        figures = _figures(self.model, self.short, "logits")
+        return figures, _bound(self.model, self.short, figures)
+
+    @cached_property
+    def _rows_difference(self) -> str:
+        return self._short_difference("rows")
+
+    def _short_difference(self, route: Route) -> str:
+        expected, bound = self._expected
+        return _difference(self.model, self.short, route, expected, bound)
+
+    def _long_difference(self, route: Route) -> str:
+        """In the longest row that there is, against the rows one by one: the head has been compared by then."""
+        long, count = _long_pairs(self.config, self.max_length, self.tokens, share=route == "shared")
+        if not long:
+            return ""
+        again = count - len(long)  # of the last one: its figures are the same each time
+        short, bound = self._expected
+        rows = _figures(self.model, long, "rows")
+        expected = torch.cat([rows, *[rows[:, -1:]] * again, short], 1)
+        pairs = [*long, *long[-1:] * again, *self.short]
+        reason = _difference(self.model, pairs, route, expected, bound)
+        tokens = max(self.tokens, self.max_length)
+        return f"{reason} in rows of {tokens:,} tokens" if reason else ""
 
 
-def _long_pairs(config: Any, max_length: int, tokens: int, *, share: bool) -> list[TokenizedPair]:
-    """Pairs as long as there are, their replies short so that each of their tokens counts, until the row is full.
+def _long_pairs(config: Any, max_length: int, tokens: int, *, share: bool) -> tuple[list[TokenizedPair], int]:
+    """Return pairs as long as there are, and how many fill the row, the last one being repeated.
 
-    Among them one whose replies lie across the border of the smallest attention window.
+    Their replies are short, so that each of their tokens counts. Among them is one whose replies lie across the border
+    of the smallest attention window.
     """
     lengths = []
     if (window := _smallest_window(config)) and window + 24 < max_length:
@@ -253,11 +282,10 @@ def _long_pairs(config: Any, max_length: int, tokens: int, *, share: bool) -> li
     if max_length > 80:
         lengths.append((max_length - 24, 24, 9))
     pairs = _random_pairs(config, lengths)
-    full = sum(packed_tokens(pair, share=share) for pair in pairs)
-    while pairs and full < tokens:
-        pairs.append(pairs[-1])
-        full += packed_tokens(pairs[-1], share=share)
-    return pairs
+    if not pairs:
+        return [], 0
+    room = tokens - sum(packed_tokens(pair, share=share) for pair in pairs)
+    return pairs, len(pairs) + max(0, math.ceil(room / packed_tokens(pairs[-1], share=share)))
 
 
 @torch.no_grad()
@@ -282,16 +310,6 @@ def _difference(model: PairModel, pairs: list[TokenizedPair], route: Route, want
     except MODEL_CODE_ERRORS as error:
         return _reason(error, route)
     return "" if difference <= bound else f"log-probabilities would differ by {difference:.2g} (bound {bound:.2g})"
-
-
-def _wrong_gradients(model: PairModel, routes: Sequence[Route], own: Gradient) -> dict[Route, str]:
-    """The first of these routes if its gradient is not the model's own, and so on with the next; {} if it is."""
-    reasons: dict[Route, str] = {}
-    for route in routes:
-        if not (reason := _differs(model, route, own)):
-            break
-        reasons[route] = reason
-    return reasons
 
 
 def _differs(model: PairModel, route: Route, own: Gradient) -> str:

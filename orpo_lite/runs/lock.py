@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from orpo_lite import __version__
 from orpo_lite.base.find import is_wrapper
 from orpo_lite.errors import CheckpointError
 from orpo_lite.recipe.reader import load_recipe
@@ -64,7 +65,7 @@ def with_pinned_base(recipe: Recipe, lock: Mapping[str, Any]) -> Recipe:
 def make_lock(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
     """What the run was resolved to: enough to repeat it and to merge it."""
     return {
-        "orpo_lite": version("orpo-lite"),
+        "orpo_lite": __version__,
         "versions": {name: version(name) for name in PACKAGES},
         "python": sys.version.split()[0],
         "base": {

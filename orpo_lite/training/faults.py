@@ -1,9 +1,10 @@
 """Steps that fail: out of memory, not finite, without a deterministic kernel."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -37,13 +38,30 @@ def shrink_memory(session: Session, batch: Sequence[TokenizedPair]) -> dict[str,
     if model.checkpointed < len(model.layers):
         sizes = {"micro_batch_tokens": memory.micro_batch_tokens, "micro_batch_size": 1}
         return sizes | {"activation_checkpointing": "all"}
+    raise _lack_of_memory(
+        recipe,
+        session.inputs.base.config,
+        session.path,
+        "one pair at a time is out of memory, with all layers checkpointed",
+    )
+
+
+def _lack_of_memory(
+    recipe: Recipe, config: Any, path: Path, found: str, smaller: Mapping[str, Any] = MappingProxyType({})
+) -> FitError:
+    """Return the error of a run whose memory runs out; its fix is what ``memory`` does not do yet, and ``smaller``."""
     plain = {"checkpoint_offload": True, "mlp_tile": 512, "embedding_on_cpu": True}
-    unused = {f"memory.{key}": plain[key] for key in plain if getattr(memory, key) in (None, False, "auto")}
-    raise FitError(
-        where=f"run {session.path}",
-        found="one pair at a time is out of memory, with all layers checkpointed",
-        fix=Command(resume_command(session.path, unused).line, ", to go on from the last checkpoint")
-        if unused
+    if getattr(config.get_text_config(), "tie_word_embeddings", False):
+        del plain["embedding_on_cpu"]  # which is refused where it is the output head too
+    unused = {f"memory.{key}": plain[key] for key in plain if getattr(recipe.memory, key) in (None, False, "auto")}
+    settings = {**unused, **smaller}
+    begun = any((path / "checkpoints").glob("step-*"))
+    going_on = "go on from the last checkpoint" if begun else "begin again"
+    return FitError(
+        where=f"run {path}",
+        found=found,
+        fix=Command(resume_command(path, settings).line, f", to {going_on}; none of them changes the result")
+        if settings
         else "a shorter data.max_length in a new run; checkpoints are kept",
     )
 
@@ -65,7 +83,7 @@ def report_not_finite(session: Session, batch: Sequence[TokenizedPair], state: T
 
 
 @contextmanager
-def explain_faults(recipe: Recipe, path: Path) -> Iterator[None]:
+def explain_faults(recipe: Recipe, config: Any, path: Path) -> Iterator[None]:
     """Deterministic kernels where the recipe asks for them; what torch raises in a step, as an error with its fix.
 
     Only warned of an operation that is not deterministic, FlashAttention's backward pass would stay as it is (torch,
@@ -79,9 +97,10 @@ def explain_faults(recipe: Recipe, path: Path) -> Iterator[None]:
     except RuntimeError as error:
         if is_out_of_memory(error):
             found = f"the GPU is out of memory ({first_line(error)})"
-            settings = {"memory.checkpoint_offload": True, "memory.mlp_tile": 512, "memory.embedding_on_cpu": True}
-            advice = ", less memory.micro_batch_tokens; none of them changes the result; checkpoints are kept"
-            raise FitError(where=f"run {path}", found=found, fix=Overrides(settings, advice)) from error
+            fewer = {"memory.micro_batch_tokens": max(1, recipe.micro_batch_tokens // 2)}
+            if not recipe.memory.packing:
+                fewer = {"memory.micro_batch_size": max(1, (recipe.memory.micro_batch_size or 2) // 2)}
+            raise _lack_of_memory(recipe, config, path, found, fewer) from error
         if not deterministic or "deterministic" not in str(error):
             raise
         found = f"an operation of this model has no deterministic kernel ({str(error).split('.')[0]})"

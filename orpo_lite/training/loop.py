@@ -4,6 +4,7 @@ import signal
 from collections.abc import Generator
 
 from orpo_lite.model.held_out import evaluate
+from orpo_lite.ops.devices import is_out_of_memory
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.runs.interrupt import Interrupted
 from orpo_lite.runs.records import append_metrics
@@ -35,7 +36,12 @@ def train_steps(session: Session, state: TrainState, *, saved: bool = False) -> 
         stopping = processes.any(bool(session.signals))
         due = state.step % session.eval_every == 0 or state.step == session.steps
         if due and not stopping and state.evaluated_step != state.step:
-            yield from evaluate_step(session, state)
+            try:
+                yield from evaluate_step(session, state)
+            except RuntimeError as error:
+                if is_out_of_memory(error) and (last_save or (0,))[0] != state.step:
+                    processes.on_main(save_checkpoint, session, state)  # its steps are done
+                raise
             stopping = processes.any(bool(session.signals))
         if (due or stopping) and last_save != (state.step, state.evaluated_step):
             processes.on_main(save_checkpoint, session, state)

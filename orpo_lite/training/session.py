@@ -12,7 +12,7 @@ from orpo_lite.base.download import check_disk
 from orpo_lite.data.packing import epoch_order, steps_per_epoch
 from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.data.prepare import pair_lengths
-from orpo_lite.errors import CheckpointError
+from orpo_lite.errors import CheckpointError, Command, FitError, first_line
 from orpo_lite.model.load import choose_dtype, load_pair_model
 from orpo_lite.model.memory import checkpoint_first_layers
 from orpo_lite.model.optimizer import lr_factor, make_optimizer, whole_steps
@@ -20,7 +20,7 @@ from orpo_lite.model.pair_model import PairModel
 from orpo_lite.model.parallel import Processes
 from orpo_lite.model.probe import probe, probe_operations
 from orpo_lite.objectives.objective import Objective, find_objective
-from orpo_lite.ops.devices import device_kind
+from orpo_lite.ops.devices import device_kind, is_out_of_memory
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.runs.commands import resume_command
 from orpo_lite.runs.folder import KEPT_CHECKPOINTS
@@ -103,7 +103,18 @@ def load_session(
 ) -> Generator[Update, None, Session]:
     """Load base and adapter, probe the step on them, make the optimizer. Raises FitError, ModelError."""
     yield Update("stage", f"loading {inputs.base.name}")
-    pair_model, objective = load_pair_model(recipe, inputs.base, processes.device), find_objective(recipe.loss)
+    objective = find_objective(recipe.loss)
+    try:
+        pair_model = load_pair_model(recipe, inputs.base, processes.device)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        line = resume_command(path).line
+        raise FitError(
+            where=f"model {inputs.base.name}",
+            found=f"the GPU is out of memory before its weights are loaded ({first_line(error)})",
+            fix=Command(line, text=f"end other programs that use the GPU (nvidia-smi lists them), then: {line}"),
+        ) from error
     yield Update("stage", "probing the step on this model")
     if not recipe.memory.packing:
         probe_operations(pair_model)

@@ -7,6 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 
@@ -87,13 +88,14 @@ def accumulate(
         OutOfMemory: here or in another process.
     """
     divisors, rank = objective.divisors(batch), processes.rank
-    parts = torch.zeros(len(objective.parts), dtype=torch.float64, device=processes.device)
 
-    def run_passes() -> None:
-        """Run this process's micro-batches. There may be none in a small step.
+    def run_passes() -> torch.Tensor:
+        """Run this process's micro-batches, and return the sum of their parts. There may be none in a small step.
 
         A function, so that running out of memory leaves no tensor behind.
         """
+        parts = torch.zeros(len(objective.parts), dtype=torch.float64, device=processes.device)
+        scaler.scale(torch.zeros((), device=processes.device))  # makes its state, also where there is no pair to scale
         for number, chunk in enumerate(micro_batches(batch, batching, rank=rank, world=processes.count)):
             rows = make_batch([batch[index] for index in chunk], batching)
             seed_dropout(seed, step, number, rank)
@@ -101,17 +103,16 @@ def accumulate(
             loss, share = objective.loss(logps, divisors)
             processes.backward(scaler.scale(loss))
             parts.add_(share)  # there: to read it would wait for the device before the next batch is made
+        return parts
 
-    scaler.scale(torch.zeros((), device=processes.device))  # makes its state, also where there is no pair to scale
-    short = False
+    parts = None
     try:
-        run_passes()
+        parts = run_passes()
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        short = True
     trained = [parameter for _, parameter in model.trained()]
-    if processes.any(short):
+    if processes.any(parts is None):
         for parameter in trained:
             parameter.grad = None
         gc.collect()
@@ -119,7 +120,7 @@ def accumulate(
             torch.cuda.empty_cache()
         raise OutOfMemory
     processes.sum_gradients(trained)
-    values: list[float] = processes.sum(parts).tolist()
+    values: list[float] = processes.sum(cast(torch.Tensor, parts)).tolist()
     return values
 
 
