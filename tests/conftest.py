@@ -6,7 +6,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers that each use every cor
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["USE_HUB_KERNELS"] = "0"
 
+import ast
 import atexit
+import hashlib
 import json
 import random
 import resource
@@ -14,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -331,6 +334,31 @@ def moved_run(demo: DemoRun, target: Path) -> None:
     for name in ("recipe.yaml", "lock.json", "adapter/adapter_config.json"):
         file = target / "runs" / "demo" / name
         file.write_text(file.read_text("utf-8").replace(str(demo.folder), str(target)), encoding="utf-8")
+
+
+@pytest.fixture
+def counted_once(shared_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step is counted once for all tests: it depends on nothing but what its file is named after."""
+    from orpo_lite.planning.measure import StepMemory, measure
+
+    unread = {"model": {"model_name_or_path"}, "data": {"dataset_name"}, "training": {"output_dir"}}
+    unread |= {"memory": {"budget"}}
+
+    def remembered(recipe: Any, config: Any, triples: Any, kind: str, planned: Any = None) -> Any:
+        shape = {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
+        asked = (recipe.model_dump(exclude=unread), shape, triples.tolist(), kind, planned, torch.cuda.is_available())
+        file = shared_folder / f"{hashlib.sha256(repr(asked).encode()).hexdigest()}.step"
+        if not file.exists():
+            found = vars(measure(recipe, config, triples, kind, planned))
+            whole = file.with_suffix(f".{os.getpid()}")
+            whole.write_text(repr({key: dict(value) if key == "work" else value for key, value in found.items()}))
+            whole.replace(file)
+        found = ast.literal_eval(file.read_text())
+        return StepMemory(**found | {"work": Counter(found["work"])})
+
+    for module in [module for name, module in sys.modules.items() if name.startswith("orpo_lite.")]:
+        if getattr(module, "measure", None) is measure:
+            monkeypatch.setattr(module, "measure", remembered)
 
 
 Answer = tuple[int, str, str]

@@ -31,6 +31,7 @@ from conftest import ROOT, Answer, DemoRun, moved_run, write_base
 
 import orpo_lite
 
+pytestmark = pytest.mark.usefixtures("counted_once")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 NAMES = [str(path.relative_to(ROOT)) for path in PAGES]
 SHOWN_ONLY = ("text", "yaml", "{toctree}")
@@ -260,7 +261,8 @@ def test_the_notebooks_training_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     moved_run(demo_run, tmp_path)
     notebook = json.loads((ROOT / "docs" / "gpu.ipynb").read_text(encoding="utf-8"))
     code = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    text = "\n".join(code[1:]).replace('"smollm2-135m"', '"demo"').replace("max_steps=30", "max_steps=3")
+    text = "\n".join(code[1:]).replace("max_steps=30", 'max_steps=3", "training.eval_steps=3')
+    text = text.replace('"smollm2-135m"', '"demo"')
     Path("cells.py").write_text(text, encoding="utf-8")
     runpy.run_path("cells.py")
     assert Path("runs/notebook/merged/config.json").is_file()

@@ -1,13 +1,9 @@
 """The planner: its bytes are the real step's, its levers fit and change no result, and a shortage is survived."""
 
-import ast
-import hashlib
 import itertools
 import json
 import os
 import signal
-import sys
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,7 +40,7 @@ from orpo_lite.model.pair_model import PairModel
 from orpo_lite.planning import gpus
 from orpo_lite.planning.extrapolate import LayerExtrapolation
 from orpo_lite.planning.gpus import GPUS, local_gpu
-from orpo_lite.planning.measure import StepMemory, heaviest, measure
+from orpo_lite.planning.measure import heaviest, measure
 from orpo_lite.planning.on_meta import META_ATTENTION, blank_pairs, held_tensors, worst_case
 from orpo_lite.planning.route import find_route, with_layers
 from orpo_lite.planning.search import Planner, fit
@@ -62,27 +58,7 @@ FEW = ("training.global_batch_size=2", "memory.micro_batch_tokens=512")  # fewer
 Call = Callable[..., Answer]
 
 
-@pytest.fixture(autouse=True)
-def counted_once(shared_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step is counted once for all tests here: it depends on nothing but what its file is named after."""
-    unread = {"model": {"model_name_or_path"}, "data": {"dataset_name"}, "training": {"output_dir"}}
-    unread |= {"memory": {"budget"}}
-
-    def remembered(recipe: Recipe, config: Any, triples: Any, kind: str, planned: Any = None) -> StepMemory:
-        shape = {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
-        asked = (recipe.model_dump(exclude=unread), shape, triples.tolist(), kind, planned, torch.cuda.is_available())
-        file = shared_folder / f"{hashlib.sha256(repr(asked).encode()).hexdigest()}.step"
-        if not file.exists():
-            found = vars(measure(recipe, config, triples, kind, planned))
-            whole = file.with_suffix(f".{os.getpid()}")
-            whole.write_text(repr({key: dict(value) if key == "work" else value for key, value in found.items()}))
-            whole.replace(file)
-        found = ast.literal_eval(file.read_text())
-        return StepMemory(**found | {"work": Counter(found["work"])})
-
-    for module in [module for name, module in sys.modules.items() if name.startswith("orpo_lite.")]:
-        if getattr(module, "measure", None) is measure:
-            monkeypatch.setattr(module, "measure", remembered)
+pytestmark = pytest.mark.usefixtures("counted_once")
 
 
 def small(layers: int = 6, **changes: Any) -> LlamaConfig:
