@@ -10,7 +10,7 @@ from pathlib import Path
 import orpo_lite
 
 TARGET = Path(__file__).with_name("architecture.svg")
-WIDTH, LEFT, HIGH, GAP = 900, 60, 46, 14
+WIDTH, LEFT, HIGH, GAP, TEXT = 1000, 60, 46, 14, 360
 
 
 def read_layers() -> list[tuple[str, list[str], str]]:
@@ -43,7 +43,7 @@ def draw(layers: list[tuple[str, list[str], str]]) -> str:
     for row, (layer, modules, purpose) in enumerate(layers):
         y = 12 + row * (HIGH + GAP)
         out.append(f'<text x="38" y="{y + 28}" font-size="14" fill="#555">{layer}</text>')
-        wide = (WIDTH - LEFT - 290) / max(len(modules), 1)
+        wide = (WIDTH - LEFT - TEXT - 10) / max(len(modules), 1)
         for place, name in enumerate(modules):
             x = LEFT + place * wide
             out.append(
@@ -51,7 +51,7 @@ def draw(layers: list[tuple[str, list[str], str]]) -> str:
                 f'stroke="#4e79a7"/><text x="{x + wide / 2 - 3:.0f}" y="{y + 28}" font-size="13" '
                 f'text-anchor="middle">{escape(name)}</text>'
             )
-        out.append(f'<text x="{WIDTH - 280}" y="{y + 28}" font-size="12" fill="#555">{escape(purpose)}</text>')
+        out.append(f'<text x="{WIDTH - TEXT}" y="{y + 28}" font-size="12" fill="#555">{escape(purpose)}</text>')
     return "\n".join([*out, "</svg>"]) + "\n"
 
 
