@@ -92,7 +92,7 @@ def error_of(config: Any, settings: Recipe) -> float:
         gradients.append(parameter.grad)
     known = [tensor for tensors in held_tensors(model).values() for tensor in tensors] + gradients
     batching = model.batching(settings, pad_id=0)
-    pairs = heaviest(settings, LENGTHS, batching)
+    pairs = heaviest(settings, LENGTHS, batching, in_one_row=model.route in ("shared", "packed"))
     with LiveBytes(known) as tracker:
         loss, _ = orpo_loss(model(make_batch(pairs, batching)), Divisors(len(pairs), 1_000), beta=0.1)
         loss.backward()

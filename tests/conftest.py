@@ -344,12 +344,14 @@ def counted_once(shared_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unread = {"model": {"model_name_or_path"}, "data": {"dataset_name"}, "training": {"output_dir"}}
     unread |= {"memory": {"budget"}}
 
-    def remembered(recipe: Any, config: Any, triples: Any, kind: str, planned: Any = None) -> Any:
+    def remembered(
+        recipe: Any, config: Any, triples: Any, kind: str, planned: Any = None, models: Any = None
+    ) -> Any:
         shape = {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
         asked = (recipe.model_dump(exclude=unread), shape, triples.tolist(), kind, planned, torch.cuda.is_available())
         file = shared_folder / f"{hashlib.sha256(repr(asked).encode()).hexdigest()}.step"
         if not file.exists():
-            found = vars(measure(recipe, config, triples, kind, planned))
+            found = vars(measure(recipe, config, triples, kind, planned, models))
             whole = file.with_suffix(f".{os.getpid()}")
             whole.write_text(repr({key: dict(value) if key == "work" else value for key, value in found.items()}))
             whole.replace(file)

@@ -31,7 +31,7 @@ def print_preview(
 
 
 def _print_figures(figures: Mapping[str, Any], max_length: int) -> None:
-    from orpo_lite.data.statistics import counted
+    from orpo_lite.data.statistics import warning_lines
 
     out.print()
     for columns in figures["columns"]:
@@ -63,7 +63,7 @@ def _print_figures(figures: Mapping[str, Any], max_length: int) -> None:
         f"{lost:,} of the responses ({_share(cut['responses_without_end_share'])}) lose their end",
         cut["responses_without_end_share"] >= MUCH,
     )
-    for line in counted(figures):
+    for line in warning_lines(figures):
         _print_count(line, True)
     longer = [_share(figures[f"{side}_longer"]) for side in ("chosen", "rejected")]
     out.print(f"chosen is the longer one in {longer[0]} of the pairs, rejected in {longer[1]}")

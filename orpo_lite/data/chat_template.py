@@ -1,4 +1,4 @@
-"""Chat templates: which one, and the texts of a pair rendered with it."""
+"""Choose the chat template, and render the texts of a pair with it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from orpo_lite.data.formats.text import shared_start
+from orpo_lite.data.formats.text import common_start
 from orpo_lite.data.pair import Message, Pair
-from orpo_lite.errors import DataError, ModelError, OrpoLiteError, Overrides, RecipeError, first_line
+from orpo_lite.errors import (
+    DataError,
+    ModelError,
+    OrpoLiteError,
+    Overrides,
+    RecipeError,
+    first_line,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,77 +26,84 @@ if TYPE_CHECKING:
     from orpo_lite.recipe.schema import DataSection
 
 
-# Reasons to leave a pair out, seen when it is rendered. Behind SPECIAL stands which token.
+# Reasons to leave a pair out, found when it is rendered. SPECIAL is followed by the token.
 SPECIAL = "special token inside the text"
 REWRITTEN = "reply changed by the chat template"
 TURN_LOST = "a turn before the reply is left out by the chat template"
 TURN_CHANGED = "a turn before the reply is changed by the chat template"
 NO_BOUNDARY = "the chat template does not show where the reply begins"
 UNFAITHFUL = (REWRITTEN, TURN_LOST, TURN_CHANGED, NO_BOUNDARY)
-OWN_TEMPLATE = "a template of your own, whose file data.chat_template names"
+OWN_TEMPLATE = "set data.chat_template to a file with a template of your own"
 
 PAPER_CHAT_TEMPLATE = (  # "<|user|>\n{}</s>\n<|assistant|>\n{}</s>"
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token }}"
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token }}"
     "{% if not loop.last or add_generation_prompt %}{{ '\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
 
-# What a template is rendered with by us; data.chat_template_kwargs cannot set these.
-RESERVED = {"add_generation_prompt", "chat_template", "continue_final_message", "conversations", "messages",
-            "return_assistant_tokens_mask"}  # fmt: skip
+# These are set by this module; data.chat_template_kwargs cannot set them.
+RESERVED = {"add_generation_prompt", "chat_template", "continue_final_message", "conversations",
+            "messages", "return_assistant_tokens_mask"}  # fmt: skip
 
-# What a template may take and write.
-SECONDS = 10  # of processor time for the four texts of one pair; a template takes less than a thousandth of a second
+# The limits of a template.
+SECONDS = 10  # of processor time for the four texts of one pair; usually it takes less than 1 ms
 MEMORY = 4 << 30  # bytes of address space
-GROWTH = 16  # times its content that a text may grow to; the slack is for long system prompts
+# A text may be GROWTH times as long as its content, plus SLACK for long system prompts.
+GROWTH = 16
 SLACK = 1 << 20
 
 
 @dataclass(frozen=True)
 class Template:
-    """A template and all that it is rendered with; plain values, so that JSON can carry them to another process."""
+    """A template and its variables: plain values, which can be sent to another process as JSON."""
 
     text: str | None
     """Jinja; None joins prompt and reply as plain text (``data.chat_template: none``)."""
     variables: dict[str, Any]
     """The tokenizer's special tokens by name, and data.chat_template_kwargs."""
     special_tokens: list[str]
-    """Texts that the tokenizer takes for special tokens."""
+    """Texts that the tokenizer converts to special tokens."""
     end_tokens: list[str]
-    """Those, and added tokens that are not special: a template may end a reply with one (ChatML's <|im_end|>)."""
-    said: str
-    """The sentence that says which template it is."""
+    """Special tokens, and other added tokens that may end a reply (ChatML's <|im_end|>)."""
+    description: str
+    """A sentence that names the template."""
 
     named_tokens: list[str] = field(default_factory=list)
-    """Those with a purpose of their own: bos, eos, pad, unk."""
+    """Special tokens with a purpose of their own: bos, eos, pad, unk."""
 
     @cached_property
     def layouts(self) -> dict[tuple[str, ...], Layout | None]:
-        """How the template writes a conversation of such roles, for those that were tried."""
+        """The layouts of the sequences of roles that were tried."""
         return {}
 
     @cached_property
     def special(self) -> re.Pattern[str]:
-        """Finds a special token that no message may hold: a named one, one that the template writes, one that ends.
+        """A pattern of the special tokens that no message may contain.
 
-        Others, as <think> added for replies that hold it, are tokenised as what they are.
+        They are the named ones, those that the template writes and those that end a text. Others,
+        such as <think> that was added for replies with it, are tokenized as special tokens.
         """
         if self.text is None:
             return _any_of(self.special_tokens)
         plain = _plain_conversation(self)
-        written = [token for token in self.special_tokens if plain is None or _ENDS.fullmatch(token)]
-        written += [token for token in self.end_tokens if plain is not None and token in plain]  # special or not
+        written = [
+            token for token in self.special_tokens if plain is None or _ENDS.fullmatch(token)
+        ]
+        if plain is not None:
+            written += [token for token in self.end_tokens if token in plain]
         return _any_of([*self.named_tokens, *written])
 
     @cached_property
     def end(self) -> re.Pattern[str]:
-        """Finds a token that can end a reply."""
+        """A pattern of the tokens that can end a reply."""
         return _any_of(self.end_tokens)
 
 
-# Ends of turns and of texts, of which a base may have more than its template and its names show.
+# Ends of turns and of texts. A base may have more of them than its template and its names show.
 _ENDS = re.compile(
-    r"</s>|<[|｜]?(?:eo[a-z](?:_id)?|(?:im_)?end|end[_▁]?of[_▁]?(?:text|turn|sentence))[|｜]?>", re.IGNORECASE
+    r"</s>|<[|｜]?(?:eo[a-z](?:_id)?|(?:im_)?end|end[_▁]?of[_▁]?(?:text|turn|sentence))[|｜]?>",
+    re.IGNORECASE,
 )
 
 
@@ -99,94 +113,108 @@ def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
 
 
 class PairTexts(NamedTuple):
-    """A pair as the model will see it: prompt + chosen, prompt + rejected."""
+    """The texts that the model sees: prompt + chosen, prompt + rejected."""
 
     prompt: str
     chosen: str
     rejected: str
     end: str
-    """The special token that the template ends a reply with; empty when it writes none."""
+    """The special token with which the template ends a reply; "" if it writes none."""
     remarks: tuple[str, ...] = ()
-    """Of the names below, those that hold."""
+    """Those of the names below that apply to the pair."""
 
 
-# What a person should know of a pair that is kept: names of figures.
-MOVED_SYSTEM = "moved_systems"  # the system text stands in front of the user's: the template takes no system turn
-EMPTY_THOUGHT = "empty_thoughts"  # the template writes an empty <think> block before the reply: it is trained on
-NO_THOUGHT = "missing_thoughts"  # the generation prompt opens a <think> that the reply does not have
+# Remarks on pairs that are kept, as names of figures.
+# The system text is put in front of the user's text: the template takes no system turn.
+MOVED_SYSTEM = "moved_systems"
+# The template writes an empty <think> block before the reply, and it is trained on.
+EMPTY_THOUGHT = "empty_thoughts"
+# The generation prompt opens a <think> block that the reply does not have.
+NO_THOUGHT = "missing_thoughts"
 
 
 class Layout(NamedTuple):
-    """How a template writes a conversation of certain roles."""
+    """How a template writes a conversation with a certain sequence of roles."""
 
     moves_system: bool = False
-    """The system text has to stand in front of the first user turn's."""
+    """The system text must be put in front of the first user turn's text."""
     tails: tuple[str, str] | None = None
-    """What stands behind the last turn's text when a reply is asked for, and in front of the reply when it follows.
-    None when everything up to there is the same with and without a reply."""
+    """The text after the last turn when a reply is requested, and before a reply; None if equal."""
 
 
-Rendered = PairTexts | str | OrpoLiteError  # or the reason to leave the pair out, or what is wrong with it
+Rendered = PairTexts | str | OrpoLiteError
+"""The texts of a pair, the reason to leave it out, or an error."""
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, data: DataSection) -> Template:
-    """Choose the template that data.chat_template asks for and install it in the tokenizer, which saves it.
+    """Return the template of data.chat_template, and set it in the tokenizer, which saves it.
 
-    Raises RecipeError for a template file that cannot be read, ModelError when nothing ends a reply.
+    Raises RecipeError for a template file that cannot be read, ModelError if nothing ends a reply.
     """
-    choice, text = data.chat_template, None
-    if choice == "none":
-        said = "no chat template: prompt and response are joined as plain text"
-        eos_id(tokenizer)
-    elif choice == "auto" and tokenizer.chat_template not in (None, "", PAPER_CHAT_TEMPLATE):
-        try:
-            text = tokenizer.get_chat_template()
-        except ValueError as error:
-            raise ModelError(
-                where="tokenizer",
-                found=first_line(error),
-                expected="a default chat template",
-                fix=OWN_TEMPLATE,
-            ) from None
-        said = "the tokenizer's own chat template"
-    elif choice == "auto":
-        eos_id(tokenizer)  # the template writes it
-        text, said = (
-            PAPER_CHAT_TEMPLATE,
-            "the paper's chat template, <|user|> and <|assistant|>: the tokenizer has none",
-        )
-    elif not is_file(choice):
-        text, said = choice, "the chat template written in data.chat_template"
-    else:
-        text, said = template_file(choice), f"the chat template of {choice}"
+    text, description = _choose_template(tokenizer, data)
     if text is not None:
         tokenizer.chat_template = text
-        if "strftime_now" in text and "date_string" not in data.chat_template_kwargs:
-            said += " (it writes today's date; data.chat_template_kwargs can fix one)"
     if taken := RESERVED & data.chat_template_kwargs.keys():
+        allowed = {k: v for k, v in data.chat_template_kwargs.items() if k not in taken}
         raise RecipeError(
             where="data.chat_template_kwargs",
             found=f"sets {', '.join(sorted(taken))}",
             expected=f"other names than {', '.join(sorted(RESERVED))}",
-            fix=Overrides(
-                {"data.chat_template_kwargs": {k: v for k, v in data.chat_template_kwargs.items() if k not in taken}}
-            ),
+            fix=Overrides({"data.chat_template_kwargs": allowed}),
         )
     variables = {**tokenizer.special_tokens_map, **data.chat_template_kwargs}
     special, ends = _end_texts(tokenizer)
     named = [str(token) for token in tokenizer.special_tokens_map.values()]
-    if text is None and isinstance(tokenizer.chat_template, str):  # it is not rendered, but says which tokens are marks
-        special = [token for token in special if token in named or token in tokenizer.chat_template]
-    return Template(text, variables, special, ends, said, named)
+    own_template = tokenizer.chat_template
+    if text is None and isinstance(own_template, str):
+        # The template is not rendered, but it shows which tokens are markers.
+        special = [token for token in special if token in named or token in own_template]
+    return Template(text, variables, special, ends, description, named)
+
+
+def _choose_template(
+    tokenizer: PreTrainedTokenizerBase, data: DataSection
+) -> tuple[str | None, str]:
+    """Return the text of the template (None: plain text) and a sentence that names it."""
+    choice = data.chat_template
+    if choice == "none":
+        eos_id(tokenizer)
+        return None, "no chat template: prompt and response are joined as plain text"
+    if choice == "auto" and tokenizer.chat_template not in (None, "", PAPER_CHAT_TEMPLATE):
+        text, description = _own_template(tokenizer), "the tokenizer's own chat template"
+    elif choice == "auto":
+        eos_id(tokenizer)  # the template writes it
+        text = PAPER_CHAT_TEMPLATE
+        names = "<|user|> and <|assistant|>"
+        description = f"the paper's chat template, {names}: the tokenizer has none"
+    elif is_file(choice):
+        text, description = template_file(choice), f"the chat template of {choice}"
+    else:
+        text, description = choice, "the chat template written in data.chat_template"
+    if "strftime_now" in text and "date_string" not in data.chat_template_kwargs:
+        description += " (it writes today's date; data.chat_template_kwargs can fix one)"
+    return text, description
+
+
+def _own_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    try:
+        return str(tokenizer.get_chat_template())
+    except ValueError as error:
+        raise ModelError(
+            where="tokenizer",
+            found=first_line(error),
+            expected="a default chat template",
+            fix=OWN_TEMPLATE,
+        ) from None
 
 
 def is_file(choice: str) -> bool:
-    """Whether data.chat_template names a file."""
+    """Return whether data.chat_template names a file."""
     return choice not in ("auto", "none") and "{%" not in choice and "{{" not in choice
 
 
 def template_file(choice: str) -> str:
-    """The text of the template file that data.chat_template names. Raises RecipeError when it cannot be read."""
+    """Return the text of a template file. Raises RecipeError if it cannot be read."""
     try:
         return Path(choice).expanduser().read_text("utf-8")
     except (OSError, ValueError) as error:
@@ -199,7 +227,7 @@ def template_file(choice: str) -> str:
 
 
 def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The tokenizer's eos. Raises ModelError when it has none."""
+    """Return the id of the tokenizer's eos token. Raises ModelError if it has none."""
     if tokenizer.eos_token_id is None:
         raise ModelError(
             where="tokenizer",
@@ -211,24 +239,26 @@ def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _end_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[str]]:
-    """The special tokens, and with them the added ones that look like marks: not words, not runs of spaces."""
+    """Return the special tokens, and these with the added tokens that are not words or spaces."""
     added = list(tokenizer.added_tokens_decoder.values())
-    special = {str(token) for token in tokenizer.all_special_tokens} | {t.content for t in added if t.special}
-    marks = {t.content for t in added if t.content.strip() and not t.content.strip().isalnum()}
-    return sorted(special), sorted(special | marks)
+    special = {str(token) for token in tokenizer.all_special_tokens}
+    special |= {token.content for token in added if token.special}
+    texts = {token.content for token in added}
+    markers = {text for text in texts if text.strip() and not text.strip().isalnum()}
+    return sorted(special), sorted(special | markers)
 
 
 def special_in(texts: Iterable[str], special: re.Pattern[str]) -> str:
-    """The reason to leave such texts out, with the first special token that they hold; "" when they hold none."""
+    """Return the reason to leave texts out, with the first special token in them; "" if none."""
     found = next(filter(None, map(special.search, texts)), None)
     return f"{SPECIAL}: {found.group()}" if found else ""
 
 
 def pair_texts(pair: Pair, template: Template) -> PairTexts | str:
-    """The texts of a pair, or why it is left out. Raises ModelError and DataError, placed at the pair."""
+    """Return the texts of a pair, or the reason to leave it out. Raises ModelError, DataError."""
     if template.text is None:
         return _joined(pair, template.special)
-    # It would be tokenised as the token: an end in mid-response, or a turn that nobody took.
+    # A special token in a text would act as one: an end within the response, or another turn.
     replies = (pair.chosen, pair.rejected)
     contents = (*replies, *(turn["content"] for turn in pair.messages))
     if reason := special_in(contents, template.special):
@@ -245,73 +275,79 @@ def pair_texts(pair: Pair, template: Template) -> PairTexts | str:
             where=pair.where,
             found="the chat template leaves out the reply",
             expected="the reply in the text",
-            fix=f"{OWN_TEMPLATE}, and which shows the assistant's turns",
+            fix=f"{OWN_TEMPLATE} that shows the assistant's turns",
         )
     prompt, head = _prompt_and_head(asked, before, layout)
     if prompt is None:
         return NO_BOUNDARY
-    if not _holds(prompt, turns):
+    if not _contains_turns(prompt, turns):
         return TURN_CHANGED
     end = template.end.search(after)
     if end and (reason := special_in(contents, re.compile(re.escape(end.group())))):
         return reason
-    # What the template writes after the end token is not the model's to say.
-    kept = after[: end.end()] if end else ""
-    whole = []
+    # The model does not have to write what follows the end token.
+    tail = after[: end.end()] if end else ""
+    rendered = []
     for reply in replies:
         text = render([*turns, _reply(reply)], template, pair.where)
         body = text[len(head) : len(text) - len(after)]
-        # Some templates strip the reply; one that rewrites it would teach what nobody chose.
-        if not (text.startswith(head) and text.endswith(after) and body.rstrip().endswith(reply.strip())):
+        # Some templates strip the reply. A changed reply would teach what nobody chose.
+        is_complete = text.startswith(head) and text.endswith(after)
+        if not is_complete or not body.rstrip().endswith(reply.strip()):
             return REWRITTEN
-        whole.append(body + kept)
-    chosen, rejected = whole
+        rendered.append(body + tail)
     remarks = []
-    if layout.moves_system and any(turn["role"] == "system" and turn["content"].strip() for turn in pair.messages):
+    systems = [turn["content"] for turn in pair.messages if turn["role"] == "system"]
+    if layout.moves_system and any(map(str.strip, systems)):
         remarks.append(MOVED_SYSTEM)
     if not all("<think>" in reply for reply in replies):
-        remarks += _thoughts(asked[len(prompt) :], before[len(head) :])
+        remarks += _thought_remarks(asked[len(prompt) :], before[len(head) :])
+    chosen, rejected = rendered
     return PairTexts(prompt, chosen, rejected, end.group() if end else "", tuple(remarks))
 
 
 def _prompt_and_head(asked: str, before: str, layout: Layout) -> tuple[str, str] | tuple[None, str]:
-    """The prompt as the model is asked with it, and the text of the same turns when a reply follows; None: unknown.
+    """Return the prompt when a reply is requested, and the text of the same turns before a reply.
 
-    Without the rest of the generation prompt: some templates open a <think> there that the reply does not have.
+    The prompt is None if it is unknown. It ends before the rest of the generation prompt, where
+    some templates open a <think> block that the reply does not have.
     """
     if layout.tails is None:
-        prompt = shared_start(asked, before)
+        prompt = common_start(asked, before)
         return prompt, prompt
     if not (asked.endswith(layout.tails[0]) and before.endswith(layout.tails[1])):
         return None, ""
-    shared = len(shared_start(*layout.tails))
+    shared = len(common_start(*layout.tails))
     beyond = [len(tail) - shared for tail in layout.tails]
     return asked[: len(asked) - beyond[0]], before[: len(before) - beyond[1]]
 
 
-def _thoughts(opened: str, written: str) -> list[str]:
-    """The remark on a reply without thoughts, from what stands behind the prompt: when asked, and before a reply."""
+def _thought_remarks(opened: str, written: str) -> list[str]:
+    """Return the remark on a reply without thoughts, from the texts between prompt and reply."""
     if "</think>" in written:
         return [EMPTY_THOUGHT]
-    return [NO_THOUGHT] if "<think>" in opened and "</think>" not in opened else []
+    is_open = "<think>" in opened and "</think>" not in opened
+    return [NO_THOUGHT] if is_open else []
 
 
 def _layout(pair: Pair, template: Template) -> Layout | None:
-    """How the template writes turns of such roles; None when it leaves one out.
+    """Return the layout of a pair's sequence of roles; None if the template leaves a turn out.
 
-    Tried with a word in the place of each text, once for each sequence of roles: templates may trim a text, escape it,
-    move it, or take the thoughts out of it.
+    It is found once for each sequence, with one word in the place of each text: templates may trim
+    a text, escape it, move it, or remove the thoughts from it.
     """
     roles = tuple(turn["role"] for turn in pair.messages)
     if roles not in template.layouts:
-        turns = [{"role": role, "content": f"turn{i}of{len(roles)}"} for i, role in enumerate(roles)]
+        turns = [
+            {"role": role, "content": f"turn{i}of{len(roles)}"} for i, role in enumerate(roles)
+        ]
         template.layouts[roles] = _try_layout(turns, template, pair.where)
     return template.layouts[roles]
 
 
 def _try_layout(turns: Sequence[Message], template: Template, where: str) -> Layout | None:
-    """The layout of the turns as they are, else with the system text moved: templates drop it, or raise an error."""
-    found: Layout | None = Layout()  # where all fails, the pair itself is rendered, and says why
+    """Return the layout of the turns, with the system text moved if the template needs that."""
+    found: Layout | None = Layout()  # if all attempts fail, rendering the pair raises the error
     for moves, tried in ((False, turns), (True, _system_moved(turns))):
         if moves and tried == turns:
             break
@@ -322,9 +358,9 @@ def _try_layout(turns: Sequence[Message], template: Template, where: str) -> Lay
             raise
         except ModelError:
             continue
-        if not _holds(asked.casefold(), tried):
+        if not _contains_turns(asked.casefold(), tried):
             found = None
-        elif _holds(shared_start(asked, before).casefold(), tried):
+        elif _contains_turns(common_start(asked, before).casefold(), tried):
             return Layout(moves)
         else:
             last = tried[-1]["content"]
@@ -333,7 +369,7 @@ def _try_layout(turns: Sequence[Message], template: Template, where: str) -> Lay
 
 
 def _system_moved(turns: Sequence[Message]) -> list[Message]:
-    """The turns without system turns: their texts stand in front of the text of the user turn that follows."""
+    """Return the turns with each system text in front of the text of the next user turn."""
     kept: list[Message] = []
     held: list[str] = []
     for turn in turns:
@@ -347,10 +383,10 @@ def _system_moved(turns: Sequence[Message]) -> list[Message]:
     return kept if not held else [*turns]
 
 
-def _holds(text: str, turns: Iterable[Message]) -> bool:
-    """Whether each turn stands in the text, in order.
+def _contains_turns(text: str, turns: Iterable[Message]) -> bool:
+    """Return whether a text contains all turns in order.
 
-    Some templates write the system text further down, and leave out the thoughts of earlier replies.
+    Some templates write the system text further down, or leave out the thoughts of earlier replies.
     """
     at = 0
     for turn in turns:
@@ -365,7 +401,7 @@ def _holds(text: str, turns: Iterable[Message]) -> bool:
 
 
 def _plain_conversation(template: Template) -> str | None:
-    """A conversation without anything special in it, rendered; None where the template renders none."""
+    """Return a rendered conversation without special tokens in it; None if the template fails."""
     turns = [{"role": role, "content": "a"} for role in ("system", "user", "assistant", "user")]
     for tried in (turns, turns[1:], turns[1:3]):
         try:
@@ -377,7 +413,7 @@ def _plain_conversation(template: Template) -> str | None:
     return None
 
 
-_MARK = "\ue0fe"  # private use: stands where the reply will stand
+_MARK = "\ue0fe"  # a private-use character in the place of the reply
 
 
 def _reply(content: str) -> Message:
@@ -385,12 +421,14 @@ def _reply(content: str) -> Message:
 
 
 def _joined(pair: Pair, special: re.Pattern[str]) -> PairTexts | str:
-    """Prompt and reply as they stand. The person may have written a template's tokens into the prompt; a reply may
-    end with a token, but not hold one."""
+    """Return prompt and replies unchanged, for data.chat_template: none.
+
+    The prompt may contain a template's tokens. A reply may end with one, but not contain one.
+    """
     if pair.prompt_text is None:
         raise DataError(
             where=pair.where,
-            found="a conversation, and data.chat_template: none joins plain texts",
+            found="a conversation, but data.chat_template: none joins plain texts",
             expected="a prompt that is one text",
             fix=Overrides({"data.chat_template": "auto"}),
         )
@@ -404,8 +442,12 @@ def _joined(pair: Pair, special: re.Pattern[str]) -> PairTexts | str:
     return PairTexts(pair.prompt_text, chosen, rejected, "")
 
 
-def render(messages: Iterable[Message], template: Template, where: str, generation: bool = False) -> str:
-    from transformers.utils.chat_template_utils import render_jinja_template  # what apply_chat_template calls
+def render(
+    messages: Iterable[Message], template: Template, where: str, generation: bool = False
+) -> str:
+    """Return the rendered messages. Raises ModelError and BeyondLimitsError."""
+    # apply_chat_template calls this function.
+    from transformers.utils.chat_template_utils import render_jinja_template
 
     turns = list(messages)
     try:
@@ -418,13 +460,15 @@ def render(messages: Iterable[Message], template: Template, where: str, generati
     except TimeoutError:
         raise too_long(where) from None
     except MemoryError:
-        raise BeyondLimitsError(where, f"the chat template takes more than {MEMORY >> 30} GiB of memory") from None
+        raise BeyondLimitsError(
+            where, f"the chat template takes more than {MEMORY >> 30} GiB of memory"
+        ) from None
     except Exception as error:  # a template can raise anything
         raise ModelError(
             where=where,
             found=f"the chat template raises {type(error).__name__}: {error}",
             expected="a template that renders these turns",
-            fix=f"{OWN_TEMPLATE}, and which takes such turns; or mend the row",
+            fix=f"{OWN_TEMPLATE} that accepts such turns, or correct the row",
         ) from None
     if len(texts[0]) > SLACK + GROWTH * sum(len(turn["content"]) for turn in turns):
         raise BeyondLimitsError(where, f"the chat template writes {len(texts[0]):,} characters")
@@ -432,11 +476,18 @@ def render(messages: Iterable[Message], template: Template, where: str, generati
 
 
 def too_long(where: str) -> BeyondLimitsError:
-    return BeyondLimitsError(where, f"the chat template takes more than {SECONDS} seconds of processor time")
+    return BeyondLimitsError(
+        where, f"the chat template takes more than {SECONDS} seconds of processor time"
+    )
 
 
 class BeyondLimitsError(ModelError):
-    """A template that takes too long or writes too much: the first pair that shows it is the last one rendered."""
+    """A template takes too long or writes too much. No further pair is rendered."""
 
     def __init__(self, where: str, found: str) -> None:
-        super().__init__(where=where, found=found, expected="a template that renders these turns", fix=OWN_TEMPLATE)
+        super().__init__(
+            where=where,
+            found=found,
+            expected="a template that renders these turns",
+            fix=OWN_TEMPLATE,
+        )

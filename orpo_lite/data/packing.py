@@ -1,4 +1,4 @@
-"""From tokenized pairs to the batches of one optimizer step: which pairs, in which order, in which tensors."""
+"""Build the batches of one optimizer step from tokenized pairs: their order and their tensors."""
 
 import hashlib
 import math
@@ -18,26 +18,36 @@ from orpo_lite.data.pair import TokenizedPair, common_prefix
 @dataclass(frozen=True)
 class _Tensors:
     def to(self, device: torch.device) -> Self:
-        """The same batch on another device."""
+        """Return the batch on another device."""
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+        return replace(
+            self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+        )
 
 
 @dataclass(frozen=True)
 class PairBatch(_Tensors):
-    """P pairs as R = 2P right-padded rows of T tokens: the chosen rows, then the rejected rows in the same order."""
+    """P pairs as R = 2P right-padded rows of T tokens.
+
+    The chosen rows come first, then the rejected rows in the same order.
+    """
 
     input_ids_RT: Tensor
     attention_RT: Tensor
-    """1 at tokens, 0 at padding; by position, never by id, for pad is often eos."""
+    """1 at tokens, 0 at padding. Set by position, never by id: pad is often eos."""
     response_RT: Tensor
     """True at the tokens of the response."""
     counted_RT: Tensor
     """True at the tokens that the NLL counts (chosen rows)."""
 
 
-def pad_pairs(pairs: Sequence[TokenizedPair], *, pad_id: int, completion_only_loss: bool) -> PairBatch:
-    """Pad pairs to the longest of their sequences. ``completion_only_loss`` leaves the prompt out of the NLL."""
+def pad_pairs(
+    pairs: Sequence[TokenizedPair], *, pad_id: int, completion_only_loss: bool
+) -> PairBatch:
+    """Return pairs padded to the longest of their sequences.
+
+    ``completion_only_loss`` leaves the prompt out of the NLL.
+    """
     rows = [(pair.chosen_ids, pair.chosen_start) for pair in pairs]
     rows += [(pair.rejected_ids, pair.rejected_start) for pair in pairs]
     width = max(len(ids) for ids, _ in rows)
@@ -55,23 +65,34 @@ def pad_pairs(pairs: Sequence[TokenizedPair], *, pad_id: int, completion_only_lo
 
 @dataclass(frozen=True)
 class PackedPairs(_Tensors):
-    """P pairs as one row of T tokens without padding; each pair is [common prefix | chosen rest | rejected rest]."""
+    """P pairs as one row of T tokens without padding.
+
+    Each pair is [common prefix | chosen rest | rejected rest].
+    """
 
     input_ids_T: Tensor
     position_ids_T: Tensor
-    """Each token's place in its own sequence: those of the rejected rest go on where the prefix ends."""
+    """Each token's position in its own sequence. The rejected rest continues after the prefix."""
     segments: tuple[tuple[int, int, int, int], ...]
-    """(start, stop, prefix_start, prefix_stop): tokens start:stop see the prefix and, causally, themselves."""
+    """(start, stop, prefix_start, prefix_stop).
+
+    Tokens start:stop attend to the prefix and, causally, to themselves.
+    """
     rows_N: Tensor
-    """Which tokens' hidden states are scored; the last one of a prefix twice, for it predicts both replies' first."""
+    """The tokens whose hidden states are scored.
+
+    The last one of a prefix is in it twice: it predicts the first token of both replies.
+    """
     targets_N: Tensor
-    """What each of them predicts."""
+    """The token that each of them predicts."""
     spans: tuple[tuple[int, ...], ...]
-    """How the scored rows of each pair lie: see :class:`orpo_lite.ops.head.Spans`."""
+    """The layout of the scored rows of each pair: see :class:`orpo_lite.ops.head.Spans`."""
 
 
-def pack_pairs(pairs: Sequence[TokenizedPair], *, completion_only_loss: bool, share: bool) -> PackedPairs:
-    """Lay pairs end to end. ``share`` keeps the tokens that both sequences of a pair begin with once."""
+def pack_pairs(
+    pairs: Sequence[TokenizedPair], *, completion_only_loss: bool, share: bool
+) -> PackedPairs:
+    """Return pairs end to end. ``share``: a pair's common prefix is in the row once."""
     ids: list[NDArray[Any]] = []
     positions: list[NDArray[Any]] = []
     rows: list[NDArray[Any]] = []
@@ -85,12 +106,18 @@ def pack_pairs(pairs: Sequence[TokenizedPair], *, completion_only_loss: bool, sh
         ids += [chosen, rejected[prefix:]]
         positions += [np.arange(len(chosen)), np.arange(prefix, len(rejected))]
         segments += [(start, middle, 0, 0), (middle, stop, start, start + prefix)]
-        # The row before a token predicts it. Scored: from the first row that a sum needs to the one before the last.
+        # The row before a token predicts it. Scored are the rows from the first that a sum needs to
+        # the one before the last.
         chosen_row, rejected_row = max(pair.chosen_start, 1) - 1, max(pair.rejected_start, 1) - 1
         nll_row = chosen_row if completion_only_loss else 0
         fork = max(prefix - 1, 0)  # the row that predicts the first token of both rests
-        first, first_w, first_l = min(nll_row, rejected_row, fork), max(nll_row, fork), max(rejected_row, fork)
-        scored = (np.arange(first, fork), np.arange(first_w, len(chosen) - 1), np.arange(first_l, len(rejected) - 1))
+        first = min(nll_row, rejected_row, fork)
+        first_w, first_l = max(nll_row, fork), max(rejected_row, fork)
+        scored = (
+            np.arange(first, fork),
+            np.arange(first_w, len(chosen) - 1),
+            np.arange(first_l, len(rejected) - 1),
+        )
         in_rejected = np.where(scored[2] < prefix, scored[2], scored[2] - prefix + len(chosen))
         rows += [start + scored[0], start + scored[1], start + in_rejected]
         targets += [chosen[scored[0] + 1], chosen[scored[1] + 1], rejected[scored[2] + 1]]
@@ -98,21 +125,28 @@ def pack_pairs(pairs: Sequence[TokenizedPair], *, completion_only_loss: bool, sh
         starts = (max(row - part, 0) for row, rest in froms for part in (first, rest))
         spans.append((*map(len, scored), *starts))
         start = stop
-    tensors = (torch.from_numpy(np.concatenate(parts).astype(np.int64)) for parts in (ids, positions, rows, targets))
+    tensors = (
+        torch.from_numpy(np.concatenate(parts).astype(np.int64))
+        for parts in (ids, positions, rows, targets)
+    )
     ids_T, positions_T, rows_N, targets_N = tensors
-    kept = tuple(segment for segment in segments if segment[1] > segment[0])  # one reply may begin the other
+    # A segment is empty if one reply is the beginning of the other.
+    kept = tuple(segment for segment in segments if segment[1] > segment[0])
     return PackedPairs(ids_T, positions_T, kept, rows_N, targets_N, tuple(spans))
 
 
 def nll_tokens(pair: TokenizedPair, *, completion_only_loss: bool) -> int:
-    """How many tokens of the pair the NLL counts; the first token of a sequence is predicted by nothing."""
+    """Return the number of tokens in the pair's NLL. Nothing predicts a sequence's first token."""
     start = max(pair.chosen_start, 1) if completion_only_loss else 1
     return len(pair.chosen_ids) - start
 
 
 @lru_cache(maxsize=1)
 def epoch_order(count: int, *, seed: int, epoch: int) -> tuple[int, ...]:
-    """A shuffle of ``range(count)`` that depends on (seed, epoch) alone: no generator state, no library version."""
+    """Return a shuffle of ``range(count)`` that depends only on seed and epoch.
+
+    It uses no generator state and no library, whose version could change it.
+    """
 
     def rank(index: int) -> bytes:
         return hashlib.blake2b(f"{seed}:{epoch}:{index}".encode(), digest_size=16).digest()
@@ -121,22 +155,25 @@ def epoch_order(count: int, *, seed: int, epoch: int) -> tuple[int, ...]:
 
 
 def steps_per_epoch(count: int, global_batch_size: int) -> int:
-    """Optimizer steps that one pass over ``count`` pairs takes; the last one may be smaller."""
+    """Return the optimizer steps of one pass over ``count`` pairs. The last one may be smaller."""
     return math.ceil(count / global_batch_size)
 
 
 @dataclass(frozen=True)
 class Batching:
-    """How a step's pairs are cut into forward passes. It never changes the sum of their losses."""
+    """How a step's pairs are divided into forward passes. The sum of their losses is the same."""
 
     packed: bool
-    """Pairs end to end without padding; else padded rows."""
+    """True: pairs end to end without padding. False: padded rows."""
     share: bool
-    """The common prefix of a pair once; packed only."""
+    """The common prefix of a pair is computed once. Only if packed."""
     tokens: int
-    """At most so many in one packed forward pass; a longer pair goes alone."""
+    """The maximum number of tokens in one packed forward pass. A longer pair has its own pass."""
     pairs: int | None
-    """At most so many pairs in one forward pass; None: as many as the tokens allow, and one in padded rows."""
+    """The maximum number of pairs in one forward pass.
+
+    None: as many as ``tokens`` allows if packed, else one.
+    """
     pad_id: int
     completion_only_loss: bool
 
@@ -145,7 +182,7 @@ Batch = PairBatch | PackedPairs
 
 
 def make_batch(pairs: Sequence[TokenizedPair], batching: Batching) -> Batch:
-    """One forward pass over these pairs."""
+    """Return the batch of one forward pass over these pairs."""
     only = batching.completion_only_loss
     if batching.packed:
         return pack_pairs(pairs, completion_only_loss=only, share=batching.share)
@@ -155,32 +192,40 @@ def make_batch(pairs: Sequence[TokenizedPair], batching: Batching) -> Batch:
 def micro_batches(
     pairs: Sequence[TokenizedPair], batching: Batching, *, rank: int = 0, world: int = 1
 ) -> list[list[int]]:
-    """This process's share of a step's pairs, in micro-batches of indices; a function of its arguments alone.
+    """Return the micro-batches of this process, as indices into a step's pairs.
 
-    Packed: first-fit decreasing, so that few passes hold all pairs. Padded: similar lengths together.
+    Packed pairs are placed by first-fit decreasing, so that there are few passes. Padded pairs are
+    grouped by length. The result depends only on the arguments.
     """
     share = range(len(pairs))[rank::world]
     if not batching.packed:
         size = batching.pairs or 1
-        widths = {index: max(len(pairs[index].chosen_ids), len(pairs[index].rejected_ids)) for index in share}
+        widths = {
+            index: max(len(pairs[index].chosen_ids), len(pairs[index].rejected_ids))
+            for index in share
+        }
         ordered = sorted(share, key=widths.__getitem__)
         return [ordered[start : start + size] for start in range(0, len(ordered), size)]
     lengths = {index: packed_tokens(pairs[index], share=batching.share) for index in share}
     bins: list[list[int]] = []
-    room: list[int] = []
+    free: list[int] = []  # tokens
     for index in sorted(share, key=lambda index: (-lengths[index], index)):
         most = batching.pairs or len(pairs)
-        fits = (i for i, free in enumerate(room) if lengths[index] <= free and len(bins[i]) < most)
-        place = next(fits, len(bins))
+        fitting = (
+            i for i, members in enumerate(bins) if lengths[index] <= free[i] and len(members) < most
+        )
+        place = next(fitting, len(bins))
         if place == len(bins):
             bins.append([])
-            room.append(batching.tokens)
+            free.append(batching.tokens)
         bins[place].append(index)
-        room[place] -= lengths[index]
+        free[place] -= lengths[index]
     return bins
 
 
 def packed_tokens(pair: TokenizedPair, *, share: bool) -> int:
-    """Tokens of a pair that go through the model."""
-    shared = common_prefix(np.asarray(pair.chosen_ids), np.asarray(pair.rejected_ids)) if share else 0
-    return len(pair.chosen_ids) + len(pair.rejected_ids) - shared
+    """Return the number of tokens of a pair that go through the model."""
+    total = len(pair.chosen_ids) + len(pair.rejected_ids)
+    if not share:
+        return total
+    return total - common_prefix(np.asarray(pair.chosen_ids), np.asarray(pair.rejected_ids))

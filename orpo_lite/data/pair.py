@@ -1,4 +1,4 @@
-"""A row, a pair of replies and a pair of token sequences."""
+"""Define a row, a pair of replies and a pair of token sequences."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 Message = dict[str, str]  # {"role": system, user or assistant, "content": text}
 Row = Mapping[str, Any]
 
+# Our names of columns.
 COLUMNS = (
     "prompt",  # what the reply answers: a text, or a list of messages
     "chosen",  # the better and the worse reply, or the whole conversations that end with them
@@ -24,13 +25,13 @@ COLUMNS = (
     "conversation",  # the messages before the reply
     "history",  # turns before those: messages, or [[user, assistant], ...]
     "input",  # alpaca: what the instruction is about
-    "completions",  # any number of answers: {response, overall_score}, {answer, rank}, or plain texts
+    "completions",  # any number of answers: {response, overall_score}, {answer, rank}, or texts
     "scores",  # the texts' scores, the highest the best, or their ranks, 1 the best
     "ranks",
     "response_a",  # two answers, and the name of the better one
     "response_b",
     "better",
-    "preference_strength",  # in place of better: below 0, the first one is; above 0, the second
+    "preference_strength",  # instead of better: below 0 for the first, above 0 for the second
 )
 
 # Reasons to leave a pair out.
@@ -44,24 +45,33 @@ UNJUDGED = "no verdict"
 
 
 class NotJson(float):
-    """NaN or an infinity, which JSON does not have and Python writes all the same: a fault only where it is read."""
+    """NaN or an infinity. JSON has none, but Python writes them. Only reading it is an error."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
     """Two replies to one conversation."""
 
-    messages: tuple[Message, ...]  # everything before the reply
-    chosen: str  # the last reply only
+    messages: tuple[Message, ...]
+    """Everything before the reply."""
+    chosen: str
+    """The last reply only."""
     rejected: str
-    where: str  # "pairs.jsonl:12" or "train[11]", for error messages
-    prompt_text: str | None = None  # the prompt as plain text, when the row held text: for data.chat_template=none
-    drop: str | None = None  # why this pair cannot be trained on, when its row already shows it
-    beside: bool = False  # its row says more than is read here: reasoning beside a message, tools, images
+    where: str
+    """The place of the row, "pairs.jsonl:12" or "train[11]", for error messages."""
+    prompt_text: str | None = None
+    """The prompt as plain text, if the row has it: for data.chat_template=none."""
+    drop: str | None = None
+    """The reason to leave this pair out, if its row already shows it."""
+    has_unread: bool = False
+    """The row has content that is not read, such as reasoning, tools or images."""
 
 
 class RowError(DataError):
-    """A fault of one row: counted and left out, up to ``data.max_bad_rows``. Any other fault stops the command."""
+    """An error of one row. The row is counted and left out, up to ``data.max_bad_rows``.
+
+    Any other error stops the command.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,17 +80,24 @@ class TokenizedPair:
 
     chosen_ids: Sequence[int] | NDArray[numpy.int32]
     rejected_ids: Sequence[int] | NDArray[numpy.int32]
-    chosen_start: int  # index of the first response token
+    chosen_start: int
+    """The index of the first response token."""
     rejected_start: int
     where: str
-    prompt: bytes = b""  # split.prompt_key: the held-out side is split by it
-    chosen_cut: int = 0  # tokens beyond data.max_length
+    prompt: bytes = b""
+    """split.prompt_key. Pairs are held out by prompt."""
+    chosen_cut: int = 0
+    """The number of tokens beyond data.max_length."""
     rejected_cut: int = 0
-    remarks: tuple[str, ...] = ()  # what the chat template did to the pair, by the names of the figures
+    remarks: tuple[str, ...] = ()
+    """What the chat template changed, as names of figures (``statistics.WARNINGS``)."""
 
 
 def common_prefix(one: NDArray[numpy.int32], other: NDArray[numpy.int32]) -> int:
-    """How many tokens two sequences begin with in common; prompt, boundary and shared openings of replies alike."""
+    """Return the number of tokens that two sequences share at their start.
+
+    It includes the prompt, the boundary and a common opening of the replies.
+    """
     shorter = min(len(one), len(other))
     differ = (one[:shorter] != other[:shorter]).nonzero()[0]
     return int(differ[0]) if len(differ) else shorter

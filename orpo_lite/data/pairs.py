@@ -1,6 +1,6 @@
-"""Sets to pairs: read row by row, filtered as in the paper. Needs no tokenizer.
+"""Read datasets row by row and convert them to pairs, filtered as in the paper. Needs no tokenizer.
 
-Nothing is held in memory but what is asked for: a set may be larger than that. Every pair left out is counted.
+Rows are streamed: a dataset may be larger than the memory. Every pair that is left out is counted.
 """
 
 from __future__ import annotations
@@ -15,32 +15,41 @@ from contextlib import suppress
 from itertools import chain, islice, pairwise
 from typing import Any, NoReturn
 
-from orpo_lite.data.formats.column_map import LOOK, first_with, found_columns, held_columns, lacking_columns, mapped_row
-from orpo_lite.data.formats.columns import ColumnProfile, map_line
+from orpo_lite.data.formats.column_map import (
+    DETECTION_ROWS,
+    apply_column_map,
+    column_map_setting,
+    first_rows_with,
+    missing_columns,
+    present_columns,
+    source_columns,
+)
+from orpo_lite.data.formats.columns import ColumnProfile
 from orpo_lite.data.formats.detect import Detected, detect_format, is_known
-from orpo_lite.data.formats.names import plain_name, shown
-from orpo_lite.data.formats.text import says_nothing
-from orpo_lite.data.formats.values import is_blank, kind_of
+from orpo_lite.data.formats.names import join_names, plain_name
+from orpo_lite.data.formats.text import is_absent
+from orpo_lite.data.formats.values import is_blank, value_type
 from orpo_lite.data.pair import EMPTY_CHOSEN, EMPTY_REJECTED, Pair, Row, RowError
-from orpo_lite.data.sources.source import Source, names_line
+from orpo_lite.data.sources.source import Source, dataset_name_setting
 from orpo_lite.errors import SHOWN, DataError, Overrides, raise_all, reworded
 from orpo_lite.recipe.schema import DataSection
 
-# Reasons to leave a pair out, beside those of pair.py: the paper's, Appendix C.
+# Reasons to leave a pair out, in addition to those of pair.py. The paper's, Appendix C:
 EQUAL = "chosen and rejected are equal"
-# And ours: such a prompt asks for nothing, or was put together wrongly.
+# And ours: such a prompt asks for nothing, or was assembled wrongly.
 EMPTY_PROMPT = "empty prompt"
 BLANK = "blank row"
-SAID_TWICE = "the same turn twice in a row"
+REPEATED_TURN = "the same turn twice in a row"
 FAULTY = "a fault in the row"
 
-LATER = {"system", "history", "input"}  # what may stand in some rows alone: the others read the same without it
-PLACES = 3  # places kept of each reason to leave a pair out
-MAY_BE_BAD = 3  # rows of a set that may hold a fault, whatever share of it they are
+# Columns that may be filled in some rows only: the other rows are read the same without them.
+OPTIONAL_COLUMNS = {"system", "history", "input"}
+MAX_PLACES = 3  # places that are kept for each reason to leave a pair out
+ALLOWED_BAD_ROWS = 3  # rows of a dataset that may have errors, whatever share of it they are
 
 
 class Drops:
-    """Pairs left out: how many for each reason, and where the first ones stand."""
+    """Count the pairs that are left out, by reason, and keep the places of the first ones."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -49,55 +58,57 @@ class Drops:
     def add(self, reason: str, where: str) -> None:
         """Count a pair."""
         self.counts[reason] += 1
-        if self.counts[reason] <= PLACES:
+        if self.counts[reason] <= MAX_PLACES:
             self.places.setdefault(reason, []).append(where)
 
     def raise_nothing_left(self, name: str, hints: Mapping[str, str] | None = None) -> NoReturn:
-        """Raise DataError with the table of reasons; ``hints`` has the fix for some of them."""
+        """Raise DataError with the table of reasons. ``hints``: reason -> fix, for some of them."""
         table = "".join(
-            f"\n  {count:>8}  {reason} (first {self.places[reason][0]})" for reason, count in self.counts.items()
+            f"\n  {count:>8}  {reason} (first {self.places[reason][0]})"
+            for reason, count in self.counts.items()
         )
-        most = self.counts.most_common(1)[0][0]
+        most_frequent = self.counts.most_common(1)[0][0]
         raise DataError(
             where=name,
             found=f"every pair was left out:{table}",
             expected="pairs to train on",
-            fix=(hints or {}).get(most, "mend the data, or its limits"),
+            fix=(hints or {}).get(most_frequent, "correct the data, or change its limits"),
         )
 
 
 class PairReader:
-    """The pairs of one side, training or held out, as an iterator; what was found on the way stands in the attributes.
+    """Iterate over the pairs of one split, and collect what was found in the attributes.
 
-    Iterating raises DataError at the start for an unknown format, and at the end for faults of a file (all of them at
-    once), for more faulty rows in a set than data.max_bad_rows, and for a set of which nothing is left; HubError when
-    the hub does not deliver. ``data.max_samples`` takes the first rows of each set, before anything is left out.
+    Iterating raises DataError at the start for an unknown format. At the end it raises DataError
+    for the errors of files (all of them at once), for more rows with errors in a dataset than
+    data.max_bad_rows, and if no pair is left. It raises HubError if the hub does not deliver.
+    ``data.max_samples`` limits each dataset to its first rows, before anything is left out.
     """
 
     def __init__(self, data: DataSection, sources: Sequence[Source]) -> None:
         self.data, self.sources = data, sources
-        self._map = data.columns
+        self._column_map = data.columns
         self.detected: list[str] = []
-        """For each set, the sentence that says which format was read, and why."""
+        """For each dataset, the sentence with the detected format and the reason."""
         self.columns: list[dict[str, Any]] = []
-        """For each set, its format, the columns that were ``read``, our name to theirs, and the others."""
+        """For each dataset, its format, the columns that are read (our name -> theirs) and not."""
         self.remarks = Counter[str]()
-        """How many of the pairs hold what a person should look at, by the names of the figures."""
+        """The number of pairs with a property that a person should check, by names of figures."""
         self.rows: list[int] = []
-        """For each set, the rows read."""
+        """For each dataset, the number of rows read."""
         self.drops = Drops()
         self.bad_rows: list[RowError] = []
-        """The faults of the rows that are left out."""
+        """The errors of the rows that are left out."""
         self._digest = hashlib.sha256()
 
     @property
     def read(self) -> int:
-        """Rows read."""
+        """The number of rows read."""
         return sum(self.rows)
 
     @property
     def sha256(self) -> str:
-        """Of what the pairs so far say, in order; where they were read from does not count."""
+        """The sha256 of the content of the pairs so far, in order. Their places do not count."""
         return self._digest.hexdigest()
 
     def __iter__(self) -> Iterator[Pair]:
@@ -105,7 +116,7 @@ class PairReader:
         kept = 0
         for source in self.sources:
             for pair in self._pairs(source, faults):
-                if reason := pair.drop or _drop_reason(pair):
+                if reason := _reason_to_drop(pair):
                     self.drops.add(reason, pair.where)
                 else:
                     kept += 1
@@ -117,104 +128,135 @@ class PairReader:
             self.drops.raise_nothing_left(", ".join(source.name for source in self.sources))
 
     def find(self, place: str) -> tuple[Pair, str | None]:
-        """The pair at a place, and why it would be left out, if it would. Raises DataError."""
+        """Return the pair at a place, and the reason to leave it out or None. Raises DataError.
+
+        A place that is longer or shorter by leading folders is accepted if it is unambiguous.
+        """
         faults: list[DataError] = []
-        near: list[Pair] = []
-        alike: list[Pair] = []
+        ends_of_place: list[Pair] = []
+        ending_with_place: list[Pair] = []
         first = ""
         for source in self.sources:
             for pair in self._pairs(source, faults):
                 first = first or pair.where
                 if pair.where == place:
-                    return pair, pair.drop or _drop_reason(pair)
+                    return pair, _reason_to_drop(pair)
                 if place.endswith(f"/{pair.where}"):
-                    near.append(pair)
+                    ends_of_place.append(pair)
                 if pair.where.endswith(f"/{place}"):
-                    alike.append(pair)
-        if len(alike) > 1:
+                    ending_with_place.append(pair)
+        if len(ending_with_place) > 1:
             raise DataError(
                 where=place,
-                found=f"no such row, but {len(alike)} that end so",
+                found=f"no such row, but {len(ending_with_place)} rows whose places end so",
                 expected="the whole place",
-                fix=" or ".join(pair.where for pair in alike[:PLACES]),
+                fix=" or ".join(pair.where for pair in ending_with_place[:MAX_PLACES]),
             )
-        if near := near or alike:
-            pair = max(near, key=lambda pair: len(pair.where))  # sub/p.jsonl:3 rather than p.jsonl:3
-            return pair, pair.drop or _drop_reason(pair)
-        raise_all([fault for fault in [*self.bad_rows, *faults] if fault.where.partition(", field ")[0] == place])
+        if similar := ends_of_place or ending_with_place:
+            # sub/p.jsonl:3 rather than p.jsonl:3
+            pair = max(similar, key=lambda pair: len(pair.where))
+            return pair, _reason_to_drop(pair)
+        errors = [*self.bad_rows, *faults]
+        raise_all([error for error in errors if error.where.partition(", field ")[0] == place])
+        raise self._no_row(place, first)
+
+    def _no_row(self, place: str, first: str) -> DataError:
         names = ", ".join(source.name for source in self.sources)
         limit = self.data.max_samples
-        found = f"no such row in {names}" + (f", of which data.max_samples reads the first {limit:,}" if limit else "")
-        raise DataError(
-            where=place, found=found, expected="a place as messages name it", fix=f"--row {first}, which is the first"
+        only = f", of which data.max_samples reads the first {limit:,}" if limit else ""
+        return DataError(
+            where=place,
+            found=f"no such row in {names}{only}",
+            expected="a place as messages print it",
+            fix=f"--row {first}, which is the first",
         )
 
     def _pairs(self, source: Source, faults: list[DataError]) -> Iterator[Pair]:
-        """The pairs of one set, before any is left out; the faults of its rows in their order."""
-        broken: list[DataError] = []  # rows that cannot be read: those of the first rows are read before their turn
-        rows = ((len(broken), place) for place in islice(source.rows(broken), self.data.max_samples))
-        looked_at = list(islice(rows, LOOK))
-        first = [place for _, place in looked_at]
-        if all(is_blank(value) for _, row in first for value in row.values()):
+        """Yield the pairs of one dataset, before any is left out.
+
+        The errors of its files go to ``faults``, in the order of the rows.
+        """
+        # Errors of rows that cannot be read. The first rows are read before their turn, so each row
+        # has the number of errors before it.
+        broken: list[DataError] = []
+        rows = ((len(broken), row) for row in islice(source.rows(broken), self.data.max_samples))
+        first_rows = list(islice(rows, DETECTION_ROWS))
+        examined = [row for _, (_, row) in first_rows]
+        if all(is_blank(value) for row in examined for value in row.values()):
             raise_all([*faults, *broken])
             raise DataError(
                 where=source.name,
-                found="no rows" if not first else "no rows that hold anything",
+                found="no rows" if not examined else "no rows with content",
                 expected="at least one preference pair",
                 fix="check data.dataset_name",
             )
         try:
-            looked = [row for _, row in first]
-            looked += first_with(source, lacking_columns(self.data, looked), self.data.max_samples)
-            columns = found_columns(self.data, looked)
-            listed = {ours: self._map[ours] for ours in columns}
-            profile = [mapped_row(row, listed) for row in looked]
-            detected = self._detect(profile, columns)
-            self._refuse_anothers(source, looked, columns, detected)
+            missing = missing_columns(self.data, examined)
+            examined += first_rows_with(source, missing, self.data.max_samples)
+            columns = present_columns(self.data, examined)
+            column_map = {ours: self._column_map[ours] for ours in columns}
+            mapped_rows = [apply_column_map(row, column_map) for row in examined]
+            detected = self._detect(mapped_rows, columns)
+            self._refuse_wrong_map(source, examined, columns, detected)
         except DataError as fault:
-            raise_all([*faults, self._of_set(fault, source), *broken])
+            raise_all([*faults, self._name_dataset(fault, source), *broken])
             raise
-        named = f", in {source.name}" if len(self.sources) > 1 else ""
+        suffix = f", in {source.name}" if len(self.sources) > 1 else ""
         self.detected.append("")
         self.columns.append({})
         self.rows.append(0)
-        names = {key: None for row in looked for key in row}
-        held = held_columns(listed, looked)
-        self._say(f"{detected.sentence}{named}", detected, held, names)
-        seen = {key for row in profile for key, value in row.items() if not is_blank(value)}
-        moved, read = 0, 0
+        names = {key: None for row in examined for key in row}
+        theirs = source_columns(column_map, examined)
+        self._record(f"{detected.sentence}{suffix}", detected, theirs, names)
+        filled = {key for row in mapped_rows for key, value in row.items() if not is_blank(value)}
+        sorted_errors, read = 0, 0
         bad: list[RowError] = []
-        for before, (where, row) in chain(looked_at, rows):
-            _sort(broken[moved:before], bad, faults)
-            moved = before
+        for errors_before, (where, row) in chain(first_rows, rows):
+            _sort(broken[sorted_errors:errors_before], bad, faults)
+            sorted_errors = errors_before
             self.rows[-1] += 1
-            mapped = mapped_row(row, listed)
-            if late := [key for key, value in mapped.items() if key not in seen and not is_blank(value)]:
-                seen.update(late)
+            mapped = apply_column_map(row, column_map)
+            new = [
+                key for key, value in mapped.items() if key not in filled and not is_blank(value)
+            ]
+            if new:
+                filled.update(new)
                 names.update(dict.fromkeys(row))
                 try:
-                    detected = self._detect_again(detected, profile, mapped, columns, late, where)
+                    detected = self._detect_again(
+                        detected, mapped_rows, mapped, columns, new, where
+                    )
                 except DataError as fault:
-                    raise_all([*faults, self._of_set(fault, source)])
+                    raise_all([*faults, self._name_dataset(fault, source)])
                     raise
-                self._say(f"{detected.sentence}{named}", detected, held, names)
+                self._record(f"{detected.sentence}{suffix}", detected, theirs, names)
+            if all(map(is_blank, mapped.values())):
+                yield Pair((), "", "", where, drop=BLANK)
+                continue
+            read += 1
             try:
-                blank = all(map(is_blank, mapped.values()))
-                read += not blank
-                yield Pair((), "", "", where, drop=BLANK) if blank else detected.read(mapped, where)
+                yield detected.read(mapped, where)
             except RowError as fault:
                 bad.append(fault)
-        _sort(broken[moved:], bad, faults)
-        lost = sum(isinstance(fault, RowError) for fault in broken)
-        self.rows[-1] += lost
-        read += lost
-        self._judge(bad, read, source, detected, faults)
+        _sort(broken[sorted_errors:], bad, faults)
+        unreadable = sum(isinstance(fault, RowError) for fault in broken)
+        self.rows[-1] += unreadable
+        self._check_bad_rows(bad, read + unreadable, source, detected, faults)
 
-    def _say(
-        self, sentence: str, detected: Detected, held: Mapping[str, Collection[str]], names: Collection[str]
+    def _record(
+        self,
+        sentence: str,
+        detected: Detected,
+        source_names: Mapping[str, Collection[str]],
+        names: Collection[str],
     ) -> None:
-        """Note what is known by now of the set that is being read."""
-        theirs = {ours: held.get(column, [column]) for ours, column in detected.columns.items()}
+        """Record what is known of the dataset that is being read.
+
+        ``source_names``: our name -> the dataset's columns; ``names``: all its columns.
+        """
+        theirs = {
+            ours: source_names.get(column, [column]) for ours, column in detected.columns.items()
+        }
         others = [name for name in names if name not in chain.from_iterable(theirs.values())]
         read = {ours: " or ".join(columns) for ours, columns in theirs.items()}
         self.detected[-1] = sentence
@@ -223,177 +265,231 @@ class PairReader:
     def _detect_again(
         self,
         before: Detected,
-        profile: Sequence[Row],
+        mapped_rows: Sequence[Row],
         row: Row,
         mapped: Mapping[str, str],
-        late: Sequence[str],
+        new: Sequence[str],
         where: str,
     ) -> Detected:
-        """What the set is, now that columns have turned up that the first rows did not have or left blank.
+        """Return the format after a row in which new columns are filled for the first time.
 
-        Raises DataError where the rows before would have been read otherwise.
+        Raises DataError if the rows before would have been read in another way.
         """
-        if not any(is_known(column) or kind_of(row[column]) == "messages" for column in late):
+        if not any(is_known(column) or value_type(row[column]) == "messages" for column in new):
             return before
-        turned_up = f"{shown(*late)} first {'holds' if len(late) == 1 else 'hold'} something at {where}"
+        hold = "holds" if len(new) == 1 else "hold"
+        change = f"{join_names(*new)} first {hold} something at {where}"
         try:
-            now = self._detect([*profile, row], mapped)
+            now = self._detect([*mapped_rows, row], mapped)
         except DataError as fault:
             raise DataError(
-                where=fault.where, found=f"{fault.found}; {turned_up}", expected=fault.expected, fix=fault.fix
+                where=fault.where,
+                found=f"{fault.found}; {change}",
+                expected=fault.expected,
+                fix=fault.fix,
             ) from None
         changed = {ours for ours, _ in before.columns.items() ^ now.columns.items()}
-        if changed - LATER or before.columns.items() - now.columns.items():
+        lost = before.columns.items() - now.columns.items()
+        if changed - OPTIONAL_COLUMNS or lost:
+            advice = ", or leave the column out, or fill it in every row"
             raise DataError(
                 where="data.format",
-                found=f"{turned_up}, and with that it is: {now.sentence}",
+                found=f"{change}, and with that it is: {now.sentence}",
                 expected=before.sentence,
-                fix=Overrides({"data.format": before.name}, ", or leave the column out, or write it in every row"),
+                fix=Overrides({"data.format": before.name}, advice),
             )
         return now
 
     def _detect(self, rows: Sequence[Row], mapped: Mapping[str, str]) -> Detected:
-        plain = self.data.chat_template == "none"
-        others = {ours: [name for name in names if name != mapped.get(ours)] for ours, names in self._map.items()}
-        return detect_format(rows, name=self.data.format, mapped=mapped, plain=plain, others=others)
+        is_plain = self.data.chat_template == "none"
+        others = {
+            ours: [name for name in names if name != mapped.get(ours)]
+            for ours, names in self._column_map.items()
+        }
+        return detect_format(
+            rows, name=self.data.format, mapped=mapped, plain=is_plain, others=others
+        )
 
-    def _of_set(self, fault: DataError, source: Source) -> DataError:
-        """The same; of a fault of all rows, with the set's name: there may be others that are read well.
+    def _name_dataset(self, fault: DataError, source: Source) -> DataError:
+        """Return an error of a setting with the name of the dataset: others may have no error.
 
-        Where a set's files are of different kinds, what would make one format of all of them would spoil some.
+        If the files of a dataset have different formats, the fix is to read each of them alone: a
+        setting that fits one would not fit the others.
         """
         if not fault.where.startswith("data."):
             return fault
-        fix = self._line_by_file(source)
+        fix = self._setting_per_file(source)
         return DataError(
             where=f"{fault.where} of {source.name}",
-            found=f"{fault.found}; its files hold rows of different kinds" if fix else fault.found,
+            found=f"{fault.found}; its files have different formats" if fix else fault.found,
             expected=fault.expected,
             fix=fix or fault.fix,
         )
 
-    def _line_by_file(self, source: Source) -> str:
-        """What names the files of a set one by one, each of its own format; "" where their first rows are alike."""
-        parts = source.parts() if source.name in self.data.names else ()  # held-out pairs are one set
-        kinds = []
-        for part in parts:
+    def _setting_per_file(self, source: Source) -> str:
+        """Return the setting that names each file of a dataset, so that each has its own format.
+
+        Returns "" if the first rows of all files have columns of the same types.
+        """
+        if source.name not in self.data.names:
+            return ""  # held-out pairs are one dataset
+        types = []
+        for part in source.parts():
             rows: list[Row] = []
             with suppress(DataError):
-                rows = [mapped_row(row, self._map) for _, row in islice(part.rows([]), LOOK)]
+                first_rows = islice(part.rows([]), DETECTION_ROWS)
+                rows = [apply_column_map(row, self._column_map) for _, row in first_rows]
             profile = ColumnProfile(rows, {}, plain=False)
-            kinds.append({column: kind for column, kind in profile.kinds.items() if kind != "null"})
-        if all(held == kinds[0] for held in kinds):
+            types.append({name: held for name, held in profile.types.items() if held != "null"})
+        if all(held == types[0] for held in types):
             return ""
-        files = {source.name: source.paths()}
-        line = names_line([file for name in self.data.names for file in files.get(name, [name])])
-        return reworded(line, f"{line} reads each file in its own format")
+        files: list[str] = []
+        for name in self.data.names:
+            files += source.paths() if name == source.name else [name]
+        setting = dataset_name_setting(files)
+        return reworded(setting, f"{setting} reads each file in its own format")
 
-    def _judge(
-        self, bad: Sequence[RowError], read: int, source: Source, detected: Detected, faults: list[DataError]
+    def _check_bad_rows(
+        self,
+        bad: Sequence[RowError],
+        read: int,
+        source: Source,
+        detected: Detected,
+        faults: list[DataError],
     ) -> None:
-        """Count the faulty rows of a set as left out; more than may be, or all of it, are a fault of the set."""
+        """Count rows with errors as left out. Too many are an error of the dataset (``faults``)."""
         for fault in bad:
             self.drops.add(FAULTY, f"{fault.where}: {fault.found}")
         self.bad_rows += bad
-        if not bad or (len(bad) < read and len(bad) <= max(MAY_BE_BAD, self.data.max_bad_rows * read)):
+        allowed = max(ALLOWED_BAD_ROWS, self.data.max_bad_rows * read)
+        if not bad or (len(bad) < read and len(bad) <= allowed):
             return
-        kinds: dict[tuple[str, str], list[RowError]] = {}
+        by_error: dict[tuple[str, str], list[RowError]] = {}
         for fault in bad:
             field = re.sub(r"\[\d+\]", "[]", fault.where.partition(", field ")[2])
-            kinds.setdefault((field, fault.found), []).append(fault)
-        most = sorted(kinds.items(), key=lambda kind: -len(kind[1]))
+            by_error.setdefault((field, fault.found), []).append(fault)
+        most_frequent = sorted(by_error.items(), key=lambda item: -len(item[1]))
         table = ""
-        for (field, found), these in most[:SHOWN]:
-            place = these[0].where.partition(", field ")[0]
-            table += f"\n  {len(these):>8,}  {f'field {field}: ' if field else ''}{found}, first {place}"
-        first = most[0][1][0]
-        fix, line = first.fix, self._line_by_file(source)
-        if line:
-            fix = line
-        elif len(bad) < read:
-            share = math.ceil(1000 * len(bad) / read) / 1000
-            fix = Overrides({"data.max_bad_rows": share}, f" to leave them out; else {fix}") if share < 1 else fix
-        elif detected.is_json:
-            fix = Overrides({"data.format": "explicit"}, f" to read the replies as texts; else {fix}")
-        elif self.data.format != "auto":
-            fix = Overrides({"data.format": "auto"}, f", to find out which format fits; else {fix}")
+        for (field, found), errors in most_frequent[:SHOWN]:
+            place = errors[0].where.partition(", field ")[0]
+            label = f"field {field}: " if field else ""
+            table += f"\n  {len(errors):>8,}  {label}{found}, first {place}"
+        first = most_frequent[0][1][0]
+        fix = self._fix_bad_rows(first.fix, len(bad), read, source, detected)
         found = f"{len(bad):,} of {read:,} rows cannot be read:{table}"
         faults.append(DataError(where=source.name, found=found, expected=first.expected, fix=fix))
 
-    def _refuse_anothers(
+    def _fix_bad_rows(
+        self, fix: str, bad: int, read: int, source: Source, detected: Detected
+    ) -> str:
+        """Return the fix for a dataset with ``bad`` of ``read`` rows. ``fix``: that of one row."""
+        if setting := self._setting_per_file(source):
+            return setting
+        if bad < read:
+            share = math.ceil(1000 * bad / read) / 1000
+            if share == 1:
+                return fix
+            return Overrides({"data.max_bad_rows": share}, f" to leave them out; else {fix}")
+        if detected.is_json:
+            advice = f" to read the replies as texts; else {fix}"
+            return Overrides({"data.format": "explicit"}, advice)
+        if self.data.format != "auto":
+            return Overrides({"data.format": "auto"}, f", to detect the format; else {fix}")
+        return fix
+
+    def _refuse_wrong_map(
         self, source: Source, rows: Sequence[Row], mapped: Mapping[str, str], detected: Detected
     ) -> None:
-        """Raise DataError for a set that is a pair by itself, of other columns than data.column_map names.
+        """Raise DataError for a dataset that has pairs in other columns than data.column_map names.
 
-        The map was made for another set where this one has only a part of it, or alone has columns of our names: what
-        it names would take the place of half of a pair, or of the whole.
+        The map is for another dataset if this one has only a part of its columns, or if this one
+        alone has columns with our names. The columns in the map would replace half of a pair, or a
+        whole pair.
         """
-        lacking = self._map.keys() - mapped.keys()
-        if not mapped or not (lacking or len(self.sources) > 1):
+        missing = self._column_map.keys() - mapped.keys()
+        if not mapped or not (missing or len(self.sources) > 1):
             return
         try:
             own = self._detect(rows, {})
         except DataError:
             return
-        taken = {ours: mapped.get(column, column) for ours, column in detected.columns.items()}
-        changed = {ours: column for ours, column in own.columns.items() if taken.get(ours, column) != column}
-        if changed and (lacking or self._alone_has(source, changed)):
-            took = shown(*(taken[ours] for ours in changed))
-            line = map_line({ours: [*filter(None, [changed.get(ours)]), *names] for ours, names in self._map.items()})
-            why, own_columns = "which this set alone has", shown(*changed.values())
-            fix = reworded(line, f"{line}; or, where {took} are the pair, leave {own_columns} out of this set")
-            if lacking:
-                why = f"and no column here for {shown(*sorted(lacking))}"
-                fix = reworded(line, f"leave {took} out of this set; or, where no other has {own_columns}: {line}")
-            raise DataError(
-                where="data.column_map",
-                found=f"it takes {took} for {shown(*changed)}, {why}",
-                expected=f"all of the map, or nothing of it: {own.sentence}",
-                fix=fix,
-            )
+        used = {ours: mapped.get(column, column) for ours, column in detected.columns.items()}
+        changed = {
+            ours: column for ours, column in own.columns.items() if used.get(ours, column) != column
+        }
+        if not changed or not (missing or self._is_only_here(source, changed)):
+            return
+        wrong = join_names(*(used[ours] for ours in changed))
+        own_columns = join_names(*changed.values())
+        both = {
+            ours: [changed[ours], *names] if ours in changed else [*names]
+            for ours, names in self._column_map.items()
+        }
+        setting = column_map_setting(both)
+        if missing:
+            why = f"and it has no column for {join_names(*sorted(missing))}"
+            fix = f"leave {wrong} out of this dataset; or, if no other has {own_columns}: {setting}"
+        else:
+            why = "which this dataset alone has"
+            fix = f"{setting}; or, if {wrong} are the pair, leave {own_columns} out of this dataset"
+        raise DataError(
+            where="data.column_map",
+            found=f"it uses {wrong} for {join_names(*changed)}, {why}",
+            expected=f"all of the map, or nothing of it: {own.sentence}",
+            fix=reworded(setting, fix),
+        )
 
-    def _alone_has(self, source: Source, columns: Mapping[str, str]) -> bool:
-        """The set has the columns under our own names, and no other set has any of these."""
-        others = [row.keys() for other in self.sources if other is not source for _, row in islice(other.rows([]), 1)]
-        own = all(plain_name(column) == ours for ours, column in columns.items())
-        return own and not any(keys & {*columns.values()} for keys in others)
+    def _is_only_here(self, source: Source, columns: Mapping[str, str]) -> bool:
+        """Return whether the columns have our own names, and no other dataset has any of them."""
+        if not all(plain_name(column) == ours for ours, column in columns.items()):
+            return False
+        others = (other for other in self.sources if other is not source)
+        first_rows = (row for other in others for _, row in islice(other.rows([]), 1))
+        return not any(row.keys() & {*columns.values()} for row in first_rows)
 
 
 def _sort(found: Sequence[DataError], bad: list[RowError], faults: list[DataError]) -> None:
-    """Faults of rows to ``bad``, those of files to ``faults``."""
+    """Add errors of rows to ``bad``, and those of files to ``faults``."""
     for fault in found:
-        (bad if isinstance(fault, RowError) else faults).append(fault)  # type: ignore[arg-type]
+        if isinstance(fault, RowError):
+            bad.append(fault)
+        else:
+            faults.append(fault)
 
 
-def _drop_reason(pair: Pair) -> str | None:
+def _reason_to_drop(pair: Pair) -> str | None:
+    if pair.drop:
+        return pair.drop
     if not pair.chosen.strip():
         return EMPTY_CHOSEN
     if not pair.rejected.strip():
         return EMPTY_REJECTED
     if pair.chosen == pair.rejected:
         return EQUAL
-    asked = [turn["content"] for turn in pair.messages if turn["role"] != "system"]
-    if not asked or not asked[-1].strip():
+    turns = [turn["content"] for turn in pair.messages if turn["role"] != "system"]
+    if not turns or not turns[-1].strip():
         return EMPTY_PROMPT
-    return SAID_TWICE if any(one == other for one, other in pairwise(pair.messages)) else None
+    return REPEATED_TURN if any(one == other for one, other in pairwise(pair.messages)) else None
 
 
 def _remarks(pair: Pair) -> list[str]:
-    """The figures of ``statistics.COUNTED`` that a pair counts for, as it was read."""
+    """Return the names of the figures of ``statistics.WARNINGS`` in which a pair counts."""
     turns, replies = [turn["content"] for turn in pair.messages], (pair.chosen, pair.rejected)
-    is_system = [turn["role"] == "system" for turn in pair.messages]
-    held = {
-        "repeated_prompts": any(_begins(reply, text) for text in {turns[-1], " ".join(turns)} for reply in replies),
-        "absent_texts": any(map(says_nothing, (*replies, *(turns[:1] if is_system[0] else ())))),
-        "empty_turns": any(not text.strip() for text, system in zip(turns, is_system, strict=True) if not system),
-        "beside_pairs": pair.beside,
+    systems = [pair.messages[0]["content"]] if pair.messages[0]["role"] == "system" else []
+    others = [turn["content"] for turn in pair.messages if turn["role"] != "system"]
+    prompts = {turns[-1], " ".join(turns)}
+    counts = {
+        "repeated_prompts": any(_begins(reply, text) for text in prompts for reply in replies),
+        "absent_texts": any(map(is_absent, (*replies, *systems))),
+        "empty_turns": any(not text.strip() for text in others),
+        "beside_pairs": pair.has_unread,
     }
-    return [name for name, holds in held.items() if holds]
+    return [name for name, is_counted in counts.items() if is_counted]
 
 
 def _begins(reply: str, text: str) -> bool:
     words = text.split()
-    enough = 2 * (len(text) + 16)  # characters that hold as many words
+    enough = 2 * (len(text) + 16)  # characters of the reply that contain as many words
     return bool(words) and reply[:enough].split()[: len(words)] == words
 
 

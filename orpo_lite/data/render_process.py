@@ -1,4 +1,4 @@
-"""Chat templates rendered under limits: a template is somebody's program, so it runs in a process of its own."""
+"""Render chat templates under limits, in a separate process: a template is a program of others."""
 
 from __future__ import annotations
 
@@ -31,40 +31,50 @@ from orpo_lite.data.chat_template import (
 from orpo_lite.data.pair import Pair
 from orpo_lite.errors import DataError, ModelError, OrpoLiteError
 
-STUCK = 120.0  # seconds without an answer, after which the process is killed: a single operation cannot be interrupted
+# Seconds without an answer after which the process is killed: one long operation cannot be
+# interrupted.
+STUCK = 120.0
 
 Limit = Callable[[], AbstractContextManager[None]]
 ERRORS: dict[str, Callable[..., OrpoLiteError]] = {
-    kind.__name__: kind for kind in (DataError, ModelError, BeyondLimitsError)
+    error.__name__: error for error in (DataError, ModelError, BeyondLimitsError)
 }
 
 
 class Renderer(AbstractContextManager["Renderer"]):
-    """Renders batch after batch: ``send`` one, do something else, ``receive`` its texts. Use as a context manager."""
+    """Render batches: ``send`` one, do something else, ``receive`` its texts.
+
+    Use it as a context manager.
+    """
 
     def __init__(self, template: Template) -> None:
         self.template = template
         self.sent: Sequence[Pair] = ()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """Nothing to end."""
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Do nothing: there is no process to end."""
 
     def send(self, pairs: Sequence[Pair]) -> None:
-        """Hand over a batch; the one before must have been received."""
+        """Send a batch. The one before must have been received."""
         self.sent = pairs
 
     def receive(self) -> list[Rendered]:
-        """The texts of the batch that was sent, in its order. Raises BeyondLimitsError."""
-        return _raise_limit(_attempt(self.sent, self.template))
+        """Return the texts of the batch that was sent, in its order. Raises BeyondLimitsError."""
+        return _raise_limit_error(_render_pairs(self.sent, self.template))
 
 
 class LimitedRenderer(Renderer):
-    """The same in a process of its own, which a template can neither hold up nor fill with memory."""
+    """Render in a separate process: a template can neither block this one nor fill its memory."""
 
     def __init__(self, template: Template) -> None:
         super().__init__(template)
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
-        # -P: no file of the current folder is taken for a module; this package is, wherever it stands.
+        # -P: no file in the current folder is imported as a module. This package is found anywhere.
         paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
         self._process = subprocess.Popen(  # noqa: S603 - this module
             [sys.executable, "-P", "-m", __name__],
@@ -75,14 +85,24 @@ class LimitedRenderer(Renderer):
         )
         self._write(asdict(template))
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         self._process.kill()
         self._process.communicate()
         self._errors.close()
 
     def send(self, pairs: Sequence[Pair]) -> None:
         super().send(pairs)
-        self._write([[pair.messages, pair.chosen, pair.rejected, pair.where, pair.prompt_text] for pair in pairs])
+        self._write(
+            [
+                [pair.messages, pair.chosen, pair.rejected, pair.where, pair.prompt_text]
+                for pair in pairs
+            ]
+        )
 
     def receive(self) -> list[Rendered]:
         stream = cast(IO[bytes], self._process.stdout)
@@ -94,7 +114,7 @@ class LimitedRenderer(Renderer):
         line = stream.readline()
         if not line.endswith(b"\n"):
             raise self._died(is_late=is_late)
-        return _raise_limit([_unpack(item) for item in json.loads(line)])
+        return _raise_limit_error([_unpack(item) for item in json.loads(line)])
 
     def _write(self, value: Any) -> None:
         stream = cast(IO[bytes], self._process.stdin)
@@ -108,24 +128,33 @@ class LimitedRenderer(Renderer):
         code = self._process.wait()
         self._errors.seek(0)
         last = self._errors.read().decode(errors="replace").strip().rpartition("\n")[2]
-        if code >= 0:  # not killed, neither by the watch nor for its memory: a fault of ours
-            return RuntimeError(f"the process that renders chat templates ended with {code}: {last}")
+        if code >= 0:  # it was not killed, so this is a bug
+            return RuntimeError(
+                f"the process that renders chat templates ended with {code}: {last}"
+            )
         first = self.sent[0].where if self.sent else "data"
         places = f"one of the {len(self.sent)} pairs from {first}" if len(self.sent) > 1 else first
         if is_late:
-            return BeyondLimitsError(places, f"the chat template did not end within {STUCK:.0f} seconds")
-        found = f"the process that renders the chat template was killed (signal {-code}), perhaps for its memory"
-        return BeyondLimitsError(places, found)
+            return BeyondLimitsError(
+                places, f"the chat template did not end within {STUCK:.0f} seconds"
+            )
+        return BeyondLimitsError(
+            places,
+            f"the process that renders the chat template was killed (signal {-code}), perhaps "
+            "because of its memory",
+        )
 
 
-def _raise_limit(results: list[Rendered]) -> list[Rendered]:
+def _raise_limit_error(results: list[Rendered]) -> list[Rendered]:
     if results and isinstance(results[-1], BeyondLimitsError):
         raise results[-1]
     return results
 
 
-def _attempt(pairs: Iterable[Pair], template: Template, limited: Limit = nullcontext) -> list[Rendered]:
-    """The texts of each pair; the last one is what went beyond the limits, if one did."""
+def _render_pairs(
+    pairs: Iterable[Pair], template: Template, limited: Limit = nullcontext
+) -> list[Rendered]:
+    """Return the texts of each pair. An error of the limits is the last result."""
     results: list[Rendered] = []
     for pair in pairs:
         try:
@@ -133,7 +162,7 @@ def _attempt(pairs: Iterable[Pair], template: Template, limited: Limit = nullcon
                 results.append(pair_texts(pair, template))
         except BeyondLimitsError as fault:
             return [*results, fault]
-        except TimeoutError:  # between two of the pair's texts
+        except TimeoutError:  # raised between two of the pair's texts
             return [*results, too_long(pair.where)]
         except (DataError, ModelError) as fault:
             results.append(fault)
@@ -155,30 +184,33 @@ def _unpack(parts: list[Any]) -> Rendered:
         case [prompt, chosen, rejected, end, list(remarks)]:
             return PairTexts(prompt, chosen, rejected, end, tuple(remarks))
         case [name, *fields]:
-            return ERRORS[name](**dict(zip(("where", "found", "expected", "fix"), fields, strict=False)))
+            return ERRORS[name](
+                **dict(zip(("where", "found", "expected", "fix"), fields, strict=False))
+            )
     raise ValueError(f"{len(parts)} parts")
 
 
 def _serve() -> None:
-    """The process apart: a template, then batches, a line each, in and out."""
+    """Run the separate process: read a template and then batches, a line each, and answer each."""
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever a library prints is no answer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    os.dup2(2, 1)  # what a library prints must not be read as an answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     values: Mapping[str, Any] = json.loads(sys.stdin.buffer.readline() or b"{}")
     template = Template(**values)
-    render(({"role": "user", "content": ""},), Template("", {}, [], [], ""), "")  # imports, before the limits
+    # This imports the libraries before the limits are set.
+    render(({"role": "user", "content": ""},), Template("", {}, [], [], ""), "")
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     signal.signal(signal.SIGPROF, _out_of_time)
     for line in sys.stdin.buffer:
         sent = (Pair(tuple(turns), *texts) for turns, *texts in json.loads(line))
-        results = [_pack(item) for item in _attempt(sent, template, _alarm)]
+        results = [_pack(item) for item in _render_pairs(sent, template, _alarm)]
         answers.write(json.dumps(results).encode() + b"\n")
         answers.flush()
 
 
 @contextmanager
 def _alarm() -> Iterator[None]:
-    """TimeoutError after SECONDS of this process's own time; waiting for a busy machine does not count."""
+    """Raise TimeoutError after SECONDS of this process's own time, however busy the machine is."""
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         yield

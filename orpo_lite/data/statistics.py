@@ -1,4 +1,4 @@
-"""A prepared set in figures: what a person should look at before training on it."""
+"""Compute the figures of the prepared data that a person should check before training."""
 
 from __future__ import annotations
 
@@ -14,49 +14,61 @@ from numpy.typing import NDArray
 from orpo_lite.data.cache import NUMBERS, TokenizedPairs
 
 # Figures that should be 0, and what they count.
-COUNTED = {
+WARNINGS = {
     "repeated_prompts": "pairs in which a reply begins with the prompt again",
-    "absent_texts": "pairs in which a reply or the system text is NULL, None, NaN or N/A, as if it was missing",
+    "absent_texts": "pairs in which a reply or the system text is NULL, None, NaN or N/A, as if it "
+    "was missing",
     "empty_turns": "pairs with an empty turn before the last",
-    "beside_pairs": "pairs of which reasoning, tools, images or the like stand beside the texts, and are not read",
-    "templated_pairs": "pairs that hold markers of a chat template, as if one was applied already",
-    "moved_systems": "pairs of which the system text stands in front of the first user text, as it must in use: the "
-    "chat template takes no system turn",
-    "empty_thoughts": "pairs to whose replies the chat template adds an empty <think> block, which is trained on",
-    "missing_thoughts": "pairs without the <think> block that the chat template opens in use",
-    "unknown_tokens": "tokens that stand for what the tokenizer does not know, and which is lost",
+    "beside_pairs": "pairs with reasoning, tools, images or other content that is not read",
+    "templated_pairs": "pairs with markers of a chat template, as if one was already applied",
+    "moved_systems": "pairs whose system text is put in front of the first user text, as it must "
+    "be when the model is used: the chat template takes no system turn",
+    "empty_thoughts": "pairs to whose replies the chat template adds an empty <think> block, which "
+    "is trained on",
+    "missing_thoughts": "pairs without the <think> block that the chat template opens for a reply "
+    "when the model is used",
+    "unknown_tokens": "tokens for text that the tokenizer does not know and that is lost",
 }
-OF_PAIRS = ("moved_systems", "empty_thoughts", "missing_thoughts")  # counted among the pairs that are kept
+# Counted among the pairs that are kept.
+OF_KEPT_PAIRS = ("moved_systems", "empty_thoughts", "missing_thoughts")
 QUANTILES = (5, 25, 50, 75, 95, 99)
-PADDED_BATCH = 8  # pairs; what peers' trainers put in a batch unless told otherwise
+PADDED_BATCH = 8  # pairs; the default batch of other trainers
 SHUFFLES = 20
 
 
 def figures(train: TokenizedPairs, test: TokenizedPairs) -> dict[str, Any]:
-    """Return what data.json holds. Shares are of 1; lengths are tokens.
+    """Return the content of data.json. Shares are of 1; lengths are in tokens.
 
-    format, columns: of each set, how it is read, and which columns are and are not · rows_of_sets: rows read of each
-    set that is trained on · hints: what to do about figures of COUNTED and reasons of dropped · dropped: for each
-    reason the number of pairs and the first places · tokens: quantiles; those of responses before the cut and with
-    their end · cut: what data.max_length does · chosen_longer, rejected_longer: the length bias · prompts: different
-    ones, and those on both sides · step: tokens that go through a model · sha256: of the pairs' content and order.
+    - format, columns: for each dataset, how it is read, and the columns that are read and not
+    - rows_of_sets: the rows read from each dataset that is trained on
+    - hints: what to do about WARNINGS and about the reasons in dropped
+    - dropped: for each reason, the number of pairs and the first places
+    - tokens: quantiles; those of responses are before the cut and with their end
+    - cut: the effect of data.max_length
+    - chosen_longer, rejected_longer: the length bias
+    - prompts: the number of different ones, and of those in both splits
+    - step: the tokens that go through a model
+    - sha256: of the pairs' content and order
     """
-    sides = _sides(train, test)
-    both = {name: np.concatenate([train.column(name), test.column(name)]) for name in (*NUMBERS, "prefix")}
-    prompts = [set(side.prompts()) for side in (train, test)]
+    splits = _split_facts(train, test)
+    both = {
+        name: np.concatenate([train.column(name), test.column(name)])
+        for name in (*NUMBERS, "prefix")
+    }
+    prompts = [set(pairs.prompts()) for pairs in (train, test)]
     cut = np.stack([both["chosen_cut"], both["rejected_cut"]])
-    chosen, rejected = (_response(both, side) for side in ("chosen", "rejected"))
+    chosen, rejected = (_response_lengths(both, reply) for reply in ("chosen", "rejected"))
     return {
-        "format": _unique(sentence for side in sides for sentence in side["format"]),
-        "columns": _unique(columns for side in sides for columns in side["columns"]),
+        "format": _unique_values(sentence for facts in splits for sentence in facts["format"]),
+        "columns": _unique_values(columns for facts in splits for columns in facts["columns"]),
         "chat_template": train.facts["chat_template"],
         "tokenizer": train.facts["tokenizer"],
-        "hints": {name: hint for side in sides for name, hint in side["hints"].items()},
-        "rows_read": sum(side["rows_read"] for side in sides),
-        "rows_of_sets": train.facts.get("rows_of_sets", []),  # which a cache of before does not know
+        "hints": {name: hint for facts in splits for name, hint in facts["hints"].items()},
+        "rows_read": sum(facts["rows_read"] for facts in splits),
+        "rows_of_sets": train.facts["rows_of_sets"],
         "train_pairs": len(train),
         "held_out_pairs": len(test),
-        "dropped": _dropped(sides),
+        "dropped": _dropped(splits),
         "tokens": {
             "prompt": _quantiles(both["chosen_start"]),
             "chosen": _quantiles(chosen),
@@ -68,49 +80,56 @@ def figures(train: TokenizedPairs, test: TokenizedPairs) -> dict[str, Any]:
             "responses_without_end": int((cut > 0).sum()),
             "responses_without_end_share": float((cut > 0).mean()),
         },
-        **{name: sum(side["counted"].get(name, 0) for side in sides) for name in COUNTED},
+        **{name: sum(facts["counted"].get(name, 0) for facts in splits) for name in WARNINGS},
         "chosen_longer": float((chosen > rejected).mean()),
         "rejected_longer": float((chosen < rejected).mean()),
-        "prompts": {"train": len(prompts[0]), "held_out": len(prompts[1]), "shared": len(prompts[0] & prompts[1])},
+        "prompts": {
+            "train": len(prompts[0]),
+            "held_out": len(prompts[1]),
+            "shared": len(prompts[0] & prompts[1]),
+        },
         "step": _step(both),
-        "sha256": hashlib.sha256("".join(side["sha256"] for side in sides).encode()).hexdigest(),
+        "sha256": hashlib.sha256("".join(facts["sha256"] for facts in splits).encode()).hexdigest(),
     }
 
 
-def counted(found: Mapping[str, Any]) -> list[str]:
-    """A line for each figure of COUNTED that is not 0: what it counts, how many, and what to do."""
+def warning_lines(found: Mapping[str, Any]) -> list[str]:
+    """Return a line for each figure of WARNINGS that is not 0: what it counts, and what to do."""
+    pairs = found["train_pairs"] + found["held_out_pairs"]
     lines = []
-    for name, said in COUNTED.items():
-        if count := found[name]:
-            share = f" ({count / (found['train_pairs'] + found['held_out_pairs']):.0%})" if name in OF_PAIRS else ""
+    for name, counted in WARNINGS.items():
+        count = found[name]
+        if count:
+            share = f" ({count / pairs:.0%})" if name in OF_KEPT_PAIRS else ""
             hint = f"; {found['hints'][name]}" if name in found["hints"] else ""
-            lines.append(f"{said}: {count:,}{share}{hint}")
+            lines.append(f"{counted}: {count:,}{share}{hint}")
     return lines
 
 
-def _sides(train: TokenizedPairs, test: TokenizedPairs) -> list[Mapping[str, Any]]:
-    """What was found in each set of rows; one when the held-out pairs were taken from the training rows."""
+def _split_facts(train: TokenizedPairs, test: TokenizedPairs) -> list[Mapping[str, Any]]:
+    """Return the facts of both splits; of one if the held-out pairs are from the training rows."""
     return [train.facts] if test.facts is train.facts else [train.facts, test.facts]
 
 
-def _unique(values: Iterable[Any]) -> list[Any]:
-    """Each value once, in order: training and held-out sets mostly have one format."""
+def _unique_values(values: Iterable[Any]) -> list[Any]:
+    """Return each value once, in order: training and held-out data mostly have one format."""
     return list({json.dumps(value): value for value in values}.values())
 
 
-def _response(both: Mapping[str, NDArray[Any]], side: str) -> NDArray[Any]:
-    length: NDArray[Any] = both[f"{side}_tokens"] + both[f"{side}_cut"] - both[f"{side}_start"]
-    return length
+def _response_lengths(both: Mapping[str, NDArray[Any]], reply: str) -> NDArray[Any]:
+    lengths: NDArray[Any] = both[f"{reply}_tokens"] + both[f"{reply}_cut"] - both[f"{reply}_start"]
+    return lengths
 
 
-def _dropped(sides: list[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def _dropped(splits: list[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     counts: Counter[str] = Counter()
-    for side in sides:
-        counts.update(side["dropped"])
-    return {
-        reason: {"pairs": count, "first": [place for side in sides for place in side["places"].get(reason, [])]}
-        for reason, count in counts.most_common()
-    }
+    for facts in splits:
+        counts.update(facts["dropped"])
+    dropped = {}
+    for reason, count in counts.most_common():
+        first = [place for facts in splits for place in facts["places"].get(reason, [])]
+        dropped[reason] = {"pairs": count, "first": first}
+    return dropped
 
 
 def _quantiles(lengths: NDArray[Any]) -> dict[str, float]:
@@ -124,7 +143,7 @@ def _quantiles(lengths: NDArray[Any]) -> dict[str, float]:
 
 
 def _step(both: Mapping[str, NDArray[Any]]) -> dict[str, float]:
-    """Tokens a pair: in rows padded to the longest of a batch, without padding, and with the common prefix once."""
+    """Return the tokens of a pair: padded in batches, without padding, and with a shared prefix."""
     longest = np.maximum(both["chosen_tokens"], both["rejected_tokens"])
     padded = []
     for seed in range(SHUFFLES):

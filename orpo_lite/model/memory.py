@@ -4,7 +4,8 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from orpo_lite.model.pair_model import PairModel
-from orpo_lite.ops.layers import checkpoint_layers, embed_on_host, tile_mlps
+from orpo_lite.ops.devices import is_on_host, transfer
+from orpo_lite.ops.layers import checkpoint_layers, embed_on_host, tile_mlps, untile_mlps
 from orpo_lite.ops.lora import fuse_lora
 from orpo_lite.recipe.schema import Recipe
 
@@ -14,6 +15,11 @@ def apply_memory_settings(model: PairModel, recipe: Recipe) -> None:
     memory = recipe.memory.unplanned()
     if memory.fused_lora and (left := fuse_lora(model.model)):
         model.notes.append(f"memory.fused_lora: {len(left)} adapted layers keep peft's own operation ({left[0]} ...)")
+    _apply_levers(model, recipe)
+
+
+def _apply_levers(model: PairModel, recipe: Recipe) -> None:
+    memory = recipe.memory.unplanned()
     if isinstance(memory.mlp_tile, int):
         tiled = tile_mlps(model.layers, memory.mlp_tile, has_dropout=has_dropout(model))
         if tiled < len(model.layers) or not tiled:
@@ -25,6 +31,28 @@ def apply_memory_settings(model: PairModel, recipe: Recipe) -> None:
     checkpoint_first_layers(model, recipe)
     if memory.embedding_on_cpu:
         embed_on_host(model.causal.get_input_embeddings())
+
+
+NO_LEVERS = {"mlp_tile": None, "activation_checkpointing": 0, "checkpoint_offload": False, "embedding_on_cpu": False}
+
+
+def with_levers(model: PairModel, recipe: Recipe) -> PairModel:
+    """Return a model with the recipe's levers on the modules of one that was made with NO_LEVERS.
+
+    What an earlier call has set there is taken back, so only the newest of these models is to be used.
+    """
+    untile_mlps(model.layers)
+    for layer in model.layers:
+        layer.gradient_checkpointing = False
+    embedding = model.causal.get_input_embeddings()
+    if is_on_host(embedding.weight):
+        vars(embedding).pop("forward", None)
+        embedding.weight.data = transfer(embedding.weight.data, model.device)
+    model.config._attn_implementation = model.own_attention
+    changed = PairModel(model.model, recipe.memory).train()
+    changed.notes = [*model.notes]
+    _apply_levers(changed, recipe)
+    return changed
 
 
 def checkpoint_first_layers(model: PairModel, recipe: Recipe) -> None:

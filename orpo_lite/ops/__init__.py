@@ -1,4 +1,4 @@
 """Low-memory tensor operations: pure tensors, no files, no recipe.
 
-Order: devices, attention, layers, lora, outputs, head.
+Order: devices, meta_attention, attention, layers, lora, outputs, head.
 """

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from orpo_lite.ops.devices import device_kind
+from orpo_lite.ops.meta_attention import meta_flash_attention
 
 NAME = "orpo_lite_pairs"  # in transformers' AttentionInterface
 BLOCK = 256  # queries whose scores are held at once where a back-end needs a mask
@@ -160,7 +161,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segmen
 
     q, k, v, lengths = _as_sequences(query, key, value, segments)
     if q.is_meta:
-        return meta_flash_attention(q, k, v).transpose(0, 1).unsqueeze(0)
+        return meta_flash_attention(q, k, v, len(segments)).transpose(0, 1).unsqueeze(0)
     options: dict[str, Any] = {"scale": shape.scale, "window_size": shape.window_size}
     if "enable_gqa" in signature(varlen_attn).parameters:  # before torch 2.12 grouped heads went without saying
         options["enable_gqa"] = q.shape[1] != k.shape[1]
@@ -173,7 +174,7 @@ def _flash_attn_varlen(query: Tensor, key: Tensor, value: Tensor, segments: Sequ
     """The package flash-attn where it is installed: the one fast kernel with a softcap."""
     q, k, v, lengths = _as_sequences(query, key, value, segments)
     if q.is_meta:
-        out = meta_flash_attention(q, k, v)
+        out = meta_flash_attention(q, k, v, len(segments))
     else:
         options = {"softmax_scale": shape.scale, "causal": True, "softcap": shape.softcap or 0.0}
         options["deterministic"] = torch.are_deterministic_algorithms_enabled()
@@ -271,35 +272,6 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment]
         mask = causal_lower_right(*sizes) if fits else _mask(*sizes, segment.before, shape.window, q)
         outs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=shape.scale))
     return torch.cat(outs, 2)
-
-
-class MetaAttention(torch.autograd.Function):
-    """On meta: what a kernel without scores returns, keeps and needs for itself, for kernels that cannot run there.
-
-    FlashAttention's backward pass sums the queries' gradient in float32, and the keys' and values' a query head each
-    where heads share them (flash-attn's mha_varlen_bwd: dq_accum, dk_expanded, dv_expanded); others need no more.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out = query.new_empty(*query.shape[:-1], value.shape[-1])
-        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *_grads: Tensor) -> tuple[Tensor, ...]:
-        query, key, value = ctx.saved_tensors[:3]
-        group = query.shape[1] // key.shape[1]
-        _workspace = [query.new_empty(query.shape, dtype=torch.float32)]
-        if group > 1:
-            _workspace += [tensor.new_empty(group * tensor.numel()) for tensor in (key, value)]
-        return tuple(torch.empty_like(tensor) for tensor in (query, key, value))
-
-
-def meta_flash_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """What a kernel that never holds scores makes of queries, keys and values, on meta: see :class:`MetaAttention`."""
-    out: Tensor = MetaAttention.apply(query, key, value)
-    return out
 
 
 def _joined(tensor: Tensor, prefix: slice, own: slice) -> Tensor:

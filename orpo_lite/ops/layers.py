@@ -251,6 +251,14 @@ def tile_mlps(layers: Sequence[nn.Module], tokens: int, *, has_dropout: bool) ->
     return found
 
 
+def untile_mlps(layers: Sequence[nn.Module]) -> None:
+    """Undo :func:`tile_mlps`."""
+    for layer in layers:
+        for module in layer.children():
+            if hasattr(vars(module).get("forward"), "tokens"):
+                del module.forward
+
+
 def _takes_tokens(mlp: nn.Module) -> bool:
     """One tensor in; a mixture of experts also gives its router's logits back, and Bloom's takes the residual too."""
     parameters = signature(mlp.forward).parameters.values()

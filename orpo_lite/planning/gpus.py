@@ -21,6 +21,8 @@ class Gpu:
     """Dense matrix products a second in bfloat16 that sum in float32."""
     bandwidth: float
     """Bytes a second to and from its memory."""
+    capability: tuple[int, int] = (8, 0)
+    """NVIDIA's compute capability."""
 
 
 # (flops, bandwidth) by a part of the name that the driver gives; from NVIDIA's data sheets and its papers on Ampere
@@ -33,12 +35,12 @@ SPEEDS = {
     "A10": (125e12, 600e9), "T4": (65e12, 320e9),
 }  # fmt: skip
 GPUS = (  # those of the table; memory as torch names it
-    Gpu("RTX 4060, 8 GB", int(7.63 * GIB), *SPEEDS["RTX 4060"]),
-    Gpu("RTX 3060, 12 GB", int(11.75 * GIB), *SPEEDS["RTX 3060"]),
-    Gpu("RTX 4080, 16 GB", int(15.7 * GIB), *SPEEDS["RTX 4080"]),
-    Gpu("RTX 4090, 24 GB", int(23.6 * GIB), *SPEEDS["RTX 4090"]),
-    Gpu("RTX A6000, 48 GB", int(47.5 * GIB), *SPEEDS["RTX A6000"]),
-    Gpu("A100, 80 GB", int(79.1 * GIB), *SPEEDS["A100"]),
+    Gpu("RTX 4060, 8 GB", int(7.63 * GIB), *SPEEDS["RTX 4060"], (8, 9)),
+    Gpu("RTX 3060, 12 GB", int(11.75 * GIB), *SPEEDS["RTX 3060"], (8, 6)),
+    Gpu("RTX 4080, 16 GB", int(15.7 * GIB), *SPEEDS["RTX 4080"], (8, 9)),
+    Gpu("RTX 4090, 24 GB", int(23.6 * GIB), *SPEEDS["RTX 4090"], (8, 9)),
+    Gpu("RTX A6000, 48 GB", int(47.5 * GIB), *SPEEDS["RTX A6000"], (8, 6)),
+    Gpu("A100, 80 GB", int(79.1 * GIB), *SPEEDS["A100"], (8, 0)),
 )
 
 
@@ -64,7 +66,8 @@ def local_gpu(index: int = 0) -> LocalGpu | None:
     if not flops:
         like = min(GPUS, key=lambda gpu: abs(gpu.memory - properties.total_memory))
         flops, bandwidth = like.flops, like.bandwidth
-    gpu = Gpu(properties.name, properties.total_memory, flops, bandwidth)
+    capability = torch.cuda.get_device_capability(index)
+    gpu = Gpu(properties.name, properties.total_memory, flops, bandwidth, capability)
     free, others = _asked_of_driver(str(properties.uuid)) or (torch.cuda.mem_get_info(index)[0], 0)
     return LocalGpu(gpu, free, others)
 

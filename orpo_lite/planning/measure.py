@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from orpo_lite.data.packing import Batch, Batching, PackedPairs, make_batch, micro_batches, packed_tokens
 from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.model.load import bare_pair_model, choose_dtype
+from orpo_lite.model.memory import NO_LEVERS, with_levers
 from orpo_lite.model.optimizer import state_bytes
 from orpo_lite.model.pair_model import PairModel
 from orpo_lite.objectives.objective import find_objective
@@ -56,10 +58,35 @@ class StepMemory:
         return sum(self.held.values()) + self.peak
 
 
-def heaviest(recipe: Recipe, triples: Triples, batching: Batching) -> list[TokenizedPair]:
-    """The largest micro-batch of the step that has the longest pairs, and filled up: other pairs may fit better."""
+def heaviest(recipe: Recipe, triples: Triples, batching: Batching, *, in_one_row: bool) -> list[TokenizedPair]:
+    """Pairs that need no less memory than any micro-batch of a training on pairs of these lengths.
+
+    In one row memory grows with the tokens, with the segments (FlashAttention adds 128 rows for each) and with the
+    tokens of the prefixes (keys and values are repeated behind them): each of the three is the most that a micro-batch
+    can have. Where each sequence goes by itself, the longest pairs count, and others that may fit beside them.
+    """
+    most = recipe.training.global_batch_size
+    if not (batching.packed and in_one_row):
+        return _longest_pairs(triples, most, batching)
+    most = min(most, batching.pairs or most)
+    prefixes = triples[:, 0] * batching.share
+    tokens = triples[:, 1] + triples[:, 2] - prefixes
+    ordered = np.sort(tokens)
+    total = max(int(ordered[-1]), min(batching.tokens, int(ordered[-most:].sum())))
+    pairs = max(1, min(most, int((ordered.cumsum() <= total).sum())))
+    shared = np.argsort(-prefixes / tokens, kind="stable")  # a knapsack that may hold a part of its last pair
+    before = np.minimum(tokens[shared].cumsum(), total)
+    prefix = int((np.diff(before, prepend=0) * (prefixes / tokens)[shared]).sum())
+    prefix = min(prefix, int(np.sort(prefixes)[-most:].sum()), total - 2 * pairs)
+    places = np.arange(pairs + 1)
+    each_prefix, each_rest = (np.diff(size * places // pairs) for size in (prefix, total - prefix))
+    chosen, rejected = each_prefix + (each_rest + 1) // 2, each_prefix + each_rest // 2
+    return blank_pairs(np.stack([each_prefix, chosen, rejected], 1))
+
+
+def _longest_pairs(triples: Triples, most: int, batching: Batching) -> list[TokenizedPair]:
     lengths = triples[:, 1] + triples[:, 2] - triples[:, 0] * batching.share
-    pairs = blank_pairs(triples[np.argsort(-lengths, kind="stable")[: recipe.training.global_batch_size]])
+    pairs = blank_pairs(triples[np.argsort(-lengths, kind="stable")[:most]])
     chunks = [[pairs[index] for index in chunk] for chunk in micro_batches(pairs, batching)]
     largest = max(chunks, key=lambda chunk: _tokens(chunk, batching))
     room = min(batching.tokens, _tokens(pairs, batching)) - _tokens(largest, batching)
@@ -75,8 +102,27 @@ def _tokens(pairs: Sequence[TokenizedPair], batching: Batching) -> int:
     return 2 * len(pairs) * max(max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs)
 
 
+class MetaModels:
+    """The models on meta of one recipe and configuration: one for each number of layers, with the latest levers."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, PairModel] = {}
+
+    def get(self, recipe: Recipe, config: Any, dtype: torch.dtype) -> PairModel:
+        """Return the model with the recipe's levers. One that was given out before is not to be used any more."""
+        layers = int(config.get_text_config().num_hidden_layers)
+        if layers not in self._made:
+            self._made[layers] = bare_pair_model(recipe.with_memory(NO_LEVERS), config, dtype)
+        return with_levers(self._made[layers], recipe)
+
+
 def measure(
-    recipe: Recipe, config: Any, triples: Triples, kind: str, planned: PlannedRoute | None = None
+    recipe: Recipe,
+    config: Any,
+    triples: Triples,
+    kind: str,
+    planned: PlannedRoute | None = None,
+    models: MetaModels | None = None,
 ) -> StepMemory:
     """The heaviest micro-batch of a recipe through its model, on meta.
 
@@ -86,11 +132,12 @@ def measure(
         triples: lengths of the pairs.
         kind: of the device that is meant: see :func:`orpo_lite.ops.attention.device_kind`.
         planned: how pairs go through the model; found out where it is not given.
+        models: those of earlier steps of the recipe.
     """
     planned = planned or find_route(recipe, config, triples, kind)
     if kind == "cpu":  # its memory is the host's, and these move nothing
         recipe = recipe.with_memory({"checkpoint_offload": False, "embedding_on_cpu": False})
-    model = bare_pair_model(recipe, config, choose_dtype(recipe.model.dtype, kind))
+    model = (models or MetaModels()).get(recipe, config, choose_dtype(recipe.model.dtype, kind))
     planned.apply(model, kind)
     trained = [parameter for _, parameter in model.trained()]
     gradients = [parameter.new_empty(parameter.shape) for parameter in trained]
@@ -98,10 +145,10 @@ def measure(
         parameter.grad = gradient
     standing, paged = standing_bytes(model, recipe)
     batching, objective = model.batching(recipe, pad_id=0), find_objective(recipe.loss)
-    pairs = heaviest(recipe, triples, batching)
+    pairs = heaviest(recipe, triples, batching, in_one_row=model.route in ("shared", "packed"))
     known = [tensor for tensors in held_tensors(model).values() for tensor in tensors] + gradients
     forget_rows()
-    with without_values(), LiveBytes(known) as meter, phases(model.backbone, meter):
+    with without_values(), _kernels_of(recipe), LiveBytes(known) as meter, phases(model.backbone, meter):
         batch = make_batch(pairs, batching).to(META)
         logps = model(batch)
         loss, _ = objective.loss(logps, objective.divisors(pairs))
@@ -123,6 +170,17 @@ def measure(
         weights=sum(_elements(parameter) for parameter in model.parameters() if not parameter.requires_grad),
         notes=tuple(model.notes),
     )
+
+
+@contextmanager
+def _kernels_of(recipe: Recipe) -> Iterator[None]:
+    """Deterministic kernels where the recipe asks for them: attention's needs more memory."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(recipe.training.full_determinism)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 LOADERS = 4  # threads of transformers.core_model_loading, each with a 16-bit tensor on its way to be quantised

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,38 +51,58 @@ class LiveBytes(TorchDispatchMode):
         """Bytes that went to host memory in all; what waits there comes back."""
         self.work: Counter[tuple[int, int]] = Counter()
         """How many operators did so many FLOPs and moved so many bytes (attention's kernels do not show theirs)."""
-        self._seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+        self._seen: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        """Each storage that lives, by its id; what is called at its end is cheaper here than weakref.finalize."""
         for tensor in known:
-            self._seen.add(tensor.untyped_storage())
+            self._follow(tensor.untyped_storage(), lambda: None)
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        result = function(*args, **kwargs)
-        made = list(_tensors((result,)))
-        for tensor in made:
+        tensors: list[Tensor] = []
+        key = _key(function, args, kwargs, tensors)
+        known = _answers.get(key) if key else None
+        if known is None:
+            result, answer = _run(function, args, kwargs, tensors)
+            if key:
+                _answers[key] = answer
+            work = answer.work
+        elif known.makes is None:
+            result, work = function(*args, **kwargs), known.work
+        else:
+            result, work = known.again(tensors), known.work
+        for tensor in (result,) if isinstance(result, Tensor) else _tensors((result,)):
             self._note(tensor.untyped_storage())
         if function._overloadpacket is torch.ops.aten.copy_ and is_on_host(args[0]) != is_on_host(args[1]):
             self.sent += args[1].nbytes * is_on_host(args[0])
-            return result
-        self.work[_work(function, args, kwargs, made)] += 1
+        else:
+            self.work[work] += 1
         return result
 
+    def _follow(self, storage: torch.UntypedStorage, freed: Callable[[], None]) -> None:
+        """Call ``freed`` when the storage is gone."""
+        place = id(storage)
+
+        def gone(_: Any) -> None:
+            self._seen.pop(place, None)
+            freed()
+
+        self._seen[place] = weakref.ref(storage, gone)
+
     def _note(self, storage: torch.UntypedStorage) -> None:
-        if storage in self._seen:
+        if id(storage) in self._seen:
             return
-        self._seen.add(storage)
         size = allocated(storage)
         if making_host_memory():
             mark_as_host(storage)
             self.host += size
             self.host_peak = max(self.host_peak, self.host)
-            weakref.finalize(storage, self._free_host, size)
+            self._follow(storage, partial(self._free_host, size))
             return
         self.live += size
         self.by_phase[self.phase] += size
-        weakref.finalize(storage, self._free, self.phase, size)
+        self._follow(storage, partial(self._free, self.phase, size))
         if self.live > self.peak:
             self.peak = self.live
             self.peak_by_phase = self.by_phase.copy()
@@ -91,6 +113,100 @@ class LiveBytes(TorchDispatchMode):
 
     def _free_host(self, size: int) -> None:
         self.host -= size
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What an operator does on meta, for arguments of the same kind: torch finds that out in Python, and slowly."""
+
+    work: tuple[int, int]
+    makes: tuple[Any, ...] | None
+    """A result each: the place of the argument that it is, or size, stride and dtype. None where it has to run."""
+    is_single: bool = True
+
+    def again(self, tensors: Sequence[Tensor]) -> Any:
+        """Its results for other tensors of the same kind."""
+        made = [
+            tensors[one] if isinstance(one, int) else torch.empty_strided(*one[:2], dtype=one[2], device="meta")
+            for one in self.makes or ()
+        ]
+        return made[0] if self.is_single else tuple(made)
+
+
+_answers: dict[Any, _Answer] = {}
+
+
+def _key(function: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
+    """All that an operator's result on meta depends on; None where that is not known. Fills ``tensors``."""
+    parts = [function]
+    if not _describe(args, parts, tensors):
+        return None
+    if kwargs:
+        parts.extend(kwargs)
+        if not _describe(kwargs.values(), parts, tensors):
+            return None
+    key = tuple(parts)
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+def _describe(values: Iterable[Any], parts: list[Any], tensors: list[Tensor]) -> bool:
+    """Add what matters of these arguments to ``parts``; False for one that is not on meta."""
+    for value in values:
+        if isinstance(value, Tensor):
+            if not value.is_meta:
+                return False
+            parts += (value.shape, value.stride(), value.dtype, _place(value, tensors))
+            tensors.append(value)
+        elif isinstance(value, list | tuple):
+            parts.append(len(value))
+            if not _describe(value, parts, tensors):
+                return False
+        else:
+            parts += (type(value), value)
+    return True
+
+
+def _place(tensor: Tensor, tensors: list[Tensor]) -> int:
+    """Where the tensor stands first among these; how many there are, where it does not."""
+    return next((place for place, other in enumerate(tensors) if other is tensor), len(tensors))
+
+
+def _run(function: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> tuple[Any, _Answer]:
+    """An operator's result, and what of it holds for other arguments of the same kind."""
+    before = [(tensor.shape, tensor.stride(), tensor.untyped_storage()) for tensor in tensors]
+    result = function(*args, **kwargs)
+    made = list(_tensors((result,)))
+    work = _work(function, args, kwargs, made)
+    is_single = isinstance(result, Tensor)
+    if not is_single and not (isinstance(result, tuple) and len(made) == len(result)):
+        return result, _Answer(work, None)
+    if torch.Tag.inplace_view in function.tags:
+        return result, _Answer(work, None)
+    makes: list[Any] = []
+    storages = {storage for _, _, storage in before}
+    for tensor in made:
+        place = _place(tensor, tensors)
+        storage = tensor.untyped_storage()
+        if place < len(tensors):
+            makes.append(place)
+        elif not tensor.is_meta or storage in storages or tensor.storage_offset() or _bytes(tensor) != storage.nbytes():
+            return result, _Answer(work, None)
+        else:
+            storages.add(storage)
+            makes.append((tensor.shape, tensor.stride(), tensor.dtype))
+    return result, _Answer(work, tuple(makes), is_single)
+
+
+def _bytes(tensor: Tensor) -> int:
+    """Of the smallest storage that holds it."""
+    if not tensor.numel():
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:

@@ -12,8 +12,8 @@ from transformers import AttentionInterface, masking_utils
 
 from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.model.pair_model import PairModel
-from orpo_lite.ops.attention import meta_flash_attention
 from orpo_lite.ops.devices import is_on_host
+from orpo_lite.ops.meta_attention import meta_flash_attention
 
 META_ATTENTION = "orpo_lite_scoreless"  # attention of padded rows on meta
 

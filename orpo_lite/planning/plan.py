@@ -17,6 +17,7 @@ from orpo_lite.planning.gpus import GPUS, Gpu, LocalGpu, local_gpu, memory_budge
 from orpo_lite.planning.on_meta import worst_case
 from orpo_lite.planning.search import Change, GpuRow, MemoryPlan, Planner, no_plan
 from orpo_lite.recipe.schema import Recipe
+from orpo_lite.recipe.text import gib
 from orpo_lite.runs.folder import KEPT_CHECKPOINTS
 from orpo_lite.updates import Update, run_to_end, with_torch_defaults
 
@@ -103,14 +104,15 @@ def plan_events(recipe: Recipe, *, with_data: bool = False) -> Generator[Update,
     budget = memory_budget(recipe.memory.budget_bytes, own)
     yield Update("stage", "counting steps of a few layers")
     try:
-        return _report(recipe, asked_name, Planner(recipe, config, triples, kind), own, budget, with_data)
+        planner = Planner(recipe, config, triples, kind)
+        return (yield from _report(recipe, asked_name, planner, own, budget, with_data))
     except MODEL_CODE_ERRORS as error:
         raise no_plan(asked_name, error) from error
 
 
 def _report(
     recipe: Recipe, name: str, planner: Planner, own: LocalGpu | None, asked: int | None, from_data: bool
-) -> PlanReport:
+) -> Generator[Update, None, PlanReport]:
     if own:
         gpu = own.gpu
     elif asked is not None:
@@ -119,7 +121,12 @@ def _report(
         larger = [other for other in GPUS if other.memory >= ASSUMED.memory]
         gpu = next((other for other in larger if planner.least(other) <= other.memory), GPUS[-1])
     budget = gpu.memory if asked is None else asked
+    least = planner.least(gpu)
+    verdict = "yes, it fits" if least <= budget else "no, it does not fit"
+    yield Update("note", f"{verdict}: the settings that need least take {gib(least)} of {gib(budget)}")
+    yield Update("stage", "looking for the fastest settings that fit")
     found = planner.plan(budget, gpu)
+    yield Update("stage", "planning for other cards")
     name_of_first = gpu.name if recipe.memory.budget_bytes is None else f"memory.budget={recipe.memory.budget}"
     first = replace(gpu, name=name_of_first, memory=budget)
     rows = [planner.row(first), *(planner.row(other) for other in GPUS if other != first)]

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from orpo_lite.errors import FitError, ModelError, Overrides
-from orpo_lite.model.load import bare_pair_model, choose_dtype
+from orpo_lite.model.load import choose_dtype
 from orpo_lite.planning.extrapolate import LayerExtrapolation, seconds
 from orpo_lite.planning.gpus import GPUS, Gpu
-from orpo_lite.planning.measure import StepMemory, loading_bytes, measure, rounded, standing_bytes
+from orpo_lite.planning.measure import MetaModels, StepMemory, loading_bytes, measure, rounded, standing_bytes
 from orpo_lite.planning.on_meta import Triples
 from orpo_lite.planning.route import PlannedRoute, find_route
 from orpo_lite.recipe.schema import LEVERS, Recipe
@@ -29,8 +29,12 @@ logger = logging.getLogger(__name__)
 MIB = 2**20
 # Allowances: what the counted step cannot show. None of them was fitted to a model.
 CONTEXT = 512 * MIB  # of CUDA, with the kernels of torch, cuBLAS and bitsandbytes loaded; 300 to 550 on cards of today
-WORKSPACE = 64 * MIB  # cuBLAS asks for 8 MiB a stream, on Hopper for 32 (torch.backends.cuda, CUBLAS_WORKSPACE_CONFIG)
-FRAGMENTATION = 0.05  # of the step's own bytes
+FRAGMENTATION, LEAST_FRAGMENTATION = 0.05, 256 * MIB  # a share of the step's own bytes, and no less than that
+# What torch's aten/src/ATen/cuda/CublasHandlePool.cpp allocates for each of two handles, that of the main thread and
+# that of autograd's: for cuBLAS 8.125 MiB, on compute capability 9.0 (Hopper) and with CUBLAS_WORKSPACE_CONFIG=:4096:8
+# (deterministic) 32 MiB; and 1 MiB for cuBLASLt. They count in torch.cuda.max_memory_allocated.
+HANDLES, CUBLAS, CUBLAS_HOPPER, CUBLAS_LT = 2, 8 * MIB + MIB // 8, 32 * MIB, MIB
+HOPPER = (9, 0)
 TILE, SMALL_CHUNK = 512, 128  # tokens of an MLP, rows of logits
 SHORTEST = 128  # tokens of a sequence; no shorter one is proposed
 MORE_TOKENS = (4_096, 8_192)  # a forward pass of fewer spends much of its time on dequantising the weights
@@ -69,6 +73,8 @@ class MemoryPlan:
     """None on a CPU."""
     measured: StepMemory
     """The step as it was run on meta with these levers."""
+    deterministic: bool = False
+    """Whether the run asks for deterministic kernels."""
 
     @property
     def peak(self) -> int:
@@ -83,13 +89,16 @@ class MemoryPlan:
     @property
     def allowances(self) -> dict[str, int]:
         """What a program takes besides its tensors."""
-        return allowances(self.measured.peak, self.gpu)
+        return self._allowances(self.measured.peak)
 
     @property
     def needed(self) -> int:
         """Peak and allowances; more where loading takes more."""
-        loading = self.measured.loading + sum(allowances(0, self.gpu).values())
+        loading = self.measured.loading + sum(self._allowances(0).values())
         return max(self.peak + sum(self.allowances.values()), loading)
+
+    def _allowances(self, step: int) -> dict[str, int]:
+        return allowances(step, self.gpu, deterministic=self.deterministic)
 
     @property
     def fits(self) -> bool:
@@ -140,10 +149,16 @@ class MemoryPlan:
         }
 
 
-def allowances(step: int, gpu: Gpu | None) -> dict[str, int]:
+def allowances(step: int, gpu: Gpu | None, *, deterministic: bool = False) -> dict[str, int]:
     """Bytes besides the tensors, for a step that holds so many."""
-    fragments = {"fragmentation": int(FRAGMENTATION * step)}
-    return {"CUDA context": CONTEXT, "kernels' workspaces": WORKSPACE, **fragments} if gpu else fragments
+    if not gpu:
+        return {"fragmentation": int(FRAGMENTATION * step)}
+    cublas = CUBLAS_HOPPER if deterministic or gpu.capability == HOPPER else CUBLAS
+    return {
+        "CUDA context": CONTEXT,
+        "kernels' workspaces": HANDLES * (cublas + CUBLAS_LT),
+        "fragmentation": max(int(FRAGMENTATION * step), LEAST_FRAGMENTATION),
+    }
 
 
 class Planner:
@@ -152,6 +167,7 @@ class Planner:
     def __init__(self, recipe: Recipe, config: Any, triples: Triples, kind: str) -> None:
         self.recipe, self.config, self.triples, self.kind = recipe, config, triples, kind
         self.layers = int(config.get_text_config().num_hidden_layers)
+        self._models = MetaModels()
         self._extrapolations: dict[tuple[Any, ...], LayerExtrapolation] = {}
 
     @cached_property
@@ -163,7 +179,7 @@ class Planner:
     def _whole(self) -> tuple[int, int, int]:
         """Bytes held by all layers; by the input embedding, which may be moved; on the device while the base loads."""
         here = self.recipe.with_memory({"embedding_on_cpu": False})
-        model = bare_pair_model(here, self.config, choose_dtype(here.model.dtype, self.kind))
+        model = self._models.get(here, self.config, choose_dtype(here.model.dtype, self.kind))
         standing, _ = standing_bytes(model, here)
         tied = self.config.get_text_config().tie_word_embeddings
         embedding = 0 if tied else rounded(model.causal.get_input_embeddings().weight)
@@ -219,11 +235,14 @@ class Planner:
 
     def extrapolation(self, choice: Mapping[str, Any]) -> LayerExtrapolation:
         """That of a choice; where the embedding lies makes no difference to a step."""
-        key = tuple(value for name, value in choice.items() if name != "embedding_on_cpu")
-        if key not in self._extrapolations:
-            chosen = self.recipe.with_memory({**choice, "embedding_on_cpu": False})
-            self._extrapolations[key] = LayerExtrapolation(chosen, self.config, self.triples, self.kind, self.planned)
-        return self._extrapolations[key]
+        if (known := self._extrapolations.get(_step_of(choice))) is not None:
+            return known
+        plain = {**choice, "checkpoint_offload": False, "embedding_on_cpu": False}
+        on_device = self._extrapolations.get(_step_of(plain))
+        chosen = self.recipe.with_memory({**choice, "embedding_on_cpu": False})
+        found = LayerExtrapolation(chosen, self.config, self.triples, self.kind, self.planned, self._models, on_device)
+        self._extrapolations[_step_of(choice)] = found
+        return found
 
     def best(self, budget: int | None, gpu: Gpu | None) -> dict[str, Any] | None:
         """The fastest levers that fit by the extrapolations; None if none does."""
@@ -242,8 +261,10 @@ class Planner:
 
     def run(self, levers: Mapping[str, Any], budget: int | None, gpu: Gpu | None) -> MemoryPlan:
         """The plan of these levers, from a step with all layers."""
-        found = measure(self.recipe.with_memory(levers), self.config, self.triples, self.kind, self.planned)
-        return MemoryPlan(levers, budget, gpu, found)
+        found = measure(
+            self.recipe.with_memory(levers), self.config, self.triples, self.kind, self.planned, self._models
+        )
+        return MemoryPlan(levers, budget, gpu, found, self.recipe.training.full_determinism)
 
     def plan(self, budget: int | None, gpu: Gpu | None) -> MemoryPlan:
         """The fastest plan that fits, run once in full; where nothing fits, the one that needs the least."""
@@ -274,8 +295,9 @@ class Planner:
         whole, embedding, loaded = self._whole
         moved = embedding if choice["embedding_on_cpu"] else 0
         step = self.extrapolation(choice).peak(self.layers, kept)
-        in_step = whole - moved + step + sum(allowances(step, gpu).values())
-        return max(in_step, loaded + sum(allowances(0, gpu).values()))
+        deterministic = self.recipe.training.full_determinism
+        besides, least = (sum(allowances(size, gpu, deterministic=deterministic).values()) for size in (step, 0))
+        return max(whole - moved + step + besides, loaded + least)
 
     def changes(self, budget: int, gpu: Gpu | None) -> list[Change]:
         """Changes of the maths that need less, and which of them would fit; none is made by itself."""
@@ -308,6 +330,11 @@ class Planner:
         triples = self.triples if limit is None else np.minimum(self.triples, limit)
         needed = Planner(self.recipe.override(dict(keys)), self.config, triples, self.kind).least(gpu)
         return Change(keys, needed, needed <= budget)
+
+
+def _step_of(choice: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What of a choice makes a difference to the passes of a step."""
+    return tuple(value for name, value in sorted(choice.items()) if name != "embedding_on_cpu")
 
 
 def no_plan(name: str, error: Exception) -> ModelError:

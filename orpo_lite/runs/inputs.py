@@ -21,7 +21,7 @@ from orpo_lite.base.find import (
 from orpo_lite.data.cache import TokenizedPairs
 from orpo_lite.data.chat_template import set_chat_template
 from orpo_lite.data.dataset import show_row
-from orpo_lite.data.prepare import figures_said, find_sources, tokenized_splits
+from orpo_lite.data.prepare import figure_updates, find_sources, tokenized_splits
 from orpo_lite.data.sources.source import is_local, is_path
 from orpo_lite.errors import ModelError, Overrides
 from orpo_lite.recipe.schema import Recipe
@@ -59,7 +59,7 @@ def prepare_inputs(recipe: Recipe) -> Generator[Update, None, Inputs]:
     check_targets(recipe, base)
     check_embedding(recipe, base.config)
     train, test, found = yield from tokenized_splits(recipe, base.path, *sources)
-    yield from figures_said(found)
+    yield from figure_updates(found)
     text_config = base.config.get_text_config()
     _check_ids(train, text_config.vocab_size)
     _check_ids(test, text_config.vocab_size)

@@ -450,7 +450,7 @@ def test_a_prompt_on_both_sides_of_a_given_split_is_warned_of(small: Callable[..
     (workspace / "pairs.jsonl").write_text(rows(GOOD), encoding="utf-8")
     code, said, _ = small("data.dataset_test_split=./held-out.jsonl", "training.max_steps=1")
     assert code == 0
-    assert "warning: 1 of 2 held-out prompts stand in the training set too: the evaluation will flatter" in said
+    assert "warning: 1 of 2 held-out prompts are also in the training set: the evaluation will look too good" in said
     figures = json.loads((workspace / "run" / "data.json").read_text(encoding="utf-8"))
     assert figures["prompts"] == {"train": 1, "held_out": 2, "shared": 1}
 
@@ -532,7 +532,7 @@ BAD_BASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
     "a template that raises": (
         lambda _: None,
         ["data.chat_template={{ raise_exception('only poems') }}"],
-        ["the chat template raises", "only poems", "whose file data.chat_template names"],
+        ["the chat template raises", "only poems", "set data.chat_template to a file with a template of your own"],
     ),
     "token ids beyond the embedding": (
         lambda base: write_base(base, tiny_llama(64)),

@@ -1,4 +1,5 @@
-"""The cache of tokens: what was written is read again, what is not whole is never read, and it stays small."""
+"""The cache of tokens: what was written is read again, what is not whole is never read, and it
+stays small."""
 
 import json
 import os
@@ -81,7 +82,9 @@ def test_pairs_come_back_as_they_were() -> None:
     for name in NUMBERS[2:]:
         assert found.column(name).tolist() == [getattr(pair, name) for pair in pairs]
     assert found.column("chosen_tokens").tolist() == [len(pair.chosen_ids) for pair in pairs]
-    prefixes = [common_prefix(np.array(pair.chosen_ids), np.array(pair.rejected_ids)) for pair in pairs]
+    prefixes = [
+        common_prefix(np.array(pair.chosen_ids), np.array(pair.rejected_ids)) for pair in pairs
+    ]
     assert found.column("prefix").tolist() == prefixes
 
 
@@ -89,8 +92,14 @@ SIDE = st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=9)
 PLACE = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n"), max_size=9)
 
 
-@given(st.lists(st.tuples(SIDE, SIDE, PLACE, st.binary(min_size=16, max_size=16)), min_size=1, max_size=9))
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    st.lists(
+        st.tuples(SIDE, SIDE, PLACE, st.binary(min_size=16, max_size=16)), min_size=1, max_size=9
+    )
+)
+@settings(
+    max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
+)
 def test_any_pairs_come_back(drawn: list[tuple[list[int], list[int], str, bytes]]) -> None:
     pairs = [TokenizedPair(*sides, 1, 2, where, prompt, 3, 4) for *sides, where, prompt in drawn]
     check_equal(write(pairs), pairs)
@@ -104,7 +113,14 @@ def test_it_is_a_sequence() -> None:
     for index in (20, -21):
         with pytest.raises(IndexError):
             found[index]
-    for cut in (slice(None), slice(3, 9), slice(None, None, -1), slice(15, 99), slice(-4, None), slice(9, 3)):
+    for cut in (
+        slice(None),
+        slice(3, 9),
+        slice(None, None, -1),
+        slice(15, 99),
+        slice(-4, None),
+        slice(9, 3),
+    ):
         check_equal(found[cut], pairs[cut])
     check_equal(list(found), pairs)
     chosen = found.select([5, 1, 1, 19])
@@ -122,7 +138,9 @@ def test_it_is_a_sequence() -> None:
 def test_a_held_out_side_is_a_view() -> None:
     pairs = some_pairs(24)
     found = write(pairs)
-    train, test = (found.select(rows) for rows in hold_out(range(len(found)), found.prompts(), 0.25, 0))
+    train, test = (
+        found.select(rows) for rows in hold_out(range(len(found)), found.prompts(), 0.25, 0)
+    )
     assert (len(train), len(test)) == (18, 6)
     assert not set(train.prompts()) & set(test.prompts())
     sides = hold_out(pairs, [pair.prompt for pair in pairs], 0.25, 0)
@@ -134,13 +152,20 @@ def test_the_files_are_plain_arrays(token_cache: Path) -> None:
     pairs = some_pairs(10)
     write(pairs)
     folder = token_cache / KEY
-    assert sorted(file.name for file in folder.iterdir()) == ["entry.json", "ids.bin", "pairs.bin", "places.txt"]
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "entry.json",
+        "ids.bin",
+        "pairs.bin",
+        "places.txt",
+    ]
     ids = [i for pair in pairs for side in (pair.chosen_ids, pair.rejected_ids) for i in side]
     assert np.fromfile(folder / "ids.bin", "<i4").tolist() == ids
     records = np.fromfile(folder / "pairs.bin", cache.PAIR)
     assert records.dtype.itemsize == 4 * (len(NUMBERS) + 1) + 16
     assert records["chosen_cut"].tolist() == [pair.chosen_cut for pair in pairs]
-    assert (folder / "places.txt").read_text("utf-8") == "".join(f"{pair.where}\n" for pair in pairs)
+    assert (folder / "places.txt").read_text("utf-8") == "".join(
+        f"{pair.where}\n" for pair in pairs
+    )
 
 
 def test_a_line_break_in_a_place_becomes_a_space() -> None:
@@ -228,10 +253,15 @@ def test_an_entry_is_whole_or_none(token_cache: Path) -> None:
     assert cache.load(KEY) is not None
 
 
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, GeneratorExit, OSError(28, "No space left")])
+@pytest.mark.parametrize(
+    "error", [ValueError, KeyboardInterrupt, GeneratorExit, OSError(28, "No space left")]
+)
 def test_an_error_leaves_nothing(token_cache: Path, error: Any) -> None:
     for close in (False, True):
-        with pytest.raises(error if isinstance(error, type) else OSError), cache.new_entry(KEY) as writer:
+        with (
+            pytest.raises(error if isinstance(error, type) else OSError),
+            cache.new_entry(KEY) as writer,
+        ):
             writer.add(some_pairs(1)[0])
             if close:
                 writer.close(FACTS)
@@ -269,7 +299,8 @@ def test_a_process_that_is_killed_leaves_nothing_that_is_read(token_cache: Path)
     code = (
         "with cache.locked(KEY), cache.new_entry(KEY) as writer:\n"
         "    [writer.add(pair) for pair in PAIRS]\n"
-        "    [stream.flush() for stream in writer._streams]\n    print('half', flush=True)\n    time.sleep(60)"
+        "    [stream.flush() for stream in writer._streams]\n    print('half', flush=True)\n    "
+        "time.sleep(60)"
     )
     with start(code) as running:
         assert running.stdout is not None
@@ -322,8 +353,10 @@ def keys(count: int) -> list[str]:
     return [f"{index:032x}" for index in range(count)]
 
 
-def test_entries_that_are_not_used_make_room(token_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "KEPT", 3)
+def test_entries_that_are_not_used_make_room(
+    token_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "MAX_ENTRIES", 3)
     pairs = some_pairs(8)
     first, second, third, fourth, fifth = keys(5)
     held = {}
@@ -340,12 +373,14 @@ def test_entries_that_are_not_used_make_room(token_cache: Path, monkeypatch: pyt
     for key in (second, third):  # who reads one goes on reading
         check_equal(held[key], pairs)
         assert cache.load(key) is None
-    assert cache.KEPT == 3
+    assert cache.MAX_ENTRIES == 3
 
 
-def test_nothing_but_entries_is_ever_removed(token_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_but_entries_is_ever_removed(
+    token_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The variable may name a folder that holds other things."""
-    monkeypatch.setattr(cache, "KEPT", 1)
+    monkeypatch.setattr(cache, "MAX_ENTRIES", 1)
     others = [".ssh", "photos", "0" * 31, "0" * 33, ".config-2", "G" * 32]
     for name in others:
         (token_cache / name).mkdir()
@@ -370,7 +405,9 @@ def unwritable(tmp_path: Path) -> list[Path]:
     return found
 
 
-def test_a_folder_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cache.tempfile, "tempdir", str(tmp_path))
     for folder in unwritable(tmp_path):
         monkeypatch.setenv(cache.VARIABLE, str(folder))
@@ -405,7 +442,12 @@ def test_the_key_changes_with_every_part(monkeypatch: pytest.MonkeyPatch) -> Non
     key = cache.make_key(**parts)
     assert key == cache.make_key(**dict(reversed(parts.items())))
     assert cache.ENTRY.fullmatch(key)
-    others = [parts | {"one": [2, 1]}, parts | {"two": {"a": 0, "b": "x"}}, {"one": [1, 2]}, parts | {"three": None}]
+    others = [
+        parts | {"one": [2, 1]},
+        parts | {"two": {"a": 0, "b": "x"}},
+        {"one": [1, 2]},
+        parts | {"three": None},
+    ]
     found = {key, *(cache.make_key(**other) for other in others)}
     monkeypatch.setattr(cache, "_code", lambda: "other code")
     found.add(cache.make_key(**parts))
@@ -415,7 +457,13 @@ def test_the_key_changes_with_every_part(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_sum_of_a_tokenizer(tmp_path: Path) -> None:
-    files = ["tokenizer.json", "tokenizer_config.json", "spiece.model", "vocab.txt", "chat_template.jinja"]
+    files = [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "spiece.model",
+        "vocab.txt",
+        "chat_template.jinja",
+    ]
     files.append("additional_chat_templates/rag.jinja")
     (tmp_path / "additional_chat_templates").mkdir()
     for name in files:
@@ -437,13 +485,15 @@ def test_the_sum_of_a_tokenizer(tmp_path: Path) -> None:
 
 def test_the_newest_entry_stays_whatever_the_clock_says(token_cache: Path) -> None:
     """Where the clock has gone back since, all others look newer."""
-    for key in keys(cache.KEPT):
+    for key in keys(cache.MAX_ENTRIES):
         write(some_pairs(1), key)
         os.utime(token_cache / key, (time.time() + 60, time.time() + 60))
     check_equal(write(some_pairs(2)), some_pairs(2))
 
 
-def test_code_in_any_folder_of_the_package_is_part_of_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_in_any_folder_of_the_package_is_part_of_the_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Else tokens that older code made would be taken for those of today."""
     reader, loader = tmp_path / "data" / "formats" / "readers.py", tmp_path / "base" / "find.py"
     for file in (reader, loader):

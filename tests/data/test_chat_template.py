@@ -1,4 +1,5 @@
-"""Chat templates: which is taken, what is said of it, texts equal to transformers' own, and templates out of bounds."""
+"""Chat templates: which is taken, what is said of it, texts equal to transformers' own, and
+templates out of bounds."""
 
 import os
 import signal
@@ -52,9 +53,11 @@ def bpe() -> PreTrainedTokenizerFast:
 # --- which template
 
 
-def test_the_templates_and_what_is_said_of_them(bpe: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_the_templates_and_what_is_said_of_them(
+    bpe: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
     def said(**fields: Any) -> str:
-        return set_chat_template(bpe, section(**fields)).said
+        return set_chat_template(bpe, section(**fields)).description
 
     assert "the tokenizer has none" in said()
     assert "the tokenizer has none" in said()  # also when ours was installed before
@@ -76,7 +79,14 @@ def test_the_templates_and_what_is_said_of_them(bpe: PreTrainedTokenizerFast, tm
 
 @pytest.mark.parametrize(
     ("choice", "named"),
-    [("auto", False), ("none", False), (CHATML, False), ("{{ messages }}", False), ("mine.jinja", True), ("x", True)],
+    [
+        ("auto", False),
+        ("none", False),
+        (CHATML, False),
+        ("{{ messages }}", False),
+        ("mine.jinja", True),
+        ("x", True),
+    ],
 )
 def test_a_template_is_told_from_a_file(choice: str, named: bool) -> None:
     assert is_file(choice) == named
@@ -98,27 +108,28 @@ def test_a_tokenizer_with_several_templates(bpe: PreTrainedTokenizerFast, tmp_pa
     for tokenizer in (bpe, AutoTokenizer.from_pretrained(tmp_path)):
         template = set_chat_template(tokenizer, section())
         assert template.text == CHATML == tokenizer.chat_template
-        assert "the tokenizer's own" in template.said
+        assert "the tokenizer's own" in template.description
     bpe.chat_template = {"rag": CHATML, "tool_use": "{{ 1 }}"}
     with pytest.raises(ModelError, match="tokenizer: ") as raised:
         set_chat_template(bpe, section())
-    assert "whose file data.chat_template names" in message(raised)
+    assert "set data.chat_template to a file with a template of your own" in message(raised)
     assert set_chat_template(bpe, section(chat_template=CHATML)).text == CHATML
 
 
 def test_a_template_that_writes_the_date_is_remarked_on(bpe: PreTrainedTokenizerFast) -> None:
     dated = "{{ date_string or strftime_now('%Y') }}" + CHATML
-    assert "today's date" in set_chat_template(bpe, section(chat_template=dated)).said
+    assert "today's date" in set_chat_template(bpe, section(chat_template=dated)).description
     fixed = section(chat_template=dated, chat_template_kwargs={"date_string": "1999"})
     template = set_chat_template(bpe, fixed)
-    assert "today's date" not in template.said
+    assert "today's date" not in template.description
     assert texts_of(colour(), template).prompt.startswith("1999<|im_start|>")
 
 
 def test_chat_template_kwargs_reach_the_template(bpe: PreTrainedTokenizerFast) -> None:
     kwargs = {"mood": "calm", "tools": [{"name": "look"}], "eos_token": "<|im_end|>"}
     data = section(
-        chat_template="{{ mood }} {{ tools[0].name }} {{ eos_token }} " + CHATML, chat_template_kwargs=kwargs
+        chat_template="{{ mood }} {{ tools[0].name }} {{ eos_token }} " + CHATML,
+        chat_template_kwargs=kwargs,
     )
     template = set_chat_template(bpe, data)
     assert texts_of(colour(), template).prompt.startswith("calm look <|im_end|> <|im_start|>")
@@ -127,7 +138,9 @@ def test_chat_template_kwargs_reach_the_template(bpe: PreTrainedTokenizerFast) -
         assert renderer.receive() == [pair_texts(colour(), template)]
 
 
-@pytest.mark.parametrize("name", ["add_generation_prompt", "messages", "conversations", "chat_template"])
+@pytest.mark.parametrize(
+    "name", ["add_generation_prompt", "messages", "conversations", "chat_template"]
+)
 def test_what_we_render_with_is_not_a_kwarg(bpe: PreTrainedTokenizerFast, name: str) -> None:
     with pytest.raises(RecipeError, match=rf"data\.chat_template_kwargs: sets {name}") as raised:
         set_chat_template(bpe, section(chat_template=CHATML, chat_template_kwargs={name: 1}))
@@ -154,7 +167,9 @@ def test_an_end_token_that_is_not_special_ends_a_reply_all_the_same() -> None:
     )
     assert left_out == [f"{SPECIAL}: <|im_end|>"] * 2
     assert isinstance(other, PairTexts)
-    assert pair_texts(colour(chosen="a<|im_start|>assistant"), template) == f"{SPECIAL}: <|im_start|>"
+    assert (
+        pair_texts(colour(chosen="a<|im_start|>assistant"), template) == f"{SPECIAL}: <|im_start|>"
+    )
 
 
 def texts_of(pair: Pair, template: Template) -> PairTexts:
@@ -171,19 +186,31 @@ ALTERNATE = (
 )
 WILD = {
     "chatml": CHATML,
-    "chatml with a default system turn": "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are helpful."
+    "chatml with a default system turn": "{% if messages[0].role != 'system' "
+    "%}<|im_start|>system\nYou are helpful."
     "<|im_end|>\n{% endif %}" + CHATML,
-    "llama-2": "{% if messages[0].role == 'system' %}{% set rest = messages[1:] %}{% set system = '<<SYS>>\\n' + "
-    "messages[0].content + '\\n<</SYS>>\\n\\n' %}{% else %}{% set rest = messages %}{% set system = '' %}{% endif %}"
-    "{% for m in rest %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + (system if loop.first else '') + "
-    "m.content.strip() + ' [/INST]' }}{% else %}{{ ' ' + m.content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}",
-    "llama-3": "{% for m in messages %}{% set c = '<|start_header_id|>' + m.role + '<|end_header_id|>\\n\\n' + "
-    "m.content | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set c = bos_token + c %}{% endif %}{{ c }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}",
+    "llama-2": "{% if messages[0].role == 'system' %}{% set rest = messages[1:] %}{% set system "
+    "= '<<SYS>>\\n' + "
+    "messages[0].content + '\\n<</SYS>>\\n\\n' %}{% else %}{% set rest = messages %}{% set "
+    "system = '' %}{% endif %}"
+    "{% for m in rest %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + (system if "
+    "loop.first else '') + "
+    "m.content.strip() + ' [/INST]' }}{% else %}{{ ' ' + m.content.strip() + ' ' + eos_token "
+    "}}{% endif %}{% endfor %}",
+    "llama-3": "{% for m in messages %}{% set c = '<|start_header_id|>' + m.role + "
+    "'<|end_header_id|>\\n\\n' + "
+    "m.content | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set c = bos_token + c %}{% "
+    "endif %}{{ c }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ "
+    "'<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}",
     "zephyr": "{% for m in messages %}\n{{ '<|' + m.role + '|>\\n' + m.content + eos_token }}\n"
-    "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}",
-    "gemma": "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}"
-    "{% endif %}" + ALTERNATE + "{% for m in messages %}{% set role = 'model' if m.role == 'assistant' else m.role %}"
+    "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor "
+    "%}",
+    "gemma": "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('System "
+    "role not supported') }}"
+    "{% endif %}"
+    + ALTERNATE
+    + "{% for m in messages %}{% set role = 'model' if m.role == 'assistant' else m.role %}"
     "{{ '<start_of_turn>' + role + '\\n' + m.content | trim + '<end_of_turn>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}",
     "no header of its own": "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}",
@@ -208,14 +235,22 @@ REPLIES = ("Blue.", "Not {% a %} colour:\n\n1. <b>é🦜</b>")
 @pytest.fixture(scope="module")
 def wild() -> PreTrainedTokenizerFast:
     tokenizer = byte_level(bos="<|begin_of_text|>")
-    ends = ["<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<start_of_turn>", "<end_of_turn>"]
+    ends = [
+        "<|eot_id|>",
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        "<start_of_turn>",
+        "<end_of_turn>",
+    ]
     tokenizer.add_tokens(ends, special_tokens=True)
     return tokenizer
 
 
 @pytest.mark.parametrize("turns", CONVERSATIONS)
 @pytest.mark.parametrize("name", WILD)
-def test_texts_equal_those_of_transformers(wild: PreTrainedTokenizerFast, name: str, turns: str) -> None:
+def test_texts_equal_those_of_transformers(
+    wild: PreTrainedTokenizerFast, name: str, turns: str
+) -> None:
     messages = list(CONVERSATIONS[turns])
     template = set_chat_template(wild, section(chat_template=WILD[name]))
     pair = Pair(tuple(messages), *REPLIES, "x:1")
@@ -233,10 +268,14 @@ def test_texts_equal_those_of_transformers(wild: PreTrainedTokenizerFast, name: 
         said = texts.prompt + body
         assert whole.startswith(said)
         assert body.rstrip().removesuffix(texts.end).rstrip().endswith(reply)
-        assert whole[len(said) :].strip() == ""  # a line break after the end, which nobody has to say
+        assert (
+            whole[len(said) :].strip() == ""
+        )  # a line break after the end, which nobody has to say
         assert said.endswith(texts.end)
     assert asked.startswith(texts.prompt)
-    assert asked[len(texts.prompt) :].strip() == ""  # the generation prompt is the prompt's end, but for spaces
+    assert (
+        asked[len(texts.prompt) :].strip() == ""
+    )  # the generation prompt is the prompt's end, but for spaces
 
 
 INST = (
@@ -271,23 +310,36 @@ def test_turns_that_a_template_leaves_out_are_seen(
 
 def test_a_turn_may_be_moved(wild: PreTrainedTokenizerFast) -> None:
     moved = (
-        "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' and loop.last %}{{ messages[0].content }} "
+        "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' and loop.last %}{{ "
+        "messages[0].content }} "
         "{% endif %}{{ m.role }}: {{ m.content.split('</think>')[-1] | trim }}\n{% endfor %}"
     )
-    turns = ({"role": "system", "content": "Be brief."}, user("a <b>"), bot("<think>c</think> d"), user(" e\n"))
-    texts = texts_of(Pair(turns, *REPLIES, "x:1"), set_chat_template(wild, section(chat_template=moved)))
+    turns = (
+        {"role": "system", "content": "Be brief."},
+        user("a <b>"),
+        bot("<think>c</think> d"),
+        user(" e\n"),
+    )
+    texts = texts_of(
+        Pair(turns, *REPLIES, "x:1"), set_chat_template(wild, section(chat_template=moved))
+    )
     assert texts.remarks == ()
 
 
 # Mistral's later templates: the system text stands in the last user turn, unless a reply follows.
 LAST_TURN = (
-    "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set rest = messages[1:] %}{% else %}"
-    "{% set rest = messages %}{% endif %}<s>{% for m in rest %}{% if m.role == 'user' %}{% if loop.last and system is "
-    "defined %}[INST] {{ system }}\n\n{{ m.content }}[/INST]{% else %}[INST] {{ m.content }}[/INST]{% endif %}"
+    "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set rest = "
+    "messages[1:] %}{% else %}"
+    "{% set rest = messages %}{% endif %}<s>{% for m in rest %}{% if m.role == 'user' %}{% if "
+    "loop.last and system is "
+    "defined %}[INST] {{ system }}\n\n{{ m.content }}[/INST]{% else %}[INST] {{ m.content "
+    "}}[/INST]{% endif %}"
     "{% elif m.role == 'assistant' %} {{ m.content | trim }}</s>{% endif %}{% endfor %}"
 )
 OTHER_START = "{{ 'ASK ' if add_generation_prompt else 'TOLD ' }}" + CHATML
-THOUGHT_LAST = OTHER_START.replace("assistant\n", "assistant\n<think>\n")  # and the generation prompt opens a thought
+THOUGHT_LAST = OTHER_START.replace(
+    "assistant\n", "assistant\n<think>\n"
+)  # and the generation prompt opens a thought
 
 
 @pytest.mark.parametrize(
@@ -298,13 +350,21 @@ THOUGHT_LAST = OTHER_START.replace("assistant\n", "assistant\n<think>\n")  # and
         (THOUGHT_LAST, "<|im_end|>\n<|im_start|>assistant\n", "Blue.<|im_end|>"),
     ],
 )
-@pytest.mark.parametrize("turns", [ASKED_TWICE, (ASKED_TWICE[0], user("[INST] TOLD"), user("Name a colour."))])
+@pytest.mark.parametrize(
+    "turns", [ASKED_TWICE, (ASKED_TWICE[0], user("[INST] TOLD"), user("Name a colour."))]
+)
 def test_the_prompt_is_what_the_model_is_asked_with(
-    wild: PreTrainedTokenizerFast, text: str, prompt: str, reply: str, turns: tuple[dict[str, str], ...]
+    wild: PreTrainedTokenizerFast,
+    text: str,
+    prompt: str,
+    reply: str,
+    turns: tuple[dict[str, str], ...],
 ) -> None:
     """Where a template writes earlier turns otherwise once a reply follows."""
     wild.add_tokens(["</s>"], special_tokens=True)
-    texts = texts_of(Pair(turns, *REPLIES, "x:1"), set_chat_template(wild, section(chat_template=text)))
+    texts = texts_of(
+        Pair(turns, *REPLIES, "x:1"), set_chat_template(wild, section(chat_template=text))
+    )
     asked = wild.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)
     assert asked.removesuffix("<think>\n") == texts.prompt
     assert texts.prompt.endswith(prompt.removeprefix("[/INST]"))
@@ -315,25 +375,47 @@ def test_the_prompt_is_what_the_model_is_asked_with(
 @pytest.mark.parametrize(
     ("text", "turns", "reason"),
     [
-        (CHATML.replace("m.content", "m.content[:20]"), (user("Name a colour. " * 3),), TURN_CHANGED),
-        (CHATML.replace("m.content", "m.content | replace('b', '')"), (user("a b"), bot("c"), user("d")), TURN_CHANGED),
-        (OTHER_START.replace("|>\n{%", "|>{{ messages[0].content[-1] }}\n{%"), (user("Name a colour."),), NO_BOUNDARY),
+        (
+            CHATML.replace("m.content", "m.content[:20]"),
+            (user("Name a colour. " * 3),),
+            TURN_CHANGED,
+        ),
+        (
+            CHATML.replace("m.content", "m.content | replace('b', '')"),
+            (user("a b"), bot("c"), user("d")),
+            TURN_CHANGED,
+        ),
+        (
+            OTHER_START.replace("|>\n{%", "|>{{ messages[0].content[-1] }}\n{%"),
+            (user("Name a colour."),),
+            NO_BOUNDARY,
+        ),
         (OTHER_START, (user(" Name a colour.\n"),), None),
-        (CHATML.replace("m.content", "m.content.split('</think>')[-1]"), (bot("<think>a</think>b"), user("c")), None),
+        (
+            CHATML.replace("m.content", "m.content.split('</think>')[-1]"),
+            (bot("<think>a</think>b"), user("c")),
+            None,
+        ),
     ],
 )
 def test_a_turn_that_a_template_changes_is_not_trained_on(
     wild: PreTrainedTokenizerFast, text: str, turns: tuple[dict[str, str], ...], reason: str | None
 ) -> None:
-    found = pair_texts(Pair(turns, *REPLIES, "x:1"), set_chat_template(wild, section(chat_template=text)))
+    found = pair_texts(
+        Pair(turns, *REPLIES, "x:1"), set_chat_template(wild, section(chat_template=text))
+    )
     assert (found if isinstance(found, str) else None) == reason
 
 
-QWEN3 = (  # writes a block of thoughts in front of the last reply, and one into the prompt when told not to think
+# It writes a block of thoughts before the last reply, and into the prompt if it must not think.
+QWEN3 = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}"
-    "{% if '</think>' in m.content %}{{ m.content }}{% else %}<think>\n\n</think>\n\n{{ m.content }}{% endif %}"
-    "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
-    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+    "{% if '</think>' in m.content %}{{ m.content }}{% else %}<think>\n\n</think>\n\n{{ "
+    "m.content }}{% endif %}"
+    "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt "
+    "%}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% "
+    "endif %}{% endif %}"
 )
 OPENS = CHATML.replace("t\n{% endif", "t\n<think>\n{% endif")
 
@@ -344,7 +426,12 @@ OPENS = CHATML.replace("t\n{% endif", "t\n<think>\n{% endif")
         (QWEN3, REPLIES, {}, (EMPTY_THOUGHT,)),
         (QWEN3, REPLIES, {"enable_thinking": False}, ()),
         (QWEN3, ("<think>\na\n</think>\n\nb", "<think>\nc\n</think>\n\nd"), {}, ()),
-        (QWEN3.replace("t\n{% if", "t\n<think>\n{% if"), REPLIES, {}, (EMPTY_THOUGHT,)),  # half of it in the prompt
+        (
+            QWEN3.replace("t\n{% if", "t\n<think>\n{% if"),
+            REPLIES,
+            {},
+            (EMPTY_THOUGHT,),
+        ),  # half of it in the prompt
         (OPENS, REPLIES, {}, (NO_THOUGHT,)),
         (OPENS, ("<think>\na\n</think>\n\nb", "<think>\nc\n</think>\n\nd"), {}, ()),
         (CHATML, REPLIES, {}, ()),
@@ -371,7 +458,9 @@ def render(renderer: Renderer, pairs: list[Pair]) -> list[Rendered]:
 
 def comparable(results: list[Rendered]) -> list[Any]:
     """Errors are equal when their kind and all that they say is."""
-    return [(type(item), item.args) if isinstance(item, OrpoLiteError) else item for item in results]
+    return [
+        (type(item), item.args) if isinstance(item, OrpoLiteError) else item for item in results
+    ]
 
 
 STRICT = ALTERNATE + CHATML.replace("m.content", "m.content | replace('SHOUT', 'shout')")
@@ -385,7 +474,12 @@ MIXED = [
     colour("é🦜\ue0fe", "\ue0fe", "a\ue0fe\ue0feb"),
     colour("\ud800", "a\udfff", "b"),  # no reader lets these pass
     colour("{{ 1 }}{% raw %}", '"\\u0022\\', "[]\n{}"),
-    Pair((*TURNS, bot("a" * 100_000), user("b" * 50_000)), "c" * 100_000, "d\n" * 1000, "a name\nof two lines:7"),
+    Pair(
+        (*TURNS, bot("a" * 100_000), user("b" * 50_000)),
+        "c" * 100_000,
+        "d\n" * 1000,
+        "a name\nof two lines:7",
+    ),
     Pair(TURNS, "a", "b", "x:9", prompt_text="p"),
 ]
 
@@ -417,14 +511,20 @@ def test_whatever_the_pairs_hold_the_texts_are_equal(
 ) -> None:
     limited, template = strict
     batch = [
-        Pair(tuple((bot if i % 2 else user)(text) for i, text in enumerate(turns)), *texts) for turns, *texts in drawn
+        Pair(tuple((bot if i % 2 else user)(text) for i, text in enumerate(turns)), *texts)
+        for turns, *texts in drawn
     ]
     assert comparable(render(limited, batch)) == comparable(render(Renderer(template), batch))
 
 
 def test_plain_text_in_a_process_apart(bpe: PreTrainedTokenizerFast) -> None:
     template = set_chat_template(bpe, section(chat_template="none"))
-    batch = [colour(), Pair(TURNS, "a", "b", "x:2"), colour(chosen="a<|im_end|>b"), colour(chosen="a<|im_end|>\n")]
+    batch = [
+        colour(),
+        Pair(TURNS, "a", "b", "x:2"),
+        colour(chosen="a<|im_end|>b"),
+        colour(chosen="a<|im_end|>\n"),
+    ]
     with LimitedRenderer(template) as limited:
         found = comparable(render(limited, batch))
     assert found == comparable(render(Renderer(template), batch))
@@ -444,10 +544,14 @@ def test_a_module_of_the_current_folder_is_not_run(
 # --- faults of a template
 
 
-def test_a_pair_on_which_a_template_fails_is_left_out_with_the_reason(bpe: PreTrainedTokenizerFast) -> None:
+def test_a_pair_on_which_a_template_fails_is_left_out_with_the_reason(
+    bpe: PreTrainedTokenizerFast,
+) -> None:
     data = section(chat_template=ALTERNATE + CHATML)
     bad = Pair((bot("S"), user("q")), "a", "b", "x:2")
-    _, (_, reason) = tokenize_pairs([colour(), bad], Renderer(set_chat_template(bpe, data)), bpe, data)
+    _, (_, reason) = tokenize_pairs(
+        [colour(), bad], Renderer(set_chat_template(bpe, data)), bpe, data
+    )
     assert isinstance(reason, str)
     assert reason.startswith("the chat template raises TemplateError: Conversation roles")
 
@@ -477,8 +581,10 @@ def test_a_template_that_no_pair_passes_is_refused_at_once(
 # --- templates out of bounds
 
 LOOPS = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
-STUCK = (  # one comparison of 2 ** 60 steps, all of them inside one operation, which no signal interrupts
-    "{% set n = namespace(x=[1], y=[1]) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}{% set n.y = [n.y, n.y] %}"
+# One comparison of 2 ** 60 steps, all of them inside one operation, which no signal interrupts.
+STUCK = (
+    "{% set n = namespace(x=[1], y=[1]) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}{% "
+    "set n.y = [n.y, n.y] %}"
     "{% endfor %}{{ n.x == n.y }}"
 )
 BOMBS = {
@@ -507,7 +613,9 @@ def nothing_left() -> Iterator[None]:
     before, threads = children(), set(threading.enumerate())
     yield
     deadline = time.monotonic() + 5
-    while (children() - before or set(threading.enumerate()) - threads) and time.monotonic() < deadline:
+    while (
+        children() - before or set(threading.enumerate()) - threads
+    ) and time.monotonic() < deadline:
         time.sleep(0.02)  # a thread that has done its work may still be ending
     assert children() <= before
     assert set(threading.enumerate()) <= threads
@@ -515,9 +623,10 @@ def nothing_left() -> Iterator[None]:
 
 @pytest.fixture
 def one_second(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process apart takes SECONDS for 1."""
+    """In the separate process SECONDS is 1."""
     start = subprocess.Popen
-    serve = "from orpo_lite.data import chat_template as c, render_process as r; c.SECONDS = r.SECONDS = 1; r._serve()"
+    imports = "from orpo_lite.data import chat_template as c, render_process as r"
+    serve = f"{imports}; c.SECONDS = r.SECONDS = 1; r._serve()"
 
     def start_shortened(command: list[str], **options: Any) -> Any:
         assert command == [sys.executable, "-P", "-m", data_render_process.__name__]
@@ -537,7 +646,9 @@ def test_a_template_out_of_bounds_is_refused_and_placed() -> None:
         for name, found in FOUND.items():
             bad = Pair((user(name),), "a", "b", "x:3")
             began = time.monotonic()
-            with pytest.raises(BeyondLimitsError, match=f"^x:3: the chat template {found}") as raised:
+            with pytest.raises(
+                BeyondLimitsError, match=f"^x:3: the chat template {found}"
+            ) as raised:
                 render(limited, [colour(), colour("a<|im_end|>"), bad, colour()])
             assert time.monotonic() - began < 10
             assert raised.value.exit_code == 4
@@ -564,7 +675,10 @@ def test_a_bomb_among_many_pairs_stops_the_run(bpe: PreTrainedTokenizerFast) -> 
     data = section(chat_template=BOMB)
     pairs = [colour(str(i)) for i in range(3 * BATCH)]
     pairs[2 * BATCH + 1] = Pair((user("time"),), "a", "b", "x:here")
-    with LimitedRenderer(set_chat_template(bpe, data)) as limited, pytest.raises(BeyondLimitsError, match=r"^x:here: "):
+    with (
+        LimitedRenderer(set_chat_template(bpe, data)) as limited,
+        pytest.raises(BeyondLimitsError, match=r"^x:here: "),
+    ):
         list(tokenize_pairs(pairs, limited, bpe, data))
 
 
@@ -615,7 +729,9 @@ def test_ctrl_c_is_not_the_childs_to_handle(bpe: PreTrainedTokenizerFast) -> Non
 
 @pytest.mark.usefixtures("nothing_left")
 @pytest.mark.parametrize("error", [KeyboardInterrupt, GeneratorExit])
-def test_who_stops_early_leaves_nothing_behind(bpe: PreTrainedTokenizerFast, error: type[BaseException]) -> None:
+def test_who_stops_early_leaves_nothing_behind(
+    bpe: PreTrainedTokenizerFast, error: type[BaseException]
+) -> None:
     data = section()
 
     def run() -> Iterator[None]:

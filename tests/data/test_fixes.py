@@ -1,7 +1,8 @@
-"""Every place of the data package that raises an error with a fix, and what happens when the fix is applied.
+"""Apply the fix of every error that the data package raises.
 
-A fix that is data is applied as a person would paste it, and so is each other setting that it prints: the next run
-succeeds, goes further, or names another fault. A fix that is words alone names no setting and holds no placeholder.
+A fix that is data is applied as a person would paste it, and so is each other setting that it
+prints: the next run succeeds, goes further, or reports another error. A fix that is only words
+names no setting and has no placeholder.
 """
 
 import ast
@@ -59,7 +60,8 @@ def json_column(text: str) -> bytes:
 
 
 def places() -> dict[str, range]:
-    """The calls that make an error with a fix, by module, function and number in it, with their lines."""
+    """The calls that make an error with a fix, by module, function and number in it, with their
+    lines."""
     found = {}
     for file in sorted(PACKAGE.rglob("*.py")):
         tree = ast.parse(file.read_text(encoding="utf-8"))
@@ -67,8 +69,12 @@ def places() -> dict[str, range]:
         calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and is_error(node)]
         numbers: dict[str, Iterator[int]] = {}
         for call in sorted(calls, key=lambda node: node.lineno):
-            inside = [node for node in functions if node.lineno <= call.lineno <= (node.end_lineno or 0)]
-            name = f"{file.relative_to(PACKAGE).with_suffix('')}:{inside[-1].name if inside else ''}"
+            inside = [
+                node for node in functions if node.lineno <= call.lineno <= (node.end_lineno or 0)
+            ]
+            name = (
+                f"{file.relative_to(PACKAGE).with_suffix('')}:{inside[-1].name if inside else ''}"
+            )
             number = next(numbers.setdefault(name, itertools.count(1)))
             found[f"{name}#{number}"] = range(call.lineno, (call.end_lineno or 0) + 1)
     return found
@@ -86,7 +92,11 @@ PLAIN = "data.chat_template=none"
 
 
 def pair(i: int, **fields: Any) -> dict[str, Any]:
-    return {"prompt": f"Name a colour, {i}.", "chosen": f"It is blue {i}.", "rejected": f"Seven, {i}."} | fields
+    return {
+        "prompt": f"Name a colour, {i}.",
+        "chosen": f"It is blue {i}.",
+        "rejected": f"Seven, {i}.",
+    } | fields
 
 
 def user(text: str) -> dict[str, str]:
@@ -111,12 +121,19 @@ def under(**fields: Callable[[int], Any] | Any) -> str:
 
 
 BLUE = {"chosen": lambda i: f"It is blue {i}.", "rejected": lambda i: f"Seven, {i}."}
-ANSWERS = {"prompt": lambda i: f"Why {i}?", "answer_1": lambda i: f"It is blue {i}.", "answer_2": lambda i: f"No, {i}."}
+ANSWERS = {
+    "prompt": lambda i: f"Why {i}?",
+    "answer_1": lambda i: f"It is blue {i}.",
+    "answer_2": lambda i: f"No, {i}.",
+}
 CSV = "prompt,chosen,rejected\n" + "".join(f"Why {i}?,It is so {i}.,No {i}.\n" for i in range(6))
 LONG = {"prompt": "why " * 60}
 
 TEMPLATE, FILE = "only the person can write another template", "only the person has another file"
-ROW, COLUMN = "only the person knows what the row should say", "what the column holds has to be written otherwise"
+ROW, COLUMN = (
+    "only the person knows what the row should say",
+    "what the column holds has to be written otherwise",
+)
 ELSEWHERE = ("git lfs ", "hf ")  # commands that need a network
 
 Files = Mapping[str, str | bytes]
@@ -125,16 +142,25 @@ CASES: dict[str, tuple[Files, list[str]]] = {
     "array a line": ({"a.jsonl": '["A?","b","c"]\n["D?","e","f"]\n["G?","h","i"]\n'}, []),
     "a text file": ({"a.txt": CSV}, ["data.dataset_name=a.txt"]),
     "a broken line": ({"a.jsonl": many() + '{"prompt": \n'}, []),
-    "an object over lines": ({"a.jsonl": "".join(json.dumps(pair(i), indent=1) + "\n" for i in range(6))}, []),
+    "an object over lines": (
+        {"a.jsonl": "".join(json.dumps(pair(i), indent=1) + "\n" for i in range(6))},
+        [],
+    ),
     "a key twice": ({"a.jsonl": many() + '{"prompt": "a", "prompt": "b"}\n'}, []),
     "no object": ({"a.jsonl": many() + "3\n"}, []),
-    "over the cap": ({"a.json": json.dumps([pair(i) for i in range(40)])}, ["data.dataset_name=a.json"]),
+    "over the cap": (
+        {"a.json": json.dumps([pair(i) for i in range(40)])},
+        ["data.dataset_name=a.json"],
+    ),
     "cut cells": (
         {
             "a.json": json.dumps(
                 {
                     "features": [],
-                    "rows": [{"row_idx": i, "row": pair(i), "truncated_cells": ["chosen"]} for i in range(6)],
+                    "rows": [
+                        {"row_idx": i, "row": pair(i), "truncated_cells": ["chosen"]}
+                        for i in range(6)
+                    ],
                 }
             )
         },
@@ -146,28 +172,49 @@ CASES: dict[str, tuple[Files, list[str]]] = {
     ),
     "a quote in a csv": ({"a.csv": CSV + 'q,"a"b,c\n'}, ["data.dataset_name=a.csv"]),
     "cells without a header": ({"a.csv": "prompt,,rejected\n" + CSV}, ["data.dataset_name=a.csv"]),
-    "two columns of a name": ({"a.csv": CSV.replace("chosen", "prompt", 1)}, ["data.dataset_name=a.csv"]),
+    "two columns of a name": (
+        {"a.csv": CSV.replace("chosen", "prompt", 1)},
+        ["data.dataset_name=a.csv"],
+    ),
     "spaced quotes": ({"a.csv": CSV + 'q, "a,b", c\n'}, ["data.dataset_name=a.csv"]),
     "too few cells": ({"a.csv": CSV + "q,a\n"}, ["data.dataset_name=a.csv"]),
-    "a cell without a name": ({"a.csv": CSV.replace("\n", ",\n") + "q,a,b,c\n"}, ["data.dataset_name=a.csv"]),
-    "another encoding": ({"a.csv": CSV.replace("so", "söß").encode("cp1252")}, ["data.dataset_name=a.csv"]),
+    "a cell without a name": (
+        {"a.csv": CSV.replace("\n", ",\n") + "q,a,b,c\n"},
+        ["data.dataset_name=a.csv"],
+    ),
+    "another encoding": (
+        {"a.csv": CSV.replace("so", "söß").encode("cp1252")},
+        ["data.dataset_name=a.csv"],
+    ),
     "UTF-16": ({"a.csv": CSV.encode("utf-16")}, ["data.dataset_name=a.csv"]),
     "a pointer": ({"a.jsonl": "version https://git-lfs.github.com/spec/v1\noid"}, []),
     "a zip": ({"a.csv": b"PK\x03\x04" + bytes(40)}, ["data.dataset_name=a.csv"]),
-    "half a gzip": ({"a.csv.gz": gzip.compress(CSV.encode())[:-20]}, ["data.dataset_name=a.csv.gz"]),
+    "half a gzip": (
+        {"a.csv.gz": gzip.compress(CSV.encode())[:-20]},
+        ["data.dataset_name=a.csv.gz"],
+    ),
     "ends of a Mac": ({"a.csv": CSV.replace("\n", "\r")}, ["data.dataset_name=a.csv"]),
     "a long line": ({"a.jsonl": many(2) + 4 * ('{"a": "' + "x" * 5000 + '"}\n')}, []),
     "half a table": ({"a.parquet": b"PAR1" + bytes(20)}, ["data.dataset_name=a.parquet"]),
     "broken JSON in a table": ({"a.parquet": json_column("{")}, ["data.dataset_name=a.parquet"]),
     "several splits of the hub": ({}, ["data.dataset_name=org/several"]),
-    "no such split of the hub": ({}, ["data.dataset_name=org/several", "data.dataset_train_split=three"]),
+    "no such split of the hub": (
+        {},
+        ["data.dataset_name=org/several", "data.dataset_train_split=three"],
+    ),
     "no such set of the hub": ({}, ["data.dataset_name=org/none"]),
     "a spreadsheet": ({"a.xlsx": b"PK\x03\x04"}, ["data.dataset_name=a.xlsx"]),
     "no such file": ({"a.jsonl": many()}, ["data.dataset_name=./b.jsonl"]),
     "one of two files": ({"b.jsonl": many()}, ["data.dataset_name=./a.json,./b.jsonl"]),
-    "no such file to hold out": ({"a.jsonl": many(), "held.jsonl": many(2)}, ["data.dataset_test_split=./helt.jsonl"]),
+    "no such file to hold out": (
+        {"a.jsonl": many(), "held.jsonl": many(2)},
+        ["data.dataset_test_split=./helt.jsonl"],
+    ),
     "an empty folder": ({"f/README.md": ""}, ["data.dataset_name=f"]),
-    "half a saved set": ({"f/state.json": '{"_data_files": [{"filename": "x.arrow"}]}'}, ["data.dataset_name=f"]),
+    "half a saved set": (
+        {"f/state.json": '{"_data_files": [{"filename": "x.arrow"}]}'},
+        ["data.dataset_name=f"],
+    ),
     "a pattern of nothing": ({"a.jsonl": many()}, ["data.dataset_name=*.csv"]),
     "no such split": (
         {"f/train.jsonl": many(), "f/test.jsonl": many(2)},
@@ -185,27 +232,48 @@ CASES: dict[str, tuple[Files, list[str]]] = {
     "a prompt alone": ({"a.jsonl": jsonl(PAIR, PAIR | {"chosen": "Red."})}, []),
     "few after drops": ({"a.jsonl": jsonl(PAIR, PAIR | {"chosen": ""})}, []),
     # formats
-    "a map turned round": ({"a.jsonl": under(ask=lambda i: f"Why {i}?", **BLUE)}, ["data.column_map=ask=prompt"]),
-    "an unknown column": ({"a.jsonl": under(ask=lambda i: f"Why {i}?", **BLUE)}, ["data.column_map=prompt=aks"]),
+    "a map turned round": (
+        {"a.jsonl": under(ask=lambda i: f"Why {i}?", **BLUE)},
+        ["data.column_map=ask=prompt"],
+    ),
+    "an unknown column": (
+        {"a.jsonl": under(ask=lambda i: f"Why {i}?", **BLUE)},
+        ["data.column_map=prompt=aks"],
+    ),
     "a column like none": ({"a.jsonl": many()}, ["data.column_map=prompt=zzz"]),
-    "a templated prompt": ({"a.jsonl": under(prompt=lambda i: f"[INST] Why {i}? [/INST]", **BLUE)}, []),
+    "a templated prompt": (
+        {"a.jsonl": under(prompt=lambda i: f"[INST] Why {i}? [/INST]", **BLUE)},
+        [],
+    ),
     "two prompts": ({"a.jsonl": many(question="Which number?")}, []),
     "earlier turns as text": ({"a.jsonl": many(history="<|user|>\nHi")}, []),
     "the prompt again": (
         {
             "a.jsonl": many(3)
             + jsonl(
-                *(pair(i, chosen=f"Name a colour, {i}. Blue.", rejected=f"Name a colour, {i}. Red.") for i in range(3))
+                *(
+                    pair(
+                        i, chosen=f"Name a colour, {i}. Blue.", rejected=f"Name a colour, {i}. Red."
+                    )
+                    for i in range(3)
+                )
             )
         },
         [],
     ),
-    "a conversation and a prompt": ({"a.jsonl": many(messages=[user("Hi"), bot("Hello."), user("Another?")])}, []),
+    "a conversation and a prompt": (
+        {"a.jsonl": many(messages=[user("Hi"), bot("Hello."), user("Another?")])},
+        [],
+    ),
     "a tool call": (
         {
             "a.jsonl": under(
                 **{
-                    side: [user("q"), {"role": "assistant", "content": "", "tool_calls": [1]}, bot(side)]
+                    side: [
+                        user("q"),
+                        {"role": "assistant", "content": "", "tool_calls": [1]},
+                        bot(side),
+                    ]
                     for side in ("chosen", "rejected")
                 }
             )
@@ -215,30 +283,55 @@ CASES: dict[str, tuple[Files, list[str]]] = {
     "a tool's turn": (
         {
             "a.jsonl": under(
-                **{side: [user("q"), {"role": "tool", "content": "x"}, bot(side)] for side in ("chosen", "rejected")}
+                **{
+                    side: [user("q"), {"role": "tool", "content": "x"}, bot(side)]
+                    for side in ("chosen", "rejected")
+                }
             )
         },
         [],
     ),
     "no scores": (
-        {"a.jsonl": under(prompt=lambda i: f"Why {i}?", responses=["Blue one.", "Red one."], numbers=[2, 1])},
+        {
+            "a.jsonl": under(
+                prompt=lambda i: f"Why {i}?", responses=["Blue one.", "Red one."], numbers=[2, 1]
+            )
+        },
         [],
     ),
     "no sides": (
-        {"a.jsonl": under(prompt=lambda i: f"Why {i}?", best=lambda i: f"It is {i}.", other=lambda i: f"No {i}.")},
+        {
+            "a.jsonl": under(
+                prompt=lambda i: f"Why {i}?",
+                best=lambda i: f"It is {i}.",
+                other=lambda i: f"No {i}.",
+            )
+        },
         [],
     ),
     "no prompt": ({"a.jsonl": under(ask=lambda i: f"Why {i}?", **BLUE)}, []),
     "lists in texts": (
-        {"a.jsonl": under(prompt=lambda i: f"Why {i}?", chosen='["a b", "c"]', rejected='["d", "e"]')},
+        {
+            "a.jsonl": under(
+                prompt=lambda i: f"Why {i}?", chosen='["a b", "c"]', rejected='["d", "e"]'
+            )
+        },
         [],
     ),
     "NumPy's lists": (
-        {"a.jsonl": under(prompt=lambda i: f"Why {i}?", chosen="array(['a'])", rejected="array(['b'])")},
+        {
+            "a.jsonl": under(
+                prompt=lambda i: f"Why {i}?", chosen="array(['a'])", rejected="array(['b'])"
+            )
+        },
         [],
     ),
     "ranks from 0": (
-        {"a.jsonl": under(prompt=lambda i: f"Why {i}?", responses=["Blue one.", "Red one."], ranking=[0, 1])},
+        {
+            "a.jsonl": under(
+                prompt=lambda i: f"Why {i}?", responses=["Blue one.", "Red one."], ranking=[0, 1]
+            )
+        },
         [],
     ),
     "a map of another kind": ({"a.jsonl": many(n=3)}, ["data.column_map=history=n"]),
@@ -258,18 +351,32 @@ CASES: dict[str, tuple[Files, list[str]]] = {
     ),
     "a system that is a list": ({"a.jsonl": many(system=["Be", "brief."])}, []),
     "a prompt that is not there": (
-        {"a.jsonl": under(prompt="Be brief.", **{side: [user("Why?"), bot(side)] for side in ("chosen", "rejected")})},
+        {
+            "a.jsonl": under(
+                prompt="Be brief.",
+                **{side: [user("Why?"), bot(side)] for side in ("chosen", "rejected")},
+            )
+        },
         [],
     ),
     "earlier turns beside": ({"a.jsonl": many(conversation=[user("Hi"), bot("Hello.")])}, []),
-    "labels for replies": ({"a.jsonl": under(**ANSWERS, chosen="answer_1", rejected="answer_2")}, []),
+    "labels for replies": (
+        {"a.jsonl": under(**ANSWERS, chosen="answer_1", rejected="answer_2")},
+        [],
+    ),
     "unclear verdicts": ({"a.jsonl": under(**ANSWERS, winner="x")}, []),
     "no verdict": ({"a.jsonl": under(**ANSWERS, vote=lambda i: str(i % 2 + 1))}, []),
-    "two pairs of answers": ({"a.jsonl": under(**ANSWERS, reply_1="Blue one.", reply_2="Red one.", winner="1")}, []),
+    "two pairs of answers": (
+        {"a.jsonl": under(**ANSWERS, reply_1="Blue one.", reply_2="Red one.", winner="1")},
+        [],
+    ),
     "strengths": ({"a.jsonl": under(**ANSWERS, preference_strength=lambda i: i % 2 + 1)}, []),
     # pairs
     "all left out": ({"a.jsonl": many(chosen="")}, []),
-    "all too long": ({"a.jsonl": many(**LONG)}, ["data.max_length=64", "data.max_prompt_length=32"]),
+    "all too long": (
+        {"a.jsonl": many(**LONG)},
+        ["data.max_length=64", "data.max_prompt_length=32"],
+    ),
     "special tokens": ({"a.jsonl": many(chosen="a </s> b")}, []),
     "no such row": ({"a.jsonl": many()}, ["--row", "b.jsonl:3"]),
     "rows that end alike": (
@@ -282,7 +389,8 @@ CASES: dict[str, tuple[Files, list[str]]] = {
         {
             "f/a.jsonl": many(),
             "f/b.jsonl": under(
-                prompt="Why?", completions=[{"response": "Blue.", "score": 2}, {"response": "Red.", "score": 1}]
+                prompt="Why?",
+                completions=[{"response": "Blue.", "score": 2}, {"response": "Red.", "score": 1}],
             ),
         },
         ["data.dataset_name=f"],
@@ -291,7 +399,10 @@ CASES: dict[str, tuple[Files, list[str]]] = {
     "a format changes late": (
         {
             "a.jsonl": jsonl(
-                *({side: [user(f"q {i}"), bot(side)] for side in ("chosen", "rejected")} for i in range(120)),
+                *(
+                    {side: [user(f"q {i}"), bot(side)] for side in ("chosen", "rejected")}
+                    for i in range(120)
+                ),
                 {
                     "prompt": [user("Hi"), bot("Hello."), user("q")],
                     **{side: [bot(side)] for side in ("chosen", "rejected")},
@@ -302,7 +413,9 @@ CASES: dict[str, tuple[Files, list[str]]] = {
     ),
     "a map of another set": (
         {
-            "a.jsonl": under(prompt=lambda i: f"Why {i}?", good=lambda i: f"It is {i}.", bad=lambda i: f"No {i}."),
+            "a.jsonl": under(
+                prompt=lambda i: f"Why {i}?", good=lambda i: f"It is {i}.", bad=lambda i: f"No {i}."
+            ),
             "b.jsonl": many(good="Other text."),
         },
         ["data.dataset_name=a.jsonl,b.jsonl", "data.column_map=chosen=good,rejected=bad"],
@@ -329,13 +442,17 @@ CASES: dict[str, tuple[Files, list[str]]] = {
                     for i in range(12)
                 )
             ),
-            "t.jinja": "{% for m in messages %}{% if m.role == 'user' or loop.last %}{{ m.content }}{% endif %}"
+            "t.jinja": "{% for m in messages %}{% if m.role == 'user' or loop.last %}{{ "
+            "m.content }}{% endif %}"
             "{% endfor %}{% if not add_generation_prompt %}</s>{% endif %}",
         },
         ["data.chat_template=t.jinja"],
     ),
     "templates late": (
-        {"a.jsonl": many(120) + jsonl(*(pair(i, prompt=f"[INST] Why {i}? [/INST]") for i in range(30)))},
+        {
+            "a.jsonl": many(120)
+            + jsonl(*(pair(i, prompt=f"[INST] Why {i}? [/INST]") for i in range(30)))
+        },
         [],
     ),
     "conversations without a template": (
@@ -352,13 +469,13 @@ WORDS = {
     "formats/readers:_messages#1": ROW,
     "formats/refuse:refuse_mapped#1": COLUMN,
     "formats/refuse:refuse_python#1": COLUMN,
-    "formats/text:fault#1": ROW,
+    "formats/text:row_error#1": ROW,
     "formats/verdicts:_refuse_values#1": COLUMN,
     "dataset:_templated#1": COLUMN,
-    "formats/unused_columns:_refuse_misfits#1": COLUMN,
+    "formats/unused_columns:_refuse_wrong_types#1": COLUMN,
     "pairs:_pairs#1": FILE,
     "pairs:find#1": "an option of the command, with a real place",
-    "pairs:find#2": "an option of the command, with a real place",
+    "pairs:_no_row#1": "an option of the command, with a real place",
     "sources/arrow_rows:arrow_rows#1": ROW,
     "sources/arrow_rows:arrow_table#1": FILE,
     "sources/csv_rows:_records#1": ROW,
@@ -367,14 +484,14 @@ WORDS = {
     "sources/csv_rows:csv_rows#2": ROW,
     "sources/csv_rows:refuse_same_names#1": COLUMN,
     "sources/files:read_file#1": FILE,
-    "sources/json_rows:_json_fault#1": ROW,
+    "sources/json_rows:_json_error#1": ROW,
     "sources/json_rows:_objects#1": ROW,
-    "sources/json_rows:_unwrapped#1": FILE,
-    "sources/lines:lines#2": ROW,
-    "sources/local:_data_files#1": FILE,
-    "sources/local:_matched#1": FILE,
+    "sources/json_rows:_without_viewer_wrapper#1": FILE,
+    "sources/lines:lines#1": ROW,
+    "sources/local:_find_data_files#1": FILE,
+    "sources/local:_match_pattern#1": FILE,
     "sources/local:_saved_files#1": FILE,
-    "sources/local:_unknown_kind#1": FILE,
+    "sources/local:_unknown_suffix#1": FILE,
 }
 
 Raised = list[tuple[str, OrpoLiteError]]  # with the place
@@ -394,11 +511,17 @@ def raised(monkeypatch: pytest.MonkeyPatch) -> Raised:
         file = Path(frame.f_code.co_filename)
         if PACKAGE in file.parents:
             module = file.relative_to(PACKAGE).with_suffix("").as_posix()
-            names = (name for name, at in known.items() if name.startswith(f"{module}:") and frame.f_lineno in at)
+            names = (
+                name
+                for name, at in known.items()
+                if name.startswith(f"{module}:") and frame.f_lineno in at
+            )
             errors.extend((name, error) for name in names)
 
     monkeypatch.setattr(OrpoLiteError, "__init__", record)
-    monkeypatch.setattr(data_dataset, "LimitedRenderer", Renderer)  # in this process, to see who raises
+    monkeypatch.setattr(
+        data_dataset, "LimitedRenderer", Renderer
+    )  # in this process, to see who raises
     return errors
 
 
@@ -420,20 +543,30 @@ def a_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def run_data(call: Callable[..., Any], raised: Raised) -> Run:
-    """Runs ``orpo-lite data``: its exit code, and the errors that it ends with, by what they say and by their fix."""
+    """Runs ``orpo-lite data``: its exit code, and the errors that it ends with, by what they say
+    and by their fix."""
 
     def run(*words: str) -> tuple[int, Raised]:
         raised.clear()
-        code, _, said = call("data", "--recipe", "./small.yaml", "data.dataset_name=a.jsonl", *words)
+        code, _, said = call(
+            "data", "--recipe", "./small.yaml", "data.dataset_name=a.jsonl", *words
+        )
         assert code in (0, 2, 3, 4, 6, 8), said
-        return code, [(place, error) for place, error in raised if code and error.found in said and error.fix in said]
+        return code, [
+            (place, error)
+            for place, error in raised
+            if code and error.found in said and error.fix in said
+        ]
 
     return run
 
 
 @pytest.mark.usefixtures("a_hub")
 def test_every_fix_is_applied(
-    small_recipe: Callable[..., Any], workspace: Path, run_data: Run, monkeypatch: pytest.MonkeyPatch
+    small_recipe: Callable[..., Any],
+    workspace: Path,
+    run_data: Run,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(lines, "MAX_ROW_BYTES", 4096)
     monkeypatch.setattr(json_rows, "MAX_JSON_BYTES", 2048)
@@ -442,7 +575,9 @@ def test_every_fix_is_applied(
     for case, (files, words) in CASES.items():
         for name, content in files.items():
             (workspace / name).parent.mkdir(exist_ok=True, parents=True)
-            (workspace / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+            (workspace / name).write_bytes(
+                content if isinstance(content, bytes) else content.encode()
+            )
         _, found = run_data(*words)
         assert found, f"{case}: nothing is wrong"
         reached |= {place for place, _ in found}
@@ -450,7 +585,9 @@ def test_every_fix_is_applied(
         for place, error in {str(error.fix): (place, error) for place, error in found}.values():
             for more in settings(error.fix, workspace):
                 again = [(name, other.found) for name, other in run_data(*words, *more)[1]]
-                assert (place, error.found) not in again, f"{case}: the fix leads back to it: {more}"
+                assert (place, error.found) not in again, (
+                    f"{case}: the fix leads back to it: {more}"
+                )
         for path in {*workspace.iterdir()} - kept:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert reached | BY_HAND.keys() == places().keys()
@@ -458,13 +595,21 @@ def test_every_fix_is_applied(
     assert not reached & BY_HAND.keys()
 
 
-# --- faults of the tokenizer, of the disk and of permissions: the fix is words, and the case does what they say
+# --- faults of the tokenizer, of the disk and of permissions: the fix is words, and the case does
+# what they say
 
 
 def changed_tokenizer(workspace: Path, **values: Any) -> None:
     file = workspace / "base" / "tokenizer_config.json"
-    kept = {name: value for name, value in json.loads(file.read_text("utf-8")).items() if name not in values}
-    file.write_text(json.dumps(kept | {name: value for name, value in values.items() if value}), encoding="utf-8")
+    kept = {
+        name: value
+        for name, value in json.loads(file.read_text("utf-8")).items()
+        if name not in values
+    }
+    file.write_text(
+        json.dumps(kept | {name: value for name, value in values.items() if value}),
+        encoding="utf-8",
+    )
 
 
 def no_eos(workspace: Path, _patch: pytest.MonkeyPatch) -> Words:
@@ -501,7 +646,8 @@ def full_disk(_workspace: Path, _patch: pytest.MonkeyPatch) -> Words:
 
 
 def broken_disk(_workspace: Path, patch: pytest.MonkeyPatch) -> Words:
-    """A disk that loses what was written cannot be had: the file of the tokens is cut behind the back of the writer."""
+    """A disk that loses what was written cannot be had: the file of the tokens is cut behind the
+    back of the writer."""
     close = cache.Writer.close
 
     def close_and_cut(writer: cache.Writer, facts: Any) -> None:
@@ -529,7 +675,9 @@ def permissions_obeyed() -> Iterator[None]:
     libc, header = ctypes.CDLL(None, use_errno=True), (ctypes.c_uint32 * 2)(0x20080522, 0)
     before = (ctypes.c_uint32 * 6)()  # effective, permitted and inheritable, twice
     assert libc.capget(header, before) == 0
-    without = (ctypes.c_uint32 * 6)(before[0] & ~0b110, *before[1:])  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
+    without = (ctypes.c_uint32 * 6)(
+        before[0] & ~0b110, *before[1:]
+    )  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
     assert libc.capset(header, without) == 0
     try:
         yield
@@ -539,19 +687,27 @@ def permissions_obeyed() -> Iterator[None]:
 
 BY_HAND: dict[str, tuple[str, Callable[[Path, pytest.MonkeyPatch], Words]]] = {
     "chat_template:eos_id#1": ("set eos_token in tokenizer_config.json", no_eos),
-    "chat_template:set_chat_template#1": ("a template of your own, whose file", no_default_template),
+    "chat_template:_own_template#1": (
+        "set data.chat_template to a file",
+        no_default_template,
+    ),
     "dataset:tokenized#1": ("free some space", full_disk),
-    "dataset:tokenized#2": ("try it again", broken_disk),
-    "sources/source:readable#1": ("check its owner and permissions", unreadable_file),
+    "dataset:tokenized#2": ("try again", broken_disk),
+    "sources/source:report_unreadable#1": ("check its owner and permissions", unreadable_file),
     "tokenize:tokenize_pairs#1": ("add a tokenizer.json", slow_tokenizer),
 }
-"""The place, how its fix begins, and what makes the fault and then, when it is asked again, does what the fix says."""
+"""The place, how its fix begins, and what makes the fault and then, when it is asked again, does
+what the fix says."""
 
 
 @pytest.mark.parametrize("place", BY_HAND)
 @pytest.mark.usefixtures("token_cache")
 def test_a_fix_by_hand_is_applied(
-    small_recipe: Callable[..., Any], workspace: Path, run_data: Run, monkeypatch: pytest.MonkeyPatch, place: str
+    small_recipe: Callable[..., Any],
+    workspace: Path,
+    run_data: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
 ) -> None:
     small_recipe()
     (workspace / "a.jsonl").write_text(many())
@@ -563,7 +719,8 @@ def test_a_fix_by_hand_is_applied(
 
 
 def settings(fix: str, workspace: Path) -> list[list[str]]:
-    """What to add to the command, for each way that a fix names: its data first; a line for the shell is run."""
+    """What to add to the command, for each way that a fix names: its data first; a line for the
+    shell is run."""
     assert fix
     assert not PLACEHOLDER.search(fix), fix
     pasted = [first_word(fix[match.start() :]) for match in SETTING.finditer(fix)]
@@ -577,7 +734,9 @@ def settings(fix: str, workspace: Path) -> list[list[str]]:
         return []
     together = pasted[: len(fix.values)]
     told = load_recipe("demo", [f"{key}={to_text(value)}" for key, value in fix.values.items()])
-    assert load_recipe("demo", together).data == told.data, f"what is printed is not what is meant: {fix}"
+    assert load_recipe("demo", together).data == told.data, (
+        f"what is printed is not what is meant: {fix}"
+    )
     return [together, *([word] for word in pasted[len(together) :])]
 
 

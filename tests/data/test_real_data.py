@@ -1,4 +1,5 @@
-"""The real sets and tokenizers of ../shared. Their text is offensive in places: assertions show counts and truths."""
+"""The real sets and tokenizers of ../shared. Their text is offensive in places: assertions show
+counts and truths."""
 
 import hashlib
 import json
@@ -56,7 +57,9 @@ def test_hh_rlhf_text_is_kept_to_the_character() -> None:
     rows = [json.loads(line) for line in HH.read_text("utf-8").split("\n") if line]
     for pair in read(HH)[0]:
         row = rows[int(pair.where.rpartition(":")[2]) - 1]
-        same = [(pair.prompt_text or "") + reply == row[side] for side, reply in sides(pair).items()]
+        same = [
+            (pair.prompt_text or "") + reply == row[side] for side, reply in sides(pair).items()
+        ]
         assert same == [True, True], pair.where
         roles = [turn["role"] for turn in pair.messages]
         assert roles == (["user", "assistant"] * len(roles))[: len(roles)], pair.where
@@ -69,7 +72,9 @@ def sides(pair: Pair) -> dict[str, str]:
 
 def test_alpaca_prefs_are_read_without_a_flag() -> None:
     data = section(ALPACA, dataset_test_split="test")
-    readers = [PairReader(data, sources) for sources in (training_sources(data), held_out_sources(data))]
+    readers = [
+        PairReader(data, sources) for sources in (training_sources(data), held_out_sources(data))
+    ]
     sides = [list(reader) for reader in readers]
     for reader in readers:
         (sentence,) = reader.detected
@@ -79,10 +84,15 @@ def test_alpaca_prefs_are_read_without_a_flag() -> None:
     prompts = [{prompt_key(pair) for pair in side} for side in sides]
     assert [len(keys) for keys in prompts] == [483, 54]
     assert not prompts[0] & prompts[1]
-    assert all([turn["role"] for turn in pair.messages] == ["user"] for side in sides for pair in side)
+    assert all(
+        [turn["role"] for turn in pair.messages] == ["user"] for side in sides for pair in side
+    )
     row = json.loads((ALPACA / "train.jsonl").read_text("utf-8").partition("\n")[0])
     first = sides[0][0]
-    same = (first.messages[0]["content"], first.chosen) == (row["prompt"], row["chosen"][-1]["content"])
+    same = (first.messages[0]["content"], first.chosen) == (
+        row["prompt"],
+        row["chosen"][-1]["content"],
+    )
     assert same
     # Each file alone, and the default split by prompt: 2% of 483 prompts.
     pairs, _ = read(ALPACA / "train.jsonl")
@@ -100,13 +110,17 @@ def test_round_trip(name: str, path: Path, template: str) -> None:
     renderer = Renderer(set_chat_template(tokenizer, data))
     bos, end = tokenizer.bos_token_id, end_token_id(renderer, tokenizer)
     count = 0
-    for pair, tokens in tokenize_pairs(PairReader(data, training_sources(data)), renderer, tokenizer, data):
+    for pair, tokens in tokenize_pairs(
+        PairReader(data, training_sources(data)), renderer, tokenizer, data
+    ):
         assert isinstance(tokens, TokenizedPair), f"{pair.where}: {tokens}"
         assert (tokens.where, tokens.chosen_cut, tokens.rejected_cut) == (pair.where, 0, 0)
         count += 1
         asked = pair.prompt_text or ""
         if template == "auto":
-            asked = tokenizer.apply_chat_template(list(pair.messages), tokenize=False, add_generation_prompt=True)
+            asked = tokenizer.apply_chat_template(
+                list(pair.messages), tokenize=False, add_generation_prompt=True
+            )
         alone = tokenizer(asked).input_ids
         for (side, reply), ids, start in zip(
             sides(pair).items(),
@@ -115,7 +129,9 @@ def test_round_trip(name: str, path: Path, template: str) -> None:
             strict=True,
         ):
             place = f"{pair.where}, {side}"
-            text = tokenizer.decode(ids).removeprefix("<s>").removeprefix(" ")  # both, with the dummy space, are added
+            text = (
+                tokenizer.decode(ids).removeprefix("<s>").removeprefix(" ")
+            )  # both, with the dummy space, are added
             assert digest(text.replace("</s> ", "</s>")) == digest(asked + reply + "</s>"), place
             assert list(ids).count(bos) == 1, place
             assert max(ids) < len(tokenizer), place
@@ -141,7 +157,9 @@ def test_what_a_person_is_shown_is_the_rendered_text(path: Path) -> None:
         here.send(pairs)
         apart.send(pairs)
         rendered = here.receive()
-        assert [item == other for item, other in zip(rendered, apart.receive(), strict=True)] == [True] * len(pairs)
+        assert [item == other for item, other in zip(rendered, apart.receive(), strict=True)] == [
+            True
+        ] * len(pairs)
     for pair, texts in list(zip(pairs, rendered, strict=True))[::10]:
         assert isinstance(texts, tuple)
         shown = show_texts(texts, tokenizer, data, end)
@@ -168,16 +186,24 @@ def test_the_models_own_context_cuts_and_counts() -> None:
     assert ends == [(chosen == 0, rejected == 0) for chosen, rejected in cuts]
     assert any(not chosen or not rejected for chosen, rejected in ends)
     assert all(
-        tokens.chosen_start <= 384 and max(len(tokens.chosen_ids), len(tokens.rejected_ids)) <= 512 for tokens in kept
+        tokens.chosen_start <= 384 and max(len(tokens.chosen_ids), len(tokens.rejected_ids)) <= 512
+        for tokens in kept
     )
-    assert max(max(ids) for tokens in kept for ids in (tokens.chosen_ids, tokens.rejected_ids)) < 512
+    assert (
+        max(max(ids) for tokens in kept for ids in (tokens.chosen_ids, tokens.rejected_ids)) < 512
+    )
     assert len(found) == 1195
     assert 0 < len(kept) < len(found)
 
 
 def test_the_benchmark_of_the_data_screen_runs(tmp_path: Path) -> None:
     where = tmp_path / "figures.json"
-    arguments = [str(ALPACA / "train.jsonl"), str(SHARED / "models" / "stories260k"), "--count", "150"]
+    arguments = [
+        str(ALPACA / "train.jsonl"),
+        str(SHARED / "models" / "stories260k"),
+        "--count",
+        "150",
+    ]
     command = [sys.executable, "-m", "benchmarks.data", *arguments, "--json", str(where)]
     subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
     figures = json.loads(where.read_text("utf-8"))

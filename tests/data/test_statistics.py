@@ -1,4 +1,5 @@
-"""`orpo-lite data`: what it shows of a set, to a person and to a program, and what it needs for it."""
+"""`orpo-lite data`: what it shows of a set, to a person and to a program, and what it needs for
+it."""
 
 import csv
 import json
@@ -17,11 +18,15 @@ from rich.console import Console
 
 from orpo_lite.cli import data_view
 from orpo_lite.cli.data_view import print_pair, visible
-from orpo_lite.data.formats.column_map import LOOK
+from orpo_lite.data.formats.column_map import DETECTION_ROWS
 
 MAP = "data.column_map=prompt=question,chosen=good_answer,rejected=bad_answer"
 COFFEE = [
-    ("How hot should the water be?", "Just off the boil.", "Boiling, always. Never measure anything."),
+    (
+        "How hot should the water be?",
+        "Just off the boil.",
+        "Boiling, always. Never measure anything.",
+    ),
     ("Which grind, for a French press?", "Coarse, like sea salt.", "Fine."),
     ("How long does it brew?", "Four minutes.", "Until it tastes burnt, then a bit more."),
     ("Can I reheat it?", "You can, but it turns bitter:\nbrew less instead.", ""),
@@ -54,7 +59,9 @@ def look(coffee: Path, call: Look) -> Look:
 
 def test_a_newcomer_with_a_csv_gets_there_by_pasting_what_is_said(coffee: Path, call: Look) -> None:
     table = (coffee / "coffee.csv").read_text(encoding="utf-8")
-    (coffee / "coffee.csv").write_text(table.replace("bad_answer", "other_answer"), encoding="utf-8")
+    (coffee / "coffee.csv").write_text(
+        table.replace("bad_answer", "other_answer"), encoding="utf-8"
+    )
     code, _, said = call("data", "--recipe", "./coffee.yaml")
     assert code == 3
     (line,) = (word for word in said.split() if word.startswith("data.column_map="))
@@ -64,33 +71,57 @@ def test_a_newcomer_with_a_csv_gets_there_by_pasting_what_is_said(coffee: Path, 
     assert "detected explicit because" in shown
     assert "5 rows: 2 to train on, 1 held out, 2 left out" in shown
     assert "1  empty rejected (coffee.csv:5)" in shown
-    assert "1  chosen and rejected are equal (coffee.csv:7)" in shown  # the row before takes two lines
-    assert sorted(path.name for path in coffee.iterdir()) == ["base", "coffee.csv", "coffee.yaml", "pairs.jsonl"]
+    assert (
+        "1  chosen and rejected are equal (coffee.csv:7)" in shown
+    )  # the row before takes two lines
+    assert sorted(path.name for path in coffee.iterdir()) == [
+        "base",
+        "coffee.csv",
+        "coffee.yaml",
+        "pairs.jsonl",
+    ]
 
 
 def test_the_pair_is_legible_without_colour(look: Look) -> None:
     _, shown, _ = look("data.max_length=80", "data.max_prompt_length=60")
     start = shown.index("one pair, coffee.csv:2, as the model sees it")
-    prompt, chosen, rejected = (part.partition("\n")[2] for part in shown[start:].split("\n--- ")[1:4])
+    prompt, chosen, rejected = (
+        part.partition("\n")[2] for part in shown[start:].split("\n--- ")[1:4]
+    )
     assert prompt.rstrip("\n") == "<s><|user|>\nHow hot should the water be?</s>\n<|assistant|>⏎"
     assert chosen == "Just off the boil.[end: </s>]"
-    assert rejected.partition("\n\n")[0] == "Boiling, always. Never mea[cut off: sure anything.</s>]"
+    assert (
+        rejected.partition("\n\n")[0] == "Boiling, always. Never mea[cut off: sure anything.</s>]"
+    )
     assert "\x1b" not in shown
 
 
-def test_each_kind_of_segment_has_a_colour_on_a_terminal(look: Look, monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal = Console(force_terminal=True, color_system="standard", highlight=False, markup=False, soft_wrap=True)
+def test_each_kind_of_segment_has_a_colour_on_a_terminal(
+    look: Look, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = Console(
+        force_terminal=True, color_system="standard", highlight=False, markup=False, soft_wrap=True
+    )
     with terminal.capture() as captured:
         monkeypatch.setattr(data_view, "out", terminal)
         print_pair(json.loads(json.dumps(SAMPLE)))
     shown = captured.get()
-    for text, style in (("Hi", "36"), ("Yes", "32"), ("[end: </s>]", "1;35"), ("[cut off: way.</s>]", "31")):
+    for text, style in (
+        ("Hi", "36"),
+        ("Yes", "32"),
+        ("[end: </s>]", "1;35"),
+        ("[cut off: way.</s>]", "31"),
+    ):
         assert f"\x1b[{style}m{text}" in shown, text
 
 
 SAMPLE: dict[str, Any] = {
     "where": "x:1",
-    "chosen": [{"kind": "prompt", "text": "Hi"}, {"kind": "response", "text": "Yes"}, {"kind": "end", "text": "</s>"}],
+    "chosen": [
+        {"kind": "prompt", "text": "Hi"},
+        {"kind": "response", "text": "Yes"},
+        {"kind": "end", "text": "</s>"},
+    ],
     "rejected": [
         {"kind": "prompt", "text": "Hi"},
         {"kind": "response", "text": "No"},
@@ -127,12 +158,19 @@ def test_json_is_what_a_run_keeps_as_data_json_and_the_pairs(
 
     write_base(coffee / "base")
     small_recipe()
-    options = ["data.dataset_name=./coffee.csv", MAP, "data.max_length=64", "data.max_prompt_length=60"]
+    options = [
+        "data.dataset_name=./coffee.csv",
+        MAP,
+        "data.max_length=64",
+        "data.max_prompt_length=60",
+    ]
     options += ["data.test_split_size=0.02", "training.max_steps=1"]
     assert call("train", "--recipe", "./small.yaml", *options)[0] == 0
     kept = json.loads((coffee / "run" / "data.json").read_text(encoding="utf-8"))
     assert kept == figures
-    assert "measure" not in json.dumps(kept)  # figures alone: no text of the data enters the run folder
+    assert "measure" not in json.dumps(
+        kept
+    )  # figures alone: no text of the data enters the run folder
 
 
 def test_json_comes_with_its_warnings_beside_it(coffee: Path, look: Look) -> None:
@@ -149,7 +187,10 @@ def test_json_comes_with_its_warnings_beside_it(coffee: Path, look: Look) -> Non
 
 
 def test_the_columns_and_what_is_bad_are_said(coffee: Path, look: Look) -> None:
-    rows = [("question", "good_answer", "bad_answer", "rated_by"), *((f"Cup {i}?", "a", "b", "ann") for i in range(20))]
+    rows = [
+        ("question", "good_answer", "bad_answer", "rated_by"),
+        *((f"Cup {i}?", "a", "b", "ann") for i in range(20)),
+    ]
     with (coffee / "coffee.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([*rows, ("Which cup?", "Which  cup? The big one.", "b", "bob")])
     _, shown, _ = look()
@@ -181,7 +222,9 @@ def test_a_row_of_choice_is_shown_also_when_it_is_left_out(look: Look) -> None:
     assert "coffee.csv:6: no such row in ./coffee.csv" in said
 
 
-def test_a_pair_that_is_cut_is_shown_beside_a_first_one_that_is_not(coffee: Path, look: Look) -> None:
+def test_a_pair_that_is_cut_is_shown_beside_a_first_one_that_is_not(
+    coffee: Path, look: Look
+) -> None:
     with (coffee / "coffee.csv").open("a", newline="", encoding="utf-8") as file:
         csv.writer(file).writerow(("Milk?", "x" * 100, "No."))
     _, shown, _ = look("data.max_length=100")
@@ -189,15 +232,25 @@ def test_a_pair_that_is_cut_is_shown_beside_a_first_one_that_is_not(coffee: Path
     assert title
     assert "cut off" not in first
     assert f"{'x' * 69}[cut off: {'x' * 31}</s>]" in cut
-    assert "data.max_length=100 cuts 25.0% of the pairs; 1 of the responses (12.5%) lose their end" in cut
+    assert (
+        "data.max_length=100 cuts 25.0% of the pairs; 1 of the responses (12.5%) lose their end"
+        in cut
+    )
     _, shown, _ = look("data.max_length=256")
     assert "cut off" not in shown
-    assert "data.max_length=256 cuts 0.0% of the pairs; 0 of the responses (0.0%) lose their end" in shown
+    assert (
+        "data.max_length=256 cuts 0.0% of the pairs; 0 of the responses (0.0%) lose their end"
+        in shown
+    )
 
 
 def test_a_long_text_is_shown_by_its_two_ends(coffee: Path, look: Look) -> None:
     with (coffee / "coffee.csv").open("w", newline="", encoding="utf-8") as file:
-        rows = [("question", "good_answer", "bad_answer"), ("a?", "B" + "x" * 3000 + "E", "no"), *COFFEE]
+        rows = [
+            ("question", "good_answer", "bad_answer"),
+            ("a?", "B" + "x" * 3000 + "E", "no"),
+            *COFFEE,
+        ]
         csv.writer(file).writerows(rows)
     _, shown, _ = look("data.max_length=4000")
     assert f"B{'x' * 599} [... {3002 - 1200:,} characters ...] {'x' * 599}E[end: </s>]" in shown
@@ -221,7 +274,10 @@ def test_prompts_on_both_sides_are_counted(coffee: Path, look: Look) -> None:
     rows = "question,good_answer,bad_answer\n which GRIND,a,b\nHow long does it  brew?,Two.,Ten.\n"
     (coffee / "held.csv").write_text(rows)
     _, shown, _ = look("data.dataset_test_split=./held.csv")
-    assert "3 different prompts to train on, 2 held out, 1 on both sides: the evaluation will flatter" in shown
+    assert (
+        "3 different prompts to train on, 2 held out, 1 on both sides: the evaluation will flatter"
+        in shown
+    )
 
 
 def test_the_second_start_needs_neither_torch_nor_transformers(coffee: Path, look: Look) -> None:
@@ -233,17 +289,24 @@ def test_the_second_start_needs_neither_torch_nor_transformers(coffee: Path, loo
         "heavy = {'torch', 'transformers', 'bitsandbytes', 'datasets'} & set(sys.modules)\n"
         "print(sorted(heavy), file=sys.stderr)"
     )
-    second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    second = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert second.stderr.strip() == "[]"
     assert json.loads(second.stdout) == json.loads(first[1])
 
 
-def test_a_cache_that_cannot_be_written_to_is_said_and_nothing_is_left(coffee: Path, tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_to_is_said_and_nothing_is_left(
+    coffee: Path, tmp_path: Path
+) -> None:
     (tmp_path / "elsewhere").mkdir()
-    environment = os.environ | {"ORPO_LITE_CACHE": "/proc/tokens", "TMPDIR": str(tmp_path / "elsewhere")}
+    environment = os.environ | {
+        "ORPO_LITE_CACHE": "/proc/tokens",
+        "TMPDIR": str(tmp_path / "elsewhere"),
+    }
     command = [sys.executable, "-m", "orpo_lite", "data", "--recipe", "./coffee.yaml", MAP]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    assert "/proc/tokens cannot be written to: the tokens are in" in done.stdout
+    assert "cannot write to /proc/tokens: the tokens are in" in done.stdout
     assert "5 rows: 2 to train on" in done.stdout
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
@@ -280,11 +343,24 @@ def test_words_for_nothing_are_counted(coffee: Path, look: Look) -> None:
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_an_output_that_lacks_characters_has_them_escaped(coffee: Path, encoding: str) -> None:
     with (coffee / "coffee.csv").open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([("question", "good_answer", "bad_answer", "你好 🦜"), ("q?", "a", "b", "")])
-    command = [sys.executable, "-m", "orpo_lite", "data", "--recipe", "./coffee.yaml", MAP, "data.test_split_size=0"]
+        csv.writer(file).writerows(
+            [("question", "good_answer", "bad_answer", "你好 🦜"), ("q?", "a", "b", "")]
+        )
+    command = [
+        sys.executable,
+        "-m",
+        "orpo_lite",
+        "data",
+        "--recipe",
+        "./coffee.yaml",
+        MAP,
+        "data.test_split_size=0",
+    ]
     environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
     shown, whole = (
-        subprocess.run([*command, *more], cwd=coffee, env=environment, capture_output=True, check=True).stdout
+        subprocess.run(
+            [*command, *more], cwd=coffee, env=environment, capture_output=True, check=True
+        ).stdout
         for more in ([], ["--json"])
     )
     assert json.loads(whole.decode(encoding))["columns"][0]["not_read"] == ["你好 🦜"]
@@ -294,17 +370,20 @@ def test_an_output_that_lacks_characters_has_them_escaped(coffee: Path, encoding
 def test_the_template_is_called_by_the_name_of_its_file(coffee: Path, look: Look) -> None:
     for name in ("one.jinja", "two.jinja"):
         (coffee / name).write_text("{% for m in messages %}{{ m.content }}</s>{% endfor %}")
-        assert f"the chat template of {coffee / name}" in look(f"data.chat_template={coffee / name}")[1]
+        assert (
+            f"the chat template of {coffee / name}"
+            in look(f"data.chat_template={coffee / name}")[1]
+        )
 
 
 def test_templates_that_begin_late_are_counted(coffee: Path, look: Look) -> None:
-    rows = [[f"Which bean is number {i}?", f"Bean {i}.", "None."] for i in range(LOOK)]
+    rows = [[f"Which bean is number {i}?", f"Bean {i}.", "None."] for i in range(DETECTION_ROWS)]
     templated = [[f"USER: Which roast is {name}? ASSISTANT:", "Light.", "Dark."] for name in "abc"]
     with (coffee / "coffee.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("question", "good_answer", "bad_answer"), *rows, *templated])
     code, shown, _ = look()
     assert code == 0
-    assert "pairs that hold markers of a chat template, as if one was applied already: 3\n" in shown
+    assert "pairs with markers of a chat template, as if one was already applied: 3\n" in shown
     assert json.loads(look("--json")[1])["templated_pairs"] == 3
     assert json.loads(look("--json", "data.chat_template=none")[1])["templated_pairs"] == 0
     with (coffee / "coffee.csv").open("a", newline="", encoding="utf-8") as file:
@@ -317,9 +396,14 @@ def test_templates_that_begin_late_are_counted(coffee: Path, look: Look) -> None
 NO_SYSTEM = "{% for m in messages if m.role != 'system' %}{{ m.content }}</s>{% endfor %}"
 
 
-def test_system_texts_that_the_template_does_not_take_are_moved_and_counted(coffee: Path, look: Look) -> None:
+def test_system_texts_that_the_template_does_not_take_are_moved_and_counted(
+    coffee: Path, look: Look
+) -> None:
     with (coffee / "coffee.csv").open("w", newline="", encoding="utf-8") as file:
-        rows = [(f"Which bean is {i}?", "This.", "None.", "Be brief." if i != 1 else "") for i in range(4)]
+        rows = [
+            (f"Which bean is {i}?", "This.", "None.", "Be brief." if i != 1 else "")
+            for i in range(4)
+        ]
         csv.writer(file).writerows([("question", "good_answer", "bad_answer", "system"), *rows])
     assert "takes no system turn" not in look()[1]
     shown = look(f"data.chat_template={NO_SYSTEM}")[1]
@@ -332,19 +416,26 @@ def write_rows(coffee: Path, rows: list[tuple[str, str, str]]) -> None:
         csv.writer(file).writerows([("question", "good_answer", "bad_answer"), *rows])
 
 
-def test_a_template_that_changes_more_pairs_than_allowed_is_refused(coffee: Path, look: Look) -> None:
+def test_a_template_that_changes_more_pairs_than_allowed_is_refused(
+    coffee: Path, look: Look
+) -> None:
     write_rows(coffee, [(f"Which bean is {i}?", f"b {i}", f"c {i}") for i in range(20)])
-    short = NO_SYSTEM.replace("m.content", "m.content[: 5 if '9' in m.content and 'bean' in m.content else 99]")
+    short = NO_SYSTEM.replace(
+        "m.content", "m.content[: 5 if '9' in m.content and 'bean' in m.content else 99]"
+    )
     code, shown, said = look(f"data.chat_template={short}")
     assert (code, said) == (0, "")  # two of them
     reason = "a turn before the reply is changed by the chat template"
-    assert f"2  {reason} (coffee.csv:11, coffee.csv:21)\n           a template of your own" in shown
+    assert (
+        f"2  {reason} (coffee.csv:11, coffee.csv:21)\n           set data.chat_template to a file"
+        in shown
+    )
     short = short.replace("'9'", "'1'")  # 11 of 20
     code, _, said = look(f"data.chat_template={short}")
     assert code == 4
     assert (
-        f"data.chat_template: 11 of 20 pairs: {reason} (11, the first at coffee.csv:3, coffee.csv:12, coffee.csv:13)"
-        in said
+        f"data.chat_template: 11 of 20 pairs: {reason} (11, the first at coffee.csv:3, "
+        f"coffee.csv:12, coffee.csv:13)" in said
     )
     assert "expected: at most 3 such pairs" in said
     (line,) = (word for word in said.split() if word.startswith("data.max_bad_rows="))
@@ -355,23 +446,32 @@ def test_what_to_do_about_a_special_token_is_said(coffee: Path, look: Look) -> N
     write_rows(coffee, [(f"Which {i}?", f"b {i}" + "<s>" * (i % 2), f"c {i}") for i in range(10)])
     shown, found = look()[1], json.loads(look("--json")[1])
     reason = "special token inside the text: <s>"
-    assert found["dropped"][reason] == {"pairs": 5, "first": ["coffee.csv:3", "coffee.csv:5", "coffee.csv:7"]}
-    assert "take <s> out of the texts" in shown
+    assert found["dropped"][reason] == {
+        "pairs": 5,
+        "first": ["coffee.csv:3", "coffee.csv:5", "coffee.csv:7"],
+    }
+    assert "remove <s> from the texts" in shown
     plain = look("data.chat_template=none")[1]
     assert f"5  {reason}" not in plain  # a plain reply may end with one
     write_rows(coffee, [(f"Which {i}?", f"b <s> {i}", f"c {i}") for i in range(10)])
     for options in ((), ("data.chat_template=none",)):
         code, _, said = look(*options)
         assert code == 3
-        assert "fix: take <s> out of the texts" in said
-        assert "data.chat_template" not in said.partition("fix: ")[2]  # the texts hold the token in either case
+        assert "fix: remove <s> from the texts" in said
+        assert (
+            "data.chat_template" not in said.partition("fix: ")[2]
+        )  # the texts hold the token in either case
 
 
-def test_an_empty_thought_is_said_with_the_line_that_ends_it(coffee: Path, look: Look, call: Look) -> None:
+def test_an_empty_thought_is_said_with_the_line_that_ends_it(
+    coffee: Path, look: Look, call: Look
+) -> None:
     block = "<think></think>"
     template = (
-        f"{{% for m in messages %}}{{% if m.role == 'assistant' %}}{block}{{% endif %}}{{{{ m.content }}}}</s>"
-        f"{{% endfor %}}{{% if add_generation_prompt and enable_thinking is false %}}{block}{{% endif %}}"
+        f"{{% for m in messages %}}{{% if m.role == 'assistant' %}}{block}{{% endif %}}{{{{ "
+        f"m.content }}}}</s>"
+        f"{{% endfor %}}{{% if add_generation_prompt and enable_thinking is false %}}{block}{{% "
+        f"endif %}}"
     )
     (coffee / "mine.jinja").write_text(template)
     own = "data.chat_template=mine.jinja"
@@ -390,7 +490,9 @@ def test_an_empty_thought_is_said_with_the_line_that_ends_it(coffee: Path, look:
 def test_a_tokenizer_that_transformers_would_change_is_said(coffee: Path, look: Look) -> None:
     assert "tokenizer.json is used" not in look()[1]
     file = coffee / "base" / "tokenizer_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | {"tokenizer_class": "GPT2Tokenizer"}))
+    file.write_text(
+        json.dumps(json.loads(file.read_text("utf-8")) | {"tokenizer_class": "GPT2Tokenizer"})
+    )
     said = "tokenizer.json is used as it is: GPT2Tokenizer would change its pre_tokenizer"
     assert said in look()[1]
     assert json.loads(look("--json")[1])["tokenizer"].startswith(said)

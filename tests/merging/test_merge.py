@@ -225,15 +225,14 @@ def write_adapter(folder: Path, **lora: Any) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    "lora",
-    [
-        {"target_modules": ["embed_tokens", "q_proj"]},
-        {"target_modules": ["q_proj", "lm_head"], "layers_to_transform": [1]},
-        {"target_modules": "all-linear", "exclude_modules": r".*layers\.0.*"},
-    ],
-    ids=str,
-)
+TRAINED_ON: list[dict[str, Any]] = [
+    {"target_modules": ["embed_tokens", "q_proj"]},
+    {"target_modules": ["q_proj", "lm_head"], "layers_to_transform": [1]},
+    {"target_modules": "all-linear", "exclude_modules": r".*layers\.0.*"},
+]
+
+
+@pytest.mark.parametrize("lora", first_and_long(TRAINED_ON), ids=str)
 def test_an_adapter_that_is_trained_on_can_be_merged(
     lora: dict[str, Any], small_recipe: Build, workspace: Path
 ) -> None:
@@ -294,7 +293,7 @@ def test_an_adapter_with_another_base_s_embedding_is_not_trained(small_recipe: B
         train_all(small_recipe(f"model.adapter_name_or_path={folder}"))
 
 
-@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("given", first_and_long([True, False]))
 def test_a_matrix_that_the_model_reads_by_itself_is_not_adapted(
     given: bool, small_recipe: Build, workspace: Path
 ) -> None:
@@ -807,7 +806,7 @@ def test_in_16_bit_rounding_passes_and_a_lost_adapter_does_not(
     assert verdict.difference == pytest.approx(verdict.effect, rel=0.05)
 
 
-@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=str)
+@pytest.mark.parametrize("error", first_and_long(OUT_OF_MEMORY), ids=str)
 def test_a_gpu_that_is_too_small_to_verify_on_is_said(
     error: RuntimeError, trained: Trained, monkeypatch: pytest.MonkeyPatch
 ) -> None:

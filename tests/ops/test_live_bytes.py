@@ -1,5 +1,6 @@
 """Bytes: what a step holds, on meta as on the CPU; the one way to host memory; half precision against TRL's."""
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,51 @@ def test_what_would_be_in_host_memory_is_counted_apart_on_meta() -> None:
         del host
         assert tracker.host == 0
         assert tracker.host_peak == 4096
+
+
+def backward_bytes(backend: str, lengths: list[int], heads: int, shared: int, width: int) -> int:
+    """The most that attention's backward pass holds besides what was there before."""
+    ends = [0, *itertools.accumulate(lengths)]
+    segments = [Segment(*place) for place in itertools.pairwise(ends)]
+    sizes = ((number, ends[-1], width) for number in (heads, shared, shared))
+    qkv = [torch.empty(1, *size, dtype=torch.bfloat16, device=META, requires_grad=True) for size in sizes]
+    out = BACKENDS[backend](*qkv, segments, Shape(1.0, None, None))
+    grad = torch.empty_like(out)
+    with LiveBytes([*qkv, out, grad]) as tracker:
+        torch.autograd.grad(out, qkv, grad)
+    return tracker.peak
+
+
+@pytest.mark.parametrize(("heads", "shared", "width", "wide"), [(32, 8, 128, 128), (8, 8, 72, 96), (16, 2, 160, 192)])
+def test_flash_attentions_workspace_is_that_of_its_source(heads: int, shared: int, width: int, wide: int) -> None:
+    """By mha_varlen_bwd: dq, dk, dv; softmax_d; dq_accum; dk_expanded and dv_expanded where heads are shared."""
+    lengths = [128, 640, 128, 256]
+    tokens = sum(lengths)
+    rows = tokens + 128 * len(lengths)
+    returned = 2 * tokens * width * (heads + 2 * shared)
+    expanded = 2 * 2 * tokens * heads * width * (heads != shared)
+    expected = returned + 4 * heads * rows + 4 * rows * heads * wide + expanded
+    for backend in ("varlen", "flash_attn"):
+        assert backward_bytes(backend, lengths, heads, shared, width) == expected
+    # Another kernel has no rows of padding, so short segments cost it nothing.
+    assert backward_bytes("efficient", [128] * 8, heads, shared, width) == backward_bytes(
+        "efficient", [1024], heads, shared, width
+    )
+
+
+def test_a_deterministic_workspace_is_enough_for_any_gpu_and_number_of_segments() -> None:
+    heads, width, tokens = 4, 64, 1024
+    torch.use_deterministic_algorithms(True)
+    try:
+        counted = backward_bytes("varlen", [128] * 8, heads, heads, width)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    most = 0
+    for segments, multiprocessors in itertools.product(range(1, 9), (40, 108, 132, 188)):
+        splits = -(-multiprocessors // (segments * heads))
+        most = max(most, 4 * splits * (tokens + 128 * segments) * heads * width)
+    returned = 3 * 2 * tokens * heads * width + 4 * heads * (tokens + 128 * 8)
+    assert most + returned <= counted <= 1.1 * (most + returned)
 
 
 def test_on_a_cpu_nothing_needs_to_be_moved() -> None:

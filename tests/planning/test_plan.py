@@ -4,7 +4,8 @@ import itertools
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,17 +34,21 @@ from benchmarks.recipes import gpu_size
 from orpo_lite import plan
 from orpo_lite.api import train_events
 from orpo_lite.base.find import Base
-from orpo_lite.data.packing import packed_tokens
+from orpo_lite.data.packing import micro_batches, pack_pairs, packed_tokens
+from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.errors import FitError, ModelError, RecipeError
-from orpo_lite.model.load import bare_pair_model, load_pair_model
+from orpo_lite.model.load import bare_pair_model, choose_dtype, load_pair_model
 from orpo_lite.model.pair_model import PairModel
+from orpo_lite.ops.attention import choose_backend
+from orpo_lite.ops.devices import device_kind
 from orpo_lite.planning import gpus
 from orpo_lite.planning.extrapolate import LayerExtrapolation
 from orpo_lite.planning.gpus import GPUS, local_gpu
 from orpo_lite.planning.measure import heaviest, measure
 from orpo_lite.planning.on_meta import META_ATTENTION, blank_pairs, held_tensors, worst_case
+from orpo_lite.planning.plan import plan_events
 from orpo_lite.planning.route import find_route, with_layers
-from orpo_lite.planning.search import Planner, fit
+from orpo_lite.planning.search import Planner, allowances, fit
 from orpo_lite.recipe.reader import gpu_sizes, load_recipe, shipped_recipes
 from orpo_lite.recipe.schema import LEVERS, Recipe
 from orpo_lite.recipe.text import read_bytes
@@ -79,23 +84,20 @@ def planner(layers: int = 6, **memory: Any) -> Planner:
 # --- bytes
 
 
-ONE_OF_EACH = [
-    *((family, "default") for family in plan_bench.FAMILIES),
-    ("llama", "all"),
-    ("gemma2, softcap, tied", "no checkpoints"),
-]
-OTHER_PAIRS = itertools.product(plan_bench.FAMILIES, ("no checkpoints", "all"))
-ALSO = [pytest.param(*pair, marks=pytest.mark.long) for pair in OTHER_PAIRS if pair not in ONE_OF_EACH]
+FEW_PAIRS = [("gemma2, softcap, tied", "default"), ("llama", "all")]
+LEVERS_ALONE = ["tiles", *(name for name in plan_bench.LEVERS if name not in ("default", "all", "tiles"))]
+ALL_PAIRS = itertools.product(plan_bench.FAMILIES, ("default", "no checkpoints", "all"))
+ALSO = [pytest.param(*pair, marks=pytest.mark.long) for pair in ALL_PAIRS if pair not in FEW_PAIRS]
 
 
-@pytest.mark.parametrize(("family", "lever"), [*ONE_OF_EACH, *ALSO])
+@pytest.mark.parametrize(("family", "lever"), [*FEW_PAIRS, *ALSO])
 def test_predicted_bytes_are_those_of_the_step_on_this_cpu(family: str, lever: str) -> None:
     """NF4 and LoRA on the CPU, every storage followed, against the same step without weights."""
     error = plan_bench.error_of(plan_bench.FAMILIES[family](8_000), plan_bench.recipe(**plan_bench.LEVERS[lever]))
     assert abs(error) <= 0.02
 
 
-@pytest.mark.parametrize("lever", [name for name in plan_bench.LEVERS if name not in ("default", "all")])
+@pytest.mark.parametrize("lever", first_and_long(LEVERS_ALONE))
 def test_each_lever_is_predicted(lever: str) -> None:
     config = plan_bench.FAMILIES["llama"](8_000)
     assert abs(plan_bench.error_of(config, plan_bench.recipe(**plan_bench.LEVERS[lever]))) <= 0.02
@@ -146,7 +148,7 @@ def test_attention_that_shows_its_flops_is_not_counted_twice() -> None:
 
 @pytest.mark.parametrize("levers", first_and_long([{"checkpoint_offload": True}, {}, {"mlp_tile": 512}]), ids=str)
 def test_a_few_layers_tell_of_all(levers: dict[str, Any]) -> None:
-    """Peak and work of eight layers, any number of them un-checkpointed, from steps of two to four."""
+    """Peak and work of eight layers, any number of them un-checkpointed, from steps of two to five."""
     chosen, config, triples = settings(**levers), small(8), worst_case(512, 2)
     line = LayerExtrapolation(chosen, config, triples, "ampere", find_route(chosen, config, triples, "ampere"))
     for kept in (0, 1, 4, 7, 8):
@@ -165,14 +167,45 @@ def test_parts_add_up_to_the_peak() -> None:
     assert found.to_json()["parts"] == found.parts
 
 
-def test_the_heaviest_micro_batch_is_of_the_longest_pairs() -> None:
-    triples = np.array([[5, 20, 30]] * 20 + [[10, 400, 100], [0, 50, 60]])
+def sizes(pairs: Sequence[TokenizedPair]) -> tuple[int, int, int]:
+    """Tokens, segments and tokens of prefixes in one row."""
+    row = pack_pairs(pairs, completion_only_loss=False, share=True)
+    return len(row.input_ids_T), len(row.segments), sum(stop - start for *_, start, stop in row.segments)
+
+
+@pytest.mark.parametrize("limit", [{}, {"micro_batch_size": 4}], ids=str)
+@pytest.mark.parametrize("tokens", [300, 600])
+def test_no_micro_batch_of_a_training_is_heavier_than_that_of_the_plan(tokens: int, limit: dict[str, int]) -> None:
+    """Many short pairs, a few long ones, prefixes of all sizes."""
+    random = np.random.default_rng(0)
+    triples = np.sort(random.integers(2, 60, (200, 3)), 1)
+    triples[::20] += np.sort(random.integers(0, 120, (10, 3)), 1)
+    chosen = settings(micro_batch_tokens=tokens, **limit).override({"training.global_batch_size": 16})
     model = SimpleNamespace(route="shared")
+    batching = PairModel.batching(model, chosen, 0)  # type: ignore[arg-type]
+    planned = sizes(heaviest(chosen, triples, batching, in_one_row=True))
+    pairs, seen = blank_pairs(triples), np.zeros(3, int)
+    lengths = triples[:, 1:].sum(1) - triples[:, 0]
+    # Most segments; most tokens of prefixes, by two orders.
+    worst = [np.argsort(lengths), np.argsort(-triples[:, 0] / lengths), np.argsort(-triples[:, 0])]
+    for order in [*worst, *(random.permutation(200) for _ in range(40))]:
+        step = [pairs[index] for index in order[:16]]
+        for chunk in micro_batches(step, batching):
+            seen = np.maximum(seen, sizes([step[index] for index in chunk]))
+    assert all(seen <= planned)
+    assert all(0.75 * np.array(planned) <= seen), (planned, seen)
+    assert planned[0] == tokens
+
+
+def test_the_longest_pairs_are_planned_where_each_sequence_goes_by_itself() -> None:
+    triples = np.array([[5, 20, 30]] * 20 + [[10, 400, 100], [0, 50, 60]])
     chosen = settings(micro_batch_tokens=600).override({"training.global_batch_size": 8})
-    pairs = heaviest(chosen, triples, PairModel.batching(model, chosen, 0))  # type: ignore[arg-type]
+    model = SimpleNamespace(route="rows")
+    batching = PairModel.batching(model, chosen, 0)  # type: ignore[arg-type]
+    pairs = heaviest(chosen, triples, batching, in_one_row=False)
     lengths = [(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs]
     assert lengths[0] == (400, 100)
-    assert sum(packed_tokens(pair, share=True) for pair in pairs) == 600  # filled up: other pairs may fit better
+    assert sum(packed_tokens(pair, share=False) for pair in pairs) == 600  # filled up: other pairs may fit better
     for prefix, chosen, rejected in triples[-2:].tolist():
         (pair,) = blank_pairs(np.array([[prefix, chosen, rejected]]))
         same = np.asarray(pair.chosen_ids[:prefix]) == np.asarray(pair.rejected_ids[:prefix])
@@ -228,12 +261,12 @@ def test_a_plan_sets_levers_and_nothing_else() -> None:
     assert set(plans.plan(plans.least(GPU), GPU).levers) <= set(LEVERS)
 
 
-FIXED = [{"mlp_tile": None}, {"activation_checkpointing": 3}, {"embedding_on_cpu": True}, {"head_chunk": 64}]
-FIXED_TOO = [{"mlp_tile": 256}, {"activation_checkpointing": "all"}, {"checkpoint_offload": False},
-             {"micro_batch_tokens": 1_024}]  # fmt: skip  # of the same kinds
+FIXED = [{"activation_checkpointing": 3}, {"mlp_tile": None}, {"embedding_on_cpu": True}, {"head_chunk": 64},
+         {"mlp_tile": 256}, {"activation_checkpointing": "all"}, {"checkpoint_offload": False},
+         {"micro_batch_tokens": 1_024}]  # fmt: skip
 
 
-@pytest.mark.parametrize("fixed", [*FIXED, *(pytest.param(one, marks=pytest.mark.long) for one in FIXED_TOO)], ids=str)
+@pytest.mark.parametrize("fixed", first_and_long(FIXED), ids=str)
 def test_a_lever_that_the_person_has_set_stays(fixed: dict[str, Any]) -> None:
     plans = planner(**{"mlp_tile": None} | fixed)  # fewer steps to count
     levers = plans.plan(plans.least(GPU) + 20 * MIB, GPU).levers
@@ -262,7 +295,7 @@ def test_loading_counts_where_it_takes_more_than_a_step() -> None:
     config = small(vocab_size=400_000)
     plan = Planner(settings(embedding_on_cpu=True), config, worst_case(16, 1), "ampere").plan(None, GPU)
     assert plan.measured.loading > plan.peak
-    assert plan.needed == plan.measured.loading + 512 * MIB + 64 * MIB
+    assert plan.needed == plan.measured.loading + 512 * MIB + int(18.25 * MIB) + 256 * MIB
 
 
 @pytest.mark.parametrize(
@@ -283,7 +316,12 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 
 
 def pretend_card(
-    monkeypatch: pytest.MonkeyPatch, *, free: int, others: int, name: str = "NVIDIA GeForce RTX 4090"
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    free: int,
+    others: int,
+    name: str = "NVIDIA GeForce RTX 4090",
+    capability: tuple[int, int] = (8, 9),
 ) -> None:
     """NVML and torch as they answer on a machine with one card."""
     import pynvml
@@ -292,12 +330,52 @@ def pretend_card(
     running = [SimpleNamespace(pid=os.getpid(), usedGpuMemory=GIB // 2), SimpleNamespace(pid=1, usedGpuMemory=others)]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     for function in ("nvmlInit", "nvmlShutdown"):
         monkeypatch.setattr(pynvml, function, lambda: None)
     monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", lambda uuid: {"GPU-6f-a": "handle"}[uuid])
     monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lambda _: SimpleNamespace(free=free))
     monkeypatch.setattr(pynvml, "nvmlDeviceGetComputeRunningProcesses", lambda _: running)
+
+
+def test_a_plan_for_a_t4_is_of_its_dtype_and_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute capability 7.5: float16, and no FlashAttention, so segments cost it nothing."""
+    pretend_card(monkeypatch, free=15 * GIB, others=0, name="Tesla T4", capability=(7, 5))
+    own = local_gpu()
+    assert own is not None
+    assert (own.gpu.flops, own.gpu.capability) == (65e12, (7, 5))
+    kind = device_kind(torch.device("cuda", 0))
+    assert (kind, choose_dtype("auto", kind)) == ("cuda", torch.float16)
+    query = torch.empty(1, 4, 8, 128, dtype=torch.float16, device="meta")
+    assert choose_backend(query, query, None, kind) == "efficient"
+    chosen = settings(micro_batch_tokens=1_024).override({"training.global_batch_size": 32})
+    config = small(2, num_attention_heads=8, num_key_value_heads=8, head_dim=128, intermediate_size=64, vocab_size=99)
+    few, many = np.array([[0, 512, 512]] * 32), np.array([[0, 16, 16]] * 32)
+    for meant, grows in (("cuda", False), ("ampere", True)):
+        one, other = (measure(chosen, config, triples, meant) for triples in (few, many))
+        assert one.tokens == other.tokens
+        grown = (other.peak - one.peak) / (62 * 128 * 8 * 129 * 4)  # by 62 segments' rows, 8 heads of 128 numbers
+        assert grown == pytest.approx(float(grows), abs=0.1)
+
+
+def test_cublas_has_more_on_hopper_and_for_deterministic_kernels() -> None:
+    ours = {name: allowances(GIB, replace(GPU, capability=c)) for name, c in (("ada", (8, 9)), ("hopper", (9, 0)))}
+    sizes = {name: found["kernels' workspaces"] for name, found in ours.items()}
+    assert sizes == {"ada": 2 * (8 * MIB + 128 * 1024 + MIB), "hopper": 2 * (32 * MIB + MIB)}
+    assert allowances(GIB, GPU, deterministic=True)["kernels' workspaces"] == sizes["hopper"]
+    assert [allowances(size, GPU)["fragmentation"] for size in (GIB, 10 * GIB)] == [256 * MIB, 512 * MIB]
+
+
+def test_a_plan_says_first_whether_it_fits(workspace: Path) -> None:
+    keys = ["model.model_name_or_path=./base", "data.max_length=128", "data.max_prompt_length=64", *FEW]
+    for budget, verdict in (
+        ("8GiB", "yes, it fits: "),
+        ("900MiB", "yes, it fits: "),
+        ("100MiB", "no, it does not fit: "),
+    ):
+        updates = plan_events(load_recipe("mistral-qlora", [*keys, f"memory.budget={budget}"]))
+        assert next(update.text for update in updates if update.kind == "note").startswith(verdict)
+        updates.close()
 
 
 def test_memory_of_other_processes_is_seen_and_left(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from orpo_lite.data import dataset as data_dataset
 from orpo_lite.data.cache import TokenizedPairs
 from orpo_lite.data.chat_template import SPECIAL, set_chat_template
 from orpo_lite.data.pair import EMPTY_CHOSEN, Pair, TokenizedPair
-from orpo_lite.data.pairs import EQUAL, PLACES, PairReader
+from orpo_lite.data.pairs import EQUAL, MAX_PLACES, PairReader
 from orpo_lite.data.prepare import find_sources, tokenized_splits
 from orpo_lite.data.render_process import LimitedRenderer, Renderer
 from orpo_lite.data.split import prompt_key
@@ -240,7 +240,7 @@ def test_shared_prompts_are_said(small_recipe: Build) -> None:
     ready = run_to_end(prepare_inputs(recipe), said.append)
     assert ready.figures["prompts"] == {"train": 3, "held_out": 2, "shared": 1}
     (warning,) = [update.text for update in said if "warning" in update.text]
-    assert "1 of 2 held-out prompts stand in the training set too" in warning
+    assert "1 of 2 held-out prompts are also in the training set" in warning
 
 
 def test_a_stop_in_the_middle_leaves_nothing(
@@ -364,14 +364,14 @@ def test_the_figures_are_those_of_the_rows(small_recipe: Build, held: str) -> No
     assert sum(found["rows_of_sets"]) == 103
     assert len(found["rows_of_sets"]) == len(recipe.data.names)
     assert list(left_out) == [LONG_PROMPT]
-    assert found["dropped"][LONG_PROMPT]["pairs"] == len(left_out[LONG_PROMPT]) > 2 * PLACES
-    of_each = [[where for where in left_out[LONG_PROMPT] if where.startswith(name)][:PLACES] for name in ("p", "h")]
+    assert found["dropped"][LONG_PROMPT]["pairs"] == len(left_out[LONG_PROMPT]) > 2 * MAX_PLACES
+    of_each = [[where for where in left_out[LONG_PROMPT] if where.startswith(name)][:MAX_PLACES] for name in ("p", "h")]
     assert found["dropped"][LONG_PROMPT]["first"] == [where for wheres in of_each for where in wheres]
     empty = ["pairs.jsonl:102", *(["held.jsonl:18"] if own else [])]
     assert found["dropped"][EMPTY_CHOSEN] == {"pairs": len(empty), "first": empty}
     assert len(places) + len(left_out[LONG_PROMPT]) + len(empty) == found["rows_read"]
     assert found["format"] == list(dict.fromkeys(sentence for reader in reads for sentence in reader.detected))
-    assert found["chat_template"] == template.said
+    assert found["chat_template"] == template.description
 
 
 def test_the_hash_is_of_the_pairs(small_recipe: Build) -> None:
@@ -489,7 +489,7 @@ def test_a_full_disk_ends_with_the_fix(
     with file_limit(limit), pytest.raises(FitError, match="the disk is full") as raised:
         sides(recipe)
     assert raised.value.exit_code == 6
-    assert f"another disk in {cache.VARIABLE}" in str(raised.value)
+    assert f"set {cache.VARIABLE} to a folder on another disk" in str(raised.value)
     assert str(token_cache) in str(raised.value)
     assert names(token_cache) == []
     sides(recipe)
@@ -513,7 +513,7 @@ def test_another_error_of_the_disk_is_not_taken_for_a_full_one(
 
 def test_an_entry_that_cannot_be_read_again(small_recipe: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "load", lambda _: None)
-    with pytest.raises(FitError, match="what was written cannot be read"):
+    with pytest.raises(FitError, match="the tokens that were written cannot be read"):
         sides(small_recipe())
 
 

@@ -4,6 +4,7 @@
 // makes: all tensors are on one device, and nothing waits or copies unseen. No header of Python is used, so that this
 // builds in seconds and loads before torch's Python part asks which devices there are. It asks only once.
 #include <ATen/Context.h>
+#include <ATen/Functions.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -441,6 +442,42 @@ int64_t fused_sdp_choice(
   return 0;
 }
 
+// What CUDA's kernels take and a CPU's refuse: a softmax from half precision to float32, a histogram of integers, a
+// depthwise convolution in half precision.
+at::Tensor& softmax_out(const at::Tensor& self, int64_t dim, bool to_float, at::Tensor& out) {
+  at::AutoDispatchBelowADInplaceOrView below;
+  auto host = on_host(self);
+  on_host(out).copy_(at::_softmax(to_float ? host.to(at::kFloat) : host, dim, false));
+  return out;
+}
+
+at::Tensor& softmax_backward_out(
+    const at::Tensor& grad, const at::Tensor& output, int64_t dim, at::ScalarType, at::Tensor& out) {
+  at::AutoDispatchBelowADInplaceOrView below;
+  on_host(out).copy_(at::_softmax_backward_data(on_host(grad), on_host(output), dim, grad.scalar_type()));
+  return out;
+}
+
+at::Tensor from_host(const at::Tensor& made, const at::Tensor& like) {
+  auto storage = device_storage(made.storage(), like.device().index());
+  return with_storage(std::move(storage), made, c10::DispatchKey::CUDA);
+}
+
+at::Tensor histc(const at::Tensor& self, int64_t bins, const at::Scalar& least, const at::Scalar& most) {
+  at::AutoDispatchBelowADInplaceOrView below;
+  return from_host(at::histc(on_host(self).to(at::kFloat), bins, least, most).to(self.scalar_type()), self);
+}
+
+at::Tensor conv_depthwise(
+    const at::Tensor& self, const at::Tensor& weight, c10::SymIntArrayRef, const std::optional<at::Tensor>& bias,
+    c10::SymIntArrayRef stride, c10::SymIntArrayRef padding, c10::SymIntArrayRef dilation) {
+  at::AutoDispatchBelowADInplaceOrView below;
+  auto bias_host = bias && bias->defined() ? std::optional<at::Tensor>(on_host(*bias)) : std::nullopt;
+  auto made = at::conv2d_symint(
+      on_host(self), on_host(weight), bias_host, stride, padding, dilation, self.size(1));
+  return from_host(made, self);
+}
+
 }  // namespace
 
 using at::CUDAHooksRegistry;
@@ -459,6 +496,10 @@ TORCH_LIBRARY_IMPL(aten, CUDA, library) {
   library.impl("set_.source_Storage_storage_offset", &set_storage);
   library.impl("is_pinned", &is_pinned);
   library.impl("_fused_sdp_choice", &fused_sdp_choice);
+  library.impl("_softmax.out", &softmax_out);
+  library.impl("_softmax_backward_data.out", &softmax_backward_out);
+  library.impl("histc", &histc);
+  library.impl("_conv_depthwise2d", &conv_depthwise);
 }
 
 // --- for Python's ctypes

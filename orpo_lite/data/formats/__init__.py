@@ -1,4 +1,5 @@
-"""Which format a set of rows has, and its pairs.
+"""Detect the format of a dataset and convert its rows to pairs.
 
-Order: text, names, messages, values, readers, columns, column_map, unused_columns, verdicts, refuse, detect.
+Order: text, names, messages, values, readers, column_map, columns, unused_columns, verdicts,
+refuse, detect.
 """

@@ -1,117 +1,187 @@
-"""data.column_map on rows: which columns hold ours, in sets and files that name them differently."""
+"""Apply data.column_map to rows, also where datasets or files name a column differently."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Mapping, Sequence
-from itertools import chain, islice
+import shlex
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any, NoReturn
 
-from orpo_lite.data.formats.columns import map_line
-from orpo_lite.data.formats.messages import normal
-from orpo_lite.data.formats.names import SIDES, shown
+from orpo_lite.data.formats.messages import normalize
+from orpo_lite.data.formats.names import REPLIES, join_names
 from orpo_lite.data.pair import COLUMNS, Row
 from orpo_lite.data.sources.source import Source
 from orpo_lite.errors import DataError, Overrides, reworded
 from orpo_lite.recipe.schema import DataSection
 
-LOOK = 100  # rows that detection looks at
+DETECTION_ROWS = 100  # rows that the detection of the format examines
 
 
-def mapped_row(row: Row, column_map: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """The row under our names, texts and messages in one form.
+def apply_column_map(row: Row, column_map: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """Return the row with our names, and with texts and messages in one form.
 
-    Of several columns that may hold one of ours, it has the first that it has at all.
+    ``column_map``: our name -> columns. The first column that the row has is used.
     """
-    taken = {ours: row[column] for ours, names in column_map.items() if (column := _first(names, row)) is not None}
-    mapped = {key: value for key, value in row.items() if key not in column_map} | taken
-    return {key: normal(value, key) for key, value in _lifted(mapped).items()}
+    out = {key: value for key, value in row.items() if key not in column_map}
+    for ours, names in column_map.items():
+        column = _first_present(names, row)
+        if column is not None:
+            out[ours] = row[column]
+    return {key: normalize(value, key) for key, value in _lift_pair(out).items()}
 
 
-def _lifted(row: Row) -> Row:
-    """The row with what stands in an object, where the pair is within one: {"data": {"prompt": ..., ...}}."""
-    inside = [value for value in row.values() if isinstance(value, Mapping) and value.keys() >= {*SIDES}]
-    return {**row, **inside[0]} if len(inside) == 1 and not row.keys() & {*SIDES} else row
+def _lift_pair(row: Row) -> Row:
+    """Return the row with the fields of an object that holds a pair: {"data": {"chosen": ...}}."""
+    if row.keys() & {*REPLIES}:
+        return row
+    inner = [
+        value for value in row.values() if isinstance(value, Mapping) and value.keys() >= {*REPLIES}
+    ]
+    return {**row, **inner[0]} if len(inner) == 1 else row
 
 
-def _first(names: Sequence[str], row: Row) -> str | None:
-    return next((name for name in names if name in row), None)
+def _first_present(names: Sequence[str], columns: Collection[str]) -> str | None:
+    return next((name for name in names if name in columns), None)
 
 
-def held_columns(column_map: Mapping[str, Sequence[str]], rows: Sequence[Row]) -> dict[str, list[str]]:
-    """The columns from which these rows have ours: more than one where a folder has files of different names."""
-    firsts = {ours: dict.fromkeys(_first(names, row) for row in rows) for ours, names in column_map.items()}
-    return {ours: [name for name in names if name is not None] for ours, names in firsts.items()}
+def source_columns(
+    column_map: Mapping[str, Sequence[str]], rows: Sequence[Row]
+) -> dict[str, list[str]]:
+    """Return our name -> the columns that these rows have for it.
+
+    There are several where the files of a folder use different names.
+    """
+    found: dict[str, list[str]] = {}
+    for ours, names in column_map.items():
+        firsts = dict.fromkeys(_first_present(names, row) for row in rows)
+        found[ours] = [name for name in firsts if name is not None]
+    return found
 
 
-def found_columns(data: DataSection, rows: Sequence[Row]) -> dict[str, str]:
-    """What data.column_map says of the set of these rows: our name to the column, where it has one."""
-    found = {key for row in rows for key in row}
-    firsts = ((ours, next((name for name in names if name in found), None)) for ours, names in data.columns.items())
-    return {ours: first for ours, first in firsts if first is not None}
+def present_columns(data: DataSection, rows: Sequence[Row]) -> dict[str, str]:
+    """Return the part of data.column_map that fits these rows: our name -> column."""
+    columns = {key for row in rows for key in row}
+    firsts = {ours: _first_present(names, columns) for ours, names in data.columns.items()}
+    return {ours: first for ours, first in firsts.items() if first is not None}
 
 
-def lacking_columns(data: DataSection, rows: Sequence[Row]) -> set[str]:
-    """The columns that data.column_map names, for those of our names of which these rows have none."""
-    found = found_columns(data, rows)
+def missing_columns(data: DataSection, rows: Sequence[Row]) -> set[str]:
+    """Return the columns in data.column_map for our names that none of these rows has."""
+    found = present_columns(data, rows)
     return {name for ours, names in data.columns.items() if ours not in found for name in names}
 
 
-def first_with(source: Source, lacking: set[str], max_samples: int | None) -> list[Row]:
-    """The first rows that have these columns, as far as the set has them at all."""
-    if lacking and (columns := source.columns()) is not None:
-        lacking = lacking & columns  # else a table would be read whole for what its head says it does not have
+def first_rows_with(source: Source, missing: set[str], max_samples: int | None) -> list[Row]:
+    """Return for each of these columns the first row that has it, if there is one."""
+    columns = source.columns() if missing else None
+    if columns is not None:
+        missing = missing & columns  # else a whole table would be read for a column it lacks
+    if not missing:
+        return []
     found: list[Row] = []
-    for _, row in islice(source.rows([]), max_samples if lacking else 0):
-        if lacking & row.keys():
+    for _, row in islice(source.rows([]), max_samples):
+        if missing & row.keys():
             found.append(row)
-            lacking = lacking - row.keys()
-            if not lacking:
+            missing = missing - row.keys()
+            if not missing:
                 break
     return found
 
 
 def refuse_unknown_columns(data: DataSection, sources: Sequence[Source]) -> None:
-    """Raise DataError for a column that data.column_map names and that none of the sets has, held-out ones included."""
+    """Raise DataError for a column in data.column_map that no dataset has, training or held out."""
     unknown = {name for names in data.columns.values() for name in names}
     found: dict[str, None] = {}
     for source in sources:
         if unknown:
-            columns = source.columns()
-            rows = [] if columns is not None else [row for _, row in islice(source.rows([]), LOOK)]
-            found |= dict.fromkeys([*(columns or ()), *(key for row in rows for key in row)])
+            columns: Iterable[str] | None = source.columns()
+            if columns is None:
+                first_rows = islice(source.rows([]), DETECTION_ROWS)
+                columns = [key for _, row in first_rows for key in row]
+            found |= dict.fromkeys(columns)
             unknown -= found.keys()
-    for source in sources if found else ():  # sets without rows have a message of their own
-        unknown -= {key for row in first_with(source, unknown, data.max_samples) for key in row}
+    for source in sources if found else ():
+        unknown -= {
+            key for row in first_rows_with(source, unknown, data.max_samples) for key in row
+        }
     if unknown:
         near = {name: difflib.get_close_matches(name, tuple(found), n=1) for name in unknown}
-        _raise_unknown(
-            unknown, tuple(found), {k: [*chain(*(near.get(v, [v]) for v in vs))] for k, vs in data.columns.items()}
+        corrected = {
+            ours: [match for name in names for match in near.get(name, [name])]
+            for ours, names in data.columns.items()
+        }
+        _refuse_names(unknown, tuple(found), corrected)
+
+
+def check_column_map(column_map: Mapping[str, Sequence[str]]) -> None:
+    """Raise DataError for a key of data.column_map that is not one of our names."""
+    unknown = [name for name in column_map if name not in COLUMNS]
+    if not unknown:
+        return
+    if all(len(columns) == 1 and columns[0] in COLUMNS for columns in column_map.values()):
+        swapped = {columns[0]: [theirs] for theirs, columns in column_map.items()}
+        setting = column_map_setting(swapped)
+        is_not = "is not" if len(unknown) == 1 else "are not"
+        raise DataError(
+            where="data.column_map",
+            found=f"{join_names(*unknown)} {is_not} among our names",
+            expected="OURS=THEIRS",
+            fix=reworded(setting, f"swap the two names: {setting}"),
         )
+    near = {name: difflib.get_close_matches(name, COLUMNS, n=1) for name in unknown}
+    corrected = {
+        ours: columns for key, columns in column_map.items() for ours in near.get(key, [key])
+    }
+    _refuse_names(unknown, COLUMNS, corrected)
 
 
-def check_mapped(column_map: Mapping[str, Sequence[str]]) -> None:
-    if unknown := [name for name in column_map if name not in COLUMNS]:
-        if all(len(columns) == 1 and columns[0] in COLUMNS for columns in column_map.values()):
-            line = map_line({columns[0]: [theirs] for theirs, columns in column_map.items()})
-            raise DataError(
-                where="data.column_map",
-                found=f"{shown(*unknown)} {'is' if len(unknown) == 1 else 'are'} not among our names",
-                expected="OURS=THEIRS",
-                fix=reworded(line, f"turn it round: {line}"),
-            )
-        near = {name: difflib.get_close_matches(name, COLUMNS, n=1) for name in unknown}
-        _raise_unknown(unknown, COLUMNS, {ours: vs for k, vs in column_map.items() for ours in near.get(k, [k])})
+def _refuse_names(
+    names: Collection[str], options: Sequence[str], corrected: Mapping[str, Sequence[str]]
+) -> NoReturn:
+    """Raise DataError for names that do not exist.
 
-
-def _raise_unknown(names: Collection[str], options: Sequence[str], near: Mapping[str, Sequence[str]]) -> NoReturn:
-    """Refuse names, with the map of those that are there and most like them; ``near`` lacks what is like none."""
-    line = map_line(near)
+    ``corrected`` is the map with the most similar names that exist. A name that resembles none is
+    left out.
+    """
+    setting = column_map_setting(corrected)
+    has_entries = bool(setting.values["data.column_map"])
     raise DataError(
         where="data.column_map",
         found=f"no {' and no '.join(map(repr, sorted(names)))}",
         expected=f"names among {', '.join(options)}",
-        fix=reworded(line, f"did you mean {line}?")
-        if line.values["data.column_map"]
+        fix=reworded(setting, f"did you mean {setting}?")
+        if has_entries
         else Overrides({"data.column_map": {}}),
     )
+
+
+def column_map_setting(columns: Mapping[str, Sequence[str]]) -> Overrides:
+    """Return the data.column_map setting, quoted for a shell.
+
+    It is a YAML mapping if a column's name does not fit in the short form OURS=THEIRS.
+
+    ``columns``: our name -> the column, or the columns of several datasets.
+    """
+    named = {ours: names for ours, names in columns.items() if names}
+    entries = [(ours, column) for ours, names in named.items() for column in names]
+    if all(_fits_short_form(column) for _, column in entries):
+        value = ",".join(f"{ours}={column}" for ours, column in entries)
+    else:
+        items = []
+        for ours, names in named.items():
+            quoted = ", ".join(map(_quote_yaml, names))
+            items.append(f'"{ours}": [{quoted}]' if len(names) > 1 else f'"{ours}": {quoted}')
+        value = "{" + ", ".join(items) + "}"
+    data = {ours: names[0] if len(names) == 1 else [*names] for ours, names in named.items()}
+    return Overrides({"data.column_map": data}, text=shlex.quote(f"data.column_map={value}"))
+
+
+def _fits_short_form(column: str) -> bool:
+    return column.isprintable() and column == column.strip() and not set(column) & set(",=")
+
+
+def _quote_yaml(text: str) -> str:
+    """Quote a text with YAML's double quotes, which have an escape for every character."""
+    escaped = (c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08x}" for c in text)
+    return f'"{"".join(escaped)}"'

@@ -1,4 +1,4 @@
-"""Which format a set has, found by the structure of its first rows."""
+"""Detect the format of a dataset by the structure of its first rows."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,55 +7,69 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from orpo_lite.data.formats.columns import (
-    FITTING,
-    MANY,
-    SOME,
+    ALLOWED_TYPES,
+    NEARLY_ALL,
+    NOTABLE_SHARE,
     ColumnProfile,
     refuse_templated,
-    side_columns,
 )
 from orpo_lite.data.formats.messages import MEASURES, is_sharegpt, role_of
-from orpo_lite.data.formats.names import KNOWN, OPENAI, SIDES, plain_name, shown
-from orpo_lite.data.formats.readers import READERS, Reader, repeated, says_more, undoubled, without_reply
+from orpo_lite.data.formats.names import KNOWN, OPENAI, REPLIES, join_names, plain_name
+from orpo_lite.data.formats.readers import (
+    READERS,
+    Reader,
+    has_unread_fields,
+    pair_without_reply,
+    texts_after_prompt,
+    without_repeated_prompt,
+)
 from orpo_lite.data.formats.refuse import (
-    could_ask,
+    could_be_prompt,
     refuse_mapped,
     refuse_order,
     refuse_python,
     refuse_ranking,
     refuse_unknown,
 )
-from orpo_lite.data.formats.text import begins_with, is_whole_dialogue, shared_words
+from orpo_lite.data.formats.text import begins_with, common_words, is_whole_dialogue
 from orpo_lite.data.formats.unused_columns import refuse_unused
 from orpo_lite.data.formats.values import (
     LISTS,
     TEXTS,
     USABLE,
-    asks,
-    contents,
+    contains_in_order,
+    has_user_turn,
+    is_from_start,
     is_templated,
-    one_after_another,
-    opens,
+    texts_in,
 )
-from orpo_lite.data.formats.verdicts import EITHER_VERDICT, VERDICTS, find_verdict, refuse_labels, two_answers
+from orpo_lite.data.formats.verdicts import (
+    EITHER_VERDICT,
+    VERDICTS,
+    find_verdict,
+    refuse_labels,
+    two_answers,
+)
 from orpo_lite.data.pair import Pair, Row, RowError
 from orpo_lite.errors import DataError, Overrides, one_of
 
-SAID = "data.format says so"
-AS_TEXTS = ("explicit", "orca", "alpaca")  # formats of replies that are texts, beside a prompt that is one
+TEXT_FORMATS = ("explicit", "orca", "alpaca")  # prompt and replies are texts
 
 
 @dataclass(frozen=True, slots=True)
 class Detected:
-    """A format, the structure that gave it away, and its reader, which takes rows as data.column_map left them."""
+    """A format, the reason why it was detected, and its reader.
+
+    The reader takes rows to which data.column_map was applied.
+    """
 
     name: str
     because: str
     read: Reader
     columns: dict[str, str]
-    """Canonical name -> the column it is read from: all that the reader uses, and nothing else."""
+    """Our name -> the column it is read from: all that the reader uses, and nothing else."""
     is_json: bool = False
-    """The replies are JSON in texts, which ``data.format: explicit`` would read as they are."""
+    """The replies are JSON in texts. ``data.format: explicit`` would read them as texts."""
 
     @property
     def sentence(self) -> str:
@@ -70,311 +84,417 @@ def detect_format(
     plain: bool = False,
     others: Mapping[str, Sequence[str]] = {},
 ) -> Detected:
-    """The format that the first rows share, by what their columns hold; a row that deviates is its reader's to report.
+    """Return the format that the first rows share, by what their columns hold.
+
+    A row that differs from the others is reported later, by the reader.
 
     Args:
-        name: a name of READERS when the person has set data.format; its columns are still looked for.
-        mapped: data.column_map: our name -> the column that has it in these rows; nothing else is a candidate for it.
-        plain: data.chat_template is none, so already-templated text is what the person wants.
-        others: what data.column_map says beside that, of other sets: to be kept in a line that is to be written.
+        rows: the first rows, after data.column_map was applied.
+        name: data.format: a name of READERS, or auto. Its columns are searched for in both cases.
+        mapped: data.column_map of these rows: our name -> column, the only candidate for it.
+        plain: data.chat_template is none, so texts with a template are what the person wants.
+        others: the rest of data.column_map, for other datasets. Printed settings keep it.
 
-    Raises DataError, with the line to write, when nothing fits, when two readings are possible, and when a template
-    is in the text already.
+    Raises DataError, with the setting to use, if no format fits, if the rows can be read in two
+    ways, or if a chat template was already applied to the texts.
     """
-    said = name != "auto"
+    requested = name != "auto"
     profile = ColumnProfile(rows, mapped, plain, others)
     refuse_mapped(profile)
     refuse_python(profile)
-    if not said:
-        refuse_labels(profile)
-        clauses = (_judged, *CLAUSES) if _is_judged(profile) else CLAUSES
-        fitting = (found for clause in clauses if (found := clause(profile)))
-        name, because = next(fitting, None) or refuse_unknown(profile)
-    else:
-        because = SAID
+    if requested:
+        because = "data.format says so"
         _find_columns(profile, name)
-    if name in AS_TEXTS and profile.kind(profile.taken.get("prompt", "prompt")) in TEXTS:
-        # Once named, these formats take chosen and rejected for the texts that they are, whatever they look like.
-        profile.texts = SIDES if said else ()
-    for reply in _replies(profile, name):
+    else:
+        refuse_labels(profile)
+        name, because = _apply_rules(profile)
+    if name in TEXT_FORMATS and profile.type_of(profile.assigned.get("prompt", "prompt")) in TEXTS:
+        # A person who names such a format has chosen and rejected read as texts in any case.
+        profile.texts = REPLIES if requested else ()
+    replies = _reply_columns(profile, name)
+    for reply in replies:
         profile.find(reply)
-    asked = profile.taken.get("prompt")
-    if asked and ("input" in profile.mapped or (profile.is_alpaca() and profile.agree(asked, "instruction"))):
-        profile.find("input")  # what the instruction is about
+    _find_input(profile)
     _find_history(profile)
     system = _find_system(profile)
-    if (templated := profile.templated()) and not plain:
+    templated = profile.templated()
+    if templated and not plain:
         refuse_templated(profile, templated)
-    is_json = not said and profile.replies_are_json()
+    is_json = not requested and profile.replies_are_json()
     if is_json:
-        because += " (JSON in texts, which data.format=explicit would read as they are)"
-    if system and profile.kind(system) != "null" and name != "orca":
-        because += f"; {shown(system)} goes in front as a system turn where the conversation has none"
-    sides = _replies(profile, name)
-    whole = name == "sharegpt" and not profile.taken.keys() & {"prompt", "conversation"}
-    reader = READERS["implicit" if whole else name]
+        because += " (JSON in texts; data.format=explicit would read the texts unchanged)"
+    if system and profile.type_of(system) != "null" and name != "orca":
+        because += f"; {join_names(system)} goes in front as a system turn "
+        because += "where the conversation has none"
+    read = _make_reader(profile, name, replies)
+    refuse_unused(profile, name, requested=requested)
+    prompt_type = profile.type_of(profile.assigned.get("prompt", ""))
+    if not requested and _is_doubled(profile, name, read):
+        if name in ("explicit", "orca") and prompt_type in TEXTS:
+            name = "doubled"
+        because += ", and both replies begin with the prompt again, which is removed"
+
+        def read_once(row: Row, where: str) -> Pair:
+            return without_repeated_prompt(read(row, where))
+
+        return Detected(name, because, read_once, profile.assigned)
+    return Detected(name, because, read, profile.assigned, is_json)
+
+
+def _apply_rules(profile: ColumnProfile) -> tuple[str, str]:
+    """Return the format of the first rule that fits, and why. Raises DataError if none fits."""
+    rules = (_judged, *RULES) if _is_judged(profile) else RULES
+    for rule in rules:
+        if found := rule(profile):
+            return found
+    return refuse_unknown(profile)
+
+
+def _make_reader(profile: ColumnProfile, name: str, replies: Sequence[str]) -> Reader:
+    """Return the function that reads a row of this dataset in this format."""
+    is_whole = name == "sharegpt" and not profile.assigned.keys() & {"prompt", "conversation"}
+    reader = READERS["implicit" if is_whole else name]
 
     def read(row: Row, where: str) -> Pair:
-        named = profile.renamed(row, where)
+        renamed = profile.renamed(row, where)
         try:
-            pair = without_reply(named, sides, where) or reader(named, where)
+            pair = pair_without_reply(renamed, replies, where) or reader(renamed, where)
         except RowError as error:
-            error.where = profile.in_its_words(error.where)
+            error.where = profile.with_source_column(error.where)
             raise
-        return replace(pair, beside=True) if says_more(named) else pair
+        return replace(pair, has_unread=True) if has_unread_fields(renamed) else pair
 
-    refuse_unused(profile, name, said=said)
-    if not said and _is_doubled(profile, name, read):
-        texts = profile.kind(profile.taken.get("prompt", "")) in TEXTS
-        name = "doubled" if texts and name in ("explicit", "orca") else name
-        because += ", and both replies begin with the prompt again, which is taken off"
-        return Detected(name, because, lambda row, where: undoubled(read(row, where)), profile.taken)
-    return Detected(name, because, read, profile.taken, is_json)
+    return read
 
 
 def _is_doubled(profile: ColumnProfile, name: str, read: Reader) -> bool:
-    """Both replies begin with what they reply to, as a habit of the set; refused where some do and others do not."""
-    ends = [repeated(pair) for pair in _pairs(profile, read) if pair.drop is None]
-    doubled = [sum(end is not None for end in both) for both in ends]
-    both, one = (doubled.count(n) / max(1, len(doubled)) for n in (2, 1))
-    if SOME <= both < MANY or one >= 0.5:
-        shares = [sum(end is not None for end in side) / len(ends) for side in zip(*ends, strict=True)]
-        chosen, rejected = (f"{share:.0%}" for share in shares)
-        found = f"{chosen} of chosen and {rejected} of rejected repeat the prompt in the first {len(ends)} rows"
+    """Return whether in nearly all rows both replies begin with the prompt.
+
+    Raises DataError if this is so in some rows and not in others.
+    """
+    rests = [
+        texts_after_prompt(pair) for pair in _readable_pairs(profile, read) if pair.drop is None
+    ]
+    chosen = [one is not None for one, _ in rests]
+    rejected = [other is not None for _, other in rests]
+    total = max(1, len(rests))
+    both = sum(map(all, zip(chosen, rejected, strict=True))) / total
+    only_one = sum(one != other for one, other in zip(chosen, rejected, strict=True)) / total
+    if NOTABLE_SHARE <= both < NEARLY_ALL or only_one >= 0.5:
+        shares = f"{sum(chosen) / total:.0%} of chosen and {sum(rejected) / total:.0%} of rejected "
         fix = Overrides({"data.format": name}, " to leave it in the replies")
-        if name in AS_TEXTS:
-            fix = Overrides({"data.format": "doubled"}, f" to take it off where it is, or {fix}")
-        raise DataError(where="data.format", found=found, expected="the prompt once, and all rows alike", fix=fix)
-    return both >= MANY
+        if name in TEXT_FORMATS:
+            fix = Overrides({"data.format": "doubled"}, f" to remove it where it is, or {fix}")
+        raise DataError(
+            where="data.format",
+            found=f"{shares}repeat the prompt in the first {len(rests)} rows",
+            expected="the prompt once, and all rows alike",
+            fix=fix,
+        )
+    return both >= NEARLY_ALL
 
 
-def _pairs(profile: ColumnProfile, read: Reader) -> Iterator[Pair]:
+def _readable_pairs(profile: ColumnProfile, read: Reader) -> Iterator[Pair]:
     for row in profile.rows:
-        with suppress(DataError):  # its reader will report it
+        with suppress(DataError):  # reported later, by the reader
             yield read(row, "")
 
 
 def is_known(column: str) -> bool:
-    """Whether detection goes by a column's name at all; a person may have any number of others."""
+    """Return whether a column's name can change the detected format."""
     return plain_name(column) in KNOWN or plain_name(column) in VERDICTS
 
 
-Found = tuple[str, str] | None
+Found = tuple[str, str] | None  # a format and the reason; None if the rule does not fit
 
 
 def _openai(profile: ColumnProfile) -> Found:
-    if {*map(profile.kind, OPENAI)} == {"messages"}:
-        profile.take(dict(zip(("conversation", *SIDES), OPENAI, strict=True)))
-        return "openai", "input holds messages beside preferred_output and non_preferred_output"
+    if {*map(profile.type_of, OPENAI)} == {"messages"}:
+        profile.assign(dict(zip(("conversation", *REPLIES), OPENAI, strict=True)))
+        return "openai", "input, preferred_output and non_preferred_output are lists of messages"
     return None
 
 
 def _dialogues(profile: ColumnProfile) -> Found:
-    if profile.kind("chosen") == profile.kind("rejected") == "dialogue":
-        if not _is_whole(profile) and profile.kind("prompt") in TEXTS:
-            profile.find("prompt")
-            return "hh_rlhf", "chosen and rejected are texts with Assistant: turns, which reply to prompt"
-        return "hh_rlhf", "chosen and rejected are texts with Human: and Assistant: turns"
-    return None
+    if not all(profile.type_of(reply) == "dialogue" for reply in REPLIES):
+        return None
+    if not _holds_dialogues(profile) and profile.type_of("prompt") in TEXTS:
+        profile.find("prompt")
+        return "hh_rlhf", "chosen and rejected are texts with Assistant: turns that reply to prompt"
+    return "hh_rlhf", "chosen and rejected are texts with Human: and Assistant: turns"
 
 
-def _is_whole(profile: ColumnProfile) -> bool:
-    """The dialogues hold what they reply to."""
-    return profile.kind("chosen") == "dialogue" and profile.share(is_whole_dialogue, "chosen") > 0
+def _holds_dialogues(profile: ColumnProfile) -> bool:
+    """Return whether chosen holds dialogues with the turns that it replies to."""
+    return (
+        profile.type_of("chosen") == "dialogue" and profile.share(is_whole_dialogue, "chosen") > 0
+    )
 
 
 def _conversations(profile: ColumnProfile) -> Found:
-    lists = [side for side in SIDES if profile.kind(side) == "messages"]
-    if not lists or not all(profile.kind(side) in ("text", "messages") for side in SIDES):
+    lists = [reply for reply in REPLIES if profile.type_of(reply) == "messages"]
+    if not lists or not all(profile.type_of(reply) in ("text", "messages") for reply in REPLIES):
         return None
-    sides = "chosen and rejected are lists of messages"
+    replies = "chosen and rejected are lists of messages"
     if len(lists) == 1:
-        sides = f"{'rejected' if lists == ['chosen'] else 'chosen'} is a text, {lists[0]} a list of messages"
-    style = "sharegpt" if profile.share(is_sharegpt, lists[0]) > 0.5 else ""
-    if profile.kind("prompt") == "messages" and "conversation" not in profile.mapped:
+        other = "rejected" if lists == ["chosen"] else "chosen"
+        replies = f"{other} is a text and {lists[0]} a list of messages"
+    sharegpt = "sharegpt" if profile.share(is_sharegpt, lists[0]) > 0.5 else ""
+    if profile.type_of("prompt") == "messages" and "conversation" not in profile.mapped:
         profile.find("prompt")
-        return style or "explicit", f"prompt is a list of messages and {sides}"
-    whole = max(profile.share(opens, side) for side in lists)
-    if (whole < 1 or "conversation" in profile.mapped) and (before := _find_before(profile)):
-        canonical, column = before
-        if canonical == "conversation":
-            return style or "conversation", f"{sides}, and {shown(column)} is a list of messages"
-        return style or "messages", f"{sides} beside {shown(column)}, a text"
-    if whole > 0 and profile.kind("prompt") in TEXTS:
-        return style or "messages", f"{sides} beside prompt, a text"
-    # A role that nobody has here is its reader's to report.
-    strange = any(profile.share(_strange, side) > 0 for side in lists)
-    hold = strange or any(profile.share(asks, side) > 0 for side in lists)
-    return (style or "implicit", f"{sides} that hold their prompt") if hold else None
+        return sharegpt or "explicit", f"prompt is a list of messages and {replies}"
+    whole = max(profile.share(is_from_start, reply) for reply in lists)
+    if whole < 1 or "conversation" in profile.mapped:
+        found = _find_prompt(profile)
+        if found is not None and found[0] == "conversation":
+            column = join_names(found[1])
+            return sharegpt or "conversation", f"{replies} and {column} is a list of messages"
+        if found is not None:
+            return sharegpt or "messages", f"{replies} and {join_names(found[1])} is a text"
+    if whole > 0 and profile.type_of("prompt") in TEXTS:
+        return sharegpt or "messages", f"{replies} and prompt is a text"
+    # An unknown role is reported later, by the reader.
+    for reply in lists:
+        if profile.share(_has_unknown_role, reply) > 0 or profile.share(has_user_turn, reply) > 0:
+            return sharegpt or "implicit", f"{replies} that contain their prompt"
+    return None
 
 
-def _strange(turns: Sequence[Any]) -> bool:
+def _has_unknown_role(turns: Sequence[Any]) -> bool:
     return any(role_of(turn) is None for turn in turns)
 
 
 def _texts(profile: ColumnProfile) -> Found:
-    if not all(profile.kind(side) in TEXTS for side in ("chosen", "rejected")):
+    if not all(profile.type_of(reply) in TEXTS for reply in REPLIES):
         return None
-    before = _find_before(profile)
-    if before is None:
+    found = _find_prompt(profile)
+    if found is None:
         reason = "chosen and rejected are texts that begin alike and there is no prompt"
-        return ("implicit", reason) if _share_prompts(profile) else None
-    canonical, column = before
-    if profile.kind(column) == "messages":
-        reason = f"{shown(column)} is a list of messages and chosen and rejected are texts"
-        style = "sharegpt" if profile.share(is_sharegpt, column) > 0.5 else "conversation"
-        return style if canonical == "conversation" else "explicit", reason
-    if profile.kind(column) == "dialogue":
-        reason = f"{shown(column)} is a text with Human: and Assistant: turns, and chosen and rejected are texts"
-        return "hh_rlhf", reason
+        return ("implicit", reason) if _begin_with_prompt(profile) else None
+    canonical, column = found
+    name = join_names(column)
+    if profile.type_of(column) == "messages":
+        reason = f"{name} is a list of messages and chosen and rejected are texts"
+        if canonical != "conversation":
+            return "explicit", reason
+        is_mostly_sharegpt = profile.share(is_sharegpt, column) > 0.5
+        return "sharegpt" if is_mostly_sharegpt else "conversation", reason
+    if profile.type_of(column) == "dialogue":
+        dialogue = f"{name} is a text with Human: and Assistant: turns"
+        return "hh_rlhf", f"{dialogue}, and chosen and rejected are texts"
     if profile.is_alpaca() and profile.agree(column, "instruction"):
-        about = profile.find("input") or ("input" if profile.kind("input") != "missing" else "history")
-        return "alpaca", f"{shown(column)}, chosen and rejected are texts beside {about}"
-    reason = f"{shown(column)}, chosen and rejected are texts"
-    if (system := _find_system(profile)) and profile.kind(system) != "null":
-        return "orca", f"{shown(system)}, {reason}"
+        present = "input" if profile.type_of("input") != "missing" else "history"
+        extra = profile.find("input") or present
+        return "alpaca", f"{name}, chosen and rejected are texts and there is a column {extra}"
+    reason = f"{name}, chosen and rejected are texts"
+    system = _find_system(profile)
+    if system and profile.type_of(system) != "null":
+        return "orca", f"{join_names(system)}, {reason}"
     return "explicit", reason
 
 
-def _share_prompts(profile: ColumnProfile) -> bool:
-    """Both texts begin with their prompt, as far as one can tell.
+def _begin_with_prompt(profile: ColumnProfile) -> bool:
+    """Return whether both texts seem to begin with their prompt, and not only by chance.
 
-    Two replies can begin alike by chance, and what they reply to may be what was not taken.
+    Their prompt may also be in a column that was not used.
     """
-    others = [column for column in profile.columns if column not in side_columns(profile)]
-    unread = any(could_ask(profile, column) for column in others)
-    starts = [shared_words(*texts) for texts in profile.values("chosen", "rejected")]
-    usual = max(Counter(starts).values(), default=0)
-    texts = any(profile.kind(column) in TEXTS for column in others)
-    a_phrase = texts and usual > 2 and usual > len(starts) / 2  # "I think", whatever was asked
-    return not unread and not a_phrase and sum(map(bool, starts)) >= MANY * len(starts) > 0
+    replies = [profile.column_named(reply) for reply in REPLIES]
+    others = [column for column in profile.columns if column not in replies]
+    if any(could_be_prompt(profile, column) for column in others):
+        return False
+    starts = [common_words(*texts) for texts in profile.values(*REPLIES)]
+    if not starts or sum(map(bool, starts)) < NEARLY_ALL * len(starts):
+        return False
+    # The same start in many rows is a phrase such as "I think", whatever the prompt was.
+    most_frequent = max(Counter(starts).values())
+    is_phrase = most_frequent > 2 and most_frequent > len(starts) / 2
+    return not (is_phrase and any(profile.type_of(column) in TEXTS for column in others))
 
 
 def _two_outputs(profile: ColumnProfile) -> Found:
-    if profile.kind("chosen") != "missing" or profile.kind("output") not in LISTS or not profile.find("prompt"):
+    if profile.type_of("chosen") != "missing" or profile.type_of("output") not in LISTS:
         return None
-    if profile.kind("instruction") == "missing" or profile.share(lambda output: len(output) == 2, "output") < 1:
+    if not profile.find("prompt") or profile.type_of("instruction") == "missing":
+        return None
+    if profile.share(lambda output: len(output) == 2, "output") < 1:
         return None
     profile.find("input")
-    return "alpaca", "instruction is a text and output holds two texts, the chosen one and the rejected"
+    return "alpaca", "instruction is a text and output holds two texts, first chosen, then rejected"
 
 
-def _ranked(profile: ColumnProfile, *, said: bool = False) -> Found:
-    completions = None if profile.kind("rejected") in USABLE and not said else profile.find("completions")
+def _ranked(profile: ColumnProfile, *, requested: bool = False) -> Found:
+    if profile.type_of("rejected") in USABLE and not requested:
+        return None
+    completions = profile.find("completions")
     if completions is None:
         return None
-    if profile.kind(completions) in LISTS:
-        if not any(kind in FITTING["scores"] for column, kind in profile.kinds.items() if column != completions):
+    if profile.type_of(completions) in LISTS:
+        others = [held for column, held in profile.types.items() if column != completions]
+        if not any(held in ALLOWED_TYPES["scores"] for held in others):
             return None
-        wanted = [name for name in ("scores", "ranks") if name in profile.mapped] or ["scores", "ranks"]
-        measures = [column for name in wanted if (column := profile.find(name))]
-        if measures and measures[0] == profile.taken.get("ranks") and "ranks" not in profile.mapped:
-            refuse_order(profile, completions, measures[0])
-        if len(measures) != 1:
-            lines = [profile.line(**{name: column}) for name, column in zip(wanted, measures, strict=False)]
-            refuse_ranking(profile, completions, f"texts beside {shown(*measures) or 'no known scores'}", lines)
-        reason = f"{shown(completions)} is a list of texts and {shown(measures[0])} of their numbers"
+        measure = _find_scores(profile, completions)
+        reason = (
+            f"{join_names(completions)} is a list of texts and "
+            f"{join_names(measure)} is a list of their numbers"
+        )
     else:
-        held = {key for (answers,) in profile.values(completions) for answer in answers for key in answer}
-        measures = [key for key in MEASURES if key in held]
-        if not measures or (len(measures) > 1 and measures[0] != "overall_score"):
-            refuse_ranking(profile, completions, f"answers with {' and '.join(measures) or 'no known score'}")
-        reason = f"{shown(completions)} is a list of answers, each with its {measures[0]}"
-    _find_before(profile)
+        measure = _find_measure(profile, completions)
+        reason = f"{join_names(completions)} is a list of answers, each with its {measure}"
+    _find_prompt(profile)
     return "ranked", reason
 
 
+def _find_scores(profile: ColumnProfile, completions: str) -> str:
+    """Return the column with the scores or ranks of texts. Raises DataError if it is not clear."""
+    wanted = [name for name in ("scores", "ranks") if name in profile.mapped]
+    wanted = wanted or ["scores", "ranks"]
+    columns = [column for name in wanted if (column := profile.find(name))]
+    is_rank = bool(columns) and columns[0] == profile.assigned.get("ranks")
+    if is_rank and "ranks" not in profile.mapped:
+        refuse_order(profile, completions, columns[0])
+    if len(columns) != 1:
+        settings = [
+            profile.setting(**{name: column}) for name, column in zip(wanted, columns, strict=False)
+        ]
+        found = f"texts with {join_names(*columns) or 'no known scores'}"
+        refuse_ranking(profile, completions, found, settings)
+    return columns[0]
+
+
+def _find_measure(profile: ColumnProfile, completions: str) -> str:
+    """Return the key with the score of each answer. Raises DataError if it is not clear."""
+    keys = {
+        key for (answers,) in profile.values(completions) for answer in answers for key in answer
+    }
+    measures = [key for key in MEASURES if key in keys]
+    if not measures or (len(measures) > 1 and measures[0] != "overall_score"):
+        found = f"answers with {' and '.join(measures) or 'no known score'}"
+        refuse_ranking(profile, completions, found)
+    return measures[0]
+
+
 def _is_judged(profile: ColumnProfile) -> bool:
-    """The person has said which column is the verdict, whatever chosen and rejected hold."""
+    """Return whether data.column_map names the verdict. Then chosen and rejected do not matter."""
     return bool(profile.mapped.keys() & {*EITHER_VERDICT})
 
 
-def _judged(profile: ColumnProfile, *, said: bool = False) -> Found:
-    said = said or _is_judged(profile)
-    answers = None if profile.kind("rejected") in USABLE and not said else two_answers(profile)
+def _judged(profile: ColumnProfile, *, requested: bool = False) -> Found:
+    requested = requested or _is_judged(profile)
+    if profile.type_of("rejected") in USABLE and not requested:
+        return None
+    answers = two_answers(profile)
     if answers is None:
         return None
     verdict, profile.verdict = find_verdict(profile, answers)
-    if profile.share(opens, answers[0]) < 1 or "conversation" in profile.mapped:
-        _find_before(profile)
-    profile.taken |= {"response_a": answers[0], "response_b": answers[1], "better": verdict}
-    return "judged", f"{shown(*answers)} are two answers and {shown(verdict)} says which is the better"
+    if profile.share(is_from_start, answers[0]) < 1 or "conversation" in profile.mapped:
+        _find_prompt(profile)
+    profile.assigned |= {"response_a": answers[0], "response_b": answers[1], "better": verdict}
+    named = join_names(*answers)
+    return "judged", f"{named} are two answers and {join_names(verdict)} says which is better"
 
 
-CLAUSES = (_openai, _dialogues, _conversations, _texts, _two_outputs, _ranked, _judged)
+RULES = (_openai, _dialogues, _conversations, _texts, _two_outputs, _ranked, _judged)
 
 
 def _find_columns(profile: ColumnProfile, name: str) -> None:
-    """Of a format that the person has named, whatever the structure says."""
+    """Find the columns of a format that the person has named, whatever the structure is."""
     if name == "ranked":
-        _ranked(profile, said=True)
+        _ranked(profile, requested=True)
     elif name == "judged":
-        _judged(profile, said=True)
+        _judged(profile, requested=True)
     elif name in ("conversation", "sharegpt"):
-        if profile.share(opens, "chosen") < 1 or "conversation" in profile.mapped:
-            _find_before(profile)
+        if profile.share(is_from_start, "chosen") < 1 or "conversation" in profile.mapped:
+            _find_prompt(profile)
     elif name == "openai":
-        profile.take(dict(zip(("conversation", *SIDES), OPENAI, strict=True)))
+        profile.assign(dict(zip(("conversation", *REPLIES), OPENAI, strict=True)))
     elif name != "implicit":
-        # Conversations and dialogues that are whole need no prompt, so no rival of it matters.
-        whole = _is_whole(profile) if name == "hh_rlhf" else profile.share(opens, "chosen") == 1
-        if not whole or name in ("explicit", "alpaca"):
+        # Whole conversations and dialogues need no prompt, so several candidates do not matter.
+        is_whole = profile.share(is_from_start, "chosen") == 1
+        if name == "hh_rlhf":
+            is_whole = _holds_dialogues(profile)
+        if not is_whole or name in ("explicit", "alpaca"):
             profile.find("prompt")
     if name == "alpaca":
         profile.find("input")
 
 
-def _replies(profile: ColumnProfile, name: str) -> tuple[str, ...]:
-    if name == "alpaca" and profile.kind("chosen") == "missing":
+def _reply_columns(profile: ColumnProfile, name: str) -> tuple[str, ...]:
+    if name == "alpaca" and profile.type_of("chosen") == "missing":
         return ("output",)
-    return () if name in ("ranked", "judged") else SIDES
+    return () if name in ("ranked", "judged") else REPLIES
+
+
+def _find_input(profile: ColumnProfile) -> None:
+    """Find what the instruction is about."""
+    prompt = profile.assigned.get("prompt")
+    if not prompt:
+        return
+    is_alpaca = profile.is_alpaca() and profile.agree(prompt, "instruction")
+    if is_alpaca or "input" in profile.mapped:
+        profile.find("input")
 
 
 def _find_history(profile: ColumnProfile) -> None:
-    """Earlier turns, unless the prompt's text has them inside, or they go on to the prompt and the reply."""
-    column, prompt = profile.find("history"), profile.taken.get("prompt")
-    if column is None or prompt is None or profile.kind(prompt) not in TEXTS or "history" in profile.mapped:
+    """Find earlier turns, unless the prompt contains them or they include prompt and reply."""
+    column, prompt = profile.find("history"), profile.assigned.get("prompt")
+    if column is None or prompt is None or "history" in profile.mapped:
         return
-    inside = profile.share(lambda turns, text: one_after_another(contents(turns), text), column, prompt)
-    beyond = profile.share(
-        lambda turns, *told: contents(turns)[-2:] == [text for value in told for text in contents(value)[-1:]],
-        column,
-        prompt,
-        "chosen",
-    )
-    if inside > 0.5 or beyond > 0.5:
-        del profile.taken["history"]
+    if profile.type_of(prompt) not in TEXTS:
+        return
+
+    def is_in_prompt(turns: Any, text: str) -> bool:
+        return contains_in_order(texts_in(turns), text)
+
+    def ends_with_pair(turns: Any, *prompt_and_reply: Any) -> bool:
+        last = [text for value in prompt_and_reply for text in texts_in(value)[-1:]]
+        return texts_in(turns)[-2:] == last
+
+    is_inside = profile.share(is_in_prompt, column, prompt) > 0.5
+    if is_inside or profile.share(ends_with_pair, column, prompt, "chosen") > 0.5:
+        del profile.assigned["history"]
 
 
 def _find_system(profile: ColumnProfile) -> str | None:
-    """The column of the system turn; None where the prompt has it inside already."""
-    system, prompt = profile.find("system"), profile.taken.get("prompt")
-    if system and prompt and profile.kind(prompt) in TEXTS:
-        inside = profile.share(begins_with, system, prompt) >= MANY
-        if inside or profile.share(is_templated, prompt) >= SOME:
-            del profile.taken["system"]
+    """Return the column of the system turn; None if the prompt already contains its text."""
+    system, prompt = profile.find("system"), profile.assigned.get("prompt")
+    if system and prompt and profile.type_of(prompt) in TEXTS:
+        is_inside = profile.share(begins_with, system, prompt) >= NEARLY_ALL
+        if is_inside or profile.share(is_templated, prompt) >= NOTABLE_SHARE:
+            del profile.assigned["system"]
             return None
     return system
 
 
-def _find_before(profile: ColumnProfile) -> tuple[str, str] | None:
-    """What stands before the reply, (canonical, column): a conversation that waits for it, else a prompt."""
+def _find_prompt(profile: ColumnProfile) -> tuple[str, str] | None:
+    """Return our name and the column of what the replies answer.
+
+    A conversation that waits for a reply comes before a prompt. Raises DataError if there are both.
+    """
     conversation = profile.find("conversation")
     if conversation is None or "prompt" in profile.mapped:
-        profile.taken.pop("conversation", None)
+        profile.assigned.pop("conversation", None)
         prompt = profile.find("prompt")
         return ("prompt", prompt) if prompt else None
-    strangers = [] if "conversation" in profile.mapped else profile.candidates("prompt")
-    strangers = [column for column in strangers if profile.share(_holds_turn, conversation, column) < 1]
-    if strangers:
+    if "conversation" in profile.mapped:
+        return "conversation", conversation
+    rivals = [
+        column
+        for column in profile.candidates("prompt")
+        if profile.share(_contains_turn, conversation, column) < 1
+    ]
+    if rivals:
+        columns = join_names(conversation, *rivals)
+        setting = profile.setting(conversation=conversation)
         raise DataError(
             where="data.column_map",
-            found=f"{shown(conversation, *strangers)} could each stand before the reply, and they differ",
+            found=f"{columns} could each be what the replies answer, and they differ",
             expected="one conversation, or one prompt",
-            fix=one_of([profile.line(conversation=conversation), profile.lines("prompt", strangers)]),
+            fix=one_of([setting, profile.settings("prompt", rivals)]),
         )
     return "conversation", conversation
 
 
-def _holds_turn(turns: Any, prompt: Any) -> bool:
-    return turns == prompt or (isinstance(prompt, str) and prompt.strip() in [text.strip() for text in contents(turns)])
+def _contains_turn(turns: Any, prompt: Any) -> bool:
+    if isinstance(prompt, str):
+        return prompt.strip() in [text.strip() for text in texts_in(turns)]
+    return bool(turns == prompt)

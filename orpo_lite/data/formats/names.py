@@ -1,18 +1,19 @@
-"""What the name of a column says: what we call it, which reply it holds, whether it measures or judges."""
+"""Interpret column names: our name for the column, which reply it holds, whether it is a score."""
 
 import re
 from itertools import pairwise
 
 from orpo_lite.data.pair import COLUMNS
 
-SIDES = ("chosen", "rejected")
+REPLIES = ("chosen", "rejected")
 OPENAI = ("input", "preferred_output", "non_preferred_output")  # the columns of OpenAI's own format
 
-# What other sets call a column of ours. For chosen and rejected, see ``side_of``.
+# Our name -> other datasets' names. For chosen and rejected, see ``reply_named_by``.
 ALIASES: dict[str, tuple[str, ...]] = {
-    "prompt": ("prompt", "question", "instruction", "query", "input", "problem", "user_prompt", "user_input", "history",
-               "context"),
-    "system": ("system", "system_prompt", "system_message", "system_instruction", "system_instructions", "sys_prompt"),
+    "prompt": ("prompt", "question", "instruction", "query", "input", "problem", "user_prompt",
+               "user_input", "history", "context"),
+    "system": ("system", "system_prompt", "system_message", "system_instruction",
+               "system_instructions", "sys_prompt"),
     "conversation": ("conversation", "conversations", "messages", "context"),
     "history": ("history",),
     "input": ("input",),
@@ -21,75 +22,106 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "ranks": ("ranks", "rank", "rankings", "ranking"),
 }  # fmt: skip
 KNOWN = {*COLUMNS, *OPENAI, "output", *(alias for aliases in ALIASES.values() for alias in aliases)}
-POLAR = {
-    "chosen": frozenset("chosen accepted accept preferred winner winning win good better best positive w".split()),
-    "rejected": frozenset("rejected reject dispreferred loser losing lose bad worse worst negative l".split()),
+
+# Words in column names.
+SIDE_WORDS = {
+    "chosen": frozenset(
+        "chosen accepted accept preferred winner winning win good better best positive w".split()
+    ),
+    "rejected": frozenset(
+        "rejected reject dispreferred loser losing lose bad worse worst negative l".split()
+    ),
 }
-VERDICT = frozenset("better best winner winning preferred preference choice chosen vote verdict label labels".split())
-PROMPT = frozenset("prompt question instruction query problem task".split())
-DENYING = frozenset("non not".split())
-DOUBTFUL = DENYING | frozenset(
-    "un dis no never nor without anti less least than second third next almost former previous original old".split()
+VERDICT_WORDS = frozenset(
+    "better best winner winning preferred preference choice chosen vote verdict label "
+    "labels".split()
 )
-REPLY = frozenset(
-    "response responses answer answers output outputs completion completions text reply replies message messages "
-    "generation conversation conversations candidate content summary y".split()
+PROMPT_WORDS = frozenset("prompt question instruction query problem task".split())
+NEGATIONS = frozenset("non not".split())
+DOUBT_WORDS = NEGATIONS | frozenset(
+    "un dis no never nor without anti less least than second third next almost former previous "
+    "original old".split()
 )
-MEASURING = frozenset(
-    "score scores rating ratings rank ranks ranking reward rewards correct grade grades strength margin count".split()
+REPLY_WORDS = frozenset(
+    "response responses answer answers output outputs completion completions text reply replies "
+    "message messages generation conversation conversations candidate content summary y".split()
 )
-NOT_A_REPLY = MEASURING | PROMPT | frozenset("model id source reason rationale feedback name system label".split())
-ABOUT = NOT_A_REPLY - PROMPT | POLAR["chosen"] | POLAR["rejected"]  # of a reply or of the set: no prompt
+SCORE_WORDS = frozenset(
+    "score scores rating ratings rank ranks ranking reward rewards correct grade grades strength "
+    "margin count".split()
+)
+NOT_REPLY_WORDS = (
+    SCORE_WORDS
+    | PROMPT_WORDS
+    | frozenset("model id source reason rationale feedback name system label".split())
+)
+# Words for a reply or for the whole dataset.
+NOT_PROMPT_WORDS = NOT_REPLY_WORDS - PROMPT_WORDS | SIDE_WORDS["chosen"] | SIDE_WORDS["rejected"]
+
+ANSWER_WORDS = ("response", "answer", "completion", "output", "reply", "generation", "conv",
+                "messages", "human_ref")  # fmt: skip
+NUMBERED = re.compile(r"(.*?)[ _-]?([012ab])", re.IGNORECASE)  # response_0, response1, human_ref_A
 
 
 def names_better(column: str) -> bool:
-    """The value is the name of the better answer. Not so of loser, nor of best_0, which speaks of one answer alone."""
-    said = set(words(column))
-    denied = said & (POLAR["rejected"] | DOUBTFUL | MEASURING)
-    return bool(said & VERDICT) and not denied and not NUMBERED.fullmatch(column)
+    """Return whether the column's values name the better answer.
+
+    False for loser, and for best_0, which is about one answer alone.
+    """
+    found = set(words(column))
+    denied = found & (SIDE_WORDS["rejected"] | DOUBT_WORDS | SCORE_WORDS)
+    return bool(found & VERDICT_WORDS) and not denied and not NUMBERED.fullmatch(column)
 
 
-def side_of(column: str) -> str | None:
-    """chosen or rejected, where the name says so beyond doubt: not of less_preferred, nor of worse_than_best."""
-    said = words(column)
-    sides = [side for side, polar in POLAR.items() if polar & set(said)]
-    if len(sides) != 1 or NOT_A_REPLY & set(said):
+def reply_named_by(column: str) -> str | None:
+    """Return chosen or rejected if the column's name clearly says so.
+
+    None for less_preferred and for worse_than_best.
+    """
+    found = words(column)
+    named = [reply for reply, side_words in SIDE_WORDS.items() if side_words & set(found)]
+    if len(named) != 1 or NOT_REPLY_WORDS & set(found):
         return None
-    doubts = [word for word in said if word in DOUBTFUL]
+    doubts = [word for word in found if word in DOUBT_WORDS]
     if not doubts:
-        return sides[0]
-    denied = any(word in DENYING and after in POLAR["chosen"] for word, after in pairwise(said))
-    return "rejected" if denied and len(doubts) == 1 else None
+        return named[0]
+    is_negated = any(
+        word in NEGATIONS and after in SIDE_WORDS["chosen"] for word, after in pairwise(found)
+    )
+    return "rejected" if is_negated and len(doubts) == 1 else None
 
 
 def is_reply(column: str) -> bool:
-    """Whether the name says that it is a reply, and nothing else: of chosen_response, not of chosen_critique."""
-    said = set(words(column))
-    return bool(said & REPLY) and said <= REPLY | DENYING | POLAR["chosen"] | POLAR["rejected"]
+    """Return whether the name says "reply" and nothing else.
+
+    True for chosen_response, False for chosen_critique.
+    """
+    found = set(words(column))
+    allowed = REPLY_WORDS | NEGATIONS | SIDE_WORDS["chosen"] | SIDE_WORDS["rejected"]
+    return bool(found & REPLY_WORDS) and found <= allowed
 
 
 def is_answer(column: str) -> bool:
-    """Whether by its name it is one of several answers."""
+    """Return whether the name is that of one of several answers."""
     match = NUMBERED.fullmatch(column)
     return match is not None and any(word in match[1].lower() for word in ANSWER_WORDS)
 
 
-ANSWER_WORDS = ("response", "answer", "completion", "output", "reply", "generation", "conv", "messages", "human_ref")
-NUMBERED = re.compile(r"(.*?)[ _-]?([012ab])", re.IGNORECASE)  # response_0, response1, human_ref_A
-
-
 def plain_name(column: str) -> str:
-    """system_prompt, of System Prompt, system-prompt and systemPrompt."""
-    parted = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", column.strip())
-    return re.sub(r"[\s_-]+", "_", parted).lower()
+    """Return system_prompt for System Prompt, system-prompt and systemPrompt."""
+    separated = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", column.strip())
+    return re.sub(r"[\s_-]+", "_", separated).lower()
 
 
 def words(column: str) -> list[str]:
-    """The words of a column's name: good, answer of good_answer2 and of GoodAnswer."""
+    """Return the words of a column's name: good, answer for good_answer2 and GoodAnswer."""
     return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", column)]
 
 
-def shown(*columns: str) -> str:
-    """Their names in a sentence, without what a terminal would act on."""
-    *names, last = [column if column.isprintable() else repr(column) for column in columns] or [""]
-    return f"{', '.join(names)} and {last}" if names else last
+def join_names(*columns: str) -> str:
+    """Return the names for a sentence: "a, b and c". Control characters are escaped."""
+    names = [column if column.isprintable() else repr(column) for column in columns]
+    if not names:
+        return ""
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last

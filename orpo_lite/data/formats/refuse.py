@@ -1,183 +1,286 @@
-"""Refusals of a set whose format is not clear, each with the setting that helps."""
+"""Raise errors for a dataset whose format is not clear, each with the setting that helps."""
 
 from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
-from orpo_lite.data.formats.columns import FITTING, MANY, PAIRS, ColumnProfile, holds
+from orpo_lite.data.formats.columns import (
+    ALLOWED_TYPES,
+    NEARLY_ALL,
+    WRITE_PAIRS,
+    ColumnProfile,
+    columns_hold,
+)
 from orpo_lite.data.formats.messages import MEASURES
 from orpo_lite.data.formats.names import (
-    ABOUT,
     ALIASES,
     KNOWN,
-    PROMPT,
-    SIDES,
+    NOT_PROMPT_WORDS,
+    PROMPT_WORDS,
+    REPLIES,
     is_answer,
+    join_names,
     plain_name,
-    shown,
-    side_of,
+    reply_named_by,
     words,
 )
-from orpo_lite.data.formats.text import shared_words
+from orpo_lite.data.formats.text import common_words
 from orpo_lite.data.formats.values import LISTS, SCALARS, TEXTS, USABLE, waits_for_reply
 from orpo_lite.errors import DataError, Overrides, one_of, reworded
 
 
 def refuse_python(profile: ColumnProfile) -> None:
-    columns = [column for column, kind in profile.kinds.items() if kind == "Python text of a list"]
-    if columns := [column for column in columns if plain_name(column) in KNOWN or is_answer(column)]:
+    """Raise DataError for a column of ours that holds lists as NumPy prints them."""
+    columns = [
+        column
+        for column, held in profile.types.items()
+        if held == "Python text of a list" and (plain_name(column) in KNOWN or is_answer(column))
+    ]
+    if columns:
         raise DataError(
             where="data.format",
-            found=f"{holds(*columns)} lists as NumPy prints them, which cannot be read back",
+            found=f"{columns_hold(*columns)} lists as NumPy prints them, which cannot be read back",
             expected="texts, or lists as JSON",
-            fix="write the column with json.dumps, or save the set as .jsonl or .parquet",
+            fix="write the column with json.dumps, or save the dataset as .jsonl or .parquet",
         )
 
 
 def refuse_mapped(profile: ColumnProfile) -> None:
-    """A column that was given a name of ours and holds what cannot be that."""
+    """Raise DataError if data.column_map names a column with values of the wrong type."""
     for ours, theirs in profile.mapped.items():
-        kind, fitting = profile.kind(ours), FITTING.get(ours, ()) if ours != "prompt" else ()
-        if fitting and kind not in (*fitting, "missing", "null"):
+        held, allowed = profile.type_of(ours), ALLOWED_TYPES.get(ours, ())
+        if ours == "prompt" or not allowed or held in (*allowed, "missing", "null"):
+            continue
+        fix = ""
+        if ours in ("completions", "scores", "ranks"):
             others = [
-                column for column in profile.columns if column not in profile.mapped and profile.kind(column) in fitting
+                column
+                for column in profile.columns
+                if column not in (*profile.mapped, *REPLIES)
+                and profile.type_of(column) in allowed
+                and profile.type_of(column) != "null"
             ]
-            others = [column for column in others if profile.kind(column) != "null" and column not in SIDES]
-            lines = profile.lines(ours, others) if ours in ("completions", "scores", "ranks") else ""
-            raise DataError(
-                where="data.column_map",
-                found=f"{shown(theirs)} is to be {ours}, and holds {kind}",
-                expected=" or ".join(one for one in fitting if one not in ("null", "dialogue")),
-                fix=lines or f"no setting helps: write {shown(theirs)} so, or name another column",
-            )
-
-
-def refuse_order(profile: ColumnProfile, completions: str, ranks: str) -> None:
-    """From 0 on they may as well say which answer comes first, which second: 2, 0, 1 is another order then."""
-    if profile.share(lambda numbers: sorted(map(str, numbers)) == [str(i) for i in range(len(numbers))], ranks) == 1:
-        line = profile.line(ranks=ranks)
-        found = f"{shown(ranks)} counts from 0: the rank of each of {shown(completions)}, or their order, best first"
+            fix = profile.settings(ours, others)
+        name = join_names(theirs)
+        expected = [one for one in allowed if one not in ("null", "dialogue")]
         raise DataError(
             where="data.column_map",
-            found=found,
-            expected="ranks from 1 on",
-            fix=reworded(line, f"{line} if they are ranks, the lowest the best; write an order as ranks"),
+            found=f"{name} should be {ours}, but holds {held}",
+            expected=" or ".join(expected),
+            fix=fix or f"no setting helps: write {name} so, or name another column",
         )
 
 
-def refuse_ranking(profile: ColumnProfile, completions: str, found: str, lines: Sequence[str] = ()) -> NoReturn:
-    numbers = [column for column, kind in profile.kinds.items() if kind in FITTING["scores"] and column != completions]
-    if not lines and profile.kind(completions) in LISTS:
-        settings = [(profile.line(scores=column), "highest") for column in numbers]
-        settings += [(profile.line(ranks=column), "lowest") for column in numbers]
-        lines = [reworded(line, f"{line} if the {best} is the best") for line, best in settings]
-    found = f"{shown(completions)} holds {found}: nothing says which answer is the best"
+def refuse_order(profile: ColumnProfile, completions: str, ranks: str) -> None:
+    """Raise DataError if ranks count from 0.
+
+    They may then be the order of the answers: which one comes first, which second. 2, 0, 1 means
+    another ranking in that case.
+    """
+
+    def counts_from_zero(numbers: Sequence[object]) -> bool:
+        return sorted(map(str, numbers)) == [str(i) for i in range(len(numbers))]
+
+    if profile.share(counts_from_zero, ranks) == 1:
+        setting = profile.setting(ranks=ranks)
+        raise DataError(
+            where="data.column_map",
+            found=f"{join_names(ranks)} counts from 0: it is the rank of each of "
+            f"{join_names(completions)}, or their order with the best first",
+            expected="ranks from 1",
+            fix=reworded(
+                setting,
+                f"{setting} if they are ranks, the lowest the best; write an order as ranks",
+            ),
+        )
+
+
+def refuse_ranking(
+    profile: ColumnProfile, completions: str, found: str, settings: Sequence[str] = ()
+) -> NoReturn:
+    """Raise DataError for answers of which nothing says which is the best."""
+    if not settings and profile.type_of(completions) in LISTS:
+        numbers = [
+            column
+            for column, held in profile.types.items()
+            if held in ALLOWED_TYPES["scores"] and column != completions
+        ]
+        scores = [profile.setting(scores=column) for column in numbers]
+        ranks = [profile.setting(ranks=column) for column in numbers]
+        settings = [
+            *(reworded(score, f"{score} if the highest is the best") for score in scores),
+            *(reworded(rank, f"{rank} if the lowest is the best") for rank in ranks),
+        ]
     raise DataError(
         where="data.column_map",
-        found=found,
+        found=f"{join_names(completions)} holds {found}: nothing says which answer is the best",
         expected=f"in each answer one of {', '.join(MEASURES)}; or texts with scores or ranks",
-        fix=one_of(lines) or f"no setting helps: {PAIRS}",
+        fix=one_of(settings) or f"no setting helps: {WRITE_PAIRS}",
     )
 
 
 def refuse_unknown(profile: ColumnProfile) -> NoReturn:
-    """Raise DataError for a set that fits no format, with what its columns hold and what would make a pair of it."""
-    kinds = {side: profile.kind(side) for side in ("prompt", *SIDES)}
+    """Raise DataError for a dataset of no known format: what its columns hold, and what to do."""
+    types = {name: profile.type_of(name) for name in ("prompt", *REPLIES)}
+    empty = ("missing", "null")
     found = ", ".join(
-        f"{side} {'is' if kind in ('missing', 'null') else 'holds'} {kind}" for side, kind in kinds.items()
+        f"{name} {'is' if held in empty else 'holds'} {held}" for name, held in types.items()
     )
     found += f"; the columns are {', '.join(map(repr, profile.columns)) or 'none'}"
-    lacking = [side for side in SIDES if kinds[side] not in USABLE]
-    odd = [profile.column(side) for side in lacking if kinds[side] not in ("missing", "null")]
-    listed = [profile.column(side) for side, kind in kinds.items() if kind in LISTS]
+    lacking = [reply for reply in REPLIES if types[reply] not in USABLE]
+    odd = [profile.column_named(reply) for reply in lacking if types[reply] not in empty]
+    listed = [profile.column_named(name) for name, held in types.items() if held in LISTS]
     expected = "chosen and rejected, both texts or both lists of messages, with or without a prompt"
-    if len(lacking) == len(SIDES) and not odd and (single := single_reply(profile)):
-        found, expected = f"{single}; {found}", "a pair needs two replies to one prompt, a better and a worse one"
-        fix = f"no setting helps: {PAIRS}"
+    is_without_replies = len(lacking) == len(REPLIES) and not odd
+    if is_without_replies and (single := single_reply(profile)):
+        found = f"{single}; {found}"
+        expected = "two replies to one prompt, a better and a worse one"
+        fix = f"no setting helps: {WRITE_PAIRS}"
     elif listed or odd:
-        found = f"{holds(*listed)} lists of texts; {found}" if listed else found
-        expected = "in each of prompt, chosen and rejected a text, or messages {role, content}"
-        names = shown(*dict.fromkeys([*listed, *odd]))
-        fix = f"write {names} as texts{' without a list around them' if listed else ''}, or as messages"
-        texts = all(isinstance(row.get(column), str) for row in profile.raw for column in (*listed, *odd))
-        fix = Overrides({"data.format": "explicit"}, f" to read them as they are; else {fix}") if texts else fix
+        if listed:
+            found = f"{columns_hold(*listed)} lists of texts; {found}"
+        expected = "a text, or messages {role, content}, in each of prompt, chosen and rejected"
+        fix = _write_texts(profile, listed, odd)
     else:
-        fix = _name_sides(profile) if lacking else _name_prompt(profile)
+        fix = _name_replies(profile) if lacking else _name_prompt(profile)
     if any(column.rstrip()[-1:] in ".?!" or len(column.split()) > 4 for column in profile.columns):
-        fix = f"write a line with the columns' names above the first one, if that is a row; else {fix}"
-    raise DataError(where="data.format", found=f"no known format: {found}", expected=expected, fix=fix)
+        fix = f"if the first line is a row, write a line with column names above it; else {fix}"
+    raise DataError(
+        where="data.format", found=f"no known format: {found}", expected=expected, fix=fix
+    )
 
 
-def _name_sides(profile: ColumnProfile) -> str:
-    """The lines by which two columns are the replies, where there are just two that could be."""
-    sides = {side: [column for column in profile.columns if side_of(column) == side] for side in SIDES}
-    known = {side: columns[0] for side, columns in sides.items() if len(columns) == 1}
-    apart = (*ALIASES["prompt"], *ALIASES["system"], *ALIASES["conversation"])
-    could = [name for name in profile.columns if profile.kinds[name] in USABLE and plain_name(name) not in apart]
-    could = [name for name in could if not profile.holds_labels(name) and not PROMPT & set(words(name))]
-    known = {side: name for side, name in known.items() if name in could}
-    others = [name for name in could if name not in known.values()]
-    if len(could) > len(SIDES):
-        return f"name the better and the worse reply, as chosen and rejected, in data.column_map: of {shown(*could)}"
-    if len(could) < len(SIDES) or not others:
-        return f"no setting helps: {PAIRS}"
+def _write_texts(profile: ColumnProfile, listed: Sequence[str], odd: Sequence[str]) -> str:
+    """Return the fix for columns that hold neither texts nor messages."""
+    columns = list(dict.fromkeys([*listed, *odd]))
+    without_list = " without a list around them" if listed else ""
+    fix = f"write {join_names(*columns)} as texts{without_list}, or as messages"
+    if all(isinstance(row.get(column), str) for row in profile.raw for column in columns):
+        return Overrides({"data.format": "explicit"}, f" to read them as they are; else {fix}")
+    return fix
+
+
+def _name_replies(profile: ColumnProfile) -> str:
+    """Return the settings that name the two replies, if exactly two columns could be them."""
+    not_replies = (*ALIASES["prompt"], *ALIASES["system"], *ALIASES["conversation"])
+    possible = [
+        name
+        for name in profile.columns
+        if profile.types[name] in USABLE
+        and plain_name(name) not in not_replies
+        and not profile.holds_labels(name)
+        and not PROMPT_WORDS & set(words(name))
+    ]
+    known = {}
+    for reply in REPLIES:
+        named = [column for column in profile.columns if reply_named_by(column) == reply]
+        if len(named) == 1 and named[0] in possible:
+            known[reply] = named[0]
+    others = [name for name in possible if name not in known.values()]
+    if len(possible) > len(REPLIES):
+        return (
+            "name the better and the worse reply, as chosen and rejected, in data.column_map: "
+            f"two of {join_names(*possible)}"
+        )
+    if len(possible) < len(REPLIES) or not others:
+        return f"no setting helps: {WRITE_PAIRS}"
     one, other = [*known.values(), *others]
-    orders = [(one, other)] if "chosen" in known else [(other, one)] if known else [(one, other), (other, one)]
-    asking = [] if profile.candidates("prompt") else [name for name in prompt_columns(profile) if name not in orders[0]]
-    prompt = {"prompt": asking[0]} if len(asking) == 1 else {}
-    lines = [profile.line(**prompt, chosen=better, rejected=worse) for better, worse in orders]
-    ifs = (f" if {shown(better)} is always the better reply" for better, _ in orders)
-    said = [reworded(line, line + words) for line, words in zip(lines, ifs, strict=True)]
-    return said[0] if known else " or ".join(said)  # words alone: nobody but the person knows which
+    if "chosen" in known:
+        orders = [(one, other)]
+    elif known:
+        orders = [(other, one)]
+    else:
+        orders = [(one, other), (other, one)]
+    prompt: dict[str, str] = {}
+    if not profile.candidates("prompt"):
+        columns = [name for name in prompt_columns(profile) if name not in orders[0]]
+        if len(columns) == 1:
+            prompt = {"prompt": columns[0]}
+    options = []
+    for better, worse in orders:
+        setting = profile.setting(**prompt, chosen=better, rejected=worse)
+        condition = f" if {join_names(better)} is always the better reply"
+        options.append(reworded(setting, setting + condition))
+    # Both orders are words only, not data: only the person knows which one is right.
+    return options[0] if known else " or ".join(options)
 
 
 def _name_prompt(profile: ColumnProfile) -> str:
-    """The lines by which a column, or the replies themselves, hold the prompt."""
+    """Return the settings by which a column, or the replies themselves, hold the prompt."""
     if profile.candidates("prompt"):
-        return "no setting helps: write chosen and rejected alike, as expected"
-    lines: list[str] = [profile.line(prompt=column) for column in prompt_columns(profile)[:3]]
-    texts = all(profile.kind(side) in TEXTS for side in SIDES)
-    if texts and profile.share(lambda *replies: bool(shared_words(*replies)), *SIDES) > 0:
-        lines.append(Overrides({"data.format": "implicit"}, " if both texts begin with the prompt"))
-    return (
-        one_of(lines) or "no setting helps: write what the replies answer into a column prompt, as a text or messages"
+        return "no setting helps: write chosen and rejected in the same form, as expected"
+    settings: list[str] = [profile.setting(prompt=name) for name in prompt_columns(profile)[:3]]
+    are_texts = all(profile.type_of(reply) in TEXTS for reply in REPLIES)
+    if are_texts and profile.share(lambda *texts: bool(common_words(*texts)), *REPLIES) > 0:
+        implicit = Overrides({"data.format": "implicit"}, " if both texts begin with the prompt")
+        settings.append(implicit)
+    return one_of(settings) or (
+        "no setting helps: add a column prompt with what the replies answer, as a text or messages"
     )
 
 
 def prompt_columns(profile: ColumnProfile) -> list[str]:
-    """The columns that could hold the prompt; those alone that are named like one, where there are any."""
-    sides = [profile.column(side) for side in SIDES]
-    could = [name for name in profile.columns if name not in sides and profile.kinds[name] in (*TEXTS, "messages")]
-    could = [name for name in could if not ABOUT & set(words(name)) and not profile.holds_labels(name)]
-    could = [name for name in could if profile.kinds[name] in TEXTS or profile.share(waits_for_reply, name) > 0.5]
-    chats = [name for name in could if profile.kinds[name] == "messages"]
-    by_word = [name for name in could if PROMPT & set(words(name))]
-    return chats or by_word or [name for name in could if could_ask(profile, name)]
+    """Return the columns that could hold the prompt; if any are named like one, only these."""
+    replies = [profile.column_named(reply) for reply in REPLIES]
+    possible = [
+        name
+        for name in profile.columns
+        if name not in replies
+        and _has_prompt_type(profile, name)
+        and not NOT_PROMPT_WORDS & set(words(name))
+        and not profile.holds_labels(name)
+    ]
+    chats = [name for name in possible if profile.types[name] == "messages"]
+    named = [name for name in possible if PROMPT_WORDS & set(words(name))]
+    return chats or named or [name for name in possible if could_be_prompt(profile, name)]
 
 
-def could_ask(profile: ColumnProfile, column: str) -> bool:
-    """It may hold the prompt, of any kind and under any name: what must not be lost where no prompt was found."""
-    kind, named = profile.kind(column), plain_name(column) == "prompt"
-    if kind in TEXTS:
-        texts = [text for (text,) in profile.values(column)]
-        many = sum(len(text.split()) > 1 or text.strip().isalpha() for text in texts) >= MANY * len(texts) > 0
-        return named or (many and len(set(texts)) > len(texts) / 2 and not ABOUT & set(words(column)))
-    return (named and kind != "null") or (kind not in (*SCALARS, "numbers") and not ABOUT & set(words(column)))
+def _has_prompt_type(profile: ColumnProfile, column: str) -> bool:
+    if profile.types[column] == "messages":
+        return profile.share(waits_for_reply, column) > 0.5
+    return profile.types[column] in TEXTS
+
+
+def could_be_prompt(profile: ColumnProfile, column: str) -> bool:
+    """Return whether a column of any name and type could hold the prompt.
+
+    Such a column must not be lost where no prompt was found.
+    """
+    held, is_named = profile.type_of(column), plain_name(column) == "prompt"
+    if held in TEXTS:
+        return is_named or _holds_varied_texts(profile, column)
+    if is_named:
+        return held != "null"
+    return held not in (*SCALARS, "numbers") and not NOT_PROMPT_WORDS & set(words(column))
+
+
+def _holds_varied_texts(profile: ColumnProfile, column: str) -> bool:
+    """Return whether the texts are words, most of them differ, and the name may be a prompt's."""
+    texts = [text for (text,) in profile.values(column)]
+    wordy = sum(len(text.split()) > 1 or text.strip().isalpha() for text in texts)
+    if not texts or wordy < NEARLY_ALL * len(texts) or len(set(texts)) <= len(texts) / 2:
+        return False
+    return not NOT_PROMPT_WORDS & set(words(column))
 
 
 def single_reply(profile: ColumnProfile) -> str:
-    """A sentence for the sets that have only one reply to each prompt, and are often taken for pairs."""
+    """Return a sentence for datasets with only one reply to each prompt; "" for others.
 
-    def first(names: Iterable[str], *kinds: str) -> list[str]:
-        return [column for column in profile.named(*names) if not kinds or profile.kind(column) in kinds][:1]
+    These are often taken for pairs.
+    """
+
+    def first(names: Iterable[str], *types: str) -> list[str]:
+        columns = profile.columns_named(*names)
+        return [name for name in columns if not types or profile.type_of(name) in types][:1]
 
     reply = first(("completion", "response", "output", "answer"), *USABLE)
     prompt = [column for column in profile.candidates("prompt") if column not in reply][:1]
-    label, chat = first(("label", "labels", "kto_tag")), first(ALIASES["conversation"], "messages")
+    label = first(("label", "labels", "kto_tag"))
     if not (reply and prompt):
-        reply, prompt = chat, []
+        reply, prompt = first(ALIASES["conversation"], "messages"), []
     if not reply:
         return ""
+    names = join_names(*prompt, *reply, *label)
     if label:
-        return f"{shown(*prompt, *reply, *label)} are unpaired preferences, one reply with a label, as for KTO"
-    one = "are one reply to each prompt" if prompt else "holds one conversation a row"
-    return f"{shown(*prompt, *reply)} {one}, as for supervised fine-tuning"
+        return f"{names} are unpaired preferences, one reply with a label, as for KTO"
+    what = "are one reply to each prompt" if prompt else "holds one conversation a row"
+    return f"{names} {what}, as for supervised fine-tuning"

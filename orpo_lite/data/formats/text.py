@@ -1,4 +1,4 @@
-"""Texts of rows: dialogues with turn markers, shared beginnings, numbers, what a field holds."""
+"""Read texts of rows: dialogues with turn markers, common beginnings, numbers, and errors."""
 
 import math
 import re
@@ -6,60 +6,81 @@ from collections.abc import Mapping
 
 from orpo_lite.data.pair import Message, NotJson, Row, RowError
 
-_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):[ ]?")  # "Human:" within a line is only text
+_TURN_MARKER = re.compile(
+    r"(?:\A\s*|\n\n)(Human|Assistant):[ ]?"
+)  # "Human:" within a line is only text
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
-_ASK = "\n\nHuman:"
-REPLY = "\n\nAssistant:"
-MARKED = re.compile(r"\A\s*Assistant:")  # a reply that brings its marker along
+_HUMAN_MARKER = "\n\nHuman:"
+ASSISTANT_MARKER = "\n\nAssistant:"
+STARTS_WITH_MARKER = re.compile(r"\A\s*Assistant:")  # a reply that contains its marker
 
 
 def _plain_ends(text: str) -> str:
-    """With the line ends of Windows as all others, for the markers stand behind two."""
+    r"""Replace line ends of Windows: turn markers follow two \n."""
     return text.replace("\r\n", "\n")
 
 
 def begins_dialogue(text: str) -> bool:
-    """Beyond doubt: a text that only holds such turns may be about them."""
-    return bool(_TURN.match(text)) and REPLY in _plain_ends(text)
+    """Return whether a text is clearly a dialogue: it begins with a turn marker.
+
+    A text that only contains such markers may be about dialogues.
+    """
+    return bool(_TURN_MARKER.match(text)) and ASSISTANT_MARKER in _plain_ends(text)
 
 
 def is_whole_dialogue(text: str) -> bool:
-    """The same, with a human's turn: not only the reply behind its marker."""
-    return begins_dialogue(text) and (text.lstrip().startswith("Human:") or _ASK in _plain_ends(text))
+    """Return whether a text is a dialogue with a human's turn, not only a reply with its marker."""
+    has_human_turn = text.lstrip().startswith("Human:") or _HUMAN_MARKER in _plain_ends(text)
+    return begins_dialogue(text) and has_human_turn
 
 
 def is_dialogue(text: str) -> bool:
-    """The same, or with a system text in front: for a column, of which most rows must be such."""
+    """Return whether a text is a dialogue, with or without a system text in front.
+
+    For columns in which most rows must be dialogues: one text alone would not prove it.
+    """
     text = _plain_ends(text)
-    return begins_dialogue(text) or REPLY in text.partition(_ASK)[2]
+    return begins_dialogue(text) or ASSISTANT_MARKER in text.partition(_HUMAN_MARKER)[2]
 
 
 def read_dialogue_prompt(row: Row, where: str) -> tuple[tuple[Message, ...], str]:
+    """Return the turns of a prompt that is a dialogue, and its text up to the reply."""
     text = _plain_ends(text_of(row, "prompt", where))
-    if not text.rstrip().endswith(REPLY) and MARKED.match(text_of(row, "chosen", where)):
-        text = text.rstrip() + REPLY
+    if not text.rstrip().endswith(ASSISTANT_MARKER) and STARTS_WITH_MARKER.match(
+        text_of(row, "chosen", where)
+    ):
+        text = text.rstrip() + ASSISTANT_MARKER
     _, turns, rest = split_dialogue({"prompt": text}, "prompt", where)
     if rest.strip():
         expected = r'"\n\nAssistant:" at the end, and the replies in chosen and rejected'
-        raise fault(where, "prompt", "the dialogue ends with a reply", expected)
+        raise row_error(where, "prompt", "the dialogue ends with a reply", expected)
     return turns, text
 
 
 def split_dialogue(row: Row, field: str, where: str) -> tuple[str, tuple[Message, ...], str]:
-    """The text up to the last assistant marker, its turns, and the text after the marker."""
+    """Return the text up to the last assistant marker, its turns, and the text after the marker."""
     text = _plain_ends(text_of(row, field, where))
-    head, marker, reply = text.rpartition(REPLY)
-    lead, *parts = _TURN.split(head)
-    if not marker or not parts or (lead.strip() and not head[len(lead) :].startswith(_ASK)):
+    head, marker, reply = text.rpartition(ASSISTANT_MARKER)
+    lead, *parts = _TURN_MARKER.split(head)
+    if (
+        not marker
+        or not parts
+        or (lead.strip() and not head[len(lead) :].startswith(_HUMAN_MARKER))
+    ):
         found = "the text does not begin with a turn" if marker else "there is no assistant turn"
-        raise fault(where, field, found, r'"\n\nHuman: ... \n\nAssistant: ..."')
-    if _ASK in reply:
-        raise fault(where, field, "the last turn is the human's", "a dialogue that ends with the assistant's reply")
+        raise row_error(where, field, found, r'"\n\nHuman: ... \n\nAssistant: ..."')
+    if _HUMAN_MARKER in reply:
+        raise row_error(
+            where,
+            field,
+            "the last turn is the human's",
+            "a dialogue that ends with the assistant's reply",
+        )
     lead = lead.strip().removeprefix("System:").strip()
     turns: list[Message] = [{"role": "system", "content": lead}] if lead else []
     for speaker, content in zip(parts[::2], parts[1::2], strict=True):
         role = _SPEAKERS[speaker]
-        if turns and turns[-1]["role"] == role:  # chat templates want roles to alternate
+        if turns and turns[-1]["role"] == role:  # chat templates require roles to alternate
             turns[-1]["content"] = "\n\n".join(filter(None, (turns[-1]["content"], content)))
         else:
             turns.append({"role": role, "content": content})
@@ -69,15 +90,16 @@ def split_dialogue(row: Row, field: str, where: str) -> tuple[str, tuple[Message
 _WORD = re.compile(r"\S+")
 
 
-def behind(prompt: str, text: str) -> str | None:
-    """What follows the prompt in a text that begins with it; None of any other.
+def text_after(prompt: str, text: str) -> str | None:
+    """Return what follows the prompt in a text that begins with it; None for other texts.
 
-    Compared by words: the white space between them may be of any kind and amount.
+    Compares words: the white space between them may differ.
     """
     *words, last = prompt.split() or [""]
     found = _WORD.finditer(text)
     for word in words:
-        if (match := next(found, None)) is None or match[0] != word:
+        match = next(found, None)
+        if match is None or match[0] != word:
             return None
     match = next(found, None)
     if not last or match is None or not match[0].startswith(last):
@@ -86,37 +108,44 @@ def behind(prompt: str, text: str) -> str | None:
 
 
 def begins_with(words: str, text: str) -> bool:
-    """It begins with these words, and not only with a part of the last."""
-    end = behind(words, text)
+    """Return whether a text begins with these words. A part of the last word is not enough."""
+    end = text_after(words, text)
     return end is not None and not end[:1].strip()
 
 
-def shared_start(one: str, other: str) -> str:
-    """The longest common beginning, to the character."""
-    if other.startswith(one):
+def common_start(one: str, other: str) -> str:
+    """Return the longest common beginning, by characters."""
+    if other.startswith(one):  # the usual case, and far faster
         return one
-    return one[: next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(other))]
+    for i, (a, b) in enumerate(zip(one, other, strict=False)):
+        if a != b:
+            return one[:i]
+    return other
 
 
-def shared_words(one: str, other: str) -> str:
-    """The common beginning in whole words: "The sky is", of "The sky is blue" and "The sky is black"."""
-    shared = shared_start(one, other)
+def common_words(one: str, other: str) -> str:
+    """Return the common beginning in whole words.
+
+    "The sky is" for "The sky is blue" and "The sky is black".
+    """
+    shared = common_start(one, other)
     if one == other or shared[-1:].isspace():
         return shared.rstrip()
     *words, _ = shared.rsplit(maxsplit=1) or [""]
     return "".join(words)
 
 
-ABSENT = ("", "n/a", "na", "nan", "none", "null", "#n/a", "<na>")  # what is written where nobody scored
+# What datasets write for a missing score.
+ABSENT = ("", "n/a", "na", "nan", "none", "null", "#n/a", "<na>")
 
 
-def says_nothing(text: str) -> bool:
-    """A word that programs write for what is not there: NULL, None, NaN or N/A."""
+def is_absent(text: str) -> bool:
+    """Return whether a text is what programs write for a missing value: NULL, None, NaN or N/A."""
     return text.strip().lower() in ABSENT[1:]
 
 
-def numeric(text: str) -> bool:
-    """A number written as text, or what stands for none."""
+def is_numeric(text: str) -> bool:
+    """Return whether a text is a finite number, or a word for a missing one."""
     try:
         return text.strip().lower() in ABSENT or math.isfinite(float(text))
     except ValueError:
@@ -124,21 +153,24 @@ def numeric(text: str) -> bool:
 
 
 def text_of(row: Row, field: str, where: str, label: str = "") -> str:
+    """Return the text in a field. Raises RowError for other values; ``label`` names the field."""
     value = row.get(field)
     if not isinstance(value, str):
         parts = ', or parts {"type": "text", "text": ...} alone' if isinstance(value, list) else ""
-        raise fault(where, label or field, seen(row, field), f"text{parts}")
+        raise row_error(where, label or field, describe(row, field), f"text{parts}")
     if not value.isascii():
         try:
             value.encode()
         except UnicodeEncodeError as error:
             found = f"a lone surrogate (half a character) at position {error.start}"
-            raise fault(where, label or field, found, "text", "write the data as UTF-8 again") from None
+            raise row_error(
+                where, label or field, found, "text", "write the data as UTF-8 again"
+            ) from None
     return value
 
 
-def seen(row: Row, field: str) -> str:
-    """What stands in a field, without its content: data sets can hold text that nobody wants on the screen."""
+def describe(row: Row, field: str) -> str:
+    """Describe the value of a field without its content, which may be offensive or private."""
     if field not in row:
         return f"missing; the columns are {', '.join(map(repr, row))}"
     match row[field]:
@@ -162,6 +194,8 @@ def seen(row: Row, field: str) -> str:
             return "an object"
 
 
-def fault(where: str, field: str, found: str, expected: str, fix: str = "mend or remove the row") -> RowError:
-    """Return the fault of one row's field."""
+def row_error(
+    where: str, field: str, found: str, expected: str, fix: str = "correct or remove the row"
+) -> RowError:
+    """Return the error of a field in a row."""
     return RowError(where=f"{where}, field {field}", found=found, expected=expected, fix=fix)

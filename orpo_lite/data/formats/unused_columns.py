@@ -1,182 +1,262 @@
-"""What a format would leave unread: nothing of which the name or the turns say that it belongs before the reply."""
+"""Raise errors for columns that a format would not read although they belong before the reply.
+
+The name or the turns of such a column say that it belongs there.
+"""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from orpo_lite.data.formats.columns import SOME, ColumnProfile
-from orpo_lite.data.formats.messages import normal
-from orpo_lite.data.formats.names import ABOUT, ALIASES, SIDES, plain_name, shown, words
+from orpo_lite.data.formats.columns import NOTABLE_SHARE, ColumnProfile
+from orpo_lite.data.formats.messages import normalize
+from orpo_lite.data.formats.names import (
+    ALIASES,
+    NOT_PROMPT_WORDS,
+    REPLIES,
+    join_names,
+    plain_name,
+    words,
+)
 from orpo_lite.data.formats.values import (
     SCALARS,
     TEXTS,
-    Kind,
-    contents,
+    ValueType,
+    contains_in_order,
     ends_with,
     is_templated,
-    one_after_another,
-    up_to_question,
+    texts_in,
+    texts_up_to_question,
     waits_for_reply,
 )
 from orpo_lite.errors import DataError, Overrides, reworded
 
-# What may stand in a column of that name, and what is read there. A number is no prompt, but the id of one.
-FITS: dict[str, tuple[tuple[Kind, ...], str]] = {
+# Column name -> the value types that are harmless, and what is read from such a column. A number is
+# no prompt: it is the id of one.
+READABLE_TYPES: dict[str, tuple[tuple[ValueType, ...], str]] = {
     **dict.fromkeys(
         (*ALIASES["prompt"], *ALIASES["conversation"]),
         ((*SCALARS, *TEXTS, "messages"), "a text, or a list of messages {role, content}"),
     ),
-    "history": (("missing", "null", *TEXTS, "messages", "pairs of texts"), "messages, or pairs [user, assistant]"),
+    "history": (
+        ("missing", "null", *TEXTS, "messages", "pairs of texts"),
+        "messages, or pairs [user, assistant]",
+    ),
     **dict.fromkeys(ALIASES["system"], (("missing", "null", *TEXTS), "a text")),
 }
-WHOLE = ("implicit", "messages", "sharegpt", "hh_rlhf")  # formats whose replies may be whole conversations
-APART = ("input", "context", "history")  # say something beside a prompt; the other names all mean the prompt
+# Formats in which a reply may be a whole conversation.
+CONVERSATION_FORMATS = ("implicit", "messages", "sharegpt", "hh_rlhf")
+# Names for content in addition to a prompt. All other names mean the prompt itself.
+ADDITIONS = ("input", "context", "history")
 
 
-def refuse_unused(profile: ColumnProfile, name: str, *, said: bool) -> None:
-    """Raise DataError, with the lines to choose from.
+def refuse_unused(profile: ColumnProfile, name: str, *, requested: bool) -> None:
+    """Raise DataError for a column that is not read and belongs before the reply.
+
+    The error has the settings to choose from.
 
     Args:
         profile: the first rows.
-        name: the format that they are read in.
-        said: the person has named the format.
+        name: the format in which they are read.
+        requested: the person has set data.format.
     """
-    whole = said and name == "implicit"  # so all that stands before the reply is in chosen and rejected
-    decided = whole or bool(profile.mapped.keys() & {"prompt", "conversation"})
-    _refuse_misfits(profile, name, decided=decided)
-    if not whole:
-        _refuse_prompts(profile, name, decided=decided)
-    if not decided:
+    # Then chosen and rejected hold everything before the reply.
+    is_implicit = requested and name == "implicit"
+    is_decided = is_implicit or bool(profile.mapped.keys() & {"prompt", "conversation"})
+    _refuse_wrong_types(profile, name, is_decided=is_decided)
+    if not is_implicit:
+        _refuse_prompts(profile, name, is_decided=is_decided)
+    if not is_decided:
         _refuse_turns(profile, name)
 
 
-def _refuse_misfits(profile: ColumnProfile, name: str, *, decided: bool) -> None:
-    """A name that is known, over what is not read there."""
-    for column in _unused(profile, FITS):
-        fitting, expected = FITS[plain_name(column)]
-        is_prompt = plain_name(column) != "history" and plain_name(column) not in ALIASES["system"]
-        if profile.kind(column) in fitting or (decided and is_prompt):
+def _refuse_wrong_types(profile: ColumnProfile, name: str, *, is_decided: bool) -> None:
+    """Raise DataError for a column with a known name and values that are not read there."""
+    for column in _unused(profile, READABLE_TYPES):
+        readable, expected = READABLE_TYPES[plain_name(column)]
+        is_prompt = plain_name(column) not in ("history", *ALIASES["system"])
+        if profile.type_of(column) in readable or (is_decided and is_prompt):
             continue
-        without = _without(profile, name) if is_prompt else ""
-        leave = f"{without} to leave it out" if without else "no setting helps: leave the column out"
+        without = _setting_without(profile, name) if is_prompt else ""
+        leave = "no setting helps: leave the column out"
+        if without:
+            leave = f"{without} to leave it out"
         raise DataError(
             where="data.column_map",
-            found=f"{shown(column)} holds {profile.kind(column)}, and that is not read",
+            found=f"{join_names(column)} holds {profile.type_of(column)}, which is not read",
             expected=expected,
             fix=reworded(without, f"{leave}, or write it as {expected}"),
         )
 
 
-def _refuse_prompts(profile: ColumnProfile, name: str, *, decided: bool) -> None:
-    """A prompt beside whole conversations, most of which do not hold it; or what stands apart from a list of turns."""
-    listed = profile.kind(profile.taken.get("prompt", "")) == "messages" and not decided
-    if not listed and (name not in (*WHOLE, "judged") or profile.taken.keys() & {"prompt", "conversation"}):
-        return
-    columns = [column for column in _unused(profile, ALIASES["prompt"]) if profile.kind(column) in TEXTS]
-    apart = [column for column in columns if plain_name(column) in APART]
-    same = [] if listed else [column for column in columns if column not in apart]
-    for group in [same, *([column] for column in apart)]:
-        held = []
-        for row in profile.rows:
-            sides = [contents(row.get(profile.column(side))) for side in (*SIDES, *profile.taken.values())]
-            asked = [text for column in group if isinstance(text := row.get(column), str) and text.strip()]
-            held += [any(_holds(side, text) for text in asked for side in sides)] if asked else []
-        if held.count(False) > len(held) / 2:
-            free = profile.kind(profile.taken.get("system", "system")) in ("missing", "null")
-            before = profile.line(system=group[0]) if free else ""
-            left_out = Overrides({"data.format": "implicit"}) if name in WHOLE else "take the column out"
-            without = _without(profile, name) if listed else left_out
-            leave = f"{without} to leave it out" if without else "take the column out"
-            put = f"{before} to put it in front as a system turn, or " if before else ""
-            if profile.replies_are_json():
-                before = Overrides({"data.format": "explicit"})
-                put = f"{before} to read the replies as the texts that they are, or {put}"
-            raise DataError(
-                where="data.column_map",
-                found=f"{shown(*group)}: not in the conversations, in {held.count(False)} of {len(held)} rows",
-                expected="conversations that hold their prompt",
-                fix=reworded(before or without, put + leave),
-            )
+def _refuse_prompts(profile: ColumnProfile, name: str, *, is_decided: bool) -> None:
+    """Raise DataError for a prompt that most of the whole conversations do not contain.
+
+    Where the prompt is a list of turns, this concerns only additions to it.
+    """
+    prompt_type = profile.type_of(profile.assigned.get("prompt", ""))
+    is_list = prompt_type == "messages" and not is_decided
+    if not is_list:
+        has_own_prompt = bool(profile.assigned.keys() & {"prompt", "conversation"})
+        if has_own_prompt or name not in (*CONVERSATION_FORMATS, "judged"):
+            return
+    columns = [c for c in _unused(profile, ALIASES["prompt"]) if profile.type_of(c) in TEXTS]
+    additions = [column for column in columns if plain_name(column) in ADDITIONS]
+    prompts = [] if is_list else [column for column in columns if column not in additions]
+    for group in [prompts, *([column] for column in additions)]:
+        found = _found_in_conversations(profile, group)
+        if found.count(False) <= len(found) / 2:
+            continue
+        fix = _fix_prompts(profile, name, group[0], is_list=is_list)
+        are_not = "is not" if len(group) == 1 else "are not"
+        counts = f"{found.count(False)} of {len(found)} rows"
+        raise DataError(
+            where="data.column_map",
+            found=f"{join_names(*group)} {are_not} in the conversations of {counts}",
+            expected="conversations that contain their prompt",
+            fix=fix,
+        )
 
 
-def _holds(turns: Sequence[str], prompt: str) -> bool:
-    """The prompt is among the turns, or it is all of them before the reply, as somebody's template renders them."""
-    words, before = _spaced(prompt), [_spaced(text) for text in turns[:-1]]
-    rendered = len(before) > 2 or is_templated(prompt)
-    return words in _spaced(" ".join(turns)) or (rendered and one_after_another(before, words))
+def _found_in_conversations(profile: ColumnProfile, columns: Sequence[str]) -> list[bool]:
+    """Return for each row with a text in these columns whether a conversation contains it."""
+    sources = [profile.column_named(name) for name in (*REPLIES, *profile.assigned.values())]
+    found = []
+    for row in profile.rows:
+        conversations = [texts_in(row.get(source)) for source in sources]
+        values = [row.get(column) for column in columns]
+        texts = [text for text in values if isinstance(text, str) and text.strip()]
+        if texts:
+            found.append(any(_contains(turns, text) for text in texts for turns in conversations))
+    return found
+
+
+def _fix_prompts(profile: ColumnProfile, name: str, column: str, *, is_list: bool) -> str:
+    """Return the settings that read a column as a system turn, or leave it out."""
+    system_type = profile.type_of(profile.assigned.get("system", "system"))
+    read: str = profile.setting(system=column) if system_type in ("missing", "null") else ""
+    leave_out: str = ""
+    if is_list:
+        leave_out = _setting_without(profile, name)
+    elif name in CONVERSATION_FORMATS:
+        leave_out = Overrides({"data.format": "implicit"})
+    words = [f"{read} to put it in front as a system turn"] if read else []
+    if profile.replies_are_json():
+        read = Overrides({"data.format": "explicit"})
+        words.insert(0, f"{read} to read the replies as the texts that they are")
+    words.append(f"{leave_out} to leave it out" if leave_out else "remove the column")
+    return reworded(read or leave_out, ", or ".join(words))
+
+
+def _contains(turns: Sequence[str], prompt: str) -> bool:
+    """Return whether the turns contain a prompt.
+
+    The prompt may also be all turns before the reply, rendered with some chat template.
+    """
+    text, before = _single_spaced(prompt), [_single_spaced(turn) for turn in turns[:-1]]
+    if text in _single_spaced(" ".join(turns)):
+        return True
+    is_rendered = len(before) > 2 or is_templated(prompt)
+    return is_rendered and contains_in_order(before, text)
 
 
 def _refuse_turns(profile: ColumnProfile, name: str) -> None:
-    """A conversation of which turns before the reply are not read: earlier turns, most likely, or a system turn."""
-    known = profile.named(*ALIASES["conversation"])
-    others = [column for column in profile.columns if column not in known and not ABOUT & set(words(column))]
+    """Raise DataError for a conversation with turns before the reply that are not read.
+
+    Most likely these are earlier turns, or a system turn.
+    """
+    known = profile.columns_named(*ALIASES["conversation"])
+    others = [
+        column
+        for column in profile.columns
+        if column not in known and not NOT_PROMPT_WORDS & set(words(column))
+    ]
     for column in _unused(profile, map(plain_name, (*known, *others))):
-        if profile.kind(column) not in ("messages", "pairs of texts") or plain_name(column) == "history":
-            continue  # the prompt may have history inside
+        if profile.type_of(column) not in ("messages", "pairs of texts"):
+            continue
+        if plain_name(column) == "history":
+            continue  # the prompt may contain it
         waits = profile.share(waits_for_reply, column) > 0.5
-        stranger = waits and column not in known  # where it shares no turn, it may be about anything
-        values = [normal(row.get(column), "history") for row in profile.rows]  # pairs [user, assistant] too
-        lost = [_is_lost(profile, i, value, stranger=stranger) for i, value in enumerate(values) if value]
-        if lost and sum(lost) >= SOME * len(lost):
-            in_line = _in_front(profile, column, waits=waits)
-            without = _without(profile, name)
-            first = f"{in_line} to put them in front" if in_line else "write them into the prompt"
-            second = f"{without} to leave them out" if without else "take the column out"
-            fix = reworded(in_line or without, f"{first}, or {second}")
+        # A conversation in an unknown column may be unrelated, unless it shares a turn.
+        may_be_unrelated = waits and column not in known
+        # Pairs [user, assistant] count as turns too.
+        values = [normalize(row.get(column), "history") for row in profile.rows]
+        lost = [
+            _is_lost(profile, i, value, may_be_unrelated=may_be_unrelated)
+            for i, value in enumerate(values)
+            if value
+        ]
+        if lost and sum(lost) >= NOTABLE_SHARE * len(lost):
+            front = _setting_in_front(profile, column, waits=waits)
+            without = _setting_without(profile, name)
+            first = f"{front} to put them in front" if front else "write them into the prompt"
+            second = f"{without} to leave them out" if without else "remove the column"
             raise DataError(
                 where="data.column_map",
-                found=f"{shown(column)} holds turns that are not in what is read",
-                expected="all that stands before the reply in what is read",
-                fix=fix,
+                found=f"{join_names(column)} holds turns that are in no column that is read",
+                expected="every turn before the reply in the columns that are read",
+                fix=reworded(front or without, f"{first}, or {second}"),
             )
 
 
-def _is_lost(profile: ColumnProfile, i: int, conversation: Any, *, stranger: bool) -> bool:
-    """Its turns before the reply are not among those that are read in row i, nor in a text that has them inside."""
-    before = _spoken(up_to_question(conversation))
-    read = {column: _spoken(contents(profile.rows[i].get(column))) for column in profile.taken.values()}
+def _is_lost(profile: ColumnProfile, i: int, conversation: Any, *, may_be_unrelated: bool) -> bool:
+    """Return whether turns before the reply are neither turns that are read in row i nor inside
+    one of its texts."""
+    before = _nonblank(texts_up_to_question(conversation))
+    row = profile.rows[i]
+    read = {column: _nonblank(texts_in(row.get(column))) for column in profile.assigned.values()}
     turns = {text for texts in read.values() for text in texts}
-    inside = any(
-        one_after_another(before, text)
+    is_inside = any(
+        contains_in_order(before, text)
         for column, texts in read.items()
         for text in texts
-        if profile.kind(column) == "dialogue" or len(before) > 1
+        if profile.type_of(column) == "dialogue" or len(before) > 1
     )
-    shared = inside or bool(turns & {*_spoken(contents(conversation))})
-    missed = not inside and not turns.issuperset(before)
-    return missed and shared if stranger else missed or not shared
+    shares_turn = is_inside or bool(turns & {*_nonblank(texts_in(conversation))})
+    is_missing = not is_inside and not turns.issuperset(before)
+    if may_be_unrelated:
+        return is_missing and shares_turn
+    return is_missing or not shares_turn
 
 
-def _in_front(profile: ColumnProfile, column: str, *, waits: bool) -> str:
-    """The setting by which these turns stand before the reply; "" where none would have each of them once."""
-    replies = [profile.column(side) for side in SIDES]
-    if (waits or profile.share(ends_with, column, *replies) > 0.5) and "conversation" not in profile.mapped:
-        return profile.line(conversation=column)
-    prompt = profile.taken.get("prompt")
-    asked = prompt is not None and profile.share(_asks_again, column, prompt) > 0
-    return "" if asked or "history" in profile.mapped else profile.line(history=column)
+def _setting_in_front(profile: ColumnProfile, column: str, *, waits: bool) -> str:
+    """Return the setting that puts a column's turns before the reply, each of them once; "" if none
+    does."""
+    replies = [profile.column_named(reply) for reply in REPLIES]
+    is_whole = waits or profile.share(ends_with, column, *replies) > 0.5
+    if is_whole and "conversation" not in profile.mapped:
+        return profile.setting(conversation=column)
+    prompt = profile.assigned.get("prompt")
+    repeats_prompt = prompt is not None and profile.share(_contains_prompt, column, prompt) > 0
+    if repeats_prompt or "history" in profile.mapped:
+        return ""
+    return profile.setting(history=column)
 
 
-def _asks_again(turns: Any, prompt: Any) -> bool:
-    return _spaced(" ".join(contents(prompt)[-1:])) in _spoken(contents(turns))
+def _contains_prompt(turns: Any, prompt: Any) -> bool:
+    return _single_spaced(" ".join(texts_in(prompt)[-1:])) in _nonblank(texts_in(turns))
 
 
-def _without(profile: ColumnProfile, name: str) -> str:
-    """The setting by which nothing else stands before the reply than what is read now; "" where there is none."""
-    if conversation := profile.taken.get("conversation"):
-        return profile.line(conversation=conversation)
-    prompts = [profile.taken["prompt"]] if "prompt" in profile.taken else profile.candidates("prompt")
-    return profile.lines("prompt", prompts) or (Overrides({"data.format": "implicit"}) if name in WHOLE else "")
+def _setting_without(profile: ColumnProfile, name: str) -> str:
+    """Return the setting with which only the columns read now come before the reply; "" if none."""
+    if conversation := profile.assigned.get("conversation"):
+        return profile.setting(conversation=conversation)
+    if "prompt" in profile.assigned:
+        return profile.setting(prompt=profile.assigned["prompt"])
+    if prompts := profile.candidates("prompt"):
+        return profile.settings("prompt", prompts)
+    return Overrides({"data.format": "implicit"}) if name in CONVERSATION_FORMATS else ""
 
 
 def _unused(profile: ColumnProfile, names: Iterable[str]) -> list[str]:
-    """Neither read nor named in data.column_map, by which it has been read."""
-    others = {*profile.taken.values(), *(set(profile.mapped.values()) - profile.mapped.keys())}
-    return [column for column in profile.named(*names) if column not in others]
+    """Return the columns with these names that are neither read nor in data.column_map."""
+    mapped = set(profile.mapped.values()) - profile.mapped.keys()
+    used = {*profile.assigned.values(), *mapped}
+    return [column for column in profile.columns_named(*names) if column not in used]
 
 
-def _spaced(text: str) -> str:
+def _single_spaced(text: str) -> str:
     return " ".join(text.split())
 
 
-def _spoken(texts: Iterable[str]) -> list[str]:
-    return [spaced for text in texts if (spaced := _spaced(text))]
+def _nonblank(texts: Iterable[str]) -> list[str]:
+    """Return the texts that are not blank, with single spaces."""
+    return [spaced for text in texts if (spaced := _single_spaced(text))]

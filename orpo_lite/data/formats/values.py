@@ -1,4 +1,4 @@
-"""What a value of a row holds: its kind, its texts, and whether somebody's chat template stands in them."""
+"""Determine the type of a value of a row, its texts, and whether a chat template was applied."""
 
 import ast
 import json
@@ -7,101 +7,144 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
-from orpo_lite.data.formats.messages import ANSWER_KEYS, MEASURES, is_message, is_pairs, normal, role_of
-from orpo_lite.data.formats.text import is_dialogue, numeric
+from orpo_lite.data.formats.messages import (
+    ANSWER_KEYS,
+    MEASURES,
+    is_message,
+    is_pair_list,
+    normalize,
+    role_of,
+)
+from orpo_lite.data.formats.text import is_dialogue, is_numeric
 from orpo_lite.data.pair import NotJson
 
-Kind = Literal[
+ValueType = Literal[
     "missing", "null", "text", "dialogue", "Python text of a list", "messages", "completions",
-    "texts", "numbers as texts", "pairs of texts", "numbers", "number", "true or false", "something else",
+    "texts", "numbers as texts", "pairs of texts", "numbers", "number", "true or false",
+    "something else",
 ]  # fmt: skip
-TEXTS: tuple[Kind, ...] = ("text", "dialogue")
-LISTS: tuple[Kind, ...] = ("texts", "numbers as texts")  # of texts; answers may be numbers, and scores texts
-USABLE: tuple[Kind, ...] = (*TEXTS, "messages")  # as chosen or rejected
-STRUCTURED: tuple[Kind, ...] = ("messages", "completions")  # a table holds these as JSON
-# So it does these, and here and there a text looks like one: a column holds them where every cell of it does.
-PLAIN_LISTS: tuple[Kind, ...] = (*LISTS, "pairs of texts", "numbers")
-SCALARS: tuple[Kind, ...] = ("missing", "null", "number", "true or false")
+TEXTS: tuple[ValueType, ...] = ("text", "dialogue")
+# Lists of texts. Answers may be numbers, and scores may be texts.
+LISTS: tuple[ValueType, ...] = ("texts", "numbers as texts")
+USABLE: tuple[ValueType, ...] = (*TEXTS, "messages")  # as chosen or rejected
+STRUCTURED: tuple[ValueType, ...] = ("messages", "completions")  # a table holds these as JSON
+# A table holds these as JSON too, but an ordinary text may look like one. A column has such a type
+# only if every cell has.
+PLAIN_LISTS: tuple[ValueType, ...] = (*LISTS, "pairs of texts", "numbers")
+SCALARS: tuple[ValueType, ...] = ("missing", "null", "number", "true or false")
 
 
-def kind_of(value: Any, column: str = "") -> Kind:
-    match unpacked(value, column):
+def value_type(value: Any, column: str = "") -> ValueType:
+    """Return the type of a value, after JSON in texts has been parsed."""
+    match unpack_json(value, column):
         case None | []:
             return "null"
         case str(text) if not text.strip():
-            return "null"  # all that a csv can write for it
+            return "null"  # a csv has no other way to write it
         case str(text):
-            python = _PYTHON.match(text) and _parsed(text) is None
-            return "Python text of a list" if python else "dialogue" if is_dialogue(text) else "text"
+            return _text_type(text)
         case bool():
             return "true or false"
         case int() | float():
             return "number"
-        case list(items) if all(isinstance(item, Mapping) for item in items):
-            return _kind_of_list(items)
-        case list(items) if all(isinstance(item, str) for item in items):
-            return "numbers as texts" if all(map(numeric, items)) else "texts"
-        case list(items) if is_pairs(items):
-            return "pairs of texts"
-        case list(items) if all(item is None or type(item) in (int, float, NotJson) for item in items):
-            return "numbers"
+        case list(items):
+            return _list_type(items)
         case _:
             return "something else"
 
 
-def usual_kind(values: Sequence[Any], column: str) -> Kind:
-    """What most of a column's values hold, the empty ones aside."""
-    kinds = Counter(kind_of(value, column) for value in values)
-    del kinds["null"]
-    if not kinds:
+def _text_type(text: str) -> ValueType:
+    if _PYTHON.match(text) and _parsed(text) is None:
+        return "Python text of a list"
+    return "dialogue" if is_dialogue(text) else "text"
+
+
+def _list_type(items: Sequence[Any]) -> ValueType:
+    if all(isinstance(item, Mapping) for item in items):
+        return _object_list_type(items)
+    if all(isinstance(item, str) for item in items):
+        return "numbers as texts" if all(map(is_numeric, items)) else "texts"
+    if is_pair_list(items):
+        return "pairs of texts"
+    if all(item is None or type(item) in (int, float, NotJson) for item in items):
+        return "numbers"
+    return "something else"
+
+
+def _object_list_type(items: Sequence[Mapping[str, Any]]) -> ValueType:
+    are_rated = len(items) > 1 and all(
+        role_of(item) == "assistant" and item.keys() & {*MEASURES} for item in items
+    )
+    if all(map(is_message, items)) and not are_rated:
+        return "messages"
+    are_answers = all(any(key in item for key in ANSWER_KEYS) for item in items)
+    return "completions" if are_answers else "something else"
+
+
+def usual_type(values: Sequence[Any], column: str) -> ValueType:
+    """Return the type of most of a column's values. Empty values do not count."""
+    counts = Counter(value_type(value, column) for value in values)
+    del counts["null"]
+    if not counts:
         return "null"
-    usual = kinds.most_common(1)[0][0]
-    in_doubt = usual in (*PLAIN_LISTS, "something else")
-    alike: Collection[Kind] = PLAIN_LISTS if usual in PLAIN_LISTS else (usual,)
-    return "text" if in_doubt and are_texts(values) and not kinds.keys() <= set(alike) else usual
+    usual = counts.most_common(1)[0][0]
+    if usual in (*PLAIN_LISTS, "something else") and are_texts(values):
+        alike: Collection[ValueType] = PLAIN_LISTS if usual in PLAIN_LISTS else (usual,)
+        if not counts.keys() <= set(alike):
+            return "text"
+    return usual
 
 
 def are_texts(values: Sequence[Any]) -> bool:
-    """Most of them, as in a table."""
-    held = [value for value in values if not is_blank(value)]
-    return sum(isinstance(value, str) for value in held) > len(held) / 2
+    """Return whether most of the values are texts, as in a table. Empty values do not count."""
+    filled = [value for value in values if not is_blank(value)]
+    return sum(isinstance(value, str) for value in filled) > len(filled) / 2
 
 
 def is_blank(value: Any) -> bool:
-    """It holds nothing, also as a table has to write that: kind_of says null."""
+    """Return whether a value is empty, also as a table writes it. Its type is then "null"."""
     return value.strip() in ("", "[]") if isinstance(value, str) else value is None or value == []
 
 
-def _kind_of_list(items: Sequence[Mapping[str, Any]]) -> Kind:
-    answers = len(items) > 1 and all(role_of(item) == "assistant" and item.keys() & {*MEASURES} for item in items)
-    if all(map(is_message, items)) and not answers:
-        return "messages"
-    return "completions" if all(any(key in item for key in ANSWER_KEYS) for item in items) else "something else"
+def unpack_json(value: Any, column: str = "") -> Any:
+    """Return the content of a text that is JSON of a form that is read; other values unchanged.
+
+    Tables hold lists and messages as such texts.
+    """
+    parsed = normalize(_parsed(value), column)
+    if isinstance(parsed, list) and all(isinstance(item, Mapping) for item in parsed):
+        return parsed
+    is_list = parsed is not None and value_type(parsed) in (*STRUCTURED, *PLAIN_LISTS)
+    return parsed if is_list else value
 
 
-def unpacked(value: Any, column: str = "") -> Any:
-    """A text that holds JSON of something that a format reads, as a table has to, as what it is; any other as is."""
-    held = normal(_parsed(value), column)
-    objects = isinstance(held, list) and all(isinstance(item, Mapping) for item in held)
-    return held if objects or (held is not None and kind_of(held) in (*STRUCTURED, *PLAIN_LISTS)) else value
+def single_text(value: Any) -> str | None:
+    """Return the text in a list of one text; None for other values, and for JSON in a text.
 
-
-def alone(value: Any) -> str | None:
-    """The text in a list of one text, as a table or Python holds it; None of anything else, JSON in a text among it."""
+    The list may be written as Python prints it.
+    """
     if isinstance(value, str) and _PYTHON.match(value) and not _is_json(value):
         value = _parsed(value)
-    return value[0] if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str) else None
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
+        return value[0]
+    return None
 
 
 def is_conversation(text: str) -> bool:
-    """JSON that is a list of messages beyond doubt: each has a role that is known, and a text."""
-    turns = normal(_parsed(text)) if text.lstrip()[:1] == "[" else None
-    return isinstance(turns, list) and bool(turns) and all(role_of(turn) and turn.get("content") for turn in turns)
+    """Return whether a text is clearly messages as JSON: each has a known role and a text."""
+    if text.lstrip()[:1] != "[":
+        return False
+    turns = normalize(_parsed(text))
+    if not isinstance(turns, list) or not turns:
+        return False
+    return all(role_of(turn) and turn.get("content") for turn in turns)
 
 
-# Lists as Python prints them, which pandas writes into a table; NumPy's have no commas, and cannot be read.
+# Lists as Python prints them, which pandas writes into a table. NumPy prints lists without commas,
+# and they cannot be read back.
 _PYTHON = re.compile(
-    r"""\s*(?:array\(\s*)?(?:\[\s*[\[({]?\s*['"]|\{\s*['"](?:role|content|from|value|messages)['"]\s*:)"""
+    r"""\s*(?:array\(\s*)?(?:\[\s*[\[({]?\s*['"]"""
+    r"""|\{\s*['"](?:role|content|from|value|messages)['"]\s*:)"""
 )
 
 
@@ -114,65 +157,75 @@ def _is_json(text: str) -> bool:
 
 
 def _parsed(value: Any) -> Any:
-    """The list or the object that a text is as JSON, or as Python prints it; None of any other value."""
-    if not isinstance(value, str) or (value.lstrip()[:1], value.rstrip()[-1:]) not in (("[", "]"), ("{", "}")):
+    """Return the list or object in a text that is JSON or printed by Python; None for others."""
+    if not isinstance(value, str):
+        return None
+    brackets = (value.lstrip()[:1], value.rstrip()[-1:])
+    if brackets not in (("[", "]"), ("{", "}")):
         return None
     try:
         return json.loads(value)
     except (ValueError, RecursionError):
         pass
+    if not _PYTHON.match(value):
+        return None
     try:
-        return ast.literal_eval(value.strip()) if _PYTHON.match(value) else None
-    except (ValueError, SyntaxError, RecursionError, MemoryError):  # literals alone: no code of the text runs
+        return ast.literal_eval(value.strip())  # literals only: no code of the text runs
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
         return None
 
 
-def contents(value: Any) -> list[str]:
-    """The texts in a value: its own, or those of its messages or answers."""
+def texts_in(value: Any) -> list[str]:
+    """Return the texts in a value: itself, or those of its messages or answers."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, list):
-        return [text for item in value for text in contents(item)]
+        return [text for item in value for text in texts_in(item)]
     if isinstance(value, Mapping):
-        return [text for key in ANSWER_KEYS for text in contents(value.get(key))]
+        return [text for key in ANSWER_KEYS for text in texts_in(value.get(key))]
     return []
 
 
-def asks(turns: Sequence[Any]) -> bool:
-    """It holds a user's turn: a whole conversation, not only the reply."""
+def has_user_turn(turns: Sequence[Any]) -> bool:
+    """Return whether messages have a user's turn: they are a conversation, not only a reply."""
     return any(role_of(turn) == "user" for turn in turns)
 
 
 def is_single_reply(value: Any) -> bool:
-    """A list of one message, the assistant's."""
+    """Return whether a value is a list of one message, the assistant's."""
     return isinstance(value, list) and [role_of(item) for item in value] == ["assistant"]
 
 
-def opens(turns: Any) -> bool:
-    """A conversation from its start: a user's turn is the first, or the first behind a system turn."""
-    roles = [role_of(turn) for turn in turns] if isinstance(turns, list) else []
-    return roles[:1] == ["user"] or roles[:2] == ["system", "user"]
+def is_from_start(turns: Any) -> bool:
+    """Return whether a conversation begins with a user's turn, perhaps after a system turn."""
+    if not isinstance(turns, list):
+        return False
+    roles = [role_of(turn) for turn in turns[:2]]
+    return roles[:1] == ["user"] or roles == ["system", "user"]
 
 
-def one_after_another(parts: Sequence[str], text: str) -> bool:
-    """A text holds all of these, in this order."""
-    at = 0
+def contains_in_order(parts: Sequence[str], text: str) -> bool:
+    """Return whether a text contains all parts in this order."""
+    position = 0
     for part in parts:
-        if (at := text.find(part, at)) < 0:
+        position = text.find(part, position)
+        if position < 0:
             return False
-        at += len(part)
+        position += len(part)
     return bool(parts)
 
 
 def ends_with(turns: Any, *replies: Any) -> bool:
-    """A conversation whose last text is one of these replies."""
-    return contents(turns)[-1:] in [contents(reply)[-1:] for reply in replies]
+    """Return whether the last text of a conversation is one of these replies."""
+    return texts_in(turns)[-1:] in [texts_in(reply)[-1:] for reply in replies]
 
 
-def up_to_question(turns: Any) -> list[str]:
-    """The texts of a conversation up to the last that a user says: without the reply, where it ends with one."""
-    asked = [i for i, turn in enumerate(turns, start=1) if role_of(turn) == "user"] if isinstance(turns, list) else []
-    return contents(turns[: asked[-1]]) if asked else []
+def texts_up_to_question(turns: Any) -> list[str]:
+    """Return the texts of a conversation up to the last user's turn, without a reply to it."""
+    if not isinstance(turns, list):
+        return []
+    questions = [i for i, turn in enumerate(turns) if role_of(turn) == "user"]
+    return texts_in(turns[: questions[-1] + 1]) if questions else []
 
 
 def waits_for_reply(turns: Sequence[Any]) -> bool:
@@ -181,61 +234,79 @@ def waits_for_reply(turns: Sequence[Any]) -> bool:
 
 _START = re.compile(
     r"\s*(?:<s>(?![\s\S]*</s>[\s\S]*\S)|(?:<s>\s*)?(?:"  # <s>old</s> new: of HTML
-    r"<bos>|<\|begin_of_text\|>|<\|endoftext\|>|<｜begin▁of▁sentence｜>|<\|im_start\|>|\[INST\]|<<SYS>>"
-    r"|<\|im_(?:user|system|assistant|middle)\|>|<\|header_start\|>|<\|start_of_role\|>|<\|channel\|>"
+    r"<bos>|<\|begin_of_text\|>|<\|endoftext\|>|<｜begin▁of▁sentence｜>|<\|im_start\|>"
+    r"|\[INST\]|<<SYS>>"
+    r"|<\|im_(?:user|system|assistant|middle)\|>|<\|header_start\|>|<\|start_of_role\|>"
+    r"|<\|channel\|>"
     r"|<\|start\|>(?:user|system|developer|assistant)|\[\|(?:user|system|assistant)\|\]"
     r"|\[SYSTEM_PROMPT\]|<\|start_header_id\|>|<start_of_turn>|<\|START_OF_TURN_TOKEN\|>"
     r"|<\|(?:user|system|assistant)\|>|<｜(?:User|Assistant)｜>"
     r"|#{2,3} ?(?:Instruction|Human|User|System|Input|Question)s?:"
-    r"|Below is an instruction that describes|(?:USER|User|Human|ASSISTANT|Assistant|GPT4 Correct User): "
+    r"|Below is an instruction that describes"
+    r"|(?:USER|User|Human|ASSISTANT|Assistant|GPT4 Correct User): "
     r"|<(?:human|bot)>:|A chat between a curious (?:user|human) and an artificial intelligence))"
 )
-# Its turns within one text, behind a system text or not: what has to be in the text at all, and how it stands there.
+# Turns within one text, after a system text or without one: a marker to look for first, and the
+# pattern that it must match.
 _TURNS = {
     "<extra_id_": re.compile(r"(?:\A|\n)<extra_id_[01]>(?:System|User|Assistant)\n"),  # HelpSteer2
     "ASSISTANT:": re.compile(r"(?:\A|\s)USER: .*\sASSISTANT:", re.DOTALL),  # Vicuna
     "Instruct": re.compile(r"\A\s*Instruct(?:ion)?:.*\n\s*(?:Output|Response):", re.DOTALL),  # Phi
     "Answer:": re.compile(r"\A\s*Question: .*\n\nAnswer:\s*\Z", re.DOTALL),  # StackLLaMA
 }
-_WAITING = re.compile(  # for the reply, at the end
-    r"(?:\s(?:ASSISTANT|<bot>|#{2,3} ?(?:Response|Assistant|Answer)):|\n\s*Assistant:|\[/INST\]|<\|assistant\|>"
-    r"|<\|im_start\|>assistant|<\|im_assistant\|>assistant<\|im_middle\|>|<\|start\|>assistant|\[\|assistant\|\]"
-    r"|(?:<\|start_of_role\|>|<\|header_start\|>)assistant(?:<\|end_of_role\|>|<\|header_end\|>)|<start_of_turn>model)\Z"
+# The marker of a reply at the end of a text.
+_REPLY_MARKER = re.compile(
+    r"(?:\s(?:ASSISTANT|<bot>|#{2,3} ?(?:Response|Assistant|Answer)):|\n\s*Assistant:|\[/INST\]"
+    r"|<\|assistant\|>|<\|im_start\|>assistant|<\|im_assistant\|>assistant<\|im_middle\|>"
+    r"|<\|start\|>assistant|\[\|assistant\|\]"
+    r"|(?:<\|start_of_role\|>|<\|header_start\|>)assistant(?:<\|end_of_role\|>|<\|header_end\|>)"
+    r"|<start_of_turn>model)\Z"
 )
-_LONGEST = 48  # characters of a marker at the end, and more
-_END = re.compile(
-    r"(?:<extra_id_1>|</s>|<\|im_end\|>|<\|eot_id\|>|<\|end_of_text\|>|<\|endoftext\|>|<end_of_turn>|<eos>|<\|end\|>"
-    r"|<\|eot\|>|<\|return\|>|\[\|endofturn\|\]"
+_MAX_MARKER = 48  # characters; no marker at the end of a text is longer
+_END_MARKER = re.compile(
+    r"(?:<extra_id_1>|</s>|<\|im_end\|>|<\|eot_id\|>|<\|end_of_text\|>|<\|endoftext\|>"
+    r"|<end_of_turn>|<eos>|<\|end\|>|<\|eot\|>|<\|return\|>|\[\|endofturn\|\]"
     r"|<\|END_OF_TURN_TOKEN\|>|<\|end_of_turn\|>|<｜end▁of▁sentence｜>)\Z"
 )
 
 
 def is_templated(value: Any) -> bool:
-    """Anchored at the text's start and end, or markers in their order, so that a question about templates is none."""
-    return is_opened(value) or end_marker(value) is not None
+    """Return whether a chat template was applied to a text of a value.
+
+    Looks for markers at the text's start and end, or for several in order: a question about
+    templates also contains markers.
+    """
+    return begins_templated(value) or end_marker(value) is not None
 
 
-def is_opened(value: Any) -> bool:
-    """It begins with a template's marker, holds its turns, or waits behind the marker of a reply."""
-    return any(_is_opened(text) and not is_dialogue(text) for text in contents(value))
+def begins_templated(value: Any) -> bool:
+    """Return whether a text begins with a template's marker, has its turns, or ends with the marker
+    of a reply."""
+    return any(_begins_templated(text) and not is_dialogue(text) for text in texts_in(value))
 
 
-def _is_opened(text: str) -> bool:
-    turns = any(marker in text and pattern.search(text) for marker, pattern in _TURNS.items())
-    return turns or bool(_START.match(text) or _WAITING.search(_end(text)))
+def _begins_templated(text: str) -> bool:
+    if any(marker in text and pattern.search(text) for marker, pattern in _TURNS.items()):
+        return True
+    return bool(_START.match(text) or _REPLY_MARKER.search(_last_characters(text)))
 
 
-def _end(text: str) -> str:
-    return text.rstrip()[-_LONGEST:]
+def _last_characters(text: str) -> str:
+    return text.rstrip()[-_MAX_MARKER:]
 
 
 def end_marker(value: Any) -> str | None:
-    """A template's marker at the end of the last text that has one there."""
-    ends = (_end_marker(text) for text in reversed(contents(value)) if not is_dialogue(text))
-    return next(filter(None, ends), None)
+    """Return the template's marker at the end of a text: of the last text that has one."""
+    for text in reversed(texts_in(value)):
+        marker = None if is_dialogue(text) else _end_marker(text)
+        if marker:
+            return marker
+    return None
 
 
 def _end_marker(text: str) -> str | None:
-    match = _END.search(_end(text))
-    is_html = match is not None and match[0] == "</s>" and text.strip().rfind("<s>") > 0
-    return match[0] if match and not is_html else None
+    match = _END_MARKER.search(_last_characters(text))
+    if match is None:
+        return None
+    is_html = match[0] == "</s>" and text.strip().rfind("<s>") > 0
+    return None if is_html else match[0]

@@ -1,4 +1,4 @@
-"""Rows of a set of the hub."""
+"""Read the rows of a dataset of the hub."""
 
 from __future__ import annotations
 
@@ -12,30 +12,35 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from orpo_lite.data.sources.lines import Place
-from orpo_lite.data.sources.local import named, near_names
+from orpo_lite.data.sources.lines import PlacedRow
+from orpo_lite.data.sources.local import path_settings, similar_names
 from orpo_lite.data.sources.source import (
     AUTO,
     TRAIN_SPLIT,
     Source,
     choose_split,
-    joined,
-    listed,
-    said_split,
+    join_sentences,
+    list_names,
     split_fix,
+    split_note,
 )
 from orpo_lite.errors import Command, DataError, HubError, Overrides, reworded
 
 
 @dataclass(frozen=True)
 class HubSource(Source):
-    label: str  # its split, for the places
-    table: Any = field(repr=False)  # a datasets.Dataset, on disk
+    """The rows of one split of a dataset of the hub."""
 
-    def rows(self, faults: list[DataError]) -> Iterator[Place]:  # noqa: ARG002 - the hub's own reader has read them
+    label: str
+    """The name of the split in the places of rows."""
+    table: Any = field(repr=False)
+    """A datasets.Dataset, on disk."""
+
+    # datasets has already read the rows, so there are no faults.
+    def rows(self, faults: list[DataError]) -> Iterator[PlacedRow]:  # noqa: ARG002
         yield from ((f"{self.label}[{i}]", row) for i, row in enumerate(self.table))
 
-    def labelled(self, labels: Mapping[str, str]) -> Source:
+    def with_labels(self, labels: Mapping[str, str]) -> Source:
         return replace(self, label=labels[self.whole_name])
 
     @property
@@ -43,16 +48,22 @@ class HubSource(Source):
         return f"{self.name}/{self.label}"
 
     def fingerprint(self) -> tuple[str, int]:
-        # datasets' own is of the revision, the configuration and the split.
-        said = f"{self.whole_name}\n{self.table._fingerprint}"
-        return hashlib.sha256(said.encode()).hexdigest(), len(self.table)
+        # The fingerprint of datasets covers the revision, the configuration and the split.
+        content = f"{self.whole_name}\n{self.table._fingerprint}"
+        return hashlib.sha256(content.encode()).hexdigest(), len(self.table)
 
     def columns(self) -> frozenset[str] | None:
         return frozenset(self.table.column_names)
 
 
-def load_set(name: str, split: str, config: str | None, key: str = TRAIN_SPLIT) -> HubSource:
-    import datasets  # a second to import, and local files do not need it
+def load_hub_dataset(
+    name: str, split: str, config: str | None, key: str = TRAIN_SPLIT
+) -> HubSource:
+    """Return the source of a split, from the hub or from its cache. Raises HubError.
+
+    ``key``: the setting that names the split.
+    """
+    import datasets  # takes a second to import, and local files do not need it
 
     datasets.disable_progress_bars()
     unreachable, where = _unreachable(name), f"data.dataset_name {name}"
@@ -60,20 +71,28 @@ def load_set(name: str, split: str, config: str | None, key: str = TRAIN_SPLIT) 
         with _offline() if unreachable else nullcontext():
             names = [split] if split != AUTO else _split_names(name, config)
             chosen = choose_split(names)
-            table = datasets.load_dataset(name, config, split=chosen) if chosen is not None else None
-    except Exception as error:  # whatever a download can raise is the hub's or the network's
-        expected, said = f"split {split!r}" if split != AUTO else "a data set with pairs", _found(error)
-        fix = _hub_fix(name, error, key)
-        if unreachable and isinstance(error, ConnectionError):  # all that datasets knows is that it was not to ask
-            expected, said = "a connection, or a copy in the cache", f"{unreachable} and it is not in the cache"
+            table = None
+            if chosen is not None:
+                table = datasets.load_dataset(name, config, split=chosen)
+    except Exception as error:  # a download can raise any error of the hub or the network
+        found, fix = _error_message(error), _download_fix(name, error, key)
+        expected = f"split {split!r}" if split != AUTO else "a dataset with pairs"
+        if unreachable and isinstance(error, ConnectionError):  # it was not allowed to connect
+            found = f"{unreachable} and it is not in the cache"
+            expected = "a connection, or a copy in the cache"
             if "Timeout" in unreachable:
                 fix = reworded(fix, f"{fix}; HF_HUB_ETAG_TIMEOUT=60 waits longer for a slow one")
-        raise HubError(where=where, found=said, expected=expected, fix=fix) from error
+        raise HubError(where=where, found=found, expected=expected, fix=fix) from error
     if chosen is None:
-        found, expected = f"several splits: {listed(names)}", "a split train, or one with preferences"
-        raise HubError(where=where, found=found, expected=expected, fix=split_fix(key, names))
-    said = said_split(chosen, names) if split == AUTO else ""
-    return HubSource(name, joined(f"{unreachable}; read from the cache" if unreachable else "", said), chosen, table)
+        raise HubError(
+            where=where,
+            found=f"several splits: {list_names(names)}",
+            expected="a split train, or one with preferences",
+            fix=split_fix(key, names),
+        )
+    cache_note = f"{unreachable}; read from the cache" if unreachable else ""
+    note = join_sentences(cache_note, split_note(chosen, names) if split == AUTO else "")
+    return HubSource(name, note, chosen, table)
 
 
 def _split_names(name: str, config: str | None) -> list[str]:
@@ -81,15 +100,15 @@ def _split_names(name: str, config: str | None) -> list[str]:
 
     try:
         return list(datasets.get_dataset_split_names(name, config))
-    except Exception:  # offline the set may still be in the cache; if not, this says why
+    except Exception:  # the dataset may still be in the cache; if not, this raises the reason
         return list(datasets.load_dataset(name, config))
 
 
 def _unreachable(name: str) -> str:
-    """Return that the hub does not answer, as a sentence; "" when it does, and when it is not to be asked.
+    """Return a sentence if the hub does not answer; "" if it does, or must not be asked.
 
-    datasets would try each of its own requests for half a minute or more before it looks into its cache. This is the
-    first of them, through the same client and so the same proxies.
+    Without the hub, each request of datasets takes half a minute or more before its cache is used.
+    This sends the first of these requests, through the same client and so the same proxies.
     """
     from datasets import config
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
@@ -97,9 +116,11 @@ def _unreachable(name: str) -> str:
 
     try:
         if not config.HF_HUB_OFFLINE:
-            url = hf_hub_url(name, config.REPOCARD_FILENAME, repo_type="dataset", endpoint=config.HF_ENDPOINT)
+            url = hf_hub_url(
+                name, config.REPOCARD_FILENAME, repo_type="dataset", endpoint=config.HF_ENDPOINT
+            )
             get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-    except (OSError, ValueError):  # an answer, a page that is not the hub's, or a name that cannot be one
+    except (OSError, ValueError):  # an answer, a page of another site, or an impossible name
         return ""
     except HTTPError as error:
         return f"{urlsplit(url).netloc} cannot be reached ({type(error).__name__})"
@@ -108,7 +129,7 @@ def _unreachable(name: str) -> str:
 
 @contextmanager
 def _offline() -> Iterator[None]:
-    """datasets reads its cache at once; it has no other switch once it is imported."""
+    """Make datasets read only its cache. After its import it has no other switch for that."""
     from datasets import config
 
     before, config.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE, True
@@ -118,46 +139,54 @@ def _offline() -> Iterator[None]:
         config.HF_HUB_OFFLINE = before
 
 
-def _found(error: Exception) -> str:
-    """The first line of the message, and the second when it lists the configurations."""
+def _error_message(error: Exception) -> str:
+    """Return the first line of the message, and the second if it lists the configurations."""
     lines = str(error).splitlines() or [type(error).__name__]
     return " ".join(lines[:2]) if len(lines) > 1 and CONFIGS.search(lines[1]) else lines[0]
 
 
-# How datasets lists what there is, at the end of a line.
+# How datasets lists the configurations and splits that exist.
 CONFIGS = re.compile(
-    r"(?:available configs|available configs in the cache|available|in the cache): \[?(.+?)\]?$", re.I | re.M
+    r"(?:available configs|available configs in the cache|available|in the cache): \[?(.+?)\]?$",
+    re.I | re.M,
 )
 SPLITS = re.compile(r"should be one of \[(.+?)\]", re.I)
+ACCESS_ERRORS = ("gated", "401", "403", "private", "authenticat", "doesn't exist")
 
 
-def _hub_fix(name: str, error: Exception, key: str) -> str:
-    said = str(error).replace(name, "").lower()
+def _download_fix(name: str, error: Exception, key: str) -> str:
+    """Return the fix for an error of datasets. ``key``: the setting that names the split."""
+    message = str(error).replace(name, "").lower()
     folder = shlex.quote(name.rpartition("/")[2])
     download = f"hf download --repo-type dataset {shlex.quote(name)} --local-dir {folder}"
     then = f", then data.dataset_name={folder}"
-    if "scripts are no longer supported" in said:
+    if "scripts are no longer supported" in message:
         return Command(f"{download} --revision refs/convert/parquet", then)
-    if "split" in said:
+    if "split" in message:
         options = SPLITS.search(str(error))
-        return split_fix(key, _names(options[1])) if options else f"name a split of the set in {key}"
-    if "config" in said:
+        if options is None:
+            return f"name a split of the dataset in {key}"
+        return split_fix(key, _split_list(options[1]))
+    if "config" in message:
         options = CONFIGS.search(str(error))
         if options is None:
-            return "name a configuration of the set in data.dataset_config"
-        return Overrides({"data.dataset_config": _names(options[1])[0]}, ", or another configuration of the set")
-    near = here = ""
+            return "name a configuration of the dataset in data.dataset_config"
+        config = _split_list(options[1])[0]
+        other = ", or another configuration of the dataset"
+        return Overrides({"data.dataset_config": config}, other)
+    similar = no_file = ""
     if "/" not in name:
-        near = named(Path(name), near_names(Path(name)))
-        other = f" ({near} is)" if near else ""
-        here = f"there is no file or folder {name} here either{other}; for a set of the hub, "
-    if any(word in said for word in ("gated", "401", "403", "private", "authenticat", "doesn't exist")):
-        page = f"{here}open https://huggingface.co/datasets/{name}, ask for access if it is gated, then `hf auth login`"
-        return reworded(near or Command("hf auth login"), page)
-    # Without a network datasets does not look for a set where `hf download` alone would put it.
-    page = f"{here}check the network, or on a connected machine: {download}{then}"
-    return reworded(near or Command(download), page)
+        similar = path_settings(Path(name), similar_names(Path(name)))
+        found = f" (similar: {similar})" if similar else ""
+        no_file = f"there is no local file or folder {name}{found}; for a dataset of the hub, "
+    if any(word in message for word in ACCESS_ERRORS):
+        page = f"open https://huggingface.co/datasets/{name}, ask for access if it is gated"
+        advice = f"{no_file}{page}, then `hf auth login`"
+        return reworded(similar or Command("hf auth login"), advice)
+    # Without a network, datasets does not find what `hf download` alone puts into the cache.
+    advice = f"{no_file}check the network, or on a connected machine: {download}{then}"
+    return reworded(similar or Command(download), advice)
 
 
-def _names(listed: str) -> list[str]:
-    return [name.strip("'\"") for name in listed.split(", ")]
+def _split_list(text: str) -> list[str]:
+    return [name.strip("'\"") for name in text.split(", ")]

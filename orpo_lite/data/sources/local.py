@@ -1,4 +1,4 @@
-"""Rows of local files, of a folder or of a pattern."""
+"""Find and read local files: one file, a folder or a pattern."""
 
 from __future__ import annotations
 
@@ -11,42 +11,45 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from orpo_lite.data.sources.files import SPREADSHEETS, column_names, file_fingerprint, read_file
-from orpo_lite.data.sources.lines import LISTED, File, Place, kind_of, stem
+from orpo_lite.data.sources.lines import SUFFIX_LIST, File, PlacedRow, data_suffix, stem
 from orpo_lite.data.sources.source import (
     AUTO,
     Source,
     choose_split,
+    dataset_name_setting,
     is_held_out,
-    joined,
-    listed,
-    names_line,
+    join_sentences,
+    list_names,
     names_split,
-    readable,
-    said_split,
+    report_unreadable,
     split_fix,
+    split_note,
     split_of,
 )
 from orpo_lite.errors import DataError, one_of
 
 NOT_DATA = ("dataset_dict.json", "state.json", "dataset_info.json", "dataset_infos.json")
-DEPTH = 4  # folders below a folder in which files are looked for
+DEPTH = 4  # levels of folders in which files are searched
 
 
 @dataclass(frozen=True)
 class LocalSource(Source):
+    """The rows of local files."""
+
     files: tuple[File, ...]
 
-    def rows(self, faults: list[DataError]) -> Iterator[Place]:
-        with readable(self.name):
+    def rows(self, faults: list[DataError]) -> Iterator[PlacedRow]:
+        with report_unreadable(self.name):
             for file in self.files:
                 yield from read_file(file, faults)
 
-    def labelled(self, labels: Mapping[str, str]) -> Source:
-        return replace(self, files=tuple(replace(file, label=labels[str(file.path)]) for file in self.files))
+    def with_labels(self, labels: Mapping[str, str]) -> Source:
+        files = (replace(file, label=labels[str(file.path)]) for file in self.files)
+        return replace(self, files=tuple(files))
 
     def fingerprint(self) -> tuple[str, int]:
         digest, counts = hashlib.sha256(), []
-        with readable(self.name):
+        with report_unreadable(self.name):
             for file in self.files:
                 content, count = file_fingerprint(file)
                 digest.update(f"{file.label}\n{content}\n".encode())
@@ -60,175 +63,244 @@ class LocalSource(Source):
         return [replace(self, files=(file,)) for file in self.files] if len(self.files) > 1 else ()
 
     def columns(self) -> frozenset[str] | None:
-        with readable(self.name):
+        with report_unreadable(self.name):
             headers = [column_names(file) for file in self.files]
         return frozenset[str]().union(*headers) if all(headers) else None
 
 
 def find_files(name: str, split: str, key: str) -> LocalSource:
-    path = Path(os.path.expanduser(name))
-    with readable(name):
+    """Return the source of a file, or of the files of a split in a folder or a pattern.
+
+    ``key``: the setting that names the split. Raises DataError.
+    """
+    path, note = Path(os.path.expanduser(name)), ""
+    with report_unreadable(name):
         if path.is_file():
-            if not kind_of(path.name):
-                raise _unknown_kind(path)
-            paths, said = [path], ""
+            if not data_suffix(path.name):
+                raise _unknown_suffix(path)
+            paths = [path]
         elif path.is_dir():
-            below, not_read = _data_files(path)
-            paths, said = _of_split(path, below, split, key)
-            said = joined(said, not_read)
+            found, unread_note = _find_data_files(path)
+            paths, note = _select_split(path, found, split, key)
+            note = join_sentences(note, unread_note)
         elif glob.has_magic(name):
-            matched = _matched(path)
-            base = Path(os.path.commonpath([file.parent for file in matched]))
-            paths, said = _of_split(base, matched, split, key) if split not in (AUTO, "train") else (matched, "")
+            paths = _match_pattern(path)
+            if split not in (AUTO, "train"):
+                base = Path(os.path.commonpath([file.parent for file in paths]))
+                paths, note = _select_split(base, paths, split, key)
         else:
-            raise _missing(path, near_names(path))
+            raise _missing(path, similar_names(path))
     labels = unique_labels(paths)
-    count = f"{len(paths)} files: {listed(labels)}" if len(paths) > 1 else ""
-    found = tuple(File(path, label) for path, label in zip(paths, labels, strict=True))
-    return LocalSource(in_unicode(name), joined(said, count), found)
+    count = f"{len(paths)} files: {list_names(labels)}" if len(paths) > 1 else ""
+    files = tuple(File(path, label) for path, label in zip(paths, labels, strict=True))
+    return LocalSource(in_unicode(name), join_sentences(note, count), files)
 
 
 def unique_labels(paths: Sequence[Path]) -> list[str]:
-    """The names from the folder that all have in common, so that two train.jsonl are told apart."""
+    """Return the paths relative to their common folder, so that two train.jsonl differ."""
     common = os.path.commonpath([path.parent for path in paths])
     return [in_unicode(path.relative_to(common).as_posix()) for path in paths]
 
 
 def in_unicode(name: str) -> str:
-    """Return the name of a file as text, where its bytes are of another encoding than the system's."""
+    """Return the name of a file as text, also if its bytes are not in the system's encoding."""
     return os.fsencode(name).decode(errors="replace")
 
 
-def _rows_files(paths: Iterable[Path]) -> list[Path]:
-    """Return the files of rows among the paths, in order. A .txt next to other kinds is taken for a note."""
-    found = sorted(path for path in paths if kind_of(path.name) and path.name not in NOT_DATA and path.is_file())
-    shown = [path for path in found if not path.name.startswith(".") and not path.match("cache-*.arrow")]
-    return [path for path in shown if path.suffix.lower() != ".txt"] or shown
+def _select_data_files(paths: Iterable[Path]) -> list[Path]:
+    """Return the data files among the paths, in order. A .txt next to other types is a note."""
+    found = [
+        path
+        for path in sorted(paths)
+        if data_suffix(path.name)
+        and path.name not in NOT_DATA
+        and path.is_file()
+        and not path.name.startswith(".")
+        and not path.match("cache-*.arrow")
+    ]
+    return [path for path in found if path.suffix.lower() != ".txt"] or found
 
 
-def _data_files(folder: Path) -> tuple[list[Path], str]:
-    """Return the files of rows in a folder and in its data/, where sets from the hub have them; else those below.
+def _find_data_files(folder: Path) -> tuple[list[Path], str]:
+    """Return the data files of a folder, and a note on subfolders with data that are not read.
 
-    The second is what to say of folders with rows that are not read.
+    These are the files in the folder and in its data/, where datasets of the hub have them. If
+    there are none, the files in all subfolders are returned.
     """
     below = _files_below(folder)
     found = [path for path in below if path.parent in (folder, folder / "data")] or below
     if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
         found = _saved_files(folder)
     if not found:
-        expected, fix = f"files of {LISTED}", "check data.dataset_name"
-        raise DataError(where=str(folder), found="no data files in the folder", expected=expected, fix=fix)
+        raise DataError(
+            where=str(folder),
+            found="no data files in the folder",
+            expected=f"files of {SUFFIX_LIST}",
+            fix="check data.dataset_name",
+        )
     _refuse_copies(folder, found)
-    others = {path.relative_to(folder).parts[0] for path in {*below} - {*found} if path.parent != folder}
-    left = sorted(others - {"data"})
-    return found, f"not read: the {'folder' if len(left) == 1 else 'folders'} {listed(left)}" if left else ""
+    unread = {*below} - {*found}
+    folders = {path.relative_to(folder).parts[0] for path in unread if path.parent != folder}
+    names = sorted(folders - {"data"})
+    if not names:
+        return found, ""
+    return found, f"not read: the {'folder' if len(names) == 1 else 'folders'} {list_names(names)}"
 
 
 def _files_below(folder: Path) -> list[Path]:
-    below = (path for depth in range(1, DEPTH + 1) for path in folder.glob("/".join("*" * depth)))
-    return _rows_files(path for path in below if not any(part[0] in "._" for part in path.relative_to(folder).parts))
+    patterns = ("/".join("*" * depth) for depth in range(1, DEPTH + 1))
+    below = (path for pattern in patterns for path in folder.glob(pattern))
+    return _select_data_files(
+        path
+        for path in below
+        if not any(part[0] in "._" for part in path.relative_to(folder).parts)
+    )
 
 
 def _saved_files(folder: Path) -> list[Path]:
-    """Return the files that save_to_disk wrote, in the order of the rows: of a Dataset, or of a DatasetDict's splits.
+    """Return the files that save_to_disk wrote for a Dataset or the splits of a DatasetDict.
 
-    Other tables there, which Dataset.map may have left, are not among them.
+    They are in the order of the rows. Other tables, which Dataset.map may have left, are not
+    included.
     """
-    import datasets  # a second to import, and other files do not need it
+    import datasets  # takes a second to import, and other files do not need it
 
     try:
         loaded = datasets.load_from_disk(str(folder), keep_in_memory=False)
-    except Exception as error:  # datasets raises whatever it stumbles on
-        found, expected = f"missing or broken: {error}".splitlines()[0], "a whole folder of save_to_disk"
-        raise DataError(where=str(folder), found=found, expected=expected, fix="copy the folder again") from None
+    except Exception as error:  # datasets raises many types of errors
+        raise DataError(
+            where=str(folder),
+            found=f"missing or broken: {error}".splitlines()[0],
+            expected="a whole folder of save_to_disk",
+            fix="copy the folder again",
+        ) from None
     tables = loaded.values() if isinstance(loaded, dict) else [loaded]
     names = [file["filename"] for table in tables for file in table.cache_files]
     return [folder / os.path.relpath(name, folder) for name in names]
 
 
 def _refuse_copies(folder: Path, paths: Sequence[Path]) -> None:
-    """One name in two kinds is most likely one set of rows, converted."""
+    """Raise DataError for two files that differ only in their suffix.
+
+    Most likely they have the same rows, and one was converted to the other.
+    """
     stems: dict[Path, Path] = {}
     for path in paths:
         other = stems.setdefault(path.parent / stem(path.name), path)
         if other != path:
-            found = f"{other.name} and {path.name}: one name in two kinds of files, as if one was made of the other"
-            fix = one_of([names_line([str(path)]), names_line([str(other)]), "another name for one of them"])
-            raise DataError(where=str(folder), found=found, expected="each row once", fix=fix)
+            settings = [dataset_name_setting([str(file)]) for file in (path, other)]
+            raise DataError(
+                where=str(folder),
+                found=f"{other.name} and {path.name}: one may be a conversion of the other",
+                expected="each row once",
+                fix=one_of([*settings, "another name for one of them"]),
+            )
 
 
-def _matched(pattern: Path) -> list[Path]:
-    found = _rows_files(map(Path, glob.glob(str(pattern), recursive=True)))
+def _match_pattern(pattern: Path) -> list[Path]:
+    found = _select_data_files(map(Path, glob.glob(str(pattern), recursive=True)))
     if not found:
-        expected, fix = f"files of {LISTED}", 'check the pattern, and put "..." around it'
-        raise DataError(where=str(pattern), found="no data file matches", expected=expected, fix=fix)
+        raise DataError(
+            where=str(pattern),
+            found="no data file matches",
+            expected=f"files of {SUFFIX_LIST}",
+            fix='check the pattern, and put "..." around it',
+        )
     return found
 
 
-def _of_split(folder: Path, paths: list[Path], split: str, key: str) -> tuple[list[Path], str]:
-    """Return the files of a split, and what was chosen.
+def _select_split(folder: Path, paths: list[Path], split: str, key: str) -> tuple[list[Path], str]:
+    """Return the files of a split, and a note on what was chosen.
 
-    Files without a split in their names are one training set, unless others are named for training.
+    If no file is named for training, all files without a split in their names are for training.
     """
     split_by_path = {path: _split_below(folder, path) for path in paths}
     named = {*filter(names_split, split_by_path.values())}
     may_be_train = split == AUTO or (split == "train" and not named)
-    if may_be_train and all(map(is_held_out, named)) and not (folder / "dataset_dict.json").is_file():
-        split_by_path = {path: name if name in named else "train" for path, name in split_by_path.items()}
+    is_dataset_dict = (folder / "dataset_dict.json").is_file()
+    if may_be_train and all(map(is_held_out, named)) and not is_dataset_dict:
+        for path, name in split_by_path.items():
+            if name not in named:
+                split_by_path[path] = "train"
     splits = list(dict.fromkeys(split_by_path.values()))
-    chosen = choose_split([*filter(names_split, splits)] or splits) if split == AUTO else split
+    chosen: str | None = split
+    if split == AUTO:
+        chosen = choose_split([*filter(names_split, splits)] or splits)
     if chosen not in splits:
-        wanted, example = ("train", "train") if split == AUTO else (repr(split), split)
-        found, expected = f"no file of split {wanted}; splits: {listed(splits)}", f"{example}.jsonl or the like"
-        raise DataError(where=str(folder), found=found, expected=expected, fix=split_fix(key, splits))
-    others = (path for path in paths if split_by_path[path] != chosen)
-    left = [path.relative_to(folder).as_posix() for path in others if not is_held_out(split_by_path[path])]
-    said = joined(said_split(chosen, splits), f"not read: {listed(left)}" if left else "") if split == AUTO else ""
-    return [path for path in paths if split_by_path[path] == chosen], said
+        wanted = "train" if split == AUTO else repr(split)
+        raise DataError(
+            where=str(folder),
+            found=f"no file of split {wanted}; splits: {list_names(splits)}",
+            expected=f"a file such as {'train' if split == AUTO else split}.jsonl",
+            fix=split_fix(key, splits),
+        )
+    files = [path for path in paths if split_by_path[path] == chosen]
+    if split != AUTO:
+        return files, ""
+    unread = [
+        path.relative_to(folder).as_posix()
+        for path in paths
+        if split_by_path[path] != chosen and not is_held_out(split_by_path[path])
+    ]
+    unread_note = f"not read: {list_names(unread)}" if unread else ""
+    return files, join_sentences(split_note(chosen, splits), unread_note)
 
 
 def _split_below(folder: Path, path: Path) -> str:
-    """Return the split that the name of a file or of a folder above it says; else the nearest name."""
-    folders = [part.rpartition("=")[2] for part in path.relative_to(folder).parts[:-1] if part != "data"]
+    """Return the split that a file or a folder above it is named for.
+
+    If none of the names says a split, the name of the nearest folder is returned, or of the file.
+    """
+    folders = [
+        part.rpartition("=")[2] for part in path.relative_to(folder).parts[:-1] if part != "data"
+    ]
     names = [split_of(path), *reversed(folders)]
-    return next(filter(names_split, names), names[:2][-1])
+    for name in names:
+        if names_split(name):
+            return name
+    return names[1] if folders else names[0]
 
 
-def _unknown_kind(path: Path) -> DataError:
-    found, fix = "an unknown kind of file", "save it as .jsonl, one JSON object a row"
+def _unknown_suffix(path: Path) -> DataError:
+    found, fix = "an unknown type of file", "save it as .jsonl, one JSON object a row"
     if path.suffix.lower() in SPREADSHEETS:
         found, fix = "a spreadsheet", "save it as csv, in UTF-8"
-    return DataError(where=str(path), found=found, expected=f"one of {LISTED}", fix=fix)
+    return DataError(where=str(path), found=found, expected=f"one of {SUFFIX_LIST}", fix=fix)
 
 
 def refuse_mistyped(name: str) -> None:
-    """Raise for a name that, by what stands here, is meant for a file here, and not for a set of the hub."""
+    """Raise DataError for a name that is probably a misspelled local file, not a hub dataset."""
     path = Path(name)
     if "/" not in name:
-        if near := [other for other in near_names(path) if stem(other).lower() == name.lower()]:
-            raise _missing(path, near)
+        similar = [other for other in similar_names(path) if stem(other).lower() == name.lower()]
+        if similar:
+            raise _missing(path, similar)
     elif name.count("/") > 1 or name.endswith("/"):
-        raise _missing(path, near_names(path))
+        raise _missing(path, similar_names(path))
     elif path.parent.is_dir():
-        expected = f"a file or folder, for there is a folder {path.parent} here; else a set of the hub"
-        raise _missing(path, near_names(path), expected)
+        expected = f"a file or folder in the local folder {path.parent}, or a dataset of the hub"
+        raise _missing(path, similar_names(path), expected)
 
 
-def _missing(path: Path, near: Sequence[str], expected: str = "a file or folder") -> DataError:
-    found = "no such file" if path.parent.is_dir() else f"no such file, and {path.parent} is not a folder"
-    return DataError(where=str(path), found=found, expected=expected, fix=named(path, near) or "check the path")
+def _missing(path: Path, similar: Sequence[str], expected: str = "a file or folder") -> DataError:
+    found = "no such file"
+    if not path.parent.is_dir():
+        found += f", and {path.parent} is not a folder"
+    fix = path_settings(path, similar) or "check the path"
+    return DataError(where=str(path), found=found, expected=expected, fix=fix)
 
 
-def named(path: Path, near: Sequence[str]) -> str:
-    """Return the settings that name one of these in place of the path."""
-    return one_of(names_line([str(path.with_name(name))]) for name in near)
+def path_settings(path: Path, names: Sequence[str]) -> str:
+    """Return the settings that name one of these files in the place of the path."""
+    return one_of(dataset_name_setting([str(path.with_name(name))]) for name in names)
 
 
-def near_names(path: Path) -> list[str]:
-    """What stands where the path points to and is called much like it, with or without a suffix."""
+def similar_names(path: Path) -> list[str]:
+    """Return up to three names in the path's folder that are similar, whatever their suffixes."""
     try:
-        beside = sorted(child.name for child in path.parent.iterdir())
-    except (OSError, ValueError):  # no folder, or no name that could be one
+        siblings = sorted(child.name for child in path.parent.iterdir())
+    except (OSError, ValueError):  # no folder, or a name that is not possible
         return []
-    close = difflib.get_close_matches(stem(path.name).lower(), {stem(name).lower() for name in beside}, cutoff=0.5)
-    return [name for part in close for name in beside if stem(name).lower() == part][:3]
+    stems = {stem(name).lower() for name in siblings}
+    close = difflib.get_close_matches(stem(path.name).lower(), stems, cutoff=0.5)
+    return [name for part in close for name in siblings if stem(name).lower() == part][:3]

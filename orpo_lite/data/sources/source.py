@@ -1,4 +1,4 @@
-"""Where rows come from: what every source can do, and how splits are chosen."""
+"""The interface of all sources of rows, and the choice of a split."""
 
 from __future__ import annotations
 
@@ -14,47 +14,56 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orpo_lite.data.sources.files import SPREADSHEETS
-from orpo_lite.data.sources.lines import Place, kind_of, stem
+from orpo_lite.data.sources.lines import PlacedRow, data_suffix, stem
 from orpo_lite.errors import DataError, Overrides
 
 AUTO = "auto"
-NAMES_SHOWN = 10  # file names in one sentence
+MAX_NAMES = 10  # names in one sentence
 
 
 @dataclass(frozen=True)
 class Source(ABC):
-    """Rows that have been found, and not read yet."""
+    """Rows that were found and are not read yet."""
 
-    name: str  # as the recipe names it
-    said: str  # a choice that was made for the person, or ""
-
-    @abstractmethod
-    def rows(self, faults: list[DataError]) -> Iterator[Place]:
-        """Yield (place, row). A row that cannot be read goes to ``faults``; a file that cannot be is raised at once."""
+    name: str
+    """As in the recipe."""
+    note: str
+    """What was chosen automatically, as a sentence; or ""."""
 
     @abstractmethod
-    def labelled(self, labels: Mapping[str, str]) -> Source:
-        """The same with other names in its places."""
+    def rows(self, faults: list[DataError]) -> Iterator[PlacedRow]:
+        """Yield (place, row).
+
+        The error of a row that cannot be read goes to ``faults``. Raises DataError at once for a
+        file that cannot be read.
+        """
+
+    @abstractmethod
+    def with_labels(self, labels: Mapping[str, str]) -> Source:
+        """Return the source with other names in the places of its rows."""
 
     @abstractmethod
     def fingerprint(self) -> tuple[str, int]:
-        """sha256 of the content, the order and the labels; and about how many rows there are, 0: unknown."""
+        """Return the sha256 of content, order and labels, and the approximate number of rows.
+
+        The number is 0 if it is unknown.
+        """
 
     @abstractmethod
     def columns(self) -> frozenset[str] | None:
-        """The columns of all rows, where they are known without reading the rows, as of a table; else None."""
+        """Return the columns of all rows if they are known without reading them; else None."""
 
     def paths(self) -> list[str]:
-        """The files, by the names to call them by; none of a source that is no files."""
+        """Return the names of the files. Empty for a source that has no files."""
         return []
 
     def parts(self) -> Sequence[Source]:
-        """Each of several files by itself."""
+        """Return one source for each file, if there are several."""
         return ()
 
 
-def names_line(names: Sequence[str]) -> Overrides:
-    """The setting that names these files one by one, as it can be pasted into a shell."""
+def dataset_name_setting(names: Sequence[str]) -> Overrides:
+    """Return the data.dataset_name setting that lists these files, quoted for a shell."""
     value = ",".join(names)
     if any(set(name) & set(",[]'\"") for name in names):
         value = json.dumps(list(names), ensure_ascii=False)
@@ -67,76 +76,109 @@ def is_local(name: str) -> bool:
 
 
 def is_path(name: str) -> bool:
-    """Whether the name is one of files by its looks alone; a hub name has no suffix and no wildcard."""
-    looks = kind_of(name) or name.lower().endswith(SPREADSHEETS) or name.startswith((".", "/", "~"))
-    return bool(looks) or glob.has_magic(name)
+    """Return whether a name has the form of a path.
+
+    A name of the hub has no suffix of a data file and no wildcard.
+    """
+    if data_suffix(name) or name.lower().endswith(SPREADSHEETS) or glob.has_magic(name):
+        return True
+    return name.startswith((".", "/", "~"))
 
 
 SHARD = re.compile(r"(-\d+-of-\d+(-[0-9a-f]+)?|[-_.]part[-_.]?\d+|[-_.]\d+)$", re.IGNORECASE)
 TRAIN = {"train", "training"}
-HELD_OUT = {"test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation", "heldout", "holdout"}
+HELD_OUT = {
+    "test",
+    "testing",
+    "validation",
+    "valid",
+    "val",
+    "dev",
+    "eval",
+    "evaluation",
+    "heldout",
+    "holdout",
+}
 
 
 def split_of(path: Path) -> str:
-    """The stem less the number of a shard: train of train-00000-of-00002.parquet, train_sft of train_sft.jsonl."""
+    """Return the name of a file without suffixes and shard number.
+
+    train for train-00000-of-00002.parquet, train_sft for train_sft.jsonl.
+    """
     return SHARD.sub("", stem(path.name))
 
 
 def choose_split(names: Sequence[str]) -> str | None:
-    """The preference split, else train, else the only one; None when there are several others."""
-    likely = ["train_prefs", *(name for name in names if re.search("train.*pref", name.lower())), "train", "training"]
-    return next((name for name in likely if name in names), names[0] if len(names) == 1 else None)
+    """Return the preference split, else train, else the only one; None if none of these exists."""
+    preferences = [name for name in names if re.search("train.*pref", name.lower())]
+    for likely in ("train_prefs", *preferences, "train", "training"):
+        if likely in names:
+            return likely
+    return names[0] if len(names) == 1 else None
 
 
 def split_words(split: str) -> set[str]:
-    """Return the words of a split's name: train and prefs of train_prefs."""
+    """Return the words of a split's name: train and prefs for train_prefs."""
     return set(re.split(r"[-_.]", split.lower().replace("held_out", "heldout")))
 
 
 def is_held_out(split: str) -> bool:
-    """Whether a word of the split's name says that it is not to be trained on."""
+    """Return whether a word of the split's name says that it is not for training."""
     return not HELD_OUT.isdisjoint(split_words(split))
 
 
 def names_split(name: str) -> bool:
-    """Whether a word of a name says for what the rows are."""
+    """Return whether a word of a name says that the rows are for training, or held out."""
     return is_held_out(name) or not TRAIN.isdisjoint(split_words(name))
 
 
-def said_split(split: str, names: Sequence[str]) -> str:
-    """What to say of a chosen split: which, unless it is plainly train, and what the set has to hold out."""
+def split_note(split: str, names: Sequence[str]) -> str:
+    """Return the note on a chosen split: its name if it is not train, and the held-out split."""
     rest = split_words(split) - TRAIN
-    held_out = next((name for name in names if is_held_out(name) and split_words(name) - HELD_OUT == rest), "")
-    hint = f"data.dataset_test_split={held_out} would use its own held-out pairs" if held_out else ""
-    return joined("" if split == "train" else f"split {split} (of {listed(names)})", hint)
+    chosen = "" if split == "train" else f"split {split} (of {list_names(names)})"
+    for name in names:
+        if is_held_out(name) and split_words(name) - HELD_OUT == rest:
+            hint = f"data.dataset_test_split={name} would use its own held-out pairs"
+            return join_sentences(chosen, hint)
+    return chosen
 
 
-def joined(*sentences: str) -> str:
-    """Join what there is to say; "" is nothing."""
+def join_sentences(*sentences: str) -> str:
+    """Return the sentences that are not empty, joined by "; "."""
     return "; ".join(filter(None, sentences))
 
 
-TRAIN_SPLIT, TEST_SPLIT = "data.dataset_train_split", "data.dataset_test_split"  # the settings that name a split
+TRAIN_SPLIT, TEST_SPLIT = "data.dataset_train_split", "data.dataset_test_split"
+"""The settings that name a split."""
 
 
 def split_fix(key: str, names: Sequence[str]) -> str:
-    """Return the setting with a split that there is."""
+    """Return the setting ``key`` with a split that exists."""
     held_out = [*filter(is_held_out, names)]
     others = [name for name in names if name not in held_out]
-    likely = [*held_out, *others] if key == TEST_SPLIT else [choose_split(names) or "", *others, *held_out]
+    if key == TEST_SPLIT:
+        likely = [*held_out, *others]
+    else:
+        likely = [choose_split(names) or "", *others, *held_out]
     return next((Overrides({key: name}) for name in likely if name), "check data.dataset_name")
 
 
-def listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-    return ", ".join(names[:NAMES_SHOWN]) + more
+def list_names(names: Sequence[str]) -> str:
+    """Return the first names for a sentence, and how many more there are."""
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return ", ".join(names[:MAX_NAMES]) + more
 
 
 @contextmanager
-def readable(name: str) -> Iterator[None]:
+def report_unreadable(name: str) -> Iterator[None]:
+    """Raise DataError in the place of an OSError."""
     try:
         yield
     except OSError as error:
         raise DataError(
-            where=name, found=str(error), expected="a file that can be read", fix="check its owner and permissions"
+            where=name,
+            found=str(error),
+            expected="a file that can be read",
+            fix="check its owner and permissions",
         ) from None

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from orpo_lite.data.formats.column_map import mapped_row
+from orpo_lite.data.formats.column_map import apply_column_map
 from orpo_lite.data.formats.detect import Detected, detect_format
 from orpo_lite.data.pair import COLUMNS, PROMPTS_DIFFER, TIED, TOO_FEW, Pair, Row
 from orpo_lite.errors import DataError
@@ -35,9 +35,14 @@ def said(speaker: str, text: str) -> dict[str, str]:
     return {"from": speaker, "value": text}
 
 
-def detect(rows: list[Any], column_map: Mapping[str, str] = {}, **settings: Any) -> tuple[Detected, list[Row]]:
+def detect(
+    rows: list[Any], column_map: Mapping[str, str] = {}, **settings: Any
+) -> tuple[Detected, list[Row]]:
     """As pairs.py asks: the rows as data.column_map leaves them."""
-    mapped: list[Row] = [mapped_row(row, {ours: [theirs] for ours, theirs in column_map.items()}) for row in rows]
+    mapped: list[Row] = [
+        apply_column_map(row, {ours: [theirs] for ours, theirs in column_map.items()})
+        for row in rows
+    ]
     return detect_format(mapped, mapped=column_map, **settings), mapped
 
 
@@ -47,7 +52,8 @@ def read(rows: list[Any], column_map: Mapping[str, str] = {}, **settings: Any) -
 
 
 def refused(rows: list[Any], *lines: str, **settings: Any) -> str:
-    """The refusal of these rows, which holds all three parts, each line, and nothing of what the rows say."""
+    """The refusal of these rows, which holds all three parts, each line, and nothing of what the
+    rows say."""
     with pytest.raises(DataError) as raised:
         detect(rows, **settings)
     error = raised.value
@@ -65,7 +71,9 @@ def refused(rows: list[Any], *lines: str, **settings: Any) -> str:
 def texts(value: Any) -> list[str]:
     if isinstance(value, str):
         return [value]
-    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    parts = (
+        value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    )
     return [text for part in parts for text in texts(part)]
 
 
@@ -100,7 +108,10 @@ class Shape:
         assert detected.name == self.name
         if not settings:
             assert detected.sentence.startswith(f"detected {self.name} because ")
-            assert all(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", detected.because) for name in self.columns.split())
+            assert all(
+                re.search(rf"(?<!\w){re.escape(name)}(?!\w)", detected.because)
+                for name in self.columns.split()
+            )
         pairs = read(rows, **settings)
         for pair, expected in zip(pairs, self.pairs, strict=True):
             if isinstance(expected, str):
@@ -139,7 +150,10 @@ NAMES = {"user": "human", "assistant": "gpt"}
 ORCA = {"system": "Be  brief.", "question": Q, "chosen": "Blue.", "rejected": "Seven."}
 
 
-ONE: list[tuple[Turns, str, str] | str] = [((user(Q),), "Blue.", "Seven."), ((user(Q2),), "7", "Blue")]
+ONE: list[tuple[Turns, str, str] | str] = [
+    ((user(Q),), "Blue.", "Seven."),
+    ((user(Q2),), "7", "Blue"),
+]
 
 
 BRIEF = (system("Be  brief."), user(Q))
@@ -162,8 +176,18 @@ SHAPES: dict[str, Shape] = {
     "TRL explicit conversations": Shape(
         "explicit",
         [
-            {"prompt": [*TALK], "chosen": [bot("Blue.")], "rejected": [bot("Seven.")], "question": "other"},
-            {"prompt": [user(Q2)], "chosen": [bot("7")], "rejected": [bot("Blue")], "question": "another"},
+            {
+                "prompt": [*TALK],
+                "chosen": [bot("Blue.")],
+                "rejected": [bot("Seven.")],
+                "question": "other",
+            },
+            {
+                "prompt": [user(Q2)],
+                "chosen": [bot("7")],
+                "rejected": [bot("Blue")],
+                "question": "another",
+            },
         ],
         "prompt chosen rejected",
         [(TALK, "Blue.", "Seven."), ((user(Q2),), "7", "Blue")],
@@ -171,13 +195,27 @@ SHAPES: dict[str, Shape] = {
     ),
     "explicit conversations with single messages": Shape(
         "explicit",
-        [{"prompt": [system("Be  brief."), user(Q)], "chosen": bot("Blue."), "rejected": bot("Seven.")}] * 2,
+        [
+            {
+                "prompt": [system("Be  brief."), user(Q)],
+                "chosen": bot("Blue."),
+                "rejected": bot("Seven."),
+            }
+        ]
+        * 2,
         "prompt chosen rejected",
         [(BRIEF, "Blue.", "Seven.")] * 2,
     ),
     "explicit conversations that repeat the prompt behind a system turn": Shape(
         "explicit",
-        [{"prompt": [user(Q)], "chosen": [*BRIEF, bot("Blue.")], "rejected": [*BRIEF, bot("Seven.")]}] * 2,
+        [
+            {
+                "prompt": [user(Q)],
+                "chosen": [*BRIEF, bot("Blue.")],
+                "rejected": [*BRIEF, bot("Seven.")],
+            }
+        ]
+        * 2,
         "prompt chosen rejected",
         [(BRIEF, "Blue.", "Seven.")] * 2,
     ),
@@ -188,14 +226,21 @@ SHAPES: dict[str, Shape] = {
             {"chosen": "Grass is  green 🌱", "rejected": "Grass is  grey"},
         ],
         "chosen rejected",
-        [((user("The sky is"),), " blue and wide", " black"), ((user("Grass is"),), "  green 🌱", "  grey")],
+        [
+            ((user("The sky is"),), " blue and wide", " black"),
+            ((user("Grass is"),), "  green 🌱", "  grey"),
+        ],
         prompt_texts=["The sky is"],
     ),
     "TRL implicit conversations": Shape(
         "implicit",
         [
             {"chosen": [*TALK, bot("Blue.")], "rejected": [*TALK, bot("Seven.")], "prompt": None},
-            {"chosen": [user(Q2), bot("7")], "rejected": [user("Other?"), bot("Blue")], "prompt": None},
+            {
+                "chosen": [user(Q2), bot("7")],
+                "rejected": [user("Other?"), bot("Blue")],
+                "prompt": None,
+            },
         ],
         "chosen rejected",
         [(TALK, "Blue.", "Seven."), PROMPTS_DIFFER],
@@ -206,8 +251,10 @@ SHAPES: dict[str, Shape] = {
             {"chosen": f"{HH} Blue.", "rejected": f"{HH} Seven."},
             # "Human:" within a turn is text, the same role twice is joined, the last marker counts.
             {
-                "chosen": "\n\nHuman: I said:\nHuman: no\n\nHuman: And?\n\nAssistant: a\n\nAssistant:  two spaces",
-                "rejected": "\n\nHuman: I said:\nHuman: no\n\nHuman: And?\n\nAssistant: a\n\nAssistant: b",
+                "chosen": "\n\nHuman: I said:\nHuman: no\n\nHuman: And?\n\nAssistant: "
+                "a\n\nAssistant:  two spaces",
+                "rejected": "\n\nHuman: I said:\nHuman: no\n\nHuman: And?\n\nAssistant: "
+                "a\n\nAssistant: b",
             },
             {"chosen": f"{HH} Blue.", "rejected": f"{HH.replace('Hi', 'Ho')} Seven."},
         ],
@@ -241,7 +288,11 @@ SHAPES: dict[str, Shape] = {
             for text, turns in ((Q, (user(Q),)), ("not the user's  turn", (user(Q),)), (Q, BRIEF))
         ],
         "chosen rejected prompt",
-        [((user(Q),), "Blue.", "Seven."), ((user(Q),), "Blue.", "Seven."), (BRIEF, "Blue.", "Seven.")],
+        [
+            ((user(Q),), "Blue.", "Seven."),
+            ((user(Q),), "Blue.", "Seven."),
+            (BRIEF, "Blue.", "Seven."),
+        ],
     ),
     "argilla/ultrafeedback-binarized-preferences-cleaned": Shape(
         "messages",
@@ -266,7 +317,10 @@ SHAPES: dict[str, Shape] = {
         [
             {
                 "source": "Dove",
-                "conversation": [{"input": "Hi", "output": "Hello."}, {"input": Q, "output": "Blue."}],
+                "conversation": [
+                    {"input": "Hi", "output": "Hello."},
+                    {"input": Q, "output": "Blue."},
+                ],
                 "original_response": "Blue.",
                 "generation_prompt": ["<s>[INST] Hi [/INST]", "<|im_start|>user\nHi<|im_end|>"],
                 "raw_generation_responses": ["Seven.", "Red."],
@@ -358,8 +412,22 @@ SHAPES: dict[str, Shape] = {
     "jondurbin/truthy-dpo-v0.1": Shape(
         "orca",
         [
-            {"id": "1", "source": "t", "system": "Be  brief.", "prompt": Q, "chosen": "Blue.", "rejected": "Seven."},
-            {"id": "2", "source": "t", "system": "  ", "prompt": Q2, "chosen": "7", "rejected": "Blue"},
+            {
+                "id": "1",
+                "source": "t",
+                "system": "Be  brief.",
+                "prompt": Q,
+                "chosen": "Blue.",
+                "rejected": "Seven.",
+            },
+            {
+                "id": "2",
+                "source": "t",
+                "system": "  ",
+                "prompt": Q2,
+                "chosen": "7",
+                "rejected": "Blue",
+            },
         ],
         "system prompt chosen rejected",
         [(BRIEF, "Blue.", "Seven."), ONE[1]],
@@ -367,7 +435,12 @@ SHAPES: dict[str, Shape] = {
     "alpaca-like": Shape(
         "alpaca",
         [
-            {"instruction": "Name it.", "input": "The sky's colour", "chosen": "Blue.", "rejected": "Seven."},
+            {
+                "instruction": "Name it.",
+                "input": "The sky's colour",
+                "chosen": "Blue.",
+                "rejected": "Seven.",
+            },
             {"instruction": Q2, "input": "", "chosen": "7", "rejected": "Blue"},
         ],
         "instruction input chosen rejected",
@@ -377,7 +450,12 @@ SHAPES: dict[str, Shape] = {
     "LLaMA-Factory's older alpaca, with history": Shape(
         "alpaca",
         [
-            {"instruction": Q, "input": "", "output": ["Blue.", "Seven."], "history": [["Hi", "Hello."]]},
+            {
+                "instruction": Q,
+                "input": "",
+                "output": ["Blue.", "Seven."],
+                "history": [["Hi", "Hello."]],
+            },
             {"instruction": Q2, "input": None, "output": ["7", "Blue"], "history": []},
         ],
         "instruction output",
@@ -392,7 +470,11 @@ SHAPES: dict[str, Shape] = {
                 "chosen": said("gpt", "Blue."),
                 "rejected": said("gpt", "Seven."),
             },
-            {"conversations": [said("human", Q2)], "chosen": said("gpt", "7"), "rejected": said("gpt", "Blue")},
+            {
+                "conversations": [said("human", Q2)],
+                "chosen": said("gpt", "7"),
+                "rejected": said("gpt", "Blue"),
+            },
         ],
         "conversations chosen rejected",
         [(TALK, "Blue.", "Seven."), ONE[1]],
@@ -405,7 +487,11 @@ SHAPES: dict[str, Shape] = {
                 "chosen": [*before, said("human", Q), said("gpt", "Blue.")],
                 "rejected": [*before, said("human", Q), said("gpt", "Seven.")],
             }
-            for text, before in (("Be  brief.", []), ("", []), ("Not this.", [said("system", "Be  brief.")]))
+            for text, before in (
+                ("Be  brief.", []),
+                ("", []),
+                ("Not this.", [said("system", "Be  brief.")]),
+            )
         ],
         "chosen rejected system",
         [(BRIEF, "Blue.", "Seven."), ((user(Q),), "Blue.", "Seven."), (BRIEF, "Blue.", "Seven.")],
@@ -581,7 +667,11 @@ SHAPES: dict[str, Shape] = {
                 "three_most_similar_preferences": None,
                 "all_preferences_unprocessed": None,
             }
-            for strength, one, other in ((-3, "Blue.", "Seven."), (1, "Seven.", "Blue."), (0, "Red", "Blue"))
+            for strength, one, other in (
+                (-3, "Blue.", "Seven."),
+                (1, "Seven.", "Blue."),
+                (0, "Red", "Blue"),
+            )
         ],
         "response_1 response_2 preference_strength",
         [((user(Q),), "Blue.", "Seven."), ((user(Q),), "Blue.", "Seven."), TIED],
@@ -596,7 +686,9 @@ SHAPES: dict[str, Shape] = {
                 "response1": first,
                 "response2": second,
                 "overall_preference": strength,
-                "individual_preference": [{"score": 2, "reasoning": "r", "feedback1": "f", "feedback2": "f"}],
+                "individual_preference": [
+                    {"score": 2, "reasoning": "r", "feedback1": "f", "feedback2": "f"}
+                ],
             }
             for strength, first, second in ((2, "Seven.", "Blue."), (-1, "Blue.", "Seven."))
         ],
@@ -630,10 +722,16 @@ SHAPES: dict[str, Shape] = {
     ),
     "HH dialogues behind a system text": Shape(
         "hh_rlhf",
-        [{side: f"{lead}\n\nHuman: {Q}\n\nAssistant: {text}" for side, text in BLUE_SEVEN.items()}
-         for lead in ("Be brief.", "\n\nSystem: Be brief.", "")],
+        [
+            {
+                side: f"{lead}\n\nHuman: {Q}\n\nAssistant: {text}"
+                for side, text in BLUE_SEVEN.items()
+            }
+            for lead in ("Be brief.", "\n\nSystem: Be brief.", "")
+        ],
         "chosen rejected",
-        [((system("Be brief."), user(Q)), "Blue.", "Seven.")] * 2 + [((user(Q),), "Blue.", "Seven.")],
+        [((system("Be brief."), user(Q)), "Blue.", "Seven.")] * 2
+        + [((user(Q),), "Blue.", "Seven.")],
     ),
     "an HH dialogue as prompt, behind a system text": Shape(
         "hh_rlhf",
@@ -644,8 +742,16 @@ SHAPES: dict[str, Shape] = {
     "questions about templates": Shape(
         "explicit",
         [
-            {"prompt": "What does [INST] mean?", "chosen": "A start.", "rejected": "It ends with </s> and no more"},
-            {"prompt": "Is <|im_start|> a token?", "chosen": "Yes: `<|im_start|>`.", "rejected": "No"},
+            {
+                "prompt": "What does [INST] mean?",
+                "chosen": "A start.",
+                "rejected": "It ends with </s> and no more",
+            },
+            {
+                "prompt": "Is <|im_start|> a token?",
+                "chosen": "Yes: `<|im_start|>`.",
+                "rejected": "No",
+            },
         ],
         "prompt chosen rejected",
         [
@@ -655,17 +761,21 @@ SHAPES: dict[str, Shape] = {
     ),
     "a reply alone beside a whole conversation": Shape(
         "implicit",
-        [{"chosen": [user(Q), bot("Blue.")], "rejected": [bot("Seven.")]},
-         {"chosen": [bot("7")], "rejected": [user(Q2), bot("Blue")]},
-         {"chosen": [*TALK, bot("Blue.")], "rejected": [bot("Seven.")]}],
+        [
+            {"chosen": [user(Q), bot("Blue.")], "rejected": [bot("Seven.")]},
+            {"chosen": [bot("7")], "rejected": [user(Q2), bot("Blue")]},
+            {"chosen": [*TALK, bot("Blue.")], "rejected": [bot("Seven.")]},
+        ],
         "chosen rejected",
         [*ONE, (TALK, "Blue.", "Seven.")],
         csv=False,
     ),
     "ms-swift's messages and a rejected response": Shape(
         "implicit",
-        [{"messages": [*turns, bot(good)], "rejected_response": bad}
-         for turns, good, bad in (((user(Q),), "Blue.", "Seven."), ((user(Q2),), "7", "Blue"))],
+        [
+            {"messages": [*turns, bot(good)], "rejected_response": bad}
+            for turns, good, bad in (((user(Q),), "Blue.", "Seven."), ((user(Q2),), "7", "Blue"))
+        ],
         "chosen rejected",
         ONE,
     ),
@@ -677,32 +787,65 @@ SHAPES: dict[str, Shape] = {
     ),
     "replies as objects around a text": Shape(
         "explicit",
-        [{"prompt": Q, "chosen": {"text": "Blue.", "score": 9}, "rejected": {"text": "Seven.", "score": 1}},
-         {"prompt": Q2, "chosen": {"text": "7", "score": None}, "rejected": {"text": "Blue", "score": 2}}],
+        [
+            {
+                "prompt": Q,
+                "chosen": {"text": "Blue.", "score": 9},
+                "rejected": {"text": "Seven.", "score": 1},
+            },
+            {
+                "prompt": Q2,
+                "chosen": {"text": "7", "score": None},
+                "rejected": {"text": "Blue", "score": 2},
+            },
+        ],
         "prompt chosen rejected",
         ONE,
         csv=False,
     ),
     "Argilla's values, and an answer with its score": Shape(
         "explicit",
-        [{"prompt": {"value": Q}, "chosen": {"answer": "Blue.", "score": 9.5}, "rejected": {"value": "Seven."}}] * 2,
+        [
+            {
+                "prompt": {"value": Q},
+                "chosen": {"answer": "Blue.", "score": 9.5},
+                "rejected": {"value": "Seven."},
+            }
+        ]
+        * 2,
         "prompt chosen rejected",
         [((user(Q),), "Blue.", "Seven.")] * 2,
         csv=False,
     ),
     "NeMo's ranked messages": Shape(
         "ranked",
-        [{"context": [*turns],
-          "completions": [{"rank": i, "completion": [bot(text)]} for i, text in ((1, bad), (0, good))]}
-         for turns, good, bad in ((TALK, "Blue.", "Seven."), ((user(Q2),), "7", "Blue"))],
+        [
+            {
+                "context": [*turns],
+                "completions": [
+                    {"rank": i, "completion": [bot(text)]} for i, text in ((1, bad), (0, good))
+                ],
+            }
+            for turns, good, bad in ((TALK, "Blue.", "Seven."), ((user(Q2),), "7", "Blue"))
+        ],
         "completions rank",
         [(TALK, "Blue.", "Seven."), ONE[1]],
     ),
     "roles in capitals and by other names": Shape(
         "explicit",
-        [{"prompt": [{"role": asks, "content": Q}], "chosen": [{"role": says, "content": "Blue."}],
-          "rejected": [{"role": says, "content": "Seven."}]}
-         for asks, says in (("USER", "ASSISTANT"), ("Human", "Assistant"), ("prompter", "bot"), ("User", "AI"))],
+        [
+            {
+                "prompt": [{"role": asks, "content": Q}],
+                "chosen": [{"role": says, "content": "Blue."}],
+                "rejected": [{"role": says, "content": "Seven."}],
+            }
+            for asks, says in (
+                ("USER", "ASSISTANT"),
+                ("Human", "Assistant"),
+                ("prompter", "bot"),
+                ("User", "AI"),
+            )
+        ],
         "prompt chosen rejected",
         [((user(Q),), "Blue.", "Seven.")] * 4,
     ),
@@ -715,8 +858,14 @@ SHAPES: dict[str, Shape] = {
     ),
     "a struct of lists": Shape(
         "messages",
-        [{"prompt": Q} | {side: {"role": ["user", "assistant"], "content": [Q, text]}
-                          for side, text in BLUE_SEVEN.items()}] * 2,
+        [
+            {"prompt": Q}
+            | {
+                side: {"role": ["user", "assistant"], "content": [Q, text]}
+                for side, text in BLUE_SEVEN.items()
+            }
+        ]
+        * 2,
         "prompt chosen rejected",
         [((user(Q),), "Blue.", "Seven.")] * 2,
         csv=False,
@@ -727,7 +876,7 @@ SHAPES: dict[str, Shape] = {
         "prompt chosen rejected",
         [((user(Q),), "<s>Green.</s> Blue.", "It was <s>Seven.</s>")] * 2,
     ),
-}  # fmt: skip
+}
 
 
 EARLIER = (user("Hi"), bot("Hello."))

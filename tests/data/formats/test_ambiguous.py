@@ -63,14 +63,20 @@ TWO_READINGS: dict[str, tuple[list[dict[str, Any]], dict[str, tuple[str, list[An
         },
     ),
     "a strength without a sign": (
-        [{"prompt": Q, "response_1": "Seven.", "response_2": "Blue.", "overall_preference": n} for n in (1, 2)],
+        [
+            {"prompt": Q, "response_1": "Seven.", "response_2": "Blue.", "overall_preference": n}
+            for n in (1, 2)
+        ],
         {
             "data.column_map=preference_strength=overall_preference": ("judged", [BLUE] * 2),
             "data.column_map=better=overall_preference": ("judged", [SEVEN, BLUE]),
         },
     ),
     "a strength of that name without a sign": (
-        [{"prompt": Q, "response_1": "Seven.", "response_2": "Blue.", "preference_strength": n} for n in ("1", 2.0)],
+        [
+            {"prompt": Q, "response_1": "Seven.", "response_2": "Blue.", "preference_strength": n}
+            for n in ("1", 2.0)
+        ],
         {
             "data.column_map=preference_strength=preference_strength": ("judged", [BLUE] * 2),
             "data.column_map=better=preference_strength": ("judged", [SEVEN, BLUE]),
@@ -80,9 +86,14 @@ TWO_READINGS: dict[str, tuple[list[dict[str, Any]], dict[str, tuple[str, list[An
         [{"context": "A long text", "question": Q, "chosen": "Blue.", "rejected": "Seven."}] * 2,
         {
             "data.column_map=prompt=question": ("explicit", [BLUE] * 2),
-            "data.column_map=prompt=context": ("explicit", [((user("A long text"),), "Blue.", "Seven.")] * 2),
+            "data.column_map=prompt=context": (
+                "explicit",
+                [((user("A long text"),), "Blue.", "Seven.")] * 2,
+            ),
             "data.column_map=prompt=question,input=context": (
-                "explicit", [((user(f"{Q}\nA long text"),), "Blue.", "Seven.")] * 2),
+                "explicit",
+                [((user(f"{Q}\nA long text"),), "Blue.", "Seven.")] * 2,
+            ),
         },
     ),
     "two names for the prompt": (
@@ -96,13 +107,20 @@ TWO_READINGS: dict[str, tuple[list[dict[str, Any]], dict[str, tuple[str, list[An
         [ORCA | {"system_prompt": "Other text"}] * 2,
         {
             "data.column_map=system=system": ("orca", [(BRIEF, "Blue.", "Seven.")] * 2),
-            "data.column_map=system=system_prompt": ("orca", [((system("Other text"), user(Q)), *BLUE[1:])] * 2),
+            "data.column_map=system=system_prompt": (
+                "orca",
+                [((system("Other text"), user(Q)), *BLUE[1:])] * 2,
+            ),
         },
     ),
     "a conversation and a prompt that it does not hold": (
-        [{"messages": [*TALK], "prompt": "Other text", "chosen": "Blue.", "rejected": "Seven."}] * 2,
+        [{"messages": [*TALK], "prompt": "Other text", "chosen": "Blue.", "rejected": "Seven."}]
+        * 2,
         {
-            "data.column_map=conversation=messages": ("conversation", [(TALK, "Blue.", "Seven.")] * 2),
+            "data.column_map=conversation=messages": (
+                "conversation",
+                [(TALK, "Blue.", "Seven.")] * 2,
+            ),
             "data.column_map=prompt=prompt": ("explicit", [OTHER] * 2),
         },
     ),
@@ -121,22 +139,57 @@ TWO_READINGS: dict[str, tuple[list[dict[str, Any]], dict[str, tuple[str, list[An
         {"data.column_map=better=vote": ("judged", [BLUE, BLUE])},
     ),
     "replies that name the two answers": (
-        [{"prompt": Q, "answer_a": "Seven.", "answer_b": "Blue.", "chosen": "answer_b", "rejected": "answer_a"},
-         {"prompt": Q, "answer_a": "Blue.", "answer_b": "Seven.", "chosen": "Answer_a", "rejected": "Answer_b"}],
+        [
+            {
+                "prompt": Q,
+                "answer_a": "Seven.",
+                "answer_b": "Blue.",
+                "chosen": "answer_b",
+                "rejected": "answer_a",
+            },
+            {
+                "prompt": Q,
+                "answer_a": "Blue.",
+                "answer_b": "Seven.",
+                "chosen": "Answer_a",
+                "rejected": "Answer_b",
+            },
+        ],
         {"data.column_map=better=chosen": ("judged", [BLUE, BLUE])},
     ),
     "replies that are letters of the two answers": (
-        [{"prompt": Q, "response_a": "Seven.", "response_b": "Blue.", "chosen": "B", "rejected": "A"}] * 2,
+        [
+            {
+                "prompt": Q,
+                "response_a": "Seven.",
+                "response_b": "Blue.",
+                "chosen": "B",
+                "rejected": "A",
+            }
+        ]
+        * 2,
         {"data.column_map=better=chosen": ("judged", [BLUE, BLUE])},
     ),
     "replies that name two columns": (
-        [{"prompt": Q, "small": "Seven.", "large": "Blue.", "chosen": "large", "rejected": "small"}] * 2,
-        {"data.column_map=response_a=small,response_b=large,better=chosen": ("judged", [BLUE, BLUE])},
+        [{"prompt": Q, "small": "Seven.", "large": "Blue.", "chosen": "large", "rejected": "small"}]
+        * 2,
+        {
+            "data.column_map=response_a=small,response_b=large,better=chosen": (
+                "judged",
+                [BLUE, BLUE],
+            )
+        },
     ),
     "two pairs of answers": (
         [
-            {"prompt": Q, "winner": "a", "answer_a": "Blue.", "answer_b": "Seven.", "reply_a": "Seven.",
-             "reply_b": "Blue."}
+            {
+                "prompt": Q,
+                "winner": "a",
+                "answer_a": "Blue.",
+                "answer_b": "Seven.",
+                "reply_a": "Seven.",
+                "reply_b": "Blue.",
+            }
         ]
         * 2,
         {
@@ -174,8 +227,21 @@ TWO_READINGS: dict[str, tuple[list[dict[str, Any]], dict[str, tuple[str, list[An
         {"data.column_map=prompt=question": ("orca", [(BRIEF, "Blue.", "Seven.")] * 2)},
     ),
     "a templated prompt": (
-        [{"prompt": CHATML, "chosen": "Blue.<|im_end|>", "rejected": "Seven.<|im_end|>", "system": "Be  brief."}] * 2,
-        {"data.chat_template=none": ("explicit", [((user(CHATML),), "Blue.<|im_end|>", "Seven.<|im_end|>")] * 2)},
+        [
+            {
+                "prompt": CHATML,
+                "chosen": "Blue.<|im_end|>",
+                "rejected": "Seven.<|im_end|>",
+                "system": "Be  brief.",
+            }
+        ]
+        * 2,
+        {
+            "data.chat_template=none": (
+                "explicit",
+                [((user(CHATML),), "Blue.<|im_end|>", "Seven.<|im_end|>")] * 2,
+            )
+        },
     ),
     "replies that end with an end-of-turn marker": (
         [{"prompt": Q, "chosen": "Blue.</s>", "rejected": "Seven.</s>\n"}] * 2,
@@ -205,28 +271,41 @@ TWO_READINGS: dict[str, tuple[list[dict[str, Any]], dict[str, tuple[str, list[An
     "earlier turns and the question beside whole conversations": (
         [{"messages": [*TALK], **wholes(user(Q))}] * 2,
         {
-            "data.column_map=conversation=messages": ("conversation", [(TALK, "Blue.", "Seven.")] * 2),
+            "data.column_map=conversation=messages": (
+                "conversation",
+                [(TALK, "Blue.", "Seven.")] * 2,
+            ),
             "data.format=implicit": ("implicit", [BLUE] * 2),
         },
     ),
     "a system turn in ShareGPT's conversations beside whole ones": (
-        [{"conversations": [said("system", "Be  brief."), said("human", Q)], **wholes(user(Q))}] * 2,
+        [{"conversations": [said("system", "Be  brief."), said("human", Q)], **wholes(user(Q))}]
+        * 2,
         {
-            "data.column_map=conversation=conversations": ("conversation", [(BRIEF, "Blue.", "Seven.")] * 2),
+            "data.column_map=conversation=conversations": (
+                "conversation",
+                [(BRIEF, "Blue.", "Seven.")] * 2,
+            ),
             "data.format=implicit": ("implicit", [BLUE] * 2),
         },
     ),
     "a system turn in messages that end with the better reply": (
         [{"prompt": Q, "messages": [*BRIEF, bot("Blue.")], **wholes(user(Q))}] * 2,
         {
-            "data.column_map=conversation=messages": ("conversation", [(BRIEF, "Blue.", "Seven.")] * 2),
+            "data.column_map=conversation=messages": (
+                "conversation",
+                [(BRIEF, "Blue.", "Seven.")] * 2,
+            ),
             "data.column_map=prompt=prompt": ("messages", [BLUE] * 2),
         },
     ),
     "a system turn under another name, in messages that end with the better reply": (
         [{"prompt": Q, "turns": [*BRIEF, bot("Blue.")], **BLUE_SEVEN}] * 2,
         {
-            "data.column_map=conversation=turns": ("conversation", [(BRIEF, "Blue.", "Seven.")] * 2),
+            "data.column_map=conversation=turns": (
+                "conversation",
+                [(BRIEF, "Blue.", "Seven.")] * 2,
+            ),
             "data.column_map=prompt=prompt": ("explicit", [BLUE] * 2),
         },
     ),
@@ -235,34 +314,69 @@ TWO_READINGS: dict[str, tuple[list[dict[str, Any]], dict[str, tuple[str, list[An
         {"data.column_map=prompt=prompt": ("explicit", [BLUE] * 2)},
     ),
     "a system turn in messages beside two whole answers": (
-        [{"messages": [*BRIEF], "response_a": [user(Q), bot("Blue.")], "response_b": [user(Q), bot("Seven.")],
-          "winner": "a"}] * 2,
+        [
+            {
+                "messages": [*BRIEF],
+                "response_a": [user(Q), bot("Blue.")],
+                "response_b": [user(Q), bot("Seven.")],
+                "winner": "a",
+            }
+        ]
+        * 2,
         {"data.column_map=conversation=messages": ("judged", [(BRIEF, "Blue.", "Seven.")] * 2)},
     ),
     "texts that begin alike beside what they reply to": (
-        [{"task": f"{Q} {i}", "chosen": f"It is blue {i}", "rejected": f"It is seven {i}"} for i in range(2)],
+        [
+            {"task": f"{Q} {i}", "chosen": f"It is blue {i}", "rejected": f"It is seven {i}"}
+            for i in range(2)
+        ],
         {
             "data.column_map=prompt=task": (
-                "explicit", [((user(f"{Q} {i}"),), f"It is blue {i}", f"It is seven {i}") for i in range(2)]),
-            "data.format=implicit": ("implicit", [((user("It is"),), f" blue {i}", f" seven {i}") for i in range(2)]),
+                "explicit",
+                [((user(f"{Q} {i}"),), f"It is blue {i}", f"It is seven {i}") for i in range(2)],
+            ),
+            "data.format=implicit": (
+                "implicit",
+                [((user("It is"),), f" blue {i}", f" seven {i}") for i in range(2)],
+            ),
         },
     ),
     "texts that begin alike beside the turns that they reply to": (
-        [{"id": f"a{i}", "task": "Code", "trajectory": [said("human", f"{Q} {i}")],
-          "chosen": f"It is blue {i}", "rejected": f"It is seven {i}"} for i in range(2)],
+        [
+            {
+                "id": f"a{i}",
+                "task": "Code",
+                "trajectory": [said("human", f"{Q} {i}")],
+                "chosen": f"It is blue {i}",
+                "rejected": f"It is seven {i}",
+            }
+            for i in range(2)
+        ],
         {
             "data.column_map=prompt=trajectory": (
-                "explicit", [((user(f"{Q} {i}"),), f"It is blue {i}", f"It is seven {i}") for i in range(2)]),
-            "data.format=implicit": ("implicit", [((user("It is"),), f" blue {i}", f" seven {i}") for i in range(2)]),
+                "explicit",
+                [((user(f"{Q} {i}"),), f"It is blue {i}", f"It is seven {i}") for i in range(2)],
+            ),
+            "data.format=implicit": (
+                "implicit",
+                [((user("It is"),), f" blue {i}", f" seven {i}") for i in range(2)],
+            ),
         },
     ),
     "texts that begin alike beside a word": (
-        [{"word": word, "chosen": f"It is blue, {word}", "rejected": f"It is seven, {word}"} for word in WORDS_ALONE],
+        [
+            {"word": word, "chosen": f"It is blue, {word}", "rejected": f"It is seven, {word}"}
+            for word in WORDS_ALONE
+        ],
         {
             "data.column_map=prompt=word": (
-                "explicit", [((user(w),), f"It is blue, {w}", f"It is seven, {w}") for w in WORDS_ALONE]),
+                "explicit",
+                [((user(w),), f"It is blue, {w}", f"It is seven, {w}") for w in WORDS_ALONE],
+            ),
             "data.format=implicit": (
-                "implicit", [((user("It is"),), f" blue, {w}", f" seven, {w}") for w in WORDS_ALONE]),
+                "implicit",
+                [((user("It is"),), f" blue, {w}", f" seven, {w}") for w in WORDS_ALONE],
+            ),
         },
     ),
     "a prompt that is not in the conversations": (
@@ -273,8 +387,15 @@ TWO_READINGS: dict[str, tuple[list[dict[str, Any]], dict[str, tuple[str, list[An
         },
     ),
     "a prompt that is not in two whole answers": (
-        [{"prompt": "Be  brief.", "response_a": [user(Q), bot("Blue.")], "response_b": [user(Q), bot("Seven.")],
-          "winner": "a"}] * 2,
+        [
+            {
+                "prompt": "Be  brief.",
+                "response_a": [user(Q), bot("Blue.")],
+                "response_b": [user(Q), bot("Seven.")],
+                "winner": "a",
+            }
+        ]
+        * 2,
         {"data.column_map=system=prompt": ("judged", [(BRIEF, "Blue.", "Seven.")] * 2)},
     ),
     "earlier turns in a text": (
@@ -295,7 +416,10 @@ TWO_READINGS: dict[str, tuple[list[dict[str, Any]], dict[str, tuple[str, list[An
     "a context beside a prompt that is a list of messages": (
         [{"context": "Be  brief.", "prompt": [*TALK], **BLUE_SEVEN}] * 2,
         {
-            "data.column_map=system=context": ("explicit", [((BRIEF[0], *TALK), "Blue.", "Seven.")] * 2),
+            "data.column_map=system=context": (
+                "explicit",
+                [((BRIEF[0], *TALK), "Blue.", "Seven.")] * 2,
+            ),
             "data.column_map=prompt=prompt": ("explicit", [(TALK, "Blue.", "Seven.")] * 2),
         },
     ),
@@ -320,7 +444,10 @@ TWO_READINGS: dict[str, tuple[list[dict[str, Any]], dict[str, tuple[str, list[An
     "a conversation under another name, up to the prompt": (
         [{"prompt": Q, "dialog": [*TALK], **BLUE_SEVEN}] * 2,
         {
-            "data.column_map=conversation=dialog": ("conversation", [(TALK, "Blue.", "Seven.")] * 2),
+            "data.column_map=conversation=dialog": (
+                "conversation",
+                [(TALK, "Blue.", "Seven.")] * 2,
+            ),
             "data.column_map=prompt=prompt": ("explicit", [BLUE] * 2),
         },
     ),
@@ -337,14 +464,27 @@ TWO_READINGS: dict[str, tuple[list[dict[str, Any]], dict[str, tuple[str, list[An
         {"data.format=explicit": ("explicit", [((user(Q),), '[{"text": "Blue."}]', "Seven.")] * 2)},
     ),
     "a conversation in which the prompt repeats": (
-        [{"messages": [user(Q)], **row} for row in ({"chosen": f"{Q} Blue.", "rejected": f"{Q} Seven."}, BLUE_SEVEN)],
-        {"data.format=conversation": ("conversation", [((user(Q),), f"{Q} Blue.", f"{Q} Seven."), BLUE])},
+        [
+            {"messages": [user(Q)], **row}
+            for row in ({"chosen": f"{Q} Blue.", "rejected": f"{Q} Seven."}, BLUE_SEVEN)
+        ],
+        {
+            "data.format=conversation": (
+                "conversation",
+                [((user(Q),), f"{Q} Blue.", f"{Q} Seven."), BLUE],
+            )
+        },
     ),
     "implicit texts with a template": (
         [{"chosen": "[INST] Hi [/INST] Blue.", "rejected": "[INST] Hi [/INST] Seven."}] * 2,
-        {"data.chat_template=none": ("implicit", [((user("[INST] Hi [/INST]"),), " Blue.", " Seven.")] * 2)},
+        {
+            "data.chat_template=none": (
+                "implicit",
+                [((user("[INST] Hi [/INST]"),), " Blue.", " Seven.")] * 2,
+            )
+        },
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", TWO_READINGS)
@@ -374,7 +514,7 @@ def test_a_number_of_neither_answer_puts_all_numbers_in_doubt() -> None:
     detected, _ = detect(rows)
     with pytest.raises(DataError, match="fix: write winner as a or b in every row"):
         detected.read(rows[0] | {"winner": 0}, "x:3")
-    with pytest.raises(DataError, match="fix: mend or remove the row"):
+    with pytest.raises(DataError, match="fix: correct or remove the row"):
         detected.read(rows[0] | {"winner": "third"}, "x:3")
 
 

@@ -1,4 +1,5 @@
-"""What stands before the reply: earlier turns, prompts, system texts; nothing twice and nothing lost."""
+"""What stands before the reply: earlier turns, prompts, system texts; nothing twice and nothing
+lost."""
 
 import json
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from shapes import (
     wholes,
 )
 
-from orpo_lite.data.formats.column_map import mapped_row
+from orpo_lite.data.formats.column_map import apply_column_map
 from orpo_lite.errors import DataError
 
 
@@ -42,19 +43,48 @@ from orpo_lite.errors import DataError
         ({"prompt": Q, "history": [["Hi", "Hello."]], **BLUE_SEVEN}, TALK),
         ({"prompt": Q, "history": [*EARLIER], **BLUE_SEVEN}, TALK),
         ({"prompt": Q, "history": [*TALK], **BLUE_SEVEN}, TALK),
-        ({"prompt": Q, "history": [*TALK, bot("Blue.")], **BLUE_SEVEN}, (user(Q),)),  # not the reply before the reply
-        ({"prompt": f"Hi\nHello.\n{Q}", "history": [["Hi", "Hello."]], **BLUE_SEVEN}, (user(f"Hi\nHello.\n{Q}"),)),
+        (
+            {"prompt": Q, "history": [*TALK, bot("Blue.")], **BLUE_SEVEN},
+            (user(Q),),
+        ),  # not the reply before the reply
+        (
+            {"prompt": f"Hi\nHello.\n{Q}", "history": [["Hi", "Hello."]], **BLUE_SEVEN},
+            (user(f"Hi\nHello.\n{Q}"),),
+        ),
         ({"prompt": Q, "history": [*EARLIER], **wholes(user(Q))}, TALK),
         ({"prompt": Q, "history": [*EARLIER], **wholes(*TALK)}, TALK),
-        ({"system": "Be  brief.", "prompt": Q, "history": [*EARLIER], **BLUE_SEVEN}, (BRIEF[0], *TALK)),
-        ({"prompt": Q, "history": [*EARLIER], "response_0": "Blue.", "response_1": "Seven.", "winner": 0}, TALK),
-        ({"system": "Be  brief.", "prompt": f"Be brief.\n{Q}", **BLUE_SEVEN}, (user(f"Be brief.\n{Q}"),)),
-        ({"system": "Be", "prompt": "Beware of it", **BLUE_SEVEN}, (system("Be"), user("Beware of it"))),
+        (
+            {"system": "Be  brief.", "prompt": Q, "history": [*EARLIER], **BLUE_SEVEN},
+            (BRIEF[0], *TALK),
+        ),
+        (
+            {
+                "prompt": Q,
+                "history": [*EARLIER],
+                "response_0": "Blue.",
+                "response_1": "Seven.",
+                "winner": 0,
+            },
+            TALK,
+        ),
+        (
+            {"system": "Be  brief.", "prompt": f"Be brief.\n{Q}", **BLUE_SEVEN},
+            (user(f"Be brief.\n{Q}"),),
+        ),
+        (
+            {"system": "Be", "prompt": "Beware of it", **BLUE_SEVEN},
+            (system("Be"), user("Beware of it")),
+        ),
     ],
 )
 def test_nothing_stands_twice_and_nothing_is_lost(row: dict[str, Any], turns: Turns) -> None:
     for pair in read([row] * 3):
-        assert (pair.messages, pair.chosen, pair.rejected, pair.drop) == (turns, "Blue.", "Seven.", None)
+        assert (pair.messages, pair.chosen, pair.rejected, pair.drop) == (
+            turns,
+            "Blue.",
+            "Seven.",
+            None,
+        )
 
 
 @pytest.mark.parametrize("wrong", ["chosen", "rejected"])
@@ -65,8 +95,15 @@ def test_a_reply_at_the_end_of_the_prompt_is_not_asked_again(wrong: str, before:
     replies = {side: [bot(text)] for side, text in BLUE_SEVEN.items()}
     for row in (replies, wholes(user(Q)), wholes(*asked)):
         (pair,) = read([{"prompt": prompt} | row])
-        assert (pair.messages, pair.chosen, pair.rejected, pair.drop) == (tuple(asked), "Blue.", "Seven.", None)
-    with pytest.raises(DataError, match="x:2, field prompt: it ends with an assistant's turn that is neither reply"):
+        assert (pair.messages, pair.chosen, pair.rejected, pair.drop) == (
+            tuple(asked),
+            "Blue.",
+            "Seven.",
+            None,
+        )
+    with pytest.raises(
+        DataError, match="x:2, field prompt: it ends with an assistant's turn that is neither reply"
+    ):
         read([{"prompt": asked} | replies, {"prompt": [*asked, bot("Red.")]} | replies])
 
 
@@ -77,8 +114,12 @@ def test_earlier_turns_may_end_with_the_words_of_the_reply() -> None:
 
 @pytest.mark.parametrize("kind", [bot, lambda text: [bot(text)], str])
 def test_a_conversation_that_holds_the_reply_is_read_up_to_it(kind: Callable[[str], Any]) -> None:
-    row = {"conversations": [*EARLIER, user(Q), bot("Blue.")]} | {side: kind(text) for side, text in BLUE_SEVEN.items()}
-    assert [(pair.messages, pair.chosen, pair.rejected) for pair in read([row] * 2)] == [(TALK, "Blue.", "Seven.")] * 2
+    row = {"conversations": [*EARLIER, user(Q), bot("Blue.")]} | {
+        side: kind(text) for side, text in BLUE_SEVEN.items()
+    }
+    assert [(pair.messages, pair.chosen, pair.rejected) for pair in read([row] * 2)] == [
+        (TALK, "Blue.", "Seven.")
+    ] * 2
 
 
 @pytest.mark.parametrize("listed", ["chosen", "rejected"])
@@ -86,7 +127,12 @@ def test_a_conversation_that_holds_the_reply_is_read_up_to_it(kind: Callable[[st
 def test_a_text_may_stand_beside_a_list(listed: str, asked: dict[str, Any]) -> None:
     row = BLUE_SEVEN | asked | {listed: [*([] if asked else [user(Q)]), bot(BLUE_SEVEN[listed])]}
     (pair,) = read([row])
-    assert (pair.messages, pair.chosen, pair.rejected, pair.drop) == ((user(Q),), "Blue.", "Seven.", None)
+    assert (pair.messages, pair.chosen, pair.rejected, pair.drop) == (
+        (user(Q),),
+        "Blue.",
+        "Seven.",
+        None,
+    )
 
 
 @pytest.mark.parametrize(
@@ -105,9 +151,13 @@ def test_a_prompt_that_the_conversations_hold_is_not_asked_for(row: dict[str, An
         assert (pair.messages[-1], pair.chosen, pair.rejected) == (user(Q), "Blue.", "Seven.")
 
 
-@pytest.mark.parametrize("style", [lambda turn: turn, lambda turn: said(NAMES[turn["role"]], turn["content"])])
+@pytest.mark.parametrize(
+    "style", [lambda turn: turn, lambda turn: said(NAMES[turn["role"]], turn["content"])]
+)
 @pytest.mark.parametrize("begins", [Q, "Hello."])
-def test_a_prompt_stands_in_front_of_turns_that_begin_with_a_reply(style: Callable[[Any], Any], begins: str) -> None:
+def test_a_prompt_stands_in_front_of_turns_that_begin_with_a_reply(
+    style: Callable[[Any], Any], begins: str
+) -> None:
     turns = (bot("Hello."), user("More?"))
     row = {side: [*map(style, turns), style(bot(text))] for side, text in BLUE_SEVEN.items()}
     (pair, *_) = read([{"prompt": Q} | row] * 3)
@@ -119,36 +169,62 @@ def test_a_prompt_stands_in_front_of_turns_that_begin_with_a_reply(style: Callab
 @pytest.mark.parametrize(
     ("column", "held"),
     [
-        *(("system", held) for held in (system("Be kind."), [system("Be kind.")], ["Be", "kind."], {"en": "x"}, 3)),
+        *(
+            ("system", held)
+            for held in (system("Be kind."), [system("Be kind.")], ["Be", "kind."], {"en": "x"}, 3)
+        ),
         ("system_prompt", ["You are", "kind."]),
-        *(("history", held) for held in (["Hi", "Hello."], [{"q": "Hi", "a": "Hello."}], {"Hi": "Hello."}, 3)),
+        *(
+            ("history", held)
+            for held in (["Hi", "Hello."], [{"q": "Hi", "a": "Hello."}], {"Hi": "Hello."}, 3)
+        ),
     ],
 )
 @pytest.mark.parametrize("line", [{}, {"prompt": "question"}, {"name": "explicit"}])
-def test_a_known_column_that_cannot_be_read_is_not_left_out_unsaid(column: str, held: Any, line: Any) -> None:
+def test_a_known_column_that_cannot_be_read_is_not_left_out_unsaid(
+    column: str, held: Any, line: Any
+) -> None:
     rows = [{column: held, "question": Q, **BLUE_SEVEN}] * 3
     column_map = {key: value for key, value in line.items() if key != "name"}
-    for table in (rows, [row | {column: json.dumps(held)} for row in rows] if isinstance(held, list) else rows):
+    for table in (
+        rows,
+        [row | {column: json.dumps(held)} for row in rows] if isinstance(held, list) else rows,
+    ):
         with pytest.raises(DataError) as raised:
-            detect(table, column_map, **{key: value for key, value in line.items() if key == "name"})
+            detect(
+                table, column_map, **{key: value for key, value in line.items() if key == "name"}
+            )
         assert f"{column} holds " in str(raised.value)
-        assert f"no setting helps: leave the column out, or write it as {raised.value.expected}" in str(raised.value)
+        assert (
+            f"no setting helps: leave the column out, or write it as {raised.value.expected}"
+            in str(raised.value)
+        )
 
 
 @pytest.mark.parametrize(
     ("row", "column_map", "found"),
     [
-        ({**TEXTS, "about": bot("x")}, {"system": "about"}, "about is to be system, and holds message"),
-        ({**TEXTS, "n": 3}, {"history": "n"}, "n is to be history, and holds number"),
+        (
+            {**TEXTS, "about": bot("x")},
+            {"system": "about"},
+            "about should be system, but holds message",
+        ),
+        ({**TEXTS, "n": 3}, {"history": "n"}, "n should be history, but holds number"),
         (
             {"prompt": Q, "responses": ["Blue.", "Seven."], "scores": [9, 1]},
             {"completions": "scores", "scores": "responses"},
-            "scores is to be completions, and holds numbers",
+            "scores should be completions, but holds numbers",
         ),
-        ({"prompt": Q, "responses": ["a", "b"], "n": [True]}, {"scores": "n"}, "n is to be scores, and holds"),
+        (
+            {"prompt": Q, "responses": ["a", "b"], "n": [True]},
+            {"scores": "n"},
+            "n should be scores, but holds",
+        ),
     ],
 )
-def test_a_mapped_column_that_cannot_be_that_is_refused(row: Any, column_map: dict[str, str], found: str) -> None:
+def test_a_mapped_column_that_cannot_be_that_is_refused(
+    row: Any, column_map: dict[str, str], found: str
+) -> None:
     for name in ("auto", "explicit", "ranked"):
         with pytest.raises(DataError) as raised:
             detect([row] * 3, column_map, name=name)
@@ -162,14 +238,20 @@ def test_a_line_keeps_what_was_mapped_already() -> None:
     with pytest.raises(DataError) as raised:
         detect(rows, {"chosen": "good", "rejected": "bad"})
     lines = [word for word in raised.value.fix.split() if word.startswith("data.")]
-    assert lines == [f"data.column_map=chosen=good,rejected=bad,prompt={column}" for column in ("question", "query")]
+    assert lines == [
+        f"data.column_map=chosen=good,rejected=bad,prompt={column}"
+        for column in ("question", "query")
+    ]
 
 
 def test_the_first_rows_may_have_no_earlier_turns() -> None:
     row = {"prompt": Q, "history": [], **BLUE_SEVEN}
     detected, _ = detect([row] * 3)
     assert detected.columns["history"] == "history"
-    assert detected.read(mapped_row(row | {"history": [["Hi", "Hello."]]}, {}), "x").messages == TALK
+    assert (
+        detected.read(apply_column_map(row | {"history": [["Hi", "Hello."]]}, {}), "x").messages
+        == TALK
+    )
 
 
 def test_a_system_text_may_hold_a_dialogue() -> None:
@@ -189,6 +271,9 @@ def test_a_system_text_that_the_prompt_begins_with_is_not_read() -> None:
 
 
 def test_pairs_of_texts_in_another_column_are_earlier_turns_that_would_be_lost() -> None:
-    rows = [{"prompt": Q, "past": [["Hi", "Hello."], [Q, text]], **BLUE_SEVEN} for text in ("1", "2", "3")]
-    with pytest.raises(DataError, match="past holds turns that are not in what is read"):
+    rows = [
+        {"prompt": Q, "past": [["Hi", "Hello."], [Q, text]], **BLUE_SEVEN}
+        for text in ("1", "2", "3")
+    ]
+    with pytest.raises(DataError, match="past holds turns that are in no column that is read"):
         detect(rows)

@@ -69,18 +69,41 @@ def test_columns_are_named_by_what_they_are_read_as() -> None:
         "better": "overall_preference",
     }
     assert detect([ORCA])[0].columns == {
-        "system": "system", "prompt": "question", "chosen": "chosen", "rejected": "rejected"}  # fmt: skip
+        "system": "system",
+        "prompt": "question",
+        "chosen": "chosen",
+        "rejected": "rejected",
+    }
     whole = SHAPES["HuggingFaceH4/ultrafeedback_binarized"].rows
     assert detect(whole)[0].columns == {"chosen": "chosen", "rejected": "rejected"}
     pairs = SHAPES["LLaMA-Factory's older alpaca, with history"].rows
-    assert set(detect(pairs)[0].columns) == {"prompt", "input", "output", "history"}  # a blank input too
+    assert set(detect(pairs)[0].columns) == {
+        "prompt",
+        "input",
+        "output",
+        "history",
+    }  # a blank input too
 
 
 @pytest.mark.parametrize("spell", [str.capitalize, str.upper, " {} ".format])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_case_and_spaces_of_a_column_make_no_difference(shape: str, spell: Callable[[str], str]) -> None:
-    ours = {"prompt", "chosen", "rejected", "system", "instruction", "input", "messages", "preferred_output"}
-    rows = [{spell(key) if key in ours else key: value for key, value in row.items()} for row in SHAPES[shape].rows]
+def test_case_and_spaces_of_a_column_make_no_difference(
+    shape: str, spell: Callable[[str], str]
+) -> None:
+    ours = {
+        "prompt",
+        "chosen",
+        "rejected",
+        "system",
+        "instruction",
+        "input",
+        "messages",
+        "preferred_output",
+    }
+    rows = [
+        {spell(key) if key in ours else key: value for key, value in row.items()}
+        for row in SHAPES[shape].rows
+    ]
     assert read(rows) == read(SHAPES[shape].rows)
     assert set(detect(rows)[0].columns.values()) <= set(rows[0])
 
@@ -91,23 +114,47 @@ def test_a_dialogue_may_have_the_line_ends_of_windows(ends: str) -> None:
     detected, _ = detect([row] * 2)
     assert detected.name == "hh_rlhf"
     pair = detected.read(row, "x")
-    assert (pair.messages, pair.chosen, pair.rejected, pair.prompt_text) == (HH_TURNS, "Blue.", "Seven.", f"{HH} ")
+    assert (pair.messages, pair.chosen, pair.rejected, pair.prompt_text) == (
+        HH_TURNS,
+        "Blue.",
+        "Seven.",
+        f"{HH} ",
+    )
 
 
 @pytest.mark.parametrize("settings", [{}, {"name": "hh_rlhf"}])
 def test_the_replies_to_a_dialogue_may_bring_their_marker(settings: dict[str, Any]) -> None:
     row = {"prompt": HH, "chosen": "\n\nAssistant: Blue.", "rejected": "\n\nAssistant: Seven."}
     ((pair,), name) = read([row], **settings), detect([row], **settings)[0].name
-    assert (name, pair.messages, pair.chosen, pair.rejected) == ("hh_rlhf", HH_TURNS, "Blue.", "Seven.")
+    assert (name, pair.messages, pair.chosen, pair.rejected) == (
+        "hh_rlhf",
+        HH_TURNS,
+        "Blue.",
+        "Seven.",
+    )
     (pair,) = read([row | {"prompt": HH.removesuffix("\n\nAssistant:")}], plain=True)
     assert (pair.messages, pair.chosen, pair.prompt_text) == (HH_TURNS, "Blue.", f"{HH} ")
 
 
 @pytest.mark.parametrize(
-    "name", ["System Prompt", "system-prompt", "systemPrompt", " SYSTEM_MESSAGE", "SystemMessage", "system_instruction"]
+    "name",
+    [
+        "System Prompt",
+        "system-prompt",
+        "systemPrompt",
+        " SYSTEM_MESSAGE",
+        "SystemMessage",
+        "system_instruction",
+    ],
 )
 def test_the_words_of_a_name_may_be_put_together_in_any_way(name: str) -> None:
     rows = [{name: "Be  brief.", "question": Q, **BLUE_SEVEN}] * 2
-    assert [(pair.messages, pair.chosen) for pair in read(rows)] == [((system("Be  brief."), user(Q)), "Blue.")] * 2
-    openai = {"input": {"messages": [*TALK]}, "preferredOutput": [bot("Blue.")], "Non-Preferred Output": [bot("7")]}
+    assert [(pair.messages, pair.chosen) for pair in read(rows)] == [
+        ((system("Be  brief."), user(Q)), "Blue.")
+    ] * 2
+    openai = {
+        "input": {"messages": [*TALK]},
+        "preferredOutput": [bot("Blue.")],
+        "Non-Preferred Output": [bot("7")],
+    }
     assert read([openai])[0].chosen == "Blue."

@@ -1,4 +1,4 @@
-"""Texts to which a chat template was applied already."""
+"""Texts to which already has a chat template applied."""
 
 import pytest
 from shapes import BLUE_SEVEN, CHATML, ORCA, Q, bot, read, refused, user
@@ -17,7 +17,8 @@ TEMPLATES = {
     "Guanaco": "### Human: Hi\n### Assistant:",
     "Vicuna": "USER: Hi ASSISTANT:",
     "Vicuna behind a system text": "You are kind. USER: Hi ASSISTANT:",
-    "Vicuna behind a system text, in lines": "You are kind.\n\nUSER: Hi\nASSISTANT: Hello.\nUSER: And?",
+    "Vicuna behind a system text, in lines": "You are kind.\n\nUSER: Hi\nASSISTANT: "
+    "Hello.\nUSER: And?",
     "Mistral behind a system text": "You are kind.\n\n[INST] Hi [/INST]",
     "Zephyr behind a system text": "You are kind.\n<|user|>\nHi\n<|assistant|>\n",
     "RedPajama": "<human>: Hi\n<bot>:",
@@ -39,7 +40,8 @@ TEMPLATES = {
     "StackLLaMA": "Question: Hi\n\nAnswer: ",
     "a question and an answer as headings": "### Question: Hi\n### Answer:",
     "an answer as a heading": "Hi\n\n### Answer:\n",
-    "Vicuna's preamble": "A chat between a curious user and an artificial intelligence assistant. USER: Hi",
+    "Vicuna's preamble": "A chat between a curious user and an artificial intelligence "
+    "assistant. USER: Hi",
 }
 
 
@@ -81,34 +83,52 @@ def test_a_question_about_templates_is_none(question: str) -> None:
 
 @pytest.mark.parametrize(
     "reply",
-    ["<|channel|>final<|message|>Blue.<|return|>", "Blue.<|return|>", "Blue.<|eot|>", "Blue.[|endofturn|]\n"],
+    [
+        "<|channel|>final<|message|>Blue.<|return|>",
+        "Blue.<|return|>",
+        "Blue.<|eot|>",
+        "Blue.[|endofturn|]\n",
+    ],
 )
 def test_a_template_in_the_reply_is_refused(reply: str) -> None:
     rows = [{"prompt": Q, "chosen": reply, "rejected": "Seven."}] * 2
-    assert ("off the ends of chosen" in refused(rows, "data.chat_template=none")) == reply.startswith("Blue.")
+    assert (
+        "from the ends of chosen" in refused(rows, "data.chat_template=none")
+    ) == reply.startswith("Blue.")
 
 
 def test_kimis_texts_are_no_texts_with_an_end_alone() -> None:
-    rows = [{"prompt": TEMPLATES["Kimi"], "chosen": "Blue.<|im_end|>", "rejected": "Seven.<|im_end|>"}] * 2
-    assert "take" not in refused(rows, "data.chat_template=none")
+    rows = [
+        {"prompt": TEMPLATES["Kimi"], "chosen": "Blue.<|im_end|>", "rejected": "Seven.<|im_end|>"}
+    ] * 2
+    assert "remove" not in refused(rows, "data.chat_template=none")
 
 
 def test_end_markers_alone_are_to_be_taken_off() -> None:
     rows = [{"prompt": Q, "chosen": "Blue.</s>", "rejected": "Seven.<|im_end|>"}] * 2
     error = refused(rows, "data.chat_template=none")
-    assert "take </s> and <|im_end|> off the ends of chosen and rejected" in error
-    assert "or data.chat_template=none to train on the texts as they are" in error
-    assert "take" not in refused([{"prompt": CHATML, "chosen": "Blue.<|im_end|>", "rejected": "Seven."}] * 2,
-                                 "data.chat_template=none")  # fmt: skip
+    assert "remove </s> and <|im_end|> from the ends of chosen and rejected" in error
+    assert "or data.chat_template=none to train on the unchanged texts" in error
+    assert "remove" not in refused(
+        [{"prompt": CHATML, "chosen": "Blue.<|im_end|>", "rejected": "Seven."}] * 2,
+        "data.chat_template=none",
+    )
 
 
 def test_a_template_in_the_messages_is_refused_without_a_setting() -> None:
     rows = [{"chosen": [user(CHATML), bot("Blue.")], "rejected": [user(CHATML), bot("Seven.")]}] * 2
-    assert "take the template's markers out of the messages" in refused(rows)
+    assert "remove the template's markers from the messages" in refused(rows)
 
 
 def test_templated_replies_leave_no_raw_reading_until_the_template_is_none() -> None:
-    rows = [{"prompt": CHATML, "question": Q, "chosen": "Blue.<|im_end|>", "rejected": "Seven.<|im_end|>"}] * 2
+    rows = [
+        {
+            "prompt": CHATML,
+            "question": Q,
+            "chosen": "Blue.<|im_end|>",
+            "rejected": "Seven.<|im_end|>",
+        }
+    ] * 2
     refused(rows, "data.chat_template=none")
     refused(rows, "data.column_map=prompt=prompt", "data.column_map=prompt=question", plain=True)
     assert read(rows, {"prompt": "prompt"}, plain=True)[0].prompt_text == CHATML
@@ -118,4 +138,6 @@ def test_templated_replies_leave_no_raw_reading_until_the_template_is_none() -> 
 def test_plain_drops_the_system_that_stands_in_a_templated_prompt() -> None:
     row = {"prompt": CHATML, "chosen": "Blue.", "rejected": "Seven.", "system": "Be  brief."}
     assert read([row], plain=True)[0].prompt_text == CHATML
-    assert read([ORCA], plain=True)[0].prompt_text is None  # nobody said how a system text is joined
+    assert (
+        read([ORCA], plain=True)[0].prompt_text is None
+    )  # nobody said how a system text is joined

@@ -17,7 +17,12 @@ ABOUT_TEXT = {"instruction": "Sum up.", "input": "A long text."}
     "replies",
     [
         {"output_1": "a", "output_2": "b", "winner": "1"},
-        {"completions": [{"response": "b", "overall_score": 2}, {"response": "a", "overall_score": 8}]},
+        {
+            "completions": [
+                {"response": "b", "overall_score": 2},
+                {"response": "a", "overall_score": 8},
+            ]
+        },
         {"chosen": [bot("a")], "rejected": [bot("b")]},
         {"chosen": "a", "rejected": "b"},
     ],
@@ -32,10 +37,22 @@ def test_what_an_instruction_is_about_is_read_in_every_format(replies: dict[str,
 
 
 @pytest.mark.parametrize(
-    "reply", [{"role": "user", "content": "Blue."}, [{"text": "Blue."}], [bot("Blue.")], {"messages": ["Blue."]}]
+    "reply",
+    [
+        {"role": "user", "content": "Blue."},
+        [{"text": "Blue."}],
+        [bot("Blue.")],
+        {"messages": ["Blue."]},
+    ],
 )
 def test_replies_that_are_json_can_be_read_as_texts(reply: Any) -> None:
-    rows = [{"prompt": "Write it as JSON.", "chosen": json.dumps(reply), "rejected": json.dumps([reply, reply])}] * 9
+    rows = [
+        {
+            "prompt": "Write it as JSON.",
+            "chosen": json.dumps(reply),
+            "rejected": json.dumps([reply, reply]),
+        }
+    ] * 9
     assert {(pair.chosen, pair.rejected) for pair in read(rows, name="explicit")} == {
         (rows[0]["chosen"], rows[0]["rejected"])
     }
@@ -69,9 +86,13 @@ def test_json_that_only_looks_like_messages_can_be_read_as_texts(reply: Any, col
 
 
 def test_a_message_in_a_text_is_read_and_the_other_reading_said() -> None:
-    rows = [{"prompt": Q, "chosen": json.dumps(bot("Blue.")), "rejected": json.dumps(bot("Seven."))}] * 3
+    rows = [
+        {"prompt": Q, "chosen": json.dumps(bot("Blue.")), "rejected": json.dumps(bot("Seven."))}
+    ] * 3
     detected, _ = detect(rows)
-    assert "(JSON in texts, which data.format=explicit would read as they are)" in detected.sentence
+    assert (
+        "(JSON in texts; data.format=explicit would read the texts unchanged)" in detected.sentence
+    )
     assert [pair.chosen for pair in read(rows)] == ["Blue."] * 3
     assert [pair.chosen for pair in read(rows, name="explicit")] == [rows[0]["chosen"]] * 3
     # Beside a prompt that is itself a list of messages, no setting reads them as texts.
@@ -91,15 +112,19 @@ def test_a_first_row_in_place_of_the_names_is_suspected() -> None:
     row = {"Name a colour.": "Name a number.", "It is blue.": "Seven.", "It is seven.": "Blue."}
     with pytest.raises(DataError) as raised:
         detect([row] * 3)
-    assert "write a line with the columns' names above the first one, if that is a row" in raised.value.fix
+    assert "if the first line is a row, write a line with column names above it" in raised.value.fix
 
 
-@pytest.mark.parametrize("listed", [["prompt"], ["chosen", "rejected"], ["prompt", "chosen", "rejected"]])
+@pytest.mark.parametrize(
+    "listed", [["prompt"], ["chosen", "rejected"], ["prompt", "chosen", "rejected"]]
+)
 def test_lists_of_one_text_are_read_and_of_several_refused(listed: list[str]) -> None:
     row = {"prompt": Q, **BLUE_SEVEN}
     (pair, _) = read([row | {column: [row[column]] for column in listed}] * 2)
     assert (pair.messages, pair.chosen, pair.rejected) == ((user(Q),), "Blue.", "Seven.")
-    (pair, _) = read([row | {column: [part(row[column][:2]), part(row[column][2:])] for column in listed}] * 2)
+    (pair, _) = read(
+        [row | {column: [part(row[column][:2]), part(row[column][2:])] for column in listed}] * 2
+    )
     assert (pair.messages, pair.chosen, pair.rejected) == ((user(Q),), "Blue.", "Seven.")
     error = refused([row | {column: [row[column], "Red?"] for column in listed}] * 2)
     assert f"{listed[-1]} hold{'s' if len(listed) == 1 else ''} lists of texts" in error
@@ -136,16 +161,25 @@ def test_a_verdict_is_never_offered_as_a_reply() -> None:
 
 
 def test_a_conversation_under_an_unknown_name_is_offered() -> None:
-    rows = [{"task": "Math", "trajectory": [user(f"Q{i}")], "good": f"a{i}", "bad": f"b{i}"} for i in range(12)]
+    rows = [
+        {"task": "Math", "trajectory": [user(f"Q{i}")], "good": f"a{i}", "bad": f"b{i}"}
+        for i in range(12)
+    ]
     refused(rows, "data.column_map=prompt=trajectory")
 
 
 def test_whole_conversations_under_other_names_need_no_prompt() -> None:
-    rows = [{"chosen_conversations": [user(Q), bot("a")], "rejected_conversations": [user(Q), bot("b")]}] * 3
-    assert [(pair.messages, pair.chosen, pair.rejected) for pair in read(rows)] == [((user(Q),), "a", "b")] * 3
+    rows = [
+        {"chosen_conversations": [user(Q), bot("a")], "rejected_conversations": [user(Q), bot("b")]}
+    ] * 3
+    assert [(pair.messages, pair.chosen, pair.rejected) for pair in read(rows)] == [
+        ((user(Q),), "a", "b")
+    ] * 3
 
 
 def test_turns_within_a_text_are_a_template_too() -> None:
     text = "Hi\n<extra_id_1>Assistant\nHello\n<extra_id_1>User\nQ?"
-    with pytest.raises(DataError, match="a chat template was applied already"):
-        detect_format([{"prompt": text, "response_1": "a", "response_2": "b", "preference_strength": -2}] * 3)
+    with pytest.raises(DataError, match="already has a chat template applied"):
+        detect_format(
+            [{"prompt": text, "response_1": "a", "response_2": "b", "preference_strength": -2}] * 3
+        )

@@ -1,4 +1,5 @@
-"""Rows out of files, folders, patterns and hub sets: what is read, what is chosen, and where a fault is said to be."""
+"""Rows out of files, folders, patterns and hub sets: what is read, what is chosen, and where a
+fault is said to be."""
 
 import bz2
 import csv
@@ -30,19 +31,32 @@ from orpo_lite.data.pair import RowError
 from orpo_lite.data.sources import json_rows as sources_json_rows
 from orpo_lite.data.sources import lines as sources_lines
 from orpo_lite.data.sources.find import find_source
-from orpo_lite.data.sources.hub import load_set
-from orpo_lite.data.sources.lines import Place
-from orpo_lite.data.sources.source import TEST_SPLIT, Source, choose_split, is_local, is_path, names_line, split_of
+from orpo_lite.data.sources.hub import load_hub_dataset
+from orpo_lite.data.sources.lines import PlacedRow
+from orpo_lite.data.sources.source import (
+    TEST_SPLIT,
+    Source,
+    choose_split,
+    dataset_name_setting,
+    is_local,
+    is_path,
+    split_of,
+)
 from orpo_lite.errors import Command, DataError, HubError, OrpoLiteError, raise_all
 from orpo_lite.recipe.reader import load_recipe
 
 ROW = {"prompt": "Name a colour.", "chosen": "Blue.", "rejected": "Seven."}
 LINE = json.dumps(ROW).encode()
-QUICK = settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+QUICK = settings(
+    max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
+)
 
 
 def some_rows(count: int) -> list[dict[str, str]]:
-    return [{"prompt": f"Question {i}?", "chosen": f"{i}", "rejected": f'"no",\n{i}'} for i in range(count)]
+    return [
+        {"prompt": f"Question {i}?", "chosen": f"{i}", "rejected": f'"no",\n{i}'}
+        for i in range(count)
+    ]
 
 
 def to_jsonl(rows: list[Any]) -> str:
@@ -68,7 +82,7 @@ def source(path: Path | str, split: str = "auto") -> Source:
     return find_source(str(path), split, None)
 
 
-def places(path: Path | str, split: str = "auto") -> list[Place]:
+def places(path: Path | str, split: str = "auto") -> list[PlacedRow]:
     """Every row; the faults, if any, are raised."""
     faults: list[DataError] = []
     found = list(source(path, split).rows(faults))
@@ -124,7 +138,10 @@ KINDS: dict[str, Callable[[list[Any]], str | bytes]] = {
     "z.jsonl": lambda rows: json.dumps(rows),
     "aa.json": lambda rows: json.dumps({name: [row[name] for row in rows] for name in rows[0]}),
     "ab.json": lambda rows: json.dumps(
-        {"features": [{"name": name} for name in rows[0]], "rows": [viewer_row(row) for row in rows]}
+        {
+            "features": [{"name": name} for name in rows[0]],
+            "rows": [viewer_row(row) for row in rows],
+        }
     ),
 }
 
@@ -161,7 +178,25 @@ def to_parquet(rows: list[Any], group: int = 3) -> bytes:
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.lists(
-    st.sampled_from(["\n", "\r", "\r\n", '"', ",", ";", "\t", "|", "\u2028", "\ufeff", "🦜", "é", "a", " ", "\\"])
+    st.sampled_from(
+        [
+            "\n",
+            "\r",
+            "\r\n",
+            '"',
+            ",",
+            ";",
+            "\t",
+            "|",
+            "\u2028",
+            "\ufeff",
+            "🦜",
+            "é",
+            "a",
+            " ",
+            "\\",
+        ]
+    )
 ).map("".join)
 ROWS = st.lists(st.fixed_dictionaries(dict.fromkeys(ROW, TEXT)), min_size=1, max_size=6)
 
@@ -171,9 +206,14 @@ DELIMITERS |= dict.fromkeys(("i.csv", "k.tsv", "y.tsv.zst"), "\t")
 
 
 def is_ambiguous(rows: list[Any], delimiter: str | None) -> bool:
-    """Whether the lines of some text look like rows of the table: what is made of these is another test's."""
+    """Whether the lines of some text look like rows of the table: what is made of these is another
+    test's."""
     texts = ["".join(row.values()) for row in rows]
-    over_lines = [text.count(delimiter) == 2 * text.count("\n") for text in texts if delimiter and "\n" in text]
+    over_lines = [
+        text.count(delimiter) == 2 * text.count("\n")
+        for text in texts
+        if delimiter and "\n" in text
+    ]
     return any(over_lines)
 
 
@@ -192,14 +232,28 @@ def test_the_places(tmp_path: Path) -> None:
     rows = some_rows(7)
     found = {name: wheres(write(tmp_path / name, make(rows)))[4] for name, make in KINDS.items()}
     # A csv row takes two lines here, for a cell holds a line break.
-    lines = {"a.jsonl": 5, "c.json": 5, "f.csv": 10, "g.csv": 10, "h.csv": 10, "i.csv": 10, "k.tsv": 10, "l.jsonl": 5}
+    lines = {
+        "a.jsonl": 5,
+        "c.json": 5,
+        "f.csv": 10,
+        "g.csv": 10,
+        "h.csv": 10,
+        "i.csv": 10,
+        "k.tsv": 10,
+        "l.jsonl": 5,
+    }
     lines |= {"n.jsonl.gz": 5, "p.csv.gz": 10, "q.csv": 10, "r.JSONL": 5}
     lines |= {"w.ndjson.xz": 5, "x.txt.bz2": 5, "y.tsv.zst": 10}
-    assert found == {name: f"{name}:{lines[name]}" if name in lines else f"{name}[4]" for name in KINDS}
+    assert found == {
+        name: f"{name}:{lines[name]}" if name in lines else f"{name}[4]" for name in KINDS
+    }
 
 
 def test_what_parquet_holds(tmp_path: Path) -> None:
-    rows = [{"chosen": [{"role": "user", "content": f"{i}"}], "score": None if i % 2 else 1.5} for i in range(3000)]
+    rows = [
+        {"chosen": [{"role": "user", "content": f"{i}"}], "score": None if i % 2 else 1.5}
+        for i in range(3000)
+    ]
     path = write(tmp_path / "table.parquet", to_parquet(rows, group=1000))
     assert places(path) == [(f"table.parquet[{i}]", row) for i, row in enumerate(rows)]
 
@@ -207,7 +261,10 @@ def test_what_parquet_holds(tmp_path: Path) -> None:
 def test_json_and_maps_in_tables(tmp_path: Path) -> None:
     turn = [{"role": "user", "content": 'a "b"'}, None]
     values = [[42, {"x": turn}], [{"a": [1]}, None], None]
-    texts = [value and [json.dumps(item) if item is not None else None for item in value] for value in values]
+    texts = [
+        value and [json.dumps(item) if item is not None else None for item in value]
+        for value in values
+    ]
     stored = pyarrow.array(texts, pyarrow.list_(pyarrow.string()))
     inner = pyarrow.array(stored.values.to_pylist(), pyarrow.json_())
     lists = pyarrow.ListArray.from_arrays(stored.offsets, inner, mask=stored.is_null())
@@ -216,7 +273,9 @@ def test_json_and_maps_in_tables(tmp_path: Path) -> None:
         {
             "reply": pyarrow.array(['"It is \\"3\\""', "7", None], pyarrow.json_()),
             "lists": lists,
-            "inside": pyarrow.StructArray.from_arrays([lists, pyarrow.array(["1", "2", "3"])], ["json", "text"]),
+            "inside": pyarrow.StructArray.from_arrays(
+                [lists, pyarrow.array(["1", "2", "3"])], ["json", "text"]
+            ),
             "map": pyarrow.MapArray.from_arrays([0, 1, 1, 1], *roles),
             "plain": pyarrow.array(['"q"', "a", "a"], pyarrow.large_string()).dictionary_encode(),
             "view": pyarrow.array(['"q"', "a", None], pyarrow.string_view()),
@@ -243,7 +302,9 @@ def test_json_and_maps_in_tables(tmp_path: Path) -> None:
         )
     ]
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    pyarrow.parquet.write_table(table, tmp_path / "b.csv", store_schema=False)  # as DuckDB does, and by a wrong name
+    pyarrow.parquet.write_table(
+        table, tmp_path / "b.csv", store_schema=False
+    )  # as DuckDB does, and by a wrong name
     with pyarrow.ipc.new_stream(str(tmp_path / "c.arrow"), table.schema) as out:
         out.write_table(table)
     for name in ("a.parquet", "b.csv", "c.arrow"):
@@ -253,9 +314,12 @@ def test_json_and_maps_in_tables(tmp_path: Path) -> None:
 def test_json_is_read_as_datasets_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     rows = [
-        {"chosen": reply, "turns": [{"a": 1}, {"b": "x"}]} for reply in ("text", 'with "quotes"', 42, [1, "b"], None)
+        {"chosen": reply, "turns": [{"a": 1}, {"b": "x"}]}
+        for reply in ("text", 'with "quotes"', 42, [1, "b"], None)
     ]
-    features = datasets.Features({"chosen": datasets.Json(), "turns": datasets.List(datasets.Json())})
+    features = datasets.Features(
+        {"chosen": datasets.Json(), "turns": datasets.List(datasets.Json())}
+    )
     table = datasets.Dataset.from_list(rows, features=features)
     table.to_parquet(str(tmp_path / "a.parquet"))
     assert rows_of(tmp_path / "a.parquet") == list(table) == rows
@@ -264,11 +328,16 @@ def test_json_is_read_as_datasets_reads_it(tmp_path: Path, monkeypatch: pytest.M
 def test_a_broken_cell_of_json_is_a_fault_of_its_row(tmp_path: Path) -> None:
     cells = ["1", "{oops", '{"a": 1, "a": 2}', "[" * 200_000, "2"]
     pyarrow.parquet.write_table(
-        pyarrow.table({"q": pyarrow.array(["q"] * 5), "chosen": pyarrow.array(cells, pyarrow.json_())}),
+        pyarrow.table(
+            {"q": pyarrow.array(["q"] * 5), "chosen": pyarrow.array(cells, pyarrow.json_())}
+        ),
         tmp_path / "a.parquet",
     )
     faults: list[DataError] = []
-    assert [where for where, _ in source(tmp_path / "a.parquet").rows(faults)] == ["a.parquet[0]", "a.parquet[4]"]
+    assert [where for where, _ in source(tmp_path / "a.parquet").rows(faults)] == [
+        "a.parquet[0]",
+        "a.parquet[4]",
+    ]
     assert [(type(one), one.where) for one in faults] == [
         (RowError, f"a.parquet[{i}], field chosen") for i in (1, 2, 3)
     ]
@@ -277,7 +346,10 @@ def test_a_broken_cell_of_json_is_a_fault_of_its_row(tmp_path: Path) -> None:
 def test_a_row_that_the_viewer_cut_is_left_out(tmp_path: Path) -> None:
     entries = [viewer_row(ROW), viewer_row(ROW, ["chosen"]), viewer_row(ROW)]
     faults: list[DataError] = []
-    path = write(tmp_path / "a.json", json.dumps({"features": [{"name": "prompt"}], "rows": entries, "partial": False}))
+    path = write(
+        tmp_path / "a.json",
+        json.dumps({"features": [{"name": "prompt"}], "rows": entries, "partial": False}),
+    )
     assert [row for _, row in source(path).rows(faults)] == [ROW, ROW]
     assert [(type(one), one.where) for one in faults] == [(RowError, "a.json[1]")]
 
@@ -286,7 +358,8 @@ QUOTES = 'q\ta\tb\n1\t"good one\tbad\n2\tgood two"\tbad\n3\tx\ty\n'
 
 
 def test_quotes_in_a_table_with_tabs(tmp_path: Path) -> None:
-    """Plain characters where each line is a row by that, as the standard of .tsv has it; else the rules of csv."""
+    """Plain characters where each line is a row by that, as the standard of .tsv has it; else the
+    rules of csv."""
     plain = [{"q": "1", "a": '"good one', "b": "bad"}, {"q": "2", "a": 'good two"', "b": "bad"}]
     for name in ("a.tsv", "a.csv"):
         assert rows_of(write(tmp_path / name, QUOTES.replace("\n", "\r\n")))[:2] == plain
@@ -307,13 +380,18 @@ def test_quotes_in_a_table_with_tabs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "encoding"),
     [
-        ("你好吗？我很好，谢谢。天空为什么是蓝色的？因为阳光被大气散射了，蓝光散射得最多。", "gb18030"),
+        (
+            "你好吗？我很好，谢谢。天空为什么是蓝色的？因为阳光被大气散射了，蓝光散射得最多。",
+            "gb18030",
+        ),
         ("Привет, как дела? Всё хорошо, спасибо, а у тебя как?", "cp1251"),
     ],
 )
 def test_the_likely_encodings_are_shown(tmp_path: Path, text: str, encoding: str) -> None:
     rows = "".join(f"{text}{i},{text},no\n" for i in range(50))
-    said = fault(places, write(tmp_path / "a.csv", f"prompt,chosen,rejected\n{rows}".encode(encoding)))
+    said = fault(
+        places, write(tmp_path / "a.csv", f"prompt,chosen,rejected\n{rows}".encode(encoding))
+    )
     assert f"{encoding.upper()}: {text[:6]}" in said
     assert f"iconv -f {encoding.upper()} -t UTF-8 {tmp_path}/a.csv > {tmp_path}/a.utf8.csv" in said
     assert text not in said
@@ -336,7 +414,14 @@ def test_blank_lines_count(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("a.jsonl", ""), ("a.jsonl", " \n\n"), ("a.json", ""), ("a.json", "[ ]\n"), ("a.csv", ""), ("a.csv", "q,a\n")],
+    [
+        ("a.jsonl", ""),
+        ("a.jsonl", " \n\n"),
+        ("a.json", ""),
+        ("a.json", "[ ]\n"),
+        ("a.csv", ""),
+        ("a.csv", "q,a\n"),
+    ],
 )
 def test_a_file_without_rows(tmp_path: Path, name: str, content: str) -> None:
     assert places(write(tmp_path / name, content)) == []
@@ -346,12 +431,17 @@ def test_a_file_without_rows(tmp_path: Path, name: str, content: str) -> None:
 
 def test_a_table_of_one_column_holds_texts_over_lines(tmp_path: Path) -> None:
     for name in ("a.csv", "a.tsv"):
-        assert rows_of(write(tmp_path / name, 'q\n"a\nb"\n"c\nd"\n')) == [{"q": "a\nb"}, {"q": "c\nd"}]
+        assert rows_of(write(tmp_path / name, 'q\n"a\nb"\n"c\nd"\n')) == [
+            {"q": "a\nb"},
+            {"q": "c\nd"},
+        ]
 
 
 @pytest.mark.parametrize("header", ['""', ",,", '"",""', '""\t""'])
 def test_a_header_without_names_is_not_passed_over(tmp_path: Path, header: str) -> None:
-    assert "should name the columns" in fault(places, write(tmp_path / "a.csv", f"{header}\nq,a\n1,2\n"))
+    assert "column names in the first line" in fault(
+        places, write(tmp_path / "a.csv", f"{header}\nq,a\n1,2\n")
+    )
 
 
 def test_names_in_a_csv_are_stripped_and_cells_are_not(tmp_path: Path) -> None:
@@ -388,13 +478,17 @@ def test_names_in_a_csv_are_stripped_and_cells_are_not(tmp_path: Path) -> None:
     ],
 )
 def test_a_csv_is_read_as_it_is_meant(tmp_path: Path, content: str, found: dict[int, Any]) -> None:
-    assert places(write(tmp_path / "a.csv", content)) == [(f"a.csv:{line}", row) for line, row in found.items()]
+    assert places(write(tmp_path / "a.csv", content)) == [
+        (f"a.csv:{line}", row) for line, row in found.items()
+    ]
     assert rows_of(write(tmp_path / "a.csv.gz", content)) == list(found.values())
 
 
 def test_a_cell_without_a_name_is_a_fault(tmp_path: Path) -> None:
     faults: list[DataError] = []
-    found = source(write(tmp_path / "a.csv", "q,a,,\n1,2,,\n3,4,5,\n6,7,,,\n8\n9,10, ,\n")).rows(faults)
+    found = source(write(tmp_path / "a.csv", "q,a,,\n1,2,,\n3,4,5,\n6,7,,,\n8\n9,10, ,\n")).rows(
+        faults
+    )
     assert [where for where, _ in found] == ["a.csv:2", "a.csv:6"]
     assert [(one.where, one.found) for one in faults] == [
         ("a.csv:3", "a cell in a column without a name"),
@@ -412,8 +506,11 @@ def test_a_cell_without_a_name_is_a_fault(tmp_path: Path) -> None:
         (b'{"prompt": "q" "chosen": "a"}', ":2: broken JSON at column 16: Expecting ',' delimiter"),
         (b'{"prompt": "q", "chosen": "a', ":2: broken JSON at column 27: Unterminated string"),
         (b'{"prompt": "q", "chosen": "a"', ":2: broken JSON at column 30: Expecting ',' delimiter"),
-        (b'{"prompt": "a\rb", "chosen": "a"}', ":2: broken JSON at column 14: Invalid control character"),
-        (b'{"prompt": "q"},', ":2: broken JSON at column 16: a comma behind the object"),
+        (
+            b'{"prompt": "a\rb", "chosen": "a"}',
+            ":2: broken JSON at column 14: Invalid control character",
+        ),
+        (b'{"prompt": "q"},', ":2: broken JSON at column 16: a comma after the object"),
         (b'{"prompt": "q", "prompt": "p"}', ":2: the key 'prompt' appears twice"),
         (b'{"a": {"%b": 1, "%b": 2}}' % (b"k" * 200, b"k" * 200), ":2: a key appears twice"),
         (b'"prompt"', ":2: not a JSON object"),
@@ -439,12 +536,17 @@ def test_a_broken_line_is_placed(tmp_path: Path, name: str, line: bytes, found: 
 def test_a_broken_first_line_is_a_row_fault_too(tmp_path: Path) -> None:
     for name in ("a.jsonl", "a.json"):
         faults: list[DataError] = []
-        found = source(write(tmp_path / name, b'{"q" 1}\n' + LINE + b"\n{oops\n" + LINE)).rows(faults)
+        found = source(write(tmp_path / name, b'{"q" 1}\n' + LINE + b"\n{oops\n" + LINE)).rows(
+            faults
+        )
         assert [where for where, _ in found] == [f"{name}:2", f"{name}:4"]
         assert [one.where for one in faults] == [f"{name}:1", f"{name}:3"]
 
 
-@given(st.binary(max_size=60) | st.text(max_size=30).map(str.encode), st.sampled_from(["first", "last", "alone"]))
+@given(
+    st.binary(max_size=60) | st.text(max_size=30).map(str.encode),
+    st.sampled_from(["first", "last", "alone"]),
+)
 @example(b"\x1f\x8b", "first")
 @example(b"\x1f\x8b", "alone")
 @example(b"\xff\xfe{", "first")
@@ -452,10 +554,14 @@ def test_a_broken_first_line_is_a_row_fault_too(tmp_path: Path) -> None:
 @example(b'{"data": [{}]}', "alone")
 @example(b"{\n}x", "alone")
 @example(b"[{},]", "alone")
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.tsv", "a.parquet", "a.jsonl.gz", "a.csv.gz"])
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.json", "a.csv", "a.tsv", "a.parquet", "a.jsonl.gz", "a.csv.gz"]
+)
 @pytest.mark.parametrize("wrapped", [False, True])
 @settings(parent=QUICK, max_examples=60)
-def test_no_bytes_escape_as_a_traceback(tmp_path: Path, name: str, wrapped: bool, line: bytes, where: str) -> None:
+def test_no_bytes_escape_as_a_traceback(
+    tmp_path: Path, name: str, wrapped: bool, line: bytes, where: str
+) -> None:
     content = {"first": line + b"\n" + LINE, "last": LINE + b"\n" + line, "alone": line}[where]
     path = tmp_path / name
     path.write_bytes(gzip.compress(content, 1) if wrapped else content)
@@ -466,7 +572,16 @@ def test_no_bytes_escape_as_a_traceback(tmp_path: Path, name: str, wrapped: bool
             assert name in str(error)  # noqa: PT017 - either outcome is right
 
 
-FAULTS = [b"{oops}", b'{"a" 1}', b"[1]", b'{"a": nan}', b'{"a": 1, "a": 2}', b"{", b'{"a": "b', b"nothing"]
+FAULTS = [
+    b"{oops}",
+    b'{"a" 1}',
+    b"[1]",
+    b'{"a": nan}',
+    b'{"a": 1, "a": 2}',
+    b"{",
+    b'{"a": "b',
+    b"nothing",
+]
 
 
 @given(
@@ -474,7 +589,9 @@ FAULTS = [b"{oops}", b'{"a" 1}', b"[1]", b'{"a": nan}', b'{"a": 1, "a": 2}', b"{
     ends=st.sampled_from([b"\n", b"\r\n"]),
 )
 @QUICK
-def test_the_place_of_a_planted_fault_is_exact(tmp_path: Path, planted: dict[int, bytes], ends: bytes) -> None:
+def test_the_place_of_a_planted_fault_is_exact(
+    tmp_path: Path, planted: dict[int, bytes], ends: bytes
+) -> None:
     lines = [planted.get(i, LINE) for i in range(20)]
     if 0 in planted:
         lines.insert(0, LINE)  # what the first line is decides how the file is read
@@ -482,18 +599,26 @@ def test_the_place_of_a_planted_fault_is_exact(tmp_path: Path, planted: dict[int
     faults: list[DataError] = []
     found = list(source(write(tmp_path / "a.jsonl", ends.join(lines))).rows(faults))
     assert [one.where for one in faults] == [f"a.jsonl:{i + 1}" for i in sorted(planted)]
-    assert [where for where, _ in found] == [f"a.jsonl:{i + 1}" for i in range(len(lines)) if i not in planted]
+    assert [where for where, _ in found] == [
+        f"a.jsonl:{i + 1}" for i in range(len(lines)) if i not in planted
+    ]
 
 
 @given(rows=st.lists(ROWS.map(lambda rows: rows[0]), min_size=1, max_size=8), at=st.integers(0, 8))
 @QUICK
-def test_a_short_row_in_a_csv_is_placed_where_it_starts(tmp_path: Path, rows: list[Any], at: int) -> None:
+def test_a_short_row_in_a_csv_is_placed_where_it_starts(
+    tmp_path: Path, rows: list[Any], at: int
+) -> None:
     at = min(at, len(rows))
     before, after = to_csv([ROW, *rows[:at]]), to_csv([ROW, *rows[at:]]).split("\r\n", 2)[2]
     faults: list[DataError] = []
-    found = list(source(write(tmp_path / "a.csv", before + 'x,"two\nlines"\r\n' + after)).rows(faults))
+    found = list(
+        source(write(tmp_path / "a.csv", before + 'x,"two\nlines"\r\n' + after)).rows(faults)
+    )
     assert [row for _, row in found] == [ROW, *rows]
-    assert [(one.where, one.found) for one in faults] == [("a.csv:" + str(before.count("\n") + 1), "2 cells")]
+    assert [(one.where, one.found) for one in faults] == [
+        ("a.csv:" + str(before.count("\n") + 1), "2 cells")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -502,7 +627,10 @@ def test_a_short_row_in_a_csv_is_placed_where_it_starts(tmp_path: Path, rows: li
         ('[{"q": 1},\n {"q": 2, "q": 3}]', "a.json: the key 'q' appears twice"),
         ('[{"q": 1},\n 3]', "a.json[1]: not a JSON object"),
         ('[{"q": 1},\n oops]', "a.json: broken JSON at line 2, column 2"),
-        ('[{"q": 1}\n {"q": 2}]', "a.json: broken JSON at line 2, column 2: Expecting ',' delimiter"),
+        (
+            '[{"q": 1}\n {"q": 2}]',
+            "a.json: broken JSON at line 2, column 2: Expecting ',' delimiter",
+        ),
         ('[{"q": 1},]', "a.json: broken JSON at column 11"),
         ('[{"q": 1}] []', "a.json: broken JSON at column 12: Extra data"),
         ('[{"q": 1}', "a.json: broken JSON at column 10"),
@@ -512,14 +640,18 @@ def test_a_short_row_in_a_csv_is_placed_where_it_starts(tmp_path: Path, rows: li
         ('{"data": [\n{"q": 1, "q": 2}]}', "a.json: the key 'q' appears twice"),
     ],
 )
-def test_a_fault_in_a_json_array_is_placed(tmp_path: Path, content: str | bytes, where: str) -> None:
+def test_a_fault_in_a_json_array_is_placed(
+    tmp_path: Path, content: str | bytes, where: str
+) -> None:
     path = write(tmp_path / "a.json", content)
     assert fault(places, path).startswith(where)
 
 
 def test_a_carriage_return_in_the_first_row_splits_no_lines(tmp_path: Path) -> None:
     faults: list[DataError] = []
-    found = source(write(tmp_path / "a.jsonl", b'{"q": "a\rb"}\n' + LINE + b"\n" + LINE)).rows(faults)
+    found = source(write(tmp_path / "a.jsonl", b'{"q": "a\rb"}\n' + LINE + b"\n" + LINE)).rows(
+        faults
+    )
     assert [where for where, _ in found] == ["a.jsonl:2", "a.jsonl:3"]
     assert [one.where for one in faults] == ["a.jsonl:1"]
 
@@ -550,17 +682,43 @@ def run_fix(read: Callable[..., Any], *arguments: Any) -> str:
     ("name", "content", "found"),
     [
         ("a b.json", json.dumps({"train": [ROW], "it's": [ROW]}).encode(), [ROW]),
-        ("a.jsonl", b'["A?", "b", "c"]\n["D?", "e", "f"]\n', [dict(zip(ROW, "A? b c".split(), strict=True))]),
-        ("a.json.gz", b'["A?", "b", "c"]\n["D?", "e", "f"]\n', [dict(zip(ROW, "A? b c".split(), strict=True))]),
-        ("a.csv", b'q, a\n1, "2, ""3"""\n"x, "," ""y"""\n', [{"q": "1", "a": '2, "3"'}, {"q": "x, ", "a": ' "y"'}]),
+        (
+            "a.jsonl",
+            b'["A?", "b", "c"]\n["D?", "e", "f"]\n',
+            [dict(zip(ROW, "A? b c".split(), strict=True))],
+        ),
+        (
+            "a.json.gz",
+            b'["A?", "b", "c"]\n["D?", "e", "f"]\n',
+            [dict(zip(ROW, "A? b c".split(), strict=True))],
+        ),
+        (
+            "a.csv",
+            b'q, a\n1, "2, ""3"""\n"x, "," ""y"""\n',
+            [{"q": "1", "a": '2, "3"'}, {"q": "x, ", "a": ' "y"'}],
+        ),
         ("a.csv", b"q,a\r1,2\r", [{"q": "1", "a": "2"}]),
         ("a.jsonl", LINE + b"\r" + LINE, [ROW, ROW]),
-        ("a b.csv", "prompt,chosen\nÜber,Ça va\n".encode("utf-16"), [{"prompt": "Über", "chosen": "Ça va"}]),
-        ("a.csv.gz", "prompt,chosen\nÜber,Ça va\n".encode("utf-16-le"), [{"prompt": "Über", "chosen": "Ça va"}]),
-        ("a.jsonl", '{"q": "你好吗？我很好，谢谢。"}\n'.encode("gbk"), [{"q": "你好吗？我很好，谢谢。"}]),
+        (
+            "a b.csv",
+            "prompt,chosen\nÜber,Ça va\n".encode("utf-16"),
+            [{"prompt": "Über", "chosen": "Ça va"}],
+        ),
+        (
+            "a.csv.gz",
+            "prompt,chosen\nÜber,Ça va\n".encode("utf-16-le"),
+            [{"prompt": "Über", "chosen": "Ça va"}],
+        ),
+        (
+            "a.jsonl",
+            '{"q": "你好吗？我很好，谢谢。"}\n'.encode("gbk"),
+            [{"q": "你好吗？我很好，谢谢。"}],
+        ),
     ],
 )
-def test_the_line_of_a_fix_works(tmp_path: Path, name: str, content: bytes, found: list[Any]) -> None:
+def test_the_line_of_a_fix_works(
+    tmp_path: Path, name: str, content: bytes, found: list[Any]
+) -> None:
     rows = rows_of(run_fix(places, write(tmp_path / name, content)))
     assert rows[: len(found)] == found
     assert "OLD" not in fault(places, tmp_path / name)
@@ -599,7 +757,9 @@ def test_a_row_cut_short_hides_no_later_fault(tmp_path: Path, cut: bytes, before
 def test_columns_are_read_as_rows(tmp_path: Path, whole: Any, indent: int | None) -> None:
     path = write(tmp_path / "a.json", json.dumps(whole, indent=indent))
     columns = [value.values() if isinstance(value, dict) else value for value in whole.values()]
-    assert rows_of(path) == [dict(zip(whole, cells, strict=True)) for cells in zip(*columns, strict=True)]
+    assert rows_of(path) == [
+        dict(zip(whole, cells, strict=True)) for cells in zip(*columns, strict=True)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -630,20 +790,48 @@ def test_a_cell_that_never_ends_is_placed_where_its_row_starts(tmp_path: Path) -
     ("name", "content", "found"),
     [
         ("pairs.txt", "hello", "pairs.txt: a text that is not JSON"),
-        ("pairs.parquet.gz", "hello", "an unknown kind of file|.arrow, or a text in .gz, .bz2, .xz or .zst"),
+        (
+            "pairs.parquet.gz",
+            "hello",
+            "an unknown type of file|.arrow, or a text file in .gz, .bz2, .xz or .zst",
+        ),
         ("pairs.arrow", "hello", "pairs.arrow: broken arrow"),
         ("pairs.arrow", to_arrow([ROW], pyarrow.ipc.new_stream)[:-20], "pairs.arrow: broken arrow"),
-        ("pairs.feather", to_arrow([ROW], pyarrow.ipc.new_file)[:-20], "pairs.feather: broken arrow"),
+        (
+            "pairs.feather",
+            to_arrow([ROW], pyarrow.ipc.new_file)[:-20],
+            "pairs.feather: broken arrow",
+        ),
         ("pairs.xlsx", b"PK\x03\x04", "pairs.xlsx: a spreadsheet|save it as csv"),
         ("pairs.XLS", b"", "a spreadsheet"),
         ("pairs.ods", b"", "a spreadsheet"),
-        ("pairs.csv", b"PK\x03\x04 sheet", "pairs.csv:1: a zip file or a spreadsheet|save it as csv"),
-        ("pairs.parquet", b"version https://git-lfs.github.com/spec/v1\noid", "a git-lfs pointer|git lfs pull"),
+        (
+            "pairs.csv",
+            b"PK\x03\x04 sheet",
+            "pairs.csv:1: a zip file or a spreadsheet|save it as csv",
+        ),
+        (
+            "pairs.parquet",
+            b"version https://git-lfs.github.com/spec/v1\noid",
+            "a git-lfs pointer|git lfs pull",
+        ),
         ("pairs.jsonl", '{"q": "ü"}'.encode("utf-16"), ":1: UTF-16 text|iconv -f UTF-16 -t UTF-8"),
         ("pairs.json.gz", "[]".encode("utf-16"), ":1: UTF-16 text|iconv -f UTF-16 -t UTF-8"),
-        ("pairs.csv", b"\xfe\xff" + "q,a".encode("utf-16-be"), ":1: UTF-16 text|iconv -f UTF-16 -t UTF-8"),
-        ("pairs.csv", "prompt,a\nü,b\n".encode("utf-16-le"), ":1: UTF-16LE text|iconv -f UTF-16LE -t UTF-8"),
-        ("pairs.jsonl.gz", '{"q": "ü"}'.encode("utf-16-be"), ":1: UTF-16BE text|iconv -f UTF-16BE -t UTF-8"),
+        (
+            "pairs.csv",
+            b"\xfe\xff" + "q,a".encode("utf-16-be"),
+            ":1: UTF-16 text|iconv -f UTF-16 -t UTF-8",
+        ),
+        (
+            "pairs.csv",
+            "prompt,a\nü,b\n".encode("utf-16-le"),
+            ":1: UTF-16LE text|iconv -f UTF-16LE -t UTF-8",
+        ),
+        (
+            "pairs.jsonl.gz",
+            '{"q": "ü"}'.encode("utf-16-be"),
+            ":1: UTF-16BE text|iconv -f UTF-16BE -t UTF-8",
+        ),
         (
             "pairs.csv",
             "q,a\nÜber das schöne Österreich,b\n".encode("cp1252"),
@@ -652,16 +840,26 @@ def test_a_cell_that_never_ends_is_placed_where_its_row_starts(tmp_path: Path) -
         ("pairs.parquet", "hello", "pairs.parquet: broken parquet"),
         ("pairs.parquet", to_parquet([ROW])[:-20], "pairs.parquet: broken parquet"),
         ("pairs.csv", "prompt,chosen,rejected\nq,a\n", "pairs.csv:2: 2 cells"),
-        ("pairs.csv", "prompt;chosen;rejected\nq;a\n", "pairs.csv:2: 2 cells|around semicolons"),
+        (
+            "pairs.csv",
+            "prompt;chosen;rejected\nq;a\n",
+            "pairs.csv:2: 2 cells|around a cell with semicolons",
+        ),
         ("pairs.csv", 'prompt,chosen,rejected\nq,"a,b\n', "pairs.csv:2: broken csv"),
         ("pairs.csv", 'prompt,chosen\nq,"a"b\n', "pairs.csv:2: broken csv"),
         ("pairs.csv", "prompt,chosen,chosen\nq,a,b\n", "pairs.csv:1: two columns of one name"),
-        ("pairs.csv", "prompt,,chosen\nq,,a\n", "the first line should name the columns"),
-        ("pairs.csv", f"q,{'a' * 101}\n1,2\n", "pairs.csv:1: |the first line should name the columns"),
-        ("pairs.tsv", "q\t\na\tb\n", "the first line should name the columns"),
+        ("pairs.csv", "prompt,,chosen\nq,,a\n", "column names in the first line"),
+        (
+            "pairs.csv",
+            f"q,{'a' * 101}\n1,2\n",
+            "pairs.csv:1: |column names in the first line",
+        ),
+        ("pairs.tsv", "q\t\na\tb\n", "column names in the first line"),
     ],
 )
-def test_a_faulty_file_is_named(tmp_path: Path, name: str, content: str | bytes, found: str) -> None:
+def test_a_faulty_file_is_named(
+    tmp_path: Path, name: str, content: str | bytes, found: str
+) -> None:
     path = write(tmp_path / name, content)
     text = fault(places, path)
     assert all(part in text for part in found.split("|"))
@@ -674,7 +872,9 @@ def test_parquet_with_spoilt_pages(tmp_path: Path) -> None:
 
 
 def test_two_columns_of_one_name_in_parquet(tmp_path: Path) -> None:
-    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["chosen", "chosen"])
+    table = pyarrow.Table.from_arrays(
+        [pyarrow.array(["a"]), pyarrow.array(["b"])], names=["chosen", "chosen"]
+    )
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     assert "two columns of one name" in fault(places, tmp_path / "a.parquet")
 
@@ -690,7 +890,9 @@ def test_a_line_over_the_cap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, na
         lines = [LINE, LINE]
         lines.insert(at, b'{"prompt": "' + b"a" * (3 << 20) + b'"}')
         faults: list[DataError] = []
-        found = [where for where, _ in source(write(tmp_path / name, b"\n".join(lines))).rows(faults)]
+        found = [
+            where for where, _ in source(write(tmp_path / name, b"\n".join(lines))).rows(faults)
+        ]
         assert found == [f"{name}:{number + 1}" for number in range(3) if number != at]
         assert [(type(one), one.where) for one in faults] == [(RowError, f"{name}:{at + 1}")]
 
@@ -725,10 +927,15 @@ def test_compressed_files(tmp_path: Path, suffix: str) -> None:
     plain_name = tmp_path / "plain.jsonl"  # and a name that does not say it
     plain_name.write_bytes(whole)
     assert rows_of(plain_name) == rows
-    for broken in (whole[: len(whole) // 2], whole[:-4], whole[:15], whole[:5000] + bytes(9) + whole[5009:]):
+    for broken in (
+        whole[: len(whole) // 2],
+        whole[:-4],
+        whole[:15],
+        whole[:5000] + bytes(9) + whole[5009:],
+    ):
         path.write_bytes(broken)
         assert "broken" in fault(places, path)
-        assert "differ" not in source(path).said
+        assert "differ" not in source(path).note
     path.write_bytes(LINE)
     assert rows_of(path) == [ROW]
 
@@ -736,7 +943,9 @@ def test_compressed_files(tmp_path: Path, suffix: str) -> None:
 def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a.jsonl", "a.parquet"):
         found = source(write(tmp_path / name, LINE))
-        (tmp_path / name).unlink()  # the superuser of a container may read everything, so: it is gone
+        (
+            tmp_path / name
+        ).unlink()  # the superuser of a container may read everything, so: it is gone
         assert "check its owner" in fault(list, found.rows([]))
         assert "check its owner" in fault(found.fingerprint)
 
@@ -762,9 +971,12 @@ def test_no_message_holds_the_datas_text(tmp_path: Path) -> None:
 
 
 def test_the_name_of_a_file() -> None:
-    local = "a.jsonl a.json a.CSV a.tsv a.parquet a.jsonl.gz a.csv.gz a.xlsx ./a /a ~/a .. pairs/* org/pairs-??".split()
+    files = "a.jsonl a.json a.CSV a.tsv a.parquet a.jsonl.gz a.csv.gz a.xlsx".split()
+    local = [*files, *"./a /a ~/a .. pairs/* org/pairs-??".split()]
     assert all(is_path(name) for name in local)
-    assert not any(is_path(name) for name in ["org/pairs", "pairs", "Anthropic/hh-rlhf", "a.parquet.gz"])
+    assert not any(
+        is_path(name) for name in ["org/pairs", "pairs", "Anthropic/hh-rlhf", "a.parquet.gz"]
+    )
 
 
 def test_a_name_that_stands_here_is_local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -833,7 +1045,14 @@ def test_the_split_that_is_chosen(names: list[str], chosen: str | None) -> None:
 def folder(tmp_path: Path, *names: str) -> Path:
     for name in names:
         path = tmp_path / name
-        write(path, KINDS["t.parquet"]([ROW]) if path.suffix == ".parquet" else "q,a\n1,2\n" if "csv" in name else LINE)
+        write(
+            path,
+            KINDS["t.parquet"]([ROW])
+            if path.suffix == ".parquet"
+            else "q,a\n1,2\n"
+            if "csv" in name
+            else LINE,
+        )
     return tmp_path
 
 
@@ -845,15 +1064,27 @@ HELD_OUT = "data.dataset_test_split=%s would use its own held-out pairs"
     [
         ("train.jsonl", "train.jsonl:1", ""),
         ("pairs.jsonl", "pairs.jsonl:1", ""),
-        ("train.jsonl test.jsonl README.md .train.jsonl dataset_info.json", "train.jsonl:1", HELD_OUT % "test"),
+        (
+            "train.jsonl test.jsonl README.md .train.jsonl dataset_info.json",
+            "train.jsonl:1",
+            HELD_OUT % "test",
+        ),
         (
             "data/train-00000-of-00001.parquet data/validation-00000-of-00001.parquet",
             "train-00000-of-00001.parquet[0]",
             HELD_OUT % "validation",
         ),
         ("train.jsonl test_sft.jsonl pretest.jsonl", "train.jsonl:1", "not read: pretest.jsonl"),
-        ("train_0.jsonl train_1.csv", "train_0.jsonl:1 train_1.csv:2", "2 files: train_0.jsonl, train_1.csv"),
-        ("train.jsonl data/train.jsonl", "data/train.jsonl:1 train.jsonl:1", "2 files: data/train.jsonl, train.jsonl"),
+        (
+            "train_0.jsonl train_1.csv",
+            "train_0.jsonl:1 train_1.csv:2",
+            "2 files: train_0.jsonl, train_1.csv",
+        ),
+        (
+            "train.jsonl data/train.jsonl",
+            "data/train.jsonl:1 train.jsonl:1",
+            "2 files: data/train.jsonl, train.jsonl",
+        ),
         ("b.jsonl a.csv c.json", "a.csv:2 b.jsonl:1 c.json[0]", "3 files: a.csv, b.jsonl, c.json"),
         ("train.jsonl more.jsonl", "train.jsonl:1", "not read: more.jsonl"),
         ("only_test.jsonl", "only_test.jsonl:1", "split only_test (of only_test)"),
@@ -868,15 +1099,21 @@ HELD_OUT = "data.dataset_test_split=%s would use its own held-out pairs"
 def test_what_a_folder_holds(tmp_path: Path, names: str, read: str, said: str) -> None:
     where = folder(tmp_path, *names.split())
     assert " ".join(wheres(where)) == read
-    assert source(where).said == said
+    assert source(where).note == said
     assert source(where).name == str(where)
 
 
 def test_an_explicit_split_is_taken_as_it_is(tmp_path: Path) -> None:
-    where = folder(tmp_path, "train.jsonl", "train_prefs.jsonl", "test.jsonl", "helpful-00000-of-00001.jsonl")
-    for split, name in [("train", "train"), ("test", "test"), ("helpful", "helpful-00000-of-00001")]:
+    where = folder(
+        tmp_path, "train.jsonl", "train_prefs.jsonl", "test.jsonl", "helpful-00000-of-00001.jsonl"
+    )
+    for split, name in [
+        ("train", "train"),
+        ("test", "test"),
+        ("helpful", "helpful-00000-of-00001"),
+    ]:
         assert wheres(where, split) == [f"{name}.jsonl:1"]
-        assert source(where, split).said == ""
+        assert source(where, split).note == ""
     text = fault(source, where, "dev")
     assert "no file of split 'dev'; splits: helpful, test, train, train_prefs" in text
     assert text.endswith("fix: data.dataset_train_split=train_prefs")
@@ -899,10 +1136,12 @@ def test_an_explicit_split_is_taken_as_it_is(tmp_path: Path) -> None:
         ("train.jsonl train_extra.jsonl", "train.jsonl", "not read: train_extra.jsonl"),
     ],
 )
-def test_what_is_held_out_is_never_chosen_to_train_on(tmp_path: Path, names: str, read: str, said: str) -> None:
+def test_what_is_held_out_is_never_chosen_to_train_on(
+    tmp_path: Path, names: str, read: str, said: str
+) -> None:
     found = source(folder(tmp_path, *names.split()))
     assert [str(file.path.relative_to(tmp_path)) for file in found.files] == [read]  # type: ignore[attr-defined]
-    assert found.said == said
+    assert found.note == said
 
 
 def test_a_folder_where_nothing_can_be_chosen(tmp_path: Path) -> None:
@@ -910,18 +1149,23 @@ def test_a_folder_where_nothing_can_be_chosen(tmp_path: Path) -> None:
     assert "no file of split train;" in text
     assert "splits: test_sft, train_sft" in text
     assert text.endswith("fix: data.dataset_train_split=train_sft")
-    assert "no file of split 'test'" in fault(source, folder(tmp_path / "b", "x.jsonl", "y.jsonl"), "test")
+    assert "no file of split 'test'" in fault(
+        source, folder(tmp_path / "b", "x.jsonl", "y.jsonl"), "test"
+    )
     many = folder(tmp_path / "c", *(f"shard_{i}.jsonl" for i in range(40)))
-    assert source(many).said.startswith("40 files: shard_0.jsonl, ")
-    assert source(many).said.endswith(" and 30 more")
+    assert source(many).note.startswith("40 files: shard_0.jsonl, ")
+    assert source(many).note.endswith(" and 30 more")
 
 
 def test_one_name_in_two_kinds_is_not_read_twice(tmp_path: Path) -> None:
     both = folder(tmp_path / "set", "train.csv", "train.jsonl", "test.jsonl")
     text = fault(source, both)
-    assert "train.csv and train.jsonl: one name in two kinds of files" in text
+    assert "train.csv and train.jsonl: one may be a conversion of the other" in text
     assert wheres(both / "train.jsonl") == ["train.jsonl:1"]
-    assert f"fix: data.dataset_name={both / 'train.jsonl'} or data.dataset_name={both / 'train.csv'}" in text
+    assert (
+        f"fix: data.dataset_name={both / 'train.jsonl'} or data.dataset_name={both / 'train.csv'}"
+        in text
+    )
 
 
 def test_a_folder_without_data(tmp_path: Path) -> None:
@@ -942,20 +1186,26 @@ def test_folders_of_save_to_disk(tmp_path: Path) -> None:
     datasets.DatasetDict(sets).save_to_disk(str(tmp_path / "two"))
     assert rows_of(tmp_path / "two") == rows_of(tmp_path / "two", "train") == rows
     assert rows_of(tmp_path / "two", "test") == held
-    assert source(tmp_path / "two").said == HELD_OUT % "test"
+    assert source(tmp_path / "two").note == HELD_OUT % "test"
     assert source(tmp_path / "two").columns() == frozenset(ROW)
     before = source(tmp_path / "two").fingerprint()[0]
     saved([*rows[:-1], ROW], tmp_path / "other")
     shutil.copy(tmp_path / "other" / "data-00000-of-00001.arrow", tmp_path / "two" / "train")
     assert source(tmp_path / "two").fingerprint()[0] != before
-    datasets.DatasetDict({"harmless": sets["train"], "helpful": sets["test"]}).save_to_disk(str(tmp_path / "three"))
+    datasets.DatasetDict({"harmless": sets["train"], "helpful": sets["test"]}).save_to_disk(
+        str(tmp_path / "three")
+    )
     assert "splits: harmless, helpful" in fault(source, tmp_path / "three")
     assert rows_of(tmp_path / "three", "helpful") == held
     (tmp_path / "one" / "data-00007-of-00012.arrow").unlink()
     text = fault(source, tmp_path / "one")
     assert "missing or broken: " in text
     assert "data-00007-of-00012.arrow" in text
-    for state in ("{", "[]", '{"_data_files": [{"filename": "../two/train/data-00000-of-00001.arrow"}]}'):
+    for state in (
+        "{",
+        "[]",
+        '{"_data_files": [{"filename": "../two/train/data-00000-of-00001.arrow"}]}',
+    ):
         write(tmp_path / "one" / "state.json", state)
         assert "missing or broken" in fault(source, tmp_path / "one")
 
@@ -976,7 +1226,11 @@ def test_folders_of_save_to_disk(tmp_path: Path) -> None:
             "2 files: part=0/x.jsonl, part=1/x.jsonl",
         ),
         ("a/train.jsonl a/test.jsonl b/train.jsonl", "a/train.jsonl:1 b/train.jsonl:1", None),
-        ("a/x.jsonl b/y.jsonl .git/z.jsonl _old/z.jsonl", "a/x.jsonl:1 b/y.jsonl:1", "2 files: a/x.jsonl, b/y.jsonl"),
+        (
+            "a/x.jsonl b/y.jsonl .git/z.jsonl _old/z.jsonl",
+            "a/x.jsonl:1 b/y.jsonl:1",
+            "2 files: a/x.jsonl, b/y.jsonl",
+        ),
         ("train.jsonl old/a.jsonl notes.txt", "train.jsonl:1", "not read: the folder old"),
         ("train.txt test.txt", "train.txt:1", None),
     ],
@@ -984,15 +1238,22 @@ def test_folders_of_save_to_disk(tmp_path: Path) -> None:
 def test_sub_folders(tmp_path: Path, names: str, read: str, said: str | None) -> None:
     where = folder(tmp_path, *names.split())
     assert " ".join(wheres(where)) == read
-    assert said is None or source(where).said == said
+    assert said is None or source(where).note == said
 
 
 def test_a_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder(tmp_path, "pairs/b.jsonl", "pairs/a.csv", "pairs/README.md", "pairs/state.json", "pairs/more/c.jsonl")
+    folder(
+        tmp_path,
+        "pairs/b.jsonl",
+        "pairs/a.csv",
+        "pairs/README.md",
+        "pairs/state.json",
+        "pairs/more/c.jsonl",
+    )
     assert wheres(tmp_path / "pairs" / "*.jsonl") == ["b.jsonl:1"]
     assert wheres(tmp_path / "pairs" / "*") == ["a.csv:2", "b.jsonl:1"]
     assert wheres(tmp_path / "**" / "*.jsonl") == ["b.jsonl:1", "more/c.jsonl:1"]
-    assert source(tmp_path / "**" / "*.jsonl").said == "2 files: b.jsonl, more/c.jsonl"
+    assert source(tmp_path / "**" / "*.jsonl").note == "2 files: b.jsonl, more/c.jsonl"
     monkeypatch.chdir(tmp_path)
     assert wheres("pairs/*.[jc]s*", "train") == ["a.csv:2", "b.jsonl:1"]
     assert "no data file matches" in fault(source, "pairs/*.tsv")
@@ -1002,10 +1263,17 @@ def test_a_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "names", [["my set/a.csv", "b.csv"], ["p,q/a.csv", 'c"d.csv'], ["p,q/a.csv"], ["it's.csv", "[b].csv"], ["ü b.csv"]]
+    "names",
+    [
+        ["my set/a.csv", "b.csv"],
+        ["p,q/a.csv", 'c"d.csv'],
+        ["p,q/a.csv"],
+        ["it's.csv", "[b].csv"],
+        ["ü b.csv"],
+    ],
 )
 def test_a_line_that_names_files_can_be_pasted(names: list[str]) -> None:
-    assert load_recipe("demo", shlex.split(names_line(names))).data.names == names
+    assert load_recipe("demo", shlex.split(dataset_name_setting(names))).data.names == names
 
 
 def test_two_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
@@ -1023,12 +1291,16 @@ def test_links_are_followed(tmp_path: Path) -> None:
     (tmp_path / "set" / "train.jsonl").symlink_to(tmp_path / "store" / "1f2e.jsonl")
     (tmp_path / "set" / "train_1.jsonl").symlink_to(tmp_path / "gone.jsonl")
     (tmp_path / "link").symlink_to(tmp_path / "set")
-    assert wheres(tmp_path / "link") == wheres(tmp_path / "link" / "train.jsonl") == ["train.jsonl:1"]
+    assert (
+        wheres(tmp_path / "link") == wheres(tmp_path / "link" / "train.jsonl") == ["train.jsonl:1"]
+    )
 
 
 def test_a_missing_file_has_nearest_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder(tmp_path, "preferences.jsonl")
-    assert f"fix: data.dataset_name={tmp_path}/preferences.jsonl" in fault(source, tmp_path / "preference.jsonl")
+    assert f"fix: data.dataset_name={tmp_path}/preferences.jsonl" in fault(
+        source, tmp_path / "preference.jsonl"
+    )
     assert "is not a folder" in fault(source, tmp_path / "nowhere" / "pairs.jsonl")
     monkeypatch.chdir(tmp_path)
     assert "fix: data.dataset_name=preferences.jsonl" in fault(source, "preferences.json")
@@ -1038,14 +1310,23 @@ def test_a_missing_file_has_nearest_names(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_name_meant_for_a_file_here_is_not_looked_for_on_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder(tmp_path, "mydata.csv", "mydata.jsonl.gz", "mydata.txt", "Other/train.jsonl", "data/pairs.jsonl")
+    folder(
+        tmp_path,
+        "mydata.csv",
+        "mydata.jsonl.gz",
+        "mydata.txt",
+        "Other/train.jsonl",
+        "data/pairs.jsonl",
+    )
     monkeypatch.chdir(tmp_path)
     names = ("mydata.csv", "mydata.jsonl.gz", "mydata.txt")
-    assert fault(source, "mydata").endswith(" or ".join(f"data.dataset_name={name}" for name in names))
+    assert fault(source, "mydata").endswith(
+        " or ".join(f"data.dataset_name={name}" for name in names)
+    )
     assert "fix: data.dataset_name=Other" in fault(source, "other")
     assert "fix: data.dataset_name=data/pairs.jsonl" in fault(source, "data/pears")
     text = fault(source, "data/nothing-like-it", "train")
-    assert "there is a folder data here; else a set of the hub" in text
+    assert "in the local folder data, or a dataset of the hub" in text
     assert "check the path" in text
     assert "a/b is not a folder" in fault(source, "a/b/c")
     assert fault(source, "mydat/").startswith("mydat: no such file\n  expected: a file or folder\n")
@@ -1060,11 +1341,16 @@ def test_a_bare_name_that_is_not_on_the_hub_may_have_been_a_file(
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     monkeypatch.setattr(datasets, "get_dataset_split_names", refuse)
     monkeypatch.chdir(folder(tmp_path, "mydata.csv"))
-    for name, near in (("mydat", " (data.dataset_name=mydata.csv is)"), ("zzz", "")):
-        for error, fix in ((ConnectionError("offline"), "network"), (ValueError(f"'{name}' doesn't exist"), "open")):
+    for name, near in (("mydat", " (similar: data.dataset_name=mydata.csv)"), ("zzz", "")):
+        for error, fix in (
+            (ConnectionError("offline"), "network"),
+            (ValueError(f"'{name}' doesn't exist"), "open"),
+        ):
             errors = [error, error]
             text = fault(source, name, kind=HubError)
-            assert f"there is no file or folder {name} here either{near}; for a set of the hub, " in text
+            assert (
+                f"there is no local file or folder {name}{near}; for a dataset of the hub, " in text
+            )
             assert fix in text
     errors = [ConnectionError("offline")] * 2
     assert "no file" not in fault(source, "org/mydat", kind=HubError)
@@ -1074,7 +1360,10 @@ def test_a_bare_name_that_is_not_on_the_hub_may_have_been_a_file(
 
 
 def test_the_fingerprint_is_of_content_order_and_labels(tmp_path: Path) -> None:
-    one, two = folder(tmp_path / "one", "a.jsonl", "b.jsonl"), folder(tmp_path / "two", "a.jsonl", "b.jsonl")
+    one, two = (
+        folder(tmp_path / "one", "a.jsonl", "b.jsonl"),
+        folder(tmp_path / "two", "a.jsonl", "b.jsonl"),
+    )
     write(one / "b.jsonl", LINE + b"\n" + LINE)
     write(two / "b.jsonl", LINE + b"\n" + LINE)
     assert source(one).fingerprint() == source(two).fingerprint()
@@ -1091,8 +1380,21 @@ def test_the_fingerprint_is_of_content_order_and_labels(tmp_path: Path) -> None:
 
 def test_the_number_of_rows_is_estimated(tmp_path: Path) -> None:
     rows = [ROW] * 7
-    counts = {name: source(write(tmp_path / name, make(rows))).fingerprint()[1] for name, make in KINDS.items()}
-    unknown = {"b.json", "d.json", "e.json", "s.json", "n.jsonl.gz", "o.json.gz", "p.csv.gz", "u.arrow", "v.feather"}
+    counts = {
+        name: source(write(tmp_path / name, make(rows))).fingerprint()[1]
+        for name, make in KINDS.items()
+    }
+    unknown = {
+        "b.json",
+        "d.json",
+        "e.json",
+        "s.json",
+        "n.jsonl.gz",
+        "o.json.gz",
+        "p.csv.gz",
+        "u.arrow",
+        "v.feather",
+    }
     unknown |= {"w.ndjson.xz", "x.txt.bz2", "y.tsv.zst", "aa.json", "ab.json", "z.jsonl"}
     assert counts == {name: 0 if name in unknown else 7 for name in KINDS}
     folder(tmp_path / "both", "a.jsonl", "b.jsonl.gz")
@@ -1105,7 +1407,10 @@ def test_the_number_of_rows_is_estimated(tmp_path: Path) -> None:
 def test_streaming_takes_little_memory(tmp_path: Path) -> None:
     row = {"prompt": "q", "chosen": "a" * 50_000, "rejected": "b" * 50_000}
     line, count = json.dumps(row).encode() + b"\n", 600
-    for name, content in {"a.jsonl": line, "a.csv": to_csv([row]).encode().partition(b"\n")[2]}.items():
+    for name, content in {
+        "a.jsonl": line,
+        "a.csv": to_csv([row]).encode().partition(b"\n")[2],
+    }.items():
         with (tmp_path / name).open("wb") as out:
             out.write(b"prompt,chosen,rejected\n" if name == "a.csv" else b"")
             out.writelines(content for _ in range(count))
@@ -1136,14 +1441,22 @@ def test_reading_is_lazy(tmp_path: Path) -> None:
 class Hub:
     """Stands in for datasets: what it was asked for, and what it holds."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, splits: dict[str, int], names: Exception | None = None) -> None:
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        splits: dict[str, int],
+        names: Exception | None = None,
+    ) -> None:
         self.splits, self.names, self.asked = splits, names, list[Any]()
         monkeypatch.setattr(datasets, "load_dataset", self.load)
         monkeypatch.setattr(datasets, "get_dataset_split_names", self.split_names)
 
     def load(self, *args: Any, **kwargs: Any) -> Any:
         self.asked.append((args, kwargs))
-        made = {split: datasets.Dataset.from_list(some_rows(count)) for split, count in self.splits.items()}
+        made = {
+            split: datasets.Dataset.from_list(some_rows(count))
+            for split, count in self.splits.items()
+        }
         return made[kwargs["split"]] if "split" in kwargs else datasets.DatasetDict(made)
 
     def split_names(self, name: str, config: str | None) -> list[str]:
@@ -1158,12 +1471,18 @@ ULTRAFEEDBACK = {"train_prefs": 3, "train_sft": 1, "test_prefs": 2, "test_sft": 
 
 
 def test_a_hub_set_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = Hub(monkeypatch, {"train": 3, "test": 1}, names=AssertionError("an explicit split asks for no names"))
+    hub = Hub(
+        monkeypatch,
+        {"train": 3, "test": 1},
+        names=AssertionError("an explicit split asks for no names"),
+    )
     found = find_source("someone/pairs", "train", "en")
     assert hub.asked == [(("someone/pairs", "en"), {"split": "train"})]
-    assert (found.name, found.said) == ("someone/pairs", "")
+    assert (found.name, found.note) == ("someone/pairs", "")
     assert list(found.rows([])) == [(f"train[{i}]", row) for i, row in enumerate(some_rows(3))]
-    assert [where for where, _ in find_source("someone/pairs", "test", None).rows([])] == ["test[0]"]
+    assert [where for where, _ in find_source("someone/pairs", "test", None).rows([])] == [
+        "test[0]"
+    ]
 
 
 @pytest.mark.parametrize("offline", [False, True])
@@ -1174,23 +1493,32 @@ def test_a_hub_sets_split_is_chosen(monkeypatch: pytest.MonkeyPatch, offline: bo
         *([(("h4/ultra", None), {})] if offline else []),
         (("h4/ultra", None), {"split": "train_prefs"}),
     ]
-    assert found.said.startswith("split train_prefs (of train_prefs, train_sft, test_prefs, test_sft); ")
-    assert "data.dataset_test_split=test_prefs" in found.said
-    assert [where for where, _ in found.rows([])] == ["train_prefs[0]", "train_prefs[1]", "train_prefs[2]"]
+    assert found.note.startswith(
+        "split train_prefs (of train_prefs, train_sft, test_prefs, test_sft); "
+    )
+    assert "data.dataset_test_split=test_prefs" in found.note
+    assert [where for where, _ in found.rows([])] == [
+        "train_prefs[0]",
+        "train_prefs[1]",
+        "train_prefs[2]",
+    ]
     Hub(monkeypatch, {"train": 1})
-    assert find_source("a/b", "auto", None).said == ""
+    assert find_source("a/b", "auto", None).note == ""
     Hub(monkeypatch, {"train": 1, "test": 1})
-    assert find_source("a/b", "auto", None).said == HELD_OUT % "test"
-    assert find_source("a/b", "train", None).said == ""
+    assert find_source("a/b", "auto", None).note == HELD_OUT % "test"
+    assert find_source("a/b", "train", None).note == ""
     Hub(monkeypatch, {"default": 1})
-    assert find_source("a/b", "auto", None).said == "split default (of default)"
+    assert find_source("a/b", "auto", None).note == "split default (of default)"
     Hub(monkeypatch, {"train_sft": 1, "test_sft": 1})
     text = fault(find_source, "a/b", "auto", None, kind=HubError)
     assert "several splits: train_sft, test_sft" in text
     assert "data.dataset_train_split=train_sft" in text
 
 
-CONFIGS = "Config name is missing.\nPlease pick one among the available configs: ['en', 'de']\nExample of usage:\n\t`x`"
+CONFIGS = (
+    "Config name is missing.\nPlease pick one among the available configs: ['en', 'de']\n"
+    "Example of usage:\n\t`x`"
+)
 
 
 @pytest.mark.parametrize("split", ["auto", "train"])
@@ -1201,23 +1529,44 @@ CONFIGS = "Config name is missing.\nPlease pick one among the available configs:
             ValueError("Unknown split \"train\". Should be one of ['train_prefs']."),
             "data.dataset_train_split=train_prefs",
         ),
-        (ValueError("Config name is missing."), "name a configuration of the set in data.dataset_config"),
-        (ValueError(CONFIGS), "['en', 'de']|fix: data.dataset_config=en,"),
-        (ValueError("BuilderConfig 'x' not found. Available: ['en', 'de']"), "['en', 'de']|data.dataset_config=en,"),
         (
-            ValueError("There are multiple 'o/split' configurations in the cache: en, de\nPlease specify which"),
+            ValueError("Config name is missing."),
+            "name a configuration of the dataset in data.dataset_config",
+        ),
+        (ValueError(CONFIGS), "['en', 'de']|fix: data.dataset_config=en,"),
+        (
+            ValueError("BuilderConfig 'x' not found. Available: ['en', 'de']"),
+            "['en', 'de']|data.dataset_config=en,",
+        ),
+        (
+            ValueError(
+                "There are multiple 'o/split' configurations in the cache: en, de\nPlease "
+                "specify which"
+            ),
             "the cache: en, de|data.dataset_config=en,",
         ),
         (
-            ValueError("Couldn't find cache for o/split for config 'x'\nAvailable configs in the cache: ['en']"),
+            ValueError(
+                "Couldn't find cache for o/split for config 'x'\nAvailable configs in the cache: "
+                "['en']"
+            ),
             "data.dataset_config=en,",
         ),
         (
             RuntimeError("Dataset scripts are no longer supported, but found split.py"),
-            "o/split --local-dir split --revision refs/convert/parquet, then data.dataset_name=split",
+            "o/split --local-dir split --revision refs/convert/parquet, then "
+            "data.dataset_name=split",
         ),
-        (datasets.exceptions.DatasetNotFoundError("Dataset 'o/split' is a gated dataset on the Hub."), "hf auth login"),
-        (ConnectionError("Couldn't reach 'o/split' on the Hub"), "hf download --repo-type dataset o/split"),
+        (
+            datasets.exceptions.DatasetNotFoundError(
+                "Dataset 'o/split' is a gated dataset on the Hub."
+            ),
+            "hf auth login",
+        ),
+        (
+            ConnectionError("Couldn't reach 'o/split' on the Hub"),
+            "hf download --repo-type dataset o/split",
+        ),
         (TimeoutError(), "TimeoutError|hf download --repo-type dataset o/split"),
     ],
 )
@@ -1241,14 +1590,19 @@ def test_the_fingerprint_of_a_set_in_memory(monkeypatch: pytest.MonkeyPatch) -> 
     assert [count for _, count in prints] == [3, 1, 2, 1]
     assert len({sha for sha, _ in prints}) == 4
     Hub(monkeypatch, {"train": 3, "dev": 3})
-    one, again, dev = (find_source("a/b", split, None).fingerprint()[0] for split in ("train", "train", "dev"))
+    one, again, dev = (
+        find_source("a/b", split, None).fingerprint()[0] for split in ("train", "train", "dev")
+    )
     Hub(monkeypatch, {"train": 4})
     assert one == again
     assert len({one, dev, find_source("a/b", "train", None).fingerprint()[0]}) == 3
 
 
-def test_the_hubs_own_reader_on_a_real_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """datasets itself, on disk: the splits, the cached arrow files, and the messages that are parsed here."""
+def test_the_hubs_own_reader_on_a_real_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """datasets itself, on disk: the splits, the cached arrow files, and the messages that are
+    parsed here."""
     for name, at in (("HF_DATASETS_CACHE", "cache"), ("HF_CACHE_HOME", "home")):
         monkeypatch.setattr(datasets.config, name, str(tmp_path / at))
     logging.getLogger("datasets").setLevel(logging.ERROR)
@@ -1257,34 +1611,44 @@ def test_the_hubs_own_reader_on_a_real_folder(tmp_path: Path, monkeypatch: pytes
         write(where / f"{split}.jsonl", to_jsonl(some_rows(count)))
     names = "".join(f"  - split: {split}\n    path: {split}.jsonl\n" for split in ULTRAFEEDBACK)
     write(where / "README.md", f"---\nconfigs:\n- config_name: en\n  data_files:\n{names}---\n")
-    found = load_set(str(where), "auto", None)
-    assert found.said.startswith("split train_prefs (of train_prefs, train_sft, test_prefs, test_sft); ")
+    found = load_hub_dataset(str(where), "auto", None)
+    assert found.note.startswith(
+        "split train_prefs (of train_prefs, train_sft, test_prefs, test_sft); "
+    )
     assert [row for _, row in found.rows([])] == some_rows(3)
     assert found.table.cache_files
     sha, count = found.fingerprint()
-    assert (sha, count) == (load_set(str(where), "train_prefs", "en").fingerprint()[0], 3)
-    assert sha != load_set(str(where), "test_prefs", None).fingerprint()[0]
+    assert (sha, count) == (load_hub_dataset(str(where), "train_prefs", "en").fingerprint()[0], 3)
+    assert sha != load_hub_dataset(str(where), "test_prefs", None).fingerprint()[0]
     # A set of the hub that is in the cache, when the hub cannot be reached.
     shutil.copytree(tmp_path / "cache" / "set" / "en", tmp_path / "cache" / "org___set" / "en")
     cached = find_source("org/set", "auto", None)
-    assert (cached.said, cached.fingerprint()[1]) == (found.said, 3)
+    assert (cached.note, cached.fingerprint()[1]) == (found.note, 3)
     assert list(cached.rows([])) == list(found.rows([]))
-    assert "configs in the cache: ['en']" in fault(find_source, "org/set", "auto", "fr", kind=HubError)
-    text = fault(load_set, str(where), "dev", None, TEST_SPLIT, kind=HubError)
+    assert "configs in the cache: ['en']" in fault(
+        find_source, "org/set", "auto", "fr", kind=HubError
+    )
+    text = fault(load_hub_dataset, str(where), "dev", None, TEST_SPLIT, kind=HubError)
     assert "train_prefs" in text
     assert "data.dataset_test_split=test_prefs" in text
-    assert "data.dataset_config=en," in fault(load_set, str(where), "auto", "fr", kind=HubError)
+    assert "data.dataset_config=en," in fault(
+        load_hub_dataset, str(where), "auto", "fr", kind=HubError
+    )
     more = f"- config_name: de\n  data_files:\n{names}"
-    write(where / "README.md", f"---\nconfigs:\n- config_name: en\n  data_files:\n{names}{more}---\n")
+    write(
+        where / "README.md", f"---\nconfigs:\n- config_name: en\n  data_files:\n{names}{more}---\n"
+    )
     for split in ("auto", "train_prefs"):
-        text = fault(load_set, str(where), split, None, kind=HubError)
+        text = fault(load_hub_dataset, str(where), split, None, kind=HubError)
         assert "['en', 'de']" in text
         assert "data.dataset_config=en," in text
 
 
 def test_the_columns_of_a_table_by_pandas_may_be_in_any_order(tmp_path: Path) -> None:
     columns = '{"prompt": {"0": "p0", "1": "p1"}, "chosen": {"1": "g1", "0": "g0"}}'
-    assert rows_of(write(tmp_path / "a.json", columns)) == [{"prompt": f"p{i}", "chosen": f"g{i}"} for i in (0, 1)]
+    assert rows_of(write(tmp_path / "a.json", columns)) == [
+        {"prompt": f"p{i}", "chosen": f"g{i}"} for i in (0, 1)
+    ]
 
 
 def test_the_name_of_a_file_may_be_of_another_encoding(tmp_path: Path) -> None:
