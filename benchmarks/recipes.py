@@ -1,4 +1,4 @@
-"""The GPU that each shipped recipe needs, by its plan. `orpo-lite recipes ls` shows what this writes.
+"""The GPU that each shipped recipe needs, by its plan, for `orpo-lite recipes ls`.
 
 python -m benchmarks.recipes            writes orpo_lite/recipe/gpu_sizes.json
 """
@@ -18,7 +18,7 @@ from orpo_lite.recipe.reader import GPU_SIZES, load_recipe, shipped_recipes
 
 
 def gpu_size(name: str) -> str:
-    """Return the memory of the smallest known GPU whose plan fits the recipe's longest pairs: "8 GB".
+    """Return the memory of the smallest known GPU that fits the recipe's longest pairs: "8 GB".
 
     A base that is small enough for a CPU is followed by "or a CPU".
     """

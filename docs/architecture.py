@@ -33,11 +33,14 @@ def draw(layers: list[tuple[str, list[str], str]]) -> str:
     """Return the picture: a row of boxes for each layer, imports from top to bottom."""
     height = len(layers) * (HIGH + GAP) + 40
     out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="sans-serif">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
+        'font-family="sans-serif">',
         '<rect width="100%" height="100%" fill="white"/>',
-        '<defs><marker id="head" markerWidth="8" markerHeight="8" refX="4" refY="4" orient="auto">'
+        '<defs><marker id="head" markerWidth="8" markerHeight="8" refX="4" refY="4" '
+        'orient="auto">'
         '<path d="M0,0 L8,4 L0,8 z" fill="#555"/></marker></defs>',
-        f'<line x1="25" y1="20" x2="25" y2="{height - 24}" stroke="#555" stroke-width="2" marker-end="url(#head)"/>',
+        f'<line x1="25" y1="20" x2="25" y2="{height - 24}" stroke="#555" stroke-width="2" '
+        'marker-end="url(#head)"/>',
         f'<text x="12" y="{height - 6}" font-size="12" fill="#555">imports</text>',
     ]
     for row, (layer, modules, purpose) in enumerate(layers):
@@ -47,11 +50,15 @@ def draw(layers: list[tuple[str, list[str], str]]) -> str:
         for place, name in enumerate(modules):
             x = LEFT + place * wide
             out.append(
-                f'<rect x="{x:.0f}" y="{y}" width="{wide - 6:.0f}" height="{HIGH}" rx="5" fill="#e8f0f8" '
-                f'stroke="#4e79a7"/><text x="{x + wide / 2 - 3:.0f}" y="{y + 28}" font-size="13" '
+                f'<rect x="{x:.0f}" y="{y}" width="{wide - 6:.0f}" height="{HIGH}" rx="5" '
+                f'fill="#e8f0f8" stroke="#4e79a7"/>'
+                f'<text x="{x + wide / 2 - 3:.0f}" y="{y + 28}" font-size="13" '
                 f'text-anchor="middle">{escape(name)}</text>'
             )
-        out.append(f'<text x="{WIDTH - TEXT}" y="{y + 28}" font-size="12" fill="#555">{escape(purpose)}</text>')
+        out.append(
+            f'<text x="{WIDTH - TEXT}" y="{y + 28}" font-size="12" fill="#555">'
+            f"{escape(purpose)}</text>"
+        )
     return "\n".join([*out, "</svg>"]) + "\n"
 
 

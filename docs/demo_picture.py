@@ -34,7 +34,9 @@ def result_of(printed: str) -> str:
 def draw(printed: str) -> str:
     """Return the picture as SVG."""
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
-        console = Console(record=True, width=COLUMNS, file=nowhere, force_terminal=True, color_system="truecolor")
+        console = Console(
+            record=True, width=COLUMNS, file=nowhere, force_terminal=True, color_system="truecolor"
+        )
         console.print(Text(f"$ orpo-lite {' '.join(COMMAND)}", style="bold"))
         console.print(Text("..."))
         console.print(Text(result_of(printed)))

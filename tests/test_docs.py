@@ -1,9 +1,9 @@
-"""Every command of README.md, CONTRIBUTING.md and docs/ runs, or its fence says why not; every link leads somewhere.
+"""Every command of README.md, CONTRIBUTING.md and docs/ runs, or its fence says why not.
 
 A fence is marked by the words behind its language:
 
-- ``sh``, ``python``: run, in the order of the page, in one folder. ``not run: REASON`` leaves it out.
-  ``in the copy``: by a copy of the package with the page's changes.
+- ``sh``, ``python``: run, in the order of the page, in one folder. ``not run: REASON`` leaves it
+  out. ``in the copy``: by a copy of the package with the page's changes.
 - ``console``: a command after ``$``, and the end of what it prints, exactly.
 - ``text output``: lines of what the fence before printed; figures may differ.
 - ``NAME file: PATH`` is written to a file. ``diff apply: PATH`` changes a file of the copy.
@@ -62,7 +62,9 @@ def fences(page: Path) -> Iterator[Fence]:
         indent, language, mark, body = match.groups()
         line = text.count("\n", 0, match.start()) + 1
         where = f"{page.relative_to(ROOT)}:{line}"
-        yield Fence(language, mark.strip(), re.sub(f"^{indent}", "", body, flags=re.MULTILINE), where)
+        yield Fence(
+            language, mark.strip(), re.sub(f"^{indent}", "", body, flags=re.MULTILINE), where
+        )
 
 
 def unexplained(fence: Fence) -> str:
@@ -75,12 +77,22 @@ def unexplained(fence: Fence) -> str:
             or fence.mark in ("", "in the copy")
             or re.fullmatch(r"exits \d+", fence.mark)
         ):
-            others = [line for line in fence.commands if fence.language == "sh" and not line.startswith("orpo-lite ")]
+            others = [
+                line
+                for line in fence.commands
+                if fence.language == "sh" and not line.startswith("orpo-lite ")
+            ]
             return f"has no runner for {others[0]!r}" if others else ""
         return f"is marked {fence.mark!r}, which nothing runs"
-    if fence.language == "console" or fence.mark == "output" or fence.mark.startswith(("file: ", "apply: ")):
+    if (
+        fence.language == "console"
+        or fence.mark == "output"
+        or fence.mark.startswith(("file: ", "apply: "))
+    ):
         return ""
-    if fence.language not in SHOWN_ONLY or re.search(r"^\$? ?(orpo-lite|python|pip) ", fence.text, re.MULTILINE):
+    if fence.language not in SHOWN_ONLY or re.search(
+        r"^\$? ?(orpo-lite|python|pip) ", fence.text, re.MULTILINE
+    ):
         return f"of {fence.language!r} has no runner"
     return ""
 
@@ -96,11 +108,15 @@ def test_every_fence_runs_or_says_why_not() -> None:
 @pytest.mark.parametrize(
     ("language", "mark", "text"),
     [
-        ("sh", "", "pip install x\n"), ("sh", "not run:", "ls\n"), ("sh", "later", "orpo-lite recipes ls\n"),
-        ("python", "not run: no", "1\n"), ("bash", "", "orpo-lite recipes ls\n"),
-        ("", "", "ls\n"), ("text", "", "$ orpo-lite data\n"),
+        ("sh", "", "pip install x\n"),
+        ("sh", "not run:", "ls\n"),
+        ("sh", "later", "orpo-lite recipes ls\n"),
+        ("python", "not run: no", "1\n"),
+        ("bash", "", "orpo-lite recipes ls\n"),
+        ("", "", "ls\n"),
+        ("text", "", "$ orpo-lite data\n"),
     ],
-)  # fmt: skip
+)
 def test_a_fence_that_nothing_runs_is_found(language: str, mark: str, text: str) -> None:
     assert unexplained(Fence(language, mark, text, "page:1"))
 
@@ -136,10 +152,14 @@ class Runner:
         elif fence.language == "console":
             command, _, expected = fence.text.partition("\n")
             ended, printed, complaint = self.in_process(shlex.split(command)[2:])
-            assert (printed if ended == 0 else complaint).strip().endswith(expected.strip()), fence.where
+            assert (printed if ended == 0 else complaint).strip().endswith(expected.strip()), (
+                fence.where
+            )
         elif fence.mark == "output":
             real = [loose(line) for line in self.printed.splitlines()]
-            lacking = [line for line in fence.text.splitlines() if line.strip() and loose(line) not in real]
+            lacking = [
+                line for line in fence.text.splitlines() if line.strip() and loose(line) not in real
+            ]
             assert lacking == [], f"{fence.where}: not printed\n{self.printed}"
 
     def in_process(self, arguments: list[str]) -> Answer:
@@ -156,8 +176,12 @@ class Runner:
     def copied(self) -> Path:
         if not self.copy.exists():
             package = Path(orpo_lite.__file__).parent
-            shutil.copytree(package, self.copy / "orpo_lite", ignore=shutil.ignore_patterns("__pycache__"))
-            shutil.copytree(ROOT / "recipes", self.copy / "orpo_lite" / "recipes", dirs_exist_ok=True)
+            shutil.copytree(
+                package, self.copy / "orpo_lite", ignore=shutil.ignore_patterns("__pycache__")
+            )
+            shutil.copytree(
+                ROOT / "recipes", self.copy / "orpo_lite" / "recipes", dirs_exist_ok=True
+            )
         return self.copy
 
     def write(self, name: str, text: str) -> None:
@@ -167,9 +191,13 @@ class Runner:
     def apply(self, fence: Fence) -> None:
         path = self.copied() / fence.mark.removeprefix("apply: ")
         lines = fence.text.splitlines()
-        before, after = ("\n".join(line[1:] for line in lines if line[0] == sign) + "\n" for sign in "-+")
+        before, after = (
+            "\n".join(line[1:] for line in lines if line[0] == sign) + "\n" for sign in "-+"
+        )
         text = path.read_text(encoding="utf-8")
-        assert text.count(f"\n{before}") == 1, f"{fence.where}: the lines before are not in {path.name}, or not once"
+        assert text.count(f"\n{before}") == 1, (
+            f"{fence.where}: the lines before are not in {path.name}, or not once"
+        )
         path.write_text(text.replace(f"\n{before}", f"\n{after}"), encoding="utf-8")
 
 
@@ -180,7 +208,11 @@ def loose(line: str) -> str:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_page_runs_from_top_to_bottom(
-    name: str, demo_run: DemoRun, call: Callable[..., Answer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    demo_run: DemoRun,
+    call: Callable[..., Answer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     page = list(fences(ROOT / name))
     if all(fence.reason or fence.language in SHOWN_ONLY for fence in page):
@@ -220,7 +252,17 @@ def headings(page: Path) -> set[str]:
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     if any(importlib.util.find_spec(name) is None for name in ("sphinx", "myst_parser", "furo")):
         pytest.skip("the extra docs is not installed")
-    command = [sys.executable, "-P", "-m", "sphinx", "-W", "-n", "-q", str(ROOT / "docs"), str(tmp_path / "site")]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "sphinx",
+        "-W",
+        "-n",
+        "-q",
+        str(ROOT / "docs"),
+        str(tmp_path / "site"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
@@ -234,10 +276,15 @@ def module(name: str) -> dict[str, object]:
 
 def test_the_picture_of_the_demo_is_what_it_prints(demo_run: DemoRun) -> None:
     made = module("demo_picture")
-    real, committed = made["draw"](demo_run.printed), (ROOT / "docs" / "demo.svg").read_text("utf-8")  # type: ignore[operator]
+    real, committed = (
+        made["draw"](demo_run.printed),
+        (ROOT / "docs" / "demo.svg").read_text("utf-8"),
+    )  # type: ignore[operator]
     labels = ("reward", "accuracy", "log-prob", "rejected", "before", "after", "prompt")
     words = [re.findall(r"[a-z-]{4,}", re.sub("<[^>]+>", " ", text)) for text in (real, committed)]
-    assert all(label in words[1] and words[0].count(label) == words[1].count(label) for label in labels)
+    assert all(
+        label in words[1] and words[0].count(label) == words[1].count(label) for label in labels
+    )
 
 
 def test_the_picture_of_the_layers_is_the_docstrings() -> None:
@@ -255,7 +302,9 @@ def test_the_notebook_is_one_and_its_code_compiles() -> None:
         compile(text, "gpu.ipynb", "exec")
 
 
-def test_the_notebooks_training_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, demo_run: DemoRun) -> None:
+def test_the_notebooks_training_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, demo_run: DemoRun
+) -> None:
     """All cells behind the installation, with the demo in place of a model of the hub."""
     monkeypatch.chdir(tmp_path)
     moved_run(demo_run, tmp_path)
@@ -276,7 +325,11 @@ def test_every_help_has_an_example_that_runs(
     moved_run(demo_run, tmp_path)
     runner = Runner(call, demo_run.printed)
     verbs = [["recipes", verb] for verb in ("ls", "show", "cp")]
-    for verb in ([], *verbs, *([name] for name in ("data", "plan", "train", "merge", "export", "push"))):
+    for verb in (
+        [],
+        *verbs,
+        *([name] for name in ("data", "plan", "train", "merge", "export", "push")),
+    ):
         code, said, _ = call(*verb, "--help")
         (example,) = re.findall(r"Example: orpo-lite (.+)", said)
         assert code == 0

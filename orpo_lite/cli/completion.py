@@ -25,7 +25,7 @@ def complete_key(incomplete: str) -> list[str]:
 
 
 def complete_run(incomplete: str) -> list[str]:
-    """Return the run folders that begin like this; they hold a recipe.yaml. ``runs/`` is where recipes put them."""
+    """Return the run folders that begin like this, of the current folder or of ``runs/``."""
     found = _paths(incomplete, "*/recipe.yaml") or _paths(f"runs/{incomplete}", "*/recipe.yaml")
     return [str(Path(path).parent) for path in found]
 
@@ -36,8 +36,12 @@ def complete_target(incomplete: str) -> list[str]:
 
 
 def _paths(incomplete: str, pattern: str) -> list[str]:
-    """Return the paths that match a pattern in the folder of an incomplete path, and begin like that path."""
+    """Return the paths that match a pattern and begin like an incomplete path."""
     folder, _, begin = incomplete.rpartition("/")
     start = Path(f"{folder}/" if folder or incomplete.startswith("/") else ".")
-    found = (path for path in start.expanduser().glob(pattern) if path.relative_to(start).parts[0].startswith(begin))
+    found = (
+        path
+        for path in start.expanduser().glob(pattern)
+        if path.relative_to(start).parts[0].startswith(begin)
+    )
     return sorted(str(path) for path in found)
