@@ -35,7 +35,10 @@ def make_pairs(source: Path, target: Path, count: int, seed: int = 0) -> None:
             turns = {"prompt": prompt, "prompt_id": str(number)}
             for side in ("chosen", "rejected"):
                 reply = _shuffled(row[side][-1]["content"], rng)
-                turns[side] = [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
+                turns[side] = [
+                    {"role": "user", "content": prompt},
+                    {"role": "assistant", "content": reply},
+                ]
             turns |= {"messages": turns["chosen"], "score_chosen": 8.0, "score_rejected": 4.0}
             file.write(json.dumps(turns, ensure_ascii=False) + "\n")
 
@@ -50,11 +53,19 @@ def measure(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
     """Seconds and the largest sum of resident memory of a command and its children, and what it printed."""
     began, peak = time.monotonic(), 0
     with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=subprocess.DEVNULL
+        )
         tree = psutil.Process(process.pid)
         while process.poll() is None:
             try:
-                peak = max(peak, sum(member.memory_info().rss for member in (tree, *tree.children(recursive=True))))
+                peak = max(
+                    peak,
+                    sum(
+                        member.memory_info().rss
+                        for member in (tree, *tree.children(recursive=True))
+                    ),
+                )
             except psutil.Error:  # one of them has just ended
                 continue
             time.sleep(0.02)
@@ -63,19 +74,28 @@ def measure(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
         text = output.read()
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
-    return {"seconds": round(seconds, 2), "peak_rss_gib": round(peak / 2**30, 3), "figures": json.loads(text)}
+    return {
+        "seconds": round(seconds, 2),
+        "peak_rss_gib": round(peak / 2**30, 3),
+        "figures": json.loads(text),
+    }
 
 
 def processor() -> str:
     """Its name where the system tells it, else its kind."""
     names = Path("/proc/cpuinfo")
     lines = names.read_text().splitlines() if names.is_file() else []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.partition(": ")[2] for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 def main() -> None:
     """Run and write the figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("pairs", type=Path, help="a jsonl of UltraFeedback binarized's columns")
     parser.add_argument("tokenizer", type=Path, help="a model folder")
     parser.add_argument("--count", type=int, default=PAIRS)
@@ -93,7 +113,10 @@ def main() -> None:
         size = pairs.stat().st_size
     if first["figures"] != second["figures"]:
         raise SystemExit("the second start has other figures than the first")
-    tokens = first["figures"]["step"]["tokens_per_pair_without_padding"] * first["figures"]["train_pairs"]
+    tokens = (
+        first["figures"]["step"]["tokens_per_pair_without_padding"]
+        * first["figures"]["train_pairs"]
+    )
     result = {
         "pairs": options.count,
         "file_mib": round(size / 2**20),

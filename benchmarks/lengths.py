@@ -34,7 +34,9 @@ def of_texts(data: str, tokenizer: Path, *, max_length: int = 2048) -> Triples:
     """The lengths of any data set under the default recipe's limits and template."""
     keys = [f"data.dataset_name={data}", "data.test_split_size=0", f"data.max_length={max_length}"]
     recipe = load_recipe("mistral-qlora", keys)
-    pairs, _, _ = run_to_end(tokenized_splits(recipe, tokenizer, *find_sources(recipe.data)), lambda _: None)
+    pairs, _, _ = run_to_end(
+        tokenized_splits(recipe, tokenizer, *find_sources(recipe.data)), lambda _: None
+    )
     return pair_lengths(pairs)
 
 
@@ -47,7 +49,9 @@ def batches(triples: Triples, size: int, seed: int, *, grouped: bool = False) ->
     """A shuffled epoch in batches, as a DataLoader makes it; ``grouped`` by transformers' own length sampler."""
     generator = torch.Generator().manual_seed(seed)
     if grouped:
-        order = get_length_grouped_indices(triples[:, 1:].max(1).tolist(), size, generator=generator)
+        order = get_length_grouped_indices(
+            triples[:, 1:].max(1).tolist(), size, generator=generator
+        )
     else:
         order = torch.randperm(len(triples), generator=generator).tolist()
     return [triples[order[start : start + size]] for start in range(0, len(order), size)]
@@ -69,16 +73,23 @@ def near_mean(triples: Triples, size: int, count: int, *, grouped: bool = False)
     epoch = [batch for batch in batches(triples, size, 0, grouped=grouped) if len(batch) == size]
     mean = sum(map(padded, epoch)) / sum(map(packed, epoch))
     tokens = float(np.mean([padded(batch) for batch in epoch]))
-    return sorted(epoch, key=lambda b: abs(padded(b) / packed(b) / mean - 1) + abs(padded(b) / tokens - 1))[:count]
+    return sorted(
+        epoch, key=lambda b: abs(padded(b) / packed(b) / mean - 1) + abs(padded(b) / tokens - 1)
+    )[:count]
 
 
-def random_pairs(triples: Triples | Sequence[Sequence[int]], vocab_size: int, seed: int = 0) -> list[TokenizedPair]:
+def random_pairs(
+    triples: Triples | Sequence[Sequence[int]], vocab_size: int, seed: int = 0
+) -> list[TokenizedPair]:
     """Pairs of random tokens with these lengths; the reply begins where the prefix ends."""
     rng = np.random.default_rng(seed)
     pairs = []
     for prefix, chosen, rejected in triples:
         shared = rng.integers(3, vocab_size, prefix)
-        one, other = rng.integers(3, vocab_size, chosen - prefix), rng.integers(3, vocab_size, rejected - prefix)
+        one, other = (
+            rng.integers(3, vocab_size, chosen - prefix),
+            rng.integers(3, vocab_size, rejected - prefix),
+        )
         if len(one) and len(other) and one[0] == other[0]:
             other[0] = one[0] - 1 if one[0] > 3 else one[0] + 1
         start = int(max(1, min(prefix, chosen - 1, rejected - 1)))
@@ -89,7 +100,9 @@ def random_pairs(triples: Triples | Sequence[Sequence[int]], vocab_size: int, se
 
 def main() -> None:
     """Write the lengths of a data set."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data")
     parser.add_argument("tokenizer", type=Path)
     parser.add_argument("--name", required=True, help="of the tokenizer")
@@ -101,10 +114,16 @@ def main() -> None:
         "source": options.source,
         "tokenizer": options.name,
         "template": "the recipe's default: the paper's chat template",
-        "columns": ["tokens that both sequences begin with", "tokens of the chosen one", "of the rejected one"],
+        "columns": [
+            "tokens that both sequences begin with",
+            "tokens of the chosen one",
+            "of the rejected one",
+        ],
     }
     rows = ",\n".join(json.dumps(row) for row in triples.tolist())
-    options.json.write_text(json.dumps(about, indent=1)[:-2] + f',\n "triples": [\n{rows}\n]}}\n', encoding="utf-8")
+    options.json.write_text(
+        json.dumps(about, indent=1)[:-2] + f',\n "triples": [\n{rows}\n]}}\n', encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

@@ -35,8 +35,17 @@ from benchmarks.data import processor
 from orpo_lite.base.blocks import BLOCK, Stored, shards, stored_tensors, write_model
 from orpo_lite.base.find import fingerprint
 
-GOALS = {"peak_rss_over_largest_tensor": "<= 1.5", "throughput_vs_copy": ">= 0.35", "kills_ok": "20 of 20"}
-SHAPE = {"hidden_size": 2_048, "intermediate_size": 5_632, "num_attention_heads": 32, "num_key_value_heads": 4}
+GOALS = {
+    "peak_rss_over_largest_tensor": "<= 1.5",
+    "throughput_vs_copy": ">= 0.35",
+    "kills_ok": "20 of 20",
+}
+SHAPE = {
+    "hidden_size": 2_048,
+    "intermediate_size": 5_632,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+}
 KILLS = 20
 
 
@@ -48,14 +57,18 @@ def make_run(folder: Path, layers: int, vocab: int = 32_000) -> Path:
     config.save_pretrained(base)
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(torch.bfloat16)
-    places = [Stored(name, base, p.dtype, tuple(p.shape), 0) for name, p in model.named_parameters()]
+    places = [
+        Stored(name, base, p.dtype, tuple(p.shape), 0) for name, p in model.named_parameters()
+    ]
     files = shards(places, 2 * 10**9)
     for _ in write_model(base, files, _numbers(places)):
         pass
     adapter = path / "adapter"
     adapter.mkdir(parents=True)
     with torch.device("meta"):
-        adapted = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+        adapted = get_peft_model(
+            model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
+        )
     adapted.peft_config["default"].save_pretrained(adapter)
     torch.manual_seed(0)
     tensors = {
@@ -69,9 +82,16 @@ def make_run(folder: Path, layers: int, vocab: int = 32_000) -> Path:
     GenerationConfig().save_pretrained(adapter)
     recipe = f"model:\n  model_name_or_path: {base}\ndata:\n  dataset_name: none\n"
     (path / "recipe.yaml").write_text(recipe, "utf-8")
-    known: dict[str, Any] = {"name": str(base), "revision": None, "path": str(base), "fingerprint": fingerprint(base)}
+    known: dict[str, Any] = {
+        "name": str(base),
+        "revision": None,
+        "path": str(base),
+        "fingerprint": fingerprint(base),
+    }
     other = {"name": "none", "sha256": ""}
-    (path / "lock.json").write_text(json.dumps({"base": known, "data": other, "chat_template": other}))
+    (path / "lock.json").write_text(
+        json.dumps({"base": known, "data": other, "chat_template": other})
+    )
     return path
 
 
@@ -121,7 +141,11 @@ def one(path: Path, weights: Any) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
     before, began = _status("VmRSS"), time.monotonic()
     merge(path, weights=weights)
-    print(json.dumps({"seconds": time.monotonic() - began, "before": before, "peak": _status("VmHWM")}))
+    print(
+        json.dumps(
+            {"seconds": time.monotonic() - began, "before": before, "peak": _status("VmHWM")}
+        )
+    )
 
 
 def _status(key: str) -> int:
@@ -139,7 +163,9 @@ def kills(path: Path, count: int, seed: int = 0) -> int:
     for number in range(count):
         if number % 2:  # half of the time over one that is there
             shutil.rmtree(path / "merged", ignore_errors=True)
-        process = subprocess.Popen(_command(path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            _command(path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         time.sleep(rng.uniform(0.5, 1.05) * longest)  # before that it imports
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -156,7 +182,9 @@ def _digest(folder: Path) -> str:
 
 def main() -> None:
     """Run and write the figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layers", type=int, default=32, help="of the base; 32 are 3 GB")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--one", nargs=2, metavar=("RUN", "WEIGHTS"), help=argparse.SUPPRESS)
@@ -168,7 +196,10 @@ def main() -> None:
         folder = Path(name)
         path = make_run(folder, options.layers)
         tensors = stored_tensors(folder / "base").values()
-        size, largest = sum(stored.nbytes for stored in tensors), max(stored.nbytes for stored in tensors)
+        size, largest = (
+            sum(stored.nbytes for stored in tensors),
+            max(stored.nbytes for stored in tensors),
+        )
         copied(folder / "base", folder / "copy")  # warms the cache
         copies, merges = [], []
         for _ in range(3):
@@ -178,11 +209,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         path = make_run(Path(name), 4)
         fine = kills(path, KILLS)
-    copy, seconds = statistics.median(copies), statistics.median(found["seconds"] for found in merges)
+    copy, seconds = (
+        statistics.median(copies),
+        statistics.median(found["seconds"] for found in merges),
+    )
     result = {
         "model_gb": round(size / 1e9, 2),
         "largest_tensor_mib": round(largest / 2**20, 1),
-        "peak_rss_over_largest_tensor": round(max(found["peak"] - found["before"] for found in merges) / largest, 3),
+        "peak_rss_over_largest_tensor": round(
+            max(found["peak"] - found["before"] for found in merges) / largest, 3
+        ),
         "throughput_vs_copy": round(copy / seconds, 3),
         "copy_seconds": [round(one, 2) for one in copies],
         "merge_seconds": [round(found["seconds"], 2) for found in merges],
@@ -195,7 +231,10 @@ def main() -> None:
         "goals": GOALS,
         "machine": f"{os.cpu_count()} cores, {processor()}, Python {platform.python_version()}",
         "date": time.strftime("%Y-%m-%d"),
-        "versions": {name: version(name) for name in ("orpo-lite", "torch", "transformers", "peft", "bitsandbytes")},
+        "versions": {
+            name: version(name)
+            for name in ("orpo-lite", "torch", "transformers", "peft", "bitsandbytes")
+        },
     }
     text = json.dumps(result, indent=2)
     if options.json:

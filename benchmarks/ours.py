@@ -31,16 +31,27 @@ SHAPES: dict[str, tuple[str, Any]] = {
         ),
     ),
 }  # fmt: skip
-ALL_LEVERS = {"mlp_tile": 512, "checkpoint_offload": True, "embedding_on_cpu": True, "head_chunk": 256}
+ALL_LEVERS = {
+    "mlp_tile": 512,
+    "checkpoint_offload": True,
+    "embedding_on_cpu": True,
+    "head_chunk": 256,
+}
 
 
 def recipe(**memory: Any) -> Recipe:
     """The default recipe with these levers."""
-    tree = {"model": {"model_name_or_path": "none"}, "data": {"dataset_name": "none"}, "memory": memory}
+    tree = {
+        "model": {"model_name_or_path": "none"},
+        "data": {"dataset_name": "none"},
+        "memory": memory,
+    }
     return Recipe.model_validate(tree)
 
 
-def step_losses(model: PairModel, pairs: Sequence[TokenizedPair], settings: Recipe) -> Iterator[torch.Tensor]:
+def step_losses(
+    model: PairModel, pairs: Sequence[TokenizedPair], settings: Recipe
+) -> Iterator[torch.Tensor]:
     """Each micro-batch's share of the loss of one optimizer step."""
     batching, objective = model.batching(settings, pad_id=0), find_objective(settings.loss)
     divisors = objective.divisors(pairs)
@@ -49,7 +60,9 @@ def step_losses(model: PairModel, pairs: Sequence[TokenizedPair], settings: Reci
         yield objective.loss(model(batch), divisors)[0]
 
 
-def our_step(model: PairModel, optimizer: torch.optim.Optimizer, pairs: list[TokenizedPair], settings: Recipe) -> float:
+def our_step(
+    model: PairModel, optimizer: torch.optim.Optimizer, pairs: list[TokenizedPair], settings: Recipe
+) -> float:
     """Forward, backward, clipping and the optimizer's step on one batch; the loss."""
     total = 0.0
     for loss in step_losses(model, pairs, settings):

@@ -18,7 +18,9 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from orpo_lite.data.pair import TokenizedPair
 
 
-def make_trainer(model: Any, tokenizer: PreTrainedTokenizerFast, lora: LoraConfig, folder: str, **changes: Any) -> Any:
+def make_trainer(
+    model: Any, tokenizer: PreTrainedTokenizerFast, lora: LoraConfig, folder: str, **changes: Any
+) -> Any:
     """An ORPOTrainer on a 4-bit model, ready for :func:`train_step`; accelerate wraps its forward as when it trains."""
     settings = {
         "bf16": True,
@@ -33,12 +35,24 @@ def make_trainer(model: Any, tokenizer: PreTrainedTokenizerFast, lora: LoraConfi
         "disable_tqdm": True,
         "remove_unused_columns": False,
     }
-    arguments = ORPOConfig(output_dir=folder, use_cpu=not torch.cuda.is_available(), **(settings | changes))
+    arguments = ORPOConfig(
+        output_dir=folder, use_cpu=not torch.cuda.is_available(), **(settings | changes)
+    )
     disable_progress_bars()
-    rows = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])  # its batches come from us
-    trainer = ORPOTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer, peft_config=lora)
+    rows = Dataset.from_list(
+        [{"prompt": "a", "chosen": "b", "rejected": "c"}]
+    )  # its batches come from us
+    trainer = ORPOTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        peft_config=lora,
+    )
     trainer.create_optimizer()
-    trainer.model_wrapped = trainer.accelerator.prepare_model(trainer.model.train())  # bf16 inside, float32 logits
+    trainer.model_wrapped = trainer.accelerator.prepare_model(
+        trainer.model.train()
+    )  # bf16 inside, float32 logits
     return trainer
 
 
@@ -52,7 +66,11 @@ def train_step(trainer: Any, pairs: Sequence[TokenizedPair]) -> float:
 def backward(trainer: Any, pairs: Sequence[TokenizedPair], share: float = 1.0) -> float:
     """Forward and backward of a micro-batch that is this share of its step; the loss."""
     trainer.current_gradient_accumulation_steps = 1 / share
-    return float(trainer.training_step(trainer.model_wrapped, trainer.data_collator([_row(pair) for pair in pairs])))
+    return float(
+        trainer.training_step(
+            trainer.model_wrapped, trainer.data_collator([_row(pair) for pair in pairs])
+        )
+    )
 
 
 def update(trainer: Any) -> None:
@@ -92,7 +110,9 @@ def meta_model(model: Any, lora: LoraConfig) -> Any:
     model = get_peft_model(model, lora, autocast_adapter_dtype=False)
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable({"use_reentrant": True})
-    model.forward = convert_outputs_to_fp32(model.forward)  # as accelerate does under mixed precision
+    model.forward = convert_outputs_to_fp32(
+        model.forward
+    )  # as accelerate does under mixed precision
     return model.train()
 
 
@@ -101,7 +121,11 @@ def meta_loss(model: Any, pairs: Sequence[TokenizedPair]) -> torch.Tensor:
     width = max(max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs)
     rows = torch.zeros(len(pairs), width, dtype=torch.long, device="meta")
     sides = ("chosen", "rejected")
-    batch = {f"{side}_{name}": rows for side in sides for name in ("input_ids", "attention_mask", "labels")}
+    batch = {
+        f"{side}_{name}": rows
+        for side in sides
+        for name in ("input_ids", "attention_mask", "labels")
+    }
     trainer = SimpleNamespace(
         concatenated_inputs=ORPOTrainer.concatenated_inputs,
         get_batch_logps=ORPOTrainer.get_batch_logps,

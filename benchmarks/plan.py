@@ -75,7 +75,11 @@ RECIPES = (
 
 def recipe(**memory: Any) -> Recipe:
     """The default recipe with these levers; its step holds all of LENGTHS."""
-    keys = {"model.dtype": "float32", "training.global_batch_size": len(LENGTHS), "memory.micro_batch_tokens": 4_096}
+    keys = {
+        "model.dtype": "float32",
+        "training.global_batch_size": len(LENGTHS),
+        "memory.micro_batch_tokens": 4_096,
+    }
     return step.recipe(**memory).override(keys)
 
 
@@ -94,15 +98,21 @@ def error_of(config: Any, settings: Recipe) -> float:
     batching = model.batching(settings, pad_id=0)
     pairs = heaviest(settings, LENGTHS, batching, in_one_row=model.route in ("shared", "packed"))
     with LiveBytes(known) as tracker:
-        loss, _ = orpo_loss(model(make_batch(pairs, batching)), Divisors(len(pairs), 1_000), beta=0.1)
+        loss, _ = orpo_loss(
+            model(make_batch(pairs, batching)), Divisors(len(pairs), 1_000), beta=0.1
+        )
         loss.backward()
     return predicted.peak / tracker.peak - 1
 
 
-def errors(say: Callable[[str], None], vocabularies: tuple[int, ...] = (32_000, 152_064)) -> dict[str, float]:
+def errors(
+    say: Callable[[str], None], vocabularies: tuple[int, ...] = (32_000, 152_064)
+) -> dict[str, float]:
     """:func:`error_of` of each family, vocabulary and lever."""
     found = {}
-    for (family, make), vocab, (lever, levers) in itertools.product(FAMILIES.items(), vocabularies, LEVERS.items()):
+    for (family, make), vocab, (lever, levers) in itertools.product(
+        FAMILIES.items(), vocabularies, LEVERS.items()
+    ):
         name = f"{family}, {vocab:,}, {lever}"
         found[name] = round(error_of(make(vocab), recipe(**levers)), 5)
         say(f"{name}: {found[name]:+.3%}")
@@ -124,14 +134,18 @@ def least_peak(name: str, tokens: int = 2_048) -> float:
     """GiB of tensors in a step on one pair of two such sequences that share nothing, with the tightest levers."""
     chosen = load_recipe(name, [f"data.max_length={tokens}"])
     config = find_config(chosen.model.model_name_or_path, "main")
-    planner = Planner(chosen, config, worst_case(tokens, chosen.training.global_batch_size), "ampere")
+    planner = Planner(
+        chosen, config, worst_case(tokens, chosen.training.global_batch_size), "ampere"
+    )
     levers = planner.tightest() | {"activation_checkpointing": planner.layers}
     return planner.run(levers, None, None).peak / 2**30
 
 
 def main() -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--readme", type=Path, help="a README whose table to write")
     parser.add_argument("--svg", type=Path, help="where to draw the memory of a 7B step")
@@ -170,7 +184,13 @@ SHOWN: dict[str, tuple[str, dict[str, Any] | None]] = {
     "Qwen2.5-7B, ours, unplanned": ("peak_gib_qwen25_7b", {}),
     "Qwen2.5-7B, ours, least": ("peak_gib_qwen25_7b", step.ALL_LEVERS),
 }
-PARTS = ("weights", "adapter, gradients, optimizer", "kept by the layers", "head and loss", "backward pass")
+PARTS = (
+    "weights",
+    "adapter, gradients, optimizer",
+    "kept by the layers",
+    "head and loss",
+    "backward pass",
+)
 COLORS = ("#4e79a7", "#76b7b2", "#f28e2b", "#e15759", "#b07aa1")
 
 
@@ -198,7 +218,10 @@ def table(result: dict[str, Any]) -> str:
     order = sorted({row["card"]: row["memory_bytes"] for rows in result["cards"].values() for row in rows[1:]}.items(),
                    key=lambda item: item[1])  # fmt: skip
     gpus = [name for name, _ in order]
-    lines = [f"| recipe, pairs of 2 x max_length | {' | '.join(gpus)} |", "|---" * (len(gpus) + 1) + "|"]
+    lines = [
+        f"| recipe, pairs of 2 x max_length | {' | '.join(gpus)} |",
+        "|---" * (len(gpus) + 1) + "|",
+    ]
     for name, rows in result["cards"].items():
         by_card = {row["card"]: row for row in rows}
         cells = []
@@ -229,7 +252,9 @@ def picture(parts: dict[str, dict[str, float]]) -> str:
         for color, (part, size) in zip(COLORS, bar.items(), strict=True):
             width = wide * size / largest
             title = f"<title>{part}: {size:.2f} GiB</title>"
-            out.append(f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="{high}" fill="{color}">{title}</rect>')
+            out.append(
+                f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="{high}" fill="{color}">{title}</rect>'
+            )
             x += width
         out.append(f'<text x="{x + 6:.1f}" y="{y + 18}">{sum(bar.values()):.1f}</text>')
     x, y = 10.0, height - 18

@@ -76,7 +76,9 @@ GOALS = {
 # --- counted: tokens, bytes, FLOPs
 
 
-def head_bytes_per_logit(vocab_size: int = 152_064, rows: int = 4_096, hidden_size: int = 3_584) -> float:
+def head_bytes_per_logit(
+    vocab_size: int = 152_064, rows: int = 4_096, hidden_size: int = 3_584
+) -> float:
     """Peak bytes of the head's forward and backward pass, over rows x vocabulary."""
     module = torch.nn.Linear(hidden_size, vocab_size, bias=False, dtype=torch.bfloat16, device=META)
     module.requires_grad_(False)
@@ -90,7 +92,9 @@ def head_bytes_per_logit(vocab_size: int = 152_064, rows: int = 4_096, hidden_si
 def storages(model: torch.nn.Module) -> list[torch.Tensor]:
     """Every tensor that a model holds: parameters, buffers, gradients, quantisation states."""
     found = [tensor for tensors in held_tensors(model).values() for tensor in tensors]
-    return found + [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return found + [
+        parameter.grad for parameter in model.parameters() if parameter.grad is not None
+    ]
 
 
 def trl_on_meta(config: Any) -> Any:
@@ -142,12 +146,20 @@ def peak_of_7b(config: Any, levers: dict[str, Any] | None, tokens: int = 2_048) 
 
 def _products(run: Callable[[], torch.Tensor]) -> int:
     """FLOPs of all matrix products but attention's, forward, second forward and backward."""
-    gemm = {torch.ops.bitsandbytes.gemm_4bit: lambda a, _b, shape, *_, **__: 2 * int(np.prod(a)) * shape[0]}
+    gemm = {
+        torch.ops.bitsandbytes.gemm_4bit: lambda a, _b, shape, *_, **__: (
+            2 * int(np.prod(a)) * shape[0]
+        )
+    }
     counter = FlopCounterMode(display=False, custom_mapping=gemm)
     with counter:
         run().backward()
     counted = counter.get_flop_counts()["Global"]
-    return sum(flops for op, flops in counted.items() if "attention" not in str(op) and "bmm" not in str(op))
+    return sum(
+        flops
+        for op, flops in counted.items()
+        if "attention" not in str(op) and "bmm" not in str(op)
+    )
 
 
 def flops_ratio(triples: lengths.Triples, config: Any) -> float:
@@ -182,7 +194,10 @@ def flops_ratio(triples: lengths.Triples, config: Any) -> float:
         flops = 0.0
         for batch in lengths.batches(triples, BATCH, seed):
             width = float(batch[:, 1:].max())
-            flops += theirs_a_token * lengths.padded(batch) + cell * 2 * len(batch) * width * (width + 1) / 2
+            flops += (
+                theirs_a_token * lengths.padded(batch)
+                + cell * 2 * len(batch) * width * (width + 1) / 2
+            )
         epochs.append(flops)
     return float(ours / np.mean(epochs))
 
@@ -229,7 +244,9 @@ def both_sides(folder: str) -> Iterator[tuple[PairModel, Any, Recipe]]:
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=quantised)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, quantization_config=quantised
+    )
     trainer = peers.make_trainer(model, tokenizer(), LORA, f"{folder}/trl")
     adapter = dict(ours.trained())
     with torch.no_grad():
@@ -239,13 +256,17 @@ def both_sides(folder: str) -> Iterator[tuple[PairModel, Any, Recipe]]:
     yield ours, trainer, settings
 
 
-def pairs_per_second(triples: lengths.Triples, batches: int, *, grouped: bool = False) -> dict[str, float]:
+def pairs_per_second(
+    triples: lengths.Triples, batches: int, *, grouped: bool = False
+) -> dict[str, float]:
     """Both on the same batches, one after the other; the first batch of each is not timed."""
     import bitsandbytes as bnb
 
     chosen = lengths.near_mean(triples, BATCH, batches, grouped=grouped)
     with tempfile.TemporaryDirectory() as folder, both_sides(folder) as (model, trainer, settings):
-        optimizer = bnb.optim.PagedAdamW8bit([parameter for _, parameter in model.trained()], lr=1e-4)
+        optimizer = bnb.optim.PagedAdamW8bit(
+            [parameter for _, parameter in model.trained()], lr=1e-4
+        )
         seconds, losses = {"ours": 0.0, "trl": 0.0}, {"ours": 0.0, "trl": 0.0}
         rounds = [chosen[0], *chosen]
         for number, lengths_of_batch in enumerate(rounds):
@@ -275,7 +296,9 @@ def pairs_per_second(triples: lengths.Triples, batches: int, *, grouped: bool = 
 def peak_rss(side: str, triples: lengths.Triples) -> float:
     """GiB of resident memory that one step adds at its peak, in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.step", "--rss", side]
-    done = subprocess.run(command, input=json.dumps(triples.tolist()), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, input=json.dumps(triples.tolist()), capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise SystemExit(done.stderr[-2000:])
     return float(done.stdout.split()[-1])
@@ -291,7 +314,9 @@ def _measure_rss(side: str) -> None:
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
         before = _status("VmRSS")
         if side == "ours":
-            optimizer = bnb.optim.PagedAdamW8bit([parameter for _, parameter in model.trained()], lr=1e-4)
+            optimizer = bnb.optim.PagedAdamW8bit(
+                [parameter for _, parameter in model.trained()], lr=1e-4
+            )
             our_step(model, optimizer, pairs, settings)
         else:
             peers.train_step(trainer, pairs)
@@ -307,7 +332,9 @@ def _status(name: str) -> int:
 # --- the whole
 
 
-def measure(sets: dict[str, lengths.Triples], *, quick: bool, say: Callable[[str], None]) -> dict[str, Any]:
+def measure(
+    sets: dict[str, lengths.Triples], *, quick: bool, say: Callable[[str], None]
+) -> dict[str, Any]:
     """All figures of the table; ``quick`` leaves out the alpaca times and resident memory."""
     result: dict[str, Any] = {}
 
@@ -356,8 +383,12 @@ def about() -> dict[str, Any]:
 
 def main() -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="without the alpaca times and resident memory")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="without the alpaca times and resident memory"
+    )
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--data", help="your own pairs in place of the shipped lengths")
     parser.add_argument("--tokenizer", type=Path, help="a model folder, for --data")
@@ -386,7 +417,10 @@ def main() -> None:
 # --- the tables of docs/memory.md
 
 
-STARTS, ENDS = "<!-- written by: python -m benchmarks.step --readme docs/memory.md -->\n", "<!-- end -->"
+STARTS, ENDS = (
+    "<!-- written by: python -m benchmarks.step --readme docs/memory.md -->\n",
+    "<!-- end -->",
+)
 RATIOS = (
     ("tokens through the model", "tokens_ratio_{}_b8", "tokens_ratio_{}_grouped", "{:.2f} times fewer"),
     ("FLOPs a pair", "flops_ratio_{}", "", "{:.0%} of theirs"),
@@ -396,15 +430,25 @@ RATIOS = (
 
 def tables(result: dict[str, Any]) -> str:
     """Ratios to TRL on real lengths, then peaks at 7B."""
-    lines = ["| ours, TRL's being 1 | HH-RLHF | TRL grouped by length | alpaca-prefs | TRL grouped by length |"]
+    lines = [
+        "| ours, TRL's being 1 | HH-RLHF | TRL grouped by length | alpaca-prefs | TRL grouped by length |"
+    ]
     lines.append("|---|---|---|---|---|")
     for title, *keys, form in RATIOS:
         values = [result.get(key.format(name)) for name in SETS for key in keys]
-        lines.append(f"| {title} | {' | '.join('' if v is None else form.format(v) for v in values)} |")
-    lines += ["", "| GiB at its peak, one pair of 2 x 2,048 tokens | TRL | ours, default | ours, all memory settings |"]
+        lines.append(
+            f"| {title} | {' | '.join('' if v is None else form.format(v) for v in values)} |"
+        )
+    lines += [
+        "",
+        "| GiB at its peak, one pair of 2 x 2,048 tokens | TRL | ours, default "
+        "| ours, all memory settings |",
+    ]
     lines.append("|---|---|---|---|")
     for key, (name, _) in SHAPES.items():
-        lines.append(f"| {name} | {' | '.join(f'{result[key + s]:.1f}' for s in ('_trl', '_default_levers', ''))} |")
+        lines.append(
+            f"| {name} | {' | '.join(f'{result[key + s]:.1f}' for s in ('_trl', '_default_levers', ''))} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -416,7 +460,9 @@ def write_tables(readme: Path, result: dict[str, Any]) -> None:
 def write_between(readme: Path, starts: str, text: str) -> None:
     """Put a text between a mark of its own and the next end mark."""
     before, _, rest = readme.read_text("utf-8").partition(starts)
-    readme.write_text(f"{before}{starts}\n{text}\n{ENDS}{rest.partition(ENDS)[2]}", encoding="utf-8")
+    readme.write_text(
+        f"{before}{starts}\n{text}\n{ENDS}{rest.partition(ENDS)[2]}", encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

@@ -26,7 +26,13 @@ from orpo_lite.publishing.model_card import make_card, write_card
 from orpo_lite.publishing.push import check_push, find_licences
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.runs.atomic import to_json, write_text
-from orpo_lite.runs.changes import Change, find_changes, other_versions, record_changes, values_in_force
+from orpo_lite.runs.changes import (
+    Change,
+    find_changes,
+    other_versions,
+    record_changes,
+    values_in_force,
+)
 from orpo_lite.runs.commands import Weights
 from orpo_lite.runs.folder import create, find_initial_adapter, locked, logged, refuse_existing
 from orpo_lite.runs.inputs import Inputs, prepare_inputs, with_absolute_paths
@@ -69,7 +75,9 @@ def train_events(recipe: Recipe, *, resume: bool = False) -> Generator[Update, N
         yield Update("note", describe_device(processes.device))
     recipe = yield from _begin(recipe, processes, resume=resume)
     initial = find_initial_adapter(recipe, path)
-    resolved = demo.resolve_builtin(recipe).override({"model.adapter_name_or_path": initial and str(initial)})
+    resolved = demo.resolve_builtin(recipe).override(
+        {"model.adapter_name_or_path": initial and str(initial)}
+    )
     if resume:
         resolved = with_pinned_base(resolved, read_lock(path))
     inputs = yield from prepare_inputs(resolved)
@@ -89,7 +97,9 @@ def train_events(recipe: Recipe, *, resume: bool = False) -> Generator[Update, N
         check_mergeable(resolved, inputs.base)
     lock = make_lock(resolved, inputs)
     lock["objective"] = objective.to_json()
-    lock["dtype"] = str(choose_dtype(resolved.model.dtype, device_kind(processes.device))).removeprefix("torch.")
+    lock["dtype"] = str(
+        choose_dtype(resolved.model.dtype, device_kind(processes.device))
+    ).removeprefix("torch.")
     lock["not_quantised"] = skipped_modules(resolved, inputs.base.config, processes.device)
     processes.wait()
     if resume:
@@ -111,7 +121,9 @@ def train_events(recipe: Recipe, *, resume: bool = False) -> Generator[Update, N
         return (yield from _train(resolved, inputs, path, processes, stop, going_on))
 
 
-def _begin(recipe: Recipe, processes: Processes, *, resume: bool) -> Generator[Update, None, Recipe]:
+def _begin(
+    recipe: Recipe, processes: Processes, *, resume: bool
+) -> Generator[Update, None, Recipe]:
     """Return the recipe in full; make the built-in base."""
     if not resume:
         processes.on_main(refuse_existing, recipe)
@@ -142,17 +154,26 @@ class _GoingOn:
         session.processes.wait()
         session.processes.on_main(record_changes, path, self.recipe, self.changed, self.lock, step)
         for key, value in self.changed.items():
-            yield Update("note", f"changed after step {step}: {Change(key, in_force[key], value, step)}")
+            yield Update(
+                "note", f"changed after step {step}: {Change(key, in_force[key], value, step)}"
+            )
         if self.changed and step < session.steps:
             rate = session.learning_rate(step)
-            yield Update("note", f"step {step + 1} of {session.steps} has the learning rate {rate:.3g}")
+            yield Update(
+                "note", f"step {step + 1} of {session.steps} has the learning rate {rate:.3g}"
+            )
         for key, (old, new) in versions.items():
             name = key.removeprefix("versions.")
             yield Update("note", f"{name} is {new}, and was {old}: bits may differ from here on")
 
 
 def _train(
-    recipe: Recipe, inputs: Inputs, path: Path, processes: Processes, stop: list[int], going_on: _GoingOn | None
+    recipe: Recipe,
+    inputs: Inputs,
+    path: Path,
+    processes: Processes,
+    stop: list[int],
+    going_on: _GoingOn | None,
 ) -> Generator[Update, None, TrainResult]:
     """Load, train, keep the best adapter; then answer prompts and write the model card.
 
@@ -165,7 +186,9 @@ def _train(
         write_adapter_config(path / "adapter", session.pair_model, inputs.base.name)
     state = TrainState()
     if going_on:
-        state = yield from restore_session(session, going_on.changed)  # which mends metrics.jsonl, of which cards tell
+        state = yield from restore_session(
+            session, going_on.changed
+        )  # which mends metrics.jsonl, of which cards tell
         yield from going_on.record(session, state.step)
     if processes.is_main:
         yield from attempt(NO_CARD, make_card, path)
@@ -187,9 +210,13 @@ def _train(
     )
 
 
-def verify(run_folder: str | Path, *, weights: Weights = "original", base_path: str | Path | None = None) -> Verdict:
+def verify(
+    run_folder: str | Path, *, weights: Weights = "original", base_path: str | Path | None = None
+) -> Verdict:
     """Compare a merged model with its base and adapter, and write the model card again; see :func:`compare_merged`."""
-    return run_to_end(verify_events(run_folder, weights=weights, base_path=base_path), lambda _: None)
+    return run_to_end(
+        verify_events(run_folder, weights=weights, base_path=base_path), lambda _: None
+    )
 
 
 def verify_events(

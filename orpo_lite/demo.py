@@ -1,10 +1,11 @@
-"""The built-in base and pairs: a whole run on a fresh machine, with no hub, no GPU and no network.
+"""Create a small base model and preference pairs, for a complete run without hub, GPU or network.
 
-The fight is fair. Every answer is a greeting, a piece of advice and a goodbye, in one of two tones, and all answers
-have the same number of tokens. The base sees every phrasing of both tones equally often. How likely it finds an
-answer therefore hangs on the advice (each topic has a usual one), not on the tone; and in half of the pairs the
-chosen answer holds the usual advice, in the other half the rejected one does. Before training the base prefers the
-chosen answer in about half of the pairs; what changes that is the training alone.
+The base has no bias for the chosen answers. Every answer is a greeting, a piece of advice and a
+goodbye, in one of two tones, and all answers have the same number of tokens. The base is trained on
+every phrasing of both tones equally often. The probability of an answer therefore depends on its
+advice (each topic has a usual one), not on its tone. In half of the pairs the chosen answer has the
+usual advice, in the other half the rejected one has it. Before training the base prefers the chosen
+answer in about half of the pairs; only the training changes that.
 """
 
 import hashlib
@@ -25,18 +26,19 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from orpo_lite.recipe.schema import Recipe
 
 BASE = "builtin:tiny-llama"
-TOKENIZER = "builtin:tiny-llama-tokenizer"  # of that base; nobody names it
+TOKENIZER = "builtin:tiny-llama-tokenizer"  # of that base, for internal use
 PAIRS = "builtin:two-tones"
 REMARK = (
-    "This run used the built-in toy base and its two-tone pairs: it shows that the machinery works on this machine, "
-    "not how good a model it makes. For that, choose a real base and real preferences."
+    "This run used the built-in toy base and its two-tone pairs: it shows that orpo-lite works on "
+    "this machine, not how good its models are. For that, choose a real base and real preferences."
 )
 
 Phrasing = tuple[str, str]  # greeting, goodbye
-Card = TypeVar("Card")
+Item = TypeVar("Item")
 
-# Greetings are five tokens each, goodbyes six (a word or a mark is one). Half of either end in "!", and many first
-# words serve both tones, so that no single token decides between the two.
+# A greeting has five tokens, a goodbye six (a word or a punctuation mark is one token). Half of
+# each end in "!", and many first words occur in both tones, so no single token distinguishes the
+# tones.
 WARM: list[Phrasing] = list(
     product(
         (
@@ -77,7 +79,8 @@ CURT: list[Phrasing] = list(
         ),
     )
 )
-# The topic comes last, always as far from its place in the answer: the base learns to copy it in seconds.
+# The topic is last, so its distance to its place in the answer is constant: the base learns to copy
+# it in seconds.
 QUESTIONS = (
     "How do I start with {}?",
     "Can you help me with {}?",
@@ -88,7 +91,7 @@ QUESTIONS = (
     "Is it hard to learn {}?",
     "Any tips for {}?",
 )
-# Usual advice, also five tokens each -> the topics it is usual for.
+# Advice of five tokens each -> the topics whose usual advice it is.
 ADVICE = {
     "join a friendly local club": (
         "tennis rowing chess hiking running volleyball badminton sailing "
@@ -108,9 +111,12 @@ ADVICE = {
     ).split(),
 }
 ADVICES = list(ADVICE)
-TOPICS = [topic for row in zip(*ADVICE.values(), strict=True) for topic in row]  # the usual advice of i is i % 4
+TOPICS = [
+    topic for row in zip(*ADVICE.values(), strict=True) for topic in row
+]  # the usual advice of topic i has index i % 4
 TRAIN_TOPICS, TEST_TOPICS = TOPICS[:48], TOPICS[48:]
-SHIFTS = (0, 0, 0, 0, 0, 1, 2, 3)  # the base hears the usual advice five times in eight, each other one once
+# The base is trained on the usual advice five times in eight, on each other advice once.
+SHIFTS = (0, 0, 0, 0, 0, 1, 2, 3)
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message.role }}|>{{ message.content }}"
@@ -120,28 +126,35 @@ CHAT_TEMPLATE = (
 
 
 def make_base(folder: Path, *, seed: int = 0) -> Iterator[tuple[int, int]]:
-    """Train the tiny Llama and write it to ``folder``, which must be new or empty, once the last step is done.
+    """Train the tiny Llama and write it to ``folder``, which must be new or empty, after the last
+    step.
+
+    The caller's random state is neither read nor changed.
 
     Yields:
-        (step, steps), after each step. The caller's random state is neither read nor changed.
+        (step, steps) after each step.
     """
     return _make_base(folder, seed=seed, rounds=100)
 
 
 def make_pairs(folder: Path, *, seed: int = 0) -> tuple[Path, Path]:
-    """Write train.jsonl (384 pairs) and test.jsonl (128 pairs on other topics) to ``folder``, new or empty.
+    """Write train.jsonl (384 pairs) and test.jsonl (128 pairs on other topics); return their paths.
 
-    Each line is {"prompt", "chosen", "rejected"}: chosen is warm, rejected curt, every phrasing equally often.
+    Each line is {"prompt", "chosen", "rejected"}. The chosen answer is warm, the rejected one curt.
+    Every phrasing occurs equally often. ``folder`` must be new or empty.
     """
-    rng = random.Random(seed)  # noqa: S311 - chance, not secrets
-    with _whole(folder) as unfinished:
+    rng = random.Random(seed)  # noqa: S311 - not for secrets
+    with _complete_folder(folder) as unfinished:
         for name, topics in (("train", TRAIN_TOPICS), ("test", TEST_TOPICS)):
             prompts = list(product(enumerate(topics), enumerate(QUESTIONS)))
-            warm, curt = _deal(WARM, len(prompts), rng), _deal(CURT, len(prompts), rng)
+            warm, curt = _sample(WARM, len(prompts), rng), _sample(CURT, len(prompts), rng)
             rows = []
-            for ((i, topic), (j, question)), chosen, rejected in zip(prompts, warm, curt, strict=True):
+            for ((i, topic), (j, question)), chosen, rejected in zip(
+                prompts, warm, curt, strict=True
+            ):
                 usual, other = ADVICES[i % 4], ADVICES[(i + rng.randint(1, 3)) % 4]
-                # The usual advice is rejected as often as chosen, within each question and within each topic.
+                # Within each question and each topic, the usual advice is chosen as often as
+                # rejected.
                 for_chosen, for_rejected = (usual, other) if (i // 4 + j) % 2 else (other, usual)
                 rows.append(
                     {
@@ -157,11 +170,11 @@ def make_pairs(folder: Path, *, seed: int = 0) -> tuple[Path, Path]:
 
 
 @contextmanager
-def _whole(folder: Path) -> Iterator[Path]:
-    """A folder to write into that becomes ``folder`` at the end: what stands there is never half of it."""
+def _complete_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder. Rename it to ``folder`` on success, so that is always complete."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder.parent) as beside:
-        unfinished = Path(beside) / folder.name
+    with TemporaryDirectory(dir=folder.parent) as temporary:
+        unfinished = Path(temporary) / folder.name
         unfinished.mkdir()
         yield unfinished
         unfinished.rename(folder)
@@ -172,22 +185,28 @@ def _answer(phrasing: Phrasing, topic: str, advice: str) -> str:
     return f"{greeting} For {topic}, {advice}. {goodbye}"
 
 
-def _deal(cards: Sequence[Card], hands: int, rng: random.Random) -> list[Card]:
-    """``hands`` shuffled cards, each card equally often."""
-    dealt = [cards[i % len(cards)] for i in range(hands)]
-    rng.shuffle(dealt)
-    return dealt
+def _sample(items: Sequence[Item], count: int, rng: random.Random) -> list[Item]:
+    """Return ``count`` items in random order, each item equally often."""
+    chosen = [items[i % len(items)] for i in range(count)]
+    rng.shuffle(chosen)
+    return chosen
 
 
 def _batches(rounds: int, seed: int) -> Iterator[list[tuple[str, str]]]:
-    """Two batches of 32 (question, answer) a round, each half warm; a round has every phrasing and every topic once."""
-    rng = random.Random(seed)  # noqa: S311 - chance, not secrets
+    """Yield two batches of 32 (question, answer) per round, each half warm.
+
+    A round has every phrasing and every topic once.
+    """
+    rng = random.Random(seed)  # noqa: S311 - not for secrets
     for turn in range(rounds):
-        tones = zip(_deal(WARM, 32, rng), _deal(CURT, 32, rng), strict=True)
+        tones = zip(_sample(WARM, 32, rng), _sample(CURT, 32, rng), strict=True)
         phrasings = [phrasing for both in tones for phrasing in both]
         rows = []
-        for (i, topic), phrasing in zip(_deal(list(enumerate(TOPICS)), 64, rng), phrasings, strict=True):
-            # Topics 4k to 4k + 3 differ in their usual advice and share a shift: no advice is the commoner one.
+        for (i, topic), phrasing in zip(
+            _sample(list(enumerate(TOPICS)), 64, rng), phrasings, strict=True
+        ):
+            # Topics 4k to 4k + 3 share a shift and differ in their usual advice, so each advice is
+            # equally frequent.
             advice = ADVICES[(i + SHIFTS[(i // 4 + turn) % len(SHIFTS)]) % 4]
             rows.append((rng.choice(QUESTIONS).format(topic), _answer(phrasing, topic, advice)))
         yield rows[:32]
@@ -195,15 +214,18 @@ def _batches(rounds: int, seed: int) -> Iterator[list[tuple[str, str]]]:
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
-    """Each word of ours is one token; any other text falls back to bytes, so nothing is ever unknown."""
+    """Return a tokenizer with one token for each word of the texts, and bytes for other texts."""
     texts = [question.format(topic) for question in QUESTIONS for topic in TOPICS]
-    texts += [_answer(phrasing, topic, advice) for phrasing, topic, advice in product(WARM + CURT, TOPICS[:1], ADVICES)]
+    texts += [
+        _answer(phrasing, topic, advice)
+        for phrasing, topic, advice in product(WARM + CURT, TOPICS[:1], ADVICES)
+    ]
     tokens = ["<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>"]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=1 << 14,  # never reached: merging ends when every word is whole
+        vocab_size=1 << 14,  # never reached: merging ends when every word is one token
         min_frequency=1,
         show_progress=False,
         special_tokens=tokens,
@@ -226,13 +248,13 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 def _config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,  # every matrix is a multiple of NF4's block of 64
+        hidden_size=128,  # so that matrix sizes are multiples of NF4's block of 64
         intermediate_size=192,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=2048,
-        initializer_range=0.09,  # 1/sqrt(hidden_size): learns in half the steps that 0.02 takes
+        initializer_range=0.09,  # 1/sqrt(hidden_size): needs half the steps of 0.02
         tie_word_embeddings=False,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -244,7 +266,8 @@ def _config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
 
 def _model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reseed the GPUs, which are not forked
+        # torch.manual_seed would also seed the GPUs, whose state is not restored.
+        torch.default_generator.manual_seed(seed)
         return LlamaForCausalLM(_config(tokenizer))
 
 
@@ -252,11 +275,17 @@ def _make_base(folder: Path, *, seed: int, rounds: int) -> Iterator[tuple[int, i
     tokenizer = _tokenizer()
     model = _model(tokenizer, seed)
     steps = 2 * rounds
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    # Up fast, then down to zero: the last steps average out which phrasing happened to come last.
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True
+    )
+    # The final decay to zero averages out which phrasings came last.
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 5e-3, total_steps=steps, pct_start=0.1
+    )
     for step, batch in enumerate(_batches(rounds, seed), start=1):
-        turns = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in batch]
+        turns = [
+            [{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in batch
+        ]
         inputs = tokenizer(
             tokenizer.apply_chat_template(turns, tokenize=False),
             add_special_tokens=False,
@@ -264,7 +293,8 @@ def _make_base(folder: Path, *, seed: int, rounds: int) -> Iterator[tuple[int, i
             padding_side="right",
             return_tensors="pt",
         )
-        # Padding on the right needs no mask: nothing real looks back at it, and its own labels do not count.
+        # Padding on the right needs no mask: no real token attends to it, and its labels are
+        # ignored.
         labels_BT = inputs.input_ids.masked_fill(inputs.attention_mask == 0, -100)
         with _one_thread():
             model(input_ids=inputs.input_ids, labels=labels_BT, use_cache=False).loss.backward()
@@ -273,8 +303,8 @@ def _make_base(folder: Path, *, seed: int, rounds: int) -> Iterator[tuple[int, i
         optimizer.zero_grad()
         schedule.step()
         yield step, steps
-    with _whole(folder) as unfinished:
-        # Not model.save_pretrained, which draws a progress bar of its own.
+    with _complete_folder(folder) as unfinished:
+        # model.save_pretrained would show a progress bar.
         save_file(model.state_dict(), unfinished / "model.safetensors", metadata={"format": "pt"})
         model.config.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
@@ -288,7 +318,7 @@ def _make_base(folder: Path, *, seed: int, rounds: int) -> Iterator[tuple[int, i
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Matrices this small gain little from more threads, lose much when cores are busy; and the bits stay the same."""
+    """Use one thread: faster on busy cores for such small matrices, and reproducible to the bit."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -298,15 +328,18 @@ def _one_thread() -> Iterator[None]:
 
 
 def make_builtin(recipe: Recipe, *, weights: bool = True) -> Iterator[tuple[int, int]]:
-    """Make the ``builtin:`` base and pairs that a recipe names, unless they are there; yields (step, steps).
+    """Create the ``builtin:`` base and pairs that a recipe names, unless they exist.
 
-    Without ``weights`` the base is its tokenizer and configuration, which take no training.
+    Without ``weights`` only the tokenizer and configuration are created, which need no training.
+
+    Yields:
+        (step, steps) after each training step.
     """
     if recipe.model.model_name_or_path == BASE and not _folder(recipe, BASE).is_dir():
         if weights:
             yield from make_base(_folder(recipe, BASE))
         elif not _folder(recipe, TOKENIZER).is_dir():
-            with _whole(_folder(recipe, TOKENIZER)) as unfinished:
+            with _complete_folder(_folder(recipe, TOKENIZER)) as unfinished:
                 tokenizer = _tokenizer()
                 tokenizer.save_pretrained(unfinished)
                 _config(tokenizer).save_pretrained(unfinished)
@@ -315,23 +348,34 @@ def make_builtin(recipe: Recipe, *, weights: bool = True) -> Iterator[tuple[int,
 
 
 def resolve_builtin(recipe: Recipe) -> Recipe:
-    """The recipe with the folders of :func:`make_builtin` in place of the ``builtin:`` names."""
+    """Return the recipe with the folders of :func:`make_builtin` instead of ``builtin:`` names."""
     values = {}
     if recipe.model.model_name_or_path == BASE:
-        made = [folder for name in (BASE, TOKENIZER) if (folder := _folder(recipe, name)).is_dir()]
-        values["model.model_name_or_path"] = str((made or [_folder(recipe, BASE)])[0])
+        base, tokenizer = _folder(recipe, BASE), _folder(recipe, TOKENIZER)
+        only_tokenizer = tokenizer.is_dir() and not base.is_dir()
+        values["model.model_name_or_path"] = str(tokenizer if only_tokenizer else base)
     if recipe.data.dataset_name == PAIRS:
-        values["data.dataset_name"] = str(_folder(recipe, PAIRS) / "train.jsonl")
-        values["data.dataset_test_split"] = recipe.data.dataset_test_split or str(_folder(recipe, PAIRS) / "test.jsonl")
+        folder = _folder(recipe, PAIRS)
+        test = recipe.data.dataset_test_split or str(folder / "test.jsonl")
+        values["data.dataset_name"] = str(folder / "train.jsonl")
+        values["data.dataset_test_split"] = test
     return recipe.override(values)
 
 
 def builtin_remark(recipe: Recipe) -> str:
-    """What to say at the end of a run on built-in parts; "" for any other."""
-    return REMARK if recipe.model.model_name_or_path == BASE or recipe.data.dataset_name == PAIRS else ""
+    """Return the remark to print after a run on the built-in base or pairs; "" for other runs."""
+    is_builtin = recipe.model.model_name_or_path == BASE or recipe.data.dataset_name == PAIRS
+    return REMARK if is_builtin else ""
 
 
 def _folder(recipe: Recipe, name: str) -> Path:
-    """Beside the run folder, shared by its siblings; the name changes with this file, so nothing stale is read."""
+    """Return the folder of a built-in part, next to the run folder and shared by its siblings.
+
+    Its name contains a hash of this file, so an outdated part is never used.
+    """
     source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
-    return Path(recipe.training.output_dir).parent / "builtin" / f"{name.removeprefix('builtin:')}-{source}"
+    return (
+        Path(recipe.training.output_dir).parent
+        / "builtin"
+        / f"{name.removeprefix('builtin:')}-{source}"
+    )

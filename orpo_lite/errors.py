@@ -1,6 +1,7 @@
-"""The errors people cause: each names the place, what was found, what was expected and how to fix it.
+"""Errors that a person can fix. Each names the place, what was found, what was expected and a fix.
 
-An error of ours is any other exception; the command line shows its traceback and asks for a report.
+Any other exception is a bug in orpo-lite. The command line shows its traceback and asks for a
+report.
 """
 
 import copyreg
@@ -11,21 +12,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
 SHOWN = 20  # faults printed in one message; the total is always given
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what an OSError of a full disk, or quota, or size limit says
-NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # what fsync raises on file systems without it (FUSE, SMB)
-# Tokens of the hub, those of a login in the browser and of trusted publishers among them; never shown, wherever a
-# message quotes one from.
+# errno of an OSError: the disk is full, or a quota or a file size limit is reached.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# errno of fsync on file systems that do not support it (FUSE, SMB).
+NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
+# Access tokens of the hub, also those of a browser login and of trusted publishers. A message never
+# shows one, whatever text it quotes.
 TOKEN = re.compile(r"hf_(?:[A-Za-z0-9]{16,}|(?:oauth|jwt)_[A-Za-z0-9._-]{16,})")
 
 
 class Command(str):
-    """A fix that is a line for the shell."""
+    """A fix that is a shell command, in ``line``."""
 
     __slots__ = ("line",)
     line: str
 
     def __new__(cls, line: str, advice: str = "", *, text: str = "") -> Self:
-        """Printed as the line and ``advice`` behind it; or as ``text``."""
+        """Create a fix that is printed as the line followed by ``advice``, or as ``text``."""
         fix = super().__new__(cls, text or line + advice)
         fix.line = line
         return fix
@@ -35,15 +38,18 @@ class Command(str):
 
 
 class Overrides(str):
-    """A fix that is recipe keys and their new values: words for people, ``values`` for programs."""
+    """A fix that sets recipe keys: a text for people, ``values`` for programs."""
 
     __slots__ = ("values",)
     values: Mapping[str, Any]
     """``section.key`` -> value."""
 
     def __new__(cls, values: Mapping[str, Any], advice: str = "", *, text: str = "") -> Self:
-        """Printed as ``key=value`` words and ``advice`` behind them; or as ``text``."""
-        words = (f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items())
+        """Create a fix that is printed as ``key=value`` words and ``advice``, or as ``text``."""
+        words = (
+            f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+            for key, value in values.items()
+        )
         fix = super().__new__(cls, text or " ".join(words) + advice)
         fix.values = values
         return fix
@@ -53,38 +59,43 @@ class Overrides(str):
 
 
 def reworded(fix: str, text: str) -> str:
-    """Return ``text`` with the data of ``fix``: a string method would return words alone."""
+    """Return ``text`` with the data of ``fix``. A string method would return a plain string."""
     if isinstance(fix, Overrides):
         return Overrides(fix.values, text=text)
     return Command(fix.line, text=text) if isinstance(fix, Command) else text
 
 
 def one_of(fixes: Iterable[str]) -> str:
-    """Join fixes of which any will do: all of them in words, the first one as data."""
+    """Return alternative fixes as one: all texts, and the data of the first :class:`Overrides`."""
     options = [*fixes]
     first = next((fix for fix in options if isinstance(fix, Overrides)), "")
     return reworded(first, " or ".join(options))
 
 
 class OrpoLiteError(Exception):
-    """An error that the person can fix. Printed without a traceback; the process ends with ``exit_code``.
+    """An error that a person can fix.
+
+    It is printed without a traceback, and the process ends with ``exit_code``.
 
     Args:
-        where: the file and line, or the recipe key, that holds the fault.
-        found: what it holds.
+        where: the file and line, or the recipe key, with the fault.
+        found: what was found there.
         expected: what was expected instead, or "".
-        fix: what to do about it: :class:`Overrides` or a :class:`Command` where one exists, else words; or "".
+        fix: what to do: :class:`Overrides` or a :class:`Command` if possible, else a text; or "".
     """
 
     exit_code = 2
 
     def __init__(self, *, where: str = "", found: str, expected: str = "", fix: str = "") -> None:
-        self.where, self.found, self.expected = (TOKEN.sub("hf_***", text) for text in (where, found, expected))
-        self.fix = TOKEN.sub("hf_***", fix) if TOKEN.search(fix) else fix  # which keeps the data of a fix
+        self.where, self.found, self.expected = (
+            TOKEN.sub("hf_***", text) for text in (where, found, expected)
+        )
+        # sub() returns a plain string, without the data of a fix.
+        self.fix = TOKEN.sub("hf_***", fix) if TOKEN.search(fix) else fix
         super().__init__(self.where, self.found, self.expected, self.fix)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copy and pickle it as it is: a constructor takes keywords, and a subclass its own."""
+        """Copy and pickle all attributes; constructors take keywords, which differ by subclass."""
         return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
     def __str__(self) -> str:
@@ -115,13 +126,13 @@ class ModelError(OrpoLiteError):
 
 
 class CheckpointError(OrpoLiteError):
-    """A run folder or checkpoint that is missing, altered, in use or of another run."""
+    """A run folder or checkpoint that is missing, changed, in use or from another run."""
 
     exit_code = 5
 
 
 class FitError(OrpoLiteError):
-    """Not enough disk, host or GPU memory, or no 4-bit support, on this machine."""
+    """This machine has too little disk, host or GPU memory, or lacks 4-bit support or a package."""
 
     exit_code = 6
 
@@ -139,16 +150,17 @@ class HubError(OrpoLiteError):
 
 
 def _is_same_fix(one: str, other: str) -> bool:
-    """Whether both are the same data; words alone stay with their fault."""
+    """Return whether two fixes hold the same data; False for plain texts."""
     if isinstance(one, Overrides) and isinstance(other, Overrides):
         return one.values == other.values
     return isinstance(one, Command) and isinstance(other, Command) and one.line == other.line
 
 
 def raise_all(faults: Sequence[OrpoLiteError]) -> None:
-    """Raise every fault as one error of the first one's class: the first twenty and the total. No-op when empty.
+    """Raise all faults as one error of the first one's class; do nothing if there are none.
 
-    A fix that all of them have in common is the error's own.
+    The error shows the first twenty faults and their total. A fix that all of them share becomes
+    the error's own fix.
     """
     if not faults:
         return
@@ -156,7 +168,7 @@ def raise_all(faults: Sequence[OrpoLiteError]) -> None:
         raise faults[0]
     common = faults[0].fix
     is_common = all(_is_same_fix(common, fault.fix) for fault in faults)
-    once = f"\n  fix: {common}" if is_common else ""  # said behind all of them
+    once = f"\n  fix: {common}" if is_common else ""  # printed once, at the end
     shown = "\n".join(str(fault).removesuffix(once) for fault in faults[:SHOWN])
     rest = len(faults) - SHOWN
     more = f"\n... and {rest} more" if rest > 0 else ""
@@ -166,5 +178,5 @@ def raise_all(faults: Sequence[OrpoLiteError]) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says; the name of its type where it says nothing."""
+    """Return the first line of an error's message, or the name of its type if it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,4 @@
-"""Updates: what a verb says while it runs, and how to run one to its end."""
+"""Progress updates of a running command, and functions that run one to its end."""
 
 import logging
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -15,18 +15,20 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Update:
-    """One thing that happened; the command line draws it."""
+    """One event of a running command; the command line shows it."""
 
     kind: Literal["stage", "note", "step", "eval"]
     text: str = ""
-    """What is being done, what the person should know, or the metrics of a step or an evaluation as a line."""
+    """The stage's name, a note for the user, or the metrics of a step or evaluation in one line."""
     step: int = 0
     steps: int = 0
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
-def run_to_end(updates: Generator[Update, None, Result], show: Callable[[Update], object]) -> Result:
-    """Run a verb to its end, showing each update; returns its result."""
+def run_to_end(
+    updates: Generator[Update, None, Result], show: Callable[[Update], object]
+) -> Result:
+    """Run a command to its end, call ``show`` with each update and return its result."""
     while True:
         try:
             show(next(updates))
@@ -35,8 +37,10 @@ def run_to_end(updates: Generator[Update, None, Result], show: Callable[[Update]
             return result
 
 
-def staged(text: str, progress: Generator[tuple[int, int], None, Result]) -> Generator[Update, None, Result]:
-    """Turn a generator of (done, total) into one of updates of a stage; returns what it returns."""
+def staged(
+    text: str, progress: Generator[tuple[int, int], None, Result]
+) -> Generator[Update, None, Result]:
+    """Yield the (done, total) pairs of ``progress`` as updates of a stage; return its result."""
     while True:
         try:
             done, total = next(progress)
@@ -47,7 +51,7 @@ def staged(text: str, progress: Generator[tuple[int, int], None, Result]) -> Gen
 
 
 def attempt(failed: str, function: Callable[..., Any], *args: Any) -> Iterator[Update]:
-    """Call ``function``, which nothing else depends on: what it raises becomes a note, and its traceback is logged."""
+    """Call an optional ``function``. If it raises, yield a note and log the traceback."""
     try:
         function(*args)
     except Exception as error:
@@ -55,21 +59,21 @@ def attempt(failed: str, function: Callable[..., Any], *args: Any) -> Iterator[U
 
 
 def failure(failed: str, error: Exception) -> Update:
-    """The note of an error that costs nothing but ``failed``, whose traceback is logged."""
+    """Log the traceback of an error and return a note that says what ``failed``."""
     logging.getLogger(__name__).warning(failed, exc_info=error)
-    said = " ".join(str(error).split())[:300]
+    reason = " ".join(str(error).split())[:300]
     if isinstance(error, OrpoLiteError):
-        said = f"{error.where}: {error.found}" if error.where else error.found
-    said = said or type(error).__name__
-    return Update("note", f"{failed}: {said}")
+        reason = f"{error.where}: {error.found}" if error.where else error.found
+    return Update("note", f"{failed}: {reason or type(error).__name__}")
 
 
 def with_torch_defaults(
     verb: Callable[Arguments, Generator[Update, None, Result]],
 ) -> Callable[Arguments, Generator[Update, None, Result]]:
-    """Run a verb with torch's global settings as they are at its import; between updates the caller's are back.
+    """Decorate a command: it runs with torch's global settings as they are after ``import torch``.
 
-    A notebook may have switched gradients off, autocast on, or set another default dtype or device.
+    Between updates the caller's settings are restored. A notebook may have turned gradients off,
+    turned autocast on, or set another default dtype or device.
     """
 
     @wraps(verb)
@@ -95,19 +99,22 @@ def _torch_defaults() -> Iterator[None]:
     import torch
 
     dtype, device = torch.get_default_dtype(), torch.get_default_device()
-    moved = device.type != "cpu"  # whoever sets a device, even the usual one, slows every call of torch down
+    # Setting any device, even the default one, slows down every call of torch.
+    is_moved = device.type != "cpu"
     torch.set_default_dtype(torch.float32)
-    if moved:
+    if is_moved:
         torch.set_default_device(None)
     try:
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
-            # Autocast keeps the weights that it has cast: an adapter would never seem to change.
-            for kind in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
-                stack.enter_context(torch.autocast(kind, enabled=False))
+            # Autocast caches the weights that it casts, so updates of an adapter would have no
+            # effect.
+            for device_type in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(device_type):
+                    stack.enter_context(torch.autocast(device_type, enabled=False))
             yield
     finally:
         torch.set_default_dtype(dtype)
-        if moved:
+        if is_moved:
             torch.set_default_device(device)

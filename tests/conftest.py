@@ -2,7 +2,9 @@
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers that each use every core only get in each other's way
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # workers that each use every core only get in each other's way
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["USE_HUB_KERNELS"] = "0"
 
@@ -28,7 +30,13 @@ import torch
 from filelock import FileLock
 from hub_server import hub, slept  # noqa: F401 - fixtures
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from orpo_lite.data import cache, dataset
 from orpo_lite.data.chat_template import Template
@@ -40,13 +48,17 @@ SHARED = ROOT.parent / "shared"
 WORDS = "red blue green round square small large old new warm cold bright dark soft hard quick slow".split()
 
 torch.set_num_threads(1)
-os.environ["ORPO_LITE_CACHE"] = tempfile.mkdtemp(prefix="orpo-lite-tests-")  # of this session, never the person's own
+os.environ["ORPO_LITE_CACHE"] = tempfile.mkdtemp(
+    prefix="orpo-lite-tests-"
+)  # of this session, never the person's own
 atexit.register(shutil.rmtree, os.environ["ORPO_LITE_CACHE"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip what this machine cannot run, with the reason."""
-    absent = pytest.mark.skip(reason="the real data and models are not beside the project (../shared)")
+    absent = pytest.mark.skip(
+        reason="the real data and models are not beside the project (../shared)"
+    )
     no_gpu = pytest.mark.skip(reason="no CUDA device")
     long = pytest.mark.skip(reason="minutes long; ask for it with -m long")
     for item in items:
@@ -95,7 +107,11 @@ def in_float64(model: Any) -> Any:
     """The model in float64, its RMSNorms too: transformers' own round to float32 inside, whatever the dtype."""
 
     def norm(module: Any, x: torch.Tensor) -> torch.Tensor:
-        return module.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + module.variance_epsilon)
+        return (
+            module.weight
+            * x
+            * torch.rsqrt(x.square().mean(-1, keepdim=True) + module.variance_epsilon)
+        )
 
     for module in model.modules():
         if hasattr(module, "variance_epsilon"):
@@ -131,9 +147,15 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", vocab["<s>"])])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", vocab["<s>"])]
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=256
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        model_max_length=256,
     )
 
 
@@ -143,7 +165,10 @@ def ragged_pairs(count: int, *, vocab_size: int = 96, seed: int = 0) -> list[Tok
     pairs = []
     for index in range(count):
         prompt = [1, *(rng.randrange(3, vocab_size) for _ in range(rng.randrange(1, 12)))]
-        sides = [prompt + [rng.randrange(3, vocab_size) for _ in range(rng.randrange(1, 20))] + [2] for _ in range(2)]
+        sides = [
+            prompt + [rng.randrange(3, vocab_size) for _ in range(rng.randrange(1, 20))] + [2]
+            for _ in range(2)
+        ]
         pairs.append(TokenizedPair(sides[0], sides[1], len(prompt), len(prompt), f"row {index}"))
     return pairs
 
@@ -155,7 +180,11 @@ def write_pairs(path: Path, count: int, *, seed: int = 0) -> Path:
     for index in range(count):
         chosen, rejected = (" ".join(rng.sample(WORDS, rng.randrange(2, 6))) for _ in range(2))
         rows.append(
-            {"prompt": f"Item {index}: how is it?", "chosen": f"It is {chosen}.", "rejected": f"No, {rejected}!"}
+            {
+                "prompt": f"Item {index}: how is it?",
+                "chosen": f"It is {chosen}.",
+                "rejected": f"No, {rejected}!",
+            }
         )
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
@@ -269,7 +298,10 @@ def one_training(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[A
     (folder / "small.yaml").write_text(SMALL, encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        updates, generator = [], train_events(load_recipe("./small.yaml", ["training.learning_rate=1e-2"]))
+        updates, generator = (
+            [],
+            train_events(load_recipe("./small.yaml", ["training.learning_rate=1e-2"])),
+        )
         while True:
             try:
                 updates.append(next(generator))
@@ -285,7 +317,9 @@ def trained(one_training: tuple[Path, list[Any], Any], workspace: Path) -> tuple
     (workspace / "small.yaml").write_text(SMALL, encoding="utf-8")
     for name in ("recipe.yaml", "lock.json", "adapter/adapter_config.json"):
         file = workspace / "run" / name
-        file.write_text(file.read_text("utf-8").replace(str(folder), str(workspace)), encoding="utf-8")
+        file.write_text(
+            file.read_text("utf-8").replace(str(folder), str(workspace)), encoding="utf-8"
+        )
     return updates, result
 
 
@@ -333,7 +367,9 @@ def moved_run(demo: DemoRun, target: Path) -> None:
     shutil.copytree(demo.folder / "runs", target / "runs")
     for name in ("recipe.yaml", "lock.json", "adapter/adapter_config.json"):
         file = target / "runs" / "demo" / name
-        file.write_text(file.read_text("utf-8").replace(str(demo.folder), str(target)), encoding="utf-8")
+        file.write_text(
+            file.read_text("utf-8").replace(str(demo.folder), str(target)), encoding="utf-8"
+        )
 
 
 @pytest.fixture
@@ -348,12 +384,21 @@ def counted_once(shared_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         recipe: Any, config: Any, triples: Any, kind: str, planned: Any = None, models: Any = None
     ) -> Any:
         shape = {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
-        asked = (recipe.model_dump(exclude=unread), shape, triples.tolist(), kind, planned, torch.cuda.is_available())
+        asked = (
+            recipe.model_dump(exclude=unread),
+            shape,
+            triples.tolist(),
+            kind,
+            planned,
+            torch.cuda.is_available(),
+        )
         file = shared_folder / f"{hashlib.sha256(repr(asked).encode()).hexdigest()}.step"
         if not file.exists():
             found = vars(measure(recipe, config, triples, kind, planned, models))
             whole = file.with_suffix(f".{os.getpid()}")
-            whole.write_text(repr({key: dict(value) if key == "work" else value for key, value in found.items()}))
+            whole.write_text(
+                repr({key: dict(value) if key == "work" else value for key, value in found.items()})
+            )
             whole.replace(file)
         found = ast.literal_eval(file.read_text())
         return StepMemory(**found | {"work": Counter(found["work"])})
@@ -367,7 +412,9 @@ Answer = tuple[int, str, str]
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
+def call(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Answer]:
     """Runs the command line in this process; returns (exit code, what it printed, what it complained of)."""
 
     from orpo_lite.cli import commands

@@ -74,7 +74,9 @@ class Hub(ThreadingHTTPServer):
         """Every byte that was sent, request by request."""
         self.closing = threading.Event()
         self.endpoint = f"http://127.0.0.1:{self.server_address[1]}"
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        threading.Thread(
+            target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        ).start()
 
     def fail(self, pattern: str, status: int = 0, code: str = "", **options: Any) -> None:
         """Answer matching requests with a fault; ``code`` is the hub's X-Error-Code."""
@@ -83,7 +85,9 @@ class Hub(ThreadingHTTPServer):
 
     def grant(self, role: str, **rights: Any) -> None:
         """What the access token may do; ``rights`` are those of a fine-grained one."""
-        self.who["auth"] = {"accessToken": {"role": role, **({"fineGrained": rights} if rights else {})}}
+        self.who["auth"] = {
+            "accessToken": {"role": role, **({"fineGrained": rights} if rights else {})}
+        }
 
     def asked(self, pattern: str) -> list[str]:
         """The requests that match."""
@@ -132,7 +136,9 @@ class Handler(BaseHTTPRequestHandler):
         line = f"{self.command} {path}"
         self.server.requests.append(line)
         self.server.tokens.add(self.headers.get("Authorization", ""))
-        fault = next((f for f in self.server.faults if f.times > 0 and re.search(f.pattern, line)), None)
+        fault = next(
+            (f for f in self.server.faults if f.times > 0 and re.search(f.pattern, line)), None
+        )
         if fault:
             fault.times -= 1
         if fault and fault.cut and self.command in ("POST", "PUT"):
@@ -156,12 +162,16 @@ class Handler(BaseHTTPRequestHandler):
         """A request that reads."""
         if path == "/api/whoami-v2":
             self.answer_json(self.server.who)
-        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)", path.removesuffix("/revision/main")):
+        elif found := re.fullmatch(
+            r"/api/models/([^/]+/[^/]+)", path.removesuffix("/revision/main")
+        ):
             if found[1] == NAME:
                 self.answer_listing(NAME, "revision", "main", query)
             else:
                 self.answer_repository(found[1])
-        elif found := re.fullmatch(rf"/api/(?:models|datasets)/({NAME}|{SET})/(revision|tree)/([^/]+)/?", path):
+        elif found := re.fullmatch(
+            rf"/api/(?:models|datasets)/({NAME}|{SET})/(revision|tree)/([^/]+)/?", path
+        ):
             self.answer_listing(found[1], found[2], found[3], query)
         elif path == f"/api/datasets/{SET}":
             self.answer_listing(SET, "revision", "main", {})
@@ -195,7 +205,14 @@ class Handler(BaseHTTPRequestHandler):
         sha = f"{len(found.commits):040x}"
         siblings = [{"rfilename": file} for file in found.files]
         self.answer_json(
-            {"_id": "1", "id": name, "private": found.is_private, "sha": sha, "tags": [], "siblings": siblings}
+            {
+                "_id": "1",
+                "id": name,
+                "private": found.is_private,
+                "sha": sha,
+                "tags": [],
+                "siblings": siblings,
+            }
         )
 
     def take(self, path: str, body: bytes) -> None:
@@ -208,7 +225,12 @@ class Handler(BaseHTTPRequestHandler):
         elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/main", path):
             self.preupload(server.written[found[1]], json.loads(body)["files"])
         elif re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
-            self.answer_json({"transfer": "basic", "objects": [self.place(o) for o in json.loads(body)["objects"]]})
+            self.answer_json(
+                {
+                    "transfer": "basic",
+                    "objects": [self.place(o) for o in json.loads(body)["objects"]],
+                }
+            )
         elif found := re.fullmatch("/lfs/([0-9a-f]{64})", path):
             assert hashlib.sha256(body).hexdigest() == found[1]
             server.stored[found[1]] = body
@@ -233,8 +255,16 @@ class Handler(BaseHTTPRequestHandler):
         for file in asked:
             mode = "lfs" if file["path"].endswith((".safetensors", "tokenizer.json")) else "regular"
             there = repository.files.get(file["path"])
-            oid = None if there is None else hashlib.sha256(there).hexdigest() if mode == "lfs" else git_hash(there)
-            files.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+            oid = (
+                None
+                if there is None
+                else hashlib.sha256(there).hexdigest()
+                if mode == "lfs"
+                else git_hash(there)
+            )
+            files.append(
+                {"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid}
+            )
         self.answer_json({"files": files})
 
     def place(self, asked: dict[str, Any]) -> dict[str, Any]:
@@ -243,7 +273,9 @@ class Handler(BaseHTTPRequestHandler):
         if asked["oid"] in self.server.stored:
             return object_
         where = {"upload": f"/lfs/{asked['oid']}", "verify": "/lfs/verify"}
-        return object_ | {"actions": {name: {"href": self.server.endpoint + to} for name, to in where.items()}}
+        return object_ | {
+            "actions": {name: {"href": self.server.endpoint + to} for name, to in where.items()}
+        }
 
     def commit(self, name: str, lines: list[dict[str, Any]]) -> None:
         repository, files = self.server.written[name], {}
@@ -257,23 +289,37 @@ class Handler(BaseHTTPRequestHandler):
             if line["key"] == "deletedFile":
                 continue
             is_lfs = line["key"] == "lfsFile"
-            files[value["path"]] = self.server.stored[value["oid"]] if is_lfs else base64.b64decode(value["content"])
-        repository.files = {path: had for path, had in repository.files.items() if path not in deleted} | files
+            files[value["path"]] = (
+                self.server.stored[value["oid"]] if is_lfs else base64.b64decode(value["content"])
+            )
+        repository.files = {
+            path: had for path, had in repository.files.items() if path not in deleted
+        } | files
         repository.commits.append((lines[0]["value"]["summary"], tuple(sorted(files))))
         oid = f"{len(repository.commits):040x}"
-        self.answer_json({"commitUrl": f"{self.server.endpoint}/{name}/commit/{oid}", "commitOid": oid})
+        self.answer_json(
+            {"commitUrl": f"{self.server.endpoint}/{name}/commit/{oid}", "commitOid": oid}
+        )
 
     # --- what a download asks
 
-    def answer_listing(self, repository: str, kind: str, revision: str, query: dict[str, list[str]]) -> None:
+    def answer_listing(
+        self, repository: str, kind: str, revision: str, query: dict[str, list[str]]
+    ) -> None:
         if revision not in ("main", COMMIT):
             self.answer(404, headers={"X-Error-Code": "RevisionNotFound"})
             return
-        files = {name: (path.stat().st_size, digest(path)) for name, path in self.server.files(repository).items()}
+        files = {
+            name: (path.stat().st_size, digest(path))
+            for name, path in self.server.files(repository).items()
+        }
         if kind == "revision":
             siblings: list[dict[str, Any]] = [{"rfilename": name} for name in files]
             if query.get("blobs") == ["True"] or query.get("blobs") == ["true"]:
-                siblings = [{"rfilename": n, "size": size, "blobId": oid} for n, (size, oid) in files.items()]
+                siblings = [
+                    {"rfilename": n, "size": size, "blobId": oid}
+                    for n, (size, oid) in files.items()
+                ]
             body: Any = {
                 "_id": "1",
                 "id": repository,
@@ -283,7 +329,10 @@ class Handler(BaseHTTPRequestHandler):
                 "tags": [],
             }
         else:
-            body = [{"type": "file", "path": n, "size": size, "oid": oid} for n, (size, oid) in files.items()]
+            body = [
+                {"type": "file", "path": n, "size": size, "oid": oid}
+                for n, (size, oid) in files.items()
+            ]
         self.answer(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
 
     def answer_file(self, repository: str, revision: str, name: str, *, cut: bool) -> None:
@@ -299,7 +348,12 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(206 if first else 200, body[first:], headers, cut=cut)
 
     def answer(
-        self, status: int, body: bytes = b"", headers: dict[str, str] | None = None, *, cut: bool = False
+        self,
+        status: int,
+        body: bytes = b"",
+        headers: dict[str, str] | None = None,
+        *,
+        cut: bool = False,
     ) -> None:
         if self.late:
             self.close_connection = True
@@ -330,7 +384,13 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     from conftest import write_base
 
     folder = write_base(tmp_path / "repository")
-    for name in (*PICKLES, "README.md", "original/params.json", "onnx/model.safetensors", "consolidated.safetensors"):
+    for name in (
+        *PICKLES,
+        "README.md",
+        "original/params.json",
+        "onnx/model.safetensors",
+        "consolidated.safetensors",
+    ):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(f'{{"file": "{name}"}}')
     server = Hub(folder)
@@ -362,6 +422,11 @@ def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def environment(hub: Hub, home: Path) -> dict[str, str]:
     """Of a process that knows the hub from its environment alone, as people's processes do."""
-    own = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    own = {
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HOME": str(home),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+    }
     gone = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
     return {key: value for key, value in os.environ.items() if key not in gone} | own

@@ -32,7 +32,11 @@ def test_the_heads_bytes_a_logit() -> None:
 
 @pytest.mark.parametrize(
     ("key", "name", "size"),
-    [("tokens_ratio_hh_b8", "hh", 8), ("tokens_ratio_hh_b1", "hh", 1), ("tokens_ratio_alpaca_b8", "alpaca", 8)],
+    [
+        ("tokens_ratio_hh_b8", "hh", 8),
+        ("tokens_ratio_hh_b1", "hh", 1),
+        ("tokens_ratio_alpaca_b8", "alpaca", 8),
+    ],
 )
 def test_tokens_through_the_model(key: str, name: str, size: int) -> None:
     assert meets(key, lengths.tokens_ratio(lengths.shipped(step.SETS[name]), size))
@@ -41,7 +45,9 @@ def test_tokens_through_the_model(key: str, name: str, size: int) -> None:
 @pytest.mark.parametrize("name", first_and_long(step.SETS))
 def test_flops_a_pair(name: str) -> None:
     triples = lengths.shipped(step.SETS[name])
-    assert meets(f"flops_ratio_{name}", step.flops_ratio(triples, step.SHAPES["peak_gib_mistral_7b"][1]))
+    assert meets(
+        f"flops_ratio_{name}", step.flops_ratio(triples, step.SHAPES["peak_gib_mistral_7b"][1])
+    )
 
 
 def test_live_bytes_of_a_large_vocabulary() -> None:
@@ -96,14 +102,18 @@ def test_the_readmes_plans_are_the_benchmarks(tmp_path: Path) -> None:
     readme.write_text(before, encoding="utf-8")
     step.write_between(readme, plan.STARTS, plan.table(result))
     assert readme.read_text("utf-8") == before
-    assert (root / "benchmarks" / "results" / "memory.svg").read_text("utf-8") == plan.picture(result["parts_7b"])
+    assert (root / "benchmarks" / "results" / "memory.svg").read_text("utf-8") == plan.picture(
+        result["parts_7b"]
+    )
     for key, goal in plan.GOALS.items():
         sign, _, bound = goal.partition(" ")
         assert COMPARE[sign](result[key], float(bound)), key
 
 
 @pytest.mark.long  # what is counted at 7B above, of more and larger layers
-@pytest.mark.parametrize(("name", "goal"), [("qwen2.5-32b-qlora", 19.5), ("llama3-70b-qlora", 39.5)])
+@pytest.mark.parametrize(
+    ("name", "goal"), [("qwen2.5-32b-qlora", 19.5), ("llama3-70b-qlora", 39.5)]
+)
 def test_peaks_of_the_large_ones(name: str, goal: float) -> None:
     from benchmarks import plan
 

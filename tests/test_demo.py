@@ -76,8 +76,16 @@ def test_demo_is_a_recipe_like_any_other() -> None:
     assert all(set(section) <= set(KEYS[name]) for name, section in written.items())
 
 
-def test_demo_with_another_base_and_other_data_is_an_ordinary_run(workspace: Path, call: Callable[..., Answer]) -> None:
-    command = ["train", "--recipe", "demo", "model.model_name_or_path=./base", "data.dataset_name=./pairs.jsonl"]
+def test_demo_with_another_base_and_other_data_is_an_ordinary_run(
+    workspace: Path, call: Callable[..., Answer]
+) -> None:
+    command = [
+        "train",
+        "--recipe",
+        "demo",
+        "model.model_name_or_path=./base",
+        "data.dataset_name=./pairs.jsonl",
+    ]
     code, said, complaint = call(*command, "training.max_steps=2", "output.samples=1")
     assert code == 0, complaint
     assert "built-in" not in said

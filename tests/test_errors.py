@@ -10,7 +10,16 @@ from typing import Any
 
 import pytest
 
-from orpo_lite.errors import Command, HubError, OrpoLiteError, Overrides, RecipeError, one_of, raise_all, reworded
+from orpo_lite.errors import (
+    Command,
+    HubError,
+    OrpoLiteError,
+    Overrides,
+    RecipeError,
+    one_of,
+    raise_all,
+    reworded,
+)
 from orpo_lite.planning.plan import plan
 from orpo_lite.planning.search import does_not_fit
 from orpo_lite.recipe.schema import Recipe
@@ -38,9 +47,15 @@ def ready(recipe: Recipe) -> None:
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=" ".join)
-def test_overrides_cure_the_fault_that_carries_them(small_recipe: Build, workspace: Path, wrong: list[str]) -> None:
+def test_overrides_cure_the_fault_that_carries_them(
+    small_recipe: Build, workspace: Path, wrong: list[str]
+) -> None:
     pairs = (workspace / "pairs.jsonl").read_text(encoding="utf-8")
-    renamed = pairs.replace('"prompt"', '"my question"').replace('"chosen"', '"good"').replace('"rejected"', '"bad"')
+    renamed = (
+        pairs.replace('"prompt"', '"my question"')
+        .replace('"chosen"', '"good"')
+        .replace('"rejected"', '"bad"')
+    )
     (workspace / "renamed.jsonl").write_text(renamed, encoding="utf-8")
     if wrong == ["data.max_length=400"]:
         longest = '{"prompt": "Go on?", "chosen": "' + "so " * 110 + '", "rejected": "No."}\n'
@@ -48,10 +63,16 @@ def test_overrides_cure_the_fault_that_carries_them(small_recipe: Build, workspa
     with pytest.raises(OrpoLiteError) as caught:
         ready(small_recipe(*wrong))
     assert isinstance(caught.value.fix, Overrides), caught.value
-    ready(small_recipe(*wrong, *(f"{key}={to_text(value)}" for key, value in caught.value.fix.values.items())))
+    ready(
+        small_recipe(
+            *wrong, *(f"{key}={to_text(value)}" for key, value in caught.value.fix.values.items())
+        )
+    )
 
 
-def test_commands_cure_the_fault_that_carries_them(small_recipe: Build, call: Callable[..., Any]) -> None:
+def test_commands_cure_the_fault_that_carries_them(
+    small_recipe: Build, call: Callable[..., Any]
+) -> None:
     def cure(*arguments: str) -> str:
         """Run the line that a refused command shows; what that prints."""
         code, _, said = call(*arguments)
@@ -62,14 +83,18 @@ def test_commands_cure_the_fault_that_carries_them(small_recipe: Build, call: Ca
         return out
 
     small_recipe()
-    code, _, said = call("train", "--recipe", "./small.yaml", "training.max_steps=2", "output.merge=false")
+    code, _, said = call(
+        "train", "--recipe", "./small.yaml", "training.max_steps=2", "output.merge=false"
+    )
     assert code == 0, said
     assert "adapter of step" in cure("train", "--recipe", "./small.yaml")
     assert "merged model: run/merged" in cure("export", "run", "--to", "gguf")
 
 
 def test_what_would_fit_is_data_too(small_recipe: Build) -> None:
-    recipe = small_recipe("memory.budget=700MiB", "data.max_length=2048", "lora.r=64", "training.optim=adamw_torch")
+    recipe = small_recipe(
+        "memory.budget=700MiB", "data.max_length=2048", "lora.r=64", "training.optim=adamw_torch"
+    )
     report = plan(recipe)
     error = does_not_fit(report.plan, report.changes)
     if isinstance(error.fix, Overrides):
@@ -107,7 +132,10 @@ def test_faults_are_raised_as_one() -> None:
 
 def test_an_error_keeps_its_fix_when_copied_amended_or_joined_with_others() -> None:
     fix = Overrides({"lora.r": 8})
-    of_two, stopped = RecipeError(where="lora.r", found="0", fix=fix), Interrupted(signal.SIGTERM, Path("run"))
+    of_two, stopped = (
+        RecipeError(where="lora.r", found="0", fix=fix),
+        Interrupted(signal.SIGTERM, Path("run")),
+    )
     for error, part in ((of_two, "values"), (stopped, "line")):
         same = pickle.loads(pickle.dumps(copy.deepcopy(copy.copy(error))))  # noqa: S301 - made here
         assert (type(same), str(same), same.exit_code) == (type(error), str(error), error.exit_code)

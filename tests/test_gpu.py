@@ -75,7 +75,9 @@ LEVERS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("lever", LEVERS)
 def test_a_lever_changes_nothing_but_roundings(lever: str) -> None:
     loss, gradient = step(built())
-    found = [step(built(**LEVERS[lever]), **LEVERS[lever]) for _ in range(2)]  # twice: a race would differ
+    found = [
+        step(built(**LEVERS[lever]), **LEVERS[lever]) for _ in range(2)
+    ]  # twice: a race would differ
     for other, grads in found:
         assert abs(other - loss) < 0.01 * loss.abs()
         assert (grads - gradient).norm() < 0.05 * gradient.norm()
@@ -105,7 +107,11 @@ def test_an_evaluation_in_between_changes_no_bit() -> None:
     try:
         loss, gradient = step(model)
         with model.evaluating():
-            model(make_batch(ragged_pairs(4, vocab_size=98), model.batching(recipe(), pad_id=0)).to(CUDA))
+            model(
+                make_batch(ragged_pairs(4, vocab_size=98), model.batching(recipe(), pad_id=0)).to(
+                    CUDA
+                )
+            )
         other, again = step(model)
     finally:
         torch.use_deterministic_algorithms(False)

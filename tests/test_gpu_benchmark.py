@@ -39,7 +39,9 @@ def hang(scale, figures):
 
 def test_no_part_stops_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "parts_of_a_test.py").write_text(PARTS_OF_A_TEST, encoding="utf-8")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    )
     file = tmp_path / "figures.json"
     report = Report(file, rehearse=False, minutes=1)
     parts = Parts(report, tmp_path, rehearse=False, end=time.monotonic() + 60)
@@ -67,7 +69,10 @@ def test_no_part_stops_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     }
     assert found["waits"]["figures"] == {"group": {"word": "then"}}
     assert found["crashes"]["figures"] == {"known": 1}
-    assert found["fails"]["figures"] == {"tried": {"error": "ZeroDivisionError: division by zero"}, "after": 2}
+    assert found["fails"]["figures"] == {
+        "tried": {"error": "ZeroDivisionError: division by zero"},
+        "after": 2,
+    }
     assert "the part's own fault" in found["fails"]["log"]
     assert found["hangs"]["seconds"] < 10
     assert is_over(found["hangs"]["figures"]["child"])
@@ -81,7 +86,9 @@ def is_over(process: int) -> bool:
 
 def test_the_parts_end_with_their_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "parts_of_a_test.py").write_text(PARTS_OF_A_TEST, encoding="utf-8")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    )
     monkeypatch.setattr(main, "LEAST", 0.0)
     report = Report(None, rehearse=False, minutes=1)
     parts = Parts(report, tmp_path, rehearse=False, end=time.monotonic() + 1.5)
@@ -101,7 +108,11 @@ FIGURES: dict[str, set[str]] = {
     "resume": {"two_runs_same_bits", "resumed_same_bits", "first_step_that_differs"},
     "fp16": {"losses", "largest_difference"},
     "out_of_memory": {"retried", "losses", "losses_differ_by"},
-    **{part.name: {"ours", "ours_planned", "trl", "ratio"} for part in PARTS if part.name.startswith("speed")},
+    **{
+        part.name: {"ours", "ours_planned", "trl", "ratio"}
+        for part in PARTS
+        if part.name.startswith("speed")
+    },
     **{part.name: set() for part in BESIDE},
 }
 
@@ -112,9 +123,16 @@ def test_it_runs_on_the_simulated_device(only: str, tmp_path: Path) -> None:
         pytest.skip(said)
     file = tmp_path / "figures.json"
     command = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--json", str(file)]
-    subprocess.run([*command, *(["--only", only] if only else [])], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [*command, *(["--only", only] if only else [])],
+        cwd=ROOT,
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
     parts = json.loads(file.read_text("utf-8"))["parts"]
-    assert {name: part["state"] for name, part in parts.items()} == dict.fromkeys(only.split() or FIGURES, "done")
+    assert {name: part["state"] for name, part in parts.items()} == dict.fromkeys(
+        only.split() or FIGURES, "done"
+    )
     for name, part in parts.items():
         assert part["figures"].keys() >= FIGURES[name], name
         part["figures"].pop("nvml_sees", None)  # there is no driver

@@ -13,7 +13,9 @@ import orpo_lite
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "orpo_lite"
-NAMES = sorted(path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py"))
+NAMES = sorted(
+    path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py")
+)
 NAMES.remove("__init__")  # "errors", "ops/head", "data/formats/detect", "data/formats/__init__"
 FURTHER = "(further)"
 VERBS = ("planning", "training", "evaluation", "merging", "exporting", "publishing")
@@ -48,14 +50,20 @@ def imported(module: ast.Module) -> Iterator[str]:
             continue
         for name in dotted:
             path = PACKAGE.parent.joinpath(*name.split("."))
-            if name.startswith("orpo_lite.") and (path.is_dir() or path.with_suffix(".py").is_file()):
-                yield name.removeprefix("orpo_lite.").replace(".", "/") + ("/__init__" if path.is_dir() else "")
+            if name.startswith("orpo_lite.") and (
+                path.is_dir() or path.with_suffix(".py").is_file()
+            ):
+                yield name.removeprefix("orpo_lite.").replace(".", "/") + (
+                    "/__init__" if path.is_dir() else ""
+                )
 
 
 def members(folder: str) -> set[str]:
     """The modules and packages within a package."""
     inside = PACKAGE / folder
-    found = {path.stem for path in inside.glob("*.py")} | {path.parent.name for path in inside.glob("*/__init__.py")}
+    found = {path.stem for path in inside.glob("*.py")} | {
+        path.parent.name for path in inside.glob("*/__init__.py")
+    }
     return found - {"__init__"}
 
 
@@ -74,7 +82,9 @@ def goes_down(name: str, target: str) -> bool:
     above, below = name.split("/"), target.split("/")
     if above[0] != below[0]:
         return LAYERS[below[0]] < LAYERS[above[0]]
-    depth = next(i for i, (one, other) in enumerate(zip(above, below, strict=False)) if one != other)
+    depth = next(
+        i for i, (one, other) in enumerate(zip(above, below, strict=False)) if one != other
+    )
     if "__init__" in (above[depth], below[depth]):  # a package may hand on what its modules have
         return True
     known = order("/".join(above[:depth]))
@@ -102,7 +112,9 @@ def test_every_module_has_a_layer_and_every_name_is_a_module() -> None:
     assert {name.partition("/")[0] for name in NAMES} == set(LAYERS)
 
 
-@pytest.mark.parametrize("folder", [name.removesuffix("/__init__") for name in NAMES if name.endswith("/__init__")])
+@pytest.mark.parametrize(
+    "folder", [name.removesuffix("/__init__") for name in NAMES if name.endswith("/__init__")]
+)
 def test_a_package_says_the_order_of_its_modules(folder: str) -> None:
     said, are = set(order(folder)), members(folder)
     assert said <= are | {FURTHER}, f"orpo_lite/{folder}/__init__.py"
@@ -146,13 +158,18 @@ def test_the_operations_know_no_recipe_and_no_files() -> None:
 def test_one_module_knows_accelerate() -> None:
     def knows(name: str) -> bool:
         text = (PACKAGE / f"{name}.py").read_text(encoding="utf-8")
-        return bool(re.search(r"^\s*(from|import) accelerate\b|is_main_process", text, re.MULTILINE))
+        return bool(
+            re.search(r"^\s*(from|import) accelerate\b|is_main_process", text, re.MULTILINE)
+        )
 
     assert [name for name in NAMES if knows(name)] == ["model/parallel"]
 
 
 def test_no_file_is_long() -> None:
-    lengths = {name: len((PACKAGE / f"{name}.py").read_text(encoding="utf-8").splitlines()) for name in NAMES}
+    lengths = {
+        name: len((PACKAGE / f"{name}.py").read_text(encoding="utf-8").splitlines())
+        for name in NAMES
+    }
     assert {name: length for name, length in lengths.items() if length > 500} == {}
 
 
@@ -204,8 +221,16 @@ def prints(module: ast.Module) -> Iterator[str]:
         elif isinstance(node, ast.Attribute) and dotted(node) in ("sys.stdout", "sys.stderr"):
             yield dotted(node)
         elif isinstance(node, ast.Import | ast.ImportFrom):
-            modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
-            yield from (name for name in modules if name.partition(".")[0] in ("rich", "typer", "tqdm", "click"))
+            modules = (
+                [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else [alias.name for alias in node.names]
+            )
+            yield from (
+                name
+                for name in modules
+                if name.partition(".")[0] in ("rich", "typer", "tqdm", "click")
+            )
 
 
 @pytest.mark.parametrize("name", ["__init__", *NAMES])
@@ -213,7 +238,9 @@ def test_nothing_runs_code_out_of_files(name: str) -> None:
     assert list(dangers(tree(name))) == []
 
 
-@pytest.mark.parametrize("name", ["__init__", *(name for name in NAMES if not name.startswith("cli/"))])
+@pytest.mark.parametrize(
+    "name", ["__init__", *(name for name in NAMES if not name.startswith("cli/"))]
+)
 def test_only_the_command_line_prints(name: str) -> None:
     assert list(prints(tree(name))) == []
 
@@ -239,7 +266,9 @@ def test_a_danger_is_seen(source: str) -> None:
     assert list(dangers(ast.parse(source))) != []
 
 
-@pytest.mark.parametrize("source", ["print(1)", "sys.stdout.write('x')", "from rich import print as p", "import typer"])
+@pytest.mark.parametrize(
+    "source", ["print(1)", "sys.stdout.write('x')", "from rich import print as p", "import typer"]
+)
 def test_a_print_is_seen(source: str) -> None:
     assert list(prints(ast.parse(source))) != []
 
@@ -247,7 +276,9 @@ def test_a_print_is_seen(source: str) -> None:
 def test_clicks_own_package_is_never_imported() -> None:
     """Typer carries its own click; another one would not know its exceptions."""
     for file in PACKAGE.rglob("*.py"):
-        assert not re.search(r"^\s*(import|from) click\b", file.read_text(encoding="utf-8"), re.MULTILINE), file
+        assert not re.search(
+            r"^\s*(import|from) click\b", file.read_text(encoding="utf-8"), re.MULTILINE
+        ), file
 
 
 # --- heavy imports, and the tools
@@ -269,5 +300,7 @@ def test_the_command_line_imports_nothing_heavy() -> None:
     ids=" ".join,
 )
 def test_the_tools_have_nothing_to_say(arguments: list[str]) -> None:
-    done = subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr

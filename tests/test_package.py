@@ -26,7 +26,9 @@ def python(*arguments: str, cwd: Path, path: Path | None = None) -> str:
     if path:
         environment["PYTHONPATH"] = str(path)
     command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment, check=True, capture_output=True, text=True).stdout
+    return subprocess.run(
+        command, cwd=cwd, env=environment, check=True, capture_output=True, text=True
+    ).stdout
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,14 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the wheel installed in it."""
     target = tmp_path_factory.mktemp("site")
-    options = ["--no-deps", "--no-index", "--quiet", "--disable-pip-version-check", "--target", str(target)]
+    options = [
+        "--no-deps",
+        "--no-index",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--target",
+        str(target),
+    ]
     python("-m", "pip", "install", *options, str(wheel), cwd=target)
     return target
 
@@ -54,9 +63,13 @@ def editable(tmp_path: Path) -> tuple[Path, Path]:
     """A copy of the checkout, and a folder with what an editable install of it by hatchling leaves there."""
     checkout, site = tmp_path / "checkout", tmp_path / "site"
     for folder in ("orpo_lite", "recipes"):
-        shutil.copytree(ROOT / folder, checkout / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            ROOT / folder, checkout / folder, ignore=shutil.ignore_patterns("__pycache__")
+        )
     shutil.copy(ROOT / "pyproject.toml", checkout)
-    shutil.copytree(checkout / "recipes", site / "orpo_lite" / "recipes")  # force-include's copy, of that day
+    shutil.copytree(
+        checkout / "recipes", site / "orpo_lite" / "recipes"
+    )  # force-include's copy, of that day
     (site / "_editable_impl_orpo_lite.pth").write_text(str(checkout), encoding="utf-8")
     return checkout, site
 
@@ -102,7 +115,9 @@ def test_a_recipe_added_after_an_editable_install_is_seen_and_no_copy_is_read(
 def test_a_wheel_reads_the_recipes_it_carries(installed: Path, tmp_path: Path) -> None:
     package, recipes = json.loads(python("-c", LIST, cwd=tmp_path, path=installed))
     assert package == str(installed / "orpo_lite" / "__init__.py")
-    assert recipes == {name: str(installed / "orpo_lite" / "recipes" / f"{name}.yaml") for name in NAMES}
+    assert recipes == {
+        name: str(installed / "orpo_lite" / "recipes" / f"{name}.yaml") for name in NAMES
+    }
 
 
 def test_a_wheels_command_line_lists_and_shows_them(installed: Path, tmp_path: Path) -> None:
@@ -127,7 +142,11 @@ def test_the_wheel_holds_the_package_the_licence_and_nothing_else(wheel: Path) -
         modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "orpo_lite").rglob("*.py")}
         recipes = {f"orpo_lite/recipes/{name}.yaml" for name in NAMES}
         ours = {name for name in names if not name.startswith(info)}
-        written = {"orpo_lite/py.typed", "orpo_lite/base/bases.json", "orpo_lite/recipe/gpu_sizes.json"}
+        written = {
+            "orpo_lite/py.typed",
+            "orpo_lite/base/bases.json",
+            "orpo_lite/recipe/gpu_sizes.json",
+        }
         assert ours == modules | recipes | written
         assert archive.read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
         metadata = archive.read(f"{info}/METADATA").decode()
@@ -141,4 +160,6 @@ def test_the_wheel_says_that_it_is_typed(wheel: Path) -> None:
     """The classifier Typing :: Typed promises the marker that type checkers look for (PEP 561)."""
     with zipfile.ZipFile(wheel) as archive:
         (metadata,) = (name for name in archive.namelist() if name.endswith("METADATA"))
-        assert ("Typing :: Typed" in archive.read(metadata).decode()) == ("orpo_lite/py.typed" in archive.namelist())
+        assert ("Typing :: Typed" in archive.read(metadata).decode()) == (
+            "orpo_lite/py.typed" in archive.namelist()
+        )

@@ -59,9 +59,30 @@ PARTS = (
     Part("resume", "benchmarks.gpu.commands.resume", 90, ("base",)),
     Part("fp16", "benchmarks.gpu.commands.fp16", 60, ("base",)),
     Part("out_of_memory", "benchmarks.gpu.steps.out_of_memory", 60, ("base",)),
-    Part("speed_mistral_7b", "benchmarks.gpu.speed.pairs_per_second", 120, (), ("plans", "base"), ("mistral_7b",)),
-    Part("speed_llama3_8b", "benchmarks.gpu.speed.pairs_per_second", 120, (), ("plans", "base"), ("llama3_8b",)),
-    Part("speed_qwen25_7b", "benchmarks.gpu.speed.pairs_per_second", 120, (), ("plans", "base"), ("qwen25_7b",)),
+    Part(
+        "speed_mistral_7b",
+        "benchmarks.gpu.speed.pairs_per_second",
+        120,
+        (),
+        ("plans", "base"),
+        ("mistral_7b",),
+    ),
+    Part(
+        "speed_llama3_8b",
+        "benchmarks.gpu.speed.pairs_per_second",
+        120,
+        (),
+        ("plans", "base"),
+        ("llama3_8b",),
+    ),
+    Part(
+        "speed_qwen25_7b",
+        "benchmarks.gpu.speed.pairs_per_second",
+        120,
+        (),
+        ("plans", "base"),
+        ("qwen25_7b",),
+    ),
 )
 
 
@@ -95,7 +116,10 @@ class Parts:
         command += ["--part", part.name, part.function, *part.arguments]
         limit = part.limit * (REHEARSAL_FACTOR if self.rehearse else 1)
         until = min(time.monotonic() + limit, self.end)
-        environment = os.environ | {"ORPO_LITE_CACHE": str(self.work / "cache"), "PYTHONUNBUFFERED": "1"}
+        environment = os.environ | {
+            "ORPO_LITE_CACHE": str(self.work / "cache"),
+            "PYTHONUNBUFFERED": "1",
+        }
         with log.open("wb") as output:
             process = subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdout=output, stderr=output, stdin=subprocess.DEVNULL,
@@ -116,7 +140,11 @@ class Parts:
             if is_over:
                 self.running.remove(running)
                 state = _said(running.process.returncode) if ended else "out of time"
-                log = "" if state == "done" else running.log.read_text("utf-8", errors="replace")[-3000:]
+                log = (
+                    ""
+                    if state == "done"
+                    else running.log.read_text("utf-8", errors="replace")[-3000:]
+                )
                 self.report.end(running.part.name, state, time.monotonic() - running.began, log)
 
     def collect(self, running: Running) -> None:
@@ -173,13 +201,23 @@ def _said(code: int) -> str:
 def main() -> None:
     """Run the parts, or one of them."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--minutes", type=float, help="for all parts together; 8, and 40 for a rehearsal")
-    parser.add_argument("--json", type=Path, help="where to write the figures, each as soon as it is known")
-    parser.add_argument("--rehearse", action="store_true", help="small shapes on the simulated device")
+    parser.add_argument(
+        "--minutes", type=float, help="for all parts together; 8, and 40 for a rehearsal"
+    )
+    parser.add_argument(
+        "--json", type=Path, help="where to write the figures, each as soon as it is known"
+    )
+    parser.add_argument(
+        "--rehearse", action="store_true", help="small shapes on the simulated device"
+    )
     parser.add_argument("--only", help="these parts, separated by commas; and what they need")
-    parser.add_argument("--work", type=Path, help="where to put bases and runs, up to 35 GB; a temporary folder")
+    parser.add_argument(
+        "--work", type=Path, help="where to put bases and runs, up to 35 GB; a temporary folder"
+    )
     parser.add_argument("--part", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.part:
@@ -191,13 +229,17 @@ def main() -> None:
     known = {part.name: part for part in (*BESIDE, *PARTS)}
     names = options.only.split(",") if options.only else [part.name for part in PARTS]
     if unknown := {*names} - {*known}:
-        parser.error(f"--only: no part is called {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+        parser.error(
+            f"--only: no part is called {', '.join(sorted(unknown))}; there are {', '.join(known)}"
+        )
     needed = {name for part in names for name in with_needs(known, part)}
     minutes = options.minutes or (REHEARSAL_MINUTES if options.rehearse else 8.0)
     work = options.work or choose_folder()
     work.mkdir(parents=True, exist_ok=True)
     report = Report(options.json, rehearse=options.rehearse, minutes=minutes)
-    parts = Parts(report, work.resolve(), rehearse=options.rehearse, end=time.monotonic() + 60 * minutes)
+    parts = Parts(
+        report, work.resolve(), rehearse=options.rehearse, end=time.monotonic() + 60 * minutes
+    )
 
     signals = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 

@@ -20,7 +20,9 @@ PAIRS = 600
 
 def make_bases(scale: Scale, figures: Figures) -> None:
     """Write pairs with the lengths of HH-RLHF's, a base of two layers, and one of all layers."""
-    pairs = write_pairs(scale.work / "pairs.jsonl", scale.lengths("hh-rlhf")[:PAIRS], scale.config().vocab_size)
+    pairs = write_pairs(
+        scale.work / "pairs.jsonl", scale.lengths("hh-rlhf")[:PAIRS], scale.config().vocab_size
+    )
     figures.note("pairs", pairs)
     for name, layers in (("small", 2), ("mistral", None)):
         began = time.monotonic()
@@ -41,7 +43,9 @@ def write_base(folder: Path, config: Any) -> int:
     files: dict[str, list[str]] = {}
     for name in shapes:
         parts = name.split(".layers.")
-        files.setdefault(f"layer-{parts[1].partition('.')[0]}" if len(parts) > 1 else "ends", []).append(name)
+        files.setdefault(
+            f"layer-{parts[1].partition('.')[0]}" if len(parts) > 1 else "ends", []
+        ).append(name)
     draw, places, size = _Draw(), {}, 0
     for number, names in enumerate(files.values(), 1):
         tensors = {name: draw(name, shapes[name]) for name in names}
@@ -68,7 +72,9 @@ class _Draw:
     def __call__(self, name: str, shape: torch.Size) -> torch.Tensor:
         """Normal values of a matrix, ones of a norm, zeros of a bias."""
         if len(shape) == 1:
-            return (torch.zeros if name.endswith("bias") else torch.ones)(shape, dtype=torch.bfloat16)
+            return (torch.zeros if name.endswith("bias") else torch.ones)(
+                shape, dtype=torch.bfloat16
+            )
         if self.device.type == "cuda":
             values = torch.empty(shape, dtype=torch.bfloat16, device=self.device)
             return values.normal_(0, 0.02).cpu()
@@ -81,10 +87,16 @@ class _Draw:
 def word_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     """A tokenizer of numbered words, a token each."""
     words = [*SPECIAL, *(f"w{number}" for number in range(vocab_size - len(SPECIAL)))]
-    tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="<unk>")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>"
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<unk>",
     )
 
 
@@ -97,7 +109,15 @@ def write_pairs(file: Path, triples: Any, vocab_size: int) -> int:
 
     with file.open("w", encoding="utf-8") as stream:
         for prefix, chosen, rejected in triples.tolist():
-            row = {"prompt": text(prefix), "chosen": text(chosen - prefix), "rejected": text(rejected - prefix)}
-            stream.write(json.dumps({key: f" {value}" if key != "prompt" else value for key, value in row.items()}))
+            row = {
+                "prompt": text(prefix),
+                "chosen": text(chosen - prefix),
+                "rejected": text(rejected - prefix),
+            }
+            stream.write(
+                json.dumps(
+                    {key: f" {value}" if key != "prompt" else value for key, value in row.items()}
+                )
+            )
             stream.write("\n")
     return len(triples)

@@ -114,7 +114,11 @@ class Command:
         """What it said between its device and its first step that is neither a stage nor expected: none is wanted."""
         said = [line for _, line in self.lines]
         starts = [place for place, line in enumerate(said) if line.startswith("training on ")]
-        steps = [place for place, line in enumerate(said) if line.startswith(("step ", "held-out at step"))]
+        steps = [
+            place
+            for place, line in enumerate(said)
+            if line.startswith(("step ", "held-out at step"))
+        ]
         between = said[starts[0] if starts else 0 : steps[0] if steps else None]
         return [line for line in between if not STAGE.match(line) and not EXPECTED.match(line)]
 
@@ -153,7 +157,13 @@ def recipe(scale: Scale, base: str, out: Path, *more: str) -> list[str]:
         "output.max_new_tokens": scale.of(32, 4),
         **({"data.max_length": 256, "training.global_batch_size": 8} if scale.rehearse else {}),
     }
-    return ["train", "--recipe", "mistral-qlora", *(f"{key}={value}" for key, value in keys.items()), *more]
+    return [
+        "train",
+        "--recipe",
+        "mistral-qlora",
+        *(f"{key}={value}" for key, value in keys.items()),
+        *more,
+    ]
 
 
 def rows(run_folder: Path) -> list[dict[str, Any]]:
@@ -177,16 +187,38 @@ def tests(scale: Scale, figures: Figures) -> None:
         figures.note("left_out", "pytest is not installed")
         return
     file = scale.work / "tests.xml"
-    options = ["tests/test_gpu.py", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-o", "addopts=", f"--junitxml={file}"]
-    code = subprocess.run([*python("pytest", rehearse=scale.rehearse), *options], cwd=ROOT, check=False).returncode
+    options = [
+        "tests/test_gpu.py",
+        "-q",
+        "-m",
+        "gpu",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        "addopts=",
+        f"--junitxml={file}",
+    ]
+    code = subprocess.run(
+        [*python("pytest", rehearse=scale.rehearse), *options], cwd=ROOT, check=False
+    ).returncode
     figures.note("exit_code", code)
     cases = [*xml.etree.ElementTree.parse(file).iter("testcase")]  # noqa: S314 - pytest's own
     states = {"failed": ("failure", "error"), "skipped": ("skipped",)}
     found: dict[str, list[Any]] = {"passed": [], "failed": [], "skipped": []}
     for case in cases:
         name = f"{case.get('name')} ({float(case.get('time', 0)):.2f} s)"
-        state = next((s for s, tags in states.items() if any(case.find(t) is not None for t in tags)), "passed")
-        said = next((child.get("message", "") for child in case if child.tag in ("failure", "error", "skipped")), "")
+        state = next(
+            (s for s, tags in states.items() if any(case.find(t) is not None for t in tags)),
+            "passed",
+        )
+        said = next(
+            (
+                child.get("message", "")
+                for child in case
+                if child.tag in ("failure", "error", "skipped")
+            ),
+            "",
+        )
         found[state].append(f"{name}: {said[:300]}" if said else name)
     for state, names in found.items():
         figures.note(state, len(names))
@@ -206,12 +238,16 @@ def train(scale: Scale, figures: Figures, budget: str) -> None:
     steps = steps_of(out)
     figures.note("steps", steps)
     figures.note("held_out", [row for row in rows(out) if "eval_loss" in row])
-    plan = json.loads((out / "plan.json").read_text("utf-8")) if (out / "plan.json").is_file() else {}
+    plan = (
+        json.loads((out / "plan.json").read_text("utf-8")) if (out / "plan.json").is_file() else {}
+    )
     figures.note("plan", plan)
     figures.note("gib", memory(steps, plan))
     samples = out / "samples.jsonl"
     if samples.is_file():
-        figures.note("samples", [json.loads(line) for line in samples.read_text("utf-8").splitlines()])
+        figures.note(
+            "samples", [json.loads(line) for line in samples.read_text("utf-8").splitlines()]
+        )
     sys.exit(code)
 
 
@@ -250,10 +286,17 @@ def resume(scale: Scale, figures: Figures) -> None:
     They run side by side; none of them measures time.
     """
     count = scale.of(48, 10)
-    keys = [f"training.max_steps={count}", "training.full_determinism=true", "memory.checkpoint_offload=true"]
+    keys = [
+        f"training.max_steps={count}",
+        "training.full_determinism=true",
+        "memory.checkpoint_offload=true",
+    ]
     keys += ["memory.budget=8GiB", "output.samples=0", "training.global_batch_size=8"]
     outs = {name: scale.work / f"run-{name}" for name in ("one", "other", "stopped")}
-    commands = {name: Command.start(scale, *recipe(scale, "small", out, *keys)) for name, out in outs.items()}
+    commands = {
+        name: Command.start(scale, *recipe(scale, "small", out, *keys))
+        for name, out in outs.items()
+    }
     stopped = commands["stopped"]
     while stopped.process.poll() is None and len(steps_of(outs["stopped"])) < count // 3:
         time.sleep(0.02)
@@ -266,19 +309,27 @@ def resume(scale: Scale, figures: Figures) -> None:
     figures.note("exit_codes", codes)
     for name in ("one", "stopped"):
         figures.note(f"last_lines_{name}", commands[name].lines[-15:])
-    hashes = {name: sha256(out / ADAPTER) for name, out in outs.items() if (out / ADAPTER).is_file()}
+    hashes = {
+        name: sha256(out / ADAPTER) for name, out in outs.items() if (out / ADAPTER).is_file()
+    }
     figures.note("adapter_sha256", hashes)
     figures.note("two_runs_same_bits", "one" in hashes and hashes["one"] == hashes.get("other"))
     figures.note("resumed_same_bits", "one" in hashes and hashes["one"] == hashes.get("stopped"))
     losses = {name: [row["loss"] for row in steps_of(out)] for name, out in outs.items()}
-    figures.note("first_step_that_differs", {name: first_difference(losses["one"], losses[name]) for name in outs})
+    figures.note(
+        "first_step_that_differs",
+        {name: first_difference(losses["one"], losses[name]) for name in outs},
+    )
 
 
 def first_difference(one: list[float], other: list[float]) -> int | None:
     """The number of the first step whose losses differ; None where all are equal."""
     if one == other:
         return None
-    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False), 1) if a != b), min(len(one), len(other)))
+    return next(
+        (n for n, (a, b) in enumerate(zip(one, other, strict=False), 1) if a != b),
+        min(len(one), len(other)),
+    )
 
 
 def fp16(scale: Scale, figures: Figures) -> None:
@@ -286,7 +337,12 @@ def fp16(scale: Scale, figures: Figures) -> None:
     found: dict[str, list[float]] = {}
     for dtype in ("float16", "bfloat16"):
         out = scale.work / f"run-{dtype}"
-        keys = [f"model.dtype={dtype}", "training.max_steps=6", "memory.budget=8GiB", "output.samples=0"]
+        keys = [
+            f"model.dtype={dtype}",
+            "training.max_steps=6",
+            "memory.budget=8GiB",
+            "output.samples=0",
+        ]
         run(scale, figures, dtype, *recipe(scale, "small", out, *keys))
         found[dtype] = [row["loss"] for row in steps_of(out)]
     figures.note("losses", found)

@@ -40,7 +40,9 @@ class Figures(AbstractContextManager["Figures"]):
             self.note(name, result)
         return result
 
-    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
+    ) -> None:
         self._stream.close()
 
 
@@ -49,7 +51,11 @@ class Report:
 
     def __init__(self, file: Path | None, *, rehearse: bool, minutes: float) -> None:
         self.file, self.began = file, time.monotonic()
-        device = "simulated: times are a CPU's, memory is that of small shapes" if rehearse else "see the part `card`"
+        device = (
+            "simulated: times are a CPU's, memory is that of small shapes"
+            if rehearse
+            else "see the part `card`"
+        )
         self.tree: dict[str, Any] = {
             "date": time.strftime("%Y-%m-%d %H:%M"), "minutes": minutes, "device": device, "parts": {},
         }  # fmt: skip
@@ -86,14 +92,18 @@ class Report:
         """All parts have ended."""
         states = {name: entry["state"] for name, entry in self.tree["parts"].items()}
         self.tree["seconds"] = round(time.monotonic() - self.began, 1)
-        self._write(f"{sum(state == 'done' for state in states.values())} of {len(states)} parts done")
+        self._write(
+            f"{sum(state == 'done' for state in states.values())} of {len(states)} parts done"
+        )
 
     def _write(self, said: str) -> None:
         print(f"{time.monotonic() - self.began:6.1f} s  {said}", flush=True)
         if self.file:
             try:
                 write_text(self.file, to_json(self.tree))
-            except OrpoLiteError as error:  # a full disk, say: the screen has it, and the next figure tries again
+            except (
+                OrpoLiteError
+            ) as error:  # a full disk, say: the screen has it, and the next figure tries again
                 print(error, flush=True)
 
 

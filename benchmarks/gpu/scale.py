@@ -37,7 +37,10 @@ class Scale:
         config = copy.deepcopy(SHAPES[f"peak_gib_{shape}"][1])
         for name, value in (SMALL if self.rehearse else {}).items():
             setattr(config, name, value)
-        layers = min(layers or config.num_hidden_layers, SMALL["num_hidden_layers"] if self.rehearse else 1_000)
+        layers = min(
+            layers or config.num_hidden_layers,
+            SMALL["num_hidden_layers"] if self.rehearse else 1_000,
+        )
         config.num_hidden_layers = layers
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:layers]

@@ -50,7 +50,9 @@ def pairs_per_second(scale: Scale, figures: Figures, shape: str) -> None:
         return
     for size in scale.of((BATCH, BATCH // 2, BATCH // 4), (BATCH,)):
         for name, triples in batches.items():
-            found = figures.attempt(f"trl.{name}_batch_{size}", timed, partial(make, size=size), triples, config)
+            found = figures.attempt(
+                f"trl.{name}_batch_{size}", timed, partial(make, size=size), triples, config
+            )
             if found and best.get(name):
                 ratio = best[name] / found["pairs_per_second"]
                 figures.note(f"ratio.{name}_batch_{size}", round(ratio, 3))
@@ -91,7 +93,12 @@ def model_flops(config: Any, batches: list[lengths.Triples]) -> float:
     4 a parameter and token; the adapter, attention, padding and what runs again are not counted.
     """
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = 2 * config.hidden_size * head_dim * (config.num_attention_heads + config.num_key_value_heads)
+    attention = (
+        2
+        * config.hidden_size
+        * head_dim
+        * (config.num_attention_heads + config.num_key_value_heads)
+    )
     layer = attention + 3 * config.hidden_size * config.intermediate_size
     parameters = config.num_hidden_layers * layer + config.hidden_size * config.vocab_size
     return 4.0 * parameters * sum(map(lengths.packed, batches))

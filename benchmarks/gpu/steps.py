@@ -49,7 +49,10 @@ def card(scale: Scale, figures: Figures) -> None:
     """Versions, the card, one NF4 round trip, one paged step, the largest matrix product."""
     figures.note("versions", {name: _version(name) for name in PACKAGES})
     figures.note("cuda_of_torch", torch.version.cuda)
-    figures.note("allocator", os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF"))
+    figures.note(
+        "allocator",
+        os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF"),
+    )
     figures.attempt("torch_sees", _torch_sees)
     figures.attempt("nvml_sees", _nvml_sees)
     figures.attempt("said", describe_device, CUDA)
@@ -109,11 +112,17 @@ def _nf4(size: int) -> dict[str, Any]:
     weight = torch.randn(size, size, generator=torch.Generator().manual_seed(0)).bfloat16()
     back = []
     for device in (CUDA, torch.device("cpu")):
-        packed, state = functional.quantize_4bit(weight.to(device), quant_type="nf4", compress_statistics=True)
+        packed, state = functional.quantize_4bit(
+            weight.to(device), quant_type="nf4", compress_statistics=True
+        )
         back.append(functional.dequantize_4bit(packed, state).cpu().float())
     differing = int((back[0] != back[1]).sum())
     error = float((back[0] - weight.float()).norm() / weight.float().norm())
-    return {"relative_error": round(error, 6), "values_that_differ_from_cpu": differing, "values": weight.numel()}
+    return {
+        "relative_error": round(error, 6),
+        "values_that_differ_from_cpu": differing,
+        "values": weight.numel(),
+    }
 
 
 def _paged_step(size: int) -> dict[str, Any]:
@@ -164,7 +173,9 @@ def gradients(scale: Scale, figures: Figures) -> None:
     figures.note("layers", config.num_hidden_layers)
     pairs = lengths.random_pairs(triples, config.vocab_size)
     expected: list[Tensor] = []
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with it
+    os.environ.setdefault(
+        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+    )  # cuBLAS is deterministic only with it
     for name, levers in memory_settings(scale).items():
         settings = ours.recipe(**levers)
         model = figures.attempt(f"{name}.built", drawn_model, settings, config)
@@ -191,7 +202,9 @@ def memory_settings(scale: Scale) -> dict[str, dict[str, Any]]:
     }
 
 
-def deterministic(step: Callable[[], Tensor], repeats: int, expected: list[Tensor]) -> dict[str, Any]:
+def deterministic(
+    step: Callable[[], Tensor], repeats: int, expected: list[Tensor]
+) -> dict[str, Any]:
     """Repeats with deterministic kernels: whether their bits are equal, and how far they are from the plain step's."""
     torch.use_deterministic_algorithms(True)
     try:
@@ -199,7 +212,10 @@ def deterministic(step: Callable[[], Tensor], repeats: int, expected: list[Tenso
     finally:
         torch.use_deterministic_algorithms(False)
     expected.extend([] if expected else [found[0]])
-    return {"same_bits": all(torch.equal(found[0], other) for other in found[1:]), **differences(found, expected[0])}
+    return {
+        "same_bits": all(torch.equal(found[0], other) for other in found[1:]),
+        **differences(found, expected[0]),
+    }
 
 
 def repeated(step: Callable[[], Tensor], repeats: int, expected: list[Tensor]) -> dict[str, Any]:
@@ -210,7 +226,10 @@ def repeated(step: Callable[[], Tensor], repeats: int, expected: list[Tensor]) -
     found = [step() for _ in range(repeats)]
     seconds = (time.perf_counter() - began) / repeats
     peak = gib(torch.cuda.max_memory_allocated())
-    return differences(found, (expected or found)[0]) | {"seconds_a_step": round(seconds, 4), "peak_gib": peak}
+    return differences(found, (expected or found)[0]) | {
+        "seconds_a_step": round(seconds, 4),
+        "peak_gib": peak,
+    }
 
 
 def differences(found: list[Tensor], expected: Tensor) -> dict[str, Any]:
@@ -254,7 +273,9 @@ def loss_and_gradient(model: PairModel, pairs: list[TokenizedPair], settings: Re
     for share in ours.step_losses(model, pairs, settings):
         share.backward()
         loss += share.detach()
-    grads = [parameter.grad.flatten() for _, parameter in model.trained() if parameter.grad is not None]
+    grads = [
+        parameter.grad.flatten() for _, parameter in model.trained() if parameter.grad is not None
+    ]
     return torch.cat([loss.reshape(1), *grads]).float().cpu()
 
 
@@ -277,7 +298,9 @@ def make_plans(scale: Scale, figures: Figures) -> None:
     own, began = local_gpu(0), time.monotonic()
     assert own is not None
     gpu = own.gpu
-    planner = Planner(plan_recipe(scale), scale.config(), scale.lengths("hh-rlhf"), device_kind(CUDA))
+    planner = Planner(
+        plan_recipe(scale), scale.config(), scale.lengths("hh-rlhf"), device_kind(CUDA)
+    )
     least = planner.least(gpu)
     figures.note("least_gib", round(least / GIB, 3))
     spare = scale.of((0.1, 1.5, 6), (0.001, 0.002, 0.01))
@@ -302,7 +325,10 @@ def plan_kept(scale: Scale, figures: Figures) -> None:
 
     The model is built before that: random weights are 16-bit for a moment.
     """
-    plans, triples = json.loads((scale.work / "plans.json").read_text("utf-8"))[:3], scale.lengths("hh-rlhf")
+    plans, triples = (
+        json.loads((scale.work / "plans.json").read_text("utf-8"))[:3],
+        scale.lengths("hh-rlhf"),
+    )
     for number, plan in enumerate(plans, 1):
         figures.note(f"budget_{number}.levers", plan["levers"])
         figures.attempt(f"budget_{number}.found", one_budget, scale, plan, triples)
@@ -319,10 +345,17 @@ def one_budget(scale: Scale, plan: dict[str, Any], triples: lengths.Triples) -> 
     order = (triples[:, 1] + triples[:, 2] - triples[:, 0]).argsort()
     context = plan["allowances"].get("CUDA context", 0)
     total = torch.cuda.mem_get_info(0)[1]
-    torch.cuda.set_per_process_memory_fraction(min(1.0, (plan["budget_bytes"] - context) / total), 0)
+    torch.cuda.set_per_process_memory_fraction(
+        min(1.0, (plan["budget_bytes"] - context) / total), 0
+    )
     steps: dict[str, Any] = {}
     peaks = [0]
-    batches = {"longest": order[-size:], "shortest": order[:size], "first": slice(size), "next": slice(size, 2 * size)}
+    batches = {
+        "longest": order[-size:],
+        "shortest": order[:size],
+        "first": slice(size),
+        "next": slice(size, 2 * size),
+    }
     for name, chosen in batches.items():
         pairs = lengths.random_pairs(triples[chosen], config.vocab_size)
         batching = model.batching(settings, pad_id=0)
@@ -352,7 +385,9 @@ def one_budget(scale: Scale, plan: dict[str, Any], triples: lengths.Triples) -> 
         "gib": {
             "budget": round(plan["budget_bytes"] / GIB, 3),
             "needed_planned": round(plan["needed_bytes"] / GIB, 3),
-            "tensors_planned": round((plan["peak_bytes"] - paged) / GIB, 3),  # torch does not count what is paged
+            "tensors_planned": round(
+                (plan["peak_bytes"] - paged) / GIB, 3
+            ),  # torch does not count what is paged
             "tensors_measured": gib(max(peaks)),
             "reserved_planned": round(reserved_planned(plan) / GIB, 3),
             "reserved_measured": gib(torch.cuda.max_memory_reserved()),

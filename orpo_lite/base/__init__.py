@@ -1,4 +1,4 @@
-"""The base and adapters on disk.
+"""Find, download and check base models and adapters on disk; read and write safetensors files.
 
 Order: download, config, adapter, find, generation, blocks, weights.
 """

@@ -1,4 +1,4 @@
-"""A LoRA adapter on disk: found, fetched, checked."""
+"""Find, download and check a LoRA adapter."""
 
 import json
 import re
@@ -15,7 +15,12 @@ from orpo_lite.recipe.text import to_text
 
 
 def find_adapter(name: str) -> Path:
-    """The folder of a LoRA adapter in safetensors, local or fetched. Raises :class:`ModelError`, :class:`HubError`."""
+    """Return the folder of a local or downloaded LoRA adapter.
+
+    Raises:
+        ModelError: it is not an adapter in safetensors.
+        HubError: it cannot be downloaded.
+    """
     local = Path(name).expanduser()
     folder = local if local.is_dir() else download(name, resolve(name, "main", ADAPTER), ADAPTER)
     for file in ADAPTER:
@@ -30,66 +35,78 @@ def find_adapter(name: str) -> Path:
 
 
 def base_of_adapter(folder: Path) -> str | None:
-    """The base that an adapter says it was trained on: a hub name or a folder; None where it does not say."""
+    """Return the base that an adapter names, a hub name or a folder; None if it names none."""
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     name = config.get("base_model_name_or_path")
     return name if isinstance(name, str) and name else None
 
 
 def same_base(one: str, other: str) -> bool:
-    """Whether two names may be of one base: a folder is often named for the hub's repository, or was moved."""
+    """Return whether two names may refer to the same base.
+
+    A folder often has the name of the hub repository, or was moved. Two folders with config.json
+    are the same base if these files are equal.
+    """
     names, configs = set(), []
     for name in (one, other):
         path = Path(name).expanduser()
-        cached = next((part for part in path.parts if part.startswith("models--")), path.name)  # the hub's cache
-        names.add(cached.rsplit("--", 1)[-1].lower())
-        configs += [file.read_bytes() for file in [path / "config.json"] if file.is_file()]
+        cached = [part for part in path.parts if part.startswith("models--")]  # the hub's cache
+        repository = cached[0] if cached else path.name
+        names.add(repository.rsplit("--", 1)[-1].lower())
+        if (path / "config.json").is_file():
+            configs.append((path / "config.json").read_bytes())
     return configs[0] == configs[1] if len(configs) == 2 else len(names) == 1
 
 
-# What an adapter may choose; any other option of LoraConfig must stand at its default.
+# Options of LoraConfig that an adapter may set. All others must have their default.
 ADAPTER_KEYS = (
-    "r lora_alpha lora_dropout target_modules use_rslora use_dora rank_pattern alpha_pattern init_lora_weights "
-    "exclude_modules target_parameters layers_to_transform layers_pattern fan_in_fan_out "
-    "auto_mapping base_model_name_or_path inference_mode peft_version revision task_type"
+    "r lora_alpha lora_dropout target_modules use_rslora use_dora rank_pattern alpha_pattern "
+    "init_lora_weights exclude_modules target_parameters layers_to_transform layers_pattern "
+    "fan_in_fan_out auto_mapping base_model_name_or_path inference_mode peft_version revision "
+    "task_type"
 ).split()
 
-EMBEDDINGS = ("embed", "lm_head", "wte", "wpe")  # in the names of input and output embeddings
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes for --max-lora-rank
+EMBEDDINGS = ("embed", "lm_head", "wte", "wpe")  # parts of the names of input and output embeddings
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # valid values of vLLM's --max-lora-rank
 
 
 def not_in_vllm(config: Mapping[str, Any], base: Mapping[str, Any]) -> str:
-    """What of an adapter vLLM does not serve; "" where it serves the adapter as it is.
+    """Return the feature of an adapter that vLLM cannot serve; "" if it can serve the adapter.
 
-    It has one scale, ``lora_alpha / r``, for all layers (its PEFTHelper). Of a base that wraps the model that was
-    trained it builds the whole, in which the adapter's names match nothing.
+    vLLM has one scale, ``lora_alpha / r``, for all layers (its PEFTHelper). If the base is a
+    wrapper around the trained model, vLLM builds the wrapper, in which the adapter's layer names
+    match nothing.
 
     Args:
-        config: the adapter's.
-        base: what lock.json holds of it.
+        config: the adapter's configuration.
+        base: the ``base`` entry of lock.json.
     """
-    if base.get("wrapper"):  # which runs of an older version did not note
-        return "an adapter of a part of the base, whose layers it names otherwise"
+    if base.get("wrapper"):  # runs of older versions did not record it
+        return "an adapter of a part of the base whose layer names differ"
     if config.get("use_dora"):
         return "DoRA"
     if any(config.get(key) for key in ("rank_pattern", "alpha_pattern", "target_parameters")):
-        return "ranks and scales by layer, or adapted experts"
+        return "different ranks or scales per layer, or adapted experts"
     targets = config.get("target_modules") or ()
-    named = targets if isinstance(targets, str) else " ".join(targets)  # a text is a regular expression
+    named = targets if isinstance(targets, str) else " ".join(targets)  # a string is a regex
     if any(name in named for name in EMBEDDINGS):
-        return "an adapter with embeddings in it"  # peft saves these whole beside A and B
-    return "" if config["r"] <= VLLM_RANKS[-1] else f"its rank of {config['r']}"
+        return "an adapter with embeddings"  # peft saves full embeddings in addition to A and B
+    return "" if config["r"] <= VLLM_RANKS[-1] else f"a rank of {config['r']}"
 
 
 def vllm_rank(config: Mapping[str, Any], base: Mapping[str, Any]) -> int | None:
-    """The ``--max-lora-rank`` that serves an adapter; None for one that vLLM does not serve as it is."""
+    """Return the ``--max-lora-rank`` for an adapter; None if vLLM cannot serve the adapter."""
     if not_in_vllm(config, base):
         return None
     return next(rank for rank in VLLM_RANKS if rank >= config["r"])
 
 
 def read_adapter_config(folder: Path) -> Any:
-    """The peft configuration of a LoRA that trains nothing else and fits the base as it is; or :class:`ModelError`."""
+    """Return the peft configuration of a LoRA adapter, ready to be trained further.
+
+    Raises:
+        ModelError: it is not plain LoRA, or would change the base's weights.
+    """
     from peft import LoraConfig
 
     path = folder / "adapter_config.json"
@@ -98,43 +115,56 @@ def read_adapter_config(folder: Path) -> Any:
         options = dict(raw)
     except (ValueError, TypeError) as error:
         raise ModelError(
-            where=str(path), found=f"is no JSON object: {error}", expected="a peft configuration"
+            where=str(path), found=f"is not a JSON object: {error}", expected="a peft configuration"
         ) from None
     if options.get("task_type") not in (None, "CAUSAL_LM"):
         raise ModelError(
             where=str(path),
             found=f"task_type: {options['task_type']!r}",
-            expected="'CAUSAL_LM': an adapter of a model with another head is not one of this model",
+            expected="'CAUSAL_LM'; adapters of models with another head do not fit",
             fix=Overrides({"model.adapter_name_or_path": None}, ", which trains a new adapter"),
         )
-    # peft would take its own defaults for them, and with these the adapter is another one.
-    saved = "as the adapter was saved with"
+    # For missing values peft would use its defaults, which would change the adapter.
+    saved = "the value that the adapter was trained with"
     for key in ("r", "lora_alpha"):
-        value = options.get(key)
-        if not isinstance(value, int | float) or isinstance(value, bool) or value % 1 or value <= 0:
-            raise ModelError(where=str(path), found=f"{key}: {json.dumps(value)}", expected=f"a whole number, {saved}")
+        value: Any = options.get(key)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or value <= 0 or value != int(value):
+            raise ModelError(
+                where=str(path),
+                found=f"{key}: {json.dumps(value)}",
+                expected=f"a whole number, {saved}",
+            )
     if not options.get("target_modules") and not options.get("target_parameters"):
-        raise ModelError(where=str(path), found="names no target_modules", expected=f"those, {saved}")
+        raise ModelError(where=str(path), found="has no target_modules", expected=saved)
     default = LoraConfig().to_dict()
     for key, value in options.items():
         if value and key not in ADAPTER_KEYS and value != default.get(key):
             raise ModelError(
-                where=str(path), found=f"{key}: {value!r}", expected="plain LoRA, and nothing else that trains"
+                where=str(path),
+                found=f"{key}: {value!r}",
+                expected="plain LoRA without other trained parts",
             )
     init = options.get("init_lora_weights", True)
     if init not in (True, False, "gaussian", "orthogonal"):
         raise ModelError(
-            where=str(path), found=f"init_lora_weights: {init!r}", expected="one that leaves the base as it is"
+            where=str(path),
+            found=f"init_lora_weights: {init!r}",
+            expected="a method that does not change the base's weights",
         )
     config = LoraConfig.from_pretrained(folder)
     config.r = int(config.r)  # some tools write 4.0
-    config.inference_mode = False  # as saved, an adapter is for use; here it trains on
-    config.init_lora_weights = True  # any will do: the adapter's own weights follow
+    config.inference_mode = False  # saved adapters are set to inference
+    config.init_lora_weights = True  # irrelevant: the adapter's own weights are loaded after it
     return config
 
 
 def adopt_adapter(recipe: Recipe) -> Recipe:
-    """The recipe with the shape of the adapter that it trains on from; a key set to something else is refused."""
+    """Return the recipe with the shape of the adapter that it continues to train.
+
+    Raises:
+        RecipeError: a lora key is set to another value than the adapter's.
+    """
     if not recipe.model.adapter_name_or_path:
         return recipe
     folder = find_adapter(recipe.model.adapter_name_or_path)
@@ -142,22 +172,27 @@ def adopt_adapter(recipe: Recipe) -> Recipe:
     shape = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
     values = {f"lora.{key}": getattr(config, key) for key in shape}
     values["lora.target_modules"] = adapted_modules(config, folder)
-    values["lora.init_lora_weights"] = True  # which says nothing: the weights are the adapter's own
+    values["lora.init_lora_weights"] = True  # irrelevant: the adapter's own weights are loaded
     defaults = LoraSection()
-    differing = {
-        key: wanted
-        for key, wanted in recipe.items()
-        if key in values
-        and values[key] != (sorted(wanted) if isinstance(wanted, list) else wanted)
-        and (recipe.sources[key] != "default" or wanted != getattr(defaults, key.removeprefix("lora.")))
-    }
-    own = {key: ",".join(values[key]) if isinstance(values[key], list) else values[key] for key in differing}
+    differing = {}
+    for key, wanted in recipe.items():
+        if key not in values or values[key] == (
+            sorted(wanted) if isinstance(wanted, list) else wanted
+        ):
+            continue
+        default = getattr(defaults, key.removeprefix("lora."))
+        if recipe.sources[key] != "default" or wanted != default:
+            differing[key] = wanted
+    own = {}
+    for key in differing:
+        value = values[key]
+        own[key] = ",".join(value) if isinstance(value, list) else value
     raise_all(
         [
             RecipeError(
                 where=recipe.sources[key],
                 found=f"{key}: {to_text(wanted)} with model.adapter_name_or_path",
-                expected=f"its own {to_text(values[key])}, or nothing",
+                expected=f"the adapter's {to_text(values[key])}, or no value",
                 fix=Overrides(own, ", or leave the key out"),
             )
             for key, wanted in differing.items()
@@ -167,7 +202,10 @@ def adopt_adapter(recipe: Recipe) -> Recipe:
 
 
 def adapted_modules(config: Any, folder: Path) -> str | list[str]:
-    """The names of what an adapter adapts, sorted; those of its tensors where its configuration has an expression."""
+    """Return the sorted names of the modules and parameters that an adapter adapts.
+
+    If its configuration has a regular expression, the names are those of its tensors.
+    """
     targets = config.target_modules or []
     if targets == "all-linear":
         return "all-linear"
@@ -175,14 +213,17 @@ def adapted_modules(config: Any, folder: Path) -> str | list[str]:
         file = folder / "adapter_model.safetensors"
         try:
             with safe_open(file, "np") as tensors:
-                found = [MODULE.fullmatch(name) for name in tensors.keys()]  # noqa: SIM118 - it is no mapping
+                found = [MODULE.fullmatch(name) for name in tensors.keys()]  # noqa: SIM118 - not a mapping
         except (OSError, SafetensorError) as error:
             raise ModelError(
-                where=str(file), found=f"cannot be read ({error})", expected="whole safetensors", fix="fetch it again"
+                where=str(file),
+                found=f"cannot be read ({error})",
+                expected="a complete safetensors file",
+                fix="download it again",
             ) from error
         targets = {match["module"] for match in found if match}
     return sorted({*targets, *(config.target_parameters or [])})
 
 
-# A tensor of an adapter, as peft names it.
+# The name that peft gives a tensor of an adapter.
 MODULE = re.compile(r"base_model\.model\.(?P<module>.+?)(\.base_layer)*\.lora_\w+(\.weight)?")

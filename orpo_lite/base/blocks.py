@@ -1,7 +1,7 @@
-"""Safetensors files, read and written by blocks of rows: of a model no more is held than the blocks at hand.
+"""Read and write safetensors files in blocks of rows, with only a few blocks in memory.
 
-Files are read with ``readinto`` into buffers of ours. A memory map would count every page that was touched as memory of
-this process, and a limit on its memory would end it.
+Files are read with ``readinto`` into own buffers. With a memory map every touched page would count
+as memory of this process, and a memory limit could kill it.
 """
 
 import json
@@ -24,11 +24,12 @@ Job = TypeVar("Job")
 Made = TypeVar("Made")
 
 BLOCK = 4 << 20  # bytes that are read, computed and written at a time
-AHEAD = 2  # blocks that wait on either side of the arithmetic
-LONGEST_HEADER = 100_000_000  # bytes; what the format allows
+AHEAD = 2  # blocks that are read ahead, and that wait to be written
+LONGEST_HEADER = 100_000_000  # bytes; the limit of the format
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
+    "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -43,21 +44,21 @@ class Stored:
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
-    """Its first byte in the file."""
+    """Offset of its first byte in the file."""
 
     @property
     def nbytes(self) -> int:
-        """Its size."""
+        """Return its size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def rows(self) -> int:
-        """Its length along the first axis; 1 where it has none."""
+        """Return its length along the first axis; 1 for a scalar."""
         return self.shape[0] if self.shape else 1
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row."""
+        """Return the size of one row in bytes."""
         return self.nbytes // max(self.rows, 1)
 
 
@@ -71,15 +72,21 @@ class Rows:
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """All tensors of a model folder by name, in the order of its files. Raises :class:`ModelError`."""
+    """Return all tensors of a model folder by name, in the order of its files.
+
+    Raises:
+        ModelError: as :func:`read_header`.
+    """
     return {stored.name: stored for file in weight_files(folder) for stored in read_header(file)}
 
 
 def read_header(file: Path) -> list[Stored]:
-    """What a safetensors file holds, in the order of its bytes (https://github.com/huggingface/safetensors, "Format").
+    """Return the tensors of a safetensors file in the order of their bytes.
+
+    The format: https://github.com/huggingface/safetensors, section "Format".
 
     Raises:
-        ModelError: missing, cut short, not of this format, or of a dtype that is not known here.
+        ModelError: the file is missing, truncated, in another format, or has an unknown dtype.
     """
     try:
         with file.open("rb") as stream:
@@ -92,30 +99,37 @@ def read_header(file: Path) -> list[Stored]:
             if name == "__metadata__":
                 continue
             begin, end = entry["data_offsets"]
-            stored = Stored(name, file, DTYPES[entry["dtype"]], tuple(map(int, entry["shape"])), 8 + length + begin)
-            if stored.nbytes != end - begin or begin < 0 or 8 + length + end > file.stat().st_size:
-                raise ValueError(f"{name} is cut short")
+            dtype, shape = DTYPES[entry["dtype"]], tuple(map(int, entry["shape"]))
+            stored = Stored(name, file, dtype, shape, 8 + length + begin)
+            is_beyond = begin < 0 or 8 + length + end > file.stat().st_size
+            if stored.nbytes != end - begin or is_beyond:
+                raise ValueError(f"{name} is truncated")
             found.append(stored)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(where=str(file), found=f"cannot be read: {error!r}", expected="whole safetensors") from error
+        raise ModelError(
+            where=str(file),
+            found=f"cannot be read: {error!r}",
+            expected="a complete safetensors file",
+        ) from error
     return sorted(found, key=lambda stored: stored.start)
 
 
 def in_blocks(stored: Stored, multiple: int | None = None) -> Iterator[Rows]:
-    """All rows of a tensor, some BLOCK bytes at a time; a tensor without rows as one block.
+    """Yield all rows of a tensor in blocks of about BLOCK bytes; a tensor without rows as one
+    block.
 
-    Blocks begin at a ``multiple`` of rows: by default, in a matrix, where one of bitsandbytes' blocks of 64 elements
-    begins.
+    Each block begins at a multiple of ``multiple`` rows. The default for a matrix is 64 rows, so
+    that a block begins where a bitsandbytes block of 64 elements begins.
     """
     if multiple is None:
-        multiple = 64 if len(stored.shape) == 2 else 1  # a row of a larger tensor is a whole expert
+        multiple = 64 if len(stored.shape) == 2 else 1  # a row of a 3-D tensor is a whole expert
     count = max(multiple, BLOCK // max(stored.row_bytes, 1) // multiple * multiple)
     for start in range(0, max(stored.rows, 1), count):
         yield Rows(stored, start, min(start + count, stored.rows))
 
 
 def read_rows(rows: Rows) -> Tensor:
-    """These rows, in memory of their own. Raises :class:`ModelError` for a file that has become shorter."""
+    """Return rows in newly allocated memory. Raise :class:`ModelError` if the file got shorter."""
     stored = rows.stored
     count = (rows.stop - rows.start) * stored.row_bytes
     data = torch.empty(count, dtype=torch.uint8)
@@ -127,7 +141,7 @@ def read_rows(rows: Rows) -> Tensor:
 
 
 def read_tensor(stored: Stored) -> Tensor:
-    """All of a tensor. Raises as :func:`read_rows`."""
+    """Return a complete tensor. Raises as :func:`read_rows`."""
     return read_rows(Rows(stored, 0, stored.rows))
 
 
@@ -137,13 +151,15 @@ def _fill(stream: BinaryIO, data: Tensor, stored: Stored) -> None:
         count = stream.readinto(view)  # type: ignore[attr-defined]
         if not count:
             raise ModelError(
-                where=str(stored.file), found="became shorter while it was read", expected="whole safetensors"
+                where=str(stored.file),
+                found="became shorter while it was read",
+                expected="a complete safetensors file",
             )
         view = view[count:]
 
 
 def ahead(function: Callable[[Job], Made], jobs: Iterable[Job]) -> Iterator[Made]:
-    """``map`` on another thread, AHEAD results before they are asked for."""
+    """Yield ``function(job)`` for each job, computed on another thread up to AHEAD jobs ahead."""
     with ThreadPoolExecutor(1) as pool:
         waiting: deque[Future[Made]] = deque()
         for job in jobs:
@@ -155,28 +171,31 @@ def ahead(function: Callable[[Job], Made], jobs: Iterable[Job]) -> Iterator[Made
 
 
 def shards(tensors: Iterable[Stored], most: int) -> list[list[Stored]]:
-    """The tensors in their order, cut into files of at most ``most`` bytes, or of one tensor that is larger."""
+    """Split tensors, in order, into files of at most ``most`` bytes, or of one larger tensor."""
     files: list[list[Stored]] = []
-    room = 0
+    left = 0
     for stored in tensors:
-        if not files or stored.nbytes > room:
+        if not files or stored.nbytes > left:
             files.append([])
-            room = most
+            left = most
         files[-1].append(stored)
-        room -= stored.nbytes
+        left -= stored.nbytes
     return files
 
 
-def write_model(folder: Path, files: Sequence[Sequence[Stored]], blocks: Iterator[Tensor]) -> Iterator[int]:
-    """Write the tensors of ``files`` under transformers' file names, with an index where there are several.
+def write_model(
+    folder: Path, files: Sequence[Sequence[Stored]], blocks: Iterator[Tensor]
+) -> Iterator[int]:
+    """Write tensors as safetensors files with transformers' file names, and an index if several.
 
     Args:
-        folder: an empty one.
-        files: what each file holds: name, dtype and shape count.
-        blocks: the contents, all tensors of all files one after the other, in pieces of any size.
+        folder: an empty folder.
+        files: the tensors of each file; only name, dtype and shape are used.
+        blocks: the contents of all tensors of all files in order, in pieces of any size.
 
     Yields:
-        Bytes written so far, after each piece. Each file is flushed to the disk while the next ones are made.
+        The number of bytes written so far, after each piece. A file is flushed to the disk while
+        the next ones are computed.
     """
     names = [_file_name(number, len(files)) for number in range(len(files))]
     total = 0
@@ -206,13 +225,22 @@ def write_model(folder: Path, files: Sequence[Sequence[Stored]], blocks: Iterato
     if len(files) > 1:
         index: Mapping[str, object] = {
             "metadata": {"total_size": total},
-            "weight_map": {stored.name: name for name, held in zip(names, files, strict=True) for stored in held},
+            "weight_map": {
+                stored.name: name
+                for name, held in zip(names, files, strict=True)
+                for stored in held
+            },
         }
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps(index, indent=2) + "\n", encoding="utf-8"
+        )
 
 
 def _sync(descriptor: int) -> None:
-    """Make the contents durable, where the file system can (FUSE, SMB); whoever renames the folder notes that."""
+    """Flush a file to the disk, unless the file system does not support it (FUSE, SMB).
+
+    The lock of the run folder reports such a file system.
+    """
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -229,7 +257,11 @@ def _header(tensors: Sequence[Stored]) -> memoryview:
     place = 0
     for stored in tensors:
         offsets = [place, place + stored.nbytes]
-        entries[stored.name] = {"dtype": CODES[stored.dtype], "shape": list(stored.shape), "data_offsets": offsets}
+        entries[stored.name] = {
+            "dtype": CODES[stored.dtype],
+            "shape": list(stored.shape),
+            "data_offsets": offsets,
+        }
         place = offsets[1]
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

@@ -1,6 +1,6 @@
-"""A base's config.json read and checked: a causal model of transformers in 16 bit, or an error that says what to take.
+"""Read a base's config.json and check that it is a causal 16-bit model that transformers ships.
 
-Nothing is loaded, and no code of the base runs.
+No weights are loaded, and no code of the base runs.
 """
 
 import difflib
@@ -19,29 +19,37 @@ CAUSAL = "a decoder-only (causal) language model of transformers"
 
 
 def read_config(path: Path, name: str) -> Any:
-    """The transformers configuration of a base that can be trained. Raises :class:`ModelError`."""
+    """Return the transformers configuration of a base.
+
+    Raises:
+        ModelError: the base cannot be trained.
+    """
     from transformers import AutoConfig
 
     raw = _read_raw(path, name)
     if "auto_map" in raw:
         raise ModelError(
             where=f"model {name}",
-            found="needs code of its own (auto_map)",
+            found="needs its own code (auto_map)",
             expected="an architecture that transformers ships",
         )
     _refuse_quantised(raw, name)
     _refuse_unknown(raw, name)
     try:
         config = AutoConfig.from_pretrained(path)
-    except Exception as error:  # transformers raises whatever a value of the file leads to
+    except Exception as error:  # a value in the file can raise anything
         raise _unbuildable(path, error) from error
-    _refuse_other_kinds(config, name)
+    _refuse_non_causal(config, name)
     build_empty(config, path)
     return config
 
 
 def build_empty(config: Any, path: Path) -> Any:
-    """The model that a configuration describes, without weights, on meta. Raises :class:`ModelError`."""
+    """Return the model of a configuration on the meta device, without weights.
+
+    Raises:
+        ModelError: transformers cannot build it.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -56,22 +64,27 @@ def build_empty(config: Any, path: Path) -> Any:
             expected=", ".join(packages) or str(error).strip().splitlines()[0],
             fix=Command(f"pip install {' '.join(packages)}") if packages else "",
         ) from error
-    except Exception as error:  # as above
+    except Exception as error:  # a value in the file can raise anything
         raise _unbuildable(path, error) from error
 
 
 def read_sizes(folder: Path) -> dict[str, Any]:
-    """What config.json says of the text model's sizes, read without transformers; {} when there is none."""
+    """Return config.json with the text model's values at the top level; {} if it cannot be read.
+
+    transformers is not imported.
+    """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    text = config.get("text_config") if isinstance(config, dict) else None
-    return {**config, **(text if isinstance(text, dict) else {})} if isinstance(config, dict) else {}
+    if not isinstance(config, dict):
+        return {}
+    text = config.get("text_config")
+    return {**config, **text} if isinstance(text, dict) else config
 
 
 def refuse_adapter(path: Path, name: str) -> None:
-    """Raise :class:`ModelError` for the folder of an adapter, and name its base. Its own weights are not asked for."""
+    """Raise :class:`ModelError` if a folder holds an adapter; the fix names the adapter's base."""
     file = path / "adapter_config.json"
     if not file.is_file():
         return
@@ -82,13 +95,13 @@ def refuse_adapter(path: Path, name: str) -> None:
     raise ModelError(
         where=f"{BASE}: {name}",
         found="is an adapter, not a base",
-        expected=f"its base, and the adapter as {ADAPTER} if it is to be trained on",
+        expected=f"a base; to train this adapter further, set {ADAPTER}",
         fix=Overrides({BASE: base, ADAPTER: name}) if isinstance(base, str) and base else "",
     )
 
 
 def _read_raw(path: Path, name: str) -> dict[str, Any]:
-    """The object in config.json. Raises :class:`ModelError`."""
+    """Return the object in config.json. Raise :class:`ModelError` if there is none."""
     file = path / "config.json"
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
@@ -97,9 +110,10 @@ def _read_raw(path: Path, name: str) -> dict[str, Any]:
     except FileNotFoundError:
         refuse_adapter(path, name)
         inside = [*sorted(path.glob("*/config.json")), *sorted(path.glob("*/*/config.json"))]
+        hint = f"; its folder {inside[0].parent.relative_to(path)} has one" if inside else ""
         raise ModelError(
             where=f"model {name}",
-            found="has no config.json" + (f"; {inside[0].parent.relative_to(path)} in it has" if inside else ""),
+            found=f"has no config.json{hint}",
             expected="a transformers model folder",
             fix=Overrides({BASE: str(inside[0].parent)}) if inside else "",
         ) from None
@@ -111,33 +125,34 @@ def _read_raw(path: Path, name: str) -> dict[str, Any]:
 
 
 def _refuse_quantised(raw: dict[str, Any], name: str) -> None:
-    """Raise :class:`ModelError` for weights that are quantised already, with a command that undoes it if one does."""
+    """Raise :class:`ModelError` for quantised weights; the fix dequantises them if possible."""
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
     text = raw.get("text_config")
     places = [raw, text if isinstance(text, dict) else {}]
-    found = next((place[key] for place in places for key in QUANTISED if place.get(key) is not None), None)
-    if found is None:
+    settings = [place[key] for place in places for key in QUANTISED if place.get(key) is not None]
+    if not settings:
         return
+    found = settings[0]
     method = found.get("quant_method") if isinstance(found, dict) else None
-    kind = AUTO_QUANTIZATION_CONFIG_MAPPING.get(method)
-    fix: str = "take the model that it was quantised from, which its model card names"
+    config_type = AUTO_QUANTIZATION_CONFIG_MAPPING.get(method)
+    fix: str = "use the model that it was quantised from; its model card names it"
     if not found:
-        fix = "take the key out of config.json, if the weights are in 16 bit"
-    if kind is not None and "dequantize" in inspect.signature(kind).parameters:
+        fix = "remove the key from config.json, if the weights are in 16 bit"
+    if config_type is not None and "dequantize" in inspect.signature(config_type).parameters:
         folder = f"./{Path(name).name}-bfloat16"
         fix = _python(
-            f"from transformers import {kind.__name__}, AutoModelForCausalLM, AutoTokenizer",
+            f"from transformers import AutoModelForCausalLM, AutoTokenizer, {config_type.__name__}",
             f'model = AutoModelForCausalLM.from_pretrained({json.dumps(name)}, dtype="bfloat16", '
-            f"quantization_config={kind.__name__}(dequantize=True))",
+            f"quantization_config={config_type.__name__}(dequantize=True))",
             f"model.save_pretrained({json.dumps(folder)}, save_original_format=False)",
-            f"AutoTokenizer.from_pretrained({json.dumps(name)}).save_pretrained({json.dumps(folder)})",
-            then=f" writes them; then {BASE}={shlex.quote(folder)}; or take a 16-bit copy",
+            _save_tokenizer(name, folder),
+            then=f" writes them; then set {BASE}={shlex.quote(folder)}; or use a 16-bit copy",
         )
     raise ModelError(
         where=f"model {name}",
         found="is already quantised" + (f" ({method})" if method else ""),
-        expected="the 16-bit weights: quantising and merging start from them",
+        expected="16-bit weights, which quantising and merging start from",
         fix=fix,
     )
 
@@ -146,61 +161,67 @@ QUANTISED = ("quantization_config", "compression_config")
 
 
 def _refuse_unknown(raw: dict[str, Any], name: str) -> None:
-    """Raise :class:`ModelError` for a model_type that this transformers does not have."""
+    """Raise :class:`ModelError` for a model_type that the installed transformers does not have."""
     from packaging.version import InvalidVersion, Version
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    kind, own = raw.get("model_type"), importlib.metadata.version("transformers")
-    if kind in CONFIG_MAPPING_NAMES:
+    model_type, own = raw.get("model_type"), importlib.metadata.version("transformers")
+    if model_type in CONFIG_MAPPING_NAMES:
         return
     try:
         saved = Version(str(raw.get("transformers_version")))
     except InvalidVersion:
         saved = Version("0")
-    near = difflib.get_close_matches(str(kind), CONFIG_MAPPING_NAMES, n=1, cutoff=0.8)
+    near = difflib.get_close_matches(str(model_type), CONFIG_MAPPING_NAMES, n=1, cutoff=0.8)
     if saved.release > Version(own).release:
         wanted = shlex.quote(f"transformers>={saved.base_version}")
-        fix: str = Command(f"pip install --upgrade {wanted}", f", for it was saved by {saved}")
+        fix: str = Command(f"pip install --upgrade {wanted}", f", since it was saved by {saved}")
+    elif near:
+        fix = f"if it is misspelt: {near[0]}"
     else:
-        fix = f"if it is misspelt: {near[0]}" if near else "a later release of transformers, if one has it"
+        fix = "a later release of transformers, if it has this model_type"
+    found = f"model_type {model_type!r} is not in transformers {own}"
     raise ModelError(
         where=f"model {name}",
-        found=f"model_type {kind!r} is not in transformers {own}" if kind else "its config.json names no model_type",
+        found=found if model_type else "config.json has no model_type",
         expected=CAUSAL,
-        fix=fix if kind else "",
+        fix=fix if model_type else "",
     )
 
 
-def _refuse_other_kinds(config: Any, name: str) -> None:
-    """Raise :class:`ModelError` for a model that is no causal language model, and say what transformers has of it."""
+def _refuse_non_causal(config: Any, name: str) -> None:
+    """Raise :class:`ModelError` for a model that is not a causal language model."""
     from transformers.models.auto import modeling_auto as auto
 
-    kind, fix = config.model_type, ""
-    encoder = auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(kind)
-    multimodal = auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.get(kind)
+    model_type, fix = config.model_type, ""
+    encoder = auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(model_type)
+    multimodal = auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.get(model_type)
     if config.is_encoder_decoder:
-        said = "is an encoder-decoder"
+        found = "is an encoder-decoder"
     elif encoder and not getattr(config, "is_decoder", False):
-        said = f"is an encoder ({encoder}), whose tokens see the later ones"
-    elif kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        found = f"is an encoder ({encoder}), whose tokens attend to later tokens"
+    elif model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return
     elif multimodal:
-        said = f"is multimodal: transformers has {multimodal}"
+        found = f"is multimodal: transformers has {multimodal}"
         fix = _text_part(config, name)
     else:
-        said = f"is {auto.MODEL_MAPPING_NAMES.get(kind, 'a part of a model')}, without a language model"
-    raise ModelError(where=f"model {name}", found=f"model_type {kind!r} {said}", expected=CAUSAL, fix=fix)
+        own_class = auto.MODEL_MAPPING_NAMES.get(model_type, "a part of a model")
+        found = f"is {own_class}, without a language model"
+    raise ModelError(
+        where=f"model {name}", found=f"model_type {model_type!r} {found}", expected=CAUSAL, fix=fix
+    )
 
 
 def _text_part(config: Any, name: str) -> str:
-    """What to do about a multimodal model: a command that saves its text part, where that can be tuned by itself."""
+    """Return the fix for a multimodal model: a command that saves its text part if it is causal."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    text, kind = config.get_text_config(), config.get_text_config().model_type
+    text, model_type = config.get_text_config(), config.get_text_config().model_type
     if getattr(text, "use_bidirectional_attention", None):
-        return f"take a text model: the tokens of its text part ({kind}) see those that come after"
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        return f"take a text model: its text part ({kind}) has no causal language model there either"
+        return f"use a text model; tokens of its text part ({model_type}) attend to later tokens"
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return f"use a text model; transformers has no causal model of its text part ({model_type})"
     folder = f"./{Path(name).name}-text"
     return _python(
         "from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, AutoTokenizer",
@@ -211,22 +232,34 @@ def _text_part(config: Any, name: str) -> str:
         "setattr(text, text.base_model_prefix, whole.get_decoder())",
         "text.set_output_embeddings(whole.get_output_embeddings())",
         f"text.save_pretrained({json.dumps(folder)})",
-        f"AutoTokenizer.from_pretrained({json.dumps(name)}).save_pretrained({json.dumps(folder)})",
-        then=f" saves its text part ({kind}), which can be tuned by itself; then {BASE}={shlex.quote(folder)}",
+        _save_tokenizer(name, folder),
+        then=f" saves its text part ({model_type}), which can be tuned alone; "
+        f"then set {BASE}={shlex.quote(folder)}",
+    )
+
+
+def _save_tokenizer(name: str, folder: str) -> str:
+    """Return Python code that copies a tokenizer to a folder."""
+    return (
+        f"AutoTokenizer.from_pretrained({json.dumps(name)}).save_pretrained({json.dumps(folder)})"
     )
 
 
 def _python(*lines: str, then: str) -> Command:
+    """Return a command that runs lines of Python; ``then`` is the advice after it."""
     return Command(f"python -c {shlex.quote('; '.join(lines))}", then)
 
 
 def _unbuildable(path: Path, error: Exception) -> ModelError:
-    """What transformers cannot make a model of. The first line of its message names the value."""
+    """Return the error for a configuration that transformers cannot build a model from.
+
+    The first line of transformers' message names the value.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return ModelError(
         where=str(path / "config.json"),
-        found=f"transformers {importlib.metadata.version('transformers')} cannot build the model that it describes: "
+        found=f"transformers {importlib.metadata.version('transformers')} cannot build its model: "
         f"{type(error).__name__}: {' '.join(lines[:2])}",
-        expected="values that its architecture takes",
-        fix="download config.json again; or a later release of transformers, if the model is newer",
+        expected="valid values for its architecture",
+        fix="download config.json again; or upgrade transformers, if the model is newer",
     )

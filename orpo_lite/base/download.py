@@ -1,4 +1,4 @@
-"""The hub as it is read from: a repository resolved to a commit and fetched; its refusals explained."""
+"""Resolve a hub repository to a commit, download its files and explain the hub's errors."""
 
 import logging
 import shlex
@@ -26,35 +26,45 @@ from orpo_lite.recipe.text import gib
 
 logger = logging.getLogger(__name__)
 
-HUB_TIMEOUT = 30.0  # seconds; the hub's client would wait for ever
-# What is fetched: of a base, and all of an adapter. Pickles never are.
+HUB_TIMEOUT = 30.0  # seconds; the hub's client has no limit
+# Patterns of the files to download of a base, and of an adapter. Pickles are never downloaded.
 TEXT = ["*.json", "*.model", "*.txt", "*.jinja"]
 WEIGHTS = ["*.safetensors"]
 ADAPTER = ["adapter_config.json", "adapter_model.safetensors"]
-# Other people's formats: original/, onnx/, Mistral's own copy of its weights. Of all folders, one has named templates.
+# Not downloaded: other formats (original/, onnx/, Mistral's consolidated weights). The only folder
+# needed is the one with named chat templates.
 NAMED = "additional_chat_templates/"
 NOT_FETCHED = [*(f"{NAMED[:i]}[!{letter}]*/*" for i, letter in enumerate(NAMED)), "consolidated*"]
 POINTER = b"version https://git-lfs"
-# All the hub's own errors are among these; ValueError is a page that is not the hub's, or a name that cannot be one.
+# These include all errors of the hub's client. ValueError: an answer that is not from the hub, or
+# an invalid repository name.
 UNREACHABLE = (HTTPError, OSError, ValueError)
 
 
 def resolve(name: str, revision: str, patterns: list[str]) -> str:
-    """The commit of a hub repository that we may read and whose files we have room for; offline, the cached one.
+    """Return the commit of a hub repository after checking access and disk space.
+
+    If the hub is unreachable, return the cached commit.
 
     Raises:
         ModelError: it has no weights in safetensors.
-        FitError: not enough disk space.
-        HubError: unknown, gated, or unreachable.
+        FitError: there is not enough disk space.
+        HubError: it is unknown, gated or unreachable.
     """
     try:
         info = HfApi().model_info(name, revision=revision, files_metadata=True, timeout=HUB_TIMEOUT)
     except UNREACHABLE as error:
-        refused = isinstance(error, GatedRepoError | RepositoryNotFoundError | RevisionNotFoundError)
-        cached = None if refused else _cached(name, revision, [p for p in patterns if "safetensors" not in p])
+        cached = None
+        refusals = GatedRepoError | RepositoryNotFoundError | RevisionNotFoundError
+        if not isinstance(error, refusals):
+            cached = _cached(name, revision, [p for p in patterns if "safetensors" not in p])
         if cached is None:
             raise hub_error(name, revision, error) from error
-        logger.warning("the hub cannot be reached (%s); using the cached copy of %s", type(error).__name__, name)
+        logger.warning(
+            "the hub cannot be reached (%s); using the cached copy of %s",
+            type(error).__name__,
+            name,
+        )
         return cached.name
     commit, files = str(info.sha), {file.rfilename: file.size or 0 for file in info.siblings or []}
     wanted = list(filter_repo_objects(files, allow_patterns=patterns, ignore_patterns=NOT_FETCHED))
@@ -64,7 +74,9 @@ def resolve(name: str, revision: str, patterns: list[str]) -> str:
             found="has no weights in safetensors",
             expected="safetensors; pickles are never loaded",
         )
-    missing = [f for f in wanted if not isinstance(try_to_load_from_cache(name, f, revision=commit), str)]
+    missing = [
+        f for f in wanted if not isinstance(try_to_load_from_cache(name, f, revision=commit), str)
+    ]
     check_disk(Path(constants.HF_HUB_CACHE), sum(files[f] for f in missing), f"downloading {name}")
     if revision != commit:
         _remember(name, revision, commit)
@@ -72,27 +84,39 @@ def resolve(name: str, revision: str, patterns: list[str]) -> str:
 
 
 def hub_host() -> str:
-    """Whom the hub's client asks; "" when it is told to ask nobody."""
+    """Return the host that the hub's client asks; "" in offline mode."""
     return "" if constants.HF_HUB_OFFLINE else urlsplit(constants.ENDPOINT).netloc
 
 
 def _remember(name: str, revision: str, commit: str) -> None:
-    """Note in the cache where a branch stands, for the day without a network; a download by commit does not."""
-    ref = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model") / "refs" / revision
-    with suppress(OSError):  # a cache that others fill, and we only read
+    """Record in the cache which commit a branch names, for use offline.
+
+    A download by commit does not record it.
+    """
+    ref = (
+        Path(constants.HF_HUB_CACHE)
+        / repo_folder_name(repo_id=name, repo_type="model")
+        / "refs"
+        / revision
+    )
+    with suppress(OSError):  # the cache may be read-only
         ref.parent.mkdir(parents=True, exist_ok=True)
         ref.write_text(commit, encoding="utf-8")
 
 
 def download(name: str, commit: str, patterns: list[str]) -> Path:
-    """A hub repository's files at one commit, from the cache where they are there.
+    """Return the folder of a hub repository at a commit; download what is not in the cache.
 
     Raises:
-        FitError: the disk filled up.
-        HubError: gated, or unreachable.
+        FitError: the disk is full.
+        HubError: it is gated or unreachable.
     """
     try:
-        return Path(snapshot_download(name, revision=commit, allow_patterns=patterns, ignore_patterns=NOT_FETCHED))
+        return Path(
+            snapshot_download(
+                name, revision=commit, allow_patterns=patterns, ignore_patterns=NOT_FETCHED
+            )
+        )
     except UNREACHABLE as error:
         if isinstance(error, OSError) and error.errno in FULL:
             raise FitError(
@@ -105,21 +129,27 @@ def download(name: str, commit: str, patterns: list[str]) -> Path:
 
 def _cached(name: str, revision: str, patterns: list[str]) -> Path | None:
     try:
-        options: dict[str, Any] = {"allow_patterns": patterns, "ignore_patterns": NOT_FETCHED, "local_files_only": True}
+        options: dict[str, Any] = {
+            "allow_patterns": patterns,
+            "ignore_patterns": NOT_FETCHED,
+            "local_files_only": True,
+        }
         return Path(snapshot_download(name, revision=revision, **options))
     except UNREACHABLE:
         return None
 
 
 def hub_error(name: str, revision: str, error: Exception) -> HubError:
-    """What the hub's refusal means and what to do about it."""
+    """Return the error for an exception of the hub's client, with a fix."""
     where = f"hub, {name} at {revision}"
     page = f"{constants.ENDPOINT}/{name}"
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, UNREACHABLE):
-        error = error.__cause__  # it was asked for, this was the answer, and it is not in the cache either
+        error = error.__cause__  # the reason why the hub was not reached
     if isinstance(error, GatedRepoError):
         fix = f"ask for it at {page}, then `hf auth login`"
-        return HubError(where=where, found="is gated", expected="access granted to your account", fix=fix)
+        return HubError(
+            where=where, found="is gated", expected="access granted to your account", fix=fix
+        )
     if isinstance(error, RevisionNotFoundError):
         return HubError(
             where=where,
@@ -128,40 +158,54 @@ def hub_error(name: str, revision: str, error: Exception) -> HubError:
             fix=f"see {page}/commits/main",
         )
     if isinstance(error, RepositoryNotFoundError | HFValidationError):
-        fix = "check the spelling; a private one needs `hf auth login`; a local folder must exist"
+        fix = "check the spelling; a private repository needs `hf auth login`; a folder must exist"
         return HubError(
-            where=where, found="is not a repository that you can see", expected="owner/name, or a local folder", fix=fix
+            where=where,
+            found="does not exist, or you have no access",
+            expected="owner/name, or a local folder",
+            fix=fix,
         )
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if status in (401, 403):
         fix = f"`hf auth login` with a token that may read {page}"
         return HubError(
-            where=where, found=f"is refused to you ({status})", expected="access granted to your account", fix=fix
+            where=where,
+            found=f"denies access ({status})",
+            expected="access granted to your account",
+            fix=fix,
         )
-    what = f"is not served ({status})" if status else f"cannot be reached ({type(error).__name__})"
-    fix = f"try again later; or {by_hand(name, revision)}"
+    what = (
+        f"is not available ({status})" if status else f"cannot be reached ({type(error).__name__})"
+    )
+    fix = f"try again later; or {manual_download(name, revision)}"
     return HubError(
-        where=where, found=f"{what} and is not in the cache", expected="a connection, or a downloaded copy", fix=fix
+        where=where,
+        found=f"{what} and is not in the cache",
+        expected="a connection, or a downloaded copy",
+        fix=fix,
     )
 
 
 def refuse_pointers(folder: Path, patterns: list[str]) -> None:
-    """Raise :class:`ModelError` for a file that holds a Git LFS pointer in place of what it is named for."""
-    for file in sorted(file for pattern in patterns for file in folder.glob(pattern) if file.is_file()):
+    """Raise :class:`ModelError` for a file that holds a Git LFS pointer instead of its content."""
+    found = {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
+    for file in sorted(found):
         with file.open("rb") as stream:
             if stream.read(len(POINTER)) != POINTER:
                 continue
         is_clone = any((parent / ".git").exists() for parent in (folder, *folder.parents))
-        again = f"download {file.name} itself, for instance by `hf download`"
+        again = f"download {file.name} again, for instance with `hf download`"
+        pull = Command(f"git -C {shlex.quote(str(folder))} lfs pull", f"; or {again}")
         raise ModelError(
             where=str(file),
-            found="a git-lfs pointer, not the file itself",
+            found="is a git-lfs pointer, not the file itself",
             expected="the file that it points to",
-            fix=Command(f"git -C {shlex.quote(str(folder))} lfs pull", f"; or {again}") if is_clone else again,
+            fix=pull if is_clone else again,
         )
 
 
-def by_hand(name: str, revision: str) -> str:
+def manual_download(name: str, revision: str) -> str:
+    """Return the advice to download a repository on a machine with a network."""
     return f"on a connected machine: hf download {name} --revision {revision}"
 
 

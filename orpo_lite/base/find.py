@@ -1,4 +1,7 @@
-"""The base on disk: found, fetched, checked, and its tokenizer. Nothing is loaded, and no code of the base runs."""
+"""Find, download and check a base, and load its tokenizer.
+
+No weights are loaded, and no code of the base runs.
+"""
 
 import hashlib
 import importlib.metadata
@@ -8,57 +11,71 @@ from pathlib import Path
 from typing import Any
 
 from orpo_lite.base.config import build_empty, read_config, refuse_adapter
-from orpo_lite.base.download import TEXT, WEIGHTS, by_hand, download, refuse_pointers, resolve
+from orpo_lite.base.download import (
+    TEXT,
+    WEIGHTS,
+    download,
+    manual_download,
+    refuse_pointers,
+    resolve,
+)
 from orpo_lite.errors import Command, HubError, ModelError, Overrides, RecipeError, first_line
 from orpo_lite.recipe.schema import Recipe
 
-BLOCK = 1 << 20
+BLOCK = 1 << 20  # bytes
 
 
 @dataclass(frozen=True)
 class Base:
-    """A base model on disk, checked to be one that can be trained."""
+    """A base model on disk that can be trained."""
 
     name: str
-    """As the recipe names it; a local folder as an absolute path."""
+    """The hub name, or the absolute path of a local folder."""
     path: Path
     revision: str | None
     """The hub commit; None for a local folder."""
     fingerprint: str
-    """Hash of the configuration and of samples of the weights, once they are there: tells one base from another."""
+    """Hash of the configuration and of samples of the weights; "" until the weights are on disk."""
     config: Any
     """The transformers configuration."""
 
 
 def find_base(name: str, revision: str) -> Base:
-    """The base's text files on disk; a hub name is checked for access and disk space first. No weights yet.
+    """Return a base with its text files on disk; weights are not downloaded yet.
+
+    For a hub name, access and disk space for the weights are checked.
 
     Raises:
-        ModelError: not a causal model in safetensors that needs no code of its own.
-        FitError: not enough disk space for the download.
-        HubError: unknown, gated, or unreachable.
+        ModelError: it is not a causal model in safetensors, or needs its own code.
+        FitError: there is not enough disk space for the download.
+        HubError: it is unknown, gated or unreachable.
     """
     path, commit = find_texts(name, revision, weights=True)
     name = name if commit else str(path)
     config = read_config(path, name)
-    if lacking := [file.name for file in weight_files(path) if not commit and not file.is_file()]:
+    files = [] if commit else weight_files(path)
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
         refuse_adapter(path, name)
         raise ModelError(
             where=f"model {name}",
-            found=f"has no {lacking[0]}",
+            found=f"has no {missing[0]}",
             expected="weights in safetensors; pickles are never loaded",
         )
     return Base(name, path, commit, "", config)
 
 
 def find_texts(name: str, revision: str, *, weights: bool = False) -> tuple[Path, str | None]:
-    """The folder of a base's text files, tokenizer and configuration among them, and its hub commit; None if local.
+    """Return the folder of a base's tokenizer, configuration and other text files, and its hub
+    commit.
 
-    With ``weights``, a hub name is also checked for weights and for disk space for them. Raises as find_base.
+    The commit is None for a local folder. With ``weights``, a hub name is also checked for weights
+    and for disk space for them. Raises as :func:`find_base`.
     """
     local = Path(name).expanduser()
+    patterns = [*TEXT, *WEIGHTS] if weights else TEXT
     if local.is_dir():
-        refuse_pointers(local, [*TEXT, *(WEIGHTS if weights else [])])
+        refuse_pointers(local, patterns)
         return local.resolve(), None
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(
@@ -66,27 +83,31 @@ def find_texts(name: str, revision: str, *, weights: bool = False) -> tuple[Path
             found="no such folder",
             expected="a folder with config.json and safetensors, or a hub name",
         )
-    commit = resolve(name, revision, [*TEXT, *(WEIGHTS if weights else [])])
+    commit = resolve(name, revision, patterns)
     return download(name, commit, TEXT), commit
 
 
 def fetch_weights(base: Base) -> Base:
-    """The same base with its weights on disk and its fingerprint taken. Raises :class:`HubError`."""
+    """Download the weights of a base; return it with its fingerprint. Raise :class:`HubError`."""
     if base.revision is not None:
         download(base.name, base.revision, [*TEXT, *WEIGHTS])
-        if lacking := [file.name for file in weight_files(base.path) if not file.is_file()]:
+        missing = [file.name for file in weight_files(base.path) if not file.is_file()]
+        if missing:
             refuse_adapter(base.path, base.name)
             raise HubError(
                 where=f"hub, {base.name} at {base.revision}",
-                found=f"{lacking[0]} is not in the cache",
-                expected="all of the weights",
-                fix=by_hand(base.name, base.revision),
+                found=f"{missing[0]} is not in the cache",
+                expected="all weight files",
+                fix=manual_download(base.name, base.revision),
             )
     return replace(base, fingerprint=fingerprint(base.path))
 
 
 def is_wrapper(config: Any) -> bool:
-    """Whether a base's files are of a model around the one that is trained, which names its layers otherwise."""
+    """Return whether a base's files hold a larger model around the one that is trained.
+
+    The layers have other names there.
+    """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     trained = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]
@@ -94,22 +115,26 @@ def is_wrapper(config: Any) -> bool:
 
 
 def positions_switch(config: Any, max_length: int) -> bool:
-    """Whether the rotary embedding takes other frequencies for sequences that ``max_length`` allows."""
+    """Return whether sequences of up to ``max_length`` tokens change the rotary frequencies.
+
+    dynamic and longrope switch frequencies for longer sequences.
+    """
     rope = getattr(config, "rope_parameters", None) or {}
-    kinds = rope.values() if all(isinstance(value, dict) for value in rope.values()) else [rope]
+    # Some models have one set of parameters per layer type.
+    is_per_type = all(isinstance(value, dict) for value in rope.values())
     original = getattr(config, "original_max_position_embeddings", None)
-    for kind in kinds:
-        if kind.get("rope_type") in ("dynamic", "longrope"):
-            limit = kind.get("original_max_position_embeddings") or original or config.max_position_embeddings
-            if max_length > limit:
+    for parameters in rope.values() if is_per_type else [rope]:
+        if parameters.get("rope_type") in ("dynamic", "longrope"):
+            own = parameters.get("original_max_position_embeddings")
+            if max_length > (own or original or config.max_position_embeddings):
                 return True
     return False
 
 
 def find_config(name: str, revision: str) -> Any:
-    """A base's configuration and nothing else of it: of a folder, of the hub, or, for our recipes' bases, as shipped.
+    """Return a base's configuration only, from a folder or the hub.
 
-    Raises as :func:`find_base`.
+    The configurations of the recipes' bases are shipped in bases.json. Raises as :func:`find_base`.
     """
     from transformers import AutoConfig
 
@@ -125,10 +150,12 @@ def find_config(name: str, revision: str) -> Any:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """What transformers loads from a folder: model.safetensors, else the files that its index names, there or not.
+    """Return the weight files that transformers would load from a folder; they may not exist.
+
+    These are model.safetensors, or else the files that its index names.
 
     Raises:
-        ModelError: an index that is broken or leads out of the folder.
+        ModelError: the index is damaged or names a file outside of the folder.
     """
     whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
     if whole.is_file() or not index.is_file():
@@ -136,18 +163,22 @@ def weight_files(path: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         if any(Path(name).name != name for name in names):
-            raise ValueError("a file outside of the folder")
+            raise ValueError("it names a file outside of the folder")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
-            where=str(index), found=f"is broken: {error!r}", expected="a weight_map of file names beside it"
+            where=str(index),
+            found=f"is damaged: {error!r}",
+            expected="a weight_map with file names of the same folder",
         ) from None
     return [path / name for name in names]
 
 
 def fingerprint(path: Path) -> str:
-    """Hash of config.json and, of each weight file, its size, its first and last MiB and 16 blocks between.
+    """Return a hash of config.json and of samples of each weight file.
 
-    Reading all of a 7B base would take a minute from a slow disk; fine-tuning moves every block of a tensor.
+    The samples are the file's size, its first and last MiB, and 16 blocks of 1 MiB between. Reading
+    a whole 7B base would take a minute from a slow disk. Fine-tuning changes every block of a
+    tensor, so samples are enough.
     """
     digest = hashlib.sha256((path / "config.json").read_bytes())
     for file in weight_files(path):
@@ -161,97 +192,116 @@ def fingerprint(path: Path) -> str:
 
 
 def linear_names(base: Base) -> list[str]:
-    """Names of the base's linear layers without the head, read from the architecture alone."""
+    """Return the names of the base's linear layers, without the output head or loading weights."""
     from torch import nn
 
     model = build_empty(base.config, base.path)
     head = model.get_output_embeddings()
     modules = model.named_modules()
-    # GPT-2's Conv1D counts as linear for peft too.
+    # peft treats GPT-2's Conv1D as linear too.
     return [
         name
         for name, module in modules
-        if module is not head and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
+        if module is not head
+        and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
     ]
 
 
 def check_targets(recipe: Recipe, base: Base) -> None:
-    """Refuse a target that matches nothing, which peft accepts as long as another one matches.
+    """Raise :class:`ModelError` for a target module that matches no layer.
 
-    Those of an adapter on disk are judged with its tensors, when its merge is planned.
+    peft accepts it as long as another target matches. The targets of an existing adapter are
+    checked with its tensors, when its merge is planned.
     """
     if recipe.lora.target_modules == "all-linear" or recipe.model.adapter_name_or_path:
         return
     known = linear_names(base)
     for target in recipe.lora.target_modules:
-        if not any(name == target or name.endswith(f".{target}") for name in known):  # as peft matches them
+        # peft matches names in the same way.
+        if not any(name == target or name.endswith(f".{target}") for name in known):
             where = recipe.sources["lora.target_modules"]
             found = f"lora.target_modules: {target} matches no layer of {base.name}"
             if target == "lm_head":
-                found = "lora.target_modules: lm_head is the output head, which a recipe does not adapt"
+                found = "lora.target_modules: lm_head is the output head, which is never adapted"
             ends = sorted({name.rsplit(".", 1)[-1] for name in known})
             raise ModelError(
                 where=where,
                 found=found,
-                expected=f"of {', '.join(ends)}",
+                expected=f"names among {', '.join(ends)}",
                 fix=Overrides({"lora.target_modules": "all-linear"}),
             )
 
 
 def check_embedding(recipe: Recipe, config: Any) -> None:
-    """Refuse to move an embedding to host memory that is the output head as well. Raises :class:`RecipeError`."""
+    """Raise :class:`RecipeError` if an embedding to keep in host memory is also the output head."""
     if recipe.memory.embedding_on_cpu is True and config.get_text_config().tie_word_embeddings:
         raise RecipeError(
             where=recipe.sources["memory.embedding_on_cpu"],
             found="memory.embedding_on_cpu: true",
-            expected="a base whose input embedding is not its output head as well",
-            fix="leave it out",
+            expected="a base whose input embedding is not tied to its output head",
+            fix="leave the key out",
         )
 
 
 def load_tokenizer(path: Path) -> Any:
-    """The tokenizer of a base or adapter folder, as tokenizer.json says it. Raises :class:`ModelError`.
+    """Return the tokenizer of a base or adapter folder, exactly as tokenizer.json defines it.
 
-    Some classes of transformers keep only the vocabulary of tokenizer.json and build the rest themselves. Where that
-    makes another tokenizer, or a slow one, the class is not used, and ``replaced`` says so in a sentence; it is ""
-    otherwise.
+    Some classes of transformers keep only the vocabulary of tokenizer.json and build the rest
+    themselves. If the result differs, or is a slow tokenizer, the class is not used. The attribute
+    ``replaced`` of the tokenizer then gives the reason; else it is "".
+
+    Raises:
+        ModelError: it cannot be loaded.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    said, file, known = "", path / "tokenizer.json", {}
+    reason, file, known = "", path / "tokenizer.json", {}
     try:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                path, trust_remote_code=False
-            )  # else it would ask at the terminal
+            # Without trust_remote_code=False it could ask a question in the terminal.
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
             if file.is_file() and not tokenizer.is_fast:
-                said = f"{type(tokenizer).__name__} is a slow one"
+                reason = f"{type(tokenizer).__name__} is a slow tokenizer"
             elif changed := _changed_parts(file, tokenizer):
-                said = f"{type(tokenizer).__name__} would change its {', '.join(changed)}"
-            if said:
-                vocabulary = _read_tokenizer(file)
-                named = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
-                known = {name: token for name, token in named.items() if vocabulary.token_to_id(token) is not None}
-        except Exception as error:  # a class may want packages that tokenizer.json does not need
+                reason = f"{type(tokenizer).__name__} would change its {', '.join(changed)}"
+            if reason:
+                known = _known_special_tokens(file, tokenizer)
+        except Exception as error:  # a class may need packages that tokenizer.json does not need
             if isinstance(error, OSError | ValueError) or not file.is_file():
                 raise
-            said = f"its own class raises {type(error).__name__}"
-        if said:
+            reason = f"its own class raises {type(error).__name__}"
+        if reason:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(path, **known)
     except Exception as error:
-        said = first_line(error)
+        found = first_line(error)
         fix = ""
         settings = path / "tokenizer_config.json"
         if settings.is_file() and not _holds_object(settings):
-            said, fix = f"{settings.name} is no JSON object", "download it again"
+            found, fix = f"{settings.name} is not a JSON object", "download it again"
         elif file.is_file():
-            said += f" (tokenizers {importlib.metadata.version('tokenizers')})"
-            fix = Command("pip install --upgrade tokenizers transformers", ", if it is newer; else download it again")
+            found += f" (tokenizers {importlib.metadata.version('tokenizers')})"
+            fix = Command(
+                "pip install --upgrade tokenizers transformers",
+                ", if the tokenizer is newer; else download it again",
+            )
         raise ModelError(
-            where=f"tokenizer in {path}", found=said, expected="tokenizer.json beside the weights", fix=fix
+            where=f"tokenizer in {path}",
+            found=found,
+            expected="tokenizer.json next to the weights",
+            fix=fix,
         ) from error
-    tokenizer.replaced = said and f"tokenizer.json is used as it is: {said}"
+    tokenizer.replaced = f"tokenizer.json is used unchanged: {reason}" if reason else ""
     return tokenizer
+
+
+def _known_special_tokens(file: Path, tokenizer: Any) -> dict[str, str]:
+    """Return the special tokens of a tokenizer that are in the vocabulary of tokenizer.json."""
+    vocabulary = _read_tokenizer(file)
+    return {
+        name: token
+        for name, token in tokenizer.special_tokens_map.items()
+        if isinstance(token, str) and vocabulary.token_to_id(token) is not None
+    }
 
 
 def _holds_object(file: Path) -> bool:
@@ -268,22 +318,27 @@ def _read_tokenizer(file: Path) -> Any:
 
 
 def _changed_parts(file: Path, tokenizer: Any) -> list[str]:
-    """The parts of tokenizer.json that a tokenizer does not have as they are written there."""
+    """Return the names of the parts of tokenizer.json that differ in a loaded tokenizer."""
     from transformers import PreTrainedTokenizerFast
 
-    # The general class reads the file itself.
+    # The general class reads the file unchanged.
     if type(tokenizer) is PreTrainedTokenizerFast or not file.is_file():
         return []
-    written, built = (json.loads(backend.to_str()) for backend in (_read_tokenizer(file), tokenizer.backend_tokenizer))
-    for parts in (written, built):  # an empty prefix is none
+    written = json.loads(_read_tokenizer(file).to_str())
+    built = json.loads(tokenizer.backend_tokenizer.to_str())
+    for parts in (written, built):  # an empty prefix means the same as none
         parts["model"] = {name: value for name, value in parts["model"].items() if value}
-    if written["post_processor"] is None:  # transformers writes one that does nothing
+    if written["post_processor"] is None:  # transformers adds one without effect
         built["post_processor"] = None
-    built["added_tokens"] = [token for token in built["added_tokens"] if token in written["added_tokens"]]
+    built["added_tokens"] = [
+        token for token in built["added_tokens"] if token in written["added_tokens"]
+    ]
     names = ("normalizer", "pre_tokenizer", "model", "post_processor", "decoder", "added_tokens")
     return [name for name in names if written[name] != built[name]]
 
 
 def pad_id(tokenizer: Any) -> int:
-    """An id to fill rows with; any will do, for padding is masked by position."""
-    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    """Return a token id for padding. Any id will do: padding is masked by position."""
+    if tokenizer.pad_token_id is not None:
+        return int(tokenizer.pad_token_id)
+    return 0 if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)

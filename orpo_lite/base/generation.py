@@ -1,4 +1,4 @@
-"""The generation config of a base: read as it is, with the tokens that end a reply."""
+"""Read a base's generation config and add the token that ends an answer."""
 
 import json
 from collections.abc import Mapping
@@ -8,16 +8,16 @@ from typing import Any
 from orpo_lite.errors import first_line
 
 GENERATION_CONFIG = "generation_config.json"
-# What shapes a sampled answer besides the temperature. Beam search and its kin are no sampling.
+# Sampling options besides the temperature. Beam search and similar methods are not sampling.
 SAMPLING = ("top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
 
 
 def read_generation_config(folder: Path) -> tuple[dict[str, Any], str]:
-    """What transformers generates with by default; and why the base's own file is left out, "" where it is not.
+    """Return the generation config of a base, and a note if its file cannot be used ("" if it can).
 
-    The file is kept as it is: transformers loads many a config that it refuses to save, and each change that would
-    please it changes what it means. Without the file, transformers takes the defaults of config.json, and so where it
-    cannot read it.
+    The file's values are not changed: transformers loads some configs that it refuses to save, and
+    any correction would change their meaning. If the file is missing or cannot be read, the
+    defaults of config.json are returned, as transformers does.
     """
     from transformers import GenerationConfig
 
@@ -26,22 +26,24 @@ def read_generation_config(folder: Path) -> tuple[dict[str, Any], str]:
         try:
             config = json.loads(file.read_text(encoding="utf-8"))
             GenerationConfig.from_dict(config)
-        except Exception as error:  # whatever its checks of a value raise
-            said = first_line(error)
-            note = f"{file} is left out: transformers cannot load it ({said})"
+        except Exception as error:  # its checks of values can raise anything
+            note = f"{file} is left out: transformers cannot load it ({first_line(error)})"
         else:
             return config, ""
     try:
         options = {"config_file_name": "config.json", "_from_model_config": True}
         config = GenerationConfig.from_pretrained(folder, **options).to_diff_dict()
-    except Exception:  # as above
+    except Exception:  # its checks of values can raise anything
         config = {}
-    config.pop("_from_model_config", None)  # some versions would take that of config.json in its place
+    config.pop("_from_model_config", None)  # with it, some versions read config.json instead
     return config, note
 
 
 def with_ends(config: Mapping[str, Any], end_id: int, pad_id: int) -> dict[str, Any]:
-    """The config with ``end_id`` as the first token that ends a reply: a base's own often lacks the template's."""
+    """Return the config with ``end_id`` as the first token that ends an answer.
+
+    A base's config often lacks the chat template's end token.
+    """
     known = config.get("eos_token_id")
     ends = [end_id, *(known if isinstance(known, list) else [known])]
     ends = [end for end in ends if isinstance(end, int)]

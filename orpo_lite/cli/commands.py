@@ -75,14 +75,18 @@ def main() -> None:
         raise
     except OrpoLiteError as error:
         # Every process of a launch meets the same fault, or one of its own: the others say it in a line.
-        err.print(str(error) if is_first_process() else f"process {os.environ['RANK']}: {error.found}")
+        err.print(
+            str(error) if is_first_process() else f"process {os.environ['RANK']}: {error.found}"
+        )
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         say_stopped()
         _leave(STOPPED)
     except Exception:
         traceback.print_exc()
-        err.print("\nThis is a fault of orpo-lite. Please report it with the traceback above and the run's train.log.")
+        err.print(
+            "\nThis is a fault of orpo-lite. Please report it with the traceback above and the run's train.log."
+        )
         sys.exit(BUG)
 
 
@@ -92,7 +96,11 @@ def say_stopped() -> None:
 
 def _leave(code: int) -> NoReturn:
     """End the process; at once where Python would wait for a library's threads first: an upload may hang for long."""
-    if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
+    if any(
+        not thread.daemon
+        for thread in threading.enumerate()
+        if thread is not threading.main_thread()
+    ):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -100,7 +108,9 @@ def _leave(code: int) -> NoReturn:
 
 
 @app.callback(invoke_without_command=True)
-def _top(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+def _top(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
     if version:
         from orpo_lite import __version__
 
@@ -117,14 +127,22 @@ RESUME = (
 RecipeName = Annotated[
     str | None,
     typer.Option(
-        "--recipe", help="A shipped name (see `recipes ls`), or a .yaml path.", autocompletion=complete_recipe
+        "--recipe",
+        help="A shipped name (see `recipes ls`), or a .yaml path.",
+        autocompletion=complete_recipe,
     ),
 ]
 RunFolder = Annotated[
-    Path, typer.Argument(metavar="RUN", help="The folder of a finished run.", autocompletion=complete_run)
+    Path,
+    typer.Argument(
+        metavar="RUN", help="The folder of a finished run.", autocompletion=complete_run
+    ),
 ]
 ShippedName = Annotated[
-    str, typer.Argument(metavar="NAME", help="A shipped name or a path.", autocompletion=complete_recipe)
+    str,
+    typer.Argument(
+        metavar="NAME", help="A shipped name or a path.", autocompletion=complete_recipe
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print all of it as JSON, and nothing else.")]
 
@@ -134,12 +152,18 @@ def train(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[KEY=VALUE]...", help="Any key of the recipe, e.g. lora.r=8.", autocompletion=complete_key
+            metavar="[KEY=VALUE]...",
+            help="Any key of the recipe, e.g. lora.r=8.",
+            autocompletion=complete_key,
         ),
     ] = None,
     recipe: RecipeName = None,
-    resume: Annotated[Path | None, typer.Option(metavar="RUN", help=RESUME, autocompletion=complete_run)] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print every value and its source; do nothing.")] = False,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="RUN", help=RESUME, autocompletion=complete_run)
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print every value and its source; do nothing.")
+    ] = False,
 ) -> None:
     """Train an adapter as a recipe says, then merge it and show what changed."""
     chosen = _choose_recipe(recipe, resume, overrides or [])
@@ -159,7 +183,9 @@ def train(
             finish(chosen, result)
 
 
-@app.command(rich_help_panel=BEFORE, epilog="Example: orpo-lite plan --recipe demo memory.budget=8GiB")
+@app.command(
+    rich_help_panel=BEFORE, epilog="Example: orpo-lite plan --recipe demo memory.budget=8GiB"
+)
 def plan(
     overrides: Annotated[
         list[str] | None,
@@ -171,7 +197,10 @@ def plan(
     ] = None,
     recipe: RecipeName = None,
     with_data: Annotated[
-        bool, typer.Option("--with-data", help="Read the data, and plan for its longest pairs, not for max_length.")
+        bool,
+        typer.Option(
+            "--with-data", help="Read the data, and plan for its longest pairs, not for max_length."
+        ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -190,7 +219,9 @@ def plan(
         raise does_not_fit(report.plan, report.changes)
 
 
-@app.command(rich_help_panel=BEFORE, epilog="Example: orpo-lite data --recipe demo data.max_length=64")
+@app.command(
+    rich_help_panel=BEFORE, epilog="Example: orpo-lite data --recipe demo data.max_length=64"
+)
 def data(
     overrides: Annotated[
         list[str] | None,
@@ -201,7 +232,9 @@ def data(
         ),
     ] = None,
     recipe: RecipeName = None,
-    row: Annotated[str | None, typer.Option(metavar="PLACE", help="Show this row, e.g. pairs.csv:3.")] = None,
+    row: Annotated[
+        str | None, typer.Option(metavar="PLACE", help="Show this row, e.g. pairs.csv:3.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what the model will see of the data: format, one pair, lengths, cuts, and what is left out and why."""
@@ -228,14 +261,22 @@ def merge(
     run: RunFolder,
     base: Annotated[
         Literal["original", "dequantized"],
-        typer.Option(help="The base's own 16-bit weights; or those that 4 bit left of them, as in training."),
+        typer.Option(
+            help="The base's own 16-bit weights; or those that 4 bit left of them, as in training."
+        ),
     ] = "original",
     verify: Annotated[
-        bool, typer.Option("--verify", help="Then compare the model with base and adapter on held-out pairs.")
+        bool,
+        typer.Option(
+            "--verify", help="Then compare the model with base and adapter on held-out pairs."
+        ),
     ] = False,
-    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Of a file of weights.")] = "5GB",
+    max_shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Of a file of weights.")
+    ] = "5GB",
     base_path: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Where the base lies now, if it was moved.")
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Where the base lies now, if it was moved."),
     ] = None,
 ) -> None:
     """Merge a run's adapter into its base: RUN/merged is a plain transformers folder. Needs no memory for the model."""
@@ -248,12 +289,23 @@ def merge(
 @app.command(rich_help_panel=AFTER, epilog="Example: orpo-lite push runs/demo me/demo")
 def push(
     run: RunFolder,
-    repository: Annotated[str, typer.Argument(metavar="REPO", help="owner/name; a name alone is yours.")],
-    merged: Annotated[bool, typer.Option("--merged", help="Push RUN/merged, not the adapter.")] = False,
-    base: Annotated[Literal["original", "dequantized"], typer.Option(help="Which merge.")] = "original",
-    public: Annotated[bool, typer.Option("--public", help="Everybody can see it; private without.")] = False,
+    repository: Annotated[
+        str, typer.Argument(metavar="REPO", help="owner/name; a name alone is yours.")
+    ],
+    merged: Annotated[
+        bool, typer.Option("--merged", help="Push RUN/merged, not the adapter.")
+    ] = False,
+    base: Annotated[
+        Literal["original", "dequantized"], typer.Option(help="Which merge.")
+    ] = "original",
+    public: Annotated[
+        bool, typer.Option("--public", help="Everybody can see it; private without.")
+    ] = False,
     samples: Annotated[
-        int, typer.Option(min=0, max=20, help="Show so many prompts of the data, with answers, in the card.")
+        int,
+        typer.Option(
+            min=0, max=20, help="Show so many prompts of the data, with answers, in the card."
+        ),
     ] = 0,
 ) -> None:
     """Push a run's adapter, or its merged model, to the hub, with a model card."""
@@ -265,7 +317,11 @@ def push(
             expected="it says which merged model",
             fix="add --merged",
         )
-    options: dict[str, Any] = {"merged": base if merged else None, "is_public": public, "samples": samples}
+    options: dict[str, Any] = {
+        "merged": base if merged else None,
+        "is_public": public,
+        "samples": samples,
+    }
     try:
         push_run(run, repository, **options)
     except KeyboardInterrupt:
@@ -278,11 +334,21 @@ def push(
 @app.command(rich_help_panel=AFTER, epilog="Example: orpo-lite export runs/demo --to vllm")
 def export(
     run: RunFolder,
-    to: Annotated[str, typer.Option("--to", help="gguf (llama.cpp), ollama or vllm.", autocompletion=complete_target)],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to", help="gguf (llama.cpp), ollama or vllm.", autocompletion=complete_target
+        ),
+    ],
     outtype: Annotated[
-        str | None, typer.Option(help="f32, f16, bf16, q8_0, q3_k_m, q4_k_m, q5_k_m or q6_k; as merged by default.")
+        str | None,
+        typer.Option(
+            help="f32, f16, bf16, q8_0, q3_k_m, q4_k_m, q5_k_m or q6_k; as merged by default."
+        ),
     ] = None,
-    base: Annotated[Literal["original", "dequantized"], typer.Option(help="Which merge.")] = "original",
+    base: Annotated[
+        Literal["original", "dequantized"], typer.Option(help="Which merge.")
+    ] = "original",
 ) -> None:
     """Write a run as llama.cpp, Ollama or vLLM take it, to RUN/export, with the command that uses it."""
     with quiet():
@@ -291,7 +357,9 @@ def export(
         result = draw(export_events(run, to, outtype=outtype, weights=base))
     for note in result.notes:
         out.print(f"note: {note}")
-    out.print(f"wrote {result.folder} ({result.bytes / 2**20:,.1f} MiB); use it with:\n{result.command}")
+    out.print(
+        f"wrote {result.folder} ({result.bytes / 2**20:,.1f} MiB); use it with:\n{result.command}"
+    )
 
 
 @recipes_app.command("ls", epilog="Example: orpo-lite recipes ls")
@@ -304,7 +372,15 @@ def recipes_ls() -> None:
     for name, path in shipped_recipes().items():
         recipe = load_recipe(name)
         headline = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-        rows.append((name, recipe.model.model_name_or_path, f"{recipe.loss.beta:g}", sizes.get(name, "?"), headline))
+        rows.append(
+            (
+                name,
+                recipe.model.model_name_or_path,
+                f"{recipe.loss.beta:g}",
+                sizes.get(name, "?"),
+                headline,
+            )
+        )
     print_columns(rows)
 
 
@@ -328,13 +404,18 @@ def recipes_cp(
     path = path / f"{find_recipe(name).stem}.yaml" if path.is_dir() else path
     if path.exists():
         raise RecipeError(
-            where=str(path), found="exists", expected="a new file", fix="remove it or choose another name"
+            where=str(path),
+            found="exists",
+            expected="a new file",
+            fix="remove it or choose another name",
         )
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise RecipeError(
-            where=str(path), found=f"cannot be written ({error.strerror})", expected="a folder that exists"
+            where=str(path),
+            found=f"cannot be written ({error.strerror})",
+            expected="a folder that exists",
         ) from None
     runnable = str(path) if "/" in str(path) else f"./{path}"
     out.print(f"wrote {path}; run it with: orpo-lite train --recipe {shlex.quote(runnable)}")
@@ -343,7 +424,10 @@ def recipes_cp(
 def _previewing(recipe: "Recipe", row: str | None) -> "Generator[Update, None, Preview]":
     from orpo_lite.runs.inputs import preview
 
-    if any(name.startswith("builtin:") for name in (recipe.model.model_name_or_path, *recipe.data.names)):
+    if any(
+        name.startswith("builtin:")
+        for name in (recipe.model.model_name_or_path, *recipe.data.names)
+    ):
         from orpo_lite import demo
 
         for _ in demo.make_builtin(recipe, weights=False):
@@ -352,7 +436,9 @@ def _previewing(recipe: "Recipe", row: str | None) -> "Generator[Update, None, P
     return (yield from preview(recipe, row))
 
 
-def _choose_recipe(name: str | None, resume: Path | None, overrides: list[str], *, verb: str = "train") -> "Recipe":
+def _choose_recipe(
+    name: str | None, resume: Path | None, overrides: list[str], *, verb: str = "train"
+) -> "Recipe":
     from orpo_lite.recipe.reader import load_recipe
     from orpo_lite.runs.changes import recipe_to_resume
     from orpo_lite.runs.commands import resume_command
@@ -365,7 +451,9 @@ def _choose_recipe(name: str | None, resume: Path | None, overrides: list[str], 
                 expected="the run's own recipe",
                 fix=resume_command(resume),
             )
-        return recipe_to_resume(resume.expanduser(), overrides)  # a shell leaves ~ alone in --resume=~/runs/a
+        return recipe_to_resume(
+            resume.expanduser(), overrides
+        )  # a shell leaves ~ alone in --resume=~/runs/a
     _refuse_file(name, overrides, verb)
     if name is None:
         words = [text for text in overrides if "=" not in text]
@@ -384,10 +472,21 @@ def _refuse_file(name: str | None, overrides: list[str], verb: str) -> None:
     from orpo_lite.recipe.reader import shipped_recipes
 
     words = [text for text in overrides if "=" not in text and not text.endswith((".yaml", ".yml"))]
-    words = [word for word in words if word not in shipped_recipes() and not (Path(word) / "recipe.yaml").exists()]
+    words = [
+        word
+        for word in words
+        if word not in shipped_recipes() and not (Path(word) / "recipe.yaml").exists()
+    ]
     if found := [word for word in words if is_local(word)]:
         others = [text for text in overrides if text not in found]
-        parts = ["orpo-lite", verb, "--recipe", name or "demo", f"data.dataset_name={','.join(found)}", *others]
+        parts = [
+            "orpo-lite",
+            verb,
+            "--recipe",
+            name or "demo",
+            f"data.dataset_name={','.join(found)}",
+            *others,
+        ]
         raise RecipeError(
             where=f"argument {found[0]!r}",
             found="is not an override",
@@ -399,5 +498,7 @@ def _refuse_file(name: str | None, overrides: list[str], verb: str) -> None:
 def _print_values(recipe: "Recipe") -> None:
     from orpo_lite.recipe.text import to_text
 
-    print_columns([("key", "value", "from"), *((k, to_text(v), recipe.sources[k]) for k, v in recipe.items())])
+    print_columns(
+        [("key", "value", "from"), *((k, to_text(v), recipe.sources[k]) for k, v in recipe.items())]
+    )
     print_levers(recipe)

@@ -28,7 +28,9 @@ class _Output(FileIO):
     def write(self, data: Any) -> int:
         try:
             written: int | None = super().write(data)
-            return len(data) if written is None else written  # None: whoever reads it is slow, and is not waited for
+            return (
+                len(data) if written is None else written
+            )  # None: whoever reads it is slow, and is not waited for
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
             return len(data)
@@ -46,7 +48,9 @@ def protect_output() -> None:
         stream.reconfigure(errors="backslashreplace")
         with suppress(OSError):  # what is only in memory has no number
             buffer = BufferedWriter(_Output(stream.fileno(), "w", closefd=False))
-            output = TextIOWrapper(buffer, stream.encoding, "backslashreplace", line_buffering=stream.line_buffering)
+            output = TextIOWrapper(
+                buffer, stream.encoding, "backslashreplace", line_buffering=stream.line_buffering
+            )
             setattr(sys, name, output)
 
 
@@ -63,17 +67,22 @@ def print_columns(rows: Sequence[Sequence[str]], *, right: bool = False) -> None
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for first, *rest in rows:
         cells = [
-            cell.rjust(width) if right else cell.ljust(width) for cell, width in zip(rest, widths[1:], strict=True)
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width in zip(rest, widths[1:], strict=True)
         ]
         out.print("  ".join([first.ljust(widths[0]), *cells]).rstrip())
 
 
-def print_before_after(before: Mapping[str, float], after: Mapping[str, float], metrics: "Sequence[Metric]") -> None:
+def print_before_after(
+    before: Mapping[str, float], after: Mapping[str, float], metrics: "Sequence[Metric]"
+) -> None:
     """The held-out metrics before the first step, and those of the adapter that was kept."""
     table: list[tuple[str, ...]] = [("held-out pairs", "before", "after")]
     for metric in metrics:
         values = [found[f"eval_{metric.name}"] for found in (before, after)]
-        table.append((metric.label, *(f"{100 * v:.1f}%" if metric.is_share else f"{v:.4f}" for v in values)))
+        table.append(
+            (metric.label, *(f"{100 * v:.1f}%" if metric.is_share else f"{v:.4f}" for v in values))
+        )
     print_columns(table)
 
 
@@ -81,6 +90,8 @@ def print_verdict(verdict: "Verdict") -> None:
     """What base, adapter and the merged model say of the same pairs."""
     kind = "held-out pairs" if verdict.held_out else "training pairs, for none were held out"
     rows = [(f"{verdict.pairs} {kind}", "reward accuracy", "margin", "log-prob of chosen")]
-    rows += [(r.model, f"{r.accuracy:.1%}", f"{r.margin:+.4f}", f"{r.chosen:.4f}") for r in verdict.rows]
+    rows += [
+        (r.model, f"{r.accuracy:.1%}", f"{r.margin:+.4f}", f"{r.chosen:.4f}") for r in verdict.rows
+    ]
     print_columns(rows)
     out.print(f"{'passed' if verdict.passed else 'FAILED'}: {verdict.said}")

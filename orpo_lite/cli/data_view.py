@@ -52,7 +52,11 @@ def _print_figures(figures: Mapping[str, Any], max_length: int) -> None:
     lengths = [[f"{value:,.0f}" for value in row.values()] for row in figures["tokens"].values()]
     out.print()
     print_columns(
-        [["tokens", *names], *([name, *row] for name, row in zip(figures["tokens"], lengths, strict=True))], right=True
+        [
+            ["tokens", *names],
+            *([name, *row] for name, row in zip(figures["tokens"], lengths, strict=True)),
+        ],
+        right=True,
     )
     out.print()
     cut, prompts, step = figures["cut"], figures["prompts"], figures["step"]
@@ -79,7 +83,10 @@ def _print_figures(figures: Mapping[str, Any], max_length: int) -> None:
 
 
 def _columns_line(columns: Mapping[str, Any]) -> str:
-    read = [ours if ours == theirs else f"{ours} from {theirs}" for ours, theirs in columns["read"].items()]
+    read = [
+        ours if ours == theirs else f"{ours} from {theirs}"
+        for ours, theirs in columns["read"].items()
+    ]
     return visible(
         "; ".join(
             f"{title}: {', '.join(names)}"
@@ -123,7 +130,9 @@ def visible(text: str, shown: int = SHOWN) -> str:
     if len(text) > shown:
         half = shown // 2
         text = f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 def _seams(text: str) -> str:

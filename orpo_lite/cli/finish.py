@@ -84,7 +84,9 @@ def finish(recipe: "Recipe", result: "TrainResult") -> None:
         err.print(f"stopped; {safe}")
         raise typer.Exit(STOPPED) from None
     minutes, seconds = divmod(round(result.seconds), 60)
-    out.print(f"{result.steps} steps in {minutes}m{seconds:02d}s; every step is in {result.run}/metrics.jsonl")
+    out.print(
+        f"{result.steps} steps in {minutes}m{seconds:02d}s; every step is in {result.run}/metrics.jsonl"
+    )
     if remark := builtin_remark(recipe):
         out.print(remark)
     if recipe.output.push_to_hub:
@@ -94,7 +96,11 @@ def finish(recipe: "Recipe", result: "TrainResult") -> None:
 def _push_result(recipe: "Recipe", result: "TrainResult") -> None:
     safe = f"the adapter is safe in {result.run}/adapter"
     try:
-        push_run(result.run, str(recipe.output.hub_model_id), is_public=not recipe.output.hub_private_repo)
+        push_run(
+            result.run,
+            str(recipe.output.hub_model_id),
+            is_public=not recipe.output.hub_private_repo,
+        )
     except OrpoLiteError as error:
         if isinstance(error, RecipeError | CheckpointError):
             safe += f"; when that is mended: {push_line(recipe, result)}"
@@ -108,17 +114,23 @@ def _push_result(recipe: "Recipe", result: "TrainResult") -> None:
 def push_line(recipe: "Recipe", result: "TrainResult") -> str:
     from orpo_lite.publishing.push import push_command
 
-    return push_command(result.run, str(recipe.output.hub_model_id), is_public=not recipe.output.hub_private_repo)
+    return push_command(
+        result.run, str(recipe.output.hub_model_id), is_public=not recipe.output.hub_private_repo
+    )
 
 
 def _print_samples(result: "TrainResult") -> None:
     """The answers to the data's own prompts, else to neutral ones; all are in the file."""
-    shown = [sample for sample in result.samples if sample.source == "held-out"] or [*result.samples]
+    shown = [sample for sample in result.samples if sample.source == "held-out"] or [
+        *result.samples
+    ]
     if not shown:
         return
     more = len(result.samples) - len(shown)
     rest = f"; {more} more, to neutral prompts, in {result.run}/samples.jsonl" if more else ""
-    out.print(f"\nanswers, sampled at temperature {shown[0].temperature}, before and after the training{rest}")
+    out.print(
+        f"\nanswers, sampled at temperature {shown[0].temperature}, before and after the training{rest}"
+    )
     for sample in shown:
         out.print(
             f"\n  prompt  {_flat(sample.prompt)}\n  before  {_flat(sample.before)}\n  after   {_flat(sample.after)}"

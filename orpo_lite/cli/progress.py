@@ -5,7 +5,14 @@ from typing import TYPE_CHECKING, TypeVar
 
 from rich.console import Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 from orpo_lite.cli.console import out
@@ -21,7 +28,9 @@ PLAIN_LINES = 50  # step lines in a log file, besides the evaluations
 Result = TypeVar("Result")
 
 
-def draw(updates: "Generator[Update, None, Result]", *, silent: bool = False, plain: bool = False) -> Result:
+def draw(
+    updates: "Generator[Update, None, Result]", *, silent: bool = False, plain: bool = False
+) -> Result:
     """Show each update; returns the generator's result. Live on a terminal, plain lines elsewhere, or where asked."""
     from orpo_lite.updates import run_to_end
 
@@ -44,7 +53,10 @@ class _PlainLines:
         if update.kind == "step":
             if self.began == 0.0:
                 self.began = time.monotonic()
-            elif update.step % max(1, update.steps // PLAIN_LINES) == 0 or update.step == update.steps:
+            elif (
+                update.step % max(1, update.steps // PLAIN_LINES) == 0
+                or update.step == update.steps
+            ):
                 each = (time.monotonic() - self.began) / max(1, update.step - 1)
                 left = f"  {_clock(each * (update.steps - update.step))} left"
                 out.print(f"step {update.step}/{update.steps}  {_figures(update)}{left}")
@@ -53,7 +65,11 @@ class _PlainLines:
         elif update.text != self.stage:
             self.stage, self.quarter = update.text, 1
             out.print(f"{update.text} ...")
-        elif update.steps and 4 * update.step >= self.quarter * update.steps and update.step < update.steps:
+        elif (
+            update.steps
+            and 4 * update.step >= self.quarter * update.steps
+            and update.step < update.steps
+        ):
             self.quarter = 1 + 4 * update.step // update.steps
             out.print(f"{update.text} ... {update.step:,} of {update.steps:,}")
 
@@ -63,7 +79,11 @@ class _Screen:
 
     def __init__(self) -> None:
         self.progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=out
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=out,
         )
         self.figures = Text()
         self.layout = Group(self.figures, self.progress)
@@ -79,13 +99,17 @@ class _Screen:
         if text not in self.tasks:
             self.tasks[text] = self.progress.add_task(text, total=update.steps or None)
         for name, task in self.tasks.items():
-            self.progress.update(task, visible=name == text or (name == "training" and update.steps > 0))
+            self.progress.update(
+                task, visible=name == text or (name == "training" and update.steps > 0)
+            )
         self.progress.update(self.tasks[text], completed=update.step, total=update.steps or None)
 
 
 def _figures(update: "Update") -> str:
     metrics = update.metrics
-    return f"{update.text}  {metrics['tokens_per_second']:,.0f} tok/s  {metrics['memory_gib']:.2f} GiB"
+    return (
+        f"{update.text}  {metrics['tokens_per_second']:,.0f} tok/s  {metrics['memory_gib']:.2f} GiB"
+    )
 
 
 def _line(update: "Update") -> str:

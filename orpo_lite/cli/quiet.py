@@ -9,7 +9,11 @@ from collections.abc import Iterator
 
 def hush() -> None:
     """As :func:`quiet`, for what needs none of the libraries whose import would take longer than all the rest."""
-    for library in ("TRANSFORMERS", "DATASETS", "HF_HUB"):  # they tell of each attempt to reach the hub
+    for library in (
+        "TRANSFORMERS",
+        "DATASETS",
+        "HF_HUB",
+    ):  # they tell of each attempt to reach the hub
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
 
 

@@ -24,12 +24,18 @@ def find_prompts(recipe: Recipe, inputs: Inputs) -> Generator[Update, None, list
     """Prompts of ours and of the held-out pairs; known before the training, as is what may be wrong with them."""
     neutral = NEUTRAL[: recipe.output.samples]
     try:
-        ids = prompt_ids(recipe.data, neutral, partial(load_tokenizer, inputs.base.path)) if neutral else []
+        ids = (
+            prompt_ids(recipe.data, neutral, partial(load_tokenizer, inputs.base.path))
+            if neutral
+            else []
+        )
     except Exception as error:  # no training ends for that
         yield failure(UNANSWERED, error)
         return []
     prompts = [Prompt("neutral", *both) for both in zip(neutral, ids, strict=True) if both[1]]
-    held_out = dict.fromkeys(tuple(map(int, pair.chosen_ids[: pair.chosen_start])) for pair in inputs.test)
+    held_out = dict.fromkeys(
+        tuple(map(int, pair.chosen_ids[: pair.chosen_start])) for pair in inputs.test
+    )
     return prompts + [Prompt("held-out", "", ids) for ids in [*held_out][: recipe.output.samples]]
 
 
@@ -40,7 +46,11 @@ def answer_prompts(
     settings, samples = recipe.output, list[Sample]()
     try:
         found = answers(
-            model, prompts, path / "adapter", max_new_tokens=settings.max_new_tokens, seed=recipe.training.seed
+            model,
+            prompts,
+            path / "adapter",
+            max_new_tokens=settings.max_new_tokens,
+            seed=recipe.training.seed,
         )
         for sample in found:
             samples.append(sample)

@@ -72,7 +72,9 @@ class Verdict:
     @property
     def said(self) -> str:
         """Why, in words."""
-        moved = f"log-probabilities differ by {self.difference:.2g} at most (bound {self.bound:.2g})"
+        moved = (
+            f"log-probabilities differ by {self.difference:.2g} at most (bound {self.bound:.2g})"
+        )
         if self.missing:
             moved = f"{len(self.missing)} of the base's tensors are missing ({self.missing[0]} ...); {moved}"
         return f"{moved}; the adapter changes them by up to {self.effect:.2g}"
@@ -116,7 +118,9 @@ def compare_merged(
         ) from error
 
 
-def _compare(path: Path, weights: Weights, base_path: str | Path | None) -> Generator[Update, None, Verdict]:
+def _compare(
+    path: Path, weights: Weights, base_path: str | Path | None
+) -> Generator[Update, None, Verdict]:
     find_finished_adapter(path)
     merged, base = find_merged(path, weights), find_trained_base(path, base_path)
     recipe = with_pinned_base(demo.resolve_builtin(trained_recipe(path)), read_lock(path))
@@ -125,7 +129,10 @@ def _compare(path: Path, weights: Weights, base_path: str | Path | None) -> Gene
     inputs = yield from prepare_inputs(recipe)
     _refuse_other_pairs(path, inputs.figures["sha256"])
     held_out = len(inputs.test) > 0
-    pairs = [pair for pair, _ in zip(inputs.test if held_out else inputs.train, range(PAIRS), strict=False)]
+    pairs = [
+        pair
+        for pair, _ in zip(inputs.test if held_out else inputs.train, range(PAIRS), strict=False)
+    ]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     adapted = recipe.override({"model.adapter_name_or_path": str((path / "adapter").resolve())})
     whole = {"quantization.load_in_4bit": False}
@@ -153,7 +160,11 @@ def _compare(path: Path, weights: Weights, base_path: str | Path | None) -> Gene
     stored = stored_tensors(merged)
     halves = any(tensor.dtype.itemsize < 4 for tensor in stored.values())
     shapes = {name: tensor.shape for name, tensor in stored.items()}
-    missing = [name for name, tensor in stored_tensors(base.path).items() if shapes.get(name) != tensor.shape]
+    missing = [
+        name
+        for name, tensor in stored_tensors(base.path).items()
+        if shapes.get(name) != tensor.shape
+    ]
     effect = float((expected - plain).abs().max())
     verdict = Verdict(
         rows=tuple(_row(name, values) for name, values in scores.items()),
@@ -183,7 +194,9 @@ def _refuse_other_pairs(path: Path, sha256: str) -> None:
 def _row(name: str, values_2P: Tensor) -> Row:
     chosen_P, rejected_P = values_2P
     right_P = (chosen_P > rejected_P).double()
-    return Row(name, float(right_P.mean()), float((chosen_P - rejected_P).mean()), float(chosen_P.mean()))
+    return Row(
+        name, float(right_P.mean()), float((chosen_P - rejected_P).mean()), float(chosen_P.mean())
+    )
 
 
 def _score(
@@ -196,7 +209,9 @@ def _score(
     if route:
         model.route = route
     elif recipe.memory.packing:
-        probe(model, max(len(ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)))
+        probe(
+            model, max(len(ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids))
+        )
     scores_2P = torch.empty(2, len(pairs), dtype=torch.float64)
     batching = model.batching(recipe, pad_id=0)
     for chunk in micro_batches(pairs, batching):

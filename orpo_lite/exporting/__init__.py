@@ -1,4 +1,4 @@
-"""A merged model as llama.cpp, Ollama and vLLM take it.
+"""Export a merged model to llama.cpp, Ollama and vLLM.
 
 Order: gguf_family, gguf_file, gguf_tokenizer, llama_cpp, ollama_template, targets.
 """

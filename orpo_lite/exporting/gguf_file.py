@@ -1,4 +1,4 @@
-"""A GGUF file written as it is read: header, keys and tensor list by the gguf library, then one block after another."""
+"""Write a GGUF file: header, keys and tensor list with the gguf library, then block by block."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,7 @@ from orpo_lite.base.blocks import in_blocks, read_rows, read_tensor
 from orpo_lite.errors import ModelError
 from orpo_lite.exporting.gguf_family import Description, Target
 
-# What --outtype calls it -> the number that a file of mostly that type carries (llama.cpp's ftype).
+# Value of --outtype -> llama.cpp's ftype, the number of a file that is mostly of that type.
 OUTTYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
 LARGEST_F16 = 65504.0
 
@@ -21,23 +21,23 @@ LARGEST_F16 = 65504.0
 class _Entry:
     name: str
     shape: tuple[int, ...]
-    kind: str
+    dtype: str
     nbytes: int
 
 
 def write_gguf(
     file: Path, made: Description, keys: Mapping[str, Any], targets: list[Target], outtype: str
 ) -> Iterator[tuple[int, int]]:
-    """Write a GGUF file; a few rows of one tensor are in memory at a time.
+    """Write a GGUF file with only a few rows of one tensor in memory.
 
-    Matrices become ``outtype``, where their rows are a multiple of q8_0's 32 (else f16); norms, biases and rotary
-    factors stay f32, as everywhere in llama.cpp.
+    Matrices are stored as ``outtype``; with q8_0, those whose row length is not a multiple of 32 as
+    f16. Norms, biases and rotary factors are stored as f32, as llama.cpp always does.
 
     Yields:
-        (tensors done, tensors in all).
+        (tensors done, number of tensors).
 
     Raises:
-        ModelError: numbers that f16 cannot hold.
+        ModelError: a number is too large for f16.
     """
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
 
@@ -45,13 +45,18 @@ def write_gguf(
     keys = {**keys, "general.file_type": OUTTYPES[outtype], "general.quantization_version": 2}
     for key, value in keys.items():
         _add_key(writer, key, value)
-    entries = [_entry(name, factor.shape, "f32", GGML_QUANT_SIZES) for name, factor in made.factors.items()]
+    entries = [
+        _entry(name, factor.shape, "f32", GGML_QUANT_SIZES) for name, factor in made.factors.items()
+    ]
     entries += [
-        _entry(target.name, target.stored.shape, _kind(target, outtype), GGML_QUANT_SIZES) for target in targets
+        _entry(target.name, target.stored.shape, _stored_type(target, outtype), GGML_QUANT_SIZES)
+        for target in targets
     ]
     for entry in entries:
-        raw = GGMLQuantizationType[entry.kind.upper()]
-        writer.add_tensor_info(entry.name, entry.shape, np.dtype(np.float32), entry.nbytes, raw_dtype=raw)
+        raw = GGMLQuantizationType[entry.dtype.upper()]
+        writer.add_tensor_info(
+            entry.name, entry.shape, np.dtype(np.float32), entry.nbytes, raw_dtype=raw
+        )
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -72,24 +77,36 @@ def _add_key(writer: Any, key: str, value: Any) -> None:
     if isinstance(value, list):
         writer.add_array(key, value)
         return
-    # bool before int, which it is
-    kinds = ((bool, "bool"), (str, "string"), (int, "uint32"), (float, "float32"))
-    kind = next(name for type_, name in kinds if isinstance(value, type_))
-    getattr(writer, f"add_{kind}")(key, value)
+    if isinstance(value, bool):  # before int: a bool is an int too
+        writer.add_bool(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    else:
+        writer.add_float32(key, value)
 
 
-def _kind(target: Target, outtype: str) -> str:
+def _stored_type(target: Target, outtype: str) -> str:
+    """Return the type that a tensor is stored as."""
     if not target.is_matrix:
         return "f32"
-    return "f16" if outtype == "q8_0" and target.stored.shape[-1] % 32 else outtype
+    if outtype == "q8_0" and target.stored.shape[-1] % 32:
+        return "f16"
+    return outtype
 
 
-def _entry(name: str, shape: tuple[int, ...], kind: str, sizes: Mapping[Any, tuple[int, int]]) -> _Entry:
-    numbers, nbytes = next(size for key, size in sizes.items() if key.name == kind.upper())
-    return _Entry(name, shape, kind, math.prod(shape) // numbers * nbytes)
+def _entry(
+    name: str, shape: tuple[int, ...], dtype: str, sizes: Mapping[Any, tuple[int, int]]
+) -> _Entry:
+    from gguf import GGMLQuantizationType
+
+    block_size, block_bytes = sizes[GGMLQuantizationType[dtype.upper()]]
+    return _Entry(name, shape, dtype, math.prod(shape) // block_size * block_bytes)
 
 
 def _blocks(source: np.ndarray | Target) -> Iterator[np.ndarray]:
+    """Yield a tensor in float32 as converted blocks of rows."""
     if isinstance(source, np.ndarray):
         yield source
         return
@@ -106,11 +123,11 @@ def _encode(block: np.ndarray, entry: _Entry, file: Path) -> np.ndarray:
     from gguf.quants import quantize
 
     block = np.ascontiguousarray(block, np.float32)
-    if entry.kind == "f16" and block.size and np.abs(block).max() > LARGEST_F16:
+    if entry.dtype == "f16" and np.abs(block).max(initial=0) > LARGEST_F16:
         raise ModelError(
             where=str(file),
-            found=f"{entry.name} holds numbers that f16 cannot",
-            expected="up to 65504",
+            found=f"{entry.name} holds numbers that are too large for f16",
+            expected="numbers up to 65504",
             fix="--outtype bf16",
         )
-    return np.asarray(quantize(block, GGMLQuantizationType[entry.kind.upper()]))
+    return np.asarray(quantize(block, GGMLQuantizationType[entry.dtype.upper()]))

@@ -1,4 +1,4 @@
-"""llama.cpp itself, where its Python package is installed: it quantises, and says what tokens it makes of a text."""
+"""Quantise and check tokens with llama.cpp, if its Python package is installed."""
 
 import importlib.util
 import logging
@@ -10,9 +10,9 @@ from typing import Any
 from orpo_lite.errors import ModelError
 from orpo_lite.exporting.gguf_family import VLLM
 
-# Made by llama.cpp's quantiser, out of a file in full precision.
+# Types that llama.cpp's quantiser makes from a file in full precision.
 QUANTISED = ("q3_k_m", "q4_k_m", "q5_k_m", "q6_k")
-# Words, numbers, marks and white space. Of other scripts little: where llama.cpp differs in those, a note has said so.
+# Words, numbers, punctuation and white space; few other scripts, as notes report differences there.
 PROBES = (
     "Hello, world! It's what we've said: they're here, I'll go.",
     "  two  spaces,   three,\ta tab\n\nlines \n and  an end  ",
@@ -23,33 +23,45 @@ PROBES = (
     "aaaaaaaaaaaa ======== ........ ",
     "",
 )
-_callbacks: list[Any] = []  # C holds on to what it was given; so must Python
+_callbacks: list[Any] = []  # C code holds a pointer to the callback, so Python must keep it alive
 
 
 def is_installed() -> bool:
-    """Whether llama-cpp-python is there."""
+    """Return whether llama-cpp-python is installed."""
     return importlib.util.find_spec("llama_cpp") is not None
 
 
 def quantise(source: Path, file: Path, outtype: str) -> None:
-    """Write ``source``, a GGUF file in full precision, as one of ``QUANTISED``. Raises ModelError when it fails."""
+    """Quantise ``source``, a GGUF file in full precision, to one of ``QUANTISED``.
+
+    Raises:
+        ModelError: llama.cpp fails.
+    """
     llama_cpp = _load()
     options = llama_cpp.llama_model_quantize_default_params()
     options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{outtype.upper()}")
-    if code := llama_cpp.llama_model_quantize(str(source).encode(), str(file).encode(), options):
+    code = llama_cpp.llama_model_quantize(str(source).encode(), str(file).encode(), options)
+    if code:
         raise ModelError(
-            where=str(file), found=f"llama.cpp's quantiser failed ({code})", expected="a model that it can quantise"
+            where=str(file),
+            found=f"llama.cpp's quantiser failed ({code})",
+            expected="a model that it can quantise",
         )
 
 
 def check_tokens(file: Path, tokenizer: Any, texts: Sequence[str], lead: str) -> None:
-    """Raise ModelError when llama.cpp makes other tokens of ``lead`` and a text than transformers of the text."""
+    """Raise :class:`ModelError` if llama.cpp and transformers tokenise a text differently.
+
+    llama.cpp gets ``lead`` before each text.
+    """
     where = str(file)
     try:
         model = _load().Llama(where, vocab_only=True, n_ctx=8, n_batch=8, verbose=False)
     except ValueError as error:
         raise ModelError(
-            where=where, found=f"llama.cpp does not load it: {error}", expected="a model that it knows"
+            where=where,
+            found=f"llama.cpp cannot load it: {error}",
+            expected="a model that llama.cpp supports",
         ) from None
     try:
         for text in texts:
@@ -57,8 +69,8 @@ def check_tokens(file: Path, tokenizer: Any, texts: Sequence[str], lead: str) ->
             if found != tokenizer(text, add_special_tokens=False).input_ids:
                 raise ModelError(
                     where=where,
-                    found=f"llama.cpp makes other tokens of {text!r}",
-                    expected="those of transformers",
+                    found=f"llama.cpp tokenises {text!r} differently",
+                    expected="the tokens of transformers",
                     fix=VLLM,
                 )
     finally:
@@ -66,10 +78,11 @@ def check_tokens(file: Path, tokenizer: Any, texts: Sequence[str], lead: str) ->
 
 
 def _load() -> Any:
-    """The package, its log sent where other libraries' goes."""
+    """Import the package and send its log to Python's logging."""
     import llama_cpp
 
-    warnings.filterwarnings("ignore", "unclosed file", ResourceWarning)  # it leaves one open to the end
+    # The package leaves a file open until the end.
+    warnings.filterwarnings("ignore", "unclosed file", ResourceWarning)
     if not _callbacks:
         logger = logging.getLogger("llama.cpp")
 

@@ -1,150 +1,176 @@
-"""A chat template as Ollama's: what the template writes between the turns, found by rendering turns that are marks.
+"""Convert a chat template to a template for Ollama.
 
-Ollama's templates are Go's, a tokenizer's are Jinja. Nothing is translated: conversations of placeholders are rendered,
-what stands between the placeholders is taken, and conversations of all other shapes must come out the same when they
-are put together of those pieces. A template for which they do not is refused.
+Ollama's templates are in Go, a tokenizer's in Jinja. The Jinja code is not translated. Instead,
+conversations of placeholders are rendered, and the texts between the placeholders are extracted.
+Longer conversations that are built from these texts must equal the rendered ones; else the template
+is refused.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from orpo_lite.errors import ModelError
 
 Message = dict[str, str]
-Render = Callable[[list[Message]], str]  # up to where the model goes on; raises for turns that the template refuses
+# Returns the prompt of a conversation. Raises for turns that the template refuses.
+Render = Callable[[list[Message]], str]
 SYSTEM, USERS, ANSWER = "System-mark", ("First-mark", "Second-mark"), "Answer-mark"
-LONGEST = 4  # questions of the conversations that are compared
+LONGEST = 4  # largest number of questions in the conversations that are compared
 
 
 @dataclass(frozen=True)
 class Turns:
-    """What stands around the texts of a conversation."""
+    """The texts that a chat template writes around the messages of a conversation."""
 
     head: str
-    """Before a first question without a system text."""
+    """Before the first question, without a system text."""
     asked: str
     """Between a question and its answer."""
     generate: str
-    """After the last question: where the model goes on."""
+    """After the last question, before the model's answer."""
     answered: str
     """Between an answer and the next question."""
     system: Literal["", "start", "last question"] = ""
-    """Where a system text stands; nowhere, when the template has no place for one."""
+    """Position of the system text; "" if the template does not support one."""
     system_head: str = ""
     """Before a system text at the start."""
     system_end: str = ""
     """Between a system text and its question."""
 
     def rebuild(self, messages: Sequence[Message]) -> str:
-        """The prompt of a conversation, in the steps of :meth:`to_go`."""
+        """Return the prompt of a conversation. The steps are those of :meth:`to_go`."""
         system = next((turn["content"] for turn in messages if turn["role"] == "system"), "")
         text = ""
         for index, turn in enumerate(messages):
-            last = index == len(messages) - 1
+            is_last = index == len(messages) - 1
             if turn["role"] == "system":
-                text += self.system_head + system + self.system_end if self.system == "start" else ""
+                if self.system == "start":
+                    text += self.system_head + system + self.system_end
             elif turn["role"] == "user":
-                first = index == 0 or (index == 1 and bool(system) and self.system != "start")
-                text += self.head if first else ""
-                text += system + self.system_end if system and last and self.system == "last question" else ""
-                text += turn["content"] + (self.generate if last else self.asked)
+                follows_system = index == 1 and bool(system)
+                if index == 0 or (follows_system and self.system != "start"):
+                    text += self.head
+                if is_last and system and self.system == "last question":
+                    text += system + self.system_end
+                text += turn["content"] + (self.generate if is_last else self.asked)
             else:
-                text += turn["content"] + ("" if last else self.answered)
+                text += turn["content"] + ("" if is_last else self.answered)
         return text
 
     def with_heads(self, change: Callable[[str], str]) -> "Turns":
-        """The same with another start of a conversation."""
+        """Return a copy with ``change`` applied to the texts at the start of a conversation."""
         return replace(self, head=change(self.head), system_head=change(self.system_head))
 
     def to_go(self) -> str:
-        """The same as a Go template over Ollama's ``.Messages``; every text of ours is a quoted string in it."""
+        """Return a Go template over Ollama's ``.Messages``. Each text is a quoted string in it."""
         at_start = self.system == "start"
         first = "eq $i 0" if at_start else "or (eq $i 0) (and (eq $i 1) $.System)"
-        lines = ["{{- range $i, $_ := .Messages }}", "{{- $last := eq (len (slice $.Messages $i)) 1 }}"]
+        lines = [
+            "{{- range $i, $_ := .Messages }}",
+            "{{- $last := eq (len (slice $.Messages $i)) 1 }}",
+        ]
         lines += ['{{- if eq .Role "system" }}']
-        lines += [_said(self.system_head), "{{- .Content }}", _said(self.system_end)] if at_start else []
-        lines += ['{{- else if eq .Role "user" }}', f"{{{{- if {first} }}}}", _said(self.head), "{{- end }}"]
+        if at_start:
+            lines += [_quoted(self.system_head), "{{- .Content }}", _quoted(self.system_end)]
+        lines += ['{{- else if eq .Role "user" }}']
+        lines += [f"{{{{- if {first} }}}}", _quoted(self.head), "{{- end }}"]
         if self.system == "last question":
-            lines += ["{{- if and $last $.System }}", "{{- $.System }}", _said(self.system_end), "{{- end }}"]
+            lines += ["{{- if and $last $.System }}", "{{- $.System }}"]
+            lines += [_quoted(self.system_end), "{{- end }}"]
         lines += ["{{- .Content }}"]
         if self.generate == self.asked:
-            lines += [_said(self.asked)]
+            lines += [_quoted(self.asked)]
         else:
-            lines += ["{{- if $last }}", _said(self.generate), "{{- else }}", _said(self.asked), "{{- end }}"]
+            lines += ["{{- if $last }}", _quoted(self.generate)]
+            lines += ["{{- else }}", _quoted(self.asked), "{{- end }}"]
         lines += ['{{- else if eq .Role "assistant" }}', "{{- .Content }}"]
-        lines += ["{{- if not $last }}", _said(self.answered), "{{- end }}", "{{- end }}", "{{- end }}"]
+        lines += ["{{- if not $last }}", _quoted(self.answered), "{{- end }}"]
+        lines += ["{{- end }}", "{{- end }}"]
         return "\n".join(line for line in lines if line)
 
 
-def _said(text: str) -> str:
-    # JSON's escapes are Go's as well; and no three quotes in a row, which would end the Modelfile's text.
+def _quoted(text: str) -> str:
+    """Return a Go action that writes a text; "" for an empty text.
+
+    Go reads JSON escapes. JSON has no three quotes in a row, which would end the Modelfile string.
+    """
     return f"{{{{- {json.dumps(text, ensure_ascii=False)} }}}}" if text else ""
 
 
 def find_turns(render: Render, where: str) -> tuple[Turns, list[str]]:
-    """The pieces of a chat template, and what is not the same there.
+    """Return the texts of a chat template between messages, and notes on differences in Ollama.
 
     Args:
         render: the template.
-        where: what to call it in messages.
+        where: the name of the template in messages.
 
     Raises:
-        ModelError: pieces do not make up its conversations, or it fails on them.
+        ModelError: its conversations are not built from such texts, or it fails on them.
     """
     try:
-        one, two = render(_talk(USERS[:1])), render(_talk(USERS, [ANSWER]))
+        one = render(_conversation(USERS[:1]))
+        two = render(_conversation(USERS, [ANSWER]))
     except Exception as error:  # a template can raise anything
         raise _refused(where, f"raises {type(error).__name__}: {error}") from None
-    alone, both = _cut(one, [USERS[0]]), _cut(two, [USERS[0], ANSWER, USERS[1]])
-    if alone is None or both is None:
-        raise _refused(where, "does not write each text once, in its order")
-    turns = Turns(head=alone[0], asked=both[1], answered=both[2], generate=alone[1])
-    if (different := _different(turns, render, system=False)) is not None:
-        raise _refused(where, f"writes a conversation of {different} questions otherwise than a shorter one")
-    padded = _talk([" a \n", "\n b "], [" c "])
+    short, long = _split(one, [USERS[0]]), _split(two, [USERS[0], ANSWER, USERS[1]])
+    if short is None or long is None:
+        raise _refused(where, "does not write each text exactly once and in order")
+    turns = Turns(head=short[0], asked=long[1], answered=long[2], generate=short[1])
+    different = _first_difference(turns, render, system=False)
+    if different is not None:
+        found = f"writes a conversation of {different} questions differently than a shorter one"
+        raise _refused(where, found)
+    padded = _conversation([" a \n", "\n b "], [" c "])
     notes = []
     if render(padded) != turns.rebuild(padded):
-        notes.append("the chat template takes white space off the ends of a text, which Ollama's cannot")
-    thought = _talk(["a", "b"], ["<think>\nc\n</think>\n\nd"])
-    if render(thought) != turns.rebuild(thought):
-        notes.append("the chat template takes <think> out of earlier answers, which Ollama's does not")
-    for guess in _with_system(turns, render):
-        if _different(guess, render, system=True) is None:
-            return guess, notes
-    return turns, [*notes, "the chat template has no place of its own for a system text: Ollama will leave one out"]
+        notes.append("the chat template strips white space around a text; Ollama's template cannot")
+    thinking = _conversation(["a", "b"], ["<think>\nc\n</think>\n\nd"])
+    if render(thinking) != turns.rebuild(thinking):
+        notes.append("the chat template removes <think> from earlier answers; Ollama's does not")
+    with_system = _with_system(turns, render)
+    if with_system and _first_difference(with_system, render, system=True) is None:
+        return with_system, notes
+    notes.append("the chat template has no system text: Ollama leaves system texts out")
+    return turns, notes
 
 
-def _with_system(turns: Turns, render: Render) -> Iterator[Turns]:
+def _with_system(turns: Turns, render: Render) -> Turns | None:
+    """Return the texts of a template with a system text; None if it does not support one."""
     try:
-        short, long = render(_talk(USERS[:1], system=SYSTEM)), render(_talk(USERS, [ANSWER], SYSTEM))
-    except Exception:  # it takes no system text, and says so
-        return
-    if pieces := _cut(short, [SYSTEM, USERS[0]]):
-        if _cut(long, [SYSTEM, USERS[0], ANSWER, USERS[1]]):
-            yield replace(turns, system="start", system_head=pieces[0], system_end=pieces[1])
-        else:
-            yield replace(turns, system="last question", system_end=pieces[1])
+        short = render(_conversation(USERS[:1], system=SYSTEM))
+        long = render(_conversation(USERS, [ANSWER], SYSTEM))
+    except Exception:  # the template refuses a system text
+        return None
+    pieces = _split(short, [SYSTEM, USERS[0]])
+    if not pieces:
+        return None
+    if _split(long, [SYSTEM, USERS[0], ANSWER, USERS[1]]):
+        return replace(turns, system="start", system_head=pieces[0], system_end=pieces[1])
+    return replace(turns, system="last question", system_end=pieces[1])
 
 
-def _different(turns: Turns, render: Render, *, system: bool) -> int | None:
-    """How many questions the first conversation has that is put together wrongly; None when there is none."""
+def _first_difference(turns: Turns, render: Render, *, system: bool) -> int | None:
+    """Return the number of questions of the first conversation that is rebuilt wrongly, or None."""
     for count in range(1, LONGEST + 1):
-        talk = _talk(
+        messages = _conversation(
             [f"what is {n} and why?" for n in range(count)],
             [f"it is {n}, for short." for n in range(count - 1)],
             "say little" if system else "",
         )
         try:
-            if render(talk) != turns.rebuild(talk):
+            if render(messages) != turns.rebuild(messages):
                 return count
         except Exception:  # a template can raise anything
             return count
     return None
 
 
-def _talk(questions: Sequence[str], answers: Sequence[str] = (), system: str = "") -> list[Message]:
+def _conversation(
+    questions: Sequence[str], answers: Sequence[str] = (), system: str = ""
+) -> list[Message]:
+    """Return the messages of a conversation."""
     turns = [{"role": "system", "content": system}] if system else []
     for number, question in enumerate(questions):
         turns.append({"role": "user", "content": question})
@@ -153,8 +179,8 @@ def _talk(questions: Sequence[str], answers: Sequence[str] = (), system: str = "
     return turns
 
 
-def _cut(text: str, marks: Sequence[str]) -> list[str] | None:
-    """What stands before, between and after the marks; None unless each is there once, in this order."""
+def _split(text: str, marks: Sequence[str]) -> list[str] | None:
+    """Return the texts around the marks; None unless each mark occurs once, in this order."""
     pieces: list[str] = []
     for mark in marks:
         before, found, text = text.partition(mark)
@@ -166,20 +192,28 @@ def _cut(text: str, marks: Sequence[str]) -> list[str] | None:
 
 
 def _refused(where: str, found: str) -> ModelError:
+    """Return the error for a template that cannot be converted."""
     return ModelError(
         where=where,
-        found=f"{found}: it has no Ollama template",
-        expected="one that writes each turn between the same texts",
-        fix="orpo-lite export RUN --to gguf, which keeps it",
+        found=f"{found}: it cannot be converted for Ollama",
+        expected="a template with the same texts around each turn",
+        fix="orpo-lite export RUN --to gguf, which keeps the template",
     )
 
 
 def renderer(tokenizer: Any, variables: dict[str, Any]) -> Render:
-    """The tokenizer's own template; or, where it has none, questions as plain text."""
+    """Return a function that renders messages with the tokenizer's chat template.
+
+    Without a template it joins the messages' texts.
+    """
     if not tokenizer.chat_template:
         return lambda messages: "".join(turn["content"] for turn in messages)
 
     def render(messages: list[Message]) -> str:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **variables))
+        return str(
+            tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **variables
+            )
+        )
 
     return render

@@ -1,4 +1,4 @@
-"""Export: a finished run as llama.cpp, Ollama or vLLM take it. One function a target, all with the same signature."""
+"""Export a finished run for llama.cpp, Ollama or vLLM: one function for each target."""
 
 import importlib.util
 import json
@@ -33,9 +33,21 @@ from orpo_lite.runs.records import read_json
 from orpo_lite.updates import Update, run_to_end, with_torch_defaults
 
 STORED = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}  # the widest last
-BITS = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5, "q3_k_m": 4.0, "q4_k_m": 5.0, "q5_k_m": 5.8, "q6_k": 6.6}
-NAMES_WITH_RULES = r"(?i)phi-?3|modern-bert"  # by which llama.cpp knows tokens that strip the spaces beside them
-MOST_CONTEXT = 8192  # tokens that Ollama is told to hold; its own default is a few thousand, a model's 128k take GBs
+BITS = {
+    "f32": 32,
+    "f16": 16,
+    "bf16": 16,
+    "q8_0": 8.5,
+    "q3_k_m": 4.0,
+    "q4_k_m": 5.0,
+    "q5_k_m": 5.8,
+    "q6_k": 6.6,
+}
+NAMES_WITH_RULES = (
+    r"(?i)phi-?3|modern-bert"  # names for which llama.cpp strips spaces around tokens
+)
+# Largest num_ctx for Ollama in tokens. Its default is a few thousand; 128k would need several GB.
+MOST_CONTEXT = 8192
 
 
 @dataclass(frozen=True)
@@ -45,9 +57,9 @@ class ExportResult:
     folder: Path
     bytes: int
     command: str
-    """What to type to use it."""
+    """The shell command that uses it."""
     notes: tuple[str, ...] = ()
-    """What is not quite the same there."""
+    """Differences from the merged model in transformers."""
 
 
 Exporting = Generator[Update, None, ExportResult]
@@ -57,12 +69,13 @@ Exporting = Generator[Update, None, ExportResult]
 class _Request:
     path: Path
     name: str
-    """Of the model, for its new home."""
+    """The model's name in the export."""
     merged: Path
     outtype: str | None
     weights: Weights
 
     def folder(self, to: str, outtype: str = "") -> Path:
+        """Return the folder of an export."""
         parts = [to, outtype, "" if self.weights == "original" else self.weights]
         return self.path / "export" / "-".join(part for part in parts if part)
 
@@ -70,28 +83,31 @@ class _Request:
 def export(
     run_folder: str | Path, to: str, *, outtype: str | None = None, weights: Weights = "original"
 ) -> ExportResult:
-    """:func:`export_events`, without its updates."""
-    return run_to_end(export_events(run_folder, to, outtype=outtype, weights=weights), lambda _: None)
+    """Do the same as :func:`export_events` without updates; return the result."""
+    return run_to_end(
+        export_events(run_folder, to, outtype=outtype, weights=weights), lambda _: None
+    )
 
 
 @with_torch_defaults
 def export_events(
     run_folder: str | Path, to: str, *, outtype: str | None = None, weights: Weights = "original"
 ) -> Exporting:
-    """Export a run; writes ``RUN/export/...``, whole or not at all.
+    """Export a run to ``RUN/export/...``, completely or not at all; yield updates.
 
     Args:
         run_folder: a finished run.
-        to: gguf (``RUN/merged`` as one file), ollama (that file with its Modelfile) or vllm (the adapter as it is, with
-            the command that serves it).
-        outtype: of the matrices in a GGUF file: f32, f16, bf16, q8_0, or one of llama.cpp's quantiser; None: as merged.
-        weights: which merge: ``RUN/merged`` or ``RUN/merged-dequantized``.
+        to: gguf (``RUN/merged`` as one file), ollama (that file with a Modelfile) or vllm (a
+            command that serves the adapter).
+        outtype: type of the matrices in a GGUF file: f32, f16, bf16, q8_0, or one of llama.cpp's
+            quantiser; None: as merged.
+        weights: the merge to export: ``RUN/merged`` or ``RUN/merged-dequantized``.
 
     Raises:
-        RecipeError: an unknown target or type.
-        CheckpointError: no finished run there, or not merged.
-        ModelError: a model, tokenizer or template that the target cannot have.
-        FitError: a library that is not installed, or not enough disk space.
+        RecipeError: the target or type is unknown.
+        CheckpointError: the run is not finished or not merged.
+        ModelError: the target does not support the model, tokenizer or chat template.
+        FitError: a library is not installed, or there is not enough disk space.
     """
     path = Path(run_folder).expanduser()
     if to not in TARGETS:
@@ -104,21 +120,25 @@ def export_events(
     merged = path / merged_folder(weights)
     known = (*OUTTYPES, *QUANTISED)
     if outtype is not None and (to == "vllm" or outtype not in known):
-        expected = "nothing: vLLM serves the adapter as it is" if to == "vllm" else f"one of {', '.join(known)}"
+        expected = (
+            "nothing: vLLM serves the adapter as it is"
+            if to == "vllm"
+            else f"one of {', '.join(known)}"
+        )
         raise RecipeError(where="--outtype", found=f"{outtype!r}", expected=expected)
     find_finished_adapter(path)
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.resolve().name).strip("-.") or "model"
-    with locked(path) as notes, _blamed("RUN", quoted(path)):
+    with locked(path) as notes, _replaced_in_errors("RUN", quoted(path)):
         for note in notes:
             yield Update("note", note)
         return (yield from TARGETS[to](_Request(path, name, merged, outtype, weights)))
 
 
 def to_gguf(request: _Request) -> Exporting:
-    """One file for llama.cpp: weights, tokenizer and chat template."""
+    """Write one file for llama.cpp: weights, tokenizer and chat template."""
     outtype = request.outtype or _stored_type(request)
     folder = request.folder("gguf", outtype)
-    with new_folder(folder) as temporary, _blamed(temporary, folder):
+    with new_folder(folder) as temporary, _replaced_in_errors(temporary, folder):
         file = f"{request.name}-{outtype}.gguf"
         notes, _ = yield from _write_model(request, temporary / file, outtype)
     command = f"llama-cli -m {quoted(folder / file)}"
@@ -126,36 +146,49 @@ def to_gguf(request: _Request) -> Exporting:
 
 
 def to_ollama(request: _Request) -> Exporting:
-    """The GGUF file with a Modelfile: the template in Ollama's own words, where to stop, how long a context to hold."""
+    """Write a GGUF file and a Modelfile with template, stop tokens, context size and sampling."""
     outtype = request.outtype or _stored_type(request)
     folder = request.folder("ollama", request.outtype or "")
     tokenizer = load_tokenizer(request.merged)
     recipe = trained_recipe(request.path)
     if recipe.data.chat_template == "none":
         tokenizer.chat_template = None
-    turns, missing = find_turns(renderer(tokenizer, recipe.data.chat_template_kwargs), "chat template")
-    fixed = "date_string" in recipe.data.chat_template_kwargs
-    if "strftime_now" in str(tokenizer.chat_template) and not fixed:
-        missing.append("the chat template writes the date: Ollama's will write that of this export")
-    with new_folder(folder) as temporary, _blamed(temporary, folder):
+    turns, missing = find_turns(
+        renderer(tokenizer, recipe.data.chat_template_kwargs), "chat template"
+    )
+    is_fixed = "date_string" in recipe.data.chat_template_kwargs
+    if "strftime_now" in str(tokenizer.chat_template) and not is_fixed:
+        missing.append(
+            "the chat template writes the date: Ollama's always writes the export's date"
+        )
+    with new_folder(folder) as temporary, _replaced_in_errors(temporary, folder):
         file = f"{request.name}-{outtype}.gguf"
         notes, keys = yield from _write_model(request, temporary / file, outtype)
-        if keys["tokenizer.ggml.add_bos_token"] and (bos := tokenizer.bos_token):  # Ollama adds it by itself
+        bos = tokenizer.bos_token
+        if keys["tokenizer.ggml.add_bos_token"] and bos:  # Ollama adds it automatically
             turns = turns.with_heads(lambda head: head.removeprefix(bos))
         turns = turns.with_heads(lambda head: _lead(keys) + head)
         context = next(value for key, value in keys.items() if key.endswith(".context_length"))
-        lines = [f"FROM ./{file}", f'TEMPLATE """{turns.to_go()}"""', f"PARAMETER num_ctx {min(context, MOST_CONTEXT)}"]
+        lines = [
+            f"FROM ./{file}",
+            f'TEMPLATE """{turns.to_go()}"""',
+            f"PARAMETER num_ctx {min(context, MOST_CONTEXT)}",
+        ]
         stops = tokenizer.batch_decode([[end] for end in _ends(request, tokenizer)])
-        lines += [f"PARAMETER stop {json.dumps(text, ensure_ascii=False)}" for text in stops if text]
+        lines += [
+            f"PARAMETER stop {json.dumps(text, ensure_ascii=False)}" for text in stops if text
+        ]
         lines += [f"PARAMETER {key} {value}" for key, value in _sampling(request).items()]
         write_text(temporary / "Modelfile", "\n".join(lines) + "\n")
     modelfile = quoted(folder / "Modelfile")
-    command = f"ollama create {request.name.lower()} -f {modelfile} && ollama run {request.name.lower()}"
+    command = (
+        f"ollama create {request.name.lower()} -f {modelfile} && ollama run {request.name.lower()}"
+    )
     return ExportResult(folder, _size(folder), command, (*notes, *missing))
 
 
 def to_vllm(request: _Request) -> Exporting:
-    """The command that serves the adapter beside its base; the adapter itself stays as it is."""
+    """Write the vLLM command that serves the base with the adapter; the adapter is not copied."""
     yield Update("stage", "writing the command")
     lock = read_lock(request.path)
     adapter = request.path.resolve() / "adapter"
@@ -164,18 +197,26 @@ def to_vllm(request: _Request) -> Exporting:
     notes: list[str] = []
     if rank is None:
         find_merged(request.path, request.weights)
-        what = not_in_vllm(config, base)
-        notes.append(f"vLLM does not serve {what}: the merged model is served instead")
+        feature = not_in_vllm(config, base)
+        notes.append(f"vLLM cannot serve {feature}: the command serves the merged model instead")
         parts = ["vllm", "serve", str(request.merged.resolve()), "--served-model-name", name]
     else:
         parts = ["vllm", "serve", base["name"]]
         if not base["revision"] and not Path(base["name"]).is_dir():
-            notes.append(f"{base['name']} is not there any more: name the folder where the base lies now in its place")
+            notes.append(
+                f"{base['name']} does not exist any more: replace it by the base's current folder"
+            )
         if base["revision"]:
             parts += ["--revision", base["revision"]]
-        # The tokenizer, and so the chat template, and the tokens that end an answer are the run's own.
+        # The tokenizer with its chat template, and the end tokens, are those of the run.
         parts += ["--tokenizer", str(adapter), "--generation-config", str(adapter)]
-        parts += ["--enable-lora", "--lora-modules", f"{name}={adapter}", "--max-lora-rank", str(rank)]
+        parts += [
+            "--enable-lora",
+            "--lora-modules",
+            f"{name}={adapter}",
+            "--max-lora-rank",
+            str(rank),
+        ]
     command = shlex.join(parts)
     folder = request.folder("vllm")
     with new_folder(folder) as temporary:
@@ -183,68 +224,88 @@ def to_vllm(request: _Request) -> Exporting:
     return ExportResult(folder, _size(folder), command, tuple(notes))
 
 
-TARGETS: dict[str, Callable[[_Request], Exporting]] = {"gguf": to_gguf, "ollama": to_ollama, "vllm": to_vllm}
+TARGETS: dict[str, Callable[[_Request], Exporting]] = {
+    "gguf": to_gguf,
+    "ollama": to_ollama,
+    "vllm": to_vllm,
+}
 
 
 def _stored_type(request: _Request) -> str:
+    """Return the GGUF name of the widest type of the merged model's matrices."""
     find_merged(request.path, request.weights)
-    kinds = {tensor.dtype for tensor in _tensors(request.merged).values() if len(tensor.shape) == 2}
-    return next((STORED[dtype] for dtype in reversed(STORED) if dtype in kinds), "f32")
+    tensors = _tensors(request.merged).values()
+    dtypes = {tensor.dtype for tensor in tensors if len(tensor.shape) == 2}
+    return next((STORED[dtype] for dtype in reversed(STORED) if dtype in dtypes), "f32")
 
 
 def _tensors(folder: Path) -> dict[str, Stored]:
-    """Those of the merged model. Raises :class:`ModelError` for another kind of number."""
+    """Return the tensors of the merged model. Raise :class:`ModelError` for an unsupported type."""
     tensors = stored_tensors(folder)
-    if wrong := next((tensor for tensor in tensors.values() if tensor.dtype not in STORED), None):
-        raise ModelError(
-            where=str(wrong.file), found=f"{wrong.name} is of type {wrong.dtype}", expected="weights of 16 or 32 bit"
-        )
+    for tensor in tensors.values():
+        if tensor.dtype not in STORED:
+            raise ModelError(
+                where=str(tensor.file),
+                found=f"{tensor.name} has type {tensor.dtype}",
+                expected="16-bit or 32-bit weights",
+            )
     return tensors
 
 
 @contextmanager
-def _blamed(stands: str | Path, meant: str | Path) -> Generator[None]:
-    """Messages name the file that is to be, not the one that was removed; and the run, in lines to be pasted."""
+def _replaced_in_errors(placeholder: str | Path, actual: str | Path) -> Generator[None]:
+    """Replace a placeholder or temporary path by the actual path in errors and their fixes."""
     try:
         yield
     except OrpoLiteError as error:
-        error.where = error.where.replace(str(stands), str(meant))
-        if f" {stands} " in error.fix:
-            error.fix = error.fix.replace(f" {stands} ", f" {meant} ")
+        error.where = error.where.replace(str(placeholder), str(actual))
+        if f" {placeholder} " in error.fix:
+            error.fix = error.fix.replace(f" {placeholder} ", f" {actual} ")
         raise
+
+
+def _not_installed(package: str) -> FitError:
+    """Return the error for a missing package."""
+    return FitError(
+        where="export",
+        found=f"{package} is not installed",
+        expected="the package",
+        fix=f"pip install '{package}'",
+    )
 
 
 def _write_model(
     request: _Request, file: Path, outtype: str
 ) -> Generator[Update, None, tuple[list[str], dict[str, Any]]]:
-    """Write ``RUN/merged`` as a GGUF file; returns what is not the same there, and the file's keys."""
+    """Write ``RUN/merged`` as a GGUF file; return notes on differences, and the file's keys."""
     where = f"model {request.merged}"
     find_merged(request.path, request.weights)
-    for needed, there, package in (
-        (True, importlib.util.find_spec("gguf") is not None, "gguf>=0.19"),
-        (outtype in QUANTISED, is_installed(), "llama-cpp-python>=0.3.36"),
-    ):
-        if needed and not there:
-            raise FitError(
-                where="export",
-                found=f"{package} is not installed",
-                expected="the package",
-                fix=f"pip install '{package}'",
-            )
+    if importlib.util.find_spec("gguf") is None:
+        raise _not_installed("gguf>=0.19")
+    if outtype in QUANTISED and not is_installed():
+        raise _not_installed("llama-cpp-python>=0.3.36")
     config = read_config(request.merged, str(request.merged))
     made = describe(config, where)
     tensors = _tensors(request.merged)
-    targets = find_targets(made, config.get_text_config() if made.pictures else config, tensors, where)
+    targets = find_targets(
+        made, config.get_text_config() if made.is_multimodal else config, tensors, where
+    )
     rows = next((t.stored.shape[0] for t in targets if t.name == "token_embd.weight"), 0)
     tokenizer = load_tokenizer(request.merged)
     variables = trained_recipe(request.path).data.chat_template_kwargs
     if not tokenizer.is_fast:
-        raise ModelError(where=f"tokenizer in {request.merged}", found="is not a fast one", expected="a tokenizer.json")
+        raise ModelError(
+            where=f"tokenizer in {request.merged}",
+            found="is not a fast tokenizer",
+            expected="a tokenizer.json",
+        )
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     about, notes = describe_tokenizer(
         tokenizer, spec, rows, _ends(request, tokenizer), f"tokenizer in {request.merged}"
     )
-    probes = _probes(tokenizer, renderer(tokenizer, variables), f"chat template in {request.merged}")
+    probes = _probes(
+        tokenizer, renderer(tokenizer, variables), f"chat template in {request.merged}"
+    )
     title = re.sub(NAMES_WITH_RULES, "model", request.name)
     keys = {"general.name": title, **made.keys, **about, f"{made.family.arch}.vocab_size": rows}
     first = outtype if outtype in OUTTYPES else _stored_type(request)
@@ -265,14 +326,17 @@ def _write_model(
 
 
 def _ends(request: _Request, tokenizer: Any) -> list[int]:
-    """The tokens that end an answer, the template's own first."""
+    """Return the ids of the tokens that end an answer, the chat template's first."""
     ends = _generation_config(request).get("eos_token_id")
-    ends = [read_lock(request.path).get("end_token_id"), *(ends if isinstance(ends, list) else [ends])]
+    ends = [
+        read_lock(request.path).get("end_token_id"),
+        *(ends if isinstance(ends, list) else [ends]),
+    ]
     return [end for end in dict.fromkeys(ends) if isinstance(end, int)] or [tokenizer.eos_token_id]
 
 
 def _sampling(request: _Request) -> dict[str, float]:
-    """Ollama's parameters; greedy decoding is a temperature of 0 there."""
+    """Return Ollama's sampling parameters. Greedy decoding is a temperature of 0."""
     config = _generation_config(request)
     if config.get("do_sample") is False:
         return {"temperature": 0}
@@ -281,29 +345,34 @@ def _sampling(request: _Request) -> dict[str, float]:
 
 
 def _generation_config(request: _Request) -> dict[str, Any]:
-    """The run's; {} where it cannot be read any more."""
+    """Return the run's generation config; {} if it cannot be read."""
     return read_generation_config(request.path / "adapter")[0]
 
 
 def _lead(keys: dict[str, Any]) -> str:
-    """What the file's own chat template begins with, beyond that of the tokenizer."""
+    """Return the space that the chat template in the file writes first; "" if it writes none."""
     return " " if str(keys.get("tokenizer.chat_template")).startswith(SPACE) else ""
 
 
 def _probes(tokenizer: Any, render: Render, where: str) -> list[str]:
-    """Texts to compare tokens of: questions as the template puts them, for in other places nothing is promised."""
+    """Return texts to compare tokens of: questions within the chat template.
+
+    Outside of the template tokens may differ.
+    """
     if not tokenizer.chat_template:
-        return [text.lstrip() for text in PROBES]  # some tokenizers add a space at the start, if there is none
+        # Some tokenizers add a space at the start only if there is none.
+        return [text.lstrip() for text in PROBES]
     try:
         return [render([{"role": "user", "content": text}]) for text in PROBES]
     except Exception as error:  # a template can raise anything
         raise ModelError(
             where=where,
             found=f"fails on a question: {type(error).__name__}: {error}",
-            expected="one that takes a user's turn",
+            expected="a template that accepts a user's turn",
             fix="orpo-lite merge RUN makes it again",
         ) from None
 
 
 def _size(folder: Path) -> int:
+    """Return the total size of a folder's files in bytes."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -65,10 +65,14 @@ class Product:
         magnitude_O = _finite(self.magnitude).flatten() if self.magnitude else None
 
         def added(block: Tensor, start: int) -> Tensor:
-            sums = block.to(torch.float64 if block.dtype == torch.float64 else torch.float32, copy=True)
+            sums = block.to(
+                torch.float64 if block.dtype == torch.float64 else torch.float32, copy=True
+            )
             rows = slice(start, start + len(block))
             if sums.dim() == 3:
-                sums.baddbmm_(left[rows].to(sums.dtype), right[rows].to(sums.dtype), alpha=self.scale)
+                sums.baddbmm_(
+                    left[rows].to(sums.dtype), right[rows].to(sums.dtype), alpha=self.scale
+                )
             else:
                 sums.addmm_(left[rows].to(sums.dtype), right.to(sums.dtype), alpha=self.scale)
             if magnitude_O is not None:
@@ -99,7 +103,9 @@ class Part:
         delta = _converted(self.whole)[self.name]
 
         def added(block: Tensor, start: int) -> Tensor:
-            sums = block.to(torch.float64 if block.dtype == torch.float64 else torch.float32, copy=True)
+            sums = block.to(
+                torch.float64 if block.dtype == torch.float64 else torch.float32, copy=True
+            )
             return sums.add_(delta[start : start + len(block)])
 
         return added
@@ -135,6 +141,8 @@ def _finite(stored: Stored) -> Tensor:
     tensor = read_tensor(stored).float()
     if not tensor.isfinite().all():
         raise ModelError(
-            where=str(stored.file), found=f"{stored.name} holds numbers that are none", expected="finite ones"
+            where=str(stored.file),
+            found=f"{stored.name} holds numbers that are none",
+            expected="finite ones",
         )
     return tensor

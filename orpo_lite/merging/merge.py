@@ -30,7 +30,13 @@ from orpo_lite.recipe.text import read_bytes
 from orpo_lite.runs.atomic import new_folder, to_json, write_text
 from orpo_lite.runs.changes import trained_recipe
 from orpo_lite.runs.commands import Weights, resume_command
-from orpo_lite.runs.folder import adapter_sha256, find_finished_adapter, find_trained_base, locked, merged_folder
+from orpo_lite.runs.folder import (
+    adapter_sha256,
+    find_finished_adapter,
+    find_trained_base,
+    locked,
+    merged_folder,
+)
 from orpo_lite.runs.lock import read_lock
 from orpo_lite.runs.records import read_json
 from orpo_lite.updates import Update, run_to_end, with_torch_defaults
@@ -80,7 +86,9 @@ def merge(
         FitError: not enough disk space or memory.
         HubError: the base cannot be fetched.
     """
-    updates = merge_events(run_folder, weights=weights, max_shard_size=max_shard_size, base_path=base_path)
+    updates = merge_events(
+        run_folder, weights=weights, max_shard_size=max_shard_size, base_path=base_path
+    )
     return run_to_end(updates, lambda _: None)
 
 
@@ -106,7 +114,10 @@ def merge_events(
     if weights == "dequantized" and not recipe.quantization.load_in_4bit:
         found = "this run was trained on 16-bit weights"
         raise CheckpointError(
-            where=f"run {path}", found=found, expected="quantization.load_in_4bit", fix="merge onto the original ones"
+            where=f"run {path}",
+            found=found,
+            expected="quantization.load_in_4bit",
+            fix="merge onto the original ones",
         )
     stored = stored_tensors(base.path)
     check_disk(path, sum(tensor.nbytes for tensor in stored.values()), f"merging {path}")
@@ -115,20 +126,28 @@ def merge_events(
             yield Update("note", note)
         lock = read_lock(path)
         plan = make_plan(base, adapter, stored, recipe, weights, lock.get("not_quantised", []))
-        dtype = getattr(torch, lock.get("dtype", "float32"))  # which runs of an older version did not note
+        dtype = getattr(
+            torch, lock.get("dtype", "float32")
+        )  # which runs of an older version did not note
         changed = yield from _stream(plan, temporary, most, dtype)
         config = read_json(base.path / "config.json")
-        config.pop("_name_or_path", None)  # where the base once lay, which an older transformers noted
+        config.pop(
+            "_name_or_path", None
+        )  # where the base once lay, which an older transformers noted
         write_text(temporary / "config.json", to_json(config))
         if not changed:
             found = f"changes nothing: none of its {plan.targets} matrices differs after rounding"
             raise UnchangedError(
-                where=f"adapter {adapter}", found=found, expected="an adapter that has learnt something"
+                where=f"adapter {adapter}",
+                found=found,
+                expected="an adapter that has learnt something",
             )
         _copy_texts(base.path, adapter, temporary)
         record = {
             "weights": weights,
-            "base": base.name if base.revision else None,  # where a folder of somebody's lies is their business
+            "base": base.name
+            if base.revision
+            else None,  # where a folder of somebody's lies is their business
             "revision": base.revision,
             "fingerprint": base.fingerprint,
             "adapter_sha256": adapter_sha256(adapter),
@@ -170,7 +189,9 @@ def _enough_memory(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _stream(plan: Plan, folder: Path, most: int, trained_in: torch.dtype) -> Generator[Update, None, int]:
+def _stream(
+    plan: Plan, folder: Path, most: int, trained_in: torch.dtype
+) -> Generator[Update, None, int]:
     """Write the merged tensors; returns how many the adapter has changed."""
     files = shards(plan.stored.values(), most)
     total = sum(stored.nbytes for stored in plan.stored.values())
@@ -205,8 +226,14 @@ def _merged_blocks(
             merged = added(block, rows.start)
             if not changed.issuperset(delta.parameters) and not _same(merged, block, stored.dtype):
                 changed.update(delta.parameters)
-            out = block if block.dtype == stored.dtype else torch.empty(block.shape, dtype=stored.dtype)
-            out.copy_(merged)  # in the place of what was read: memory that is new to a process costs time
+            out = (
+                block
+                if block.dtype == stored.dtype
+                else torch.empty(block.shape, dtype=stored.dtype)
+            )
+            out.copy_(
+                merged
+            )  # in the place of what was read: memory that is new to a process costs time
             if stored.dtype == torch.float16 and not out.isfinite().all():
                 raise ModelError(
                     where="merge",

@@ -6,7 +6,12 @@ from typing import Any
 
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,8 @@ class Origin:
             return {next(iter(self.stored)): values[self.parameters[0]]}
         back = self.converter.reverse_transform()
         parts: dict[str, Any] = {
-            pattern: [values[name]] for pattern, name in zip(back.source_patterns, self.parameters, strict=True)
+            pattern: [values[name]]
+            for pattern, name in zip(back.source_patterns, self.parameters, strict=True)
         }
         for operation in back.operations:
             parts = operation.convert(
@@ -43,7 +49,9 @@ class Origin:
                 config=model.config,
             )
         found = {}
-        for pattern, target in zip(self.converter.source_patterns, back.target_patterns, strict=True):
+        for pattern, target in zip(
+            self.converter.source_patterns, back.target_patterns, strict=True
+        ):
             for number, name in enumerate(self.stored.get(pattern, [])):
                 part = parts[target.replace("*", str(number))]
                 found[name] = part[0] if isinstance(part, list) else part
@@ -59,7 +67,9 @@ def find_origins(model: Any, names: Iterable[str]) -> dict[str, Origin]:
     transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    by_pattern = {
+        pattern: converter for converter in converters for pattern in converter.source_patterns
+    }
     state, prefix = model.state_dict(), model.base_model_prefix
     origins: dict[str, Origin] = {}
     for name in sorted(names, key=dot_natural_key):

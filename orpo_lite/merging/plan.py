@@ -61,11 +61,17 @@ def check_mergeable(recipe: Recipe, base: Base) -> None:
     if name:
         fix = Overrides({"model.adapter_name_or_path": None}, ", which trains a new adapter")
     try:
-        plan = make_plan(base, find_adapter(name) if name else None, stored_tensors(base.path), recipe)
+        plan = make_plan(
+            base, find_adapter(name) if name else None, stored_tensors(base.path), recipe
+        )
         if plan.passed_over:
-            found = f"{plan.passed_over[0]} is adapted, whose matrix the model's code reads by itself"
+            found = (
+                f"{plan.passed_over[0]} is adapted, whose matrix the model's code reads by itself"
+            )
             raise ModelError(
-                where=f"model {base.name}", found=found, expected="an adapter of layers that the model calls"
+                where=f"model {base.name}",
+                found=found,
+                expected="an adapter of layers that the model calls",
             )
     except ModelError as error:
         error.fix = error.fix or fix
@@ -95,7 +101,10 @@ def make_plan(
     """
     plain = recipe.override({"quantization.load_in_4bit": False})
     model = bare_base(plain, base.config, torch.float32)
-    origins, shapes = find_origins(model, stored), {name: value.shape for name, value in model.state_dict().items()}
+    origins, shapes = (
+        find_origins(model, stored),
+        {name: value.shape for name, value in model.state_dict().items()},
+    )
     tied, quantised, read = _tied_parameters(model), quantizable(model), bypassed_layers(model)
     layers = list(_adapted_layers(add_lora(model, plain, adapter)))
     try:
@@ -105,13 +114,19 @@ def make_plan(
     except ModelError as error:
         error.where = error.where or (f"adapter {adapter}" if adapter else f"model {base.name}")
         raise
-    transposed = {layer.parameter for layer in layers if is_transposed(layer.layer.get_base_layer())}
+    transposed = {
+        layer.parameter for layer in layers if is_transposed(layer.layer.get_base_layer())
+    }
     through_4_bit = set[str]()
     if weights == "dequantized":
         through_4_bit = {f"{name}.weight" for name in quantised if name not in left}
-        transposed |= {f"{name}.weight" for name, layer in quantised.items() if is_transposed(layer)}
+        transposed |= {
+            f"{name}.weight" for name, layer in quantised.items() if is_transposed(layer)
+        }
     if converted := [
-        name for name in sorted(through_4_bit | transposed) if name not in origins or not origins[name].same
+        name
+        for name in sorted(through_4_bit | transposed)
+        if name not in origins or not origins[name].same
     ]:
         raise ModelError(
             where=f"model {base.name}",
@@ -135,7 +150,9 @@ def _tied_parameters(model: nn.Module) -> dict[str, str]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     groups = [group for group in names.values() if len(group) > 1]
-    return {name: next(other for other in group if other != name) for group in groups for name in group}
+    return {
+        name: next(other for other in group if other != name) for group in groups for name in group
+    }
 
 
 def _adapted_layers(model: nn.Module) -> Iterator[AdaptedLayer]:
@@ -152,11 +169,16 @@ def _adapted_layers(model: nn.Module) -> Iterator[AdaptedLayer]:
             if NAME in held:
                 value = held[NAME] if isinstance(held[NAME], nn.Parameter) else held[NAME].weight
                 tensors[part.replace("_embedding", "")] = (f"{path}.{part}", tuple(value.shape))
-        yield AdaptedLayer(name, layer, f"{name}.{getattr(layer, 'parameter_name', 'weight')}", tensors)
+        yield AdaptedLayer(
+            name, layer, f"{name}.{getattr(layer, 'parameter_name', 'weight')}", tensors
+        )
 
 
 def _adapter_tensors(
-    adapter: Path, layers: Sequence[AdaptedLayer], origins: Mapping[str, Origin], stored: Mapping[str, Stored]
+    adapter: Path,
+    layers: Sequence[AdaptedLayer],
+    origins: Mapping[str, Origin],
+    stored: Mapping[str, Stored],
 ) -> dict[str, Stored]:
     """The adapter's tensors by name: all of these layers and no others. Raises :class:`ModelError`."""
     saved, wrong = {}, []
@@ -178,10 +200,15 @@ def _adapter_tensors(
             found=f"{len(wrong)} of its keys match nothing in the base ({wrong[0]} ...)",
             expected="LoRA's A and B of layers of this base",
         )
-    lacking = [layer.name for layer in layers if any(name not in saved for name, _ in layer.tensors.values())]
+    lacking = [
+        layer.name
+        for layer in layers
+        if any(name not in saved for name, _ in layer.tensors.values())
+    ]
     if lacking:
         raise ModelError(
-            found=f"lacks {len(lacking)} of the layers that it is for ({lacking[0]} ...)", expected="A and B of each"
+            found=f"lacks {len(lacking)} of the layers that it is for ({lacking[0]} ...)",
+            expected="A and B of each",
         )
     for layer in layers:
         for part, (name, shape) in layer.tensors.items():
@@ -191,7 +218,9 @@ def _adapter_tensors(
                 raise ModelError(found=found, expected="the configuration that it was saved with")
             if held != shape and part != "lora_magnitude_vector":
                 found = f"{layer.name}: {part} is {_by(held)}, this base's {_by(shape)}"
-                raise ModelError(found=found, expected="the shapes of the base that it was trained on")
+                raise ModelError(
+                    found=found, expected="the shapes of the base that it was trained on"
+                )
     return saved
 
 
@@ -199,7 +228,9 @@ def _equal(tensor: Stored, own: Stored) -> bool:
     """Whether two tensors hold the same numbers, in the first one's dtype."""
     if tensor.shape != own.shape:
         return False
-    pairs = ((read_rows(rows), read_rows(Rows(own, rows.start, rows.stop))) for rows in in_blocks(tensor))
+    pairs = (
+        (read_rows(rows), read_rows(Rows(own, rows.start, rows.stop))) for rows in in_blocks(tensor)
+    )
     return all(torch.equal(mine, theirs.to(mine.dtype)) for mine, theirs in pairs)
 
 
@@ -222,7 +253,9 @@ def _products(
             found = f"{adapted.name} is adapted and tied to {other}, which a merge would change too"
             raise ModelError(found=found, expected="an adapter of layers with weights of their own")
         layer, base_layer = adapted.layer, adapted.layer.get_base_layer()
-        shape = tuple(layer.get_param().shape if isinstance(layer, ParamWrapper) else base_layer.weight.shape)
+        shape = tuple(
+            layer.get_param().shape if isinstance(layer, ParamWrapper) else base_layer.weight.shape
+        )
         magnitude = "lora_magnitude_vector" in adapted.tensors
         kind: Kind
         if isinstance(layer, ParamWrapper) and len(shape) == 3:
@@ -234,7 +267,9 @@ def _products(
         else:
             what = f"{type(base_layer).__name__}{' with DoRA' if magnitude else ''}"
             found = f"{adapted.name} is adapted, of type {what}, which cannot be merged"
-            raise ModelError(found=found, expected="an adapter of linear layers, embeddings or experts")
+            raise ModelError(
+                found=found, expected="an adapter of linear layers, embeddings or experts"
+            )
         # Before there is an adapter on disk, a part is its name and shape.
         parts = {
             part: saved.get(name, Stored(name, Path(), torch.float32, size, 0))
@@ -263,7 +298,11 @@ def _deltas(
     if lost := [parameter for parameter in products if parameter not in origins]:
         found = f"{len(lost)} adapted parameters are not in the base's files ({', '.join(lost[:3])} ...)"
         expected = f"files that hold each of them; theirs begin with {min(stored)}"
-        raise ModelError(found=found, expected=expected, fix="a config.json that describes them, or all of it again")
+        raise ModelError(
+            found=found,
+            expected=expected,
+            fix="a config.json that describes them, or all of it again",
+        )
     deltas: dict[str, Delta] = {}
     wanted: dict[str, tuple[int, ...]] = {}
     for parameter, product in products.items():
@@ -273,7 +312,9 @@ def _deltas(
             continue
         if product.magnitude:
             found = f"{parameter} is adapted with DoRA, and stored with others in one tensor"
-            raise ModelError(found=found, expected="plain LoRA there", fix=Overrides({"lora.use_dora": False}))
+            raise ModelError(
+                found=found, expected="plain LoRA there", fix=Overrides({"lora.use_dora": False})
+            )
         if any(name in deltas for names in origin.stored.values() for name in names):
             continue  # with another parameter of the same origin
         of_origin = {name: products[name] for name in origin.parameters if name in products}
@@ -283,5 +324,7 @@ def _deltas(
             deltas[name], wanted[name] = Part(name, whole), value.shape
     if other := next((name for name in deltas if stored[name].shape != tuple(wanted[name])), None):
         found = f"the base's {other} is {_by(stored[other].shape)}, by its config.json {_by(wanted[other])}"
-        raise ModelError(found=found, expected="the shapes of its configuration", fix="download it again")
+        raise ModelError(
+            found=found, expected="the shapes of its configuration", fix="download it again"
+        )
     return deltas

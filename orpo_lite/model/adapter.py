@@ -16,7 +16,10 @@ from orpo_lite.model.quantize import bypassed_layers
 from orpo_lite.ops.devices import META
 from orpo_lite.recipe.schema import Recipe
 
-BASE_LAYER = (".base_layer.weight", ".base_layer.bias")  # as peft names the base's own, of an adapted embedding
+BASE_LAYER = (
+    ".base_layer.weight",
+    ".base_layer.bias",
+)  # as peft names the base's own, of an adapted embedding
 
 
 def add_lora(model: nn.Module, recipe: Recipe, folder: Path | None) -> nn.Module:
@@ -34,17 +37,22 @@ def add_lora(model: nn.Module, recipe: Recipe, folder: Path | None) -> nn.Module
             exclude_modules=_not_adapted(model) or None,
             use_rslora=lora.use_rslora,
             use_dora=lora.use_dora,
-            init_lora_weights=True if lora.init_lora_weights == "orthogonal" else lora.init_lora_weights,
+            init_lora_weights=True
+            if lora.init_lora_weights == "orthogonal"
+            else lora.init_lora_weights,
         )
     torch.manual_seed(recipe.training.seed)  # of the adapter's initialisation
     here = next(model.parameters()).device
     try:
-        with here if here == META else nullcontext():  # else each matrix is made in memory, to be dropped
+        with (
+            here if here == META else nullcontext()
+        ):  # else each matrix is made in memory, to be dropped
             model = get_peft_model(model, config)
     except ValueError as error:
         if "ParamWrapper" in str(error):  # of a mixture's experts, which are no layers of their own
             fix = Overrides(
-                {"lora.use_dora": False, "lora.lora_dropout": 0}, ", or lora.target_modules=q_proj,k_proj,v_proj,o_proj"
+                {"lora.use_dora": False, "lora.lora_dropout": 0},
+                ", or lora.target_modules=q_proj,k_proj,v_proj,o_proj",
             )
             raise ModelError(
                 where="adapter",
@@ -52,7 +60,9 @@ def add_lora(model: nn.Module, recipe: Recipe, folder: Path | None) -> nn.Module
                 expected="plain LoRA there",
                 fix=fix,
             ) from error
-        raise ModelError(where="adapter", found=first_line(error), expected="layers of this base") from error
+        raise ModelError(
+            where="adapter", found=first_line(error), expected="layers of this base"
+        ) from error
     if lora.init_lora_weights == "orthogonal" and not folder:
         _init_orthogonal(model, recipe)
     return model
@@ -65,7 +75,11 @@ def _not_adapted(model: Any) -> list[str]:
     return bypassed_layers(model) + [
         name
         for name, module in model.named_modules()
-        if (isinstance(module, nn.Linear) and module not in inside and module is not model.get_output_embeddings())
+        if (
+            isinstance(module, nn.Linear)
+            and module not in inside
+            and module is not model.get_output_embeddings()
+        )
         or "router" in type(module).__name__.lower()
     ]
 

@@ -66,7 +66,11 @@ def answers(
 
     # Not the config as a whole: one may ask for beams, for other outputs, or for what a tokenizer has to stop at.
     tokenizer, (given, _) = load_tokenizer(folder), read_generation_config(folder)
-    kept = {key: given[key] for key in (*SAMPLING, "eos_token_id", "pad_token_id") if given.get(key) is not None}
+    kept = {
+        key: given[key]
+        for key in (*SAMPLING, "eos_token_id", "pad_token_id")
+        if given.get(key) is not None
+    }
     config = GenerationConfig(**kept, do_sample=True, temperature=TEMPERATURE)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
     # A sum that sampling needs has no deterministic kernel on a GPU (full_determinism); all that is trained is saved.
@@ -86,8 +90,12 @@ def answers(
             for adapter in (wrapped.disable_adapter(), nullcontext()):
                 torch.manual_seed(its_seed)
                 with adapter:
-                    said = wrapped.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
-                found.append(str(tokenizer.decode(said[0, ids.shape[1] :], skip_special_tokens=True)).strip())
+                    said = wrapped.generate(
+                        ids, attention_mask=torch.ones_like(ids), generation_config=config
+                    )
+                found.append(
+                    str(tokenizer.decode(said[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+                )
         text = prompt.text or str(tokenizer.decode(prompt.ids, skip_special_tokens=True)).strip()
         before, after = found
         yield Sample(prompt.source, text, before, after, TEMPERATURE)

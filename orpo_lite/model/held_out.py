@@ -34,9 +34,15 @@ def evaluate(
     batching = model.batching(recipe, pad_id)
     share = micro_batches(pairs, batching, rank=processes.rank, world=processes.count)
     for number, chunk in enumerate(share):
-        yield number, len(share)  # outside: whoever draws the progress is not put into no_grad and eval mode
+        yield (
+            number,
+            len(share),
+        )  # outside: whoever draws the progress is not put into no_grad and eval mode
         batch = make_batch([pairs[index] for index in chunk], batching)
         with model.evaluating():
             logps = model(batch.to(processes.device))
             total += objective.loss(logps, divisors)[1]
-    return {f"eval_{name}": value for name, value in objective.metrics(processes.sum(total).tolist()).items()}
+    return {
+        f"eval_{name}": value
+        for name, value in objective.metrics(processes.sum(total).tolist()).items()
+    }

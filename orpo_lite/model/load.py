@@ -19,7 +19,14 @@ from orpo_lite.errors import FitError, ModelError, Overrides, first_line
 from orpo_lite.model.adapter import add_lora, set_adapter
 from orpo_lite.model.memory import apply_memory_settings
 from orpo_lite.model.pair_model import PairModel
-from orpo_lite.model.quantize import bypassed_layers, compute_dtype, misshapen, quantizable, quantize, skipped_modules
+from orpo_lite.model.quantize import (
+    bypassed_layers,
+    compute_dtype,
+    misshapen,
+    quantizable,
+    quantize,
+    skipped_modules,
+)
 from orpo_lite.ops.devices import META, device_kind, is_out_of_memory
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.recipe.text import gib
@@ -43,7 +50,9 @@ def load_pair_model(recipe: Recipe, base: Base, device: torch.device) -> PairMod
     model = load_base(recipe, base, device)
     name = recipe.model.adapter_name_or_path
     folder = find_adapter(name) if name else None
-    left = [*quantizable(model)] if recipe.quantization.load_in_4bit else []  # those that are not in 4 bit
+    left = (
+        [*quantizable(model)] if recipe.quantization.load_in_4bit else []
+    )  # those that are not in 4 bit
     pair_model = _as_pair_model(model, recipe, folder)
     if left:
         said = f"{left[0]} and such stay as they are: on this CPU bitsandbytes' kernel errs on rows of their width"
@@ -62,7 +71,9 @@ def load_pair_model(recipe: Recipe, base: Base, device: torch.device) -> PairMod
     return pair_model
 
 
-def bare_pair_model(recipe: Recipe, config: Any, dtype: torch.dtype, device: torch.device = META) -> PairModel:
+def bare_pair_model(
+    recipe: Recipe, config: Any, dtype: torch.dtype, device: torch.device = META
+) -> PairModel:
     """The same model from its configuration alone: on meta shapes and storages only, elsewhere random weights.
 
     An adapter of which single layers, or experts, are named may have none of them in a model of two layers: it counts
@@ -79,7 +90,9 @@ def bare_base(recipe: Recipe, config: Any, dtype: torch.dtype, device: torch.dev
     with device:
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
     if device == META:
-        model.config.pad_token_id = None  # some models look for it among the tokens, which have no values here
+        model.config.pad_token_id = (
+            None  # some models look for it among the tokens, which have no values here
+        )
     if recipe.quantization.load_in_4bit:
         quantize(model, recipe, dtype)
     return model
@@ -90,7 +103,9 @@ def _as_pair_model(model: nn.Module, recipe: Recipe, folder: Path | None) -> Pai
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     bypassed = sorted({name.rsplit(".", 1)[-1] for name in bypassed_layers(model)})
-    experts = sum(p.nbytes for n, p in model.named_parameters() if "expert" in n and p.ndim == 3)  # a layer's in one
+    experts = sum(
+        p.nbytes for n, p in model.named_parameters() if "expert" in n and p.ndim == 3
+    )  # a layer's in one
     pair_model = PairModel(add_lora(model, recipe, folder), recipe.memory).train()
     if recipe.quantization.load_in_4bit and experts:
         said = f"{gib(experts)} of its experts stay as they are: bitsandbytes quantises linear layers only"
@@ -118,7 +133,8 @@ def load_base(recipe: Recipe, base: Base, device: torch.device) -> nn.Module:
     if recipe.quantization.load_in_4bit:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
-            llm_int8_skip_modules=skipped_modules(recipe, base.config, device) or None,  # its name for 4 bit too
+            llm_int8_skip_modules=skipped_modules(recipe, base.config, device)
+            or None,  # its name for 4 bit too
             bnb_4bit_quant_type=recipe.quantization.bnb_4bit_quant_type,
             bnb_4bit_use_double_quant=recipe.quantization.bnb_4bit_use_double_quant,
             bnb_4bit_compute_dtype=compute_dtype(recipe, dtype),
@@ -126,11 +142,15 @@ def load_base(recipe: Recipe, base: Base, device: torch.device) -> nn.Module:
     report = _Report()
     try:
         with report.kept():
-            model, loading = AutoModelForCausalLM.from_pretrained(base.path, output_loading_info=True, **options)
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                base.path, output_loading_info=True, **options
+            )
     except ImportError as error:
         found = first_line(error)
         raise FitError(
-            where=f"model {base.name}", found=found, fix=Overrides({"quantization.load_in_4bit": False})
+            where=f"model {base.name}",
+            found=found,
+            fix=Overrides({"quantization.load_in_4bit": False}),
         ) from error
     except RuntimeError as error:
         line = next((line for line in report.lines if is_out_of_memory(RuntimeError(line))), None)
@@ -140,10 +160,17 @@ def load_base(recipe: Recipe, base: Base, device: torch.device) -> nn.Module:
     except (OSError, SafetensorError) as error:
         found = f"its weights cannot be read: {first_line(error)}"
         raise ModelError(
-            where=f"model {base.path}", found=found, expected="whole safetensors", fix="download it again"
+            where=f"model {base.path}",
+            found=found,
+            expected="whole safetensors",
+            fix="download it again",
         ) from error
     # transformers would leave these random
-    lacking = [*loading["missing_keys"], *(str(name) for name, *_ in loading["mismatched_keys"]), *misshapen(model)]
+    lacking = [
+        *loading["missing_keys"],
+        *(str(name) for name, *_ in loading["mismatched_keys"]),
+        *misshapen(model),
+    ]
     if lacking:
         found = f"lacks {len(lacking)} weights of the right shape ({', '.join(sorted(lacking)[:3])} ...)"
         raise ModelError(where=f"model {base.name}", found=found, expected="all of them")

@@ -14,7 +14,9 @@ def apply_memory_settings(model: PairModel, recipe: Recipe) -> None:
     """Apply the recipe's settings to the loaded model."""
     memory = recipe.memory.unplanned()
     if memory.fused_lora and (left := fuse_lora(model.model)):
-        model.notes.append(f"memory.fused_lora: {len(left)} adapted layers keep peft's own operation ({left[0]} ...)")
+        model.notes.append(
+            f"memory.fused_lora: {len(left)} adapted layers keep peft's own operation ({left[0]} ...)"
+        )
     _apply_levers(model, recipe)
 
 
@@ -23,8 +25,14 @@ def _apply_levers(model: PairModel, recipe: Recipe) -> None:
     if isinstance(memory.mlp_tile, int):
         tiled = tile_mlps(model.layers, memory.mlp_tile, has_dropout=has_dropout(model))
         if tiled < len(model.layers) or not tiled:
-            which = f"{len(model.layers) - tiled} of {len(model.layers)} layers have" if tiled else "this model has"
-            model.notes.append(f"memory.mlp_tile: {which} no MLP that takes tokens one by one; nothing is tiled there")
+            which = (
+                f"{len(model.layers) - tiled} of {len(model.layers)} layers have"
+                if tiled
+                else "this model has"
+            )
+            model.notes.append(
+                f"memory.mlp_tile: {which} no MLP that takes tokens one by one; nothing is tiled there"
+            )
     if not model.layers and memory.checkpointed(1):
         said = "this model's layers cannot run again; each keeps all that its backward pass needs"
         model.notes.append(f"memory.activation_checkpointing: {said}")
@@ -33,7 +41,12 @@ def _apply_levers(model: PairModel, recipe: Recipe) -> None:
         embed_on_host(model.causal.get_input_embeddings())
 
 
-NO_LEVERS = {"mlp_tile": None, "activation_checkpointing": 0, "checkpoint_offload": False, "embedding_on_cpu": False}
+NO_LEVERS = {
+    "mlp_tile": None,
+    "activation_checkpointing": 0,
+    "checkpoint_offload": False,
+    "embedding_on_cpu": False,
+}
 
 
 def with_levers(model: PairModel, recipe: Recipe) -> PairModel:
@@ -67,4 +80,8 @@ def checkpoint_first_layers(model: PairModel, recipe: Recipe) -> None:
 def has_dropout(model: nn.Module) -> bool:
     """Whether a second run of a layer needs the random state of the first: for the adapter's dropout, the only one."""
     adapters = (module for module in model.modules() if isinstance(module, LoraLayer))
-    return any(getattr(dropout, "p", 0) > 0 for layer in adapters for dropout in layer.lora_dropout.values())
+    return any(
+        getattr(dropout, "p", 0) > 0
+        for layer in adapters
+        for dropout in layer.lora_dropout.values()
+    )

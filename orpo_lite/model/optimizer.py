@@ -21,8 +21,14 @@ def lr_factor(recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int) -> A
     """transformers' schedule as a function of the step alone: step -> factor of the peak learning rate."""
     settings = recipe.training
     warmup = whole_steps(settings.warmup_steps, steps)
-    name = "constant_with_warmup" if settings.lr_scheduler_type == "constant" else settings.lr_scheduler_type
-    return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps).lr_lambdas[0]
+    name = (
+        "constant_with_warmup"
+        if settings.lr_scheduler_type == "constant"
+        else settings.lr_scheduler_type
+    )
+    return get_scheduler(
+        name, optimizer, num_warmup_steps=warmup, num_training_steps=steps
+    ).lr_lambdas[0]
 
 
 def make_optimizer(recipe: Recipe, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -55,9 +61,15 @@ def state_bytes(recipe: Recipe, parameters: list[torch.nn.Parameter]) -> tuple[i
     for index, parameter in enumerate(parameters):
         optimizer.init_state(optimizer.param_groups[0], parameter, 0, index)
         tensors = {
-            n: t for n, t in optimizer.state[parameter].items() if isinstance(t, torch.Tensor) and "map" not in n
+            n: t
+            for n, t in optimizer.state[parameter].items()
+            if isinstance(t, torch.Tensor) and "map" not in n
         }
         for key, tensor in tensors.items():
-            paged = name.startswith("paged") and key.startswith("state") and parameter.numel() >= PAGED_FROM
+            paged = (
+                name.startswith("paged")
+                and key.startswith("state")
+                and parameter.numel() >= PAGED_FROM
+            )
             sums[paged] += tensor.nbytes
     return sums[0], sums[1]

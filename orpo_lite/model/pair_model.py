@@ -20,7 +20,15 @@ from orpo_lite.recipe.schema import MemorySection, Recipe
 AttentionInterface.register(NAME, pair_attention)
 
 # What a model's own code raises that does not take packed rows, or does not run without values.
-MODEL_CODE_ERRORS = (TypeError, ValueError, AttributeError, RuntimeError, IndexError, KeyError, UnsupportedError)
+MODEL_CODE_ERRORS = (
+    TypeError,
+    ValueError,
+    AttributeError,
+    RuntimeError,
+    IndexError,
+    KeyError,
+    UnsupportedError,
+)
 
 Route = Literal["shared", "packed", "rows", "logits"]
 """How packed pairs go through the model, from the fastest route to the plainest. shared: one row, each prompt once.
@@ -45,7 +53,9 @@ class PairModel(nn.Module):
         memory = memory or MemorySection()
         self.chunk = None
         if memory.head_chunk != "none":
-            self.chunk = chunk_rows(self.config.get_text_config().vocab_size, _number(memory.head_chunk))
+            self.chunk = chunk_rows(
+                self.config.get_text_config().vocab_size, _number(memory.head_chunk)
+            )
         self.route: Route = "shared" if memory.prompt_sharing else "packed"
         """How packed pairs go; ``model.probe`` takes a plainer one where this model needs it."""
         self.backend = "auto"
@@ -54,13 +64,19 @@ class PairModel(nn.Module):
         """On meta: the kind of device that is meant."""
         self.notes: list[str] = []
         """What the person should know of this model's step, a line each."""
-        decoder = self.causal.get_decoder()  # what reads pictures has layers too, and no pair goes through them
-        self.layers = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
+        decoder = (
+            self.causal.get_decoder()
+        )  # what reads pictures has layers too, and no pair goes through them
+        self.layers = [
+            module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)
+        ]
         """The decoder layers."""
         self.checkpointed = 0
         """How many of them, from the first on, keep their input only."""
         if getattr(self.config.get_text_config(), "output_router_logits", False):
-            self.notes.append("its routers' auxiliary loss (output_router_logits) is not added: ORPO's is all")
+            self.notes.append(
+                "its routers' auxiliary loss (output_router_logits) is not added: ORPO's is all"
+            )
         self.own_attention = self.config._attn_implementation
 
     @property
@@ -73,32 +89,42 @@ class PairModel(nn.Module):
     def backbone(self) -> Any:
         """All but the head: hidden states after the last norm."""
         causal = self.causal
-        return causal.model if causal.base_model is causal else causal.base_model  # some have a prefix of no attribute
+        return (
+            causal.model if causal.base_model is causal else causal.base_model
+        )  # some have a prefix of no attribute
 
     def forward(self, batch: Batch) -> PairLogps:
         """One forward pass over all pairs of a batch."""
         if isinstance(batch, PackedPairs):
             return packed_logps(self.score(batch, self.route), batch.spans)
-        output = self.model(input_ids=batch.input_ids_RT, attention_mask=batch.attention_RT, use_cache=False)
+        output = self.model(
+            input_ids=batch.input_ids_RT, attention_mask=batch.attention_RT, use_cache=False
+        )
         return padded_logps(output.logits, batch.input_ids_RT, batch.response_RT, batch.counted_RT)
 
     def score(self, batch: PackedPairs, route: Route) -> Tensor:
         """Log-probabilities of the batch's scored rows by one of the routes, shape (N,)."""
         if route == "logits" or self.chunk is None:
             return pick(at_least_float32(self.row_logits(batch, route)), batch.targets_N)
-        return row_logps(self._hidden(batch, route), batch.rows_N, batch.targets_N, self.head, self.chunk)
+        return row_logps(
+            self._hidden(batch, route), batch.rows_N, batch.targets_N, self.head, self.chunk
+        )
 
     def row_logits(self, batch: PackedPairs, route: Route) -> Tensor:
         """The logits of the batch's scored rows, shape (N, V): all of them are held."""
         if route == "logits":
-            return torch.cat([output.logits[0] for output in self._each_row(self.model, batch)])[batch.rows_N]
+            return torch.cat([output.logits[0] for output in self._each_row(self.model, batch)])[
+                batch.rows_N
+            ]
         return self.head.logits(self._hidden(batch, route)[batch.rows_N])
 
     def _hidden(self, batch: PackedPairs, route: Route) -> Tensor:
         """After the last norm, shape (T, D)."""
         if route in ("shared", "packed"):
             return self._packed_hidden(batch)
-        return torch.cat([output.last_hidden_state[0] for output in self._each_row(self.backbone, batch)])
+        return torch.cat(
+            [output.last_hidden_state[0] for output in self._each_row(self.backbone, batch)]
+        )
 
     @staticmethod
     def _each_row(run: Any, batch: PackedPairs) -> Iterator[Any]:
@@ -108,7 +134,9 @@ class PairModel(nn.Module):
 
     def _packed_hidden(self, batch: PackedPairs) -> Tensor:
         """After the last norm, shape (T, D); all segments in one row, each with its own positions."""
-        layout = Layout(tuple(Segment(*numbers) for numbers in batch.segments), self.backend, self.meant)
+        layout = Layout(
+            tuple(Segment(*numbers) for numbers in batch.segments), self.backend, self.meant
+        )
         ids, positions = batch.input_ids_T.unsqueeze(0), batch.position_ids_T.unsqueeze(0)
         with self.attending(layout):
             output = self.backbone(input_ids=ids, position_ids=positions, use_cache=False)
@@ -149,7 +177,11 @@ class PairModel(nn.Module):
 
     def trained(self) -> list[tuple[str, nn.Parameter]]:
         """The adapter's parameters, by name."""
-        return [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        return [
+            (name, parameter)
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad
+        ]
 
     def train(self, mode: bool = True) -> Self:
         """Train the adapter, or not. The frozen base computes as in evaluation either way.
@@ -171,7 +203,9 @@ class PairModel(nn.Module):
             elif isinstance(module, bnb.nn.Linear4bit):
                 module.training = True
             elif isinstance(module, GradientCheckpointingLayer):
-                module.training = mode and module.gradient_checkpointing  # transformers' wrapper asks for both
+                module.training = (
+                    mode and module.gradient_checkpointing
+                )  # transformers' wrapper asks for both
         return self
 
     @contextmanager
@@ -188,7 +222,11 @@ class PairModel(nn.Module):
     @contextmanager
     def without_dropout(self) -> Iterator[None]:
         """Training as it is, but for the adapter's dropout; gradients flow."""
-        noisy = [module for module in self.modules() if isinstance(module, nn.Dropout) and module.training]
+        noisy = [
+            module
+            for module in self.modules()
+            if isinstance(module, nn.Dropout) and module.training
+        ]
         for module in noisy:
             module.eval()
         try:
@@ -201,8 +239,14 @@ class PairModel(nn.Module):
 def find_head(causal: Any) -> Head:
     """The output embedding and what transformers' models do to its logits; ``model.probe`` finds what is not here."""
     config = causal.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
-    return Head(causal.get_output_embeddings(), float(scale), getattr(config, "final_logit_softcapping", None))
+    scale = getattr(config, "logit_scale", None) or 1 / (
+        getattr(config, "logits_scaling", None) or 1
+    )
+    return Head(
+        causal.get_output_embeddings(),
+        float(scale),
+        getattr(config, "final_logit_softcapping", None),
+    )
 
 
 def _number(value: str | int) -> int | None:

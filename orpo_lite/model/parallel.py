@@ -12,7 +12,13 @@ from torch import Tensor
 from orpo_lite.errors import Command, RecipeError
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-LAUNCH = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what a launch sets, all of them
+LAUNCH = (
+    "LOCAL_RANK",
+    "RANK",
+    "WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)  # what a launch sets, all of them
 DEVICE = "ACCELERATE_TORCH_DEVICE"  # accelerate takes it as it is
 SHARDED = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM")
 
@@ -30,7 +36,9 @@ class Processes:
         # No Accelerator: dtypes are ours, and another one in this process may have others, or DeepSpeed.
         self._state = PartialState(cpu=cpu or parse_flag_from_env("ACCELERATE_USE_CPU"))
         self.device: torch.device = self._state.device
-        if self.device.type == "cuda" and self.device.index is None:  # of a single process: the current one
+        if (
+            self.device.type == "cuda" and self.device.index is None
+        ):  # of a single process: the current one
             self.device = torch.device("cuda", torch.cuda.current_device())
         if self.device.type == "cuda" and (self.device.index or 0) >= torch.cuda.device_count():
             raise RecipeError(
@@ -84,14 +92,18 @@ class Processes:
             return
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         total: Any = self.sum(torch.cat([grad.flatten() for grad in grads]))
-        for parameter, part in zip(parameters, total.split([grad.numel() for grad in grads]), strict=True):
+        for parameter, part in zip(
+            parameters, total.split([grad.numel() for grad in grads]), strict=True
+        ):
             parameter.grad = part.view_as(parameter).to(parameter.dtype)
 
 
 def _check_environment() -> None:
     """Raise :class:`RecipeError` for a part of a launch, of which each process would take itself for the only one."""
     found = {name: os.environ[name] for name in LAUNCH if name in os.environ}
-    numbers = {name: int(found[name]) for name in LAUNCH[:3] if found.get(name, "").lstrip("-").isdigit()}
+    numbers = {
+        name: int(found[name]) for name in LAUNCH[:3] if found.get(name, "").lstrip("-").isdigit()
+    }
     is_launch = numbers.get("LOCAL_RANK", -1) >= 0  # accelerate's own sign of one
     lacking = [name for name in LAUNCH if name not in found]
     is_one_of_many = numbers.get("RANK", 0) > 0 or numbers.get("WORLD_SIZE", 1) > 1
@@ -101,14 +113,23 @@ def _check_environment() -> None:
         raise RecipeError(
             where="environment",
             found=", ".join(f"{name}={value}" for name, value in found.items())
-            + (f" without {', '.join(lacking)}" if not words else f", where {words[0]} is no number"),
+            + (
+                f" without {', '.join(lacking)}"
+                if not words
+                else f", where {words[0]} is no number"
+            ),
             expected="all that a launch sets, or nothing of it",
-            fix=Command(f"unset {' '.join(found)}", "; or start by `accelerate launch -m orpo_lite`"),
+            fix=Command(
+                f"unset {' '.join(found)}", "; or start by `accelerate launch -m orpo_lite`"
+            ),
         )
     if is_launch and (asked := [name for name in SHARDED if parse_flag_from_env(name)]):
         raise RecipeError(
             where="environment",
             found=f"{asked[0]}={os.environ[asked[0]]}",
             expected="one process, or plain data parallel",
-            fix=Command(f"unset {' '.join(asked)}", ", where `accelerate config` did not set it; else choose neither"),
+            fix=Command(
+                f"unset {' '.join(asked)}",
+                ", where `accelerate config` did not set it; else choose neither",
+            ),
         )

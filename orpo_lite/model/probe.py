@@ -24,7 +24,13 @@ from orpo_lite.ops.outputs import PairLogps
 
 log = logging.getLogger(__name__)
 
-SHORT = [(24, 9, 13), (5, 1, 2), (1, 6, 3), (40, 2, 1), (16, 30, 20)]  # tokens of prompt, chosen, rejected
+SHORT = [
+    (24, 9, 13),
+    (5, 1, 2),
+    (1, 6, 3),
+    (40, 2, 1),
+    (16, 30, 20),
+]  # tokens of prompt, chosen, rejected
 FEW = [SHORT[0], SHORT[4]]  # for gradients
 TILE = 16  # tokens meanwhile, so that each of these sequences takes several
 TINY = [(5, 3, 4)]  # for a gradient for which all layers keep everything
@@ -63,8 +69,15 @@ def probe(model: PairModel, max_length: int, tokens: int = 0) -> None:
     if route != model.route:
         model.fall_back(route, reasons[model.route])
     capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
-    if capped and route in ("shared", "packed") and model.device.type == "cuda" and flash_attn() is None:
-        model.notes.append("attention with a softcap runs by the plain formula, slowly: flash-attn has a kernel for it")
+    if (
+        capped
+        and route in ("shared", "packed")
+        and model.device.type == "cuda"
+        and flash_attn() is None
+    ):
+        model.notes.append(
+            "attention with a softcap runs by the plain formula, slowly: flash-attn has a kernel for it"
+        )
 
 
 def probe_operations(model: PairModel) -> None:
@@ -88,7 +101,9 @@ def _compare_operations(model: PairModel) -> "Gradient":
 @contextmanager
 def _random_adapter(model: PairModel) -> Iterator[None]:
     """A new adapter's B is zero, and with it A's gradient and the adapter's part of every output; not here."""
-    zeros = [parameter for name, parameter in model.trained() if "lora_B" in name and not parameter.any()]
+    zeros = [
+        parameter for name, parameter in model.trained() if "lora_B" in name and not parameter.any()
+    ]
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in zeros:
@@ -123,17 +138,35 @@ def _refuse_others(model: PairModel) -> None:
         raise ModelError(where=f"model {model.config.model_type}", found=found, fix=fix) from error
     if not all(bool(logits.isfinite().all()) for logits in both):
         found = f"its logits are not finite in {_name(model.causal.dtype)}"
-        fix = Overrides({"model.dtype": "float32"}, " if they overflow; else its weights are broken")
-        raise ModelError(where=f"model {model.config.model_type}", found=found, expected="numbers", fix=fix)
-    written = [name for name, some in _beginnings(model).items() if not torch.equal(some, before.get(name, some))]
+        fix = Overrides(
+            {"model.dtype": "float32"}, " if they overflow; else its weights are broken"
+        )
+        raise ModelError(
+            where=f"model {model.config.model_type}", found=found, expected="numbers", fix=fix
+        )
+    written = [
+        name
+        for name, some in _beginnings(model).items()
+        if not torch.equal(some, before.get(name, some))
+    ]
     if written:
         found = f"its forward pass changes its weights ({written[0]} ...), and not the adapter with them"
-        fix = "rescale_every: 0 in its config.json" if hasattr(model.config, "rescale_every") else "another base"
+        fix = (
+            "rescale_every: 0 in its config.json"
+            if hasattr(model.config, "rescale_every")
+            else "another base"
+        )
         raise ModelError(where=f"model {model.config.model_type}", found=found, fix=fix)
-    difference = float((both[0].double() - both[1].double()).norm() / both[0].double().norm().clamp_min(1e-300))
+    difference = float(
+        (both[0].double() - both[1].double()).norm() / both[0].double().norm().clamp_min(1e-300)
+    )
     if not difference <= _rounding(model):
         found = "its tokens see those that come after: it was made to fill in, not to write on"
-        raise ModelError(where=f"model {model.config.model_type}", found=found, expected="a causal language model")
+        raise ModelError(
+            where=f"model {model.config.model_type}",
+            found=found,
+            expected="a causal language model",
+        )
 
 
 def _beginnings(model: PairModel) -> dict[str, Tensor]:
@@ -161,14 +194,20 @@ def _refuse_wrong_reruns(model: PairModel) -> None:
     where = f"model {model.config.model_type}"
     if not all(bool(part.isfinite().all()) for part in wanted):
         said = f"its gradient is not finite in {_name(model.causal.dtype)}"
-        raise ModelError(where=where, found=said, expected="numbers", fix=Overrides({"model.dtype": "float32"}))
+        raise ModelError(
+            where=where, found=said, expected="numbers", fix=Overrides({"model.dtype": "float32"})
+        )
     bound = {torch.float64: 1e-8, torch.float32: 1e-3}.get(_coarsest(model), 0.01)
     if not (difference := _distance(found, wanted)) <= bound:
-        said = f"where its layers run again gradients differ by {difference:.2%} (bound {bound:.2%})"
+        said = (
+            f"where its layers run again gradients differ by {difference:.2%} (bound {bound:.2%})"
+        )
         raise ModelError(
             where=where,
             found=said,
-            fix=Overrides({"memory.activation_checkpointing": "none", "memory.checkpoint_offload": False}),
+            fix=Overrides(
+                {"memory.activation_checkpointing": "none", "memory.checkpoint_offload": False}
+            ),
         )
 
 
@@ -195,7 +234,9 @@ def _own_gradient(model: PairModel) -> Gradient:
         if _coarsest(model) in (torch.float64, torch.float32):
             return Gradient(parts, 1e-8 if _coarsest(model) == torch.float64 else 1e-3)
         with _rounded_input(model):
-            return Gradient(parts, min(max(3 * _distance(_gradient(model, "logits"), parts), 0.01), 0.3))
+            return Gradient(
+                parts, min(max(3 * _distance(_gradient(model, "logits"), parts), 0.01), 0.3)
+            )
 
 
 def _drop_wrong_operations(model: PairModel, own: Gradient) -> None:
@@ -208,7 +249,10 @@ def _drop_wrong_operations(model: PairModel, own: Gradient) -> None:
     for forward, size in zip(tiled, sizes, strict=True):
         forward.tokens = size
     if reason:
-        used = [*["memory.fused_lora"] * (len(ours(model)) > len(tiled)), *["memory.mlp_tile"] * bool(tiled)]
+        used = [
+            *["memory.fused_lora"] * (len(ours(model)) > len(tiled)),
+            *["memory.mlp_tile"] * bool(tiled),
+        ]
         for module in ours(model):
             del module.forward
         model.notes.append(f"not used: {' and '.join(used)}, because {reason}")
@@ -234,7 +278,9 @@ class _Comparison:
         if positions_switch(self.config, self.max_length):
             # Its position embedding depends on the longest sequence of a forward pass, so no two can share one.
             return f"its rotary embedding changes within {self.max_length:,} tokens"
-        return self._short_difference(route) or self._rows_difference or self._long_difference(route)
+        return (
+            self._short_difference(route) or self._rows_difference or self._long_difference(route)
+        )
 
     @cached_property
     def _head_difference(self) -> str:
@@ -256,7 +302,9 @@ class _Comparison:
 
     def _long_difference(self, route: Route) -> str:
         """In the longest row that there is, against the rows one by one: the head has been compared by then."""
-        long, count = _long_pairs(self.config, self.max_length, self.tokens, share=route == "shared")
+        long, count = _long_pairs(
+            self.config, self.max_length, self.tokens, share=route == "shared"
+        )
         if not long:
             return ""
         again = count - len(long)  # of the last one: its figures are the same each time
@@ -269,7 +317,9 @@ class _Comparison:
         return f"{reason} in rows of {tokens:,} tokens" if reason else ""
 
 
-def _long_pairs(config: Any, max_length: int, tokens: int, *, share: bool) -> tuple[list[TokenizedPair], int]:
+def _long_pairs(
+    config: Any, max_length: int, tokens: int, *, share: bool
+) -> tuple[list[TokenizedPair], int]:
     """Return pairs as long as there are, and how many fill the row, the last one being repeated.
 
     Their replies are short, so that each of their tokens counts. Among them is one whose replies lie across the border
@@ -300,16 +350,26 @@ def _head_differs(model: PairModel, pair: TokenizedPair) -> str:
     except MODEL_CODE_ERRORS as error:
         return _reason(error, "logits")
     difference = float((theirs - found).norm() / theirs.norm())
-    return "" if difference <= _rounding(model) else f"its logits are not its head's: they differ by {difference:.2%}"
+    return (
+        ""
+        if difference <= _rounding(model)
+        else f"its logits are not its head's: they differ by {difference:.2%}"
+    )
 
 
-def _difference(model: PairModel, pairs: list[TokenizedPair], route: Route, wanted: Tensor, bound: float) -> str:
+def _difference(
+    model: PairModel, pairs: list[TokenizedPair], route: Route, wanted: Tensor, bound: float
+) -> str:
     """Why this route is not the model's own, or ""."""
     try:
         difference = float((_figures(model, pairs, route) - wanted).abs().max())
     except MODEL_CODE_ERRORS as error:
         return _reason(error, route)
-    return "" if difference <= bound else f"log-probabilities would differ by {difference:.2g} (bound {bound:.2g})"
+    return (
+        ""
+        if difference <= bound
+        else f"log-probabilities would differ by {difference:.2g} (bound {bound:.2g})"
+    )
 
 
 def _differs(model: PairModel, route: Route, own: Gradient) -> str:
@@ -318,7 +378,11 @@ def _differs(model: PairModel, route: Route, own: Gradient) -> str:
         difference = _distance(_gradient(model, route), own.parts)
     except MODEL_CODE_ERRORS as error:
         return _reason(error, route)
-    return "" if difference <= own.bound else f"gradients would differ by {difference:.2%} (bound {own.bound:.2%})"
+    return (
+        ""
+        if difference <= own.bound
+        else f"gradients would differ by {difference:.2%} (bound {own.bound:.2%})"
+    )
 
 
 @contextmanager
@@ -340,24 +404,38 @@ def _rounded_input(model: PairModel) -> Iterator[None]:
 def _say_unused(model: PairModel, gradient: list[Tensor]) -> None:
     """Note the adapters that the loss does not reach: they only take memory."""
     names = [name for name, _ in model.trained()]
-    dead = [name for name, part in zip(names, gradient, strict=True) if "lora_A" in name and not part.any()]
+    dead = [
+        name
+        for name, part in zip(names, gradient, strict=True)
+        if "lora_A" in name and not part.any()
+    ]
     if dead:
         layer = dead[0].split(".lora_A")[0].split("base_model.model.")[-1]
         of_all = sum("lora_A" in name for name in names)
-        model.notes.append(f"{len(dead)} of {of_all} adapted layers get no gradient ({layer} ...): they learn nothing")
+        model.notes.append(
+            f"{len(dead)} of {of_all} adapted layers get no gradient ({layer} ...): they learn nothing"
+        )
 
 
-def _gradient(model: PairModel, route: Route, lengths: list[tuple[int, int, int]] = FEW) -> list[Tensor]:
+def _gradient(
+    model: PairModel, route: Route, lengths: list[tuple[int, int, int]] = FEW
+) -> list[Tensor]:
     """Of some sum of :func:`_figures` of a few pairs, by each trained parameter."""
     figures = _figures(model, _random_pairs(model.config.get_text_config(), lengths), route)
     weights_3 = figures.new_tensor([1.0, -2.0, 0.5])
     trained = [parameter for _, parameter in model.trained()]
-    return list(torch.autograd.grad((weights_3 @ figures).sum(), trained, allow_unused=True, materialize_grads=True))
+    return list(
+        torch.autograd.grad(
+            (weights_3 @ figures).sum(), trained, allow_unused=True, materialize_grads=True
+        )
+    )
 
 
 def _distance(found: list[Tensor], wanted: list[Tensor]) -> float:
     """The norm of the difference over that of what is wanted."""
-    between = sum(float((a - b).double().square().sum()) for a, b in zip(found, wanted, strict=True))
+    between = sum(
+        float((a - b).double().square().sum()) for a, b in zip(found, wanted, strict=True)
+    )
     return math.sqrt(between / max(sum(float(b.double().square().sum()) for b in wanted), 1e-300))
 
 
@@ -400,7 +478,9 @@ def _figures(model: PairModel, pairs: list[TokenizedPair], route: Route) -> Tens
 
 
 def _stacked(logps: PairLogps) -> Tensor:
-    return torch.stack([logps.chosen_P, logps.rejected_P, logps.nll_P / logps.nll_tokens_P]).double()
+    return torch.stack(
+        [logps.chosen_P, logps.rejected_P, logps.nll_P / logps.nll_tokens_P]
+    ).double()
 
 
 def _rounding(model: PairModel) -> float:
@@ -410,8 +490,13 @@ def _rounding(model: PairModel) -> float:
 
 def _coarsest(model: PairModel) -> torch.dtype:
     """The dtype that rounds most: a float32 stream may go through products in bnb_4bit_compute_dtype."""
-    dtypes = {model.causal.dtype, *(getattr(module, "compute_dtype", None) for module in model.modules())}
-    coarsest: torch.dtype = max((dtype for dtype in dtypes if dtype is not None), key=lambda d: torch.finfo(d).eps)
+    dtypes = {
+        model.causal.dtype,
+        *(getattr(module, "compute_dtype", None) for module in model.modules()),
+    }
+    coarsest: torch.dtype = max(
+        (dtype for dtype in dtypes if dtype is not None), key=lambda d: torch.finfo(d).eps
+    )
     return coarsest
 
 
@@ -421,24 +506,38 @@ def _bound(model: PairModel, pairs: list[TokenizedPair], expected: Tensor) -> fl
     if dtype in (torch.float64, torch.float32):
         return 1e-9 if dtype == torch.float64 else 2e-4
     with _rounded_input(model):
-        return min(max(4 * float((_figures(model, pairs, "logits") - expected).abs().max()), 0.01), 0.3)
+        return min(
+            max(4 * float((_figures(model, pairs, "logits") - expected).abs().max()), 0.01), 0.3
+        )
 
 
 def _random_pairs(config: Any, lengths: list[tuple[int, int, int]]) -> list[TokenizedPair]:
     """Pairs of random tokens, (prompt, chosen, rejected) tokens each; the same ones at each start."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.arange(config.vocab_size)
-    if (pad := getattr(config, "pad_token_id", None)) is not None:  # some models mask it wherever it stands
+    if (
+        pad := getattr(config, "pad_token_id", None)
+    ) is not None:  # some models mask it wherever it stands
         ids = ids[ids != pad]
     pairs = []
     for prompt, chosen, rejected in lengths:
-        drawn = ids[torch.randint(len(ids), (prompt + chosen + rejected,), generator=generator)].numpy()
-        start, middle, end = drawn[:prompt], drawn[prompt : prompt + chosen], drawn[prompt + chosen :]
-        pairs.append(TokenizedPair(np.r_[start, middle], np.r_[start, end], prompt, prompt, "probe"))
+        drawn = ids[
+            torch.randint(len(ids), (prompt + chosen + rejected,), generator=generator)
+        ].numpy()
+        start, middle, end = (
+            drawn[:prompt],
+            drawn[prompt : prompt + chosen],
+            drawn[prompt + chosen :],
+        )
+        pairs.append(
+            TokenizedPair(np.r_[start, middle], np.r_[start, end], prompt, prompt, "probe")
+        )
     return pairs
 
 
-WINDOW = re.compile(r"^(?!.*(layer|pattern)).*window|attention_chunk_size")  # not Qwen's max_window_layers
+WINDOW = re.compile(
+    r"^(?!.*(layer|pattern)).*window|attention_chunk_size"
+)  # not Qwen's max_window_layers
 
 
 def _smallest_window(config: Any) -> int | None:

@@ -30,7 +30,11 @@ def skipped_modules(recipe: Recipe, config: Any, device: torch.device) -> list[s
     widths = {name: layer_shape(layer)[0] for name, layer in quantizable(model).items()}
     wrong = wrong_widths(set(widths.values())) if device.type == "cpu" else set()
     names = [*bypassed_layers(model), *(name for name, width in widths.items() if width in wrong)]
-    return [*names, *(name for name in get_keys_to_not_convert(model) if name not in names)] if names else []
+    return (
+        [*names, *(name for name in get_keys_to_not_convert(model) if name not in names)]
+        if names
+        else []
+    )
 
 
 def quantizable(model: Any) -> dict[str, Any]:
@@ -42,7 +46,9 @@ def quantizable(model: Any) -> dict[str, Any]:
     return {
         name: module
         for name, module in model.named_modules()
-        if (type(module) is nn.Linear or is_transposed(module)) and module is not head and name not in bypassed
+        if (type(module) is nn.Linear or is_transposed(module))
+        and module is not head
+        and name not in bypassed
     }
 
 
@@ -74,7 +80,9 @@ def _source(kind: type) -> str:
     """The source of a model class's own methods; "" for the classes of torch."""
     if not kind.__module__.startswith("transformers.models."):
         return ""
-    methods = [inspect.unwrap(method) for method in vars(kind).values() if inspect.isfunction(method)]
+    methods = [
+        inspect.unwrap(method) for method in vars(kind).values() if inspect.isfunction(method)
+    ]
     return "".join(inspect.getsource(method) for method in methods)
 
 
@@ -97,7 +105,10 @@ def wrong_widths(widths: set[int]) -> set[int]:
 def _is_wrong(width: int) -> bool:
     """Whether rows of so many elements come back from 4 bit otherwise than the same elements as one row do."""
     matrix = torch.randn(64, width, generator=torch.Generator().manual_seed(0))
-    quantised = (bnb.functional.quantize_4bit(part, quant_type="nf4") for part in (matrix, matrix.view(1, -1)))
+    quantised = (
+        bnb.functional.quantize_4bit(part, quant_type="nf4")
+        for part in (matrix, matrix.view(1, -1))
+    )
     rows, row = (bnb.functional.dequantize_4bit(*pair) for pair in quantised)
     return not torch.equal(rows.flatten(), row.flatten())
 
@@ -113,15 +124,25 @@ def quantize(model: Any, recipe: Recipe, dtype: torch.dtype) -> None:
     settings = recipe.quantization
     # bitsandbytes keeps this table from its first use on, wherever it was made; on meta it would spoil a later loading.
     bnb.functional.name2qmap.setdefault("dynamic", bnb.functional.create_dynamic_map())
-    options = {"compress_statistics": settings.bnb_4bit_use_double_quant, "quant_type": settings.bnb_4bit_quant_type}
+    options = {
+        "compress_statistics": settings.bnb_4bit_use_double_quant,
+        "quant_type": settings.bnb_4bit_quant_type,
+    }
     for name, layer in quantizable(model).items():
         weight = layer.weight.data.t().contiguous() if is_transposed(layer) else layer.weight.data
         packed, state = bnb.functional.quantize_4bit(weight, **options)
         compute, bias = compute_dtype(recipe, dtype), layer.bias
-        linear = bnb.nn.Linear4bit(*layer_shape(layer), bias is not None, compute, **options, device=weight.device)
+        linear = bnb.nn.Linear4bit(
+            *layer_shape(layer), bias is not None, compute, **options, device=weight.device
+        )
         linear.source_cls = type(layer)  # as transformers notes it
         linear.weight = bnb.nn.Params4bit(
-            packed, requires_grad=False, quant_state=state, bnb_quantized=True, module=linear, **options
+            packed,
+            requires_grad=False,
+            quant_state=state,
+            bnb_quantized=True,
+            module=linear,
+            **options,
         )
         if bias is not None:
             linear.bias = bias
@@ -130,10 +151,15 @@ def quantize(model: Any, recipe: Recipe, dtype: torch.dtype) -> None:
 
 def misshapen(model: nn.Module) -> list[str]:
     """4-bit layers whose weights are not of the layer's shape, which transformers looks at in other layers only."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, bnb.nn.Linear4bit)
+    }
     return [
         f"{name}.weight"
         for name, layer in layers.items()  # in either orientation, for GPT-2 stores its matrices transposed
-        if (state := getattr(layer.weight, "quant_state", None)) is not None  # a missing weight has none
+        if (state := getattr(layer.weight, "quant_state", None))
+        is not None  # a missing weight has none
         and sorted(state.shape) != sorted((layer.in_features, layer.out_features))
     ]

@@ -1,4 +1,5 @@
-"""What is trained for: from the log-probabilities of pairs to a loss and its metrics.
+"""Compute a loss and its metrics from the log-probabilities of pairs.
 
-One file an objective, named as ``loss.type`` names it. Order: objective, orpo; further ones above them.
+Each objective is one file, named like its ``loss.type``. Order: objective, orpo; further ones
+follow.
 """

@@ -1,6 +1,6 @@
-"""The contract of an objective: everything that training, planning, evaluation and the reports ask of it.
+"""Define the interface of an objective for training, planning, evaluation and reports.
 
-A new objective is a file of this package, named as ``LossSection.type`` names it.
+A new objective is a file of this package, named like its ``LossSection.type``.
 """
 
 from abc import ABC, abstractmethod
@@ -17,13 +17,14 @@ from orpo_lite.ops.outputs import PairLogps
 from orpo_lite.recipe.schema import LossSection
 
 Need = Literal["policy_logps"]
-"""What a model gives. policy_logps: :class:`PairLogps` of the model that is trained."""
+"""An output of a model. policy_logps: :class:`PairLogps` of the trained model."""
 
 
 class Divisors(NamedTuple):
-    """What the sums of one optimizer step are divided by, over all its micro-batches and processes.
+    """The divisors of one optimizer step's sums over all its micro-batches and processes.
 
-    Known before the first forward pass, so that the same pairs give the same gradient however they are cut up.
+    They are known before the first forward pass, so the gradient does not depend on how the pairs
+    are split into micro-batches.
     """
 
     pairs: int
@@ -31,92 +32,105 @@ class Divisors(NamedTuple):
 
 
 class Metric(NamedTuple):
-    """How one metric is shown."""
+    """A metric and how it is shown."""
 
     name: str
-    """Its key in metrics.jsonl; held-out metrics have ``eval_`` in front."""
+    """Its key in metrics.jsonl; held-out metrics have the prefix ``eval_``."""
     label: str
-    """In the table after a training."""
+    """Its name in the table after a training."""
     meaning: str
-    """In the model card, for people who did not train the model."""
+    """Its description in the model card, for people who did not train the model."""
     short: str = ""
-    """In a line of progress; "" leaves it out there."""
+    """Its name in a line of progress; "" leaves it out there."""
     sign: Literal["", "+"] = ""
-    """``+``: shown with its sign, for it may be below zero."""
+    """``+``: always shown with its sign, because it may be negative."""
     digits: int = 4
-    """After the decimal point, in a line of progress."""
+    """Digits after the decimal point in a line of progress."""
     is_share: bool = False
-    """A share of the pairs, shown in per cent."""
+    """It is a share of the pairs, shown in percent."""
 
 
 class Objective(ABC):
-    """A loss on preference pairs, of one recipe."""
+    """A loss on preference pairs with the settings of one recipe."""
 
     title: ClassVar[str]
-    """Its name: ORPO."""
+    """Its name, for instance ORPO."""
     paper: ClassVar[str]
-    """The page that defines it."""
+    """The URL of the paper that defines it."""
     formula: ClassVar[str]
-    """The loss, in a sentence."""
+    """The formula of the loss, as a sentence."""
     needs: ClassVar[frozenset[Need]] = frozenset({"policy_logps"})
-    """What it needs of the model."""
+    """The model outputs that it needs."""
     parts: ClassVar[tuple[str, ...]]
-    """What :meth:`loss` returns besides the loss. Each is a sum over pairs divided by the step's divisors, so the parts
-    of micro-batches and processes add up to those of the step."""
+    """Names of the values that :meth:`loss` returns next to the loss. Each is a sum over pairs
+    divided by the step's divisors, so the values of micro-batches and processes add up to those of
+    the step."""
     shown: ClassVar[tuple[Metric, ...]]
-    """The metrics for people, in their order."""
+    """The metrics shown to people, in order."""
 
     def __init__(self, settings: LossSection) -> None:
         self.settings = settings
 
     def divisors(self, pairs: Sequence[TokenizedPair]) -> Divisors:
-        """Return what the loss of a step on these pairs is divided by."""
+        """Return the divisors of the loss of a step on these pairs."""
         only = self.settings.completion_only_loss
-        return Divisors(len(pairs), sum(nll_tokens(pair, completion_only_loss=only) for pair in pairs))
+        tokens = sum(nll_tokens(pair, completion_only_loss=only) for pair in pairs)
+        return Divisors(len(pairs), tokens)
 
     @abstractmethod
     def loss(self, logps: PairLogps, divisors: Divisors) -> tuple[Tensor, Tensor]:
-        """Return a micro-batch's share of the step's loss, to run backward on, and its detached ``parts``.
+        """Return a micro-batch's share of the step's loss, to run backward on, and its detached
+        parts.
 
-        A plan runs it on ``meta``, without values: no branch on a value, no boolean mask, no ``.item()``.
+        A plan runs it on the meta device, which has no values: do not branch on a value or use a
+        boolean mask or ``.item()``.
 
         Args:
-            logps: of the P pairs of this micro-batch.
-            divisors: of the whole optimizer step. Shares of all micro-batches and processes add up to the step's loss.
+            logps: log-probabilities of the P pairs of this micro-batch.
+            divisors: divisors of the whole optimizer step. The shares of all micro-batches and
+                processes add up to the step's loss.
+
+        Returns:
+            A scalar, and the values of ``parts`` as a tensor of shape (len(parts),).
         """
 
     @abstractmethod
     def metrics(self, parts: Sequence[float]) -> dict[str, float]:
-        """Return what is logged of a step, by the summed ``parts``; ``loss`` is among it."""
+        """Return the logged metrics of a step from its summed ``parts``; they include ``loss``."""
 
     def described(self) -> list[tuple[str, str]]:
-        """Return the settings of the loss, each with its name, for the model card."""
+        """Return (name, value) of each setting of the loss, for the model card."""
         return []
 
     def to_json(self) -> dict[str, Any]:
-        """Return what a model card says of it; lock.json keeps that with the run."""
+        """Return the description for the model card, which lock.json stores."""
         metrics = {f"eval_{metric.name}": metric.meaning for metric in self.shown}
         named = {"title": self.title, "paper": self.paper, "formula": self.formula}
         return {**named, "settings": dict(self.described()), "metrics": metrics}
 
     def line(self, metrics: Mapping[str, float], prefix: str = "") -> str:
-        """Return the metrics of a step as one line; ``prefix`` is ``eval_`` for held-out ones."""
-        known = ((metric, metrics[prefix + metric.name]) for metric in self.shown if metric.short)
-        return "  ".join(f"{metric.short} {value:{metric.sign}.{metric.digits}f}" for metric, value in known)
+        """Return a step's metrics as one line; ``prefix`` is ``eval_`` for held-out metrics."""
+        texts = []
+        for metric in self.shown:
+            if metric.short:
+                value = metrics[prefix + metric.name]
+                texts.append(f"{metric.short} {value:{metric.sign}.{metric.digits}f}")
+        return "  ".join(texts)
 
 
 def find_objective(settings: LossSection) -> Objective:
     """Return the ``OBJECTIVE`` of the file that ``loss.type`` names, with the recipe's settings.
 
     Raises:
-        RecipeError: no model gives what it needs.
+        RecipeError: it needs an output that no model has.
     """
-    objective: Objective = import_module(f"orpo_lite.objectives.{settings.type}").OBJECTIVE(settings)
-    if lacking := objective.needs.difference(get_args(Need)):
+    module = import_module(f"orpo_lite.objectives.{settings.type}")
+    objective: Objective = module.OBJECTIVE(settings)
+    if missing := objective.needs.difference(get_args(Need)):
         raise RecipeError(
             where="loss.type",
-            found=f"{settings.type} needs {', '.join(sorted(lacking))}",
-            expected=f"an objective that needs no more than {', '.join(get_args(Need))}",
+            found=f"{settings.type} needs {', '.join(sorted(missing))}",
+            expected=f"an objective that needs only {', '.join(get_args(Need))}",
             fix=Overrides({"loss.type": LossSection().type}),
         )
     return objective

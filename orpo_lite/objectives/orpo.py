@@ -1,10 +1,10 @@
-"""ORPO: monolithic preference optimization without a reference model (Hong et al., arXiv 2403.07691)."""
+"""ORPO: preference optimization without a reference model (Hong et al., arXiv 2403.07691)."""
 
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - the field's name for it
+import torch.nn.functional as F  # noqa: N812 - its usual name
 from torch import Tensor
 
 from orpo_lite.objectives.objective import Divisors, Metric, Objective
@@ -12,57 +12,92 @@ from orpo_lite.ops.outputs import PairLogps, at_least_float32
 
 
 class Orpo(Objective):
-    """``L = NLL + beta * L_OR``, Eq. 6: likely chosen responses, at better odds than the rejected ones."""
+    """``L = NLL + beta * L_OR``, Eq. 6.
+
+    It raises the probability of the chosen responses, and their odds against the rejected ones.
+    """
 
     title = "ORPO"
     paper = "https://arxiv.org/abs/2403.07691"
     formula = "L = NLL + λ · L_OR, Eq. 6 of the paper."
-    parts = ("nll_loss", "log_odds_ratio", "log_odds_chosen", "logps/chosen", "logps/rejected", "rewards/accuracies")
+    parts = (
+        "nll_loss",
+        "log_odds_ratio",
+        "log_odds_chosen",
+        "logps/chosen",
+        "logps/rejected",
+        "rewards/accuracies",
+    )
     shown = (
         Metric("loss", "loss", "loss", "loss"),
         Metric("nll_loss", "NLL of the chosen", "NLL of the chosen", "nll"),
-        Metric("log_odds_chosen", "log odds chosen : rejected", "log odds, chosen to rejected", "log odds", "+", 3),
+        Metric(
+            "log_odds_chosen", "log odds chosen : rejected", "log odds, chosen to rejected",
+            short="log odds", sign="+", digits=3,
+        ),
         Metric("logps/chosen", "log-prob of chosen", "mean log-probability, chosen"),
         Metric("logps/rejected", "log-prob of rejected", "mean log-probability, rejected"),
         Metric(
-            "rewards/accuracies", "reward accuracy", "share of pairs whose chosen answer is the likelier",
+            "rewards/accuracies", "reward accuracy",
+            "share of pairs whose chosen answer is more likely than the rejected one",
             short="accuracy", digits=3, is_share=True,
         ),
     )  # fmt: skip
 
     def loss(self, logps: PairLogps, divisors: Divisors) -> tuple[Tensor, Tensor]:
         """Return :func:`orpo_loss` with the recipe's settings."""
-        return orpo_loss(logps, divisors, beta=self.settings.beta, nll_reduction=self.settings.nll_reduction)
+        return orpo_loss(
+            logps, divisors, beta=self.settings.beta, nll_reduction=self.settings.nll_reduction
+        )
 
     def metrics(self, parts: Sequence[float]) -> dict[str, float]:
-        """Return the parts, loss and rewards under the names that TRL's ORPOTrainer logs; rewards are beta * logps."""
-        named, beta = dict(zip(self.parts, parts, strict=True)), self.settings.beta
+        """Return the parts, loss and rewards with the names of TRL's ORPOTrainer.
+
+        Rewards are beta * logps.
+        """
+        beta = self.settings.beta
+        named = dict(zip(self.parts, parts, strict=True))
         chosen, rejected = beta * named["logps/chosen"], beta * named["logps/rejected"]
         loss = named["nll_loss"] - beta * named["log_odds_ratio"]
-        rewards = {"rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected}
+        rewards = {
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/margins": chosen - rejected,
+        }
         return {"loss": loss, **named, **rewards}
 
     def described(self) -> list[tuple[str, str]]:
-        """Return λ, and which tokens the NLL counts."""
-        scope = "the chosen response" if self.settings.completion_only_loss else "prompt and chosen response"
-        mean = "all tokens of a step" if self.settings.nll_reduction == "token" else "each response, then over pairs"
-        return [("λ (`loss.beta`)", f"{self.settings.beta:g}"), ("NLL counts", f"{scope}; mean over {mean}")]
+        """Return λ, and the tokens that the NLL counts."""
+        only_response = self.settings.completion_only_loss
+        scope = "the chosen response" if only_response else "prompt and chosen response"
+        is_by_token = self.settings.nll_reduction == "token"
+        mean = "all tokens of a step" if is_by_token else "each response, then over pairs"
+        return [
+            ("λ (`loss.beta`)", f"{self.settings.beta:g}"),
+            ("NLL counts", f"{scope}; mean over {mean}"),
+        ]
 
 
 def orpo_loss(
-    logps: PairLogps, divisors: Divisors, *, beta: float, nll_reduction: Literal["token", "pair"] = "token"
+    logps: PairLogps,
+    divisors: Divisors,
+    *,
+    beta: float,
+    nll_reduction: Literal["token", "pair"] = "token",
 ) -> tuple[Tensor, Tensor]:
-    """This micro-batch's share of ``L = NLL + beta * L_OR``, Eq. 6 and 7.
+    """Return this micro-batch's share of ``L = NLL + beta * L_OR``, Eq. 6 and 7.
 
     Args:
-        logps: of the P pairs of this micro-batch.
-        divisors: of the whole optimizer step. Shares of all micro-batches and processes add up to the step's loss.
+        logps: log-probabilities of the P pairs of this micro-batch.
+        divisors: divisors of the whole optimizer step. The shares of all micro-batches and
+            processes add up to the step's loss.
         beta: λ in the paper.
-        nll_reduction: ``token``: mean over all counted tokens of the step, as the authors' code; ``pair``: mean per
-            response, then over pairs, as the paper's text.
+        nll_reduction: ``token``: mean over all counted tokens of the step, as in the authors' code;
+            ``pair``: mean per response, then over pairs, as in the paper's text.
 
     Returns:
-        The scalar to run backward on, and the detached :attr:`Orpo.parts` as a tensor of shape (6,).
+        The scalar to run backward on, and the detached :attr:`Orpo.parts` as a tensor of shape
+        (6,).
     """
     log_odds_P = log_odds(logps.chosen_P, logps.rejected_P)
     log_sigmoid_P = F.logsigmoid(log_odds_P)  # -L_OR, Eq. 7
@@ -79,19 +114,23 @@ def orpo_loss(
 
 
 def log1mexp(logp: Tensor) -> Tensor:
-    """``log(1 - exp(logp))`` for logp <= 0, any shape, in at least float32; finite gradient up to logp = 0.
+    """Return ``log(1 - exp(logp))`` for logp <= 0 of any shape, in at least float32.
 
-    The argument is clamped below zero before both branches: ``where`` multiplies the gradient of the branch not
-    taken by zero, and zero times infinity is NaN. Branches after Mächler, "Accurately computing log(1 - exp(-|a|))".
+    The gradient is finite up to logp = 0. The argument is clamped below zero before both branches:
+    ``where`` multiplies the gradient of the branch not taken by zero, and zero times infinity is
+    NaN. The branches follow Mächler, "Accurately computing log(1 - exp(-|a|))".
     """
     logp = at_least_float32(logp)
     logp = logp.clamp(max=-torch.finfo(logp.dtype).eps)
-    near_zero = logp > -0.693  # ln 2: below it log1p keeps the digits, above it expm1 does
+    near_zero = logp > -0.693  # -ln 2: log1p is accurate below it, expm1 above it
     return torch.where(near_zero, torch.log(-torch.expm1(logp)), torch.log1p(-torch.exp(logp)))
 
 
 def log_odds(chosen_P: Tensor, rejected_P: Tensor) -> Tensor:
-    """``log(odds(chosen) / odds(rejected))`` of mean log-probabilities, Eq. 4 and 5; shape (P,)."""
+    """Return ``log(odds(chosen) / odds(rejected))``, Eq. 4 and 5, of mean log-probabilities.
+
+    All tensors have shape (P,).
+    """
     chosen_P, rejected_P = at_least_float32(chosen_P), at_least_float32(rejected_P)
     return (chosen_P - rejected_P) - (log1mexp(chosen_P) - log1mexp(rejected_P))
 

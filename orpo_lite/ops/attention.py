@@ -121,7 +121,11 @@ def pair_attention(
     if wanted or layout is None:
         raise UnsupportedError(f"the model asks its attention for {', '.join(wanted)}")
     shape = Shape(scaling or query.shape[-1] ** -0.5, sliding_window, softcap)
-    name = layout.backend if layout.backend != "auto" else choose_backend(query, value, softcap, layout.meant)
+    name = (
+        layout.backend
+        if layout.backend != "auto"
+        else choose_backend(query, value, softcap, layout.meant)
+    )
     return BACKENDS[name](query, key, value, layout.segments, shape).transpose(1, 2), None
 
 
@@ -138,7 +142,9 @@ class Shape(NamedTuple):
         return (-1 if self.window is None else self.window - 1, 0)
 
 
-def choose_backend(query: Tensor, value: Tensor, softcap: float | None, meant: str | None = None) -> str:
+def choose_backend(
+    query: Tensor, value: Tensor, softcap: float | None, meant: str | None = None
+) -> str:
     """The fastest back-end that can do this: device, dtype, softcap and the size of a head decide."""
     kind = meant or device_kind(query.device)
     square = query.shape[-1] == value.shape[-1]
@@ -155,7 +161,9 @@ def choose_backend(query: Tensor, value: Tensor, softcap: float | None, meant: s
     return "efficient" if aligned and query.dtype != torch.float64 else "sdpa"
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], shape: Shape) -> Tensor:
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], shape: Shape
+) -> Tensor:
     """torch's own FlashAttention (``torch.nn.attention.varlen``): bfloat16 and float16 from Ampere on."""
     from torch.nn.attention.varlen import varlen_attn
 
@@ -163,14 +171,18 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segmen
     if q.is_meta:
         return meta_flash_attention(q, k, v, len(segments)).transpose(0, 1).unsqueeze(0)
     options: dict[str, Any] = {"scale": shape.scale, "window_size": shape.window_size}
-    if "enable_gqa" in signature(varlen_attn).parameters:  # before torch 2.12 grouped heads went without saying
+    if (
+        "enable_gqa" in signature(varlen_attn).parameters
+    ):  # before torch 2.12 grouped heads went without saying
         options["enable_gqa"] = q.shape[1] != k.shape[1]
     out: Any = varlen_attn(q, k, v, *lengths, **options)
     found: Tensor = out.transpose(0, 1).unsqueeze(0)
     return found
 
 
-def _flash_attn_varlen(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], shape: Shape) -> Tensor:
+def _flash_attn_varlen(
+    query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], shape: Shape
+) -> Tensor:
     """The package flash-attn where it is installed: the one fast kernel with a softcap."""
     q, k, v, lengths = _as_sequences(query, key, value, segments)
     if q.is_meta:
@@ -178,7 +190,9 @@ def _flash_attn_varlen(query: Tensor, key: Tensor, value: Tensor, segments: Sequ
     else:
         options = {"softmax_scale": shape.scale, "causal": True, "softcap": shape.softcap or 0.0}
         options["deterministic"] = torch.are_deterministic_algorithms_enabled()
-        out = flash_attn().flash_attn_varlen_func(q, k, v, *lengths, window_size=shape.window_size, **options)
+        out = flash_attn().flash_attn_varlen_func(
+            q, k, v, *lengths, window_size=shape.window_size, **options
+        )
     return out.transpose(0, 1).unsqueeze(0)
 
 
@@ -208,7 +222,9 @@ def _as_sequences(
 
 @lru_cache(maxsize=4)
 def _key_index(segments: tuple[Segment, ...], device: torch.device) -> Tensor:
-    pieces = [span for s in segments for span in ((s.prefix_start, s.prefix_stop), (s.start, s.stop))]
+    pieces = [
+        span for s in segments for span in ((s.prefix_start, s.prefix_stop), (s.start, s.stop))
+    ]
     return torch.cat([torch.arange(*piece) for piece in pieces]).to(device)
 
 
@@ -229,10 +245,14 @@ FROM_BOTTOM_RIGHT = 2
 """The causal mask of ``_efficient_attention_forward`` whose last query sees the last key (torch's CausalVariant)."""
 
 
-def _efficient(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], shape: Shape) -> Tensor:
+def _efficient(
+    query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], shape: Shape
+) -> Tensor:
     """torch's memory-efficient attention, all segments in one call; for GPUs before Ampere and float32."""
     q, k, v, (starts_q, starts_k, longest_q, longest_k) = _as_sequences(query, key, value, segments)
-    if shape.window is not None and longest_k > shape.window:  # its own window is documented nowhere
+    if (
+        shape.window is not None and longest_k > shape.window
+    ):  # its own window is documented nowhere
         return _sdpa(query, key, value, segments, shape)
     k, v = (tensor.repeat_interleave(q.shape[1] // tensor.shape[1], 1) for tensor in (k, v))
     if q.is_meta:
@@ -256,11 +276,16 @@ def _efficient(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Seg
     return found
 
 
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], shape: Shape) -> Tensor:
+def _sdpa(
+    query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], shape: Shape
+) -> Tensor:
     """torch's scaled_dot_product_attention, segment by segment; for sizes of heads that no other kernel takes."""
     outs = []
     for segment in segments:
-        prefix, own = slice(segment.prefix_start, segment.prefix_stop), slice(segment.start, segment.stop)
+        prefix, own = (
+            slice(segment.prefix_start, segment.prefix_stop),
+            slice(segment.start, segment.stop),
+        )
         k, v = (_joined(tensor, prefix, own) for tensor in (key, value))
         q = query[:, :, own]
         k, v = (tensor.repeat_interleave(q.shape[1] // tensor.shape[1], 1) for tensor in (k, v))
@@ -269,7 +294,9 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment]
             continue
         fits = shape.window is None or k.shape[2] <= shape.window
         sizes = (q.shape[2], k.shape[2])
-        mask = causal_lower_right(*sizes) if fits else _mask(*sizes, segment.before, shape.window, q)
+        mask = (
+            causal_lower_right(*sizes) if fits else _mask(*sizes, segment.before, shape.window, q)
+        )
         outs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=shape.scale))
     return torch.cat(outs, 2)
 
@@ -287,7 +314,9 @@ def _mask(queries: int, keys: int, offset: int, window: int | None, like: Tensor
     hidden_QK = position_K > position_Q1
     if window is not None:
         hidden_QK |= position_K <= position_Q1 - window
-    return torch.zeros(queries, keys, dtype=like.dtype, device=like.device).masked_fill_(hidden_QK, -math.inf)
+    return torch.zeros(queries, keys, dtype=like.dtype, device=like.device).masked_fill_(
+        hidden_QK, -math.inf
+    )
 
 
 class _Block(NamedTuple):
@@ -313,7 +342,13 @@ def _blocks(segments: Sequence[Segment], window: int | None, whole: bool) -> Ite
             first = 0 if window is None else max(0, segment.before + begin - window + 1)
             prefix = slice(segment.prefix_start + min(first, segment.before), segment.prefix_stop)
             own = slice(segment.start + max(0, first - segment.before), segment.start + end)
-            yield _Block(segment.start + begin, segment.start + end, prefix, own, segment.before + begin - first)
+            yield _Block(
+                segment.start + begin,
+                segment.start + end,
+                prefix,
+                own,
+                segment.before + begin - first,
+            )
 
 
 class _Blockwise(torch.autograd.Function):
@@ -321,7 +356,13 @@ class _Blockwise(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], shape: Shape, kernel: Any
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        segments: Sequence[Segment],
+        shape: Shape,
+        kernel: Any,
     ) -> Tensor:
         batch, heads, tokens, _ = query.shape
         out = query.new_empty(batch, tokens, heads, value.shape[-1]).transpose(1, 2)
@@ -331,8 +372,8 @@ class _Blockwise(torch.autograd.Function):
             q = query[:, :, block.start : block.stop]
             k, v = (_joined(tensor, block.prefix, block.own) for tensor in (key, value))
             mask = _block_mask(block, q, k, shape, kernel)
-            out[:, :, block.start : block.stop], lse[:, :, block.start : block.stop] = kernel.forward(
-                q, k, v, mask, shape
+            out[:, :, block.start : block.stop], lse[:, :, block.start : block.stop] = (
+                kernel.forward(q, k, v, mask, shape)
             )
         ctx.save_for_backward(query, key, value, out, lse)
         ctx.segments, ctx.shape, ctx.kernel = segments, shape, kernel
@@ -343,13 +384,19 @@ class _Blockwise(torch.autograd.Function):
         (grad,) = grads
         query, key, value, out, lse = ctx.saved_tensors
         shape, kernel = ctx.shape, ctx.kernel
-        grad_q, grad_k, grad_v = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        grad_q, grad_k, grad_v = (
+            torch.empty_like(query),
+            torch.zeros_like(key),
+            torch.zeros_like(value),
+        )
         for block in _blocks(ctx.segments, shape.window, kernel.masks_causally):
             rows = slice(block.start, block.stop)
             q = query[:, :, rows]
             k, v = (_joined(tensor, block.prefix, block.own) for tensor in (key, value))
             mask = _block_mask(block, q, k, shape, kernel)
-            found = kernel.backward(grad[:, :, rows], q, k, v, out[:, :, rows], lse[:, :, rows], mask, shape)
+            found = kernel.backward(
+                grad[:, :, rows], q, k, v, out[:, :, rows], lse[:, :, rows], mask, shape
+            )
             grad_q[:, :, rows] = found[0]
             size = block.prefix.stop - block.prefix.start
             for whole, part in ((grad_k, found[1]), (grad_v, found[2])):
@@ -373,18 +420,29 @@ class _FlashCPU:
     masks_causally = True
 
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, shape: Shape) -> tuple[Tensor, Tensor]:
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, shape: Shape
+    ) -> tuple[Tensor, Tensor]:
         attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         out, lse = attend(q, k, v, 0.0, mask is None, attn_mask=mask, scale=shape.scale)
         return out, lse
 
     @staticmethod
     def backward(
-        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None, shape: Shape
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        mask: Tensor | None,
+        shape: Shape,
     ) -> tuple[Tensor, Tensor, Tensor]:
         attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         found: tuple[Tensor, Tensor, Tensor]
-        found = attend(grad, q, k, v, out, lse, 0.0, mask is None, attn_mask=mask, scale=shape.scale)
+        found = attend(
+            grad, q, k, v, out, lse, 0.0, mask is None, attn_mask=mask, scale=shape.scale
+        )
         return found
 
 
@@ -394,7 +452,9 @@ class _Maths:
     masks_causally = False
 
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, shape: Shape) -> tuple[Tensor, Tensor]:
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, shape: Shape
+    ) -> tuple[Tensor, Tensor]:
         scores, _ = _scores(q, k, mask, shape)
         lse = scores.logsumexp(-1)
         weights = scores.sub_(lse.unsqueeze(-1)).exp_()
@@ -403,7 +463,14 @@ class _Maths:
 
     @staticmethod
     def backward(
-        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None, shape: Shape
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        mask: Tensor | None,
+        shape: Shape,
     ) -> tuple[Tensor, Tensor, Tensor]:
         scores, slope = _scores(q, k, mask, shape)
         weights = scores.sub_(_grouped(lse.unsqueeze(-1), k)).exp_()
@@ -411,7 +478,9 @@ class _Maths:
         grad_g, out_g, q_g = (_grouped(tensor, k).to(dtype) for tensor in (grad, out, q))
         k_g, v_g = (_grouped(tensor, k).to(dtype) for tensor in (k, v))
         grad_v = (weights.transpose(-1, -2) @ grad_g).sum(2)
-        grad_scores = weights.mul_(grad_g @ v_g.transpose(-1, -2) - (grad_g * out_g).sum(-1, keepdim=True))
+        grad_scores = weights.mul_(
+            grad_g @ v_g.transpose(-1, -2) - (grad_g * out_g).sum(-1, keepdim=True)
+        )
         if slope is not None:
             grad_scores.mul_(slope)
         grad_q = _flat(grad_scores @ k_g).mul_(shape.scale)
@@ -419,10 +488,14 @@ class _Maths:
         return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
 
 
-def _scores(q: Tensor, k: Tensor, mask: Tensor | None, shape: Shape) -> tuple[Tensor, Tensor | None]:
+def _scores(
+    q: Tensor, k: Tensor, mask: Tensor | None, shape: Shape
+) -> tuple[Tensor, Tensor | None]:
     """(1, K, H / K, queries, keys), and the softcap's derivative there."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    scores = (_grouped(q, k).to(dtype) @ _grouped(k, k).to(dtype).transpose(-1, -2)).mul_(shape.scale)
+    scores = (_grouped(q, k).to(dtype) @ _grouped(k, k).to(dtype).transpose(-1, -2)).mul_(
+        shape.scale
+    )
     slope = None
     if shape.softcap is not None:
         tanh = scores.div_(shape.softcap).tanh_()
@@ -441,12 +514,16 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.flatten(1, 2)
 
 
-def _flash_cpu(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], shape: Shape) -> Tensor:
+def _flash_cpu(
+    query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], shape: Shape
+) -> Tensor:
     out: Tensor = _Blockwise.apply(query, key, value, segments, shape, _FlashCPU)
     return out
 
 
-def _maths(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], shape: Shape) -> Tensor:
+def _maths(
+    query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], shape: Shape
+) -> Tensor:
     out: Tensor = _Blockwise.apply(query, key, value, segments, shape, _Maths)
     return out
 

@@ -34,13 +34,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that the device's memory is used up."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in OUT_OF_MEMORY)
+    return isinstance(error, RuntimeError) and any(
+        sign in str(error).lower() for sign in OUT_OF_MEMORY
+    )
 
 
 def is_device_error(error: BaseException) -> bool:
     """Return whether an error is the device's, and no fault of the code that was running."""
     said = ("cuda error", "cublas_status", "cudnn_status")
-    return isinstance(error, torch.AcceleratorError) or any(sign in str(error).lower() for sign in said)
+    return isinstance(error, torch.AcceleratorError) or any(
+        sign in str(error).lower() for sign in said
+    )
 
 
 HOST = torch.device("cpu")

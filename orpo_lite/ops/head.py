@@ -17,7 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from orpo_lite.ops.outputs import PairLogps, at_least_float32
 
-CHUNK_BYTES = 96 << 20  # of the logits of a chunk in float32: large enough a matrix product for any device
+CHUNK_BYTES = (
+    96 << 20
+)  # of the logits of a chunk in float32: large enough a matrix product for any device
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,9 @@ class Head:
     @property
     def is_plain(self) -> bool:
         """A frozen matrix, so the Jacobian of a row does not change until the backward pass."""
-        return type(self.module) is nn.Linear and not any(p.requires_grad for p in self.module.parameters())
+        return type(self.module) is nn.Linear and not any(
+            p.requires_grad for p in self.module.parameters()
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """In at least float32; shape (..., V)."""
@@ -49,7 +53,9 @@ def chunk_rows(vocab_size: int, rows: int | None = None) -> int:
     return rows or max(16, min(1024, fitting // 128 * 128 or fitting))
 
 
-def row_logps(hidden_TD: Tensor, rows_N: Tensor, targets_N: Tensor, head: Head, chunk: int) -> Tensor:
+def row_logps(
+    hidden_TD: Tensor, rows_N: Tensor, targets_N: Tensor, head: Head, chunk: int
+) -> Tensor:
     """Log-probabilities of ``targets_N`` by the hidden states ``hidden_TD[rows_N]``, float32 or float64, shape (N,).
 
     Args:
@@ -70,7 +76,12 @@ def row_logps(hidden_TD: Tensor, rows_N: Tensor, targets_N: Tensor, head: Head, 
         return pick(head.logits(hidden_CD), targets_C)
 
     parts = zip(rows_N.split(chunk), targets_N.split(chunk), strict=True)
-    return torch.cat([checkpoint(recomputed, hidden_TD[rows], targets, use_reentrant=False) for rows, targets in parts])
+    return torch.cat(
+        [
+            checkpoint(recomputed, hidden_TD[rows], targets, use_reentrant=False)
+            for rows, targets in parts
+        ]
+    )
 
 
 def pick(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
@@ -117,7 +128,9 @@ class _RowJacobian(torch.autograd.Function):
                 continue
             # d log p(target) / d logits = onehot(target) - softmax
             slope_of_logits_CV = logits_CV.div_(-sum_C1)
-            slope_of_logits_CV[torch.arange(len(sum_C1), device=sum_C1.device), targets_N[part]] += 1
+            slope_of_logits_CV[
+                torch.arange(len(sum_C1), device=sum_C1.device), targets_N[part]
+            ] += 1
             if slope_CV is not None:
                 slope_of_logits_CV.mul_(slope_CV)
             torch.mm(slope_of_logits_CV.to(weight_VD.dtype), weight_VD, out=jacobian_ND[part])
@@ -159,7 +172,9 @@ class Spans(NamedTuple):
 def packed_logps(logps_N: Tensor, spans: Sequence[Sequence[int]]) -> PairLogps:
     """:class:`PairLogps` of the rows that :func:`row_logps` scored; ``spans`` as :class:`Spans`, one a pair."""
     chosen, rejected, nll, counted = [], [], [], []
-    for span, part in zip(map(Spans._make, spans), logps_N.split([sum(span[:3]) for span in spans]), strict=True):
+    for span, part in zip(
+        map(Spans._make, spans), logps_N.split([sum(span[:3]) for span in spans]), strict=True
+    ):
         prefix, rest_w, rest_l = part.split([span.prefix, span.chosen, span.rejected])
         chosen.append(_mean(prefix[span.chosen_in_prefix :], rest_w[span.chosen_in_rest :]))
         rejected.append(_mean(prefix[span.rejected_in_prefix :], rest_l[span.rejected_in_rest :]))
@@ -167,7 +182,10 @@ def packed_logps(logps_N: Tensor, spans: Sequence[Sequence[int]]) -> PairLogps:
         nll.append(-(ones.sum() + others.sum()))
         counted.append(len(ones) + len(others))
     return PairLogps(
-        torch.stack(chosen), torch.stack(rejected), torch.stack(nll), torch.tensor(counted, device=logps_N.device)
+        torch.stack(chosen),
+        torch.stack(rejected),
+        torch.stack(nll),
+        torch.tensor(counted, device=logps_N.device),
     )
 
 
@@ -175,7 +193,9 @@ def _mean(one: Tensor, other: Tensor) -> Tensor:
     return (one.sum() + other.sum()) / (len(one) + len(other))
 
 
-def padded_logps(logits_RTV: Tensor, input_ids_RT: Tensor, response_RT: Tensor, counted_RT: Tensor) -> PairLogps:
+def padded_logps(
+    logits_RTV: Tensor, input_ids_RT: Tensor, response_RT: Tensor, counted_RT: Tensor
+) -> PairLogps:
     """Log-probabilities of P pairs from the logits of their 2P padded rows: all logits are held, the reference.
 
     Args:

@@ -21,12 +21,19 @@ from torch.utils.checkpoint import checkpoint
 from orpo_lite.ops.attention import Layout, current_layout
 from orpo_lite.ops.devices import HOST, host_memory, transfer
 
-MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe")  # what transformers' decoder layers call theirs
+MLP_NAMES = (
+    "mlp",
+    "feed_forward",
+    "ffn",
+    "block_sparse_moe",
+)  # what transformers' decoder layers call theirs
 
 Attending = Callable[[Layout | None], AbstractContextManager[None]]
 
 
-def checkpoint_layers(layers: Sequence[Any], attending: Attending, *, offload: bool, has_dropout: bool) -> None:
+def checkpoint_layers(
+    layers: Sequence[Any], attending: Attending, *, offload: bool, has_dropout: bool
+) -> None:
     """Let transformers' decoder layers keep only their input and run again in the backward pass.
 
     Args:
@@ -137,9 +144,20 @@ class _Copies:
 class _Stored:
     """A tensor in host memory; on the device too while it is copied there or back."""
 
-    __slots__ = ("__weakref__", "_copies", "_device", "_event", "_host", "_place", "_tensor", "before")
+    __slots__ = (
+        "__weakref__",
+        "_copies",
+        "_device",
+        "_event",
+        "_host",
+        "_place",
+        "_tensor",
+        "before",
+    )
 
-    def __init__(self, tensor: Tensor, place: _Place, copies: _Copies, before: weakref.ref[_Stored] | None) -> None:
+    def __init__(
+        self, tensor: Tensor, place: _Place, copies: _Copies, before: weakref.ref[_Stored] | None
+    ) -> None:
         self.before = before
         """The tensor that was stored before this one; it is fetched next."""
         self._place, self._copies, self._device = place, copies, tensor.device
@@ -266,7 +284,9 @@ def _takes_tokens(mlp: nn.Module) -> bool:
     return len(required) == 1 and not any("expert" in name for name, _ in mlp.named_modules())
 
 
-def _tiled(mlp: nn.Module, plain: Callable[..., Tensor], tokens: int, has_dropout: bool) -> Callable[..., Tensor]:
+def _tiled(
+    mlp: nn.Module, plain: Callable[..., Tensor], tokens: int, has_dropout: bool
+) -> Callable[..., Tensor]:
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs:  # of no account to most: RWKV hands on a state
             return plain(x, *args, **kwargs)
@@ -317,7 +337,9 @@ class _Tiles(torch.autograd.Function):
                 with torch.enable_grad():
                     tile = x_TD[part].detach().unsqueeze(0).requires_grad_()
                     y = ctx.anchor.plain(tile)
-                found = torch.autograd.grad(y, [tile, *ctx.trained], grad_TD[part].unsqueeze(0), allow_unused=True)
+                found = torch.autograd.grad(
+                    y, [tile, *ctx.trained], grad_TD[part].unsqueeze(0), allow_unused=True
+                )
                 del y
                 grad_x_TD[part] = found[0][0]
                 for i, more in enumerate(found[1:]):
@@ -334,7 +356,9 @@ def _fill(y: Tensor, x: Tensor, plain: Callable[[Tensor], Tensor], tokens: int) 
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return torch.get_rng_state(), torch.cuda.get_rng_state(
+        device
+    ) if device.type == "cuda" else None
 
 
 @contextmanager
@@ -355,7 +379,9 @@ def embed_on_host(embedding: nn.Embedding) -> None:
     if device.type == "meta":
         embedding.weight.data = transfer(embedding.weight.data, HOST)
     else:
-        embedding.to(HOST)  # its buffers too: Gemma scales what it looks up; not pinned, for only the CPU reads it
+        embedding.to(
+            HOST
+        )  # its buffers too: Gemma scales what it looks up; not pinned, for only the CPU reads it
 
     def forward(ids: Tensor) -> Tensor:
         ids = transfer(ids, HOST)

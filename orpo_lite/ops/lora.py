@@ -17,7 +17,13 @@ Weight = Callable[[], Tensor]
 
 
 def lora_linear(
-    x: Tensor, dropped: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float, weight: Weight, bias_O: Tensor | None
+    x: Tensor,
+    dropped: Tensor,
+    a_RI: Tensor,
+    b_OR: Tensor,
+    scale: float,
+    weight: Weight,
+    bias_O: Tensor | None,
 ) -> Tensor:
     """``x`` through the frozen layer plus ``dropped``, which is x after the adapter's dropout, through the adapter.
 
@@ -36,7 +42,11 @@ def lora_linear(
     # Filled after the operation is on record: a checkpointed layer that is run again ends with its last saved tensor,
     # and so never computes an output that only the next layer would read.
     with torch.no_grad():
-        y_TO, x_TI, dropped_TI = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), dropped.reshape(-1, x.shape[-1])
+        y_TO, x_TI, dropped_TI = (
+            y.view(-1, y.shape[-1]),
+            x.reshape(-1, x.shape[-1]),
+            dropped.reshape(-1, x.shape[-1]),
+        )
         w_IO = weight().t()
         if bias_O is None:
             torch.mm(x_TI, w_IO, out=y_TO)
@@ -57,7 +67,9 @@ class _LoraLinear(torch.autograd.Function):
         scale: float,
         weight: Weight,
     ) -> Tensor:
-        ctx.save_for_backward(dropped, a_RI, b_OR)  # x only meets the frozen matrix, whose gradient nobody wants
+        ctx.save_for_backward(
+            dropped, a_RI, b_OR
+        )  # x only meets the frozen matrix, whose gradient nobody wants
         ctx.scale, ctx.weight, ctx.same = scale, weight, dropped is x
         return x.new_empty(*x.shape[:-1], b_OR.shape[0])
 
@@ -65,7 +77,10 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         dropped, a_RI, b_OR = ctx.saved_tensors
-        grad_TO, dropped_TI = grad.reshape(-1, grad.shape[-1]), dropped.reshape(-1, dropped.shape[-1])
+        grad_TO, dropped_TI = (
+            grad.reshape(-1, grad.shape[-1]),
+            dropped.reshape(-1, dropped.shape[-1]),
+        )
         a, b = a_RI.to(grad.dtype), b_OR.to(grad.dtype)
         inner_TR = (grad_TO @ b).mul_(ctx.scale)
         grad_a = (inner_TR.t() @ dropped_TI).to(a_RI.dtype) if ctx.needs_input_grad[2] else None
@@ -75,7 +90,9 @@ class _LoraLinear(torch.autograd.Function):
         grad_x = grad_dropped = None
         if ctx.needs_input_grad[0]:
             grad_x = grad_TO @ ctx.weight()
-            if ctx.same:  # both are one tensor: one gradient, and no second one to be added by autograd
+            if (
+                ctx.same
+            ):  # both are one tensor: one gradient, and no second one to be added by autograd
                 grad_x.addmm_(inner_TR, a)
             grad_x = grad_x.view(dropped.shape)
         if ctx.needs_input_grad[1] and not ctx.same:
@@ -126,7 +143,9 @@ def decode_linear(x: Tensor, layer: Any, a_RI: Tensor, b_OR: Tensor, scale: floa
 
 def frozen_weight(layer: nn.Module) -> Weight | None:
     """How to get the matrix of a linear layer, dequantised where it is in 4 bit; None for any other kind of layer."""
-    if getattr(layer, "source_cls", nn.Linear) is not nn.Linear:  # transformers notes what it has replaced
+    if (
+        getattr(layer, "source_cls", nn.Linear) is not nn.Linear
+    ):  # transformers notes what it has replaced
         return None
     if type(layer) is nn.Linear:
         return lambda: layer.weight
@@ -145,7 +164,9 @@ def frozen_weight(layer: nn.Module) -> Weight | None:
 def _stream_dtype(layer: Any) -> torch.dtype:
     """The dtype of a layer's matrix when it is used: mostly that of the stream."""
     weight = layer.weight
-    dtype: torch.dtype = weight.quant_state.dtype if hasattr(weight, "quant_state") else weight.dtype
+    dtype: torch.dtype = (
+        weight.quant_state.dtype if hasattr(weight, "quant_state") else weight.dtype
+    )
     return dtype
 
 
@@ -163,7 +184,9 @@ def _fused(layer: Any, weight: Weight, plain: Callable[..., Tensor]) -> Callable
         if four_bit and is_few and not is_dropping and not torch.is_grad_enabled():
             return decode_linear(x, layer.base_layer, a.weight, b.weight, layer.scaling[name])
         dropped = dropout(x) if is_dropping else x
-        return lora_linear(x, dropped, a.weight, b.weight, layer.scaling[name], weight, layer.base_layer.bias)
+        return lora_linear(
+            x, dropped, a.weight, b.weight, layer.scaling[name], weight, layer.base_layer.bias
+        )
 
     forward.equals_plain = True  # type: ignore[attr-defined]  # without it the class's own takes over
     return forward

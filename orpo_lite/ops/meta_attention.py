@@ -14,20 +14,28 @@ class MetaAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: int) -> Tensor:
         out = query.new_empty(*query.shape[:-1], value.shape[-1])
-        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        ctx.save_for_backward(
+            query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32)
+        )
         ctx.segments = segments
         return out
 
     @staticmethod
     def backward(ctx: Any, *_grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value = ctx.saved_tensors[:3]
-        workspace = varlen_workspace(query, key, value, ctx.segments) if ctx.segments else _workspace(query, key, value)
+        workspace = (
+            varlen_workspace(query, key, value, ctx.segments)
+            if ctx.segments
+            else _workspace(query, key, value)
+        )
         grads = [torch.empty_like(tensor) for tensor in (query, key, value)]
         del workspace  # it lives until the gradients are there
         return *grads, None
 
 
-MULTIPROCESSORS = 192  # more than any card has; only a deterministic kernel's workspace grows with them
+MULTIPROCESSORS = (
+    192  # more than any card has; only a deterministic kernel's workspace grows with them
+)
 
 
 def varlen_workspace(query: Tensor, key: Tensor, value: Tensor, segments: int) -> list[Tensor]:
@@ -50,7 +58,8 @@ def varlen_workspace(query: Tensor, key: Tensor, value: Tensor, segments: int) -
     summed = rows
     if torch.are_deterministic_algorithms_enabled():
         summed = max(
-            -(-MULTIPROCESSORS // (count * heads)) * (tokens + 128 * count) for count in range(1, segments + 1)
+            -(-MULTIPROCESSORS // (count * heads)) * (tokens + 128 * count)
+            for count in range(1, segments + 1)
         )
     made = [
         query.new_empty(summed, heads, wide, dtype=torch.float32),

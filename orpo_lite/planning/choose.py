@@ -36,7 +36,10 @@ def choose_memory(
         return recipe, {}
     budget = processes.smallest(budget)  # one plan for all processes
     if own and wanted and wanted > own.free:
-        yield Update("note", f"memory.budget={recipe.memory.budget}, and {gib(own.free)} are free on the card")
+        yield Update(
+            "note",
+            f"memory.budget={recipe.memory.budget}, and {gib(own.free)} are free on the card",
+        )
     gpu = own.gpu if own else None
     before = read_json(path / PLAN) if (path / PLAN).is_file() else {}
     is_asked = any(key.startswith("memory.") for key in changed)
@@ -45,13 +48,18 @@ def choose_memory(
         return recipe.with_memory(before["levers"]), {}
     if before:
         why = "is not what is asked for now" if still_fits else "does not fit any more"
-        yield Update("note", f"the plan that the run began with {why}: bits may differ from here on")
+        yield Update(
+            "note", f"the plan that the run began with {why}: bits may differ from here on"
+        )
     yield Update("stage", "planning the memory of a step")
     lengths = pair_lengths(inputs.train)
     try:
         found = fit(recipe, inputs.base.config, lengths, device_kind(device), budget, gpu)
     except MODEL_CODE_ERRORS as error:
-        yield Update("note", f"{no_plan(inputs.base.name, error).found}: the levers of memory stay as they are")
+        yield Update(
+            "note",
+            f"{no_plan(inputs.base.name, error).found}: the levers of memory stay as they are",
+        )
         return recipe, {}
     for sentence in found.sentences(own.others if own else 0):
         yield Update("note", sentence)

@@ -32,7 +32,9 @@ class UnusableGpu:
             why = "this torch is built for CPUs alone"
         else:
             needed = MIN_DRIVER.get(cuda.split(".")[0])
-            why = f"this torch is built for CUDA {cuda}" + f", from driver {needed} on" * bool(needed)
+            why = f"this torch is built for CUDA {cuda}" + f", from driver {needed} on" * bool(
+                needed
+            )
         return f"{self.name} is here with driver {self.driver}, and cannot be used: {why}"
 
     @property

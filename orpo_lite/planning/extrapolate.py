@@ -81,7 +81,10 @@ class LayerExtrapolation:
             return self._all_kept.peak + (layers - 3) * self.layer
         fewer, _ = self._kept
         return max(
-            recomputing, fewer.peak + (kept - 2) * self.layer + (layers - kept - self._few + 1) * self.checkpoint
+            recomputing,
+            fewer.peak
+            + (kept - 2) * self.layer
+            + (layers - kept - self._few + 1) * self.checkpoint,
         )
 
     def work(self, layers: int, kept: int) -> Counter[tuple[int, int]]:

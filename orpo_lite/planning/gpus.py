@@ -61,7 +61,11 @@ def local_gpu(index: int = 0) -> LocalGpu | None:
         return None
     properties = torch.cuda.get_device_properties(index)
     # A laptop's card is slower than the one whose name it has.
-    known = [speed for part, speed in SPEEDS.items() if re.search(rf"\b{part}\b(?! Laptop)", properties.name)]
+    known = [
+        speed
+        for part, speed in SPEEDS.items()
+        if re.search(rf"\b{part}\b(?! Laptop)", properties.name)
+    ]
     flops, bandwidth = known[0] if known else (0.0, 0.0)
     if not flops:
         like = min(GPUS, key=lambda gpu: abs(gpu.memory - properties.total_memory))
@@ -74,7 +78,9 @@ def local_gpu(index: int = 0) -> LocalGpu | None:
 
 def memory_budget(wanted: int | None, own: LocalGpu | None) -> int | None:
     """Bytes that a run may take: what was asked for, and no more than is free; None where neither is known."""
-    return min((size for size in (wanted, own.free if own else None) if size is not None), default=None)
+    return min(
+        (size for size in (wanted, own.free if own else None) if size is not None), default=None
+    )
 
 
 def _asked_of_driver(uuid: str) -> tuple[int, int] | None:
@@ -84,7 +90,9 @@ def _asked_of_driver(uuid: str) -> tuple[int, int] | None:
     try:
         pynvml.nvmlInit()
         try:
-            handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
+            handle = pynvml.nvmlDeviceGetHandleByUUID(
+                uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
+            )
             free = int(pynvml.nvmlDeviceGetMemoryInfo(handle).free)
             held = Counter[bool]()
             for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):

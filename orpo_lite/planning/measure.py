@@ -10,7 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from orpo_lite.data.packing import Batch, Batching, PackedPairs, make_batch, micro_batches, packed_tokens
+from orpo_lite.data.packing import (
+    Batch,
+    Batching,
+    PackedPairs,
+    make_batch,
+    micro_batches,
+    packed_tokens,
+)
 from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.model.load import bare_pair_model, choose_dtype
 from orpo_lite.model.memory import NO_LEVERS, with_levers
@@ -58,7 +65,9 @@ class StepMemory:
         return sum(self.held.values()) + self.peak
 
 
-def heaviest(recipe: Recipe, triples: Triples, batching: Batching, *, in_one_row: bool) -> list[TokenizedPair]:
+def heaviest(
+    recipe: Recipe, triples: Triples, batching: Batching, *, in_one_row: bool
+) -> list[TokenizedPair]:
     """Pairs that need no less memory than any micro-batch of a training on pairs of these lengths.
 
     In one row memory grows with the tokens, with the segments (FlashAttention adds 128 rows for each) and with the
@@ -74,7 +83,9 @@ def heaviest(recipe: Recipe, triples: Triples, batching: Batching, *, in_one_row
     ordered = np.sort(tokens)
     total = max(int(ordered[-1]), min(batching.tokens, int(ordered[-most:].sum())))
     pairs = max(1, min(most, int((ordered.cumsum() <= total).sum())))
-    shared = np.argsort(-prefixes / tokens, kind="stable")  # a knapsack that may hold a part of its last pair
+    shared = np.argsort(
+        -prefixes / tokens, kind="stable"
+    )  # a knapsack that may hold a part of its last pair
     before = np.minimum(tokens[shared].cumsum(), total)
     prefix = int((np.diff(before, prepend=0) * (prefixes / tokens)[shared]).sum())
     prefix = min(prefix, int(np.sort(prefixes)[-most:].sum()), total - 2 * pairs)
@@ -148,7 +159,12 @@ def measure(
     pairs = heaviest(recipe, triples, batching, in_one_row=model.route in ("shared", "packed"))
     known = [tensor for tensors in held_tensors(model).values() for tensor in tensors] + gradients
     forget_rows()
-    with without_values(), _kernels_of(recipe), LiveBytes(known) as meter, phases(model.backbone, meter):
+    with (
+        without_values(),
+        _kernels_of(recipe),
+        LiveBytes(known) as meter,
+        phases(model.backbone, meter),
+    ):
         batch = make_batch(pairs, batching).to(META)
         logps = model(batch)
         loss, _ = objective.loss(logps, objective.divisors(pairs))
@@ -167,7 +183,9 @@ def measure(
         tokens=_tokens(pairs, batching),
         pairs=len(pairs),
         loading=loading_bytes(model, standing),
-        weights=sum(_elements(parameter) for parameter in model.parameters() if not parameter.requires_grad),
+        weights=sum(
+            _elements(parameter) for parameter in model.parameters() if not parameter.requires_grad
+        ),
         notes=tuple(model.notes),
     )
 
@@ -189,7 +207,9 @@ LOADERS = 4  # threads of transformers.core_model_loading, each with a 16-bit te
 def standing_bytes(model: Any, recipe: Recipe) -> tuple[dict[str, int], int]:
     """What stays on the device through all steps, by part; and of the optimizer's states, those that are paged."""
     sizes = {name: sum(map(rounded, tensors)) for name, tensors in held_tensors(model).items()}
-    states, paged = state_bytes(recipe, [parameter for parameter in model.parameters() if parameter.requires_grad])
+    states, paged = state_bytes(
+        recipe, [parameter for parameter in model.parameters() if parameter.requires_grad]
+    )
     return sizes | {"gradients": sizes["adapter"], "optimizer": states + paged}, paged
 
 
@@ -201,7 +221,11 @@ def moved_bytes(model: PairModel) -> int:
 
 def loading_bytes(model: PairModel, standing: Mapping[str, int]) -> int:
     """While the base is loaded: all of it, an embedding that goes to the host later, and what is on its way."""
-    quantised = [_elements(parameter) for parameter in model.parameters() if hasattr(parameter, "quant_state")]
+    quantised = [
+        _elements(parameter)
+        for parameter in model.parameters()
+        if hasattr(parameter, "quant_state")
+    ]
     on_its_way = LOADERS * 2 * max(quantised, default=0)
     return standing["base"] + standing["embeddings, head, norms"] + moved_bytes(model) + on_its_way
 

@@ -17,7 +17,13 @@ from torch.utils.flop_counter import flop_registry
 from orpo_lite.ops.devices import is_on_host, making_host_memory, mark_as_host
 
 ROUNDING = 512  # bytes: torch's CUDA allocator hands out no less
-UNTOUCHED = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}  # they make, and write nothing
+UNTOUCHED = {
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+}  # they make, and write nothing
 
 
 def allocated(storage: torch.UntypedStorage) -> int:
@@ -57,7 +63,11 @@ class LiveBytes(TorchDispatchMode):
             self._follow(tensor.untyped_storage(), lambda: None)
 
     def __torch_dispatch__(
-        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        function: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         tensors: list[Tensor] = []
@@ -74,7 +84,9 @@ class LiveBytes(TorchDispatchMode):
             result, work = known.again(tensors), known.work
         for tensor in (result,) if isinstance(result, Tensor) else _tensors((result,)):
             self._note(tensor.untyped_storage())
-        if function._overloadpacket is torch.ops.aten.copy_ and is_on_host(args[0]) != is_on_host(args[1]):
+        if function._overloadpacket is torch.ops.aten.copy_ and is_on_host(args[0]) != is_on_host(
+            args[1]
+        ):
             self.sent += args[1].nbytes * is_on_host(args[0])
         else:
             self.work[work] += 1
@@ -127,7 +139,9 @@ class _Answer:
     def again(self, tensors: Sequence[Tensor]) -> Any:
         """Its results for other tensors of the same kind."""
         made = [
-            tensors[one] if isinstance(one, int) else torch.empty_strided(*one[:2], dtype=one[2], device="meta")
+            tensors[one]
+            if isinstance(one, int)
+            else torch.empty_strided(*one[:2], dtype=one[2], device="meta")
             for one in self.makes or ()
         ]
         return made[0] if self.is_single else tuple(made)
@@ -193,7 +207,12 @@ def _run(function: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> tuple[
         storage = tensor.untyped_storage()
         if place < len(tensors):
             makes.append(place)
-        elif not tensor.is_meta or storage in storages or tensor.storage_offset() or _bytes(tensor) != storage.nbytes():
+        elif (
+            not tensor.is_meta
+            or storage in storages
+            or tensor.storage_offset()
+            or _bytes(tensor) != storage.nbytes()
+        ):
             return result, _Answer(work, None)
         else:
             storages.add(storage)
@@ -205,7 +224,9 @@ def _bytes(tensor: Tensor) -> int:
     """Of the smallest storage that holds it."""
     if not tensor.numel():
         return 0
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    last = sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
     return (last + 1) * tensor.element_size()
 
 
@@ -225,11 +246,15 @@ def _work(function: Any, args: Any, kwargs: Any, made: list[Tensor]) -> tuple[in
         return 0, 0
     read = [*_tensors(args), *_tensors(kwargs.values())]
     sources = {tensor.untyped_storage() for tensor in read}
-    if not function._schema.is_mutable and all(tensor.untyped_storage() in sources for tensor in made):
+    if not function._schema.is_mutable and all(
+        tensor.untyped_storage() in sources for tensor in made
+    ):
         return 0, 0
     flops = 0
     if packet.__name__ == "gemm_4bit":  # (x, packed weight, shape of the weight, ...)
         flops = 2 * args[0].numel() * args[2][0]
     elif packet in flop_registry:
         flops = int(flop_registry[packet](*args, **kwargs, out_val=made[0] if made else None))
-    return flops, sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in (*read, *made)}.values())
+    return flops, sum(
+        tensor.nbytes for tensor in {id(tensor): tensor for tensor in (*read, *made)}.values()
+    )

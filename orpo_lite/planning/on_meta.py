@@ -32,7 +32,11 @@ def held_tensors(model: nn.Module) -> dict[str, list[Tensor]]:
     """The tensors that a model keeps on its device through all steps, each storage once."""
     parts: dict[str, list[Tensor]] = {"base": [], "embeddings, head, norms": [], "adapter": []}
     own: Any = model.causal if isinstance(model, PairModel) else model
-    ends = [module.weight for module in (own.get_input_embeddings(), own.get_output_embeddings()) if module]
+    ends = [
+        module.weight
+        for module in (own.get_input_embeddings(), own.get_output_embeddings())
+        if module
+    ]
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
         if state is not None:
@@ -46,8 +50,14 @@ def held_tensors(model: nn.Module) -> dict[str, list[Tensor]]:
     parts["embeddings, head, norms"] += model.buffers()
     seen: set[torch.UntypedStorage] = set()
     for name, tensors in parts.items():
-        here = (t for t in tensors if isinstance(t, Tensor) and not (t.is_meta and is_on_host(t)))
-        parts[name] = [t for t in here if not (t.untyped_storage() in seen or seen.add(t.untyped_storage()))]  # type: ignore[func-returns-value]
+        parts[name] = []
+        for tensor in tensors:
+            if not isinstance(tensor, Tensor) or (tensor.is_meta and is_on_host(tensor)):
+                continue
+            storage = tensor.untyped_storage()
+            if storage not in seen:
+                seen.add(storage)
+                parts[name].append(tensor)
     return parts
 
 
@@ -86,7 +96,10 @@ def blank_pairs(triples: Triples) -> list[TokenizedPair]:
     """Pairs of these lengths; their tokens do not matter on meta."""
     pairs = []
     for prefix, chosen, rejected in triples.tolist():
-        ids = np.zeros(chosen, np.int32), np.r_[np.zeros(prefix, np.int32), np.ones(rejected - prefix, np.int32)]
+        ids = (
+            np.zeros(chosen, np.int32),
+            np.r_[np.zeros(prefix, np.int32), np.ones(rejected - prefix, np.int32)],
+        )
         start = max(1, min(prefix, chosen - 1, rejected - 1))
         pairs.append(TokenizedPair(*ids, start, start, "plan"))
     return pairs

@@ -21,7 +21,9 @@ from orpo_lite.recipe.text import gib
 from orpo_lite.runs.folder import KEPT_CHECKPOINTS
 from orpo_lite.updates import Update, run_to_end, with_torch_defaults
 
-ASSUMED = next(gpu for gpu in GPUS if "24 GB" in gpu.name)  # where there is no card and nobody names a budget
+ASSUMED = next(
+    gpu for gpu in GPUS if "24 GB" in gpu.name
+)  # where there is no card and nobody names a budget
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,10 @@ class PlanReport:
                 }
                 for row in self.rows
             ],
-            "changes": [{"keys": dict(c.keys), "needed_bytes": c.needed, "fits": c.fits} for c in self.changes],
+            "changes": [
+                {"keys": dict(c.keys), "needed_bytes": c.needed, "fits": c.fits}
+                for c in self.changes
+            ],
         }
 
 
@@ -88,7 +93,10 @@ def plan(recipe: Recipe, *, with_data: bool = False) -> PlanReport:
 def plan_events(recipe: Recipe, *, with_data: bool = False) -> Generator[Update, None, PlanReport]:
     """:func:`plan` as a generator of what is being done."""
     recipe, asked_name = adopt_adapter(recipe), recipe.model.model_name_or_path
-    if any(name.startswith("builtin:") for name in (recipe.model.model_name_or_path, *recipe.data.names)):
+    if any(
+        name.startswith("builtin:")
+        for name in (recipe.model.model_name_or_path, *recipe.data.names)
+    ):
         for _ in demo.make_builtin(recipe, weights=False):
             pass
         recipe = demo.resolve_builtin(recipe)
@@ -97,7 +105,9 @@ def plan_events(recipe: Recipe, *, with_data: bool = False) -> Generator[Update,
     check_embedding(recipe, config)
     triples = worst_case(recipe.data.max_length, recipe.training.global_batch_size)
     if with_data:
-        train, _, _ = yield from tokenized_splits(recipe, find_texts(name, revision)[0], *find_sources(recipe.data))
+        train, _, _ = yield from tokenized_splits(
+            recipe, find_texts(name, revision)[0], *find_sources(recipe.data)
+        )
         triples = pair_lengths(train)
     own = local_gpu()
     kind = device_kind(torch.device("cuda", 0)) if own else "ampere"
@@ -111,7 +121,12 @@ def plan_events(recipe: Recipe, *, with_data: bool = False) -> Generator[Update,
 
 
 def _report(
-    recipe: Recipe, name: str, planner: Planner, own: LocalGpu | None, asked: int | None, from_data: bool
+    recipe: Recipe,
+    name: str,
+    planner: Planner,
+    own: LocalGpu | None,
+    asked: int | None,
+    from_data: bool,
 ) -> Generator[Update, None, PlanReport]:
     if own:
         gpu = own.gpu
@@ -123,11 +138,15 @@ def _report(
     budget = gpu.memory if asked is None else asked
     least = planner.least(gpu)
     verdict = "yes, it fits" if least <= budget else "no, it does not fit"
-    yield Update("note", f"{verdict}: the settings that need least take {gib(least)} of {gib(budget)}")
+    yield Update(
+        "note", f"{verdict}: the settings that need least take {gib(least)} of {gib(budget)}"
+    )
     yield Update("stage", "looking for the fastest settings that fit")
     found = planner.plan(budget, gpu)
     yield Update("stage", "planning for other cards")
-    name_of_first = gpu.name if recipe.memory.budget_bytes is None else f"memory.budget={recipe.memory.budget}"
+    name_of_first = (
+        gpu.name if recipe.memory.budget_bytes is None else f"memory.budget={recipe.memory.budget}"
+    )
     first = replace(gpu, name=name_of_first, memory=budget)
     rows = [planner.row(first), *(planner.row(other) for other in GPUS if other != first)]
     is_verdict = asked is not None or not found.fits  # what fits none of the cards fits nobody's
@@ -151,7 +170,9 @@ def _too_long(planner: Planner) -> list[str]:
     longest = int(planner.triples[:, 1:].max())
     if not limit or longest <= limit:
         return []
-    return [f"the base reads {limit:,} tokens, and training refuses pairs of {longest:,}: data.max_length={limit}"]
+    return [
+        f"the base reads {limit:,} tokens, and training refuses pairs of {longest:,}: data.max_length={limit}"
+    ]
 
 
 def _like(budget: int) -> Gpu:

@@ -16,7 +16,13 @@ from orpo_lite.model.load import bare_pair_model, choose_dtype
 from orpo_lite.model.pair_model import MODEL_CODE_ERRORS, PairModel, Route
 from orpo_lite.ops.attention import NAME, UnsupportedError
 from orpo_lite.ops.devices import META
-from orpo_lite.planning.on_meta import META_ATTENTION, Triples, blank_pairs, without_values, worst_case
+from orpo_lite.planning.on_meta import (
+    META_ATTENTION,
+    Triples,
+    blank_pairs,
+    without_values,
+    worst_case,
+)
 from orpo_lite.recipe.schema import Recipe
 
 logger = logging.getLogger(__name__)
@@ -54,11 +60,15 @@ def find_route(recipe: Recipe, config: Any, triples: Triples, kind: str) -> Plan
     """
     asked: Route = "shared" if recipe.memory.prompt_sharing else "packed"
     reason = "its rotary embedding changes with the length"
-    if recipe.memory.packing and not positions_switch(config.get_text_config(), int(triples[:, 1:].max())):
+    if recipe.memory.packing and not positions_switch(
+        config.get_text_config(), int(triples[:, 1:].max())
+    ):
         found = _tried(PlannedRoute(asked, None, 1.0), NAME, recipe, config, kind)
         if found == 1:
             return PlannedRoute(asked, None, 1.0)
-        reason = found if isinstance(found, str) else "some of its layers have an attention of their own"
+        reason = (
+            found if isinstance(found, str) else "some of its layers have an attention of their own"
+        )
     alone: Route = "rows" if recipe.memory.packing else asked
     unseen = _tried(PlannedRoute(alone, META_ATTENTION, 1.0), META_ATTENTION, recipe, config, kind)
     if isinstance(unseen, str):
@@ -69,7 +79,9 @@ def find_route(recipe: Recipe, config: Any, triples: Triples, kind: str) -> Plan
 @torch.no_grad()
 def _tried(planned: PlannedRoute, name: str, recipe: Recipe, config: Any, kind: str) -> float | str:
     """The share of layers that attend by the function ``name`` when a pair passes so; why, where the model cannot."""
-    model = bare_pair_model(recipe, _one_of_each(config), choose_dtype(recipe.model.dtype, kind), META)
+    model = bare_pair_model(
+        recipe, _one_of_each(config), choose_dtype(recipe.model.dtype, kind), META
+    )
     if planned.attention and model.own_attention == "eager":
         return "its scores are held"
     planned.apply(model, kind)
@@ -80,7 +92,11 @@ def _tried(planned: PlannedRoute, name: str, recipe: Recipe, config: Any, kind: 
             model(batch)
     except MODEL_CODE_ERRORS as error:
         logger.info("pairs cannot pass as %s", planned, exc_info=error)
-        return str(error) if isinstance(error, UnsupportedError) else "its code does not take packed rows"
+        return (
+            str(error)
+            if isinstance(error, UnsupportedError)
+            else "its code does not take packed rows"
+        )
     return len(calls) / (passes * int(model.config.get_text_config().num_hidden_layers))
 
 

@@ -18,7 +18,14 @@ from orpo_lite.errors import FitError, ModelError, Overrides
 from orpo_lite.model.load import choose_dtype
 from orpo_lite.planning.extrapolate import LayerExtrapolation, seconds
 from orpo_lite.planning.gpus import GPUS, Gpu
-from orpo_lite.planning.measure import MetaModels, StepMemory, loading_bytes, measure, rounded, standing_bytes
+from orpo_lite.planning.measure import (
+    MetaModels,
+    StepMemory,
+    loading_bytes,
+    measure,
+    rounded,
+    standing_bytes,
+)
 from orpo_lite.planning.on_meta import Triples
 from orpo_lite.planning.route import PlannedRoute, find_route
 from orpo_lite.recipe.schema import LEVERS, Recipe
@@ -28,8 +35,13 @@ logger = logging.getLogger(__name__)
 
 MIB = 2**20
 # Allowances: what the counted step cannot show. None of them was fitted to a model.
-CONTEXT = 512 * MIB  # of CUDA, with the kernels of torch, cuBLAS and bitsandbytes loaded; 300 to 550 on cards of today
-FRAGMENTATION, LEAST_FRAGMENTATION = 0.05, 256 * MIB  # a share of the step's own bytes, and no less than that
+CONTEXT = (
+    512 * MIB
+)  # of CUDA, with the kernels of torch, cuBLAS and bitsandbytes loaded; 300 to 550 on cards of today
+FRAGMENTATION, LEAST_FRAGMENTATION = (
+    0.05,
+    256 * MIB,
+)  # a share of the step's own bytes, and no less than that
 # What torch's aten/src/ATen/cuda/CublasHandlePool.cpp allocates for each of two handles, that of the main thread and
 # that of autograd's: for cuBLAS 8.125 MiB, on compute capability 9.0 (Hopper) and with CUBLAS_WORKSPACE_CONFIG=:4096:8
 # (deterministic) 32 MiB; and 1 MiB for cuBLASLt. They count in torch.cuda.max_memory_allocated.
@@ -37,7 +49,10 @@ HANDLES, CUBLAS, CUBLAS_HOPPER, CUBLAS_LT = 2, 8 * MIB + MIB // 8, 32 * MIB, MIB
 HOPPER = (9, 0)
 TILE, SMALL_CHUNK = 512, 128  # tokens of an MLP, rows of logits
 SHORTEST = 128  # tokens of a sequence; no shorter one is proposed
-MORE_TOKENS = (4_096, 8_192)  # a forward pass of fewer spends much of its time on dequantising the weights
+MORE_TOKENS = (
+    4_096,
+    8_192,
+)  # a forward pass of fewer spends much of its time on dequantising the weights
 
 
 @dataclass(frozen=True)
@@ -84,7 +99,11 @@ class MemoryPlan:
     @property
     def parts(self) -> dict[str, int]:
         """The peak by part."""
-        return {name: size for name, size in (*self.measured.held.items(), *self.measured.parts.items()) if size}
+        return {
+            name: size
+            for name, size in (*self.measured.held.items(), *self.measured.parts.items())
+            if size
+        }
 
     @property
     def allowances(self) -> dict[str, int]:
@@ -108,7 +127,10 @@ class MemoryPlan:
     @property
     def flops_per_pair(self) -> float:
         """Of the planned forward pass."""
-        return sum(flops * count for (flops, _), count in self.measured.work.items()) / self.measured.pairs
+        return (
+            sum(flops * count for (flops, _), count in self.measured.work.items())
+            / self.measured.pairs
+        )
 
     @property
     def seconds_per_pair(self) -> float | None:
@@ -188,8 +210,12 @@ class Planner:
     def choices(self) -> list[dict[str, Any]]:
         """All values of the levers but the number of checkpointed layers, the simplest first."""
         memory, longest = self.recipe.memory, self.longest
-        whole = self._longest(self.recipe.training.global_batch_size)  # of a step; a pass of more would be the same
-        tokens = sorted({longest, *(min(more, whole) for more in MORE_TOKENS if longest < more)}, reverse=True)
+        whole = self._longest(
+            self.recipe.training.global_batch_size
+        )  # of a step; a pass of more would be the same
+        tokens = sorted(
+            {longest, *(min(more, whole) for more in MORE_TOKENS if longest < more)}, reverse=True
+        )
         options: dict[str, list[Any]] = {
             "head_chunk": ["auto"],
             "mlp_tile": [None, TILE],
@@ -202,17 +228,30 @@ class Planner:
         for key in options:
             if getattr(memory, key) != "auto":
                 options[key] = [getattr(memory, key)]
-        found = [dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())]
+        found = [
+            dict(zip(options, values, strict=True))
+            for values in itertools.product(*options.values())
+        ]
         return [*found, self.tightest()]
 
     def tightest(self) -> dict[str, Any]:
         """The levers that need the least memory."""
         memory = self.recipe.memory
-        least: dict[str, Any] = {"head_chunk": SMALL_CHUNK, "mlp_tile": TILE, "micro_batch_tokens": self.longest}
-        least |= {"checkpoint_offload": bool(self._amounts(partly=True)), "embedding_on_cpu": self._whole[1] > 0}
+        least: dict[str, Any] = {
+            "head_chunk": SMALL_CHUNK,
+            "mlp_tile": TILE,
+            "micro_batch_tokens": self.longest,
+        }
+        least |= {
+            "checkpoint_offload": bool(self._amounts(partly=True)),
+            "embedding_on_cpu": self._whole[1] > 0,
+        }
         if not memory.packing:
             least |= {"head_chunk": "auto", "micro_batch_tokens": "auto"}
-        return {key: value if getattr(memory, key) == "auto" else getattr(memory, key) for key, value in least.items()}
+        return {
+            key: value if getattr(memory, key) == "auto" else getattr(memory, key)
+            for key, value in least.items()
+        }
 
     @property
     def longest(self) -> int:
@@ -240,7 +279,9 @@ class Planner:
         plain = {**choice, "checkpoint_offload": False, "embedding_on_cpu": False}
         on_device = self._extrapolations.get(_step_of(plain))
         chosen = self.recipe.with_memory({**choice, "embedding_on_cpu": False})
-        found = LayerExtrapolation(chosen, self.config, self.triples, self.kind, self.planned, self._models, on_device)
+        found = LayerExtrapolation(
+            chosen, self.config, self.triples, self.kind, self.planned, self._models, on_device
+        )
         self._extrapolations[_step_of(choice)] = found
         return found
 
@@ -249,29 +290,42 @@ class Planner:
         fastest: tuple[float, dict[str, Any]] | None = None
         for choice in self.choices():
             found, room = self.extrapolation(choice), math.inf if budget is None else budget
-            kept = max((k for k in self._amounts() if self._needed(choice, k, gpu) <= room), default=None)
+            kept = max(
+                (k for k in self._amounts() if self._needed(choice, k, gpu) <= room), default=None
+            )
             if kept is None:
                 continue
             taken = found.seconds_per_token(self.layers, kept, gpu or GPUS[0])
             if fastest is None or taken < fastest[0]:
                 fastest = taken, choice | {"activation_checkpointing": self.layers - kept}
-            if kept == self.layers and not any(choice[name] for name in ("mlp_tile", "checkpoint_offload")):
+            if kept == self.layers and not any(
+                choice[name] for name in ("mlp_tile", "checkpoint_offload")
+            ):
                 break  # the largest forward pass without any lever: nothing is faster
         return fastest[1] if fastest else None
 
     def run(self, levers: Mapping[str, Any], budget: int | None, gpu: Gpu | None) -> MemoryPlan:
         """The plan of these levers, from a step with all layers."""
         found = measure(
-            self.recipe.with_memory(levers), self.config, self.triples, self.kind, self.planned, self._models
+            self.recipe.with_memory(levers),
+            self.config,
+            self.triples,
+            self.kind,
+            self.planned,
+            self._models,
         )
         return MemoryPlan(levers, budget, gpu, found, self.recipe.training.full_determinism)
 
     def plan(self, budget: int | None, gpu: Gpu | None) -> MemoryPlan:
         """The fastest plan that fits, run once in full; where nothing fits, the one that needs the least."""
-        tightest = self.tightest() | {"activation_checkpointing": self.layers - min(self._amounts())}
+        tightest = self.tightest() | {
+            "activation_checkpointing": self.layers - min(self._amounts())
+        }
         levers = self.best(budget, gpu) or tightest
         plan = self.run(levers, budget, gpu)
-        while not plan.fits and self.layers - levers["activation_checkpointing"] > min(self._amounts()):
+        while not plan.fits and self.layers - levers["activation_checkpointing"] > min(
+            self._amounts()
+        ):
             # The extrapolation was a little low: layers of different kinds.
             levers = levers | {"activation_checkpointing": levers["activation_checkpointing"] + 1}
             plan = self.run(levers, budget, gpu)
@@ -282,7 +336,9 @@ class Planner:
         levers = self.best(gpu.memory, gpu)
         if levers is None:
             return GpuRow(gpu, None, self.least(gpu), None)
-        choice = {name: value for name, value in levers.items() if name != "activation_checkpointing"}
+        choice = {
+            name: value for name, value in levers.items() if name != "activation_checkpointing"
+        }
         found, kept = self.extrapolation(choice), self.layers - levers["activation_checkpointing"]
         taken = found.seconds_per_token(self.layers, kept, gpu) * found.tokens_per_pair
         return GpuRow(gpu, levers, self._needed(choice, kept, gpu), taken)
@@ -296,13 +352,17 @@ class Planner:
         moved = embedding if choice["embedding_on_cpu"] else 0
         step = self.extrapolation(choice).peak(self.layers, kept)
         deterministic = self.recipe.training.full_determinism
-        besides, least = (sum(allowances(size, gpu, deterministic=deterministic).values()) for size in (step, 0))
+        besides, least = (
+            sum(allowances(size, gpu, deterministic=deterministic).values()) for size in (step, 0)
+        )
         return max(whole - moved + step + besides, loaded + least)
 
     def changes(self, budget: int, gpu: Gpu | None) -> list[Change]:
         """Changes of the maths that need less, and which of them would fit; none is made by itself."""
         recipe, memory = self.recipe, self.recipe.memory
-        levers: dict[str, Any] = {f"memory.{name}": "auto" for name in LEVERS if getattr(memory, name) != "auto"}
+        levers: dict[str, Any] = {
+            f"memory.{name}": "auto" for name in LEVERS if getattr(memory, name) != "auto"
+        }
         switches = ("packing", "prompt_sharing", "fused_lora")
         levers |= {f"memory.{name}": True for name in switches if not getattr(memory, name)}
         if memory.micro_batch_size is not None:
@@ -310,7 +370,9 @@ class Planner:
         rank = {"lora.r": 8} if recipe.lora.r > 8 else {}
         alone: list[dict[str, Any]] = [levers] * bool(levers)
         alone += [{"quantization.load_in_4bit": True}] * (not recipe.quantization.load_in_4bit)
-        alone += [{"training.optim": "paged_adamw_8bit"}] * (recipe.training.optim != "paged_adamw_8bit")
+        alone += [{"training.optim": "paged_adamw_8bit"}] * (
+            recipe.training.optim != "paged_adamw_8bit"
+        )
         found = [self._changed(keys, budget, gpu) for keys in [*alone, *([rank] * bool(rank))]]
         longest = int(self.triples[:, 1:].max())
         for shorter in (longest // 2, longest // 4, longest // 8):
@@ -328,7 +390,9 @@ class Planner:
     def _changed(self, keys: Mapping[str, Any], budget: int, gpu: Gpu | None) -> Change:
         limit = keys.get("data.max_length")
         triples = self.triples if limit is None else np.minimum(self.triples, limit)
-        needed = Planner(self.recipe.override(dict(keys)), self.config, triples, self.kind).least(gpu)
+        needed = Planner(self.recipe.override(dict(keys)), self.config, triples, self.kind).least(
+            gpu
+        )
         return Change(keys, needed, needed <= budget)
 
 
@@ -347,7 +411,9 @@ def no_plan(name: str, error: Exception) -> ModelError:
     )
 
 
-def fit(recipe: Recipe, config: Any, triples: Triples, kind: str, budget: int, gpu: Gpu | None) -> MemoryPlan:
+def fit(
+    recipe: Recipe, config: Any, triples: Triples, kind: str, budget: int, gpu: Gpu | None
+) -> MemoryPlan:
     """The fastest plan within ``budget`` bytes. Raises :class:`FitError` with what would help."""
     planner = Planner(recipe, config, triples, kind)
     plan = planner.plan(budget, gpu)
@@ -363,12 +429,19 @@ def does_not_fit(plan: MemoryPlan, changes: Sequence[Change]) -> FitError:
     for change in changes:
         keys = " ".join(f"{key}={to_text(value)}" for key, value in change.keys.items())
         verdict = "fits" if change.fits else "still too much"
-        lines.append(f"{keys}: {gib(change.needed)} ({gib(plan.needed - change.needed)} less), {verdict}")
+        lines.append(
+            f"{keys}: {gib(change.needed)} ({gib(plan.needed - change.needed)} less), {verdict}"
+        )
     useful = [line for line, change in zip(lines, changes, strict=True) if change.fits]
     if useful:
         first = "one of these; all but the levers of memory change what is trained:"
     else:
-        useful, first = lines[-1:], "another base, or a card with more memory; no single change is enough"
+        useful, first = (
+            lines[-1:],
+            "another base, or a card with more memory; no single change is enough",
+        )
     text = "\n    ".join([first, *useful])
     fitting = next((change.keys for change in changes if change.fits), None)
-    return FitError(where="memory.budget", found=found, fix=Overrides(fitting, text=text) if fitting else text)
+    return FitError(
+        where="memory.budget", found=found, fix=Overrides(fitting, text=text) if fitting else text
+    )

@@ -1,4 +1,4 @@
-"""Who we are at the hub, and whether a repository may be written to, or made."""
+"""Check the hub account and whether it may write to, or create, a repository."""
 
 import re
 from dataclasses import dataclass
@@ -9,14 +9,17 @@ from pydantic import BaseModel, Field, ValidationError
 from orpo_lite.errors import HubError
 from orpo_lite.publishing.retry import LOGIN, AbsentError, Attempt, own_token, retry, with_timeouts
 
-ROLES = ("write", "contributor", "admin")  # in an organisation, of those who may write to its repositories
+ROLES = ("write", "contributor", "admin")  # roles in an organisation that may write
 
 
 class WrongTargetError(HubError):
-    """It may not be written to as asked; ``instead``, with ``is_private``, would do."""
+    """The target cannot be used as requested.
 
-    def __init__(self, *, instead: str, is_private: bool, **said: str) -> None:
-        super().__init__(**said)
+    The repository ``instead``, with visibility ``is_private``, could be used.
+    """
+
+    def __init__(self, *, instead: str, is_private: bool, **message: str) -> None:
+        super().__init__(**message)
         self.instead, self.is_private = instead, is_private
 
 
@@ -31,28 +34,32 @@ class Target:
 
     @property
     def page(self) -> str:
-        """Where people see it."""
+        """Return the URL of its page."""
         return f"{constants.ENDPOINT}/{self.repository}"
 
 
 def check_target(repository: str, *, is_private: bool) -> Attempt[Target]:
-    """Ask the hub who we are and whether the repository may be written to, or made; changes nothing.
+    """Ask the hub whether the account may write to, or create, a repository. Nothing is changed.
 
     Args:
-        repository: owner/name, or a name alone, which is then ours.
-        is_private: as it is to be made, and must be if it is there.
+        repository: owner/name, or only a name, which then belongs to the account.
+        is_private: the visibility that a new repository gets and that an existing one must have.
 
     Raises:
-        HubError: offline, no token, one that may not write, somebody else's repository, or one of the other visibility.
+        HubError: the hub is offline, there is no token with write access, or the repository has
+            another owner or visibility.
     """
     where = f"hub, {repository}"
     if constants.is_offline_mode():
         found, expected = "cannot be reached: HF_HUB_OFFLINE is set", "a connection"
         raise HubError(
-            where=where, found=found, expected=expected, fix="unset HF_HUB_OFFLINE (TRANSFORMERS_OFFLINE sets it too)"
+            where=where,
+            found=found,
+            expected=expected,
+            fix="unset HF_HUB_OFFLINE (TRANSFORMERS_OFFLINE sets it too)",
         )
     if not re.match("https?://.", constants.ENDPOINT):
-        found, expected = f"{constants.ENDPOINT!r} is no address", "https://, and the host"
+        found, expected = f"{constants.ENDPOINT!r} is not a URL", "https:// and a host"
         raise HubError(
             where="HF_ENDPOINT",
             found=found,
@@ -61,42 +68,52 @@ def check_target(repository: str, *, is_private: bool) -> Attempt[Target]:
         )
     token = own_token(where)
     if token is None:
-        raise HubError(where=where, found="no access token here", expected="a token that may write", fix=LOGIN)
-    if not re.fullmatch("[!-~]+", token):
-        found = "the access token is not one: it holds a space, or what is not ASCII"
         raise HubError(
-            where=where, found=found, expected="the token as the hub shows it, which begins with hf_", fix=LOGIN
+            where=where,
+            found="there is no access token",
+            expected="a token with write access",
+            fix=LOGIN,
+        )
+    if not re.fullmatch("[!-~]+", token):
+        found = "the access token is invalid: it has a space or a character that is not ASCII"
+        raise HubError(
+            where=where,
+            found=found,
+            expected="a token as the hub shows it, which begins with hf_",
+            fix=LOGIN,
         )
     with with_timeouts():
         return (yield from find_target(repository, is_private))
 
 
 def find_target(repository: str, is_private: bool) -> Attempt[Target]:
-    """:func:`check_target`, once there is a token."""
+    """Return the target; raises as :func:`check_target`. There must be a token."""
     where = f"hub, {repository}"
-    who = yield from retry(where, "asking who we are", _whoami)
-    repository = repository if "/" in repository else f"{who.name}/{repository}"
+    account = yield from retry(where, "reading the account", _whoami)
+    repository = repository if "/" in repository else f"{account.name}/{repository}"
     where = f"hub, {repository}"
-    _refuse_reader(where, repository, who, is_private=is_private)
+    _check_write_access(where, repository, account, is_private=is_private)
 
-    def look() -> bool:
+    def read_visibility() -> bool:
         found = HfApi().model_info(repository).private
         if not isinstance(found, bool):
-            raise ValueError("it does not say whether the repository is private")
+            raise ValueError("the answer lacks the repository's visibility")
         return found
 
     try:
-        found = yield from retry(where, f"looking for {repository}", look)
+        found = yield from retry(where, f"looking for {repository}", read_visibility)
     except AbsentError:
         return Target(repository, is_private, exists=False)
     if found != is_private:
-        there, asked = ("private", "public") if found else ("public", "private")
-        fix = "--public (output.hub_private_repo=false)" if asked == "private" else "leave --public out"
-        fix += f"; or change it at {constants.ENDPOINT}/{repository}/settings; or another name"
+        actual, requested = ("private", "public") if found else ("public", "private")
+        fix = "leave --public out"
+        if requested == "private":
+            fix = "--public (output.hub_private_repo=false)"
+        fix += f"; or change it at {constants.ENDPOINT}/{repository}/settings; or use another name"
         raise WrongTargetError(
             where=where,
-            found=f"is {there} already",
-            expected=f"a {asked} repository, as asked; it is not changed here",
+            found=f"is already {actual}",
+            expected=f"a {requested} repository, as requested; a push does not change it",
             fix=fix,
             instead=repository,
             is_private=found,
@@ -147,21 +164,37 @@ def _whoami() -> _Account:
         raise ValueError(f"{'.'.join(map(str, first['loc']))} {first['msg']}") from None
 
 
-def _refuse_reader(where: str, repository: str, who: _Account, *, is_private: bool) -> None:
-    """Refuse a token, or an account, that may not write to this owner's repositories."""
+def _check_write_access(
+    where: str, repository: str, account: _Account, *, is_private: bool
+) -> None:
+    """Raise :class:`HubError` unless account and token may write to the owner's repositories."""
     owner, _, name = repository.partition("/")
-    roles = {org.name.lower(): org.role for org in who.orgs}
-    if owner.lower() not in (who.name.lower(), *roles):
-        theirs = ", ".join([who.name, *(org.name for org in who.orgs)])
-        found = f"{owner} is neither you ({who.name}) nor an organisation of yours"
-        mine = f"{who.name}/{name}"
+    roles = {org.name.lower(): org.role for org in account.orgs}
+    if owner.lower() not in (account.name.lower(), *roles):
+        owners = ", ".join([account.name, *(org.name for org in account.orgs)])
+        found = f"{owner} is neither your account ({account.name}) nor your organisation"
+        mine = f"{account.name}/{name}"
         raise WrongTargetError(
-            where=where, found=found, expected=f"an owner among {theirs}", fix=mine, instead=mine, is_private=is_private
+            where=where,
+            found=found,
+            expected=f"one of the owners {owners}",
+            fix=mine,
+            instead=mine,
+            is_private=is_private,
         )
-    if owner.lower() != who.name.lower() and (role := roles[owner.lower()]) not in ROLES:
-        found = f"you may only read at {owner}" if role == "read" else f"your role at {owner} is {role}"
-        raise HubError(where=where, found=found, expected="the role of a contributor or more", fix="ask an admin")
-    token = (who.auth.token if who.auth else None) or _Token()
+    role = roles.get(owner.lower())
+    if owner.lower() != account.name.lower() and role not in ROLES:
+        found = f"your role at {owner} is {role}"
+        if role == "read":
+            found = f"you have only read access at {owner}"
+        raise HubError(
+            where=where,
+            found=found,
+            expected="the role contributor or higher",
+            fix="ask an admin",
+        )
+    token = account.auth.token if account.auth else None
+    token = token or _Token()
     rights = token.rights or _Rights()
     may_write = token.role != "read"
     if token.role == "fineGrained":
@@ -172,14 +205,12 @@ def _refuse_reader(where: str, repository: str, who: _Account, *, is_private: bo
                 granted += scope.permissions
         may_write = "repo.write" in granted
     if not may_write:
-        kind = (
-            "a fine-grained token without the right to write there"
-            if token.role == "fineGrained"
-            else "a token that reads"
-        )
+        found = "the access token has only read access"
+        if token.role == "fineGrained":
+            found = "the fine-grained access token has no write access there"
         raise HubError(
             where=where,
-            found=f"the access token is {kind}",
-            expected=f"one that may write to {owner}'s repositories",
+            found=found,
+            expected=f"a token with write access to {owner}'s repositories",
             fix=LOGIN,
         )

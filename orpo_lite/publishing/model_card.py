@@ -1,6 +1,6 @@
 """Write the model card (README.md) of a finished run.
 
-Nothing of the data's texts, no path of this machine and no token enters it; nor what local data are called.
+It contains no texts of the data, paths, names of local data or access tokens.
 """
 
 import re
@@ -10,48 +10,51 @@ from pathlib import Path
 from orpo_lite.base.adapter import vllm_rank
 from orpo_lite.data.sources.source import is_path
 from orpo_lite.errors import TOKEN
-from orpo_lite.publishing.card_facts import SOMEWHERE, Facts, Shown, make_metadata
-from orpo_lite.publishing.edited_card import changed_card, seal
-from orpo_lite.publishing.licences import in_words, is_non_commercial, named
+from orpo_lite.publishing.card_facts import PLACEHOLDER, CardOptions, Facts, make_metadata
+from orpo_lite.publishing.edited_card import read_edited_card, seal
+from orpo_lite.publishing.licences import is_non_commercial, licence_names, licence_text
 from orpo_lite.recipe.text import to_text
 from orpo_lite.runs.atomic import write_text
 from orpo_lite.runs.commands import Weights
 
 SHOWN_KEYS = (
-    "lora.r", "lora.lora_alpha", "lora.lora_dropout", "lora.target_modules", "lora.use_rslora", "lora.use_dora",
-    "quantization.load_in_4bit", "data.max_length", "data.max_prompt_length", "training.learning_rate",
-    "training.global_batch_size", "training.num_train_epochs", "training.max_steps", "training.lr_scheduler_type",
-    "training.warmup_steps", "training.optim", "training.adam_beta1", "training.adam_beta2", "training.adam_epsilon",
+    "lora.r", "lora.lora_alpha", "lora.lora_dropout", "lora.target_modules", "lora.use_rslora",
+    "lora.use_dora", "quantization.load_in_4bit", "data.max_length", "data.max_prompt_length",
+    "training.learning_rate", "training.global_batch_size", "training.num_train_epochs",
+    "training.max_steps", "training.lr_scheduler_type", "training.warmup_steps", "training.optim",
+    "training.adam_beta1", "training.adam_beta2", "training.adam_epsilon",
     "training.weight_decay", "training.max_grad_norm", "training.seed",
 )  # fmt: skip
 
-# What peft's configuration of an adapter may say of its shape, and no key of the recipe does.
+# Keys of peft's adapter configuration about its shape that the recipe does not have.
 ADAPTER_SHAPE = (
-    "rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters",
+    "rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "target_parameters",
 )  # fmt: skip
 
 OLLAMA = (
-    "Ollama takes a GGUF file, which is not in this repository. `orpo-lite export RUN --to ollama` makes one of the "
-    "run's folder, and a Modelfile with the template and the stop tokens of this model. A bare `FROM` would leave both "
-    "to Ollama's guess."
+    "Ollama needs a GGUF file, which is not in this repository. `orpo-lite export RUN --to ollama` "
+    "makes one from the run's folder, and a Modelfile with the template and the stop tokens of "
+    "this model. With only `FROM`, Ollama would guess both."
 )
 ONTO: dict[Weights, str] = {
     "original": "the base's own weights",
-    "dequantized": "what 4 bit had left of the base's weights, as in training",
+    "dequantized": "the base's weights as rounded to 4 bit in training",
 }
-SHOWN = 1500  # characters of a sample
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # what no text of a card holds
+SAMPLE_LENGTH = 1500  # characters of a sample
+# Characters that a card must not contain.
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 SAMPLED = {"Prompt": "prompt", "Before": "before", "After": "after"}
 
 
-def make_card(path: Path, shown: Shown | None = None) -> str:
-    """README.md of a finished run: metadata in YAML, then Markdown.
+def make_card(path: Path, options: CardOptions | None = None) -> str:
+    """Return README.md of a finished run: metadata in YAML, then Markdown.
 
     Raises:
-        CheckpointError: no finished run there.
+        CheckpointError: the run is not finished.
     """
-    facts = Facts.read(path, shown or Shown())
+    facts = Facts.read(path, options or CardOptions())
     metadata = make_metadata(facts)
     parts = [
         _head(facts),
@@ -69,22 +72,28 @@ def make_card(path: Path, shown: Shown | None = None) -> str:
 
 
 def write_card(path: Path) -> None:
-    """README.md of a finished run, made afresh unless a person has changed the one that is there."""
-    if not changed_card(path):
-        write_text(path / "README.md", make_card(path))  # a push knows the repository, whoever's it is
+    """Write README.md of a finished run, unless a person has edited it."""
+    if not read_edited_card(path):
+        write_text(path / "README.md", make_card(path))
 
 
 def _head(facts: Facts) -> str:
-    shown, objective = facts.shown, facts.objective
+    """Return the title and the summary."""
+    options, objective = facts.options, facts.objective
     paper = objective["paper"].replace("https://arxiv.org/abs/", "arXiv ")
-    name = shown.repository.rpartition("/")[2] if shown.repository != SOMEWHERE else f"Tuned with {objective['title']}"
-    what = "The merged weights" if shown.merged else f"A LoRA adapter (rank {facts.recipe.lora.r})"
+    name = f"Tuned with {objective['title']}"
+    if options.repository != PLACEHOLDER:
+        name = options.repository.rpartition("/")[2]
+    what = (
+        "The merged weights" if options.merged else f"A LoRA adapter (rank {facts.recipe.lora.r})"
+    )
     pairs = f"{facts.data['train_pairs']:,} preference pairs"
     text = (
-        f"{what} of {facts.base}, tuned on {pairs} with {objective['title']} ([{paper}]({objective['paper']})) "
-        f"by orpo-lite {facts.lock['orpo_lite']}."
+        f"{what} of {facts.base}, tuned on {pairs} with {objective['title']} "
+        f"([{paper}]({objective['paper']})) by orpo-lite {facts.lock['orpo_lite']}."
     )
-    text += f" The adapter is merged onto {ONTO[shown.merged]}." if shown.merged else ""
+    if options.merged:
+        text += f" The adapter is merged onto {ONTO[options.merged]}."
     lines = dict.fromkeys(terms.built_with for terms in facts.terms if terms.built_with)
     built_with = "".join(f"**{line}**\n\n" for line in lines)
     return f"# {name}\n\n{built_with}{text}"
@@ -95,18 +104,22 @@ def _training(facts: Facts) -> str:
     values = {key: facts.over_time(key) for key in SHOWN_KEYS}
     values["data.max_prompt_length"] = str(recipe.data.prompt_limit)
     if facts.start["training.max_steps"] > 0 and recipe.training.max_steps > 0:
-        del values["training.num_train_epochs"]  # the steps are given, and it has no effect
+        del values["training.num_train_epochs"]  # it has no effect with max_steps
+    steps = "not known"
+    if facts.steps is not None:
+        steps = f"{facts.steps:,}; kept: step {facts.kept_step:,}"
+    versions = [f"{name} {facts.over_time(f'versions.{name}')}" for name in facts.lock["versions"]]
     rows = [
         *facts.objective["settings"].items(),
-        ("steps", "not known" if facts.steps is None else f"{facts.steps:,}; kept: step {facts.kept_step:,}"),
+        ("steps", steps),
         ("chat template", _template(facts)),
         *((f"`{key}`", _cell(value)) for key, value in values.items()),
-        ("versions", ", ".join(f"{name} {facts.over_time(f'versions.{name}')}" for name in facts.lock["versions"])),
+        ("versions", ", ".join(versions)),
     ]
     if recipe.model.adapter_name_or_path:
         source = recipe.model.adapter_name_or_path
         is_local = source.startswith((".", "/", "~")) or source.count("/") != 1
-        rows.insert(0, ("trained on from", "an adapter of the trainer's own" if is_local else _cell(source)))
+        rows.insert(0, ("initial adapter", "a local adapter" if is_local else _cell(source)))
         shape = {key: facts.adapter[key] for key in ADAPTER_SHAPE if facts.adapter.get(key)}
         rows += [(f"`{key}` of the adapter", _cell(to_text(value))) for key, value in shape.items()]
     return f"## Training\n\n{facts.objective['formula']}\n\n{_table(('what', 'value'), rows)}"
@@ -116,8 +129,9 @@ def _template(facts: Facts) -> str:
     choice = facts.recipe.data.chat_template
     if choice == "auto":
         return _cell(facts.data["chat_template"])
-    is_none = choice == "none"
-    return "none: prompt and response joined as plain text" if is_none else "one of the trainer's own, which is here"
+    if choice == "none":
+        return "none: prompt and response joined as plain text"
+    return "a custom template, which is in this repository"
 
 
 def _data(facts: Facts) -> str:
@@ -125,41 +139,45 @@ def _data(facts: Facts) -> str:
     rows: list[tuple[str, ...]] = []
     local = [name for name in recipe.data.names if is_path(name)]
     for name in recipe.data.names:
-        if name in facts.sets:
-            said = in_words(facts.data_licences.get(name, {})) or "not stated"
-            rows.append((f"[{name}](https://huggingface.co/datasets/{name})", _cell(said)))
+        if name in facts.datasets:
+            licence = licence_text(facts.data_licences.get(name, {})) or "not stated"
+            link = f"[{name}](https://huggingface.co/datasets/{name})"
+            rows.append((link, _cell(licence)))
         elif name.startswith("builtin:"):
             rows.append(("the built-in pairs of orpo-lite", "not stated"))
         else:
-            rows.append((_local(name, local.index(name) + 1 if len(local) > 1 else 0), "not stated"))
+            number = local.index(name) + 1 if len(local) > 1 else 0
+            rows.append((_local(name, number), "not stated"))
     head: tuple[str, ...] = ("data", "licence")
     if len(data.get("rows_of_sets", ())) == len(rows):
-        head = (*head, "rows to train on")
+        head = (*head, "training rows")
         rows = [(*row, f"{count:,}") for row, count in zip(rows, data["rows_of_sets"], strict=True)]
     parts = ["## Data", _table(head, rows)]
-    if facts.sets:
+    if facts.datasets:
         split = recipe.data.dataset_train_split
         parts.append(f"Split: {'chosen automatically' if split == 'auto' else _cell(split)}.")
     if recipe.data.max_samples:
-        parts.append(f"Of each set the first {recipe.data.max_samples:,} rows.")
+        parts.append(f"Only the first {recipe.data.max_samples:,} rows of each dataset are used.")
     if test := recipe.data.dataset_test_split:
         parts.append(f"Held out: {'local files' if is_path(test) else f'split {_cell(test)}'}.")
     elif any(name.startswith("builtin:") for name in recipe.data.names):
-        parts.append("Held out: pairs that were made for it.")
+        parts.append("Held out: pairs that were made for this purpose.")
     elif data["held_out_pairs"]:
         parts.append("Held out: some of the prompts, with all of their pairs.")
-    total = " in all" if len(rows) > 1 else ""
+    total = " in total" if len(rows) > 1 else ""
     parts.append(
-        f"{data['rows_read']:,} rows read{total}: {data['train_pairs']:,} pairs to train on, "
+        f"{data['rows_read']:,} rows read{total}: {data['train_pairs']:,} training pairs, "
         f"{data['held_out_pairs']:,} held out; sha256 of the pairs `{data['sha256']}`."
     )
     dropped = [(_cell(reason), f"{drop['pairs']:,}") for reason, drop in data["dropped"].items()]
-    parts.append(f"Left out:\n\n{_table(('why', 'pairs'), dropped)}" if dropped else "No pair was left out.")
+    parts.append(
+        f"Dropped:\n\n{_table(('reason', 'pairs'), dropped)}" if dropped else "No pair was dropped."
+    )
     return "\n\n".join(parts)
 
 
 def _local(name: str, number: int) -> str:
-    """What data of one's own are called; a folder and a pattern are several files."""
+    """Return how local data are called in the card. A folder or pattern is several files."""
     is_file = Path(name).suffix and not set(name) & set("*?[")
     if number:
         return f"local {'file' if is_file else 'files'} {number}"
@@ -169,31 +187,34 @@ def _local(name: str, number: int) -> str:
 def _results(facts: Facts) -> str:
     held_out = f"{facts.data['held_out_pairs']:,} pairs"
     if facts.evaluations is None:
-        lack = f"{held_out} were held out, but their figures before and after are not all there"
-        why = lack if facts.data["held_out_pairs"] else "no pairs were held out"
-        return f"## Held-out results\n\nNone: {why}."
+        reason = "no pairs were held out"
+        if facts.data["held_out_pairs"]:
+            reason = f"{held_out} were held out, but the metrics before and after are incomplete"
+        return f"## Held-out results\n\nNone: {reason}."
     before, after = facts.evaluations
     rows = [
         (meaning, f"{before[key]:.4f}", f"{after[key]:.4f}")
         for key, meaning in facts.objective["metrics"].items()
         if before.get(key) is not None and after.get(key) is not None
     ]
-    head = ("figure", "before", "after")
+    head = ("metric", "before", "after")
     base = "the base in 4 bit" if facts.recipe.quantization.load_in_4bit else "the base"
-    said = f"{held_out}, by {base}: before the first step, and with the adapter that was kept."
-    return f"## Held-out results\n\n{said}\n\n{_table(head, rows)}"
+    caption = f"{held_out}, with {base}: before the first step, and with the kept adapter."
+    return f"## Held-out results\n\n{caption}\n\n{_table(head, rows)}"
 
 
 def _loading(facts: Facts) -> str:
-    repository, base, revision = facts.shown.repository, facts.base_name, facts.lock["base"]["revision"]
-    if facts.shown.merged:
+    repository, base = facts.options.repository, facts.base_name
+    revision = facts.lock["base"]["revision"]
+    if facts.options.merged:
         blocks = [
             (
                 "transformers",
                 "python",
                 "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
                 f'tokenizer = AutoTokenizer.from_pretrained("{repository}")\n'
-                f'model = AutoModelForCausalLM.from_pretrained("{repository}", dtype="auto", device_map="auto")',
+                f'model = AutoModelForCausalLM.from_pretrained("{repository}", '
+                'dtype="auto", device_map="auto")',
             ),
             ("vLLM", "sh", f"vllm serve {repository}"),
         ]
@@ -201,59 +222,72 @@ def _loading(facts: Facts) -> str:
         at = f', revision="{revision}"' if revision else ""
         rank = vllm_rank(facts.adapter, facts.lock["base"])
         vllm = f"vllm serve {base}" + (f" --revision {revision}" if revision else "")
-        vllm += f" --tokenizer {repository} --generation-config {repository}"  # the template, and what ends a reply
+        # They hold the chat template and the end tokens.
+        vllm += f" --tokenizer {repository} --generation-config {repository}"
         vllm += f" --enable-lora --lora-modules tuned={repository} --max-lora-rank {rank}"
         blocks = [
             (
                 "transformers and PEFT",
                 "python",
-                "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+                "from peft import PeftModel\n"
+                "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
                 f'tokenizer = AutoTokenizer.from_pretrained("{repository}")\n'
-                f'base = AutoModelForCausalLM.from_pretrained("{base}"{at}, dtype="auto", device_map="auto")\n'
+                f'base = AutoModelForCausalLM.from_pretrained("{base}"{at}, '
+                'dtype="auto", device_map="auto")\n'
                 f'model = PeftModel.from_pretrained(base, "{repository}")',
             ),
             *([("vLLM", "sh", vllm)] if rank else []),
         ]
     parts = ["## How to load it"]
-    if not facts.is_hub_base and not facts.shown.merged:
+    if not facts.is_hub_base and not facts.options.merged:
         is_toy = facts.recipe.model.model_name_or_path.startswith("builtin:")
-        where = "which orpo-lite writes into runs/builtin" if is_toy else "which is not named here"
-        parts.append(f"`BASE` is the model that it was trained on, {where}.")
+        where = "which orpo-lite writes to runs/builtin" if is_toy else "which is not named here"
+        parts.append(f"`BASE` is the model that the adapter was trained on, {where}.")
     parts += [f"{title}:\n\n```{language}\n{text}\n```" for title, language, text in blocks]
-    if not facts.shown.merged and not vllm_rank(facts.adapter, facts.lock["base"]):
-        parts.append("vLLM does not serve this adapter as it is: merge it first.")
+    if not facts.options.merged and not vllm_rank(facts.adapter, facts.lock["base"]):
+        parts.append("vLLM cannot serve this adapter: merge it first.")
     parts.append(OLLAMA)
     return "\n\n".join(parts)
 
 
 def _verification(facts: Facts) -> str:
-    """The tables of `orpo-lite merge --verify`."""
-    parts = ["## The merge, measured"]
-    for kind, found in facts.verified.items():
+    """Return the tables of `orpo-lite merge --verify`."""
+    parts = ["## Check of the merge"]
+    for weights, found in facts.verified.items():
         rows = [
-            (_cell(row["model"]), f"{row['accuracy']:.1%}", f"{row['margin']:+.4f}", f"{row['chosen']:.4f}")
+            (
+                _cell(row["model"]),
+                f"{row['accuracy']:.1%}",
+                f"{row['margin']:+.4f}",
+                f"{row['chosen']:.4f}",
+            )
             for row in found["rows"]
         ]
         pairs = f"{found['pairs']:,} {'held-out' if found['held_out'] else 'training'} pairs"
-        verdict = f"{'passed' if found['passed'] else 'FAILED'}: mean log-probabilities differ by"
-        bound = f"{found['difference']:.2g} at most from those of base and adapter (bound {found['bound']:.2g})"
-        parts.append(f"Merged onto {ONTO[kind]}:")
+        verdict = (
+            f"{'passed' if found['passed'] else 'FAILED'}: mean log-probabilities differ by at most"
+        )
+        bound = f"{found['difference']:.2g} from base and adapter (limit {found['bound']:.2g})"
+        parts.append(f"Merged onto {ONTO[weights]}:")
         parts.append(_table((pairs, "reward accuracy", "margin", "log-prob of chosen"), rows))
         parts.append(f"{verdict} {bound}; the adapter changes them by up to {found['effect']:.2g}.")
     return "\n\n".join(parts) if facts.verified else ""
 
 
 def _samples(facts: Facts) -> str:
-    kind, count = ("held-out", facts.shown.samples) if facts.shown.samples else ("neutral", None)
-    rows = [row for row in facts.samples if row.get("source", "held-out") == kind][:count]
+    source = "held-out" if facts.options.samples else "neutral"
+    rows = [row for row in facts.samples if row.get("source", "held-out") == source]
+    if facts.options.samples:
+        rows = rows[: facts.options.samples]
     if not rows:
         return ""
-    whose = "Held-out prompts of the data" if facts.shown.samples else "Neutral prompts, of no data"
+    prompts = "Held-out prompts" if facts.options.samples else "Neutral prompts, not from the data"
     base = "the base in 4 bit" if facts.recipe.quantization.load_in_4bit else "the base"
     parts = [
         "## Samples",
-        f"{whose}, answered by {base}, without the adapter and with it; sampled at temperature "
-        f"{rows[0].get('temperature', 0.7)}, at most {facts.recipe.output.max_new_tokens} tokens, not chosen by hand.",
+        f"{prompts}, answered by {base} without and with the adapter; sampled at temperature "
+        f"{rows[0].get('temperature', 0.7)}, at most {facts.recipe.output.max_new_tokens} tokens, "
+        "not selected by hand.",
     ]
     for row in rows:
         parts += [f"{title}:\n\n{_quoted(row[key])}" for title, key in SAMPLED.items()]
@@ -261,11 +295,12 @@ def _samples(facts: Facts) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A text in a fence that it cannot close."""
+    """Return a text in a Markdown code block with a fence that the text cannot close."""
     text = CONTROL.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
     text = TOKEN.sub("hf_***", text)
-    text = text if len(text) <= SHOWN else f"{text[:SHOWN]} ..."
-    ticks = max((len(run_of) for run_of in re.findall("`+", text)), default=0)
+    if len(text) > SAMPLE_LENGTH:
+        text = f"{text[:SAMPLE_LENGTH]} ..."
+    ticks = max((len(found) for found in re.findall("`+", text)), default=0)
     fence = "`" * max(3, ticks + 1)
     return f"{fence}text\n{text}\n{fence}"
 
@@ -273,43 +308,55 @@ def _quoted(text: str) -> str:
 def _limits(facts: Facts) -> str:
     data = facts.data
     lines = [
-        "It has learned the preferences of these pairs, with whatever is one-sided in them, and keeps the base's own "
-        "limits. No safety evaluation was made.",
-        f"The chosen answer is the longer one in {data['chosen_longer']:.0%} of the pairs and the shorter one in "
-        f"{data['rejected_longer']:.0%}; length may be part of what was learned.",
+        "It has learned the preferences of these pairs, including their biases, and keeps the "
+        "limits of its base. No safety evaluation was made.",
+        f"The chosen answer is the longer one in {data['chosen_longer']:.0%} of the pairs and the "
+        f"shorter one in {data['rejected_longer']:.0%}; the model may have learned to prefer a "
+        "length.",
     ]
     if facts.evaluations:
-        ranks = "The held-out figures say how well it ranks pairs like those it was trained on"
+        ranks = "The held-out metrics measure how well it ranks pairs like the training pairs"
         lines.append(f"{ranks}, not how good its answers are.")
     if cut := data["cut"]["responses_without_end"]:
-        lines.append(f"{cut:,} responses lost their end at {facts.recipe.data.max_length:,} tokens.")
+        lines.append(f"{cut:,} responses were cut at {facts.recipe.data.max_length:,} tokens.")
     if shared := data["prompts"]["shared"]:
-        lines.append(f"{shared:,} held-out prompts stand in the training pairs too, so the figures flatter.")
+        lines.append(
+            f"{shared:,} held-out prompts are also training prompts, so the metrics are too good."
+        )
     if facts.recipe.model.model_name_or_path.startswith("builtin:"):
-        lines.append("A toy that shows that the machinery works; it is of no other use.")
+        lines.append("It is a toy model, which only shows that orpo-lite works.")
     return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines)
 
 
 def _licence(facts: Facts) -> str:
     lines = [terms.notice for terms in facts.terms]
-    name = _cell(in_words(facts.licence))
+    name = _cell(licence_text(facts.licence))
     if isinstance(facts.licence.get("license"), list):
-        lines.append(f"The base's card names several licences: {name}. They hold for this derivative as well.")
+        lines.append(
+            f"The base's card names several licences: {name}. "
+            "They hold for this derivative as well."
+        )
     elif name and not lines:
-        lines.append(f"The base's card names its licence: {name}. It holds for this derivative as well.")
+        lines.append(
+            f"The base's card names its licence: {name}. It holds for this derivative as well."
+        )
     elif not name:
-        lines.append("The licence of the base is not known here: no card that could be read names one.")
+        lines.append(
+            "The licence of the base is not known: its card names none or could not be read."
+        )
     return "\n\n".join(["## Licence", *lines, *_non_commercial(facts)])
 
 
 def _non_commercial(facts: Facts) -> list[str]:
-    said = ["**Not for commercial use**, as its base."] * any(map(is_non_commercial, named(facts.licence)))
-    for name in facts.sets:
+    lines = []
+    if any(map(is_non_commercial, licence_names(facts.licence))):
+        lines.append("**Not for commercial use**, like its base.")
+    for name in facts.datasets:
         licence = facts.data_licences.get(name, {})
-        if any(map(is_non_commercial, named(licence))):
-            text = _cell(in_words(licence))
-            said.append(f"**Not for commercial use by its data**: {name} is licensed {text}.")
-    return said
+        if any(map(is_non_commercial, licence_names(licence))):
+            text = _cell(licence_text(licence))
+            lines.append(f"**Not for commercial use because of its data**: {name} is under {text}.")
+    return lines
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -318,6 +365,6 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    """A text that keeps to its cell and brings no mark-up of its own."""
+    """Return a text for a table cell, with Markdown escaped."""
     flat = TOKEN.sub("hf_***", CONTROL.sub("", " ".join(text.split())))
     return re.sub(r"([|<>`\[\]*\\])", r"\\\1", flat)

@@ -1,4 +1,4 @@
-"""Push a run's adapter or merged model to a repository of the hub, with its card; by an allow-list of files."""
+"""Push a run's adapter or merged model with its card to the hub; only listed files are pushed."""
 
 import fnmatch
 import json
@@ -25,8 +25,8 @@ from orpo_lite.errors import (
     reworded,
 )
 from orpo_lite.publishing.account import WrongTargetError, check_target
-from orpo_lite.publishing.card_facts import Shown, read_objective
-from orpo_lite.publishing.edited_card import adopt_card, changed_card, loads_adapter
+from orpo_lite.publishing.card_facts import CardOptions, read_objective
+from orpo_lite.publishing.edited_card import complete_card, loads_adapter, read_edited_card
 from orpo_lite.publishing.licences import find_license_files, read_licences, read_text, refuse_name
 from orpo_lite.publishing.model_card import make_card
 from orpo_lite.publishing.retry import LEAST, UnreadableError, own_token, run_in_thread
@@ -42,21 +42,28 @@ from orpo_lite.runs.records import SAMPLES, read_json, read_samples
 from orpo_lite.updates import Update, run_to_end
 
 TOKENIZER = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
-    "generation_config.json", "additional_chat_templates/*.jinja",
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model",
+    "sentencepiece.bpe.model", "chat_template.jinja", "generation_config.json",
+    "additional_chat_templates/*.jinja",
 )  # fmt: skip
-# The words of the base, which are no place to write a path, and where /root may well be one of them.
+# Vocabularies are not searched for local paths: nobody writes one there, but /root may be a token.
 VOCABULARY = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "*.model")
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-MERGED = ("config.json", "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
-WRITTEN = ("README.md", ".gitattributes", "verify.json")  # not news when they stay here
-HEADER = 1 << 24  # bytes of a safetensors header that are looked at
+MERGED = (
+    "config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-*-of-*.safetensors",
+)
+# Files whose omission is not reported.
+EXPECTED_LOCAL = ("README.md", ".gitattributes", "verify.json")
+MAX_HEADER = 1 << 24  # bytes of a safetensors header that are searched
 
 
 @dataclass(frozen=True)
 class PushResult:
-    """What went to the hub."""
+    """A finished push."""
 
     repository: str
     page: str
@@ -72,25 +79,29 @@ def push(
     is_public: bool = False,
     samples: int = 0,
 ) -> PushResult:
-    """Push the adapter of a run, or its merged model, in one commit; private unless ``is_public``.
+    """Push the adapter of a run, or its merged model, in one commit.
 
-    Weights and configurations of an earlier push that this one does not bring go in the same commit.
+    The commit also removes weights and configurations of an earlier push that this push does not
+    contain.
 
     Args:
-        run_folder: of a finished run.
-        repository: owner/name, or a name alone, which is then yours.
-        merged: the model merged onto these weights, in place of the adapter.
-        is_public: everybody can see it.
-        samples: so many prompts of the data are shown in the card, with their answers, in place of neutral ones.
+        run_folder: the folder of a finished run.
+        repository: owner/name, or only a name, which then belongs to your account.
+        merged: push the model merged onto these weights instead of the adapter.
+        is_public: a new repository is public, else private.
+        samples: number of held-out prompts of the data to show in the card with answers, instead of
+            neutral prompts.
 
     Raises:
-        RecipeError: a name that the hub, or the base's licence, does not allow.
-        ModelError: the base's licence asks for a text that is not there.
-        CheckpointError: nothing finished to push, a file that is a link or not whole, or that holds what must not be
-            published.
-        HubError: refused, or unreachable after the attempts.
+        RecipeError: the hub or the base's licence does not allow the name.
+        ModelError: the base's licence requires a text that is missing.
+        CheckpointError: the run is not finished, or a file is a link, is incomplete or contains
+            something that must not be published.
+        HubError: the hub refuses, or is still unreachable after all attempts.
     """
-    updates = push_events(run_folder, repository, merged=merged, is_public=is_public, samples=samples)
+    updates = push_events(
+        run_folder, repository, merged=merged, is_public=is_public, samples=samples
+    )
     return run_to_end(updates, lambda _: None)
 
 
@@ -102,16 +113,22 @@ def push_events(
     is_public: bool = False,
     samples: int = 0,
 ) -> Generator[Update, None, PushResult]:
-    """:func:`push` as a generator: yields an :class:`Update` for all that happens and returns the result."""
+    """Do the same as :func:`push`, as a generator that yields updates and returns the result."""
     path = Path(run_folder).expanduser()
     try:
         refuse_repository(repository)
     except ValueError as error:
         raise RecipeError(
             where=f"REPO {repository!r}",
-            found="is no name of a repository",
+            found="is not a valid repository name",
             expected=str(error),
-            fix=push_command(path, _name_in(repository), merged=merged, is_public=is_public, samples=samples),
+            fix=push_command(
+                path,
+                _repository_in(repository),
+                merged=merged,
+                is_public=is_public,
+                samples=samples,
+            ),
         ) from None
     lock, recipe = read_lock(path), trained_recipe(path)
     folder = find_finished_adapter(path)
@@ -120,32 +137,42 @@ def push_events(
         try:
             folder = find_merged(path, merged)
         except ModelError as error:
-            raise CheckpointError(where=error.where, found=error.found, expected=error.expected, fix=again) from None
-    licences = run_in_thread(lambda: _licences(lock, recipe))
+            raise CheckpointError(
+                where=error.where, found=error.found, expected=error.expected, fix=again
+            ) from None
+    licences = run_in_thread(lambda: _read_licences(lock, recipe))
     refuse_name(repository, licences["base"], f"REPO {repository}")
     try:
         with locked(path) as notes:
             for note in notes:
                 yield Update("note", note)
             _refuse_samples(path, samples)
-            pushed = _files(folder, lock, again, is_merged=merged is not None)
+            pushed = _select_files(folder, lock, again, is_merged=merged is not None)
             base = lock["base"]
-            papers = run_in_thread(
+            license_files = run_in_thread(
                 lambda: find_license_files(
-                    licences["base"], base["name"], base["revision"], Path(base["path"]), [folder, path]
+                    licences["base"],
+                    base["name"],
+                    base["revision"],
+                    Path(base["path"]),
+                    [folder, path],
                 )
             )
-            files = papers | pushed
+            files = license_files | pushed
             target = yield from check_target(repository, is_private=not is_public)
-            shown = Shown(target.repository, merged, licences, samples)
-            card = _card(path, shown)
+            options = CardOptions(target.repository, merged, licences, samples)
+            card = _card(path, options)
             if merged and loads_adapter(card):
-                yield Update("note", f"{path / 'README.md'} says how to load an adapter; this is a merged model")
+                yield Update(
+                    "note",
+                    f"{path / 'README.md'} explains how to load an adapter; this is a merged model",
+                )
             files["README.md"] = card.encode()
             _refuse_leaks(files, path, lock, recipe)
-            yield from _said(folder, files, licences)
+            yield from _notes(folder, files, licences)
             yield from check_card(target, card, str(path / "README.md"))
-            what, title = "Merged model" if merged else "LoRA adapter", read_objective(recipe, lock)["title"]
+            title = read_objective(recipe, lock)["title"]
+            what = "Merged model" if merged else "LoRA adapter"
             message = f"{what}, tuned with {title} by orpo-lite"
             commit = yield from commit_files(target, files, message, ours=(*ADAPTER, *MERGED))
     except UnreadableError as error:
@@ -153,32 +180,45 @@ def push_events(
         raise
     except WrongTargetError as error:
         public = not error.is_private
-        command = push_command(path, error.instead, merged=merged, is_public=public, samples=samples)
+        command = push_command(
+            path, error.instead, merged=merged, is_public=public, samples=samples
+        )
         error.fix = reworded(error.fix, f"{error.fix}\n  then: {command}")
         raise
     except (RecipeError, CheckpointError):
-        raise  # something has to change first, and perhaps the command with it
+        raise  # the same command would fail again
     except OrpoLiteError as error:
-        command = push_command(path, repository, merged=merged, is_public=is_public, samples=samples)
+        command = push_command(
+            path, repository, merged=merged, is_public=is_public, samples=samples
+        )
         error.fix = reworded(error.fix, f"{error.fix}\n  then: {command}") if error.fix else command
         raise
     return PushResult(target.repository, target.page, commit, tuple(sorted(files)))
 
 
 def push_command(
-    path: Path, repository: str, *, merged: Weights | None = None, is_public: bool = False, samples: int = 0
+    path: Path,
+    repository: str,
+    *,
+    merged: Weights | None = None,
+    is_public: bool = False,
+    samples: int = 0,
 ) -> Command:
-    """The line that pushes, to be pasted."""
+    """Return the command that pushes a run."""
     flags = ["--merged"] if merged else []
     flags += ["--base", merged] if merged == "dequantized" else []
     flags += ["--public"] if is_public else []
     flags += ["--samples", str(samples)] if samples else []
-    return Command(" ".join(["orpo-lite push", quoted(path), *map(shlex.quote, [repository, *flags])]))
+    words = map(shlex.quote, [repository, *flags])
+    return Command(" ".join(["orpo-lite push", quoted(path), *words]))
 
 
-def _name_in(text: str) -> str:
-    """The repository that an address leads to; else what stands for one."""
-    found = "/".join(text.split("://")[-1].strip("/").split("/")[1:3]) if "://" in text else ""
+def _repository_in(text: str) -> str:
+    """Return the repository in a URL; a placeholder if there is none."""
+    found = ""
+    if "://" in text:
+        parts = text.split("://")[-1].strip("/").split("/")
+        found = "/".join(parts[1:3])  # after the host
     try:
         refuse_repository(found)
     except ValueError:
@@ -186,32 +226,36 @@ def _name_in(text: str) -> str:
     return found
 
 
-def _licences(lock: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """As the run noted them; asked for again where it could not, for the rules depend on them."""
+def _read_licences(lock: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """Return the licences in lock.json; read missing ones again, as the rules depend on them."""
     base = lock["base"]
-    return read_licences(base["name"], base["revision"], Path(base["path"]), recipe.data.names, lock.get("licences"))
+    return read_licences(
+        base["name"], base["revision"], Path(base["path"]), recipe.data.names, lock.get("licences")
+    )
 
 
-def _files(folder: Path, lock: Mapping[str, Any], again: str, *, is_merged: bool) -> dict[str, bytes | Path]:
-    """What is pushed of a folder: the files on the list, by their names in it; anything else stays."""
+def _select_files(
+    folder: Path, lock: Mapping[str, Any], again: str, *, is_merged: bool
+) -> dict[str, bytes | Path]:
+    """Return the listed files of a folder by name, as paths or content. Others are not pushed."""
     patterns = (*(MERGED if is_merged else ADAPTER), *TOKENIZER)
     files: dict[str, bytes | Path] = {}
-    for file in sorted(folder.glob("**/*")):  # which enters no folder that is a link
+    for file in sorted(folder.glob("**/*")):  # does not follow links to folders
         name = file.relative_to(folder).as_posix()
         if not any(fnmatch.fnmatchcase(name, p) for p in patterns):
             continue
         if file.is_symlink() or not file.is_file():
             raise CheckpointError(
                 where=str(file),
-                found="is a link" if file.is_symlink() else "is no file",
+                found="is a link" if file.is_symlink() else "is not a file",
                 expected="a file; links are not followed",
-                fix="a copy in its place",
+                fix="replace it by a copy",
             )
         files[name] = file
     _refuse_broken(folder, files, again, is_merged=is_merged)
     if is_merged:
         return files
-    # peft looks here for the base; the path of a local one says nothing to others, and more of us than it should.
+    # peft reads the base from this key. The path of a local base would be useless and private.
     try:
         config = read_json(folder / "adapter_config.json")
     except CheckpointError as error:
@@ -222,125 +266,169 @@ def _files(folder: Path, lock: Mapping[str, Any], again: str, *, is_merged: bool
     return files
 
 
-def _refuse_broken(folder: Path, files: Mapping[str, object], again: str, *, is_merged: bool) -> None:
-    """A model without its weights, or its tokenizer, would be pushed with success and load for nobody."""
+def _refuse_broken(
+    folder: Path, files: Mapping[str, object], again: str, *, is_merged: bool
+) -> None:
+    """Raise :class:`CheckpointError` for a model without complete weights or tokenizer."""
     weights = weight_files(folder) if is_merged else [folder / ADAPTER[1]]
-    for file in (folder / (MERGED if is_merged else ADAPTER)[0], *weights, folder / "tokenizer.json"):
+    config = MERGED[0] if is_merged else ADAPTER[0]
+    for file in (folder / config, *weights, folder / "tokenizer.json"):
         if file.name not in files:
-            found = f"is not on the list of what is pushed: {file.name}" if file.exists() else f"has no {file.name}"
-            raise CheckpointError(where=str(folder), found=found, expected="a whole model", fix=again)
+            found = f"has no {file.name}"
+            if file.exists():
+                found = f"has {file.name}, which is not in the list of files to push"
+            raise CheckpointError(
+                where=str(folder), found=found, expected="a complete model", fix=again
+            )
     for file in weights:
         try:
-            with safe_open(file, "np"):  # the header, and whether the file is as long as that says
+            with safe_open(file, "np"):  # checks the header and the file size
                 pass
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
-                where=str(file), found=f"cannot be read ({error})", expected="whole safetensors", fix=again
+                where=str(file),
+                found=f"cannot be read ({error})",
+                expected="a complete safetensors file",
+                fix=again,
             ) from error
 
 
-def _card(path: Path, shown: Shown) -> str:
-    """The card for this repository; the run's own where a person has changed it."""
-    text = changed_card(path)
+def _card(path: Path, options: CardOptions) -> str:
+    """Return the card for this repository; an edited card is kept."""
+    text = read_edited_card(path)
     if not text:
-        return make_card(path, shown)
-    if shown.samples:
+        return make_card(path, options)
+    if options.samples:
         raise RecipeError(
             where="--samples",
-            found=f"given, and {path / 'README.md'} was changed by hand",
-            expected="a card that is made afresh",
-            fix="leave it out, and paste them; or remove the file",
+            found=f"cannot be used, because {path / 'README.md'} was edited",
+            expected="an unedited card",
+            fix="leave it out and add the samples to the file; or remove the file",
         )
-    return adopt_card(path, text, shown)
+    return complete_card(path, text, options)
 
 
 def _refuse_samples(path: Path, count: int) -> None:
+    """Raise :class:`CheckpointError` if held-out samples are requested and there are none."""
     if count and not any(row.get("source", "held-out") == "held-out" for row in read_samples(path)):
         raise CheckpointError(
             where=f"run {path}",
-            found=f"has no answers to its data in {SAMPLES}",
+            found=f"has no answers to held-out prompts in {SAMPLES}",
             expected="a run with output.samples and held-out pairs",
             fix="leave --samples out",
         )
 
 
-def _said(folder: Path, files: Mapping[str, object], licences: Mapping[str, Any]) -> Generator[Update, None, None]:
-    """What a person should know before the files leave."""
-    going = {name.partition("/")[0] for name in files}
-    if staying := sorted(file.name for file in folder.iterdir() if file.name not in {*going, *WRITTEN}):
-        more = f" and {len(staying) - 5} more" if len(staying) > 5 else ""
-        yield Update("note", f"not pushed: {', '.join(staying[:5])}{more}")
+def _notes(
+    folder: Path, files: Mapping[str, object], licences: Mapping[str, Any]
+) -> Generator[Update, None, None]:
+    """Yield notes on the files before they are pushed."""
+    known = {name.partition("/")[0] for name in files} | set(EXPECTED_LOCAL)
+    omitted = sorted(file.name for file in folder.iterdir() if file.name not in known)
+    if omitted:
+        more = f" and {len(omitted) - 5} more" if len(omitted) > 5 else ""
+        yield Update("note", f"not pushed: {', '.join(omitted[:5])}{more}")
     if not licences["base"]:
-        yield Update("note", "the base's card names no licence, or cannot be read: the model card names none")
+        yield Update(
+            "note",
+            "the base's card names no licence or cannot be read, so the model card names none",
+        )
     yield Update("note", f"files: {', '.join(sorted(files))}")
 
 
-def _refuse_leaks(files: Mapping[str, Path | bytes], path: Path, lock: Mapping[str, Any], recipe: Recipe) -> None:
-    """The last look: a token, or a path of this machine, in anything that would leave it."""
+def _refuse_leaks(
+    files: Mapping[str, Path | bytes], path: Path, lock: Mapping[str, Any], recipe: Recipe
+) -> None:
+    """Raise :class:`CheckpointError` for an access token or a local path in a file to push."""
     own = own_token(f"run {path}") or ""
-    places = _places(path, lock, recipe)
+    paths = _local_paths(path, lock, recipe)
     for name, content in files.items():
-        text = _beginning(content) if name.endswith(".safetensors") else read_text(content)
-        text = _plain(text)
+        text = _header(content) if name.endswith(".safetensors") else read_text(content)
+        text = _without_escapes(text)
         is_vocabulary = any(fnmatch.fnmatchcase(name, pattern) for pattern in VOCABULARY)
-        place = None if is_vocabulary else places.search(text)
-        if TOKEN.search(text) or (len(own) >= LEAST and own in text):
+        local = None if is_vocabulary else paths.search(text)
+        has_own_token = len(own) >= LEAST and own in text
+        if has_own_token or TOKEN.search(text):
             found = "an access token"
-        elif place:
-            found = f"a path of this machine, {place[0]}"
+        elif local:
+            found = f"a path of this machine, {local[0]}"
         else:
             continue
         raise CheckpointError(
             where=f"run {path}, {name}",
-            found=f"holds {found}",
-            expected="nothing of the machine in what is pushed",
-            fix="take it out of the file",
+            found=f"contains {found}",
+            expected="no tokens or local paths in pushed files",
+            fix="remove it from the file",
         )
 
 
-def _places(path: Path, lock: Mapping[str, Any], recipe: Recipe) -> re.Pattern[str]:
-    """Where things lie here: each as the whole of a path or as its beginning; /root or /data as the beginning alone."""
-    local = [str(path.absolute()), str(path.resolve()), lock["base"]["path"], constants.HF_HUB_CACHE, str(Path.home())]
-    local += [name for name in (*recipe.data.names, recipe.data.dataset_test_split or "") if name.startswith("/")]
+def _local_paths(path: Path, lock: Mapping[str, Any], recipe: Recipe) -> re.Pattern[str]:
+    """Return an expression for local paths of the run, base, data, hub cache and home.
+
+    Each matches as a whole path or as the start of one; a short path such as /root or /data only as
+    the start.
+    """
+    local = [
+        str(path.absolute()),
+        str(path.resolve()),
+        lock["base"]["path"],
+        constants.HF_HUB_CACHE,
+        str(Path.home()),
+    ]
+    local += [
+        name
+        for name in (*recipe.data.names, recipe.data.dataset_test_split or "")
+        if name.startswith("/")
+    ]
     names = sorted({name.rstrip("/") for name in local} - {""}, key=len, reverse=True)
-    return re.compile("|".join(re.escape(name) + ("/" if name.count("/") == 1 else r"(?!\w)") for name in names))
+    ends = ["/" if name.count("/") == 1 else r"(?!\w)" for name in names]
+    return re.compile(
+        "|".join(re.escape(name) + end for name, end in zip(names, ends, strict=True))
+    )
 
 
-def _plain(text: str) -> str:
-    """A text as JSON means it: letters may be escaped there."""
+def _without_escapes(text: str) -> str:
+    """Return a text with JSON's escapes of letters and slashes replaced."""
     text = re.sub(r"(?:\\u[0-9a-fA-F]{4})+", lambda found: str(json.loads(f'"{found[0]}"')), text)
     return text.replace("\\/", "/")
 
 
-def _beginning(content: Path | bytes) -> str:
-    """The header of a safetensors file, which can hold texts."""
+def _header(content: Path | bytes) -> str:
+    """Return the header of a safetensors file, which can contain texts."""
     if isinstance(content, bytes):
-        return read_text(content[:HEADER])
+        return read_text(content[:MAX_HEADER])
     with content.open("rb") as stream:
-        length = min(int.from_bytes(stream.read(8), "little"), HEADER)
+        length = min(int.from_bytes(stream.read(8), "little"), MAX_HEADER)
         return stream.read(length).decode("utf-8", "replace")
 
 
 def check_push(recipe: Recipe, *, resume: bool) -> Generator[Update, None, None]:
-    """Refuse to begin what could not be pushed in the end; a run that goes on is not held up for that."""
+    """Raise an error before a training whose push would fail. A resumed run only gets a note."""
     if not recipe.output.push_to_hub:
         return
     yield Update("stage", f"asking the hub whether {recipe.output.hub_model_id} may be written to")
     try:
-        yield from check_target(str(recipe.output.hub_model_id), is_private=recipe.output.hub_private_repo)
+        yield from check_target(
+            str(recipe.output.hub_model_id), is_private=recipe.output.hub_private_repo
+        )
     except HubError as error:
         if not resume:
-            either = f"{error.fix}; or output.push_to_hub=false, and `orpo-lite push` later"
+            either = f"{error.fix}; or set output.push_to_hub=false and use `orpo-lite push` later"
             error.fix = Overrides({"output.push_to_hub": False}, text=either)
             raise
         yield Update("note", f"the push at the end may fail: {error.where} {error.found}")
 
 
 def find_licences(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
-    """What lock.json says of licences; where the recipe asks for a push, the base's must allow it."""
+    """Return the licences for lock.json.
+
+    If the recipe has a push, check that the base's licence allows it.
+    """
     base = inputs.base
     licences = read_licences(base.name, base.revision, base.path, recipe.data.names)
     if recipe.output.push_to_hub:
-        refuse_name(str(recipe.output.hub_model_id), licences["base"], recipe.sources["output.hub_model_id"])
+        refuse_name(
+            str(recipe.output.hub_model_id), licences["base"], recipe.sources["output.hub_model_id"]
+        )
         find_license_files(licences["base"], base.name, base.revision, base.path)
     return licences

@@ -1,6 +1,6 @@
-"""Requests to the hub, made again where that makes sense; and what its refusals mean, with what to do about them.
+"""Retry requests to the hub, and explain its errors.
 
-The token comes from the environment or the login, through the hub's own client, and is never held here.
+The hub's client reads the access token from the environment or the login. It is never stored here.
 """
 
 import random
@@ -31,64 +31,83 @@ from orpo_lite.base.download import UNREACHABLE
 from orpo_lite.errors import TOKEN, CheckpointError, HubError
 from orpo_lite.updates import Update
 
-ATTEMPTS = 4  # of each request, whether the client makes them or we do
+ATTEMPTS = 4  # for each request, by the hub's client and this module together
 FIRST_WAIT = 2.0  # seconds, doubled each time
-LONGEST_WAIT = 300.0  # a hub that asks for more is left alone, and the command can be given again later
-TIMEOUT = 120.0  # seconds without a byte; the hub's client would wait for ever
-PASSING = (408, 425, 429, 500, 502, 503, 504)
-LEAST = 8  # characters of a token that is looked for in texts; a shorter one may be a word
-QUOTA = re.compile("storage|quota|payment|billing|subscri|upgrade", re.IGNORECASE)  # in a 403 that is about no right
-MISSHAPEN = ValueError | LookupError | TypeError | AttributeError  # what becomes of an answer that is not one
-LOGIN = "`hf auth login` with a token that may write (https://huggingface.co/settings/tokens), or HF_TOKEN"
+LONGEST_WAIT = 300.0  # seconds; if the hub asks for more, the command ends
+TIMEOUT = 120.0  # seconds without a byte; the hub's client has no limit
+TEMPORARY = (408, 425, 429, 500, 502, 503, 504)  # status codes
+LEAST = 8  # shortest token that is searched in texts; a shorter one may be a word
+# Words in a 403 that is about a quota, not about missing rights.
+QUOTA = re.compile("storage|quota|payment|billing|subscri|upgrade", re.IGNORECASE)
+INVALID_ANSWER = ValueError | LookupError | TypeError | AttributeError
+LOGIN = (
+    "`hf auth login` with a token that has write access "
+    "(https://huggingface.co/settings/tokens), or HF_TOKEN"
+)
 
 Result = TypeVar("Result")
 Attempt = Generator[Update, None, Result]
 
 
 class UnreadableError(CheckpointError):
-    """A file of the run that went while the hub was waited for."""
+    """A file of the run disappeared or became unreadable during the push."""
 
 
 class AbsentError(HubError):
-    """No such repository, or none that we can see."""
+    """The repository does not exist, or is not visible to the account."""
 
 
 class ConflictError(HubError):
-    """Something is there already, or another change is under way."""
+    """Something exists already, or another change is in progress."""
 
 
 class _SpentError(Exception):
-    """The last of the attempts that one request has; its cause says what it was."""
+    """A request failed in its last attempt; the cause is the failure."""
 
 
-# Besides the hub's own errors: what the client wraps the failure of one file in, and what its xet transfer raises; and
-# what becomes of an answer of another shape than every answer of the hub has.
+# Next to the hub's errors: RuntimeError wraps the failure of one file and comes from the xet
+# transfer. The others follow from an answer with an unexpected structure.
 FAILURES = (*UNREACHABLE, RuntimeError, LookupError, TypeError, AttributeError, _SpentError)
 
 
-def retry(where: str, doing: str, call: Callable[[], Result], *, passing: Collection[int] = PASSING) -> Attempt[Result]:
-    """Call, and again after what may pass: a busy hub, a timeout, a connection that drops. A refusal stands at once.
+def retry(
+    where: str, doing: str, call: Callable[[], Result], *, temporary: Collection[int] = TEMPORARY
+) -> Attempt[Result]:
+    """Call a function; retry after temporary failures: a busy hub, a timeout, a lost connection.
+
+    Args:
+        where: the place in messages.
+        doing: the action in messages.
+        call: the function.
+        temporary: status codes after which to retry.
 
     Raises:
-        HubError: what it was in the end.
+        HubError: the hub refuses, or the last attempt failed.
     """
     for number in range(1, ATTEMPTS + 1):
         try:
             return run_in_thread(call)
         except FAILURES as error:
             root, is_spent = _root(error)
-            if _is_ours(root):
+            if _is_own_bug(root):
                 raise
-            wait = _wait(root, number, passing)
-            if wait is None or is_spent or number == ATTEMPTS or wait > LONGEST_WAIT:
+            wait = _wait(root, number, temporary)
+            is_last = is_spent or number == ATTEMPTS
+            if is_last or wait is None or wait > LONGEST_WAIT:
                 raise _explain(where, doing, root, wait) from error
-            yield Update("note", f"{doing}: {_said(root)}; again in {wait:.0f} s ({number} of {ATTEMPTS - 1})")
+            yield Update(
+                "note",
+                f"{doing}: {_failure(root)}; retry in {wait:.0f} s ({number} of {ATTEMPTS - 1})",
+            )
             time.sleep(wait)
     raise AssertionError
 
 
 def run_in_thread(call: Callable[[], Result]) -> Result:
-    """The result of a call made on another thread, so that Ctrl-C ends the wait: the client would wait for its own."""
+    """Return the result of a call on another thread, so that Ctrl-C ends the wait at once.
+
+    On the main thread, the hub's client would first wait for its own threads.
+    """
     pool = ThreadPoolExecutor(1)
     try:
         return pool.submit(call).result()
@@ -97,7 +116,7 @@ def run_in_thread(call: Callable[[], Result]) -> Result:
 
 
 def _root(error: BaseException) -> tuple[BaseException, bool]:
-    """What went wrong with a file, which the client wraps; and whether its request has no attempt left."""
+    """Return the cause that the client wrapped, and whether the request has no attempts left."""
     is_spent = False
     while type(error) in (RuntimeError, _SpentError) and error.__cause__ is not None:
         is_spent = is_spent or type(error) is _SpentError
@@ -105,58 +124,73 @@ def _root(error: BaseException) -> tuple[BaseException, bool]:
     return error, is_spent
 
 
-def _is_ours(error: BaseException) -> bool:
-    """Whether it is a fault in these lines; the client's own lines take the shape of an answer for granted."""
+def _is_own_bug(error: BaseException) -> bool:
+    """Return whether an error is a bug in orpo-lite.
+
+    In the hub's client the same errors come from an answer with an unexpected structure.
+    """
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    in_ours = bool(frames) and str(frames[-1].f_globals.get("__name__")).startswith("orpo_lite.")
-    return in_ours and isinstance(error, LookupError | TypeError | AttributeError)
+    module = str(frames[-1].f_globals.get("__name__")) if frames else ""
+    is_bug = isinstance(error, LookupError | TypeError | AttributeError)
+    return is_bug and module.startswith("orpo_lite.")
 
 
 def _status(error: BaseException) -> int | None:
-    return error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
+    """Return the HTTP status of an error; None if there was no answer."""
+    if isinstance(error, HfHubHTTPError) and error.response is not None:
+        return error.response.status_code
+    return None
 
 
-def _wait(error: BaseException, number: int, passing: Collection[int] = PASSING) -> float | None:
-    """Seconds until another attempt makes sense; None: never."""
+def _wait(
+    error: BaseException, number: int, temporary: Collection[int] = TEMPORARY
+) -> float | None:
+    """Return the seconds to wait before the next attempt; None: do not retry."""
     status = _status(error)
     if _is_forbidden(error):
         return None
-    if isinstance(error, JSONDecodeError):
-        pass  # some requests read a busy hub's page as JSON before they look at its status
-    elif isinstance(error, LocalTokenNotFoundError | OfflineModeIsEnabled | MISSHAPEN) or _is_local(error):
+    permanent = LocalTokenNotFoundError | OfflineModeIsEnabled | INVALID_ANSWER
+    is_permanent = isinstance(error, permanent) or _is_local(error)
+    # Some requests parse a busy hub's page as JSON before they check its status.
+    if is_permanent and not isinstance(error, JSONDecodeError):
         return None
-    if status is not None and status not in passing:
+    wait: float = FIRST_WAIT * 2 ** (number - 1) * random.uniform(0.75, 1.25)  # noqa: S311 - no secret
+    if status is None:
+        return wait
+    if status not in temporary:
         return None
-    longer: float = FIRST_WAIT * 2 ** (number - 1) * random.uniform(0.75, 1.25)  # noqa: S311 - no secret
-    return max(longer, _asked(error.response)) if status is not None else longer  # type: ignore[attr-defined]
+    return max(wait, _requested_wait(error.response))  # type: ignore[attr-defined]
 
 
-def _asked(response: Any) -> float:
-    """Seconds that the hub asks to wait; 0 where it does not say."""
+def _requested_wait(response: Any) -> float:
+    """Return the seconds that the hub asks to wait; 0 if it names none."""
     limit = parse_ratelimit_headers(response.headers)
     if response.status_code == 429 and limit and limit.remaining == 0:
         return float(limit.reset_in_seconds)
-    asked = response.headers.get("Retry-After", "")
-    return float(asked) if re.fullmatch("[0-9]+", asked) else 0.0
+    seconds = response.headers.get("Retry-After", "")
+    return float(seconds) if re.fullmatch("[0-9]+", seconds) else 0.0
 
 
 def _is_forbidden(error: BaseException) -> bool:
-    """What xet's transfer raises where others answer 401."""
+    """Return whether an error is the xet transfer's equivalent of status 401."""
     return isinstance(error, PermissionError) and error.filename is None
 
 
 def _is_local(error: BaseException) -> bool:
-    """A file of ours that cannot be read."""
+    """Return whether an error is about a local file."""
     return isinstance(error, OSError) and error.filename is not None
 
 
-def _said(error: BaseException) -> str:
+def _failure(error: BaseException) -> str:
+    """Return a short description of a failure."""
     status = _status(error)
     return f"the hub answers {status}" if status else f"no answer ({type(error).__name__})"
 
 
-def _explain(where: str, doing: str, error: BaseException, wait: float | None) -> HubError | UnreadableError:
-    """What the hub's refusal of a push means and what to do about it."""
+def _explain(
+    where: str, doing: str, error: BaseException, wait: float | None
+) -> HubError | UnreadableError:
+    """Return the error for a failed request, with a fix."""
     status = _status(error)
     message = server_message(error)
     if isinstance(error, GatedRepoError):
@@ -164,45 +198,62 @@ def _explain(where: str, doing: str, error: BaseException, wait: float | None) -
             where=where,
             found=f"is gated ({status}, {doing})",
             expected="access granted to your account",
-            fix=f"ask for it; {LOGIN}",
+            fix=f"ask for access; {LOGIN}",
         )
     if status == 401 or _is_forbidden(error):
         return HubError(
-            where=where, found=f"the access token is not accepted (401, {doing})", expected="a valid one", fix=LOGIN
+            where=where,
+            found=f"the access token is not accepted (401, {doing})",
+            expected="a valid token",
+            fix=LOGIN,
         )
     if isinstance(error, RepositoryNotFoundError) or status == 404:
         return AbsentError(
             where=where,
-            found=f"is not there, or not for you ({status}, {doing})",
-            expected="a repository of yours",
+            found=f"does not exist, or you have no access ({status}, {doing})",
+            expected="a repository that you can access",
             fix=LOGIN,
         )
     if status in (402, 413) or (status == 403 and QUOTA.search(message)):
-        fix = "see what it says: make room there, or push smaller files (orpo-lite merge --max-shard-size)"
-        return HubError(where=where, found=f"the hub takes no more ({status}, {doing}){message}", fix=fix)
+        fix = (
+            "see its message: free space there, or push smaller files "
+            "(orpo-lite merge --max-shard-size)"
+        )
+        return HubError(
+            where=where,
+            found=f"the hub's storage limit is reached ({status}, {doing}){message}",
+            fix=fix,
+        )
     if status == 403:
         return HubError(
             where=where,
-            found=f"you may not write there (403, {doing}){message}",
-            expected="the right to write",
+            found=f"you have no write access there (403, {doing}){message}",
+            expected="write access",
             fix=LOGIN,
         )
     if status in (409, 412):
         return ConflictError(
-            where=where, found=f"conflicts with what is there ({status}, {doing}){message}", fix="try again"
+            where=where,
+            found=f"conflicts with the current state ({status}, {doing}){message}",
+            fix="try again",
         )
     if status == 429 and wait is not None and wait > LONGEST_WAIT:
-        return HubError(where=where, found=f"asks to wait {wait:,.0f} s (429, {doing})", fix="try again then")
+        return HubError(
+            where=where,
+            found=f"the hub asks to wait {wait:,.0f} s (429, {doing})",
+            fix="try again after that time",
+        )
     if status is not None:
-        fix = "see what it says" if 400 <= status < 500 and status not in PASSING else "try again later"
+        is_refusal = 400 <= status < 500 and status not in TEMPORARY
+        fix = "see its message" if is_refusal else "try again later"
         return HubError(where=where, found=f"the hub answers {status} ({doing}){message}", fix=fix)
     if isinstance(error, OSError) and error.filename is not None:
         return unreadable(error)
-    if isinstance(error, MISSHAPEN):
+    if isinstance(error, INVALID_ANSWER):
         return HubError(
             where=where,
-            found=f"the hub's answer is not one ({doing}: {type(error).__name__}){message}",
-            expected="the hub itself, not a page in between",
+            found=f"the answer is not from the hub ({doing}: {type(error).__name__}){message}",
+            expected="a direct connection, not the page of a proxy or login",
             fix="try again later",
         )
     return HubError(
@@ -214,36 +265,43 @@ def _explain(where: str, doing: str, error: BaseException, wait: float | None) -
 
 
 def unreadable(error: OSError) -> UnreadableError:
-    """What to say of a file that went, or that may not be read."""
+    """Return the error for a local file that cannot be read."""
     return UnreadableError(
-        where=str(error.filename), found=f"cannot be read ({error.strerror})", expected="a file of the run, whole"
+        where=str(error.filename),
+        found=f"cannot be read ({error.strerror})",
+        expected="a complete file of the run",
     )
 
 
 def own_token(where: str) -> str | None:
-    """The person's, of whatever form. Raises :class:`HubError` for a login that is over."""
+    """Return the user's access token, or None. Raise :class:`HubError` for an expired login."""
     try:
         return get_token()
-    except Exception as error:  # of a login that had to be renewed, in ways of its own
+    except Exception as error:  # renewing a login can raise anything
         raise HubError(
-            where=where, found=f"the login cannot be renewed ({type(error).__name__})", expected="a login", fix=LOGIN
+            where=where,
+            found=f"the login cannot be renewed ({type(error).__name__})",
+            expected="a valid login",
+            fix=LOGIN,
         ) from None
 
 
 def server_message(error: BaseException) -> str:
-    """What the hub says of it, in a line; never the token, which it may quote."""
-    text = getattr(error, "server_message", None) or (
-        str(error) if isinstance(error, ValueError | RuntimeError) else ""
-    )
+    """Return the hub's message as ": text" in one line, without access tokens; "" if none."""
+    text = getattr(error, "server_message", None)
+    if not text and isinstance(error, ValueError | RuntimeError):
+        text = str(error)
     own = own_token("hub") or ""
-    text = TOKEN.sub("hf_***", " ".join(str(text).split()))
-    text = (text.replace(own, "hf_***") if len(own) >= LEAST else text)[:200]
+    text = TOKEN.sub("hf_***", " ".join(str(text or "").split()))
+    if len(own) >= LEAST:
+        text = text.replace(own, "hf_***")
+    text = text[:200]
     return f": {text}" if text else ""
 
 
 @contextmanager
 def with_timeouts() -> Any:
-    """The hub's client with a limit to its patience, while this lasts."""
+    """Limit the timeouts and attempts of the hub's client within this context."""
     before = _http._GLOBAL_CLIENT_FACTORY
     failed: Counter[str] = Counter()
 
@@ -260,24 +318,30 @@ def with_timeouts() -> Any:
         set_client_factory(before)
 
 
-def _request(request: Callable[..., Any], failed: Counter[str], method: str, url: object, **options: Any) -> Any:
-    """A request of the client, which makes some again by itself; no more often than we do the others.
+def _request(
+    request: Callable[..., Any], failed: Counter[str], method: str, url: object, **options: Any
+) -> Any:
+    """Send a request of the hub's client; raise an error in its last attempt.
 
-    Without that its attempts and ours would multiply, and it would wait for as long as any hub asks.
+    The client retries some requests itself. Otherwise its attempts and those of :func:`retry` would
+    multiply, and it would wait as long as the hub asks.
     """
-    key = f"{threading.get_ident()} {method} {url}"  # the files of an upload share an address, each on its thread
+    # The files of an upload share a URL, but each has its own thread.
+    key = f"{threading.get_ident()} {method} {url}"
     failed[key] += 1
     is_last = failed[key] >= ATTEMPTS
     try:
         response = request(method, url, **options)
-        if response.status_code in PASSING and (is_last or _asked(response) > LONGEST_WAIT):
+        is_temporary = response.status_code in TEMPORARY
+        if is_temporary and (is_last or _requested_wait(response) > LONGEST_WAIT):
             hf_raise_for_status(response)
     except HTTPError as error:
         if is_last or isinstance(error, HfHubHTTPError):
             raise _SpentError from error
         raise
-    if response.status_code not in PASSING:
+    if not is_temporary:
         del failed[key]
-        if method == "PUT" and "html" in response.headers.get("Content-Type", "") and response.status_code < 300:
-            raise ValueError("a page in answer to a file")  # which a network asks people to log in with
+        is_page = "html" in response.headers.get("Content-Type", "")
+        if method == "PUT" and is_page and response.status_code < 300:
+            raise ValueError("a web page instead of an answer")  # the login page of a network
     return response

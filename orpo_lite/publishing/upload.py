@@ -1,4 +1,4 @@
-"""A card shown to the hub, and files put into a repository in one commit."""
+"""Check a card with the hub, and commit files to a repository."""
 
 import errno
 import fnmatch
@@ -13,56 +13,65 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type:
 
 from orpo_lite.errors import HubError
 from orpo_lite.publishing.account import Target, find_target
-from orpo_lite.publishing.retry import PASSING, Attempt, ConflictError, retry, server_message, unreadable, with_timeouts
+from orpo_lite.publishing.retry import (
+    TEMPORARY,
+    Attempt,
+    ConflictError,
+    retry,
+    server_message,
+    unreadable,
+    with_timeouts,
+)
 from orpo_lite.updates import Update
 
 
 def check_card(target: Target, card: str, where: str) -> Attempt[None]:
-    """Ask the hub whether it takes a card's metadata, before anything is made there.
+    """Ask the hub whether a card's metadata are valid, before anything is created there.
 
     Raises:
-        HubError: it does not.
+        HubError: the metadata are not valid.
     """
 
     def check() -> None:
-        asked = {"content": card, "repoType": "model"}
+        body = {"content": card, "repoType": "model"}
         url, headers = f"{constants.ENDPOINT}/api/validate-yaml", build_hf_headers()
-        response = get_session().post(url, json=asked, headers=headers)
+        response = get_session().post(url, json=body, headers=headers)
         try:
             hf_raise_for_status(response)
         except BadRequestError as error:
             raise HubError(
                 where=where,
-                found=f"its metadata are refused by the hub{server_message(error)}",
-                expected="metadata that the hub takes",
-                fix="mend it, or remove the file",
+                found=f"the hub refuses its metadata{server_message(error)}",
+                expected="metadata that the hub accepts",
+                fix="fix the metadata, or remove the file",
             ) from error
         if not isinstance(response.json(), dict):
-            raise ValueError("no object")
+            raise ValueError("the answer is not an object")
 
     with with_timeouts():
-        yield from retry(f"hub, {target.repository}", "showing the card", check)
+        yield from retry(f"hub, {target.repository}", "checking the card", check)
 
 
 def commit_files(
     target: Target, files: Mapping[str, Path | bytes], message: str, *, ours: Sequence[str] = ()
 ) -> Attempt[str]:
-    """Put files into the repository in one commit, all of them or none; returns the commit's page.
+    """Commit files to a repository, all or none; return the URL of the commit.
 
-    What is there already and equal is not sent again, so a second attempt goes on where the first was cut off.
+    Files that the hub already has are not sent again, so a second attempt continues the first.
 
     Args:
-        target: where to.
-        files: by their names there.
-        message: of the commit.
-        ours: patterns of names. Such files that are there, and not among these, are of an earlier push: they go.
+        target: the repository.
+        files: name in the repository -> path or content.
+        message: the commit message.
+        ours: patterns of names. Files of the repository that match and are not in ``files`` are
+            from an earlier push and are removed.
 
     Raises:
-        HubError: refused, or failed after the attempts.
-        UnreadableError: a file is not there any more.
+        HubError: the hub refuses, or the last attempt failed.
+        UnreadableError: a file does not exist any more.
     """
     where, repository = f"hub, {target.repository}", target.repository
-    left = threading.Event()
+    stopped = threading.Event()
     removed: set[str] = set()
     with with_timeouts():
         if not target.exists:
@@ -72,10 +81,12 @@ def commit_files(
         def commit() -> str:
             stale = _stale(repository, files, ours) if target.exists else []
             removed.update(stale)
-            # New ones at each attempt: they ask the hub again what is there, which may be the commit whose answer was
-            # lost. What was hashed stays hashed.
+            # Each attempt has new objects, which ask the hub again what it has: the answer to a
+            # successful commit may have been lost. Hashes are kept.
             hashed = {addition.path_in_repo: addition.upload_info for addition in additions}
-            additions[:] = [CommitOperationAdd(name, _there(content)) for name, content in files.items()]
+            additions[:] = [
+                CommitOperationAdd(name, _check_exists(content)) for name, content in files.items()
+            ]
             for addition in additions:
                 addition.upload_info = hashed.get(addition.path_in_repo, addition.upload_info)
             try:
@@ -83,68 +94,89 @@ def commit_files(
             except ValueError as error:
                 _refuse_objects(where, error, additions)
                 raise
-            if left.is_set():
+            if stopped.is_set():
                 raise RuntimeError("stopped before the commit")
             deletions = [CommitOperationDelete(name, is_folder=False) for name in stale]
-            made = HfApi().create_commit(repository, [*additions, *deletions], commit_message=message)
+            made = HfApi().create_commit(
+                repository, [*additions, *deletions], commit_message=message
+            )
             return str(made.commit_url)
 
-        size = sum(len(content) if isinstance(content, bytes) else _size(content) for content in files.values())
-        yield Update("stage", f"uploading {len(files)} files, {size / 2**20:,.1f} MiB, to {target.page}")
+        size = sum(map(_size, files.values()))
+        yield Update(
+            "stage", f"uploading {len(files)} files, {size / 2**20:,.1f} MiB, to {target.page}"
+        )
         try:
-            page = yield from retry(where, "uploading", commit, passing=(*PASSING, 409, 412))
+            page = yield from retry(where, "uploading", commit, temporary=(*TEMPORARY, 409, 412))
         finally:
-            left.set()  # after Ctrl-C the client's threads go on, and must not make the commit all the same
+            stopped.set()  # after Ctrl-C the client's threads continue, but must not commit
     if removed:
-        yield Update("note", f"removed, of an earlier push (the history keeps them): {', '.join(sorted(removed))}")
+        yield Update(
+            "note",
+            "removed files of an earlier push (still in the history): "
+            + ", ".join(sorted(removed)),
+        )
     return page
 
 
 def _stale(repository: str, files: Collection[str], ours: Sequence[str]) -> list[str]:
-    there = [str(sibling.rfilename) for sibling in HfApi().model_info(repository).siblings or ()]
-    return [name for name in there if name not in files and any(fnmatch.fnmatchcase(name, p) for p in ours)]
+    """Return the files of a repository that match a pattern and are not among the new files."""
+    siblings = HfApi().model_info(repository).siblings or ()
+    old = {str(sibling.rfilename) for sibling in siblings}.difference(files)
+    return [name for name in sorted(old) if any(fnmatch.fnmatchcase(name, p) for p in ours)]
 
 
-def _there(content: Path | bytes) -> Path | bytes:
-    """The client says of a file that has gone that the value is wrong."""
+def _check_exists(content: Path | bytes) -> Path | bytes:
+    """Return the content, or raise FileNotFoundError. The client would raise a vague ValueError."""
     if isinstance(content, Path) and not content.is_file():
-        raise FileNotFoundError(errno.ENOENT, "is not there any more", str(content))
+        raise FileNotFoundError(errno.ENOENT, "does not exist any more", str(content))
     return content
 
 
-def _size(file: Path) -> int:
+def _size(content: Path | bytes) -> int:
+    """Return the size of a file, given as a path or as its content, in bytes."""
+    if isinstance(content, bytes):
+        return len(content)
     try:
-        return file.stat().st_size
+        return content.stat().st_size
     except OSError as error:
         raise unreadable(error) from error
 
 
 def _refuse_objects(where: str, error: ValueError, additions: Sequence[CommitOperationAdd]) -> None:
-    """Raise what the hub says of single files; it names them by their hashes, where people know names."""
+    """Raise :class:`HubError` for errors of single files, with names instead of hashes."""
     if str(error).startswith("LFS batch API returned errors"):
-        names = {a.upload_info.sha256.hex(): a.path_in_repo for a in additions if a.upload_info.is_hashed}
-        said = [f"{names.get(oid, oid)}: {text}" for oid, text in re.findall("OID ([^:]*): `?(.*)", str(error))]
+        names = {
+            a.upload_info.sha256.hex(): a.path_in_repo for a in additions if a.upload_info.is_hashed
+        }
+        errors = re.findall("OID ([^:]*): `?(.*)", str(error))
+        text = "; ".join(f"{names.get(oid, oid)}: {message}" for oid, message in errors)
         raise HubError(
             where=where,
-            found=f"the hub refuses a file (uploading){server_message(ValueError('; '.join(said)))}",
-            fix="see what it says",
+            found=f"the hub refuses a file (uploading){server_message(ValueError(text))}",
+            fix="see its message",
         ) from error
 
 
 def _create(target: Target) -> Attempt[Target]:
+    """Create the repository."""
     where = f"hub, {target.repository}"
-    yield Update("stage", f"making {target.page} ({'private' if target.is_private else 'public'})")
+    visibility = "private" if target.is_private else "public"
+    yield Update("stage", f"creating {target.page} ({visibility})")
 
     def create() -> None:
         HfApi().create_repo(target.repository, private=target.is_private, exist_ok=False)
 
     try:
-        yield from retry(where, "making the repository", create)
-    except ConflictError:  # made by somebody else, or by the attempt before this one, whose answer was lost
+        yield from retry(where, "creating the repository", create)
+    except ConflictError:  # created by someone else, or by an attempt whose answer was lost
         made = yield from find_target(target.repository, target.is_private)
         if not made.exists:
             raise HubError(
-                where=where, found="cannot be made (409), and is not there", expected="a free name", fix="another name"
+                where=where,
+                found="cannot be created (409), but does not exist",
+                expected="a free name",
+                fix="use another name",
             ) from None
         return made
     return target

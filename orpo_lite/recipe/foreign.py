@@ -23,10 +23,19 @@ FOREIGN: dict[str, tuple[str, str]] = {
         "memory.micro_batch_size",
         "pairs in one forward pass; training.global_batch_size sets the step",
     ),
-    "per_device_eval_batch_size": ("memory.micro_batch_size", "evaluation uses the same forward pass"),
-    "batch_size": ("training.global_batch_size", "it counts pairs per optimizer step over all devices"),
+    "per_device_eval_batch_size": (
+        "memory.micro_batch_size",
+        "evaluation uses the same forward pass",
+    ),
+    "batch_size": (
+        "training.global_batch_size",
+        "it counts pairs per optimizer step over all devices",
+    ),
     "warmup_ratio": ("training.warmup_steps", "a value below 1 is a share of all steps"),
-    "gradient_checkpointing": ("memory.activation_checkpointing", "all, none, or a number of layers"),
+    "gradient_checkpointing": (
+        "memory.activation_checkpointing",
+        "all, none, or a number of layers",
+    ),
     "activation_offloading": ("memory.checkpoint_offload", ""),
     "padding_free": ("memory.packing", "on by default: pairs end to end, without padding"),
     "sample_packing": ("memory.packing", "on by default: pairs end to end, without padding"),
@@ -39,9 +48,18 @@ FOREIGN: dict[str, tuple[str, str]] = {
     "lora_target": ("lora.target_modules", "all-linear, or a list of module names"),
     "lora_target_modules": ("lora.target_modules", "all-linear, or a list of module names"),
     "lora_target_linear": ("lora.target_modules", "write all-linear"),
-    "exclude_modules": ("lora.target_modules", "the modules to adapt; only an adapter on disk may exclude some"),
-    "layers_to_transform": ("lora.target_modules", "whole names choose layers: model.layers.0.self_attn.q_proj"),
-    "target_parameters": ("", "only an adapter on disk may adapt experts in one tensor; leave the line out"),
+    "exclude_modules": (
+        "lora.target_modules",
+        "the modules to adapt; only an adapter on disk may exclude some",
+    ),
+    "layers_to_transform": (
+        "lora.target_modules",
+        "whole names choose layers: model.layers.0.self_attn.q_proj",
+    ),
+    "target_parameters": (
+        "",
+        "only an adapter on disk may adapt experts in one tensor; leave the line out",
+    ),
     "base_model": ("model.model_name_or_path", ""),
     "revision": ("model.model_revision", ""),
     "load_in_8bit": ("quantization.load_in_4bit", "4 bit or none"),
@@ -85,27 +103,57 @@ FOREIGN: dict[str, tuple[str, str]] = {
     "hub_private": ("output.hub_private_repo", ""),
     "hub_strategy": ("", "what is pushed is the result, once, at the end; leave the line out"),
     "hub_always_push": ("", "what is pushed is the result, once, at the end; leave the line out"),
-    "hf_use_auth_token": ("", "the token is that of `hf auth login`, or of HF_TOKEN; leave the line out"),
+    "hf_use_auth_token": (
+        "",
+        "the token is that of `hf auth login`, or of HF_TOKEN; leave the line out",
+    ),
     "trust_remote_code": ("", "code from the hub is never run; leave the line out"),
     "resume_from_checkpoint": (
         "",
         "`orpo-lite train --resume` with the run's folder goes on with it; leave the line out",
     ),
-    "overwrite_output_dir": ("", "a run folder is never overwritten: choose another training.output_dir"),
+    "overwrite_output_dir": (
+        "",
+        "a run folder is never overwritten: choose another training.output_dir",
+    ),
     "do_train": ("", "that is what `orpo-lite train` does; leave the line out"),
     "do_eval": ("training.eval_steps", "a share of all steps, or a number"),
-    "deepspeed": ("", "a base in 4 bit is held whole by each GPU, and nothing is sharded; leave the line out"),
-    "fsdp": ("", "a base in 4 bit is held whole by each GPU, and nothing is sharded; leave the line out"),
-    "fsdp_config": ("", "a base in 4 bit is held whole by each GPU, and nothing is sharded; leave the line out"),
-    "modules_to_save": ("", "LoRA alone is trained: embeddings and head stay as they are; leave the line out"),
-    "additional_target": ("", "LoRA alone is trained: embeddings and head stay as they are; leave the line out"),
-    "lora_modules_to_save": ("", "LoRA alone is trained: embeddings and head stay as they are; leave the line out"),
-    "adapter": ("", "a LoRA adapter is what is trained; quantization.load_in_4bit says on what; leave the line out"),
+    "deepspeed": (
+        "",
+        "a base in 4 bit is held whole by each GPU, and nothing is sharded; leave the line out",
+    ),
+    "fsdp": (
+        "",
+        "a base in 4 bit is held whole by each GPU, and nothing is sharded; leave the line out",
+    ),
+    "fsdp_config": (
+        "",
+        "a base in 4 bit is held whole by each GPU, and nothing is sharded; leave the line out",
+    ),
+    "modules_to_save": (
+        "",
+        "LoRA alone is trained: embeddings and head stay as they are; leave the line out",
+    ),
+    "additional_target": (
+        "",
+        "LoRA alone is trained: embeddings and head stay as they are; leave the line out",
+    ),
+    "lora_modules_to_save": (
+        "",
+        "LoRA alone is trained: embeddings and head stay as they are; leave the line out",
+    ),
+    "adapter": (
+        "",
+        "a LoRA adapter is what is trained; quantization.load_in_4bit says on what; leave the line out",
+    ),
     "finetuning_type": ("", "a LoRA adapter is what is trained; leave the line out"),
     "stage": ("loss.type", ""),
     "logging_dir": ("", "metrics.jsonl in the run folder holds every step; leave the line out"),
     "run_name": ("training.output_dir", "the run folder"),
-    "save_total_limit": ("", "the newest checkpoints and the best one are kept; leave the line out"),
+    "save_total_limit": (
+        "",
+        "the newest checkpoints and the best one are kept; leave the line out",
+    ),
     "dataloader_num_workers": ("", "tokens are read from a file; leave the line out"),
     "ref_model": ("", "ORPO needs no reference model; leave the line out"),
     "remove_unused_columns": ("", "unused columns are ignored; leave the line out"),
@@ -129,10 +177,16 @@ def answer_unknown(written: dict[str, Written]) -> Iterator[RecipeError]:
             fix = " or ".join(HOMES[bare])
         else:
             section, _, _ = key.rpartition(".")
-            near = difflib.get_close_matches(bare, KEYS.get(section) or list(HOMES), n=1, cutoff=0.6)
+            near = difflib.get_close_matches(
+                bare, KEYS.get(section) or list(HOMES), n=1, cutoff=0.6
+            )
             near = near or difflib.get_close_matches(bare, list(HOMES), n=1, cutoff=0.6)
             near_section = difflib.get_close_matches(section or bare, list(KEYS), n=1)
-            fix = HOMES[near[0]][0] if near else (f"section {near_section[0]}" if near_section else "")
+            fix = (
+                HOMES[near[0]][0]
+                if near
+                else (f"section {near_section[0]}" if near_section else "")
+            )
             fix = f"did you mean {fix}?" if fix else f"the sections are {', '.join(KEYS)}"
             yield RecipeError(
                 where=entry.where,
@@ -142,7 +196,9 @@ def answer_unknown(written: dict[str, Written]) -> Iterator[RecipeError]:
             )
             continue
         yield RecipeError(
-            where=entry.where, found=f"unknown key {key}", fix=f"write {fix}" if ours or bare in HOMES else fix
+            where=entry.where,
+            found=f"unknown key {key}",
+            fix=f"write {fix}" if ours or bare in HOMES else fix,
         )
 
 

@@ -60,7 +60,9 @@ def find_recipe(name: str) -> Path:
                 fix=f"orpo-lite recipes cp NAME {name.rstrip('/')}/recipe.yaml",
             )
         if not path.is_file():
-            near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=3)
+            near = difflib.get_close_matches(
+                path.name, [p.name for p in path.parent.glob("*.y*ml")], n=3
+            )
             raise RecipeError(
                 where=name,
                 found="no such file",
@@ -75,7 +77,9 @@ def find_recipe(name: str) -> Path:
             where=f"--recipe {name}",
             found="no shipped recipe of that name",
             expected="one of the shipped names, or a path",
-            fix=f"did you mean {', '.join(near)}? {LIST}; a path needs a / or .yaml" if near else LIST,
+            fix=f"did you mean {', '.join(near)}? {LIST}; a path needs a / or .yaml"
+            if near
+            else LIST,
         )
     return known[name]
 
@@ -103,7 +107,9 @@ def _read_file(path: Path, written: dict[str, Written]) -> Iterator[RecipeError]
         if section in KEYS and isinstance(node, yaml.MappingNode):
             for field, child, child_line in _entries(node):
                 key = f"{section}.{field}"
-                written[key] = Written(_plain(child, typed=key in TYPED), f"{path.name}:{child_line}")
+                written[key] = Written(
+                    _plain(child, typed=key in TYPED), f"{path.name}:{child_line}"
+                )
         elif section in KEYS and _plain(node) is not None:
             yield RecipeError(
                 where=f"{path}:{line}",
@@ -118,13 +124,17 @@ def _compose(path: Path) -> yaml.MappingNode:
     """The YAML nodes of the file, which know their lines. Raises :class:`RecipeError`."""
     if path.stat().st_size > MAX_BYTES:
         raise RecipeError(
-            where=str(path), found=f"{path.stat().st_size:,} bytes", expected=f"a recipe of at most {MAX_BYTES:,}"
+            where=str(path),
+            found=f"{path.stat().st_size:,} bytes",
+            expected=f"a recipe of at most {MAX_BYTES:,}",
         )
     try:
         root = _nodes(_decode(path.read_bytes(), path), str(path))
     except OSError as error:
         raise RecipeError(
-            where=str(path), found=f"cannot be read ({error.strerror})", expected="a file that you may read"
+            where=str(path),
+            found=f"cannot be read ({error.strerror})",
+            expected="a file that you may read",
         ) from None
     if not isinstance(root, yaml.MappingNode):
         found = "is empty" if root is None else "is not a mapping"
@@ -141,7 +151,10 @@ def _decode(content: bytes, path: Path) -> str:
     """The text of the file. Raises :class:`RecipeError` for one that is not UTF-8, or indented by other spaces."""
     if encoding := _wide_encoding(content):
         raise RecipeError(
-            where=f"{path}:1", found=f"{encoding} text", expected="UTF-8 text", fix=_recoded(path, encoding)
+            where=f"{path}:1",
+            found=f"{encoding} text",
+            expected="UTF-8 text",
+            fix=_recoded(path, encoding),
         )
     try:
         text = content.decode()
@@ -149,9 +162,17 @@ def _decode(content: bytes, path: Path) -> str:
         line = content.count(b"\n", 0, error.start) + 1
         found = f"byte 0x{content[error.start]:02x} is not UTF-8"
         encoding = next((name for name in ("CP1252", "GB18030") if _reads(content, name)), "")
-        fix = _recoded(path, encoding) if encoding else "write this line again, in an editor that saves UTF-8"
-        raise RecipeError(where=f"{path}:{line}", found=found, expected="UTF-8 text", fix=fix) from None
-    if other := re.search(r"^[ \t]*([^\S \t\r\n])\s*\w+:", text, re.MULTILINE):  # YAML takes it for a part of the key
+        fix = (
+            _recoded(path, encoding)
+            if encoding
+            else "write this line again, in an editor that saves UTF-8"
+        )
+        raise RecipeError(
+            where=f"{path}:{line}", found=found, expected="UTF-8 text", fix=fix
+        ) from None
+    if other := re.search(
+        r"^[ \t]*([^\S \t\r\n])\s*\w+:", text, re.MULTILINE
+    ):  # YAML takes it for a part of the key
         name = unicodedata.name(other[1], "another space").lower()
         raise RecipeError(
             where=f"{path}:{text.count(chr(10), 0, other.start(1)) + 1}",
@@ -286,9 +307,16 @@ def _read_overrides(overrides: Sequence[str], written: dict[str, Written]) -> It
         key, equals, value = text.partition("=")
         if not equals:
             near = "--recipe" if text in shipped_recipes() or text.endswith(".yaml") else ""
-            fix = f"orpo-lite train {near} {text}" if near else "orpo-lite train --recipe NAME section.key=value"
+            fix = (
+                f"orpo-lite train {near} {text}"
+                if near
+                else "orpo-lite train --recipe NAME section.key=value"
+            )
             yield RecipeError(
-                where=f"argument {text!r}", found="is not an override", expected="section.key=value", fix=fix
+                where=f"argument {text!r}",
+                found="is not an override",
+                expected="section.key=value",
+                fix=fix,
             )
             continue
         try:
@@ -314,7 +342,9 @@ def _override_value(key: str, text: str) -> Any:
     if key in MAPPINGS and all(name.strip() and value.strip() for name, _, value in parts):
         values: dict[str, list[Any]] = {}
         for name, _, value in parts:
-            typed = _plain(_nodes(value, "command line"), typed=True) if key in TYPED else value.strip()
+            typed = (
+                _plain(_nodes(value, "command line"), typed=True) if key in TYPED else value.strip()
+            )
             values.setdefault(name.strip(), []).append(typed)
         return {name: several if several[1:] else several[0] for name, several in values.items()}
     return text
@@ -322,7 +352,11 @@ def _override_value(key: str, text: str) -> Any:
 
 def _refuse_secrets(written: dict[str, Written]) -> Iterator[RecipeError]:
     for key, entry in list(written.items()):
-        if TOKEN.search(f"{key} {entry.value}") or key.split(".")[-1] in ("token", "hub_token", "hf_token"):
+        if TOKEN.search(f"{key} {entry.value}") or key.split(".")[-1] in (
+            "token",
+            "hub_token",
+            "hf_token",
+        ):
             del written[key]
             yield RecipeError(
                 where=entry.where,
@@ -332,7 +366,9 @@ def _refuse_secrets(written: dict[str, Written]) -> Iterator[RecipeError]:
             )
 
 
-def _validate(written: Mapping[str, Written], file: str, faults: list[RecipeError]) -> Recipe | None:
+def _validate(
+    written: Mapping[str, Written], file: str, faults: list[RecipeError]
+) -> Recipe | None:
     """The recipe; or None, with what is wrong appended to ``faults``."""
     tree: dict[str, dict[str, Any]] = {"model": {}, "data": {}}
     for key, entry in written.items():
@@ -347,13 +383,19 @@ def _validate(written: Mapping[str, Written], file: str, faults: list[RecipeErro
     return recipe
 
 
-def _explain(error: ValidationError, written: Mapping[str, Written], file: str) -> list[RecipeError]:
+def _explain(
+    error: ValidationError, written: Mapping[str, Written], file: str
+) -> list[RecipeError]:
     """One fault a key: pydantic reports a union once per branch."""
     messages: dict[str, list[str]] = {}
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"][:2])
         message = re.sub(r"^(Input should be|Value error,|Assertion failed,) ?", "", item["msg"])
-        message = "a value; it has no default" if item["type"] == "missing" else re.sub(r", unable to.*", "", message)
+        message = (
+            "a value; it has no default"
+            if item["type"] == "missing"
+            else re.sub(r", unable to.*", "", message)
+        )
         messages.setdefault(key, []).append(message)
     faults = []
     for key, texts in messages.items():

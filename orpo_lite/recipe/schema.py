@@ -79,8 +79,18 @@ def _plain_values(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _init_lora_weights(value: object) -> object:
-    if str(value).lower().split("_")[0] in {"pissa", "olora", "loftq", "corda", "eva", "lora-ga", "lora"}:
-        raise ValueError(f"true, gaussian or orthogonal: {value} rewrites the base, and the adapter fits no other copy")
+    if str(value).lower().split("_")[0] in {
+        "pissa",
+        "olora",
+        "loftq",
+        "corda",
+        "eva",
+        "lora-ga",
+        "lora",
+    }:
+        raise ValueError(
+            f"true, gaussian or orthogonal: {value} rewrites the base, and the adapter fits no other copy"
+        )
     return {"true": True}.get(str(value).lower(), value)
 
 
@@ -105,7 +115,9 @@ def refuse_repository(name: str) -> None:
     bare = name.rpartition("/")[2]
     whole = REPOSITORY.fullmatch(name) and len(name) <= 96
     if not whole or "--" in name or ".." in name or bare.endswith(".git"):
-        raise ValueError("owner/name, of letters, digits, - _ and . (no -- or .., no .git at its end, at most 96)")
+        raise ValueError(
+            "owner/name, of letters, digits, - _ and . (no -- or .., no .git at its end, at most 96)"
+        )
 
 
 def _repository(name: str | None) -> str | None:
@@ -121,7 +133,11 @@ class Section(BaseModel):
     """A section of the recipe: frozen, unknown keys refused, each field documented by the string under it."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), validate_default=True
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        validate_default=True,
     )
 
 
@@ -165,21 +181,26 @@ class LoraSection(Section):
     lora_dropout: Fraction = 0.0
     """Dropout on the adapter's input."""
     target_modules: Annotated[
-        Literal["all-linear"] | Annotated[list[str], Field(min_length=1)], BeforeValidator(_list_or_all_linear)
+        Literal["all-linear"] | Annotated[list[str], Field(min_length=1)],
+        BeforeValidator(_list_or_all_linear),
     ] = "all-linear"
     """all-linear (all but the output head), or a list of module names such as q_proj,v_proj."""
     use_rslora: bool = False
     """Rank-stabilised scaling (arXiv 2312.03732)."""
     use_dora: bool = False
     """Weight-decomposed LoRA (arXiv 2402.09353): slower, a little better at low rank."""
-    init_lora_weights: Annotated[Literal[True, "gaussian", "orthogonal"], BeforeValidator(_init_lora_weights)] = True
+    init_lora_weights: Annotated[
+        Literal[True, "gaussian", "orthogonal"], BeforeValidator(_init_lora_weights)
+    ] = True
     """true, gaussian or orthogonal. PiSSA and its kin rewrite the base and are refused."""
 
 
 class DataSection(Section):
     """The preference pairs."""
 
-    dataset_name: Annotated[Name | Annotated[list[Name], Field(min_length=1)], BeforeValidator(_names)]
+    dataset_name: Annotated[
+        Name | Annotated[list[Name], Field(min_length=1)], BeforeValidator(_names)
+    ]
     """A hub name, a local jsonl, json, csv, tsv, parquet or arrow file, a folder, a pattern; or several, as a list."""
     dataset_config: str | None = None
     """The configuration of a hub data set that has several."""
@@ -222,7 +243,10 @@ class DataSection(Section):
     @property
     def columns(self) -> dict[str, list[str]]:
         """What column_map says: our name to the columns that may hold it, of which a row is read by its first."""
-        return {ours: [names] if isinstance(names, str) else names for ours, names in self.column_map.items()}
+        return {
+            ours: [names] if isinstance(names, str) else names
+            for ours, names in self.column_map.items()
+        }
 
 
 class LossSection(Section):
@@ -313,7 +337,9 @@ class MemorySection(Section):
         """The same with each lever that no plan has set at its plain value."""
         plain: dict[str, Any] = {"activation_checkpointing": "all", "mlp_tile": None}
         plain |= {"checkpoint_offload": False, "embedding_on_cpu": False}
-        return self.model_copy(update={key: value for key, value in plain.items() if getattr(self, key) == "auto"})
+        return self.model_copy(
+            update={key: value for key, value in plain.items() if getattr(self, key) == "auto"}
+        )
 
     def checkpointed(self, layers: int) -> int:
         """How many of so many decoder layers, the first ones, keep their input only; auto: all."""
@@ -399,15 +425,24 @@ class Recipe(Section):
         lines = []
         for name in type(self).model_fields:
             section = getattr(self, name)
-            lines.append(f"{name}:" + (f"  # {(type(section).__doc__ or '').splitlines()[0]}" if comments else ""))
+            lines.append(
+                f"{name}:"
+                + (f"  # {(type(section).__doc__ or '').splitlines()[0]}" if comments else "")
+            )
             for key, field in type(section).model_fields.items():
                 body = f"  {key}: {to_text(getattr(section, key))}"
                 lines += [f"  # {field.description}", body] if comments else [body]
         return "\n".join(lines) + "\n"
 
 
-SECTIONS: dict[str, Any] = {name: field.annotation for name, field in Recipe.model_fields.items()}  # name -> its class
-KEYS: dict[str, list[str]] = {name: list(section.model_fields) for name, section in SECTIONS.items()}
+SECTIONS: dict[str, Any] = {
+    name: field.annotation for name, field in Recipe.model_fields.items()
+}  # name -> its class
+KEYS: dict[str, list[str]] = {
+    name: list(section.model_fields) for name, section in SECTIONS.items()
+}
 HOMES = {
-    key: [f"{section}.{key}" for section in KEYS if key in KEYS[section]] for keys in KEYS.values() for key in keys
+    key: [f"{section}.{key}" for section in KEYS if key in KEYS[section]]
+    for keys in KEYS.values()
+    for key in keys
 }

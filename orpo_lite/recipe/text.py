@@ -43,8 +43,12 @@ _OneLine.add_representer(str, _represent_text)
 
 def to_text(value: Any) -> str:
     """A value as a recipe holds it, on one line."""
-    text = yaml.dump(value, Dumper=_OneLine, default_flow_style=True, allow_unicode=True, width=float("inf"))
-    return text.removesuffix("...\n").strip("\n")  # not a no-break space, which may be the text's own
+    text = yaml.dump(
+        value, Dumper=_OneLine, default_flow_style=True, allow_unicode=True, width=float("inf")
+    )
+    return text.removesuffix("...\n").strip(
+        "\n"
+    )  # not a no-break space, which may be the text's own
 
 
 @dataclass(frozen=True)

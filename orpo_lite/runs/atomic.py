@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all."""
+"""Write files and folders completely or not at all."""
 
 import errno
 import hashlib
@@ -16,20 +16,20 @@ from orpo_lite.errors import FULL, NO_SYNC, CheckpointError, FitError
 
 
 def sha256(file: Path) -> str:
-    """Of a file's bytes."""
+    """Return the SHA-256 of a file's bytes in hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def to_json(value: Mapping[str, Any]) -> str:
-    """JSON for people and programs: indented, in the given order."""
+    """Return indented JSON with its keys in the given order."""
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a file whole or not at all. Raises CheckpointError, FitError."""
+    """Write a file completely or not at all. Raise CheckpointError or FitError on failure."""
     temporary = file.with_name(f".{file.name}.tmp")
-    with explained(file, temporary):
+    with explain_write_errors(file, temporary):
         temporary.write_text(text, encoding="utf-8")
         sync(temporary)
         temporary.replace(file)
@@ -38,14 +38,20 @@ def write_text(file: Path, text: str) -> None:
 
 @contextmanager
 def new_folder(final: Path) -> Iterator[Path]:
-    """A temporary sibling to write into; on success it is flushed and takes the place of ``final``, else removed."""
+    """Yield a temporary sibling folder to write into.
+
+    On success it is flushed to the disk and replaces ``final``. On failure it is removed.
+    """
+    # Replacing a link would remove the link and keep what it points to.
     if final.is_symlink() or (final.exists() and not final.is_dir()):
-        found = "is a link: what it points to would stay, and the link go" if final.is_symlink() else "is a file"
-        fix = "move it away; a run whose whole folder is a link may lie on any disk"
-        raise CheckpointError(where=str(final), found=found, expected="a folder, or nothing", fix=fix)
+        found = "is a symbolic link" if final.is_symlink() else "is a file"
+        fix = "move it away; only the run folder itself may be a link to another disk"
+        raise CheckpointError(
+            where=str(final), found=found, expected="a folder, or nothing", fix=fix
+        )
     temporary, old = (final.with_name(f".{final.name}.{end}") for end in ("tmp", "old"))
     try:
-        with explained(final, temporary):
+        with explain_write_errors(final, temporary):
             final.parent.mkdir(parents=True, exist_ok=True)
             if old.exists() and not final.exists():  # killed between the two renames below
                 old.rename(final)
@@ -66,13 +72,14 @@ def new_folder(final: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_files(folder: Path) -> Iterator[Path]:
-    """A temporary folder to write into; on success its files are flushed and put into ``folder``, each of them whole.
+    """Yield a temporary folder to write into.
 
-    Other files of ``folder`` stay as they are.
+    On success its files are flushed to the disk and each is moved into ``folder`` atomically. Other
+    files of ``folder`` are not changed.
     """
     temporary = folder / ".new.tmp"
     try:
-        with explained(folder, temporary):
+        with explain_write_errors(folder, temporary):
             folder.mkdir(parents=True, exist_ok=True)
             _make_empty(temporary)
             yield temporary
@@ -91,7 +98,7 @@ def _make_empty(folder: Path) -> None:
 
 
 def _sync_all(folder: Path) -> list[Path]:
-    """Flush all files of a folder; returns them."""
+    """Flush all files of a folder to the disk and return their paths."""
     files = [file for file in folder.rglob("*") if file.is_file()]
     for file in files:
         sync(file)
@@ -100,30 +107,45 @@ def _sync_all(folder: Path) -> list[Path]:
 
 
 @contextmanager
-def explained(final: Path, temporary: Path) -> Iterator[None]:
-    """Errors of writing ``temporary``, which is to become ``final``, as errors that say what to do."""
+def explain_write_errors(final: Path, temporary: Path) -> Iterator[None]:
+    """Turn errors of writing ``temporary``, the new ``final``, into errors with a fix."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         if getattr(error, "errno", 0) == errno.EFBIG or "File too large" in str(error):
             fix = "`ulimit -f unlimited`, another disk, or a smaller --max-shard-size"
-            raise FitError(where=str(final), found="a file may not grow so large here", fix=fix) from error
+            raise FitError(
+                where=str(final), found="the file exceeds the size limit here", fix=fix
+            ) from error
         if getattr(error, "errno", 0) in FULL or "No space left" in str(error):
             free = f"{shutil.disk_usage(final.parent).free / 2**20:,.0f} MiB free"
             raise FitError(
-                where=str(final), found=f"the disk is full ({free})", fix="free some space; nothing older is lost"
+                where=str(final),
+                found=f"the disk is full ({free})",
+                fix="free some space; earlier files are unchanged",
             ) from error
         places = (str(temporary), str(final))
-        if isinstance(error, OSError) and error.filename and not str(error.filename).startswith(places):
+        if (
+            isinstance(error, OSError)
+            and error.filename
+            and not str(error.filename).startswith(places)
+        ):
             found = f"cannot be read ({error.strerror})"
-            raise CheckpointError(where=str(error.filename), found=found, expected="a file of the run") from error
+            raise CheckpointError(
+                where=str(error.filename), found=found, expected="a file of the run"
+            ) from error
         raise CheckpointError(
-            where=str(final), found=f"cannot be written ({error})", expected="a folder that can be written to"
+            where=str(final),
+            found=f"cannot be written ({error})",
+            expected="a writable folder",
         ) from error
 
 
 def sync(path: Path) -> bool:
-    """Make a file's contents, or a folder's names, durable; False where the file system cannot (FUSE, SMB)."""
+    """Flush a file's contents, or a folder's entries, to the disk.
+
+    Return False if the file system does not support it (FUSE, SMB).
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,6 +1,7 @@
-"""What a run goes on with: the values it began with, and what has been changed since, each with its step.
+"""Changes of a run's recipe between steps: the values at its start, and each change with its step.
 
-lock.json holds both, and recipe.yaml the outcome. What is in force is never read from recipe.yaml alone.
+lock.json holds both. recipe.yaml holds the current values, but a person may have edited it, so the
+values in force are never read from recipe.yaml alone.
 """
 
 import json
@@ -21,42 +22,62 @@ from orpo_lite.runs.records import refuse_lacking
 
 OUTPUT_DIR = "training.output_dir"
 
-# A step depends on the recipe and on its number, on no hidden state. So each of these has one meaning at any step:
-# what it would have there, had the run begun with it.
+# A step depends on the recipe and on its number, not on hidden state. So each of these keys can
+# change at any step: it then acts as if the run had begun with the new value.
 CHANGEABLE = frozenset(
     ["model.device"]
-    + [f"training.{key}" for key in ("learning_rate", "lr_scheduler_type", "warmup_steps")]  # how fast
-    + [f"training.{key}" for key in ("num_train_epochs", "max_steps", "early_stopping_patience")]  # how long
+    + [
+        f"training.{key}" for key in ("learning_rate", "lr_scheduler_type", "warmup_steps")
+    ]  # learning rate
+    + [
+        f"training.{key}" for key in ("num_train_epochs", "max_steps", "early_stopping_patience")
+    ]  # length of the training
     + [f"training.{key}" for key in ("eval_steps", "load_best_model_at_end", "full_determinism")]
-    + [f"memory.{key}" for key in KEYS["memory"]]  # how the step fits, never what it computes
-    + [f"output.{key}" for key in KEYS["output"]]  # what follows the last step
+    + [f"memory.{key}" for key in KEYS["memory"]]  # memory use, never results
+    + [f"output.{key}" for key in KEYS["output"]]  # after the last step
 )
-# Files and folders may lie elsewhere now: fingerprint and hashes in lock.json tell whether they are the same.
-MOVABLE = frozenset(("model.model_name_or_path", "data.dataset_name", "data.dataset_test_split", "data.chat_template"))
+# Files and folders may have moved. The fingerprint and hashes in lock.json show whether they are
+# the same.
+MOVABLE = frozenset(
+    (
+        "model.model_name_or_path",
+        "data.dataset_name",
+        "data.dataset_test_split",
+        "data.chat_template",
+    )
+)
 PATHS = MOVABLE | {"model.adapter_name_or_path"}
 
 
 @dataclass(frozen=True)
 class Change:
-    """A value that another one took the place of while the run went on."""
+    """A value that was replaced when the run was resumed."""
 
     key: str
     """``section.key``, or ``versions.NAME`` of a package."""
     before: Any
     after: Any
     after_step: int
-    """Steps that were finished by then: the next one is the first with the new value."""
+    """Number of steps finished by then. The next step is the first with the new value."""
 
     def __str__(self) -> str:
         return f"{self.key}: {to_text(self.before)} -> {to_text(self.after)}"
 
 
 def read_changes(lock: Mapping[str, Any], where: str) -> list[Change]:
-    """What lock.json says was changed, in the order of time. Raises :class:`CheckpointError`."""
+    """Return the changes recorded in lock.json, oldest first.
+
+    Raises:
+        CheckpointError: a record is damaged.
+    """
     refuse_lacking({"changes": lock.get("changes", [])}, {"changes": list}, where)
     changes = []
     for row in lock.get("changes", []):
-        refuse_lacking(row if isinstance(row, dict) else {}, {"key": str, "after_step": int}, f"{where}, changes")
+        refuse_lacking(
+            row if isinstance(row, dict) else {},
+            {"key": str, "after_step": int},
+            f"{where}, changes",
+        )
         changes.append(Change(row["key"], row.get("before"), row.get("after"), row["after_step"]))
     return changes
 
@@ -70,77 +91,85 @@ _DEFAULTS: dict[str, Any] = {
 
 
 def values_at_start(path: Path, lock: Mapping[str, Any]) -> dict[str, Any]:
-    """``section.key`` -> value of the recipe that the run began with; keys that came later have their default.
+    """Return ``section.key`` -> value at the start of the run. Keys of later versions have
+    defaults.
 
-    A run of an older version noted the adapter's shape at most: the rest is what recipe.yaml holds.
+    Runs of older versions recorded at most the adapter's shape; the rest is read from recipe.yaml.
     """
     if "recipe" in lock:
         refuse_lacking(lock, {"recipe": dict}, str(path / "lock.json"))
         return {**_DEFAULTS, **lock["recipe"]}
-    return dict(read_recipe(path).items()) | {f"lora.{key}": value for key, value in lock.get("lora", {}).items()}
+    return dict(read_recipe(path).items()) | {
+        f"lora.{key}": value for key, value in lock.get("lora", {}).items()
+    }
 
 
 def values_in_force(path: Path, lock: Mapping[str, Any]) -> dict[str, Any]:
-    """``section.key`` -> value that the newest steps of a run were made with."""
+    """Return ``section.key`` -> value used for the newest steps of a run."""
     changes = read_changes(lock, str(path / "lock.json"))
-    return values_at_start(path, lock) | {change.key: change.after for change in changes if is_recipe_key(change.key)}
+    return values_at_start(path, lock) | {
+        change.key: change.after for change in changes if is_recipe_key(change.key)
+    }
 
 
 def is_recipe_key(key: str) -> bool:
-    """Whether a change is one of the recipe, not of a package's version."""
+    """Return whether a change's key is a recipe key, not a package version."""
     return key.partition(".")[0] in KEYS
 
 
 def trained_recipe(path: Path) -> Recipe:
-    """The recipe that a run was trained with, for the verbs that take up its result.
+    """Return the recipe that a run was trained with, for commands that use its result.
 
-    What ``train --resume`` would take from an edited recipe.yaml has had no effect yet, and is not in it; but for where
-    files lie now.
+    Edits of recipe.yaml that only ``train --resume`` would apply are left out, except new locations
+    of files.
 
     Raises:
-        CheckpointError: recipe.yaml was edited where no run may change; or it is no run.
+        CheckpointError: a key that may not change was edited in recipe.yaml, or the folder is not a
+            run.
     """
     recipe = with_absolute_paths(read_recipe(path))
     in_force = values_in_force(path, read_lock(path))
     changed = _find_differing(path, recipe, in_force)
     moved = {key: value for key, value in changed.items() if key in MOVABLE}
-    return recipe.override({**_of_schema(in_force), **moved, OUTPUT_DIR: str(path)})
+    return recipe.override({**_known_keys(in_force), **moved, OUTPUT_DIR: str(path)})
 
 
 def recipe_to_resume(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of a run as recipe.yaml and ``overrides`` say, with the folder where the run lies now.
+    """Return the recipe from recipe.yaml and ``overrides``, with ``path`` as its output folder.
 
     Raises:
-        CheckpointError: no run, or its folder is another one than training.output_dir names.
-        RecipeError: a faulty value.
+        CheckpointError: the folder is not a run, or an edited training.output_dir names another
+            folder.
+        RecipeError: a value is invalid.
     """
     recipe = read_recipe(path, overrides)
-    said, source = recipe.training.output_dir, recipe.sources[OUTPUT_DIR]
+    output_dir, source = recipe.training.output_dir, recipe.sources[OUTPUT_DIR]
     began = values_at_start(path, read_lock(path)) if (path / "lock.json").is_file() else {}
-    is_edited = source == "command line" or said != began.get(OUTPUT_DIR, said)
-    if is_edited and Path(said).expanduser().resolve() != path.resolve():
-        other = quoted(Path(said))
+    is_edited = source == "command line" or output_dir != began.get(OUTPUT_DIR, output_dir)
+    if is_edited and Path(output_dir).expanduser().resolve() != path.resolve():
+        other = quoted(Path(output_dir))
         raise CheckpointError(
             where=_place(path, source),
-            found=f"{OUTPUT_DIR}: {said}",
+            found=f"{OUTPUT_DIR}: {output_dir}",
             expected=f"{path}, the folder of the run",
             fix=Command(
-                f"cp -r {quoted(path)} {other} && orpo-lite train --resume {other} {OUTPUT_DIR}={other}",
-                ", to go on in a copy",
+                f"cp -r {quoted(path)} {other} && "
+                f"orpo-lite train --resume {other} {OUTPUT_DIR}={other}",
+                ", to continue in a copy",
             ),
         )
     return recipe.override({OUTPUT_DIR: str(path)})
 
 
 def find_changes(path: Path, recipe: Recipe) -> tuple[Recipe, dict[str, Any]]:
-    """Compare what a run is to go on with and what is in force.
+    """Compare the recipe that a run is resumed with and the values in force.
 
     Returns:
-        The whole recipe to go on with, in which what ``recipe`` does not say is as before; and ``section.key`` -> new
-        value of what changes.
+        The complete recipe to resume with, in which keys that ``recipe`` does not set keep their
+        values; and ``section.key`` -> new value of each change.
 
     Raises:
-        CheckpointError: a key differs that may not change, with its place.
+        CheckpointError: a key differs that may not change.
     """
     recipe = with_absolute_paths(recipe)
     in_force = values_in_force(path, read_lock(path))
@@ -148,34 +177,45 @@ def find_changes(path: Path, recipe: Recipe) -> tuple[Recipe, dict[str, Any]]:
     if recipe.training.max_steps > 0 and "training.num_train_epochs" in changed:
         raise CheckpointError(
             where=_place(path, recipe.sources["training.num_train_epochs"]),
-            found=f"training.num_train_epochs: {recipe.training.num_train_epochs} has no effect beside "
-            f"training.max_steps: {recipe.training.max_steps}",
-            expected="one of them",
-            fix=resume_command(path, {**_said_here(recipe, changed), "training.max_steps": -1}),
+            found=f"training.num_train_epochs: {recipe.training.num_train_epochs} has no effect, "
+            f"because training.max_steps is {recipe.training.max_steps}",
+            expected="only one of the two",
+            fix=resume_command(path, {**_given_here(recipe, changed), "training.max_steps": -1}),
         )
-    return recipe.override({**_of_schema(in_force), **changed, OUTPUT_DIR: str(path)}), changed
+    return recipe.override({**_known_keys(in_force), **changed, OUTPUT_DIR: str(path)}), changed
 
 
 def _find_differing(path: Path, recipe: Recipe, in_force: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of ``recipe`` that are not in force and may change; the others raise :class:`CheckpointError`."""
+    """Return the values of ``recipe`` that differ from those in force and may change.
+
+    Raises:
+        CheckpointError: a value differs that may not change.
+    """
     changed: dict[str, Any] = {}
     refused: dict[str, Any] = {}
     for key, value in recipe.items():
-        is_said = recipe.sources[key] != "default" or value != _DEFAULTS.get(key)
-        if key == OUTPUT_DIR or key not in in_force or not is_said or _is_same(key, value, in_force[key]):
+        if key == OUTPUT_DIR or key not in in_force:
+            continue
+        is_set = recipe.sources[key] != "default" or value != _DEFAULTS.get(key)
+        if not is_set or _is_same(key, value, in_force[key]):
             continue
         is_moved = key in MOVABLE and _is_local(value) and _is_local(in_force[key])
-        (changed if key in CHANGEABLE or is_moved else refused)[key] = value
+        if key in CHANGEABLE or is_moved:
+            changed[key] = value
+        else:
+            refused[key] = value
     back = {key: in_force[key] for key in refused if recipe.sources[key] != "command line"}
     new = {key: value for key, value in refused.items() if recipe.sources[key] == "command line"}
-    go_on, anew = resume_command(path, {**_said_here(recipe, changed), **back}), new_run_command(path, new)
-    fix = Command(go_on.line, text=f"`{go_on.line}` goes on as before; `{anew.line}` trains a new run with it")
+    resume = resume_command(path, {**_given_here(recipe, changed), **back})
+    anew = new_run_command(path, new)
+    text = f"`{resume.line}` continues as before; `{anew.line}` trains a new run with this value"
+    fix = Command(resume.line, text=text)
     raise_all(
         [
             CheckpointError(
                 where=_place(path, recipe.sources[key]),
                 found=f"{key}: {to_text(value)}",
-                expected=f"{to_text(in_force[key])}, as the run began",
+                expected=f"{to_text(in_force[key])}, as at the start of the run",
                 fix=fix,
             )
             for key, value in refused.items()
@@ -184,8 +224,8 @@ def _find_differing(path: Path, recipe: Recipe, in_force: Mapping[str, Any]) -> 
     return changed
 
 
-def _said_here(recipe: Recipe, changed: Mapping[str, Any]) -> dict[str, Any]:
-    """What of the changes stands on the command line, and must stand there again."""
+def _given_here(recipe: Recipe, changed: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the changes given on the command line, which must be given there again."""
     return {key: value for key, value in changed.items() if recipe.sources[key] == "command line"}
 
 
@@ -200,42 +240,55 @@ def _is_local(value: Any) -> bool:
     return all(isinstance(name, str) and is_path(name) and "{" not in name for name in names)
 
 
-def _of_schema(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values whose keys this version knows."""
+def _known_keys(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values whose keys this version has."""
     known = {f"{section}.{key}" for section, keys in KEYS.items() for key in keys}
     return {key: value for key, value in values.items() if key in known}
 
 
 def _place(path: Path, source: str) -> str:
-    """Where a value stands; the recipe of the run by its path."""
-    return {"default": "recipe"}.get(source, str(path / source) if source.startswith("recipe.yaml:") else source)
+    """Return where a value is set, for messages; the recipe of the run is given by its path."""
+    if source == "default":
+        return "recipe"
+    return str(path / source) if source.startswith("recipe.yaml:") else source
 
 
-def record_changes(path: Path, recipe: Recipe, changed: Mapping[str, Any], lock: Mapping[str, Any], step: int) -> None:
-    """Write down that a run goes on after ``step`` with changed values, and with the packages of ``lock``.
+def record_changes(
+    path: Path, recipe: Recipe, changed: Mapping[str, Any], lock: Mapping[str, Any], step: int
+) -> None:
+    """Record that a run continues after ``step`` with changed values and the packages of ``lock``.
 
-    Whatever was changed at a later step is in force from ``step`` on too: the steps between are made again.
+    A change recorded at a later step now applies from ``step`` on: the steps between are run again.
 
-    recipe.yaml is written first: a process that is killed between the two finds the change there again.
+    recipe.yaml is written first. If the process is killed before lock.json is written, the next one
+    finds the change in recipe.yaml again.
     """
     old = read_lock(path)
     began, known = values_at_start(path, old), read_changes(old, str(path / "lock.json"))
     in_force = values_in_force(path, old)
     new = [Change(key, in_force[key], value, step) for key, value in changed.items()]
-    new += [Change(key, before, after, step) for key, (before, after) in other_versions(path, old, lock).items()]
-    changes = _merged([*(replace(change, after_step=min(change.after_step, step)) for change in known), *new])
+    new += [
+        Change(key, before, after, step)
+        for key, (before, after) in other_versions(path, old, lock).items()
+    ]
+    earlier = [replace(change, after_step=min(change.after_step, step)) for change in known]
+    changes = _merged([*earlier, *new])
     written = recipe.override({OUTPUT_DIR: in_force[OUTPUT_DIR]})
     if read_recipe(path).model_dump() != written.model_dump():
         write_text(path / "recipe.yaml", written.to_yaml())
-    # Base, data and template are the same by their hashes, and may lie elsewhere now.
-    moved = {part: lock[part] for part in ("base", "data", "chat_template") if old[part].get("revision") is None}
+    # The hashes show that base, data and template are the same, but they may have moved.
+    moved = {
+        part: lock[part]
+        for part in ("base", "data", "chat_template")
+        if old[part].get("revision") is None
+    }
     updated = {**old, **moved, "recipe": began, "changes": [asdict(change) for change in changes]}
     if updated != old:
         write_text(path / "lock.json", to_json(updated))
 
 
 def _merged(changes: Iterable[Change]) -> list[Change]:
-    """One change of a key at a step: the first value before, the last one after; none where they are the same."""
+    """Merge changes of one key at one step: first value before, last value after; drop no-ops."""
     found: dict[tuple[str, int], Change] = {}
     for change in changes:
         place = (change.key, change.after_step)
@@ -243,11 +296,19 @@ def _merged(changes: Iterable[Change]) -> list[Change]:
     return [change for change in found.values() if change.before != change.after]
 
 
-def other_versions(path: Path, old: Mapping[str, Any], lock: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """``versions.NAME`` -> the version in force and that of now, of each package that is another one."""
+def other_versions(
+    path: Path, old: Mapping[str, Any], lock: Mapping[str, Any]
+) -> dict[str, tuple[str, str]]:
+    """Return ``versions.NAME`` -> (version in force, current version) of packages that differ."""
     in_force, now = _versions(old), _versions(lock)
-    in_force |= {c.key: c.after for c in read_changes(old, str(path / "lock.json")) if c.key in in_force}
-    return {key: (in_force[key], now[key]) for key in in_force if key in now and in_force[key] != now[key]}
+    in_force |= {
+        c.key: c.after for c in read_changes(old, str(path / "lock.json")) if c.key in in_force
+    }
+    return {
+        key: (in_force[key], now[key])
+        for key in in_force
+        if key in now and in_force[key] != now[key]
+    }
 
 
 def _versions(lock: Mapping[str, Any]) -> dict[str, str]:

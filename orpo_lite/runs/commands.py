@@ -1,4 +1,4 @@
-"""Command lines that messages show, ready to be pasted."""
+"""Commands that messages show, quoted for the shell."""
 
 import json
 import os
@@ -12,30 +12,33 @@ from orpo_lite.errors import Command
 from orpo_lite.recipe.text import to_text
 
 Weights = Literal["original", "dequantized"]
-"""What an adapter is merged into. original: the base's own weights, in 16 bit. dequantized: what 4 bit made of them, in
-16 bit again, which is what the adapter was trained on."""
+"""What an adapter is merged into. original: the base's own 16-bit weights. dequantized: the 4-bit
+weights that the adapter was trained on, converted back to 16 bit."""
 
 
 def merge_command(path: Path, weights: Weights = "original") -> Command:
-    """The line that merges, to be pasted."""
-    return Command(f"orpo-lite merge {quoted(path)}" + f" --base {weights}" * (weights != "original"))
+    """Return the command that merges a run."""
+    option = "" if weights == "original" else f" --base {weights}"
+    return Command(f"orpo-lite merge {quoted(path)}{option}")
 
 
 def resume_command(path: Path, values: Mapping[str, Any] | None = None) -> Command:
-    """The line that goes on with a run, with some values changed."""
+    """Return the command that resumes a run with some values changed."""
     return Command(" ".join([f"orpo-lite train --resume {quoted(path)}", *_words(values or {})]))
 
 
 def new_run_command(path: Path, values: Mapping[str, Any]) -> Command:
-    """The line that trains a new run by recipe.yaml as it is now, with some values changed."""
-    folder = path if path.name not in ("", "..") else path.resolve()  # whose name can be added to
-    free = next(name for n in count(2) if not (name := folder.with_name(f"{folder.name}-{n}")).exists())
-    words = _words({**values, "training.output_dir": str(free)})
+    """Return the command that trains a new run from recipe.yaml, with some values changed."""
+    has_name = path.name not in ("", "..")
+    folder = path if has_name else path.resolve()
+    names = (folder.with_name(f"{folder.name}-{number}") for number in count(2))
+    new_folder = next(name for name in names if not name.exists())
+    words = _words({**values, "training.output_dir": str(new_folder)})
     return Command(" ".join([f"orpo-lite train --recipe {quoted(path / 'recipe.yaml')}", *words]))
 
 
 def _words(values: Mapping[str, Any]) -> Iterable[str]:
-    """Values as words for the shell, which the recipe's reader reads back."""
+    """Yield ``key=value`` words for the shell, which the recipe reader parses back."""
     for key, value in values.items():
         text = value if isinstance(value, str) else json.dumps(value)
         if isinstance(value, dict):
@@ -46,9 +49,18 @@ def _words(values: Mapping[str, Any]) -> Iterable[str]:
 
 
 def quoted(path: Path) -> str:
-    """A path in a line to be pasted: never taken for an option, and what a screen would change is written as bytes."""
+    """Return a path quoted for the shell.
+
+    It is never read as an option. Characters that a terminal does not print are written as bytes.
+    """
     text = f"./{path}" if str(path).startswith("-") else str(path)
     if text.isprintable():
         return shlex.quote(text)
-    kept = (c if c.isprintable() and c not in "\\'" else "".join(f"\\x{b:02x}" for b in os.fsencode(c)) for c in text)
-    return f"$'{''.join(kept)}'"
+    return f"$'{''.join(map(_escaped, text))}'"
+
+
+def _escaped(character: str) -> str:
+    """Return a character for a ``$'...'`` string of the shell, as its bytes if it needs that."""
+    if character.isprintable() and character not in "\\'":
+        return character
+    return "".join(f"\\x{byte:02x}" for byte in os.fsencode(character))

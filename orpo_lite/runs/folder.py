@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all."""
+"""Create, lock and log to the run folder; find the adapter, merged model and base of a run."""
 
 import fcntl
 import hashlib
@@ -25,19 +25,24 @@ from orpo_lite.runs.records import read_json
 
 @contextmanager
 def locked(path: Path) -> Iterator[list[str]]:
-    """Hold the run folder for this process; gives notes on what its file system cannot do.
+    """Lock the run folder for this process; yield notes on what its file system cannot do.
 
-    Raises :class:`CheckpointError` when another process has it.
+    Raises:
+        CheckpointError: another process holds it, or it is not writable.
     """
     notes = []
     try:
         stream = (path / ".lock").open("w")
         if not sync(path):
-            found = "its file system does not write names of files to the disk when asked"
-            notes.append(f"{path}: {found}; after a power failure the newest checkpoint may be missing")
+            notes.append(
+                f"{path}: its file system cannot flush a folder to the disk; "
+                "after a power failure the newest checkpoint may be missing"
+            )
     except OSError as error:
         raise CheckpointError(
-            where=f"run {path}", found=f"cannot be written to ({error.strerror})", expected="a folder of yours"
+            where=f"run {path}",
+            found=f"cannot be written to ({error.strerror})",
+            expected="a writable folder",
         ) from error
     with stream:
         try:
@@ -46,27 +51,29 @@ def locked(path: Path) -> Iterator[list[str]]:
             raise CheckpointError(
                 where=f"run {path}",
                 found="is in use by another process",
-                expected="one process a run",
-                fix="let it end, or stop it",
+                expected="one process per run",
+                fix="wait until it ends, or stop it",
             ) from None
         except OSError as error:  # NFS without its lock service, Lustre without -o flock
-            found = f"its file system has no locks ({error.strerror})"
-            notes.append(f"{path}: {found}; let no other process use this run meanwhile")
+            notes.append(
+                f"{path}: its file system has no locks ({error.strerror}); "
+                "do not use this run in another process at the same time"
+            )
         yield notes
 
 
-KEPT_CHECKPOINTS = 2  # newest ones; the best one stays besides
+KEPT_CHECKPOINTS = 2  # the newest; the best one is kept as well
 FOLDERS: dict[Weights, str] = {"original": "merged", "dequantized": "merged-dequantized"}
 RESULT = "result.json"
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 def refuse_existing(recipe: Recipe) -> None:
-    """Raise :class:`CheckpointError` when the run folder is taken, with the command that goes on; or not writable."""
+    """Raise :class:`CheckpointError` if the run folder is in use or cannot be created."""
     path = Path(recipe.training.output_dir)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         is_run = (path / "recipe.yaml").is_file()
-        found = "holds a run already" if is_run else "exists and is not empty"
+        found = "already holds a run" if is_run else "exists and is not empty"
         resume = Command(resume_command(path).line, ", or training.output_dir=OTHER")
         raise CheckpointError(
             where=f"training.output_dir: {path}",
@@ -78,11 +85,10 @@ def refuse_existing(recipe: Recipe) -> None:
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        found = f"{parent} cannot be written to"
         raise CheckpointError(
             where=f"training.output_dir: {path}",
-            found=found,
-            expected="a folder of yours",
+            found=f"{parent} is not a writable folder",
+            expected="a writable folder",
             fix="training.output_dir=OTHER",
         )
 
@@ -90,10 +96,12 @@ def refuse_existing(recipe: Recipe) -> None:
 INITIAL = "initial_adapter"
 
 
-def create(recipe: Recipe, lock: Mapping[str, Any], data: Mapping[str, Any], initial: Path | None) -> Path:
-    """Make the run folder with its recipe, lock and data figures, and a copy of the adapter that it begins with.
+def create(
+    recipe: Recipe, lock: Mapping[str, Any], data: Mapping[str, Any], initial: Path | None
+) -> Path:
+    """Create the run folder with recipe, lock, data figures and a copy of the initial adapter.
 
-    The copy is what the run goes on with: where the adapter came from may be gone, or hold another one.
+    A resumed run reads the copy: the original may be gone or changed by then.
     """
     refuse_existing(recipe)
     path = Path(recipe.training.output_dir)
@@ -105,7 +113,8 @@ def create(recipe: Recipe, lock: Mapping[str, Any], data: Mapping[str, Any], ini
                     shutil.copyfile(initial / name, folder / name)
         write_text(path / "data.json", to_json(data))
         write_text(path / "lock.json", to_json(lock))
-        write_text(path / "recipe.yaml", recipe.to_yaml())  # last: its presence says that a run has begun
+        # recipe.yaml is written last: it marks the folder as a run.
+        write_text(path / "recipe.yaml", recipe.to_yaml())
     except OSError as error:
         raise CheckpointError(
             where=f"training.output_dir: {path}", found=f"cannot be written ({error.strerror})"
@@ -114,7 +123,7 @@ def create(recipe: Recipe, lock: Mapping[str, Any], data: Mapping[str, Any], ini
 
 
 def find_initial_adapter(recipe: Recipe, path: Path) -> Path | None:
-    """The folder of the adapter that a run begins with, if it begins with one: its own copy, once there is one."""
+    """Return the folder of the initial adapter, the run's own copy if it exists; None if unused."""
     name = recipe.model.adapter_name_or_path
     if name is None:
         return None
@@ -122,54 +131,78 @@ def find_initial_adapter(recipe: Recipe, path: Path) -> Path | None:
 
 
 def find_finished_adapter(path: Path) -> Path:
-    """The adapter of a training that has ended. Raises :class:`CheckpointError`."""
-    lora, lock, adapter, resume = trained_recipe(path).lora, read_lock(path), path / "adapter", resume_command(path)
+    """Return the adapter folder of a finished training.
+
+    Raises:
+        CheckpointError: there is none, or its settings are not those of the run.
+    """
+    lora, lock = trained_recipe(path).lora, read_lock(path)
+    adapter, resume = path / "adapter", resume_command(path)
     if not (adapter / "adapter_model.safetensors").is_file():
         raise CheckpointError(
-            where=f"run {path}", found="has no trained adapter", expected="a training that has ended", fix=resume
+            where=f"run {path}",
+            found="has no trained adapter",
+            expected="a finished training",
+            fix=resume,
         )
     try:
         config = read_json(adapter / "adapter_config.json")
     except CheckpointError as error:
         error.fix = resume
         raise
-    for key in ("r", "lora_alpha", "use_rslora", "use_dora"):  # with another scale it would be another adapter
+    fix = resume if {"recipe", "lora"} & lock.keys() else "restore the file that was changed"
+    for key in (
+        "r",
+        "lora_alpha",
+        "use_rslora",
+        "use_dora",
+    ):  # these define the scale of the update
         if (config.get(key) or False) != getattr(lora, key):
             raise CheckpointError(
                 where=str(adapter / "adapter_config.json"),
                 found=f"{key} is {config.get(key)!r}",
                 expected=f"{getattr(lora, key)!r}, as in recipe.yaml",
-                fix=resume if {"recipe", "lora"} & lock.keys() else "put back the one that was changed",
+                fix=fix,
             )
     return adapter
 
 
 def merged_folder(weights: Weights) -> str:
-    """Its name in the run. Raises :class:`RecipeError` for other weights than there are."""
+    """Return the name of the folder in a run. Raise :class:`RecipeError` for unknown weights."""
     if weights not in FOLDERS:
         raise RecipeError(
-            where="--base", found=f"{weights!r}", expected=f"one of {', '.join(FOLDERS)}", fix="--base original"
+            where="--base",
+            found=f"{weights!r}",
+            expected=f"one of {', '.join(FOLDERS)}",
+            fix="--base original",
         )
     return FOLDERS[weights]
 
 
 def find_merged(path: Path, weights: Weights = "original") -> Path:
-    """The merged model of a run, all its files there. Raises :class:`CheckpointError` with the command for it."""
+    """Return the folder of a run's merged model.
+
+    Raises:
+        CheckpointError: it is incomplete, or merged from another adapter.
+    """
     folder = path / merged_folder(weights)
     needed = [folder / "config.json", *weight_files(folder)]
     command = merge_command(path, weights)
-    if lacking := next((file for file in needed if not file.is_file()), None):
+    missing = [file.name for file in needed if not file.is_file()]
+    if missing:
+        found = f"{folder.name}/ has no {missing[0]}"
         raise CheckpointError(
             where=f"run {path}",
-            found=f"{folder.name}/ has no {lacking.name}" if folder.is_dir() else f"has no {folder.name}/",
+            found=found if folder.is_dir() else f"has no {folder.name}/",
             expected="a merged model",
             fix=command,
         )
     record = folder / "merge.json"
-    if record.is_file() and read_json(record).get("adapter_sha256") != adapter_sha256(path / "adapter"):
+    sha = adapter_sha256(path / "adapter") if record.is_file() else None
+    if record.is_file() and read_json(record).get("adapter_sha256") != sha:
         raise CheckpointError(
             where=f"run {path}",
-            found=f"{folder.name}/ is of another adapter",
+            found=f"{folder.name}/ was made from another adapter",
             expected="a merge of adapter/",
             fix=command,
         )
@@ -177,17 +210,23 @@ def find_merged(path: Path, weights: Weights = "original") -> Path:
 
 
 def adapter_sha256(adapter: Path) -> str:
-    """Of an adapter's weights and of what says how they are used; not of where its base lies."""
+    """Return a hash of an adapter's weights and settings, without the location of its base."""
     config = read_json(adapter / "adapter_config.json")
-    used = {key: value for key, value in config.items() if key not in ("base_model_name_or_path", "revision")}
+    used = {
+        key: value
+        for key, value in config.items()
+        if key not in ("base_model_name_or_path", "revision")
+    }
     text = json.dumps(used, sort_keys=True) + sha256(adapter / "adapter_model.safetensors")
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def find_trained_base(path: Path, folder: str | Path | None = None) -> Base:
-    """The base that the run was trained on; in ``folder`` where it has been moved since.
+    """Return the base that the run was trained on; ``folder`` is its location if it has moved.
 
-    Raises :class:`ModelError` for any other, and as fetch_weights.
+    Raises:
+        ModelError: the folder does not exist or holds another base.
+        HubError: as :func:`fetch_weights`.
     """
     lock, fix = read_lock(path)["base"], f"orpo-lite merge {quoted(path)} --base-path FOLDER"
     name = lock["name"] if folder is None else str(folder)
@@ -195,14 +234,15 @@ def find_trained_base(path: Path, folder: str | Path | None = None) -> Base:
         raise ModelError(
             where="--base-path" if folder is not None else f"the base of run {path}",
             found=f"{name}: no such folder",
-            expected="the base that it was trained on",
+            expected="the base that the run was trained on",
             fix=fix,
         )
     base = fetch_weights(find_base(name, "main" if folder else lock["revision"] or "main"))
     if base.fingerprint != lock["fingerprint"]:
         raise ModelError(
             where=f"model {base.name}",
-            found=f"is not the base of this run (fingerprint {base.fingerprint[:12]}, was {lock['fingerprint'][:12]})",
+            found=f"is not the base of this run (fingerprint {base.fingerprint[:12]}, "
+            f"was {lock['fingerprint'][:12]})",
             expected="the weights that the adapter was trained on",
             fix=fix,
         )
@@ -210,10 +250,10 @@ def find_trained_base(path: Path, folder: str | Path | None = None) -> Base:
 
 
 class _Log(logging.FileHandler):
-    """A log whose file may fail: a full disk costs lines of it, and no training."""
+    """A log file whose errors are ignored: a full disk loses lines, but does not stop the run."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - its name in logging
-        """Drop the line; logging would print a traceback for each."""
+        """Drop the line. The default prints a traceback for each."""
 
     def close(self) -> None:
         try:
@@ -224,11 +264,12 @@ class _Log(logging.FileHandler):
 
 @contextmanager
 def logged(path: Path) -> Iterator[list[str]]:
-    """What libraries log and warn goes to the run's train.log while this lasts; gives a note where it cannot."""
+    """Write log messages and warnings to the run's train.log; yield a note if that fails."""
     try:
         handler = _Log(path / "train.log", encoding="utf-8")
     except OSError as error:
-        yield [f"{path / 'train.log'} cannot be written ({error.strerror}): the training goes on without a log"]
+        file = path / "train.log"
+        yield [f"{file} cannot be written ({error.strerror}): the training continues without a log"]
         return
     handler.setFormatter(logging.Formatter(LOG_FORMAT))
     root = logging.getLogger()

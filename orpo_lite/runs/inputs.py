@@ -1,4 +1,4 @@
-"""Everything that can be known, and can go wrong, before weights load: base, template, data, tokens."""
+"""Prepare and check the inputs of a run before weights load: base, template, data, tokens."""
 
 import glob
 from collections.abc import Generator, Iterator, Sequence
@@ -30,31 +30,31 @@ from orpo_lite.updates import Update
 
 @dataclass(frozen=True)
 class Inputs:
-    """All that is known before weights load."""
+    """The checked inputs of a run, without weights."""
 
     base: Base
     tokenizer: Any
     train: TokenizedPairs
     test: TokenizedPairs
     figures: dict[str, Any]
-    """What data.json holds."""
+    """The content of data.json."""
 
     @property
     def pad_id(self) -> int:
-        """What rows are filled with."""
+        """Return the token id that pads rows."""
         return pad_id(self.tokenizer)
 
     @property
     def end_id(self) -> int:
-        """The token that ends a reply."""
+        """Return the id of the token that ends an answer."""
         return int(self.train.facts["end_token_id"])
 
 
 def prepare_inputs(recipe: Recipe) -> Generator[Update, None, Inputs]:
-    """All that can go wrong before weights are fetched: base, template, targets, data, tokens."""
-    yield from asking(recipe.data.names)
+    """Find and check base, template, targets, data and tokens before any weights are fetched."""
+    yield from request_updates(recipe.data.names)
     sources = find_sources(recipe.data)
-    yield from asking([recipe.model.model_name_or_path])
+    yield from request_updates([recipe.model.model_name_or_path])
     base = find_base(recipe.model.model_name_or_path, recipe.model.model_revision)
     check_targets(recipe, base)
     check_embedding(recipe, base.config)
@@ -63,7 +63,9 @@ def prepare_inputs(recipe: Recipe) -> Generator[Update, None, Inputs]:
     text_config = base.config.get_text_config()
     _check_ids(train, text_config.vocab_size)
     _check_ids(test, text_config.vocab_size)
-    _check_positions(base.name, getattr(text_config, "max_position_embeddings", None), (train, test))
+    _check_positions(
+        base.name, getattr(text_config, "max_position_embeddings", None), (train, test)
+    )
     tokenizer = load_tokenizer(base.path)
     set_chat_template(tokenizer, recipe.data)
     return Inputs(base, tokenizer, train, test, found)
@@ -71,25 +73,25 @@ def prepare_inputs(recipe: Recipe) -> Generator[Update, None, Inputs]:
 
 @dataclass(frozen=True)
 class Preview:
-    """What the model will see of a recipe's data."""
+    """What a model would read of a recipe's data."""
 
     figures: dict[str, Any]
-    """What data.json holds."""
+    """The content of data.json."""
     samples: dict[str, Any]
-    """Pairs as segments of text: the ``first`` one, and the first that is ``cut``, if one is."""
+    """Pairs as text segments: the ``first`` one and, if any pair is cut, the first ``cut`` one."""
     warnings: list[str]
 
 
 def preview(recipe: Recipe, place: str | None = None) -> Generator[Update, None, Preview]:
-    """Look at the data as :func:`prepare_inputs` would; of the base only the tokenizer is needed.
+    """Read the data as :func:`prepare_inputs` does. Of the base only the tokenizer is needed.
 
     Args:
-        recipe: which data, which base.
-        place: of a row ("pairs.csv:3") to show in place of the first one, whether it is kept or left out.
+        recipe: the recipe with the data and the base.
+        place: a row ("pairs.csv:3") to show instead of the first pair, even if it is dropped.
     """
-    yield from asking(recipe.data.names)
+    yield from request_updates(recipe.data.names)
     sources = find_sources(recipe.data)
-    yield from asking([recipe.model.model_name_or_path])
+    yield from request_updates([recipe.model.model_name_or_path])
     folder, _ = find_texts(recipe.model.model_name_or_path, recipe.model.model_revision)
     train, test, found = yield from tokenized_splits(recipe, folder, *sources)
     warnings = []
@@ -102,54 +104,67 @@ def preview(recipe: Recipe, place: str | None = None) -> Generator[Update, None,
         warnings.append(f"training would stop: {error}")
     samples = train.facts["samples"]
     if place is not None:
-        samples = {"first": show_row(recipe.data, [*sources[0], *sources[1]], partial(load_tokenizer, folder), place)}
+        samples = {
+            "first": show_row(
+                recipe.data, [*sources[0], *sources[1]], partial(load_tokenizer, folder), place
+            )
+        }
     return Preview(found, samples, warnings)
 
 
-def asking(names: Sequence[str]) -> Iterator[Update]:
-    """What the network is waited for; it may take a while, and nothing else would be seen."""
+def request_updates(names: Sequence[str]) -> Iterator[Update]:
+    """Yield an update before a request to the hub, which may take long and shows nothing itself."""
     remote = [name for name in names if not is_local(name)]
     if remote and (host := hub_host()):
         yield Update("stage", f"asking {host} for {', '.join(remote)}")
 
 
 def _check_ids(pairs: TokenizedPairs, vocab_size: int | None) -> None:
-    """Refuse tokens that the base has no embedding for."""
+    """Raise :class:`ModelError` for token ids that the base has no embedding for."""
     largest, where = pairs.facts["largest_id"]
     if vocab_size is not None and largest >= vocab_size:
         raise ModelError(
             where=where,
-            found=f"token id {largest}, and the model's embedding has {vocab_size} rows",
+            found=f"token id {largest}, but the model's embedding has {vocab_size} rows",
             expected="a tokenizer that belongs to the model",
-            fix="use the base's own tokenizer; or set vocab_size in config.json to the rows of the weights",
+            fix="use the base's own tokenizer; or set vocab_size to the weights' number of rows",
         )
 
 
-def _check_positions(name: str, limit: int | None, sides: Sequence[TokenizedPairs]) -> None:
-    """Refuse sequences longer than the base has positions for: learned ones fail, rotary ones turn to noise."""
-    lengths = (side.column(column) for side in sides for column in ("chosen_tokens", "rejected_tokens"))
+def _check_positions(name: str, limit: int | None, splits: Sequence[TokenizedPairs]) -> None:
+    """Raise :class:`ModelError` for sequences longer than the base's number of positions.
+
+    Learned positions would fail; rotary ones give noise.
+    """
+    lengths = (
+        split.column(column) for split in splits for column in ("chosen_tokens", "rejected_tokens")
+    )
     longest = max(int(column.max(initial=0)) for column in lengths)
     if limit is not None and longest > limit:
         raise ModelError(
             where="data.max_length",
-            found=f"the longest pair has {longest:,} tokens, and {name} reads {limit:,}",
+            found=f"the longest pair has {longest:,} tokens, but {name} has {limit:,} positions",
             fix=Overrides({"data.max_length": limit, "data.max_prompt_length": "auto"}),
         )
 
 
 def with_absolute_paths(recipe: Recipe) -> Recipe:
-    """Local paths written out, so that the run can be resumed from any folder."""
+    """Return the recipe with absolute local paths, so that a run can be resumed from anywhere."""
     keys = ["model.model_name_or_path", "model.adapter_name_or_path", "data.chat_template"]
     if is_path(recipe.data.dataset_test_split or ""):
         keys.append("data.dataset_test_split")
-    # A template may stand in the recipe itself, and auto and none are no files.
-    written = {key: value for key, value in recipe.items() if key in keys and value not in (None, "auto", "none")}
+    # A template may be written in the recipe itself, and auto and none are not files.
+    written = {
+        key: value
+        for key, value in recipe.items()
+        if key in keys and value not in (None, "auto", "none")
+    }
     values = {key: _absolute(value) for key, value in written.items() if "{" not in value}
     names = [_absolute(name) for name in recipe.data.names]
     return recipe.override(values | {"data.dataset_name": names if len(names) > 1 else names[0]})
 
 
 def _absolute(name: str) -> str:
-    """A local path, or pattern of such, written out; any other name as it is."""
+    """Return a local path or glob pattern as an absolute path, any other name unchanged."""
     path = Path(name).expanduser()
     return str(path.resolve()) if path.exists() or glob.has_magic(name) else name

@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGHUP: the step under way is finished and saved first."""
+"""Handle SIGINT, SIGTERM and SIGHUP, so that the current step is finished and saved first."""
 
 import signal
 import threading
@@ -11,7 +11,7 @@ from orpo_lite.runs.commands import resume_command
 
 
 class Interrupted(OrpoLiteError):  # noqa: N818 - not a fault
-    """A signal, after the step was finished and saved."""
+    """A signal arrived; the current step was finished and saved."""
 
     def __init__(self, number: int, path: Path) -> None:
         found = f"stopped by {signal.Signals(number).name} and saved"
@@ -21,9 +21,11 @@ class Interrupted(OrpoLiteError):  # noqa: N818 - not a fault
 
 @contextmanager
 def collect_signals() -> Iterator[list[int]]:
-    """Collects SIGINT, SIGTERM and SIGHUP so that the step under way can finish; a second SIGINT ends at once.
+    """Yield the list of signals received, so that the current step can finish first.
 
-    SIGHUP stays ignored where it is: that is how nohup keeps a training when its terminal is closed.
+    SIGINT, SIGTERM and SIGHUP are collected; a second SIGINT raises KeyboardInterrupt. SIGHUP is
+    not collected if it is ignored already: nohup does that to keep a training when its terminal is
+    closed.
     """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():

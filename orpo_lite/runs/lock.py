@@ -1,4 +1,4 @@
-"""lock.json and recipe.yaml of a run: what it was resolved to, and whether that is still so."""
+"""Read recipe.yaml and lock.json of a run; write and check what its inputs were resolved to."""
 
 import hashlib
 import sys
@@ -16,11 +16,23 @@ from orpo_lite.runs.commands import new_run_command
 from orpo_lite.runs.inputs import Inputs
 from orpo_lite.runs.records import read_json, refuse_lacking
 
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "datasets",
+    "safetensors",
+)
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """recipe.yaml of an existing run, which may have been edited. Raises :class:`CheckpointError`."""
+    """Return the recipe.yaml of an existing run, which may have been edited.
+
+    Raises:
+        CheckpointError: the folder is not a run.
+    """
     _refuse_no_run(path)
     return load_recipe(str((path / "recipe.yaml").resolve()), overrides)
 
@@ -37,33 +49,49 @@ def _refuse_no_run(path: Path) -> None:
 
 
 def read_lock(path: Path) -> dict[str, Any]:
-    """The lock.json of an existing run. Raises :class:`CheckpointError`."""
+    """Return the lock.json of an existing run.
+
+    Raises:
+        CheckpointError: the folder is not a run, or the file is missing or damaged.
+    """
     _refuse_no_run(path)
     file = path / "lock.json"
     lock = read_json(file)
-    needed = {"base": ("name", "revision", "path", "fingerprint"), "data": ("name", "sha256")}
-    needed["chat_template"] = needed["data"]
-    if any(not isinstance(lock.get(part), dict) or not {*keys} <= lock[part].keys() for part, keys in needed.items()):
+    needed = {
+        "base": {"name", "revision", "path", "fingerprint"},
+        "data": {"name", "sha256"},
+        "chat_template": {"name", "sha256"},
+    }
+    for part, keys in needed.items():
+        if isinstance(lock.get(part), dict) and keys <= lock[part].keys():
+            continue
         raise CheckpointError(
-            where=str(file), found="lacks base, data or chat_template", expected="the file that the training wrote"
+            where=str(file),
+            found="lacks base, data or chat_template",
+            expected="the file that the training wrote",
         )
     licences = lock.get("licences") or {"base": {}, "data": {}}
     refuse_lacking({"licences": licences}, {"licences": dict}, str(file))
     refuse_lacking(licences, {"base": dict, "data": dict}, f"{file}, licences")
-    refuse_lacking(licences["data"], dict.fromkeys(licences["data"], dict), f"{file}, licences.data")
-    for said in (licences["base"], *licences["data"].values()):
-        refuse_lacking(said, dict.fromkeys(said, str | list), f"{file}, licences")
+    refuse_lacking(
+        licences["data"], dict.fromkeys(licences["data"], dict), f"{file}, licences.data"
+    )
+    for licence in (licences["base"], *licences["data"].values()):
+        refuse_lacking(licence, dict.fromkeys(licence, str | list), f"{file}, licences")
     return lock
 
 
 def with_pinned_base(recipe: Recipe, lock: Mapping[str, Any]) -> Recipe:
-    """The recipe with the commit that the base's revision named when the run began, whatever it names by now."""
+    """Return the recipe with the base's revision set to the commit that it named at the start.
+
+    A branch may have moved since.
+    """
     revision = lock["base"]["revision"]
     return recipe.override({"model.model_revision": revision}) if revision is not None else recipe
 
 
 def make_lock(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
-    """What the run was resolved to: enough to repeat it and to merge it."""
+    """Return the content of lock.json: what is needed to repeat the run and to merge it."""
     return {
         "orpo_lite": __version__,
         "versions": {name: version(name) for name in PACKAGES},
@@ -76,8 +104,14 @@ def make_lock(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
             "wrapper": is_wrapper(inputs.base.config),
         },
         "data": {"name": ", ".join(recipe.data.names), "sha256": inputs.figures["sha256"]},
-        "tokens": {"name": "as tokens", "sha256": _sha256(f"{inputs.train.sha256} {inputs.test.sha256}")},
-        "chat_template": {"name": recipe.data.chat_template, "sha256": _sha256(str(inputs.tokenizer.chat_template))},
+        "tokens": {
+            "name": "as tokens",
+            "sha256": _sha256(f"{inputs.train.sha256} {inputs.test.sha256}"),
+        },
+        "chat_template": {
+            "name": recipe.data.chat_template,
+            "sha256": _sha256(str(inputs.tokenizer.chat_template)),
+        },
         "end_token_id": inputs.end_id,
         "seed": recipe.training.seed,
     }
@@ -88,14 +122,19 @@ def _sha256(text: str) -> str:
 
 
 def check_lock(path: Path, lock: Mapping[str, Any]) -> None:
-    """Refuse to go on with another base, template, data or tokens than the run began with.
+    """Raise :class:`CheckpointError` if base, template, data or tokens differ from the run's start.
 
-    Tokens may change though nothing else did: with a library, or with the date that a template writes.
+    Tokens may change alone: with a library's version, or with the date that a template writes.
     """
     before = read_lock(path)
     pairs = {"base": "fingerprint", "chat_template": "sha256", "data": "sha256", "tokens": "sha256"}
-    pairs = {what: key for what, key in pairs.items() if what in before}  # runs of an older version noted no tokens
-    differing = [f"{what} {lock[what]['name']}" for what, key in pairs.items() if before[what][key] != lock[what][key]]
+    # Runs of older versions did not record tokens.
+    pairs = {what: key for what, key in pairs.items() if what in before}
+    differing = [
+        f"{what} {lock[what]['name']}"
+        for what, key in pairs.items()
+        if before[what][key] != lock[what][key]
+    ]
     if differing:
         raise CheckpointError(
             where=f"run {path}",

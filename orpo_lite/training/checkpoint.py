@@ -33,7 +33,9 @@ def save(run: Path, model: PairModel, optimizer: torch.optim.Optimizer, state: T
     with new_folder(final) as folder:
         save_file(adapter_tensors(model), folder / ADAPTER)
         save_file(tensors, folder / OPTIMIZER)
-        (folder / STATE).write_text(to_json(replace(state, optimizer=scalars).to_json()), encoding="utf-8")
+        (folder / STATE).write_text(
+            to_json(replace(state, optimizer=scalars).to_json()), encoding="utf-8"
+        )
         (folder / MANIFEST).write_text(to_json(_hashes(folder)), encoding="utf-8")
     _rotate(run, state.best_step)
     return final
@@ -64,7 +66,9 @@ def at_step(run: Path, step: int) -> Path:
     folder = run / "checkpoints" / f"step-{step:07d}"
     fault = find_fault(folder)
     if fault is not None:
-        raise CheckpointError(where=str(folder), found=fault, expected="a complete, unaltered checkpoint")
+        raise CheckpointError(
+            where=str(folder), found=fault, expected="a complete, unaltered checkpoint"
+        )
     return folder
 
 
@@ -77,7 +81,10 @@ def find_fault(folder: Path) -> str | None:
         return f"unreadable ({type(error).__name__})"
     if not isinstance(expected, dict) or set(expected) != {ADAPTER, OPTIMIZER, STATE}:
         return f"{MANIFEST} does not list its files"
-    return next((f"{name} is missing or altered" for name in expected if found.get(name) != expected[name]), None)
+    return next(
+        (f"{name} is missing or altered" for name in expected if found.get(name) != expected[name]),
+        None,
+    )
 
 
 def restore(folder: Path, model: PairModel, optimizer: torch.optim.Optimizer) -> TrainState:
@@ -117,20 +124,34 @@ def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor
     return tensors, scalars
 
 
-def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> None:
+def _restore_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], scalars: dict[str, Any]
+) -> None:
     for index, (group, position, parameter) in enumerate(_parameters(optimizer)):
         prefix = f"{index}."
-        own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        own = {
+            name.removeprefix(prefix): value
+            for name, value in tensors.items()
+            if name.startswith(prefix)
+        }
         if not own:
             continue
-        if hasattr(optimizer, "init_state"):  # bitsandbytes allocates, perhaps in paged memory; fill what it made
+        if hasattr(
+            optimizer, "init_state"
+        ):  # bitsandbytes allocates, perhaps in paged memory; fill what it made
             optimizer.init_state(optimizer.param_groups[group], parameter, group, position)
             for name, value in own.items():
                 optimizer.state[parameter][name].copy_(value)
         else:  # torch keeps `step` on the CPU
             devices = {"step": torch.device("cpu")}
-            optimizer.state[parameter] = {n: v.to(devices.get(n, parameter.device)) for n, v in own.items()}
-        kept = {name.removeprefix(prefix): value for name, value in scalars.items() if name.startswith(prefix)}
+            optimizer.state[parameter] = {
+                n: v.to(devices.get(n, parameter.device)) for n, v in own.items()
+            }
+        kept = {
+            name.removeprefix(prefix): value
+            for name, value in scalars.items()
+            if name.startswith(prefix)
+        }
         optimizer.state[parameter].update(kept)
 
 
@@ -146,7 +167,10 @@ def _rotate(run: Path, best_step: int | None) -> None:
     """Remove what is older than the newest valid ones, which are in place; the best stays."""
     valid = 0
     for folder in reversed(_folders(run)):
-        if valid == KEPT_CHECKPOINTS and folder.name != f"step-{-1 if best_step is None else best_step:07d}":
+        if (
+            valid == KEPT_CHECKPOINTS
+            and folder.name != f"step-{-1 if best_step is None else best_step:07d}"
+        ):
             shutil.rmtree(folder)
         elif valid < KEPT_CHECKPOINTS and find_fault(folder) is None:
             valid += 1

@@ -34,7 +34,10 @@ def shrink_memory(session: Session, batch: Sequence[TokenizedPair]) -> dict[str,
     pairs = max(map(len, micro_batches(batch, model.batching(recipe, session.inputs.pad_id))))
     settings: dict[str, Any] = {"activation_checkpointing": memory.activation_checkpointing}
     if pairs > 1:
-        return settings | {"micro_batch_tokens": max(1, recipe.micro_batch_tokens // 2), "micro_batch_size": pairs // 2}
+        return settings | {
+            "micro_batch_tokens": max(1, recipe.micro_batch_tokens // 2),
+            "micro_batch_size": pairs // 2,
+        }
     if model.checkpointed < len(model.layers):
         sizes = {"micro_batch_tokens": memory.micro_batch_tokens, "micro_batch_size": 1}
         return sizes | {"activation_checkpointing": "all"}
@@ -47,26 +50,38 @@ def shrink_memory(session: Session, batch: Sequence[TokenizedPair]) -> dict[str,
 
 
 def _lack_of_memory(
-    recipe: Recipe, config: Any, path: Path, found: str, smaller: Mapping[str, Any] = MappingProxyType({})
+    recipe: Recipe,
+    config: Any,
+    path: Path,
+    found: str,
+    smaller: Mapping[str, Any] = MappingProxyType({}),
 ) -> FitError:
     """Return the error of a run whose memory runs out; its fix is what ``memory`` does not do yet, and ``smaller``."""
     plain = {"checkpoint_offload": True, "mlp_tile": 512, "embedding_on_cpu": True}
     if getattr(config.get_text_config(), "tie_word_embeddings", False):
         del plain["embedding_on_cpu"]  # which is refused where it is the output head too
-    unused = {f"memory.{key}": plain[key] for key in plain if getattr(recipe.memory, key) in (None, False, "auto")}
+    unused = {
+        f"memory.{key}": plain[key]
+        for key in plain
+        if getattr(recipe.memory, key) in (None, False, "auto")
+    }
     settings = {**unused, **smaller}
     begun = any((path / "checkpoints").glob("step-*"))
     going_on = "go on from the last checkpoint" if begun else "begin again"
     return FitError(
         where=f"run {path}",
         found=found,
-        fix=Command(resume_command(path, settings).line, f", to {going_on}; none of them changes the result")
+        fix=Command(
+            resume_command(path, settings).line, f", to {going_on}; none of them changes the result"
+        )
         if settings
         else "a shorter data.max_length in a new run; checkpoints are kept",
     )
 
 
-def report_not_finite(session: Session, batch: Sequence[TokenizedPair], state: TrainState) -> Update:
+def report_not_finite(
+    session: Session, batch: Sequence[TokenizedPair], state: TrainState
+) -> Update:
     """Return what to say of a step that was skipped. Raises :class:`DivergedError` at the third in a row."""
     found = f"loss or gradient not finite at step {state.step}"
     if state.bad_in_a_row == BAD_STEPS:
@@ -75,7 +90,8 @@ def report_not_finite(session: Session, batch: Sequence[TokenizedPair], state: T
             where=f"run {session.path}",
             found=f"{found}, the {BAD_STEPS}rd in a row",
             fix=Command(
-                resume_command(session.path, lower).line, ", to go on from the last checkpoint at half the rate"
+                resume_command(session.path, lower).line,
+                ", to go on from the last checkpoint at half the rate",
             ),
         )
     rows = ", ".join(pair.where for pair in batch[:8])
@@ -99,11 +115,15 @@ def explain_faults(recipe: Recipe, config: Any, path: Path) -> Iterator[None]:
             found = f"the GPU is out of memory ({first_line(error)})"
             fewer = {"memory.micro_batch_tokens": max(1, recipe.micro_batch_tokens // 2)}
             if not recipe.memory.packing:
-                fewer = {"memory.micro_batch_size": max(1, (recipe.memory.micro_batch_size or 2) // 2)}
+                fewer = {
+                    "memory.micro_batch_size": max(1, (recipe.memory.micro_batch_size or 2) // 2)
+                }
             raise _lack_of_memory(recipe, config, path, found, fewer) from error
         if not deterministic or "deterministic" not in str(error):
             raise
-        found = f"an operation of this model has no deterministic kernel ({str(error).split('.')[0]})"
+        found = (
+            f"an operation of this model has no deterministic kernel ({str(error).split('.')[0]})"
+        )
         raise RecipeError(
             where=f"training.full_determinism ({recipe.sources['training.full_determinism']})",
             found=found,

@@ -15,7 +15,9 @@ from orpo_lite.training.step import OutOfMemory, take_step
 from orpo_lite.updates import Update, staged
 
 
-def train_steps(session: Session, state: TrainState, *, saved: bool = False) -> Generator[Update, None, None]:
+def train_steps(
+    session: Session, state: TrainState, *, saved: bool = False
+) -> Generator[Update, None, None]:
     """Train from ``state`` to the last step, to an early stop or to a signal: evaluate, save, take a step, repeat.
 
     A step depends on the recipe, the data and its number, on no hidden state.
@@ -48,7 +50,9 @@ def train_steps(session: Session, state: TrainState, *, saved: bool = False) -> 
             processes.wait()
             last_save = (state.step, state.evaluated_step)
         if stopping:
-            raise Interrupted(session.signals[0] if session.signals else signal.SIGTERM, session.path)
+            raise Interrupted(
+                session.signals[0] if session.signals else signal.SIGTERM, session.path
+            )
         if state.step == session.steps:
             return
         if is_exhausted(session.recipe, state):
@@ -62,7 +66,10 @@ def train_steps(session: Session, state: TrainState, *, saved: bool = False) -> 
             state.memory = shrink_memory(session, batch)
             session.set_memory(state.memory)
             said = " ".join(f"memory.{key}={value}" for key, value in state.memory.items())
-            yield Update("note", f"out of memory at step {state.step + 1}: done again, and gone on, with {said}")
+            yield Update(
+                "note",
+                f"out of memory at step {state.step + 1}: done again, and gone on, with {said}",
+            )
             continue
         processes.on_main(append_metrics, session.path, {"step": state.step, **metrics})
         yield Update("step", session.objective.line(metrics), state.step, session.steps, metrics)

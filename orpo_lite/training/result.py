@@ -45,11 +45,16 @@ def keep_best(session: Session, state: TrainState) -> Generator[Update, None, in
             checkpoint.load_adapter(checkpoint.at_step(path, state.best_step), session.pair_model)
             kept = state.best_step
         except CheckpointError as error:  # the training is not lost for that
-            yield Update("note", f"the best checkpoint cannot be used, the last step is kept ({error.found})")
+            yield Update(
+                "note", f"the best checkpoint cannot be used, the last step is kept ({error.found})"
+            )
     if kept != state.best_step:
         state.after = state.latest
     elif kept == 0:
-        yield Update("note", "no step was better than the start: lower training.learning_rate, or train longer")
+        yield Update(
+            "note",
+            "no step was better than the start: lower training.learning_rate, or train longer",
+        )
     session.processes.on_main(save_adapter, path / "adapter", session.pair_model)
     record = to_json({"steps": state.step, "kept_step": kept})
     if session.processes.is_main:

@@ -69,7 +69,12 @@ class Session:
         settings, pairs = self.recipe.training, self.inputs.train
         epoch, place = divmod(step, self.per_epoch)
         order = epoch_order(len(pairs), seed=settings.seed, epoch=epoch)
-        return [pairs[i] for i in order[place * settings.global_batch_size : (place + 1) * settings.global_batch_size]]
+        return [
+            pairs[i]
+            for i in order[
+                place * settings.global_batch_size : (place + 1) * settings.global_batch_size
+            ]
+        ]
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of a step."""
@@ -113,27 +118,42 @@ def load_session(
         raise FitError(
             where=f"model {inputs.base.name}",
             found=f"the GPU is out of memory before its weights are loaded ({first_line(error)})",
-            fix=Command(line, text=f"end other programs that use the GPU (nvidia-smi lists them), then: {line}"),
+            fix=Command(
+                line,
+                text=f"end other programs that use the GPU (nvidia-smi lists them), then: {line}",
+            ),
         ) from error
     yield Update("stage", "probing the step on this model")
     if not recipe.memory.packing:
         probe_operations(pair_model)
     else:
-        longest = max(int(pair_lengths(side)[:, 1:].max(initial=1)) for side in (inputs.train, inputs.test))
-        probe(pair_model, longest, min(recipe.micro_batch_tokens, 2 * longest * recipe.training.global_batch_size))
+        longest = max(
+            int(pair_lengths(side)[:, 1:].max(initial=1)) for side in (inputs.train, inputs.test)
+        )
+        probe(
+            pair_model,
+            longest,
+            min(recipe.micro_batch_tokens, 2 * longest * recipe.training.global_batch_size),
+        )
         if processes.device.type == "cuda":
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(processes.device)  # what is reported is the steps' own
+            torch.cuda.reset_peak_memory_stats(
+                processes.device
+            )  # what is reported is the steps' own
     for note in pair_model.notes:
         yield Update("note", note)
     trained = [parameter for _, parameter in pair_model.trained()]
     # A checkpoint holds the adapter and two states of its size; those kept, one being written, and the result.
     adapter_bytes = 4 * sum(parameter.numel() for parameter in trained)
-    check_disk(path, 3 * adapter_bytes * (KEPT_CHECKPOINTS + 3), f"saving the checkpoints of {path}")
+    check_disk(
+        path, 3 * adapter_bytes * (KEPT_CHECKPOINTS + 3), f"saving the checkpoints of {path}"
+    )
     is_half = choose_dtype(recipe.model.dtype, device_kind(processes.device)) == torch.float16
     scaler = torch.amp.GradScaler(processes.device.type, enabled=is_half)
     optimizer = make_optimizer(recipe, trained)
-    session = Session(recipe, inputs, path, processes, stop, objective, pair_model, optimizer, scaler)
+    session = Session(
+        recipe, inputs, path, processes, stop, objective, pair_model, optimizer, scaler
+    )
     if said := session.warmup_note():
         yield Update("note", said)
     return session
@@ -142,7 +162,9 @@ def load_session(
 def count_steps(recipe: Recipe, inputs: Inputs) -> int:
     """Steps of the whole training."""
     settings = recipe.training
-    epochs = settings.num_train_epochs * steps_per_epoch(len(inputs.train), settings.global_batch_size)
+    epochs = settings.num_train_epochs * steps_per_epoch(
+        len(inputs.train), settings.global_batch_size
+    )
     return settings.max_steps if settings.max_steps > 0 else math.ceil(epochs)
 
 
@@ -162,7 +184,9 @@ def refuse_fewer_steps(recipe: Recipe, inputs: Inputs, path: Path) -> None:
         )
 
 
-def restore_session(session: Session, changed: Mapping[str, Any]) -> Generator[Update, None, TrainState]:
+def restore_session(
+    session: Session, changed: Mapping[str, Any]
+) -> Generator[Update, None, TrainState]:
     """Go back to the newest valid checkpoint; to the start when the run was stopped before its first one.
 
     A setting of ``memory`` that a step ran out of memory with gives way to one that is ``changed`` now.
@@ -177,7 +201,9 @@ def restore_session(session: Session, changed: Mapping[str, Any]) -> Generator[U
             session.scaler.load_state_dict(state.scaler)
     session.processes.on_main(cut_metrics, session.path, state.step, state.evaluated_step)
     yield Update("note", f"going on after step {state.step} of {session.steps}")
-    state.memory = {key: value for key, value in state.memory.items() if f"memory.{key}" not in changed}
+    state.memory = {
+        key: value for key, value in state.memory.items() if f"memory.{key}" not in changed
+    }
     session.set_memory(state.memory)
     return state
 

@@ -60,10 +60,17 @@ class TrainState:
         self.latest = metrics
         if self.step == 0:
             self.before = metrics
-        if not metrics["eval_loss"] < (math.inf if self.best_loss is None else self.best_loss):  # which no NaN is
+        if not metrics["eval_loss"] < (
+            math.inf if self.best_loss is None else self.best_loss
+        ):  # which no NaN is
             self.worse_in_a_row += 1
             return False
-        self.best_loss, self.best_step, self.worse_in_a_row, self.after = metrics["eval_loss"], self.step, 0, metrics
+        self.best_loss, self.best_step, self.worse_in_a_row, self.after = (
+            metrics["eval_loss"],
+            self.step,
+            0,
+            metrics,
+        )
         return True
 
     def to_json(self) -> dict[str, Any]:
@@ -81,7 +88,9 @@ class TrainState:
         if version not in range(VERSION + 1) or known.keys() != names:
             raise CheckpointError(
                 where=where,
-                found=f"is of version {version}" if version not in range(VERSION + 1) else "has other fields",
+                found=f"is of version {version}"
+                if version not in range(VERSION + 1)
+                else "has other fields",
                 expected=f"version {VERSION} or an earlier one",
                 fix="go on with the version of orpo-lite that lock.json names",
             )

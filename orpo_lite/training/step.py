@@ -26,7 +26,9 @@ class OutOfMemory(Exception):  # noqa: N818 - torch's own has the longer name
     """A process ran out of memory; no gradient of the step is left in any, so all may do it again in smaller pieces."""
 
 
-def take_step(session: Session, batch: Sequence[TokenizedPair], state: TrainState) -> tuple[dict[str, float], bool]:
+def take_step(
+    session: Session, batch: Sequence[TokenizedPair], state: TrainState
+) -> tuple[dict[str, float], bool]:
     """Take one optimizer step on the pairs of ``batch``.
 
     Returns:
@@ -51,7 +53,11 @@ def take_step(session: Session, batch: Sequence[TokenizedPair], state: TrainStat
     )
     named = session.objective.metrics(parts)
     norm, finite = update(
-        session.trained, session.optimizer, session.scaler, named["loss"], session.recipe.training.max_grad_norm
+        session.trained,
+        session.optimizer,
+        session.scaler,
+        named["loss"],
+        session.recipe.training.max_grad_norm,
     )
     tokens = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in batch)
     state.count_step(tokens, finite=finite)
@@ -95,14 +101,20 @@ def accumulate(
         A function, so that running out of memory leaves no tensor behind.
         """
         parts = torch.zeros(len(objective.parts), dtype=torch.float64, device=processes.device)
-        scaler.scale(torch.zeros((), device=processes.device))  # makes its state, also where there is no pair to scale
-        for number, chunk in enumerate(micro_batches(batch, batching, rank=rank, world=processes.count)):
+        scaler.scale(
+            torch.zeros((), device=processes.device)
+        )  # makes its state, also where there is no pair to scale
+        for number, chunk in enumerate(
+            micro_batches(batch, batching, rank=rank, world=processes.count)
+        ):
             rows = make_batch([batch[index] for index in chunk], batching)
             seed_dropout(seed, step, number, rank)
             logps = model(rows.to(processes.device))
             loss, share = objective.loss(logps, divisors)
             processes.backward(scaler.scale(loss))
-            parts.add_(share)  # there: to read it would wait for the device before the next batch is made
+            parts.add_(
+                share
+            )  # there: to read it would wait for the device before the next batch is made
         return parts
 
     parts = None

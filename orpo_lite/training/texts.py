@@ -39,7 +39,9 @@ def make_texts(inputs: Inputs) -> tuple[dict[str, bytes], str]:
                 expected="a tokenizer that can go with the adapter",
                 fix="a tokenizer.json and tokenizer_config.json as the installed transformers saves them",
             )
-        (folder / GENERATION_CONFIG).write_text(to_json(with_ends(config, inputs.end_id, inputs.pad_id)), "utf-8")
+        (folder / GENERATION_CONFIG).write_text(
+            to_json(with_ends(config, inputs.end_id, inputs.pad_id)), "utf-8"
+        )
         files = sorted(file for file in folder.rglob("*") if file.is_file())
         return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}, note
 
@@ -63,7 +65,9 @@ def _with_templates(inputs: Inputs) -> Any:
     if not isinstance(template, str):  # of a training on plain text
         return tokenizer
     named = own if isinstance(own, dict) else {}
-    leads = tokenizer.bos_token is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    leads = tokenizer.bos_token is not None and tokenizer("a")["input_ids"][:1] == [
+        tokenizer.bos_token_id
+    ]
     templates = {
         name: "{{ bos_token }}" + text if leads and not _begins_with_bos(tokenizer, text) else text
         for name, text in {**named, "default": template}.items()
@@ -75,7 +79,9 @@ def _with_templates(inputs: Inputs) -> Any:
 def _begins_with_bos(tokenizer: Any, template: str) -> bool:
     turns = [{"role": "user", "content": "a"}]
     try:
-        text = tokenizer.apply_chat_template(turns, template, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(
+            turns, template, tokenize=False, add_generation_prompt=True
+        )
     except Exception:  # one that wants documents or tools
         return "bos_token" in template or tokenizer.bos_token in template
     return str(text).startswith(tokenizer.bos_token)

@@ -31,7 +31,11 @@ def write_adapter(folder: Path, **options: Any) -> None:
     [
         ({"target_modules": ["v_proj", "q_proj"]}, ["q_proj", "v_proj"]),
         (
-            {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": [1], "rank_pattern": {"v_proj": 2}},
+            {
+                "target_modules": ["q_proj", "v_proj"],
+                "layers_to_transform": [1],
+                "rank_pattern": {"v_proj": 2},
+            },
             ["q_proj", "v_proj"],
         ),
         (
@@ -48,18 +52,32 @@ def test_the_recipe_states_what_the_adapter_adapts(
     assert (lora.r, lora.lora_alpha, lora.target_modules) == (4, 8, found)
 
 
-def test_what_a_recipe_says_beside_an_adapter_is_the_adapter_s_or_refused(small_recipe: Build, workspace: Path) -> None:
+def test_what_a_recipe_says_beside_an_adapter_is_the_adapter_s_or_refused(
+    small_recipe: Build, workspace: Path
+) -> None:
     write_adapter(workspace / "adapter", target_modules=["q_proj", "v_proj"])
-    said = ("lora.r=8", "lora.lora_alpha=32", "lora.target_modules=all-linear", "lora.init_lora_weights=gaussian")
+    said = (
+        "lora.r=8",
+        "lora.lora_alpha=32",
+        "lora.target_modules=all-linear",
+        "lora.init_lora_weights=gaussian",
+    )
     with pytest.raises(RecipeError, match="4 faults") as raised:
         adopt_adapter(small_recipe(FROM, *said))
     fix = raised.value.fix
     assert isinstance(fix, Overrides)
-    assert fix.startswith("lora.r=4 lora.lora_alpha=8 lora.target_modules=q_proj,v_proj lora.init_lora_weights=true")
+    assert fix.startswith(
+        "lora.r=4 lora.lora_alpha=8 lora.target_modules=q_proj,v_proj lora.init_lora_weights=true"
+    )
     words = shlex.split(fix.partition(", or")[0])
-    for recipe in (small_recipe(FROM, *said, *words), small_recipe(FROM, *said).override(fix.values)):
+    for recipe in (
+        small_recipe(FROM, *said, *words),
+        small_recipe(FROM, *said).override(fix.values),
+    ):
         assert adopt_adapter(recipe).lora == adopt_adapter(small_recipe(FROM)).lora
-    with pytest.raises(RecipeError, match=r"lora\.r: 8"):  # and in a notebook, where no file or line is its source
+    with pytest.raises(
+        RecipeError, match=r"lora\.r: 8"
+    ):  # and in a notebook, where no file or line is its source
         adopt_adapter(small_recipe(FROM).override({"lora.r": 8}))
     same = small_recipe(FROM, "lora.r=4", "lora.target_modules=v_proj,q_proj")
     assert adopt_adapter(same).lora.target_modules == ["q_proj", "v_proj"]
@@ -70,7 +88,10 @@ def test_an_adapter_of_experts_names_them(small_recipe: Build, workspace: Path) 
     file = workspace / "adapter" / "adapter_config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps({**config, "target_parameters": ["mlp.experts.gate_up_proj"]}))
-    assert adopt_adapter(small_recipe(FROM)).lora.target_modules == ["mlp.experts.gate_up_proj", "q_proj"]
+    assert adopt_adapter(small_recipe(FROM)).lora.target_modules == [
+        "mlp.experts.gate_up_proj",
+        "q_proj",
+    ]
 
 
 def test_a_rank_may_be_written_as_a_fraction(small_recipe: Build, workspace: Path) -> None:

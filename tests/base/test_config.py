@@ -1,4 +1,5 @@
-"""A base's files that cannot be used: the message says what they are, and what it offers works when pasted."""
+"""A base's files that cannot be used: the message says what they are, and what it offers works when
+pasted."""
 
 import importlib.util
 import json
@@ -21,7 +22,12 @@ from orpo_lite.base.weights import check_weights
 from orpo_lite.errors import Command, ModelError, Overrides
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 12345\n"
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -67,22 +73,40 @@ def paste(fix: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("values", "said", "fix"),
     [
         ({"model_type": "lama"}, "'lama' is not in transformers 5", "misspelt: llama"),
-        ({"model_type": "new9", "transformers_version": "99.1.0.dev0"}, "'new9' is not in", "'transformers>=99.1.0'"),
-        ({"model_type": None}, "names no model_type", ""),
+        (
+            {"model_type": "new9", "transformers_version": "99.1.0.dev0"},
+            "'new9' is not in",
+            "'transformers>=99.1.0'",
+        ),
+        ({"model_type": None}, "config.json has no model_type", ""),
         ({"model_type": "bert"}, "'bert' is an encoder (BertForMaskedLM)", ""),
         ({"model_type": "whisper"}, "'whisper' is an encoder-decoder", ""),
         ({"model_type": "vit"}, "'vit' is ViTModel, without a language model", ""),
-        ({"model_type": "qwen2_5_vl"}, "has Qwen2_5_VLForConditionalGeneration", "(qwen2_5_vl_text) has no causal"),
-        ({"hidden_act": "nosuch"}, "cannot build the model that it describes: KeyError: 'nosuch'", "config.json"),
+        (
+            {"model_type": "qwen2_5_vl"},
+            "has Qwen2_5_VLForConditionalGeneration",
+            "no causal model of its text part (qwen2_5_vl_text)",
+        ),
+        ({"hidden_act": "nosuch"}, "cannot build its model: KeyError: 'nosuch'", "config.json"),
         ({"num_attention_heads": 3}, "not a multiple of the number of attention heads (3)", ""),
         ({"vocab_size": "98"}, "Field 'vocab_size' expected int, got str", ""),
         ({"rope_parameters": {"rope_type": "weird"}}, "KeyError: 'weird'", ""),
-        ({"quantization_config": {}}, "is already quantised", "take the key out of config.json"),
-        ({"text_config": {"quantization_config": {"quant_method": "awq"}}}, "already quantised (awq)", "model card"),
-        ({"compression_config": {"quant_method": "gptq"}}, "already quantised (gptq)", "model card"),
+        ({"quantization_config": {}}, "is already quantised", "remove the key from config.json"),
+        (
+            {"text_config": {"quantization_config": {"quant_method": "awq"}}},
+            "already quantised (awq)",
+            "model card",
+        ),
+        (
+            {"compression_config": {"quant_method": "gptq"}},
+            "already quantised (gptq)",
+            "model card",
+        ),
     ],
 )
-def test_what_transformers_has_is_named(base: Path, values: dict[str, Any], said: str, fix: str) -> None:
+def test_what_transformers_has_is_named(
+    base: Path, values: dict[str, Any], said: str, fix: str
+) -> None:
     change(base, **values)
     error = refused(base)
     assert said in error.found
@@ -111,11 +135,15 @@ def test_packages_that_an_architecture_needs_are_named(base: Path) -> None:
 # --- commands that make a base of it
 
 
-def test_the_text_part_of_a_multimodal_model_is_saved(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_text_part_of_a_multimodal_model_is_saved(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Tied by the whole model's configuration and not by the text part's, as some are."""
     tower = {"image_size": 28, "patch_size": 14, "model_type": "pixtral"} | SIZES
     text = tiny_llama(98).config.to_dict() | {"tie_word_embeddings": False}
-    config = hf.LlavaConfig(text_config=text, vision_config=tower, image_token_index=97, tie_word_embeddings=True)
+    config = hf.LlavaConfig(
+        text_config=text, vision_config=tower, image_token_index=97, tie_word_embeddings=True
+    )
     whole = hf.LlavaForConditionalGeneration(config).eval()
     whole.save_pretrained(base)
     error = refused(base)
@@ -135,12 +163,18 @@ def to_fp8(weight: Tensor, block: int) -> tuple[Tensor, Tensor]:
     return (blocks / scales[:, None, :, None]).view(rows, columns).to(torch.float8_e4m3fn), scales
 
 
-def test_a_quantised_base_is_dequantised(base: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quantised_base_is_dequantised(
+    base: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tensors = load_file(base / "model.safetensors")
     for name in [name for name in tensors if "proj" in name]:
         tensors[name], tensors[f"{name}_scale_inv"] = to_fp8(tensors[name], 32)
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    quantization = {"quant_method": "fp8", "weight_block_size": [32, 32], "activation_scheme": "dynamic"}
+    quantization = {
+        "quant_method": "fp8",
+        "weight_block_size": [32, 32],
+        "activation_scheme": "dynamic",
+    }
     change(base, quantization_config=quantization)
     error = refused(base)
     assert error.found == "is already quantised (fp8)"
@@ -155,7 +189,9 @@ def test_a_quantised_base_is_dequantised(base: Path, llama: Path, monkeypatch: p
 # --- files that are others
 
 
-@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"])
+@pytest.mark.parametrize(
+    "file", ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"]
+)
 @pytest.mark.parametrize("cloned", [True, False])
 def test_a_pointer_is_no_file(base: Path, file: str, cloned: bool) -> None:
     (base / file).write_text(POINTER, encoding="utf-8")
@@ -163,7 +199,7 @@ def test_a_pointer_is_no_file(base: Path, file: str, cloned: bool) -> None:
         (base / ".git").mkdir()
     error = refused(base)
     assert error.where == str(base / file)
-    assert error.found == "a git-lfs pointer, not the file itself"
+    assert error.found == "is a git-lfs pointer, not the file itself"
     if cloned:
         assert isinstance(error.fix, Command)
         assert error.fix.line == f"git -C {shlex.quote(str(base))} lfs pull"
@@ -187,14 +223,19 @@ def test_a_tokenizer_of_a_later_release(base: Path) -> None:
 def test_an_adapter_in_place_of_a_base(base: Path, tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"
     adapter.mkdir()
-    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}), encoding="utf-8")
+    (adapter / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": str(base)}), encoding="utf-8"
+    )
     for copied in (False, True):  # some save the base's configuration beside it
         if copied:
             shutil.copy(base / "config.json", adapter)
         error = refused(adapter)
         assert "is an adapter, not a base" in error.found
         assert isinstance(error.fix, Overrides)
-        expected = {"model.model_name_or_path": str(base), "model.adapter_name_or_path": str(adapter)}
+        expected = {
+            "model.model_name_or_path": str(base),
+            "model.adapter_name_or_path": str(adapter),
+        }
         assert error.fix.values == expected
 
 
@@ -210,12 +251,22 @@ def test_a_folder_around_a_base(base: Path, tmp_path: Path, inside: str) -> None
 @pytest.mark.parametrize(
     ("values", "said", "fix"),
     [
-        ({"vocab_size": 128}, "lm_head.weight is (99, 64) in model.safetensors, not (128, 64)", "vocab_size to 99"),
-        ({"hidden_size": 32}, "and 18 more", "download all of it again"),
-        ({"num_key_value_heads": 4}, "k_proj.weight is (32, 64) in model.safetensors, not (64, 64)", "download"),
+        (
+            {"vocab_size": 128},
+            "lm_head.weight is (99, 64) in model.safetensors, not (128, 64)",
+            "vocab_size to 99",
+        ),
+        ({"hidden_size": 32}, "and 18 more", "download all files of the model again"),
+        (
+            {"num_key_value_heads": 4},
+            "k_proj.weight is (32, 64) in model.safetensors, not (64, 64)",
+            "download",
+        ),
     ],
 )
-def test_a_configuration_of_another_model(base: Path, values: dict[str, int], said: str, fix: str) -> None:
+def test_a_configuration_of_another_model(
+    base: Path, values: dict[str, int], said: str, fix: str
+) -> None:
     change(base, **values)
     error = refused(base)
     assert said in error.found
@@ -228,7 +279,8 @@ def test_weights_that_are_renamed_or_transposed_as_they_load_pass(tmp_path: Path
     bare = write_base(tmp_path / "bare", tiny_llama(99).model)
     change(bare, architectures=["LlamaForCausalLM"], tie_word_embeddings=True)
     gpt2 = write_base(
-        tmp_path / "gpt2", hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=99, n_embd=32, n_layer=1, n_head=2))
+        tmp_path / "gpt2",
+        hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=99, n_embd=32, n_layer=1, n_head=2)),
     )
     for folder in (bare, gpt2):
         check_weights(find_base(str(folder), "main"))

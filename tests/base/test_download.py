@@ -1,4 +1,5 @@
-"""The hub as a base's source, on a loopback server that speaks its protocol: what is fetched, and every refusal."""
+"""The hub as a base's source, on a loopback server that speaks its protocol: what is fetched, and
+every refusal."""
 
 import errno
 import json
@@ -48,7 +49,13 @@ def test_text_first_then_weights_and_never_a_pickle(hub: Hub) -> None:
         (hub.folder / name).write_text("{}")
     base = find_base(NAME, "main")
     assert (base.name, base.revision, base.config.model_type) == (NAME, COMMIT, "llama")
-    text = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", NAMED_TEMPLATE}
+    text = {
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        NAMED_TEMPLATE,
+    }
     assert hub.fetched() == text
     whole = fetch_weights(base)
     assert hub.fetched() == text | {WEIGHTS}
@@ -81,7 +88,8 @@ def test_an_adapter_without_its_pickle(hub: Hub) -> None:
 
 
 def test_another_peoples_format_is_neither_fetched_nor_part_of_the_base(hub: Hub) -> None:
-    """Mistral's own consolidated.safetensors doubles the download; ``hf download`` leaves it in the same folder."""
+    """Mistral's own consolidated.safetensors doubles the download; ``hf download`` leaves it in the
+    same folder."""
     base = fetch()
     assert not (base.path / "consolidated.safetensors").exists()
     hf_hub_download(NAME, "consolidated.safetensors")
@@ -95,7 +103,9 @@ def test_another_peoples_format_is_neither_fetched_nor_part_of_the_base(hub: Hub
 @pytest.mark.parametrize("at", ["/api/", "/resolve/"])
 @pytest.mark.parametrize("status", [401, 403])
 def test_a_gated_base_names_its_page_and_the_login(hub: Hub, at: str, status: int) -> None:
-    hub.fail(at, status, "GatedRepo")  # the hub lists a gated repository for everybody and refuses its files
+    hub.fail(
+        at, status, "GatedRepo"
+    )  # the hub lists a gated repository for everybody and refuses its files
     message = refused(HubError, fetch)
     assert "gated" in message
     assert f"{hub.endpoint}/{NAME}" in message
@@ -149,7 +159,9 @@ def test_weights_in_pickle_only(hub: Hub) -> None:
 
 def test_a_base_that_needs_its_own_code(hub: Hub) -> None:
     config = json.loads((hub.folder / "config.json").read_text())
-    (hub.folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "code.Model"}}))
+    (hub.folder / "config.json").write_text(
+        json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "code.Model"}})
+    )
     (hub.folder / "code.py").write_text("raise SystemExit(1)")
     assert "auto_map" in refused(ModelError, fetch)
     assert not any(name.endswith((".safetensors", ".py")) for name in hub.fetched())
@@ -157,7 +169,11 @@ def test_a_base_that_needs_its_own_code(hub: Hub) -> None:
 
 def test_a_disk_too_small(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(hub.folder)
-    needed = sum(path.stat().st_size for name, path in hub.files().items() if name.endswith((".json", WEIGHTS)))
+    needed = sum(
+        path.stat().st_size
+        for name, path in hub.files().items()
+        if name.endswith((".json", WEIGHTS))
+    )
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed // 2))
     message = refused(FitError, fetch)
     assert "MiB free" in message
@@ -186,7 +202,9 @@ def test_a_hub_that_is_busy(hub: Hub, slept: list[float], at: str, status: int) 
     assert f"hf download {NAME}" in message
 
 
-def test_a_hub_that_never_answers(hub: Hub, slept: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_never_answers(
+    hub: Hub, slept: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(base_download, "HUB_TIMEOUT", 0.3)
     hub.fail("/revision/", hang=True)
     started = time.monotonic()
@@ -196,7 +214,9 @@ def test_a_hub_that_never_answers(hub: Hub, slept: list[float], monkeypatch: pyt
     assert f"hf download {NAME}" in message
 
 
-def test_a_file_that_never_comes(hub: Hub, slept: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_never_comes(
+    hub: Hub, slept: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
     for limit in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"):
         monkeypatch.setattr(constants, limit, 0.3)
     hub.fail(f"GET .*{WEIGHTS}", hang=True)
@@ -251,7 +271,9 @@ def test_unreachable_but_cached(hub: Hub, caplog: pytest.LogCaptureFixture, revi
     assert f"using the cached copy of {NAME}" in caplog.text
 
 
-def test_a_busy_hub_and_a_cached_base(hub: Hub, slept: list[float], caplog: pytest.LogCaptureFixture) -> None:
+def test_a_busy_hub_and_a_cached_base(
+    hub: Hub, slept: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
     before = fetch()
     hub.fail("/", 503)
     assert fetch().path == before.path
@@ -283,18 +305,23 @@ def test_unreachable_and_only_the_configuration_cached(hub: Hub, slept: list[flo
 
 
 def see_data(hub: Hub, folder: Path, **changes: str) -> subprocess.CompletedProcess[str]:
-    """`orpo-lite data` on a set of the hub, with the hub's client and the cache of a home of its own."""
+    """`orpo-lite data` on a set of the hub, with the hub's client and the cache of a home of its
+    own."""
     command = [sys.executable, "-m", "orpo_lite", "data", "--recipe", "./pairs.yaml"]
     (folder / "pairs.yaml").write_text(
         f"model:\n  model_name_or_path: {hub.folder}\ndata:\n  dataset_name: {SET}\n"
         "  max_length: 128\n  max_prompt_length: 96\n"
     )
     env = environment(hub, folder / "home") | changes
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        command, cwd=folder, env=env, capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 @pytest.mark.parametrize("proxied", [False, True])
-def test_a_set_through_a_mirror_or_a_proxy_and_later_from_the_cache(hub: Hub, tmp_path: Path, proxied: bool) -> None:
+def test_a_set_through_a_mirror_or_a_proxy_and_later_from_the_cache(
+    hub: Hub, tmp_path: Path, proxied: bool
+) -> None:
     hub.set.mkdir()
     write_pairs(hub.set / "train.jsonl", 10)
     own = dict.fromkeys(("http_proxy", "HTTP_PROXY"), hub.endpoint if proxied else "")
@@ -329,9 +356,13 @@ def test_a_set_that_is_not_cached_is_not_waited_for(hub: Hub, tmp_path: Path) ->
     host = hub.endpoint.removeprefix("http://")
     assert refused.stdout == f"asking {host} for {SET} ...\n"
     first, *_, last = refused.stderr.splitlines()
-    assert first == f"data.dataset_name {SET}: {host} cannot be reached (ConnectError) and it is not in the cache"
     assert (
-        f"hf download --repo-type dataset {SET} --local-dir {SET.rpartition('/')[2]}, then data.dataset_name=" in last
+        first == f"data.dataset_name {SET}: {host} cannot be reached (ConnectError) "
+        "and it is not in the cache"
+    )
+    assert (
+        f"hf download --repo-type dataset {SET} --local-dir {SET.rpartition('/')[2]}, "
+        "then data.dataset_name=" in last
     )
 
 
@@ -348,13 +379,17 @@ def test_a_run_on_a_hub_base_and_its_merge_without_the_hub(
 ) -> None:
     write_pairs(tmp_path / "pairs.jsonl", 10)
     (tmp_path / "small.yaml").write_text(
-        f"model:\n  model_name_or_path: {NAME}\ndata:\n  dataset_name: ./pairs.jsonl\n  test_split_size: 0\n"
-        "  max_length: 128\n  max_prompt_length: 96\ntraining:\n  global_batch_size: 4\n  max_steps: 2\n"
+        f"model:\n  model_name_or_path: {NAME}\n"
+        "data:\n  dataset_name: ./pairs.jsonl\n  test_split_size: 0\n"
+        "  max_length: 128\n  max_prompt_length: 96\n"
+        "training:\n  global_batch_size: 4\n  max_steps: 2\n"
         "  output_dir: run\noutput:\n  merge: false\n  samples: 0\n"
     )
     command = [sys.executable, "-m", "orpo_lite", "train", "--recipe", "./small.yaml"]
     env = environment(hub, tmp_path / "home")
-    trained = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
+    trained = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False
+    )
     assert trained.returncode == 0, trained.stderr
     lock = json.loads((tmp_path / "run/lock.json").read_text())
     assert (lock["base"]["name"], lock["base"]["revision"]) == (NAME, COMMIT)
@@ -363,5 +398,10 @@ def test_a_run_on_a_hub_base_and_its_merge_without_the_hub(
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home/hub"))
     assert (merge(tmp_path / "run").folder / WEIGHTS).is_file()
     assert not [line for line in hub.requests if any(name in line for name in PICKLES)]
-    written = [path for folder in ("run", "home") for path in (tmp_path / folder).rglob("*") if path.is_file()]
+    written = [
+        path
+        for folder in ("run", "home")
+        for path in (tmp_path / folder).rglob("*")
+        if path.is_file()
+    ]
     assert not [path for path in written if TOKEN.encode() in path.read_bytes()]

@@ -33,7 +33,9 @@ def small(workspace: Path, small_recipe: Callable[..., Any], call: Call) -> Call
 
 
 def shell(*command: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [str(part) for part in command], cwd=cwd, capture_output=True, text=True, check=False
+    )
 
 
 # --- the program as a program
@@ -54,12 +56,14 @@ def test_help_answers_in_less_than_a_second(tmp_path: Path) -> None:
 
 def test_the_module_is_the_script(tmp_path: Path) -> None:
     script, module = (
-        shell(*start, "recipes", "ls", cwd=tmp_path) for start in ([SCRIPT], [sys.executable, "-m", "orpo_lite"])
+        shell(*start, "recipes", "ls", cwd=tmp_path)
+        for start in ([SCRIPT], [sys.executable, "-m", "orpo_lite"])
     )
     assert script.returncode == module.returncode == 0
     assert script.stdout == module.stdout != ""
     script, module = (
-        shell(*start, "train", "demo", cwd=tmp_path) for start in ([SCRIPT], [sys.executable, "-m", "orpo_lite"])
+        shell(*start, "train", "demo", cwd=tmp_path)
+        for start in ([SCRIPT], [sys.executable, "-m", "orpo_lite"])
     )
     assert script.returncode == module.returncode == 2
     assert script.stderr == module.stderr != ""
@@ -80,7 +84,9 @@ def test_a_pipe_that_is_closed_early_is_no_fault(tmp_path: Path) -> None:
     os.close(reading)
     command = [str(SCRIPT), "train", "--recipe", "demo", "--dry-run"]
     with os.fdopen(writing, "w") as nobody:
-        done = subprocess.run(command, cwd=tmp_path, stdout=nobody, stderr=subprocess.PIPE, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=tmp_path, stdout=nobody, stderr=subprocess.PIPE, text=True, check=False
+        )
     assert done.stderr == ""
     assert done.returncode in (0, 1)
 
@@ -107,8 +113,14 @@ def test_the_shell_completes(line: str, expected: list[str], tmp_path: Path) -> 
     for name in ("runs/one/recipe.yaml", "runs/two/recipe.yaml", "runs/builtin/other", "mine.yaml"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    words = {"COMP_WORDS": line, "COMP_CWORD": str(line.count(" ")), "_ORPO_LITE_COMPLETE": "complete_bash"}
-    done = subprocess.run([SCRIPT], cwd=tmp_path, env=os.environ | words, capture_output=True, text=True, check=False)
+    words = {
+        "COMP_WORDS": line,
+        "COMP_CWORD": str(line.count(" ")),
+        "_ORPO_LITE_COMPLETE": "complete_bash",
+    }
+    done = subprocess.run(
+        [SCRIPT], cwd=tmp_path, env=os.environ | words, capture_output=True, text=True, check=False
+    )
     assert done.stdout.split() == expected
 
 
@@ -122,12 +134,17 @@ def test_ls_lists_every_recipe_with_its_headline_base_beta_and_gpu(call: Call) -
     assert header.split()[0] == "recipe"
     assert [line.split()[0] for line in lines] == list(shipped_recipes())
     for line, (name, path) in zip(lines, shipped_recipes().items(), strict=True):
-        recipe, headline = load_recipe(name), path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        recipe, headline = (
+            load_recipe(name),
+            path.read_text(encoding="utf-8").splitlines()[0].lstrip("# "),
+        )
         base, beta = recipe.model.model_name_or_path, f"{recipe.loss.beta:g}"
         assert re.split(r"  +", line) == [name, base, beta, gpu_sizes()[name], headline]
 
 
-def test_show_prints_the_whole_recipe_and_what_it_prints_is_that_recipe(call: Call, tmp_path: Path) -> None:
+def test_show_prints_the_whole_recipe_and_what_it_prints_is_that_recipe(
+    call: Call, tmp_path: Path
+) -> None:
     code, said, _ = call("recipes", "show", "llama2-7b-qlora")
     (tmp_path / "shown.yaml").write_text(said, encoding="utf-8")
     shown = load_recipe(str(tmp_path / "shown.yaml"))
@@ -159,7 +176,10 @@ def test_cp_into_a_folder_keeps_the_name_and_stays_inside(
     assert call("recipes", "cp", "demo", "folder")[0] == 0
     assert call("recipes", "cp", "demo", "../source.yaml")[0] == 0
     assert call("recipes", "cp", "../source.yaml", "folder")[0] == 0
-    assert sorted(path.name for path in (tmp_path / "here" / "folder").iterdir()) == ["demo.yaml", "source.yaml"]
+    assert sorted(path.name for path in (tmp_path / "here" / "folder").iterdir()) == [
+        "demo.yaml",
+        "source.yaml",
+    ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "source.yaml"]
 
 
@@ -178,7 +198,12 @@ def test_dry_run_prints_every_value_whole_with_its_source_and_does_nothing(
     monkeypatch.chdir(tmp_path)
     long = "some/" + "very-" * 40 + "long-name"
     code, said, _ = call(
-        "train", "--recipe", "phi2-qlora", f"data.dataset_name={long}", "lora.use_dora=true", "--dry-run"
+        "train",
+        "--recipe",
+        "phi2-qlora",
+        f"data.dataset_name={long}",
+        "lora.use_dora=true",
+        "--dry-run",
     )
     recipe = load_recipe("phi2-qlora", [f"data.dataset_name={long}", "lora.use_dora=true"])
     values, _, levers = said.partition("\na step\n")
@@ -186,7 +211,9 @@ def test_dry_run_prints_every_value_whole_with_its_source_and_does_nothing(
     assert code == 0
     assert "the prompt of a pair once, 4,096 tokens a forward pass" in levers
     assert rows[0] == ["key", "value", "from"]
-    assert [row[0] for row in rows[1:]] == [f"{section}.{key}" for section, keys in KEYS.items() for key in keys]
+    assert [row[0] for row in rows[1:]] == [
+        f"{section}.{key}" for section, keys in KEYS.items() for key in keys
+    ]
     assert ["data.dataset_name", long, "command line"] in rows
     assert ["lora.use_dora", "true", "command line"] in rows
     assert ["loss.beta", "0.25", recipe.sources["loss.beta"]] in rows
@@ -198,21 +225,43 @@ def test_dry_run_prints_every_value_whole_with_its_source_and_does_nothing(
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        ([], ["without padding", "the prompt of a pair once", "a few rows of logits", "runs all layers again"]),
+        (
+            [],
+            [
+                "without padding",
+                "the prompt of a pair once",
+                "a few rows of logits",
+                "runs all layers again",
+            ],
+        ),
         (["memory.packing=false"], ["pads rows, 1 pair a forward pass, and holds all logits"]),
         (["memory.packing=false", "memory.micro_batch_size=4"], ["pads rows, 4 pairs"]),
-        (["memory.prompt_sharing=false", "memory.micro_batch_size=2"], ["of a pair twice", "at most 2 pairs"]),
-        (["memory.micro_batch_tokens=9000", "memory.head_chunk=none"], ["9,000 tokens", "all logits of a forward"]),
-        (["memory.head_chunk=256", "memory.mlp_tile=512"], ["256 rows of logits", "512 tokens at a time through"]),
+        (
+            ["memory.prompt_sharing=false", "memory.micro_batch_size=2"],
+            ["of a pair twice", "at most 2 pairs"],
+        ),
+        (
+            ["memory.micro_batch_tokens=9000", "memory.head_chunk=none"],
+            ["9,000 tokens", "all logits of a forward"],
+        ),
+        (
+            ["memory.head_chunk=256", "memory.mlp_tile=512"],
+            ["256 rows of logits", "512 tokens at a time through"],
+        ),
         (["memory.checkpoint_offload=true"], ["in the backward pass from inputs in host memory"]),
         (
             ["memory.activation_checkpointing=none"],
             ["runs no layer again in the backward", "the plan sets micro_batch"],
         ),
-        (["memory.activation_checkpointing=20", "memory.embedding_on_cpu=true"], ["20 layers", "tokens up in host"]),
+        (
+            ["memory.activation_checkpointing=20", "memory.embedding_on_cpu=true"],
+            ["20 layers", "tokens up in host"],
+        ),
     ],
 )
-def test_dry_run_says_the_levers_in_words(call: Call, overrides: list[str], said: list[str]) -> None:
+def test_dry_run_says_the_levers_in_words(
+    call: Call, overrides: list[str], said: list[str]
+) -> None:
     code, printed, _ = call("train", "--recipe", "mistral-qlora", *overrides, "--dry-run")
     assert code == 0
     assert [text for text in said if text not in printed] == []
@@ -244,7 +293,11 @@ def test_dry_run_says_the_levers_in_words(call: Call, overrides: list[str], said
     ids=" ".join,
 )  # fmt: skip
 def test_a_wrong_command_line_ends_with_2_and_says_the_right_one(
-    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], expected: list[str]
+    call: Call,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    expected: list[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     code, out, err = call(*arguments)
@@ -269,7 +322,12 @@ def test_a_wrong_command_line_ends_with_2_and_says_the_right_one(
     ],
 )
 def test_pairs_without_their_key_are_told_the_key(
-    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str, arguments: list[str], fix: str
+    call: Call,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    verb: str,
+    arguments: list[str],
+    fix: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sets").mkdir()
@@ -293,25 +351,33 @@ def test_resume_of_no_run_ends_with_5(call: Call, tmp_path: Path) -> None:
 
 def test_resume_reads_the_recipe_where_the_run_lies_now(call: Call, tmp_path: Path) -> None:
     (tmp_path / "moved").mkdir()
-    (tmp_path / "moved" / "recipe.yaml").write_text(load_recipe("demo", ["lora.r=4"]).to_yaml(), encoding="utf-8")
+    (tmp_path / "moved" / "recipe.yaml").write_text(
+        load_recipe("demo", ["lora.r=4"]).to_yaml(), encoding="utf-8"
+    )
     code, said, _ = call("train", "--resume", str(tmp_path / "moved"), "--dry-run")
     assert code == 0
-    rows = {line.split()[0]: line.split()[1] for line in said.partition("\na step\n")[0].splitlines()}
+    rows = {
+        line.split()[0]: line.split()[1] for line in said.partition("\na step\n")[0].splitlines()
+    }
     assert (rows["lora.r"], rows["training.output_dir"]) == ("4", str(tmp_path / "moved"))
 
 
-def test_an_existing_run_ends_with_5_and_the_command_to_go_on(small: Callable[..., Answer], workspace: Path) -> None:
+def test_an_existing_run_ends_with_5_and_the_command_to_go_on(
+    small: Callable[..., Answer], workspace: Path
+) -> None:
     (workspace / "run").mkdir()
     (workspace / "run" / "recipe.yaml").write_text("a run", encoding="utf-8")
     code, _, said = small()
     assert code == 5
-    assert "training.output_dir: run: holds a run already" in said
+    assert "training.output_dir: run: already holds a run" in said
     assert "orpo-lite train --resume run" in said
     assert "training.output_dir=OTHER" in said
     assert (workspace / "run" / "recipe.yaml").read_text(encoding="utf-8") == "a run"
 
 
-def test_a_folder_with_other_things_is_not_written_into(small: Callable[..., Answer], workspace: Path) -> None:
+def test_a_folder_with_other_things_is_not_written_into(
+    small: Callable[..., Answer], workspace: Path
+) -> None:
     (workspace / "run").mkdir()
     (workspace / "run" / "thesis.tex").write_text("dear", encoding="utf-8")
     code, _, said = small()
@@ -338,7 +404,9 @@ def test_a_fault_of_ours_ends_with_70_a_traceback_and_the_request_to_report(
     assert "This is a fault of orpo-lite. Please report it" in said
 
 
-def test_every_error_people_cause_ends_with_its_own_code(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_error_people_cause_ends_with_its_own_code(
+    call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kinds = [errors.RecipeError, errors.DataError, errors.ModelError, errors.CheckpointError, errors.FitError,
              errors.DivergedError, errors.HubError]  # fmt: skip
     codes = []
@@ -368,7 +436,10 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def rows(*pairs: tuple[object, object, object]) -> str:
-    return "".join(json.dumps(dict(zip(("prompt", "chosen", "rejected"), pair, strict=True))) + "\n" for pair in pairs)
+    return "".join(
+        json.dumps(dict(zip(("prompt", "chosen", "rejected"), pair, strict=True))) + "\n"
+        for pair in pairs
+    )
 
 
 GOOD = ("How is it?", "It is fine.", "No!")
@@ -425,7 +496,9 @@ BAD_DATA: dict[str, tuple[str, list[str], list[str]]] = {
 
 @pytest.mark.usefixtures("no_weights")
 @pytest.mark.parametrize("case", BAD_DATA)
-def test_bad_data_ends_with_3_before_weights_load(small: Callable[..., Answer], workspace: Path, case: str) -> None:
+def test_bad_data_ends_with_3_before_weights_load(
+    small: Callable[..., Answer], workspace: Path, case: str
+) -> None:
     text, overrides, expected = BAD_DATA[case]
     (workspace / "pairs.jsonl").write_text(text, encoding="utf-8")
     before = {path.name for path in workspace.rglob("*")}
@@ -437,7 +510,9 @@ def test_bad_data_ends_with_3_before_weights_load(small: Callable[..., Answer], 
 
 
 @pytest.mark.usefixtures("no_weights")
-def test_a_missing_data_file_names_its_neighbours(small: Callable[..., Answer], workspace: Path) -> None:
+def test_a_missing_data_file_names_its_neighbours(
+    small: Callable[..., Answer], workspace: Path
+) -> None:
     code, _, said = small("data.dataset_name=./pears.jsonl")
     assert code == 3
     assert "pears.jsonl: no such file" in said
@@ -445,24 +520,40 @@ def test_a_missing_data_file_names_its_neighbours(small: Callable[..., Answer], 
     assert not (workspace / "run").exists()
 
 
-def test_a_prompt_on_both_sides_of_a_given_split_is_warned_of(small: Callable[..., Answer], workspace: Path) -> None:
-    (workspace / "held-out.jsonl").write_text(rows(("Something else?", "Yes.", "No."), GOOD), encoding="utf-8")
+def test_a_prompt_on_both_sides_of_a_given_split_is_warned_of(
+    small: Callable[..., Answer], workspace: Path
+) -> None:
+    (workspace / "held-out.jsonl").write_text(
+        rows(("Something else?", "Yes.", "No."), GOOD), encoding="utf-8"
+    )
     (workspace / "pairs.jsonl").write_text(rows(GOOD), encoding="utf-8")
     code, said, _ = small("data.dataset_test_split=./held-out.jsonl", "training.max_steps=1")
     assert code == 0
-    assert "warning: 1 of 2 held-out prompts are also in the training set: the evaluation will look too good" in said
+    assert (
+        "warning: 1 of 2 held-out prompts are also in the training set: the evaluation will look too good"
+        in said
+    )
     figures = json.loads((workspace / "run" / "data.json").read_text(encoding="utf-8"))
     assert figures["prompts"] == {"train": 1, "held_out": 2, "shared": 1}
 
 
 def change_config(base: Path, **values: object) -> None:
     file = base / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | values), encoding="utf-8")
+    file.write_text(
+        json.dumps(json.loads(file.read_text(encoding="utf-8")) | values), encoding="utf-8"
+    )
 
 
 def encoder_decoder(base: Path) -> None:
     shutil.rmtree(base)
-    shape = {"vocab_size": 98, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    shape = {
+        "vocab_size": 98,
+        "d_model": 16,
+        "d_kv": 8,
+        "d_ff": 32,
+        "num_layers": 1,
+        "num_heads": 2,
+    }
     T5ForConditionalGeneration(T5Config(**shape)).save_pretrained(base)
     byte_tokenizer().save_pretrained(base)
 
@@ -484,18 +575,18 @@ BAD_BASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
     "broken settings of the tokenizer": (
         lambda base: (base / "tokenizer_config.json").write_text("[]", encoding="utf-8"),
         [],
-        ["tokenizer in", "tokenizer_config.json is no JSON object", "download it again"],
+        ["tokenizer in", "tokenizer_config.json is not a JSON object", "download it again"],
     ),
     "encoder-decoder": (encoder_decoder, [], ["base", "model_type 't5' is an encoder-decoder", "decoder-only"]),
-    "code of its own": (
+    "its own code": (
         lambda base: change_config(base, auto_map={"AutoModelForCausalLM": "evil.Model"}),
         [],
-        ["base", "needs code of its own (auto_map)"],
+        ["base", "needs its own code (auto_map)"],
     ),
     "already quantised": (
         lambda base: change_config(base, quantization_config={"load_in_4bit": True}),
         [],
-        ["base", "is already quantised", "16-bit weights", "take the model that it was quantised from"],
+        ["base", "is already quantised", "16-bit weights", "use the model that it was quantised from"],
     ),
     "an unknown architecture": (
         lambda base: change_config(base, model_type="rwkv99"),
@@ -549,7 +640,9 @@ BAD_BASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
 
 @pytest.mark.usefixtures("no_weights")
 @pytest.mark.parametrize("case", BAD_BASES)
-def test_a_bad_base_ends_with_4_before_weights_load(small: Callable[..., Answer], workspace: Path, case: str) -> None:
+def test_a_bad_base_ends_with_4_before_weights_load(
+    small: Callable[..., Answer], workspace: Path, case: str
+) -> None:
     spoil, overrides, expected = BAD_BASES[case]
     spoil(workspace / "base")
     before = {path.name for path in workspace.rglob("*")}
@@ -583,7 +676,9 @@ def test_a_hub_base_that_is_not_cached_ends_with_8_when_there_is_no_hub(
 
 
 @pytest.mark.usefixtures("no_weights")
-def test_weights_are_loaded_only_after_the_checks(small: Callable[..., Answer], workspace: Path) -> None:
+def test_weights_are_loaded_only_after_the_checks(
+    small: Callable[..., Answer], workspace: Path
+) -> None:
     """The fixture bites: with nothing wrong, the refusal to load is reached."""
     code, _, said = small()
     assert code == 70
@@ -594,8 +689,17 @@ def test_a_hub_that_is_not_there_is_said_once(tmp_path: Path) -> None:
     script = "import sys, time; time.sleep = lambda _: None; from orpo_lite.cli.commands import main; main()"
     offline = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-c", script, "data", "--recipe", "demo", "data.dataset_name=someone/pairs"],
-        env={key: value for key, value in os.environ.items() if not key.endswith("_VERBOSITY")} | offline,
+        [
+            sys.executable,
+            "-c",
+            script,
+            "data",
+            "--recipe",
+            "demo",
+            "data.dataset_name=someone/pairs",
+        ],
+        env={key: value for key, value in os.environ.items() if not key.endswith("_VERBOSITY")}
+        | offline,
         capture_output=True,
         text=True,
         check=False,

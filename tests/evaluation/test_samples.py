@@ -33,15 +33,22 @@ LEVERS = {
 
 def answered(model: Any, folder: Path, ids: list[int], seed: int) -> str:
     """By transformers alone."""
-    tokenizer, config = AutoTokenizer.from_pretrained(folder), GenerationConfig.from_pretrained(folder)
+    tokenizer, config = (
+        AutoTokenizer.from_pretrained(folder),
+        GenerationConfig.from_pretrained(folder),
+    )
     config.update(do_sample=True, temperature=TEMPERATURE, max_new_tokens=8)
     torch.manual_seed(seed)
-    out = model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), generation_config=config)
+    out = model.generate(
+        torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), generation_config=config
+    )
     return str(tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)).strip()
 
 
 @pytest.mark.parametrize("levers", LEVERS.values(), ids=list(LEVERS))
-def test_the_answers_are_those_of_base_and_adapter(small_recipe: Build, levers: tuple[str, ...]) -> None:
+def test_the_answers_are_those_of_base_and_adapter(
+    small_recipe: Build, levers: tuple[str, ...]
+) -> None:
     """To the prompt as whoever loads the result will render it; under the levers as without them."""
     _, result = train_all(small_recipe(*FULL, *levers, "output.samples=2", "training.seed=5"))
     folder = result.run / "adapter"
@@ -51,7 +58,10 @@ def test_the_answers_are_those_of_base_and_adapter(small_recipe: Build, levers: 
     assert [sample.prompt for sample in neutral] == list(NEUTRAL[:2])
     assert [sample.source for sample in result.samples] == ["neutral"] * 2 + ["held-out"] * 2
     turns = [[{"role": "user", "content": sample.prompt}] for sample in neutral]
-    ids = [tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False) for turn in turns]
+    ids = [
+        tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
+        for turn in turns
+    ]
     before = [answered(base, folder, prompt, 5 + number) for number, prompt in enumerate(ids)]
     adapted = PeftModel.from_pretrained(base, folder).eval()
     after = [answered(adapted, folder, prompt, 5 + number) for number, prompt in enumerate(ids)]
@@ -68,7 +78,12 @@ def test_none_and_many(small_recipe: Build) -> None:
     assert result.samples == ()
     assert (result.run / SAMPLES).read_text() == ""
     assert "## Samples" not in (result.run / "README.md").read_text()
-    keys = ("output.samples=20", "training.max_steps=1", "training.output_dir=many", "output.max_new_tokens=1")
+    keys = (
+        "output.samples=20",
+        "training.max_steps=1",
+        "training.output_dir=many",
+        "output.max_new_tokens=1",
+    )
     _, result = train_all(small_recipe(*keys))
     held_out = read_json(result.run / "data.json")["held_out_pairs"]
     assert len(result.samples) == len(NEUTRAL) + held_out
@@ -82,11 +97,15 @@ def test_a_text_may_hold_any_line_separator(small_recipe: Build) -> None:
     assert tokenizer.add_tokens(["\u2028", "\u0085"]) == 2
     write_base(base, tiny_llama(len(tokenizer)))
     tokenizer.save_pretrained(base)
-    rows = [{"prompt": f"Tell{i}\u2028me\u0085", "chosen": "yes", "rejected": "no"} for i in range(10)]
+    rows = [
+        {"prompt": f"Tell{i}\u2028me\u0085", "chosen": "yes", "rejected": "no"} for i in range(10)
+    ]
     Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     _, result = train_all(recipe)
     assert "\u2028" in result.samples[-1].prompt
-    assert [row["prompt"] for row in read_samples(result.run)] == [sample.prompt for sample in result.samples]
+    assert [row["prompt"] for row in read_samples(result.run)] == [
+        sample.prompt for sample in result.samples
+    ]
     (result.run / SAMPLES).write_text('{"prompt"\n')
     with pytest.raises(CheckpointError, match=r"samples\.jsonl:1: cannot be read"):
         read_samples(result.run)
@@ -95,16 +114,22 @@ def test_a_text_may_hold_any_line_separator(small_recipe: Build) -> None:
 def test_without_template_and_without_held_out_pairs(small_recipe: Build) -> None:
     keys = ("data.chat_template=none", "data.test_split_size=0", "training.max_steps=1")
     _, result = train_all(small_recipe(*keys))
-    assert [(sample.source, sample.prompt) for sample in result.samples] == [("neutral", NEUTRAL[0])]
+    assert [(sample.source, sample.prompt) for sample in result.samples] == [
+        ("neutral", NEUTRAL[0])
+    ]
 
 
 def test_an_answer_ends_where_the_model_has_no_positions_left(small_recipe: Build) -> None:
     """OPT has learned 256; looking for more of them is an error."""
-    recipe = small_recipe("data.max_length=256", "data.max_prompt_length=254", "training.max_steps=1")
+    recipe = small_recipe(
+        "data.max_length=256", "data.max_prompt_length=254", "training.max_steps=1"
+    )
     write_base(Path("base"), tiny_opt(len(byte_tokenizer())))
     rows = [{"prompt": f"{i}" + "x" * 240, "chosen": "yes", "rejected": "no"} for i in range(10)]
     Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    recipe = recipe.override({"data.chat_template": "none", "output.max_new_tokens": 64, "output.samples": 10})
+    recipe = recipe.override(
+        {"data.chat_template": "none", "output.max_new_tokens": 64, "output.samples": 10}
+    )
     updates, result = train_all(recipe)
     assert not [update.text for update in updates if "answered" in update.text]
     held_out = [sample for sample in result.samples if sample.source == "held-out"]
@@ -112,7 +137,9 @@ def test_an_answer_ends_where_the_model_has_no_positions_left(small_recipe: Buil
     assert all(max(len(sample.before), len(sample.after)) <= 256 - 242 for sample in held_out)
 
 
-def test_a_fault_while_answering_costs_the_answers_only(small_recipe: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_while_answering_costs_the_answers_only(
+    small_recipe: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried")
 

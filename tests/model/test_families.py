@@ -25,13 +25,32 @@ from orpo_lite.model.probe import probe
 from orpo_lite.objectives.objective import Divisors
 from orpo_lite.objectives.orpo import orpo_loss
 from orpo_lite.ops import layers, lora
-from orpo_lite.ops.attention import NAME, Layout, Segment, UnsupportedError, current_layout, pair_attention, using
+from orpo_lite.ops.attention import (
+    NAME,
+    Layout,
+    Segment,
+    UnsupportedError,
+    current_layout,
+    pair_attention,
+    using,
+)
 from orpo_lite.recipe.reader import load_recipe
 from orpo_lite.recipe.schema import Recipe
 
 CPU = torch.device("cpu")
-IDS = {"vocab_size": 98, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.2}
-SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+IDS = {
+    "vocab_size": 98,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "initializer_range": 0.2,
+}
+SIZES = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+}
 LONG = SIZES | {"max_position_embeddings": 256}
 GROUPED = LONG | {"num_key_value_heads": 2}
 GEMMA = GROUPED | IDS | {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}
@@ -68,8 +87,12 @@ LINEAR = {
 }
 
 
-def family(name: str, config: dict[str, Any], kind: str = "Config", **more: Any) -> Callable[[], Any]:
-    return lambda: getattr(hf, f"{name}ForCausalLM")(getattr(hf, f"{name}{kind}")(**(config | IDS | more)))
+def family(
+    name: str, config: dict[str, Any], kind: str = "Config", **more: Any
+) -> Callable[[], Any]:
+    return lambda: getattr(hf, f"{name}ForCausalLM")(
+        getattr(hf, f"{name}{kind}")(**(config | IDS | more))
+    )
 
 
 def gpt2() -> Any:
@@ -136,7 +159,11 @@ ALONE: dict[str, tuple[Callable[[], Any], str]] = {
 
 
 def recipe(**memory: Any) -> Recipe:
-    tree = {"model": {"model_name_or_path": "none"}, "data": {"dataset_name": "none"}, "memory": memory}
+    tree = {
+        "model": {"model_name_or_path": "none"},
+        "data": {"dataset_name": "none"},
+        "memory": memory,
+    }
     return Recipe.model_validate(tree)
 
 
@@ -147,10 +174,14 @@ def adapted(make: Callable[[], Any], **memory: Any) -> PairModel:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     targets = [
-        n for n in ("q_proj", "k_proj", "v_proj", "o_proj") if any(n in name for name, _ in base.named_modules())
+        n
+        for n in ("q_proj", "k_proj", "v_proj", "o_proj")
+        if any(n in name for name, _ in base.named_modules())
     ]
     moe = any("expert" in name for name, _ in base.named_modules())
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=targets if moe else "all-linear", task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=4, lora_alpha=8, target_modules=targets if moe else "all-linear", task_type="CAUSAL_LM"
+    )
     model = get_peft_model(base, config)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -158,11 +189,15 @@ def adapted(make: Callable[[], Any], **memory: Any) -> PairModel:
     return PairModel(model, recipe(**memory).memory).train()
 
 
-def gradients(model: PairModel, pairs: list[TokenizedPair], batching: Batching) -> tuple[float, Tensor]:
+def gradients(
+    model: PairModel, pairs: list[TokenizedPair], batching: Batching
+) -> tuple[float, Tensor]:
     model.zero_grad(set_to_none=True)
     divisors, total = Divisors(len(pairs), 100), 0.0
     for chunk in micro_batches(pairs, batching):
-        loss, _ = orpo_loss(model(make_batch([pairs[i] for i in chunk], batching)), divisors, beta=0.5)
+        loss, _ = orpo_loss(
+            model(make_batch([pairs[i] for i in chunk], batching)), divisors, beta=0.5
+        )
         loss.backward()
         total += loss.item()
     return total, torch.cat([p.grad.flatten() for _, p in model.trained() if p.grad is not None])
@@ -200,7 +235,14 @@ def test_a_family_that_cannot_share_goes_alone_and_says_so(name: str) -> None:
     ("make", "said"),
     [
         (
-            family("DeepseekV3", LONG, first_k_dense_replace=1, n_routed_experts=4, num_experts_per_tok=2, n_group=1),
+            family(
+                "DeepseekV3",
+                LONG,
+                first_k_dense_replace=1,
+                n_routed_experts=4,
+                num_experts_per_tok=2,
+                n_group=1,
+            ),
             "memory.mlp_tile: 1 of 2 layers have no MLP",
         ),
         (SHARED["mixtral"], "memory.mlp_tile: this model has no MLP"),
@@ -294,7 +336,15 @@ def test_a_window_is_known_by_any_name(keys: dict[str, Any], window: int | None)
 
 
 def test_an_auxiliary_loss_is_said_to_be_left_out() -> None:
-    model = adapted(family("Mixtral", GROUPED, num_local_experts=4, num_experts_per_tok=2, output_router_logits=True))
+    model = adapted(
+        family(
+            "Mixtral",
+            GROUPED,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            output_router_logits=True,
+        )
+    )
     probe(model, 256)
     assert (model.route, "auxiliary loss" in model.notes[0]) == ("shared", True)
 
@@ -341,7 +391,9 @@ def test_a_model_that_fails_by_itself_is_refused_in_words() -> None:
             raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     model = adapted(lambda: Broken(tiny_llama(98).config))
-    with pytest.raises(ModelError, match=r"its own forward pass fails with this adapter \(RuntimeError"):
+    with pytest.raises(
+        ModelError, match=r"its own forward pass fails with this adapter \(RuntimeError"
+    ):
         probe(model, 128)
 
 
@@ -349,9 +401,16 @@ def test_a_model_that_fails_by_itself_is_refused_in_words() -> None:
 def test_a_model_that_changes_its_weights_is_refused_with_what_keeps_them(every: int) -> None:
     """RWKV halves some of them for evaluation, so that float16 does not overflow; what is beside them stays whole."""
     config = hf.RwkvConfig(
-        hidden_size=64, attention_hidden_size=64, intermediate_size=128, num_hidden_layers=3, rescale_every=every, **IDS
+        hidden_size=64,
+        attention_hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        rescale_every=every,
+        **IDS,
     )
-    model = bare_pair_model(recipe().override({"quantization.load_in_4bit": False}), config, torch.float32, CPU)
+    model = bare_pair_model(
+        recipe().override({"quantization.load_in_4bit": False}), config, torch.float32, CPU
+    )
     if every:
         with pytest.raises(ModelError, match="its forward pass changes its weights") as raised:
             probe(model, 128)
@@ -367,7 +426,9 @@ def test_a_model_that_sees_what_comes_after_is_refused() -> None:
 
 
 def test_a_configuration_without_a_pad_token_is_no_fault() -> None:
-    config = hf.CodeGenConfig(n_embd=64, n_layer=2, n_head=4, rotary_dim=16, vocab_size=98, initializer_range=0.2)
+    config = hf.CodeGenConfig(
+        n_embd=64, n_layer=2, n_head=4, rotary_dim=16, vocab_size=98, initializer_range=0.2
+    )
     model = adapted(lambda: hf.CodeGenForCausalLM(config))
     assert not hasattr(config, "pad_token_id") or config.pad_token_id is None
     probe(model, 128)
@@ -389,7 +450,10 @@ def test_adapters_that_the_loss_does_not_reach_are_named() -> None:
 
 def test_a_new_adapter_is_random_only_while_it_is_probed() -> None:
     torch.manual_seed(0)
-    model = PairModel(get_peft_model(tiny_llama(98), LoraConfig(r=4, target_modules="all-linear")), recipe().memory)
+    model = PairModel(
+        get_peft_model(tiny_llama(98), LoraConfig(r=4, target_modules="all-linear")),
+        recipe().memory,
+    )
     before = {name: parameter.detach().clone() for name, parameter in model.trained()}
     probe(model, 128)
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.trained())
@@ -408,7 +472,10 @@ def test_a_fused_operation_that_is_wrong_is_caught(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(lora._LoraLinear, "backward", staticmethod(backward))
     torch.manual_seed(0)
     settings = recipe()
-    model = PairModel(get_peft_model(tiny_llama(98), LoraConfig(r=4, target_modules="all-linear")), settings.memory)
+    model = PairModel(
+        get_peft_model(tiny_llama(98), LoraConfig(r=4, target_modules="all-linear")),
+        settings.memory,
+    )
     apply_memory_settings(model, settings)
     probe(model, 128)
     (note,) = model.notes
@@ -419,10 +486,16 @@ def test_a_fused_operation_that_is_wrong_is_caught(monkeypatch: pytest.MonkeyPat
 
 def halved(honest: Callable[..., Any]) -> Any:
     """A backward pass whose last gradients, those of the trained tensors, are half of what they should be."""
-    return staticmethod(lambda ctx, *grads: tuple(g * 0.5 if isinstance(g, Tensor) else g for g in honest(ctx, *grads)))
+    return staticmethod(
+        lambda ctx, *grads: tuple(
+            g * 0.5 if isinstance(g, Tensor) else g for g in honest(ctx, *grads)
+        )
+    )
 
 
-def test_tiles_longer_than_the_pairs_of_the_probe_are_probed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_longer_than_the_pairs_of_the_probe_are_probed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(layers._Tiles, "backward", halved(layers._Tiles.backward))
     model = adapted(SHARED["llama"], fused_lora=False, mlp_tile=512)
     apply_memory_settings(model, recipe(fused_lora=False, mlp_tile=512))
@@ -433,18 +506,24 @@ def test_tiles_longer_than_the_pairs_of_the_probe_are_probed(monkeypatch: pytest
 
 def test_what_comes_back_from_the_host_is_probed(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = layers.HostStore._unpack
-    monkeypatch.setattr(layers.HostStore, "_unpack", lambda store, stored: honest(store, stored) * 1.5)
+    monkeypatch.setattr(
+        layers.HostStore, "_unpack", lambda store, stored: honest(store, stored) * 1.5
+    )
     model = adapted(SHARED["llama"], checkpoint_offload=True)
     apply_memory_settings(model, recipe(checkpoint_offload=True))
     with pytest.raises(ModelError, match="where its layers run again gradients differ by"):
         probe(model, 128)
 
 
-def test_padded_rows_are_probed_too(monkeypatch: pytest.MonkeyPatch, small_recipe: Callable[..., Recipe]) -> None:
+def test_padded_rows_are_probed_too(
+    monkeypatch: pytest.MonkeyPatch, small_recipe: Callable[..., Recipe]
+) -> None:
     monkeypatch.setattr(lora._LoraLinear, "backward", halved(lora._LoraLinear.backward))
     updates = train_events(small_recipe("memory.packing=false", "memory.prompt_sharing=false"))
     notes = [update.text for update in updates if update.kind == "note"]
-    assert any(note.startswith("not used: memory.fused_lora, because gradients") for note in notes), notes
+    assert any(
+        note.startswith("not used: memory.fused_lora, because gradients") for note in notes
+    ), notes
 
 
 def test_numbers_that_are_none_are_named_as_such() -> None:
@@ -469,14 +548,21 @@ def test_a_model_that_sees_checkpoints_the_layers_that_read() -> None:
     model = bare_pair_model(settings, SEEING, torch.float32, torch.device("cpu"))
     assert len(model.layers) == 2
     assert [layer.gradient_checkpointing for layer in model.layers] == [True, False]
-    assert sum(bool(getattr(module, "gradient_checkpointing", False)) for module in model.modules()) == 1
-    assert not any(layer.self_attn.training for layer in model.layers)  # so that its own dropout is off
+    assert (
+        sum(bool(getattr(module, "gradient_checkpointing", False)) for module in model.modules())
+        == 1
+    )
+    assert not any(
+        layer.self_attn.training for layer in model.layers
+    )  # so that its own dropout is off
     assert not any("vision" in name for name, _ in model.trained())
 
 
 def test_layers_get_what_ours_do_not_take() -> None:
     """Float32 into a bfloat16 layer in 4 bit, as of DeepSeek's indexers; and a state beside the tokens, as of RWKV."""
-    model = bare_pair_model(recipe(mlp_tile=4), tiny_llama(98).config, torch.bfloat16, torch.device("cpu"))
+    model = bare_pair_model(
+        recipe(mlp_tile=4), tiny_llama(98).config, torch.bfloat16, torch.device("cpu")
+    )
     layer = model.layers[0]
     x = torch.randn(1, 8, layer.self_attn.q_proj.in_features)
     assert layer.self_attn.q_proj(x).dtype == torch.float32
@@ -520,12 +606,18 @@ random_pairs = model_probe._random_pairs
 
 def short_pairs(config: Any, lengths: list[tuple[int, int, int]]) -> list[TokenizedPair]:
     """The long pairs as they are, the others so short that no window matters."""
-    return random_pairs(config, [(3, 2, 3), (1, 4, 2)] if lengths[:1] == model_probe.SHORT[:1] else lengths)
+    return random_pairs(
+        config, [(3, 2, 3), (1, 4, 2)] if lengths[:1] == model_probe.SHORT[:1] else lengths
+    )
 
 
 def test_a_model_that_asks_for_a_mask_is_refused_by_name() -> None:
     q = torch.zeros(1, 2, 3, 4)
-    masks: list[dict[str, Any]] = [{"attention_mask": torch.zeros(1)}, {"s_aux": torch.zeros(1)}, {"dropout": 0.1}]
+    masks: list[dict[str, Any]] = [
+        {"attention_mask": torch.zeros(1)},
+        {"s_aux": torch.zeros(1)},
+        {"dropout": 0.1},
+    ]
     for asked in [*masks, {"block_indices": torch.zeros(1)}, {"whatever comes next": 1}]:
         arguments: dict[str, Any] = {"attention_mask": None} | asked
         layout = Layout((Segment(0, 3),))
@@ -561,7 +653,9 @@ NOISY: dict[str, Callable[[], Any]] = {
     ),
     "mixtral: jitter": family("Mixtral", GROUPED | EXPERTS, router_jitter_noise=0.3),
     "opt: dropout in the layer itself, layers left out": lambda: hf.OPTForCausalLM(
-        hf.OPTConfig(**(SIZES | IDS), ffn_dim=128, word_embed_proj_dim=64, dropout=0.3, layerdrop=0.5)
+        hf.OPTConfig(
+            **(SIZES | IDS), ffn_dim=128, word_embed_proj_dim=64, dropout=0.3, layerdrop=0.5
+        )
     ),
     "falcon: dropout read from the configuration": lambda: hf.FalconForCausalLM(
         hf.FalconConfig(**(SIZES | IDS), hidden_dropout=0.3, attention_dropout=0.3)
@@ -577,7 +671,9 @@ def test_a_base_computes_in_training_what_it_does_in_evaluation(name: str, tmp_p
     """As transformers loads it, with all layers run again, against plain transformers and peft in evaluation mode."""
     torch.manual_seed(0)
     folder = write_base(tmp_path / "base", NOISY[name]())
-    targets = [part for part in ("q_proj", "query_key_value", "c_attn") if part in str(NOISY[name]())]
+    targets = [
+        part for part in ("q_proj", "query_key_value", "c_attn") if part in str(NOISY[name]())
+    ]
     wanted = recipe(activation_checkpointing="all").override(
         {"lora.target_modules": targets, "quantization.load_in_4bit": False}
     )
@@ -588,7 +684,9 @@ def test_a_base_computes_in_training_what_it_does_in_evaluation(name: str, tmp_p
     pairs, batching = ragged_pairs(4, vocab_size=98), Batching(False, False, 0, 4, 0, False)
     loss, found = gradients(model, pairs, batching)
     plain = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    plain = get_peft_model(plain, LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM"))
+    plain = get_peft_model(
+        plain, LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM")
+    )
     plain.load_state_dict(model.model.state_dict())
     reference = nn.Module.train(PairModel(plain), False)
     expected, exact = gradients(reference, pairs, batching)
@@ -605,4 +703,6 @@ def test_what_adapted_experts_cannot_have_is_said_with_a_way_out(key: str) -> No
         bare_pair_model(wanted, config, torch.float32, torch.device("cpu"))
     routes = raised.value.fix.split(", or ")
     for route in (routes[0], f"{key} {routes[1]}"):
-        bare_pair_model(load_recipe("demo", route.split()), config, torch.float32, torch.device("cpu"))
+        bare_pair_model(
+            load_recipe("demo", route.split()), config, torch.float32, torch.device("cpu")
+        )

@@ -52,7 +52,10 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipe_on(base: Path | str, **values: Any) -> Recipe:
     """A recipe by its keys: ``lora__r=4`` is ``lora.r: 4``."""
-    tree: dict[str, dict[str, Any]] = {"model": {"model_name_or_path": str(base)}, "data": {"dataset_name": "none"}}
+    tree: dict[str, dict[str, Any]] = {
+        "model": {"model_name_or_path": str(base)},
+        "data": {"dataset_name": "none"},
+    }
     for key, value in values.items():
         section, name = key.split("__")
         tree.setdefault(section, {})[name] = value
@@ -67,7 +70,9 @@ def load(folder: Path, **values: Any) -> PairModel:
 
 
 def some_batch(count: int = 3, vocab_size: int = 96) -> PairBatch:
-    return pad_pairs(ragged_pairs(count, vocab_size=vocab_size), pad_id=0, completion_only_loss=False)
+    return pad_pairs(
+        ragged_pairs(count, vocab_size=vocab_size), pad_id=0, completion_only_loss=False
+    )
 
 
 def shake(model: PairModel) -> None:
@@ -90,7 +95,11 @@ def step(model: PairModel, batch: PairBatch, seed: int = 3) -> tuple[float, dict
 
 
 def lora_layers(model: PairModel) -> dict[str, LoraLayer]:
-    return {name.rsplit(".", 1)[-1]: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    return {
+        name.rsplit(".", 1)[-1]: module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+    }
 
 
 def rewrite_weights(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
@@ -103,14 +112,28 @@ def rewrite_weights(folder: Path, change: Callable[[dict[str, Tensor]], object])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_linear_but_the_head_is_nf4_and_lora_alone_trains_in_float32(llama: Path, dtype: str) -> None:
+def test_every_linear_but_the_head_is_nf4_and_lora_alone_trains_in_float32(
+    llama: Path, dtype: str
+) -> None:
     model = load(llama, model__dtype=dtype)
-    plain = [name for name, module in model.named_modules() if type(module) is nn.Linear and "lora_" not in name]
+    plain = [
+        name
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and "lora_" not in name
+    ]
     assert [name.rsplit(".", 1)[-1] for name in plain] == ["lm_head"]
-    quantised = {name: module for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
+    quantised = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, bnb.nn.Linear4bit)
+    }
     own = {name: module for name, module in quantised.items() if name.endswith("base_layer")}
     assert {name.split(".")[-2] for name in own} == LLAMA_LINEARS
-    assert len(own) == 2 * len(LLAMA_LINEARS) == len([m for m in model.modules() if isinstance(m, LoraLayer)])
+    assert (
+        len(own)
+        == 2 * len(LLAMA_LINEARS)
+        == len([m for m in model.modules() if isinstance(m, LoraLayer)])
+    )
     for module in own.values():
         assert module.weight.dtype == torch.uint8
         assert module.weight.quant_state.quant_type == "nf4"
@@ -118,9 +141,19 @@ def test_every_linear_but_the_head_is_nf4_and_lora_alone_trains_in_float32(llama
         assert module.compute_dtype == getattr(torch, dtype)
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == ("lora_" in name)
-        expected = torch.uint8 if "base_layer" in name else torch.float32 if "lora_" in name else getattr(torch, dtype)
+        expected = (
+            torch.uint8
+            if "base_layer" in name
+            else torch.float32
+            if "lora_" in name
+            else getattr(torch, dtype)
+        )
         assert parameter.dtype == expected, name
-    kept = [name for name, _ in model.named_parameters() if "base_layer" not in name and "lora_" not in name]
+    kept = [
+        name
+        for name, _ in model.named_parameters()
+        if "base_layer" not in name and "lora_" not in name
+    ]
     assert sum("norm" in name for name in kept) == 5
     assert sum("embed_tokens" in name or "lm_head" in name for name in kept) == 2
     assert len(model.trained()) == sum("lora_" in name for name, _ in model.named_parameters())
@@ -133,7 +166,11 @@ def test_without_quantisation_the_linears_stay(llama: Path) -> None:
 
 
 def test_quantisation_follows_the_recipe(llama: Path) -> None:
-    options = {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False, "bnb_4bit_compute_dtype": "bfloat16"}
+    options = {
+        "bnb_4bit_quant_type": "fp4",
+        "bnb_4bit_use_double_quant": False,
+        "bnb_4bit_compute_dtype": "bfloat16",
+    }
     model = load(llama, **{f"quantization__{key}": value for key, value in options.items()})
     layer = next(module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit))
     assert (layer.weight.quant_state.quant_type, layer.weight.quant_state.nested) == ("fp4", False)
@@ -142,11 +179,15 @@ def test_quantisation_follows_the_recipe(llama: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_sixteen_bit_steps_are_finite_and_near_the_float32_one(llama: Path, dtype: str) -> None:
-    (exact, exact_grads), (loss, grads) = (step(load(llama, model__dtype=d), some_batch()) for d in ("float32", dtype))
+    (exact, exact_grads), (loss, grads) = (
+        step(load(llama, model__dtype=d), some_batch()) for d in ("float32", dtype)
+    )
     assert math.isfinite(loss)
     assert loss == pytest.approx(exact, rel=0.02)
     assert all(grad.dtype == torch.float32 and grad.isfinite().all() for grad in grads.values())
-    ours, theirs = (torch.cat([g.flatten() for g in every.values()]) for every in (grads, exact_grads))
+    ours, theirs = (
+        torch.cat([g.flatten() for g in every.values()]) for every in (grads, exact_grads)
+    )
     assert torch.cosine_similarity(ours, theirs, dim=0) > 0.95
 
 
@@ -154,12 +195,16 @@ def test_sixteen_bit_steps_are_finite_and_near_the_float32_one(llama: Path, dtyp
 
 
 def test_lora_options_reach_peft(llama: Path) -> None:
-    model = load(llama, lora__r=4, lora__lora_alpha=12, lora__lora_dropout=0.25, lora__use_rslora=True)
+    model = load(
+        llama, lora__r=4, lora__lora_alpha=12, lora__lora_dropout=0.25, lora__use_rslora=True
+    )
     for layer in lora_layers(model).values():
         assert layer.r["default"] == 4
         assert layer.scaling["default"] == pytest.approx(12 / math.sqrt(4))
         assert layer.lora_dropout["default"].p == 0.25
-    assert lora_layers(load(llama, lora__r=4, lora__lora_alpha=12))["q_proj"].scaling["default"] == 3
+    assert (
+        lora_layers(load(llama, lora__r=4, lora__lora_alpha=12))["q_proj"].scaling["default"] == 3
+    )
 
 
 def test_dora(llama: Path) -> None:
@@ -193,12 +238,17 @@ def test_initialisations_and_their_seed(llama: Path) -> None:
 
 
 def test_a_list_of_targets(llama: Path) -> None:
-    assert set(lora_layers(load(llama, lora__target_modules=["q_proj", "v_proj"]))) == {"q_proj", "v_proj"}
+    assert set(lora_layers(load(llama, lora__target_modules=["q_proj", "v_proj"]))) == {
+        "q_proj",
+        "v_proj",
+    }
     one = load(llama, lora__target_modules=["layers.1.mlp.up_proj"])
     assert len(one.trained()) == 2
 
 
-@pytest.mark.parametrize("targets", [["typo"], ["q_proj", "typo"], ["q_proj", "lm_head.typo"], ["layers.7.q_proj"]])
+@pytest.mark.parametrize(
+    "targets", [["typo"], ["q_proj", "typo"], ["q_proj", "lm_head.typo"], ["layers.7.q_proj"]]
+)
 def test_a_target_that_matches_nothing(llama: Path, targets: list[str]) -> None:
     with pytest.raises(ModelError, match=targets[-1]) as raised:
         load(llama, lora__target_modules=targets)
@@ -219,7 +269,9 @@ def test_weights_that_are_missing_are_never_left_random(llama: Path, tmp_path: P
 
 def test_a_weight_of_another_shape(llama: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(llama, tmp_path / "base")
-    rewrite_weights(folder, lambda t: t.update({"model.layers.1.mlp.up_proj.weight": torch.zeros(64, 64)}))
+    rewrite_weights(
+        folder, lambda t: t.update({"model.layers.1.mlp.up_proj.weight": torch.zeros(64, 64)})
+    )
     with pytest.raises(ModelError, match=r"up_proj"):
         load(folder)
 
@@ -245,13 +297,15 @@ def test_an_index_whose_files_are_not_all_there(llama: Path, tmp_path: Path, nam
 @pytest.mark.parametrize(
     ("key", "value", "match"),
     [
-        ("auto_map", {"AutoModelForCausalLM": "code.Model"}, "code of its own"),
+        ("auto_map", {"AutoModelForCausalLM": "code.Model"}, "its own code"),
         ("quantization_config", {"quant_method": "gptq"}, "already quantised"),
         ("model_type", "t5", "causal"),
         ("is_encoder_decoder", True, "causal"),
     ],
 )
-def test_a_configuration_that_cannot_be_trained(llama: Path, tmp_path: Path, key: str, value: Any, match: str) -> None:
+def test_a_configuration_that_cannot_be_trained(
+    llama: Path, tmp_path: Path, key: str, value: Any, match: str
+) -> None:
     folder = shutil.copytree(llama, tmp_path / "base")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {key: value}))
@@ -264,11 +318,16 @@ def test_a_configuration_that_cannot_be_trained(llama: Path, tmp_path: Path, key
     [
         (lambda folder: (folder / "config.json").unlink(), "no config.json"),
         (lambda folder: (folder / "config.json").write_text("{"), "not JSON"),
-        (lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"), "safetensors"),
+        (
+            lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+            "safetensors",
+        ),
         (shutil.rmtree, "no such folder"),
     ],
 )
-def test_a_folder_that_is_no_base(llama: Path, tmp_path: Path, spoil: Callable[[Path], object], match: str) -> None:
+def test_a_folder_that_is_no_base(
+    llama: Path, tmp_path: Path, spoil: Callable[[Path], object], match: str
+) -> None:
     folder = shutil.copytree(llama, tmp_path / "base")
     spoil(folder)
     with pytest.raises(ModelError, match=match):
@@ -283,7 +342,9 @@ def test_the_fingerprint_tells_bases_apart(llama: Path, tmp_path: Path) -> None:
 
     assert taken() == fetch_weights(find_base(str(llama), "main")).fingerprint
     before = taken()
-    rewrite_weights(folder, lambda tensors: tensors["model.layers.0.self_attn.q_proj.weight"].mul_(1.001))
+    rewrite_weights(
+        folder, lambda tensors: tensors["model.layers.0.self_attn.q_proj.weight"].mul_(1.001)
+    )
     assert taken() != before
     shutil.copy(llama / "model.safetensors", folder)
     assert taken() == before
@@ -296,14 +357,21 @@ def test_the_fingerprint_tells_bases_apart(llama: Path, tmp_path: Path) -> None:
 
 
 def flagged(model: PairModel) -> list[bool]:
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = [
+        module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)
+    ]
     return [layer.gradient_checkpointing for layer in layers]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_checkpointing_changes_no_loss_and_no_gradient(llama: Path, dropout: float) -> None:
     results = {}
-    for amount, layers in {"none": [False, False], "all": [True, True], 1: [True, False], 0: [False, False]}.items():
+    for amount, layers in {
+        "none": [False, False],
+        "all": [True, True],
+        1: [True, False],
+        0: [False, False],
+    }.items():
         model = load(llama, memory__activation_checkpointing=amount, lora__lora_dropout=dropout)
         shake(model)
         assert flagged(model) == layers
@@ -312,7 +380,10 @@ def test_checkpointing_changes_no_loss_and_no_gradient(llama: Path, dropout: flo
     for other_loss, other_grads in results.values():
         assert other_loss == loss
         assert all(torch.equal(other_grads[name], grad) for name, grad in grads.items())
-    assert dropout == 0 or step(load(llama, lora__lora_dropout=dropout), some_batch(), seed=4)[0] != loss
+    assert (
+        dropout == 0
+        or step(load(llama, lora__lora_dropout=dropout), some_batch(), seed=4)[0] != loss
+    )
 
 
 def test_checkpointing_recomputes_the_layers_it_should(llama: Path) -> None:
@@ -338,14 +409,19 @@ def packed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def spy(weight: Tensor, quant_state: Any) -> tuple[Tensor, Any]:
         calls.append(1)
-        return weight, quant_state  # the real one is not run: this machine may lack the kernel for what it makes
+        return (
+            weight,
+            quant_state,
+        )  # the real one is not run: this machine may lack the kernel for what it makes
 
     monkeypatch.setattr(bnb.nn.modules, "has_avx512bf16", lambda: True)
     monkeypatch.setattr(bnb.nn.modules, "_convert_weight_packed_for_cpu", spy)
     return calls
 
 
-def test_plain_eval_would_repack_the_weights_and_ours_does_not(llama: Path, packed: list[int]) -> None:
+def test_plain_eval_would_repack_the_weights_and_ours_does_not(
+    llama: Path, packed: list[int]
+) -> None:
     model = load(llama, memory__fused_lora=False)  # the fused operation never calls the trap
     with model.evaluating():
         model(some_batch())
@@ -353,12 +429,16 @@ def test_plain_eval_would_repack_the_weights_and_ours_does_not(llama: Path, pack
     torch.nn.Module.train(model, False)
     with torch.no_grad():
         model(some_batch())
-    assert len(packed) == 2 * len(LLAMA_LINEARS)  # the trap is there: without it this test shows nothing
+    assert len(packed) == 2 * len(
+        LLAMA_LINEARS
+    )  # the trap is there: without it this test shows nothing
 
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_an_evaluation_changes_no_bit_of_training(llama: Path, packed: list[int], dropout: float, fused: bool) -> None:
+def test_an_evaluation_changes_no_bit_of_training(
+    llama: Path, packed: list[int], dropout: float, fused: bool
+) -> None:
     model = load(llama, lora__lora_dropout=dropout, memory__fused_lora=fused)
     shake(model)
     modes = [module.training for module in model.modules()]
@@ -373,9 +453,13 @@ def test_an_evaluation_changes_no_bit_of_training(llama: Path, packed: list[int]
     assert again == loss
     assert grads.keys() == grads_again.keys() == dict(model.trained()).keys()
     assert all(torch.equal(grad, grads_again[name]) for name, grad in grads.items())
-    assert all(torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters())
+    assert all(
+        torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters()
+    )
     layers = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
-    assert not any(getattr(layer.weight.quant_state, "packing_format_for_cpu", False) for layer in layers)
+    assert not any(
+        getattr(layer.weight.quant_state, "packing_format_for_cpu", False) for layer in layers
+    )
 
 
 def test_training_goes_on_after_an_evaluation_that_failed(llama: Path) -> None:
@@ -407,17 +491,23 @@ def test_training_on_starts_from_the_adapters_weights(
     change_adapter(folder, init_lora_weights=init)
     model = load(llama, model__adapter_name_or_path=str(folder), model__dtype="bfloat16")
     assert adapter_tensors(model).keys() == tensors.keys()
-    assert all(torch.equal(tensor, tensors[name]) for name, tensor in adapter_tensors(model).items())
+    assert all(
+        torch.equal(tensor, tensors[name]) for name, tensor in adapter_tensors(model).items()
+    )
     assert {parameter.dtype for _, parameter in model.trained()} == {torch.float32}
     _, grads = step(model, some_batch())
     assert len(grads) == len(tensors)
 
 
-def test_tensors_of_an_adapter_go_out_and_in(llama: Path, adapter: tuple[Path, dict[str, Tensor]]) -> None:
+def test_tensors_of_an_adapter_go_out_and_in(
+    llama: Path, adapter: tuple[Path, dict[str, Tensor]]
+) -> None:
     _, tensors = adapter
     model = load(llama, lora__r=4, lora__target_modules=["q_proj", "up_proj"])
     set_adapter(model, tensors)
-    assert all(torch.equal(tensor, tensors[name]) for name, tensor in adapter_tensors(model).items())
+    assert all(
+        torch.equal(tensor, tensors[name]) for name, tensor in adapter_tensors(model).items()
+    )
     with pytest.raises(ModelError, match="1 tensors"):
         set_adapter(model, dict(list(tensors.items())[1:]))
     first = next(iter(tensors))
@@ -435,7 +525,10 @@ def change_adapter(folder: Path, **values: Any) -> None:
 @pytest.mark.parametrize(
     ("spoil", "match"),
     [
-        (lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"), "no adapter_model.safetensors"),
+        (
+            lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"),
+            "no adapter_model.safetensors",
+        ),
         (lambda f: (f / "adapter_config.json").unlink(), "no adapter_config.json"),
         (lambda f: (f / "adapter_config.json").write_text("{"), "adapter_config.json"),
         (partial(change_adapter, modules_to_save=["lm_head"]), "modules_to_save.*lm_head"),
@@ -447,7 +540,10 @@ def change_adapter(folder: Path, **values: Any) -> None:
     ],
 )
 def test_an_adapter_that_is_refused(
-    llama: Path, adapter: tuple[Path, dict[str, Tensor]], spoil: Callable[[Path], object], match: str
+    llama: Path,
+    adapter: tuple[Path, dict[str, Tensor]],
+    spoil: Callable[[Path], object],
+    match: str,
 ) -> None:
     folder, _ = adapter
     spoil(folder)
@@ -459,10 +555,17 @@ def test_an_adapter_that_is_refused(
 
 
 SMALL = {"vocab_size": 98, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-LAYERS = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+LAYERS = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+}
 FAMILIES: dict[str, tuple[Callable[[], Any], set[str]]] = {
     "gpt2": (
-        lambda: GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=128, **SMALL)),
+        lambda: GPT2LMHeadModel(
+            GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=128, **SMALL)
+        ),
         {"c_attn", "c_proj", "c_fc"},
     ),
     "gpt_neox": (
@@ -470,7 +573,10 @@ FAMILIES: dict[str, tuple[Callable[[], Any], set[str]]] = {
         {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"},
     ),
     "opt": (lambda: tiny_opt(98), {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}),
-    "qwen2": (lambda: Qwen2ForCausalLM(Qwen2Config(num_key_value_heads=2, **LAYERS, **SMALL)), LLAMA_LINEARS),
+    "qwen2": (
+        lambda: Qwen2ForCausalLM(Qwen2Config(num_key_value_heads=2, **LAYERS, **SMALL)),
+        LLAMA_LINEARS,
+    ),
     "phi": (
         lambda: PhiForCausalLM(PhiConfig(**LAYERS, **SMALL)),
         {"q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"},
@@ -497,7 +603,8 @@ def test_other_families_train_all_their_linears(family: str, dtype: str, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("capability", "expected"), [((7, 0), torch.float16), ((7, 5), torch.float16), ((8, 0), torch.bfloat16)]
+    ("capability", "expected"),
+    [((7, 0), torch.float16), ((7, 5), torch.float16), ((8, 0), torch.bfloat16)],
 )
 def test_the_card_chooses_the_dtype(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: torch.dtype
@@ -511,18 +618,48 @@ def test_the_card_chooses_the_dtype(
 
 # --- layers whose weight the model's own code takes
 
-TINY = {"vocab_size": 99, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "pad_token_id": 0}
-TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.1}
-MAMBA = {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 16}
-ALTUP = {"vocab_size_per_layer_input": 99, "hidden_size_per_layer_input": 16, "laurel_rank": 8, "altup_num_inputs": 2}
+TINY = {
+    "vocab_size": 99,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "pad_token_id": 0,
+}
+TINY |= {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.1,
+}
+MAMBA = {
+    "mamba_d_ssm": 128,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 16,
+}
+ALTUP = {
+    "vocab_size_per_layer_input": 99,
+    "hidden_size_per_layer_input": 16,
+    "laurel_rank": 8,
+    "altup_num_inputs": 2,
+}
 ALTUP |= {"num_kv_shared_layers": 0, "layer_types": ["full_attention"] * 2, "head_dim": 16}
 BYPASSED: dict[str, tuple[Callable[[], Any], set[str]]] = {
     "clamped in place": (
-        lambda: hf.Gemma3nForCausalLM(hf.Gemma3nTextConfig(**TINY, **ALTUP, activation_sparsity_pattern=[0.0, 0.0])),
+        lambda: hf.Gemma3nForCausalLM(
+            hf.Gemma3nTextConfig(**TINY, **ALTUP, activation_sparsity_pattern=[0.0, 0.0])
+        ),
         {"correction_coefs", "prediction_coefs"},
     ),
-    "given to a kernel": (lambda: hf.FalconH1ForCausalLM(hf.FalconH1Config(**TINY, **MAMBA)), {"out_proj"}),
-    "multiplied by": (lambda: hf.JambaForCausalLM(hf.JambaConfig(**TINY, num_experts=1)), {"dt_proj"}),
+    "given to a kernel": (
+        lambda: hf.FalconH1ForCausalLM(hf.FalconH1Config(**TINY, **MAMBA)),
+        {"out_proj"},
+    ),
+    "multiplied by": (
+        lambda: hf.JambaForCausalLM(hf.JambaConfig(**TINY, num_experts=1)),
+        {"dt_proj"},
+    ),
 }
 
 
@@ -535,9 +672,15 @@ def test_a_layer_whose_weight_other_code_takes_stays_as_it_is(tmp_path: Path, ca
     assert {name.rsplit(".", 1)[-1] for name in names} == expected
     model = load(write_base(tmp_path / "base", base))
     own = {name: type(model.causal.get_submodule(name)) for name in names}
-    assert own == dict.fromkeys(names, nn.Linear)  # neither in 4 bit nor adapted; the others are both
+    assert own == dict.fromkeys(
+        names, nn.Linear
+    )  # neither in 4 bit nor adapted; the others are both
     assert any(isinstance(module, bnb.nn.Linear4bit) for module in model.modules())
-    assert [note for note in model.notes if note.startswith("not in 4 bit and not adapted") and min(expected) in note]
+    assert [
+        note
+        for note in model.notes
+        if note.startswith("not in 4 bit and not adapted") and min(expected) in note
+    ]
     loss, gradients = step(model, some_batch())
     assert math.isfinite(loss)
     assert any(gradient.any() for gradient in gradients.values())
@@ -545,6 +688,9 @@ def test_a_layer_whose_weight_other_code_takes_stays_as_it_is(tmp_path: Path, ca
 
 def test_a_slice_of_a_weight_for_split_checkpoints_is_no_bypass() -> None:
     assert (
-        bypassed_layers(hf.BloomForCausalLM(hf.BloomConfig(vocab_size=99, hidden_size=64, n_layer=1, n_head=2))) == []
+        bypassed_layers(
+            hf.BloomForCausalLM(hf.BloomConfig(vocab_size=99, hidden_size=64, n_layer=1, n_head=2))
+        )
+        == []
     )
     assert bypassed_layers(tiny_llama()) == []

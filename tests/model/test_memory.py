@@ -13,7 +13,14 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 
-from orpo_lite.data.packing import Batching, make_batch, micro_batches, nll_tokens, pack_pairs, packed_tokens
+from orpo_lite.data.packing import (
+    Batching,
+    make_batch,
+    micro_batches,
+    nll_tokens,
+    pack_pairs,
+    packed_tokens,
+)
 from orpo_lite.data.pair import TokenizedPair, common_prefix
 from orpo_lite.model.memory import apply_memory_settings
 from orpo_lite.model.pair_model import PairModel
@@ -36,13 +43,19 @@ PLAIN = {
 
 
 def recipe(**memory: Any) -> Recipe:
-    tree = {"model": {"model_name_or_path": "none"}, "data": {"dataset_name": "none"}, "memory": memory}
+    tree = {
+        "model": {"model_name_or_path": "none"},
+        "data": {"dataset_name": "none"},
+        "memory": memory,
+    }
     return Recipe.model_validate(tree)
 
 
 def build(make: Callable[[], Any] = tiny_llama, dropout: float = 0.0, **memory: Any) -> PairModel:
     """A float64 toy with a drawn adapter and these levers; the same weights at every call."""
-    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=dropout)
+    config = LoraConfig(
+        r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=dropout
+    )
     torch.manual_seed(1)
     model = in_float64(get_peft_model(make(), config))
     for name, parameter in model.named_parameters():
@@ -54,7 +67,11 @@ def build(make: Callable[[], Any] = tiny_llama, dropout: float = 0.0, **memory: 
 
 
 def step(
-    model: PairModel, pairs: list[TokenizedPair], seed: int = 0, completion_only: bool = False, **memory: Any
+    model: PairModel,
+    pairs: list[TokenizedPair],
+    seed: int = 0,
+    completion_only: bool = False,
+    **memory: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, log-probabilities (2, P) in the order of ``pairs``, and the flat gradient of one optimizer step."""
     batching = Batching(
@@ -65,9 +82,14 @@ def step(
         pad_id=0,
         completion_only_loss=completion_only,
     )
-    divisors = Divisors(len(pairs), sum(nll_tokens(pair, completion_only_loss=completion_only) for pair in pairs))
+    divisors = Divisors(
+        len(pairs), sum(nll_tokens(pair, completion_only_loss=completion_only) for pair in pairs)
+    )
     model.zero_grad(set_to_none=True)
-    total, logps = torch.zeros((), dtype=torch.float64), torch.zeros(2, len(pairs), dtype=torch.float64)
+    total, logps = (
+        torch.zeros((), dtype=torch.float64),
+        torch.zeros(2, len(pairs), dtype=torch.float64),
+    )
     torch.manual_seed(seed)
     for chunk in micro_batches(pairs, batching):
         found = model(make_batch([pairs[index] for index in chunk], batching))
@@ -111,15 +133,21 @@ LEVERS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("completion_only", [False, True])
 @pytest.mark.parametrize("lever", LEVERS)
 @pytest.mark.parametrize("make", [tiny_llama, tiny_opt])
-def test_a_lever_changes_neither_loss_nor_gradient(make: Callable[[], Any], lever: str, completion_only: bool) -> None:
+def test_a_lever_changes_neither_loss_nor_gradient(
+    make: Callable[[], Any], lever: str, completion_only: bool
+) -> None:
     pairs = ragged_pairs(8)
     expected = step(build(make, **PLAIN), pairs, completion_only=completion_only, **PLAIN)
     levers = PLAIN | LEVERS[lever]
     assert expected[2].norm() > 0.1
-    assert same(step(build(make, **levers), pairs, completion_only=completion_only, **levers), expected)
+    assert same(
+        step(build(make, **levers), pairs, completion_only=completion_only, **levers), expected
+    )
 
 
-@pytest.mark.parametrize("lever", ["checkpoints", "tiles", "tiles in checkpoints", "checkpoints in host memory"])
+@pytest.mark.parametrize(
+    "lever", ["checkpoints", "tiles", "tiles in checkpoints", "checkpoints in host memory"]
+)
 def test_dropout_is_rewound(lever: str) -> None:
     """The second run of a layer, or of a tile, draws the masks of its first."""
     levers = PLAIN | LEVERS[lever]
@@ -186,17 +214,24 @@ def test_edges(edge: str, share: bool, completion_only: bool) -> None:
     neighbours = ragged_pairs(2, seed=9)
     pairs = [neighbours[0], pair, neighbours[1]]
     expected = step(build(**PLAIN), pairs, completion_only=completion_only, **PLAIN)
-    assert same(step(build(), pairs, completion_only=completion_only, prompt_sharing=share), expected)
+    assert same(
+        step(build(), pairs, completion_only=completion_only, prompt_sharing=share), expected
+    )
 
 
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_a_packed_row_scores_what_separate_sequences_score(data: st.DataObject) -> None:
     """Each scored row sees, through its segment, exactly the tokens before its target in one of the sequences."""
-    few = st.lists(st.integers(1, 3), min_size=1, max_size=8)  # few ids: prefixes and equal openings are frequent
+    few = st.lists(
+        st.integers(1, 3), min_size=1, max_size=8
+    )  # few ids: prefixes and equal openings are frequent
     pairs = []
     for _ in range(data.draw(st.integers(1, 4))):
-        chosen, rejected = data.draw(few.filter(lambda x: len(x) > 1)), data.draw(few.filter(lambda x: len(x) > 1))
+        chosen, rejected = (
+            data.draw(few.filter(lambda x: len(x) > 1)),
+            data.draw(few.filter(lambda x: len(x) > 1)),
+        )
         starts = [data.draw(st.integers(0, len(ids) - 1)) for ids in (chosen, rejected)]
         pairs.append(TokenizedPair(chosen, rejected, *starts, ""))  # type: ignore[arg-type]
     share, only = data.draw(st.booleans()), data.draw(st.booleans())
@@ -210,7 +245,10 @@ def test_a_packed_row_scores_what_separate_sequences_score(data: st.DataObject) 
     ids = batch.input_ids_T.tolist()
     # A model whose log-probability of a token is a number made of the whole context and that token.
     rows, targets = batch.rows_N.tolist(), batch.targets_N.tolist()
-    scores = [score([*(ids[i] for i in seen[row]), target]) for row, target in zip(rows, targets, strict=True)]
+    scores = [
+        score([*(ids[i] for i in seen[row]), target])
+        for row, target in zip(rows, targets, strict=True)
+    ]
     found = packed_logps(torch.tensor(scores, dtype=torch.float64), batch.spans)
     for number, pair in enumerate(pairs):
         for mean, sequence, start in (
@@ -220,9 +258,15 @@ def test_a_packed_row_scores_what_separate_sequences_score(data: st.DataObject) 
             terms = [score(sequence[: end + 1]) for end in range(max(start, 1), len(sequence))]
             assert mean[number].item() == pytest.approx(sum(terms) / len(terms), rel=1e-12)
         begin = max(pair.chosen_start, 1) if only else 1
-        counted = [score(list(pair.chosen_ids)[: end + 1]) for end in range(begin, len(pair.chosen_ids))]
+        counted = [
+            score(list(pair.chosen_ids)[: end + 1]) for end in range(begin, len(pair.chosen_ids))
+        ]
         assert found.nll_P[number].item() == pytest.approx(-sum(counted), rel=1e-12)
-        assert found.nll_tokens_P[number].item() == len(counted) == nll_tokens(pair, completion_only_loss=only)
+        assert (
+            found.nll_tokens_P[number].item()
+            == len(counted)
+            == nll_tokens(pair, completion_only_loss=only)
+        )
 
 
 def score(context: list[int]) -> float:
@@ -256,7 +300,9 @@ def test_a_chosen_token_and_another_pair_leave_the_bits_of_a_log_probability() -
     before = scored(pairs)
     middle = pairs[1]
     other = [*middle.chosen_ids[:-2], (middle.chosen_ids[-2] + 1) % 90 + 3, middle.chosen_ids[-1]]
-    changed = TokenizedPair(other, middle.rejected_ids, middle.chosen_start, middle.rejected_start, "")  # type: ignore[arg-type]
+    changed = TokenizedPair(
+        other, middle.rejected_ids, middle.chosen_start, middle.rejected_start, ""
+    )  # type: ignore[arg-type]
     assert common_prefix(*map(torch.tensor, (other, middle.rejected_ids))) == packed_prefix(middle)  # type: ignore[arg-type]
     after = scored([pairs[0], changed, pairs[2]])
     assert torch.equal(before.rejected_P, after.rejected_P)
@@ -281,7 +327,9 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("scale", [1.0, 0.25])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("trained", [False, True])
-def test_the_head_equals_log_softmax(softcap: float | None, scale: float, bias: bool, trained: bool) -> None:
+def test_the_head_equals_log_softmax(
+    softcap: float | None, scale: float, bias: bool, trained: bool
+) -> None:
     module = nn.Linear(6, 11, bias=bias, dtype=torch.float64).requires_grad_(trained)
     head = Head(module, scale, softcap)
     assert head.is_plain == (not trained)
@@ -289,14 +337,24 @@ def test_the_head_equals_log_softmax(softcap: float | None, scale: float, bias: 
     expected = pick(head.logits(hidden[rows]), targets)
     for chunk in (1, 3, 100):
         assert gradcheck(lambda h, chunk=chunk: row_logps(h, rows, targets, head, chunk), (hidden,))
-        assert torch.allclose(row_logps(hidden, rows, targets, head, chunk), expected, rtol=0, atol=1e-13)
+        assert torch.allclose(
+            row_logps(hidden, rows, targets, head, chunk), expected, rtol=0, atol=1e-13
+        )
     if trained:
-        (grad,) = torch.autograd.grad(row_logps(hidden, rows, targets, head, 3).sum(), module.weight)
+        (grad,) = torch.autograd.grad(
+            row_logps(hidden, rows, targets, head, 3).sum(), module.weight
+        )
         (wanted,) = torch.autograd.grad(expected.sum(), module.weight)
         assert torch.allclose(grad, wanted, rtol=0, atol=1e-12)
 
 
-SEGMENTS = (Segment(0, 9), Segment(9, 14, 0, 5), Segment(14, 16), Segment(16, 17, 14, 15), Segment(17, 24))
+SEGMENTS = (
+    Segment(0, 9),
+    Segment(9, 14, 0, 5),
+    Segment(14, 16),
+    Segment(16, 17, 14, 15),
+    Segment(17, 24),
+)
 
 
 def plain_attention(query: Tensor, key: Tensor, value: Tensor, shape: Shape) -> Tensor:
@@ -304,7 +362,10 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor, shape: Shape) -> 
     length = query.shape[2]
     visible = torch.zeros(length, length, dtype=torch.bool)
     for segment in SEGMENTS:
-        places = [*range(segment.prefix_start, segment.prefix_stop), *range(segment.start, segment.stop)]
+        places = [
+            *range(segment.prefix_start, segment.prefix_stop),
+            *range(segment.start, segment.stop),
+        ]
         for row in range(segment.start, segment.stop):
             own = places.index(row)
             for position, place in enumerate(places[: own + 1]):
@@ -319,9 +380,15 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor, shape: Shape) -> 
 
 @pytest.mark.parametrize("block", [2, 256])
 @pytest.mark.parametrize("window", [None, 3, 6])
-@pytest.mark.parametrize(("backend", "softcap"), [("flash_cpu", None), ("sdpa", None), ("maths", None), ("maths", 2.0)])
+@pytest.mark.parametrize(
+    ("backend", "softcap"), [("flash_cpu", None), ("sdpa", None), ("maths", None), ("maths", 2.0)]
+)
 def test_attention_back_ends_equal_the_written_out_mask(
-    backend: str, softcap: float | None, window: int | None, block: int, monkeypatch: pytest.MonkeyPatch
+    backend: str,
+    softcap: float | None,
+    window: int | None,
+    block: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(ops_attention, "BLOCK", block)
     shape = Shape(0.4, window, softcap)
@@ -336,7 +403,9 @@ def test_attention_back_ends_equal_the_written_out_mask(
     wanted = torch.autograd.grad(expected.square().sum(), (query, key, value))
     grads = torch.autograd.grad(found.square().sum(), (query, key, value))
     assert all((a - b).abs().max() < 1e-12 for a, b in zip(grads, wanted, strict=True))
-    if backend != "sdpa" and window != 6:  # along a random direction; each number was compared above
+    if (
+        backend != "sdpa" and window != 6
+    ):  # along a random direction; each number was compared above
         assert gradcheck(run, (query, key, value), fast_mode=True)
 
 
@@ -370,7 +439,10 @@ def test_tiles_pass_gradcheck() -> None:
     class MLP(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.up, self.down = nn.Linear(4, 6, dtype=torch.float64), nn.Linear(6, 4, dtype=torch.float64)
+            self.up, self.down = (
+                nn.Linear(4, 6, dtype=torch.float64),
+                nn.Linear(6, 4, dtype=torch.float64),
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             return self.down(torch.nn.functional.silu(self.up(x)))

@@ -6,7 +6,13 @@ from accelerate import PartialState
 from orpo_lite.errors import Command, RecipeError
 from orpo_lite.model.parallel import DEVICE, LAUNCH, SHARDED, Processes
 
-WHOLE = {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+WHOLE = {
+    "LOCAL_RANK": "0",
+    "RANK": "0",
+    "WORLD_SIZE": "1",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "0",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +28,10 @@ def no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "2"}, "without MASTER_ADDR, MASTER_PORT"),
         ({"RANK": "3"}, "RANK=3 without LOCAL_RANK"),
         ({"WORLD_SIZE": "2", "RANK": "0"}, "RANK=0, WORLD_SIZE=2 without LOCAL_RANK"),
-        ({name: value for name, value in WHOLE.items() if name != "LOCAL_RANK"} | {"RANK": "1"}, "without LOCAL_RANK"),
+        (
+            {name: value for name, value in WHOLE.items() if name != "LOCAL_RANK"} | {"RANK": "1"},
+            "without LOCAL_RANK",
+        ),
         ({"RANK": "first"}, "RANK is no number"),
         (WHOLE | {"ACCELERATE_USE_DEEPSPEED": "true"}, "ACCELERATE_USE_DEEPSPEED=true"),
         (WHOLE | {"ACCELERATE_USE_FSDP": "1"}, "ACCELERATE_USE_FSDP=1"),
@@ -46,7 +55,12 @@ def test_a_part_of_a_launch_is_refused(
 
 @pytest.mark.parametrize(
     "environment",
-    [{"RANK": "0"}, {"RANK": "0", "WORLD_SIZE": "1"}, {"LOCAL_RANK": "-1"}, {"ACCELERATE_USE_DEEPSPEED": "true"}],
+    [
+        {"RANK": "0"},
+        {"RANK": "0", "WORLD_SIZE": "1"},
+        {"LOCAL_RANK": "-1"},
+        {"ACCELERATE_USE_DEEPSPEED": "true"},
+    ],
 )
 def test_what_says_nothing_of_several_processes_is_no_launch(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]

@@ -88,15 +88,24 @@ def test_a_new_objective_touches_its_own_file_and_the_schema(
 ) -> None:
     small_recipe()  # writes small.yaml
     package = workspace / "site" / "orpo_lite"
-    shutil.copytree(Path(orpo_lite.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        Path(orpo_lite.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__")
+    )
     (package / "objectives" / "squared.py").write_text(SQUARED, encoding="utf-8")
     schema = package / "recipe" / "schema.py"
     text = schema.read_text(encoding="utf-8")
     assert text.count('type: Literal["orpo"]') == 1
-    schema.write_text(text.replace('type: Literal["orpo"]', 'type: Literal["orpo", "squared"]'), encoding="utf-8")
+    schema.write_text(
+        text.replace('type: Literal["orpo"]', 'type: Literal["orpo", "squared"]'), encoding="utf-8"
+    )
     environment = os.environ | {"PYTHONPATH": str(package.parent)}
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=False, cwd=workspace
+        [sys.executable, "-c", SCRIPT],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=workspace,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])

@@ -17,7 +17,9 @@ EXACT = [-50.0, -30.0, -8.0, -2.5, -0.7, -0.69, -0.1, -1e-2, -1e-3]
 EXTREME = [-1e4, -745.0, -50.0, -1e-3, -1e-7, -1e-12, -1e-300, 0.0]
 
 
-def logps(chosen: list[float], rejected: list[float], dtype: torch.dtype = torch.float64) -> PairLogps:
+def logps(
+    chosen: list[float], rejected: list[float], dtype: torch.dtype = torch.float64
+) -> PairLogps:
     """Pairs with the given mean log-probabilities and an NLL of nothing."""
     sides = [torch.tensor(values, dtype=dtype, requires_grad=True) for values in (chosen, rejected)]
     zeros = torch.zeros(len(chosen), dtype=dtype)
@@ -33,7 +35,9 @@ def odds_ratio_loss(pairs: PairLogps) -> Tensor:
 def test_log1mexp_equals_fifty_digits(value: float) -> None:
     with mpmath.workdps(50):
         exact = float(mpmath.log(1 - mpmath.exp(mpmath.mpf(value))))
-    assert log1mexp(torch.tensor(value, dtype=torch.float64)).item() == pytest.approx(exact, rel=1e-14)
+    assert log1mexp(torch.tensor(value, dtype=torch.float64)).item() == pytest.approx(
+        exact, rel=1e-14
+    )
     assert log1mexp(torch.tensor(value)).item() == pytest.approx(exact, rel=1e-5)
 
 
@@ -71,11 +75,19 @@ def test_finite_up_to_certainty(chosen: float, rejected: float, dtype: torch.dty
 
 
 def test_the_odds_are_computed_in_float32_at_least() -> None:
-    assert log_odds(torch.tensor([-0.5], dtype=torch.bfloat16), torch.tensor([-1.5])).dtype == torch.float32
-    assert log_odds(torch.tensor([-0.5]).double(), torch.tensor([-1.5]).double()).dtype == torch.float64
+    assert (
+        log_odds(torch.tensor([-0.5], dtype=torch.bfloat16), torch.tensor([-1.5])).dtype
+        == torch.float32
+    )
+    assert (
+        log_odds(torch.tensor([-0.5]).double(), torch.tensor([-1.5]).double()).dtype
+        == torch.float64
+    )
 
 
-def reference(logits: Tensor, ids: Tensor, starts: list[int], lengths: list[int], only: bool, mean: str) -> Tensor:
+def reference(
+    logits: Tensor, ids: Tensor, starts: list[int], lengths: list[int], only: bool, mean: str
+) -> Tensor:
     """Eq. 1 to 7 with loops over pairs and tokens, and the textbook's forms of odds and sigmoid."""
     pairs = len(ids) // 2
 
@@ -83,7 +95,9 @@ def reference(logits: Tensor, ids: Tensor, starts: list[int], lengths: list[int]
         return torch.log(torch.softmax(logits[row, position - 1], -1)[ids[row, position]])
 
     def mean_logp(row: int) -> Tensor:
-        return torch.stack([token_logp(row, t) for t in range(max(starts[row], 1), lengths[row])]).mean()
+        return torch.stack(
+            [token_logp(row, t) for t in range(max(starts[row], 1), lengths[row])]
+        ).mean()
 
     nll, ratio, counted = [], [], 0
     for row in range(pairs):
@@ -102,7 +116,10 @@ def reference(logits: Tensor, ids: Tensor, starts: list[int], lengths: list[int]
 @pytest.mark.parametrize("mean", ["token", "pair"])
 def test_loss_and_gradient_equal_the_written_out_reference(only: bool, mean: str) -> None:
     torch.manual_seed(0)
-    starts, lengths = [3, 0, 5, 3, 1, 6], [9, 4, 6, 12, 2, 7]  # an empty prompt and a one-token response among them
+    starts, lengths = (
+        [3, 0, 5, 3, 1, 6],
+        [9, 4, 6, 12, 2, 7],
+    )  # an empty prompt and a one-token response among them
     logits = torch.randn(6, 12, 17, dtype=torch.float64, requires_grad=True)
     ids = torch.randint(17, (6, 12))
     position = torch.arange(12)
@@ -116,7 +133,9 @@ def test_loss_and_gradient_equal_the_written_out_reference(only: bool, mean: str
     (expected_gradient,) = torch.autograd.grad(expected, logits)
     assert loss.item() == pytest.approx(expected.item(), abs=1e-12)
     assert (gradient - expected_gradient).abs().max() < 1e-12
-    assert Orpo(LossSection(beta=0.3)).metrics(parts.tolist())["loss"] == pytest.approx(expected.item(), abs=1e-12)
+    assert Orpo(LossSection(beta=0.3)).metrics(parts.tolist())["loss"] == pytest.approx(
+        expected.item(), abs=1e-12
+    )
 
 
 def test_gradcheck() -> None:

@@ -26,7 +26,9 @@ def test_other_errors_are_no_lack_of_memory() -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [*OUT_OF_MEMORY, torch.AcceleratorError("CUDA error: device-side assert triggered")], ids=str
+    "error",
+    [*OUT_OF_MEMORY, torch.AcceleratorError("CUDA error: device-side assert triggered")],
+    ids=str,
 )
 def test_an_error_of_the_device_is_not_taken_for_a_fault_of_the_model(
     error: RuntimeError, monkeypatch: pytest.MonkeyPatch

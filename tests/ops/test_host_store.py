@@ -49,7 +49,9 @@ def test_device_memory_is_given_back_after_its_copy(monkeypatch: pytest.MonkeyPa
         return tensor.untyped_storage().nbytes() == 4096
 
     monkeypatch.setattr(layers._Copies, "start", start)
-    monkeypatch.setattr(layers._Copies, "wait", lambda _self, event, _device: log.append(("waited", event)))
+    monkeypatch.setattr(
+        layers._Copies, "wait", lambda _self, event, _device: log.append(("waited", event))
+    )
     loss = chain(HostStore(6), 6, 1024)
     assert most == layers.LEAVING + 2  # one that is copied now, and the leaf, which autograd holds
     loss.backward()  # type: ignore[no-untyped-call]

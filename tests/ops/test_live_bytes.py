@@ -40,7 +40,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(folder: Path, **memory: Any) -> PairModel:
-    return load_pair_model(on_base(folder, **memory), fetch_weights(find_base(str(folder), "main")), CPU)
+    return load_pair_model(
+        on_base(folder, **memory), fetch_weights(find_base(str(folder), "main")), CPU
+    )
 
 
 # --- counting
@@ -83,7 +85,10 @@ def backward_bytes(backend: str, lengths: list[int], heads: int, shared: int, wi
     ends = [0, *itertools.accumulate(lengths)]
     segments = [Segment(*place) for place in itertools.pairwise(ends)]
     sizes = ((number, ends[-1], width) for number in (heads, shared, shared))
-    qkv = [torch.empty(1, *size, dtype=torch.bfloat16, device=META, requires_grad=True) for size in sizes]
+    qkv = [
+        torch.empty(1, *size, dtype=torch.bfloat16, device=META, requires_grad=True)
+        for size in sizes
+    ]
     out = BACKENDS[backend](*qkv, segments, Shape(1.0, None, None))
     grad = torch.empty_like(out)
     with LiveBytes([*qkv, out, grad]) as tracker:
@@ -91,8 +96,12 @@ def backward_bytes(backend: str, lengths: list[int], heads: int, shared: int, wi
     return tracker.peak
 
 
-@pytest.mark.parametrize(("heads", "shared", "width", "wide"), [(32, 8, 128, 128), (8, 8, 72, 96), (16, 2, 160, 192)])
-def test_flash_attentions_workspace_is_that_of_its_source(heads: int, shared: int, width: int, wide: int) -> None:
+@pytest.mark.parametrize(
+    ("heads", "shared", "width", "wide"), [(32, 8, 128, 128), (8, 8, 72, 96), (16, 2, 160, 192)]
+)
+def test_flash_attentions_workspace_is_that_of_its_source(
+    heads: int, shared: int, width: int, wide: int
+) -> None:
     """By mha_varlen_bwd: dq, dk, dv; softmax_d; dq_accum; dk_expanded and dv_expanded where heads are shared."""
     lengths = [128, 640, 128, 256]
     tokens = sum(lengths)
@@ -151,7 +160,9 @@ def test_a_back_end_of_a_gpu_declares_on_meta_what_it_keeps(backend: str) -> Non
     """Queries, keys (each prefix once more), values, output, one number a query and head; never the scores."""
     heads, length, size = 8, 1_000, 16
     segments = (Segment(0, 600), Segment(600, 1_000, 0, 200))
-    q, k, v = (torch.empty(1, heads, length, size, device=META, requires_grad=True) for _ in range(3))
+    q, k, v = (
+        torch.empty(1, heads, length, size, device=META, requires_grad=True) for _ in range(3)
+    )
     with LiveBytes([q, k, v]) as tracker:
         out = BACKENDS[backend](q, k, v, segments, Shape(0.25, None, None))
         kept = tracker.live
@@ -169,13 +180,22 @@ def test_the_meta_device_counts_what_a_cpu_holds(base: Path, levers: dict[str, A
     settings = on_base(base, **levers)
     pairs = ragged_pairs(12, vocab_size=98)
     peaks = []
-    for model in (load(base, **levers), bare_pair_model(settings, find_base(str(base), "main").config, torch.float32)):
+    for model in (
+        load(base, **levers),
+        bare_pair_model(settings, find_base(str(base), "main").config, torch.float32),
+    ):
         for _, parameter in model.trained():
             parameter.grad = torch.zeros_like(parameter)
         batching = model.batching(settings, pad_id=0)
         batch = make_batch(pairs, batching).to(model.device)
         with LiveBytes(
-            [*storages(model), batch.input_ids_T, batch.position_ids_T, batch.rows_N, batch.targets_N]
+            [
+                *storages(model),
+                batch.input_ids_T,
+                batch.position_ids_T,
+                batch.rows_N,
+                batch.targets_N,
+            ]
         ) as on:
             loss, _ = orpo_loss(model(batch), Divisors(12, 100), beta=0.1)
             loss.backward()
@@ -234,13 +254,17 @@ def figures(model: PairModel, batching: Batching, pairs: Any) -> Tensor:
         for chunk in micro_batches(pairs, batching):
             found = model(make_batch([pairs[i] for i in chunk], batching))
             nll = found.nll_P / found.nll_tokens_P
-            rows += zip(chunk, torch.stack([found.chosen_P, found.rejected_P, nll], 1).tolist(), strict=True)
+            rows += zip(
+                chunk, torch.stack([found.chosen_P, found.rejected_P, nll], 1).tolist(), strict=True
+            )
     return torch.tensor([values for _, values in sorted(rows)], dtype=torch.float64)
 
 
 def test_bfloat16_is_as_exact_as_trl(base: Path) -> None:
     """Error of log-probabilities against float32, over 256 pairs: ours no larger than TRL's own code on the model."""
-    trl = pytest.importorskip("trl.experimental.orpo", reason="TRL, the oracle, comes with the extra `bench`")
+    trl = pytest.importorskip(
+        "trl.experimental.orpo", reason="TRL, the oracle, comes with the extra `bench`"
+    )
     pairs = ragged_pairs(256, vocab_size=98, seed=4)
     exact = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     rounded = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
@@ -254,9 +278,13 @@ def test_bfloat16_is_as_exact_as_trl(base: Path) -> None:
     labels = batch.input_ids_RT.masked_fill(~batch.response_RT, -100)
     means = trl.ORPOTrainer.get_batch_logps(logits.float(), labels, average_log_prob=True)
     theirs = torch.stack([means[:256], means[256:]], 1).double()
-    error, bound = ((found - expected[:, :2]).square().mean().sqrt() for found in (ours[:, :2], theirs))
+    error, bound = (
+        (found - expected[:, :2]).square().mean().sqrt() for found in (ours[:, :2], theirs)
+    )
     assert 1e-4 < bound < 0.1
-    assert error <= 1.05 * bound  # 0.97 to 1.02 over sets of pairs: the same roundings in another order
+    assert (
+        error <= 1.05 * bound
+    )  # 0.97 to 1.02 over sets of pairs: the same roundings in another order
 
 
 def test_the_proof_accepts_bfloat16_on_a_4_bit_base(base: Path) -> None:
@@ -267,7 +295,9 @@ def test_the_proof_accepts_bfloat16_on_a_4_bit_base(base: Path) -> None:
 
 
 def test_the_proof_knows_that_4_bit_products_may_be_coarser_than_the_stream(base: Path) -> None:
-    settings = on_base(base).override({"model.dtype": "float32", "quantization.bnb_4bit_compute_dtype": "bfloat16"})
+    settings = on_base(base).override(
+        {"model.dtype": "float32", "quantization.bnb_4bit_compute_dtype": "bfloat16"}
+    )
     model = load_pair_model(settings, fetch_weights(find_base(str(base), "main")), CPU)
     probe(model, 256)
     assert model.route == "shared", model.notes

@@ -14,7 +14,9 @@ from orpo_lite.ops.lora import FEW_ROWS, fuse_lora
 
 def quantised(weight: torch.Tensor) -> bnb.nn.Params4bit:
     packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4")
-    return bnb.nn.Params4bit(packed, requires_grad=False, quant_state=state, bnb_quantized=True, quant_type="nf4")
+    return bnb.nn.Params4bit(
+        packed, requires_grad=False, quant_state=state, bnb_quantized=True, quant_type="nf4"
+    )
 
 
 def layer(weight: torch.Tensor, *, four_bit: bool) -> Any:
@@ -26,7 +28,9 @@ def layer(weight: torch.Tensor, *, four_bit: bool) -> Any:
     else:
         linear = nn.Linear(64, 128, bias=False)
         linear.weight = nn.Parameter(weight.clone(), requires_grad=False)
-    model = get_peft_model(nn.ModuleDict({"linear": linear}), LoraConfig(r=4, target_modules=["linear"]))
+    model = get_peft_model(
+        nn.ModuleDict({"linear": linear}), LoraConfig(r=4, target_modules=["linear"])
+    )
     found = model.base_model.model["linear"]
     nn.init.normal_(found.lora_B["default"].weight)
     return model, found
@@ -39,7 +43,9 @@ def test_a_weight_that_is_replaced_is_the_one_that_computes(four_bit: bool) -> N
     model, fused = layer(first, four_bit=four_bit)
     assert fuse_lora(model) == []
     before = fused(x)
-    fused.base_layer.weight = quantised(second) if four_bit else nn.Parameter(second.clone(), requires_grad=False)
+    fused.base_layer.weight = (
+        quantised(second) if four_bit else nn.Parameter(second.clone(), requires_grad=False)
+    )
     after = fused(x)
     (gradient,) = torch.autograd.grad(after.square().sum(), x)
     _, plain = layer(second, four_bit=four_bit)
@@ -59,11 +65,15 @@ def test_a_weight_that_is_replaced_before_the_backward_pass_is_used_there() -> N
     fused.base_layer.weight = quantised(torch.zeros(128, 64))
     (gradient,) = torch.autograd.grad(y.sum(), x)
     a, b = fused.lora_A["default"].weight, fused.lora_B["default"].weight
-    assert torch.allclose(gradient, (torch.ones(5, 128) @ b @ a) * fused.scaling["default"], atol=1e-4)
+    assert torch.allclose(
+        gradient, (torch.ones(5, 128) @ b @ a) * fused.scaling["default"], atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("rows", [1, FEW_ROWS, FEW_ROWS + 1])
-def test_few_rows_without_a_gradient_take_the_fused_kernel(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_rows_without_a_gradient_take_the_fused_kernel(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As the same layer computes them for training; one row more is dequantised for."""
     weight, x = torch.randn(128, 64), torch.randn(rows, 64)
     model, fused = layer(weight, four_bit=True)
@@ -71,7 +81,9 @@ def test_few_rows_without_a_gradient_take_the_fused_kernel(rows: int, monkeypatc
     fused.base_layer.bias = nn.Parameter(torch.randn(128), requires_grad=False)
     expected = fused(x).detach()
     calls, honest = [], bnb.matmul_4bit
-    monkeypatch.setattr(bnb, "matmul_4bit", lambda *args, **kwargs: calls.append(args) or honest(*args, **kwargs))
+    monkeypatch.setattr(
+        bnb, "matmul_4bit", lambda *args, **kwargs: calls.append(args) or honest(*args, **kwargs)
+    )
     with torch.no_grad():
         found = fused(x)
     assert len(calls) == (rows <= FEW_ROWS)

@@ -13,7 +13,9 @@ from orpo_lite.planning.device import describe_device, refuse_slow_device
 
 CPU = torch.device("cpu")
 # 1.1 billion parameters, most of them in the embeddings: nothing of it is ever made.
-LARGE = LlamaConfig(vocab_size=262_144, hidden_size=2_048, num_hidden_layers=1, intermediate_size=2_048)
+LARGE = LlamaConfig(
+    vocab_size=262_144, hidden_size=2_048, num_hidden_layers=1, intermediate_size=2_048
+)
 SMALL = LlamaConfig(vocab_size=98, hidden_size=64, num_hidden_layers=1)
 
 
@@ -37,7 +39,13 @@ def test_a_large_base_is_not_trained_on_a_cpu_next_to_a_gpu() -> None:
     with pytest.raises(FitError) as refusal:
         refuse_slow_device(CPU, "auto", "some/base", LARGE)
     said = str(refusal.value)
-    for part in ("RTX 4090", "driver 550.54.14", "CUDA 13.0, from driver 580 on", "update the driver", "1.1 billion"):
+    for part in (
+        "RTX 4090",
+        "driver 550.54.14",
+        "CUDA 13.0, from driver 580 on",
+        "update the driver",
+        "1.1 billion",
+    ):
         assert part in said
     assert refusal.value.fix.values == {"model.device": "cpu"}  # type: ignore[attr-defined]
     refuse_slow_device(CPU, "cpu", "some/base", LARGE)
@@ -53,7 +61,9 @@ def test_a_gpu_that_is_hidden_on_purpose_is_not_missed(monkeypatch: pytest.Monke
 
 
 @pytest.mark.usefixtures("old_driver")
-def test_train_refuses_before_weights_load(small_recipe: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_refuses_before_weights_load(
+    small_recipe: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("orpo_lite.planning.device.CPU_LIMIT", 1_000)
     with pytest.raises(FitError, match="would be trained on the CPU"):
         list(train_events(small_recipe()))

@@ -56,7 +56,9 @@ from orpo_lite.runs.interrupt import Interrupted
 from orpo_lite.runs.records import read_json
 from orpo_lite.training import step as training_step
 
-plan_bench = pytest.importorskip("benchmarks.plan", reason="TRL, the peer, comes with the extra `bench`")
+plan_bench = pytest.importorskip(
+    "benchmarks.plan", reason="TRL, the peer, comes with the extra `bench`"
+)
 MIB, GIB = 2**20, 2**30
 GPU = GPUS[3]
 FEW = ("training.global_batch_size=2", "memory.micro_batch_tokens=512")  # fewer steps to count
@@ -67,7 +69,12 @@ pytestmark = pytest.mark.usefixtures("counted_once")
 
 
 def small(layers: int = 6, **changes: Any) -> LlamaConfig:
-    shape = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+    shape = {
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     shape |= {"vocab_size": 4_000, "num_hidden_layers": layers, "max_position_embeddings": 4_096}
     return LlamaConfig(**shape | changes)
 
@@ -85,7 +92,10 @@ def planner(layers: int = 6, **memory: Any) -> Planner:
 
 
 FEW_PAIRS = [("gemma2, softcap, tied", "default"), ("llama", "all")]
-LEVERS_ALONE = ["tiles", *(name for name in plan_bench.LEVERS if name not in ("default", "all", "tiles"))]
+LEVERS_ALONE = [
+    "tiles",
+    *(name for name in plan_bench.LEVERS if name not in ("default", "all", "tiles")),
+]
 ALL_PAIRS = itertools.product(plan_bench.FAMILIES, ("default", "no checkpoints", "all"))
 ALSO = [pytest.param(*pair, marks=pytest.mark.long) for pair in ALL_PAIRS if pair not in FEW_PAIRS]
 
@@ -93,7 +103,9 @@ ALSO = [pytest.param(*pair, marks=pytest.mark.long) for pair in ALL_PAIRS if pai
 @pytest.mark.parametrize(("family", "lever"), [*FEW_PAIRS, *ALSO])
 def test_predicted_bytes_are_those_of_the_step_on_this_cpu(family: str, lever: str) -> None:
     """NF4 and LoRA on the CPU, every storage followed, against the same step without weights."""
-    error = plan_bench.error_of(plan_bench.FAMILIES[family](8_000), plan_bench.recipe(**plan_bench.LEVERS[lever]))
+    error = plan_bench.error_of(
+        plan_bench.FAMILIES[family](8_000), plan_bench.recipe(**plan_bench.LEVERS[lever])
+    )
     assert abs(error) <= 0.02
 
 
@@ -104,12 +116,21 @@ def test_each_lever_is_predicted(lever: str) -> None:
 
 
 BLOOM = {"hidden_size": 256, "n_layer": 4, "n_head": 4}
-SPARSE = GROUPED | {"hidden_size": 256, "num_hidden_layers": 4, "num_experts": 4, "num_experts_per_tok": 2}
+SPARSE = GROUPED | {
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+}
 OTHERS = {
     "bloom, no checkpoints": BloomConfig(**BLOOM | IDS),
-    "lfm2, no checkpoints": Lfm2Config(**SPARSE | IDS, layer_types=["conv", "conv", "full_attention", "conv"]),
+    "lfm2, no checkpoints": Lfm2Config(
+        **SPARSE | IDS, layer_types=["conv", "conv", "full_attention", "conv"]
+    ),
     "qwen3-moe, all": Qwen3MoeConfig(**SPARSE | IDS, moe_intermediate_size=128, head_dim=64),
-    "qwen3-next, default": Qwen3NextConfig(**SPARSE | IDS | LINEAR | {"num_hidden_layers": 2}, head_dim=64),
+    "qwen3-next, default": Qwen3NextConfig(
+        **SPARSE | IDS | LINEAR | {"num_hidden_layers": 2}, head_dim=64
+    ),
 }
 
 
@@ -133,7 +154,12 @@ def test_a_plan_counts_the_way_that_the_proof_will_choose(name: str, route: str)
 
 def test_a_plan_says_what_the_model_cannot_have(call: Call, workspace: Path) -> None:
     OTHERS["qwen3-moe, all"].save_pretrained(workspace / "base")
-    keys = ("model.model_name_or_path=./base", "data.max_length=256", "data.max_prompt_length=64", *FEW)
+    keys = (
+        "model.model_name_or_path=./base",
+        "data.max_length=256",
+        "data.max_prompt_length=64",
+        *FEW,
+    )
     _, said, _ = call("plan", "--recipe", "mistral-qlora", *keys)
     assert "note: quantization.load_in_4bit: " in said
     assert "of its experts stay as they are" in said
@@ -146,16 +172,23 @@ def test_attention_that_shows_its_flops_is_not_counted_twice() -> None:
     assert (half.attention, half.unseen) == (META_ATTENTION, 0.5)
 
 
-@pytest.mark.parametrize("levers", first_and_long([{"checkpoint_offload": True}, {}, {"mlp_tile": 512}]), ids=str)
+@pytest.mark.parametrize(
+    "levers", first_and_long([{"checkpoint_offload": True}, {}, {"mlp_tile": 512}]), ids=str
+)
 def test_a_few_layers_tell_of_all(levers: dict[str, Any]) -> None:
     """Peak and work of eight layers, any number of them un-checkpointed, from steps of two to five."""
     chosen, config, triples = settings(**levers), small(8), worst_case(512, 2)
-    line = LayerExtrapolation(chosen, config, triples, "ampere", find_route(chosen, config, triples, "ampere"))
+    line = LayerExtrapolation(
+        chosen, config, triples, "ampere", find_route(chosen, config, triples, "ampere")
+    )
     for kept in (0, 1, 4, 7, 8):
         whole = chosen.override({"memory.activation_checkpointing": 8 - kept})
         found = measure(whole, config, triples, "ampere")
         assert line.peak(8, kept) == pytest.approx(found.peak, rel=0.01)
-        flops = [sum(f * count for (f, _), count in work.items()) for work in (line.work(8, kept), found.work)]
+        flops = [
+            sum(f * count for (f, _), count in work.items())
+            for work in (line.work(8, kept), found.work)
+        ]
         assert flops[0] == pytest.approx(flops[1], rel=0.01)
 
 
@@ -170,17 +203,25 @@ def test_parts_add_up_to_the_peak() -> None:
 def sizes(pairs: Sequence[TokenizedPair]) -> tuple[int, int, int]:
     """Tokens, segments and tokens of prefixes in one row."""
     row = pack_pairs(pairs, completion_only_loss=False, share=True)
-    return len(row.input_ids_T), len(row.segments), sum(stop - start for *_, start, stop in row.segments)
+    return (
+        len(row.input_ids_T),
+        len(row.segments),
+        sum(stop - start for *_, start, stop in row.segments),
+    )
 
 
 @pytest.mark.parametrize("limit", [{}, {"micro_batch_size": 4}], ids=str)
 @pytest.mark.parametrize("tokens", [300, 600])
-def test_no_micro_batch_of_a_training_is_heavier_than_that_of_the_plan(tokens: int, limit: dict[str, int]) -> None:
+def test_no_micro_batch_of_a_training_is_heavier_than_that_of_the_plan(
+    tokens: int, limit: dict[str, int]
+) -> None:
     """Many short pairs, a few long ones, prefixes of all sizes."""
     random = np.random.default_rng(0)
     triples = np.sort(random.integers(2, 60, (200, 3)), 1)
     triples[::20] += np.sort(random.integers(0, 120, (10, 3)), 1)
-    chosen = settings(micro_batch_tokens=tokens, **limit).override({"training.global_batch_size": 16})
+    chosen = settings(micro_batch_tokens=tokens, **limit).override(
+        {"training.global_batch_size": 16}
+    )
     model = SimpleNamespace(route="shared")
     batching = PairModel.batching(model, chosen, 0)  # type: ignore[arg-type]
     planned = sizes(heaviest(chosen, triples, batching, in_one_row=True))
@@ -205,11 +246,17 @@ def test_the_longest_pairs_are_planned_where_each_sequence_goes_by_itself() -> N
     pairs = heaviest(chosen, triples, batching, in_one_row=False)
     lengths = [(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs]
     assert lengths[0] == (400, 100)
-    assert sum(packed_tokens(pair, share=False) for pair in pairs) == 600  # filled up: other pairs may fit better
+    assert (
+        sum(packed_tokens(pair, share=False) for pair in pairs) == 600
+    )  # filled up: other pairs may fit better
     for prefix, chosen, rejected in triples[-2:].tolist():
         (pair,) = blank_pairs(np.array([[prefix, chosen, rejected]]))
         same = np.asarray(pair.chosen_ids[:prefix]) == np.asarray(pair.rejected_ids[:prefix])
-        assert (len(pair.chosen_ids), len(pair.rejected_ids), same.all()) == (chosen, rejected, True)
+        assert (len(pair.chosen_ids), len(pair.rejected_ids), same.all()) == (
+            chosen,
+            rejected,
+            True,
+        )
 
 
 def test_fewer_layers_keep_their_kinds() -> None:
@@ -244,7 +291,11 @@ def test_nothing_that_fits_is_faster() -> None:
     for extra in (0, 10, 40):
         budget = plans.least(GPU) + extra * MIB
         best = plans.plan(budget, GPU).seconds_per_pair or 0
-        assert all((other.seconds_per_pair or 0) >= 0.99 * best for other in others if other.needed <= budget)
+        assert all(
+            (other.seconds_per_pair or 0) >= 0.99 * best
+            for other in others
+            if other.needed <= budget
+        )
 
 
 @pytest.mark.long
@@ -293,13 +344,21 @@ def test_what_does_not_fit_is_said_with_what_would() -> None:
 
 def test_loading_counts_where_it_takes_more_than_a_step() -> None:
     config = small(vocab_size=400_000)
-    plan = Planner(settings(embedding_on_cpu=True), config, worst_case(16, 1), "ampere").plan(None, GPU)
+    plan = Planner(settings(embedding_on_cpu=True), config, worst_case(16, 1), "ampere").plan(
+        None, GPU
+    )
     assert plan.measured.loading > plan.peak
     assert plan.needed == plan.measured.loading + 512 * MIB + int(18.25 * MIB) + 256 * MIB
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("24GiB", 24 * GIB), ("23.5 gib", int(23.5 * GIB)), ("24GB", 24 * 10**9), ("512MiB", 512 * MIB)]
+    ("text", "size"),
+    [
+        ("24GiB", 24 * GIB),
+        ("23.5 gib", int(23.5 * GIB)),
+        ("24GB", 24 * 10**9),
+        ("512MiB", 512 * MIB),
+    ],
 )
 def test_sizes_are_read(text: str, size: int) -> None:
     assert read_bytes(text) == size
@@ -327,13 +386,18 @@ def pretend_card(
     import pynvml
 
     properties = SimpleNamespace(name=name, total_memory=24 * GIB, uuid="6f-a")
-    running = [SimpleNamespace(pid=os.getpid(), usedGpuMemory=GIB // 2), SimpleNamespace(pid=1, usedGpuMemory=others)]
+    running = [
+        SimpleNamespace(pid=os.getpid(), usedGpuMemory=GIB // 2),
+        SimpleNamespace(pid=1, usedGpuMemory=others),
+    ]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     for function in ("nvmlInit", "nvmlShutdown"):
         monkeypatch.setattr(pynvml, function, lambda: None)
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", lambda uuid: {"GPU-6f-a": "handle"}[uuid])
+    monkeypatch.setattr(
+        pynvml, "nvmlDeviceGetHandleByUUID", lambda uuid: {"GPU-6f-a": "handle"}[uuid]
+    )
     monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lambda _: SimpleNamespace(free=free))
     monkeypatch.setattr(pynvml, "nvmlDeviceGetComputeRunningProcesses", lambda _: running)
 
@@ -349,25 +413,45 @@ def test_a_plan_for_a_t4_is_of_its_dtype_and_kernel(monkeypatch: pytest.MonkeyPa
     query = torch.empty(1, 4, 8, 128, dtype=torch.float16, device="meta")
     assert choose_backend(query, query, None, kind) == "efficient"
     chosen = settings(micro_batch_tokens=1_024).override({"training.global_batch_size": 32})
-    config = small(2, num_attention_heads=8, num_key_value_heads=8, head_dim=128, intermediate_size=64, vocab_size=99)
+    config = small(
+        2,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        head_dim=128,
+        intermediate_size=64,
+        vocab_size=99,
+    )
     few, many = np.array([[0, 512, 512]] * 32), np.array([[0, 16, 16]] * 32)
     for meant, grows in (("cuda", False), ("ampere", True)):
         one, other = (measure(chosen, config, triples, meant) for triples in (few, many))
         assert one.tokens == other.tokens
-        grown = (other.peak - one.peak) / (62 * 128 * 8 * 129 * 4)  # by 62 segments' rows, 8 heads of 128 numbers
+        grown = (other.peak - one.peak) / (
+            62 * 128 * 8 * 129 * 4
+        )  # by 62 segments' rows, 8 heads of 128 numbers
         assert grown == pytest.approx(float(grows), abs=0.1)
 
 
 def test_cublas_has_more_on_hopper_and_for_deterministic_kernels() -> None:
-    ours = {name: allowances(GIB, replace(GPU, capability=c)) for name, c in (("ada", (8, 9)), ("hopper", (9, 0)))}
+    ours = {
+        name: allowances(GIB, replace(GPU, capability=c))
+        for name, c in (("ada", (8, 9)), ("hopper", (9, 0)))
+    }
     sizes = {name: found["kernels' workspaces"] for name, found in ours.items()}
     assert sizes == {"ada": 2 * (8 * MIB + 128 * 1024 + MIB), "hopper": 2 * (32 * MIB + MIB)}
     assert allowances(GIB, GPU, deterministic=True)["kernels' workspaces"] == sizes["hopper"]
-    assert [allowances(size, GPU)["fragmentation"] for size in (GIB, 10 * GIB)] == [256 * MIB, 512 * MIB]
+    assert [allowances(size, GPU)["fragmentation"] for size in (GIB, 10 * GIB)] == [
+        256 * MIB,
+        512 * MIB,
+    ]
 
 
 def test_a_plan_says_first_whether_it_fits(workspace: Path) -> None:
-    keys = ["model.model_name_or_path=./base", "data.max_length=128", "data.max_prompt_length=64", *FEW]
+    keys = [
+        "model.model_name_or_path=./base",
+        "data.max_length=128",
+        "data.max_prompt_length=64",
+        *FEW,
+    ]
     for budget, verdict in (
         ("8GiB", "yes, it fits: "),
         ("900MiB", "yes, it fits: "),
@@ -385,7 +469,9 @@ def test_memory_of_other_processes_is_seen_and_left(monkeypatch: pytest.MonkeyPa
     assert (own.free, own.others, own.gpu.flops) == (20 * GIB, 3 * GIB, 165e12)
 
 
-def test_a_driver_that_does_not_answer_is_asked_through_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_driver_that_does_not_answer_is_asked_through_torch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     import pynvml
 
     def refuse() -> None:
@@ -414,7 +500,15 @@ def test_the_plan_of_a_shipped_recipe_needs_no_network(call: Call) -> None:
     code, said, complained = call("plan", "--recipe", "opt-125m", *keys, "--json")
     assert (code, complained) == (0, "")
     plan = json.loads(said)
-    assert {"peak_bytes", "parts", "flops_per_pair", "fits", "levers", "cards", "disk_bytes"} <= plan.keys()
+    assert {
+        "peak_bytes",
+        "parts",
+        "flops_per_pair",
+        "fits",
+        "levers",
+        "cards",
+        "disk_bytes",
+    } <= plan.keys()
     assert plan["fits"]
     assert plan["peak_bytes"] == sum(plan["parts"].values())
     assert [row["card"] for row in plan["cards"]][1:] == [gpu.name for gpu in GPUS if gpu != GPU]
@@ -441,8 +535,14 @@ def test_every_recipes_base_is_known_offline(name: str) -> None:
 
 
 def test_the_screen_has_a_bar_a_part_and_a_row_a_card(call: Call, workspace: Path) -> None:
-    keys = ["model.model_name_or_path=./base", "data.dataset_name=./pairs.jsonl", "data.max_length=128"]
-    code, said, _ = call("plan", "--recipe", "mistral-qlora", *keys, "data.max_prompt_length=64", "--with-data")
+    keys = [
+        "model.model_name_or_path=./base",
+        "data.dataset_name=./pairs.jsonl",
+        "data.max_length=128",
+    ]
+    code, said, _ = call(
+        "plan", "--recipe", "mistral-qlora", *keys, "data.max_prompt_length=64", "--with-data"
+    )
     assert code == 0
     assert "./base: fits," in said
     assert "of the longest pairs of the data" in said
@@ -455,16 +555,25 @@ def test_the_screen_has_a_bar_a_part_and_a_row_a_card(call: Call, workspace: Pat
 @pytest.mark.long
 def test_a_plan_that_does_not_fit_ends_with_6(call: Call, workspace: Path) -> None:
     keys = ["model.model_name_or_path=./base", "memory.budget=100MiB", "data.max_length=256", *FEW]
-    code, said, complained = call("plan", "--recipe", "mistral-qlora", *keys, "data.max_prompt_length=64")
+    code, said, complained = call(
+        "plan", "--recipe", "mistral-qlora", *keys, "data.max_prompt_length=64"
+    )
     assert code == 6
     assert "does not fit" in said
     assert complained.startswith("memory.budget: the smallest step needs")
     assert "Traceback" not in complained
 
 
-def test_the_card_that_is_here_comes_first(call: Call, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_card_that_is_here_comes_first(
+    call: Call, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pretend_card(monkeypatch, free=20 * GIB - GIB // 2, others=3 * GIB)
-    keys = ("model.model_name_or_path=./base", "data.max_length=256", "data.max_prompt_length=64", *FEW)
+    keys = (
+        "model.model_name_or_path=./base",
+        "data.max_length=256",
+        "data.max_prompt_length=64",
+        *FEW,
+    )
     code, said, _ = call("plan", "--recipe", "mistral-qlora", *keys)
     assert code == 0
     assert "20.00 GiB free on this machine's NVIDIA GeForce RTX 4090" in said
@@ -488,9 +597,13 @@ def stop_after_two_steps(recipe: Recipe) -> None:
 def test_a_run_keeps_to_its_budget_and_learns_the_same(small_recipe: Callable[..., Recipe]) -> None:
     """Levers are chosen before anything is loaded, said in three lines, kept in the run, and change no figure."""
     _, free = train_all(small_recipe("training.output_dir=free", "training.optim=adamw_torch"))
-    least = Planner(small_recipe(), tiny_llama(98).config, np.array([[20, 60, 60]]), "cpu").least(None)
+    least = Planner(small_recipe(), tiny_llama(98).config, np.array([[20, 60, 60]]), "cpu").least(
+        None
+    )
     budget = f"memory.budget={least // MIB + 2}MiB"
-    updates, planned = train_all(small_recipe("training.output_dir=planned", "training.optim=adamw_torch", budget))
+    updates, planned = train_all(
+        small_recipe("training.output_dir=planned", "training.optim=adamw_torch", budget)
+    )
     said = [(update.kind, update.text) for update in updates]
     loading = next(i for i, (_, text) in enumerate(said) if text.startswith("loading"))
     lines = [text for kind, text in said[:loading] if kind == "note"][-3:]
@@ -498,12 +611,16 @@ def test_a_run_keeps_to_its_budget_and_learns_the_same(small_recipe: Callable[..
     kept = read_json(planned.run / "plan.json")
     assert kept["needed_bytes"] <= kept["budget_bytes"]
     assert set(kept["levers"]) <= set(LEVERS)
-    for row, other in zip(rows_without_clock(free.run), rows_without_clock(planned.run), strict=True):
+    for row, other in zip(
+        rows_without_clock(free.run), rows_without_clock(planned.run), strict=True
+    ):
         assert other == pytest.approx(row, rel=1e-4, abs=1e-5)
     assert not (free.run / "plan.json").exists()
 
 
-def test_a_run_that_goes_on_keeps_its_plan_and_its_bits(small_recipe: Callable[..., Recipe]) -> None:
+def test_a_run_that_goes_on_keeps_its_plan_and_its_bits(
+    small_recipe: Callable[..., Recipe],
+) -> None:
     keys = ("memory.budget=3MiB", "lora.lora_dropout=0.2")
     _, whole = train_all(small_recipe(*keys, "training.output_dir=whole"))
     stopped = small_recipe(*keys, "training.output_dir=stopped")
@@ -515,18 +632,28 @@ def test_a_run_that_goes_on_keeps_its_plan_and_its_bits(small_recipe: Callable[.
     assert same_bits(adapter(whole.run), adapter(resumed.run))
 
 
-def test_a_plan_that_fits_no_more_is_made_anew_and_said(small_recipe: Callable[..., Recipe]) -> None:
+def test_a_plan_that_fits_no_more_is_made_anew_and_said(
+    small_recipe: Callable[..., Recipe],
+) -> None:
     stopped = small_recipe("memory.budget=40MiB")
     stop_after_two_steps(stopped)
     before = read_json(Path("run") / "plan.json")
     smaller = before["needed_bytes"] - 1
     updates, _ = train_all(small_recipe(f"memory.budget={smaller}B"), resume=True)
-    assert [note for note in notes(updates) if note.startswith("the plan that the run began with does not fit")]
+    assert [
+        note
+        for note in notes(updates)
+        if note.startswith("the plan that the run began with does not fit")
+    ]
     after = read_json(Path("run") / "plan.json")
     assert after["needed_bytes"] <= smaller
     asked = ("memory.budget=40MiB", "memory.micro_batch_size=1")
     updates, _ = train_all(small_recipe(*asked), resume=True)
-    assert [note for note in notes(updates) if note.startswith("the plan that the run began with is not what is asked")]
+    assert [
+        note
+        for note in notes(updates)
+        if note.startswith("the plan that the run began with is not what is asked")
+    ]
     assert read_json(Path("run") / "plan.json")["budget_bytes"] == 40 * 2**20
 
 
@@ -537,11 +664,21 @@ def test_a_base_that_cannot_be_counted_trains_with_its_levers_as_they_are(
     shape = (
         GROUPED
         | IDS
-        | {"vocab_size": 99, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}
+        | {
+            "vocab_size": 99,
+            "head_dim": 16,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 8,
+        }
     )
     rope = {"rope_type": "default", "rope_theta": 10_000.0}
     write_base(workspace / "sinks", GptOssForCausalLM(GptOssConfig(**shape, rope_parameters=rope)))
-    keys = ("model.model_name_or_path=./sinks", "lora.target_modules=q_proj,v_proj", "quantization.load_in_4bit=false")
+    keys = (
+        "model.model_name_or_path=./sinks",
+        "lora.target_modules=q_proj,v_proj",
+        "quantization.load_in_4bit=false",
+    )
     updates, result = train_all(small_recipe(*keys, "memory.budget=1GiB", "training.max_steps=1"))
     assert [note for note in notes(updates) if "its step cannot be counted without weights" in note]
     assert result.steps == 1
@@ -567,7 +704,9 @@ def test_padded_rows_are_planned_too() -> None:
         ("NVIDIA GeForce RTX 4080 Laptop GPU", None),
     ],
 )
-def test_a_card_is_known_by_its_whole_name(monkeypatch: pytest.MonkeyPatch, name: str, bandwidth: float | None) -> None:
+def test_a_card_is_known_by_its_whole_name(
+    monkeypatch: pytest.MonkeyPatch, name: str, bandwidth: float | None
+) -> None:
     pretend_card(monkeypatch, free=GIB, others=0, name=name)
     own = local_gpu()
     assert own is not None
@@ -617,7 +756,9 @@ def test_a_shortage_is_survived_with_the_same_gradients(
     assert 1 <= len(said) <= 3  # halved until it fits, in the first step
     assert all("at step 1: done again, and gone on, with" in note for note in said)
     assert max(sizes[len(said) :]) <= 256
-    for row, other in zip(rows_without_clock(whole.run), rows_without_clock(short.run), strict=True):
+    for row, other in zip(
+        rows_without_clock(whole.run), rows_without_clock(short.run), strict=True
+    ):
         assert other == pytest.approx(row, rel=1e-4, abs=1e-5)
 
 
@@ -684,9 +825,17 @@ def test_an_embedding_set_to_the_host_is_counted_away_once() -> None:
 def test_a_step_of_few_tokens_passes_at_once_where_there_is_room() -> None:
     """Nothing is gained by passes of one pair; a step may have fewer tokens than the sizes that are tried."""
     chosen = settings()
-    assert Planner(chosen, small(), worst_case(512, 2), "ampere").plan(None, GPU).levers["micro_batch_tokens"] == 2_048
+    assert (
+        Planner(chosen, small(), worst_case(512, 2), "ampere")
+        .plan(None, GPU)
+        .levers["micro_batch_tokens"]
+        == 2_048
+    )
     short = worst_case(100, 2)
-    assert Planner(chosen, small(), short, "ampere").plan(None, GPU).levers["micro_batch_tokens"] == 400
+    assert (
+        Planner(chosen, small(), short, "ampere").plan(None, GPU).levers["micro_batch_tokens"]
+        == 400
+    )
 
 
 def test_gpt2_is_planned_in_4_bit_as_it_is_loaded(tmp_path: Path) -> None:
@@ -695,14 +844,29 @@ def test_gpt2_is_planned_in_4_bit_as_it_is_loaded(tmp_path: Path) -> None:
     model = load_pair_model(recipe(), Base(str(base), base, None, "", config), torch.device("cpu"))
     planned = bare_pair_model(recipe(), config, torch.float32)
     for part, tensors in held_tensors(model).items():
-        assert sum(t.nbytes for t in tensors) == sum(t.nbytes for t in held_tensors(planned)[part]), part
-    assert {type(module).__name__ for module in planned.modules()} == {type(m).__name__ for m in model.modules()}
+        assert sum(t.nbytes for t in tensors) == sum(
+            t.nbytes for t in held_tensors(planned)[part]
+        ), part
+    assert {type(module).__name__ for module in planned.modules()} == {
+        type(m).__name__ for m in model.modules()
+    }
 
 
 def test_what_fits_no_card_ends_with_6_and_says_what_would(call: Call, workspace: Path) -> None:
-    wide = small(12, hidden_size=16_384, intermediate_size=65_536, num_attention_heads=64, num_key_value_heads=64)
+    wide = small(
+        12,
+        hidden_size=16_384,
+        intermediate_size=65_536,
+        num_attention_heads=64,
+        num_key_value_heads=64,
+    )
     wide.save_pretrained(workspace / "base")
-    keys = ("model.model_name_or_path=./base", "data.max_length=256", "data.max_prompt_length=64", *FEW)
+    keys = (
+        "model.model_name_or_path=./base",
+        "data.max_length=256",
+        "data.max_prompt_length=64",
+        *FEW,
+    )
     keys = ("quantization.load_in_4bit=false", "lora.r=8", *keys)
     code, said, complaint = call("plan", "--recipe", "mistral-qlora", *keys)
     assert code == 6, (said, complaint)
@@ -713,13 +877,25 @@ def test_what_fits_no_card_ends_with_6_and_says_what_would(call: Call, workspace
 def test_levers_are_proposed_before_anything_is_trained_otherwise() -> None:
     plans = planner(packing=False, micro_batch_size=2, prompt_sharing=False)
     (first, *_) = plans.changes(10 * GIB, GPU)
-    assert first.keys == {"memory.packing": True, "memory.prompt_sharing": True, "memory.micro_batch_size": 1}
+    assert first.keys == {
+        "memory.packing": True,
+        "memory.prompt_sharing": True,
+        "memory.micro_batch_size": 1,
+    }
     assert first.fits
     short = Planner(settings(), small(), worst_case(60, 2), "ampere")
     assert all(change.keys.get("data.max_length", 0) <= 30 for change in short.changes(MIB, GPU))
 
 
 def test_a_limit_beyond_the_base_s_is_said(call: Call, workspace: Path) -> None:
-    keys = ("model.model_name_or_path=./base", "data.max_length=512", "data.max_prompt_length=64", *FEW)
+    keys = (
+        "model.model_name_or_path=./base",
+        "data.max_length=512",
+        "data.max_prompt_length=64",
+        *FEW,
+    )
     _, said, _ = call("plan", "--recipe", "mistral-qlora", *keys)
-    assert "note: the base reads 256 tokens, and training refuses pairs of 512: data.max_length=256" in said
+    assert (
+        "note: the base reads 256 tokens, and training refuses pairs of 512: data.max_length=256"
+        in said
+    )

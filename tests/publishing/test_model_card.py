@@ -15,8 +15,13 @@ from huggingface_hub import ModelCard
 from orpo_lite.errors import CheckpointError, ModelError, RecipeError
 from orpo_lite.evaluation.verify import Row, Verdict
 from orpo_lite.publishing import licences
-from orpo_lite.publishing.card_facts import SOMEWHERE, Shown
-from orpo_lite.publishing.edited_card import adopt_card, changed_card, is_own, loads_adapter
+from orpo_lite.publishing.card_facts import PLACEHOLDER, CardOptions
+from orpo_lite.publishing.edited_card import (
+    complete_card,
+    is_unedited,
+    loads_adapter,
+    read_edited_card,
+)
 from orpo_lite.publishing.licences import (
     TERMS,
     find_license_files,
@@ -26,7 +31,7 @@ from orpo_lite.publishing.licences import (
     refuse_name,
     split_card,
 )
-from orpo_lite.publishing.model_card import SHOWN, make_card
+from orpo_lite.publishing.model_card import SAMPLE_LENGTH, make_card
 from orpo_lite.recipe.reader import load_recipe
 from orpo_lite.recipe.schema import refuse_repository
 
@@ -41,13 +46,31 @@ def make_run(path: Path, *overrides: str, **lock: Any) -> Path:
     needed = "model:\n  model_name_or_path: lab/base\ndata:\n  dataset_name: lab/pairs\n"
     (path / "source.yaml").write_text(needed)
     (path / "recipe.yaml").write_text(load_recipe(str(path / "source.yaml"), overrides).to_yaml())
-    base = {"name": "lab/base", "revision": COMMIT, "path": f"{PRIVATE}/hub/base", "fingerprint": "f" * 64}
+    base = {
+        "name": "lab/base",
+        "revision": COMMIT,
+        "path": f"{PRIVATE}/hub/base",
+        "fingerprint": "f" * 64,
+    }
     licences = {"base": {"license": "apache-2.0"}, "data": {"lab/pairs": {"license": "mit"}}}
-    known = {"orpo_lite": "0.1.0", "versions": {"torch": "2.13.0"}, "base": base, "licences": licences}
-    known |= {name: {"name": f"{PRIVATE}/x", "sha256": "a" * 64} for name in ("data", "chat_template")}
+    known = {
+        "orpo_lite": "0.1.0",
+        "versions": {"torch": "2.13.0"},
+        "base": base,
+        "licences": licences,
+    }
+    known |= {
+        name: {"name": f"{PRIVATE}/x", "sha256": "a" * 64} for name in ("data", "chat_template")
+    }
     (path / "lock.json").write_text(json.dumps(known | lock))
     dropped = {"empty rejected": {"pairs": 3, "first": [f"{PRIVATE}/pairs.csv:5"]}}
-    figures = {"rows_read": 1203, "train_pairs": 1100, "held_out_pairs": 100, "dropped": dropped, "sha256": "d" * 64}
+    figures = {
+        "rows_read": 1203,
+        "train_pairs": 1100,
+        "held_out_pairs": 100,
+        "dropped": dropped,
+        "sha256": "d" * 64,
+    }
     figures |= {
         "chat_template": "the tokenizer's own chat template",
         "chosen_longer": 0.6,
@@ -66,10 +89,10 @@ def make_run(path: Path, *overrides: str, **lock: Any) -> Path:
     return path
 
 
-HERE = Shown(REPO)
+HERE = CardOptions(REPO)
 
 
-def read(path: Path, shown: Shown = HERE) -> ModelCard:
+def read(path: Path, shown: CardOptions = HERE) -> ModelCard:
     """The card as the hub's own library reads it."""
     return ModelCard(make_card(path, shown))
 
@@ -93,24 +116,33 @@ def test_the_metadata_are_the_hubs(tmp_path: Path) -> None:
         "accuracy": 0.75,
         "loss": 0.5,
     }
-    assert {(r.task_type, r.dataset_type) for r in card.data.eval_results} == {("text-generation", "lab/pairs")}
+    assert {(r.task_type, r.dataset_type) for r in card.data.eval_results} == {
+        ("text-generation", "lab/pairs")
+    }
     assert card.data.model_name == "tuned"
-    # What the hub asks of the fields: https://github.com/huggingface/hub-docs/blob/main/modelcard.md
+    # What the hub asks of the fields:
+    # https://github.com/huggingface/hub-docs/blob/main/modelcard.md
     data = yaml.safe_load(make_card(tmp_path).split("---")[1])
-    assert all(re.fullmatch(r"[\w.-]+/[\w.-]+", name) for name in [data["base_model"], *data["datasets"]])
+    assert all(
+        re.fullmatch(r"[\w.-]+/[\w.-]+", name) for name in [data["base_model"], *data["datasets"]]
+    )
 
 
 def test_of_a_merged_model(tmp_path: Path) -> None:
-    data = read(make_run(tmp_path), Shown(REPO, merged="original")).data
+    data = read(make_run(tmp_path), CardOptions(REPO, merged="original")).data
     assert (data.library_name, data["base_model_relation"]) == ("transformers", "finetune")
     assert "lora" not in data.tags
 
 
-@pytest.mark.parametrize("said", [{"license": "other", "license_name": "x-1", "license_link": "https://x.org/1"}, {}])
-def test_the_licence_is_that_of_the_bases_card_or_none(tmp_path: Path, said: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    "said", [{"license": "other", "license_name": "x-1", "license_link": "https://x.org/1"}, {}]
+)
+def test_the_licence_is_that_of_the_bases_card_or_none(
+    tmp_path: Path, said: dict[str, str]
+) -> None:
     card = read(make_run(tmp_path, licences={"base": said, "data": {}}))
     assert {key: card.data.get(key) for key in licences.KEYS if card.data.get(key)} == said
-    assert ("is not known here" in card.text) is (not said)
+    assert ("is not known:" in card.text) is (not said)
 
 
 def test_a_link_to_a_file_beside_the_bases_card_is_written_out(tmp_path: Path) -> None:
@@ -122,7 +154,11 @@ def test_a_link_to_a_file_beside_the_bases_card_is_written_out(tmp_path: Path) -
 
 @pytest.mark.parametrize("link", ["../../../evil", "docs/%2e%2E/%2e%2e/evil", "..\\evil"])
 def test_a_link_that_climbs_is_left_out(tmp_path: Path, link: str) -> None:
-    text = make_card(make_run(tmp_path, licences={"base": {"license_name": "x-1", "license_link": link}, "data": {}}))
+    text = make_card(
+        make_run(
+            tmp_path, licences={"base": {"license_name": "x-1", "license_link": link}, "data": {}}
+        )
+    )
     assert "evil" not in text
     assert "license_link" not in text
 
@@ -138,13 +174,24 @@ def test_several_licences_are_a_list(tmp_path: Path) -> None:
 
 
 def test_a_base_and_data_of_ones_own_are_left_out(tmp_path: Path) -> None:
-    base = {"name": f"{PRIVATE}/base", "revision": None, "path": f"{PRIVATE}/base", "fingerprint": "f" * 64}
+    base = {
+        "name": f"{PRIVATE}/base",
+        "revision": None,
+        "path": f"{PRIVATE}/base",
+        "fingerprint": "f" * 64,
+    }
     names = ["data.dataset_name=/home/ann/private-place/pairs.csv,/home/ann/private-place/more"]
-    run = make_run(tmp_path, f"model.model_name_or_path={PRIVATE}/base", *names, base=base, licences={})
+    run = make_run(
+        tmp_path, f"model.model_name_or_path={PRIVATE}/base", *names, base=base, licences={}
+    )
     card = read(run)
-    assert not [key for key in ("base_model", "base_model_relation", "datasets", "license") if card.data.get(key)]
+    assert not [
+        key
+        for key in ("base_model", "base_model_relation", "datasets", "license")
+        if card.data.get(key)
+    ]
     assert card.data.eval_results is None
-    assert "a model that its trainer had in a local folder" in card.text
+    assert "a model from a local folder of its trainer" in card.text
     assert "| local file 1 | not stated |" in card.text
     assert "| local files 2 | not stated |" in card.text
     assert "1,203 rows read" in card.text
@@ -155,7 +202,9 @@ def test_a_base_and_data_of_ones_own_are_left_out(tmp_path: Path) -> None:
 
 
 def test_what_was_done(tmp_path: Path) -> None:
-    text = read(make_run(tmp_path, "loss.beta=0.25", "training.learning_rate=3e-5", "lora.r=8")).text
+    text = read(
+        make_run(tmp_path, "loss.beta=0.25", "training.learning_rate=3e-5", "lora.r=8")
+    ).text
     for said in (
         f"[lab/base](https://huggingface.co/lab/base) at revision `{COMMIT}`",
         "| λ (`loss.beta`) | 0.25 |",
@@ -164,18 +213,20 @@ def test_what_was_done(tmp_path: Path) -> None:
         "| `lora.r` | 8 |",
         "| steps | 40; kept: step 20 |",
         "| [lab/pairs](https://huggingface.co/datasets/lab/pairs) | mit |",
-        "1,100 pairs to train on, 100 held out",
+        "1,100 training pairs, 100 held out",
         "| empty rejected | 3 |",
         "| chat template | the tokenizer's own chat template |",
         "Held out: some of the prompts, with all of their pairs.",
-        "100 pairs, by the base in 4 bit: before the first step, and with the adapter that was kept.",
+        "100 pairs, with the base in 4 bit: before the first step, and with the kept adapter.",
         "| loss | 0.9000 | 0.5000 |",
         "longer one in 60% of the pairs and the shorter one in 25%;",
-        "7 responses lost their end at 2,048 tokens",
-        "2 held-out prompts stand in the training pairs too",
+        "7 responses were cut at 2,048 tokens",
+        "2 held-out prompts are also training prompts",
     ):
         assert said in text, said
-    text = read(make_run(tmp_path, "loss.completion_only_loss=true", "loss.nll_reduction=pair")).text
+    text = read(
+        make_run(tmp_path, "loss.completion_only_loss=true", "loss.nll_reduction=pair")
+    ).text
     assert "| NLL counts | the chosen response; mean over each response, then over pairs |" in text
 
 
@@ -195,8 +246,11 @@ def test_without_held_out_pairs(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     (run / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
     card = read(run)
-    assert "None: 100 pairs were held out, but their figures before and after are not all there." in card.text
-    assert "The held-out figures say" not in card.text
+    assert (
+        "None: 100 pairs were held out, but the metrics before and after are incomplete."
+        in card.text
+    )
+    assert "The held-out metrics measure" not in card.text
     assert card.data.eval_results is None
     (run / "data.json").write_text((run / "data.json").read_text().replace("100,", "0,"))
     assert "None: no pairs were held out." in read(run).text
@@ -205,7 +259,7 @@ def test_without_held_out_pairs(tmp_path: Path) -> None:
 def test_where_held_out_pairs_come_from(tmp_path: Path) -> None:
     card = read(make_run(tmp_path, "data.dataset_test_split=test", "data.max_samples=1500"))
     assert "Held out: split test." in card.text
-    assert "Of each set the first 1,500 rows." in card.text
+    assert "Only the first 1,500 rows of each dataset are used." in card.text
     assert card.data.eval_results
     card = read(make_run(tmp_path, f"data.dataset_test_split={PRIVATE}/held-out.jsonl"))
     assert "Held out: local files." in card.text
@@ -213,7 +267,8 @@ def test_where_held_out_pairs_come_from(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "called"), [("a.csv", "a local file"), ("more", "local files"), ("*.jsonl", "local files")]
+    ("name", "called"),
+    [("a.csv", "a local file"), ("more", "local files"), ("*.jsonl", "local files")],
 )
 def test_a_local_file_has_no_name(tmp_path: Path, name: str, called: str) -> None:
     text = read(make_run(tmp_path, f"data.dataset_name={PRIVATE}/{name}")).text
@@ -229,17 +284,17 @@ def test_local_files_are_numbered(tmp_path: Path) -> None:
         "local files 2",
         "local file 3",
     ]
-    assert "1,203 rows read in all:" in text
+    assert "1,203 rows read in total:" in text
     figures = json.loads((tmp_path / "data.json").read_text())
     (tmp_path / "data.json").write_text(json.dumps(figures | {"rows_of_sets": [1000, 3, 150, 50]}))
-    text = read(tmp_path, Shown(REPO)).text
-    assert "| data | licence | rows to train on |" in text
+    text = read(tmp_path, CardOptions(REPO)).text
+    assert "| data | licence | training rows |" in text
     assert "| local file 1 | not stated | 1,000 |" in text
 
 
 @pytest.mark.parametrize("is_merged", [False, True])
 def test_the_code_is_code(tmp_path: Path, is_merged: bool) -> None:
-    text = read(make_run(tmp_path), Shown(REPO, "original" if is_merged else None)).text
+    text = read(make_run(tmp_path), CardOptions(REPO, "original" if is_merged else None)).text
     blocks = re.findall(r"```(\w+)\n(.*?)\n```", text, re.DOTALL)
     assert [language for language, _ in blocks] == ["python", "sh"]
     ast.parse(blocks[0][1])
@@ -256,7 +311,7 @@ def test_vllm_is_given_what_it_takes(tmp_path: Path) -> None:
     config.write_text(json.dumps({"r": 4}))
     assert "--max-lora-rank 8\n" in read(run).text
     config.write_text(json.dumps({"r": 4, "alpha_pattern": {"q_proj": 32}}))
-    assert "vLLM does not serve this adapter as it is: merge it first." in read(run).text
+    assert "vLLM cannot serve this adapter: merge it first." in read(run).text
     assert "vllm serve" not in read(run).text
 
 
@@ -268,27 +323,48 @@ def test_what_a_merge_measured_of_itself(tmp_path: Path) -> None:
     rows = (Row("base + adapter", 0.5, -0.25, -1.5), Row("merged", 0.75, 0.125, -1.25))
     verdict = Verdict(rows, pairs=1_200, held_out=True, difference=1.26e-6, effect=0.5, bound=1e-4)
     (run / "merged/verify.json").write_text(json.dumps(verdict.to_json()))
-    text = read(run, Shown(REPO, merged="original")).text
+    text = read(run, CardOptions(REPO, merged="original")).text
     assert "| 1,200 held-out pairs | reward accuracy | margin | log-prob of chosen |" in text
     assert "| merged | 75.0% | +0.1250 | -1.2500 |" in text
-    assert "passed: mean log-probabilities differ by 1.3e-06 at most" in text
-    assert "reward accuracy | margin" not in read(run, Shown(REPO, merged="dequantized")).text
+    assert "passed: mean log-probabilities differ by at most 1.3e-06" in text
+    assert "reward accuracy | margin" not in read(run, CardOptions(REPO, merged="dequantized")).text
     assert "| merged | 75.0% | +0.1250 | -1.2500 |" in read(run).text
-    card = read(run, Shown(REPO, merged="original"))  # its own figures, not those of the 4-bit base with the adapter
-    assert [(result.metric_type, result.metric_value) for result in card.data.eval_results] == [("accuracy", 0.75)]
-    assert read(run, Shown(REPO, merged="dequantized")).data.eval_results is None
+    card = read(
+        run, CardOptions(REPO, merged="original")
+    )  # its own figures, not those of the 4-bit base with the adapter
+    assert [(result.metric_type, result.metric_value) for result in card.data.eval_results] == [
+        ("accuracy", 0.75)
+    ]
+    assert read(run, CardOptions(REPO, merged="dequantized")).data.eval_results is None
     (run / "merged/model.safetensors").rename(run / "merged/model.safetensors.index.json")
     (run / "merged/model.safetensors.index.json").write_text("{")
     assert "| merged |" not in read(run).text
 
 
 NOT_FOR_COMMERCE = (
-    "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "CC-BY-NC-ND-3.0", "x-noncommercial", "x-research-only", "non commercial",
-    "non_commercial", "research only", "no commercial use", "not for commercial use",
-    "CC BY-NC 4.0", "Mistral AI Non-Production License", "mnpl", "mrl", "apple-amlr",
-    "fair-noncommercial-research-license", "deepfloyd-if-license", "h-research", "intel-research", "qwen-research",
-    "tongyi-qianwen-research", "academic-only",
-)  # fmt: skip
+    "cc-by-nc-4.0",
+    "cc-by-nc-sa-4.0",
+    "CC-BY-NC-ND-3.0",
+    "x-noncommercial",
+    "x-research-only",
+    "non commercial",
+    "non_commercial",
+    "research only",
+    "no commercial use",
+    "not for commercial use",
+    "CC BY-NC 4.0",
+    "Mistral AI Non-Production License",
+    "mnpl",
+    "mrl",
+    "apple-amlr",
+    "fair-noncommercial-research-license",
+    "deepfloyd-if-license",
+    "h-research",
+    "intel-research",
+    "qwen-research",
+    "tongyi-qianwen-research",
+    "academic-only",
+)
 
 
 @pytest.mark.parametrize("name", NOT_FOR_COMMERCE)
@@ -296,9 +372,9 @@ def test_data_that_keep_commerce_out_are_named(tmp_path: Path, name: str) -> Non
     assert is_non_commercial(name)
     licences = {"base": {"license": "mit"}, "data": {"lab/pairs": {"license": name}}}
     text = read(make_run(tmp_path, licences=licences)).text
-    assert f"**Not for commercial use by its data**: lab/pairs is licensed {name}." in text
+    assert f"**Not for commercial use because of its data**: lab/pairs is under {name}." in text
     assert f"| {name} |" in text
-    assert "as its base" not in text
+    assert "like its base" not in text
 
 
 @pytest.mark.parametrize("said", [
@@ -309,13 +385,24 @@ def test_data_that_keep_commerce_out_are_named(tmp_path: Path, name: str) -> Non
 ])  # fmt: skip
 def test_a_base_that_keeps_commerce_out_is_named(tmp_path: Path, said: dict[str, Any]) -> None:
     text = read(make_run(tmp_path, licences={"base": said, "data": {"lab/pairs": said}})).text
-    assert "**Not for commercial use**, as its base." in text
-    assert "**Not for commercial use by its data**: lab/pairs" in text
+    assert "**Not for commercial use**, like its base." in text
+    assert "**Not for commercial use because of its data**: lab/pairs" in text
 
 
 @pytest.mark.parametrize(
     "name",
-    ["mit", "apache-2.0", "cc-by-4.0", "cc-by-sa-4.0", "cc0-1.0", "gpl-3.0", "ncsa", "bsl", "c-uda", "apple-ascl"],
+    [
+        "mit",
+        "apache-2.0",
+        "cc-by-4.0",
+        "cc-by-sa-4.0",
+        "cc0-1.0",
+        "gpl-3.0",
+        "ncsa",
+        "bsl",
+        "c-uda",
+        "apple-ascl",
+    ],
 )
 def test_other_licences_are_not(name: str) -> None:
     assert not is_non_commercial(name)
@@ -335,14 +422,20 @@ def test_no_path_no_place_no_token(tmp_path: Path) -> None:
     sample = {"prompt": f"my {TOKEN}", "before": "", "after": "```\n# Title"}
     (run / "samples.jsonl").write_text(json.dumps(sample) + "\n")
     for merged in (None, "original", "dequantized"):
-        text = make_card(run, Shown(REPO, merged, samples=1))
-        assert not [word for word in (PRIVATE, "ann", str(tmp_path), TOKEN, "pairs.csv") if word in text]
-    assert "an adapter of the trainer's own" in text
+        text = make_card(run, CardOptions(REPO, merged, samples=1))
+        assert not [
+            word for word in (PRIVATE, "ann", str(tmp_path), TOKEN, "pairs.csv") if word in text
+        ]
+    assert "a local adapter" in text
     assert "````text\n```\n# Title\n````" in text
 
 
 def test_what_others_wrote_brings_no_mark_up(tmp_path: Path) -> None:
-    said = {"license": "other", "license_name": "a | b\n\n# Title <script> [x](y) `c` ---", "license_link": "x"}
+    said = {
+        "license": "other",
+        "license_name": "a | b\n\n# Title <script> [x](y) `c` ---",
+        "license_link": "x",
+    }
     said = licence_of(said)
     card = read(make_run(tmp_path, licences={"base": said, "data": {"lab/pairs": said}}))
     assert card.data.license_name == said["license_name"]
@@ -352,19 +445,26 @@ def test_what_others_wrote_brings_no_mark_up(tmp_path: Path) -> None:
 
 def test_an_answer_is_cut_and_brings_no_control_characters(tmp_path: Path) -> None:
     run = make_run(tmp_path)
-    sample = {"prompt": "a\r```\r\nb\x1b[31m\x00\ud800", "before": "x" * (SHOWN + 1), "after": "y" * SHOWN}
+    sample = {
+        "prompt": "a\r```\r\nb\x1b[31m\x00\ud800",
+        "before": "x" * (SAMPLE_LENGTH + 1),
+        "after": "y" * SAMPLE_LENGTH,
+    }
     (run / "samples.jsonl").write_text(json.dumps(sample) + "\n")
-    text = read(run, Shown(REPO, samples=1)).text
+    text = read(run, CardOptions(REPO, samples=1)).text
     assert "````text\na\n```\nb[31m\n````" in text
-    assert f"```text\n{'x' * SHOWN} ...\n```" in text
-    assert f"```text\n{'y' * SHOWN}\n```" in text
+    assert f"```text\n{'x' * SAMPLE_LENGTH} ...\n```" in text
+    assert f"```text\n{'y' * SAMPLE_LENGTH}\n```" in text
 
 
 CARDS: list[tuple[str, dict[str, Any]]] = [
     ("---\nlicense: mit\n---\nText", {"license": "mit"}),
     ("\ufeff---\r\nlicense: mit\r\n---\r\nText", {"license": "mit"}),
     ("---\nlicense:\n- mit\n- cc-by-4.0\n---\n", {"license": ["mit", "cc-by-4.0"]}),
-    ("---\nlicense: [mit]\nlicense_name: [a, b]\n---\n", {"license": "mit", "license_name": "a, b"}),
+    (
+        "---\nlicense: [mit]\nlicense_name: [a, b]\n---\n",
+        {"license": "mit", "license_name": "a, b"},
+    ),
     ('---\nlicense: "m\\eit"\n---\n', {"license": "mit"}),
     (
         "---\nlicense: other\nlicense_name: x\nlicense_link: LICENSE\n---",
@@ -394,13 +494,15 @@ def test_the_card_of_a_base_whatever_it_is(text: str, found: dict[str, Any]) -> 
 
 def test_a_changed_card_is_told_from_ours(tmp_path: Path) -> None:
     ours = make_card(make_run(tmp_path))
-    assert is_own(ours)
-    assert not is_own(ours.replace("0.9000", "0.1000"))
-    assert not is_own("# Mine")
-    assert not is_own(ours + "\nMore.")
-    assert "orpo-lite card" not in adopt_card(tmp_path, ours + "\nMore.", HERE)
-    adopted = adopt_card(
-        tmp_path, ours.replace("## Limits", f"Mine, {SOMEWHERE}.\n\n## Limits"), Shown(REPO, merged="original")
+    assert is_unedited(ours)
+    assert not is_unedited(ours.replace("0.9000", "0.1000"))
+    assert not is_unedited("# Mine")
+    assert not is_unedited(ours + "\nMore.")
+    assert "orpo-lite card" not in complete_card(tmp_path, ours + "\nMore.", HERE)
+    adopted = complete_card(
+        tmp_path,
+        ours.replace("## Limits", f"Mine, {PLACEHOLDER}.\n\n## Limits"),
+        CardOptions(REPO, merged="original"),
     )
     card = ModelCard(adopted)
     assert f"Mine, {REPO}." in card.text
@@ -412,26 +514,48 @@ def test_a_changed_card_is_told_from_ours(tmp_path: Path) -> None:
 def test_a_changed_card_keeps_the_line_that_its_base_asks_for(tmp_path: Path) -> None:
     run = make_run(tmp_path, licences={"base": {"license": "llama3.2"}, "data": {}})
     ours = make_card(run)
-    adopt_card(run, ours + "More.", Shown(REPO))
+    complete_card(run, ours + "More.", CardOptions(REPO))
     with pytest.raises(CheckpointError, match="prominently display “Built with Llama”"):
-        adopt_card(run, ours.replace("Built with", "Made of"), Shown(REPO))
+        complete_card(run, ours.replace("Built with", "Made of"), CardOptions(REPO))
 
-    for hidden in ("<!-- Built with Llama -->", "<!-- Built with Llama", "<img alt='Built with Llama'>", "[x]: # (Built with Llama)"):  # fmt: skip  # noqa: E501
+    for hidden in (
+        "<!-- Built with Llama -->",
+        "<!-- Built with Llama",
+        "<img alt='Built with Llama'>",
+        "[x]: # (Built with Llama)",
+    ):
         with pytest.raises(CheckpointError, match="prominently display “Built with Llama”"):
-            adopt_card(run, ours.replace("**Built with Llama**", hidden), HERE)
+            complete_card(run, ours.replace("**Built with Llama**", hidden), HERE)
 
 
-@pytest.mark.parametrize(("line", "changed", "said"), [
-    ("license: llama3.2", "license: apache-2.0", "license: llama3.2, as the base's card has it: “Llama 3.2 is"),
-    ("license: llama3.2\n", "", "license: llama3.2, as the base's card has it"),
-    ("license: llama3.2", "license: llama3.2\nlicense_name: mine", "no license_name, as the base's card has it"),
-    ("base_model: lab/base", "base_model: lab/other", "base_model: lab/base, which is under the Llama 3.2"),
-    ("base_model: lab/base\n", "", "base_model: lab/base, which is under the Llama 3.2"),
-])  # fmt: skip
-def test_a_changed_card_says_of_its_base_what_is_so(tmp_path: Path, line: str, changed: str, said: str) -> None:
+@pytest.mark.parametrize(
+    ("line", "changed", "said"),
+    [
+        (
+            "license: llama3.2",
+            "license: apache-2.0",
+            "license: llama3.2, as in the base's card: “Llama 3.2 is",
+        ),
+        ("license: llama3.2\n", "", "license: llama3.2, as in the base's card"),
+        (
+            "license: llama3.2",
+            "license: llama3.2\nlicense_name: mine",
+            "no license_name, as in the base's card",
+        ),
+        (
+            "base_model: lab/base",
+            "base_model: lab/other",
+            "base_model: lab/base, because it is under the Llama 3.2",
+        ),
+        ("base_model: lab/base\n", "", "base_model: lab/base, because it is under the Llama 3.2"),
+    ],
+)
+def test_a_changed_card_says_of_its_base_what_is_so(
+    tmp_path: Path, line: str, changed: str, said: str
+) -> None:
     run = make_run(tmp_path, licences={"base": {"license": "llama3.2"}, "data": {}})
     with pytest.raises(CheckpointError) as refused:
-        adopt_card(run, make_card(run).replace(line, changed), HERE)
+        complete_card(run, make_card(run).replace(line, changed), HERE)
     assert said in refused.value.expected
     assert str(run / "README.md") in refused.value.where
 
@@ -440,8 +564,8 @@ def test_a_changed_card_may_name_more_bases_and_its_link_as_the_base_does(tmp_pa
     said = {"license": "other", "license_name": "llama3", "license_link": "LICENSE"}
     run = make_run(tmp_path, licences={"base": said, "data": {}})
     ours = make_card(run).replace("base_model: lab/base", "base_model:\n- lab/other\n- lab/base")
-    adopt_card(run, ours, HERE)
-    adopt_card(run, re.sub("license_link: .*", "license_link: LICENSE", ours), HERE)
+    complete_card(run, ours, HERE)
+    complete_card(run, re.sub("license_link: .*", "license_link: LICENSE", ours), HERE)
 
 
 HAND = """\
@@ -468,58 +592,82 @@ text: >
     ("more", "kept"),
     [
         ("", "{}library_name: peft\nbase_model_relation: adapter\n"),
-        ("library_name: 'mine' # x\ny: z\n", "{}library_name: peft # x\ny: z\nbase_model_relation: adapter\n"),
+        (
+            "library_name: 'mine' # x\ny: z\n",
+            "{}library_name: peft # x\ny: z\nbase_model_relation: adapter\n",
+        ),
         (
             "base_model_relation:\nlibrary_name: |\n  a\n  b\nq: r\n",
             "{}base_model_relation: adapter\nlibrary_name: peft\nq: r\n",
         ),
-        ("library_name:\n- a\n- b\n# end\n", "{}library_name: peft\n# end\nbase_model_relation: adapter\n"),
+        (
+            "library_name:\n- a\n- b\n# end\n",
+            "{}library_name: peft\n# end\nbase_model_relation: adapter\n",
+        ),
     ],
 )
-def test_a_persons_metadata_stay_as_they_stand(tmp_path: Path, feed: str, more: str, kept: str) -> None:
+def test_a_persons_metadata_stay_as_they_stand(
+    tmp_path: Path, feed: str, more: str, kept: str
+) -> None:
     run, body = make_run(tmp_path), "Words,\n\n OWNER/NAME  \n"
     (run / "README.md").write_bytes(f"---\n{HAND}{more}---\n{body}".replace("\n", feed).encode())
-    adopted = adopt_card(run, changed_card(run), HERE)
-    assert adopted == f"---\n{kept.format(HAND)}---\n{body}".replace("\n", feed).replace("OWNER/NAME", REPO)
+    adopted = complete_card(run, read_edited_card(run), HERE)
+    assert adopted == f"---\n{kept.format(HAND)}---\n{body}".replace("\n", feed).replace(
+        "OWNER/NAME", REPO
+    )
 
 
 def test_the_tag_of_an_adapter_goes_from_a_merged_model_where_it_has_a_line(tmp_path: Path) -> None:
-    run, merged = make_run(tmp_path), Shown(REPO, merged="original")
+    run, merged = make_run(tmp_path), CardOptions(REPO, merged="original")
     ours = f"{make_card(run)}More."
-    assert "- lora" not in adopt_card(run, ours, merged)
-    assert "- lora\n" in adopt_card(run, ours, HERE)
+    assert "- lora" not in complete_card(run, ours, merged)
+    assert "- lora\n" in complete_card(run, ours, HERE)
     end = "library_name: transformers\nbase_model_relation: finetune\n"
     for tags in ("tags:\n- lora\n", "tags: [a, lora]\n", "tags: lora\n", "tags:\n- a\n- lora-x\n"):
-        assert adopt_card(run, f"---\n{tags}---\nMine.", merged) == f"---\n{tags}{end}---\nMine."
-    assert adopt_card(run, "---\ntags:\n  - a\n  - lora\n---\n", merged) == f"---\ntags:\n  - a\n{end}---\n"
-    assert loads_adapter(adopt_card(run, ours, merged))
-    assert not loads_adapter(adopt_card(run, "---\na: b\n---\nMine.", merged))
+        assert complete_card(run, f"---\n{tags}---\nMine.", merged) == f"---\n{tags}{end}---\nMine."
+    assert (
+        complete_card(run, "---\ntags:\n  - a\n  - lora\n---\n", merged)
+        == f"---\ntags:\n  - a\n{end}---\n"
+    )
+    assert loads_adapter(complete_card(run, ours, merged))
+    assert not loads_adapter(complete_card(run, "---\na: b\n---\nMine.", merged))
     assert not loads_adapter(make_card(run))
 
 
 @pytest.mark.parametrize(
     "metadata",
-    ["[a", "- a", "a", "{a: b}", "a: b\na: c", "a: &x 1\nb: *x", "a: " + "[" * 5000, "? library_name\n: x", "# a",
-     "a: b\n...", "a: b\x00"],
-)  # fmt: skip
+    [
+        "[a",
+        "- a",
+        "a",
+        "{a: b}",
+        "a: b\na: c",
+        "a: &x 1\nb: *x",
+        "a: " + "[" * 5000,
+        "? library_name\n: x",
+        "# a",
+        "a: b\n...",
+        "a: b\x00",
+    ],
+)
 def test_metadata_that_cannot_be_kept_are_named(tmp_path: Path, metadata: str) -> None:
     run = make_run(tmp_path)
     with pytest.raises(CheckpointError, match="its metadata") as refused:
-        adopt_card(run, f"---\n{metadata}\n---\nMine.", HERE)
+        complete_card(run, f"---\n{metadata}\n---\nMine.", HERE)
     assert refused.value.fix
 
 
 def test_a_card_in_another_encoding_is_named(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     (run / "README.md").write_bytes(make_card(run).replace("\n", "\r\n").encode("utf-8-sig"))
-    assert changed_card(run) == ""
+    assert read_edited_card(run) == ""
     (run / "README.md").write_bytes(b"---\nlicense: mit\n---\nM\xfcller\n")
     with pytest.raises(CheckpointError, match=r"README.md: cannot be read .*\n  expected: UTF-8"):
-        changed_card(run)
+        read_edited_card(run)
     (run / "README.md").rename(tmp_path / "elsewhere.md")
     (run / "README.md").symlink_to(tmp_path / "elsewhere.md")
     with pytest.raises(CheckpointError, match="is a link"):
-        changed_card(run)
+        read_edited_card(run)
 
 
 # --- a run folder that a person broke
@@ -543,29 +691,65 @@ BROKEN = [
     (*without("lock.json", "versions"), "lock.json: lacks versions"),
     (*without("lock.json", "orpo_lite"), "lock.json: lacks orpo_lite"),
     (*without("lock.json", "licences", "base"), "lock.json, licences: lacks base"),
-    ("lock.json", lambda text: re.sub(r'"licences": .*?}}}', '"licences": [1]', text), "lock.json: licences is [1]"),
-    ("lock.json", lambda text: text.replace('"apache-2.0"', "null"), 'lock.json, licences: license is null'),
-    ("lock.json", lambda text: text.replace('{"license": "mit"}', "[]"), "licences.data: lab/pairs is []"),
+    (
+        "lock.json",
+        lambda text: re.sub(r'"licences": .*?}}}', '"licences": [1]', text),
+        "lock.json: licences is [1]",
+    ),
+    (
+        "lock.json",
+        lambda text: text.replace('"apache-2.0"', "null"),
+        "lock.json, licences: license is null",
+    ),
+    (
+        "lock.json",
+        lambda text: text.replace('{"license": "mit"}', "[]"),
+        "licences.data: lab/pairs is []",
+    ),
     ("data.json", lambda _: "{}", "data.json: lacks chat_template"),
-    ("data.json", lambda text: text.replace(" 100,", " null,"), "data.json: held_out_pairs is null"),
-    (*without("data.json", "dropped", "empty rejected", "pairs"), "data.json, dropped, empty rejected: lacks pairs"),
-    (*without("data.json", "cut", "responses_without_end"), "data.json, cut: lacks responses_without_end"),
+    (
+        "data.json",
+        lambda text: text.replace(" 100,", " null,"),
+        "data.json: held_out_pairs is null",
+    ),
+    (
+        *without("data.json", "dropped", "empty rejected", "pairs"),
+        "data.json, dropped, empty rejected: lacks pairs",
+    ),
+    (
+        *without("data.json", "cut", "responses_without_end"),
+        "data.json, cut: lacks responses_without_end",
+    ),
     (*without("data.json", "prompts", "shared"), "data.json, prompts: lacks shared"),
     ("result.json", lambda _: "{}", "result.json: lacks steps"),
     ("result.json", lambda _: '{"steps": 3, "kept_step": null}', "result.json: kept_step is null"),
-    ("metrics.jsonl", lambda text: text.replace('"step": 2,', "", 1), "metrics.jsonl:2: lacks step"),
-    ("metrics.jsonl", lambda text: text.replace("0.9", "[]", 1), "metrics.jsonl:41: eval_loss is []"),
+    (
+        "metrics.jsonl",
+        lambda text: text.replace('"step": 2,', "", 1),
+        "metrics.jsonl:2: lacks step",
+    ),
+    (
+        "metrics.jsonl",
+        lambda text: text.replace("0.9", "[]", 1),
+        "metrics.jsonl:41: eval_loss is []",
+    ),
     ("samples.jsonl", lambda _: "[1]\n", "samples.jsonl:1: is not a JSON object"),
     ("samples.jsonl", lambda _: '{"source": "neutral"}\n', "samples.jsonl:1: lacks prompt"),
     ("samples.jsonl", lambda _: '{"prompt": null}\n', "samples.jsonl:1: prompt is null"),
     ("adapter/adapter_config.json", lambda _: "{}", "adapter_config.json: lacks r"),
     ("merged/verify.json", lambda _: "{}", "verify.json: lacks rows"),
-    ("merged/verify.json", lambda text: text.replace("[]", "[1]"), "verify.json, rows: lacks model"),
-]  # fmt: skip
+    (
+        "merged/verify.json",
+        lambda text: text.replace("[]", "[1]"),
+        "verify.json, rows: lacks model",
+    ),
+]
 
 
 @pytest.mark.parametrize(("name", "change", "said"), BROKEN)
-def test_a_broken_file_of_a_run_is_named_with_what_it_lacks(tmp_path: Path, name: str, change: Any, said: str) -> None:
+def test_a_broken_file_of_a_run_is_named_with_what_it_lacks(
+    tmp_path: Path, name: str, change: Any, said: str
+) -> None:
     run = make_run(tmp_path)
     (run / "result.json").write_text('{"steps": 40, "kept_step": 20}')
     (run / "samples.jsonl").write_text("")
@@ -588,16 +772,27 @@ LLAMAS = [
     ({"license": "llama2"}, "LLAMA 2", "", ""),
     ({"license": "llama3"}, "Meta Llama 3", "Built with Meta Llama 3", "Llama 3"),
     ({"license": "llama3.1"}, "Llama 3.1", "Built with Llama", "Llama"),
-    ({"license": "other", "license_name": "llama-3.2-community"}, "Llama 3.2", "Built with Llama", "Llama"),
+    (
+        {"license": "other", "license_name": "llama-3.2-community"},
+        "Llama 3.2",
+        "Built with Llama",
+        "Llama",
+    ),
     ({"license": "other", "license_name": "llama3_3"}, "Llama 3.3", "Built with Llama", "Llama"),
     ({"license": "llama4"}, "Llama 4", "Built with Llama", "Llama"),
 ]
 
 
 @pytest.mark.parametrize(("said", "title", "built_with", "prefix"), LLAMAS)
-def test_the_terms_of_llama(tmp_path: Path, said: dict[str, str], title: str, built_with: str, prefix: str) -> None:
+def test_the_terms_of_llama(
+    tmp_path: Path, said: dict[str, str], title: str, built_with: str, prefix: str
+) -> None:
     (terms,) = find_terms(said)
-    assert (terms.title, terms.built_with, terms.prefix) == (f"{title} Community License", built_with, prefix)
+    assert (terms.title, terms.built_with, terms.prefix) == (
+        f"{title} Community License",
+        built_with,
+        prefix,
+    )
     assert terms.notice.endswith("Meta Platforms, Inc. All Rights Reserved.")
     text = read(make_run(tmp_path, licences={"base": said, "data": {}})).text
     assert (f"**{built_with}**" in text) is bool(built_with)
@@ -605,7 +800,18 @@ def test_the_terms_of_llama(tmp_path: Path, said: dict[str, str], title: str, bu
 
 
 @pytest.mark.parametrize(
-    "name", ["mit", "gpl-3.0", "llamafile", "llamafile 2", "llama", "", "my-llama3", "gemmate", "llama270b"]
+    "name",
+    [
+        "mit",
+        "gpl-3.0",
+        "llamafile",
+        "llamafile 2",
+        "llama",
+        "",
+        "my-llama3",
+        "gemmate",
+        "llama270b",
+    ],
 )
 def test_what_is_not_llama(name: str) -> None:
     assert find_terms({"license": name}) == []
@@ -625,12 +831,19 @@ def test_what_is_not_llama(name: str) -> None:
     ],
 )
 def test_other_spellings_of_llama(name: str, title: str) -> None:
-    assert [terms.title for terms in find_terms({"license_name": name})] == [f"{title} Community License"]
+    assert [terms.title for terms in find_terms({"license_name": name})] == [
+        f"{title} Community License"
+    ]
 
 
 def test_every_licence_of_a_list_has_its_say() -> None:
-    assert find_terms({"license": ["gemma", "llama3.1", "llama3.1"]}) == [TERMS["gemma"], TERMS["llama3.1"]]
-    assert find_terms({"license": "apache-2.0", "license_name": "mit, the Gemma terms"}) == [TERMS["gemma"]]
+    assert find_terms({"license": ["gemma", "llama3.1", "llama3.1"]}) == [
+        TERMS["gemma"],
+        TERMS["llama3.1"],
+    ]
+    assert find_terms({"license": "apache-2.0", "license_name": "mit, the Gemma terms"}) == [
+        TERMS["gemma"]
+    ]
     with pytest.raises(RecipeError, match="“Llama 3” at the beginning"):
         refuse_name("lab/Llama-mine", {"license": ["llama3.1", "llama3"]}, "REPO")
 
@@ -680,7 +893,10 @@ def test_the_papers_of_a_base_go_with_it(tmp_path: Path) -> None:
     papers = find_license_files({"license": "gemma"}, "base", None, tmp_path)
     assert papers["NOTICE"] == f"{TERMS['gemma'].notice}\n".encode()
     (tmp_path / "NOTICE").write_text(f"Ours.\n{TERMS['gemma'].notice.replace(' ', '  ')}\n")
-    assert find_license_files({"license": "gemma"}, "base", None, tmp_path)["NOTICE"] == tmp_path / "NOTICE"
+    assert (
+        find_license_files({"license": "gemma"}, "base", None, tmp_path)["NOTICE"]
+        == tmp_path / "NOTICE"
+    )
     papers = find_license_files({"license": "llama2"}, "base", None, tmp_path)
     assert isinstance(papers["NOTICE"], bytes)
     assert papers["NOTICE"].startswith(b"Ours.\n")
@@ -691,34 +907,50 @@ def test_the_agreement_that_a_gated_card_carries_is_the_copy(tmp_path: Path) -> 
     with pytest.raises(ModelError, match="provide a copy of this Agreement"):
         find_license_files({"license": "llama3.2"}, "base", None, tmp_path)
     agreement = "LLAMA 3.2 COMMUNITY LICENSE AGREEMENT\n" + "word " * 500
-    (tmp_path / "README.md").write_text("---\n" + yaml.safe_dump({"extra_gated_prompt": agreement}) + "---\n")
-    assert find_license_files({"license": "llama3.2"}, "base", None, tmp_path)["LICENSE"] == agreement.encode()
+    (tmp_path / "README.md").write_text(
+        "---\n" + yaml.safe_dump({"extra_gated_prompt": agreement}) + "---\n"
+    )
+    assert (
+        find_license_files({"license": "llama3.2"}, "base", None, tmp_path)["LICENSE"]
+        == agreement.encode()
+    )
     (tmp_path / "LICENSE").write_text("Apache License")  # of the other of two
-    papers = find_license_files({"license": ["apache-2.0", "llama3.2", "gemma"]}, "base", None, tmp_path)
+    papers = find_license_files(
+        {"license": ["apache-2.0", "llama3.2", "gemma"]}, "base", None, tmp_path
+    )
     assert papers["LICENSE"] == tmp_path / "LICENSE"
     assert papers["LICENSE.txt"] == agreement.encode()
     assert isinstance(papers["NOTICE"], bytes)
     assert papers["NOTICE"].decode() == f"{TERMS['llama3.2'].notice}\n\n{TERMS['gemma'].notice}\n"
 
 
-def test_the_hub_is_asked_for_a_licence_that_the_cache_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hub_is_asked_for_a_licence_that_the_cache_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     there = tmp_path / "there"
     there.mkdir()
     (there / "LICENSE").write_text("LLAMA 3.1 COMMUNITY LICENSE AGREEMENT")
     asked = []
 
-    def fetch(name: str, revision: str | None, folder: Path | None, *, cached: bool = True, **_: Any) -> Path:
+    def fetch(
+        name: str, revision: str | None, folder: Path | None, *, cached: bool = True, **_: Any
+    ) -> Path:
         asked.append(cached)
         return tmp_path if cached else there
 
     monkeypatch.setattr(licences, "fetch_license_files", fetch)
-    assert find_license_files({"license": "llama3.1"}, "lab/base", COMMIT, tmp_path)["LICENSE"] == there / "LICENSE"
+    assert (
+        find_license_files({"license": "llama3.1"}, "lab/base", COMMIT, tmp_path)["LICENSE"]
+        == there / "LICENSE"
+    )
     assert asked == [True, False]
     find_license_files({"license": "llama3.1"}, "lab/base", COMMIT, tmp_path, [there])
     assert asked == [True, False, True]
 
 
-def test_only_the_licences_that_are_lacking_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_licences_that_are_lacking_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
     asked = []
 
@@ -727,7 +959,10 @@ def test_only_the_licences_that_are_lacking_are_asked_for(tmp_path: Path, monkey
         return tmp_path
 
     monkeypatch.setattr(licences, "fetch_license_files", fetch)
-    known = {"base": {"license": "gemma"}, "data": {"lab/pairs": {}, "lab/more": {"license": "cc0-1.0"}}}
+    known = {
+        "base": {"license": "gemma"},
+        "data": {"lab/pairs": {}, "lab/more": {"license": "cc0-1.0"}},
+    }
     names = ["lab/pairs", "lab/more", "/a/file.jsonl"]
     data = {"lab/pairs": {"license": "mit"}, "lab/more": {"license": "cc0-1.0"}}
     found = licences.read_licences("lab/base", COMMIT, tmp_path, names, known)

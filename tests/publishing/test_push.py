@@ -1,4 +1,5 @@
-"""Pushes to a loopback server that speaks the hub's protocol: what arrives, what never does, and every refusal."""
+"""Pushes to a loopback server that speaks the hub's protocol: what arrives, what never does, and
+every refusal."""
 
 import json
 import os
@@ -47,22 +48,32 @@ Call = Callable[..., Answer]
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on local data and a local base, merged; every row of the data says a canary, and so does every path."""
+    """A run on local data and a local base, merged; every row of the data says a canary, and so
+    does every path."""
     folder = tmp_path_factory.mktemp(CANARY_PATH)
     write_base(folder / "base")
     lines = (
-        write_pairs(folder / "pairs.jsonl", 24).read_text().replace("Item", f"{CANARY} item").replace("It is", CANARY)
+        write_pairs(folder / "pairs.jsonl", 24)
+        .read_text()
+        .replace("Item", f"{CANARY} item")
+        .replace("It is", CANARY)
     )
     (folder / "pairs.jsonl").write_text(lines)
     (folder / "small.yaml").write_text(
-        f"model:\n  model_name_or_path: {folder}/base\ndata:\n  dataset_name: {folder}/pairs.jsonl\n"
+        f"model:\n  model_name_or_path: {folder}/base\n"
+        f"data:\n  dataset_name: {folder}/pairs.jsonl\n"
         "  test_split_size: 0.2\n  max_length: 128\n  max_prompt_length: 96\n"
         f"training:\n  output_dir: {folder}/run\n  global_batch_size: 8\n  eval_steps: 0.5\n"
         "output:\n  samples: 1\n  max_new_tokens: 8\n"
     )
     result = train(load_recipe(str(folder / "small.yaml")))
     merge(result.run)
-    sample = {"source": "held-out", "prompt": f"{CANARY}?", "before": "```\nno", "after": f"yes {TOKEN}"}
+    sample = {
+        "source": "held-out",
+        "prompt": f"{CANARY}?",
+        "before": "```\nno",
+        "after": f"yes {TOKEN}",
+    }
     with (result.run / "samples.jsonl").open("a") as stream:
         stream.write(json.dumps(sample) + "\n")
     return result.run
@@ -92,7 +103,8 @@ def licensed(run: Path, **licences: str) -> Path:
 
 
 def refused(kind: type[OrpoLiteError], do: Callable[[], object], *, code: int = 8) -> str:
-    """The message of the error that ``do`` must raise; with the command that goes on, and without the token."""
+    """The message of the error that ``do`` must raise; with the command that goes on, and without
+    the token."""
     with pytest.raises(kind) as raised:
         do()
     assert raised.value.exit_code == code
@@ -118,13 +130,22 @@ def test_an_adapter_in_one_commit_private(a_run: Path, hub: Hub) -> None:
     result = push(a_run, REPO)
     repository = hub.written[REPO]
     names = {
-        "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json",
-        "generation_config.json", "chat_template.jinja", "README.md", named,
-    }  # fmt: skip
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+        "chat_template.jinja",
+        "README.md",
+        named,
+    }
     assert repository.is_private
     assert set(repository.files) == names == set(result.files)
     assert len(repository.commits) == 1
-    assert repository.files["adapter_model.safetensors"] == (a_run / "adapter/adapter_model.safetensors").read_bytes()
+    assert (
+        repository.files["adapter_model.safetensors"]
+        == (a_run / "adapter/adapter_model.safetensors").read_bytes()
+    )
     assert (result.repository, result.page) == (REPO, f"{hub.endpoint}/{REPO}")
     assert result.commit == f"{hub.endpoint}/{REPO}/commit/{1:040x}"
     assert json.loads(repository.files["adapter_config.json"])["base_model_name_or_path"] is None
@@ -133,7 +154,11 @@ def test_an_adapter_in_one_commit_private(a_run: Path, hub: Hub) -> None:
 def test_a_merged_model_and_nothing_of_the_adapter(a_run: Path, hub: Hub) -> None:
     result = push(a_run, REPO, merged="original")
     files = hub.written[REPO].files
-    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= set(files) == set(result.files)
+    assert (
+        {"config.json", "model.safetensors", "tokenizer.json", "README.md"}
+        <= set(files)
+        == set(result.files)
+    )
     assert not any(name.startswith("adapter") for name in files)
     assert files["model.safetensors"] == (a_run / "merged/model.safetensors").read_bytes()
     assert ModelCard(files["README.md"].decode()).data.library_name == "transformers"
@@ -148,7 +173,7 @@ def test_the_merge_onto_the_dequantised_weights(a_run: Path, hub: Hub, call: Cal
     files = hub.written[REPO].files
     assert files["model.safetensors"] == (folder / "model.safetensors").read_bytes()
     assert files["model.safetensors"] != (a_run / "merged/model.safetensors").read_bytes()
-    assert "what 4 bit had left of the base's" in files["README.md"].decode()
+    assert "as rounded to 4 bit in training" in files["README.md"].decode()
     assert push_command(a_run, REPO, merged="dequantized") == command
     code, _, said = call("push", str(a_run), REPO, "--base", "dequantized")
     assert (code, "--merged" in said) == (2, True)
@@ -163,7 +188,9 @@ def test_what_was_pushed_loads_as_an_adapter(a_run: Path, hub: Hub, tmp_path: Pa
     there.mkdir()
     for name, content in hub.written[REPO].files.items():
         (there / name).write_bytes(content)
-    base = AutoModelForCausalLM.from_pretrained(json.loads((a_run / "lock.json").read_text())["base"]["path"])
+    base = AutoModelForCausalLM.from_pretrained(
+        json.loads((a_run / "lock.json").read_text())["base"]["path"]
+    )
     PeftModel.from_pretrained(base, there)
     AutoTokenizer.from_pretrained(there)
 
@@ -212,7 +239,8 @@ def test_the_shards_of_a_merged_model_all_of_them(a_run: Path, hub: Hub) -> None
 
 
 def in_shards(merged: Path) -> list[str]:
-    """Two shards and an index in place of the one file of a merged model, the same tensors in each."""
+    """Two shards and an index in place of the one file of a merged model, the same tensors in
+    each."""
     names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     for name in names:
         shutil.copy(merged / "model.safetensors", merged / name)
@@ -223,17 +251,26 @@ def in_shards(merged: Path) -> list[str]:
 
 
 def test_what_an_earlier_push_left_of_ours_goes(a_run: Path, hub: Hub) -> None:
-    """Else transformers would load the old file, or the merged model and the adapter on top of it."""
+    """Else transformers would load the old file, or the merged model and the adapter on top of
+    it."""
     push(a_run, REPO, merged="original")
-    theirs = {"mine.txt": b"1", "LICENSE": b"2", "pytorch_model.bin": b"3", "original/config.json": b"4"}
+    theirs = {
+        "mine.txt": b"1",
+        "LICENSE": b"2",
+        "pytorch_model.bin": b"3",
+        "original/config.json": b"4",
+    }
     hub.written[REPO].files |= theirs
     in_shards(a_run / "merged")
     result = push(a_run, REPO, merged="original")
     assert set(hub.written[REPO].files) == {*result.files, *theirs}
     assert "model.safetensors" not in hub.written[REPO].files
     notes = [update.text for update in push_events(a_run, REPO) if update.kind == "note"]
-    gone = "config.json, model-00001-of-00002.safetensors, model-00002-of-00002.safetensors, model.safetensors.index.j"
-    assert f"removed, of an earlier push (the history keeps them): {gone}son" == notes[-1]
+    gone = (
+        "config.json, model-00001-of-00002.safetensors, model-00002-of-00002.safetensors, "
+        "model.safetensors.index.j"
+    )
+    assert f"removed files of an earlier push (still in the history): {gone}son" == notes[-1]
     assert {"config.json", "model.safetensors.index.json"}.isdisjoint(hub.written[REPO].files)
     result = push(a_run, REPO, merged="original")
     assert set(hub.written[REPO].files) == {*result.files, *theirs}
@@ -255,7 +292,14 @@ def test_what_is_stale_is_asked_again_after_a_commit_whose_answer_was_lost(
 
 def test_only_what_is_on_the_list(a_run: Path, hub: Hub) -> None:
     for folder in ("adapter", "merged"):
-        for name in ("train.jsonl", "optimizer.pt", "pytorch_model.bin", ".env", "run.py", "notes.txt"):
+        for name in (
+            "train.jsonl",
+            "optimizer.pt",
+            "pytorch_model.bin",
+            ".env",
+            "run.py",
+            "notes.txt",
+        ):
             (a_run / folder / name).write_text("private")
         (a_run / folder / "more").mkdir()
         (a_run / folder / "more" / "tokenizer.json").write_text("private")
@@ -263,17 +307,33 @@ def test_only_what_is_on_the_list(a_run: Path, hub: Hub) -> None:
     notes = [update.text for update in push_events(a_run, REPO) if update.kind == "note"]
     push(a_run, "someone/merged", merged="original")
     for repository in hub.written.values():
-        assert not {"train.jsonl", "optimizer.pt", "pytorch_model.bin", ".env", "run.py", "notes.txt", "notes.md",
-                    "more/tokenizer.json"} & set(repository.files)  # fmt: skip
-    assert not any(b"private" in content for r in hub.written.values() for content in r.files.values())
+        assert not {
+            "train.jsonl",
+            "optimizer.pt",
+            "pytorch_model.bin",
+            ".env",
+            "run.py",
+            "notes.txt",
+            "notes.md",
+            "more/tokenizer.json",
+        } & set(repository.files)
+    assert not any(
+        b"private" in content for r in hub.written.values() for content in r.files.values()
+    )
     assert notes[0].startswith("not pushed: .env, more, notes.md, ")
 
 
 @pytest.mark.parametrize("merged", [None, "original"])
-def test_no_text_of_the_data_no_path_and_no_token(a_run: Path, hub: Hub, merged: Weights | None) -> None:
+def test_no_text_of_the_data_no_path_and_no_token(
+    a_run: Path, hub: Hub, merged: Weights | None
+) -> None:
     """Every byte that was sent is looked at, decoded where it was encoded."""
     push(a_run, REPO, merged=merged)
-    sent = [*hub.bodies, *hub.written[REPO].files.values(), *(line.encode() for line in hub.requests)]
+    sent = [
+        *hub.bodies,
+        *hub.written[REPO].files.values(),
+        *(line.encode() for line in hub.requests),
+    ]
     for word in (CANARY, CANARY_PATH, str(Path.home()) + "/", TOKEN, "hf_canary"):
         assert not [body[:200] for body in sent if word.encode() in body], word
     assert f"Bearer {TOKEN}" in hub.tokens
@@ -296,13 +356,18 @@ def test_samples_of_the_data_only_when_asked_and_never_a_token(a_run: Path, hub:
 
 
 @pytest.mark.parametrize("secret", ["path", "token"])
-@pytest.mark.parametrize("name", ["README.md", "adapter/chat_template.jinja", "adapter/generation_config.json"])
-def test_a_file_that_says_too_much_is_not_sent(a_run: Path, hub: Hub, name: str, secret: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["README.md", "adapter/chat_template.jinja", "adapter/generation_config.json"]
+)
+def test_a_file_that_says_too_much_is_not_sent(
+    a_run: Path, hub: Hub, name: str, secret: str
+) -> None:
     file = a_run / name
     said = file.read_text() if file.is_file() else "{}"
     file.write_text(said + (str(a_run.resolve()) if secret == "path" else TOKEN))
     message = refused(CheckpointError, lambda: push(a_run, REPO), code=5)
-    assert f"{Path(name).name}: holds {'a path of this machine' if secret == 'path' else 'an access token'}" in message
+    found = "a path of this machine" if secret == "path" else "an access token"
+    assert f"{Path(name).name}: contains {found}" in message
     assert hub.written == {}
 
 
@@ -317,12 +382,14 @@ def test_no_place_of_the_machine(
     monkeypatch.setenv("HOME", "/home/jörg")
     base = json.loads((a_run / "lock.json").read_text())["base"]["path"]
     data = str(Path(base).with_name("pairs.jsonl"))
-    found = dict(zip(PLACES, (str(a_run), base, data, constants.HF_HUB_CACHE, "/home/jörg"), strict=True))[place]
+    found = dict(
+        zip(PLACES, (str(a_run), base, data, constants.HF_HUB_CACHE, "/home/jörg"), strict=True)
+    )[place]
     config = a_run / "adapter/generation_config.json"
     said = json.dumps({"x": f"{found}/y"}, ensure_ascii=escaped)
     config.write_text(said.replace("/", "\\/") if escaped else said)
     message = refused(CheckpointError, lambda: push(a_run, REPO), code=5)
-    assert f"generation_config.json: holds a path of this machine, {found}" in message
+    assert f"generation_config.json: contains a path of this machine, {found}" in message
     assert not hub.asked("POST")
     config.write_text(json.dumps({"x": f"{found}s"}))
     push(a_run, REPO)
@@ -339,11 +406,20 @@ def test_a_home_that_may_be_a_word(a_run: Path, hub: Hub, monkeypatch: pytest.Mo
 
 
 OAUTH = "hf_oauth_eyJhbGciOi.eyJzY29wZSI6-WyJvcGVuaW_QifQ"
-SECRETS = {"user": TOKEN, "oauth": OAUTH, "jwt": OAUTH.replace("oauth", "jwt"), "own": "s3cret-of-mine"}
+SECRETS = {
+    "user": TOKEN,
+    "oauth": OAUTH,
+    "jwt": OAUTH.replace("oauth", "jwt"),
+    "own": "s3cret-of-mine",
+}
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json", "chat_template.jinja", "adapter_model.safetensors"])
-def test_a_token_of_any_form_in_any_file(a_run: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "vocab.json", "chat_template.jinja", "adapter_model.safetensors"]
+)
+def test_a_token_of_any_form_in_any_file(
+    a_run: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     monkeypatch.setenv("HF_TOKEN", SECRETS["own"])
     file = a_run / "adapter" / name
     said = file.read_text() if file.is_file() and not name.endswith(".safetensors") else ""
@@ -354,7 +430,7 @@ def test_a_token_of_any_form_in_any_file(a_run: Path, hub: Hub, monkeypatch: pyt
         else:
             file.write_text(f'{said} "{secret}"')
         message = refused(CheckpointError, lambda: push(a_run, REPO), code=5)
-        assert f"{name}: holds an access token" in message, kind
+        assert f"{name}: contains an access token" in message, kind
     assert hub.written == {}
 
 
@@ -370,36 +446,60 @@ def test_a_token_that_the_hub_quotes_is_not_shown(
 
 
 @pytest.mark.parametrize("token", ["hf_üabcdefghijklmnopqrs", "hf_abcdefghij klmnopqrst"])
-def test_what_cannot_be_a_token_is_not_sent(a_run: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, token: str) -> None:
+def test_what_cannot_be_a_token_is_not_sent(
+    a_run: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, token: str
+) -> None:
     monkeypatch.setenv("HF_TOKEN", token)
-    assert "the access token is not one" in no_push(a_run, hub)
+    assert "the access token is invalid" in no_push(a_run, hub)
     assert hub.requests == []
 
 
-@pytest.mark.parametrize("name", ["adapter/adapter_model.safetensors", "merged/model.safetensors", "merged/config.json",
-                                  "adapter/merges.txt", "adapter/tokenizer.json", "README.md"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "adapter/adapter_model.safetensors",
+        "merged/model.safetensors",
+        "merged/config.json",
+        "adapter/merges.txt",
+        "adapter/tokenizer.json",
+        "README.md",
+    ],
+)
 def test_a_link_is_not_left_out_but_refused(a_run: Path, hub: Hub, name: str) -> None:
     file = a_run / name
     there = a_run.parent / "elsewhere"
     there.write_bytes(file.read_bytes() if file.is_file() else b"a b")
     file.unlink(missing_ok=True)
     file.symlink_to(there)
-    message = refused(CheckpointError, lambda: push(a_run, REPO, merged="original" if "merged" in name else None), code=5)  # fmt: skip  # noqa: E501
+    message = refused(
+        CheckpointError,
+        lambda: push(a_run, REPO, merged="original" if "merged" in name else None),
+        code=5,
+    )
     assert message.startswith(f"{file}: is a link")
-    assert "a copy in its place" in message
+    assert "replace it by a copy" in message
     assert not hub.asked("POST")
 
 
 @pytest.mark.parametrize("merged", [None, "original", "dequantized"])
-@pytest.mark.parametrize("fault", ["cut", "no tokenizer", "no config", "no weights", "broken config"])
-def test_a_model_that_is_not_whole(a_run: Path, hub: Hub, merged: Weights | None, fault: str) -> None:
+@pytest.mark.parametrize(
+    "fault", ["cut", "no tokenizer", "no config", "no weights", "broken config"]
+)
+def test_a_model_that_is_not_whole(
+    a_run: Path, hub: Hub, merged: Weights | None, fault: str
+) -> None:
     command = f"orpo-lite merge {a_run}" if merged else f"orpo-lite train --resume {a_run}"
     if merged == "dequantized":
         shutil.copytree(a_run / "merged", a_run / "merged-dequantized")
         command += " --base dequantized"
-    folder = a_run / {None: "adapter", "original": "merged", "dequantized": "merged-dequantized"}[merged]
+    folder = (
+        a_run / {None: "adapter", "original": "merged", "dequantized": "merged-dequantized"}[merged]
+    )
     weights = folder / ("model.safetensors" if merged else "adapter_model.safetensors")
-    name = {"no tokenizer": "tokenizer.json", "no config": "config.json" if merged else "adapter_config.json"}
+    name = {
+        "no tokenizer": "tokenizer.json",
+        "no config": "config.json" if merged else "adapter_config.json",
+    }
     file = folder / name.get(fault, weights.name)
     if fault == "broken config" and merged:
         return  # which is the base's, and not read here
@@ -441,7 +541,9 @@ def test_a_run_in_use_is_not_pushed(a_run: Path, hub: Hub) -> None:
     assert hub.requests == []
 
 
-def test_weights_that_go_while_the_hub_is_waited_for(a_run: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_go_while_the_hub_is_waited_for(
+    a_run: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = a_run / "adapter/adapter_model.safetensors"
     monkeypatch.setattr(time, "sleep", lambda _: file.unlink(missing_ok=True))
     for at in ("repos/create", "preupload", COMMITTING):
@@ -457,10 +559,17 @@ def test_weights_that_go_while_the_hub_is_waited_for(a_run: Path, hub: Hub, monk
 # --- a hub that refuses
 
 
-@pytest.mark.parametrize("at", ["whoami", "GET /api/models", "repos/create", "preupload", "lfs/objects", "commit"])
+@pytest.mark.parametrize(
+    "at", ["whoami", "GET /api/models", "repos/create", "preupload", "lfs/objects", "commit"]
+)
 @pytest.mark.parametrize(
     ("status", "code", "said"),
-    [(401, "", "401"), (403, "", "may not write"), (403, "GatedRepo", "gated"), (404, "RepoNotFound", "not there")],
+    [
+        (401, "", "401"),
+        (403, "", "no write access"),
+        (403, "GatedRepo", "gated"),
+        (404, "RepoNotFound", "does not exist"),
+    ],
 )
 def test_a_refusal_is_not_asked_for_twice(
     a_run: Path, hub: Hub, slept: list[float], at: str, status: int, code: str, said: str
@@ -469,7 +578,7 @@ def test_a_refusal_is_not_asked_for_twice(
         return  # which is how a new repository looks
     hub.fail(at, status, code)
     message = no_push(a_run, hub)
-    assert said in message or (status == 401 and "is not there" in message)
+    assert said in message or (status == 401 and "does not exist" in message)
     assert "hf auth login" in message
     assert slept == []
     assert len(hub.asked(at)) == 1
@@ -495,7 +604,9 @@ def test_a_hub_that_is_not_there(a_run: Path, hub: Hub, slept: list[float]) -> N
     assert len(slept) == publishing_retry.ATTEMPTS - 1
 
 
-@pytest.mark.parametrize("name", ["a b/c", "x--y", "someone/../x", "someone/x.git", "a/b/c", "", "-x"])
+@pytest.mark.parametrize(
+    "name", ["a b/c", "x--y", "someone/../x", "someone/x.git", "a/b/c", "", "-x"]
+)
 def test_a_name_that_no_repository_can_have(a_run: Path, hub: Hub, name: str) -> None:
     message = refused(RecipeError, lambda: push(a_run, name), code=2)
     assert "owner/name" in message
@@ -523,21 +634,25 @@ THIS, THAT = ({"entity": {"type": "model", "name": name}} for name in (REPO, "so
         ("fineGrained", {"global": []}, False),
     ],
 )
-def test_the_rights_of_a_token(a_run: Path, hub: Hub, role: str, rights: dict[str, Any], is_fine: bool) -> None:
+def test_the_rights_of_a_token(
+    a_run: Path, hub: Hub, role: str, rights: dict[str, Any], is_fine: bool
+) -> None:
     hub.grant(role, **rights)
     if is_fine:
         push(a_run, REPO)
         return
     message = no_push(a_run, hub)
-    assert "the access token is a" in message
+    assert "access token has" in message
     assert "hf auth login" in message
     assert hub.requests == ["GET /api/whoami-v2"]
 
 
 def test_somebody_elses_name(a_run: Path, hub: Hub) -> None:
     hub.who["orgs"] = [{"name": "lab", "roleInOrg": "read"}]
-    assert "an owner among someone, lab" in refused(HubError, lambda: push(a_run, "stranger/tuned"))
-    assert "may only read at lab" in refused(HubError, lambda: push(a_run, "lab/tuned"))
+    assert "one of the owners someone, lab" in refused(
+        HubError, lambda: push(a_run, "stranger/tuned")
+    )
+    assert "only read access at lab" in refused(HubError, lambda: push(a_run, "lab/tuned"))
     assert hub.written == {}
 
 
@@ -554,13 +669,17 @@ def test_the_roles_of_an_organisation(a_run: Path, hub: Hub, role: str | None) -
 
 
 @pytest.mark.parametrize("is_public", [False, True])
-def test_a_repository_that_is_there_keeps_its_visibility(a_run: Path, hub: Hub, is_public: bool) -> None:
+def test_a_repository_that_is_there_keeps_its_visibility(
+    a_run: Path, hub: Hub, is_public: bool
+) -> None:
     push(a_run, REPO, is_public=not is_public)
     before = (hub.written[REPO].is_private, list(hub.written[REPO].commits))
     message = refused(HubError, lambda: push(a_run, REPO, is_public=is_public))
-    assert ("is private already" if is_public else "is public already") in message
+    assert ("is already private" if is_public else "is already public") in message
     assert "/settings" in message
-    assert message.endswith(f"\n  then: orpo-lite push {a_run} {REPO}{'' if is_public else ' --public'}")
+    assert message.endswith(
+        f"\n  then: orpo-lite push {a_run} {REPO}{'' if is_public else ' --public'}"
+    )
     assert (hub.written[REPO].is_private, hub.written[REPO].commits) == before
 
 
@@ -582,14 +701,17 @@ def test_commands_that_repeat_a_fault_are_not_printed(a_run: Path, hub: Hub) -> 
 
 
 @pytest.mark.parametrize(
-    "name", ["-run", "a\tb", "a\nb", "it's", "two  words", "\u2028", "$(touch x)", "back\\slash\t", "ü"]
+    "name",
+    ["-run", "a\tb", "a\nb", "it's", "two  words", "\u2028", "$(touch x)", "back\\slash\t", "ü"],
 )
 def test_a_path_in_a_command_is_that_path(a_run: Path, hub: Hub, call: Call, name: str) -> None:
     run = a_run.rename(a_run.with_name(name))
     hub.fail("whoami", 403)
     code, _, said = call("push", str(run), REPO)
     command = said[said.index("then: ") + 6 :].rstrip("\n")
-    shown = subprocess.run(["bash", "-c", f"printf '%s\\0' {command}"], capture_output=True, check=True).stdout
+    shown = subprocess.run(
+        ["bash", "-c", f"printf '%s\\0' {command}"], capture_output=True, check=True
+    ).stdout
     assert (code, shown.decode().split("\0")[2]) == (8, str(run))
     assert quoted(Path("-run")) == "./-run"
     assert push_command(Path("-run"), REPO) == f"orpo-lite push ./-run {REPO}"
@@ -599,16 +721,24 @@ def test_metadata_that_the_hub_refuses_before_anything_is_made(a_run: Path, hub:
     body = b'{"errors": [{"message": "license must be one of [a, b]"}], "warnings": []}'
     hub.fail("validate-yaml", 400, body=body, headers={"Content-Type": "application/json"})
     message = no_push(a_run, hub)
-    assert message.startswith(f"{a_run}/README.md: its metadata are refused by the hub: license must be one of [a, b]")
-    assert "fix: mend it" in message
+    assert message.startswith(
+        f"{a_run}/README.md: the hub refuses its metadata: license must be one of [a, b]"
+    )
+    assert "fix: fix the metadata" in message
     assert hub.written == {}
 
 
-def test_a_file_that_the_hub_refuses_by_its_name(a_run: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_the_hub_refuses_by_its_name(
+    a_run: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from hub_server import Handler
 
     def refuse(_: Handler, asked: dict[str, Any]) -> dict[str, Any]:
-        return {"oid": asked["oid"], "size": asked["size"], "error": {"code": 422, "message": "too big"}}
+        return {
+            "oid": asked["oid"],
+            "size": asked["size"],
+            "error": {"code": 422, "message": "too big"},
+        }
 
     monkeypatch.setattr(Handler, "place", refuse)
     message = no_push(a_run, hub)
@@ -617,12 +747,13 @@ def test_a_file_that_the_hub_refuses_by_its_name(a_run: Path, hub: Hub, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("status", "said"), [(402, "quota"), (413, "too large"), (403, "Private repository storage limit reached")]
+    ("status", "said"),
+    [(402, "quota"), (413, "too large"), (403, "Private repository storage limit reached")],
 )
 def test_no_more_room(a_run: Path, hub: Hub, slept: list[float], status: int, said: str) -> None:
     hub.fail(COMMITTING, status, headers={"X-Error-Message": said})
     message = no_push(a_run, hub)
-    assert f"the hub takes no more ({status}, uploading): {said}" in message
+    assert f"the hub's storage limit is reached ({status}, uploading): {said}" in message
     assert "hf auth login" not in message
     assert "later" not in message
     assert slept == []
@@ -633,17 +764,19 @@ def test_an_address_without_a_scheme(
 ) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "hub.example")
     message = no_push(a_run, hub)
-    assert message.startswith("HF_ENDPOINT: 'hub.example' is no address")
+    assert message.startswith("HF_ENDPOINT: 'hub.example' is not a URL")
     assert "HF_ENDPOINT=https://hub.example" in message
     assert slept == []
 
 
 def test_a_name_that_is_taken_and_cannot_be_seen(a_run: Path, hub: Hub) -> None:
     hub.fail("repos/create", 409, body=b'{"error": "taken"}')
-    assert "cannot be made (409)" in no_push(a_run, hub)
+    assert "cannot be created (409)" in no_push(a_run, hub)
 
 
-def test_made_by_the_attempt_whose_answer_was_lost(a_run: Path, hub: Hub, slept: list[float]) -> None:
+def test_made_by_the_attempt_whose_answer_was_lost(
+    a_run: Path, hub: Hub, slept: list[float]
+) -> None:
     hub.fail("repos/create", late=True, times=1)
     push(a_run, REPO)
     assert len(hub.asked("repos/create")) == 2
@@ -653,9 +786,24 @@ def test_made_by_the_attempt_whose_answer_was_lost(a_run: Path, hub: Hub, slept:
 # --- a hub in trouble
 
 
-@pytest.mark.parametrize("at", ["whoami", "GET /api/models", "repos/create", "validate-yaml", "preupload", "lfs/objects", LFS, "verify", COMMITTING])  # fmt: skip  # noqa: E501
+@pytest.mark.parametrize(
+    "at",
+    [
+        "whoami",
+        "GET /api/models",
+        "repos/create",
+        "validate-yaml",
+        "preupload",
+        "lfs/objects",
+        LFS,
+        "verify",
+        COMMITTING,
+    ],
+)
 @pytest.mark.parametrize("status", [429, 500, 503])
-def test_trouble_that_passes(a_run: Path, hub: Hub, slept: list[float], at: str, status: int) -> None:
+def test_trouble_that_passes(
+    a_run: Path, hub: Hub, slept: list[float], at: str, status: int
+) -> None:
     hub.fail(at, status, times=2)
     push(a_run, REPO)
     assert len(hub.written[REPO].commits) == 1
@@ -665,7 +813,9 @@ def test_trouble_that_passes(a_run: Path, hub: Hub, slept: list[float], at: str,
 
 @pytest.mark.parametrize("at", ["whoami", "repos/create", "preupload", LFS, COMMITTING])
 @pytest.mark.parametrize("status", [429, 503])
-def test_trouble_that_stays(a_run: Path, hub: Hub, slept: list[float], at: str, status: int) -> None:
+def test_trouble_that_stays(
+    a_run: Path, hub: Hub, slept: list[float], at: str, status: int
+) -> None:
     hub.fail(at, status)
     message = no_push(a_run, hub)
     assert str(status) in message
@@ -673,10 +823,15 @@ def test_trouble_that_stays(a_run: Path, hub: Hub, slept: list[float], at: str, 
     assert sum(slept) < 300
 
 
-def test_files_that_share_an_address_share_no_attempts(a_run: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each on a thread of the client's: a short trouble of all is passed over, as that of one is."""
+def test_files_that_share_an_address_share_no_attempts(
+    a_run: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each on a thread of the client's: a short trouble of all is passed over, as that of one
+    is."""
     sleep = time.sleep
-    monkeypatch.setattr(time, "sleep", lambda _: sleep(0.3))  # so long that all of them have met with it
+    monkeypatch.setattr(
+        time, "sleep", lambda _: sleep(0.3)
+    )  # so long that all of them have met with it
     merge(a_run, max_shard_size=20_000)
     assert len(list((a_run / "merged").glob("*.safetensors"))) > 5
     hub.fail("verify", 503, times=5)
@@ -702,16 +857,23 @@ def test_a_connection_cut_on_the_way(a_run: Path, hub: Hub, slept: list[float], 
     push(a_run, REPO)
     assert len(hub.written[REPO].commits) == 1
     files = hub.written[REPO].files
-    assert files["adapter_model.safetensors"] == (a_run / "adapter/adapter_model.safetensors").read_bytes()
+    assert (
+        files["adapter_model.safetensors"]
+        == (a_run / "adapter/adapter_model.safetensors").read_bytes()
+    )
 
 
-def test_a_commit_whose_answer_is_lost_is_not_made_twice(a_run: Path, hub: Hub, slept: list[float]) -> None:
+def test_a_commit_whose_answer_is_lost_is_not_made_twice(
+    a_run: Path, hub: Hub, slept: list[float]
+) -> None:
     hub.fail(COMMITTING, late=True, times=1)
     push(a_run, REPO)
     assert len(hub.written[REPO].commits) == 1
 
 
-def test_an_upload_that_was_cut_off_goes_on_where_it_was(a_run: Path, hub: Hub, slept: list[float]) -> None:
+def test_an_upload_that_was_cut_off_goes_on_where_it_was(
+    a_run: Path, hub: Hub, slept: list[float]
+) -> None:
     hub.fail(COMMITTING, 503)
     no_push(a_run, hub)
     sent = len(hub.asked(LFS))
@@ -720,13 +882,17 @@ def test_an_upload_that_was_cut_off_goes_on_where_it_was(a_run: Path, hub: Hub, 
     assert len(hub.asked(LFS)) == sent == 2
 
 
-@pytest.mark.parametrize("at", ["whoami", "repos/create", "preupload", "lfs/objects", LFS, "verify", COMMITTING])
+@pytest.mark.parametrize(
+    "at", ["whoami", "repos/create", "preupload", "lfs/objects", LFS, "verify", COMMITTING]
+)
 def test_a_request_is_made_four_times_in_all(
     a_run: Path, hub: Hub, slept: list[float], monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
     monkeypatch.setattr(publishing_retry, "TIMEOUT", 0.1)
     troubles: list[dict[str, Any]] = [{"hang": True}, {"status": 503}, {"cut": True}]
-    for trouble in troubles[: 2 if at == "whoami" else 3]:  # of a request that reads it is the answer that is cut
+    for trouble in troubles[
+        : 2 if at == "whoami" else 3
+    ]:  # of a request that reads it is the answer that is cut
         hub.faults.clear()
         hub.written.clear()
         hub.stored.clear()
@@ -734,7 +900,9 @@ def test_a_request_is_made_four_times_in_all(
         slept.clear()
         hub.fail(at, **trouble)
         no_push(a_run, hub)
-        assert max(Counter(hub.asked(at)).values()) <= 4 * (2 if at == "verify" else 1)  # which both files have
+        assert max(Counter(hub.asked(at)).values()) <= 4 * (
+            2 if at == "verify" else 1
+        )  # which both files have
         assert len(slept) <= 6
 
 
@@ -745,24 +913,31 @@ def test_another_commit_meanwhile(a_run: Path, hub: Hub, slept: list[float], sta
     assert len(hub.written[REPO].commits) == 1
     hub.fail(COMMITTING, status)
     message = refused(HubError, lambda: push(a_run, REPO, merged="original"))
-    assert f"conflicts with what is there ({status}, uploading)" in message
+    assert f"conflicts with the current state ({status}, uploading)" in message
 
 
 @pytest.mark.parametrize("asked", [7, 40])
-def test_the_wait_that_the_hub_asks_for(a_run: Path, hub: Hub, slept: list[float], asked: int) -> None:
+def test_the_wait_that_the_hub_asks_for(
+    a_run: Path, hub: Hub, slept: list[float], asked: int
+) -> None:
     hub.fail("whoami", 429, headers={"Retry-After": str(asked)}, times=1)
     push(a_run, REPO)
     assert slept == [asked]
 
 
-def test_a_wait_that_is_too_long_is_left_to_the_person(a_run: Path, hub: Hub, slept: list[float]) -> None:
+def test_a_wait_that_is_too_long_is_left_to_the_person(
+    a_run: Path, hub: Hub, slept: list[float]
+) -> None:
     hub.fail("whoami", 429, headers={"Retry-After": "3600"})
     assert "asks to wait 3,600 s" in no_push(a_run, hub)
     assert slept == []
 
 
 def test_the_wait_of_the_hubs_own_header(a_run: Path, hub: Hub, slept: list[float]) -> None:
-    headers = {"RateLimit": '"api";r=0;t=40', "RateLimit-Policy": '"fixed window";"api";q=500;w=300'}
+    headers = {
+        "RateLimit": '"api";r=0;t=40',
+        "RateLimit-Policy": '"fixed window";"api";q=500;w=300',
+    }
     hub.fail("whoami", 429, headers=headers, times=1)
     push(a_run, REPO)
     assert slept == [40]
@@ -776,30 +951,45 @@ def test_a_wait_that_is_no_number(a_run: Path, hub: Hub, slept: list[float]) -> 
     assert len(slept) == 1
 
 
-def test_a_wait_that_is_too_long_for_the_client_too(a_run: Path, hub: Hub, slept: list[float]) -> None:
+def test_a_wait_that_is_too_long_for_the_client_too(
+    a_run: Path, hub: Hub, slept: list[float]
+) -> None:
     hub.fail("preupload", 429, headers={"Retry-After": "3600"})
     assert "asks to wait 3,600 s" in no_push(a_run, hub)
     assert slept == []
 
 
 def test_waits_grow_and_are_not_those_of_everybody(hub: Hub) -> None:
-    first, second, third = ({publishing_retry._wait(TimeoutError(), n) for _ in range(20)} for n in (1, 2, 3))
+    first, second, third = (
+        {publishing_retry._wait(TimeoutError(), n) for _ in range(20)} for n in (1, 2, 3)
+    )
     assert max(first) < min(second) <= max(second) < min(third)  # type: ignore[type-var]
     assert len(first) > 1
 
 
 def test_a_page_that_is_not_the_hubs(a_run: Path, hub: Hub, slept: list[float]) -> None:
     hub.fail("/", 200, body=b"<html>Welcome! Room number?</html>")
-    assert "the hub's answer is not one" in no_push(a_run, hub)
+    assert "the answer is not from the hub" in no_push(a_run, hub)
     hub.faults.clear()
     hub.fail("/", 200, body=b"{}")
-    assert "the hub's answer is not one" in no_push(a_run, hub)
+    assert "the answer is not from the hub" in no_push(a_run, hub)
 
 
 ANSWERS = [b"null", b"[]", b"{}", b'"text"', b'["text"]', b"1"]
 
 
-@pytest.mark.parametrize("at", ["whoami", "GET /api/models", "repos/create", "validate-yaml", "preupload", "lfs/objects", COMMITTING])  # fmt: skip  # noqa: E501
+@pytest.mark.parametrize(
+    "at",
+    [
+        "whoami",
+        "GET /api/models",
+        "repos/create",
+        "validate-yaml",
+        "preupload",
+        "lfs/objects",
+        COMMITTING,
+    ],
+)
 def test_an_answer_of_an_odd_type(a_run: Path, hub: Hub, slept: list[float], at: str) -> None:
     for body in ANSWERS:
         if (at, body) == ("validate-yaml", b"{}"):
@@ -807,7 +997,7 @@ def test_an_answer_of_an_odd_type(a_run: Path, hub: Hub, slept: list[float], at:
         hub.faults.clear()
         hub.stored.clear()
         hub.fail(at, 200, body=body, headers={"Content-Type": "application/json"})
-        assert "the hub's answer is not one" in no_push(a_run, hub), body
+        assert "the answer is not from the hub" in no_push(a_run, hub), body
         assert at != "validate-yaml" or hub.written == {}, body
     assert slept == []
 
@@ -815,22 +1005,40 @@ def test_an_answer_of_an_odd_type(a_run: Path, hub: Hub, slept: list[float], at:
 def test_a_whoami_of_odd_types(a_run: Path, hub: Hub) -> None:
     right = dict(hub.who)
     for odd in (
-        {"name": None}, {"name": ""}, {"orgs": {"a": 1}}, {"orgs": ["lab"]}, {"auth": "x"}, {"auth": []},
-        {"auth": {"accessToken": "x"}}, {"auth": {"accessToken": {"role": 1}}},
+        {"name": None},
+        {"name": ""},
+        {"orgs": {"a": 1}},
+        {"orgs": ["lab"]},
+        {"auth": "x"},
+        {"auth": []},
+        {"auth": {"accessToken": "x"}},
+        {"auth": {"accessToken": {"role": 1}}},
         {"auth": {"accessToken": {"role": "fineGrained", "fineGrained": {"scoped": ["x"]}}}},
         {"auth": {"accessToken": {"role": "fineGrained", "fineGrained": {"global": "repo.write"}}}},
-        {"auth": {"accessToken": {"role": "fineGrained", "fineGrained": {"scoped": [{"entity": "x"}]}}}},
-    ):  # fmt: skip
+        {
+            "auth": {
+                "accessToken": {"role": "fineGrained", "fineGrained": {"scoped": [{"entity": "x"}]}}
+            }
+        },
+    ):
         hub.who = right | odd
-        assert "the hub's answer is not one (asking who we are: ValueError): " in no_push(a_run, hub), odd
+        assert "the answer is not from the hub (reading the account: ValueError): " in no_push(
+            a_run, hub
+        ), odd
 
 
 def test_a_repository_of_odd_types(a_run: Path, hub: Hub) -> None:
-    for odd in ({"private": None}, {"private": "yes"}, {"siblings": "x"}, {"siblings": [1]}, {"siblings": [{}]}):
+    for odd in (
+        {"private": None},
+        {"private": "yes"},
+        {"siblings": "x"},
+        {"siblings": [1]},
+        {"siblings": [{}]},
+    ):
         body = json.dumps({"id": REPO, "private": True, "siblings": []} | odd).encode()
         hub.faults.clear()
         hub.fail("GET /api/models", 200, body=body, headers={"Content-Type": "application/json"})
-        assert "the hub's answer is not one" in no_push(a_run, hub)
+        assert "the answer is not from the hub" in no_push(a_run, hub)
 
 
 def test_a_fault_of_ours_stays_one(a_run: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -842,8 +1050,13 @@ def test_a_fault_of_ours_stays_one(a_run: Path, hub: Hub, monkeypatch: pytest.Mo
 
 
 def test_a_page_in_answer_to_a_file(a_run: Path, hub: Hub, slept: list[float]) -> None:
-    hub.fail(LFS, 200, body=b"<html>Welcome!</html>", headers={"Content-Type": "text/html; charset=utf-8"})
-    assert "the hub itself, not a page in between" in no_push(a_run, hub)
+    hub.fail(
+        LFS,
+        200,
+        body=b"<html>Welcome!</html>",
+        headers={"Content-Type": "text/html; charset=utf-8"},
+    )
+    assert "a direct connection, not the page of a proxy or login" in no_push(a_run, hub)
 
 
 def test_the_clients_patience_is_given_back(a_run: Path, hub: Hub) -> None:
@@ -856,11 +1069,14 @@ def test_the_clients_patience_is_given_back(a_run: Path, hub: Hub) -> None:
 
 
 def interrupted(hub: Hub, tmp_path: Path, at: str, *arguments: str) -> tuple[int, str, float]:
-    """Exit code and complaints of a command that gets SIGINT while a request hangs, and how long it took to end."""
+    """Exit code and complaints of a command that gets SIGINT while a request hangs, and how long it
+    took to end."""
     hub.fail(at, hang=True)
     command = [sys.executable, "-m", "orpo_lite", *arguments]
     env = environment(hub, tmp_path / "home") | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    child = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
+    )
     end = time.monotonic() + 60
     while not hub.asked(at) and time.monotonic() < end and child.poll() is None:
         time.sleep(0.02)
@@ -875,22 +1091,35 @@ def interrupted(hub: Hub, tmp_path: Path, at: str, *arguments: str) -> tuple[int
 
 
 @pytest.mark.parametrize("at", ["whoami", "preupload", LFS, COMMITTING])
-def test_stopped_while_the_hub_is_waited_for(a_run: Path, hub: Hub, tmp_path: Path, at: str) -> None:
+def test_stopped_while_the_hub_is_waited_for(
+    a_run: Path, hub: Hub, tmp_path: Path, at: str
+) -> None:
     code, said, seconds = interrupted(hub, tmp_path, at, "push", str(a_run), REPO, "--merged")
     assert (code, said) == (130, f"stopped; then: orpo-lite push {a_run} {REPO} --merged\n")
     assert seconds < 2
 
 
 def test_stopped_while_a_licence_is_asked_for(on_the_hub: Path, hub: Hub, tmp_path: Path) -> None:
-    code, said, seconds = interrupted(hub, tmp_path, f"/{NAME}/resolve/", "push", str(on_the_hub), REPO)
+    code, said, seconds = interrupted(
+        hub, tmp_path, f"/{NAME}/resolve/", "push", str(on_the_hub), REPO
+    )
     assert (code, said) == (130, f"stopped; then: orpo-lite push {on_the_hub} {REPO}\n")
     assert seconds < 2
 
 
-def test_a_training_stopped_while_it_pushes(small_recipe: Callable[..., Any], hub: Hub, workspace: Path) -> None:
+def test_a_training_stopped_while_it_pushes(
+    small_recipe: Callable[..., Any], hub: Hub, workspace: Path
+) -> None:
     small_recipe()
-    keys = ["output.push_to_hub=true", f"output.hub_model_id={REPO}", "training.max_steps=1", "output.merge=false"]
-    code, said, seconds = interrupted(hub, workspace, LFS, "train", "--recipe", "./small.yaml", *keys)
+    keys = [
+        "output.push_to_hub=true",
+        f"output.hub_model_id={REPO}",
+        "training.max_steps=1",
+        "output.merge=false",
+    ]
+    code, said, seconds = interrupted(
+        hub, workspace, LFS, "train", "--recipe", "./small.yaml", *keys
+    )
     last = f"stopped; the adapter is safe in run/adapter; then: orpo-lite push run {REPO}"
     assert (code, said.splitlines()[-1]) == (130, last)
     assert seconds < 3
@@ -905,7 +1134,11 @@ def test_stopped_anywhere_else(call: Call, monkeypatch: pytest.MonkeyPatch) -> N
     for place in ("app", "_choose_recipe"):
         with monkeypatch.context() as patch:
             patch.setattr(import_module("orpo_lite.cli.commands"), place, interrupt)
-            assert call("plan", "--recipe", "demo") == (130, "", "stopped; nothing further was saved\n")
+            assert call("plan", "--recipe", "demo") == (
+                130,
+                "",
+                "stopped; nothing further was saved\n",
+            )
 
 
 def test_a_push_of_a_library_that_is_stopped_makes_no_commit(
@@ -969,7 +1202,10 @@ def test_llama_asks_for_its_name_its_notice_and_its_line(on_the_hub: Path, hub: 
     push(on_the_hub, "someone/Llama-tuned")
     files = hub.written["someone/Llama-tuned"].files
     assert files["LICENSE"].decode() == AGREEMENT
-    notice = "Llama 3.1 is licensed under the Llama 3.1 Community License, Copyright © Meta Platforms, Inc."
+    notice = (
+        "Llama 3.1 is licensed under the Llama 3.1 Community License, "
+        "Copyright © Meta Platforms, Inc."
+    )
     assert files["NOTICE"].decode().startswith(notice)
     card = ModelCard(files["README.md"].decode())
     assert "**Built with Llama**" in card.text
@@ -982,7 +1218,10 @@ def test_the_agreement_beside_the_base_on_the_hub(on_the_hub: Path, hub: Hub) ->
     (hub.folder / "USE_POLICY.md").write_text("Be good.")
     push(on_the_hub, "someone/Llama-tuned")
     files = hub.written["someone/Llama-tuned"].files
-    assert (files["LICENSE.txt"].decode(), files["USE_POLICY.md"].decode()) == (AGREEMENT, "Be good.")
+    assert (files["LICENSE.txt"].decode(), files["USE_POLICY.md"].decode()) == (
+        AGREEMENT,
+        "Be good.",
+    )
     assert b"Llama 3.3 Community License" in files["NOTICE"]
 
 
@@ -991,16 +1230,24 @@ def test_a_base_without_a_licence_is_not_given_one(a_run: Path, hub: Hub) -> Non
     assert any("names no licence" in note for note in notes)
     card = ModelCard(hub.written[REPO].files["README.md"].decode())
     assert not [key for key in (*licences.KEYS, "base_model") if card.data.get(key)]
-    assert "is not known here" in card.text
+    assert "is not known:" in card.text
 
 
-def test_a_hub_that_cannot_be_reached_is_not_waited_for_to_learn_a_licence(hub: Hub, slept: list[float]) -> None:
+def test_a_hub_that_cannot_be_reached_is_not_waited_for_to_learn_a_licence(
+    hub: Hub, slept: list[float]
+) -> None:
     base = find_base(NAME, "main")
     hub.fail("/", 503)
     before = len(hub.requests)
-    assert licences.read_licences(NAME, COMMIT, base.path, ["lab/pairs"]) == {"base": {}, "data": {"lab/pairs": {}}}
+    assert licences.read_licences(NAME, COMMIT, base.path, ["lab/pairs"]) == {
+        "base": {},
+        "data": {"lab/pairs": {}},
+    }
     hub.stop()
-    assert licences.read_licences(NAME, COMMIT, base.path, ["lab/pairs"]) == {"base": {}, "data": {"lab/pairs": {}}}
+    assert licences.read_licences(NAME, COMMIT, base.path, ["lab/pairs"]) == {
+        "base": {},
+        "data": {"lab/pairs": {}},
+    }
     assert len(hub.requests) == before + 2
     assert slept == []
 
@@ -1011,7 +1258,10 @@ def test_licences_of_base_and_data_from_their_cards(hub: Hub) -> None:
     (hub.folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
     base = find_base(NAME, "main")
     known = {"base": {"license": "apache-2.0"}, "data": {SET: {"license": "cc-by-nc-4.0"}}}
-    assert licences.read_licences(NAME, COMMIT, base.path, [SET, "/a/file.jsonl", "builtin:two-tones"]) == known
+    assert (
+        licences.read_licences(NAME, COMMIT, base.path, [SET, "/a/file.jsonl", "builtin:two-tones"])
+        == known
+    )
     hub.stop()
     assert licences.read_licences(NAME, COMMIT, base.path, [SET]) == known
 
@@ -1021,13 +1271,19 @@ def test_licences_of_base_and_data_from_their_cards(hub: Hub) -> None:
 
 def test_a_card_changed_by_hand_is_pushed_as_it_is(a_run: Path, hub: Hub) -> None:
     card = a_run / "README.md"
-    card.write_text(card.read_text().replace("## Limits", "My own words.\n\n## Limits").replace("pipeline_tag", "language: en\npipeline_tag"))  # fmt: skip  # noqa: E501
+    card.write_text(
+        card.read_text()
+        .replace("## Limits", "My own words.\n\n## Limits")
+        .replace("pipeline_tag", "language: en\npipeline_tag")
+    )
     push(a_run, REPO, merged="original")
     pushed = ModelCard(hub.written[REPO].files["README.md"].decode())
     assert "My own words." in pushed.text
     assert (pushed.data.language, pushed.data.library_name) == ("en", "transformers")
     assert "OWNER/NAME" not in pushed.text
-    assert "--samples: given" in refused(RecipeError, lambda: push(a_run, REPO, merged="original", samples=1), code=2)
+    assert "--samples: cannot be used" in refused(
+        RecipeError, lambda: push(a_run, REPO, merged="original", samples=1), code=2
+    )
     card.write_text("No metadata at all.")
     assert "metadata" in refused(CheckpointError, lambda: push(a_run, REPO), code=5)
 
@@ -1040,15 +1296,20 @@ def test_licences_that_the_run_lacks_are_asked_for(a_run: Path, hub: Hub) -> Non
         file.write_text(re.sub(r'(dataset_name"?: )[^,\n]*', rf'\1"{SET}"', file.read_text()))
     push(licensed(a_run, license="mit"), REPO)
     card = hub.written[REPO].files["README.md"]
-    assert f"**Not for commercial use by its data**: {SET} is licensed cc-by-nc-4.0.".encode() in card
+    assert (
+        f"**Not for commercial use because of its data**: {SET} is under cc-by-nc-4.0.".encode()
+        in card
+    )
     assert b"as its base" not in card
 
 
-def test_a_changed_card_of_an_adapter_is_said_to_be_one_beside_a_merged_model(a_run: Path, hub: Hub) -> None:
+def test_a_changed_card_of_an_adapter_is_said_to_be_one_beside_a_merged_model(
+    a_run: Path, hub: Hub
+) -> None:
     def notes(merged: Weights | None) -> str:
         return "\n".join(update.text for update in push_events(a_run, REPO, merged=merged))
 
-    said = f"{a_run}/README.md says how to load an adapter; this is a merged model"
+    said = f"{a_run}/README.md explains how to load an adapter; this is a merged model"
     assert said not in notes("original")
     card = a_run / "README.md"
     card.write_bytes(card.read_bytes().replace(b"\n", b"\r\n") + b"Mine.")
@@ -1083,7 +1344,9 @@ def test_the_command(a_run: Path, hub: Hub, call: Call, slept: list[float]) -> N
 
 
 @pytest.fixture
-def small(workspace: Path, small_recipe: Callable[..., Any], call: Call, hub: Hub) -> Callable[..., Answer]:
+def small(
+    workspace: Path, small_recipe: Callable[..., Any], call: Call, hub: Hub
+) -> Callable[..., Answer]:
     """Trains with the recipe of the workspace, pushed to REPO when all is done."""
     small_recipe()
     pushed = ("output.push_to_hub=true", f"output.hub_model_id={REPO}", "training.max_steps=2")
@@ -1102,9 +1365,15 @@ def test_a_recipe_that_pushes(small: Callable[..., Answer], hub: Hub, workspace:
     assert not [path for path in written if TOKEN.encode() in path.read_bytes()]
 
 
-@pytest.mark.parametrize("trouble", ["no token", "reads", "fine-grained", "refused", "stranger", "public", "offline"])
+@pytest.mark.parametrize(
+    "trouble", ["no token", "reads", "fine-grained", "refused", "stranger", "public", "offline"]
+)
 def test_what_cannot_be_pushed_is_not_trained(
-    small: Callable[..., Answer], hub: Hub, workspace: Path, monkeypatch: pytest.MonkeyPatch, trouble: str
+    small: Callable[..., Answer],
+    hub: Hub,
+    workspace: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    trouble: str,
 ) -> None:
     if trouble == "no token":
         monkeypatch.delenv("HF_TOKEN")
@@ -1117,8 +1386,13 @@ def test_what_cannot_be_pushed_is_not_trained(
     elif trouble == "public":
         hub.written[REPO] = Repository(is_private=False)
     else:
-        hub.grant("read" if trouble == "reads" else "fineGrained", **({} if trouble == "reads" else {"scoped": []}))
-    monkeypatch.setattr("orpo_lite.training.session.load_pair_model", lambda *_: pytest.fail("weights were loaded"))
+        hub.grant(
+            "read" if trouble == "reads" else "fineGrained",
+            **({} if trouble == "reads" else {"scoped": []}),
+        )
+    monkeypatch.setattr(
+        "orpo_lite.training.session.load_pair_model", lambda *_: pytest.fail("weights were loaded")
+    )
     code, said, complained = small()
     assert code == 8
     assert "output.push_to_hub=false" in complained
@@ -1131,8 +1405,12 @@ def test_what_cannot_be_pushed_is_not_trained(
 def test_a_name_that_the_licence_refuses_is_not_trained(
     small: Callable[..., Answer], hub: Hub, workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("orpo_lite.training.session.load_pair_model", lambda *_: pytest.fail("weights were loaded"))
-    (workspace / "base/README.md").write_text("---\nlicense: other\nlicense_name: llama3\nlicense_link: LICENSE\n---\n")
+    monkeypatch.setattr(
+        "orpo_lite.training.session.load_pair_model", lambda *_: pytest.fail("weights were loaded")
+    )
+    (workspace / "base/README.md").write_text(
+        "---\nlicense: other\nlicense_name: llama3\nlicense_link: LICENSE\n---\n"
+    )
     code, _, complained = small()
     assert code == 2
     assert "“Llama 3” at the beginning" in complained
@@ -1165,7 +1443,9 @@ def test_a_push_that_asks_for_a_change_after_training(
     monkeypatch.setenv("HF_TOKEN", "a-word-of-the-template")
     turns = "{% for turn in messages %}{{ turn['content'] }}{{ eos_token }}{% endfor %}"
     (workspace / "template.jinja").write_text("{# a-word-of-the-template #}" + turns)
-    code, _, complained = small("output.merge=false", "data.chat_template=./template.jinja", "output.samples=0")
+    code, _, complained = small(
+        "output.merge=false", "data.chat_template=./template.jinja", "output.samples=0"
+    )
     assert code == 5, complained
     safe = f"the adapter is safe in run/adapter; when that is mended: orpo-lite push run {REPO}"
     assert complained.splitlines()[-1].strip() == safe

@@ -66,7 +66,9 @@ def message(name: str, *overrides: str) -> str:
 # --- precedence and sources
 
 
-def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_default(write: Write) -> None:
+def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_default(
+    write: Write,
+) -> None:
     name = write(MINIMAL + "lora:\n  r: 8\n  lora_alpha: 24\n")
     recipe = load_recipe(name, ["lora.r=4"])
     assert (recipe.lora.r, recipe.lora.lora_alpha, recipe.lora.lora_dropout) == (4, 24, 0.0)
@@ -77,7 +79,10 @@ def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_the_default(w
 
 
 def test_an_override_splits_at_its_first_equals_sign(write: Write) -> None:
-    assert load_recipe(write(MINIMAL), ["training.output_dir=runs/beta=1"]).training.output_dir == "runs/beta=1"
+    assert (
+        load_recipe(write(MINIMAL), ["training.output_dir=runs/beta=1"]).training.output_dir
+        == "runs/beta=1"
+    )
 
 
 def test_override_keeps_the_sources(write: Write) -> None:
@@ -111,7 +116,11 @@ VALUES: list[tuple[str, str, Any]] = [
     ("data.max_samples", "500", 500),
     ("data.column_map", "{prompt: question, chosen: '5'}", {"prompt": "question", "chosen": "5"}),
     ("data.chat_template_kwargs", "{enable_thinking: false}", {"enable_thinking": False}),
-    ("data.chat_template_kwargs", "{n: 2, x: 1.5, date: '2', lang: no}", {"n": 2, "x": 1.5, "date": "2", "lang": "no"}),
+    (
+        "data.chat_template_kwargs",
+        "{n: 2, x: 1.5, date: '2', lang: no}",
+        {"n": 2, "x": 1.5, "date": "2", "lang": "no"},
+    ),
     ("training.warmup_steps", "0.1", 0.1),
     ("training.warmup_steps", "200", 200.0),
     ("training.early_stopping_patience", "null", None),
@@ -136,21 +145,32 @@ def test_a_value_means_the_same_in_a_file_and_on_the_command_line(
 
 
 @pytest.mark.parametrize(
-    "text", ["q_proj,v_proj", "[q_proj,v_proj]", "[q_proj, v_proj]", '["q_proj", "v_proj"]', " q_proj , v_proj"]
+    "text",
+    [
+        "q_proj,v_proj",
+        "[q_proj,v_proj]",
+        "[q_proj, v_proj]",
+        '["q_proj", "v_proj"]',
+        " q_proj , v_proj",
+    ],
 )
 def test_a_list_needs_no_brackets_which_shells_eat(write: Write, text: str) -> None:
     recipe = load_recipe(write(MINIMAL), [f"lora.target_modules={text}"])
     assert recipe.lora.target_modules == ["q_proj", "v_proj"]
 
 
-@pytest.mark.parametrize("text", ["{prompt: question, chosen: good}", "prompt=question,chosen=good"])
+@pytest.mark.parametrize(
+    "text", ["{prompt: question, chosen: good}", "prompt=question,chosen=good"]
+)
 def test_a_mapping_needs_no_braces(write: Write, text: str) -> None:
     recipe = load_recipe(write(MINIMAL), [f"data.column_map={text}"])
     assert recipe.data.column_map == {"prompt": "question", "chosen": "good"}
 
 
 def test_what_the_template_gets_is_typed_without_braces_too(write: Write) -> None:
-    recipe = load_recipe(write(MINIMAL), ["data.chat_template_kwargs=enable_thinking=false,style=plain"])
+    recipe = load_recipe(
+        write(MINIMAL), ["data.chat_template_kwargs=enable_thinking=false,style=plain"]
+    )
     assert recipe.data.chat_template_kwargs == {"enable_thinking": False, "style": "plain"}
 
 
@@ -209,11 +229,19 @@ def test_a_bad_file_is_answered_with_its_place(write: Write, case: str) -> None:
         (MINIMAL.encode("utf-16-le"), "mine.yaml:1: UTF-16LE text"),
         (MINIMAL.encode("utf-16-be"), "mine.yaml:1: UTF-16BE text"),
         (MINIMAL.encode("utf-32"), "mine.yaml:1: UTF-32 text"),
-        (MINIMAL.replace("  ", "\u00a0 ").encode(), "mine.yaml:2: is indented by U+00A0 (no-break space)"),
-        (MINIMAL.replace("  ", " \u3000").encode(), "mine.yaml:2: is indented by U+3000 (ideographic space)"),
+        (
+            MINIMAL.replace("  ", "\u00a0 ").encode(),
+            "mine.yaml:2: is indented by U+00A0 (no-break space)",
+        ),
+        (
+            MINIMAL.replace("  ", " \u3000").encode(),
+            "mine.yaml:2: is indented by U+3000 (ideographic space)",
+        ),
     ],
 )
-def test_a_file_in_another_encoding_is_mended_by_the_fix(content: bytes, said: str, write: Write) -> None:
+def test_a_file_in_another_encoding_is_mended_by_the_fix(
+    content: bytes, said: str, write: Write
+) -> None:
     name = write(MINIMAL)
     Path(name).write_bytes(content)
     with pytest.raises(RecipeError) as caught:
@@ -231,7 +259,9 @@ def test_a_byte_of_no_encoding_is_placed(write: Write) -> None:
     assert "mine.yaml:6: byte 0x81 is not UTF-8" in message("mine.yaml")
 
 
-def test_the_run_folder_may_be_named_from_home(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_run_folder_may_be_named_from_home(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     recipe = load_recipe(write(MINIMAL), ["training.output_dir=~/runs/a"])
     assert recipe.training.output_dir == "/home/me/runs/a"
@@ -241,7 +271,9 @@ def test_the_run_folder_may_be_named_from_home(write: Write, monkeypatch: pytest
 
 def test_a_file_of_more_than_a_mebibyte_is_not_read(write: Write) -> None:
     padding = MAX_BYTES - len(MINIMAL) - 2
-    assert load_recipe(write(MINIMAL + "# " + "x" * padding)).model.model_name_or_path == "some/base"
+    assert (
+        load_recipe(write(MINIMAL + "# " + "x" * padding)).model.model_name_or_path == "some/base"
+    )
     said = message(write(MINIMAL + "# " + "x" * (padding + 1)))
     assert "mine.yaml: 1,048,577 bytes" in said
     assert "1,048,576" in said
@@ -336,7 +368,9 @@ BAD_VALUES: list[tuple[str, str, str]] = [
 
 
 @pytest.mark.parametrize(("key", "text", "expected"), BAD_VALUES)
-def test_a_bad_value_is_answered_with_key_and_expectation(write: Write, key: str, text: str, expected: str) -> None:
+def test_a_bad_value_is_answered_with_key_and_expectation(
+    write: Write, key: str, text: str, expected: str
+) -> None:
     said = message(write(MINIMAL), f"{key}={text}")
     assert said.startswith("command line:"), said
     assert said.count("\n") == 2
@@ -345,7 +379,9 @@ def test_a_bad_value_is_answered_with_key_and_expectation(write: Write, key: str
     assert key in said or "YAML" in said
 
 
-@pytest.mark.parametrize("name", ["pissa", "pissa_niter_16", "olora", "loftq", "corda", "eva", "lora_ga", "PiSSA"])
+@pytest.mark.parametrize(
+    "name", ["pissa", "pissa_niter_16", "olora", "loftq", "corda", "eva", "lora_ga", "PiSSA"]
+)
 def test_an_initialisation_that_rewrites_the_base_is_refused(write: Write, name: str) -> None:
     said = message(write(MINIMAL), f"lora.init_lora_weights={name}")
     assert f"{name} rewrites the base" in said
@@ -365,9 +401,18 @@ def test_every_initialisation_of_peft_is_decided_on(write: Write) -> None:
 
 
 def test_the_prompt_limit_is_half_of_the_length_unless_it_is_set(write: Write) -> None:
-    for override, limit in (("data.max_length=512", 256), ("data.max_length=4096", 2048), ("data.max_length=9", 4)):
+    for override, limit in (
+        ("data.max_length=512", 256),
+        ("data.max_length=4096", 2048),
+        ("data.max_length=9", 4),
+    ):
         assert load_recipe(write(MINIMAL), [override]).data.prompt_limit == limit
-    assert load_recipe(write(MINIMAL), ["data.max_length=512", "data.max_prompt_length=500"]).data.prompt_limit == 500
+    assert (
+        load_recipe(
+            write(MINIMAL), ["data.max_length=512", "data.max_prompt_length=500"]
+        ).data.prompt_limit
+        == 500
+    )
 
 
 def test_a_long_value_is_not_repeated_in_full(write: Write) -> None:
@@ -383,17 +428,30 @@ CONTRADICTIONS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
         ("training.early_stopping_patience=2", "data.test_split_size=0"),
         ("training.early_stopping_patience: 2", "data.test_split_size: 0", "held-out"),
     ),
-    (("data.test_split_size=2.5",), ("data.test_split_size: 2.5", "a share below 1, or a whole number of pairs")),
+    (
+        ("data.test_split_size=2.5",),
+        ("data.test_split_size: 2.5", "a share below 1, or a whole number of pairs"),
+    ),
     (
         ("quantization.load_in_4bit=false", "quantization.bnb_4bit_compute_dtype=float16"),
-        ("quantization.load_in_4bit: False", "quantization.bnb_4bit_compute_dtype: float16", "model.dtype"),
+        (
+            "quantization.load_in_4bit: False",
+            "quantization.bnb_4bit_compute_dtype: float16",
+            "model.dtype",
+        ),
     ),
     (
         ("memory.packing=false", "memory.prompt_sharing=true"),
         ("memory.prompt_sharing: True", "memory.packing: False", "packed rows"),
     ),
-    (("memory.packing=false", "memory.head_chunk=64"), ("memory.head_chunk: 64", "memory.packing: False")),
-    (("memory.packing=false", "memory.micro_batch_tokens=64"), ("memory.micro_batch_tokens: 64", "packed rows")),
+    (
+        ("memory.packing=false", "memory.head_chunk=64"),
+        ("memory.head_chunk: 64", "memory.packing: False"),
+    ),
+    (
+        ("memory.packing=false", "memory.micro_batch_tokens=64"),
+        ("memory.micro_batch_tokens: 64", "packed rows"),
+    ),
     (
         ("memory.checkpoint_offload=true", "memory.activation_checkpointing=none"),
         ("memory.checkpoint_offload: True", "memory.activation_checkpointing: none", "=all"),
@@ -401,22 +459,30 @@ CONTRADICTIONS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
 ]
 
 
-@pytest.mark.parametrize("override", ["memory.packing=false", "memory.activation_checkpointing=none", "lora.r=4"])
-def test_a_runs_own_recipe_names_every_key_and_contradicts_nothing(write: Write, tmp_path: Path, override: str) -> None:
+@pytest.mark.parametrize(
+    "override", ["memory.packing=false", "memory.activation_checkpointing=none", "lora.r=4"]
+)
+def test_a_runs_own_recipe_names_every_key_and_contradicts_nothing(
+    write: Write, tmp_path: Path, override: str
+) -> None:
     recipe = load_recipe(write(MINIMAL), [override])
     (tmp_path / "whole.yaml").write_text(recipe.to_yaml())
     assert load_recipe(str(tmp_path / "whole.yaml")).model_dump() == recipe.model_dump()
 
 
 @pytest.mark.parametrize(("overrides", "expected"), CONTRADICTIONS)
-def test_a_contradiction_names_both_keys(write: Write, overrides: tuple[str, ...], expected: tuple[str, ...]) -> None:
+def test_a_contradiction_names_both_keys(
+    write: Write, overrides: tuple[str, ...], expected: tuple[str, ...]
+) -> None:
     said = message(write(MINIMAL), *overrides)
     assert said.startswith("command line:")
     assert [part for part in expected if part not in said] == [], said
 
 
 def test_all_faults_come_at_once(write: Write) -> None:
-    name = write("model:\n  model_name: x\ndata:\n  dataset_name: d\n  max_length: x\nlora:\n  r: 1\n  r: 2\n")
+    name = write(
+        "model:\n  model_name: x\ndata:\n  dataset_name: d\n  max_length: x\nlora:\n  r: 1\n  r: 2\n"
+    )
     said = message(name, "training.learning_rate=fast", "nonsense")
     assert said.startswith("6 faults:\n")
     places = ["mine.yaml:2: unknown key", "mine.yaml:5: data.max_length", "mine.yaml:8: key 'r'", "argument 'nonsense'",
@@ -447,12 +513,25 @@ def test_an_unknown_key_is_answered_with_the_nearest(write: Write) -> None:
 @pytest.mark.parametrize("section", ["", "training"])
 def test_the_two_batch_keys_of_others_are_multiplied(write: Write, section: str) -> None:
     keys = "per_device_train_batch_size: 2", "gradient_accumulation_steps: 8"
-    said = message(write(MINIMAL + (f"{section}:\n  " + "\n  ".join(keys) if section else "\n".join(keys)) + "\n"))
-    assert said.count("write training.global_batch_size: 16 (it counts pairs per optimizer step over all devices)") == 2
+    said = message(
+        write(
+            MINIMAL + (f"{section}:\n  " + "\n  ".join(keys) if section else "\n".join(keys)) + "\n"
+        )
+    )
+    assert (
+        said.count(
+            "write training.global_batch_size: 16 (it counts pairs per optimizer step over all devices)"
+        )
+        == 2
+    )
     dot = f"{section}." if section else ""
     said = message(write(MINIMAL), f"{dot}per_device_train_batch_size=4")
     assert "write training.global_batch_size: 4 (" in said
-    said = message(write(MINIMAL), f"{dot}per_device_train_batch_size=auto", f"{dot}gradient_accumulation_steps=8")
+    said = message(
+        write(MINIMAL),
+        f"{dot}per_device_train_batch_size=auto",
+        f"{dot}gradient_accumulation_steps=8",
+    )
     assert said.count("write training.global_batch_size (") == 2
 
 
@@ -538,7 +617,9 @@ def test_a_token_is_refused_and_never_shown(write: Write, case: str) -> None:
 
 
 def test_a_token_is_shown_by_no_error_at_all() -> None:
-    error = HubError(where=f"hub {TOKEN}", found=f"said {TOKEN}", expected=f"not {TOKEN}", fix=f"use {TOKEN}")
+    error = HubError(
+        where=f"hub {TOKEN}", found=f"said {TOKEN}", expected=f"not {TOKEN}", fix=f"use {TOKEN}"
+    )
     assert TOKEN not in str(error)
     assert TOKEN not in repr(error)
     assert TOKEN not in message(TOKEN)
@@ -553,14 +634,20 @@ def same(one: Recipe, other: Recipe) -> bool:
 
 # The fixture's folder is only written over, and a busy machine is no fault of the recipe's.
 FUZZ = settings(
-    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=100,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 NAMES = st.text("abcdefghijklmnopqrstuvwxyz_.0123456789", min_size=1, max_size=12)
-TEXTS = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1, max_size=20) | st.text(
-    "ab:#-'\" \n\t{}[],&*!|>%@`?0123456789.eE+~\x85\u2028é", min_size=1, max_size=12
-)
+TEXTS = st.text(
+    st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1, max_size=20
+) | st.text("ab:#-'\" \n\t{}[],&*!|>%@`?0123456789.eE+~\x85\u2028é", min_size=1, max_size=12)
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXTS,
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | TEXTS,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3),
     max_leaves=5,
 )
@@ -572,7 +659,9 @@ VALID: dict[str, st.SearchStrategy[Any]] = {
     "lora.lora_dropout": st.floats(0, 1, exclude_max=True),
     "lora.target_modules": st.just("all-linear") | st.lists(NAMES, min_size=1, max_size=3),
     "lora.init_lora_weights": st.sampled_from([True, "gaussian", "orthogonal"]),
-    "data.column_map": st.dictionaries(TEXTS, TEXTS | st.lists(TEXTS, min_size=1, max_size=3), max_size=3),
+    "data.column_map": st.dictionaries(
+        TEXTS, TEXTS | st.lists(TEXTS, min_size=1, max_size=3), max_size=3
+    ),
     "data.chat_template": TEXTS,
     "data.chat_template_kwargs": st.dictionaries(TEXTS, JSON, max_size=3),
     "data.max_samples": st.none() | st.integers(1, 10**9),
@@ -581,7 +670,8 @@ VALID: dict[str, st.SearchStrategy[Any]] = {
     "training.learning_rate": st.floats(1e-12, 1e3),
     "training.warmup_steps": st.floats(0, 1, exclude_max=True) | st.integers(0, 10**6),
     "training.seed": st.integers(0, 2**32 - 1),
-    "memory.activation_checkpointing": st.sampled_from(["auto", "all", "none"]) | st.integers(0, 200),
+    "memory.activation_checkpointing": st.sampled_from(["auto", "all", "none"])
+    | st.integers(0, 200),
 }
 
 
@@ -589,7 +679,9 @@ VALID: dict[str, st.SearchStrategy[Any]] = {
 @given(values=st.fixed_dictionaries({}, optional=VALID), comments=st.booleans())
 @example(values={"model.model_name_or_path": "0\xa0"}, comments=False)
 @example(values={"model.model_name_or_path": "\xa0"}, comments=True)
-def test_any_recipe_survives_being_written_and_read(write: Write, values: dict[str, Any], comments: bool) -> None:
+def test_any_recipe_survives_being_written_and_read(
+    write: Write, values: dict[str, Any], comments: bool
+) -> None:
     recipe = load_recipe("demo").override(values)
     text = recipe.to_yaml(comments=comments)
     assert all(line.startswith(("  ", *KEYS)) for line in text.splitlines())
@@ -599,7 +691,8 @@ def test_any_recipe_survives_being_written_and_read(write: Write, values: dict[s
 @FUZZ
 @given(
     parts=st.lists(
-        st.sampled_from([*"abr: 8-[]{}&*!|>'\"%@#,\n\t", "model:\n  ", "lora:\n  r: ", "\ufeff"]), max_size=30
+        st.sampled_from([*"abr: 8-[]{}&*!|>'\"%@#,\n\t", "model:\n  ", "lora:\n  r: ", "\ufeff"]),
+        max_size=30,
     )
 )
 def test_any_text_gives_a_recipe_or_a_fault(write: Write, parts: list[str]) -> None:
@@ -615,7 +708,10 @@ def test_a_value_stays_on_one_line() -> None:
 
 def test_a_date_for_a_template_is_its_text(write: Callable[[str], str]) -> None:
     name = write(MINIMAL + "  chat_template_kwargs: {date_string: 2024-07-26, n: [1, true]}\n")
-    assert load_recipe(name).data.chat_template_kwargs == {"date_string": "2024-07-26", "n": [1, True]}
+    assert load_recipe(name).data.chat_template_kwargs == {
+        "date_string": "2024-07-26",
+        "n": [1, True],
+    }
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
@@ -632,7 +728,9 @@ def test_show_prints_every_key_with_its_meaning(write: Write, name: str) -> None
 
 # --- the shipped recipes
 
-SPELLED_OUT = {"loss.beta"}  # equal to the default in some recipes, and the one value that the paper gives per model
+SPELLED_OUT = {
+    "loss.beta"
+}  # equal to the default in some recipes, and the one value that the paper gives per model
 LAMBDA = {  # PAPER.md: Mistral 0.1, Llama-2 0.2, Phi-2 0.25, OPT 1.0; 0.1 where the paper has none
     "mistral-qlora": 0.1, "mistral-orpo-beta-qlora": 0.1, "llama2-7b-qlora": 0.2, "llama3-8b-qlora": 0.1,
     "qwen2.5-7b-qlora": 0.1, "qwen2.5-32b-qlora": 0.1, "llama3-70b-qlora": 0.1, "qwen3-8b-qlora": 0.1,
@@ -656,7 +754,9 @@ def test_a_shipped_recipe_holds_only_what_differs_from_the_schema(name: str) -> 
         for section in KEYS
         for key, field in type(getattr(recipe, section)).model_fields.items()
     }
-    same_as_default = {key for key in written - SPELLED_OUT if dict(recipe.items())[key] == defaults[key]}
+    same_as_default = {
+        key for key in written - SPELLED_OUT if dict(recipe.items())[key] == defaults[key]
+    }
     assert same_as_default == set()
     assert recipe.training.output_dir == f"runs/{name}"
     headline = path.read_text(encoding="utf-8").splitlines()[0]
@@ -674,11 +774,17 @@ def test_a_shipped_recipe_spells_out_the_lambda_of_its_model(name: str) -> None:
 def test_mistral_orpo_beta_has_the_hyper_parameters_of_the_authors() -> None:
     recipe = load_recipe("mistral-orpo-beta-qlora")
     training, data = recipe.training, recipe.data
-    assert (training.learning_rate, training.num_train_epochs, training.warmup_steps) == (5e-6, 5, 200)
+    assert (training.learning_rate, training.num_train_epochs, training.warmup_steps) == (
+        5e-6,
+        5,
+        200,
+    )
     assert (training.lr_scheduler_type, training.global_batch_size) == ("inverse_sqrt", 4 * 8)
     assert (data.max_length, data.max_prompt_length) == (2048, 1792)
     assert data.dataset_name == "argilla/ultrafeedback-binarized-preferences-cleaned"
-    assert "They trained all weights" in find_recipe("mistral-orpo-beta-qlora").read_text(encoding="utf-8")
+    assert "They trained all weights" in find_recipe("mistral-orpo-beta-qlora").read_text(
+        encoding="utf-8"
+    )
 
 
 # --- names are borrowed from their owners
@@ -693,8 +799,14 @@ OWNERS: dict[str, tuple[str, str]] = {
     "model.attn_implementation": ("trl.ModelConfig", "attn_implementation"),
     "quantization.load_in_4bit": ("transformers.BitsAndBytesConfig", "load_in_4bit"),
     "quantization.bnb_4bit_quant_type": ("transformers.BitsAndBytesConfig", "bnb_4bit_quant_type"),
-    "quantization.bnb_4bit_use_double_quant": ("transformers.BitsAndBytesConfig", "bnb_4bit_use_double_quant"),
-    "quantization.bnb_4bit_compute_dtype": ("transformers.BitsAndBytesConfig", "bnb_4bit_compute_dtype"),
+    "quantization.bnb_4bit_use_double_quant": (
+        "transformers.BitsAndBytesConfig",
+        "bnb_4bit_use_double_quant",
+    ),
+    "quantization.bnb_4bit_compute_dtype": (
+        "transformers.BitsAndBytesConfig",
+        "bnb_4bit_compute_dtype",
+    ),
     "lora.r": ("peft.LoraConfig", "r"),
     "lora.lora_alpha": ("peft.LoraConfig", "lora_alpha"),
     "lora.lora_dropout": ("peft.LoraConfig", "lora_dropout"),
@@ -706,14 +818,20 @@ OWNERS: dict[str, tuple[str, str]] = {
     "data.dataset_config": ("trl.ScriptArguments", "dataset_config"),
     "data.dataset_train_split": ("trl.ScriptArguments", "dataset_train_split"),
     "data.dataset_test_split": ("trl.ScriptArguments", "dataset_test_split"),
-    "data.test_split_size": (OURS, "test_size of datasets.train_test_split splits rows; this splits prompts"),
+    "data.test_split_size": (
+        OURS,
+        "test_size of datasets.train_test_split splits rows; this splits prompts",
+    ),
     "data.format": (OURS, ""),
     "data.column_map": (OURS, ""),
     "data.max_samples": (OURS, "after LLaMA-Factory"),
     "data.max_bad_rows": (OURS, ""),
     "data.max_length": ("trl.experimental.orpo.ORPOConfig", "max_length"),
     "data.max_prompt_length": (OURS, "in TRL's ORPOConfig until 1.0; there it cut, here it drops"),
-    "data.chat_template": ("transformers.PreTrainedTokenizerBase.apply_chat_template", "chat_template"),
+    "data.chat_template": (
+        "transformers.PreTrainedTokenizerBase.apply_chat_template",
+        "chat_template",
+    ),
     "data.chat_template_kwargs": ("trl.GRPOConfig", "chat_template_kwargs"),
     "loss.type": (OURS, ""),
     "loss.beta": ("trl.experimental.orpo.ORPOConfig", "beta"),
@@ -734,7 +852,10 @@ OWNERS: dict[str, tuple[str, str]] = {
     "training.max_grad_norm": ("transformers.TrainingArguments", "max_grad_norm"),
     "training.eval_steps": ("transformers.TrainingArguments", "eval_steps"),
     "training.load_best_model_at_end": ("transformers.TrainingArguments", "load_best_model_at_end"),
-    "training.early_stopping_patience": ("transformers.EarlyStoppingCallback", "early_stopping_patience"),
+    "training.early_stopping_patience": (
+        "transformers.EarlyStoppingCallback",
+        "early_stopping_patience",
+    ),
     "training.seed": ("transformers.TrainingArguments", "seed"),
     "training.full_determinism": ("transformers.TrainingArguments", "full_determinism"),
     "memory.budget": (OURS, "peers ask for batch size and accumulation, and find out"),
@@ -744,13 +865,19 @@ OWNERS: dict[str, tuple[str, str]] = {
     "memory.micro_batch_size": (OURS, ""),
     "memory.head_chunk": (OURS, ""),
     "memory.fused_lora": (OURS, ""),
-    "memory.activation_checkpointing": (OURS, "a truth value in TrainingArguments; here also a number of layers"),
+    "memory.activation_checkpointing": (
+        OURS,
+        "a truth value in TrainingArguments; here also a number of layers",
+    ),
     "memory.checkpoint_offload": (OURS, ""),
     "memory.mlp_tile": (OURS, ""),
     "memory.embedding_on_cpu": (OURS, ""),
     "output.merge": (OURS, ""),
     "output.samples": (OURS, ""),
-    "output.max_new_tokens": (OURS, "after transformers' GenerationConfig, which takes any keyword"),
+    "output.max_new_tokens": (
+        OURS,
+        "after transformers' GenerationConfig, which takes any keyword",
+    ),
     "output.push_to_hub": ("transformers.TrainingArguments", "push_to_hub"),
     "output.hub_model_id": ("transformers.TrainingArguments", "hub_model_id"),
     "output.hub_private_repo": ("transformers.TrainingArguments", "hub_private_repo"),
@@ -759,7 +886,9 @@ OWNERS: dict[str, tuple[str, str]] = {
 
 def test_every_key_has_an_owner_or_is_ours() -> None:
     assert list(OWNERS) == [key for key, _ in load_recipe("demo").items()]
-    assert [key for key, (owner, field) in OWNERS.items() if owner and field != key.partition(".")[2]] == []
+    assert [
+        key for key, (owner, field) in OWNERS.items() if owner and field != key.partition(".")[2]
+    ] == []
 
 
 def test_the_owners_still_call_them_so() -> None:
@@ -775,10 +904,16 @@ def test_the_owners_still_call_them_so() -> None:
     for key, (owner, field) in OWNERS.items():
         if not owner:
             continue
-        thing: Any = ORPOConfig if owner.endswith(".ORPOConfig") else places[owner.partition(".")[0]]
+        thing: Any = (
+            ORPOConfig if owner.endswith(".ORPOConfig") else places[owner.partition(".")[0]]
+        )
         for part in owner.split(".")[1:] if thing is not ORPOConfig else ():
             thing = getattr(thing, part)
-        known = {f.name for f in dataclasses.fields(thing)} if dataclasses.is_dataclass(thing) else set()
+        known = (
+            {f.name for f in dataclasses.fields(thing)}
+            if dataclasses.is_dataclass(thing)
+            else set()
+        )
         if field not in known | set(inspect.signature(thing).parameters):
             missing.append(f"{key}: {owner}({field})")
     assert missing == []

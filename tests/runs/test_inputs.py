@@ -1,4 +1,5 @@
-"""What is known before weights load: sides from the cache, their figures, the preview, and a disk that is full."""
+"""What is known before weights load: sides from the cache, their figures, the preview, and a disk
+that is full."""
 
 import json
 import math
@@ -98,12 +99,16 @@ def test_a_second_start_does_not_tokenise(
     assert (ids(again), ids(test_again)) == (ids(train), ids(test))
     assert json.dumps(found_again) == json.dumps(found)
     # Another split is another view of the same entry.
-    other, _, _ = sides(small_recipe(f"data.chat_template={template}", "training.seed=7", "data.test_split_size=4"))
+    other, _, _ = sides(
+        small_recipe(f"data.chat_template={template}", "training.seed=7", "data.test_split_size=4")
+    )
     assert len(tokenised) == 40
     assert len(other) == 36
 
 
-def test_both_sides_are_cached(small_recipe: Build, tokenised: list[str], token_cache: Path) -> None:
+def test_both_sides_are_cached(
+    small_recipe: Build, tokenised: list[str], token_cache: Path
+) -> None:
     write_pairs(Path("held.jsonl"), 5, seed=1)
     recipe = small_recipe("data.dataset_test_split=held.jsonl")
     train, test, found = sides(recipe)
@@ -116,7 +121,9 @@ def test_both_sides_are_cached(small_recipe: Build, tokenised: list[str], token_
     assert len(names(token_cache)) == 3
 
 
-def test_an_entry_that_broke_is_made_anew(small_recipe: Build, tokenised: list[str], token_cache: Path) -> None:
+def test_an_entry_that_broke_is_made_anew(
+    small_recipe: Build, tokenised: list[str], token_cache: Path
+) -> None:
     before, _, found = sides(small_recipe())
     (name,) = names(token_cache)
     file = token_cache / name / "ids.bin"
@@ -164,11 +171,17 @@ NO_CHANGES = [
 ]
 
 
-def test_the_key_is_of_all_that_tokens_depend_on(small_recipe: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_key_is_of_all_that_tokens_depend_on(
+    small_recipe: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
     Path("paper.jinja").write_text("{{ messages }}")
-    Path("copy.jsonl").write_bytes(Path("pairs.jsonl").read_bytes() + b"\n")  # a row more, or the same pairs
+    Path("copy.jsonl").write_bytes(
+        Path("pairs.jsonl").read_bytes() + b"\n"
+    )  # a row more, or the same pairs
     key = key_of(small_recipe(), monkeypatch)
-    assert [change for change in NO_CHANGES if key_of(small_recipe(change), monkeypatch) != key] == []
+    assert [
+        change for change in NO_CHANGES if key_of(small_recipe(change), monkeypatch) != key
+    ] == []
     keys = {change: key_of(small_recipe(change), monkeypatch) for change in CHANGES} | {"": key}
     assert len(set(keys.values())) == len(keys)
     Path("paper.jinja").write_text("{{ messages }} ")  # the same name with another content
@@ -179,7 +192,9 @@ def test_the_key_is_of_all_that_tokens_depend_on(small_recipe: Build, monkeypatc
     Path("pairs.jsonl").write_text(text)
     assert key_of(small_recipe(), monkeypatch) == key
     config = json.loads(Path("base/tokenizer_config.json").read_text())
-    Path("base/tokenizer_config.json").write_text(json.dumps(config | {"chat_template": "{{ messages }}"}))
+    Path("base/tokenizer_config.json").write_text(
+        json.dumps(config | {"chat_template": "{{ messages }}"})
+    )
     keys["tokenizer"] = key_of(small_recipe(), monkeypatch)
     assert len(set(keys.values())) == len(keys)
 
@@ -189,7 +204,14 @@ def test_the_key_is_of_all_that_tokens_depend_on(small_recipe: Build, monkeypatc
 
 def test_what_is_left_out_is_counted_and_placed(small_recipe: Build) -> None:
     rows = [row(f"Question {i}?") for i in range(10)]
-    rows += [row("a"), row("b", ""), row("c", "same", "same"), row("d" * 97), row("e", "</s>"), row("f" * 90, "g" * 99)]
+    rows += [
+        row("a"),
+        row("b", ""),
+        row("c", "same", "same"),
+        row("d" * 97),
+        row("e", "</s>"),
+        row("f" * 90, "g" * 99),
+    ]
     write_rows("pairs.jsonl", rows)
     _, _, found = sides(small_recipe("data.test_split_size=0"))
     assert found["dropped"] == {
@@ -202,14 +224,20 @@ def test_what_is_left_out_is_counted_and_placed(small_recipe: Build) -> None:
 
 
 def test_nothing_left_is_refused_with_all_reasons(small_recipe: Build, token_cache: Path) -> None:
-    write_rows("pairs.jsonl", [row("a"), row("b", ""), row("c" * 97), row("d", "123456789", "123456780")])
+    write_rows(
+        "pairs.jsonl", [row("a"), row("b", ""), row("c" * 97), row("d", "123456789", "123456780")]
+    )
     with pytest.raises(DataError, match="every pair was left out") as raised:
-        sides(small_recipe("data.chat_template=none", "data.max_length=8", "data.max_prompt_length=1"))
+        sides(
+            small_recipe("data.chat_template=none", "data.max_length=8", "data.max_prompt_length=1")
+        )
     for line in (f"1  {EMPTY_CHOSEN}", f"3  {LONG_PROMPT}"):
         assert line in str(raised.value)
     write_rows("pairs.jsonl", [row("b", ""), row("c" * 97), row("d", "123456789", "123456780")])
     with pytest.raises(DataError, match="every pair was left out") as raised:
-        sides(small_recipe("data.chat_template=none", "data.max_length=8", "data.max_prompt_length=4"))
+        sides(
+            small_recipe("data.chat_template=none", "data.max_length=8", "data.max_prompt_length=4")
+        )
     for line in (f"1  {EMPTY_CHOSEN}", f"1  {LONG_PROMPT}", f"1  {EQUAL_CUT}"):
         assert line in str(raised.value)
     assert names(token_cache) == []
@@ -226,7 +254,9 @@ def test_faulty_rows_leave_no_entry(small_recipe: Build, token_cache: Path) -> N
 
 def test_few_pairs_are_put_down_to_the_rows_that_were_left_out(small_recipe: Build) -> None:
     write_rows("pairs.jsonl", [row("One?"), {"prompt": "q", "chosen": "", "rejected": "a"}])
-    with pytest.raises(DataError, match=r"1 of 2 rows were left out: 1 empty chosen \(first pairs.jsonl:2\)") as raised:
+    with pytest.raises(
+        DataError, match=r"1 of 2 rows were left out: 1 empty chosen \(first pairs.jsonl:2\)"
+    ) as raised:
         sides(small_recipe())
     assert "Of the rest, 0.2 of 1 pairs" in str(raised.value)
     assert raised.value.fix.values == {"data.test_split_size": 0}  # type: ignore[attr-defined]
@@ -270,13 +300,20 @@ WORDS = ["red", "blue", "a rather long word", "🦜", "x" * 40]
 
 
 def uneven_rows(count: int) -> list[dict[str, str]]:
-    texts = [" ".join(WORDS[(i * k) % 5] for k in range(1, 2 + i % 4)).replace("🦜", "!") for i in range(count)]
-    rows = [row(f"Item {i // 3}: {texts[i]}?", texts[i - 1] + ".", texts[i - 2] + f" {i}!") for i in range(count)]
+    texts = [
+        " ".join(WORDS[(i * k) % 5] for k in range(1, 2 + i % 4)).replace("🦜", "!")
+        for i in range(count)
+    ]
+    rows = [
+        row(f"Item {i // 3}: {texts[i]}?", texts[i - 1] + ".", texts[i - 2] + f" {i}!")
+        for i in range(count)
+    ]
     return [*rows, row("e", ""), row("f" * 99)]
 
 
 def nearest(values: list[int], share: int) -> set[int]:
-    """The value at that share of the way from the least to the greatest, or either of two that are as near."""
+    """The value at that share of the way from the least to the greatest, or either of two that are
+    as near."""
     at, ordered = (len(values) - 1) * share / 100, sorted(values)
     if at % 1 == 0.5:
         return {ordered[math.floor(at)], ordered[math.ceil(at)]}
@@ -303,14 +340,18 @@ def test_the_figures_are_those_of_the_rows(small_recipe: Build, held: str) -> No
                 pairs.append((pair, tokens))
             else:
                 left_out.setdefault(tokens, []).append(pair.where)
-    whole = {pair.where: [list(tokens.chosen_ids), list(tokens.rejected_ids)] for pair, tokens in pairs}
+    whole = {
+        pair.where: [list(tokens.chosen_ids), list(tokens.rejected_ids)] for pair, tokens in pairs
+    }
     assert len(whole) == len(pairs)
     starts = {pair.where: (tokens.chosen_start, tokens.rejected_start) for pair, tokens in pairs}
     places = [tokens.where for side in (train, test) for tokens in side]
     assert sorted(places) == sorted(whole)
     cut = {where: [max(0, len(side) - 90) for side in both] for where, both in whole.items()}
     for tokens in [*train, *test]:
-        assert [list(tokens.chosen_ids), list(tokens.rejected_ids)] == [side[:90] for side in whole[tokens.where]]
+        assert [list(tokens.chosen_ids), list(tokens.rejected_ids)] == [
+            side[:90] for side in whole[tokens.where]
+        ]
         assert [tokens.chosen_cut, tokens.rejected_cut] == cut[tokens.where]
 
     lengths = {
@@ -334,29 +375,43 @@ def test_the_figures_are_those_of_the_rows(small_recipe: Build, held: str) -> No
         "responses_without_end_share": pytest.approx(without_end / (2 * len(places))),
     }
     by_length = Counter(
-        (one > other) - (one < other) for one, other in zip(lengths["chosen"], lengths["rejected"], strict=True)
+        (one > other) - (one < other)
+        for one, other in zip(lengths["chosen"], lengths["rejected"], strict=True)
     )
     assert found["chosen_longer"] == pytest.approx(by_length[1] / len(places))
     assert found["rejected_longer"] == pytest.approx(by_length[-1] / len(places))
     keys = {pair.where: prompt_key(pair) for pair, _ in pairs}
     prompts = [{keys[tokens.where] for tokens in side} for side in (train, test)]
     shared = len(prompts[0] & prompts[1])
-    assert found["prompts"] == {"train": len(prompts[0]), "held_out": len(prompts[1]), "shared": shared}
+    assert found["prompts"] == {
+        "train": len(prompts[0]),
+        "held_out": len(prompts[1]),
+        "shared": shared,
+    }
     assert (shared > 0) == (held == "a set of its own")
 
     kept = [[side[:90] for side in whole[where]] for where in places]
-    prefixes = [next((i for i, (a, b) in enumerate(zip(*both, strict=False)) if a != b), 90) for both in kept]
+    prefixes = [
+        next((i for i, (a, b) in enumerate(zip(*both, strict=False)) if a != b), 90)
+        for both in kept
+    ]
     padded = 0
     for seed in range(SHUFFLES):
-        longest = np.random.default_rng(seed).permutation([max(map(len, both)) for both in kept]).tolist()
+        longest = (
+            np.random.default_rng(seed).permutation([max(map(len, both)) for both in kept]).tolist()
+        )
         for at in range(0, len(longest), PADDED_BATCH):
             batch = longest[at : at + PADDED_BATCH]
             padded += 2 * len(batch) * max(batch)
     total = sum(len(side) for both in kept for side in both)
     assert found["step"] == {
-        f"tokens_per_pair_padded_in_batches_of_{PADDED_BATCH}": pytest.approx(padded / SHUFFLES / len(kept), abs=0.051),
+        f"tokens_per_pair_padded_in_batches_of_{PADDED_BATCH}": pytest.approx(
+            padded / SHUFFLES / len(kept), abs=0.051
+        ),
         "tokens_per_pair_without_padding": pytest.approx(total / len(kept), abs=0.051),
-        "tokens_per_pair_prompt_shared": pytest.approx((total - sum(prefixes)) / len(kept), abs=0.051),
+        "tokens_per_pair_prompt_shared": pytest.approx(
+            (total - sum(prefixes)) / len(kept), abs=0.051
+        ),
     }
 
     assert (found["train_pairs"], found["held_out_pairs"]) == (len(train), len(test))
@@ -365,12 +420,19 @@ def test_the_figures_are_those_of_the_rows(small_recipe: Build, held: str) -> No
     assert len(found["rows_of_sets"]) == len(recipe.data.names)
     assert list(left_out) == [LONG_PROMPT]
     assert found["dropped"][LONG_PROMPT]["pairs"] == len(left_out[LONG_PROMPT]) > 2 * MAX_PLACES
-    of_each = [[where for where in left_out[LONG_PROMPT] if where.startswith(name)][:MAX_PLACES] for name in ("p", "h")]
-    assert found["dropped"][LONG_PROMPT]["first"] == [where for wheres in of_each for where in wheres]
+    of_each = [
+        [where for where in left_out[LONG_PROMPT] if where.startswith(name)][:MAX_PLACES]
+        for name in ("p", "h")
+    ]
+    assert found["dropped"][LONG_PROMPT]["first"] == [
+        where for wheres in of_each for where in wheres
+    ]
     empty = ["pairs.jsonl:102", *(["held.jsonl:18"] if own else [])]
     assert found["dropped"][EMPTY_CHOSEN] == {"pairs": len(empty), "first": empty}
     assert len(places) + len(left_out[LONG_PROMPT]) + len(empty) == found["rows_read"]
-    assert found["format"] == list(dict.fromkeys(sentence for reader in reads for sentence in reader.detected))
+    assert found["format"] == list(
+        dict.fromkeys(sentence for reader in reads for sentence in reader.detected)
+    )
     assert found["chat_template"] == template.description
 
 
@@ -396,13 +458,24 @@ def joined(sample: dict[str, Any], side: str) -> list[tuple[str, str]]:
 
 
 def test_the_preview_shows_the_first_pair_and_the_first_that_is_cut(small_recipe: Build) -> None:
-    write_rows("pairs.jsonl", [row("", "left out", "left out"), row("One?"), row("Two?", "b" * 150), row("Three?")])
+    write_rows(
+        "pairs.jsonl",
+        [row("", "left out", "left out"), row("One?"), row("Two?", "b" * 150), row("Three?")],
+    )
     shown = run_to_end(preview(small_recipe("data.test_split_size=0")), lambda _: None)
     first, cut = shown.samples["first"], shown.samples["cut"]
     assert (first["where"], cut["where"], shown.warnings) == ("pairs.jsonl:2", "pairs.jsonl:3", [])
     asked = "<|user|>\nOne?</s>\n<|assistant|>\n"
-    assert joined(first, "chosen") == [("prompt", "<s>" + asked), ("response", "Blue."), ("end", "</s>")]
-    assert joined(first, "rejected") == [("prompt", "<s>" + asked), ("response", "Seven."), ("end", "</s>")]
+    assert joined(first, "chosen") == [
+        ("prompt", "<s>" + asked),
+        ("response", "Blue."),
+        ("end", "</s>"),
+    ]
+    assert joined(first, "rejected") == [
+        ("prompt", "<s>" + asked),
+        ("response", "Seven."),
+        ("end", "</s>"),
+    ]
     (_, prompt), (_, reply), (kind, rest) = joined(cut, "chosen")
     assert (reply + rest, kind) == ("b" * 150 + "</s>", "cut")
     tokenizer = load_tokenizer(Path("base"))
@@ -412,7 +485,10 @@ def test_the_preview_shows_the_first_pair_and_the_first_that_is_cut(small_recipe
 
 
 def test_the_preview_shows_a_row(small_recipe: Build) -> None:
-    write_rows("pairs.jsonl", [row("One?"), row("Two?", ""), row("c" * 97), row("d", "a </s> b"), row("Five?")])
+    write_rows(
+        "pairs.jsonl",
+        [row("One?"), row("Two?", ""), row("c" * 97), row("d", "a </s> b"), row("Five?")],
+    )
     write_rows("held.jsonl", [row("Six?", "Held.")])
     recipe = small_recipe("data.dataset_test_split=held.jsonl")
     for place, dropped, chosen in (
@@ -440,8 +516,8 @@ def test_the_preview_of_a_row_that_is_not_there(small_recipe: Build) -> None:
 def test_the_preview_warns_where_training_would_stop(small_recipe: Build, workspace: Path) -> None:
     config = json.loads(Path("base/config.json").read_text())
     for name, value, found in (
-        ("vocab_size", 50, "and the model's embedding has 50 rows"),
-        ("max_position_embeddings", 20, "base reads 20"),
+        ("vocab_size", 50, "but the model's embedding has 50 rows"),
+        ("max_position_embeddings", 20, "base has 20 positions"),
     ):
         Path("base/config.json").write_text(json.dumps(config | {name: value}))
         shown = run_to_end(preview(small_recipe()), lambda _: None)
@@ -460,7 +536,10 @@ def test_a_token_without_an_embedding_is_refused(small_recipe: Build) -> None:
     assert largest in [*holder.chosen_ids, *holder.rejected_ids]
     _check_ids(pairs, largest + 1)
     _check_ids(pairs, None)
-    with pytest.raises(ModelError, match=f"{where}: token id {largest}, and the model's embedding has {largest} rows"):
+    with pytest.raises(
+        ModelError,
+        match=f"{where}: token id {largest}, but the model's embedding has {largest} rows",
+    ):
         _check_ids(pairs, largest)
 
 
@@ -479,7 +558,8 @@ def file_limit(size: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("name", "limit", "file"), [("pairs.jsonl", 60_000, "ids"), ("p" * 200 + ".jsonl", 300_000, "places")]
+    ("name", "limit", "file"),
+    [("pairs.jsonl", 60_000, "ids"), ("p" * 200 + ".jsonl", 300_000, "places")],
 )
 def test_a_full_disk_ends_with_the_fix(
     small_recipe: Build, token_cache: Path, name: str, limit: int, file: str
@@ -511,7 +591,9 @@ def test_another_error_of_the_disk_is_not_taken_for_a_full_one(
     assert names(token_cache) == []
 
 
-def test_an_entry_that_cannot_be_read_again(small_recipe: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_entry_that_cannot_be_read_again(
+    small_recipe: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cache, "load", lambda _: None)
     with pytest.raises(FitError, match="the tokens that were written cannot be read"):
         sides(small_recipe())
@@ -523,7 +605,8 @@ def test_a_folder_with_a_tokenizer_is_all_that_a_preview_needs(small_recipe: Bui
 
 
 def test_names_with_commas_and_several_names(small_recipe: Any, workspace: Path) -> None:
-    """A comma parts names, unless a file has one in its name; a run keeps them as absolute paths all the same."""
+    """A comma parts names, unless a file has one in its name; a run keeps them as absolute paths
+    all the same."""
     (workspace / "co,mma").mkdir()
     for name in ("co,mma/a,b.jsonl", "c.jsonl"):
         shutil.copy(workspace / "pairs.jsonl", workspace / name)
@@ -534,14 +617,20 @@ def test_names_with_commas_and_several_names(small_recipe: Any, workspace: Path)
     both = small_recipe("data.dataset_name=c.jsonl, pairs.jsonl,some/set")
     assert both.data.names == ["c.jsonl", "pairs.jsonl", "some/set"]
     absolute = with_absolute_paths(both)
-    assert absolute.data.names == [str(workspace / "c.jsonl"), str(workspace / "pairs.jsonl"), "some/set"]
+    assert absolute.data.names == [
+        str(workspace / "c.jsonl"),
+        str(workspace / "pairs.jsonl"),
+        "some/set",
+    ]
     (workspace / "written.yaml").write_text(absolute.to_yaml())
     assert load_recipe("./written.yaml").data.names == absolute.data.names
     pattern = with_absolute_paths(small_recipe("data.dataset_name=*.jsonl"))
     assert pattern.data.names == [str(workspace / "*.jsonl")]
 
 
-def test_places_tell_files_of_one_name_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_places_tell_files_of_one_name_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = {"one": "Blue.", "two": "Green.", "one/more": "Red."}
     for folder, chosen in rows.items():
         (tmp_path / folder).mkdir()
@@ -567,11 +656,20 @@ def test_places_tell_files_of_one_name_apart(tmp_path: Path, monkeypatch: pytest
 
 
 def test_places_tell_splits_of_one_name_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    table = datasets.Dataset.from_list([{"prompt": "Name a colour.", "chosen": "Blue.", "rejected": "Seven."}])
+    table = datasets.Dataset.from_list(
+        [{"prompt": "Name a colour.", "chosen": "Blue.", "rejected": "Seven."}]
+    )
     monkeypatch.setattr(datasets, "load_dataset", lambda *_args, **_settings: table)
-    data = DataSection(dataset_name="a/x,a/y", dataset_train_split="train", dataset_test_split="test")
+    data = DataSection(
+        dataset_name="a/x,a/y", dataset_train_split="train", dataset_test_split="test"
+    )
     train, test = find_sources(data)
     places = [where for source in (*train, *test) for where, _ in source.rows([])]
     assert places == ["a/x/train[0]", "a/y/train[0]", "a/x/test[0]", "a/y/test[0]"]
-    train, test = find_sources(DataSection(dataset_name="a/x", dataset_train_split="train", dataset_test_split="test"))
-    assert [where for source in (*train, *test) for where, _ in source.rows([])] == ["train[0]", "test[0]"]
+    train, test = find_sources(
+        DataSection(dataset_name="a/x", dataset_train_split="train", dataset_test_split="test")
+    )
+    assert [where for source in (*train, *test) for where, _ in source.rows([])] == [
+        "train[0]",
+        "test[0]",
+    ]

@@ -33,11 +33,25 @@ class Rows:
     """Sequences one after another, and which keys a query sees: ``left`` and ``right`` around its own place, if set."""
 
     def __init__(
-        self, starts_q: Sequence[int], starts_k: Sequence[int], *, left: int = -1, right: int = -1, upper: bool = False
+        self,
+        starts_q: Sequence[int],
+        starts_k: Sequence[int],
+        *,
+        left: int = -1,
+        right: int = -1,
+        upper: bool = False,
     ) -> None:
-        self.starts_q, self.starts_k, self.left, self.right, self.upper = starts_q, starts_k, left, right, upper
+        self.starts_q, self.starts_k, self.left, self.right, self.upper = (
+            starts_q,
+            starts_k,
+            left,
+            right,
+            upper,
+        )
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, list[Tensor]]:
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> tuple[Tensor, list[Tensor]]:
         """Return (T, H, E) outputs of (T, H, E) queries and (S, K, E) keys, and each sequence's (H, T) logsumexp."""
         outs, sums = [], []
         for own, seen in self._sequences():
@@ -47,7 +61,9 @@ class Rows:
             outs.append((scores.softmax(-1) @ v).transpose(0, 1))
         return torch.cat(outs), sums
 
-    def gradients(self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, ...]:
+    def gradients(
+        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float
+    ) -> tuple[Tensor, ...]:
         """Return those of queries, keys and values; by hand, for no autograd runs within a kernel."""
         grads = tuple(torch.zeros_like(tensor) for tensor in (query, key, value))
         for own, seen in self._sequences():
@@ -56,14 +72,22 @@ class Rows:
             weights = self._scores(q, k, scale).softmax(-1)
             grad_weights = grad_out @ v.transpose(1, 2)
             grad_scores = weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True))
-            parts = grad_scores @ k * scale, grad_scores.transpose(1, 2) @ q * scale, weights.transpose(1, 2) @ grad_out
+            parts = (
+                grad_scores @ k * scale,
+                grad_scores.transpose(1, 2) @ q * scale,
+                weights.transpose(1, 2) @ grad_out,
+            )
             for whole, rows, part in zip(grads, (own, seen, seen), parts, strict=True):
-                groups = part.unflatten(0, (whole.shape[1], -1))  # the heads that share a key each add to it
+                groups = part.unflatten(
+                    0, (whole.shape[1], -1)
+                )  # the heads that share a key each add to it
                 whole[rows] += groups.sum(1).transpose(0, 1)
         return grads
 
     def _sequences(self) -> Iterator[tuple[slice, slice]]:
-        for of_queries, of_keys in zip(pairwise(self.starts_q), pairwise(self.starts_k), strict=True):
+        for of_queries, of_keys in zip(
+            pairwise(self.starts_q), pairwise(self.starts_k), strict=True
+        ):
             yield slice(*of_queries), slice(*of_keys)
 
     def _scores(self, q: Tensor, k: Tensor, scale: float) -> Tensor:
@@ -129,9 +153,13 @@ def _check(condition: bool, message: str) -> None:
 # --- FlashAttention 2, sequences by offsets
 
 
-def _flash_rows(query: Tensor, key: Tensor, value: Tensor, starts: Any, causal: bool, left: Any, right: Any) -> Rows:
+def _flash_rows(
+    query: Tensor, key: Tensor, value: Tensor, starts: Any, causal: bool, left: Any, right: Any
+) -> Rows:
     """Raise for what the kernel refuses."""
-    _check(simulated_cuda.capability >= (8, 0), "FlashAttention only supports Ampere GPUs or newer.")
+    _check(
+        simulated_cuda.capability >= (8, 0), "FlashAttention only supports Ampere GPUs or newer."
+    )
     half = query.dtype in (torch.float16, torch.bfloat16)
     _check(half, "FlashAttention only support fp16 and bf16 data type")
     _check(key.dtype == query.dtype == value.dtype, "query and key must have the same dtype")
@@ -142,8 +170,14 @@ def _flash_rows(query: Tensor, key: Tensor, value: Tensor, starts: Any, causal: 
     heads, size = query.shape[1:]
     _check(size <= 256, "FlashAttention forward only supports head dimension at most 256")
     _check(size % 8 == 0, "query must have head_size that is a multiple of 8")
-    _check(heads % key.shape[1] == 0, "Number of heads in key/value must divide number of heads in query")
-    _check(key.shape == value.shape and key.shape[2] == size, "key and value must have the shape of each other")
+    _check(
+        heads % key.shape[1] == 0,
+        "Number of heads in key/value must divide number of heads in query",
+    )
+    _check(
+        key.shape == value.shape and key.shape[2] == size,
+        "key and value must have the shape of each other",
+    )
     (starts_q, starts_k), (longest_q, longest_k) = starts
     found_q = _check_starts(starts_q, len(query), longest_q)
     found_k = _check_starts(starts_k, len(key), longest_k)
@@ -173,9 +207,17 @@ def _flash_attention_forward(
     rows = _flash_rows(query, key, value, starts, is_causal, window_size_left, window_size_right)
     scale = scale or query.shape[-1] ** -0.5
     out, sums = _on_host((query, key, value), lambda *inputs: rows.attend(*inputs, scale))
-    logsumexp = _like(torch.cat(sums, 1), query.new_empty(query.shape[1], len(query), dtype=torch.float32))
+    logsumexp = _like(
+        torch.cat(sums, 1), query.new_empty(query.shape[1], len(query), dtype=torch.float32)
+    )
     nothing = query.new_empty(0)
-    return _like(out, query), logsumexp, query.new_empty(2, dtype=torch.int64), nothing, nothing.clone()
+    return (
+        _like(out, query),
+        logsumexp,
+        query.new_empty(2, dtype=torch.int64),
+        nothing,
+        nothing.clone(),
+    )
 
 
 def _flash_attention_backward(
@@ -201,14 +243,18 @@ def _flash_attention_backward(
     starts = (cum_seq_q, cum_seq_k), (max_q, max_k)
     rows = _flash_rows(query, key, value, starts, is_causal, window_size_left, window_size_right)
     _check(grad_out.dtype == query.dtype == out.dtype, "query and dout must have the same dtype")
-    _check(logsumexp.shape == (query.shape[1], len(query)), "logsumexp is not that of the forward pass")
+    _check(
+        logsumexp.shape == (query.shape[1], len(query)), "logsumexp is not that of the forward pass"
+    )
     return tuple(_gradients(rows, scale or query.shape[-1] ** -0.5, (query, key, value), grad_out))
 
 
 # --- memory-efficient attention: cards before Ampere, and float32
 
 
-def _efficient_rows(query: Tensor, key: Tensor, value: Tensor, starts: Any, mask_type: int, window: Any) -> Rows:
+def _efficient_rows(
+    query: Tensor, key: Tensor, value: Tensor, starts: Any, mask_type: int, window: Any
+) -> Rows:
     """Raise for what the kernel refuses; rows of one batch, or sequences by offsets."""
     for tensor in (query, key, value):
         _check(tensor.is_cuda, "Input tensor must be on CUDA device")
@@ -216,10 +262,23 @@ def _efficient_rows(query: Tensor, key: Tensor, value: Tensor, starts: Any, mask
         _check(tensor.dtype == query.dtype, "query, key and value must have the same dtype")
         _check(tensor.stride(-1) == 1, "Input tensor must have contiguous last dimension")
         aligned = 4 if query.dtype in (torch.float16, torch.bfloat16) else 1
-        strides = [stride for size, stride in zip(tensor.shape[1:3], tensor.stride()[1:3], strict=True) if size > 1]
-        _check(all(stride % aligned == 0 for stride in strides), "query is not correctly aligned (strideM)")
-    _check(query.dtype != torch.bfloat16 or simulated_cuda.capability >= (8, 0), "bfloat16 needs an Ampere GPU")
-    _check(query.shape[2] == key.shape[2] == value.shape[2], "query, key and value must have as many heads")
+        strides = [
+            stride
+            for size, stride in zip(tensor.shape[1:3], tensor.stride()[1:3], strict=True)
+            if size > 1
+        ]
+        _check(
+            all(stride % aligned == 0 for stride in strides),
+            "query is not correctly aligned (strideM)",
+        )
+    _check(
+        query.dtype != torch.bfloat16 or simulated_cuda.capability >= (8, 0),
+        "bfloat16 needs an Ampere GPU",
+    )
+    _check(
+        query.shape[2] == key.shape[2] == value.shape[2],
+        "query, key and value must have as many heads",
+    )
     _check(query.shape[3] == key.shape[3], "query and key must have one head size")
     _check(key.shape[:2] == value.shape[:2], "as many values as keys")
     (starts_q, starts_k), (longest_q, longest_k) = starts
@@ -262,7 +321,9 @@ def _efficient_attention_forward(
     flat = [tensor.flatten(0, 1) for tensor in (query, key, value)]
     found, sums = _on_host(flat, lambda *inputs: rows.attend(*inputs, scale))
     longest_q = max(part.shape[1] for part in sums)
-    out = _like(found.unflatten(0, query.shape[:2]), query.new_empty(*query.shape[:3], value.shape[3]))
+    out = _like(
+        found.unflatten(0, query.shape[:2]), query.new_empty(*query.shape[:3], value.shape[3])
+    )
     # A multiple of 32 queries, infinite where there are none.
     width = (max_seqlen_q or longest_q) + 31 >> 5 << 5 if compute_log_sumexp else 0
     padded = torch.full((len(sums), query.shape[2], width), math.inf)
@@ -270,7 +331,14 @@ def _efficient_attention_forward(
         row[:, : part.shape[1]] = part[:, :width]
     state = torch.zeros((), dtype=torch.int64)
     logsumexp = _like(padded, query.new_empty(padded.shape, dtype=torch.float32))
-    return out, logsumexp, state, state.clone(), max_seqlen_q or query.shape[1], max_seqlen_k or key.shape[1]
+    return (
+        out,
+        logsumexp,
+        state,
+        state.clone(),
+        max_seqlen_q or query.shape[1],
+        max_seqlen_k or key.shape[1],
+    )
 
 
 def _efficient_attention_backward(
@@ -299,11 +367,15 @@ def _efficient_attention_backward(
     assert bias is None and dropout_p == 0.0 and not shared_storage_dqdkdv, "not simulated"  # noqa: PT018
     starts = (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k)
     rows = _efficient_rows(query, key, value, starts, custom_mask_type, window_size)
-    _check(grad_out_.dtype == query.dtype == out.dtype, "grad_out and query must have the same dtype")
+    _check(
+        grad_out_.dtype == query.dtype == out.dtype, "grad_out and query must have the same dtype"
+    )
     _check(grad_out_.shape == out.shape, "grad_out must have the shape of the output")
     longest = max(end - begin for begin, end in pairwise(rows.starts_q))
     _check(logsumexp.shape[2] >= longest, "logsumexp was not asked for in the forward pass")
     flat = [tensor.flatten(0, 1) for tensor in (query, key, value)]
     found = _gradients(rows, scale or query.shape[-1] ** -0.5, flat, grad_out_.flatten(0, 1))
-    shaped = (part.view(tensor.shape) for part, tensor in zip(found, (query, key, value), strict=True))
+    shaped = (
+        part.view(tensor.shape) for part, tensor in zip(found, (query, key, value), strict=True)
+    )
     return *shaped, query.new_empty(0)

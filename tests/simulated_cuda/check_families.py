@@ -22,7 +22,11 @@ MORE: dict[str, Callable[[], Any]] = {
 LACKING = ("lfm2: convolutions",)  # the gradient of a depthwise convolution is not simulated
 FAMILIES = {
     name: make
-    for name, make in {**SHARED, **MORE, **{name: make for name, (make, _) in ALONE.items()}}.items()
+    for name, make in {
+        **SHARED,
+        **MORE,
+        **{name: make for name, (make, _) in ALONE.items()},
+    }.items()
     if name not in LACKING
 }
 assert len(FAMILIES) >= 18
@@ -32,7 +36,9 @@ def on_device(name: str, dtype: torch.dtype, **memory: Any) -> Any:
     """The family's model as it trains: a base in half precision, an adapter in float32."""
     model = adapted(lambda: FAMILIES[name]().to(dtype), **memory)
     for parameter in model.model.parameters():
-        parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data.to(dtype)
+        parameter.data = (
+            parameter.data.float() if parameter.requires_grad else parameter.data.to(dtype)
+        )
     model.model.to("cuda")
     apply_memory_settings(model, recipe(**memory))
     return model

@@ -42,7 +42,13 @@ def out_of_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Non
 def train(call: Call, *keys: str) -> Answer:
     """Train by the command line; memory must have run out on the way."""
     Path("small.yaml").write_text(SMALL, encoding="utf-8")
-    keys = ("training.learning_rate=1e-2", "training.eval_steps=1", "training.max_steps=3", "output.samples=1", *keys)
+    keys = (
+        "training.learning_rate=1e-2",
+        "training.eval_steps=1",
+        "training.max_steps=3",
+        "output.samples=1",
+        *keys,
+    )
     answer = call("train", "--recipe", "./small.yaml", *keys)
     assert not simulated_cuda.will_fail(), "memory has not run out"
     return answer
@@ -58,20 +64,36 @@ def fix_of(complaint: str) -> list[str]:
 def without_fault(answer: Answer) -> Answer:
     """An answer that takes the lack of memory for what it is."""
     code, said, complaint = answer
-    for wrong in ("Traceback", "fault of orpo-lite", "its code fails", "does not take packed rows", "not used:"):
+    for wrong in (
+        "Traceback",
+        "fault of orpo-lite",
+        "its code fails",
+        "does not take packed rows",
+        "not used:",
+    ):
         assert wrong not in said + complaint
     return code, said, complaint
 
 
 def checkpoints() -> list[int]:
-    return sorted(int(folder.name.removeprefix("step-")) for folder in Path("run/checkpoints").glob("step-*"))
+    return sorted(
+        int(folder.name.removeprefix("step-")) for folder in Path("run/checkpoints").glob("step-*")
+    )
 
 
 def combined(shown: str, places: Iterable[Any], *, no_product: Collection[Any] = ()) -> list[Any]:
     """Each kind with each place, but cuBLAS where nothing is multiplied; one of them when nothing long is asked for."""
-    cases = [(kind, place) for place in places for kind in KINDS if kind != "cublas" or place not in no_product]
+    cases = [
+        (kind, place)
+        for place in places
+        for kind in KINDS
+        if kind != "cublas" or place not in no_product
+    ]
     first = next(i for i, (kind, _) in enumerate(cases) if kind == shown)
-    return [case if i == first else pytest.param(*case, marks=pytest.mark.long) for i, case in enumerate(cases)]
+    return [
+        case if i == first else pytest.param(*case, marks=pytest.mark.long)
+        for i, case in enumerate(cases)
+    ]
 
 
 # (the function in whose n-th call it happens, n, after so many allocations or products, the last checkpoint then)
@@ -84,7 +106,9 @@ ENDS = {
 }
 
 
-@pytest.mark.parametrize(("kind", "place"), combined("allocator", ENDS, no_product=("load", "update")))
+@pytest.mark.parametrize(
+    ("kind", "place"), combined("allocator", ENDS, no_product=("load", "update"))
+)
 def test_a_run_ends_with_what_to_do_and_goes_on_so(
     kind: str, place: str, out_of_memory: Callable[..., None], call: Call, workspace: Path
 ) -> None:
@@ -137,9 +161,15 @@ LOADS = [("load_base", 1, 5), ("load_pair_model", 2, 5)]
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("kind", "place"), combined("cublas", [*LOADS, ("_score", 1, 20)], no_product=LOADS))
+@pytest.mark.parametrize(
+    ("kind", "place"), combined("cublas", [*LOADS, ("_score", 1, 20)], no_product=LOADS)
+)
 def test_verify_says_how_it_can_be_done(
-    kind: str, place: tuple[str, int, int], out_of_memory: Callable[..., None], call: Call, trained: Any
+    kind: str,
+    place: tuple[str, int, int],
+    out_of_memory: Callable[..., None],
+    call: Call,
+    trained: Any,
 ) -> None:
     """Of a model that was merged, which takes no memory of the device whatever happens there."""
     name, number, after = place

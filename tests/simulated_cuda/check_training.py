@@ -60,13 +60,21 @@ def unplanned(monkeypatch: pytest.MonkeyPatch) -> None:
 def bad(updates: list[Update]) -> list[str]:
     """The notes of what is given up: a slower route, answers, the card."""
     said = [update.text for update in updates if update.kind == "note"]
-    return [text for text in said if re.search("because|not |out of memory", text) and "detected" not in text]
+    return [
+        text
+        for text in said
+        if re.search("because|not |out of memory", text) and "detected" not in text
+    ]
 
 
 @pytest.mark.usefixtures("unplanned")
 @pytest.mark.parametrize("name", first_and_long(SETTINGS))
-def test_a_training_learns_and_answers_with_each_setting_of_memory(name: str, small_recipe: Build) -> None:
-    updates, result = train_all(small_recipe(FAST, *(f"memory.{word}" for word in SETTINGS[name].split())))
+def test_a_training_learns_and_answers_with_each_setting_of_memory(
+    name: str, small_recipe: Build
+) -> None:
+    updates, result = train_all(
+        small_recipe(FAST, *(f"memory.{word}" for word in SETTINGS[name].split()))
+    )
     device = "training on NVIDIA GeForce RTX 4090 (cuda:0, 24.0 GiB, compute capability 9.0)"
     assert [update.text for update in updates if update.text.startswith("training on")] == [device]
     assert bad(updates) == []
@@ -89,7 +97,9 @@ def test_a_t4_trains_in_float16_with_a_scaled_loss(
         scales.append(scaler.get_scale())
 
     monkeypatch.setattr(torch.amp.GradScaler, "update", noted)
-    updates, result = train_all(small_recipe(FAST, *(f"memory.{word}" for word in SETTINGS[name].split())))
+    updates, result = train_all(
+        small_recipe(FAST, *(f"memory.{word}" for word in SETTINGS[name].split()))
+    )
     assert "compute capability 7.5" in updates[0].text
     assert bad(updates) == []
     assert scales
@@ -99,7 +109,11 @@ def test_a_t4_trains_in_float16_with_a_scaled_loss(
     assert len(result.samples) == 2
 
 
-PAGED = ("lora.r=1024", "lora.target_modules=up_proj,down_proj", "output.samples=0")  # as large as states are paged
+PAGED = (
+    "lora.r=1024",
+    "lora.target_modules=up_proj,down_proj",
+    "output.samples=0",
+)  # as large as states are paged
 
 
 @pytest.mark.long
@@ -126,7 +140,9 @@ def test_a_run_that_is_stopped_goes_on_with_the_same_bits(
 
 @pytest.mark.long
 @pytest.mark.usefixtures("unplanned")
-def test_the_second_of_two_devices_is_chosen(small_recipe: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_second_of_two_devices_is_chosen(
+    small_recipe: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All of it is there: the first one has no byte of it at any time."""
     monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", "cuda:1")
     PartialState._reset_state()
@@ -150,7 +166,9 @@ def test_the_second_of_two_devices_is_chosen(small_recipe: Build, monkeypatch: p
 @pytest.mark.long
 @pytest.mark.usefixtures("unplanned")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_what_is_merged_is_what_was_trained(dtype: torch.dtype, small_recipe: Build, workspace: Path) -> None:
+def test_what_is_merged_is_what_was_trained(
+    dtype: torch.dtype, small_recipe: Build, workspace: Path
+) -> None:
     """On both bases; and merging takes no memory of the device."""
     write_base(workspace / "base", tiny_llama(99).to(dtype))
     _, result = train_all(small_recipe(FAST))
@@ -166,7 +184,9 @@ def test_what_is_merged_is_what_was_trained(dtype: torch.dtype, small_recipe: Bu
 
 @pytest.mark.long
 @pytest.mark.parametrize("budget", ["auto", "1GiB"])
-def test_a_training_is_planned_by_the_card(budget: str, small_recipe: Build, call: Callable[..., Answer]) -> None:
+def test_a_training_is_planned_by_the_card(
+    budget: str, small_recipe: Build, call: Callable[..., Answer]
+) -> None:
     """What it takes at its peak is no more than the plan says; a tenth of a card is refused before weights load."""
     recipe = small_recipe(f"memory.budget={budget}", "output.samples=0", "training.max_steps=2")
     updates, result = train_all(recipe)
@@ -182,20 +202,36 @@ def test_a_training_is_planned_by_the_card(budget: str, small_recipe: Build, cal
 def test_kernels_of_attention_are_the_formula(t4: None) -> None:
     """Efficient attention over sequences one after another, causal from the lower right: values and gradients."""
     generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(1, n, 4, 16, generator=generator).to("cuda", torch.float16) for n in (9, 13, 13))
-    starts_q, starts_k = (torch.tensor(starts, dtype=torch.int32, device="cuda") for starts in ([0, 4, 9], [0, 4, 13]))
-    run, back = torch.ops.aten._efficient_attention_forward, torch.ops.aten._efficient_attention_backward
+    query, key, value = (
+        torch.randn(1, n, 4, 16, generator=generator).to("cuda", torch.float16) for n in (9, 13, 13)
+    )
+    starts_q, starts_k = (
+        torch.tensor(starts, dtype=torch.int32, device="cuda") for starts in ([0, 4, 9], [0, 4, 13])
+    )
+    run, back = (
+        torch.ops.aten._efficient_attention_forward,
+        torch.ops.aten._efficient_attention_backward,
+    )
     rows = (starts_q, starts_k, 5, 9)
     out, sums, *state, _, _ = run(query, key, value, None, *rows, 0.0, 2, True, scale=0.25)
     grad = torch.ones_like(out)
-    found = back(grad, query, key, value, None, out, *rows, sums, 0.0, *state, 2, False, scale=0.25)[:3]
+    found = back(
+        grad, query, key, value, None, out, *rows, sums, 0.0, *state, 2, False, scale=0.25
+    )[:3]
     inputs = [tensor.cpu().float().requires_grad_() for tensor in (query, key, value)]
     expected = []
     for of_queries, of_keys in ((slice(0, 4), slice(0, 4)), (slice(4, 9), slice(4, 13))):
-        q, k, v = (t[:, rows].transpose(1, 2) for t, rows in zip(inputs, (of_queries, of_keys, of_keys), strict=True))
-        hidden = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).triu(k.shape[2] - q.shape[2] + 1)
+        q, k, v = (
+            t[:, rows].transpose(1, 2)
+            for t, rows in zip(inputs, (of_queries, of_keys, of_keys), strict=True)
+        )
+        hidden = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).triu(
+            k.shape[2] - q.shape[2] + 1
+        )
         scores = (q @ k.transpose(2, 3) * 0.25).masked_fill(hidden, -torch.inf)
-        assert torch.allclose(sums[len(expected), :, : q.shape[2]].cpu(), scores.logsumexp(-1)[0], atol=1e-2)
+        assert torch.allclose(
+            sums[len(expected), :, : q.shape[2]].cpu(), scores.logsumexp(-1)[0], atol=1e-2
+        )
         expected.append((scores.softmax(-1) @ v).transpose(1, 2))
     whole = torch.cat(expected, 1)
     assert torch.allclose(out.cpu().float(), whole, atol=1e-2)

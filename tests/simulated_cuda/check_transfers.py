@@ -23,8 +23,12 @@ Told = Counter[tuple[str, str, str]]
 
 def step(layers: int, micro_batches: int, dtype: torch.dtype, **memory: Any) -> Told:
     """What the gradient of one step waits for and sends."""
-    settings = recipe(micro_batch_size=len(PAIRS) // micro_batches, micro_batch_tokens=10_000, **memory)
-    model: PairModel = bare_pair_model(settings, tiny_llama(98, num_hidden_layers=layers).config, dtype, CUDA)
+    settings = recipe(
+        micro_batch_size=len(PAIRS) // micro_batches, micro_batch_tokens=10_000, **memory
+    )
+    model: PairModel = bare_pair_model(
+        settings, tiny_llama(98, num_hidden_layers=layers).config, dtype, CUDA
+    )
     scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
     for _ in range(2):  # the second one: the first makes what is kept
         with simulated_cuda.told() as found:
@@ -43,7 +47,13 @@ def step(layers: int, micro_batches: int, dtype: torch.dtype, **memory: Any) -> 
 
 def waits(told: Told) -> Told:
     """Those of them that the host waits for."""
-    return Counter({key: count for key, count in told.items() if key[0] == "sync" or key[0].endswith("waiting")})
+    return Counter(
+        {
+            key: count
+            for key, count in told.items()
+            if key[0] == "sync" or key[0].endswith("waiting")
+        }
+    )
 
 
 def by_layer(dtype: torch.dtype, **memory: Any) -> Told:
@@ -60,7 +70,12 @@ def by_micro_batch(dtype: torch.dtype, **memory: Any) -> Told:
     return +more
 
 
-ALL = {"checkpoint_offload": True, "mlp_tile": 64, "embedding_on_cpu": True, "activation_checkpointing": "all"}
+ALL = {
+    "checkpoint_offload": True,
+    "mlp_tile": 64,
+    "embedding_on_cpu": True,
+    "activation_checkpointing": "all",
+}
 
 
 @pytest.mark.parametrize("memory", [{}, ALL], ids=["plain", "all"])
@@ -68,7 +83,9 @@ def test_nothing_waits_in_a_layer(memory: dict[str, Any]) -> None:
     found = by_layer(torch.bfloat16, **memory)
     assert waits(found) == {}
     sent = Counter(kind for kind, *_ in found.elements() if kind.startswith("to "))
-    assert sent == ({"to host": 2, "to device": 2} if memory else {}), found  # the inputs of two more layers
+    assert sent == ({"to host": 2, "to device": 2} if memory else {}), (
+        found
+    )  # the inputs of two more layers
 
 
 @pytest.mark.parametrize("memory", [{}, ALL], ids=["plain", "all"])

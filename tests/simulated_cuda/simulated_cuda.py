@@ -46,7 +46,9 @@ def missing() -> str:
 def build() -> Path:
     """Return the built library; the first call for a version of torch takes some ten seconds, others find it."""
     version = importlib.metadata.version("torch")
-    key = hashlib.sha256(version.encode() + sys.version.encode() + SOURCE.read_bytes()).hexdigest()[:16]
+    key = hashlib.sha256(version.encode() + sys.version.encode() + SOURCE.read_bytes()).hexdigest()[
+        :16
+    ]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "orpo-lite-tests"
     library = cache / f"simulated-cuda-{key}.so"
     if library.exists():
@@ -59,7 +61,17 @@ def build() -> Path:
             headers = (f"-I{root}/include", f"-I{root}/include/torch/csrc/api/include")
             made = library.with_suffix(f".{os.getpid()}")
             # Most of the time goes into the headers.
-            command = ["g++", "-O1", "-shared", "-fPIC", "-std=c++20", *headers, str(SOURCE), "-o", str(made)]
+            command = [
+                "g++",
+                "-O1",
+                "-shared",
+                "-fPIC",
+                "-std=c++20",
+                *headers,
+                str(SOURCE),
+                "-o",
+                str(made),
+            ]
             subprocess.run([*command, f"-L{root}/lib", "-ltorch_cpu", "-lc10"], check=True)
             made.replace(library)
     return library
@@ -187,5 +199,9 @@ def tell(kind: str, what: str) -> None:
 def _line(package: str) -> str:
     here = str(Path(__file__).parent)
     frames = [frame for frame in traceback.extract_stack() if not frame.filename.startswith(here)]
-    ours = [f"{f.filename.rpartition(f'/{package}/')[2]}:{f.lineno}" for f in frames if f"/{package}/" in f.filename]
+    ours = [
+        f"{f.filename.rpartition(f'/{package}/')[2]}:{f.lineno}"
+        for f in frames
+        if f"/{package}/" in f.filename
+    ]
     return (ours or [f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "-"])[-1]

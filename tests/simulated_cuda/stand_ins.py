@@ -47,7 +47,9 @@ CONSTANT: dict[str, Any] = {
     "device_of": lambda _: contextlib.nullcontext(),
 }
 for _name in ("_lazy_init", "init", "ipc_collect", "manual_seed", "manual_seed_all"):
-    CONSTANT[_name] = lambda *_: None  # each its own: torch's compiler refuses a function that has two names
+    CONSTANT[_name] = lambda *_: (
+        None
+    )  # each its own: torch's compiler refuses a function that has two names
 
 
 # --- devices
@@ -105,8 +107,16 @@ def is_bf16_supported(including_emulation: bool = True) -> bool:
 def memory_stats(device: Any = None) -> dict[str, int]:
     found = (ctypes.c_int64 * 6)()
     library().sim_memory(_index(device), found)
-    names = ("allocated_bytes.all.current", "allocated_bytes.all.peak", "reserved_bytes.all.current")
-    return dict(zip((*names, "reserved_bytes.all.peak", "num_alloc_retries", "num_ooms"), found, strict=True))
+    names = (
+        "allocated_bytes.all.current",
+        "allocated_bytes.all.peak",
+        "reserved_bytes.all.current",
+    )
+    return dict(
+        zip(
+            (*names, "reserved_bytes.all.peak", "num_alloc_retries", "num_ooms"), found, strict=True
+        )
+    )
 
 
 def memory_allocated(device: Any = None) -> int:
@@ -168,7 +178,9 @@ class Stream:
 
     made = 0
 
-    def __init__(self, device: Any = None, *_: Any, stream_id: int | None = None, **__: Any) -> None:
+    def __init__(
+        self, device: Any = None, *_: Any, stream_id: int | None = None, **__: Any
+    ) -> None:
         if stream_id is None:
             Stream.made += 1
         self.stream_id = self.cuda_stream = Stream.made if stream_id is None else stream_id
@@ -239,16 +251,36 @@ def stream(stream: Stream | None) -> Iterator[None]:
 def record_stream(tensor: Tensor, stream: Any) -> None:
     """Tell torch's own, which refuses a tensor of the host."""
     if isinstance(stream, Stream):
-        stream = torch.Stream(stream_id=stream.stream_id, device_index=stream.device_index, device_type=1)
+        stream = torch.Stream(
+            stream_id=stream.stream_id, device_index=stream.device_index, device_type=1
+        )
     _native_record_stream(tensor, stream)
 
 
 CUDA = (
     *CONSTANT,
     *("current_device", "device_count", "set_device", "get_device_properties", "get_device_name"),
-    *("get_device_capability", "is_bf16_supported", "memory_stats", "memory_allocated", "max_memory_allocated"),
-    *("memory_reserved", "max_memory_reserved", "mem_get_info", "reset_peak_memory_stats", "empty_cache"),
-    *("set_per_process_memory_fraction", "get_rng_state", "set_rng_state", "get_rng_state_all", "set_rng_state_all"),
+    *(
+        "get_device_capability",
+        "is_bf16_supported",
+        "memory_stats",
+        "memory_allocated",
+        "max_memory_allocated",
+    ),
+    *(
+        "memory_reserved",
+        "max_memory_reserved",
+        "mem_get_info",
+        "reset_peak_memory_stats",
+        "empty_cache",
+    ),
+    *(
+        "set_per_process_memory_fraction",
+        "get_rng_state",
+        "set_rng_state",
+        "get_rng_state_all",
+        "set_rng_state_all",
+    ),
     *("Stream", "Event", "synchronize", "current_stream", "default_stream", "set_stream", "stream"),
 )
 
@@ -267,7 +299,13 @@ def fill(paged: Tensor, value: float, **_: Any) -> None:
 
 
 def gemv_into(
-    a: Tensor, b: Tensor, shape: list[int], absmax: Tensor, code: Tensor, blocksize: int, out: Tensor
+    a: Tensor,
+    b: Tensor,
+    shape: list[int],
+    absmax: Tensor,
+    code: Tensor,
+    blocksize: int,
+    out: Tensor,
 ) -> None:
     """The product with a 4-bit matrix, written where it is to be: by bitsandbytes' own formula."""
     out.copy_(torch.ops.bitsandbytes.gemv_4bit.default(a, b, shape, absmax, code, blocksize))

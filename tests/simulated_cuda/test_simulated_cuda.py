@@ -17,12 +17,30 @@ CHECKS = ["check_training.py", "check_out_of_memory.py", "check_transfers.py", "
 @pytest.mark.parametrize("marker", ["not long", pytest.param("long", marks=pytest.mark.long)])
 def test_all_checks_pass_on_the_simulated_device(marker: str, tmp_path: Path) -> None:
     """All in one process: to start one and to import torch takes longer than most of them."""
-    files = [*(str(HERE / name) for name in CHECKS), *([] if marker == "long" else [str(HERE.parent / "test_gpu.py")])]
-    command = [sys.executable, str(HERE / "run.py"), "pytest", "-q", "-m", marker, f"--basetemp={tmp_path}", *files]
+    files = [
+        *(str(HERE / name) for name in CHECKS),
+        *([] if marker == "long" else [str(HERE.parent / "test_gpu.py")]),
+    ]
+    command = [
+        sys.executable,
+        str(HERE / "run.py"),
+        "pytest",
+        "-q",
+        "-m",
+        marker,
+        f"--basetemp={tmp_path}",
+        *files,
+    ]
     # Not a worker of xdist's, should this process be one.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")
+    }
     done = subprocess.run(
-        command, env=environment | {"SIM_DEVICES": "2"}, capture_output=True, text=True, cwd=HERE.parents[1]
+        command,
+        env=environment | {"SIM_DEVICES": "2"},
+        capture_output=True,
+        text=True,
+        cwd=HERE.parents[1],
     )
     assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-2_000:]
     skipped = re.findall(r"^SKIPPED .*", done.stdout, re.M)

@@ -22,7 +22,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, Bloom
 
 from orpo_lite import train
 from orpo_lite.api import train_events
-from orpo_lite.errors import CheckpointError, DataError, DivergedError, FitError, ModelError, RecipeError
+from orpo_lite.errors import (
+    CheckpointError,
+    DataError,
+    DivergedError,
+    FitError,
+    ModelError,
+    RecipeError,
+)
 from orpo_lite.merging.merge import merge
 from orpo_lite.model.optimizer import lr_factor, whole_steps
 from orpo_lite.objectives.orpo import Orpo
@@ -68,7 +75,15 @@ def rows_without_clock(folder: Path) -> list[dict[str, Any]]:
 def test_a_run_folder_holds_what_every_verb_needs(small_recipe: Build) -> None:
     updates, result = train_all(small_recipe(EIGHT_BIT))
     names = {path.name for path in result.run.iterdir()}
-    assert {"recipe.yaml", "lock.json", "data.json", "metrics.jsonl", "checkpoints", "adapter", "train.log"} <= names
+    assert {
+        "recipe.yaml",
+        "lock.json",
+        "data.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "adapter",
+        "train.log",
+    } <= names
     assert {path.name for path in (result.run / "adapter").iterdir()} >= {
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -81,7 +96,8 @@ def test_a_run_folder_holds_what_every_verb_needs(small_recipe: Build) -> None:
     lock = read_json(result.run / "lock.json")
     assert len(lock["base"]["fingerprint"]) == len(lock["data"]["sha256"]) == 64
     assert (
-        lock["versions"]["torch"] == torch.__version__.split("+")[0] or lock["versions"]["torch"] == torch.__version__
+        lock["versions"]["torch"] == torch.__version__.split("+")[0]
+        or lock["versions"]["torch"] == torch.__version__
     )
     data = read_json(result.run / "data.json")
     assert data["train_pairs"] + data["held_out_pairs"] == 40
@@ -89,14 +105,23 @@ def test_a_run_folder_holds_what_every_verb_needs(small_recipe: Build) -> None:
         "model.model_name_or_path": str(Path("base").resolve()),
         "data.dataset_name": str(Path("pairs.jsonl").resolve()),
     }
-    assert read_recipe(result.run).model_dump() == small_recipe(EIGHT_BIT).override(here).model_dump()
+    assert (
+        read_recipe(result.run).model_dump() == small_recipe(EIGHT_BIT).override(here).model_dump()
+    )
 
 
 def test_metrics_carry_trls_names_for_every_step(trained: Trained) -> None:
     _, result = trained
     rows = read_metrics(result.run)
     assert [row["step"] for row in rows] == [0, 1, 2, 2, 3, 4, 4]
-    trl = {"nll_loss", "log_odds_ratio", "log_odds_chosen", "logps/chosen", "logps/rejected", "rewards/chosen"}
+    trl = {
+        "nll_loss",
+        "log_odds_ratio",
+        "log_odds_chosen",
+        "logps/chosen",
+        "logps/rejected",
+        "rewards/chosen",
+    }
     trl |= {"rewards/rejected", "rewards/accuracies", "rewards/margins", "loss"}
     assert trl | {"grad_norm", "learning_rate", "epoch", "num_tokens"} <= rows[1].keys()
     assert {f"eval_{name}" for name in trl} <= rows[0].keys()
@@ -104,10 +129,19 @@ def test_metrics_carry_trls_names_for_every_step(trained: Trained) -> None:
     assert all(math.isfinite(value) for row in rows for value in row.values())
 
 
-@pytest.mark.parametrize("optim", first_and_long(["paged_adamw_8bit", "adamw_torch", "paged_adamw_32bit"]))
-def test_every_optimizer_learns_and_resumes_to_the_same_bits(small_recipe: Build, optim: str) -> None:
+@pytest.mark.parametrize(
+    "optim", first_and_long(["paged_adamw_8bit", "adamw_torch", "paged_adamw_32bit"])
+)
+def test_every_optimizer_learns_and_resumes_to_the_same_bits(
+    small_recipe: Build, optim: str
+) -> None:
     """Stopped after two of four steps and gone on with: the adapter and each logged figure are those of one go."""
-    options = (f"training.optim={optim}", EIGHT_BIT, "lora.lora_dropout=0.2", "training.learning_rate=5e-3")
+    options = (
+        f"training.optim={optim}",
+        EIGHT_BIT,
+        "lora.lora_dropout=0.2",
+        "training.learning_rate=5e-3",
+    )
     _, whole = train_all(small_recipe(*options, "training.output_dir=whole"))
     first_loss, last_loss = (rows_without_clock(whole.run)[i]["eval_loss"] for i in (0, -1))
     assert last_loss < first_loss
@@ -126,14 +160,30 @@ def test_every_optimizer_learns_and_resumes_to_the_same_bits(small_recipe: Build
 
 
 # Ctrl-C in a process of its own is also tried where a training pushes; in this process, with SIGTERM, above.
-@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.long)]
+)
 def test_a_killed_process_goes_on_with_the_same_bits(
     small_recipe: Build, workspace: Path, call: Call, number: int
 ) -> None:
-    recipe = small_recipe("training.num_train_epochs=4", "training.eval_steps=2", "training.output_dir=whole")
+    recipe = small_recipe(
+        "training.num_train_epochs=4", "training.eval_steps=2", "training.output_dir=whole"
+    )
     train(recipe)
-    command = [sys.executable, "-m", "orpo_lite", "train", "--recipe", "./small.yaml", "output.merge=false"]
-    command += ["training.num_train_epochs=4", "training.eval_steps=2", "training.output_dir=killed"]
+    command = [
+        sys.executable,
+        "-m",
+        "orpo_lite",
+        "train",
+        "--recipe",
+        "./small.yaml",
+        "output.merge=false",
+    ]
+    command += [
+        "training.num_train_epochs=4",
+        "training.eval_steps=2",
+        "training.output_dir=killed",
+    ]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert child.stdout is not None
     assert child.stderr is not None
@@ -170,8 +220,12 @@ def test_what_a_notebook_has_set_changes_no_bit(trained: Trained, small_recipe: 
 
 
 def test_evaluation_changes_no_bit_of_the_training(small_recipe: Build) -> None:
-    often = small_recipe("training.eval_steps=1", "training.output_dir=often", "lora.lora_dropout=0.2")
-    never = small_recipe("training.eval_steps=4", "training.output_dir=never", "lora.lora_dropout=0.2")
+    often = small_recipe(
+        "training.eval_steps=1", "training.output_dir=often", "lora.lora_dropout=0.2"
+    )
+    never = small_recipe(
+        "training.eval_steps=4", "training.output_dir=never", "lora.lora_dropout=0.2"
+    )
     results = [train(recipe) for recipe in (often, never)]
     at_end = [load_file(at_step(result.run, 4) / ADAPTER) for result in results]
     assert same_bits(*at_end)
@@ -179,10 +233,18 @@ def test_evaluation_changes_no_bit_of_the_training(small_recipe: Build) -> None:
 
 def test_the_best_checkpoint_is_kept_and_an_idle_run_stops(small_recipe: Build) -> None:
     """A learning rate that helps and then spoils: the best step is an early one and the rest is not waited for."""
-    options = ("training.learning_rate=0.03", "training.eval_steps=1", "training.num_train_epochs=12")
-    recipe = small_recipe(*options, "training.lr_scheduler_type=constant", "training.early_stopping_patience=2")
+    options = (
+        "training.learning_rate=0.03",
+        "training.eval_steps=1",
+        "training.num_train_epochs=12",
+    )
+    recipe = small_recipe(
+        *options, "training.lr_scheduler_type=constant", "training.early_stopping_patience=2"
+    )
     _, result = train_all(recipe)
-    losses = {row["step"]: row["eval_loss"] for row in read_metrics(result.run) if "eval_loss" in row}
+    losses = {
+        row["step"]: row["eval_loss"] for row in read_metrics(result.run) if "eval_loss" in row
+    }
     assert 0 < result.kept_step < result.steps < 48
     assert losses[result.kept_step] == min(losses.values()) == result.after["eval_loss"]
     assert result.steps == result.kept_step + 2
@@ -193,7 +255,13 @@ def test_the_best_checkpoint_is_kept_and_an_idle_run_stops(small_recipe: Build) 
 
 def test_a_run_that_only_gets_worse_ends_where_it_began(small_recipe: Build) -> None:
     """A trained adapter, gone on with at a rate that spoils it."""
-    train(small_recipe("training.learning_rate=1e-2", "training.num_train_epochs=6", "training.output_dir=first"))
+    train(
+        small_recipe(
+            "training.learning_rate=1e-2",
+            "training.num_train_epochs=6",
+            "training.output_dir=first",
+        )
+    )
     options = ("training.learning_rate=0.9", "training.eval_steps=1", "training.warmup_steps=0")
     updates, result = train_all(small_recipe(*options, "model.adapter_name_or_path=first/adapter"))
     assert result.kept_step == 0
@@ -203,8 +271,14 @@ def test_a_run_that_only_gets_worse_ends_where_it_began(small_recipe: Build) -> 
 
 
 def test_a_damaged_best_checkpoint_does_not_cost_the_run(small_recipe: Build) -> None:
-    options = ("training.learning_rate=0.03", "training.eval_steps=1", "training.num_train_epochs=12")
-    recipe = small_recipe(*options, "training.lr_scheduler_type=constant", "training.early_stopping_patience=2")
+    options = (
+        "training.learning_rate=0.03",
+        "training.eval_steps=1",
+        "training.num_train_epochs=12",
+    )
+    recipe = small_recipe(
+        *options, "training.lr_scheduler_type=constant", "training.early_stopping_patience=2"
+    )
     _, result = train_all(recipe)
     shutil.rmtree(result.run / "adapter")
     (at_step(result.run, result.kept_step) / ADAPTER).unlink()
@@ -221,9 +295,13 @@ def test_no_filter_can_empty_the_held_out_side(small_recipe: Build, workspace: P
         row["prompt"] = row["prompt"] + " really?" * 20
     (workspace / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for seed in range(4):
-        recipe = small_recipe("data.test_split_size=0.02", f"training.seed={seed}", f"training.output_dir=run{seed}")
+        recipe = small_recipe(
+            "data.test_split_size=0.02", f"training.seed={seed}", f"training.output_dir=run{seed}"
+        )
         updates = train_events(recipe.override({"training.max_steps": 1}))
-        next(update for update in updates if update.text.startswith("loading"))  # the sides are made, and written down
+        next(
+            update for update in updates if update.text.startswith("loading")
+        )  # the sides are made, and written down
         updates.close()
         data = read_json(workspace / f"run{seed}" / "data.json")
         assert (data["train_pairs"], data["held_out_pairs"]) == (19, 1)
@@ -334,10 +412,16 @@ def test_a_merge_before_the_end_is_refused_with_the_command(trained: Trained) ->
         ),
     ],
 )
-def test_a_warm_up_that_leaves_no_step_is_said(small_recipe: Build, overrides: list[str], said: str) -> None:
+def test_a_warm_up_that_leaves_no_step_is_said(
+    small_recipe: Build, overrides: list[str], said: str
+) -> None:
     def warnings(*more: str) -> list[str]:
         updates, _ = train_all(small_recipe(*overrides, *more, "output.samples=0"))
-        return [update.text for update in updates if update.kind == "note" and "learning rate" in update.text]
+        return [
+            update.text
+            for update in updates
+            if update.kind == "note" and "learning rate" in update.text
+        ]
 
     found = warnings()
     assert [said in text for text in found] == [True]
@@ -349,8 +433,14 @@ def test_an_adapter_of_another_base_is_said(trained: Trained, small_recipe: Buil
     """Also where it still fits; the same base in a folder of another name is no other."""
 
     def notes(base: str, run: str) -> list[str]:
-        keys = [f"model.model_name_or_path={base}", f"training.output_dir={run}", "training.max_steps=1"]
-        updates, _ = train_all(small_recipe(*keys, "model.adapter_name_or_path=run/adapter", "output.samples=0"))
+        keys = [
+            f"model.model_name_or_path={base}",
+            f"training.output_dir={run}",
+            "training.max_steps=1",
+        ]
+        updates, _ = train_all(
+            small_recipe(*keys, "model.adapter_name_or_path=run/adapter", "output.samples=0")
+        )
         return [update.text for update in updates if "it was trained on" in update.text]
 
     shutil.copytree("base", "moved")
@@ -358,7 +448,9 @@ def test_an_adapter_of_another_base_is_said(trained: Trained, small_recipe: Buil
     write_base(Path("other"), tiny_llama(99, rms_norm_eps=1e-4))
     assert ["other" in text and "noise" in text for text in notes("other", "third")] == [True]
     config = json.loads(Path("run/adapter/adapter_config.json").read_text("utf-8"))
-    Path("run/adapter/adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "owner/Other"}))
+    Path("run/adapter/adapter_config.json").write_text(
+        json.dumps(config | {"base_model_name_or_path": "owner/Other"})
+    )
     assert notes("other", "fourth") == []
     weights = Path("run/adapter/adapter_model.safetensors")
     weights.write_bytes(weights.read_bytes()[:-100])
@@ -369,7 +461,9 @@ def test_an_adapter_of_another_base_is_said(trained: Trained, small_recipe: Buil
 def test_training_goes_on_from_an_adapter(small_recipe: Build) -> None:
     _, first = train_all(small_recipe("training.learning_rate=1e-2", "data.test_split_size=8"))
     continued = small_recipe(
-        "model.adapter_name_or_path=run/adapter", "training.output_dir=second", "data.test_split_size=8"
+        "model.adapter_name_or_path=run/adapter",
+        "training.output_dir=second",
+        "data.test_split_size=8",
     )
     _, second = train_all(continued)
     assert second.before["eval_loss"] == pytest.approx(first.after["eval_loss"], abs=1e-6)
@@ -383,7 +477,11 @@ def test_altered_checkpoints_are_passed_over_and_named(small_recipe: Build) -> N
     content[-5] ^= 1
     (newest / ADAPTER).write_bytes(content)
     updates, again = train_all(recipe, resume=True)
-    assert any(newest.name in update.text and "altered" in update.text for update in updates if update.kind == "note")
+    assert any(
+        newest.name in update.text and "altered" in update.text
+        for update in updates
+        if update.kind == "note"
+    )
     assert again.steps == result.steps
     for folder in (result.run / "checkpoints").iterdir():
         (folder / STATE).unlink()
@@ -402,14 +500,20 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_again(small_recipe: Bu
     assert same_bits(adapter(whole.run), adapter(resumed.run))
 
 
-def test_resume_refuses_another_template_and_other_data(small_recipe: Build, workspace: Path) -> None:
+def test_resume_refuses_another_template_and_other_data(
+    small_recipe: Build, workspace: Path
+) -> None:
     from conftest import write_pairs
 
     template = workspace / "turns.jinja"
-    template.write_text("{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}")
+    template.write_text(
+        "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+    )
     recipe = small_recipe("data.chat_template=turns.jinja")
     train(recipe)
-    template.write_text("{% for m in messages %}{{ m.role + '> ' + m.content + eos_token }}{% endfor %}")
+    template.write_text(
+        "{% for m in messages %}{{ m.role + '> ' + m.content + eos_token }}{% endfor %}"
+    )
     with pytest.raises(CheckpointError, match="chat_template"):
         train_all(recipe, resume=True)
     write_pairs(workspace / "pairs.jsonl", 40, seed=9)
@@ -423,7 +527,9 @@ def test_one_process_a_run(trained: Trained, small_recipe: Build) -> None:
         train_all(recipe, resume=True)
 
 
-def test_an_existing_run_is_refused_with_the_resume_command(trained: Trained, small_recipe: Build) -> None:
+def test_an_existing_run_is_refused_with_the_resume_command(
+    trained: Trained, small_recipe: Build
+) -> None:
     with pytest.raises(CheckpointError, match="orpo-lite train --resume run"):
         train(small_recipe())
 
@@ -443,7 +549,9 @@ def test_nonfinite_steps_leave_the_adapter_alone_and_end_the_run(
         for update in train_events(small_recipe("training.num_train_epochs=3")):
             updates.append(update)  # noqa: PERF402 - what came before the error is looked at
     assert caught.value.exit_code == 7
-    notes = [update.text for update in updates if update.kind == "note" and "not finite" in update.text]
+    notes = [
+        update.text for update in updates if update.kind == "note" and "not finite" in update.text
+    ]
     assert len(notes) == 2
     assert "the 3rd in a row" in str(caught.value)
     assert "pairs.jsonl:" in notes[0]
@@ -461,8 +569,20 @@ def test_out_of_memory_names_the_levers(
         train(small_recipe())
 
 
-PLAIN = ("packing=false", "fused_lora=false", "head_chunk=none", "activation_checkpointing=none", "micro_batch_size=2")
-ALL = ("mlp_tile=16", "checkpoint_offload=true", "embedding_on_cpu=true", "head_chunk=16", "micro_batch_tokens=100")
+PLAIN = (
+    "packing=false",
+    "fused_lora=false",
+    "head_chunk=none",
+    "activation_checkpointing=none",
+    "micro_batch_size=2",
+)
+ALL = (
+    "mlp_tile=16",
+    "checkpoint_offload=true",
+    "embedding_on_cpu=true",
+    "head_chunk=16",
+    "micro_batch_tokens=100",
+)
 
 
 def test_the_levers_of_memory_change_no_run(small_recipe: Build) -> None:
@@ -470,7 +590,9 @@ def test_the_levers_of_memory_change_no_run(small_recipe: Build) -> None:
     found = []
     for name, levers in (("plain", PLAIN), ("all", ALL)):
         keys = [f"memory.{lever}" for lever in levers]
-        _, result = train_all(small_recipe(f"training.output_dir={name}", "training.optim=adamw_torch", *keys))
+        _, result = train_all(
+            small_recipe(f"training.output_dir={name}", "training.optim=adamw_torch", *keys)
+        )
         found.append((rows_without_clock(result.run), adapter(result.run)))
     (rows, weights), (others, other_weights) = found
     assert len(rows) == len(others) == 7
@@ -484,7 +606,9 @@ def test_full_determinism_trains_and_ends_with_the_run(small_recipe: Build) -> N
     _, result = train_all(small_recipe("training.full_determinism=true", "training.max_steps=2"))
     assert result.steps == 2
     assert not torch.are_deterministic_algorithms_enabled()
-    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"  # with less cuBLAS has slow kernels only
+    assert (
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    )  # with less cuBLAS has slow kernels only
 
 
 def test_an_operation_without_a_deterministic_kernel_is_named(
@@ -492,8 +616,12 @@ def test_an_operation_without_a_deterministic_kernel_is_named(
 ) -> None:
     def explode(*_: object, **__: object) -> None:
         assert torch.are_deterministic_algorithms_enabled()
-        assert not torch.is_deterministic_algorithms_warn_only_enabled()  # with it, FlashAttention would stay as it is
-        raise RuntimeError("kthvalue CUDA does not have a deterministic implementation, but you set more.")
+        assert (
+            not torch.is_deterministic_algorithms_warn_only_enabled()
+        )  # with it, FlashAttention would stay as it is
+        raise RuntimeError(
+            "kthvalue CUDA does not have a deterministic implementation, but you set more."
+        )
 
     monkeypatch.setattr("orpo_lite.training.step.accumulate", explode)
     with pytest.raises(RecipeError, match=r"kthvalue CUDA.*\n.*training\.full_determinism=false"):
@@ -501,19 +629,35 @@ def test_an_operation_without_a_deterministic_kernel_is_named(
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_a_run_says_when_its_base_cannot_share_prompts(small_recipe: Build, workspace: Path) -> None:
-    shape = {"hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 99, "initializer_range": 0.2}
-    write_base(workspace / "bloom", BloomForCausalLM(BloomConfig(**shape, bos_token_id=1, eos_token_id=2)))
-    updates, result = train_all(small_recipe("model.model_name_or_path=./bloom", "training.max_steps=2"))
+def test_a_run_says_when_its_base_cannot_share_prompts(
+    small_recipe: Build, workspace: Path
+) -> None:
+    shape = {
+        "hidden_size": 64,
+        "n_layer": 2,
+        "n_head": 4,
+        "vocab_size": 99,
+        "initializer_range": 0.2,
+    }
+    write_base(
+        workspace / "bloom", BloomForCausalLM(BloomConfig(**shape, bos_token_id=1, eos_token_id=2))
+    )
+    updates, result = train_all(
+        small_recipe("model.model_name_or_path=./bloom", "training.max_steps=2")
+    )
     notes = [update.text for update in updates if update.kind == "note"]
     assert [note for note in notes if note.startswith("pairs are neither packed nor shared")], notes
     assert result.steps == 2
 
 
-def test_an_embedding_that_is_the_head_too_stays_on_the_device(small_recipe: Build, workspace: Path) -> None:
+def test_an_embedding_that_is_the_head_too_stays_on_the_device(
+    small_recipe: Build, workspace: Path
+) -> None:
     write_base(workspace / "tied", tiny_llama(98, tie_word_embeddings=True))
     keys = ("model.model_name_or_path=./tied", "memory.embedding_on_cpu=true")
-    with pytest.raises(RecipeError, match=r"command line: memory.embedding_on_cpu: true\n.*output head"):
+    with pytest.raises(
+        RecipeError, match=r"command line: memory.embedding_on_cpu: true\n.*output head"
+    ):
         train_all(small_recipe(*keys))
     assert not (workspace / "run").exists()
 
@@ -550,7 +694,10 @@ def test_sixteen_bit_base_and_dora(small_recipe: Build) -> None:
     """Without quantisation, in bfloat16, with DoRA and rsLoRA: the same loop."""
     _, result = train_all(
         small_recipe(
-            "quantization.load_in_4bit=false", "model.dtype=bfloat16", "lora.use_dora=true", "lora.use_rslora=true"
+            "quantization.load_in_4bit=false",
+            "model.dtype=bfloat16",
+            "lora.use_dora=true",
+            "lora.use_rslora=true",
         )
     )
     assert math.isfinite(result.after["eval_loss"])
@@ -558,6 +705,8 @@ def test_sixteen_bit_base_and_dora(small_recipe: Build) -> None:
 
 
 def test_float16_scales_its_loss(small_recipe: Build) -> None:
-    recipe = small_recipe("model.dtype=float16", "training.learning_rate=5e-3", "training.num_train_epochs=2")
+    recipe = small_recipe(
+        "model.dtype=float16", "training.learning_rate=5e-3", "training.num_train_epochs=2"
+    )
     _, result = train_all(recipe)
     assert result.after["eval_loss"] < result.before["eval_loss"]

@@ -17,7 +17,11 @@ pytestmark = pytest.mark.real
 
 SETS = {
     "hh-rlhf": ("hh-rlhf-harmless.jsonl", "hh_rlhf", {}),
-    "alpaca-prefs": ("alpaca-prefs/train.jsonl", "messages", {"data.dataset_test_split": "alpaca-prefs/test.jsonl"}),
+    "alpaca-prefs": (
+        "alpaca-prefs/train.jsonl",
+        "messages",
+        {"data.dataset_test_split": "alpaca-prefs/test.jsonl"},
+    ),
 }
 
 
@@ -54,7 +58,9 @@ def test_a_real_llama_learns_real_preferences(name: str, tmp_path: Path) -> None
     (said,) = data["format"]
     assert form in said
     assert "the paper's" in data["chat_template"]
-    losses = {row["step"]: row["eval_loss"] for row in read_metrics(result.run) if "eval_loss" in row}
+    losses = {
+        row["step"]: row["eval_loss"] for row in read_metrics(result.run) if "eval_loss" in row
+    }
     assert losses[result.kept_step] == min(losses.values())
     assert result.after["eval_nll_loss"] < result.before["eval_nll_loss"] - 0.05
     assert all(math.isfinite(value) for value in result.after.values())

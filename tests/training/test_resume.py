@@ -71,7 +71,12 @@ def rates(run: Path) -> list[float]:
 
 def test_a_finished_run_that_is_made_longer_is_the_one_that_began_so(small_recipe: Build) -> None:
     """Data order and rate are functions of the step alone, so nothing tells the two apart."""
-    options = (*FEW, "training.lr_scheduler_type=constant", "training.warmup_steps=0", "training.eval_steps=2")
+    options = (
+        *FEW,
+        "training.lr_scheduler_type=constant",
+        "training.warmup_steps=0",
+        "training.eval_steps=2",
+    )
     train(small_recipe(*options, "training.max_steps=2"))
     _, longer = go_on(Path("run"), "training.max_steps=6")
     whole = train(small_recipe(*options, "training.max_steps=6", "training.output_dir=whole"))
@@ -79,10 +84,14 @@ def test_a_finished_run_that_is_made_longer_is_the_one_that_began_so(small_recip
     assert same_bits(longer.run, whole.run)
 
 
-def test_another_rate_and_length_hold_from_the_next_step_on_as_if_begun_so(trained: Trained) -> None:
+def test_another_rate_and_length_hold_from_the_next_step_on_as_if_begun_so(
+    trained: Trained,
+) -> None:
     run = trained[1].run
     before = rates(run)
-    notes, result = go_on(run, "training.learning_rate=1e-3", "training.max_steps=8", "output.samples=0")
+    notes, result = go_on(
+        run, "training.learning_rate=1e-3", "training.max_steps=8", "output.samples=0"
+    )
     recipe = read_recipe(run)
     factor = lr_factor(recipe, torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]), 8)
     assert rates(run) == [*before, *(1e-3 * factor(step) for step in range(4, 8))]
@@ -103,14 +112,18 @@ def test_a_card_names_no_value_that_its_steps_were_not_made_with(trained: Traine
     assert "| `training.learning_rate` | 0.01 |" in make_card(run)
     recipe, changed = find_changes(run, recipe_to_resume(run))
     lock = read_lock(run)
-    record_changes(run, recipe, changed, {**lock, "versions": {**lock["versions"], "peft": "99"}}, 2)
+    record_changes(
+        run, recipe, changed, {**lock, "versions": {**lock["versions"], "peft": "99"}}, 2
+    )
     card = make_card(run)
     assert "| `training.learning_rate` | 0.01, then 0.001 after step 2 |" in card
     assert f"peft {lock['versions']['peft']}, then 99 after step 2" in card
 
 
 @pytest.mark.parametrize("word", ["training.max_steps=3", "training.num_train_epochs=0.5"])
-def test_fewer_steps_than_are_done_are_refused_before_weights_load(trained: Trained, call: Call, word: str) -> None:
+def test_fewer_steps_than_are_done_are_refused_before_weights_load(
+    trained: Trained, call: Call, word: str
+) -> None:
     code, said, error = call("train", "--resume", "run", word)
     assert code == 5
     assert "loading" not in said
@@ -120,8 +133,15 @@ def test_fewer_steps_than_are_done_are_refused_before_weights_load(trained: Trai
 
 
 def test_a_run_that_stopped_early_says_so_and_goes_on_when_told(small_recipe: Build) -> None:
-    options = ("training.learning_rate=0.9", "training.eval_steps=1", "training.warmup_steps=0", *FEW)
-    result = train(small_recipe(*options, "training.early_stopping_patience=1", "training.num_train_epochs=2"))
+    options = (
+        "training.learning_rate=0.9",
+        "training.eval_steps=1",
+        "training.warmup_steps=0",
+        *FEW,
+    )
+    result = train(
+        small_recipe(*options, "training.early_stopping_patience=1", "training.num_train_epochs=2")
+    )
     assert result.steps < 8
     notes, again = go_on(result.run)
     assert again.steps == result.steps
@@ -130,20 +150,28 @@ def test_a_run_that_stopped_early_says_so_and_goes_on_when_told(small_recipe: Bu
     assert go_on(result.run, "training.early_stopping_patience=null")[1].steps == 8
 
 
-def test_a_run_goes_on_without_the_adapter_that_it_began_with(small_recipe: Build, tmp_path: Path) -> None:
+def test_a_run_goes_on_without_the_adapter_that_it_began_with(
+    small_recipe: Build, tmp_path: Path
+) -> None:
     train(small_recipe(*FEW, "training.output_dir=first", "lora.use_rslora=true"))
     source = tmp_path / "first" / "adapter"
     config = json.loads((source / "adapter_config.json").read_text())
-    (source / "adapter_config.json").write_text(json.dumps({**config, "alpha_pattern": {"v_proj": 64}}))
+    (source / "adapter_config.json").write_text(
+        json.dumps({**config, "alpha_pattern": {"v_proj": 64}})
+    )
     onward = (f"model.adapter_name_or_path={source}", "output.samples=0")
     whole = train(small_recipe(*onward, "training.output_dir=whole")).run
     stopped = stop_at(2, small_recipe(*onward, "training.output_dir=stopped"))
     begun = train_events(small_recipe(*onward, "training.output_dir=begun"))
     next(update for update in begun if update.text.startswith("loading"))
     begun.close()
-    other = {name: tensor + 1 for name, tensor in load_file(source / "adapter_model.safetensors").items()}
+    other = {
+        name: tensor + 1 for name, tensor in load_file(source / "adapter_model.safetensors").items()
+    }
     save_file(other, source / "adapter_model.safetensors")
-    assert same_bits(whole, go_on(Path("begun"))[1].run)  # which has no checkpoint yet, and another adapter lies there
+    assert same_bits(
+        whole, go_on(Path("begun"))[1].run
+    )  # which has no checkpoint yet, and another adapter lies there
     shutil.rmtree(source)
     assert same_bits(whole, go_on(stopped)[1].run)
     assert merge(stopped).changed
@@ -153,9 +181,13 @@ def test_a_run_goes_on_without_the_adapter_that_it_began_with(small_recipe: Buil
     assert read_recipe(stopped).lora.target_modules == ["q_proj", "v_proj"]
 
 
-def test_base_pairs_and_template_may_lie_elsewhere_and_are_the_same(small_recipe: Build, workspace: Path) -> None:
+def test_base_pairs_and_template_may_lie_elsewhere_and_are_the_same(
+    small_recipe: Build, workspace: Path
+) -> None:
     template = workspace / "turns.jinja"
-    template.write_text("{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}")
+    template.write_text(
+        "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
+    )
     run = stop_at(2, small_recipe(*FEW, "data.chat_template=turns.jinja"))
     (workspace / "there").mkdir()
     for name in ("base", "pairs.jsonl", "turns.jinja"):
@@ -172,7 +204,9 @@ def test_base_pairs_and_template_may_lie_elsewhere_and_are_the_same(small_recipe
     assert merge(run).changed
 
 
-def test_a_run_goes_on_with_the_commit_of_its_base_wherever_main_is_by_then(hub: Hub, small_recipe: Build) -> None:
+def test_a_run_goes_on_with_the_commit_of_its_base_wherever_main_is_by_then(
+    hub: Hub, small_recipe: Build
+) -> None:
     run = stop_at(2, small_recipe(*FEW, f"model.model_name_or_path={NAME}"))
     hub.requests.clear()
     go_on(run)
@@ -207,11 +241,16 @@ def test_a_divergence_is_gone_on_from_with_the_line_that_it_prints(
 ) -> None:
     loss = Orpo.loss
     with monkeypatch.context() as patch:
-        patch.setattr(Orpo, "loss", lambda *given: tuple(value * float("nan") for value in loss(*given)))
+        patch.setattr(
+            Orpo, "loss", lambda *given: tuple(value * float("nan") for value in loss(*given))
+        )
         with pytest.raises(DivergedError) as raised:
             train(small_recipe(*FEW))
     assert isinstance(raised.value.fix, Command)
     _, *words = raised.value.fix.line.split()
     code, _, error = call(*words)
     assert code == 0, error
-    assert "| `training.learning_rate` | 0.001, then 0.0005 after step 2 |" in Path("run/README.md").read_text()
+    assert (
+        "| `training.learning_rate` | 0.001, then 0.0005 after step 2 |"
+        in Path("run/README.md").read_text()
+    )

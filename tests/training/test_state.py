@@ -18,13 +18,17 @@ from orpo_lite.runs.interrupt import Interrupted
 from orpo_lite.runs.records import read_metrics
 from orpo_lite.training.state import VERSION, TrainState
 
-FORMAT_0 = Path(__file__).parent / "checkpoint-0"  # as version 0.1.0 wrote it, before the format had a number
+FORMAT_0 = (
+    Path(__file__).parent / "checkpoint-0"
+)  # as version 0.1.0 wrote it, before the format had a number
 SMALL = ("lora.r=2", "lora.target_modules=q_proj")  # what that run was trained with
 
 
 def test_a_checkpoint_holds_the_state_and_nothing_else(small_recipe: Callable[..., Recipe]) -> None:
     result = train(small_recipe(*SMALL))
-    written = json.loads((result.run / "checkpoints/step-0000004/state.json").read_text(encoding="utf-8"))
+    written = json.loads(
+        (result.run / "checkpoints/step-0000004/state.json").read_text(encoding="utf-8")
+    )
     assert list(written) == ["version", *(field.name for field in fields(TrainState))]
     assert written["version"] == VERSION
     state = TrainState.from_json(written, "state.json")
@@ -50,13 +54,19 @@ def test_a_checkpoint_of_the_first_format_goes_on(small_recipe: Callable[..., Re
 
 
 def test_the_settings_of_a_step_that_ran_out_of_memory_are_read_under_their_old_name() -> None:
-    old = json.loads((FORMAT_0 / "state.json").read_text(encoding="utf-8")) | {"levers": {"micro_batch_size": 1}}
+    old = json.loads((FORMAT_0 / "state.json").read_text(encoding="utf-8")) | {
+        "levers": {"micro_batch_size": 1}
+    }
     assert TrainState.from_json(old, "state.json").memory == {"micro_batch_size": 1}
 
 
 @pytest.mark.parametrize(
     ("change", "found"),
-    [({"version": VERSION + 1}, f"version {VERSION + 1}"), ({"surplus": 1}, "other fields"), ({"version": "1"}, "ver")],
+    [
+        ({"version": VERSION + 1}, f"version {VERSION + 1}"),
+        ({"surplus": 1}, "other fields"),
+        ({"version": "1"}, "ver"),
+    ],
 )
 def test_another_format_is_refused(change: dict[str, object], found: str) -> None:
     with pytest.raises(CheckpointError, match=found):
@@ -68,7 +78,13 @@ def test_the_best_evaluation_is_the_one_of_the_lowest_loss() -> None:
     seen = []
     for step, loss in enumerate((3.0, 2.0, math.nan, 2.0, 1.0)):
         state.step = step
-        seen.append((state.note_evaluation({"eval_loss": loss}), state.best_step, state.worse_in_a_row))
+        seen.append(
+            (state.note_evaluation({"eval_loss": loss}), state.best_step, state.worse_in_a_row)
+        )
     assert seen == [(True, 0, 0), (True, 1, 0), (False, 1, 1), (False, 1, 2), (True, 4, 0)]
-    assert (state.before, state.after, state.latest) == ({"eval_loss": 3.0}, {"eval_loss": 1.0}, {"eval_loss": 1.0})
+    assert (state.before, state.after, state.latest) == (
+        {"eval_loss": 3.0},
+        {"eval_loss": 1.0},
+        {"eval_loss": 1.0},
+    )
     assert not TrainState().note_evaluation({})

@@ -23,18 +23,26 @@ from orpo_lite.recipe.reader import load_recipe
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.training.step import accumulate, seed_dropout
 
-PADDED = Batching(packed=False, share=False, tokens=0, pairs=2, pad_id=0, completion_only_loss=False)
+PADDED = Batching(
+    packed=False, share=False, tokens=0, pairs=2, pad_id=0, completion_only_loss=False
+)
 PACKED = replace(PADDED, packed=True, share=True, tokens=60)
 REDUCTIONS = [("token", "false"), ("pair", "true")]  # the authors' code; the paper's text
 
 
 def recipe(**values: Any) -> Recipe:
-    return load_recipe("mistral-qlora", [f"{key.replace('__', '.')}={value}" for key, value in values.items()])
+    return load_recipe(
+        "mistral-qlora", [f"{key.replace('__', '.')}={value}" for key, value in values.items()]
+    )
 
 
-def lora_model(base: torch.nn.Module, dtype: torch.dtype = torch.float64, dropout: float = 0.0) -> PairModel:
+def lora_model(
+    base: torch.nn.Module, dtype: torch.dtype = torch.float64, dropout: float = 0.0
+) -> PairModel:
     """LoRA on every linear layer, with B drawn too, for at B = 0 the gradient of A vanishes."""
-    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=dropout)
+    config = LoraConfig(
+        r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=dropout
+    )
     model = get_peft_model(base, config).to(dtype)  # type: ignore[arg-type]
     model = in_float64(model) if dtype == torch.float64 else model
     torch.manual_seed(1)
@@ -94,7 +102,10 @@ def test_padded_rows_equal_separate_sequences(reduction: str, only: str) -> None
     """float64: the step against each sequence alone, unpadded, with log-softmax and the divisors by hand."""
     model, pairs = lora_model(tiny_llama()), ragged_pairs(8, seed=3)
     settings = recipe(
-        memory__micro_batch_size=8, loss__nll_reduction=reduction, loss__completion_only_loss=only, loss__beta=0.5
+        memory__micro_batch_size=8,
+        loss__nll_reduction=reduction,
+        loss__completion_only_loss=only,
+        loss__beta=0.5,
     )
     found, _ = gradients(model, pairs, settings)
 
@@ -108,12 +119,19 @@ def test_padded_rows_equal_separate_sequences(reduction: str, only: str) -> None
         chosen, rejected = token_logps(pair.chosen_ids), token_logps(pair.rejected_ids)
         p_w = chosen[pair.chosen_start - 1 :].mean().exp()
         p_l = rejected[pair.rejected_start - 1 :].mean().exp()
-        ratio.append(-torch.log(torch.sigmoid(torch.log(p_w / (1 - p_w)) - torch.log(p_l / (1 - p_l)))))
+        ratio.append(
+            -torch.log(torch.sigmoid(torch.log(p_w / (1 - p_w)) - torch.log(p_l / (1 - p_l))))
+        )
         terms = -chosen[pair.chosen_start - 1 :] if only == "true" else -chosen
         nll.append(terms.mean() if reduction == "pair" else terms.sum())
         counted += len(terms)
-    loss = torch.stack(nll).sum() / (8 if reduction == "pair" else counted) + 0.5 * torch.stack(ratio).mean()
-    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, [p for _, p in model.trained()])])
+    loss = (
+        torch.stack(nll).sum() / (8 if reduction == "pair" else counted)
+        + 0.5 * torch.stack(ratio).mean()
+    )
+    expected = torch.cat(
+        [g.flatten() for g in torch.autograd.grad(loss, [p for _, p in model.trained()])]
+    )
     assert (found - expected).norm() / expected.norm() < 1e-12
 
 
@@ -135,7 +153,9 @@ def test_a_chosen_token_leaves_the_rejected_side_alone() -> None:
     other = [*pair.chosen_ids[:-2], (pair.chosen_ids[-2] + 1) % 96, pair.chosen_ids[-1]]
     changed = TokenizedPair(other, pair.rejected_ids, pair.chosen_start, pair.rejected_start, "")  # type: ignore[arg-type]
     with model.evaluating():
-        before, after = (model(pad_pairs([p], pad_id=0, completion_only_loss=False)) for p in (pair, changed))
+        before, after = (
+            model(pad_pairs([p], pad_id=0, completion_only_loss=False)) for p in (pair, changed)
+        )
     assert torch.equal(before.rejected_P, after.rejected_P)
     assert not torch.equal(before.chosen_P, after.chosen_P)
 
@@ -179,15 +199,26 @@ def test_order_is_a_function_of_seed_and_epoch() -> None:
     assert order == epoch_order(100, seed=1, epoch=0)
     assert order != epoch_order(100, seed=1, epoch=1)
     assert order != epoch_order(100, seed=2, epoch=0)
-    assert epoch_order(6, seed=42, epoch=0) == (1, 0, 3, 2, 5, 4)  # as any machine and version must give it
+    assert epoch_order(6, seed=42, epoch=0) == (
+        1,
+        0,
+        3,
+        2,
+        5,
+        4,
+    )  # as any machine and version must give it
 
 
 def test_shares_of_processes_cover_the_step_once() -> None:
     pairs = ragged_pairs(7)
     for world in (1, 2, 3, 8):
         for batching in (PADDED, PACKED):
-            shares = [micro_batches(pairs, batching, rank=rank, world=world) for rank in range(world)]
-            assert sorted(index for share in shares for chunk in share for index in chunk) == list(range(7))
+            shares = [
+                micro_batches(pairs, batching, rank=rank, world=world) for rank in range(world)
+            ]
+            assert sorted(index for share in shares for chunk in share for index in chunk) == list(
+                range(7)
+            )
             assert all(len(chunk) <= 2 for share in shares for chunk in share)
 
 
@@ -209,9 +240,13 @@ def gradients_of_processes(folder: str) -> None:
     for reduction, only in REDUCTIONS:
         for count in (8, 7, 1):  # an uneven share; a process with no pair at all
             settings = recipe(
-                memory__micro_batch_size=2, loss__nll_reduction=reduction, loss__completion_only_loss=only
+                memory__micro_batch_size=2,
+                loss__nll_reduction=reduction,
+                loss__completion_only_loss=only,
             )
-            saved[f"{reduction} {count}"] = gradients(model, ragged_pairs(count), settings, processes)
+            saved[f"{reduction} {count}"] = gradients(
+                model, ragged_pairs(count), settings, processes
+            )
     if processes.is_main:
         torch.save(saved, f"{folder}/gradients.pt")
 
@@ -219,8 +254,24 @@ def gradients_of_processes(folder: str) -> None:
 def test_two_processes_give_the_gradient_of_one(tmp_path: Path) -> None:
     script = tmp_path / "process.py"
     script.write_text(PROCESS)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+    ]
+    launch += [
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        "0",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     here = Path(__file__).parent
     launch += [str(script), str(tmp_path), str(here), str(here.parent)]
@@ -231,7 +282,9 @@ def test_two_processes_give_the_gradient_of_one(tmp_path: Path) -> None:
     for reduction, only in REDUCTIONS:
         for count in (8, 7, 1):
             settings = recipe(
-                memory__micro_batch_size=8, loss__nll_reduction=reduction, loss__completion_only_loss=only
+                memory__micro_batch_size=8,
+                loss__nll_reduction=reduction,
+                loss__completion_only_loss=only,
             )
             expected, figures = gradients(model, ragged_pairs(count), settings)
             vector, parts = saved[f"{reduction} {count}"]
@@ -256,7 +309,9 @@ def test_the_fault_these_tests_are_for_is_seen() -> None:
     expected, _ = gradients(model, pairs, recipe(memory__micro_batch_size=8))
     model.zero_grad(set_to_none=True)
     for chunk in micro_batches(pairs, PADDED):
-        logps = model(pad_pairs([pairs[index] for index in chunk], pad_id=0, completion_only_loss=False))
+        logps = model(
+            pad_pairs([pairs[index] for index in chunk], pad_id=0, completion_only_loss=False)
+        )
         loss, _ = orpo_loss(logps, Divisors(2, int(logps.nll_tokens_P.sum())), beta=0.1)
         (loss / 4).backward()
     wrong = torch.cat([parameter.grad.flatten() for _, parameter in model.trained()])  # type: ignore[union-attr]

@@ -24,22 +24,35 @@ from orpo_lite.objectives.objective import find_objective
 from orpo_lite.recipe.reader import load_recipe
 from orpo_lite.training.step import accumulate, update
 
-trl = pytest.importorskip("trl.experimental.orpo", reason="TRL, the oracle, comes with the extra `bench`")
+trl = pytest.importorskip(
+    "trl.experimental.orpo", reason="TRL, the oracle, comes with the extra `bench`"
+)
 
 STEPS, BATCH, LEARNING_RATE = 10, 4, 1e-2
-FIGURES = ("loss", "nll_loss", "log_odds_ratio", "log_odds_chosen", "logps/chosen", "logps/rejected")
+FIGURES = (
+    "loss",
+    "nll_loss",
+    "log_odds_ratio",
+    "log_odds_chosen",
+    "logps/chosen",
+    "logps/rejected",
+)
 FIGURES += ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
 
 
 def flat_gradients(model: torch.nn.Module) -> torch.Tensor:
-    return torch.cat([p.grad.detach().flatten().clone() for p in model.parameters() if p.requires_grad])  # type: ignore[union-attr]
+    return torch.cat(
+        [p.grad.detach().flatten().clone() for p in model.parameters() if p.requires_grad]
+    )  # type: ignore[union-attr]
 
 
 def flat_weights(model: torch.nn.Module) -> torch.Tensor:
     return torch.cat([p.detach().flatten().clone() for p in model.parameters() if p.requires_grad])
 
 
-def run_trl(model: Any, pairs: Path, folder: Path) -> tuple[list[dict[str, float]], list[torch.Tensor], Any]:
+def run_trl(
+    model: Any, pairs: Path, folder: Path
+) -> tuple[list[dict[str, float]], list[torch.Tensor], Any]:
     """Ten steps of TRL on the pairs in file order; what it computed at each, and its tokens."""
     figures, gradients = [], []
 
@@ -74,8 +87,12 @@ def run_trl(model: Any, pairs: Path, folder: Path) -> tuple[list[dict[str, float
         save_strategy="no",
         disable_tqdm=True,
     )
-    rows = load_dataset("json", data_files=str(pairs), split="train", cache_dir=str(folder / "cache"))
-    oracle = Oracle(model=model, args=settings, train_dataset=rows, processing_class=byte_tokenizer())
+    rows = load_dataset(
+        "json", data_files=str(pairs), split="train", cache_dir=str(folder / "cache")
+    )
+    oracle = Oracle(
+        model=model, args=settings, train_dataset=rows, processing_class=byte_tokenizer()
+    )
     oracle.train()
     return figures, gradients, oracle.train_dataset
 
@@ -123,13 +140,25 @@ def test_ten_steps_equal_trl(make: Callable[..., Any], tmp_path: Path) -> None:
         batch = pairs[step * BATCH : (step + 1) * BATCH]
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * factor(step)
         parts = accumulate(
-            ours, objective, batch, batching, step=step, seed=recipe.training.seed, processes=processes, scaler=scaler
+            ours,
+            objective,
+            batch,
+            batching,
+            step=step,
+            seed=recipe.training.seed,
+            processes=processes,
+            scaler=scaler,
         )
         found = objective.metrics(parts)
         for name in FIGURES:
-            assert found[name] == pytest.approx(figures[step][name], rel=1e-5, abs=1e-5), (step, name)
+            assert found[name] == pytest.approx(figures[step][name], rel=1e-5, abs=1e-5), (
+                step,
+                name,
+            )
         difference = (flat_gradients(ours) - gradients[step]).norm() / gradients[step].norm()
         assert difference < 1e-5, step
         update(trained, optimizer, scaler, found["loss"], recipe.training.max_grad_norm)
     assert (flat_weights(ours) - flat_weights(theirs)).norm() / flat_weights(theirs).norm() < 1e-4
-    assert figures[-1]["loss"] < figures[0]["loss"] - 0.1  # they learnt; equality was not that of standing still
+    assert (
+        figures[-1]["loss"] < figures[0]["loss"] - 0.1
+    )  # they learnt; equality was not that of standing still
