@@ -42,7 +42,8 @@ def test_tokens_through_the_model(key: str, name: str, size: int) -> None:
     assert meets(key, lengths.tokens_ratio(lengths.shipped(step.SETS[name]), size))
 
 
-@pytest.mark.parametrize("name", first_and_long(step.SETS))
+@pytest.mark.long
+@pytest.mark.parametrize("name", step.SETS)
 def test_flops_a_pair(name: str) -> None:
     triples = lengths.shipped(step.SETS[name])
     assert meets(
@@ -50,6 +51,7 @@ def test_flops_a_pair(name: str) -> None:
     )
 
 
+@pytest.mark.long
 def test_live_bytes_of_a_large_vocabulary() -> None:
     found = step.live_bytes_ratio(lengths.shipped("hh-rlhf"))
     assert meets("live_bytes_ratio_152k", found["live_bytes_ratio_152k"])
