@@ -124,6 +124,17 @@ RESUME = (
     "load_best_model_at_end, full_determinism, model.device, memory.* and output.*: each change is "
     "recorded with its step. The rate of a step is then what it would be there had the run begun with the new values."
 )
+
+
+def _keys(example: str) -> Any:
+    """Return the argument that takes keys of the recipe."""
+    return typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help=f"Any key of the recipe, e.g. {example}.",
+        autocompletion=complete_key,
+    )
+
+
 RecipeName = Annotated[
     str | None,
     typer.Option(
@@ -149,14 +160,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print all of it as JSON, a
 
 @app.command(rich_help_panel=DURING, epilog="Example: orpo-lite train --recipe demo")
 def train(
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[KEY=VALUE]...",
-            help="Any key of the recipe, e.g. lora.r=8.",
-            autocompletion=complete_key,
-        ),
-    ] = None,
+    overrides: Annotated[list[str] | None, _keys("lora.r=8")] = None,
     recipe: RecipeName = None,
     resume: Annotated[
         Path | None, typer.Option(metavar="RUN", help=RESUME, autocompletion=complete_run)
@@ -187,14 +191,7 @@ def train(
     rich_help_panel=BEFORE, epilog="Example: orpo-lite plan --recipe demo memory.budget=8GiB"
 )
 def plan(
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[KEY=VALUE]...",
-            help="Any key of the recipe, e.g. memory.budget=12GiB.",
-            autocompletion=complete_key,
-        ),
-    ] = None,
+    overrides: Annotated[list[str] | None, _keys("memory.budget=12GiB")] = None,
     recipe: RecipeName = None,
     with_data: Annotated[
         bool,
@@ -223,14 +220,7 @@ def plan(
     rich_help_panel=BEFORE, epilog="Example: orpo-lite data --recipe demo data.max_length=64"
 )
 def data(
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[KEY=VALUE]...",
-            help="Any key of the recipe, e.g. data.max_length=1024.",
-            autocompletion=complete_key,
-        ),
-    ] = None,
+    overrides: Annotated[list[str] | None, _keys("data.max_length=1024")] = None,
     recipe: RecipeName = None,
     row: Annotated[
         str | None, typer.Option(metavar="PLACE", help="Show this row, e.g. pairs.csv:3.")
