@@ -24,7 +24,7 @@ STAGE = re.compile(r"^(.*?) \.\.\.( [\d,]+ of [\d,]+)?$")
 # What a training says of its device, its data and its plan where all is well.
 EXPECTED = re.compile(
     "training on|detected explicit|no chat template|[0-9,]+ pairs to train on|memory: |levers: |the largest pass: "
-    "|going on after"
+    "|resuming after"
 )
 
 
