@@ -4,137 +4,31 @@ Keys have the names of the library that owns them (TRL, transformers, peft). Def
 here only; a recipe file holds only what differs. This module does not import torch.
 """
 
-import json
-import os
-import re
 import textwrap
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
 
 from orpo_lite.recipe.text import read_bytes, to_text
+from orpo_lite.recipe.values import (
+    check_attention,
+    check_budget,
+    check_lora_init,
+    check_repository,
+    expand_home,
+    read_module_names,
+    read_names,
+    read_steps,
+    refuse_zero,
+    to_json_values,
+)
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Name = Annotated[str, Field(min_length=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Dtype: TypeAlias = Literal["auto", "bfloat16", "float16", "float32"]
-
-
-def _read_steps(value: object) -> float:
-    """Read a share of all steps (below 1) or a number of steps (TrainingArguments' convention)."""
-    try:
-        steps = float(value)  # type: ignore[arg-type]
-    except TypeError:  # null or a list
-        raise ValueError("should be a valid number") from None
-    if not 0 <= steps < float("inf"):
-        raise ValueError("should be a share of the steps (0.1) or a whole number of them (100)")
-    if steps > 1 and steps != int(steps):
-        raise ValueError("a share of all steps below 1, or a whole number of steps")
-    return steps
-
-
-def _refuse_zero(value: int) -> int:
-    if value == 0:
-        raise ValueError("-1, or at least one step")
-    return value
-
-
-def _expand_home(value: str) -> str:
-    """Return a path with its leading ~ expanded: a shell does not expand it after ``KEY=``."""
-    path = os.path.expanduser(value)
-    if path.startswith("~"):
-        user = value.partition("/")[0]
-        raise ValueError(
-            f"a folder: no user has the home folder {user}; "
-            f"write ./{value} for a folder of that name here"
-        )
-    return path
-
-
-def _read_modules(value: object) -> object:
-    if not isinstance(value, str) or value == "all-linear":
-        return value
-    return _split_at_commas(value)
-
-
-def _read_names(value: object) -> object:
-    """Return several names, written as JSON or with commas between them, as a list.
-
-    A text that is the path of a file is one name, because a file's name may contain a comma.
-    """
-    if not isinstance(value, str) or Path(value).expanduser().exists():
-        return value
-    if value.startswith('["'):
-        try:
-            return json.loads(value)
-        except ValueError:
-            pass  # not JSON: split it at its commas
-    return _split_at_commas(value) if "," in value else value
-
-
-def _split_at_commas(value: str) -> list[str]:
-    names = [name.strip(" \"'") for name in value.strip("[] ").split(",")]
-    return [name for name in names if name]
-
-
-def _to_json_values(value: dict[str, Any]) -> dict[str, Any]:
-    """Return values that JSON has: YAML reads 2024-07-26 as a date, a template needs the text."""
-    plain: dict[str, Any] = json.loads(json.dumps(value, default=str))
-    return plain
-
-
-# Initialisations of peft that change the base's weights.
-BASE_CHANGING = {"pissa", "olora", "loftq", "corda", "eva", "lora-ga", "lora"}
-
-
-def _check_init(value: object) -> object:
-    name = str(value).lower()
-    if name.split("_")[0] in BASE_CHANGING:
-        raise ValueError(
-            f"true, gaussian or orthogonal: {value} rewrites the base, "
-            "so the adapter would fit no other copy of it"
-        )
-    return True if name == "true" else value
-
-
-def _check_budget(value: object) -> object:
-    if isinstance(value, str) and value != "auto" and read_bytes(value) == 0:
-        raise ValueError("auto, or a size such as 24GiB")
-    return value
-
-
-def _check_attention(value: object) -> object:
-    if isinstance(value, str) and "/" in value:
-        raise ValueError(
-            "a name without a /: one with a / fetches compiled code from the hub, which is refused"
-        )
-    return value
-
-
-# The same checks as those of the hub's own client.
-REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9_]([\w.-]*\w)?", re.ASCII)
-MAX_REPOSITORY_LENGTH = 96
-
-
-def refuse_repository(name: str) -> None:
-    """Raise ValueError for a name that no repository of the hub can have."""
-    is_valid = REPOSITORY.fullmatch(name) and len(name) <= MAX_REPOSITORY_LENGTH
-    if not is_valid or "--" in name or ".." in name or name.endswith(".git"):
-        raise ValueError(
-            "owner/name, of letters, digits, -, _ and . "
-            "(no -- or .., no .git at the end, at most 96 characters)"
-        )
-
-
-def _check_repository(name: str | None) -> str | None:
-    if name is not None:
-        refuse_repository(name)
-    return name
-
-
-Steps = Annotated[float, BeforeValidator(_read_steps)]
+Steps = Annotated[float, BeforeValidator(read_steps)]
 
 
 class Section(BaseModel):
@@ -174,7 +68,7 @@ class ModelSection(Section):
     dtype: Dtype = "auto"
     """Data type of the weights that are not quantised, and of the activations. auto: bfloat16 if
     the GPU supports it, else float16 (T4); float32 on a CPU."""
-    attn_implementation: Annotated[str | None, BeforeValidator(_check_attention)] = None
+    attn_implementation: Annotated[str | None, BeforeValidator(check_attention)] = None
     """Attention of transformers: sdpa, eager or flash_attention_2. null: transformers chooses."""
 
 
@@ -203,7 +97,7 @@ class LoraSection(Section):
     """Dropout probability of the adapter's input."""
     target_modules: Annotated[
         Literal["all-linear"] | Annotated[list[str], Field(min_length=1)],
-        BeforeValidator(_read_modules),
+        BeforeValidator(read_module_names),
     ] = "all-linear"
     """Modules that get an adapter: all-linear (every linear layer but the output head), or a list
     of names such as q_proj,v_proj."""
@@ -212,7 +106,7 @@ class LoraSection(Section):
     use_dora: bool = False
     """Use weight-decomposed LoRA (DoRA, arXiv 2402.09353): slower, a little better at low rank."""
     init_lora_weights: Annotated[
-        Literal[True, "gaussian", "orthogonal"], BeforeValidator(_check_init)
+        Literal[True, "gaussian", "orthogonal"], BeforeValidator(check_lora_init)
     ] = True
     """Initial values of the adapter: true (peft's default), gaussian or orthogonal. PiSSA and
     similar ones rewrite the base and are refused."""
@@ -222,7 +116,7 @@ class DataSection(Section):
     """The preference pairs."""
 
     dataset_name: Annotated[
-        Name | Annotated[list[Name], Field(min_length=1)], BeforeValidator(_read_names)
+        Name | Annotated[list[Name], Field(min_length=1)], BeforeValidator(read_names)
     ]
     """The dataset: a hub name, a local file (jsonl, json, csv, tsv, parquet, arrow),
     a folder or a glob pattern. A list names several datasets."""
@@ -258,7 +152,7 @@ class DataSection(Section):
     chat_template: str = "auto"
     """auto: the tokenizer's chat template, or the ORPO paper's if it has none. none: join prompt
     and response as plain text. Or the path of a .jinja file."""
-    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_to_json_values)] = {}
+    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(to_json_values)] = {}
     """Variables for the chat template, for instance {enable_thinking: false}."""
 
     @property
@@ -307,7 +201,7 @@ class TrainingSection(Section):
     resume it is what it would be if the run had begun with the new values.
     """
 
-    output_dir: Annotated[str, Field(min_length=1), AfterValidator(_expand_home)] = "runs/orpo"
+    output_dir: Annotated[str, Field(min_length=1), AfterValidator(expand_home)] = "runs/orpo"
     """The run folder that is created. A folder that exists is refused."""
     learning_rate: Positive = 5e-5
     """Peak learning rate. `train --resume RUN` may change it, for instance after a divergence."""
@@ -315,7 +209,7 @@ class TrainingSection(Section):
     """Pairs per optimizer step, over all devices. Memory settings do not change it."""
     num_train_epochs: Positive = 1.0
     """Passes over the training pairs. Fractions are allowed."""
-    max_steps: Annotated[int, Field(ge=-1), AfterValidator(_refuse_zero)] = -1
+    max_steps: Annotated[int, Field(ge=-1), AfterValidator(refuse_zero)] = -1
     """Optimizer steps. -1: as many as num_train_epochs needs. Changed with --resume, it also
     changes the length of the learning-rate schedule."""
     lr_scheduler_type: Literal["cosine", "linear", "constant", "inverse_sqrt"] = "cosine"
@@ -356,7 +250,7 @@ class MemorySection(Section):
     The plan (``orpo-lite plan``) chooses the values that are auto.
     """
 
-    budget: Annotated[str, BeforeValidator(_check_budget)] = "auto"
+    budget: Annotated[str, BeforeValidator(check_budget)] = "auto"
     """Memory that the run may take on the device, such as 24GiB. auto: what is free on the GPU;
     on a CPU no plan is made."""
     packing: bool = True
@@ -434,7 +328,7 @@ class OutputSection(Section):
     push_to_hub: bool = False
     """Push the adapter and its model card to the hub at the end. Whether that is allowed is
     checked before the training."""
-    hub_model_id: Annotated[str | None, AfterValidator(_check_repository)] = None
+    hub_model_id: Annotated[str | None, AfterValidator(check_repository)] = None
     """Repository to push to: owner/name, or only a name for one of your own. It is created if it
     does not exist."""
     hub_private_repo: bool = True

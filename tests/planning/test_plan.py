@@ -767,7 +767,7 @@ def test_a_shortage_is_survived_with_the_same_gradients(
     updates, short = train_all(small_recipe(*PLAIN, "training.output_dir=short"))
     said = [note for note in notes(updates) if note.startswith("out of memory")]
     assert 1 <= len(said) <= 3  # halved until it fits, in the first step
-    assert all("at step 1: done again, and gone on, with" in note for note in said)
+    assert all("at step 1: it is repeated, and the run continues, with" in note for note in said)
     assert max(sizes[len(said) :]) <= 256
     for row, other in zip(
         rows_without_clock(whole.run), rows_without_clock(short.run), strict=True
@@ -793,7 +793,7 @@ def test_a_shortage_with_single_pairs_checkpoints_all_layers_then_ends(
 ) -> None:
     scarce(10)
     said = []
-    with pytest.raises(FitError, match="one pair at a time is out of memory") as caught:
+    with pytest.raises(FitError, match="out of memory with one pair at a time") as caught:
         for update in train_events(small_recipe("memory.activation_checkpointing=none")):
             said += [update.text] if update.kind == "note" else []
     assert "memory.activation_checkpointing=all" in said[-1].replace(
