@@ -38,7 +38,7 @@ from transformers import (
 
 from benchmarks import lengths, peers
 from benchmarks.data import processor
-from benchmarks.ours import ALL_LEVERS, BATCH, SETS, SHAPES, our_step, recipe
+from benchmarks.ours import ALL_SETTINGS, BATCH, SETS, SHAPES, our_step, recipe
 from orpo_lite.data.packing import pack_pairs
 from orpo_lite.model.load import bare_base, bare_pair_model, load_pair_model
 from orpo_lite.model.pair_model import PairModel
@@ -47,7 +47,7 @@ from orpo_lite.objectives.orpo import orpo_loss
 from orpo_lite.ops.devices import META
 from orpo_lite.ops.head import Head, chunk_rows, row_logps
 from orpo_lite.planning.measure import measure as counted
-from orpo_lite.planning.measure import phases, standing_bytes
+from orpo_lite.planning.measure import resident_bytes, track_phases
 from orpo_lite.planning.meter import LiveBytes
 from orpo_lite.planning.on_meta import META_ATTENTION, blank_pairs, held_tensors, worst_case
 from orpo_lite.recipe.schema import Recipe
@@ -109,19 +109,22 @@ def counted_trl(config: Any, triples: lengths.Triples) -> tuple[dict[str, int], 
     model = trl_on_meta(config)
     for parameter in model.parameters():
         parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
-    with LiveBytes(storages(model)) as tracker, phases(model.get_base_model().model, tracker):
+    with LiveBytes(storages(model)) as tracker, track_phases(model.get_base_model().model, tracker):
         loss = peers.meta_loss(model, blank_pairs(triples))
         tracker.phase = "backward pass"
         loss.backward()
-    return standing_bytes(model, recipe())[0], tracker
+    return resident_bytes(model, recipe())[0], tracker
 
 
 def live_bytes_ratio(triples: lengths.Triples) -> dict[str, float]:
-    """Ours over TRL's for 8 pairs of the 152k vocabulary: with all levers of memory, and with the default ones."""
+    """Ours over TRL's for 8 pairs of the 152k vocabulary, with all and with default settings."""
     config = SHAPES["peak_gib_qwen25_7b"][1]
     batch = lengths.near_mean(triples, BATCH, 1)[0]
     theirs = counted_trl(config, batch)[1].peak
-    ours = [counted(recipe(**levers), config, batch, "ampere").peak for levers in (ALL_LEVERS, {})]
+    ours = [
+        counted(recipe(**memory_settings), config, batch, "ampere").peak
+        for memory_settings in (ALL_SETTINGS, {})
+    ]
     return {
         "live_bytes_ratio_152k": ours[0] / theirs,
         "live_bytes_ratio_152k_default_levers": ours[1] / theirs,
@@ -129,14 +132,14 @@ def live_bytes_ratio(triples: lengths.Triples) -> dict[str, float]:
     }
 
 
-def peak_of_7b(config: Any, levers: dict[str, Any] | None, tokens: int = 2_048) -> float:
+def peak_of_7b(config: Any, memory_settings: dict[str, Any] | None, tokens: int = 2_048) -> float:
     """GiB on the device in a step on one pair that shares nothing: weights, adapter, gradients, 8-bit states, the rest.
 
-    ``levers`` of ours; None for TRL's. The CUDA context and fragmentation are not in it.
+    ``memory_settings`` of ours; None for TRL's. The CUDA context and fragmentation are not in it.
     """
     pair = worst_case(tokens, 1)
-    if levers is not None:
-        return counted(recipe(**levers), config, pair, "ampere").total / 2**30
+    if memory_settings is not None:
+        return counted(recipe(**memory_settings), config, pair, "ampere").total / 2**30
     standing, tracker = counted_trl(config, pair)
     return (sum(standing.values()) + tracker.peak) / 2**30
 
@@ -352,7 +355,7 @@ def measure(
     for key, value in live_bytes_ratio(first).items():
         note(key, value)
     for key, (_, config) in SHAPES.items():
-        note(key, peak_of_7b(config, ALL_LEVERS))
+        note(key, peak_of_7b(config, ALL_SETTINGS))
         note(f"{key}_default_levers", peak_of_7b(config, {}))
         note(f"{key}_trl", peak_of_7b(config, None))
     for name, triples in sets.items():
