@@ -20,14 +20,16 @@ from torch.nn.attention.bias import causal_lower_right
 
 from orpo_lite.ops.blockwise_attention import flash_cpu_attention, maths_attention
 from orpo_lite.ops.devices import device_kind
-from orpo_lite.ops.meta_attention import meta_flash_attention
+from orpo_lite.ops.meta_attention import meta_flash_attention, meta_padded_attention
 from orpo_lite.ops.segments import (
+    PADDING,
     AttentionOptions,
     Segment,
     as_sequences,
     causal_mask,
     current_layout,
     join_tokens,
+    similar_runs,
 )
 
 NAME = "orpo_lite_pairs"  # in transformers' AttentionInterface
@@ -193,35 +195,39 @@ def _efficient(
     segments: Sequence[Segment],
     options: AttentionOptions,
 ) -> Tensor:
-    """torch's memory-efficient attention, all segments in one call.
+    """torch's memory-efficient attention, a call for each run of segments of similar length.
 
-    For GPUs before Ampere and for float32.
+    For GPUs before Ampere and for float32. The kernel pads sequences to the longest one of a call,
+    in its log-sum-exp and in the workspace of its backward pass.
     """
-    q, k, v, lengths = as_sequences(query, key, value, segments)
-    starts_q, starts_k, longest_q, longest_k = lengths
+    q, k, v, (*_, longest_k) = as_sequences(query, key, value, segments)
     # The operator's own window argument is not documented.
     if options.window is not None and longest_k > options.window:
         return _sdpa(query, key, value, segments, options)
     k, v = (tensor.repeat_interleave(q.shape[1] // tensor.shape[1], 1) for tensor in (k, v))
     if q.is_meta:
-        return meta_flash_attention(q, k, v).transpose(0, 1).unsqueeze(0)
-    # The operator itself: the public function takes one sequence length, or nested tensors.
-    out, *_ = torch.ops.aten._efficient_attention_forward(
-        q.unsqueeze(0),
-        k.unsqueeze(0),
-        v.unsqueeze(0),
-        None,
-        starts_q,
-        starts_k,
-        longest_q,
-        longest_k,
-        0.0,
-        FROM_BOTTOM_RIGHT,
-        torch.is_grad_enabled(),
-        scale=options.scale,
-    )
-    found: Tensor = out.transpose(1, 2)
-    return found
+        padding = PADDING if len(segments) > 1 else 1
+        return meta_padded_attention(q, k, v, padding).transpose(0, 1).unsqueeze(0)
+    outs = []
+    for run in similar_runs(tuple(segments), q.device):
+        # The operator itself: the public function takes one sequence length, or nested tensors.
+        out, *_ = torch.ops.aten._efficient_attention_forward(
+            q[run.queries].unsqueeze(0),
+            k[run.keys].unsqueeze(0),
+            v[run.keys].unsqueeze(0),
+            None,
+            run.starts_q,
+            run.starts_k,
+            run.longest_q,
+            run.longest_k,
+            0.0,
+            FROM_BOTTOM_RIGHT,
+            torch.is_grad_enabled(),
+            scale=options.scale,
+        )
+        outs.append(out)
+    joined: Tensor = outs[0] if len(outs) == 1 else torch.cat(outs, 1)
+    return joined.transpose(1, 2)
 
 
 def _sdpa(

@@ -12,11 +12,13 @@ class MetaAttention(torch.autograd.Function):
     """What a kernel that never holds scores returns, keeps and allocates, on the meta device."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: int) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: int, padding: int
+    ) -> Tensor:
         out = query.new_empty(*query.shape[:-1], value.shape[-1])
-        lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        lse = query.new_empty(padding, *query.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, out, lse)
-        ctx.segments = segments
+        ctx.segments, ctx.padding = segments, padding
         return out
 
     @staticmethod
@@ -25,10 +27,10 @@ class MetaAttention(torch.autograd.Function):
         if ctx.segments:
             workspace = varlen_workspace(query, key, value, ctx.segments)
         else:
-            workspace = _workspace(query, key, value)
+            workspace = _workspace(query, key, value, ctx.padding)
         grads = [torch.empty_like(tensor) for tensor in (query, key, value)]
         del workspace  # kernels free it when the gradients exist
-        return *grads, None
+        return *grads, None, None
 
 
 MULTIPROCESSORS = 192
@@ -69,18 +71,20 @@ def varlen_workspace(query: Tensor, key: Tensor, value: Tensor, segments: int) -
     return made
 
 
-def _workspace(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+def _workspace(query: Tensor, key: Tensor, value: Tensor, padding: int) -> list[Tensor]:
     """Return what other kernels allocate for the backward pass, shapes (B, H, T, E).
 
     The queries' gradient is summed in float32. In half precision with heads larger than 64, the
     memory-efficient kernel sums those of keys and values in float32 too (``kOutputInRF`` in
-    torch's mem_eff_attention/kernel_backward.h).
+    torch's mem_eff_attention/kernel_backward.h). Rows of sequences of different lengths are padded:
+    there are up to ``padding`` times as many.
     """
-    made = [query.new_empty(query.shape, dtype=torch.float32)]
+    made = [query.new_empty(padding, *query.shape, dtype=torch.float32)]
     if (group := query.shape[1] // key.shape[1]) > 1:
         made += [tensor.new_empty(group * tensor.numel()) for tensor in (key, value)]
     elif query.dtype != torch.float32 and query.shape[-1] > 64:
-        made += [tensor.new_empty(tensor.shape, dtype=torch.float32) for tensor in (key, value)]
+        sums = [(padding, *tensor.shape) for tensor in (key, value)]
+        made += [query.new_empty(shape, dtype=torch.float32) for shape in sums]
     return made
 
 
@@ -94,5 +98,14 @@ def meta_flash_attention(query: Tensor, key: Tensor, value: Tensor, segments: in
     ``segments`` is the number of sequences laid end to end, for FlashAttention. It is 0 for kernels
     that take one sequence at a time.
     """
-    out: Tensor = MetaAttention.apply(query, key, value, segments)
+    out: Tensor = MetaAttention.apply(query, key, value, segments, 1)
+    return out
+
+
+def meta_padded_attention(query: Tensor, key: Tensor, value: Tensor, padding: int) -> Tensor:
+    """Run the memory-efficient kernel on meta tensors (T, H, E), in which heads share nothing.
+
+    ``padding`` bounds the rows of its sequences padded to the longest one, over those they have.
+    """
+    out: Tensor = MetaAttention.apply(query, key, value, 0, padding)
     return out

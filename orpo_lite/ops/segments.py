@@ -122,10 +122,57 @@ def _starts(segments: tuple[Segment, ...], device: torch.device) -> tuple[Tensor
     return starts[:, 0].contiguous(), starts[:, 1].contiguous()
 
 
+class Run(NamedTuple):
+    """Consecutive segments of similar length: its rows, and where its sequences start."""
+
+    queries: slice
+    keys: slice
+    starts_q: Tensor
+    starts_k: Tensor
+    longest_q: int
+    longest_k: int
+
+
+PADDING = 2
+"""Most rows that a run has if its sequences are padded to the longest one, over those it has."""
+
+
+@lru_cache(maxsize=4)
+def similar_runs(segments: tuple[Segment, ...], device: torch.device) -> tuple[Run, ...]:
+    """Split the segments of a row where a kernel that pads sequences would need much more memory.
+
+    Padded to its longest sequence, a run has at most :data:`PADDING` times its queries and keys.
+    """
+    groups: list[list[Segment]] = []
+    for segment in segments:
+        grown = [*groups[-1], segment] if groups else [segment]
+        if groups and _is_similar(grown):
+            groups[-1] = grown
+        else:
+            groups.append([segment])
+    runs, q, k = [], 0, 0
+    for group in groups:
+        queries = [segment.length for segment in group]
+        keys = [segment.prefix_length + segment.length for segment in group]
+        starts_q, starts_k = _starts(tuple(group), device)
+        ends = q + sum(queries), k + sum(keys)
+        rows = slice(q, ends[0]), slice(k, ends[1])
+        runs.append(Run(*rows, starts_q, starts_k, max(queries), max(keys)))
+        q, k = ends
+    return tuple(runs)
+
+
+def _is_similar(group: Sequence[Segment]) -> bool:
+    queries = [segment.length for segment in group]
+    keys = [segment.prefix_length + segment.length for segment in group]
+    return all(len(group) * max(sizes) <= PADDING * sum(sizes) for sizes in (queries, keys))
+
+
 def clear_row_caches() -> None:
     """Drop the cached index tensors of recent rows, so that a measured step allocates them anew."""
     _key_index.cache_clear()
     _starts.cache_clear()
+    similar_runs.cache_clear()
 
 
 def join_tokens(tensor: Tensor, prefix: slice, own: slice) -> Tensor:
