@@ -1,6 +1,7 @@
 """Runs of segments for a kernel that pads: all of a row, in order, and never much larger padded."""
 
 import random
+from itertools import pairwise
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def test_a_run_padded_to_its_longest_sequence_is_at_most_twice_as_large(name: st
     segments = row(LENGTHS[name])
     runs = similar_runs(segments, CPU)
     assert runs[0].queries.start == runs[0].keys.start == 0
-    for before, after in zip(runs, runs[1:], strict=False):
+    for before, after in pairwise(runs):
         assert (after.queries.start, after.keys.start) == (before.queries.stop, before.keys.stop)
     assert runs[-1].queries.stop == sum(segment.length for segment in segments)
     for run in runs:
