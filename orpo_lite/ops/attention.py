@@ -130,7 +130,7 @@ def _varlen(
     segments: Sequence[Segment],
     options: AttentionOptions,
 ) -> Tensor:
-    """torch's FlashAttention (``torch.nn.attention.varlen``): 16-bit, from Ampere on."""
+    """Attend with torch's FlashAttention (``torch.nn.attention.varlen``): 16-bit, since Ampere."""
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v, lengths = as_sequences(query, key, value, segments)
@@ -152,7 +152,7 @@ def _flash_attn_varlen(
     segments: Sequence[Segment],
     options: AttentionOptions,
 ) -> Tensor:
-    """The flash-attn package, if it is installed: the only fast kernel with a softcap."""
+    """Attend with the flash-attn package, if installed: the only fast kernel with a softcap."""
     q, k, v, lengths = as_sequences(query, key, value, segments)
     if q.is_meta:
         out = meta_flash_attention(q, k, v, len(segments))
@@ -193,7 +193,7 @@ def _efficient(
     segments: Sequence[Segment],
     options: AttentionOptions,
 ) -> Tensor:
-    """torch's memory-efficient attention, all segments in one call.
+    """Attend with torch's memory-efficient attention, all segments in one call.
 
     For GPUs before Ampere and for float32.
     """
@@ -231,7 +231,7 @@ def _sdpa(
     segments: Sequence[Segment],
     options: AttentionOptions,
 ) -> Tensor:
-    """torch's scaled_dot_product_attention, one segment at a time.
+    """Attend with torch's scaled_dot_product_attention, one segment at a time.
 
     For head sizes that no other kernel takes.
     """

@@ -77,7 +77,8 @@ def _workspace(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
     torch's mem_eff_attention/kernel_backward.h).
     """
     made = [query.new_empty(query.shape, dtype=torch.float32)]
-    if (group := query.shape[1] // key.shape[1]) > 1:
+    group = query.shape[1] // key.shape[1]  # query heads per key head
+    if group > 1:
         made += [tensor.new_empty(group * tensor.numel()) for tensor in (key, value)]
     elif query.dtype != torch.float32 and query.shape[-1] > 64:
         made += [tensor.new_empty(tensor.shape, dtype=torch.float32) for tensor in (key, value)]
