@@ -1,7 +1,7 @@
 """Ours and TRL's ORPOTrainer on the same pairs: tokens, FLOPs, live bytes, pairs a second, and 7B peaks.
 
     python -m benchmarks.step --quick --json FILE     what takes under eight minutes on two cores
-    python -m benchmarks.step --json FILE             all of it, and the README's table
+    python -m benchmarks.step --json FILE             all of it, and the table of docs/memory.md
     python -m benchmarks.step --data PAIRS --tokenizer FOLDER     the lengths of your own texts
 
 Lengths of real pairs ship with the project; their tokens are drawn at random, which changes no cost. Tokens, FLOPs and
@@ -395,7 +395,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--data", help="your own pairs in place of the shipped lengths")
     parser.add_argument("--tokenizer", type=Path, help="a model folder, for --data")
-    parser.add_argument("--readme", type=Path, help="a README whose table to write")
+    parser.add_argument("--readme", type=Path, help="the page whose table to write")
     parser.add_argument("--rss", choices=["ours", "trl"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
@@ -417,10 +417,13 @@ def main() -> None:
         write_tables(options.readme, result)
 
 
-# --- the README's tables
+# --- the tables of docs/memory.md
 
 
-STARTS, ENDS = "<!-- written by: python -m benchmarks.step --readme README.md -->\n", "<!-- end -->"
+STARTS, ENDS = (
+    "<!-- written by: python -m benchmarks.step --readme docs/memory.md -->\n",
+    "<!-- end -->",
+)
 RATIOS = (
     ("tokens through the model", "tokens_ratio_{}_b8", "tokens_ratio_{}_grouped", "{:.2f} times fewer"),
     ("FLOPs a pair", "flops_ratio_{}", "", "{:.0%} of theirs"),
@@ -441,7 +444,8 @@ def tables(result: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        "| GiB at its peak, one pair of 2 x 2,048 tokens | TRL | ours, default | ours, all settings |",
+        "| GiB at its peak, one pair of 2 x 2,048 tokens | TRL | ours, default "
+        "| ours, all memory settings |",
     ]
     lines.append("|---|---|---|---|")
     for key, (name, _) in SHAPES.items():

@@ -1,17 +1,17 @@
 """orpo-lite: preference-tune a language model on the one GPU you own.
 
-The packages, imports strictly downward (kept by tests/test_layout.py):
+The packages by layer; imports go only downward, which tests/test_layout.py checks:
 
-8  cli (__main__)                                parse, call, draw; the only place that prints
-7  api                                           what chains the verbs, for notebooks and for cli
-6  planning  training  evaluation                the verbs; none imports another
+8  cli (__main__)                                parse, call, draw; nothing else prints
+7  api                                           tasks of several packages; notebooks, cli
+6  planning  training  evaluation                one task each; none imports another
 6  merging  exporting  publishing
 5  runs  model                                   the run folder; the model in memory
 4  objectives  demo                              losses on pairs; the built-in base and pairs
 3  data                                          rows to pairs to tokens to batches
-2  base  ops                                     base and adapters on disk; low-memory tensor operations
-1  recipe  updates                               what is chosen; what happens while a verb runs
-0  errors                                        the errors people cause
+2  base  ops                                     base on disk; low-memory tensor operations
+1  recipe  updates                               settings; progress of a running task
+0  errors                                        errors that people can fix
 """
 
 import os
@@ -20,17 +20,17 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# Before any library of theirs is imported: no compiled code from the hub, no usage reports to it.
+# Set before the libraries are imported: no compiled code from the hub, no usage reports to it.
 os.environ.setdefault("USE_HUB_KERNELS", "0")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-# On a CPU torch and bitsandbytes each keep a pool of threads; idle ones that spin starve the other pool.
+# On a CPU torch and bitsandbytes have a thread pool each; spinning idle threads slow the other pool.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# Passes of all lengths fill a GPU to the planned byte: segments that grow leave no holes between them.
-if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name of the same
+# Passes of many lengths fragment GPU memory beyond what is planned; expandable segments avoid it.
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name of the variable
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
-# Lazy, so that `orpo-lite --help` does not wait for torch.
+# Imported on first use, so that `orpo-lite --help` does not wait for torch.
 _EXPORTS = {
     "load_recipe": "orpo_lite.recipe.reader",
     "plan": "orpo_lite.planning.plan",

@@ -1,4 +1,4 @@
-"""Train and verify: what chains several verbs, for notebooks and for the command line."""
+"""Train and verify, for notebooks and the command line: the tasks that combine several packages."""
 
 import time
 from collections.abc import Generator, Mapping
@@ -38,33 +38,37 @@ from orpo_lite.runs.folder import create, find_initial_adapter, locked, logged, 
 from orpo_lite.runs.inputs import Inputs, prepare_inputs, with_absolute_paths
 from orpo_lite.runs.interrupt import collect_signals
 from orpo_lite.runs.lock import check_lock, make_lock, read_lock, with_pinned_base
+from orpo_lite.training.adapter_files import make_adapter_files, write_adapter_files
 from orpo_lite.training.faults import explain_faults
 from orpo_lite.training.loop import train_steps
 from orpo_lite.training.result import TrainResult, keep_best, write_adapter_config
 from orpo_lite.training.session import Session, load_session, refuse_fewer_steps, restore_session
 from orpo_lite.training.state import TrainState
-from orpo_lite.training.texts import make_texts, write_texts
 from orpo_lite.updates import Update, attempt, run_to_end, with_torch_defaults
 
 NO_CARD = "the model card (README.md) is not written"
 
 
 def train(recipe: Recipe, *, resume: bool = False) -> TrainResult:
-    """Train as ``recipe`` says; ``resume`` goes on with the run in ``training.output_dir``.
+    """Train as ``recipe`` says, and write the run folder: adapter, metrics, samples, model card.
 
-    What ``recipe`` leaves at its default is then as the run has it; what differs is recorded, or refused.
+    Merge and push are functions of their own.
 
-    Leaves the run folder: adapter, metrics, samples and model card. Merge and push are verbs of their own.
+    Args:
+        recipe: the recipe; ``training.output_dir`` is the run folder.
+        resume: continue the run in that folder. Values that ``recipe`` leaves at their defaults are
+            the run's own; others are changes, which are recorded or refused.
 
     Raises:
-        OrpoLiteError: anything the person can fix, before weights load wherever it can be known by then.
+        OrpoLiteError: an error that the person can fix. It is raised before the weights are loaded
+            if it can be known by then.
     """
     return run_to_end(train_events(recipe, resume=resume), lambda _: None)
 
 
 @with_torch_defaults
 def train_events(recipe: Recipe, *, resume: bool = False) -> Generator[Update, None, TrainResult]:
-    """:func:`train` as a generator: yields an :class:`Update` for all that happens and returns the result."""
+    """Train as :func:`train` does; yield its progress and return its result."""
     objective = find_objective(recipe.loss)
     path = Path(recipe.training.output_dir)
     changed: dict[str, Any] = {}
@@ -73,10 +77,10 @@ def train_events(recipe: Recipe, *, resume: bool = False) -> Generator[Update, N
     processes = Processes(cpu=recipe.model.device == "cpu")
     if processes.is_main:
         yield Update("note", describe_device(processes.device))
-    recipe = yield from _begin(recipe, processes, resume=resume)
+    recipe = yield from _prepare_recipe(recipe, processes, resume=resume)
     initial = find_initial_adapter(recipe, path)
     resolved = demo.resolve_builtin(recipe).override(
-        {"model.adapter_name_or_path": initial and str(initial)}
+        {"model.adapter_name_or_path": str(initial) if initial else None}
     )
     if resume:
         resolved = with_pinned_base(resolved, read_lock(path))
@@ -85,11 +89,11 @@ def train_events(recipe: Recipe, *, resume: bool = False) -> Generator[Update, N
     if resume:
         refuse_fewer_steps(resolved, inputs, path)
     licences = find_licences(recipe, inputs) if processes.is_main and not resume else {}
-    texts: dict[str, bytes] = {}
+    adapter_files: dict[str, bytes] = {}
     if processes.is_main:
-        texts, left_out = make_texts(inputs)
-        if left_out:
-            yield Update("note", left_out)
+        adapter_files, note = make_adapter_files(inputs)
+        if note:
+            yield Update("note", note)
     resolved, plan = yield from choose_memory(resolved, inputs, path, processes, changed)
     inputs = replace(inputs, base=fetch_weights(inputs.base))
     check_weights(inputs.base)
@@ -97,9 +101,8 @@ def train_events(recipe: Recipe, *, resume: bool = False) -> Generator[Update, N
         check_mergeable(resolved, inputs.base)
     lock = make_lock(resolved, inputs)
     lock["objective"] = objective.to_json()
-    lock["dtype"] = str(
-        choose_dtype(resolved.model.dtype, device_kind(processes.device))
-    ).removeprefix("torch.")
+    dtype = choose_dtype(resolved.model.dtype, device_kind(processes.device))
+    lock["dtype"] = str(dtype).removeprefix("torch.")
     lock["not_quantised"] = skipped_modules(resolved, inputs.base.config, processes.device)
     processes.wait()
     if resume:
@@ -114,17 +117,17 @@ def train_events(recipe: Recipe, *, resume: bool = False) -> Generator[Update, N
         if processes.is_main:
             for note in (*stack.enter_context(locked(path)), *stack.enter_context(logged(path))):
                 yield Update("note", note)
-            write_texts(path / "adapter", texts)
+            write_adapter_files(path / "adapter", adapter_files)
         stop = stack.enter_context(collect_signals())
         stack.enter_context(explain_faults(resolved, inputs.base.config, path))
-        going_on = _GoingOn(recipe, changed, lock) if resume else None
-        return (yield from _train(resolved, inputs, path, processes, stop, going_on))
+        resumed = _ResumedRun(recipe, changed, lock) if resume else None
+        return (yield from _train(resolved, inputs, path, processes, stop, resumed))
 
 
-def _begin(
+def _prepare_recipe(
     recipe: Recipe, processes: Processes, *, resume: bool
 ) -> Generator[Update, None, Recipe]:
-    """Return the recipe in full; make the built-in base."""
+    """Check the recipe, make the built-in base, and return the recipe with absolute paths."""
     if not resume:
         processes.on_main(refuse_existing, recipe)
     if processes.is_main:
@@ -139,16 +142,18 @@ def _begin(
 
 
 @dataclass(frozen=True)
-class _GoingOn:
-    """What lock.json and recipe.yaml are to say of a run that goes on."""
+class _ResumedRun:
+    """The changes of a run that is resumed."""
 
     recipe: Recipe
-    """As it is written down: nothing in it is resolved."""
+    """The recipe as recipe.yaml holds it: no name or path in it is resolved."""
     changed: Mapping[str, Any]
+    """The values that are changed, by ``section.key``."""
     lock: Mapping[str, Any]
+    """The new content of lock.json."""
 
     def record(self, session: Session, step: int) -> Generator[Update, None, None]:
-        """Write down, and say, what is different after ``step``."""
+        """Record in the run folder what is different after ``step``, and yield notes on it."""
         path, before = session.path, read_lock(session.path)
         in_force, versions = values_in_force(path, before), other_versions(path, before, self.lock)
         session.processes.wait()
@@ -164,7 +169,9 @@ class _GoingOn:
             )
         for key, (old, new) in versions.items():
             name = key.removeprefix("versions.")
-            yield Update("note", f"{name} is {new}, and was {old}: bits may differ from here on")
+            yield Update(
+                "note", f"{name} is {new}, and was {old}: results may differ in the last bits"
+            )
 
 
 def _train(
@@ -173,11 +180,12 @@ def _train(
     path: Path,
     processes: Processes,
     stop: list[int],
-    going_on: _GoingOn | None,
+    resumed: _ResumedRun | None,
 ) -> Generator[Update, None, TrainResult]:
     """Load, train, keep the best adapter; then answer prompts and write the model card.
 
-    What can be known of the answers and of the card is tried first; what is wrong with them ends no training.
+    Prompts and model card are tried before the training, so that their errors show early. Such an
+    error does not end the training.
     """
     began = time.monotonic()
     prompts = (yield from find_prompts(recipe, inputs)) if processes.is_main else []
@@ -185,14 +193,13 @@ def _train(
     if processes.is_main:
         write_adapter_config(path / "adapter", session.pair_model, inputs.base.name)
     state = TrainState()
-    if going_on:
-        state = yield from restore_session(
-            session, going_on.changed
-        )  # which mends metrics.jsonl, of which cards tell
-        yield from going_on.record(session, state.step)
+    if resumed:
+        # It also cuts metrics.jsonl, which the model card below reads.
+        state = yield from restore_session(session, resumed.changed)
+        yield from resumed.record(session, state.step)
     if processes.is_main:
         yield from attempt(NO_CARD, make_card, path)
-    yield from train_steps(session, state, saved=going_on is not None)
+    yield from train_steps(session, state, saved=resumed is not None)
     kept = yield from keep_best(session, state)
     samples: tuple[Sample, ...] = ()
     if processes.is_main:
@@ -213,7 +220,10 @@ def _train(
 def verify(
     run_folder: str | Path, *, weights: Weights = "original", base_path: str | Path | None = None
 ) -> Verdict:
-    """Compare a merged model with its base and adapter, and write the model card again; see :func:`compare_merged`."""
+    """Compare a merged model with its base and adapter, and write the model card again.
+
+    For arguments and errors see :func:`orpo_lite.evaluation.verify.compare_merged`.
+    """
     return run_to_end(
         verify_events(run_folder, weights=weights, base_path=base_path), lambda _: None
     )
@@ -222,7 +232,7 @@ def verify(
 def verify_events(
     run_folder: str | Path, *, weights: Weights = "original", base_path: str | Path | None = None
 ) -> Generator[Update, None, Verdict]:
-    """:func:`verify` as a generator of updates."""
+    """Verify as :func:`verify` does; yield its progress and return its result."""
     verdict = yield from compare_merged(run_folder, weights=weights, base_path=base_path)
     yield from attempt(NO_CARD, write_card, Path(run_folder).expanduser())
     return verdict

@@ -78,17 +78,17 @@ def test_lengths_and_pairs_agree() -> None:
     assert lengths.padded(triples[:2]) == 2 * 2 * 9
 
 
-def test_the_readmes_tables_are_the_benchmarks(tmp_path: Path) -> None:
+def test_the_tables_of_the_docs_are_the_benchmarks(tmp_path: Path) -> None:
     """Every figure in them is in the results file, and the command that writes them changes nothing."""
     import json
 
     root = Path(__file__).parents[1]
     results = root / "benchmarks" / "results" / "step.json"
-    readme = tmp_path / "README.md"
-    before = (root / "README.md").read_text("utf-8")
-    readme.write_text(before, encoding="utf-8")
-    step.write_tables(readme, json.loads(results.read_text("utf-8")))
-    assert readme.read_text("utf-8") == before
+    page = tmp_path / "memory.md"
+    before = (root / "docs" / "memory.md").read_text("utf-8")
+    page.write_text(before, encoding="utf-8")
+    step.write_tables(page, json.loads(results.read_text("utf-8")))
+    assert page.read_text("utf-8") == before
 
 
 def test_the_readmes_plans_are_the_benchmarks(tmp_path: Path) -> None:

@@ -23,8 +23,8 @@ ADAPTER = "adapter/adapter_model.safetensors"
 STAGE = re.compile(r"^(.*?) \.\.\.( [\d,]+ of [\d,]+)?$")
 # What a training says of its device, its data and its plan where all is well.
 EXPECTED = re.compile(
-    "training on|detected explicit|no chat template|[0-9,]+ pairs to train on|memory: |memory settings: |the largest pass: "
-    "|going on after"
+    "training on|detected explicit|no chat template|[0-9,]+ pairs to train on|memory: "
+    "|memory settings: |the largest pass: |resuming after"
 )
 
 

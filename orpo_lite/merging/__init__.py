@@ -1,4 +1,4 @@
-"""The adapter merged into the base's weights.
+"""Merge an adapter into the weights of its base.
 
 Order: names, deltas, plan, merge.
 """

@@ -1,4 +1,7 @@
-"""What an adapter adds to a stored tensor: read when it is needed, computed a block of rows at a time."""
+"""What an adapter adds to a stored tensor.
+
+It is read when it is needed, and computed for one block of rows at a time.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,12 @@ from orpo_lite.base.blocks import Stored, read_tensor
 from orpo_lite.errors import ModelError
 from orpo_lite.merging.names import Origin
 
-Kind = Literal["matrix", "embedding", "experts", "experts transposed"]
-Added = Callable[[Tensor, int], Tensor]
-"""Rows of a tensor, and the number of the first one, to the same rows with the adapter: float32, float64 as it is."""
+Layout = Literal["matrix", "embedding", "experts", "experts transposed"]
+AddDelta = Callable[[Tensor, int], Tensor]
+"""(rows of a tensor, index of the first row) -> the same rows with the adapter added.
+
+The result is float64 if the rows are, else float32.
+"""
 
 
 class Delta(Protocol):
@@ -24,50 +30,57 @@ class Delta(Protocol):
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        """The adapted parameters that it comes from."""
+        """The adapted parameters that the delta comes from."""
         ...
 
-    def load(self) -> Added:
-        """Read it. Raises :class:`ModelError` for an adapter with NaN or infinity."""
+    def load(self) -> AddDelta:
+        """Read the delta. Raises ModelError for an adapter with NaN or infinity."""
         ...
 
 
 @dataclass(frozen=True)
-class Product:
-    """An adapted parameter: ``scale * B @ A``; with a magnitude (DoRA) each row is rescaled to it."""
+class LoraDelta:
+    """The delta of a parameter that is stored unchanged: ``scale * B @ A``.
+
+    With a magnitude (DoRA) each row of the sum is rescaled to it.
+    """
 
     parameters: tuple[str, ...]
-    kind: Kind
+    layout: Layout
     shape: tuple[int, ...]
-    """Of the parameter; a Conv1D's as a linear layer's: (outputs, inputs)."""
+    """The shape of the parameter: (outputs, inputs), for a Conv1D too."""
     a: Stored
     b: Stored
     magnitude: Stored | None
     scale: float
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Left and right, whose product has the shape of the parameter. Experts are a dimension of their own, E."""
-        a, b = _finite(self.a), _finite(self.b)
-        if self.kind == "matrix":
+        """Return two factors; their product has the parameter's shape. Axis 0 of experts is E."""
+        a, b = _read_finite(self.a), _read_finite(self.b)
+        if self.layout == "matrix":
             return b, a
-        if self.kind == "embedding":
+        if self.layout == "embedding":
             return a.t(), b.t()
         a_ERI = a.view(self.shape[0], -1, a.shape[-1])
         b_EOR = b.view(b.shape[0], -1, self.shape[0]).permute(2, 0, 1)
-        if self.kind == "experts":
+        if self.layout == "experts":
             return b_EOR, a_ERI
         return a_ERI.transpose(1, 2), b_EOR.transpose(1, 2)
 
-    def load(self) -> Added:
-        """As peft merges: ``W + s B A`` (arXiv 2106.09685, Eq. 3), or ``m (W + s B A) / ||W + s B A||`` with the norm
-        of each row (arXiv 2402.09353, Eq. 5). Raises :class:`ModelError` for an adapter with NaN or infinity."""
-        left, right = self.factors()
-        magnitude_O = _finite(self.magnitude).flatten() if self.magnitude else None
+    def load(self) -> AddDelta:
+        """Read the factors. The sum is the one that peft merges.
 
-        def added(block: Tensor, start: int) -> Tensor:
-            sums = block.to(
-                torch.float64 if block.dtype == torch.float64 else torch.float32, copy=True
-            )
+        LoRA: ``W + s B A`` (arXiv 2106.09685, Eq. 3). DoRA: ``m (W + s B A) / ||W + s B A||``, with
+        the norm of each row (arXiv 2402.09353, Eq. 5).
+
+        Raises:
+            ModelError: the adapter has NaN or infinity.
+        """
+        left, right = self.factors()
+        magnitude_O = _read_finite(self.magnitude).flatten() if self.magnitude else None
+
+        def add(block: Tensor, start: int) -> Tensor:
+            sums = _copy_for_sum(block)
             rows = slice(start, start + len(block))
             if sums.dim() == 3:
                 sums.baddbmm_(
@@ -79,70 +92,74 @@ class Product:
                 sums.mul_((magnitude_O[rows] / sums.norm(dim=1)).unsqueeze(1))
             return sums
 
-        return added
+        return add
 
 
 @dataclass(frozen=True)
-class Part:
-    """A stored tensor of which transformers makes another, or part of another, when it loads it.
+class ConvertedDelta:
+    """The delta of a stored tensor that transformers converts when it loads the model.
 
-    Its delta is that of the parameters, converted back: all of these operations only move numbers.
+    It is the delta of the parameters, converted back: the conversions only move numbers.
     """
 
     name: str
-    """In the files."""
-    whole: Whole
+    """The name of the stored tensor."""
+    group: ConvertedGroup
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        """The adapted parameters that it comes from."""
-        return tuple(self.whole.products)
+        """The adapted parameters that the delta comes from."""
+        return tuple(self.group.deltas)
 
-    def load(self) -> Added:
-        """Read it."""
-        delta = _converted(self.whole)[self.name]
+    def load(self) -> AddDelta:
+        """Read the delta. Raises ModelError for an adapter with NaN or infinity."""
+        delta = _stored_deltas(self.group)[self.name]
 
-        def added(block: Tensor, start: int) -> Tensor:
-            sums = block.to(
-                torch.float64 if block.dtype == torch.float64 else torch.float32, copy=True
-            )
-            return sums.add_(delta[start : start + len(block)])
+        def add(block: Tensor, start: int) -> Tensor:
+            return _copy_for_sum(block).add_(delta[start : start + len(block)])
 
-        return added
+        return add
 
 
 @dataclass(frozen=True, eq=False)
-class Whole:
-    """The adapted parameters of one origin."""
+class ConvertedGroup:
+    """The parameters of one origin, and the deltas of those that are adapted."""
 
     origin: Origin
-    products: Mapping[str, Product]
+    deltas: Mapping[str, LoraDelta]
     """By the name of the parameter."""
     shapes: Mapping[str, tuple[int, ...]]
-    """Of all its parameters."""
+    """The shapes of all parameters of the origin."""
     model: Any
-    """Without weights."""
+    """The model without weights."""
 
 
-def forget() -> None:
-    """Let go of deltas that were kept for more of their parts."""
-    _converted.cache_clear()
+def clear_cache() -> None:
+    """Free the deltas that were kept for other stored tensors of their group."""
+    _stored_deltas.cache_clear()
 
 
-@lru_cache(2)  # a layer's experts are stored one by one: two projections of each, then the third
-def _converted(whole: Whole) -> dict[str, Tensor]:
-    values = {name: torch.zeros(shape) for name, shape in whole.shapes.items()}
-    for name, product in whole.products.items():
-        values[name] = product.load()(values[name], 0)
-    return whole.origin.to_stored(values, whole.model)
+# Two groups: experts are stored one by one, first two projections of each, then the third.
+@lru_cache(2)
+def _stored_deltas(group: ConvertedGroup) -> dict[str, Tensor]:
+    """Return the deltas of all stored tensors of a group."""
+    values = {name: torch.zeros(shape) for name, shape in group.shapes.items()}
+    for name, delta in group.deltas.items():
+        values[name] = delta.load()(values[name], 0)
+    return group.origin.to_stored(values, group.model)
 
 
-def _finite(stored: Stored) -> Tensor:
+def _copy_for_sum(block: Tensor) -> Tensor:
+    dtype = torch.float64 if block.dtype == torch.float64 else torch.float32
+    return block.to(dtype, copy=True)
+
+
+def _read_finite(stored: Stored) -> Tensor:
     tensor = read_tensor(stored).float()
     if not tensor.isfinite().all():
         raise ModelError(
             where=str(stored.file),
-            found=f"{stored.name} holds numbers that are none",
-            expected="finite ones",
+            found=f"{stored.name} holds NaN or infinity",
+            expected="finite numbers",
         )
     return tensor

@@ -1,4 +1,4 @@
-"""Merge: the adapter's product added to the base's weights, block by block, as a plain transformers folder."""
+"""Add an adapter to the weights of its base, block by block, and write a transformers folder."""
 
 import math
 import shutil
@@ -23,7 +23,7 @@ from orpo_lite.base.blocks import (
 from orpo_lite.base.download import check_disk
 from orpo_lite.base.find import Base, load_tokenizer
 from orpo_lite.errors import CheckpointError, Command, FitError, ModelError, RecipeError, first_line
-from orpo_lite.merging.deltas import forget
+from orpo_lite.merging.deltas import clear_cache
 from orpo_lite.merging.plan import Plan, make_plan
 from orpo_lite.recipe.schema import QuantizationSection
 from orpo_lite.recipe.text import read_bytes
@@ -41,11 +41,11 @@ from orpo_lite.runs.lock import read_lock
 from orpo_lite.runs.records import read_json
 from orpo_lite.updates import Update, run_to_end, with_torch_defaults
 
-SHARD = 5 * 10**9  # bytes of a file; transformers' max_shard_size has long been so
+MAX_SHARD_BYTES = 5 * 10**9  # bytes of a file; long the default of transformers' max_shard_size
 
 
 class UnchangedError(ModelError):
-    """The merged model would be the base."""
+    """The adapter changes nothing: the merged model would equal the base."""
 
 
 @dataclass(frozen=True)
@@ -56,35 +56,40 @@ class MergeResult:
     base: Base
     weights: Weights
     bytes: int
+    """Size of all files."""
     changed: int
-    """Matrices that the adapter changed."""
+    """Number of matrices that the adapter changed."""
     targets: int
-    """Matrices that it is trained for."""
+    """Number of matrices that have an adapter."""
 
 
 def merge(
     run_folder: str | Path,
     *,
     weights: Weights = "original",
-    max_shard_size: int | str = SHARD,
+    max_shard_size: int | str = MAX_SHARD_BYTES,
     base_path: str | Path | None = None,
 ) -> MergeResult:
-    """Merge the adapter of a run into the base it was trained on; writes ``RUN/merged``, whole or not at all.
+    """Merge the adapter of a run into its base, and write ``RUN/merged`` completely or not at all.
 
-    No more of a model is held than some blocks of a tensor. The sum is made in float32 and rounded once, to the dtype
-    of the base, never to 4 bit: that loses the adapter.
+    Only a few blocks of a tensor are in memory at a time. The sum is computed in float32 and
+    rounded once, to the dtype of the base. It is never rounded to 4 bit, which would lose the
+    adapter.
 
     Args:
-        run_folder: of a training that has ended.
-        weights: see :data:`orpo_lite.runs.commands.Weights`; ``dequantized`` is written to ``RUN/merged-dequantized``.
-        max_shard_size: bytes of a file, unless one tensor is larger; or a size such as 5GB.
-        base_path: where the base lies now, if it is a folder that was moved.
+        run_folder: the folder of a finished training.
+        weights: see :data:`orpo_lite.runs.commands.Weights`; the result of ``dequantized`` is
+            written to ``RUN/merged-dequantized``.
+        max_shard_size: most bytes of a file, as a number or a size such as 5GB. A file with one
+            tensor may be larger.
+        base_path: the base's folder, if it was moved since the training.
 
     Raises:
-        CheckpointError: no finished run there.
-        ModelError: the base is not the one that was trained on, the adapter fits nothing or changes nothing.
+        CheckpointError: there is no finished run in this folder.
+        ModelError: the base is not the one of the training, or the adapter does not fit it or
+            changes nothing.
         FitError: not enough disk space or memory.
-        HubError: the base cannot be fetched.
+        HubError: the base cannot be downloaded.
     """
     updates = merge_events(
         run_folder, weights=weights, max_shard_size=max_shard_size, base_path=base_path
@@ -97,27 +102,26 @@ def merge_events(
     run_folder: str | Path,
     *,
     weights: Weights = "original",
-    max_shard_size: int | str = SHARD,
+    max_shard_size: int | str = MAX_SHARD_BYTES,
     base_path: str | Path | None = None,
 ) -> Generator[Update, None, MergeResult]:
-    """:func:`merge` as a generator of what is being done."""
+    """Merge as :func:`merge` does; yield its progress and return its result."""
     path = Path(run_folder).expanduser()
-    folder, most = path / merged_folder(weights), _shard_size(max_shard_size)
+    folder, max_bytes = path / merged_folder(weights), _read_shard_size(max_shard_size)
     recipe, adapter = trained_recipe(path), find_finished_adapter(path)
     try:
-        load_tokenizer(adapter)  # it goes with the weights
+        load_tokenizer(adapter)  # it will be copied with the weights
     except ModelError as error:
-        error.fix = Command(resume_command(path).line, ", which writes it again")
+        error.fix = Command(resume_command(path).line, ", which writes the tokenizer again")
         raise
     base = find_trained_base(path, base_path)
     yield Update("stage", f"merging {adapter} into its base")
     if weights == "dequantized" and not recipe.quantization.load_in_4bit:
-        found = "this run was trained on 16-bit weights"
         raise CheckpointError(
             where=f"run {path}",
-            found=found,
-            expected="quantization.load_in_4bit",
-            fix="merge onto the original ones",
+            found="this run was trained on 16-bit weights, not on dequantized 4-bit ones",
+            expected="a run with quantization.load_in_4bit",
+            fix="merge onto the original weights",
         )
     stored = stored_tensors(base.path)
     check_disk(path, sum(tensor.nbytes for tensor in stored.values()), f"merging {path}")
@@ -126,28 +130,23 @@ def merge_events(
             yield Update("note", note)
         lock = read_lock(path)
         plan = make_plan(base, adapter, stored, recipe, weights, lock.get("not_quantised", []))
-        dtype = getattr(
-            torch, lock.get("dtype", "float32")
-        )  # which runs of an older version did not note
-        changed = yield from _stream(plan, temporary, most, dtype)
+        # Runs of an older version did not record the dtype.
+        trained_in = getattr(torch, lock.get("dtype", "float32"))
+        changed = yield from _write_merged(plan, temporary, max_bytes, trained_in)
         config = read_json(base.path / "config.json")
-        config.pop(
-            "_name_or_path", None
-        )  # where the base once lay, which an older transformers noted
+        config.pop("_name_or_path", None)  # an older transformers wrote a local path there
         write_text(temporary / "config.json", to_json(config))
         if not changed:
-            found = f"changes nothing: none of its {plan.targets} matrices differs after rounding"
             raise UnchangedError(
                 where=f"adapter {adapter}",
-                found=found,
+                found=f"changes nothing: none of its {plan.targets} matrices differs "
+                "after rounding",
                 expected="an adapter that has learnt something",
             )
-        _copy_texts(base.path, adapter, temporary)
+        _copy_side_files(base.path, adapter, temporary)
         record = {
             "weights": weights,
-            "base": base.name
-            if base.revision
-            else None,  # where a folder of somebody's lies is their business
+            "base": base.name if base.revision else None,  # a local path is private
             "revision": base.revision,
             "fingerprint": base.fingerprint,
             "adapter_sha256": adapter_sha256(adapter),
@@ -159,7 +158,7 @@ def merge_events(
     return MergeResult(folder, base, weights, size, changed, plan.targets)
 
 
-def _shard_size(given: int | str) -> int:
+def _read_shard_size(given: int | str) -> int:
     try:
         size = read_bytes(given) if isinstance(given, str) else given
     except ValueError:
@@ -176,7 +175,7 @@ def _shard_size(given: int | str) -> int:
 
 @contextmanager
 def _enough_memory(path: Path) -> Iterator[None]:
-    """Memory that runs out is the machine's fault: FitError instead of a traceback."""
+    """Raise FitError instead of an error of torch or Python if memory runs out."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -189,80 +188,82 @@ def _enough_memory(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _stream(
-    plan: Plan, folder: Path, most: int, trained_in: torch.dtype
+def _write_merged(
+    plan: Plan, folder: Path, max_bytes: int, trained_in: torch.dtype
 ) -> Generator[Update, None, int]:
-    """Write the merged tensors; returns how many the adapter has changed."""
-    files = shards(plan.stored.values(), most)
+    """Write the merged tensors, and return how many parameters the adapter has changed."""
+    files = shards(plan.stored.values(), max_bytes)
     total = sum(stored.nbytes for stored in plan.stored.values())
     changed: set[str] = set()
     try:
         for done in write_model(folder, files, _merged_blocks(plan, files, changed, trained_in)):
             yield Update("stage", "MiB merged", done >> 20, max(total >> 20, 1))
     finally:
-        forget()
+        clear_cache()
     return len(changed)
 
 
 def _merged_blocks(
     plan: Plan, files: Iterable[Iterable[Stored]], changed: set[str], trained_in: torch.dtype
 ) -> Iterator[Tensor]:
-    """The contents of all files, in order; names of adapted parameters that differ go to ``changed``."""
+    """Yield the contents of all files, in order.
+
+    The names of adapted parameters that differ from the base are added to ``changed``.
+    """
     order = [stored for held in files for stored in held]
     reads = ahead(read_rows, (rows for stored in order for rows in in_blocks(stored)))
     for stored in order:
         pieces: Iterator[tuple[Rows, Tensor]] = zip(in_blocks(stored), reads)  # noqa: B905 - reads go on
-        turned = stored.name in plan.transposed
-        if turned:
-            pieces = _turned(pieces)
+        is_transposed = stored.name in plan.transposed
+        if is_transposed:
+            pieces = _transpose(pieces)
         if stored.name in plan.quantised:
             pieces = dequantized(pieces, plan.settings, trained_in)
         delta = plan.deltas.get(stored.name)
-        added = delta.load() if delta else None
+        add_delta = delta.load() if delta else None
         for rows, block in pieces:
-            if delta is None or added is None:
-                yield (block.t() if turned else block).to(stored.dtype)
+            if delta is None or add_delta is None:
+                yield (block.t() if is_transposed else block).to(stored.dtype)
                 continue
-            merged = added(block, rows.start)
-            if not changed.issuperset(delta.parameters) and not _same(merged, block, stored.dtype):
+            merged = add_delta(block, rows.start)
+            is_noted = changed.issuperset(delta.parameters)
+            if not is_noted and not _is_equal(merged, block, stored.dtype):
                 changed.update(delta.parameters)
-            out = (
-                block
-                if block.dtype == stored.dtype
-                else torch.empty(block.shape, dtype=stored.dtype)
-            )
-            out.copy_(
-                merged
-            )  # in the place of what was read: memory that is new to a process costs time
+            # The block that was read is overwritten: new memory costs a process time.
+            out = block
+            if block.dtype != stored.dtype:
+                out = torch.empty(block.shape, dtype=stored.dtype)
+            out.copy_(merged)
             if stored.dtype == torch.float16 and not out.isfinite().all():
                 raise ModelError(
                     where="merge",
                     found=f"{stored.name} overflows float16 with the adapter",
                     fix="a base whose weights are bfloat16 or float32",
                 )
-            yield out.t() if turned else out
+            yield out.t() if is_transposed else out
 
 
-def _turned(pieces: Iterable[tuple[Rows, Tensor]]) -> Iterator[tuple[Rows, Tensor]]:
-    """All of a matrix that is stored as (inputs, outputs), as (outputs, inputs)."""
+def _transpose(pieces: Iterable[tuple[Rows, Tensor]]) -> Iterator[tuple[Rows, Tensor]]:
+    """Yield a matrix that is stored as (inputs, outputs) as one block of (outputs, inputs)."""
     rows, blocks = zip(*pieces, strict=True)
     yield rows[0], torch.cat(blocks).t().contiguous()
 
 
-def _same(merged: Tensor, block: Tensor, dtype: torch.dtype) -> bool:
+def _is_equal(merged: Tensor, block: Tensor, dtype: torch.dtype) -> bool:
     return torch.equal(merged.to(dtype), block.to(dtype))
 
 
 def dequantized(
     pieces: Iterable[tuple[Rows, Tensor]], settings: QuantizationSection, trained_in: torch.dtype
 ) -> Iterator[tuple[Rows, Tensor]]:
-    """A matrix's blocks of rows as 4 bit leaves them, in float32.
+    """Quantise the blocks of rows of a matrix to 4 bit and back, and yield them in float32.
 
-    They are quantised from ``trained_in``, as in the training: a base that is stored in float16 and trained in bfloat16
-    has other scales and other codes than one that is quantised as it is stored.
+    They are quantised from ``trained_in``, as in the training. A base that is stored in float16 and
+    trained in bfloat16 gets other scales and codes than if it was quantised from float16.
 
-    The double quantisation rounds all of the matrix's scales together, so its codes, a quarter of its bytes, wait until
-    the last block is read (``bitsandbytes.functional.quantize_4bit``).
+    Double quantisation rounds all scales of the matrix together
+    (``bitsandbytes.functional.quantize_4bit``). So the codes of all blocks, a quarter of the
+    matrix's bytes, are kept until its last block is read.
     """
     from bitsandbytes import functional
 
@@ -281,13 +282,17 @@ def dequantized(
     parts = torch.split(absmax, [len(part) for part in scales])
     for (rows, packed, state), part in zip(codes, parts, strict=True):
         shape = state.shape
-        # As one row: bitsandbytes' kernel for CPUs (0.50) errs on rows of an odd multiple of 32 elements.
+        # Dequantised as one row: bitsandbytes' kernel for CPUs (0.50) gives wrong values for rows
+        # of an odd multiple of 32 elements.
         state.absmax, state.dtype, state.shape = part, torch.float32, torch.Size([math.prod(shape)])
         yield rows, functional.dequantize_4bit(packed, state).view(shape)
 
 
-def _copy_texts(base: Path, adapter: Path, folder: Path) -> None:
-    """The adapter's tokenizer, template and generation config, and what a base that sees has for its pictures."""
+def _copy_side_files(base: Path, adapter: Path, folder: Path) -> None:
+    """Copy the adapter's tokenizer, templates and generation config, and the base's processors.
+
+    A base that reads images has a processor for them.
+    """
     for file in adapter.rglob("*"):
         if file.is_file() and not file.name.startswith("adapter_") and file.name != "README.md":
             place = folder / file.relative_to(adapter)

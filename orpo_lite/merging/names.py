@@ -1,4 +1,4 @@
-"""Where each parameter of a model lies in the files of its base: by the names that transformers looks for there."""
+"""Find the stored tensors of each parameter of a model, as transformers does when it loads it."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,24 +16,27 @@ from transformers.core_model_loading import (
 
 @dataclass(frozen=True)
 class Origin:
-    """The stored tensors that one parameter is loaded from, or several parameters that are stored as one."""
+    """The stored tensors that a parameter is loaded from.
+
+    Parameters that are stored together, in one tensor, share an origin.
+    """
 
     parameters: tuple[str, ...]
-    """Their names in memory."""
+    """The names of the parameters in the model."""
     converter: WeightConverter | None = None
-    """What transformers makes them by; None where a stored tensor is the parameter itself."""
+    """How transformers makes the parameters of stored tensors; None if it loads one unchanged."""
     stored: dict[str, list[str]] = field(default_factory=dict)
-    """Names in the files, by the converter's pattern, in the order that it takes them in."""
+    """The stored tensors' names by the converter's pattern, in the order that it reads them."""
 
     @property
-    def same(self) -> str | None:
-        """The name of the stored tensor that is the parameter itself, if one is."""
+    def unchanged(self) -> str | None:
+        """The name of the stored tensor if transformers loads it unchanged, else None."""
         return None if self.converter else next(iter(self.stored))
 
     def to_stored(self, values: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
-        """Values of the parameters, as they would be stored: the converter's operations backwards."""
+        """Return values of the parameters as they are stored, by the reversed conversion."""
         if self.converter is None:
-            return {next(iter(self.stored)): values[self.parameters[0]]}
+            return {str(self.unchanged): values[self.parameters[0]]}
         back = self.converter.reverse_transform()
         parts: dict[str, Any] = {
             pattern: [values[name]]
@@ -59,10 +62,10 @@ class Origin:
 
 
 def find_origins(model: Any, names: Iterable[str]) -> dict[str, Origin]:
-    """Where each parameter of a model is among stored tensors of these names, as its own loader looks for them.
+    """Return the origin of each parameter among stored tensors of these names.
 
-    Stored tensors that the model has no parameter for, of a vision tower or of layers that predict further tokens, are
-    in none of them.
+    The names are converted as transformers does when it loads the model. Stored tensors without a
+    parameter (of a vision tower, or of layers that predict further tokens) are left out.
     """
     transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
@@ -80,8 +83,11 @@ def find_origins(model: Any, names: Iterable[str]) -> dict[str, Origin]:
             continue
         if parameter not in origins:
             converter = by_pattern[pattern] if pattern else None
-            first, *others = converter.target_patterns if converter else [""]
-            together = (parameter, *(parameter.replace(first, other) for other in others))
-            origins |= dict.fromkeys(together, Origin(together, converter))
+            stored_together = [parameter]
+            if converter:
+                first, *others = converter.target_patterns
+                stored_together += [parameter.replace(first, other) for other in others]
+            origin = Origin(tuple(stored_together), converter)
+            origins |= dict.fromkeys(stored_together, origin)
         origins[parameter].stored.setdefault(pattern or name, []).append(name)
     return origins

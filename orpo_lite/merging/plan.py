@@ -1,4 +1,7 @@
-"""Plan a merge from headers and configurations alone: which stored tensors an adapter changes, or why it cannot."""
+"""Plan a merge: which stored tensors the adapter changes, or why it cannot be merged.
+
+Only the headers of the weight files and the configurations are read.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +16,7 @@ from orpo_lite.base.adapter import find_adapter
 from orpo_lite.base.blocks import Rows, Stored, in_blocks, read_header, read_rows, stored_tensors
 from orpo_lite.base.find import Base
 from orpo_lite.errors import ModelError, Overrides
-from orpo_lite.merging.deltas import Delta, Kind, Part, Product, Whole
+from orpo_lite.merging.deltas import ConvertedDelta, ConvertedGroup, Delta, Layout, LoraDelta
 from orpo_lite.merging.names import Origin, find_origins
 from orpo_lite.model.adapter import BASE_LAYER, add_lora
 from orpo_lite.model.load import bare_base
@@ -22,55 +25,55 @@ from orpo_lite.recipe.schema import QuantizationSection, Recipe
 from orpo_lite.runs.commands import Weights
 
 PARTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
-NAME = "default"  # peft's, of the only adapter
+ADAPTER_NAME = "default"  # peft's name of the only adapter
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a merge does."""
+    """The plan of a merge."""
 
     stored: Mapping[str, Stored]
+    """All tensors of the base, by name."""
     deltas: Mapping[str, Delta]
-    """By the name of the stored tensor."""
+    """The deltas by the name of the stored tensor."""
     targets: int
-    """Adapted layers."""
+    """Number of adapted layers."""
     quantised: frozenset[str]
-    """Stored tensors that go through 4 bit first."""
+    """Stored tensors that are quantised to 4 bit and back before the merge."""
     transposed: frozenset[str]
-    """Matrices that are stored as (inputs, outputs), as GPT-2's are."""
-    passed_over: tuple[str, ...]
-    """Adapted layers whose adapter the model may pass over."""
+    """Matrices that are stored as (inputs, outputs), as in GPT-2."""
+    bypassed: tuple[str, ...]
+    """Adapted layers whose weights the model's code uses directly, without the adapter."""
     settings: QuantizationSection
 
 
 @dataclass(frozen=True)
 class AdaptedLayer:
-    """A layer of the base with an adapter, both without values."""
+    """A layer of the base with an adapter, both on the meta device."""
 
     name: str
     layer: Any
     parameter: str
     """The name of the parameter that the adapter changes."""
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
-    """Name in the adapter's file, without ".weight", and shape of each of its parts."""
+    """For each part of the adapter its name in the file, without ".weight", and its shape."""
 
 
 def check_mergeable(recipe: Recipe, base: Base) -> None:
-    """Refuse, before weights load, an adapter that could not be merged in the end. Raises :class:`ModelError`."""
-    name, fix = recipe.model.adapter_name_or_path, Overrides({"lora.target_modules": "all-linear"})
+    """Raise ModelError for an adapter that could not be merged after the training."""
+    name = recipe.model.adapter_name_or_path
+    fix = Overrides({"lora.target_modules": "all-linear"})
     if name:
         fix = Overrides({"model.adapter_name_or_path": None}, ", which trains a new adapter")
     try:
         plan = make_plan(
             base, find_adapter(name) if name else None, stored_tensors(base.path), recipe
         )
-        if plan.passed_over:
-            found = (
-                f"{plan.passed_over[0]} is adapted, whose matrix the model's code reads by itself"
-            )
+        if plan.bypassed:
             raise ModelError(
                 where=f"model {base.name}",
-                found=found,
+                found=f"{plan.bypassed[0]} is adapted, but the model's code reads its matrix "
+                "directly, without the adapter",
                 expected="an adapter of layers that the model calls",
             )
     except ModelError as error:
@@ -84,33 +87,31 @@ def make_plan(
     stored: Mapping[str, Stored],
     recipe: Recipe,
     weights: Weights = "original",
-    left: Sequence[str] = (),
+    not_quantised: Sequence[str] = (),
 ) -> Plan:
-    """Which stored tensors of the base get what.
+    """Plan which stored tensors of the base change, and how.
 
     Args:
-        base: its configuration counts.
-        adapter: its folder; None for the one that the recipe begins with, whose tensors are still to be made.
+        base: the base; only its configuration is used.
+        adapter: the adapter's folder; None for the new adapter that the recipe describes.
         stored: the base's tensors.
-        recipe: of the training.
-        weights: which ones the adapter is added to.
-        left: layers that the training did not quantise.
+        recipe: the recipe of the training.
+        weights: which weights the adapter is added to.
+        not_quantised: layers that the training did not quantise.
 
     Raises:
-        ModelError: an adapter that does not fit the base, or cannot be merged into its files.
+        ModelError: the adapter does not fit the base, or cannot be merged into its files.
     """
     plain = recipe.override({"quantization.load_in_4bit": False})
     model = bare_base(plain, base.config, torch.float32)
-    origins, shapes = (
-        find_origins(model, stored),
-        {name: value.shape for name, value in model.state_dict().items()},
-    )
-    tied, quantised, read = _tied_parameters(model), quantizable(model), bypassed_layers(model)
+    origins = find_origins(model, stored)
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    tied, quantised, bypassed = _tied_parameters(model), quantizable(model), bypassed_layers(model)
     layers = list(_adapted_layers(add_lora(model, plain, adapter)))
     try:
         saved = _adapter_tensors(adapter, layers, origins, stored) if adapter else {}
-        products = _products(layers, saved, tied)
-        deltas = _deltas(products, origins, stored, shapes, model)
+        by_parameter = _parameter_deltas(layers, saved, tied)
+        deltas = _stored_deltas(by_parameter, origins, stored, shapes, model)
     except ModelError as error:
         error.where = error.where or (f"adapter {adapter}" if adapter else f"model {base.name}")
         raise
@@ -119,44 +120,43 @@ def make_plan(
     }
     through_4_bit = set[str]()
     if weights == "dequantized":
-        through_4_bit = {f"{name}.weight" for name in quantised if name not in left}
+        through_4_bit = {f"{name}.weight" for name in quantised if name not in not_quantised}
         transposed |= {
             f"{name}.weight" for name, layer in quantised.items() if is_transposed(layer)
         }
-    if converted := [
-        name
-        for name in sorted(through_4_bit | transposed)
-        if name not in origins or not origins[name].same
-    ]:
-        raise ModelError(
-            where=f"model {base.name}",
-            found=f"{converted[0]} is stored with others in one tensor, and went through 4 bit by itself",
-            expected="a merge onto the original weights",
-        )
+    unchanged = {name: origin.unchanged for name, origin in origins.items()}
+    for name in sorted(through_4_bit | transposed):
+        if unchanged.get(name) is None:
+            raise ModelError(
+                where=f"model {base.name}",
+                found=f"{name} is stored with others in one tensor, but was quantised alone",
+                expected="a merge onto the original weights",
+            )
     return Plan(
         stored=stored,
         deltas=deltas,
         targets=len(layers),
-        quantised=frozenset(str(origins[name].same) for name in through_4_bit),
-        transposed=frozenset(str(origins[name].same) for name in transposed),
-        passed_over=tuple(layer.name for layer in layers if layer.name in read),
+        quantised=frozenset(str(unchanged[name]) for name in through_4_bit),
+        transposed=frozenset(str(unchanged[name]) for name in transposed),
+        bypassed=tuple(layer.name for layer in layers if layer.name in bypassed),
         settings=recipe.quantization,
     )
 
 
 def _tied_parameters(model: nn.Module) -> dict[str, str]:
-    """Another name of each parameter that has several."""
+    """Return another name of each parameter that has several."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    groups = [group for group in names.values() if len(group) > 1]
-    return {
-        name: next(other for other in group if other != name) for group in groups for name in group
-    }
+    tied: dict[str, str] = {}
+    for first, *others in names.values():
+        if others:
+            tied |= {first: others[0], **dict.fromkeys(others, first)}
+    return tied
 
 
 def _adapted_layers(model: nn.Module) -> Iterator[AdaptedLayer]:
-    """Every layer that peft has given an adapter."""
+    """Yield every layer that has an adapter."""
     for path, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
@@ -165,9 +165,10 @@ def _adapted_layers(model: nn.Module) -> Iterator[AdaptedLayer]:
             name = name.removesuffix(".base_layer")
         tensors = {}
         for part in PARTS:
-            held = getattr(layer, part)
-            if NAME in held:
-                value = held[NAME] if isinstance(held[NAME], nn.Parameter) else held[NAME].weight
+            adapters = getattr(layer, part)
+            if ADAPTER_NAME in adapters:
+                module = adapters[ADAPTER_NAME]
+                value = module if isinstance(module, nn.Parameter) else module.weight
                 tensors[part.replace("_embedding", "")] = (f"{path}.{part}", tuple(value.shape))
         yield AdaptedLayer(
             name, layer, f"{name}.{getattr(layer, 'parameter_name', 'weight')}", tensors
@@ -180,7 +181,11 @@ def _adapter_tensors(
     origins: Mapping[str, Origin],
     stored: Mapping[str, Stored],
 ) -> dict[str, Stored]:
-    """The adapter's tensors by name: all of these layers and no others. Raises :class:`ModelError`."""
+    """Return the adapter's tensors by name. They must be those of ``layers``, no more and no fewer.
+
+    Raises:
+        ModelError: tensors are missing, unknown, of another shape or of another base.
+    """
     saved, wrong = {}, []
     wanted = {name for layer in layers for name, _ in layer.tensors.values()}
     for tensor in read_header(adapter / "adapter_model.safetensors"):
@@ -189,16 +194,17 @@ def _adapter_tensors(
             saved[name] = tensor
         elif not tensor.name.endswith(BASE_LAYER):
             wrong.append(tensor.name)
-        else:  # peft saves an adapted embedding itself too
+        else:  # peft also saves the base's own weights of an adapted embedding
             parameter = tensor.name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-            own = stored.get(_stored_as(origins, parameter) or "")
+            name_of_own = origins[parameter].unchanged if parameter in origins else None
+            own = stored.get(name_of_own or "")
             if own and not _equal(tensor, own):
                 found = f"holds other numbers of {parameter} than this base"
                 raise ModelError(found=found, expected="an adapter that was trained on this base")
     if wrong:
         raise ModelError(
-            found=f"{len(wrong)} of its keys match nothing in the base ({wrong[0]} ...)",
-            expected="LoRA's A and B of layers of this base",
+            found=f"{len(wrong)} of its tensors match nothing in the base ({wrong[0]} ...)",
+            expected="LoRA's A and B for layers of this base",
         )
     lacking = [
         layer.name
@@ -207,17 +213,20 @@ def _adapter_tensors(
     ]
     if lacking:
         raise ModelError(
-            found=f"lacks {len(lacking)} of the layers that it is for ({lacking[0]} ...)",
-            expected="A and B of each",
+            found=f"lacks {len(lacking)} of the layers that it should have ({lacking[0]} ...)",
+            expected="LoRA's A and B of each layer",
         )
     for layer in layers:
         for part, (name, shape) in layer.tensors.items():
-            held = saved[name].shape
-            if part == "lora_A" and held[:1] != shape[:1] and held[1:] == shape[1:]:
-                found = f"{layer.name} has rank {held[0]}, its adapter_config.json says {shape[0]}"
+            found_shape = saved[name].shape
+            has_other_rank = found_shape[:1] != shape[:1] and found_shape[1:] == shape[1:]
+            if part == "lora_A" and has_other_rank:
+                found = f"{layer.name} has rank {found_shape[0]}, "
+                found += f"but its adapter_config.json says {shape[0]}"
                 raise ModelError(found=found, expected="the configuration that it was saved with")
-            if held != shape and part != "lora_magnitude_vector":
-                found = f"{layer.name}: {part} is {_by(held)}, this base's {_by(shape)}"
+            if found_shape != shape and part != "lora_magnitude_vector":
+                found = f"{layer.name}: {part} is {_by(found_shape)}, "
+                found += f"but this base needs {_by(shape)}"
                 raise ModelError(
                     found=found, expected="the shapes of the base that it was trained on"
                 )
@@ -225,28 +234,29 @@ def _adapter_tensors(
 
 
 def _equal(tensor: Stored, own: Stored) -> bool:
-    """Whether two tensors hold the same numbers, in the first one's dtype."""
+    """Return whether two tensors hold the same numbers, in the first one's dtype."""
     if tensor.shape != own.shape:
         return False
-    pairs = (
-        (read_rows(rows), read_rows(Rows(own, rows.start, rows.stop))) for rows in in_blocks(tensor)
-    )
-    return all(torch.equal(mine, theirs.to(mine.dtype)) for mine, theirs in pairs)
-
-
-def _stored_as(origins: Mapping[str, Origin], parameter: str) -> str | None:
-    return origins[parameter].same if parameter in origins else None
+    for rows in in_blocks(tensor):
+        block, own_block = read_rows(rows), read_rows(Rows(own, rows.start, rows.stop))
+        if not torch.equal(block, own_block.to(block.dtype)):
+            return False
+    return True
 
 
 def _by(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
 
 
-def _products(
+def _parameter_deltas(
     layers: Sequence[AdaptedLayer], saved: Mapping[str, Stored], tied: Mapping[str, str]
-) -> dict[str, Product]:
-    """What is added to each parameter. Raises :class:`ModelError` for one that no merge can change by itself."""
-    products: dict[str, Product] = {}
+) -> dict[str, LoraDelta]:
+    """Return the delta of each adapted parameter, by its name.
+
+    Raises:
+        ModelError: a merge cannot change this parameter, or not without another one.
+    """
+    deltas: dict[str, LoraDelta] = {}
     for adapted in layers:
         if adapted.parameter in tied:
             other = tied[adapted.parameter].removesuffix(".weight")
@@ -257,74 +267,88 @@ def _products(
             layer.get_param().shape if isinstance(layer, ParamWrapper) else base_layer.weight.shape
         )
         magnitude = "lora_magnitude_vector" in adapted.tensors
-        kind: Kind
+        layout: Layout
         if isinstance(layer, ParamWrapper) and len(shape) == 3:
-            kind = "experts" if layer._did_swap_in_out_features else "experts transposed"
+            layout = "experts" if layer._did_swap_in_out_features else "experts transposed"
         elif isinstance(layer, Embedding) and not magnitude:
-            kind = "embedding"
+            layout = "embedding"
         elif isinstance(layer, Linear | ParamWrapper) and len(shape) == 2:
-            kind, shape = "matrix", shape[::-1] if is_transposed(base_layer) else shape
+            layout = "matrix"
+            if is_transposed(base_layer):
+                shape = shape[::-1]
         else:
-            what = f"{type(base_layer).__name__}{' with DoRA' if magnitude else ''}"
-            found = f"{adapted.name} is adapted, of type {what}, which cannot be merged"
+            type_name = f"{type(base_layer).__name__}{' with DoRA' if magnitude else ''}"
+            found = f"{adapted.name} is adapted, but its type, {type_name}, cannot be merged"
             raise ModelError(
                 found=found, expected="an adapter of linear layers, embeddings or experts"
             )
-        # Before there is an adapter on disk, a part is its name and shape.
+        # A part of an adapter that is not on disk yet has only a name and a shape.
         parts = {
             part: saved.get(name, Stored(name, Path(), torch.float32, size, 0))
             for part, (name, size) in adapted.tensors.items()
         }
-        products[adapted.parameter] = Product(
+        deltas[adapted.parameter] = LoraDelta(
             parameters=(adapted.parameter,),
-            kind=kind,
+            layout=layout,
             shape=shape,
             a=parts["lora_A"],
             b=parts["lora_B"],
             magnitude=parts.get("lora_magnitude_vector"),
-            scale=float(layer.scaling[NAME]),
+            scale=float(layer.scaling[ADAPTER_NAME]),
         )
-    return products
+    return deltas
 
 
-def _deltas(
-    products: Mapping[str, Product],
+def _stored_deltas(
+    by_parameter: Mapping[str, LoraDelta],
     origins: Mapping[str, Origin],
     stored: Mapping[str, Stored],
     shapes: Mapping[str, tuple[int, ...]],
     model: Any,
 ) -> dict[str, Delta]:
-    """The deltas by stored tensor. Raises :class:`ModelError` for parameters that are not in the base's files."""
-    if lost := [parameter for parameter in products if parameter not in origins]:
-        found = f"{len(lost)} adapted parameters are not in the base's files ({', '.join(lost[:3])} ...)"
-        expected = f"files that hold each of them; theirs begin with {min(stored)}"
+    """Return the deltas by the name of the stored tensor.
+
+    Raises:
+        ModelError: an adapted parameter is not in the base's files, or has another shape there.
+    """
+    if lost := [parameter for parameter in by_parameter if parameter not in origins]:
         raise ModelError(
-            found=found,
-            expected=expected,
-            fix="a config.json that describes them, or all of it again",
+            found=f"{len(lost)} adapted parameters are not in the base's files "
+            f"({', '.join(lost[:3])} ...)",
+            expected=f"files that hold each of them; the first tensor there is {min(stored)}",
+            fix="a config.json that describes these files, or download the base again",
         )
     deltas: dict[str, Delta] = {}
-    wanted: dict[str, tuple[int, ...]] = {}
-    for parameter, product in products.items():
+    expected_shapes: dict[str, tuple[int, ...]] = {}
+    for parameter, delta in by_parameter.items():
         origin = origins[parameter]
-        if origin.same:
-            deltas[origin.same], wanted[origin.same] = product, shapes[parameter]
+        if origin.unchanged:
+            deltas[origin.unchanged] = delta
+            expected_shapes[origin.unchanged] = shapes[parameter]
             continue
-        if product.magnitude:
-            found = f"{parameter} is adapted with DoRA, and stored with others in one tensor"
+        if delta.magnitude:
+            found = f"{parameter} is adapted with DoRA, but stored with others in one tensor"
             raise ModelError(
                 found=found, expected="plain LoRA there", fix=Overrides({"lora.use_dora": False})
             )
         if any(name in deltas for names in origin.stored.values() for name in names):
-            continue  # with another parameter of the same origin
-        of_origin = {name: products[name] for name in origin.parameters if name in products}
-        whole = Whole(origin, of_origin, {name: shapes[name] for name in origin.parameters}, model)
-        empty = {name: torch.empty(shape, device="meta") for name, shape in whole.shapes.items()}
-        for name, value in origin.to_stored(empty, model).items():
-            deltas[name], wanted[name] = Part(name, whole), value.shape
-    if other := next((name for name in deltas if stored[name].shape != tuple(wanted[name])), None):
-        found = f"the base's {other} is {_by(stored[other].shape)}, by its config.json {_by(wanted[other])}"
-        raise ModelError(
-            found=found, expected="the shapes of its configuration", fix="download it again"
+            continue  # done with another parameter of the same origin
+        group = ConvertedGroup(
+            origin=origin,
+            deltas={name: by_parameter[name] for name in origin.parameters if name in by_parameter},
+            shapes={name: shapes[name] for name in origin.parameters},
+            model=model,
         )
+        empty = {name: torch.empty(shape, device="meta") for name, shape in group.shapes.items()}
+        for name, value in origin.to_stored(empty, model).items():
+            deltas[name] = ConvertedDelta(name, group)
+            expected_shapes[name] = value.shape
+    for name in deltas:
+        if stored[name].shape != tuple(expected_shapes[name]):
+            raise ModelError(
+                found=f"the base's {name} is {_by(stored[name].shape)}, "
+                f"but {_by(expected_shapes[name])} by its config.json",
+                expected="the shapes of its configuration",
+                fix="download the base again",
+            )
     return deltas

@@ -17,7 +17,7 @@ from huggingface_hub import HfApi, snapshot_download
 from orpo_lite.base.download import HUB_TIMEOUT, UNREACHABLE
 from orpo_lite.data.sources.source import is_path
 from orpo_lite.errors import TOKEN, ModelError, RecipeError
-from orpo_lite.recipe.text import BACK, DEEPER, MAX_DEPTH
+from orpo_lite.recipe.text import CLOSING_TOKENS, MAX_DEPTH, OPENING_TOKENS
 
 KEYS = ("license", "license_name", "license_link")
 LICENSE_FILES = [
@@ -308,7 +308,7 @@ def is_simple_yaml(text: str) -> bool:
     """
     depth = 0
     for token in yaml.scan(text, Loader=yaml.SafeLoader):
-        depth += isinstance(token, DEEPER) - isinstance(token, BACK)
+        depth += isinstance(token, OPENING_TOKENS) - isinstance(token, CLOSING_TOKENS)
         if depth > MAX_DEPTH or isinstance(token, yaml.AnchorToken | yaml.AliasToken):
             return False
     return True

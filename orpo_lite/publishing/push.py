@@ -31,7 +31,8 @@ from orpo_lite.publishing.licences import find_license_files, read_licences, rea
 from orpo_lite.publishing.model_card import make_card
 from orpo_lite.publishing.retry import LEAST, UnreadableError, own_token, run_in_thread
 from orpo_lite.publishing.upload import check_card, commit_files
-from orpo_lite.recipe.schema import Recipe, refuse_repository
+from orpo_lite.recipe.schema import Recipe
+from orpo_lite.recipe.values import refuse_repository
 from orpo_lite.runs.atomic import to_json
 from orpo_lite.runs.changes import trained_recipe
 from orpo_lite.runs.commands import Weights, merge_command, quoted, resume_command

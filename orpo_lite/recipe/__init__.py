@@ -1,4 +1,4 @@
-"""What the person chooses.
+"""The recipe: the settings that a person chooses.
 
-Order: text, schema, checks, foreign, reader.
+Order: text, values, schema, checks, foreign, reader.
 """

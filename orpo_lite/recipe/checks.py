@@ -1,4 +1,4 @@
-"""Values that are each valid and cannot stand together."""
+"""Checks of values that are each valid but contradict each other."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -8,71 +8,90 @@ from orpo_lite.recipe.schema import Recipe
 
 
 def contradictions(recipe: Recipe) -> Iterator[RecipeError]:
-    """Values that are each valid and cannot stand together; both keys are named."""
+    """Yield an error for each two values that contradict each other; it names both keys."""
     data, training, memory = recipe.data, recipe.training, recipe.memory
-
-    def fault(one: str, other: str, why: str, fix: Mapping[str, Any] | str) -> RecipeError:
-        values = dict(recipe.items())
-        return RecipeError(
-            where=next(
-                (recipe.sources[k] for k in (one, other) if recipe.sources[k] != "default"),
-                "recipe",
-            ),
-            found=f"{one}: {values[one]} with {other}: {values[other]}",
-            expected=why,
-            fix=fix if isinstance(fix, str) else Overrides(fix),
-        )
-
     if data.prompt_limit >= data.max_length:
-        yield fault(
-            "data.max_prompt_length", "data.max_length", "a prompt limit below the length limit, or no reply is left",
+        yield _contradiction(
+            recipe,
+            "data.max_prompt_length",
+            "data.max_length",
+            "max_prompt_length below max_length, so that the reply has room",
             {"data.max_prompt_length": "auto"},
-        )  # fmt: skip
-    if (
-        training.early_stopping_patience
-        and not data.dataset_test_split
-        and data.test_split_size == 0
-    ):
-        yield fault(
-            "training.early_stopping_patience", "data.test_split_size", "held-out pairs to stop on",
+        )
+    has_held_out = data.dataset_test_split or data.test_split_size > 0
+    if training.early_stopping_patience and not has_held_out:
+        yield _contradiction(
+            recipe,
+            "training.early_stopping_patience",
+            "data.test_split_size",
+            "held-out pairs, whose loss decides when to stop",
             {"data.test_split_size": 0.02},
-        )  # fmt: skip
+        )
     if data.test_split_size >= 1 and data.test_split_size != int(data.test_split_size):
         yield RecipeError(
-            where=recipe.sources["data.test_split_size"], found=f"data.test_split_size: {data.test_split_size}",
+            where=recipe.sources["data.test_split_size"],
+            found=f"data.test_split_size: {data.test_split_size}",
             expected="a share below 1, or a whole number of pairs",
-        )  # fmt: skip
-    # A run's own recipe holds every key: that one stands there says nothing, that it differs from its default does.
-    asked = {
-        "prompt_sharing": recipe.sources["memory.prompt_sharing"] == "command line"
-        and memory.prompt_sharing
-    }
-    asked |= {"micro_batch_tokens": memory.micro_batch_tokens != "auto"}
-    asked |= {"head_chunk": memory.head_chunk not in ("auto", "none")}
-    for key in [key for key, is_asked in asked.items() if is_asked and not memory.packing]:
-        yield fault(
-            f"memory.{key}",
-            "memory.packing",
-            "packed rows, not padded ones",
-            {"memory.packing": True},
         )
+    if not memory.packing:
+        yield from _settings_of_packing(recipe)
     if memory.checkpoint_offload is True and memory.activation_checkpointing in ("none", 0):
-        yield fault(
-            "memory.checkpoint_offload", "memory.activation_checkpointing", "checkpoints that could be moved",
+        yield _contradiction(
+            recipe,
+            "memory.checkpoint_offload",
+            "memory.activation_checkpointing",
+            "checkpointed layers, whose inputs can be offloaded",
             {"memory.activation_checkpointing": "all"},
-        )  # fmt: skip
+        )
     if recipe.output.push_to_hub and recipe.output.hub_model_id is None:
-        yield fault(
+        yield _contradiction(
+            recipe,
             "output.push_to_hub",
             "output.hub_model_id",
             "a repository to push to",
             "output.hub_model_id=NAME",
         )
-    if (
-        not recipe.quantization.load_in_4bit
-        and recipe.quantization.bnb_4bit_compute_dtype != "auto"
-    ):
-        yield fault(
-            "quantization.load_in_4bit", "quantization.bnb_4bit_compute_dtype", "a 4-bit base to compute with",
+    quantization = recipe.quantization
+    if not quantization.load_in_4bit and quantization.bnb_4bit_compute_dtype != "auto":
+        yield _contradiction(
+            recipe,
+            "quantization.load_in_4bit",
+            "quantization.bnb_4bit_compute_dtype",
+            "a 4-bit base, which the compute dtype is for",
             "set model.dtype instead",
-        )  # fmt: skip
+        )
+
+
+def _settings_of_packing(recipe: Recipe) -> Iterator[RecipeError]:
+    """Yield an error for each setting of packed rows that is chosen although packing is off."""
+    memory = recipe.memory
+    is_chosen = {
+        # The recipe in a run folder holds every key, so that prompt_sharing is in it says nothing.
+        "prompt_sharing": memory.prompt_sharing
+        and recipe.sources["memory.prompt_sharing"] == "command line",
+        "micro_batch_tokens": memory.micro_batch_tokens != "auto",
+        "head_chunk": memory.head_chunk not in ("auto", "none"),
+    }
+    for key in is_chosen:
+        if is_chosen[key]:
+            yield _contradiction(
+                recipe,
+                f"memory.{key}",
+                "memory.packing",
+                "packed rows, not padded ones",
+                {"memory.packing": True},
+            )
+
+
+def _contradiction(
+    recipe: Recipe, one: str, other: str, expected: str, fix: Mapping[str, Any] | str
+) -> RecipeError:
+    """Return the error of two keys; its place is that of the first one that is not a default."""
+    values = dict(recipe.items())
+    places = [recipe.sources[key] for key in (one, other) if recipe.sources[key] != "default"]
+    return RecipeError(
+        where=places[0] if places else "recipe",
+        found=f"{one}: {values[one]} with {other}: {values[other]}",
+        expected=expected,
+        fix=fix if isinstance(fix, str) else Overrides(fix),
+    )

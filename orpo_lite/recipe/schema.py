@@ -1,136 +1,41 @@
-"""The recipe: what the person chooses, in eight sections whose keys carry their owners' names.
+"""The schema of a recipe: eight sections, their keys, types and defaults.
 
-Each default has one home, here; a recipe file holds only what differs from it. No torch.
+Keys have the names of the library that owns them (TRL, transformers, peft). Defaults are defined
+here only; a recipe file holds only what differs. This module does not import torch.
 """
 
-import json
-import os
-import re
+import textwrap
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
 
 from orpo_lite.recipe.text import read_bytes, to_text
+from orpo_lite.recipe.values import (
+    check_attention,
+    check_budget,
+    check_lora_init,
+    check_repository,
+    expand_home,
+    read_module_names,
+    read_names,
+    read_steps,
+    refuse_zero,
+    to_json_values,
+)
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Name = Annotated[str, Field(min_length=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Dtype: TypeAlias = Literal["auto", "bfloat16", "float16", "float32"]
-
-
-def _steps(value: object) -> float:
-    """A share of all steps below 1, a whole number of steps from 1 on (TrainingArguments' convention)."""
-    try:
-        steps = float(value)  # type: ignore[arg-type]
-    except TypeError:  # of null or a list
-        raise ValueError("should be a valid number") from None
-    if not 0 <= steps < float("inf"):
-        raise ValueError("should be a share of the steps (0.1) or a whole number of them (100)")
-    if steps > 1 and steps != int(steps):
-        raise ValueError("a share of all steps below 1, or a whole number of steps")
-    return steps
-
-
-def _not_zero(value: int) -> int:
-    if value == 0:
-        raise ValueError("-1, or at least one step")
-    return value
-
-
-def _from_home(value: str) -> str:
-    """A path that begins with ~ written out, for no shell sees it."""
-    path = os.path.expanduser(value)
-    if path.startswith("~"):
-        raise ValueError(
-            f"a folder: {value.partition('/')[0]} is nobody's home; ./{value} is a folder of that name here"
-        )
-    return path
-
-
-def _list_or_all_linear(value: object) -> object:
-    if not isinstance(value, str) or value == "all-linear":
-        return value
-    return [name.strip(" \"'") for name in value.strip("[] ").split(",") if name.strip()]
-
-
-def _names(value: object) -> object:
-    """Several names as a list; a comma parts them, unless a file has one in its name. So it may in a list of JSON."""
-    if not isinstance(value, str) or Path(value).expanduser().exists():
-        return value
-    try:
-        return json.loads(value) if value.startswith('["') else _parted(value)
-    except ValueError:
-        return _parted(value)
-
-
-def _parted(value: str) -> str | list[str]:
-    if "," not in value:
-        return value
-    names = [name.strip(" \"'") for name in value.strip("[] ").split(",")]
-    return [name for name in names if name]
-
-
-def _plain_values(value: dict[str, Any]) -> dict[str, Any]:
-    """What JSON can say, for a template: YAML makes a date of 2024-07-26, and the template wants the text."""
-    plain: dict[str, Any] = json.loads(json.dumps(value, default=str))
-    return plain
-
-
-def _init_lora_weights(value: object) -> object:
-    if str(value).lower().split("_")[0] in {
-        "pissa",
-        "olora",
-        "loftq",
-        "corda",
-        "eva",
-        "lora-ga",
-        "lora",
-    }:
-        raise ValueError(
-            f"true, gaussian or orthogonal: {value} rewrites the base, and the adapter fits no other copy"
-        )
-    return {"true": True}.get(str(value).lower(), value)
-
-
-def _budget(value: object) -> object:
-    if isinstance(value, str) and value != "auto" and read_bytes(value) == 0:
-        raise ValueError("auto, or a size such as 24GiB")
-    return value
-
-
-def _attention(value: object) -> object:
-    if isinstance(value, str) and "/" in value:
-        raise ValueError("a name with a / fetches compiled code from the hub, which is refused")
-    return value
-
-
-# As the hub's own client checks it.
-REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9_]([\w.-]*\w)?", re.ASCII)
-
-
-def refuse_repository(name: str) -> None:
-    """ValueError for what cannot be the name of a repository of the hub."""
-    bare = name.rpartition("/")[2]
-    whole = REPOSITORY.fullmatch(name) and len(name) <= 96
-    if not whole or "--" in name or ".." in name or bare.endswith(".git"):
-        raise ValueError(
-            "owner/name, of letters, digits, - _ and . (no -- or .., no .git at its end, at most 96)"
-        )
-
-
-def _repository(name: str | None) -> str | None:
-    if name is not None:
-        refuse_repository(name)
-    return name
-
-
-Steps = Annotated[float, BeforeValidator(_steps)]
+Steps = Annotated[float, BeforeValidator(read_steps)]
 
 
 class Section(BaseModel):
-    """A section of the recipe: frozen, unknown keys refused, each field documented by the string under it."""
+    """A section of a recipe. It is immutable, and unknown keys are refused.
+
+    The text under each field documents it, here and in ``orpo-lite recipes show``.
+    """
 
     model_config = ConfigDict(
         frozen=True,
@@ -140,109 +45,132 @@ class Section(BaseModel):
         validate_default=True,
     )
 
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        """Put the documentation of each field on one line: messages quote it."""
+        for field in cls.model_fields.values():
+            if field.description:
+                field.description = " ".join(field.description.split())
+
 
 class ModelSection(Section):
-    """The base model (names of TRL's ModelConfig)."""
+    """The base model (key names of TRL's ModelConfig)."""
 
     model_name_or_path: str = Field(min_length=1)
-    """The base: a hub name or a local folder."""
+    """The base model: a hub name (owner/name) or a local folder."""
     model_revision: str = "main"
-    """Branch, tag or commit; the commit it resolves to is recorded in lock.json."""
+    """Branch, tag or commit of the repository. lock.json records the commit that was used."""
     adapter_name_or_path: str | None = None
-    """A LoRA adapter to train on from, instead of a new one: it sets all of lora, which may be left out."""
+    """Continue to train this LoRA adapter instead of a new one. Its configuration replaces the
+    section lora, which may be left out."""
     device: Literal["auto", "cpu"] = "auto"
-    """auto: the GPU, where torch has one. cpu: the CPU, next to a GPU too."""
+    """auto: the GPU if torch finds one, else the CPU. cpu: always the CPU."""
     dtype: Dtype = "auto"
-    """Of everything that is not quantised. auto: bfloat16, else float16 (T4), else float32 (CPU)."""
-    attn_implementation: Annotated[str | None, BeforeValidator(_attention)] = None
-    """transformers' attention back-end: sdpa, eager, flash_attention_2; null lets transformers choose."""
+    """Data type of the weights that are not quantised, and of the activations. auto: bfloat16 if
+    the GPU supports it, else float16 (T4); float32 on a CPU."""
+    attn_implementation: Annotated[str | None, BeforeValidator(check_attention)] = None
+    """Attention of transformers: sdpa, eager or flash_attention_2. null: transformers chooses."""
 
 
 class QuantizationSection(Section):
-    """The base in 4 bit (names of transformers' BitsAndBytesConfig)."""
+    """4-bit quantisation of the base (key names of transformers' BitsAndBytesConfig)."""
 
     load_in_4bit: bool = True
-    """false keeps the base in model.dtype: four times the memory."""
+    """Quantise the base to 4 bit. false: keep it in model.dtype, in four times the memory."""
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
-    """NF4 is the QLoRA paper's data type."""
+    """4-bit data type. nf4 is the QLoRA paper's."""
     bnb_4bit_use_double_quant: bool = True
-    """Quantise the scales as well: 0.4 bit less per parameter."""
+    """Also quantise the scales, which saves 0.4 bit per parameter."""
     bnb_4bit_compute_dtype: Dtype = "auto"
-    """Of the matrix products. auto: model.dtype."""
+    """Data type of the matrix products with 4-bit weights. auto: model.dtype."""
 
 
 class LoraSection(Section):
-    """The adapter (names of peft's LoraConfig)."""
+    """The LoRA adapter (key names of peft's LoraConfig)."""
 
     r: int = Field(16, ge=1)
-    """Rank; higher: more capacity, more memory."""
+    """Rank of the adapter. A higher rank can learn more and takes more memory."""
     lora_alpha: int = Field(32, ge=1)
-    """The adapter's product is scaled by lora_alpha / r (by lora_alpha / sqrt(r) with use_rslora)."""
+    """Scale: the adapter's output is multiplied by lora_alpha / r (with use_rslora by
+    lora_alpha / sqrt(r))."""
     lora_dropout: Fraction = 0.0
-    """Dropout on the adapter's input."""
+    """Dropout probability of the adapter's input."""
     target_modules: Annotated[
         Literal["all-linear"] | Annotated[list[str], Field(min_length=1)],
-        BeforeValidator(_list_or_all_linear),
+        BeforeValidator(read_module_names),
     ] = "all-linear"
-    """all-linear (all but the output head), or a list of module names such as q_proj,v_proj."""
+    """Modules that get an adapter: all-linear (every linear layer but the output head), or a list
+    of names such as q_proj,v_proj."""
     use_rslora: bool = False
-    """Rank-stabilised scaling (arXiv 2312.03732)."""
+    """Use rank-stabilised scaling (arXiv 2312.03732)."""
     use_dora: bool = False
-    """Weight-decomposed LoRA (arXiv 2402.09353): slower, a little better at low rank."""
+    """Use weight-decomposed LoRA (DoRA, arXiv 2402.09353): slower, a little better at low rank."""
     init_lora_weights: Annotated[
-        Literal[True, "gaussian", "orthogonal"], BeforeValidator(_init_lora_weights)
+        Literal[True, "gaussian", "orthogonal"], BeforeValidator(check_lora_init)
     ] = True
-    """true, gaussian or orthogonal. PiSSA and its kin rewrite the base and are refused."""
+    """Initial values of the adapter: true (peft's default), gaussian or orthogonal. PiSSA and
+    similar ones rewrite the base and are refused."""
 
 
 class DataSection(Section):
     """The preference pairs."""
 
     dataset_name: Annotated[
-        Name | Annotated[list[Name], Field(min_length=1)], BeforeValidator(_names)
+        Name | Annotated[list[Name], Field(min_length=1)], BeforeValidator(read_names)
     ]
-    """A hub name, a local jsonl, json, csv, tsv, parquet or arrow file, a folder, a pattern; or several, as a list."""
+    """The dataset: a hub name, a local file (jsonl, json, csv, tsv, parquet, arrow),
+    a folder or a glob pattern. A list names several datasets."""
     dataset_config: str | None = None
-    """The configuration of a hub data set that has several."""
+    """Configuration of a hub dataset that has several."""
     dataset_train_split: str = "auto"
-    """The split to train on; auto takes train_prefs or the like where the set has one, else train."""
+    """Split to train on. auto: train_prefs or a similar split if the dataset has one, else
+    train."""
     dataset_test_split: str | None = None
-    """Held-out split, or a local file or folder; null takes test_split_size from the training split."""
+    """Held-out pairs: a split of the dataset, or a local file or folder. null: take
+    test_split_size from the training split."""
     test_split_size: float = Field(0.02, ge=0, allow_inf_nan=False)
-    """Held-out share of the prompts (below 1) or number of pairs; split by prompt, never by row. 0: none."""
+    """Held-out part of the training split: a share of the prompts (below 1) or a number of pairs.
+    All pairs of a prompt go to the same split. 0: hold nothing out."""
     format: Literal[
-        "auto", "explicit", "implicit", "messages", "hh_rlhf", "doubled", "orca", "alpaca", "conversation", "sharegpt",
-        "openai", "ranked", "judged",
+        "auto", "explicit", "implicit", "messages", "hh_rlhf", "doubled", "orca", "alpaca",
+        "conversation", "sharegpt", "openai", "ranked", "judged",
     ] = "auto"  # fmt: skip
-    """How a row holds its pair; auto detects it by structure and says why."""
+    """How a row holds its pair. auto: detect it from the columns and values, and report why."""
     column_map: dict[str, str | Annotated[list[str], Field(min_length=1)]] = {}
-    """Our column names to the set's, {prompt: question, chosen: good}; of several sets: {chosen: [good, win]}."""
+    """Which columns hold prompt, chosen and so on: {prompt: question, chosen: good}. For several
+    datasets a list of columns: {chosen: [good, win]}."""
     max_samples: int | None = Field(None, ge=1)
-    """Use only the first rows of each set."""
+    """Read only this many rows of each dataset, from its start. null: all rows."""
     max_bad_rows: Fraction = 0.01
-    """Share of the rows that may be left out for a fault (NaN, a tool call); more stops. 3 rows may always be."""
+    """Largest share of rows that may be left out because of an error, such as NaN or a tool call.
+    With more, the command fails. 3 rows are always allowed."""
     max_length: int = Field(2048, ge=8)
-    """Tokens of prompt and response together; a longer response is cut at its end."""
+    """Most tokens of prompt and response together. A longer response is cut at its end."""
     max_prompt_length: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
-    """Pairs with a longer prompt are dropped, as in the paper (Appendix C). auto: half of max_length, as there."""
+    """Most tokens of a prompt. Pairs with a longer prompt are left out, as in the ORPO paper
+    (Appendix C). auto: half of max_length, also as in the paper."""
     chat_template: str = "auto"
-    """auto: the tokenizer's, else the paper's. none: prompt and response joined as plain text. Or a .jinja file."""
-    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_plain_values)] = {}
-    """Passed on to the template, for instance {enable_thinking: false}."""
+    """auto: the tokenizer's chat template, or the ORPO paper's if it has none. none: join prompt
+    and response as plain text. Or the path of a .jinja file."""
+    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(to_json_values)] = {}
+    """Variables for the chat template, for instance {enable_thinking: false}."""
 
     @property
     def names(self) -> list[str]:
-        """The sets that dataset_name names."""
+        """The names of the datasets, as a list."""
         return [self.dataset_name] if isinstance(self.dataset_name, str) else self.dataset_name
 
     @property
     def prompt_limit(self) -> int:
-        """max_prompt_length in tokens."""
+        """The largest number of tokens of a prompt: ``max_prompt_length``, with auto resolved."""
         return self.max_length // 2 if self.max_prompt_length == "auto" else self.max_prompt_length
 
     @property
     def columns(self) -> dict[str, list[str]]:
-        """What column_map says: our name to the columns that may hold it, of which a row is read by its first."""
+        """``column_map`` with lists only: our name -> the dataset's columns.
+
+        A row is read by the first of these columns that it has.
+        """
         return {
             ours: [names] if isinstance(names, str) else names
             for ours, names in self.column_map.items()
@@ -253,88 +181,110 @@ class LossSection(Section):
     """The ORPO loss (arXiv 2403.07691)."""
 
     type: Literal["orpo"] = "orpo"
-    """L = NLL(chosen) + beta * L_OR, Eq. 6."""
+    """The loss: L = NLL(chosen) + beta * L_OR (Eq. 6)."""
     beta: float = Field(0.1, ge=0, allow_inf_nan=False)
-    """λ in the paper, alpha in the authors' code. 0 is plain supervised fine-tuning on the chosen responses."""
+    """Weight of the odds-ratio term: λ in the paper, alpha in the authors' code. 0: plain
+    supervised fine-tuning on the chosen responses."""
     completion_only_loss: bool = False
-    """false: the NLL counts the prompt too, as in the authors' code and TRL. true: the response, as in the text."""
+    """Leave the prompt's tokens out of the NLL, as the paper's text does. false: count them, as
+    the authors' code and TRL do."""
     nll_reduction: Literal["token", "pair"] = "token"
-    """token: mean over all counted tokens of the optimizer step. pair: mean per response, then over pairs."""
+    """Mean of the NLL. token: over all counted tokens of the optimizer step. pair: over the tokens
+    of each response, then over the pairs."""
 
 
 class TrainingSection(Section):
-    """The optimisation (names of transformers' TrainingArguments).
+    """The optimisation (key names of transformers' TrainingArguments).
 
-    `train --resume RUN KEY=VALUE` may change how fast, how long and how often it is evaluated. The learning rate is a
-    function of the step alone: from the next step on it is what it would be had the run begun with the new values.
+    ``train --resume RUN KEY=VALUE`` may change the learning rate and its schedule, the number of
+    steps and the evaluations. The learning rate depends only on the step's number: after the
+    resume it is what it would be if the run had begun with the new values.
     """
 
-    output_dir: Annotated[str, Field(min_length=1), AfterValidator(_from_home)] = "runs/orpo"
-    """The run folder; refused when it exists."""
+    output_dir: Annotated[str, Field(min_length=1), AfterValidator(expand_home)] = "runs/orpo"
+    """The run folder that is created. A folder that exists is refused."""
     learning_rate: Positive = 5e-5
     """Peak learning rate. `train --resume RUN` may change it, for instance after a divergence."""
     global_batch_size: int = Field(32, ge=1)
-    """Pairs per optimizer step over all devices; memory settings never change it."""
+    """Pairs per optimizer step, over all devices. Memory settings do not change it."""
     num_train_epochs: Positive = 1.0
-    """Passes over the training pairs."""
-    max_steps: Annotated[int, Field(ge=-1), AfterValidator(_not_zero)] = -1
-    """Optimizer steps; -1 leaves it to num_train_epochs. Changed at --resume, the whole schedule has the new length."""
+    """Passes over the training pairs. Fractions are allowed."""
+    max_steps: Annotated[int, Field(ge=-1), AfterValidator(refuse_zero)] = -1
+    """Optimizer steps. -1: as many as num_train_epochs needs. Changed with --resume, it also
+    changes the length of the learning-rate schedule."""
     lr_scheduler_type: Literal["cosine", "linear", "constant", "inverse_sqrt"] = "cosine"
     """Shape of the learning rate after the warm-up."""
     warmup_steps: Steps = 0.1
-    """Below 1 a share of all steps, else a number of steps."""
+    """Length of the warm-up: a share of all steps (below 1) or a number of steps."""
     optim: Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw_torch"] = "paged_adamw_8bit"
-    """Paged: bitsandbytes moves the state to host memory when the card runs short."""
+    """Optimizer. Paged: bitsandbytes moves its state to host memory when the GPU's runs short."""
     adam_beta1: Fraction = 0.9
-    """AdamW's first decay rate."""
+    """AdamW's decay rate of the first moment."""
     adam_beta2: Fraction = 0.999
-    """AdamW's second decay rate."""
+    """AdamW's decay rate of the second moment."""
     adam_epsilon: Positive = 1e-8
     """AdamW's epsilon."""
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = Field(1.0, ge=0, allow_inf_nan=False)
-    """Gradients are clipped to this norm; 0 clips nothing."""
+    """Largest norm of the gradient; a larger one is clipped to it. 0: no clipping."""
     eval_steps: Annotated[Steps, Field(gt=0)] = 0.1
-    """Evaluate on the held-out pairs and save a checkpoint this often: a share of all steps, or a number."""
+    """Steps between two evaluations on the held-out pairs: a share of all steps (below 1) or a
+    number of steps. Each evaluation also saves a checkpoint."""
     load_best_model_at_end: bool = True
-    """End with the adapter of the lowest evaluation loss; without held-out pairs, with the last one."""
+    """Keep the adapter with the lowest held-out loss. Without held-out pairs, or if false: keep
+    the last one."""
     early_stopping_patience: int | None = Field(None, ge=1)
-    """Stop after so many evaluations without a better loss; null never stops."""
+    """Stop after this many evaluations in a row without a lower held-out loss. null: never stop
+    early."""
     seed: int = Field(42, ge=0, lt=2**32)
-    """Of the data order, the split, the adapter's initialisation and dropout."""
+    """Seed of the data order, the held-out split, the adapter's initial values and dropout."""
     full_determinism: bool = False
-    """Deterministic kernels on a GPU, slower; a CPU run is deterministic without it."""
+    """Use only deterministic kernels on a GPU, which is slower. A CPU run is always
+    deterministic."""
 
 
 class MemorySection(Section):
-    """How the step fits into memory (ours); it never changes the maths. The plan sets what is auto."""
+    """How a step fits into memory (our own keys). The loss and the gradient stay the same.
 
-    budget: Annotated[str, BeforeValidator(_budget)] = "auto"
-    """Memory that a run may take on the device, such as 24GiB. auto: what is free on the GPU; no plan on a CPU."""
+    The plan (``orpo-lite plan``) chooses the values that are auto.
+    """
+
+    budget: Annotated[str, BeforeValidator(check_budget)] = "auto"
+    """Memory that the run may take on the device, such as 24GiB. auto: what is free on the GPU;
+    on a CPU no plan is made."""
     packing: bool = True
-    """Pairs laid end to end, without padding. false: padded rows and all logits, the plain step that ours equals."""
+    """Put pairs end to end into one row, without padding. false: padded rows and all logits at
+    once, the plain step that the packed one is compared with."""
     prompt_sharing: bool = True
-    """What both replies of a pair begin with goes through the model once; needs packing."""
+    """Compute the tokens that both responses of a pair begin with only once. Needs packing."""
     micro_batch_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
-    """Tokens in one packed forward pass; a longer pair goes alone. auto, unplanned: twice data.max_length."""
+    """Most tokens in one packed forward pass; a pair that has more gets a pass of its own. auto
+    without a plan: twice data.max_length."""
     micro_batch_size: int | None = Field(None, ge=1)
-    """At most so many pairs in one forward pass. null: as many as the tokens allow; without packing, one."""
+    """Most pairs in one forward pass. null: as many as micro_batch_tokens allows; without packing
+    one."""
     head_chunk: Literal["auto", "none"] | Annotated[int, Field(ge=1)] = "auto"
-    """Rows of logits held at once. auto: 96 MiB of them; none: all of a forward pass, as peers do."""
+    """Rows of logits that the output head computes at a time. auto: as many as fit into 96 MiB.
+    none: all rows of a forward pass at once, as other trainers do."""
     fused_lora: bool = True
-    """A linear layer and its adapter as one operation that keeps its input once, in the dtype of the model."""
+    """Compute a linear layer and its adapter in one operation, which keeps its input only once, in
+    the model's data type."""
     activation_checkpointing: Literal["auto", "all", "none"] | Annotated[int, Field(ge=0)] = "auto"
-    """Decoder layers that run again in the backward pass: all, none, or a number. auto, unplanned: all."""
+    """Decoder layers that are computed again in the backward pass instead of keeping their
+    activations: all, none, or a number of layers. auto without a plan: all."""
     checkpoint_offload: Literal["auto"] | bool = "auto"
-    """What checkpointed layers keep waits in host memory: less on the card, a little slower. auto, unplanned: false."""
+    """Keep the inputs of checkpointed layers in host memory: less GPU memory, a little slower.
+    auto without a plan: false."""
     mlp_tile: Literal["auto"] | Annotated[int, Field(ge=1)] | None = "auto"
-    """Tokens that an MLP works on at a time, for less memory; null: all. auto, unplanned: null."""
+    """Tokens that an MLP computes at a time; fewer take less memory. null: all at once. auto
+    without a plan: null."""
     embedding_on_cpu: Literal["auto"] | bool = "auto"
-    """The input embedding stays in host memory; not where it is also the output head. auto, unplanned: false."""
+    """Keep the input embedding in host memory. Not possible if it is also the output head. auto
+    without a plan: false."""
 
     def unplanned(self) -> "MemorySection":
-        """Return a copy in which settings that no plan has set have their plain values."""
+        """Return a copy with the values that auto has without a plan."""
         plain: dict[str, Any] = {"activation_checkpointing": "all", "mlp_tile": None}
         plain |= {"checkpoint_offload": False, "embedding_on_cpu": False}
         return self.model_copy(
@@ -342,13 +292,15 @@ class MemorySection(Section):
         )
 
     def checkpointed(self, layers: int) -> int:
-        """How many of so many decoder layers, the first ones, keep their input only; auto: all."""
+        """Return how many of ``layers`` decoder layers, from the first, are checkpointed."""
         amount = self.activation_checkpointing
-        return min(layers, {"none": 0}.get(amount, layers) if isinstance(amount, str) else amount)
+        if isinstance(amount, int):
+            return min(layers, amount)
+        return 0 if amount == "none" else layers  # auto: all
 
     @property
     def budget_bytes(self) -> int | None:
-        """None for auto."""
+        """``budget`` in bytes; None for auto."""
         return None if self.budget == "auto" else read_bytes(self.budget)
 
 
@@ -360,28 +312,31 @@ PLANNED_SETTINGS = (
     "mlp_tile",
     "embedding_on_cpu",
 )
-"""Keys of ``memory`` that a plan may set where they are auto."""
+"""Keys of ``memory`` that a plan sets if they are auto."""
 
 
 class OutputSection(Section):
-    """What happens after the last step (ours)."""
+    """What happens after the last step (our own keys)."""
 
     merge: bool = True
-    """Merge the adapter into the 16-bit base when training has ended."""
+    """Merge the adapter into the 16-bit base after the training."""
     samples: int = Field(3, ge=0, le=20)
-    """So many held-out prompts, and of five neutral ones that a model card may show, are answered before and after."""
+    """Prompts that are answered by the base and by the adapter: this many held-out ones, and at
+    most this many of five neutral ones that a model card may show."""
     max_new_tokens: int = Field(64, ge=1)
-    """Length limit of those answers."""
+    """Most tokens of each of these answers."""
     push_to_hub: bool = False
-    """Push the adapter and its model card when all else is done; whether it may be is checked before training."""
-    hub_model_id: Annotated[str | None, AfterValidator(_repository)] = None
-    """Where to: owner/name, or a name alone, which is then yours. Made if it is not there."""
+    """Push the adapter and its model card to the hub at the end. Whether that is allowed is
+    checked before the training."""
+    hub_model_id: Annotated[str | None, AfterValidator(check_repository)] = None
+    """Repository to push to: owner/name, or only a name for one of your own. It is created if it
+    does not exist."""
     hub_private_repo: bool = True
-    """Only you, or your organisation, can see it. false: everybody can."""
+    """Create the repository as private: only you or your organisation can see it. false: public."""
 
 
 class Recipe(Section):
-    """All sections. ``sources`` maps each ``section.key`` to where its value comes from."""
+    """A whole recipe: all sections, and where each value comes from (:attr:`sources`)."""
 
     model: ModelSection
     quantization: QuantizationSection = QuantizationSection()
@@ -396,24 +351,24 @@ class Recipe(Section):
 
     @property
     def sources(self) -> Mapping[str, str]:
-        """``section.key`` -> "default", "NAME.yaml:LINE" or "command line"."""
+        """The source of each ``section.key``: "default", "NAME.yaml:LINE" or "command line"."""
         return {key: self._sources.get(key, "default") for key, _ in self.items()}
 
     @property
     def micro_batch_tokens(self) -> int:
-        """What memory.micro_batch_tokens comes to: auto lets the longest pair that shares nothing fit."""
+        """``memory.micro_batch_tokens`` with auto resolved: the longest pair fits, unshared."""
         tokens = self.memory.micro_batch_tokens
         return 2 * self.data.max_length if tokens == "auto" else tokens
 
     def items(self) -> Iterator[tuple[str, Any]]:
-        """Every ``section.key`` with its value, in the order of the schema."""
+        """Yield every ``section.key`` with its value, in the order of the schema."""
         for name in type(self).model_fields:
             section = getattr(self, name)
             for key in type(section).model_fields:
                 yield f"{name}.{key}", getattr(section, key)
 
     def override(self, values: Mapping[str, Any]) -> "Recipe":
-        """A copy with ``section.key`` values replaced and validated; sources are kept."""
+        """Return a copy with these ``section.key`` values, validated. The sources are kept."""
         tree = self.model_dump()
         for key, value in values.items():
             section, _, field = key.partition(".")
@@ -423,32 +378,41 @@ class Recipe(Section):
         return copy
 
     def with_memory(self, settings: Mapping[str, Any]) -> "Recipe":
-        """:meth:`override` of keys of ``memory``, named without their section."""
+        """Return a copy with these values of ``memory``; the keys are without their section."""
         return self.override({f"memory.{key}": value for key, value in settings.items()})
 
     def to_yaml(self, *, comments: bool = False) -> str:
-        """The whole recipe as YAML; with ``comments`` each key carries its field's documentation."""
+        """Return the whole recipe as YAML; ``comments`` adds the documentation of each key."""
         lines = []
         for name in type(self).model_fields:
             section = getattr(self, name)
-            lines.append(
-                f"{name}:"
-                + (f"  # {(type(section).__doc__ or '').splitlines()[0]}" if comments else "")
-            )
+            title = (type(section).__doc__ or "").partition("\n")[0]
+            lines.append(f"{name}:  # {title}" if comments else f"{name}:")
             for key, field in type(section).model_fields.items():
-                body = f"  {key}: {to_text(getattr(section, key))}"
-                lines += [f"  # {field.description}", body] if comments else [body]
+                if comments:
+                    wrapped = textwrap.wrap(field.description or "", COMMENT_WIDTH)
+                    lines += [f"  # {line}" for line in wrapped]
+                lines.append(f"  {key}: {to_text(getattr(section, key))}")
         return "\n".join(lines) + "\n"
 
 
-SECTIONS: dict[str, Any] = {
-    name: field.annotation for name, field in Recipe.model_fields.items()
-}  # name -> its class
+COMMENT_WIDTH = 96
+
+SECTIONS: dict[str, Any] = {name: field.annotation for name, field in Recipe.model_fields.items()}
+"""The class of each section."""
 KEYS: dict[str, list[str]] = {
     name: list(section.model_fields) for name, section in SECTIONS.items()
 }
-HOMES = {
-    key: [f"{section}.{key}" for section in KEYS if key in KEYS[section]]
-    for keys in KEYS.values()
-    for key in keys
-}
+"""The keys of each section."""
+
+
+def _full_keys() -> dict[str, list[str]]:
+    full_keys: dict[str, list[str]] = {}
+    for section, keys in KEYS.items():
+        for key in keys:
+            full_keys.setdefault(key, []).append(f"{section}.{key}")
+    return full_keys
+
+
+FULL_KEYS = _full_keys()
+"""Each key without its section -> every ``section.key`` that it may be."""

@@ -1,4 +1,4 @@
-"""From prepared inputs to an adapter.
+"""Train an adapter on prepared inputs.
 
-Order: texts, state, checkpoint, session, faults, result, step, loop.
+Order: adapter_files, state, checkpoint, session, faults, result, step, loop.
 """

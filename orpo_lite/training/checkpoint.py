@@ -1,7 +1,9 @@
-"""Checkpoints: what a run needs to go on with the very same bits. safetensors and JSON, under a sha256 manifest.
+"""Save and load checkpoints, from which a run continues with exactly the same bits.
 
-No generator state and no data position are kept: the data order is a function of (seed, epoch), and dropout is seeded
-by (seed, step, micro-batch), so the number of finished steps says it all.
+A checkpoint holds safetensors and JSON files, and a manifest with the sha256 of each. It holds no
+state of a random generator and no position in the data: the data order is a function of (seed,
+epoch), and dropout is seeded by (seed, step, micro-batch), so the number of finished steps is
+enough.
 """
 
 import json
@@ -27,8 +29,8 @@ STATE, MANIFEST = "state.json", "manifest.json"
 
 
 def save(run: Path, model: PairModel, optimizer: torch.optim.Optimizer, state: TrainState) -> Path:
-    """Write ``checkpoints/step-N``, complete or not at all, then remove those no longer needed."""
-    final = run / "checkpoints" / f"step-{state.step:07d}"
+    """Write ``checkpoints/step-N`` completely or not at all, then remove outdated checkpoints."""
+    final = run / "checkpoints" / _name(state.step)
     tensors, scalars = _optimizer_state(optimizer)
     with new_folder(final) as folder:
         save_file(adapter_tensors(model), folder / ADAPTER)
@@ -41,11 +43,11 @@ def save(run: Path, model: PairModel, optimizer: torch.optim.Optimizer, state: T
     return final
 
 
-def newest(run: Path) -> tuple[Path, list[str]]:
-    """The newest valid checkpoint, and what was wrong with those that are newer.
+def find_newest(run: Path) -> tuple[Path, list[str]]:
+    """Return the newest valid checkpoint, and what is wrong with the ones that are newer.
 
     Raises:
-        CheckpointError: there is none; never a silent restart.
+        CheckpointError: there is no valid checkpoint. A run never restarts silently.
     """
     faults: list[str] = []
     for folder in reversed(_folders(run)):
@@ -56,14 +58,14 @@ def newest(run: Path) -> tuple[Path, list[str]]:
     raise CheckpointError(
         where=f"run {run}",
         found="no valid checkpoint" + "".join(f"; {fault}" for fault in faults),
-        expected="a checkpoint to go on from",
-        fix="start again under another training.output_dir",
+        expected="a checkpoint to resume from",
+        fix="train again with another training.output_dir",
     )
 
 
-def at_step(run: Path, step: int) -> Path:
-    """The checkpoint of one step. Raises :class:`CheckpointError` when it is missing or altered."""
-    folder = run / "checkpoints" / f"step-{step:07d}"
+def find_step(run: Path, step: int) -> Path:
+    """Return the checkpoint of a step. Raises CheckpointError if it is missing or altered."""
+    folder = run / "checkpoints" / _name(step)
     fault = find_fault(folder)
     if fault is not None:
         raise CheckpointError(
@@ -73,7 +75,7 @@ def at_step(run: Path, step: int) -> Path:
 
 
 def find_fault(folder: Path) -> str | None:
-    """What is wrong with a checkpoint by its manifest; None when all is well."""
+    """Compare a checkpoint with its manifest. Return what is wrong, or None."""
     try:
         expected = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         found = _hashes(folder)
@@ -81,14 +83,14 @@ def find_fault(folder: Path) -> str | None:
         return f"unreadable ({type(error).__name__})"
     if not isinstance(expected, dict) or set(expected) != {ADAPTER, OPTIMIZER, STATE}:
         return f"{MANIFEST} does not list its files"
-    return next(
-        (f"{name} is missing or altered" for name in expected if found.get(name) != expected[name]),
-        None,
-    )
+    for name in expected:
+        if found.get(name) != expected[name]:
+            return f"{name} is missing or altered"
+    return None
 
 
 def restore(folder: Path, model: PairModel, optimizer: torch.optim.Optimizer) -> TrainState:
-    """Load a checkpoint that :func:`newest` gave; returns its state. Raises :class:`CheckpointError`."""
+    """Load a valid checkpoint and return its state. Raises CheckpointError."""
     state = read_state(folder)
     load_adapter(folder, model)
     _restore_optimizer(optimizer, load_file(folder / OPTIMIZER), state.optimizer)
@@ -96,26 +98,33 @@ def restore(folder: Path, model: PairModel, optimizer: torch.optim.Optimizer) ->
 
 
 def read_state(folder: Path) -> TrainState:
-    """The state in a checkpoint that :func:`newest` gave. Raises :class:`CheckpointError`."""
+    """Read the state in a valid checkpoint. Raises CheckpointError."""
     return TrainState.from_json(read_json(folder / STATE), str(folder / STATE))
 
 
 def load_adapter(folder: Path, model: PairModel) -> None:
-    """Load only the adapter of a checkpoint."""
+    """Load only the adapter of a valid checkpoint."""
     set_adapter(model, load_file(folder / ADAPTER))
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[tuple[int, int, Tensor]]:
-    groups = enumerate(optimizer.param_groups)
-    return [(g, i, parameter) for g, group in groups for i, parameter in enumerate(group["params"])]
+    """Return the parameters in order, each with its group and its index in the group."""
+    return [
+        (group, index, parameter)
+        for group, settings in enumerate(optimizer.param_groups)
+        for index, parameter in enumerate(settings["params"])
+    ]
 
 
 def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state as tensors for safetensors and scalars for JSON, under "parameter.name"."""
+    """Return the state as tensors (for safetensors) and scalars (for JSON).
+
+    Both are keyed by "NUMBER.NAME": the number of the parameter and the name of its entry.
+    """
     tensors, scalars = {}, {}
     for index, (_, _, parameter) in enumerate(_parameters(optimizer)):
         for name, value in optimizer.state.get(parameter, {}).items():
-            if name.startswith("qmap"):  # bitsandbytes' constant code book
+            if name.startswith("qmap"):  # bitsandbytes' code book, a constant
                 continue
             if isinstance(value, Tensor):
                 tensors[f"{index}.{name}"] = value.detach().to("cpu", copy=True).contiguous()
@@ -128,31 +137,29 @@ def _restore_optimizer(
     optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], scalars: dict[str, Any]
 ) -> None:
     for index, (group, position, parameter) in enumerate(_parameters(optimizer)):
-        prefix = f"{index}."
-        own = {
-            name.removeprefix(prefix): value
-            for name, value in tensors.items()
-            if name.startswith(prefix)
-        }
-        if not own:
+        own_tensors = _entries(tensors, index)
+        if not own_tensors:
             continue
-        if hasattr(
-            optimizer, "init_state"
-        ):  # bitsandbytes allocates, perhaps in paged memory; fill what it made
+        if hasattr(optimizer, "init_state"):
+            # bitsandbytes allocates its state itself, perhaps in paged memory.
             optimizer.init_state(optimizer.param_groups[group], parameter, group, position)
-            for name, value in own.items():
+            for name, value in own_tensors.items():
                 optimizer.state[parameter][name].copy_(value)
-        else:  # torch keeps `step` on the CPU
-            devices = {"step": torch.device("cpu")}
+        else:
+            devices = {"step": torch.device("cpu")}  # where torch keeps it
             optimizer.state[parameter] = {
-                n: v.to(devices.get(n, parameter.device)) for n, v in own.items()
+                name: value.to(devices.get(name, parameter.device))
+                for name, value in own_tensors.items()
             }
-        kept = {
-            name.removeprefix(prefix): value
-            for name, value in scalars.items()
-            if name.startswith(prefix)
-        }
-        optimizer.state[parameter].update(kept)
+        optimizer.state[parameter].update(_entries(scalars, index))
+
+
+def _entries(state: dict[str, Any], index: int) -> dict[str, Any]:
+    """Return the entries of one parameter by their own names."""
+    prefix = f"{index}."
+    return {
+        name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)
+    }
 
 
 def _hashes(folder: Path) -> dict[str, str]:
@@ -163,14 +170,16 @@ def _folders(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step-*"))
 
 
+def _name(step: int) -> str:
+    return f"step-{step:07d}"
+
+
 def _rotate(run: Path, best_step: int | None) -> None:
-    """Remove what is older than the newest valid ones, which are in place; the best stays."""
+    """Remove all checkpoints but the newest KEPT_CHECKPOINTS valid ones and the best one."""
+    best = None if best_step is None else _name(best_step)
     valid = 0
     for folder in reversed(_folders(run)):
-        if (
-            valid == KEPT_CHECKPOINTS
-            and folder.name != f"step-{-1 if best_step is None else best_step:07d}"
-        ):
+        if valid < KEPT_CHECKPOINTS:
+            valid += find_fault(folder) is None
+        elif folder.name != best:
             shutil.rmtree(folder)
-        elif valid < KEPT_CHECKPOINTS and find_fault(folder) is None:
-            valid += 1

@@ -1,4 +1,4 @@
-"""Steps that fail: out of memory, not finite, without a deterministic kernel."""
+"""Handle steps that fail: out of memory, not finite, or without a deterministic kernel."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,17 +21,21 @@ from orpo_lite.training.state import TrainState
 from orpo_lite.updates import Update
 
 BAD_STEPS = 3  # non-finite steps in a row that end a run
+MAX_ROWS = 8  # pairs named in a note
 
 
 def shrink_memory(session: Session, batch: Sequence[TokenizedPair]) -> dict[str, Any]:
-    """Return settings of ``memory`` by which the step takes less: smaller micro-batches, then all layers checkpointed.
+    """Return settings of ``memory`` with which the step takes less memory.
+
+    Micro-batches become smaller first. If they are single pairs, all layers are checkpointed.
 
     Raises:
-        FitError: each micro-batch is one pair, and all layers are checkpointed.
+        FitError: each micro-batch is one pair already, and all layers are checkpointed.
     """
     recipe, model = session.recipe, session.pair_model
     memory = recipe.memory
-    pairs = max(map(len, micro_batches(batch, model.batching(recipe, session.inputs.pad_id))))
+    batching = model.batching(recipe, session.inputs.pad_id)
+    pairs = max(len(chunk) for chunk in micro_batches(batch, batching))
     settings: dict[str, Any] = {"activation_checkpointing": memory.activation_checkpointing}
     if pairs > 1:
         return settings | {
@@ -41,49 +45,50 @@ def shrink_memory(session: Session, batch: Sequence[TokenizedPair]) -> dict[str,
     if model.checkpointed < len(model.layers):
         sizes = {"micro_batch_tokens": memory.micro_batch_tokens, "micro_batch_size": 1}
         return sizes | {"activation_checkpointing": "all"}
-    raise _lack_of_memory(
+    raise _out_of_memory(
         recipe,
         session.inputs.base.config,
         session.path,
-        "one pair at a time is out of memory, with all layers checkpointed",
+        "out of memory with one pair at a time and all layers checkpointed",
     )
 
 
-def _lack_of_memory(
+def _out_of_memory(
     recipe: Recipe,
     config: Any,
     path: Path,
     found: str,
     smaller: Mapping[str, Any] = MappingProxyType({}),
 ) -> FitError:
-    """Return the error of a run whose memory runs out; its fix is what ``memory`` does not do yet, and ``smaller``."""
-    plain = {"checkpoint_offload": True, "mlp_tile": 512, "embedding_on_cpu": True}
+    """Return the error of a run that is out of memory.
+
+    The fix is the settings of ``memory`` that the run does not use yet, and ``smaller``.
+    """
+    saving = {"checkpoint_offload": True, "mlp_tile": 512, "embedding_on_cpu": True}
     if getattr(config.get_text_config(), "tie_word_embeddings", False):
-        del plain["embedding_on_cpu"]  # which is refused where it is the output head too
+        del saving["embedding_on_cpu"]  # refused for an embedding that is also the output head
     unused = {
-        f"memory.{key}": plain[key]
-        for key in plain
+        f"memory.{key}": value
+        for key, value in saving.items()
         if getattr(recipe.memory, key) in (None, False, "auto")
     }
     settings = {**unused, **smaller}
-    begun = any((path / "checkpoints").glob("step-*"))
-    going_on = "go on from the last checkpoint" if begun else "begin again"
-    return FitError(
-        where=f"run {path}",
-        found=found,
-        fix=Command(
-            resume_command(path, settings).line, f", to {going_on}; none of them changes the result"
+    fix = "a shorter data.max_length in a new run; the checkpoints are kept"
+    if settings:
+        has_checkpoint = any((path / "checkpoints").glob("step-*"))
+        start = "to resume from the last checkpoint" if has_checkpoint else "to start again"
+        fix = Command(
+            resume_command(path, settings).line,
+            f", {start}; these settings do not change the result",
         )
-        if settings
-        else "a shorter data.max_length in a new run; checkpoints are kept",
-    )
+    return FitError(where=f"run {path}", found=found, fix=fix)
 
 
 def report_not_finite(
     session: Session, batch: Sequence[TokenizedPair], state: TrainState
 ) -> Update:
-    """Return what to say of a step that was skipped. Raises :class:`DivergedError` at the third in a row."""
-    found = f"loss or gradient not finite at step {state.step}"
+    """Return a note on a skipped step. Raises DivergedError at the third in a row."""
+    found = f"loss or gradient is not finite at step {state.step}"
     if state.bad_in_a_row == BAD_STEPS:
         lower = {"training.learning_rate": session.recipe.training.learning_rate / 2}
         raise DivergedError(
@@ -91,19 +96,21 @@ def report_not_finite(
             found=f"{found}, the {BAD_STEPS}rd in a row",
             fix=Command(
                 resume_command(session.path, lower).line,
-                ", to go on from the last checkpoint at half the rate",
+                ", to resume from the last checkpoint with half the learning rate",
             ),
         )
-    rows = ", ".join(pair.where for pair in batch[:8])
-    return Update("note", f"{found}; no update (pairs {rows}{' ...' if len(batch) > 8 else ''})")
+    rows = ", ".join(pair.where for pair in batch[:MAX_ROWS])
+    more = " ..." if len(batch) > MAX_ROWS else ""
+    return Update("note", f"{found}: the step is skipped (pairs {rows}{more})")
 
 
 @contextmanager
 def explain_faults(recipe: Recipe, config: Any, path: Path) -> Iterator[None]:
-    """Deterministic kernels where the recipe asks for them; what torch raises in a step, as an error with its fix.
+    """Turn the errors that torch raises in a step into errors with a fix.
 
-    Only warned of an operation that is not deterministic, FlashAttention's backward pass would stay as it is (torch,
-    Context.h).
+    It also makes kernels deterministic if the recipe asks for it. An operation without a
+    deterministic kernel is an error then, not a warning: with warnings only, FlashAttention's
+    backward pass would stay non-deterministic (torch, Context.h).
     """
     deterministic = recipe.training.full_determinism
     if deterministic:
@@ -113,20 +120,17 @@ def explain_faults(recipe: Recipe, config: Any, path: Path) -> Iterator[None]:
     except RuntimeError as error:
         if is_out_of_memory(error):
             found = f"the GPU is out of memory ({first_line(error)})"
-            fewer = {"memory.micro_batch_tokens": max(1, recipe.micro_batch_tokens // 2)}
+            smaller = {"memory.micro_batch_tokens": max(1, recipe.micro_batch_tokens // 2)}
             if not recipe.memory.packing:
-                fewer = {
-                    "memory.micro_batch_size": max(1, (recipe.memory.micro_batch_size or 2) // 2)
-                }
-            raise _lack_of_memory(recipe, config, path, found, fewer) from error
+                pairs = recipe.memory.micro_batch_size or 2
+                smaller = {"memory.micro_batch_size": max(1, pairs // 2)}
+            raise _out_of_memory(recipe, config, path, found, smaller) from error
         if not deterministic or "deterministic" not in str(error):
             raise
-        found = (
-            f"an operation of this model has no deterministic kernel ({str(error).split('.')[0]})"
-        )
+        reason = str(error).split(".")[0]
         raise RecipeError(
             where=f"training.full_determinism ({recipe.sources['training.full_determinism']})",
-            found=found,
+            found=f"an operation of this model has no deterministic kernel ({reason})",
             fix=Overrides({"training.full_determinism": False}),
         ) from error
     finally:
@@ -135,12 +139,15 @@ def explain_faults(recipe: Recipe, config: Any, path: Path) -> Iterator[None]:
 
 
 WORKSPACES = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "CUDA_LAUNCH_BLOCKING": "0"}
-"""cuBLAS repeats its sums with 8 workspaces of 4 MiB each as with transformers' 8 of 16 KiB, which leave it slow
-kernels only; and it does so without waiting for each kernel (cuBLAS, "Results Reproducibility")."""
+"""Environment variables with which cuBLAS is deterministic (cuBLAS, "Results Reproducibility").
+
+transformers sets 8 workspaces of 16 KiB, with which cuBLAS has only slow kernels, and lets the host
+wait for each kernel. 8 workspaces of 4 MiB without waiting are as deterministic.
+"""
 
 
 def _make_deterministic(seed: int) -> None:
-    """Let torch take deterministic kernels only."""
+    """Let torch use only deterministic kernels. Variables that the person has set are kept."""
     given = {name: os.environ[name] for name in WORKSPACES if name in os.environ}
     enable_full_determinism(seed)
     os.environ.update(WORKSPACES | given)

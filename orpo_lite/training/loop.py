@@ -1,4 +1,4 @@
-"""The training loop: evaluate, save, take a step, repeat; stop at the end, early, or at a signal."""
+"""The training loop: evaluate, save, take a step, repeat."""
 
 import signal
 from collections.abc import Generator
@@ -18,22 +18,22 @@ from orpo_lite.updates import Update, staged
 def train_steps(
     session: Session, state: TrainState, *, saved: bool = False
 ) -> Generator[Update, None, None]:
-    """Train from ``state`` to the last step, to an early stop or to a signal: evaluate, save, take a step, repeat.
+    """Train from ``state`` to the last step, to an early stop or to a signal.
 
-    A step depends on the recipe, the data and its number, on no hidden state.
+    A step depends only on the recipe, the data and the step's number; there is no hidden state.
 
     Args:
         session: what the steps share.
-        state: changed in place.
-        saved: ``state`` is that of a checkpoint.
+        state: the state to start from; changed in place.
+        saved: whether ``state`` was read from a checkpoint.
 
     Raises:
-        Interrupted: after the checkpoint was written.
+        Interrupted: a signal came; a checkpoint was written first.
         DivergedError: loss or gradients were not finite several times in a row.
-        FitError: one pair at a time is out of memory.
+        FitError: out of memory even with one pair at a time.
     """
     processes = session.processes
-    last_save = (state.step, state.evaluated_step) if saved else None
+    last_save = (state.step, state.evaluated_step) if saved else (None, None)
     while True:
         stopping = processes.any(bool(session.signals))
         due = state.step % session.eval_every == 0 or state.step == session.steps
@@ -41,8 +41,8 @@ def train_steps(
             try:
                 yield from evaluate_step(session, state)
             except RuntimeError as error:
-                if is_out_of_memory(error) and (last_save or (0,))[0] != state.step:
-                    processes.on_main(save_checkpoint, session, state)  # its steps are done
+                if is_out_of_memory(error) and (last_save[0] or 0) != state.step:
+                    processes.on_main(save_checkpoint, session, state)  # keep the finished steps
                 raise
             stopping = processes.any(bool(session.signals))
         if (due or stopping) and last_save != (state.step, state.evaluated_step):
@@ -56,8 +56,11 @@ def train_steps(
         if state.step == session.steps:
             return
         if is_exhausted(session.recipe, state):
-            said = f"stopped early: {state.worse_in_a_row} evaluations in a row were no better than the best one"
-            yield Update("note", f"{said} (training.early_stopping_patience)")
+            yield Update(
+                "note",
+                f"stopped early: {state.worse_in_a_row} evaluations in a row without a lower "
+                "held-out loss (training.early_stopping_patience)",
+            )
             return
         batch = session.batch(state.step)
         try:
@@ -65,10 +68,11 @@ def train_steps(
         except OutOfMemory:
             state.memory = shrink_memory(session, batch)
             session.set_memory(state.memory)
-            said = " ".join(f"memory.{key}={value}" for key, value in state.memory.items())
+            settings = " ".join(f"memory.{key}={value}" for key, value in state.memory.items())
             yield Update(
                 "note",
-                f"out of memory at step {state.step + 1}: done again, and gone on, with {said}",
+                f"out of memory at step {state.step + 1}: it is repeated, and the run continues, "
+                f"with {settings}",
             )
             continue
         processes.on_main(append_metrics, session.path, {"step": state.step, **metrics})
@@ -78,7 +82,10 @@ def train_steps(
 
 
 def evaluate_step(session: Session, state: TrainState) -> Generator[Update, None, None]:
-    """Write the held-out metrics down and note in ``state`` whether they are the best; nothing without such pairs."""
+    """Evaluate on the held-out pairs, if any, and record the metrics.
+
+    They go to metrics.jsonl and to ``state``, which notes whether they are the best.
+    """
     inputs = session.inputs
     batches = evaluate(
         session.pair_model,
@@ -93,12 +100,16 @@ def evaluate_step(session: Session, state: TrainState) -> Generator[Update, None
     if not metrics:
         return
     session.processes.on_main(append_metrics, session.path, {"step": state.step, **metrics})
-    remark = "before training" if state.step == 0 else "best so far" if is_best else ""
+    remark = ""
+    if state.step == 0:
+        remark = "before training"
+    elif is_best:
+        remark = "best so far"
     line = f"{session.objective.line(metrics, 'eval_')}  {remark}".rstrip()
     yield Update("eval", line, state.step, session.steps, metrics)
 
 
 def is_exhausted(recipe: Recipe, state: TrainState) -> bool:
-    """Whether so many evaluations in a row were no better that the training is to stop."""
+    """Return whether the training should stop early: the loss has not improved for too long."""
     patience = recipe.training.early_stopping_patience
     return patience is not None and state.worse_in_a_row >= patience

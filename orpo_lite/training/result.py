@@ -1,4 +1,4 @@
-"""What a training leaves: the adapter that is kept."""
+"""Save the adapter of a training, and return its result."""
 
 import copy
 from collections.abc import Generator, Mapping
@@ -23,37 +23,43 @@ from orpo_lite.updates import Update, attempt
 
 @dataclass(frozen=True)
 class TrainResult:
-    """A finished training."""
+    """The result of a finished training."""
 
     run: Path
+    """The run folder."""
     steps: int
+    """Optimizer steps."""
     seconds: float
+    """Time of loading, training and answering prompts."""
     before: Mapping[str, float]
     """Held-out metrics before the first step; {} without held-out pairs."""
     after: Mapping[str, float]
     """Held-out metrics of the adapter that was kept."""
     kept_step: int
+    """The step whose adapter was kept."""
     samples: tuple[Sample, ...]
-    """What is answered before and after (``output.samples``)."""
+    """Prompts with the answers of the base and of the adapter (``output.samples``)."""
 
 
 def keep_best(session: Session, state: TrainState) -> Generator[Update, None, int]:
-    """Save the adapter of the best checkpoint, else of the last step; returns the step it is of."""
+    """Save the adapter of the best checkpoint or of the last step, and return the step."""
     kept, path = state.step, session.path
     if session.recipe.training.load_best_model_at_end and state.best_step is not None:
         try:
-            checkpoint.load_adapter(checkpoint.at_step(path, state.best_step), session.pair_model)
+            checkpoint.load_adapter(checkpoint.find_step(path, state.best_step), session.pair_model)
             kept = state.best_step
-        except CheckpointError as error:  # the training is not lost for that
+        except CheckpointError as error:  # the last step is better than no adapter
             yield Update(
-                "note", f"the best checkpoint cannot be used, the last step is kept ({error.found})"
+                "note",
+                f"the best checkpoint cannot be used; the last step is kept ({error.found})",
             )
     if kept != state.best_step:
         state.after = state.latest
     elif kept == 0:
         yield Update(
             "note",
-            "no step was better than the start: lower training.learning_rate, or train longer",
+            "no step was better than the start: "
+            "train again with a lower training.learning_rate, or longer",
         )
     session.processes.on_main(save_adapter, path / "adapter", session.pair_model)
     record = to_json({"steps": state.step, "kept_step": kept})
@@ -64,13 +70,13 @@ def keep_best(session: Session, state: TrainState) -> Generator[Update, None, in
 
 
 def save_adapter(folder: Path, model: PairModel) -> None:
-    """The adapter's weights, and nothing else: what goes with them was written before the training."""
+    """Write the adapter's weights. Its other files were written before the training."""
     with new_files(folder) as temporary:
         save_file(adapter_tensors(model), temporary / ADAPTER, metadata={"format": "pt"})
 
 
 def write_adapter_config(folder: Path, model: PairModel, base: str) -> None:
-    """peft's configuration of the adapter, which is known before the training."""
+    """Write peft's configuration of the adapter. It is known before the training."""
     wrapped: Any = model.model
     config = copy.copy(wrapped.peft_config["default"])
     config.base_model_name_or_path, config.inference_mode = base, True

@@ -1,4 +1,4 @@
-"""A training in memory: loaded, restored, saved; its batches and its learning rate."""
+"""A training in memory: load it, restore it, save it; its batches and its learning rate."""
 
 import math
 from collections.abc import Generator, Mapping
@@ -33,7 +33,7 @@ from orpo_lite.updates import Update
 
 @dataclass
 class Session:
-    """A training in memory: everything that its steps share and do not change, but for ``recipe``."""
+    """What all steps of a training share. Only ``recipe`` changes."""
 
     recipe: Recipe
     """Its ``memory`` changes when a step runs out of memory."""
@@ -47,14 +47,15 @@ class Session:
     pair_model: PairModel
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    """Scales the loss when activations are float16; else does nothing."""
+    """Scales the loss if activations are float16; else it does nothing."""
     trained: list[torch.nn.Parameter] = field(init=False)
     """The parameters of the adapter."""
     per_epoch: int = field(init=False)
-    """Steps of one pass over the pairs."""
+    """Steps in one pass over the training pairs."""
     steps: int = field(init=False)
     """Steps of the whole training."""
     eval_every: int = field(init=False)
+    """Steps from one evaluation to the next."""
 
     def __post_init__(self) -> None:
         settings = self.recipe.training
@@ -65,39 +66,35 @@ class Session:
         self._factor = lr_factor(self.recipe, self.optimizer, self.steps)
 
     def batch(self, step: int) -> list[TokenizedPair]:
-        """Return the pairs of a step: a function of the seed and the step's number alone."""
+        """Return the pairs of a step. They depend only on the seed and the step's number."""
         settings, pairs = self.recipe.training, self.inputs.train
         epoch, place = divmod(step, self.per_epoch)
         order = epoch_order(len(pairs), seed=settings.seed, epoch=epoch)
-        return [
-            pairs[i]
-            for i in order[
-                place * settings.global_batch_size : (place + 1) * settings.global_batch_size
-            ]
-        ]
+        start = place * settings.global_batch_size
+        return [pairs[index] for index in order[start : start + settings.global_batch_size]]
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of a step."""
         return float(self.recipe.training.learning_rate * self._factor(step))
 
     def warmup_note(self) -> str:
-        """Return what to say of a warm-up that leaves no step at the learning rate that was asked for; or ""."""
+        """Return a note if the warm-up leaves no step at the full learning rate; else ""."""
         settings = self.recipe.training
         warmup = whole_steps(settings.warmup_steps, self.steps)
         highest = max(self.learning_rate(step) for step in range(self.steps))
         if highest == 0:
-            said = f"the learning rate is 0 at all {self.steps} steps, which are warm-up: nothing is learnt"
+            fact = f"all {self.steps} steps are warm-up, at learning rate 0: nothing is learnt"
         elif warmup > self.steps:
-            said = (
-                f"the warm-up takes {warmup} steps and the training has {self.steps}: "
+            fact = (
+                f"the warm-up has {warmup} steps and the training {self.steps}: "
                 f"the learning rate reaches {highest:.2g} of {settings.learning_rate:.2g}"
             )
         else:
             return ""
-        return f"{said}; training.warmup_steps=0 trains without one"
+        return f"{fact}; training.warmup_steps=0 trains without a warm-up"
 
     def set_memory(self, settings: dict[str, Any]) -> None:
-        """Change keys of ``memory``, and the model as they say; loss and gradient stay as they are."""
+        """Change settings of ``memory`` in recipe and model. Loss and gradient stay the same."""
         if settings:
             self.recipe = self.recipe.with_memory(settings)
             checkpoint_first_layers(self.pair_model, self.recipe)
@@ -106,7 +103,12 @@ class Session:
 def load_session(
     recipe: Recipe, inputs: Inputs, path: Path, processes: Processes, stop: list[int]
 ) -> Generator[Update, None, Session]:
-    """Load base and adapter, probe the step on them, make the optimizer. Raises FitError, ModelError."""
+    """Load the model, compare its fast step with its own forward pass, make the optimizer.
+
+    Raises:
+        FitError: not enough memory or disk space.
+        ModelError: the model cannot be loaded, or its fast step computes something else.
+    """
     yield Update("stage", f"loading {inputs.base.name}")
     objective = find_objective(recipe.loss)
     try:
@@ -117,7 +119,7 @@ def load_session(
         line = resume_command(path).line
         raise FitError(
             where=f"model {inputs.base.name}",
-            found=f"the GPU is out of memory before its weights are loaded ({first_line(error)})",
+            found=f"the GPU is out of memory while the weights are loaded ({first_line(error)})",
             fix=Command(
                 line,
                 text=f"end other programs that use the GPU (nvidia-smi lists them), then: {line}",
@@ -128,22 +130,19 @@ def load_session(
         probe_operations(pair_model)
     else:
         longest = max(
-            int(pair_lengths(side)[:, 1:].max(initial=1)) for side in (inputs.train, inputs.test)
+            int(pair_lengths(split)[:, 1:].max(initial=1)) for split in (inputs.train, inputs.test)
         )
-        probe(
-            pair_model,
-            longest,
-            min(recipe.micro_batch_tokens, 2 * longest * recipe.training.global_batch_size),
-        )
+        tokens_of_step = 2 * longest * recipe.training.global_batch_size
+        probe(pair_model, longest, min(recipe.micro_batch_tokens, tokens_of_step))
         if processes.device.type == "cuda":
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(
-                processes.device
-            )  # what is reported is the steps' own
+            # The metrics of the steps must not report the probe's peak.
+            torch.cuda.reset_peak_memory_stats(processes.device)
     for note in pair_model.notes:
         yield Update("note", note)
     trained = [parameter for _, parameter in pair_model.trained()]
-    # A checkpoint holds the adapter and two states of its size; those kept, one being written, and the result.
+    # A checkpoint holds the adapter and two optimizer states of its size. Space is needed for the
+    # kept checkpoints, the best one, the one being written, and the final adapter.
     adapter_bytes = 4 * sum(parameter.numel() for parameter in trained)
     check_disk(
         path, 3 * adapter_bytes * (KEPT_CHECKPOINTS + 3), f"saving the checkpoints of {path}"
@@ -154,13 +153,13 @@ def load_session(
     session = Session(
         recipe, inputs, path, processes, stop, objective, pair_model, optimizer, scaler
     )
-    if said := session.warmup_note():
-        yield Update("note", said)
+    if note := session.warmup_note():
+        yield Update("note", note)
     return session
 
 
 def count_steps(recipe: Recipe, inputs: Inputs) -> int:
-    """Steps of the whole training."""
+    """Return the number of steps of the whole training."""
     settings = recipe.training
     epochs = settings.num_train_epochs * steps_per_epoch(
         len(inputs.train), settings.global_batch_size
@@ -169,17 +168,17 @@ def count_steps(recipe: Recipe, inputs: Inputs) -> int:
 
 
 def refuse_fewer_steps(recipe: Recipe, inputs: Inputs, path: Path) -> None:
-    """Raise :class:`CheckpointError` for a run that has done more steps than it is to have now."""
+    """Raise CheckpointError if a run has finished more steps than the recipe now asks for."""
     if not any((path / "checkpoints").glob("step-*")):
         return
-    folder, _ = checkpoint.newest(path)
+    folder, _ = checkpoint.find_newest(path)
     done, steps = checkpoint.read_state(folder).step, count_steps(recipe, inputs)
     if done > steps:
         key = "training.max_steps" if recipe.training.max_steps > 0 else "training.num_train_epochs"
         raise CheckpointError(
             where=f"run {path}, {folder.name}",
-            found=f"{done} steps are done, and {key} makes it {steps}",
-            expected="no fewer than are done",
+            found=f"{done} steps are done, but {key} asks for {steps} in all",
+            expected="at least as many steps as are done",
             fix=resume_command(path, {"training.max_steps": done}),
         )
 
@@ -187,20 +186,21 @@ def refuse_fewer_steps(recipe: Recipe, inputs: Inputs, path: Path) -> None:
 def restore_session(
     session: Session, changed: Mapping[str, Any]
 ) -> Generator[Update, None, TrainState]:
-    """Go back to the newest valid checkpoint; to the start when the run was stopped before its first one.
+    """Load the newest valid checkpoint and return its state; the first state if there is none.
 
-    A setting of ``memory`` that a step ran out of memory with gives way to one that is ``changed`` now.
+    Settings of ``memory`` that the run changed when it ran out of memory are applied again, except
+    those that are ``changed`` by the resume.
     """
     state = TrainState()
     if any((session.path / "checkpoints").glob("step-*")):
-        folder, faults = checkpoint.newest(session.path)
+        folder, faults = checkpoint.find_newest(session.path)
         for fault in faults:
             yield Update("note", f"skipped {fault}")
         state = checkpoint.restore(folder, session.pair_model, session.optimizer)
         if session.scaler.is_enabled():
             session.scaler.load_state_dict(state.scaler)
     session.processes.on_main(cut_metrics, session.path, state.step, state.evaluated_step)
-    yield Update("note", f"going on after step {state.step} of {session.steps}")
+    yield Update("note", f"resuming after step {state.step} of {session.steps}")
     state.memory = {
         key: value for key, value in state.memory.items() if f"memory.{key}" not in changed
     }
@@ -209,6 +209,6 @@ def restore_session(
 
 
 def save_checkpoint(session: Session, state: TrainState) -> None:
-    """Write a checkpoint of what the next steps depend on."""
+    """Write a checkpoint of all that the next steps depend on."""
     scaled = replace(state, scaler=session.scaler.state_dict())
     checkpoint.save(session.path, session.pair_model, session.optimizer, scaled)

@@ -1,4 +1,7 @@
-"""One optimizer step: the gradient, the same however its pairs are cut up, then clipping and the update."""
+"""One optimizer step: accumulate the gradient, clip it, update the adapter.
+
+The gradient does not depend on how the pairs are divided into micro-batches and processes.
+"""
 
 import gc
 import hashlib
@@ -22,8 +25,11 @@ from orpo_lite.training.session import Session
 from orpo_lite.training.state import TrainState
 
 
-class OutOfMemory(Exception):  # noqa: N818 - torch's own has the longer name
-    """A process ran out of memory; no gradient of the step is left in any, so all may do it again in smaller pieces."""
+class OutOfMemory(Exception):  # noqa: N818 - torch has an OutOfMemoryError
+    """A process ran out of memory.
+
+    No gradient of the step is left in any process, so all can repeat it with smaller micro-batches.
+    """
 
 
 def take_step(
@@ -35,13 +41,13 @@ def take_step(
         Its metrics, and whether loss and gradients were finite.
 
     Raises:
-        OutOfMemory: no gradient is left, so that the step can be done again in smaller pieces.
+        OutOfMemory: the step can be repeated with smaller micro-batches.
     """
     began = time.monotonic()
     learning_rate = session.learning_rate(state.step)
     for group in session.optimizer.param_groups:
         group["lr"] = learning_rate
-    parts = accumulate(
+    sums = accumulate(
         session.pair_model,
         session.objective,
         batch,
@@ -51,24 +57,24 @@ def take_step(
         processes=session.processes,
         scaler=session.scaler,
     )
-    named = session.objective.metrics(parts)
+    metrics = session.objective.metrics(sums)
     norm, finite = update(
         session.trained,
         session.optimizer,
         session.scaler,
-        named["loss"],
+        metrics["loss"],
         session.recipe.training.max_grad_norm,
     )
     tokens = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in batch)
     state.count_step(tokens, finite=finite)
-    figures = {
+    metrics |= {
         "grad_norm": norm,
         "learning_rate": learning_rate,
         "num_tokens": state.num_tokens,
         "tokens_per_second": tokens / (time.monotonic() - began),
         "epoch": state.step / session.per_epoch,
     }
-    return named | figures | memory_figures(session.processes.device), finite
+    return metrics | memory_metrics(session.processes.device), finite
 
 
 def accumulate(
@@ -82,39 +88,38 @@ def accumulate(
     processes: Processes,
     scaler: torch.amp.GradScaler,
 ) -> list[float]:
-    """Add the gradient of one optimizer step to the parameters, micro-batch by micro-batch.
+    """Accumulate the gradient of one optimizer step in the parameters, micro-batch by micro-batch.
 
-    ``batch`` holds the pairs of the whole step, of all processes; each takes its share. What the sums are divided by
-    is known before the first forward pass, so shares of loss and gradient add up to those of the step.
+    ``batch`` holds the pairs of the whole step; each process takes its share of them. The divisors
+    of the sums are known before the first forward pass, so the losses and gradients of the
+    micro-batches add up to those of the step.
 
     Returns:
         The objective's ``parts`` of the step, summed over micro-batches and processes.
 
     Raises:
-        OutOfMemory: here or in another process.
+        OutOfMemory: this process or another one is out of memory.
     """
     divisors, rank = objective.divisors(batch), processes.rank
 
     def run_passes() -> torch.Tensor:
-        """Run this process's micro-batches, and return the sum of their parts. There may be none in a small step.
+        """Run this process's micro-batches, and return the sum of their parts.
 
-        A function, so that running out of memory leaves no tensor behind.
+        There may be no micro-batch in a small step. This is a function so that no local variable
+        keeps a tensor when memory runs out.
         """
         parts = torch.zeros(len(objective.parts), dtype=torch.float64, device=processes.device)
-        scaler.scale(
-            torch.zeros((), device=processes.device)
-        )  # makes its state, also where there is no pair to scale
-        for number, chunk in enumerate(
-            micro_batches(batch, batching, rank=rank, world=processes.count)
-        ):
+        # The scaler makes its state at the first call, which a process without pairs would not do.
+        scaler.scale(torch.zeros((), device=processes.device))
+        chunks = micro_batches(batch, batching, rank=rank, world=processes.count)
+        for number, chunk in enumerate(chunks):
             rows = make_batch([batch[index] for index in chunk], batching)
             seed_dropout(seed, step, number, rank)
             logps = model(rows.to(processes.device))
             loss, share = objective.loss(logps, divisors)
             processes.backward(scaler.scale(loss))
-            parts.add_(
-                share
-            )  # there: to read it would wait for the device before the next batch is made
+            # Added on the device: reading the value would wait for it before the next batch.
+            parts.add_(share)
         return parts
 
     parts = None
@@ -137,7 +142,7 @@ def accumulate(
 
 
 def seed_dropout(*place: int) -> None:
-    """Seed torch by (seed, step, micro-batch, process), so that dropout needs no saved state to be repeated."""
+    """Seed torch by (seed, step, micro-batch, process), so no generator state must be saved."""
     digest = hashlib.blake2b(":".join(map(str, place)).encode(), digest_size=8).digest()
     torch.manual_seed(int.from_bytes(digest, "little") >> 1)
 
@@ -149,28 +154,34 @@ def update(
     loss: float,
     max_grad_norm: float,
 ) -> tuple[float, bool]:
-    """Clip and take the optimizer's step, unless loss or gradients are not finite; the norm, and whether they were."""
+    """Clip the gradients and take the optimizer's step if loss and gradients are finite.
+
+    Returns:
+        The norm of the gradients before clipping, and whether loss and gradients were finite.
+    """
     scaler.unscale_(optimizer)
     norm = float(torch.nn.utils.clip_grad_norm_(trained, max_grad_norm or math.inf))
-    # An overflow of the scaled float16 loss shows in the gradients alone: the scaler skips the step, lowers its scale.
+    # An overflow of the scaled float16 loss shows only in the gradients. The scaler then skips the
+    # step and lowers its scale.
     overflow = scaler.is_enabled() and scaler.get_scale() > 1
     finite = math.isfinite(loss) and (math.isfinite(norm) or overflow)
     if finite:
         scaler.step(optimizer)
-    scaler.update()  # also after a step that was not taken: unscale_ refuses to run twice
+    scaler.update()  # after a skipped step too: unscale_ refuses to run twice
     optimizer.zero_grad(set_to_none=True)
     return norm, finite
 
 
-def memory_figures(device: torch.device) -> dict[str, float]:
-    """Return the memory that is taken, in GiB.
+def memory_metrics(device: torch.device) -> dict[str, float]:
+    """Return the memory in use, in GiB.
 
-    On a CPU ``memory_gib``, the process's peak so far. On a GPU also what a plan does not see:
+    On a CPU this is ``memory_gib``, the process's peak so far. On a GPU there are also figures
+    that a plan does not have:
 
     - ``memory_gib``: the peak of tensors so far;
-    - ``memory_reserved_gib``: the peak of what torch's allocator took from the driver for them;
-    - ``memory_retries``: how often the allocator gave back what it kept because memory was short;
-    - ``memory_free_gib``: what the driver would still give, now, to any program.
+    - ``memory_reserved_gib``: the peak that torch's allocator took from the driver for them;
+    - ``memory_retries``: how often the allocator had to free its cached memory and try again;
+    - ``memory_free_gib``: what is free on the GPU now, for any program.
     """
     if device.type != "cuda":
         unit = 1 if sys.platform == "darwin" else 1024

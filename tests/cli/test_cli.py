@@ -16,7 +16,7 @@ from conftest import Answer, byte_tokenizer, tiny_llama, write_base
 from transformers import T5Config, T5ForConditionalGeneration
 
 from orpo_lite import errors
-from orpo_lite.recipe.reader import load_recipe, shipped_recipes
+from orpo_lite.recipe.reader import gpu_sizes, load_recipe, shipped_recipes
 from orpo_lite.recipe.schema import KEYS
 
 SCRIPT = Path(sys.executable).with_name("orpo-lite")
@@ -97,10 +97,37 @@ def test_the_version(call: Call) -> None:
     assert call("--version") == (0, f"{__version__}\n", "")
 
 
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("orpo-lite train --recipe qwen3-8", ["qwen3-8b-qlora"]),
+        ("orpo-lite train --recipe ./mi", []),
+        ("orpo-lite plan --recipe mi", ["mistral-orpo-beta-qlora", "mistral-qlora", "mine.yaml"]),
+        ("orpo-lite train lora.lora_", ["lora.lora_alpha=", "lora.lora_dropout="]),
+        ("orpo-lite merge ", ["runs/one", "runs/two"]),
+        ("orpo-lite push runs/t", ["runs/two"]),
+        ("orpo-lite export runs/one --to g", ["gguf"]),
+    ],
+)
+def test_the_shell_completes(line: str, expected: list[str], tmp_path: Path) -> None:
+    for name in ("runs/one/recipe.yaml", "runs/two/recipe.yaml", "runs/builtin/other", "mine.yaml"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    words = {
+        "COMP_WORDS": line,
+        "COMP_CWORD": str(line.count(" ")),
+        "_ORPO_LITE_COMPLETE": "complete_bash",
+    }
+    done = subprocess.run(
+        [SCRIPT], cwd=tmp_path, env=os.environ | words, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == expected
+
+
 # --- recipes ls, show, cp
 
 
-def test_ls_lists_every_recipe_with_its_headline_base_and_beta(call: Call) -> None:
+def test_ls_lists_every_recipe_with_its_headline_base_beta_and_gpu(call: Call) -> None:
     code, said, _ = call("recipes", "ls")
     header, *lines = said.splitlines()
     assert code == 0
@@ -111,12 +138,8 @@ def test_ls_lists_every_recipe_with_its_headline_base_and_beta(call: Call) -> No
             load_recipe(name),
             path.read_text(encoding="utf-8").splitlines()[0].lstrip("# "),
         )
-        assert re.split(r"  +", line) == [
-            name,
-            recipe.model.model_name_or_path,
-            f"{recipe.loss.beta:g}",
-            headline,
-        ]
+        base, beta = recipe.model.model_name_or_path, f"{recipe.loss.beta:g}"
+        assert re.split(r"  +", line) == [name, base, beta, gpu_sizes()[name], headline]
 
 
 def test_show_prints_the_whole_recipe_and_what_it_prints_is_that_recipe(

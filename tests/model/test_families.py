@@ -59,6 +59,18 @@ LONGROPE = {
     "long_factor": [2.0] * 8,
     "original_max_position_embeddings": 64,
 }
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+GEMMA3_ROPE = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 1_000_000.0, "factor": 8.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+}
 LINEAR = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
@@ -84,17 +96,30 @@ def gpt2() -> Any:
     return hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=256, **IDS))
 
 
+def gemma3_with_pictures() -> Any:
+    """Return the class of the 4B on the hub: a Gemma 3 text model in a model with a vision tower."""
+    vision = SIZES | {"image_size": 28, "patch_size": 14, "vision_use_head": False}
+    text = GEMMA | {"rope_parameters": GEMMA3_ROPE}
+    config = hf.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    return hf.Gemma3ForConditionalGeneration(config)
+
+
 SHARED: dict[str, Callable[[], Any]] = {
     "llama": lambda: tiny_llama(98),
     "llama, tied": lambda: tiny_llama(98, tie_word_embeddings=True),
+    "llama 3.2: tied, rotary frequencies scaled": lambda: tiny_llama(
+        98, tie_word_embeddings=True, rope_parameters=LLAMA3_ROPE
+    ),
     "mistral, window shorter than the pair": family("Mistral", GROUPED, sliding_window=8),
     "qwen2": family("Qwen2", GROUPED),
     "qwen2, one layer with a window": family(
         "Qwen2", GROUPED, use_sliding_window=True, sliding_window=8, max_window_layers=1
     ),
     "qwen3": family("Qwen3", GROUPED, head_dim=16),
+    "qwen3, tied": family("Qwen3", GROUPED, head_dim=32, tie_word_embeddings=True),
     "gemma2": family("Gemma2", GEMMA),
     "gemma3": family("Gemma3", GEMMA, "TextConfig"),
+    "gemma3 that reads pictures too": gemma3_with_pictures,
     "phi": family("Phi", LONG),
     "phi3": family("Phi3", GROUPED),
     "opt": lambda: tiny_opt(98),

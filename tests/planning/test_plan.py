@@ -1,13 +1,9 @@
 """The planner: its bytes are the real step's, its memory settings fit and change no result, and a shortage is survived."""
 
-import ast
-import hashlib
 import itertools
 import json
 import os
 import signal
-import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +30,7 @@ from transformers import (
     Qwen3NextConfig,
 )
 
+from benchmarks.recipes import gpu_size
 from orpo_lite import plan
 from orpo_lite.api import train_events
 from orpo_lite.base.find import Base
@@ -47,12 +44,12 @@ from orpo_lite.ops.devices import device_kind
 from orpo_lite.planning import gpus
 from orpo_lite.planning.extrapolate import LayerExtrapolation
 from orpo_lite.planning.gpus import GPUS, local_gpu
-from orpo_lite.planning.measure import StepMemory, heaviest_pairs, measure
+from orpo_lite.planning.measure import heaviest_pairs, measure
 from orpo_lite.planning.on_meta import META_ATTENTION, blank_pairs, held_tensors, worst_case
 from orpo_lite.planning.plan import plan_events
 from orpo_lite.planning.route import find_route, with_layers
 from orpo_lite.planning.search import Planner, allowances, fit
-from orpo_lite.recipe.reader import load_recipe, shipped_recipes
+from orpo_lite.recipe.reader import gpu_sizes, load_recipe, shipped_recipes
 from orpo_lite.recipe.schema import PLANNED_SETTINGS, Recipe
 from orpo_lite.recipe.text import read_bytes
 from orpo_lite.runs.interrupt import Interrupted
@@ -68,43 +65,7 @@ FEW = ("training.global_batch_size=2", "memory.micro_batch_tokens=512")  # fewer
 Call = Callable[..., Answer]
 
 
-@pytest.fixture(autouse=True)
-def counted_once(shared_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step is counted once for all tests here: it depends on nothing but what its file is named after."""
-    unread = {"model": {"model_name_or_path"}, "data": {"dataset_name"}, "training": {"output_dir"}}
-    unread |= {"memory": {"budget"}}
-
-    def remembered(
-        recipe: Recipe,
-        config: Any,
-        triples: Any,
-        kind: str,
-        planned: Any = None,
-        models: Any = None,
-    ) -> StepMemory:
-        shape = {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
-        asked = (
-            recipe.model_dump(exclude=unread),
-            shape,
-            triples.tolist(),
-            kind,
-            planned,
-            torch.cuda.is_available(),
-        )
-        file = shared_folder / f"{hashlib.sha256(repr(asked).encode()).hexdigest()}.step"
-        if not file.exists():
-            found = vars(measure(recipe, config, triples, kind, planned, models))
-            whole = file.with_suffix(f".{os.getpid()}")
-            whole.write_text(
-                repr({key: dict(value) if key == "work" else value for key, value in found.items()})
-            )
-            whole.replace(file)
-        found = ast.literal_eval(file.read_text())
-        return StepMemory(**found | {"work": Counter(found["work"])})
-
-    for module in [module for name, module in sys.modules.items() if name.startswith("orpo_lite.")]:
-        if getattr(module, "measure", None) is measure:
-            monkeypatch.setattr(module, "measure", remembered)
+pytestmark = pytest.mark.usefixtures("counted_once")
 
 
 def small(layers: int = 6, **changes: Any) -> LlamaConfig:
@@ -559,6 +520,16 @@ def test_the_plan_of_a_shipped_recipe_needs_no_network(call: Call) -> None:
     assert plan["cards"][0]["card"] == GPU.name
 
 
+SIZED = ["smollm2-135m", *(name for name in shipped_recipes() if name != "smollm2-135m")]
+
+
+@pytest.mark.parametrize("name", first_and_long(SIZED))
+def test_the_gpu_that_a_recipe_needs_is_its_plans(name: str, workspace: Path) -> None:
+    """`recipes ls` shows what ``python -m benchmarks.recipes`` wrote."""
+    assert gpu_sizes().keys() == shipped_recipes().keys()
+    assert gpu_size(name) == gpu_sizes()[name]
+
+
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_every_recipes_base_is_known_offline(name: str) -> None:
     from orpo_lite.base.find import find_config
@@ -796,7 +767,7 @@ def test_a_shortage_is_survived_with_the_same_gradients(
     updates, short = train_all(small_recipe(*PLAIN, "training.output_dir=short"))
     said = [note for note in notes(updates) if note.startswith("out of memory")]
     assert 1 <= len(said) <= 3  # halved until it fits, in the first step
-    assert all("at step 1: done again, and gone on, with" in note for note in said)
+    assert all("at step 1: it is repeated, and the run continues, with" in note for note in said)
     assert max(sizes[len(said) :]) <= 256
     for row, other in zip(
         rows_without_clock(whole.run), rows_without_clock(short.run), strict=True
@@ -822,7 +793,7 @@ def test_a_shortage_with_single_pairs_checkpoints_all_layers_then_ends(
 ) -> None:
     scarce(10)
     said = []
-    with pytest.raises(FitError, match="one pair at a time is out of memory") as caught:
+    with pytest.raises(FitError, match="out of memory with one pair at a time") as caught:
         for update in train_events(small_recipe("memory.activation_checkpointing=none")):
             said += [update.text] if update.kind == "note" else []
     assert "memory.activation_checkpointing=all" in said[-1].replace(

@@ -33,7 +33,7 @@ from orpo_lite.publishing.licences import (
 )
 from orpo_lite.publishing.model_card import SAMPLE_LENGTH, make_card
 from orpo_lite.recipe.reader import load_recipe
-from orpo_lite.recipe.schema import refuse_repository
+from orpo_lite.recipe.values import refuse_repository
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 PRIVATE = "/home/ann/private-place"

@@ -562,7 +562,7 @@ MEANT: dict[str, str] = {
     "deepspeed": "nothing is sharded; leave the line out",
     "training.evaluation_strategy": "write training.eval_steps",
     "resume_from_checkpoint": "orpo-lite train --resume",
-    "lora.modules_to_save": "LoRA alone is trained",
+    "lora.modules_to_save": "only LoRA is trained",
     "overwrite_output_dir": "another training.output_dir",
     "fsdp": "nothing is sharded; leave the line out",
 }
@@ -723,7 +723,8 @@ def test_show_prints_every_key_with_its_meaning(write: Write, name: str) -> None
     for section, keys in KEYS.items():
         fields = type(getattr(recipe, section)).model_fields
         for key in keys:
-            assert f"  # {fields[key].description}\n  {key}: " in text
+            comments = text[: text.index(f"\n  {key}: ")].replace("\n  # ", " ")
+            assert comments.endswith(f" {fields[key].description}")
 
 
 # --- the shipped recipes
@@ -733,7 +734,8 @@ SPELLED_OUT = {
 }  # equal to the default in some recipes, and the one value that the paper gives per model
 LAMBDA = {  # PAPER.md: Mistral 0.1, Llama-2 0.2, Phi-2 0.25, OPT 1.0; 0.1 where the paper has none
     "mistral-qlora": 0.1, "mistral-orpo-beta-qlora": 0.1, "llama2-7b-qlora": 0.2, "llama3-8b-qlora": 0.1,
-    "qwen2.5-7b-qlora": 0.1, "qwen2.5-32b-qlora": 0.1, "llama3-70b-qlora": 0.1,
+    "qwen2.5-7b-qlora": 0.1, "qwen2.5-32b-qlora": 0.1, "llama3-70b-qlora": 0.1, "qwen3-8b-qlora": 0.1,
+    "qwen3-4b-qlora": 0.1, "llama3.2-3b-qlora": 0.1, "gemma3-4b-qlora": 0.1, "smollm2-135m": 0.1,
     "phi2-qlora": 0.25, "opt-125m": 1.0, "opt-350m": 1.0, "opt-1.3b": 1.0,
 }  # fmt: skip
 

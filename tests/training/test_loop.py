@@ -38,7 +38,7 @@ from orpo_lite.runs.folder import KEPT_CHECKPOINTS, locked
 from orpo_lite.runs.interrupt import Interrupted
 from orpo_lite.runs.lock import read_recipe
 from orpo_lite.runs.records import read_json, read_metrics
-from orpo_lite.training.checkpoint import ADAPTER, STATE, at_step
+from orpo_lite.training.checkpoint import ADAPTER, STATE, find_step
 from orpo_lite.training.result import TrainResult
 from orpo_lite.training.step import update
 from orpo_lite.updates import Update
@@ -227,7 +227,7 @@ def test_evaluation_changes_no_bit_of_the_training(small_recipe: Build) -> None:
         "training.eval_steps=4", "training.output_dir=never", "lora.lora_dropout=0.2"
     )
     results = [train(recipe) for recipe in (often, never)]
-    at_end = [load_file(at_step(result.run, 4) / ADAPTER) for result in results]
+    at_end = [load_file(find_step(result.run, 4) / ADAPTER) for result in results]
     assert same_bits(*at_end)
 
 
@@ -248,7 +248,7 @@ def test_the_best_checkpoint_is_kept_and_an_idle_run_stops(small_recipe: Build) 
     assert 0 < result.kept_step < result.steps < 48
     assert losses[result.kept_step] == min(losses.values()) == result.after["eval_loss"]
     assert result.steps == result.kept_step + 2
-    kept = load_file(at_step(result.run, result.kept_step) / ADAPTER)
+    kept = load_file(find_step(result.run, result.kept_step) / ADAPTER)
     assert same_bits(kept, adapter(result.run))
     assert len(list((result.run / "checkpoints").iterdir())) <= KEPT_CHECKPOINTS + 1
 
@@ -281,11 +281,13 @@ def test_a_damaged_best_checkpoint_does_not_cost_the_run(small_recipe: Build) ->
     )
     _, result = train_all(recipe)
     shutil.rmtree(result.run / "adapter")
-    (at_step(result.run, result.kept_step) / ADAPTER).unlink()
+    (find_step(result.run, result.kept_step) / ADAPTER).unlink()
     updates, again = train_all(recipe, resume=True)
     assert again.kept_step == result.steps
     assert any("the best checkpoint cannot be used" in update.text for update in updates)
-    assert same_bits(adapter(result.run), load_file(at_step(result.run, again.kept_step) / ADAPTER))
+    assert same_bits(
+        adapter(result.run), load_file(find_step(result.run, again.kept_step) / ADAPTER)
+    )
 
 
 def test_no_filter_can_empty_the_held_out_side(small_recipe: Build, workspace: Path) -> None:

@@ -28,8 +28,8 @@ from orpo_lite.merging.merge import merge
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.runs.inputs import prepare_inputs
 from orpo_lite.runs.interrupt import Interrupted
-from orpo_lite.training.checkpoint import ADAPTER, at_step
-from orpo_lite.training.texts import make_texts
+from orpo_lite.training.adapter_files import make_adapter_files
+from orpo_lite.training.checkpoint import ADAPTER, find_step
 from orpo_lite.updates import run_to_end
 
 Build = Callable[..., Recipe]
@@ -115,7 +115,7 @@ def test_a_log_that_cannot_be_written_costs_no_training(
     for update in train_events(recipe, resume=True):
         notes += [update.text] if update.kind == "note" else []
         logging.getLogger("some.library").warning("said while it trains")
-    assert same_bits(adapter(Path("run")), load_file(at_step(Path("run"), LAST) / ADAPTER))
+    assert same_bits(adapter(Path("run")), load_file(find_step(Path("run"), LAST) / ADAPTER))
     assert any("continues without a log" in note for note in notes) == (at == "open")
     assert "Logging error" not in capfd.readouterr().err
 
@@ -264,7 +264,7 @@ def test_named_templates_stay_with_the_model(as_files: bool, small_recipe: Build
         name: text if name == "rag" else "{{ bos_token }}" + text for name, text in NAMED.items()
     }
     if not as_files:
-        texts, _ = make_texts(run_to_end(prepare_inputs(recipe), lambda _: None))
+        texts, _ = make_adapter_files(run_to_end(prepare_inputs(recipe), lambda _: None))
         assert texts["additional_chat_templates/tool_use.jinja"].decode() == expected["tool_use"]
         return
     train(recipe)

@@ -1,0 +1,89 @@
+"""Make the files next to an adapter's weights: tokenizer, chat templates, generation config."""
+
+import copy
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from orpo_lite.base.find import load_tokenizer
+from orpo_lite.base.generation import GENERATION_CONFIG, read_generation_config, with_ends
+from orpo_lite.errors import ModelError, first_line
+from orpo_lite.runs.atomic import new_files, to_json
+from orpo_lite.runs.inputs import Inputs
+
+SAMPLE_TEXT = "Is this the same text, in 2 or 3 words?\n"
+
+
+def make_adapter_files(inputs: Inputs) -> tuple[dict[str, bytes], str]:
+    """Return the files by their names in ``adapter/``, and a note on the generation config or "".
+
+    They are made before the training, and the tokenizer is read back, so that errors show early.
+
+    Raises:
+        ModelError: transformers cannot save the tokenizer, or the saved one gives other tokens.
+    """
+    config, note = read_generation_config(inputs.base.path)
+    with TemporaryDirectory(prefix="orpo-lite-") as name:
+        folder = Path(name)
+        try:
+            tokenizer = _with_templates(inputs)
+            tokenizer.save_pretrained(folder)
+            saved = load_tokenizer(folder)
+            is_same = saved(SAMPLE_TEXT)["input_ids"] == tokenizer(SAMPLE_TEXT)["input_ids"]
+            found = "" if is_same else "gives other tokens after it is saved and loaded"
+        except Exception as error:  # a class of transformers or of the tokenizers library
+            found = f"cannot be saved and loaded ({first_line(error)})"
+        if found:
+            raise ModelError(
+                where=f"tokenizer in {inputs.base.path}",
+                found=found,
+                expected="a tokenizer that can be saved with the adapter",
+                fix="replace its files by the tokenizer.json and tokenizer_config.json "
+                "that the installed transformers writes",
+            )
+        (folder / GENERATION_CONFIG).write_text(
+            to_json(with_ends(config, inputs.end_id, inputs.pad_id)), "utf-8"
+        )
+        files = sorted(file for file in folder.rglob("*") if file.is_file())
+        return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}, note
+
+
+def write_adapter_files(folder: Path, files: dict[str, bytes]) -> None:
+    """Write the files of :func:`make_adapter_files`. Raises CheckpointError, FitError."""
+    with new_files(folder) as temporary:
+        for name, content in files.items():
+            (temporary / name).parent.mkdir(exist_ok=True)
+            (temporary / name).write_bytes(content)
+
+
+def _with_templates(inputs: Inputs) -> Any:
+    """Return the tokenizer with the training's template and the base's other named templates.
+
+    Named templates are, for instance, ``tool_use`` and ``rag``. The bos is added to a template
+    without one if texts began with it in training: a server renders the template and adds no
+    token, so the model would miss its first one.
+    """
+    tokenizer = copy.copy(inputs.tokenizer)
+    template, own = tokenizer.chat_template, load_tokenizer(inputs.base.path).chat_template
+    if not isinstance(template, str):  # trained on plain text
+        return tokenizer
+    named = own if isinstance(own, dict) else {}
+    templates = {**named, "default": template}
+    first_ids = tokenizer("a")["input_ids"][:1]
+    if tokenizer.bos_token is not None and first_ids == [tokenizer.bos_token_id]:
+        for name, text in templates.items():
+            if not _begins_with_bos(tokenizer, text):
+                templates[name] = "{{ bos_token }}" + text
+    tokenizer.chat_template = templates if named else templates["default"]
+    return tokenizer
+
+
+def _begins_with_bos(tokenizer: Any, template: str) -> bool:
+    messages = [{"role": "user", "content": "a"}]
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, template, tokenize=False, add_generation_prompt=True
+        )
+    except Exception:  # a template that needs documents or tools
+        return "bos_token" in template or tokenizer.bos_token in template
+    return str(text).startswith(tokenizer.bos_token)
