@@ -30,7 +30,7 @@ def gpu_size(name: str) -> str:
     config = find_config(recipe.model.model_name_or_path, "main")
     triples = worst_case(recipe.data.max_length, recipe.training.global_batch_size)
     planner = Planner(recipe, config, triples, "ampere")
-    smallest = next(gpu for gpu in GPUS if planner.least(gpu) <= gpu.memory)
+    smallest = next(gpu for gpu in GPUS if planner.least_bytes(gpu) <= gpu.memory)
     size = smallest.name.rpartition(", ")[2]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

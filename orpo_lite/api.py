@@ -19,7 +19,7 @@ from orpo_lite.model.load import choose_dtype
 from orpo_lite.model.parallel import Processes
 from orpo_lite.model.quantize import skipped_modules
 from orpo_lite.objectives.objective import find_objective
-from orpo_lite.ops.devices import device_kind
+from orpo_lite.ops.devices import device_kind, dtype_name
 from orpo_lite.planning.choose import PLAN, choose_memory
 from orpo_lite.planning.device import describe_device, refuse_slow_device
 from orpo_lite.publishing.model_card import make_card, write_card
@@ -102,7 +102,7 @@ def train_events(recipe: Recipe, *, resume: bool = False) -> Generator[Update, N
     lock = make_lock(resolved, inputs)
     lock["objective"] = objective.to_json()
     dtype = choose_dtype(resolved.model.dtype, device_kind(processes.device))
-    lock["dtype"] = str(dtype).removeprefix("torch.")
+    lock["dtype"] = dtype_name(dtype)
     lock["not_quantised"] = skipped_modules(resolved, inputs.base.config, processes.device)
     processes.wait()
     if resume:
@@ -172,6 +172,10 @@ class _ResumedRun:
             yield Update(
                 "note", f"{name} is {new}, and was {old}: results may differ in the last bits"
             )
+        dtype = before.get("dtype", self.lock["dtype"])
+        if dtype != self.lock["dtype"]:
+            now = f"the base is loaded in {self.lock['dtype']}, and was in {dtype}"
+            yield Update("note", f"{now}: its 4-bit weights differ from here on")
 
 
 def _train(

@@ -43,7 +43,7 @@ def verify_run(run: Path, weights: "Weights", base_path: Path | None) -> None:
 
     verdict = draw(verify_events(run, weights=weights, base_path=base_path))
     print_verdict(verdict)
-    if not verdict.passed:
+    if verdict.outcome == "FAILED":
         raise ModelError(
             where=f"{run}, merged",
             found=f"differs from base and adapter: {verdict.explanation}",

@@ -76,9 +76,8 @@ def print_plan(report: "PlanReport") -> None:
     pairs = "the longest pairs of the data"
     if not report.from_data:
         pairs = "the longest that data.max_length allows"
-    out.print(
-        f"measured for a forward pass of {_pairs(step.pairs)}, {step.tokens:,} tokens, {pairs}\n"
-    )
+    size = f"{_pairs(step.pairs)}, {step.tokens:,} tokens"
+    out.print(f"measured for a forward pass of {size}: {pairs}\n")
     _print_parts(plan)
     settings = [f"memory.{key}={to_text(value)}" for key, value in plan.settings.items()]
     out.print(f"\nmemory settings: {' '.join(settings)}")

@@ -16,10 +16,11 @@ from orpo_lite.base.find import Base
 from orpo_lite.data.packing import make_batch, micro_batches
 from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.errors import CheckpointError, Command, FitError, first_line
-from orpo_lite.model.load import load_base, load_pair_model
+from orpo_lite.model.load import choose_dtype, load_base, load_pair_model
 from orpo_lite.model.pair_model import PairModel, Route
 from orpo_lite.model.probe import probe
-from orpo_lite.ops.devices import is_out_of_memory
+from orpo_lite.model.probe_values import rounded_input
+from orpo_lite.ops.devices import device_kind, dtype_name, is_out_of_memory
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.runs.atomic import to_json, write_text
 from orpo_lite.runs.changes import trained_recipe
@@ -31,6 +32,7 @@ from orpo_lite.updates import Update, with_torch_defaults
 
 PAIRS = 200  # at most so many are compared
 EXACT = 1e-4  # effect of another order of sums on a mean log-probability in float32
+ROUNDINGS = 4  # so many times one more rounding of the first layer's input, as the probe allows
 LOST = 0.25  # share of the adapter's effect that rounding the sum to 16 bit may cost
 
 
@@ -62,26 +64,43 @@ class Verdict:
     """Largest difference of a mean log-probability that the adapter makes to that base."""
     bound: float
     """Limit of ``difference``: :data:`EXACT`, or in 16 bit :data:`LOST` of ``effect``."""
+    rounding: float = 0.0
+    """What rounding explains of ``difference`` where the models compute in half precision."""
     missing: tuple[str, ...] = ()
     """Tensors of the base's files that the merged model does not have in the same shape."""
 
     @property
+    def outcome(self) -> str:
+        """passed, FAILED, or cannot tell.
+
+        The last one is for an adapter that changes less than rounding does: a lost adapter would
+        not show. NaN fails.
+        """
+        if self.missing or not self.difference <= max(self.bound, self.rounding):
+            return "FAILED"
+        return "passed" if self.effect > self.rounding else "cannot tell"
+
+    @property
     def passed(self) -> bool:
-        """Whether all tensors exist and the difference is within the bound; NaN is not."""
-        return not self.missing and self.difference <= self.bound
+        """Whether all tensors exist and the difference is within what is allowed."""
+        return self.outcome == "passed"
 
     @property
     def explanation(self) -> str:
         """The reason of the verdict, in words."""
-        text = f"log-probabilities differ by {self.difference:.2g} at most (bound {self.bound:.2g})"
+        allowed = max(self.bound, self.rounding)
+        text = f"log-probabilities differ by {self.difference:.2g} at most (bound {allowed:.2g})"
         if self.missing:
             count, first = len(self.missing), self.missing[0]
             text = f"{count} of the base's tensors are missing ({first} ...); {text}"
-        return f"{text}; the adapter changes them by up to {self.effect:.2g}"
+        text = f"{text}; the adapter changes them by up to {self.effect:.2g}"
+        if self.outcome == "cannot tell":
+            text += ", which is less than rounding in half precision does"
+        return text
 
     def to_json(self) -> dict[str, Any]:
-        """Return all fields and ``passed``."""
-        return {**asdict(self), "passed": self.passed}
+        """Return all fields, ``passed`` and ``outcome``."""
+        return {**asdict(self), "passed": self.passed, "outcome": self.outcome}
 
 
 @with_torch_defaults
@@ -123,20 +142,28 @@ def _compare(
 ) -> Generator[Update, None, Verdict]:
     find_finished_adapter(path)
     merged, base = find_merged(path, weights), find_trained_base(path, base_path)
-    recipe = with_pinned_base(demo.resolve_builtin(trained_recipe(path)), read_lock(path))
+    lock = read_lock(path)
+    recipe = with_pinned_base(demo.resolve_builtin(trained_recipe(path)), lock)
     if base_path is not None:
         recipe = recipe.override({"model.model_name_or_path": str(base.path)})
     inputs = yield from prepare_inputs(recipe)
     _refuse_other_pairs(path, inputs.figures["sha256"])
     held_out = len(inputs.test) > 0
     pairs = list(itertools.islice(inputs.test if held_out else inputs.train, PAIRS))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    is_gpu = torch.cuda.is_available() and recipe.model.device != "cpu"
+    device = torch.device("cuda" if is_gpu else "cpu")
+    dtype = dtype_name(choose_dtype(recipe.model.dtype, device_kind(device)))
+    # 4-bit weights depend on the dtype that they are quantised from, which is the training's.
+    trained_in = lock.get("dtype", dtype)
+    if recipe.quantization.load_in_4bit and weights == "dequantized":
+        dtype = trained_in
+    recipe = recipe.override({"model.dtype": dtype})
     adapted = recipe.override({"model.adapter_name_or_path": str((path / "adapter").resolve())})
     in_16bit = {"quantization.load_in_4bit": False}
     scores: dict[str, Tensor] = {}
     if recipe.quantization.load_in_4bit:
         yield Update("stage", "scoring pairs by the 4-bit base with the adapter")
-        model = load_pair_model(adapted, base, device)
+        model = load_pair_model(adapted.override({"model.dtype": trained_in}), base, device)
         scores["4-bit base + adapter, as trained"], route = _score(model, pairs, recipe)
         if weights == "original":
             del model  # before the next one is loaded
@@ -148,6 +175,11 @@ def _compare(
     adapter: Any = model.model
     with adapter.disable_adapter():
         plain, _ = _score(model, pairs, recipe, route)
+    rounding = 0.0
+    if dtype in ("float16", "bfloat16"):
+        with rounded_input(model):
+            rounded, _ = _score(model, pairs, recipe, route)
+        rounding = ROUNDINGS * float((rounded - expected).abs().max())
     del model, adapter
     yield Update("stage", "scoring pairs by the merged model")
     merged_base = Base(str(merged), merged, None, "", read_config(merged, str(merged)))
@@ -170,6 +202,7 @@ def _compare(
         difference=float((found - expected).abs().max()),
         effect=effect,
         bound=max(EXACT, LOST * effect) if is_16bit or device.type == "cuda" else EXACT,
+        rounding=rounding,
         missing=tuple(missing),
     )
     write_text(merged / "verify.json", to_json(verdict.to_json()))

@@ -132,7 +132,7 @@ def _varlen(
     segments: Sequence[Segment],
     options: AttentionOptions,
 ) -> Tensor:
-    """torch's FlashAttention (``torch.nn.attention.varlen``): 16-bit, from Ampere on."""
+    """Attend with torch's FlashAttention (``torch.nn.attention.varlen``): 16-bit, since Ampere."""
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v, lengths = as_sequences(query, key, value, segments)
@@ -154,7 +154,7 @@ def _flash_attn_varlen(
     segments: Sequence[Segment],
     options: AttentionOptions,
 ) -> Tensor:
-    """The flash-attn package, if it is installed: the only fast kernel with a softcap."""
+    """Attend with the flash-attn package, if installed: the only fast kernel with a softcap."""
     q, k, v, lengths = as_sequences(query, key, value, segments)
     if q.is_meta:
         out = meta_flash_attention(q, k, v, len(segments))
@@ -195,7 +195,7 @@ def _efficient(
     segments: Sequence[Segment],
     options: AttentionOptions,
 ) -> Tensor:
-    """torch's memory-efficient attention, a call for each run of segments of similar length.
+    """Attend with torch's memory-efficient attention, a call per run of similar segments.
 
     For GPUs before Ampere and for float32. The kernel pads sequences to the longest one of a call,
     in its log-sum-exp and in the workspace of its backward pass.
@@ -237,7 +237,7 @@ def _sdpa(
     segments: Sequence[Segment],
     options: AttentionOptions,
 ) -> Tensor:
-    """torch's scaled_dot_product_attention, one segment at a time.
+    """Attend with torch's scaled_dot_product_attention, one segment at a time.
 
     For head sizes that no other kernel takes.
     """

@@ -113,3 +113,8 @@ def _host_memory(active: bool) -> Iterator[None]:
         yield
     finally:
         _making_host_memory = before
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype as recipes and lock.json have it: bfloat16."""
+    return str(dtype).removeprefix("torch.")

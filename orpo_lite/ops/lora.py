@@ -119,7 +119,7 @@ def fuse_lora(model: nn.Module) -> list[str]:
 
 
 FEW_ROWS = 64
-"""Up to so many rows, without gradients, bitsandbytes' fused kernel multiplies a 4-bit matrix.
+"""Most rows that bitsandbytes' fused kernel multiplies with a 4-bit matrix, without gradients.
 
 Dequantising costs the same for one row as for thousands: 30 GB of traffic for each token that a 7B
 model generates.

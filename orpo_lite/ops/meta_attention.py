@@ -80,7 +80,8 @@ def _workspace(query: Tensor, key: Tensor, value: Tensor, padding: int) -> list[
     there are up to ``padding`` times as many.
     """
     made = [query.new_empty(padding, *query.shape, dtype=torch.float32)]
-    if (group := query.shape[1] // key.shape[1]) > 1:
+    group = query.shape[1] // key.shape[1]  # query heads per key head
+    if group > 1:
         made += [tensor.new_empty(group * tensor.numel()) for tensor in (key, value)]
     elif query.dtype != torch.float32 and query.shape[-1] > 64:
         sums = [(padding, *tensor.shape) for tensor in (key, value)]

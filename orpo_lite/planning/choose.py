@@ -47,7 +47,7 @@ def choose_memory(
     if still_fits and not is_changed:
         return recipe.with_memory(before["levers"]), {}
     if before:
-        why = "is not for the memory settings asked for now" if still_fits else "no longer fits"
+        why = "does not match the memory settings asked for now" if still_fits else "no longer fits"
         yield Update(
             "note", f"the plan that the run began with {why}: bits may differ from here on"
         )

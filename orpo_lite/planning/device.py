@@ -13,7 +13,7 @@ from orpo_lite.ops.devices import META
 from orpo_lite.recipe.text import GIB
 
 CPU_LIMIT = 10**9
-"""Parameters of a base: up to so many a training on the CPU is not refused."""
+"""Largest number of parameters that may train on a CPU next to an unusable GPU."""
 # NVIDIA, "CUDA Compatibility": the drivers that run any minor version of a major one.
 MIN_DRIVER = {"12": "525", "13": "580"}
 

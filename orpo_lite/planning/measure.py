@@ -79,24 +79,29 @@ def heaviest_pairs(
     if not (batching.packed and in_one_row):
         return _longest_pairs(triples, most, batching)
     most = min(most, batching.pairs or most)
-    prefixes = triples[:, 0] * batching.share
+    prefixes = triples[:, 0] if batching.share else np.zeros_like(triples[:, 0])
     tokens = triples[:, 1] + triples[:, 2] - prefixes
     ordered = np.sort(tokens)
     total = max(int(ordered[-1]), min(batching.tokens, int(ordered[-most:].sum())))
+    # The most pairs: the shortest ones that fit.
     pairs = max(1, min(most, int((ordered.cumsum() <= total).sum())))
-    # A knapsack that may hold a part of its last pair.
-    shared = np.argsort(-prefixes / tokens, kind="stable")
-    before = np.minimum(tokens[shared].cumsum(), total)
-    prefix = int((np.diff(before, prepend=0) * (prefixes / tokens)[shared]).sum())
+    # The most prefix tokens: a knapsack that may hold a part of its last pair.
+    shares = prefixes / tokens
+    by_share = np.argsort(-shares, kind="stable")
+    filled = np.minimum(tokens[by_share].cumsum(), total)
+    prefix = int((np.diff(filled, prepend=0) * shares[by_share]).sum())
     prefix = min(prefix, int(np.sort(prefixes)[-most:].sum()), total - 2 * pairs)
-    places = np.arange(pairs + 1)
-    each_prefix, each_rest = (np.diff(size * places // pairs) for size in (prefix, total - prefix))
+    # Both kinds of tokens divided evenly among the pairs.
+    bounds = np.arange(pairs + 1)
+    each_prefix, each_rest = (np.diff(size * bounds // pairs) for size in (prefix, total - prefix))
     chosen, rejected = each_prefix + (each_rest + 1) // 2, each_prefix + each_rest // 2
     return blank_pairs(np.stack([each_prefix, chosen, rejected], 1))
 
 
 def _longest_pairs(triples: Triples, most: int, batching: Batching) -> list[TokenizedPair]:
-    lengths = triples[:, 1] + triples[:, 2] - triples[:, 0] * batching.share
+    lengths = triples[:, 1] + triples[:, 2]
+    if batching.share:
+        lengths = lengths - triples[:, 0]
     pairs = blank_pairs(triples[np.argsort(-lengths, kind="stable")[:most]])
     chunks = [[pairs[index] for index in chunk] for chunk in micro_batches(pairs, batching)]
     largest = max(chunks, key=lambda chunk: _tokens(chunk, batching))

@@ -52,7 +52,7 @@ class LiveBytes(TorchDispatchMode):
         self.sent = 0
         """Bytes copied to host memory in total. They are copied back later."""
         self.work: Counter[tuple[int, int]] = Counter()
-        """How many operators had so many FLOPs and bytes moved. Attention kernels show no FLOPs."""
+        """Number of operators by (FLOPs, bytes moved). Attention kernels show no FLOPs."""
         self._seen: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         """Each live storage, by its id. A callback is cheaper here than weakref.finalize."""
         for tensor in known:

@@ -108,6 +108,9 @@ def plan_events(recipe: Recipe, *, with_data: bool = False) -> Generator[Update,
         )
         triples = pair_lengths(train)
     local = local_gpu()
+    if recipe.model.device == "cpu":
+        local = None
+        yield Update("note", "model.device=cpu trains on the CPU; this is the plan for a GPU")
     kind = device_kind(torch.device("cuda", 0)) if local else "ampere"
     budget = memory_budget(recipe.memory.budget_bytes, local)
     yield Update("stage", "measuring steps of a few layers")
@@ -147,7 +150,10 @@ def _report(
     if recipe.memory.budget_bytes is not None:
         name_of_first = f"memory.budget={recipe.memory.budget}"
     first = replace(gpu, name=name_of_first, memory=budget)
-    rows = [planner.row(first), *(planner.row(other) for other in GPUS if other != first)]
+    others = planner
+    if planner.kind != "ampere":  # all known GPUs are of that generation or later
+        others = Planner(recipe, planner.config, planner.triples, "ampere")
+    rows = [planner.row(first), *(others.row(other) for other in GPUS if other != first)]
     # What fits no known GPU fits no user's GPU.
     is_verdict = wanted is not None or not found.fits
     changes = planner.changes(budget, gpu) if is_verdict and not found.fits else []

@@ -125,7 +125,7 @@ def _one_layer_of_each_type(config: Any) -> Any:
 
 
 def with_layers(config: Any, layers: int) -> Any:
-    """Return the configuration with so many layers: the first ones, repeated if needed."""
+    """Return the configuration with ``layers`` layers: the first ones, repeated if needed."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
     for key, value in vars(text).items():

@@ -258,8 +258,9 @@ class Planner:
         return self._longest(1)
 
     def _longest(self, count: int) -> int:
-        share = self.planned.route == "shared"
-        tokens = self.triples[:, 1] + self.triples[:, 2] - self.triples[:, 0] * share
+        tokens = self.triples[:, 1] + self.triples[:, 2]
+        if self.planned.route == "shared":
+            tokens = tokens - self.triples[:, 0]
         return int(np.sort(tokens)[-count:].sum())
 
     def _amounts(self, *, partly: bool = False) -> list[int]:
@@ -412,7 +413,7 @@ def _step_key(choice: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def no_plan(name: str, error: Exception) -> ModelError:
-    """Return the error for a model that cannot be planned, with a way to continue."""
+    """Return the error for a model that cannot be planned, with what to do instead."""
     logger.warning("the step could not be measured", exc_info=error)
     return ModelError(
         where=f"model {name}",

@@ -264,10 +264,10 @@ def _verification(facts: Facts) -> str:
             for row in found["rows"]
         ]
         pairs = f"{found['pairs']:,} {'held-out' if found['held_out'] else 'training'} pairs"
-        verdict = (
-            f"{'passed' if found['passed'] else 'FAILED'}: mean log-probabilities differ by at most"
-        )
-        bound = f"{found['difference']:.2g} from base and adapter (limit {found['bound']:.2g})"
+        outcome = found.get("outcome", "passed" if found["passed"] else "FAILED")
+        verdict = f"{outcome}: mean log-probabilities differ by at most"
+        limit = max(found["bound"], found.get("rounding", 0.0))
+        bound = f"{found['difference']:.2g} from base and adapter (limit {limit:.2g})"
         parts.append(f"Merged onto {ONTO[weights]}:")
         parts.append(_table((pairs, "reward accuracy", "margin", "log-prob of chosen"), rows))
         parts.append(f"{verdict} {bound}; the adapter changes them by up to {found['effect']:.2g}.")

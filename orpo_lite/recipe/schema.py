@@ -64,7 +64,8 @@ class ModelSection(Section):
     """Continue to train this LoRA adapter instead of a new one. Its configuration replaces the
     section lora, which may be left out."""
     device: Literal["auto", "cpu"] = "auto"
-    """auto: the GPU if torch finds one, else the CPU. cpu: always the CPU."""
+    """auto: the GPU if torch finds one, else the CPU. cpu: always the CPU. Of several GPUs the
+    first one that CUDA_VISIBLE_DEVICES leaves is used."""
     dtype: Dtype = "auto"
     """Data type of the weights that are not quantised, and of the activations. auto: bfloat16 if
     the GPU supports it, else float16 (T4); float32 on a CPU."""

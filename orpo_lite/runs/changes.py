@@ -271,6 +271,8 @@ def record_changes(
         Change(key, before, after, step)
         for key, (before, after) in other_versions(path, old, lock).items()
     ]
+    if old.get("dtype") not in (None, lock["dtype"]):
+        new.append(Change("dtype", old["dtype"], lock["dtype"], step))
     earlier = [replace(change, after_step=min(change.after_step, step)) for change in known]
     changes = _merged([*earlier, *new])
     written = recipe.override({OUTPUT_DIR: in_force[OUTPUT_DIR]})
@@ -282,6 +284,10 @@ def record_changes(
         for part in ("base", "data", "chat_template")
         if old[part].get("revision") is None
     }
+    # The base as the next steps see it: both depend on the device.
+    for part in ("dtype", "not_quantised"):
+        if part in old:
+            moved[part] = lock[part]
     updated = {**old, **moved, "recipe": began, "changes": [asdict(change) for change in changes]}
     if updated != old:
         write_text(path / "lock.json", to_json(updated))

@@ -969,6 +969,28 @@ def test_in_16_bit_rounding_passes_and_a_lost_adapter_does_not(
     assert verdict.difference == pytest.approx(verdict.effect, rel=0.05)
 
 
+def test_a_run_of_another_device_is_compared_on_its_own_4_bit_base(trained: Trained) -> None:
+    """Quantised from bfloat16, as on a GPU: of the base in float32 the merged model is another."""
+    _, result = trained
+    file = result.run / "lock.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": "bfloat16"}))
+    merge(result.run, weights="dequantized")
+    verdict = verify(result.run, weights="dequantized")
+    assert verdict.outcome == "passed", verdict.explanation
+    assert verdict.difference < 0.1 * verdict.effect
+
+
+def test_an_adapter_that_changes_less_than_rounding_is_no_failure(
+    small_recipe: Build, call: Call
+) -> None:
+    keys = ("model.dtype=bfloat16", "training.learning_rate=1e-4", "training.max_steps=2")
+    _, result = train_all(small_recipe(*keys, "training.warmup_steps=0"))
+    code, said, complaint = call("merge", str(result.run), "--verify")
+    assert code == 0, complaint
+    assert "cannot tell: log-probabilities differ by" in said
+    assert "less than rounding in half precision" in said
+
+
 @pytest.mark.parametrize("error", first_and_long(OUT_OF_MEMORY), ids=str)
 def test_a_gpu_that_is_too_small_to_verify_on_is_said(
     error: RuntimeError, trained: Trained, monkeypatch: pytest.MonkeyPatch

@@ -148,7 +148,7 @@ def test_what_cannot_share_and_what_has_experts_is_predicted_too(case: str) -> N
 @pytest.mark.parametrize(
     ("name", "route"), [*((name, "shared") for name in SHARED), *((name, "rows") for name in ALONE)]
 )
-def test_a_plan_counts_the_way_that_the_proof_will_choose(name: str, route: str) -> None:
+def test_a_plan_uses_the_route_that_the_probe_will_choose(name: str, route: str) -> None:
     make = ALONE[name][0] if route == "rows" else SHARED[name]
     chosen = recipe().override({"model.dtype": "bfloat16"})
     planned = find_route(chosen, make().config, worst_case(256, 1), "ampere")
@@ -550,7 +550,7 @@ def test_the_screen_has_a_bar_a_part_and_a_row_a_gpu(call: Call, workspace: Path
     )
     assert code == 0
     assert "./base: fits," in said
-    assert "of the longest pairs of the data" in said
+    assert ": the longest pairs of the data" in said
     assert "CUDA context (allowance)" in said
     assert "█" in said
     assert "memory.activation_checkpointing=0" in said
@@ -662,7 +662,7 @@ def test_a_plan_that_fits_no_more_is_made_anew_and_said(
         note
         for note in notes(updates)
         if note.startswith(
-            "the plan that the run began with is not for the memory settings asked for"
+            "the plan that the run began with does not match the memory settings asked for"
         )
     ]
     assert read_json(Path("run") / "plan.json")["budget_bytes"] == 40 * 2**20
