@@ -107,7 +107,7 @@ def _numbers(places: list[Stored]) -> Iterator[Tensor]:
             left -= min(left, len(block))
 
 
-def copied(source: Path, target: Path) -> float:
+def time_copy(source: Path, target: Path) -> float:
     """Copy the weights and flush them to the disk; return the seconds."""
     target.mkdir()
     began = time.monotonic()
@@ -120,7 +120,7 @@ def copied(source: Path, target: Path) -> float:
     return seconds
 
 
-def merged(path: Path, weights: str = "original") -> dict[str, float]:
+def time_merge(path: Path, weights: str = "original") -> dict[str, float]:
     """Return the seconds and memory of a merge in a process of its own."""
     done = subprocess.run(_command(path, weights), capture_output=True, text=True, check=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
@@ -131,7 +131,7 @@ def _command(path: Path, weights: str = "original") -> list[str]:
     return [sys.executable, "-m", "benchmarks.merge", "--one", str(path), weights]
 
 
-def one(path: Path, weights: Any) -> None:
+def merge_in_process(path: Path, weights: Any) -> None:
     """Merge in this process, and print the seconds and memory of it, without the imports."""
     import bitsandbytes  # noqa: F401
     import transformers.models.auto.modeling_auto
@@ -154,7 +154,7 @@ def _status(key: str) -> int:
     return 1024 * int(next(line for line in lines if line.startswith(key)).split()[1])
 
 
-def kills(path: Path, count: int, seed: int = 0) -> int:
+def count_good_kills(path: Path, count: int, seed: int = 0) -> int:
     """Kill ``count`` merges at random times.
 
     Return how often there is then no merged folder or a complete one.
@@ -163,7 +163,7 @@ def kills(path: Path, count: int, seed: int = 0) -> int:
     began = time.monotonic()
     subprocess.run(_command(path), capture_output=True, check=True)
     longest, whole = time.monotonic() - began, _digest(path / "merged")
-    rng, fine = random.Random(seed), 0
+    rng, good = random.Random(seed), 0
     for number in range(count):
         if number % 2:  # every other merge replaces a merged folder
             shutil.rmtree(path / "merged", ignore_errors=True)
@@ -173,8 +173,8 @@ def kills(path: Path, count: int, seed: int = 0) -> int:
         time.sleep(rng.uniform(0.5, 1.05) * longest)  # the imports come first
         process.send_signal(signal.SIGKILL)
         process.wait()
-        fine += not (path / "merged").exists() or _digest(path / "merged") == whole
-    return fine
+        good += not (path / "merged").exists() or _digest(path / "merged") == whole
+    return good
 
 
 def _digest(folder: Path) -> str:
@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("--one", nargs=2, metavar=("RUN", "WEIGHTS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        one(Path(options.one[0]), options.one[1])
+        merge_in_process(Path(options.one[0]), options.one[1])
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -202,15 +202,15 @@ def main() -> None:
         tensors = stored_tensors(folder / "base").values()
         size = sum(stored.nbytes for stored in tensors)
         largest = max(stored.nbytes for stored in tensors)
-        copied(folder / "base", folder / "copy")  # reads the files into the page cache
+        time_copy(folder / "base", folder / "copy")  # reads the files into the page cache
         copies, merges = [], []
         for _ in range(3):
-            copies.append(copied(folder / "base", folder / "copy"))
-            merges.append(merged(path))
-        other = merged(path, "dequantized")
+            copies.append(time_copy(folder / "base", folder / "copy"))
+            merges.append(time_merge(path))
+        other = time_merge(path, "dequantized")
     with tempfile.TemporaryDirectory() as name:
         path = make_run(Path(name), 4)
-        fine = kills(path, KILLS)
+        good = count_good_kills(path, KILLS)
     copy = statistics.median(copies)
     seconds = statistics.median(found["seconds"] for found in merges)
     result = {
@@ -226,7 +226,7 @@ def main() -> None:
             "seconds": round(other["seconds"], 2),
             "peak_rss_over_largest_tensor": round((other["peak"] - other["before"]) / largest, 3),
         },
-        "kills_ok": fine,
+        "kills_ok": good,
         "kills_total": KILLS,
         "goals": GOALS,
         "machine": f"{os.cpu_count()} cores, {processor()}, Python {platform.python_version()}",

@@ -218,7 +218,7 @@ def _merged_blocks(
         if is_transposed:
             pieces = _transpose(pieces)
         if stored.name in plan.quantised:
-            pieces = dequantized(pieces, plan.settings, trained_in)
+            pieces = round_to_4_bit(pieces, plan.settings, trained_in)
         delta = plan.deltas.get(stored.name)
         add_delta = delta.load() if delta else None
         for rows, block in pieces:
@@ -253,7 +253,7 @@ def _is_equal(merged: Tensor, block: Tensor, dtype: torch.dtype) -> bool:
     return torch.equal(merged.to(dtype), block.to(dtype))
 
 
-def dequantized(
+def round_to_4_bit(
     pieces: Iterable[tuple[Rows, Tensor]], settings: QuantizationSection, trained_in: torch.dtype
 ) -> Iterator[tuple[Rows, Tensor]]:
     """Quantise the blocks of rows of a matrix to 4 bit and back, and yield them in float32.
