@@ -210,10 +210,11 @@ def _merged_blocks(
 
     The names of adapted parameters that differ from the base are added to ``changed``.
     """
-    order = [stored for held in files for stored in held]
+    order = [stored for file in files for stored in file]
     reads = ahead(read_rows, (rows for stored in order for rows in in_blocks(stored)))
     for stored in order:
-        pieces: Iterator[tuple[Rows, Tensor]] = zip(in_blocks(stored), reads)  # noqa: B905 - reads go on
+        # Not strict: the reads continue with the next tensor.
+        pieces: Iterator[tuple[Rows, Tensor]] = zip(in_blocks(stored), reads)  # noqa: B905
         is_transposed = stored.name in plan.transposed
         if is_transposed:
             pieces = _transpose(pieces)
