@@ -37,7 +37,7 @@ SHAPES: dict[str, tuple[str, Any]] = {
         ),
     ),
 }  # fmt: skip
-ALL_LEVERS = {
+ALL_SETTINGS = {
     "mlp_tile": 512,
     "checkpoint_offload": True,
     "embedding_on_cpu": True,

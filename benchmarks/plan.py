@@ -29,7 +29,7 @@ from orpo_lite.model.load import bare_pair_model, choose_dtype
 from orpo_lite.model.probe import probe
 from orpo_lite.objectives.objective import Divisors
 from orpo_lite.objectives.orpo import orpo_loss
-from orpo_lite.planning.measure import heaviest, measure
+from orpo_lite.planning.measure import heaviest_pairs, measure
 from orpo_lite.planning.meter import LiveBytes
 from orpo_lite.planning.on_meta import held_tensors, worst_case
 from orpo_lite.planning.search import Planner
@@ -57,7 +57,7 @@ FAMILIES: dict[str, Callable[[int], Any]] = {
         vocab_size=vocab, head_dim=64, query_pre_attn_scalar=64, sliding_window=128, **SMALL
     ),
 }
-LEVERS: dict[str, dict[str, Any]] = {
+MEMORY_SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
     "no checkpoints": {"activation_checkpointing": "none"},
     "some checkpoints": {"activation_checkpointing": 2},
@@ -105,7 +105,9 @@ def error_of(config: Any, settings: Recipe) -> float:
         gradients.append(parameter.grad)
     known = [tensor for tensors in held_tensors(model).values() for tensor in tensors] + gradients
     batching = model.batching(settings, pad_id=0)
-    pairs = heaviest(settings, LENGTHS, batching, in_one_row=model.route in ("shared", "packed"))
+    pairs = heaviest_pairs(
+        settings, LENGTHS, batching, in_one_row=model.route in ("shared", "packed")
+    )
     with LiveBytes(known) as tracker:
         loss, _ = orpo_loss(
             model(make_batch(pairs, batching)), Divisors(len(pairs), 1_000), beta=0.1
@@ -117,13 +119,13 @@ def error_of(config: Any, settings: Recipe) -> float:
 def errors(
     say: Callable[[str], None], vocabularies: tuple[int, ...] = (32_000, 152_064)
 ) -> dict[str, float]:
-    """:func:`error_of` of each family, vocabulary and lever."""
+    """:func:`error_of` of each family, vocabulary and memory setting."""
     found = {}
-    for (family, make), vocab, (lever, levers) in itertools.product(
-        FAMILIES.items(), vocabularies, LEVERS.items()
+    for (family, make), vocab, (setting, memory_settings) in itertools.product(
+        FAMILIES.items(), vocabularies, MEMORY_SETTINGS.items()
     ):
-        name = f"{family}, {vocab:,}, {lever}"
-        found[name] = round(error_of(make(vocab), recipe(**levers)), 5)
+        name = f"{family}, {vocab:,}, {setting}"
+        found[name] = round(error_of(make(vocab), recipe(**memory_settings)), 5)
         say(f"{name}: {found[name]:+.3%}")
     return found
 
@@ -149,8 +151,8 @@ def least_peak(name: str, tokens: int = 2_048) -> float:
     planner = Planner(
         chosen, config, worst_case(tokens, chosen.training.global_batch_size), "ampere"
     )
-    levers = planner.tightest() | {"activation_checkpointing": planner.layers}
-    return planner.run(levers, None, None).peak / 2**30
+    memory_settings = planner.smallest_settings() | {"activation_checkpointing": planner.layers}
+    return planner.run(memory_settings, None, None).peak / 2**30
 
 
 def main() -> None:
@@ -191,10 +193,10 @@ STARTS = "<!-- written by: python -m benchmarks.plan --readme README.md -->\n"
 SHOWN: dict[str, tuple[str, dict[str, Any] | None]] = {
     "Mistral-7B, TRL's recipe": ("peak_gib_mistral_7b", None),
     "Mistral-7B, ours, unplanned": ("peak_gib_mistral_7b", {}),
-    "Mistral-7B, ours, least": ("peak_gib_mistral_7b", step.ALL_LEVERS),
+    "Mistral-7B, ours, least": ("peak_gib_mistral_7b", step.ALL_SETTINGS),
     "Qwen2.5-7B, TRL's recipe": ("peak_gib_qwen25_7b", None),
     "Qwen2.5-7B, ours, unplanned": ("peak_gib_qwen25_7b", {}),
-    "Qwen2.5-7B, ours, least": ("peak_gib_qwen25_7b", step.ALL_LEVERS),
+    "Qwen2.5-7B, ours, least": ("peak_gib_qwen25_7b", step.ALL_SETTINGS),
 }
 PARTS = (
     "weights",
@@ -206,14 +208,16 @@ PARTS = (
 COLORS = ("#4e79a7", "#76b7b2", "#f28e2b", "#e15759", "#b07aa1")
 
 
-def parts_of(shape: str, levers: dict[str, Any] | None, tokens: int = 2_048) -> dict[str, float]:
+def parts_of(
+    shape: str, memory_settings: dict[str, Any] | None, tokens: int = 2_048
+) -> dict[str, float]:
     """Return the GiB of a step by part, on one pair of 2 x ``tokens`` that shares nothing.
 
-    ``levers`` are settings of ``memory``; None: TRL's step.
+    ``memory_settings`` None: TRL's step.
     """
     config = step.SHAPES[shape][1]
-    if levers is not None:
-        found = measure(step.recipe(**levers), config, worst_case(tokens, 1), "ampere")
+    if memory_settings is not None:
+        found = measure(step.recipe(**memory_settings), config, worst_case(tokens, 1), "ampere")
         sizes, phases = found.held, found.parts
     else:
         fixed, tracker = step.counted_trl(config, worst_case(tokens, 1))

@@ -1,7 +1,7 @@
 """Compare a step of orpo-lite with one of TRL's ORPOTrainer on the same pairs.
 
     python -m benchmarks.step --quick --json FILE     figures of under eight minutes on two cores
-    python -m benchmarks.step --json FILE             all figures
+    python -m benchmarks.step --json FILE             all figures, and the table of docs/memory.md
     python -m benchmarks.step --data PAIRS --tokenizer FOLDER     with the lengths of your own texts
 
 The figures are tokens, FLOPs, live bytes, pairs per second and the peaks of 7B models. The lengths
@@ -40,7 +40,7 @@ from transformers import (
 
 from benchmarks import lengths, peers
 from benchmarks.data import processor
-from benchmarks.ours import ALL_LEVERS, BATCH, SETS, SHAPES, our_step, recipe
+from benchmarks.ours import ALL_SETTINGS, BATCH, SETS, SHAPES, our_step, recipe
 from orpo_lite.data.packing import pack_pairs
 from orpo_lite.model.load import bare_base, bare_pair_model, load_pair_model
 from orpo_lite.model.pair_model import PairModel
@@ -49,7 +49,7 @@ from orpo_lite.objectives.orpo import orpo_loss
 from orpo_lite.ops.devices import META
 from orpo_lite.ops.head import Head, chunk_rows, row_logps
 from orpo_lite.planning.measure import measure as counted
-from orpo_lite.planning.measure import phases, standing_bytes
+from orpo_lite.planning.measure import resident_bytes, track_phases
 from orpo_lite.planning.meter import LiveBytes
 from orpo_lite.planning.on_meta import META_ATTENTION, blank_pairs, held_tensors, worst_case
 from orpo_lite.recipe.schema import Recipe
@@ -115,11 +115,11 @@ def counted_trl(config: Any, triples: lengths.Triples) -> tuple[dict[str, int], 
     model = trl_on_meta(config)
     for parameter in model.parameters():
         parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
-    with LiveBytes(storages(model)) as tracker, phases(model.get_base_model().model, tracker):
+    with LiveBytes(storages(model)) as tracker, track_phases(model.get_base_model().model, tracker):
         loss = peers.meta_loss(model, blank_pairs(triples))
         tracker.phase = "backward pass"
         loss.backward()
-    return standing_bytes(model, recipe())[0], tracker
+    return resident_bytes(model, recipe())[0], tracker
 
 
 def live_bytes_ratio(triples: lengths.Triples) -> dict[str, float]:
@@ -130,7 +130,10 @@ def live_bytes_ratio(triples: lengths.Triples) -> dict[str, float]:
     config = SHAPES["peak_gib_qwen25_7b"][1]
     batch = lengths.near_mean(triples, BATCH, 1)[0]
     theirs = counted_trl(config, batch)[1].peak
-    ours = [counted(recipe(**levers), config, batch, "ampere").peak for levers in (ALL_LEVERS, {})]
+    ours = [
+        counted(recipe(**memory_settings), config, batch, "ampere").peak
+        for memory_settings in (ALL_SETTINGS, {})
+    ]
     return {
         "live_bytes_ratio_152k": ours[0] / theirs,
         "live_bytes_ratio_152k_default_levers": ours[1] / theirs,
@@ -138,15 +141,15 @@ def live_bytes_ratio(triples: lengths.Triples) -> dict[str, float]:
     }
 
 
-def peak_of_7b(config: Any, levers: dict[str, Any] | None, tokens: int = 2_048) -> float:
+def peak_of_7b(config: Any, memory_settings: dict[str, Any] | None, tokens: int = 2_048) -> float:
     """Return the GiB of tensors on the device in a step on one pair that shares nothing.
 
     They are weights, adapter, gradients, 8-bit optimizer states and activations, without the CUDA
-    context and fragmentation. ``levers`` are settings of ``memory``; None: TRL's step.
+    context and fragmentation. ``memory_settings`` None: TRL's step.
     """
     pair = worst_case(tokens, 1)
-    if levers is not None:
-        return counted(recipe(**levers), config, pair, "ampere").total / 2**30
+    if memory_settings is not None:
+        return counted(recipe(**memory_settings), config, pair, "ampere").total / 2**30
     fixed, tracker = counted_trl(config, pair)
     return (sum(fixed.values()) + tracker.peak) / 2**30
 
@@ -367,7 +370,7 @@ def measure(
     for key, value in live_bytes_ratio(first).items():
         note(key, value)
     for key, (_, config) in SHAPES.items():
-        note(key, peak_of_7b(config, ALL_LEVERS))
+        note(key, peak_of_7b(config, ALL_SETTINGS))
         note(f"{key}_default_levers", peak_of_7b(config, {}))
         note(f"{key}_trl", peak_of_7b(config, None))
     for name, triples in sets.items():
@@ -407,7 +410,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--data", help="your own pairs instead of the lengths of the project")
     parser.add_argument("--tokenizer", type=Path, help="a model folder, for --data")
-    parser.add_argument("--readme", type=Path, help="a README whose table to write")
+    parser.add_argument("--readme", type=Path, help="the page whose table to write")
     parser.add_argument("--rss", choices=["ours", "trl"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
@@ -429,10 +432,10 @@ def main() -> None:
         write_tables(options.readme, result)
 
 
-# --- the README's tables
+# --- the tables of docs/memory.md
 
 
-STARTS = "<!-- written by: python -m benchmarks.step --readme README.md -->\n"
+STARTS = "<!-- written by: python -m benchmarks.step --readme docs/memory.md -->\n"
 ENDS = "<!-- end -->"
 RATIOS = (  # title, key, key with TRL's batches grouped by length, form
     (
@@ -465,7 +468,7 @@ def tables(result: dict[str, Any]) -> str:
     lines += [
         "",
         "| GiB at its peak, one pair of 2 x 2,048 tokens | TRL | ours, default "
-        "| ours, all levers |",
+        "| ours, all memory settings |",
         "|---|---|---|---|",
     ]
     for key, (name, _) in SHAPES.items():
@@ -475,7 +478,7 @@ def tables(result: dict[str, Any]) -> str:
 
 
 def write_tables(readme: Path, result: dict[str, Any]) -> None:
-    """Write the tables between their two marks in a README."""
+    """Write the tables between their two marks in a page."""
     write_between(readme, STARTS, tables(result))
 
 

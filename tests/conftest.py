@@ -8,20 +8,26 @@ os.environ.setdefault(
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["USE_HUB_KERNELS"] = "0"
 
+import ast
 import atexit
+import hashlib
 import json
 import random
+import resource
 import shutil
+import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
+from filelock import FileLock
 from hub_server import hub, slept  # noqa: F401 - fixtures
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
@@ -315,6 +321,91 @@ def trained(one_training: tuple[Path, list[Any], Any], workspace: Path) -> tuple
             file.read_text("utf-8").replace(str(folder), str(workspace)), encoding="utf-8"
         )
     return updates, result
+
+
+@dataclass(frozen=True)
+class DemoRun:
+    """What ``orpo-lite train --recipe demo`` left in a folder of its own; read only."""
+
+    folder: Path
+    """It holds ``runs/demo`` and ``runs/builtin``."""
+    printed: str
+    complained: str
+    seconds: float
+    """Of the processor."""
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "runs" / "demo"
+
+    @property
+    def base(self) -> Path:
+        (found,) = (self.folder / "runs" / "builtin").glob("tiny-llama-*")
+        return found
+
+
+@pytest.fixture(scope="session")
+def demo_run(shared_folder: Path) -> DemoRun:
+    """The demo as a new user runs it, trained once for all workers of this session."""
+    folder = shared_folder / "demo"
+    known = shared_folder / "demo.json"
+    with FileLock(shared_folder / "demo.lock"):
+        if not known.exists():
+            folder.mkdir()
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            command = [sys.executable, "-m", "orpo_lite", "train", "--recipe", "demo"]
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+            known.write_text(json.dumps([done.stdout, done.stderr, seconds]), encoding="utf-8")
+    return DemoRun(folder, *json.loads(known.read_text(encoding="utf-8")))
+
+
+def moved_run(demo: DemoRun, target: Path) -> None:
+    """Copy the demo's ``runs`` into another folder, as if it had been trained there."""
+    shutil.copytree(demo.folder / "runs", target / "runs")
+    for name in ("recipe.yaml", "lock.json", "adapter/adapter_config.json"):
+        file = target / "runs" / "demo" / name
+        file.write_text(
+            file.read_text("utf-8").replace(str(demo.folder), str(target)), encoding="utf-8"
+        )
+
+
+@pytest.fixture
+def counted_once(shared_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step is counted once for all tests: it depends on nothing but what its file is named after."""
+    from orpo_lite.planning.measure import StepMemory, measure
+
+    unread = {"model": {"model_name_or_path"}, "data": {"dataset_name"}, "training": {"output_dir"}}
+    unread |= {"memory": {"budget"}}
+
+    def remembered(
+        recipe: Any, config: Any, triples: Any, kind: str, planned: Any = None, models: Any = None
+    ) -> Any:
+        shape = {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
+        asked = (
+            recipe.model_dump(exclude=unread),
+            shape,
+            triples.tolist(),
+            kind,
+            planned,
+            torch.cuda.is_available(),
+        )
+        file = shared_folder / f"{hashlib.sha256(repr(asked).encode()).hexdigest()}.step"
+        if not file.exists():
+            found = vars(measure(recipe, config, triples, kind, planned, models))
+            whole = file.with_suffix(f".{os.getpid()}")
+            whole.write_text(
+                repr({key: dict(value) if key == "work" else value for key, value in found.items()})
+            )
+            whole.replace(file)
+        found = ast.literal_eval(file.read_text())
+        return StepMemory(**found | {"work": Counter(found["work"])})
+
+    for module in [module for name, module in sys.modules.items() if name.startswith("orpo_lite.")]:
+        if getattr(module, "measure", None) is measure:
+            monkeypatch.setattr(module, "measure", remembered)
 
 
 Answer = tuple[int, str, str]

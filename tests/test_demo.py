@@ -1,16 +1,12 @@
 """The embedded default, from the command to the merged model, as a new user runs it."""
 
 import json
-import resource
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import Answer
+from conftest import Answer, DemoRun
 from transformers import AutoModelForCausalLM
 
 import orpo_lite
@@ -20,21 +16,11 @@ from orpo_lite.runs.lock import read_recipe
 from orpo_lite.runs.records import read_json, read_metrics
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory, shared_folder: Path) -> tuple[Path, str, float]:
+@pytest.fixture
+def demo(demo_run: DemoRun) -> tuple[Path, str, float]:
     """The run folder, what was printed, and the processor seconds that it took."""
-    folder = tmp_path_factory.mktemp("demo")
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [sys.executable, "-m", "orpo_lite", "train", "--recipe", "demo"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert done.stderr == ""
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    (base,) = (folder / "runs" / "builtin").glob("tiny-llama-*")
-    copy = shutil.copytree(base, folder / "base")
-    copy.rename(shared_folder / "demo-base")  # test_demo_base need not make it again
-    return folder / "runs" / "demo", done.stdout, seconds
+    assert demo_run.complained == ""
+    return demo_run.run, demo_run.printed, demo_run.seconds
 
 
 def test_a_fair_fight_is_won_by_training(demo: tuple[Path, str, float]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import DemoRun
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from orpo_lite import demo
@@ -17,13 +18,9 @@ SIDES = {"chosen": demo.WARM, "rejected": demo.CURT}
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, shared_folder: Path) -> Path:
-    """The base that a run of the demo made, or one made here: a seed makes the same again."""
-    if (made := shared_folder / "demo-base").is_dir():
-        return made
-    folder = tmp_path_factory.mktemp("demo") / "base"
-    list(demo.make_base(folder))
-    return folder
+def base(demo_run: DemoRun) -> Path:
+    """The base that a run of the demo made; a seed makes the same again."""
+    return demo_run.base
 
 
 @pytest.fixture

@@ -91,6 +91,7 @@ def test_commands_cure_the_fault_that_carries_them(
     assert "merged model: run/merged" in cure("export", "run", "--to", "gguf")
 
 
+@pytest.mark.long
 def test_what_would_fit_is_data_too(small_recipe: Build) -> None:
     recipe = small_recipe(
         "memory.budget=700MiB", "data.max_length=2048", "lora.r=64", "training.optim=adamw_torch"

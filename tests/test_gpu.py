@@ -1,4 +1,4 @@
-"""What only a GPU shows: its attention kernels, streams to host memory, and that its levers change nothing."""
+"""What only a GPU shows: its attention kernels, streams to host memory, and that its memory settings change nothing."""
 
 from typing import Any
 
@@ -14,7 +14,8 @@ from orpo_lite.model.pair_model import PairModel
 from orpo_lite.model.probe import probe
 from orpo_lite.objectives.objective import Divisors
 from orpo_lite.objectives.orpo import orpo_loss
-from orpo_lite.ops.attention import BACKENDS, Shape, choose_backend, flash_attn
+from orpo_lite.ops.attention import BACKENDS, choose_backend, flash_attn
+from orpo_lite.ops.segments import AttentionOptions
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda", 0)
@@ -36,7 +37,7 @@ def test_a_kernel_equals_the_formula(backend: str, window: int | None) -> None:
     results = []
     for name, dtype in ((backend, torch.bfloat16), ("maths", torch.float32)):
         inputs = [tensor.to(dtype).requires_grad_() for tensor in (query, key, value)]
-        out = BACKENDS[name](*inputs, SEGMENTS, Shape(0.125, window, None))  # type: ignore[call-arg,arg-type]
+        out = BACKENDS[name](*inputs, SEGMENTS, AttentionOptions(0.125, window, None))  # type: ignore[call-arg,arg-type]
         grads = torch.autograd.grad(out.float().square().sum(), inputs)
         results.append([out.float(), *(grad.float() for grad in grads)])
     for found, expected in zip(*results, strict=True):
@@ -63,7 +64,7 @@ def step(model: PairModel, **memory: Any) -> tuple[Tensor, Tensor]:
     return loss.detach(), torch.cat([parameter.grad.flatten() for _, parameter in model.trained()])  # type: ignore[union-attr]
 
 
-LEVERS: dict[str, dict[str, Any]] = {
+MEMORY_SETTINGS: dict[str, dict[str, Any]] = {
     "offload": {"checkpoint_offload": True},
     "tiles": {"mlp_tile": 64},
     "embedding": {"embedding_on_cpu": True},
@@ -72,11 +73,11 @@ LEVERS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("lever", LEVERS)
-def test_a_lever_changes_nothing_but_roundings(lever: str) -> None:
+@pytest.mark.parametrize("setting", MEMORY_SETTINGS)
+def test_a_memory_setting_changes_nothing_but_roundings(setting: str) -> None:
     loss, gradient = step(built())
     found = [
-        step(built(**LEVERS[lever]), **LEVERS[lever]) for _ in range(2)
+        step(built(**MEMORY_SETTINGS[setting]), **MEMORY_SETTINGS[setting]) for _ in range(2)
     ]  # twice: a race would differ
     for other, grads in found:
         assert abs(other - loss) < 0.01 * loss.abs()
@@ -94,10 +95,10 @@ def test_the_proof_passes_on_a_gpu(dtype: torch.dtype) -> None:
 def test_a_softcap_is_kept() -> None:
     """By flash-attn where it is installed, else by the formula."""
     query, key, value = (drawn(1, heads, 24, 64, seed=heads).bfloat16() for heads in (8, 2, 2))
-    shape = Shape(0.125, None, 5.0)
+    options = AttentionOptions(0.125, None, 5.0)
     name = choose_backend(query, value, 5.0)
-    found = BACKENDS[name](query, key, value, SEGMENTS, shape)  # type: ignore[arg-type]
-    expected = BACKENDS["maths"](query.float(), key.float(), value.float(), SEGMENTS, shape)  # type: ignore[arg-type]
+    found = BACKENDS[name](query, key, value, SEGMENTS, options)  # type: ignore[arg-type]
+    expected = BACKENDS["maths"](query.float(), key.float(), value.float(), SEGMENTS, options)  # type: ignore[arg-type]
     assert (found - expected).norm() < 0.02 * expected.norm()
 
 

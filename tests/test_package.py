@@ -142,8 +142,12 @@ def test_the_wheel_holds_the_package_the_licence_and_nothing_else(wheel: Path) -
         modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "orpo_lite").rglob("*.py")}
         recipes = {f"orpo_lite/recipes/{name}.yaml" for name in NAMES}
         ours = {name for name in names if not name.startswith(info)}
-        assert ours - {"orpo_lite/py.typed", "orpo_lite/base/bases.json"} == modules | recipes
-        assert "orpo_lite/base/bases.json" in ours
+        written = {
+            "orpo_lite/py.typed",
+            "orpo_lite/base/bases.json",
+            "orpo_lite/recipe/gpu_sizes.json",
+        }
+        assert ours == modules | recipes | written
         assert archive.read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
         metadata = archive.read(f"{info}/METADATA").decode()
         scripts = archive.read(f"{info}/entry_points.txt").decode()

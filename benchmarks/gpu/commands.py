@@ -23,8 +23,8 @@ ADAPTER = "adapter/adapter_model.safetensors"
 STAGE = re.compile(r"^(.*?) \.\.\.( [\d,]+ of [\d,]+)?$")
 # Notes that every good training prints: on its device, its data and its plan.
 EXPECTED = re.compile(
-    "training on|detected explicit|no chat template|[0-9,]+ pairs to train on|memory: |levers: "
-    "|the largest pass: |resuming after"
+    "training on|detected explicit|no chat template|[0-9,]+ pairs to train on|memory: "
+    "|memory settings: |the largest pass: |resuming after"
 )
 
 

@@ -37,11 +37,11 @@ def pairs_per_second(scale: Scale, figures: Figures, shape: str) -> None:
     plans = scale.work / "plans.json"
     planned = json.loads(plans.read_text("utf-8"))[-1]["levers"] if plans.is_file() else {}
     best: dict[str, float] = {}
-    for label, levers in (("ours", {}), ("ours_planned", planned)):
-        if label == "ours_planned" and not levers:
+    for label, memory_settings in (("ours", {}), ("ours_planned", planned)):
+        if label == "ours_planned" and not memory_settings:
             continue
-        figures.note(f"{label}.levers", levers)
-        train = figures.attempt(f"{label}.built", _ours, config, levers)
+        figures.note(f"{label}.levers", memory_settings)
+        train = figures.attempt(f"{label}.built", _ours, config, memory_settings)
         if train is None:
             continue
         for name, triples in batches.items():
@@ -110,9 +110,9 @@ def model_flops(config: Any, batches: list[lengths.Triples]) -> float:
     return 4.0 * parameters * sum(map(lengths.packed, batches))
 
 
-def _ours(config: Any, levers: dict[str, Any]) -> Train:
+def _ours(config: Any, memory_settings: dict[str, Any]) -> Train:
     """Return a function that takes one optimizer step of orpo-lite."""
-    settings = ours.recipe(**levers)
+    settings = ours.recipe(**memory_settings)
     model = drawn_model(settings, config)
     optimizer = make_optimizer(settings, [parameter for _, parameter in model.trained()])
     return lambda pairs: ours.our_step(model, optimizer, pairs, settings)

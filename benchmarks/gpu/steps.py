@@ -179,8 +179,8 @@ def gradients(scale: Scale, figures: Figures) -> None:
     expected: list[Tensor] = []
     # cuBLAS is deterministic only with this.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    for name, levers in memory_settings(scale).items():
-        settings = ours.recipe(**levers)
+    for name, chosen in memory_settings(scale).items():
+        settings = ours.recipe(**chosen)
         model = figures.attempt(f"{name}.built", drawn_model, settings, config)
         if model is None:
             continue
@@ -201,7 +201,7 @@ def memory_settings(scale: Scale) -> dict[str, dict[str, Any]]:
         "embedding": {"embedding_on_cpu": True},
         "head_chunk": {"head_chunk": chunk},
         "no_checkpoints": {"activation_checkpointing": "none"},
-        "all": ours.ALL_LEVERS | {"mlp_tile": tile, "head_chunk": chunk},
+        "all": ours.ALL_SETTINGS | {"mlp_tile": tile, "head_chunk": chunk},
     }
 
 
@@ -311,7 +311,7 @@ def make_plans(scale: Scale, figures: Figures) -> None:
     planner = Planner(
         plan_recipe(scale), scale.config(), scale.lengths("hh-rlhf"), device_kind(CUDA)
     )
-    least = planner.least(gpu)
+    least = planner.least_bytes(gpu)
     figures.note("least_gib", round(least / GIB, 3))
     spare = scale.of((0.1, 1.5, 6), (0.001, 0.002, 0.01))
     plans = []

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from orpo_lite.cli.completion import complete_key, complete_recipe, complete_run, complete_target
 from orpo_lite.cli.console import err, out, print_columns, print_json, protect_output
 from orpo_lite.cli.data_view import print_preview
 from orpo_lite.cli.finish import STOPPED, finish, merge_run, push_run, verify_run
-from orpo_lite.cli.plan_view import print_levers, print_plan
+from orpo_lite.cli.plan_view import print_memory_settings, print_plan
 from orpo_lite.cli.progress import draw
 from orpo_lite.cli.quiet import hush, is_first_process, quiet
 from orpo_lite.errors import Command, OrpoLiteError, RecipeError
@@ -30,8 +31,15 @@ if TYPE_CHECKING:
     from orpo_lite.updates import Update
 
 
+BEFORE, DURING, AFTER = "Before training", "Train", "After training"
+ORDER = ("recipes", "data", "plan", "train", "merge", "export", "push")
+
+
 class _Commands(TyperGroup):
-    """Typer would end at Ctrl-C without a word."""
+    """The commands in the order of the work. Typer would end at Ctrl-C without a word."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(super().list_commands(ctx), key=ORDER.index)
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -45,13 +53,13 @@ app = typer.Typer(
     name="orpo-lite",
     cls=_Commands,
     help="Preference-tune a language model on the one GPU you own: ORPO on a 4-bit base with LoRA, merged for export.",
+    epilog="Example: orpo-lite train --recipe demo",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-recipes_app = typer.Typer(no_args_is_help=True, help="The shipped recipes: list, show, copy.")
-app.add_typer(recipes_app, name="recipes")
+recipes_app = typer.Typer(no_args_is_help=True, help="List, show or copy the shipped recipes.")
+app.add_typer(recipes_app, name="recipes", rich_help_panel=BEFORE)
 
 BUG = 70  # EX_SOFTWARE of sysexits.h
 
@@ -116,20 +124,47 @@ RESUME = (
     "load_best_model_at_end, full_determinism, model.device, memory.* and output.*: each change is "
     "recorded with its step. The rate of a step is then what it would be there had the run begun with the new values."
 )
+
+
+def _keys(example: str) -> Any:
+    """Return the argument that takes keys of the recipe."""
+    return typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help=f"Any key of the recipe, e.g. {example}.",
+        autocompletion=complete_key,
+    )
+
+
 RecipeName = Annotated[
-    str | None, typer.Option("--recipe", help="A shipped name (see `recipes ls`), or a .yaml path.")
+    str | None,
+    typer.Option(
+        "--recipe",
+        help="A shipped name (see `recipes ls`), or a .yaml path.",
+        autocompletion=complete_recipe,
+    ),
+]
+RunFolder = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RUN", help="The folder of a finished run.", autocompletion=complete_run
+    ),
+]
+ShippedName = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME", help="A shipped name or a path.", autocompletion=complete_recipe
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print all of it as JSON, and nothing else.")]
 
 
-@app.command()
+@app.command(rich_help_panel=DURING, epilog="Example: orpo-lite train --recipe demo")
 def train(
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Any key of the recipe, e.g. lora.r=8."),
-    ] = None,
+    overrides: Annotated[list[str] | None, _keys("lora.r=8")] = None,
     recipe: RecipeName = None,
-    resume: Annotated[Path | None, typer.Option(metavar="RUN", help=RESUME)] = None,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="RUN", help=RESUME, autocompletion=complete_run)
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print every value and its source; do nothing.")
     ] = False,
@@ -152,14 +187,11 @@ def train(
             finish(chosen, result)
 
 
-@app.command()
+@app.command(
+    rich_help_panel=BEFORE, epilog="Example: orpo-lite plan --recipe demo memory.budget=8GiB"
+)
 def plan(
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[KEY=VALUE]...", help="Any key of the recipe, e.g. memory.budget=12GiB."
-        ),
-    ] = None,
+    overrides: Annotated[list[str] | None, _keys("memory.budget=12GiB")] = None,
     recipe: RecipeName = None,
     with_data: Annotated[
         bool,
@@ -169,7 +201,7 @@ def plan(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Will it fit, how fast, and what to change: counted without weights, before anything is downloaded."""
+    """Show whether a recipe fits a GPU, how fast it is and what to change. Reads no weights and downloads none."""
     chosen = _choose_recipe(recipe, None, overrides or [], verb="plan")
     with quiet():
         from orpo_lite.planning.plan import plan_events
@@ -184,14 +216,11 @@ def plan(
         raise does_not_fit(report.plan, report.changes)
 
 
-@app.command()
+@app.command(
+    rich_help_panel=BEFORE, epilog="Example: orpo-lite data --recipe demo data.max_length=64"
+)
 def data(
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[KEY=VALUE]...", help="Any key of the recipe, e.g. data.max_length=1024."
-        ),
-    ] = None,
+    overrides: Annotated[list[str] | None, _keys("data.max_length=1024")] = None,
     recipe: RecipeName = None,
     row: Annotated[
         str | None, typer.Option(metavar="PLACE", help="Show this row, e.g. pairs.csv:3.")
@@ -217,9 +246,9 @@ def data(
     print_preview(preview.figures, preview.samples, preview.warnings, chosen.data.max_length)
 
 
-@app.command()
+@app.command(rich_help_panel=AFTER, epilog="Example: orpo-lite merge runs/demo --verify")
 def merge(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
+    run: RunFolder,
     base: Annotated[
         Literal["original", "dequantized"],
         typer.Option(
@@ -247,9 +276,9 @@ def merge(
             verify_run(run, base, base_path)
 
 
-@app.command()
+@app.command(rich_help_panel=AFTER, epilog="Example: orpo-lite push runs/demo me/demo")
 def push(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
+    run: RunFolder,
     repository: Annotated[
         str, typer.Argument(metavar="REPO", help="owner/name; a name alone is yours.")
     ],
@@ -292,10 +321,15 @@ def push(
         raise typer.Exit(STOPPED) from None
 
 
-@app.command()
+@app.command(rich_help_panel=AFTER, epilog="Example: orpo-lite export runs/demo --to vllm")
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
-    to: Annotated[str, typer.Option("--to", help="gguf (llama.cpp), ollama or vllm.")],
+    run: RunFolder,
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to", help="gguf (llama.cpp), ollama or vllm.", autocompletion=complete_target
+        ),
+    ],
     outtype: Annotated[
         str | None,
         typer.Option(
@@ -318,32 +352,39 @@ def export(
     )
 
 
-@recipes_app.command("ls")
+@recipes_app.command("ls", epilog="Example: orpo-lite recipes ls")
 def recipes_ls() -> None:
-    """List the shipped recipes."""
-    from orpo_lite.recipe.reader import load_recipe, shipped_recipes
+    """List the shipped recipes, with the memory of the GPU that each needs by its plan."""
+    from orpo_lite.recipe.reader import gpu_sizes, load_recipe, shipped_recipes
 
-    rows = [("recipe", "base", "beta", "what for")]
+    rows = [("recipe", "base", "beta", "GPU", "what for")]
+    sizes = gpu_sizes()
     for name, path in shipped_recipes().items():
         recipe = load_recipe(name)
         headline = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-        rows.append((name, recipe.model.model_name_or_path, f"{recipe.loss.beta:g}", headline))
+        rows.append(
+            (
+                name,
+                recipe.model.model_name_or_path,
+                f"{recipe.loss.beta:g}",
+                sizes.get(name, "?"),
+                headline,
+            )
+        )
     print_columns(rows)
 
 
-@recipes_app.command("show")
-def recipes_show(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A shipped name or a path.")],
-) -> None:
+@recipes_app.command("show", epilog="Example: orpo-lite recipes show demo")
+def recipes_show(name: ShippedName) -> None:
     """Print a recipe with every key, its value and what it means."""
     from orpo_lite.recipe.reader import load_recipe
 
     out.print(load_recipe(name).to_yaml(comments=True), end="")
 
 
-@recipes_app.command("cp")
+@recipes_app.command("cp", epilog="Example: orpo-lite recipes cp demo mine.yaml")
 def recipes_cp(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A shipped name or a path.")],
+    name: ShippedName,
     path: Annotated[Path, typer.Argument(metavar="PATH", help="Where to write it.")],
 ) -> None:
     """Copy a recipe, every key commented, to edit."""
@@ -450,4 +491,4 @@ def _print_values(recipe: "Recipe") -> None:
     print_columns(
         [("key", "value", "from"), *((k, to_text(v), recipe.sources[k]) for k, v in recipe.items())]
     )
-    print_levers(recipe)
+    print_memory_settings(recipe)

@@ -94,4 +94,4 @@ def print_verdict(verdict: "Verdict") -> None:
         (r.model, f"{r.accuracy:.1%}", f"{r.margin:+.4f}", f"{r.chosen:.4f}") for r in verdict.rows
     ]
     print_columns(rows)
-    out.print(f"{'passed' if verdict.passed else 'FAILED'}: {verdict.said}")
+    out.print(f"{'passed' if verdict.passed else 'FAILED'}: {verdict.explanation}")

@@ -46,7 +46,7 @@ def verify_run(run: Path, weights: "Weights", base_path: Path | None) -> None:
     if not verdict.passed:
         raise ModelError(
             where=f"{run}, merged",
-            found=f"differs from base and adapter: {verdict.said}",
+            found=f"differs from base and adapter: {verdict.explanation}",
             expected="the same answers",
             fix="please report it with the run's lock.json",
         )

@@ -1,4 +1,4 @@
-"""A plan, and what the memory settings do, as the person sees them."""
+"""The words that `orpo-lite plan` prints, and what the memory settings do."""
 
 from typing import TYPE_CHECKING
 
@@ -6,77 +6,106 @@ from orpo_lite.cli.console import out, print_columns
 
 if TYPE_CHECKING:
     from orpo_lite.planning.plan import PlanReport
-    from orpo_lite.recipe.schema import Recipe
+    from orpo_lite.planning.search import MemoryPlan
+    from orpo_lite.recipe.schema import MemorySection, Recipe
 
 
-def print_levers(recipe: "Recipe") -> None:
-    """What the keys of ``memory`` make of a step, in words; none of them changes the result."""
-    from orpo_lite.recipe.schema import PLANNED_KEYS
+def print_memory_settings(recipe: "Recipe") -> None:
+    """Print what the keys of ``memory`` do in a step. None of them changes the result."""
+    from orpo_lite.recipe.schema import PLANNED_SETTINGS
 
     memory = recipe.memory.unplanned()
     out.print("\na step")
-    if not memory.packing:
-        size = memory.micro_batch_size or 1
-        out.print(
-            f"  pads rows, {_pairs(size)} a forward pass, and holds all logits: the plain step"
-        )
+    if memory.packing:
+        _print_packing(memory, recipe.micro_batch_tokens)
     else:
-        shared = "once" if memory.prompt_sharing else "twice"
-        tokens = f"{recipe.micro_batch_tokens:,} tokens a forward pass"
-        most = f", at most {_pairs(memory.micro_batch_size)}" if memory.micro_batch_size else ""
-        out.print(
-            f"  lays pairs end to end without padding, and the prompt of a pair {shared}, {tokens}{most}"
-        )
-        chunk = {"auto": "a few rows of logits at a time", "none": "all logits of a forward pass"}
-        out.print(
-            f"  holds {chunk.get(str(memory.head_chunk), f'{memory.head_chunk} rows of logits at a time')}"
-        )
-    layers = {"all": "all layers", "none": "no layer", "0": "no layer"}
-    amount = layers.get(
-        str(memory.activation_checkpointing), f"{memory.activation_checkpointing} layers"
-    )
-    where = " from inputs in host memory" if memory.checkpoint_offload else ""
-    out.print(f"  runs {amount} again in the backward pass{where if amount != 'no layer' else ''}")
+        pairs = _pairs(memory.micro_batch_size or 1)
+        out.print(f"  pads rows, {pairs} a forward pass, and holds all logits: the plain step")
+    _print_checkpointing(memory)
     if memory.mlp_tile:
-        out.print(
-            f"  takes {memory.mlp_tile:,} tokens at a time through an MLP, for some 9% more FLOPs"
-        )
+        out.print(f"  runs an MLP on {memory.mlp_tile:,} tokens at a time, for some 9% more FLOPs")
     if memory.embedding_on_cpu:
         out.print("  looks tokens up in host memory")
-    if free := [key for key in PLANNED_KEYS if getattr(recipe.memory, key) == "auto"]:
+    planned = [key for key in PLANNED_SETTINGS if getattr(recipe.memory, key) == "auto"]
+    if planned:
         out.print(
-            f"on a GPU, or with memory.budget, the plan sets {', '.join(free)}: see orpo-lite plan"
+            f"on a GPU, or with memory.budget, the plan sets {', '.join(planned)}: "
+            "see orpo-lite plan"
         )
+
+
+def _print_packing(memory: "MemorySection", tokens: int) -> None:
+    shared = "once" if memory.prompt_sharing else "twice"
+    limit = f"{tokens:,} tokens a forward pass"
+    if memory.micro_batch_size:
+        limit += f", at most {_pairs(memory.micro_batch_size)}"
+    out.print(f"  packs pairs without padding, and the prompt of a pair {shared}, {limit}")
+    if memory.head_chunk == "auto":
+        logits = "a few rows of logits at a time"
+    elif memory.head_chunk == "none":
+        logits = "all logits of a forward pass"
+    else:
+        logits = f"{memory.head_chunk} rows of logits at a time"
+    out.print(f"  holds {logits}")
+
+
+def _print_checkpointing(memory: "MemorySection") -> None:
+    amount = memory.activation_checkpointing
+    if amount in ("none", 0):
+        out.print("  runs no layer again in the backward pass")
+        return
+    layers = "all layers" if amount == "all" else f"{amount} layers"
+    inputs = " from inputs in host memory" if memory.checkpoint_offload else ""
+    out.print(f"  runs {layers} again in the backward pass{inputs}")
 
 
 BAR = 40  # characters
 
 
 def print_plan(report: "PlanReport") -> None:
-    """The verdict, the memory of a step by part, the levers, what else is needed, and what other cards make of it."""
+    """Print the verdict, the memory of a step by part, the memory settings, and other GPUs."""
     from orpo_lite.recipe.text import gib, to_text
 
-    plan = report.plan
-    whose = "of memory.budget"
-    if report.own and plan.gpu and plan.budget == report.own.free:
-        whose = f"free on this machine's {plan.gpu.name}"
-    if not report.own and not report.rows[0].gpu.name.startswith("memory.budget") and plan.gpu:
-        whose = f"of a {plan.gpu.name} (no GPU here, and no memory.budget)"
+    plan, step = report.plan, report.plan.measured
     verdict = "fits" if plan.fits else "does not fit"
+    budget = f"{gib(plan.budget or 0)} {_budget_source(report)}"
+    out.print(f"{report.base}: {verdict}, {gib(plan.needed)} needed, {budget}")
+    if report.local and report.local.others:
+        others = gib(report.local.others)
+        out.print(f"other processes use {others} of the GPU, which is not touched")
+    pairs = "the longest pairs of the data"
+    if not report.from_data:
+        pairs = "the longest that data.max_length allows"
     out.print(
-        f"{report.base}: {verdict}, {gib(plan.needed)} needed, {gib(plan.budget or 0)} {whose}"
+        f"measured for a forward pass of {_pairs(step.pairs)}, {step.tokens:,} tokens, {pairs}\n"
     )
-    if report.own and report.own.others:
-        out.print(f"other processes hold {gib(report.own.others)} of the card, which is left alone")
-    step = plan.measured
-    most = (
-        "of the longest pairs of the data"
-        if report.from_data
-        else "which is the most that data.max_length allows"
-    )
-    out.print(
-        f"counted for a forward pass of {_pairs(step.pairs)}, {step.tokens:,} tokens, {most}\n"
-    )
+    _print_parts(plan)
+    settings = [f"memory.{key}={to_text(value)}" for key, value in plan.settings.items()]
+    out.print(f"\nmemory settings: {' '.join(settings)}")
+    for note in report.notes:
+        out.print(f"note: {note}")
+    if plan.seconds_per_pair is not None:
+        flops = f"{plan.flops_per_pair / 1e12:.3g} TFLOPs"
+        seconds = f"about {plan.seconds_per_pair:.2g} s (estimated from the GPU's data sheet)"
+        out.print(f"a pair of that length: {flops}, {seconds}")
+    disk = ", ".join(f"{name} {gib(size)}" for name, size in report.disk.items())
+    out.print(f"host memory: {gib(step.host)}; disk: {disk}\n")
+    _print_gpus(report)
+
+
+def _budget_source(report: "PlanReport") -> str:
+    plan = report.plan
+    if report.local and plan.gpu and plan.budget == report.local.free:
+        return f"free on this machine's {plan.gpu.name}"
+    has_budget = report.rows[0].gpu.name.startswith("memory.budget")
+    if not report.local and not has_budget and plan.gpu:
+        return f"of a {plan.gpu.name} (no GPU found, and no memory.budget)"
+    return "of memory.budget"
+
+
+def _print_parts(plan: "MemoryPlan") -> None:
+    from orpo_lite.recipe.text import gib
+
     rows = [
         *((name, size) for name, size in plan.parts.items() if size >= 2**20),
         *((f"{name} (allowance)", size) for name, size in plan.allowances.items()),
@@ -86,40 +115,38 @@ def print_plan(report: "PlanReport") -> None:
     for name, size in rows:
         bar = "█" * round(BAR * size / largest) or "▏"
         out.print(f"  {name.ljust(width)}  {gib(size):>10}  {bar}")
-    out.print(f"  {'in all'.ljust(width)}  {gib(sum(size for _, size in rows)):>10}")
+    out.print(f"  {'total'.ljust(width)}  {gib(sum(size for _, size in rows)):>10}")
     if plan.needed > plan.peak + sum(plan.allowances.values()):
         out.print(
-            f"  more than that, {gib(plan.needed)}, while the base is loaded, its embedding still on the card"
+            f"  loading the base needs more, {gib(plan.needed)}: "
+            "its embedding is still on the GPU then"
         )
-    if step.paged:
+    if plan.measured.paged:
         out.print(
-            f"  of the optimizer {gib(step.paged)} are paged: the driver moves them to host memory if it must"
+            f"  {gib(plan.measured.paged)} of the optimizer are paged: "
+            "the driver moves them to host memory if it must"
         )
-    out.print(
-        f"\nlevers: {' '.join(f'memory.{key}={to_text(value)}' for key, value in plan.levers.items())}"
-    )
-    for note in report.notes:
-        out.print(f"note: {note}")
-    if plan.seconds_per_pair is not None:
-        per_pair = (
-            f"{plan.flops_per_pair / 1e12:.3g} TFLOPs and about {plan.seconds_per_pair:.2g} s"
-        )
-        out.print(f"a pair of that length: {per_pair} (estimated from the card's data sheet)")
-    disk = ", ".join(f"{name} {gib(size)}" for name, size in report.disk.items())
-    out.print(f"host memory for what is kept there: {gib(step.host)}; disk: {disk}\n")
-    table = [("card", "needed", "fits", "s a pair", "layers that run again", "other levers")]
+
+
+def _print_gpus(report: "PlanReport") -> None:
+    from orpo_lite.recipe.text import gib, to_text
+
+    table = [("GPU", "needed", "fits", "s a pair", "layers that run again", "other settings")]
     for row in report.rows:
-        levers = dict(row.levers or {})
-        again = str(levers.pop("activation_checkpointing", ""))
-        used = {key: value for key, value in levers.items() if value not in (None, False, "auto")}
-        others = [
-            key if value is True else f"{key}={to_text(value)}" for key, value in used.items()
-        ]
+        settings = dict(row.settings or {})
+        checkpointed = str(settings.pop("activation_checkpointing", ""))
+        others = []
+        for key, value in settings.items():
+            if value is True:
+                others.append(key)
+            elif value not in (None, False, "auto"):
+                others.append(f"{key}={to_text(value)}")
         seconds = "" if row.seconds_per_pair is None else f"{row.seconds_per_pair:.2g}"
-        fits = "yes" if row.levers else "no"
-        table.append((row.gpu.name, gib(row.needed), fits, seconds, again, " ".join(others)))
+        fits = "yes" if row.settings else "no"
+        columns = (row.gpu.name, gib(row.needed), fits, seconds, checkpointed, " ".join(others))
+        table.append(columns)
     print_columns(table)
 
 
 def _pairs(count: int) -> str:
-    return f"{count} pair{'s' * (count != 1)}"
+    return "1 pair" if count == 1 else f"{count} pairs"

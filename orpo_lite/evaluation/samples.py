@@ -1,4 +1,4 @@
-"""Prompts answered before and after a training, for people to look at."""
+"""Answers to prompts before and after a training, for people to read."""
 
 import json
 from collections.abc import Generator, Sequence
@@ -21,18 +21,22 @@ UNANSWERED = "prompts are not answered"
 
 
 def find_prompts(recipe: Recipe, inputs: Inputs) -> Generator[Update, None, list[Prompt]]:
-    """Prompts of ours and of the held-out pairs; known before the training, as is what may be wrong with them."""
+    """Return the neutral prompts and those of held-out pairs, before the training.
+
+    Errors are found before the training too: they are noted, and there are no prompts then.
+    """
     neutral = NEUTRAL[: recipe.output.samples]
+    neutral_ids: list[list[int]] = []
     try:
-        ids = (
-            prompt_ids(recipe.data, neutral, partial(load_tokenizer, inputs.base.path))
-            if neutral
-            else []
-        )
-    except Exception as error:  # no training ends for that
+        if neutral:
+            load = partial(load_tokenizer, inputs.base.path)
+            neutral_ids = prompt_ids(recipe.data, neutral, load)
+    except Exception as error:  # samples are not worth a failed training
         yield failure(UNANSWERED, error)
         return []
-    prompts = [Prompt("neutral", *both) for both in zip(neutral, ids, strict=True) if both[1]]
+    prompts = [
+        Prompt("neutral", text, ids) for text, ids in zip(neutral, neutral_ids, strict=True) if ids
+    ]
     held_out = dict.fromkeys(
         tuple(map(int, pair.chosen_ids[: pair.chosen_start])) for pair in inputs.test
     )
@@ -42,7 +46,10 @@ def find_prompts(recipe: Recipe, inputs: Inputs) -> Generator[Update, None, list
 def answer_prompts(
     recipe: Recipe, prompts: Sequence[Prompt], model: PairModel, path: Path, stop: Sequence[int]
 ) -> Generator[Update, None, tuple[Sample, ...]]:
-    """Answer the prompts before and after, and write them down; what goes wrong costs the answers only."""
+    """Answer the prompts before and after the training, and write the answers to the run.
+
+    An error is noted and loses only answers. An interrupt is raised as :class:`Interrupted`.
+    """
     settings, samples = recipe.output, list[Sample]()
     try:
         found = answers(

@@ -1,5 +1,6 @@
-"""Verify: whether a merged model is what base and adapter are; both are asked about the same held-out pairs."""
+"""Verify a merged model: score the same held-out pairs with it and with base and adapter."""
 
+import itertools
 from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,18 +29,18 @@ from orpo_lite.runs.inputs import prepare_inputs
 from orpo_lite.runs.lock import read_lock, with_pinned_base
 from orpo_lite.updates import Update, with_torch_defaults
 
-PAIRS = 200  # as many are compared
-EXACT = 1e-4  # what sums in another order do to a mean log-probability in float32
-LOST = 0.25  # of what the adapter changes, that rounding the sum to 16 bit may cost
+PAIRS = 200  # at most so many are compared
+EXACT = 1e-4  # effect of another order of sums on a mean log-probability in float32
+LOST = 0.25  # share of the adapter's effect that rounding the sum to 16 bit may cost
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one model says of the pairs."""
+    """The scores of one model on the pairs."""
 
     model: str
     accuracy: float
-    """Share of pairs whose chosen reply it finds likelier."""
+    """Share of pairs whose chosen reply has the higher mean log-probability."""
     margin: float
     """Mean difference of the mean log-probabilities of chosen and rejected."""
     chosen: float
@@ -48,39 +49,38 @@ class Row:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a merged model compares."""
+    """The result of comparing a merged model."""
 
     rows: tuple[Row, ...]
-    """As trained, base and adapter in 16 bit, merged."""
+    """As trained; base and adapter in 16 bit; merged."""
     pairs: int
     held_out: bool
-    """False where the run held none out, and pairs that it was trained on had to do."""
+    """False if the run held out no pairs, so that pairs of its training were compared."""
     difference: float
-    """The largest difference of a mean log-probability between merged and its own base with the adapter beside it."""
+    """Largest difference of a mean log-probability between merged and its base with the adapter."""
     effect: float
-    """The largest difference that the adapter makes, to that base."""
+    """Largest difference of a mean log-probability that the adapter makes to that base."""
     bound: float
-    """What the first of the two may be: :data:`EXACT`, or in 16 bit :data:`LOST` of the second."""
+    """Limit of ``difference``: :data:`EXACT`, or in 16 bit :data:`LOST` of ``effect``."""
     missing: tuple[str, ...] = ()
-    """Tensors of the base's files that the merged model does not have in their shape."""
+    """Tensors of the base's files that the merged model does not have in the same shape."""
 
     @property
     def passed(self) -> bool:
-        """All tensors there, and within the bound; NaN is not."""
+        """Whether all tensors exist and the difference is within the bound; NaN is not."""
         return not self.missing and self.difference <= self.bound
 
     @property
-    def said(self) -> str:
-        """Why, in words."""
-        moved = (
-            f"log-probabilities differ by {self.difference:.2g} at most (bound {self.bound:.2g})"
-        )
+    def explanation(self) -> str:
+        """The reason of the verdict, in words."""
+        text = f"log-probabilities differ by {self.difference:.2g} at most (bound {self.bound:.2g})"
         if self.missing:
-            moved = f"{len(self.missing)} of the base's tensors are missing ({self.missing[0]} ...); {moved}"
-        return f"{moved}; the adapter changes them by up to {self.effect:.2g}"
+            count, first = len(self.missing), self.missing[0]
+            text = f"{count} of the base's tensors are missing ({first} ...); {text}"
+        return f"{text}; the adapter changes them by up to {self.effect:.2g}"
 
     def to_json(self) -> dict[str, Any]:
-        """All of it."""
+        """Return all fields and ``passed``."""
         return {**asdict(self), "passed": self.passed}
 
 
@@ -90,18 +90,18 @@ def compare_merged(
 ) -> Generator[Update, None, Verdict]:
     """Compare the merged model of a run with its base and adapter, on pairs that the run held out.
 
-    Writes ``verify.json`` beside the merged weights. Loads the models, one after the other, on the GPU if there is
-    one.
+    Writes ``verify.json`` next to the merged weights. Loads the models one after the other, on the
+    GPU if there is one.
 
     Args:
-        run_folder: of a run that is merged.
-        weights: which of its merged models; it is compared on the weights that it stands on.
-        base_path: where the base lies now, if it is a folder that was moved.
+        run_folder: folder of a run that is merged.
+        weights: which of its merged models; it is compared on the weights that it was merged onto.
+        base_path: where the base is now, if it is a folder that was moved.
 
     Raises:
-        CheckpointError: nothing is merged there.
+        CheckpointError: the run has no merged model.
         FitError: a model in 16 bit does not fit the GPU.
-        OrpoLiteError: base or data cannot be read any more.
+        OrpoLiteError: base or data can no longer be read.
     """
     path = Path(run_folder).expanduser()
     try:
@@ -113,8 +113,8 @@ def compare_merged(
         raise FitError(
             where=f"verifying {path}",
             found=f"the GPU is out of memory ({first_line(error)})",
-            expected="room for the model in 16 bit; what is merged stays as it is",
-            fix=Command(line, " compares on the CPU, which takes long"),
+            expected="enough memory for the model in 16 bit; the merged model is not changed",
+            fix=Command(line, " compares on the CPU, which is slow"),
         ) from error
 
 
@@ -129,13 +129,10 @@ def _compare(
     inputs = yield from prepare_inputs(recipe)
     _refuse_other_pairs(path, inputs.figures["sha256"])
     held_out = len(inputs.test) > 0
-    pairs = [
-        pair
-        for pair, _ in zip(inputs.test if held_out else inputs.train, range(PAIRS), strict=False)
-    ]
+    pairs = list(itertools.islice(inputs.test if held_out else inputs.train, PAIRS))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     adapted = recipe.override({"model.adapter_name_or_path": str((path / "adapter").resolve())})
-    whole = {"quantization.load_in_4bit": False}
+    in_16bit = {"quantization.load_in_4bit": False}
     scores: dict[str, Tensor] = {}
     if recipe.quantization.load_in_4bit:
         yield Update("stage", "scoring pairs by the 4-bit base with the adapter")
@@ -145,20 +142,20 @@ def _compare(
             del model  # before the next one is loaded
     if weights == "original":
         yield Update("stage", "scoring pairs by the base with the adapter")
-        model = load_pair_model(adapted.override(whole), base, device)
+        model = load_pair_model(adapted.override(in_16bit), base, device)
         scores["base + adapter"], route = _score(model, pairs, recipe)
-    *_, expected = scores.values()
+    expected = [*scores.values()][-1]
     adapter: Any = model.model
     with adapter.disable_adapter():
         plain, _ = _score(model, pairs, recipe, route)
     del model, adapter
     yield Update("stage", "scoring pairs by the merged model")
-    own = Base(str(merged), merged, None, "", read_config(merged, str(merged)))
-    model = PairModel(load_base(recipe.override(whole), own, device), recipe.memory)
+    merged_base = Base(str(merged), merged, None, "", read_config(merged, str(merged)))
+    model = PairModel(load_base(recipe.override(in_16bit), merged_base, device), recipe.memory)
     scores["merged"], _ = _score(model, pairs, recipe, route)
     found = scores["merged"]
     stored = stored_tensors(merged)
-    halves = any(tensor.dtype.itemsize < 4 for tensor in stored.values())
+    is_16bit = any(tensor.dtype.itemsize < 4 for tensor in stored.values())
     shapes = {name: tensor.shape for name, tensor in stored.items()}
     missing = [
         name
@@ -172,7 +169,7 @@ def _compare(
         held_out=held_out,
         difference=float((found - expected).abs().max()),
         effect=effect,
-        bound=max(EXACT, LOST * effect) if halves or device.type == "cuda" else EXACT,
+        bound=max(EXACT, LOST * effect) if is_16bit or device.type == "cuda" else EXACT,
         missing=tuple(missing),
     )
     write_text(merged / "verify.json", to_json(verdict.to_json()))
@@ -180,38 +177,40 @@ def _compare(
 
 
 def _refuse_other_pairs(path: Path, sha256: str) -> None:
-    """Which pairs are held out depends on all of them: of others some may have been trained on."""
+    """Refuse data that changed since the training.
+
+    Which pairs are held out depends on all pairs: some of other data may have been trained on.
+    """
     known = read_lock(path)["data"]
     if known["sha256"] and known["sha256"] != sha256:
         raise CheckpointError(
             where=f"run {path}",
             found=f"changed since the run began: {known['name']}",
             expected="the pairs of the training",
-            fix="put them back; what is merged stays as it is",
+            fix="restore them; the merged model is not changed",
         )
 
 
 def _row(name: str, values_2P: Tensor) -> Row:
     chosen_P, rejected_P = values_2P
-    right_P = (chosen_P > rejected_P).double()
-    return Row(
-        name, float(right_P.mean()), float((chosen_P - rejected_P).mean()), float(chosen_P.mean())
-    )
+    is_right_P = (chosen_P > rejected_P).double()
+    margin_P = chosen_P - rejected_P
+    return Row(name, float(is_right_P.mean()), float(margin_P.mean()), float(chosen_P.mean()))
 
 
 def _score(
     model: PairModel, pairs: Sequence[TokenizedPair], recipe: Recipe, route: Route | None = None
 ) -> tuple[Tensor, Route]:
-    """Mean log-probabilities of chosen and rejected replies, shape (2, P), float64; and the route of the pairs.
+    """Return mean log-probabilities of chosen and rejected replies, and the route of the pairs.
 
-    Without a ``route`` it is the fastest one that the probe finds equal for the model.
+    The shape is (2, P), in float64. Without a ``route`` it is the fastest one that the probe finds
+    equal to the model's own.
     """
     if route:
         model.route = route
     elif recipe.memory.packing:
-        probe(
-            model, max(len(ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids))
-        )
+        lengths = [len(ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
+        probe(model, max(lengths))
     scores_2P = torch.empty(2, len(pairs), dtype=torch.float64)
     batching = model.batching(recipe, pad_id=0)
     for chunk in micro_batches(pairs, batching):

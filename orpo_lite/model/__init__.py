@@ -1,4 +1,5 @@
 """The model in memory.
 
-Order: optimizer, pair_model, quantize, adapter, generate, memory, parallel, held_out, probe, load.
+Order: optimizer, pair_model, quantize, adapter, generate, memory, parallel, held_out, probe_values,
+probe_gradients, probe, load.
 """

@@ -1,4 +1,4 @@
-"""The LoRA adapter of a model in memory: added, initialised, read and set."""
+"""The LoRA adapter of a model in memory: add, initialise, read and set it."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,48 +16,44 @@ from orpo_lite.model.quantize import bypassed_layers
 from orpo_lite.ops.devices import META
 from orpo_lite.recipe.schema import Recipe
 
-BASE_LAYER = (
-    ".base_layer.weight",
-    ".base_layer.bias",
-)  # as peft names the base's own, of an adapted embedding
+# peft's names of the base's own tensors next to those of an adapted embedding.
+BASE_LAYER = (".base_layer.weight", ".base_layer.bias")
 
 
 def add_lora(model: nn.Module, recipe: Recipe, folder: Path | None) -> nn.Module:
-    """The model with a new adapter, of the recipe's shape or of that of the adapter in ``folder``."""
+    """Return the model with a new adapter, shaped by the recipe or the adapter in ``folder``."""
     lora = recipe.lora
     if folder:
         config = read_adapter_config(folder)
     else:
+        is_orthogonal = lora.init_lora_weights == "orthogonal"
         config = LoraConfig(
             task_type="CAUSAL_LM",
             r=lora.r,
             lora_alpha=lora.lora_alpha,
             lora_dropout=lora.lora_dropout,
             target_modules=lora.target_modules,
-            exclude_modules=_not_adapted(model) or None,
+            exclude_modules=_excluded_layers(model) or None,
             use_rslora=lora.use_rslora,
             use_dora=lora.use_dora,
-            init_lora_weights=True
-            if lora.init_lora_weights == "orthogonal"
-            else lora.init_lora_weights,
+            init_lora_weights=True if is_orthogonal else lora.init_lora_weights,
         )
-    torch.manual_seed(recipe.training.seed)  # of the adapter's initialisation
-    here = next(model.parameters()).device
+    torch.manual_seed(recipe.training.seed)  # for the adapter's initialisation
+    device = next(model.parameters()).device
     try:
-        with (
-            here if here == META else nullcontext()
-        ):  # else each matrix is made in memory, to be dropped
+        # Without this each matrix of a model on meta would be allocated first and then dropped.
+        with device if device == META else nullcontext():
             model = get_peft_model(model, config)
     except ValueError as error:
-        if "ParamWrapper" in str(error):  # of a mixture's experts, which are no layers of their own
+        if "ParamWrapper" in str(error):  # on a mixture's experts, which are not separate layers
             fix = Overrides(
                 {"lora.use_dora": False, "lora.lora_dropout": 0},
                 ", or lora.target_modules=q_proj,k_proj,v_proj,o_proj",
             )
             raise ModelError(
                 where="adapter",
-                found="adapts experts, which takes neither DoRA nor dropout",
-                expected="plain LoRA there",
+                found="it adapts experts, which takes neither DoRA nor dropout",
+                expected="plain LoRA for experts",
                 fix=fix,
             ) from error
         raise ModelError(
@@ -68,25 +64,31 @@ def add_lora(model: nn.Module, recipe: Recipe, folder: Path | None) -> nn.Module
     return model
 
 
-def _not_adapted(model: Any) -> list[str]:
-    """Layers that peft would adapt in vain: those that read pictures or sound, through which no pair goes; and routers
-    that are linear layers by birth and return more than one tensor; and those whose weight other code takes."""
-    inside = set(model.get_decoder().modules())
-    return bypassed_layers(model) + [
-        name
-        for name, module in model.named_modules()
-        if (
+def _excluded_layers(model: Any) -> list[str]:
+    """Return the layers that peft would adapt without effect or with an error.
+
+    These are layers for images or sound, through which no pair goes; routers that subclass a linear
+    layer and return more than one tensor; and layers whose weight other code reads.
+    """
+    decoder_modules = set(model.get_decoder().modules())
+    excluded = bypassed_layers(model)
+    for name, module in model.named_modules():
+        is_outside = (
             isinstance(module, nn.Linear)
-            and module not in inside
+            and module not in decoder_modules
             and module is not model.get_output_embeddings()
         )
-        or "router" in type(module).__name__.lower()
-    ]
+        if is_outside or "router" in type(module).__name__.lower():
+            excluded.append(name)
+    return excluded
 
 
 @torch.no_grad()
 def _init_orthogonal(model: nn.Module, recipe: Recipe) -> None:
-    """peft's orthogonal_init, which takes the dtype of the base's weights and so fails on a 4-bit one."""
+    """Initialise like peft's orthogonal_init.
+
+    That one takes the dtype of the base's weights and so fails on a 4-bit base.
+    """
     rank = recipe.lora.r
     if rank % 2:
         raise RecipeError(
@@ -104,8 +106,8 @@ def _init_orthogonal(model: nn.Module, recipe: Recipe) -> None:
 
 
 def adapter_tensors(model: PairModel) -> dict[str, Tensor]:
-    """The adapter's tensors under peft's names, on the CPU."""
-    # Else an adapted embedding would be saved too, and asked for on the hub.
+    """Return the adapter's tensors under peft's names, on the CPU."""
+    # Otherwise peft saves an adapted embedding too, and looks for it on the hub.
     state: dict[str, Tensor] = get_peft_model_state_dict(model.model, save_embedding_layers=False)
     return {name: tensor.detach().to("cpu").contiguous() for name, tensor in state.items()}
 
@@ -113,15 +115,17 @@ def adapter_tensors(model: PairModel) -> dict[str, Tensor]:
 def set_adapter(model: PairModel, tensors: dict[str, Tensor]) -> None:
     """Load :func:`adapter_tensors` back. Raises :class:`ModelError` when names or shapes differ.
 
-    What peft has saved beside them of the base itself is left alone.
+    Tensors of the base that peft has saved with them are ignored.
     """
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(BASE_LAYER)}
     own = {name: tensor.shape for name, tensor in adapter_tensors(model).items()}
     given = {name: tensor.shape for name, tensor in tensors.items()}
-    if differing := {name for name, _ in own.items() ^ given.items()}:
+    differing = {name for name, _ in own.items() ^ given.items()}
+    if differing:
         raise ModelError(
             where="adapter",
-            found=f"{len(differing)} tensors have no counterpart of their shape ({min(differing)} ...)",
+            found=f"{len(differing)} tensors have no counterpart of their shape "
+            f"({min(differing)} ...)",
             expected="the adapter of this recipe",
         )
     set_peft_model_state_dict(model.model, tensors)

@@ -1,4 +1,4 @@
-"""What the base and the trained model answer to a few prompts, for people to look at."""
+"""Answers of the base and of the trained model to a few prompts, for people to read."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -21,50 +21,54 @@ NEUTRAL = (
     "What is 17 plus 25? Say how you got there.",
     "Turn this into a question: The train leaves at nine.",
 )
-"""Prompts that are nobody's data, so that a model card can show the answers."""
+"""Prompts that belong to nobody's data, so that a model card can show the answers."""
 TEMPERATURE = 0.7
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text to be answered."""
+    """A prompt to be answered."""
 
     source: Literal["neutral", "held-out"]
     text: str
-    """For people; "" where only the tokens are known."""
+    """The text for people; "" if only the tokens are known."""
     ids: Sequence[int]
-    """As the training would have seen it."""
+    """The prompt's tokens, as in training."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt and what is said to it; texts without special tokens."""
+    """A prompt and its answers; texts without special tokens."""
 
     source: Literal["neutral", "held-out"]
     prompt: str
     before: str
-    """By the base, as the training loaded it."""
+    """Answer of the base, as the training loaded it."""
     after: str
-    """By the base with the adapter."""
+    """Answer of the base with the adapter."""
     temperature: float
-    """That it was sampled at."""
+    """Sampling temperature."""
 
 
 def answers(
     model: PairModel, prompts: Sequence[Prompt], folder: Path, *, max_new_tokens: int, seed: int
 ) -> Iterator[Sample]:
-    """Each prompt answered without the adapter and with it, sampled; the model is the one that trained, in its memory.
+    """Yield sampled answers to each prompt, without the adapter and with it.
+
+    The model is the one that was trained, with its memory settings.
 
     Args:
         model: after its training.
-        prompts: one is answered at a time, the nth of its source under ``seed + n``; none where no position is left.
-        folder: of the result, with its tokenizer and generation config.
-        max_new_tokens: length limit of an answer, less where the model has no positions for more.
-        seed: of torch's generators.
+        prompts: answered one at a time, the nth of its source with seed ``seed + n``. A prompt is
+            skipped if the model has no position left for an answer.
+        folder: folder of the result, with its tokenizer and generation config.
+        max_new_tokens: length limit of an answer; less if the model has fewer positions left.
+        seed: first seed of torch's generators.
     """
     from transformers import GenerationConfig
 
-    # Not the config as a whole: one may ask for beams, for other outputs, or for what a tokenizer has to stop at.
+    # Not the whole config: it may ask for beams, other outputs, or stop strings, which need a
+    # tokenizer.
     tokenizer, (given, _) = load_tokenizer(folder), read_generation_config(folder)
     kept = {
         key: given[key]
@@ -73,29 +77,30 @@ def answers(
     }
     config = GenerationConfig(**kept, do_sample=True, temperature=TEMPERATURE)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
-    # A sum that sampling needs has no deterministic kernel on a GPU (full_determinism); all that is trained is saved.
+    # Sampling needs a sum that has no deterministic kernel on a GPU (full_determinism). All that is
+    # trained is saved by now.
     torch.use_deterministic_algorithms(False)
     wrapped: Any = model.model
-    # generate() makes what it needs on the device of the first parameter, which may be the embedding in host memory.
+    # generate() allocates on the device of the first parameter, which may be the embedding in host
+    # memory.
     embed_on_device(model.causal.get_input_embeddings(), model.device)
     seeds = {source: itertools.count(seed) for source in ("neutral", "held-out")}
     for prompt in prompts:
-        its_seed = next(seeds[prompt.source])
+        prompt_seed = next(seeds[prompt.source])
         config.max_new_tokens = min(max_new_tokens, positions - len(prompt.ids))
         if config.max_new_tokens < 1:
             continue
         ids = torch.tensor([list(prompt.ids)], device=model.device)
-        found = []
+        answers = []
         with model.evaluating():
             for adapter in (wrapped.disable_adapter(), nullcontext()):
-                torch.manual_seed(its_seed)
+                torch.manual_seed(prompt_seed)
                 with adapter:
-                    said = wrapped.generate(
+                    output = wrapped.generate(
                         ids, attention_mask=torch.ones_like(ids), generation_config=config
                     )
-                found.append(
-                    str(tokenizer.decode(said[0, ids.shape[1] :], skip_special_tokens=True)).strip()
-                )
+                answer = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+                answers.append(str(answer).strip())
         text = prompt.text or str(tokenizer.decode(prompt.ids, skip_special_tokens=True)).strip()
-        before, after = found
+        before, after = answers
         yield Sample(prompt.source, text, before, after, TEMPERATURE)

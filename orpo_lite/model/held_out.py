@@ -1,4 +1,4 @@
-"""The loss and the other metrics on held-out pairs, through the same forward pass that trains."""
+"""The loss and the other metrics on held-out pairs, by the same forward pass as in training."""
 
 from collections.abc import Generator, Sequence
 
@@ -21,11 +21,11 @@ def evaluate(
     pad_id: int,
     processes: Processes,
 ) -> Generator[tuple[int, int], None, dict[str, float]]:
-    """Return metrics of ``pairs`` under the objective's names with the prefix ``eval_``; {} for no pairs.
+    """Return metrics of ``pairs``, under the objective's names with the prefix ``eval_``.
 
-    Yields (batch, batches). The NLL is divided by the tokens of all pairs, so the figure does not depend on the
-    micro-batch. Nothing of the training that follows changes by a bit: no dropout, no generator is touched, the 4-bit
-    weights stay as they are.
+    {} for no pairs. Yields (batch, batches). The NLL is divided by the tokens of all pairs, so it
+    does not depend on the micro-batch. The later training is not changed by a single bit: there is
+    no dropout, no generator is used, and the 4-bit weights stay as they are.
     """
     if not pairs:
         return {}
@@ -34,10 +34,8 @@ def evaluate(
     batching = model.batching(recipe, pad_id)
     share = micro_batches(pairs, batching, rank=processes.rank, world=processes.count)
     for number, chunk in enumerate(share):
-        yield (
-            number,
-            len(share),
-        )  # outside: whoever draws the progress is not put into no_grad and eval mode
+        # Outside of `evaluating`: the caller that draws the progress keeps its gradients and mode.
+        yield number, len(share)
         batch = make_batch([pairs[index] for index in chunk], batching)
         with model.evaluating():
             logps = model(batch.to(processes.device))

@@ -1,4 +1,4 @@
-"""The base loaded in 4 bit with LoRA on top, as a PairModel; or built from its configuration alone."""
+"""Load the base in 4 bit with LoRA as a PairModel, or build it from its configuration alone."""
 
 import copy
 import logging
@@ -33,9 +33,10 @@ from orpo_lite.recipe.text import gib
 
 
 def choose_dtype(name: str, kind: str) -> torch.dtype:
-    """``auto``: bfloat16 where the card has it, else float16 (T4), else float32 (CPU).
+    """Return the torch dtype of a name.
 
-    ``kind`` of a device is what :func:`orpo_lite.ops.attention.device_kind` says.
+    ``auto`` is bfloat16 on GPUs that have it, else float16 (T4), else float32 (CPU).
+    ``kind`` is the result of :func:`orpo_lite.ops.devices.device_kind`.
     """
     by_kind = {"ampere": torch.bfloat16, "cuda": torch.float16, "cpu": torch.float32}
     dtype: torch.dtype = by_kind[kind] if name == "auto" else getattr(torch, name)
@@ -43,30 +44,36 @@ def choose_dtype(name: str, kind: str) -> torch.dtype:
 
 
 def load_pair_model(recipe: Recipe, base: Base, device: torch.device) -> PairModel:
-    """Load the base, quantised as the recipe says and frozen, with a LoRA adapter whose parameters are float32.
+    """Load the base, quantised by the recipe and frozen, with a LoRA adapter in float32.
 
-    ``peft.prepare_model_for_kbit_training`` is not used: it copies embeddings, head and norms to float32.
+    ``peft.prepare_model_for_kbit_training`` is not used: it copies embeddings, head and norms to
+    float32.
     """
     model = load_base(recipe, base, device)
     name = recipe.model.adapter_name_or_path
     folder = find_adapter(name) if name else None
-    left = (
-        [*quantizable(model)] if recipe.quantization.load_in_4bit else []
-    )  # those that are not in 4 bit
+    # Layers that are not in 4 bit after loading.
+    unquantized = [*quantizable(model)] if recipe.quantization.load_in_4bit else []
     pair_model = _as_pair_model(model, recipe, folder)
-    if left:
-        said = f"{left[0]} and such stay as they are: on this CPU bitsandbytes' kernel errs on rows of their width"
-        pair_model.notes.append(f"quantization.load_in_4bit: {said}")
+    if unquantized:
+        pair_model.notes.append(
+            f"quantization.load_in_4bit: {unquantized[0]} and similar layers are not quantised: "
+            "on this CPU bitsandbytes' kernel is wrong for rows of their width"
+        )
     if folder:
-        if (own := base_of_adapter(folder)) and not same_base(own, base.name):
-            said = f"it says that it was trained on {own}, and the base is {base.name}: on other weights it is noise"
-            pair_model.notes.append(f"model.adapter_name_or_path: {said}")
+        trained_on = base_of_adapter(folder)
+        if trained_on and not same_base(trained_on, base.name):
+            pair_model.notes.append(
+                f"model.adapter_name_or_path: it was trained on {trained_on}, by its own "
+                f"configuration, and the base is {base.name}: on other weights it is noise"
+            )
         file = folder / "adapter_model.safetensors"
         try:
             tensors = load_file(file)
         except (OSError, SafetensorError) as error:
-            said = f"cannot be read: {error}"
-            raise ModelError(where=str(file), found=said, expected="whole safetensors") from error
+            raise ModelError(
+                where=str(file), found=f"cannot be read: {error}", expected="whole safetensors"
+            ) from error
         set_adapter(pair_model, tensors)
     return pair_model
 
@@ -74,10 +81,12 @@ def load_pair_model(recipe: Recipe, base: Base, device: torch.device) -> PairMod
 def bare_pair_model(
     recipe: Recipe, config: Any, dtype: torch.dtype, device: torch.device = META
 ) -> PairModel:
-    """The same model from its configuration alone: on meta shapes and storages only, elsewhere random weights.
+    """Return the same model from its configuration alone.
 
-    An adapter of which single layers, or experts, are named may have none of them in a model of two layers: it counts
-    as one on all linear layers.
+    On meta it has shapes and storages only; on other devices random weights.
+
+    An adapter that names single layers or experts may have none of them in a model of two layers.
+    It is treated as one on all linear layers.
     """
     names = recipe.lora.target_modules
     if recipe.model.adapter_name_or_path and any("." in name for name in names):
@@ -86,13 +95,12 @@ def bare_pair_model(
 
 
 def bare_base(recipe: Recipe, config: Any, dtype: torch.dtype, device: torch.device = META) -> Any:
-    """The base of :func:`bare_pair_model`, quantised as the recipe says."""
+    """Return the base of :func:`bare_pair_model`, quantised by the recipe."""
     with device:
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
     if device == META:
-        model.config.pad_token_id = (
-            None  # some models look for it among the tokens, which have no values here
-        )
+        # Some models search for it among the tokens, which have no values here.
+        model.config.pad_token_id = None
     if recipe.quantization.load_in_4bit:
         quantize(model, recipe, dtype)
     return model
@@ -103,83 +111,91 @@ def _as_pair_model(model: nn.Module, recipe: Recipe, folder: Path | None) -> Pai
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     bypassed = sorted({name.rsplit(".", 1)[-1] for name in bypassed_layers(model)})
-    experts = sum(
-        p.nbytes for n, p in model.named_parameters() if "expert" in n and p.ndim == 3
-    )  # a layer's in one
+    # All experts of a layer are one parameter.
+    experts = sum(p.nbytes for n, p in model.named_parameters() if "expert" in n and p.ndim == 3)
     pair_model = PairModel(add_lora(model, recipe, folder), recipe.memory).train()
     if recipe.quantization.load_in_4bit and experts:
-        said = f"{gib(experts)} of its experts stay as they are: bitsandbytes quantises linear layers only"
-        pair_model.notes.append(f"quantization.load_in_4bit: {said}")
+        pair_model.notes.append(
+            f"quantization.load_in_4bit: {gib(experts)} of its experts are not quantised: "
+            "bitsandbytes quantises linear layers only"
+        )
     if bypassed:
-        said = f"not in 4 bit and not adapted, because the model's own code takes their weights: {', '.join(bypassed)}"
-        pair_model.notes.append(said)
+        pair_model.notes.append(
+            "not in 4 bit and not adapted, because the model's own code reads their weights: "
+            + ", ".join(bypassed)
+        )
     apply_memory_settings(pair_model, recipe)
     return pair_model
 
 
 def load_base(recipe: Recipe, base: Base, device: torch.device) -> nn.Module:
-    """The base alone, loaded as the recipe says. Raises FitError, ModelError."""
+    """Load the base alone, as the recipe says. Raises FitError, ModelError."""
     dtype = choose_dtype(recipe.model.dtype, device_kind(device))
     options: dict[str, Any] = {
         "config": copy.deepcopy(base.config),
         "dtype": dtype,
         "device_map": {"": str(device)},
         "use_safetensors": True,
-        "generation_config": GenerationConfig(),  # else a generation_config.json that it refuses would end the loading
-        "ignore_mismatched_sizes": True,  # else it raises, and names none of them
+        "generation_config": GenerationConfig(),  # an invalid generation_config.json would raise
+        "ignore_mismatched_sizes": True,  # otherwise it raises without naming any of them
     }
     if recipe.model.attn_implementation:
         options["attn_implementation"] = recipe.model.attn_implementation
     if recipe.quantization.load_in_4bit:
+        skipped = skipped_modules(recipe, base.config, device)
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
-            llm_int8_skip_modules=skipped_modules(recipe, base.config, device)
-            or None,  # its name for 4 bit too
+            llm_int8_skip_modules=skipped or None,  # it applies to 4 bit too
             bnb_4bit_quant_type=recipe.quantization.bnb_4bit_quant_type,
             bnb_4bit_use_double_quant=recipe.quantization.bnb_4bit_use_double_quant,
             bnb_4bit_compute_dtype=compute_dtype(recipe, dtype),
         )
-    report = _Report()
+    log = _LoadingLog()
     try:
-        with report.kept():
+        with log.recording():
             model, loading = AutoModelForCausalLM.from_pretrained(
                 base.path, output_loading_info=True, **options
             )
     except ImportError as error:
-        found = first_line(error)
         raise FitError(
             where=f"model {base.name}",
-            found=found,
+            found=first_line(error),
             fix=Overrides({"quantization.load_in_4bit": False}),
         ) from error
     except RuntimeError as error:
-        line = next((line for line in report.lines if is_out_of_memory(RuntimeError(line))), None)
-        if line is None:
+        lines = [line for line in log.lines if is_out_of_memory(RuntimeError(line))]
+        if not lines:
             raise
-        raise torch.OutOfMemoryError(line) from error
+        raise torch.OutOfMemoryError(lines[0]) from error
     except (OSError, SafetensorError) as error:
-        found = f"its weights cannot be read: {first_line(error)}"
         raise ModelError(
             where=f"model {base.path}",
-            found=found,
+            found=f"its weights cannot be read: {first_line(error)}",
             expected="whole safetensors",
             fix="download it again",
         ) from error
-    # transformers would leave these random
-    lacking = [
+    # transformers would leave these random.
+    missing = [
         *loading["missing_keys"],
         *(str(name) for name, *_ in loading["mismatched_keys"]),
         *misshapen(model),
     ]
-    if lacking:
-        found = f"lacks {len(lacking)} weights of the right shape ({', '.join(sorted(lacking)[:3])} ...)"
-        raise ModelError(where=f"model {base.name}", found=found, expected="all of them")
+    if missing:
+        names = ", ".join(sorted(missing)[:3])
+        raise ModelError(
+            where=f"model {base.name}",
+            found=f"lacks {len(missing)} weights of the right shape ({names} ...)",
+            expected="all weights",
+        )
     loaded: nn.Module = model
     return loaded
 
 
-class _Report(logging.Handler):
-    """What transformers logs of a loading: of a tensor that it cannot quantise it raises only that there was one."""
+class _LoadingLog(logging.Handler):
+    """Records what transformers logs while it loads a model.
+
+    If transformers cannot quantise a tensor, its exception says only that there was one.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -189,8 +205,8 @@ class _Report(logging.Handler):
         self.lines += record.getMessage().splitlines()
 
     @contextmanager
-    def kept(self) -> Iterator[None]:
-        """Keep what is logged while this lasts."""
+    def recording(self) -> Iterator[None]:
+        """Record inside the ``with`` block."""
         logger = logging.getLogger("transformers.modeling_utils")
         logger.addHandler(self)
         try:

@@ -1,4 +1,4 @@
-"""The settings of ``memory`` applied to a model; none of them changes loss or gradient."""
+"""Apply the settings of ``memory`` to a model. None of them changes loss or gradient."""
 
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -11,37 +11,40 @@ from orpo_lite.recipe.schema import Recipe
 
 
 def apply_memory_settings(model: PairModel, recipe: Recipe) -> None:
-    """Apply the recipe's settings to the loaded model."""
+    """Apply the recipe's memory settings to the loaded model."""
     memory = recipe.memory.unplanned()
-    if memory.fused_lora and (left := fuse_lora(model.model)):
-        model.notes.append(
-            f"memory.fused_lora: {len(left)} adapted layers keep peft's own operation ({left[0]} ...)"
-        )
-    _apply_levers(model, recipe)
+    if memory.fused_lora:
+        unfused = fuse_lora(model.model)
+        if unfused:
+            model.notes.append(
+                f"memory.fused_lora: {len(unfused)} adapted layers keep peft's own operation "
+                f"({unfused[0]} ...)"
+            )
+    _apply_layer_settings(model, recipe)
 
 
-def _apply_levers(model: PairModel, recipe: Recipe) -> None:
+def _apply_layer_settings(model: PairModel, recipe: Recipe) -> None:
     memory = recipe.memory.unplanned()
+    count = len(model.layers)
     if isinstance(memory.mlp_tile, int):
         tiled = tile_mlps(model.layers, memory.mlp_tile, has_dropout=has_dropout(model))
-        if tiled < len(model.layers) or not tiled:
-            which = (
-                f"{len(model.layers) - tiled} of {len(model.layers)} layers have"
-                if tiled
-                else "this model has"
-            )
+        if tiled < count or not tiled:
+            which = f"{count - tiled} of {count} layers have" if tiled else "this model has"
             model.notes.append(
-                f"memory.mlp_tile: {which} no MLP that takes tokens one by one; nothing is tiled there"
+                f"memory.mlp_tile: {which} no MLP that can process its tokens in parts; "
+                "nothing is tiled there"
             )
     if not model.layers and memory.checkpointed(1):
-        said = "this model's layers cannot run again; each keeps all that its backward pass needs"
-        model.notes.append(f"memory.activation_checkpointing: {said}")
+        model.notes.append(
+            "memory.activation_checkpointing: this model's layers cannot run again; "
+            "each keeps all that its backward pass needs"
+        )
     checkpoint_first_layers(model, recipe)
     if memory.embedding_on_cpu:
         embed_on_host(model.causal.get_input_embeddings())
 
 
-NO_LEVERS = {
+NO_MEMORY_SETTINGS = {
     "mlp_tile": None,
     "activation_checkpointing": 0,
     "checkpoint_offload": False,
@@ -49,10 +52,11 @@ NO_LEVERS = {
 }
 
 
-def with_levers(model: PairModel, recipe: Recipe) -> PairModel:
-    """Return a model with the recipe's levers on the modules of one that was made with NO_LEVERS.
+def with_memory_settings(model: PairModel, recipe: Recipe) -> PairModel:
+    """Return a model with the recipe's memory settings, on the modules of ``model``.
 
-    What an earlier call has set there is taken back, so only the newest of these models is to be used.
+    ``model`` was made with NO_MEMORY_SETTINGS. Settings of an earlier call are undone, so only the
+    newest of these models may be used.
     """
     untile_mlps(model.layers)
     for layer in model.layers:
@@ -64,21 +68,24 @@ def with_levers(model: PairModel, recipe: Recipe) -> PairModel:
     model.config._attn_implementation = model.own_attention
     changed = PairModel(model.model, recipe.memory).train()
     changed.notes = [*model.notes]
-    _apply_levers(changed, recipe)
+    _apply_layer_settings(changed, recipe)
     return changed
 
 
 def checkpoint_first_layers(model: PairModel, recipe: Recipe) -> None:
-    """Let so many of the first layers as the recipe says keep their input only; later on, more of them."""
+    """Make the recipe's number of first layers keep only their input. Later calls add layers."""
     memory = recipe.memory.unplanned()
     model.checkpointed = memory.checkpointed(len(model.layers))
     layers, offload = model.layers[: model.checkpointed], bool(memory.checkpoint_offload)
-    checkpoint_layers(layers, model.attending, offload=offload, has_dropout=has_dropout(model))
+    checkpoint_layers(layers, model.use_layout, offload=offload, has_dropout=has_dropout(model))
     model.train(model.training)
 
 
 def has_dropout(model: nn.Module) -> bool:
-    """Whether a second run of a layer needs the random state of the first: for the adapter's dropout, the only one."""
+    """Return whether a second run of a layer needs the random state of the first.
+
+    It does for the adapter's dropout, which is the only dropout.
+    """
     adapters = (module for module in model.modules() if isinstance(module, LoraLayer))
     return any(
         getattr(dropout, "p", 0) > 0

@@ -1,4 +1,4 @@
-"""A causal language model that takes pairs and answers with their log-probabilities."""
+"""A causal language model that takes pairs and returns their log-probabilities."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,14 +12,15 @@ from transformers import AttentionInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from orpo_lite.data.packing import Batch, Batching, PackedPairs
-from orpo_lite.ops.attention import NAME, Layout, Segment, UnsupportedError, pair_attention, using
+from orpo_lite.ops.attention import NAME, UnsupportedError, pair_attention
 from orpo_lite.ops.head import Head, chunk_rows, packed_logps, padded_logps, pick, row_logps
 from orpo_lite.ops.outputs import PairLogps, at_least_float32
+from orpo_lite.ops.segments import Layout, Segment, use_layout
 from orpo_lite.recipe.schema import MemorySection, Recipe
 
 AttentionInterface.register(NAME, pair_attention)
 
-# What a model's own code raises that does not take packed rows, or does not run without values.
+# Errors of a model's own code that does not take packed rows, or does not run without values.
 MODEL_CODE_ERRORS = (
     TypeError,
     ValueError,
@@ -31,19 +32,21 @@ MODEL_CODE_ERRORS = (
 )
 
 Route = Literal["shared", "packed", "rows", "logits"]
-"""How packed pairs go through the model, from the fastest route to the plainest. shared: one row, each prompt once.
-packed: one row, each sequence whole. rows: a row a sequence, with the model's own attention. logits: so, and with the
-model's own logits."""
+"""How packed pairs go through the model, from the fastest route to the plainest.
+
+shared: one row, each prompt once. packed: one row, each sequence whole. rows: one row per sequence,
+with the model's own attention. logits: like rows, and with the model's own logits.
+"""
 ROUTES: tuple[Route, ...] = ("shared", "packed", "rows", "logits")
 ROUTE_NOTES: dict[Route, str] = {
     "packed": "prompts are not shared",
-    "rows": "pairs are neither packed nor shared: each sequence goes through the model by itself",
-    "logits": "each sequence goes through the model by itself, with all its logits",
+    "rows": "pairs are neither packed nor shared: each sequence goes through the model alone",
+    "logits": "each sequence goes through the model alone, with all its logits",
 }
 
 
 class PairModel(nn.Module):
-    """A causal language model that takes pairs and answers with their log-probabilities."""
+    """A causal language model that takes pairs and returns their log-probabilities."""
 
     def __init__(self, model: nn.Module, memory: MemorySection | None = None) -> None:
         super().__init__()
@@ -57,25 +60,25 @@ class PairModel(nn.Module):
                 self.config.get_text_config().vocab_size, _number(memory.head_chunk)
             )
         self.route: Route = "shared" if memory.prompt_sharing else "packed"
-        """How packed pairs go; ``model.probe`` takes a plainer one where this model needs it."""
+        """How packed pairs go. ``model.probe`` takes a plainer route if this model needs it."""
         self.backend = "auto"
-        """Of the attention in packed rows: see :class:`orpo_lite.ops.attention.Layout`."""
-        self.meant: str | None = None
-        """On meta: the kind of device that is meant."""
+        """The attention back-end of packed rows: see :class:`orpo_lite.ops.segments.Layout`."""
+        self.target_kind: str | None = None
+        """On meta: the kind of device that the plan is for."""
         self.notes: list[str] = []
-        """What the person should know of this model's step, a line each."""
-        decoder = (
-            self.causal.get_decoder()
-        )  # what reads pictures has layers too, and no pair goes through them
+        """What the user should know of this model's step, one line each."""
+        # Not the layers of an image encoder: no pair goes through them.
+        decoder = self.causal.get_decoder()
         self.layers = [
             module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)
         ]
         """The decoder layers."""
         self.checkpointed = 0
-        """How many of them, from the first on, keep their input only."""
+        """How many of them, from the first on, keep only their input."""
         if getattr(self.config.get_text_config(), "output_router_logits", False):
             self.notes.append(
-                "its routers' auxiliary loss (output_router_logits) is not added: ORPO's is all"
+                "the auxiliary loss of its routers (output_router_logits) is not added: "
+                "only ORPO's loss is used"
             )
         self.own_attention = self.config._attn_implementation
 
@@ -87,14 +90,14 @@ class PairModel(nn.Module):
 
     @property
     def backbone(self) -> Any:
-        """All but the head: hidden states after the last norm."""
+        """The model without its head: it returns hidden states after the last norm."""
         causal = self.causal
-        return (
-            causal.model if causal.base_model is causal else causal.base_model
-        )  # some have a prefix of no attribute
+        if causal.base_model is causal:  # some models have a prefix without an attribute
+            return causal.model
+        return causal.base_model
 
     def forward(self, batch: Batch) -> PairLogps:
-        """One forward pass over all pairs of a batch."""
+        """Run one forward pass over all pairs of a batch."""
         if isinstance(batch, PackedPairs):
             return packed_logps(self.score(batch, self.route), batch.spans)
         output = self.model(
@@ -103,7 +106,7 @@ class PairModel(nn.Module):
         return padded_logps(output.logits, batch.input_ids_RT, batch.response_RT, batch.counted_RT)
 
     def score(self, batch: PackedPairs, route: Route) -> Tensor:
-        """Log-probabilities of the batch's scored rows by one of the routes, shape (N,)."""
+        """Return the log-probabilities of the batch's scored rows by a route, shape (N,)."""
         if route == "logits" or self.chunk is None:
             return pick(at_least_float32(self.row_logits(batch, route)), batch.targets_N)
         return row_logps(
@@ -111,15 +114,14 @@ class PairModel(nn.Module):
         )
 
     def row_logits(self, batch: PackedPairs, route: Route) -> Tensor:
-        """The logits of the batch's scored rows, shape (N, V): all of them are held."""
+        """Return the logits of the batch's scored rows, shape (N, V): all of them are held."""
         if route == "logits":
-            return torch.cat([output.logits[0] for output in self._each_row(self.model, batch)])[
-                batch.rows_N
-            ]
+            outputs = self._each_row(self.model, batch)
+            return torch.cat([output.logits[0] for output in outputs])[batch.rows_N]
         return self.head.logits(self._hidden(batch, route)[batch.rows_N])
 
     def _hidden(self, batch: PackedPairs, route: Route) -> Tensor:
-        """After the last norm, shape (T, D)."""
+        """Return the hidden states after the last norm, shape (T, D)."""
         if route in ("shared", "packed"):
             return self._packed_hidden(batch)
         return torch.cat(
@@ -128,39 +130,41 @@ class PairModel(nn.Module):
 
     @staticmethod
     def _each_row(run: Any, batch: PackedPairs) -> Iterator[Any]:
-        """A sequence at a time, each by the model's own attention."""
+        """Run each sequence alone, with the model's own attention."""
         for start, stop, *_ in batch.segments:
             yield run(input_ids=batch.input_ids_T[start:stop].unsqueeze(0), use_cache=False)
 
     def _packed_hidden(self, batch: PackedPairs) -> Tensor:
-        """After the last norm, shape (T, D); all segments in one row, each with its own positions."""
-        layout = Layout(
-            tuple(Segment(*numbers) for numbers in batch.segments), self.backend, self.meant
-        )
+        """Return the hidden states after the last norm, shape (T, D).
+
+        All segments are in one row, each with its own positions.
+        """
+        segments = tuple(Segment(*numbers) for numbers in batch.segments)
+        layout = Layout(segments, self.backend, self.target_kind)
         ids, positions = batch.input_ids_T.unsqueeze(0), batch.position_ids_T.unsqueeze(0)
-        with self.attending(layout):
+        with self.use_layout(layout):
             output = self.backbone(input_ids=ids, position_ids=positions, use_cache=False)
         hidden_TD: Tensor = output.last_hidden_state[0]
         return hidden_TD
 
     @contextmanager
-    def attending(self, layout: Layout | None) -> Iterator[None]:
-        """Attend by segments while this lasts; by the model's own attention for None."""
+    def use_layout(self, layout: Layout | None) -> Iterator[None]:
+        """Attend by segments inside the ``with`` block; for None by the model's own attention."""
         before = self.config._attn_implementation
         self.config._attn_implementation = NAME if layout else self.own_attention
         try:
-            with using(layout):
+            with use_layout(layout):
                 yield
         finally:
             self.config._attn_implementation = before
 
     def fall_back(self, route: Route, reason: str) -> None:
-        """Let packed pairs go a plainer route from now on, and note why."""
+        """Send packed pairs by a plainer route from now on, and note why."""
         self.notes.append(f"{ROUTE_NOTES[route]}, because {reason}")
         self.route = route
 
     def batching(self, recipe: Recipe, pad_id: int) -> Batching:
-        """How the recipe's pairs are to be cut for this model."""
+        """Return how the recipe's pairs are packed or padded for this model."""
         return Batching(
             packed=recipe.memory.packing,
             share=recipe.memory.packing and self.route == "shared",
@@ -172,11 +176,11 @@ class PairModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where a batch is to be."""
+        """The device that a batch must be on."""
         return self.head.module.weight.device  # type: ignore[return-value]
 
     def trained(self) -> list[tuple[str, nn.Parameter]]:
-        """The adapter's parameters, by name."""
+        """Return the adapter's parameters, by name."""
         return [
             (name, parameter)
             for name, parameter in self.model.named_parameters()
@@ -184,13 +188,14 @@ class PairModel(nn.Module):
         ]
 
     def train(self, mode: bool = True) -> Self:
-        """Train the adapter, or not. The frozen base computes as in evaluation either way.
+        """Switch the adapter to training or evaluation. The frozen base always runs as evaluation.
 
-        What a base does in training only is noise here, whatever it is called: dropout, layers that are left out,
-        jitter of a router, experts that are drawn.
+        What a base does only in training is noise here, under any name: dropout, skipped layers,
+        router jitter, random experts.
 
-        A Linear4bit stays in training mode. In evaluation mode it repacks its weights on CPUs with AVX512-BF16 at the
-        first forward without gradients, and its input has no gradient from then on (bitsandbytes 0.50).
+        A Linear4bit stays in training mode. In evaluation mode it repacks its weights on CPUs with
+        AVX512-BF16 at the first forward without gradients, and its input has no gradient from then
+        on (bitsandbytes 0.50).
         """
         super().train(False)
         self.training = mode
@@ -203,14 +208,13 @@ class PairModel(nn.Module):
             elif isinstance(module, bnb.nn.Linear4bit):
                 module.training = True
             elif isinstance(module, GradientCheckpointingLayer):
-                module.training = (
-                    mode and module.gradient_checkpointing
-                )  # transformers' wrapper asks for both
+                # transformers checkpoints a layer only in training mode.
+                module.training = mode and module.gradient_checkpointing
         return self
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Without the adapter's dropout and without gradients."""
+        """Switch off the adapter's dropout and gradients inside the ``with`` block."""
         was_training = self.training
         self.eval()
         try:
@@ -221,7 +225,7 @@ class PairModel(nn.Module):
 
     @contextmanager
     def without_dropout(self) -> Iterator[None]:
-        """Training as it is, but for the adapter's dropout; gradients flow."""
+        """Switch off only the adapter's dropout inside the ``with`` block; gradients flow."""
         noisy = [
             module
             for module in self.modules()
@@ -237,16 +241,16 @@ class PairModel(nn.Module):
 
 
 def find_head(causal: Any) -> Head:
-    """The output embedding and what transformers' models do to its logits; ``model.probe`` finds what is not here."""
+    """Return the output embedding and what transformers' models do to its logits.
+
+    ``model.probe`` finds models that do something else.
+    """
     config = causal.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1 / (
-        getattr(config, "logits_scaling", None) or 1
-    )
-    return Head(
-        causal.get_output_embeddings(),
-        float(scale),
-        getattr(config, "final_logit_softcapping", None),
-    )
+    scale = getattr(config, "logit_scale", None)
+    if not scale:
+        scale = 1 / (getattr(config, "logits_scaling", None) or 1)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(causal.get_output_embeddings(), float(scale), softcap)
 
 
 def _number(value: str | int) -> int | None:

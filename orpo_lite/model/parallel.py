@@ -1,4 +1,4 @@
-"""The processes of a training, by way of accelerate, which no other module knows."""
+"""The processes of a training, through accelerate. No other module uses accelerate."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -12,39 +12,35 @@ from torch import Tensor
 from orpo_lite.errors import Command, RecipeError
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-LAUNCH = (
-    "LOCAL_RANK",
-    "RANK",
-    "WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-)  # what a launch sets, all of them
-DEVICE = "ACCELERATE_TORCH_DEVICE"  # accelerate takes it as it is
+LAUNCH = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""The variables that a launch sets, all of them."""
+DEVICE = "ACCELERATE_TORCH_DEVICE"  # accelerate uses its value without a check
 SHARDED = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM")
 
 
 class Processes:
-    """This process among those of a launch; a single one without a launch.
+    """This process among those of a launch; the only process without a launch.
 
     Raises:
-        RecipeError: accelerate is configured for something other than plain data parallel, or the environment holds
-            a part of a launch.
+        RecipeError: accelerate is configured for something other than plain data parallel, or the
+            environment has only a part of a launch's variables.
     """
 
     def __init__(self, *, cpu: bool = False) -> None:
         _check_environment()
-        # No Accelerator: dtypes are ours, and another one in this process may have others, or DeepSpeed.
+        # No Accelerator: the dtypes are set here, and an Accelerator of other code in this process
+        # may have other dtypes, or DeepSpeed.
         self._state = PartialState(cpu=cpu or parse_flag_from_env("ACCELERATE_USE_CPU"))
         self.device: torch.device = self._state.device
-        if (
-            self.device.type == "cuda" and self.device.index is None
-        ):  # of a single process: the current one
+        if self.device.type == "cuda" and self.device.index is None:
+            # A single process uses the current device.
             self.device = torch.device("cuda", torch.cuda.current_device())
         if self.device.type == "cuda" and (self.device.index or 0) >= torch.cuda.device_count():
+            count = torch.cuda.device_count()
             raise RecipeError(
                 where="environment",
-                found=f"{DEVICE}={self.device}, and torch finds {torch.cuda.device_count()} CUDA devices",
-                expected="a device that is here",
+                found=f"{DEVICE}={self.device}, but torch finds {count} CUDA devices",
+                expected="a device of this machine",
                 fix=Command(f"unset {DEVICE}"),
             )
         if self._state.distributed_type not in SUPPORTED:
@@ -59,11 +55,11 @@ class Processes:
         self.is_main: bool = self._state.is_main_process
 
     def wait(self) -> None:
-        """Return when every process is here."""
+        """Wait until every process is here."""
         self._state.wait_for_everyone()
 
     def on_main(self, function: Callable[..., Any], *args: Any) -> None:
-        """Call ``function`` in the main process only; the others go on meanwhile."""
+        """Call ``function`` in the main process only. The others do not wait."""
         if self.is_main:
             function(*args)
 
@@ -72,22 +68,25 @@ class Processes:
         loss.backward()  # type: ignore[no-untyped-call]
 
     def sum(self, values: Tensor) -> Tensor:
-        """Return the sum of the processes' tensors, in each of them."""
+        """Return the sum of the processes' tensors, in every process."""
         total: Tensor = reduce(values, reduction="sum")
         return total
 
     def smallest(self, number: int) -> int:
-        """Return the smallest of the processes' numbers, in each of them."""
+        """Return the smallest of the processes' numbers, in every process."""
         return int(gather(torch.tensor([number], device=self.device)).min())
 
     def any(self, flag: bool) -> bool:
-        """Return whether one of the processes says so, in each of them."""
+        """Return whether ``flag`` is true in any process, in every process."""
         if self.count == 1:
             return flag
         return bool(self.sum(torch.tensor(float(flag), device=self.device)).item() > 0)
 
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Let each gradient be the sum over all processes: an adapter's is small, and one message carries it."""
+        """Set each gradient to its sum over all processes.
+
+        An adapter's gradient is small, so one message carries it.
+        """
         if self.count == 1:
             return
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
@@ -99,37 +98,40 @@ class Processes:
 
 
 def _check_environment() -> None:
-    """Raise :class:`RecipeError` for a part of a launch, of which each process would take itself for the only one."""
+    """Raise :class:`RecipeError` if only a part of a launch's variables is set.
+
+    Each process would act as the only one.
+    """
     found = {name: os.environ[name] for name in LAUNCH if name in os.environ}
     numbers = {
         name: int(found[name]) for name in LAUNCH[:3] if found.get(name, "").lstrip("-").isdigit()
     }
-    is_launch = numbers.get("LOCAL_RANK", -1) >= 0  # accelerate's own sign of one
-    lacking = [name for name in LAUNCH if name not in found]
+    is_launch = numbers.get("LOCAL_RANK", -1) >= 0  # accelerate recognises a launch by it
+    missing = [name for name in LAUNCH if name not in found]
     is_one_of_many = numbers.get("RANK", 0) > 0 or numbers.get("WORLD_SIZE", 1) > 1
-    words = [name for name in LAUNCH[:3] if name in found and name not in numbers]
-    if words or (is_launch and lacking) or (not is_launch and is_one_of_many):
-        lacking = lacking or ["LOCAL_RANK"]
+    not_numbers = [name for name in LAUNCH[:3] if name in found and name not in numbers]
+    is_incomplete = (is_launch and bool(missing)) or (not is_launch and is_one_of_many)
+    if not_numbers or is_incomplete:
+        if not_numbers:
+            problem = f", where {not_numbers[0]} is not a number"
+        else:
+            problem = f" without {', '.join(missing or ['LOCAL_RANK'])}"
         raise RecipeError(
             where="environment",
-            found=", ".join(f"{name}={value}" for name, value in found.items())
-            + (
-                f" without {', '.join(lacking)}"
-                if not words
-                else f", where {words[0]} is no number"
-            ),
-            expected="all that a launch sets, or nothing of it",
+            found=", ".join(f"{name}={value}" for name, value in found.items()) + problem,
+            expected="all variables of a launch, or none",
             fix=Command(
                 f"unset {' '.join(found)}", "; or start by `accelerate launch -m orpo_lite`"
             ),
         )
-    if is_launch and (asked := [name for name in SHARDED if parse_flag_from_env(name)]):
+    sharded = [name for name in SHARDED if parse_flag_from_env(name)]
+    if is_launch and sharded:
         raise RecipeError(
             where="environment",
-            found=f"{asked[0]}={os.environ[asked[0]]}",
+            found=f"{sharded[0]}={os.environ[sharded[0]]}",
             expected="one process, or plain data parallel",
             fix=Command(
-                f"unset {' '.join(asked)}",
-                ", where `accelerate config` did not set it; else choose neither",
+                f"unset {' '.join(sharded)}",
+                ", if `accelerate config` did not set it; else choose neither there",
             ),
         )

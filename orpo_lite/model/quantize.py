@@ -1,6 +1,7 @@
-"""Which layers go into 4 bit, and how.
+"""Choose the layers that go into 4 bit, and quantise them.
 
-transformers quantizes a base as it is loaded; here the same is done for bases without weights.
+transformers quantises a base while it loads it. This module does the same for bases without
+weights.
 """
 
 import inspect
@@ -19,9 +20,10 @@ from orpo_lite.recipe.schema import Recipe
 
 
 def skipped_modules(recipe: Recipe, config: Any, device: torch.device) -> list[str]:
-    """transformers' ``llm_int8_skip_modules``: layers that cannot be in 4 bit, and heads; [] where there are none.
+    """Return transformers' ``llm_int8_skip_modules``: layers that cannot be in 4 bit, and heads.
 
-    Those of :func:`bypassed_layers`; and on a CPU those of :func:`wrong_widths`.
+    The layers are those of :func:`bypassed_layers`, and on a CPU those of :func:`wrong_widths`.
+    Without any of them the list is empty.
     """
     if not recipe.quantization.load_in_4bit:
         return []
@@ -30,17 +32,16 @@ def skipped_modules(recipe: Recipe, config: Any, device: torch.device) -> list[s
     widths = {name: layer_shape(layer)[0] for name, layer in quantizable(model).items()}
     wrong = wrong_widths(set(widths.values())) if device.type == "cpu" else set()
     names = [*bypassed_layers(model), *(name for name, width in widths.items() if width in wrong)]
-    return (
-        [*names, *(name for name in get_keys_to_not_convert(model) if name not in names)]
-        if names
-        else []
-    )
+    if not names:
+        return []
+    return [*names, *(name for name in get_keys_to_not_convert(model) if name not in names)]
 
 
 def quantizable(model: Any) -> dict[str, Any]:
-    """The layers that transformers puts into 4 bit, by name: plain linear ones, GPT-2's Conv1D too, but no head.
+    """Return the layers that transformers puts into 4 bit, by name.
 
-    Nor those of :func:`bypassed_layers`, which it is told to leave.
+    These are plain linear layers and GPT-2's Conv1D, without the head and without those of
+    :func:`bypassed_layers`, which transformers is told to skip.
     """
     head, bypassed = model.get_output_embeddings(), bypassed_layers(model)
     return {
@@ -53,31 +54,32 @@ def quantizable(model: Any) -> dict[str, Any]:
 
 
 def bypassed_layers(model: nn.Module) -> list[str]:
-    """Linear layers whose weight the model's own code takes itself, by name.
+    """Return the names of linear layers whose weight the model's own code reads directly.
 
-    Gemma 3n clamps such a weight in place, and Mamba's kernels multiply by it: a weight in 4 bit is of other numbers,
-    and an adapter on the layer has no effect.
+    Gemma 3n clamps such a weight in place, and Mamba's kernels multiply by it. A weight in 4 bit
+    holds other numbers, and an adapter on the layer has no effect.
     """
     return [
         f"{name}.{child}"
         for name, module in model.named_modules()
         for child, layer in module.named_children()
-        if isinstance(layer, nn.Linear) and child in _taken_weights(module.__class__)
+        if isinstance(layer, nn.Linear) and child in _read_weights(module.__class__)
     ]
 
 
-# Not where its dtype or shape is asked for, nor Bloom's slices of it, which are for checkpoints split over processes.
-WEIGHT_TAKEN = r"\bself\.(\w+)\.weight\b(?!\.(?:dtype|device|shape)|\[)"
+# Reads of its dtype or shape do not count, nor Bloom's slices of it, which are for checkpoints
+# split over processes.
+WEIGHT_READ = r"\bself\.(\w+)\.weight\b(?!\.(?:dtype|device|shape)|\[)"
 
 
 @cache
-def _taken_weights(kind: type) -> frozenset[str]:
-    """The layers whose weight the methods of a model's class take, those of its bases included."""
-    return frozenset(re.findall(WEIGHT_TAKEN, "".join(map(_source, kind.__mro__))))
+def _read_weights(kind: type) -> frozenset[str]:
+    """Return the layers whose weight the methods of a class read, including its base classes."""
+    return frozenset(re.findall(WEIGHT_READ, "".join(map(_source, kind.__mro__))))
 
 
 def _source(kind: type) -> str:
-    """The source of a model class's own methods; "" for the classes of torch."""
+    """Return the source of a model class's own methods; "" for classes of torch."""
     if not kind.__module__.startswith("transformers.models."):
         return ""
     methods = [
@@ -87,23 +89,26 @@ def _source(kind: type) -> str:
 
 
 def is_transposed(layer: Any) -> bool:
-    """Whether a layer's matrix is (inputs, outputs), as GPT-2's are."""
+    """Return whether a layer's matrix is (inputs, outputs), as in GPT-2."""
     return type(layer).__name__ == "Conv1D"
 
 
 def layer_shape(layer: Any) -> tuple[int, int]:
-    """(inputs, outputs)."""
+    """Return (inputs, outputs)."""
     rows, columns = layer.weight.shape
     return (rows, columns) if is_transposed(layer) else (columns, rows)
 
 
 def wrong_widths(widths: set[int]) -> set[int]:
-    """Those for which bitsandbytes' kernel for CPUs errs: rows of an odd multiple of 32 elements (0.50)."""
+    """Return the widths for which bitsandbytes' CPU kernel gives wrong numbers.
+
+    These are odd multiples of 32 elements (bitsandbytes 0.50).
+    """
     return {width for width in widths if _is_wrong(width)}
 
 
 def _is_wrong(width: int) -> bool:
-    """Whether rows of so many elements come back from 4 bit otherwise than the same elements as one row do."""
+    """Return whether rows of this width come back from 4 bit with other numbers than one row."""
     matrix = torch.randn(64, width, generator=torch.Generator().manual_seed(0))
     quantised = (
         bnb.functional.quantize_4bit(part, quant_type="nf4")
@@ -114,15 +119,17 @@ def _is_wrong(width: int) -> bool:
 
 
 def compute_dtype(recipe: Recipe, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which 4-bit layers compute; ``auto`` is ``dtype``."""
     name = recipe.quantization.bnb_4bit_compute_dtype
     compute: torch.dtype = dtype if name == "auto" else getattr(torch, name)
     return compute
 
 
 def quantize(model: Any, recipe: Recipe, dtype: torch.dtype) -> None:
-    """What loading with a BitsAndBytesConfig does: every linear layer but the head as a Linear4bit."""
+    """Replace every linear layer except the head by a Linear4bit, as BitsAndBytesConfig does."""
     settings = recipe.quantization
-    # bitsandbytes keeps this table from its first use on, wherever it was made; on meta it would spoil a later loading.
+    # bitsandbytes keeps this table from its first use on, on any device. One made on meta would
+    # break a later loading.
     bnb.functional.name2qmap.setdefault("dynamic", bnb.functional.create_dynamic_map())
     options = {
         "compress_statistics": settings.bnb_4bit_use_double_quant,
@@ -150,16 +157,18 @@ def quantize(model: Any, recipe: Recipe, dtype: torch.dtype) -> None:
 
 
 def misshapen(model: nn.Module) -> list[str]:
-    """4-bit layers whose weights are not of the layer's shape, which transformers looks at in other layers only."""
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, bnb.nn.Linear4bit)
-    }
-    return [
-        f"{name}.weight"
-        for name, layer in layers.items()  # in either orientation, for GPT-2 stores its matrices transposed
-        if (state := getattr(layer.weight, "quant_state", None))
-        is not None  # a missing weight has none
-        and sorted(state.shape) != sorted((layer.in_features, layer.out_features))
-    ]
+    """Return the weights of 4-bit layers that do not have the layer's shape.
+
+    transformers checks the shapes of other layers only.
+    """
+    names = []
+    for name, layer in model.named_modules():
+        if not isinstance(layer, bnb.nn.Linear4bit):
+            continue
+        state = getattr(layer.weight, "quant_state", None)
+        if state is None:  # a missing weight
+            continue
+        # In either orientation: GPT-2 stores its matrices transposed.
+        if sorted(state.shape) != sorted((layer.in_features, layer.out_features)):
+            names.append(f"{name}.weight")
+    return names

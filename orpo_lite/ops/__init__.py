@@ -1,4 +1,5 @@
 """Low-memory tensor operations: pure tensors, no files, no recipe.
 
-Order: devices, meta_attention, attention, layers, lora, outputs, head.
+Order: devices, meta_attention, segments, blockwise_attention, attention, layers, lora, outputs,
+head.
 """

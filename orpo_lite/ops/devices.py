@@ -1,4 +1,4 @@
-"""Devices: which kind, host memory and meta, and the one way between them."""
+"""Device kinds, host memory, meta tensors, and the transfer between them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ META = torch.device("meta")
 
 
 def device_kind(device: torch.device) -> str:
-    """cpu; ampere for that generation of NVIDIA's cards and later ones; cuda for those before."""
+    """Return cpu; ampere for NVIDIA GPUs of that generation and later; cuda for earlier ones."""
     if device.type != "cuda":
         return "cpu"
     return "ampere" if torch.cuda.get_device_capability(device) >= (8, 0) else "cuda"
 
 
-# What the driver and NVIDIA's libraries say where memory runs out outside of torch's allocator. The type is that of
-# their other errors.
+# Messages of the driver and of NVIDIA's libraries when memory runs out outside of torch's
+# allocator. Their other errors have the same type.
 OUT_OF_MEMORY = (
     "cuda error: out of memory",
     "cuda out of memory",
@@ -31,7 +31,7 @@ OUT_OF_MEMORY = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that the device's memory is used up."""
+    """Return whether an error reports that the device's memory is used up."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(
@@ -40,10 +40,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_device_error(error: BaseException) -> bool:
-    """Return whether an error is the device's, and no fault of the code that was running."""
-    said = ("cuda error", "cublas_status", "cudnn_status")
+    """Return whether an error comes from the device and not from the code that was running."""
+    signs = ("cuda error", "cublas_status", "cudnn_status")
     return isinstance(error, torch.AcceleratorError) or any(
-        sign in str(error).lower() for sign in said
+        sign in str(error).lower() for sign in signs
     )
 
 
@@ -54,11 +54,11 @@ _making_host_memory = False
 
 
 def transfer(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on ``device``; every transfer between a step's device and the host goes through here.
+    """Return the tensor on ``device``; all transfers between a step's device and the host use this.
 
-    From a GPU to the host it lands in pinned memory, and both ways are asynchronous: whoever reads the result on
-    another stream waits for the stream that this ran on. On the meta device nothing is copied; what would be in host
-    memory is a meta tensor that :func:`is_on_host` knows.
+    From a GPU the copy goes to pinned memory. Both directions are asynchronous: a reader on another
+    stream must wait for the stream that this ran on. On the meta device nothing is copied; a tensor
+    that would be in host memory is a meta tensor that :func:`is_on_host` knows.
     """
     if tensor.is_meta:
         to_host = device == HOST
@@ -78,7 +78,10 @@ def transfer(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def host_memory(size: int, device: torch.device) -> Tensor:
-    """Return ``size`` bytes of host memory for copies from and to ``device``: pinned, or the stand-in on meta."""
+    """Return ``size`` bytes of host memory for copies to and from ``device``.
+
+    It is pinned; on meta it is a meta tensor that represents host memory.
+    """
     if device.type == "meta":
         with _host_memory(True):
             memory_B = torch.empty(size, dtype=torch.uint8, device=device)
@@ -88,17 +91,17 @@ def host_memory(size: int, device: torch.device) -> Tensor:
 
 
 def is_on_host(tensor: Tensor) -> bool:
-    """Whether a meta tensor stands for host memory; any other tensor knows its device."""
+    """Return whether a tensor is in host memory, or on meta represents host memory."""
     return tensor.untyped_storage() in _host_storages if tensor.is_meta else tensor.device == HOST
 
 
 def mark_as_host(storage: torch.UntypedStorage) -> None:
-    """Let a meta storage stand for host memory."""
+    """Mark a meta storage as representing host memory."""
     _host_storages.add(storage)
 
 
 def making_host_memory() -> bool:
-    """Whether what is allocated now, on meta, stands for host memory: for whoever counts bytes."""
+    """Return whether what is allocated now on meta represents host memory; byte counters ask."""
     return _making_host_memory
 
 

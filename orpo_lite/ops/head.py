@@ -1,8 +1,8 @@
-"""From hidden states to log-probabilities: without logits in chunks of rows, or plainly with all of them.
+"""From hidden states to log-probabilities, in chunks of rows or with all logits held.
 
-The plain form (:func:`padded_logps`) is the reference. ``log p(token)`` depends on one hidden state alone, so where the
-head is frozen the forward pass stores its Jacobian, one vector a row, and the backward pass multiplies: logits are
-neither kept nor computed twice (:func:`row_logps`).
+The second form (:func:`padded_logps`) is the reference. ``log p(token)`` depends on one hidden
+state alone. So with a frozen head the forward pass stores its Jacobian, one vector per row, and the
+backward pass multiplies by it: logits are neither kept nor computed twice (:func:`row_logps`).
 """
 
 from __future__ import annotations
@@ -17,53 +17,64 @@ from torch.utils.checkpoint import checkpoint
 
 from orpo_lite.ops.outputs import PairLogps, at_least_float32
 
-CHUNK_BYTES = (
-    96 << 20
-)  # of the logits of a chunk in float32: large enough a matrix product for any device
+CHUNK_BYTES = 96 << 20
+"""Of the float32 logits of a chunk: a matrix product large enough for any device."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """What makes logits of a hidden state: ``softcap(scale * (hidden @ weight.T + bias))``."""
+    """The output layer: ``softcap(scale * (hidden @ weight.T + bias))``."""
 
     module: nn.Module
-    """The output embedding, called as it is where it is trained, adapted or quantised."""
+    """The output embedding. It is called as a module if it is trained, adapted or quantised."""
     scale: float = 1.0
-    """What the model multiplies its logits by (Cohere's logit_scale, one over Granite's logits_scaling)."""
+    """Factor of the logits (Cohere's logit_scale, one over Granite's logits_scaling)."""
     softcap: float | None = None
     """Gemma's ``final_logit_softcapping``: ``cap * tanh(logits / cap)``."""
 
     @property
     def is_plain(self) -> bool:
-        """A frozen matrix, so the Jacobian of a row does not change until the backward pass."""
-        return type(self.module) is nn.Linear and not any(
-            p.requires_grad for p in self.module.parameters()
-        )
+        """Whether the matrix is frozen: the Jacobian of a row is then still true in backward."""
+        is_frozen = not any(p.requires_grad for p in self.module.parameters())
+        return type(self.module) is nn.Linear and is_frozen
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """In at least float32; shape (..., V)."""
+        """Return the logits in at least float32, shape (..., V)."""
         logits: Tensor = at_least_float32(self.module(hidden))
-        logits = logits if self.scale == 1.0 else logits * self.scale
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
 
 
 def chunk_rows(vocab_size: int, rows: int | None = None) -> int:
-    """How many rows of logits to hold at once; ``rows`` where the person has set it. Whole tiles of a GPU's kernels."""
+    """Return how many rows of logits to hold at once: ``rows`` if given.
+
+    Else as many as fit :data:`CHUNK_BYTES`, in whole tiles of a GPU's kernels.
+    """
+    if rows:
+        return rows
     fitting = CHUNK_BYTES // (4 * vocab_size)
-    return rows or max(16, min(1024, fitting // 128 * 128 or fitting))
+    whole_tiles = fitting // 128 * 128
+    return max(16, min(1024, whole_tiles or fitting))
 
 
 def row_logps(
     hidden_TD: Tensor, rows_N: Tensor, targets_N: Tensor, head: Head, chunk: int
 ) -> Tensor:
-    """Log-probabilities of ``targets_N`` by the hidden states ``hidden_TD[rows_N]``, float32 or float64, shape (N,).
+    """Return the log-probabilities of ``targets_N`` given the hidden states ``hidden_TD[rows_N]``.
 
     Args:
-        hidden_TD: after the model's last norm.
-        rows_N: which row predicts each target; a row may stand there twice.
+        hidden_TD: hidden states after the model's last norm.
+        rows_N: the row that predicts each target; a row may appear twice.
         targets_N: token ids.
-        head: a frozen one takes the Jacobian's way; any other is recomputed in the backward pass.
+        head: with a frozen one the Jacobian is stored; any other is recomputed in the backward
+            pass.
         chunk: rows of logits held at once.
+
+    Returns:
+        Shape (N,), float32 or float64.
     """
     if head.is_plain:
         weight_VD, bias_V = head.module.weight, head.module.bias
@@ -72,25 +83,28 @@ def row_logps(
         )
         return logps_N
 
-    def recomputed(hidden_CD: Tensor, targets_C: Tensor) -> Tensor:
+    def logps_of_chunk(hidden_CD: Tensor, targets_C: Tensor) -> Tensor:
         return pick(head.logits(hidden_CD), targets_C)
 
     parts = zip(rows_N.split(chunk), targets_N.split(chunk), strict=True)
     return torch.cat(
         [
-            checkpoint(recomputed, hidden_TD[rows], targets, use_reentrant=False)
+            checkpoint(logps_of_chunk, hidden_TD[rows], targets, use_reentrant=False)
             for rows, targets in parts
         ]
     )
 
 
 def pick(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
-    """``log softmax(logits)`` at the targets; shape (C,)."""
+    """Return ``log softmax(logits)`` at the targets, shape (C,)."""
     return logits_CV.gather(-1, targets_C.unsqueeze(-1)).squeeze(-1) - logits_CV.logsumexp(-1)
 
 
 class _RowJacobian(torch.autograd.Function):
-    """Forward: log p of each target and, if hidden states need a gradient, ``d log p / d hidden``, shape (N, D)."""
+    """The log-probability of each target.
+
+    If hidden states need a gradient, the forward pass stores ``d log p / d hidden``, shape (N, D).
+    """
 
     @staticmethod
     def forward(
@@ -153,9 +167,9 @@ class _RowJacobian(torch.autograd.Function):
 
 
 class Spans(NamedTuple):
-    """How the scored rows of one pair lie: those of its common prefix, of its chosen rest, of its rejected rest.
+    """The scored rows of one pair: of its common prefix, its chosen rest and its rejected rest.
 
-    ``*_in_prefix`` and ``*_in_rest`` say from which of these rows on a sum counts.
+    ``*_in_prefix`` and ``*_in_rest`` give the first of these rows that a sum counts.
     """
 
     prefix: int
@@ -170,17 +184,19 @@ class Spans(NamedTuple):
 
 
 def packed_logps(logps_N: Tensor, spans: Sequence[Sequence[int]]) -> PairLogps:
-    """:class:`PairLogps` of the rows that :func:`row_logps` scored; ``spans`` as :class:`Spans`, one a pair."""
+    """Return the :class:`PairLogps` of the rows that :func:`row_logps` scored.
+
+    ``spans`` holds one :class:`Spans` per pair.
+    """
     chosen, rejected, nll, counted = [], [], [], []
-    for span, part in zip(
-        map(Spans._make, spans), logps_N.split([sum(span[:3]) for span in spans]), strict=True
-    ):
+    parts = logps_N.split([sum(span[:3]) for span in spans])
+    for span, part in zip(map(Spans._make, spans), parts, strict=True):
         prefix, rest_w, rest_l = part.split([span.prefix, span.chosen, span.rejected])
         chosen.append(_mean(prefix[span.chosen_in_prefix :], rest_w[span.chosen_in_rest :]))
         rejected.append(_mean(prefix[span.rejected_in_prefix :], rest_l[span.rejected_in_rest :]))
-        ones, others = prefix[span.nll_in_prefix :], rest_w[span.nll_in_rest :]
-        nll.append(-(ones.sum() + others.sum()))
-        counted.append(len(ones) + len(others))
+        in_prefix, in_rest = prefix[span.nll_in_prefix :], rest_w[span.nll_in_rest :]
+        nll.append(-(in_prefix.sum() + in_rest.sum()))
+        counted.append(len(in_prefix) + len(in_rest))
     return PairLogps(
         torch.stack(chosen),
         torch.stack(rejected),
@@ -196,15 +212,18 @@ def _mean(one: Tensor, other: Tensor) -> Tensor:
 def padded_logps(
     logits_RTV: Tensor, input_ids_RT: Tensor, response_RT: Tensor, counted_RT: Tensor
 ) -> PairLogps:
-    """Log-probabilities of P pairs from the logits of their 2P padded rows: all logits are held, the reference.
+    """Return the log-probabilities of P pairs from the logits of their 2P padded rows.
+
+    All logits are held: this is the reference.
 
     Args:
         logits_RTV: position t predicts token t + 1.
         input_ids_RT: chosen rows first, then rejected rows in the same order.
-        response_RT: True at the tokens of the response. The first token of a row is predicted by nothing and ignored.
+        response_RT: True at the tokens of the response. Nothing predicts the first token of a row;
+            it is ignored.
         counted_RT: True at the tokens that the NLL counts; only the chosen rows are read.
 
-    A response without tokens would be 0/0; such pairs are dropped before they get here.
+    A response without tokens would be 0/0; such pairs are dropped earlier.
     """
     targets_RT = input_ids_RT[:, 1:]
     logps_RT = pick(at_least_float32(logits_RTV[:, :-1]), targets_RT)

@@ -1,6 +1,7 @@
-"""What a decoder layer keeps for the backward pass: everything, its input, its input in host memory, an MLP in tiles.
+"""What a decoder layer keeps for the backward pass.
 
-All of it leaves loss and gradient as they are; a layer's second run is the same run.
+It keeps everything, only its input, its input in host memory, or an MLP in tiles. None of this
+changes loss or gradient: a layer's second run is the same run.
 """
 
 from __future__ import annotations
@@ -18,42 +19,38 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from orpo_lite.ops.attention import Layout, current_layout
 from orpo_lite.ops.devices import HOST, host_memory, transfer
+from orpo_lite.ops.segments import Layout, current_layout
 
-MLP_NAMES = (
-    "mlp",
-    "feed_forward",
-    "ffn",
-    "block_sparse_moe",
-)  # what transformers' decoder layers call theirs
+MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
+"""Names of the MLP in transformers' decoder layers."""
 
-Attending = Callable[[Layout | None], AbstractContextManager[None]]
+UseLayout = Callable[[Layout | None], AbstractContextManager[None]]
 
 
 def checkpoint_layers(
-    layers: Sequence[Any], attending: Attending, *, offload: bool, has_dropout: bool
+    layers: Sequence[Any], use_layout: UseLayout, *, offload: bool, has_dropout: bool
 ) -> None:
-    """Let transformers' decoder layers keep only their input and run again in the backward pass.
+    """Make transformers' decoder layers keep only their input and run again in the backward pass.
 
     Args:
         layers: of type ``GradientCheckpointingLayer``.
-        attending: gives a layout back for the second run, which happens later and maybe on another thread.
-        offload: their inputs wait in host memory.
-        has_dropout: rewind the random state for the second run.
+        use_layout: sets the layout for the second run, which is later and maybe on another thread.
+        offload: keep the layers' inputs in host memory.
+        has_dropout: restore the random state for the second run.
     """
     store = HostStore(len(layers)) if offload else None
 
     def run(layer: Any, function: Callable[..., Any], *args: Any) -> Any:
         layout = current_layout()
 
-        def again(*args: Any) -> Any:
-            with attending(layout), _in_evaluation(layer):
+        def run_again(*args: Any) -> Any:
+            with use_layout(layout), _evaluation_mode(layer):
                 return function(*args)
 
         saving: AbstractContextManager[Any] = store.saving() if store else nullcontext()
         with saving:
-            return checkpoint(again, *args, use_reentrant=False, preserve_rng_state=has_dropout)
+            return checkpoint(run_again, *args, use_reentrant=False, preserve_rng_state=has_dropout)
 
     for layer in layers:
         layer.gradient_checkpointing = True
@@ -61,8 +58,11 @@ def checkpoint_layers(
 
 
 @contextmanager
-def _in_evaluation(layer: nn.Module) -> Iterator[None]:
-    """Compute as in evaluation: a layer is in training mode only for transformers to let it run again."""
+def _evaluation_mode(layer: nn.Module) -> Iterator[None]:
+    """Compute as in evaluation.
+
+    The layer is in training mode only because transformers checkpoints no layer otherwise.
+    """
     was_training, layer.training = layer.training, False
     try:
         yield
@@ -71,58 +71,65 @@ def _in_evaluation(layer: nn.Module) -> Iterator[None]:
 
 
 class HostStore:
-    """Tensors saved for the backward pass, in host memory; on a GPU the copies run next to the computation.
+    """Tensors saved for the backward pass, kept in host memory.
 
-    Device memory is given back without ``record_stream``, which leaves the time of it to the allocator: the host runs
-    ahead of the device, and several states would wait to be reclaimed. A tensor on its way to the host is held until
-    two more have followed; then the computation waits for its copy, and what comes next may have its memory. On the
-    way back a tensor is copied into memory of the computation's own stream. (torch's and TRL's activation offloading
-    do the same.) Backward, the tensor of the layer before is fetched while a layer runs: two are on the device.
+    On a GPU the copies run while the device computes.
+
+    Device memory is released without ``record_stream``. That call would leave the moment of the
+    release to the allocator: the host runs ahead of the device, and several states would wait to
+    be reclaimed. A tensor on its way to the host is held until two more have followed. Then the
+    computation waits for its copy, and later tensors may use its memory. On the way back a tensor
+    is copied into memory of the computation's own stream. torch's and TRL's activation offloading
+    do the same. In the backward pass the tensor of the previous layer is fetched while a layer
+    runs, so two tensors are on the device.
     """
 
     def __init__(self, count: int = 1) -> None:
-        """``count``: how many tensors a forward pass is expected to save; more are taken too."""
+        """``count``: expected number of tensors that a forward pass saves; more are accepted."""
         self._count = count
         self._pool = HostPool()
         self._copies = _Copies()
         self._leaving: deque[weakref.ref[_Stored]] = deque()
 
     def saving(self) -> AbstractContextManager[Any]:
-        """Send saved tensors to the host while this lasts."""
+        """Send saved tensors to the host inside the ``with`` block."""
         return saved_tensors_hooks(self._pack, self._unpack)
 
     def _pack(self, tensor: Tensor) -> Any:
         if tensor.device == HOST or not tensor.is_floating_point():
             return tensor
-        before = self._leaving[-1] if self._leaving else None
+        previous = self._leaving[-1] if self._leaving else None
         place = self._pool.place_for(tensor, self._count - self._pool.used)
-        stored = _Stored(tensor.detach(), place, self._copies, before)
+        stored = _Stored(tensor.detach(), place, self._copies, previous)
         self._leaving.append(weakref.ref(stored))
-        if len(self._leaving) > LEAVING and (oldest := self._leaving.popleft()()):
-            oldest.leave_device()
+        if len(self._leaving) > LEAVING:
+            oldest = self._leaving.popleft()()
+            if oldest:
+                oldest.leave_device()
         return stored
 
     def _unpack(self, stored: Any) -> Tensor:
         if isinstance(stored, Tensor):
             return stored
         tensor: Tensor = stored.fetch()
-        stored.leave_device()  # whoever asked has it now
-        if before := stored.before and stored.before():
-            before.fetch()
+        stored.leave_device()  # the caller holds the tensor now
+        previous = stored.previous() if stored.previous else None
+        if previous:
+            previous.fetch()
         return tensor
 
 
 LEAVING = 2
-"""Tensors that are on their way to the host at a time: a copy has as long as two layers take."""
+"""Tensors on their way to the host at a time: a copy has as long as two layers take."""
 
 
 class _Copies:
-    """Copies on a stream of their own. On meta nothing runs, and there is nothing to wait for."""
+    """Copies on their own stream. On meta nothing runs, and there is nothing to wait for."""
 
     _stream: torch.cuda.Stream | None = None
 
     def start(self, to: Tensor, source: Tensor) -> torch.cuda.Event | None:
-        """Copy after what the device has been asked to do so far; returns the event of its end."""
+        """Copy after all work queued on the device so far. Return the event of the copy's end."""
         if to.is_meta:
             to.copy_(source)
             return None
@@ -136,13 +143,13 @@ class _Copies:
 
     @staticmethod
     def wait(event: torch.cuda.Event | None, device: torch.device) -> None:
-        """Let what the device is asked from now on wait for a copy; the host does not."""
+        """Make the device's later work wait for a copy. The host does not wait."""
         if event is not None:
             torch.cuda.current_stream(device).wait_event(event)
 
 
 class _Stored:
-    """A tensor in host memory; on the device too while it is copied there or back."""
+    """A tensor in host memory. It is also on the device while it is copied there or back."""
 
     __slots__ = (
         "__weakref__",
@@ -152,43 +159,43 @@ class _Stored:
         "_host",
         "_place",
         "_tensor",
-        "before",
+        "previous",
     )
 
     def __init__(
-        self, tensor: Tensor, place: _Place, copies: _Copies, before: weakref.ref[_Stored] | None
+        self, tensor: Tensor, place: _Place, copies: _Copies, previous: weakref.ref[_Stored] | None
     ) -> None:
-        self.before = before
-        """The tensor that was stored before this one; it is fetched next."""
+        self.previous = previous
+        """The tensor that was stored before this one. It is fetched next."""
         self._place, self._copies, self._device = place, copies, tensor.device
         self._host = place.view(tensor)
         self._tensor: Tensor | None = tensor
-        self._event: torch.cuda.Event | None = None
-        self._event = copies.start(self._host, tensor)  # which may find no memory
+        self._event: torch.cuda.Event | None = None  # set first: the copy may run out of memory
+        self._event = copies.start(self._host, tensor)
 
     def fetch(self) -> Tensor:
-        """Return the tensor on the device: the one that is leaving, or a copy that is on its way."""
+        """Return the tensor on the device: still there, or a copy that has been started."""
         if self._tensor is None:
-            # Made here, so that its memory is the current stream's, which also gives it back.
+            # Allocated here, so that the memory belongs to the current stream, which releases it.
             self._tensor = torch.empty_like(self._host, device=self._device)
             self._event = self._copies.start(self._tensor, self._host)
         return self._tensor
 
     def leave_device(self) -> None:
-        """Give the device memory back; what uses it next runs after the copy."""
+        """Release the device memory. Later users of it run after the copy."""
         self._copies.wait(self._event, self._device)
         self._tensor = self._event = None
 
     def __del__(self) -> None:
-        self.leave_device()  # of a pass that was given up, a copy may still be going on
+        self.leave_device()  # after an abandoned pass a copy may still be running
         self._place.give_back()
 
 
 class HostPool:
-    """Host memory for many tensors that wait there together, pinned where a GPU copies it.
+    """Host memory for many tensors that are stored together, pinned where a GPU copies it.
 
-    torch rounds each request for pinned memory up to a power of two (``CachingHostAllocator.h``). A slab is one, and
-    tensors lie in it side by side.
+    torch rounds each request for pinned memory up to a power of two (``CachingHostAllocator.h``).
+    A slab is one such request and holds many tensors.
     """
 
     def __init__(self) -> None:
@@ -196,35 +203,38 @@ class HostPool:
 
     @property
     def used(self) -> int:
-        """How many tensors are in it."""
+        """Number of tensors in the pool."""
         return sum(slab.count for slab in self._slabs)
 
     def place_for(self, tensor: Tensor, expected: int) -> _Place:
-        """Return room for a tensor, in a new slab where none has any.
+        """Return a place for a tensor, in a new slab if no slab has enough free bytes.
 
-        A new slab is the largest power of two that ``expected`` tensors of this size fill, so that little is unused.
+        A new slab is the largest power of two that ``expected`` tensors of this size fill, so that
+        little is unused.
         """
         size = -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-        slab = next((slab for slab in self._slabs if slab.room >= size), None)
-        if slab is None:
-            filled = 1 << (max(expected, 1) * size).bit_length() - 1
-            whole = filled if filled >= size else 1 << (size - 1).bit_length()
-            slab = _Slab(host_memory(whole, tensor.device))
-            self._slabs.append(slab)
+        fitting = [slab for slab in self._slabs if slab.free_bytes >= size]
+        if fitting:
+            return fitting[0].take(size)
+        slab_size = 1 << (max(expected, 1) * size).bit_length() - 1
+        if slab_size < size:
+            slab_size = 1 << (size - 1).bit_length()
+        slab = _Slab(host_memory(slab_size, tensor.device))
+        self._slabs.append(slab)
         return slab.take(size)
 
 
-ALIGNMENT = 512  # bytes, as of torch's allocator on the device
+ALIGNMENT = 512  # bytes, as in torch's allocator on the device
 
 
 class _Slab:
-    """Host memory that is filled from its beginning, and empty again when its last tensor is gone."""
+    """Host memory that is filled from its start. It is empty again when its last tensor is gone."""
 
     def __init__(self, memory_B: Tensor) -> None:
         self.memory_B, self.filled, self.count = memory_B, 0, 0
 
     @property
-    def room(self) -> int:
+    def free_bytes(self) -> int:
         return len(self.memory_B) - self.filled
 
     def take(self, size: int) -> _Place:
@@ -240,13 +250,16 @@ class _Slab:
 
 
 class _Place(NamedTuple):
-    """A tensor's place in a slab. It is used again after ``give_back``: copies to and from it have one stream."""
+    """A tensor's place in a slab.
+
+    It is used again after ``give_back``: all copies to and from it are on one stream.
+    """
 
     slab: _Slab
     start: int
 
     def view(self, tensor: Tensor) -> Tensor:
-        """Return the place as a tensor of the same shape and dtype."""
+        """Return the place as a tensor of the shape and dtype of ``tensor``."""
         memory_B = self.slab.memory_B[self.start : self.start + tensor.nbytes]
         return memory_B.view(tensor.dtype).view(tensor.shape)
 
@@ -255,9 +268,10 @@ class _Place(NamedTuple):
 
 
 def tile_mlps(layers: Sequence[nn.Module], tokens: int, *, has_dropout: bool) -> int:
-    """Let the MLP of each layer run over ``tokens`` tokens at a time; returns how many layers have one.
+    """Make the MLP of each layer run over ``tokens`` tokens at a time. Return how many have one.
 
-    Each tile runs again in the backward pass, its last product too, which nobody reads: some 9% more FLOPs.
+    Each tile runs again in the backward pass, including its last product, whose result is not
+    used: some 9% more FLOPs.
     """
     found = 0
     for layer in layers:
@@ -278,7 +292,10 @@ def untile_mlps(layers: Sequence[nn.Module]) -> None:
 
 
 def _takes_tokens(mlp: nn.Module) -> bool:
-    """One tensor in; a mixture of experts also gives its router's logits back, and Bloom's takes the residual too."""
+    """Return whether an MLP takes one tensor and can be run on a part of its tokens.
+
+    A mixture of experts also returns its router's logits, and Bloom's MLP takes the residual too.
+    """
     parameters = signature(mlp.forward).parameters.values()
     required = [p for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
     return len(required) == 1 and not any("expert" in name for name, _ in mlp.named_modules())
@@ -288,27 +305,31 @@ def _tiled(
     mlp: nn.Module, plain: Callable[..., Tensor], tokens: int, has_dropout: bool
 ) -> Callable[..., Tensor]:
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if args or kwargs:  # of no account to most: RWKV hands on a state
+        if args or kwargs:  # rare: RWKV passes a state
             return plain(x, *args, **kwargs)
         rows, tokens = x.shape[:-1].numel(), forward.tokens  # type: ignore[attr-defined]
-        if rows <= tokens or not torch.is_grad_enabled():
-            return plain(x) if rows <= tokens else _fill(torch.empty_like(x), x, plain, tokens)
+        if rows <= tokens:
+            return plain(x)
+        if not torch.is_grad_enabled():
+            return _fill(torch.empty_like(x), x, plain, tokens)
         trained = [parameter for parameter in mlp.parameters() if parameter.requires_grad]
         anchor = _Anchor(plain, tokens)
         y: Tensor = _Tiles.apply(anchor, x, *trained)
-        # Filled after the operation is on record, as in lora.py: the second run of a checkpointed layer ends with the
-        # last tensor that is saved, which is x unless a norm follows, and each tile is computed once in the backward.
+        # Filled after autograd has recorded the operation, as in lora.py. The second run of a
+        # checkpointed layer ends with the last saved tensor, which is x unless a norm follows, so
+        # each tile is computed once in the backward pass.
         anchor.random_state = _random_state(x.device) if has_dropout else None
         with torch.no_grad():
             return _fill(y, x, plain, tokens)
 
-    forward.equals_plain = True  # type: ignore[attr-defined]  # without it the class's own takes over
-    forward.tokens = tokens  # type: ignore[attr-defined]  # fewer while it is probed on short pairs
+    # Deleting this attribute restores the class's own forward pass.
+    forward.equals_plain = True  # type: ignore[attr-defined]
+    forward.tokens = tokens  # type: ignore[attr-defined]  # the probe lowers it for short pairs
     return forward
 
 
 class _Anchor:
-    """What the backward pass of the tiles needs besides saved tensors."""
+    """What the backward pass of the tiles needs apart from saved tensors."""
 
     def __init__(self, plain: Callable[[Tensor], Tensor], tokens: int) -> None:
         self.plain, self.tokens = plain, tokens
@@ -316,7 +337,7 @@ class _Anchor:
 
 
 class _Tiles(torch.autograd.Function):
-    """An MLP that keeps its input only, and in the backward pass runs again tile by tile."""
+    """An MLP that keeps only its input, and runs again tile by tile in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, anchor: _Anchor, x: Tensor, *trained: Tensor) -> Tensor:
@@ -331,7 +352,7 @@ class _Tiles(torch.autograd.Function):
         x_TD, grad_TD = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         grad_x_TD = torch.empty_like(x_TD)
         sums: list[Tensor | None] = [None] * len(ctx.trained)
-        with _rewound(ctx.anchor.random_state, x.device):
+        with _random_state_set(ctx.anchor.random_state, x.device):
             for start in range(0, len(x_TD), ctx.anchor.tokens):
                 part = slice(start, start + ctx.anchor.tokens)
                 with torch.enable_grad():
@@ -342,9 +363,11 @@ class _Tiles(torch.autograd.Function):
                 )
                 del y
                 grad_x_TD[part] = found[0][0]
-                for i, more in enumerate(found[1:]):
-                    if more is not None:
-                        sums[i] = more if sums[i] is None else sums[i].add_(more)  # type: ignore[union-attr]
+                for i, grad_i in enumerate(found[1:]):
+                    if grad_i is None:
+                        continue
+                    total = sums[i]
+                    sums[i] = grad_i if total is None else total.add_(grad_i)
         return None, grad_x_TD.view(x.shape), *sums
 
 
@@ -356,14 +379,15 @@ def _fill(y: Tensor, x: Tensor, plain: Callable[[Tensor], Tensor], tokens: int) 
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(
-        device
-    ) if device.type == "cuda" else None
+    on_gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return torch.get_rng_state(), on_gpu
 
 
 @contextmanager
-def _rewound(state: tuple[Tensor, Tensor | None] | None, device: torch.device) -> Iterator[None]:
-    """The random state as it was, for a while; None leaves it alone."""
+def _random_state_set(
+    state: tuple[Tensor, Tensor | None] | None, device: torch.device
+) -> Iterator[None]:
+    """Set the random state inside the ``with`` block. None leaves it unchanged."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices, enabled=state is not None):
         if state is not None:
@@ -374,14 +398,16 @@ def _rewound(state: tuple[Tensor, Tensor | None] | None, device: torch.device) -
 
 
 def embed_on_host(embedding: nn.Embedding) -> None:
-    """Keep the input embedding in host memory; the rows of a batch are looked up there and sent to the device."""
+    """Keep the input embedding in host memory.
+
+    The rows of a batch are looked up there and sent to the device.
+    """
     device, plain = embedding.weight.device, embedding.forward
     if device.type == "meta":
         embedding.weight.data = transfer(embedding.weight.data, HOST)
     else:
-        embedding.to(
-            HOST
-        )  # its buffers too: Gemma scales what it looks up; not pinned, for only the CPU reads it
+        # With its buffers: Gemma scales what it looks up. Not pinned: only the CPU reads it.
+        embedding.to(HOST)
 
     def forward(ids: Tensor) -> Tensor:
         ids = transfer(ids, HOST)
@@ -393,6 +419,6 @@ def embed_on_host(embedding: nn.Embedding) -> None:
 
 
 def embed_on_device(embedding: nn.Module, device: torch.device) -> None:
-    """Undo :func:`embed_on_host`: the input embedding is on ``device`` with its own forward pass."""
+    """Undo :func:`embed_on_host`: put the embedding on ``device`` with its own forward pass."""
     vars(embedding).pop("forward", None)
     embedding.to(device)

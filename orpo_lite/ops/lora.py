@@ -1,7 +1,8 @@
-"""A linear layer with LoRA on it as one operation: ``y = x W.T + b + s (x A.T) B.T`` (arXiv 2106.09685, Eq. 3).
+"""A linear layer with LoRA as one operation (arXiv 2106.09685, Eq. 3).
 
-It keeps ``x`` for the backward pass and nothing else, in the dtype of the stream: A and B are float32 masters that are
-cast inside, so no float32 copy of ``x`` is made. The frozen W may be 4-bit: it is dequantised where it is used.
+``y = x W.T + b + s (x A.T) B.T``. It keeps only ``x`` for the backward pass, in the dtype of the
+hidden states: A and B are float32 masters that are cast inside, so no float32 copy of ``x`` is
+made. The frozen W may be 4-bit: it is dequantised where it is used.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ import torch
 from torch import Tensor, nn
 
 Weight = Callable[[], Tensor]
-"""Gives the frozen (O, I) matrix in the stream's dtype. Asked at each use: the tensor may have been replaced."""
+"""Returns the frozen (O, I) matrix in the dtype of the hidden states.
+
+It is called at each use, because the tensor may have been replaced.
+"""
 
 
 def lora_linear(
@@ -25,28 +29,26 @@ def lora_linear(
     weight: Weight,
     bias_O: Tensor | None,
 ) -> Tensor:
-    """``x`` through the frozen layer plus ``dropped``, which is x after the adapter's dropout, through the adapter.
+    """Return ``x`` through the frozen layer plus ``dropped`` through the adapter.
 
     Args:
         x: shape (..., I).
-        dropped: the same tensor where there is no dropout.
-        a_RI: LoRA's A, float32 or the stream's dtype; so ``b_OR``.
-        scale: ``lora_alpha / r``, or what rsLoRA makes of it.
-        weight: gives the frozen matrix.
+        dropped: x after the adapter's dropout; the same tensor if there is no dropout.
+        a_RI: LoRA's A, in float32 or the dtype of the hidden states.
+        b_OR: LoRA's B, like ``a_RI``.
+        scale: ``lora_alpha / r``, or rsLoRA's ``lora_alpha / sqrt(r)``.
+        weight: returns the frozen matrix.
         bias_O: the frozen layer's bias.
 
     Returns:
         Shape (..., O), in the dtype of ``x``.
     """
     y: Tensor = _LoraLinear.apply(x, dropped, a_RI, b_OR, scale, weight)
-    # Filled after the operation is on record: a checkpointed layer that is run again ends with its last saved tensor,
-    # and so never computes an output that only the next layer would read.
+    # Filled after autograd has recorded the operation. A checkpointed layer that runs again ends
+    # with its last saved tensor, so it never computes an output that only the next layer reads.
     with torch.no_grad():
-        y_TO, x_TI, dropped_TI = (
-            y.view(-1, y.shape[-1]),
-            x.reshape(-1, x.shape[-1]),
-            dropped.reshape(-1, x.shape[-1]),
-        )
+        y_TO, x_TI = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+        dropped_TI = dropped.reshape(-1, x.shape[-1])
         w_IO = weight().t()
         if bias_O is None:
             torch.mm(x_TI, w_IO, out=y_TO)
@@ -67,9 +69,8 @@ class _LoraLinear(torch.autograd.Function):
         scale: float,
         weight: Weight,
     ) -> Tensor:
-        ctx.save_for_backward(
-            dropped, a_RI, b_OR
-        )  # x only meets the frozen matrix, whose gradient nobody wants
+        # Not x: it is multiplied only by the frozen matrix, which needs no gradient.
+        ctx.save_for_backward(dropped, a_RI, b_OR)
         ctx.scale, ctx.weight, ctx.same = scale, weight, dropped is x
         return x.new_empty(*x.shape[:-1], b_OR.shape[0])
 
@@ -77,10 +78,8 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         dropped, a_RI, b_OR = ctx.saved_tensors
-        grad_TO, dropped_TI = (
-            grad.reshape(-1, grad.shape[-1]),
-            dropped.reshape(-1, dropped.shape[-1]),
-        )
+        grad_TO = grad.reshape(-1, grad.shape[-1])
+        dropped_TI = dropped.reshape(-1, dropped.shape[-1])
         a, b = a_RI.to(grad.dtype), b_OR.to(grad.dtype)
         inner_TR = (grad_TO @ b).mul_(ctx.scale)
         grad_a = (inner_TR.t() @ dropped_TI).to(a_RI.dtype) if ctx.needs_input_grad[2] else None
@@ -90,9 +89,7 @@ class _LoraLinear(torch.autograd.Function):
         grad_x = grad_dropped = None
         if ctx.needs_input_grad[0]:
             grad_x = grad_TO @ ctx.weight()
-            if (
-                ctx.same
-            ):  # both are one tensor: one gradient, and no second one to be added by autograd
+            if ctx.same:  # one tensor: add both gradients here, so that autograd adds none
                 grad_x.addmm_(inner_TR, a)
             grad_x = grad_x.view(dropped.shape)
         if ctx.needs_input_grad[1] and not ctx.same:
@@ -101,38 +98,41 @@ class _LoraLinear(torch.autograd.Function):
 
 
 def fuse_lora(model: nn.Module) -> list[str]:
-    """Let every LoRA layer of ``model`` that can compute as :func:`lora_linear`; returns the names of the others.
+    """Make the LoRA layers of ``model`` compute as :func:`lora_linear` where they can.
 
-    Others keep peft's own forward: DoRA, and layers whose matrix is neither a plain nor a 4-bit linear one (GPT-2's
-    Conv1D) or computes in another dtype than the stream's.
+    Return the names of the others, which keep peft's own forward pass: DoRA, and layers whose
+    matrix is neither a plain nor a 4-bit linear one (GPT-2's Conv1D) or computes in another dtype
+    than the hidden states.
     """
     from peft.tuners.lora import LoraLayer
 
-    left = []
+    unfused = []
     for name, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
         weight = frozen_weight(layer.base_layer)
         if weight is None or layer.lora_variant or len(layer.lora_A) != 1:
-            left.append(name)
+            unfused.append(name)
         else:
             layer.forward = _fused(layer, weight, layer.forward)
-    return left
+    return unfused
 
 
 FEW_ROWS = 64
-"""Rows up to which a 4-bit matrix is multiplied by bitsandbytes' fused kernel where no gradient is asked.
+"""Up to so many rows, without gradients, bitsandbytes' fused kernel multiplies a 4-bit matrix.
 
-To dequantise it costs the same for one row as for thousands: 30 GB of traffic for each token that a 7B writes.
+Dequantising costs the same for one row as for thousands: 30 GB of traffic for each token that a 7B
+model generates.
 """
 
 GEMM_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def decode_linear(x: Tensor, layer: Any, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:
-    """``x`` through a 4-bit layer and an adapter, for few rows and without gradients: see :func:`lora_linear`.
+    """Return ``x`` through a 4-bit layer and an adapter, for few rows and without gradients.
 
-    bitsandbytes chooses its kernel by card and shape, and dequantises where that is faster.
+    See :func:`lora_linear`. bitsandbytes chooses its kernel by GPU and shape, and dequantises where
+    that is faster.
     """
     import bitsandbytes as bnb
 
@@ -142,10 +142,12 @@ def decode_linear(x: Tensor, layer: Any, a_RI: Tensor, b_OR: Tensor, scale: floa
 
 
 def frozen_weight(layer: nn.Module) -> Weight | None:
-    """How to get the matrix of a linear layer, dequantised where it is in 4 bit; None for any other kind of layer."""
-    if (
-        getattr(layer, "source_cls", nn.Linear) is not nn.Linear
-    ):  # transformers notes what it has replaced
+    """Return a function that gives the matrix of a linear layer, or None for other layer types.
+
+    A 4-bit matrix is dequantised.
+    """
+    # transformers notes in source_cls which layer it has replaced.
+    if getattr(layer, "source_cls", nn.Linear) is not nn.Linear:
         return None
     if type(layer) is nn.Linear:
         return lambda: layer.weight
@@ -157,16 +159,15 @@ def frozen_weight(layer: nn.Module) -> Weight | None:
             matrix_OI: Tensor = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
             return matrix_OI
 
-        return dequantised if layer.compute_dtype in (None, _stream_dtype(layer)) else None
+        return dequantised if layer.compute_dtype in (None, _used_dtype(layer)) else None
     return None
 
 
-def _stream_dtype(layer: Any) -> torch.dtype:
-    """The dtype of a layer's matrix when it is used: mostly that of the stream."""
+def _used_dtype(layer: Any) -> torch.dtype:
+    """Return the dtype of a layer's matrix when it is used: mostly that of the hidden states."""
     weight = layer.weight
-    dtype: torch.dtype = (
-        weight.quant_state.dtype if hasattr(weight, "quant_state") else weight.dtype
-    )
+    is_quantised = hasattr(weight, "quant_state")
+    dtype: torch.dtype = weight.quant_state.dtype if is_quantised else weight.dtype
     return dtype
 
 
@@ -177,7 +178,7 @@ def _fused(layer: Any, weight: Weight, plain: Callable[..., Tensor]) -> Callable
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         off = layer.disable_adapters or layer.merged or name not in layer.active_adapters
-        if off or args or kwargs or x.dtype != _stream_dtype(layer.base_layer):
+        if off or args or kwargs or x.dtype != _used_dtype(layer.base_layer):
             return plain(x, *args, **kwargs)
         is_dropping = layer.training and not isinstance(dropout, nn.Identity)
         is_few = x.shape[:-1].numel() <= FEW_ROWS and x.dtype in GEMM_DTYPES
@@ -188,5 +189,6 @@ def _fused(layer: Any, weight: Weight, plain: Callable[..., Tensor]) -> Callable
             x, dropped, a.weight, b.weight, layer.scaling[name], weight, layer.base_layer.bias
         )
 
-    forward.equals_plain = True  # type: ignore[attr-defined]  # without it the class's own takes over
+    # Deleting this attribute restores the class's own forward pass.
+    forward.equals_plain = True  # type: ignore[attr-defined]
     return forward

@@ -1,4 +1,4 @@
-"""Attention on meta, for kernels that cannot run there: what they return, keep and allocate."""
+"""Attention on meta for kernels that cannot run there: what they return, keep and allocate."""
 
 from __future__ import annotations
 
@@ -9,48 +9,49 @@ from torch import Tensor
 
 
 class MetaAttention(torch.autograd.Function):
-    """On meta: what a kernel without scores returns, keeps and needs for itself, for kernels that cannot run there."""
+    """What a kernel that never holds scores returns, keeps and allocates, on the meta device."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: int) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: int, padding: int
+    ) -> Tensor:
         out = query.new_empty(*query.shape[:-1], value.shape[-1])
-        ctx.save_for_backward(
-            query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32)
-        )
-        ctx.segments = segments
+        lse = query.new_empty(padding, *query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.segments, ctx.padding = segments, padding
         return out
 
     @staticmethod
     def backward(ctx: Any, *_grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value = ctx.saved_tensors[:3]
-        workspace = (
-            varlen_workspace(query, key, value, ctx.segments)
-            if ctx.segments
-            else _workspace(query, key, value)
-        )
+        if ctx.segments:
+            workspace = varlen_workspace(query, key, value, ctx.segments)
+        else:
+            workspace = _workspace(query, key, value, ctx.padding)
         grads = [torch.empty_like(tensor) for tensor in (query, key, value)]
-        del workspace  # it lives until the gradients are there
-        return *grads, None
+        del workspace  # kernels free it when the gradients exist
+        return *grads, None, None
 
 
-MULTIPROCESSORS = (
-    192  # more than any card has; only a deterministic kernel's workspace grows with them
-)
+MULTIPROCESSORS = 192
+"""More than any GPU has. Only the workspace of deterministic kernels grows with them."""
 
 
 def varlen_workspace(query: Tensor, key: Tensor, value: Tensor, segments: int) -> list[Tensor]:
-    """What FlashAttention 2 allocates for the backward pass of sequences laid end to end.
+    """Return what FlashAttention 2 allocates for the backward pass of sequences laid end to end.
 
-    From ``mha_varlen_bwd`` in torch's flash_attn/flash_api.cpp, and the same in the package flash-attn: the sum of the
-    queries' gradient (``dq_accum``) and one number a query and head (``softmax_d``), both float32 and with 128 rows
-    more a sequence; the gradients of keys and values for each query head where heads share them. The deterministic
-    kernel has several sums, the more the fewer sequences there are: enough for any row of so many or fewer.
+    From ``mha_varlen_bwd`` in torch's flash_attn/flash_api.cpp; the flash-attn package does the
+    same. It allocates the sum of the queries' gradient (``dq_accum``) and one number per query and
+    head (``softmax_d``), both float32 and with 128 more rows per sequence. Where heads share keys
+    and values, it also allocates their gradients for each query head. The deterministic kernel has
+    several sums, more for fewer sequences: the size returned is enough for any row of at most this
+    many sequences.
 
     Args:
         query: shape (T, H, E).
         key: shape (S, K, E).
-        value: as ``key``.
-        segments: how many sequences.
+        value: like ``key``.
+        segments: number of sequences.
     """
     tokens, heads, width = query.shape
     wide = _round_up(width, 32 if width <= 128 else 64)
@@ -70,17 +71,20 @@ def varlen_workspace(query: Tensor, key: Tensor, value: Tensor, segments: int) -
     return made
 
 
-def _workspace(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
-    """What other kernels allocate for the backward pass, shapes (B, H, T, E).
+def _workspace(query: Tensor, key: Tensor, value: Tensor, padding: int) -> list[Tensor]:
+    """Return what other kernels allocate for the backward pass, shapes (B, H, T, E).
 
-    The queries' gradient is summed in float32. In half precision with heads of more than 64 the memory-efficient kernel
-    sums the keys' and values' so too (``kOutputInRF`` in torch's mem_eff_attention/kernel_backward.h).
+    The queries' gradient is summed in float32. In half precision with heads larger than 64, the
+    memory-efficient kernel sums those of keys and values in float32 too (``kOutputInRF`` in
+    torch's mem_eff_attention/kernel_backward.h). Rows of sequences of different lengths are padded:
+    there are up to ``padding`` times as many.
     """
-    made = [query.new_empty(query.shape, dtype=torch.float32)]
+    made = [query.new_empty(padding, *query.shape, dtype=torch.float32)]
     if (group := query.shape[1] // key.shape[1]) > 1:
         made += [tensor.new_empty(group * tensor.numel()) for tensor in (key, value)]
     elif query.dtype != torch.float32 and query.shape[-1] > 64:
-        made += [tensor.new_empty(tensor.shape, dtype=torch.float32) for tensor in (key, value)]
+        sums = [(padding, *tensor.shape) for tensor in (key, value)]
+        made += [query.new_empty(shape, dtype=torch.float32) for shape in sums]
     return made
 
 
@@ -89,9 +93,19 @@ def _round_up(number: int, step: int) -> int:
 
 
 def meta_flash_attention(query: Tensor, key: Tensor, value: Tensor, segments: int = 0) -> Tensor:
-    """What a kernel that never holds scores makes of queries, keys and values, on meta: see :class:`MetaAttention`.
+    """Run a kernel that never holds scores on meta tensors: see :class:`MetaAttention`.
 
-    ``segments`` is how many sequences lie end to end, for FlashAttention; 0 for kernels that take one at a time.
+    ``segments`` is the number of sequences laid end to end, for FlashAttention. It is 0 for kernels
+    that take one sequence at a time.
     """
-    out: Tensor = MetaAttention.apply(query, key, value, segments)
+    out: Tensor = MetaAttention.apply(query, key, value, segments, 1)
+    return out
+
+
+def meta_padded_attention(query: Tensor, key: Tensor, value: Tensor, padding: int) -> Tensor:
+    """Run the memory-efficient kernel on meta tensors (T, H, E), in which heads share nothing.
+
+    ``padding`` bounds the rows of its sequences padded to the longest one, over those they have.
+    """
+    out: Tensor = MetaAttention.apply(query, key, value, 0, padding)
     return out

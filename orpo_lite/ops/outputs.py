@@ -1,4 +1,4 @@
-"""PairLogps: what a model says of pairs, and all that an objective reads."""
+"""PairLogps: the log-probabilities of pairs, which are all that an objective reads."""
 
 from typing import NamedTuple
 
@@ -7,18 +7,18 @@ from torch import Tensor
 
 
 class PairLogps(NamedTuple):
-    """Log-probabilities of P pairs; everything that a loss on them needs, nothing it does not."""
+    """Log-probabilities of P pairs: all that a loss on them needs."""
 
     chosen_P: Tensor
     """Mean log-probability of the chosen response's tokens, Eq. 3; float32 or float64."""
     rejected_P: Tensor
     """The same of the rejected response."""
     nll_P: Tensor
-    """Negative log-likelihood of the counted tokens of the chosen sequence, summed (not averaged)."""
+    """Negative log-likelihood of the chosen sequence's counted tokens, summed (not averaged)."""
     nll_tokens_P: Tensor
-    """How many tokens that sum counts."""
+    """Number of tokens in that sum."""
 
 
 def at_least_float32(values: Tensor) -> Tensor:
-    """float64 stays, any other dtype becomes float32."""
+    """Return float64 unchanged, any other dtype as float32."""
     return values if values.dtype == torch.float64 else values.float()

@@ -1,4 +1,4 @@
-"""The memory settings of a training, by a plan for the GPU that it runs on."""
+"""Choose the memory settings of a training, by a plan for its GPU."""
 
 from collections.abc import Collection, Generator
 from pathlib import Path
@@ -22,32 +22,32 @@ PLAN = "plan.json"
 def choose_memory(
     recipe: Recipe, inputs: Inputs, path: Path, processes: Processes, changed: Collection[str] = ()
 ) -> Generator[Update, None, tuple[Recipe, dict[str, Any]]]:
-    """Return the recipe with the memory settings of a plan, and what plan.json is to hold.
+    """Return the recipe with the memory settings of a plan, and the content of plan.json.
 
-    Without a GPU and a budget no plan is made: the recipe as it is, and {}.
+    Without a GPU and without a budget no plan is made: it returns the recipe unchanged, and {}.
 
-    A run that goes on keeps the settings that it began with, if they still fit: its bits depend on them. It is planned
-    anew where a key of ``memory`` is among those ``changed``.
+    A resumed run keeps the settings that it began with, if they still fit: its bits depend on them.
+    It is planned again if a key of ``memory`` is in ``changed``.
     """
     device, wanted = processes.device, recipe.memory.budget_bytes
-    own = local_gpu(device.index or 0) if device.type == "cuda" else None
-    budget = memory_budget(wanted, own)
+    local = local_gpu(device.index or 0) if device.type == "cuda" else None
+    budget = memory_budget(wanted, local)
     if budget is None:
         return recipe, {}
     budget = processes.smallest(budget)  # one plan for all processes
-    if own and wanted and wanted > own.free:
+    if local and wanted and wanted > local.free:
         yield Update(
             "note",
-            f"memory.budget={recipe.memory.budget}, and {gib(own.free)} are free on the card",
+            f"memory.budget={recipe.memory.budget}, but only {gib(local.free)} of the GPU are free",
         )
-    gpu = own.gpu if own else None
+    gpu = local.gpu if local else None
     before = read_json(path / PLAN) if (path / PLAN).is_file() else {}
-    is_asked = any(key.startswith("memory.") for key in changed)
+    is_changed = any(key.startswith("memory.") for key in changed)
     still_fits = bool(before) and before["needed_bytes"] <= budget
-    if still_fits and not is_asked:
+    if still_fits and not is_changed:
         return recipe.with_memory(before["levers"]), {}
     if before:
-        why = "is not what is asked for now" if still_fits else "does not fit any more"
+        why = "is not for the memory settings asked for now" if still_fits else "no longer fits"
         yield Update(
             "note", f"the plan that the run began with {why}: bits may differ from here on"
         )
@@ -56,11 +56,9 @@ def choose_memory(
     try:
         found = fit(recipe, inputs.base.config, lengths, device_kind(device), budget, gpu)
     except MODEL_CODE_ERRORS as error:
-        yield Update(
-            "note",
-            f"{no_plan(inputs.base.name, error).found}: the levers of memory stay as they are",
-        )
+        reason = no_plan(inputs.base.name, error).found
+        yield Update("note", f"{reason}: the memory settings of the recipe are used")
         return recipe, {}
-    for sentence in found.sentences(own.others if own else 0):
+    for sentence in found.sentences(local.others if local else 0):
         yield Update("note", sentence)
-    return recipe.with_memory(found.levers), found.to_json()
+    return recipe.with_memory(found.settings), found.to_json()

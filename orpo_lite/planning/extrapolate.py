@@ -1,4 +1,4 @@
-"""What a choice of levers needs, and how long it takes, for any number of layers: from steps of a few of them."""
+"""Extrapolate memory and time of a step to any number of layers, from steps of a few layers."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -11,24 +11,26 @@ from orpo_lite.planning.on_meta import Triples
 from orpo_lite.planning.route import PlannedRoute, with_layers
 from orpo_lite.recipe.schema import Recipe
 
-PCIE = 25e9  # bytes a second that version 4 carries over 16 lanes
-REACHED = 0.6  # of what a card's data sheet promises, for the estimate of time
+PCIE = 25e9  # bytes per second of version 4 over 16 lanes
+REACHED = 0.6  # share of a GPU's data sheet speed that the estimate of time assumes
 
 
 def seconds(work: Mapping[tuple[int, int], int], sent: int, gpu: Gpu) -> float:
-    """Each operator takes as long as its FLOPs or its bytes do, whichever is more (the roofline model).
+    """Return the estimated seconds of operators (the roofline model).
 
-    What goes to host memory and back is added as if nothing were computed meanwhile.
+    Each operator takes as long as its FLOPs or its bytes do, whichever is more. Copies to host
+    memory and back are added as if nothing were computed meanwhile.
     """
     bounds = (count * max(f / gpu.flops, b / gpu.bandwidth) for (f, b), count in work.items())
     return sum(bounds) / REACHED + 2 * sent / PCIE
 
 
 class LayerExtrapolation:
-    """What a choice of levers needs with ``kept`` layers un-checkpointed, from steps of two to five layers.
+    """Memory and time of one choice of memory settings, with ``kept`` un-checkpointed layers.
 
-    A step is largest where a checkpointed layer runs again, or where the backward pass begins and all is held that the
-    layers have kept. Either grows by so much a layer.
+    It measures steps of two to five layers. A step is largest where a checkpointed layer runs
+    again, or at the start of the backward pass, where everything that layers keep is held. Either
+    grows by a fixed number of bytes per layer.
     """
 
     def __init__(
@@ -48,7 +50,8 @@ class LayerExtrapolation:
             return measure(chosen, with_layers(config, layers), triples, kind, planned, models)
 
         self._small, self._on_device = small, on_device
-        # Offload holds an input until its copy is done, two layers later: only then do all layers add the same.
+        # Offload holds an input until its copy is done, two layers later. Only then do all layers
+        # add the same.
         self._few = few = 3 if recipe.memory.checkpoint_offload is True else 2
         self._two, self._three = small(few, 0), small(few + 1, 0)
         self.checkpoint = self._three.peak - self._two.peak
@@ -60,9 +63,11 @@ class LayerExtrapolation:
 
     @cached_property
     def _all_kept(self) -> StepMemory:
-        """Where the first layer too keeps all: its input, the embedding, needs no gradient, and it keeps less.
+        """The step in which all layers, including the first one, keep everything.
 
-        Nothing goes to host memory then, so the step is that of ``on_device``, the same choice without offload.
+        The first layer keeps less, because its input, the embedding, needs no gradient. Nothing
+        goes to host memory in this step, so it is that of ``on_device``, the same choice without
+        offload.
         """
         return self._on_device._all_kept if self._on_device else self._small(3, 3)
 
@@ -73,22 +78,19 @@ class LayerExtrapolation:
         return more.peak - fewer.peak
 
     def peak(self, layers: int, kept: int) -> int:
-        """Bytes of a step besides what is held."""
+        """Return the bytes of a step in addition to those that are always held."""
         recomputing = self._two.peak + (layers - kept - self._few) * self.checkpoint
         if not kept:
             return recomputing
         if kept == layers:
             return self._all_kept.peak + (layers - 3) * self.layer
         fewer, _ = self._kept
-        return max(
-            recomputing,
-            fewer.peak
-            + (kept - 2) * self.layer
-            + (layers - kept - self._few + 1) * self.checkpoint,
-        )
+        checkpointed = layers - kept - self._few + 1
+        backward = fewer.peak + (kept - 2) * self.layer + checkpointed * self.checkpoint
+        return max(recomputing, backward)
 
     def work(self, layers: int, kept: int) -> Counter[tuple[int, int]]:
-        """The operators of such a step."""
+        """Return the operators of such a step."""
         total = Counter(self._two.work)
         parts = [(self._two.work, self._three.work, layers - kept - self._few)]
         if kept:
@@ -101,11 +103,11 @@ class LayerExtrapolation:
 
     @property
     def tokens_per_pair(self) -> float:
-        """Of the forward pass that was planned."""
+        """Tokens per pair in the planned forward pass."""
         return self._two.tokens / self._two.pairs
 
     def seconds_per_token(self, layers: int, kept: int, gpu: Gpu) -> float:
-        """An estimate, from the card's data sheet."""
-        a_layer = self._three.sent - self._two.sent
-        sent = self._two.sent + (layers - kept - self._few) * a_layer
+        """Return an estimate, from the GPU's data sheet."""
+        sent_by_layer = self._three.sent - self._two.sent
+        sent = self._two.sent + (layers - kept - self._few) * sent_by_layer
         return seconds(self.work(layers, kept), sent, gpu) / self._two.tokens

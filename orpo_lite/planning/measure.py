@@ -1,4 +1,4 @@
-"""The real step on the meta device, without weights, counted: what it holds, by part, and what it computes."""
+"""Measure the real step on the meta device, without weights: what it holds and computes."""
 
 import math
 from collections import Counter
@@ -20,14 +20,14 @@ from orpo_lite.data.packing import (
 )
 from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.model.load import bare_pair_model, choose_dtype
-from orpo_lite.model.memory import NO_LEVERS, with_levers
+from orpo_lite.model.memory import NO_MEMORY_SETTINGS, with_memory_settings
 from orpo_lite.model.optimizer import state_bytes
 from orpo_lite.model.pair_model import PairModel
 from orpo_lite.objectives.objective import find_objective
-from orpo_lite.ops.attention import forget_rows
 from orpo_lite.ops.devices import META, is_on_host
-from orpo_lite.planning.meter import LiveBytes, allocated
-from orpo_lite.planning.on_meta import Triples, blank_pairs, held_tensors, without_values
+from orpo_lite.ops.segments import clear_row_caches
+from orpo_lite.planning.meter import LiveBytes, allocated_bytes
+from orpo_lite.planning.on_meta import Triples, blank_pairs, held_tensors, patched_for_meta
 from orpo_lite.planning.route import PlannedRoute, find_route
 from orpo_lite.recipe.schema import Recipe
 
@@ -39,17 +39,17 @@ class StepMemory:
     held: Mapping[str, int]
     """Bytes that stay on the device through all steps, by part."""
     peak: int
-    """Bytes that the pass holds besides, at its peak."""
+    """Bytes that the pass holds in addition, at its peak."""
     parts: Mapping[str, int]
-    """Those by the phase that made them."""
+    """The bytes of ``peak`` by the phase that allocated them."""
     host: int
     """Bytes in host memory at their peak."""
     work: Counter[tuple[int, int]]
-    """(FLOPs, bytes moved) of each operator, and how often it ran; attention's own FLOPs as one entry."""
+    """How often operators ran, by (FLOPs, bytes moved). Attention's own FLOPs are one entry."""
     sent: int
-    """Bytes that went to host memory, to come back."""
+    """Bytes that were copied to host memory. They are copied back later."""
     paged: int
-    """Of the optimizer's states, those that the driver may move to host memory."""
+    """Bytes of the optimizer's states that the driver may move to host memory."""
     tokens: int
     pairs: int
     weights: int
@@ -57,7 +57,7 @@ class StepMemory:
     loading: int
     """Bytes on the device while the base is loaded."""
     notes: tuple[str, ...]
-    """What the person should know of this model's step, a line each."""
+    """What the user should know of this model's step, one line each."""
 
     @property
     def total(self) -> int:
@@ -65,14 +65,15 @@ class StepMemory:
         return sum(self.held.values()) + self.peak
 
 
-def heaviest(
+def heaviest_pairs(
     recipe: Recipe, triples: Triples, batching: Batching, *, in_one_row: bool
 ) -> list[TokenizedPair]:
-    """Pairs that need no less memory than any micro-batch of a training on pairs of these lengths.
+    """Return pairs that need at least the memory of any micro-batch of pairs of these lengths.
 
-    In one row memory grows with the tokens, with the segments (FlashAttention adds 128 rows for each) and with the
-    tokens of the prefixes (keys and values are repeated behind them): each of the three is the most that a micro-batch
-    can have. Where each sequence goes by itself, the longest pairs count, and others that may fit beside them.
+    In one row memory grows with the tokens, with the segments (FlashAttention adds 128 rows for
+    each) and with the tokens of the prefixes (keys and values are repeated after them). Each of the
+    three is the maximum that a micro-batch can have. Where each sequence goes alone, the longest
+    pairs count, and others that may fit with them.
     """
     most = recipe.training.global_batch_size
     if not (batching.packed and in_one_row):
@@ -83,9 +84,8 @@ def heaviest(
     ordered = np.sort(tokens)
     total = max(int(ordered[-1]), min(batching.tokens, int(ordered[-most:].sum())))
     pairs = max(1, min(most, int((ordered.cumsum() <= total).sum())))
-    shared = np.argsort(
-        -prefixes / tokens, kind="stable"
-    )  # a knapsack that may hold a part of its last pair
+    # A knapsack that may hold a part of its last pair.
+    shared = np.argsort(-prefixes / tokens, kind="stable")
     before = np.minimum(tokens[shared].cumsum(), total)
     prefix = int((np.diff(before, prepend=0) * (prefixes / tokens)[shared]).sum())
     prefix = min(prefix, int(np.sort(prefixes)[-most:].sum()), total - 2 * pairs)
@@ -100,31 +100,37 @@ def _longest_pairs(triples: Triples, most: int, batching: Batching) -> list[Toke
     pairs = blank_pairs(triples[np.argsort(-lengths, kind="stable")[:most]])
     chunks = [[pairs[index] for index in chunk] for chunk in micro_batches(pairs, batching)]
     largest = max(chunks, key=lambda chunk: _tokens(chunk, batching))
-    room = min(batching.tokens, _tokens(pairs, batching)) - _tokens(largest, batching)
-    if batching.packed and room > 3 and len(largest) < (batching.pairs or len(pairs)):
-        largest = [*largest, *blank_pairs(np.array([[0, room // 2, room - room // 2]]))]
+    free_tokens = min(batching.tokens, _tokens(pairs, batching)) - _tokens(largest, batching)
+    has_free_pair = len(largest) < (batching.pairs or len(pairs))
+    if batching.packed and free_tokens > 3 and has_free_pair:
+        half = free_tokens // 2
+        largest = [*largest, *blank_pairs(np.array([[0, half, free_tokens - half]]))]
     return largest
 
 
 def _tokens(pairs: Sequence[TokenizedPair], batching: Batching) -> int:
-    """Tokens of a forward pass, padding among them."""
+    """Return the tokens of a forward pass, with padding."""
     if batching.packed:
         return sum(packed_tokens(pair, share=batching.share) for pair in pairs)
     return 2 * len(pairs) * max(max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs)
 
 
 class MetaModels:
-    """The models on meta of one recipe and configuration: one for each number of layers, with the latest levers."""
+    """The models on meta of one recipe and configuration, one for each number of layers."""
 
     def __init__(self) -> None:
-        self._made: dict[int, PairModel] = {}
+        self._models: dict[int, PairModel] = {}
 
     def get(self, recipe: Recipe, config: Any, dtype: torch.dtype) -> PairModel:
-        """Return the model with the recipe's levers. One that was given out before is not to be used any more."""
+        """Return the model with the recipe's memory settings.
+
+        A model of as many layers that was returned earlier must not be used any more.
+        """
         layers = int(config.get_text_config().num_hidden_layers)
-        if layers not in self._made:
-            self._made[layers] = bare_pair_model(recipe.with_memory(NO_LEVERS), config, dtype)
-        return with_levers(self._made[layers], recipe)
+        if layers not in self._models:
+            plain = recipe.with_memory(NO_MEMORY_SETTINGS)
+            self._models[layers] = bare_pair_model(plain, config, dtype)
+        return with_memory_settings(self._models[layers], recipe)
 
 
 def measure(
@@ -135,18 +141,18 @@ def measure(
     planned: PlannedRoute | None = None,
     models: MetaModels | None = None,
 ) -> StepMemory:
-    """The heaviest micro-batch of a recipe through its model, on meta.
+    """Run the heaviest micro-batch of a recipe through its model, on meta.
 
     Args:
-        recipe: with the levers to measure.
-        config: the base's, transformers'.
+        recipe: with the memory settings to measure.
+        config: transformers' configuration of the base.
         triples: lengths of the pairs.
-        kind: of the device that is meant: see :func:`orpo_lite.ops.attention.device_kind`.
-        planned: how pairs go through the model; found out where it is not given.
-        models: those of earlier steps of the recipe.
+        kind: kind of the device to plan for: see :func:`orpo_lite.ops.devices.device_kind`.
+        planned: how pairs go through the model; found if not given.
+        models: models of earlier steps of the recipe.
     """
     planned = planned or find_route(recipe, config, triples, kind)
-    if kind == "cpu":  # its memory is the host's, and these move nothing
+    if kind == "cpu":  # its memory is host memory, and these settings move nothing
         recipe = recipe.with_memory({"checkpoint_offload": False, "embedding_on_cpu": False})
     model = (models or MetaModels()).get(recipe, config, choose_dtype(recipe.model.dtype, kind))
     planned.apply(model, kind)
@@ -154,35 +160,36 @@ def measure(
     gradients = [parameter.new_empty(parameter.shape) for parameter in trained]
     for parameter, gradient in zip(trained, gradients, strict=True):
         parameter.grad = gradient
-    standing, paged = standing_bytes(model, recipe)
+    resident, paged = resident_bytes(model, recipe)
     batching, objective = model.batching(recipe, pad_id=0), find_objective(recipe.loss)
-    pairs = heaviest(recipe, triples, batching, in_one_row=model.route in ("shared", "packed"))
+    is_one_row = model.route in ("shared", "packed")
+    pairs = heaviest_pairs(recipe, triples, batching, in_one_row=is_one_row)
     known = [tensor for tensors in held_tensors(model).values() for tensor in tensors] + gradients
-    forget_rows()
+    clear_row_caches()
     with (
-        without_values(),
-        _kernels_of(recipe),
+        patched_for_meta(),
+        _deterministic_kernels(recipe.training.full_determinism),
         LiveBytes(known) as meter,
-        phases(model.backbone, meter),
+        track_phases(model.backbone, meter),
     ):
         batch = make_batch(pairs, batching).to(META)
         logps = model(batch)
         loss, _ = objective.loss(logps, objective.divisors(pairs))
         meter.phase = "backward pass"
         loss.backward()  # type: ignore[no-untyped-call]
-    unseen = int(_attention_flops(model, recipe, batch) * planned.unseen)
-    work = meter.work + Counter({(unseen, 0): 1})
+    uncounted = int(_attention_flops(model, recipe, batch) * planned.uncounted)
+    work = meter.work + Counter({(uncounted, 0): 1})
     return StepMemory(
-        held=standing,
+        held=resident,
         peak=meter.peak,
         parts={name: size for name, size in meter.peak_by_phase.items() if size},
-        host=meter.host_peak + moved_bytes(model),
+        host=meter.host_peak + offloaded_embedding_bytes(model),
         work=work,
         sent=meter.sent,
         paged=paged,
         tokens=_tokens(pairs, batching),
         pairs=len(pairs),
-        loading=loading_bytes(model, standing),
+        loading=loading_bytes(model, resident),
         weights=sum(
             _elements(parameter) for parameter in model.parameters() if not parameter.requires_grad
         ),
@@ -191,51 +198,64 @@ def measure(
 
 
 @contextmanager
-def _kernels_of(recipe: Recipe) -> Iterator[None]:
-    """Deterministic kernels where the recipe asks for them: attention's needs more memory."""
+def _deterministic_kernels(active: bool) -> Iterator[None]:
+    """Use deterministic kernels if ``active``: those of attention need more memory."""
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(recipe.training.full_determinism)
+    torch.use_deterministic_algorithms(active)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
 
 
-LOADERS = 4  # threads of transformers.core_model_loading, each with a 16-bit tensor on its way to be quantised
+LOADERS = 4
+"""Threads of transformers.core_model_loading, each with a 16-bit tensor that will be quantised."""
 
 
-def standing_bytes(model: Any, recipe: Recipe) -> tuple[dict[str, int], int]:
-    """What stays on the device through all steps, by part; and of the optimizer's states, those that are paged."""
-    sizes = {name: sum(map(rounded, tensors)) for name, tensors in held_tensors(model).items()}
+def resident_bytes(model: Any, recipe: Recipe) -> tuple[dict[str, int], int]:
+    """Return the bytes that stay on the device through all steps, by part.
+
+    And the bytes of the optimizer's states that are paged.
+    """
+    tensors_by_part = held_tensors(model)
+    sizes = {name: sum(map(storage_bytes, tensors)) for name, tensors in tensors_by_part.items()}
     states, paged = state_bytes(
         recipe, [parameter for parameter in model.parameters() if parameter.requires_grad]
     )
     return sizes | {"gradients": sizes["adapter"], "optimizer": states + paged}, paged
 
 
-def moved_bytes(model: PairModel) -> int:
-    """The input embedding where it is in host memory."""
+def offloaded_embedding_bytes(model: PairModel) -> int:
+    """Return the bytes of the input embedding if it is in host memory, else 0."""
     embedding = model.causal.get_input_embeddings().weight
-    return rounded(embedding) if is_on_host(embedding) else 0
+    return storage_bytes(embedding) if is_on_host(embedding) else 0
 
 
-def loading_bytes(model: PairModel, standing: Mapping[str, int]) -> int:
-    """While the base is loaded: all of it, an embedding that goes to the host later, and what is on its way."""
+def loading_bytes(model: PairModel, resident: Mapping[str, int]) -> int:
+    """Return the bytes on the device while the base is loaded.
+
+    These are the whole base, an embedding that goes to the host later, and tensors that are about
+    to be quantised.
+    """
     quantised = [
         _elements(parameter)
         for parameter in model.parameters()
         if hasattr(parameter, "quant_state")
     ]
-    on_its_way = LOADERS * 2 * max(quantised, default=0)
-    return standing["base"] + standing["embeddings, head, norms"] + moved_bytes(model) + on_its_way
+    unquantised_bytes = LOADERS * 2 * max(quantised, default=0)
+    base = resident["base"] + resident["embeddings, head, norms"]
+    return base + offloaded_embedding_bytes(model) + unquantised_bytes
 
 
 @contextmanager
-def phases(backbone: Any, meter: LiveBytes) -> Iterator[None]:
-    """Say to the meter what is being done: the batch, the layers of ``backbone``, then the head and the loss."""
+def track_phases(backbone: Any, meter: LiveBytes) -> Iterator[None]:
+    """Set the meter's phase: the batch, the layers of ``backbone``, then head and loss."""
 
     def set_phase(name: str) -> Any:
-        return lambda *_: setattr(meter, "phase", name)
+        def hook(*_: Any) -> None:
+            meter.phase = name
+
+        return hook
 
     meter.phase = "batch"
     hooks = [
@@ -250,9 +270,10 @@ def phases(backbone: Any, meter: LiveBytes) -> Iterator[None]:
 
 
 def _attention_flops(model: PairModel, recipe: Recipe, batch: Batch) -> int:
-    """Of all layers: 4 a causal cell and head dimension, 2.5 times that backward, once more where one is checkpointed.
+    """Return the FLOPs of attention in all layers.
 
-    What a window hides is counted too.
+    4 per causal cell and head dimension, 2.5 times that in the backward pass, once more for each
+    checkpointed layer. Cells that a window hides are counted too.
     """
     if isinstance(batch, PackedPairs):
         cells = sum((b - a) * (b - a + 1) // 2 + (b - a) * (d - c) for a, b, c, d in batch.segments)
@@ -265,9 +286,9 @@ def _attention_flops(model: PairModel, recipe: Recipe, batch: Batch) -> int:
     return int(4 * heads * size * cells * (3.5 * layers + recipe.memory.checkpointed(layers)))
 
 
-def rounded(tensor: Any) -> int:
-    """Bytes of a tensor's storage as the allocator hands them out."""
-    return allocated(tensor.untyped_storage())
+def storage_bytes(tensor: Any) -> int:
+    """Return the bytes of a tensor's storage, rounded as the allocator rounds them."""
+    return allocated_bytes(tensor.untyped_storage())
 
 
 def _elements(parameter: Any) -> int:

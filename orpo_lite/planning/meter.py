@@ -1,4 +1,4 @@
-"""Counts what a step holds and does: a mode that follows every storage, and what each operator reads and computes."""
+"""Count what a step holds and computes: follow every storage and the work of every operator."""
 
 from __future__ import annotations
 
@@ -16,49 +16,45 @@ from torch.utils.flop_counter import flop_registry
 
 from orpo_lite.ops.devices import is_on_host, making_host_memory, mark_as_host
 
-ROUNDING = 512  # bytes: torch's CUDA allocator hands out no less
-UNTOUCHED = {
-    "empty",
-    "empty_like",
-    "empty_strided",
-    "new_empty",
-    "new_empty_strided",
-}  # they make, and write nothing
+ROUNDING = 512  # bytes: the smallest unit of torch's CUDA allocator
+# Operators that allocate and write nothing.
+UNTOUCHED = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 
 
-def allocated(storage: torch.UntypedStorage) -> int:
-    """Bytes that the allocator hands out for it."""
+def allocated_bytes(storage: torch.UntypedStorage) -> int:
+    """Return the bytes that the allocator reserves for a storage."""
     return -(-storage.nbytes() // ROUNDING) * ROUNDING
 
 
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all storages that operators return, while they live.
 
-    Storages that are there before (weights) are to be named in ``known``, else they would count at their first use.
-    What a kernel allocates for itself and gives back is invisible, as are views. Sizes are rounded up to 512 bytes.
+    Storages that exist before (weights) must be named in ``known``, or they count at their first
+    use. Views do not count, and neither does what a kernel allocates and frees itself. Sizes are
+    rounded up to 512 bytes.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.live = 0
-        """Bytes alive now, besides the known ones."""
+        """Bytes alive now, without the known ones."""
         self.peak = 0
-        """The most that were alive at once."""
+        """The most bytes that were alive at once."""
         self.phase = ""
-        """What is being done: whoever runs the step says so."""
+        """The phase of the step; the caller sets it."""
         self.by_phase: Counter[str] = Counter()
-        """The bytes alive now by the phase that made them."""
+        """The bytes alive now by the phase that allocated them."""
         self.peak_by_phase: Counter[str] = Counter()
         """The same at the peak."""
         self.host = 0
-        """Bytes in host memory now, of a step on the meta device; on a GPU everything on the CPU."""
+        """Bytes in host memory now: of a step on meta; on a GPU everything on the CPU."""
         self.host_peak = 0
         self.sent = 0
-        """Bytes that went to host memory in all; what waits there comes back."""
+        """Bytes copied to host memory in total. They are copied back later."""
         self.work: Counter[tuple[int, int]] = Counter()
-        """How many operators did so many FLOPs and moved so many bytes (attention's kernels do not show theirs)."""
+        """How many operators had so many FLOPs and bytes moved. Attention kernels show no FLOPs."""
         self._seen: dict[int, weakref.ref[torch.UntypedStorage]] = {}
-        """Each storage that lives, by its id; what is called at its end is cheaper here than weakref.finalize."""
+        """Each live storage, by its id. A callback is cheaper here than weakref.finalize."""
         for tensor in known:
             self._follow(tensor.untyped_storage(), lambda: None)
 
@@ -72,40 +68,40 @@ class LiveBytes(TorchDispatchMode):
         kwargs = kwargs or {}
         tensors: list[Tensor] = []
         key = _key(function, args, kwargs, tensors)
-        known = _answers.get(key) if key else None
-        if known is None:
-            result, answer = _run(function, args, kwargs, tensors)
+        cached = _results.get(key) if key else None
+        if cached is None:
+            result, new = _run(function, args, kwargs, tensors)
             if key:
-                _answers[key] = answer
-            work = answer.work
-        elif known.makes is None:
-            result, work = function(*args, **kwargs), known.work
+                _results[key] = new
+            work = new.work
+        elif cached.outputs is None:
+            result, work = function(*args, **kwargs), cached.work
         else:
-            result, work = known.again(tensors), known.work
+            result, work = cached.repeat(tensors), cached.work
         for tensor in (result,) if isinstance(result, Tensor) else _tensors((result,)):
             self._note(tensor.untyped_storage())
-        if function._overloadpacket is torch.ops.aten.copy_ and is_on_host(args[0]) != is_on_host(
-            args[1]
-        ):
-            self.sent += args[1].nbytes * is_on_host(args[0])
+        is_copy = function._overloadpacket is torch.ops.aten.copy_
+        if is_copy and is_on_host(args[0]) != is_on_host(args[1]):
+            if is_on_host(args[0]):
+                self.sent += args[1].nbytes
         else:
             self.work[work] += 1
         return result
 
     def _follow(self, storage: torch.UntypedStorage, freed: Callable[[], None]) -> None:
         """Call ``freed`` when the storage is gone."""
-        place = id(storage)
+        key = id(storage)
 
         def gone(_: Any) -> None:
-            self._seen.pop(place, None)
+            self._seen.pop(key, None)
             freed()
 
-        self._seen[place] = weakref.ref(storage, gone)
+        self._seen[key] = weakref.ref(storage, gone)
 
     def _note(self, storage: torch.UntypedStorage) -> None:
         if id(storage) in self._seen:
             return
-        size = allocated(storage)
+        size = allocated_bytes(storage)
         if making_host_memory():
             mark_as_host(storage)
             self.host += size
@@ -128,30 +124,40 @@ class LiveBytes(TorchDispatchMode):
 
 
 @dataclass(frozen=True)
-class _Answer:
-    """What an operator does on meta, for arguments of the same kind: torch finds that out in Python, and slowly."""
+class _CachedResult:
+    """What an operator does on meta for arguments of the same shapes and dtypes.
+
+    It is cached because torch finds it out in Python, which is slow.
+    """
 
     work: tuple[int, int]
-    makes: tuple[Any, ...] | None
-    """A result each: the place of the argument that it is, or size, stride and dtype. None where it has to run."""
+    outputs: tuple[Any, ...] | None
+    """For each output the index of the argument that it is, or its size, stride and dtype.
+
+    None if the operator must run.
+    """
     is_single: bool = True
 
-    def again(self, tensors: Sequence[Tensor]) -> Any:
-        """Its results for other tensors of the same kind."""
-        made = [
-            tensors[one]
-            if isinstance(one, int)
-            else torch.empty_strided(*one[:2], dtype=one[2], device="meta")
-            for one in self.makes or ()
-        ]
-        return made[0] if self.is_single else tuple(made)
+    def repeat(self, tensors: Sequence[Tensor]) -> Any:
+        """Return the operator's outputs for other tensors of the same shapes and dtypes."""
+        outputs = []
+        for output in self.outputs or ():
+            if isinstance(output, int):
+                outputs.append(tensors[output])
+            else:
+                size, stride, dtype = output
+                outputs.append(torch.empty_strided(size, stride, dtype=dtype, device="meta"))
+        return outputs[0] if self.is_single else tuple(outputs)
 
 
-_answers: dict[Any, _Answer] = {}
+_results: dict[Any, _CachedResult] = {}
 
 
 def _key(function: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
-    """All that an operator's result on meta depends on; None where that is not known. Fills ``tensors``."""
+    """Return all that an operator's result on meta depends on; None if unknown.
+
+    Fills ``tensors``.
+    """
     parts = [function]
     if not _describe(args, parts, tensors):
         return None
@@ -168,12 +174,12 @@ def _key(function: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
 
 
 def _describe(values: Iterable[Any], parts: list[Any], tensors: list[Tensor]) -> bool:
-    """Add what matters of these arguments to ``parts``; False for one that is not on meta."""
+    """Add what matters of these arguments to ``parts``. Return False if one is not on meta."""
     for value in values:
         if isinstance(value, Tensor):
             if not value.is_meta:
                 return False
-            parts += (value.shape, value.stride(), value.dtype, _place(value, tensors))
+            parts += (value.shape, value.stride(), value.dtype, _index(value, tensors))
             tensors.append(value)
         elif isinstance(value, list | tuple):
             parts.append(len(value))
@@ -184,44 +190,43 @@ def _describe(values: Iterable[Any], parts: list[Any], tensors: list[Tensor]) ->
     return True
 
 
-def _place(tensor: Tensor, tensors: list[Tensor]) -> int:
-    """Where the tensor stands first among these; how many there are, where it does not."""
-    return next((place for place, other in enumerate(tensors) if other is tensor), len(tensors))
+def _index(tensor: Tensor, tensors: list[Tensor]) -> int:
+    """Return the first index of the tensor among these; their number if it is not there."""
+    for index, other in enumerate(tensors):
+        if other is tensor:
+            return index
+    return len(tensors)
 
 
-def _run(function: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> tuple[Any, _Answer]:
-    """An operator's result, and what of it holds for other arguments of the same kind."""
+def _run(function: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> tuple[Any, _CachedResult]:
+    """Run an operator. Return its result, and what holds for other arguments of the same shapes."""
     before = [(tensor.shape, tensor.stride(), tensor.untyped_storage()) for tensor in tensors]
     result = function(*args, **kwargs)
     made = list(_tensors((result,)))
     work = _work(function, args, kwargs, made)
     is_single = isinstance(result, Tensor)
     if not is_single and not (isinstance(result, tuple) and len(made) == len(result)):
-        return result, _Answer(work, None)
+        return result, _CachedResult(work, None)
     if torch.Tag.inplace_view in function.tags:
-        return result, _Answer(work, None)
-    makes: list[Any] = []
+        return result, _CachedResult(work, None)
+    outputs: list[Any] = []
     storages = {storage for _, _, storage in before}
     for tensor in made:
-        place = _place(tensor, tensors)
+        index = _index(tensor, tensors)
         storage = tensor.untyped_storage()
-        if place < len(tensors):
-            makes.append(place)
-        elif (
-            not tensor.is_meta
-            or storage in storages
-            or tensor.storage_offset()
-            or _bytes(tensor) != storage.nbytes()
-        ):
-            return result, _Answer(work, None)
+        is_view = storage in storages or tensor.storage_offset()
+        if index < len(tensors):
+            outputs.append(index)
+        elif not tensor.is_meta or is_view or _storage_size(tensor) != storage.nbytes():
+            return result, _CachedResult(work, None)
         else:
             storages.add(storage)
-            makes.append((tensor.shape, tensor.stride(), tensor.dtype))
-    return result, _Answer(work, tuple(makes), is_single)
+            outputs.append((tensor.shape, tensor.stride(), tensor.dtype))
+    return result, _CachedResult(work, tuple(outputs), is_single)
 
 
-def _bytes(tensor: Tensor) -> int:
-    """Of the smallest storage that holds it."""
+def _storage_size(tensor: Tensor) -> int:
+    """Return the bytes of the smallest storage that holds the tensor."""
     if not tensor.numel():
         return 0
     last = sum(
@@ -231,7 +236,7 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """Those among an operator's arguments or results, which hold lists at most one deep."""
+    """Yield the tensors among an operator's arguments or results, which nest lists once at most."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
@@ -240,7 +245,10 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def _work(function: Any, args: Any, kwargs: Any, made: list[Tensor]) -> tuple[int, int]:
-    """FLOPs of an operator, and the bytes of all tensors that it reads and writes; a view does neither."""
+    """Return the FLOPs of an operator, and the bytes of all tensors that it reads and writes.
+
+    A view has neither.
+    """
     packet = function._overloadpacket
     if packet.__name__ in UNTOUCHED:
         return 0, 0
@@ -255,6 +263,5 @@ def _work(function: Any, args: Any, kwargs: Any, made: list[Tensor]) -> tuple[in
         flops = 2 * args[0].numel() * args[2][0]
     elif packet in flop_registry:
         flops = int(flop_registry[packet](*args, **kwargs, out_val=made[0] if made else None))
-    return flops, sum(
-        tensor.nbytes for tensor in {id(tensor): tensor for tensor in (*read, *made)}.values()
-    )
+    tensors = {id(tensor): tensor for tensor in (*read, *made)}
+    return flops, sum(tensor.nbytes for tensor in tensors.values())

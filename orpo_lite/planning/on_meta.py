@@ -1,4 +1,4 @@
-"""A step on the meta device: pairs known by their lengths, attention without scores, what stays in memory."""
+"""A step on the meta device: pairs of given lengths, attention without scores, tensors held."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +21,10 @@ META_ATTENTION = "orpo_lite_scoreless"  # attention of padded rows on meta
 def meta_attention(
     _module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Any, **_: Any
 ) -> tuple[Tensor, None]:
-    """Attention's output and what it keeps (queries, keys, values, output, one number a query and head), no scores."""
+    """Return attention's output on meta, without scores.
+
+    It keeps queries, keys, values, the output, and one number per query and head.
+    """
     return meta_flash_attention(query, key, value).transpose(1, 2), None
 
 
@@ -29,7 +32,7 @@ AttentionInterface.register(META_ATTENTION, meta_attention)
 
 
 def held_tensors(model: nn.Module) -> dict[str, list[Tensor]]:
-    """The tensors that a model keeps on its device through all steps, each storage once."""
+    """Return the tensors that a model keeps on its device through all steps, each storage once."""
     parts: dict[str, list[Tensor]] = {"base": [], "embeddings, head, norms": [], "adapter": []}
     own: Any = model.causal if isinstance(model, PairModel) else model
     ends = [
@@ -41,7 +44,8 @@ def held_tensors(model: nn.Module) -> dict[str, list[Tensor]]:
         state = getattr(parameter, "quant_state", None)
         if state is not None:
             parts["base"] += [parameter, state.absmax, state.code, state.offset]
-            parts["base"] += [state.state2.absmax, state.state2.code] if state.nested else []
+            if state.nested:
+                parts["base"] += [state.state2.absmax, state.state2.code]
         elif parameter.requires_grad:
             parts["adapter"].append(parameter)
         else:
@@ -62,11 +66,11 @@ def held_tensors(model: nn.Module) -> dict[str, list[Tensor]]:
 
 
 @contextmanager
-def without_values() -> Iterator[None]:
-    """Let two things pass on meta that do not matter there: the first fails, the second asks for values.
+def patched_for_meta() -> Iterator[None]:
+    """Replace two functions that do not work on meta, inside the ``with`` block.
 
-    Autocast, which peft's adapters of experts turn off; and transformers' search for sequences packed into a row, where
-    each row is one sequence.
+    Autocast, which peft's adapters of experts turn off, fails. transformers' search for sequences
+    packed into a row needs values; here each row is one sequence.
     """
     plain: Any = torch.autocast
     search = masking_utils.find_packed_sequence_indices
@@ -88,18 +92,16 @@ Triples = NDArray[np.int64]
 
 
 def worst_case(max_length: int, pairs: int) -> Triples:
-    """Pairs of two sequences of ``max_length`` tokens that share nothing: nothing longer can come."""
+    """Return pairs of two sequences of ``max_length`` tokens that share nothing: the longest."""
     return np.tile(np.array([[0, max_length, max_length]]), (pairs, 1))
 
 
 def blank_pairs(triples: Triples) -> list[TokenizedPair]:
-    """Pairs of these lengths; their tokens do not matter on meta."""
+    """Return pairs of these lengths. Their tokens do not matter on meta."""
     pairs = []
     for prefix, chosen, rejected in triples.tolist():
-        ids = (
-            np.zeros(chosen, np.int32),
-            np.r_[np.zeros(prefix, np.int32), np.ones(rejected - prefix, np.int32)],
-        )
+        chosen_ids = np.zeros(chosen, np.int32)
+        rejected_ids = np.r_[np.zeros(prefix, np.int32), np.ones(rejected - prefix, np.int32)]
         start = max(1, min(prefix, chosen - 1, rejected - 1))
-        pairs.append(TokenizedPair(*ids, start, start, "plan"))
+        pairs.append(TokenizedPair(chosen_ids, rejected_ids, start, start, "plan"))
     return pairs

@@ -1,4 +1,4 @@
-"""How pairs go through a model that is only planned: what ``model.probe`` will choose once it is loaded."""
+"""Find the route of pairs through a planned model: the one that ``model.probe`` will choose."""
 
 import copy
 import logging
@@ -20,7 +20,7 @@ from orpo_lite.planning.on_meta import (
     META_ATTENTION,
     Triples,
     blank_pairs,
-    without_values,
+    patched_for_meta,
     worst_case,
 )
 from orpo_lite.recipe.schema import Recipe
@@ -34,15 +34,15 @@ class PlannedRoute:
 
     route: Route
     attention: str | None
-    """The model's attention where it is not its own: transformers' name for it."""
-    unseen: float
+    """transformers' name of the model's attention, if it is not its own."""
+    uncounted: float
     """Share of the layers whose attention shows no FLOPs to a counter of operators."""
     reason: str = ""
-    """Why it is not the route that was asked for."""
+    """Why it is not the route that the recipe asks for."""
 
     def apply(self, model: PairModel, kind: str) -> None:
-        """Let a model on meta take this route, as on such a device."""
-        model.meant = kind
+        """Set this route on a model on meta, for a device of this kind."""
+        model.target_kind = kind
         if self.route != model.route:
             model.fall_back(self.route, self.reason)
         if self.attention:
@@ -50,85 +50,87 @@ class PlannedRoute:
 
 
 def find_route(recipe: Recipe, config: Any, triples: Triples, kind: str) -> PlannedRoute:
-    """The fastest route by which every layer's attention goes through ours; else each sequence by itself.
+    """Return the fastest route by which every layer's attention runs through ours.
 
-    Each layer that attends must call the function that transformers looks up: ALiBi, linear attention and the like do
-    not, sinks and masks are refused by it. What only numbers would show, the probe finds.
+    If there is none, each sequence goes alone. Each layer that attends must call the function that
+    transformers looks up: ALiBi, linear attention and the like do not, and ours refuses sinks and
+    masks. Differences that only values show are found by the probe.
 
     Raises:
         One of MODEL_CODE_ERRORS: the model does not run on meta at all.
     """
-    asked: Route = "shared" if recipe.memory.prompt_sharing else "packed"
+    preferred: Route = "shared" if recipe.memory.prompt_sharing else "packed"
+    longest = int(triples[:, 1:].max())
     reason = "its rotary embedding changes with the length"
-    if recipe.memory.packing and not positions_switch(
-        config.get_text_config(), int(triples[:, 1:].max())
-    ):
-        found = _tried(PlannedRoute(asked, None, 1.0), NAME, recipe, config, kind)
+    if recipe.memory.packing and not positions_switch(config.get_text_config(), longest):
+        found = _try_route(PlannedRoute(preferred, None, 1.0), NAME, recipe, config, kind)
         if found == 1:
-            return PlannedRoute(asked, None, 1.0)
-        reason = (
-            found if isinstance(found, str) else "some of its layers have an attention of their own"
-        )
-    alone: Route = "rows" if recipe.memory.packing else asked
-    unseen = _tried(PlannedRoute(alone, META_ATTENTION, 1.0), META_ATTENTION, recipe, config, kind)
-    if isinstance(unseen, str):
+            return PlannedRoute(preferred, None, 1.0)
+        reason = found if isinstance(found, str) else "some of its layers have their own attention"
+    alone: Route = "rows" if recipe.memory.packing else preferred
+    planned = PlannedRoute(alone, META_ATTENTION, 1.0)
+    uncounted = _try_route(planned, META_ATTENTION, recipe, config, kind)
+    if isinstance(uncounted, str):
         return PlannedRoute(alone, None, 0.0, reason)
-    return PlannedRoute(alone, META_ATTENTION, unseen, reason)
+    return PlannedRoute(alone, META_ATTENTION, uncounted, reason)
 
 
 @torch.no_grad()
-def _tried(planned: PlannedRoute, name: str, recipe: Recipe, config: Any, kind: str) -> float | str:
-    """The share of layers that attend by the function ``name`` when a pair passes so; why, where the model cannot."""
-    model = bare_pair_model(
-        recipe, _one_of_each(config), choose_dtype(recipe.model.dtype, kind), META
-    )
+def _try_route(
+    planned: PlannedRoute, name: str, recipe: Recipe, config: Any, kind: str
+) -> float | str:
+    """Send a pair by a route. Return the share of layers that attend by the function ``name``.
+
+    If the model cannot run so, return the reason.
+    """
+    dtype = choose_dtype(recipe.model.dtype, kind)
+    model = bare_pair_model(recipe, _one_layer_of_each_type(config), dtype, META)
     if planned.attention and model.own_attention == "eager":
         return "its scores are held"
     planned.apply(model, kind)
     batch = make_batch(blank_pairs(worst_case(8, 1)), model.batching(recipe, pad_id=0)).to(META)
     passes = 2 if recipe.memory.packing and planned.route == "rows" else 1
     try:
-        with without_values(), _counted(name) as calls:
+        with patched_for_meta(), _record_calls(name) as calls:
             model(batch)
     except MODEL_CODE_ERRORS as error:
         logger.info("pairs cannot pass as %s", planned, exc_info=error)
-        return (
-            str(error)
-            if isinstance(error, UnsupportedError)
-            else "its code does not take packed rows"
-        )
+        if isinstance(error, UnsupportedError):
+            return str(error)
+        return "its code does not take packed rows"
     return len(calls) / (passes * int(model.config.get_text_config().num_hidden_layers))
 
 
 @contextmanager
-def _counted(name: str) -> Iterator[list[None]]:
-    """One entry for each call of an attention function that transformers knows, while this lasts."""
+def _record_calls(name: str) -> Iterator[list[None]]:
+    """Yield a list that gets an entry for each call of an attention function of transformers."""
     calls: list[None] = []
     function = AttentionInterface()[name]
 
-    def counting(*args: Any, **options: Any) -> Any:
+    def recording(*args: Any, **options: Any) -> Any:
         calls.append(None)
         return function(*args, **options)
 
-    AttentionInterface.register(name, counting)
+    AttentionInterface.register(name, recording)
     try:
         yield calls
     finally:
         AttentionInterface.register(name, function)
 
 
-def _one_of_each(config: Any) -> Any:
-    """The configuration with so few layers that each kind of them is there."""
-    kinds = getattr(config.get_text_config(), "layer_types", None) or []
-    return with_layers(config, max([2, *(1 + kinds.index(kind) for kind in kinds)]))
+def _one_layer_of_each_type(config: Any) -> Any:
+    """Return the configuration with as few layers as have every layer type among them."""
+    types = getattr(config.get_text_config(), "layer_types", None) or []
+    return with_layers(config, max([2, *(1 + types.index(layer_type) for layer_type in types)]))
 
 
 def with_layers(config: Any, layers: int) -> Any:
-    """The configuration with so many layers: the first ones, or all of them and then from the first on again."""
+    """Return the configuration with so many layers: the first ones, repeated if needed."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
     for key, value in vars(text).items():
-        if isinstance(value, list) and len(value) == text.num_hidden_layers:  # what each layer is
+        is_per_layer = isinstance(value, list) and len(value) == text.num_hidden_layers
+        if is_per_layer:
             setattr(text, key, [value[i % len(value)] for i in range(layers)])
     text.num_hidden_layers = layers
     return config

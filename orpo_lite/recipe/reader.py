@@ -22,6 +22,7 @@ from orpo_lite.recipe.text import CLOSING_TOKENS, MAX_DEPTH, OPENING_TOKENS, Wri
 MAX_BYTES = 1 << 20  # a recipe is a page of text; anything larger is another file
 SHIPPED = Path(__file__).parents[1] / "recipes"  # in a wheel
 CHECKOUT = Path(__file__).parents[2] / "recipes"  # in a checkout or an editable install
+GPU_SIZES = Path(__file__).with_name("gpu_sizes.json")  # written by: python -m benchmarks.recipes
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -90,6 +91,12 @@ def shipped_recipes() -> dict[str, Path]:
     """Name -> file of every shipped recipe, sorted; a checkout's own folder wins over a wheel's copy."""
     checkout = CHECKOUT.is_dir() and (CHECKOUT.parent / "pyproject.toml").is_file()
     return {path.stem: path for path in sorted((CHECKOUT if checkout else SHIPPED).glob("*.yaml"))}
+
+
+def gpu_sizes() -> dict[str, str]:
+    """Return the GPU that each shipped recipe needs by its plan, for instance "8 GB" or "8 GB or a CPU"."""
+    sizes: dict[str, str] = json.loads(GPU_SIZES.read_text(encoding="utf-8"))
+    return sizes
 
 
 def _read_file(path: Path, written: dict[str, Written]) -> Iterator[RecipeError]:

@@ -304,7 +304,7 @@ class MemorySection(Section):
         return None if self.budget == "auto" else read_bytes(self.budget)
 
 
-PLANNED_KEYS = (
+PLANNED_SETTINGS = (
     "micro_batch_tokens",
     "head_chunk",
     "activation_checkpointing",

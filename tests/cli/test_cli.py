@@ -16,7 +16,7 @@ from conftest import Answer, byte_tokenizer, tiny_llama, write_base
 from transformers import T5Config, T5ForConditionalGeneration
 
 from orpo_lite import errors
-from orpo_lite.recipe.reader import load_recipe, shipped_recipes
+from orpo_lite.recipe.reader import gpu_sizes, load_recipe, shipped_recipes
 from orpo_lite.recipe.schema import KEYS
 
 SCRIPT = Path(sys.executable).with_name("orpo-lite")
@@ -97,10 +97,37 @@ def test_the_version(call: Call) -> None:
     assert call("--version") == (0, f"{__version__}\n", "")
 
 
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("orpo-lite train --recipe qwen3-8", ["qwen3-8b-qlora"]),
+        ("orpo-lite train --recipe ./mi", []),
+        ("orpo-lite plan --recipe mi", ["mistral-orpo-beta-qlora", "mistral-qlora", "mine.yaml"]),
+        ("orpo-lite train lora.lora_", ["lora.lora_alpha=", "lora.lora_dropout="]),
+        ("orpo-lite merge ", ["runs/one", "runs/two"]),
+        ("orpo-lite push runs/t", ["runs/two"]),
+        ("orpo-lite export runs/one --to g", ["gguf"]),
+    ],
+)
+def test_the_shell_completes(line: str, expected: list[str], tmp_path: Path) -> None:
+    for name in ("runs/one/recipe.yaml", "runs/two/recipe.yaml", "runs/builtin/other", "mine.yaml"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    words = {
+        "COMP_WORDS": line,
+        "COMP_CWORD": str(line.count(" ")),
+        "_ORPO_LITE_COMPLETE": "complete_bash",
+    }
+    done = subprocess.run(
+        [SCRIPT], cwd=tmp_path, env=os.environ | words, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == expected
+
+
 # --- recipes ls, show, cp
 
 
-def test_ls_lists_every_recipe_with_its_headline_base_and_beta(call: Call) -> None:
+def test_ls_lists_every_recipe_with_its_headline_base_beta_and_gpu(call: Call) -> None:
     code, said, _ = call("recipes", "ls")
     header, *lines = said.splitlines()
     assert code == 0
@@ -111,12 +138,8 @@ def test_ls_lists_every_recipe_with_its_headline_base_and_beta(call: Call) -> No
             load_recipe(name),
             path.read_text(encoding="utf-8").splitlines()[0].lstrip("# "),
         )
-        assert re.split(r"  +", line) == [
-            name,
-            recipe.model.model_name_or_path,
-            f"{recipe.loss.beta:g}",
-            headline,
-        ]
+        base, beta = recipe.model.model_name_or_path, f"{recipe.loss.beta:g}"
+        assert re.split(r"  +", line) == [name, base, beta, gpu_sizes()[name], headline]
 
 
 def test_show_prints_the_whole_recipe_and_what_it_prints_is_that_recipe(
@@ -183,10 +206,10 @@ def test_dry_run_prints_every_value_whole_with_its_source_and_does_nothing(
         "--dry-run",
     )
     recipe = load_recipe("phi2-qlora", [f"data.dataset_name={long}", "lora.use_dora=true"])
-    values, _, levers = said.partition("\na step\n")
+    values, _, memory_settings = said.partition("\na step\n")
     rows = [re.split(r"  +", line) for line in values.splitlines()]
     assert code == 0
-    assert "the prompt of a pair once, 4,096 tokens a forward pass" in levers
+    assert "the prompt of a pair once, 4,096 tokens a forward pass" in memory_settings
     assert rows[0] == ["key", "value", "from"]
     assert [row[0] for row in rows[1:]] == [
         f"{section}.{key}" for section, keys in KEYS.items() for key in keys
@@ -223,7 +246,7 @@ def test_dry_run_prints_every_value_whole_with_its_source_and_does_nothing(
         ),
         (
             ["memory.head_chunk=256", "memory.mlp_tile=512"],
-            ["256 rows of logits", "512 tokens at a time through"],
+            ["256 rows of logits", "on 512 tokens at a time"],
         ),
         (["memory.checkpoint_offload=true"], ["in the backward pass from inputs in host memory"]),
         (
@@ -236,7 +259,7 @@ def test_dry_run_prints_every_value_whole_with_its_source_and_does_nothing(
         ),
     ],
 )
-def test_dry_run_says_the_levers_in_words(
+def test_dry_run_says_the_memory_settings_in_words(
     call: Call, overrides: list[str], said: list[str]
 ) -> None:
     code, printed, _ = call("train", "--recipe", "mistral-qlora", *overrides, "--dry-run")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Answer, byte_tokenizer
+from conftest import Answer, byte_tokenizer
 from rich.console import Console
 
 from orpo_lite.cli import data_view
@@ -331,23 +331,6 @@ def test_a_base_that_is_not_there(look: Look) -> None:
     code, _, said = look("model.model_name_or_path=./no-base")
     assert code == 4
     assert "./no-base: no such folder" in said
-
-
-def test_the_readme_shows_what_happens(
-    tmp_path: Path, call: Look, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its csv and its command, as a newcomer would copy them."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "300")
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = readme[readme.index("## Your data") : readme.index("## Commands")]
-    table, *sessions = (block.partition("\n")[2] for block in section.split("```")[1::2])
-    (tmp_path / "pairs.csv").write_text(table, encoding="utf-8")
-    assert len(sessions) == 1
-    for session in sessions:
-        command, _, expected = session.replace("\\\n", "").partition("\n")
-        code, shown, said = call(*command.removeprefix("$ orpo-lite").split())
-        assert (shown if code == 0 else said).strip().endswith(expected.strip())
 
 
 def test_words_for_nothing_are_counted(coffee: Path, look: Look) -> None:

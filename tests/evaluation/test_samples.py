@@ -25,7 +25,7 @@ from orpo_lite.runs.records import SAMPLES, read_json, read_samples
 
 Build = Callable[..., Recipe]
 FULL = ("quantization.load_in_4bit=false", "model.dtype=float32", "training.learning_rate=1e-2")
-LEVERS = {
+MEMORY_SETTINGS = {
     "plain": ("memory.packing=false",),
     "all": ("memory.mlp_tile=3", "memory.embedding_on_cpu=true", "memory.checkpoint_offload=true"),
 }
@@ -45,12 +45,14 @@ def answered(model: Any, folder: Path, ids: list[int], seed: int) -> str:
     return str(tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)).strip()
 
 
-@pytest.mark.parametrize("levers", LEVERS.values(), ids=list(LEVERS))
+@pytest.mark.parametrize("memory_settings", MEMORY_SETTINGS.values(), ids=list(MEMORY_SETTINGS))
 def test_the_answers_are_those_of_base_and_adapter(
-    small_recipe: Build, levers: tuple[str, ...]
+    small_recipe: Build, memory_settings: tuple[str, ...]
 ) -> None:
-    """To the prompt as whoever loads the result will render it; under the levers as without them."""
-    _, result = train_all(small_recipe(*FULL, *levers, "output.samples=2", "training.seed=5"))
+    """To the prompt as whoever loads the result will render it; under the memory settings as without them."""
+    _, result = train_all(
+        small_recipe(*FULL, *memory_settings, "output.samples=2", "training.seed=5")
+    )
     folder = result.run / "adapter"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     base = AutoModelForCausalLM.from_pretrained("base").eval()

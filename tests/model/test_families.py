@@ -17,7 +17,7 @@ from orpo_lite.base.find import Base
 from orpo_lite.data.packing import Batching, make_batch, micro_batches
 from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.errors import ModelError
-from orpo_lite.model import probe as model_probe
+from orpo_lite.model import probe_gradients, probe_values
 from orpo_lite.model.load import bare_pair_model, load_pair_model
 from orpo_lite.model.memory import apply_memory_settings
 from orpo_lite.model.pair_model import PairModel
@@ -27,13 +27,10 @@ from orpo_lite.objectives.orpo import orpo_loss
 from orpo_lite.ops import layers, lora
 from orpo_lite.ops.attention import (
     NAME,
-    Layout,
-    Segment,
     UnsupportedError,
-    current_layout,
     pair_attention,
-    using,
 )
+from orpo_lite.ops.segments import Layout, Segment, current_layout, use_layout
 from orpo_lite.recipe.reader import load_recipe
 from orpo_lite.recipe.schema import Recipe
 
@@ -62,6 +59,18 @@ LONGROPE = {
     "long_factor": [2.0] * 8,
     "original_max_position_embeddings": 64,
 }
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+GEMMA3_ROPE = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 1_000_000.0, "factor": 8.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+}
 LINEAR = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
@@ -87,17 +96,30 @@ def gpt2() -> Any:
     return hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=256, **IDS))
 
 
+def gemma3_with_pictures() -> Any:
+    """Return the class of the 4B on the hub: a Gemma 3 text model in a model with a vision tower."""
+    vision = SIZES | {"image_size": 28, "patch_size": 14, "vision_use_head": False}
+    text = GEMMA | {"rope_parameters": GEMMA3_ROPE}
+    config = hf.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    return hf.Gemma3ForConditionalGeneration(config)
+
+
 SHARED: dict[str, Callable[[], Any]] = {
     "llama": lambda: tiny_llama(98),
     "llama, tied": lambda: tiny_llama(98, tie_word_embeddings=True),
+    "llama 3.2: tied, rotary frequencies scaled": lambda: tiny_llama(
+        98, tie_word_embeddings=True, rope_parameters=LLAMA3_ROPE
+    ),
     "mistral, window shorter than the pair": family("Mistral", GROUPED, sliding_window=8),
     "qwen2": family("Qwen2", GROUPED),
     "qwen2, one layer with a window": family(
         "Qwen2", GROUPED, use_sliding_window=True, sliding_window=8, max_window_layers=1
     ),
     "qwen3": family("Qwen3", GROUPED, head_dim=16),
+    "qwen3, tied": family("Qwen3", GROUPED, head_dim=32, tie_word_embeddings=True),
     "gemma2": family("Gemma2", GEMMA),
     "gemma3": family("Gemma3", GEMMA, "TextConfig"),
+    "gemma3 that reads pictures too": gemma3_with_pictures,
     "phi": family("Phi", LONG),
     "phi3": family("Phi3", GROUPED),
     "opt": lambda: tiny_opt(98),
@@ -179,7 +201,7 @@ def gradients(
 
 
 def compare(model: PairModel, route: str) -> None:
-    """All levers against padded rows with the model's own attention and logits, in float32."""
+    """All memory settings against padded rows with the model's own attention and logits, in float32."""
     pairs = ragged_pairs(6, vocab_size=98)
     expected, wanted = gradients(model, pairs, Batching(False, False, 0, 6, 0, False))
     apply_memory_settings(model, recipe(mlp_tile=16, checkpoint_offload=True))
@@ -227,7 +249,9 @@ def test_a_family_that_cannot_share_goes_alone_and_says_so(name: str) -> None:
         ),
     ],
 )
-def test_levers_that_a_model_cannot_have_are_named(make: Callable[[], Any], said: str) -> None:
+def test_memory_settings_that_a_model_cannot_have_are_named(
+    make: Callable[[], Any], said: str
+) -> None:
     model = adapted(make)
     apply_memory_settings(model, recipe(mlp_tile=16))
     assert sum(note.startswith(said) for note in model.notes) == 1, model.notes
@@ -307,7 +331,7 @@ def test_code_that_takes_no_packed_row_is_named_in_words() -> None:
     ],
 )
 def test_a_window_is_known_by_any_name(keys: dict[str, Any], window: int | None) -> None:
-    assert model_probe._smallest_window(hf.PretrainedConfig(**keys)) == window
+    assert probe_values._smallest_window(hf.PretrainedConfig(**keys)) == window
 
 
 def test_an_auxiliary_loss_is_said_to_be_left_out() -> None:
@@ -396,7 +420,7 @@ def test_a_model_that_changes_its_weights_is_refused_with_what_keeps_them(every:
 
 def test_a_model_that_sees_what_comes_after_is_refused() -> None:
     bert = hf.BertConfig(**(SIZES | IDS), is_decoder=False)
-    with pytest.raises(ModelError, match="its tokens see those that come after"):
+    with pytest.raises(ModelError, match="its tokens see later tokens"):
         probe(adapted(lambda: hf.BertLMHeadModel(bert)), 128)
 
 
@@ -563,7 +587,8 @@ def test_a_window_that_is_not_kept_is_caught(name: str, monkeypatch: pytest.Monk
         return honest(*args, **kwargs | {"sliding_window": None})
 
     hf.AttentionInterface.register(NAME, blind)
-    monkeypatch.setattr(model_probe, "_random_pairs", short_pairs)
+    monkeypatch.setattr(probe_values, "random_pairs", short_pairs)
+    monkeypatch.setattr(probe_gradients, "random_pairs", short_pairs)
     try:
         model = adapted(SHARED[name])
         probe(model, 256)
@@ -576,13 +601,13 @@ def test_a_window_that_is_not_kept_is_caught(name: str, monkeypatch: pytest.Monk
         hf.AttentionInterface.register(NAME, honest)
 
 
-random_pairs = model_probe._random_pairs
+random_pairs = probe_values.random_pairs
 
 
 def short_pairs(config: Any, lengths: list[tuple[int, int, int]]) -> list[TokenizedPair]:
     """The long pairs as they are, the others so short that no window matters."""
     return random_pairs(
-        config, [(3, 2, 3), (1, 4, 2)] if lengths[:1] == model_probe.SHORT[:1] else lengths
+        config, [(3, 2, 3), (1, 4, 2)] if lengths[:1] == probe_values.SHORT_PAIRS[:1] else lengths
     )
 
 
@@ -596,7 +621,7 @@ def test_a_model_that_asks_for_a_mask_is_refused_by_name() -> None:
     for asked in [*masks, {"block_indices": torch.zeros(1)}, {"whatever comes next": 1}]:
         arguments: dict[str, Any] = {"attention_mask": None} | asked
         layout = Layout((Segment(0, 3),))
-        with using(layout), pytest.raises(UnsupportedError):
+        with use_layout(layout), pytest.raises(UnsupportedError):
             pair_attention(nn.Module(), q, q, q, **arguments)
     with pytest.raises(UnsupportedError):
         pair_attention(nn.Module(), q, q, q, None)
@@ -611,7 +636,7 @@ def test_the_models_own_attention_is_as_before_after_a_step() -> None:
 
 
 def test_an_embedding_in_host_memory_keeps_its_scale() -> None:
-    """Gemma multiplies what it looks up; the lever moves the table and nothing else."""
+    """Gemma multiplies what it looks up; the memory setting moves the table and nothing else."""
     model = adapted(family("Gemma3", GEMMA | {"tie_word_embeddings": False}, "TextConfig"))
     pairs, batching = ragged_pairs(4, vocab_size=98), Batching(True, True, 120, None, 0, False)
     expected, wanted = gradients(model, pairs, batching)

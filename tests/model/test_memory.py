@@ -1,4 +1,4 @@
-"""Every lever of ``memory`` alone and together: the same loss and the same gradient as separate plain sequences."""
+"""Every setting of ``memory`` alone and together: the same loss and the same gradient as separate plain sequences."""
 
 import random
 from collections.abc import Callable
@@ -26,11 +26,12 @@ from orpo_lite.model.memory import apply_memory_settings
 from orpo_lite.model.pair_model import PairModel
 from orpo_lite.objectives.objective import Divisors
 from orpo_lite.objectives.orpo import orpo_loss
-from orpo_lite.ops import attention as ops_attention
-from orpo_lite.ops import layers
-from orpo_lite.ops.attention import BACKENDS, Segment, Shape, _blocks, choose_backend
+from orpo_lite.ops import blockwise_attention, layers
+from orpo_lite.ops.attention import BACKENDS, choose_backend
+from orpo_lite.ops.blockwise_attention import _blocks
 from orpo_lite.ops.head import Head, packed_logps, pick, row_logps
 from orpo_lite.ops.lora import frozen_weight, lora_linear
+from orpo_lite.ops.segments import AttentionOptions, Segment
 from orpo_lite.recipe.schema import Recipe
 
 PLAIN = {
@@ -52,7 +53,7 @@ def recipe(**memory: Any) -> Recipe:
 
 
 def build(make: Callable[[], Any] = tiny_llama, dropout: float = 0.0, **memory: Any) -> PairModel:
-    """A float64 toy with a drawn adapter and these levers; the same weights at every call."""
+    """A float64 toy with a drawn adapter and these memory settings; the same weights at every call."""
     config = LoraConfig(
         r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=dropout
     )
@@ -105,7 +106,7 @@ def same(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], bound: float =
     return all((a - b).norm() <= bound * b.norm() for a, b in zip(found, expected, strict=True))
 
 
-LEVERS: dict[str, dict[str, Any]] = {
+MEMORY_SETTINGS: dict[str, dict[str, Any]] = {
     "head in chunks of one": {"packing": True, "head_chunk": 1},
     "head in chunks": {"packing": True, "head_chunk": 7},
     "packing": {"packing": True},
@@ -131,34 +132,40 @@ LEVERS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("completion_only", [False, True])
-@pytest.mark.parametrize("lever", LEVERS)
+@pytest.mark.parametrize("setting", MEMORY_SETTINGS)
 @pytest.mark.parametrize("make", [tiny_llama, tiny_opt])
-def test_a_lever_changes_neither_loss_nor_gradient(
-    make: Callable[[], Any], lever: str, completion_only: bool
+def test_a_memory_setting_changes_neither_loss_nor_gradient(
+    make: Callable[[], Any], setting: str, completion_only: bool
 ) -> None:
     pairs = ragged_pairs(8)
     expected = step(build(make, **PLAIN), pairs, completion_only=completion_only, **PLAIN)
-    levers = PLAIN | LEVERS[lever]
+    memory_settings = PLAIN | MEMORY_SETTINGS[setting]
     assert expected[2].norm() > 0.1
     assert same(
-        step(build(make, **levers), pairs, completion_only=completion_only, **levers), expected
+        step(
+            build(make, **memory_settings),
+            pairs,
+            completion_only=completion_only,
+            **memory_settings,
+        ),
+        expected,
     )
 
 
 @pytest.mark.parametrize(
-    "lever", ["checkpoints", "tiles", "tiles in checkpoints", "checkpoints in host memory"]
+    "setting", ["checkpoints", "tiles", "tiles in checkpoints", "checkpoints in host memory"]
 )
-def test_dropout_is_rewound(lever: str) -> None:
+def test_dropout_is_rewound(setting: str) -> None:
     """The second run of a layer, or of a tile, draws the masks of its first."""
-    levers = PLAIN | LEVERS[lever]
-    model, pairs = build(dropout=0.3, **levers), ragged_pairs(4)
-    loss, _, gradient = step(model, pairs, seed=3, **levers)
+    memory_settings = PLAIN | MEMORY_SETTINGS[setting]
+    model, pairs = build(dropout=0.3, **memory_settings), ragged_pairs(4)
+    loss, _, gradient = step(model, pairs, seed=3, **memory_settings)
     name, parameter = model.trained()[1]  # a B: numerically, with the same seed
     index, change = (2, 1), 1e-6
     for sign in (1, -1):
         with torch.no_grad():
             parameter[index] += sign * change
-        moved = step(model, pairs, seed=3, **levers)[0]
+        moved = step(model, pairs, seed=3, **memory_settings)[0]
         with torch.no_grad():
             parameter[index] -= sign * change
         loss = moved if sign == 1 else loss - moved
@@ -175,7 +182,7 @@ def test_any_cut_of_a_step_gives_one_gradient(data: st.DataObject) -> None:
     pairs = ragged_pairs(6, seed=data.draw(st.integers(0, 5)))
     expected = step(build(**PLAIN), pairs, **PLAIN)
     order = data.draw(st.permutations(range(len(pairs))))
-    levers: dict[str, Any] = {
+    memory_settings: dict[str, Any] = {
         "micro_batch_tokens": data.draw(st.integers(1, 300)),
         "micro_batch_size": data.draw(st.none() | st.integers(1, 6)),
         "prompt_sharing": data.draw(st.booleans()),
@@ -185,7 +192,9 @@ def test_any_cut_of_a_step_gives_one_gradient(data: st.DataObject) -> None:
         "checkpoint_offload": data.draw(st.booleans()),
         "fused_lora": data.draw(st.booleans()),
     }
-    loss, logps, gradient = step(build(**levers), [pairs[index] for index in order], **levers)
+    loss, logps, gradient = step(
+        build(**memory_settings), [pairs[index] for index in order], **memory_settings
+    )
     assert same((loss, logps, gradient), (expected[0], expected[1][:, list(order)], expected[2]))
 
 
@@ -357,7 +366,7 @@ SEGMENTS = (
 )
 
 
-def plain_attention(query: Tensor, key: Tensor, value: Tensor, shape: Shape) -> Tensor:
+def plain_attention(query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions) -> Tensor:
     """Softmax over a mask of the whole row, with the rule of segments written out cell by cell."""
     length = query.shape[2]
     visible = torch.zeros(length, length, dtype=torch.bool)
@@ -369,12 +378,12 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor, shape: Shape) -> 
         for row in range(segment.start, segment.stop):
             own = places.index(row)
             for position, place in enumerate(places[: own + 1]):
-                visible[row, place] = shape.window is None or own - position < shape.window
+                visible[row, place] = options.window is None or own - position < options.window
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = query @ key.transpose(-1, -2) * shape.scale
-    if shape.softcap is not None:
-        scores = shape.softcap * torch.tanh(scores / shape.softcap)
+    scores = query @ key.transpose(-1, -2) * options.scale
+    if options.softcap is not None:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
     return scores.masked_fill(~visible, -torch.inf).softmax(-1) @ value
 
 
@@ -390,14 +399,14 @@ def test_attention_back_ends_equal_the_written_out_mask(
     block: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(ops_attention, "BLOCK", block)
-    shape = Shape(0.4, window, softcap)
+    monkeypatch.setattr(blockwise_attention, "BLOCK", block)
+    options = AttentionOptions(0.4, window, softcap)
     query, key, value = drawn(1, 4, 24, 8), drawn(1, 2, 24, 8, seed=1), drawn(1, 2, 24, 8, seed=2)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return BACKENDS[backend](q, k, v, SEGMENTS, shape)
+        return BACKENDS[backend](q, k, v, SEGMENTS, options)
 
-    expected = plain_attention(query, key, value, shape)
+    expected = plain_attention(query, key, value, options)
     found = run(query, key, value)
     assert (found - expected).abs().max() < 1e-13
     wanted = torch.autograd.grad(expected.square().sum(), (query, key, value))
@@ -410,11 +419,11 @@ def test_attention_back_ends_equal_the_written_out_mask(
 
 
 def test_values_may_be_narrower_than_keys() -> None:
-    shape = Shape(0.4, None, None)
+    options = AttentionOptions(0.4, None, None)
     query, key, value = drawn(1, 2, 24, 8), drawn(1, 2, 24, 8, seed=1), drawn(1, 2, 24, 3, seed=2)
     assert choose_backend(query, value, None) == "maths"
-    found = BACKENDS["maths"](query, key, value, SEGMENTS, shape)
-    assert (found - plain_attention(query, key, value, shape)).abs().max() < 1e-13
+    found = BACKENDS["maths"](query, key, value, SEGMENTS, options)
+    assert (found - plain_attention(query, key, value, options)).abs().max() < 1e-13
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -476,10 +485,10 @@ def test_the_tests_see_a_leak(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = _blocks
 
     def leaking(segments: Any, window: Any, whole: bool) -> Any:
-        wrong = [s._replace(prefix_stop=s.start) if s.before else s for s in segments]
+        wrong = [s._replace(prefix_stop=s.start) if s.prefix_length else s for s in segments]
         return honest(wrong, window, whole)
 
     pairs = ragged_pairs(4)
     expected = step(build(**PLAIN), pairs, **PLAIN)
-    monkeypatch.setattr(ops_attention, "_blocks", leaking)
+    monkeypatch.setattr(blockwise_attention, "_blocks", leaking)
     assert not same(step(build(), pairs), expected, bound=1e-3)

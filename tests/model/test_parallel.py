@@ -32,7 +32,7 @@ def no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
             {name: value for name, value in WHOLE.items() if name != "LOCAL_RANK"} | {"RANK": "1"},
             "without LOCAL_RANK",
         ),
-        ({"RANK": "first"}, "RANK is no number"),
+        ({"RANK": "first"}, "RANK is not a number"),
         (WHOLE | {"ACCELERATE_USE_DEEPSPEED": "true"}, "ACCELERATE_USE_DEEPSPEED=true"),
         (WHOLE | {"ACCELERATE_USE_FSDP": "1"}, "ACCELERATE_USE_FSDP=1"),
     ],

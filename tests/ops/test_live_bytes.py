@@ -20,10 +20,11 @@ from orpo_lite.model.pair_model import PairModel
 from orpo_lite.model.probe import probe
 from orpo_lite.objectives.objective import Divisors
 from orpo_lite.objectives.orpo import orpo_loss
-from orpo_lite.ops.attention import BACKENDS, Segment, Shape
+from orpo_lite.ops.attention import BACKENDS
 from orpo_lite.ops.devices import HOST, is_on_host, transfer
 from orpo_lite.ops.head import Head, row_logps
 from orpo_lite.ops.layers import HostStore
+from orpo_lite.ops.segments import AttentionOptions, Segment
 from orpo_lite.planning.meter import LiveBytes
 from orpo_lite.recipe.schema import Recipe
 
@@ -89,7 +90,7 @@ def backward_bytes(backend: str, lengths: list[int], heads: int, shared: int, wi
         torch.empty(1, *size, dtype=torch.bfloat16, device=META, requires_grad=True)
         for size in sizes
     ]
-    out = BACKENDS[backend](*qkv, segments, Shape(1.0, None, None))
+    out = BACKENDS[backend](*qkv, segments, AttentionOptions(1.0, None, None))
     grad = torch.empty_like(out)
     with LiveBytes([*qkv, out, grad]) as tracker:
         torch.autograd.grad(out, qkv, grad)
@@ -144,7 +145,7 @@ def test_on_a_cpu_nothing_needs_to_be_moved() -> None:
     assert torch.equal(x.grad, torch.full((4,), 18.0))
 
 
-LEVERS: dict[str, dict[str, Any]] = {
+MEMORY_SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
     "no checkpoints": {"activation_checkpointing": "none"},
     "some checkpoints": {"activation_checkpointing": 2},
@@ -164,7 +165,7 @@ def test_a_back_end_of_a_gpu_declares_on_meta_what_it_keeps(backend: str) -> Non
         torch.empty(1, heads, length, size, device=META, requires_grad=True) for _ in range(3)
     )
     with LiveBytes([q, k, v]) as tracker:
-        out = BACKENDS[backend](q, k, v, segments, Shape(0.25, None, None))
+        out = BACKENDS[backend](q, k, v, segments, AttentionOptions(0.25, None, None))
         kept = tracker.live
         out.sum().backward()
     tensor = heads * length * size * 4
@@ -174,14 +175,16 @@ def test_a_back_end_of_a_gpu_declares_on_meta_what_it_keeps(backend: str) -> Non
     assert q.grad is not None
 
 
-@pytest.mark.parametrize("levers", LEVERS.values(), ids=LEVERS)
-def test_the_meta_device_counts_what_a_cpu_holds(base: Path, levers: dict[str, Any]) -> None:
+@pytest.mark.parametrize("memory_settings", MEMORY_SETTINGS.values(), ids=MEMORY_SETTINGS)
+def test_the_meta_device_counts_what_a_cpu_holds(
+    base: Path, memory_settings: dict[str, Any]
+) -> None:
     """The same step on weights and without: equal peaks within 2%, for a planner that needs no weights."""
-    settings = on_base(base, **levers)
+    settings = on_base(base, **memory_settings)
     pairs = ragged_pairs(12, vocab_size=98)
     peaks = []
     for model in (
-        load(base, **levers),
+        load(base, **memory_settings),
         bare_pair_model(settings, find_base(str(base), "main").config, torch.float32),
     ):
         for _, parameter in model.trained():
@@ -204,12 +207,12 @@ def test_the_meta_device_counts_what_a_cpu_holds(base: Path, levers: dict[str, A
     assert peaks[1] == pytest.approx(peaks[0], rel=0.02)
 
 
-def test_each_lever_saves_what_it_is_for(base: Path) -> None:
+def test_each_memory_setting_saves_what_it_is_for(base: Path) -> None:
     config = find_base(str(base), "main").config
     pairs = ragged_pairs(12, vocab_size=98)
 
-    def tracked(**levers: Any) -> LiveBytes:
-        settings = on_base(base, **levers)
+    def tracked(**memory_settings: Any) -> LiveBytes:
+        settings = on_base(base, **memory_settings)
         model = bare_pair_model(settings, config, torch.float32)
         batch = make_batch(pairs, model.batching(settings, pad_id=0)).to(META)
         with LiveBytes(storages(model)) as on:
@@ -304,9 +307,9 @@ def test_the_proof_knows_that_4_bit_products_may_be_coarser_than_the_stream(base
 
 
 def test_a_packed_evaluation_changes_no_bit_of_training(base: Path) -> None:
-    """NF4, all levers, dropout: a step, an evaluation, the step again."""
-    levers = {"mlp_tile": 32, "checkpoint_offload": True, "head_chunk": 16}
-    settings = on_base(base, **levers).override({"lora.lora_dropout": 0.3})
+    """NF4, all memory settings, dropout: a step, an evaluation, the step again."""
+    memory_settings = {"mlp_tile": 32, "checkpoint_offload": True, "head_chunk": 16}
+    settings = on_base(base, **memory_settings).override({"lora.lora_dropout": 0.3})
     model = load_pair_model(settings, fetch_weights(find_base(str(base), "main")), CPU)
     batch = pack_pairs(ragged_pairs(5, vocab_size=98), completion_only_loss=False, share=True)
 

@@ -42,7 +42,7 @@ def test_a_large_base_is_not_trained_on_a_cpu_next_to_a_gpu() -> None:
     for part in (
         "RTX 4090",
         "driver 550.54.14",
-        "CUDA 13.0, from driver 580 on",
+        "CUDA 13.0, which needs driver 580 or newer",
         "update the driver",
         "1.1 billion",
     ):
@@ -50,7 +50,7 @@ def test_a_large_base_is_not_trained_on_a_cpu_next_to_a_gpu() -> None:
     assert refusal.value.fix.values == {"model.device": "cpu"}  # type: ignore[attr-defined]
     refuse_slow_device(CPU, "cpu", "some/base", LARGE)
     refuse_slow_device(CPU, "auto", "some/base", SMALL)
-    assert describe_device(CPU).endswith("from driver 580 on; update the driver")
+    assert describe_device(CPU).endswith("needs driver 580 or newer; update the driver")
 
 
 @pytest.mark.usefixtures("old_driver")

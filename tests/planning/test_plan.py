@@ -1,13 +1,9 @@
-"""The planner: its bytes are the real step's, its levers fit and change no result, and a shortage is survived."""
+"""The planner: its bytes are the real step's, its memory settings fit and change no result, and a shortage is survived."""
 
-import ast
-import hashlib
 import itertools
 import json
 import os
 import signal
-import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +30,7 @@ from transformers import (
     Qwen3NextConfig,
 )
 
+from benchmarks.recipes import gpu_size
 from orpo_lite import plan
 from orpo_lite.api import train_events
 from orpo_lite.base.find import Base
@@ -47,13 +44,13 @@ from orpo_lite.ops.devices import device_kind
 from orpo_lite.planning import gpus
 from orpo_lite.planning.extrapolate import LayerExtrapolation
 from orpo_lite.planning.gpus import GPUS, local_gpu
-from orpo_lite.planning.measure import StepMemory, heaviest, measure
+from orpo_lite.planning.measure import heaviest_pairs, measure
 from orpo_lite.planning.on_meta import META_ATTENTION, blank_pairs, held_tensors, worst_case
 from orpo_lite.planning.plan import plan_events
 from orpo_lite.planning.route import find_route, with_layers
 from orpo_lite.planning.search import Planner, allowances, fit
-from orpo_lite.recipe.reader import load_recipe, shipped_recipes
-from orpo_lite.recipe.schema import PLANNED_KEYS, Recipe
+from orpo_lite.recipe.reader import gpu_sizes, load_recipe, shipped_recipes
+from orpo_lite.recipe.schema import PLANNED_SETTINGS, Recipe
 from orpo_lite.recipe.text import read_bytes
 from orpo_lite.runs.interrupt import Interrupted
 from orpo_lite.runs.records import read_json
@@ -68,43 +65,7 @@ FEW = ("training.global_batch_size=2", "memory.micro_batch_tokens=512")  # fewer
 Call = Callable[..., Answer]
 
 
-@pytest.fixture(autouse=True)
-def counted_once(shared_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step is counted once for all tests here: it depends on nothing but what its file is named after."""
-    unread = {"model": {"model_name_or_path"}, "data": {"dataset_name"}, "training": {"output_dir"}}
-    unread |= {"memory": {"budget"}}
-
-    def remembered(
-        recipe: Recipe,
-        config: Any,
-        triples: Any,
-        kind: str,
-        planned: Any = None,
-        models: Any = None,
-    ) -> StepMemory:
-        shape = {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
-        asked = (
-            recipe.model_dump(exclude=unread),
-            shape,
-            triples.tolist(),
-            kind,
-            planned,
-            torch.cuda.is_available(),
-        )
-        file = shared_folder / f"{hashlib.sha256(repr(asked).encode()).hexdigest()}.step"
-        if not file.exists():
-            found = vars(measure(recipe, config, triples, kind, planned, models))
-            whole = file.with_suffix(f".{os.getpid()}")
-            whole.write_text(
-                repr({key: dict(value) if key == "work" else value for key, value in found.items()})
-            )
-            whole.replace(file)
-        found = ast.literal_eval(file.read_text())
-        return StepMemory(**found | {"work": Counter(found["work"])})
-
-    for module in [module for name, module in sys.modules.items() if name.startswith("orpo_lite.")]:
-        if getattr(module, "measure", None) is measure:
-            monkeypatch.setattr(module, "measure", remembered)
+pytestmark = pytest.mark.usefixtures("counted_once")
 
 
 def small(layers: int = 6, **changes: Any) -> LlamaConfig:
@@ -131,27 +92,30 @@ def planner(layers: int = 6, **memory: Any) -> Planner:
 
 
 FEW_PAIRS = [("gemma2, softcap, tied", "default"), ("llama", "all")]
-LEVERS_ALONE = [
+SINGLE_SETTINGS = [
     "tiles",
-    *(name for name in plan_bench.LEVERS if name not in ("default", "all", "tiles")),
+    *(name for name in plan_bench.MEMORY_SETTINGS if name not in ("default", "all", "tiles")),
 ]
 ALL_PAIRS = itertools.product(plan_bench.FAMILIES, ("default", "no checkpoints", "all"))
 ALSO = [pytest.param(*pair, marks=pytest.mark.long) for pair in ALL_PAIRS if pair not in FEW_PAIRS]
 
 
-@pytest.mark.parametrize(("family", "lever"), [*FEW_PAIRS, *ALSO])
-def test_predicted_bytes_are_those_of_the_step_on_this_cpu(family: str, lever: str) -> None:
+@pytest.mark.parametrize(("family", "setting"), [*FEW_PAIRS, *ALSO])
+def test_predicted_bytes_are_those_of_the_step_on_this_cpu(family: str, setting: str) -> None:
     """NF4 and LoRA on the CPU, every storage followed, against the same step without weights."""
     error = plan_bench.error_of(
-        plan_bench.FAMILIES[family](8_000), plan_bench.recipe(**plan_bench.LEVERS[lever])
+        plan_bench.FAMILIES[family](8_000), plan_bench.recipe(**plan_bench.MEMORY_SETTINGS[setting])
     )
     assert abs(error) <= 0.02
 
 
-@pytest.mark.parametrize("lever", first_and_long(LEVERS_ALONE))
-def test_each_lever_is_predicted(lever: str) -> None:
+@pytest.mark.parametrize("setting", first_and_long(SINGLE_SETTINGS))
+def test_each_memory_setting_is_predicted(setting: str) -> None:
     config = plan_bench.FAMILIES["llama"](8_000)
-    assert abs(plan_bench.error_of(config, plan_bench.recipe(**plan_bench.LEVERS[lever]))) <= 0.02
+    assert (
+        abs(plan_bench.error_of(config, plan_bench.recipe(**plan_bench.MEMORY_SETTINGS[setting])))
+        <= 0.02
+    )
 
 
 BLOOM = {"hidden_size": 256, "n_layer": 4, "n_head": 4}
@@ -176,8 +140,8 @@ OTHERS = {
 @pytest.mark.parametrize("case", first_and_long([*OTHERS][::-1]))
 def test_what_cannot_share_and_what_has_experts_is_predicted_too(case: str) -> None:
     """In bfloat16, for on meta torch multiplies experts in nothing else."""
-    levers = plan_bench.LEVERS[case.split(", ")[1]]
-    chosen = plan_bench.recipe(**levers).override({"model.dtype": "bfloat16"})
+    memory_settings = plan_bench.MEMORY_SETTINGS[case.split(", ")[1]]
+    chosen = plan_bench.recipe(**memory_settings).override({"model.dtype": "bfloat16"})
     assert abs(plan_bench.error_of(OTHERS[case], chosen)) <= 0.02
 
 
@@ -201,22 +165,24 @@ def test_a_plan_says_what_the_model_cannot_have(call: Call, workspace: Path) -> 
     )
     _, said, _ = call("plan", "--recipe", "mistral-qlora", *keys)
     assert "note: quantization.load_in_4bit: " in said
-    assert "of its experts stay as they are" in said
+    assert "of its experts are not quantised" in said
 
 
 def test_attention_that_shows_its_flops_is_not_counted_twice() -> None:
     chosen, config = settings(), OTHERS["bloom, no checkpoints"]
-    assert find_route(chosen, config, worst_case(256, 1), "ampere").unseen == 0
+    assert find_route(chosen, config, worst_case(256, 1), "ampere").uncounted == 0
     half = find_route(chosen, OTHERS["qwen3-next, default"], worst_case(256, 1), "ampere")
-    assert (half.attention, half.unseen) == (META_ATTENTION, 0.5)
+    assert (half.attention, half.uncounted) == (META_ATTENTION, 0.5)
 
 
 @pytest.mark.parametrize(
-    "levers", first_and_long([{"checkpoint_offload": True}, {}, {"mlp_tile": 512}]), ids=str
+    "memory_settings",
+    first_and_long([{"checkpoint_offload": True}, {}, {"mlp_tile": 512}]),
+    ids=str,
 )
-def test_a_few_layers_tell_of_all(levers: dict[str, Any]) -> None:
+def test_a_few_layers_tell_of_all(memory_settings: dict[str, Any]) -> None:
     """Peak and work of eight layers, any number of them un-checkpointed, from steps of two to five."""
-    chosen, config, triples = settings(**levers), small(8), worst_case(512, 2)
+    chosen, config, triples = settings(**memory_settings), small(8), worst_case(512, 2)
     line = LayerExtrapolation(
         chosen, config, triples, "ampere", find_route(chosen, config, triples, "ampere")
     )
@@ -263,7 +229,7 @@ def test_no_micro_batch_of_a_training_is_heavier_than_that_of_the_plan(
     )
     model = SimpleNamespace(route="shared")
     batching = PairModel.batching(model, chosen, 0)  # type: ignore[arg-type]
-    planned = sizes(heaviest(chosen, triples, batching, in_one_row=True))
+    planned = sizes(heaviest_pairs(chosen, triples, batching, in_one_row=True))
     pairs, seen = blank_pairs(triples), np.zeros(3, int)
     lengths = triples[:, 1:].sum(1) - triples[:, 0]
     # Most segments; most tokens of prefixes, by two orders.
@@ -282,7 +248,7 @@ def test_the_longest_pairs_are_planned_where_each_sequence_goes_by_itself() -> N
     chosen = settings(micro_batch_tokens=600).override({"training.global_batch_size": 8})
     model = SimpleNamespace(route="rows")
     batching = PairModel.batching(model, chosen, 0)  # type: ignore[arg-type]
-    pairs = heaviest(chosen, triples, batching, in_one_row=False)
+    pairs = heaviest_pairs(chosen, triples, batching, in_one_row=False)
     lengths = [(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs]
     assert lengths[0] == (400, 100)
     assert (
@@ -309,7 +275,7 @@ def test_fewer_layers_keep_their_kinds() -> None:
 
 def test_a_plan_fits_its_budget_and_more_memory_makes_it_no_slower() -> None:
     plans, found = planner(), []
-    least = plans.least(GPU)
+    least = plans.least_bytes(GPU)
     for extra in (0, 5, 20, 60, 150, 4_000):
         plan = plans.plan(least + extra * MIB, GPU)
         assert plan.fits
@@ -320,7 +286,7 @@ def test_a_plan_fits_its_budget_and_more_memory_makes_it_no_slower() -> None:
 
 
 def test_nothing_that_fits_is_faster() -> None:
-    """Every choice of levers, run in full, against the plan."""
+    """Every choice of memory settings, run in full, against the plan."""
     plans = planner(layers=3)
     others = [
         plans.run(choice | {"activation_checkpointing": 3 - kept}, None, GPU)
@@ -328,7 +294,7 @@ def test_nothing_that_fits_is_faster() -> None:
         for kept in range(4)
     ]
     for extra in (0, 10, 40):
-        budget = plans.least(GPU) + extra * MIB
+        budget = plans.least_bytes(GPU) + extra * MIB
         best = plans.plan(budget, GPU).seconds_per_pair or 0
         assert all(
             (other.seconds_per_pair or 0) >= 0.99 * best
@@ -339,16 +305,16 @@ def test_nothing_that_fits_is_faster() -> None:
 
 @pytest.mark.long
 def test_a_plan_is_the_same_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    budget = planner(mlp_tile=None).least(GPU) + 10 * MIB
+    budget = planner(mlp_tile=None).least_bytes(GPU) + 10 * MIB
     one = planner(mlp_tile=None).plan(budget, GPU)
     monkeypatch.undo()  # each step is counted anew
     other = planner(mlp_tile=None).plan(budget, GPU)
     assert one.to_json() == other.to_json()
 
 
-def test_a_plan_sets_levers_and_nothing_else() -> None:
+def test_a_plan_sets_memory_settings_and_nothing_else() -> None:
     plans = planner()
-    assert set(plans.plan(plans.least(GPU), GPU).levers) <= set(PLANNED_KEYS)
+    assert set(plans.plan(plans.least_bytes(GPU), GPU).settings) <= set(PLANNED_SETTINGS)
 
 
 FIXED = [{"activation_checkpointing": 3}, {"mlp_tile": None}, {"embedding_on_cpu": True}, {"head_chunk": 64},
@@ -357,20 +323,20 @@ FIXED = [{"activation_checkpointing": 3}, {"mlp_tile": None}, {"embedding_on_cpu
 
 
 @pytest.mark.parametrize("fixed", first_and_long(FIXED), ids=str)
-def test_a_lever_that_the_person_has_set_stays(fixed: dict[str, Any]) -> None:
+def test_a_memory_setting_that_the_person_has_set_stays(fixed: dict[str, Any]) -> None:
     plans = planner(**{"mlp_tile": None} | fixed)  # fewer steps to count
-    levers = plans.plan(plans.least(GPU) + 20 * MIB, GPU).levers
+    memory_settings = plans.plan(plans.least_bytes(GPU) + 20 * MIB, GPU).settings
     ((key, value),) = fixed.items()
-    assert levers[key] == {"all": 6}.get(value, value)  # type: ignore[call-overload]
+    assert memory_settings[key] == {"all": 6}.get(value, value)  # type: ignore[call-overload]
 
 
 def test_a_tied_embedding_is_not_moved() -> None:
     plans = Planner(settings(), small(tie_word_embeddings=True), worst_case(512, 2), "ampere")
-    assert plans.tightest()["embedding_on_cpu"] is False
+    assert plans.smallest_settings()["embedding_on_cpu"] is False
 
 
 def test_what_does_not_fit_is_said_with_what_would() -> None:
-    least = planner().least(GPU)
+    least = planner().least_bytes(GPU)
     with pytest.raises(FitError) as caught:
         fit(settings(), small(), worst_case(512, 2), "ampere", least - MIB, GPU)
     said = str(caught.value)
@@ -410,10 +376,10 @@ def test_what_is_no_size_is_refused(text: str) -> None:
         load_recipe("demo", [f"memory.budget={text}"])
 
 
-# --- the card that is here
+# --- this machine's GPU
 
 
-def pretend_card(
+def pretend_gpu(
     monkeypatch: pytest.MonkeyPatch,
     *,
     free: int,
@@ -421,7 +387,7 @@ def pretend_card(
     name: str = "NVIDIA GeForce RTX 4090",
     capability: tuple[int, int] = (8, 9),
 ) -> None:
-    """NVML and torch as they answer on a machine with one card."""
+    """NVML and torch as they answer on a machine with one GPU."""
     import pynvml
 
     properties = SimpleNamespace(name=name, total_memory=24 * GIB, uuid="6f-a")
@@ -443,7 +409,7 @@ def pretend_card(
 
 def test_a_plan_for_a_t4_is_of_its_dtype_and_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compute capability 7.5: float16, and no FlashAttention, so segments cost it nothing."""
-    pretend_card(monkeypatch, free=15 * GIB, others=0, name="Tesla T4", capability=(7, 5))
+    pretend_gpu(monkeypatch, free=15 * GIB, others=0, name="Tesla T4", capability=(7, 5))
     own = local_gpu()
     assert own is not None
     assert (own.gpu.flops, own.gpu.capability) == (65e12, (7, 5))
@@ -502,7 +468,7 @@ def test_a_plan_says_first_whether_it_fits(workspace: Path) -> None:
 
 
 def test_memory_of_other_processes_is_seen_and_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend_card(monkeypatch, free=20 * GIB - GIB // 2, others=3 * GIB)
+    pretend_gpu(monkeypatch, free=20 * GIB - GIB // 2, others=3 * GIB)
     own = local_gpu()
     assert own is not None
     assert (own.free, own.others, own.gpu.flops) == (20 * GIB, 3 * GIB, 165e12)
@@ -516,16 +482,16 @@ def test_a_driver_that_does_not_answer_is_asked_through_torch(
     def refuse() -> None:
         raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
 
-    pretend_card(monkeypatch, free=0, others=0, name="Some Future Card")
+    pretend_gpu(monkeypatch, free=0, others=0, name="Some Future GPU")
     monkeypatch.setattr(pynvml, "nvmlInit", refuse)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (9 * GIB, 24 * GIB))
     own = local_gpu()
     assert own is not None
     assert (own.free, own.others) == (9 * GIB, 0)
-    assert own.gpu.flops == GPU.flops  # of the known card that is nearest in memory
+    assert own.gpu.flops == GPU.flops  # of the known GPU that is nearest in memory
 
 
-def test_no_card_is_no_fault() -> None:
+def test_no_gpu_is_no_fault() -> None:
     if not torch.cuda.is_available():
         assert local_gpu() is None
     assert gpus.SPEEDS.keys()
@@ -554,6 +520,16 @@ def test_the_plan_of_a_shipped_recipe_needs_no_network(call: Call) -> None:
     assert plan["cards"][0]["card"] == GPU.name
 
 
+SIZED = ["smollm2-135m", *(name for name in shipped_recipes() if name != "smollm2-135m")]
+
+
+@pytest.mark.parametrize("name", first_and_long(SIZED))
+def test_the_gpu_that_a_recipe_needs_is_its_plans(name: str, workspace: Path) -> None:
+    """`recipes ls` shows what ``python -m benchmarks.recipes`` wrote."""
+    assert gpu_sizes().keys() == shipped_recipes().keys()
+    assert gpu_size(name) == gpu_sizes()[name]
+
+
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_every_recipes_base_is_known_offline(name: str) -> None:
     from orpo_lite.base.find import find_config
@@ -563,7 +539,7 @@ def test_every_recipes_base_is_known_offline(name: str) -> None:
         assert find_config(base, "main").get_text_config().num_hidden_layers > 0
 
 
-def test_the_screen_has_a_bar_a_part_and_a_row_a_card(call: Call, workspace: Path) -> None:
+def test_the_screen_has_a_bar_a_part_and_a_row_a_gpu(call: Call, workspace: Path) -> None:
     keys = [
         "model.model_name_or_path=./base",
         "data.dataset_name=./pairs.jsonl",
@@ -593,10 +569,10 @@ def test_a_plan_that_does_not_fit_ends_with_6(call: Call, workspace: Path) -> No
     assert "Traceback" not in complained
 
 
-def test_the_card_that_is_here_comes_first(
+def test_the_local_gpu_comes_first(
     call: Call, workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pretend_card(monkeypatch, free=20 * GIB - GIB // 2, others=3 * GIB)
+    pretend_gpu(monkeypatch, free=20 * GIB - GIB // 2, others=3 * GIB)
     keys = (
         "model.model_name_or_path=./base",
         "data.max_length=256",
@@ -606,7 +582,7 @@ def test_the_card_that_is_here_comes_first(
     code, said, _ = call("plan", "--recipe", "mistral-qlora", *keys)
     assert code == 0
     assert "20.00 GiB free on this machine's NVIDIA GeForce RTX 4090" in said
-    assert "other processes hold 3.00 GiB of the card, which is left alone" in said
+    assert "other processes use 3.00 GiB of the GPU, which is not touched" in said
 
 
 # --- training to a budget
@@ -624,11 +600,11 @@ def stop_after_two_steps(recipe: Recipe) -> None:
 
 
 def test_a_run_keeps_to_its_budget_and_learns_the_same(small_recipe: Callable[..., Recipe]) -> None:
-    """Levers are chosen before anything is loaded, said in three lines, kept in the run, and change no figure."""
+    """Memory settings are chosen before anything is loaded, said in three lines, kept in the run, and change no figure."""
     _, free = train_all(small_recipe("training.output_dir=free", "training.optim=adamw_torch"))
-    least = Planner(small_recipe(), tiny_llama(98).config, np.array([[20, 60, 60]]), "cpu").least(
-        None
-    )
+    least = Planner(
+        small_recipe(), tiny_llama(98).config, np.array([[20, 60, 60]]), "cpu"
+    ).least_bytes(None)
     budget = f"memory.budget={least // MIB + 2}MiB"
     updates, planned = train_all(
         small_recipe("training.output_dir=planned", "training.optim=adamw_torch", budget)
@@ -636,10 +612,14 @@ def test_a_run_keeps_to_its_budget_and_learns_the_same(small_recipe: Callable[..
     said = [(update.kind, update.text) for update in updates]
     loading = next(i for i, (_, text) in enumerate(said) if text.startswith("loading"))
     lines = [text for kind, text in said[:loading] if kind == "note"][-3:]
-    assert [line.split(":")[0] for line in lines] == ["memory", "levers", "the largest pass"]
+    assert [line.split(":")[0] for line in lines] == [
+        "memory",
+        "memory settings",
+        "the largest pass",
+    ]
     kept = read_json(planned.run / "plan.json")
     assert kept["needed_bytes"] <= kept["budget_bytes"]
-    assert set(kept["levers"]) <= set(PLANNED_KEYS)
+    assert set(kept["levers"]) <= set(PLANNED_SETTINGS)
     for row, other in zip(
         rows_without_clock(free.run), rows_without_clock(planned.run), strict=True
     ):
@@ -657,7 +637,7 @@ def test_a_run_that_goes_on_keeps_its_plan_and_its_bits(
     before = (Path("stopped") / "plan.json").read_bytes()
     updates, resumed = train_all(stopped, resume=True)
     assert (Path("stopped") / "plan.json").read_bytes() == before
-    assert not [note for note in notes(updates) if note.startswith("levers")]
+    assert not [note for note in notes(updates) if note.startswith("memory settings")]
     assert same_bits(adapter(whole.run), adapter(resumed.run))
 
 
@@ -672,7 +652,7 @@ def test_a_plan_that_fits_no_more_is_made_anew_and_said(
     assert [
         note
         for note in notes(updates)
-        if note.startswith("the plan that the run began with does not fit")
+        if note.startswith("the plan that the run began with no longer fits")
     ]
     after = read_json(Path("run") / "plan.json")
     assert after["needed_bytes"] <= smaller
@@ -681,12 +661,14 @@ def test_a_plan_that_fits_no_more_is_made_anew_and_said(
     assert [
         note
         for note in notes(updates)
-        if note.startswith("the plan that the run began with is not what is asked")
+        if note.startswith(
+            "the plan that the run began with is not for the memory settings asked for"
+        )
     ]
     assert read_json(Path("run") / "plan.json")["budget_bytes"] == 40 * 2**20
 
 
-def test_a_base_that_cannot_be_counted_trains_with_its_levers_as_they_are(
+def test_a_base_that_cannot_be_counted_trains_with_its_memory_settings_as_they_are(
     small_recipe: Callable[..., Recipe], workspace: Path
 ) -> None:
     """Experts in float32, which torch multiplies on this CPU and not on meta."""
@@ -709,10 +691,12 @@ def test_a_base_that_cannot_be_counted_trains_with_its_levers_as_they_are(
         "quantization.load_in_4bit=false",
     )
     updates, result = train_all(small_recipe(*keys, "memory.budget=1GiB", "training.max_steps=1"))
-    assert [note for note in notes(updates) if "its step cannot be counted without weights" in note]
+    assert [
+        note for note in notes(updates) if "its step cannot be measured without weights" in note
+    ]
     assert result.steps == 1
     assert not (result.run / "plan.json").exists()
-    with pytest.raises(ModelError, match="set the levers of memory by hand"):
+    with pytest.raises(ModelError, match="set the keys of memory by hand"):
         plan(small_recipe(*keys, "model.dtype=float32"))
 
 
@@ -733,13 +717,13 @@ def test_padded_rows_are_planned_too() -> None:
         ("NVIDIA GeForce RTX 4080 Laptop GPU", None),
     ],
 )
-def test_a_card_is_known_by_its_whole_name(
+def test_a_gpu_is_known_by_its_whole_name(
     monkeypatch: pytest.MonkeyPatch, name: str, bandwidth: float | None
 ) -> None:
-    pretend_card(monkeypatch, free=GIB, others=0, name=name)
+    pretend_gpu(monkeypatch, free=GIB, others=0, name=name)
     own = local_gpu()
     assert own is not None
-    assert own.gpu.bandwidth == (bandwidth or GPU.bandwidth)  # of the known card nearest in memory
+    assert own.gpu.bandwidth == (bandwidth or GPU.bandwidth)  # of the known GPU nearest in memory
 
 
 def test_a_budget_that_nothing_fits_leaves_no_run(small_recipe: Callable[..., Recipe]) -> None:
@@ -847,22 +831,22 @@ def test_no_gradient_of_a_step_that_ran_short_is_left(
 
 def test_an_embedding_set_to_the_host_is_counted_away_once() -> None:
     moved, least = planner(embedding_on_cpu=True), planner()
-    assert least.tightest()["embedding_on_cpu"] is True
-    assert moved.least(GPU) == least.least(GPU)
+    assert least.smallest_settings()["embedding_on_cpu"] is True
+    assert moved.least_bytes(GPU) == least.least_bytes(GPU)
 
 
-def test_a_step_of_few_tokens_passes_at_once_where_there_is_room() -> None:
+def test_a_step_of_few_tokens_passes_at_once_where_memory_allows() -> None:
     """Nothing is gained by passes of one pair; a step may have fewer tokens than the sizes that are tried."""
     chosen = settings()
     assert (
         Planner(chosen, small(), worst_case(512, 2), "ampere")
         .plan(None, GPU)
-        .levers["micro_batch_tokens"]
+        .settings["micro_batch_tokens"]
         == 2_048
     )
     short = worst_case(100, 2)
     assert (
-        Planner(chosen, small(), short, "ampere").plan(None, GPU).levers["micro_batch_tokens"]
+        Planner(chosen, small(), short, "ampere").plan(None, GPU).settings["micro_batch_tokens"]
         == 400
     )
 
@@ -881,7 +865,7 @@ def test_gpt2_is_planned_in_4_bit_as_it_is_loaded(tmp_path: Path) -> None:
     }
 
 
-def test_what_fits_no_card_ends_with_6_and_says_what_would(call: Call, workspace: Path) -> None:
+def test_what_fits_no_gpu_ends_with_6_and_says_what_would(call: Call, workspace: Path) -> None:
     wide = small(
         12,
         hidden_size=16_384,
@@ -903,7 +887,7 @@ def test_what_fits_no_card_ends_with_6_and_says_what_would(call: Call, workspace
     assert "download" not in said
 
 
-def test_levers_are_proposed_before_anything_is_trained_otherwise() -> None:
+def test_memory_settings_are_proposed_before_anything_is_trained_otherwise() -> None:
     plans = planner(packing=False, micro_batch_size=2, prompt_sharing=False)
     (first, *_) = plans.changes(10 * GIB, GPU)
     assert first.keys == {

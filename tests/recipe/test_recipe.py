@@ -734,7 +734,8 @@ SPELLED_OUT = {
 }  # equal to the default in some recipes, and the one value that the paper gives per model
 LAMBDA = {  # PAPER.md: Mistral 0.1, Llama-2 0.2, Phi-2 0.25, OPT 1.0; 0.1 where the paper has none
     "mistral-qlora": 0.1, "mistral-orpo-beta-qlora": 0.1, "llama2-7b-qlora": 0.2, "llama3-8b-qlora": 0.1,
-    "qwen2.5-7b-qlora": 0.1, "qwen2.5-32b-qlora": 0.1, "llama3-70b-qlora": 0.1,
+    "qwen2.5-7b-qlora": 0.1, "qwen2.5-32b-qlora": 0.1, "llama3-70b-qlora": 0.1, "qwen3-8b-qlora": 0.1,
+    "qwen3-4b-qlora": 0.1, "llama3.2-3b-qlora": 0.1, "gemma3-4b-qlora": 0.1, "smollm2-135m": 0.1,
     "phi2-qlora": 0.25, "opt-125m": 1.0, "opt-350m": 1.0, "opt-1.3b": 1.0,
 }  # fmt: skip
 

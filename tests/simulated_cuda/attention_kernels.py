@@ -249,7 +249,7 @@ def _flash_attention_backward(
     return tuple(_gradients(rows, scale or query.shape[-1] ** -0.5, (query, key, value), grad_out))
 
 
-# --- memory-efficient attention: cards before Ampere, and float32
+# --- memory-efficient attention: GPUs before Ampere, and float32
 
 
 def _efficient_rows(

@@ -178,16 +178,16 @@ def test_what_is_merged_is_what_was_trained(
         merge(result.run, weights=weights)
         assert torch.cuda.max_memory_allocated() == before
         verdict = verify(result.run, weights=weights)
-        assert verdict.passed, verdict.said
+        assert verdict.passed, verdict.explanation
         assert torch.cuda.max_memory_allocated() > before
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("budget", ["auto", "1GiB"])
-def test_a_training_is_planned_by_the_card(
+def test_a_training_is_planned_by_the_gpu(
     budget: str, small_recipe: Build, call: Callable[..., Answer]
 ) -> None:
-    """What it takes at its peak is no more than the plan says; a tenth of a card is refused before weights load."""
+    """What it takes at its peak is no more than the plan says; a tenth of a GPU is refused before weights load."""
     recipe = small_recipe(f"memory.budget={budget}", "output.samples=0", "training.max_steps=2")
     updates, result = train_all(recipe)
     assert bad(updates) == []

@@ -560,7 +560,7 @@ def test_nonfinite_steps_leave_the_adapter_alone_and_end_the_run(
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=str)
-def test_out_of_memory_names_the_levers(
+def test_out_of_memory_names_the_memory_settings(
     error: RuntimeError, small_recipe: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def explode(*_: Any, **__: Any) -> None:
@@ -587,11 +587,11 @@ ALL = (
 )
 
 
-def test_the_levers_of_memory_change_no_run(small_recipe: Build) -> None:
-    """NF4 and paged AdamW: losses of all steps and evaluations, and the adapter, with every lever and with none."""
+def test_the_memory_settings_of_memory_change_no_run(small_recipe: Build) -> None:
+    """NF4 and paged AdamW: losses of all steps and evaluations, and the adapter, with every memory setting and with none."""
     found = []
-    for name, levers in (("plain", PLAIN), ("all", ALL)):
-        keys = [f"memory.{lever}" for lever in levers]
+    for name, memory_settings in (("plain", PLAIN), ("all", ALL)):
+        keys = [f"memory.{setting}" for setting in memory_settings]
         _, result = train_all(
             small_recipe(f"training.output_dir={name}", "training.optim=adamw_torch", *keys)
         )

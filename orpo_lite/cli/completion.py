@@ -1,0 +1,47 @@
+"""What a shell completes: recipe names, keys, run folders, targets of an export. No torch.
+
+``orpo-lite --install-completion`` installs it for the shell that runs it.
+"""
+
+from pathlib import Path
+
+TARGETS = ("gguf", "ollama", "vllm")
+
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """Return the shipped recipes and the recipe files that begin like this."""
+    from orpo_lite.recipe.reader import shipped_recipes
+
+    names = [*shipped_recipes(), *_paths(incomplete, "*.yaml")]
+    return [name for name in names if name.startswith(incomplete)]
+
+
+def complete_key(incomplete: str) -> list[str]:
+    """Return the recipe's keys that begin like this, each with its ``=``."""
+    from orpo_lite.recipe.schema import KEYS
+
+    keys = [f"{section}.{key}=" for section in KEYS for key in KEYS[section]]
+    return [key for key in keys if key.startswith(incomplete)]
+
+
+def complete_run(incomplete: str) -> list[str]:
+    """Return the run folders that begin like this, of the current folder or of ``runs/``."""
+    found = _paths(incomplete, "*/recipe.yaml") or _paths(f"runs/{incomplete}", "*/recipe.yaml")
+    return [str(Path(path).parent) for path in found]
+
+
+def complete_target(incomplete: str) -> list[str]:
+    """Return the targets of an export that begin like this."""
+    return [name for name in TARGETS if name.startswith(incomplete)]
+
+
+def _paths(incomplete: str, pattern: str) -> list[str]:
+    """Return the paths that match a pattern and begin like an incomplete path."""
+    folder, _, begin = incomplete.rpartition("/")
+    start = Path(f"{folder}/" if folder or incomplete.startswith("/") else ".")
+    found = (
+        path
+        for path in start.expanduser().glob(pattern)
+        if path.relative_to(start).parts[0].startswith(begin)
+    )
+    return sorted(str(path) for path in found)

@@ -1,0 +1,179 @@
+"""Compare the gradient of a route, and of this package's layers, with the model's own."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from orpo_lite.errors import ModelError, Overrides
+from orpo_lite.model.pair_model import MODEL_CODE_ERRORS, PairModel, Route
+from orpo_lite.model.probe_values import (
+    SHORT_PAIRS,
+    PairLengths,
+    coarsest_dtype,
+    error_reason,
+    mean_logps,
+    random_pairs,
+    rounded_input,
+)
+
+GRADIENT_PAIRS = [SHORT_PAIRS[0], SHORT_PAIRS[4]]
+TINY_PAIRS = [(5, 3, 4)]  # for the gradient for which all layers keep everything
+PROBE_TILE = 16  # tokens, so that each of these sequences takes several tiles
+
+
+class Gradient(NamedTuple):
+    """The model's own gradient, and how far another one may be from it."""
+
+    parts: list[Tensor]
+    """One tensor per trained parameter."""
+    bound: float
+
+
+def own_gradient(model: PairModel) -> Gradient:
+    """Return the gradient by the model's and peft's own layers and all logits.
+
+    The bound is what rounding explains. In half precision it is three times the effect of rounding
+    the first layer's input once more: two orders of the same operations differ by as much, from 1%
+    of a Llama's gradient to 10% of a Gemma's.
+    """
+    with own_layers(model):
+        parts = _gradient(model, "logits")
+        _note_unused_adapters(model, parts)
+        dtype = coarsest_dtype(model)
+        if dtype in (torch.float64, torch.float32):
+            return Gradient(parts, 1e-8 if dtype == torch.float64 else 1e-3)
+        with rounded_input(model):
+            effect = _distance(_gradient(model, "logits"), parts)
+    return Gradient(parts, min(max(3 * effect, 0.01), 0.3))
+
+
+def gradient_difference(model: PairModel, route: Route, own: Gradient) -> str:
+    """Return how the gradient of this route differs from the model's own, or ""."""
+    try:
+        difference = _distance(_gradient(model, route), own.parts)
+    except MODEL_CODE_ERRORS as error:
+        return error_reason(error, route)
+    if difference <= own.bound:
+        return ""
+    return f"gradients would differ by {difference:.2%} (bound {own.bound:.2%})"
+
+
+def check_reruns(model: PairModel) -> None:
+    """Check that layers that run again give the gradient that they give without.
+
+    Their inputs may come back from host memory. Raises ModelError.
+    """
+    found = _gradient(model, "logits", TINY_PAIRS)
+    checkpointed: list[Any] = [layer for layer in model.layers if layer.gradient_checkpointing]
+    for layer in checkpointed:
+        layer.gradient_checkpointing = layer.training = False
+    try:
+        expected = _gradient(model, "logits", TINY_PAIRS)
+    finally:
+        for layer in checkpointed:
+            layer.gradient_checkpointing = layer.training = True
+    where = f"model {model.config.model_type}"
+    if not all(bool(part.isfinite().all()) for part in expected):
+        dtype = str(model.causal.dtype).removeprefix("torch.")
+        raise ModelError(
+            where=where,
+            found=f"its gradient is not finite in {dtype}",
+            expected="finite numbers",
+            fix=Overrides({"model.dtype": "float32"}),
+        )
+    bound = {torch.float64: 1e-8, torch.float32: 1e-3}.get(coarsest_dtype(model), 0.01)
+    difference = _distance(found, expected)
+    if not difference <= bound:
+        settings = {"memory.activation_checkpointing": "none", "memory.checkpoint_offload": False}
+        raise ModelError(
+            where=where,
+            found=f"where its layers run again gradients differ by {difference:.2%} "
+            f"(bound {bound:.2%})",
+            fix=Overrides(settings),
+        )
+
+
+def drop_wrong_operations(model: PairModel, own: Gradient) -> None:
+    """Go back to peft's and the model's own layers if ours give another gradient, and note it."""
+    replaced = replaced_modules(model)
+    tiled = [module.forward for module in replaced if hasattr(module.forward, "tokens")]
+    sizes = [forward.tokens for forward in tiled]
+    for forward in tiled:
+        forward.tokens = min(forward.tokens, PROBE_TILE)
+    reason = gradient_difference(model, "logits", own) if replaced else ""
+    for forward, size in zip(tiled, sizes, strict=True):
+        forward.tokens = size
+    if not reason:
+        return
+    settings = []
+    if len(replaced) > len(tiled):
+        settings.append("memory.fused_lora")
+    if tiled:
+        settings.append("memory.mlp_tile")
+    for module in replaced:
+        del module.forward
+    model.notes.append(f"not used: {' and '.join(settings)}, because {reason}")
+
+
+def replaced_modules(model: PairModel) -> list[nn.Module]:
+    """Return the modules whose forward pass is replaced by an equal one: fused LoRA, tiles."""
+    return [m for m in model.modules() if getattr(m.__dict__.get("forward"), "equals_plain", False)]
+
+
+@contextmanager
+def own_layers(model: PairModel) -> Iterator[None]:
+    """Use the model's and peft's own layers inside the ``with`` block.
+
+    What is in host memory stays there.
+    """
+    modules = replaced_modules(model)
+    forwards = [module.__dict__.pop("forward") for module in modules]
+    try:
+        yield
+    finally:
+        for module, forward in zip(modules, forwards, strict=True):
+            module.forward = forward
+
+
+def _note_unused_adapters(model: PairModel, gradient: list[Tensor]) -> None:
+    """Note the adapters that the loss does not reach: they only take memory."""
+    names = [name for name, _ in model.trained() if "lora_A" in name]
+    unused = [
+        name
+        for (name, _), part in zip(model.trained(), gradient, strict=True)
+        if "lora_A" in name and not part.any()
+    ]
+    if unused:
+        layer = unused[0].split(".lora_A")[0].split("base_model.model.")[-1]
+        model.notes.append(
+            f"{len(unused)} of {len(names)} adapted layers get no gradient ({layer} ...): "
+            "they learn nothing"
+        )
+
+
+def _gradient(
+    model: PairModel, route: Route, lengths: list[PairLengths] = GRADIENT_PAIRS
+) -> list[Tensor]:
+    """Return the gradient of a weighted sum of :func:`mean_logps`, one tensor per parameter."""
+    pairs = random_pairs(model.config.get_text_config(), lengths)
+    logps_3P = mean_logps(model, pairs, route)
+    weights_3 = logps_3P.new_tensor([1.0, -2.0, 0.5])
+    parameters = [parameter for _, parameter in model.trained()]
+    gradient = torch.autograd.grad(
+        (weights_3 @ logps_3P).sum(), parameters, allow_unused=True, materialize_grads=True
+    )
+    return list(gradient)
+
+
+def _distance(found: list[Tensor], expected: list[Tensor]) -> float:
+    """Return the norm of the difference divided by that of ``expected``."""
+    difference = sum(_square_sum(a - b) for a, b in zip(found, expected, strict=True))
+    return math.sqrt(difference / max(sum(map(_square_sum, expected)), 1e-300))
+
+
+def _square_sum(tensor: Tensor) -> float:
+    return float(tensor.double().square().sum())

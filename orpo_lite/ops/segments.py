@@ -1,0 +1,197 @@
+"""The segments of a packed row, and the attention options that every back-end reads.
+
+A pair that shares its prompt is two segments: ``[prefix chosen]``, and ``[rejected]`` with that
+prefix before it. The rejected tokens attend causally, aligned bottom-right, as if they followed the
+prefix directly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - the field's name for it
+from torch import Tensor
+
+
+class Segment(NamedTuple):
+    """Queries ``start:stop`` of a row.
+
+    They attend to the keys ``prefix_start:prefix_stop`` and then to their own.
+    """
+
+    start: int
+    stop: int
+    prefix_start: int = 0
+    prefix_stop: int = 0
+
+    @property
+    def length(self) -> int:
+        """Number of queries."""
+        return self.stop - self.start
+
+    @property
+    def prefix_length(self) -> int:
+        """Number of prefix tokens."""
+        return self.prefix_stop - self.prefix_start
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The segments of a row, and the back-end that attends to them."""
+
+    segments: tuple[Segment, ...]
+    backend: str = "auto"
+    """auto, or one of BACKENDS: flash_cpu, varlen, flash_attn, efficient, sdpa, maths."""
+    target_kind: str | None = None
+    """On meta: the kind of device that the plan is for (:func:`device_kind`)."""
+
+
+_current: ContextVar[Layout | None] = ContextVar("layout", default=None)
+
+
+@contextmanager
+def use_layout(layout: Layout | None) -> Iterator[None]:
+    """Attend by ``layout`` inside the ``with`` block."""
+    token = _current.set(layout)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def current_layout() -> Layout | None:
+    """Return the layout in use.
+
+    A checkpointed layer stores it for its second run, which may be on another thread.
+    """
+    return _current.get()
+
+
+class AttentionOptions(NamedTuple):
+    """The options of a layer's attention, apart from its segments."""
+
+    scale: float
+    window: int | None
+    softcap: float | None
+
+    @property
+    def window_size(self) -> tuple[int, int]:
+        """FlashAttention's window: tokens to the left without the query's own, and to the right."""
+        return (-1 if self.window is None else self.window - 1, 0)
+
+
+def as_sequences(
+    query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment]
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, int, int]]:
+    """Return a row as sequences laid end to end, as varlen kernels take them.
+
+    Returns:
+        Queries (T, H, E); keys (S, K, E) and values (S, K, E') with each prefix repeated before its
+        segment; and where the sequences of queries and of keys start, with the longest of each.
+    """
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    if any(segment.prefix_length for segment in segments):
+        index = _key_index(tuple(segments), query.device)
+        k, v = k.index_select(0, index), v.index_select(0, index)
+    starts_q, starts_k = _starts(tuple(segments), query.device)
+    longest_q = max(segment.length for segment in segments)
+    longest_k = max(segment.prefix_length + segment.length for segment in segments)
+    return q, k, v, (starts_q, starts_k, longest_q, longest_k)
+
+
+@lru_cache(maxsize=4)
+def _key_index(segments: tuple[Segment, ...], device: torch.device) -> Tensor:
+    pieces = []
+    for segment in segments:
+        pieces.append(torch.arange(segment.prefix_start, segment.prefix_stop))
+        pieces.append(torch.arange(segment.start, segment.stop))
+    return torch.cat(pieces).to(device)
+
+
+@lru_cache(maxsize=4)
+def _starts(segments: tuple[Segment, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    lengths = [(s.length, s.prefix_length + s.length) for s in segments]
+    starts = F.pad(torch.tensor(lengths).cumsum(0), (0, 0, 1, 0)).int().to(device)
+    return starts[:, 0].contiguous(), starts[:, 1].contiguous()
+
+
+class Run(NamedTuple):
+    """Consecutive segments of similar length: its rows, and where its sequences start."""
+
+    queries: slice
+    keys: slice
+    starts_q: Tensor
+    starts_k: Tensor
+    longest_q: int
+    longest_k: int
+
+
+PADDING = 2
+"""Most rows that a run has if its sequences are padded to the longest one, over those it has."""
+
+
+@lru_cache(maxsize=4)
+def similar_runs(segments: tuple[Segment, ...], device: torch.device) -> tuple[Run, ...]:
+    """Split the segments of a row where a kernel that pads sequences would need much more memory.
+
+    Padded to its longest sequence, a run has at most :data:`PADDING` times its queries and keys.
+    """
+    groups: list[list[Segment]] = []
+    for segment in segments:
+        grown = [*groups[-1], segment] if groups else [segment]
+        if groups and _is_similar(grown):
+            groups[-1] = grown
+        else:
+            groups.append([segment])
+    runs, q, k = [], 0, 0
+    for group in groups:
+        queries = [segment.length for segment in group]
+        keys = [segment.prefix_length + segment.length for segment in group]
+        starts_q, starts_k = _starts(tuple(group), device)
+        ends = q + sum(queries), k + sum(keys)
+        rows = slice(q, ends[0]), slice(k, ends[1])
+        runs.append(Run(*rows, starts_q, starts_k, max(queries), max(keys)))
+        q, k = ends
+    return tuple(runs)
+
+
+def _is_similar(group: Sequence[Segment]) -> bool:
+    queries = [segment.length for segment in group]
+    keys = [segment.prefix_length + segment.length for segment in group]
+    return all(len(group) * max(sizes) <= PADDING * sum(sizes) for sizes in (queries, keys))
+
+
+def clear_row_caches() -> None:
+    """Drop the cached index tensors of recent rows, so that a measured step allocates them anew."""
+    _key_index.cache_clear()
+    _starts.cache_clear()
+    similar_runs.cache_clear()
+
+
+def join_tokens(tensor: Tensor, prefix: slice, own: slice) -> Tensor:
+    """Return the tokens ``prefix`` followed by ``own``; a view of the row for an empty prefix."""
+    own_tokens = tensor[:, :, own]
+    if prefix.stop <= prefix.start:
+        return own_tokens
+    return torch.cat([tensor[:, :, prefix], own_tokens], 2)
+
+
+def causal_mask(queries: int, keys: int, offset: int, window: int | None, like: Tensor) -> Tensor:
+    """Return a mask of shape (queries, keys): 0 where a query may look, else -inf.
+
+    Query i is at position ``offset + i`` among the keys.
+    """
+    position_Q1 = torch.arange(offset, offset + queries, device=like.device).unsqueeze(1)
+    position_K = torch.arange(keys, device=like.device)
+    hidden_QK = position_K > position_Q1
+    if window is not None:
+        hidden_QK |= position_K <= position_Q1 - window
+    mask_QK = torch.zeros(queries, keys, dtype=like.dtype, device=like.device)
+    return mask_QK.masked_fill_(hidden_QK, -math.inf)
