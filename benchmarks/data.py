@@ -1,9 +1,10 @@
-"""How long 60,000 pairs of UltraFeedback's length take to a `orpo-lite data` screen, and in how much memory.
+"""Measure the time and memory of `orpo-lite data` on 60,000 pairs of UltraFeedback's length.
 
-    python -m benchmarks.data ../shared/data/alpaca-prefs/train.jsonl ../shared/models/stories260k --json FILE
+    python -m benchmarks.data PAIRS.jsonl MODEL_FOLDER --json FILE
 
-The pairs are made from real ones (UltraFeedback binarized's columns): repeated, their sentences and rows shuffled, so
-that no two texts are equal. Two cold processes run the command; the second one finds the tokens in the cache.
+The pairs are made from real ones with the columns of UltraFeedback binarized. They are repeated,
+with their sentences shuffled, so that no two texts are equal. Two new processes run the command;
+the second one finds the tokens in the cache.
 """
 
 import argparse
@@ -25,7 +26,7 @@ PAIRS = 60_000
 
 
 def make_pairs(source: Path, target: Path, count: int, seed: int = 0) -> None:
-    """Write ``count`` rows like those of ``source``, each with its sentences in another order."""
+    """Write ``count`` rows made from those of ``source``, with their sentences shuffled."""
     rows = [json.loads(line) for line in source.read_text("utf-8").splitlines()]
     rng = random.Random(seed)
     with target.open("w", encoding="utf-8") as file:
@@ -33,9 +34,9 @@ def make_pairs(source: Path, target: Path, count: int, seed: int = 0) -> None:
             row = rows[number % len(rows)]
             prompt = f"{_shuffled(row['prompt'], rng)} ({number})"
             turns = {"prompt": prompt, "prompt_id": str(number)}
-            for side in ("chosen", "rejected"):
-                reply = _shuffled(row[side][-1]["content"], rng)
-                turns[side] = [
+            for column in ("chosen", "rejected"):
+                reply = _shuffled(row[column][-1]["content"], rng)
+                turns[column] = [
                     {"role": "user", "content": prompt},
                     {"role": "assistant", "content": reply},
                 ]
@@ -50,7 +51,10 @@ def _shuffled(text: str, rng: random.Random) -> str:
 
 
 def measure(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
-    """Seconds and the largest sum of resident memory of a command and its children, and what it printed."""
+    """Run a command; return its seconds, its memory and the JSON that it printed.
+
+    The memory is the largest sum of the resident memory of the command and its child processes.
+    """
     began, peak = time.monotonic(), 0
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
@@ -59,13 +63,8 @@ def measure(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
         tree = psutil.Process(process.pid)
         while process.poll() is None:
             try:
-                peak = max(
-                    peak,
-                    sum(
-                        member.memory_info().rss
-                        for member in (tree, *tree.children(recursive=True))
-                    ),
-                )
+                members = (tree, *tree.children(recursive=True))
+                peak = max(peak, sum(member.memory_info().rss for member in members))
             except psutil.Error:  # one of them has just ended
                 continue
             time.sleep(0.02)
@@ -82,21 +81,22 @@ def measure(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """Its name where the system tells it, else its kind."""
-    names = Path("/proc/cpuinfo")
-    lines = names.read_text().splitlines() if names.is_file() else []
-    return next(
-        (line.partition(": ")[2] for line in lines if line.startswith("model name")),
-        platform.machine(),
-    )
+    """Return the name of the processor, or its architecture if the system does not give a name."""
+    file = Path("/proc/cpuinfo")
+    for line in file.read_text().splitlines() if file.is_file() else []:
+        if line.startswith("model name"):
+            return line.partition(": ")[2]
+    return platform.machine()
 
 
 def main() -> None:
-    """Run and write the figures."""
+    """Run the benchmark and write its figures."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("pairs", type=Path, help="a jsonl of UltraFeedback binarized's columns")
+    parser.add_argument(
+        "pairs", type=Path, help="a jsonl file with the columns of UltraFeedback binarized"
+    )
     parser.add_argument("tokenizer", type=Path, help="a model folder")
     parser.add_argument("--count", type=int, default=PAIRS)
     parser.add_argument("--json", type=Path, help="where to write the figures")
@@ -105,14 +105,15 @@ def main() -> None:
         pairs, recipe = Path(folder, "pairs.jsonl"), Path(folder, "recipe.yaml")
         make_pairs(options.pairs, pairs, options.count)
         recipe.write_text(
-            f"model:\n  model_name_or_path: {options.tokenizer.resolve()}\ndata:\n  dataset_name: {pairs}\n"
+            f"model:\n  model_name_or_path: {options.tokenizer.resolve()}\n"
+            f"data:\n  dataset_name: {pairs}\n"
         )
         command = [sys.executable, "-m", "orpo_lite", "data", "--recipe", str(recipe), "--json"]
         environment = os.environ | {"ORPO_LITE_CACHE": str(Path(folder, "cache"))}
         first, second = measure(command, environment), measure(command, environment)
         size = pairs.stat().st_size
     if first["figures"] != second["figures"]:
-        raise SystemExit("the second start has other figures than the first")
+        raise SystemExit("the second run has other figures than the first")
     tokens = (
         first["figures"]["step"]["tokens_per_pair_without_padding"]
         * first["figures"]["train_pairs"]

@@ -1,6 +1,6 @@
-"""Lengths of real pairs as integers: (common prefix, chosen, rejected) in tokens, prompt and end included.
+"""Lengths of real pairs in tokens: (common prefix, chosen, rejected), with prompt and end token.
 
-``lengths/*.json`` ship with the project; they hold no text. They are made by
+``lengths/*.json`` are part of the project and hold no text. They are made by
 
     python -m benchmarks.lengths DATA[,DATA] TOKENIZER_FOLDER --name NAME --source TEXT --json FILE
 """
@@ -26,12 +26,12 @@ SHUFFLES = 20
 
 
 def shipped(name: str) -> Triples:
-    """The lengths of a set that ships with the project: hh-rlhf or alpaca-prefs."""
+    """Return the lengths in ``lengths/NAME.json`` (hh-rlhf or alpaca-prefs), shape (pairs, 3)."""
     return np.array(json.loads((FOLDER / f"{name}.json").read_text("utf-8"))["triples"])
 
 
 def of_texts(data: str, tokenizer: Path, *, max_length: int = 2048) -> Triples:
-    """The lengths of any data set under the default recipe's limits and template."""
+    """Return the lengths of any dataset with the default recipe's limits and chat template."""
     keys = [f"data.dataset_name={data}", "data.test_split_size=0", f"data.max_length={max_length}"]
     recipe = load_recipe("mistral-qlora", keys)
     pairs, _, _ = run_to_end(
@@ -41,12 +41,15 @@ def of_texts(data: str, tokenizer: Path, *, max_length: int = 2048) -> Triples:
 
 
 def packed(triples: Triples) -> int:
-    """Tokens of ours through the model: no padding, each prefix once."""
+    """Return the tokens that orpo-lite's step computes: no padding, each common prefix once."""
     return int((triples[:, 1] + triples[:, 2] - triples[:, 0]).sum())
 
 
 def batches(triples: Triples, size: int, seed: int, *, grouped: bool = False) -> list[Triples]:
-    """A shuffled epoch in batches, as a DataLoader makes it; ``grouped`` by transformers' own length sampler."""
+    """Return a shuffled epoch in batches, as a DataLoader makes it.
+
+    ``grouped``: pairs of similar length share a batch, by transformers' own length sampler.
+    """
     generator = torch.Generator().manual_seed(seed)
     if grouped:
         order = get_length_grouped_indices(
@@ -58,38 +61,42 @@ def batches(triples: Triples, size: int, seed: int, *, grouped: bool = False) ->
 
 
 def padded(batch: Triples) -> int:
-    """Tokens of a padded batch: chosen and rejected rows, all as long as the longest."""
+    """Return the tokens of a padded batch, whose rows are all as long as the longest one."""
     return int(2 * len(batch) * batch[:, 1:].max())
 
 
 def tokens_ratio(triples: Triples, size: int, *, grouped: bool = False) -> float:
-    """Tokens through the model, padded batches over ours, whole file, mean of 20 shuffles."""
+    """Return the padded over the packed tokens of all pairs, as the mean of 20 shuffles."""
     epochs = [batches(triples, size, seed, grouped=grouped) for seed in range(SHUFFLES)]
     return float(np.mean([sum(map(padded, epoch)) for epoch in epochs]) / packed(triples))
 
 
 def near_mean(triples: Triples, size: int, count: int, *, grouped: bool = False) -> list[Triples]:
-    """``count`` batches of one shuffled epoch whose padding over ours is nearest to the mean of all."""
+    """Return the ``count`` batches of a shuffled epoch that are most like the mean batch.
+
+    Compared are the ratio of padded to packed tokens, and the number of padded tokens.
+    """
     epoch = [batch for batch in batches(triples, size, 0, grouped=grouped) if len(batch) == size]
     mean = sum(map(padded, epoch)) / sum(map(packed, epoch))
     tokens = float(np.mean([padded(batch) for batch in epoch]))
-    return sorted(
-        epoch, key=lambda b: abs(padded(b) / packed(b) / mean - 1) + abs(padded(b) / tokens - 1)
-    )[:count]
+
+    def distance(batch: Triples) -> float:
+        ratio = padded(batch) / packed(batch)
+        return abs(ratio / mean - 1) + abs(padded(batch) / tokens - 1)
+
+    return sorted(epoch, key=distance)[:count]
 
 
 def random_pairs(
     triples: Triples | Sequence[Sequence[int]], vocab_size: int, seed: int = 0
 ) -> list[TokenizedPair]:
-    """Pairs of random tokens with these lengths; the reply begins where the prefix ends."""
+    """Return pairs of random tokens with these lengths; the reply begins after the prefix."""
     rng = np.random.default_rng(seed)
     pairs = []
     for prefix, chosen, rejected in triples:
         shared = rng.integers(3, vocab_size, prefix)
-        one, other = (
-            rng.integers(3, vocab_size, chosen - prefix),
-            rng.integers(3, vocab_size, rejected - prefix),
-        )
+        one = rng.integers(3, vocab_size, chosen - prefix)
+        other = rng.integers(3, vocab_size, rejected - prefix)
         if len(one) and len(other) and one[0] == other[0]:
             other[0] = one[0] - 1 if one[0] > 3 else one[0] + 1
         start = int(max(1, min(prefix, chosen - 1, rejected - 1)))
@@ -99,14 +106,14 @@ def random_pairs(
 
 
 def main() -> None:
-    """Write the lengths of a data set."""
+    """Write the lengths of a dataset."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("data")
     parser.add_argument("tokenizer", type=Path)
-    parser.add_argument("--name", required=True, help="of the tokenizer")
-    parser.add_argument("--source", required=True, help="of the data")
+    parser.add_argument("--name", required=True, help="name of the tokenizer")
+    parser.add_argument("--source", required=True, help="source of the data")
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
     triples = of_texts(options.data, options.tokenizer)

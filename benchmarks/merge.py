@@ -1,9 +1,10 @@
-"""The merge of a model of 3 GB: its memory, its speed beside a plain copy of the same files, and kills at any time.
+"""Measure the merge of a 3 GB model: memory, speed against a copy of the files, and random kills.
 
     python -m benchmarks.merge --json FILE
 
-The model (a Llama of random bfloat16 numbers) and its adapter are made first. Each merge runs in a process of its own;
-copies and merges alternate, the files in the page cache, what is written flushed to the disk by both.
+The model (a Llama of random bfloat16 numbers) and its adapter are made first. Each merge runs in a
+process of its own. Copies and merges alternate; both read from the page cache and flush what they
+write to the disk.
 """
 
 import argparse
@@ -50,7 +51,7 @@ KILLS = 20
 
 
 def make_run(folder: Path, layers: int, vocab: int = 32_000) -> Path:
-    """A base of so many layers and a run with an adapter for it, as a training leaves them; returns the run."""
+    """Make a base with ``layers`` layers and a run as a training leaves it; return its folder."""
     base, path = folder / "base", folder / "run"
     config = LlamaConfig(**SHAPE, num_hidden_layers=layers, vocab_size=vocab, dtype="bfloat16")
     base.mkdir()
@@ -96,7 +97,7 @@ def make_run(folder: Path, layers: int, vocab: int = 32_000) -> Path:
 
 
 def _numbers(places: list[Stored]) -> Iterator[Tensor]:
-    """Random ones, a block of them again and again."""
+    """Yield random numbers; the same block of them is repeated."""
     torch.manual_seed(0)
     block = (torch.randn(BLOCK // 2) * 0.02).to(torch.bfloat16)
     for stored in places:
@@ -106,8 +107,8 @@ def _numbers(places: list[Stored]) -> Iterator[Tensor]:
             left -= min(left, len(block))
 
 
-def copied(source: Path, target: Path) -> float:
-    """Seconds of a copy of the weights, flushed to the disk."""
+def time_copy(source: Path, target: Path) -> float:
+    """Copy the weights and flush them to the disk; return the seconds."""
     target.mkdir()
     began = time.monotonic()
     for file in sorted(source.glob("*.safetensors")):
@@ -119,8 +120,8 @@ def copied(source: Path, target: Path) -> float:
     return seconds
 
 
-def merged(path: Path, weights: str = "original") -> dict[str, float]:
-    """Seconds and memory of a merge in a process of its own."""
+def time_merge(path: Path, weights: str = "original") -> dict[str, float]:
+    """Return the seconds and memory of a merge in a process of its own."""
     done = subprocess.run(_command(path, weights), capture_output=True, text=True, check=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -130,8 +131,8 @@ def _command(path: Path, weights: str = "original") -> list[str]:
     return [sys.executable, "-m", "benchmarks.merge", "--one", str(path), weights]
 
 
-def one(path: Path, weights: Any) -> None:
-    """What the process of a merge does: import, note its memory, merge, print."""
+def merge_in_process(path: Path, weights: Any) -> None:
+    """Merge in this process, and print the seconds and memory of it, without the imports."""
     import bitsandbytes  # noqa: F401
     import transformers.models.auto.modeling_auto
     import transformers.models.llama.modeling_llama  # noqa: F401
@@ -153,24 +154,27 @@ def _status(key: str) -> int:
     return 1024 * int(next(line for line in lines if line.startswith(key)).split()[1])
 
 
-def kills(path: Path, count: int, seed: int = 0) -> int:
-    """How often, of ``count`` merges killed at a random time, there is no merged folder or a complete one."""
+def count_good_kills(path: Path, count: int, seed: int = 0) -> int:
+    """Kill ``count`` merges at random times.
+
+    Return how often there is then no merged folder or a complete one.
+    """
     shutil.rmtree(path / "merged", ignore_errors=True)
     began = time.monotonic()
     subprocess.run(_command(path), capture_output=True, check=True)
     longest, whole = time.monotonic() - began, _digest(path / "merged")
-    rng, fine = random.Random(seed), 0
+    rng, good = random.Random(seed), 0
     for number in range(count):
-        if number % 2:  # half of the time over one that is there
+        if number % 2:  # every other merge replaces a merged folder
             shutil.rmtree(path / "merged", ignore_errors=True)
         process = subprocess.Popen(
             _command(path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        time.sleep(rng.uniform(0.5, 1.05) * longest)  # before that it imports
+        time.sleep(rng.uniform(0.5, 1.05) * longest)  # the imports come first
         process.send_signal(signal.SIGKILL)
         process.wait()
-        fine += not (path / "merged").exists() or _digest(path / "merged") == whole
-    return fine
+        good += not (path / "merged").exists() or _digest(path / "merged") == whole
+    return good
 
 
 def _digest(folder: Path) -> str:
@@ -181,38 +185,34 @@ def _digest(folder: Path) -> str:
 
 
 def main() -> None:
-    """Run and write the figures."""
+    """Run the benchmark and write its figures."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--layers", type=int, default=32, help="of the base; 32 are 3 GB")
+    parser.add_argument("--layers", type=int, default=32, help="layers of the base; 32 are 3 GB")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--one", nargs=2, metavar=("RUN", "WEIGHTS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        one(Path(options.one[0]), options.one[1])
+        merge_in_process(Path(options.one[0]), options.one[1])
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         path = make_run(folder, options.layers)
         tensors = stored_tensors(folder / "base").values()
-        size, largest = (
-            sum(stored.nbytes for stored in tensors),
-            max(stored.nbytes for stored in tensors),
-        )
-        copied(folder / "base", folder / "copy")  # warms the cache
+        size = sum(stored.nbytes for stored in tensors)
+        largest = max(stored.nbytes for stored in tensors)
+        time_copy(folder / "base", folder / "copy")  # reads the files into the page cache
         copies, merges = [], []
         for _ in range(3):
-            copies.append(copied(folder / "base", folder / "copy"))
-            merges.append(merged(path))
-        other = merged(path, "dequantized")
+            copies.append(time_copy(folder / "base", folder / "copy"))
+            merges.append(time_merge(path))
+        other = time_merge(path, "dequantized")
     with tempfile.TemporaryDirectory() as name:
         path = make_run(Path(name), 4)
-        fine = kills(path, KILLS)
-    copy, seconds = (
-        statistics.median(copies),
-        statistics.median(found["seconds"] for found in merges),
-    )
+        good = count_good_kills(path, KILLS)
+    copy = statistics.median(copies)
+    seconds = statistics.median(found["seconds"] for found in merges)
     result = {
         "model_gb": round(size / 1e9, 2),
         "largest_tensor_mib": round(largest / 2**20, 1),
@@ -226,7 +226,7 @@ def main() -> None:
             "seconds": round(other["seconds"], 2),
             "peak_rss_over_largest_tensor": round((other["peak"] - other["before"]) / largest, 3),
         },
-        "kills_ok": fine,
+        "kills_ok": good,
         "kills_total": KILLS,
         "goals": GOALS,
         "machine": f"{os.cpu_count()} cores, {processor()}, Python {platform.python_version()}",

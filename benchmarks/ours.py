@@ -1,4 +1,4 @@
-"""Ours without the command line: the default recipe, 7B shapes, one optimizer step on given pairs."""
+"""orpo-lite for the benchmarks: the default recipe, 7B shapes, an optimizer step on given pairs."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,17 +17,23 @@ BATCH = 8
 SHAPES: dict[str, tuple[str, Any]] = {
     "peak_gib_mistral_7b": (
         "Mistral-7B",
-        MistralConfig(num_key_value_heads=8, num_hidden_layers=32, vocab_size=32_000, intermediate_size=14_336),
+        MistralConfig(
+            num_key_value_heads=8, num_hidden_layers=32, vocab_size=32_000,
+            intermediate_size=14_336,
+        ),
     ),
     "peak_gib_llama3_8b": (
         "Llama-3-8B",
-        LlamaConfig(num_key_value_heads=8, num_hidden_layers=32, vocab_size=128_256, intermediate_size=14_336),
+        LlamaConfig(
+            num_key_value_heads=8, num_hidden_layers=32, vocab_size=128_256,
+            intermediate_size=14_336,
+        ),
     ),
     "peak_gib_qwen25_7b": (
         "Qwen2.5-7B",
         Qwen2Config(
-            hidden_size=3_584, intermediate_size=18_944, num_hidden_layers=28, num_attention_heads=28,
-            num_key_value_heads=4, vocab_size=152_064,
+            hidden_size=3_584, intermediate_size=18_944, num_hidden_layers=28,
+            num_attention_heads=28, num_key_value_heads=4, vocab_size=152_064,
         ),
     ),
 }  # fmt: skip
@@ -40,7 +46,7 @@ ALL_SETTINGS = {
 
 
 def recipe(**memory: Any) -> Recipe:
-    """The default recipe with these memory settings."""
+    """Return the default recipe with these settings of ``memory``."""
     tree = {
         "model": {"model_name_or_path": "none"},
         "data": {"dataset_name": "none"},
@@ -52,7 +58,7 @@ def recipe(**memory: Any) -> Recipe:
 def step_losses(
     model: PairModel, pairs: Sequence[TokenizedPair], settings: Recipe
 ) -> Iterator[torch.Tensor]:
-    """Each micro-batch's share of the loss of one optimizer step."""
+    """Yield each micro-batch's share of the loss of one optimizer step."""
     batching, objective = model.batching(settings, pad_id=0), find_objective(settings.loss)
     divisors = objective.divisors(pairs)
     for chunk in micro_batches(pairs, batching):
@@ -63,7 +69,7 @@ def step_losses(
 def our_step(
     model: PairModel, optimizer: torch.optim.Optimizer, pairs: list[TokenizedPair], settings: Recipe
 ) -> float:
-    """Forward, backward, clipping and the optimizer's step on one batch; the loss."""
+    """Take one optimizer step (forward, backward, clipping, update) and return its loss."""
     total = 0.0
     for loss in step_losses(model, pairs, settings):
         loss.backward()

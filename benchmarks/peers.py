@@ -1,7 +1,7 @@
-"""TRL's ORPOTrainer without its loop: its own model preparation, tokens in its own collator, its own loss.
+"""Steps of TRL's ORPOTrainer: its own model preparation, collator and loss, without its loop.
 
-Its code runs unchanged; this file only hands it batches. TRL's defaults are kept where a user would keep them: bf16,
-gradient checkpointing, paged 8-bit AdamW.
+TRL's code runs unchanged; this file only passes batches to it. The settings are those that a user
+would keep: bf16, gradient checkpointing, paged 8-bit AdamW.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,10 @@ from orpo_lite.data.pair import TokenizedPair
 def make_trainer(
     model: Any, tokenizer: PreTrainedTokenizerFast, lora: LoraConfig, folder: str, **changes: Any
 ) -> Any:
-    """An ORPOTrainer on a 4-bit model, ready for :func:`train_step`; accelerate wraps its forward as when it trains."""
+    """Return an ORPOTrainer on a 4-bit model, ready for :func:`train_step`.
+
+    accelerate wraps the model's forward pass as it does in a training.
+    """
     settings = {
         "bf16": True,
         "gradient_checkpointing": True,
@@ -39,9 +42,8 @@ def make_trainer(
         output_dir=folder, use_cpu=not torch.cuda.is_available(), **(settings | changes)
     )
     disable_progress_bars()
-    rows = Dataset.from_list(
-        [{"prompt": "a", "chosen": "b", "rejected": "c"}]
-    )  # its batches come from us
+    # The trainer needs a dataset, but train_step passes its batches.
+    rows = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
     trainer = ORPOTrainer(
         model=model,
         args=arguments,
@@ -50,31 +52,27 @@ def make_trainer(
         peft_config=lora,
     )
     trainer.create_optimizer()
-    trainer.model_wrapped = trainer.accelerator.prepare_model(
-        trainer.model.train()
-    )  # bf16 inside, float32 logits
+    # bf16 inside, float32 logits
+    trainer.model_wrapped = trainer.accelerator.prepare_model(trainer.model.train())
     return trainer
 
 
 def train_step(trainer: Any, pairs: Sequence[TokenizedPair]) -> float:
-    """Forward, backward, clipping and the optimizer's step on one batch; the loss."""
+    """Take one optimizer step (forward, backward, clipping, update) and return its loss."""
     loss = backward(trainer, pairs)
     update(trainer)
     return loss
 
 
 def backward(trainer: Any, pairs: Sequence[TokenizedPair], share: float = 1.0) -> float:
-    """Forward and backward of a micro-batch that is this share of its step; the loss."""
+    """Run forward and backward of a micro-batch that is ``share`` of its step; return its loss."""
     trainer.current_gradient_accumulation_steps = 1 / share
-    return float(
-        trainer.training_step(
-            trainer.model_wrapped, trainer.data_collator([_row(pair) for pair in pairs])
-        )
-    )
+    batch = trainer.data_collator([_row(pair) for pair in pairs])
+    return float(trainer.training_step(trainer.model_wrapped, batch))
 
 
 def update(trainer: Any) -> None:
-    """Clipping and the optimizer's step."""
+    """Clip the gradients and take the optimizer's step."""
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
     torch.nn.utils.clip_grad_norm_(trained, trainer.args.max_grad_norm)
     trainer.optimizer.step()
@@ -82,15 +80,16 @@ def update(trainer: Any) -> None:
 
 
 def _row(pair: TokenizedPair) -> dict[str, Any]:
-    """What TRL's tokenize_row makes of a pair."""
+    """Return a pair as TRL's tokenize_row returns it."""
     row: dict[str, Any] = {}
-    for side, ids, start in (
+    for reply, ids, start in (
         ("chosen", pair.chosen_ids, pair.chosen_start),
         ("rejected", pair.rejected_ids, pair.rejected_start),
     ):
         tokens = [int(token) for token in ids]
-        row[f"{side}_input_ids"], row[f"{side}_attention_mask"] = tokens, [1] * len(tokens)
-        row[f"{side}_labels"] = [-100] * start + tokens[start:]
+        row[f"{reply}_input_ids"] = tokens
+        row[f"{reply}_attention_mask"] = [1] * len(tokens)
+        row[f"{reply}_labels"] = [-100] * start + tokens[start:]
     row["prompt_input_ids"] = row["chosen_input_ids"][: pair.chosen_start]
     row["prompt_attention_mask"] = [1] * pair.chosen_start
     return row
@@ -100,30 +99,28 @@ def _row(pair: TokenizedPair) -> dict[str, Any]:
 
 
 def meta_model(model: Any, lora: LoraConfig) -> Any:
-    """peft's model with its checkpointing, on meta; in one dtype throughout, which counts less than TRL really holds.
+    """Return peft's model with checkpointing on the meta device, all in one dtype.
 
-    TRL's preparation for 4-bit training copies norms, embeddings and head to float32; there is no autocast on meta, so
-    that is left out here, to TRL's advantage.
+    This counts less memory than TRL really takes: its preparation for 4-bit training copies norms,
+    embeddings and head to float32. The meta device has no autocast, so the copies are left out.
     """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     model = get_peft_model(model, lora, autocast_adapter_dtype=False)
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable({"use_reentrant": True})
-    model.forward = convert_outputs_to_fp32(
-        model.forward
-    )  # as accelerate does under mixed precision
+    # accelerate does the same under mixed precision.
+    model.forward = convert_outputs_to_fp32(model.forward)
     return model.train()
 
 
 def meta_loss(model: Any, pairs: Sequence[TokenizedPair]) -> torch.Tensor:
-    """TRL's own forward pass and loss; its metrics read values, which meta tensors have none of."""
+    """Return TRL's loss, without its metrics: they read values, which meta tensors do not have."""
     width = max(max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs)
     rows = torch.zeros(len(pairs), width, dtype=torch.long, device="meta")
-    sides = ("chosen", "rejected")
     batch = {
-        f"{side}_{name}": rows
-        for side in sides
+        f"{reply}_{name}": rows
+        for reply in ("chosen", "rejected")
         for name in ("input_ids", "attention_mask", "labels")
     }
     trainer = SimpleNamespace(
@@ -135,6 +132,7 @@ def meta_loss(model: Any, pairs: Sequence[TokenizedPair]) -> torch.Tensor:
         beta=0.1,
         accelerator=SimpleNamespace(device=torch.device("meta")),
     )
-    chosen, rejected, _, _, nll = ORPOTrainer.concatenated_forward(trainer, model, batch)  # type: ignore[arg-type]
+    forward: Any = ORPOTrainer.concatenated_forward  # typed for a trainer, not for its stand-in
+    chosen, rejected, _, _, nll = forward(trainer, model, batch)
     losses, *_ = ORPOTrainer.odds_ratio_loss(trainer, chosen, rejected)  # type: ignore[arg-type]
     return nll - losses.mean()

@@ -1,9 +1,10 @@
-"""The planner against the real step, its own cost, and what it says of the shipped recipes; the README's picture.
+"""Compare the planner with the real step, measure its cost, and plan the shipped recipes.
 
     python -m benchmarks.plan --json FILE                      all figures
-    python -m benchmarks.plan --readme README.md --svg FILE    and the README's table and picture of them
+    python -m benchmarks.plan --readme README.md --svg FILE    also the README's table and picture
 
-Bytes are those of tensors: predicted without weights, and followed through the same step with NF4 weights on this CPU.
+Bytes are those of tensors. They are predicted without weights, and tracked in the same step with
+NF4 weights on this CPU.
 """
 
 import argparse
@@ -69,12 +70,17 @@ MEMORY_SETTINGS: dict[str, dict[str, Any]] = {
 }
 LENGTHS = np.array([[90, 160, 140], [40, 260, 60], [0, 30, 50], [120, 121, 180]])
 RECIPES = (
-    "mistral-qlora", "llama3-8b-qlora", "qwen2.5-7b-qlora", "phi2-qlora", "qwen2.5-32b-qlora", "llama3-70b-qlora"
-)  # fmt: skip
+    "mistral-qlora",
+    "llama3-8b-qlora",
+    "qwen2.5-7b-qlora",
+    "phi2-qlora",
+    "qwen2.5-32b-qlora",
+    "llama3-70b-qlora",
+)
 
 
 def recipe(**memory: Any) -> Recipe:
-    """The default recipe with these memory settings; its step holds all of LENGTHS."""
+    """Return the default recipe with these settings of ``memory``; a step holds all of LENGTHS."""
     keys = {
         "model.dtype": "float32",
         "training.global_batch_size": len(LENGTHS),
@@ -84,7 +90,10 @@ def recipe(**memory: Any) -> Recipe:
 
 
 def error_of(config: Any, settings: Recipe) -> float:
-    """Predicted over tracked peak of live bytes besides the weights, less 1; the same step on meta and on this CPU."""
+    """Return the relative error of the predicted peak of live bytes, without the weights.
+
+    The prediction is made on the meta device; the same step runs and is tracked on this CPU.
+    """
     predicted = measure(settings, config, LENGTHS, "cpu")
     torch.manual_seed(0)
     model = bare_pair_model(settings, config, choose_dtype(settings.model.dtype, "cpu"), CPU)
@@ -122,7 +131,7 @@ def errors(
 
 
 def timed_plan(name: str, *keys: str) -> tuple[float, float, dict[str, Any]]:
-    """Seconds and peak GiB of resident memory of `orpo-lite plan` in a process of its own, and what it said."""
+    """Run `orpo-lite plan`; return its seconds, its peak of resident memory in GiB and its JSON."""
     command = [sys.executable, "-m", "orpo_lite", "plan", "--recipe", name, "--json", *keys]
     began = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -133,7 +142,10 @@ def timed_plan(name: str, *keys: str) -> tuple[float, float, dict[str, Any]]:
 
 
 def least_peak(name: str, tokens: int = 2_048) -> float:
-    """Return the GiB of tensors in a step on one pair that shares nothing, with the smallest settings."""
+    """Return the least GiB of tensors in a step, with all memory settings that save memory.
+
+    The step is on one pair of two sequences of ``tokens`` tokens that share nothing.
+    """
     chosen = load_recipe(name, [f"data.max_length={tokens}"])
     config = find_config(chosen.model.model_name_or_path, "main")
     planner = Planner(
@@ -144,7 +156,7 @@ def least_peak(name: str, tokens: int = 2_048) -> float:
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Run the benchmark, print its figures and write them."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -199,17 +211,17 @@ COLORS = ("#4e79a7", "#76b7b2", "#f28e2b", "#e15759", "#b07aa1")
 def parts_of(
     shape: str, memory_settings: dict[str, Any] | None, tokens: int = 2_048
 ) -> dict[str, float]:
-    """Return the GiB of a step on one pair of 2 x ``tokens``, by part.
+    """Return the GiB of a step by part, on one pair of 2 x ``tokens`` that shares nothing.
 
-    The pair shares nothing. ``memory_settings`` is None for TRL's step.
+    ``memory_settings`` None: TRL's step.
     """
     config = step.SHAPES[shape][1]
     if memory_settings is not None:
         found = measure(step.recipe(**memory_settings), config, worst_case(tokens, 1), "ampere")
         sizes, phases = found.held, found.parts
     else:
-        standing, tracker = step.counted_trl(config, worst_case(tokens, 1))
-        sizes, phases = standing, tracker.peak_by_phase
+        fixed, tracker = step.counted_trl(config, worst_case(tokens, 1))
+        sizes, phases = fixed, tracker.peak_by_phase
     parts = (
         sizes["base"] + sizes["embeddings, head, norms"],
         sizes["adapter"] + sizes["gradients"] + sizes["optimizer"],
@@ -221,19 +233,20 @@ def parts_of(
 
 
 def table(result: dict[str, Any]) -> str:
-    """What each card makes of each recipe: layers that run again, or that it does not fit."""
-    order = sorted({row["card"]: row["memory_bytes"] for rows in result["cards"].values() for row in rows[1:]}.items(),
-                   key=lambda item: item[1])  # fmt: skip
-    gpus = [name for name, _ in order]
+    """Return the README's table: what each recipe needs on each GPU, and seconds a pair."""
+    memory = {
+        row["card"]: row["memory_bytes"] for rows in result["cards"].values() for row in rows[1:]
+    }
+    gpus = sorted(memory, key=lambda name: memory[name])
     lines = [
         f"| recipe, pairs of 2 x max_length | {' | '.join(gpus)} |",
         "|---" * (len(gpus) + 1) + "|",
     ]
     for name, rows in result["cards"].items():
-        by_card = {row["card"]: row for row in rows}
+        by_gpu = {row["card"]: row for row in rows}
         cells = []
         for gpu in gpus:
-            row = by_card.get(gpu)
+            row = by_gpu.get(gpu)
             if row is None or not row["fits"]:
                 cells.append("no")
                 continue
@@ -243,7 +256,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def picture(parts: dict[str, dict[str, float]]) -> str:
-    """Stacked bars as SVG."""
+    """Return the parts as stacked bars, in SVG."""
     left, wide, high, gap = 230, 560, 26, 12
     largest = max(sum(bar.values()) for bar in parts.values())
     height = 40 + len(parts) * (high + gap) + 50
@@ -251,7 +264,8 @@ def picture(parts: dict[str, dict[str, float]]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + wide + 70} {height}" '
         'font-family="sans-serif" font-size="13">',
         '<rect width="100%" height="100%" fill="white"/>',
-        '<text x="10" y="22" font-weight="bold">GiB at the peak of a step on one pair of 2 x 2,048 tokens</text>',
+        '<text x="10" y="22" font-weight="bold">'
+        "GiB at the peak of a step on one pair of 2 x 2,048 tokens</text>",
     ]
     for row, (name, bar) in enumerate(parts.items()):
         y, x = 40 + row * (high + gap), float(left)
@@ -260,7 +274,8 @@ def picture(parts: dict[str, dict[str, float]]) -> str:
             width = wide * size / largest
             title = f"<title>{part}: {size:.2f} GiB</title>"
             out.append(
-                f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="{high}" fill="{color}">{title}</rect>'
+                f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="{high}" fill="{color}">'
+                f"{title}</rect>"
             )
             x += width
         out.append(f'<text x="{x + 6:.1f}" y="{y + 18}">{sum(bar.values()):.1f}</text>')

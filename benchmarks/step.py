@@ -1,11 +1,13 @@
-"""Ours and TRL's ORPOTrainer on the same pairs: tokens, FLOPs, live bytes, pairs a second, and 7B peaks.
+"""Compare a step of orpo-lite with one of TRL's ORPOTrainer on the same pairs.
 
-    python -m benchmarks.step --quick --json FILE     what takes under eight minutes on two cores
-    python -m benchmarks.step --json FILE             all of it, and the table of docs/memory.md
-    python -m benchmarks.step --data PAIRS --tokenizer FOLDER     the lengths of your own texts
+    python -m benchmarks.step --quick --json FILE     figures of under eight minutes on two cores
+    python -m benchmarks.step --json FILE             all figures, and the table of docs/memory.md
+    python -m benchmarks.step --data PAIRS --tokenizer FOLDER     with the lengths of your own texts
 
-Lengths of real pairs ship with the project; their tokens are drawn at random, which changes no cost. Tokens, FLOPs and
-bytes are counted, not timed: they are the same on every machine. Times are of both in one process, steps alternating.
+The figures are tokens, FLOPs, live bytes, pairs per second and the peaks of 7B models. The lengths
+of the pairs are real; their tokens are random, which does not change the costs. Tokens, FLOPs and
+bytes are counted, so they are the same on every machine. For times both run in one process, and
+their steps alternate.
 """
 
 import argparse
@@ -79,7 +81,7 @@ GOALS = {
 def head_bytes_per_logit(
     vocab_size: int = 152_064, rows: int = 4_096, hidden_size: int = 3_584
 ) -> float:
-    """Peak bytes of the head's forward and backward pass, over rows x vocabulary."""
+    """Return the peak bytes of the head's forward and backward pass, over rows x vocabulary."""
     module = torch.nn.Linear(hidden_size, vocab_size, bias=False, dtype=torch.bfloat16, device=META)
     module.requires_grad_(False)
     hidden = torch.empty(rows, hidden_size, dtype=torch.bfloat16, device=META, requires_grad=True)
@@ -90,7 +92,7 @@ def head_bytes_per_logit(
 
 
 def storages(model: torch.nn.Module) -> list[torch.Tensor]:
-    """Every tensor that a model holds: parameters, buffers, gradients, quantisation states."""
+    """Return all tensors of a model: parameters, buffers, gradients, quantisation states."""
     found = [tensor for tensors in held_tensors(model).values() for tensor in tensors]
     return found + [
         parameter.grad for parameter in model.parameters() if parameter.grad is not None
@@ -98,14 +100,18 @@ def storages(model: torch.nn.Module) -> list[torch.Tensor]:
 
 
 def trl_on_meta(config: Any) -> Any:
-    """TRL's model in 4 bit with its adapter and checkpointing, on meta; its attention too keeps no scores."""
+    """Return TRL's 4-bit model with adapter and checkpointing on meta; no scores are kept."""
     model = bare_base(recipe(), config, torch.bfloat16)
     model.config._attn_implementation = META_ATTENTION
     return peers.meta_model(model, LORA)
 
 
 def counted_trl(config: Any, triples: lengths.Triples) -> tuple[dict[str, int], LiveBytes]:
-    """A step of TRL's as the planner counts ours: bytes that stay, by part, and the tracker after one pass."""
+    """Count a step of TRL as the planner counts orpo-lite's.
+
+    Returns:
+        The bytes that are always held, by part, and the tracker after one pass.
+    """
     model = trl_on_meta(config)
     for parameter in model.parameters():
         parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
@@ -117,7 +123,10 @@ def counted_trl(config: Any, triples: lengths.Triples) -> tuple[dict[str, int], 
 
 
 def live_bytes_ratio(triples: lengths.Triples) -> dict[str, float]:
-    """Ours over TRL's for 8 pairs of the 152k vocabulary, with all and with default settings."""
+    """Return the live bytes of orpo-lite over TRL's, for 8 pairs and a vocabulary of 152k.
+
+    They are counted with all memory settings that save memory, and with the default ones.
+    """
     config = SHAPES["peak_gib_qwen25_7b"][1]
     batch = lengths.near_mean(triples, BATCH, 1)[0]
     theirs = counted_trl(config, batch)[1].peak
@@ -133,22 +142,23 @@ def live_bytes_ratio(triples: lengths.Triples) -> dict[str, float]:
 
 
 def peak_of_7b(config: Any, memory_settings: dict[str, Any] | None, tokens: int = 2_048) -> float:
-    """GiB on the device in a step on one pair that shares nothing: weights, adapter, gradients, 8-bit states, the rest.
+    """Return the GiB of tensors on the device in a step on one pair that shares nothing.
 
-    ``memory_settings`` of ours; None for TRL's. The CUDA context and fragmentation are not in it.
+    They are weights, adapter, gradients, 8-bit optimizer states and activations, without the CUDA
+    context and fragmentation. ``memory_settings`` None: TRL's step.
     """
     pair = worst_case(tokens, 1)
     if memory_settings is not None:
         return counted(recipe(**memory_settings), config, pair, "ampere").total / 2**30
-    standing, tracker = counted_trl(config, pair)
-    return (sum(standing.values()) + tracker.peak) / 2**30
+    fixed, tracker = counted_trl(config, pair)
+    return (sum(fixed.values()) + tracker.peak) / 2**30
 
 
 # --- FLOPs, per pair of a whole file
 
 
 def _products(run: Callable[[], torch.Tensor]) -> int:
-    """FLOPs of all matrix products but attention's, forward, second forward and backward."""
+    """Return the FLOPs of all matrix products but attention's, in all passes of a step."""
     gemm = {
         torch.ops.bitsandbytes.gemm_4bit: lambda a, _b, shape, *_, **__: (
             2 * int(np.prod(a)) * shape[0]
@@ -166,11 +176,12 @@ def _products(run: Callable[[], torch.Tensor]) -> int:
 
 
 def flops_ratio(triples: lengths.Triples, config: Any) -> float:
-    """FLOPs a pair, ours over TRL's in batches of 8, whole file, mean of 20 shuffles; checkpointing in both.
+    """Return the FLOPs of orpo-lite over TRL's on all pairs, as the mean of 20 shuffles.
 
-    Matrix products are counted on the meta device for one batch of each and are proportional to tokens and scored
-    rows. Attention is added by one formula: 4 FLOPs a causal cell and head dimension forward, as much again in the
-    second forward pass, 2.5 times that backward.
+    Batches have 8 pairs, and both use checkpointing. Matrix products are counted on the meta device
+    for one batch of each; they are proportional to tokens and scored rows. Attention is added by a
+    formula: 4 FLOPs per causal cell and head dimension in the forward pass, as many in the second
+    forward pass, 2.5 times as many in the backward pass.
     """
     settings = recipe()
     sample = triples[:BATCH]
@@ -182,7 +193,7 @@ def flops_ratio(triples: lengths.Triples, config: Any) -> float:
 
     model = bare_pair_model(settings, config, torch.bfloat16)
     model.backend = "varlen"
-    head = 4 * config.hidden_size * config.vocab_size  # two products a scored row, in both
+    head = 4 * config.hidden_size * config.vocab_size  # two products per scored row, in both
     scored = _scored(sample)
     ours_a_token = (_products(of_ours) - head * scored) / lengths.packed(sample)
     theirs = trl_on_meta(config)
@@ -206,7 +217,10 @@ def flops_ratio(triples: lengths.Triples, config: Any) -> float:
 
 
 def _scored(triples: lengths.Triples) -> int:
-    """Rows whose logits ours computes: each token of both sequences but the first, the prefix once."""
+    """Return the number of rows whose logits orpo-lite computes.
+
+    They are all tokens of both sequences but the first one; the common prefix counts once.
+    """
     prefix, chosen, rejected = triples.T
     fork = np.maximum(prefix - 1, 0)
     return int((fork + (chosen - 1 - fork) + (rejected - 1 - fork)).sum())
@@ -216,15 +230,15 @@ def _scored(triples: lengths.Triples) -> int:
 
 
 def small_llama(vocab_size: int = 32_000) -> LlamaConfig:
-    """58 million parameters, 25 of them in linear layers."""
+    """Return a Llama of 58 million parameters, 25 million of them in linear layers."""
     return LlamaConfig(
-        vocab_size=vocab_size, hidden_size=512, intermediate_size=1_376, num_hidden_layers=8, num_attention_heads=8,
-        num_key_value_heads=8, max_position_embeddings=2_048,
+        vocab_size=vocab_size, hidden_size=512, intermediate_size=1_376, num_hidden_layers=8,
+        num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=2_048,
     )  # fmt: skip
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One that TRL can be given; its batches come to it as tokens."""
+    """Return a small tokenizer for TRL, which requires one; its batches are tokens already."""
     words = {"<pad>": 0, "<s>": 1, "</s>": 2, "a": 3, "b": 4, "c": 5}
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<pad>")),
@@ -233,8 +247,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @contextmanager
-def both_sides(folder: str) -> Iterator[tuple[PairModel, Any, Recipe]]:
-    """Ours and TRL's on one small base in NF4, with equal adapters."""
+def both_models(folder: str) -> Iterator[tuple[PairModel, Any, Recipe]]:
+    """Yield orpo-lite's model and TRL's trainer on one small NF4 base, with equal adapters."""
     from orpo_lite.base.find import fetch_weights, find_base
 
     torch.manual_seed(0)
@@ -262,11 +276,11 @@ def both_sides(folder: str) -> Iterator[tuple[PairModel, Any, Recipe]]:
 def pairs_per_second(
     triples: lengths.Triples, batches: int, *, grouped: bool = False
 ) -> dict[str, float]:
-    """Both on the same batches, one after the other; the first batch of each is not timed."""
+    """Time both on the same batches, one after the other; the first batch of each is not timed."""
     import bitsandbytes as bnb
 
     chosen = lengths.near_mean(triples, BATCH, batches, grouped=grouped)
-    with tempfile.TemporaryDirectory() as folder, both_sides(folder) as (model, trainer, settings):
+    with tempfile.TemporaryDirectory() as folder, both_models(folder) as (model, trainer, settings):
         optimizer = bnb.optim.PagedAdamW8bit(
             [parameter for _, parameter in model.trained()], lr=1e-4
         )
@@ -274,17 +288,18 @@ def pairs_per_second(
         rounds = [chosen[0], *chosen]
         for number, lengths_of_batch in enumerate(rounds):
             pairs = lengths.random_pairs(lengths_of_batch, 32_000, seed=number)
-            sides: dict[str, Callable[[], float]] = {
+            steps: dict[str, Callable[[], float]] = {
                 "ours": lambda pairs=pairs: our_step(model, optimizer, pairs, settings),  # type: ignore[misc]
                 "trl": lambda pairs=pairs: peers.train_step(trainer, pairs),  # type: ignore[misc]
             }
-            for side, run in sides.items():
+            for tool, take_step in steps.items():
                 gc.collect()
                 began = time.perf_counter()
-                losses[side] = run()
-                seconds[side] += (time.perf_counter() - began) * (number > 0)
+                losses[tool] = take_step()
+                if number > 0:
+                    seconds[tool] += time.perf_counter() - began
     count = BATCH * len(chosen)
-    padded, packed = (sum(map(count_, chosen)) for count_ in (lengths.padded, lengths.packed))
+    padded, packed = sum(map(lengths.padded, chosen)), sum(map(lengths.packed, chosen))
     return {
         "ratio": seconds["trl"] / seconds["ours"],
         "pairs_per_second_ours": count / seconds["ours"],
@@ -296,9 +311,9 @@ def pairs_per_second(
     }
 
 
-def peak_rss(side: str, triples: lengths.Triples) -> float:
-    """GiB of resident memory that one step adds at its peak, in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.step", "--rss", side]
+def peak_rss(tool: str, triples: lengths.Triples) -> float:
+    """Return the GiB of resident memory that a step adds at its peak, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.step", "--rss", tool]
     done = subprocess.run(
         command, input=json.dumps(triples.tolist()), capture_output=True, text=True, check=False
     )
@@ -307,16 +322,16 @@ def peak_rss(side: str, triples: lengths.Triples) -> float:
     return float(done.stdout.split()[-1])
 
 
-def _measure_rss(side: str) -> None:
-    """In that process: load both sides, step one of them, print what the step added."""
+def _measure_rss(tool: str) -> None:
+    """Load both models, take a step with one of them, and print what it adds at its peak."""
     import bitsandbytes as bnb
 
     pairs = lengths.random_pairs(json.loads(sys.stdin.read()), 32_000)
-    with tempfile.TemporaryDirectory() as folder, both_sides(folder) as (model, trainer, settings):
+    with tempfile.TemporaryDirectory() as folder, both_models(folder) as (model, trainer, settings):
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
         before = _status("VmRSS")
-        if side == "ours":
+        if tool == "ours":
             optimizer = bnb.optim.PagedAdamW8bit(
                 [parameter for _, parameter in model.trained()], lr=1e-4
             )
@@ -327,7 +342,7 @@ def _measure_rss(side: str) -> None:
 
 
 def _status(name: str) -> int:
-    """Bytes of a line of /proc/self/status: VmRSS, or VmHWM for the most there was."""
+    """Return the bytes of a line of /proc/self/status: VmRSS (now) or VmHWM (at the peak)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith(name))) * 1024
 
@@ -338,7 +353,7 @@ def _status(name: str) -> int:
 def measure(
     sets: dict[str, lengths.Triples], *, quick: bool, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """All figures of the table; ``quick`` leaves out the alpaca times and resident memory."""
+    """Return all figures of the table; ``quick`` leaves out alpaca's times and resident memory."""
     result: dict[str, Any] = {}
 
     def note(key: str, value: float) -> None:
@@ -369,13 +384,13 @@ def measure(
                 note(f"{key}_{suffix}", value)
         if not quick:
             batch = lengths.near_mean(triples, BATCH, 1)[0]
-            for side in ("ours", "trl"):
-                note(f"peak_rss_gib_{name}_{side}", peak_rss(side, batch))
+            for tool in ("ours", "trl"):
+                note(f"peak_rss_gib_{name}_{tool}", peak_rss(tool, batch))
     return result
 
 
 def about() -> dict[str, Any]:
-    """Machine, versions, date."""
+    """Return the machine, the versions and the date."""
     names = ("orpo-lite", "torch", "transformers", "peft", "bitsandbytes", "trl")
     return {
         "machine": f"{os.cpu_count()} cores, {processor()}, Python {platform.python_version()}",
@@ -385,7 +400,7 @@ def about() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Run the benchmark, print its figures and write them."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -393,7 +408,7 @@ def main() -> None:
         "--quick", action="store_true", help="without the alpaca times and resident memory"
     )
     parser.add_argument("--json", type=Path, help="where to write the figures")
-    parser.add_argument("--data", help="your own pairs in place of the shipped lengths")
+    parser.add_argument("--data", help="your own pairs instead of the lengths of the project")
     parser.add_argument("--tokenizer", type=Path, help="a model folder, for --data")
     parser.add_argument("--readme", type=Path, help="the page whose table to write")
     parser.add_argument("--rss", choices=["ours", "trl"], help=argparse.SUPPRESS)
@@ -420,48 +435,55 @@ def main() -> None:
 # --- the tables of docs/memory.md
 
 
-STARTS, ENDS = (
-    "<!-- written by: python -m benchmarks.step --readme docs/memory.md -->\n",
-    "<!-- end -->",
-)
-RATIOS = (
-    ("tokens through the model", "tokens_ratio_{}_b8", "tokens_ratio_{}_grouped", "{:.2f} times fewer"),
+STARTS = "<!-- written by: python -m benchmarks.step --readme docs/memory.md -->\n"
+ENDS = "<!-- end -->"
+RATIOS = (  # title, key, key with TRL's batches grouped by length, form
+    (
+        "tokens through the model",
+        "tokens_ratio_{}_b8",
+        "tokens_ratio_{}_grouped",
+        "{:.2f} times fewer",
+    ),
     ("FLOPs a pair", "flops_ratio_{}", "", "{:.0%} of theirs"),
-    ("pairs a second, 58M Llama", "pairs_per_second_ratio_{}", "pairs_per_second_ratio_{}_grouped", "{:.1f} times"),
-)  # fmt: skip
+    (
+        "pairs a second, 58M Llama",
+        "pairs_per_second_ratio_{}",
+        "pairs_per_second_ratio_{}_grouped",
+        "{:.1f} times",
+    ),
+)
 
 
 def tables(result: dict[str, Any]) -> str:
-    """Ratios to TRL on real lengths, then peaks at 7B."""
+    """Return two tables: ratios to TRL on real lengths, and peaks of 7B models."""
+    grouped = "TRL grouped by length"
     lines = [
-        "| ours, TRL's being 1 | HH-RLHF | TRL grouped by length | alpaca-prefs | TRL grouped by length |"
+        f"| ours, TRL's being 1 | HH-RLHF | {grouped} | alpaca-prefs | {grouped} |",
+        "|---|---|---|---|---|",
     ]
-    lines.append("|---|---|---|---|---|")
     for title, *keys, form in RATIOS:
         values = [result.get(key.format(name)) for name in SETS for key in keys]
-        lines.append(
-            f"| {title} | {' | '.join('' if v is None else form.format(v) for v in values)} |"
-        )
+        cells = ["" if value is None else form.format(value) for value in values]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
     lines += [
         "",
         "| GiB at its peak, one pair of 2 x 2,048 tokens | TRL | ours, default "
         "| ours, all memory settings |",
+        "|---|---|---|---|",
     ]
-    lines.append("|---|---|---|---|")
     for key, (name, _) in SHAPES.items():
-        lines.append(
-            f"| {name} | {' | '.join(f'{result[key + s]:.1f}' for s in ('_trl', '_default_levers', ''))} |"
-        )
+        cells = [f"{result[key + suffix]:.1f}" for suffix in ("_trl", "_default_levers", "")]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def write_tables(readme: Path, result: dict[str, Any]) -> None:
-    """Put them between their two marks."""
+    """Write the tables between their two marks in a page."""
     write_between(readme, STARTS, tables(result))
 
 
 def write_between(readme: Path, starts: str, text: str) -> None:
-    """Put a text between a mark of its own and the next end mark."""
+    """Write a text between the mark ``starts`` and the next end mark."""
     before, _, rest = readme.read_text("utf-8").partition(starts)
     readme.write_text(
         f"{before}{starts}\n{text}\n{ENDS}{rest.partition(ENDS)[2]}", encoding="utf-8"

@@ -23,7 +23,7 @@ __version__ = "0.1.0"
 # Set before the libraries are imported: no compiled code from the hub, no usage reports to it.
 os.environ.setdefault("USE_HUB_KERNELS", "0")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-# On a CPU torch and bitsandbytes have a thread pool each. Idle threads that spin slow the other.
+# On a CPU torch and bitsandbytes each have a thread pool; spinning idle threads slow the other one.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # Passes of many lengths fragment GPU memory beyond what is planned; expandable segments avoid it.

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, first_and_long
 
 from benchmarks.gpu import __main__ as main
-from benchmarks.gpu.__main__ import BESIDE, PARTS, Part, Parts, unusable
+from benchmarks.gpu.__main__ import IN_BACKGROUND, PARTS, Part, Parts, find_obstacle
 from benchmarks.gpu.figures import Report
 
 PARTS_OF_A_TEST = """
@@ -113,13 +113,13 @@ FIGURES: dict[str, set[str]] = {
         for part in PARTS
         if part.name.startswith("speed")
     },
-    **{part.name: set() for part in BESIDE},
+    **{part.name: set() for part in IN_BACKGROUND},
 }
 
 
 @pytest.mark.parametrize("only", first_and_long(["card", ""]))
 def test_it_runs_on_the_simulated_device(only: str, tmp_path: Path) -> None:
-    if said := unusable(rehearse=True):
+    if said := find_obstacle(rehearse=True):
         pytest.skip(said)
     file = tmp_path / "figures.json"
     command = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--json", str(file)]

@@ -1,10 +1,11 @@
-"""On a GPU: versions, kernels, the real commands, plans and speed; each figure is written as soon as it is known.
+"""Check versions, kernels, the real commands, plans and speed on a GPU.
 
     python -m benchmarks.gpu --minutes 8 --json FILE
-    python -m benchmarks.gpu --rehearse --json FILE     the same code, small shapes, a simulated device
+    python -m benchmarks.gpu --rehearse --json FILE     the same, small shapes on a simulated device
 
-Parts run in the order of what they are worth, each in a process of its own with its own time limit: an error, an
-illegal memory access or a hang ends one part only. What several parts need is made beside the first of them.
+Each figure is written as soon as it is known. The most important parts run first, each in a process
+of its own with a time limit, so an error, an illegal memory access or a hang ends only one part.
+What several parts need is made while the first of them run.
 """
 
 import argparse
@@ -24,27 +25,27 @@ from benchmarks.gpu.figures import Figures, Report
 from benchmarks.gpu.scale import ROOT, Scale, python
 
 LEAST = 8.0  # seconds; a part that has fewer left is not begun
-ROOM = 40e9  # bytes of two 16-bit 7B and some runs
+ROOM = 40e9  # bytes of two 16-bit 7B models and some runs
 REHEARSAL_MINUTES, REHEARSAL_FACTOR = 40.0, 8.0  # a simulated device computes on one core
 
 
 @dataclass(frozen=True)
 class Part:
-    """One of the parts: a function of a module beside this one."""
+    """A part of the benchmark: a function of a module of this package."""
 
     name: str
     function: str
-    """module.function; it takes a :class:`Scale`, :class:`Figures` and the arguments."""
+    """MODULE.FUNCTION; it takes a :class:`Scale`, a :class:`Figures` and the arguments."""
     limit: float
-    """Seconds on a GPU."""
+    """Time limit on a GPU, in seconds."""
     needs: tuple[str, ...] = ()
-    """Parts without whose files it cannot run."""
+    """Parts whose files it needs."""
     after: tuple[str, ...] = ()
-    """Parts that are to have ended before: it measures time, or takes their files where they are."""
+    """Parts that must end first, because it measures time or uses files that they may write."""
     arguments: tuple[str, ...] = ()
 
 
-BESIDE = (  # begun at once, beside the others: none of them measures time
+IN_BACKGROUND = (  # started at once, next to the others; they do not measure time
     Part("plans", "benchmarks.gpu.steps.make_plans", 170),
     Part("base", "benchmarks.gpu.base.make_bases", 120),
 )
@@ -88,27 +89,28 @@ PARTS = (
 
 @dataclass
 class Running:
-    """A part that was begun."""
+    """A part that was started."""
 
     part: Part
     process: subprocess.Popen[bytes]
     figures: Path
     log: Path
     until: float
+    """The end of its time."""
     began: float = field(default_factory=time.monotonic)
     read: int = 0
-    """Bytes of ``figures`` that are in the report."""
+    """Bytes of ``figures`` that were copied to the report."""
 
 
 class Parts:
-    """Starts parts, collects what they find and ends them in time."""
+    """Starts the parts, collects their figures and ends them in time."""
 
     def __init__(self, report: Report, work: Path, *, rehearse: bool, end: float) -> None:
         self.report, self.work, self.rehearse, self.end = report, work, rehearse, end
         self.running: list[Running] = []
 
     def start(self, part: Part) -> Running:
-        """Begin a part; its time is limited from now on."""
+        """Start a part; its time limit begins now."""
         figures, log = self.work / f"{part.name}.jsonl", self.work / f"{part.name}.log"
         figures.touch()
         command = python("benchmarks.gpu", rehearse=self.rehearse)
@@ -122,15 +124,20 @@ class Parts:
         }
         with log.open("wb") as output:
             process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=output, stderr=output, stdin=subprocess.DEVNULL,
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdout=output,
+                stderr=output,
+                stdin=subprocess.DEVNULL,
                 start_new_session=True,
-            )  # fmt: skip
+            )
         self.report.begin(part.name)
         self.running.append(Running(part, process, figures, log, until))
         return self.running[-1]
 
-    def look(self) -> None:
-        """Take over new figures of all parts that run; note those that ended, end those whose time is over."""
+    def update(self) -> None:
+        """Collect new figures of all running parts; end those whose time is over."""
         for running in [*self.running]:
             ended = running.process.poll() is not None
             is_over = ended or time.monotonic() > running.until
@@ -139,16 +146,14 @@ class Parts:
             self.collect(running)
             if is_over:
                 self.running.remove(running)
-                state = _said(running.process.returncode) if ended else "out of time"
-                log = (
-                    ""
-                    if state == "done"
-                    else running.log.read_text("utf-8", errors="replace")[-3000:]
-                )
+                state = describe_exit(running.process.returncode) if ended else "out of time"
+                log = ""
+                if state != "done":
+                    log = running.log.read_text("utf-8", errors="replace")[-3000:]
                 self.report.end(running.part.name, state, time.monotonic() - running.began, log)
 
     def collect(self, running: Running) -> None:
-        """Take over the figures that a part has written since."""
+        """Copy the figures that a part has written since the last call to the report."""
         with running.figures.open("rb") as stream:
             stream.seek(running.read)
             whole, _, _ = stream.read().rpartition(b"\n")
@@ -157,24 +162,24 @@ class Parts:
 
     @staticmethod
     def stop(running: Running) -> None:
-        """End what is left of a part's processes."""
+        """End the processes of a part that still run."""
         try:
             os.killpg(running.process.pid, signal.SIGKILL)
             running.process.wait(timeout=5)
         except (ProcessLookupError, PermissionError, subprocess.TimeoutExpired):
-            return  # ended already; or held by the driver, and no other part waits for it
+            return  # it has ended; or the driver blocks it, and no part waits for it
 
     def wait(self, running: Running) -> None:
-        """Return when this part has ended, in whichever way."""
+        """Wait until a part has ended in any way."""
         while running in self.running:
-            self.look()
+            self.update()
             time.sleep(0.1)
 
     def run(self, parts: list[Part]) -> None:
-        """Run all, each as soon as what it needs is there; what can run already goes first."""
+        """Run all parts in order, but a part that must wait for another one later."""
         left = list(parts)
         while left:
-            self.look()
+            self.update()
             states = {name: self.report.state(name) for part in left for name in part.needs}
             busy = {running.part.name for running in self.running}
             ready = [part for part in left if not busy & {*part.needs, *part.after}]
@@ -191,15 +196,15 @@ class Parts:
                 self.wait(self.start(ready[0]))
 
 
-def _said(code: int) -> str:
-    """How a process ended."""
+def describe_exit(code: int) -> str:
+    """Return how a process ended, by its exit code."""
     if code == 0:
         return "done"
     return f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
 def main() -> None:
-    """Run the parts, or one of them."""
+    """Run all parts, or one of them in this process."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu",
         description=__doc__,
@@ -214,9 +219,11 @@ def main() -> None:
     parser.add_argument(
         "--rehearse", action="store_true", help="small shapes on the simulated device"
     )
-    parser.add_argument("--only", help="these parts, separated by commas; and what they need")
     parser.add_argument(
-        "--work", type=Path, help="where to put bases and runs, up to 35 GB; a temporary folder"
+        "--only", help="only these parts, separated by commas, and the parts that they need"
+    )
+    parser.add_argument(
+        "--work", type=Path, help="folder for bases and runs, up to 35 GB; default: a temporary one"
     )
     parser.add_argument("--part", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -224,13 +231,14 @@ def main() -> None:
         name, function, *arguments = options.part
         run_part(Scale(rehearse=options.rehearse, work=options.work), name, function, arguments)
         return
-    if said := unusable(rehearse=options.rehearse):
-        parser.error(said)
-    known = {part.name: part for part in (*BESIDE, *PARTS)}
+    if reason := find_obstacle(rehearse=options.rehearse):
+        parser.error(reason)
+    known = {part.name: part for part in (*IN_BACKGROUND, *PARTS)}
     names = options.only.split(",") if options.only else [part.name for part in PARTS]
     if unknown := {*names} - {*known}:
         parser.error(
-            f"--only: no part is called {', '.join(sorted(unknown))}; there are {', '.join(known)}"
+            f"--only: no part is named {', '.join(sorted(unknown))}; "
+            f"the parts are {', '.join(known)}"
         )
     needed = {name for part in names for name in with_needs(known, part)}
     minutes = options.minutes or (REHEARSAL_MINUTES if options.rehearse else 8.0)
@@ -245,18 +253,18 @@ def main() -> None:
 
     def leave(number: int, _: FrameType | None) -> None:
         for each in signals:
-            signal.signal(each, signal.SIG_IGN)  # a second one would end the ending
+            signal.signal(each, signal.SIG_IGN)  # a second signal must not stop the clean-up
         sys.exit(128 + number)
 
     for number in signals:
         signal.signal(number, leave)
     try:
-        for part in BESIDE:
+        for part in IN_BACKGROUND:
             if part.name in needed:
                 parts.start(part)
         parts.run([part for part in PARTS if part.name in needed])
-        while parts.running:  # of those beside, where no part needed them to the end
-            parts.look()
+        while parts.running:  # parts in the background that no other part waited for
+            parts.update()
             time.sleep(0.1)
     finally:
         for running in parts.running:
@@ -274,8 +282,8 @@ def run_part(scale: Scale, name: str, function: str, arguments: list[str]) -> No
         getattr(import_module(module), attribute)(scale, figures, *arguments)
 
 
-def unusable(*, rehearse: bool) -> str:
-    """Why nothing can be run here; "" where it can."""
+def find_obstacle(*, rehearse: bool) -> str:
+    """Return why nothing can run on this machine, or ""."""
     if rehearse:
         sys.path.append(str(ROOT / "tests" / "simulated_cuda"))
         from simulated_cuda import missing
@@ -286,13 +294,13 @@ def unusable(*, rehearse: bool) -> str:
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
-        return f"no NVIDIA GPU is here ({error}); --rehearse runs small shapes on a simulated one"
+        return f"no NVIDIA GPU is found ({error}); --rehearse runs small shapes on a simulated one"
     return ""
 
 
 def choose_folder() -> Path:
-    """A new folder where there is room: among temporary files, else in memory."""
-    memory = Path("/dev/shm")  # noqa: S108 - nothing of it is left
+    """Make a folder where there is space: among the temporary files, or in memory."""
+    memory = Path("/dev/shm")  # noqa: S108 - the folder is removed at the end
     room = shutil.disk_usage(tempfile.gettempdir()).free
     is_larger = memory.is_dir() and shutil.disk_usage(memory).free > room
     parent = memory if room < ROOM and is_larger else None
@@ -300,7 +308,7 @@ def choose_folder() -> Path:
 
 
 def with_needs(known: dict[str, Part], name: str) -> set[str]:
-    """A part's name and those of all that it needs."""
+    """Return a part's name and the names of all parts that it needs."""
     return {name}.union(*(with_needs(known, needed) for needed in known[name].needs))
 
 

@@ -1,4 +1,4 @@
-"""Random bases and pairs on disk, made within seconds: values do not matter to time and memory."""
+"""Write random bases and pairs within seconds; time and memory do not depend on their values."""
 
 import json
 import time
@@ -19,7 +19,7 @@ PAIRS = 600
 
 
 def make_bases(scale: Scale, figures: Figures) -> None:
-    """Write pairs with the lengths of HH-RLHF's, a base of two layers, and one of all layers."""
+    """Write pairs with HH-RLHF's lengths, a base of two layers, and a base of all layers."""
     pairs = write_pairs(
         scale.work / "pairs.jsonl", scale.lengths("hh-rlhf")[:PAIRS], scale.config().vocab_size
     )
@@ -32,9 +32,10 @@ def make_bases(scale: Scale, figures: Figures) -> None:
 
 
 def write_base(folder: Path, config: Any) -> int:
-    """Write a random base in bfloat16, a file a layer; returns its bytes. One layer at a time is in memory.
+    """Write a random base in bfloat16, with one file per layer, and return its bytes.
 
-    On a CPU the layers have the same values: to draw 7 billion takes a minute.
+    One layer at a time is in memory. On a CPU all layers have the same values, because drawing 7
+    billion takes a minute.
     """
     folder.mkdir(parents=True)
     with torch.device("meta"):
@@ -42,10 +43,9 @@ def write_base(folder: Path, config: Any) -> int:
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     files: dict[str, list[str]] = {}
     for name in shapes:
-        parts = name.split(".layers.")
-        files.setdefault(
-            f"layer-{parts[1].partition('.')[0]}" if len(parts) > 1 else "ends", []
-        ).append(name)
+        _, in_layer, rest = name.partition(".layers.")
+        key = f"layer-{rest.partition('.')[0]}" if in_layer else "other"
+        files.setdefault(key, []).append(name)
     draw, places, size = _Draw(), {}, 0
     for number, names in enumerate(files.values(), 1):
         tensors = {name: draw(name, shapes[name]) for name in names}
@@ -62,7 +62,7 @@ def write_base(folder: Path, config: Any) -> int:
 
 
 class _Draw:
-    """Random values of a tensor, in host memory."""
+    """Makes the random values of a tensor, in host memory."""
 
     def __init__(self) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -70,11 +70,10 @@ class _Draw:
         self.drawn: dict[torch.Size, torch.Tensor] = {}
 
     def __call__(self, name: str, shape: torch.Size) -> torch.Tensor:
-        """Normal values of a matrix, ones of a norm, zeros of a bias."""
+        """Return normal values for a matrix, ones for a norm, zeros for a bias."""
         if len(shape) == 1:
-            return (torch.zeros if name.endswith("bias") else torch.ones)(
-                shape, dtype=torch.bfloat16
-            )
+            value = 0 if name.endswith("bias") else 1
+            return torch.full(shape, value, dtype=torch.bfloat16)
         if self.device.type == "cuda":
             values = torch.empty(shape, dtype=torch.bfloat16, device=self.device)
             return values.normal_(0, 0.02).cpu()
@@ -85,7 +84,7 @@ class _Draw:
 
 
 def word_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """A tokenizer of numbered words, a token each."""
+    """Return a tokenizer of numbered words, each of which is one token."""
     words = [*SPECIAL, *(f"w{number}" for number in range(vocab_size - len(SPECIAL)))]
     tokenizer = Tokenizer(
         models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="<unk>")
@@ -101,7 +100,7 @@ def word_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def write_pairs(file: Path, triples: Any, vocab_size: int) -> int:
-    """Write pairs of random words with these numbers of tokens; returns how many."""
+    """Write pairs of random words with these lengths in tokens, and return their number."""
     rng, count = np.random.default_rng(0), vocab_size - len(SPECIAL)
 
     def text(length: int) -> str:
@@ -111,13 +110,8 @@ def write_pairs(file: Path, triples: Any, vocab_size: int) -> int:
         for prefix, chosen, rejected in triples.tolist():
             row = {
                 "prompt": text(prefix),
-                "chosen": text(chosen - prefix),
-                "rejected": text(rejected - prefix),
+                "chosen": f" {text(chosen - prefix)}",
+                "rejected": f" {text(rejected - prefix)}",
             }
-            stream.write(
-                json.dumps(
-                    {key: f" {value}" if key != "prompt" else value for key, value in row.items()}
-                )
-            )
-            stream.write("\n")
+            stream.write(json.dumps(row) + "\n")
     return len(triples)

@@ -1,4 +1,4 @@
-"""Parts that run orpo-lite's own commands; no library of theirs is loaded here."""
+"""Parts that run orpo-lite's commands in processes of their own."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from orpo_lite.runs.atomic import sha256
 
 ADAPTER = "adapter/adapter_model.safetensors"
 STAGE = re.compile(r"^(.*?) \.\.\.( [\d,]+ of [\d,]+)?$")
-# What a training says of its device, its data and its plan where all is well.
+# Notes that every good training prints: on its device, its data and its plan.
 EXPECTED = re.compile(
     "training on|detected explicit|no chat template|[0-9,]+ pairs to train on|memory: "
     "|memory settings: |the largest pass: |resuming after"
@@ -29,11 +29,11 @@ EXPECTED = re.compile(
 
 
 class UsedMemory(threading.Thread):
-    """The most memory of the first GPU that was in use, as NVML sees it every 20 ms; None without NVML."""
+    """Measures the peak of used memory on the first GPU, which it reads from NVML every 20 ms."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.before: int | None = None
+        self.before: int | None = None  # None without NVML
         self.most = 0
         self._ended = threading.Event()
 
@@ -42,7 +42,7 @@ class UsedMemory(threading.Thread):
         return self
 
     def run(self) -> None:
-        """Look until it is over."""
+        """Read the used memory until the end."""
         import pynvml
 
         try:
@@ -60,27 +60,33 @@ class UsedMemory(threading.Thread):
 
     @property
     def added(self) -> int | str:
-        """Bytes more than when it began."""
+        """The peak in bytes, less the memory that was used at the start."""
         return NOT_MEASURED if self.before is None else max(0, self.most - self.before)
 
 
 @dataclass
 class Command:
-    """A command that runs, and what it has printed."""
+    """A running command, and what it has printed."""
 
     process: subprocess.Popen[str]
     began: float
     lines: list[tuple[float, str]] = field(default_factory=list)
-    """(seconds since it began, line)."""
+    """(seconds since the start, line)."""
     reader: threading.Thread | None = None
 
     @classmethod
     def start(cls, scale: Scale, *arguments: str, module: str = "orpo_lite") -> "Command":
-        """Begin it; what it prints is read by a thread."""
+        """Start the command, and a thread that reads what it prints."""
         process = subprocess.Popen(
-            [*python(module, rehearse=scale.rehearse), *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, errors="replace", bufsize=1, cwd=ROOT, env=os.environ | {"COLUMNS": "1000", "NO_COLOR": "1"},
-        )  # fmt: skip
+            [*python(module, rehearse=scale.rehearse), *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            bufsize=1,
+            cwd=ROOT,
+            env=os.environ | {"COLUMNS": "1000", "NO_COLOR": "1"},
+        )
         command = cls(process, time.monotonic())
         command.reader = threading.Thread(target=command._read, daemon=True)
         command.reader.start()
@@ -93,7 +99,7 @@ class Command:
                 print(line, end="", file=sys.stderr, flush=True)
 
     def wait(self) -> int:
-        """Return its exit code when it has ended and all lines are read."""
+        """Wait until it has ended and all lines are read; return its exit code."""
         code = self.process.wait()
         if self.reader:
             self.reader.join()
@@ -101,7 +107,7 @@ class Command:
 
     @property
     def stages(self) -> dict[str, float]:
-        """What it said that it was doing, and seconds until it said the next thing."""
+        """The stages that it printed, each with the seconds until the next line."""
         found: dict[str, float] = {}
         lines = [*self.lines]
         for (at, line), (after, _) in pairwise([*lines, *lines[-1:]]):
@@ -111,7 +117,10 @@ class Command:
 
     @property
     def notes(self) -> list[str]:
-        """What it said between its device and its first step that is neither a stage nor expected: none is wanted."""
+        """The unexpected lines between the line on its device and its first step.
+
+        Stages and EXPECTED lines are left out; there should be no others.
+        """
         said = [line for _, line in self.lines]
         starts = [place for place, line in enumerate(said) if line.startswith("training on ")]
         steps = [
@@ -124,12 +133,12 @@ class Command:
 
 
 def run(scale: Scale, figures: Figures, name: str, *arguments: str) -> int:
-    """Run a command to its end; note its exit code, seconds, stages and memory, and what it printed last."""
+    """Run a command to its end; write its exit code, seconds, stages, memory and last lines."""
     known = 0
     with UsedMemory() as used:
         figures.note(f"{name}.command", " ".join(["orpo-lite", *arguments]))
         command = Command.start(scale, *arguments)
-        while command.process.poll() is None:  # it may be ended from outside
+        while command.process.poll() is None:  # stages are written while it runs: it may be killed
             time.sleep(0.2)
             if len(command.stages) > known:
                 known = len(figures.note(f"{name}.stages", command.stages))
@@ -145,7 +154,7 @@ def run(scale: Scale, figures: Figures, name: str, *arguments: str) -> int:
 
 
 def recipe(scale: Scale, base: str, out: Path, *more: str) -> list[str]:
-    """The arguments of a training on random pairs of real lengths."""
+    """Return the arguments of a training on random pairs of real lengths."""
     keys = {
         "model.model_name_or_path": scale.work / base,
         "data.dataset_name": scale.work / "pairs.jsonl",
@@ -167,22 +176,26 @@ def recipe(scale: Scale, base: str, out: Path, *more: str) -> list[str]:
 
 
 def rows(run_folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl that are whole."""
+    """Return the complete lines of metrics.jsonl."""
     file = run_folder / "metrics.jsonl"
     text = file.read_text("utf-8") if file.is_file() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def steps_of(run_folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl that tell of a step."""
+    """Return the lines of metrics.jsonl that are about a step, not an evaluation."""
     return [row for row in rows(run_folder) if "eval_loss" not in row]
 
 
 # --- the parts
 
 
+# Tags in pytest's XML -> states of a test.
+STATES = {"failure": "failed", "error": "failed", "skipped": "skipped"}
+
+
 def tests(scale: Scale, figures: Figures) -> None:
-    """The tests that need a GPU, one by one."""
+    """Run the tests that need a GPU, and write the result of each."""
     if find_spec("pytest") is None:
         figures.note("left_out", "pytest is not installed")
         return
@@ -203,30 +216,20 @@ def tests(scale: Scale, figures: Figures) -> None:
     ).returncode
     figures.note("exit_code", code)
     cases = [*xml.etree.ElementTree.parse(file).iter("testcase")]  # noqa: S314 - pytest's own
-    states = {"failed": ("failure", "error"), "skipped": ("skipped",)}
     found: dict[str, list[Any]] = {"passed": [], "failed": [], "skipped": []}
     for case in cases:
         name = f"{case.get('name')} ({float(case.get('time', 0)):.2f} s)"
-        state = next(
-            (s for s, tags in states.items() if any(case.find(t) is not None for t in tags)),
-            "passed",
-        )
-        said = next(
-            (
-                child.get("message", "")
-                for child in case
-                if child.tag in ("failure", "error", "skipped")
-            ),
-            "",
-        )
-        found[state].append(f"{name}: {said[:300]}" if said else name)
+        outcomes = [child for child in case if child.tag in STATES]
+        state = STATES[outcomes[0].tag] if outcomes else "passed"
+        message = outcomes[0].get("message", "")[:300] if outcomes else ""
+        found[state].append(f"{name}: {message}" if message else name)
     for state, names in found.items():
         figures.note(state, len(names))
     figures.note("tests", found)
 
 
 def train(scale: Scale, figures: Figures, budget: str) -> None:
-    """Six steps of the recipe on the whole base: seconds, notes, memory against the plan, samples."""
+    """Train six steps on the whole base; write seconds, notes, memory against the plan, samples."""
     out = scale.work / f"run-{budget}"
     more = [
         "training.max_steps=6",
@@ -238,9 +241,8 @@ def train(scale: Scale, figures: Figures, budget: str) -> None:
     steps = steps_of(out)
     figures.note("steps", steps)
     figures.note("held_out", [row for row in rows(out) if "eval_loss" in row])
-    plan = (
-        json.loads((out / "plan.json").read_text("utf-8")) if (out / "plan.json").is_file() else {}
-    )
+    plan_file = out / "plan.json"
+    plan = json.loads(plan_file.read_text("utf-8")) if plan_file.is_file() else {}
     figures.note("plan", plan)
     figures.note("gib", memory(steps, plan))
     samples = out / "samples.jsonl"
@@ -252,13 +254,16 @@ def train(scale: Scale, figures: Figures, budget: str) -> None:
 
 
 def reserved_planned(plan: dict[str, Any]) -> int:
-    """Bytes that torch's allocator may take in a step: tensors that are not paged, workspaces and fragmentation."""
+    """Return the bytes that the plan allows torch's allocator in a step.
+
+    They are the tensors that are not paged, workspaces and fragmentation.
+    """
     besides = sum(size for name, size in plan["allowances"].items() if name != "CUDA context")
     return int(plan["peak_bytes"] - plan["paged_bytes"] + besides)
 
 
 def memory(steps: list[dict[str, Any]], plan: dict[str, Any]) -> dict[str, Any]:
-    """GiB of tensors and of what torch's allocator reserves, planned and measured; paged memory is neither's."""
+    """Return the GiB of tensors and of reserved memory, planned and measured, but not paged."""
 
     def largest(key: str) -> float | str:
         return max((row.get(key, 0.0) for row in steps), default=0.0) or NOT_MEASURED
@@ -272,7 +277,7 @@ def memory(steps: list[dict[str, Any]], plan: dict[str, Any]) -> dict[str, Any]:
 
 
 def merge(scale: Scale, figures: Figures) -> None:
-    """The run of train_12gib merged, then compared with base and adapter; the bytes that were written."""
+    """Merge the run of train_12gib, and compare the result with base and adapter."""
     out = scale.work / "run-12GiB"
     code = run(scale, figures, "merge", "merge", str(out), "--verify")
     written = sum(file.stat().st_size for file in (out / "merged").glob("*.safetensors"))
@@ -281,9 +286,9 @@ def merge(scale: Scale, figures: Figures) -> None:
 
 
 def resume(scale: Scale, figures: Figures) -> None:
-    """Two deterministic runs, and one that is stopped by SIGTERM and resumed: their adapters' bits.
+    """Compare the adapters' bits of two deterministic runs and one that is stopped and resumed.
 
-    They run side by side; none of them measures time.
+    SIGTERM stops it. The runs go on at the same time, because none of them measures time.
     """
     count = scale.of(48, 10)
     keys = [
@@ -323,17 +328,17 @@ def resume(scale: Scale, figures: Figures) -> None:
 
 
 def first_difference(one: list[float], other: list[float]) -> int | None:
-    """The number of the first step whose losses differ; None where all are equal."""
+    """Return the number of the first step whose losses differ; None if all are equal."""
     if one == other:
         return None
-    return next(
-        (n for n, (a, b) in enumerate(zip(one, other, strict=False), 1) if a != b),
-        min(len(one), len(other)),
-    )
+    for number, (loss, other_loss) in enumerate(zip(one, other, strict=False), 1):
+        if loss != other_loss:
+            return number
+    return min(len(one), len(other))
 
 
 def fp16(scale: Scale, figures: Figures) -> None:
-    """A training in float16 with a scaled loss, beside the same in bfloat16: the losses step by step."""
+    """Compare the losses of a training in float16, with a scaled loss, with those in bfloat16."""
     found: dict[str, list[float]] = {}
     for dtype in ("float16", "bfloat16"):
         out = scale.work / f"run-{dtype}"

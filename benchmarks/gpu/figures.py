@@ -1,4 +1,4 @@
-"""What a part has found, line by line; and the report of all parts."""
+"""The figures of a part, line by line, and the report of all parts."""
 
 import json
 import time
@@ -17,19 +17,19 @@ Result = TypeVar("Result")
 
 
 class Figures(AbstractContextManager["Figures"]):
-    """The figures of one part: each is a line of a file, and out of the process, once it is known."""
+    """The figures of one part. Each is a line of a file, written as soon as it is known."""
 
     def __init__(self, file: Path) -> None:
         self._stream = file.open("a", encoding="utf-8")
 
     def note(self, name: str, value: Any) -> Any:
-        """Write a figure down; names with dots make an object in an object."""
+        """Write a figure and return it. Dots in a name make nested objects in the report."""
         self._stream.write(json.dumps([name, value], default=str) + "\n")
         self._stream.flush()
         return value
 
     def attempt(self, name: str, function: Callable[..., Result], *args: Any) -> Result | None:
-        """Note the figures that ``function`` returns; where it fails, what it raised, and go on with None."""
+        """Write the result of ``function`` and return it; write its exception and return None."""
         try:
             result = function(*args)
         except Exception as error:
@@ -47,30 +47,31 @@ class Figures(AbstractContextManager["Figures"]):
 
 
 class Report:
-    """The parts with their states and figures, on the screen and in a JSON file that is always whole."""
+    """The states and figures of all parts, on the screen and in an always valid JSON file."""
 
     def __init__(self, file: Path | None, *, rehearse: bool, minutes: float) -> None:
         self.file, self.began = file, time.monotonic()
-        device = (
-            "simulated: times are a CPU's, memory is that of small shapes"
-            if rehearse
-            else "see the part `card`"
-        )
+        device = "see the part `card`"
+        if rehearse:
+            device = "simulated: times are a CPU's, memory is that of small shapes"
         self.tree: dict[str, Any] = {
-            "date": time.strftime("%Y-%m-%d %H:%M"), "minutes": minutes, "device": device, "parts": {},
-        }  # fmt: skip
+            "date": time.strftime("%Y-%m-%d %H:%M"),
+            "minutes": minutes,
+            "device": device,
+            "parts": {},
+        }
 
     def state(self, part: str) -> str:
-        """running, done, how else the part ended; or not begun."""
+        """Return the state of a part: not begun, running, done, or how else it ended."""
         return str(self.tree["parts"].get(part, {}).get("state", "not begun"))
 
     def begin(self, part: str) -> None:
-        """A part runs from now on."""
+        """Record that a part has started."""
         self.tree["parts"][part] = {"state": "running", "figures": {}}
         self._write(f"--- {part}")
 
     def add(self, part: str, lines: str) -> None:
-        """Take over whole lines of :class:`Figures`."""
+        """Add the figures in complete lines that :class:`Figures` wrote."""
         for line in lines.splitlines():
             name, value = json.loads(line)
             place = self.tree["parts"][part]["figures"]
@@ -83,27 +84,25 @@ class Report:
             self._write(f"{part}: {name} = {_short(value)}")
 
     def end(self, part: str, state: str, seconds: float, log: str) -> None:
-        """A part has ended so."""
+        """Record how a part has ended."""
         entry = self.tree["parts"].setdefault(part, {"figures": {}})
         entry |= {"state": state, "seconds": round(seconds, 1), **({"log": log} if log else {})}
         self._write(f"--- {part}: {state}, {seconds:.1f} s")
 
     def finish(self) -> None:
-        """All parts have ended."""
+        """Record that all parts have ended."""
         states = {name: entry["state"] for name, entry in self.tree["parts"].items()}
         self.tree["seconds"] = round(time.monotonic() - self.began, 1)
         self._write(
             f"{sum(state == 'done' for state in states.values())} of {len(states)} parts done"
         )
 
-    def _write(self, said: str) -> None:
-        print(f"{time.monotonic() - self.began:6.1f} s  {said}", flush=True)
+    def _write(self, line: str) -> None:
+        print(f"{time.monotonic() - self.began:6.1f} s  {line}", flush=True)
         if self.file:
             try:
                 write_text(self.file, to_json(self.tree))
-            except (
-                OrpoLiteError
-            ) as error:  # a full disk, say: the screen has it, and the next figure tries again
+            except OrpoLiteError as error:  # such as a full disk; the next figure tries again
                 print(error, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""7B shapes, or small ones on the simulated device; and how a module is run on either."""
+"""7B shapes for a GPU, or small ones for the simulated device; and how to run a module on each."""
 
 import copy
 import sys
@@ -17,21 +17,24 @@ SMALL: dict[str, Any] = {
 
 
 def python(module: str, *, rehearse: bool) -> list[str]:
-    """The beginning of a command that runs a module from ROOT; for a rehearsal on the simulated device."""
+    """Return the start of a command that runs a module from ROOT.
+
+    ``rehearse``: on the simulated device.
+    """
     through = ["tests/simulated_cuda/run.py", "module"] if rehearse else ["-m"]
     return [sys.executable, *through, module]
 
 
 @dataclass(frozen=True)
 class Scale:
-    """What differs between a GPU and a rehearsal."""
+    """The differences between a GPU and a rehearsal on the simulated device."""
 
     rehearse: bool
     work: Path
-    """Bases, pairs, runs and plans."""
+    """Folder of bases, pairs, runs and plans."""
 
     def config(self, shape: str = "mistral_7b", layers: int | None = None) -> Any:
-        """A configuration of that family: its width and, where they are not given, its layers."""
+        """Return the configuration of a model, with its own number of layers or ``layers``."""
         from benchmarks.ours import SHAPES
 
         config = copy.deepcopy(SHAPES[f"peak_gib_{shape}"][1])
@@ -47,12 +50,12 @@ class Scale:
         return config
 
     def lengths(self, name: str) -> "Triples":
-        """Those of real pairs; for a rehearsal an eighth of them."""
+        """Return the lengths of real pairs; for a rehearsal an eighth of each length."""
         from benchmarks.lengths import shipped
 
         triples = shipped(name)
         return triples // 8 + 3 if self.rehearse else triples
 
     def of(self, on_gpu: Any, rehearsed: Any) -> Any:
-        """The one or the other."""
+        """Return the first value on a GPU, the second one in a rehearsal."""
         return rehearsed if self.rehearse else on_gpu

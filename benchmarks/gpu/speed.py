@@ -1,4 +1,4 @@
-"""Pairs a second of ours and of TRL's on the same pairs, tokens a second and the share of the card's peak."""
+"""Compare pairs per second with TRL's on the same pairs; also tokens per second and MFU."""
 
 import json
 import time
@@ -25,7 +25,11 @@ Train = Callable[[list[TokenizedPair]], object]
 
 
 def pairs_per_second(scale: Scale, figures: Figures, shape: str) -> None:
-    """Ours with all layers checkpointed, as TRL's, and as planned for the whole card; then TRL's at its batches."""
+    """Time orpo-lite and TRL.
+
+    orpo-lite is timed with all layers checkpointed, as TRL is, and with the plan for the whole GPU.
+    TRL is timed with several batch sizes.
+    """
     config = scale.config(shape)
     batches = {}
     for name, file in SETS.items():
@@ -60,7 +64,7 @@ def pairs_per_second(scale: Scale, figures: Figures, shape: str) -> None:
 
 
 def timed(train: Train, batches: list[lengths.Triples], config: Any) -> dict[str, Any]:
-    """Steps on all batches; the first one warms up."""
+    """Time steps on all batches but the first one, which warms up."""
     seconds = 0.0
     torch.cuda.reset_peak_memory_stats()
     try:
@@ -70,7 +74,8 @@ def timed(train: Train, batches: list[lengths.Triples], config: Any) -> dict[str
             began = time.perf_counter()
             train(pairs)
             torch.cuda.synchronize()
-            seconds += (time.perf_counter() - began) * (number > 0)
+            if number > 0:
+                seconds += time.perf_counter() - began
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -88,9 +93,10 @@ def timed(train: Train, batches: list[lengths.Triples], config: Any) -> dict[str
 
 
 def model_flops(config: Any, batches: list[lengths.Triples]) -> float:
-    """FLOPs that any step needs on these pairs: each different token forward and backward once, no weight gradients.
+    """Return the FLOPs that any step needs on these pairs.
 
-    4 a parameter and token; the adapter, attention, padding and what runs again are not counted.
+    They are 4 per parameter and token: each different token goes forward and backward once, without
+    gradients of the weights. Adapter, attention, padding and recomputation are not counted.
     """
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = (
@@ -105,7 +111,7 @@ def model_flops(config: Any, batches: list[lengths.Triples]) -> float:
 
 
 def _ours(config: Any, memory_settings: dict[str, Any]) -> Train:
-    """A function that takes one of our optimizer steps."""
+    """Return a function that takes one optimizer step of orpo-lite."""
     settings = ours.recipe(**memory_settings)
     model = drawn_model(settings, config)
     optimizer = make_optimizer(settings, [parameter for _, parameter in model.trained()])
@@ -113,12 +119,12 @@ def _ours(config: Any, memory_settings: dict[str, Any]) -> Train:
 
 
 def _theirs(config: Any, folder: Path) -> Callable[..., None]:
-    """The same of TRL, the batch in parts of ``size``."""
+    """Return a function that takes one optimizer step of TRL, in micro-batches of ``size``."""
     from benchmarks import peers, step
 
     model = bare_base(ours.recipe(), config, torch.bfloat16, CUDA)
     free()
-    model.is_loaded_in_4bit = True  # what from_pretrained notes, and TRL asks for
+    model.is_loaded_in_4bit = True  # from_pretrained sets it, and TRL reads it
     trainer = peers.make_trainer(model, step.tokenizer(), step.LORA, str(folder))
 
     def train(pairs: list[TokenizedPair], size: int) -> None:

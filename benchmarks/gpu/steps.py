@@ -1,4 +1,4 @@
-"""Parts that run steps in their own process: the card, gradients, plans against reality, memory that runs out."""
+"""Parts that run steps in their own process: the GPU, gradients, plans, running out of memory."""
 
 import gc
 import json
@@ -36,17 +36,18 @@ from orpo_lite.recipe.schema import Recipe
 
 CUDA = torch.device("cuda", 0)
 PACKAGES = (
-    "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors", "tokenizers",
-    "huggingface_hub", "pydantic", "typer", "triton", "trl", "flash-attn", "orpo-lite",
+    "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors",
+    "tokenizers", "huggingface_hub", "pydantic", "typer", "triton", "trl", "flash-attn",
+    "orpo-lite",
 )  # fmt: skip
 GIB = 2**30
 
 
-# --- the card
+# --- the GPU
 
 
 def card(scale: Scale, figures: Figures) -> None:
-    """Versions, the card, one NF4 round trip, one paged step, the largest matrix product."""
+    """Write versions, the GPU, an NF4 round trip, a paged step, the speed of a matrix product."""
     figures.note("versions", {name: _version(name) for name in PACKAGES})
     figures.note("cuda_of_torch", torch.version.cuda)
     figures.note(
@@ -108,7 +109,7 @@ def _nvml_sees() -> dict[str, Any]:
 
 
 def _nf4(size: int) -> dict[str, Any]:
-    """A matrix to NF4 with double quantisation and back: the error, and where the GPU's answer is not the CPU's."""
+    """Quantise a matrix to NF4 and back; return the error and how often GPU and CPU differ."""
     weight = torch.randn(size, size, generator=torch.Generator().manual_seed(0)).bfloat16()
     back = []
     for device in (CUDA, torch.device("cpu")):
@@ -126,16 +127,16 @@ def _nf4(size: int) -> dict[str, Any]:
 
 
 def _paged_step(size: int) -> dict[str, Any]:
-    """A step of PagedAdamW8bit, beside the same un-paged and beside torch's AdamW: relative differences."""
+    """Return the relative difference of PagedAdamW8bit's steps from un-paged and torch's AdamW."""
     generator = torch.Generator().manual_seed(0)
     start, gradient = (torch.randn(size, size, generator=generator) for _ in range(2))
-    kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    optimizers: dict[str, Callable[..., torch.optim.Optimizer]] = {
         "paged": bnb.optim.PagedAdamW8bit,
         "unpaged": bnb.optim.AdamW8bit,
         "torch": torch.optim.AdamW,
     }
     moved = {}
-    for name, make in kinds.items():
+    for name, make in optimizers.items():
         parameter = torch.nn.Parameter(start.clone().to(CUDA))
         optimizer = make([parameter], lr=1e-3, weight_decay=0.0)
         for _ in range(2):
@@ -150,7 +151,7 @@ def _paged_step(size: int) -> dict[str, Any]:
 
 
 def _matrix_product(size: int) -> float:
-    """Bfloat16 matrix product, TFLOP a second: what the card reaches here."""
+    """Return the TFLOP per second of a bfloat16 matrix product on this GPU."""
     one, other = (torch.randn(size, size, dtype=torch.bfloat16, device=CUDA) for _ in range(2))
     for _ in range(3):
         one @ other
@@ -166,16 +167,18 @@ def _matrix_product(size: int) -> float:
 
 
 def gradients(scale: Scale, figures: Figures) -> None:
-    """7B width, 8 layers: loss and gradient with each memory setting, five times, beside those of the plain step."""
+    """Compare loss and gradient with each memory setting with those of the plain step.
+
+    The model has the width of a 7B model and 8 layers; each step is repeated five times.
+    """
     config, repeats = scale.config(layers=8), scale.of(5, 2)
     triples = scale.lengths("hh-rlhf")[:8]
     figures.note("pairs", triples.tolist())
     figures.note("layers", config.num_hidden_layers)
     pairs = lengths.random_pairs(triples, config.vocab_size)
     expected: list[Tensor] = []
-    os.environ.setdefault(
-        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-    )  # cuBLAS is deterministic only with it
+    # cuBLAS is deterministic only with this.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     for name, chosen in memory_settings(scale).items():
         settings = ours.recipe(**chosen)
         model = figures.attempt(f"{name}.built", drawn_model, settings, config)
@@ -189,7 +192,7 @@ def gradients(scale: Scale, figures: Figures) -> None:
 
 
 def memory_settings(scale: Scale) -> dict[str, dict[str, Any]]:
-    """Each setting of ``memory`` alone, then those that save the most together."""
+    """Return each setting of ``memory`` alone, then those that save the most together."""
     tile, chunk = scale.of((512, 128), (16, 8))
     return {
         "plain": {},
@@ -205,13 +208,17 @@ def memory_settings(scale: Scale) -> dict[str, dict[str, Any]]:
 def deterministic(
     step: Callable[[], Tensor], repeats: int, expected: list[Tensor]
 ) -> dict[str, Any]:
-    """Repeats with deterministic kernels: whether their bits are equal, and how far they are from the plain step's."""
+    """Repeat a step with deterministic kernels.
+
+    Return whether the bits are equal, and the differences from the plain step.
+    """
     torch.use_deterministic_algorithms(True)
     try:
         found = [step() for _ in range(repeats)]
     finally:
         torch.use_deterministic_algorithms(False)
-    expected.extend([] if expected else [found[0]])
+    if not expected:
+        expected.append(found[0])  # the first setting is the plain step
     return {
         "same_bits": all(torch.equal(found[0], other) for other in found[1:]),
         **differences(found, expected[0]),
@@ -219,7 +226,7 @@ def deterministic(
 
 
 def repeated(step: Callable[[], Tensor], repeats: int, expected: list[Tensor]) -> dict[str, Any]:
-    """Repeats with the usual kernels: how far they are apart, and from the plain step; seconds and memory."""
+    """Repeat a step with the usual kernels; return the differences, the seconds and the memory."""
     torch.cuda.reset_peak_memory_stats()
     torch.cuda.synchronize()
     began = time.perf_counter()
@@ -233,7 +240,10 @@ def repeated(step: Callable[[], Tensor], repeats: int, expected: list[Tensor]) -
 
 
 def differences(found: list[Tensor], expected: Tensor) -> dict[str, Any]:
-    """Relative ones: of the losses and of the gradients from what is expected, and of the repeats among themselves."""
+    """Return the largest relative differences of losses and gradients.
+
+    They are compared with the expected ones; the repeats also with the first of them.
+    """
     return {
         "loss": float(found[0][0]),
         "loss_from_plain": largest(abs(float(one[0] / expected[0]) - 1) for one in found),
@@ -244,17 +254,17 @@ def differences(found: list[Tensor], expected: Tensor) -> dict[str, Any]:
 
 
 def largest(values: Any) -> float:
-    """The largest, with six digits."""
+    """Return the largest value, with six digits."""
     return float(f"{max(values):.6g}")
 
 
 def relative(one: Tensor, other: Tensor) -> float:
-    """The norm of the difference over that of ``other``."""
+    """Return the norm of the difference over the norm of ``other``."""
     return float((one - other).norm() / other.norm())
 
 
 def drawn_model(settings: Recipe, config: Any) -> PairModel:
-    """A random model of this configuration whose adapter is not zero; the same values at every call."""
+    """Return a random model whose adapter is not zero, with the same values at every call."""
     torch.manual_seed(0)
     model = bare_pair_model(settings, config, torch.bfloat16, CUDA)
     torch.manual_seed(1)
@@ -267,7 +277,7 @@ def drawn_model(settings: Recipe, config: Any) -> PairModel:
 
 
 def loss_and_gradient(model: PairModel, pairs: list[TokenizedPair], settings: Recipe) -> Tensor:
-    """The loss of one optimizer step, then its whole gradient, in host memory."""
+    """Return the loss of an optimizer step and its whole gradient as one vector in host memory."""
     model.zero_grad(set_to_none=True)
     loss = torch.zeros((), device=CUDA)
     for share in ours.step_losses(model, pairs, settings):
@@ -280,21 +290,21 @@ def loss_and_gradient(model: PairModel, pairs: list[TokenizedPair], settings: Re
 
 
 def free() -> None:
-    """Give back what no tensor holds."""
+    """Free the memory that no tensor uses."""
     gc.collect()
     torch.cuda.empty_cache()
 
 
 def gib(size: float) -> float | str:
-    """GiB of so many bytes; the simulated device may not count them."""
+    """Return bytes in GiB; the simulated device may not count them."""
     return round(size / GIB, 4) if size else NOT_MEASURED
 
 
-# --- plans against reality
+# --- plans
 
 
 def make_plans(scale: Scale, figures: Figures) -> None:
-    """Plans for short pairs under three budgets, from the least on, and one for the whole card; on the CPU."""
+    """Plan short pairs for three budgets, from the least one up, and for the whole GPU."""
     own, began = local_gpu(0), time.monotonic()
     assert own is not None
     gpu = own.gpu
@@ -315,20 +325,19 @@ def make_plans(scale: Scale, figures: Figures) -> None:
 
 
 def plan_recipe(scale: Scale) -> Recipe:
-    """The default recipe; rehearsed with as short a longest pair as its data has."""
+    """Return the default recipe; for a rehearsal with the length limit of its data."""
     longest = {"data.max_length": 256, "training.global_batch_size": 8} if scale.rehearse else {}
     return ours.recipe().override(longest)
 
 
 def plan_kept(scale: Scale, figures: Figures) -> None:
-    """Steps of real lengths with torch's allocator held to each plan's budget less CUDA's context.
+    """Take steps of real lengths with torch's allocator limited to each plan's budget.
 
-    The model is built before that: random weights are 16-bit for a moment.
+    The CUDA context is subtracted from the budget. The limit is set after the model is built,
+    because random weights are 16-bit for a moment.
     """
-    plans, triples = (
-        json.loads((scale.work / "plans.json").read_text("utf-8"))[:3],
-        scale.lengths("hh-rlhf"),
-    )
+    plans = json.loads((scale.work / "plans.json").read_text("utf-8"))[:3]
+    triples = scale.lengths("hh-rlhf")
     for number, plan in enumerate(plans, 1):
         figures.note(f"budget_{number}.levers", plan["levers"])
         figures.attempt(f"budget_{number}.found", one_budget, scale, plan, triples)
@@ -337,7 +346,7 @@ def plan_kept(scale: Scale, figures: Figures) -> None:
 
 
 def one_budget(scale: Scale, plan: dict[str, Any], triples: lengths.Triples) -> dict[str, Any]:
-    """Steps under one plan: the one with the longest pairs, the one with the shortest, and two drawn ones."""
+    """Take four steps with a plan: with the longest pairs, the shortest pairs, and two others."""
     config, settings = scale.config(), plan_recipe(scale).with_memory(plan["levers"])
     size = settings.training.global_batch_size
     model = drawn_model(settings, config)
@@ -385,9 +394,8 @@ def one_budget(scale: Scale, plan: dict[str, Any], triples: lengths.Triples) -> 
         "gib": {
             "budget": round(plan["budget_bytes"] / GIB, 3),
             "needed_planned": round(plan["needed_bytes"] / GIB, 3),
-            "tensors_planned": round(
-                (plan["peak_bytes"] - paged) / GIB, 3
-            ),  # torch does not count what is paged
+            # torch does not count paged memory.
+            "tensors_planned": round((plan["peak_bytes"] - paged) / GIB, 3),
             "tensors_measured": gib(max(peaks)),
             "reserved_planned": round(reserved_planned(plan) / GIB, 3),
             "reserved_measured": gib(torch.cuda.max_memory_reserved()),
@@ -397,13 +405,14 @@ def one_budget(scale: Scale, plan: dict[str, Any], triples: lengths.Triples) -> 
     }
 
 
-# --- memory that runs out
+# --- running out of memory
 
 
 def out_of_memory(scale: Scale, figures: Figures) -> None:
-    """A training that runs out of memory for real, and is taken again in smaller pieces: its losses are the same.
+    """Compare the losses of a training that runs out of memory with one that does not.
 
-    From its first evaluation on, which is before the first step, it may have 85% of what the same training held.
+    A step that runs out of memory is repeated with smaller micro-batches. From the first evaluation
+    on, which is before the first step, the training may take 85% of the other one's peak.
     """
     outs = [scale.work / f"run-{name}" for name in ("free", "held")]
     figures.note("notes_with_all_memory", train_notes(scale, outs[0], None))
@@ -420,7 +429,7 @@ def out_of_memory(scale: Scale, figures: Figures) -> None:
 
 
 def train_notes(scale: Scale, out: Path, limit: float | None) -> list[str]:
-    """Train in this process, from the first evaluation on within so many bytes; return what was noted."""
+    """Train in this process, after the first evaluation in ``limit`` bytes; return the notes."""
     keys = ["training.max_steps=4", "output.samples=0", "memory.head_chunk=64"]
     keys += ["memory.activation_checkpointing=none", "memory.micro_batch_tokens=8192"]
     arguments = recipe_arguments(scale, "small", out, *keys)

@@ -52,7 +52,8 @@ class _Commands(TyperGroup):
 app = typer.Typer(
     name="orpo-lite",
     cls=_Commands,
-    help="Preference-tune a language model on the one GPU you own: ORPO on a 4-bit base with LoRA, merged for export.",
+    help="Preference-tune a language model on the one GPU you own: ORPO on a 4-bit base with "
+    "LoRA, merged for export.",
     epilog="Example: orpo-lite train --recipe demo",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -74,7 +75,7 @@ def main() -> None:
             _leave(STOPPED)
         raise
     except OrpoLiteError as error:
-        # Every process of a launch meets the same fault, or one of its own: the others say it in a line.
+        # Each process of a launch meets the same error, or its own: the others print one line.
         err.print(
             str(error) if is_first_process() else f"process {os.environ['RANK']}: {error.found}"
         )
@@ -85,7 +86,8 @@ def main() -> None:
     except Exception:
         traceback.print_exc()
         err.print(
-            "\nThis is a fault of orpo-lite. Please report it with the traceback above and the run's train.log."
+            "\nThis is a fault of orpo-lite. Please report it with the traceback above and "
+            "the run's train.log."
         )
         sys.exit(BUG)
 
@@ -95,7 +97,7 @@ def say_stopped() -> None:
 
 
 def _leave(code: int) -> NoReturn:
-    """End the process; at once where Python would wait for a library's threads first: an upload may hang for long."""
+    """End the process, without waiting for threads of libraries: an upload may hang for long."""
     if any(
         not thread.daemon
         for thread in threading.enumerate()
@@ -119,10 +121,12 @@ def _top(
 
 
 RESUME = (
-    "Go on with the run in this folder. KEY=VALUE may change its learning rate (learning_rate, lr_scheduler_type, "
-    "warmup_steps), its length (max_steps, num_train_epochs, early_stopping_patience), eval_steps, "
+    "Resume the run in this folder. KEY=VALUE may change its learning rate (learning_rate, "
+    "lr_scheduler_type, warmup_steps), its length (max_steps, num_train_epochs, "
+    "early_stopping_patience), eval_steps, "
     "load_best_model_at_end, full_determinism, model.device, memory.* and output.*: each change is "
-    "recorded with its step. The rate of a step is then what it would be there had the run begun with the new values."
+    "recorded with its step. From then on each step has the learning rate that it would have in a "
+    "run that began with the new values."
 )
 
 
@@ -201,7 +205,7 @@ def plan(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show whether a recipe fits a GPU, how fast it is and what to change. Reads no weights and downloads none."""
+    """Show whether a recipe fits a GPU, how fast it is and what to change. Reads no weights."""
     chosen = _choose_recipe(recipe, None, overrides or [], verb="plan")
     with quiet():
         from orpo_lite.planning.plan import plan_events
@@ -227,7 +231,7 @@ def data(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what the model will see of the data: format, one pair, lengths, cuts, and what is left out and why."""
+    """Show what the model will see of the data: format, one pair, lengths, cuts, dropped rows."""
     if as_json and row:
         raise RecipeError(
             where="--row",
@@ -269,7 +273,7 @@ def merge(
         typer.Option(metavar="FOLDER", help="Where the base lies now, if it was moved."),
     ] = None,
 ) -> None:
-    """Merge a run's adapter into its base: RUN/merged is a plain transformers folder. Needs no memory for the model."""
+    """Merge a run's adapter into its base, block by block. RUN/merged is a transformers folder."""
     with quiet():
         merge_run(run, weights=base, max_shard_size=max_shard_size, base_path=base_path)
         if verify:
@@ -340,7 +344,7 @@ def export(
         Literal["original", "dequantized"], typer.Option(help="Which merge.")
     ] = "original",
 ) -> None:
-    """Write a run as llama.cpp, Ollama or vLLM take it, to RUN/export, with the command that uses it."""
+    """Write a run for llama.cpp, Ollama or vLLM to RUN/export, and print how to use it."""
     with quiet():
         from orpo_lite.exporting.targets import export_events
 

@@ -20,9 +20,9 @@ err = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
 class _Output(FileIO):
-    """An output that never raises: where it cannot be written to any more, the rest goes nowhere.
+    """An output that never raises. If it can no longer be written to, the rest is dropped.
 
-    A reader may go away (`| head`), a terminal may be closed, and a disk may be full. The work goes on.
+    A reader may go away (`| head`), a terminal may be closed, a disk may be full.
     """
 
     def write(self, data: Any) -> int:
@@ -37,9 +37,9 @@ class _Output(FileIO):
 
 
 def protect_output() -> None:
-    """Nothing that is printed ends the work: see :class:`_Output`.
+    """Let no failure to print end the work: see :class:`_Output`.
 
-    What the output's encoding does not have is written as Python and JSON escape it; data may hold any character.
+    Characters that the output's encoding lacks are escaped as in Python and JSON.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -60,7 +60,7 @@ def print_json(value: Any) -> None:
 
 
 def print_columns(rows: Sequence[Sequence[str]], *, right: bool = False) -> None:
-    """Aligned columns, never cut: a table of rich's shortens long values to the width of the terminal, or to 80.
+    """Print aligned columns in full. A table of rich would cut long values to the terminal's width.
 
     ``right`` aligns all but the first column to the right, as numbers should be.
     """

@@ -15,7 +15,7 @@ STYLES = {"prompt": "cyan", "response": "green", "end": "bold magenta", "cut": "
 def print_preview(
     figures: Mapping[str, Any], samples: Mapping[str, Any], warnings: Sequence[str], max_length: int
 ) -> None:
-    """A pair as the model sees it, then the figures, then what may be wrong; what ``runs.inputs.preview`` returns."""
+    """Print what ``runs.inputs.preview`` returns: one pair, the figures, the warnings."""
     sample = samples["first"]
     out.print(f"\none pair, {sample['where']}, as the model sees it")
     if sample.get("dropped"):
@@ -41,7 +41,8 @@ def _print_figures(figures: Mapping[str, Any], max_length: int) -> None:
         out.print(figures["tokenizer"])
     kept = f"{figures['train_pairs']:,} to train on, {figures['held_out_pairs']:,} held out"
     out.print(
-        f"{figures['rows_read']:,} rows: {kept}, {sum(d['pairs'] for d in figures['dropped'].values()):,} left out"
+        f"{figures['rows_read']:,} rows: {kept}, "
+        f"{sum(d['pairs'] for d in figures['dropped'].values()):,} left out"
     )
     for reason, drop in figures["dropped"].items():
         more = ", ..." if drop["pairs"] > len(drop["first"]) else ""
@@ -73,11 +74,13 @@ def _print_figures(figures: Mapping[str, Any], max_length: int) -> None:
     out.print(f"chosen is the longer one in {longer[0]} of the pairs, rejected in {longer[1]}")
     _print_count(
         f"{prompts['train']:,} different prompts to train on, {prompts['held_out']:,} held out, "
-        f"{prompts['shared']:,} on both sides{': the evaluation will flatter' if prompts['shared'] else ''}",
+        f"{prompts['shared']:,} on both sides"
+        f"{': the evaluation will flatter' if prompts['shared'] else ''}",
         prompts["shared"] > 0,
     )
     out.print(
-        f"tokens a pair: {padded:,.0f} in rows padded to the longest of 8 pairs, {whole:,.0f} without padding, "
+        f"tokens a pair: {padded:,.0f} in rows padded to the longest of 8 pairs, "
+        f"{whole:,.0f} without padding, "
         f"{shared:,.0f} with the prompt shared as well ({padded / shared:.1f}x fewer than padded)"
     )
 
@@ -101,7 +104,7 @@ def _print_count(text: str, bad: bool) -> None:
 
 
 def print_pair(sample: Mapping[str, Any]) -> None:
-    """Prompt once, then both replies; each kind of segment has a mark of its own and a colour, where there is one."""
+    """Print the prompt once, then both replies, each under its title and in its colour."""
     if "chosen" not in sample:
         out.print("  (it cannot be rendered)")
         return
@@ -126,7 +129,7 @@ def _print_piece(title: str, kind: str, text: str, pieces: Mapping[str, str] | N
 
 
 def visible(text: str, shown: int = SHOWN) -> str:
-    """Text that is safe to print, its middle left out when it is long; data may hold a terminal's control codes."""
+    """Return text that is safe to print, without control codes, and without a long middle."""
     if len(text) > shown:
         half = shown // 2
         text = f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"

@@ -38,7 +38,7 @@ def merge_if_changed(run: Path) -> None:
 
 
 def verify_run(run: Path, weights: "Weights", base_path: Path | None) -> None:
-    """The comparison as a table. Raises :class:`ModelError` where the merged model is another than base and adapter."""
+    """Print the comparison. Raises :class:`ModelError` if the merged model answers differently."""
     from orpo_lite.api import verify_events
 
     verdict = draw(verify_events(run, weights=weights, base_path=base_path))
@@ -62,7 +62,7 @@ def push_run(run: Path, repository: str, **options: Any) -> None:
 
 
 def finish(recipe: "Recipe", result: "TrainResult") -> None:
-    """After the adapter is safe: the table, the merge, the answers. A failure here costs no training."""
+    """Print the results, merge, print the answers. The adapter is saved before."""
     from orpo_lite.demo import builtin_remark
     from orpo_lite.objectives.objective import find_objective
     from orpo_lite.runs.commands import merge_command
@@ -85,7 +85,8 @@ def finish(recipe: "Recipe", result: "TrainResult") -> None:
         raise typer.Exit(STOPPED) from None
     minutes, seconds = divmod(round(result.seconds), 60)
     out.print(
-        f"{result.steps} steps in {minutes}m{seconds:02d}s; every step is in {result.run}/metrics.jsonl"
+        f"{result.steps} steps in {minutes}m{seconds:02d}s; "
+        f"every step is in {result.run}/metrics.jsonl"
     )
     if remark := builtin_remark(recipe):
         out.print(remark)
@@ -129,11 +130,13 @@ def _print_samples(result: "TrainResult") -> None:
     more = len(result.samples) - len(shown)
     rest = f"; {more} more, to neutral prompts, in {result.run}/samples.jsonl" if more else ""
     out.print(
-        f"\nanswers, sampled at temperature {shown[0].temperature}, before and after the training{rest}"
+        f"\nanswers, sampled at temperature {shown[0].temperature}, "
+        f"before and after the training{rest}"
     )
     for sample in shown:
         out.print(
-            f"\n  prompt  {_flat(sample.prompt)}\n  before  {_flat(sample.before)}\n  after   {_flat(sample.after)}"
+            f"\n  prompt  {_flat(sample.prompt)}"
+            f"\n  before  {_flat(sample.before)}\n  after   {_flat(sample.after)}"
         )
     out.print()
 

@@ -31,7 +31,7 @@ Result = TypeVar("Result")
 def draw(
     updates: "Generator[Update, None, Result]", *, silent: bool = False, plain: bool = False
 ) -> Result:
-    """Show each update; returns the generator's result. Live on a terminal, plain lines elsewhere, or where asked."""
+    """Show each update, live on a terminal and else in lines; return the generator's result."""
     from orpo_lite.updates import run_to_end
 
     if silent:
@@ -44,7 +44,7 @@ def draw(
 
 
 class _PlainLines:
-    """A line for an evaluation, one for a stage and for each quarter of a long one, and some fifty for the steps."""
+    """Print a line per evaluation, per stage and quarter of a long one, and fifty for the steps."""
 
     def __init__(self) -> None:
         self.stage, self.quarter, self.began = "", 1, 0.0
@@ -75,7 +75,7 @@ class _PlainLines:
 
 
 class _Screen:
-    """The last step's figures over a bar for the training and one for what interrupts it; the rest scrolls above."""
+    """Show the last step's figures and progress bars; everything else scrolls above them."""
 
     def __init__(self) -> None:
         self.progress = Progress(

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 
 def hush() -> None:
-    """As :func:`quiet`, for what needs none of the libraries whose import would take longer than all the rest."""
+    """Do the same as :func:`quiet` for commands that import none of the slow libraries."""
     for library in (
         "TRANSFORMERS",
         "DATASETS",
@@ -18,7 +18,7 @@ def hush() -> None:
 
 
 def is_first_process() -> bool:
-    """Under `accelerate launch` only the first process talks; a RANK without a launch is of something else."""
+    """Return whether this process prints: under `accelerate launch` only the first one does."""
     return "LOCAL_RANK" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
@@ -26,8 +26,8 @@ def is_first_process() -> bool:
 def quiet() -> Iterator[None]:
     """Library noise goes to the logging tree (and so to the run's train.log), not to the screen.
 
-    bitsandbytes prints while it is imported; transformers, datasets and peft log and draw bars. The bars of
-    huggingface_hub stay: a download of gigabytes should be seen.
+    bitsandbytes prints while it is imported. transformers, datasets and peft log and draw bars.
+    The bars of huggingface_hub stay: a download of gigabytes should be seen.
     """
     warnings.simplefilter("default")
     logging.captureWarnings(True)

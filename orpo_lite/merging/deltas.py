@@ -55,7 +55,7 @@ class LoraDelta:
     scale: float
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Return two factors; their product has the parameter's shape. Axis 0 of experts is E."""
+        """Return two factors, whose product has the parameter's shape; axis 0 is E for experts."""
         a, b = _read_finite(self.a), _read_finite(self.b)
         if self.layout == "matrix":
             return b, a

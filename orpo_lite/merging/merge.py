@@ -210,15 +210,16 @@ def _merged_blocks(
 
     The names of adapted parameters that differ from the base are added to ``changed``.
     """
-    order = [stored for held in files for stored in held]
+    order = [stored for file in files for stored in file]
     reads = ahead(read_rows, (rows for stored in order for rows in in_blocks(stored)))
     for stored in order:
-        pieces: Iterator[tuple[Rows, Tensor]] = zip(in_blocks(stored), reads)  # noqa: B905 - reads go on
+        # Not strict: the reads continue with the next tensor.
+        pieces: Iterator[tuple[Rows, Tensor]] = zip(in_blocks(stored), reads)  # noqa: B905
         is_transposed = stored.name in plan.transposed
         if is_transposed:
             pieces = _transpose(pieces)
         if stored.name in plan.quantised:
-            pieces = dequantized(pieces, plan.settings, trained_in)
+            pieces = round_to_4_bit(pieces, plan.settings, trained_in)
         delta = plan.deltas.get(stored.name)
         add_delta = delta.load() if delta else None
         for rows, block in pieces:
@@ -253,7 +254,7 @@ def _is_equal(merged: Tensor, block: Tensor, dtype: torch.dtype) -> bool:
     return torch.equal(merged.to(dtype), block.to(dtype))
 
 
-def dequantized(
+def round_to_4_bit(
     pieces: Iterable[tuple[Rows, Tensor]], settings: QuantizationSection, trained_in: torch.dtype
 ) -> Iterator[tuple[Rows, Tensor]]:
     """Quantise the blocks of rows of a matrix to 4 bit and back, and yield them in float32.

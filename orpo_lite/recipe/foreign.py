@@ -23,14 +23,8 @@ NOT_SHARDED = "each GPU holds the whole base in 4 bit, and nothing is sharded; l
 ONLY_LORA = "only LoRA is trained: embeddings and head do not change; leave the line out"
 
 FOREIGN: dict[str, tuple[str, str]] = {
-    "per_device_train_batch_size": (
-        "training.global_batch_size",
-        PAIRS_PER_STEP,
-    ),
-    "gradient_accumulation_steps": (
-        "training.global_batch_size",
-        PAIRS_PER_STEP,
-    ),
+    "per_device_train_batch_size": ("training.global_batch_size", PAIRS_PER_STEP),
+    "gradient_accumulation_steps": ("training.global_batch_size", PAIRS_PER_STEP),
     "micro_batch_size": (
         "memory.micro_batch_size",
         "pairs in one forward pass; training.global_batch_size sets the step",
@@ -39,10 +33,7 @@ FOREIGN: dict[str, tuple[str, str]] = {
         "memory.micro_batch_size",
         "evaluation uses the same forward pass",
     ),
-    "batch_size": (
-        "training.global_batch_size",
-        PAIRS_PER_STEP,
-    ),
+    "batch_size": ("training.global_batch_size", PAIRS_PER_STEP),
     "warmup_ratio": ("training.warmup_steps", "a value below 1 is a share of all steps"),
     "gradient_checkpointing": (
         "memory.activation_checkpointing",
@@ -130,30 +121,12 @@ FOREIGN: dict[str, tuple[str, str]] = {
     ),
     "do_train": ("", "`orpo-lite train` trains; leave the line out"),
     "do_eval": ("training.eval_steps", SHARE_OR_NUMBER),
-    "deepspeed": (
-        "",
-        NOT_SHARDED,
-    ),
-    "fsdp": (
-        "",
-        NOT_SHARDED,
-    ),
-    "fsdp_config": (
-        "",
-        NOT_SHARDED,
-    ),
-    "modules_to_save": (
-        "",
-        ONLY_LORA,
-    ),
-    "additional_target": (
-        "",
-        ONLY_LORA,
-    ),
-    "lora_modules_to_save": (
-        "",
-        ONLY_LORA,
-    ),
+    "deepspeed": ("", NOT_SHARDED),
+    "fsdp": ("", NOT_SHARDED),
+    "fsdp_config": ("", NOT_SHARDED),
+    "modules_to_save": ("", ONLY_LORA),
+    "additional_target": ("", ONLY_LORA),
+    "lora_modules_to_save": ("", ONLY_LORA),
     "adapter": (
         "",
         "a LoRA adapter is trained, on a 4-bit base with quantization.load_in_4bit; "

@@ -26,7 +26,9 @@ GPU_SIZES = Path(__file__).with_name("gpu_sizes.json")  # written by: python -m 
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read the recipe ``name`` (a shipped name, or a path when it has a / or ends in .yaml), then ``overrides``.
+    """Read the recipe ``name``, then ``overrides``.
+
+    ``name`` is a path if it has a / or ends in .yaml, else the name of a shipped recipe.
 
     Args:
         name: for instance ``"mistral-qlora"`` or ``"./mine.yaml"``.
@@ -88,13 +90,13 @@ LIST = "`orpo-lite recipes ls` lists the shipped ones"
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """Name -> file of every shipped recipe, sorted; a checkout's own folder wins over a wheel's copy."""
+    """Return name -> file of each shipped recipe, sorted. A checkout's folder comes first."""
     checkout = CHECKOUT.is_dir() and (CHECKOUT.parent / "pyproject.toml").is_file()
     return {path.stem: path for path in sorted((CHECKOUT if checkout else SHIPPED).glob("*.yaml"))}
 
 
 def gpu_sizes() -> dict[str, str]:
-    """Return the GPU that each shipped recipe needs by its plan, for instance "8 GB" or "8 GB or a CPU"."""
+    """Return the GPU that each shipped recipe needs by its plan: "8 GB", "8 GB or a CPU"."""
     sizes: dict[str, str] = json.loads(GPU_SIZES.read_text(encoding="utf-8"))
     return sizes
 
@@ -148,7 +150,7 @@ def _compose(path: Path) -> yaml.MappingNode:
 
 
 def _decode(content: bytes, path: Path) -> str:
-    """The text of the file. Raises :class:`RecipeError` for one that is not UTF-8, or indented by other spaces."""
+    """Return the text of the file. Raises :class:`RecipeError` for other encodings and spaces."""
     if encoding := _wide_encoding(content):
         raise RecipeError(
             where=f"{path}:1",
@@ -184,7 +186,7 @@ def _decode(content: bytes, path: Path) -> str:
 
 
 def _wide_encoding(content: bytes) -> str:
-    """UTF-16 or UTF-32 by the mark at the start, or by the zeros that no text in UTF-8 begins with; else ""."""
+    """Return UTF-16 or UTF-32 if the byte order mark or zero bytes show it, else ""."""
     if content.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
         return "UTF-32"
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -215,7 +217,7 @@ def _converted(path: Path, program: str) -> Command:
 def _nodes(text: str, where: str) -> Any:
     """The root node of a YAML text, or None. Raises :class:`RecipeError`."""
     try:
-        # An alias can make a page of text expand to gigabytes, and PyYAML takes minutes over deep brackets.
+        # Aliases can expand to gigabytes, and PyYAML takes minutes for deep brackets.
         depth = 0
         for token in yaml.scan(text, Loader=yaml.SafeLoader):
             place = f"{where}:{token.start_mark.line + 1}"
@@ -257,7 +259,7 @@ def _entries(node: yaml.MappingNode) -> Iterator[tuple[str, Any, int]]:
 
 
 def _duplicates(node: Any, path: Path) -> Iterator[RecipeError]:
-    """A fault for each key that stands twice in one mapping, at any depth; PyYAML keeps the last one silently."""
+    """Yield an error for each duplicate key of a mapping. PyYAML silently keeps the last one."""
     if isinstance(node, yaml.SequenceNode):
         for child in node.value:
             yield from _duplicates(child, path)
@@ -280,7 +282,7 @@ def _duplicates(node: Any, path: Path) -> Iterator[RecipeError]:
 def _plain(node: Any, *, typed: bool = False) -> Any:
     """Text, None, list or dict of a YAML node, without YAML's guesses at types.
 
-    ``typed`` is for values that no field gives a type to: true, false and numbers are then what JSON says they are.
+    ``typed`` is for values without a field's type: true, false and numbers are read as in JSON.
     """
     if isinstance(node, yaml.MappingNode):
         return {str(key.value): _plain(value, typed=typed) for key, value in node.value}

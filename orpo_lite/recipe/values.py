@@ -23,6 +23,7 @@ def read_steps(value: object) -> float:
 
 
 def refuse_zero(value: int) -> int:
+    """Refuse 0 as a number of steps; -1 means as many as the epochs need."""
     if value == 0:
         raise ValueError("-1, or at least one step")
     return value
@@ -41,6 +42,7 @@ def expand_home(value: str) -> str:
 
 
 def read_module_names(value: object) -> object:
+    """Return names with commas between them as a list; "all-linear" stays a text."""
     if not isinstance(value, str) or value == "all-linear":
         return value
     return _split_at_commas(value)
@@ -77,6 +79,7 @@ BASE_CHANGING = {"pissa", "olora", "loftq", "corda", "eva", "lora-ga", "lora"}
 
 
 def check_lora_init(value: object) -> object:
+    """Refuse the initialisations that change the base; read "true" as True."""
     name = str(value).lower()
     if name.split("_")[0] in BASE_CHANGING:
         raise ValueError(
@@ -87,12 +90,14 @@ def check_lora_init(value: object) -> object:
 
 
 def check_budget(value: object) -> object:
+    """Refuse a budget that is not auto or a size above 0."""
     if isinstance(value, str) and value != "auto" and read_bytes(value) == 0:
         raise ValueError("auto, or a size such as 24GiB")
     return value
 
 
 def check_attention(value: object) -> object:
+    """Refuse the name of a repository, whose compiled code transformers would run."""
     if isinstance(value, str) and "/" in value:
         raise ValueError(
             "a name without a /: one with a / fetches compiled code from the hub, which is refused"
@@ -116,6 +121,7 @@ def refuse_repository(name: str) -> None:
 
 
 def check_repository(name: str | None) -> str | None:
+    """Refuse a name that no repository of the hub can have; None is no repository."""
     if name is not None:
         refuse_repository(name)
     return name

@@ -30,7 +30,7 @@ from orpo_lite.base import blocks
 from orpo_lite.base.blocks import in_blocks, read_header, read_tensor, stored_tensors
 from orpo_lite.base.find import fingerprint
 from orpo_lite.errors import CheckpointError, Command, FitError, ModelError, RecipeError
-from orpo_lite.merging.merge import dequantized
+from orpo_lite.merging.merge import round_to_4_bit
 from orpo_lite.publishing.card_facts import CardOptions
 from orpo_lite.publishing.model_card import make_card
 from orpo_lite.recipe.schema import QuantizationSection, Recipe
@@ -306,7 +306,7 @@ TIED = {"tie_word_embeddings": True}
             {},
             {"target_modules": ["embed_tokens"], "use_dora": True},
             {},
-            "of type Embedding with DoRA",
+            "its type, Embedding with DoRA, cannot be merged",
         ),
         ({}, {"target_modules": ["q_proj"]}, {"task_type": "SEQ_CLS"}, "task_type: 'SEQ_CLS'"),
         ({}, {"target_modules": ["q_proj"]}, {"rank_pattern": {"q_proj": 2}}, "has rank 4"),
@@ -429,7 +429,7 @@ def test_weights_go_through_4_bit_as_in_training(
     found = torch.cat(
         [
             block
-            for _, block in dequantized(
+            for _, block in round_to_4_bit(
                 pieces, QuantizationSection(bnb_4bit_use_double_quant=nested), trained_in
             )
         ]

@@ -407,10 +407,10 @@ def test_a_merge_before_the_end_is_refused_with_the_command(trained: Trained) ->
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["training.max_steps=1"], "the learning rate is 0 at all 1 steps"),
+        (["training.max_steps=1"], "all 1 steps are warm-up, at learning rate 0"),
         (
             ["training.max_steps=2", "training.warmup_steps=100"],
-            "takes 100 steps and the training has 2: the learning rate reaches 1e-05 of 0.001",
+            "has 100 steps and the training 2: the learning rate reaches 1e-05 of 0.001",
         ),
     ],
 )
