@@ -298,7 +298,7 @@ def push(
     samples: Annotated[
         int,
         typer.Option(
-            min=0, max=20, help="Show so many prompts of the data, with answers, in the card."
+            min=0, max=20, help="Show so many prompts of the data, with answers, in the model card."
         ),
     ] = 0,
 ) -> None:

@@ -30,7 +30,7 @@ class _Output(FileIO):
             written: int | None = super().write(data)
             return (
                 len(data) if written is None else written
-            )  # None: whoever reads it is slow, and is not waited for
+            )  # None: the reader is slow, and is not waited for
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
             return len(data)

@@ -104,7 +104,7 @@ def _push_result(recipe: "Recipe", result: "TrainResult") -> None:
         )
     except OrpoLiteError as error:
         if isinstance(error, RecipeError | CheckpointError):
-            safe += f"; when that is mended: {push_line(recipe, result)}"
+            safe += f"; when that is fixed: {push_line(recipe, result)}"
         error.fix = reworded(error.fix, f"{error.fix}\n  {safe}" if error.fix else safe)
         raise
     except KeyboardInterrupt:

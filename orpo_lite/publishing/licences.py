@@ -160,7 +160,7 @@ def find_license_files(
     base: str,
     revision: str | None,
     folder: Path,
-    beside: Sequence[Path] = (),
+    own_folders: Sequence[Path] = (),
 ) -> dict[str, bytes | Path]:
     """Return the licence and notice files that must be published with a derivative.
 
@@ -169,7 +169,7 @@ def find_license_files(
         base: its hub name, or a folder.
         revision: its hub commit; None for a folder.
         folder: the folder of the base.
-        beside: folders where a person may have put such files; these take precedence.
+        own_folders: folders where a person may have put such files; these take precedence.
 
     Returns:
         File name -> path or content.
@@ -178,12 +178,12 @@ def find_license_files(
         ModelError: the terms require a copy of the agreement, and there is none.
     """
     own = fetch_license_files(base, revision, None if revision else folder)
-    folders = [*beside, *([own] if own else [])]
+    folders = [*own_folders, *([own] if own else [])]
     files = _license_files(folders)
     if revision and not _agreements(files):  # other programs may have cached only the card
         found = fetch_license_files(base, revision, None, cached=False)
         if found:
-            own, folders = found, [*beside, found]
+            own, folders = found, [*own_folders, found]
             files = _license_files(folders)
     for terms in find_terms(licence):
         if terms.copy and not any(AGREEMENT in _flat(read_text(f)) for f in _agreements(files)):

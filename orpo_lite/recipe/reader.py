@@ -244,12 +244,12 @@ def _nodes(text: str, where: str) -> Any:
             where=place,
             found=str(getattr(error, "problem", error)),
             expected="YAML: `key: value` lines, indented by spaces",
-            fix="mend the line; quote a text that holds : # { [ or %",
+            fix="correct the line; quote a text that contains : # { [ or %",
         ) from None
 
 
 def _entries(node: yaml.MappingNode) -> Iterator[tuple[str, Any, int]]:
-    """(key, value node, line) of a mapping; of a key that stands twice, the first."""
+    """Return (key, value node, line) of a mapping; for a duplicate key, the first one."""
     seen = set()
     for key_node, value_node in node.value:
         key = str(key_node.value)
@@ -271,7 +271,7 @@ def _duplicates(node: Any, path: Path) -> Iterator[RecipeError]:
         if key in first:
             yield RecipeError(
                 where=f"{path}:{line}",
-                found=f"key {key!r} again; it stands on line {first[key]} too",
+                found=f"key {key!r} again; it is on line {first[key]} too",
                 expected="each key once",
                 fix="keep one of the two lines",
             )
