@@ -58,6 +58,7 @@ def test_live_bytes_of_a_large_vocabulary() -> None:
     assert found["live_bytes_ratio_152k"] < found["live_bytes_ratio_152k_default_levers"] < 0.06
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("key", first_and_long(step.SHAPES))
 def test_peak_at_7b(key: str) -> None:
     config = step.SHAPES[key][1]

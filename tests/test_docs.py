@@ -34,6 +34,7 @@ import orpo_lite
 pytestmark = pytest.mark.usefixtures("counted_once")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 NAMES = [str(path.relative_to(ROOT)) for path in PAGES]
+SLOW = "docs/extending.md"  # each of its examples runs in a copy of the package
 SHOWN_ONLY = ("text", "yaml", "{toctree}")
 DEMO = "train --recipe demo"
 FENCE = re.compile(r"^( *)```(\S*) *(.*)\n((?:.*\n)*?)\1```$", re.MULTILINE)
@@ -206,7 +207,10 @@ def loose(line: str) -> str:
     return re.sub(r"[+-]?\d[\d.,]*(e-?\d+)?", "0", " ".join(line.split()))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.long) if name == SLOW else name for name in NAMES],
+)
 def test_a_page_runs_from_top_to_bottom(
     name: str,
     demo_run: DemoRun,

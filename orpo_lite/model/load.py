@@ -208,8 +208,13 @@ class _LoadingLog(logging.Handler):
     def recording(self) -> Iterator[None]:
         """Record inside the ``with`` block."""
         logger = logging.getLogger("transformers.modeling_utils")
+        level, is_disabled = logger.level, logger.disabled
         logger.addHandler(self)
+        logger.setLevel(logging.WARNING)  # whatever the caller has set for all of transformers
+        logger.disabled = False
         try:
             yield
         finally:
             logger.removeHandler(self)
+            logger.setLevel(level)
+            logger.disabled = is_disabled

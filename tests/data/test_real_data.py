@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, SHARED
+from conftest import ROOT, SHARED, first_and_long
 from transformers import AutoTokenizer
 
 from orpo_lite.data.chat_template import set_chat_template
@@ -101,7 +101,7 @@ def test_alpaca_prefs_are_read_without_a_flag() -> None:
     assert not {prompt_key(pair) for pair in test} & {prompt_key(pair) for pair in train}
 
 
-@pytest.mark.parametrize("name", ["stories260k", "babyllama1m"])
+@pytest.mark.parametrize("name", first_and_long(["stories260k", "babyllama1m"]))
 @pytest.mark.parametrize(("path", "template"), [(HH, "auto"), (HH, "none"), (ALPACA, "auto")])
 def test_round_trip(name: str, path: Path, template: str) -> None:
     """Every token of every pair decodes to the rendered text, and the end is there exactly once."""
@@ -196,6 +196,7 @@ def test_the_models_own_context_cuts_and_counts() -> None:
     assert 0 < len(kept) < len(found)
 
 
+@pytest.mark.long
 def test_the_benchmark_of_the_data_screen_runs(tmp_path: Path) -> None:
     where = tmp_path / "figures.json"
     arguments = [

@@ -112,10 +112,13 @@ def test_flash_attentions_workspace_is_that_of_its_source(
     expected = returned + 4 * heads * rows + 4 * rows * heads * wide + expanded
     for backend in ("varlen", "flash_attn"):
         assert backward_bytes(backend, lengths, heads, shared, width) == expected
-    # Another kernel has no rows of padding, so short segments cost it nothing.
-    assert backward_bytes("efficient", [128] * 8, heads, shared, width) == backward_bytes(
-        "efficient", [1024], heads, shared, width
+    # The memory-efficient kernel pads its sums alone, and to no more than twice their rows.
+    one, eight = (
+        backward_bytes("efficient", segments, heads, shared, width)
+        for segments in ([1024], [128] * 8)
     )
+    sums = 4 * 1024 * heads * width * (3 if width > 64 else 1)
+    assert eight - one == sums
 
 
 def test_a_deterministic_workspace_is_enough_for_any_gpu_and_number_of_segments() -> None:

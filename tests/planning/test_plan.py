@@ -865,6 +865,7 @@ def test_gpt2_is_planned_in_4_bit_as_it_is_loaded(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.long
 def test_what_fits_no_gpu_ends_with_6_and_says_what_would(call: Call, workspace: Path) -> None:
     wide = small(
         12,
@@ -887,6 +888,7 @@ def test_what_fits_no_gpu_ends_with_6_and_says_what_would(call: Call, workspace:
     assert "download" not in said
 
 
+@pytest.mark.long
 def test_memory_settings_are_proposed_before_anything_is_trained_otherwise() -> None:
     plans = planner(packing=False, micro_batch_size=2, prompt_sharing=False)
     (first, *_) = plans.changes(10 * GIB, GPU)

@@ -1107,6 +1107,7 @@ def test_stopped_while_a_licence_is_asked_for(on_the_hub: Path, hub: Hub, tmp_pa
     assert seconds < 2
 
 
+@pytest.mark.long
 def test_a_training_stopped_while_it_pushes(
     small_recipe: Callable[..., Any], hub: Hub, workspace: Path
 ) -> None:

@@ -119,7 +119,7 @@ def test_a_run_ends_with_what_to_do_and_goes_on_so(
     assert code == 6
     assert "out of memory" in complaint
     assert ("CUBLAS_STATUS_ALLOC_FAILED" in complaint) == (kind == "cublas")
-    assert ("before its weights are loaded" in complaint) == (place == "load")
+    assert ("while the weights are loaded" in complaint) == (place == "load")
     assert ("from the last checkpoint" in complaint) == bool(kept)
     assert checkpoints()[-1:] == kept
     assert not Path("run/adapter/adapter_model.safetensors").exists()
