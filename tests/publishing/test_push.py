@@ -1145,7 +1145,7 @@ def test_stopped_anywhere_else(call: Call, monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_push_of_a_library_that_is_stopped_makes_no_commit(
     a_run: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun, go = threading.Event(), threading.Event()
+    begun, go, ended = threading.Event(), threading.Event(), threading.Event()
     upload_files = HfApi.preupload_lfs_files
 
     def wait(*arguments: Any, **options: Any) -> None:
@@ -1156,12 +1156,17 @@ def test_a_push_of_a_library_that_is_stopped_makes_no_commit(
     def stop() -> None:
         begun.wait(10)
         os.kill(os.getpid(), signal.SIGINT)
+        while not ended.wait(2):  # Python loses an interrupt that arrives within a destructor
+            os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(HfApi, "preupload_lfs_files", wait)
     before = set(threading.enumerate())
     threading.Thread(target=stop).start()
     with pytest.raises(KeyboardInterrupt):
-        push(a_run, REPO)
+        try:
+            push(a_run, REPO)
+        finally:
+            ended.set()
     go.set()
     for thread in set(threading.enumerate()) - before:
         if thread.name.startswith("ThreadPoolExecutor"):
