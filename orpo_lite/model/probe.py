@@ -24,6 +24,7 @@ from orpo_lite.model.probe_values import (
     random_pairs,
 )
 from orpo_lite.ops.attention import flash_attn
+from orpo_lite.ops.devices import dtype_name
 
 
 def probe(model: PairModel, max_length: int, tokens: int = 0) -> None:
@@ -122,7 +123,7 @@ def _check_own_forward(model: PairModel) -> None:
     numbers_before = _first_numbers(model)
     logits, changed_logits = _logits_before_last_token(model, where)
     if not bool(logits.isfinite().all() and changed_logits.isfinite().all()):
-        dtype = str(model.causal.dtype).removeprefix("torch.")
+        dtype = dtype_name(model.causal.dtype)
         raise ModelError(
             where=where,
             found=f"its logits are not finite in {dtype}",

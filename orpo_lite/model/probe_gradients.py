@@ -19,6 +19,7 @@ from orpo_lite.model.probe_values import (
     random_pairs,
     rounded_input,
 )
+from orpo_lite.ops.devices import dtype_name
 
 GRADIENT_PAIRS = [SHORT_PAIRS[0], SHORT_PAIRS[4]]
 TINY_PAIRS = [(5, 3, 4)]  # for the gradient for which all layers keep everything
@@ -78,7 +79,7 @@ def check_reruns(model: PairModel) -> None:
             layer.gradient_checkpointing = layer.training = True
     where = f"model {model.config.model_type}"
     if not all(bool(part.isfinite().all()) for part in expected):
-        dtype = str(model.causal.dtype).removeprefix("torch.")
+        dtype = dtype_name(model.causal.dtype)
         raise ModelError(
             where=where,
             found=f"its gradient is not finite in {dtype}",

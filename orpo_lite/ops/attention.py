@@ -8,7 +8,7 @@ keywords down to its attention.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from inspect import signature
 from typing import Any
@@ -139,12 +139,20 @@ def _varlen(
     if q.is_meta:
         return meta_flash_attention(q, k, v, len(segments)).transpose(0, 1).unsqueeze(0)
     arguments: dict[str, Any] = {"scale": options.scale, "window_size": options.window_size}
-    # Before torch 2.12 grouped heads needed no argument.
-    if "enable_gqa" in signature(varlen_attn).parameters:
+    if _names_grouped_heads(varlen_attn):
         arguments["enable_gqa"] = q.shape[1] != k.shape[1]
     out: Any = varlen_attn(q, k, v, *lengths, **arguments)
     found: Tensor = out.transpose(0, 1).unsqueeze(0)
     return found
+
+
+@lru_cache(maxsize=1)
+def _names_grouped_heads(varlen_attn: Callable[..., Any]) -> bool:
+    """Return whether grouped heads need an argument; older versions of torch have none for them.
+
+    Cached: each layer of each pass asks.
+    """
+    return "enable_gqa" in signature(varlen_attn).parameters
 
 
 def _flash_attn_varlen(
