@@ -283,7 +283,7 @@ def test_prompts_on_both_sides_are_counted(coffee: Path, look: Look) -> None:
 def test_the_second_start_needs_neither_torch_nor_transformers(coffee: Path, look: Look) -> None:
     first = look("--json")
     code = (
-        "import sys; from orpo_lite.cli.commands import app\n"
+        "import sys; from orpo_lite.cli.app import app\n"
         f"sys.argv = ['orpo-lite', 'data', '--recipe', './coffee.yaml', {MAP!r}, '--json']\n"
         "try:\n    app()\nexcept SystemExit:\n    pass\n"
         "heavy = {'torch', 'transformers', 'bitsandbytes', 'datasets'} & set(sys.modules)\n"

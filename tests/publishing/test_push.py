@@ -1132,9 +1132,9 @@ def interrupt(*_: object, **__: object) -> None:
 
 def test_stopped_anywhere_else(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "_exit", sys.exit)  # this process goes on, whatever threads it has
-    for place in ("app", "_choose_recipe"):
+    for module, place in (("app", "app"), ("setup_commands", "choose_recipe")):
         with monkeypatch.context() as patch:
-            patch.setattr(import_module("orpo_lite.cli.commands"), place, interrupt)
+            patch.setattr(import_module(f"orpo_lite.cli.{module}"), place, interrupt)
             assert call("plan", "--recipe", "demo") == (
                 130,
                 "",

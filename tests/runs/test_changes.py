@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from orpo_lite.cli.commands import RESUME
+from orpo_lite.cli.train_command import RESUME
 from orpo_lite.errors import CheckpointError, Command
 from orpo_lite.recipe.schema import KEYS
 from orpo_lite.recipe.text import to_text

@@ -1,0 +1,120 @@
+"""The commands that publish a trained model: merge, export, push."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from orpo_lite.cli.app import AFTER, RunFolder, app
+from orpo_lite.cli.completion import complete_target
+from orpo_lite.cli.console import err, out
+from orpo_lite.cli.finish import STOPPED, merge_run, push_run, verify_run
+from orpo_lite.cli.progress import draw
+from orpo_lite.cli.quiet import hush, quiet
+from orpo_lite.errors import RecipeError
+
+
+@app.command(rich_help_panel=AFTER, epilog="Example: orpo-lite merge runs/demo --verify")
+def merge(
+    run: RunFolder,
+    base: Annotated[
+        Literal["original", "dequantized"],
+        typer.Option(
+            help="The base's own 16-bit weights; or those that 4 bit left of them, as in training."
+        ),
+    ] = "original",
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify", help="Then compare the model with base and adapter on held-out pairs."
+        ),
+    ] = False,
+    max_shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Of a file of weights.")
+    ] = "5GB",
+    base_path: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Where the base lies now, if it was moved."),
+    ] = None,
+) -> None:
+    """Merge a run's adapter into its base, block by block. RUN/merged is a transformers folder."""
+    with quiet():
+        merge_run(run, weights=base, max_shard_size=max_shard_size, base_path=base_path)
+        if verify:
+            verify_run(run, base, base_path)
+
+
+@app.command(rich_help_panel=AFTER, epilog="Example: orpo-lite push runs/demo me/demo")
+def push(
+    run: RunFolder,
+    repository: Annotated[
+        str, typer.Argument(metavar="REPO", help="owner/name; a name alone is yours.")
+    ],
+    merged: Annotated[
+        bool, typer.Option("--merged", help="Push RUN/merged, not the adapter.")
+    ] = False,
+    base: Annotated[
+        Literal["original", "dequantized"], typer.Option(help="Which merge.")
+    ] = "original",
+    public: Annotated[
+        bool, typer.Option("--public", help="Everybody can see it; private without.")
+    ] = False,
+    samples: Annotated[
+        int,
+        typer.Option(
+            min=0, max=20, help="Show so many prompts of the data, with answers, in the model card."
+        ),
+    ] = 0,
+) -> None:
+    """Push a run's adapter, or its merged model, to the hub, with a model card."""
+    hush()
+    if base == "dequantized" and not merged:
+        raise RecipeError(
+            where="--base dequantized",
+            found="without --merged",
+            expected="it says which merged model",
+            fix="add --merged",
+        )
+    options: dict[str, Any] = {
+        "merged": base if merged else None,
+        "is_public": public,
+        "samples": samples,
+    }
+    try:
+        push_run(run, repository, **options)
+    except KeyboardInterrupt:
+        from orpo_lite.publishing.push import push_command
+
+        err.print(f"stopped; then: {push_command(run, repository, **options)}")
+        raise typer.Exit(STOPPED) from None
+
+
+@app.command(rich_help_panel=AFTER, epilog="Example: orpo-lite export runs/demo --to vllm")
+def export(
+    run: RunFolder,
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to", help="gguf (llama.cpp), ollama or vllm.", autocompletion=complete_target
+        ),
+    ],
+    outtype: Annotated[
+        str | None,
+        typer.Option(
+            help="f32, f16, bf16, q8_0, q3_k_m, q4_k_m, q5_k_m or q6_k; as merged by default."
+        ),
+    ] = None,
+    base: Annotated[
+        Literal["original", "dequantized"], typer.Option(help="Which merge.")
+    ] = "original",
+) -> None:
+    """Write a run for llama.cpp, Ollama or vLLM to RUN/export, and print how to use it."""
+    with quiet():
+        from orpo_lite.exporting.targets import export_events
+
+        result = draw(export_events(run, to, outtype=outtype, weights=base))
+    for note in result.notes:
+        out.print(f"note: {note}")
+    out.print(
+        f"wrote {result.folder} ({result.bytes / 2**20:,.1f} MiB); use it with:\n{result.command}"
+    )

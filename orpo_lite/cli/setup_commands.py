@@ -1,0 +1,166 @@
+"""The commands before a training: recipes, data, plan."""
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from orpo_lite.cli.app import (
+    BEFORE,
+    AsJson,
+    RecipeName,
+    ShippedName,
+    app,
+    choose_recipe,
+    recipe_keys,
+)
+from orpo_lite.cli.console import err, out, print_columns, print_json
+from orpo_lite.cli.data_view import print_preview
+from orpo_lite.cli.plan_view import print_plan
+from orpo_lite.cli.progress import draw
+from orpo_lite.cli.quiet import hush, quiet
+from orpo_lite.errors import RecipeError
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from orpo_lite.recipe.schema import Recipe
+    from orpo_lite.runs.inputs import Preview
+    from orpo_lite.updates import Update
+
+recipes_app = typer.Typer(no_args_is_help=True, help="List, show or copy the shipped recipes.")
+app.add_typer(recipes_app, name="recipes", rich_help_panel=BEFORE)
+
+
+@app.command(
+    rich_help_panel=BEFORE, epilog="Example: orpo-lite plan --recipe demo memory.budget=8GiB"
+)
+def plan(
+    overrides: Annotated[list[str] | None, recipe_keys("memory.budget=12GiB")] = None,
+    recipe: RecipeName = None,
+    with_data: Annotated[
+        bool,
+        typer.Option(
+            "--with-data", help="Read the data, and plan for its longest pairs, not for max_length."
+        ),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show whether a recipe fits a GPU, how fast it is and what to change. Reads no weights."""
+    chosen = choose_recipe(recipe, None, overrides or [], verb="plan")
+    with quiet():
+        from orpo_lite.planning.plan import plan_events
+        from orpo_lite.planning.search import does_not_fit
+
+        report = draw(plan_events(chosen, with_data=with_data), silent=as_json)
+    if as_json:
+        print_json(report.to_json())
+    else:
+        print_plan(report)
+    if report.is_verdict and not report.plan.fits:
+        raise does_not_fit(report.plan, report.changes)
+
+
+@app.command(
+    rich_help_panel=BEFORE, epilog="Example: orpo-lite data --recipe demo data.max_length=64"
+)
+def data(
+    overrides: Annotated[list[str] | None, recipe_keys("data.max_length=1024")] = None,
+    recipe: RecipeName = None,
+    row: Annotated[
+        str | None, typer.Option(metavar="PLACE", help="Show this row, e.g. pairs.csv:3.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what the model will see of the data: format, one pair, lengths, cuts, dropped rows."""
+    if as_json and row:
+        raise RecipeError(
+            where="--row",
+            found="given with --json",
+            expected="one of them: the figures are those of all rows",
+            fix="leave one out",
+        )
+    chosen = choose_recipe(recipe, None, overrides or [], verb="data")
+    hush()
+    preview = draw(_previewing(chosen, row), silent=as_json)
+    if as_json:
+        print_json(preview.figures | {"samples": preview.samples, "warnings": preview.warnings})
+        for warning in preview.warnings:
+            err.print(warning)
+        return
+    print_preview(preview.figures, preview.samples, preview.warnings, chosen.data.max_length)
+
+
+@recipes_app.command("ls", epilog="Example: orpo-lite recipes ls")
+def recipes_ls() -> None:
+    """List the shipped recipes, with the memory of the GPU that each needs by its plan."""
+    from orpo_lite.recipe.reader import gpu_sizes, load_recipe, shipped_recipes
+
+    rows = [("recipe", "base", "beta", "GPU", "what for")]
+    sizes = gpu_sizes()
+    for name, path in shipped_recipes().items():
+        recipe = load_recipe(name)
+        headline = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        rows.append(
+            (
+                name,
+                recipe.model.model_name_or_path,
+                f"{recipe.loss.beta:g}",
+                sizes.get(name, "?"),
+                headline,
+            )
+        )
+    print_columns(rows)
+
+
+@recipes_app.command("show", epilog="Example: orpo-lite recipes show demo")
+def recipes_show(name: ShippedName) -> None:
+    """Print a recipe with every key, its value and what it means."""
+    from orpo_lite.recipe.reader import load_recipe
+
+    out.print(load_recipe(name).to_yaml(comments=True), end="")
+
+
+@recipes_app.command("cp", epilog="Example: orpo-lite recipes cp demo mine.yaml")
+def recipes_cp(
+    name: ShippedName,
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="Where to write it.")],
+) -> None:
+    """Copy a recipe, every key commented, to edit."""
+    from orpo_lite.recipe.reader import find_recipe, load_recipe
+
+    text = load_recipe(name).to_yaml(comments=True)
+    path = path / f"{find_recipe(name).stem}.yaml" if path.is_dir() else path
+    if path.exists():
+        raise RecipeError(
+            where=str(path),
+            found="exists",
+            expected="a new file",
+            fix="remove it or choose another name",
+        )
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(
+            where=str(path),
+            found=f"cannot be written ({error.strerror})",
+            expected="a folder that exists",
+        ) from None
+    runnable = str(path) if "/" in str(path) else f"./{path}"
+    out.print(f"wrote {path}; run it with: orpo-lite train --recipe {shlex.quote(runnable)}")
+
+
+def _previewing(recipe: "Recipe", row: str | None) -> "Generator[Update, None, Preview]":
+    from orpo_lite.runs.inputs import preview
+
+    if any(
+        name.startswith("builtin:")
+        for name in (recipe.model.model_name_or_path, *recipe.data.names)
+    ):
+        from orpo_lite import demo
+
+        for _ in demo.make_builtin(recipe, weights=False):
+            pass
+        recipe = demo.resolve_builtin(recipe)
+    return (yield from preview(recipe, row))

@@ -1,0 +1,64 @@
+"""The command train."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from orpo_lite.cli.app import DURING, RecipeName, app, choose_recipe, recipe_keys
+from orpo_lite.cli.completion import complete_run
+from orpo_lite.cli.console import print_columns
+from orpo_lite.cli.finish import finish
+from orpo_lite.cli.plan_view import print_memory_settings
+from orpo_lite.cli.progress import draw
+from orpo_lite.cli.quiet import is_first_process, quiet
+
+if TYPE_CHECKING:
+    from orpo_lite.recipe.schema import Recipe
+
+RESUME = (
+    "Resume the run in this folder. KEY=VALUE may change its learning rate (learning_rate, "
+    "lr_scheduler_type, warmup_steps), its length (max_steps, num_train_epochs, "
+    "early_stopping_patience), eval_steps, "
+    "load_best_model_at_end, full_determinism, model.device, memory.* and output.*: each change is "
+    "recorded with its step. From then on each step has the learning rate that it would have in a "
+    "run that began with the new values."
+)
+
+
+@app.command(rich_help_panel=DURING, epilog="Example: orpo-lite train --recipe demo")
+def train(
+    overrides: Annotated[list[str] | None, recipe_keys("lora.r=8")] = None,
+    recipe: RecipeName = None,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="RUN", help=RESUME, autocompletion=complete_run)
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print every value and its source; do nothing.")
+    ] = False,
+) -> None:
+    """Train an adapter as a recipe says, then merge it and show what changed."""
+    chosen = choose_recipe(recipe, resume, overrides or [])
+    if dry_run:
+        if resume is not None and (resume / "lock.json").is_file():
+            from orpo_lite.runs.changes import find_changes
+
+            chosen, _ = find_changes(resume, chosen)
+        _print_values(chosen)
+        return
+    with quiet():
+        from orpo_lite.api import train_events
+
+        updates = train_events(chosen, resume=resume is not None)
+        result = draw(updates, silent=not is_first_process())
+        if is_first_process():
+            finish(chosen, result)
+
+
+def _print_values(recipe: "Recipe") -> None:
+    from orpo_lite.recipe.text import to_text
+
+    print_columns(
+        [("key", "value", "from"), *((k, to_text(v), recipe.sources[k]) for k, v in recipe.items())]
+    )
+    print_memory_settings(recipe)
