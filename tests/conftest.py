@@ -417,7 +417,7 @@ def call(
 ) -> Callable[..., Answer]:
     """Runs the command line in this process; returns (exit code, what it printed, what it complained of)."""
 
-    from orpo_lite.cli import commands
+    from orpo_lite.cli import app as commands
 
     def run(*arguments: str) -> Answer:
         monkeypatch.setattr(sys, "argv", ["orpo-lite", *arguments])

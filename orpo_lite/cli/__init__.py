@@ -3,7 +3,10 @@
 Order: console, data_view, plan_view, progress, finish, quiet, completion, app; further
 """
 
-from orpo_lite.cli import model_commands, setup_commands, train_command  # noqa: F401 - registers
+# Each of these modules adds its commands to the application.
+import orpo_lite.cli.model_commands
+import orpo_lite.cli.setup_commands
+import orpo_lite.cli.train_command  # noqa: F401
 from orpo_lite.cli.app import main
 
 __all__ = ["main"]

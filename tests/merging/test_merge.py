@@ -728,7 +728,7 @@ def said_where_it_does_not_fit(code: str, path: Path) -> str:
 def test_a_limit_on_files_is_not_a_full_disk(tmp_path: Path) -> None:
     path = make_run(tmp_path, tiny_llama(98))
     code = (
-        "import resource, signal, sys, orpo_lite; from orpo_lite.cli import commands; import bitsandbytes, tempfile\n"
+        "import resource, signal, sys, orpo_lite; from orpo_lite.cli import app as commands; import bitsandbytes, tempfile\n"
         "tempfile.gettempdir(); signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))\n"
         "sys.argv = ['orpo-lite', 'merge', sys.argv[1]]; commands.main()"
@@ -880,7 +880,7 @@ def test_too_little_memory_is_said_and_leaves_nothing(tmp_path: Path) -> None:
     code = (
         "import resource, sys, transformers.models.llama.modeling_llama, peft, orpo_lite, bitsandbytes\n"
         "from orpo_lite.base import blocks\n"
-        "from orpo_lite.cli import commands\n"
+        "from orpo_lite.cli import app as commands\n"
         "from orpo_lite.merging import merge\n"
         "import importlib, torch; read = blocks.read_rows\n"
         "def starved(rows):\n"
