@@ -1,12 +1,17 @@
-"""Quantise and check tokens with llama.cpp, if its Python package is installed."""
+"""Quantise, check tokens and score pairs with llama.cpp, if its Python package is installed."""
 
 import importlib.util
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
+from orpo_lite.data.pair import TokenizedPair, common_prefix
 from orpo_lite.errors import ModelError
 from orpo_lite.exporting.gguf_family import VLLM
 
@@ -55,14 +60,7 @@ def check_tokens(file: Path, tokenizer: Any, texts: Sequence[str], lead: str) ->
     llama.cpp gets ``lead`` before each text.
     """
     where = str(file)
-    try:
-        model = _load().Llama(where, vocab_only=True, n_ctx=8, n_batch=8, verbose=False)
-    except ValueError as error:
-        raise ModelError(
-            where=where,
-            found=f"llama.cpp cannot load it: {error}",
-            expected="a model that llama.cpp supports",
-        ) from None
+    model = _open(file, vocab_only=True, n_ctx=8, n_batch=8)
     try:
         for text in texts:
             found = model.tokenize((lead + text).encode(), add_bos=False, special=True)
@@ -75,6 +73,55 @@ def check_tokens(file: Path, tokenizer: Any, texts: Sequence[str], lead: str) ->
                 )
     finally:
         model.close()
+
+
+def score_pairs(
+    file: Path, pairs: Sequence[TokenizedPair]
+) -> Generator[tuple[int, int], None, Tensor]:
+    """Return mean log-probabilities of chosen and rejected replies: shape (2, P), float64.
+
+    Yields (pairs done, pairs). What both replies of a pair begin with is computed once. The logits
+    of the longest sequence are in host memory, 4 bytes each.
+
+    Raises:
+        ModelError: llama.cpp cannot load the file.
+    """
+    longest = max(len(ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids))
+    model = _open(file, n_ctx=longest, n_batch=min(longest, 512), logits_all=True)
+    scores_2P = torch.empty(2, len(pairs), dtype=torch.float64)
+    try:
+        for number, pair in enumerate(pairs):
+            yield number, len(pairs)
+            chosen_T, rejected_T = pair.chosen_ids, pair.rejected_ids
+            model.reset()
+            model.eval([int(token) for token in chosen_T])
+            scores_2P[0, number] = _mean_logp(model, chosen_T, pair.chosen_start)
+            # The last common token is computed again: its logits predict the next token.
+            model.n_tokens = max(0, common_prefix(np.asarray(chosen_T), np.asarray(rejected_T)) - 1)
+            model.eval([int(token) for token in rejected_T[model.n_tokens :]])
+            scores_2P[1, number] = _mean_logp(model, rejected_T, pair.rejected_start)
+    finally:
+        model.close()
+    return scores_2P
+
+
+def _mean_logp(model: Any, ids_T: Sequence[int], start: int) -> float:
+    """Return the mean log-probability of the tokens from ``start`` on, Eq. 3 of the ORPO paper."""
+    logits_RV = torch.from_numpy(model.scores[start - 1 : len(ids_T) - 1]).double()
+    targets_R1 = torch.tensor([[int(token)] for token in ids_T[start:]])
+    return float(logits_RV.log_softmax(dim=-1).gather(1, targets_R1).mean())
+
+
+def _open(file: Path, **options: Any) -> Any:
+    """Return llama.cpp's model of a file. Raise :class:`ModelError` if it cannot be loaded."""
+    try:
+        return _load().Llama(str(file), verbose=False, **options)
+    except ValueError as error:
+        raise ModelError(
+            where=str(file),
+            found=f"llama.cpp cannot load it: {error}",
+            expected="a model that llama.cpp supports",
+        ) from None
 
 
 def _load() -> Any:
