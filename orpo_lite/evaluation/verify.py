@@ -9,25 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orpo_lite import demo
 from orpo_lite.base.blocks import stored_tensors
 from orpo_lite.base.config import read_config
 from orpo_lite.base.find import Base
-from orpo_lite.data.packing import make_batch, micro_batches
 from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.errors import CheckpointError, Command, FitError, first_line
+from orpo_lite.evaluation.open_run import find_model
+from orpo_lite.evaluation.score import score_pairs
 from orpo_lite.model.load import choose_dtype, load_base, load_pair_model
 from orpo_lite.model.pair_model import PairModel, Route
-from orpo_lite.model.probe import probe
 from orpo_lite.model.probe_values import rounded_input
 from orpo_lite.ops.devices import device_kind, dtype_name, is_out_of_memory
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.runs.atomic import to_json, write_text
-from orpo_lite.runs.changes import trained_recipe
 from orpo_lite.runs.commands import Weights, merge_command
-from orpo_lite.runs.folder import find_finished_adapter, find_merged, find_trained_base
+from orpo_lite.runs.folder import find_finished_adapter, find_merged
 from orpo_lite.runs.inputs import prepare_inputs
-from orpo_lite.runs.lock import read_lock, with_pinned_base
+from orpo_lite.runs.lock import read_lock
 from orpo_lite.updates import Update, with_torch_defaults
 
 PAIRS = 200  # at most so many are compared
@@ -141,51 +139,45 @@ def _compare(
     path: Path, weights: Weights, base_path: str | Path | None
 ) -> Generator[Update, None, Verdict]:
     find_finished_adapter(path)
-    merged, base = find_merged(path, weights), find_trained_base(path, base_path)
-    lock = read_lock(path)
-    recipe = with_pinned_base(demo.resolve_builtin(trained_recipe(path)), lock)
-    if base_path is not None:
-        recipe = recipe.override({"model.model_name_or_path": str(base.path)})
+    merged = find_merged(path, weights)
+    trained = find_model(path, base_path=base_path, verb="merge")
+    recipe, base, device = trained.recipe, trained.base, trained.device
     inputs = yield from prepare_inputs(recipe)
     _refuse_other_pairs(path, inputs.figures["sha256"])
     held_out = len(inputs.test) > 0
     pairs = list(itertools.islice(inputs.test if held_out else inputs.train, PAIRS))
-    is_gpu = torch.cuda.is_available() and recipe.model.device != "cpu"
-    device = torch.device("cuda" if is_gpu else "cpu")
     dtype = dtype_name(choose_dtype(recipe.model.dtype, device_kind(device)))
-    # 4-bit weights depend on the dtype that they are quantised from, which is the training's.
-    trained_in = lock.get("dtype", dtype)
     if recipe.quantization.load_in_4bit and weights == "dequantized":
-        dtype = trained_in
-    recipe = recipe.override({"model.dtype": dtype})
-    adapted = recipe.override({"model.adapter_name_or_path": str((path / "adapter").resolve())})
-    in_16bit = {"quantization.load_in_4bit": False}
+        dtype = trained.dtype
+    in_16bit = {"quantization.load_in_4bit": False, "model.dtype": dtype}
     scores: dict[str, Tensor] = {}
     if recipe.quantization.load_in_4bit:
-        yield Update("stage", "scoring pairs by the 4-bit base with the adapter")
-        model = load_pair_model(adapted.override({"model.dtype": trained_in}), base, device)
-        scores["4-bit base + adapter, as trained"], route = _score(model, pairs, recipe)
+        yield Update("stage", "loading the 4-bit base with the adapter")
+        model = load_pair_model(trained.loading, base, device)
+        found, route = yield from _score(model, pairs, recipe, "the 4-bit base with the adapter")
+        scores["4-bit base + adapter, as trained"] = found
         if weights == "original":
             del model  # before the next one is loaded
     if weights == "original":
-        yield Update("stage", "scoring pairs by the base with the adapter")
-        model = load_pair_model(adapted.override(in_16bit), base, device)
-        scores["base + adapter"], route = _score(model, pairs, recipe)
+        yield Update("stage", "loading the base with the adapter")
+        model = load_pair_model(trained.loading.override(in_16bit), base, device)
+        found, route = yield from _score(model, pairs, recipe, "the base with the adapter")
+        scores["base + adapter"] = found
     expected = [*scores.values()][-1]
     adapter: Any = model.model
     with adapter.disable_adapter():
-        plain, _ = _score(model, pairs, recipe, route)
+        plain, _ = yield from _score(model, pairs, recipe, "the base", route)
     rounding = 0.0
     if dtype in ("float16", "bfloat16"):
         with rounded_input(model):
-            rounded, _ = _score(model, pairs, recipe, route)
+            rounded, _ = yield from _score(model, pairs, recipe, "the base, rounded", route)
         rounding = ROUNDINGS * float((rounded - expected).abs().max())
     del model, adapter
-    yield Update("stage", "scoring pairs by the merged model")
+    yield Update("stage", "loading the merged model")
     merged_base = Base(str(merged), merged, None, "", read_config(merged, str(merged)))
     model = PairModel(load_base(recipe.override(in_16bit), merged_base, device), recipe.memory)
-    scores["merged"], _ = _score(model, pairs, recipe, route)
-    found = scores["merged"]
+    found, _ = yield from _score(model, pairs, recipe, "the merged model", route)
+    scores["merged"] = found
     stored = stored_tensors(merged)
     is_16bit = any(tensor.dtype.itemsize < 4 for tensor in stored.values())
     shapes = {name: tensor.shape for name, tensor in stored.items()}
@@ -232,23 +224,15 @@ def _row(name: str, values_2P: Tensor) -> Row:
 
 
 def _score(
-    model: PairModel, pairs: Sequence[TokenizedPair], recipe: Recipe, route: Route | None = None
-) -> tuple[Tensor, Route]:
+    model: PairModel,
+    pairs: Sequence[TokenizedPair],
+    recipe: Recipe,
+    by: str,
+    route: Route | None = None,
+) -> Generator[Update, None, tuple[Tensor, Route]]:
     """Return mean log-probabilities of chosen and rejected replies, and the route of the pairs.
 
-    The shape is (2, P), in float64. Without a ``route`` it is the fastest one that the probe finds
-    equal to the model's own.
+    The shape is (2, P), in float64. ``by`` names the model in updates.
     """
-    if route:
-        model.route = route
-    elif recipe.memory.packing:
-        lengths = [len(ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
-        probe(model, max(lengths))
-    scores_2P = torch.empty(2, len(pairs), dtype=torch.float64)
-    batching = model.batching(recipe, pad_id=0)
-    for chunk in micro_batches(pairs, batching):
-        batch = make_batch([pairs[index] for index in chunk], batching).to(model.device)
-        with model.evaluating():
-            logps = model(batch)
-        scores_2P[:, chunk] = torch.stack([logps.chosen_P, logps.rejected_P]).double().cpu()
-    return scores_2P, model.route
+    scores = yield from score_pairs(model, pairs, recipe, f"scoring pairs by {by}", route)
+    return torch.stack([scores.chosen_P, scores.rejected_P]), model.route

@@ -1,4 +1,4 @@
-"""The loss and the other metrics on held-out pairs, by the same forward pass as in training."""
+"""Scores and metrics of held-out pairs, by the same forward pass as in training."""
 
 from collections.abc import Generator, Sequence
 
@@ -9,7 +9,11 @@ from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.model.pair_model import PairModel
 from orpo_lite.model.parallel import Processes
 from orpo_lite.objectives.objective import Objective
+from orpo_lite.ops.outputs import PairLogps
 from orpo_lite.recipe.schema import Recipe
+
+Passes = list[tuple[list[int], PairLogps]]
+"""For each forward pass, the indices of its pairs and their log-probabilities."""
 
 
 def evaluate(
@@ -20,27 +24,62 @@ def evaluate(
     *,
     pad_id: int,
     processes: Processes,
-) -> Generator[tuple[int, int], None, dict[str, float]]:
-    """Return metrics of ``pairs``, under the objective's names with the prefix ``eval_``.
+) -> Generator[tuple[int, int], None, tuple[dict[str, float], PairLogps]]:
+    """Return the metrics of P ``pairs`` and the scores of each pair.
 
-    {} for no pairs. Yields (batch, batches). The NLL is divided by the tokens of all pairs, so it
-    does not depend on the micro-batch. The later training is not changed by a single bit: there is
-    no dropout, no generator is used, and the 4-bit weights stay as they are.
+    The metrics have the objective's names with the prefix ``eval_``; {} for no pairs. The scores
+    are (P,) float64 on the CPU, in the order of the pairs and in every process. Yields (batch,
+    batches). The NLL is divided by the tokens of all pairs, so it does not depend on the
+    micro-batch. The later training is not changed by a single bit: there is no dropout, no
+    generator is used, and the 4-bit weights stay as they are.
     """
+    passes = yield from _forward(
+        model, pairs, recipe, pad_id=pad_id, rank=processes.rank, world=processes.count
+    )
+    scores = _in_order(passes, len(pairs), processes.device)
     if not pairs:
-        return {}
+        return {}, PairLogps(*scores)
     divisors = objective.divisors(pairs)
     total = torch.zeros(len(objective.parts), dtype=torch.float64, device=processes.device)
+    for _, logps in passes:
+        total += objective.loss(logps, divisors)[1]
+    metrics = objective.metrics(processes.sum(total).tolist())
+    named = {f"eval_{name}": value for name, value in metrics.items()}
+    return named, PairLogps(*processes.sum(scores).cpu())
+
+
+def score(
+    model: PairModel, pairs: Sequence[TokenizedPair], recipe: Recipe, *, pad_id: int = 0
+) -> Generator[tuple[int, int], None, PairLogps]:
+    """Return the scores of P pairs as :func:`evaluate` does, without metrics, in one process."""
+    passes = yield from _forward(model, pairs, recipe, pad_id=pad_id)
+    return PairLogps(*_in_order(passes, len(pairs), model.device).cpu())
+
+
+def _forward(
+    model: PairModel,
+    pairs: Sequence[TokenizedPair],
+    recipe: Recipe,
+    *,
+    pad_id: int,
+    rank: int = 0,
+    world: int = 1,
+) -> Generator[tuple[int, int], None, Passes]:
     batching = model.batching(recipe, pad_id)
-    share = micro_batches(pairs, batching, rank=processes.rank, world=processes.count)
+    share = micro_batches(pairs, batching, rank=rank, world=world)
+    passes: Passes = []
     for number, chunk in enumerate(share):
         # Outside of `evaluating`: the caller that draws the progress keeps its gradients and mode.
         yield number, len(share)
         batch = make_batch([pairs[index] for index in chunk], batching)
         with model.evaluating():
-            logps = model(batch.to(processes.device))
-            total += objective.loss(logps, divisors)[1]
-    return {
-        f"eval_{name}": value
-        for name, value in objective.metrics(processes.sum(total).tolist()).items()
-    }
+            passes.append((chunk, model(batch.to(model.device))))
+    return passes
+
+
+def _in_order(passes: Passes, count: int, device: torch.device) -> torch.Tensor:
+    """Return the scores of P pairs, shape (4, P), 0 for pairs of other processes."""
+    scores_4P = torch.zeros(4, count, dtype=torch.float64, device=device)
+    for chunk, logps in passes:
+        scores_4P[:, chunk] = torch.stack([values_P.double() for values_P in logps])
+    return scores_4P

@@ -1,8 +1,8 @@
-"""Read the JSON files of a run with checks: metrics.jsonl, samples.jsonl and single objects."""
+"""Write and read the JSON files of a run: metrics, scores of pairs, samples, single objects."""
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any
@@ -13,7 +13,9 @@ from orpo_lite.runs.atomic import explain_write_errors, write_text
 ValueTypes = Mapping[str, type | UnionType]
 """Required keys -> the type of their values. A key may be missing if its type includes None."""
 FIGURE = int | float
+METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
+SCORES = "pair_scores.jsonl"
 
 
 def read_json(file: Path, needed: ValueTypes | None = None) -> dict[str, Any]:
@@ -50,13 +52,49 @@ def refuse_lacking(value: Mapping[str, Any], needed: ValueTypes, where: str) -> 
 
 def append_metrics(path: Path, row: Mapping[str, Any]) -> None:
     """Append one line to metrics.jsonl. Infinite values and NaN become null: JSON has neither."""
-    known = dict(row)
-    for key, value in row.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            known[key] = None
-    file = path / "metrics.jsonl"
+    known = {
+        key: _known(value) if isinstance(value, float) else value for key, value in row.items()
+    }
+    _append(path / METRICS, known)
+
+
+def append_scores(
+    path: Path,
+    step: int,
+    chosen: Sequence[float],
+    rejected: Sequence[float],
+    nll: Sequence[float],
+    nll_tokens: Sequence[float],
+) -> None:
+    """Append one line to pair_scores.jsonl: the scores of each held-out pair, in order.
+
+    Args:
+        path: the run folder.
+        step: the step that was evaluated.
+        chosen: mean log-probability of each chosen reply.
+        rejected: the same of each rejected reply.
+        nll: negative log-likelihood of each chosen sequence's counted tokens, summed.
+        nll_tokens: the number of those tokens.
+    """
+    numbers = {"chosen": chosen, "rejected": rejected, "nll": nll}
+    rounded = {name: [_rounded(value) for value in values] for name, values in numbers.items()}
+    _append(
+        path / SCORES, {"step": step, **rounded, "nll_tokens": [int(count) for count in nll_tokens]}
+    )
+
+
+def _append(file: Path, row: Mapping[str, Any]) -> None:
     with explain_write_errors(file, file), file.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(known) + "\n")
+        stream.write(json.dumps(row) + "\n")
+
+
+def _known(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _rounded(value: float) -> float | None:
+    """Return a float32 in as few digits as identify it."""
+    return _known(float(f"{value:.9g}"))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -65,7 +103,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Raises:
         CheckpointError: a line is damaged, or a value is neither a number nor null.
     """
-    return _read_rows(path / "metrics.jsonl", {"step": int}, FIGURE | None)
+    return _read_rows(path / METRICS, {"step": int}, FIGURE | None)
 
 
 def read_samples(path: Path) -> list[dict[str, Any]]:
@@ -117,22 +155,32 @@ def _lines(file: Path) -> list[str]:
     return [line for line in text.split("\n") if line.strip()]
 
 
-def cut_metrics(path: Path, step: int, evaluated: int | None) -> None:
-    """Remove the rows that a resumed run writes again.
+def read_scores(path: Path) -> list[dict[str, Any]]:
+    """Return all rows of pair_scores.jsonl, [] if there is none.
+
+    Raises:
+        CheckpointError: a line is damaged.
+    """
+    lists = dict.fromkeys(("chosen", "rejected", "nll", "nll_tokens"), list)
+    return _read_rows(path / SCORES, {"step": int, **lists}, object)
+
+
+def cut_records(path: Path, step: int, evaluated: int | None) -> None:
+    """Remove the rows of metrics.jsonl and pair_scores.jsonl that a resumed run writes again.
 
     These are steps after ``step`` and evaluations after ``evaluated`` (None: all evaluations).
     """
-    file = path / "metrics.jsonl"
-    if not file.is_file():
-        return
-    kept = []
     last_evaluation = -1 if evaluated is None else evaluated
-    for line in _lines(file):
-        try:
-            row = json.loads(line)
-        except ValueError:  # cut off when the process was killed
-            break
-        last = last_evaluation if "eval_loss" in row else step
-        if row["step"] <= last:
-            kept.append(line)
-    write_text(file, "".join(f"{line}\n" for line in kept))
+    for name, mark in ((METRICS, "eval_loss"), (SCORES, "nll_tokens")):
+        file = path / name
+        if not file.is_file():
+            continue
+        kept = []
+        for line in _lines(file):
+            try:
+                row = json.loads(line)
+            except ValueError:  # cut off when the process was killed
+                break
+            if row["step"] <= (last_evaluation if mark in row else step):
+                kept.append(line)
+        write_text(file, "".join(f"{line}\n" for line in kept))

@@ -3,11 +3,13 @@
 import signal
 from collections.abc import Generator
 
+from torch import Tensor
+
 from orpo_lite.model.held_out import evaluate
 from orpo_lite.ops.devices import is_out_of_memory
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.runs.interrupt import Interrupted
-from orpo_lite.runs.records import append_metrics
+from orpo_lite.runs.records import append_metrics, append_scores
 from orpo_lite.training.faults import report_not_finite, shrink_memory
 from orpo_lite.training.session import Session, save_checkpoint
 from orpo_lite.training.state import TrainState
@@ -84,7 +86,8 @@ def train_steps(
 def evaluate_step(session: Session, state: TrainState) -> Generator[Update, None, None]:
     """Evaluate on the held-out pairs, if any, and record the metrics.
 
-    They go to metrics.jsonl and to ``state``, which notes whether they are the best.
+    They go to metrics.jsonl and to ``state``, which notes whether they are the best. The scores of
+    each pair go to pair_scores.jsonl.
     """
     inputs = session.inputs
     batches = evaluate(
@@ -95,11 +98,12 @@ def evaluate_step(session: Session, state: TrainState) -> Generator[Update, None
         pad_id=inputs.pad_id,
         processes=session.processes,
     )
-    metrics = yield from staged(f"evaluating {len(inputs.test):,} held-out pairs", batches)
+    metrics, scores = yield from staged(f"evaluating {len(inputs.test):,} held-out pairs", batches)
     is_best = state.note_evaluation(metrics)
     if not metrics:
         return
     session.processes.on_main(append_metrics, session.path, {"step": state.step, **metrics})
+    session.processes.on_main(append_scores, session.path, state.step, *map(Tensor.tolist, scores))
     remark = ""
     if state.step == 0:
         remark = "before training"

@@ -1,0 +1,198 @@
+"""Open a finished run, a folder of a model, or a model of the hub, to score pairs or to answer."""
+
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from orpo_lite import demo
+from orpo_lite.base.find import Base, fetch_weights, find_base, load_tokenizer
+from orpo_lite.data.chat_template import set_chat_template
+from orpo_lite.errors import CheckpointError, FitError, ModelError, first_line
+from orpo_lite.model.load import choose_dtype, load_base, load_pair_model
+from orpo_lite.model.pair_model import PairModel
+from orpo_lite.ops.devices import device_kind, dtype_name, is_out_of_memory
+from orpo_lite.recipe.schema import Recipe
+from orpo_lite.runs.changes import trained_recipe
+from orpo_lite.runs.folder import FOLDERS, find_finished_adapter, find_merged, find_trained_base
+from orpo_lite.runs.lock import read_lock, with_pinned_base
+from orpo_lite.updates import Update
+
+NO_DATA = "none"  # data.dataset_name of a model that no run tells the data of
+
+
+@dataclass(frozen=True)
+class FoundModel:
+    """A model that can be opened; its weights are on disk and not loaded."""
+
+    name: str
+    """As the person gave it."""
+    run: Path | None
+    """The run folder; None for a model that no run made."""
+    recipe: Recipe
+    """The recipe of the run, with the built-in names resolved and the base pinned. For a model
+    without a run it holds the defaults, and ``data.dataset_name`` is :data:`NO_DATA`."""
+    base: Base
+    adapter: Path | None
+    """The folder of the run's adapter; None for a model without one."""
+    files: Path
+    """The folder with the tokenizer and the generation config of the answers."""
+    device: torch.device
+    dtype: str
+    """In which the base is loaded."""
+
+    @property
+    def loading(self) -> Recipe:
+        """The recipe that the weights are loaded by: the dtype is chosen, the adapter is named."""
+        adapter = str(self.adapter.resolve()) if self.adapter else None
+        return self.recipe.override(
+            {"model.dtype": self.dtype, "model.adapter_name_or_path": adapter}
+        )
+
+
+@dataclass(frozen=True)
+class OpenRun(FoundModel):
+    """A model that is loaded, with its tokenizer."""
+
+    model: PairModel
+    tokenizer: Any
+    """It has the chat template of the run, or the one that a training would choose."""
+
+    @contextmanager
+    def without_adapter(self) -> Iterator[None]:
+        """Switch the adapter off inside the ``with`` block: the model is its base then.
+
+        A model without an adapter stays as it is.
+        """
+        if self.adapter is None:
+            yield
+            return
+        wrapped: Any = self.model.model
+        with wrapped.disable_adapter():
+            yield
+
+
+def open_run(
+    name: str | Path, *, base_path: str | Path | None = None, verb: str = "eval"
+) -> Generator[Update, None, OpenRun]:
+    """Find and load a model. For arguments and errors see :func:`find_model`.
+
+    Raises:
+        FitError: the GPU has too little memory.
+    """
+    yield Update("stage", f"loading {name}")
+    return load_model(find_model(name, base_path=base_path, verb=verb))
+
+
+def find_model(
+    name: str | Path, *, base_path: str | Path | None = None, verb: str = "eval"
+) -> FoundModel:
+    """Find a model by name. No weights are loaded; those of a hub name are downloaded.
+
+    A run is loaded as it was trained: the base in 4 bit if the training had it so, in the dtype of
+    lock.json, with the adapter. All other models are loaded as their files are, never in 4 bit: in
+    16 bit on a GPU, in float32 on a CPU. A merged folder inside a run has the run's recipe.
+
+    Args:
+        name: a run folder; ``RUN/merged`` or any other folder of transformers; or a hub name.
+        base_path: where the base of the run is now, if it is a folder that was moved.
+        verb: the command that a fix names.
+
+    Raises:
+        CheckpointError: there is no such folder, or its training or merge is not finished.
+        ModelError: the folder is not a causal model; or the base is missing or another one.
+        HubError: the hub has no such model, or is unreachable.
+    """
+    path = Path(name).expanduser()
+    if (path / "recipe.yaml").is_file() or (path.is_dir() and not (path / "config.json").is_file()):
+        return _find_trained(name, path, base_path, verb)
+    if not path.is_dir() and _is_meant_as_path(str(name), path):
+        raise CheckpointError(
+            where=f"run {path}",
+            found="no such folder",
+            expected="the folder of a run, the folder of a model, or a hub name",
+        )
+    weights = next((key for key, folder in FOLDERS.items() if folder == path.name), None)
+    run = path.absolute().parent if weights else None
+    if run and weights and (run / "recipe.yaml").is_file():
+        base = find_base(str(find_merged(run, weights)), "main")
+        recipe = demo.resolve_builtin(trained_recipe(run))
+    else:
+        run, base = None, fetch_weights(find_base(str(name), "main"))
+        recipe = Recipe.model_validate(
+            {"model": {"model_name_or_path": base.name}, "data": {"dataset_name": NO_DATA}}
+        )
+    recipe = recipe.override(
+        {
+            "model.model_name_or_path": base.name,
+            "model.model_revision": base.revision or "main",
+            "quantization.load_in_4bit": False,
+        }
+    )
+    device = choose_device(recipe)
+    dtype = dtype_name(choose_dtype(recipe.model.dtype, device_kind(device)))
+    return FoundModel(str(name), run, recipe, base, None, base.path, device, dtype)
+
+
+def _find_trained(
+    name: str | Path, path: Path, base_path: str | Path | None, verb: str
+) -> FoundModel:
+    adapter, lock = find_finished_adapter(path), read_lock(path)
+    base = find_trained_base(path, base_path, verb=verb)
+    recipe = with_pinned_base(demo.resolve_builtin(trained_recipe(path)), lock)
+    if base_path is not None:
+        recipe = recipe.override({"model.model_name_or_path": str(base.path)})
+    device = choose_device(recipe)
+    # 4-bit weights depend on the dtype that they are quantised from, which is the training's.
+    dtype = lock.get("dtype") or dtype_name(choose_dtype(recipe.model.dtype, device_kind(device)))
+    return FoundModel(str(name), path, recipe, base, adapter, adapter, device, dtype)
+
+
+def choose_device(recipe: Recipe) -> torch.device:
+    """Return the GPU if there is one and ``model.device`` is not cpu, else the CPU."""
+    is_gpu = torch.cuda.is_available() and recipe.model.device != "cpu"
+    return torch.device("cuda" if is_gpu else "cpu")
+
+
+def load_model(found: FoundModel) -> OpenRun:
+    """Load the weights and the tokenizer of a model that was found.
+
+    Raises:
+        FitError: the GPU has too little memory.
+        ModelError: weights or tokenizer cannot be read.
+    """
+    tokenizer = load_tokenizer(found.files)
+    if found.run is None:
+        set_chat_template(tokenizer, found.recipe.data)
+    elif tokenizer.chat_template is None and found.recipe.data.chat_template != "none":
+        raise ModelError(
+            where=f"tokenizer in {found.files}",
+            found="has no chat template",
+            expected="the one of the training",
+            fix="put back the files that the training wrote",
+        )
+    try:
+        if found.adapter:
+            model = load_pair_model(found.loading, found.base, found.device)
+        else:
+            base = load_base(found.loading, found.base, found.device)
+            model = PairModel(base.requires_grad_(False), found.recipe.memory)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise FitError(
+            where=f"model {found.name}",
+            found=f"the GPU is out of memory while the weights are loaded ({first_line(error)})",
+            fix="end other programs that use the GPU (nvidia-smi lists them)",
+        ) from error
+    model.train(False)
+    return OpenRun(**vars(found), model=model, tokenizer=tokenizer)
+
+
+def _is_meant_as_path(name: str, path: Path) -> bool:
+    """Return whether a name that is no folder is not one of the hub either, by its looks."""
+    is_near = name.count("/") == 1 and path.parent.is_dir()
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or is_near

@@ -1,0 +1,37 @@
+"""Score pairs by a loaded model: the log-probabilities of both replies of each pair."""
+
+from collections.abc import Generator, Sequence
+
+from orpo_lite.data.pair import TokenizedPair
+from orpo_lite.model.held_out import score
+from orpo_lite.model.pair_model import PairModel, Route
+from orpo_lite.model.probe import probe
+from orpo_lite.ops.outputs import PairLogps
+from orpo_lite.recipe.schema import Recipe
+from orpo_lite.updates import Update, staged
+
+
+def score_pairs(
+    model: PairModel,
+    pairs: Sequence[TokenizedPair],
+    recipe: Recipe,
+    stage: str,
+    route: Route | None = None,
+) -> Generator[Update, None, PairLogps]:
+    """Return the scores of P pairs, (P,) float64 each, in their order; ``model.route`` is set.
+
+    Args:
+        model: the model with or without an adapter.
+        pairs: the pairs.
+        recipe: says how pairs are packed.
+        stage: the name of this task in its updates.
+        route: how pairs go through the model; None: the fastest route that the probe finds equal to
+            the model's own.
+    """
+    yield Update("stage", stage)
+    if route:
+        model.route = route
+    elif recipe.memory.packing:
+        lengths = [len(ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
+        probe(model, max(lengths))
+    return (yield from staged(stage, score(model, pairs, recipe)))
