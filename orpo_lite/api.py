@@ -3,7 +3,7 @@
 import time
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,11 @@ from orpo_lite import demo
 from orpo_lite.base.adapter import adopt_adapter
 from orpo_lite.base.find import fetch_weights
 from orpo_lite.base.weights import check_weights
+from orpo_lite.evaluation.gain import Kept, kept_gain, pair_log_odds
+from orpo_lite.evaluation.open_run import find_model
 from orpo_lite.evaluation.samples import answer_prompts, find_prompts
-from orpo_lite.evaluation.verify import Verdict, compare_merged
+from orpo_lite.evaluation.verify import Verdict, compare_merged, pairs_to_compare, read_gains
+from orpo_lite.exporting.llama_cpp import score_pairs
 from orpo_lite.merging.plan import check_mergeable
 from orpo_lite.model.generate import Sample
 from orpo_lite.model.load import choose_dtype
@@ -44,7 +47,7 @@ from orpo_lite.training.loop import train_steps
 from orpo_lite.training.result import TrainResult, keep_best, write_adapter_config
 from orpo_lite.training.session import Session, load_session, refuse_fewer_steps, restore_session
 from orpo_lite.training.state import TrainState
-from orpo_lite.updates import Update, attempt, run_to_end, with_torch_defaults
+from orpo_lite.updates import Update, attempt, run_to_end, staged, with_torch_defaults
 
 NO_CARD = "the model card (README.md) is not written"
 
@@ -240,3 +243,38 @@ def verify_events(
     verdict = yield from compare_merged(run_folder, weights=weights, base_path=base_path)
     yield from attempt(NO_CARD, write_card, Path(run_folder).expanduser())
     return verdict
+
+
+@with_torch_defaults
+def verify_export_events(
+    run_folder: str | Path,
+    folder: Path,
+    *,
+    weights: Weights = "original",
+    base_path: str | Path | None = None,
+) -> Generator[Update, None, tuple[Kept, int]]:
+    """Score a run's held-out pairs by an exported GGUF file, and return what it keeps of the gain.
+
+    Yields its progress; returns the share and the number of pairs. Writes ``kept.json`` next to the
+    file.
+
+    Args:
+        run_folder: a finished run.
+        folder: the export in it, with one GGUF file.
+        weights: the merge that was exported.
+        base_path: where the base is now, if it is a folder that was moved.
+
+    Raises:
+        FitError: llama-cpp-python is not installed.
+        OrpoLiteError: base, merged model or data can no longer be read.
+    """
+    path = Path(run_folder).expanduser()
+    base_P, trained_gain_P = yield from read_gains(path, weights, base_path)
+    found = find_model(path, base_path=base_path, verb="export")
+    pairs, _ = yield from pairs_to_compare(found, path)
+    (file,) = folder.glob("*.gguf")
+    scores_2P = yield from staged("scoring pairs by llama.cpp", score_pairs(file, pairs))
+    gain_P = pair_log_odds(scores_2P) - base_P
+    kept = kept_gain(file.stem, gain_P, trained_gain_P, [pair.prompt for pair in pairs])
+    write_text(folder / "kept.json", to_json(asdict(kept) | {"pairs": len(pairs)}))
+    return kept, len(pairs)

@@ -95,3 +95,5 @@ def print_verdict(verdict: "Verdict") -> None:
     ]
     print_columns(rows)
     out.print(f"{verdict.outcome}: {verdict.explanation}")
+    if verdict.kept:
+        out.print(f"the merged model keeps {verdict.kept.text} of the adapter's gain in log odds")

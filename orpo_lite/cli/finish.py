@@ -43,12 +43,30 @@ def verify_run(run: Path, weights: "Weights", base_path: Path | None) -> None:
 
     verdict = draw(verify_events(run, weights=weights, base_path=base_path))
     print_verdict(verdict)
+    if verdict.kept and not verdict.kept.is_enough and weights == "original":
+        out.print(
+            "warning: that is less than 90%; `--base dequantized` merges onto the weights of the "
+            "training"
+        )
     if verdict.outcome == "FAILED":
         raise ModelError(
             where=f"{run}, merged",
             found=f"differs from base and adapter: {verdict.explanation}",
             expected="the same answers",
             fix="please report it with the run's lock.json",
+        )
+
+
+def verify_export(run: Path, folder: Path, weights: "Weights") -> None:
+    """Print how much of the adapter's gain an exported file keeps, with a warning below 90%."""
+    from orpo_lite.api import verify_export_events
+
+    kept, pairs = draw(verify_export_events(run, folder, weights=weights))
+    out.print(f"{kept.model} keeps {kept.text} of the adapter's gain in log odds ({pairs} pairs)")
+    if not kept.is_enough:
+        out.print(
+            "warning: that is less than 90%; more bits keep more (--outtype q6_k or q8_0), and so "
+            "may a longer training"
         )
 
 

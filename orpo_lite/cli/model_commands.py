@@ -8,7 +8,7 @@ import typer
 from orpo_lite.cli.app import AFTER, RunFolder, app
 from orpo_lite.cli.completion import complete_target
 from orpo_lite.cli.console import err, out
-from orpo_lite.cli.finish import STOPPED, merge_run, push_run, verify_run
+from orpo_lite.cli.finish import STOPPED, merge_run, push_run, verify_export, verify_run
 from orpo_lite.cli.progress import draw
 from orpo_lite.cli.quiet import hush, quiet
 from orpo_lite.errors import RecipeError
@@ -107,14 +107,34 @@ def export(
     base: Annotated[
         Literal["original", "dequantized"], typer.Option(help="Which merge.")
     ] = "original",
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            help="Then measure with llama.cpp how much of the adapter's gain the file keeps.",
+        ),
+    ] = False,
 ) -> None:
     """Write a run for llama.cpp, Ollama or vLLM to RUN/export, and print how to use it."""
     with quiet():
+        from orpo_lite.exporting.llama_cpp import require_llama_cpp
         from orpo_lite.exporting.targets import export_events
 
+        if verify and to == "vllm":
+            raise RecipeError(
+                where="--verify",
+                found="given with --to vllm",
+                expected="gguf or ollama: vLLM serves the adapter as it is",
+                fix="leave it out",
+            )
+        if verify:
+            require_llama_cpp()
         result = draw(export_events(run, to, outtype=outtype, weights=base))
     for note in result.notes:
         out.print(f"note: {note}")
     out.print(
         f"wrote {result.folder} ({result.bytes / 2**20:,.1f} MiB); use it with:\n{result.command}"
     )
+    if verify:
+        with quiet():
+            verify_export(run, result.folder, base)

@@ -2,10 +2,12 @@
 
 import itertools
 from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +16,9 @@ from orpo_lite.base.config import read_config
 from orpo_lite.base.find import Base
 from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.errors import CheckpointError, Command, FitError, first_line
-from orpo_lite.evaluation.open_run import find_model
+from orpo_lite.evaluation.gain import Kept, kept_gain, pair_log_odds
+from orpo_lite.evaluation.intervals import Numbers
+from orpo_lite.evaluation.open_run import FoundModel, find_model
 from orpo_lite.evaluation.score import score_pairs
 from orpo_lite.model.load import choose_dtype, load_base, load_pair_model
 from orpo_lite.model.pair_model import PairModel, Route
@@ -26,6 +30,7 @@ from orpo_lite.runs.commands import Weights, merge_command
 from orpo_lite.runs.folder import find_finished_adapter, find_merged
 from orpo_lite.runs.inputs import prepare_inputs
 from orpo_lite.runs.lock import read_lock
+from orpo_lite.runs.records import read_json
 from orpo_lite.updates import Update, with_torch_defaults
 
 PAIRS = 200  # at most so many are compared
@@ -66,6 +71,12 @@ class Verdict:
     """What rounding explains of ``difference`` where the models compute in half precision."""
     missing: tuple[str, ...] = ()
     """Tensors of the base's files that the merged model does not have in the same shape."""
+    kept: Kept | None = None
+    """How much of the adapter's gain on the pairs the merged model keeps."""
+    base_log_odds: tuple[float, ...] = ()
+    """The log odds ratio of each pair by the weights that were merged onto, without the adapter."""
+    trained_gain: tuple[float, ...] = ()
+    """What the adapter adds to the log odds ratio of each pair, as trained."""
 
     @property
     def outcome(self) -> str:
@@ -142,21 +153,22 @@ def _compare(
     merged = find_merged(path, weights)
     trained = find_model(path, base_path=base_path, verb="merge")
     recipe, base, device = trained.recipe, trained.base, trained.device
-    inputs = yield from prepare_inputs(recipe)
-    _refuse_other_pairs(path, inputs.figures["sha256"])
-    held_out = len(inputs.test) > 0
-    pairs = list(itertools.islice(inputs.test if held_out else inputs.train, PAIRS))
+    pairs, held_out = yield from pairs_to_compare(trained, path)
     dtype = dtype_name(choose_dtype(recipe.model.dtype, device_kind(device)))
     if recipe.quantization.load_in_4bit and weights == "dequantized":
         dtype = trained.dtype
     in_16bit = {"quantization.load_in_4bit": False, "model.dtype": dtype}
     scores: dict[str, Tensor] = {}
+    trained_gain_P: Numbers | None = None
     if recipe.quantization.load_in_4bit:
         yield Update("stage", "loading the 4-bit base with the adapter")
         model = load_pair_model(trained.loading, base, device)
         found, route = yield from _score(model, pairs, recipe, "the 4-bit base with the adapter")
         scores["4-bit base + adapter, as trained"] = found
         if weights == "original":
+            with _without_adapter(model):
+                plain, _ = yield from _score(model, pairs, recipe, "the 4-bit base", route)
+            trained_gain_P = pair_log_odds(found) - pair_log_odds(plain)
             del model  # before the next one is loaded
     if weights == "original":
         yield Update("stage", "loading the base with the adapter")
@@ -164,15 +176,16 @@ def _compare(
         found, route = yield from _score(model, pairs, recipe, "the base with the adapter")
         scores["base + adapter"] = found
     expected = [*scores.values()][-1]
-    adapter: Any = model.model
-    with adapter.disable_adapter():
+    with _without_adapter(model):
         plain, _ = yield from _score(model, pairs, recipe, "the base", route)
     rounding = 0.0
     if dtype in ("float16", "bfloat16"):
         with rounded_input(model):
             rounded, _ = yield from _score(model, pairs, recipe, "the base, rounded", route)
         rounding = ROUNDINGS * float((rounded - expected).abs().max())
-    del model, adapter
+    if trained_gain_P is None:
+        trained_gain_P = pair_log_odds(expected) - pair_log_odds(plain)
+    del model
     yield Update("stage", "loading the merged model")
     merged_base = Base(str(merged), merged, None, "", read_config(merged, str(merged)))
     model = PairModel(load_base(recipe.override(in_16bit), merged_base, device), recipe.memory)
@@ -186,6 +199,8 @@ def _compare(
         for name, tensor in stored_tensors(base.path).items()
         if shapes.get(name) != tensor.shape
     ]
+    base_P = pair_log_odds(plain)
+    gain_P = pair_log_odds(found) - base_P
     effect = float((expected - plain).abs().max())
     verdict = Verdict(
         rows=tuple(_row(name, values) for name, values in scores.items()),
@@ -196,9 +211,51 @@ def _compare(
         bound=max(EXACT, LOST * effect) if is_16bit or device.type == "cuda" else EXACT,
         rounding=rounding,
         missing=tuple(missing),
+        kept=kept_gain("merged", gain_P, trained_gain_P, [pair.prompt for pair in pairs]),
+        base_log_odds=tuple(base_P.tolist()),
+        trained_gain=tuple(trained_gain_P.tolist()),
     )
     write_text(merged / "verify.json", to_json(verdict.to_json()))
     return verdict
+
+
+def read_gains(
+    path: Path, weights: Weights, base_path: str | Path | None
+) -> Generator[Update, None, tuple[Numbers, Numbers]]:
+    """Return (P,) log odds ratios of the base, and what the adapter adds to them as trained.
+
+    They are those of verify.json; the merged model is compared first if there is none.
+
+    Raises:
+        OrpoLiteError: as :func:`compare_merged`.
+    """
+    file = find_merged(path, weights) / "verify.json"
+    record = read_json(file) if file.is_file() else {}
+    base, gain = record.get("base_log_odds"), record.get("trained_gain")
+    if not base or not gain:
+        verdict = yield from compare_merged(path, weights=weights, base_path=base_path)
+        base, gain = verdict.base_log_odds, verdict.trained_gain
+    return np.array(base, dtype=np.float64), np.array(gain, dtype=np.float64)
+
+
+def pairs_to_compare(
+    trained: FoundModel, path: Path
+) -> Generator[Update, None, tuple[list[TokenizedPair], bool]]:
+    """Return the first held-out pairs of a run and True; without any, pairs of its training.
+
+    Raises:
+        CheckpointError: the data changed since the training.
+    """
+    inputs = yield from prepare_inputs(trained.recipe)
+    _refuse_other_pairs(path, inputs.figures["sha256"])
+    held_out = len(inputs.test) > 0
+    return list(itertools.islice(inputs.test if held_out else inputs.train, PAIRS)), held_out
+
+
+def _without_adapter(model: PairModel) -> AbstractContextManager[None]:
+    wrapped: Any = model.model
+    context: AbstractContextManager[None] = wrapped.disable_adapter()
+    return context
 
 
 def _refuse_other_pairs(path: Path, sha256: str) -> None:

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from orpo_lite.data.pair import TokenizedPair, common_prefix
-from orpo_lite.errors import ModelError
+from orpo_lite.errors import FitError, ModelError
 from orpo_lite.exporting.gguf_family import VLLM
 
 # Types that llama.cpp's quantiser makes from a file in full precision.
@@ -34,6 +35,22 @@ _callbacks: list[Any] = []  # C code holds a pointer to the callback, so Python 
 def is_installed() -> bool:
     """Return whether llama-cpp-python is installed."""
     return importlib.util.find_spec("llama_cpp") is not None
+
+
+def require_llama_cpp() -> None:
+    """Raise :class:`FitError` unless llama-cpp-python is installed."""
+    if not is_installed():
+        raise not_installed("llama-cpp-python>=0.3.36")
+
+
+def not_installed(package: str) -> FitError:
+    """Return the error for a missing package."""
+    return FitError(
+        where="export",
+        found=f"{package} is not installed",
+        expected="the package",
+        fix=f"pip install '{package}'",
+    )
 
 
 def quantise(source: Path, file: Path, outtype: str) -> None:
@@ -92,23 +109,23 @@ def score_pairs(
     try:
         for number, pair in enumerate(pairs):
             yield number, len(pairs)
-            chosen_T, rejected_T = pair.chosen_ids, pair.rejected_ids
+            chosen_T, rejected_T = np.asarray(pair.chosen_ids), np.asarray(pair.rejected_ids)
             model.reset()
-            model.eval([int(token) for token in chosen_T])
+            model.eval(chosen_T.tolist())
             scores_2P[0, number] = _mean_logp(model, chosen_T, pair.chosen_start)
-            # The last common token is computed again: its logits predict the next token.
-            model.n_tokens = max(0, common_prefix(np.asarray(chosen_T), np.asarray(rejected_T)) - 1)
-            model.eval([int(token) for token in rejected_T[model.n_tokens :]])
+            # The logits of a common token are those of the chosen sequence.
+            model.n_tokens = min(common_prefix(chosen_T, rejected_T), len(rejected_T) - 1)
+            model.eval(rejected_T[model.n_tokens :].tolist())
             scores_2P[1, number] = _mean_logp(model, rejected_T, pair.rejected_start)
     finally:
         model.close()
     return scores_2P
 
 
-def _mean_logp(model: Any, ids_T: Sequence[int], start: int) -> float:
+def _mean_logp(model: Any, ids_T: NDArray[np.int32], start: int) -> float:
     """Return the mean log-probability of the tokens from ``start`` on, Eq. 3 of the ORPO paper."""
     logits_RV = torch.from_numpy(model.scores[start - 1 : len(ids_T) - 1]).double()
-    targets_R1 = torch.tensor([[int(token)] for token in ids_T[start:]])
+    targets_R1 = torch.from_numpy(ids_T[start:].astype(np.int64))[:, None]
     return float(logits_RV.log_softmax(dim=-1).gather(1, targets_R1).mean())
 
 

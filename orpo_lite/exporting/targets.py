@@ -18,11 +18,19 @@ from orpo_lite.base.config import read_config
 from orpo_lite.base.download import check_disk
 from orpo_lite.base.find import load_tokenizer
 from orpo_lite.base.generation import read_generation_config
-from orpo_lite.errors import Command, FitError, ModelError, OrpoLiteError, RecipeError
+from orpo_lite.errors import Command, ModelError, OrpoLiteError, RecipeError
 from orpo_lite.exporting.gguf_family import describe, find_targets
 from orpo_lite.exporting.gguf_file import OUTTYPES, write_gguf
 from orpo_lite.exporting.gguf_tokenizer import SPACE, describe_tokenizer
-from orpo_lite.exporting.llama_cpp import PROBES, QUANTISED, check_tokens, is_installed, quantise
+from orpo_lite.exporting.llama_cpp import (
+    PROBES,
+    QUANTISED,
+    check_tokens,
+    is_installed,
+    not_installed,
+    quantise,
+    require_llama_cpp,
+)
 from orpo_lite.exporting.ollama_template import Render, find_turns, renderer
 from orpo_lite.runs.atomic import new_folder, write_text
 from orpo_lite.runs.changes import trained_recipe
@@ -264,16 +272,6 @@ def _replaced_in_errors(placeholder: str | Path, actual: str | Path) -> Generato
         raise
 
 
-def _not_installed(package: str) -> FitError:
-    """Return the error for a missing package."""
-    return FitError(
-        where="export",
-        found=f"{package} is not installed",
-        expected="the package",
-        fix=f"pip install '{package}'",
-    )
-
-
 def _write_model(
     request: _Request, file: Path, outtype: str
 ) -> Generator[Update, None, tuple[list[str], dict[str, Any]]]:
@@ -281,9 +279,9 @@ def _write_model(
     where = f"model {request.merged}"
     find_merged(request.path, request.weights)
     if importlib.util.find_spec("gguf") is None:
-        raise _not_installed("gguf>=0.19")
-    if outtype in QUANTISED and not is_installed():
-        raise _not_installed("llama-cpp-python>=0.3.36")
+        raise not_installed("gguf>=0.19")
+    if outtype in QUANTISED:
+        require_llama_cpp()
     config = read_config(request.merged, str(request.merged))
     made = describe(config, where)
     tensors = _tensors(request.merged)
