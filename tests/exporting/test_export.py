@@ -47,11 +47,13 @@ from transformers import (
 
 from orpo_lite import export, merge, train, verify
 from orpo_lite.data.chat_template import PAPER_CHAT_TEMPLATE
+from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.errors import CheckpointError, ModelError, OrpoLiteError, RecipeError
 from orpo_lite.exporting.gguf_tokenizer import ASCII, WORDS
-from orpo_lite.exporting.llama_cpp import PROBES
+from orpo_lite.exporting.llama_cpp import PROBES, score_pairs
 from orpo_lite.exporting.targets import export_events
 from orpo_lite.recipe.reader import load_recipe
+from orpo_lite.updates import run_to_end
 
 gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")
 
@@ -641,6 +643,28 @@ def test_llama_cpp_quantises(outtype: str, tmp_path: Path) -> None:
     assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > (
         0.9 if outtype == "q3_k_m" else 0.97
     )
+
+
+@pytest.mark.long
+def test_llama_cpp_scores_pairs_as_the_model_does(tmp_path: Path) -> None:
+    """Replies that begin alike, one that is the start of the other, one token alone."""
+    pytest.importorskip("llama_cpp", reason="the extra llama-cpp is not installed")
+    run = write_run(tmp_path / "run", tiny_llama(520), bytes_tokenizer())
+    file = only_file(export(run, "gguf", outtype="f32").folder)
+    ids = torch.randint(3, 320, (60,), generator=torch.Generator().manual_seed(1)).tolist()
+    pairs = [
+        TokenizedPair(ids[:30], ids[:20] + ids[30:50], 15, 15, ""),
+        TokenizedPair(ids[:30], ids[:20], 15, 15, ""),
+        TokenizedPair([*ids[:30], 5], [*ids[:30], 6], 30, 30, ""),
+    ]
+    found = run_to_end(score_pairs(file, pairs), lambda _: None)  # type: ignore[arg-type, var-annotated]
+    with torch.no_grad():
+        for column, pair in enumerate(pairs):
+            for row, sequence in enumerate((pair.chosen_ids, pair.rejected_ids)):
+                logits = tiny_llama(520)(torch.tensor([sequence])).logits[0, :-1]
+                logps = logits.log_softmax(-1)[range(len(sequence) - 1), sequence[1:]]
+                expected = float(logps[pair.chosen_start - 1 :].mean())
+                assert float(found[row, column]) == pytest.approx(expected, abs=2e-3)
 
 
 @pytest.mark.long

@@ -930,6 +930,7 @@ def test_a_merged_model_is_verified_from_the_command_line(
         assert code == 0, complaint
         assert "passed: log-probabilities differ by" in said
         assert "4-bit base + adapter, as trained" in said
+        assert "of the adapter's gain in log odds" in said
     kept = json.loads((result.run / "merged" / "verify.json").read_text())
     assert (kept["passed"], kept["held_out"], len(kept["rows"])) == (True, True, 3)
     card = (result.run / "README.md").read_text()
@@ -964,9 +965,13 @@ def test_in_16_bit_rounding_passes_and_a_lost_adapter_does_not(
     shutil.copy(
         workspace / "base" / "model.safetensors", result.run / "merged" / "model.safetensors"
     )
+    assert verdict.kept is not None
+    assert verdict.kept.share.value == pytest.approx(1, abs=0.05)
     verdict = verify(result.run)
     assert not verdict.passed
     assert verdict.difference == pytest.approx(verdict.effect, rel=0.05)
+    assert verdict.kept is not None
+    assert verdict.kept.share.value == pytest.approx(0, abs=0.05)
 
 
 def test_a_run_of_another_device_is_compared_on_its_own_4_bit_base(trained: Trained) -> None:
