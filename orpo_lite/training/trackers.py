@@ -61,8 +61,15 @@ def _wandb_has_login() -> bool:
     """Return whether wandb has an API key or does not need one. wandb.init would ask for it."""
     import wandb
 
+    return _wandb_mode() != "online" or bool(wandb.login(prompt=False))
+
+
+def _wandb_mode() -> str:
+    """Return wandb's mode. It reads the variable only once in a process, and ignores a change."""
+    import wandb
+
     settings = wandb.setup(wandb.Settings(silent=True, console="off")).settings
-    return settings.mode in ("offline", "disabled", "dryrun") or bool(wandb.login(prompt=False))
+    return os.environ.get("WANDB_MODE") or str(settings.mode)
 
 
 class Trackers:
@@ -154,7 +161,7 @@ class Trackers:
             init_timeout=WANDB_TIMEOUT,
             finish_timeout=WANDB_TIMEOUT,
         )
-        options = {"dir": str(self._path), "settings": settings}
+        options = {"dir": str(self._path), "mode": _wandb_mode(), "settings": settings}
         return create(project, name=self._path.name, id=run_id, resume="allow", **options)
 
     def _run_id(self) -> str:

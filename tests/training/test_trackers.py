@@ -89,7 +89,7 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_loaded(
 
     recipe = small_recipe("training.report_to=tensorboard,wandb")
     monkeypatch.setattr("orpo_lite.training.trackers.metadata.version", version)
-    with pytest.raises(FitError, match="command line.*: tensorboard is not installed") as refused:
+    with pytest.raises(FitError, match=r"command line.*: tensorboard is not installed") as refused:
         list(train_events(recipe))
     assert isinstance(refused.value.fix, Command)
     assert refused.value.fix.line == "pip install tensorboard"
