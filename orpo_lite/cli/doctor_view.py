@@ -1,12 +1,13 @@
 """What `orpo-lite doctor` prints of its checks."""
 
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from orpo_lite.cli.console import out
 
 if TYPE_CHECKING:
-    from orpo_lite.doctor import Check
+    from orpo_lite.doctor.check import Check
 
 SIGNS = {"ok": "✓", "warning": "!", "fault": "✗"}
 PLAIN = {"ok": "ok", "warning": "warning", "fault": "FAULT"}
@@ -23,21 +24,16 @@ def print_checks(checks: "Sequence[Check]") -> None:
     for check in checks:
         out.print(f"{signs[check.state].ljust(column)} {check.name.ljust(width)}  {check.found}")
         if check.fix:
-            lines = check.fix.splitlines()
-            out.print("\n".join(f"{' ' * (column + 3 + width)}to do: {lines[0]}".splitlines()))
-            for line in lines[1:]:
-                out.print(f"{' ' * (column + 3 + width)}{line}")
+            out.print(textwrap.indent(f"to do: {check.fix}", " " * (column + width + 3)))
     out.print(f"\n{summary(checks)}")
 
 
 def summary(checks: "Sequence[Check]") -> str:
     """Return one line: how many faults and warnings there are, and where."""
     parts = []
-    for state, noun in (("fault", "fault"), ("warning", "warning")):
-        names = [*dict.fromkeys(check.name for check in checks if check.state == state)]
-        count = sum(check.state == state for check in checks)
-        plural = "" if count == 1 else "s"
-        parts.append(
-            f"{count or 'no'} {noun}{plural}" + (f" ({', '.join(names)})" if names else "")
-        )
+    for state in ("fault", "warning"):
+        names = [check.name for check in checks if check.state == state]
+        plural = "" if len(names) == 1 else "s"
+        where = f" ({', '.join(dict.fromkeys(names))})" if names else ""
+        parts.append(f"{len(names) or 'no'} {state}{plural}{where}")
     return ", ".join(parts)

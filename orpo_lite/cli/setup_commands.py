@@ -99,7 +99,7 @@ def doctor(
     overrides: Annotated[list[str] | None, recipe_keys("memory.budget=12GiB")] = None,
     recipe: RecipeName = None,
     as_json: AsJson = False,
-    bug_report: Annotated[
+    as_report: Annotated[
         bool,
         typer.Option(
             "--bug-report",
@@ -108,7 +108,8 @@ def doctor(
     ] = False,
 ) -> None:
     """Check packages, GPU, kernels, memory, disk and hub, and whether a recipe can be trained."""
-    from orpo_lite import doctor as checking
+    from orpo_lite.doctor.bug_report import bug_report
+    from orpo_lite.doctor.run import doctor_events
 
     chosen = None
     if recipe is not None or overrides:
@@ -116,10 +117,11 @@ def doctor(
     with ExitStack() as stack:
         with suppress(Exception):  # a library that cannot be imported is the fault of a check
             stack.enter_context(quiet())
-        checks = draw(checking.doctor_events(chosen), silent=as_json or bug_report)
+        is_silent = as_json or as_report or not out.is_terminal
+        checks = draw(doctor_events(chosen), silent=is_silent)
     faults = sum(check.state == "fault" for check in checks)
-    if bug_report:
-        out.print(checking.bug_report(checks), end="")
+    if as_report:
+        out.print(bug_report(checks), end="")
     elif as_json:
         rows = [{"name": c.name, "state": c.state, "found": c.found, "fix": c.fix} for c in checks]
         print_json({"faults": faults, "checks": rows})
