@@ -3,7 +3,7 @@
 The packages by layer; imports go only downward, which tests/test_layout.py checks:
 
 8  cli (__main__)                                parse, call, draw; nothing else prints
-7  api                                           tasks of several packages; notebooks, cli
+7  api  doctor                                   tasks of several packages; notebooks, cli
 6  planning  training  evaluation                one task each; none imports another
 6  merging  exporting  publishing
 5  runs  model                                   the run folder; the model in memory

@@ -47,6 +47,7 @@ from orpo_lite.training.loop import train_steps
 from orpo_lite.training.result import TrainResult, keep_best, write_adapter_config
 from orpo_lite.training.session import Session, load_session, refuse_fewer_steps, restore_session
 from orpo_lite.training.state import TrainState
+from orpo_lite.training.trackers import Trackers, check_trackers
 from orpo_lite.updates import Update, attempt, run_to_end, staged, with_torch_defaults
 
 NO_CARD = "the model card (README.md) is not written"
@@ -133,6 +134,7 @@ def _prepare_recipe(
     """Check the recipe, make the built-in base, and return the recipe with absolute paths."""
     if not resume:
         processes.on_main(refuse_existing, recipe)
+    check_trackers(recipe)
     if processes.is_main:
         yield from check_push(recipe, resume=resume)
     if not resume:
@@ -206,12 +208,18 @@ def _train(
         yield from resumed.record(session, state.step)
     if processes.is_main:
         yield from attempt(NO_CARD, make_card, path)
-    yield from train_steps(session, state, saved=resumed is not None)
-    kept = yield from keep_best(session, state)
-    samples: tuple[Sample, ...] = ()
-    if processes.is_main:
-        samples = yield from answer_prompts(recipe, prompts, session.pair_model, path, stop)
-        yield from attempt(NO_CARD, write_card, path)
+    trackers = Trackers(recipe, path, is_main=processes.is_main)
+    try:
+        yield from trackers.start(state, resumed=resumed is not None)
+        yield from trackers.follow(train_steps(session, state, saved=resumed is not None))
+        kept = yield from keep_best(session, state)
+        samples: tuple[Sample, ...] = ()
+        if processes.is_main:
+            samples = yield from answer_prompts(recipe, prompts, session.pair_model, path, stop)
+            yield from attempt(NO_CARD, write_card, path)
+        yield from trackers.send_report()
+    finally:
+        trackers.finish()
     processes.wait()
     return TrainResult(
         run=path,

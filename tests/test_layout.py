@@ -155,14 +155,14 @@ def test_the_operations_know_no_recipe_and_no_files() -> None:
             assert {target.partition("/")[0] for target in imported(tree(name))} <= {"ops"}, name
 
 
-def test_one_module_knows_accelerate() -> None:
+def test_two_modules_know_accelerate_one_for_processes_and_one_for_trackers() -> None:
     def knows(name: str) -> bool:
         text = (PACKAGE / f"{name}.py").read_text(encoding="utf-8")
         return bool(
             re.search(r"^\s*(from|import) accelerate\b|is_main_process", text, re.MULTILINE)
         )
 
-    assert [name for name in NAMES if knows(name)] == ["model/parallel"]
+    assert [name for name in NAMES if knows(name)] == ["model/parallel", "training/trackers"]
 
 
 def test_no_file_is_long() -> None:

@@ -57,7 +57,7 @@ def resolve(name: str, revision: str, patterns: list[str]) -> str:
         cached = None
         refusals = GatedRepoError | RepositoryNotFoundError | RevisionNotFoundError
         if not isinstance(error, refusals):
-            cached = _cached(name, revision, [p for p in patterns if "safetensors" not in p])
+            cached = find_cached(name, revision, [p for p in patterns if "safetensors" not in p])
         if cached is None:
             raise hub_error(name, revision, error) from error
         logger.warning(
@@ -127,7 +127,11 @@ def download(name: str, commit: str, patterns: list[str]) -> Path:
         raise hub_error(name, commit, error) from error
 
 
-def _cached(name: str, revision: str, patterns: list[str]) -> Path | None:
+def find_cached(name: str, revision: str, patterns: list[str]) -> Path | None:
+    """Return the cached folder of a hub repository, without asking the hub; None if there is none.
+
+    Files in it may be missing.
+    """
     try:
         options: dict[str, Any] = {
             "allow_patterns": patterns,

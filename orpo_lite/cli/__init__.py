@@ -1,6 +1,6 @@
 """The command line: parse, call, draw.
 
-Order: console, data_view, plan_view, progress, finish, quiet, completion, app; further
+Order: console, data_view, doctor_view, plan_view, progress, finish, quiet, completion, app; further
 """
 
 # Each of these modules adds its commands to the application.

@@ -82,8 +82,8 @@ def main() -> None:
     except Exception:
         traceback.print_exc()
         err.print(
-            "\nThis is a fault of orpo-lite. Please report it with the traceback above and "
-            "the run's train.log."
+            "\nThis is a fault of orpo-lite. Please report it with the traceback above, the run's "
+            "train.log, and what `orpo-lite doctor --bug-report` prints."
         )
         sys.exit(BUG)
 

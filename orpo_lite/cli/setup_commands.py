@@ -1,6 +1,7 @@
-"""The commands before a training: recipes, data, plan."""
+"""The commands before a training: recipes, data, plan, doctor."""
 
 import shlex
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,10 +18,11 @@ from orpo_lite.cli.app import (
 )
 from orpo_lite.cli.console import err, out, print_columns, print_json
 from orpo_lite.cli.data_view import print_preview
+from orpo_lite.cli.doctor_view import print_checks
 from orpo_lite.cli.plan_view import print_plan
 from orpo_lite.cli.progress import draw
 from orpo_lite.cli.quiet import hush, quiet
-from orpo_lite.errors import RecipeError
+from orpo_lite.errors import FitError, RecipeError
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -90,6 +92,43 @@ def data(
             err.print(warning)
         return
     print_preview(preview.figures, preview.samples, preview.warnings, chosen.data.max_length)
+
+
+@app.command(rich_help_panel=BEFORE, epilog="Example: orpo-lite doctor --recipe demo")
+def doctor(
+    overrides: Annotated[list[str] | None, recipe_keys("memory.budget=12GiB")] = None,
+    recipe: RecipeName = None,
+    as_json: AsJson = False,
+    as_report: Annotated[
+        bool,
+        typer.Option(
+            "--bug-report",
+            help="Print text for an issue, without your name, paths and tokens.",
+        ),
+    ] = False,
+) -> None:
+    """Check packages, GPU, kernels, memory, disk and hub, and whether a recipe can be trained."""
+    from orpo_lite.doctor.bug_report import bug_report
+    from orpo_lite.doctor.run import doctor_events
+
+    chosen = None
+    if recipe is not None or overrides:
+        chosen = choose_recipe(recipe, None, overrides or [], verb="doctor")
+    with ExitStack() as stack:
+        with suppress(Exception):  # a library that cannot be imported is the fault of a check
+            stack.enter_context(quiet())
+        is_silent = as_json or as_report or not out.is_terminal
+        checks = draw(doctor_events(chosen), silent=is_silent)
+    faults = sum(check.state == "fault" for check in checks)
+    if as_report:
+        out.print(bug_report(checks), end="")
+    elif as_json:
+        rows = [{"name": c.name, "state": c.state, "found": c.found, "fix": c.fix} for c in checks]
+        print_json({"faults": faults, "checks": rows})
+    else:
+        print_checks(checks)
+    if faults:
+        raise typer.Exit(FitError.exit_code)
 
 
 @recipes_app.command("ls", epilog="Example: orpo-lite recipes ls")

@@ -20,9 +20,9 @@ RESUME = (
     "Resume the run in this folder. KEY=VALUE may change its learning rate (learning_rate, "
     "lr_scheduler_type, warmup_steps), its length (max_steps, num_train_epochs, "
     "early_stopping_patience), eval_steps, "
-    "load_best_model_at_end, full_determinism, model.device, memory.* and output.*: each change is "
-    "recorded with its step. From then on each step has the learning rate that it would have in a "
-    "run that began with the new values."
+    "load_best_model_at_end, full_determinism, report_to, model.device, memory.* and output.*: "
+    "each change is recorded with its step. From then on each step has the learning rate that it "
+    "would have in a run that began with the new values."
 )
 
 

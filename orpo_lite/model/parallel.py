@@ -1,4 +1,7 @@
-"""The processes of a training, through accelerate. No other module uses accelerate."""
+"""The processes of a training, through accelerate.
+
+Only ``training.trackers`` uses accelerate too, for its trackers.
+"""
 
 import os
 from collections.abc import Callable, Sequence

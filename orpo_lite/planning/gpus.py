@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -45,14 +46,31 @@ GPUS = (  # rows of the plan's table; memory as torch reports it
 
 
 @dataclass(frozen=True)
+class Holder:
+    """Another process that holds memory of a GPU."""
+
+    pid: int
+    program: str
+    """Name of its program without the folder; "" if the driver does not tell."""
+    memory: int
+    """Bytes; 0 if the driver does not tell."""
+
+
+@dataclass(frozen=True)
 class LocalGpu:
     """This machine's GPU, now."""
 
     gpu: Gpu
     free: int
     """Bytes that this process may use: what the driver has left, and what it has given to it."""
-    others: int
-    """Bytes that other processes hold."""
+    holders: tuple[Holder, ...] = ()
+    driver: str = ""
+    """The driver's version; "" if it does not answer."""
+
+    @property
+    def others(self) -> int:
+        """Bytes that other processes hold."""
+        return sum(holder.memory for holder in self.holders)
 
 
 def local_gpu(index: int = 0) -> LocalGpu | None:
@@ -74,8 +92,8 @@ def local_gpu(index: int = 0) -> LocalGpu | None:
     capability = torch.cuda.get_device_capability(index)
     gpu = Gpu(properties.name, properties.total_memory, flops, bandwidth, capability)
     from_driver = _ask_driver(str(properties.uuid))
-    free, others = from_driver or (torch.cuda.mem_get_info(index)[0], 0)
-    return LocalGpu(gpu, free, others)
+    free, holders, driver = from_driver or (torch.cuda.mem_get_info(index)[0], (), "")
+    return LocalGpu(gpu, free, holders, driver)
 
 
 def memory_budget(wanted: int | None, local: LocalGpu | None) -> int | None:
@@ -91,8 +109,8 @@ def memory_budget(wanted: int | None, local: LocalGpu | None) -> int | None:
     return min(sizes, default=None)
 
 
-def _ask_driver(uuid: str) -> tuple[int, int] | None:
-    """Return (free bytes, bytes of other processes) by NVML; None if it cannot tell.
+def _ask_driver(uuid: str) -> tuple[int, tuple[Holder, ...], str] | None:
+    """Return (free bytes, other processes, the driver's version) by NVML; None without an answer.
 
     NVML needs no CUDA context.
     """
@@ -104,16 +122,27 @@ def _ask_driver(uuid: str) -> tuple[int, int] | None:
             full_uuid = uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
             handle = pynvml.nvmlDeviceGetHandleByUUID(full_uuid)
             free = int(pynvml.nvmlDeviceGetMemoryInfo(handle).free)
-            own = others = 0
+            own, holders = 0, []
             for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
                 used = int(process.usedGpuMemory or 0)
                 if process.pid == os.getpid():
                     own += used
                 else:
-                    others += used
+                    program = _ask(pynvml.nvmlSystemGetProcessName, process.pid)
+                    holders.append(Holder(process.pid, program.rpartition("/")[2], used))
             # The CUDA context of this process exists already. A plan counts it as needed memory.
-            return free + own, others
+            return free + own, tuple(holders), _ask(pynvml.nvmlSystemGetDriverVersion)
         finally:
             pynvml.nvmlShutdown()
     except pynvml.NVMLError:
         return None
+
+
+def _ask(function: Callable[..., object], *args: object) -> str:
+    """Return a text that the driver may refuse to tell; "" then."""
+    import pynvml
+
+    try:
+        return str(function(*args))
+    except pynvml.NVMLError:
+        return ""

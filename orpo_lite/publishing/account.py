@@ -156,6 +156,17 @@ class _Account(BaseModel):
     auth: _Auth | None = None
 
 
+def find_account() -> Attempt[tuple[str, str]]:
+    """Return the name of the token's account, and the token's role: read, write or fineGrained.
+
+    The role is "" if the hub does not tell. Raises as :func:`check_target`.
+    """
+    with with_timeouts():
+        account = yield from retry("hub", "reading the account", _whoami)
+    token = account.auth.token if account.auth else None
+    return account.name, (token.role if token else None) or ""
+
+
 def _whoami() -> _Account:
     try:
         return _Account.model_validate(HfApi().whoami())

@@ -20,6 +20,7 @@ from orpo_lite.recipe.values import (
     read_module_names,
     read_names,
     read_steps,
+    read_trackers,
     refuse_zero,
     to_json_values,
 )
@@ -243,6 +244,11 @@ class TrainingSection(Section):
     full_determinism: bool = False
     """Use only deterministic kernels on a GPU, which is slower. A CPU run is always
     deterministic."""
+    report_to: Annotated[
+        list[Literal["tensorboard", "wandb", "trackio"]], BeforeValidator(read_trackers)
+    ] = []
+    """Trackers that get the metrics of each step and evaluation, and the recipe: tensorboard,
+    wandb, trackio, or several of them. none: no tracker."""
 
 
 class MemorySection(Section):
@@ -334,6 +340,9 @@ class OutputSection(Section):
     does not exist."""
     hub_private_repo: bool = True
     """Create the repository as private: only you or your organisation can see it. false: public."""
+    send_report: bool = False
+    """Send report.html to wandb and trackio at the end. It quotes prompts and answers, so it is
+    only sent if this is true."""
 
 
 class Recipe(Section):

@@ -63,6 +63,14 @@ def read_names(value: object) -> object:
     return _split_at_commas(value) if "," in value else value
 
 
+def read_trackers(value: object) -> object:
+    """Return names of trackers as a list, each once; none and null are no trackers."""
+    if value is None or value == "none":
+        return []
+    names = _split_at_commas(value) if isinstance(value, str) else value
+    return list(dict.fromkeys(names)) if isinstance(names, list) else names
+
+
 def _split_at_commas(value: str) -> list[str]:
     names = [name.strip(" \"'") for name in value.strip("[] ").split(",")]
     return [name for name in names if name]

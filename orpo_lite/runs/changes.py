@@ -33,6 +33,7 @@ CHANGEABLE = frozenset(
         f"training.{key}" for key in ("num_train_epochs", "max_steps", "early_stopping_patience")
     ]  # length of the training
     + [f"training.{key}" for key in ("eval_steps", "load_best_model_at_end", "full_determinism")]
+    + ["training.report_to"]
     + [f"memory.{key}" for key in KEYS["memory"]]  # memory use, never results
     + [f"output.{key}" for key in KEYS["output"]]  # after the last step
 )

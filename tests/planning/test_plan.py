@@ -36,6 +36,7 @@ from orpo_lite.api import train_events
 from orpo_lite.base.find import Base
 from orpo_lite.data.packing import micro_batches, pack_pairs, packed_tokens
 from orpo_lite.data.pair import TokenizedPair
+from orpo_lite.doctor.machine import check_device
 from orpo_lite.errors import FitError, ModelError, RecipeError
 from orpo_lite.model.load import bare_pair_model, choose_dtype, load_pair_model
 from orpo_lite.model.pair_model import PairModel
@@ -43,7 +44,7 @@ from orpo_lite.ops.attention import choose_backend
 from orpo_lite.ops.devices import device_kind
 from orpo_lite.planning import gpus
 from orpo_lite.planning.extrapolate import LayerExtrapolation
-from orpo_lite.planning.gpus import GPUS, local_gpu
+from orpo_lite.planning.gpus import GPUS, Holder, local_gpu
 from orpo_lite.planning.measure import heaviest_pairs, measure
 from orpo_lite.planning.on_meta import META_ATTENTION, blank_pairs, held_tensors, worst_case
 from orpo_lite.planning.plan import plan_events
@@ -405,6 +406,8 @@ def pretend_gpu(
     )
     monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lambda _: SimpleNamespace(free=free))
     monkeypatch.setattr(pynvml, "nvmlDeviceGetComputeRunningProcesses", lambda _: running)
+    monkeypatch.setattr(pynvml, "nvmlSystemGetProcessName", {1: "/usr/bin/python3"}.get)
+    monkeypatch.setattr(pynvml, "nvmlSystemGetDriverVersion", lambda: "580.65")
 
 
 def test_a_plan_for_a_t4_is_of_its_dtype_and_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -472,6 +475,15 @@ def test_memory_of_other_processes_is_seen_and_left(monkeypatch: pytest.MonkeyPa
     own = local_gpu()
     assert own is not None
     assert (own.free, own.others, own.gpu.flops) == (20 * GIB, 3 * GIB, 165e12)
+    assert (own.holders, own.driver) == ((Holder(1, "python3", 3 * GIB),), "580.65")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_80", "sm_90"])
+    _, gpu, memory = check_device()
+    assert (gpu.state, memory.state) == ("ok", "warning")
+    assert "driver 580.65, compute capability 8.9, bfloat16" in gpu.found
+    assert memory.found.endswith("free; python3 (pid 1) holds 3.00 GiB")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_90", "compute_90"])
+    assert [check.state for check in check_device()] == ["ok", "fault", "warning"]
 
 
 def test_a_driver_that_does_not_answer_is_asked_through_torch(

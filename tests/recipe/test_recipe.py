@@ -552,7 +552,7 @@ MEANT: dict[str, str] = {
     "base_model": "write model.model_name_or_path",
     "micro_batch_size": "write memory.micro_batch_size",
     "sequence_len": "write data.max_length",
-    "report_to": "metrics.jsonl",
+    "report_to": "write training.report_to",
     "model.trust_remote_code": "code from the hub is never run; leave the line out",
     "bf16": "write model.dtype",
     "hub_model_id": "write output.hub_model_id",
@@ -859,6 +859,7 @@ OWNERS: dict[str, tuple[str, str]] = {
     ),
     "training.seed": ("transformers.TrainingArguments", "seed"),
     "training.full_determinism": ("transformers.TrainingArguments", "full_determinism"),
+    "training.report_to": ("transformers.TrainingArguments", "report_to"),
     "memory.budget": (OURS, "peers ask for batch size and accumulation, and find out"),
     "memory.packing": (OURS, "TRL's SFTConfig packs by cutting; here pairs stay whole"),
     "memory.prompt_sharing": (OURS, ""),
@@ -882,6 +883,7 @@ OWNERS: dict[str, tuple[str, str]] = {
     "output.push_to_hub": ("transformers.TrainingArguments", "push_to_hub"),
     "output.hub_model_id": ("transformers.TrainingArguments", "hub_model_id"),
     "output.hub_private_repo": ("transformers.TrainingArguments", "hub_private_repo"),
+    "output.send_report": (OURS, ""),
 }
 
 

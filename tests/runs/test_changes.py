@@ -37,6 +37,7 @@ ALLOWED: dict[str, Any] = {
     "training.eval_steps": 2,
     "training.load_best_model_at_end": False,
     "training.full_determinism": True,
+    "training.report_to": ["tensorboard"],
     "memory.budget": "12GiB",
     "memory.packing": False,
     "memory.prompt_sharing": False,
@@ -54,6 +55,7 @@ ALLOWED: dict[str, Any] = {
     "output.push_to_hub": True,  # asks for a name too, which the command line can give
     "output.hub_model_id": "ann/tuned",
     "output.hub_private_repo": False,
+    "output.send_report": True,
 }
 MOVED: dict[
     str, Any

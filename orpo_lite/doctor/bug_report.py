@@ -1,0 +1,64 @@
+"""Write the checks as text for an issue, without what is private."""
+
+import os
+import platform
+import re
+import socket
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from orpo_lite.doctor.check import Check
+from orpo_lite.errors import TOKEN
+
+SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSWORD|CREDENTIAL|COOKIE", re.IGNORECASE)
+PATH = re.compile(r"(?<![\w:/.])(?:~[\w-]*)?/[^\s,;:'\"()\[\]<>|]+")
+URL = re.compile(r"https?://(?!huggingface\.co/|pytorch\.org/)[^\s,;'\")]+")
+MARKS = {"fault": "FAULT", "warning": "warning", "ok": "ok"}
+
+
+def bug_report(checks: Sequence[Check]) -> str:
+    """Return the checks as Markdown for an issue: no names of people or machines, paths, tokens."""
+    lines = [f"**orpo-lite doctor**, {platform.system()} {platform.machine()}", ""]
+    for check in checks:
+        fix = f" (to do: {check.fix})" if check.fix else ""
+        text = f"{check.found}{fix}"
+        for name in sorted(check.private, key=len, reverse=True):
+            text = text.replace(name, "...")
+        lines.append(f"- {MARKS[check.state]}: {check.name}: {' '.join(text.split())}")
+    return anonymous("\n".join(lines)) + "\n"
+
+
+def anonymous(text: str) -> str:
+    """Return a text without tokens, paths, addresses, and names of this user and this machine."""
+    secrets = [value for name, value in os.environ.items() if SECRET.search(name)]
+    with suppress(Exception):  # a login that cannot be renewed
+        from huggingface_hub import get_token
+
+        secrets.append(get_token() or "")
+    for secret in secrets:
+        if len(secret) >= 8:
+            text = text.replace(secret, "***")
+    text = TOKEN.sub("***", text)
+    folders = [str(Path.cwd()), str(Path.home()), sys.prefix, *_folders()]
+    for folder in sorted(folders, key=len, reverse=True):
+        if len(folder) > 1:
+            text = text.replace(folder, "PATH")
+    text = PATH.sub("PATH", URL.sub("URL", text))
+    for name in _own_names():
+        text = re.sub(rf"(?<![A-Za-z]){re.escape(name)}(?![A-Za-z])", "NAME", text, flags=re.I)
+    return text
+
+
+def _folders() -> list[str]:
+    """Return the folders that environment variables name."""
+    return [value for value in os.environ.values() if value.startswith("/") and ":" not in value]
+
+
+def _own_names() -> list[str]:
+    """Return the names of the user and of the machine."""
+    host = socket.gethostname()
+    names = {host, host.partition(".")[0], Path.home().name}
+    names |= {os.environ.get(variable, "") for variable in ("USER", "LOGNAME", "SUDO_USER")}
+    return sorted((name for name in names if len(name) > 1), key=len, reverse=True)

@@ -1,0 +1,51 @@
+"""The result of a check, and how a check is run."""
+
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from orpo_lite.errors import OrpoLiteError, first_line
+
+State = Literal["ok", "warning", "fault"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """The result of one check."""
+
+    name: str
+    state: State
+    found: str
+    fix: str = ""
+    """What to do; "" if there is nothing to do."""
+    private: tuple[str, ...] = ()
+    """Texts in ``found`` and ``fix`` that a bug report must not show."""
+
+
+Checks = Iterable[Check]
+
+
+def run_check(name: str, check: Callable[[], Checks], limit: float) -> list[Check]:
+    """Run a check; if it raises or takes more than ``limit`` seconds, return that as a fault."""
+    found: list[Check] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            found.extend(check())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(limit)
+    if thread.is_alive():
+        return [*found, Check(name, "fault", f"no answer within {limit:.0f} s")]
+    for error in errors:
+        if isinstance(error, OrpoLiteError):
+            found.append(Check(name, "fault", error.found, error.fix))
+        else:
+            text = f"the check failed: {type(error).__name__}: {first_line(error)[:300]}"
+            found.append(Check(name, "fault", text))
+    return found

@@ -1,0 +1,224 @@
+"""Send the metrics of a training to trackers, through accelerate's own trackers.
+
+A remote tracker gets numbers and the recipe. It gets no text of the data: the report, which quotes
+some, only if ``output.send_report`` asks for it.
+"""
+
+import math
+import os
+import secrets
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import redirect_stdout
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeVar
+
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+from orpo_lite.errors import Command, FitError, HubError
+from orpo_lite.recipe.schema import Recipe
+from orpo_lite.recipe.text import to_text
+from orpo_lite.runs.atomic import to_json, write_text
+from orpo_lite.runs.records import read_json, read_metrics
+from orpo_lite.training.state import TrainState
+from orpo_lite.updates import Update, failure
+
+Result = TypeVar("Result")
+
+REPORT = "report.html"
+IDS = "trackers.json"
+PROJECT = "orpo-lite"
+WANDB_TIMEOUT = 60.0  # seconds that a run's start and its end may each take
+
+
+def check_trackers(recipe: Recipe) -> None:
+    """Check that each tracker of ``training.report_to`` can be used, without a prompt.
+
+    Raises:
+        FitError: its package is not installed.
+        HubError: wandb has no login, and is not in offline mode.
+    """
+    for name in recipe.training.report_to:
+        try:
+            metadata.version(name)  # a folder of that name can be imported too
+        except metadata.PackageNotFoundError:
+            raise FitError(
+                where=f"training.report_to ({recipe.sources['training.report_to']})",
+                found=f"{name} is not installed",
+                expected="the package",
+                fix=Command(f"pip install {name}"),
+            ) from None
+    if "wandb" in recipe.training.report_to and not _wandb_has_login():
+        raise HubError(
+            where=f"training.report_to ({recipe.sources['training.report_to']})",
+            found="wandb has no login",
+            expected="a login, or offline mode, which keeps the metrics in the run folder",
+            fix=Command("wandb login", "; or, for offline mode: export WANDB_MODE=offline"),
+        )
+
+
+def _wandb_has_login() -> bool:
+    """Return whether wandb has an API key or does not need one. wandb.init would ask for it."""
+    import wandb
+
+    return _wandb_mode() != "online" or bool(wandb.login(prompt=False))
+
+
+def _wandb_mode() -> str:
+    """Return wandb's mode. It reads the variable only once in a process, and ignores a change."""
+    import wandb
+
+    settings = wandb.setup(wandb.Settings(silent=True, console="off")).settings
+    return os.environ.get("WANDB_MODE") or str(settings.mode)
+
+
+class Trackers:
+    """The trackers of a run. One that fails gets nothing more; it never ends a training."""
+
+    def __init__(self, recipe: Recipe, path: Path, *, is_main: bool) -> None:
+        """Create the trackers that ``training.report_to`` names; none outside the main process."""
+        self._recipe, self._path = recipe, path
+        self._names = recipe.training.report_to if is_main else []
+        self._active: dict[str, Any] = {}
+
+    def start(self, state: TrainState, *, resumed: bool) -> Iterator[Update]:
+        """Start the trackers, or continue the run's own ones. Yield where each can be looked at.
+
+        A resumed run continues after ``state.step``. tensorboard then drops what it has of that
+        step and of later ones, and gets that step's rows of metrics.jsonl again.
+        """
+        config = {
+            key: value if isinstance(value, bool | int | float | str) else to_text(value)
+            for key, value in self._recipe.items()
+        }
+        for name in self._names:
+            try:
+                with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+                    tracker = self._make(name, state.step if resumed else None)
+                    tracker.start()
+                    self._active[name] = tracker
+                    # tensorboard would show another set of hyper-parameters for each resume.
+                    if name != "tensorboard" or not resumed:
+                        tracker.store_init_configuration(config)
+                yield Update("note", f"{name}: {self._place(name)}")
+            except Exception as error:
+                yield self._drop(name, error)
+        if resumed and "tensorboard" in self._active:
+            for row in read_metrics(self._path):
+                if row["step"] == state.step:
+                    yield from self._call_one("tensorboard", _log, row)
+
+    def follow(self, updates: Generator[Update, None, Result]) -> Generator[Update, None, Result]:
+        """Yield the updates of a training; log the metrics of its steps and evaluations."""
+        if not self._active:
+            return (yield from updates)
+        try:
+            while True:
+                try:
+                    update = next(updates)
+                except StopIteration as end:
+                    result: Result = end.value
+                    return result
+                if update.kind in ("step", "eval"):
+                    yield from self._call(_log, {"step": update.step, **update.metrics})
+                yield update
+        finally:
+            updates.close()
+
+    def send_report(self) -> Iterator[Update]:
+        """Send report.html to the remote trackers, if it exists and the recipe asks for it."""
+        file = self._path / REPORT
+        if self._recipe.output.send_report and file.is_file():
+            for name, send in (("wandb", _send_to_wandb), ("trackio", _send_to_trackio)):
+                yield from self._call_one(name, send, file)
+
+    def finish(self) -> None:
+        """End the trackers' runs. Errors are logged only."""
+        for name in [*self._active]:
+            with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+                for _ in self._call_one(name, lambda tracker: tracker.finish()):
+                    pass
+        self._active.clear()
+
+    def _make(self, name: str, after_step: int | None) -> Any:
+        """Return accelerate's tracker, not yet started."""
+        create = LOGGER_TYPE_TO_CLASS[name]
+        if name == "tensorboard":
+            return create("tensorboard", logging_dir=str(self._path), purge_step=after_step)
+        project, run_id = _project(name), self._run_id()
+        if name == "trackio":
+            # A run is continued by its name. A space on the hub would be public by default.
+            named = f"{self._path.name}-{run_id}"
+            return create(project, name=named, resume="allow", private=True)
+        import wandb
+
+        # Captured output would hold the samples of the data.
+        settings = wandb.Settings(
+            silent=True,
+            console="off",
+            save_code=False,
+            disable_git=True,
+            init_timeout=WANDB_TIMEOUT,
+            finish_timeout=WANDB_TIMEOUT,
+        )
+        options = {"dir": str(self._path), "mode": _wandb_mode(), "settings": settings}
+        return create(project, name=self._path.name, id=run_id, resume="allow", **options)
+
+    def _run_id(self) -> str:
+        """Return the id that wandb and trackio know the run by; the run folder keeps it."""
+        file = self._path / IDS
+        if not file.is_file():
+            write_text(file, to_json({"id": secrets.token_hex(4)}))
+        return str(read_json(file, {"id": str})["id"])
+
+    def _place(self, name: str) -> str:
+        """Return where a person can look at the tracker."""
+        if name == "tensorboard":
+            return f"tensorboard --logdir {self._path / name}"
+        if name == "trackio":
+            return f"trackio show --project {_project(name)}"
+        url = self._active[name].tracker.url
+        return str(url or f"offline, in {self._path / 'wandb'}; wandb sync sends it")
+
+    def _call(self, function: Callable[..., object], *args: Any) -> Iterator[Update]:
+        """Call ``function`` with each tracker and the arguments."""
+        for name in [*self._active]:
+            yield from self._call_one(name, function, *args)
+
+    def _call_one(self, name: str, function: Callable[..., object], *args: Any) -> Iterator[Update]:
+        if name not in self._active:
+            return
+        try:
+            function(self._active[name], *args)
+        except Exception as error:
+            yield self._drop(name, error)
+
+    def _drop(self, name: str, error: Exception) -> Update:
+        self._active.pop(name, None)
+        return failure(f"{name} fails and gets nothing more; the training continues", error)
+
+
+def _project(name: str) -> str:
+    return os.environ.get(f"{name.upper()}_PROJECT") or PROJECT
+
+
+def _log(tracker: Any, row: Mapping[str, Any]) -> None:
+    """Log a row of metrics.jsonl. What is null there, NaN and infinite values, is left out."""
+    values = {
+        key: value
+        for key, value in row.items()
+        if key != "step" and value is not None and math.isfinite(value)
+    }
+    tracker.log(values, step=row["step"])
+
+
+def _send_to_wandb(tracker: Any, file: Path) -> None:
+    import wandb
+
+    tracker.log({"report": wandb.Html(file.read_text(encoding="utf-8"), inject=False)})
+
+
+def _send_to_trackio(_tracker: Any, file: Path) -> None:
+    import trackio
+
+    trackio.save(file)
