@@ -11,6 +11,7 @@ from orpo_lite import demo
 from orpo_lite.base.adapter import adopt_adapter
 from orpo_lite.base.find import fetch_weights
 from orpo_lite.base.weights import check_weights
+from orpo_lite.evaluation.judge import judge_training
 from orpo_lite.evaluation.samples import answer_prompts, find_prompts
 from orpo_lite.evaluation.verify import Verdict, compare_merged
 from orpo_lite.merging.plan import check_mergeable
@@ -44,7 +45,7 @@ from orpo_lite.training.loop import train_steps
 from orpo_lite.training.result import TrainResult, keep_best, write_adapter_config
 from orpo_lite.training.session import Session, load_session, refuse_fewer_steps, restore_session
 from orpo_lite.training.state import TrainState
-from orpo_lite.updates import Update, attempt, run_to_end, with_torch_defaults
+from orpo_lite.updates import Update, attempt, failure, run_to_end, with_torch_defaults
 
 NO_CARD = "the model card (README.md) is not written"
 
@@ -206,7 +207,9 @@ def _train(
     yield from train_steps(session, state, saved=resumed is not None)
     kept = yield from keep_best(session, state)
     samples: tuple[Sample, ...] = ()
+    verdict: dict[str, Any] | None = None
     if processes.is_main:
+        verdict = yield from _judge(recipe, inputs, path, kept)
         samples = yield from answer_prompts(recipe, prompts, session.pair_model, path, stop)
         yield from attempt(NO_CARD, write_card, path)
     processes.wait()
@@ -218,7 +221,21 @@ def _train(
         after=state.after,
         kept_step=kept,
         samples=samples,
+        verdict=verdict,
     )
+
+
+def _judge(
+    recipe: Recipe, inputs: Inputs, path: Path, kept: int
+) -> Generator[Update, None, dict[str, Any] | None]:
+    """Return the content of verdict.json, None without held-out pairs. An error is noted."""
+    if not inputs.test:
+        return None
+    try:
+        return judge_training(recipe, inputs.test, path, kept).to_json()
+    except Exception as error:  # the adapter is saved, and must not be lost for it
+        yield failure("the training is not judged", error)
+        return None
 
 
 def verify(
