@@ -13,7 +13,7 @@ from orpo_lite.base.blocks import stored_tensors
 from orpo_lite.base.config import read_config
 from orpo_lite.base.find import Base
 from orpo_lite.data.pair import TokenizedPair
-from orpo_lite.errors import CheckpointError, Command, FitError, first_line
+from orpo_lite.errors import Command, FitError, first_line
 from orpo_lite.evaluation.open_run import find_model
 from orpo_lite.evaluation.score import score_pairs
 from orpo_lite.model.load import choose_dtype, load_base, load_pair_model
@@ -25,7 +25,7 @@ from orpo_lite.runs.atomic import to_json, write_text
 from orpo_lite.runs.commands import Weights, merge_command
 from orpo_lite.runs.folder import find_finished_adapter, find_merged
 from orpo_lite.runs.inputs import prepare_inputs
-from orpo_lite.runs.lock import read_lock
+from orpo_lite.runs.lock import refuse_other_pairs
 from orpo_lite.updates import Update, with_torch_defaults
 
 PAIRS = 200  # at most so many are compared
@@ -143,7 +143,7 @@ def _compare(
     trained = find_model(path, base_path=base_path, verb="merge")
     recipe, base, device = trained.recipe, trained.base, trained.device
     inputs = yield from prepare_inputs(recipe)
-    _refuse_other_pairs(path, inputs.figures["sha256"])
+    refuse_other_pairs(path, inputs, "restore them; the merged model is not changed")
     held_out = len(inputs.test) > 0
     pairs = list(itertools.islice(inputs.test if held_out else inputs.train, PAIRS))
     dtype = dtype_name(choose_dtype(recipe.model.dtype, device_kind(device)))
@@ -199,21 +199,6 @@ def _compare(
     )
     write_text(merged / "verify.json", to_json(verdict.to_json()))
     return verdict
-
-
-def _refuse_other_pairs(path: Path, sha256: str) -> None:
-    """Refuse data that changed since the training.
-
-    Which pairs are held out depends on all pairs: some of other data may have been trained on.
-    """
-    known = read_lock(path)["data"]
-    if known["sha256"] and known["sha256"] != sha256:
-        raise CheckpointError(
-            where=f"run {path}",
-            found=f"changed since the run began: {known['name']}",
-            expected="the pairs of the training",
-            fix="restore them; the merged model is not changed",
-        )
 
 
 def _row(name: str, values_2P: Tensor) -> Row:
