@@ -34,6 +34,7 @@ FEWEST_PROMPTS = 6
 """With fewer, even if all prompts agree, a two-sided sign test does not reach 5%."""
 
 Outcome = Literal["better", "worse", "cannot tell"]
+LISTS = ("models", "comparisons")
 Means = dict[str, Mean]
 """By the names of :class:`Metrics`."""
 
@@ -129,7 +130,8 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """Return all fields as JSON values."""
-        return asdict(self)
+        lists = {name: [asdict(row) for row in getattr(self, name)] for name in LISTS}
+        return asdict(self) | lists
 
 
 def compare(

@@ -62,7 +62,7 @@ def compared(before: PairLogps, after: PairLogps, pairs: Pairs | None = None) ->
 
 # --- coverage
 
-PROMPTS, SAME = 100, 0.7  # two pairs of each prompt; the correlation of their log-probabilities
+PROMPTS, SAME = 100, 0.9  # two pairs of each prompt; the correlation of their log-probabilities
 MEANS = {"chosen": (0.3, 0.2), "rejected": (0.4, 0.55)}  # of log(-log-prob): before, after
 SPREADS = (0.5, 0.3)  # of the base, and of what the training adds
 
