@@ -189,6 +189,13 @@ def _find_pairs(
         for name, (recipe, inputs) in prepared.items()
     }
     common = set.intersection(*(set(pairs.places()) for _, pairs in chosen.values()))
+    if not common:
+        raise CheckpointError(
+            where=", ".join(found),
+            found="no pair that all of them have room for",
+            expected="the same pairs for all models",
+            fix="name pairs in data.dataset_name, or a larger data.max_length",
+        )
     pairs_of = {}
     for name, (recipe, pairs) in chosen.items():
         rows = [row for row, place in enumerate(pairs.places()) if place in common]
@@ -240,7 +247,7 @@ def _notes(
     if not len(inputs.test):
         which = "all pairs" if changed else "the run held out none, so pairs of its training"
     elif data.dataset_test_split:
-        which = f"those of data.dataset_test_split={data.dataset_test_split}"
+        which = f"its held-out pairs, {data.dataset_test_split}"
     else:
         which = "those that the run held out" if not changed else "held out of them"
     dropped = sum(drop["pairs"] for drop in inputs.figures["dropped"].values())

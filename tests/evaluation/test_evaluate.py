@@ -59,25 +59,23 @@ def test_a_run_is_scored_as_in_its_training_and_its_base_by_the_same_load(
     trained: Trained, call: Call
 ) -> None:
     run = trained[1].run
-    code, printed, _ = call("eval", str(run), "--json")
-    found = json.loads(printed)
+    code, printed, _ = call("eval", str(run))
     assert code == 0
-    assert found == read_json(run / "eval.json")
-    verdict = read_json(run / "verdict.json")
+    found, verdict = (read_json(run / f"{name}.json") for name in ("eval", "verdict"))
     for ours, known in zip(found["models"], verdict["models"], strict=True):
         for name in ("accuracy", "margin", "log_odds", "nll"):
             assert ours[name] == pytest.approx(known[name], abs=1e-5)
     (ours,), (known,) = found["comparisons"], verdict["comparisons"]
     assert (ours["against"], ours["outcome"]) == ("base", known["outcome"])
     assert found["length_rule"] == verdict["length_rule"]
-    code, printed, _ = call("eval", str(run))
-    assert code == 0
     assert printed.count("loading") == 1
     assert "those that the run held out" in printed
     assert ours["text"] in printed
 
 
-def test_pairs_that_were_trained_on_are_named(trained: Trained, workspace: Path) -> None:
+def test_other_pairs_are_scored_and_those_trained_on_are_named(
+    trained: Trained, workspace: Path, call: Call
+) -> None:
     run = trained[1].run
     found, said = evaluated(run, data=["data.dataset_name=pairs.jsonl"])
     assert (found.pairs, found.held_out) == (40, False)
@@ -95,9 +93,11 @@ def test_pairs_that_were_trained_on_are_named(trained: Trained, workspace: Path)
     for name, count in (("train", 20), ("test", 12)):
         rows = write_pairs(folder / f"{name}.jsonl", count, seed=3).read_text()
         (folder / f"{name}.jsonl").write_text(rows.replace("Item", f"Another {name}"))
-    found, said = evaluated(run, data=["data.dataset_name=others"])
-    assert (found.pairs, found.held_out, found.data) == (12, True, "others")
-    assert "12 pairs of others: those of data.dataset_test_split=test" in said
+    code, printed, _ = call("eval", str(run), "data.dataset_name=others", "--json")
+    shown = json.loads(printed)
+    assert (code, shown) == (0, read_json(run / "eval.json"))
+    # It has a split of its own to test on.
+    assert (shown["pairs"], shown["held_out"], shown["data"]) == (12, True, "others")
 
 
 def test_two_runs_on_one_base_are_loaded_once(trained: Trained) -> None:
@@ -105,23 +105,19 @@ def test_two_runs_on_one_base_are_loaded_once(trained: Trained) -> None:
     shutil.copytree(run, "half")
     file = Path("half/adapter/adapter_model.safetensors")
     save_file({name: tensor / 2 for name, tensor in load_file(file).items()}, file)
-    alone = {name: evaluate(name).models[-1].margin for name in ("half", run)}
     found, said = evaluated(run, "half")
-    assert [model.name for model in found.models] == ["base", str(run), "half"]
+    base, tuned, half = found.models
+    assert [base.name, tuned.name, half.name] == ["base", str(run), "half"]
     assert [text.startswith("loading") for text in said].count(True) == 1
-    for model in found.models[1:]:
-        assert model.margin == pytest.approx(
-            alone[Path(model.name) if model.name != "half" else "half"]
-        )
-    assert [(one.model, one.against) for one in found.comparisons] == [
-        (str(run), "base"),
-        ("half", "base"),
-    ]
-    one = evaluate(run, against="half").comparisons[0]
-    other = evaluate("half", against=run).comparisons[0]
-    assert one.differences.margin.value == -(other.differences.margin.value or 0) != 0
-    itself = evaluate(run, against=run).comparisons[0]
-    assert (itself.outcome, *vars(itself.differences.margin).values()) == ("cannot tell", 0, 0, 0)
+    assert half.margin.value == pytest.approx(evaluate("half").models[1].margin.value, abs=1e-6)
+    known = read_json(run / "verdict.json")["models"][1]
+    assert tuned.margin.value == pytest.approx(known["margin"]["value"], abs=1e-5)
+    names = [(one.model, one.against) for one in found.comparisons]
+    assert names == [(str(run), "base"), ("half", "base")]
+    (against,) = evaluate(run, against="half").comparisons
+    expected = (tuned.margin.value or 0) - (half.margin.value or 0)
+    assert against.differences.margin.value == pytest.approx(expected, abs=1e-6)
+    assert abs(expected) > 0.01
 
 
 @torch.no_grad()
@@ -166,11 +162,11 @@ def test_what_cannot_be_compared_is_said(trained: Trained, workspace: Path) -> N
     with pytest.raises(RecipeError) as raised:
         evaluate(run, data=["pairs.jsonl"])
     assert isinstance(raised.value.fix, Overrides)
-    assert evaluate(run, data=[f"{k}={v}" for k, v in raised.value.fix.values.items()]).pairs == 40
+    data = [f"{key}={value}" for key, value in raised.value.fix.values.items()]
     write_pairs(workspace / "pairs.jsonl", 39)
     with pytest.raises(CheckpointError, match="changed since the run began"):
         evaluate(run)
-    found, said = evaluated(run, data=["data.dataset_name=pairs.jsonl"])
+    found, said = evaluated(run, data=data)
     assert any("unknown whether run was trained on these pairs" in text for text in said)
     assert (found.pairs, found.held_out) == (39, False)
 
@@ -189,14 +185,15 @@ def test_a_training_that_starts_from_an_adapter_is_judged_against_it(
     assert start["margin"]["value"] == pytest.approx(known["margin"]["value"], abs=1e-5)
 
 
-def test_another_tokenizer_scores_the_same_pairs(trained: Trained, workspace: Path) -> None:
+def test_another_template_scores_the_same_pairs(trained: Trained, workspace: Path) -> None:
     """Pairs that one of two models has no room for are left out for both."""
     write_base(workspace / "other")
     tokenizer = byte_tokenizer()
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
-    )
+    prefix = "x" * (96 - len("<s>") // 3 - len("Item 7: how is it?"))
+    turn = "{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}"
+    tokenizer.chat_template = f"{prefix}{{% for m in messages %}}{turn}{{% endfor %}}"
     tokenizer.save_pretrained(workspace / "other")
-    found = evaluate(trained[1].run, against="./other")
-    assert found.pairs == 8
+    found = evaluate(trained[1].run, against="./other", data=["data.dataset_name=pairs.jsonl"])
+    assert found.pairs == 10  # their numbers have one digit
     assert found.comparisons[0].differences.margin.value is not None
+    assert found.comparisons[0].differences.nll.value is None  # not the same tokens
