@@ -37,10 +37,11 @@ _EXPORTS = {
     "train": "orpo_lite.api",
     "merge": "orpo_lite.merging.merge",
     "verify": "orpo_lite.api",
+    "evaluate": "orpo_lite.evaluation.evaluate",
     "export": "orpo_lite.exporting.targets",
     "push": "orpo_lite.publishing.push",
 }
-__all__ = ["export", "load_recipe", "merge", "plan", "push", "train", "verify"]
+__all__ = ["evaluate", "export", "load_recipe", "merge", "plan", "push", "train", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,6 +12,7 @@ from orpo_lite.base.adapter import adopt_adapter
 from orpo_lite.base.find import fetch_weights
 from orpo_lite.base.weights import check_weights
 from orpo_lite.evaluation.gain import Kept, kept_gain, pair_log_odds
+from orpo_lite.evaluation.judge import judge_training
 from orpo_lite.evaluation.open_run import find_model
 from orpo_lite.evaluation.samples import answer_prompts, find_prompts
 from orpo_lite.evaluation.verify import Verdict, compare_merged, pairs_to_compare, read_gains
@@ -48,7 +49,14 @@ from orpo_lite.training.result import TrainResult, keep_best, write_adapter_conf
 from orpo_lite.training.session import Session, load_session, refuse_fewer_steps, restore_session
 from orpo_lite.training.state import TrainState
 from orpo_lite.training.trackers import Trackers, check_trackers
-from orpo_lite.updates import Update, attempt, run_to_end, staged, with_torch_defaults
+from orpo_lite.updates import (
+    Update,
+    attempt,
+    failure,
+    run_to_end,
+    staged,
+    with_torch_defaults,
+)
 
 NO_CARD = "the model card (README.md) is not written"
 
@@ -214,7 +222,9 @@ def _train(
         yield from trackers.follow(train_steps(session, state, saved=resumed is not None))
         kept = yield from keep_best(session, state)
         samples: tuple[Sample, ...] = ()
+        verdict: dict[str, Any] | None = None
         if processes.is_main:
+            verdict = yield from _judge(recipe, inputs, path, kept)
             samples = yield from answer_prompts(recipe, prompts, session.pair_model, path, stop)
             yield from attempt(NO_CARD, write_card, path)
         yield from trackers.send_report()
@@ -229,7 +239,21 @@ def _train(
         after=state.after,
         kept_step=kept,
         samples=samples,
+        verdict=verdict,
     )
+
+
+def _judge(
+    recipe: Recipe, inputs: Inputs, path: Path, kept: int
+) -> Generator[Update, None, dict[str, Any] | None]:
+    """Return the content of verdict.json, None without held-out pairs. An error is noted."""
+    if not inputs.test:
+        return None
+    try:
+        return judge_training(recipe, inputs.test, path, kept).to_json()
+    except Exception as error:  # the adapter is saved, and must not be lost for it
+        yield failure("the training is not judged", error)
+        return None
 
 
 def verify(

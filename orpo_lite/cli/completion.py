@@ -30,6 +30,12 @@ def complete_run(incomplete: str) -> list[str]:
     return [str(Path(path).parent) for path in found]
 
 
+def complete_run_or_key(incomplete: str) -> list[str]:
+    """Return the run folders and the keys of ``data`` that begin like this."""
+    keys = [key for key in complete_key(incomplete) if key.startswith("data.")]
+    return [*complete_run(incomplete), *keys]
+
+
 def complete_target(incomplete: str) -> list[str]:
     """Return the targets of an export that begin like this."""
     return [name for name in TARGETS if name.startswith(incomplete)]

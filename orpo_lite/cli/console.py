@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 if TYPE_CHECKING:
+    from orpo_lite.evaluation.compare import Evaluation
+    from orpo_lite.evaluation.intervals import Interval
     from orpo_lite.evaluation.verify import Verdict
     from orpo_lite.objectives.objective import Metric
 
@@ -97,3 +99,31 @@ def print_verdict(verdict: "Verdict") -> None:
     out.print(f"{verdict.outcome}: {verdict.explanation}")
     if verdict.kept:
         out.print(f"the merged model keeps {verdict.kept.text} of the adapter's gain in log odds")
+
+
+def print_evaluation(evaluation: "Evaluation") -> None:
+    """Print the metrics of each model with their intervals, then each comparison in words."""
+    kind = "held-out pairs" if evaluation.held_out else "pairs"
+    short = max(model.shorter_chosen.pairs for model in evaluation.models)
+    head = ("reward accuracy", "margin", "log odds", "NLL", f"accuracy, chosen shorter ({short:,})")
+    rows: list[tuple[str, ...]] = [(f"{evaluation.pairs:,} {kind}", *head)]
+    for model in evaluation.models:
+        shares = [_interval(one, 100, 1) for one in (model.accuracy, model.shorter_chosen.accuracy)]
+        others = [_interval(one, 1, 3) for one in (model.margin, model.log_odds, model.nll)]
+        rows.append((model.name, shares[0], *others, shares[1]))
+    print_columns(rows)
+    rule = evaluation.length_rule
+    if rule.accuracy is not None:
+        out.print(f"a rule that prefers the longer reply has an accuracy of {rule.accuracy:.1%}")
+    for comparison in evaluation.comparisons:
+        out.print(comparison.text)
+
+
+def _interval(found: "Interval", factor: int, digits: int) -> str:
+    """Return ``value [low, high]``, times a factor."""
+    if found.value is None:
+        return "-"
+    value = f"{factor * found.value:.{digits}f}"
+    if found.low is None or found.high is None:
+        return value
+    return f"{value} [{factor * found.low:.{digits}f}, {factor * found.high:.{digits}f}]"

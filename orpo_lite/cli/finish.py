@@ -88,6 +88,9 @@ def finish(recipe: "Recipe", result: "TrainResult") -> None:
     out.print(f"adapter of step {result.kept_step}: {result.run}/adapter")
     if result.before:
         print_before_after(result.before, result.after, find_objective(recipe.loss).shown)
+    if result.verdict:
+        for comparison in result.verdict["comparisons"]:
+            out.print(comparison["text"])
     _print_samples(result)
     safe = f"the adapter is safe in {result.run}/adapter; then: {merge_command(result.run)}"
     if recipe.output.push_to_hub:

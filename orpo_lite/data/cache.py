@@ -87,6 +87,10 @@ class TokenizedPairs(Sequence[TokenizedPair]):
         """Return the ``split.prompt_key`` of each pair."""
         return [row.tobytes() for row in self.column("prompt")]
 
+    def places(self) -> list[str]:
+        """Return the place of each pair in its file."""
+        return [self._places[row] for row in self.rows]
+
     def __len__(self) -> int:
         return len(self.rows)
 

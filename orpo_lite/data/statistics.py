@@ -57,7 +57,7 @@ def figures(train: TokenizedPairs, test: TokenizedPairs) -> dict[str, Any]:
     }
     prompts = [set(pairs.prompts()) for pairs in (train, test)]
     cut = np.stack([both["chosen_cut"], both["rejected_cut"]])
-    chosen, rejected = (_response_lengths(both, reply) for reply in ("chosen", "rejected"))
+    chosen, rejected = (response_lengths(both, reply) for reply in ("chosen", "rejected"))
     return {
         "format": _unique_values(sentence for facts in splits for sentence in facts["format"]),
         "columns": _unique_values(columns for facts in splits for columns in facts["columns"]),
@@ -116,8 +116,13 @@ def _unique_values(values: Iterable[Any]) -> list[Any]:
     return list({json.dumps(value): value for value in values}.values())
 
 
-def _response_lengths(both: Mapping[str, NDArray[Any]], reply: str) -> NDArray[Any]:
-    lengths: NDArray[Any] = both[f"{reply}_tokens"] + both[f"{reply}_cut"] - both[f"{reply}_start"]
+def response_lengths(columns: Mapping[str, NDArray[Any]], reply: str) -> NDArray[Any]:
+    """Return the tokens of each pair's chosen or rejected response, before the cut.
+
+    ``columns``: fields of the pairs' records by name; ``reply``: chosen or rejected.
+    """
+    tokens, cut, start = (columns[f"{reply}_{name}"] for name in ("tokens", "cut", "start"))
+    lengths: NDArray[Any] = tokens + cut - start
     return lengths
 
 

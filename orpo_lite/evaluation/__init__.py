@@ -1,4 +1,4 @@
 """What a trained model says. The metrics on held-out pairs are computed in ``model/held_out.py``.
 
-Order: intervals, gain, score, open_run, samples, verify.
+Order: intervals, gain, compare, judge, score, open_run, evaluate, samples, verify.
 """

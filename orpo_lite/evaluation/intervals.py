@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 LEVEL = 0.95
-RESAMPLES = 4000
+RESAMPLES = 2000
 POWER = 0.8
 SEED = 0
-DRAWS_AT_ONCE = 1 << 20  # random numbers in memory at once
+DRAWS_AT_ONCE = 1 << 16  # random numbers in memory at once, so that they fit a cache
 
 Numbers = NDArray[np.float64]
 
@@ -58,20 +58,22 @@ class Mean:
     def interval(self) -> Interval:
         """Return the value with its 95% interval.
 
-        The ends are quantiles of the resampled values. The quantiles 2.5% and 97.5% are too narrow
-        for few prompts. They are moved outward by as much as a t-interval is wider than a normal
-        one: the expanded percentile interval of Hesterberg (arXiv 1411.5279). In simulations of
-        log odds and reward accuracy its coverage was nearer to 95% than that of BCa.
+        Its ends are the outer ones of two intervals. The percentile interval of the bootstrap
+        follows a skewed distribution, but it is too narrow for a share on few prompts: in
+        simulations with 10 prompts it contained the truth in 87%, and BCa in less. The t-interval
+        of the jackknife contained it in 96% there. With 100 prompts the two are nearly the same.
         """
         prompts = len(self.without_M)
         if prompts == 0 or not math.isfinite(self.value):
             return Interval(None, None, None)
         if prompts == 1:
             return Interval(self.value, None, None)
-        wider = math.sqrt(prompts / (prompts - 1)) * t_quantile(prompts - 1)
-        tail = NormalDist().cdf(-wider)
+        tail = (1 - LEVEL) / 2
         low, high = np.quantile(self.resampled_B, [tail, 1 - tail])
-        return Interval(self.value, float(low), float(high))
+        reach = t_quantile(prompts - 1) * self.standard_error()
+        return Interval(
+            self.value, min(float(low), self.value - reach), max(float(high), self.value + reach)
+        )
 
     def standard_error(self) -> float:
         """Return the standard error, by the jackknife over prompts. NaN for a single prompt."""
@@ -113,6 +115,21 @@ def mean_over_pairs(
             value, resampled_B, without_M = parts
             found.append(Mean(float(value), resampled_B, without_M))
     return found
+
+
+def share_interval(mean: Mean) -> Interval:
+    """Return the interval of a share of pairs.
+
+    If all pairs agree, all resamples do too. The end that they could reach is then the exact
+    binomial one of as many prompts.
+    """
+    found, prompts = mean.interval(), len(mean.without_M)
+    if found.value is None or found.low is None or found.high is None:
+        return found
+    reach = 1 - ((1 - LEVEL) / 2) ** (1 / prompts)
+    if found.value in (0, 1):
+        return Interval(found.value, found.value * (1 - reach), max(found.value, reach))
+    return Interval(found.value, max(found.low, 0.0), min(found.high, 1.0))
 
 
 def resample_sums(sums_MS: Numbers) -> Numbers:

@@ -15,7 +15,7 @@ from orpo_lite.base.blocks import stored_tensors
 from orpo_lite.base.config import read_config
 from orpo_lite.base.find import Base
 from orpo_lite.data.pair import TokenizedPair
-from orpo_lite.errors import CheckpointError, Command, FitError, first_line
+from orpo_lite.errors import Command, FitError, first_line
 from orpo_lite.evaluation.gain import Kept, kept_gain, pair_log_odds
 from orpo_lite.evaluation.intervals import Numbers
 from orpo_lite.evaluation.open_run import FoundModel, find_model
@@ -29,7 +29,7 @@ from orpo_lite.runs.atomic import to_json, write_text
 from orpo_lite.runs.commands import Weights, merge_command
 from orpo_lite.runs.folder import find_finished_adapter, find_merged
 from orpo_lite.runs.inputs import prepare_inputs
-from orpo_lite.runs.lock import read_lock
+from orpo_lite.runs.lock import refuse_other_pairs
 from orpo_lite.runs.records import read_json
 from orpo_lite.updates import Update, with_torch_defaults
 
@@ -247,7 +247,7 @@ def pairs_to_compare(
         CheckpointError: the data changed since the training.
     """
     inputs = yield from prepare_inputs(trained.recipe)
-    _refuse_other_pairs(path, inputs.figures["sha256"])
+    refuse_other_pairs(path, inputs, "restore them; the merged model is not changed")
     held_out = len(inputs.test) > 0
     return list(itertools.islice(inputs.test if held_out else inputs.train, PAIRS)), held_out
 
@@ -256,21 +256,6 @@ def _without_adapter(model: PairModel) -> AbstractContextManager[None]:
     wrapped: Any = model.model
     context: AbstractContextManager[None] = wrapped.disable_adapter()
     return context
-
-
-def _refuse_other_pairs(path: Path, sha256: str) -> None:
-    """Refuse data that changed since the training.
-
-    Which pairs are held out depends on all pairs: some of other data may have been trained on.
-    """
-    known = read_lock(path)["data"]
-    if known["sha256"] and known["sha256"] != sha256:
-        raise CheckpointError(
-            where=f"run {path}",
-            found=f"changed since the run began: {known['name']}",
-            expected="the pairs of the training",
-            fix="restore them; the merged model is not changed",
-        )
 
 
 def _row(name: str, values_2P: Tensor) -> Row:

@@ -37,7 +37,8 @@ def probe(model: PairModel, max_length: int, tokens: int = 0) -> None:
 
     Args:
         model: as it will be trained. A new adapter gets random numbers during the probe, because
-            half of it would have no gradient otherwise.
+            half of it would have no gradient otherwise. Of a model without trained parameters only
+            the values are compared.
         max_length: tokens of the longest sequence; larger windows do not matter.
         tokens: tokens of the longest packed row; 0 for that of one pair.
 
@@ -53,7 +54,7 @@ def probe(model: PairModel, max_length: int, tokens: int = 0) -> None:
                 break
             with model.evaluating():
                 reason = comparison.difference(route)
-            if not reason:
+            if not reason and own:
                 with model.without_dropout():
                     reason = gradient_difference(model, route, own)
             if not reason:
@@ -81,10 +82,15 @@ def probe_operations(model: PairModel) -> None:
         _compare_operations(model)
 
 
-def _compare_operations(model: PairModel) -> Gradient:
-    """Go back to the model's own layers where ours differ. Return the model's own gradient."""
+def _compare_operations(model: PairModel) -> Gradient | None:
+    """Go back to the model's own layers where ours differ. Return the model's own gradient.
+
+    None for a model without trained parameters: its layers are its own.
+    """
     with model.evaluating(), own_layers(model):
         _check_own_forward(model)
+    if not model.trained():
+        return None
     with model.without_dropout():
         with own_layers(model):
             check_reruns(model)

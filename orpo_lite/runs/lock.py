@@ -142,3 +142,18 @@ def check_lock(path: Path, lock: Mapping[str, Any]) -> None:
             expected="the same base, template and data",
             fix=new_run_command(path, {}),
         )
+
+
+def refuse_other_pairs(path: Path, inputs: Inputs, fix: str) -> None:
+    """Raise :class:`CheckpointError` if the data changed since the training.
+
+    Which pairs are held out depends on all pairs: some of other data may have been trained on.
+    """
+    known = read_lock(path)["data"]
+    if known["sha256"] and known["sha256"] != inputs.figures["sha256"]:
+        raise CheckpointError(
+            where=f"run {path}",
+            found=f"changed since the run began: {known['name']}",
+            expected="the pairs of the training",
+            fix=fix,
+        )

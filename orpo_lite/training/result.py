@@ -39,6 +39,8 @@ class TrainResult:
     """The step whose adapter was kept."""
     samples: tuple[Sample, ...]
     """Prompts with the answers of the base and of the adapter (``output.samples``)."""
+    verdict: Mapping[str, Any] | None = None
+    """The content of verdict.json: did it get better? None without held-out pairs."""
 
 
 def keep_best(session: Session, state: TrainState) -> Generator[Update, None, int]:

@@ -37,7 +37,7 @@ from orpo_lite.recipe.schema import Recipe
 from orpo_lite.runs.folder import KEPT_CHECKPOINTS, locked
 from orpo_lite.runs.interrupt import Interrupted
 from orpo_lite.runs.lock import read_recipe
-from orpo_lite.runs.records import read_json, read_metrics
+from orpo_lite.runs.records import read_json, read_metrics, read_scores
 from orpo_lite.training.checkpoint import ADAPTER, STATE, find_step
 from orpo_lite.training.result import TrainResult
 from orpo_lite.training.step import update
@@ -70,6 +70,11 @@ def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> b
 def rows_without_clock(folder: Path) -> list[dict[str, Any]]:
     ignored = {"tokens_per_second", "memory_gib"}
     return [{k: v for k, v in row.items() if k not in ignored} for row in read_metrics(folder)]
+
+
+def records(folder: Path) -> list[Any]:
+    """All that a run records of its steps and evaluations, without times."""
+    return [rows_without_clock(folder), read_scores(folder), read_json(folder / "verdict.json")]
 
 
 def test_a_run_folder_holds_what_every_verb_needs(small_recipe: Build) -> None:
@@ -156,7 +161,7 @@ def test_every_optimizer_learns_and_resumes_to_the_same_bits(
     assert not Path("stopped/adapter/adapter_model.safetensors").exists()
     _, resumed = train_all(stopped, resume=True)
     assert same_bits(adapter(whole.run), adapter(resumed.run))
-    assert rows_without_clock(whole.run) == rows_without_clock(resumed.run)
+    assert records(whole.run) == records(resumed.run)
 
 
 # Ctrl-C in a process of its own is also tried where a training pushes; in this process, with SIGTERM, above.
@@ -197,7 +202,7 @@ def test_a_killed_process_goes_on_with_the_same_bits(
     code, _, errors = call("train", "--resume", "killed")
     assert code == 0, errors
     assert same_bits(adapter(Path("whole")), adapter(Path("killed")))
-    assert rows_without_clock(Path("whole")) == rows_without_clock(Path("killed"))
+    assert records(Path("whole")) == records(Path("killed"))
 
 
 def test_what_a_notebook_has_set_changes_no_bit(trained: Trained, small_recipe: Build) -> None:

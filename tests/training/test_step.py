@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 
 from orpo_lite.data.packing import Batching, epoch_order, micro_batches, nll_tokens, pad_pairs
 from orpo_lite.data.pair import TokenizedPair
+from orpo_lite.model import held_out
 from orpo_lite.model.pair_model import PairModel
 from orpo_lite.model.parallel import Processes
 from orpo_lite.objectives.objective import Divisors, find_objective
@@ -247,8 +248,26 @@ def gradients_of_processes(folder: str) -> None:
             saved[f"{reduction} {count}"] = gradients(
                 model, ragged_pairs(count), settings, processes
             )
+    saved["evaluation"] = evaluation(model, processes)
     if processes.is_main:
         torch.save(saved, f"{folder}/gradients.pt")
+
+
+def evaluation(model: Any, processes: Processes) -> tuple[dict[str, float], torch.Tensor]:
+    """The metrics of seven pairs, and the scores of each."""
+    found = held_out.evaluate(
+        model,
+        find_objective(recipe().loss),
+        ragged_pairs(7),
+        recipe(),
+        pad_id=0,
+        processes=processes,
+    )
+    while True:
+        try:
+            next(found)
+        except StopIteration as end:
+            return end.value[0], torch.stack(end.value[1])
 
 
 def test_two_processes_give_the_gradient_of_one(tmp_path: Path) -> None:
@@ -290,6 +309,14 @@ def test_two_processes_give_the_gradient_of_one(tmp_path: Path) -> None:
             vector, parts = saved[f"{reduction} {count}"]
             assert (vector - expected).norm() / expected.norm() < 1e-12
             assert parts == pytest.approx(figures, rel=1e-12)
+    metrics, scores = saved["evaluation"]
+    expected_metrics, expected_scores = evaluation(model, Processes(cpu=True))
+    assert metrics == pytest.approx(expected_metrics, rel=1e-6)
+    assert torch.allclose(scores, expected_scores, rtol=1e-6, atol=0)
+    margins = expected_scores[0] - expected_scores[1]
+    assert metrics["eval_rewards/accuracies"] == pytest.approx(float((margins > 0).double().mean()))
+    nll = expected_scores[2].sum() / expected_scores[3].sum()
+    assert metrics["eval_nll_loss"] == pytest.approx(float(nll), rel=1e-6)
 
 
 def test_a_process_without_a_pair_has_a_scaler_that_works() -> None:

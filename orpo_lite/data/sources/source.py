@@ -144,6 +144,12 @@ def split_note(split: str, names: Sequence[str]) -> str:
     return chosen
 
 
+def noted_split(note: str) -> str | None:
+    """Return the held-out split that a :func:`split_note` names."""
+    found = re.search(rf"{TEST_SPLIT}=(\S+) would use", note)
+    return found[1] if found else None
+
+
 def join_sentences(*sentences: str) -> str:
     """Return the sentences that are not empty, joined by "; "."""
     return "; ".join(filter(None, sentences))

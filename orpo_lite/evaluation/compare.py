@@ -1,0 +1,359 @@
+"""Compare the scores of models on the same pairs: a table, differences, and an outcome in words.
+
+Reward accuracy decides whether a model is better. It is the only metric without a scale: every pair
+counts the same. Margin and log odds also rise if a model becomes surer of pairs that it already had
+right, and the NLL says nothing of the rejected replies. The log odds, which ORPO trains, can only
+object: if they are clearly on the other side, the outcome is "cannot tell". If only they are clear,
+the text says so. One metric decides, so two equal models are called different in 5% of the cases,
+as the interval promises.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+
+from orpo_lite.data.cache import NUMBERS, TokenizedPairs
+from orpo_lite.data.statistics import response_lengths
+from orpo_lite.evaluation.intervals import (
+    LEVEL,
+    Interval,
+    Mean,
+    Numbers,
+    mean_over_pairs,
+    pairs_needed,
+    share_interval,
+)
+from orpo_lite.objectives.orpo import log_odds
+from orpo_lite.ops.outputs import PairLogps
+
+FEWEST_PROMPTS = 6
+"""With fewer, even if all prompts agree, a two-sided sign test does not reach 5%."""
+
+Outcome = Literal["better", "worse", "cannot tell"]
+LISTS = ("models", "comparisons")
+Means = dict[str, Mean]
+"""By the names of :class:`Metrics`."""
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The metrics of one model, or the differences of two, each with its 95% interval."""
+
+    accuracy: Interval
+    """Share of pairs whose chosen reply has the higher mean log-probability. A tie is no win."""
+    margin: Interval
+    """Mean log-probability of the chosen reply minus that of the rejected one, in nats per token.
+    TRL's rewards/margins is this times beta."""
+    log_odds: Interval
+    """Log of the odds ratio of chosen to rejected, Eq. 4 and 5 of the ORPO paper."""
+    nll: Interval
+    """Negative log-likelihood of the chosen sequences per counted token."""
+
+
+@dataclass(frozen=True)
+class ShorterChosen:
+    """The accuracy on the pairs whose chosen reply has fewer tokens than the rejected one."""
+
+    pairs: int
+    accuracy: Interval
+
+
+@dataclass(frozen=True)
+class ShorterDifference:
+    """The comparison on the pairs whose chosen reply has fewer tokens than the rejected one."""
+
+    pairs: int
+    prompts: int
+    outcome: Outcome
+    accuracy: Interval
+    """The difference of the accuracies."""
+
+
+@dataclass(frozen=True)
+class ModelScores:
+    """One row of the table."""
+
+    name: str
+    accuracy: Interval
+    margin: Interval
+    log_odds: Interval
+    nll: Interval
+    shorter_chosen: ShorterChosen
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A model against another one."""
+
+    model: str
+    against: str
+    outcome: Outcome
+    decided_by: str | None
+    """The metric that decided; None if the outcome is "cannot tell"."""
+    differences: Metrics
+    """Of ``model`` minus ``against``."""
+    shorter_chosen: ShorterDifference
+    pairs_needed: int | None
+    """About how many pairs would tell, if the difference is as large as observed. None if the
+    outcome is known, or there is no difference."""
+    text: str
+    """The outcome and its reasons, in words."""
+
+
+@dataclass(frozen=True)
+class LengthRule:
+    """A rule that prefers the longer reply."""
+
+    accuracy: float | None
+    """Share of pairs whose chosen reply is the longer one; None without pairs."""
+    pairs: int
+    """Pairs with replies of different length."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The content of verdict.json and eval.json."""
+
+    pairs: int
+    prompts: int
+    held_out: bool
+    """No compared run was trained on a prompt of these pairs."""
+    data: str
+    """The name of the dataset."""
+    models: tuple[ModelScores, ...]
+    comparisons: tuple[Comparison, ...]
+    length_rule: LengthRule
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all fields as JSON values."""
+        lists = {name: [asdict(row) for row in getattr(self, name)] for name in LISTS}
+        return asdict(self) | lists
+
+
+def compare(
+    pairs: TokenizedPairs,
+    scores: Mapping[str, PairLogps],
+    comparisons: Sequence[tuple[str, str]],
+    *,
+    held_out: bool,
+    data: str,
+) -> Evaluation:
+    """Return the table of models and the outcome of each comparison.
+
+    Args:
+        pairs: the P pairs.
+        scores: for the name of each model, its scores of the P pairs, in their order.
+        comparisons: names (model, against).
+        held_out: no compared run was trained on a prompt of these pairs.
+        data: the name of their dataset.
+    """
+    columns = {name: pairs.column(name) for name in NUMBERS}
+    chosen_P, rejected_P = (response_lengths(columns, reply) for reply in ("chosen", "rejected"))
+    prompts_P = pairs.prompts()
+    shorter_P = chosen_P < rejected_P
+    means = dict(zip(scores, _means([*scores.values()], prompts_P), strict=True))
+    short_prompts = [prompt for prompt, is_in in zip(prompts_P, shorter_P, strict=True) if is_in]
+    short_scores = [PairLogps(*(part[shorter_P] for part in parts)) for parts in scores.values()]
+    short_means = dict(zip(scores, _means(short_scores, short_prompts), strict=True))
+    count, kind = len(pairs), "held-out pairs" if held_out else "pairs"
+    differ = int((chosen_P != rejected_P).sum())
+    rule = float((chosen_P > rejected_P).sum() / differ) if differ else None
+    found = []
+    for model, against in comparisons:
+        judged = _Judged(model, against, means[model], means[against], count, kind)
+        shorter = _Judged(
+            model, against, short_means[model], short_means[against], len(short_prompts), kind
+        )
+        found.append(_comparison(judged, shorter))
+    rows = [
+        ModelScores(
+            name,
+            **vars(_intervals(means[name])),
+            shorter_chosen=ShorterChosen(
+                len(short_prompts), share_interval(short_means[name]["accuracy"])
+            ),
+        )
+        for name in scores
+    ]
+    return Evaluation(
+        pairs=count,
+        prompts=len(set(prompts_P)),
+        held_out=held_out,
+        data=data,
+        models=tuple(rows),
+        comparisons=tuple(found),
+        length_rule=LengthRule(rule, differ),
+    )
+
+
+def _means(scores: Sequence[PairLogps], prompts_P: Sequence[bytes]) -> list[Means]:
+    """Return the metrics of each model, all on the same resamples.
+
+    The log odds are computed in float32 as in a training, where a log-probability of 0 has the same
+    limit.
+    """
+    numerators: list[Numbers] = []
+    denominators: list[Numbers] = []
+    is_same = all(np.array_equal(one.nll_tokens_P, scores[0].nll_tokens_P) for one in scores)
+    for one in scores:
+        chosen_P, rejected_P = one.chosen_P.numpy(), one.rejected_P.numpy()
+        margin_P = chosen_P - rejected_P
+        odds_P = log_odds(one.chosen_P.float(), one.rejected_P.float()).double().numpy()
+        # A pair without a score is not a lost one: the accuracy is unknown too.
+        won_P = np.where(np.isfinite(margin_P), chosen_P > rejected_P, np.nan)
+        numerators += [won_P, margin_P, odds_P, one.nll_P.numpy()]
+        ones_P, tokens_P = np.ones(len(won_P)), one.nll_tokens_P.numpy()
+        # Tokens of two tokenizers are not comparable.
+        denominators += [ones_P, ones_P, ones_P, tokens_P if is_same else tokens_P * np.nan]
+    found = mean_over_pairs(np.stack(numerators), np.stack(denominators), prompts_P)
+    names = tuple(Metrics.__annotations__)
+    return [
+        dict(zip(names, found[start : start + len(names)], strict=True))
+        for start in range(0, len(found), len(names))
+    ]
+
+
+def _intervals(means: Means) -> Metrics:
+    return Metrics(
+        share_interval(means["accuracy"]),
+        *(means[name].interval() for name in ("margin", "log_odds", "nll")),
+    )
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """Two models on the same pairs."""
+
+    model: str
+    against: str
+    after: Means
+    before: Means
+    pairs: int
+    kind: str
+
+    @property
+    def prompts(self) -> int:
+        return len(self.after["accuracy"].without_M)
+
+    @cached_property
+    def differences(self) -> Means:
+        return {name: self.after[name] - self.before[name] for name in self.after}
+
+    @cached_property
+    def intervals(self) -> Metrics:
+        return Metrics(*(mean.interval() for mean in self.differences.values()))
+
+    @property
+    def contradicts(self) -> bool:
+        """Whether accuracy and log odds are both clear, on different sides."""
+        accuracy, odds = self.intervals.accuracy, self.intervals.log_odds
+        is_clear = accuracy.excludes_zero() and odds.excludes_zero()
+        return is_clear and (self.differences["accuracy"].value > 0) != (
+            self.differences["log_odds"].value > 0
+        )
+
+    @property
+    def outcome(self) -> Outcome:
+        is_clear = self.intervals.accuracy.excludes_zero() and not self.contradicts
+        if self.prompts < FEWEST_PROMPTS or not is_clear:
+            return "cannot tell"
+        return "better" if self.differences["accuracy"].value > 0 else "worse"
+
+    @property
+    def needed(self) -> int | None:
+        if self.outcome != "cannot tell" or self.contradicts:
+            return None
+        needed = pairs_needed(self.differences["accuracy"], self.pairs)
+        if needed is None:
+            return None
+        return max(needed, math.ceil(FEWEST_PROMPTS * self.pairs / self.prompts))
+
+
+def _comparison(judged: _Judged, shorter: _Judged) -> Comparison:
+    outcome = judged.outcome
+    return Comparison(
+        model=judged.model,
+        against=judged.against,
+        outcome=outcome,
+        decided_by=None if outcome == "cannot tell" else "accuracy",
+        differences=judged.intervals,
+        shorter_chosen=ShorterDifference(
+            shorter.pairs, shorter.prompts, shorter.outcome, shorter.intervals.accuracy
+        ),
+        pairs_needed=judged.needed,
+        text=" ".join(filter(None, (_verdict(judged), _odds(judged), _length(judged, shorter)))),
+    )
+
+
+def _verdict(judged: _Judged) -> str:
+    pairs, prompts = _counted(judged.pairs, judged.kind), _counted(judged.prompts, "prompts")
+    accuracy = judged.differences["accuracy"]
+    if not math.isfinite(accuracy.value) or not math.isfinite(judged.differences["margin"].value):
+        return f"cannot tell: {pairs}, and some of the scores are not finite numbers."
+    if not any(mean.resampled_B.any() or mean.value for mean in judged.differences.values()):
+        return f"cannot tell: {judged.model} and {judged.against} score {pairs} alike."
+    change = (
+        f"{judged.model} prefers the chosen reply in {judged.after['accuracy'].value:.1%} and "
+        f"{judged.against} in {judged.before['accuracy'].value:.1%}, "
+        f"{_points(judged.intervals.accuracy)}"
+    )
+    if judged.outcome != "cannot tell":
+        decided = "reward accuracy decides"
+        return f"{judged.outcome}, on {pairs} of {prompts}: {change}; {decided}."
+    text = f"cannot tell with {pairs} of {prompts}: {change}."
+    if judged.contradicts:
+        return f"{text} The log odds clearly go the other way."
+    needed = judged.needed
+    if needed is None:
+        return text
+    return f"{text} If the difference is as large as it looks, about {_rounded(needed)} would tell."
+
+
+def _odds(judged: _Judged) -> str:
+    """Return what the log odds say where the accuracy cannot tell; else ""."""
+    odds = judged.intervals.log_odds
+    is_only = not judged.intervals.accuracy.excludes_zero() and odds.excludes_zero()
+    if judged.prompts < FEWEST_PROMPTS or not is_only or odds.value is None:
+        return ""
+    verb = "rise" if odds.value > 0 else "fall"
+    return (
+        f"The log odds do tell: they {verb} by {abs(odds.value):.3g} "
+        f"({LEVEL:.0%} interval {odds.low:+.3g} to {odds.high:+.3g})."
+    )
+
+
+def _length(judged: _Judged, shorter: _Judged) -> str:
+    """Return a warning if the gain is one of preferring long replies; else ""."""
+    if judged.outcome != "better" or shorter.outcome != "worse":
+        return ""
+    pairs = f"{shorter.pairs:,} pairs whose chosen reply is the shorter one"
+    return f"But it is worse on the {pairs}: it may only prefer longer replies than before."
+
+
+def _points(difference: Interval) -> str:
+    """Return a difference of shares in percentage points, with its interval."""
+    if difference.value is None:
+        return "an unknown difference"
+    points = f"{100 * difference.value:+.1f} points"
+    if difference.low is None or difference.high is None:
+        return points
+    return (
+        f"{points} ({LEVEL:.0%} interval {100 * difference.low:+.1f} to "
+        f"{100 * difference.high:+.1f})"
+    )
+
+
+def _counted(count: int, nouns: str) -> str:
+    return f"{count:,} {nouns.removesuffix('s') if count == 1 else nouns}"
+
+
+def _rounded(count: int) -> str:
+    """Return a number of pairs in two digits: it is an estimate."""
+    if count >= 1_000_000:
+        return "a million pairs or more"
+    digits = max(0, len(str(count)) - 2)
+    return f"{round(count, -digits):,} pairs"

@@ -1,0 +1,364 @@
+"""Evaluate runs and models: score the same pairs by each, and compare them."""
+
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from orpo_lite.data.cache import TokenizedPairs
+from orpo_lite.data.prepare import find_sources
+from orpo_lite.data.sources.source import TEST_SPLIT, noted_split
+from orpo_lite.errors import (
+    CheckpointError,
+    Command,
+    FitError,
+    OrpoLiteError,
+    Overrides,
+    RecipeError,
+    first_line,
+)
+from orpo_lite.evaluation.compare import Evaluation, compare
+from orpo_lite.evaluation.open_run import FoundModel, OpenRun, find_model, load_model
+from orpo_lite.evaluation.score import score_pairs
+from orpo_lite.model.adapter import set_adapter
+from orpo_lite.ops.devices import is_out_of_memory
+from orpo_lite.ops.outputs import PairLogps
+from orpo_lite.recipe.reader import load_recipe
+from orpo_lite.recipe.schema import DataSection, Recipe
+from orpo_lite.runs.atomic import to_json, write_text
+from orpo_lite.runs.inputs import Inputs, prepare_inputs
+from orpo_lite.runs.lock import refuse_other_pairs
+from orpo_lite.runs.records import read_json
+from orpo_lite.updates import Update, attempt, failure, run_to_end, with_torch_defaults
+
+EVAL = "eval.json"
+BASE = "base"
+DATASET = "data.dataset_name"
+OF_MODEL = ("chat_template", "chat_template_kwargs")  # not taken over from another model
+# What is no longer meant if another dataset is named.
+OF_DATASET = (
+    "dataset_config",
+    "dataset_train_split",
+    "dataset_test_split",
+    "format",
+    "column_map",
+    "max_samples",
+)
+
+
+def evaluate(
+    *models: str | Path,
+    data: Sequence[str] = (),
+    against: str | Path | None = None,
+    base_path: str | Path | None = None,
+) -> Evaluation:
+    """Score pairs by runs or models, and compare each with its base or with another model.
+
+    Writes ``eval.json`` into each run.
+
+    Args:
+        models: run folders, merged folders, other folders of transformers, or hub names.
+        data: ``"data.key=value"`` texts that choose other pairs. Without them the pairs are those
+            that the first run held out. If ``data.dataset_name`` names a dataset, its held-out
+            split is used if it has one, else all of its rows.
+        against: the model to compare with: a name as in ``models``, or ``"base"`` for the base of
+            each run. None: the base, for runs; other models are then only scored.
+        base_path: where the base of the runs is now, if it is a folder that was moved.
+
+    Raises:
+        RecipeError: there are no pairs to score, or a key is not one of ``data``.
+        CheckpointError: a run is not finished, or its data changed; a model has no adapter to
+            switch off.
+        FitError: the GPU has too little memory.
+        OrpoLiteError: a model or the data cannot be read.
+    """
+    updates = evaluate_events(*models, data=data, against=against, base_path=base_path)
+    return run_to_end(updates, lambda _: None)
+
+
+@with_torch_defaults
+def evaluate_events(
+    *models: str | Path,
+    data: Sequence[str] = (),
+    against: str | Path | None = None,
+    base_path: str | Path | None = None,
+) -> Generator[Update, None, Evaluation]:
+    """Evaluate as :func:`evaluate` does; yield its progress and return its result."""
+    if not models:
+        raise RecipeError(
+            where="orpo-lite eval",
+            found="no model to score",
+            expected="a run folder, a merged folder or a hub name",
+            fix=Command("orpo-lite eval runs/demo"),
+        )
+    changed = _data_values(data)
+    other = None if against in (None, BASE) else str(against)
+    names = [*dict.fromkeys([*map(str, models), *([other] if other else [])])]
+    yield Update("stage", f"finding {', '.join(names)}")
+    found = {name: find_model(name, base_path=base_path) for name in names}
+    if against == BASE:
+        _refuse_without_adapter(found.values())
+    pairs_of, recipe, held_out = yield from _find_pairs(found, changed)
+    bases = {} if other else _base_names(found)
+    scores = yield from _score_all(found, pairs_of, bases)
+    against_of = {name: other or bases.get(name) for name in map(str, models)}
+    is_itself = len(found) == 1
+    compared = [(name, to) for name, to in against_of.items() if to and (to != name or is_itself)]
+    evaluation = compare(
+        pairs_of[names[0]].pairs,
+        scores,
+        compared,
+        held_out=held_out,
+        data=", ".join(recipe.data.names),
+    )
+    for name in dict.fromkeys(map(str, models)):
+        model = found[name]
+        if model.run and model.adapter:
+            file, text = model.run / EVAL, to_json(evaluation.to_json())
+            yield from attempt(f"{file} is not written", write_text, file, text)
+    return evaluation
+
+
+def _data_values(texts: Sequence[str]) -> dict[str, Any]:
+    """Return the values of ``data.key=value`` texts. Raises RecipeError."""
+    for text in texts:
+        if not text.startswith("data.") or "=" not in text:
+            raise RecipeError(
+                where=f"argument {text!r}",
+                found="is neither a model nor a key of data",
+                expected="a run folder, a merged folder, a hub name, or data.KEY=VALUE",
+                fix=Overrides({DATASET: text}) if Path(text).expanduser().is_file() else "",
+            )
+    recipe = load_recipe("demo", texts)  # any recipe: it checks keys and values
+    given = {key for key, source in recipe.sources.items() if source == "command line"}
+    return {key: value for key, value in recipe.items() if key in given}
+
+
+def _refuse_without_adapter(found: Iterable[FoundModel]) -> None:
+    for model in found:
+        if model.adapter is None:
+            raise CheckpointError(
+                where=f"--against {BASE}",
+                found=f"{model.name} has no adapter to switch off",
+                expected="a run",
+                fix="--against MODEL, with the folder or the hub name of the base",
+            )
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    pairs: TokenizedPairs
+    """In the tokens of one model; the same pairs in the same order for all."""
+    recipe: Recipe
+    """Says how they are packed."""
+
+
+def _find_pairs(
+    found: Mapping[str, FoundModel], changed: Mapping[str, Any]
+) -> Generator[Update, None, tuple[dict[str, _Pairs], Recipe, bool]]:
+    """Return the pairs for each model, their recipe, and whether no run was trained on them."""
+    first = next((model for model in found.values() if model.run), None)
+    if first is None and DATASET not in changed:
+        raise RecipeError(
+            where=", ".join(found),
+            found="no pairs to score: a model that is no run has none",
+            expected="data.dataset_name=PAIRS",
+            fix="name a file, a folder or a dataset of the hub in data.dataset_name",
+        )
+    values = _chosen_data(first, changed)
+    prepared: dict[str, tuple[Recipe, Inputs]] = {}
+    for name, model in found.items():
+        own = {
+            key: value
+            for key, value in values.items()
+            if key in changed or model is first or key.removeprefix("data.") not in OF_MODEL
+        }
+        recipe = model.recipe.override(own)
+        prepared[name] = recipe, (yield from _quietly(prepare_inputs(recipe)))
+    if first and not changed:
+        refuse_other_pairs(
+            first.run or Path(),
+            prepared[first.name][1],
+            "restore them, or name other pairs in data.dataset_name",
+        )
+    chosen = {
+        name: (recipe, inputs.test if len(inputs.test) else inputs.train)
+        for name, (recipe, inputs) in prepared.items()
+    }
+    common = set.intersection(*(set(pairs.places()) for _, pairs in chosen.values()))
+    if not common:
+        raise CheckpointError(
+            where=", ".join(found),
+            found="no pair that all of them have room for",
+            expected="the same pairs for all models",
+            fix="name pairs in data.dataset_name, or a larger data.max_length",
+        )
+    pairs_of = {}
+    for name, (recipe, pairs) in chosen.items():
+        rows = [row for row, place in enumerate(pairs.places()) if place in common]
+        pairs_of[name] = _Pairs(pairs.select(rows), recipe)
+    recipe, inputs = next(iter(prepared.values()))
+    yield from _notes(recipe, inputs, len(common), changed)
+    held_out = yield from _compare_prompts(found, prepared, pairs_of, changed)
+    return pairs_of, recipe, held_out
+
+
+def _chosen_data(first: FoundModel | None, changed: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the recipe's values for the pairs to score: of the first run, with the changes."""
+    values: dict[str, Any] = {}
+    if first:
+        values = {key: value for key, value in first.recipe.items() if key.startswith("data.")}
+        values["training.seed"] = first.recipe.training.seed  # which pairs are held out
+    if DATASET in changed:
+        defaults = DataSection(dataset_name="any")
+        values |= {f"data.{key}": getattr(defaults, key) for key in OF_DATASET}
+        values["data.test_split_size"] = 0
+    values |= changed
+    if DATASET in changed and not changed.keys() & {TEST_SPLIT, "data.test_split_size"}:
+        recipe = load_recipe("demo").override(values)
+        splits = {noted_split(source.note) for source in find_sources(recipe.data)[0]}
+        if len(splits) == 1:
+            values[TEST_SPLIT] = splits.pop()
+    return values
+
+
+def _quietly(task: Generator[Update, None, Inputs]) -> Generator[Update, None, Inputs]:
+    """Run a task without its notes: they are about a training."""
+    while True:
+        try:
+            update = next(task)
+        except StopIteration as end:
+            result: Inputs = end.value
+            return result
+        if update.kind != "note":
+            yield update
+
+
+def _notes(
+    recipe: Recipe, inputs: Inputs, count: int, changed: Mapping[str, Any]
+) -> Iterator[Update]:
+    """Yield which pairs are scored."""
+    data = recipe.data
+    if changed:
+        yield from (Update("note", sentence) for sentence in inputs.figures["format"] if sentence)
+    if not len(inputs.test):
+        which = "all pairs" if changed else "the run held out none, so pairs of its training"
+    elif data.dataset_test_split:
+        which = f"its held-out pairs, {data.dataset_test_split}"
+    else:
+        which = "those that the run held out" if not changed else "held out of them"
+    dropped = sum(drop["pairs"] for drop in inputs.figures["dropped"].values())
+    left_out = f"; {dropped:,} were left out of the data" if dropped else ""
+    text = f"{count:,} pairs of {', '.join(data.names)}: {which}{left_out}"
+    yield Update("note", text)
+
+
+def _compare_prompts(
+    found: Mapping[str, FoundModel],
+    prepared: Mapping[str, tuple[Recipe, Inputs]],
+    pairs_of: Mapping[str, _Pairs],
+    changed: Mapping[str, Any],
+) -> Generator[Update, None, bool]:
+    """Note which runs were trained on the prompts; return whether it is known that none was."""
+    is_held_out = any(model.run for model in found.values())
+    for name, model in found.items():
+        if model.run is None:
+            continue
+        try:
+            inputs = prepared[name][1]
+            if changed or prepared[name][0].data != model.recipe.data:
+                inputs = yield from _quietly(prepare_inputs(model.recipe))
+            refuse_other_pairs(model.run, inputs, "")
+        except OrpoLiteError as error:
+            yield failure(f"it is unknown whether {name} was trained on these pairs", error)
+            is_held_out = False
+            continue
+        trained, prompts = set(inputs.train.prompts()), pairs_of[name].pairs.prompts()
+        count = sum(prompt in trained for prompt in prompts)
+        if count:
+            text = f"{name} was trained on the prompts of {count:,} of the {len(prompts):,} pairs"
+            yield Update("note", f"warning: {text}: it will look too good")
+            is_held_out = False
+    return is_held_out
+
+
+def _base_names(found: Mapping[str, FoundModel]) -> dict[str, str]:
+    """Return the name of the base of each model with an adapter."""
+    adapted = {name: model for name, model in found.items() if model.adapter}
+    first: dict[tuple[Any, ...], str] = {}
+    for name, model in adapted.items():
+        first.setdefault(_base_key(model), name)
+    is_one = len(first) == 1
+    return {
+        name: BASE if is_one else f"{BASE} of {first[_base_key(model)]}"
+        for name, model in adapted.items()
+    }
+
+
+def _base_key(model: FoundModel) -> tuple[Any, ...]:
+    """Return what the weights of a loaded base depend on."""
+    return model.base.fingerprint, model.dtype, model.device, str(model.recipe.quantization)
+
+
+def _score_all(
+    found: Mapping[str, FoundModel], pairs_of: Mapping[str, _Pairs], bases: Mapping[str, str]
+) -> Generator[Update, None, dict[str, PairLogps]]:
+    """Return the scores of each model and base, the bases first.
+
+    Models on one base with adapters of one shape are loaded once.
+    """
+    scores: dict[str, PairLogps] = {}
+    base_scores: dict[str, PairLogps] = {}
+    opened: OpenRun | None = None
+    with _explained_memory(found):
+        for name, model in sorted(found.items(), key=lambda item: str(_base_key(item[1]))):
+            pairs, recipe = pairs_of[name].pairs, pairs_of[name].recipe
+            if opened and model.adapter and _fits_into(model, opened):
+                file = model.adapter / "adapter_model.safetensors"
+                set_adapter(opened.model, load_file(file))
+            else:
+                opened = None  # before the next one is loaded
+                yield Update("stage", f"loading {name}")
+                opened = load_model(model)
+            task = f"scoring {len(pairs):,} pairs by"
+            scores[name] = yield from score_pairs(opened.model, pairs, recipe, f"{task} {name}")
+            base, route = bases.get(name), opened.model.route
+            if base and base not in base_scores:
+                with opened.without_adapter():
+                    stage = f"{task} its base"
+                    base_scores[base] = yield from score_pairs(
+                        opened.model, pairs, recipe, stage, route
+                    )
+    return base_scores | {name: scores[name] for name in found}
+
+
+def _fits_into(model: FoundModel, opened: OpenRun) -> bool:
+    """Return whether only the numbers of the adapter differ from those of an opened run."""
+    adapters = [one.adapter for one in (model, opened) if one.adapter]
+    if len(adapters) < 2 or _base_key(model) != _base_key(opened):
+        return False
+    unread = ("base_model_name_or_path", "revision")
+    one, other = (
+        {key: value for key, value in config.items() if key not in unread}
+        for config in (read_json(adapter / "adapter_config.json") for adapter in adapters)
+    )
+    return one == other
+
+
+@contextmanager
+def _explained_memory(found: Mapping[str, FoundModel]) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise FitError(
+            where=f"evaluating {', '.join(found)}",
+            found=f"the GPU is out of memory ({first_line(error)})",
+            expected="enough memory for one model",
+            fix="end other programs that use the GPU (nvidia-smi lists them); "
+            "CUDA_VISIBLE_DEVICES= in front of the command computes on the CPU, which is slow",
+        ) from error

@@ -1,0 +1,57 @@
+"""Judge a training by the scores that it recorded: the kept adapter against the start."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from orpo_lite.data.cache import TokenizedPairs
+from orpo_lite.errors import CheckpointError
+from orpo_lite.evaluation.compare import Evaluation, compare
+from orpo_lite.ops.outputs import PairLogps
+from orpo_lite.recipe.schema import Recipe
+from orpo_lite.runs.atomic import to_json, write_text
+from orpo_lite.runs.records import SCORES, read_scores
+
+VERDICT = "verdict.json"
+BASE, START, TUNED = "base", "the adapter it started from", "tuned"
+
+
+def judge_training(recipe: Recipe, pairs: TokenizedPairs, path: Path, kept: int) -> Evaluation:
+    """Compare the adapter of step ``kept`` with the start of the training; write verdict.json.
+
+    Args:
+        recipe: of the run.
+        pairs: its held-out pairs.
+        path: the run folder.
+        kept: the step whose adapter was kept.
+
+    Raises:
+        CheckpointError: the run has no scores of one of the steps, or of other pairs.
+    """
+    rows = {row["step"]: row for row in read_scores(path)}
+    start = START if recipe.model.adapter_name_or_path else BASE
+    found: dict[str, PairLogps] = {}
+    for name, step in ((start, 0), (TUNED, kept)):
+        scores = _scores(rows.get(step, {}))
+        if len(scores.chosen_P) != len(pairs):
+            raise CheckpointError(
+                where=str(path / SCORES),
+                found=f"has no scores of {len(pairs)} pairs at step {step}",
+                expected="those of the run's held-out pairs",
+                fix=f"orpo-lite eval {path} computes them",
+            )
+        found[name] = scores
+    evaluation = compare(
+        pairs, found, [(TUNED, start)], held_out=True, data=", ".join(recipe.data.names)
+    )
+    write_text(path / VERDICT, to_json(evaluation.to_json()))
+    return evaluation
+
+
+def _scores(row: dict[str, Any]) -> PairLogps:
+    """Return the scores of a row of pair_scores.jsonl; null there is NaN."""
+    columns = (row.get(name, []) for name in ("chosen", "rejected", "nll", "nll_tokens"))
+    known = ([math.nan if value is None else value for value in column] for column in columns)
+    return PairLogps(*(torch.tensor(column, dtype=torch.float64) for column in known))
