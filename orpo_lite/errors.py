@@ -132,7 +132,10 @@ class CheckpointError(OrpoLiteError):
 
 
 class FitError(OrpoLiteError):
-    """This machine has too little disk, host or GPU memory, or lacks 4-bit support or a package."""
+    """This machine has too little disk, host or GPU memory, or lacks 4-bit support or a package.
+
+    ``orpo-lite doctor`` ends with its exit code if it finds a fault.
+    """
 
     exit_code = 6
 

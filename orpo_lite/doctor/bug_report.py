@@ -13,19 +13,20 @@ from orpo_lite.doctor.check import Check
 from orpo_lite.errors import TOKEN
 
 SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSWORD|CREDENTIAL|COOKIE", re.IGNORECASE)
-PATH = re.compile(r"(?<![\w:/.])(?:~[\w-]*)?/[^\s,;:'\"()\[\]<>|]+")
+IN_PATH = r"[^\s,;:'\"()\[\]<>|]"
+PATH = re.compile(rf"(?<![\w:/.])(?:~[\w-]*)?/{IN_PATH}+")
 URL = re.compile(r"https?://(?!huggingface\.co/|pytorch\.org/)[^\s,;'\")]+")
 MARKS = {"fault": "FAULT", "warning": "warning", "ok": "ok"}
 
 
 def bug_report(checks: Sequence[Check]) -> str:
     """Return the checks as Markdown for an issue: no names of people or machines, paths, tokens."""
+    private = sorted({name for check in checks for name in check.private}, key=len, reverse=True)
     lines = [f"**orpo-lite doctor**, {platform.system()} {platform.machine()}", ""]
     for check in checks:
-        fix = f" (to do: {check.fix})" if check.fix else ""
-        text = f"{check.found}{fix}"
-        for name in sorted(check.private, key=len, reverse=True):
-            text = text.replace(name, "...")
+        text = f"{check.found} (to do: {check.fix})" if check.fix else check.found
+        for name in private:
+            text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "...", text)
         lines.append(f"- {MARKS[check.state]}: {check.name}: {' '.join(text.split())}")
     return anonymous("\n".join(lines)) + "\n"
 
@@ -44,7 +45,7 @@ def anonymous(text: str) -> str:
     folders = [str(Path.cwd()), str(Path.home()), sys.prefix, *_folders()]
     for folder in sorted(folders, key=len, reverse=True):
         if len(folder) > 1:
-            text = text.replace(folder, "PATH")
+            text = re.sub(rf"{re.escape(folder)}{IN_PATH}*", "PATH", text)
     text = PATH.sub("PATH", URL.sub("URL", text))
     for name in _own_names():
         text = re.sub(rf"(?<![A-Za-z]){re.escape(name)}(?![A-Za-z])", "NAME", text, flags=re.I)

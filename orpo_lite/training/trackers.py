@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-from orpo_lite.errors import Command, FitError, HubError
+from orpo_lite.errors import Command, FitError, HubError, first_line
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.recipe.text import to_text
 from orpo_lite.runs.atomic import to_json, write_text
@@ -36,7 +36,7 @@ def check_trackers(recipe: Recipe) -> None:
 
     Raises:
         FitError: its package is not installed.
-        HubError: wandb has no login, and is not in offline mode.
+        HubError: wandb cannot log in, and is not in offline mode.
     """
     for name in recipe.training.report_to:
         try:
@@ -48,20 +48,28 @@ def check_trackers(recipe: Recipe) -> None:
                 expected="the package",
                 fix=Command(f"pip install {name}"),
             ) from None
-    if "wandb" in recipe.training.report_to and not _wandb_has_login():
+    if "wandb" in recipe.training.report_to and (fault := _wandb_fault()):
         raise HubError(
             where=f"training.report_to ({recipe.sources['training.report_to']})",
-            found="wandb has no login",
+            found=fault,
             expected="a login, or offline mode, which keeps the metrics in the run folder",
             fix=Command("wandb login", "; or, for offline mode: export WANDB_MODE=offline"),
         )
 
 
-def _wandb_has_login() -> bool:
-    """Return whether wandb has an API key or does not need one. wandb.init would ask for it."""
+def _wandb_fault() -> str:
+    """Return why wandb cannot send anything; "" if it can or is offline.
+
+    ``wandb.init`` would ask for a missing API key, and wait for the answer.
+    """
     import wandb
 
-    return _wandb_mode() != "online" or bool(wandb.login(prompt=False))
+    if _wandb_mode() != "online":
+        return ""
+    try:
+        return "" if wandb.login(prompt=False) else "wandb has no login"
+    except Exception as error:  # the server refuses the key, or does not answer
+        return f"wandb cannot log in ({first_line(error)[:300]})"
 
 
 def _wandb_mode() -> str:

@@ -402,6 +402,7 @@ def test_a_fault_of_ours_ends_with_70_a_traceback_and_the_request_to_report(
     assert "Traceback" in said
     assert "ZeroDivisionError: the pipe burst" in said
     assert "This is a fault of orpo-lite. Please report it" in said
+    assert "`orpo-lite doctor --bug-report`" in said
 
 
 def test_every_error_people_cause_ends_with_its_own_code(

@@ -141,13 +141,13 @@ def test_the_text_for_an_issue_holds_no_name_path_or_token(
 ) -> None:
     home, user, host = tmp_path / "home" / "annabel", "annabel", socket.gethostname()
     tokens = ["hf_" + "Abcd1234" * 4, "0123456789abcdef" * 2]
-    (home / "my pairs").mkdir(parents=True)
+    home.mkdir(parents=True)
     variables = {"HOME": str(home), "USER": user, "HF_TOKEN": tokens[0], "WANDB_API_KEY": tokens[1]}
     for name, value in (variables | {"ORPO_LITE_CACHE": str(home / "cache")}).items():
         monkeypatch.setenv(name, value)
 
     def crash() -> list[Check]:
-        raise OSError(f"{host}: {user}@{host} may not read {home}/my pairs with {tokens}, ~/x")
+        raise OSError(f"{host}: {user}@{host} may not read {home}/client/x.csv with {tokens}, ~/x")
 
     kept = [check for check in run.CHECKS if check[0] in ("packages", "disk")]
     monkeypatch.setattr(run, "CHECKS", [*kept, ("crash", crash, 9.0)])
@@ -159,5 +159,5 @@ def test_the_text_for_an_issue_holds_no_name_path_or_token(
     assert "- FAULT: crash: the check failed: OSError: " in printed
     assert re.search(r"^- ok: packages: orpo-lite .* transformers \d", printed, re.MULTILINE)
     assert "ok: disk, tokens: " in printed
-    for secret in (*tokens, user, host, str(home), str(tmp_path), "my-secret-pairs", "~/x"):
+    for secret in (*tokens, user, host, str(home), str(tmp_path), "my-secret", "client", "~/x"):
         assert secret not in printed, printed

@@ -11,7 +11,13 @@ import simulated_cuda
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.skipif(bool(simulated_cuda.missing()), reason=simulated_cuda.missing())
-CHECKS = ["check_training.py", "check_out_of_memory.py", "check_transfers.py", "check_families.py"]
+CHECKS = [
+    "check_training.py",
+    "check_out_of_memory.py",
+    "check_transfers.py",
+    "check_families.py",
+    "check_doctor.py",
+]
 
 
 @pytest.mark.parametrize("marker", ["not long", pytest.param("long", marks=pytest.mark.long)])

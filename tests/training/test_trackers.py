@@ -115,3 +115,10 @@ def test_wandb_asks_for_no_login_and_keeps_an_offline_run(
     content = log.read_bytes()
     assert b"eval_rewards/accuracies" in content
     assert b"how is it?" not in content  # the prompts of the pairs
+    Path("run/report.html").write_text("<p>what it answers")
+    for is_sent in (False, True):
+        recipe = recipe.override({"output.send_report": is_sent})
+        train(recipe, resume=True)
+        sent = [*Path("run/wandb").glob("**/media/html/report*.html")]
+        assert [file.read_text() for file in sent] == ["<p>what it answers"] * is_sent
+    assert read_json(Path("run/trackers.json"))["id"] == run_id
