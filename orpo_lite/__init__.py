@@ -39,8 +39,9 @@ _EXPORTS = {
     "verify": "orpo_lite.api",
     "export": "orpo_lite.exporting.targets",
     "push": "orpo_lite.publishing.push",
+    "report": "orpo_lite.evaluation.report",
 }
-__all__ = ["export", "load_recipe", "merge", "plan", "push", "train", "verify"]
+__all__ = ["export", "load_recipe", "merge", "plan", "push", "report", "train", "verify"]
 
 
 def __getattr__(name: str) -> Any:
