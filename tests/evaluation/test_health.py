@@ -24,7 +24,7 @@ def eased(start: float, end: float, share: float) -> float:
     return start + (end - start) * (1 - math.exp(-4 * share)) / (1 - math.exp(-4))
 
 
-def curves_of(kind: str, rng: random.Random) -> Curves:
+def curves_of(kind: str, rng: random.Random) -> Curves:  # noqa: C901 - a few lines for each kind
     """A run of a kind: its curves, the noise of batches of 32 pairs, of 10 evaluations of 200."""
     steps, beta = rng.randrange(40, 400), rng.choice((0.05, 0.1, 0.25))
     nll = rng.uniform(0.9, 2.0)
