@@ -40,8 +40,19 @@ _EXPORTS = {
     "evaluate": "orpo_lite.evaluation.evaluate",
     "export": "orpo_lite.exporting.targets",
     "push": "orpo_lite.publishing.push",
+    "report": "orpo_lite.evaluation.report",
 }
-__all__ = ["evaluate", "export", "load_recipe", "merge", "plan", "push", "train", "verify"]
+__all__ = [
+    "evaluate",
+    "export",
+    "load_recipe",
+    "merge",
+    "plan",
+    "push",
+    "report",
+    "train",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

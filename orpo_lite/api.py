@@ -1,7 +1,8 @@
 """Train and verify, for notebooks and the command line: the tasks that combine several packages."""
 
+import math
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from orpo_lite.base.weights import check_weights
 from orpo_lite.evaluation.gain import Kept, kept_gain, pair_log_odds
 from orpo_lite.evaluation.judge import judge_training
 from orpo_lite.evaluation.open_run import find_model
+from orpo_lite.evaluation.report import report
 from orpo_lite.evaluation.samples import answer_prompts, find_prompts
 from orpo_lite.evaluation.verify import Verdict, compare_merged, pairs_to_compare, read_gains
 from orpo_lite.exporting.llama_cpp import score_pairs
@@ -59,6 +61,11 @@ from orpo_lite.updates import (
 )
 
 NO_CARD = "the model card (README.md) is not written"
+NO_REPORT = "the report (report.html) is not written"
+REPORT_SHARE = 0.02
+"""Most time for reports during a training, as a share of the time since the last one."""
+FIRST_REPORT = 5.0
+"""Seconds that a first report may take: it loads matplotlib."""
 
 
 def train(recipe: Recipe, *, resume: bool = False) -> TrainResult:
@@ -120,7 +127,8 @@ def train_events(recipe: Recipe, *, resume: bool = False) -> Generator[Update, N
     if resume:
         processes.on_main(check_lock, path, lock)
     else:
-        lock |= {"licences": licences, "recipe": dict(recipe.items())}
+        given = {key: source for key, source in recipe.sources.items() if source != "default"}
+        lock |= {"licences": licences, "recipe": dict(recipe.items()), "sources": given}
         processes.on_main(create, recipe, lock, inputs.figures, initial)
     if plan:
         processes.on_main(write_text, path / PLAN, to_json(plan))
@@ -216,10 +224,12 @@ def _train(
         yield from resumed.record(session, state.step)
     if processes.is_main:
         yield from attempt(NO_CARD, make_card, path)
+    writes_report = recipe.output.report and processes.is_main
     trackers = Trackers(recipe, path, is_main=processes.is_main)
     try:
         yield from trackers.start(state, resumed=resumed is not None)
-        yield from trackers.follow(train_steps(session, state, saved=resumed is not None))
+        updates = trackers.follow(train_steps(session, state, saved=resumed is not None))
+        yield from _with_reports(updates, path) if writes_report else updates
         kept = yield from keep_best(session, state)
         samples: tuple[Sample, ...] = ()
         verdict: dict[str, Any] | None = None
@@ -227,6 +237,8 @@ def _train(
             verdict = yield from _judge(recipe, inputs, path, kept)
             samples = yield from answer_prompts(recipe, prompts, session.pair_model, path, stop)
             yield from attempt(NO_CARD, write_card, path)
+        if writes_report:
+            yield from attempt(NO_REPORT, report, path)
         yield from trackers.send_report()
     finally:
         trackers.finish()
@@ -254,6 +266,19 @@ def _judge(
     except Exception as error:  # the adapter is saved, and must not be lost for it
         yield failure("the training is not judged", error)
         return None
+
+
+def _with_reports(updates: Iterable[Update], path: Path) -> Iterator[Update]:
+    """Pass on the updates of a training; write its report after evaluations if that is quick."""
+    last, took = time.monotonic(), FIRST_REPORT
+    for update in updates:
+        yield update
+        if update.kind == "eval" and took < REPORT_SHARE * (time.monotonic() - last):
+            began = time.monotonic()
+            failures = [*attempt(NO_REPORT, report, path)]
+            yield from failures
+            last = time.monotonic()
+            took = math.inf if failures else last - began  # it is tried again at the end
 
 
 def verify(

@@ -270,7 +270,7 @@ SMALL = (
     "model:\n  model_name_or_path: ./base\ndata:\n  dataset_name: ./pairs.jsonl\n  test_split_size: 0.2\n"
     "  max_length: 128\n  max_prompt_length: 96\n"
     "training:\n  output_dir: run\n  learning_rate: 1e-3\n  global_batch_size: 8\n  eval_steps: 0.5\n"
-    "output:\n  samples: 1\n  max_new_tokens: 8\n"
+    "output:\n  samples: 1\n  max_new_tokens: 8\n  report: false\n"
 )
 
 

@@ -109,6 +109,8 @@ def finish(recipe: "Recipe", result: "TrainResult") -> None:
         f"{result.steps} steps in {minutes}m{seconds:02d}s; "
         f"every step is in {result.run}/metrics.jsonl"
     )
+    if recipe.output.report:
+        out.print(f"curves, verdicts and answers: open {result.run}/report.html in a browser")
     if remark := builtin_remark(recipe):
         out.print(remark)
     if recipe.output.push_to_hub:

@@ -327,6 +327,9 @@ class OutputSection(Section):
 
     merge: bool = True
     """Merge the adapter into the 16-bit base after the training."""
+    report: bool = True
+    """Write report.html into the run, after evaluations and at the end: verdicts, curves, data and
+    answers. false: only `orpo-lite report` writes it."""
     samples: int = Field(3, ge=0, le=20)
     """Prompts that are answered by the base and by the adapter: this many held-out ones, and at
     most this many of five neutral ones that a model card may show."""

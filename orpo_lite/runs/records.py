@@ -119,6 +119,46 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
     )
 
 
+def read_before_after(path: Path) -> list[dict[str, Any]]:
+    """Return the prompts of samples.jsonl in order, each with its first and its last answer.
+
+    The keys are source, prompt, before, after and temperature. A row holds either both answers, or
+    ``answer`` at a ``step``; step 0 is before the training.
+
+    Raises:
+        CheckpointError: a line is damaged.
+    """
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in _read_rows(path / SAMPLES, {"prompt": str}, object):
+        place = (row.get("source", "held-out"), row["prompt"])
+        both = {key: row.get(key, row.get("answer")) for key in ("before", "after")}
+        needed: ValueTypes = {"before": str, "after": str, "temperature": FIGURE | None}
+        both["temperature"] = row.get("temperature")
+        refuse_lacking(both, needed, str(path / SAMPLES))
+        known = found.setdefault(place, {"source": place[0], "prompt": place[1], **both})
+        known["after"] = both["after"]
+    return [*found.values()]
+
+
+def readable_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Return the rows of metrics.jsonl that can be read, and how many lines cannot.
+
+    A last line without its line feed is still being written. It is not counted.
+    """
+    file = path / "metrics.jsonl"
+    rows, damaged = [], 0
+    lines = _lines(file)
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            refuse_lacking(row, {**dict.fromkeys(row, FIGURE | None), "step": int}, str(file))
+        except (ValueError, TypeError, AttributeError, CheckpointError):
+            damaged += number < len(lines) or file.read_bytes().endswith(b"\n")
+        else:
+            rows.append(row)
+    return rows, damaged
+
+
 def _read_rows(file: Path, needed: ValueTypes, others: type | UnionType) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(_lines(file), 1):

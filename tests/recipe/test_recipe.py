@@ -875,6 +875,7 @@ OWNERS: dict[str, tuple[str, str]] = {
     "memory.mlp_tile": (OURS, ""),
     "memory.embedding_on_cpu": (OURS, ""),
     "output.merge": (OURS, ""),
+    "output.report": (OURS, ""),
     "output.samples": (OURS, ""),
     "output.max_new_tokens": (
         OURS,

@@ -1,0 +1,252 @@
+"""Write the report of one or several runs: one HTML file that needs no network and no script."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from markupsafe import Markup
+
+from orpo_lite import __version__
+from orpo_lite.errors import RecipeError
+from orpo_lite.evaluation.charts import Better, Chart, Line, draw
+from orpo_lite.evaluation.health import Finding
+from orpo_lite.evaluation.report_texts import ICONS, differing_settings, rows_of, run_texts
+from orpo_lite.evaluation.run_record import RunRecord
+from orpo_lite.recipe.text import GIB
+from orpo_lite.runs.atomic import write_text
+
+REPORT = "report.html"
+MOST_RUNS = 8
+
+
+class Spec(NamedTuple):
+    """What a chart shows."""
+
+    key: str
+    title: str
+    note: str
+    metrics: Mapping[str, str]
+    """Name of a metric -> its label, "" if the chart has only one."""
+    better: Better = ""
+    percent: bool = False
+
+
+SPECS = (
+    Spec("loss", "Loss", "What the training minimises: NLL and λ times the odds-ratio loss.",
+         {"loss": ""}, "low"),
+    Spec("nll", "NLL of the chosen answers", "How surprised the model is by them, per token.",
+         {"nll_loss": ""}, "low"),
+    Spec("logps", "Log-probabilities", "Mean per token of an answer, as in the paper's Figs 3, 7 "
+         "and 9.", {"logps/chosen": "chosen", "logps/rejected": "rejected"}, "high"),
+    Spec("odds", "Log odds ratio", "How much more likely the chosen answer is than the rejected "
+         "one.", {"log_odds_chosen": ""}, "high"),
+    Spec("accuracy", "Reward accuracy", "Share of pairs whose chosen answer is the likelier one.",
+         {"rewards/accuracies": ""}, "high", percent=True),
+    Spec("margin", "Reward margin", "λ times the difference of the two log-probabilities.",
+         {"rewards/margins": ""}, "high"),
+    Spec("rate", "Learning rate", "As the schedule sets it.", {"learning_rate": ""}),
+    Spec("norm", "Gradient norm", "Before clipping.", {"grad_norm": ""}),
+    Spec("speed", "Tokens per second", "Of both answers, in training steps.",
+         {"tokens_per_second": ""}),
+)  # fmt: skip
+MEMORY = Spec(
+    "memory", "GPU memory", "Peak so far, in GiB: of tensors, and what torch took for them.",
+    {"memory_gib": "tensors", "memory_reserved_gib": "reserved"},
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ReportResult:
+    """A report that was written."""
+
+    file: Path
+    health: Mapping[str, Sequence[Finding]]
+    """Run folder -> verdicts on its curves, the gravest first."""
+    verdicts: Mapping[str, Sequence[str]]
+    """Run folder -> sentences on whether the model got better, [] if it was not evaluated."""
+
+
+def report(
+    *run_folders: str | Path, to: str | Path | None = None, data_texts: bool = True
+) -> ReportResult:
+    """Write one HTML file on one run, or on several runs over each other.
+
+    Args:
+        run_folders: run folders, also of a training that is going on.
+        to: the file to write. By default report.html, in the run or, for several, in the current
+            folder.
+        data_texts: show prompts of the data with their answers, and paths. False: for a copy that
+            others see.
+
+    Raises:
+        CheckpointError: a folder is not a run, or the file cannot be written.
+        RecipeError: no run, or too many.
+    """
+    paths = [Path(folder).expanduser() for folder in run_folders]
+    records = read_runs(paths)
+    file = Path(to).expanduser() if to else (paths[0] if len(paths) == 1 else Path()) / REPORT
+    write_text(file, make_page(records, data_texts=data_texts))
+    return ReportResult(
+        file,
+        {str(record.path): record.health for record in records},
+        {
+            str(record.path): [
+                str(row.get("text", ""))
+                for verdict in record.verdicts.values()
+                for row in rows_of(verdict, "comparisons")
+            ]
+            for record in records
+        },
+    )
+
+
+def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
+    """Read the runs of a report. Raise :class:`RecipeError` for none, or for more than it shows."""
+    if not 0 < len(paths) <= MOST_RUNS:
+        raise RecipeError(
+            where="orpo-lite report",
+            found=f"{len(paths)} runs",
+            expected=f"1 to {MOST_RUNS} run folders",
+            fix="name the folders of the runs to compare",
+        )
+    return [RunRecord.read(path) for path in paths]
+
+
+def make_page(records: Sequence[RunRecord], *, data_texts: bool = True) -> str:
+    """Return the page as HTML, without a script. ``data_texts`` as in :func:`report`."""
+    return wrap_body(make_body(records, data_texts=data_texts), records)
+
+
+def make_body(
+    records: Sequence[RunRecord], *, data_texts: bool = True, live: bool = False
+) -> Markup:
+    """Return what the page shows, which the script of a live page replaces."""
+    # matplotlib escapes the texts in its pictures.
+    charts = [_with_picture(chart, Markup(draw(chart))) for chart in make_charts(records)]  # noqa: S704
+    labels = _labels(records)
+    runs = [
+        run_texts(record, label, data_texts) for record, label in zip(records, labels, strict=True)
+    ]
+    differing = differing_settings(records, labels, data_texts) if len(runs) > 1 else []
+    return _render(
+        "report_body.html",
+        title=_title(records),
+        runs=runs,
+        charts=charts,
+        differing=differing,
+        icons=ICONS,
+        version=__version__,
+        live=live,
+    )
+
+
+def wrap_body(body: Markup, records: Sequence[RunRecord], *, live: bool = False) -> str:
+    """Return the whole page. Only a live page, which a server sends, has a script."""
+    return _render("report.html", title=_title(records), body=body, live=live)
+
+
+def _title(records: Sequence[RunRecord]) -> str:
+    return records[0].name if len(records) == 1 else f"{len(records)} runs"
+
+
+def _render(template: str, **values: Any) -> Markup:
+    """Fill in a template of this folder; every text is escaped."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return Markup(environment.get_template(template).render(values))  # noqa: S704 - escaped
+
+
+# --- charts
+
+
+def make_charts(records: Sequence[RunRecord]) -> list[Chart]:
+    """Return the charts: of one run in training and held out, or of several runs, a line each."""
+    charts = []
+    for spec in (*SPECS, MEMORY):
+        if spec is MEMORY and not any("memory_reserved_gib" in row for row in records[0].rows):
+            continue
+        if len(records) == 1:
+            charts.append(_chart(spec, [*_lines(spec, records[0])], _level(spec, records[0])))
+            continue
+        labels = _labels(records)
+        for metric, name in spec.metrics.items():
+            lines = [
+                line
+                for number, record in enumerate(records)
+                if (line := _one_line(metric, record, labels[number], number))
+            ]
+            title = f"{spec.title}, {name}" if name else spec.title
+            part = spec._replace(key=f"{spec.key}{name}", title=title)
+            charts.append(_chart(part, lines, None))
+    return [chart for chart in charts if chart.lines]
+
+
+def _chart(spec: Spec, lines: list[Line], level: tuple[str, float] | None) -> Chart:
+    return Chart(spec.key, spec.title, spec.note, lines, spec.better, spec.percent, level)
+
+
+def _level(spec: Spec, record: RunRecord) -> tuple[str, float] | None:
+    planned = record.plan.get("peak_bytes")
+    if spec is not MEMORY or not isinstance(planned, int | float):
+        return None
+    return "planned peak of tensors", planned / GIB
+
+
+def _lines(spec: Spec, record: RunRecord) -> Iterator[Line]:
+    for number, (metric, name) in enumerate(spec.metrics.items()):
+        for held_out, kind in ((False, "training"), (True, "held-out")):
+            steps, values = _series(record, f"eval_{metric}" if held_out else metric)
+            if not steps:
+                continue
+            single = len(spec.metrics) == 1
+            colour = int(held_out) if single else number
+            label = ", ".join(part for part in (name, kind) if part)
+            if not any(f"eval_{metric}" in row for row in record.rows):
+                label = name or kind
+            yield Line(label, steps, values, colour, 2 * number + held_out, held_out)
+
+
+def _one_line(metric: str, record: RunRecord, label: str, number: int) -> Line | None:
+    """Return a run's line of a metric: held out if it was evaluated, else in training."""
+    for held_out in (True, False):
+        steps, values = _series(record, f"eval_{metric}" if held_out else metric)
+        if steps:
+            style = number + number // 4
+            return Line(label, steps, values, number, style, held_out, faint=False)
+    return None
+
+
+def _series(record: RunRecord, key: str) -> tuple[list[int], list[float]]:
+    rows = [row for row in record.rows if key in row]
+    values = [math.nan if row[key] is None else float(row[key]) for row in rows]
+    return [row["step"] for row in rows], values
+
+
+def _with_picture(chart: Chart, picture: object) -> dict[str, Any]:
+    header, rows = chart.table()
+    return {
+        "key": chart.key,
+        "title": chart.title,
+        "note": chart.note,
+        "picture": picture,
+        "summary": chart.summary(),
+        "header": header,
+        "rows": rows,
+    }
+
+
+def _labels(records: Sequence[RunRecord]) -> list[str]:
+    """Return a short name for each run; a letter in front if there are several."""
+    if len(records) == 1:
+        return [records[0].name]
+    short = [name if len(name) <= 14 else f"{name[:13]}…" for name in (r.name for r in records)]
+    return [f"{chr(65 + number)} {name}" for number, name in enumerate(short)]

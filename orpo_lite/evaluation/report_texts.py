@@ -1,0 +1,293 @@
+"""Make the texts of the report's page from what a run folder holds."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from orpo_lite.data.sources.source import is_path
+from orpo_lite.data.statistics import warning_lines
+from orpo_lite.evaluation.health import Finding
+from orpo_lite.evaluation.run_record import RunRecord, default
+from orpo_lite.recipe.text import GIB, gib, to_text
+from orpo_lite.runs.commands import new_run_command, quoted
+
+LONGEST = 2000  # characters of a prompt or an answer
+ICONS = {"good": "✓", "warning": "!", "serious": "✕", "unknown": "?"}
+OUTCOMES = {"better": "good", "worse": "serious", "cannot tell": "unknown"}
+
+
+def run_texts(record: RunRecord, label: str, data_texts: bool) -> dict[str, Any]:
+    """Return what the page shows of a run, except charts. ``data_texts`` as in ``report``."""
+    path = quoted(record.path) if data_texts else "RUN"
+    verdicts = [_verdict(when, found) for when, found in record.verdicts.items()]
+    return {
+        "name": record.name,
+        "label": label,
+        "path": path,
+        "facts": [*_facts(record, data_texts)],
+        "running": not record.is_finished,
+        "steps": record.steps,
+        "planned": record.planned_steps,
+        "verdicts": verdicts,
+        "tiles": [*_tiles(record)],
+        "health": [_finding(finding, record, data_texts) for finding in record.health],
+        "memory": _memory(record),
+        "data": _data(record, data_texts),
+        "answers": _answers(record, data_texts),
+        "settings": [*_settings(record, data_texts)],
+        "versions": [*_versions(record)],
+        "notes": record.notes if data_texts else [],
+    }
+
+
+def _facts(record: RunRecord, data_texts: bool) -> Iterator[tuple[str, str]]:
+    yield "Base", _shown(record.settings.get("model.model_name_or_path"), data_texts)
+    yield "Data", _shown(record.settings.get("data.dataset_name"), data_texts)
+    planned = record.planned_steps
+    of_all = f" of {planned:,}" if planned and planned != record.steps else ""
+    yield "Steps", f"{record.steps:,}{of_all}"
+    kept = record.result.get("kept_step")
+    if record.is_finished and isinstance(kept, int):
+        yield "Kept", f"the adapter of step {kept:,}"
+    metrics = record.path / "metrics.jsonl"
+    if metrics.is_file():
+        written = datetime.fromtimestamp(metrics.stat().st_mtime)
+        yield "Last step", f"{written:%Y-%m-%d %H:%M}"
+
+
+TILES = (
+    ("rewards/accuracies", "Reward accuracy", True),
+    ("log_odds_chosen", "Log odds ratio", False),
+    ("nll_loss", "NLL of chosen", False),
+    ("rewards/margins", "Reward margin", False),
+)
+
+
+def _tiles(record: RunRecord) -> Iterator[dict[str, str]]:
+    """Yield held-out metrics before the training and of the kept adapter."""
+    before, after = record.held_out(0), record.kept
+    for key, label, percent in TILES:
+        values = [row.get(f"eval_{key}") for row in (before, after)]
+        if all(isinstance(value, int | float) for value in values):
+            texts = [f"{value:.1%}" if percent else f"{value:.3f}" for value in values]
+            yield {"label": label, "before": _minus(texts[0]), "after": _minus(texts[1])}
+
+
+def _finding(finding: Finding, record: RunRecord, data_texts: bool) -> dict[str, Any]:
+    path = record.path if data_texts else Path("RUN")
+    command = new_run_command(path, finding.values).line if finding.values else ""
+    return {**vars(finding), "icon": ICONS[finding.gravity], "command": command}
+
+
+def _memory(record: RunRecord) -> str:
+    """Return memory and plan in a sentence."""
+    peaks = [row["memory_gib"] for row in record.rows if row.get("memory_gib") is not None]
+    if not peaks:
+        return ""
+    if not any("memory_reserved_gib" in row for row in record.rows):
+        return (
+            "This training ran on a CPU, for which no plan is made. "
+            f"The process held {max(peaks):.2f} GiB of memory at its peak."
+        )
+    planned = record.plan.get("peak_bytes")
+    if not isinstance(planned, int | float) or not planned:
+        return f"Tensors took {max(peaks):.2f} GiB at their peak. There is no plan.json."
+    share = max(peaks) * GIB / planned
+    return (
+        f"Tensors took {max(peaks):.2f} GiB at their peak, {share:.0%} of the {gib(int(planned))} "
+        "that were planned."
+    )
+
+
+def rows_of(value: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
+    """Return the objects in a list of a JSON object; [] if there is none."""
+    rows = value.get(key)
+    return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+
+
+def _verdict(when: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an evaluation as texts. What it lacks is a dash."""
+    models = [
+        {
+            "name": str(row.get("name", "–")),
+            "values": [
+                _interval(row.get("accuracy"), percent=True),
+                _interval(row.get("margin")),
+                _interval(row.get("log_odds")),
+                _interval(row.get("nll")),
+                _interval(_in(row.get("shorter_chosen"), "accuracy"), percent=True),
+            ],
+        }
+        for row in rows_of(found, "models")
+    ]
+    comparisons = []
+    for row in rows_of(found, "comparisons"):
+        outcome = str(row.get("outcome", "cannot tell"))
+        gravity = OUTCOMES.get(outcome, "unknown")
+        title = f"{outcome[:1].upper()}{outcome[1:]}"
+        if outcome in ("better", "worse"):
+            title += f" than {row.get('against', 'the other')}"
+        needed = row.get("pairs_needed")
+        comparisons.append(
+            {
+                "title": title,
+                "model": str(row.get("model", "")),
+                "gravity": gravity,
+                "icon": ICONS[gravity],
+                "text": str(row.get("text", "")),
+                "needed": f"{needed:,}" if isinstance(needed, int) else "",
+            }
+        )
+    pairs, prompts = found.get("pairs"), found.get("prompts")
+    kind = "held-out pairs" if found.get("held_out", True) else "training pairs"
+    size = f"{pairs:,} {kind}" if isinstance(pairs, int) else kind
+    if isinstance(prompts, int):
+        size += f" of {prompts:,} prompts"
+    rule = _interval(_in(found.get("length_rule"), "accuracy"), percent=True)
+    shorter = [_in(row.get("shorter_chosen"), "pairs") for row in rows_of(found, "models")]
+    return {
+        "when": when,
+        "size": size,
+        "models": models,
+        "comparisons": comparisons,
+        "length_rule": "" if rule == "–" else rule,
+        "shorter_pairs": next((f"{n:,}" for n in shorter if isinstance(n, int)), ""),
+    }
+
+
+def _in(value: Any, key: str) -> Any:
+    return value.get(key) if isinstance(value, dict) else None
+
+
+def _interval(value: Any, *, percent: bool = False) -> str:
+    """Return a value with its interval: 62.5% (58.1 to 66.9)."""
+    parts = [_in(value, key) for key in ("value", "low", "high")]
+    parts = [value] if isinstance(value, int | float) else parts
+    known = [float(part) for part in parts if isinstance(part, int | float) and math.isfinite(part)]
+    if not known:
+        return "–"
+    texts = [f"{100 * part:.1f}" if percent else f"{part:.3f}" for part in known]
+    text = f"{texts[0]}%" if percent else texts[0]
+    return _minus(f"{text} ({texts[1]} to {texts[2]})" if len(texts) == 3 else text)
+
+
+def _minus(text: str) -> str:
+    return text.replace("-", "\u2212")
+
+
+def _data(record: RunRecord, data_texts: bool) -> dict[str, Any]:
+    """Return the figures of data.json as texts; what it lacks is left out."""
+    found = record.data
+    if not found:
+        return {}
+
+    def count(value: Any) -> str:
+        return f"{value:,}" if isinstance(value, int) else "–"
+
+    dropped = found.get("dropped")
+    reasons = {
+        str(reason): count(_in(row, "pairs"))
+        for reason, row in (dropped.items() if isinstance(dropped, dict) else ())
+    }
+    figures = {
+        "Rows read": count(found.get("rows_read")),
+        "Training pairs": count(found.get("train_pairs")),
+        "Held-out pairs": count(found.get("held_out_pairs")),
+        "Prompts, training": count(_in(found.get("prompts"), "train")),
+        "Prompts, held-out": count(_in(found.get("prompts"), "held_out")),
+        "Prompts in both": count(_in(found.get("prompts"), "shared")),
+        "Pairs cut at data.max_length": count(_in(found.get("cut"), "pairs")),
+    }
+    for key, label in (
+        ("chosen_longer", "Chosen is longer"),
+        ("rejected_longer", "Rejected is longer"),
+    ):
+        if isinstance(found.get(key), int | float):
+            figures[label] = f"{found[key]:.0%} of pairs"
+    quantiles = ("min", "p5", "p50", "p95", "max")
+    lengths = [
+        (part, [count(_in(_in(found.get("tokens"), part), name)) for name in quantiles])
+        for part in ("prompt", "chosen", "rejected")
+    ]
+    try:
+        warnings = warning_lines(found)
+    except (KeyError, TypeError):  # a run of another version
+        warnings = []
+    formats = found.get("format") if data_texts else []
+    return {
+        "figures": figures,
+        "dropped": reasons,
+        "quantiles": ["shortest", "5%", "median", "95%", "longest"],
+        "lengths": lengths,
+        "warnings": warnings,
+        "format": [str(line) for line in formats] if isinstance(formats, list) else [],
+        "template": str(found.get("chat_template", "")),
+    }
+
+
+def _answers(record: RunRecord, data_texts: bool) -> dict[str, Any]:
+    rows = [
+        {key: _cut(row[key]) for key in ("prompt", "before", "after")} | {"source": row["source"]}
+        for row in record.answers
+    ]
+    temperatures = {row["temperature"] for row in record.answers if row["temperature"] is not None}
+    return {
+        "neutral": [row for row in rows if row["source"] == "neutral"],
+        "held_out": [row for row in rows if row["source"] != "neutral"] if data_texts else [],
+        "temperature": ", ".join(f"{value:g}" for value in sorted(temperatures)),
+    }
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} …"
+
+
+def _settings(record: RunRecord, data_texts: bool) -> Iterator[dict[str, Any]]:
+    for key, value in record.settings.items():
+        source = record.source(key)
+        yield {
+            "key": key,
+            "value": _shown(value, data_texts),
+            "source": source,
+            "is_default": source == "default" or value == default(key),
+        }
+
+
+def _shown(value: Any, data_texts: bool) -> str:
+    """Return a setting as text; for others a path without the folders that it is in."""
+    if isinstance(value, list) and all(isinstance(name, str) for name in value):
+        return ", ".join(_shown(name, data_texts) for name in value)
+    if not isinstance(value, str):
+        return to_text(value)
+    return Path(value).name if not data_texts and is_path(value) else value
+
+
+def _versions(record: RunRecord) -> Iterator[tuple[str, str]]:
+    lock = record.lock
+    yield "orpo-lite", str(lock.get("orpo_lite", "–"))
+    yield "Python", str(lock.get("python", "–"))
+    versions = lock.get("versions")
+    yield from (versions if isinstance(versions, dict) else {}).items()
+    if isinstance(dtype := lock.get("dtype"), str):
+        yield "computed in", dtype
+    for part, key in (("base", "fingerprint"), ("data", "sha256")):
+        if isinstance(value := _in(lock.get(part), key), str):
+            yield f"{part}, hash", value[:16]
+
+
+def differing_settings(
+    records: Sequence[RunRecord], labels: Sequence[str], data_texts: bool
+) -> list[dict[str, Any]]:
+    """Return the settings that differ between runs, with the value in each."""
+    keys = dict.fromkeys(key for record in records for key in record.settings)
+    keys.pop("training.output_dir", None)
+    rows = []
+    for key in keys:
+        values = [record.settings.get(key) for record in records]
+        if len({json.dumps(value, sort_keys=True, default=str) for value in values}) > 1:
+            shown = [_shown(value, data_texts) for value in values]
+            rows.append({"key": key, "values": [*zip(labels, shown, strict=True)]})
+    return rows

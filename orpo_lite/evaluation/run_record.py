@@ -1,0 +1,161 @@
+"""Read what a run folder holds for people, also of a run that is going on or damaged in part."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from orpo_lite.errors import CheckpointError
+from orpo_lite.evaluation.health import Curves, Finding, find_health
+from orpo_lite.recipe.schema import SECTIONS
+from orpo_lite.runs.changes import Change, read_changes, values_in_force
+from orpo_lite.runs.folder import RESULT
+from orpo_lite.runs.lock import read_lock, read_recipe
+from orpo_lite.runs.records import read_before_after, read_json, readable_metrics
+
+VERDICTS = {"verdict.json": "At the end of the training", "eval.json": "Evaluated later"}
+"""Files in a run with the result of an evaluation, and when it was made."""
+
+
+@dataclass
+class RunRecord:
+    """What a run folder holds. Files that cannot be read are left out, with a note."""
+
+    path: Path
+    lock: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    """``section.key`` -> value in force."""
+    changes: Sequence[Change]
+    rows: Sequence[Mapping[str, Any]]
+    """Those of metrics.jsonl."""
+    data: Mapping[str, Any]
+    """data.json, or {}."""
+    plan: Mapping[str, Any]
+    """plan.json, or {}."""
+    result: Mapping[str, Any]
+    """result.json of a finished training, or {}."""
+    verdicts: Mapping[str, Mapping[str, Any]]
+    """When it was made -> the content of a file of VERDICTS."""
+    answers: Sequence[Mapping[str, Any]]
+    """See :func:`orpo_lite.runs.records.read_before_after`."""
+    notes: list[str] = field(default_factory=list)
+    """What could not be read."""
+
+    @classmethod
+    def read(cls, path: Path) -> "RunRecord":
+        """Read a run folder.
+
+        Raises:
+            CheckpointError: the folder is not a run.
+        """
+        notes: list[str] = []
+
+        def optional(function: Any, *args: Any, default: Any) -> Any:
+            try:
+                return function(*args)
+            except CheckpointError as error:
+                notes.append(f"{error.where}: {error.found}")
+                return default
+
+        def object_in(name: str) -> dict[str, Any]:
+            file = path / name
+            return optional(read_json, file, default={}) if file.is_file() else {}
+
+        recipe = dict(read_recipe(path).items())
+        lock = optional(read_lock, path, default={})
+        where = str(path / "lock.json")
+        settings = optional(values_in_force, path, lock, default=recipe) if lock else recipe
+        rows, damaged = optional(readable_metrics, path, default=([], 0))
+        if damaged:
+            notes.append(f"{path / 'metrics.jsonl'}: {damaged} lines cannot be read")
+        return cls(
+            path=path,
+            lock=lock,
+            settings=settings,
+            changes=optional(read_changes, lock, where, default=[]),
+            rows=rows,
+            data=object_in("data.json"),
+            plan=object_in("plan.json"),
+            result=object_in(RESULT),
+            verdicts={when: found for name, when in VERDICTS.items() if (found := object_in(name))},
+            answers=optional(read_before_after, path, default=[]),
+            notes=notes,
+        )
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.path.resolve().name
+
+    @cached_property
+    def steps(self) -> int:
+        """The last step with metrics."""
+        return max((row["step"] for row in self.rows), default=0)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the training has ended, and was not resumed since."""
+        return self.result.get("steps") == self.steps
+
+    @property
+    def planned_steps(self) -> int | None:
+        """The steps of the whole training; None if unknown."""
+        steps = self.settings.get("training.max_steps")
+        if isinstance(steps, int) and steps > 0:
+            return steps
+        pairs, batch, epochs = (
+            self.data.get("train_pairs"),
+            self.settings.get("training.global_batch_size"),
+            self.settings.get("training.num_train_epochs"),
+        )
+        if not (isinstance(pairs, int) and isinstance(batch, int) and batch):
+            return None
+        return -int(-float(epochs or 1) * -(-pairs // batch) // 1)
+
+    @cached_property
+    def length_rule(self) -> float | None:
+        """The measured accuracy on held-out pairs of a rule that only looks at length, if any."""
+        for verdict in self.verdicts.values():
+            rule = verdict.get("length_rule")
+            value = rule.get("accuracy") if isinstance(rule, dict) else None
+            value = value.get("value") if isinstance(value, dict) else value
+            if isinstance(value, int | float):
+                return float(value)
+        return None
+
+    @cached_property
+    def health(self) -> list[Finding]:
+        """The verdicts on the curves, the gravest first."""
+        return find_health(Curves.of(self.rows, self.settings, self.data, self.length_rule))
+
+    def held_out(self, step: int | None) -> Mapping[str, Any]:
+        """Return the last evaluation at a step, or the last of all; {} without one."""
+        found = [
+            row for row in self.rows if "eval_loss" in row and (step is None or row["step"] == step)
+        ]
+        return found[-1] if found else {}
+
+    @property
+    def kept(self) -> Mapping[str, Any]:
+        """The evaluation of the adapter that was kept; of the last one while the run goes on."""
+        kept = self.result.get("kept_step") if self.is_finished else None
+        return self.held_out(kept if isinstance(kept, int) else None) or self.held_out(None)
+
+    def source(self, key: str) -> str:
+        """Return where the value of a setting comes from."""
+        changed = [change for change in self.changes if change.key == key]
+        if changed:
+            return f"changed after step {changed[-1].after_step:,}"
+        sources = self.lock.get("sources")
+        if isinstance(sources, dict):
+            return str(sources.get(key, "default"))
+        # Runs of older versions did not record it.
+        return "default" if self.settings[key] == default(key) else "recipe.yaml"
+
+
+def default(key: str) -> Any:
+    """Return the default of a ``section.key``; None if it has none."""
+    section, _, name = key.partition(".")
+    fields = SECTIONS[section].model_fields if section in SECTIONS else {}
+    return fields[name].default if name in fields else None
