@@ -1,5 +1,5 @@
 """What a trained model says. The metrics on held-out pairs are computed in ``model/held_out.py``.
 
-Order: intervals, gain, compare, judge, score, open_run, evaluate, samples, verify, health, run_record,
-charts, report_texts, report, live.
+Order: intervals, gain, compare, judge, score, open_run, evaluate, samples, verify, health,
+run_record, charts, report_texts, report, live.
 """
