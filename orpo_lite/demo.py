@@ -171,7 +171,7 @@ def make_pairs(folder: Path, *, seed: int = 0) -> tuple[Path, Path]:
 
 @contextmanager
 def _complete_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder. Rename it to ``folder`` on success, so that is always complete."""
+    """Yield a temporary folder; rename it to ``folder`` at the end, so that it is complete."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent) as temporary:
         unfinished = Path(temporary) / folder.name

@@ -402,7 +402,7 @@ def _language_model_name(name: str) -> str:
 
 
 def _in_order(tensors: Any) -> Iterator[Stored]:
-    """Yield tensors by layer number, then by name. In shards, layer 10 comes before layer 2."""
+    """Yield tensors by layer number, then by name. Files may hold layer 10 before layer 2."""
 
     def layer_and_name(stored: Stored) -> tuple[int, str]:
         parts = stored.name.split(".")

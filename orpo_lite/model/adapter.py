@@ -52,7 +52,7 @@ def add_lora(model: nn.Module, recipe: Recipe, folder: Path | None) -> nn.Module
             )
             raise ModelError(
                 where="adapter",
-                found="it adapts experts, which takes neither DoRA nor dropout",
+                found="it adapts experts, for which peft supports neither DoRA nor dropout",
                 expected="plain LoRA for experts",
                 fix=fix,
             ) from error

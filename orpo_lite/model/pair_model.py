@@ -159,7 +159,7 @@ class PairModel(nn.Module):
             self.config._attn_implementation = before
 
     def fall_back(self, route: Route, reason: str) -> None:
-        """Send packed pairs by a plainer route from now on, and note why."""
+        """Use a plainer route for packed pairs from now on, and add the reason to ``notes``."""
         self.notes.append(f"{ROUTE_NOTES[route]}, because {reason}")
         self.route = route
 

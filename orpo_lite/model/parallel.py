@@ -19,7 +19,7 @@ SHARDED = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_ME
 
 
 class Processes:
-    """This process among those of a launch; the only process without a launch.
+    """This process, and the others that `accelerate launch` started with it, if any.
 
     Raises:
         RecipeError: accelerate is configured for something other than plain data parallel, or the
@@ -55,7 +55,7 @@ class Processes:
         self.is_main: bool = self._state.is_main_process
 
     def wait(self) -> None:
-        """Wait until every process is here."""
+        """Wait until every process has called this."""
         self._state.wait_for_everyone()
 
     def on_main(self, function: Callable[..., Any], *args: Any) -> None:
@@ -85,7 +85,7 @@ class Processes:
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Set each gradient to its sum over all processes.
 
-        An adapter's gradient is small, so one message carries it.
+        An adapter's gradients are small, so they are sent as one tensor.
         """
         if self.count == 1:
             return

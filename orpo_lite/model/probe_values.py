@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from orpo_lite.base.find import positions_switch
+from orpo_lite.base.find import changes_frequencies
 from orpo_lite.data.packing import pack_pairs, packed_tokens
 from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.model.pair_model import MODEL_CODE_ERRORS, PairModel, Route
@@ -48,7 +48,7 @@ class ValueComparison:
             return self._head_difference
         if route == "rows":
             return self._rows_difference
-        if positions_switch(self.config, self.max_length):
+        if changes_frequencies(self.config, self.max_length):
             # Its position embedding depends on the longest sequence of a forward pass, so no two
             # sequences can share one.
             return f"its rotary embedding changes within {self.max_length:,} tokens"
@@ -97,8 +97,8 @@ def _long_pairs(
 ) -> tuple[list[TokenizedPair], int]:
     """Return the longest pairs, and how many fill the row if the last one is repeated.
 
-    Their replies are short, so that each of their tokens has weight. The replies of one pair lie
-    across the border of the smallest attention window.
+    Their replies are short, so that each token has an effect on the mean. One pair is slightly
+    longer than the smallest attention window, so that its last tokens do not see its first ones.
     """
     lengths = []
     window = _smallest_window(config)

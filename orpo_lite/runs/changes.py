@@ -225,7 +225,7 @@ def _find_differing(path: Path, recipe: Recipe, in_force: Mapping[str, Any]) -> 
 
 
 def _given_here(recipe: Recipe, changed: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the changes given on the command line, which must be given there again."""
+    """Return the changes that were given on the command line, for the command to repeat."""
     return {key: value for key, value in changed.items() if recipe.sources[key] == "command line"}
 
 
@@ -258,10 +258,11 @@ def record_changes(
 ) -> None:
     """Record that a run continues after ``step`` with changed values and the packages of ``lock``.
 
-    A change recorded at a later step now applies from ``step`` on: the steps between are run again.
+    If a change was recorded at a later step, the steps between are run again, so it now applies
+    from ``step`` on.
 
-    recipe.yaml is written first. If the process is killed before lock.json is written, the next one
-    finds the change in recipe.yaml again.
+    recipe.yaml is written first. If the process is killed before lock.json is written, the next
+    process finds the change in recipe.yaml again.
     """
     old = read_lock(path)
     began, known = values_at_start(path, old), read_changes(old, str(path / "lock.json"))
@@ -284,7 +285,7 @@ def record_changes(
         for part in ("base", "data", "chat_template")
         if old[part].get("revision") is None
     }
-    # The base as the next steps see it: both depend on the device.
+    # Both depend on the device, which may be another one now.
     for part in ("dtype", "not_quantised"):
         if part in old:
             moved[part] = lock[part]
@@ -294,7 +295,10 @@ def record_changes(
 
 
 def _merged(changes: Iterable[Change]) -> list[Change]:
-    """Merge changes of one key at one step: first value before, last value after; drop no-ops."""
+    """Return one change for each key and step, from the first value before to the last one after.
+
+    Changes without effect are left out.
+    """
     found: dict[tuple[str, int], Change] = {}
     for change in changes:
         place = (change.key, change.after_step)

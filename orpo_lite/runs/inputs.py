@@ -14,7 +14,7 @@ from orpo_lite.base.find import (
     check_embedding,
     check_targets,
     find_base,
-    find_texts,
+    find_text_files,
     load_tokenizer,
     pad_id,
 )
@@ -92,7 +92,7 @@ def preview(recipe: Recipe, place: str | None = None) -> Generator[Update, None,
     yield from request_updates(recipe.data.names)
     sources = find_sources(recipe.data)
     yield from request_updates([recipe.model.model_name_or_path])
-    folder, _ = find_texts(recipe.model.model_name_or_path, recipe.model.model_revision)
+    folder, _ = find_text_files(recipe.model.model_name_or_path, recipe.model.model_revision)
     train, test, found = yield from tokenized_splits(recipe, folder, *sources)
     warnings = []
     sizes = read_sizes(folder)

@@ -26,11 +26,11 @@ def read_json(file: Path, needed: ValueTypes | None = None) -> dict[str, Any]:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            where=str(file), found=f"cannot be read ({error})", expected="a file of a finished save"
+            where=str(file), found=f"cannot be read ({error})", expected="the file as it was saved"
         ) from error
     if not isinstance(value, dict):
         raise CheckpointError(
-            where=str(file), found="is not a JSON object", expected="a file of a finished save"
+            where=str(file), found="is not a JSON object", expected="the file as it was saved"
         )
     refuse_lacking(value, needed or {}, str(file))
     return value
@@ -43,13 +43,13 @@ def refuse_lacking(value: Mapping[str, Any], needed: ValueTypes, where: str) -> 
             raise CheckpointError(
                 where=where,
                 found=f"{key} is {json.dumps(value[key])[:40]}" if key in value else f"lacks {key}",
-                expected="what the training wrote",
-                fix="put it back as it was",
+                expected="the value that the training wrote",
+                fix="restore the original value",
             )
 
 
 def append_metrics(path: Path, row: Mapping[str, Any]) -> None:
-    """Append one line to metrics.jsonl. Infinite values and NaN become null: JSON has neither."""
+    """Append one line to metrics.jsonl. NaN and infinite values become null, as in JSON."""
     known = dict(row)
     for key, value in row.items():
         if isinstance(value, float) and not math.isfinite(value):
@@ -90,13 +90,13 @@ def _read_rows(file: Path, needed: ValueTypes, others: type | UnionType) -> list
             raise CheckpointError(
                 where=f"{file}:{number}",
                 found=f"cannot be read ({error})",
-                expected="a line as it was written",
+                expected="the line as it was written",
             ) from error
         if not isinstance(row, dict):
             raise CheckpointError(
                 where=f"{file}:{number}",
                 found="is not a JSON object",
-                expected="a line as it was written",
+                expected="the line as it was written",
             )
         refuse_lacking(row, {**dict.fromkeys(row, others), **needed}, f"{file}:{number}")
         rows.append(row)

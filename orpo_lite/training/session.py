@@ -125,7 +125,7 @@ def load_session(
                 text=f"end other programs that use the GPU (nvidia-smi lists them), then: {line}",
             ),
         ) from error
-    yield Update("stage", "probing the step on this model")
+    yield Update("stage", "comparing the fast step with the model's own code")
     if not recipe.memory.packing:
         probe_operations(pair_model)
     else:

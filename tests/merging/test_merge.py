@@ -802,7 +802,7 @@ def test_files_of_weights_are_read_and_written_as_by_safetensors(tmp_path: Path)
     for most, count in ((10**9, 1), (300, 6)):
         folder = tmp_path / str(most)
         folder.mkdir()
-        files = blocks.shards(stored.values(), most)
+        files = blocks.split_into_files(stored.values(), most)
         pieces = (
             blocks.read_rows(rows) for held in files for each in held for rows in in_blocks(each)
         )

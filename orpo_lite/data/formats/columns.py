@@ -120,10 +120,10 @@ class ColumnProfile:
         return "text" if is_stray_list and are_texts(values) else found
 
     def _find_replies(self) -> dict[str, str]:
-        """Return the columns of chosen and rejected by name, as "winner" or "good_answer".
+        """Return the columns of chosen and rejected by their names, such as "good_answer".
 
-        Returns both or none. None if there are numbered answers: then one of these columns may say
-        which answer is better.
+        Returns {} unless both are found. Columns with other names than ours are not used if there
+        are numbered answers, because such a column may then say which answer is better.
         """
         found = {}
         for reply in REPLIES:
@@ -318,7 +318,10 @@ class ColumnProfile:
         return any(a != b and str(a).strip() != str(b).strip() for a, b in self.values(one, other))
 
     def templated(self) -> list[str]:
-        """Return our names whose columns already have a chat template applied, beyond chance."""
+        """Return our names of the columns to whose texts a chat template was already applied.
+
+        A few such texts are chance. The column is named from a share of NOTABLE_SHARE on.
+        """
         return [
             name
             for name, column in self.assigned.items()
@@ -416,7 +419,7 @@ class ColumnProfile:
         return out
 
     def with_source_column(self, where: str) -> str:
-        """Return the place of an error with the dataset's own name of the column."""
+        """Return the place of an error with the dataset's name of the column in place of ours."""
         place, mark, rest = where.partition(", field ")
         name = re.match(r"\w*", rest)[0]  # type: ignore[index]
         column = self.assigned.get(name, name)
@@ -460,9 +463,9 @@ def columns_hold(*columns: str) -> str:
 
 
 def _verdict_error(row: Row, where: str, column: str) -> DataError:
-    """Return the error of a verdict that is neither answer.
+    """Return the error for a verdict that names neither answer.
 
-    If it is a number, the other rows' numbers may mean another answer than they seem to.
+    If it is a number, the numbers in the other rows may also have another meaning than assumed.
     """
     value = row["better"]
     fix = "correct or remove the row"

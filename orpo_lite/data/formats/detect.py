@@ -168,9 +168,9 @@ def _make_reader(profile: ColumnProfile, name: str, replies: Sequence[str]) -> R
 
 
 def _is_doubled(profile: ColumnProfile, name: str, read: Reader) -> bool:
-    """Return whether in nearly all rows both replies begin with the prompt.
+    """Return whether both replies begin with the prompt in nearly all rows.
 
-    Raises DataError if this is so in some rows and not in others.
+    Raises DataError if they do in some rows and not in others.
     """
     rests = [
         texts_after_prompt(pair) for pair in _readable_pairs(profile, read) if pair.drop is None

@@ -73,8 +73,8 @@ def refuse_mapped(profile: ColumnProfile) -> None:
 def refuse_order(profile: ColumnProfile, completions: str, ranks: str) -> None:
     """Raise DataError if ranks count from 0.
 
-    They may then be the order of the answers: which one comes first, which second. 2, 0, 1 means
-    another ranking in that case.
+    They may then be the order of the answers, with the index of the best one first. 2, 0, 1 means
+    different rankings in the two cases.
     """
 
     def counts_from_zero(numbers: Sequence[object]) -> bool:
@@ -97,7 +97,7 @@ def refuse_order(profile: ColumnProfile, completions: str, ranks: str) -> None:
 def refuse_ranking(
     profile: ColumnProfile, completions: str, found: str, settings: Sequence[str] = ()
 ) -> NoReturn:
-    """Raise DataError for answers of which nothing says which is the best."""
+    """Raise DataError for answers without scores or ranks that say which is the best."""
     if not settings and profile.type_of(completions) in LISTS:
         numbers = [
             column
@@ -219,7 +219,7 @@ def _name_prompt(profile: ColumnProfile) -> str:
 
 
 def prompt_columns(profile: ColumnProfile) -> list[str]:
-    """Return the columns that could hold the prompt; if any are named like one, only these."""
+    """Return the columns that could hold the prompt: those with such a name, else all others."""
     replies = [profile.column_named(reply) for reply in REPLIES]
     possible = [
         name
@@ -241,9 +241,9 @@ def _has_prompt_type(profile: ColumnProfile, column: str) -> bool:
 
 
 def could_be_prompt(profile: ColumnProfile, column: str) -> bool:
-    """Return whether a column of any name and type could hold the prompt.
+    """Return whether a column could hold the prompt, by its values and not only by its name.
 
-    Such a column must not be lost where no prompt was found.
+    If no prompt was found, such a column may not be ignored.
     """
     held, is_named = profile.type_of(column), plain_name(column) == "prompt"
     if held in TEXTS:

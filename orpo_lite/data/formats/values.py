@@ -280,8 +280,11 @@ def is_templated(value: Any) -> bool:
 
 
 def begins_templated(value: Any) -> bool:
-    """Return whether a text begins with a template's marker, has its turns, or ends with the marker
-    of a reply."""
+    """Return whether a text looks like the output of a chat template.
+
+    It begins with a template's marker, has the template's turns, or ends with the marker of a
+    reply.
+    """
     return any(_begins_templated(text) and not is_dialogue(text) for text in texts_in(value))
 
 

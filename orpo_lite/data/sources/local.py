@@ -108,7 +108,10 @@ def in_unicode(name: str) -> str:
 
 
 def _select_data_files(paths: Iterable[Path]) -> list[Path]:
-    """Return the data files among the paths, in order. A .txt next to other types is a note."""
+    """Return the data files among the paths, sorted.
+
+    A .txt file is data only if there are no other types: next to them it is a README or the like.
+    """
     found = [
         path
         for path in sorted(paths)
