@@ -29,8 +29,8 @@ BASE = "builtin:tiny-llama"
 TOKENIZER = "builtin:tiny-llama-tokenizer"  # of that base, for internal use
 PAIRS = "builtin:two-tones"
 REMARK = (
-    "This run used the built-in toy base and its two-tone pairs: it shows that orpo-lite works on "
-    "this machine, not how good its models are. For that, choose a real base and real preferences."
+    "This run used the built-in base or pairs. It shows that orpo-lite works on this machine, and "
+    "not how good a model becomes. For that, choose a real base and real pairs."
 )
 
 Phrasing = tuple[str, str]  # greeting, goodbye

@@ -89,8 +89,9 @@ def print_before_after(
 
 def print_verdict(verdict: "Verdict") -> None:
     """Print the scores of base, adapter and merged model on the same pairs, and the verdict."""
-    kind = "held-out pairs" if verdict.held_out else "training pairs (none were held out)"
-    rows = [(f"{verdict.pairs} {kind}", "reward accuracy", "margin", "log-prob of chosen")]
+    noun = "pair" if verdict.pairs == 1 else "pairs"
+    kind = f"held-out {noun}" if verdict.held_out else f"training {noun} (none were held out)"
+    rows = [(f"{verdict.pairs:,} {kind}", "reward accuracy", "margin", "log-prob of chosen")]
     rows += [
         (r.model, f"{r.accuracy:.1%}", f"{r.margin:+.4f}", f"{r.chosen:.4f}") for r in verdict.rows
     ]

@@ -197,7 +197,7 @@ def _write_merged(
     changed: set[str] = set()
     try:
         for done in write_model(folder, files, _merged_blocks(plan, files, changed, trained_in)):
-            yield Update("stage", "MiB merged", done >> 20, max(total >> 20, 1))
+            yield Update("stage", "writing the merged model (MiB)", done >> 20, max(total >> 20, 1))
     finally:
         clear_cache()
     return len(changed)

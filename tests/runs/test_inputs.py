@@ -650,7 +650,7 @@ def test_places_tell_files_of_one_name_apart(
         for place in (f"{folder}/p.jsonl:1", f"{tmp_path}/{folder}/p.jsonl:1"):
             assert reader.find(place)[0].chosen == chosen
     with pytest.raises(
-        DataError, match=r"no such row, but 3 rows whose places end so(.|\n)*fix: one/p"
+        DataError, match=r"3 rows have places that end with it(.|\n)*fix: one/p"
     ):
         reader.find("p.jsonl:1")
     alone, _ = find_sources(DataSection(dataset_name="one/p.jsonl"))

@@ -206,7 +206,7 @@ def _refuse_values(profile: ColumnProfile, column: str, answers: tuple[str, str]
         where="data.column_map",
         found=f"{theirs} should say which of {join_names(*names)} is better, but holds {held}",
         expected=f"a or {names[0]} for the first, b or {names[1]} for the second, or tie",
-        fix=f"write {theirs} with these values, or {WRITE_PAIRS}",
+        fix=f"no setting helps: write {theirs} with these values, or {WRITE_PAIRS}",
     )
 
 
