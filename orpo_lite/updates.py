@@ -59,7 +59,7 @@ def attempt(failed: str, function: Callable[..., Any], *args: Any) -> Iterator[U
 
 
 def failure(failed: str, error: Exception) -> Update:
-    """Log the traceback of an error and return a note that says what ``failed``."""
+    """Log the traceback of an error, and return a note. ``failed`` says what did not work."""
     logging.getLogger(__name__).warning(failed, exc_info=error)
     reason = " ".join(str(error).split())[:300]
     if isinstance(error, OrpoLiteError):

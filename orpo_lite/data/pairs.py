@@ -77,7 +77,7 @@ class Drops:
 
 
 class PairReader:
-    """Iterate over the pairs of one split, and collect what was found in the attributes.
+    """Iterate over the pairs of one split. The attributes hold counts and facts about them.
 
     Iterating raises DataError at the start for an unknown format. At the end it raises DataError
     for the errors of files (all of them at once), for more rows with errors in a dataset than
@@ -250,7 +250,7 @@ class PairReader:
         source_names: Mapping[str, Collection[str]],
         names: Collection[str],
     ) -> None:
-        """Record what is known of the dataset that is being read.
+        """Record the format and the columns of the dataset that is being read.
 
         ``source_names``: our name -> the dataset's columns; ``names``: all its columns.
         """
@@ -271,7 +271,7 @@ class PairReader:
         new: Sequence[str],
         where: str,
     ) -> Detected:
-        """Return the format after a row in which new columns are filled for the first time.
+        """Return the format after a row that fills some columns for the first time.
 
         Raises DataError if the rows before would have been read in another way.
         """

@@ -41,7 +41,7 @@ def figures(train: TokenizedPairs, test: TokenizedPairs) -> dict[str, Any]:
 
     - format, columns: for each dataset, how it is read, and the columns that are read and not
     - rows_of_sets: the rows read from each dataset that is trained on
-    - hints: what to do about WARNINGS and about the reasons in dropped
+    - hints: the fixes for WARNINGS and for the reasons in dropped
     - dropped: for each reason, the number of pairs and the first places
     - tokens: quantiles; those of responses are before the cut and with their end
     - cut: the effect of data.max_length
@@ -94,7 +94,7 @@ def figures(train: TokenizedPairs, test: TokenizedPairs) -> dict[str, Any]:
 
 
 def warning_lines(found: Mapping[str, Any]) -> list[str]:
-    """Return a line for each figure of WARNINGS that is not 0: what it counts, and what to do."""
+    """Return a line for each figure of WARNINGS that is not 0: its meaning, number and fix."""
     pairs = found["train_pairs"] + found["held_out_pairs"]
     lines = []
     for name, counted in WARNINGS.items():

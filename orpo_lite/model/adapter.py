@@ -67,7 +67,7 @@ def add_lora(model: nn.Module, recipe: Recipe, folder: Path | None) -> nn.Module
 def _excluded_layers(model: Any) -> list[str]:
     """Return the layers that peft would adapt without effect or with an error.
 
-    These are layers for images or sound, through which no pair goes; routers that subclass a linear
+    These are layers for images or sound, which pairs do not use; routers that subclass a linear
     layer and return more than one tensor; and layers whose weight other code reads.
     """
     decoder_modules = set(model.get_decoder().modules())

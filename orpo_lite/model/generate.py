@@ -58,7 +58,7 @@ def answers(
     The model is the one that was trained, with its memory settings.
 
     Args:
-        model: after its training.
+        model: the trained model.
         prompts: answered one at a time, the nth of its source with seed ``seed + n``. A prompt is
             skipped if the model has no position left for an answer.
         folder: folder of the result, with its tokenizer and generation config.

@@ -1,4 +1,4 @@
-"""The loss and the other metrics on held-out pairs, by the same forward pass as in training."""
+"""Compute the loss and the other metrics on held-out pairs, with the training's forward pass."""
 
 from collections.abc import Generator, Sequence
 

@@ -98,9 +98,9 @@ class Processes:
 
 
 def _check_environment() -> None:
-    """Raise :class:`RecipeError` if only a part of a launch's variables is set.
+    """Raise :class:`RecipeError` if only some environment variables of a launch are set.
 
-    Each process would act as the only one.
+    Each process would then run as if it was the only one.
     """
     found = {name: os.environ[name] for name in LAUNCH if name in os.environ}
     numbers = {
@@ -119,7 +119,7 @@ def _check_environment() -> None:
         raise RecipeError(
             where="environment",
             found=", ".join(f"{name}={value}" for name, value in found.items()) + problem,
-            expected="all variables of a launch, or none",
+            expected="all environment variables of a launch, or none",
             fix=Command(
                 f"unset {' '.join(found)}", "; or start by `accelerate launch -m orpo_lite`"
             ),
@@ -132,6 +132,6 @@ def _check_environment() -> None:
             expected="one process, or plain data parallel",
             fix=Command(
                 f"unset {' '.join(sharded)}",
-                ", if `accelerate config` did not set it; else choose neither there",
+                "; if `accelerate config` set it, run that again without FSDP and DeepSpeed",
             ),
         )

@@ -1,6 +1,7 @@
 """Compare the log-probabilities of a route with those of the model's own forward pass.
 
-Also what both comparisons (of values and of gradients) need: random pairs, rounding, error texts.
+The module also has functions for both comparisons, of values and of gradients: random pairs,
+rounding and error texts.
 """
 
 import logging

@@ -36,7 +36,7 @@ NAME = "orpo_lite_pairs"  # in transformers' AttentionInterface
 
 
 class UnsupportedError(Exception):
-    """A model asks its attention for something that this one cannot do.
+    """A model calls the attention with an option that this package does not support.
 
     Its pairs then go through the model unshared, one sequence per row.
     """

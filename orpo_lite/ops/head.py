@@ -52,9 +52,10 @@ class Head:
 
 
 def chunk_rows(vocab_size: int, rows: int | None = None) -> int:
-    """Return how many rows of logits to hold at once: ``rows`` if given.
+    """Return how many rows of logits to hold at once.
 
-    Else as many as fit :data:`CHUNK_BYTES`, in whole tiles of a GPU's kernels.
+    This is ``rows`` if it is given, else the number that fits into :data:`CHUNK_BYTES`, rounded to
+    whole tiles of a GPU's kernels.
     """
     if rows:
         return rows

@@ -1,4 +1,4 @@
-"""Count what a step holds and computes: follow every storage and the work of every operator."""
+"""Count the memory and the work of a step, from every storage and every operator."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plan a recipe without weights and without a GPU: whether it fits, how fast, what to change."""
+"""Plan a recipe without weights and without a GPU: does it fit, how fast is it, what helps."""
 
 from collections.abc import Generator
 from dataclasses import dataclass, replace

@@ -55,7 +55,7 @@ MORE_TOKENS = (4_096, 8_192)
 
 @dataclass(frozen=True)
 class Change:
-    """A change of what is trained that needs less memory."""
+    """A change of the training, such as a lower data.max_length, that needs less memory."""
 
     keys: Mapping[str, Any]
     """``section.key`` -> value."""
@@ -413,7 +413,7 @@ def _step_key(choice: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def no_plan(name: str, error: Exception) -> ModelError:
-    """Return the error for a model that cannot be planned, with what to do instead."""
+    """Return the error for a model that cannot be planned, with a fix."""
     logger.warning("the step could not be measured", exc_info=error)
     return ModelError(
         where=f"model {name}",

@@ -198,8 +198,8 @@ class TrainingSection(Section):
     """The optimisation (key names of transformers' TrainingArguments).
 
     ``train --resume RUN KEY=VALUE`` may change the learning rate and its schedule, the number of
-    steps and the evaluations. The learning rate depends only on the step's number: after the
-    resume it is what it would be if the run had begun with the new values.
+    steps and the evaluations. The learning rate depends only on the number of the step. So the
+    steps after the resume have the learning rate of a run that began with the new values.
     """
 
     output_dir: Annotated[str, Field(min_length=1), AfterValidator(expand_home)] = "runs/orpo"

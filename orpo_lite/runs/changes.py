@@ -165,8 +165,8 @@ def find_changes(path: Path, recipe: Recipe) -> tuple[Recipe, dict[str, Any]]:
     """Compare the recipe that a run is resumed with and the values in force.
 
     Returns:
-        The complete recipe to resume with, in which keys that ``recipe`` does not set keep their
-        values; and ``section.key`` -> new value of each change.
+        The complete recipe to resume with, and ``section.key`` -> new value of each change. Keys
+        that ``recipe`` does not set keep the values of the run.
 
     Raises:
         CheckpointError: a key differs that may not change.

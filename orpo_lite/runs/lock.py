@@ -1,4 +1,4 @@
-"""Read recipe.yaml and lock.json of a run; write and check what its inputs were resolved to."""
+"""Read recipe.yaml and lock.json of a run, make lock.json, and check inputs against it."""
 
 import hashlib
 import sys

@@ -25,7 +25,7 @@ MAX_ROWS = 8  # pairs named in a note
 
 
 def shrink_memory(session: Session, batch: Sequence[TokenizedPair]) -> dict[str, Any]:
-    """Return settings of ``memory`` with which the step takes less memory.
+    """Return settings of ``memory`` that make the step need less memory.
 
     Micro-batches become smaller first. If they are single pairs, all layers are checkpointed.
 

@@ -33,7 +33,7 @@ from orpo_lite.updates import Update
 
 @dataclass
 class Session:
-    """What all steps of a training share. Only ``recipe`` changes."""
+    """The objects that all steps of a training share. Only ``recipe`` changes."""
 
     recipe: Recipe
     """Its ``memory`` changes when a step runs out of memory."""

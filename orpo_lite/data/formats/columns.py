@@ -213,9 +213,9 @@ class ColumnProfile:
         return self.types.get(self.column_named(name), "missing")
 
     def values(self, *names: str) -> list[tuple[Any, ...]]:
-        """Return the values of these columns.
+        """Return the values of these columns, row by row.
 
-        Only rows count in which no value is empty and each has its column's type.
+        Rows with an empty value, or with a value of another type than its column's, are left out.
         """
         columns = [self.column_named(name) for name in names]
         rows = [tuple(row.get(column) for column in columns) for row in self.rows]
@@ -247,7 +247,7 @@ class ColumnProfile:
         return found in (LISTS if expected in LISTS else (expected,))
 
     def share(self, test: Callable[..., bool], *columns: str) -> float:
-        """Return the share of rows that pass the test, of those in which no column is empty."""
+        """Return the share of rows that pass the test. Rows with an empty column do not count."""
         values = self.values(*columns)
         return sum(bool(test(*row)) for row in values) / len(values) if values else 0.0
 
@@ -273,7 +273,7 @@ class ColumnProfile:
                 self.assigned[ours] = self.column_named(name)
 
     def candidates(self, canonical: str) -> list[str]:
-        """Return the columns that could be assigned to one of our names."""
+        """Return the columns that could hold the content of one of our names, such as prompt."""
         is_decided = canonical in self.mapped
         if is_decided or (canonical == "prompt" and self.type_of("prompt") == "messages"):
             found = self.type_of(canonical) != "missing"
@@ -301,7 +301,8 @@ class ColumnProfile:
     def is_alpaca(self) -> bool:
         """Return whether there is an instruction with an input or a history, as in Alpaca.
 
-        The input is what the instruction is about, and often empty. The history is earlier turns.
+        The input is the text that the instruction refers to. It is often empty. The history holds
+        earlier turns.
         """
         if self.type_of("instruction") == "missing":
             return False
@@ -447,7 +448,7 @@ def _has_answer(turns: Sequence[Any]) -> bool:
 
 
 def _are_single_texts(values: Sequence[Any]) -> bool:
-    """Return whether some values are lists of one text, and the others texts or empty."""
+    """Return whether some values are lists of one text, and all others are texts or empty."""
     if not any(map(single_text, values)):
         return False
     for value in values:

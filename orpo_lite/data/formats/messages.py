@@ -102,7 +102,7 @@ def is_sharegpt(turns: Any) -> bool:
 
 
 def _unwrap(value: Mapping[str, Any], column: str) -> Any:
-    """Return what an object contains, or a list with the message that it is."""
+    """Return the text or messages inside of an object. A single message becomes a list."""
     for speaker, content in (("role", "content"), ("from", "value")):
         roles, texts = value.get(speaker), value.get(content)
         if isinstance(roles, list) and isinstance(texts, list) and len(roles) == len(texts):

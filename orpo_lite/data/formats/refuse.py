@@ -29,7 +29,7 @@ from orpo_lite.errors import DataError, Overrides, one_of, reworded
 
 
 def refuse_python(profile: ColumnProfile) -> None:
-    """Raise DataError for a column of ours that holds lists as NumPy prints them."""
+    """Raise DataError for a column that should be read and holds lists as NumPy prints them."""
     columns = [
         column
         for column, held in profile.types.items()
@@ -119,7 +119,7 @@ def refuse_ranking(
 
 
 def refuse_unknown(profile: ColumnProfile) -> NoReturn:
-    """Raise DataError for a dataset of no known format: what its columns hold, and what to do."""
+    """Raise DataError for a dataset in an unknown format, with the types of its columns."""
     types = {name: profile.type_of(name) for name in ("prompt", *REPLIES)}
     empty = ("missing", "null")
     found = ", ".join(
@@ -205,7 +205,7 @@ def _name_replies(profile: ColumnProfile) -> str:
 
 
 def _name_prompt(profile: ColumnProfile) -> str:
-    """Return the settings by which a column, or the replies themselves, hold the prompt."""
+    """Return the settings that read the prompt from a column, or from the replies themselves."""
     if profile.candidates("prompt"):
         return "no setting helps: write chosen and rejected in the same form, as expected"
     settings: list[str] = [profile.setting(prompt=name) for name in prompt_columns(profile)[:3]]

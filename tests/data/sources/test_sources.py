@@ -847,7 +847,11 @@ def test_a_cell_that_never_ends_is_placed_where_its_row_starts(tmp_path: Path) -
         ),
         ("pairs.csv", 'prompt,chosen,rejected\nq,"a,b\n', "pairs.csv:2: broken csv"),
         ("pairs.csv", 'prompt,chosen\nq,"a"b\n', "pairs.csv:2: broken csv"),
-        ("pairs.csv", "prompt,chosen,chosen\nq,a,b\n", "pairs.csv:1: two columns have the same name"),
+        (
+            "pairs.csv",
+            "prompt,chosen,chosen\nq,a,b\n",
+            "pairs.csv:1: two columns have the same name",
+        ),
         ("pairs.csv", "prompt,,chosen\nq,,a\n", "column names in the first line"),
         (
             "pairs.csv",
