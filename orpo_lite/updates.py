@@ -15,7 +15,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Update:
-    """One event of a running command; the command line shows it."""
+    """A progress update of a running command, which the command line shows."""
 
     kind: Literal["stage", "note", "step", "eval"]
     text: str = ""

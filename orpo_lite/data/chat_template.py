@@ -134,7 +134,7 @@ NO_THOUGHT = "missing_thoughts"
 
 
 class Layout(NamedTuple):
-    """How a template writes a conversation with a certain sequence of roles."""
+    """The way in which a template writes conversations with a certain sequence of roles."""
 
     moves_system: bool = False
     """The system text must be put in front of the first user turn's text."""
@@ -498,7 +498,7 @@ def too_long(where: str) -> BeyondLimitsError:
 
 
 class BeyondLimitsError(ModelError):
-    """A template takes too long or writes too much. No further pair is rendered."""
+    """The error of a template that takes too long or writes too much. It ends the rendering."""
 
     def __init__(self, where: str, found: str) -> None:
         super().__init__(

@@ -49,7 +49,7 @@ ALLOWED_BAD_ROWS = 3  # rows of a dataset that may have errors, whatever share o
 
 
 class Drops:
-    """Count the pairs that are left out, by reason, and keep the places of the first ones."""
+    """Count the pairs that are left out, by reason, and keep the first places of each reason."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -108,7 +108,7 @@ class PairReader:
 
     @property
     def sha256(self) -> str:
-        """The sha256 of the content of the pairs so far, in order. Their places do not count."""
+        """The sha256 of the texts of the pairs read so far, in their order."""
         return self._digest.hexdigest()
 
     def __iter__(self) -> Iterator[Pair]:

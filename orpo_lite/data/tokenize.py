@@ -78,7 +78,7 @@ def tokenize_pairs(
 
     If a template raises an error on a pair, that is the reason to leave it out. Raises ModelError
     for a tokenizer without offsets, and for a template that fails on a plain question or exceeds
-    its limits. At the end raises DataError for conversations without a template, with all places.
+    its limits. At the end raises DataError that lists all conversations without a template.
     """
     if not tokenizer.is_fast:
         raise ModelError(

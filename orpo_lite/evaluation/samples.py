@@ -1,4 +1,4 @@
-"""Answers to prompts before and after a training, for people to read."""
+"""Answer a few prompts before and after a training, for people to read."""
 
 import json
 from collections.abc import Generator, Sequence

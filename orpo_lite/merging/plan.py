@@ -129,7 +129,7 @@ def make_plan(
         if unchanged.get(name) is None:
             raise ModelError(
                 where=f"model {base.name}",
-                found=f"{name} is stored with others in one tensor, but was quantised alone",
+                found=f"{name} is stored in one tensor with others, but was quantised separately",
                 expected="a merge onto the original weights",
             )
     return Plan(

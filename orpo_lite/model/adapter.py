@@ -1,4 +1,4 @@
-"""The LoRA adapter of a model in memory: add, initialise, read and set it."""
+"""Add, initialise, read and set the LoRA adapter of a model in memory."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -124,7 +124,7 @@ def set_adapter(model: PairModel, tensors: dict[str, Tensor]) -> None:
     if differing:
         raise ModelError(
             where="adapter",
-            found=f"{len(differing)} tensors have no counterpart of their shape "
+            found=f"{len(differing)} tensors differ in name or shape from those of the model "
             f"({min(differing)} ...)",
             expected="the adapter of this recipe",
         )

@@ -1,4 +1,4 @@
-"""Answers of the base and of the trained model to a few prompts, for people to read."""
+"""Generate answers of the base and of the trained model to prompts, for people to read."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -38,7 +38,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt and its answers; texts without special tokens."""
+    """A prompt and its two answers, as texts without special tokens."""
 
     source: Literal["neutral", "held-out"]
     prompt: str

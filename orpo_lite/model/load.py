@@ -72,7 +72,9 @@ def load_pair_model(recipe: Recipe, base: Base, device: torch.device) -> PairMod
             tensors = load_file(file)
         except (OSError, SafetensorError) as error:
             raise ModelError(
-                where=str(file), found=f"cannot be read: {error}", expected="whole safetensors"
+                where=str(file),
+                found=f"cannot be read: {error}",
+                expected="complete safetensors files",
             ) from error
         set_adapter(pair_model, tensors)
     return pair_model
@@ -171,7 +173,7 @@ def load_base(recipe: Recipe, base: Base, device: torch.device) -> nn.Module:
         raise ModelError(
             where=f"model {base.path}",
             found=f"its weights cannot be read: {first_line(error)}",
-            expected="whole safetensors",
+            expected="complete safetensors files",
             fix="download it again",
         ) from error
     # transformers would leave these random.

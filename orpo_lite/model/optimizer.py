@@ -1,4 +1,4 @@
-"""The optimizer that the recipe names, its learning rate schedule, and its memory."""
+"""Make the optimizer and the learning-rate schedule of a recipe, and compute their memory."""
 
 import math
 from typing import Any

@@ -149,7 +149,10 @@ class PairModel(nn.Module):
 
     @contextmanager
     def use_layout(self, layout: Layout | None) -> Iterator[None]:
-        """Attend by segments inside the ``with`` block; for None by the model's own attention."""
+        """Use this package's attention for ``layout`` inside the ``with`` block.
+
+        For None the model's own attention is used.
+        """
         before = self.config._attn_implementation
         self.config._attn_implementation = NAME if layout else self.own_attention
         try:

@@ -1,4 +1,4 @@
-"""The processes of a training, through accelerate. No other module uses accelerate."""
+"""Find and synchronise the processes of a training. Only this module uses accelerate."""
 
 import os
 from collections.abc import Callable, Sequence

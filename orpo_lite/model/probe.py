@@ -1,4 +1,4 @@
-"""Probe: compare the step with the loaded model's own outputs and gradient before it trains."""
+"""The probe: before the training, compare our step with the model's own outputs and gradient."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -27,7 +27,7 @@ PROBE_TILE = 16  # tokens, so that each of these sequences takes several tiles
 
 
 class Gradient(NamedTuple):
-    """The model's own gradient, and how far another one may be from it."""
+    """The model's own gradient, and the largest difference that another one may have from it."""
 
     parts: list[Tensor]
     """One tensor per trained parameter."""
@@ -144,7 +144,7 @@ def own_layers(model: PairModel) -> Iterator[None]:
 
 
 def _note_unused_adapters(model: PairModel, gradient: list[Tensor]) -> None:
-    """Note the adapters that the loss does not reach: they only take memory."""
+    """Add a note on adapters without a gradient, which take memory and learn nothing."""
     names = [name for name, _ in model.trained() if "lora_A" in name]
     unused = [
         name

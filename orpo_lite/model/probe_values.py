@@ -32,7 +32,7 @@ SHORT_PAIRS: list[PairLengths] = [(24, 9, 13), (5, 1, 2), (1, 6, 3), (40, 2, 1),
 
 
 class ValueComparison:
-    """The log-probabilities of a model by its own route, and how another route differs from them.
+    """Compare the log-probabilities of other routes with those of the model's own route.
 
     Each value is computed when it is first needed: a plainer route is not compared if a faster one
     agrees.
@@ -63,7 +63,7 @@ class ValueComparison:
 
     @cached_property
     def _expected(self) -> tuple[Tensor, float]:
-        """The log-probabilities of the short pairs, and the difference that rounding explains."""
+        """The log-probabilities of the short pairs, and the difference that rounding may cause."""
         logps = mean_logps(self.model, self.short, "logits")
         return logps, _value_bound(self.model, self.short, logps)
 

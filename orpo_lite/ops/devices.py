@@ -1,4 +1,4 @@
-"""Device kinds, host memory, meta tensors, and the transfer between them."""
+"""Distinguish devices, and move tensors between a device, host memory and meta."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """Compute log-probabilities from hidden states, in chunks of rows or with all logits held.
 
-The second form (:func:`padded_logps`) is the reference. ``log p(token)`` depends on one hidden
-state alone. So with a frozen head the forward pass stores its Jacobian, one vector per row, and the
-backward pass multiplies by it: logits are neither kept nor computed twice (:func:`row_logps`).
+:func:`padded_logps` holds all logits and is the reference. :func:`row_logps` computes them in
+chunks. The log-probability of a token depends on a single hidden state. So if the head is frozen,
+the forward pass stores the gradient of each log-probability, one vector per row, and the backward
+pass multiplies by it. Logits are then not kept, and not computed again.
 """
 
 from __future__ import annotations

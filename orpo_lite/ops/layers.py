@@ -86,7 +86,7 @@ class HostStore:
     """
 
     def __init__(self, count: int = 1) -> None:
-        """``count``: expected number of tensors that a forward pass saves; more are accepted."""
+        """``count`` is the expected number of tensors that a forward pass saves."""
         self._count = count
         self._pool = HostPool()
         self._copies = _Copies()
@@ -193,7 +193,7 @@ class _Stored:
 
 
 class HostPool:
-    """Host memory for many tensors that are stored together, pinned where a GPU copies it.
+    """Host memory for many tensors. It is pinned if a GPU copies to and from it.
 
     torch rounds each request for pinned memory up to a power of two (``CachingHostAllocator.h``).
     A slab is one such request and holds many tensors.

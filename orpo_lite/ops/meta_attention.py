@@ -9,7 +9,10 @@ from torch import Tensor
 
 
 class MetaAttention(torch.autograd.Function):
-    """What a kernel that never holds scores returns, keeps and allocates, on the meta device."""
+    """Simulates a kernel that never holds scores on the meta device.
+
+    It returns, keeps for the backward pass and allocates tensors of the same sizes.
+    """
 
     @staticmethod
     def forward(

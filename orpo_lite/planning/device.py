@@ -39,7 +39,7 @@ class UnusableGpu:
 
     @property
     def remedy(self) -> str:
-        """What the user must install."""
+        """The driver or package that must be installed."""
         if torch.version.cuda is None:
             return "install torch with CUDA (https://pytorch.org/get-started/locally)"
         return "update the driver"

@@ -34,7 +34,7 @@ from orpo_lite.recipe.schema import Recipe
 
 @dataclass(frozen=True)
 class StepMemory:
-    """One forward and backward pass on the meta device."""
+    """The memory and the work of one forward and backward pass, measured on the meta device."""
 
     held: Mapping[str, int]
     """Bytes that stay on the device through all steps, by part."""

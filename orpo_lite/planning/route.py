@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PlannedRoute:
-    """How pairs go through a planned model."""
+    """The route of pairs through a planned model."""
 
     route: Route
     attention: str | None

@@ -57,7 +57,7 @@ MEASURED: ValueTypes = {"model": str, **dict.fromkeys(("accuracy", "margin", "ch
 
 @dataclass(frozen=True)
 class CardOptions:
-    """What a card describes, and its options."""
+    """The options of a model card: its repository, which model it is for, and what it shows."""
 
     repository: str = PLACEHOLDER
     merged: Weights | None = None
@@ -70,7 +70,7 @@ class CardOptions:
 
 @dataclass(frozen=True)
 class Facts:
-    """The facts of a run for its card."""
+    """The facts of a run that its model card shows."""
 
     recipe: Recipe
     lock: Mapping[str, Any]

@@ -163,7 +163,7 @@ class DataSection(Section):
 
     @property
     def prompt_limit(self) -> int:
-        """The largest number of tokens of a prompt: ``max_prompt_length``, with auto resolved."""
+        """The largest number of tokens of a prompt: ``max_prompt_length``, or what auto means."""
         return self.max_length // 2 if self.max_prompt_length == "auto" else self.max_prompt_length
 
     @property
@@ -246,7 +246,7 @@ class TrainingSection(Section):
 
 
 class MemorySection(Section):
-    """How a step fits into memory (our own keys). The loss and the gradient stay the same.
+    """The memory settings of a step (our own keys). They do not change the loss or the gradient.
 
     The plan (``orpo-lite plan``) chooses the values that are auto.
     """
@@ -317,7 +317,7 @@ PLANNED_SETTINGS = (
 
 
 class OutputSection(Section):
-    """What happens after the last step (our own keys)."""
+    """Settings of the merge, the samples and the push after the last step (our own keys)."""
 
     merge: bool = True
     """Merge the adapter into the 16-bit base after the training."""
@@ -337,7 +337,7 @@ class OutputSection(Section):
 
 
 class Recipe(Section):
-    """A whole recipe: all sections, and where each value comes from (:attr:`sources`)."""
+    """A complete recipe: all sections, and the source of each value (:attr:`sources`)."""
 
     model: ModelSection
     quantization: QuantizationSection = QuantizationSection()
@@ -357,7 +357,7 @@ class Recipe(Section):
 
     @property
     def micro_batch_tokens(self) -> int:
-        """``memory.micro_batch_tokens`` with auto resolved: the longest pair fits, unshared."""
+        """``memory.micro_batch_tokens``. For auto, two sequences of ``data.max_length`` fit."""
         tokens = self.memory.micro_batch_tokens
         return 2 * self.data.max_length if tokens == "auto" else tokens
 

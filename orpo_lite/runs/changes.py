@@ -1,4 +1,4 @@
-"""Changes of a run's recipe between steps: the values at its start, and each change with its step.
+"""Read and record changes of a run's recipe: the values at its start, and each later change.
 
 lock.json holds both. recipe.yaml holds the current values, but a person may have edited it, so the
 values in force are never read from recipe.yaml alone.

@@ -73,7 +73,7 @@ def prepare_inputs(recipe: Recipe) -> Generator[Update, None, Inputs]:
 
 @dataclass(frozen=True)
 class Preview:
-    """What a model would read of a recipe's data."""
+    """The figures and samples of a recipe's data that `orpo-lite data` shows."""
 
     figures: dict[str, Any]
     """The content of data.json."""
@@ -83,7 +83,7 @@ class Preview:
 
 
 def preview(recipe: Recipe, place: str | None = None) -> Generator[Update, None, Preview]:
-    """Read the data as :func:`prepare_inputs` does. Of the base only the tokenizer is needed.
+    """Read the data as :func:`prepare_inputs` does. Only the tokenizer of the base is needed.
 
     Args:
         recipe: the recipe with the data and the base.

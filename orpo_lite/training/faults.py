@@ -1,4 +1,4 @@
-"""Handle steps that fail: out of memory, not finite, or without a deterministic kernel."""
+"""Handle failed steps: out of memory, a loss that is not finite, no deterministic kernel."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence

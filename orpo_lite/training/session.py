@@ -1,4 +1,4 @@
-"""A training in memory: load it, restore it, save it; its batches and its learning rate."""
+"""Load, restore and save a training in memory, and return its batches and learning rates."""
 
 import math
 from collections.abc import Generator, Mapping

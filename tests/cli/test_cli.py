@@ -447,7 +447,7 @@ BAD_DATA: dict[str, tuple[str, list[str], list[str]]] = {
     "broken line": (
         rows(GOOD) + '{"prompt": "x", "chosen": }\n',
         [],
-        ["pairs.jsonl:2", "broken JSON at column 27", "whole objects", "correct or remove the row"],
+        ["pairs.jsonl:2", "broken JSON at column 27", "complete objects", "correct or remove the row"],
     ),
     "missing field": (
         '{"prompt": "a", "chosen": "b"}\n',

@@ -485,7 +485,7 @@ def test_all_faults_come_at_once(write: Write) -> None:
     )
     said = message(name, "training.learning_rate=fast", "nonsense")
     assert said.startswith("6 faults:\n")
-    places = ["mine.yaml:2: unknown key", "mine.yaml:5: data.max_length", "mine.yaml:8: key 'r'", "argument 'nonsense'",
+    places = ["mine.yaml:2: unknown key", "mine.yaml:5: data.max_length", "mine.yaml:8: the key 'r'", "argument 'nonsense'",
               "command line: training.learning_rate", "model.model_name_or_path is not set"]  # fmt: skip
     assert [place for place in places if place not in said] == [], said
 

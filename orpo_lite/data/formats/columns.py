@@ -1,4 +1,4 @@
-"""Find out which type of value each column holds, and which column is our prompt, system and so on.
+"""Find the type of value of each column, and the columns that hold prompt, replies and so on.
 
 Only the first rows of a dataset are examined. A column's type is the type of most of its values;
 empty values do not count. A column with another name is used only if it is the one candidate, or
@@ -420,7 +420,7 @@ class ColumnProfile:
         return out
 
     def with_source_column(self, where: str) -> str:
-        """Return the place of an error with the dataset's name of the column in place of ours."""
+        """Return an error's ``where`` with the dataset's name of the column instead of ours."""
         place, mark, rest = where.partition(", field ")
         name = re.match(r"\w*", rest)[0]  # type: ignore[index]
         column = self.assigned.get(name, name)

@@ -1,4 +1,4 @@
-"""Convert each form of a text or of messages to one: a text, or a list of {role, content}."""
+"""Convert texts and messages of all known forms to a text or a list of {role, content}."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence

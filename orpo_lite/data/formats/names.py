@@ -1,4 +1,4 @@
-"""Interpret column names: our name for the column, which reply it holds, whether it is a score."""
+"""Interpret column names: is it a prompt, a reply, a score, and which reply is it?"""
 
 import re
 from itertools import pairwise

@@ -84,12 +84,12 @@ def refuse_order(profile: ColumnProfile, completions: str, ranks: str) -> None:
         setting = profile.setting(ranks=ranks)
         raise DataError(
             where="data.column_map",
-            found=f"{join_names(ranks)} counts from 0: it is the rank of each of "
-            f"{join_names(completions)}, or their order with the best first",
+            found=f"the numbers in {join_names(ranks)} count from 0: they may be ranks of "
+            f"{join_names(completions)}, or indices with the best answer first",
             expected="ranks from 1",
             fix=reworded(
                 setting,
-                f"{setting} if they are ranks, the lowest the best; write an order as ranks",
+                f"{setting} if they are ranks and the lowest is the best; convert indices to ranks",
             ),
         )
 
@@ -113,7 +113,8 @@ def refuse_ranking(
     raise DataError(
         where="data.column_map",
         found=f"{join_names(completions)} holds {found}: nothing says which answer is the best",
-        expected=f"in each answer one of {', '.join(MEASURES)}; or texts with scores or ranks",
+        expected=f"answers that each have one of the keys {', '.join(MEASURES)}, or texts with a "
+        "column of scores or ranks",
         fix=one_of(settings) or f"no setting helps: {WRITE_PAIRS}",
     )
 

@@ -69,7 +69,7 @@ def refuse_unused(profile: ColumnProfile, name: str, *, requested: bool) -> None
 
 
 def _refuse_wrong_types(profile: ColumnProfile, name: str, *, is_decided: bool) -> None:
-    """Raise DataError for a column with a known name and values that are not read there."""
+    """Raise DataError for a column with a known name and values of a type that is not read."""
     for column in _unused(profile, READABLE_TYPES):
         readable, expected = READABLE_TYPES[plain_name(column)]
         is_prompt = plain_name(column) not in ("history", *ALIASES["system"])

@@ -1,4 +1,4 @@
-"""Determine the type of a value of a row, its texts, and whether a chat template was applied."""
+"""Determine the type and the texts of a value, and whether a chat template was applied to it."""
 
 import ast
 import json

@@ -1,4 +1,4 @@
-"""Find the columns of two answers and of the verdict on them, and interpret its values."""
+"""Find the columns with two answers and with the verdict on them, and read the verdicts."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn

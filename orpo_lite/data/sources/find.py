@@ -35,7 +35,7 @@ def find_source(name: str, split: str, config: str | None, key: str = TRAIN_SPLI
 
 
 def with_unique_labels(sources: Sequence[Source]) -> list[Source]:
-    """Return the sources with a unique label for each file and split, for the places of rows.
+    """Return the sources with a unique label for each file and split.
 
     If two files have the same name, their labels include folders. If two splits of hub datasets
     have the same name, their labels include the datasets.

@@ -131,7 +131,7 @@ def _without_viewer_wrapper(
                 fault = RowError(
                     where=where,
                     found="cells that the viewer of the hub truncated",
-                    expected="whole cells",
+                    expected="complete cells",
                     fix="name the dataset itself in data.dataset_name",
                 )
                 faults.append(fault)

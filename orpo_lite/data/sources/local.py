@@ -174,7 +174,7 @@ def _saved_files(folder: Path) -> list[Path]:
         raise DataError(
             where=str(folder),
             found=f"missing or broken: {error}".splitlines()[0],
-            expected="a whole folder of save_to_disk",
+            expected="a complete folder that save_to_disk wrote",
             fix="copy the folder again",
         ) from None
     tables = loaded.values() if isinstance(loaded, dict) else [loaded]
