@@ -213,7 +213,7 @@ def rounded_input(model: PairModel) -> Iterator[None]:
 
 
 def error_reason(error: Exception, route: Route) -> str:
-    """Return why an error of the model's code excludes a route."""
+    """Return the reason not to use a route on which the model's code raised an error."""
     if isinstance(error, UnsupportedError):
         return str(error)
     what = "does not take packed rows" if route in ("shared", "packed") else "fails"

@@ -365,7 +365,7 @@ class Planner:
         return max(whole + step + in_step, loading + in_loading)
 
     def changes(self, budget: int, gpu: Gpu | None) -> list[Change]:
-        """Return changes that need less memory, and whether they fit. None is applied."""
+        """Return changes of the training that need less memory, and whether they fit."""
         recipe, memory = self.recipe, self.recipe.memory
         settings: dict[str, Any] = {
             f"memory.{name}": "auto" for name in PLANNED_SETTINGS if getattr(memory, name) != "auto"

@@ -43,7 +43,7 @@ def role_of(item: Any) -> str | None:
 
 
 def normalize(value: Any, column: str = "") -> Any:
-    """Return the text or the messages {role, content} of a value; other values unchanged.
+    """Return the text or the messages {role, content} of a value. Other values are not changed.
 
     The forms: ShareGPT's {from, value}; a single message; turns {input, output}; a text in parts; a
     struct of lists, as in a table; an object that contains one of these ({"text": ..., "score": 9},

@@ -107,9 +107,9 @@ def is_blank(value: Any) -> bool:
 
 
 def unpack_json(value: Any, column: str = "") -> Any:
-    """Return the content of a text that is JSON of a form that is read; other values unchanged.
+    """Parse a text that holds a list or messages as JSON, as in a table.
 
-    Tables hold lists and messages as such texts.
+    Any other value is returned unchanged.
     """
     parsed = normalize(_parsed(value), column)
     if isinstance(parsed, list) and all(isinstance(item, Mapping) for item in parsed):
