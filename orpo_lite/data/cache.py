@@ -3,10 +3,10 @@
 A run reads only the pairs it needs.
 
 An entry is a folder: ``ids.bin`` with all tokens in a row (int32), ``pairs.bin`` with a PAIR record
-for each pair, ``places.txt`` with a line for each pair, and ``entry.json``. That is written last and
-holds the facts found during tokenization, their sha256 and those of the other files. The key of an
-entry is a hash of everything that tokens depend on, including this package's code. The least
-recently used entries are removed.
+for each pair, ``places.txt`` with a line for each pair, and ``entry.json``, written last, with the
+facts found during tokenization, their sha256 and the sha256 of each file. The key of an entry is a
+hash of everything that tokens depend on, including this package's code. The least recently used
+entries are removed.
 """
 
 from __future__ import annotations

@@ -239,10 +239,7 @@ def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _end_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[str]]:
-    """Return the texts of the special tokens, and of the tokens that may end a reply.
-
-    The second list adds the added tokens that are not plain words or spaces.
-    """
+    """Return the special tokens, and a list that adds other tokens that may end a reply."""
     added = list(tokenizer.added_tokens_decoder.values())
     special = {str(token) for token in tokenizer.all_special_tokens}
     special |= {token.content for token in added if token.special}
@@ -252,10 +249,7 @@ def _end_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[str]
 
 
 def special_in(texts: Iterable[str], special: re.Pattern[str]) -> str:
-    """Return the reason to leave out texts with a special token; "" if they contain none.
-
-    The reason names the first special token.
-    """
+    """Return the reason to leave texts out: the first special token in them; "" if none."""
     found = next(filter(None, map(special.search, texts)), None)
     return f"{SPECIAL}: {found.group()}" if found else ""
 
@@ -315,13 +309,9 @@ def pair_texts(pair: Pair, template: Template) -> PairTexts | str:
 def _prompt_and_head(asked: str, before: str, layout: Layout) -> tuple[str, str] | tuple[None, str]:
     """Return the text of the prompt, and the text of the same turns in a conversation with a reply.
 
-    The prompt is None if it is unknown. It leaves out the end of the generation prompt that a
-    conversation with a reply does not have, such as an opened <think> block.
-
-    Args:
-        asked: the rendered turns with the generation prompt.
-        before: the rendered turns up to a reply.
-        layout: the layout of the turns.
+    The prompt is None if it is unknown. ``asked`` is the turns with the generation prompt, and
+    ``before`` is the turns up to a reply. The end of the generation prompt, such as an opened
+    <think> block, may not be in ``before``. It is not part of the prompt then.
     """
     if layout.tails is None:
         prompt = common_start(asked, before)
@@ -336,9 +326,7 @@ def _prompt_and_head(asked: str, before: str, layout: Layout) -> tuple[str, str]
 def _thought_remarks(opened: str, written: str) -> list[str]:
     """Return the remark on a pair whose replies have no <think> block; [] if there is none.
 
-    Args:
-        opened: the text after the prompt when a reply is requested.
-        written: the text between prompt and reply.
+    ``opened`` is the end of the generation prompt, ``written`` the text between prompt and reply.
     """
     if "</think>" in written:
         return [EMPTY_THOUGHT]

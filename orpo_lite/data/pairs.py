@@ -382,14 +382,9 @@ class PairReader:
     def _fix_bad_rows(
         self, fix: str, bad: int, read: int, source: Source, detected: Detected
     ) -> str:
-        """Return the fix for a dataset with too many rows with errors.
+        """Return the fix for a dataset with too many rows with errors, ``bad`` of ``read`` rows.
 
-        Args:
-            fix: the fix for one such row.
-            bad: the number of rows with errors.
-            read: the number of rows read.
-            source: the dataset.
-            detected: its format.
+        ``fix`` is the fix for one such row.
         """
         if setting := self._setting_per_file(source):
             return setting
@@ -411,8 +406,7 @@ class PairReader:
         """Raise DataError for a dataset that has pairs in other columns than data.column_map names.
 
         The map is meant for another dataset if this one has only some of its columns, or if only
-        this one has columns with our names. With the map, the wrong columns would be read as the
-        pair.
+        this one has columns with our names. Reading the map's columns would give wrong pairs.
         """
         missing = self._column_map.keys() - mapped.keys()
         if not mapped or not (missing or len(self.sources) > 1):

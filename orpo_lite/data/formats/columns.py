@@ -301,8 +301,7 @@ class ColumnProfile:
     def is_alpaca(self) -> bool:
         """Return whether there is an instruction with an input or a history, as in Alpaca.
 
-        The input is the text that the instruction refers to. It is often empty. The history holds
-        earlier turns.
+        The input is the text that the instruction refers to, often empty. History is earlier turns.
         """
         if self.type_of("instruction") == "missing":
             return False
@@ -319,10 +318,7 @@ class ColumnProfile:
         return any(a != b and str(a).strip() != str(b).strip() for a, b in self.values(one, other))
 
     def templated(self) -> list[str]:
-        """Return our names of the columns to whose texts a chat template was already applied.
-
-        A few such texts are chance. The column is named from a share of NOTABLE_SHARE on.
-        """
+        """Return our names of the columns with a chat template in NOTABLE_SHARE of their texts."""
         return [
             name
             for name, column in self.assigned.items()
