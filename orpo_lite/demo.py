@@ -126,10 +126,9 @@ CHAT_TEMPLATE = (
 
 
 def make_base(folder: Path, *, seed: int = 0) -> Iterator[tuple[int, int]]:
-    """Train the tiny Llama and write it to ``folder``, which must be new or empty, after the last
-    step.
+    """Train the tiny Llama, and write it to ``folder`` after the last step.
 
-    The caller's random state is neither read nor changed.
+    The folder must be new or empty. The caller's random state is neither read nor changed.
 
     Yields:
         (step, steps) after each step.

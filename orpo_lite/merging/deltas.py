@@ -99,7 +99,8 @@ class LoraDelta:
 class ConvertedDelta:
     """The delta of a stored tensor that transformers converts when it loads the model.
 
-    It is the delta of the parameters, converted back: the conversions only move numbers.
+    The deltas of the parameters are converted to the stored form. This is possible because the
+    conversions only move numbers.
     """
 
     name: str
