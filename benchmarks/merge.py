@@ -33,7 +33,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.data import processor
-from orpo_lite.base.blocks import BLOCK, Stored, shards, stored_tensors, write_model
+from orpo_lite.base.blocks import BLOCK, Stored, split_into_files, stored_tensors, write_model
 from orpo_lite.base.find import fingerprint
 
 GOALS = {
@@ -61,7 +61,7 @@ def make_run(folder: Path, layers: int, vocab: int = 32_000) -> Path:
     places = [
         Stored(name, base, p.dtype, tuple(p.shape), 0) for name, p in model.named_parameters()
     ]
-    files = shards(places, 2 * 10**9)
+    files = split_into_files(places, 2 * 10**9)
     for _ in write_model(base, files, _numbers(places)):
         pass
     adapter = path / "adapter"

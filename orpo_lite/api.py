@@ -174,7 +174,7 @@ class _ResumedRun:
     """The new content of lock.json."""
 
     def record(self, session: Session, step: int) -> Generator[Update, None, None]:
-        """Record in the run folder what is different after ``step``, and yield notes on it."""
+        """Record the changes after ``step`` in the run folder, and yield a note on each."""
         path, before = session.path, read_lock(session.path)
         in_force, versions = values_in_force(path, before), other_versions(path, before, self.lock)
         session.processes.wait()

@@ -29,8 +29,8 @@ BASE = "builtin:tiny-llama"
 TOKENIZER = "builtin:tiny-llama-tokenizer"  # of that base, for internal use
 PAIRS = "builtin:two-tones"
 REMARK = (
-    "This run used the built-in toy base and its two-tone pairs: it shows that orpo-lite works on "
-    "this machine, not how good its models are. For that, choose a real base and real preferences."
+    "This run used the built-in base or pairs. It shows that orpo-lite works on this machine, and "
+    "not how good a model becomes. For that, choose a real base and real pairs."
 )
 
 Phrasing = tuple[str, str]  # greeting, goodbye
@@ -126,10 +126,9 @@ CHAT_TEMPLATE = (
 
 
 def make_base(folder: Path, *, seed: int = 0) -> Iterator[tuple[int, int]]:
-    """Train the tiny Llama and write it to ``folder``, which must be new or empty, after the last
-    step.
+    """Train the tiny Llama, and write it to ``folder`` after the last step.
 
-    The caller's random state is neither read nor changed.
+    The folder must be new or empty. The caller's random state is neither read nor changed.
 
     Yields:
         (step, steps) after each step.
@@ -171,7 +170,7 @@ def make_pairs(folder: Path, *, seed: int = 0) -> tuple[Path, Path]:
 
 @contextmanager
 def _complete_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder. Rename it to ``folder`` on success, so that is always complete."""
+    """Yield a temporary folder; rename it to ``folder`` at the end, so that it is complete."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent) as temporary:
         unfinished = Path(temporary) / folder.name

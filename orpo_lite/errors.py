@@ -81,7 +81,7 @@ class OrpoLiteError(Exception):
         where: the file and line, or the recipe key, with the fault.
         found: what was found there.
         expected: what was expected instead, or "".
-        fix: what to do: :class:`Overrides` or a :class:`Command` if possible, else a text; or "".
+        fix: how to fix it: :class:`Overrides` or a :class:`Command` if possible, else a text or "".
     """
 
     exit_code = 2
@@ -147,7 +147,7 @@ class DivergedError(OrpoLiteError):
 
 
 class HubError(OrpoLiteError):
-    """The hub refused, is unreachable, or lacks what was asked for."""
+    """The hub refused a request, is unreachable, or does not have the repository or file."""
 
     exit_code = 8
 

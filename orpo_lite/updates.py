@@ -15,7 +15,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Update:
-    """One event of a running command; the command line shows it."""
+    """A progress update of a running command, which the command line shows."""
 
     kind: Literal["stage", "note", "step", "eval"]
     text: str = ""
@@ -59,7 +59,7 @@ def attempt(failed: str, function: Callable[..., Any], *args: Any) -> Iterator[U
 
 
 def failure(failed: str, error: Exception) -> Update:
-    """Log the traceback of an error and return a note that says what ``failed``."""
+    """Log the traceback of an error, and return a note. ``failed`` says what did not work."""
     logging.getLogger(__name__).warning(failed, exc_info=error)
     reason = " ".join(str(error).split())[:300]
     if isinstance(error, OrpoLiteError):
@@ -68,17 +68,17 @@ def failure(failed: str, error: Exception) -> Update:
 
 
 def with_torch_defaults(
-    verb: Callable[Arguments, Generator[Update, None, Result]],
+    command: Callable[Arguments, Generator[Update, None, Result]],
 ) -> Callable[Arguments, Generator[Update, None, Result]]:
-    """Decorate a command: it runs with torch's global settings as they are after ``import torch``.
+    """Decorate a command so that it runs with torch's default global settings.
 
-    Between updates the caller's settings are restored. A notebook may have turned gradients off,
-    turned autocast on, or set another default dtype or device.
+    A notebook may have turned gradients off, turned autocast on, or set another default dtype or
+    device. Its settings are restored between updates and at the end.
     """
 
-    @wraps(verb)
+    @wraps(command)
     def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Generator[Update, None, Result]:
-        updates = verb(*args, **kwargs)
+        updates = command(*args, **kwargs)
         try:
             while True:
                 with _torch_defaults():

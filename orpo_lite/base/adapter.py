@@ -74,8 +74,8 @@ def not_in_vllm(config: Mapping[str, Any], base: Mapping[str, Any]) -> str:
     """Return the feature of an adapter that vLLM cannot serve; "" if it can serve the adapter.
 
     vLLM has one scale, ``lora_alpha / r``, for all layers (its PEFTHelper). If the base is a
-    wrapper around the trained model, vLLM builds the wrapper, in which the adapter's layer names
-    match nothing.
+    wrapper around the trained model, vLLM builds the wrapper, and the adapter's layer names match
+    no layer of it.
 
     Args:
         config: the adapter's configuration.

@@ -24,7 +24,7 @@ Job = TypeVar("Job")
 Made = TypeVar("Made")
 
 BLOCK = 4 << 20  # bytes that are read, computed and written at a time
-AHEAD = 2  # blocks that are read ahead, and that wait to be written
+BLOCKS_AHEAD = 2  # blocks that are read in advance, and blocks that wait to be written
 LONGEST_HEADER = 100_000_000  # bytes; the limit of the format
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -75,7 +75,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     """Return all tensors of a model folder by name, in the order of its files.
 
     Raises:
-        ModelError: as :func:`read_header`.
+        ModelError: a file is missing, damaged or has an unknown dtype.
     """
     return {stored.name: stored for file in weight_files(folder) for stored in read_header(file)}
 
@@ -115,8 +115,7 @@ def read_header(file: Path) -> list[Stored]:
 
 
 def in_blocks(stored: Stored, multiple: int | None = None) -> Iterator[Rows]:
-    """Yield all rows of a tensor in blocks of about BLOCK bytes; a tensor without rows as one
-    block.
+    """Yield all rows of a tensor in blocks of about BLOCK bytes. An empty tensor is one block.
 
     Each block begins at a multiple of ``multiple`` rows. The default for a matrix is 64 rows, so
     that a block begins where a bitsandbytes block of 64 elements begins.
@@ -141,7 +140,7 @@ def read_rows(rows: Rows) -> Tensor:
 
 
 def read_tensor(stored: Stored) -> Tensor:
-    """Return a complete tensor. Raises as :func:`read_rows`."""
+    """Return a complete tensor. Raises the same errors as :func:`read_rows`."""
     return read_rows(Rows(stored, 0, stored.rows))
 
 
@@ -158,20 +157,26 @@ def _fill(stream: BinaryIO, data: Tensor, stored: Stored) -> None:
         view = view[count:]
 
 
-def ahead(function: Callable[[Job], Made], jobs: Iterable[Job]) -> Iterator[Made]:
-    """Yield ``function(job)`` for each job, computed on another thread up to AHEAD jobs ahead."""
+def compute_ahead(function: Callable[[Job], Made], jobs: Iterable[Job]) -> Iterator[Made]:
+    """Yield ``function(job)`` for each job, in order.
+
+    Another thread computes up to BLOCKS_AHEAD results before they are asked for.
+    """
     with ThreadPoolExecutor(1) as pool:
         waiting: deque[Future[Made]] = deque()
         for job in jobs:
             waiting.append(pool.submit(function, job))
-            if len(waiting) > AHEAD:
+            if len(waiting) > BLOCKS_AHEAD:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
 
 
-def shards(tensors: Iterable[Stored], most: int) -> list[list[Stored]]:
-    """Split tensors, in order, into files of at most ``most`` bytes, or of one larger tensor."""
+def split_into_files(tensors: Iterable[Stored], most: int) -> list[list[Stored]]:
+    """Assign tensors, in order, to files of at most ``most`` bytes.
+
+    A tensor larger than that gets a file of its own.
+    """
     files: list[list[Stored]] = []
     left = 0
     for stored in tensors:
@@ -204,7 +209,7 @@ def write_model(
 
         def later(function: Callable[..., None], *args: object) -> None:
             waiting.append(pool.submit(function, *args))
-            if len(waiting) > AHEAD:
+            if len(waiting) > BLOCKS_AHEAD:
                 waiting.popleft().result()
 
         for name, held in zip(names, files, strict=True):

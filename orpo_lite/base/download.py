@@ -105,7 +105,7 @@ def _remember(name: str, revision: str, commit: str) -> None:
 
 
 def download(name: str, commit: str, patterns: list[str]) -> Path:
-    """Return the folder of a hub repository at a commit; download what is not in the cache.
+    """Return the folder of a hub repository at a commit; download files that are not cached.
 
     Raises:
         FitError: the disk is full.

@@ -50,7 +50,7 @@ def find_base(name: str, revision: str) -> Base:
         FitError: there is not enough disk space for the download.
         HubError: it is unknown, gated or unreachable.
     """
-    path, commit = find_texts(name, revision, weights=True)
+    path, commit = find_text_files(name, revision, weights=True)
     name = name if commit else str(path)
     config = read_config(path, name)
     files = [] if commit else weight_files(path)
@@ -65,12 +65,11 @@ def find_base(name: str, revision: str) -> Base:
     return Base(name, path, commit, "", config)
 
 
-def find_texts(name: str, revision: str, *, weights: bool = False) -> tuple[Path, str | None]:
-    """Return the folder of a base's tokenizer, configuration and other text files, and its hub
-    commit.
+def find_text_files(name: str, revision: str, *, weights: bool = False) -> tuple[Path, str | None]:
+    """Return the folder with a base's text files, such as the tokenizer, and the hub commit.
 
-    The commit is None for a local folder. With ``weights``, a hub name is also checked for weights
-    and for disk space for them. Raises as :func:`find_base`.
+    The commit is None for a local folder. With ``weights``, it is also checked that the hub has
+    weights and that the disk has space for them. Raises the same errors as :func:`find_base`.
     """
     local = Path(name).expanduser()
     patterns = [*TEXT, *WEIGHTS] if weights else TEXT
@@ -104,9 +103,9 @@ def fetch_weights(base: Base) -> Base:
 
 
 def is_wrapper(config: Any) -> bool:
-    """Return whether a base's files hold a larger model around the one that is trained.
+    """Return whether a base's files hold a larger model that contains the trained one.
 
-    The layers have other names there.
+    An example is a model with an image encoder. Its layers have longer names.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -114,10 +113,10 @@ def is_wrapper(config: Any) -> bool:
     return config.get_text_config() is not config and trained not in (config.architectures or [])
 
 
-def positions_switch(config: Any, max_length: int) -> bool:
-    """Return whether sequences of up to ``max_length`` tokens change the rotary frequencies.
+def changes_frequencies(config: Any, max_length: int) -> bool:
+    """Return whether rotary frequencies differ between sequences of up to ``max_length`` tokens.
 
-    dynamic and longrope switch frequencies for longer sequences.
+    The rope types dynamic and longrope use other frequencies for long sequences.
     """
     rope = getattr(config, "rope_parameters", None) or {}
     # Some models have one set of parameters per layer type.
@@ -143,7 +142,7 @@ def find_config(name: str, revision: str) -> Any:
         return AutoConfig.for_model(**shipped[name])
     local = Path(name).expanduser()
     if local.is_dir() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        path, _ = find_texts(name, revision)
+        path, _ = find_text_files(name, revision)
         return read_config(path, name)
     patterns = ["config.json"]
     return read_config(download(name, resolve(name, revision, patterns), patterns), name)
@@ -210,8 +209,8 @@ def linear_names(base: Base) -> list[str]:
 def check_targets(recipe: Recipe, base: Base) -> None:
     """Raise :class:`ModelError` for a target module that matches no layer.
 
-    peft accepts it as long as another target matches. The targets of an existing adapter are
-    checked with its tensors, when its merge is planned.
+    peft ignores such a target if another one matches. The targets of an existing adapter are
+    checked later, when its merge is planned.
     """
     if recipe.lora.target_modules == "all-linear" or recipe.model.adapter_name_or_path:
         return

@@ -1,9 +1,9 @@
-"""The command line: parse, call, draw.
+"""The command line: read the arguments, call the package, print the result.
 
 Order: console, data_view, doctor_view, plan_view, progress, finish, quiet, completion, app; further
 """
 
-# Each of these modules adds its commands to the application.
+# Importing one of these modules adds its commands to the application.
 import orpo_lite.cli.model_commands
 import orpo_lite.cli.result_commands
 import orpo_lite.cli.setup_commands

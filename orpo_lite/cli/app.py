@@ -1,6 +1,6 @@
-"""The application: its order of commands, its exit codes, and the arguments that commands share.
+"""Define the Typer application, its exit codes, and the arguments that several commands share.
 
-torch and similar libraries are imported inside the commands, so that ``--help`` answers at once.
+torch and other slow libraries are imported inside the commands, so that ``--help`` is fast.
 """
 
 import os
@@ -33,7 +33,7 @@ ORDER = (
 
 
 class _Commands(TyperGroup):
-    """The commands in the order of the work. Typer would end at Ctrl-C without a word."""
+    """A group that lists the commands in the order of the work, and prints a line at Ctrl-C."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return sorted(super().list_commands(ctx), key=ORDER.index)
@@ -42,7 +42,7 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            say_stopped()
+            print_stopped()
             raise typer.Exit(STOPPED) from None
 
 
@@ -62,7 +62,10 @@ BUG = 70  # EX_SOFTWARE of sysexits.h
 
 
 def main() -> None:
-    """Run the command line; errors people cause end with their exit code and no traceback."""
+    """Run the command line.
+
+    An error that a person can fix is printed without a traceback and ends with its exit code.
+    """
     protect_output()
     try:
         app()
@@ -71,34 +74,32 @@ def main() -> None:
             _leave(STOPPED)
         raise
     except OrpoLiteError as error:
-        # Each process of a launch meets the same error, or its own: the others print one line.
+        # With accelerate each process raises an error. Only the first one prints it in full.
         err.print(
             str(error) if is_first_process() else f"process {os.environ['RANK']}: {error.found}"
         )
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        say_stopped()
+        print_stopped()
         _leave(STOPPED)
     except Exception:
         traceback.print_exc()
         err.print(
-            "\nThis is a fault of orpo-lite. Please report it with the traceback above, the run's "
+            "\nThis is a bug in orpo-lite. Please report it with the traceback above, the run's "
             "train.log, and what `orpo-lite doctor --bug-report` prints."
         )
         sys.exit(BUG)
 
 
-def say_stopped() -> None:
+def print_stopped() -> None:
+    """Print that the command was stopped by Ctrl-C."""
     err.print("stopped; nothing further was saved")
 
 
 def _leave(code: int) -> NoReturn:
-    """End the process, without waiting for threads of libraries: an upload may hang for long."""
-    if any(
-        not thread.daemon
-        for thread in threading.enumerate()
-        if thread is not threading.main_thread()
-    ):
+    """End the process without waiting for threads of libraries, such as a slow upload."""
+    others = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
+    if any(not thread.daemon for thread in others):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -117,10 +118,10 @@ def _top(
 
 
 def recipe_keys(example: str) -> Any:
-    """Return the argument that takes keys of the recipe."""
+    """Return the ``KEY=VALUE`` argument of a command; ``example`` is shown in its help."""
     return typer.Argument(
         metavar="[KEY=VALUE]...",
-        help=f"Any key of the recipe, e.g. {example}.",
+        help=f"Set any key of the recipe, for example {example}.",
         autocompletion=complete_key,
     )
 
@@ -129,7 +130,7 @@ RecipeName = Annotated[
     str | None,
     typer.Option(
         "--recipe",
-        help="A shipped name (see `recipes ls`), or a .yaml path.",
+        help="The name of a shipped recipe (see `recipes ls`), or the path of a .yaml file.",
         autocompletion=complete_recipe,
     ),
 ]
@@ -142,15 +143,21 @@ RunFolder = Annotated[
 ShippedName = Annotated[
     str,
     typer.Argument(
-        metavar="NAME", help="A shipped name or a path.", autocompletion=complete_recipe
+        metavar="NAME",
+        help="The name of a shipped recipe, or the path of a .yaml file.",
+        autocompletion=complete_recipe,
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print all of it as JSON, and nothing else.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print only JSON, for programs.")]
 
 
 def choose_recipe(
-    name: str | None, resume: Path | None, overrides: list[str], *, verb: str = "train"
+    name: str | None, resume: Path | None, overrides: list[str], *, command: str = "train"
 ) -> "Recipe":
+    """Return the recipe of ``--recipe`` or of the run to resume, with the overrides.
+
+    ``command`` is the name of the command, for the fixes in errors. Raises RecipeError.
+    """
     from orpo_lite.recipe.reader import load_recipe
     from orpo_lite.runs.changes import recipe_to_resume
     from orpo_lite.runs.commands import resume_command
@@ -159,41 +166,40 @@ def choose_recipe(
         if name:
             raise RecipeError(
                 where="--resume",
-                found=f"given with --recipe {name}",
-                expected="the run's own recipe",
+                found=f"is given together with --recipe {name}",
+                expected="--resume alone: a run has its own recipe",
                 fix=resume_command(resume),
             )
-        return recipe_to_resume(
-            resume.expanduser(), overrides
-        )  # a shell leaves ~ alone in --resume=~/runs/a
-    _refuse_file(name, overrides, verb)
+        # A shell does not expand the ~ of --resume=~/runs/a.
+        return recipe_to_resume(resume.expanduser(), overrides)
+    _refuse_file(name, overrides, command)
     if name is None:
         words = [text for text in overrides if "=" not in text]
         raise RecipeError(
-            where=f"orpo-lite {verb}",
+            where=f"orpo-lite {command}",
             found="no recipe given",
-            expected="--recipe NAME, or --resume RUN" if verb == "train" else "--recipe NAME",
-            fix=Command(f"orpo-lite {verb} --recipe {words[0] if words else 'demo'}"),
+            expected="--recipe NAME, or --resume RUN" if command == "train" else "--recipe NAME",
+            fix=Command(f"orpo-lite {command} --recipe {words[0] if words else 'demo'}"),
         )
     return load_recipe(name, overrides)
 
 
-def _refuse_file(name: str | None, overrides: list[str], verb: str) -> None:
-    """A set of pairs named without its key."""
+def _refuse_file(name: str | None, overrides: list[str], command: str) -> None:
+    """Raise RecipeError for the file of a dataset that is given without ``data.dataset_name=``."""
     from orpo_lite.data.sources.source import is_local
     from orpo_lite.recipe.reader import shipped_recipes
 
-    words = [text for text in overrides if "=" not in text and not text.endswith((".yaml", ".yml"))]
-    words = [
-        word
-        for word in words
-        if word not in shipped_recipes() and not (Path(word) / "recipe.yaml").exists()
-    ]
+    def is_recipe(word: str) -> bool:
+        if word.endswith((".yaml", ".yml")) or word in shipped_recipes():
+            return True
+        return (Path(word) / "recipe.yaml").exists()
+
+    words = [text for text in overrides if "=" not in text and not is_recipe(text)]
     if found := [word for word in words if is_local(word)]:
         others = [text for text in overrides if text not in found]
         parts = [
             "orpo-lite",
-            verb,
+            command,
             "--recipe",
             name or "demo",
             f"data.dataset_name={','.join(found)}",

@@ -1,6 +1,7 @@
-"""What a shell completes: recipe names, keys, run folders, targets of an export. No torch.
+"""Shell completion of recipe names, recipe keys, run folders and export targets.
 
-``orpo-lite --install-completion`` installs it for the shell that runs it.
+``orpo-lite --install-completion`` installs it for the current shell. This module does not import
+torch, so that completion is fast.
 """
 
 from pathlib import Path
@@ -9,7 +10,7 @@ TARGETS = ("gguf", "ollama", "vllm")
 
 
 def complete_recipe(incomplete: str) -> list[str]:
-    """Return the shipped recipes and the recipe files that begin like this."""
+    """Return the shipped recipes and the .yaml files that begin with ``incomplete``."""
     from orpo_lite.recipe.reader import shipped_recipes
 
     names = [*shipped_recipes(), *_paths(incomplete, "*.yaml")]
@@ -17,7 +18,7 @@ def complete_recipe(incomplete: str) -> list[str]:
 
 
 def complete_key(incomplete: str) -> list[str]:
-    """Return the recipe's keys that begin like this, each with its ``=``."""
+    """Return the recipe keys that begin with ``incomplete``, each followed by ``=``."""
     from orpo_lite.recipe.schema import KEYS
 
     keys = [f"{section}.{key}=" for section in KEYS for key in KEYS[section]]
@@ -25,7 +26,10 @@ def complete_key(incomplete: str) -> list[str]:
 
 
 def complete_run(incomplete: str) -> list[str]:
-    """Return the run folders that begin like this, of the current folder or of ``runs/``."""
+    """Return the run folders in the current folder that begin with ``incomplete``.
+
+    If there are none, return those in ``runs/``.
+    """
     found = _paths(incomplete, "*/recipe.yaml") or _paths(f"runs/{incomplete}", "*/recipe.yaml")
     return [str(Path(path).parent) for path in found]
 
@@ -37,12 +41,12 @@ def complete_run_or_key(incomplete: str) -> list[str]:
 
 
 def complete_target(incomplete: str) -> list[str]:
-    """Return the targets of an export that begin like this."""
+    """Return the export targets that begin with ``incomplete``."""
     return [name for name in TARGETS if name.startswith(incomplete)]
 
 
 def _paths(incomplete: str, pattern: str) -> list[str]:
-    """Return the paths that match a pattern and begin like an incomplete path."""
+    """Return the paths that match ``pattern`` and begin with ``incomplete``."""
     folder, _, begin = incomplete.rpartition("/")
     start = Path(f"{folder}/" if folder or incomplete.startswith("/") else ".")
     found = (

@@ -1,4 +1,4 @@
-"""The two streams that everything is printed to; columns and tables."""
+"""The standard output and standard error of the command line, and printing of tables."""
 
 import json
 import os
@@ -22,33 +22,33 @@ err = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
 class _Output(FileIO):
-    """An output that never raises. If it can no longer be written to, the rest is dropped.
+    """An output stream that never raises an error. What cannot be written is dropped.
 
-    A reader may go away (`| head`), a terminal may be closed, a disk may be full.
+    The reader of a pipe may end first (`| head`), the terminal may be closed, or the disk may be
+    full. None of these should stop a training.
     """
 
     def write(self, data: Any) -> int:
         try:
             written: int | None = super().write(data)
-            return (
-                len(data) if written is None else written
-            )  # None: the reader is slow, and is not waited for
+            # write() returns None if the output would block. The data is dropped then.
+            return len(data) if written is None else written
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
             return len(data)
 
 
 def protect_output() -> None:
-    """Let no failure to print end the work: see :class:`_Output`.
+    """Replace stdout and stderr by streams that raise no errors: see :class:`_Output`.
 
-    Characters that the output's encoding lacks are escaped as in Python and JSON.
+    Characters that the encoding of the output does not have are written as ``\\uXXXX`` escapes.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if not isinstance(stream, TextIOWrapper):
             continue
         stream.reconfigure(errors="backslashreplace")
-        with suppress(OSError):  # what is only in memory has no number
+        with suppress(OSError):  # a stream in memory has no file descriptor
             buffer = BufferedWriter(_Output(stream.fileno(), "w", closefd=False))
             output = TextIOWrapper(
                 buffer, stream.encoding, "backslashreplace", line_buffering=stream.line_buffering
@@ -57,14 +57,15 @@ def protect_output() -> None:
 
 
 def print_json(value: Any) -> None:
-    """In ASCII where the output's encoding has not all that JSON can hold."""
+    """Print a value as JSON. Unless the output is in a Unicode encoding, only ASCII is used."""
     out.print(json.dumps(value, indent=2, ensure_ascii=not out.encoding.startswith("utf")))
 
 
 def print_columns(rows: Sequence[Sequence[str]], *, right: bool = False) -> None:
-    """Print aligned columns in full. A table of rich would cut long values to the terminal's width.
+    """Print rows as aligned columns.
 
-    ``right`` aligns all but the first column to the right, as numbers should be.
+    Long values are printed in full. rich's tables would cut them to the width of the terminal.
+    ``right`` aligns all columns but the first to the right, for numbers.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for first, *rest in rows:
@@ -78,7 +79,7 @@ def print_columns(rows: Sequence[Sequence[str]], *, right: bool = False) -> None
 def print_before_after(
     before: Mapping[str, float], after: Mapping[str, float], metrics: "Sequence[Metric]"
 ) -> None:
-    """The held-out metrics before the first step, and those of the adapter that was kept."""
+    """Print the held-out metrics before the first step, and those of the saved adapter."""
     table: list[tuple[str, ...]] = [("held-out pairs", "before", "after")]
     for metric in metrics:
         values = [found[f"eval_{metric.name}"] for found in (before, after)]
@@ -89,9 +90,10 @@ def print_before_after(
 
 
 def print_verdict(verdict: "Verdict") -> None:
-    """What base, adapter and the merged model say of the same pairs."""
-    kind = "held-out pairs" if verdict.held_out else "training pairs, for none were held out"
-    rows = [(f"{verdict.pairs} {kind}", "reward accuracy", "margin", "log-prob of chosen")]
+    """Print the scores of base, adapter and merged model on the same pairs, and the verdict."""
+    noun = "pair" if verdict.pairs == 1 else "pairs"
+    kind = f"held-out {noun}" if verdict.held_out else f"training {noun} (none were held out)"
+    rows = [(f"{verdict.pairs:,} {kind}", "reward accuracy", "margin", "log-prob of chosen")]
     rows += [
         (r.model, f"{r.accuracy:.1%}", f"{r.margin:+.4f}", f"{r.chosen:.4f}") for r in verdict.rows
     ]

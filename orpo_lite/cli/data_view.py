@@ -1,4 +1,4 @@
-"""The data as the person sees them: a pair, its lengths, what is left out."""
+"""Print what ``orpo-lite data`` shows: a pair, lengths, and the rows that are left out."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,15 +7,17 @@ from rich.text import Text
 
 from orpo_lite.cli.console import out, print_columns
 
-SHOWN = 1200  # characters of a prompt or reply; the middle of a longer one is left out
-MUCH = 0.05  # of the responses: a model that rarely sees an end does not learn to stop
+SHOWN = 1200  # most characters of a prompt or reply; the middle of a longer one is left out
+# Share of responses without their end that is shown as a warning. A model that rarely sees the end
+# token does not learn to stop.
+MANY_WITHOUT_END = 0.05
 STYLES = {"prompt": "cyan", "response": "green", "end": "bold magenta", "cut": "red"}
 
 
 def print_preview(
     figures: Mapping[str, Any], samples: Mapping[str, Any], warnings: Sequence[str], max_length: int
 ) -> None:
-    """Print what ``runs.inputs.preview`` returns: one pair, the figures, the warnings."""
+    """Print the result of ``runs.inputs.preview``: one pair, the figures and the warnings."""
     sample = samples["first"]
     out.print(f"\none pair, {sample['where']}, as the model sees it")
     if sample.get("dropped"):
@@ -63,19 +65,20 @@ def _print_figures(figures: Mapping[str, Any], max_length: int) -> None:
     cut, prompts, step = figures["cut"], figures["prompts"], figures["step"]
     padded, whole, shared = step.values()
     lost = cut["responses_without_end"]
+    lost_share = cut["responses_without_end_share"]
     _print_count(
-        f"data.max_length={max_length} cuts {_share(cut['pairs_share'])} of the pairs; "
-        f"{lost:,} of the responses ({_share(cut['responses_without_end_share'])}) lose their end",
-        cut["responses_without_end_share"] >= MUCH,
+        f"data.max_length={max_length} cuts {_percent(cut['pairs_share'])} of the pairs; "
+        f"{lost:,} of the responses ({_percent(lost_share)}) lose their end",
+        lost_share >= MANY_WITHOUT_END,
     )
     for line in warning_lines(figures):
         _print_count(line, True)
-    longer = [_share(figures[f"{side}_longer"]) for side in ("chosen", "rejected")]
+    longer = [_percent(figures[f"{side}_longer"]) for side in ("chosen", "rejected")]
     out.print(f"chosen is the longer one in {longer[0]} of the pairs, rejected in {longer[1]}")
     _print_count(
         f"{prompts['train']:,} different prompts to train on, {prompts['held_out']:,} held out, "
-        f"{prompts['shared']:,} on both sides"
-        f"{': the evaluation will flatter' if prompts['shared'] else ''}",
+        f"{prompts['shared']:,} in both"
+        f"{': the evaluation will look too good' if prompts['shared'] else ''}",
         prompts["shared"] > 0,
     )
     out.print(
@@ -104,7 +107,10 @@ def _print_count(text: str, bad: bool) -> None:
 
 
 def print_pair(sample: Mapping[str, Any]) -> None:
-    """Print the prompt once, then both replies, each under its title and in its colour."""
+    """Print the prompt, the chosen reply and the rejected one, each with a title and a colour.
+
+    The prompt is printed again for the rejected reply only if it differs there.
+    """
     if "chosen" not in sample:
         out.print("  (it cannot be rendered)")
         return
@@ -120,7 +126,7 @@ def print_pair(sample: Mapping[str, Any]) -> None:
 def _print_piece(title: str, kind: str, text: str, pieces: Mapping[str, str] | None = None) -> None:
     line = Text(f"--- {title} ", style="bold") + Text("-" * max(3, 60 - len(title)), style="dim")
     out.print(line)
-    body = Text(_seams(visible(text)), style=STYLES[kind])
+    body = Text(_mark_outer_space(visible(text)), style=STYLES[kind])
     if pieces and "end" in pieces:
         body.append(f"[end: {pieces['end']}]", style=STYLES["end"])
     if pieces and "cut" in pieces:
@@ -129,7 +135,10 @@ def _print_piece(title: str, kind: str, text: str, pieces: Mapping[str, str] | N
 
 
 def visible(text: str, shown: int = SHOWN) -> str:
-    """Return text that is safe to print, without control codes, and without a long middle."""
+    """Return a text with control characters escaped, and with at most ``shown`` characters.
+
+    The middle of a longer text is left out.
+    """
     if len(text) > shown:
         half = shown // 2
         text = f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
@@ -138,13 +147,16 @@ def visible(text: str, shown: int = SHOWN) -> str:
     )
 
 
-def _seams(text: str) -> str:
-    """White space at either end made visible: there prompt and reply meet."""
+def _mark_outer_space(text: str) -> str:
+    """Return the text with visible marks for the white space at its start and end.
+
+    This is where prompt and reply are joined, so a missing or extra space matters.
+    """
     inner = text.strip()
     before, _, after = text.partition(inner) if inner else (text, "", "")
     marks = str.maketrans({" ": "·", "\n": "⏎\n", "\t": "→"})
     return before.translate(marks) + inner + after.translate(marks)
 
 
-def _share(share: float) -> str:
+def _percent(share: float) -> str:
     return f"{100 * share:.1f}%"

@@ -1,4 +1,4 @@
-"""What the command line does and prints after a verb: tables, merge, push."""
+"""Run merge, push and verify for the command line, and print the results of a training."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 
 
 STOPPED = 130  # 128 + SIGINT
-LONGEST = 400  # characters of a prompt or an answer on the screen
+LONGEST = 400  # most characters of a prompt or an answer that are printed
 
 
 def merge_run(run: Path, **options: Any) -> None:
+    """Merge a run and print the folder of the merged model."""
     from orpo_lite.merging.merge import merge_events
 
     result = draw(merge_events(run, **options))
@@ -28,7 +29,10 @@ def merge_run(run: Path, **options: Any) -> None:
 
 
 def merge_if_changed(run: Path) -> None:
-    """As :func:`merge_run`; a trial of a step or two, which has learnt nothing yet, is no fault."""
+    """Merge a run as :func:`merge_run` does; print a line if the adapter changes nothing.
+
+    After a trial of one or two steps the adapter may be unchanged. That is not an error here.
+    """
     from orpo_lite.merging.merge import UnchangedError
 
     try:
@@ -38,7 +42,10 @@ def merge_if_changed(run: Path) -> None:
 
 
 def verify_run(run: Path, weights: "Weights", base_path: Path | None) -> None:
-    """Print the comparison. Raises :class:`ModelError` if the merged model answers differently."""
+    """Compare the merged model with its base and adapter, and print the result.
+
+    Raises :class:`ModelError` if the merged model gives other log-probabilities.
+    """
     from orpo_lite.api import verify_events
 
     verdict = draw(verify_events(run, weights=weights, base_path=base_path))
@@ -52,8 +59,8 @@ def verify_run(run: Path, weights: "Weights", base_path: Path | None) -> None:
         raise ModelError(
             where=f"{run}, merged",
             found=f"differs from base and adapter: {verdict.explanation}",
-            expected="the same answers",
-            fix="please report it with the run's lock.json",
+            expected="the same log-probabilities",
+            fix="please report this bug with the run's lock.json",
         )
 
 
@@ -71,16 +78,21 @@ def verify_export(run: Path, folder: Path, weights: "Weights") -> None:
 
 
 def push_run(run: Path, repository: str, **options: Any) -> None:
+    """Push a run and print the page of the repository."""
     from orpo_lite.publishing.push import push_events
 
-    # The hub's client draws bars of its own while files go up.
+    # plain: the hub's client draws its own progress bars during the upload.
     result = draw(push_events(run, repository, **options), plain=True)
-    visible = "everybody" if options.get("is_public") else "you, and who you let"
-    out.print(f"pushed {len(result.files)} files: {result.page} (to be seen by {visible})")
+    visibility = "public" if options.get("is_public") else "private"
+    out.print(f"pushed {len(result.files)} files: {result.page} ({visibility})")
 
 
 def finish(recipe: "Recipe", result: "TrainResult") -> None:
-    """Print the results, merge, print the answers. The adapter is saved before."""
+    """Print the results of a training; then merge and push if the recipe says so.
+
+    The adapter is saved already. If a later step fails, the message says so and gives the commands
+    for the steps that are left.
+    """
     from orpo_lite.demo import builtin_remark
     from orpo_lite.objectives.objective import find_objective
     from orpo_lite.runs.commands import merge_command
@@ -136,6 +148,7 @@ def _push_result(recipe: "Recipe", result: "TrainResult") -> None:
 
 
 def push_line(recipe: "Recipe", result: "TrainResult") -> str:
+    """Return the command that pushes the run as its recipe says."""
     from orpo_lite.publishing.push import push_command
 
     return push_command(
@@ -144,7 +157,7 @@ def push_line(recipe: "Recipe", result: "TrainResult") -> str:
 
 
 def _print_samples(result: "TrainResult") -> None:
-    """The answers to the data's own prompts, else to neutral ones; all are in the file."""
+    """Print the answers to held-out prompts, or those to neutral prompts if there are none."""
     shown = [sample for sample in result.samples if sample.source == "held-out"] or [
         *result.samples
     ]

@@ -1,4 +1,4 @@
-"""The commands that publish a trained model: merge, export, push."""
+"""The commands that are used after a training: merge, export and push."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,21 +20,23 @@ def merge(
     base: Annotated[
         Literal["original", "dequantized"],
         typer.Option(
-            help="The base's own 16-bit weights; or those that 4 bit left of them, as in training."
+            help="Weights to merge into: the base's 16-bit weights, or its 4-bit weights "
+            "converted back to 16 bit, as used in the training."
         ),
     ] = "original",
     verify: Annotated[
         bool,
         typer.Option(
-            "--verify", help="Then compare the model with base and adapter on held-out pairs."
+            "--verify",
+            help="Also compare the merged model with base and adapter on held-out pairs.",
         ),
     ] = False,
     max_shard_size: Annotated[
-        str, typer.Option(metavar="SIZE", help="Of a file of weights.")
+        str, typer.Option(metavar="SIZE", help="Largest size of a weight file.")
     ] = "5GB",
     base_path: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Where the base lies now, if it was moved."),
+        typer.Option(metavar="FOLDER", help="The folder of the base, if it was moved."),
     ] = None,
 ) -> None:
     """Merge a run's adapter into its base, block by block. RUN/merged is a transformers folder."""
@@ -48,21 +50,27 @@ def merge(
 def push(
     run: RunFolder,
     repository: Annotated[
-        str, typer.Argument(metavar="REPO", help="owner/name; a name alone is yours.")
+        str,
+        typer.Argument(
+            metavar="REPO", help="owner/name. Without an owner, the repository is in your account."
+        ),
     ],
     merged: Annotated[
         bool, typer.Option("--merged", help="Push RUN/merged, not the adapter.")
     ] = False,
     base: Annotated[
-        Literal["original", "dequantized"], typer.Option(help="Which merge.")
+        Literal["original", "dequantized"],
+        typer.Option(help="With --merged: the weights that were merged into."),
     ] = "original",
     public: Annotated[
-        bool, typer.Option("--public", help="Everybody can see it; private without.")
+        bool, typer.Option("--public", help="Make a new repository public. Default: private.")
     ] = False,
     samples: Annotated[
         int,
         typer.Option(
-            min=0, max=20, help="Show so many prompts of the data, with answers, in the model card."
+            min=0,
+            max=20,
+            help="Show this many held-out prompts with their answers in the model card.",
         ),
     ] = 0,
 ) -> None:
@@ -71,8 +79,8 @@ def push(
     if base == "dequantized" and not merged:
         raise RecipeError(
             where="--base dequantized",
-            found="without --merged",
-            expected="it says which merged model",
+            found="is given without --merged",
+            expected="--merged too: --base chooses between two merged models",
             fix="add --merged",
         )
     options: dict[str, Any] = {
@@ -101,11 +109,13 @@ def export(
     outtype: Annotated[
         str | None,
         typer.Option(
-            help="f32, f16, bf16, q8_0, q3_k_m, q4_k_m, q5_k_m or q6_k; as merged by default."
+            help="Type of the weights in a GGUF file: f32, f16, bf16, q8_0, q3_k_m, q4_k_m, "
+            "q5_k_m or q6_k. Default: the type of the merged model."
         ),
     ] = None,
     base: Annotated[
-        Literal["original", "dequantized"], typer.Option(help="Which merge.")
+        Literal["original", "dequantized"],
+        typer.Option(help="The merged model to export, by the weights that were merged into."),
     ] = "original",
     verify: Annotated[
         bool,
@@ -115,7 +125,7 @@ def export(
         ),
     ] = False,
 ) -> None:
-    """Write a run for llama.cpp, Ollama or vLLM to RUN/export, and print how to use it."""
+    """Export a run for llama.cpp, Ollama or vLLM to RUN/export, and print how to use it."""
     with quiet():
         from orpo_lite.exporting.llama_cpp import require_llama_cpp
         from orpo_lite.exporting.targets import export_events

@@ -1,4 +1,4 @@
-"""The words that `orpo-lite plan` prints, and what the memory settings do."""
+"""Print the report of ``orpo-lite plan``, and describe the memory settings of a recipe."""
 
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def print_memory_settings(recipe: "Recipe") -> None:
-    """Print what the keys of ``memory`` do in a step. None of them changes the result."""
+    """Print what the keys of ``memory`` change in a step. None of them changes its result."""
     from orpo_lite.recipe.schema import PLANNED_SETTINGS
 
     memory = recipe.memory.unplanned()
@@ -20,12 +20,12 @@ def print_memory_settings(recipe: "Recipe") -> None:
         _print_packing(memory, recipe.micro_batch_tokens)
     else:
         pairs = _pairs(memory.micro_batch_size or 1)
-        out.print(f"  pads rows, {pairs} a forward pass, and holds all logits: the plain step")
+        out.print(f"  pads rows, {pairs} per forward pass, and holds all logits: the plain step")
     _print_checkpointing(memory)
     if memory.mlp_tile:
-        out.print(f"  runs an MLP on {memory.mlp_tile:,} tokens at a time, for some 9% more FLOPs")
+        out.print(f"  runs an MLP on {memory.mlp_tile:,} tokens at a time, for about 9% more FLOPs")
     if memory.embedding_on_cpu:
-        out.print("  looks tokens up in host memory")
+        out.print("  keeps the input embedding in host memory")
     planned = [key for key in PLANNED_SETTINGS if getattr(recipe.memory, key) == "auto"]
     if planned:
         out.print(
@@ -36,10 +36,11 @@ def print_memory_settings(recipe: "Recipe") -> None:
 
 def _print_packing(memory: "MemorySection", tokens: int) -> None:
     shared = "once" if memory.prompt_sharing else "twice"
-    limit = f"{tokens:,} tokens a forward pass"
+    limit = f"at most {tokens:,} tokens"
     if memory.micro_batch_size:
-        limit += f", at most {_pairs(memory.micro_batch_size)}"
-    out.print(f"  packs pairs without padding, and the prompt of a pair {shared}, {limit}")
+        limit += f" and {_pairs(memory.micro_batch_size)}"
+    out.print(f"  packs pairs without padding, with the prompt of a pair {shared}")
+    out.print(f"  takes {limit} per forward pass")
     if memory.head_chunk == "auto":
         logits = "a few rows of logits at a time"
     elif memory.head_chunk == "none":
@@ -72,11 +73,11 @@ def print_plan(report: "PlanReport") -> None:
     out.print(f"{report.base}: {verdict}, {gib(plan.needed)} needed, {budget}")
     if report.local and report.local.others:
         others = gib(report.local.others)
-        out.print(f"other processes use {others} of the GPU, which is not touched")
+        out.print(f"other processes use {others} of the GPU; the plan leaves that to them")
     pairs = "the longest pairs of the data"
     if not report.from_data:
-        pairs = "the longest that data.max_length allows"
-    size = f"{_pairs(step.pairs)}, {step.tokens:,} tokens"
+        pairs = "the longest pairs that data.max_length allows"
+    size = f"{_pairs(step.pairs)} with {step.tokens:,} tokens"
     out.print(f"measured for a forward pass of {size}: {pairs}\n")
     _print_parts(plan)
     settings = [f"memory.{key}={to_text(value)}" for key, value in plan.settings.items()]
@@ -122,15 +123,15 @@ def _print_parts(plan: "MemoryPlan") -> None:
         )
     if plan.measured.paged:
         out.print(
-            f"  {gib(plan.measured.paged)} of the optimizer are paged: "
-            "the driver moves them to host memory if it must"
+            f"  {gib(plan.measured.paged)} of the optimizer state are paged: "
+            "the driver moves them to host memory if the GPU is full"
         )
 
 
 def _print_gpus(report: "PlanReport") -> None:
     from orpo_lite.recipe.text import gib, to_text
 
-    table = [("GPU", "needed", "fits", "s a pair", "layers that run again", "other settings")]
+    table = [("GPU", "needed", "fits", "s per pair", "layers run again", "other settings")]
     for row in report.rows:
         settings = dict(row.settings or {})
         checkpointed = str(settings.pop("activation_checkpointing", ""))

@@ -1,4 +1,4 @@
-"""Progress of a verb: live on a terminal, plain lines elsewhere."""
+"""Show the progress of a command: live on a terminal, as plain lines in a file or pipe."""
 
 import time
 from typing import TYPE_CHECKING, TypeVar
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from orpo_lite.updates import Update
 
 
-PLAIN_LINES = 50  # step lines in a log file, besides the evaluations
+PLAIN_LINES = 50  # lines on steps that a whole training prints to a file or pipe
 
 Result = TypeVar("Result")
 
@@ -31,7 +31,13 @@ Result = TypeVar("Result")
 def draw(
     updates: "Generator[Update, None, Result]", *, silent: bool = False, plain: bool = False
 ) -> Result:
-    """Show each update, live on a terminal and else in lines; return the generator's result."""
+    """Run a command, show its updates, and return its result.
+
+    Args:
+        updates: the running command.
+        silent: show nothing.
+        plain: print lines also on a terminal.
+    """
     from orpo_lite.updates import run_to_end
 
     if silent:
@@ -44,7 +50,10 @@ def draw(
 
 
 class _PlainLines:
-    """Print a line per evaluation, per stage and quarter of a long one, and fifty for the steps."""
+    """Print updates as lines: each note and evaluation, each stage, and about fifty steps.
+
+    A stage that reports its progress gets a line for each quarter.
+    """
 
     def __init__(self) -> None:
         self.stage, self.quarter, self.began = "", 1, 0.0
@@ -75,7 +84,10 @@ class _PlainLines:
 
 
 class _Screen:
-    """Show the last step's figures and progress bars; everything else scrolls above them."""
+    """Show progress bars and the last step's figures at the bottom of the terminal.
+
+    Notes and evaluations are printed above them.
+    """
 
     def __init__(self) -> None:
         self.progress = Progress(

@@ -1,4 +1,4 @@
-"""Library noise goes to the log, not to the screen."""
+"""Keep the messages and progress bars of libraries off the screen."""
 
 import contextlib
 import logging
@@ -8,26 +8,28 @@ from collections.abc import Iterator
 
 
 def hush() -> None:
-    """Do the same as :func:`quiet` for commands that import none of the slow libraries."""
-    for library in (
-        "TRANSFORMERS",
-        "DATASETS",
-        "HF_HUB",
-    ):  # they tell of each attempt to reach the hub
+    """Make libraries print errors only, in a command that does not import torch.
+
+    Otherwise they report each attempt to reach the hub. :func:`quiet` is for other commands.
+    """
+    for library in ("TRANSFORMERS", "DATASETS", "HF_HUB"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
 
 
 def is_first_process() -> bool:
-    """Return whether this process prints: under `accelerate launch` only the first one does."""
+    """Return whether this is the first process of `accelerate launch`, the one that prints.
+
+    True without `accelerate launch`.
+    """
     return "LOCAL_RANK" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Library noise goes to the logging tree (and so to the run's train.log), not to the screen.
+    """Send what libraries print to Python's logging, and so to the run's train.log.
 
-    bitsandbytes prints while it is imported. transformers, datasets and peft log and draw bars.
-    The bars of huggingface_hub stay: a download of gigabytes should be seen.
+    bitsandbytes prints while it is imported. transformers, datasets and peft log messages and draw
+    progress bars. The bars of huggingface_hub are kept, because a download may take long.
     """
     warnings.simplefilter("default")
     logging.captureWarnings(True)

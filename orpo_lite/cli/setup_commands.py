@@ -1,4 +1,4 @@
-"""The commands before a training: recipes, data, plan, doctor."""
+"""The commands that are used before a training: recipes, data, plan and doctor."""
 
 import shlex
 from contextlib import ExitStack, suppress
@@ -44,13 +44,14 @@ def plan(
     with_data: Annotated[
         bool,
         typer.Option(
-            "--with-data", help="Read the data, and plan for its longest pairs, not for max_length."
+            "--with-data",
+            help="Read the data and plan for its longest pairs, not for data.max_length.",
         ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show whether a recipe fits a GPU, how fast it is and what to change. Reads no weights."""
-    chosen = choose_recipe(recipe, None, overrides or [], verb="plan")
+    chosen = choose_recipe(recipe, None, overrides or [], command="plan")
     with quiet():
         from orpo_lite.planning.plan import plan_events
         from orpo_lite.planning.search import does_not_fit
@@ -71,21 +72,21 @@ def data(
     overrides: Annotated[list[str] | None, recipe_keys("data.max_length=1024")] = None,
     recipe: RecipeName = None,
     row: Annotated[
-        str | None, typer.Option(metavar="PLACE", help="Show this row, e.g. pairs.csv:3.")
+        str | None, typer.Option(metavar="PLACE", help="Show this row, for example pairs.csv:3.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what the model will see of the data: format, one pair, lengths, cuts, dropped rows."""
+    """Show what the model will see of the data: one pair, its format, lengths, rows left out."""
     if as_json and row:
         raise RecipeError(
             where="--row",
-            found="given with --json",
-            expected="one of them: the figures are those of all rows",
-            fix="leave one out",
+            found="is given together with --json",
+            expected="only one of them: --json prints the figures of all rows",
+            fix="remove one of them",
         )
-    chosen = choose_recipe(recipe, None, overrides or [], verb="data")
+    chosen = choose_recipe(recipe, None, overrides or [], command="data")
     hush()
-    preview = draw(_previewing(chosen, row), silent=as_json)
+    preview = draw(_preview(chosen, row), silent=as_json)
     if as_json:
         print_json(preview.figures | {"samples": preview.samples, "warnings": preview.warnings})
         for warning in preview.warnings:
@@ -113,7 +114,7 @@ def doctor(
 
     chosen = None
     if recipe is not None or overrides:
-        chosen = choose_recipe(recipe, None, overrides or [], verb="doctor")
+        chosen = choose_recipe(recipe, None, overrides or [], command="doctor")
     with ExitStack() as stack:
         with suppress(Exception):  # a library that cannot be imported is the fault of a check
             stack.enter_context(quiet())
@@ -133,7 +134,7 @@ def doctor(
 
 @recipes_app.command("ls", epilog="Example: orpo-lite recipes ls")
 def recipes_ls() -> None:
-    """List the shipped recipes, with the memory of the GPU that each needs by its plan."""
+    """List the shipped recipes, with the GPU that each needs according to its plan."""
     from orpo_lite.recipe.reader import gpu_sizes, load_recipe, shipped_recipes
 
     rows = [("recipe", "base", "beta", "GPU", "what for")]
@@ -155,7 +156,7 @@ def recipes_ls() -> None:
 
 @recipes_app.command("show", epilog="Example: orpo-lite recipes show demo")
 def recipes_show(name: ShippedName) -> None:
-    """Print a recipe with every key, its value and what it means."""
+    """Print a recipe with every key, its value and its meaning."""
     from orpo_lite.recipe.reader import load_recipe
 
     out.print(load_recipe(name).to_yaml(comments=True), end="")
@@ -164,9 +165,9 @@ def recipes_show(name: ShippedName) -> None:
 @recipes_app.command("cp", epilog="Example: orpo-lite recipes cp demo mine.yaml")
 def recipes_cp(
     name: ShippedName,
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="Where to write it.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="The file or folder to write to.")],
 ) -> None:
-    """Copy a recipe, every key commented, to edit."""
+    """Copy a recipe to a file that you can edit. Every key has a comment."""
     from orpo_lite.recipe.reader import find_recipe, load_recipe
 
     text = load_recipe(name).to_yaml(comments=True)
@@ -174,7 +175,7 @@ def recipes_cp(
     if path.exists():
         raise RecipeError(
             where=str(path),
-            found="exists",
+            found="exists already",
             expected="a new file",
             fix="remove it or choose another name",
         )
@@ -190,7 +191,8 @@ def recipes_cp(
     out.print(f"wrote {path}; run it with: orpo-lite train --recipe {shlex.quote(runnable)}")
 
 
-def _previewing(recipe: "Recipe", row: str | None) -> "Generator[Update, None, Preview]":
+def _preview(recipe: "Recipe", row: str | None) -> "Generator[Update, None, Preview]":
+    """Preview the data, after making the demo's tokenizer and pairs if the recipe uses them."""
     from orpo_lite.runs.inputs import preview
 
     if any(

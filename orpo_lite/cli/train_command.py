@@ -1,4 +1,4 @@
-"""The command train."""
+"""The command ``train``."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,10 +19,9 @@ if TYPE_CHECKING:
 RESUME = (
     "Resume the run in this folder. KEY=VALUE may change its learning rate (learning_rate, "
     "lr_scheduler_type, warmup_steps), its length (max_steps, num_train_epochs, "
-    "early_stopping_patience), eval_steps, "
-    "load_best_model_at_end, full_determinism, report_to, model.device, memory.* and output.*: "
-    "each change is recorded with its step. From then on each step has the learning rate that it "
-    "would have in a run that began with the new values."
+    "early_stopping_patience), eval_steps, load_best_model_at_end, full_determinism, report_to, "
+    "model.device, memory.* and output.*. Each change is recorded with its step. The following "
+    "steps have the learning rate of a run that began with the new values."
 )
 
 
@@ -34,10 +33,10 @@ def train(
         Path | None, typer.Option(metavar="RUN", help=RESUME, autocompletion=complete_run)
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print every value and its source; do nothing.")
+        bool, typer.Option("--dry-run", help="Print every value and its source; do not train.")
     ] = False,
 ) -> None:
-    """Train an adapter as a recipe says, then merge it and show what changed."""
+    """Train an adapter with a recipe, merge it into the base and show what changed."""
     chosen = choose_recipe(recipe, resume, overrides or [])
     if dry_run:
         if resume is not None and (resume / "lock.json").is_file():

@@ -4,8 +4,9 @@ A run reads only the pairs it needs.
 
 An entry is a folder: ``ids.bin`` with all tokens in a row (int32), ``pairs.bin`` with a PAIR record
 for each pair, ``places.txt`` with a line for each pair, and ``entry.json``, written last, with the
-facts found during tokenization and the sha256 of all four. Its key is a hash of everything that
-tokens depend on, including this package's code. The least recently used entries are removed.
+facts found during tokenization, their sha256 and the sha256 of each file. The key of an entry is a
+hash of everything that tokens depend on, including this package's code. The least recently used
+entries are removed.
 """
 
 from __future__ import annotations

@@ -74,15 +74,15 @@ class Template:
 
     @cached_property
     def layouts(self) -> dict[tuple[str, ...], Layout | None]:
-        """The layouts of the sequences of roles that were tried."""
+        """Sequence of roles -> its layout, for the sequences that were tried so far."""
         return {}
 
     @cached_property
     def special(self) -> re.Pattern[str]:
         """A pattern of the special tokens that no message may contain.
 
-        They are the named ones, those that the template writes and those that end a text. Others,
-        such as <think> that was added for replies with it, are tokenized as special tokens.
+        These are the tokens in ``named_tokens``, those that the template writes, and those that end
+        a turn or a text. Other special tokens may be in a message, such as <think>.
         """
         if self.text is None:
             return _any_of(self.special_tokens)
@@ -134,7 +134,7 @@ NO_THOUGHT = "missing_thoughts"
 
 
 class Layout(NamedTuple):
-    """How a template writes a conversation with a certain sequence of roles."""
+    """The way in which a template writes conversations with a certain sequence of roles."""
 
     moves_system: bool = False
     """The system text must be put in front of the first user turn's text."""
@@ -239,7 +239,7 @@ def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _end_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[str]]:
-    """Return the special tokens, and these with the added tokens that are not words or spaces."""
+    """Return the special tokens, and a list that adds other tokens that may end a reply."""
     added = list(tokenizer.added_tokens_decoder.values())
     special = {str(token) for token in tokenizer.all_special_tokens}
     special |= {token.content for token in added if token.special}
@@ -249,7 +249,7 @@ def _end_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[str]
 
 
 def special_in(texts: Iterable[str], special: re.Pattern[str]) -> str:
-    """Return the reason to leave texts out, with the first special token in them; "" if none."""
+    """Return the reason to leave texts out: the first special token in them; "" if none."""
     found = next(filter(None, map(special.search, texts)), None)
     return f"{SPECIAL}: {found.group()}" if found else ""
 
@@ -307,10 +307,11 @@ def pair_texts(pair: Pair, template: Template) -> PairTexts | str:
 
 
 def _prompt_and_head(asked: str, before: str, layout: Layout) -> tuple[str, str] | tuple[None, str]:
-    """Return the prompt when a reply is requested, and the text of the same turns before a reply.
+    """Return the text of the prompt, and the text of the same turns in a conversation with a reply.
 
-    The prompt is None if it is unknown. It ends before the rest of the generation prompt, where
-    some templates open a <think> block that the reply does not have.
+    The prompt is None if it is unknown. ``asked`` is the turns with the generation prompt, and
+    ``before`` is the turns up to a reply. The end of the generation prompt, such as an opened
+    <think> block, may not be in ``before``. It is not part of the prompt then.
     """
     if layout.tails is None:
         prompt = common_start(asked, before)
@@ -323,7 +324,10 @@ def _prompt_and_head(asked: str, before: str, layout: Layout) -> tuple[str, str]
 
 
 def _thought_remarks(opened: str, written: str) -> list[str]:
-    """Return the remark on a reply without thoughts, from the texts between prompt and reply."""
+    """Return the remark on a pair whose replies have no <think> block; [] if there is none.
+
+    ``opened`` is the end of the generation prompt, ``written`` the text between prompt and reply.
+    """
     if "</think>" in written:
         return [EMPTY_THOUGHT]
     is_open = "<think>" in opened and "</think>" not in opened
@@ -333,8 +337,8 @@ def _thought_remarks(opened: str, written: str) -> list[str]:
 def _layout(pair: Pair, template: Template) -> Layout | None:
     """Return the layout of a pair's sequence of roles; None if the template leaves a turn out.
 
-    It is found once for each sequence, with one word in the place of each text: templates may trim
-    a text, escape it, move it, or remove the thoughts from it.
+    It is found once for each sequence of roles. Each text is replaced by one word for that, because
+    a template may trim a text, escape it, move it, or remove its <think> block.
     """
     roles = tuple(turn["role"] for turn in pair.messages)
     if roles not in template.layouts:
@@ -347,7 +351,7 @@ def _layout(pair: Pair, template: Template) -> Layout | None:
 
 def _try_layout(turns: Sequence[Message], template: Template, where: str) -> Layout | None:
     """Return the layout of the turns, with the system text moved if the template needs that."""
-    found: Layout | None = Layout()  # if all attempts fail, rendering the pair raises the error
+    found: Layout | None = Layout()  # if all attempts fail, rendering the pair shows the error
     for moves, tried in ((False, turns), (True, _system_moved(turns))):
         if moves and tried == turns:
             break
@@ -482,7 +486,7 @@ def too_long(where: str) -> BeyondLimitsError:
 
 
 class BeyondLimitsError(ModelError):
-    """A template takes too long or writes too much. No further pair is rendered."""
+    """The error of a template that takes too long or writes too much. It ends the rendering."""
 
     def __init__(self, where: str, found: str) -> None:
         super().__init__(

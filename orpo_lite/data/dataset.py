@@ -152,7 +152,7 @@ def _tokenize(
         hints = _hints(reader.drops.counts)
         for reason in TOO_LONG:
             if reason in dropped:
-                hints[reason] = _limits(dropped[reason], renderer, tokenizer, data)
+                hints[reason] = _fix_length(dropped[reason], renderer, tokenizer, data)
         if not len(writer):
             reader.drops.raise_nothing_left("data", hints)
         if with_thoughts := [remarked[name] for name in THOUGHTS if name in remarked]:
@@ -188,7 +188,7 @@ def _is_templated(pair: Pair, template: Template) -> bool:
 
 
 def _hints(reasons: Iterable[str]) -> dict[str, str]:
-    """Return the fix for each reason to leave pairs out that has one."""
+    """Return reason -> fix for those of the reasons to leave pairs out that have a fix."""
     hints = dict.fromkeys(UNFAITHFUL, f"{OWN_TEMPLATE} that writes every turn unchanged")
     for reason in reasons:
         if reason.startswith(SPECIAL):
@@ -196,8 +196,8 @@ def _hints(reasons: Iterable[str]) -> dict[str, str]:
     return {reason: hints[reason] for reason in reasons if reason in hints}
 
 
-def _limits(pair: Pair, renderer: Renderer, tokenizer: Any, data: DataSection) -> str:
-    """Return the limits with which a pair is kept that is left out for its length."""
+def _fix_length(pair: Pair, renderer: Renderer, tokenizer: Any, data: DataSection) -> str:
+    """Return the fix for a pair that is left out for its length: limits that would keep it."""
     free = data.model_copy(update=dict.fromkeys(("max_length", "max_prompt_length"), sys.maxsize))
     ((_, tokens),) = tokenize_pairs([pair], renderer, tokenizer, free)
     if isinstance(tokens, str):
@@ -214,7 +214,7 @@ def _limits(pair: Pair, renderer: Renderer, tokenizer: Any, data: DataSection) -
 def _check_unfaithful(drops: Drops, read: int, data: DataSection) -> None:
     """Raise ModelError for a template that fails on more pairs than data.max_bad_rows allows.
 
-    It loses or changes their turns, or raises an error.
+    A template fails on a pair if it loses or changes a turn, or raises an error.
     """
     reasons = [
         reason
@@ -245,7 +245,10 @@ def _check_unfaithful(drops: Drops, read: int, data: DataSection) -> None:
 
 
 def _thoughts_off(pairs: Sequence[Pair], template: Template, data: DataSection) -> dict[str, str]:
-    """Return the setting that turns thoughts off, for both remarks; {} if the template has none."""
+    """Return remark -> the setting that turns thoughts off, for each remark in THOUGHTS.
+
+    Returns {} if the template has no such setting.
+    """
     variables = {"enable_thinking": False}
     changed = replace(template, variables=template.variables | variables)
     with suppress(ModelError), _renderer(changed) as renderer:
@@ -272,9 +275,9 @@ def _templated(count: int, pairs: int) -> DataError:
 def show_row(
     data: DataSection, sources: Sequence[Source], load: LoadTokenizer, place: str
 ) -> dict[str, Any]:
-    """Return the row at a place as segments of text, and as ``dropped`` the reason to leave it out.
+    """Return the row at a place as segments of text for display. Raises DataError.
 
-    Raises DataError.
+    ``dropped`` is the reason to leave the row out, or None.
     """
     pair, reason = PairReader(data, sources).find(place)
     tokenizer = load()
@@ -303,7 +306,7 @@ def prompt_ids(data: DataSection, prompts: Sequence[str], load: LoadTokenizer) -
 
 
 def _renderer(template: Template) -> Renderer:
-    """Return the renderer: plain text needs no separate process, and a template is not trusted."""
+    """Return the renderer of a template. A template is not trusted and gets a separate process."""
     return Renderer(template) if template.text is None else LimitedRenderer(template)
 
 

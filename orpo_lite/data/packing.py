@@ -161,7 +161,10 @@ def steps_per_epoch(count: int, global_batch_size: int) -> int:
 
 @dataclass(frozen=True)
 class Batching:
-    """How a step's pairs are divided into forward passes. The sum of their losses is the same."""
+    """The way in which a step's pairs are divided into forward passes.
+
+    It does not change the loss of the step, which is the sum over its passes.
+    """
 
     packed: bool
     """True: pairs end to end without padding. False: padded rows."""

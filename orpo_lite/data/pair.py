@@ -45,7 +45,10 @@ UNJUDGED = "no verdict"
 
 
 class NotJson(float):
-    """NaN or an infinity. JSON has none, but Python writes them. Only reading it is an error."""
+    """A NaN or infinity in a JSON file. JSON does not allow them, but Python writes them.
+
+    It is an error only if a pair needs the value.
+    """
 
 
 @dataclass(frozen=True, slots=True)

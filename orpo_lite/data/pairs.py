@@ -49,7 +49,7 @@ ALLOWED_BAD_ROWS = 3  # rows of a dataset that may have errors, whatever share o
 
 
 class Drops:
-    """Count the pairs that are left out, by reason, and keep the places of the first ones."""
+    """Count the pairs that are left out, by reason, and keep the first places of each reason."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -77,7 +77,7 @@ class Drops:
 
 
 class PairReader:
-    """Iterate over the pairs of one split, and collect what was found in the attributes.
+    """Iterate over the pairs of one split. The attributes hold counts and facts about them.
 
     Iterating raises DataError at the start for an unknown format. At the end it raises DataError
     for the errors of files (all of them at once), for more rows with errors in a dataset than
@@ -108,7 +108,7 @@ class PairReader:
 
     @property
     def sha256(self) -> str:
-        """The sha256 of the content of the pairs so far, in order. Their places do not count."""
+        """The sha256 of the texts of the pairs read so far, in their order."""
         return self._digest.hexdigest()
 
     def __iter__(self) -> Iterator[Pair]:
@@ -130,7 +130,7 @@ class PairReader:
     def find(self, place: str) -> tuple[Pair, str | None]:
         """Return the pair at a place, and the reason to leave it out or None. Raises DataError.
 
-        A place that is longer or shorter by leading folders is accepted if it is unambiguous.
+        Leading folders may be missing or added if only one row fits.
         """
         faults: list[DataError] = []
         ends_of_place: list[Pair] = []
@@ -148,8 +148,8 @@ class PairReader:
         if len(ending_with_place) > 1:
             raise DataError(
                 where=place,
-                found=f"no such row, but {len(ending_with_place)} rows whose places end so",
-                expected="the whole place",
+                found=f"{len(ending_with_place)} rows have places that end with it",
+                expected="the complete place of one row",
                 fix=" or ".join(pair.where for pair in ending_with_place[:MAX_PLACES]),
             )
         if similar := ends_of_place or ending_with_place:
@@ -167,8 +167,8 @@ class PairReader:
         return DataError(
             where=place,
             found=f"no such row in {names}{only}",
-            expected="a place as messages print it",
-            fix=f"--row {first}, which is the first",
+            expected="a file and a line, such as pairs.csv:3",
+            fix=f"--row {first} shows the first row",
         )
 
     def _pairs(self, source: Source, faults: list[DataError]) -> Iterator[Pair]:
@@ -250,7 +250,7 @@ class PairReader:
         source_names: Mapping[str, Collection[str]],
         names: Collection[str],
     ) -> None:
-        """Record what is known of the dataset that is being read.
+        """Record the format and the columns of the dataset that is being read.
 
         ``source_names``: our name -> the dataset's columns; ``names``: all its columns.
         """
@@ -271,7 +271,7 @@ class PairReader:
         new: Sequence[str],
         where: str,
     ) -> Detected:
-        """Return the format after a row in which new columns are filled for the first time.
+        """Return the format after a row that fills some columns for the first time.
 
         Raises DataError if the rows before would have been read in another way.
         """
@@ -294,7 +294,7 @@ class PairReader:
             advice = ", or leave the column out, or fill it in every row"
             raise DataError(
                 where="data.format",
-                found=f"{change}, and with that it is: {now.sentence}",
+                found=f"{change}, and the format with this column would be: {now.sentence}",
                 expected=before.sentence,
                 fix=Overrides({"data.format": before.name}, advice),
             )
@@ -311,10 +311,10 @@ class PairReader:
         )
 
     def _name_dataset(self, fault: DataError, source: Source) -> DataError:
-        """Return an error of a setting with the name of the dataset: others may have no error.
+        """Return an error about a setting with the name of the dataset that it is about.
 
-        If the files of a dataset have different formats, the fix is to read each of them alone: a
-        setting that fits one would not fit the others.
+        If the files of a dataset have different formats, the fix is to read each of them alone,
+        because a setting that fits one would not fit the others.
         """
         if not fault.where.startswith("data."):
             return fault
@@ -357,7 +357,7 @@ class PairReader:
         detected: Detected,
         faults: list[DataError],
     ) -> None:
-        """Count rows with errors as left out. Too many are an error of the dataset (``faults``)."""
+        """Count rows with errors as left out. If there are too many, add an error to ``faults``."""
         for fault in bad:
             self.drops.add(FAULTY, f"{fault.where}: {fault.found}")
         self.bad_rows += bad
@@ -382,7 +382,10 @@ class PairReader:
     def _fix_bad_rows(
         self, fix: str, bad: int, read: int, source: Source, detected: Detected
     ) -> str:
-        """Return the fix for a dataset with ``bad`` of ``read`` rows. ``fix``: that of one row."""
+        """Return the fix for a dataset with too many rows with errors, ``bad`` of ``read`` rows.
+
+        ``fix`` is the fix for one such row.
+        """
         if setting := self._setting_per_file(source):
             return setting
         if bad < read:
@@ -402,9 +405,8 @@ class PairReader:
     ) -> None:
         """Raise DataError for a dataset that has pairs in other columns than data.column_map names.
 
-        The map is for another dataset if this one has only a part of its columns, or if this one
-        alone has columns with our names. The columns in the map would replace half of a pair, or a
-        whole pair.
+        The map is meant for another dataset if this one has only some of its columns, or if only
+        this one has columns with our names. Reading the map's columns would give wrong pairs.
         """
         missing = self._column_map.keys() - mapped.keys()
         if not mapped or not (missing or len(self.sources) > 1):
@@ -427,7 +429,7 @@ class PairReader:
         }
         setting = column_map_setting(both)
         if missing:
-            why = f"and it has no column for {join_names(*sorted(missing))}"
+            why = f"and the dataset has no column for {join_names(*sorted(missing))}"
             fix = f"leave {wrong} out of this dataset; or, if no other has {own_columns}: {setting}"
         else:
             why = "which this dataset alone has"
@@ -435,12 +437,12 @@ class PairReader:
         raise DataError(
             where="data.column_map",
             found=f"it uses {wrong} for {join_names(*changed)}, {why}",
-            expected=f"all of the map, or nothing of it: {own.sentence}",
+            expected=f"all columns of the map, or none of them: {own.sentence}",
             fix=reworded(setting, fix),
         )
 
     def _is_only_here(self, source: Source, columns: Mapping[str, str]) -> bool:
-        """Return whether the columns have our own names, and no other dataset has any of them."""
+        """Return whether the columns have our names, and no other dataset has any of them."""
         if not all(plain_name(column) == ours for ours, column in columns.items()):
             return False
         others = (other for other in self.sources if other is not source)
@@ -449,7 +451,7 @@ class PairReader:
 
 
 def _sort(found: Sequence[DataError], bad: list[RowError], faults: list[DataError]) -> None:
-    """Add errors of rows to ``bad``, and those of files to ``faults``."""
+    """Add errors of rows to ``bad`` and errors of files to ``faults``."""
     for fault in found:
         if isinstance(fault, RowError):
             bad.append(fault)
@@ -473,7 +475,7 @@ def _reason_to_drop(pair: Pair) -> str | None:
 
 
 def _remarks(pair: Pair) -> list[str]:
-    """Return the names of the figures of ``statistics.WARNINGS`` in which a pair counts."""
+    """Return the names of the ``statistics.WARNINGS`` that apply to a pair."""
     turns, replies = [turn["content"] for turn in pair.messages], (pair.chosen, pair.rejected)
     systems = [pair.messages[0]["content"]] if pair.messages[0]["role"] == "system" else []
     others = [turn["content"] for turn in pair.messages if turn["role"] != "system"]

@@ -67,7 +67,7 @@ def tokenized_splits(
 
 
 def _with_dropped(fault: DataError, facts: Mapping[str, Any]) -> DataError:
-    """Return an error with the pairs that were left out, if any: they may be its cause."""
+    """Return an error that also lists the pairs that were left out, as they may be its cause."""
     dropped = facts["dropped"]
     if not dropped:
         return fault

@@ -1,4 +1,4 @@
-"""Render chat templates under limits, in a separate process: a template is a program of others."""
+"""Render chat templates in a separate process with limits. A template is untrusted code."""
 
 from __future__ import annotations
 

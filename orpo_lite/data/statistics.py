@@ -37,11 +37,11 @@ SHUFFLES = 20
 
 
 def figures(train: TokenizedPairs, test: TokenizedPairs) -> dict[str, Any]:
-    """Return the content of data.json. Shares are of 1; lengths are in tokens.
+    """Return the content of data.json. Shares are from 0 to 1, and lengths are in tokens.
 
     - format, columns: for each dataset, how it is read, and the columns that are read and not
     - rows_of_sets: the rows read from each dataset that is trained on
-    - hints: what to do about WARNINGS and about the reasons in dropped
+    - hints: the fixes for WARNINGS and for the reasons in dropped
     - dropped: for each reason, the number of pairs and the first places
     - tokens: quantiles; those of responses are before the cut and with their end
     - cut: the effect of data.max_length
@@ -94,7 +94,7 @@ def figures(train: TokenizedPairs, test: TokenizedPairs) -> dict[str, Any]:
 
 
 def warning_lines(found: Mapping[str, Any]) -> list[str]:
-    """Return a line for each figure of WARNINGS that is not 0: what it counts, and what to do."""
+    """Return a line for each figure of WARNINGS that is not 0: its meaning, number and fix."""
     pairs = found["train_pairs"] + found["held_out_pairs"]
     lines = []
     for name, counted in WARNINGS.items():
@@ -107,12 +107,12 @@ def warning_lines(found: Mapping[str, Any]) -> list[str]:
 
 
 def _split_facts(train: TokenizedPairs, test: TokenizedPairs) -> list[Mapping[str, Any]]:
-    """Return the facts of both splits; of one if the held-out pairs are from the training rows."""
+    """Return the facts of both splits, or once if both were split from the same rows."""
     return [train.facts] if test.facts is train.facts else [train.facts, test.facts]
 
 
 def _unique_values(values: Iterable[Any]) -> list[Any]:
-    """Return each value once, in order: training and held-out data mostly have one format."""
+    """Return the different values in their order. They are compared as JSON."""
     return list({json.dumps(value): value for value in values}.values())
 
 

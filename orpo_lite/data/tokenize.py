@@ -1,4 +1,4 @@
-"""Tokenize pairs: each text once and as a whole, with the response found in it, and cut."""
+"""Tokenize pairs, find the response among the tokens, and cut sequences that are too long."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def tokenize_pairs(
 
     If a template raises an error on a pair, that is the reason to leave it out. Raises ModelError
     for a tokenizer without offsets, and for a template that fails on a plain question or exceeds
-    its limits. At the end raises DataError for conversations without a template, with all places.
+    its limits. At the end raises DataError that lists all conversations without a template.
     """
     if not tokenizer.is_fast:
         raise ModelError(
@@ -252,8 +252,8 @@ def show_texts(
 ) -> dict[str, list[Segment]]:
     """Return chosen and rejected as the text that their tokens decode to.
 
-    The text is decoded and not copied, so what a tokenizer loses (case, unknown characters) is
-    missing here too. ``end`` is :func:`end_token_id`.
+    The text is decoded from tokens. If a tokenizer loses something, such as case or unknown
+    characters, it is missing here too. ``end`` is :func:`end_token_id`.
     """
     encoded = _encode([texts.prompt + texts.chosen, texts.prompt + texts.rejected], tokenizer)
     ends = _sequence_ends(tokenizer, end)

@@ -1,4 +1,4 @@
-"""What a trained model says. The metrics on held-out pairs are computed in ``model/held_out.py``.
+"""Evaluate a trained model. Metrics on held-out pairs are computed in ``model/held_out.py``.
 
 Order: intervals, gain, compare, judge, score, open_run, evaluate, samples, verify, health,
 run_record, charts, report_texts, report, live.

@@ -1,4 +1,4 @@
-"""Answers to prompts before and after a training, for people to read."""
+"""Answer a few prompts before and after a training, for people to read."""
 
 import json
 from collections.abc import Generator, Sequence
@@ -21,9 +21,10 @@ UNANSWERED = "prompts are not answered"
 
 
 def find_prompts(recipe: Recipe, inputs: Inputs) -> Generator[Update, None, list[Prompt]]:
-    """Return the neutral prompts and those of held-out pairs, before the training.
+    """Return the neutral prompts and those of held-out pairs.
 
-    Errors are found before the training too: they are noted, and there are no prompts then.
+    This runs before the training, so that an error shows early. An error is reported as a note, and
+    no prompts are returned then.
     """
     neutral = NEUTRAL[: recipe.output.samples]
     neutral_ids: list[list[int]] = []
@@ -48,7 +49,8 @@ def answer_prompts(
 ) -> Generator[Update, None, tuple[Sample, ...]]:
     """Answer the prompts before and after the training, and write the answers to the run.
 
-    An error is noted and loses only answers. An interrupt is raised as :class:`Interrupted`.
+    An error is reported as a note and does not end the command. A signal raises
+    :class:`Interrupted`.
     """
     settings, samples = recipe.output, list[Sample]()
     try:

@@ -91,7 +91,7 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """Whether all tensors exist and the difference is within what is allowed."""
+        """Whether all tensors exist and the difference is within the bound."""
         return self.outcome == "passed"
 
     @property

@@ -23,7 +23,7 @@ MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 @dataclass(frozen=True)
 class Family:
-    """How llama.cpp represents one model_type of transformers."""
+    """The facts that llama.cpp's format needs on one model_type of transformers."""
 
     arch: str
     pairs_adjacent: bool = False
@@ -57,7 +57,7 @@ LANGUAGE_MODEL = ("language_model.model.", "model.language_model.")
 
 @dataclass
 class Description:
-    """A model in llama.cpp's terms."""
+    """The GGUF keys of a model, and what its tensors need."""
 
     family: Family
     keys: dict[str, Any]
@@ -375,7 +375,7 @@ def _check_shapes(config: Any, names: Any, found: Mapping[str, Stored], where: s
             raise ModelError(
                 where=where,
                 found=f"has no {name}" if shape is None else f"has a {name} of {shape}",
-                expected=f"{expected}, by its config.json",
+                expected=f"{expected}, as config.json says",
                 fix="orpo-lite merge RUN makes it again",
             )
 
@@ -402,7 +402,7 @@ def _language_model_name(name: str) -> str:
 
 
 def _in_order(tensors: Any) -> Iterator[Stored]:
-    """Yield tensors by layer number, then by name. In shards, layer 10 comes before layer 2."""
+    """Yield tensors by layer number, then by name. Files may hold layer 10 before layer 2."""
 
     def layer_and_name(stored: Stored) -> tuple[int, str]:
         parts = stored.name.split(".")

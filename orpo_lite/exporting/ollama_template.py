@@ -40,7 +40,7 @@ class Turns:
     """Between a system text and its question."""
 
     def rebuild(self, messages: Sequence[Message]) -> str:
-        """Return the prompt of a conversation. The steps are those of :meth:`to_go`."""
+        """Return the prompt of a conversation, built in the same way as :meth:`to_go` does."""
         system = next((turn["content"] for turn in messages if turn["role"] == "system"), "")
         text = ""
         for index, turn in enumerate(messages):

@@ -107,9 +107,9 @@ def export_events(
         run_folder: a finished run.
         to: gguf (``RUN/merged`` as one file), ollama (that file with a Modelfile) or vllm (a
             command that serves the adapter).
-        outtype: type of the matrices in a GGUF file: f32, f16, bf16, q8_0, or one of llama.cpp's
-            quantiser; None: as merged.
-        weights: the merge to export: ``RUN/merged`` or ``RUN/merged-dequantized``.
+        outtype: type of the matrices in a GGUF file: f32, f16, bf16, q8_0, or a type of llama.cpp's
+            quantiser; None: the type of the merged model.
+        weights: the merged model to export: ``RUN/merged`` or ``RUN/merged-dequantized``.
 
     Raises:
         RecipeError: the target or type is unknown.

@@ -1,6 +1,6 @@
-"""What an adapter adds to a stored tensor.
+"""Compute the delta of a stored tensor: the numbers that an adapter adds to it.
 
-It is read when it is needed, and computed for one block of rows at a time.
+A delta is read when it is needed, and computed for one block of rows at a time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ The result is float64 if the rows are, else float32.
 
 
 class Delta(Protocol):
-    """What an adapter adds to one stored tensor."""
+    """The numbers that an adapter adds to one stored tensor."""
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -99,7 +99,8 @@ class LoraDelta:
 class ConvertedDelta:
     """The delta of a stored tensor that transformers converts when it loads the model.
 
-    It is the delta of the parameters, converted back: the conversions only move numbers.
+    The deltas of the parameters are converted to the stored form. This is possible because the
+    conversions only move numbers.
     """
 
     name: str
@@ -123,7 +124,7 @@ class ConvertedDelta:
 
 @dataclass(frozen=True, eq=False)
 class ConvertedGroup:
-    """The parameters of one origin, and the deltas of those that are adapted."""
+    """The parameters that are stored together, and the deltas of the adapted ones."""
 
     origin: Origin
     deltas: Mapping[str, LoraDelta]

@@ -13,10 +13,10 @@ from torch import Tensor
 from orpo_lite.base.blocks import (
     Rows,
     Stored,
-    ahead,
+    compute_ahead,
     in_blocks,
     read_rows,
-    shards,
+    split_into_files,
     stored_tensors,
     write_model,
 )
@@ -192,12 +192,12 @@ def _write_merged(
     plan: Plan, folder: Path, max_bytes: int, trained_in: torch.dtype
 ) -> Generator[Update, None, int]:
     """Write the merged tensors, and return how many parameters the adapter has changed."""
-    files = shards(plan.stored.values(), max_bytes)
+    files = split_into_files(plan.stored.values(), max_bytes)
     total = sum(stored.nbytes for stored in plan.stored.values())
     changed: set[str] = set()
     try:
         for done in write_model(folder, files, _merged_blocks(plan, files, changed, trained_in)):
-            yield Update("stage", "MiB merged", done >> 20, max(total >> 20, 1))
+            yield Update("stage", "writing the merged model (MiB)", done >> 20, max(total >> 20, 1))
     finally:
         clear_cache()
     return len(changed)
@@ -211,7 +211,7 @@ def _merged_blocks(
     The names of adapted parameters that differ from the base are added to ``changed``.
     """
     order = [stored for file in files for stored in file]
-    reads = ahead(read_rows, (rows for stored in order for rows in in_blocks(stored)))
+    reads = compute_ahead(read_rows, (rows for stored in order for rows in in_blocks(stored)))
     for stored in order:
         # Not strict: the reads continue with the next tensor.
         pieces: Iterator[tuple[Rows, Tensor]] = zip(in_blocks(stored), reads)  # noqa: B905

@@ -129,7 +129,7 @@ def make_plan(
         if unchanged.get(name) is None:
             raise ModelError(
                 where=f"model {base.name}",
-                found=f"{name} is stored with others in one tensor, but was quantised alone",
+                found=f"{name} is stored in one tensor with others, but was quantised separately",
                 expected="a merge onto the original weights",
             )
     return Plan(
@@ -261,7 +261,9 @@ def _parameter_deltas(
         if adapted.parameter in tied:
             other = tied[adapted.parameter].removesuffix(".weight")
             found = f"{adapted.name} is adapted and tied to {other}, which a merge would change too"
-            raise ModelError(found=found, expected="an adapter of layers with weights of their own")
+            raise ModelError(
+                found=found, expected="an adapter of layers whose weights are not tied"
+            )
         layer, base_layer = adapted.layer, adapted.layer.get_base_layer()
         shape = tuple(
             layer.get_param().shape if isinstance(layer, ParamWrapper) else base_layer.weight.shape
@@ -316,7 +318,7 @@ def _stored_deltas(
             found=f"{len(lost)} adapted parameters are not in the base's files "
             f"({', '.join(lost[:3])} ...)",
             expected=f"files that hold each of them; the first tensor there is {min(stored)}",
-            fix="a config.json that describes these files, or download the base again",
+            fix="correct config.json so that it describes these files, or download the base again",
         )
     deltas: dict[str, Delta] = {}
     expected_shapes: dict[str, tuple[int, ...]] = {}
@@ -329,7 +331,9 @@ def _stored_deltas(
         if delta.magnitude:
             found = f"{parameter} is adapted with DoRA, but stored with others in one tensor"
             raise ModelError(
-                found=found, expected="plain LoRA there", fix=Overrides({"lora.use_dora": False})
+                found=found,
+                expected="LoRA without DoRA for this parameter",
+                fix=Overrides({"lora.use_dora": False}),
             )
         if any(name in deltas for names in origin.stored.values() for name in names):
             continue  # done with another parameter of the same origin

@@ -1,4 +1,4 @@
-"""The model in memory.
+"""Build, load, check and run the model in memory.
 
 Order: optimizer, pair_model, quantize, adapter, generate, memory, parallel, held_out, probe_values,
 probe_gradients, probe, load.

@@ -1,4 +1,4 @@
-"""The LoRA adapter of a model in memory: add, initialise, read and set it."""
+"""Add, initialise, read and set the LoRA adapter of a model in memory."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -52,7 +52,7 @@ def add_lora(model: nn.Module, recipe: Recipe, folder: Path | None) -> nn.Module
             )
             raise ModelError(
                 where="adapter",
-                found="it adapts experts, which takes neither DoRA nor dropout",
+                found="it adapts experts, for which peft supports neither DoRA nor dropout",
                 expected="plain LoRA for experts",
                 fix=fix,
             ) from error
@@ -67,7 +67,7 @@ def add_lora(model: nn.Module, recipe: Recipe, folder: Path | None) -> nn.Module
 def _excluded_layers(model: Any) -> list[str]:
     """Return the layers that peft would adapt without effect or with an error.
 
-    These are layers for images or sound, through which no pair goes; routers that subclass a linear
+    These are layers for images or sound, which pairs do not use; routers that subclass a linear
     layer and return more than one tensor; and layers whose weight other code reads.
     """
     decoder_modules = set(model.get_decoder().modules())
@@ -124,7 +124,7 @@ def set_adapter(model: PairModel, tensors: dict[str, Tensor]) -> None:
     if differing:
         raise ModelError(
             where="adapter",
-            found=f"{len(differing)} tensors have no counterpart of their shape "
+            found=f"{len(differing)} tensors differ in name or shape from those of the model "
             f"({min(differing)} ...)",
             expected="the adapter of this recipe",
         )

@@ -1,4 +1,4 @@
-"""Answers of the base and of the trained model to a few prompts, for people to read."""
+"""Generate answers of the base and of the trained model to prompts, for people to read."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -38,7 +38,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt and its answers; texts without special tokens."""
+    """A prompt and its two answers, as texts without special tokens."""
 
     source: Literal["neutral", "held-out"]
     prompt: str
@@ -58,7 +58,7 @@ def answers(
     The model is the one that was trained, with its memory settings.
 
     Args:
-        model: after its training.
+        model: the trained model.
         prompts: answered one at a time, the nth of its source with seed ``seed + n``. A prompt is
             skipped if the model has no position left for an answer.
         folder: folder of the result, with its tokenizer and generation config.

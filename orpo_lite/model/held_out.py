@@ -1,4 +1,4 @@
-"""Scores and metrics of held-out pairs, by the same forward pass as in training."""
+"""Compute scores and metrics of held-out pairs, with the forward pass of the training."""
 
 from collections.abc import Generator, Sequence
 

@@ -72,7 +72,9 @@ def load_pair_model(recipe: Recipe, base: Base, device: torch.device) -> PairMod
             tensors = load_file(file)
         except (OSError, SafetensorError) as error:
             raise ModelError(
-                where=str(file), found=f"cannot be read: {error}", expected="whole safetensors"
+                where=str(file),
+                found=f"cannot be read: {error}",
+                expected="complete safetensors files",
             ) from error
         set_adapter(pair_model, tensors)
     return pair_model
@@ -81,12 +83,12 @@ def load_pair_model(recipe: Recipe, base: Base, device: torch.device) -> PairMod
 def bare_pair_model(
     recipe: Recipe, config: Any, dtype: torch.dtype, device: torch.device = META
 ) -> PairModel:
-    """Return the same model from its configuration alone.
+    """Return the model of :func:`load_pair_model` without its weights, from its configuration.
 
-    On meta it has shapes and storages only; on other devices random weights.
+    On the meta device it has shapes and storages only. On other devices it has random weights.
 
-    An adapter that names single layers or experts may have none of them in a model of two layers.
-    It is treated as one on all linear layers.
+    If the adapter is on single layers or experts, a shortened model may not have them. The adapter
+    is then put on all linear layers.
     """
     names = recipe.lora.target_modules
     if recipe.model.adapter_name_or_path and any("." in name for name in names):
@@ -171,7 +173,7 @@ def load_base(recipe: Recipe, base: Base, device: torch.device) -> nn.Module:
         raise ModelError(
             where=f"model {base.path}",
             found=f"its weights cannot be read: {first_line(error)}",
-            expected="whole safetensors",
+            expected="complete safetensors files",
             fix="download it again",
         ) from error
     # transformers would leave these random.
@@ -192,7 +194,7 @@ def load_base(recipe: Recipe, base: Base, device: torch.device) -> nn.Module:
 
 
 class _LoadingLog(logging.Handler):
-    """Records what transformers logs while it loads a model.
+    """A log handler that records the messages of transformers while it loads a model.
 
     If transformers cannot quantise a tensor, its exception says only that there was one.
     """

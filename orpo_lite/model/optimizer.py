@@ -1,4 +1,4 @@
-"""The optimizer that the recipe names, its learning rate schedule, and its memory."""
+"""Make the optimizer and the learning-rate schedule of a recipe, and compute their memory."""
 
 import math
 from typing import Any
@@ -53,11 +53,11 @@ def make_optimizer(recipe: Recipe, parameters: list[torch.nn.Parameter]) -> torc
 
 
 def state_bytes(recipe: Recipe, parameters: list[torch.nn.Parameter]) -> tuple[int, int]:
-    """Return the bytes of the optimizer's states: in ordinary memory, and paged.
+    """Return the bytes of the optimizer's states: those in ordinary memory, and the paged ones.
 
-    The parameters are on the meta device. bitsandbytes allocates its own states here, un-paged.
-    torch's AdamW holds two float32 moments and, during a step, a third tensor of that size
-    (torch.optim.adamw, foreach).
+    ``parameters`` are on the meta device. For bitsandbytes, its own code allocates the states here,
+    and their bytes are counted. torch's AdamW holds two float32 moments for each parameter, and
+    during a step a third tensor of that size (torch.optim.adamw, foreach).
     """
     name = recipe.training.optim
     if name == "adamw_torch":

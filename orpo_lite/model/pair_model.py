@@ -149,7 +149,10 @@ class PairModel(nn.Module):
 
     @contextmanager
     def use_layout(self, layout: Layout | None) -> Iterator[None]:
-        """Attend by segments inside the ``with`` block; for None by the model's own attention."""
+        """Use this package's attention for ``layout`` inside the ``with`` block.
+
+        For None the model's own attention is used.
+        """
         before = self.config._attn_implementation
         self.config._attn_implementation = NAME if layout else self.own_attention
         try:
@@ -159,7 +162,7 @@ class PairModel(nn.Module):
             self.config._attn_implementation = before
 
     def fall_back(self, route: Route, reason: str) -> None:
-        """Send packed pairs by a plainer route from now on, and note why."""
+        """Use a plainer route for packed pairs from now on, and add the reason to ``notes``."""
         self.notes.append(f"{ROUTE_NOTES[route]}, because {reason}")
         self.route = route
 

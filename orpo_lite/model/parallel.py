@@ -1,4 +1,4 @@
-"""The processes of a training, through accelerate.
+"""Find and synchronise the processes of a training, with accelerate.
 
 Only ``training.trackers`` uses accelerate too, for its trackers.
 """
@@ -22,7 +22,7 @@ SHARDED = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_ME
 
 
 class Processes:
-    """This process among those of a launch; the only process without a launch.
+    """This process, and the others that `accelerate launch` started with it, if any.
 
     Raises:
         RecipeError: accelerate is configured for something other than plain data parallel, or the
@@ -58,7 +58,7 @@ class Processes:
         self.is_main: bool = self._state.is_main_process
 
     def wait(self) -> None:
-        """Wait until every process is here."""
+        """Wait until every process has called this."""
         self._state.wait_for_everyone()
 
     def on_main(self, function: Callable[..., Any], *args: Any) -> None:
@@ -88,7 +88,7 @@ class Processes:
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Set each gradient to its sum over all processes.
 
-        An adapter's gradient is small, so one message carries it.
+        An adapter's gradients are small, so they are sent as one tensor.
         """
         if self.count == 1:
             return
@@ -101,9 +101,9 @@ class Processes:
 
 
 def _check_environment() -> None:
-    """Raise :class:`RecipeError` if only a part of a launch's variables is set.
+    """Raise :class:`RecipeError` if only some environment variables of a launch are set.
 
-    Each process would act as the only one.
+    Each process would then run as if it was the only one.
     """
     found = {name: os.environ[name] for name in LAUNCH if name in os.environ}
     numbers = {
@@ -122,7 +122,7 @@ def _check_environment() -> None:
         raise RecipeError(
             where="environment",
             found=", ".join(f"{name}={value}" for name, value in found.items()) + problem,
-            expected="all variables of a launch, or none",
+            expected="all environment variables of a launch, or none",
             fix=Command(
                 f"unset {' '.join(found)}", "; or start by `accelerate launch -m orpo_lite`"
             ),
@@ -135,6 +135,6 @@ def _check_environment() -> None:
             expected="one process, or plain data parallel",
             fix=Command(
                 f"unset {' '.join(sharded)}",
-                ", if `accelerate config` did not set it; else choose neither there",
+                "; if `accelerate config` set it, run that again without FSDP and DeepSpeed",
             ),
         )

@@ -1,4 +1,4 @@
-"""Probe: compare the step with the loaded model's own outputs and gradient before it trains."""
+"""The probe: before the training, compare our step with the model's own outputs and gradient."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,19 +28,18 @@ from orpo_lite.ops.devices import dtype_name
 
 
 def probe(model: PairModel, max_length: int, tokens: int = 0) -> None:
-    """Send random pairs by the model's own route and by ours, and keep the fastest that agrees.
+    """Compare our routes with the model's own on random pairs, and use the fastest that agrees.
 
-    A fallback to a plainer route is noted with its reason. Reasons for a difference: position
-    biases (ALiBi), states that run along the row (linear attention), sinks, sparse attention,
-    positions counted along the row, and logits that are changed by something that
-    ``pair_model.find_head`` does not know.
+    If a plainer route is used, ``model.notes`` gives the reason. These features make a route
+    differ: position biases (ALiBi), linear or sparse attention, attention sinks, positions that are
+    counted along the row, and changes of the logits that ``pair_model.find_head`` does not know.
 
     Args:
-        model: as it will be trained. A new adapter gets random numbers during the probe, because
-            half of it would have no gradient otherwise. Of a model without trained parameters only
-            the values are compared.
-        max_length: tokens of the longest sequence; larger windows do not matter.
-        tokens: tokens of the longest packed row; 0 for that of one pair.
+        model: the model with the settings of the training. A new adapter gets random numbers during
+            the probe, because half of it would have no gradient otherwise. If the model has no
+            trained parameters, only the values are compared.
+        max_length: number of tokens of the longest sequence.
+        tokens: number of tokens of the longest packed row; 0 for the row of one pair.
 
     Raises:
         ModelError: the model's own forward pass fails, or its tokens see later tokens.
@@ -74,18 +73,16 @@ def probe(model: PairModel, max_length: int, tokens: int = 0) -> None:
 
 
 def probe_operations(model: PairModel) -> None:
-    """Check that this package's layers equal the model's own.
-
-    This is the part of :func:`probe` that matters where nothing is packed.
-    """
+    """Compare only this package's layers with the model's own, for a recipe without packing."""
     with _random_adapter(model):
         _compare_operations(model)
 
 
 def _compare_operations(model: PairModel) -> Gradient | None:
-    """Go back to the model's own layers where ours differ. Return the model's own gradient.
+    """Compare our layers with the model's own, and return the gradient of the model's own.
 
-    None for a model without trained parameters: its layers are its own.
+    If ours give another gradient, the model's own are used from now on. None for a model without
+    trained parameters: its layers are its own.
     """
     with model.evaluating(), own_layers(model):
         _check_own_forward(model)
@@ -103,7 +100,7 @@ def _compare_operations(model: PairModel) -> Gradient | None:
 def _random_adapter(model: PairModel) -> Iterator[None]:
     """Give a new adapter random numbers inside the ``with`` block.
 
-    Its B is zero, and with it A's gradient and the adapter's part of every output.
+    Its matrix B is zero, so the gradient of A and the adapter's outputs would be zero too.
     """
     zeros = [
         parameter for name, parameter in model.trained() if "lora_B" in name and not parameter.any()

@@ -27,7 +27,7 @@ PROBE_TILE = 16  # tokens, so that each of these sequences takes several tiles
 
 
 class Gradient(NamedTuple):
-    """The model's own gradient, and how far another one may be from it."""
+    """The model's own gradient, and the largest difference that another one may have from it."""
 
     parts: list[Tensor]
     """One tensor per trained parameter."""
@@ -64,9 +64,9 @@ def gradient_difference(model: PairModel, route: Route, own: Gradient) -> str:
 
 
 def check_reruns(model: PairModel) -> None:
-    """Check that layers that run again give the gradient that they give without.
+    """Check that checkpointed layers, with their offload, give the same gradient as without.
 
-    Their inputs may come back from host memory. Raises ModelError.
+    Raises ModelError.
     """
     found = _gradient(model, "logits", TINY_PAIRS)
     checkpointed: list[Any] = [layer for layer in model.layers if layer.gradient_checkpointing]
@@ -92,14 +92,17 @@ def check_reruns(model: PairModel) -> None:
         settings = {"memory.activation_checkpointing": "none", "memory.checkpoint_offload": False}
         raise ModelError(
             where=where,
-            found=f"where its layers run again gradients differ by {difference:.2%} "
-            f"(bound {bound:.2%})",
+            found=f"its gradient differs by {difference:.2%} if layers run again in the backward "
+            f"pass (bound {bound:.2%})",
             fix=Overrides(settings),
         )
 
 
 def drop_wrong_operations(model: PairModel, own: Gradient) -> None:
-    """Go back to peft's and the model's own layers if ours give another gradient, and note it."""
+    """Use peft's and the model's own layers from now on if ours give another gradient.
+
+    ``model.notes`` then gives the reason.
+    """
     replaced = replaced_modules(model)
     tiled = [module.forward for module in replaced if hasattr(module.forward, "tokens")]
     sizes = [forward.tokens for forward in tiled]
@@ -141,7 +144,7 @@ def own_layers(model: PairModel) -> Iterator[None]:
 
 
 def _note_unused_adapters(model: PairModel, gradient: list[Tensor]) -> None:
-    """Note the adapters that the loss does not reach: they only take memory."""
+    """Add a note on adapters without a gradient, which take memory and learn nothing."""
     names = [name for name, _ in model.trained() if "lora_A" in name]
     unused = [
         name

@@ -1,6 +1,7 @@
 """Compare the log-probabilities of a route with those of the model's own forward pass.
 
-Also what both comparisons (of values and of gradients) need: random pairs, rounding, error texts.
+The module also has functions for both comparisons, of values and of gradients: random pairs,
+rounding and error texts.
 """
 
 import logging
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from orpo_lite.base.find import positions_switch
+from orpo_lite.base.find import changes_frequencies
 from orpo_lite.data.packing import pack_pairs, packed_tokens
 from orpo_lite.data.pair import TokenizedPair
 from orpo_lite.model.pair_model import MODEL_CODE_ERRORS, PairModel, Route
@@ -31,7 +32,7 @@ SHORT_PAIRS: list[PairLengths] = [(24, 9, 13), (5, 1, 2), (1, 6, 3), (40, 2, 1),
 
 
 class ValueComparison:
-    """The log-probabilities of a model by its own route, and how another route differs from them.
+    """Compare the log-probabilities of other routes with those of the model's own route.
 
     Each value is computed when it is first needed: a plainer route is not compared if a faster one
     agrees.
@@ -48,7 +49,7 @@ class ValueComparison:
             return self._head_difference
         if route == "rows":
             return self._rows_difference
-        if positions_switch(self.config, self.max_length):
+        if changes_frequencies(self.config, self.max_length):
             # Its position embedding depends on the longest sequence of a forward pass, so no two
             # sequences can share one.
             return f"its rotary embedding changes within {self.max_length:,} tokens"
@@ -62,7 +63,7 @@ class ValueComparison:
 
     @cached_property
     def _expected(self) -> tuple[Tensor, float]:
-        """The log-probabilities of the short pairs, and the difference that rounding explains."""
+        """The log-probabilities of the short pairs, and the difference that rounding may cause."""
         logps = mean_logps(self.model, self.short, "logits")
         return logps, _value_bound(self.model, self.short, logps)
 
@@ -97,8 +98,8 @@ def _long_pairs(
 ) -> tuple[list[TokenizedPair], int]:
     """Return the longest pairs, and how many fill the row if the last one is repeated.
 
-    Their replies are short, so that each of their tokens has weight. The replies of one pair lie
-    across the border of the smallest attention window.
+    Their replies are short, so that each token has an effect on the mean. One pair is slightly
+    longer than the smallest attention window, so that its last tokens do not see its first ones.
     """
     lengths = []
     window = _smallest_window(config)
@@ -212,7 +213,7 @@ def rounded_input(model: PairModel) -> Iterator[None]:
 
 
 def error_reason(error: Exception, route: Route) -> str:
-    """Return why an error of the model's code excludes a route."""
+    """Return the reason not to use a route on which the model's code raised an error."""
     if isinstance(error, UnsupportedError):
         return str(error)
     what = "does not take packed rows" if route in ("shared", "packed") else "fails"

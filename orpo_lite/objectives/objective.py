@@ -21,7 +21,7 @@ Need = Literal["policy_logps"]
 
 
 class Divisors(NamedTuple):
-    """The divisors of one optimizer step's sums over all its micro-batches and processes.
+    """The numbers that the sums of an optimizer step are divided by.
 
     They are known before the first forward pass, so the gradient does not depend on how the pairs
     are split into micro-batches.
@@ -32,7 +32,7 @@ class Divisors(NamedTuple):
 
 
 class Metric(NamedTuple):
-    """A metric and how it is shown."""
+    """A metric, and the format in which it is printed."""
 
     name: str
     """Its key in metrics.jsonl; held-out metrics have the prefix ``eval_``."""

@@ -12,7 +12,7 @@ from orpo_lite.ops.outputs import PairLogps, at_least_float32
 
 
 class Orpo(Objective):
-    """``L = NLL + beta * L_OR``, Eq. 6.
+    """The ORPO objective, ``L = NLL + beta * L_OR`` (Eq. 6).
 
     It raises the probability of the chosen responses, and their odds against the rejected ones.
     """

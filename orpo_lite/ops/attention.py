@@ -36,7 +36,7 @@ NAME = "orpo_lite_pairs"  # in transformers' AttentionInterface
 
 
 class UnsupportedError(Exception):
-    """A model asks its attention for something that this one cannot do.
+    """A model calls the attention with an option that this package does not support.
 
     Its pairs then go through the model unshared, one sequence per row.
     """
@@ -148,9 +148,9 @@ def _varlen(
 
 @lru_cache(maxsize=1)
 def _names_grouped_heads(varlen_attn: Callable[..., Any]) -> bool:
-    """Return whether grouped heads need an argument; older versions of torch have none for them.
+    """Return whether grouped heads need an argument, as in newer versions of torch.
 
-    Cached: each layer of each pass asks.
+    The result is cached, because every layer calls this in every pass.
     """
     return "enable_gqa" in signature(varlen_attn).parameters
 

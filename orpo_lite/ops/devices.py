@@ -1,4 +1,4 @@
-"""Device kinds, host memory, meta tensors, and the transfer between them."""
+"""Distinguish devices, and move tensors between a device, host memory and meta."""
 
 from __future__ import annotations
 
@@ -101,7 +101,10 @@ def mark_as_host(storage: torch.UntypedStorage) -> None:
 
 
 def making_host_memory() -> bool:
-    """Return whether what is allocated now on meta represents host memory; byte counters ask."""
+    """Return whether a meta tensor that is allocated now represents host memory.
+
+    Code that counts bytes calls this.
+    """
     return _making_host_memory
 
 

@@ -1,8 +1,9 @@
-"""From hidden states to log-probabilities, in chunks of rows or with all logits held.
+"""Compute log-probabilities from hidden states, in chunks of rows or with all logits held.
 
-The second form (:func:`padded_logps`) is the reference. ``log p(token)`` depends on one hidden
-state alone. So with a frozen head the forward pass stores its Jacobian, one vector per row, and the
-backward pass multiplies by it: logits are neither kept nor computed twice (:func:`row_logps`).
+:func:`padded_logps` holds all logits and is the reference. :func:`row_logps` computes them in
+chunks. The log-probability of a token depends on a single hidden state. So if the head is frozen,
+the forward pass stores the gradient of each log-probability, one vector per row, and the backward
+pass multiplies by it. Logits are then not kept, and not computed again.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from orpo_lite.ops.outputs import PairLogps, at_least_float32
 
 CHUNK_BYTES = 96 << 20
-"""Of the float32 logits of a chunk: a matrix product large enough for any device."""
+"""Size of a chunk's float32 logits: a matrix product large enough for any device."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,10 @@ class Head:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the matrix is frozen: the Jacobian of a row is then still true in backward."""
+        """Whether the layer is a frozen linear layer.
+
+        Its matrix is then the same in the backward pass, so a stored Jacobian is still correct.
+        """
         is_frozen = not any(p.requires_grad for p in self.module.parameters())
         return type(self.module) is nn.Linear and is_frozen
 
@@ -49,9 +53,10 @@ class Head:
 
 
 def chunk_rows(vocab_size: int, rows: int | None = None) -> int:
-    """Return how many rows of logits to hold at once: ``rows`` if given.
+    """Return how many rows of logits to hold at once.
 
-    Else as many as fit :data:`CHUNK_BYTES`, in whole tiles of a GPU's kernels.
+    This is ``rows`` if it is given, else the number that fits into :data:`CHUNK_BYTES`, rounded to
+    whole tiles of a GPU's kernels.
     """
     if rows:
         return rows
@@ -167,9 +172,10 @@ class _RowJacobian(torch.autograd.Function):
 
 
 class Spans(NamedTuple):
-    """The scored rows of one pair: of its common prefix, its chosen rest and its rejected rest.
+    """The numbers of scored rows of one pair: in its common prefix, chosen rest and rejected rest.
 
-    ``*_in_prefix`` and ``*_in_rest`` give the first of these rows that a sum counts.
+    ``chosen_in_prefix`` is the index of the first row of the prefix that the chosen reply's sum
+    counts, ``chosen_in_rest`` that of the chosen rest. The other names follow this pattern.
     """
 
     prefix: int

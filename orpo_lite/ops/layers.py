@@ -1,7 +1,8 @@
-"""What a decoder layer keeps for the backward pass.
+"""Reduce the memory that decoder layers keep for the backward pass.
 
-It keeps everything, only its input, its input in host memory, or an MLP in tiles. None of this
-changes loss or gradient: a layer's second run is the same run.
+A layer can keep only its input, on the device or in host memory, and run again in the backward
+pass. An MLP can run on some tokens at a time. None of this changes loss or gradient, because the
+second run of a layer equals the first.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ class HostStore:
     """
 
     def __init__(self, count: int = 1) -> None:
-        """``count``: expected number of tensors that a forward pass saves; more are accepted."""
+        """``count`` is the expected number of tensors that a forward pass saves."""
         self._count = count
         self._pool = HostPool()
         self._copies = _Copies()
@@ -192,7 +193,7 @@ class _Stored:
 
 
 class HostPool:
-    """Host memory for many tensors that are stored together, pinned where a GPU copies it.
+    """Host memory for many tensors. It is pinned if a GPU copies to and from it.
 
     torch rounds each request for pinned memory up to a power of two (``CachingHostAllocator.h``).
     A slab is one such request and holds many tensors.
@@ -329,7 +330,7 @@ def _tiled(
 
 
 class _Anchor:
-    """What the backward pass of the tiles needs apart from saved tensors."""
+    """The objects that the backward pass of the tiles needs in addition to saved tensors."""
 
     def __init__(self, plain: Callable[[Tensor], Tensor], tokens: int) -> None:
         self.plain, self.tokens = plain, tokens

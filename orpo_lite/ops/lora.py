@@ -98,11 +98,11 @@ class _LoraLinear(torch.autograd.Function):
 
 
 def fuse_lora(model: nn.Module) -> list[str]:
-    """Make the LoRA layers of ``model`` compute as :func:`lora_linear` where they can.
+    """Make the LoRA layers of ``model`` use :func:`lora_linear` if it supports them.
 
-    Return the names of the others, which keep peft's own forward pass: DoRA, and layers whose
-    matrix is neither a plain nor a 4-bit linear one (GPT-2's Conv1D) or computes in another dtype
-    than the hidden states.
+    Return the names of the layers that it does not support. They keep peft's own forward pass.
+    These are layers with DoRA, layers that are not linear (GPT-2's Conv1D), and layers that compute
+    in another dtype than the hidden states.
     """
     from peft.tuners.lora import LoraLayer
 

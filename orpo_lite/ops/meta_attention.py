@@ -1,4 +1,4 @@
-"""Attention on meta for kernels that cannot run there: what they return, keep and allocate."""
+"""Simulate attention kernels on the meta device: what they return, keep and allocate."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from torch import Tensor
 
 
 class MetaAttention(torch.autograd.Function):
-    """What a kernel that never holds scores returns, keeps and allocates, on the meta device."""
+    """Simulates a kernel that never holds scores on the meta device.
+
+    It returns, keeps for the backward pass and allocates tensors of the same sizes.
+    """
 
     @staticmethod
     def forward(
@@ -94,7 +97,7 @@ def _round_up(number: int, step: int) -> int:
 
 
 def meta_flash_attention(query: Tensor, key: Tensor, value: Tensor, segments: int = 0) -> Tensor:
-    """Run a kernel that never holds scores on meta tensors: see :class:`MetaAttention`.
+    """Simulate FlashAttention or a similar kernel on meta tensors: see :class:`MetaAttention`.
 
     ``segments`` is the number of sequences laid end to end, for FlashAttention. It is 0 for kernels
     that take one sequence at a time.
@@ -104,9 +107,10 @@ def meta_flash_attention(query: Tensor, key: Tensor, value: Tensor, segments: in
 
 
 def meta_padded_attention(query: Tensor, key: Tensor, value: Tensor, padding: int) -> Tensor:
-    """Run the memory-efficient kernel on meta tensors (T, H, E), in which heads share nothing.
+    """Simulate the memory-efficient kernel on meta tensors of shape (T, H, E).
 
-    ``padding`` bounds the rows of its sequences padded to the longest one, over those they have.
+    The kernel pads its sequences to the longest one. With padding they have at most ``padding``
+    times as many rows. Each query head has its own key head.
     """
     out: Tensor = MetaAttention.apply(query, key, value, 0, padding)
     return out

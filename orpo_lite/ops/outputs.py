@@ -1,4 +1,4 @@
-"""PairLogps: the log-probabilities of pairs, which are all that an objective reads."""
+"""Define PairLogps, the log-probabilities of pairs. An objective reads nothing else."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class PairLogps(NamedTuple):
-    """Log-probabilities of P pairs: all that a loss on them needs."""
+    """The log-probabilities of P pairs, from which an objective computes its loss."""
 
     chosen_P: Tensor
     """Mean log-probability of the chosen response's tokens, Eq. 3; float32 or float64."""

@@ -58,7 +58,7 @@ _current: ContextVar[Layout | None] = ContextVar("layout", default=None)
 
 @contextmanager
 def use_layout(layout: Layout | None) -> Iterator[None]:
-    """Attend by ``layout`` inside the ``with`` block."""
+    """Make :func:`current_layout` return ``layout`` inside the ``with`` block."""
     token = _current.set(layout)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Choose the memory settings of a training, by a plan for its GPU."""
+"""Choose the memory settings of a training with a plan for its GPU."""
 
 from collections.abc import Collection, Generator
 from pathlib import Path
@@ -47,9 +47,9 @@ def choose_memory(
     if still_fits and not is_changed:
         return recipe.with_memory(before["levers"]), {}
     if before:
-        why = "does not match the memory settings asked for now" if still_fits else "no longer fits"
+        why = "has other memory settings than the recipe" if still_fits else "does not fit any more"
         yield Update(
-            "note", f"the plan that the run began with {why}: bits may differ from here on"
+            "note", f"the plan of the run's start {why}: results may differ in the last bits"
         )
     yield Update("stage", "planning the memory of a step")
     lengths = pair_lengths(inputs.train)

@@ -39,7 +39,7 @@ class UnusableGpu:
 
     @property
     def remedy(self) -> str:
-        """What the user must install."""
+        """The driver or package that must be installed."""
         if torch.version.cuda is None:
             return "install torch with CUDA (https://pytorch.org/get-started/locally)"
         return "update the driver"
@@ -89,7 +89,10 @@ def refuse_slow_device(device: torch.device, wanted: str, name: str, config: Any
 
 
 def find_unusable_gpu() -> UnusableGpu | None:
-    """Return the first GPU that NVML finds, if torch finds none and none is hidden from it."""
+    """Return the first GPU that NVML finds, if torch finds no GPU; else None.
+
+    None also if CUDA_VISIBLE_DEVICES hides the GPUs from torch.
+    """
     if torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
         return None
     try:

@@ -26,11 +26,11 @@ def seconds(work: Mapping[tuple[int, int], int], sent: int, gpu: Gpu) -> float:
 
 
 class LayerExtrapolation:
-    """Memory and time of one choice of memory settings, with ``kept`` un-checkpointed layers.
+    """The memory and time of a step with any number of layers, for one choice of memory settings.
 
-    It measures steps of two to five layers. A step is largest where a checkpointed layer runs
-    again, or at the start of the backward pass, where everything that layers keep is held. Either
-    grows by a fixed number of bytes per layer.
+    It measures steps of two to five layers. The peak of memory is where a checkpointed layer runs
+    again, or at the start of the backward pass, where all that layers keep is held. Both grow by a
+    fixed number of bytes per layer. ``kept`` is the number of layers that are not checkpointed.
     """
 
     def __init__(
@@ -50,8 +50,8 @@ class LayerExtrapolation:
             return measure(chosen, with_layers(config, layers), triples, kind, planned, models)
 
         self._small, self._on_device = small, on_device
-        # Offload holds an input until its copy is done, two layers later. Only then do all layers
-        # add the same.
+        # With offload an input is on the device until its copy is done, two layers later. So only
+        # from the third layer on do all layers add the same.
         self._few = few = 3 if recipe.memory.checkpoint_offload is True else 2
         self._two, self._three = small(few, 0), small(few + 1, 0)
         self.checkpoint = self._three.peak - self._two.peak
@@ -63,11 +63,11 @@ class LayerExtrapolation:
 
     @cached_property
     def _all_kept(self) -> StepMemory:
-        """The step in which all layers, including the first one, keep everything.
+        """The step of a model in which no layer is checkpointed.
 
-        The first layer keeps less, because its input, the embedding, needs no gradient. Nothing
-        goes to host memory in this step, so it is that of ``on_device``, the same choice without
-        offload.
+        It is measured separately, because the first layer keeps less than the others: its input,
+        the embedding, needs no gradient. Nothing is offloaded in this step, so ``on_device``, the
+        same settings without offload, has the same one.
         """
         return self._on_device._all_kept if self._on_device else self._small(3, 3)
 

@@ -1,4 +1,4 @@
-"""GPUs: the memory and speed of well-known ones, and the free memory of the local one."""
+"""The memory and speed of well-known GPUs, and the free memory of this machine's GPU."""
 
 import os
 import re
@@ -12,7 +12,7 @@ from orpo_lite.recipe.text import GIB
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU's memory and its two speeds, which bound every operator."""
+    """The memory of a GPU, and its two speeds: of computing and of memory."""
 
     name: str
     memory: int
@@ -58,7 +58,7 @@ class Holder:
 
 @dataclass(frozen=True)
 class LocalGpu:
-    """This machine's GPU, now."""
+    """The GPU of this machine, with its free memory at this moment."""
 
     gpu: Gpu
     free: int

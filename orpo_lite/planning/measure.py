@@ -1,4 +1,4 @@
-"""Measure the real step on the meta device, without weights: what it holds and computes."""
+"""Measure the memory and the work of the real step on the meta device, without weights."""
 
 import math
 from collections import Counter
@@ -34,7 +34,7 @@ from orpo_lite.recipe.schema import Recipe
 
 @dataclass(frozen=True)
 class StepMemory:
-    """One forward and backward pass on the meta device."""
+    """The memory and the work of one forward and backward pass, measured on the meta device."""
 
     held: Mapping[str, int]
     """Bytes that stay on the device through all steps, by part."""
@@ -149,12 +149,12 @@ def measure(
     """Run the heaviest micro-batch of a recipe through its model, on meta.
 
     Args:
-        recipe: with the memory settings to measure.
+        recipe: the recipe with the memory settings to measure.
         config: transformers' configuration of the base.
-        triples: lengths of the pairs.
-        kind: kind of the device to plan for: see :func:`orpo_lite.ops.devices.device_kind`.
-        planned: how pairs go through the model; found if not given.
-        models: models of earlier steps of the recipe.
+        triples: the lengths of the pairs.
+        kind: the kind of device to plan for: see :func:`orpo_lite.ops.devices.device_kind`.
+        planned: the route of pairs through the model; None: :func:`find_route` finds it.
+        models: the models that were measured before, to be used again.
     """
     planned = planned or find_route(recipe, config, triples, kind)
     if kind == "cpu":  # its memory is host memory, and these settings move nothing

@@ -1,4 +1,4 @@
-"""Count what a step holds and computes: follow every storage and the work of every operator."""
+"""Count the memory and the work of a step, from every storage and every operator."""
 
 from __future__ import annotations
 
@@ -125,9 +125,9 @@ class LiveBytes(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class _CachedResult:
-    """What an operator does on meta for arguments of the same shapes and dtypes.
+    """The work and the outputs of an operator on meta, for arguments of certain shapes and dtypes.
 
-    It is cached because torch finds it out in Python, which is slow.
+    They are cached, because torch computes them in Python, which is slow.
     """
 
     work: tuple[int, int]
@@ -154,9 +154,9 @@ _results: dict[Any, _CachedResult] = {}
 
 
 def _key(function: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
-    """Return all that an operator's result on meta depends on; None if unknown.
+    """Return a cache key of an operator and its arguments; None if the result cannot be cached.
 
-    Fills ``tensors``.
+    The tensors among the arguments are added to ``tensors``.
     """
     parts = [function]
     if not _describe(args, parts, tensors):
@@ -174,7 +174,10 @@ def _key(function: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
 
 
 def _describe(values: Iterable[Any], parts: list[Any], tensors: list[Tensor]) -> bool:
-    """Add what matters of these arguments to ``parts``. Return False if one is not on meta."""
+    """Add shapes, dtypes and values of the arguments to ``parts``, and tensors to ``tensors``.
+
+    Return False if a tensor is not on meta.
+    """
     for value in values:
         if isinstance(value, Tensor):
             if not value.is_meta:
@@ -191,7 +194,7 @@ def _describe(values: Iterable[Any], parts: list[Any], tensors: list[Tensor]) ->
 
 
 def _index(tensor: Tensor, tensors: list[Tensor]) -> int:
-    """Return the first index of the tensor among these; their number if it is not there."""
+    """Return the index of a tensor in a list; the length of the list if it is not in it."""
     for index, other in enumerate(tensors):
         if other is tensor:
             return index
@@ -199,7 +202,7 @@ def _index(tensor: Tensor, tensors: list[Tensor]) -> int:
 
 
 def _run(function: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> tuple[Any, _CachedResult]:
-    """Run an operator. Return its result, and what holds for other arguments of the same shapes."""
+    """Run an operator. Return its result, and the entry for the cache."""
     before = [(tensor.shape, tensor.stride(), tensor.untyped_storage()) for tensor in tensors]
     result = function(*args, **kwargs)
     made = list(_tensors((result,)))

@@ -1,4 +1,4 @@
-"""A step on the meta device: pairs of given lengths, attention without scores, tensors held."""
+"""Run a step on the meta device: make pairs of given lengths, and replace the attention."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Plan a recipe without weights and without a GPU: whether it fits, how fast, what to change."""
+"""Plan a recipe without weights and without a GPU: does it fit, how fast is it, what helps."""
 
 from collections.abc import Generator
 from dataclasses import dataclass, replace
@@ -9,7 +9,7 @@ import torch
 
 from orpo_lite import demo
 from orpo_lite.base.adapter import adopt_adapter
-from orpo_lite.base.find import check_embedding, find_config, find_texts
+from orpo_lite.base.find import check_embedding, find_config, find_text_files
 from orpo_lite.data.prepare import find_sources, pair_lengths, tokenized_splits
 from orpo_lite.model.pair_model import MODEL_CODE_ERRORS
 from orpo_lite.ops.devices import device_kind
@@ -91,7 +91,7 @@ def plan(recipe: Recipe, *, with_data: bool = False) -> PlanReport:
 
 @with_torch_defaults
 def plan_events(recipe: Recipe, *, with_data: bool = False) -> Generator[Update, None, PlanReport]:
-    """:func:`plan` as a generator of progress updates."""
+    """Plan as :func:`plan` does; yield its progress and return its result."""
     recipe, asked_name = adopt_adapter(recipe), recipe.model.model_name_or_path
     names = (recipe.model.model_name_or_path, *recipe.data.names)
     if any(name.startswith("builtin:") for name in names):
@@ -104,7 +104,7 @@ def plan_events(recipe: Recipe, *, with_data: bool = False) -> Generator[Update,
     triples = worst_case(recipe.data.max_length, recipe.training.global_batch_size)
     if with_data:
         train, _, _ = yield from tokenized_splits(
-            recipe, find_texts(name, revision)[0], *find_sources(recipe.data)
+            recipe, find_text_files(name, revision)[0], *find_sources(recipe.data)
         )
         triples = pair_lengths(train)
     local = local_gpu()

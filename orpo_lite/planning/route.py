@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
-from orpo_lite.base.find import positions_switch
+from orpo_lite.base.find import changes_frequencies
 from orpo_lite.data.packing import make_batch
 from orpo_lite.model.load import bare_pair_model, choose_dtype
 from orpo_lite.model.pair_model import MODEL_CODE_ERRORS, PairModel, Route
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PlannedRoute:
-    """How pairs go through a planned model."""
+    """The route of pairs through a planned model."""
 
     route: Route
     attention: str | None
@@ -50,11 +50,12 @@ class PlannedRoute:
 
 
 def find_route(recipe: Recipe, config: Any, triples: Triples, kind: str) -> PlannedRoute:
-    """Return the fastest route by which every layer's attention runs through ours.
+    """Return the fastest route on which all layers use this package's attention.
 
-    If there is none, each sequence goes alone. Each layer that attends must call the function that
-    transformers looks up: ALiBi, linear attention and the like do not, and ours refuses sinks and
-    masks. Differences that only values show are found by the probe.
+    A layer uses it if it calls the attention function that transformers looks up. Layers with ALiBi
+    or linear attention do not. This package's attention also refuses sinks and masks. If no route
+    fits, each sequence is computed alone. Differences that only show in values are found by the
+    probe, before the training.
 
     Raises:
         One of MODEL_CODE_ERRORS: the model does not run on meta at all.
@@ -62,7 +63,7 @@ def find_route(recipe: Recipe, config: Any, triples: Triples, kind: str) -> Plan
     preferred: Route = "shared" if recipe.memory.prompt_sharing else "packed"
     longest = int(triples[:, 1:].max())
     reason = "its rotary embedding changes with the length"
-    if recipe.memory.packing and not positions_switch(config.get_text_config(), longest):
+    if recipe.memory.packing and not changes_frequencies(config.get_text_config(), longest):
         found = _try_route(PlannedRoute(preferred, None, 1.0), NAME, recipe, config, kind)
         if found == 1:
             return PlannedRoute(preferred, None, 1.0)
@@ -79,9 +80,9 @@ def find_route(recipe: Recipe, config: Any, triples: Triples, kind: str) -> Plan
 def _try_route(
     planned: PlannedRoute, name: str, recipe: Recipe, config: Any, kind: str
 ) -> float | str:
-    """Send a pair by a route. Return the share of layers that attend by the function ``name``.
+    """Run a pair on a route. Return the share of layers that call the attention ``name``.
 
-    If the model cannot run so, return the reason.
+    If the model cannot run on this route, return the reason.
     """
     dtype = choose_dtype(recipe.model.dtype, kind)
     model = bare_pair_model(recipe, _one_layer_of_each_type(config), dtype, META)

@@ -55,7 +55,7 @@ MORE_TOKENS = (4_096, 8_192)
 
 @dataclass(frozen=True)
 class Change:
-    """A change of what is trained that needs less memory."""
+    """A change of the training, such as a lower data.max_length, that needs less memory."""
 
     keys: Mapping[str, Any]
     """``section.key`` -> value."""
@@ -65,7 +65,7 @@ class Change:
 
 @dataclass(frozen=True)
 class GpuRow:
-    """How the recipe fits a GPU, by extrapolation."""
+    """The memory settings, memory and time of a recipe on one GPU, by extrapolation."""
 
     gpu: Gpu
     settings: Mapping[str, Any] | None
@@ -76,7 +76,7 @@ class GpuRow:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """How a recipe's step fits, or by how much it does not."""
+    """Memory settings for a recipe, with the memory and time of a step."""
 
     settings: Mapping[str, Any]
     """Values for the keys of ``memory``."""
@@ -96,18 +96,18 @@ class MemoryPlan:
 
     @property
     def parts(self) -> dict[str, int]:
-        """The peak by part."""
+        """The bytes of each part at the peak of a step."""
         parts = {**self.measured.held, **self.measured.parts}
         return {name: size for name, size in parts.items() if size}
 
     @property
     def allowances(self) -> dict[str, int]:
-        """What a program needs in addition to its tensors."""
+        """The bytes that are needed in addition to tensors, by name."""
         return self._allowances(self.measured.peak)
 
     @property
     def needed(self) -> int:
-        """Peak and allowances; more if loading the base needs more."""
+        """The bytes that the training needs: peak and allowances, or more to load the base."""
         loading = self.measured.loading + sum(self._allowances(0).values())
         return max(self.peak + sum(self.allowances.values()), loading)
 
@@ -116,7 +116,7 @@ class MemoryPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether it fits the budget, if there is one."""
+        """Whether ``needed`` is within the budget. True without a budget."""
         return self.budget is None or self.needed <= self.budget
 
     @property
@@ -195,7 +195,7 @@ class Planner:
 
     @cached_property
     def planned(self) -> PlannedRoute:
-        """How pairs go through this model."""
+        """The route of pairs through this model."""
         return find_route(self.recipe, self.config, self.triples, self.kind)
 
     @cached_property
@@ -365,7 +365,7 @@ class Planner:
         return max(whole + step + in_step, loading + in_loading)
 
     def changes(self, budget: int, gpu: Gpu | None) -> list[Change]:
-        """Return changes that need less memory, and whether they fit. None is applied."""
+        """Return changes of the training that need less memory, and whether they fit."""
         recipe, memory = self.recipe, self.recipe.memory
         settings: dict[str, Any] = {
             f"memory.{name}": "auto" for name in PLANNED_SETTINGS if getattr(memory, name) != "auto"
@@ -413,7 +413,7 @@ def _step_key(choice: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def no_plan(name: str, error: Exception) -> ModelError:
-    """Return the error for a model that cannot be planned, with what to do instead."""
+    """Return the error for a model that cannot be planned, with a fix."""
     logger.warning("the step could not be measured", exc_info=error)
     return ModelError(
         where=f"model {name}",

@@ -20,10 +20,10 @@ from orpo_lite.runs.lock import read_lock
 from orpo_lite.runs.records import (
     FIGURE,
     ValueTypes,
+    check_values,
     read_json,
     read_metrics,
     read_samples,
-    refuse_lacking,
 )
 
 PLACEHOLDER = "OWNER/NAME"  # placeholder until the repository is known
@@ -57,7 +57,7 @@ MEASURED: ValueTypes = {"model": str, **dict.fromkeys(("accuracy", "margin", "ch
 
 @dataclass(frozen=True)
 class CardOptions:
-    """What a card describes, and its options."""
+    """The options of a model card: its repository, which model it is for, and what it shows."""
 
     repository: str = PLACEHOLDER
     merged: Weights | None = None
@@ -70,7 +70,7 @@ class CardOptions:
 
 @dataclass(frozen=True)
 class Facts:
-    """The facts of a run for its card."""
+    """The facts of a run that its model card shows."""
 
     recipe: Recipe
     lock: Mapping[str, Any]
@@ -98,7 +98,7 @@ class Facts:
     def read(cls, path: Path, options: CardOptions) -> "Facts":
         """Read the facts of a run."""
         recipe, lock = trained_recipe(path), read_lock(path)
-        refuse_lacking(lock, {"orpo_lite": str, "versions": dict}, str(path / "lock.json"))
+        check_values(lock, {"orpo_lite": str, "versions": dict}, str(path / "lock.json"))
         licences = options.licences if options.licences is not None else lock.get("licences") or {}
         merges = [options.merged] if options.merged else FOLDERS
         metrics = read_metrics(path)
@@ -185,8 +185,8 @@ class Facts:
 def read_objective(recipe: Recipe, lock: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the objective from lock.json. For runs of older versions, make it from the recipe."""
     if "objective" in lock:
-        refuse_lacking(lock, {"objective": dict}, "lock.json")
-        refuse_lacking(lock["objective"], OBJECTIVE, "lock.json, objective")
+        check_values(lock, {"objective": dict}, "lock.json")
+        check_values(lock["objective"], OBJECTIVE, "lock.json, objective")
         return lock["objective"]  # type: ignore[no-any-return]
     from orpo_lite.objectives.objective import find_objective  # imports torch
 
@@ -197,11 +197,11 @@ def _read_figures(file: Path) -> Mapping[str, Any]:
     """Return the checked content of data.json."""
     data = read_json(file, FIGURES)
     for reason, drop in data["dropped"].items():
-        refuse_lacking(
+        check_values(
             drop if isinstance(drop, dict) else {}, {"pairs": int}, f"{file}, dropped, {reason}"
         )
-    refuse_lacking(data["cut"], {"responses_without_end": int}, f"{file}, cut")
-    refuse_lacking(data["prompts"], {"shared": int}, f"{file}, prompts")
+    check_values(data["cut"], {"responses_without_end": int}, f"{file}, cut")
+    check_values(data["prompts"], {"shared": int}, f"{file}, prompts")
     return data
 
 
@@ -232,7 +232,7 @@ def _read_verification(path: Path, weights: Weights) -> Mapping[str, Any]:
         return {}
     found = read_json(file, VERDICT)
     for row in found["rows"]:
-        refuse_lacking(row if isinstance(row, dict) else {}, MEASURED, f"{file}, rows")
+        check_values(row if isinstance(row, dict) else {}, MEASURED, f"{file}, rows")
     return found
 
 

@@ -51,7 +51,7 @@ COPY = "provide a copy of this Agreement"
 
 @dataclass(frozen=True)
 class Terms:
-    """What a community licence requires of a published derivative, quoted from the licence."""
+    """The requirements of a community licence for a published derivative, quoted from it."""
 
     title: str
     notice: str

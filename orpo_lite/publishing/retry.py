@@ -58,7 +58,7 @@ class AbsentError(HubError):
 
 
 class ConflictError(HubError):
-    """Something exists already, or another change is in progress."""
+    """The repository exists already, or another change of it is in progress."""
 
 
 class _SpentError(Exception):

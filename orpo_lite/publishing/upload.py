@@ -154,7 +154,7 @@ def _refuse_objects(where: str, error: ValueError, additions: Sequence[CommitOpe
         raise HubError(
             where=where,
             found=f"the hub refuses a file (uploading){server_message(ValueError(text))}",
-            fix="see its message",
+            fix="follow the hub's message",
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Checks of values that are each valid but contradict each other."""
+"""Find values of a recipe that are valid alone but contradict each other."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from orpo_lite.recipe.schema import Recipe
 
 
 def contradictions(recipe: Recipe) -> Iterator[RecipeError]:
-    """Yield an error for each two values that contradict each other; it names both keys."""
+    """Yield an error for each pair of keys whose values contradict each other."""
     data, training, memory = recipe.data, recipe.training, recipe.memory
     if data.prompt_limit >= data.max_length:
         yield _contradiction(

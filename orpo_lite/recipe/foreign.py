@@ -1,4 +1,4 @@
-"""Answers to unknown keys: our key for a key of another tool, else the most similar key."""
+"""Report unknown keys of a recipe, with the key of this package that was probably meant."""
 
 import difflib
 import math

@@ -1,4 +1,4 @@
-"""A recipe read from a shipped name or a path, with overrides; every fault found at once."""
+"""Read a recipe by its shipped name or path, apply overrides, and report all errors at once."""
 
 import codecs
 import difflib
@@ -20,22 +20,23 @@ from orpo_lite.recipe.schema import KEYS, SECTIONS, Recipe
 from orpo_lite.recipe.text import CLOSING_TOKENS, MAX_DEPTH, OPENING_TOKENS, Written, to_text
 
 MAX_BYTES = 1 << 20  # a recipe is a page of text; anything larger is another file
-SHIPPED = Path(__file__).parents[1] / "recipes"  # in a wheel
-CHECKOUT = Path(__file__).parents[2] / "recipes"  # in a checkout or an editable install
+# The folder of the recipes in a wheel, and in a checkout or an editable install.
+SHIPPED = Path(__file__).parents[1] / "recipes"
+CHECKOUT = Path(__file__).parents[2] / "recipes"
 GPU_SIZES = Path(__file__).with_name("gpu_sizes.json")  # written by: python -m benchmarks.recipes
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read the recipe ``name``, then ``overrides``.
-
-    ``name`` is a path if it has a / or ends in .yaml, else the name of a shipped recipe.
+    """Read a recipe and apply the overrides.
 
     Args:
-        name: for instance ``"mistral-qlora"`` or ``"./mine.yaml"``.
-        overrides: ``"section.key=value"`` texts; the value is read by the key's type, not by YAML.
+        name: a shipped recipe, such as ``"mistral-qlora"``, or a path, such as ``"./mine.yaml"``.
+            A name with a / or the suffix .yaml is a path.
+        overrides: texts ``"section.key=value"``. The value is read by the type of the key, not as
+            YAML.
 
     Raises:
-        RecipeError: every fault found, at once.
+        RecipeError: the recipe or an override is wrong. The error lists all that were found.
     """
     path = find_recipe(name)
     written: dict[str, Written] = {}
@@ -45,13 +46,16 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     faults += answer_unknown(written)
     recipe = _validate(written, path.name, faults)
     raise_all(faults)
-    assert recipe is not None  # noqa: S101 - a recipe that could not be built has left its faults
+    assert recipe is not None  # noqa: S101 - _validate adds a fault if it returns None
     raise_all(list(contradictions(recipe)))
     return recipe
 
 
 def find_recipe(name: str) -> Path:
-    """The file of a shipped name or path. Raises :class:`RecipeError` with the nearest names."""
+    """Return the file of a recipe, given its shipped name or its path.
+
+    Raises :class:`RecipeError` with similar names if there is no such file.
+    """
     if "/" in name or name.endswith((".yaml", ".yml")):
         path = Path(name).expanduser()
         if path.is_dir():
@@ -77,8 +81,8 @@ def find_recipe(name: str) -> Path:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
         raise RecipeError(
             where=f"--recipe {name}",
-            found="no shipped recipe of that name",
-            expected="one of the shipped names, or a path",
+            found="no shipped recipe has this name",
+            expected="the name of a shipped recipe, or a path",
             fix=f"did you mean {', '.join(near)}? {LIST}; a path needs a / or .yaml"
             if near
             else LIST,
@@ -86,23 +90,29 @@ def find_recipe(name: str) -> Path:
     return known[name]
 
 
-LIST = "`orpo-lite recipes ls` lists the shipped ones"
+LIST = "`orpo-lite recipes ls` lists the shipped recipes"
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """Return name -> file of each shipped recipe, sorted. A checkout's folder comes first."""
+    """Return name -> file of each shipped recipe, sorted by name.
+
+    In a checkout these are the files in its folder recipes, else those in the installed package.
+    """
     checkout = CHECKOUT.is_dir() and (CHECKOUT.parent / "pyproject.toml").is_file()
     return {path.stem: path for path in sorted((CHECKOUT if checkout else SHIPPED).glob("*.yaml"))}
 
 
 def gpu_sizes() -> dict[str, str]:
-    """Return the GPU that each shipped recipe needs by its plan: "8 GB", "8 GB or a CPU"."""
+    """Return the GPU size that each shipped recipe needs, such as "8 GB" or "8 GB or a CPU"."""
     sizes: dict[str, str] = json.loads(GPU_SIZES.read_text(encoding="utf-8"))
     return sizes
 
 
 def _read_file(path: Path, written: dict[str, Written]) -> Iterator[RecipeError]:
-    """Fill ``written`` from the file; yield its faults. Every scalar stays the text it is."""
+    """Add the keys and values of a recipe file to ``written``, and yield its errors.
+
+    A scalar stays a text here. Its type is applied later, by the schema.
+    """
     root = _compose(path)
     yield from _duplicates(root, path)
     for section, node, line in _entries(root):
@@ -116,19 +126,19 @@ def _read_file(path: Path, written: dict[str, Written]) -> Iterator[RecipeError]
             yield RecipeError(
                 where=f"{path}:{line}",
                 found=f"section {section} holds {_shown(_plain(node))}",
-                expected="indented `key: value` lines",
+                expected="indented `key: value` lines below the section's name",
             )
         elif section not in KEYS:
             written[section] = Written(_plain(node), f"{path.name}:{line}")
 
 
 def _compose(path: Path) -> yaml.MappingNode:
-    """The YAML nodes of the file, which know their lines. Raises :class:`RecipeError`."""
+    """Return the YAML nodes of a recipe file, with their lines. Raises :class:`RecipeError`."""
     if path.stat().st_size > MAX_BYTES:
         raise RecipeError(
             where=str(path),
             found=f"{path.stat().st_size:,} bytes",
-            expected=f"a recipe of at most {MAX_BYTES:,}",
+            expected=f"a recipe of at most {MAX_BYTES:,} bytes",
         )
     try:
         root = _nodes(_decode(path.read_bytes(), path), str(path))
@@ -136,7 +146,7 @@ def _compose(path: Path) -> yaml.MappingNode:
         raise RecipeError(
             where=str(path),
             found=f"cannot be read ({error.strerror})",
-            expected="a file that you may read",
+            expected="a file that can be read",
         ) from None
     if not isinstance(root, yaml.MappingNode):
         found = "is empty" if root is None else "is not a mapping"
@@ -150,37 +160,40 @@ def _compose(path: Path) -> yaml.MappingNode:
 
 
 def _decode(content: bytes, path: Path) -> str:
-    """Return the text of the file. Raises :class:`RecipeError` for other encodings and spaces."""
+    """Return the text of a recipe file.
+
+    Raises :class:`RecipeError` for text that is not UTF-8, or that is indented by other characters
+    than spaces and tabs.
+    """
     if encoding := _wide_encoding(content):
         raise RecipeError(
             where=f"{path}:1",
             found=f"{encoding} text",
             expected="UTF-8 text",
-            fix=_recoded(path, encoding),
+            fix=_fix_encoding(path, encoding),
         )
     try:
         text = content.decode()
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         found = f"byte 0x{content[error.start]:02x} is not UTF-8"
-        encoding = next((name for name in ("CP1252", "GB18030") if _reads(content, name)), "")
+        encoding = next((name for name in ("CP1252", "GB18030") if _is_valid(content, name)), "")
         fix = (
-            _recoded(path, encoding)
+            _fix_encoding(path, encoding)
             if encoding
-            else "write this line again, in an editor that saves UTF-8"
+            else "correct this line in an editor that saves UTF-8"
         )
         raise RecipeError(
             where=f"{path}:{line}", found=found, expected="UTF-8 text", fix=fix
         ) from None
-    if other := re.search(
-        r"^[ \t]*([^\S \t\r\n])\s*\w+:", text, re.MULTILINE
-    ):  # YAML takes it for a part of the key
+    # YAML reads another space, such as a no-break space, as a part of the key.
+    if other := re.search(r"^[ \t]*([^\S \t\r\n])\s*\w+:", text, re.MULTILINE):
         name = unicodedata.name(other[1], "another space").lower()
         raise RecipeError(
             where=f"{path}:{text.count(chr(10), 0, other.start(1)) + 1}",
-            found=f"is indented by U+{ord(other[1]):04X} ({name})",
+            found=f"is indented by the character U+{ord(other[1]):04X} ({name})",
             expected="plain spaces",
-            fix=_converted(path, r"perl -CSD -pe 's/[^\S\n]/ /g'"),
+            fix=_fix_with(path, r"perl -CSD -pe 's/[^\S\n]/ /g'"),
         )
     return text
 
@@ -196,7 +209,8 @@ def _wide_encoding(content: bytes) -> str:
     return ""
 
 
-def _reads(content: bytes, encoding: str) -> bool:
+def _is_valid(content: bytes, encoding: str) -> bool:
+    """Return whether the bytes are valid text in an encoding."""
     try:
         content.decode(encoding)
     except UnicodeDecodeError:
@@ -204,20 +218,21 @@ def _reads(content: bytes, encoding: str) -> bool:
     return True
 
 
-def _recoded(path: Path, encoding: str) -> Command:
-    return _converted(path, f"iconv -f {encoding} -t UTF-8")
+def _fix_encoding(path: Path, encoding: str) -> Command:
+    """Return the fix that converts a recipe file to UTF-8."""
+    return _fix_with(path, f"iconv -f {encoding} -t UTF-8")
 
 
-def _converted(path: Path, program: str) -> Command:
-    """The fix that writes what a program makes of the file to a new one."""
+def _fix_with(path: Path, program: str) -> Command:
+    """Return the fix that runs a program on a recipe file and writes its output to a new file."""
     new = shlex.quote(str(path.with_name(f"{path.stem}.utf8{path.suffix}")))
     return Command(f"{program} {shlex.quote(str(path))} > {new}", f", then --recipe {new}")
 
 
 def _nodes(text: str, where: str) -> Any:
-    """The root node of a YAML text, or None. Raises :class:`RecipeError`."""
+    """Return the root node of a YAML text; None for an empty one. Raises :class:`RecipeError`."""
     try:
-        # Aliases can expand to gigabytes, and PyYAML takes minutes for deep brackets.
+        # Aliases can expand to gigabytes, and PyYAML takes minutes for deeply nested brackets.
         depth = 0
         for token in yaml.scan(text, Loader=yaml.SafeLoader):
             place = f"{where}:{token.start_mark.line + 1}"
@@ -226,14 +241,14 @@ def _nodes(text: str, where: str) -> Any:
                     where=place,
                     found=f"YAML anchor or alias {token.value!r}",
                     expected="plain values",
-                    fix="write the value out",
+                    fix="write the value itself here",
                 )
             depth += isinstance(token, OPENING_TOKENS) - isinstance(token, CLOSING_TOKENS)
             if depth > MAX_DEPTH:
                 raise RecipeError(
                     where=place,
-                    found="nested too deeply",
-                    expected=f"at most {MAX_DEPTH} levels",
+                    found="is nested too deeply",
+                    expected=f"at most {MAX_DEPTH} levels of brackets",
                     fix="close the brackets",
                 )
         return yaml.compose(text, Loader=yaml.SafeLoader)
@@ -249,7 +264,7 @@ def _nodes(text: str, where: str) -> Any:
 
 
 def _entries(node: yaml.MappingNode) -> Iterator[tuple[str, Any, int]]:
-    """Return (key, value node, line) of a mapping; for a duplicate key, the first one."""
+    """Yield (key, value node, line) for each key of a mapping; of duplicate keys the first."""
     seen = set()
     for key_node, value_node in node.value:
         key = str(key_node.value)
@@ -271,7 +286,7 @@ def _duplicates(node: Any, path: Path) -> Iterator[RecipeError]:
         if key in first:
             yield RecipeError(
                 where=f"{path}:{line}",
-                found=f"key {key!r} again; it is on line {first[key]} too",
+                found=f"the key {key!r} is also on line {first[key]}",
                 expected="each key once",
                 fix="keep one of the two lines",
             )
@@ -280,9 +295,10 @@ def _duplicates(node: Any, path: Path) -> Iterator[RecipeError]:
 
 
 def _plain(node: Any, *, typed: bool = False) -> Any:
-    """Text, None, list or dict of a YAML node, without YAML's guesses at types.
+    """Return the value of a YAML node: a dict, a list, a text or None.
 
-    ``typed`` is for values without a field's type: true, false and numbers are read as in JSON.
+    Scalars stay texts, because YAML would guess their types. ``typed`` is for keys whose values
+    have no type in the schema: there true, false and numbers are read as in JSON.
     """
     if isinstance(node, yaml.MappingNode):
         return {str(key.value): _plain(value, typed=typed) for key, value in node.value}
@@ -290,7 +306,7 @@ def _plain(node: Any, *, typed: bool = False) -> Any:
         return [_plain(child, typed=typed) for child in node.value]
     if node.style is None and node.value in ("", "~", "null", "Null", "NULL"):
         return None
-    if typed and node.tag != "tag:yaml.org,2002:str":  # a quoted text has the tag of a text
+    if typed and node.tag != "tag:yaml.org,2002:str":  # a quoted value has this tag
         try:
             return json.loads(node.value)
         except ValueError:
@@ -299,12 +315,13 @@ def _plain(node: Any, *, typed: bool = False) -> Any:
 
 
 def _shown(value: Any) -> str:
-    """A value as an error shows it: on one line, of at most 80 characters."""
+    """Return a value as an error shows it: on one line, with at most 80 characters."""
     text = "null" if value is None else " ".join(str(value).split())
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _read_overrides(overrides: Sequence[str], written: dict[str, Written]) -> Iterator[RecipeError]:
+    """Add the overrides to ``written``, and yield an error for each that cannot be read."""
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:
@@ -327,14 +344,17 @@ def _read_overrides(overrides: Sequence[str], written: dict[str, Written]) -> It
             yield fault
 
 
-TYPED = ("data.chat_template_kwargs",)  # passed on as they are, so true must be a truth value
-MAPPINGS = ("data.column_map", *TYPED)
+# Keys whose values have no type in the schema. They are passed to the chat template as they are, so
+# true must become a bool.
+TYPED = ("data.chat_template_kwargs",)
+MAPPINGS = ("data.column_map", *TYPED)  # keys whose value is a mapping
 
 
 def _override_value(key: str, text: str) -> Any:
-    """null, and {a: b} or a=b,c=d for the two keys that hold a mapping; any other text stays text.
+    """Return the value of an override.
 
-    a=b,a=c is {a: [b, c]}.
+    null is None. For the keys in MAPPINGS, ``{a: b}`` and ``a=b,c=d`` are mappings, and ``a=b,a=c``
+    is ``{a: [b, c]}``. Any other value stays a text.
     """
     if text in ("null", "~"):
         return None
@@ -353,25 +373,23 @@ def _override_value(key: str, text: str) -> Any:
 
 
 def _refuse_secrets(written: dict[str, Written]) -> Iterator[RecipeError]:
+    """Remove access tokens from ``written``, and yield an error for each."""
     for key, entry in list(written.items()):
-        if TOKEN.search(f"{key} {entry.value}") or key.split(".")[-1] in (
-            "token",
-            "hub_token",
-            "hf_token",
-        ):
+        is_token_key = key.split(".")[-1] in ("token", "hub_token", "hf_token")
+        if is_token_key or TOKEN.search(f"{key} {entry.value}"):
             del written[key]
             yield RecipeError(
                 where=entry.where,
                 found=f"{key} holds an access token (not shown)",
-                expected="no secret in a recipe",
-                fix="run `hf auth login`, or set HF_TOKEN",
+                expected="no access token in a recipe",
+                fix="remove the key; run `hf auth login`, or set HF_TOKEN",
             )
 
 
 def _validate(
     written: Mapping[str, Written], file: str, faults: list[RecipeError]
 ) -> Recipe | None:
-    """The recipe; or None, with what is wrong appended to ``faults``."""
+    """Return the recipe. If values are invalid, append their errors to ``faults``; return None."""
     tree: dict[str, dict[str, Any]] = {"model": {}, "data": {}}
     for key, entry in written.items():
         section, _, field = key.partition(".")
@@ -388,7 +406,7 @@ def _validate(
 def _explain(
     error: ValidationError, written: Mapping[str, Written], file: str
 ) -> list[RecipeError]:
-    """One fault a key: pydantic reports a union once per branch."""
+    """Return one error for each key. pydantic reports several for a key with several types."""
     messages: dict[str, list[str]] = {}
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"][:2])
@@ -414,7 +432,7 @@ def _explain(
 
 
 def _advice(key: str) -> str:
-    """A line that can be pasted, where the key has a default; and what the key means."""
+    """Return the fix for an invalid value: the key's meaning, and its default if it has one."""
     section, _, name = key.partition(".")
     field = SECTIONS[section].model_fields[name]
     if field.is_required():

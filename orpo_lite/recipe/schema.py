@@ -164,7 +164,7 @@ class DataSection(Section):
 
     @property
     def prompt_limit(self) -> int:
-        """The largest number of tokens of a prompt: ``max_prompt_length``, with auto resolved."""
+        """The largest number of tokens of a prompt: ``max_prompt_length``, or what auto means."""
         return self.max_length // 2 if self.max_prompt_length == "auto" else self.max_prompt_length
 
     @property
@@ -199,8 +199,8 @@ class TrainingSection(Section):
     """The optimisation (key names of transformers' TrainingArguments).
 
     ``train --resume RUN KEY=VALUE`` may change the learning rate and its schedule, the number of
-    steps and the evaluations. The learning rate depends only on the step's number: after the
-    resume it is what it would be if the run had begun with the new values.
+    steps and the evaluations. The learning rate depends only on the number of the step. So the
+    steps after the resume have the learning rate of a run that began with the new values.
     """
 
     output_dir: Annotated[str, Field(min_length=1), AfterValidator(expand_home)] = "runs/orpo"
@@ -252,7 +252,7 @@ class TrainingSection(Section):
 
 
 class MemorySection(Section):
-    """How a step fits into memory (our own keys). The loss and the gradient stay the same.
+    """The memory settings of a step (our own keys). They do not change the loss or the gradient.
 
     The plan (``orpo-lite plan``) chooses the values that are auto.
     """
@@ -323,7 +323,7 @@ PLANNED_SETTINGS = (
 
 
 class OutputSection(Section):
-    """What happens after the last step (our own keys)."""
+    """Settings of the merge, the samples and the push after the last step (our own keys)."""
 
     merge: bool = True
     """Merge the adapter into the 16-bit base after the training."""
@@ -349,7 +349,7 @@ class OutputSection(Section):
 
 
 class Recipe(Section):
-    """A whole recipe: all sections, and where each value comes from (:attr:`sources`)."""
+    """A complete recipe: all sections, and the source of each value (:attr:`sources`)."""
 
     model: ModelSection
     quantization: QuantizationSection = QuantizationSection()
@@ -369,7 +369,7 @@ class Recipe(Section):
 
     @property
     def micro_batch_tokens(self) -> int:
-        """``memory.micro_batch_tokens`` with auto resolved: the longest pair fits, unshared."""
+        """``memory.micro_batch_tokens``. For auto, two sequences of ``data.max_length`` fit."""
         tokens = self.memory.micro_batch_tokens
         return 2 * self.data.max_length if tokens == "auto" else tokens
 

@@ -1,4 +1,4 @@
-"""Values of a recipe as text: sizes with units, one-line YAML, and values as they are written."""
+"""Convert values of a recipe to text and back: sizes with units, and YAML on one line."""
 
 import re
 from dataclasses import dataclass
@@ -57,7 +57,10 @@ def to_text(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Written:
-    """A value as it is written: a string, None, or a list or mapping of these; and its place."""
+    """A value before its type is applied, and the file and line where it is written.
+
+    The value is a string, None, or a list or mapping of these.
+    """
 
     value: Any
     where: str

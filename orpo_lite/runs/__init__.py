@@ -1,4 +1,4 @@
-"""Reading and writing the run folder, through which the commands pass on their results.
+"""Read and write the run folder, which holds all that one command leaves for the next.
 
 Order: atomic, commands, inputs, interrupt, records, lock, changes, folder.
 """

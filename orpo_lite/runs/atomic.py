@@ -108,14 +108,17 @@ def _sync_all(folder: Path) -> list[Path]:
 
 @contextmanager
 def explain_write_errors(final: Path, temporary: Path) -> Iterator[None]:
-    """Turn errors of writing ``temporary``, the new ``final``, into errors with a fix."""
+    """Convert errors while a file or folder is written into errors with a fix.
+
+    ``final`` is its path, which messages show. ``temporary`` is the path that is written to.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:
         if getattr(error, "errno", 0) == errno.EFBIG or "File too large" in str(error):
             fix = "`ulimit -f unlimited`, another disk, or a smaller --max-shard-size"
             raise FitError(
-                where=str(final), found="the file exceeds the size limit here", fix=fix
+                where=str(final), found="the file is larger than the size limit here", fix=fix
             ) from error
         if getattr(error, "errno", 0) in FULL or "No space left" in str(error):
             free = f"{shutil.disk_usage(final.parent).free / 2**20:,.0f} MiB free"

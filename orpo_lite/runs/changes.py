@@ -1,4 +1,4 @@
-"""Changes of a run's recipe between steps: the values at its start, and each change with its step.
+"""Read and record changes of a run's recipe: the values at its start, and each later change.
 
 lock.json holds both. recipe.yaml holds the current values, but a person may have edited it, so the
 values in force are never read from recipe.yaml alone.
@@ -18,7 +18,7 @@ from orpo_lite.runs.atomic import to_json, write_text
 from orpo_lite.runs.commands import new_run_command, quoted, resume_command
 from orpo_lite.runs.inputs import with_absolute_paths
 from orpo_lite.runs.lock import read_lock, read_recipe
-from orpo_lite.runs.records import refuse_lacking
+from orpo_lite.runs.records import check_values
 
 OUTPUT_DIR = "training.output_dir"
 
@@ -71,10 +71,10 @@ def read_changes(lock: Mapping[str, Any], where: str) -> list[Change]:
     Raises:
         CheckpointError: a record is damaged.
     """
-    refuse_lacking({"changes": lock.get("changes", [])}, {"changes": list}, where)
+    check_values({"changes": lock.get("changes", [])}, {"changes": list}, where)
     changes = []
     for row in lock.get("changes", []):
-        refuse_lacking(
+        check_values(
             row if isinstance(row, dict) else {},
             {"key": str, "after_step": int},
             f"{where}, changes",
@@ -98,7 +98,7 @@ def values_at_start(path: Path, lock: Mapping[str, Any]) -> dict[str, Any]:
     Runs of older versions recorded at most the adapter's shape; the rest is read from recipe.yaml.
     """
     if "recipe" in lock:
-        refuse_lacking(lock, {"recipe": dict}, str(path / "lock.json"))
+        check_values(lock, {"recipe": dict}, str(path / "lock.json"))
         return {**_DEFAULTS, **lock["recipe"]}
     return dict(read_recipe(path).items()) | {
         f"lora.{key}": value for key, value in lock.get("lora", {}).items()
@@ -166,8 +166,8 @@ def find_changes(path: Path, recipe: Recipe) -> tuple[Recipe, dict[str, Any]]:
     """Compare the recipe that a run is resumed with and the values in force.
 
     Returns:
-        The complete recipe to resume with, in which keys that ``recipe`` does not set keep their
-        values; and ``section.key`` -> new value of each change.
+        The complete recipe to resume with, and ``section.key`` -> new value of each change. Keys
+        that ``recipe`` does not set keep the values of the run.
 
     Raises:
         CheckpointError: a key differs that may not change.
@@ -226,7 +226,7 @@ def _find_differing(path: Path, recipe: Recipe, in_force: Mapping[str, Any]) -> 
 
 
 def _given_here(recipe: Recipe, changed: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the changes given on the command line, which must be given there again."""
+    """Return the changes that were given on the command line, for the command to repeat."""
     return {key: value for key, value in changed.items() if recipe.sources[key] == "command line"}
 
 
@@ -259,10 +259,11 @@ def record_changes(
 ) -> None:
     """Record that a run continues after ``step`` with changed values and the packages of ``lock``.
 
-    A change recorded at a later step now applies from ``step`` on: the steps between are run again.
+    If a change was recorded at a later step, the steps between are run again, so it now applies
+    from ``step`` on.
 
-    recipe.yaml is written first. If the process is killed before lock.json is written, the next one
-    finds the change in recipe.yaml again.
+    recipe.yaml is written first. If the process is killed before lock.json is written, the next
+    process finds the change in recipe.yaml again.
     """
     old = read_lock(path)
     began, known = values_at_start(path, old), read_changes(old, str(path / "lock.json"))
@@ -285,7 +286,7 @@ def record_changes(
         for part in ("base", "data", "chat_template")
         if old[part].get("revision") is None
     }
-    # The base as the next steps see it: both depend on the device.
+    # Both depend on the device, which may be another one now.
     for part in ("dtype", "not_quantised"):
         if part in old:
             moved[part] = lock[part]
@@ -295,7 +296,10 @@ def record_changes(
 
 
 def _merged(changes: Iterable[Change]) -> list[Change]:
-    """Merge changes of one key at one step: first value before, last value after; drop no-ops."""
+    """Return one change for each key and step, from the first value before to the last one after.
+
+    Changes without effect are left out.
+    """
     found: dict[tuple[str, int], Change] = {}
     for change in changes:
         place = (change.key, change.after_step)

@@ -1,4 +1,4 @@
-"""Commands that messages show, quoted for the shell."""
+"""Build the commands that messages show, quoted for the shell."""
 
 import json
 import os

@@ -25,7 +25,7 @@ from orpo_lite.runs.records import read_json
 
 @contextmanager
 def locked(path: Path) -> Iterator[list[str]]:
-    """Lock the run folder for this process; yield notes on what its file system cannot do.
+    """Lock the run folder for this process; yield notes on missing features of its file system.
 
     Raises:
         CheckpointError: another process holds it, or it is not writable.

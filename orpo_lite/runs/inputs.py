@@ -14,7 +14,7 @@ from orpo_lite.base.find import (
     check_embedding,
     check_targets,
     find_base,
-    find_texts,
+    find_text_files,
     load_tokenizer,
     pad_id,
 )
@@ -73,7 +73,7 @@ def prepare_inputs(recipe: Recipe) -> Generator[Update, None, Inputs]:
 
 @dataclass(frozen=True)
 class Preview:
-    """What a model would read of a recipe's data."""
+    """The figures and samples of a recipe's data that `orpo-lite data` shows."""
 
     figures: dict[str, Any]
     """The content of data.json."""
@@ -83,7 +83,7 @@ class Preview:
 
 
 def preview(recipe: Recipe, place: str | None = None) -> Generator[Update, None, Preview]:
-    """Read the data as :func:`prepare_inputs` does. Of the base only the tokenizer is needed.
+    """Read the data as :func:`prepare_inputs` does. Only the tokenizer of the base is needed.
 
     Args:
         recipe: the recipe with the data and the base.
@@ -92,7 +92,7 @@ def preview(recipe: Recipe, place: str | None = None) -> Generator[Update, None,
     yield from request_updates(recipe.data.names)
     sources = find_sources(recipe.data)
     yield from request_updates([recipe.model.model_name_or_path])
-    folder, _ = find_texts(recipe.model.model_name_or_path, recipe.model.model_revision)
+    folder, _ = find_text_files(recipe.model.model_name_or_path, recipe.model.model_revision)
     train, test, found = yield from tokenized_splits(recipe, folder, *sources)
     warnings = []
     sizes = read_sizes(folder)

@@ -1,4 +1,4 @@
-"""Read recipe.yaml and lock.json of a run; write and check what its inputs were resolved to."""
+"""Read recipe.yaml and lock.json of a run, make lock.json, and check inputs against it."""
 
 import hashlib
 import sys
@@ -14,7 +14,7 @@ from orpo_lite.recipe.reader import load_recipe
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.runs.commands import new_run_command
 from orpo_lite.runs.inputs import Inputs
-from orpo_lite.runs.records import read_json, refuse_lacking
+from orpo_lite.runs.records import check_values, read_json
 
 PACKAGES = (
     "torch",
@@ -71,13 +71,11 @@ def read_lock(path: Path) -> dict[str, Any]:
             expected="the file that the training wrote",
         )
     licences = lock.get("licences") or {"base": {}, "data": {}}
-    refuse_lacking({"licences": licences}, {"licences": dict}, str(file))
-    refuse_lacking(licences, {"base": dict, "data": dict}, f"{file}, licences")
-    refuse_lacking(
-        licences["data"], dict.fromkeys(licences["data"], dict), f"{file}, licences.data"
-    )
+    check_values({"licences": licences}, {"licences": dict}, str(file))
+    check_values(licences, {"base": dict, "data": dict}, f"{file}, licences")
+    check_values(licences["data"], dict.fromkeys(licences["data"], dict), f"{file}, licences.data")
     for licence in (licences["base"], *licences["data"].values()):
-        refuse_lacking(licence, dict.fromkeys(licence, str | list), f"{file}, licences")
+        check_values(licence, dict.fromkeys(licence, str | list), f"{file}, licences")
     return lock
 
 

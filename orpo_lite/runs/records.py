@@ -28,30 +28,30 @@ def read_json(file: Path, needed: ValueTypes | None = None) -> dict[str, Any]:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            where=str(file), found=f"cannot be read ({error})", expected="a file of a finished save"
+            where=str(file), found=f"cannot be read ({error})", expected="the file as it was saved"
         ) from error
     if not isinstance(value, dict):
         raise CheckpointError(
-            where=str(file), found="is not a JSON object", expected="a file of a finished save"
+            where=str(file), found="is not a JSON object", expected="the file as it was saved"
         )
-    refuse_lacking(value, needed or {}, str(file))
+    check_values(value, needed or {}, str(file))
     return value
 
 
-def refuse_lacking(value: Mapping[str, Any], needed: ValueTypes, where: str) -> None:
+def check_values(value: Mapping[str, Any], needed: ValueTypes, where: str) -> None:
     """Raise :class:`CheckpointError` unless each needed key holds a value of its type."""
     for key, value_type in needed.items():
         if not isinstance(value.get(key), value_type):
             raise CheckpointError(
                 where=where,
                 found=f"{key} is {json.dumps(value[key])[:40]}" if key in value else f"lacks {key}",
-                expected="what the training wrote",
-                fix="put it back as it was",
+                expected="the value that the training wrote",
+                fix="restore the original value",
             )
 
 
 def append_metrics(path: Path, row: Mapping[str, Any]) -> None:
-    """Append one line to metrics.jsonl. Infinite values and NaN become null: JSON has neither."""
+    """Append one line to metrics.jsonl. NaN and infinite values become null, as in JSON."""
     known = {
         key: _known(value) if isinstance(value, float) else value for key, value in row.items()
     }
@@ -134,7 +134,7 @@ def read_before_after(path: Path) -> list[dict[str, Any]]:
         both = {key: row.get(key, row.get("answer")) for key in ("before", "after")}
         needed: ValueTypes = {"before": str, "after": str, "temperature": FIGURE | None}
         both["temperature"] = row.get("temperature")
-        refuse_lacking(both, needed, str(path / SAMPLES))
+        check_values(both, needed, str(path / SAMPLES))
         known = found.setdefault(place, {"source": place[0], "prompt": place[1], **both})
         known["after"] = both["after"]
     return [*found.values()]
@@ -151,7 +151,7 @@ def readable_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            refuse_lacking(row, {**dict.fromkeys(row, FIGURE | None), "step": int}, str(file))
+            check_values(row, {**dict.fromkeys(row, FIGURE | None), "step": int}, str(file))
         except (ValueError, TypeError, AttributeError, CheckpointError):
             damaged += number < len(lines) or file.read_bytes().endswith(b"\n")
         else:
@@ -168,15 +168,15 @@ def _read_rows(file: Path, needed: ValueTypes, others: type | UnionType) -> list
             raise CheckpointError(
                 where=f"{file}:{number}",
                 found=f"cannot be read ({error})",
-                expected="a line as it was written",
+                expected="the line as it was written",
             ) from error
         if not isinstance(row, dict):
             raise CheckpointError(
                 where=f"{file}:{number}",
                 found="is not a JSON object",
-                expected="a line as it was written",
+                expected="the line as it was written",
             )
-        refuse_lacking(row, {**dict.fromkeys(row, others), **needed}, f"{file}:{number}")
+        check_values(row, {**dict.fromkeys(row, others), **needed}, f"{file}:{number}")
         rows.append(row)
     return rows
 

@@ -44,7 +44,7 @@ def save(run: Path, model: PairModel, optimizer: torch.optim.Optimizer, state: T
 
 
 def find_newest(run: Path) -> tuple[Path, list[str]]:
-    """Return the newest valid checkpoint, and what is wrong with the ones that are newer.
+    """Return the newest valid checkpoint, and the faults of newer ones that are not valid.
 
     Raises:
         CheckpointError: there is no valid checkpoint. A run never restarts silently.

@@ -1,4 +1,4 @@
-"""Handle steps that fail: out of memory, not finite, or without a deterministic kernel."""
+"""Handle failed steps: out of memory, a loss that is not finite, no deterministic kernel."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +25,7 @@ MAX_ROWS = 8  # pairs named in a note
 
 
 def shrink_memory(session: Session, batch: Sequence[TokenizedPair]) -> dict[str, Any]:
-    """Return settings of ``memory`` with which the step takes less memory.
+    """Return settings of ``memory`` that make the step need less memory.
 
     Micro-batches become smaller first. If they are single pairs, all layers are checkpointed.
 

@@ -25,7 +25,7 @@ def train_steps(
     A step depends only on the recipe, the data and the step's number; there is no hidden state.
 
     Args:
-        session: what the steps share.
+        session: the objects that all steps share.
         state: the state to start from; changed in place.
         saved: whether ``state`` was read from a checkpoint.
 

@@ -1,4 +1,4 @@
-"""A training in memory: load it, restore it, save it; its batches and its learning rate."""
+"""Load, restore and save a training in memory, and return its batches and learning rates."""
 
 import math
 from collections.abc import Generator, Mapping
@@ -33,7 +33,7 @@ from orpo_lite.updates import Update
 
 @dataclass
 class Session:
-    """What all steps of a training share. Only ``recipe`` changes."""
+    """The objects that all steps of a training share. Only ``recipe`` changes."""
 
     recipe: Recipe
     """Its ``memory`` changes when a step runs out of memory."""
@@ -125,7 +125,7 @@ def load_session(
                 text=f"end other programs that use the GPU (nvidia-smi lists them), then: {line}",
             ),
         ) from error
-    yield Update("stage", "probing the step on this model")
+    yield Update("stage", "comparing the fast step with the model's own code")
     if not recipe.memory.packing:
         probe_operations(pair_model)
     else:

@@ -183,7 +183,7 @@ def test_json_comes_with_its_warnings_beside_it(coffee: Path, look: Look) -> Non
     assert warning.startswith("training would stop: coffee.csv:")
     code, printed, said = look("--json", "--row", "coffee.csv:2")
     assert (code, printed) == (2, "")
-    assert "--row: given with --json" in said
+    assert "--row: is given together with --json" in said
 
 
 def test_the_columns_and_what_is_bad_are_said(coffee: Path, look: Look) -> None:
@@ -275,7 +275,7 @@ def test_prompts_on_both_sides_are_counted(coffee: Path, look: Look) -> None:
     (coffee / "held.csv").write_text(rows)
     _, shown, _ = look("data.dataset_test_split=./held.csv")
     assert (
-        "3 different prompts to train on, 2 held out, 1 on both sides: the evaluation will flatter"
+        "3 different prompts to train on, 2 held out, 1 in both: the evaluation will look too good"
         in shown
     )
 

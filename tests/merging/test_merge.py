@@ -733,7 +733,7 @@ def test_a_limit_on_files_is_not_a_full_disk(tmp_path: Path) -> None:
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))\n"
         "sys.argv = ['orpo-lite', 'merge', sys.argv[1]]; commands.main()"
     )
-    assert "the file exceeds the size limit here" in said_where_it_does_not_fit(code, path)
+    assert "the file is larger than the size limit here" in said_where_it_does_not_fit(code, path)
 
 
 def test_a_tokenizer_that_is_lacking_is_missed_before_the_merge(tmp_path: Path) -> None:
@@ -802,7 +802,7 @@ def test_files_of_weights_are_read_and_written_as_by_safetensors(tmp_path: Path)
     for most, count in ((10**9, 1), (300, 6)):
         folder = tmp_path / str(most)
         folder.mkdir()
-        files = blocks.shards(stored.values(), most)
+        files = blocks.split_into_files(stored.values(), most)
         pieces = (
             blocks.read_rows(rows) for held in files for each in held for rows in in_blocks(each)
         )

@@ -510,7 +510,7 @@ def test_what_comes_back_from_the_host_is_probed(monkeypatch: pytest.MonkeyPatch
     )
     model = adapted(SHARED["llama"], checkpoint_offload=True)
     apply_memory_settings(model, recipe(checkpoint_offload=True))
-    with pytest.raises(ModelError, match="where its layers run again gradients differ by"):
+    with pytest.raises(ModelError, match=r"its gradient differs by .* if layers run again"):
         probe(model, 128)
 
 
@@ -699,7 +699,7 @@ def test_a_base_computes_in_training_what_it_does_in_evaluation(name: str, tmp_p
 def test_what_adapted_experts_cannot_have_is_said_with_a_way_out(key: str) -> None:
     config = hf.MixtralConfig(**(GROUPED | IDS), num_local_experts=4, num_experts_per_tok=2)
     wanted = load_recipe("demo", [key, "lora.target_modules=all-linear"])
-    with pytest.raises(ModelError, match="takes neither DoRA nor dropout") as raised:
+    with pytest.raises(ModelError, match="peft supports neither DoRA nor dropout") as raised:
         bare_pair_model(wanted, config, torch.float32, torch.device("cpu"))
     routes = raised.value.fix.split(", or ")
     for route in (routes[0], f"{key} {routes[1]}"):

@@ -1338,7 +1338,7 @@ def test_the_runs_card_is_the_one_that_is_pushed(a_run: Path, hub: Hub) -> None:
 def test_the_command(a_run: Path, hub: Hub, call: Call, slept: list[float]) -> None:
     code, said, _ = call("push", str(a_run), REPO, "--public", "--samples", "1")
     assert code == 0
-    assert f"{hub.endpoint}/{REPO} (to be seen by everybody)" in said
+    assert f"{hub.endpoint}/{REPO} (public)" in said
     assert hub.written[REPO].is_private is False
     hub.fail("whoami", 503)
     code, _, said = call("push", str(a_run), REPO, "--merged", "--public")
@@ -1362,7 +1362,7 @@ def small(
 def test_a_recipe_that_pushes(small: Callable[..., Answer], hub: Hub, workspace: Path) -> None:
     code, said, complained = small()
     assert code == 0, complained
-    assert f"{hub.endpoint}/{REPO} (to be seen by you" in said
+    assert f"{hub.endpoint}/{REPO} (private)" in said
     assert hub.written[REPO].is_private
     assert "adapter_model.safetensors" in hub.written[REPO].files
     with safe_open(workspace / "run/adapter/adapter_model.safetensors", "pt") as file:

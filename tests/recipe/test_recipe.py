@@ -231,11 +231,11 @@ def test_a_bad_file_is_answered_with_its_place(write: Write, case: str) -> None:
         (MINIMAL.encode("utf-32"), "mine.yaml:1: UTF-32 text"),
         (
             MINIMAL.replace("  ", "\u00a0 ").encode(),
-            "mine.yaml:2: is indented by U+00A0 (no-break space)",
+            "mine.yaml:2: is indented by the character U+00A0 (no-break space)",
         ),
         (
             MINIMAL.replace("  ", " \u3000").encode(),
-            "mine.yaml:2: is indented by U+3000 (ideographic space)",
+            "mine.yaml:2: is indented by the character U+3000 (ideographic space)",
         ),
     ],
 )
@@ -307,7 +307,7 @@ def test_a_folder_is_not_a_recipe(write: Write) -> None:
 def test_a_name_never_leaves_the_shipped_folder() -> None:
     """With a / it is a path from here; without one it must be a shipped name."""
     assert "no such file" in message("../recipes/../nothing")
-    assert "no shipped recipe of that name" in message("..")
+    assert "no shipped recipe has this name" in message("..")
 
 
 def test_an_unknown_name_is_answered_with_the_nearest() -> None:
@@ -485,7 +485,7 @@ def test_all_faults_come_at_once(write: Write) -> None:
     )
     said = message(name, "training.learning_rate=fast", "nonsense")
     assert said.startswith("6 faults:\n")
-    places = ["mine.yaml:2: unknown key", "mine.yaml:5: data.max_length", "mine.yaml:8: key 'r'", "argument 'nonsense'",
+    places = ["mine.yaml:2: unknown key", "mine.yaml:5: data.max_length", "mine.yaml:8: the key 'r'", "argument 'nonsense'",
               "command line: training.learning_rate", "model.model_name_or_path is not set"]  # fmt: skip
     assert [place for place in places if place not in said] == [], said
 
@@ -613,7 +613,7 @@ def test_a_token_is_refused_and_never_shown(write: Write, case: str) -> None:
     said = message(write(text), *overrides)
     assert TOKEN not in said
     assert TOKEN[3:20] not in said
-    assert "secret" not in said.replace("no secret in a recipe", "")
+    assert "secret" not in said.replace("no access token in a recipe", "")
 
 
 def test_a_token_is_shown_by_no_error_at_all() -> None:

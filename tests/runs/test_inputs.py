@@ -649,9 +649,7 @@ def test_places_tell_files_of_one_name_apart(
     for folder, chosen in rows.items():
         for place in (f"{folder}/p.jsonl:1", f"{tmp_path}/{folder}/p.jsonl:1"):
             assert reader.find(place)[0].chosen == chosen
-    with pytest.raises(
-        DataError, match=r"no such row, but 3 rows whose places end so(.|\n)*fix: one/p"
-    ):
+    with pytest.raises(DataError, match=r"3 rows have places that end with it(.|\n)*fix: one/p"):
         reader.find("p.jsonl:1")
     alone, _ = find_sources(DataSection(dataset_name="one/p.jsonl"))
     assert [where for where, _ in alone[0].rows([])] == ["p.jsonl:1"]

@@ -1,4 +1,4 @@
-"""Find out which type of value each column holds, and which column is our prompt, system and so on.
+"""Find the type of value of each column, and the columns that hold prompt, replies and so on.
 
 Only the first rows of a dataset are examined. A column's type is the type of most of its values;
 empty values do not count. A column with another name is used only if it is the one candidate, or
@@ -120,10 +120,10 @@ class ColumnProfile:
         return "text" if is_stray_list and are_texts(values) else found
 
     def _find_replies(self) -> dict[str, str]:
-        """Return the columns of chosen and rejected by name, as "winner" or "good_answer".
+        """Return the columns of chosen and rejected by their names, such as "good_answer".
 
-        Returns both or none. None if there are numbered answers: then one of these columns may say
-        which answer is better.
+        Returns {} unless both are found. Columns with other names than ours are not used if there
+        are numbered answers, because such a column may then say which answer is better.
         """
         found = {}
         for reply in REPLIES:
@@ -213,9 +213,9 @@ class ColumnProfile:
         return self.types.get(self.column_named(name), "missing")
 
     def values(self, *names: str) -> list[tuple[Any, ...]]:
-        """Return the values of these columns.
+        """Return the values of these columns, row by row.
 
-        Only rows count in which no value is empty and each has its column's type.
+        Rows with an empty value, or with a value of another type than its column's, are left out.
         """
         columns = [self.column_named(name) for name in names]
         rows = [tuple(row.get(column) for column in columns) for row in self.rows]
@@ -247,7 +247,7 @@ class ColumnProfile:
         return found in (LISTS if expected in LISTS else (expected,))
 
     def share(self, test: Callable[..., bool], *columns: str) -> float:
-        """Return the share of rows that pass the test, of those in which no column is empty."""
+        """Return the share of rows that pass the test. Rows with an empty column do not count."""
         values = self.values(*columns)
         return sum(bool(test(*row)) for row in values) / len(values) if values else 0.0
 
@@ -273,7 +273,7 @@ class ColumnProfile:
                 self.assigned[ours] = self.column_named(name)
 
     def candidates(self, canonical: str) -> list[str]:
-        """Return the columns that could be assigned to one of our names."""
+        """Return the columns that could hold the content of one of our names, such as prompt."""
         is_decided = canonical in self.mapped
         if is_decided or (canonical == "prompt" and self.type_of("prompt") == "messages"):
             found = self.type_of(canonical) != "missing"
@@ -301,7 +301,7 @@ class ColumnProfile:
     def is_alpaca(self) -> bool:
         """Return whether there is an instruction with an input or a history, as in Alpaca.
 
-        The input is what the instruction is about, and often empty. The history is earlier turns.
+        The input is the text that the instruction refers to, often empty. History is earlier turns.
         """
         if self.type_of("instruction") == "missing":
             return False
@@ -318,7 +318,7 @@ class ColumnProfile:
         return any(a != b and str(a).strip() != str(b).strip() for a, b in self.values(one, other))
 
     def templated(self) -> list[str]:
-        """Return our names whose columns already have a chat template applied, beyond chance."""
+        """Return our names of the columns with a chat template in NOTABLE_SHARE of their texts."""
         return [
             name
             for name, column in self.assigned.items()
@@ -416,7 +416,7 @@ class ColumnProfile:
         return out
 
     def with_source_column(self, where: str) -> str:
-        """Return the place of an error with the dataset's own name of the column."""
+        """Return an error's ``where`` with the dataset's name of the column instead of ours."""
         place, mark, rest = where.partition(", field ")
         name = re.match(r"\w*", rest)[0]  # type: ignore[index]
         column = self.assigned.get(name, name)
@@ -444,7 +444,7 @@ def _has_answer(turns: Sequence[Any]) -> bool:
 
 
 def _are_single_texts(values: Sequence[Any]) -> bool:
-    """Return whether some values are lists of one text, and the others texts or empty."""
+    """Return whether some values are lists of one text, and all others are texts or empty."""
     if not any(map(single_text, values)):
         return False
     for value in values:
@@ -460,9 +460,9 @@ def columns_hold(*columns: str) -> str:
 
 
 def _verdict_error(row: Row, where: str, column: str) -> DataError:
-    """Return the error of a verdict that is neither answer.
+    """Return the error for a verdict that names neither answer.
 
-    If it is a number, the other rows' numbers may mean another answer than they seem to.
+    If it is a number, the numbers in the other rows may also have another meaning than assumed.
     """
     value = row["better"]
     fix = "correct or remove the row"

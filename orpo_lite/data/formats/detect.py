@@ -84,7 +84,7 @@ def detect_format(
     plain: bool = False,
     others: Mapping[str, Sequence[str]] = {},
 ) -> Detected:
-    """Return the format that the first rows share, by what their columns hold.
+    """Return the format of the first rows, detected from the content of their columns.
 
     A row that differs from the others is reported later, by the reader.
 
@@ -92,7 +92,7 @@ def detect_format(
         rows: the first rows, after data.column_map was applied.
         name: data.format: a name of READERS, or auto. Its columns are searched for in both cases.
         mapped: data.column_map of these rows: our name -> column, the only candidate for it.
-        plain: data.chat_template is none, so texts with a template are what the person wants.
+        plain: data.chat_template is none, so texts with a template's markers are accepted.
         others: the rest of data.column_map, for other datasets. Printed settings keep it.
 
     Raises DataError, with the setting to use, if no format fits, if the rows can be read in two
@@ -168,9 +168,9 @@ def _make_reader(profile: ColumnProfile, name: str, replies: Sequence[str]) -> R
 
 
 def _is_doubled(profile: ColumnProfile, name: str, read: Reader) -> bool:
-    """Return whether in nearly all rows both replies begin with the prompt.
+    """Return whether both replies begin with the prompt in nearly all rows.
 
-    Raises DataError if this is so in some rows and not in others.
+    Raises DataError if they do in some rows and not in others.
     """
     rests = [
         texts_after_prompt(pair) for pair in _readable_pairs(profile, read) if pair.drop is None
@@ -425,7 +425,7 @@ def _reply_columns(profile: ColumnProfile, name: str) -> tuple[str, ...]:
 
 
 def _find_input(profile: ColumnProfile) -> None:
-    """Find what the instruction is about."""
+    """Find the column with the text that the instruction refers to."""
     prompt = profile.assigned.get("prompt")
     if not prompt:
         return
@@ -466,7 +466,7 @@ def _find_system(profile: ColumnProfile) -> str | None:
 
 
 def _find_prompt(profile: ColumnProfile) -> tuple[str, str] | None:
-    """Return our name and the column of what the replies answer.
+    """Return the column that the replies answer, and our name for it: prompt or conversation.
 
     A conversation that waits for a reply comes before a prompt. Raises DataError if there are both.
     """

@@ -1,4 +1,4 @@
-"""Convert each form of a text or of messages to one: a text, or a list of {role, content}."""
+"""Convert texts and messages of all known forms to a text or a list of {role, content}."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -43,7 +43,7 @@ def role_of(item: Any) -> str | None:
 
 
 def normalize(value: Any, column: str = "") -> Any:
-    """Return the text or the messages {role, content} of a value; other values unchanged.
+    """Return the text or the messages {role, content} of a value. Other values are not changed.
 
     The forms: ShareGPT's {from, value}; a single message; turns {input, output}; a text in parts; a
     struct of lists, as in a table; an object that contains one of these ({"text": ..., "score": 9},
@@ -102,7 +102,7 @@ def is_sharegpt(turns: Any) -> bool:
 
 
 def _unwrap(value: Mapping[str, Any], column: str) -> Any:
-    """Return what an object contains, or a list with the message that it is."""
+    """Return the text or messages inside of an object. A single message becomes a list."""
     for speaker, content in (("role", "content"), ("from", "value")):
         roles, texts = value.get(speaker), value.get(content)
         if isinstance(roles, list) and isinstance(texts, list) and len(roles) == len(texts):

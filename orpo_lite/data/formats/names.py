@@ -1,4 +1,4 @@
-"""Interpret column names: our name for the column, which reply it holds, whether it is a score."""
+"""Interpret column names: is it a prompt, a reply, a score, and which reply is it?"""
 
 import re
 from itertools import pairwise
@@ -64,9 +64,9 @@ NUMBERED = re.compile(r"(.*?)[ _-]?([012ab])", re.IGNORECASE)  # response_0, res
 
 
 def names_better(column: str) -> bool:
-    """Return whether the column's values name the better answer.
+    """Return whether a column's name says that its values name the better answer.
 
-    False for loser, and for best_0, which is about one answer alone.
+    False for loser, and for best_0, which is about one answer only.
     """
     found = set(words(column))
     denied = found & (SIDE_WORDS["rejected"] | DOUBT_WORDS | SCORE_WORDS)
@@ -74,7 +74,7 @@ def names_better(column: str) -> bool:
 
 
 def reply_named_by(column: str) -> str | None:
-    """Return chosen or rejected if the column's name clearly says so.
+    """Return chosen or rejected if a column's name clearly means that reply, else None.
 
     None for less_preferred and for worse_than_best.
     """

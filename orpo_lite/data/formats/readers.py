@@ -211,9 +211,9 @@ def without_repeated_prompt(pair: Pair) -> Pair:
 
 
 def texts_after_prompt(pair: Pair) -> list[str | None]:
-    """Return for chosen and rejected the text after the prompt, or after its last turns.
+    """Return chosen and rejected without the prompt, or its last turns, at their start.
 
-    None for a reply that does not begin with them.
+    A reply that does not begin with them is None.
     """
     return [_text_after_turns(pair.messages, text) for text in (pair.chosen, pair.rejected)]
 
@@ -316,7 +316,10 @@ def _without_answer(
 
 
 def _join_turns(earlier: Sequence[Message], turns: Sequence[Message]) -> list[Message]:
-    """Return the earlier turns and then these, none of them twice, with the later system turn."""
+    """Return the earlier turns followed by ``turns``. Turns that are in both appear once.
+
+    If both have a system turn, that of ``turns`` is used.
+    """
     earlier_system, earlier = _split_system(earlier)
     system, turns = _split_system(turns)
     system, size = system or earlier_system, len(earlier)
@@ -355,7 +358,7 @@ def _prompt_turns(
 ) -> tuple[Sequence[Message], str | None]:
     """Return the turns that the reply answers, and their plain text if it is known.
 
-    () for a whole conversation, which contains them.
+    The turns are () if the reply is a whole conversation, which contains them.
     """
     if "conversation" in row:
         return _messages(row, "conversation", where), None
@@ -370,7 +373,10 @@ def _prompt_turns(
 def _prompt_turns_of_answers(
     row: Row, where: str, reply: str = ""
 ) -> tuple[Sequence[Message], str | None]:
-    """Return the same for several answers: here the prompt may also be a dialogue in one text."""
+    """Return the turns that several answers reply to, and their plain text if it is known.
+
+    In these formats the prompt may also be a dialogue in one text.
+    """
     if "conversation" not in row and begins_dialogue(str(row.get("prompt"))):
         return read_dialogue_prompt(row, where)
     return _prompt_turns(row, where, reply)

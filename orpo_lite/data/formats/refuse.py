@@ -29,7 +29,7 @@ from orpo_lite.errors import DataError, Overrides, one_of, reworded
 
 
 def refuse_python(profile: ColumnProfile) -> None:
-    """Raise DataError for a column of ours that holds lists as NumPy prints them."""
+    """Raise DataError for a column that should be read and holds lists as NumPy prints them."""
     columns = [
         column
         for column, held in profile.types.items()
@@ -73,8 +73,8 @@ def refuse_mapped(profile: ColumnProfile) -> None:
 def refuse_order(profile: ColumnProfile, completions: str, ranks: str) -> None:
     """Raise DataError if ranks count from 0.
 
-    They may then be the order of the answers: which one comes first, which second. 2, 0, 1 means
-    another ranking in that case.
+    They may then be the order of the answers, with the index of the best one first. 2, 0, 1 means
+    different rankings in the two cases.
     """
 
     def counts_from_zero(numbers: Sequence[object]) -> bool:
@@ -84,12 +84,12 @@ def refuse_order(profile: ColumnProfile, completions: str, ranks: str) -> None:
         setting = profile.setting(ranks=ranks)
         raise DataError(
             where="data.column_map",
-            found=f"{join_names(ranks)} counts from 0: it is the rank of each of "
-            f"{join_names(completions)}, or their order with the best first",
+            found=f"the numbers in {join_names(ranks)} count from 0: they may be ranks of "
+            f"{join_names(completions)}, or indices with the best answer first",
             expected="ranks from 1",
             fix=reworded(
                 setting,
-                f"{setting} if they are ranks, the lowest the best; write an order as ranks",
+                f"{setting} if they are ranks and the lowest is the best; convert indices to ranks",
             ),
         )
 
@@ -97,7 +97,7 @@ def refuse_order(profile: ColumnProfile, completions: str, ranks: str) -> None:
 def refuse_ranking(
     profile: ColumnProfile, completions: str, found: str, settings: Sequence[str] = ()
 ) -> NoReturn:
-    """Raise DataError for answers of which nothing says which is the best."""
+    """Raise DataError for answers without scores or ranks that say which is the best."""
     if not settings and profile.type_of(completions) in LISTS:
         numbers = [
             column
@@ -113,13 +113,14 @@ def refuse_ranking(
     raise DataError(
         where="data.column_map",
         found=f"{join_names(completions)} holds {found}: nothing says which answer is the best",
-        expected=f"in each answer one of {', '.join(MEASURES)}; or texts with scores or ranks",
+        expected=f"answers that each have one of the keys {', '.join(MEASURES)}, or texts with a "
+        "column of scores or ranks",
         fix=one_of(settings) or f"no setting helps: {WRITE_PAIRS}",
     )
 
 
 def refuse_unknown(profile: ColumnProfile) -> NoReturn:
-    """Raise DataError for a dataset of no known format: what its columns hold, and what to do."""
+    """Raise DataError for a dataset in an unknown format, with the types of its columns."""
     types = {name: profile.type_of(name) for name in ("prompt", *REPLIES)}
     empty = ("missing", "null")
     found = ", ".join(
@@ -205,7 +206,7 @@ def _name_replies(profile: ColumnProfile) -> str:
 
 
 def _name_prompt(profile: ColumnProfile) -> str:
-    """Return the settings by which a column, or the replies themselves, hold the prompt."""
+    """Return the settings that read the prompt from a column, or from the replies themselves."""
     if profile.candidates("prompt"):
         return "no setting helps: write chosen and rejected in the same form, as expected"
     settings: list[str] = [profile.setting(prompt=name) for name in prompt_columns(profile)[:3]]
@@ -219,7 +220,7 @@ def _name_prompt(profile: ColumnProfile) -> str:
 
 
 def prompt_columns(profile: ColumnProfile) -> list[str]:
-    """Return the columns that could hold the prompt; if any are named like one, only these."""
+    """Return the columns that could hold the prompt: those with such a name, else all others."""
     replies = [profile.column_named(reply) for reply in REPLIES]
     possible = [
         name
@@ -241,9 +242,9 @@ def _has_prompt_type(profile: ColumnProfile, column: str) -> bool:
 
 
 def could_be_prompt(profile: ColumnProfile, column: str) -> bool:
-    """Return whether a column of any name and type could hold the prompt.
+    """Return whether a column could hold the prompt, by its values and not only by its name.
 
-    Such a column must not be lost where no prompt was found.
+    If no prompt was found, such a column may not be ignored.
     """
     held, is_named = profile.type_of(column), plain_name(column) == "prompt"
     if held in TEXTS:

@@ -37,7 +37,7 @@ def is_whole_dialogue(text: str) -> bool:
 def is_dialogue(text: str) -> bool:
     """Return whether a text is a dialogue, with or without a system text in front.
 
-    For columns in which most rows must be dialogues: one text alone would not prove it.
+    Use it for a column of which most rows must be dialogues. One text alone shows too little.
     """
     text = _plain_ends(text)
     return begins_dialogue(text) or ASSISTANT_MARKER in text.partition(_HUMAN_MARKER)[2]
@@ -140,7 +140,7 @@ ABSENT = ("", "n/a", "na", "nan", "none", "null", "#n/a", "<na>")
 
 
 def is_absent(text: str) -> bool:
-    """Return whether a text is what programs write for a missing value: NULL, None, NaN or N/A."""
+    """Return whether a text is a common name of a missing value: NULL, None, NaN or N/A."""
     return text.strip().lower() in ABSENT[1:]
 
 

@@ -69,7 +69,7 @@ def refuse_unused(profile: ColumnProfile, name: str, *, requested: bool) -> None
 
 
 def _refuse_wrong_types(profile: ColumnProfile, name: str, *, is_decided: bool) -> None:
-    """Raise DataError for a column with a known name and values that are not read there."""
+    """Raise DataError for a column with a known name and values of a type that is not read."""
     for column in _unused(profile, READABLE_TYPES):
         readable, expected = READABLE_TYPES[plain_name(column)]
         is_prompt = plain_name(column) not in ("history", *ALIASES["system"])
@@ -90,7 +90,7 @@ def _refuse_wrong_types(profile: ColumnProfile, name: str, *, is_decided: bool) 
 def _refuse_prompts(profile: ColumnProfile, name: str, *, is_decided: bool) -> None:
     """Raise DataError for a prompt that most of the whole conversations do not contain.
 
-    Where the prompt is a list of turns, this concerns only additions to it.
+    If the prompt is a list of turns, only columns that add to it are checked.
     """
     prompt_type = profile.type_of(profile.assigned.get("prompt", ""))
     is_list = prompt_type == "messages" and not is_decided
@@ -198,8 +198,10 @@ def _refuse_turns(profile: ColumnProfile, name: str) -> None:
 
 
 def _is_lost(profile: ColumnProfile, i: int, conversation: Any, *, may_be_unrelated: bool) -> bool:
-    """Return whether turns before the reply are neither turns that are read in row i nor inside
-    one of its texts."""
+    """Return whether row i is read without some of a conversation's turns before the reply.
+
+    A turn is read if it is one of the turns that are read, or inside of a text that is read.
+    """
     before = _nonblank(texts_up_to_question(conversation))
     row = profile.rows[i]
     read = {column: _nonblank(texts_in(row.get(column))) for column in profile.assigned.values()}
@@ -218,8 +220,7 @@ def _is_lost(profile: ColumnProfile, i: int, conversation: Any, *, may_be_unrela
 
 
 def _setting_in_front(profile: ColumnProfile, column: str, *, waits: bool) -> str:
-    """Return the setting that puts a column's turns before the reply, each of them once; "" if none
-    does."""
+    """Return the setting that puts each turn of a column before the reply once; "" if none does."""
     replies = [profile.column_named(reply) for reply in REPLIES]
     is_whole = waits or profile.share(ends_with, column, *replies) > 0.5
     if is_whole and "conversation" not in profile.mapped:
@@ -236,7 +237,7 @@ def _contains_prompt(turns: Any, prompt: Any) -> bool:
 
 
 def _setting_without(profile: ColumnProfile, name: str) -> str:
-    """Return the setting with which only the columns read now come before the reply; "" if none."""
+    """Return the setting that reads no other columns before the reply than now; "" if none."""
     if conversation := profile.assigned.get("conversation"):
         return profile.setting(conversation=conversation)
     if "prompt" in profile.assigned:

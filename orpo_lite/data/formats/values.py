@@ -1,4 +1,4 @@
-"""Determine the type of a value of a row, its texts, and whether a chat template was applied."""
+"""Determine the type and the texts of a value, and whether a chat template was applied to it."""
 
 import ast
 import json
@@ -107,9 +107,9 @@ def is_blank(value: Any) -> bool:
 
 
 def unpack_json(value: Any, column: str = "") -> Any:
-    """Return the content of a text that is JSON of a form that is read; other values unchanged.
+    """Parse a text that holds a list or messages as JSON, as in a table.
 
-    Tables hold lists and messages as such texts.
+    Any other value is returned unchanged.
     """
     parsed = normalize(_parsed(value), column)
     if isinstance(parsed, list) and all(isinstance(item, Mapping) for item in parsed):
@@ -280,8 +280,11 @@ def is_templated(value: Any) -> bool:
 
 
 def begins_templated(value: Any) -> bool:
-    """Return whether a text begins with a template's marker, has its turns, or ends with the marker
-    of a reply."""
+    """Return whether a text looks like the output of a chat template.
+
+    It begins with a template's marker, has the template's turns, or ends with the marker of a
+    reply.
+    """
     return any(_begins_templated(text) and not is_dialogue(text) for text in texts_in(value))
 
 

@@ -1,4 +1,4 @@
-"""Find the columns of two answers and of the verdict on them, and interpret its values."""
+"""Find the columns with two answers and with the verdict on them, and read the verdicts."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -125,7 +125,8 @@ def _verdict_reader(
 ) -> ReadVerdict | None:
     """Return the function that reads a column's values as verdicts on the two answers.
 
-    None unless the values are documented, or name one of the answers.
+    None if the meaning of the values is unknown: they are neither those of a known dataset nor
+    names of the answers.
     """
     if column in answers or profile.type_of(column) not in VERDICT_TYPES:
         return None
@@ -205,7 +206,7 @@ def _refuse_values(profile: ColumnProfile, column: str, answers: tuple[str, str]
         where="data.column_map",
         found=f"{theirs} should say which of {join_names(*names)} is better, but holds {held}",
         expected=f"a or {names[0]} for the first, b or {names[1]} for the second, or tie",
-        fix=f"no setting helps: write {theirs} so, or {WRITE_PAIRS}",
+        fix=f"no setting helps: write {theirs} with these values, or {WRITE_PAIRS}",
     )
 
 
@@ -236,8 +237,8 @@ def _refuse_unsigned(profile: ColumnProfile, column: str, answers: tuple[str, st
     strength, number = profile.setting(preference_strength=column), profile.setting(better=column)
     raise DataError(
         where="data.column_map",
-        found=f"{join_names(column)} is never below 0: it is a strength by which the first answer "
-        f"is never better, or the number of the better one of {join_names(*answers)}",
+        found=f"{join_names(column)} is never below 0: it may be a strength of the preference, or "
+        f"the number of the better one of {join_names(*answers)}",
         expected="strengths both below and above 0",
         fix=reworded(strength, f"{strength} if it is a strength, or {number} if it is a number"),
     )

@@ -70,7 +70,7 @@ def arrow_table(file: File) -> Iterator[tuple[Any, Iterator[Any], int]]:
         raise DataError(
             where=file.label,
             found=f"broken {name}: {error}",
-            expected=f"a whole {name} file",
+            expected=f"a complete {name} file",
             fix="copy it again",
         ) from None
 

@@ -30,8 +30,8 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 def csv_rows(file: File, faults: list[DataError]) -> Iterator[PlacedRow]:
     """Yield (place, row) with every cell as text.
 
-    A reader that guesses types would turn the reply "42" into a number. The error of a row goes to
-    ``faults``; raises DataError for the whole file.
+    A reader that guesses types would turn the reply "42" into a number. Errors of rows are added to
+    ``faults``. Raises DataError for a file that cannot be read at all.
     """
     delimiter = _find_delimiter(file)
     is_quoted = delimiter != "\t" or not _has_plain_quotes(file)
@@ -120,11 +120,11 @@ def _without_spaced_quotes(file: File, delimiter: str) -> Iterator[str]:
 
 
 def _find_delimiter(file: File) -> str:
-    """Return the delimiter.
+    """Return the delimiter of a table.
 
-    Excel writes it above the header. Otherwise it is the one with which the header and the first
-    row have the same number of cells. The comma has priority: in much of Europe spreadsheets write
-    semicolons.
+    Excel may write it above the header. Otherwise it is the character that splits the header and
+    the first row into the same number of cells. Of several, the comma is preferred. Spreadsheets in
+    much of Europe write semicolons.
     """
     top = next(filter(str.strip, _texts(file)), "")
     if match := EXCEL_SEP.match(top):
@@ -148,8 +148,8 @@ def _splits_evenly(file: File, delimiter: str) -> bool:
 def _has_plain_quotes(file: File) -> bool:
     """Return whether quotes in a table with tabs are plain characters, as the .tsv standard says.
 
-    They are if each line has as many cells as the header with plain quotes, and some line has not
-    by the rules of csv.
+    This is so if all lines have the same number of tabs, and the csv rules for quotes would give at
+    least one line another number of cells.
     """
     is_blank = is_uneven = False
     for text in _texts(file):
@@ -161,7 +161,7 @@ def _has_plain_quotes(file: File) -> bool:
 
 
 def _is_row(text: str) -> bool:
-    """Return whether a line has as many cells by the rules of csv as it has between tabs."""
+    """Return whether the csv rules for quotes split a line at each of its tabs."""
     try:
         records = [*csv.reader([text], delimiter="\t", strict=True)]
     except csv.Error:
@@ -170,13 +170,16 @@ def _is_row(text: str) -> bool:
 
 
 def _may_be_several(cells: Sequence[str], delimiter: str, line_ends: int) -> bool:
-    """Return whether each line of a row over several lines has the cells of a whole row."""
+    """Return whether a row over several lines may be several rows.
+
+    This is so if the number of delimiters in it is that of one whole row for each line.
+    """
     delimiters = sum(cell.count(delimiter) for cell in cells)
     return len(cells) > 1 and delimiters == line_ends * (len(cells) - 1)
 
 
 def _is_even(file: File, delimiter: str) -> bool:
-    """Return whether all lines have as many cells as the header if quotes are plain characters."""
+    """Return whether all lines have the same number of delimiters as the header."""
     counts = (
         text.count(delimiter) for text in _texts(file) if text.strip() and not EXCEL_SEP.match(text)
     )
@@ -185,7 +188,10 @@ def _is_even(file: File, delimiter: str) -> bool:
 
 
 def _quoting_fix(file: File, delimiter: str) -> str:
-    """Return how to write a cell, and for tabs the command for a table with plain quotes."""
+    """Return the fix for a line with a wrong number of cells: how to quote a cell.
+
+    For a table with tabs, the fix also has the command that quotes all cells.
+    """
     fix = (
         f'put "..." around a cell with {DELIMITERS[delimiter]}, quotes or line ends, '
         "and double the quotes inside"
@@ -200,7 +206,7 @@ def _quoting_fix(file: File, delimiter: str) -> str:
 def _header(cells: Sequence[str], where: str) -> list[str]:
     """Return the column names; [] for an empty file.
 
-    Last cells without a name are not included: a delimiter may end each line.
+    Cells without a name at the end are not included, because each line may end with a delimiter.
     """
     names = [CONTROL.sub(" ", cell).strip() for cell in cells]
     while len(names) > 1 and not names[-1]:
@@ -210,9 +216,9 @@ def _header(cells: Sequence[str], where: str) -> list[str]:
     if any(not name or len(name) > MAX_COLUMN_NAME for name in names):
         raise DataError(
             where=where,
-            found="a first line with an empty cell or a long text",
+            found="the first line has an empty cell or a long text",
             expected=NAMED,
-            fix="write the names above the rows",
+            fix="add a first line with the names of the columns",
         )
     refuse_same_names(names, where)
     return names
@@ -223,7 +229,7 @@ def refuse_same_names(names: Sequence[str], where: str) -> None:
     if len(set(names)) < len(names):
         raise DataError(
             where=where,
-            found="two columns of one name",
-            expected="a name for each column",
-            fix="rename one",
+            found="two columns have the same name",
+            expected="a different name for each column",
+            fix="rename one of them",
         )

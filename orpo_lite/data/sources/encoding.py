@@ -44,7 +44,10 @@ def refuse_lookalikes(file: File) -> None:
 
 
 def decode(line: bytes, file: File, where: str) -> str:
-    """Return the text of a line. Raises DataError that shows it in the likely encodings."""
+    """Return the text of a line of UTF-8.
+
+    Raises DataError for another encoding. It shows the line in the likely encodings.
+    """
     try:
         return line.decode()
     except UnicodeDecodeError as error:

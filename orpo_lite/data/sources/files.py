@@ -39,7 +39,7 @@ def read_file(file: File, faults: list[DataError]) -> Iterator[PlacedRow]:
         raise DataError(
             where=file.label,
             found=f"broken {file.compression}, or its end is missing",
-            expected="a whole file",
+            expected="a complete file",
             fix="copy or download it again",
         ) from None
 

@@ -35,7 +35,11 @@ def find_source(name: str, split: str, config: str | None, key: str = TRAIN_SPLI
 
 
 def with_unique_labels(sources: Sequence[Source]) -> list[Source]:
-    """Return the sources with unique places: repeated names get their folder or dataset as well."""
+    """Return the sources with a unique label for each file and split.
+
+    If two files have the same name, their labels include folders. If two splits of hub datasets
+    have the same name, their labels include the datasets.
+    """
     paths: dict[str, str] = {}
     splits: dict[str, str] = {}
     for source in sources:
@@ -52,7 +56,7 @@ def with_unique_labels(sources: Sequence[Source]) -> list[Source]:
 
 
 def refuse_duplicates(sources: Sequence[Source], held_out: Sequence[Source] = ()) -> None:
-    """Raise DataError for a file, or a split of a dataset, that is read twice or also held out."""
+    """Raise DataError for a file or split that is read twice, or is also held out."""
     held = {os.path.realpath(file): file for source in held_out for file in source.paths()}
     once: dict[str, str] = {}
     twice: dict[str, str] = {}

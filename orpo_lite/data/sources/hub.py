@@ -105,10 +105,10 @@ def _split_names(name: str, config: str | None) -> list[str]:
 
 
 def _unreachable(name: str) -> str:
-    """Return a sentence if the hub does not answer; "" if it does, or must not be asked.
+    """Return a sentence if the hub does not answer; "" if it does, or in offline mode.
 
-    Without the hub, each request of datasets takes half a minute or more before its cache is used.
-    This sends the first of these requests, through the same client and so the same proxies.
+    Without a connection, the datasets library waits half a minute or more at each request before it
+    uses its cache. This function sends the first of its requests, with the same client and proxies.
     """
     from datasets import config
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
@@ -129,7 +129,10 @@ def _unreachable(name: str) -> str:
 
 @contextmanager
 def _offline() -> Iterator[None]:
-    """Make datasets read only its cache. After its import it has no other switch for that."""
+    """Make the datasets library read only its cache, inside the ``with`` block.
+
+    Its environment variable is read only when it is imported, so its configuration is changed.
+    """
     from datasets import config
 
     before, config.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE, True

@@ -1,4 +1,4 @@
-"""Read rows of JSON: one object a line, or one array of objects, with the place of each error."""
+"""Read rows from JSON files: one object per line, or one array of objects."""
 
 from __future__ import annotations
 
@@ -41,9 +41,11 @@ DECODER = json.JSONDecoder(object_pairs_hook=_refuse_repeated_keys, parse_consta
 
 
 def json_rows(file: File, faults: list[DataError]) -> Iterator[PlacedRow]:
-    """Yield (place, row) of an object a line, of one array, of an object around it, or of columns.
+    """Yield (place, row).
 
-    The error of a row goes to ``faults``. Raises DataError for the whole file.
+    A file holds one object per line, an array of objects, an object that contains such an array, or
+    a table by columns. Errors of rows are added to ``faults``. Raises DataError for a file that
+    cannot be read at all.
     """
     first, value, has_more = _first_line(file)
     _refuse_other_text(first, file)
@@ -56,12 +58,12 @@ def json_rows(file: File, faults: list[DataError]) -> Iterator[PlacedRow]:
             is_in_first_line = isinstance(error, json.JSONDecodeError) and error.lineno == 1
             if first.startswith(b"[") or not is_in_first_line:
                 raise _json_error(error, file.label, file) from None
-            # It may be one object a line.
+            # The file may have one object per line.
         else:
             items = _without_viewer_wrapper(_rows_within(whole, file), file, faults)
             yield from _objects(items, "an array of objects", faults)
             return
-    yield from _objects(_line_values(file, faults), "one JSON object a line", faults)
+    yield from _objects(_line_values(file, faults), "one JSON object per line", faults)
 
 
 def _refuse_other_text(first: bytes, file: File) -> None:
@@ -72,8 +74,8 @@ def _refuse_other_text(first: bytes, file: File) -> None:
         raise DataError(
             where=file.label,
             found="a text that is not JSON",
-            expected="one JSON object a line in a .txt",
-            fix=reworded(command, f"give it the suffix of its type, such as: {command}"),
+            expected="one JSON object per line in a .txt file",
+            fix=reworded(command, f"use the suffix of its real type, for example: {command}"),
         )
 
 
@@ -129,7 +131,7 @@ def _without_viewer_wrapper(
                 fault = RowError(
                     where=where,
                     found="cells that the viewer of the hub truncated",
-                    expected="whole cells",
+                    expected="complete cells",
                     fix="name the dataset itself in data.dataset_name",
                 )
                 faults.append(fault)
@@ -164,7 +166,7 @@ def _json_error(error: ValueError | RecursionError, where: str, file: File) -> D
     return DataError(
         where=where,
         found=f"broken JSON at {position(error.lineno, error.colno)}: {message}",
-        expected="whole objects, each in one line of a .jsonl",
+        expected="complete objects, one per line in a .jsonl file",
         fix=fix,
     )
 
@@ -176,8 +178,8 @@ def _array_a_line(width: int, file: File) -> DataError:
     keys = ", ".join(f"{name}: .[{i}]" for i, name in enumerate(names))
     return DataError(
         where=f"{file.label}:1",
-        found=f"a JSON array a line, of {width} items",
-        expected="one JSON object a line",
+        found=f"one JSON array per line, with {width} items",
+        expected="one JSON object per line",
         fix=conversion_command(file, f"jq -c '{{{keys}}}'", ".objects.jsonl"),
     )
 
@@ -188,15 +190,15 @@ def _whole_text(file: File) -> str:
     if sum(map(len, parts)) > MAX_JSON_BYTES:
         raise DataError(
             where=file.label,
-            found=f"over {MAX_JSON_BYTES / 2**30:g} GiB",
-            expected="one JSON object a line",
+            found=f"has more than {MAX_JSON_BYTES / 2**30:g} GiB",
+            expected="one JSON object per line",
             fix=conversion_command(file, "jq -c '.[]'", ".lines.jsonl"),
         )
     return decode(b"".join(parts).removeprefix(codecs.BOM_UTF8), file, file.label)
 
 
 def _rows_within(whole: Any, file: File) -> list[Any]:
-    """Return the rows of an array, of {"data": [rows]} or of columns; else the value as one row."""
+    """Return the rows in a JSON value: an array, {"data": [rows]}, a table by columns, or a row."""
     if not isinstance(whole, dict):
         return whole if isinstance(whole, list) else [whole]
     if {"features", "rows"} <= whole.keys() and isinstance(whole["rows"], list):

@@ -58,14 +58,14 @@ COMPRESSIONS: dict[str, tuple[bytes, Callable[[Path], Any]]] = {
 
 @dataclass(frozen=True)
 class File:
-    """A local data file, and its name in the places of rows."""
+    """A local data file, and its label: its name in places such as pairs.csv:3."""
 
     path: Path
     label: str
 
     @property
     def suffix(self) -> str:
-        """The one of SUFFIXES as which the file is read."""
+        """The suffix in SUFFIXES that decides how the file is read."""
         return data_suffix(self.path.name)
 
     @property
@@ -90,7 +90,7 @@ class File:
 
 
 def data_suffix(name: str) -> str:
-    """Return the one of SUFFIXES as which a file with this name is read; "" for other files."""
+    """Return the suffix in SUFFIXES that decides how a file is read; "" for other files."""
     found = _SUFFIX_PATTERN.search(name)
     suffix = (found[1] or found[2]).lower() if found else ""
     return OTHER_SUFFIXES.get(suffix, suffix)

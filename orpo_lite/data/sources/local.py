@@ -108,7 +108,10 @@ def in_unicode(name: str) -> str:
 
 
 def _select_data_files(paths: Iterable[Path]) -> list[Path]:
-    """Return the data files among the paths, in order. A .txt next to other types is a note."""
+    """Return the data files among the paths, sorted.
+
+    A .txt file is data only if there are no other types: next to them it is a README or the like.
+    """
     found = [
         path
         for path in sorted(paths)
@@ -171,7 +174,7 @@ def _saved_files(folder: Path) -> list[Path]:
         raise DataError(
             where=str(folder),
             found=f"missing or broken: {error}".splitlines()[0],
-            expected="a whole folder of save_to_disk",
+            expected="a complete folder that save_to_disk wrote",
             fix="copy the folder again",
         ) from None
     tables = loaded.values() if isinstance(loaded, dict) else [loaded]

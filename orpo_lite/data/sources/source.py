@@ -1,4 +1,4 @@
-"""The interface of all sources of rows, and the choice of a split."""
+"""Define the interface of a source of rows, and choose a split of a dataset."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MAX_NAMES = 10  # names in one sentence
 
 @dataclass(frozen=True)
 class Source(ABC):
-    """Rows that were found and are not read yet."""
+    """A dataset, or a part of it, that was found and is not read yet."""
 
     name: str
     """As in the recipe."""
@@ -40,7 +40,7 @@ class Source(ABC):
 
     @abstractmethod
     def with_labels(self, labels: Mapping[str, str]) -> Source:
-        """Return the source with other names in the places of its rows."""
+        """Return the source with other labels: names of its files in places such as pairs.csv:3."""
 
     @abstractmethod
     def fingerprint(self) -> tuple[str, int]:
@@ -178,7 +178,7 @@ def list_names(names: Sequence[str]) -> str:
 
 @contextmanager
 def report_unreadable(name: str) -> Iterator[None]:
-    """Raise DataError in the place of an OSError."""
+    """Raise DataError if a file cannot be read, instead of OSError, inside the ``with`` block."""
     try:
         yield
     except OSError as error:

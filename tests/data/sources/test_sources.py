@@ -847,7 +847,11 @@ def test_a_cell_that_never_ends_is_placed_where_its_row_starts(tmp_path: Path) -
         ),
         ("pairs.csv", 'prompt,chosen,rejected\nq,"a,b\n', "pairs.csv:2: broken csv"),
         ("pairs.csv", 'prompt,chosen\nq,"a"b\n', "pairs.csv:2: broken csv"),
-        ("pairs.csv", "prompt,chosen,chosen\nq,a,b\n", "pairs.csv:1: two columns of one name"),
+        (
+            "pairs.csv",
+            "prompt,chosen,chosen\nq,a,b\n",
+            "pairs.csv:1: two columns have the same name",
+        ),
         ("pairs.csv", "prompt,,chosen\nq,,a\n", "column names in the first line"),
         (
             "pairs.csv",
@@ -876,7 +880,7 @@ def test_two_columns_of_one_name_in_parquet(tmp_path: Path) -> None:
         [pyarrow.array(["a"]), pyarrow.array(["b"])], names=["chosen", "chosen"]
     )
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    assert "two columns of one name" in fault(places, tmp_path / "a.parquet")
+    assert "two columns have the same name" in fault(places, tmp_path / "a.parquet")
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.csv.gz"])
