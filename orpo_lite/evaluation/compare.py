@@ -296,15 +296,14 @@ def _verdict(judged: _Judged) -> str:
         return f"cannot tell: {pairs}, and some of the scores are not finite numbers."
     if not any(mean.resampled_B.any() or mean.value for mean in judged.differences.values()):
         return f"cannot tell: {judged.model} and {judged.against} score {pairs} alike."
+    after, before = (f"{means['accuracy'].value:.1%}" for means in (judged.after, judged.before))
     change = (
-        f"{judged.model} prefers the chosen reply in {judged.after['accuracy'].value:.1%} and "
-        f"{judged.against} in {judged.before['accuracy'].value:.1%}, "
-        f"{_points(judged.intervals.accuracy)}"
+        f"{judged.model} prefers the chosen reply in {after} of them, {judged.against} in {before}"
     )
+    text = f"on {pairs} of {prompts}: {change}: {_points(judged.intervals.accuracy)}."
     if judged.outcome != "cannot tell":
-        decided = "reward accuracy decides"
-        return f"{judged.outcome}, on {pairs} of {prompts}: {change}; {decided}."
-    text = f"cannot tell with {pairs} of {prompts}: {change}."
+        return f"{judged.outcome} by reward accuracy, {text}"
+    text = f"cannot tell by reward accuracy, {text}"
     if judged.contradicts:
         return f"{text} The log odds clearly go the other way."
     needed = judged.needed
