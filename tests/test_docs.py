@@ -332,7 +332,7 @@ def test_every_help_has_an_example_that_runs(
     for verb in (
         [],
         *verbs,
-        *([name] for name in ("data", "plan", "train", "merge", "export", "push")),
+        *([name] for name in ("data", "plan", "train", "report", "merge", "export", "push")),
     ):
         code, said, _ = call(*verb, "--help")
         (example,) = re.findall(r"Example: orpo-lite (.+)", said)
