@@ -332,7 +332,8 @@ def test_every_help_has_an_example_that_runs(
     for verb in (
         [],
         *verbs,
-        *([name] for name in ("data", "plan", "doctor", "train", "merge", "export", "push")),
+        *([name] for name in ("data", "plan", "doctor", "train", "eval", "report")),
+        *([name] for name in ("generate", "chat", "merge", "export", "push")),
     ):
         code, said, _ = call(*verb, "--help")
         (example,) = re.findall(r"Example: orpo-lite (.+)", said)

@@ -159,7 +159,9 @@ def draw(chart: Chart) -> str:
         figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), facecolor="none")
         FigureCanvasSVG(figure)
         entries = len(chart.lines) + bool(chart.level)
-        top = 0.82 if entries > 2 else 0.87
+        is_short = sum(len(line.label) for line in chart.lines) <= 24
+        columns = entries if is_short and not chart.level else 2
+        top = 0.97 - 0.075 * (-(-entries // columns) if entries > 1 else 0)
         axes = figure.add_axes((0.13, 0.11, 0.855, top - 0.11), facecolor="none")
         for line in chart.lines:
             _draw_line(axes, line)
@@ -183,7 +185,7 @@ def draw(chart: Chart) -> str:
             figure.legend(
                 loc="upper left",
                 bbox_to_anchor=(0.0, 1.01),
-                ncols=2 if entries in (2, 4) else 3,
+                ncols=columns,
                 frameon=False,
                 labelcolor=MUTED,
                 handlelength=2.2,
@@ -216,8 +218,8 @@ def _draw_line(axes: Any, line: Line) -> None:
 
 
 def _tick(value: float) -> str:
-    if abs(value) >= 10_000:
-        return f"{value / 1000:g}k"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}" if abs(value) < 100_000 else f"{value / 1000:,g}k"
     return (
         f"{value:.6g}".replace("-", "\u2212") if abs(value) >= 1e-3 or not value else f"{value:g}"
     )

@@ -152,7 +152,7 @@ class Change:
         return self.last - self.first
 
     def __str__(self) -> str:
-        return f"from {self.first:.3g} to {self.last:.3g} ({self.where} pairs)"
+        return f"from {self.first:.3f} to {self.last:.3f} ({self.where} pairs)"
 
 
 def find_health(curves: Curves) -> list[Finding]:

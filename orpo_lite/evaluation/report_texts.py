@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -79,7 +80,8 @@ def _tiles(record: RunRecord) -> Iterator[dict[str, str]]:
 def _finding(finding: Finding, record: RunRecord, data_texts: bool) -> dict[str, Any]:
     path = record.path if data_texts else Path("RUN")
     command = new_run_command(path, finding.values).line if finding.values else ""
-    return {**vars(finding), "icon": ICONS[finding.gravity], "command": command}
+    reason = re.sub(r"(?<!\w)-(?=\d)", "\u2212", finding.reason)
+    return {**vars(finding), "reason": reason, "command": command}
 
 
 def _memory(record: RunRecord) -> str:
@@ -110,18 +112,18 @@ def rows_of(value: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
 
 def _verdict(when: str, found: Mapping[str, Any]) -> dict[str, Any]:
     """Return an evaluation as texts. What it lacks is a dash."""
-    models = [
-        {
-            "name": str(row.get("name", "–")),
-            "values": [
-                _interval(row.get("accuracy"), percent=True),
-                _interval(row.get("margin")),
-                _interval(row.get("log_odds")),
-                _interval(row.get("nll")),
-                _interval(_in(row.get("shorter_chosen"), "accuracy"), percent=True),
-            ],
-        }
-        for row in rows_of(found, "models")
+    models = rows_of(found, "models")
+    shorter = [_in(row.get("shorter_chosen"), "pairs") for row in models]
+    counted = next((f", {n:,} pairs" for n in shorter if isinstance(n, int)), "")
+    rows = [
+        ("accuracy", [_interval(row.get("accuracy"), percent=True) for row in models]),
+        ("margin", [_interval(row.get("margin")) for row in models]),
+        ("log odds", [_interval(row.get("log_odds")) for row in models]),
+        ("NLL", [_interval(row.get("nll")) for row in models]),
+        (
+            f"accuracy where chosen is shorter{counted}",
+            [_interval(_in(row.get("shorter_chosen"), "accuracy"), percent=True) for row in models],
+        ),
     ]
     comparisons = []
     for row in rows_of(found, "comparisons"):
@@ -136,7 +138,6 @@ def _verdict(when: str, found: Mapping[str, Any]) -> dict[str, Any]:
                 "title": title,
                 "model": str(row.get("model", "")),
                 "gravity": gravity,
-                "icon": ICONS[gravity],
                 "text": str(row.get("text", "")),
                 "needed": f"{needed:,}" if isinstance(needed, int) else "",
             }
@@ -146,15 +147,14 @@ def _verdict(when: str, found: Mapping[str, Any]) -> dict[str, Any]:
     size = f"{pairs:,} {kind}" if isinstance(pairs, int) else kind
     if isinstance(prompts, int):
         size += f" of {prompts:,} prompts"
-    rule = _interval(_in(found.get("length_rule"), "accuracy"), percent=True)
-    shorter = [_in(row.get("shorter_chosen"), "pairs") for row in rows_of(found, "models")]
+    rule, interval = _interval(_in(found.get("length_rule"), "accuracy"), percent=True)
     return {
         "when": when,
         "size": size,
-        "models": models,
+        "models": [str(row.get("name", "–")) for row in models],
+        "rows": rows,
         "comparisons": comparisons,
-        "length_rule": "" if rule == "–" else rule,
-        "shorter_pairs": next((f"{n:,}" for n in shorter if isinstance(n, int)), ""),
+        "length_rule": "" if rule == "–" else f"{rule} ({interval})" if interval else rule,
     }
 
 
@@ -162,16 +162,16 @@ def _in(value: Any, key: str) -> Any:
     return value.get(key) if isinstance(value, dict) else None
 
 
-def _interval(value: Any, *, percent: bool = False) -> str:
-    """Return a value with its interval: 62.5% (58.1 to 66.9)."""
+def _interval(value: Any, *, percent: bool = False) -> tuple[str, str]:
+    """Return a value and its interval as texts: 62.5%, 58.1 to 66.9."""
     parts = [_in(value, key) for key in ("value", "low", "high")]
     parts = [value] if isinstance(value, int | float) else parts
     known = [float(part) for part in parts if isinstance(part, int | float) and math.isfinite(part)]
     if not known:
-        return "–"
-    texts = [f"{100 * part:.1f}" if percent else f"{part:.3f}" for part in known]
-    text = f"{texts[0]}%" if percent else texts[0]
-    return _minus(f"{text} ({texts[1]} to {texts[2]})" if len(texts) == 3 else text)
+        return "–", ""
+    texts = [_minus(f"{100 * part:.1f}" if percent else f"{part:.3f}") for part in known]
+    interval = f"{texts[1]} to {texts[2]}" if len(texts) == 3 else ""
+    return f"{texts[0]}%" if percent else texts[0], interval
 
 
 def _minus(text: str) -> str:
