@@ -1,4 +1,6 @@
-"""The memory and speed of well-known GPUs, and the free memory of this machine's GPU."""
+"""The memory and speed of well-known GPUs, what a program needs beyond its tensors, and the free
+memory of this machine's GPU.
+"""
 
 import os
 import re
@@ -43,6 +45,33 @@ GPUS = (  # rows of the plan's table; memory as torch reports it
     Gpu("RTX A6000, 48 GB", int(47.5 * GIB), *SPEEDS["RTX A6000"], (8, 6)),
     Gpu("A100, 80 GB", int(79.1 * GIB), *SPEEDS["A100"], (8, 0)),
 )
+
+
+MIB = 2**20
+# Allowances for what the measured step cannot show. None of them was fitted to a model.
+# The CUDA context with the kernels of torch, cuBLAS and bitsandbytes: 300 to 550 MiB on today's
+# GPUs.
+CONTEXT = 512 * MIB
+# A share of the step's own bytes, and its minimum.
+FRAGMENTATION, LEAST_FRAGMENTATION = 0.05, 256 * MIB
+# What torch's aten/src/ATen/cuda/CublasHandlePool.cpp allocates for each of two handles, the main
+# thread's and autograd's. For cuBLAS it is 8.125 MiB; 32 MiB on compute capability 9.0 (Hopper) and
+# with CUBLAS_WORKSPACE_CONFIG=:4096:8 (deterministic). For cuBLASLt it is 1 MiB. They count in
+# torch.cuda.max_memory_allocated.
+HANDLES, CUBLAS, CUBLAS_HOPPER, CUBLAS_LT = 2, 8 * MIB + MIB // 8, 32 * MIB, MIB
+HOPPER = (9, 0)
+
+
+def allowances(step: int, gpu: Gpu | None, *, deterministic: bool = False) -> dict[str, int]:
+    """Return the bytes that are needed in addition to tensors, for a step that holds ``step``."""
+    if not gpu:
+        return {"fragmentation": int(FRAGMENTATION * step)}
+    cublas = CUBLAS_HOPPER if deterministic or gpu.capability == HOPPER else CUBLAS
+    return {
+        "CUDA context": CONTEXT,
+        "kernels' workspaces": HANDLES * (cublas + CUBLAS_LT),
+        "fragmentation": max(int(FRAGMENTATION * step), LEAST_FRAGMENTATION),
+    }
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,14 @@ class LiveBytes(TorchDispatchMode):
         for tensor in known:
             self._follow(tensor.untyped_storage(), lambda: None)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Return False: torch then calls ``__torch_dispatch__`` without a costly wrapper.
+
+        The wrapper turns torch.compile off in operators that run. ``_run`` does so itself.
+        """
+        return False
+
     def __torch_dispatch__(
         self,
         function: Any,
@@ -68,7 +76,10 @@ class LiveBytes(TorchDispatchMode):
         kwargs = kwargs or {}
         tensors: list[Tensor] = []
         key = _key(function, args, kwargs, tensors)
-        cached = _results.get(key) if key else None
+        try:
+            cached = _results.get(key)
+        except TypeError:  # an argument without a hash
+            key, cached = None, None
         if cached is None:
             result, new = _run(function, args, kwargs, tensors)
             if key:
@@ -158,19 +169,14 @@ def _key(function: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
 
     The tensors among the arguments are added to ``tensors``.
     """
-    parts = [function]
+    parts: list[Any] = [id(function)]  # operators live forever, and hash slowly
     if not _describe(args, parts, tensors):
         return None
     if kwargs:
         parts.extend(kwargs)
         if not _describe(kwargs.values(), parts, tensors):
             return None
-    key = tuple(parts)
-    try:
-        hash(key)
-    except TypeError:
-        return None
-    return key
+    return tuple(parts)
 
 
 def _describe(values: Iterable[Any], parts: list[Any], tensors: list[Tensor]) -> bool:
@@ -201,6 +207,7 @@ def _index(tensor: Tensor, tensors: list[Tensor]) -> int:
     return len(tensors)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _run(function: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> tuple[Any, _CachedResult]:
     """Run an operator. Return its result, and the entry for the cache."""
     before = [(tensor.shape, tensor.stride(), tensor.untyped_storage()) for tensor in tensors]

@@ -18,7 +18,7 @@ import numpy as np
 from orpo_lite.errors import FitError, ModelError, Overrides
 from orpo_lite.model.load import choose_dtype
 from orpo_lite.planning.extrapolate import LayerExtrapolation, seconds
-from orpo_lite.planning.gpus import GPUS, Gpu
+from orpo_lite.planning.gpus import GPUS, Gpu, allowances
 from orpo_lite.planning.measure import (
     MetaModels,
     StepMemory,
@@ -34,19 +34,6 @@ from orpo_lite.recipe.text import gib, to_text
 
 logger = logging.getLogger(__name__)
 
-MIB = 2**20
-# Allowances for what the measured step cannot show. None of them was fitted to a model.
-# The CUDA context with the kernels of torch, cuBLAS and bitsandbytes: 300 to 550 MiB on today's
-# GPUs.
-CONTEXT = 512 * MIB
-# A share of the step's own bytes, and its minimum.
-FRAGMENTATION, LEAST_FRAGMENTATION = 0.05, 256 * MIB
-# What torch's aten/src/ATen/cuda/CublasHandlePool.cpp allocates for each of two handles, the main
-# thread's and autograd's. For cuBLAS it is 8.125 MiB; 32 MiB on compute capability 9.0 (Hopper) and
-# with CUBLAS_WORKSPACE_CONFIG=:4096:8 (deterministic). For cuBLASLt it is 1 MiB. They count in
-# torch.cuda.max_memory_allocated.
-HANDLES, CUBLAS, CUBLAS_HOPPER, CUBLAS_LT = 2, 8 * MIB + MIB // 8, 32 * MIB, MIB
-HOPPER = (9, 0)
 TILE, SMALL_CHUNK = 512, 128  # tokens of an MLP, rows of logits
 SHORTEST = 128  # tokens of a sequence; no shorter limit is proposed
 # Tokens of a forward pass. With fewer, much of its time is spent on dequantising the weights.
@@ -172,18 +159,6 @@ class MemoryPlan:
         }
 
 
-def allowances(step: int, gpu: Gpu | None, *, deterministic: bool = False) -> dict[str, int]:
-    """Return the bytes that are needed in addition to tensors, for a step that holds ``step``."""
-    if not gpu:
-        return {"fragmentation": int(FRAGMENTATION * step)}
-    cublas = CUBLAS_HOPPER if deterministic or gpu.capability == HOPPER else CUBLAS
-    return {
-        "CUDA context": CONTEXT,
-        "kernels' workspaces": HANDLES * (cublas + CUBLAS_LT),
-        "fragmentation": max(int(FRAGMENTATION * step), LEAST_FRAGMENTATION),
-    }
-
-
 class Planner:
     """The plans of one recipe for any budget. Extrapolations are made when needed, and kept."""
 
@@ -277,11 +252,29 @@ class Planner:
         known = self._extrapolations.get(_step_key(choice))
         if known is not None:
             return known
-        plain = {**choice, "checkpoint_offload": False, "embedding_on_cpu": False}
-        on_device = self._extrapolations.get(_step_key(plain))
         chosen = self.recipe.with_memory({**choice, "embedding_on_cpu": False})
+        # Layers are the same with and without offload, and with any number of rows of logits.
+        same_layers = {
+            **choice,
+            "checkpoint_offload": False,
+            "head_chunk": self.recipe.memory.head_chunk,
+        }
+        others = {"on_device": {**choice, "checkpoint_offload": False}, "alike": same_layers}
+        if choice["mlp_tile"] and self.recipe.memory.mlp_tile == "auto":
+            head_chunk = self.recipe.memory.head_chunk
+            others["untiled"] = {**choice, "mlp_tile": None, "head_chunk": head_chunk}
         found = LayerExtrapolation(
-            chosen, self.config, self.triples, self.kind, self.planned, self._models, on_device
+            chosen,
+            self.config,
+            self.triples,
+            self.kind,
+            self.planned,
+            self._models,
+            **{
+                name: self.extrapolation(other)
+                for name, other in others.items()
+                if _step_key(other) != _step_key(choice)
+            },
         )
         self._extrapolations[_step_key(choice)] = found
         return found
@@ -292,14 +285,11 @@ class Planner:
         fastest_time = math.inf
         for choice in self.choices():
             found = self.extrapolation(choice)
-            fitting = [
-                kept
-                for kept in self._amounts()
-                if budget is None or self._needed(choice, kept, gpu) <= budget
-            ]
-            if not fitting:
+            if self._is_slower(choice, fastest_time, budget, gpu):
                 continue
-            kept = max(fitting)
+            kept = self._most_kept(choice, budget, gpu)
+            if kept is None:
+                continue
             time = found.seconds_per_token(self.layers, kept, gpu or GPUS[0])
             if time < fastest_time:
                 fastest = choice | {"activation_checkpointing": self.layers - kept}
@@ -307,6 +297,38 @@ class Planner:
             if kept == self.layers and not choice["mlp_tile"] and not choice["checkpoint_offload"]:
                 break  # the largest forward pass without any setting that costs time
         return fastest
+
+    def _most_kept(
+        self, choice: Mapping[str, Any], budget: int | None, gpu: Gpu | None
+    ) -> int | None:
+        """Return how many layers need not be checkpointed within the budget; None if none fits."""
+        most = None
+        for kept in self._amounts():
+            if budget is None or self._needed(choice, kept, gpu) <= budget:
+                most = kept
+            elif most is not None:
+                break  # more layers need more
+        return most
+
+    def _is_slower(
+        self, choice: Mapping[str, Any], fastest: float, budget: int | None, gpu: Gpu | None
+    ) -> bool:
+        """Return whether a few steps show that a choice takes at least ``fastest`` seconds."""
+        found, amounts = self.extrapolation(choice), self._amounts()
+        untiled = found.untiled
+        if math.isinf(fastest) or not untiled:
+            return False
+        fitting = [
+            kept
+            for kept in amounts
+            if budget is None
+            or self._in_step(choice, found.least_peak(untiled, kept), gpu) <= budget
+        ]
+        # The time is linear in their number.
+        return all(
+            found.least_seconds_per_token(untiled, self.layers, kept, gpu or GPUS[0]) >= fastest
+            for kept in (amounts[0], max(fitting, default=amounts[0]))
+        )
 
     def run(self, settings: Mapping[str, Any], budget: int | None, gpu: Gpu | None) -> MemoryPlan:
         """Return the plan of these settings, from a step with all layers."""
@@ -354,15 +376,19 @@ class Planner:
         return self._needed(self.smallest_settings(), min(self._amounts()), gpu)
 
     def _needed(self, choice: Mapping[str, Any], kept: int, gpu: Gpu | None) -> int:
-        whole, embedding, loading = self._whole
+        step = self.extrapolation(choice).peak(self.layers, kept)
+        return max(self._in_step(choice, step, gpu), self._whole[2] + self._allowances(0, gpu))
+
+    def _in_step(self, choice: Mapping[str, Any], step: int, gpu: Gpu | None) -> int:
+        """Return the bytes of a step that adds ``step`` bytes to those that are always held."""
+        whole, embedding, _ = self._whole
         if choice["embedding_on_cpu"]:
             whole -= embedding
-        step = self.extrapolation(choice).peak(self.layers, kept)
+        return whole + step + self._allowances(step, gpu)
+
+    def _allowances(self, step: int, gpu: Gpu | None) -> int:
         deterministic = self.recipe.training.full_determinism
-        in_step, in_loading = (
-            sum(allowances(size, gpu, deterministic=deterministic).values()) for size in (step, 0)
-        )
-        return max(whole + step + in_step, loading + in_loading)
+        return sum(allowances(step, gpu, deterministic=deterministic).values())
 
     def changes(self, budget: int, gpu: Gpu | None) -> list[Change]:
         """Return changes of the training that need less memory, and whether they fit."""

@@ -44,12 +44,12 @@ from orpo_lite.ops.attention import choose_backend
 from orpo_lite.ops.devices import device_kind
 from orpo_lite.planning import gpus
 from orpo_lite.planning.extrapolate import LayerExtrapolation
-from orpo_lite.planning.gpus import GPUS, Holder, local_gpu
+from orpo_lite.planning.gpus import GPUS, Holder, allowances, local_gpu
 from orpo_lite.planning.measure import heaviest_pairs, measure
 from orpo_lite.planning.on_meta import META_ATTENTION, blank_pairs, held_tensors, worst_case
 from orpo_lite.planning.plan import plan_events
 from orpo_lite.planning.route import find_route, with_layers
-from orpo_lite.planning.search import Planner, allowances, fit
+from orpo_lite.planning.search import Planner, fit
 from orpo_lite.recipe.reader import gpu_sizes, load_recipe, shipped_recipes
 from orpo_lite.recipe.schema import PLANNED_SETTINGS, Recipe
 from orpo_lite.recipe.text import read_bytes
@@ -182,7 +182,7 @@ def test_attention_that_shows_its_flops_is_not_counted_twice() -> None:
     ids=str,
 )
 def test_a_few_layers_tell_of_all(memory_settings: dict[str, Any]) -> None:
-    """Peak and work of eight layers, any number of them un-checkpointed, from steps of two to five."""
+    """Peak and work of eight layers, any number of them un-checkpointed, from steps of two to four."""
     chosen, config, triples = settings(**memory_settings), small(8), worst_case(512, 2)
     line = LayerExtrapolation(
         chosen, config, triples, "ampere", find_route(chosen, config, triples, "ampere")
@@ -196,6 +196,40 @@ def test_a_few_layers_tell_of_all(memory_settings: dict[str, Any]) -> None:
             for work in (line.work(8, kept), found.work)
         ]
         assert flops[0] == pytest.approx(flops[1], rel=0.01)
+
+
+@pytest.mark.parametrize("layers", first_and_long([3, 6]))
+def test_the_search_finds_what_trying_everything_finds(layers: int) -> None:
+    """The fastest of all combinations of memory settings, each measured with all layers."""
+    tokens = [1_024] if layers == 3 else [2_048, 1_024]
+    plans = planner(layers, micro_batch_tokens=1_024 if layers == 3 else "auto")
+    options: dict[str, list[Any]] = {
+        "head_chunk": ["auto"],
+        "mlp_tile": [None, 512],
+        "checkpoint_offload": [False, True],
+        "embedding_on_cpu": [False, True],
+        "micro_batch_tokens": tokens,
+    }
+    choices = [
+        dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())
+    ]
+    choices.append(choices[-1] | {"head_chunk": 128})
+    tried = [
+        plans.run(choice | {"activation_checkpointing": layers - kept}, None, GPU)
+        for choice in choices
+        for kept in range(layers, -1, -1)
+    ]
+    least, most = min(each.needed for each in tried), max(each.needed for each in tried)
+    chosen = []
+    for share in (0, 0.15, 0.3, 0.45, 0.6, 0.75, 1):
+        budget = int(least + share * (most - least))
+        fitting = [each for each in tried if each.needed <= budget]
+        best = min(fitting, key=lambda each: each.seconds_per_pair or 0)
+        found = plans.plan(budget, GPU)
+        assert found.fits
+        assert found.settings == best.settings, share
+        chosen.append(found.settings)
+    assert len({str(each) for each in chosen}) >= 4
 
 
 def test_parts_add_up_to_the_peak() -> None:
