@@ -11,10 +11,9 @@ from orpo_lite import demo
 from orpo_lite.base.adapter import adopt_adapter
 from orpo_lite.base.find import fetch_weights
 from orpo_lite.base.weights import check_weights
-from orpo_lite.evaluation.samples import answer_prompts, find_prompts
+from orpo_lite.evaluation.samples import SampleWriter, find_prompts
 from orpo_lite.evaluation.verify import Verdict, compare_merged
 from orpo_lite.merging.plan import check_mergeable
-from orpo_lite.model.generate import Sample
 from orpo_lite.model.load import choose_dtype
 from orpo_lite.model.parallel import Processes
 from orpo_lite.model.quantize import skipped_modules
@@ -36,8 +35,9 @@ from orpo_lite.runs.changes import (
 from orpo_lite.runs.commands import Weights
 from orpo_lite.runs.folder import create, find_initial_adapter, locked, logged, refuse_existing
 from orpo_lite.runs.inputs import Inputs, prepare_inputs, with_absolute_paths
-from orpo_lite.runs.interrupt import collect_signals
+from orpo_lite.runs.interrupt import Interrupted, collect_signals
 from orpo_lite.runs.lock import check_lock, make_lock, read_lock, with_pinned_base
+from orpo_lite.runs.records import SAMPLES, Sample, read_samples
 from orpo_lite.training.adapter_files import make_adapter_files, write_adapter_files
 from orpo_lite.training.faults import explain_faults
 from orpo_lite.training.loop import train_steps
@@ -203,11 +203,19 @@ def _train(
         yield from resumed.record(session, state.step)
     if processes.is_main:
         yield from attempt(NO_CARD, make_card, path)
-    yield from train_steps(session, state, saved=resumed is not None)
+    answers = SampleWriter(recipe, prompts, session.pair_model, path, stop)
+    yield from answers.answer(0)
+    if state.step and state.step == state.evaluated_step:  # interrupted while it was answered
+        yield from answers.answer(state.step)
+    yield from answers.follow(train_steps(session, state, saved=resumed is not None))
     kept = yield from keep_best(session, state)
-    samples: tuple[Sample, ...] = ()
+    is_complete = yield from answers.answer(kept)
+    if stop and not is_complete:
+        raise Interrupted(stop[0], path)
+    samples: list[Sample] = []
     if processes.is_main:
-        samples = yield from answer_prompts(recipe, prompts, session.pair_model, path, stop)
+        unread = f"{path / SAMPLES} is not read"
+        yield from attempt(unread, lambda: samples.extend(read_samples(path)))
         yield from attempt(NO_CARD, write_card, path)
     processes.wait()
     return TrainResult(
@@ -217,7 +225,7 @@ def _train(
         before=state.before,
         after=state.after,
         kept_step=kept,
-        samples=samples,
+        samples=tuple(samples),
     )
 
 

@@ -1,7 +1,6 @@
 """Open a finished run, a folder of a model, or a model of the hub, to score pairs or to answer."""
 
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,21 +57,9 @@ class OpenRun(FoundModel):
     """A model that is loaded, with its tokenizer."""
 
     model: PairModel
+    """``model.without_adapter()`` switches the adapter off; it does nothing where there is none."""
     tokenizer: Any
     """It has the chat template of the run, or the one that a training would choose."""
-
-    @contextmanager
-    def without_adapter(self) -> Iterator[None]:
-        """Switch the adapter off inside the ``with`` block: the model is its base then.
-
-        A model without an adapter stays as it is.
-        """
-        if self.adapter is None:
-            yield
-            return
-        wrapped: Any = self.model.model
-        with wrapped.disable_adapter():
-            yield
 
 
 def open_run(

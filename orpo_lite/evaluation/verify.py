@@ -163,15 +163,14 @@ def _compare(
         model = load_pair_model(trained.loading.override(in_16bit), base, device)
         scores["base + adapter"], route = _score(model, pairs, recipe)
     expected = [*scores.values()][-1]
-    adapter: Any = model.model
-    with adapter.disable_adapter():
+    with model.without_adapter():
         plain, _ = _score(model, pairs, recipe, route)
     rounding = 0.0
     if dtype in ("float16", "bfloat16"):
         with rounded_input(model):
             rounded, _ = _score(model, pairs, recipe, route)
         rounding = ROUNDINGS * float((rounded - expected).abs().max())
-    del model, adapter
+    del model
     yield Update("stage", "scoring pairs by the merged model")
     merged_base = Base(str(merged), merged, None, "", read_config(merged, str(merged)))
     model = PairModel(load_base(recipe.override(in_16bit), merged_base, device), recipe.memory)

@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any
@@ -14,6 +15,7 @@ ValueTypes = Mapping[str, type | UnionType]
 """Required keys -> the type of their values. A key may be missing if its type includes None."""
 FIGURE = int | float
 SAMPLES = "samples.jsonl"
+RESULT = "result.json"
 
 
 def read_json(file: Path, needed: ValueTypes | None = None) -> dict[str, Any]:
@@ -68,17 +70,61 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return _read_rows(path / "metrics.jsonl", {"step": int}, FIGURE | None)
 
 
-def read_samples(path: Path) -> list[dict[str, Any]]:
-    """Return all rows of samples.jsonl, [] if there is none.
+@dataclass(frozen=True)
+class Sample:
+    """A prompt and its answers in the course of a training; texts without special tokens."""
+
+    source: str
+    """neutral, or held-out."""
+    prompt: str
+    before: str
+    """The answer of the base, as the training loaded it."""
+    after: str
+    """The answer of the adapter that was kept; of the newest one while there is no result."""
+    temperature: float | None
+    """Sampling temperature; None if the run did not record it."""
+    by_step: Mapping[int, str]
+    """Step -> answer, in the order of the steps. {} in runs of older versions."""
+
+
+def append_samples(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Append lines to samples.jsonl, all at once."""
+    file = path / SAMPLES
+    with explain_write_errors(file, file), file.open("a", encoding="utf-8") as stream:
+        stream.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_samples(path: Path) -> list[Sample]:
+    """Return the prompts of samples.jsonl with their answers; [] if there are none.
 
     Raises:
         CheckpointError: a line is damaged.
     """
-    return _read_rows(
-        path / SAMPLES,
-        {"prompt": str, "before": str, "after": str, "temperature": FIGURE | None},
-        object,
-    )
+    rows = _read_rows(path / SAMPLES, {"prompt": str, "temperature": FIGURE | None}, object)
+    known = read_json(path / RESULT) if (path / RESULT).is_file() else {}
+    answers: dict[tuple[str, str], dict[int, str]] = {}
+    temperatures: dict[tuple[str, str], float | None] = {}
+    samples = []
+    for number, row in enumerate(rows, 1):
+        source, prompt = row.get("source", "held-out"), row["prompt"]
+        is_old = "before" in row
+        needed: ValueTypes = (
+            {"before": str, "after": str} if is_old else {"step": int, "answer": str}
+        )
+        refuse_lacking(row, needed, f"{path / SAMPLES}:{number}")
+        if is_old:
+            before, after = row["before"], row["after"]
+            samples.append(Sample(source, prompt, before, after, row.get("temperature"), {}))
+            continue
+        answers.setdefault((source, prompt), {})[row["step"]] = row["answer"]
+        temperatures[source, prompt] = row.get("temperature")
+    for key, unsorted in answers.items():
+        by_step = dict(sorted(unsorted.items()))
+        last = [*by_step.values()][-1]
+        after = by_step.get(known.get("kept_step", -1), last)
+        before = by_step.get(0, "")
+        samples.append(Sample(*key, before, after, temperatures[key], by_step))
+    return samples
 
 
 def _read_rows(file: Path, needed: ValueTypes, others: type | UnionType) -> list[dict[str, Any]]:
@@ -117,22 +163,29 @@ def _lines(file: Path) -> list[str]:
     return [line for line in text.split("\n") if line.strip()]
 
 
-def cut_metrics(path: Path, step: int, evaluated: int | None) -> None:
-    """Remove the rows that a resumed run writes again.
+def cut_records(path: Path, step: int, evaluated: int | None) -> None:
+    """Remove the rows of metrics and samples that a resumed run writes again.
 
-    These are steps after ``step`` and evaluations after ``evaluated`` (None: all evaluations).
+    These are steps and answers after ``step`` and evaluations after ``evaluated`` (None: all
+    evaluations).
     """
-    file = path / "metrics.jsonl"
-    if not file.is_file():
-        return
-    kept = []
     last_evaluation = -1 if evaluated is None else evaluated
+
+    def is_kept(row: Mapping[str, Any]) -> bool:
+        return bool(row.get("step", 0) <= (last_evaluation if "eval_loss" in row else step))
+
+    for name in ("metrics.jsonl", SAMPLES):
+        if (path / name).is_file():
+            _cut(path / name, is_kept)
+
+
+def _cut(file: Path, is_kept: Callable[[Mapping[str, Any]], bool]) -> None:
+    kept = []
     for line in _lines(file):
         try:
             row = json.loads(line)
         except ValueError:  # cut off when the process was killed
             break
-        last = last_evaluation if "eval_loss" in row else step
-        if row["step"] <= last:
+        if is_kept(row):
             kept.append(line)
     write_text(file, "".join(f"{line}\n" for line in kept))

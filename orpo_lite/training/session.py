@@ -25,7 +25,7 @@ from orpo_lite.recipe.schema import Recipe
 from orpo_lite.runs.commands import resume_command
 from orpo_lite.runs.folder import KEPT_CHECKPOINTS
 from orpo_lite.runs.inputs import Inputs
-from orpo_lite.runs.records import cut_metrics
+from orpo_lite.runs.records import cut_records
 from orpo_lite.training import checkpoint
 from orpo_lite.training.state import TrainState
 from orpo_lite.updates import Update
@@ -199,7 +199,7 @@ def restore_session(
         state = checkpoint.restore(folder, session.pair_model, session.optimizer)
         if session.scaler.is_enabled():
             session.scaler.load_state_dict(state.scaler)
-    session.processes.on_main(cut_metrics, session.path, state.step, state.evaluated_step)
+    session.processes.on_main(cut_records, session.path, state.step, state.evaluated_step)
     yield Update("note", f"resuming after step {state.step} of {session.steps}")
     state.memory = {
         key: value for key, value in state.memory.items() if f"memory.{key}" not in changed
