@@ -1,4 +1,4 @@
-"""Train and verify, for notebooks and the command line: the tasks that combine several packages."""
+"""Train, verify and generate, for notebooks and the command line: tasks of several packages."""
 
 import time
 from collections.abc import Generator, Mapping
@@ -11,9 +11,13 @@ from orpo_lite import demo
 from orpo_lite.base.adapter import adopt_adapter
 from orpo_lite.base.find import fetch_weights
 from orpo_lite.base.weights import check_weights
+from orpo_lite.evaluation.answers import Answers, prepare_answers, write_answers
+from orpo_lite.evaluation.chat import Chat
+from orpo_lite.evaluation.open_run import find_model, load_model
 from orpo_lite.evaluation.samples import SampleWriter, find_prompts
 from orpo_lite.evaluation.verify import Verdict, compare_merged
 from orpo_lite.merging.plan import check_mergeable
+from orpo_lite.model.generate import Decoding
 from orpo_lite.model.load import choose_dtype
 from orpo_lite.model.parallel import Processes
 from orpo_lite.model.quantize import skipped_modules
@@ -248,3 +252,38 @@ def verify_events(
     verdict = yield from compare_merged(run_folder, weights=weights, base_path=base_path)
     yield from attempt(NO_CARD, write_card, Path(run_folder).expanduser())
     return verdict
+
+
+def generate(run_folder: str | Path, prompts: str | Path, **options: Any) -> Answers:
+    """Answer a file of prompts with a run, a merged folder or a model of the hub.
+
+    For arguments and errors see :func:`orpo_lite.evaluation.answers.prepare_answers`. A call that
+    was interrupted and is repeated goes on where it was.
+    """
+    return run_to_end(generate_events(run_folder, prompts, **options), lambda _: None)
+
+
+@with_torch_defaults
+def generate_events(
+    run_folder: str | Path, prompts: str | Path, **options: Any
+) -> Generator[Update, None, Answers]:
+    """Answer prompts as :func:`generate` does; yield its progress and return its result."""
+    task = prepare_answers(run_folder, prompts, **options)
+    yield Update("note", describe_device(task.found.device, "answering"))
+    return (yield from write_answers(task))
+
+
+@with_torch_defaults
+def chat_events(
+    run_folder: str | Path,
+    decoding: Decoding,
+    *,
+    compare: bool = False,
+    system: str = "",
+    base_path: str | Path | None = None,
+) -> Generator[Update, None, Chat]:
+    """Load a run, a merged folder or a model of the hub for a conversation."""
+    found = find_model(run_folder, base_path=base_path, verb="chat")
+    yield Update("note", describe_device(found.device, "answering"))
+    yield Update("stage", f"loading {found.name}")
+    return Chat(load_model(found), decoding, compare=compare, system=system)

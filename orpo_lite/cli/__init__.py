@@ -5,6 +5,7 @@ Order: console, data_view, plan_view, progress, finish, quiet, completion, app; 
 
 # Each of these modules adds its commands to the application.
 import orpo_lite.cli.model_commands
+import orpo_lite.cli.result_commands
 import orpo_lite.cli.setup_commands
 import orpo_lite.cli.train_command  # noqa: F401
 from orpo_lite.cli.app import main

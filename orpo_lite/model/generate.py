@@ -38,8 +38,8 @@ class Decoding:
     temperature: float = 0.0
     """0: always the likeliest token."""
     seed: int = 42
-    """A sampled answer depends on it and on the tokens of its own prompt, not on the prompts beside
-    it, apart from the rounding of sums."""
+    """A sampled answer depends on it and on the tokens of its own prompt, not on others in the
+    batch, apart from the rounding of sums."""
 
 
 class Answerer:
@@ -70,14 +70,17 @@ class Answerer:
         self.tokens = tokens or CACHE_BYTES // _cache_bytes(text_config, model.causal.dtype)
 
     def room(self, prompt: Sequence[int]) -> int:
-        """Return how many tokens an answer can have before the model's positions end."""
-        return self.positions - len(prompt)
+        """Return how many tokens an answer can have before the model's positions end.
+
+        There is none for an empty prompt.
+        """
+        return self.positions - len(prompt) if len(prompt) else 0
 
     def batches(self, prompts: Sequence[Sequence[int]], limit: int) -> list[list[int]]:
         """Return the prompts' indices in batches, the longest prompts first.
 
         Prompts for which the positions end before ``limit`` are alone, so that no answer is cut
-        for the prompts beside it. Prompts without any room are left out. The batches depend on the
+        for the prompts next to it. Prompts without any room are left out. The batches depend on the
         prompts only: a command that is repeated makes the same ones.
         """
         found: list[list[int]] = []
@@ -220,7 +223,14 @@ class Answerer:
         output = self._generate(prompts, given_RS.shape[1], stops=False, logits_processor=forced)
         return torch.stack(output.logits).float()
 
-    def stream(self, prompt: Sequence[int], decoding: Decoding, tokenizer: Any) -> Iterator[str]:
+    def stream(
+        self,
+        prompt: Sequence[int],
+        decoding: Decoding,
+        tokenizer: Any,
+        *,
+        adapter: bool = True,
+    ) -> Iterator[str]:
         """Yield the text of an answer piece by piece; a piece ends at a space where there are any.
 
         transformers' own loop runs in a thread. It ends at its next token when this generator is
@@ -232,7 +242,8 @@ class Answerer:
         def run() -> None:
             try:
                 options = {"streamer": streamer, "stopping_criteria": [_Stopped(stopped)]}
-                self._run([prompt], decoding, **options)
+                with nullcontext() if adapter else self.model.without_adapter():
+                    self._run([prompt], decoding, **options)
             except BaseException as error:
                 errors.append(error)
             finally:
