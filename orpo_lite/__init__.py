@@ -36,6 +36,7 @@ _EXPORTS = {
     "plan": "orpo_lite.planning.plan",
     "train": "orpo_lite.api",
     "merge": "orpo_lite.merging.merge",
+    "generate": "orpo_lite.api",
     "verify": "orpo_lite.api",
     "evaluate": "orpo_lite.evaluation.evaluate",
     "export": "orpo_lite.exporting.targets",
@@ -45,6 +46,7 @@ _EXPORTS = {
 __all__ = [
     "evaluate",
     "export",
+    "generate",
     "load_recipe",
     "merge",
     "plan",

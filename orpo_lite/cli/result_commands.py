@@ -1,19 +1,34 @@
-"""The commands that show what a training did: eval, report."""
+"""The commands that show what a training did: eval, report, generate, chat."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from orpo_lite.cli.app import RESULTS, AsJson, app
+from orpo_lite.cli.chat_loop import converse, is_terminal
 from orpo_lite.cli.completion import complete_run, complete_run_or_key
 from orpo_lite.cli.console import err, out, print_evaluation, print_json
+from orpo_lite.cli.finish import STOPPED
 from orpo_lite.cli.progress import draw
 from orpo_lite.cli.quiet import hush, quiet
 from orpo_lite.errors import RecipeError
 
 if TYPE_CHECKING:
     from orpo_lite.evaluation.report import ReportResult
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN",
+        help="The folder of a finished run, a merged folder, or a hub name.",
+        autocompletion=complete_run,
+    ),
+]
+BasePath = Annotated[
+    Path | None,
+    typer.Option(metavar="FOLDER", help="Where the base is now, if it was moved."),
+]
 
 
 @app.command("eval", rich_help_panel=RESULTS, epilog="Example: orpo-lite eval runs/demo")
@@ -34,10 +49,7 @@ def evaluate(
         ),
     ] = None,
     as_json: AsJson = False,
-    base_path: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="Where the base lies now, if it was moved."),
-    ] = None,
+    base_path: BasePath = None,
 ) -> None:
     """Say whether a run got better than its base: on held-out pairs, with 95% intervals."""
     data = [word for word in models if word.startswith("data.") and "=" in word]
@@ -108,3 +120,81 @@ def _print_result(result: "ReportResult") -> None:
             if finding.name != "healthy":
                 out.print(f"{prefix}  {finding.advice}")
     out.print(f"wrote {result.file}; open it in a browser")
+
+
+@app.command(
+    rich_help_panel=RESULTS,
+    epilog="Example: orpo-lite generate runs/demo --prompts prompts.jsonl",
+)
+def generate(
+    run: Model,
+    prompts: Annotated[
+        Path, typer.Option(metavar="FILE", help="Rows with a prompt each: jsonl, json or csv.")
+    ],
+    grader: Annotated[
+        Literal["alpaca_eval", "mt_bench", "ifeval", "jsonl"],
+        typer.Option("--for", help="Whose prompts they are, and who reads the answers."),
+    ] = "jsonl",
+    to: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="In RUN/answers by default.")
+    ] = None,
+    adapter: Annotated[
+        Literal["on", "off"], typer.Option(help="off: the base of the run answers.")
+    ] = "on",
+    max_new_tokens: Annotated[
+        int | None, typer.Option(metavar="N", help="Most tokens of an answer; as usual there.")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(metavar="T", help="0 is greedy; as usual there by default.")
+    ] = None,
+    base_path: BasePath = None,
+) -> None:
+    """Answer a file of prompts in batches. If it is stopped, the same command goes on."""
+    with quiet():
+        from orpo_lite.api import generate_events
+
+        try:
+            result = draw(
+                generate_events(
+                    run,
+                    prompts,
+                    grader=grader,
+                    to=to,
+                    adapter=adapter == "on",
+                    max_new_tokens=max_new_tokens,
+                    temperature=temperature,
+                    base_path=base_path,
+                )
+            )
+        except KeyboardInterrupt:
+            err.print("stopped; the same command goes on where it was")
+            raise typer.Exit(STOPPED) from None
+    speed = f", {result.tokens / result.seconds:,.0f} tokens/s" if result.tokens else ""
+    out.print(f"{result.prompts:,} prompts answered{speed}: {result.file}")
+
+
+@app.command(rich_help_panel=RESULTS, epilog="Example: orpo-lite chat runs/demo --compare")
+def chat(
+    run: Model,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="The base answers too, before the tuned model.")
+    ] = False,
+    system: Annotated[str, typer.Option(metavar="TEXT", help="The system text.")] = "",
+    temperature: Annotated[float, typer.Option(metavar="T", help="0 is greedy.")] = 0.7,
+    max_new_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Most tokens of an answer.")
+    ] = 512,
+    base_path: BasePath = None,
+) -> None:
+    """Talk with a run. Piped lines are answered one by one, without a terminal."""
+    with quiet():
+        from orpo_lite.api import chat_events
+        from orpo_lite.evaluation.answers import check_decoding
+        from orpo_lite.model.generate import Decoding
+
+        check_decoding(max_new_tokens, temperature)
+        decoding = Decoding(max_new_tokens, temperature)
+        updates = chat_events(run, decoding, compare=compare, system=system, base_path=base_path)
+        conversation = draw(updates, silent=not is_terminal())
+        with conversation:
+            converse(conversation)

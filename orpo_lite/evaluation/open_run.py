@@ -1,7 +1,6 @@
 """Open a finished run, a folder of a model, or a model of the hub, to score pairs or to answer."""
 
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,9 +8,12 @@ from typing import Any
 import torch
 
 from orpo_lite import demo
-from orpo_lite.base.find import Base, fetch_weights, find_base, load_tokenizer
+from orpo_lite.base.find import Base, fetch_weights, find_base, load_tokenizer, pad_id
+from orpo_lite.base.generation import read_generation_config, with_ends
 from orpo_lite.data.chat_template import set_chat_template
+from orpo_lite.data.dataset import PromptTokenizer
 from orpo_lite.errors import CheckpointError, FitError, ModelError, first_line
+from orpo_lite.model.generate import Answerer
 from orpo_lite.model.load import choose_dtype, load_base, load_pair_model
 from orpo_lite.model.pair_model import PairModel
 from orpo_lite.ops.devices import device_kind, dtype_name, is_out_of_memory
@@ -21,6 +23,7 @@ from orpo_lite.runs.folder import FOLDERS, find_finished_adapter, find_merged, f
 from orpo_lite.runs.lock import read_lock, with_pinned_base
 from orpo_lite.updates import Update
 
+NO_LIMIT = 1 << 30  # of tokens
 NO_DATA = "none"  # data.dataset_name of a model that no run tells the data of
 
 
@@ -58,25 +61,29 @@ class OpenRun(FoundModel):
     """A model that is loaded, with its tokenizer."""
 
     model: PairModel
+    """``model.without_adapter()`` switches the adapter off; it does nothing where there is none."""
     tokenizer: Any
     """It has the chat template of the run, or the one that a training would choose."""
 
-    @contextmanager
-    def without_adapter(self) -> Iterator[None]:
-        """Switch the adapter off inside the ``with`` block: the model is its base then.
+    def prompt_tokenizer(self) -> PromptTokenizer:
+        """Return what turns conversations into prompts, by this template and of any length."""
+        values: dict[str, Any] = dict.fromkeys(("max_length", "max_prompt_length"), NO_LIMIT)
+        if self.run and self.recipe.data.chat_template != "none":
+            values["chat_template"] = "auto"  # it is in the tokenizer; its file may be gone
+        return PromptTokenizer(self.recipe.data.model_copy(update=values), self.tokenizer)
 
-        A model without an adapter stays as it is.
-        """
-        if self.adapter is None:
-            yield
-            return
-        wrapped: Any = self.model.model
-        with wrapped.disable_adapter():
-            yield
+    def answerer(self, end_id: int) -> Answerer:
+        """Return what answers prompts; ``end_id`` is the token that ends an answer."""
+        generation, _ = read_generation_config(self.files)
+        return Answerer(self.model, with_ends(generation, end_id, pad_id(self.tokenizer)))
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Return the text of an answer's tokens, without special tokens."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
 
 def open_run(
-    name: str | Path, *, base_path: str | Path | None = None, verb: str = "eval"
+    name: str | Path, *, base_path: str | Path | None = None, command: str = "eval"
 ) -> Generator[Update, None, OpenRun]:
     """Find and load a model. For arguments and errors see :func:`find_model`.
 
@@ -84,11 +91,11 @@ def open_run(
         FitError: the GPU has too little memory.
     """
     yield Update("stage", f"loading {name}")
-    return load_model(find_model(name, base_path=base_path, verb=verb))
+    return load_model(find_model(name, base_path=base_path, command=command))
 
 
 def find_model(
-    name: str | Path, *, base_path: str | Path | None = None, verb: str = "eval"
+    name: str | Path, *, base_path: str | Path | None = None, command: str = "eval"
 ) -> FoundModel:
     """Find a model by name. No weights are loaded; those of a hub name are downloaded.
 
@@ -99,7 +106,7 @@ def find_model(
     Args:
         name: a run folder; ``RUN/merged`` or any other folder of transformers; or a hub name.
         base_path: where the base of the run is now, if it is a folder that was moved.
-        verb: the command that a fix names.
+        command: the command that a fix names.
 
     Raises:
         CheckpointError: there is no such folder, or its training or merge is not finished.
@@ -108,7 +115,7 @@ def find_model(
     """
     path = Path(name).expanduser()
     if (path / "recipe.yaml").is_file() or (path.is_dir() and not (path / "config.json").is_file()):
-        return _find_trained(name, path, base_path, verb)
+        return _find_trained(name, path, base_path, command)
     if not path.is_dir() and _is_meant_as_path(str(name), path):
         raise CheckpointError(
             where=f"run {path}",
@@ -138,10 +145,10 @@ def find_model(
 
 
 def _find_trained(
-    name: str | Path, path: Path, base_path: str | Path | None, verb: str
+    name: str | Path, path: Path, base_path: str | Path | None, command: str
 ) -> FoundModel:
     adapter, lock = find_finished_adapter(path), read_lock(path)
-    base = find_trained_base(path, base_path, verb=verb)
+    base = find_trained_base(path, base_path, command=command)
     recipe = with_pinned_base(demo.resolve_builtin(trained_recipe(path)), lock)
     if base_path is not None:
         recipe = recipe.override({"model.model_name_or_path": str(base.path)})

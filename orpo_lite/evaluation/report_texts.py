@@ -230,10 +230,17 @@ def _data(record: RunRecord, data_texts: bool) -> dict[str, Any]:
 
 def _answers(record: RunRecord, data_texts: bool) -> dict[str, Any]:
     rows = [
-        {key: _cut(row[key]) for key in ("prompt", "before", "after")} | {"source": row["source"]}
-        for row in record.answers
+        {
+            "prompt": _cut(sample.prompt),
+            "before": _cut(sample.before),
+            "after": _cut(sample.after),
+            "by_step": {step: _cut(answer) for step, answer in sample.by_step.items()},
+            "source": sample.source,
+        }
+        for sample in record.answers
     ]
-    temperatures = {row["temperature"] for row in record.answers if row["temperature"] is not None}
+    found = {sample.temperature for sample in record.answers}
+    temperatures = [value for value in found if value is not None]
     return {
         "neutral": [row for row in rows if row["source"] == "neutral"],
         "held_out": [row for row in rows if row["source"] != "neutral"] if data_texts else [],

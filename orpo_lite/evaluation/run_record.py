@@ -10,9 +10,8 @@ from orpo_lite.errors import CheckpointError
 from orpo_lite.evaluation.health import Curves, Finding, find_health
 from orpo_lite.recipe.schema import SECTIONS
 from orpo_lite.runs.changes import Change, read_changes, values_in_force
-from orpo_lite.runs.folder import RESULT
 from orpo_lite.runs.lock import read_lock, read_recipe
-from orpo_lite.runs.records import read_before_after, read_json, readable_metrics
+from orpo_lite.runs.records import RESULT, Sample, read_json, read_samples, readable_metrics
 
 VERDICTS = {"verdict.json": "At the end of the training", "eval.json": "Evaluated later"}
 """Files in a run with the result of an evaluation, and when it was made."""
@@ -37,8 +36,8 @@ class RunRecord:
     """result.json of a finished training, or {}."""
     verdicts: Mapping[str, Mapping[str, Any]]
     """When it was made -> the content of a file of VERDICTS."""
-    answers: Sequence[Mapping[str, Any]]
-    """See :func:`orpo_lite.runs.records.read_before_after`."""
+    answers: Sequence[Sample]
+    """Those of samples.jsonl."""
     notes: list[str] = field(default_factory=list)
     """What could not be read."""
 
@@ -79,7 +78,7 @@ class RunRecord:
             plan=object_in("plan.json"),
             result=object_in(RESULT),
             verdicts={when: found for name, when in VERDICTS.items() if (found := object_in(name))},
-            answers=optional(read_before_after, path, default=[]),
+            answers=optional(read_samples, path, default=[]),
             notes=notes,
         )
 

@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Generator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -151,7 +150,7 @@ def _compare(
 ) -> Generator[Update, None, Verdict]:
     find_finished_adapter(path)
     merged = find_merged(path, weights)
-    trained = find_model(path, base_path=base_path, verb="merge")
+    trained = find_model(path, base_path=base_path, command="merge")
     recipe, base, device = trained.recipe, trained.base, trained.device
     pairs, held_out = yield from pairs_to_compare(trained, path)
     dtype = dtype_name(choose_dtype(recipe.model.dtype, device_kind(device)))
@@ -166,7 +165,7 @@ def _compare(
         found, route = yield from _score(model, pairs, recipe, "the 4-bit base with the adapter")
         scores["4-bit base + adapter, as trained"] = found
         if weights == "original":
-            with _without_adapter(model):
+            with model.without_adapter():
                 plain, _ = yield from _score(model, pairs, recipe, "the 4-bit base", route)
             trained_gain_P = pair_log_odds(found) - pair_log_odds(plain)
             del model  # before the next one is loaded
@@ -176,7 +175,7 @@ def _compare(
         found, route = yield from _score(model, pairs, recipe, "the base with the adapter")
         scores["base + adapter"] = found
     expected = [*scores.values()][-1]
-    with _without_adapter(model):
+    with model.without_adapter():
         plain, _ = yield from _score(model, pairs, recipe, "the base", route)
     rounding = 0.0
     if dtype in ("float16", "bfloat16"):
@@ -250,12 +249,6 @@ def pairs_to_compare(
     refuse_other_pairs(path, inputs, "restore them; the merged model is not changed")
     held_out = len(inputs.test) > 0
     return list(itertools.islice(inputs.test if held_out else inputs.train, PAIRS)), held_out
-
-
-def _without_adapter(model: PairModel) -> AbstractContextManager[None]:
-    wrapped: Any = model.model
-    context: AbstractContextManager[None] = wrapped.disable_adapter()
-    return context
 
 
 def _row(name: str, values_2P: Tensor) -> Row:

@@ -64,7 +64,6 @@ def locked(path: Path) -> Iterator[list[str]]:
 
 KEPT_CHECKPOINTS = 2  # the newest; the best one is kept as well
 FOLDERS: dict[Weights, str] = {"original": "merged", "dequantized": "merged-dequantized"}
-RESULT = "result.json"
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -221,16 +220,18 @@ def adapter_sha256(adapter: Path) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def find_trained_base(path: Path, folder: str | Path | None = None, *, verb: str = "merge") -> Base:
+def find_trained_base(
+    path: Path, folder: str | Path | None = None, *, command: str = "merge"
+) -> Base:
     """Return the base that the run was trained on; ``folder`` is its location if it has moved.
 
-    ``verb`` is the command that a fix names.
+    ``command`` is the one that a fix names.
 
     Raises:
         ModelError: the folder does not exist or holds another base.
         HubError: as :func:`fetch_weights`.
     """
-    lock, fix = read_lock(path)["base"], f"orpo-lite {verb} {quoted(path)} --base-path FOLDER"
+    lock, fix = read_lock(path)["base"], f"orpo-lite {command} {quoted(path)} --base-path FOLDER"
     name = lock["name"] if folder is None else str(folder)
     if (folder is not None or lock["revision"] is None) and not Path(name).expanduser().is_dir():
         raise ModelError(

@@ -22,7 +22,7 @@ from orpo_lite import api
 from orpo_lite.errors import CheckpointError, RecipeError
 from orpo_lite.evaluation import charts, report
 from orpo_lite.evaluation.run_record import RunRecord
-from orpo_lite.runs.records import read_before_after, read_metrics
+from orpo_lite.runs.records import read_metrics
 
 HOSTILE = (
     "<script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\"> & $x_1$"
@@ -226,17 +226,6 @@ def test_a_damaged_file_is_a_note_not_a_fault(
     assert "cannot be read" in page or is_readable
     if name == "metrics.jsonl" and text:
         assert "1 lines cannot be read" in page  # the last line is still being written
-
-
-def test_answers_of_both_forms_are_read_as_before_and_after(tmp_path: Path) -> None:
-    one = {"source": "neutral", "prompt": "Why?", "temperature": None}
-    rows = [{**one, "step": step, "answer": f"at {step}"} for step in (0, 5, 9)]
-    old = {"prompt": "How?", "before": "b", "after": "a", "temperature": 0.7}
-    write_rows(tmp_path / "samples.jsonl", [*rows, old])
-    assert read_before_after(tmp_path) == [
-        {**one, "before": "at 0", "after": "at 9"},
-        {"source": "held-out", **old},
-    ]
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path, call: Callable[..., Answer]) -> None:
