@@ -17,9 +17,8 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 
 DOCS = Path(__file__).parent
-SHOTS = {"report-desktop.png": (1280, 1420, "light", 1), "report-phone.png": (390, 1500, "dark", 1)}
+SHOTS = {"report-desktop.png": (1280, 1075, "light", 1), "report-phone.png": (390, 1510, "dark", 1)}
 """File -> width and height of the window, colour scheme, pixels of the screen for each of CSS."""
-COLOURS = 128
 
 
 def write_report(run: Path) -> Path:
@@ -43,7 +42,7 @@ def take(report: Path) -> None:
             page = context.new_page()
             page.goto(report.resolve().as_uri())
             picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
-            picture.quantize(COLOURS).save(DOCS / name, optimize=True)
+            picture.save(DOCS / name, optimize=True)
             context.close()
         browser.close()
 

@@ -25,6 +25,8 @@ RISE = 0.10
 """A mean training loss this much (relative) above its lowest one has diverged. OURS."""
 HELD_OUT_RISE = 0.02
 """Held-out loss above its lowest value (relative), twice in a row: over-fitting. OURS."""
+STILL_HIGH = 0.9
+"""Share of the highest rise that is left at the end; with less the loss is falling again. OURS."""
 CHOSEN_NEAR_0 = -0.1
 """Chosen log-prob "at 0": each token has a probability above 0.9. The authors name 0."""
 REJECTED_LOW = -5.0
@@ -209,12 +211,14 @@ def over_fitting(curves: Curves) -> Finding | None:
     losses = [row for row in curves.held_out if _is_finite(row.get("loss"))]
     best = min(losses, key=lambda row: float(row["loss"]), default={})
     if losses:
-        limit = float(best["loss"]) + HELD_OUT_RISE * abs(float(best["loss"]))
-        after = losses[losses.index(best) + 1 :]
-        if len(after) >= 2 and all(float(row["loss"]) > limit for row in after[-2:]):
+        lowest = float(best["loss"])
+        after = [float(row["loss"]) for row in losses[losses.index(best) + 1 :]]
+        is_high = len(after) >= 2 and min(after[-2:]) > lowest + HELD_OUT_RISE * abs(lowest)
+        # A first step that was too large also raises the loss, but it falls again from there.
+        if is_high and after[-1] - lowest > STILL_HIGH * (max(after) - lowest):
             reasons.append(
-                f"The held-out loss rose from {best['loss']:.3g} at step {best['step']} to "
-                f"{after[-1]['loss']:.3g} at step {after[-1]['step']}."
+                f"The held-out loss rose from {lowest:.3g} at step {best['step']} to "
+                f"{after[-1]:.3g} at step {losses[-1]['step']}."
             )
     if not reasons:
         return None
@@ -224,7 +228,8 @@ def over_fitting(curves: Curves) -> Finding | None:
         "serious",
         " ".join(reasons),
         f"Chosen log-prob above {CHOSEN_NEAR_0} with the rejected one below {REJECTED_LOW:g}; or "
-        f"a held-out loss over {HELD_OUT_RISE:.0%} above its lowest, twice in a row.",
+        f"a held-out loss over {HELD_OUT_RISE:.0%} above its lowest, twice in a row, that is not "
+        "falling again.",
         f"{AUTHORS}; the limits of the held-out loss are {OURS}",
         "Train for fewer steps, or with a lower learning rate or more data.",
         _shorter(curves, best.get("step")),

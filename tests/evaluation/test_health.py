@@ -181,3 +181,18 @@ def real_findings(model: str, path: Path, values: dict[str, Any]) -> list[str]:
 def test_no_false_alarm_on_a_healthy_real_run(name: str, tmp_path: Path) -> None:
     model, values = HEALTHY[name]
     assert real_findings(model, tmp_path / "run", values) == ["healthy"]
+
+
+@pytest.mark.real
+@pytest.mark.long
+def test_a_high_lambda_sinks_the_log_probs_of_a_model_that_knows_such_answers(
+    tmp_path: Path,
+) -> None:
+    """A raw base first learns how such answers look, and its log-probs rise at any λ."""
+    model, values = HEALTHY["a Llama of 1M"]
+    assert real_findings(model, tmp_path / "first", values) == ["healthy"]
+    more = {**values, "model.adapter_name_or_path": tmp_path / "first" / "adapter"}
+    more["training.warmup_steps"] = 3
+    for beta, name in ((0.1, "healthy"), (1, "sinking"), (5, "sinking")):
+        path = tmp_path / f"beta-{beta}"
+        assert real_findings(model, path, {**more, "loss.beta": beta})[0] == name

@@ -406,8 +406,8 @@ def test_live_follows_the_run_and_ends_calmly(browser: Any, trained: Any, worksp
             assert tab.page.evaluate("window.scrollY") == 400
             assert tab.complaints == []
             assert {request.partition("?")[0] for request in tab.requests} == {
-                f"{url}",
-                f"{url}body",
+                f"{url}/",
+                f"{url}/body",
             }
         host, port = url.removeprefix("http://").split(":")
         for name, status in (("evil.example", 403), (f"localhost:{port}", 200)):
