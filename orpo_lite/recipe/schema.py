@@ -331,8 +331,8 @@ class OutputSection(Section):
     """Write report.html into the run, after evaluations and at the end: verdicts, curves, data and
     answers. false: only `orpo-lite report` writes it."""
     samples: int = Field(3, ge=0, le=20)
-    """Prompts that are answered by the base and by the adapter: this many held-out ones, and at
-    most this many of five neutral ones that a model card may show."""
+    """Prompts that are answered before the training, at each evaluation and at the end: this many
+    held-out ones, and at most this many of five neutral ones that a model card may show."""
     max_new_tokens: int = Field(64, ge=1)
     """Most tokens of each of these answers."""
     push_to_hub: bool = False

@@ -37,6 +37,9 @@ ROWS: dict[str, list[dict[str, Any]]] = {
 }
 
 
+NEED_NLTK = {"length_constraints:number_sentences", "change_case:capital_word_frequency"}
+
+
 def write_rows(rows: list[dict[str, Any]], name: str = "prompts.jsonl") -> Path:
     Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return Path(name)
@@ -184,7 +187,8 @@ def test_the_checkers_of_ifeval_read_the_answers(demo_run: DemoRun, tmp_path: Pa
             found = checkers.process_results(row, [responses[row["prompt"]]])
         except LookupError:
             lacking += 1
+            assert NEED_NLTK & {*row["instruction_id_list"]}
         else:
             followed += found["inst_level_strict_acc"]
-    assert lacking < 60
+    assert lacking < len(responses) / 5
     assert 0 < sum(followed) < len(followed)

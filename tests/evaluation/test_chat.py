@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import termios
@@ -106,6 +107,30 @@ def test_an_answer_cannot_command_the_terminal() -> None:
     )
 
 
+def test_an_interrupt_stops_one_answer(
+    trained: Trained, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pieces = []
+
+    def interrupted_once(text: str) -> str:
+        pieces.append(text)
+        if len(pieces) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return text
+
+    monkeypatch.setattr("orpo_lite.cli.result_commands.harmless", interrupted_once)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\nMore\n/save talk.json\n"))
+    code, _, complaint = call(
+        "chat", str(trained[1].run), "--temperature", "1", "--max-new-tokens", "40"
+    )
+    assert (code, complaint.split("\n")[0]) == (0, "stopped")
+    (turns,) = json.loads(Path("talk.json").read_text("utf-8"))["conversations"].values()
+    assert [turn["content"] for turn in turns[::2]] == ["Hello", "More"]
+    assert turns[1]["content"] == "".join(pieces[:2]).strip()
+    assert turns[3]["content"] == "".join(pieces[2:]).strip() != ""
+
+
+@pytest.mark.long
 def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path: Path) -> None:
     model = tiny_llama(len(byte_tokenizer()), max_position_embeddings=8192)
     model.lm_head.weight.data[2] = 0.0  # it never ends an answer
