@@ -36,12 +36,23 @@ _EXPORTS = {
     "plan": "orpo_lite.planning.plan",
     "train": "orpo_lite.api",
     "merge": "orpo_lite.merging.merge",
+    "generate": "orpo_lite.api",
     "verify": "orpo_lite.api",
     "evaluate": "orpo_lite.evaluation.evaluate",
     "export": "orpo_lite.exporting.targets",
     "push": "orpo_lite.publishing.push",
 }
-__all__ = ["evaluate", "export", "load_recipe", "merge", "plan", "push", "train", "verify"]
+__all__ = [
+    "evaluate",
+    "export",
+    "generate",
+    "load_recipe",
+    "merge",
+    "plan",
+    "push",
+    "train",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Train and verify, for notebooks and the command line: the tasks that combine several packages."""
+"""Train, verify and generate, for notebooks and the command line: tasks of several packages."""
 
 import time
 from collections.abc import Generator, Mapping
@@ -11,11 +11,14 @@ from orpo_lite import demo
 from orpo_lite.base.adapter import adopt_adapter
 from orpo_lite.base.find import fetch_weights
 from orpo_lite.base.weights import check_weights
+from orpo_lite.evaluation.answers import Answers, prepare_answers, write_answers
+from orpo_lite.evaluation.chat import Chat
 from orpo_lite.evaluation.judge import judge_training
-from orpo_lite.evaluation.samples import answer_prompts, find_prompts
+from orpo_lite.evaluation.open_run import find_model, load_model
+from orpo_lite.evaluation.samples import SampleWriter, find_prompts
 from orpo_lite.evaluation.verify import Verdict, compare_merged
 from orpo_lite.merging.plan import check_mergeable
-from orpo_lite.model.generate import Sample
+from orpo_lite.model.generate import Decoding
 from orpo_lite.model.load import choose_dtype
 from orpo_lite.model.parallel import Processes
 from orpo_lite.model.quantize import skipped_modules
@@ -37,8 +40,9 @@ from orpo_lite.runs.changes import (
 from orpo_lite.runs.commands import Weights
 from orpo_lite.runs.folder import create, find_initial_adapter, locked, logged, refuse_existing
 from orpo_lite.runs.inputs import Inputs, prepare_inputs, with_absolute_paths
-from orpo_lite.runs.interrupt import collect_signals
+from orpo_lite.runs.interrupt import Interrupted, collect_signals
 from orpo_lite.runs.lock import check_lock, make_lock, read_lock, with_pinned_base
+from orpo_lite.runs.records import SAMPLES, Sample, read_samples
 from orpo_lite.training.adapter_files import make_adapter_files, write_adapter_files
 from orpo_lite.training.faults import explain_faults
 from orpo_lite.training.loop import train_steps
@@ -204,13 +208,20 @@ def _train(
         yield from resumed.record(session, state.step)
     if processes.is_main:
         yield from attempt(NO_CARD, make_card, path)
-    yield from train_steps(session, state, saved=resumed is not None)
+    answers = SampleWriter(recipe, prompts, session.pair_model, path, stop)
+    yield from answers.answer(0)
+    if state.step and state.step == state.evaluated_step:  # interrupted while it was answered
+        yield from answers.answer(state.step)
+    yield from answers.follow(train_steps(session, state, saved=resumed is not None))
     kept = yield from keep_best(session, state)
-    samples: tuple[Sample, ...] = ()
-    verdict: dict[str, Any] | None = None
+    verdict = (yield from _judge(recipe, inputs, path, kept)) if processes.is_main else None
+    is_complete = yield from answers.answer(kept)
+    if stop and not is_complete:
+        raise Interrupted(stop[0], path)
+    samples: list[Sample] = []
     if processes.is_main:
-        verdict = yield from _judge(recipe, inputs, path, kept)
-        samples = yield from answer_prompts(recipe, prompts, session.pair_model, path, stop)
+        unread = f"{path / SAMPLES} is not read"
+        yield from attempt(unread, lambda: samples.extend(read_samples(path)))
         yield from attempt(NO_CARD, write_card, path)
     processes.wait()
     return TrainResult(
@@ -220,7 +231,7 @@ def _train(
         before=state.before,
         after=state.after,
         kept_step=kept,
-        samples=samples,
+        samples=tuple(samples),
         verdict=verdict,
     )
 
@@ -257,3 +268,38 @@ def verify_events(
     verdict = yield from compare_merged(run_folder, weights=weights, base_path=base_path)
     yield from attempt(NO_CARD, write_card, Path(run_folder).expanduser())
     return verdict
+
+
+def generate(run_folder: str | Path, prompts: str | Path, **options: Any) -> Answers:
+    """Answer a file of prompts with a run, a merged folder or a model of the hub.
+
+    For arguments and errors see :func:`orpo_lite.evaluation.answers.prepare_answers`. A call that
+    was interrupted and is repeated goes on where it was.
+    """
+    return run_to_end(generate_events(run_folder, prompts, **options), lambda _: None)
+
+
+@with_torch_defaults
+def generate_events(
+    run_folder: str | Path, prompts: str | Path, **options: Any
+) -> Generator[Update, None, Answers]:
+    """Answer prompts as :func:`generate` does; yield its progress and return its result."""
+    task = prepare_answers(run_folder, prompts, **options)
+    yield Update("note", describe_device(task.found.device, "answering"))
+    return (yield from write_answers(task))
+
+
+@with_torch_defaults
+def chat_events(
+    run_folder: str | Path,
+    decoding: Decoding,
+    *,
+    compare: bool = False,
+    system: str = "",
+    base_path: str | Path | None = None,
+) -> Generator[Update, None, Chat]:
+    """Load a run, a merged folder or a model of the hub for a conversation."""
+    found = find_model(run_folder, base_path=base_path, verb="chat")
+    yield Update("note", describe_device(found.device, "answering"))
+    yield Update("stage", f"loading {found.name}")
+    return Chat(load_model(found), decoding, compare=compare, system=system)

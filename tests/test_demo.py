@@ -1,6 +1,5 @@
 """The embedded default, from the command to the merged model, as a new user runs it."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import orpo_lite
 from orpo_lite.recipe.reader import find_recipe
 from orpo_lite.recipe.schema import KEYS
 from orpo_lite.runs.lock import read_recipe
-from orpo_lite.runs.records import read_json, read_metrics
+from orpo_lite.runs.records import read_json, read_metrics, read_samples
 
 
 @pytest.fixture
@@ -49,13 +48,13 @@ def test_it_ends_with_a_table_answers_and_a_remark(demo: tuple[Path, str, float]
     assert "held-out pairs" in printed
     assert "before" in printed
     assert "reward accuracy" in printed
-    samples = [json.loads(line) for line in (path / "samples.jsonl").read_text().splitlines()]
-    assert [sample["source"] for sample in samples] == ["neutral"] * 3 + ["held-out"] * 3
+    samples = read_samples(path)
+    assert [sample.source for sample in samples] == ["neutral"] * 3 + ["held-out"] * 3
     assert "3 more, to neutral prompts, in runs/demo/samples.jsonl" in printed
     for sample in samples:
-        assert (sample["prompt"] in printed) is (sample["source"] == "held-out")
-        assert (sample["after"] in printed) is (sample["source"] == "held-out")
-    assert any(sample["before"] != sample["after"] for sample in samples)
+        assert (sample.prompt in printed) is (sample.source == "held-out")
+        assert (sample.after in printed) is (sample.source == "held-out")
+    assert any(sample.before != sample.after for sample in samples)
     assert "not" in printed.splitlines()[-1]  # the remark: machinery, not quality
     assert "\x1b[" not in printed
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -54,6 +55,15 @@ def protect_output() -> None:
                 buffer, stream.encoding, "backslashreplace", line_buffering=stream.line_buffering
             )
             setattr(sys, name, output)
+
+
+# Control characters, and those that turn the direction of a text.
+_UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def harmless(text: str) -> str:
+    """Return a text of a model or of data with escapes for what would command the terminal."""
+    return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def print_json(value: Any) -> None:

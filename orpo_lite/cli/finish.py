@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from orpo_lite.cli.console import err, out, print_before_after, print_verdict
+from orpo_lite.cli.console import err, harmless, out, print_before_after, print_verdict
 from orpo_lite.cli.progress import draw
 from orpo_lite.errors import CheckpointError, ModelError, OrpoLiteError, RecipeError, reworded
 
@@ -145,5 +145,5 @@ def _print_samples(result: "TrainResult") -> None:
 
 
 def _flat(text: str) -> str:
-    line = " ".join(text.split())
+    line = harmless(" ".join(text.split()))
     return line if len(line) <= LONGEST else f"{line[:LONGEST]} ..."

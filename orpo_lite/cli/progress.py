@@ -48,6 +48,7 @@ class _PlainLines:
 
     def __init__(self) -> None:
         self.stage, self.quarter, self.began = "", 1, 0.0
+        self.seen: set[str] = set()
 
     def show(self, update: "Update") -> None:
         if update.kind == "step":
@@ -63,8 +64,11 @@ class _PlainLines:
         elif update.kind != "stage":
             out.print(_line(update))
         elif update.text != self.stage:
-            self.stage, self.quarter = update.text, 1
-            out.print(f"{update.text} ...")
+            is_new = update.text not in self.seen  # some come back at each evaluation
+            self.stage, self.quarter = update.text, 1 if is_new else 5
+            self.seen.add(update.text)
+            if is_new:
+                out.print(f"{update.text} ...")
         elif (
             update.steps
             and 4 * update.step >= self.quarter * update.steps

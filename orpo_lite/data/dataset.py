@@ -8,8 +8,9 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from orpo_lite.data.chat_template import (
 )
 from orpo_lite.data.formats.columns import NOTABLE_SHARE
 from orpo_lite.data.formats.values import is_templated
-from orpo_lite.data.pair import Pair
+from orpo_lite.data.pair import Message, Pair
 from orpo_lite.data.pairs import ALLOWED_BAD_ROWS, Drops, PairReader
 from orpo_lite.data.render_process import LimitedRenderer, Renderer
 from orpo_lite.data.sources.source import Source
@@ -286,20 +287,60 @@ def show_row(
     return shown | {"dropped": reason}
 
 
-def prompt_ids(data: DataSection, prompts: Sequence[str], load: LoadTokenizer) -> list[list[int]]:
-    """Return the tokens of prompts, as at the start of a pair; [] for a prompt that is too long."""
-    turns = [({"role": "user", "content": text},) for text in prompts]
-    pairs = [
-        Pair(turn, "Yes.", "No.", text, prompt_text=text)
-        for turn, text in zip(turns, prompts, strict=True)
-    ]
-    tokenizer = load()
-    with _renderer(set_chat_template(tokenizer, data)) as renderer:
-        found = [tokens for _, tokens in tokenize_pairs(pairs, renderer, tokenizer, data)]
-    return [
-        [] if isinstance(tokens, str) else list(tokens.chosen_ids[: tokens.chosen_start])
-        for tokens in found
-    ]
+class PromptTokenizer(AbstractContextManager["PromptTokenizer"]):
+    """Tokenizes conversations as the prompts of pairs: what a trained model goes on from.
+
+    Use it as a context manager: a template is rendered in a process of its own.
+
+    Args:
+        data: the settings. Conversations that exceed its limits of length are not tokenized.
+        tokenizer: it gets the chat template of the settings.
+    """
+
+    def __init__(self, data: DataSection, tokenizer: Any) -> None:
+        self.data, self.tokenizer = data, tokenizer
+        self.template = set_chat_template(tokenizer, data)
+        self.renderer = _renderer(self.template)
+
+    def __exit__(self, *error: Any) -> None:
+        self.renderer.__exit__(*error)
+
+    @cached_property
+    def end_id(self) -> int:
+        """The id of the token that ends an answer."""
+        return end_token_id(self.renderer, self.tokenizer)
+
+    def ids(self, conversations: Sequence[Sequence[Message]]) -> list[list[int] | str]:
+        """Return the tokens of each conversation, or the reason why it has none.
+
+        Each ends with a turn of the user. Special tokens are removed from earlier answers: a model
+        may have spelt one. Without a template the turns are joined by line ends.
+
+        Raises:
+            ModelError: the template exceeds its limits, or fails on a plain question.
+        """
+        pairs = [
+            Pair(
+                turns := tuple(map(self._without_special, conversation)),
+                "Yes.",
+                "No.",
+                f"prompt {number}",
+                prompt_text="\n".join(turn["content"] for turn in turns),
+            )
+            for number, conversation in enumerate(conversations, 1)
+        ]
+        found = tokenize_pairs(pairs, self.renderer, self.tokenizer, self.data)
+        return [
+            tokens
+            if isinstance(tokens, str)
+            else [*map(int, tokens.chosen_ids[: tokens.chosen_start])]
+            for _, tokens in found
+        ]
+
+    def _without_special(self, turn: Message) -> Message:
+        if turn["role"] != "assistant":
+            return turn
+        return {**turn, "content": self.template.special.sub("", turn["content"])}
 
 
 def _renderer(template: Template) -> Renderer:

@@ -327,7 +327,7 @@ def _score_all(
             scores[name] = yield from score_pairs(opened.model, pairs, recipe, f"{task} {name}")
             base, route = bases.get(name), opened.model.route
             if base and base not in base_scores:
-                with opened.without_adapter():
+                with opened.model.without_adapter():
                     stage = f"{task} its base"
                     base_scores[base] = yield from score_pairs(
                         opened.model, pairs, recipe, stage, route

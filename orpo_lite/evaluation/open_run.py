@@ -1,7 +1,6 @@
 """Open a finished run, a folder of a model, or a model of the hub, to score pairs or to answer."""
 
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,9 +8,12 @@ from typing import Any
 import torch
 
 from orpo_lite import demo
-from orpo_lite.base.find import Base, fetch_weights, find_base, load_tokenizer
+from orpo_lite.base.find import Base, fetch_weights, find_base, load_tokenizer, pad_id
+from orpo_lite.base.generation import read_generation_config, with_ends
 from orpo_lite.data.chat_template import set_chat_template
+from orpo_lite.data.dataset import PromptTokenizer
 from orpo_lite.errors import CheckpointError, FitError, ModelError, first_line
+from orpo_lite.model.generate import Answerer
 from orpo_lite.model.load import choose_dtype, load_base, load_pair_model
 from orpo_lite.model.pair_model import PairModel
 from orpo_lite.ops.devices import device_kind, dtype_name, is_out_of_memory
@@ -21,6 +23,7 @@ from orpo_lite.runs.folder import FOLDERS, find_finished_adapter, find_merged, f
 from orpo_lite.runs.lock import read_lock, with_pinned_base
 from orpo_lite.updates import Update
 
+NO_LIMIT = 1 << 30  # of tokens
 NO_DATA = "none"  # data.dataset_name of a model that no run tells the data of
 
 
@@ -58,21 +61,25 @@ class OpenRun(FoundModel):
     """A model that is loaded, with its tokenizer."""
 
     model: PairModel
+    """``model.without_adapter()`` switches the adapter off; it does nothing where there is none."""
     tokenizer: Any
     """It has the chat template of the run, or the one that a training would choose."""
 
-    @contextmanager
-    def without_adapter(self) -> Iterator[None]:
-        """Switch the adapter off inside the ``with`` block: the model is its base then.
+    def prompt_tokenizer(self) -> PromptTokenizer:
+        """Return what turns conversations into prompts, by this template and of any length."""
+        values: dict[str, Any] = dict.fromkeys(("max_length", "max_prompt_length"), NO_LIMIT)
+        if self.run and self.recipe.data.chat_template != "none":
+            values["chat_template"] = "auto"  # it is in the tokenizer; its file may be gone
+        return PromptTokenizer(self.recipe.data.model_copy(update=values), self.tokenizer)
 
-        A model without an adapter stays as it is.
-        """
-        if self.adapter is None:
-            yield
-            return
-        wrapped: Any = self.model.model
-        with wrapped.disable_adapter():
-            yield
+    def answerer(self, end_id: int) -> Answerer:
+        """Return what answers prompts; ``end_id`` is the token that ends an answer."""
+        generation, _ = read_generation_config(self.files)
+        return Answerer(self.model, with_ends(generation, end_id, pad_id(self.tokenizer)))
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Return the text of an answer's tokens, without special tokens."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
 
 def open_run(

@@ -1,23 +1,42 @@
-"""Answers to prompts before and after a training, for people to read."""
+"""Answers to a few prompts in the course of a training, for people to read."""
 
-import json
-from collections.abc import Generator, Sequence
-from dataclasses import asdict
-from functools import partial
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any, Literal
 
 from orpo_lite.base.find import load_tokenizer
-from orpo_lite.data.dataset import prompt_ids
-from orpo_lite.model.generate import NEUTRAL, Prompt, Sample, answers
+from orpo_lite.base.generation import read_generation_config
+from orpo_lite.data.dataset import PromptTokenizer
+from orpo_lite.model.generate import Answerer, Decoding
 from orpo_lite.model.pair_model import PairModel
 from orpo_lite.recipe.schema import Recipe
-from orpo_lite.runs.atomic import write_text
 from orpo_lite.runs.inputs import Inputs
-from orpo_lite.runs.interrupt import Interrupted
-from orpo_lite.runs.records import SAMPLES
+from orpo_lite.runs.records import SAMPLES, append_samples, read_samples
 from orpo_lite.updates import Update, attempt, failure
 
+NEUTRAL = (
+    "Name three things worth checking before a long bicycle ride.",
+    "Explain in two sentences why the sea is salty.",
+    "Write one polite sentence that moves a meeting from Monday to Tuesday.",
+    "What is 17 plus 25? Say how you got there.",
+    "Turn this into a question: The train leaves at nine.",
+)
+"""Prompts that belong to nobody's data, so that a model card can show the answers."""
+TEMPERATURE = 0.7
 UNANSWERED = "prompts are not answered"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt to be answered."""
+
+    source: Literal["neutral", "held-out"]
+    text: str
+    """The text for people; "" if only the tokens are known."""
+    ids: Sequence[int]
+    """The prompt's tokens, as in training."""
 
 
 def find_prompts(recipe: Recipe, inputs: Inputs) -> Generator[Update, None, list[Prompt]]:
@@ -26,16 +45,18 @@ def find_prompts(recipe: Recipe, inputs: Inputs) -> Generator[Update, None, list
     Errors are found before the training too: they are noted, and there are no prompts then.
     """
     neutral = NEUTRAL[: recipe.output.samples]
-    neutral_ids: list[list[int]] = []
+    found: list[list[int] | str] = []
     try:
         if neutral:
-            load = partial(load_tokenizer, inputs.base.path)
-            neutral_ids = prompt_ids(recipe.data, neutral, load)
+            with PromptTokenizer(recipe.data, load_tokenizer(inputs.base.path)) as tokenizer:
+                found = tokenizer.ids([[{"role": "user", "content": text}] for text in neutral])
     except Exception as error:  # samples are not worth a failed training
         yield failure(UNANSWERED, error)
         return []
     prompts = [
-        Prompt("neutral", text, ids) for text, ids in zip(neutral, neutral_ids, strict=True) if ids
+        Prompt("neutral", text, ids)
+        for text, ids in zip(neutral, found, strict=True)
+        if not isinstance(ids, str)
     ]
     held_out = dict.fromkeys(
         tuple(map(int, pair.chosen_ids[: pair.chosen_start])) for pair in inputs.test
@@ -43,32 +64,104 @@ def find_prompts(recipe: Recipe, inputs: Inputs) -> Generator[Update, None, list
     return prompts + [Prompt("held-out", "", ids) for ids in [*held_out][: recipe.output.samples]]
 
 
-def answer_prompts(
-    recipe: Recipe, prompts: Sequence[Prompt], model: PairModel, path: Path, stop: Sequence[int]
-) -> Generator[Update, None, tuple[Sample, ...]]:
-    """Answer the prompts before and after the training, and write the answers to the run.
+class SampleWriter:
+    """Answers prompts at several steps of a training, and appends the answers to samples.jsonl.
 
-    An error is noted and loses only answers. An interrupt is raised as :class:`Interrupted`.
+    The training is not changed by a single bit: :class:`Answerer` leaves weights, modes and
+    generators as they are. Answers depend on the seed, the prompt and the weights, so a step that
+    is answered already is not answered again.
+
+    Args:
+        recipe: the recipe of the run.
+        prompts: from :func:`find_prompts`.
+        model: the model that is trained.
+        path: the run folder, with tokenizer and generation config in ``adapter/``.
+        stop: signals received: with one, no further prompt is answered.
     """
-    settings, samples = recipe.output, list[Sample]()
-    try:
-        found = answers(
-            model,
-            prompts,
-            path / "adapter",
-            max_new_tokens=settings.max_new_tokens,
-            seed=recipe.training.seed,
-        )
-        for sample in found:
-            samples.append(sample)
-            yield Update("stage", "answering prompts", len(samples), len(prompts))
-            if stop:
-                raise Interrupted(stop[0], path)
-    except Interrupted:
-        raise
-    except Exception as error:
-        yield failure(UNANSWERED, error)
-    lines = (json.dumps(asdict(sample), ensure_ascii=False) for sample in samples)
-    text = "".join(f"{line}\n" for line in lines)
-    yield from attempt(f"{path / SAMPLES} is not written", write_text, path / SAMPLES, text)
-    return tuple(samples)
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        prompts: Sequence[Prompt],
+        model: PairModel,
+        path: Path,
+        stop: Sequence[int],
+    ) -> None:
+        self.recipe, self.prompts, self.model, self.path = recipe, prompts, model, path
+        self.stop, self.is_failing = stop, False
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return load_tokenizer(self.path / "adapter")
+
+    @cached_property
+    def _answerer(self) -> Answerer:
+        generation, _ = read_generation_config(self.path / "adapter")
+        # A pass of the training has so many tokens, so a batch of them has room.
+        return Answerer(self.model, generation, tokens=self.recipe.micro_batch_tokens)
+
+    def follow(self, updates: Iterable[Update]) -> Generator[Update, None, None]:
+        """Yield the updates of a training, and answer the prompts after each evaluation."""
+        for update in updates:
+            yield update
+            if update.kind == "eval" and not self.is_failing:
+                yield from self.answer(update.step)
+
+    def answer(self, step: int) -> Generator[Update, None, bool]:
+        """Write the answers of ``step`` that the file lacks; return whether it has all of them.
+
+        Those of step 0 are the base's: the adapter is switched off. An error is noted and loses
+        only answers.
+        """
+        rows = []
+        if not self.prompts:
+            return True
+        try:
+            missing = self._missing(step)
+            if missing and self._answerer.note:
+                yield Update("note", self._answerer.note)
+            decoding = Decoding(
+                self.recipe.output.max_new_tokens, TEMPERATURE, self.recipe.training.seed
+            )
+            prompts = [prompt.ids for prompt, _ in missing]
+            answers: dict[int, str] = {}
+            batches = self._answerer.answer(prompts, decoding, adapter=step > 0) if missing else ()
+            for batch in batches:
+                for index, ids in batch.items():
+                    answers[index] = self._text(ids)
+                yield Update("stage", "answering prompts", len(answers), len(missing))
+                if self.stop:
+                    return False
+            rows = [
+                {
+                    "step": step,
+                    "source": missing[index][0].source,
+                    "prompt": missing[index][1],
+                    "answer": answer,
+                    "temperature": TEMPERATURE,
+                }
+                for index, answer in sorted(answers.items())
+            ]
+        except Exception as error:
+            self.is_failing = True
+            yield failure(UNANSWERED, error)
+        if rows:
+            notes = [
+                *attempt(f"{self.path / SAMPLES} is not written", append_samples, self.path, rows)
+            ]
+            self.is_failing = bool(notes)
+            yield from notes
+        return True
+
+    def _missing(self, step: int) -> list[tuple[Prompt, str]]:
+        """Return the prompts without an answer of ``step``, with their texts."""
+        known = {
+            (sample.source, sample.prompt)
+            for sample in read_samples(self.path)
+            if step in sample.by_step
+        }
+        shown = [(prompt, prompt.text or self._text(prompt.ids)) for prompt in self.prompts]
+        return [(prompt, text) for prompt, text in shown if (prompt.source, text) not in known]
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True)).strip()

@@ -164,15 +164,14 @@ def _compare(
         found, route = yield from _score(model, pairs, recipe, "the base with the adapter")
         scores["base + adapter"] = found
     expected = [*scores.values()][-1]
-    adapter: Any = model.model
-    with adapter.disable_adapter():
+    with model.without_adapter():
         plain, _ = yield from _score(model, pairs, recipe, "the base", route)
     rounding = 0.0
     if dtype in ("float16", "bfloat16"):
         with rounded_input(model):
             rounded, _ = yield from _score(model, pairs, recipe, "the base, rounded", route)
         rounding = ROUNDINGS * float((rounded - expected).abs().max())
-    del model, adapter
+    del model
     yield Update("stage", "loading the merged model")
     merged_base = Base(str(merged), merged, None, "", read_config(merged, str(merged)))
     model = PairModel(load_base(recipe.override(in_16bit), merged_base, device), recipe.memory)

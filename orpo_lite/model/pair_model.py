@@ -224,6 +224,19 @@ class PairModel(nn.Module):
             self.train(was_training)
 
     @contextmanager
+    def without_adapter(self) -> Iterator[None]:
+        """Switch the adapter off inside the ``with`` block: the model is its base then.
+
+        A model without an adapter stays as it is.
+        """
+        wrapped: Any = self.model
+        if not hasattr(wrapped, "disable_adapter"):
+            yield
+            return
+        with wrapped.disable_adapter():
+            yield
+
+    @contextmanager
     def without_dropout(self) -> Iterator[None]:
         """Switch off only the adapter's dropout inside the ``with`` block; gradients flow."""
         noisy = [

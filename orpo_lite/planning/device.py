@@ -45,14 +45,14 @@ class UnusableGpu:
         return "update the driver"
 
 
-def describe_device(device: torch.device) -> str:
-    """Return a sentence on the device of a training, and why an existing GPU is not used."""
+def describe_device(device: torch.device, doing: str = "training") -> str:
+    """Return a sentence on the device of a task, and why an existing GPU is not used."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         memory, version = properties.total_memory / GIB, f"{properties.major}.{properties.minor}"
         details = f"{device}, {memory:.1f} GiB, compute capability {version}"
-        return f"training on {properties.name} ({details})"
-    sentence = f"training on the CPU ({torch.get_num_threads()} threads)"
+        return f"{doing} on {properties.name} ({details})"
+    sentence = f"{doing} on the CPU ({torch.get_num_threads()} threads)"
     gpu = find_unusable_gpu()
     return f"{sentence}: {gpu}; {gpu.remedy}" if gpu else sentence
 

@@ -15,10 +15,12 @@ from orpo_lite.recipe.schema import KEYS, Recipe
 from orpo_lite.recipe.text import to_text
 from orpo_lite.runs.changes import Change, read_changes, trained_recipe, values_at_start
 from orpo_lite.runs.commands import Weights
-from orpo_lite.runs.folder import FOLDERS, RESULT, find_merged
+from orpo_lite.runs.folder import FOLDERS, find_merged
 from orpo_lite.runs.lock import read_lock
 from orpo_lite.runs.records import (
     FIGURE,
+    RESULT,
+    Sample,
     ValueTypes,
     read_json,
     read_metrics,
@@ -84,7 +86,7 @@ class Facts:
     """The results of `merge --verify`, by the weights that the adapter was merged onto."""
     adapter: Mapping[str, Any]
     """Its peft configuration."""
-    samples: Sequence[Mapping[str, str]]
+    samples: Sequence[Sample]
     """Prompts and their answers."""
     objective: Mapping[str, Any]
     """The loss, from :meth:`orpo_lite.objectives.objective.Objective.to_json`."""

@@ -276,21 +276,23 @@ def _verification(facts: Facts) -> str:
 
 def _samples(facts: Facts) -> str:
     source = "held-out" if facts.options.samples else "neutral"
-    rows = [row for row in facts.samples if row.get("source", "held-out") == source]
+    samples = [sample for sample in facts.samples if sample.source == source]
     if facts.options.samples:
-        rows = rows[: facts.options.samples]
-    if not rows:
+        samples = samples[: facts.options.samples]
+    if not samples:
         return ""
     prompts = "Held-out prompts" if facts.options.samples else "Neutral prompts, not from the data"
     base = "the base in 4 bit" if facts.recipe.quantization.load_in_4bit else "the base"
     parts = [
         "## Samples",
         f"{prompts}, answered by {base} without and with the adapter; sampled at temperature "
-        f"{rows[0].get('temperature', 0.7)}, at most {facts.recipe.output.max_new_tokens} tokens, "
+        f"{samples[0].temperature or 0.7}, at most {facts.recipe.output.max_new_tokens} tokens, "
         "not selected by hand.",
     ]
-    for row in rows:
-        parts += [f"{title}:\n\n{_quoted(row[key])}" for title, key in SAMPLED.items()]
+    for sample in samples:
+        parts += [
+            f"{title}:\n\n{_quoted(getattr(sample, name))}" for title, name in SAMPLED.items()
+        ]
     return "\n\n".join(parts)
 
 

@@ -311,7 +311,7 @@ def _card(path: Path, options: CardOptions) -> str:
 
 def _refuse_samples(path: Path, count: int) -> None:
     """Raise :class:`CheckpointError` if held-out samples are requested and there are none."""
-    if count and not any(row.get("source", "held-out") == "held-out" for row in read_samples(path)):
+    if count and not any(sample.source == "held-out" for sample in read_samples(path)):
         raise CheckpointError(
             where=f"run {path}",
             found=f"has no answers to held-out prompts in {SAMPLES}",

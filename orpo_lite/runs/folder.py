@@ -64,7 +64,6 @@ def locked(path: Path) -> Iterator[list[str]]:
 
 KEPT_CHECKPOINTS = 2  # the newest; the best one is kept as well
 FOLDERS: dict[Weights, str] = {"original": "merged", "dequantized": "merged-dequantized"}
-RESULT = "result.json"
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 

@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any
@@ -16,6 +17,7 @@ FIGURE = int | float
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
 SCORES = "pair_scores.jsonl"
+RESULT = "result.json"
 
 
 def read_json(file: Path, needed: ValueTypes | None = None) -> dict[str, Any]:
@@ -106,17 +108,61 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return _read_rows(path / METRICS, {"step": int}, FIGURE | None)
 
 
-def read_samples(path: Path) -> list[dict[str, Any]]:
-    """Return all rows of samples.jsonl, [] if there is none.
+@dataclass(frozen=True)
+class Sample:
+    """A prompt and its answers in the course of a training; texts without special tokens."""
+
+    source: str
+    """neutral, or held-out."""
+    prompt: str
+    before: str
+    """The answer of the base, as the training loaded it."""
+    after: str
+    """The answer of the adapter that was kept; of the newest one while there is no result."""
+    temperature: float | None
+    """Sampling temperature; None if the run did not record it."""
+    by_step: Mapping[int, str]
+    """Step -> answer, in the order of the steps. {} in runs of older versions."""
+
+
+def append_samples(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Append lines to samples.jsonl, all at once."""
+    file = path / SAMPLES
+    with explain_write_errors(file, file), file.open("a", encoding="utf-8") as stream:
+        stream.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_samples(path: Path) -> list[Sample]:
+    """Return the prompts of samples.jsonl with their answers; [] if there are none.
 
     Raises:
         CheckpointError: a line is damaged.
     """
-    return _read_rows(
-        path / SAMPLES,
-        {"prompt": str, "before": str, "after": str, "temperature": FIGURE | None},
-        object,
-    )
+    rows = _read_rows(path / SAMPLES, {"prompt": str, "temperature": FIGURE | None}, object)
+    known = read_json(path / RESULT) if (path / RESULT).is_file() else {}
+    answers: dict[tuple[str, str], dict[int, str]] = {}
+    temperatures: dict[tuple[str, str], float | None] = {}
+    samples = []
+    for number, row in enumerate(rows, 1):
+        source, prompt = row.get("source", "held-out"), row["prompt"]
+        is_old = "before" in row
+        needed: ValueTypes = (
+            {"before": str, "after": str} if is_old else {"step": int, "answer": str}
+        )
+        refuse_lacking(row, needed, f"{path / SAMPLES}:{number}")
+        if is_old:
+            before, after = row["before"], row["after"]
+            samples.append(Sample(source, prompt, before, after, row.get("temperature"), {}))
+            continue
+        answers.setdefault((source, prompt), {})[row["step"]] = row["answer"]
+        temperatures[source, prompt] = row.get("temperature")
+    for key, unsorted in answers.items():
+        by_step = dict(sorted(unsorted.items()))
+        last = [*by_step.values()][-1]
+        after = by_step.get(known.get("kept_step", -1), last)
+        before = by_step.get(0, "")
+        samples.append(Sample(*key, before, after, temperatures[key], by_step))
+    return samples
 
 
 def _read_rows(file: Path, needed: ValueTypes, others: type | UnionType) -> list[dict[str, Any]]:
@@ -166,21 +212,29 @@ def read_scores(path: Path) -> list[dict[str, Any]]:
 
 
 def cut_records(path: Path, step: int, evaluated: int | None) -> None:
-    """Remove the rows of metrics.jsonl and pair_scores.jsonl that a resumed run writes again.
+    """Remove the rows of metrics, scores and samples that a resumed run writes again.
 
-    These are steps after ``step`` and evaluations after ``evaluated`` (None: all evaluations).
+    These are steps and answers after ``step`` and evaluations after ``evaluated`` (None: all
+    evaluations).
     """
     last_evaluation = -1 if evaluated is None else evaluated
-    for name, mark in ((METRICS, "eval_loss"), (SCORES, "nll_tokens")):
-        file = path / name
-        if not file.is_file():
-            continue
-        kept = []
-        for line in _lines(file):
-            try:
-                row = json.loads(line)
-            except ValueError:  # cut off when the process was killed
-                break
-            if row["step"] <= (last_evaluation if mark in row else step):
-                kept.append(line)
-        write_text(file, "".join(f"{line}\n" for line in kept))
+
+    def is_kept(row: Mapping[str, Any]) -> bool:
+        is_evaluation = "eval_loss" in row or "nll_tokens" in row
+        return bool(row.get("step", 0) <= (last_evaluation if is_evaluation else step))
+
+    for name in (METRICS, SCORES, SAMPLES):
+        if (path / name).is_file():
+            _cut(path / name, is_kept)
+
+
+def _cut(file: Path, is_kept: Callable[[Mapping[str, Any]], bool]) -> None:
+    kept = []
+    for line in _lines(file):
+        try:
+            row = json.loads(line)
+        except ValueError:  # cut off when the process was killed
+            break
+        if is_kept(row):
+            kept.append(line)
+    write_text(file, "".join(f"{line}\n" for line in kept))

@@ -10,10 +10,9 @@ from safetensors.torch import save_file
 
 from orpo_lite.errors import CheckpointError
 from orpo_lite.model.adapter import adapter_tensors
-from orpo_lite.model.generate import Sample
 from orpo_lite.model.pair_model import PairModel
 from orpo_lite.runs.atomic import new_files, to_json, write_text
-from orpo_lite.runs.folder import RESULT
+from orpo_lite.runs.records import RESULT, Sample
 from orpo_lite.training import checkpoint
 from orpo_lite.training.checkpoint import ADAPTER
 from orpo_lite.training.session import Session
@@ -38,7 +37,7 @@ class TrainResult:
     kept_step: int
     """The step whose adapter was kept."""
     samples: tuple[Sample, ...]
-    """Prompts with the answers of the base and of the adapter (``output.samples``)."""
+    """Prompts with the answers at each evaluation (``output.samples``)."""
     verdict: Mapping[str, Any] | None = None
     """The content of verdict.json: did it get better? None without held-out pairs."""
 

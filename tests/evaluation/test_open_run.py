@@ -38,7 +38,7 @@ def test_a_run_and_its_merged_folder_are_base_and_adapter(trained: Trained) -> N
     base_4bit.train()  # in evaluation mode some CPUs use a kernel that rounds to bfloat16
     tuned = opened(run)
     assert (tuned.base.path, tuned.recipe.data.test_split_size) == (Path("base").resolve(), 0.2)
-    with tuned.without_adapter():
+    with tuned.model.without_adapter():
         without = logits(tuned)
     assert torch.allclose(without, base_4bit(IDS).logits, atol=1e-4)
     with_adapter = PeftModel.from_pretrained(base_4bit, run / "adapter").train()(IDS).logits
@@ -53,7 +53,7 @@ def test_a_run_and_its_merged_folder_are_base_and_adapter(trained: Trained) -> N
     assert merged.tokenizer.chat_template == tuned.tokenizer.chat_template
     plain = opened("base")
     assert torch.equal(logits(plain), expected_base)
-    with plain.without_adapter():
+    with plain.model.without_adapter():
         assert torch.equal(logits(plain), expected_base)
     assert (plain.run, plain.recipe.data.dataset_name) == (None, NO_DATA)
     assert "<|assistant|>" in plain.tokenizer.chat_template

@@ -9,19 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import byte_tokenizer, tiny_llama, tiny_opt, write_base
+from conftest import byte_tokenizer, first_and_long, tiny_llama, tiny_opt, write_base
 from peft import PeftModel
 from test_loop import train_all
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from orpo_lite.api import train_events
 from orpo_lite.errors import CheckpointError
-from orpo_lite.model import generate
-from orpo_lite.model.generate import NEUTRAL, TEMPERATURE
+from orpo_lite.evaluation.samples import NEUTRAL, TEMPERATURE
+from orpo_lite.model.generate import Answerer, prompt_seed
 from orpo_lite.recipe.schema import Recipe
-from orpo_lite.runs.folder import RESULT
 from orpo_lite.runs.interrupt import Interrupted
-from orpo_lite.runs.records import SAMPLES, read_json, read_samples
+from orpo_lite.runs.records import RESULT, SAMPLES, read_json, read_samples
 
 Build = Callable[..., Recipe]
 FULL = ("quantization.load_in_4bit=false", "model.dtype=float32", "training.learning_rate=1e-2")
@@ -38,7 +37,7 @@ def answered(model: Any, folder: Path, ids: list[int], seed: int) -> str:
         GenerationConfig.from_pretrained(folder),
     )
     config.update(do_sample=True, temperature=TEMPERATURE, max_new_tokens=8)
-    torch.manual_seed(seed)
+    torch.manual_seed(prompt_seed(seed, ids))
     out = model.generate(
         torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), generation_config=config
     )
@@ -64,21 +63,41 @@ def test_the_answers_are_those_of_base_and_adapter(
         tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
         for turn in turns
     ]
-    before = [answered(base, folder, prompt, 5 + number) for number, prompt in enumerate(ids)]
+    before = [answered(base, folder, prompt, 5) for prompt in ids]
     adapted = PeftModel.from_pretrained(base, folder).eval()
-    after = [answered(adapted, folder, prompt, 5 + number) for number, prompt in enumerate(ids)]
+    after = [answered(adapted, folder, prompt, 5) for prompt in ids]
     assert [sample.before for sample in neutral] == before
     assert [sample.after for sample in neutral] == after
     assert before != after
     assert all("Item" in sample.prompt for sample in result.samples[2:])
     written = [json.loads(line) for line in (result.run / SAMPLES).read_text().splitlines()]
-    assert [row["prompt"] for row in written] == [sample.prompt for sample in result.samples]
+    assert [(row["step"], row["prompt"]) for row in written] == [
+        (step, sample.prompt) for step in (0, 2, 4) for sample in result.samples
+    ]
+    assert [sample.by_step[4] for sample in neutral] == after
+
+
+def test_a_training_with_samples_is_the_one_without_them(small_recipe: Build) -> None:
+    """Dropout draws from torch's generators at each step; answers between the steps must not."""
+    adapters = []
+    for count in (0, 2):
+        _, result = train_all(
+            small_recipe(
+                "lora.lora_dropout=0.2",
+                f"output.samples={count}",
+                "training.eval_steps=1",
+                f"training.output_dir=run-{count}",
+            )
+        )
+        adapters.append((result.run / "adapter" / "adapter_model.safetensors").read_bytes())
+    assert len(result.samples[0].by_step) == 5
+    assert adapters[0] == adapters[1]
 
 
 def test_none_and_many(small_recipe: Build) -> None:
     _, result = train_all(small_recipe("output.samples=0", "training.max_steps=1"))
     assert result.samples == ()
-    assert (result.run / SAMPLES).read_text() == ""
+    assert not (result.run / SAMPLES).exists()
     assert "## Samples" not in (result.run / "README.md").read_text()
     keys = (
         "output.samples=20",
@@ -105,9 +124,7 @@ def test_a_text_may_hold_any_line_separator(small_recipe: Build) -> None:
     Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     _, result = train_all(recipe)
     assert "\u2028" in result.samples[-1].prompt
-    assert [row["prompt"] for row in read_samples(result.run)] == [
-        sample.prompt for sample in result.samples
-    ]
+    assert tuple(read_samples(result.run)) == result.samples
     (result.run / SAMPLES).write_text('{"prompt"\n')
     with pytest.raises(CheckpointError, match=r"samples\.jsonl:1: cannot be read"):
         read_samples(result.run)
@@ -145,25 +162,32 @@ def test_a_fault_while_answering_costs_the_answers_only(
     def fail(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried")
 
-    monkeypatch.setattr(generate, "load_tokenizer", fail)
+    monkeypatch.setattr(Answerer, "answer", fail)
     updates, result = train_all(small_recipe("training.max_steps=1"))
     assert any("prompts are not answered: CUDA out of memory" in update.text for update in updates)
     assert {"adapter", "README.md", RESULT} <= {path.name for path in result.run.iterdir()}
 
 
-def test_stopped_while_answering_the_result_is_there_and_goes_on(small_recipe: Build) -> None:
-    recipe = small_recipe("output.samples=3")
+@pytest.mark.parametrize("stop_at", first_and_long([2, 0, 4]))
+def test_stopped_while_answering_it_goes_on_and_each_answer_is_there_once(
+    small_recipe: Build, stop_at: int
+) -> None:
+    recipe, step = small_recipe("output.samples=2"), 0
     with pytest.raises(Interrupted) as stopped:
         for update in train_events(recipe):
-            if update.text == "answering prompts":
+            step = update.step if update.kind in ("step", "eval") else step
+            if update.text == "answering prompts" and step == stop_at:
                 os.kill(os.getpid(), signal.SIGINT)
     assert stopped.value.exit_code == 130
-    assert (Path("run") / "adapter" / "adapter_model.safetensors").is_file()
-    before = (Path("run") / "adapter" / "adapter_model.safetensors").read_bytes()
+    with (Path("run") / SAMPLES).open("a") as stream:  # as if killed while it wrote
+        stream.write('{"step": 3, "source": "neutral", "prompt": "a", "answer": "b"}\n{"step": 3, ')
     updates, result = train_all(recipe, resume=True)
-    assert len(result.samples) == 6
-    assert not [update for update in updates if update.kind == "step"]
-    assert (result.run / "adapter" / "adapter_model.safetensors").read_bytes() == before
+    assert [update.step for update in updates if update.kind == "step"] == [*range(stop_at + 1, 5)]
+    _, whole = train_all(recipe.override({"training.output_dir": "whole"}))
+    rows = [(run / SAMPLES).read_text().splitlines() for run in (result.run, whole.run)]
+    assert sorted(rows[0]) == sorted(rows[1])
+    assert len(rows[0]) == 12
+    assert result.samples == whole.samples
 
 
 def test_the_same_under_full_determinism(small_recipe: Build) -> None:

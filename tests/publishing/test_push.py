@@ -27,8 +27,8 @@ from safetensors import safe_open
 from orpo_lite.api import train
 from orpo_lite.base.find import find_base
 from orpo_lite.errors import CheckpointError, HubError, ModelError, OrpoLiteError, RecipeError
+from orpo_lite.evaluation.samples import NEUTRAL
 from orpo_lite.merging.merge import merge
-from orpo_lite.model.generate import NEUTRAL
 from orpo_lite.publishing import licences, upload
 from orpo_lite.publishing import retry as publishing_retry
 from orpo_lite.publishing.push import PushResult, push, push_command, push_events

@@ -1,0 +1,411 @@
+"""Answer a file of prompts, in the format that a grader reads. A stopped command goes on later."""
+
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orpo_lite.data.pair import Message
+from orpo_lite.data.sources.files import read_file
+from orpo_lite.data.sources.lines import File
+from orpo_lite.errors import DataError, RecipeError, raise_all
+from orpo_lite.evaluation.open_run import FoundModel, find_model, load_model
+from orpo_lite.model.generate import Answerer, Decoding
+from orpo_lite.runs.atomic import explain_write_errors, sha256, write_text
+from orpo_lite.runs.folder import adapter_sha256
+from orpo_lite.updates import Update
+
+SEED = 42
+# FastChat, fastchat/llm_judge/common.py, temperature_config; other categories are greedy.
+MT_BENCH_TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
+
+
+@dataclass(frozen=True)
+class Question:
+    """A row of the prompts: what comes before the first turn, and the user's turns."""
+
+    row: Mapping[str, Any]
+    before: tuple[Message, ...]
+    turns: tuple[str, ...]
+    """The second one sees the answer to the first."""
+
+
+@dataclass(frozen=True)
+class GraderFormat:
+    """How a grader's prompts are read, answered and written."""
+
+    read: Callable[[Mapping[str, Any]], Question | None]
+    """Returns None for a row of another form."""
+    expected: str
+    suffix: str
+    max_new_tokens: int
+    temperature: Callable[[Question], float]
+
+
+def _text_at(key: str) -> Callable[[Mapping[str, Any]], Question | None]:
+    def read(row: Mapping[str, Any]) -> Question | None:
+        text = row.get(key)
+        return Question(row, (), (text,)) if isinstance(text, str) else None
+
+    return read
+
+
+def _read_turns(row: Mapping[str, Any]) -> Question | None:
+    turns = row.get("turns")
+    is_right = isinstance(turns, list) and turns and all(isinstance(turn, str) for turn in turns)
+    return Question(row, (), tuple(turns)) if is_right and "question_id" in row and turns else None
+
+
+def _read_prompt(row: Mapping[str, Any]) -> Question | None:
+    prompt = row.get("prompt")
+    if not isinstance(prompt, list):
+        return _text_at("prompt")(row)
+    is_right = all(
+        isinstance(turn, dict)
+        and turn.get("role") in ("system", "user", "assistant")
+        and isinstance(turn.get("content"), str)
+        for turn in prompt
+    )
+    if not prompt or not is_right or prompt[-1]["role"] != "user":
+        return None
+    turns = [{"role": turn["role"], "content": turn["content"]} for turn in prompt]
+    return Question(row, tuple(turns[:-1]), (turns[-1]["content"],))
+
+
+FORMATS = {
+    "alpaca_eval": GraderFormat(
+        _text_at("instruction"), '"instruction": a text', ".json", 2048, lambda _: 0.7
+    ),
+    "mt_bench": GraderFormat(
+        _read_turns,
+        '"question_id", and "turns": a list of texts',
+        ".jsonl",
+        1024,
+        lambda question: MT_BENCH_TEMPERATURES.get(str(question.row.get("category")), 0.0),
+    ),
+    "ifeval": GraderFormat(_text_at("prompt"), '"prompt": a text', ".jsonl", 1280, lambda _: 0.0),
+    "jsonl": GraderFormat(
+        _read_prompt,
+        '"prompt": a text, or messages that end with one of the user',
+        ".jsonl",
+        512,
+        lambda _: 0.0,
+    ),
+}
+"""AlpacaEval, MT-Bench of FastChat, IFEval, and plain prompts; limits and temperatures as their
+authors use them (AlpacaEval leaves both to the model's author)."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Prompts to be answered by a model, checked; no weights are loaded."""
+
+    found: FoundModel
+    grader: str
+    questions: Sequence[Question]
+    to: Path
+    adapter: bool
+    max_new_tokens: int
+    temperature: float | None
+    """None: the one of the format."""
+    key: Mapping[str, Any]
+    """What the answers depend on: those of a stopped command are kept if it is the same."""
+
+    @property
+    def model_name(self) -> str:
+        """The name of the model in the answers."""
+        path = Path(self.found.name)
+        name = path.resolve().name if path.is_dir() else self.found.name
+        return name if self.adapter or not self.found.adapter else f"{name}-base"
+
+    @property
+    def progress(self) -> Path:
+        """The file of the answers so far; it is removed at the end."""
+        return self.to.with_name(f".{self.to.name}.progress")
+
+    def temperature_of(self, question: Question) -> float:
+        """Return the temperature of the answers to a question."""
+        if self.temperature is not None:
+            return self.temperature
+        return FORMATS[self.grader].temperature(question)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The result of answering a file of prompts."""
+
+    file: Path
+    prompts: int
+    tokens: int
+    """Of the answers that were made now, not by a command that was stopped."""
+    seconds: float
+    """Of the answering alone."""
+
+
+def prepare_answers(
+    name: str | Path,
+    prompts: str | Path,
+    *,
+    grader: str = "jsonl",
+    to: str | Path | None = None,
+    adapter: bool = True,
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
+    base_path: str | Path | None = None,
+) -> Task:
+    """Read the prompts and find the model, before any weights are loaded.
+
+    Args:
+        name: as for :func:`orpo_lite.evaluation.open_run.find_model`.
+        prompts: a file of rows: the grader's own, or with ``prompt`` for ``grader="jsonl"``.
+        grader: a key of :data:`FORMATS`.
+        to: the file to write; None: in ``RUN/answers``.
+        adapter: False lets the base of a run answer.
+        max_new_tokens: most tokens of an answer; None: as the format has it.
+        temperature: 0 is greedy; None: as the format has it.
+        base_path: where the base of the run is now, if it is a folder that was moved.
+
+    Raises:
+        RecipeError: an unknown format, a value out of range, or ``to`` is needed or exists.
+        DataError: the prompts cannot be read, or have another form.
+        OrpoLiteError: as :func:`orpo_lite.evaluation.open_run.find_model`.
+    """
+    if grader not in FORMATS:
+        raise RecipeError(
+            where="--for",
+            found=f"{grader!r}",
+            expected=f"one of {', '.join(FORMATS)}",
+            fix="--for jsonl",
+        )
+    check_decoding(max_new_tokens, temperature)
+    kind, path = FORMATS[grader], Path(prompts).expanduser()
+    questions = read_questions(path, grader)
+    found = find_model(name, base_path=base_path, verb="generate")
+    if to is None and found.run is None:
+        raise RecipeError(
+            where="--to",
+            found=f"not given, and {found.name} is not a run",
+            expected="the file to write",
+            fix=f"--to answers{kind.suffix}",
+        )
+    base = "" if adapter or not found.adapter else "-base"
+    target = (
+        Path(to).expanduser()
+        if to is not None
+        else (found.run or Path()) / "answers" / f"{grader}{base}{kind.suffix}"
+    )
+    weights = adapter_sha256(found.adapter) if found.adapter else found.base.fingerprint
+    limit = max_new_tokens or kind.max_new_tokens
+    key = {
+        "grader": grader,
+        "prompts": sha256(path),
+        "model": found.name,
+        "weights": weights,
+        "adapter": adapter,
+        "max_new_tokens": limit,
+        "temperature": temperature,
+    }
+    task = Task(found, grader, questions, target, adapter, limit, temperature, key)
+    if target.exists() and not task.progress.exists():
+        raise RecipeError(
+            where=f"--to {target}",
+            found="exists",
+            expected="a new file",
+            fix=f"--to {target.with_name(f'{target.stem}-2{target.suffix}')}, or remove it",
+        )
+    return task
+
+
+def check_decoding(max_new_tokens: int | None, temperature: float | None) -> None:
+    """Raise :class:`RecipeError` for a length or a temperature out of range."""
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise RecipeError(
+            where="--max-new-tokens", found=f"{max_new_tokens}", expected="1 or more", fix="512"
+        )
+    if temperature is not None and not 0 <= temperature < float("inf"):
+        raise RecipeError(
+            where="--temperature",
+            found=f"{temperature}",
+            expected="0, which is greedy, or more",
+            fix="--temperature 0.7",
+        )
+
+
+def read_questions(path: Path, grader: str) -> list[Question]:
+    """Return the questions of a file. Raises :class:`DataError` with every wrong row."""
+    if not path.is_file():
+        raise DataError(where=f"--prompts {path}", found="no such file", expected="a file of rows")
+    faults: list[DataError] = []
+    questions = []
+    for where, row in read_file(File(path, path.name), faults):
+        question = FORMATS[grader].read(row)
+        if question is None:
+            keys = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
+            faults.append(
+                DataError(
+                    where=where,
+                    found=f"a row with {keys}"[:200],
+                    expected=FORMATS[grader].expected,
+                    fix=f"--for {_likely(row)}" if _likely(row) else "",
+                )
+            )
+        else:
+            questions.append(question)
+    raise_all(faults)
+    if not questions:
+        raise DataError(where=f"--prompts {path}", found="no row", expected="at least one prompt")
+    return questions
+
+
+def _likely(row: Mapping[str, Any]) -> str:
+    return next((name for name, kind in FORMATS.items() if kind.read(row)), "")
+
+
+def write_answers(task: Task) -> Generator[Update, None, Answers]:
+    """Answer the prompts of a task and write the file, atomically at the end.
+
+    The answers so far are in a hidden file next to it: a command that is stopped at any point and
+    repeated goes on, and gives the same file. A sampled answer depends on :data:`SEED` and on its
+    prompt. A prompt that the template cannot render, or that is too long for the model, has an
+    empty answer, because a grader expects one of each; a note says so.
+    """
+    progress = _Progress(task)
+    total = sum(len(question.turns) for question in task.questions)
+    tokens, began = 0, time.monotonic()
+    if len(progress.texts) < total:
+        yield Update("stage", f"loading {task.found.name}")
+        opened = load_model(task.found)
+        with opened.prompt_tokenizer() as tokenizer:
+            answerer = opened.answerer(tokenizer.end_id)
+            if answerer.note:
+                yield Update("note", answerer.note)
+            began = time.monotonic()
+            for turn, temperature, rows in _groups(task):
+                found = tokenizer.ids([progress.conversation(row, turn) for row in rows])
+                prompts, reasons = _with_room(found, answerer)
+                for reason, count in reasons.items():
+                    yield Update("note", f"{count} answers are empty: {reason}")
+                decoding = Decoding(task.max_new_tokens, temperature, SEED)
+                done = [index for index, row in enumerate(rows) if (row, turn) in progress.texts]
+                empty = [row for row, ids in zip(rows, prompts, strict=True) if not ids]
+                progress.add(turn, dict.fromkeys(empty, ""))
+                for batch in answerer.answer(prompts, decoding, adapter=task.adapter, done=done):
+                    tokens += sum(map(len, batch.values()))
+                    texts = {rows[index]: opened.text(ids) for index, ids in batch.items()}
+                    progress.add(turn, texts)
+                    yield Update("stage", "answering", len(progress.texts), total)
+    seconds = time.monotonic() - began
+    task.to.parent.mkdir(parents=True, exist_ok=True)
+    write_text(task.to, _formatted(task, progress))
+    task.progress.unlink(missing_ok=True)
+    return Answers(task.to, len(task.questions), tokens, seconds)
+
+
+def _groups(task: Task) -> Iterator[tuple[int, float, list[int]]]:
+    """Yield (turn, temperature, rows): what can be answered in one go, always in this order."""
+    for turn in range(max(len(question.turns) for question in task.questions)):
+        by_temperature: dict[float, list[int]] = {}
+        for row, question in enumerate(task.questions):
+            if turn < len(question.turns):
+                by_temperature.setdefault(task.temperature_of(question), []).append(row)
+        for temperature, rows in sorted(by_temperature.items()):
+            yield turn, temperature, rows
+
+
+def _with_room(
+    found: Sequence[list[int] | str], answerer: Answerer
+) -> tuple[list[list[int]], Counter[str]]:
+    """Return the prompts, [] for those that cannot be answered, and how many of them for what."""
+    reasons = Counter(item for item in found if isinstance(item, str))
+    prompts = [[] if isinstance(item, str) else item for item in found]
+    for index, ids in enumerate(prompts):
+        if ids and answerer.room(ids) < 1:
+            reasons[f"the prompt is longer than the model's {answerer.positions:,} positions"] += 1
+            prompts[index] = []
+    return prompts, reasons
+
+
+class _Progress:
+    """The answers so far, in memory and in the task's hidden file."""
+
+    def __init__(self, task: Task) -> None:
+        self.task, self.file = task, task.progress
+        self.began = time.time()
+        self.texts: dict[tuple[int, int], str] = {}
+        """(row, turn) -> answer."""
+        lines = self.file.read_text("utf-8").split("\n") if self.file.is_file() else []
+        whole = lines[:-1]  # the last line has no end if the process was killed while it wrote
+        head = json.loads(whole[0]) if whole else {}
+        if head.get("key") == task.key:
+            self.began = head["began"]
+            for line in whole[1:]:
+                turn, texts = json.loads(line)
+                self.texts |= {(int(row), turn): text for row, text in texts.items()}
+        self.is_written = False
+
+    def conversation(self, row: int, turn: int) -> list[Message]:
+        """Return the messages of a question up to a turn, with the answers between."""
+        question = self.task.questions[row]
+        messages = [*question.before]
+        for number, text in enumerate(question.turns[: turn + 1]):
+            messages.append({"role": "user", "content": text})
+            if number < turn:
+                messages.append({"role": "assistant", "content": self.texts[row, number]})
+        return messages
+
+    def add(self, turn: int, texts: Mapping[int, str]) -> None:
+        """Add the answers of one batch, in one line."""
+        self.texts |= {(row, turn): text for row, text in texts.items()}
+        with explain_write_errors(self.file, self.file):
+            if not self.is_written:  # what was read is written anew, without a line that broke off
+                self.file.parent.mkdir(parents=True, exist_ok=True)
+                head = {"key": self.task.key, "began": self.began}
+                write_text(self.file, json.dumps(head) + "\n" + self._lines())
+                self.is_written = True
+            elif texts:
+                with self.file.open("a", encoding="utf-8") as stream:
+                    stream.write(json.dumps([turn, texts]) + "\n")
+
+    def _lines(self) -> str:
+        turns = sorted({turn for _, turn in self.texts})
+        rows = [[n, {row: text for (row, t), text in self.texts.items() if t == n}] for n in turns]
+        return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def _formatted(task: Task, progress: _Progress) -> str:
+    """Return the content of the file."""
+    rows = []
+    for number, question in enumerate(task.questions):
+        texts = [progress.texts[number, turn] for turn in range(len(question.turns))]
+        rows.append(_answer_row(task, question, texts, progress.began))
+    if task.grader == "alpaca_eval":
+        return json.dumps(rows, indent=2, ensure_ascii=False) + "\n"
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _answer_row(
+    task: Task, question: Question, texts: Sequence[str], began: float
+) -> dict[str, Any]:
+    if task.grader == "alpaca_eval":
+        kept = {key: question.row[key] for key in ("dataset",) if key in question.row}
+        instruction = question.row["instruction"]
+        return {
+            "instruction": instruction,
+            "output": texts[0],
+            "generator": task.model_name,
+            **kept,
+        }
+    if task.grader == "mt_bench":
+        name = f"{task.model_name} {question.row['question_id']} {began}"
+        return {
+            "question_id": question.row["question_id"],
+            "answer_id": hashlib.sha256(name.encode()).hexdigest()[:22],
+            "model_id": task.model_name,
+            "choices": [{"index": 0, "turns": [*texts]}],
+            "tstamp": began,
+        }
+    return {"prompt": question.row["prompt"], "response": texts[0]}
