@@ -1,4 +1,4 @@
-"""Compute how much of an adapter's gain on pairs is kept: merged, and in an exported file."""
+"""Compute which share of an adapter's gain a merged model or an exported file keeps."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -14,23 +14,22 @@ ENOUGH = 0.9  # a smaller share of the gain is worth a warning
 
 @dataclass(frozen=True)
 class Kept:
-    """The gain of one model, as a share of the gain of the adapter as trained.
+    """The share of the trained adapter's gain that a model keeps.
 
-    The gain is the mean log odds ratio of the chosen to the rejected replies (Eq. 5 of the ORPO
-    paper), minus that of the base that the model rests on.
+    A model's gain is its mean log odds ratio of chosen to rejected replies (Eq. 5 of the ORPO
+    paper) minus the base's. The trained adapter is scored on the base of the training.
     """
 
     model: str
     gain: Interval
     share: Interval
-    """1 is the gain as trained."""
+    """The model's gain divided by the trained adapter's gain. 1 means that nothing is lost."""
     is_known: bool
-    """False if the gain as trained cannot be distinguished from 0, so that a share means nothing.
-    """
+    """False if the trained adapter's gain may be 0: then its share means nothing."""
 
     @property
     def is_enough(self) -> bool:
-        """Whether the model keeps at least 90% of the gain, or it cannot be told."""
+        """True if the model keeps at least 90% of the gain, or if the share is not known."""
         return not self.is_known or self.share.value is None or self.share.value >= ENOUGH
 
     @property
@@ -44,7 +43,10 @@ class Kept:
 
 
 def pair_log_odds(scores_2P: Tensor) -> Numbers:
-    """Return the log odds ratio of each pair: (P,), from the mean log-probabilities (2, P)."""
+    """Return the log odds ratio of each pair, shape (P,).
+
+    ``scores_2P`` holds the mean log-probabilities of the chosen and of the rejected replies.
+    """
     values: Numbers = log_odds(*scores_2P).double().numpy()
     return values
 
@@ -52,13 +54,13 @@ def pair_log_odds(scores_2P: Tensor) -> Numbers:
 def kept_gain(
     model: str, gain_P: Numbers, trained_gain_P: Numbers, prompts_P: Sequence[Hashable]
 ) -> Kept:
-    """Return how much of the gain as trained a model keeps, with 95% intervals over prompts.
+    """Return the share of the trained adapter's gain that a model keeps, with 95% intervals.
 
     Args:
-        model: its name in tables.
-        gain_P: the model's log odds ratio of each pair minus that of its base.
-        trained_gain_P: the same of the adapter as it was trained.
-        prompts_P: the prompt of each pair; pairs of one prompt are not independent.
+        model: the model's name in tables.
+        gain_P: for each pair, the model's log odds ratio minus the base's.
+        trained_gain_P: for each pair, the trained adapter's log odds ratio minus the base's.
+        prompts_P: the prompt of each pair. The bootstrap resamples prompts.
     """
     ones_P = np.ones_like(gain_P)
     gain, trained, share = mean_over_pairs(
