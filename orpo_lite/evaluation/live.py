@@ -130,10 +130,10 @@ def live_events(
         RecipeError: the port is in use.
     """
     page = LivePage([path.expanduser() for path in run_folders])
-    yield Update("stage", "drawing the report")
-    page.read()
     with _listen(page, port, run_folders) as server:
         server.timeout = POLL
+        yield Update("stage", "drawing the report")
+        page.read()
         yield Update(
             "note", f"the report is on http://{HOST}:{server.server_port} (Ctrl-C ends it)"
         )

@@ -172,7 +172,8 @@ def make_charts(records: Sequence[RunRecord]) -> list[Chart]:
     """Return the charts: of one run in training and held out, or of several runs, a line each."""
     charts = []
     for spec in (*SPECS, MEMORY):
-        if spec is MEMORY and not any("memory_reserved_gib" in row for row in records[0].rows):
+        on_gpu = any("memory_reserved_gib" in row for record in records for row in record.rows)
+        if spec is MEMORY and not on_gpu:
             continue
         if len(records) == 1:
             charts.append(_chart(spec, [*_lines(spec, records[0])], _level(spec, records[0])))

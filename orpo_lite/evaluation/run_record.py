@@ -1,5 +1,6 @@
 """Read what a run folder holds for people, also of a run that is going on or damaged in part."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -110,7 +111,7 @@ class RunRecord:
         )
         if not (isinstance(pairs, int) and isinstance(batch, int) and batch):
             return None
-        return -int(-float(epochs or 1) * -(-pairs // batch) // 1)
+        return math.ceil(float(epochs or 1) * math.ceil(pairs / batch))
 
     @cached_property
     def length_rule(self) -> float | None:

@@ -171,7 +171,10 @@ def test_the_report_shows_every_part_and_escapes_all_texts(page: Path) -> None:
         assert f'id="chart-{chart.key}"' in text
 
 
-def test_a_copy_for_others_hides_texts_of_the_data_and_paths(run: Path, tmp_path: Path) -> None:
+def test_a_copy_for_others_hides_texts_of_the_data_and_paths(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "draw", lambda chart: f"<svg>{chart.key}</svg>")
     text = report.report(run, to=tmp_path / "copy.html", data_texts=False).file.read_text("utf-8")
     assert "held-out prompts" not in text
     assert str(run.parent) not in text
@@ -370,7 +373,9 @@ def test_the_keyboard_reaches_and_opens_each_part(browser: Any, page: Path) -> N
         assert tab.page.locator("details[open]").count() == parts > 10
 
 
-def test_live_follows_the_run_and_ends_calmly(browser: Any, trained: Any, workspace: Path) -> None:
+def test_live_follows_the_run_and_ends_calmly(
+    browser: Any, trained: Any, workspace: Path, call: Callable[..., Answer]
+) -> None:
     path = workspace / "run"
     rows = read_metrics(path)
     result = (path / "result.json").read_text("utf-8")
@@ -380,15 +385,12 @@ def test_live_follows_the_run_and_ends_calmly(browser: Any, trained: Any, worksp
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        command = [sys.executable, "-P", "-m", "orpo_lite", "report", "run", "--live"]
-        busy = [*command, "--port", str(port)]
-        ended = subprocess.run(busy, capture_output=True, text=True, check=False)
-    assert ended.returncode == 2
-    assert "cannot be used (Address already in use)" in ended.stderr
-    (again,) = re.findall(r"fix: orpo-lite (report run --live --port \d+)", ended.stderr)
-    server = subprocess.Popen(
-        [*command[:4], *again.split()], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        code, _, complaint = call("report", "run", "--live", "--port", str(port))
+    assert code == 2
+    assert "cannot be used (Address already in use)" in complaint
+    (again,) = re.findall(r"fix: orpo-lite (report run --live --port \d+)", complaint)
+    command = [sys.executable, "-P", "-m", "orpo_lite", *again.split()]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert server.stdout
         lines = iter(server.stdout.readline, "")

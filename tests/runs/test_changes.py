@@ -50,6 +50,7 @@ ALLOWED: dict[str, Any] = {
     "memory.mlp_tile": 64,
     "memory.embedding_on_cpu": True,
     "output.merge": False,
+    "output.report": True,
     "output.samples": 2,
     "output.max_new_tokens": 9,
     "output.push_to_hub": True,  # asks for a name too, which the command line can give
