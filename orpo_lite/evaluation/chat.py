@@ -98,7 +98,7 @@ class Chat(AbstractContextManager["Chat"]):
     def answer(self, speaker: Speaker, text: str, ids: Sequence[int]) -> Generator[str, None, None]:
         """Yield an answer piece by piece; ``ids`` are from :meth:`prompt`.
 
-        What was said until the generator is closed or interrupted stays in the history.
+        The part before the generator is closed or interrupted stays in the history.
         """
         pieces = []
         try:

@@ -276,8 +276,10 @@ class _Sampler:
     def __init__(
         self, prompts: Sequence[Sequence[int]], sampling: Mapping[str, Any], decoding: Decoding
     ) -> None:
-        self.seeds = [prompt_seed(decoding.seed, prompt) for prompt in prompts]
-        self.generators: list[torch.Generator] = []
+        # On the CPU, so that the noise is the same for any device.
+        self.generators = [
+            torch.Generator().manual_seed(prompt_seed(decoding.seed, prompt)) for prompt in prompts
+        ]
         # In transformers' order, and with its default of top_k.
         make = {
             "temperature": logits_process.TemperatureLogitsWarper,
@@ -297,15 +299,11 @@ class _Sampler:
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         for warper in self.warpers:
             scores = warper(input_ids, scores)
-        if not self.generators:
-            self.generators = [
-                torch.Generator(scores.device).manual_seed(seed) for seed in self.seeds
-            ]
         probabilities_RV = scores.softmax(-1)
-        noise_RV = torch.empty_like(probabilities_RV)
+        noise_RV = torch.empty_like(probabilities_RV, device="cpu")
         for noise_V, generator in zip(noise_RV, self.generators, strict=True):
             noise_V.exponential_(1, generator=generator)
-        return probabilities_RV / noise_RV
+        return probabilities_RV / noise_RV.to(scores.device)
 
 
 class _Forced:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SHARED, Answer, DemoRun
+from conftest import SHARED, Answer, DemoRun, first_and_long
 
 from orpo_lite import generate
 from orpo_lite.api import generate_events
@@ -116,7 +116,7 @@ def test_each_grader_reads_its_file_and_the_answers_are_those_of_transformers(
     assert "fix: --to run/answers/jsonl-2.jsonl, or remove it" in complaint
 
 
-@pytest.mark.parametrize("cut", [0, 20], ids=["between two lines", "within a line"])
+@pytest.mark.parametrize("cut", first_and_long([20, 0]))  # characters of the last line
 def test_a_stopped_command_goes_on_and_gives_the_same_file(
     trained: Trained, monkeypatch: pytest.MonkeyPatch, cut: int
 ) -> None:
