@@ -35,7 +35,7 @@ def apply_column_map(row: Row, column_map: Mapping[str, Sequence[str]]) -> dict[
 
 
 def _lift_pair(row: Row) -> Row:
-    """Return the row with the fields of a pair inside an object added: {"data": {"chosen": ...}}."""
+    """Return the row with the fields of a nested pair added: {"data": {"chosen": ...}}."""
     if row.keys() & {*REPLIES}:
         return row
     inner = [

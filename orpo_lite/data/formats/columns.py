@@ -301,8 +301,7 @@ class ColumnProfile:
     def is_alpaca(self) -> bool:
         """Return whether there is an instruction with an input or a history, as in Alpaca.
 
-        The input is a text that the instruction refers to, often empty. The history is earlier
-        turns.
+        The input is a text that the instruction refers to, often empty. History: earlier turns.
         """
         if self.type_of("instruction") == "missing":
             return False
@@ -319,7 +318,7 @@ class ColumnProfile:
         return any(a != b and str(a).strip() != str(b).strip() for a, b in self.values(one, other))
 
     def templated(self) -> list[str]:
-        """Return the standard names of columns with template markers in many (10%) of their texts."""
+        """Return the standard names of columns with template markers in at least 10% of the texts."""
         return [
             name
             for name, column in self.assigned.items()

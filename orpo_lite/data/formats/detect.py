@@ -90,8 +90,8 @@ def detect_format(
 
     Args:
         rows: the first rows, after data.column_map was applied.
-        name: data.format: a key of READERS, or auto. Columns are found by this function in any case.
-        mapped: data.column_map for these rows: standard name -> column. There is no other candidate.
+        name: data.format: a key of READERS, or auto. The columns are detected in both cases.
+        mapped: data.column_map for these rows: standard name -> column, the only candidate for it.
         plain: True if data.chat_template is none: texts with template markers are then accepted.
         others: the entries of data.column_map for other datasets. Suggested settings keep them.
 
@@ -468,7 +468,7 @@ def _find_system(profile: ColumnProfile) -> str | None:
 def _find_prompt(profile: ColumnProfile) -> tuple[str, str] | None:
     """Return (prompt or conversation, column) for the column that the replies answer; else None.
 
-    A conversation is preferred. Raises DataError if it does not contain the texts of a prompt column.
+    A conversation is preferred. Raises DataError if it does not contain a prompt column's texts.
     """
     conversation = profile.find("conversation")
     if conversation is None or "prompt" in profile.mapped:

@@ -177,7 +177,7 @@ READERS: dict[str, Reader] = {
 def pair_without_reply(row: Row, fields: Sequence[str], where: str) -> Pair | None:
     """Return a pair to leave out if the chosen or the rejected reply is null; else None.
 
-    An empty csv cell is null. ``fields``: the columns of chosen and rejected, or one column of both.
+    An empty csv cell is null. ``fields``: the columns of chosen and rejected, or one for both.
     """
     for field, reason in zip(fields, (EMPTY_CHOSEN, EMPTY_REJECTED), strict=False):
         if field in row and row[field] is None:
