@@ -310,7 +310,7 @@ def pair_texts(pair: Pair, template: Template) -> PairTexts | str:
 
 
 def _prompt_and_head(asked: str, before: str, layout: Layout) -> tuple[str, str] | tuple[None, str]:
-    """Return the prompt (None if unknown), and the same turns as the template writes with a reply.
+    """Return the rendered turns for generation (None if unknown), and the same turns with a reply.
 
     ``asked``: the rendered turns with the generation prompt. ``before``: the rendered text up to a
     reply. If ``asked`` ends with a text that ``before`` lacks, such as an opened <think> block,
@@ -340,8 +340,8 @@ def _thought_remarks(opened: str, written: str) -> list[str]:
 def _layout(pair: Pair, template: Template) -> Layout | None:
     """Return the layout of a pair's sequence of roles; None if the template leaves a turn out.
 
-    It is found once for each sequence of roles, with a word as the text of each turn. The real
-    texts are not used, because a template may trim, escape or move them, or remove <think> blocks.
+    Each layout is found once, with one word as the text of each turn. The real texts are not used,
+    because a template may trim, escape or move them, or remove <think> blocks.
     """
     roles = tuple(turn["role"] for turn in pair.messages)
     if roles not in template.layouts:

@@ -192,7 +192,7 @@ def _is_templated(pair: Pair, template: Template) -> bool:
 
 
 def _hints(reasons: Iterable[str]) -> dict[str, str]:
-    """Return reason -> fix for these reasons to leave pairs out. Skip reasons without a fix."""
+    """Return the fixes for reasons to leave pairs out: reason -> fix. Not all reasons have one."""
     hints = dict.fromkeys(UNFAITHFUL, f"{OWN_TEMPLATE} that writes every turn unchanged")
     for reason in reasons:
         if reason.startswith(SPECIAL):

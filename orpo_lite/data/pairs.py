@@ -437,7 +437,7 @@ class PairReader:
         raise DataError(
             where="data.column_map",
             found=f"it uses {wrong} for {join_names(*changed)}, but {why}",
-            expected=f"all columns of the map, or none; without the map: {own.sentence}",
+            expected=f"all columns of the map or none of them. Without the map: {own.sentence}",
             fix=reworded(setting, fix),
         )
 

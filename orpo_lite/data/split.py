@@ -92,10 +92,10 @@ def held_out_sources(data: DataSection) -> list[Source]:
 
 
 def _no_splits(data: DataSection, test: str, file: str) -> DataError:
-    """Return the error for a data.dataset_test_split that names a split, with a file as dataset.
+    """Return the error for data.dataset_test_split=test if a training dataset is a single file.
 
-    A single file has no splits. If the folders among the datasets have exactly one file of this
-    split, the fix names that file.
+    A single file has no splits. If the training datasets that are folders have exactly one file of
+    the split, the fix names that file.
     """
     folders = [
         find_source(name, test, None, TEST_SPLIT)

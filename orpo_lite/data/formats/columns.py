@@ -87,7 +87,7 @@ class ColumnProfile:
 
     rows: Sequence[Row]
     mapped: Mapping[str, str]
-    """data.column_map, already applied to the rows. Its names have no other candidates."""
+    """data.column_map, already applied to the rows. For its names, no other columns are tried."""
     plain: bool
     """True if data.chat_template is none."""
     others: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -215,7 +215,7 @@ class ColumnProfile:
     def values(self, *names: str) -> list[tuple[Any, ...]]:
         """Return the values of these columns, row by row.
 
-        Rows with an empty value, or with a value of another type than its column's, are left out.
+        A row is left out if one of its values is empty or does not have the type of its column.
         """
         columns = [self.column_named(name) for name in names]
         rows = [tuple(row.get(column) for column in columns) for row in self.rows]
@@ -273,7 +273,7 @@ class ColumnProfile:
                 self.assigned[ours] = self.column_named(name)
 
     def candidates(self, canonical: str) -> list[str]:
-        """Return the columns that could be the column for a standard name, such as prompt."""
+        """Return the columns that could have the content of a standard name, such as prompt."""
         is_decided = canonical in self.mapped
         if is_decided or (canonical == "prompt" and self.type_of("prompt") == "messages"):
             found = self.type_of(canonical) != "missing"
@@ -318,7 +318,7 @@ class ColumnProfile:
         return any(a != b and str(a).strip() != str(b).strip() for a, b in self.values(one, other))
 
     def templated(self) -> list[str]:
-        """Return the standard names of columns with template markers in at least 10% of the texts."""
+        """Return the standard names of columns with template markers in 10% or more of the rows."""
         return [
             name
             for name, column in self.assigned.items()
@@ -378,7 +378,7 @@ class ColumnProfile:
         return column_map_setting({**self.others, **lists})
 
     def settings(self, canonical: str, columns: Iterable[str]) -> str:
-        """Return for each column the setting that assigns it to a standard name, joined by "or"."""
+        """Return settings joined by "or". Each assigns one of the columns to the standard name."""
         return one_of(self.setting(**{canonical: column}) for column in columns)
 
     # --- convert rows for their reader

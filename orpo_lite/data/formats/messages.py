@@ -91,7 +91,7 @@ def _pairs_to_turns(pairs: Iterable[Sequence[Any]]) -> list[Mapping[str, Any]]:
 
 
 def _message(item: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the message with the keys role and content. Other keys and unknown roles remain."""
+    """Return the message with the keys role and content. Other keys and unknown roles are kept."""
     speaker = next(key for key in SPEAKERS if item.get(key) is not None)
     # A table of several datasets has the content keys of all of them. All keys but one are null.
     present = [key for key in CONTENTS if key in item]

@@ -73,8 +73,8 @@ def refuse_mapped(profile: ColumnProfile) -> None:
 def refuse_order(profile: ColumnProfile, completions: str, ranks: str) -> None:
     """Raise DataError if ranks count from 0.
 
-    Such a list may hold ranks, or indices of the answers with the best answer first. The list
-    2, 0, 1 means a different order in each case.
+    A list such as 2, 0, 1 may hold the rank of each answer, or the indices of the answers with the
+    best answer first. These are different orders.
     """
 
     def counts_from_zero(numbers: Sequence[object]) -> bool:
@@ -244,7 +244,7 @@ def _has_prompt_type(profile: ColumnProfile, column: str) -> bool:
 def could_be_prompt(profile: ColumnProfile, column: str) -> bool:
     """Return whether a column could hold the prompt, by its values and not only by its name.
 
-    If no prompt was found, a dataset with such a column must not be read without it.
+    If no prompt was found but such a column exists, the dataset is refused.
     """
     held, is_named = profile.type_of(column), plain_name(column) == "prompt"
     if held in TEXTS:

@@ -198,5 +198,5 @@ def describe(row: Row, field: str) -> str:
 def row_error(
     where: str, field: str, found: str, expected: str, fix: str = "correct or remove the row"
 ) -> RowError:
-    """Return the error of a field in a row."""
+    """Return the RowError for one field of a row."""
     return RowError(where=f"{where}, field {field}", found=found, expected=expected, fix=fix)

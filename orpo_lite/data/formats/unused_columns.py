@@ -1,6 +1,6 @@
-"""Raise errors for columns that belong before the reply, but that the format would not read.
+"""Raise errors for columns that seem to be part of the prompt but would not be read.
 
-The name of such a column, or the turns in it, show that it belongs before the reply.
+The name of such a column, or the turns in it, show that its content belongs before the reply.
 """
 
 from collections.abc import Iterable, Sequence
@@ -49,9 +49,9 @@ ADDITIONS = ("input", "context", "history")
 
 
 def refuse_unused(profile: ColumnProfile, name: str, *, requested: bool) -> None:
-    """Raise DataError for a column that belongs before the reply but is not read.
+    """Raise DataError for a column whose content belongs before the reply but is not read.
 
-    The error has the settings to choose from.
+    The error lists the settings to choose from.
 
     Args:
         profile: the first rows.
@@ -221,7 +221,7 @@ def _is_lost(profile: ColumnProfile, i: int, conversation: Any, *, may_be_unrela
 
 
 def _setting_in_front(profile: ColumnProfile, column: str, *, waits: bool) -> str:
-    """Return the setting that puts a column's turns before the reply; "" if a turn would repeat."""
+    """Return the setting that adds a column's turns before the reply; "" if a turn would repeat."""
     replies = [profile.column_named(reply) for reply in REPLIES]
     is_whole = waits or profile.share(ends_with, column, *replies) > 0.5
     if is_whole and "conversation" not in profile.mapped:
@@ -238,7 +238,7 @@ def _contains_prompt(turns: Any, prompt: Any) -> bool:
 
 
 def _setting_without(profile: ColumnProfile, name: str) -> str:
-    """Return the setting that keeps what is read now, and ignores other columns; "" if none."""
+    """Return the setting that names the prompt columns read now and so excludes others; else ""."""
     if conversation := profile.assigned.get("conversation"):
         return profile.setting(conversation=conversation)
     if "prompt" in profile.assigned:

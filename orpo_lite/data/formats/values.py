@@ -96,7 +96,7 @@ def usual_type(values: Sequence[Any], column: str) -> ValueType:
 
 
 def are_texts(values: Sequence[Any]) -> bool:
-    """Return whether most of the values are texts, as in a table. Empty values do not count."""
+    """Return whether most of the values are texts, as in a csv file. Empty values are ignored."""
     filled = [value for value in values if not is_blank(value)]
     return sum(isinstance(value, str) for value in filled) > len(filled) / 2
 

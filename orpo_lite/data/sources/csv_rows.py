@@ -173,7 +173,7 @@ def _is_row(text: str) -> bool:
 def _may_be_several(cells: Sequence[str], delimiter: str, line_ends: int) -> bool:
     """Return whether a row that spans several lines may be several rows.
 
-    This is so if it contains as many delimiters as one whole row for each of its lines would have.
+    For example, a row of three lines is suspect if it contains the delimiters of three whole rows.
     """
     delimiters = sum(cell.count(delimiter) for cell in cells)
     return len(cells) > 1 and delimiters == line_ends * (len(cells) - 1)

@@ -158,7 +158,7 @@ ACCESS_ERRORS = ("gated", "401", "403", "private", "authenticat", "doesn't exist
 
 
 def _download_fix(name: str, error: Exception, key: str) -> str:
-    """Return the fix for an error of the datasets library. ``key``: the setting with the split."""
+    """Return the fix for an error of the datasets library. ``key``: the setting of the split."""
     message = str(error).replace(name, "").lower()
     folder = shlex.quote(name.rpartition("/")[2])
     download = f"hf download --repo-type dataset {shlex.quote(name)} --local-dir {folder}"

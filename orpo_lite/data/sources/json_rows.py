@@ -190,7 +190,7 @@ def _whole_text(file: File) -> str:
     if sum(map(len, parts)) > MAX_JSON_BYTES:
         raise DataError(
             where=file.label,
-            found=f"has more than {MAX_JSON_BYTES / 2**30:g} GiB",
+            found=f"the file has more than {MAX_JSON_BYTES / 2**30:g} GiB",
             expected="one JSON object per line",
             fix=conversion_command(file, "jq -c '.[]'", ".lines.jsonl"),
         )

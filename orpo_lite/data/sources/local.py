@@ -295,7 +295,7 @@ def _missing(path: Path, similar: Sequence[str], expected: str = "a file or fold
 
 
 def path_settings(path: Path, names: Sequence[str]) -> str:
-    """Return settings of data.dataset_name, each with one of these names instead of the path's."""
+    """Return data.dataset_name settings joined by "or", one for each name in the path's folder."""
     return one_of(dataset_name_setting([str(path.with_name(name))]) for name in names)
 
 

@@ -40,11 +40,11 @@ class Source(ABC):
 
     @abstractmethod
     def with_labels(self, labels: Mapping[str, str]) -> Source:
-        """Return the source with other labels: names of its files in places such as pairs.csv:3."""
+        """Return the source with other labels. A label is the file's name in a place: pairs.csv:3."""
 
     @abstractmethod
     def fingerprint(self) -> tuple[str, int]:
-        """Return the sha256 of content, order and labels, and the approximate number of rows.
+        """Return the sha256 of the data and the labels, and the approximate number of rows.
 
         The number is 0 if it is unknown.
         """
