@@ -149,7 +149,8 @@ def nll_tokens(pair: TokenizedPair, *, completion_only_loss: bool) -> int:
 def epoch_order(count: int, *, seed: int, epoch: int) -> tuple[int, ...]:
     """Return a shuffle of ``range(count)`` that depends only on seed and epoch.
 
-    It is sorted by a hash. A random generator has a state, and may change with a library's version.
+    Indices are sorted by a hash. A random generator has a state, and a new version of its library
+    may change it.
     """
 
     def rank(index: int) -> bytes:

@@ -273,7 +273,7 @@ class ColumnProfile:
                 self.assigned[ours] = self.column_named(name)
 
     def candidates(self, canonical: str) -> list[str]:
-        """Return the columns that could have the content of a standard name, such as prompt."""
+        """Return the columns that could be read as a standard column, such as prompt."""
         is_decided = canonical in self.mapped
         if is_decided or (canonical == "prompt" and self.type_of("prompt") == "messages"):
             found = self.type_of(canonical) != "missing"
@@ -462,7 +462,7 @@ def columns_hold(*columns: str) -> str:
 def _verdict_error(row: Row, where: str, column: str) -> DataError:
     """Return the error for a verdict that names neither answer.
 
-    If it is a number, the assumed meaning of the numbers in all other rows may be wrong too.
+    If the verdict is a number, the numbers in other rows may have been misunderstood too.
     """
     value = row["better"]
     fix = "correct or remove the row"

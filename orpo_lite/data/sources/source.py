@@ -40,7 +40,7 @@ class Source(ABC):
 
     @abstractmethod
     def with_labels(self, labels: Mapping[str, str]) -> Source:
-        """Return the source with other labels. A label is the file's name in a place: pairs.csv:3."""
+        """Return the source with other labels: the names of its files in places of rows."""
 
     @abstractmethod
     def fingerprint(self) -> tuple[str, int]:
