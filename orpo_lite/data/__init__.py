@@ -1,4 +1,4 @@
-"""Convert rows to pairs, to tokens and to batches.
+"""Read rows, convert them to pairs and tokens, and build batches.
 
 Order: pair, cache, packing, sources, formats, chat_template, pairs, render_process, split,
 statistics, tokenize, dataset, prepare.

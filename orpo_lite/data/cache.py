@@ -2,11 +2,16 @@
 
 A run reads only the pairs it needs.
 
-An entry is a folder: ``ids.bin`` with all tokens in a row (int32), ``pairs.bin`` with a PAIR record
-for each pair, ``places.txt`` with a line for each pair, and ``entry.json``, written last, with the
-facts found during tokenization, their sha256 and the sha256 of each file. The key of an entry is a
-hash of everything that tokens depend on, including this package's code. The least recently used
-entries are removed.
+An entry is a folder with these files:
+
+- ``ids.bin``: the tokens of all pairs, one after the other (int32)
+- ``pairs.bin``: a PAIR record for each pair
+- ``places.txt``: a line for each pair: the place of its row, such as pairs.csv:3
+- ``entry.json``, written last: facts found during tokenization, and the sha256 of the facts and of
+  each file
+
+The key of an entry is a hash of everything that changes the tokens, including this package's code.
+If there are more than MAX_ENTRIES, the least recently used entries are removed.
 """
 
 from __future__ import annotations
@@ -48,22 +53,25 @@ NUMBERS = (
     "rejected_cut",
 )
 PAIR = np.dtype([*((name, "<i4") for name in (*NUMBERS, "prefix")), ("prompt", "V16")])
-"""NUMBERS, the number of tokens in the common prefix, and the prompt's hash of 16 bytes."""
-# The name of an entry's folder. Nothing else in the cache folder is ever removed.
+"""The record of a pair: NUMBERS, the length of the common prefix, and the prompt's hash (16 bytes).
+
+The common prefix is the tokens that both sequences share at their start.
+"""
+# The names of entries' folders. Only such folders and their lock files are ever removed.
 ENTRY = re.compile(r"[0-9a-f]{32}")
 UNFINISHED = re.compile(r"\.[0-9a-f]{32}-.+")
 FILES = ("ids.bin", "pairs.bin", "places.txt")
 
 
 class TokenizedPairs(Sequence[TokenizedPair]):
-    """P pairs on disk.
+    """A sequence of P tokenized pairs on disk.
 
-    Tokens are read on access. All other fields are in memory, one array of P for each.
+    Tokens are read from disk on access. Each other field is an array of length P in memory.
     """
 
     def __init__(self, folder: Path, facts: Mapping[str, Any], sha256: str) -> None:
         self.facts = facts
-        """What was found during tokenization."""
+        """The facts found during tokenization, such as the format and the pairs left out."""
         self.sha256 = sha256
         """The sha256 of the file with the tokens."""
         self._ids = np.memmap(folder / "ids.bin", "<i4", "r")
@@ -74,13 +82,13 @@ class TokenizedPairs(Sequence[TokenizedPair]):
         self.rows: NDArray[np.int64] = np.arange(len(lengths_P))
 
     def select(self, rows: Sequence[int]) -> TokenizedPairs:
-        """Return the pairs at ``rows``, as a view."""
+        """Return a view of the pairs with the indices ``rows``."""
         view = copy(self)
         view.rows = self.rows[np.asarray(rows, dtype=np.int64)]
         return view
 
     def column(self, name: str) -> NDArray[Any]:
-        """Return one field of these pairs' PAIR records, an array of P."""
+        """Return the field ``name`` of each pair's PAIR record, as an array of length P."""
         values: NDArray[Any] = self._pairs_P[name][self.rows]
         return values
 
@@ -89,7 +97,7 @@ class TokenizedPairs(Sequence[TokenizedPair]):
         return [row.tobytes() for row in self.column("prompt")]
 
     def places(self) -> list[str]:
-        """Return the place of each pair in its file."""
+        """Return the place of each pair, such as pairs.csv:3."""
         return [self._places[row] for row in self.rows]
 
     def __len__(self) -> int:
@@ -115,7 +123,7 @@ class TokenizedPairs(Sequence[TokenizedPair]):
 
 
 class Writer:
-    """Write a new entry. Each pair is written to disk at once."""
+    """Write a new entry to disk, pair by pair."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -124,9 +132,9 @@ class Writer:
         self.largest = (-1, "")
         """The largest token id, and the place of a pair that has it."""
         self.unknown_id: int | None = None
-        """The token for text that the tokenizer does not know."""
+        """The id of the token for unknown text. None: such tokens are not counted."""
         self.unknown = 0
-        """How often that token was written."""
+        """The number of unknown tokens written."""
 
     def __len__(self) -> int:
         return self._count
@@ -176,7 +184,7 @@ class Writer:
 
 
 def make_key(**parts: Any) -> str:
-    """Return a key that changes with the parts, this package's code and the tokenizer libraries."""
+    """Return a key that changes if a part, this package's code or a tokenizer library changes."""
     parts |= {"code": _code(), "versions": {name: version(name) for name in LIBRARIES}}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -222,8 +230,8 @@ def configured_folder() -> Path:
 def cache_folder() -> Path:
     """Return the cache folder in use.
 
-    It is ``configured_folder``. If that cannot be written, it is a folder that is deleted when the
-    process ends.
+    This is ``configured_folder``. If that folder is not writable, it is a temporary folder, which
+    is deleted when the process ends.
     """
     folder = configured_folder()
     try:
@@ -237,7 +245,7 @@ def cache_folder() -> Path:
 
 
 def load(key: str) -> TokenizedPairs | None:
-    """Return the entry with this key; None if it is missing or damaged."""
+    """Return the entry with this key, or None if the entry is missing or damaged."""
     folder = cache_folder() / key
     try:
         entry = json.loads((folder / "entry.json").read_text(encoding="utf-8"))
@@ -255,7 +263,7 @@ def load(key: str) -> TokenizedPairs | None:
 
 @contextmanager
 def locked(key: str) -> Iterator[None]:
-    """Lock a key: of several processes that need an entry, one writes it and the others wait."""
+    """Lock a key inside the ``with`` block: one process writes the entry while others wait."""
     with (cache_folder() / f"{key}.lock").open("w") as stream:
         # Some network file systems cannot lock. Then each process writes its own entry, and the
         # last one remains.
@@ -282,15 +290,15 @@ def new_entry(key: str) -> Iterator[Writer]:
 
 
 def _remove_old_entries(parent: Path, newest: Path) -> None:
-    """Remove the least recently used entries. A process that reads one keeps its open files."""
+    """Remove the least recently used entries. A process that has opened one can still read it."""
     used: dict[Path, float] = {}
     for child in parent.iterdir():
         with suppress(OSError):  # another process may have removed it
             used[child] = child.stat().st_mtime
-    used[newest] = time.time() + DAY  # also if the clock was set back
+    used[newest] = time.time() + DAY  # keep it even if the clock was set back
     entries = sorted((child for child in used if ENTRY.fullmatch(child.name)), key=used.__getitem__)
     unfinished = [child for child in used if UNFINISHED.fullmatch(child.name)]
-    # Left by processes that were killed.
+    # These were left by processes that were killed.
     abandoned = [child for child in unfinished if used[child] < time.time() - DAY]
     for entry in (*entries[:-MAX_ENTRIES], *abandoned):
         shutil.rmtree(entry, ignore_errors=True)

@@ -49,40 +49,40 @@ RESERVED = {"add_generation_prompt", "chat_template", "continue_final_message", 
 # The limits of a template.
 SECONDS = 10  # of processor time for the four texts of one pair; usually it takes less than 1 ms
 MEMORY = 4 << 30  # bytes of address space
-# A text may be GROWTH times as long as its content, plus SLACK for long system prompts.
+# A rendered text may be GROWTH times as long as its messages, plus SLACK for long system prompts.
 GROWTH = 16
 SLACK = 1 << 20
 
 
 @dataclass(frozen=True)
 class Template:
-    """A template and its variables: plain values, which can be sent to another process as JSON."""
+    """A chat template and its variables. All values can be sent to another process as JSON."""
 
     text: str | None
-    """Jinja; None joins prompt and reply as plain text (``data.chat_template: none``)."""
+    """The Jinja text. None (``data.chat_template: none``) joins prompt and reply unchanged."""
     variables: dict[str, Any]
     """The tokenizer's special tokens by name, and data.chat_template_kwargs."""
     special_tokens: list[str]
     """Texts that the tokenizer converts to special tokens."""
     end_tokens: list[str]
-    """Special tokens, and other added tokens that may end a reply (ChatML's <|im_end|>)."""
+    """Tokens that may end a reply: special tokens, and added tokens such as ChatML's <|im_end|>."""
     description: str
     """A sentence that names the template."""
 
     named_tokens: list[str] = field(default_factory=list)
-    """Special tokens with a purpose of their own: bos, eos, pad, unk."""
+    """The special tokens that the tokenizer names: bos, eos, pad, unk."""
 
     @cached_property
     def layouts(self) -> dict[tuple[str, ...], Layout | None]:
-        """Sequence of roles -> its layout, for the sequences that were tried so far."""
+        """A cache: sequence of roles -> the layout that was found for it."""
         return {}
 
     @cached_property
     def special(self) -> re.Pattern[str]:
         """A pattern of the special tokens that no message may contain.
 
-        These are the tokens in ``named_tokens``, those that the template writes, and those that end
-        a turn or a text. Other special tokens may be in a message, such as <think>.
+        They are ``named_tokens``, tokens that the template writes, and tokens that end a turn or a
+        text. A message may contain other special tokens, such as <think>.
         """
         if self.text is None:
             return _any_of(self.special_tokens)
@@ -100,7 +100,7 @@ class Template:
         return _any_of(self.end_tokens)
 
 
-# Ends of turns and of texts. A base may have more of them than its template and its names show.
+# Tokens that end turns or texts. A base may have some that its template and its names do not show.
 _ENDS = re.compile(
     r"</s>|<[|｜]?(?:eo[a-z](?:_id)?|(?:im_)?end|end[_▁]?of[_▁]?(?:text|turn|sentence))[|｜]?>",
     re.IGNORECASE,
@@ -121,25 +121,28 @@ class PairTexts(NamedTuple):
     end: str
     """The special token with which the template ends a reply; "" if it writes none."""
     remarks: tuple[str, ...] = ()
-    """Those of the names below that apply to the pair."""
+    """The remarks on the pair: MOVED_SYSTEM, EMPTY_THOUGHT or NO_THOUGHT."""
 
 
-# Remarks on pairs that are kept, as names of figures.
-# The system text is put in front of the user's text: the template takes no system turn.
+# Remarks on pairs that are kept: keys of ``statistics.WARNINGS``.
+# The system text is put in front of the user's text, because the template takes no system turn.
 MOVED_SYSTEM = "moved_systems"
-# The template writes an empty <think> block before the reply, and it is trained on.
+# The template writes an empty <think> block before the reply, and the model is trained on it.
 EMPTY_THOUGHT = "empty_thoughts"
 # The generation prompt opens a <think> block that the reply does not have.
 NO_THOUGHT = "missing_thoughts"
 
 
 class Layout(NamedTuple):
-    """The way in which a template writes conversations with a certain sequence of roles."""
+    """How a template writes conversations with a certain sequence of roles."""
 
     moves_system: bool = False
-    """The system text must be put in front of the first user turn's text."""
+    """True if the system text must be put in front of the next user turn's text."""
     tails: tuple[str, str] | None = None
-    """The text after the last turn when a reply is requested, and before a reply; None if equal."""
+    """The texts after the last turn: with a generation prompt, and before a reply.
+
+    None if the template writes the turns in the same way in both cases.
+    """
 
 
 Rendered = PairTexts | str | OrpoLiteError
@@ -147,9 +150,9 @@ Rendered = PairTexts | str | OrpoLiteError
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, data: DataSection) -> Template:
-    """Return the template of data.chat_template, and set it in the tokenizer, which saves it.
+    """Return the template of data.chat_template, and store it in the tokenizer for saving.
 
-    Raises RecipeError for a template file that cannot be read, ModelError if nothing ends a reply.
+    Raises RecipeError for unusable settings, and ModelError if no token can end a reply.
     """
     text, description = _choose_template(tokenizer, data)
     if text is not None:
@@ -192,7 +195,7 @@ def _choose_template(
     else:
         text, description = choice, "the chat template written in data.chat_template"
     if "strftime_now" in text and "date_string" not in data.chat_template_kwargs:
-        description += " (it writes today's date; data.chat_template_kwargs can fix one)"
+        description += " (it writes today's date; set date_string in data.chat_template_kwargs)"
     return text, description
 
 
@@ -231,7 +234,7 @@ def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
     if tokenizer.eos_token_id is None:
         raise ModelError(
             where="tokenizer",
-            found="nothing ends a reply",
+            found="no token ends a reply",
             expected="an eos_token, or a chat template that ends a reply with a special token",
             fix="set eos_token in tokenizer_config.json",
         )
@@ -239,7 +242,7 @@ def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _end_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[str]]:
-    """Return the special tokens, and a list that adds other tokens that may end a reply."""
+    """Return the special tokens, and all tokens that may end a reply (special tokens included)."""
     added = list(tokenizer.added_tokens_decoder.values())
     special = {str(token) for token in tokenizer.all_special_tokens}
     special |= {token.content for token in added if token.special}
@@ -249,7 +252,7 @@ def _end_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[str]
 
 
 def special_in(texts: Iterable[str], special: re.Pattern[str]) -> str:
-    """Return the reason to leave texts out: the first special token in them; "" if none."""
+    """Return the reason to leave a pair out if its texts contain a special token; "" if none."""
     found = next(filter(None, map(special.search, texts)), None)
     return f"{SPECIAL}: {found.group()}" if found else ""
 
@@ -258,7 +261,7 @@ def pair_texts(pair: Pair, template: Template) -> PairTexts | str:
     """Return the texts of a pair, or the reason to leave it out. Raises ModelError, DataError."""
     if template.text is None:
         return _joined(pair, template.special)
-    # A special token in a text would act as one: an end within the response, or another turn.
+    # A special token in a text would end the response too early, or begin another turn.
     replies = (pair.chosen, pair.rejected)
     contents = (*replies, *(turn["content"] for turn in pair.messages))
     if reason := special_in(contents, template.special):
@@ -275,7 +278,7 @@ def pair_texts(pair: Pair, template: Template) -> PairTexts | str:
             where=pair.where,
             found="the chat template leaves out the reply",
             expected="the reply in the text",
-            fix=f"{OWN_TEMPLATE} that shows the assistant's turns",
+            fix=f"{OWN_TEMPLATE} that writes the assistant's turns",
         )
     prompt, head = _prompt_and_head(asked, before, layout)
     if prompt is None:
@@ -285,13 +288,13 @@ def pair_texts(pair: Pair, template: Template) -> PairTexts | str:
     end = template.end.search(after)
     if end and (reason := special_in(contents, re.compile(re.escape(end.group())))):
         return reason
-    # The model does not have to write what follows the end token.
+    # The model does not have to learn the text after the end token.
     tail = after[: end.end()] if end else ""
     rendered = []
     for reply in replies:
         text = render([*turns, _reply(reply)], template, pair.where)
         body = text[len(head) : len(text) - len(after)]
-        # Some templates strip the reply. A changed reply would teach what nobody chose.
+        # Stripping white space is allowed. Any other change gives a text that nobody judged.
         is_complete = text.startswith(head) and text.endswith(after)
         if not is_complete or not body.rstrip().endswith(reply.strip()):
             return REWRITTEN
@@ -307,11 +310,11 @@ def pair_texts(pair: Pair, template: Template) -> PairTexts | str:
 
 
 def _prompt_and_head(asked: str, before: str, layout: Layout) -> tuple[str, str] | tuple[None, str]:
-    """Return the text of the prompt, and the text of the same turns in a conversation with a reply.
+    """Return the rendered turns for generation (None if unknown), and the same turns with a reply.
 
-    The prompt is None if it is unknown. ``asked`` is the turns with the generation prompt, and
-    ``before`` is the turns up to a reply. The end of the generation prompt, such as an opened
-    <think> block, may not be in ``before``. It is not part of the prompt then.
+    ``asked``: the rendered turns with the generation prompt. ``before``: the rendered text up to a
+    reply. If ``asked`` ends with a text that ``before`` lacks, such as an opened <think> block,
+    that text is not part of the prompt.
     """
     if layout.tails is None:
         prompt = common_start(asked, before)
@@ -326,7 +329,7 @@ def _prompt_and_head(asked: str, before: str, layout: Layout) -> tuple[str, str]
 def _thought_remarks(opened: str, written: str) -> list[str]:
     """Return the remark on a pair whose replies have no <think> block; [] if there is none.
 
-    ``opened`` is the end of the generation prompt, ``written`` the text between prompt and reply.
+    ``opened``: the end of the generation prompt. ``written``: the text between prompt and reply.
     """
     if "</think>" in written:
         return [EMPTY_THOUGHT]
@@ -337,8 +340,8 @@ def _thought_remarks(opened: str, written: str) -> list[str]:
 def _layout(pair: Pair, template: Template) -> Layout | None:
     """Return the layout of a pair's sequence of roles; None if the template leaves a turn out.
 
-    It is found once for each sequence of roles. Each text is replaced by one word for that, because
-    a template may trim a text, escape it, move it, or remove its <think> block.
+    Each layout is found once, with one word as the text of each turn. The real texts are not used,
+    because a template may trim, escape or move them, or remove <think> blocks.
     """
     roles = tuple(turn["role"] for turn in pair.messages)
     if roles not in template.layouts:
@@ -350,7 +353,7 @@ def _layout(pair: Pair, template: Template) -> Layout | None:
 
 
 def _try_layout(turns: Sequence[Message], template: Template, where: str) -> Layout | None:
-    """Return the layout of the turns, with the system text moved if the template needs that."""
+    """Return the layout of the turns. The system text is moved only if the template requires it."""
     found: Layout | None = Layout()  # if all attempts fail, rendering the pair shows the error
     for moves, tried in ((False, turns), (True, _system_moved(turns))):
         if moves and tried == turns:
@@ -390,7 +393,7 @@ def _system_moved(turns: Sequence[Message]) -> list[Message]:
 def _contains_turns(text: str, turns: Iterable[Message]) -> bool:
     """Return whether a text contains all turns in order.
 
-    Some templates write the system text further down, or leave out the thoughts of earlier replies.
+    Accepted: a system text at another position, and earlier replies without their thoughts.
     """
     at = 0
     for turn in turns:
@@ -405,7 +408,7 @@ def _contains_turns(text: str, turns: Iterable[Message]) -> bool:
 
 
 def _plain_conversation(template: Template) -> str | None:
-    """Return a rendered conversation without special tokens in it; None if the template fails."""
+    """Return the rendered text of messages without special tokens; None if the template fails."""
     turns = [{"role": role, "content": "a"} for role in ("system", "user", "assistant", "user")]
     for tried in (turns, turns[1:], turns[1:3]):
         try:
@@ -427,7 +430,7 @@ def _reply(content: str) -> Message:
 def _joined(pair: Pair, special: re.Pattern[str]) -> PairTexts | str:
     """Return prompt and replies unchanged, for data.chat_template: none.
 
-    The prompt may contain a template's tokens. A reply may end with one, but not contain one.
+    The prompt may contain special tokens. A reply may only end with one.
     """
     if pair.prompt_text is None:
         raise DataError(
@@ -450,7 +453,7 @@ def render(
     messages: Iterable[Message], template: Template, where: str, generation: bool = False
 ) -> str:
     """Return the rendered messages. Raises ModelError and BeyondLimitsError."""
-    # apply_chat_template calls this function.
+    # The tokenizer's apply_chat_template uses the same function.
     from transformers.utils.chat_template_utils import render_jinja_template
 
     turns = list(messages)
@@ -486,7 +489,7 @@ def too_long(where: str) -> BeyondLimitsError:
 
 
 class BeyondLimitsError(ModelError):
-    """The error of a template that takes too long or writes too much. It ends the rendering."""
+    """A template takes too much time or memory, or writes too much text. Rendering stops."""
 
     def __init__(self, where: str, found: str) -> None:
         super().__init__(

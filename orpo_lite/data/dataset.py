@@ -46,9 +46,9 @@ from orpo_lite.errors import FULL, DataError, FitError, ModelError, Overrides
 from orpo_lite.recipe.schema import DataSection
 
 THOUGHTS = (EMPTY_THOUGHT, NO_THOUGHT)
-TOO_LONG = (LONG_PROMPT, NO_ROOM, EQUAL_CUT)  # reasons that do not apply with higher limits
+TOO_LONG = (LONG_PROMPT, NO_ROOM, EQUAL_CUT)  # with higher limits, these pairs would be kept
 
-# The settings that tokens depend on, in addition to the rows, the tokenizer and the template.
+# The settings that change the tokens. The rows, the tokenizer and the template change them too.
 TOKEN_FIELDS = (
     "format",
     "column_map",
@@ -64,18 +64,18 @@ LoadTokenizer = Callable[[], Any]
 def tokenized(
     data: DataSection, sources: Sequence[Source], tokenizer_folder: Path, load: LoadTokenizer
 ) -> Generator[tuple[int, int], None, TokenizedPairs]:
-    """Return one split from the cache, or tokenize it into the cache.
+    """Yield progress as (rows read, all rows); finally return one tokenized split.
 
-    Yields (rows read, all rows). The second is 0 if it is unknown.
+    The split is read from the cache. If it is not there, it is tokenized and stored there. The
+    number of all rows is 0 if it is unknown.
 
     Args:
         data: the settings.
         sources: the datasets of this split.
-        tokenizer_folder: the files of the tokenizer, for the key.
-        load: returns the tokenizer. It is called only if the cache does not have the split.
+        tokenizer_folder: the folder of the tokenizer. The hash of its files is in the cache key.
+        load: loads the tokenizer. It is called only if the split is not in the cache.
 
-    Raises DataError and ModelError for rows that cannot be read or rendered, FitError for a full
-    disk.
+    Raises DataError or ModelError if rows cannot be read or rendered, FitError if the disk is full.
     """
     fingerprints = [source.fingerprint() for source in sources]
     key = cache.make_key(
@@ -116,7 +116,10 @@ def tokenized(
 
 
 def _template_key(choice: str) -> str:
-    """Return the template, with the name of its file, which is part of the tokens' facts."""
+    """Return data.chat_template for the cache key; for a file, its name and its content.
+
+    The name is included because the cache stores a description of the template that contains it.
+    """
     return f"{choice}\n{template_file(choice)}" if is_file(choice) else choice
 
 
@@ -125,7 +128,7 @@ def _tokenize(
 ) -> Generator[tuple[int, int], None, None]:
     """Read, render, tokenize and write one split.
 
-    Yields (rows read, all rows). ``rows``: the expected number, 0 if it is unknown.
+    Yields progress as (rows read, all rows). ``rows``: the expected number of rows, 0 if unknown.
     """
     template = set_chat_template(tokenizer, data)
     if tokenizer.unk_token_id != tokenizer.eos_token_id:  # in GPT-2 one token is both
@@ -189,7 +192,7 @@ def _is_templated(pair: Pair, template: Template) -> bool:
 
 
 def _hints(reasons: Iterable[str]) -> dict[str, str]:
-    """Return reason -> fix for those of the reasons to leave pairs out that have a fix."""
+    """Return the fixes for reasons to leave pairs out: reason -> fix. Not all reasons have one."""
     hints = dict.fromkeys(UNFAITHFUL, f"{OWN_TEMPLATE} that writes every turn unchanged")
     for reason in reasons:
         if reason.startswith(SPECIAL):
@@ -198,7 +201,7 @@ def _hints(reasons: Iterable[str]) -> dict[str, str]:
 
 
 def _fix_length(pair: Pair, renderer: Renderer, tokenizer: Any, data: DataSection) -> str:
-    """Return the fix for a pair that is left out for its length: limits that would keep it."""
+    """Return the settings that raise the length limits enough to keep a pair that is too long."""
     free = data.model_copy(update=dict.fromkeys(("max_length", "max_prompt_length"), sys.maxsize))
     ((_, tokens),) = tokenize_pairs([pair], renderer, tokenizer, free)
     if isinstance(tokens, str):
@@ -209,11 +212,11 @@ def _fix_length(pair: Pair, renderer: Renderer, tokenizer: Any, data: DataSectio
         "data.max_length": max(whole, data.max_length),
         "data.max_prompt_length": max(prompt, data.prompt_limit),
     }
-    return Overrides(limits, f" keep the one at {pair.where}")
+    return Overrides(limits, f" keep the pair at {pair.where}")
 
 
 def _check_unfaithful(drops: Drops, read: int, data: DataSection) -> None:
-    """Raise ModelError for a template that fails on more pairs than data.max_bad_rows allows.
+    """Raise ModelError if the template fails on more pairs than data.max_bad_rows allows.
 
     A template fails on a pair if it loses or changes a turn, or raises an error.
     """
@@ -235,7 +238,7 @@ def _check_unfaithful(drops: Drops, read: int, data: DataSection) -> None:
         share = math.ceil(100 * count / read) / 100
         fix = Overrides(
             {"data.max_bad_rows": share},
-            text=f"{fix}; or data.max_bad_rows={share} leaves these out",
+            text=f"{fix}; or data.max_bad_rows={share} leaves these pairs out",
         )
     raise ModelError(
         where="data.chat_template",
@@ -246,9 +249,9 @@ def _check_unfaithful(drops: Drops, read: int, data: DataSection) -> None:
 
 
 def _thoughts_off(pairs: Sequence[Pair], template: Template, data: DataSection) -> dict[str, str]:
-    """Return remark -> the setting that turns thoughts off, for each remark in THOUGHTS.
+    """Return remark -> fix for the remarks in THOUGHTS. The fix sets enable_thinking to false.
 
-    Returns {} if the template has no such setting.
+    Returns {} if the template still writes a <think> block for these pairs with this setting.
     """
     variables = {"enable_thinking": False}
     changed = replace(template, variables=template.variables | variables)
@@ -259,7 +262,7 @@ def _thoughts_off(pairs: Sequence[Pair], template: Template, data: DataSection) 
                 return {}
         value = json.dumps(data.chat_template_kwargs | variables)
         setting = shlex.quote(f"data.chat_template_kwargs={value}")
-        return dict.fromkeys(THOUGHTS, f"{setting} turns thoughts off")
+        return dict.fromkeys(THOUGHTS, f"{setting} turns thinking off")
     return {}
 
 
@@ -269,16 +272,16 @@ def _templated(count: int, pairs: int) -> DataError:
         found=f"{count:,} of {pairs:,} pairs hold markers of a chat template, but few of the first "
         "rows do",
         expected="text without markers: the template would add them again",
-        fix="write all rows alike, without the markers",
+        fix="remove the markers from all rows",
     )
 
 
 def show_row(
     data: DataSection, sources: Sequence[Source], load: LoadTokenizer, place: str
 ) -> dict[str, Any]:
-    """Return the row at a place as segments of text for display. Raises DataError.
+    """Return the row at a place, such as pairs.csv:3, as text segments for display.
 
-    ``dropped`` is the reason to leave the row out, or None.
+    The key ``dropped`` holds the reason to leave the row out, or None. Raises DataError.
     """
     pair, reason = PairReader(data, sources).find(place)
     tokenizer = load()
@@ -291,13 +294,13 @@ def show_row(
 
 
 class PromptTokenizer(AbstractContextManager["PromptTokenizer"]):
-    """Tokenizes conversations as the prompts of pairs: what a trained model goes on from.
+    """Tokenize conversations as prompts, in the same way as the prompts of training pairs.
 
-    Use it as a context manager: a template is rendered in a process of its own.
+    Use it as a context manager, because it starts a process that renders the chat template.
 
     Args:
-        data: the settings. Conversations that exceed its limits of length are not tokenized.
-        tokenizer: it gets the chat template of the settings.
+        data: the settings. A conversation that exceeds the length limits is not tokenized.
+        tokenizer: the tokenizer. Its chat template is set to ``data.chat_template``.
     """
 
     def __init__(self, data: DataSection, tokenizer: Any) -> None:
@@ -314,10 +317,11 @@ class PromptTokenizer(AbstractContextManager["PromptTokenizer"]):
         return end_token_id(self.renderer, self.tokenizer)
 
     def ids(self, conversations: Sequence[Sequence[Message]]) -> list[list[int] | str]:
-        """Return the tokens of each conversation, or the reason why it has none.
+        """Return the token ids of each conversation, or the reason why it cannot be tokenized.
 
-        Each ends with a turn of the user. Special tokens are removed from earlier answers: a model
-        may have spelt one. Without a template the turns are joined by line ends.
+        Each conversation must end with a user turn. Special tokens are removed from the texts of
+        earlier answers, because a model may have written one as text. Without a template, the turns
+        are joined by line ends.
 
         Raises:
             ModelError: the template exceeds its limits, or fails on a plain question.
@@ -347,14 +351,14 @@ class PromptTokenizer(AbstractContextManager["PromptTokenizer"]):
 
 
 def _renderer(template: Template) -> Renderer:
-    """Return the renderer of a template. A template is not trusted and gets a separate process."""
+    """Return the renderer of a template. A Jinja template is untrusted, so it gets a process."""
     return Renderer(template) if template.text is None else LimitedRenderer(template)
 
 
 def _shown_samples(
     pairs: Sequence[Pair], renderer: Renderer, tokenizer: Any, data: DataSection
 ) -> list[dict[str, Any]]:
-    """Return pairs as segments of text for display, without those that cannot be rendered."""
+    """Return pairs as text segments for display. Pairs that cannot be rendered are left out."""
     end = end_token_id(renderer, tokenizer)
     renderer.send(pairs)
     rows = []

@@ -18,7 +18,7 @@ from orpo_lite.data.pair import TokenizedPair, common_prefix
 @dataclass(frozen=True)
 class _Tensors:
     def to(self, device: torch.device) -> Self:
-        """Return the batch on another device."""
+        """Return a copy of the batch on the given device."""
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(
             self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
@@ -34,19 +34,19 @@ class PairBatch(_Tensors):
 
     input_ids_RT: Tensor
     attention_RT: Tensor
-    """1 at tokens, 0 at padding. Set by position, never by id: pad is often eos."""
+    """1 at tokens, 0 at padding. Found by length, not by token id, because pad is often eos."""
     response_RT: Tensor
     """True at the tokens of the response."""
     counted_RT: Tensor
-    """True at the tokens that the NLL counts (chosen rows)."""
+    """True at the tokens that the NLL includes. Only the chosen rows are used."""
 
 
 def pad_pairs(
     pairs: Sequence[TokenizedPair], *, pad_id: int, completion_only_loss: bool
 ) -> PairBatch:
-    """Return pairs padded to the longest of their sequences.
+    """Return the pairs as one batch, padded to the longest sequence.
 
-    ``completion_only_loss`` leaves the prompt out of the NLL.
+    ``completion_only_loss``: leave the prompt out of the NLL.
     """
     rows = [(pair.chosen_ids, pair.chosen_start) for pair in pairs]
     rows += [(pair.rejected_ids, pair.rejected_start) for pair in pairs]
@@ -67,32 +67,36 @@ def pad_pairs(
 class PackedPairs(_Tensors):
     """P pairs as one row of T tokens without padding.
 
-    Each pair is [common prefix | chosen rest | rejected rest].
+    Each pair is [common prefix | chosen rest | rejected rest]. If prefixes are not shared, the
+    prefix is empty, and the rests are whole sequences.
     """
 
     input_ids_T: Tensor
     position_ids_T: Tensor
-    """Each token's position in its own sequence. The rejected rest continues after the prefix."""
+    """The position of each token in its own sequence: a rejected rest continues from the prefix."""
     segments: tuple[tuple[int, int, int, int], ...]
-    """(start, stop, prefix_start, prefix_stop).
+    """Two segments for each pair: (start, stop, prefix_start, prefix_stop).
 
-    Tokens start:stop attend to the prefix and, causally, to themselves.
+    Tokens start:stop attend causally to one another, and to all tokens prefix_start:prefix_stop.
+    The first segment is common prefix + chosen rest, and its prefix range is empty. The second is
+    the rejected rest, and its prefix range is the common prefix. Empty segments are left out.
     """
     rows_N: Tensor
-    """The tokens whose hidden states are scored.
+    """The positions in the row whose hidden states are scored.
 
-    The last one of a prefix is in it twice: it predicts the first token of both replies.
+    The last position of a shared prefix appears twice, because it predicts the first token of both
+    rests.
     """
     targets_N: Tensor
-    """The token that each of them predicts."""
+    """The token to predict at each position in ``rows_N``."""
     spans: tuple[tuple[int, ...], ...]
-    """The layout of the scored rows of each pair: see :class:`orpo_lite.ops.head.Spans`."""
+    """For each pair, the layout of its scored rows: see :class:`orpo_lite.ops.head.Spans`."""
 
 
 def pack_pairs(
     pairs: Sequence[TokenizedPair], *, completion_only_loss: bool, share: bool
 ) -> PackedPairs:
-    """Return pairs end to end. ``share``: a pair's common prefix is in the row once."""
+    """Return the pairs in one row without padding. ``share``: include each common prefix once."""
     ids: list[NDArray[Any]] = []
     positions: list[NDArray[Any]] = []
     rows: list[NDArray[Any]] = []
@@ -106,8 +110,8 @@ def pack_pairs(
         ids += [chosen, rejected[prefix:]]
         positions += [np.arange(len(chosen)), np.arange(prefix, len(rejected))]
         segments += [(start, middle, 0, 0), (middle, stop, start, start + prefix)]
-        # The row before a token predicts it. Scored are the rows from the first that a sum needs to
-        # the one before the last.
+        # Row i predicts token i + 1. The scored rows begin with the first row that a sum needs, and
+        # end with the second to last row.
         chosen_row, rejected_row = max(pair.chosen_start, 1) - 1, max(pair.rejected_start, 1) - 1
         nll_row = chosen_row if completion_only_loss else 0
         fork = max(prefix - 1, 0)  # the row that predicts the first token of both rests
@@ -136,7 +140,7 @@ def pack_pairs(
 
 
 def nll_tokens(pair: TokenizedPair, *, completion_only_loss: bool) -> int:
-    """Return the number of tokens in the pair's NLL. Nothing predicts a sequence's first token."""
+    """Return the number of tokens in the pair's NLL. A sequence's first token is not predicted."""
     start = max(pair.chosen_start, 1) if completion_only_loss else 1
     return len(pair.chosen_ids) - start
 
@@ -145,7 +149,8 @@ def nll_tokens(pair: TokenizedPair, *, completion_only_loss: bool) -> int:
 def epoch_order(count: int, *, seed: int, epoch: int) -> tuple[int, ...]:
     """Return a shuffle of ``range(count)`` that depends only on seed and epoch.
 
-    It uses no generator state and no library, whose version could change it.
+    Indices are sorted by a hash. A random generator has a state, and a new version of its library
+    may change it.
     """
 
     def rank(index: int) -> bytes:
@@ -155,27 +160,27 @@ def epoch_order(count: int, *, seed: int, epoch: int) -> tuple[int, ...]:
 
 
 def steps_per_epoch(count: int, global_batch_size: int) -> int:
-    """Return the optimizer steps of one pass over ``count`` pairs. The last one may be smaller."""
+    """Return the number of optimizer steps for ``count`` pairs. The last step may be smaller."""
     return math.ceil(count / global_batch_size)
 
 
 @dataclass(frozen=True)
 class Batching:
-    """The way in which a step's pairs are divided into forward passes.
+    """Settings that divide the pairs of a step into forward passes.
 
-    It does not change the loss of the step, which is the sum over its passes.
+    They do not change the loss of the step, which is the sum over all passes.
     """
 
     packed: bool
-    """True: pairs end to end without padding. False: padded rows."""
+    """True: all pairs of a pass in one row without padding. False: padded rows."""
     share: bool
-    """The common prefix of a pair is computed once. Only if packed."""
+    """True: the common prefix of a pair is computed once. Used only if packed."""
     tokens: int
     """The maximum number of tokens in one packed forward pass. A longer pair has its own pass."""
     pairs: int | None
     """The maximum number of pairs in one forward pass.
 
-    None: as many as ``tokens`` allows if packed, else one.
+    None: if packed, as many pairs as ``tokens`` allows; otherwise one pair.
     """
     pad_id: int
     completion_only_loss: bool
@@ -195,7 +200,7 @@ def make_batch(pairs: Sequence[TokenizedPair], batching: Batching) -> Batch:
 def micro_batches(
     pairs: Sequence[TokenizedPair], batching: Batching, *, rank: int = 0, world: int = 1
 ) -> list[list[int]]:
-    """Return the micro-batches of this process, as indices into a step's pairs.
+    """Return the micro-batches of process ``rank`` of ``world``, as indices into a step's pairs.
 
     Packed pairs are placed by first-fit decreasing, so that there are few passes. Padded pairs are
     grouped by length. The result depends only on the arguments.
@@ -227,7 +232,7 @@ def micro_batches(
 
 
 def packed_tokens(pair: TokenizedPair, *, share: bool) -> int:
-    """Return the number of tokens of a pair that go through the model."""
+    """Return the number of tokens of a pair in a packed row. ``share``: count its prefix once."""
     total = len(pair.chosen_ids) + len(pair.rejected_ids)
     if not share:
         return total

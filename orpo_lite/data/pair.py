@@ -1,4 +1,4 @@
-"""Define a row, a pair of replies and a pair of token sequences."""
+"""Define the types of a row, a pair of replies and a pair of token sequences."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ if TYPE_CHECKING:
 Message = dict[str, str]  # {"role": system, user or assistant, "content": text}
 Row = Mapping[str, Any]
 
-# Our names of columns.
+# The standard column names (``ours`` in variable names). data.column_map assigns columns to them.
 COLUMNS = (
     "prompt",  # what the reply answers: a text, or a list of messages
     "chosen",  # the better and the worse reply, or the whole conversations that end with them
     "rejected",
-    "system",  # a text that goes in front as a system turn; blank for none
+    "system",  # the text of a system turn before the conversation; may be blank
     "conversation",  # the messages before the reply
-    "history",  # turns before those: messages, or [[user, assistant], ...]
-    "input",  # alpaca: what the instruction is about
+    "history",  # turns before the prompt or conversation: messages, or [[user, assistant], ...]
+    "input",  # in Alpaca: the text that the instruction refers to
     "completions",  # any number of answers: {response, overall_score}, {answer, rank}, or texts
-    "scores",  # the texts' scores, the highest the best, or their ranks, 1 the best
-    "ranks",
+    "scores",  # of completions that are texts: the highest score is the best
+    "ranks",  # instead of scores: rank 1 is the best
     "response_a",  # two answers, and the name of the better one
     "response_b",
     "better",
-    "preference_strength",  # instead of better: below 0 for the first, above 0 for the second
+    "preference_strength",  # instead of better: below 0 if response_a is better, else above 0
 )
 
 # Reasons to leave a pair out.
@@ -56,50 +56,52 @@ class Pair:
     """Two replies to one conversation."""
 
     messages: tuple[Message, ...]
-    """Everything before the reply."""
+    """All turns before the reply."""
     chosen: str
-    """The last reply only."""
+    """The better reply, without the turns before it."""
     rejected: str
+    """The worse reply, without the turns before it."""
     where: str
-    """The place of the row, "pairs.jsonl:12" or "train[11]", for error messages."""
+    """The place of the row for error messages, such as "pairs.jsonl:12" or "train[11]"."""
     prompt_text: str | None = None
-    """The prompt as plain text, if the row has it: for data.chat_template=none."""
+    """The prompt as one plain text, for data.chat_template=none. None if the row has none."""
     drop: str | None = None
-    """The reason to leave this pair out, if its row already shows it."""
+    """The reason to leave this pair out, if the reader of the row found one."""
     has_unread: bool = False
-    """The row has content that is not read, such as reasoning, tools or images."""
+    """True if the row has content that is not read, such as reasoning, tools or images."""
 
 
 class RowError(DataError):
-    """An error of one row. The row is counted and left out, up to ``data.max_bad_rows``.
+    """An error in one row.
 
-    Any other error stops the command.
+    The row is counted and left out. The command stops only if there are more such rows than
+    ``data.max_bad_rows`` allows. Any other DataError stops the command.
     """
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizedPair:
-    """A pair as two whole sequences, prompt + response + end token, each cut at data.max_length."""
+    """A pair as two token sequences: prompt + response + end token, cut at data.max_length."""
 
     chosen_ids: Sequence[int] | NDArray[numpy.int32]
     rejected_ids: Sequence[int] | NDArray[numpy.int32]
     chosen_start: int
-    """The index of the first response token."""
+    """The index of the first response token in ``chosen_ids``."""
     rejected_start: int
     where: str
     prompt: bytes = b""
-    """split.prompt_key. Pairs are held out by prompt."""
+    """The hash of the prompt (``split.prompt_key``). Pairs with equal hashes stay in one split."""
     chosen_cut: int = 0
-    """The number of tokens beyond data.max_length."""
+    """The number of tokens that were cut off because of data.max_length."""
     rejected_cut: int = 0
     remarks: tuple[str, ...] = ()
-    """What the chat template changed, as names of figures (``statistics.WARNINGS``)."""
+    """Changes that the chat template made, as keys of ``statistics.WARNINGS``."""
 
 
 def common_prefix(one: NDArray[numpy.int32], other: NDArray[numpy.int32]) -> int:
     """Return the number of tokens that two sequences share at their start.
 
-    It includes the prompt, the boundary and a common opening of the replies.
+    The shared tokens are the prompt, and the first tokens of the replies if these are equal.
     """
     shorter = min(len(one), len(other))
     differ = (one[:shorter] != other[:shorter]).nonzero()[0]

@@ -1,6 +1,6 @@
-"""Read datasets row by row and convert them to pairs, filtered as in the paper. Needs no tokenizer.
+"""Read datasets row by row, and convert the rows to pairs of texts. No tokenizer is needed.
 
-Rows are streamed: a dataset may be larger than the memory. Every pair that is left out is counted.
+Pairs are filtered as in the paper, and the pairs left out are counted. Rows are streamed.
 """
 
 from __future__ import annotations
@@ -34,35 +34,35 @@ from orpo_lite.data.sources.source import Source, dataset_name_setting
 from orpo_lite.errors import SHOWN, DataError, Overrides, raise_all, reworded
 from orpo_lite.recipe.schema import DataSection
 
-# Reasons to leave a pair out, in addition to those of pair.py. The paper's, Appendix C:
+# Reasons to leave a pair out, in addition to the reasons in pair.py. From the paper, Appendix C:
 EQUAL = "chosen and rejected are equal"
-# And ours: such a prompt asks for nothing, or was assembled wrongly.
+# Not from the paper: such a prompt asks for nothing, or was put together incorrectly.
 EMPTY_PROMPT = "empty prompt"
 BLANK = "blank row"
 REPEATED_TURN = "the same turn twice in a row"
 FAULTY = "a fault in the row"
 
-# Columns that may be filled in some rows only: the other rows are read the same without them.
+# Columns that may be empty in some rows. Such rows are read in the same way as the others.
 OPTIONAL_COLUMNS = {"system", "history", "input"}
 MAX_PLACES = 3  # places that are kept for each reason to leave a pair out
-ALLOWED_BAD_ROWS = 3  # rows of a dataset that may have errors, whatever share of it they are
+ALLOWED_BAD_ROWS = 3  # rows with errors that are always allowed, whatever data.max_bad_rows is
 
 
 class Drops:
-    """Count the pairs that are left out, by reason, and keep the first places of each reason."""
+    """Count the pairs left out for each reason, and keep the places of the first ones."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self.places: dict[str, list[str]] = {}
 
     def add(self, reason: str, where: str) -> None:
-        """Count a pair."""
+        """Count one pair that is left out."""
         self.counts[reason] += 1
         if self.counts[reason] <= MAX_PLACES:
             self.places.setdefault(reason, []).append(where)
 
     def raise_nothing_left(self, name: str, hints: Mapping[str, str] | None = None) -> NoReturn:
-        """Raise DataError with the table of reasons. ``hints``: reason -> fix, for some of them."""
+        """Raise DataError: all pairs are left out. ``hints``: reason -> fix, for some reasons."""
         table = "".join(
             f"\n  {count:>8}  {reason} (first {self.places[reason][0]})"
             for reason, count in self.counts.items()
@@ -72,28 +72,28 @@ class Drops:
             where=name,
             found=f"every pair was left out:{table}",
             expected="pairs to train on",
-            fix=(hints or {}).get(most_frequent, "correct the data, or change its limits"),
+            fix=(hints or {}).get(most_frequent, "correct the rows that the table lists"),
         )
 
 
 class PairReader:
-    """Iterate over the pairs of one split. The attributes hold counts and facts about them.
+    """Iterate over the pairs of one split. The attributes hold counts and facts about the pairs.
 
-    Iterating raises DataError at the start for an unknown format. At the end it raises DataError
-    for the errors of files (all of them at once), for more rows with errors in a dataset than
-    data.max_bad_rows, and if no pair is left. It raises HubError if the hub does not deliver.
-    ``data.max_samples`` limits each dataset to its first rows, before anything is left out.
+    Iterating raises DataError before the first pair of a dataset if its format is unknown. After
+    the last pair, it raises DataError for all errors of files, for datasets with more bad rows than
+    data.max_bad_rows allows, and if no pair is left. Only the first ``data.max_samples`` rows of
+    each dataset are read, including the rows that are left out.
     """
 
     def __init__(self, data: DataSection, sources: Sequence[Source]) -> None:
         self.data, self.sources = data, sources
         self._column_map = data.columns
         self.detected: list[str] = []
-        """For each dataset, the sentence with the detected format and the reason."""
+        """For each dataset, a sentence with the detected format and the reason."""
         self.columns: list[dict[str, Any]] = []
-        """For each dataset, its format, the columns that are read (our name -> theirs) and not."""
+        """For each dataset: format, columns read (standard name -> column), columns not read."""
         self.remarks = Counter[str]()
-        """The number of pairs with a property that a person should check, by names of figures."""
+        """Key of ``statistics.WARNINGS`` -> the number of pairs with this property."""
         self.rows: list[int] = []
         """For each dataset, the number of rows read."""
         self.drops = Drops()
@@ -128,9 +128,9 @@ class PairReader:
             self.drops.raise_nothing_left(", ".join(source.name for source in self.sources))
 
     def find(self, place: str) -> tuple[Pair, str | None]:
-        """Return the pair at a place, and the reason to leave it out or None. Raises DataError.
+        """Return the pair at a place such as pairs.csv:3, and the reason to leave it out, or None.
 
-        Leading folders may be missing or added if only one row fits.
+        Folders at the start may be missing or added. Raises DataError unless one row matches.
         """
         faults: list[DataError] = []
         ends_of_place: list[Pair] = []
@@ -148,8 +148,8 @@ class PairReader:
         if len(ending_with_place) > 1:
             raise DataError(
                 where=place,
-                found=f"{len(ending_with_place)} rows have places that end with it",
-                expected="the complete place of one row",
+                found=f"{len(ending_with_place)} rows in different folders match",
+                expected="the place of one row, with its folders",
                 fix=" or ".join(pair.where for pair in ending_with_place[:MAX_PLACES]),
             )
         if similar := ends_of_place or ending_with_place:
@@ -163,7 +163,7 @@ class PairReader:
     def _no_row(self, place: str, first: str) -> DataError:
         names = ", ".join(source.name for source in self.sources)
         limit = self.data.max_samples
-        only = f", of which data.max_samples reads the first {limit:,}" if limit else ""
+        only = f" (data.max_samples reads only the first {limit:,} rows)" if limit else ""
         return DataError(
             where=place,
             found=f"no such row in {names}{only}",
@@ -172,12 +172,12 @@ class PairReader:
         )
 
     def _pairs(self, source: Source, faults: list[DataError]) -> Iterator[Pair]:
-        """Yield the pairs of one dataset, before any is left out.
+        """Yield all pairs of one dataset, also those that will be left out.
 
-        The errors of its files go to ``faults``, in the order of the rows.
+        Errors of its files are added to ``faults``, in the order of the rows.
         """
-        # Errors of rows that cannot be read. The first rows are read before their turn, so each row
-        # has the number of errors before it.
+        # Errors found while reading. The first rows are read in advance to detect the format, so
+        # each row is stored with the number of errors found before it.
         broken: list[DataError] = []
         rows = ((len(broken), row) for row in islice(source.rows(broken), self.data.max_samples))
         first_rows = list(islice(rows, DETECTION_ROWS))
@@ -252,7 +252,7 @@ class PairReader:
     ) -> None:
         """Record the format and the columns of the dataset that is being read.
 
-        ``source_names``: our name -> the dataset's columns; ``names``: all its columns.
+        ``source_names``: standard name -> columns of the dataset. ``names``: all its columns.
         """
         theirs = {
             ours: source_names.get(column, [column]) for ours, column in detected.columns.items()
@@ -271,14 +271,13 @@ class PairReader:
         new: Sequence[str],
         where: str,
     ) -> Detected:
-        """Return the format after a row that fills some columns for the first time.
+        """Return the format after a row with the first values in some columns.
 
-        Raises DataError if the rows before would have been read in another way.
+        Raises DataError if these columns change how the earlier rows would have been read.
         """
         if not any(is_known(column) or value_type(row[column]) == "messages" for column in new):
             return before
-        hold = "holds" if len(new) == 1 else "hold"
-        change = f"{join_names(*new)} first {hold} something at {where}"
+        change = f"the first row with a value in {join_names(*new)} is {where}"
         try:
             now = self._detect([*mapped_rows, row], mapped)
         except DataError as fault:
@@ -291,10 +290,10 @@ class PairReader:
         changed = {ours for ours, _ in before.columns.items() ^ now.columns.items()}
         lost = before.columns.items() - now.columns.items()
         if changed - OPTIONAL_COLUMNS or lost:
-            advice = ", or leave the column out, or fill it in every row"
+            advice = ", or remove the column, or fill it in every row"
             raise DataError(
                 where="data.format",
-                found=f"{change}, and the format with this column would be: {now.sentence}",
+                found=f"{change}; with this column, the format would be: {now.sentence}",
                 expected=before.sentence,
                 fix=Overrides({"data.format": before.name}, advice),
             )
@@ -311,10 +310,10 @@ class PairReader:
         )
 
     def _name_dataset(self, fault: DataError, source: Source) -> DataError:
-        """Return an error about a setting with the name of the dataset that it is about.
+        """Return the error with the dataset's name added, if the error is about a setting.
 
-        If the files of a dataset have different formats, the fix is to read each of them alone,
-        because a setting that fits one would not fit the others.
+        If the files of the dataset have different formats, the fix is to name each file as a
+        dataset of its own, because a setting that fits one file would not fit the others.
         """
         if not fault.where.startswith("data."):
             return fault
@@ -327,7 +326,7 @@ class PairReader:
         )
 
     def _setting_per_file(self, source: Source) -> str:
-        """Return the setting that names each file of a dataset, so that each has its own format.
+        """Return the data.dataset_name setting that lists each file. Each then has its own format.
 
         Returns "" if the first rows of all files have columns of the same types.
         """
@@ -382,9 +381,9 @@ class PairReader:
     def _fix_bad_rows(
         self, fix: str, bad: int, read: int, source: Source, detected: Detected
     ) -> str:
-        """Return the fix for a dataset with too many rows with errors, ``bad`` of ``read`` rows.
+        """Return the fix for a dataset in which too many rows (``bad`` of ``read``) have errors.
 
-        ``fix`` is the fix for one such row.
+        ``fix``: the fix for a row with the most frequent error.
         """
         if setting := self._setting_per_file(source):
             return setting
@@ -403,10 +402,11 @@ class PairReader:
     def _refuse_wrong_map(
         self, source: Source, rows: Sequence[Row], mapped: Mapping[str, str], detected: Detected
     ) -> None:
-        """Raise DataError for a dataset that has pairs in other columns than data.column_map names.
+        """Raise DataError if data.column_map is probably meant for another dataset than this one.
 
-        The map is meant for another dataset if this one has only some of its columns, or if only
-        this one has columns with our names. Reading the map's columns would give wrong pairs.
+        Reading the map's columns would then give wrong pairs. This is assumed if pairs are detected
+        in other columns, and the dataset either lacks some columns of the map, or is the only
+        dataset that has columns with standard names.
         """
         missing = self._column_map.keys() - mapped.keys()
         if not mapped or not (missing or len(self.sources) > 1):
@@ -429,20 +429,20 @@ class PairReader:
         }
         setting = column_map_setting(both)
         if missing:
-            why = f"and the dataset has no column for {join_names(*sorted(missing))}"
-            fix = f"leave {wrong} out of this dataset; or, if no other has {own_columns}: {setting}"
+            why = f"this dataset has no column for {join_names(*sorted(missing))}"
+            fix = f"remove {wrong} from this dataset; or, if no other has {own_columns}: {setting}"
         else:
-            why = "which this dataset alone has"
-            fix = f"{setting}; or, if {wrong} are the pair, leave {own_columns} out of this dataset"
+            why = f"only this dataset has {own_columns}"
+            fix = f"{setting}; or, if {wrong} hold the pair, remove {own_columns} from this dataset"
         raise DataError(
             where="data.column_map",
-            found=f"it uses {wrong} for {join_names(*changed)}, {why}",
-            expected=f"all columns of the map, or none of them: {own.sentence}",
+            found=f"it uses {wrong} for {join_names(*changed)}, but {why}",
+            expected=f"all columns of the map or none of them. Without the map: {own.sentence}",
             fix=reworded(setting, fix),
         )
 
     def _is_only_here(self, source: Source, columns: Mapping[str, str]) -> bool:
-        """Return whether the columns have our names, and no other dataset has any of them."""
+        """Return whether these columns have standard names and no other dataset has any of them."""
         if not all(plain_name(column) == ours for ours, column in columns.items()):
             return False
         others = (other for other in self.sources if other is not source)
@@ -475,7 +475,7 @@ def _reason_to_drop(pair: Pair) -> str | None:
 
 
 def _remarks(pair: Pair) -> list[str]:
-    """Return the names of the ``statistics.WARNINGS`` that apply to a pair."""
+    """Return the keys of ``statistics.WARNINGS`` that apply to a pair."""
     turns, replies = [turn["content"] for turn in pair.messages], (pair.chosen, pair.rejected)
     systems = [pair.messages[0]["content"]] if pair.messages[0]["role"] == "system" else []
     others = [turn["content"] for turn in pair.messages if turn["role"] != "system"]
@@ -491,7 +491,7 @@ def _remarks(pair: Pair) -> list[str]:
 
 def _begins(reply: str, text: str) -> bool:
     words = text.split()
-    enough = 2 * (len(text) + 16)  # characters of the reply that contain as many words
+    enough = 2 * (len(text) + 16)  # characters of the reply, enough for these words
     return bool(words) and reply[:enough].split()[: len(words)] == words
 
 

@@ -21,11 +21,14 @@ from orpo_lite.recipe.schema import DataSection, Recipe
 from orpo_lite.updates import Update, staged
 
 Sources = tuple[list[Source], list[Source]]
-"""The datasets to train on, and the held-out ones."""
+"""(training datasets, held-out datasets)."""
 
 
 def find_sources(data: DataSection) -> Sources:
-    """Return the datasets of a recipe, found but not read. Raises DataError and HubError."""
+    """Return the training and the held-out datasets of a recipe. Raises DataError and HubError.
+
+    Rows are read only to check the column names in data.column_map.
+    """
     train, test = training_sources(data), held_out_sources(data)
     both = with_unique_labels([*train, *test])
     refuse_unknown_columns(data, both)
@@ -38,18 +41,19 @@ def tokenized_splits(
     train_sources: Sequence[Source],
     test_sources: Sequence[Source],
 ) -> Generator[Update, None, tuple[TokenizedPairs, TokenizedPairs, dict[str, Any]]]:
-    """Return the training pairs and the held-out pairs as tokens, and their figures.
+    """Yield progress; finally return the tokenized training and held-out pairs, and their figures.
 
-    Without a held-out dataset, pairs are held out by prompt after all filters. Tokens that were
-    made before with the same rows, template, limits and tokenizer are read from the cache.
+    If there is no held-out dataset, some prompts are held out with all their pairs, after all
+    filters. If the same rows were tokenized before with the same template, limits and tokenizer,
+    their tokens are read from the cache.
     """
     folder = cache_folder()
     if folder != configured_folder():
-        text = f"cannot write to {configured_folder()}: the tokens are in {folder} for this command"
+        text = f"cannot write to {configured_folder()}: this command stores its tokens in {folder}"
         yield Update("note", f"{text} ({VARIABLE} sets another folder)")
     for source in (*train_sources, *test_sources):
         notes = source.note.split("; ")
-        if test_sources:  # the hint at the held-out split is for those who have none
+        if test_sources:  # a hint at a held-out split is not needed if there is one
             notes = [note for note in notes if not note.startswith("data.dataset_test")]
         if any(notes):
             yield Update("note", f"{source.name}: {'; '.join(notes)}")
@@ -67,7 +71,7 @@ def tokenized_splits(
 
 
 def _with_dropped(fault: DataError, facts: Mapping[str, Any]) -> DataError:
-    """Return an error that also lists the pairs that were left out, as they may be its cause."""
+    """Return the error with a list of the pairs that were left out, which may be its cause."""
     dropped = facts["dropped"]
     if not dropped:
         return fault
@@ -78,7 +82,7 @@ def _with_dropped(fault: DataError, facts: Mapping[str, Any]) -> DataError:
     rows = f"{sum(dropped.values()):,} of {facts['rows_read']:,} rows were left out"
     return DataError(
         where="data",
-        found=f"{rows}: {'; '.join(reasons)}. Of the rest, {fault.found}",
+        found=f"{rows}: {'; '.join(reasons)}. After that, {fault.found}",
         expected=fault.expected,
         fix=reworded(fault.fix, f"correct these rows; or {fault.fix}"),
     )
@@ -114,6 +118,6 @@ def figure_updates(found: Mapping[str, Any]) -> Iterator[Update]:
 
 
 def pair_lengths(pairs: TokenizedPairs) -> NDArray[np.int64]:
-    """Return the tokens of each pair's common prefix, chosen and rejected sequence: (pairs, 3)."""
+    """Return lengths in tokens, shape (pairs, 3): common prefix, chosen and rejected sequence."""
     columns = (pairs.column(name) for name in ("prefix", "chosen_tokens", "rejected_tokens"))
     return np.stack([column.astype(np.int64) for column in columns], 1)

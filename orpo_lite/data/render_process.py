@@ -31,8 +31,8 @@ from orpo_lite.data.chat_template import (
 from orpo_lite.data.pair import Pair
 from orpo_lite.errors import DataError, ModelError, OrpoLiteError
 
-# Seconds without an answer after which the process is killed: one long operation cannot be
-# interrupted.
+# The process is killed after this many seconds without an answer, because a single long operation
+# cannot be interrupted.
 STUCK = 120.0
 
 Limit = Callable[[], AbstractContextManager[None]]
@@ -42,7 +42,7 @@ ERRORS: dict[str, Callable[..., OrpoLiteError]] = {
 
 
 class Renderer(AbstractContextManager["Renderer"]):
-    """Render batches: ``send`` one, do something else, ``receive`` its texts.
+    """Render batches of pairs. Call ``send`` with a batch, and later ``receive`` for its texts.
 
     Use it as a context manager.
     """
@@ -60,21 +60,21 @@ class Renderer(AbstractContextManager["Renderer"]):
         """Do nothing: there is no process to end."""
 
     def send(self, pairs: Sequence[Pair]) -> None:
-        """Send a batch. The one before must have been received."""
+        """Send a batch. The texts of the previous batch must have been received."""
         self.sent = pairs
 
     def receive(self) -> list[Rendered]:
-        """Return the texts of the batch that was sent, in its order. Raises BeyondLimitsError."""
+        """Return the texts of the batch that was sent, in order. Raises BeyondLimitsError."""
         return _raise_limit_error(_render_pairs(self.sent, self.template))
 
 
 class LimitedRenderer(Renderer):
-    """Render in a separate process: a template can neither block this one nor fill its memory."""
+    """Render in a separate process, so that a template cannot block this process or fill memory."""
 
     def __init__(self, template: Template) -> None:
         super().__init__(template)
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
-        # -P: no file in the current folder is imported as a module. This package is found anywhere.
+        # -P: Python imports nothing from the current folder. PYTHONPATH: it finds this package.
         paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
         self._process = subprocess.Popen(  # noqa: S603 - this module
             [sys.executable, "-P", "-m", __name__],
@@ -141,7 +141,7 @@ class LimitedRenderer(Renderer):
         return BeyondLimitsError(
             places,
             f"the process that renders the chat template was killed (signal {-code}), perhaps "
-            "because of its memory",
+            "because it used too much memory",
         )
 
 
@@ -154,7 +154,7 @@ def _raise_limit_error(results: list[Rendered]) -> list[Rendered]:
 def _render_pairs(
     pairs: Iterable[Pair], template: Template, limited: Limit = nullcontext
 ) -> list[Rendered]:
-    """Return the texts of each pair. An error of the limits is the last result."""
+    """Return the texts of each pair. Rendering stops after a BeyondLimitsError, the last result."""
     results: list[Rendered] = []
     for pair in pairs:
         try:
@@ -191,7 +191,7 @@ def _unpack(parts: list[Any]) -> Rendered:
 
 
 def _serve() -> None:
-    """Run the separate process: read a template and then batches, a line each, and answer each."""
+    """Run the separate process: read a template, then answer batches. Each is one line of JSON."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not be read as an answer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
@@ -210,7 +210,7 @@ def _serve() -> None:
 
 @contextmanager
 def _alarm() -> Iterator[None]:
-    """Raise TimeoutError after SECONDS of this process's own time, however busy the machine is."""
+    """Raise TimeoutError if the ``with`` block uses more than SECONDS of processor time."""
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Find the datasets to train on and to hold out, and split pairs by prompt if none is held out."""
+"""Find the training and held-out datasets, or hold out some prompts of the training pairs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Item = TypeVar("Item")
 
 
 def training_sources(data: DataSection) -> list[Source]:
-    """Return the datasets to train on, found but not read. Raises DataError and HubError."""
+    """Return the datasets to train on. Their rows are not read. Raises DataError and HubError."""
     check_column_map(data.columns)
     split = data.dataset_train_split
     if split not in ("auto", "train") and all(map(_is_file, data.names)):
@@ -53,7 +53,8 @@ def _is_file(name: str) -> bool:
 def _find(data: DataSection, key: str, name: str, split: str, split_key: str) -> Source:
     """Return the dataset that the setting ``key`` names.
 
-    If the fix of an error names another dataset, it is changed to set the whole setting.
+    If an error suggests another name for this dataset, its fix is changed to the whole setting:
+    ``key``, or data.dataset_name with the other datasets.
     """
     try:
         return find_source(name, split, data.dataset_config, split_key)
@@ -72,8 +73,9 @@ def _find(data: DataSection, key: str, name: str, split: str, split_key: str) ->
 def held_out_sources(data: DataSection) -> list[Source]:
     """Return the held-out datasets that data.dataset_test_split names.
 
-    It is a file or folder, or a split of the datasets to train on. [] if it is not set; then
-    ``hold_out`` splits the training pairs. Raises DataError and HubError.
+    The setting is a file, a folder, or a split of the training datasets. If it is null, the result
+    is [], and ``hold_out`` takes held-out pairs from the training pairs. Raises DataError and
+    HubError.
     """
     test = data.dataset_test_split
     if test is None:
@@ -90,9 +92,10 @@ def held_out_sources(data: DataSection) -> list[Source]:
 
 
 def _no_splits(data: DataSection, test: str, file: str) -> DataError:
-    """Return the error for a held-out split of a single file, which has no splits.
+    """Return the error for data.dataset_test_split=test if a training dataset is a single file.
 
-    The fix names the file of that split in the other folders, if there is exactly one.
+    A single file has no splits. If the training datasets that are folders have exactly one file of
+    the split, the fix names that file.
     """
     folders = [
         find_source(name, test, None, TEST_SPLIT)
@@ -105,13 +108,13 @@ def _no_splits(data: DataSection, test: str, file: str) -> DataError:
     return DataError(
         where="data.dataset_test_split",
         found=repr(test),
-        expected=f"a file ({file} has no splits), or null to hold out data.test_split_size",
+        expected=f"a file ({file} has no splits), or null to use data.test_split_size",
         fix=Overrides({"data.dataset_test_split": own}, text=text),
     )
 
 
 def prompt_key(pair: Pair) -> bytes:
-    """Return a hash (16 bytes) of the prompt's roles and words. Case and spacing do not count."""
+    """Return a hash (16 bytes) of the prompt's roles and words. Case and spacing are ignored."""
     turns = (
         f"{turn['role']}: {' '.join(turn['content'].split()).casefold()}" for turn in pair.messages
     )
@@ -123,14 +126,15 @@ def hold_out(
 ) -> tuple[list[Item], list[Item]]:
     """Split pairs by prompt and return the training pairs and the held-out pairs.
 
-    The rank of a prompt is a hash of seed and prompt, so the order of the rows does not matter.
+    Prompts are sorted by a hash of seed and prompt, and the first ones are held out. So the order
+    of the rows does not matter.
 
     Args:
-        pairs: the pairs after all filters, so that no filter can empty a split.
-        prompts: the prompt's key of each pair (:func:`prompt_key`).
-        size: below 1, the share of the prompts to hold out; else the number of pairs, reached with
-            whole prompts.
-        seed: of the ranks.
+        pairs: the pairs. Filter them before, so that a later filter cannot empty a split.
+        prompts: for each pair, the key of its prompt (:func:`prompt_key`).
+        size: if below 1, the share of prompts to hold out. Otherwise the number of pairs to hold
+            out. All pairs of a prompt stay together, so it may be a few more.
+        seed: the seed of the hash.
 
     Raises DataError if no training pairs are left.
     """
@@ -151,10 +155,10 @@ def hold_out(
     if len(held) == len(ranked):
         raise DataError(
             where="data.test_split_size",
-            found=f"{size:g} of {len(pairs)} pairs with {len(ranked)} different prompts leaves "
-            "none to train on",
-            expected="less than all prompts",
-            fix=Overrides({"data.test_split_size": 0}, ", or more pairs"),
+            found=f"holding out {size:g} of {len(pairs)} pairs with {len(ranked)} different "
+            "prompts leaves none to train on",
+            expected="a size that leaves some prompts to train on",
+            fix=Overrides({"data.test_split_size": 0}, ", or use more pairs"),
         )
     train: list[Item] = []
     test: list[Item] = []

@@ -16,20 +16,20 @@ from orpo_lite.data.cache import NUMBERS, TokenizedPairs
 # Figures that should be 0, and what they count.
 WARNINGS = {
     "repeated_prompts": "pairs in which a reply begins with the prompt again",
-    "absent_texts": "pairs in which a reply or the system text is NULL, None, NaN or N/A, as if it "
-    "was missing",
-    "empty_turns": "pairs with an empty turn before the last",
+    "absent_texts": "pairs in which a reply or the system text is NULL, None, NaN or N/A, so it is "
+    "probably missing",
+    "empty_turns": "pairs with an empty turn before the last turn",
     "beside_pairs": "pairs with reasoning, tools, images or other content that is not read",
-    "templated_pairs": "pairs with markers of a chat template, as if one was already applied",
-    "moved_systems": "pairs whose system text is put in front of the first user text, as it must "
-    "be when the model is used: the chat template takes no system turn",
-    "empty_thoughts": "pairs to whose replies the chat template adds an empty <think> block, which "
-    "is trained on",
-    "missing_thoughts": "pairs without the <think> block that the chat template opens for a reply "
-    "when the model is used",
-    "unknown_tokens": "tokens for text that the tokenizer does not know and that is lost",
+    "templated_pairs": "pairs with markers of a chat template, which was perhaps already applied",
+    "moved_systems": "pairs whose system text is put in front of the first user text, because the "
+    "chat template takes no system turn (do the same when you use the model)",
+    "empty_thoughts": "pairs in which the chat template adds an empty <think> block to the "
+    "replies, and the model is trained on it",
+    "missing_thoughts": "pairs with replies without a <think> block, although the chat template "
+    "opens one when the model is used",
+    "unknown_tokens": "tokens for text that the tokenizer does not know, so the text is lost",
 }
-# Counted among the pairs that are kept.
+# Figures that count only pairs that are kept. Their share of these pairs is shown too.
 OF_KEPT_PAIRS = ("moved_systems", "empty_thoughts", "missing_thoughts")
 QUANTILES = (5, 25, 50, 75, 95, 99)
 PADDED_BATCH = 8  # pairs; the default batch of other trainers
@@ -39,16 +39,16 @@ SHUFFLES = 20
 def figures(train: TokenizedPairs, test: TokenizedPairs) -> dict[str, Any]:
     """Return the content of data.json. Shares are from 0 to 1, and lengths are in tokens.
 
-    - format, columns: for each dataset, how it is read, and the columns that are read and not
-    - rows_of_sets: the rows read from each dataset that is trained on
-    - hints: the fixes for WARNINGS and for the reasons in dropped
-    - dropped: for each reason, the number of pairs and the first places
-    - tokens: quantiles; those of responses are before the cut and with their end
-    - cut: the effect of data.max_length
-    - chosen_longer, rejected_longer: the length bias
-    - prompts: the number of different ones, and of those in both splits
-    - step: the tokens that go through a model
-    - sha256: of the pairs' content and order
+    - format, columns: for each dataset, its format, the columns that are read, and the others
+    - rows_of_sets: for each training dataset, the number of rows read
+    - hints: key of WARNINGS, or reason in dropped -> fix
+    - dropped: for each reason, the number of pairs left out and the first places
+    - tokens: quantiles of lengths. Responses are measured before the cut, with their end token
+    - cut: the number and the share of pairs and responses that data.max_length cuts
+    - chosen_longer, rejected_longer: the share of pairs in which this response is the longer one
+    - prompts: the number of different prompts in each split, and in both splits (shared)
+    - step: the mean number of tokens per pair that go through the model, see _step
+    - sha256: a hash of the content and the order of the pairs
     """
     splits = _split_facts(train, test)
     both = {
@@ -107,19 +107,19 @@ def warning_lines(found: Mapping[str, Any]) -> list[str]:
 
 
 def _split_facts(train: TokenizedPairs, test: TokenizedPairs) -> list[Mapping[str, Any]]:
-    """Return the facts of both splits, or once if both were split from the same rows."""
+    """Return the facts of both splits. If both come from the same rows, return them only once."""
     return [train.facts] if test.facts is train.facts else [train.facts, test.facts]
 
 
 def _unique_values(values: Iterable[Any]) -> list[Any]:
-    """Return the different values in their order. They are compared as JSON."""
+    """Return the values without duplicates, in their order. Values are compared as JSON."""
     return list({json.dumps(value): value for value in values}.values())
 
 
 def response_lengths(columns: Mapping[str, NDArray[Any]], reply: str) -> NDArray[Any]:
-    """Return the tokens of each pair's chosen or rejected response, before the cut.
+    """Return the length in tokens of each pair's chosen or rejected response, before the cut.
 
-    ``columns``: fields of the pairs' records by name; ``reply``: chosen or rejected.
+    ``columns``: field of the PAIR record -> its values. ``reply``: chosen or rejected.
     """
     tokens, cut, start = (columns[f"{reply}_{name}"] for name in ("tokens", "cut", "start"))
     lengths: NDArray[Any] = tokens + cut - start
@@ -148,7 +148,7 @@ def _quantiles(lengths: NDArray[Any]) -> dict[str, float]:
 
 
 def _step(both: Mapping[str, NDArray[Any]]) -> dict[str, float]:
-    """Return the tokens of a pair: padded in batches, without padding, and with a shared prefix."""
+    """Return the mean tokens per pair: in padded batches, without padding, with shared prefix."""
     longest = np.maximum(both["chosen_tokens"], both["rejected_tokens"])
     padded = []
     for seed in range(SHUFFLES):

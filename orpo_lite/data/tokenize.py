@@ -28,7 +28,7 @@ NO_ROOM = "no room for a response in data.max_length"
 EQUAL_CUT = "chosen and rejected are equal after the cut at data.max_length"
 EQUAL_TOKENS = "chosen and rejected are equal as tokens"
 
-MAX_REASON = 120  # characters of the message of an error that a template raises
+MAX_REASON = 120  # characters that are kept of a template's error message
 
 BATCH = 128  # pairs rendered and tokenized in one call
 
@@ -37,18 +37,19 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A piece of the text that the model sees, or that is cut."""
+    """A part of the text of a sequence, for display."""
 
     kind: str
-    """prompt, response, end or cut."""
+    """prompt, response, end (the end token) or cut (removed because of data.max_length)."""
     text: str
 
 
 def end_token_id(renderer: Renderer, tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the id of the token that ends a reply.
 
-    It is the special token that the template writes after a reply, else the tokenizer's eos. The
-    template is tried on a question. Raises ModelError if it fails, or if nothing ends a reply.
+    It is the special token that the template writes after a reply, or the tokenizer's eos token if
+    the template writes none. To find it, a sample question is rendered. Raises ModelError if the
+    rendering fails, or if there is no such token.
     """
     question = Pair(
         ({"role": "user", "content": "?"},),
@@ -71,14 +72,14 @@ def tokenize_pairs(
 ) -> Iterator[tuple[Pair, TokenizedPair | str]]:
     """Yield each pair in order, with its tokens or with the reason to leave it out.
 
-    A text is tokenized once and as a whole, as in generation. A token across the boundary belongs
-    to the response, unless it is a token of the prompt that includes the spaces after it
-    (``rstrip``). While this function assembles one batch, the next is tokenized (on all cores) and
-    the one after that is rendered.
+    Prompt and response are tokenized together as one text, as in generation. A token with
+    characters of both belongs to the response. Exception: a prompt token with ``rstrip``, which
+    absorbs the spaces that follow, stays in the prompt. While this function assembles one batch,
+    the next batch is tokenized (on all cores), and the batch after that is rendered.
 
-    If a template raises an error on a pair, that is the reason to leave it out. Raises ModelError
-    for a tokenizer without offsets, and for a template that fails on a plain question or exceeds
-    its limits. At the end raises DataError that lists all conversations without a template.
+    A pair is left out if the template raises an error on it. Raises ModelError if the tokenizer has
+    no offsets, if the template fails on a plain question, or if the template exceeds its limits.
+    With data.chat_template=none, finally raises a DataError that lists all rows with conversations.
     """
     if not tokenizer.is_fast:
         raise ModelError(
@@ -110,7 +111,7 @@ def tokenize_pairs(
 
 
 def _without_content(message: str, pair: Pair) -> str:
-    """Return the message of an error of a template; only its start if it quotes the pair."""
+    """Return a template's error message; only the part before the colon if it quotes the pair."""
     contents = (pair.chosen, pair.rejected, *(turn["content"] for turn in pair.messages))
     is_quoted = any(len(text) > 8 and text.strip()[:MAX_REASON] in message for text in contents)
     return message.partition(": ")[0] if is_quoted else message[:MAX_REASON]
@@ -125,7 +126,7 @@ def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 def _rendered(
     batches: Iterator[list[Pair]], renderer: Renderer
 ) -> Iterator[tuple[list[Pair], list[Rendered]]]:
-    """Yield each batch with its texts. Rows are read while the batch before them is rendered."""
+    """Yield each batch with its rendered texts. The next batch is read during the rendering."""
     batch = next(batches, None)
     if batch:
         renderer.send(batch)
@@ -143,7 +144,7 @@ def _encoded(
 ) -> Iterator[tuple[list[Pair], list[Rendered], BatchEncoding]]:
     """Yield each batch with its tokens: two sequences for each pair that has texts.
 
-    One batch is tokenized ahead.
+    A thread tokenizes the next batch while the caller uses this one.
     """
     with ThreadPoolExecutor(1) as thread:
         ahead: tuple[list[Pair], list[Rendered], Future[BatchEncoding]] | None = None
@@ -168,12 +169,14 @@ def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Any:
 
 
 class _SequenceEnds(NamedTuple):
-    """The tokens at the ends of a sequence, and those that include the white space after them."""
+    """The tokens with which sequences begin and end, and the tokens with ``rstrip``."""
 
     lead: list[int]
-    """What the tokenizer adds before a text: [bos] for many, [] for some."""
+    """The tokens that the tokenizer adds before a text: often [bos], sometimes []."""
     end: int
+    """The token that ends a reply."""
     stripping: frozenset[int]
+    """The tokens with ``rstrip``: they absorb the white space that follows."""
     end_text: str
 
 
@@ -190,14 +193,15 @@ def _sequence_ends(tokenizer: PreTrainedTokenizerBase, end: int) -> _SequenceEnd
 def _whole_sequence(
     encoded: BatchEncoding, row: int, prompt: str, reply: str, ends: _SequenceEnds
 ) -> tuple[array[int], int]:
-    """Return a sequence with its first and last token once, and the start of the response in it.
+    """Return a sequence with lead and end tokens, and the index of its first response token.
 
-    ``row``: the index of the text in the batch.
+    These tokens are added only if the template did not write them. ``row``: the index of the text
+    in the batch.
     """
     ids, lead, boundary = encoded.input_ids[row], ends.lead, len(prompt)
     start = _response_start(encoded, row, boundary)
     if start < len(ids) and ids[start] in ends.stripping:
-        # Only the white space of a prompt's token can be after the boundary.
+        # A token that has only white space after the boundary belongs to the prompt.
         _, stop = encoded.encodings[row].offsets[start]
         if reply[: stop - boundary].isspace():
             start += 1
@@ -209,11 +213,11 @@ def _whole_sequence(
 
 
 def _response_start(encoded: BatchEncoding, row: int, boundary: int) -> int:
-    """Return the index of the first token that ends after the boundary.
+    """Return the index of the first token that ends after the end of the prompt.
 
-    One character may be several tokens (bytes, a sentencepiece's added space), and a trimmed space
-    is none. The token of the character at the boundary is found directly. If that character has no
-    token, all offsets are searched.
+    ``boundary``: the number of characters of the prompt. Usually it is the first token of the
+    character after it. A character may have several tokens (bytes, a space that sentencepiece adds)
+    or none (a trimmed space). If it has none, the offsets of all tokens are searched.
     """
     start = encoded.char_to_token(row, boundary)
     if start is None:
@@ -235,7 +239,7 @@ def _cut_pair(
     if any(ends.end in ids[start:-1] for ids, start in (chosen, rejected)):
         return f"{SPECIAL}: {ends.end_text}"
     chosen_ids, rejected_ids = chosen[0][: data.max_length], rejected[0][: data.max_length]
-    # Nothing predicts a sequence's first token, so a response of only that token has no score.
+    # The first token of a sequence is not predicted, so a response of only that token has no score.
     if len(chosen_ids) <= max(chosen[1], 1) or len(rejected_ids) <= max(rejected[1], 1):
         return NO_ROOM
     if chosen_ids == rejected_ids:
@@ -250,10 +254,10 @@ def _cut_pair(
 def show_texts(
     texts: PairTexts, tokenizer: PreTrainedTokenizerBase, data: DataSection, end: int
 ) -> dict[str, list[Segment]]:
-    """Return chosen and rejected as the text that their tokens decode to.
+    """Return the text segments of chosen and rejected, for display.
 
-    The text is decoded from tokens. If a tokenizer loses something, such as case or unknown
-    characters, it is missing here too. ``end`` is :func:`end_token_id`.
+    The text is decoded from the tokens. So it shows what the tokenizer loses, such as case or
+    unknown characters. ``end``: the id of the end token (:func:`end_token_id`).
     """
     encoded = _encode([texts.prompt + texts.chosen, texts.prompt + texts.rejected], tokenizer)
     ends = _sequence_ends(tokenizer, end)

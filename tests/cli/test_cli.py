@@ -458,7 +458,7 @@ BAD_DATA: dict[str, tuple[str, list[str], list[str]]] = {
     "missing field in one row": (
         rows(GOOD) + '{"prompt": "a", "chosen": "b"}\n',
         [],
-        ["1 of 2 rows were left out", "pairs.jsonl:2, field rejected: missing", "Of the rest, 0.2 of 1 pairs"],
+        ["1 of 2 rows were left out", "pairs.jsonl:2, field rejected: missing", "After that, holding out 0.2 of 1 pairs"],
     ),
     "numbers for texts": (
         rows(*[GOOD] * 5, *[("a", 5, "c")] * 4),
@@ -619,7 +619,7 @@ BAD_BASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
             re.sub(r'"eos_token": "[^"]*",?', "", (base / "tokenizer_config.json").read_text(encoding="utf-8"))
         ),
         [],
-        ["tokenizer", "nothing ends a reply", "eos_token"],
+        ["tokenizer", "no token ends a reply", "eos_token"],
     ),
     "a template that raises": (
         lambda _: None,

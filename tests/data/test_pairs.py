@@ -187,7 +187,9 @@ def test_a_column_that_would_change_the_reading_stops_it(
     with pytest.raises(DataError) as raised:
         read(path)
     text = message(raised)
-    assert f"first holds something at pairs.jsonl:{DETECTION_ROWS + 1}" in text
+    assert re.search(
+        rf"the first row with a value in .+ is pairs\.jsonl:{DETECTION_ROWS + 1}\b", text
+    )
     assert line in text
     key, _, value = line.removeprefix("data.").partition("=")
     pairs, _ = read(path, **{key: value if key == "format" else dict([value.split("=")])})
@@ -346,7 +348,7 @@ def test_column_map_wins(tmp_path: Path) -> None:
         (
             {"question": "prompt"},
             [
-                "question is not among our names",
+                "question is not a standard name",
                 "swap the two names: data.column_map=prompt=question",
             ],
         ),
@@ -649,7 +651,7 @@ def test_a_map_of_another_set_does_not_take_half_a_pair(tmp_path: Path) -> None:
         DataError, match=r"data\.column_map of .*b\.jsonl: it uses bad for rejected"
     ) as raised:
         read(f"{one},{other}", column_map={"prompt": "topic", "chosen": "good", "rejected": "bad"})
-    assert "it has no column for chosen and prompt" in message(raised)
+    assert "this dataset has no column for chosen and prompt" in message(raised)
     line = raised.value.fix.split()[-1]
     pairs, _ = read(f"{one},{other}", column_map=load_recipe("demo", [line]).data.column_map)
     assert [(pair.chosen, pair.rejected) for pair in pairs] == [("a", "b"), ("Blue.", "Seven.")]
@@ -698,7 +700,7 @@ def test_a_map_does_not_take_the_place_of_a_pair_that_one_set_alone_has(tmp_path
     write_jsonl(other, [row | {"chosen": "Red.", "rejected": "Eight."} for row in named])
     column_map = {"chosen": "good", "rejected": "bad"}
     with pytest.raises(
-        DataError, match=r"b\.jsonl: it uses good and bad for chosen and rejected, which"
+        DataError, match=r"b\.jsonl: it uses good and bad for chosen and rejected, but only"
     ) as raised:
         read(f"{one},{other}", column_map=column_map)
     (line,) = re.findall(r"data\.column_map=[^\s;]+", raised.value.fix)
@@ -1067,7 +1069,7 @@ def test_the_same_rows_are_not_read_twice(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [EXPLICIT])
     (tmp_path / "link.jsonl").symlink_to(path)
     for other in (path, tmp_path / "link.jsonl", tmp_path / "*.jsonl"):
-        with pytest.raises(DataError, match=r"jsonl: twice") as raised:
+        with pytest.raises(DataError, match=r"jsonl: named twice") as raised:
             training_sources(section(dataset_name=f"{path},{other}"))
         assert isinstance(raised.value.fix, Overrides)
         once = raised.value.fix.values["data.dataset_name"]
@@ -1184,7 +1186,7 @@ def test_turns_that_come_late_are_not_left_out_unsaid(tmp_path: Path, column: st
     )
     with pytest.raises(
         DataError,
-        match=rf"{column} holds turns that are in no column that is read; {column} first ",
+        match=rf"{column} is not read, but holds turns that no other column has; the first row ",
     ) as raised:
         read(path)
     assert f"data.column_map=history={column} to put them in front" in message(raised)
@@ -1217,7 +1219,7 @@ def test_the_lines_for_a_rival_that_comes_late_work_when_pasted(tmp_path: Path) 
         for i, row in enumerate(some_rows(150))
     ]
     file = write_jsonl(tmp_path / "late.jsonl", late)
-    with pytest.raises(DataError, match=r"context first holds something at late.jsonl:101"):
+    with pytest.raises(DataError, match=r"the first row with a value in context is late.jsonl:101"):
         read(file)
     pairs, _ = read(file, column_map={"prompt": "prompt", "input": "context"})
     assert pairs[120].messages[-1]["content"].endswith("\nSome background.")

@@ -306,7 +306,7 @@ def test_a_cache_that_cannot_be_written_to_is_said_and_nothing_is_left(
     }
     command = [sys.executable, "-m", "orpo_lite", "data", "--recipe", "./coffee.yaml", MAP]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    assert "cannot write to /proc/tokens: the tokens are in" in done.stdout
+    assert "cannot write to /proc/tokens: this command stores its tokens in" in done.stdout
     assert "5 rows: 2 to train on" in done.stdout
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
@@ -336,7 +336,7 @@ def test_a_base_that_is_not_there(look: Look) -> None:
 def test_words_for_nothing_are_counted(coffee: Path, look: Look) -> None:
     with (coffee / "coffee.csv").open("a", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("Is it hot?", "Yes.", "NULL"), ("Is it cold?", "NaN", "No.")])
-    assert "NULL, None, NaN or N/A, as if it was missing: 2\n" in look()[1]
+    assert "NULL, None, NaN or N/A, so it is probably missing: 2\n" in look()[1]
     assert json.loads(look("--json")[1])["absent_texts"] == 2
 
 
@@ -383,7 +383,7 @@ def test_templates_that_begin_late_are_counted(coffee: Path, look: Look) -> None
         csv.writer(file).writerows([("question", "good_answer", "bad_answer"), *rows, *templated])
     code, shown, _ = look()
     assert code == 0
-    assert "pairs with markers of a chat template, as if one was already applied: 3\n" in shown
+    assert "pairs with markers of a chat template, which was perhaps already applied: 3\n" in shown
     assert json.loads(look("--json")[1])["templated_pairs"] == 3
     assert json.loads(look("--json", "data.chat_template=none")[1])["templated_pairs"] == 0
     with (coffee / "coffee.csv").open("a", newline="", encoding="utf-8") as file:
@@ -407,7 +407,7 @@ def test_system_texts_that_the_template_does_not_take_are_moved_and_counted(
         csv.writer(file).writerows([("question", "good_answer", "bad_answer", "system"), *rows])
     assert "takes no system turn" not in look()[1]
     shown = look(f"data.chat_template={NO_SYSTEM}")[1]
-    assert "the chat template takes no system turn: 3 (75%)\n" in shown
+    assert "takes no system turn (do the same when you use the model): 3 (75%)\n" in shown
     assert "Be brief.\n\nWhich bean is 0?</s>" in shown
 
 
@@ -477,13 +477,13 @@ def test_an_empty_thought_is_said_with_the_line_that_ends_it(
     own = "data.chat_template=mine.jinja"
     shown = look(own)[1]
     (line,) = (line for line in shown.splitlines() if "adds an empty <think> block" in line)
-    assert ", which is trained on: 3 (100%); " in line
+    assert ", and the model is trained on it: 3 (100%); " in line
     (word,) = (word for word in shlex.split(line) if word.startswith("data.chat_template_kwargs="))
     assert "<think>" not in look(own, word)[1].partition("tokens  ")[2]
     assert json.loads(look("--json", own, word)[1])["empty_thoughts"] == 0
     (coffee / "mine.jinja").write_text(template.replace("enable_thinking is false", "false"))
     shown = look(own)[1]
-    assert ", which is trained on: 3 (100%)\n" in shown
+    assert ", and the model is trained on it: 3 (100%)\n" in shown
     assert "enable_thinking" not in shown
 
 

@@ -556,11 +556,11 @@ def test_tokenizers_that_cannot_be_used(bpe: PreTrainedTokenizerFast) -> None:
     message(raised)
     bpe.eos_token = None
     for data in (plain, section()):
-        with pytest.raises(ModelError, match="nothing ends a reply") as raised_model:
+        with pytest.raises(ModelError, match="no token ends a reply") as raised_model:
             set_chat_template(bpe, data)
         message(raised_model)
     # A template without an end of its own.
-    with pytest.raises(ModelError, match="nothing ends a reply"):
+    with pytest.raises(ModelError, match="no token ends a reply"):
         tokenize(
             [colour()],
             bpe,

@@ -258,7 +258,7 @@ def test_few_pairs_are_put_down_to_the_rows_that_were_left_out(small_recipe: Bui
         DataError, match=r"1 of 2 rows were left out: 1 empty chosen \(first pairs.jsonl:2\)"
     ) as raised:
         sides(small_recipe())
-    assert "Of the rest, 0.2 of 1 pairs" in str(raised.value)
+    assert "After that, holding out 0.2 of 1 pairs" in str(raised.value)
     assert raised.value.fix.values == {"data.test_split_size": 0}  # type: ignore[attr-defined]
 
 
@@ -649,7 +649,7 @@ def test_places_tell_files_of_one_name_apart(
     for folder, chosen in rows.items():
         for place in (f"{folder}/p.jsonl:1", f"{tmp_path}/{folder}/p.jsonl:1"):
             assert reader.find(place)[0].chosen == chosen
-    with pytest.raises(DataError, match=r"3 rows have places that end with it(.|\n)*fix: one/p"):
+    with pytest.raises(DataError, match=r"3 rows in different folders match(.|\n)*fix: one/p"):
         reader.find("p.jsonl:1")
     alone, _ = find_sources(DataSection(dataset_name="one/p.jsonl"))
     assert [where for where, _ in alone[0].rows([])] == ["p.jsonl:1"]

@@ -1,4 +1,7 @@
-"""Apply data.column_map to rows, also where datasets or files name a column differently."""
+"""Apply data.column_map to rows. Datasets and files may have different names for a column.
+
+"Standard names" are the names in ``COLUMNS``, such as prompt and chosen.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,9 @@ DETECTION_ROWS = 100  # rows that the detection of the format examines
 
 
 def apply_column_map(row: Row, column_map: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """Return the row with our names, and with texts and messages in one form.
+    """Return the row with standard names, and with all messages in the form {role, content}.
 
-    ``column_map``: our name -> columns. The first column that the row has is used.
+    ``column_map``: standard name -> columns. The first of these columns in the row is used.
     """
     out = {key: value for key, value in row.items() if key not in column_map}
     for ours, names in column_map.items():
@@ -32,7 +35,7 @@ def apply_column_map(row: Row, column_map: Mapping[str, Sequence[str]]) -> dict[
 
 
 def _lift_pair(row: Row) -> Row:
-    """Return the row with the fields of an object that holds a pair: {"data": {"chosen": ...}}."""
+    """Return the row with the fields of a nested pair added: {"data": {"chosen": ...}}."""
     if row.keys() & {*REPLIES}:
         return row
     inner = [
@@ -48,9 +51,9 @@ def _first_present(names: Sequence[str], columns: Collection[str]) -> str | None
 def source_columns(
     column_map: Mapping[str, Sequence[str]], rows: Sequence[Row]
 ) -> dict[str, list[str]]:
-    """Return our name -> the columns that these rows have for it.
+    """Return standard name -> the columns of these rows that are read for it.
 
-    There are several where the files of a folder use different names.
+    There are several columns if the files of a folder use different names.
     """
     found: dict[str, list[str]] = {}
     for ours, names in column_map.items():
@@ -60,23 +63,23 @@ def source_columns(
 
 
 def present_columns(data: DataSection, rows: Sequence[Row]) -> dict[str, str]:
-    """Return the part of data.column_map that fits these rows: our name -> column."""
+    """Return the entries of data.column_map that fit these rows: standard name -> column."""
     columns = {key for row in rows for key in row}
     firsts = {ours: _first_present(names, columns) for ours, names in data.columns.items()}
     return {ours: first for ours, first in firsts.items() if first is not None}
 
 
 def missing_columns(data: DataSection, rows: Sequence[Row]) -> set[str]:
-    """Return the columns in data.column_map for our names that none of these rows has."""
+    """Return the columns of those data.column_map entries that fit none of these rows."""
     found = present_columns(data, rows)
     return {name for ours, names in data.columns.items() if ours not in found for name in names}
 
 
 def first_rows_with(source: Source, missing: set[str], max_samples: int | None) -> list[Row]:
-    """Return for each of these columns the first row that has it, if there is one."""
+    """Return the first row with each of the missing columns, if there is such a row."""
     columns = source.columns() if missing else None
     if columns is not None:
-        missing = missing & columns  # else a whole table would be read for a column it lacks
+        missing = missing & columns  # do not search a whole table for a column that it lacks
     if not missing:
         return []
     found: list[Row] = []
@@ -90,7 +93,7 @@ def first_rows_with(source: Source, missing: set[str], max_samples: int | None) 
 
 
 def refuse_unknown_columns(data: DataSection, sources: Sequence[Source]) -> None:
-    """Raise DataError for a column in data.column_map that no dataset has, training or held out."""
+    """Raise DataError for columns in data.column_map that no training or held-out dataset has."""
     unknown = {name for names in data.columns.values() for name in names}
     found: dict[str, None] = {}
     for source in sources:
@@ -115,18 +118,18 @@ def refuse_unknown_columns(data: DataSection, sources: Sequence[Source]) -> None
 
 
 def check_column_map(column_map: Mapping[str, Sequence[str]]) -> None:
-    """Raise DataError for a key of data.column_map that is not one of our names."""
+    """Raise DataError for a key of data.column_map that is not a standard name."""
     unknown = [name for name in column_map if name not in COLUMNS]
     if not unknown:
         return
     if all(len(columns) == 1 and columns[0] in COLUMNS for columns in column_map.values()):
         swapped = {columns[0]: [theirs] for theirs, columns in column_map.items()}
         setting = column_map_setting(swapped)
-        is_not = "is not" if len(unknown) == 1 else "are not"
+        is_not = "is not a standard name" if len(unknown) == 1 else "are not standard names"
         raise DataError(
             where="data.column_map",
-            found=f"{join_names(*unknown)} {is_not} among our names",
-            expected="OURS=THEIRS",
+            found=f"{join_names(*unknown)} {is_not}",
+            expected="a standard name, then the dataset's column, such as chosen=good",
             fix=reworded(setting, f"swap the two names: {setting}"),
         )
     near = {name: difflib.get_close_matches(name, COLUMNS, n=1) for name in unknown}
@@ -141,8 +144,8 @@ def _refuse_names(
 ) -> NoReturn:
     """Raise DataError for names that do not exist.
 
-    ``corrected`` is the map with the most similar names that exist. A name that resembles none is
-    left out.
+    ``corrected``: data.column_map with each of the names replaced by the most similar existing
+    name. Names without a similar one are left out.
     """
     setting = column_map_setting(corrected)
     has_entries = bool(setting.values["data.column_map"])
@@ -159,9 +162,10 @@ def _refuse_names(
 def column_map_setting(columns: Mapping[str, Sequence[str]]) -> Overrides:
     """Return the data.column_map setting, quoted for a shell.
 
-    It is a YAML mapping if a column's name does not fit in the short form OURS=THEIRS.
+    The value has the short form chosen=good,rejected=bad if all names of columns fit in it.
+    Otherwise it is a YAML mapping.
 
-    ``columns``: our name -> the column, or the columns of several datasets.
+    ``columns``: standard name -> the column, or the columns of several datasets.
     """
     named = {ours: names for ours, names in columns.items() if names}
     entries = [(ours, column) for ours, names in named.items() for column in names]

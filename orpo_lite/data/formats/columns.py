@@ -1,9 +1,9 @@
 """Find the type of value of each column, and the columns that hold prompt, replies and so on.
 
 Only the first rows of a dataset are examined. A column's type is the type of most of its values;
-empty values do not count. A column with another name is used only if it is the one candidate, or
-if all candidates agree in every row. Otherwise the error lists the data.column_map settings to
-choose from.
+empty values do not count. A column without a standard name (``COLUMNS``) is used only if it is the
+only candidate, or if all candidates have equal values in every row. Otherwise an error lists the
+data.column_map settings to choose from.
 """
 
 import re
@@ -55,26 +55,26 @@ NOTABLE_SHARE = 0.1  # of the rows: too many to be chance
 NEARLY_ALL = 0.9  # of the rows: a property of the whole dataset
 WRITE_PAIRS = "write each pair as prompt, chosen and rejected"
 
-# The value types that a column of ours may have.
+# Standard name of a column -> the value types that the column may have.
 ALLOWED_TYPES: dict[str, tuple[ValueType, ...]] = {
     "prompt": TEXTS,
     "system": (*TEXTS, "null"),
     "conversation": ("messages",),
     "history": ("messages", "null"),  # null: the first rows may be those without earlier turns
-    "input": (*TEXTS, "messages", "null"),  # OpenAI's holds messages
+    "input": (*TEXTS, "messages", "null"),  # messages: in OpenAI's format
     "completions": ("completions", *LISTS),
     "scores": ("numbers", "numbers as texts"),
     "ranks": ("numbers", "numbers as texts"),
 }
-SUBJECT_COLUMNS = ("context", "input")  # what a question is about
-# Two of our names of which a dataset has only one.
+SUBJECT_COLUMNS = ("context", "input")  # columns with a text that a question refers to
+# Pairs of standard names. A dataset uses only one name of each pair.
 ALTERNATIVES = (
     ("prompt", "conversation"),
     ("scores", "ranks"),
     ("better", "preference_strength"),
 )
 MIN_ROWS = 10  # with fewer rows, repeated values in a column prove nothing
-# Columns in which a table's cell that looks like such a list is one. Elsewhere it is a text.
+# A cell of a table that looks like such a list is read as a list only in these columns.
 LIST_NAMES: dict[ValueType, tuple[str, ...]] = {
     "numbers": (*ALIASES["scores"], *ALIASES["ranks"]),
     "something else": ("history", *ALIASES["system"], *ALIASES["conversation"]),
@@ -87,17 +87,17 @@ class ColumnProfile:
 
     rows: Sequence[Row]
     mapped: Mapping[str, str]
-    """data.column_map. The rows already have its names; no other column is a candidate for them."""
+    """data.column_map, already applied to the rows. For its names, no other columns are tried."""
     plain: bool
     """True if data.chat_template is none."""
     others: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """The part of data.column_map that other datasets use."""
     assigned: dict[str, str] = field(default_factory=dict)
-    """Our name -> the column that has been chosen for it."""
+    """Standard name -> the column that has been chosen for it."""
     texts: Collection[str] = ()
-    """Columns of ours that hold texts, even where they look like messages as JSON."""
+    """Standard names of columns that are read as texts, even if they look like JSON messages."""
     verdict: Callable[[Any], str | None] | None = None
-    """Turns a value of the better column of a judged dataset into a, b or tie."""
+    """Converts a value of the verdict column to a, b or tie. Only for the format judged."""
 
     def __post_init__(self) -> None:
         self.raw = self.rows
@@ -122,8 +122,8 @@ class ColumnProfile:
     def _find_replies(self) -> dict[str, str]:
         """Return the columns of chosen and rejected by their names, such as "good_answer".
 
-        Returns {} unless both are found. Columns with other names than ours are not used if there
-        are numbered answers, because such a column may then say which answer is better.
+        Returns {} unless both are found. If there are numbered answers (response_a, response_b),
+        only the standard names count, because a column "better_answer" may then be the verdict.
         """
         found = {}
         for reply in REPLIES:
@@ -158,8 +158,8 @@ class ColumnProfile:
     def _is_reply(self, column: str) -> bool:
         """Return whether the column holds replies.
 
-        Its name must say "reply". A name that only says "better" or "worse" is enough if no other
-        column could be the reply that this one rates.
+        Its name must have a word for a reply. A name with only a word such as "better" or "worse"
+        is enough if no other column could be a reply. Otherwise it may be a rating of that reply.
         """
         if self.holds_labels(column):
             return False
@@ -198,7 +198,7 @@ class ColumnProfile:
         return len(texts) >= MIN_ROWS and len(set(texts)) <= len(texts) / 2
 
     def columns_named(self, *names: str) -> list[str]:
-        """Return the columns with these names. Case, separators and outer spaces do not matter."""
+        """Return the columns with these names. Case, separators and outer spaces are ignored."""
         found = [column for name in names for column in self.columns if plain_name(column) == name]
         return found or [self.reply_columns[name] for name in names if name in self.reply_columns]
 
@@ -215,7 +215,7 @@ class ColumnProfile:
     def values(self, *names: str) -> list[tuple[Any, ...]]:
         """Return the values of these columns, row by row.
 
-        Rows with an empty value, or with a value of another type than its column's, are left out.
+        A row is left out if one of its values is empty or does not have the type of its column.
         """
         columns = [self.column_named(name) for name in names]
         rows = [tuple(row.get(column) for column in columns) for row in self.rows]
@@ -223,7 +223,7 @@ class ColumnProfile:
         return [row for row in rows if all(map(self._has_type, row, types))]
 
     def _normalized(self, row: Row) -> Row:
-        """Return the row with JSON texts as lists, and lists of one text as texts, by column."""
+        """Return the row with its values in their columns' types: JSON -> list, ["a"] -> "a"."""
         out = dict(row)
         for column, value in row.items():
             column_type = self.types.get(column)
@@ -238,7 +238,7 @@ class ColumnProfile:
 
     @staticmethod
     def _has_type(value: Any, expected: ValueType) -> bool:
-        """Return whether a value is not empty and has this type. All lists of texts are alike."""
+        """Return whether a value is not empty and has this type. LISTS count as one type."""
         if expected in TEXTS:
             return isinstance(value, str) and bool(value.strip())
         found = value_type(value)
@@ -247,14 +247,14 @@ class ColumnProfile:
         return found in (LISTS if expected in LISTS else (expected,))
 
     def share(self, test: Callable[..., bool], *columns: str) -> float:
-        """Return the share of rows that pass the test. Rows with an empty column do not count."""
+        """Return the share of rows that pass the test. Rows with an empty value are ignored."""
         values = self.values(*columns)
         return sum(bool(test(*row)) for row in values) / len(values) if values else 0.0
 
     def find(self, canonical: str) -> str | None:
-        """Assign a column to one of our names and return it; None if there is no candidate.
+        """Find, assign and return the column for a standard name; None if there is no candidate.
 
-        Raises DataError if several columns are candidates and differ.
+        Raises DataError if several columns are candidates and their values differ.
         """
         if canonical not in self.assigned and (candidates := self.candidates(canonical)):
             rivals = [column for column in candidates[1:] if self._differ(candidates[0], column)]
@@ -264,16 +264,16 @@ class ColumnProfile:
         return self.assigned.get(canonical)
 
     def assign(self, columns: Mapping[str, str]) -> None:
-        """Assign these columns to our names, where the rows have them and data.column_map has none.
+        """Assign columns to standard names. Skip missing columns and names in data.column_map.
 
-        ``columns``: our name -> column.
+        ``columns``: standard name -> column.
         """
         for ours, name in columns.items():
             if ours not in self.mapped and self.type_of(name) != "missing":
                 self.assigned[ours] = self.column_named(name)
 
     def candidates(self, canonical: str) -> list[str]:
-        """Return the columns that could hold the content of one of our names, such as prompt."""
+        """Return the columns that could be read as a standard column, such as prompt."""
         is_decided = canonical in self.mapped
         if is_decided or (canonical == "prompt" and self.type_of("prompt") == "messages"):
             found = self.type_of(canonical) != "missing"
@@ -289,8 +289,8 @@ class ColumnProfile:
         if canonical == "prompt" and self.is_alpaca():
             return [column for column in named if plain_name(column) != "input"]
         if canonical == "conversation":
-            # A conversation that already holds the reply, as in UltraFeedback binarized, is used
-            # only where no other column has the question.
+            # A conversation that already contains the reply, as in UltraFeedback binarized, is used
+            # only if no other column contains the question.
             waiting = [column for column in named if self.share(waits_for_reply, column) > 0.5]
             if waiting:
                 return waiting
@@ -301,7 +301,7 @@ class ColumnProfile:
     def is_alpaca(self) -> bool:
         """Return whether there is an instruction with an input or a history, as in Alpaca.
 
-        The input is the text that the instruction refers to, often empty. History is earlier turns.
+        The input is a text that the instruction refers to, often empty. History: earlier turns.
         """
         if self.type_of("instruction") == "missing":
             return False
@@ -314,11 +314,11 @@ class ColumnProfile:
         return self.type_of(other) != "missing" and not self._differ(one, other)
 
     def _differ(self, one: str, other: str) -> bool:
-        """Return whether two columns differ in some row. Spaces around a text do not count."""
+        """Return whether two columns differ in some row. Spaces around a text are ignored."""
         return any(a != b and str(a).strip() != str(b).strip() for a, b in self.values(one, other))
 
     def templated(self) -> list[str]:
-        """Return our names of the columns with a chat template in NOTABLE_SHARE of their texts."""
+        """Return the standard names of columns with template markers in 10% or more of the rows."""
         return [
             name
             for name, column in self.assigned.items()
@@ -341,7 +341,7 @@ class ColumnProfile:
         )
 
     def _refuse_templated_rivals(self, columns: Sequence[str]) -> None:
-        """Raise DataError if some of the columns that could be the prompt have a chat template."""
+        """Raise DataError if candidates for the prompt contain markers of a chat template."""
         templated = [c for c in columns if self.share(is_templated, c) >= NOTABLE_SHARE]
         if not templated:
             return
@@ -358,9 +358,9 @@ class ColumnProfile:
         refuse_templated(self, [*templated, *replies], () if replies else raw)
 
     def setting(self, **columns: str) -> Overrides:
-        """Return the data.column_map that assigns these columns.
+        """Return the data.column_map setting that assigns these columns: standard name=column.
 
-        It keeps the present entries that do not conflict with them. ``columns``: our name=column.
+        It keeps the present entries that do not conflict with them.
         """
         theirs = {ours: self.mapped.get(column, column) for ours, column in columns.items()}
         replaced = set(theirs)
@@ -378,10 +378,10 @@ class ColumnProfile:
         return column_map_setting({**self.others, **lists})
 
     def settings(self, canonical: str, columns: Iterable[str]) -> str:
-        """Return the settings that each assign one of the columns to our name, joined by "or"."""
+        """Return settings joined by "or". Each assigns one of the columns to the standard name."""
         return one_of(self.setting(**{canonical: column}) for column in columns)
 
-    # --- the rows as their reader expects them
+    # --- convert rows for their reader
 
     def replies_are_json(self) -> bool:
         """Return whether chosen and rejected are messages as JSON texts, with a text as prompt."""
@@ -391,10 +391,10 @@ class ColumnProfile:
         return "messages" in map(self.type_of, REPLIES) and self.type_of("prompt") in TEXTS
 
     def renamed(self, row: Row, where: str) -> Row:
-        """Return the row with our names, and JSON texts as lists.
+        """Return the row with standard names, and JSON texts as lists.
 
-        Columns that were candidates and were not chosen are left out. Raises RowError for a value
-        of another type than its column's.
+        Optional columns, such as system, are left out unless they were chosen. Raises RowError if
+        the type of a value is not the type of its column.
         """
         row = {
             **self._normalized(row),
@@ -416,7 +416,7 @@ class ColumnProfile:
         return out
 
     def with_source_column(self, where: str) -> str:
-        """Return an error's ``where`` with the dataset's name of the column instead of ours."""
+        """Return an error's ``where`` with the dataset's column instead of the standard name."""
         place, mark, rest = where.partition(", field ")
         name = re.match(r"\w*", rest)[0]  # type: ignore[index]
         column = self.assigned.get(name, name)
@@ -424,7 +424,7 @@ class ColumnProfile:
         return f"{place}{mark}{theirs}{rest.removeprefix(name)}"
 
     def _check(self, value: Any, column: str, where: str, *, is_reply: bool) -> None:
-        """Raise RowError for a value of another type than its column's: it would be misread."""
+        """Raise RowError if a value would be misread: its type is not the type of its column."""
         expected, name = self.type_of(column), join_names(column)
         if isinstance(value, str):
             if is_reply and expected == "messages" and value.lstrip()[:1] not in ("[", "{"):
@@ -462,12 +462,12 @@ def columns_hold(*columns: str) -> str:
 def _verdict_error(row: Row, where: str, column: str) -> DataError:
     """Return the error for a verdict that names neither answer.
 
-    If it is a number, the numbers in the other rows may also have another meaning than assumed.
+    If the verdict is a number, the numbers in other rows may have been misunderstood too.
     """
     value = row["better"]
     fix = "correct or remove the row"
     if value_type(value) == "number" or str(value).strip().isdigit():
-        fix = f"write {column} as a or b in every row, by what its numbers mean"
+        fix = f"replace the numbers in {column} by a or b in every row, according to their meaning"
     expected = "one of the two answers, or a tie"
     return row_error(where, column, describe(row, "better"), expected, fix)
 
@@ -484,7 +484,7 @@ def refuse_templated(
     fix = profile.settings("prompt", raw) or Overrides({"data.chat_template": "none"})
     if any(profile.type_of(column) not in TEXTS for column in columns):
         fix = "no setting helps: remove the template's markers from the messages; "
-        fix += "the model's own template is applied to them"
+        fix += "the model's own template adds its markers"
     elif not raw and not any(begins_templated(value) for value in values):
         markers = Counter(marker for value in values if (marker := end_marker(value)))
         fix = (

@@ -67,9 +67,9 @@ class Detected:
     because: str
     read: Reader
     columns: dict[str, str]
-    """Our name -> the column it is read from: all that the reader uses, and nothing else."""
+    """Standard name -> the column that it is read from, for all columns that the reader uses."""
     is_json: bool = False
-    """The replies are JSON in texts. ``data.format: explicit`` would read them as texts."""
+    """True if replies are read from JSON texts. data.format=explicit reads them as plain texts."""
 
     @property
     def sentence(self) -> str:
@@ -90,12 +90,12 @@ def detect_format(
 
     Args:
         rows: the first rows, after data.column_map was applied.
-        name: data.format: a name of READERS, or auto. Its columns are searched for in both cases.
-        mapped: data.column_map of these rows: our name -> column, the only candidate for it.
-        plain: data.chat_template is none, so texts with a template's markers are accepted.
-        others: the rest of data.column_map, for other datasets. Printed settings keep it.
+        name: data.format: a key of READERS, or auto. The columns are detected in both cases.
+        mapped: data.column_map for these rows: standard name -> column, the only candidate for it.
+        plain: True if data.chat_template is none: texts with template markers are then accepted.
+        others: the entries of data.column_map for other datasets. Suggested settings keep them.
 
-    Raises DataError, with the setting to use, if no format fits, if the rows can be read in two
+    Raises DataError with the setting to use, if no format fits, if the rows can be read in two
     ways, or if a chat template was already applied to the texts.
     """
     requested = name != "auto"
@@ -109,7 +109,7 @@ def detect_format(
         refuse_labels(profile)
         name, because = _apply_rules(profile)
     if name in TEXT_FORMATS and profile.type_of(profile.assigned.get("prompt", "prompt")) in TEXTS:
-        # A person who names such a format has chosen and rejected read as texts in any case.
+        # If data.format names such a format, chosen and rejected are always read as texts.
         profile.texts = REPLIES if requested else ()
     replies = _reply_columns(profile, name)
     for reply in replies:
@@ -124,8 +124,8 @@ def detect_format(
     if is_json:
         because += " (JSON in texts; data.format=explicit would read the texts unchanged)"
     if system and profile.type_of(system) != "null" and name != "orca":
-        because += f"; {join_names(system)} goes in front as a system turn "
-        because += "where the conversation has none"
+        because += f"; {join_names(system)} is put in front as a system turn "
+        because += "if the conversation has none"
     read = _make_reader(profile, name, replies)
     refuse_unused(profile, name, requested=requested)
     prompt_type = profile.type_of(profile.assigned.get("prompt", ""))
@@ -188,7 +188,7 @@ def _is_doubled(profile: ColumnProfile, name: str, read: Reader) -> bool:
         raise DataError(
             where="data.format",
             found=f"{shares}repeat the prompt in the first {len(rests)} rows",
-            expected="the prompt once, and all rows alike",
+            expected="the prompt repeated in all rows or in none",
             fix=fix,
         )
     return both >= NEARLY_ALL
@@ -225,7 +225,7 @@ def _dialogues(profile: ColumnProfile) -> Found:
 
 
 def _holds_dialogues(profile: ColumnProfile) -> bool:
-    """Return whether chosen holds dialogues with the turns that it replies to."""
+    """Return whether chosen holds dialogues that include the turns before the reply."""
     return (
         profile.type_of("chosen") == "dialogue" and profile.share(is_whole_dialogue, "chosen") > 0
     )
@@ -294,9 +294,9 @@ def _texts(profile: ColumnProfile) -> Found:
 
 
 def _begin_with_prompt(profile: ColumnProfile) -> bool:
-    """Return whether both texts seem to begin with their prompt, and not only by chance.
+    """Return whether chosen and rejected probably both begin with their prompt.
 
-    Their prompt may also be in a column that was not used.
+    Returns False if an unused column could be the prompt, or if the common start may be a phrase.
     """
     replies = [profile.column_named(reply) for reply in REPLIES]
     others = [column for column in profile.columns if column not in replies]
@@ -305,7 +305,7 @@ def _begin_with_prompt(profile: ColumnProfile) -> bool:
     starts = [common_words(*texts) for texts in profile.values(*REPLIES)]
     if not starts or sum(map(bool, starts)) < NEARLY_ALL * len(starts):
         return False
-    # The same start in many rows is a phrase such as "I think", whatever the prompt was.
+    # A start that is the same in many rows is a phrase such as "I think", not a prompt.
     most_frequent = max(Counter(starts).values())
     is_phrase = most_frequent > 2 and most_frequent > len(starts) / 2
     return not (is_phrase and any(profile.type_of(column) in TEXTS for column in others))
@@ -345,7 +345,7 @@ def _ranked(profile: ColumnProfile, *, requested: bool = False) -> Found:
 
 
 def _find_scores(profile: ColumnProfile, completions: str) -> str:
-    """Return the column with the scores or ranks of texts. Raises DataError if it is not clear."""
+    """Return the column with the scores or ranks of texts. Raises DataError unless there is one."""
     wanted = [name for name in ("scores", "ranks") if name in profile.mapped]
     wanted = wanted or ["scores", "ranks"]
     columns = [column for name in wanted if (column := profile.find(name))]
@@ -362,7 +362,7 @@ def _find_scores(profile: ColumnProfile, completions: str) -> str:
 
 
 def _find_measure(profile: ColumnProfile, completions: str) -> str:
-    """Return the key with the score of each answer. Raises DataError if it is not clear."""
+    """Return the key of the score in each answer. Raises DataError if several keys could be it."""
     keys = {
         key for (answers,) in profile.values(completions) for answer in answers for key in answer
     }
@@ -374,7 +374,7 @@ def _find_measure(profile: ColumnProfile, completions: str) -> str:
 
 
 def _is_judged(profile: ColumnProfile) -> bool:
-    """Return whether data.column_map names the verdict. Then chosen and rejected do not matter."""
+    """Return whether data.column_map names the verdict. Then chosen and rejected are ignored."""
     return bool(profile.mapped.keys() & {*EITHER_VERDICT})
 
 
@@ -397,7 +397,7 @@ RULES = (_openai, _dialogues, _conversations, _texts, _two_outputs, _ranked, _ju
 
 
 def _find_columns(profile: ColumnProfile, name: str) -> None:
-    """Find the columns of a format that the person has named, whatever the structure is."""
+    """Find the columns of the format in data.format, without a check that the format fits."""
     if name == "ranked":
         _ranked(profile, requested=True)
     elif name == "judged":
@@ -435,7 +435,7 @@ def _find_input(profile: ColumnProfile) -> None:
 
 
 def _find_history(profile: ColumnProfile) -> None:
-    """Find earlier turns, unless the prompt contains them or they include prompt and reply."""
+    """Find the earlier turns. Skip them if they are in the prompt, or end with prompt and reply."""
     column, prompt = profile.find("history"), profile.assigned.get("prompt")
     if column is None or prompt is None or "history" in profile.mapped:
         return
@@ -466,9 +466,9 @@ def _find_system(profile: ColumnProfile) -> str | None:
 
 
 def _find_prompt(profile: ColumnProfile) -> tuple[str, str] | None:
-    """Return the column that the replies answer, and our name for it: prompt or conversation.
+    """Return (prompt or conversation, column) for the column that the replies answer; else None.
 
-    A conversation that waits for a reply comes before a prompt. Raises DataError if there are both.
+    A conversation is preferred. Raises DataError if it does not contain a prompt column's texts.
     """
     conversation = profile.find("conversation")
     if conversation is None or "prompt" in profile.mapped:

@@ -1,4 +1,4 @@
-"""Convert texts and messages of all known forms to a text or a list of {role, content}."""
+"""Convert messages of all known forms to a text or a list of {role, content}."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +23,7 @@ REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # reasoning out
 UNREAD_KEYS = (*REASONING_KEYS, "tools", "functions", "documents", "image", "images", "video",
                "videos", "audio", "audios")  # fmt: skip
 TOOL_CALLS = ("tool_calls", "function_call")  # keys of a message
-# Keys of an object that contains one of these forms.
+# Keys under which an object may hold a text or messages.
 _WRAPPER_KEYS = dict.fromkeys((*ALIASES["conversation"], *ANSWER_KEYS, "value"))
 
 
@@ -32,9 +32,9 @@ def is_message(item: Any) -> bool:
 
 
 def role_of(item: Any) -> str | None:
-    """Return system, user or assistant, by the dataset's own word for it.
+    """Return the role of a message (system, user or assistant): ``{"from": "human"}`` -> ``user``.
 
-    None for another speaker, and for a value that is not a message.
+    Returns None if the role is unknown or the item is not a message.
     """
     if not is_message(item):
         return None
@@ -43,11 +43,16 @@ def role_of(item: Any) -> str | None:
 
 
 def normalize(value: Any, column: str = "") -> Any:
-    """Return the text or the messages {role, content} of a value. Other values are not changed.
+    """Return a value as a text or as messages {role, content}. Other values are returned unchanged.
 
-    The forms: ShareGPT's {from, value}; a single message; turns {input, output}; a text in parts; a
-    struct of lists, as in a table; an object that contains one of these ({"text": ..., "score": 9},
-    {"messages": [...]}); and pairs [user, assistant] in a column history.
+    These forms are converted:
+
+    - messages {from, value}, as in ShareGPT, and a single message
+    - turns {input, output}
+    - a text in parts: [{"type": "text", "text": ...}, ...]
+    - an object of lists, as in a table: {"role": [...], "content": [...]}
+    - an object that contains a text or messages: {"text": ..., "score": 9}, {"messages": [...]}
+    - pairs [user, assistant], in a column history
     """
     if isinstance(value, Mapping):
         return _unwrap(value, column)
@@ -76,7 +81,7 @@ def is_pair_list(value: Any) -> bool:
 
 
 def _pairs_to_turns(pairs: Iterable[Sequence[Any]]) -> list[Mapping[str, Any]]:
-    """Return the turns of user and assistant. The last reply may be missing."""
+    """Return the turns of user and assistant. A missing reply is skipped."""
     turns: list[Mapping[str, Any]] = []
     for question, reply in pairs:
         turns.append({"role": "user", "content": question})
@@ -86,9 +91,9 @@ def _pairs_to_turns(pairs: Iterable[Sequence[Any]]) -> list[Mapping[str, Any]]:
 
 
 def _message(item: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the message with the keys role and content. Other keys and unknown roles remain."""
+    """Return the message with the keys role and content. Other keys and unknown roles are kept."""
     speaker = next(key for key in SPEAKERS if item.get(key) is not None)
-    # A table of several datasets has the content keys of all, and all but one are null.
+    # A table of several datasets has the content keys of all of them. All keys but one are null.
     present = [key for key in CONTENTS if key in item]
     filled = [key for key in present if item[key] is not None]
     key = (filled or present or [""])[0]
@@ -102,7 +107,7 @@ def is_sharegpt(turns: Any) -> bool:
 
 
 def _unwrap(value: Mapping[str, Any], column: str) -> Any:
-    """Return the text or messages inside of an object. A single message becomes a list."""
+    """Return the text or messages inside an object. A single message becomes a list."""
     for speaker, content in (("role", "content"), ("from", "value")):
         roles, texts = value.get(speaker), value.get(content)
         if isinstance(roles, list) and isinstance(texts, list) and len(roles) == len(texts):

@@ -1,4 +1,4 @@
-"""Interpret column names: is it a prompt, a reply, a score, and which reply is it?"""
+"""Interpret column names: which columns are prompts, replies, scores or verdicts."""
 
 import re
 from itertools import pairwise
@@ -8,7 +8,7 @@ from orpo_lite.data.pair import COLUMNS
 REPLIES = ("chosen", "rejected")
 OPENAI = ("input", "preferred_output", "non_preferred_output")  # the columns of OpenAI's own format
 
-# Our name -> other datasets' names. For chosen and rejected, see ``reply_named_by``.
+# Standard name -> names that datasets use for it. For chosen and rejected, see ``reply_named_by``.
 ALIASES: dict[str, tuple[str, ...]] = {
     "prompt": ("prompt", "question", "instruction", "query", "input", "problem", "user_prompt",
                "user_input", "history", "context"),
@@ -55,7 +55,7 @@ NOT_REPLY_WORDS = (
     | PROMPT_WORDS
     | frozenset("model id source reason rationale feedback name system label".split())
 )
-# Words for a reply or for the whole dataset.
+# Words that show that a column is not the prompt.
 NOT_PROMPT_WORDS = NOT_REPLY_WORDS - PROMPT_WORDS | SIDE_WORDS["chosen"] | SIDE_WORDS["rejected"]
 
 ANSWER_WORDS = ("response", "answer", "completion", "output", "reply", "generation", "conv",
@@ -66,7 +66,7 @@ NUMBERED = re.compile(r"(.*?)[ _-]?([012ab])", re.IGNORECASE)  # response_0, res
 def names_better(column: str) -> bool:
     """Return whether a column's name says that its values name the better answer.
 
-    False for loser, and for best_0, which is about one answer only.
+    ``winner`` -> True, ``loser`` -> False, ``best_0`` -> False (it is about one answer only).
     """
     found = set(words(column))
     denied = found & (SIDE_WORDS["rejected"] | DOUBT_WORDS | SCORE_WORDS)
@@ -76,7 +76,7 @@ def names_better(column: str) -> bool:
 def reply_named_by(column: str) -> str | None:
     """Return chosen or rejected if a column's name clearly means that reply, else None.
 
-    None for less_preferred and for worse_than_best.
+    ``good_answer`` -> ``chosen``, ``not_preferred`` -> ``rejected``, ``less_preferred`` -> None.
     """
     found = words(column)
     named = [reply for reply, side_words in SIDE_WORDS.items() if side_words & set(found)]
@@ -92,9 +92,9 @@ def reply_named_by(column: str) -> str | None:
 
 
 def is_reply(column: str) -> bool:
-    """Return whether the name says "reply" and nothing else.
+    """Return whether a column's name says that it holds replies.
 
-    True for chosen_response, False for chosen_critique.
+    ``chosen_response`` -> True, ``chosen_critique`` -> False.
     """
     found = set(words(column))
     allowed = REPLY_WORDS | NEGATIONS | SIDE_WORDS["chosen"] | SIDE_WORDS["rejected"]
@@ -102,19 +102,19 @@ def is_reply(column: str) -> bool:
 
 
 def is_answer(column: str) -> bool:
-    """Return whether the name is that of one of several answers."""
+    """Return whether a column is named as one of several answers: ``response_1``, ``answer_b``."""
     match = NUMBERED.fullmatch(column)
     return match is not None and any(word in match[1].lower() for word in ANSWER_WORDS)
 
 
 def plain_name(column: str) -> str:
-    """Return system_prompt for System Prompt, system-prompt and systemPrompt."""
+    """Return a name in one form: ``System Prompt``, ``systemPrompt`` -> ``system_prompt``."""
     separated = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", column.strip())
     return re.sub(r"[\s_-]+", "_", separated).lower()
 
 
 def words(column: str) -> list[str]:
-    """Return the words of a column's name: good, answer for good_answer2 and GoodAnswer."""
+    """Return the words of a column's name: ``good_answer2``, ``GoodAnswer`` -> good, answer."""
     return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", column)]
 
 

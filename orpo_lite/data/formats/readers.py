@@ -1,4 +1,4 @@
-"""Convert rows to pairs: one reader for each format, all with one signature."""
+"""Convert rows to pairs. Each format has a reader, a function (row, place) -> pair."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -61,7 +61,7 @@ Reader = Callable[[Row, str], Pair]
 def read_pair(row: Row, where: str) -> Pair:
     """Read two replies to a prompt or a conversation, or two whole conversations.
 
-    Each may be a text, a single message or a list of messages.
+    Each reply may be a text, a single message or a list of messages.
     """
     return _join(row, *_prompt_turns(row, where), where)
 
@@ -104,9 +104,9 @@ def read_hh_rlhf(row: Row, where: str) -> Pair:
 
 
 def read_doubled(row: Row, where: str) -> Pair:
-    """Read texts with a prompt column and the prompt again at the start of chosen and rejected.
+    """Read a prompt, and texts chosen and rejected that repeat the prompt at their start.
 
-    It is removed from the replies that have it.
+    The repeated prompt is removed from each reply that has it.
     """
     return without_repeated_prompt(read_pair(row, where))
 
@@ -129,7 +129,7 @@ def read_alpaca(row: Row, where: str) -> Pair:
 def read_ranked(row: Row, where: str) -> Pair:
     """Read any number of answers with scores or ranks, as in UltraFeedback and Nectar.
 
-    The pair is the best answer and the worst.
+    The best and the worst answer become the pair.
     """
     turns, prompt_text = _prompt_turns_of_answers(row, where)
     answers = list(_ranked(row, where))
@@ -144,7 +144,7 @@ def read_ranked(row: Row, where: str) -> Pair:
 def read_judged(row: Row, where: str) -> Pair:
     """Read two answers, texts or whole conversations, and a verdict.
 
-    The verdict, better, is a, b or tie. It is blank if nobody judged.
+    The verdict is a, b or tie in the column better. It is blank if nobody judged the answers.
     """
     if "better" in row and not str(row["better"] or "").strip():
         return Pair((), "", "", where, drop=UNJUDGED)
@@ -175,9 +175,9 @@ READERS: dict[str, Reader] = {
 
 
 def pair_without_reply(row: Row, fields: Sequence[str], where: str) -> Pair | None:
-    """Return the pair to leave out if the chosen or the rejected reply is null; else None.
+    """Return a pair to leave out if the chosen or the rejected reply is null; else None.
 
-    An empty cell of a csv is null. ``fields``: those of chosen and rejected, or one for both.
+    An empty csv cell is null. ``fields``: the columns of chosen and rejected, or one for both.
     """
     for field, reason in zip(fields, (EMPTY_CHOSEN, EMPTY_REJECTED), strict=False):
         if field in row and row[field] is None:
@@ -186,7 +186,7 @@ def pair_without_reply(row: Row, fields: Sequence[str], where: str) -> Pair | No
 
 
 def without_repeated_prompt(pair: Pair) -> Pair:
-    """Return the pair without the prompt, or its last turns, at the start of its replies."""
+    """Return the pair after removing a repeated prompt, or its last turns, from the replies."""
     texts = (pair.chosen, pair.rejected)
     rests = texts_after_prompt(pair)
     repeats = [(text, rest) for text, rest in zip(texts, rests, strict=True) if rest is not None]
@@ -211,15 +211,15 @@ def without_repeated_prompt(pair: Pair) -> Pair:
 
 
 def texts_after_prompt(pair: Pair) -> list[str | None]:
-    """Return chosen and rejected without the prompt, or its last turns, at their start.
+    """Return chosen and rejected after removing the prompt, or its last turns, from their start.
 
-    A reply that does not begin with them is None.
+    Returns None for a reply that does not begin with the prompt or its last turns.
     """
     return [_text_after_turns(pair.messages, text) for text in (pair.chosen, pair.rejected)]
 
 
 def _text_after_turns(turns: Sequence[Message], text: str) -> str | None:
-    for i in range(len(turns)):  # a pair that is left out may have none
+    for i in range(len(turns)):  # a pair that is left out may have no turns
         rest: str | None = text
         for turn in turns[i:]:
             if rest is not None:
@@ -238,10 +238,10 @@ def _pair(
     prompt_text: str | None = None,
     drop: str | None = None,
 ) -> Pair:
-    """Return the pair with earlier turns and a system text in front. All formats use this function.
+    """Return the pair, with the row's earlier turns and system text in front. For all formats.
 
-    A system text is not added if the conversation has a system turn, or a user's turn that begins
-    with that text.
+    The system text is not added if the conversation has a system turn, or a user turn that begins
+    with the system text.
     """
     if earlier := _history(row, where):
         before = _join_turns(earlier, before)
@@ -265,8 +265,8 @@ def _join(
 ) -> Pair:
     """Return a pair of replies or of whole conversations.
 
-    ``prompt`` goes before both unless they contain it. If only one of them is a conversation, the
-    other reply answers it as well.
+    ``prompt`` is put before both replies, unless they contain it. If only one of the two replies is
+    a conversation, its turns are used for the other reply too.
     """
     conversations = []
     for field in fields:
@@ -297,10 +297,10 @@ def _without_answer(
     conversations: Sequence[tuple[Sequence[Message], Message]],
     where: str,
 ) -> Sequence[Message]:
-    """Return the turns that the replies answer.
+    """Return the prompt without a reply at its end, which some datasets include.
 
-    In some datasets the prompt ends with one of the two replies. A prompt that ends with an
-    assistant's turn may also be earlier turns, which the replies' own turns continue.
+    A prompt that ends with an assistant turn is returned unchanged if it holds earlier turns, which
+    the conversations in chosen and rejected continue. Otherwise that turn must be a reply.
     """
     if not prompt or prompt[-1]["role"] != "assistant":
         return prompt
@@ -318,7 +318,7 @@ def _without_answer(
 def _join_turns(earlier: Sequence[Message], turns: Sequence[Message]) -> list[Message]:
     """Return the earlier turns followed by ``turns``. Turns that are in both appear once.
 
-    If both have a system turn, that of ``turns`` is used.
+    If both have a system turn, the system turn of ``turns`` is used.
     """
     earlier_system, earlier = _split_system(earlier)
     system, turns = _split_system(turns)
@@ -383,8 +383,8 @@ def _prompt_turns_of_answers(
 
 
 def _prompt_text(row: Row, where: str) -> str:
-    """Return the prompt, and below it the input of an Alpaca instruction."""
-    prompt = ""  # of a null prompt, as in an empty cell: the pair is left out and counted
+    """Return the prompt. If there is an input (Alpaca), it follows on a new line."""
+    prompt = ""  # for a null prompt, as in an empty cell: the pair is left out and counted
     if "prompt" not in row or row["prompt"] is not None:
         prompt = text_of(row, "prompt", where)
     if row.get("input") is not None and (extra := text_of(row, "input", where)).strip():
@@ -404,7 +404,7 @@ def _reply_messages(row: Row, field: str, where: str, label: str = "") -> list[M
 
 
 def _messages(row: Row, field: str, where: str, label: str = "") -> list[Message]:
-    """Return the messages in a field. Raises RowError; ``label`` names the field in it."""
+    """Return the messages in a field. Raises RowError. ``label``: the field's name in the error."""
     value, label = row.get(field), label or field
     if not isinstance(value, list) or not value:
         raise row_error(where, label, describe(row, field), "a list of messages {role, content}")
@@ -429,7 +429,7 @@ def _messages(row: Row, field: str, where: str, label: str = "") -> list[Message
 
 
 def _ranked(row: Row, where: str) -> Iterator[tuple[float, str]]:
-    """Yield (score, answer), the higher the better. Answers without a score are left out."""
+    """Yield (score, answer). A higher score is better. Answers without a score are left out."""
     answers = row.get("completions")
     if not isinstance(answers, list):
         raise row_error(where, "completions", describe(row, "completions"), "a list of answers")

@@ -1,4 +1,4 @@
-"""Raise errors for a dataset whose format is not clear, each with the setting that helps."""
+"""Raise errors for datasets whose format is not clear. Each error has the setting that helps."""
 
 from collections.abc import Iterable, Sequence
 from typing import NoReturn
@@ -29,7 +29,7 @@ from orpo_lite.errors import DataError, Overrides, one_of, reworded
 
 
 def refuse_python(profile: ColumnProfile) -> None:
-    """Raise DataError for a column that should be read and holds lists as NumPy prints them."""
+    """Raise DataError if a column that must be read holds lists in NumPy's printed form."""
     columns = [
         column
         for column, held in profile.types.items()
@@ -66,15 +66,15 @@ def refuse_mapped(profile: ColumnProfile) -> None:
             where="data.column_map",
             found=f"{name} should be {ours}, but holds {held}",
             expected=" or ".join(expected),
-            fix=fix or f"no setting helps: write {name} so, or name another column",
+            fix=fix or f"no setting helps: change the values in {name}, or name another column",
         )
 
 
 def refuse_order(profile: ColumnProfile, completions: str, ranks: str) -> None:
     """Raise DataError if ranks count from 0.
 
-    They may then be the order of the answers, with the index of the best one first. 2, 0, 1 means
-    different rankings in the two cases.
+    A list such as 2, 0, 1 may hold the rank of each answer, or the indices of the answers with the
+    best answer first. These are different orders.
     """
 
     def counts_from_zero(numbers: Sequence[object]) -> bool:
@@ -179,8 +179,8 @@ def _name_replies(profile: ColumnProfile) -> str:
     others = [name for name in possible if name not in known.values()]
     if len(possible) > len(REPLIES):
         return (
-            "name the better and the worse reply, as chosen and rejected, in data.column_map: "
-            f"two of {join_names(*possible)}"
+            "set chosen and rejected in data.column_map to the columns of the better and the worse "
+            f"reply: two of {join_names(*possible)}"
         )
     if len(possible) < len(REPLIES) or not others:
         return f"no setting helps: {WRITE_PAIRS}"
@@ -201,7 +201,7 @@ def _name_replies(profile: ColumnProfile) -> str:
         setting = profile.setting(**prompt, chosen=better, rejected=worse)
         condition = f" if {join_names(better)} is always the better reply"
         options.append(reworded(setting, setting + condition))
-    # Both orders are words only, not data: only the person knows which one is right.
+    # If both orders are possible, the fix is only a text: a program cannot know which one is right.
     return options[0] if known else " or ".join(options)
 
 
@@ -220,7 +220,7 @@ def _name_prompt(profile: ColumnProfile) -> str:
 
 
 def prompt_columns(profile: ColumnProfile) -> list[str]:
-    """Return the columns that could hold the prompt: those with such a name, else all others."""
+    """Return columns that could hold the prompt: conversations, else by name, else by values."""
     replies = [profile.column_named(reply) for reply in REPLIES]
     possible = [
         name
@@ -244,7 +244,7 @@ def _has_prompt_type(profile: ColumnProfile, column: str) -> bool:
 def could_be_prompt(profile: ColumnProfile, column: str) -> bool:
     """Return whether a column could hold the prompt, by its values and not only by its name.
 
-    If no prompt was found, such a column may not be ignored.
+    If no prompt was found but such a column exists, the dataset is refused.
     """
     held, is_named = profile.type_of(column), plain_name(column) == "prompt"
     if held in TEXTS:
@@ -255,7 +255,7 @@ def could_be_prompt(profile: ColumnProfile, column: str) -> bool:
 
 
 def _holds_varied_texts(profile: ColumnProfile, column: str) -> bool:
-    """Return whether the texts are words, most of them differ, and the name may be a prompt's."""
+    """Return whether a column holds words, mostly different ones, and its name fits a prompt."""
     texts = [text for (text,) in profile.values(column)]
     wordy = sum(len(text.split()) > 1 or text.strip().isalpha() for text in texts)
     if not texts or wordy < NEARLY_ALL * len(texts) or len(set(texts)) <= len(texts) / 2:
@@ -264,9 +264,9 @@ def _holds_varied_texts(profile: ColumnProfile, column: str) -> bool:
 
 
 def single_reply(profile: ColumnProfile) -> str:
-    """Return a sentence for datasets with only one reply to each prompt; "" for others.
+    """Return a sentence that describes a dataset with one reply per prompt; "" for other datasets.
 
-    These are often taken for pairs.
+    People often mistake such datasets for pairs.
     """
 
     def first(names: Iterable[str], *types: str) -> list[str]:

@@ -16,7 +16,7 @@ STARTS_WITH_MARKER = re.compile(r"\A\s*Assistant:")  # a reply that contains its
 
 
 def _plain_ends(text: str) -> str:
-    r"""Replace line ends of Windows: turn markers follow two \n."""
+    r"""Replace Windows line ends (\r\n) by \n, because a turn marker follows two \n."""
     return text.replace("\r\n", "\n")
 
 
@@ -29,7 +29,7 @@ def begins_dialogue(text: str) -> bool:
 
 
 def is_whole_dialogue(text: str) -> bool:
-    """Return whether a text is a dialogue with a human's turn, not only a reply with its marker."""
+    """Return whether a text is a dialogue with a human turn, not only a reply with its marker."""
     has_human_turn = text.lstrip().startswith("Human:") or _HUMAN_MARKER in _plain_ends(text)
     return begins_dialogue(text) and has_human_turn
 
@@ -37,7 +37,8 @@ def is_whole_dialogue(text: str) -> bool:
 def is_dialogue(text: str) -> bool:
     """Return whether a text is a dialogue, with or without a system text in front.
 
-    Use it for a column of which most rows must be dialogues. One text alone shows too little.
+    Use it only to test whether most texts of a column are dialogues. It is not reliable for one
+    text.
     """
     text = _plain_ends(text)
     return begins_dialogue(text) or ASSISTANT_MARKER in text.partition(_HUMAN_MARKER)[2]
@@ -108,7 +109,7 @@ def text_after(prompt: str, text: str) -> str | None:
 
 
 def begins_with(words: str, text: str) -> bool:
-    """Return whether a text begins with these words. A part of the last word is not enough."""
+    """Return whether a text begins with these words. The last word must be complete too."""
     end = text_after(words, text)
     return end is not None and not end[:1].strip()
 
@@ -126,7 +127,7 @@ def common_start(one: str, other: str) -> str:
 def common_words(one: str, other: str) -> str:
     """Return the common beginning in whole words.
 
-    "The sky is" for "The sky is blue" and "The sky is black".
+    "The sky is blue", "The sky is black" -> "The sky is".
     """
     shared = common_start(one, other)
     if one == other or shared[-1:].isspace():
@@ -153,7 +154,7 @@ def is_numeric(text: str) -> bool:
 
 
 def text_of(row: Row, field: str, where: str, label: str = "") -> str:
-    """Return the text in a field. Raises RowError for other values; ``label`` names the field."""
+    """Return the text in a field. Raises RowError. ``label``: the field's name in the error."""
     value = row.get(field)
     if not isinstance(value, str):
         parts = ', or parts {"type": "text", "text": ...} alone' if isinstance(value, list) else ""
@@ -197,5 +198,5 @@ def describe(row: Row, field: str) -> str:
 def row_error(
     where: str, field: str, found: str, expected: str, fix: str = "correct or remove the row"
 ) -> RowError:
-    """Return the error of a field in a row."""
+    """Return the RowError for one field of a row."""
     return RowError(where=f"{where}, field {field}", found=found, expected=expected, fix=fix)

@@ -1,6 +1,6 @@
-"""Raise errors for columns that a format would not read although they belong before the reply.
+"""Raise errors for columns that seem to be part of the prompt but would not be read.
 
-The name or the turns of such a column say that it belongs there.
+The name of such a column, or the turns in it, show that its content belongs before the reply.
 """
 
 from collections.abc import Iterable, Sequence
@@ -29,8 +29,8 @@ from orpo_lite.data.formats.values import (
 )
 from orpo_lite.errors import DataError, Overrides, reworded
 
-# Column name -> the value types that are harmless, and what is read from such a column. A number is
-# no prompt: it is the id of one.
+# Column name -> (value types that are no error, the types that can be read). A number is no error,
+# because it is not a prompt but the id of a prompt.
 READABLE_TYPES: dict[str, tuple[tuple[ValueType, ...], str]] = {
     **dict.fromkeys(
         (*ALIASES["prompt"], *ALIASES["conversation"]),
@@ -44,21 +44,21 @@ READABLE_TYPES: dict[str, tuple[tuple[ValueType, ...], str]] = {
 }
 # Formats in which a reply may be a whole conversation.
 CONVERSATION_FORMATS = ("implicit", "messages", "sharegpt", "hh_rlhf")
-# Names for content in addition to a prompt. All other names mean the prompt itself.
+# Columns whose content is added to a prompt. All other names mean the prompt itself.
 ADDITIONS = ("input", "context", "history")
 
 
 def refuse_unused(profile: ColumnProfile, name: str, *, requested: bool) -> None:
-    """Raise DataError for a column that is not read and belongs before the reply.
+    """Raise DataError for a column whose content belongs before the reply but is not read.
 
-    The error has the settings to choose from.
+    The error lists the settings to choose from.
 
     Args:
         profile: the first rows.
-        name: the format in which they are read.
-        requested: the person has set data.format.
+        name: the format in which the rows are read.
+        requested: True if data.format is set.
     """
-    # Then chosen and rejected hold everything before the reply.
+    # In this format, chosen and rejected contain everything before the reply.
     is_implicit = requested and name == "implicit"
     is_decided = is_implicit or bool(profile.mapped.keys() & {"prompt", "conversation"})
     _refuse_wrong_types(profile, name, is_decided=is_decided)
@@ -69,7 +69,7 @@ def refuse_unused(profile: ColumnProfile, name: str, *, requested: bool) -> None
 
 
 def _refuse_wrong_types(profile: ColumnProfile, name: str, *, is_decided: bool) -> None:
-    """Raise DataError for a column with a known name and values of a type that is not read."""
+    """Raise DataError for a column with a known name whose type of values cannot be read."""
     for column in _unused(profile, READABLE_TYPES):
         readable, expected = READABLE_TYPES[plain_name(column)]
         is_prompt = plain_name(column) not in ("history", *ALIASES["system"])
@@ -88,9 +88,9 @@ def _refuse_wrong_types(profile: ColumnProfile, name: str, *, is_decided: bool) 
 
 
 def _refuse_prompts(profile: ColumnProfile, name: str, *, is_decided: bool) -> None:
-    """Raise DataError for a prompt that most of the whole conversations do not contain.
+    """Raise DataError for a prompt column whose texts are not in most of the conversations.
 
-    If the prompt is a list of turns, only columns that add to it are checked.
+    If the prompt is a list of turns, only columns in ADDITIONS are checked.
     """
     prompt_type = profile.type_of(profile.assigned.get("prompt", ""))
     is_list = prompt_type == "messages" and not is_decided
@@ -117,7 +117,7 @@ def _refuse_prompts(profile: ColumnProfile, name: str, *, is_decided: bool) -> N
 
 
 def _found_in_conversations(profile: ColumnProfile, columns: Sequence[str]) -> list[bool]:
-    """Return for each row with a text in these columns whether a conversation contains it."""
+    """Return, for each row with a text in these columns, whether a conversation contains it."""
     sources = [profile.column_named(name) for name in (*REPLIES, *profile.assigned.values())]
     found = []
     for row in profile.rows:
@@ -141,7 +141,7 @@ def _fix_prompts(profile: ColumnProfile, name: str, column: str, *, is_list: boo
     words = [f"{read} to put it in front as a system turn"] if read else []
     if profile.replies_are_json():
         read = Overrides({"data.format": "explicit"})
-        words.insert(0, f"{read} to read the replies as the texts that they are")
+        words.insert(0, f"{read} to read the replies as plain texts")
     words.append(f"{leave_out} to leave it out" if leave_out else "remove the column")
     return reworded(read or leave_out, ", or ".join(words))
 
@@ -149,7 +149,7 @@ def _fix_prompts(profile: ColumnProfile, name: str, column: str, *, is_list: boo
 def _contains(turns: Sequence[str], prompt: str) -> bool:
     """Return whether the turns contain a prompt.
 
-    The prompt may also be all turns before the reply, rendered with some chat template.
+    The prompt may also be one text with all turns before the reply, as a chat template writes them.
     """
     text, before = _single_spaced(prompt), [_single_spaced(turn) for turn in turns[:-1]]
     if text in _single_spaced(" ".join(turns)):
@@ -159,9 +159,9 @@ def _contains(turns: Sequence[str], prompt: str) -> bool:
 
 
 def _refuse_turns(profile: ColumnProfile, name: str) -> None:
-    """Raise DataError for a conversation with turns before the reply that are not read.
+    """Raise DataError for a column with turns that belong before the reply and are not read.
 
-    Most likely these are earlier turns, or a system turn.
+    Most likely, these are earlier turns or a system turn.
     """
     known = profile.columns_named(*ALIASES["conversation"])
     others = [
@@ -191,16 +191,17 @@ def _refuse_turns(profile: ColumnProfile, name: str) -> None:
             second = f"{without} to leave them out" if without else "remove the column"
             raise DataError(
                 where="data.column_map",
-                found=f"{join_names(column)} holds turns that are in no column that is read",
-                expected="every turn before the reply in the columns that are read",
+                found=f"{join_names(column)} is not read, but holds turns that no other column has",
+                expected="every turn before the reply in a column that is read",
                 fix=reworded(front or without, f"{first}, or {second}"),
             )
 
 
 def _is_lost(profile: ColumnProfile, i: int, conversation: Any, *, may_be_unrelated: bool) -> bool:
-    """Return whether row i is read without some of a conversation's turns before the reply.
+    """Return whether some turns of an unused ``conversation`` in row i are not read.
 
-    A turn is read if it is one of the turns that are read, or inside of a text that is read.
+    Only turns before the reply count. A turn is read if it equals a turn in a column that is read,
+    or if it is inside a text in such a column.
     """
     before = _nonblank(texts_up_to_question(conversation))
     row = profile.rows[i]
@@ -220,7 +221,7 @@ def _is_lost(profile: ColumnProfile, i: int, conversation: Any, *, may_be_unrela
 
 
 def _setting_in_front(profile: ColumnProfile, column: str, *, waits: bool) -> str:
-    """Return the setting that puts each turn of a column before the reply once; "" if none does."""
+    """Return the setting that adds a column's turns before the reply; "" if a turn would repeat."""
     replies = [profile.column_named(reply) for reply in REPLIES]
     is_whole = waits or profile.share(ends_with, column, *replies) > 0.5
     if is_whole and "conversation" not in profile.mapped:
@@ -237,7 +238,7 @@ def _contains_prompt(turns: Any, prompt: Any) -> bool:
 
 
 def _setting_without(profile: ColumnProfile, name: str) -> str:
-    """Return the setting that reads no other columns before the reply than now; "" if none."""
+    """Return the setting that names the prompt columns read now and so excludes others; else ""."""
     if conversation := profile.assigned.get("conversation"):
         return profile.setting(conversation=conversation)
     if "prompt" in profile.assigned:

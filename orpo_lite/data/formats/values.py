@@ -96,13 +96,13 @@ def usual_type(values: Sequence[Any], column: str) -> ValueType:
 
 
 def are_texts(values: Sequence[Any]) -> bool:
-    """Return whether most of the values are texts, as in a table. Empty values do not count."""
+    """Return whether most of the values are texts, as in a csv file. Empty values are ignored."""
     filled = [value for value in values if not is_blank(value)]
     return sum(isinstance(value, str) for value in filled) > len(filled) / 2
 
 
 def is_blank(value: Any) -> bool:
-    """Return whether a value is empty, also as a table writes it. Its type is then "null"."""
+    """Return whether a value is empty: None, [], a blank text or "[]". Its type is "null"."""
     return value.strip() in ("", "[]") if isinstance(value, str) else value is None or value == []
 
 
@@ -170,13 +170,13 @@ def _parsed(value: Any) -> Any:
     if not _PYTHON.match(value):
         return None
     try:
-        return ast.literal_eval(value.strip())  # literals only: no code of the text runs
+        return ast.literal_eval(value.strip())  # only literals: no code in the text is run
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         return None
 
 
 def texts_in(value: Any) -> list[str]:
-    """Return the texts in a value: itself, or those of its messages or answers."""
+    """Return the texts in a value: the value itself, or the texts of its messages or answers."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, list):
@@ -192,7 +192,7 @@ def has_user_turn(turns: Sequence[Any]) -> bool:
 
 
 def is_single_reply(value: Any) -> bool:
-    """Return whether a value is a list of one message, the assistant's."""
+    """Return whether a value is a list of one message with the role assistant."""
     return isinstance(value, list) and [role_of(item) for item in value] == ["assistant"]
 
 
@@ -221,7 +221,7 @@ def ends_with(turns: Any, *replies: Any) -> bool:
 
 
 def texts_up_to_question(turns: Any) -> list[str]:
-    """Return the texts of a conversation up to the last user's turn, without a reply to it."""
+    """Return the texts of a conversation up to and including the last user turn."""
     if not isinstance(turns, list):
         return []
     questions = [i for i, turn in enumerate(turns) if role_of(turn) == "user"]
@@ -246,8 +246,8 @@ _START = re.compile(
     r"|(?:USER|User|Human|ASSISTANT|Assistant|GPT4 Correct User): "
     r"|<(?:human|bot)>:|A chat between a curious (?:user|human) and an artificial intelligence))"
 )
-# Turns within one text, after a system text or without one: a marker to look for first, and the
-# pattern that it must match.
+# Several turns in one text, with or without a system text before them: a marker that is searched
+# first, and the pattern that the text must match if it has the marker.
 _TURNS = {
     "<extra_id_": re.compile(r"(?:\A|\n)<extra_id_[01]>(?:System|User|Assistant)\n"),  # HelpSteer2
     "ASSISTANT:": re.compile(r"(?:\A|\s)USER: .*\sASSISTANT:", re.DOTALL),  # Vicuna
@@ -271,10 +271,10 @@ _END_MARKER = re.compile(
 
 
 def is_templated(value: Any) -> bool:
-    """Return whether a chat template was applied to a text of a value.
+    """Return whether a chat template was probably applied to a text in a value.
 
-    Looks for markers at the text's start and end, or for several in order: a question about
-    templates also contains markers.
+    The text has a marker at its start or end, or several markers in order. A single marker inside a
+    text is not enough, because a question about templates may contain one.
     """
     return begins_templated(value) or end_marker(value) is not None
 
@@ -299,7 +299,7 @@ def _last_characters(text: str) -> str:
 
 
 def end_marker(value: Any) -> str | None:
-    """Return the template's marker at the end of a text: of the last text that has one."""
+    """Return the template marker at the end of the last text in a value that has one; else None."""
     for text in reversed(texts_in(value)):
         marker = None if is_dialogue(text) else _end_marker(text)
         if marker:

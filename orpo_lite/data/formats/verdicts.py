@@ -15,7 +15,7 @@ from orpo_lite.data.formats.names import (
 from orpo_lite.data.formats.values import USABLE
 from orpo_lite.errors import DataError, one_of, reworded
 
-# HelpSteer: from -3, the first answer is much better, to 3, the second is.
+# HelpSteer: -3 means that the first answer is much better, 3 that the second answer is.
 SIGNED_VERDICTS = ("preference_strength", "overall_preference")
 VERDICTS = (
     "better",
@@ -31,7 +31,7 @@ MAX_LABEL = 24  # characters; a longer verdict is a text, whose content is not s
 EITHER_VERDICT = ("better", "preference_strength")
 
 ReadVerdict = Callable[[Any], str | None]
-"""Turns a verdict's value into a, b or tie; into None if it is none of these."""
+"""Converts the value of a verdict to a, b or tie; to None if its meaning is unknown."""
 
 
 def two_answers(profile: ColumnProfile) -> tuple[str, str] | None:
@@ -63,7 +63,7 @@ def two_answers(profile: ColumnProfile) -> tuple[str, str] | None:
 
 
 def refuse_labels(profile: ColumnProfile) -> None:
-    """Raise DataError if chosen and rejected only name two other columns, which are the answers."""
+    """Raise DataError if chosen and rejected hold only the names of two answer columns."""
     if profile.mapped.keys() & {*EITHER_VERDICT}:
         return
     labels = [
@@ -88,7 +88,7 @@ def refuse_labels(profile: ColumnProfile) -> None:
     named_answers = {"response_a": answers[0], "response_b": answers[1]}
     raise DataError(
         where="data.column_map",
-        found=f"{join_names(*columns)} name {join_names(*answers)}, and hold no replies themselves",
+        found=f"{join_names(*columns)} hold only the names of {join_names(*answers)}, no replies",
         expected="the better reply in chosen, and the worse in rejected",
         fix=profile.setting(**{} if is_answer(answers[0]) else named_answers, better=columns[0]),
     )
@@ -125,8 +125,8 @@ def _verdict_reader(
 ) -> ReadVerdict | None:
     """Return the function that reads a column's values as verdicts on the two answers.
 
-    None if the meaning of the values is unknown: they are neither those of a known dataset nor
-    names of the answers.
+    Returns None if the meaning of the values is unknown: they are not the names of the answers, and
+    the column is not from a known dataset.
     """
     if column in answers or profile.type_of(column) not in VERDICT_TYPES:
         return None
@@ -191,7 +191,7 @@ def _named_verdicts(
 
 
 def normalize_verdict(value: Any) -> str:
-    """Return a for A, response_a for Response A, 1 for 1.0."""
+    """Return a verdict in one form: ``A.`` -> ``a``, ``Response A`` -> ``response_a``, 1.0 -> 1."""
     return "_".join(str(value).lower().removesuffix(".0").rstrip(".").split())
 
 
@@ -228,7 +228,8 @@ def _refuse_verdict(
 def _refuse_unsigned(profile: ColumnProfile, column: str, answers: tuple[str, str]) -> None:
     """Raise DataError if a strength is never below 0.
 
-    It may then be the number of the better answer, and 1 would mean the opposite.
+    Such a column may hold the number of the better answer instead. 1 would then mean the first
+    answer, and not the second.
     """
     if plain_name(column) not in SIGNED_VERDICTS or "preference_strength" in profile.mapped:
         return

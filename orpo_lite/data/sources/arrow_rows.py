@@ -16,7 +16,7 @@ BATCH = 1024  # rows that are converted to Python objects at a time
 
 
 def arrow_rows(file: File, faults: list[DataError]) -> Iterator[PlacedRow]:
-    """Yield (place, row), with maps as dictionaries and cells of type JSON decoded."""
+    """Yield (place, row). Maps become dictionaries, and cells of type JSON are decoded."""
     with arrow_table(file) as (schema, batches, _):
         refuse_same_names(schema.names, file.label)
         with_json = [field for field in schema if "extension<arrow.json>" in str(field.type)]
@@ -33,7 +33,7 @@ def arrow_rows(file: File, faults: list[DataError]) -> Iterator[PlacedRow]:
                 fault = RowError(
                     where=f"{where}, field {field.name}",
                     found="broken JSON in a column of type JSON",
-                    expected="plain JSON with each key once",
+                    expected="JSON with each key only once in an object",
                     fix="correct or remove the row",
                 )
                 faults.append(fault)
@@ -43,7 +43,7 @@ def arrow_rows(file: File, faults: list[DataError]) -> Iterator[PlacedRow]:
 
 @contextmanager
 def arrow_table(file: File) -> Iterator[tuple[Any, Iterator[Any], int]]:
-    """Open a table. Yields its schema, its batches and its number of rows (0: unknown).
+    """Open a table, and yield its schema, its batches and its number of rows (0 if unknown).
 
     Raises DataError for a broken file.
     """
@@ -65,7 +65,7 @@ def arrow_table(file: File) -> Iterator[tuple[Any, Iterator[Any], int]]:
                     table = ipc.open_stream(raw)
                     batches = iter(table)
                 yield table.schema, batches, 0
-    except (OSError, ValueError, KeyError, ArrowException) as error:  # KeyError: twice in one map
+    except (OSError, ValueError, KeyError, ArrowException) as error:  # KeyError: a key twice
         name = file.suffix[1:]
         raise DataError(
             where=file.label,
@@ -76,7 +76,7 @@ def arrow_table(file: File) -> Iterator[tuple[Any, Iterator[Any], int]]:
 
 
 def _decode_json(value: Any, arrow_type: Any) -> Any:
-    """Return a value with the JSON in it decoded. Raises ValueError for broken JSON."""
+    """Return the value after decoding all JSON texts in it. Raises ValueError for broken JSON."""
     from pyarrow import BaseExtensionType, JsonType, types
 
     if value is None:

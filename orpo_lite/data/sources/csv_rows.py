@@ -18,9 +18,9 @@ from orpo_lite.data.sources.lines import (
 )
 from orpo_lite.errors import DataError, raise_all, reworded
 
-PANDAS_INDEX = "Unnamed: 0"  # the name that pandas gives it when it reads the file
+PANDAS_INDEX = "Unnamed: 0"  # pandas' name for a first column without a name, usually its index
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
-# The first line that Excel writes and reads.
+# Excel may write the delimiter into the first line: "sep=;".
 EXCEL_SEP = re.compile(r"sep=([,;\t|])\s*$", re.IGNORECASE)
 NAMED = "column names in the first line"
 # Control characters in a column's name would reach the terminal.
@@ -28,9 +28,9 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 
 
 def csv_rows(file: File, faults: list[DataError]) -> Iterator[PlacedRow]:
-    """Yield (place, row) with every cell as text.
+    """Yield (place, row). Every cell is a text.
 
-    A reader that guesses types would turn the reply "42" into a number. Errors of rows are added to
+    Types are not guessed, because the reply "42" would become a number. Errors of rows are added to
     ``faults``. Raises DataError for a file that cannot be read at all.
     """
     delimiter = _find_delimiter(file)
@@ -68,13 +68,13 @@ def _records(file: File, delimiter: str, *, quoted: bool = True) -> Iterator[tup
     start, above_header, may_be_unclosed = 1, True, True
     try:
         for cells in records:
-            line_ends = records.line_num - start  # within the row
+            line_ends = records.line_num - start  # line ends inside the row's cells
             if above_header:
                 is_blank = not cells or (len(cells) == 1 and cells[0].isspace())
                 above_header = is_blank or EXCEL_SEP.match(delimiter.join(cells)) is not None
             if line_ends and may_be_unclosed and _may_be_several(cells, delimiter, line_ends):
                 if delimiter == "\t" or _is_even(file, delimiter):
-                    raise csv.Error("a quote that is not closed in a line with all cells of a row")
+                    raise csv.Error("a line has all cells of a row, but a quote that is not closed")
                 may_be_unclosed = False
             if cells and not above_header:
                 yield start, cells
@@ -91,7 +91,7 @@ def _records(file: File, delimiter: str, *, quoted: bool = True) -> Iterator[tup
 def _texts(file: File) -> Iterator[str]:
     """Yield the lines as texts.
 
-    Raises DataError for a line that is too long: it may contain the start or end of other rows.
+    Raises DataError for a line that is too long, because it may contain parts of other rows.
     """
     faults: list[DataError] = []
     for number, line in lines(file, faults):
@@ -101,9 +101,10 @@ def _texts(file: File) -> Iterator[str]:
 
 
 def _without_spaced_quotes(file: File, delimiter: str) -> Iterator[str]:
-    """Yield the lines. Raises DataError for a quote after a space at the start of a cell.
+    """Yield the lines. Raises DataError for a cell that begins with a space and a quote.
 
-    csv would read it as text. Quotes are doubled within a quoted cell, so none is found there.
+    The csv module would read that quote as text. Inside a quoted cell, quotes are doubled, so the
+    search does not match there.
     """
     mark = re.escape(delimiter)
     spaced = re.compile(rf'(^|{mark}) +"(?=[^"\r\n{mark}])')
@@ -122,9 +123,9 @@ def _without_spaced_quotes(file: File, delimiter: str) -> Iterator[str]:
 def _find_delimiter(file: File) -> str:
     """Return the delimiter of a table.
 
-    Excel may write it above the header. Otherwise it is the character that splits the header and
-    the first row into the same number of cells. Of several, the comma is preferred. Spreadsheets in
-    much of Europe write semicolons.
+    Excel may write the delimiter above the header. Otherwise, it is the character that splits the
+    header and the first row into the same number of cells. If several characters do so, the comma
+    is preferred. Spreadsheets in much of Europe write semicolons.
     """
     top = next(filter(str.strip, _texts(file)), "")
     if match := EXCEL_SEP.match(top):
@@ -137,7 +138,7 @@ def _find_delimiter(file: File) -> str:
 
 
 def _splits_evenly(file: File, delimiter: str) -> bool:
-    """Return whether the header and the first row have the same number of cells, more than one."""
+    """Return whether the header and the first row have the same number of cells, at least two."""
     try:
         records = [cells for _, cells in islice(_records(file, delimiter), 2)]
     except DataError:
@@ -148,8 +149,8 @@ def _splits_evenly(file: File, delimiter: str) -> bool:
 def _has_plain_quotes(file: File) -> bool:
     """Return whether quotes in a table with tabs are plain characters, as the .tsv standard says.
 
-    This is so if all lines have the same number of tabs, and the csv rules for quotes would give at
-    least one line another number of cells.
+    This is assumed if all lines have the same number of tabs, but the csv rules for quotes would
+    split at least one line into a different number of cells.
     """
     is_blank = is_uneven = False
     for text in _texts(file):
@@ -170,9 +171,9 @@ def _is_row(text: str) -> bool:
 
 
 def _may_be_several(cells: Sequence[str], delimiter: str, line_ends: int) -> bool:
-    """Return whether a row over several lines may be several rows.
+    """Return whether a row that spans several lines may be several rows.
 
-    This is so if the number of delimiters in it is that of one whole row for each line.
+    For example, a row of three lines is suspect if it contains the delimiters of three whole rows.
     """
     delimiters = sum(cell.count(delimiter) for cell in cells)
     return len(cells) > 1 and delimiters == line_ends * (len(cells) - 1)
@@ -190,7 +191,7 @@ def _is_even(file: File, delimiter: str) -> bool:
 def _quoting_fix(file: File, delimiter: str) -> str:
     """Return the fix for a line with a wrong number of cells: how to quote a cell.
 
-    For a table with tabs, the fix also has the command that quotes all cells.
+    For a table with tabs, the fix includes a command that quotes all cells.
     """
     fix = (
         f'put "..." around a cell with {DELIMITERS[delimiter]}, quotes or line ends, '
@@ -200,13 +201,13 @@ def _quoting_fix(file: File, delimiter: str) -> str:
         return fix
     program = """perl -pe 's/"/""/g; s/[^\\t\\r\\n]+/"$&"/g'"""
     command = conversion_command(file, program, f".quoted{file.suffix}")
-    return reworded(command, f"{fix}; or if quotes are plain characters: {command}")
+    return reworded(command, f"{fix}; or, if the quotes are part of the text: {command}")
 
 
 def _header(cells: Sequence[str], where: str) -> list[str]:
     """Return the column names; [] for an empty file.
 
-    Cells without a name at the end are not included, because each line may end with a delimiter.
+    Empty cells at the end of the header are ignored, because each line may end with a delimiter.
     """
     names = [CONTROL.sub(" ", cell).strip() for cell in cells]
     while len(names) > 1 and not names[-1]:

@@ -8,15 +8,16 @@ import re
 from orpo_lite.data.sources.lines import BLOCK, File, conversion_command
 from orpo_lite.errors import Command, DataError, reworded
 
-# iconv knows these too, with "-" for "_". Of two that give the same text the first is used.
+# iconv knows these names too, with "-" instead of "_". If two encodings give the same text, the
+# first one is used.
 ENCODINGS = (
     "cp1252", "gb18030", "shift_jis", "euc_jp", "euc_kr", "big5", "cp1251", "koi8_r", "cp1250",
     "cp1253", "cp1254", "cp1255", "cp1256", "cp874",
 )  # fmt: skip
-# Most other encodings of one byte have other characters in the place of these.
+# Characters of cp1252. In most other one-byte encodings, their bytes are other characters.
 WESTERN = {*map(chr, range(0xC0, 0x100)), *"œŒ€«»’‘“”–—…"}
-SHOWN = 30  # characters of a line
-SAMPLE = 100  # lines
+SHOWN = 30  # characters of a line that a message shows
+SAMPLE = 100  # lines from which the encoding is guessed
 MAX_ENCODINGS = 3  # in one message
 
 NOT_TEXT = (
@@ -26,7 +27,7 @@ NOT_TEXT = (
 
 
 def refuse_lookalikes(file: File) -> None:
-    """Raise DataError for a file whose first bytes show UTF-16, or that is not data."""
+    """Raise DataError for a file that is UTF-16, a zip file or a git-lfs pointer."""
     with file.open() as stream:
         start = stream.read(32)
     where, expected = f"{file.label}:1", f"{file.suffix[1:]} in UTF-8"
@@ -44,9 +45,9 @@ def refuse_lookalikes(file: File) -> None:
 
 
 def decode(line: bytes, file: File, where: str) -> str:
-    """Return the text of a line of UTF-8.
+    """Return the text of a line in UTF-8.
 
-    Raises DataError for another encoding. It shows the line in the likely encodings.
+    Raises DataError for other encodings. The message shows a word of the line in likely encodings.
     """
     try:
         return line.decode()
@@ -68,9 +69,9 @@ def _iconv_command(file: File, encoding: str) -> Command:
 
 
 def _likely_encodings(line: bytes, file: File) -> dict[str, str]:
-    """Return up to three likely encodings: the first words that are not ASCII -> the encoding.
+    """Return up to three likely encodings: the first non-ASCII word, decoded -> its encoding.
 
-    None is returned if other lines are in UTF-8: converting the whole file would corrupt them.
+    Returns {} if other lines are in UTF-8, because converting the whole file would corrupt them.
     """
     from charset_normalizer import from_bytes
 

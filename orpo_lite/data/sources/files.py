@@ -1,6 +1,6 @@
-"""Read a local file row by row, each with its place: "pairs.jsonl:12", "table.parquet[11]".
+"""Read a local file row by row. Each row has a place: "pairs.jsonl:12" or "table.parquet[11]".
 
-All types are streamed except .json.
+Files of all types except .json are streamed.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from orpo_lite.data.sources.lines import BLOCK, File, PlacedRow
 from orpo_lite.errors import DataError
 
 SPREADSHEETS = (".xlsx", ".xls", ".ods")
-# What a truncated or altered compressed file raises.
+# The errors that a truncated or altered compressed file raises.
 BROKEN = (EOFError, zlib.error, lzma.LZMAError, OSError)
 
 
 def read_file(file: File, faults: list[DataError]) -> Iterator[PlacedRow]:
     """Yield (place, row).
 
-    The error of a row that cannot be read goes to ``faults``. Raises DataError at once for a file
-    that cannot be read.
+    If a row cannot be read, its error is added to ``faults``. If the file cannot be read, raises
+    DataError at once.
     """
     try:
         refuse_lookalikes(file)
         yield from _reader(file)(file, faults)
     except BROKEN as error:
-        if isinstance(error, OSError) and error.errno:  # of the disk, not of the content
+        if isinstance(error, OSError) and error.errno:  # an error of the disk, not of the content
             raise
         raise DataError(
             where=file.label,

@@ -21,12 +21,13 @@ from orpo_lite.errors import DataError, Overrides
 
 
 def find_source(name: str, split: str, config: str | None, key: str = TRAIN_SPLIT) -> Source:
-    """Return the source of one split. ``key`` is the setting that names the split.
+    """Return the source of one split of the dataset ``name``.
 
-    ``split``: "auto" selects the preference split of a dataset, else train, else the only one.
+    ``split``: "auto" selects the preference split, else train, else the only split.
+    ``key``: the setting that names the split, for the fixes of errors.
 
-    Raises DataError for a file or folder that is missing or has no such split, HubError for a
-    dataset of the hub.
+    Raises DataError if a file or folder is missing or has no such split, and HubError if a hub
+    dataset cannot be loaded or has no such split.
     """
     if is_local(name):
         return find_files(name, split, key)
@@ -66,7 +67,7 @@ def refuse_duplicates(sources: Sequence[Source], held_out: Sequence[Source] = ()
         once |= {path: name for path, name in names.items() if path not in twice}
     if not twice:
         return
-    fix: str = "name other files in one of the two settings"
+    fix: str = f"name other files in data.dataset_name or {TEST_SPLIT}"
     if once:
         setting = dataset_name_setting([*once.values()])
         fix = setting
@@ -74,7 +75,7 @@ def refuse_duplicates(sources: Sequence[Source], held_out: Sequence[Source] = ()
             [test] = held.values()
             values = {**setting.values, TEST_SPLIT: test}
             fix = Overrides(values, text=f"{setting} {shlex.quote(f'{TEST_SPLIT}={test}')}")
-    how = "twice" if held.keys().isdisjoint(twice) else "also held out"
+    how = "named twice" if held.keys().isdisjoint(twice) else "also held out"
     raise DataError(
         where="data.dataset_name",
         found=f"{list_names([*twice.values()])}: {how}",

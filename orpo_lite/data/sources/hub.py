@@ -1,4 +1,4 @@
-"""Read the rows of a dataset of the hub."""
+"""Read the rows of a hub dataset."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from orpo_lite.errors import Command, DataError, HubError, Overrides, reworded
 
 @dataclass(frozen=True)
 class HubSource(Source):
-    """The rows of one split of a dataset of the hub."""
+    """The rows of one split of a hub dataset."""
 
     label: str
-    """The name of the split in the places of rows."""
+    """The name of the split in the places of rows, such as train[11]."""
     table: Any = field(repr=False)
-    """A datasets.Dataset, on disk."""
+    """The rows on disk, as a datasets.Dataset."""
 
     # datasets has already read the rows, so there are no faults.
     def rows(self, faults: list[DataError]) -> Iterator[PlacedRow]:  # noqa: ARG002
@@ -59,9 +59,9 @@ class HubSource(Source):
 def load_hub_dataset(
     name: str, split: str, config: str | None, key: str = TRAIN_SPLIT
 ) -> HubSource:
-    """Return the source of a split, from the hub or from its cache. Raises HubError.
+    """Return the source of a split, downloaded from the hub or read from the cache.
 
-    ``key``: the setting that names the split.
+    ``key``: the setting that names the split. Raises HubError.
     """
     import datasets  # takes a second to import, and local files do not need it
 
@@ -78,16 +78,16 @@ def load_hub_dataset(
         found, fix = _error_message(error), _download_fix(name, error, key)
         expected = f"split {split!r}" if split != AUTO else "a dataset with pairs"
         if unreachable and isinstance(error, ConnectionError):  # it was not allowed to connect
-            found = f"{unreachable} and it is not in the cache"
+            found = f"{unreachable}, and the dataset is not in the cache"
             expected = "a connection, or a copy in the cache"
             if "Timeout" in unreachable:
-                fix = reworded(fix, f"{fix}; HF_HUB_ETAG_TIMEOUT=60 waits longer for a slow one")
+                fix = reworded(fix, f"{fix}; if it is slow, HF_HUB_ETAG_TIMEOUT=60 waits longer")
         raise HubError(where=where, found=found, expected=expected, fix=fix) from error
     if chosen is None:
         raise HubError(
             where=where,
             found=f"several splits: {list_names(names)}",
-            expected="a split train, or one with preferences",
+            expected="a split named train or train_prefs",
             fix=split_fix(key, names),
         )
     cache_note = f"{unreachable}; read from the cache" if unreachable else ""
@@ -105,10 +105,10 @@ def _split_names(name: str, config: str | None) -> list[str]:
 
 
 def _unreachable(name: str) -> str:
-    """Return a sentence if the hub does not answer; "" if it does, or in offline mode.
+    """Return why the hub cannot be reached; "" if it answers or HF_HUB_OFFLINE is set.
 
     Without a connection, the datasets library waits half a minute or more at each request before it
-    uses its cache. This function sends the first of its requests, with the same client and proxies.
+    uses its cache. So this function first sends one such request, with the same client and proxies.
     """
     from datasets import config
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
@@ -120,7 +120,7 @@ def _unreachable(name: str) -> str:
                 name, config.REPOCARD_FILENAME, repo_type="dataset", endpoint=config.HF_ENDPOINT
             )
             get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-    except (OSError, ValueError):  # an answer, a page of another site, or an impossible name
+    except (OSError, ValueError):  # an error answer, another site's page, or an impossible name
         return ""
     except HTTPError as error:
         return f"{urlsplit(url).netloc} cannot be reached ({type(error).__name__})"
@@ -131,7 +131,7 @@ def _unreachable(name: str) -> str:
 def _offline() -> Iterator[None]:
     """Make the datasets library read only its cache, inside the ``with`` block.
 
-    Its environment variable is read only when it is imported, so its configuration is changed.
+    The library reads its environment variable only on import, so its configuration is changed.
     """
     from datasets import config
 
@@ -143,12 +143,12 @@ def _offline() -> Iterator[None]:
 
 
 def _error_message(error: Exception) -> str:
-    """Return the first line of the message, and the second if it lists the configurations."""
+    """Return the first line of an error message, and the second if it lists configurations."""
     lines = str(error).splitlines() or [type(error).__name__]
     return " ".join(lines[:2]) if len(lines) > 1 and CONFIGS.search(lines[1]) else lines[0]
 
 
-# How datasets lists the configurations and splits that exist.
+# The texts in which the datasets library lists existing configurations and splits.
 CONFIGS = re.compile(
     r"(?:available configs|available configs in the cache|available|in the cache): \[?(.+?)\]?$",
     re.I | re.M,
@@ -158,7 +158,7 @@ ACCESS_ERRORS = ("gated", "401", "403", "private", "authenticat", "doesn't exist
 
 
 def _download_fix(name: str, error: Exception, key: str) -> str:
-    """Return the fix for an error of datasets. ``key``: the setting that names the split."""
+    """Return the fix for an error of the datasets library. ``key``: the setting of the split."""
     message = str(error).replace(name, "").lower()
     folder = shlex.quote(name.rpartition("/")[2])
     download = f"hf download --repo-type dataset {shlex.quote(name)} --local-dir {folder}"

@@ -44,8 +44,8 @@ def json_rows(file: File, faults: list[DataError]) -> Iterator[PlacedRow]:
     """Yield (place, row).
 
     A file holds one object per line, an array of objects, an object that contains such an array, or
-    a table by columns. Errors of rows are added to ``faults``. Raises DataError for a file that
-    cannot be read at all.
+    a table as columns: {"prompt": [...], "chosen": [...]}. Errors of rows are added to ``faults``.
+    Raises DataError for a file that cannot be read at all.
     """
     first, value, has_more = _first_line(file)
     _refuse_other_text(first, file)
@@ -80,7 +80,7 @@ def _refuse_other_text(first: bytes, file: File) -> None:
 
 
 def _first_line(file: File) -> tuple[bytes, Any, bool]:
-    """Return the first line that is not blank, its JSON value or None, and whether more follow."""
+    """Return the first nonblank line, its JSON value or None, and whether other lines follow."""
     first, has_more = b"", False
     with file.open() as stream:
         for line in iter(lambda: stream.readline(MAX_ROW_BYTES + 1), b""):
@@ -97,8 +97,8 @@ def _first_line(file: File) -> tuple[bytes, Any, bool]:
 def is_lines(file: File) -> bool:
     """Return whether the file is read line by line.
 
-    A .jsonl is, unless it begins with an array. A .json is if its first line is an object and more
-    lines follow.
+    A .jsonl file is read line by line unless it begins with an array. A .json file is read line by
+    line if its first line is an object and more lines follow.
     """
     first, value, has_more = _first_line(file)
     if file.suffix == ".jsonl":
@@ -122,7 +122,7 @@ def _line_values(file: File, faults: list[DataError]) -> Iterator[tuple[str, Any
 def _without_viewer_wrapper(
     items: Iterable[Any], file: File, faults: list[DataError]
 ) -> Iterator[tuple[str, Any]]:
-    """Yield the items of an array, without the object that the hub's viewer puts around each."""
+    """Yield (place, item) for an array. If the hub's viewer wrapped the items, unwrap them."""
     for i, item in enumerate(items):
         where, row = f"{file.label}[{i}]", item
         if isinstance(item, dict) and {"row_idx", "row", "truncated_cells"} <= item.keys():
@@ -154,14 +154,14 @@ def _json_error(error: ValueError | RecursionError, where: str, file: File) -> D
     """Return the DataError for an error of the decoder."""
     fix = "correct or remove the row"
     if not isinstance(error, json.JSONDecodeError):
-        expected = "plain JSON with each key once"
+        expected = "JSON with each key only once in an object"
         return DataError(where=where, found=str(error), expected=expected, fix=fix)
     rest = error.doc[error.pos :].strip() if error.msg == "Extra data" else ""
-    # An object that ends too early in the first line continues; in a later row it may be truncated.
+    # An incomplete object in line 1 continues in line 2. In a later line, it may be truncated.
     continues = error.pos >= len(error.doc) and where == f"{file.label}:1"
     if error.doc.startswith("{") and (continues or rest.startswith("{")):
         command = conversion_command(file, "jq -c .", ".lines.jsonl")
-        fix = reworded(command, f"{fix}; if an object has several lines: {command}")
+        fix = reworded(command, f"{fix}; if an object spans several lines: {command}")
     message = "a comma after the object" if rest == "," else error.msg
     return DataError(
         where=where,
@@ -190,7 +190,7 @@ def _whole_text(file: File) -> str:
     if sum(map(len, parts)) > MAX_JSON_BYTES:
         raise DataError(
             where=file.label,
-            found=f"has more than {MAX_JSON_BYTES / 2**30:g} GiB",
+            found=f"the file has more than {MAX_JSON_BYTES / 2**30:g} GiB",
             expected="one JSON object per line",
             fix=conversion_command(file, "jq -c '.[]'", ".lines.jsonl"),
         )
@@ -198,7 +198,7 @@ def _whole_text(file: File) -> str:
 
 
 def _rows_within(whole: Any, file: File) -> list[Any]:
-    """Return the rows in a JSON value: an array, {"data": [rows]}, a table by columns, or a row."""
+    """Return the rows in a JSON value: an array, {"data": [rows]}, a table as columns, or a row."""
     if not isinstance(whole, dict):
         return whole if isinstance(whole, list) else [whole]
     if {"features", "rows"} <= whole.keys() and isinstance(whole["rows"], list):
@@ -228,10 +228,10 @@ def _rows_within(whole: Any, file: File) -> list[Any]:
 
 
 def _are_columns(values: list[Any]) -> bool:
-    """Return whether these are the columns of a table.
+    """Return whether these values of an object are the columns of a table.
 
-    Either {"prompt": ["a", ...], ...}, or {"prompt": {"0": "a", ...}, ...} as pandas writes it. A
-    row may also hold lists, but of messages, which are objects.
+    The object is {"prompt": ["a", ...], ...}, or {"prompt": {"0": "a", ...}, ...} as pandas writes
+    it. If the object is a single row, its lists hold messages, which are objects.
     """
     first = values[0]
     if all(isinstance(value, dict) and value for value in values):

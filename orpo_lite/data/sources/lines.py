@@ -1,4 +1,4 @@
-"""Open a local data file: its suffix, its compression and its lines."""
+"""Open local data files: find the suffix and the compression, and read the lines."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ COMPRESSIONS: dict[str, tuple[bytes, Callable[[Path], Any]]] = {
 
 @dataclass(frozen=True)
 class File:
-    """A local data file, and its label: its name in places such as pairs.csv:3."""
+    """A local data file. Its label is its name in places of rows, such as pairs.csv:3."""
 
     path: Path
     label: str
@@ -111,7 +111,7 @@ def conversion_command(file: File, program: str, suffix: str) -> Command:
 
 
 def lines(file: File, faults: list[DataError]) -> Iterator[tuple[int, bytes]]:
-    """Yield the number and the bytes of each line. Lines over MAX_ROW_BYTES go to ``faults``."""
+    """Yield (number, bytes) of each line. A line over MAX_ROW_BYTES adds an error to ``faults``."""
     with file.open() as stream:
         for number in count(1):
             line = stream.readline(MAX_ROW_BYTES + 1)
@@ -122,7 +122,7 @@ def lines(file: File, faults: list[DataError]) -> Iterator[tuple[int, bytes]]:
                 fault = RowError(
                     where=where,
                     found=f"a line of over {MAX_ROW_BYTES >> 20} MiB",
-                    expected="one row a line, and text only",
+                    expected="one row per line, and only text",
                     fix="shorten or remove the row",
                 )
                 faults.append(fault)

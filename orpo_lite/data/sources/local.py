@@ -69,7 +69,7 @@ class LocalSource(Source):
 
 
 def find_files(name: str, split: str, key: str) -> LocalSource:
-    """Return the source of a file, or of the files of a split in a folder or a pattern.
+    """Return the source of a file, or of the files in a folder or pattern that belong to a split.
 
     ``key``: the setting that names the split. Raises DataError.
     """
@@ -97,20 +97,20 @@ def find_files(name: str, split: str, key: str) -> LocalSource:
 
 
 def unique_labels(paths: Sequence[Path]) -> list[str]:
-    """Return the paths relative to their common folder, so that two train.jsonl differ."""
+    """Return the paths relative to their common folder: a/train.jsonl, b/train.jsonl."""
     common = os.path.commonpath([path.parent for path in paths])
     return [in_unicode(path.relative_to(common).as_posix()) for path in paths]
 
 
 def in_unicode(name: str) -> str:
-    """Return the name of a file as text, also if its bytes are not in the system's encoding."""
+    """Return a file's name as text. Bytes that are not in the system's encoding are replaced."""
     return os.fsencode(name).decode(errors="replace")
 
 
 def _select_data_files(paths: Iterable[Path]) -> list[Path]:
     """Return the data files among the paths, sorted.
 
-    A .txt file is data only if there are no other types: next to them it is a README or the like.
+    A .txt file counts as data only if there are no other data files. Else it is probably a README.
     """
     found = [
         path
@@ -127,8 +127,8 @@ def _select_data_files(paths: Iterable[Path]) -> list[Path]:
 def _find_data_files(folder: Path) -> tuple[list[Path], str]:
     """Return the data files of a folder, and a note on subfolders with data that are not read.
 
-    These are the files in the folder and in its data/, where datasets of the hub have them. If
-    there are none, the files in all subfolders are returned.
+    Files are taken from the folder and from its subfolder data/, as in hub datasets. If these have
+    none, files are taken from all subfolders.
     """
     below = _files_below(folder)
     found = [path for path in below if path.parent in (folder, folder / "data")] or below
@@ -163,8 +163,8 @@ def _files_below(folder: Path) -> list[Path]:
 def _saved_files(folder: Path) -> list[Path]:
     """Return the files that save_to_disk wrote for a Dataset or the splits of a DatasetDict.
 
-    They are in the order of the rows. Other tables, which Dataset.map may have left, are not
-    included.
+    The files are in the order of the rows. Other tables in the folder, which Dataset.map may have
+    left there, are not included.
     """
     import datasets  # takes a second to import, and other files do not need it
 
@@ -183,9 +183,9 @@ def _saved_files(folder: Path) -> list[Path]:
 
 
 def _refuse_copies(folder: Path, paths: Sequence[Path]) -> None:
-    """Raise DataError for two files that differ only in their suffix.
+    """Raise DataError for two files whose names differ only in the suffix.
 
-    Most likely they have the same rows, and one was converted to the other.
+    Most likely, one file was converted to the other, and they have the same rows.
     """
     stems: dict[Path, Path] = {}
     for path in paths:
@@ -215,7 +215,7 @@ def _match_pattern(pattern: Path) -> list[Path]:
 def _select_split(folder: Path, paths: list[Path], split: str, key: str) -> tuple[list[Path], str]:
     """Return the files of a split, and a note on what was chosen.
 
-    If no file is named for training, all files without a split in their names are for training.
+    If no file has a training split in its name, files without any split in their names are used.
     """
     split_by_path = {path: _split_below(folder, path) for path in paths}
     named = {*filter(names_split, split_by_path.values())}
@@ -250,9 +250,10 @@ def _select_split(folder: Path, paths: list[Path], split: str, key: str) -> tupl
 
 
 def _split_below(folder: Path, path: Path) -> str:
-    """Return the split that a file or a folder above it is named for.
+    """Return the split in the name of a file, or in the name of a folder above it.
 
-    If none of the names says a split, the name of the nearest folder is returned, or of the file.
+    If no name contains a split, return the name of the nearest folder. If there is no folder below
+    ``folder``, return the name of the file without suffixes.
     """
     folders = [
         part.rpartition("=")[2] for part in path.relative_to(folder).parts[:-1] if part != "data"
@@ -265,7 +266,7 @@ def _split_below(folder: Path, path: Path) -> str:
 
 
 def _unknown_suffix(path: Path) -> DataError:
-    found, fix = "an unknown type of file", "save it as .jsonl, one JSON object a row"
+    found, fix = "an unknown type of file", "save it as .jsonl, with one JSON object per line"
     if path.suffix.lower() in SPREADSHEETS:
         found, fix = "a spreadsheet", "save it as csv, in UTF-8"
     return DataError(where=str(path), found=found, expected=f"one of {SUFFIX_LIST}", fix=fix)
@@ -294,15 +295,15 @@ def _missing(path: Path, similar: Sequence[str], expected: str = "a file or fold
 
 
 def path_settings(path: Path, names: Sequence[str]) -> str:
-    """Return the settings that name one of these files in the place of the path."""
+    """Return data.dataset_name settings joined by "or", one for each name in the path's folder."""
     return one_of(dataset_name_setting([str(path.with_name(name))]) for name in names)
 
 
 def similar_names(path: Path) -> list[str]:
-    """Return up to three names in the path's folder that are similar, whatever their suffixes."""
+    """Return up to three similar names of files in the path's folder. Suffixes are ignored."""
     try:
         siblings = sorted(child.name for child in path.parent.iterdir())
-    except (OSError, ValueError):  # no folder, or a name that is not possible
+    except (OSError, ValueError):  # there is no such folder, or its name is impossible
         return []
     stems = {stem(name).lower() for name in siblings}
     close = difflib.get_close_matches(stem(path.name).lower(), stems, cutoff=0.5)

@@ -1,4 +1,4 @@
-"""Define the interface of a source of rows, and choose a split of a dataset."""
+"""Define the interface of a source (a dataset that yields rows), and choose a dataset's split."""
 
 from __future__ import annotations
 
@@ -23,42 +23,42 @@ MAX_NAMES = 10  # names in one sentence
 
 @dataclass(frozen=True)
 class Source(ABC):
-    """A dataset, or a part of it, that was found and is not read yet."""
+    """A dataset, or a part of it, whose rows can be read."""
 
     name: str
-    """As in the recipe."""
+    """The dataset's name in the recipe."""
     note: str
-    """What was chosen automatically, as a sentence; or ""."""
+    """A sentence about automatic choices, such as the split; "" if there were none."""
 
     @abstractmethod
     def rows(self, faults: list[DataError]) -> Iterator[PlacedRow]:
         """Yield (place, row).
 
-        The error of a row that cannot be read goes to ``faults``. Raises DataError at once for a
-        file that cannot be read.
+        If a row cannot be read, its error is added to ``faults``. If a file cannot be read, raises
+        DataError at once.
         """
 
     @abstractmethod
     def with_labels(self, labels: Mapping[str, str]) -> Source:
-        """Return the source with other labels: names of its files in places such as pairs.csv:3."""
+        """Return the source with other labels: the names of its files in places of rows."""
 
     @abstractmethod
     def fingerprint(self) -> tuple[str, int]:
-        """Return the sha256 of content, order and labels, and the approximate number of rows.
+        """Return the sha256 of the data and the labels, and the approximate number of rows.
 
         The number is 0 if it is unknown.
         """
 
     @abstractmethod
     def columns(self) -> frozenset[str] | None:
-        """Return the columns of all rows if they are known without reading them; else None."""
+        """Return the columns of all rows if they are known without reading all rows; else None."""
 
     def paths(self) -> list[str]:
-        """Return the names of the files. Empty for a source that has no files."""
+        """Return the paths of the local files; [] for a hub dataset."""
         return []
 
     def parts(self) -> Sequence[Source]:
-        """Return one source for each file, if there are several."""
+        """Return one source for each file if there are several files; else ()."""
         return ()
 
 
@@ -76,9 +76,9 @@ def is_local(name: str) -> bool:
 
 
 def is_path(name: str) -> bool:
-    """Return whether a name has the form of a path.
+    """Return whether a dataset's name has the form of a path.
 
-    A name of the hub has no suffix of a data file and no wildcard.
+    The name of a hub dataset has no wildcard and does not end like a data file.
     """
     if data_suffix(name) or name.lower().endswith(SPREADSHEETS) or glob.has_magic(name):
         return True
@@ -104,13 +104,13 @@ HELD_OUT = {
 def split_of(path: Path) -> str:
     """Return the name of a file without suffixes and shard number.
 
-    train for train-00000-of-00002.parquet, train_sft for train_sft.jsonl.
+    ``train-00000-of-00002.parquet`` -> ``train``, ``train_sft.jsonl`` -> ``train_sft``.
     """
     return SHARD.sub("", stem(path.name))
 
 
 def choose_split(names: Sequence[str]) -> str | None:
-    """Return the preference split, else train, else the only one; None if none of these exists."""
+    """Return the preference split, else train, else the only split; None if none of them exists."""
     preferences = [name for name in names if re.search("train.*pref", name.lower())]
     for likely in ("train_prefs", *preferences, "train", "training"):
         if likely in names:
@@ -119,33 +119,33 @@ def choose_split(names: Sequence[str]) -> str | None:
 
 
 def split_words(split: str) -> set[str]:
-    """Return the words of a split's name: train and prefs for train_prefs."""
+    """Return the words of a split's name: ``train_prefs`` -> ``{"train", "prefs"}``."""
     return set(re.split(r"[-_.]", split.lower().replace("held_out", "heldout")))
 
 
 def is_held_out(split: str) -> bool:
-    """Return whether a word of the split's name says that it is not for training."""
+    """Return whether a split's name has a word for held-out data, such as test."""
     return not HELD_OUT.isdisjoint(split_words(split))
 
 
 def names_split(name: str) -> bool:
-    """Return whether a word of a name says that the rows are for training, or held out."""
+    """Return whether a name has a word for training or held-out data, such as train or test."""
     return is_held_out(name) or not TRAIN.isdisjoint(split_words(name))
 
 
 def split_note(split: str, names: Sequence[str]) -> str:
-    """Return the note on a chosen split: its name if it is not train, and the held-out split."""
+    """Return the note on a chosen split, with a hint at the held-out split that belongs to it."""
     rest = split_words(split) - TRAIN
     chosen = "" if split == "train" else f"split {split} (of {list_names(names)})"
     for name in names:
         if is_held_out(name) and split_words(name) - HELD_OUT == rest:
-            hint = f"data.dataset_test_split={name} would use its own held-out pairs"
+            hint = f"data.dataset_test_split={name} would use the dataset's own held-out pairs"
             return join_sentences(chosen, hint)
     return chosen
 
 
 def noted_split(note: str) -> str | None:
-    """Return the held-out split that a :func:`split_note` names."""
+    """Return the held-out split in the hint of a :func:`split_note`; None if it has no hint."""
     found = re.search(rf"{TEST_SPLIT}=(\S+) would use", note)
     return found[1] if found else None
 
@@ -160,7 +160,7 @@ TRAIN_SPLIT, TEST_SPLIT = "data.dataset_train_split", "data.dataset_test_split"
 
 
 def split_fix(key: str, names: Sequence[str]) -> str:
-    """Return the setting ``key`` with a split that exists."""
+    """Return the setting ``key`` with one of the existing splits ``names``."""
     held_out = [*filter(is_held_out, names)]
     others = [name for name in names if name not in held_out]
     if key == TEST_SPLIT:
@@ -171,14 +171,14 @@ def split_fix(key: str, names: Sequence[str]) -> str:
 
 
 def list_names(names: Sequence[str]) -> str:
-    """Return the first names for a sentence, and how many more there are."""
+    """Return the first names for a sentence: "a, b and 3 more"."""
     more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
     return ", ".join(names[:MAX_NAMES]) + more
 
 
 @contextmanager
 def report_unreadable(name: str) -> Iterator[None]:
-    """Raise DataError if a file cannot be read, instead of OSError, inside the ``with`` block."""
+    """Raise DataError instead of OSError inside the ``with`` block, if a file cannot be read."""
     try:
         yield
     except OSError as error:

@@ -512,7 +512,9 @@ def test_numbers_that_count_otherwise_than_the_answers_are_refused(
 def test_a_number_of_neither_answer_puts_all_numbers_in_doubt() -> None:
     rows = [{"prompt": Q, "answer_1": "Blue.", "answer_2": "Seven.", "winner": 1}] * 2
     detected, _ = detect(rows)
-    with pytest.raises(DataError, match="fix: write winner as a or b in every row"):
+    with pytest.raises(
+        DataError, match="fix: replace the numbers in winner by a or b in every row"
+    ):
         detected.read(rows[0] | {"winner": 0}, "x:3")
     with pytest.raises(DataError, match="fix: correct or remove the row"):
         detected.read(rows[0] | {"winner": "third"}, "x:3")

@@ -267,7 +267,7 @@ def test_a_system_text_that_the_prompt_begins_with_is_not_read() -> None:
     assert "system" not in detected.columns
     assert "system turn" not in detected.because
     rows = [{"system": "Not this.", **wholes(*BRIEF)}]
-    assert "in front as a system turn where the conversation has none" in detect(rows)[0].because
+    assert "in front as a system turn if the conversation has none" in detect(rows)[0].because
 
 
 def test_pairs_of_texts_in_another_column_are_earlier_turns_that_would_be_lost() -> None:
@@ -275,5 +275,7 @@ def test_pairs_of_texts_in_another_column_are_earlier_turns_that_would_be_lost()
         {"prompt": Q, "past": [["Hi", "Hello."], [Q, text]], **BLUE_SEVEN}
         for text in ("1", "2", "3")
     ]
-    with pytest.raises(DataError, match="past holds turns that are in no column that is read"):
+    with pytest.raises(
+        DataError, match="past is not read, but holds turns that no other column has"
+    ):
         detect(rows)

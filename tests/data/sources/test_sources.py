@@ -1060,7 +1060,7 @@ def folder(tmp_path: Path, *names: str) -> Path:
     return tmp_path
 
 
-HELD_OUT = "data.dataset_test_split=%s would use its own held-out pairs"
+HELD_OUT = "data.dataset_test_split=%s would use the dataset's own held-out pairs"
 
 
 @pytest.mark.parametrize(
