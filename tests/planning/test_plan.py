@@ -955,6 +955,6 @@ def test_a_limit_beyond_the_base_s_is_said(call: Call, workspace: Path) -> None:
     )
     _, said, _ = call("plan", "--recipe", "mistral-qlora", *keys)
     assert (
-        "note: the base reads 256 tokens, and training refuses pairs of 512: data.max_length=256"
-        in said
+        "note: the base reads at most 256 tokens, so training refuses a sequence of 512: "
+        "set data.max_length=256" in said
     )
