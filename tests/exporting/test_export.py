@@ -1290,7 +1290,7 @@ def test_a_template_that_counts_its_turns_is_refused(tmp_path: Path) -> None:
     run = write_run(
         tmp_path / "run", tiny_llama(520), pieces_tokenizer("always", chat_template=counting)
     )
-    with pytest.raises(ModelError, match="it cannot be converted for Ollama"):
+    with pytest.raises(ModelError, match="so it cannot be converted for Ollama"):
         export(run, "ollama")
     assert not (run / "export").exists()
 
