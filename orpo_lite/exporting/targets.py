@@ -54,8 +54,8 @@ BITS = {
 NAMES_WITH_RULES = (
     r"(?i)phi-?3|modern-bert"  # llama.cpp strips spaces around tokens of these models
 )
-# Most tokens in num_ctx of the Modelfile. Ollama's default is a few thousand. 128k tokens would need
-# several GB.
+# Largest num_ctx (in tokens) of a Modelfile. Ollama's default is a few thousand. 128k tokens would
+# need several GB.
 MOST_CONTEXT = 8192
 
 

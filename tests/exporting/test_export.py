@@ -1117,7 +1117,7 @@ def test_merges_that_no_score_can_order_are_refused(tmp_path: Path) -> None:
     [
         ("onnx", {}, "one of gguf, ollama, vllm"),
         ("gguf", {"outtype": "int3"}, "one of f32"),
-        ("vllm", {"outtype": "f16"}, "as it is"),
+        ("vllm", {"outtype": "f16"}, "serves the adapter unchanged"),
         ("gguf", {"weights": "none"}, "one of original, dequantized"),
     ],
 )

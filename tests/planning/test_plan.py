@@ -628,7 +628,7 @@ def test_the_local_gpu_comes_first(
     code, said, _ = call("plan", "--recipe", "mistral-qlora", *keys)
     assert code == 0
     assert "20.00 GiB free on this machine's NVIDIA GeForce RTX 4090" in said
-    assert "other processes use 3.00 GiB of the GPU; the plan leaves that to them" in said
+    assert "other processes use 3.00 GiB of the GPU; the plan does not use that memory" in said
 
 
 # --- training to a budget
