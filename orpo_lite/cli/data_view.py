@@ -113,7 +113,7 @@ def print_pair(sample: Mapping[str, Any]) -> None:
     The prompt of the rejected reply is only printed if it differs from that of the chosen reply.
     """
     if "chosen" not in sample:
-        out.print("  (it cannot be rendered)")
+        out.print("  (the pair cannot be rendered)")
         return
     shared = ""
     for side in ("chosen", "rejected"):

@@ -104,7 +104,9 @@ def finish(recipe: "Recipe", result: "TrainResult") -> None:
         for comparison in result.verdict["comparisons"]:
             out.print(comparison["text"])
     _print_samples(result)
-    safe = f"the adapter is safe in {result.run}/adapter; then: {merge_command(result.run)}"
+    safe = (
+        f"the adapter is safe in {result.run}/adapter; continue with: {merge_command(result.run)}"
+    )
     if recipe.output.push_to_hub:
         safe += f", and {push_line(recipe, result)}"
     try:
@@ -143,7 +145,7 @@ def _push_result(recipe: "Recipe", result: "TrainResult") -> None:
         error.fix = reworded(error.fix, f"{error.fix}\n  {safe}" if error.fix else safe)
         raise
     except KeyboardInterrupt:
-        err.print(f"stopped; {safe}; then: {push_line(recipe, result)}")
+        err.print(f"stopped; {safe}; continue with: {push_line(recipe, result)}")
         raise typer.Exit(STOPPED) from None
 
 

@@ -36,7 +36,7 @@ def merge(
     ] = "5GB",
     base_path: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="The folder of the base, if it was moved."),
+        typer.Option(metavar="FOLDER", help="The folder of the base, if the base was moved."),
     ] = None,
 ) -> None:
     """Merge a run's adapter into its base. RUN/merged is then a model that transformers loads."""
@@ -95,7 +95,7 @@ def push(
     except KeyboardInterrupt:
         from orpo_lite.publishing.push import push_command
 
-        err.print(f"stopped; then: {push_command(run, repository, **options)}")
+        err.print(f"stopped; continue with: {push_command(run, repository, **options)}")
         raise typer.Exit(STOPPED) from None
 
 

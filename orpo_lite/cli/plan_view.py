@@ -94,7 +94,7 @@ def print_plan(report: "PlanReport") -> None:
 
 
 def _budget_source(report: "PlanReport") -> str:
-    """Return where the budget comes from, as a continuation of its size."""
+    """Return words that name the source of the budget: ``of memory.budget``, for example."""
     plan = report.plan
     if report.local and plan.gpu and plan.budget == report.local.free:
         return f"free on this machine's {plan.gpu.name}"

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from orpo_lite.updates import Update
 
 
-PLAIN_LINES = 50  # about so many lines on steps does a training print to a file or pipe
+PLAIN_LINES = 50  # a training prints about this many lines on steps to a file or pipe
 
 Result = TypeVar("Result")
 

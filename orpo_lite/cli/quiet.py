@@ -9,7 +9,7 @@ from typing import Any
 
 
 def hush() -> None:
-    """Make libraries print only errors. For commands that do not import torch.
+    """Make libraries print only errors, in a command that does not import torch.
 
     Without this, libraries report each attempt to reach the hub. Other commands use :func:`quiet`.
     """

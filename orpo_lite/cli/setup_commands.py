@@ -104,7 +104,7 @@ def doctor(
         bool,
         typer.Option(
             "--bug-report",
-            help="Print text for an issue, without your name, paths and tokens.",
+            help="Print the results as text for an issue, without your name, paths and tokens.",
         ),
     ] = False,
 ) -> None:

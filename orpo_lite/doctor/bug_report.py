@@ -20,7 +20,7 @@ MARKS = {"fault": "FAULT", "warning": "warning", "ok": "ok"}
 
 
 def bug_report(checks: Sequence[Check]) -> str:
-    """Return the results as Markdown for an issue, without names of people, paths or tokens."""
+    """Return the results as Markdown, without tokens, paths, and names of people or machines."""
     private = sorted({name for check in checks for name in check.private}, key=len, reverse=True)
     lines = [f"**orpo-lite doctor**, {platform.system()} {platform.machine()}", ""]
     for check in checks:

@@ -65,7 +65,7 @@ def check_four_bit() -> Iterator[Check]:
         wrong.append(f"its rounding is off by {rounding:.0%}")
     if wrong:
         found = f"bitsandbytes is wrong on {where}: {'; '.join(wrong)}"
-        fix = "pip install --force-reinstall bitsandbytes; or quantization.load_in_4bit=false"
+        fix = "pip install --force-reinstall bitsandbytes; or set quantization.load_in_4bit=false"
         yield Check("4-bit product", "fault", found, fix)
     else:
         found = f"bitsandbytes is right on {where} (within {max(errors.values()):.0e})"
@@ -73,7 +73,7 @@ def check_four_bit() -> Iterator[Check]:
 
 
 ROUNDING_OF_NF4 = 0.3
-"""A larger rounding error of a normal weight, relative to the largest weight, is a fault.
+"""Largest accepted rounding error of NF4, relative to the largest weight, for normal weights.
 
 The widest gap between two of the 16 numbers of NF4 is 0.30. Rounding errs by at most half a gap."""
 
@@ -81,7 +81,7 @@ The widest gap between two of the 16 numbers of NF4 is 0.30. Rounding errs by at
 def unpack_nf4(parameter: Any) -> "torch.Tensor":
     """Return the matrix of a 4-bit parameter, unpacked by torch. Its scales must be float32.
 
-    A byte holds two numbers. The high half is the first one. Each block of numbers has one scale.
+    A byte holds two numbers. The high half holds the first one. Each block of numbers has one scale.
     """
     import torch
 

@@ -117,7 +117,7 @@ def _no_gpu() -> Check:
 
 
 def _describe_gpu(local: Any, architectures: Sequence[str]) -> Check:
-    """Return the check of one GPU. It is a fault if this torch has no kernels for it."""
+    """Return the check of one GPU: a fault if this torch has no kernels for the GPU."""
     major, minor = local.gpu.capability
     dtype = "bfloat16" if major >= 8 else "float16, because it has no bfloat16"
     driver = f"driver {local.driver}, " if local.driver else ""
@@ -178,14 +178,14 @@ def check_host_memory() -> Iterator[Check]:
         except RuntimeError as error:
             found = f"64 MiB cannot be pinned ({first_line(error)})"
             fix = (
-                "memory.checkpoint_offload=false memory.embedding_on_cpu=false; under WSL2 "
+                "set memory.checkpoint_offload=false memory.embedding_on_cpu=false; under WSL2, "
                 "raise `memory` in .wslconfig"
             )
             yield Check("pinned memory", "warning", found, fix)
 
 
 def free_ram() -> int:
-    """Return the bytes of RAM that are available, within the limit of a container if any."""
+    """Return the bytes of RAM that are available. The limit of a container is respected."""
     text = Path("/proc/meminfo").read_text(encoding="ascii")
     found = re.search(r"^MemAvailable: +(\d+) kB$", text, re.MULTILINE)
     free = 1024 * int(found[1]) if found else 0

@@ -78,7 +78,9 @@ def check_recipe(recipe: Recipe, *, is_online: bool) -> Iterator[Check]:
         error = does_not_fit(report.plan, report.changes)
         yield Check("plan", "fault", f"does not fit: {error.found}", error.fix, private)
     if report.plan.measured.host > free_ram():
-        found = f"needs {gib(report.plan.measured.host)} of RAM, and {gib(free_ram())} are free"
+        found = (
+            f"needs {gib(report.plan.measured.host)} of RAM, but only {gib(free_ram())} are free"
+        )
         yield Check("plan", "warning", found, "end other programs, or train on a smaller base")
 
 
@@ -138,4 +140,4 @@ def _describe_repository(
         return Check(check, "ok", f"{name} is in the cache")
     if can_download:
         return Check(check, "ok", f"{name} will be downloaded")
-    return Check(check, "fault", f"{name} is not in the cache, and cannot be downloaded", fix)
+    return Check(check, "fault", f"{name} is not in the cache, and it cannot be downloaded", fix)

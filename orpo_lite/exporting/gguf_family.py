@@ -38,7 +38,7 @@ class Family:
     biases: tuple[str, ...] = ()
     """The projections that may have a bias in llama.cpp."""
     full_attention_every: int = 0
-    """n: every n-th layer has full attention, the others a window. 0: llama.cpp has no window."""
+    """n: layers n, 2n, ... have full attention, the others a sliding window. 0: no window support."""
 
 
 GELU = "gelu_pytorch_tanh"
@@ -60,13 +60,13 @@ LANGUAGE_MODEL = ("language_model.model.", "model.language_model.")
 
 @dataclass
 class Description:
-    """The GGUF keys of a model, and the facts that convert its tensors."""
+    """The GGUF keys of a model, and what is needed to convert its tensors."""
 
     family: Family
     keys: dict[str, Any]
     """GGUF key -> value."""
     factors: dict[str, np.ndarray] = field(default_factory=dict)
-    """Name -> tensor that divides the rotary frequencies, computed from the configuration."""
+    """Name of a tensor -> divisors of the rotary frequencies, by the configuration."""
     notes: list[str] = field(default_factory=list)
     """Differences from transformers that the user should know."""
     layers: int = 0
@@ -161,7 +161,7 @@ def describe(config: Any, where: str) -> Description:
     made.tied = bool(config.tie_word_embeddings)
     made.is_multimodal = is_multimodal
     if is_multimodal:
-        made.notes.append("the file holds the language model only, without the image encoder")
+        made.notes.append("the file holds only the language model, without the image encoder")
     if arch in ("qwen2", "phi3") and head_dim * heads != config.hidden_size:
         found = f"{heads} heads of {head_dim} with hidden_size {config.hidden_size}"
         raise _beyond(where, found, "num_attention_heads * head_dim = hidden_size")
@@ -240,7 +240,7 @@ def _rope_keys(made: Description, config: Any, where: str) -> None:
         local = rope["sliding_attention"]
         if local.get("rope_type", "default") != "default":
             raise _beyond(
-                where, f"rope_type {local['rope_type']!r} in layers with a window", "default"
+                where, f"rope_type {local['rope_type']!r} in sliding-window layers", "default"
             )
         keys[f"{arch}.rope.freq_base_swa"] = float(local["rope_theta"])
         rope = dict(rope["full_attention"])
@@ -379,7 +379,7 @@ def _check_shapes(config: Any, names: Any, found: Mapping[str, Stored], where: s
                 where=where,
                 found=f"has no {name}" if shape is None else f"has a {name} of {shape}",
                 expected=f"{expected}, as config.json says",
-                fix="orpo-lite merge RUN makes it again",
+                fix="orpo-lite merge RUN writes the merged model again",
             )
 
 
@@ -397,7 +397,7 @@ def _has_own_head(tensors: Mapping[str, Stored]) -> bool:
 
 
 def _language_model_name(name: str) -> str:
-    """Return a tensor's name in the language model alone; "" if it is not part of it."""
+    """Return a tensor's name within the language model; "" for a tensor of another part."""
     for prefix in LANGUAGE_MODEL:
         if name.startswith(prefix):
             return f"model.{name.removeprefix(prefix)}"
@@ -405,7 +405,7 @@ def _language_model_name(name: str) -> str:
 
 
 def _in_order(tensors: Any) -> Iterator[Stored]:
-    """Yield tensors sorted by layer number, then by name. By name alone, 10 is before 2."""
+    """Yield tensors by layer number, then by name: layer 2 comes before layer 10."""
 
     def layer_and_name(stored: Stored) -> tuple[int, str]:
         parts = stored.name.split(".")

@@ -206,7 +206,7 @@ def _byte_level(keys: dict[str, Any], spec: dict[str, Any], where: str) -> dict[
     name = WORDS.get((tuple(steps), bool(model.get("ignore_merges"))))
     if name is None:
         suffix = ", ignore_merges" if model.get("ignore_merges") else ""
-        found = f"texts are split by {' then '.join(steps)}{suffix}"
+        found = f"texts are split by {', then by '.join(steps)}{suffix}"
         raise _beyond(where, found, f"the rules of {', '.join(WORDS.values())}")
     normalizers = [step["type"] for step in _steps(spec["normalizer"])]
     allowed = (["NFC"], []) if name in COMPOSED else ([],)
@@ -244,7 +244,7 @@ def _sentencepiece(
         raise _beyond(
             where,
             "BPE over characters without byte fallback",
-            "byte_fallback and its 256 tokens",
+            "byte_fallback, with its 256 byte tokens",
         )
     keys["tokenizer.ggml.model"] = "llama"
     keys["tokenizer.ggml.pre"] = "default"
@@ -264,7 +264,7 @@ def _sentencepiece(
         is_run = len(set(made)) == 1
         if is_apart and not is_run and made not in whole:
             found = f"the merges that form {made!r} are not next to each other"
-            raise _beyond(where, found, "the order of sentencepiece")
+            raise _beyond(where, found, "merges in the order that sentencepiece gives them")
         scores.setdefault(made, -float(len(scores)))
         last = made
     known = set(pairs)
@@ -298,9 +298,9 @@ def _space_prefix(keys: dict[str, Any], spec: dict[str, Any], tokenizer: Any, wh
             case {"type": "Split"} if is_space and replaced:
                 pass  # no spaces are left, so nothing is split
             case _:
-                raise _beyond(where, f"texts are changed by {step}", "spaces that become ▁")
+                raise _beyond(where, f"texts are changed by {step}", "only spaces that become ▁")
     if not replaced:
-        raise _beyond(where, "spaces are not replaced", "spaces that become ▁")
+        raise _beyond(where, "spaces are not replaced by ▁", "spaces that become ▁")
     if not metaspace:
         return prefix == "always"
     keys["metaspace"] = True
@@ -359,7 +359,7 @@ def _check_stripping(added: Any, keys: dict[str, Any], where: str) -> None:
     if lefts:
         raise _beyond(
             where,
-            f"{lefts[0]} strips the space before it, or matches whole words only",
+            f"the token {lefts[0]} strips the space before it, or matches only whole words",
             "plain tokens",
         )
     rights = {token["content"] for token in added if token["rstrip"]}
@@ -369,7 +369,7 @@ def _check_stripping(added: Any, keys: dict[str, Any], where: str) -> None:
     kept = {"<unk>", "<s>", "<|endoftext|>"}
     texts = {token["content"] for token in added}
     if rights != texts - kept or not kept <= texts:
-        raise _beyond(where, f"{min(rights)} strips the space after it", "plain tokens, or Phi-3's")
+        raise _beyond(where, f"the token {min(rights)} strips the space after it", "plain tokens")
     keys["general.name"] = "Phi-3"
 
 

@@ -25,22 +25,22 @@ class Turns:
     """The texts that a chat template writes around the messages of a conversation."""
 
     head: str
-    """Before the first question, if there is no system text."""
+    """The text before the first question, if there is no system text."""
     asked: str
-    """Between a question and its answer."""
+    """The text between a question and its answer."""
     generate: str
-    """After the last question, before the model's answer."""
+    """The text after the last question, before the model's answer."""
     answered: str
-    """Between an answer and the next question."""
+    """The text between an answer and the next question."""
     system: Literal["", "start", "last question"] = ""
     """Position of the system text; "" if the template does not support one."""
     system_head: str = ""
-    """Before a system text."""
+    """The text before a system text."""
     system_end: str = ""
-    """Between a system text and its question."""
+    """The text between a system text and the question after it."""
 
     def rebuild(self, messages: Sequence[Message]) -> str:
-        """Return the prompt of a conversation. The Go template of :meth:`to_go` builds the same."""
+        """Return the prompt of a conversation. The template of :meth:`to_go` builds the same one."""
         system = next((turn["content"] for turn in messages if turn["role"] == "system"), "")
         text = ""
         for index, turn in enumerate(messages):
@@ -108,7 +108,7 @@ def find_turns(render: Render, where: str) -> tuple[Turns, list[str]]:
         where: the name of the template in messages.
 
     Raises:
-        ModelError: the template fails, or it writes other texts around other messages.
+        ModelError: the template fails, or the texts that it writes depend on the messages.
     """
     try:
         one = render(_conversation(USERS[:1]))
@@ -117,7 +117,7 @@ def find_turns(render: Render, where: str) -> tuple[Turns, list[str]]:
         raise _refused(where, f"raises {type(error).__name__}: {error}") from None
     short, long = _split(one, [USERS[0]]), _split(two, [USERS[0], ANSWER, USERS[1]])
     if short is None or long is None:
-        raise _refused(where, "does not write each text exactly once and in order")
+        raise _refused(where, "does not write each message exactly once and in order")
     turns = Turns(head=short[0], asked=long[1], answered=long[2], generate=short[1])
     different = _first_difference(turns, render, system=False)
     if different is not None:
@@ -128,10 +128,12 @@ def find_turns(render: Render, where: str) -> tuple[Turns, list[str]]:
     padded = _conversation([" a \n", "\n b "], [" c "])
     notes = []
     if render(padded) != turns.rebuild(padded):
-        notes.append("the chat template strips white space around a text; Ollama's template cannot")
+        notes.append("the chat template strips white space around a text; Ollama's does not")
     thinking = _conversation(["a", "b"], ["<think>\nc\n</think>\n\nd"])
     if render(thinking) != turns.rebuild(thinking):
-        notes.append("the chat template removes <think> from earlier answers; Ollama's does not")
+        notes.append(
+            "the chat template removes <think> from earlier answers; Ollama's template keeps it"
+        )
     with_system = _with_system(turns, render)
     if with_system and _first_difference(with_system, render, system=True) is None:
         return with_system, notes
@@ -155,7 +157,10 @@ def _with_system(turns: Turns, render: Render) -> Turns | None:
 
 
 def _first_difference(turns: Turns, render: Render, *, system: bool) -> int | None:
-    """Rebuild conversations of 1, 2, ... questions. Return the length of the first wrong one."""
+    """Rebuild conversations of 1, 2, ... questions, and compare them with the template's.
+
+    Return the number of questions of the first that differs; None if all are equal.
+    """
     for count in range(1, LONGEST + 1):
         messages = _conversation(
             [f"what is {n} and why?" for n in range(count)],

@@ -281,7 +281,7 @@ def _replaced_in_errors(placeholder: str | Path, actual: str | Path) -> Generato
 def _write_model(
     request: _Request, file: Path, outtype: str
 ) -> Generator[Update, None, tuple[list[str], dict[str, Any]]]:
-    """Write a merged model as a GGUF file. Return notes on differences, and the file's keys."""
+    """Write a GGUF file and yield updates; finally return notes on differences, and its keys."""
     where = f"model {request.merged}"
     find_merged(request.path, request.weights)
     if importlib.util.find_spec("gguf") is None:
@@ -373,7 +373,7 @@ def _probes(tokenizer: Any, render: Render, where: str) -> list[str]:
             where=where,
             found=f"fails on a question: {type(error).__name__}: {error}",
             expected="a template that accepts a message of the user",
-            fix="orpo-lite merge RUN makes it again",
+            fix="orpo-lite merge RUN writes the merged model again",
         ) from None
 
 

@@ -43,7 +43,7 @@ class Delta(Protocol):
 class LoraDelta:
     """The delta of a parameter that is stored unchanged: ``scale * B @ A``.
 
-    With DoRA, each row of the sum of weight and delta is then scaled to its value in ``magnitude``.
+    With DoRA, each row of the sum is then scaled so that its norm is its value in ``magnitude``.
     """
 
     parameters: tuple[str, ...]
@@ -56,7 +56,7 @@ class LoraDelta:
     scale: float
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Return two factors. Their product has the parameter's shape; axis 0 counts experts."""
+        """Return two factors of the parameter's delta. For experts, axis 0 is the expert."""
         a, b = _read_finite(self.a), _read_finite(self.b)
         if self.layout == "matrix":
             return b, a
@@ -137,7 +137,7 @@ class ConvertedGroup:
 
 
 def clear_cache() -> None:
-    """Free the deltas that ``_stored_deltas`` keeps for further stored tensors of a group."""
+    """Free the deltas in the cache of ``_stored_deltas``."""
     _stored_deltas.cache_clear()
 
 

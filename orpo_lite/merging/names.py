@@ -24,7 +24,7 @@ class Origin:
     parameters: tuple[str, ...]
     """The names of the parameters in the model."""
     converter: WeightConverter | None = None
-    """transformers' conversion of stored tensors to parameters; None if there is none."""
+    """transformers' conversion to parameters; None if the parameter is stored unchanged."""
     stored: dict[str, list[str]] = field(default_factory=dict)
     """Pattern of the converter -> names of stored tensors, in the order of the conversion."""
 
@@ -34,7 +34,7 @@ class Origin:
         return None if self.converter else next(iter(self.stored))
 
     def to_stored(self, values: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
-        """Return the stored tensors of parameter values: reverse the conversion."""
+        """Convert values of the parameters back to stored tensors; return them by name."""
         if self.converter is None:
             return {str(self.unchanged): values[self.parameters[0]]}
         back = self.converter.reverse_transform()

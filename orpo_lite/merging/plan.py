@@ -199,7 +199,7 @@ def _adapter_tensors(
             name_of_own = origins[parameter].unchanged if parameter in origins else None
             own = stored.get(name_of_own or "")
             if own and not _equal(tensor, own):
-                found = f"holds other numbers of {parameter} than this base"
+                found = f"holds other weights in {parameter} than this base"
                 raise ModelError(found=found, expected="an adapter that was trained on this base")
     if wrong:
         raise ModelError(
@@ -223,13 +223,13 @@ def _adapter_tensors(
             if part == "lora_A" and has_other_rank:
                 found = f"{layer.name} has rank {found_shape[0]}, "
                 found += f"but its adapter_config.json says {shape[0]}"
-                raise ModelError(found=found, expected="the configuration that it was saved with")
+                raise ModelError(
+                    found=found, expected="the configuration that the adapter was saved with"
+                )
             if found_shape != shape and part != "lora_magnitude_vector":
                 found = f"{layer.name}: {part} is {_by(found_shape)}, "
                 found += f"but this base needs {_by(shape)}"
-                raise ModelError(
-                    found=found, expected="the shapes of the base that it was trained on"
-                )
+                raise ModelError(found=found, expected="an adapter that was trained on this base")
     return saved
 
 
@@ -352,8 +352,8 @@ def _stored_deltas(
         if stored[name].shape != tuple(expected_shapes[name]):
             raise ModelError(
                 found=f"the base's {name} is {_by(stored[name].shape)}, "
-                f"but {_by(expected_shapes[name])} by its config.json",
-                expected="the shapes of its configuration",
+                f"but config.json says {_by(expected_shapes[name])}",
+                expected="the shapes that config.json says",
                 fix="download the base again",
             )
     return deltas

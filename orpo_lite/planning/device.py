@@ -1,4 +1,4 @@
-"""Describe the device that a training runs on, and refuse a CPU next to an unusable GPU."""
+"""Describe the device of a training, and refuse a CPU if the machine has an unusable GPU."""
 
 import os
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from orpo_lite.ops.devices import META
 from orpo_lite.recipe.text import GIB
 
 CPU_LIMIT = 10**9
-"""Most parameters of a base that is trained on the CPU although the machine has a GPU."""
+"""A base with more parameters is not trained on the CPU of a machine with an unusable GPU."""
 # Major version of CUDA -> the oldest driver that runs all its minor versions. Source: NVIDIA, "CUDA
 # Compatibility".
 MIN_DRIVER = {"12": "525", "13": "580"}
@@ -47,7 +47,7 @@ class UnusableGpu:
 
 
 def describe_device(device: torch.device, doing: str = "training") -> str:
-    """Return a sentence that names the device of a task. It says why a GPU is not used."""
+    """Return a sentence that names the device of a task, and says why a GPU is not used."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         memory, version = properties.total_memory / GIB, f"{properties.major}.{properties.minor}"
@@ -82,7 +82,7 @@ def refuse_slow_device(device: torch.device, wanted: str, name: str, config: Any
     count = sum(parameter.numel() for parameter in model.parameters())
     if count <= CPU_LIMIT:
         return
-    text = f"{gpu.remedy}; or model.device=cpu, with hours per step"
+    text = f"{gpu.remedy}; or set model.device=cpu, where a step takes hours"
     raise FitError(
         where=f"model {name}",
         found=f"its {count / 1e9:.1f} billion parameters would be trained on the CPU. {gpu}",

@@ -64,7 +64,10 @@ HOPPER = (9, 0)
 
 
 def allowances(step: int, gpu: Gpu | None, *, deterministic: bool = False) -> dict[str, int]:
-    """Return by name the bytes needed beyond tensors, for a step that adds ``step`` bytes."""
+    """Return the bytes that are needed in addition to tensors, by name.
+
+    ``step``: the peak bytes of the step's own tensors.
+    """
     if not gpu:
         return {"fragmentation": int(FRAGMENTATION * step)}
     cublas = CUBLAS_HOPPER if deterministic or gpu.capability == HOPPER else CUBLAS
@@ -95,7 +98,7 @@ class LocalGpu:
     """Bytes that this process may use: the free ones, and those that it uses already."""
     holders: tuple[Holder, ...] = ()
     driver: str = ""
-    """The driver's version; "" if it does not answer."""
+    """The driver's version; "" if the driver does not answer."""
 
     @property
     def others(self) -> int:

@@ -102,7 +102,7 @@ def heaviest_pairs(
 
 
 def _longest_pairs(triples: Triples, most: int, batching: Batching) -> list[TokenizedPair]:
-    """Return the largest micro-batch of the longest pairs, with a pair of the tokens left in it."""
+    """Return the largest micro-batch of the longest pairs, filled up with one more pair."""
     lengths = triples[:, 1] + triples[:, 2]
     if batching.share:
         lengths = lengths - triples[:, 0]
@@ -219,7 +219,7 @@ def _deterministic_kernels(active: bool) -> Iterator[None]:
 
 
 LOADERS = 4
-"""Number of threads of transformers.core_model_loading. Each holds a 16-bit tensor to quantise."""
+"""Threads of transformers.core_model_loading. Each may hold one 16-bit tensor before quantising."""
 
 
 def resident_bytes(model: Any, recipe: Recipe) -> tuple[dict[str, int], int]:

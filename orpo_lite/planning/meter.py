@@ -45,7 +45,7 @@ class LiveBytes(TorchDispatchMode):
         self.by_phase: Counter[str] = Counter()
         """The bytes of ``live`` by the phase that allocated them."""
         self.peak_by_phase: Counter[str] = Counter()
-        """``by_phase`` at the peak."""
+        """The value of ``by_phase`` when ``live`` was largest."""
         self.host = 0
         """Bytes in host memory now. They are counted only on meta."""
         self.host_peak = 0
@@ -63,7 +63,7 @@ class LiveBytes(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         """Return False, so that torch calls ``__torch_dispatch__`` without a costly wrapper.
 
-        The wrapper would disable torch.compile while an operator runs. ``_run`` does that instead.
+        The wrapper would disable torch.compile while an operator runs. ``_run`` does so too.
         """
         return False
 

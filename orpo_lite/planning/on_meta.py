@@ -1,4 +1,4 @@
-"""Make a step run on the meta device: pairs of given lengths, and attention without values."""
+"""Make pairs of given lengths and replace functions, so that a step runs on the meta device."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

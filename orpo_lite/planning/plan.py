@@ -22,7 +22,7 @@ from orpo_lite.runs.folder import KEPT_CHECKPOINTS
 from orpo_lite.updates import Update, run_to_end, with_torch_defaults
 
 DEFAULT_GPU = next(gpu for gpu in GPUS if "24 GB" in gpu.name)
-"""The GPU to plan for if there is no local one and no memory.budget."""
+"""The GPU to plan for if this machine has no GPU and memory.budget is not set."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def _notes_on_length(planner: Planner) -> list[str]:
 
 
 def _similar_gpu(budget: int) -> Gpu:
-    """Return the smallest known GPU with about this memory or more. The plan uses its speed."""
+    """Return the smallest known GPU with about ``budget`` bytes or more, for its speed."""
     return next((gpu for gpu in GPUS if gpu.memory >= 0.95 * budget), GPUS[-1])
 
 

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PlannedRoute:
-    """The route of pairs through a planned model."""
+    """The route of pairs through a planned model: see :data:`orpo_lite.model.pair_model.Route`."""
 
     route: Route
     attention: str | None
@@ -120,7 +120,7 @@ def _record_calls(name: str) -> Iterator[list[None]]:
 
 
 def _one_layer_of_each_type(config: Any) -> Any:
-    """Return the configuration with the fewest layers, at least 2, that have every type."""
+    """Return the configuration with the fewest layers, at least 2, that include each type."""
     types = getattr(config.get_text_config(), "layer_types", None) or []
     return with_layers(config, max([2, *(1 + types.index(layer_type) for layer_type in types)]))
 

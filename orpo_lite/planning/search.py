@@ -47,7 +47,7 @@ class Change:
     keys: Mapping[str, Any]
     """``section.key`` -> value."""
     needed: int
-    """Bytes that the training then needs."""
+    """Bytes that the training needs with these keys."""
     fits: bool
 
 
@@ -95,7 +95,7 @@ class MemoryPlan:
 
     @property
     def needed(self) -> int:
-        """The bytes of a step or of loading the base, whichever are more, with allowances."""
+        """The bytes that a step or loading the base needs, whichever is more, with allowances."""
         loading = self.measured.loading + sum(self._allowances(0).values())
         return max(self.peak + sum(self.allowances.values()), loading)
 
@@ -176,7 +176,10 @@ class Planner:
 
     @cached_property
     def _whole(self) -> tuple[int, int, int]:
-        """Bytes of the whole model, of its embedding (0 if it cannot move), and while loading."""
+        """Bytes that the whole model holds, of its input embedding, and while loading.
+
+        A tied embedding counts as 0, because it cannot move to host memory.
+        """
         on_device = self.recipe.with_memory({"embedding_on_cpu": False})
         dtype = choose_dtype(on_device.model.dtype, self.kind)
         model = self._models.get(on_device, self.config, dtype)
@@ -439,7 +442,7 @@ class Planner:
 
 
 def _step_key(choice: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return the values of a choice as a key, without the embedding's device."""
+    """Return the values of a choice as a dictionary key, without ``embedding_on_cpu``."""
     return tuple(value for name, value in sorted(choice.items()) if name != "embedding_on_cpu")
 
 
@@ -449,7 +452,7 @@ def no_plan(name: str, error: Exception) -> ModelError:
     return ModelError(
         where=f"model {name}",
         found=f"its step cannot be measured without weights ({type(error).__name__})",
-        fix="set the keys of memory by hand; training uses them unchanged",
+        fix="set the memory.* keys in the recipe; the training uses their values unchanged",
     )
 
 

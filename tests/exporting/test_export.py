@@ -1036,7 +1036,7 @@ def test_a_model_that_is_not_that_of_its_config_is_refused(tmp_path: Path) -> No
         config.write_text(whole.replace(old, new))
         with pytest.raises(ModelError, match=said) as raised:
             export(run, "gguf")
-        assert raised.value.fix == f"orpo-lite merge '{run}' makes it again"
+        assert raised.value.fix == f"orpo-lite merge '{run}' writes the merged model again"
         config.write_text(whole)
     assert not (run / "export" / "gguf-f32").exists()
 
@@ -1274,7 +1274,7 @@ def test_thoughts_that_a_template_takes_out_are_told() -> None:
     from orpo_lite.exporting.ollama_template import find_turns, renderer
 
     plain = OTHERS["system in the first question"]
-    note = "the chat template removes <think> from earlier answers; Ollama's does not"
+    note = "the chat template removes <think> from earlier answers; Ollama's template keeps it"
     for template, told in (
         (plain, False),
         (plain.replace("m.content", "m.content.split('</think>')[-1]"), True),
