@@ -81,7 +81,7 @@ The widest gap between two of the 16 numbers of NF4 is 0.30. Rounding errs by at
 def unpack_nf4(parameter: Any) -> "torch.Tensor":
     """Return the matrix of a 4-bit parameter, unpacked by torch. Its scales must be float32.
 
-    A byte holds two numbers. The high half holds the first one. Each block of numbers has one scale.
+    A byte holds two numbers, the first one in its high half. Each block of numbers has one scale.
     """
     import torch
 

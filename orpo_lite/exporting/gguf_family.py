@@ -38,7 +38,7 @@ class Family:
     biases: tuple[str, ...] = ()
     """The projections that may have a bias in llama.cpp."""
     full_attention_every: int = 0
-    """n: layers n, 2n, ... have full attention, the others a sliding window. 0: no window support."""
+    """n: layers n, 2n, ... have full attention, the others a window. 0: no window support."""
 
 
 GELU = "gelu_pytorch_tanh"

@@ -40,7 +40,7 @@ class Turns:
     """The text between a system text and the question after it."""
 
     def rebuild(self, messages: Sequence[Message]) -> str:
-        """Return the prompt of a conversation. The template of :meth:`to_go` builds the same one."""
+        """Return the prompt of a conversation. The template of :meth:`to_go` builds the same."""
         system = next((turn["content"] for turn in messages if turn["role"] == "system"), "")
         text = ""
         for index, turn in enumerate(messages):

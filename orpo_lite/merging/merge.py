@@ -192,7 +192,7 @@ def _enough_memory(path: Path) -> Iterator[None]:
 def _write_merged(
     plan: Plan, folder: Path, max_bytes: int, trained_in: torch.dtype
 ) -> Generator[Update, None, int]:
-    """Write the merged tensors and yield updates; finally return how many have changed."""
+    """Write the merged tensors, yield updates; finally return how many parameters changed."""
     files = split_into_files(plan.stored.values(), max_bytes)
     total = sum(stored.nbytes for stored in plan.stored.values())
     changed: set[str] = set()
