@@ -121,9 +121,7 @@ def find_turns(render: Render, where: str) -> tuple[Turns, list[str]]:
     turns = Turns(head=short[0], asked=long[1], answered=long[2], generate=short[1])
     different = _first_difference(turns, render, system=False)
     if different is not None:
-        found = (
-            f"writes other texts in a conversation of {different} questions than in shorter ones"
-        )
+        found = f"writes different texts around the messages if there are {different} questions"
         raise _refused(where, found)
     padded = _conversation([" a \n", "\n b "], [" c "])
     notes = []
@@ -157,9 +155,9 @@ def _with_system(turns: Turns, render: Render) -> Turns | None:
 
 
 def _first_difference(turns: Turns, render: Render, *, system: bool) -> int | None:
-    """Rebuild conversations of 1, 2, ... questions, and compare them with the template's.
+    """Compare conversations of 1, 2, ... questions that ``turns`` and ``render`` produce.
 
-    Return the number of questions of the first that differs; None if all are equal.
+    Return the number of questions of the first conversation that differs; None if none differs.
     """
     for count in range(1, LONGEST + 1):
         messages = _conversation(

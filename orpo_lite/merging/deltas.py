@@ -43,7 +43,7 @@ class Delta(Protocol):
 class LoraDelta:
     """The delta of a parameter that is stored unchanged: ``scale * B @ A``.
 
-    With DoRA, each row of the sum is then scaled so that its norm is its value in ``magnitude``.
+    With DoRA, the rows of the sum are then rescaled. ``magnitude`` holds their new norms.
     """
 
     parameters: tuple[str, ...]

@@ -75,8 +75,8 @@ def heaviest_pairs(
     keys and values). The returned pairs have the largest value of each number that a micro-batch
     can have.
 
-    If each sequence is computed alone, the largest micro-batch of the longest pairs is returned. A
-    further pair uses the tokens that are left in it.
+    If each sequence is computed alone, the largest micro-batch of the longest pairs is returned. It
+    is filled up with one more pair.
     """
     most = recipe.training.global_batch_size
     if not (batching.packed and in_one_row):

@@ -176,9 +176,9 @@ class Planner:
 
     @cached_property
     def _whole(self) -> tuple[int, int, int]:
-        """Bytes that the whole model holds, of its input embedding, and while loading.
+        """(bytes on the device in all steps, bytes of the input embedding, bytes while loading).
 
-        A tied embedding counts as 0, because it cannot move to host memory.
+        The second number is 0 if the embedding is tied: then it cannot move to host memory.
         """
         on_device = self.recipe.with_memory({"embedding_on_cpu": False})
         dtype = choose_dtype(on_device.model.dtype, self.kind)
