@@ -740,7 +740,7 @@ def test_a_base_that_cannot_be_counted_trains_with_its_memory_settings_as_they_a
     ]
     assert result.steps == 1
     assert not (result.run / "plan.json").exists()
-    with pytest.raises(ModelError, match="set the keys of memory by hand"):
+    with pytest.raises(ModelError, match=r"set the memory\.\* keys in the recipe"):
         plan(small_recipe(*keys, "model.dtype=float32"))
 
 
