@@ -33,7 +33,7 @@ ORDER = (
 
 
 class _Commands(TyperGroup):
-    """A group that lists the commands in the order of the work, and prints a line at Ctrl-C."""
+    """A group that lists the commands in the order of use. At Ctrl-C it prints a message."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return sorted(super().list_commands(ctx), key=ORDER.index)
@@ -49,8 +49,8 @@ class _Commands(TyperGroup):
 app = typer.Typer(
     name="orpo-lite",
     cls=_Commands,
-    help="Preference-tune a language model on the one GPU you own: ORPO on a 4-bit base with "
-    "LoRA, merged for export.",
+    help="Tune a language model on preference pairs with one GPU: train a LoRA adapter on a 4-bit "
+    "base with ORPO, then merge and export it.",
     epilog="Example: orpo-lite train --recipe demo",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -58,13 +58,14 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(no_args_is_help=True, help="List, show or copy the shipped recipes.")
 
-BUG = 70  # EX_SOFTWARE of sysexits.h
+BUG = 70  # exit code of a bug: EX_SOFTWARE of sysexits.h
 
 
 def main() -> None:
     """Run the command line.
 
-    An error that a person can fix is printed without a traceback and ends with its exit code.
+    If a person can fix an error, it is printed without a traceback. The process then ends with the
+    exit code of the error.
     """
     protect_output()
     try:
@@ -86,7 +87,7 @@ def main() -> None:
         traceback.print_exc()
         err.print(
             "\nThis is a bug in orpo-lite. Please report it with the traceback above, the run's "
-            "train.log, and what `orpo-lite doctor --bug-report` prints."
+            "train.log, and the output of `orpo-lite doctor --bug-report`."
         )
         sys.exit(BUG)
 
@@ -154,9 +155,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print only JSON, for progr
 def choose_recipe(
     name: str | None, resume: Path | None, overrides: list[str], *, command: str = "train"
 ) -> "Recipe":
-    """Return the recipe of ``--recipe`` or of the run to resume, with the overrides.
+    """Return the recipe of ``--recipe`` or of the run to resume, with the overrides applied.
 
-    ``command`` is the name of the command, for the fixes in errors. Raises RecipeError.
+    The fixes in errors name ``command``.
+
+    Raises:
+        RecipeError: no recipe is given, or the recipe or an override is wrong.
     """
     from orpo_lite.recipe.reader import load_recipe
     from orpo_lite.runs.changes import recipe_to_resume
@@ -185,7 +189,7 @@ def choose_recipe(
 
 
 def _refuse_file(name: str | None, overrides: list[str], command: str) -> None:
-    """Raise RecipeError for the file of a dataset that is given without ``data.dataset_name=``."""
+    """Raise RecipeError if a data file is given without ``data.dataset_name=`` before it."""
     from orpo_lite.data.sources.source import is_local
     from orpo_lite.recipe.reader import shipped_recipes
 

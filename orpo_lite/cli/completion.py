@@ -1,7 +1,7 @@
 """Shell completion of recipe names, recipe keys, run folders and export targets.
 
-``orpo-lite --install-completion`` installs it for the current shell. This module does not import
-torch, so that completion is fast.
+``orpo-lite --install-completion`` installs the completion for the current shell. This module does
+not import torch, so that completion is fast.
 """
 
 from pathlib import Path
@@ -35,7 +35,7 @@ def complete_run(incomplete: str) -> list[str]:
 
 
 def complete_run_or_key(incomplete: str) -> list[str]:
-    """Return the run folders and the keys of ``data`` that begin like this."""
+    """Return the run folders and the ``data`` keys that begin with ``incomplete``."""
     keys = [key for key in complete_key(incomplete) if key.startswith("data.")]
     return [*complete_run(incomplete), *keys]
 

@@ -1,4 +1,4 @@
-"""The standard output and standard error of the command line, and printing of tables."""
+"""Print to the standard output and standard error of the command line, also tables."""
 
 import json
 import os
@@ -23,9 +23,9 @@ err = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
 class _Output(FileIO):
-    """An output stream that never raises an error. What cannot be written is dropped.
+    """An output stream that never raises an error. Data that cannot be written is dropped.
 
-    The reader of a pipe may end first (`| head`), the terminal may be closed, or the disk may be
+    The reader of a pipe may end early (`| head`), the terminal may be closed, or the disk may be
     full. None of these should stop a training.
     """
 
@@ -42,7 +42,7 @@ class _Output(FileIO):
 def protect_output() -> None:
     """Replace stdout and stderr by streams that raise no errors: see :class:`_Output`.
 
-    Characters that the encoding of the output does not have are written as ``\\uXXXX`` escapes.
+    If the encoding of the output lacks a character, the character is written as ``\\uXXXX``.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -57,17 +57,17 @@ def protect_output() -> None:
             setattr(sys, name, output)
 
 
-# Control characters, and those that turn the direction of a text.
+# Control characters, and characters that change the direction of a text.
 _UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def harmless(text: str) -> str:
-    """Return a text of a model or of data with escapes for what would command the terminal."""
+    """Return ``text`` with all characters escaped that could control the terminal."""
     return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def print_json(value: Any) -> None:
-    """Print a value as JSON. Unless the output is in a Unicode encoding, only ASCII is used."""
+    """Print a value as JSON. If the output's encoding is not Unicode, print only ASCII."""
     out.print(json.dumps(value, indent=2, ensure_ascii=not out.encoding.startswith("utf")))
 
 
@@ -89,7 +89,7 @@ def print_columns(rows: Sequence[Sequence[str]], *, right: bool = False) -> None
 def print_before_after(
     before: Mapping[str, float], after: Mapping[str, float], metrics: "Sequence[Metric]"
 ) -> None:
-    """Print the held-out metrics before the first step, and those of the saved adapter."""
+    """Print the held-out metrics before the training, and those of the saved adapter."""
     table: list[tuple[str, ...]] = [("held-out pairs", "before", "after")]
     for metric in metrics:
         values = [found[f"eval_{metric.name}"] for found in (before, after)]
@@ -132,7 +132,7 @@ def print_evaluation(evaluation: "Evaluation") -> None:
 
 
 def _interval(found: "Interval", factor: int, digits: int) -> str:
-    """Return ``value [low, high]``, times a factor."""
+    """Return an interval, multiplied by ``factor``, as text: ``value [low, high]``."""
     if found.value is None:
         return "-"
     value = f"{factor * found.value:.{digits}f}"

@@ -1,4 +1,4 @@
-"""Print what ``orpo-lite data`` shows: a pair, lengths, and the rows that are left out."""
+"""Print the results of ``orpo-lite data``: a pair, lengths, and the rows that are left out."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,8 +8,8 @@ from rich.text import Text
 from orpo_lite.cli.console import out, print_columns
 
 SHOWN = 1200  # most characters of a prompt or reply; the middle of a longer one is left out
-# Share of responses without their end that is shown as a warning. A model that rarely sees the end
-# token does not learn to stop.
+# A warning is shown if at least this share of the responses lose their end token. A model that
+# rarely sees the end token does not learn to stop.
 MANY_WITHOUT_END = 0.05
 STYLES = {"prompt": "cyan", "response": "green", "end": "bold magenta", "cut": "red"}
 
@@ -82,13 +82,14 @@ def _print_figures(figures: Mapping[str, Any], max_length: int) -> None:
         prompts["shared"] > 0,
     )
     out.print(
-        f"tokens a pair: {padded:,.0f} in rows padded to the longest of 8 pairs, "
+        f"tokens per pair: {padded:,.0f} in rows padded to the longest of 8 pairs, "
         f"{whole:,.0f} without padding, "
         f"{shared:,.0f} with the prompt shared as well ({padded / shared:.1f}x fewer than padded)"
     )
 
 
 def _columns_line(columns: Mapping[str, Any]) -> str:
+    """Return a line that names the columns that are read, and those that are not."""
     read = [
         ours if ours == theirs else f"{ours} from {theirs}"
         for ours, theirs in columns["read"].items()
@@ -109,10 +110,10 @@ def _print_count(text: str, bad: bool) -> None:
 def print_pair(sample: Mapping[str, Any]) -> None:
     """Print the prompt, the chosen reply and the rejected one, each with a title and a colour.
 
-    The prompt is printed again for the rejected reply only if it differs there.
+    The prompt of the rejected reply is only printed if it differs from that of the chosen reply.
     """
     if "chosen" not in sample:
-        out.print("  (it cannot be rendered)")
+        out.print("  (the pair cannot be rendered)")
         return
     shared = ""
     for side in ("chosen", "rejected"):

@@ -1,4 +1,4 @@
-"""What `orpo-lite doctor` prints of its checks."""
+"""Print the results of ``orpo-lite doctor``."""
 
 import textwrap
 from collections.abc import Sequence
@@ -14,9 +14,9 @@ PLAIN = {"ok": "ok", "warning": "warning", "fault": "FAULT"}
 
 
 def print_checks(checks: "Sequence[Check]") -> None:
-    """Print a line for each check with what to do below it, then a summary with the faults first.
+    """Print a line for each check, with its fix below, and then a summary.
 
-    Where the output has no such signs, words are in their place.
+    If the output's encoding has no signs such as ✓, words are printed instead.
     """
     signs = SIGNS if out.encoding.startswith("utf") else PLAIN
     width = max(len(check.name) for check in checks)
@@ -29,7 +29,7 @@ def print_checks(checks: "Sequence[Check]") -> None:
 
 
 def summary(checks: "Sequence[Check]") -> str:
-    """Return one line: how many faults and warnings there are, and where."""
+    """Return one line: the number of faults and warnings, and the names of their checks."""
     parts = []
     for state in ("fault", "warning"):
         names = [check.name for check in checks if check.state == state]

@@ -29,9 +29,9 @@ def merge_run(run: Path, **options: Any) -> None:
 
 
 def merge_if_changed(run: Path) -> None:
-    """Merge a run as :func:`merge_run` does; print a line if the adapter changes nothing.
+    """Merge a run as :func:`merge_run` does. If the adapter changes nothing, print a line.
 
-    After a trial of one or two steps the adapter may be unchanged. That is not an error here.
+    After a trial of one or two steps, the adapter may change nothing. Here this is not an error.
     """
     from orpo_lite.merging.merge import UnchangedError
 
@@ -52,28 +52,28 @@ def verify_run(run: Path, weights: "Weights", base_path: Path | None) -> None:
     print_verdict(verdict)
     if verdict.kept and not verdict.kept.is_enough and weights == "original":
         out.print(
-            "warning: that is less than 90%; `--base dequantized` merges onto the weights of the "
-            "training"
+            "warning: that is less than 90%; to merge onto the weights that the training used, "
+            "add `--base dequantized`"
         )
     if verdict.outcome == "FAILED":
         raise ModelError(
             where=f"{run}, merged",
             found=f"differs from base and adapter: {verdict.explanation}",
-            expected="the same log-probabilities",
+            expected="the log-probabilities of the base with the adapter",
             fix="please report this bug with the run's lock.json",
         )
 
 
 def verify_export(run: Path, folder: Path, weights: "Weights") -> None:
-    """Print how much of the adapter's gain an exported file keeps, with a warning below 90%."""
+    """Print the share of the adapter's gain that an exported file keeps. Warn below 90%."""
     from orpo_lite.api import verify_export_events
 
     kept, pairs = draw(verify_export_events(run, folder, weights=weights))
     out.print(f"{kept.model} keeps {kept.text} of the adapter's gain in log odds ({pairs} pairs)")
     if not kept.is_enough:
         out.print(
-            "warning: that is less than 90%; more bits keep more (--outtype q6_k or q8_0), and so "
-            "may a longer training"
+            "warning: that is less than 90%; a type with more bits keeps more (--outtype q6_k or "
+            "q8_0), and a longer training may help too"
         )
 
 
@@ -90,8 +90,8 @@ def push_run(run: Path, repository: str, **options: Any) -> None:
 def finish(recipe: "Recipe", result: "TrainResult") -> None:
     """Print the results of a training; then merge and push if the recipe says so.
 
-    The adapter is saved already. If a later step fails, the message says so and gives the commands
-    for the steps that are left.
+    The adapter is saved already. If the merge or the push fails, the message says where the adapter
+    is, and which commands are left to run.
     """
     from orpo_lite.demo import builtin_remark
     from orpo_lite.objectives.objective import find_objective
@@ -104,7 +104,9 @@ def finish(recipe: "Recipe", result: "TrainResult") -> None:
         for comparison in result.verdict["comparisons"]:
             out.print(comparison["text"])
     _print_samples(result)
-    safe = f"the adapter is safe in {result.run}/adapter; then: {merge_command(result.run)}"
+    safe = (
+        f"the adapter is safe in {result.run}/adapter; continue with: {merge_command(result.run)}"
+    )
     if recipe.output.push_to_hub:
         safe += f", and {push_line(recipe, result)}"
     try:
@@ -143,12 +145,12 @@ def _push_result(recipe: "Recipe", result: "TrainResult") -> None:
         error.fix = reworded(error.fix, f"{error.fix}\n  {safe}" if error.fix else safe)
         raise
     except KeyboardInterrupt:
-        err.print(f"stopped; {safe}; then: {push_line(recipe, result)}")
+        err.print(f"stopped; {safe}; continue with: {push_line(recipe, result)}")
         raise typer.Exit(STOPPED) from None
 
 
 def push_line(recipe: "Recipe", result: "TrainResult") -> str:
-    """Return the command that pushes the run as its recipe says."""
+    """Return the command that pushes the run to the repository that its recipe names."""
     from orpo_lite.publishing.push import push_command
 
     return push_command(
@@ -157,7 +159,7 @@ def push_line(recipe: "Recipe", result: "TrainResult") -> str:
 
 
 def _print_samples(result: "TrainResult") -> None:
-    """Print the answers to held-out prompts, or those to neutral prompts if there are none."""
+    """Print the answers to held-out prompts. If there are none, print those to neutral prompts."""
     shown = [sample for sample in result.samples if sample.source == "held-out"] or [
         *result.samples
     ]

@@ -1,4 +1,4 @@
-"""The commands that are used after a training: merge, export and push."""
+"""Define the commands for use after a training: merge, push and export."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,7 +28,7 @@ def merge(
         bool,
         typer.Option(
             "--verify",
-            help="Also compare the merged model with base and adapter on held-out pairs.",
+            help="Also compare the merged model with its base and adapter on held-out pairs.",
         ),
     ] = False,
     max_shard_size: Annotated[
@@ -36,10 +36,10 @@ def merge(
     ] = "5GB",
     base_path: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="The folder of the base, if it was moved."),
+        typer.Option(metavar="FOLDER", help="The folder of the base, if the base was moved."),
     ] = None,
 ) -> None:
-    """Merge a run's adapter into its base, block by block. RUN/merged is a transformers folder."""
+    """Merge a run's adapter into its base. RUN/merged is then a model that transformers loads."""
     with quiet():
         merge_run(run, weights=base, max_shard_size=max_shard_size, base_path=base_path)
         if verify:
@@ -60,7 +60,9 @@ def push(
     ] = False,
     base: Annotated[
         Literal["original", "dequantized"],
-        typer.Option(help="With --merged: the weights that were merged into."),
+        typer.Option(
+            help="With --merged: push the model that `merge --base` made with this value."
+        ),
     ] = "original",
     public: Annotated[
         bool, typer.Option("--public", help="Make a new repository public. Default: private.")
@@ -93,7 +95,7 @@ def push(
     except KeyboardInterrupt:
         from orpo_lite.publishing.push import push_command
 
-        err.print(f"stopped; then: {push_command(run, repository, **options)}")
+        err.print(f"stopped; continue with: {push_command(run, repository, **options)}")
         raise typer.Exit(STOPPED) from None
 
 
@@ -103,7 +105,9 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            "--to", help="gguf (llama.cpp), ollama or vllm.", autocompletion=complete_target
+            "--to",
+            help="The target: gguf (llama.cpp), ollama or vllm.",
+            autocompletion=complete_target,
         ),
     ],
     outtype: Annotated[
@@ -115,13 +119,13 @@ def export(
     ] = None,
     base: Annotated[
         Literal["original", "dequantized"],
-        typer.Option(help="The merged model to export, by the weights that were merged into."),
+        typer.Option(help="Export the model that `merge --base` made with this value."),
     ] = "original",
     verify: Annotated[
         bool,
         typer.Option(
             "--verify",
-            help="Then measure with llama.cpp how much of the adapter's gain the file keeps.",
+            help="Also measure with llama.cpp what share of the adapter's gain the file keeps.",
         ),
     ] = False,
 ) -> None:
@@ -133,9 +137,9 @@ def export(
         if verify and to == "vllm":
             raise RecipeError(
                 where="--verify",
-                found="given with --to vllm",
-                expected="gguf or ollama: vLLM serves the adapter as it is",
-                fix="leave it out",
+                found="is given together with --to vllm",
+                expected="--to gguf or --to ollama: vLLM serves the adapter unchanged",
+                fix="leave out --verify",
             )
         if verify:
             require_llama_cpp()

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def print_memory_settings(recipe: "Recipe") -> None:
-    """Print what the keys of ``memory`` change in a step. None of them changes its result."""
+    """Print how a step runs with the keys of ``memory``. They do not change its result."""
     from orpo_lite.recipe.schema import PLANNED_SETTINGS
 
     memory = recipe.memory.unplanned()
@@ -73,7 +73,7 @@ def print_plan(report: "PlanReport") -> None:
     out.print(f"{report.base}: {verdict}, {gib(plan.needed)} needed, {budget}")
     if report.local and report.local.others:
         others = gib(report.local.others)
-        out.print(f"other processes use {others} of the GPU; the plan leaves that to them")
+        out.print(f"other processes use {others} of the GPU; the plan does not use that memory")
     pairs = "the longest pairs of the data"
     if not report.from_data:
         pairs = "the longest pairs that data.max_length allows"
@@ -94,6 +94,7 @@ def print_plan(report: "PlanReport") -> None:
 
 
 def _budget_source(report: "PlanReport") -> str:
+    """Return words that name the source of the budget: ``of memory.budget``, for example."""
     plan = report.plan
     if report.local and plan.gpu and plan.budget == report.local.free:
         return f"free on this machine's {plan.gpu.name}"
@@ -118,8 +119,8 @@ def _print_parts(plan: "MemoryPlan") -> None:
     out.print(f"  {'total'.ljust(width)}  {gib(sum(size for _, size in rows)):>10}")
     if plan.needed > plan.peak + sum(plan.allowances.values()):
         out.print(
-            f"  loading the base needs more, {gib(plan.needed)}: "
-            "its embedding is still on the GPU then"
+            f"  loading the base needs more, {gib(plan.needed)}, "
+            "because its embedding is still on the GPU then"
         )
     if plan.measured.paged:
         out.print(

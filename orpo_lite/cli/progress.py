@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from orpo_lite.updates import Update
 
 
-PLAIN_LINES = 50  # lines on steps that a whole training prints to a file or pipe
+PLAIN_LINES = 50  # a training prints about this many lines on steps to a file or pipe
 
 Result = TypeVar("Result")
 
@@ -34,9 +34,9 @@ def draw(
     """Run a command, show its updates, and return its result.
 
     Args:
-        updates: the running command.
+        updates: the generator of the running command.
         silent: show nothing.
-        plain: print lines also on a terminal.
+        plain: print plain lines on a terminal too.
     """
     from orpo_lite.updates import run_to_end
 
@@ -73,7 +73,7 @@ class _PlainLines:
         elif update.kind != "stage":
             out.print(_line(update))
         elif update.text != self.stage:
-            is_new = update.text not in self.seen  # some come back at each evaluation
+            is_new = update.text not in self.seen  # some stages repeat at each evaluation
             self.stage, self.quarter = update.text, 1 if is_new else 5
             self.seen.add(update.text)
             if is_new:

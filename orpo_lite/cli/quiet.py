@@ -9,31 +9,33 @@ from typing import Any
 
 
 def hush() -> None:
-    """Make libraries print errors only, in a command that does not import torch.
+    """Make libraries print only errors, in a command that does not import torch.
 
-    Otherwise they report each attempt to reach the hub. :func:`quiet` is for other commands.
+    Without this, libraries report each attempt to reach the hub. Other commands use :func:`quiet`.
     """
     for library in ("TRANSFORMERS", "DATASETS", "HF_HUB"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
 
 
 def is_first_process() -> bool:
-    """Return whether this is the first process of `accelerate launch`, the one that prints.
+    """Return whether this is the first process of `accelerate launch`. Only that one prints.
 
-    True without `accelerate launch`.
+    Without `accelerate launch`, return True.
     """
     return "LOCAL_RANK" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 @contextlib.contextmanager
 def quiet(*, computes: bool = True, reads_data: bool = True) -> Iterator[None]:
-    """Send what libraries print to Python's logging, and so to the run's train.log.
+    """Send the messages of libraries to Python's logging, which writes them to train.log.
 
     bitsandbytes prints while it is imported. transformers, datasets and peft log messages and draw
     progress bars. The bars of huggingface_hub are kept, because a download may take long.
 
-    A command that computes nothing starts seconds earlier, because bitsandbytes then does not
-    import the compiler of torch. A command that reads no data does not import datasets.
+    Args:
+        computes: False if the command computes nothing. bitsandbytes then does not import the
+            compiler of torch, and the command starts seconds earlier.
+        reads_data: False if the command reads no data. Then datasets is not imported.
     """
     warnings.simplefilter("default")
     logging.captureWarnings(True)
@@ -65,7 +67,7 @@ def quiet(*, computes: bool = True, reads_data: bool = True) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_compiler() -> Iterator[None]:
-    """torch.compile returns functions as they are, inside the ``with`` block."""
+    """Make torch.compile return functions unchanged inside the ``with`` block."""
     name = "TORCHDYNAMO_DISABLE"
     before = os.environ.get(name)
     os.environ[name] = "1"

@@ -1,4 +1,4 @@
-"""The commands that are used before a training: recipes, data, plan and doctor."""
+"""Define the commands for use before a training: recipes, data, plan and doctor."""
 
 import shlex
 from contextlib import ExitStack, suppress
@@ -76,7 +76,7 @@ def data(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what the model will see of the data: one pair, its format, lengths, rows left out."""
+    """Show the data as the model will see it: a pair, the format, lengths, and rows left out."""
     if as_json and row:
         raise RecipeError(
             where="--row",
@@ -104,11 +104,11 @@ def doctor(
         bool,
         typer.Option(
             "--bug-report",
-            help="Print text for an issue, without your name, paths and tokens.",
+            help="Print the results as text for an issue, without your name, paths and tokens.",
         ),
     ] = False,
 ) -> None:
-    """Check packages, GPU, kernels, memory, disk and hub, and whether a recipe can be trained."""
+    """Check packages, GPU, kernels, memory, disk and hub. With --recipe, check the recipe too."""
     from orpo_lite.doctor.bug_report import bug_report
     from orpo_lite.doctor.run import doctor_events
 
@@ -116,7 +116,7 @@ def doctor(
     if recipe is not None or overrides:
         chosen = choose_recipe(recipe, None, overrides or [], command="doctor")
     with ExitStack() as stack:
-        with suppress(Exception):  # a library that cannot be imported is the fault of a check
+        with suppress(Exception):  # if a library cannot be imported, a check says so
             stack.enter_context(quiet())
         is_silent = as_json or as_report or not out.is_terminal
         checks = draw(doctor_events(chosen), silent=is_silent)
@@ -192,7 +192,7 @@ def recipes_cp(
 
 
 def _preview(recipe: "Recipe", row: str | None) -> "Generator[Update, None, Preview]":
-    """Preview the data, after making the demo's tokenizer and pairs if the recipe uses them."""
+    """Preview the data. If the recipe uses the demo, first make its tokenizer and pairs."""
     from orpo_lite.runs.inputs import preview
 
     if any(

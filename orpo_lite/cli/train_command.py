@@ -1,4 +1,4 @@
-"""The command ``train``."""
+"""Define the command ``train``."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,8 +20,8 @@ RESUME = (
     "Resume the run in this folder. KEY=VALUE may change its learning rate (learning_rate, "
     "lr_scheduler_type, warmup_steps), its length (max_steps, num_train_epochs, "
     "early_stopping_patience), eval_steps, load_best_model_at_end, full_determinism, report_to, "
-    "model.device, memory.* and output.*. Each change is recorded with its step. The following "
-    "steps have the learning rate of a run that began with the new values."
+    "model.device, memory.* and output.*. Each change is recorded with its step. From then on, "
+    "each step has the learning rate that it would have if the run had begun with the new values."
 )
 
 

@@ -1,5 +1,7 @@
-"""Check whether this machine can train, and a recipe on it.
+"""Check if this machine can train, and if it can train a given recipe.
 
-Heavy libraries are imported inside the checks. A broken one is then the fault of its check, and the
-others still run. Order: check, kernels, machine, run, bug_report.
+Heavy libraries are imported inside the checks. If one of them is broken, only the check that
+imports it reports a fault. The other checks still run.
+
+Order: check, kernels, machine, run, bug_report.
 """

@@ -1,4 +1,4 @@
-"""Write the checks as text for an issue, without what is private."""
+"""Write the results of the checks as text for an issue, without private data."""
 
 import os
 import platform
@@ -20,7 +20,7 @@ MARKS = {"fault": "FAULT", "warning": "warning", "ok": "ok"}
 
 
 def bug_report(checks: Sequence[Check]) -> str:
-    """Return the checks as Markdown for an issue: no names of people or machines, paths, tokens."""
+    """Return the results as Markdown, without tokens, paths, and names of people or machines."""
     private = sorted({name for check in checks for name in check.private}, key=len, reverse=True)
     lines = [f"**orpo-lite doctor**, {platform.system()} {platform.machine()}", ""]
     for check in checks:
@@ -32,9 +32,9 @@ def bug_report(checks: Sequence[Check]) -> str:
 
 
 def anonymous(text: str) -> str:
-    """Return a text without tokens, paths, addresses, and names of this user and this machine."""
+    """Return ``text`` with tokens, paths, addresses, user and machine names replaced."""
     secrets = [value for name, value in os.environ.items() if SECRET.search(name)]
-    with suppress(Exception):  # a login that cannot be renewed
+    with suppress(Exception):  # the login may have expired, and renewing it may fail
         from huggingface_hub import get_token
 
         secrets.append(get_token() or "")
@@ -53,7 +53,7 @@ def anonymous(text: str) -> str:
 
 
 def _folders() -> list[str]:
-    """Return the folders that environment variables name."""
+    """Return all folders that are values of environment variables."""
     return [value for value in os.environ.values() if value.startswith("/") and ":" not in value]
 
 

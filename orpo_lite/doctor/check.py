@@ -1,4 +1,4 @@
-"""The result of a check, and how a check is run."""
+"""The result of a check, and the function that runs a check with a time limit."""
 
 import threading
 from collections.abc import Callable, Iterable
@@ -18,7 +18,7 @@ class Check:
     state: State
     found: str
     fix: str = ""
-    """What to do; "" if there is nothing to do."""
+    """What the user should do; "" if nothing."""
     private: tuple[str, ...] = ()
     """Texts in ``found`` and ``fix`` that a bug report must not show."""
 
@@ -27,7 +27,7 @@ Checks = Iterable[Check]
 
 
 def run_check(name: str, check: Callable[[], Checks], limit: float) -> list[Check]:
-    """Run a check; if it raises or takes more than ``limit`` seconds, return that as a fault."""
+    """Run a check. An exception, or more than ``limit`` seconds, becomes a fault in the result."""
     found: list[Check] = []
     errors: list[BaseException] = []
 

@@ -1,4 +1,4 @@
-"""Try the kernels of a training step: the 4-bit product of bitsandbytes, and attention."""
+"""Test the kernels of a training step: the 4-bit product of bitsandbytes, and attention."""
 
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
@@ -23,8 +23,8 @@ def used_device() -> "torch.device":
 def check_four_bit() -> Iterator[Check]:
     """Multiply by a 4-bit matrix with bitsandbytes, and compare with the same product by torch.
 
-    The packed numbers are unpacked by torch alone, so that a wrong kernel of bitsandbytes cannot
-    be in both products.
+    torch unpacks the 4-bit numbers for its own product. So a wrong kernel of bitsandbytes can only
+    affect one of the products.
     """
     import bitsandbytes as bnb
     import torch
@@ -50,7 +50,7 @@ def check_four_bit() -> Iterator[Check]:
     out = layer(x)
     out.backward(torch.ones_like(out))
     with torch.no_grad():
-        one = layer(x[:1])  # another kernel
+        one = layer(x[:1])  # bitsandbytes has another kernel for one row
     exact = x.detach().double().cpu() @ unpacked_OI.T
     gradient = unpacked_OI.sum(0).expand(8, -1)
     errors: dict[str, float] = {
@@ -65,7 +65,7 @@ def check_four_bit() -> Iterator[Check]:
         wrong.append(f"its rounding is off by {rounding:.0%}")
     if wrong:
         found = f"bitsandbytes is wrong on {where}: {'; '.join(wrong)}"
-        fix = "pip install --force-reinstall bitsandbytes; or quantization.load_in_4bit=false"
+        fix = "pip install --force-reinstall bitsandbytes; or set quantization.load_in_4bit=false"
         yield Check("4-bit product", "fault", found, fix)
     else:
         found = f"bitsandbytes is right on {where} (within {max(errors.values()):.0e})"
@@ -73,15 +73,15 @@ def check_four_bit() -> Iterator[Check]:
 
 
 ROUNDING_OF_NF4 = 0.3
-"""Largest error of a normal weight in NF4, relative to the largest weight.
+"""Largest accepted rounding error of NF4, relative to the largest weight, for normal weights.
 
-The widest gap between two of its 16 numbers is 0.30, of which rounding takes at most half."""
+The widest gap between two of the 16 numbers of NF4 is 0.30. Rounding errs by at most half a gap."""
 
 
 def unpack_nf4(parameter: Any) -> "torch.Tensor":
-    """Return the matrix that a 4-bit parameter holds, unpacked by torch. Its scales are float32.
+    """Return the matrix of a 4-bit parameter, unpacked by torch. Its scales must be float32.
 
-    A byte holds two numbers, the first one in its high half. Each block has one scale.
+    A byte holds two numbers, the first one in its high half. Each block of numbers has one scale.
     """
     import torch
 
@@ -101,9 +101,9 @@ def relative_error(found: Any, exact: Any) -> float:
 
 
 def check_attention() -> Iterator[Check]:
-    """Try the attention back-ends of this device on two segments, with gradients.
+    """Run the attention back-ends of this device on two segments, with gradients.
 
-    They are compared with the softmax formula in float64.
+    Their results are compared with the softmax formula in float64.
     """
     import torch
 
@@ -127,8 +127,8 @@ def check_attention() -> Iterator[Check]:
         "ampere": ["varlen", "efficient", "sdpa", "maths"],
     }[kind]
     if find_spec("flash_attn") and flash_attn() is None:
-        fix = "pip uninstall flash-attn; only models with a softcap are faster with it"
-        yield Check("attention", "warning", "flash-attn is installed, and cannot be imported", fix)
+        fix = "pip uninstall flash-attn (it only makes models with a softcap faster)"
+        yield Check("attention", "warning", "flash-attn is installed, but cannot be imported", fix)
     elif kind == "ampere" and flash_attn() is not None:
         names.append("flash_attn")
     used = choose_backend(leaves[0], leaves[2], None)
@@ -168,7 +168,7 @@ def _with_gradients(
 
 
 def _plain_attention(query: Any, key: Any, value: Any, segments: Any, options: Any) -> Any:
-    """Return softmax(q k^T * scale) v for each segment, which sees its prefix and itself."""
+    """Return softmax(q k^T * scale) v per segment. A segment attends to its prefix and itself."""
     import torch
 
     groups = query.shape[1] // key.shape[1]

@@ -15,9 +15,9 @@ from orpo_lite.doctor.check import Check, State
 from orpo_lite.doctor.kernels import TORCH_PAGE
 from orpo_lite.errors import first_line
 
-LEAST_DISK = 5 * 2**30  # bytes; less is warned of
+LEAST_DISK = 5 * 2**30  # bytes; with less free space, the check warns
 NAMED = ("transformers", "peft", "bitsandbytes", "accelerate", "datasets")
-"""Packages whose versions are shown if all is well."""
+"""Packages whose versions are shown if all versions are right."""
 EXTRAS = ("eval", "gguf", "liger", "llama-cpp", "plot", "track")
 
 
@@ -58,6 +58,7 @@ def _version(package: str) -> str | None:
 
 
 def _describe_extras() -> str:
+    """Return which packages of the extras are installed, and which are not."""
     from packaging.requirements import Requirement
 
     present, absent = [], []
@@ -82,7 +83,7 @@ def _describe_extras() -> str:
 
 
 def check_device() -> Iterator[Check]:
-    """Check that torch can use the GPUs, and report their free memory and who holds the rest."""
+    """Check that torch can use the GPUs. Report their free memory, and who uses the rest."""
     import torch
 
     from orpo_lite.planning.device import find_unusable_gpu
@@ -107,18 +108,18 @@ def _no_gpu() -> Check:
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         fix = "unset CUDA_VISIBLE_DEVICES"
         return Check("GPU", "warning", f"hidden by CUDA_VISIBLE_DEVICES: {threads}", fix)
-    fix = "if the machine has an NVIDIA GPU, install its driver, so that nvidia-smi lists it"
+    fix = "if the machine has an NVIDIA GPU, install its driver; nvidia-smi must list the GPU"
     if "microsoft" in platform.release().lower():
-        fix = "WSL2 uses the driver of Windows: install NVIDIA's driver there, and none inside WSL"
+        fix = "WSL2 uses the driver of Windows: install NVIDIA's driver in Windows, not in WSL2"
     elif Path("/.dockerenv").exists() or Path("/run/.containerenv").exists():
-        fix += "; a container must be started with its GPUs (--gpus all)"
+        fix += "; a container must be started with access to the GPUs (--gpus all)"
     return Check("GPU", "warning", f"none found: {threads}", fix)
 
 
 def _describe_gpu(local: Any, architectures: Sequence[str]) -> Check:
-    """Return the check of one GPU: whether this torch has kernels for it."""
+    """Return the check of one GPU: a fault if this torch has no kernels for the GPU."""
     major, minor = local.gpu.capability
-    dtype = "bfloat16" if major >= 8 else "float16, for it has no bfloat16"
+    dtype = "bfloat16" if major >= 8 else "float16, because it has no bfloat16"
     driver = f"driver {local.driver}, " if local.driver else ""
     found = f"{local.gpu.name}, {driver}compute capability {major}.{minor}, {dtype}"
     if not _has_kernels((major, minor), architectures):
@@ -128,10 +129,11 @@ def _describe_gpu(local: Any, architectures: Sequence[str]) -> Check:
 
 
 def _has_kernels(capability: tuple[int, int], architectures: Sequence[str]) -> bool:
-    """Return whether binaries (sm_86) or code to compile (compute_90) run on a GPU.
+    """Return whether one of the architectures that torch was built for runs on a GPU.
 
-    A binary runs on the same major version with the same or a higher minor one (NVIDIA, "CUDA C++
-    Programming Guide", binary compatibility).
+    sm_86 is a binary. It runs on GPUs of the same major version with the same or a higher minor
+    version (NVIDIA, "CUDA C++ Programming Guide", binary compatibility). compute_90 is code that
+    the driver compiles. It runs on GPUs of the same or a higher version.
     """
     for architecture in architectures:
         if match := re.fullmatch(r"(sm|compute)_(\d+)(\d)[a-z]?", architecture):
@@ -154,7 +156,7 @@ def _describe_gpu_memory(local: Any) -> Check:
         )
     if local.free > 0.9 * local.gpu.memory:
         return Check("GPU memory", "ok", found)
-    fix = "end programs that are not needed (nvidia-smi lists them); a plan uses what is free"
+    fix = "end programs that you do not need (nvidia-smi lists them); a plan uses the free memory"
     return Check("GPU memory", "warning", found, fix)
 
 
@@ -176,14 +178,14 @@ def check_host_memory() -> Iterator[Check]:
         except RuntimeError as error:
             found = f"64 MiB cannot be pinned ({first_line(error)})"
             fix = (
-                "memory.checkpoint_offload=false memory.embedding_on_cpu=false; under WSL2 "
+                "set memory.checkpoint_offload=false memory.embedding_on_cpu=false; under WSL2, "
                 "raise `memory` in .wslconfig"
             )
             yield Check("pinned memory", "warning", found, fix)
 
 
 def free_ram() -> int:
-    """Return the bytes of RAM that programs can still get, also by the limit of a container."""
+    """Return the bytes of RAM that are available. The limit of a container is respected."""
     text = Path("/proc/meminfo").read_text(encoding="ascii")
     found = re.search(r"^MemAvailable: +(\d+) kB$", text, re.MULTILINE)
     free = 1024 * int(found[1]) if found else 0
@@ -195,7 +197,7 @@ def free_ram() -> int:
 
 
 def check_disk_space() -> Iterator[Check]:
-    """Report the free space of the folders that a training writes to."""
+    """Report the free space on the disks of the folders that a training writes to."""
     from huggingface_hub import constants
 
     from orpo_lite.data.cache import VARIABLE, configured_folder
@@ -229,16 +231,16 @@ def _describe_disk(name: str, folder: Path, key: str) -> Check:
 
 
 def check_hub() -> Iterator[Check]:
-    """Report whether the hub answers, and what the access token may do. It is never shown."""
+    """Report whether the hub answers, and what the access token permits. No token is shown."""
     from huggingface_hub import constants, get_session
 
     from orpo_lite.publishing.account import find_account
     from orpo_lite.publishing.retry import LOGIN, own_token
 
     if constants.is_offline_mode():
-        yield Check("hub", "ok", "not asked: HF_HUB_OFFLINE is set, and nothing is downloaded")
+        yield Check("hub", "ok", "not tested: HF_HUB_OFFLINE is set, so nothing is downloaded")
         return
-    unreachable = "HF_HUB_OFFLINE=1, which uses only what is in the cache; or a proxy (HTTPS_PROXY)"
+    unreachable = "set HF_HUB_OFFLINE=1 to use only the cache, or set a proxy (HTTPS_PROXY)"
     if own_token("hub") is None:
         try:
             get_session().get(f"{constants.ENDPOINT}/api/models?limit=1", timeout=10.0)
@@ -248,11 +250,11 @@ def check_hub() -> Iterator[Check]:
             )
             return
         yield Check("hub", "ok", "answers")
-        yield Check("hub token", "ok", "there is none; gated models and a push need one")
+        yield Check("hub token", "ok", "there is none; you need one for gated models and to push")
         return
     asking = find_account()
     try:
-        note = next(asking).text  # the first attempt failed
+        note = next(asking).text  # an update means that the first attempt failed
     except StopIteration as end:
         name, role = end.value
     else:

@@ -1,4 +1,4 @@
-"""Run all checks, and those of a recipe: whether it fits, and its base and data are at hand."""
+"""Run all checks of the machine and, if a recipe is given, those of the recipe."""
 
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
@@ -18,7 +18,7 @@ from orpo_lite.doctor.machine import (
 from orpo_lite.recipe.schema import Recipe
 from orpo_lite.updates import Update, run_to_end
 
-TIME_LIMIT = 60.0  # seconds for a check; a driver or a network may never answer
+TIME_LIMIT = 60.0  # seconds per check; a driver or a network may never answer
 HUB_LIMIT = 20.0
 PLAN_LIMIT = 600.0
 
@@ -31,16 +31,16 @@ CHECKS: list[tuple[str, Callable[[], Checks], float]] = [
     ("disk", check_disk_space, TIME_LIMIT),
     ("hub", check_hub, HUB_LIMIT),
 ]
-"""The checks in their order: name, function, and seconds that it may take."""
+"""The checks in their order: name, function, and time limit in seconds."""
 
 
 def doctor(recipe: Recipe | None = None) -> list[Check]:
-    """Check this machine, and whether ``recipe`` can be trained on it. Nothing is downloaded."""
+    """Check this machine, and if ``recipe`` can be trained on it. Nothing is downloaded."""
     return run_to_end(doctor_events(recipe), lambda _: None)
 
 
 def doctor_events(recipe: Recipe | None = None) -> Generator[Update, None, list[Check]]:
-    """Check as :func:`doctor` does; yield its progress and return its result."""
+    """Yield the progress of :func:`doctor`; finally return its result."""
     found: list[Check] = []
     for name, check, limit in CHECKS:
         yield Update("stage", f"checking: {name}")
@@ -55,7 +55,7 @@ def doctor_events(recipe: Recipe | None = None) -> Generator[Update, None, list[
 def check_recipe(recipe: Recipe, *, is_online: bool) -> Iterator[Check]:
     """Plan the recipe for this machine, and look for its base and data without a download.
 
-    ``is_online``: whether the hub answers, or is not asked because HF_HUB_OFFLINE is set.
+    ``is_online``: True if the hub answers or HF_HUB_OFFLINE is set.
     """
     from huggingface_hub import constants
 
@@ -71,19 +71,21 @@ def check_recipe(recipe: Recipe, *, is_online: bool) -> Iterator[Check]:
     report = plan(recipe)
     needed = f"{gib(report.plan.needed)} of GPU memory"
     if report.plan.fits and report.local is None and recipe.memory.budget == "auto":
-        yield Check("plan", "ok", f"needs {needed}; there is no GPU here to compare with")
+        yield Check("plan", "ok", f"needs {needed}; this machine has no GPU to compare with")
     elif report.plan.fits:
         yield Check("plan", "ok", f"fits: needs {needed}, of {gib(report.plan.budget or 0)}")
     else:
         error = does_not_fit(report.plan, report.changes)
         yield Check("plan", "fault", f"does not fit: {error.found}", error.fix, private)
     if report.plan.measured.host > free_ram():
-        found = f"needs {gib(report.plan.measured.host)} of RAM, and {gib(free_ram())} are free"
+        found = (
+            f"needs {gib(report.plan.measured.host)} of RAM, but only {gib(free_ram())} are free"
+        )
         yield Check("plan", "warning", found, "end other programs, or train on a smaller base")
 
 
 def _private_names(recipe: Recipe) -> tuple[str, ...]:
-    """Return what a recipe names of a person's own: the data, a local base, the run folder."""
+    """Return the private names in a recipe, such as its data, local base and run folder."""
     names = [*recipe.data.names, recipe.data.dataset_test_split, recipe.training.output_dir]
     if Path(recipe.model.model_name_or_path).exists():
         names.append(recipe.model.model_name_or_path)
@@ -92,13 +94,14 @@ def _private_names(recipe: Recipe) -> tuple[str, ...]:
 
 
 def _check_base(recipe: Recipe, can_download: bool) -> Iterator[Check]:
+    """Check that the base is on this machine, or can be downloaded."""
     from orpo_lite.base.download import TEXT, WEIGHTS, find_cached, manual_download
     from orpo_lite.base.find import find_base, weight_files
     from orpo_lite.data.sources.source import is_local
 
     name, revision = recipe.model.model_name_or_path, recipe.model.model_revision
     if name.startswith("builtin:"):
-        yield Check("base", "ok", f"{name} is made here")
+        yield Check("base", "ok", f"{name} is generated on this machine")
         return
     if is_local(name):
         find_base(name, revision)
@@ -112,6 +115,7 @@ def _check_base(recipe: Recipe, can_download: bool) -> Iterator[Check]:
 
 
 def _check_data(recipe: Recipe, can_download: bool) -> Iterator[Check]:
+    """Check that each dataset is on this machine, or can be downloaded."""
     import datasets
 
     from orpo_lite.data.sources.local import find_files
@@ -119,7 +123,7 @@ def _check_data(recipe: Recipe, can_download: bool) -> Iterator[Check]:
 
     for name in recipe.data.names:
         if name.startswith("builtin:"):
-            yield Check("data", "ok", f"{name} is made here")
+            yield Check("data", "ok", f"{name} is generated on this machine")
         elif is_local(name):
             find_files(name, recipe.data.dataset_train_split, TRAIN_SPLIT)
             yield Check("data", "ok", f"{name} is on this machine")
@@ -136,4 +140,4 @@ def _describe_repository(
         return Check(check, "ok", f"{name} is in the cache")
     if can_download:
         return Check(check, "ok", f"{name} will be downloaded")
-    return Check(check, "fault", f"{name} is not in the cache, and cannot be downloaded", fix)
+    return Check(check, "fault", f"{name} is not in the cache, and it cannot be downloaded", fix)

@@ -1,8 +1,8 @@
 """Describe a model for llama.cpp: its sizes as GGUF keys, its tensors under llama.cpp's names.
 
-A family is one entry of ``FAMILIES``. A configuration with a feature that llama.cpp's graph of the
-family lacks is refused. Otherwise the file would load and give slightly worse answers, which nobody
-would notice.
+A family is one entry of ``FAMILIES``. llama.cpp has one model graph per family. A configuration is
+refused if it has a feature that the graph lacks. Otherwise the file would load and give slightly
+worse answers, and nobody would notice.
 """
 
 import math
@@ -23,19 +23,22 @@ MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 @dataclass(frozen=True)
 class Family:
-    """The facts that llama.cpp's format needs on one model_type of transformers."""
+    """What llama.cpp's format needs to know of one ``model_type`` of transformers."""
 
     arch: str
+    """llama.cpp's name of the family."""
     pairs_adjacent: bool = False
-    """llama.cpp expects rotary pairs in adjacent rows, transformers half a head apart. The rows of
-    q and k are permuted."""
+    """Whether the rows of q and k are permuted.
+
+    llama.cpp expects the two rows of a rotary pair next to each other. In transformers they are
+    half a head apart."""
     norm_adds_one: bool = False
-    """transformers multiplies by 1 + weight, llama.cpp by weight."""
+    """Whether transformers multiplies by 1 + weight in a norm. llama.cpp multiplies by weight."""
     activation: str = "silu"
     biases: tuple[str, ...] = ()
-    """The projections with a bias in llama.cpp."""
+    """The projections that may have a bias in llama.cpp."""
     full_attention_every: int = 0
-    """Every n-th layer has full attention, the others a sliding window; 0: no window support."""
+    """n: layers n, 2n, ... have full attention, the others a window. 0: no window support."""
 
 
 GELU = "gelu_pytorch_tanh"
@@ -49,7 +52,7 @@ FAMILIES = {
     "gemma2": Family("gemma2", norm_adds_one=True, activation=GELU, full_attention_every=2),
     "gemma3_text": Family("gemma3", norm_adds_one=True, activation=GELU, full_attention_every=6),
 }
-# Model types with a language model of one of these families and an image encoder.
+# Model types that have an image encoder and a language model of one of these families.
 MULTIMODAL = ("gemma3",)
 # Prefixes of the language model's tensor names, in older and newer files.
 LANGUAGE_MODEL = ("language_model.model.", "model.language_model.")
@@ -57,35 +60,35 @@ LANGUAGE_MODEL = ("language_model.model.", "model.language_model.")
 
 @dataclass
 class Description:
-    """The GGUF keys of a model, and what its tensors need."""
+    """The GGUF keys of a model, and what is needed to convert its tensors."""
 
     family: Family
     keys: dict[str, Any]
-    """GGUF keys -> values."""
+    """GGUF key -> value."""
     factors: dict[str, np.ndarray] = field(default_factory=dict)
-    """Tensors computed from the configuration: divisors of the rotary frequencies."""
+    """Name of a tensor -> divisors of the rotary frequencies, by the configuration."""
     notes: list[str] = field(default_factory=list)
     """Differences from transformers that the user should know."""
     layers: int = 0
     head_dim: int = 0
     tied: bool = False
     is_multimodal: bool = False
-    """The model has more parts than the language model; only that is exported."""
+    """Whether the model has other parts too. Only its language model is exported."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A tensor of the GGUF file: its source and its conversion."""
+    """A tensor of the GGUF file: the stored tensor that it is made from, and the conversion."""
 
     name: str
     stored: Stored
     head_dim: int = 0
-    """Head size, for a q or k whose rows are permuted; else 0."""
+    """Head size of a q or k whose rows are permuted; 0 for other tensors."""
     add: float = 0.0
     """A number that is added to each weight."""
 
     def convert(self, block_RC: np.ndarray) -> np.ndarray:
-        """Return converted rows, float32 of shape (R, C). Rows of q and k must be whole heads."""
+        """Convert rows of shape (R, C), float32. A block of q or k must consist of whole heads."""
         if self.head_dim:
             block_RC = _rotary_pairs_adjacent(
                 block_RC.reshape(-1, self.head_dim, self.stored_columns)
@@ -94,19 +97,19 @@ class Target:
 
     @property
     def stored_columns(self) -> int:
-        """Return the number of columns; 1 for a vector."""
+        """The number of columns; 1 for a vector."""
         return self.stored.shape[1] if len(self.stored.shape) == 2 else 1
 
     @property
     def is_matrix(self) -> bool:
-        """Return whether the tensor has two dimensions."""
+        """Whether the tensor has two dimensions."""
         return len(self.stored.shape) == 2
 
 
 def _rotary_pairs_adjacent(heads_HDC: np.ndarray) -> np.ndarray:
-    """Return heads of shape (H, D, C) with rows 0, D/2, 1, D/2 + 1, ... of each head.
+    """Reorder the rows of each head to 0, D/2, 1, D/2 + 1, ...
 
-    The result has shape (H * D, C), or (1, H * D) for a bias.
+    The heads have shape (H, D, C). The result has shape (H * D, C), or (1, H * D) for a bias.
     """
     H, D, C = heads_HDC.shape
     permuted = heads_HDC.reshape(H, 2, D // 2, C).swapaxes(1, 2).reshape(H * D, C)
@@ -121,7 +124,7 @@ def describe(config: Any, where: str) -> Description:
         where: the name of the model in messages.
 
     Raises:
-        ModelError: the family is unknown here, or llama.cpp lacks a feature of the configuration.
+        ModelError: the family is not in ``FAMILIES``, or llama.cpp lacks a feature of the model.
     """
     is_multimodal = config.model_type in MULTIMODAL
     config = config.get_text_config() if is_multimodal else config
@@ -129,9 +132,9 @@ def describe(config: Any, where: str) -> Description:
     if family is None:
         raise ModelError(
             where=where,
-            found=f"model_type {config.model_type!r} cannot be exported to GGUF here",
+            found=f"model_type {config.model_type!r} cannot be exported to GGUF by orpo-lite",
             expected=f"one of {', '.join(FAMILIES)}",
-            fix=f"{VLLM}, or llama.cpp's own converter",
+            fix=f"{VLLM}, or use llama.cpp's own converter",
         )
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -140,7 +143,7 @@ def describe(config: Any, where: str) -> Description:
     if activation != family.activation:
         raise _beyond(where, f"the activation {activation!r}", family.activation)
     if getattr(config, "use_bidirectional_attention", None):
-        raise _beyond(where, "attention in both directions", "causal attention")
+        raise _beyond(where, "bidirectional attention", "causal attention")
     arch = family.arch
     keys: dict[str, Any] = {
         f"{arch}.context_length": config.max_position_embeddings,
@@ -158,7 +161,7 @@ def describe(config: Any, where: str) -> Description:
     made.tied = bool(config.tie_word_embeddings)
     made.is_multimodal = is_multimodal
     if is_multimodal:
-        made.notes.append("the file holds the language model only, without the image encoder")
+        made.notes.append("the file holds only the language model, without the image encoder")
     if arch in ("qwen2", "phi3") and head_dim * heads != config.hidden_size:
         found = f"{heads} heads of {head_dim} with hidden_size {config.hidden_size}"
         raise _beyond(where, found, "num_attention_heads * head_dim = hidden_size")
@@ -207,7 +210,7 @@ def _gemma_keys(made: Description, config: Any, where: str) -> None:
 def _window_keys(made: Description, config: Any, where: str) -> None:
     """Add the keys of sliding windows.
 
-    If llama.cpp has none for the family, limit the context to the window.
+    If llama.cpp has no sliding window for the family, limit the context to the window instead.
     """
     arch, keys = made.family.arch, made.keys
     window = getattr(config, "sliding_window", None)
@@ -226,7 +229,7 @@ def _window_keys(made: Description, config: Any, where: str) -> None:
         keys[f"{arch}.context_length"] = window
         made.notes.append(
             f"llama.cpp has no sliding window for {arch}: the context is limited to {window:,} "
-            "tokens, up to which the results are the same"
+            "tokens, the size of the window, where the results are the same"
         )
 
 
@@ -237,7 +240,7 @@ def _rope_keys(made: Description, config: Any, where: str) -> None:
         local = rope["sliding_attention"]
         if local.get("rope_type", "default") != "default":
             raise _beyond(
-                where, f"rope_type {local['rope_type']!r} in layers with a window", "default"
+                where, f"rope_type {local['rope_type']!r} in sliding-window layers", "default"
             )
         keys[f"{arch}.rope.freq_base_swa"] = float(local["rope_theta"])
         rope = dict(rope["full_attention"])
@@ -272,7 +275,7 @@ def _scaling_keys(made: Description, config: Any, rope: dict[str, Any], where: s
         keys[f"{arch}.context_length"] = min(original, keys[f"{arch}.context_length"])
         made.notes.append(
             f"llama.cpp has no dynamic rope: the context is limited to {original:,} tokens, "
-            "up to which the frequencies do not change"
+            "because dynamic rope changes the frequencies only for longer texts"
         )
         return
     scaled, attention = _frequencies(config, rope_type)
@@ -282,7 +285,7 @@ def _scaling_keys(made: Description, config: Any, rope: dict[str, Any], where: s
         return
     factor = float(factor or config.max_position_embeddings / original)
     keys[f"{arch}.rope.scaling.type"] = rope_type
-    # With longrope, llama.cpp would divide by this factor in addition to the factors per frequency.
+    # With longrope, llama.cpp would divide by this key and also by the factors of each frequency.
     if rope_type != "longrope":
         keys[f"{arch}.rope.scaling.factor"] = factor
     if rope_type == "linear":
@@ -292,7 +295,7 @@ def _scaling_keys(made: Description, config: Any, rope: dict[str, Any], where: s
         for key, usual in (("beta_fast", 32), ("beta_slow", 1), ("truncate", True)):
             if rope.get(key) not in (None, usual):
                 raise _beyond(where, f"{key}: {rope[key]} with yarn", str(usual))
-        # llama.cpp multiplies by yarn's own attention factor; this key holds the remaining factor.
+        # llama.cpp multiplies by yarn's default factor itself, so this key has only the rest.
         keys[f"{arch}.rope.scaling.attn_factor"] = attention / (0.1 * math.log(factor) + 1.0)
         return
     keys[f"{arch}.rope.scaling.attn_factor"] = attention
@@ -301,13 +304,13 @@ def _scaling_keys(made: Description, config: Any, rope: dict[str, Any], where: s
             rope[f"{length}_factor"], np.float32
         )
     made.notes.append(
-        "llama.cpp chooses the long or short rope factors by the context size at its start: up to "
-        f"{original:,} tokens it uses those for short texts, beyond it those for long texts"
+        "llama.cpp chooses the rope factors when it starts, by its context size: the short factors "
+        f"for a context of up to {original:,} tokens, the long factors for a larger context"
     )
 
 
 def _frequencies(config: Any, rope_type: str) -> tuple[np.ndarray, float]:
-    """Return transformers' rotary frequencies and attention factor."""
+    """Return the rotary frequencies and the attention factor that transformers computes."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     has_types = "full_attention" in config.rope_parameters
@@ -322,7 +325,7 @@ def find_targets(
     """Return the tensors of the model under llama.cpp's names, in the order of the layers.
 
     Raises:
-        ModelError: llama.cpp has no such tensor, or the tensors do not fit the configuration.
+        ModelError: llama.cpp lacks one of the tensors, or they do not fit the configuration.
     """
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
@@ -330,7 +333,7 @@ def find_targets(
     names = get_tensor_name_map(arch, made.layers)
     targets = []
     is_tied = made.tied and not _has_own_head(tensors)
-    # Of two tied tensors, a file may hold the head only.
+    # If embedding and head are tied, the files may hold only the head.
     only_head = made.tied and not any(name.endswith("embed_tokens.weight") for name in tensors)
     for stored in _in_order(tensors.values()):
         source = _language_model_name(stored.name) if made.is_multimodal else stored.name
@@ -344,7 +347,7 @@ def find_targets(
         name = names.get_name(source, try_suffixes=(".weight", ".bias"))
         is_allowed = suffix == "weight" or module.endswith(made.family.biases)
         if name is None or not is_allowed or len(stored.shape) not in (1, 2):
-            found = f"has a tensor {stored.name}, which llama.cpp's {made.family.arch} lacks"
+            found = f"has a tensor {stored.name}, which llama.cpp's family {made.family.arch} lacks"
             raise ModelError(where=where, found=found, expected="the tensors of that family")
         head_dim = 0
         if made.family.pairs_adjacent and module.endswith(ATTENTION[:2]):
@@ -361,13 +364,13 @@ def find_targets(
 def _check_shapes(config: Any, names: Any, found: Mapping[str, Stored], where: str) -> None:
     """Raise :class:`ModelError` for missing tensors and shapes that do not fit the configuration.
 
-    llama.cpp would fail later, when it loads the file.
+    Without this check, llama.cpp would fail later, when it loads the file.
     """
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    for name, parameter in model.named_parameters():  # without a tied head
+    for name, parameter in model.named_parameters():  # a tied head is not among them
         stored = found.get(names.get_name(name, try_suffixes=(".weight", ".bias")))
         shape = None if stored is None else "x".join(map(str, stored.shape))
         expected = "x".join(map(str, parameter.shape))
@@ -376,7 +379,7 @@ def _check_shapes(config: Any, names: Any, found: Mapping[str, Stored], where: s
                 where=where,
                 found=f"has no {name}" if shape is None else f"has a {name} of {shape}",
                 expected=f"{expected}, as config.json says",
-                fix="orpo-lite merge RUN makes it again",
+                fix="orpo-lite merge RUN writes the merged model again",
             )
 
 
@@ -402,7 +405,7 @@ def _language_model_name(name: str) -> str:
 
 
 def _in_order(tensors: Any) -> Iterator[Stored]:
-    """Yield tensors by layer number, then by name. Files may hold layer 10 before layer 2."""
+    """Yield tensors by layer number, then by name: layer 2 comes before layer 10."""
 
     def layer_and_name(stored: Stored) -> tuple[int, str]:
         parts = stored.name.split(".")

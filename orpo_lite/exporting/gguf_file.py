@@ -1,4 +1,4 @@
-"""Write a GGUF file: header, keys and tensor list with the gguf library, then block by block."""
+"""Write a GGUF file: the header with the gguf library, then the tensors block by block."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,7 @@ from orpo_lite.base.blocks import in_blocks, read_rows, read_tensor
 from orpo_lite.errors import ModelError
 from orpo_lite.exporting.gguf_family import Description, Target
 
-# Value of --outtype -> llama.cpp's ftype, the number of a file that is mostly of that type.
+# Value of --outtype -> llama.cpp's ftype: the number for files whose tensors mostly have that type.
 OUTTYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
 LARGEST_F16 = 65504.0
 
@@ -28,16 +28,16 @@ class _Entry:
 def write_gguf(
     file: Path, made: Description, keys: Mapping[str, Any], targets: list[Target], outtype: str
 ) -> Iterator[tuple[int, int]]:
-    """Write a GGUF file with only a few rows of one tensor in memory.
+    """Write a GGUF file. Only a few rows of one tensor are in memory at a time.
 
-    Matrices are stored as ``outtype``; with q8_0, those whose row length is not a multiple of 32 as
-    f16. Norms, biases and rotary factors are stored as f32, as llama.cpp always does.
+    Matrices are stored as ``outtype``. With q8_0, a matrix whose row length is not a multiple of 32
+    is stored as f16. Norms, biases and rotary factors are always stored as f32, as in llama.cpp.
 
     Yields:
         (tensors done, number of tensors).
 
     Raises:
-        ModelError: a number is too large for f16.
+        ModelError: a weight is too large for f16.
     """
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
 
@@ -77,7 +77,7 @@ def _add_key(writer: Any, key: str, value: Any) -> None:
     if isinstance(value, list):
         writer.add_array(key, value)
         return
-    if isinstance(value, bool):  # before int: a bool is an int too
+    if isinstance(value, bool):  # tested before int, because a bool is an int too
         writer.add_bool(key, value)
     elif isinstance(value, str):
         writer.add_string(key, value)
@@ -106,7 +106,7 @@ def _entry(
 
 
 def _blocks(source: np.ndarray | Target) -> Iterator[np.ndarray]:
-    """Yield a tensor in float32 as converted blocks of rows."""
+    """Yield the converted rows of a tensor in blocks, float32."""
     if isinstance(source, np.ndarray):
         yield source
         return
@@ -119,6 +119,7 @@ def _blocks(source: np.ndarray | Target) -> Iterator[np.ndarray]:
 
 
 def _encode(block: np.ndarray, entry: _Entry, file: Path) -> np.ndarray:
+    """Return a block in the type of its tensor. Raise ModelError if f16 overflows."""
     from gguf import GGMLQuantizationType
     from gguf.quants import quantize
 

@@ -1,8 +1,8 @@
 """Describe a tokenizer for llama.cpp: byte-level BPE, or sentencepiece's BPE with byte fallback.
 
-llama.cpp splits a text into words with regular expressions that are built in and have names. A
-tokenizer with another expression is refused. With a wrong name the file would load, but tokenise
-slightly differently than in training.
+llama.cpp splits a text into words with built-in regular expressions. Each expression has a name. A
+tokenizer with another expression is refused. With the name of a similar expression, the file would
+load, but llama.cpp would tokenise slightly differently than in training.
 """
 
 import re
@@ -41,30 +41,31 @@ WORDS: dict[tuple[tuple[str, ...], bool], str] = {
         False,
     ): "gpt-4o",
 }
-# llama.cpp's expressions for these recognise only ASCII capitals and no combining marks.
+# llama.cpp's expressions of these names recognise only ASCII capitals, and no combining marks.
 ASCII = ("tekken", "gpt-4o")
-# Start of the chat template in the file, if the tokenizer adds a space only at a text's start.
+# Put before the chat template in the file if the tokenizer adds a space only at a text's start.
 SPACE = "{{ ' ' }}"
-# llama.cpp has three keys for tokens that end an answer, and stops at each of them.
+# llama.cpp's three keys for tokens that end an answer. It stops at each of these tokens.
 ENDS = ("eos", "eot", "eom")
-# These tokenizers convert texts to Unicode's NFC. llama.cpp does not, but other texts are rare.
+# These tokenizers convert texts to Unicode's NFC, and llama.cpp does not. Texts that are not in NFC
+# are rare.
 COMPOSED = ("qwen2",)
 
 
 def describe_tokenizer(
     tokenizer: Any, spec: dict[str, Any], rows: int, ends: Sequence[int], where: str
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return the GGUF keys of a tokenizer, and notes on differences.
+    """Return the GGUF keys of a tokenizer, and notes on how llama.cpp tokenises differently.
 
     Args:
         tokenizer: transformers' tokenizer.
-        spec: its ``tokenizer.json`` as an object.
+        spec: the content of its ``tokenizer.json``.
         rows: number of rows of the embedding. Rows without a token get placeholder tokens.
         ends: ids of the tokens that end an answer, the chat template's end token first.
         where: the name of the tokenizer in messages.
 
     Raises:
-        ModelError: llama.cpp cannot tokenise in the same way.
+        ModelError: llama.cpp would tokenise usual texts differently.
     """
     model = spec["model"]
     _refuse_model(model, where)
@@ -105,7 +106,7 @@ def describe_tokenizer(
 
 
 def _fill_unused(texts: dict[int, str], rows: int) -> list[str]:
-    """Return the token of each embedding row, with placeholders [PAD0], ... for unused rows."""
+    """Return the token of each embedding row. Unused rows get placeholders: [PAD0], [PAD1]."""
     taken = set(texts.values())
     numbers = count()
     tokens = []
@@ -118,7 +119,7 @@ def _fill_unused(texts: dict[int, str], rows: int) -> list[str]:
 
 
 def _refuse_model(model: dict[str, Any], where: str) -> None:
-    """Raise :class:`ModelError` for other models than plain BPE."""
+    """Raise :class:`ModelError` if the model is not plain BPE."""
     if model["type"] != "BPE":
         raise _beyond(where, f"a model of type {model['type']}", "BPE")
     for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
@@ -133,38 +134,41 @@ def _mark_added(
     keys: dict[str, Any],
     where: str,
 ) -> None:
-    """Set the types of added tokens, which are found in a text before any merge."""
+    """Set the types of added tokens. Tokenizers search a text for them before any merge."""
     for id_, token in added.items():
         text = token["content"]
         if token["special"]:
             types[id_] = CONTROL
         elif "▁" not in text or keys["tokenizer.ggml.model"] == "gpt2":
             types[id_] = USER_DEFINED
-        elif token["normalized"]:  # found after spaces become ▁; llama.cpp searches before that
+        elif token["normalized"]:  # llama.cpp searches before spaces become ▁
             if keys["tokenizer.ggml.add_space_prefix"]:
                 raise _beyond(
-                    where, f"{text!r} is searched for after a space that is added", "no added space"
+                    where, f"{text!r} is searched for after a space was added", "no added space"
                 )
             types[id_], texts[id_] = USER_DEFINED, text.replace("▁", " ")
 
 
 def _caveats(keys: dict[str, Any], spec: dict[str, Any], ends: Sequence[int]) -> list[str]:
-    """Return notes on differences from transformers."""
+    """Return notes on how llama.cpp tokenises differently from transformers."""
     notes = []
     if len(ends) > len(ENDS):
-        notes.append(f"the file holds only {len(ENDS)} of {len(ends)} tokens that end an answer")
+        notes.append(
+            f"the file holds only {len(ENDS)} of the {len(ends)} tokens that end an answer"
+        )
     if spec["normalizer"] and spec["normalizer"]["type"] == "NFC":
         notes.append(
-            "transformers converts texts to Unicode's composed form (NFC), llama.cpp does not"
+            "transformers converts texts to Unicode's composed form (NFC), but llama.cpp does not"
         )
     if keys.get("tokenizer.ggml.pre") in ASCII:
         notes.append(
-            "llama.cpp splits words with combining marks (Hindi) or capitals like Ä differently"
+            "llama.cpp splits words with combining marks (as in Hindi) or capitals such as Ä "
+            "differently"
         )
     if keys.pop("metaspace", False):
         notes.append(
-            "tokens are the same within the chat template; without it, a text may differ by a "
-            "space at its start"
+            "texts in the chat template have the same tokens in llama.cpp; other texts may differ "
+            "by a space at the start"
         )
     return notes
 
@@ -180,7 +184,7 @@ def _beyond(where: str, found: str, expected: str) -> ModelError:
 
 
 def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """Return the steps of a normalizer or pre-tokenizer as a flat list."""
+    """Return the steps of a normalizer or pre-tokenizer. Nested sequences are flattened."""
     if part is None:
         return []
     inner = part.get("pretokenizers", part.get("normalizers"))
@@ -188,7 +192,7 @@ def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def _byte_level(keys: dict[str, Any], spec: dict[str, Any], where: str) -> dict[int, int]:
-    """Add the keys of byte-level BPE, as in GPT-2; return its token types, {}: all are normal."""
+    """Add the keys of byte-level BPE, as in GPT-2. Return no token types: all are normal."""
     steps, model = [], spec["model"]
     for step in _steps(spec["pre_tokenizer"]):
         if step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
@@ -202,7 +206,7 @@ def _byte_level(keys: dict[str, Any], spec: dict[str, Any], where: str) -> dict[
     name = WORDS.get((tuple(steps), bool(model.get("ignore_merges"))))
     if name is None:
         suffix = ", ignore_merges" if model.get("ignore_merges") else ""
-        found = f"texts are split by {' then '.join(steps)}{suffix}"
+        found = f"texts are split by {', then by '.join(steps)}{suffix}"
         raise _beyond(where, found, f"the rules of {', '.join(WORDS.values())}")
     normalizers = [step["type"] for step in _steps(spec["normalizer"])]
     allowed = (["NFC"], []) if name in COMPOSED else ([],)
@@ -215,7 +219,7 @@ def _byte_level(keys: dict[str, Any], spec: dict[str, Any], where: str) -> dict[
 
 
 def _pair(merge: str | list[str]) -> tuple[str, str]:
-    """Return the two parts of a merge, which is "left right" in older files."""
+    """Return the two parts of a merge. Older files write a merge as one text, "left right"."""
     left, right = merge.split(" ") if isinstance(merge, str) else merge
     return left, right
 
@@ -223,29 +227,29 @@ def _pair(merge: str | list[str]) -> tuple[str, str]:
 def _sentencepiece(
     keys: dict[str, Any], spec: dict[str, Any], tokenizer: Any, where: str
 ) -> dict[int, int]:
-    """Add the keys of BPE over characters; return its token types.
+    """Add the keys of BPE over characters. Return the types of its byte tokens, by token id.
 
-    llama.cpp merges any two tokens whose concatenation is a token, highest score first.
-    transformers merges the pairs of a list, in its order. Both agree if the list contains every
-    such pair, and the pairs that form the same token are next to each other. Then a token's
-    position in the list defines its score.
+    llama.cpp merges any two tokens that form a token together, the highest score first.
+    transformers merges the pairs of a list, in the order of the list. Both give the same tokens if
+    the list has every pair that forms a token, and the pairs that form the same token are next to
+    each other. Then a token's position in the list defines its score.
     """
     model = spec["model"]
     vocabulary: dict[str, int] = model["vocab"]
     bytes_ = {f"<0x{byte:02X}>": chr(byte) for byte in range(256)}
     as_bytes = bytes_.keys() & vocabulary.keys()
-    # In Gemma 1 and 2 the tab is a normal token instead of a byte token.
+    # In Gemma 1 and 2, the tab has a normal token and no byte token.
     own = {name for name, char in bytes_.items() if char.isascii() and char in vocabulary}
     if not model.get("byte_fallback") or not bytes_.keys() <= as_bytes | own:
         raise _beyond(
             where,
             "BPE over characters without byte fallback",
-            "byte_fallback and its 256 tokens",
+            "byte_fallback, with its 256 byte tokens",
         )
     keys["tokenizer.ggml.model"] = "llama"
     keys["tokenizer.ggml.pre"] = "default"
     keys["tokenizer.ggml.add_space_prefix"] = _space_prefix(keys, spec, tokenizer, where)
-    # These tokens are found in a text before any merge.
+    # Tokenizers search a text for these tokens before any merge.
     whole = set(as_bytes)
     for token in spec["added_tokens"]:
         if "▁" not in token["content"] or token["normalized"]:
@@ -256,11 +260,11 @@ def _sentencepiece(
     for left, right in pairs:
         made = left + right
         is_apart = made in scores and made != last
-        # In Gemma, runs of one character share a score, so their merges are mixed in the list.
+        # In Gemma, all runs of one character have the same score, so the list mixes their merges.
         is_run = len(set(made)) == 1
         if is_apart and not is_run and made not in whole:
             found = f"the merges that form {made!r} are not next to each other"
-            raise _beyond(where, found, "the order of sentencepiece")
+            raise _beyond(where, found, "merges in the order that sentencepiece gives them")
         scores.setdefault(made, -float(len(scores)))
         last = made
     known = set(pairs)
@@ -276,10 +280,10 @@ def _sentencepiece(
 
 
 def _space_prefix(keys: dict[str, Any], spec: dict[str, Any], tokenizer: Any, where: str) -> bool:
-    """Return whether a space is added at the start of a text.
+    """Return whether llama.cpp should add a space at the start of a text.
 
     Raises:
-        ModelError: a text is changed in other ways than that spaces become ▁.
+        ModelError: the tokenizer changes a text in another way than replacing spaces by ▁.
     """
     prefix, replaced, metaspace = "never", False, False
     for step in _steps(spec["normalizer"]) + _steps(spec["pre_tokenizer"]):
@@ -294,9 +298,9 @@ def _space_prefix(keys: dict[str, Any], spec: dict[str, Any], tokenizer: Any, wh
             case {"type": "Split"} if is_space and replaced:
                 pass  # no spaces are left, so nothing is split
             case _:
-                raise _beyond(where, f"texts are changed by {step}", "spaces that become ▁")
+                raise _beyond(where, f"texts are changed by {step}", "only spaces that become ▁")
     if not replaced:
-        raise _beyond(where, "spaces are not replaced", "spaces that become ▁")
+        raise _beyond(where, "spaces are not replaced by ▁", "spaces that become ▁")
     if not metaspace:
         return prefix == "always"
     keys["metaspace"] = True
@@ -306,13 +310,12 @@ def _space_prefix(keys: dict[str, Any], spec: dict[str, Any], tokenizer: Any, wh
 def _prefix_fits(
     keys: dict[str, Any], spec: dict[str, Any], tokenizer: Any, prefix: str, where: str
 ) -> bool:
-    """Return whether llama.cpp should add spaces, so that texts of the chat template match
-    Metaspace.
+    """Return whether llama.cpp should add spaces to match transformers in the chat template.
 
-    llama.cpp adds a space before each text between special tokens, or before none. transformers'
-    Metaspace adds one only before texts without one, and with the scheme ``first`` only at the
-    start of the whole text. For ``first``, the chat template in the file begins with the space
-    instead.
+    llama.cpp adds a space before each text between special tokens, or before none of them. The step
+    Metaspace of transformers adds a space only before a text that does not begin with a space. With
+    the scheme ``first``, it does so only at the start of the whole text. For ``first``, the space
+    is put at the start of the chat template in the file instead.
     """
     texts = _texts_between(spec, tokenizer)
     if prefix == "first":
@@ -324,14 +327,14 @@ def _prefix_fits(
     starts = {text.startswith(" ") for _, text in texts or []}
     if len(starts) == 2:
         found = "only some texts of the chat template begin with a space"
-        raise _beyond(where, found, "all or none")
+        raise _beyond(where, found, "all of them or none")
     return starts != {True}
 
 
 def _texts_between(spec: dict[str, Any], tokenizer: Any) -> list[tuple[bool, str]] | None:
     """Return (follows a special token, text) of each text between special tokens of a conversation.
 
-    None: there is no usable chat template.
+    Return None if there is no chat template, or if it fails.
     """
     if not tokenizer.chat_template:
         return None
@@ -349,28 +352,29 @@ def _texts_between(spec: dict[str, Any], tokenizer: Any) -> list[tuple[bool, str
 def _check_stripping(added: Any, keys: dict[str, Any], where: str) -> None:
     """Raise :class:`ModelError` for tokens that strip white space around them, except Phi-3's.
 
-    llama.cpp recognises Phi-3 by the model's name, which is then set.
+    llama.cpp has a rule for Phi-3 and uses it if the model's name says Phi-3. For tokens that match
+    this rule, the name is set.
     """
     lefts = [token["content"] for token in added if token["lstrip"] or token["single_word"]]
     if lefts:
         raise _beyond(
             where,
-            f"{lefts[0]} strips the space before it, or matches whole words only",
+            f"the token {lefts[0]} strips the space before it, or matches only whole words",
             "plain tokens",
         )
     rights = {token["content"] for token in added if token["rstrip"]}
     if not rights:
         return
-    # llama.cpp's rule for Phi-3: all tokens except these strip, and these must exist.
+    # llama.cpp's rule for Phi-3: these tokens must exist, and all other added tokens strip.
     kept = {"<unk>", "<s>", "<|endoftext|>"}
     texts = {token["content"] for token in added}
     if rights != texts - kept or not kept <= texts:
-        raise _beyond(where, f"{min(rights)} strips the space after it", "plain tokens, or Phi-3's")
+        raise _beyond(where, f"the token {min(rights)} strips the space after it", "plain tokens")
     keys["general.name"] = "Phi-3"
 
 
 def _special_ids(keys: dict[str, Any], tokenizer: Any, ends: Sequence[int], where: str) -> None:
-    """Add the ids of special tokens, the tokens added around a text, and the chat templates."""
+    """Add the ids of special tokens, whether bos and eos are added, and the chat templates."""
     for key, id_ in (("bos", tokenizer.bos_token_id), ("padding", tokenizer.pad_token_id)):
         if id_ is not None:
             keys[f"tokenizer.ggml.{key}_token_id"] = int(id_)
@@ -384,12 +388,12 @@ def _special_ids(keys: dict[str, Any], tokenizer: Any, ends: Sequence[int], wher
     if before not in ([], [tokenizer.bos_token_id]) or after not in ([], [tokenizer.eos_token_id]):
         raise _beyond(
             where,
-            f"the tokens {before} and {after} are added around a text",
+            f"the tokenizer adds the tokens {before} before a text and {after} after it",
             "at most a bos before it and an eos after it",
         )
     if after and tokenizer.eos_token_id not in ends[:1]:
         raise _beyond(
-            where, "the eos after a text is not the token that ends answers", "the same token"
+            where, "the eos that ends a text is not the token that ends an answer", "the same token"
         )
     keys["tokenizer.ggml.add_bos_token"] = bool(before)
     keys["tokenizer.ggml.add_eos_token"] = bool(after)
@@ -407,7 +411,7 @@ def _template(tokenizer: Any) -> str:
 
 
 def _named_templates(tokenizer: Any) -> dict[str, str]:
-    """Return the other templates. llama.cpp uses them for tools (``tool_use``) and documents."""
+    """Return the named templates, such as ``tool_use``, which llama.cpp uses for tools."""
     templates = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
     return {
         re.sub(r"[^A-Za-z0-9]", "_", name): text

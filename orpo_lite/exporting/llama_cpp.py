@@ -1,4 +1,4 @@
-"""Quantise, check tokens and score pairs with llama.cpp, if its Python package is installed."""
+"""Quantise files, compare tokens and score pairs with llama.cpp's Python package."""
 
 import importlib.util
 import logging
@@ -16,9 +16,10 @@ from orpo_lite.data.pair import TokenizedPair, common_prefix
 from orpo_lite.errors import FitError, ModelError
 from orpo_lite.exporting.gguf_family import VLLM
 
-# Types that llama.cpp's quantiser makes from a file in full precision.
+# Values of --outtype for which llama.cpp's quantiser converts a file in full precision.
 QUANTISED = ("q3_k_m", "q4_k_m", "q5_k_m", "q6_k")
-# Words, numbers, punctuation and white space; few other scripts, as notes report differences there.
+# Texts whose tokens are compared: words, numbers, punctuation and white space. Few are in other
+# scripts, because a note reports the differences there.
 PROBES = (
     "Hello, world! It's what we've said: they're here, I'll go.",
     "  two  spaces,   three,\ta tab\n\nlines \n and  an end  ",
@@ -29,7 +30,7 @@ PROBES = (
     "aaaaaaaaaaaa ======== ........ ",
     "",
 )
-_callbacks: list[Any] = []  # C code holds a pointer to the callback, so Python must keep it alive
+_callbacks: list[Any] = []  # kept here, because C code has a pointer to the callback
 
 
 def is_installed() -> bool:
@@ -74,7 +75,7 @@ def quantise(source: Path, file: Path, outtype: str) -> None:
 def check_tokens(file: Path, tokenizer: Any, texts: Sequence[str], lead: str) -> None:
     """Raise :class:`ModelError` if llama.cpp and transformers tokenise a text differently.
 
-    llama.cpp gets ``lead`` before each text.
+    Only llama.cpp gets each text with ``lead`` before it.
     """
     where = str(file)
     model = _open(file, vocab_only=True, n_ctx=8, n_batch=8)
@@ -95,10 +96,11 @@ def check_tokens(file: Path, tokenizer: Any, texts: Sequence[str], lead: str) ->
 def score_pairs(
     file: Path, pairs: Sequence[TokenizedPair]
 ) -> Generator[tuple[int, int], None, Tensor]:
-    """Return mean log-probabilities of chosen and rejected replies: shape (2, P), float64.
+    """Yield (pairs done, pairs); finally return the mean log-probabilities of the replies.
 
-    Yields (pairs done, pairs). What both replies of a pair begin with is computed once. The logits
-    of the longest sequence are in host memory, 4 bytes each.
+    They have shape (2, P), float64: the chosen replies in row 0, the rejected ones in row 1. The
+    tokens that both sequences of a pair begin with are computed once. The logits of a
+    whole sequence are in host memory, with 4 bytes each.
 
     Raises:
         ModelError: llama.cpp cannot load the file.
@@ -113,7 +115,7 @@ def score_pairs(
             model.reset()
             model.eval(chosen_T.tolist())
             scores_2P[0, number] = _mean_logp(model, chosen_T, pair.chosen_start)
-            # The logits of a common token are those of the chosen sequence.
+            # The common tokens have been computed already; continue after them.
             model.n_tokens = min(common_prefix(chosen_T, rejected_T), len(rejected_T) - 1)
             model.eval(rejected_T[model.n_tokens :].tolist())
             scores_2P[1, number] = _mean_logp(model, rejected_T, pair.rejected_start)
@@ -123,14 +125,14 @@ def score_pairs(
 
 
 def _mean_logp(model: Any, ids_T: NDArray[np.int32], start: int) -> float:
-    """Return the mean log-probability of the tokens from ``start`` on, Eq. 3 of the ORPO paper."""
+    """Return the mean log-probability of ``ids_T[start:]``, Eq. 3 of the ORPO paper."""
     logits_RV = torch.from_numpy(model.scores[start - 1 : len(ids_T) - 1]).double()
     targets_R1 = torch.from_numpy(ids_T[start:].astype(np.int64))[:, None]
     return float(logits_RV.log_softmax(dim=-1).gather(1, targets_R1).mean())
 
 
 def _open(file: Path, **options: Any) -> Any:
-    """Return llama.cpp's model of a file. Raise :class:`ModelError` if it cannot be loaded."""
+    """Load a file with llama.cpp. Raise :class:`ModelError` if llama.cpp cannot load it."""
     try:
         return _load().Llama(str(file), verbose=False, **options)
     except ValueError as error:
@@ -142,10 +144,10 @@ def _open(file: Path, **options: Any) -> Any:
 
 
 def _load() -> Any:
-    """Import the package and send its log to Python's logging."""
+    """Return the module llama_cpp. Its log goes to Python's logging."""
     import llama_cpp
 
-    # The package leaves a file open until the end.
+    # The package keeps a file open until the process ends.
     warnings.filterwarnings("ignore", "unclosed file", ResourceWarning)
     if not _callbacks:
         logger = logging.getLogger("llama.cpp")

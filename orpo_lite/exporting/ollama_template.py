@@ -1,9 +1,9 @@
 """Convert a chat template to a template for Ollama.
 
-Ollama's templates are in Go, a tokenizer's in Jinja. The Jinja code is not translated. Instead,
-conversations of placeholders are rendered, and the texts between the placeholders are extracted.
-Longer conversations that are built from these texts must equal the rendered ones; else the template
-is refused.
+Ollama's templates are in Go. The chat template of a tokenizer is in Jinja. The Jinja code is not
+translated. Instead, the chat template renders conversations of placeholders, and the texts between
+the placeholders are extracted. Longer conversations are then built from these texts. If one of them
+differs from what the chat template renders, the template is refused.
 """
 
 import json
@@ -14,10 +14,10 @@ from typing import Any, Literal
 from orpo_lite.errors import ModelError
 
 Message = dict[str, str]
-# Returns the prompt of a conversation. Raises for turns that the template refuses.
+# Returns the prompt of a conversation. Raises an error if the template refuses its messages.
 Render = Callable[[list[Message]], str]
 SYSTEM, USERS, ANSWER = "System-mark", ("First-mark", "Second-mark"), "Answer-mark"
-LONGEST = 4  # largest number of questions in the conversations that are compared
+LONGEST = 4  # most questions in a conversation that is compared
 
 
 @dataclass(frozen=True)
@@ -25,22 +25,22 @@ class Turns:
     """The texts that a chat template writes around the messages of a conversation."""
 
     head: str
-    """Before the first question, without a system text."""
+    """The text before the first question, if there is no system text."""
     asked: str
-    """Between a question and its answer."""
+    """The text between a question and its answer."""
     generate: str
-    """After the last question, before the model's answer."""
+    """The text after the last question, before the model's answer."""
     answered: str
-    """Between an answer and the next question."""
+    """The text between an answer and the next question."""
     system: Literal["", "start", "last question"] = ""
     """Position of the system text; "" if the template does not support one."""
     system_head: str = ""
-    """Before a system text at the start."""
+    """The text before a system text."""
     system_end: str = ""
-    """Between a system text and its question."""
+    """The text between a system text and the question after it."""
 
     def rebuild(self, messages: Sequence[Message]) -> str:
-        """Return the prompt of a conversation, built in the same way as :meth:`to_go` does."""
+        """Return the prompt of a conversation. The template of :meth:`to_go` builds the same."""
         system = next((turn["content"] for turn in messages if turn["role"] == "system"), "")
         text = ""
         for index, turn in enumerate(messages):
@@ -64,7 +64,7 @@ class Turns:
         return replace(self, head=change(self.head), system_head=change(self.system_head))
 
     def to_go(self) -> str:
-        """Return a Go template over Ollama's ``.Messages``. Each text is a quoted string in it."""
+        """Return a Go template that renders Ollama's ``.Messages`` with these texts."""
         at_start = self.system == "start"
         first = "eq $i 0" if at_start else "or (eq $i 0) (and (eq $i 1) $.System)"
         lines = [
@@ -94,20 +94,21 @@ class Turns:
 def _quoted(text: str) -> str:
     """Return a Go action that writes a text; "" for an empty text.
 
-    Go reads JSON escapes. JSON has no three quotes in a row, which would end the Modelfile string.
+    The text is quoted as JSON, because Go reads JSON escapes. A JSON string has no three quotes in
+    a row. In a Modelfile, three quotes would end the template.
     """
     return f"{{{{- {json.dumps(text, ensure_ascii=False)} }}}}" if text else ""
 
 
 def find_turns(render: Render, where: str) -> tuple[Turns, list[str]]:
-    """Return the texts of a chat template between messages, and notes on differences in Ollama.
+    """Return the texts that a chat template writes, and notes on differences in Ollama.
 
     Args:
-        render: the template.
+        render: the function that renders the chat template.
         where: the name of the template in messages.
 
     Raises:
-        ModelError: its conversations are not built from such texts, or it fails on them.
+        ModelError: the template fails, or the texts that it writes depend on the messages.
     """
     try:
         one = render(_conversation(USERS[:1]))
@@ -116,28 +117,30 @@ def find_turns(render: Render, where: str) -> tuple[Turns, list[str]]:
         raise _refused(where, f"raises {type(error).__name__}: {error}") from None
     short, long = _split(one, [USERS[0]]), _split(two, [USERS[0], ANSWER, USERS[1]])
     if short is None or long is None:
-        raise _refused(where, "does not write each text exactly once and in order")
+        raise _refused(where, "does not write each message exactly once and in order")
     turns = Turns(head=short[0], asked=long[1], answered=long[2], generate=short[1])
     different = _first_difference(turns, render, system=False)
     if different is not None:
-        found = f"writes a conversation of {different} questions differently than a shorter one"
+        found = f"writes different texts around the messages if there are {different} questions"
         raise _refused(where, found)
     padded = _conversation([" a \n", "\n b "], [" c "])
     notes = []
     if render(padded) != turns.rebuild(padded):
-        notes.append("the chat template strips white space around a text; Ollama's template cannot")
+        notes.append("the chat template strips white space around a text; Ollama's does not")
     thinking = _conversation(["a", "b"], ["<think>\nc\n</think>\n\nd"])
     if render(thinking) != turns.rebuild(thinking):
-        notes.append("the chat template removes <think> from earlier answers; Ollama's does not")
+        notes.append(
+            "the chat template removes <think> from earlier answers; Ollama's template keeps it"
+        )
     with_system = _with_system(turns, render)
     if with_system and _first_difference(with_system, render, system=True) is None:
         return with_system, notes
-    notes.append("the chat template has no system text: Ollama leaves system texts out")
+    notes.append("the chat template has no system text, so Ollama leaves system texts out")
     return turns, notes
 
 
 def _with_system(turns: Turns, render: Render) -> Turns | None:
-    """Return the texts of a template with a system text; None if it does not support one."""
+    """Return ``turns`` with the texts around a system text; None if it is not supported."""
     try:
         short = render(_conversation(USERS[:1], system=SYSTEM))
         long = render(_conversation(USERS, [ANSWER], SYSTEM))
@@ -152,7 +155,10 @@ def _with_system(turns: Turns, render: Render) -> Turns | None:
 
 
 def _first_difference(turns: Turns, render: Render, *, system: bool) -> int | None:
-    """Return the number of questions of the first conversation that is rebuilt wrongly, or None."""
+    """Compare conversations of 1, 2, ... questions that ``turns`` and ``render`` produce.
+
+    Return the number of questions of the first conversation that differs; None if none differs.
+    """
     for count in range(1, LONGEST + 1):
         messages = _conversation(
             [f"what is {n} and why?" for n in range(count)],
@@ -170,7 +176,7 @@ def _first_difference(turns: Turns, render: Render, *, system: bool) -> int | No
 def _conversation(
     questions: Sequence[str], answers: Sequence[str] = (), system: str = ""
 ) -> list[Message]:
-    """Return the messages of a conversation."""
+    """Return the messages of a conversation: a system text, then questions and answers."""
     turns = [{"role": "system", "content": system}] if system else []
     for number, question in enumerate(questions):
         turns.append({"role": "user", "content": question})
@@ -195,8 +201,8 @@ def _refused(where: str, found: str) -> ModelError:
     """Return the error for a template that cannot be converted."""
     return ModelError(
         where=where,
-        found=f"{found}: it cannot be converted for Ollama",
-        expected="a template with the same texts around each turn",
+        found=f"{found}, so it cannot be converted for Ollama",
+        expected="a template that writes the same texts around each message",
         fix="orpo-lite export RUN --to gguf, which keeps the template",
     )
 

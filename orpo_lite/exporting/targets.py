@@ -52,9 +52,10 @@ BITS = {
     "q6_k": 6.6,
 }
 NAMES_WITH_RULES = (
-    r"(?i)phi-?3|modern-bert"  # names for which llama.cpp strips spaces around tokens
+    r"(?i)phi-?3|modern-bert"  # llama.cpp strips spaces around tokens of these models
 )
-# Largest num_ctx for Ollama in tokens. Its default is a few thousand; 128k would need several GB.
+# Largest num_ctx (in tokens) of a Modelfile. Ollama's default is a few thousand. 128k tokens would
+# need several GB.
 MOST_CONTEXT = 8192
 
 
@@ -65,9 +66,9 @@ class ExportResult:
     folder: Path
     bytes: int
     command: str
-    """The shell command that uses it."""
+    """The shell command that runs the exported model."""
     notes: tuple[str, ...] = ()
-    """Differences from the merged model in transformers."""
+    """How the export differs from the merged model in transformers, one line each."""
 
 
 Exporting = Generator[Update, None, ExportResult]
@@ -91,7 +92,7 @@ class _Request:
 def export(
     run_folder: str | Path, to: str, *, outtype: str | None = None, weights: Weights = "original"
 ) -> ExportResult:
-    """Do the same as :func:`export_events` without updates; return the result."""
+    """Export a run as :func:`export_events` does, without updates, and return the result."""
     return run_to_end(
         export_events(run_folder, to, outtype=outtype, weights=weights), lambda _: None
     )
@@ -101,18 +102,21 @@ def export(
 def export_events(
     run_folder: str | Path, to: str, *, outtype: str | None = None, weights: Weights = "original"
 ) -> Exporting:
-    """Export a run to ``RUN/export/...``, completely or not at all; yield updates.
+    """Yield updates; finally return the export, a folder in ``RUN/export``.
+
+    The folder is written completely or not at all.
 
     Args:
-        run_folder: a finished run.
-        to: gguf (``RUN/merged`` as one file), ollama (that file with a Modelfile) or vllm (a
-            command that serves the adapter).
-        outtype: type of the matrices in a GGUF file: f32, f16, bf16, q8_0, or a type of llama.cpp's
-            quantiser; None: the type of the merged model.
-        weights: the merged model to export: ``RUN/merged`` or ``RUN/merged-dequantized``.
+        run_folder: the folder of a finished run.
+        to: the target. gguf writes ``RUN/merged`` as one GGUF file. ollama writes a GGUF file and a
+            Modelfile. vllm writes a command that serves the adapter.
+        outtype: the type of the matrices in the GGUF file: f32, f16, bf16, q8_0, or a type of
+            llama.cpp's quantiser (``QUANTISED``). None: the type of the merged model.
+        weights: the merged model to export. original is ``RUN/merged``, dequantized is
+            ``RUN/merged-dequantized``.
 
     Raises:
-        RecipeError: the target or type is unknown.
+        RecipeError: ``to`` or ``outtype`` is unknown.
         CheckpointError: the run is not finished or not merged.
         ModelError: the target does not support the model, tokenizer or chat template.
         FitError: a library is not installed, or there is not enough disk space.
@@ -129,7 +133,7 @@ def export_events(
     known = (*OUTTYPES, *QUANTISED)
     if outtype is not None and (to == "vllm" or outtype not in known):
         expected = (
-            "nothing: vLLM serves the adapter as it is"
+            "no --outtype, because vLLM serves the adapter unchanged"
             if to == "vllm"
             else f"one of {', '.join(known)}"
         )
@@ -143,7 +147,7 @@ def export_events(
 
 
 def to_gguf(request: _Request) -> Exporting:
-    """Write one file for llama.cpp: weights, tokenizer and chat template."""
+    """Write a GGUF file for llama.cpp, with weights, tokenizer and chat template."""
     outtype = request.outtype or _stored_type(request)
     folder = request.folder("gguf", outtype)
     with new_folder(folder) as temporary, _replaced_in_errors(temporary, folder):
@@ -167,13 +171,14 @@ def to_ollama(request: _Request) -> Exporting:
     is_fixed = "date_string" in recipe.data.chat_template_kwargs
     if "strftime_now" in str(tokenizer.chat_template) and not is_fixed:
         missing.append(
-            "the chat template writes the date: Ollama's always writes the export's date"
+            "the chat template writes today's date; Ollama's template always writes the date of "
+            "the export"
         )
     with new_folder(folder) as temporary, _replaced_in_errors(temporary, folder):
         file = f"{request.name}-{outtype}.gguf"
         notes, keys = yield from _write_model(request, temporary / file, outtype)
         bos = tokenizer.bos_token
-        if keys["tokenizer.ggml.add_bos_token"] and bos:  # Ollama adds it automatically
+        if keys["tokenizer.ggml.add_bos_token"] and bos:  # Ollama adds the bos automatically
             turns = turns.with_heads(lambda head: head.removeprefix(bos))
         turns = turns.with_heads(lambda head: _lead(keys) + head)
         context = next(value for key, value in keys.items() if key.endswith(".context_length"))
@@ -196,7 +201,7 @@ def to_ollama(request: _Request) -> Exporting:
 
 
 def to_vllm(request: _Request) -> Exporting:
-    """Write the vLLM command that serves the base with the adapter; the adapter is not copied."""
+    """Write a vLLM command that serves the base with the adapter. The adapter is not copied."""
     yield Update("stage", "writing the command")
     lock = read_lock(request.path)
     adapter = request.path.resolve() / "adapter"
@@ -212,11 +217,12 @@ def to_vllm(request: _Request) -> Exporting:
         parts = ["vllm", "serve", base["name"]]
         if not base["revision"] and not Path(base["name"]).is_dir():
             notes.append(
-                f"{base['name']} does not exist any more: replace it by the base's current folder"
+                f"{base['name']} does not exist any more: replace it in the command by the folder "
+                "of the base"
             )
         if base["revision"]:
             parts += ["--revision", base["revision"]]
-        # The tokenizer with its chat template, and the end tokens, are those of the run.
+        # The tokenizer, its chat template and the end tokens are read from the run.
         parts += ["--tokenizer", str(adapter), "--generation-config", str(adapter)]
         parts += [
             "--enable-lora",
@@ -240,7 +246,7 @@ TARGETS: dict[str, Callable[[_Request], Exporting]] = {
 
 
 def _stored_type(request: _Request) -> str:
-    """Return the GGUF name of the widest type of the merged model's matrices."""
+    """Return the type of the merged model's matrices: f16, bf16, f32; if mixed, the widest."""
     find_merged(request.path, request.weights)
     tensors = _tensors(request.merged).values()
     dtypes = {tensor.dtype for tensor in tensors if len(tensor.shape) == 2}
@@ -248,7 +254,7 @@ def _stored_type(request: _Request) -> str:
 
 
 def _tensors(folder: Path) -> dict[str, Stored]:
-    """Return the tensors of the merged model. Raise :class:`ModelError` for an unsupported type."""
+    """Return the merged model's tensors. Raise :class:`ModelError` for an unsupported type."""
     tensors = stored_tensors(folder)
     for tensor in tensors.values():
         if tensor.dtype not in STORED:
@@ -262,7 +268,7 @@ def _tensors(folder: Path) -> dict[str, Stored]:
 
 @contextmanager
 def _replaced_in_errors(placeholder: str | Path, actual: str | Path) -> Generator[None]:
-    """Replace a placeholder or temporary path by the actual path in errors and their fixes."""
+    """In errors and their fixes, replace a placeholder or temporary path by the actual path."""
     try:
         yield
     except OrpoLiteError as error:
@@ -275,7 +281,7 @@ def _replaced_in_errors(placeholder: str | Path, actual: str | Path) -> Generato
 def _write_model(
     request: _Request, file: Path, outtype: str
 ) -> Generator[Update, None, tuple[list[str], dict[str, Any]]]:
-    """Write ``RUN/merged`` as a GGUF file; return notes on differences, and the file's keys."""
+    """Write a GGUF file and yield updates; finally return notes on differences, and its keys."""
     where = f"model {request.merged}"
     find_merged(request.path, request.weights)
     if importlib.util.find_spec("gguf") is None:
@@ -295,7 +301,7 @@ def _write_model(
         raise ModelError(
             where=f"tokenizer in {request.merged}",
             found="is not a fast tokenizer",
-            expected="a tokenizer.json",
+            expected="a fast tokenizer, with a tokenizer.json",
         )
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     about, notes = describe_tokenizer(
@@ -318,13 +324,13 @@ def _write_model(
         quantise(full, file, outtype)
         full.unlink()
     if is_installed():
-        yield Update("stage", "comparing tokens with llama.cpp's")
+        yield Update("stage", "comparing tokens with those of llama.cpp")
         check_tokens(file, tokenizer, probes, _lead(keys))
     return [*made.notes, *notes], keys
 
 
 def _ends(request: _Request, tokenizer: Any) -> list[int]:
-    """Return the ids of the tokens that end an answer, the chat template's first."""
+    """Return the ids of the tokens that end an answer, the chat template's end token first."""
     ends = _generation_config(request).get("eos_token_id")
     ends = [
         read_lock(request.path).get("end_token_id"),
@@ -334,7 +340,7 @@ def _ends(request: _Request, tokenizer: Any) -> list[int]:
 
 
 def _sampling(request: _Request) -> dict[str, float]:
-    """Return Ollama's sampling parameters. Greedy decoding is a temperature of 0."""
+    """Return the sampling parameters for Ollama. Greedy decoding becomes temperature 0."""
     config = _generation_config(request)
     if config.get("do_sample") is False:
         return {"temperature": 0}
@@ -348,17 +354,17 @@ def _generation_config(request: _Request) -> dict[str, Any]:
 
 
 def _lead(keys: dict[str, Any]) -> str:
-    """Return the space that the chat template in the file writes first; "" if it writes none."""
+    """Return " " if the chat template in the file begins with an added space, else ""."""
     return " " if str(keys.get("tokenizer.chat_template")).startswith(SPACE) else ""
 
 
 def _probes(tokenizer: Any, render: Render, where: str) -> list[str]:
-    """Return texts to compare tokens of: questions within the chat template.
+    """Return the texts whose tokens are compared: questions rendered by the chat template.
 
-    Outside of the template tokens may differ.
+    Tokens of texts without the template may differ.
     """
     if not tokenizer.chat_template:
-        # Some tokenizers add a space at the start only if there is none.
+        # Some tokenizers add a space at the start only if the text begins with none.
         return [text.lstrip() for text in PROBES]
     try:
         return [render([{"role": "user", "content": text}]) for text in PROBES]
@@ -366,8 +372,8 @@ def _probes(tokenizer: Any, render: Render, where: str) -> list[str]:
         raise ModelError(
             where=where,
             found=f"fails on a question: {type(error).__name__}: {error}",
-            expected="a template that accepts a user's turn",
-            fix="orpo-lite merge RUN makes it again",
+            expected="a template that accepts a message of the user",
+            fix="orpo-lite merge RUN writes the merged model again",
         ) from None
 
 

@@ -1,6 +1,7 @@
 """Compute the delta of a stored tensor: the numbers that an adapter adds to it.
 
-A delta is read when it is needed, and computed for one block of rows at a time.
+The factors of a delta are read when they are needed. The delta is computed for one block of rows at
+a time.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from orpo_lite.merging.names import Origin
 
 Layout = Literal["matrix", "embedding", "experts", "experts transposed"]
 AddDelta = Callable[[Tensor, int], Tensor]
-"""(rows of a tensor, index of the first row) -> the same rows with the adapter added.
+"""(rows of a tensor, index of the first row) -> the same rows plus the delta.
 
-The result is float64 if the rows are, else float32.
+The result is float64 if the rows are float64, otherwise float32.
 """
 
 
@@ -42,20 +43,20 @@ class Delta(Protocol):
 class LoraDelta:
     """The delta of a parameter that is stored unchanged: ``scale * B @ A``.
 
-    With a magnitude (DoRA) each row of the sum is rescaled to it.
+    With DoRA, the rows of the sum are then rescaled. ``magnitude`` holds their new norms.
     """
 
     parameters: tuple[str, ...]
     layout: Layout
     shape: tuple[int, ...]
-    """The shape of the parameter: (outputs, inputs), for a Conv1D too."""
+    """The shape of the parameter. A matrix is (outputs, inputs), also for a Conv1D."""
     a: Stored
     b: Stored
     magnitude: Stored | None
     scale: float
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Return two factors, whose product has the parameter's shape; axis 0 is E for experts."""
+        """Return two factors of the parameter's delta. For experts, axis 0 is the expert."""
         a, b = _read_finite(self.a), _read_finite(self.b)
         if self.layout == "matrix":
             return b, a
@@ -68,7 +69,7 @@ class LoraDelta:
         return a_ERI.transpose(1, 2), b_EOR.transpose(1, 2)
 
     def load(self) -> AddDelta:
-        """Read the factors. The sum is the one that peft merges.
+        """Read the factors. The returned function computes the same sum as peft's merge.
 
         LoRA: ``W + s B A`` (arXiv 2106.09685, Eq. 3). DoRA: ``m (W + s B A) / ||W + s B A||``, with
         the norm of each row (arXiv 2402.09353, Eq. 5).
@@ -97,10 +98,10 @@ class LoraDelta:
 
 @dataclass(frozen=True)
 class ConvertedDelta:
-    """The delta of a stored tensor that transformers converts when it loads the model.
+    """The delta of a stored tensor that transformers converts to parameters when it loads a model.
 
-    The deltas of the parameters are converted to the stored form. This is possible because the
-    conversions only move numbers.
+    The deltas of the parameters are converted back to the form of the stored tensor. This is
+    possible, because the conversions only move numbers.
     """
 
     name: str
@@ -128,19 +129,20 @@ class ConvertedGroup:
 
     origin: Origin
     deltas: Mapping[str, LoraDelta]
-    """By the name of the parameter."""
+    """The deltas by the names of the parameters."""
     shapes: Mapping[str, tuple[int, ...]]
-    """The shapes of all parameters of the origin."""
+    """The shapes of all parameters of ``origin``."""
     model: Any
     """The model without weights."""
 
 
 def clear_cache() -> None:
-    """Free the deltas that were kept for other stored tensors of their group."""
+    """Free the deltas in the cache of ``_stored_deltas``."""
     _stored_deltas.cache_clear()
 
 
-# Two groups: experts are stored one by one, first two projections of each, then the third.
+# Two groups are kept. Files that store experts one by one alternate between two groups: one has two
+# projections of the experts, the other has the third.
 @lru_cache(2)
 def _stored_deltas(group: ConvertedGroup) -> dict[str, Tensor]:
     """Return the deltas of all stored tensors of a group."""
@@ -151,11 +153,13 @@ def _stored_deltas(group: ConvertedGroup) -> dict[str, Tensor]:
 
 
 def _copy_for_sum(block: Tensor) -> Tensor:
+    """Return a copy in the dtype of the sum: float64 for float64, otherwise float32."""
     dtype = torch.float64 if block.dtype == torch.float64 else torch.float32
     return block.to(dtype, copy=True)
 
 
 def _read_finite(stored: Stored) -> Tensor:
+    """Return a stored tensor in float32. Raise ModelError if it has NaN or infinity."""
     tensor = read_tensor(stored).float()
     if not tensor.isfinite().all():
         raise ModelError(

@@ -1,4 +1,4 @@
-"""Add an adapter to the weights of its base, block by block, and write a transformers folder."""
+"""Add an adapter to the weights of its base, block by block, and write the merged model."""
 
 import math
 import shutil
@@ -41,7 +41,7 @@ from orpo_lite.runs.lock import read_lock
 from orpo_lite.runs.records import read_json
 from orpo_lite.updates import Update, run_to_end, with_torch_defaults
 
-MAX_SHARD_BYTES = 5 * 10**9  # bytes of a file; long the default of transformers' max_shard_size
+MAX_SHARD_BYTES = 5 * 10**9  # bytes per file; a former default of max_shard_size in transformers
 
 
 class UnchangedError(ModelError):
@@ -72,22 +72,22 @@ def merge(
 ) -> MergeResult:
     """Merge the adapter of a run into its base, and write ``RUN/merged`` completely or not at all.
 
-    Only a few blocks of a tensor are in memory at a time. The sum is computed in float32 and
-    rounded once, to the dtype of the base. It is never rounded to 4 bit, which would lose the
-    adapter.
+    Only a few blocks of a tensor are in memory at a time. The sum of weight and delta is computed
+    in float32 and rounded once, to the dtype of the base. The sum is never rounded to 4 bit,
+    because that would lose the adapter.
 
     Args:
         run_folder: the folder of a finished training.
-        weights: see :data:`orpo_lite.runs.commands.Weights`; the result of ``dequantized`` is
-            written to ``RUN/merged-dequantized``.
-        max_shard_size: most bytes of a file, as a number or a size such as 5GB. A file with one
-            tensor may be larger.
-        base_path: the base's folder, if it was moved since the training.
+        weights: the weights to merge into: see :data:`orpo_lite.runs.commands.Weights`. With
+            ``dequantized``, the folder is ``RUN/merged-dequantized``.
+        max_shard_size: the largest size of a weight file, in bytes or as a text such as 5GB. A
+            file with only one tensor may be larger.
+        base_path: the folder of the base, if the base was moved after the training.
 
     Raises:
         CheckpointError: there is no finished run in this folder.
-        ModelError: the base is not the one of the training, or the adapter does not fit it or
-            changes nothing.
+        ModelError: the base is not the one of the training, the adapter does not fit the base, or
+            the adapter changes nothing.
         FitError: not enough disk space or memory.
         HubError: the base cannot be downloaded.
     """
@@ -105,12 +105,12 @@ def merge_events(
     max_shard_size: int | str = MAX_SHARD_BYTES,
     base_path: str | Path | None = None,
 ) -> Generator[Update, None, MergeResult]:
-    """Merge as :func:`merge` does; yield its progress and return its result."""
+    """Yield the progress of :func:`merge`; finally return its result."""
     path = Path(run_folder).expanduser()
     folder, max_bytes = path / merged_folder(weights), _read_shard_size(max_shard_size)
     recipe, adapter = trained_recipe(path), find_finished_adapter(path)
     try:
-        load_tokenizer(adapter)  # it will be copied with the weights
+        load_tokenizer(adapter)  # it will be copied to the merged model
     except ModelError as error:
         error.fix = Command(resume_command(path).line, ", which writes the tokenizer again")
         raise
@@ -121,7 +121,7 @@ def merge_events(
             where=f"run {path}",
             found="this run was trained on 16-bit weights, not on dequantized 4-bit ones",
             expected="a run with quantization.load_in_4bit",
-            fix="merge onto the original weights",
+            fix="merge onto the original weights (--base original)",
         )
     stored = stored_tensors(base.path)
     check_disk(path, sum(tensor.nbytes for tensor in stored.values()), f"merging {path}")
@@ -134,14 +134,14 @@ def merge_events(
         trained_in = getattr(torch, lock.get("dtype", "float32"))
         changed = yield from _write_merged(plan, temporary, max_bytes, trained_in)
         config = read_json(base.path / "config.json")
-        config.pop("_name_or_path", None)  # an older transformers wrote a local path there
+        config.pop("_name_or_path", None)  # older transformers wrote a local path here
         write_text(temporary / "config.json", to_json(config))
         if not changed:
             raise UnchangedError(
                 where=f"adapter {adapter}",
                 found=f"changes nothing: none of its {plan.targets} matrices differs "
                 "after rounding",
-                expected="an adapter that has learnt something",
+                expected="an adapter that changes the weights, after more training steps",
             )
         _copy_side_files(base.path, adapter, temporary)
         record = {
@@ -159,6 +159,7 @@ def merge_events(
 
 
 def _read_shard_size(given: int | str) -> int:
+    """Return a size in bytes. Raise RecipeError if it is not a positive size."""
     try:
         size = read_bytes(given) if isinstance(given, str) else given
     except ValueError:
@@ -184,14 +185,14 @@ def _enough_memory(path: Path) -> Iterator[None]:
         raise FitError(
             where=f"merging {path}",
             found=f"memory ran out ({first_line(error)})",
-            fix="close other programs, or raise the limit",
+            fix="close other programs, or raise the memory limit of this process",
         ) from error
 
 
 def _write_merged(
     plan: Plan, folder: Path, max_bytes: int, trained_in: torch.dtype
 ) -> Generator[Update, None, int]:
-    """Write the merged tensors, and return how many parameters the adapter has changed."""
+    """Write the merged tensors, yield updates; finally return how many parameters changed."""
     files = split_into_files(plan.stored.values(), max_bytes)
     total = sum(stored.nbytes for stored in plan.stored.values())
     changed: set[str] = set()
@@ -208,12 +209,12 @@ def _merged_blocks(
 ) -> Iterator[Tensor]:
     """Yield the contents of all files, in order.
 
-    The names of adapted parameters that differ from the base are added to ``changed``.
+    The names of parameters that differ from the base after the merge are added to ``changed``.
     """
     order = [stored for file in files for stored in file]
     reads = compute_ahead(read_rows, (rows for stored in order for rows in in_blocks(stored)))
     for stored in order:
-        # Not strict: the reads continue with the next tensor.
+        # Not strict: ``reads`` also holds the blocks of the next tensors.
         pieces: Iterator[tuple[Rows, Tensor]] = zip(in_blocks(stored), reads)  # noqa: B905
         is_transposed = stored.name in plan.transposed
         if is_transposed:
@@ -230,7 +231,7 @@ def _merged_blocks(
             is_noted = changed.issuperset(delta.parameters)
             if not is_noted and not _is_equal(merged, block, stored.dtype):
                 changed.update(delta.parameters)
-            # The block that was read is overwritten: new memory costs a process time.
+            # The block that was read is overwritten, because allocating new memory is slow.
             out = block
             if block.dtype != stored.dtype:
                 out = torch.empty(block.shape, dtype=stored.dtype)
@@ -239,13 +240,13 @@ def _merged_blocks(
                 raise ModelError(
                     where="merge",
                     found=f"{stored.name} overflows float16 with the adapter",
-                    fix="a base whose weights are bfloat16 or float32",
+                    fix="use a base whose weights are bfloat16 or float32",
                 )
             yield out.t() if is_transposed else out
 
 
 def _transpose(pieces: Iterable[tuple[Rows, Tensor]]) -> Iterator[tuple[Rows, Tensor]]:
-    """Yield a matrix that is stored as (inputs, outputs) as one block of (outputs, inputs)."""
+    """Join the blocks of an (inputs, outputs) matrix; yield one (outputs, inputs) block."""
     rows, blocks = zip(*pieces, strict=True)
     yield rows[0], torch.cat(blocks).t().contiguous()
 
@@ -259,12 +260,13 @@ def round_to_4_bit(
 ) -> Iterator[tuple[Rows, Tensor]]:
     """Quantise the blocks of rows of a matrix to 4 bit and back, and yield them in float32.
 
-    They are quantised from ``trained_in``, as in the training. A base that is stored in float16 and
-    trained in bfloat16 gets other scales and codes than if it was quantised from float16.
+    The blocks are converted to ``trained_in``, the dtype of the training, before they are
+    quantised. This matters for a base that is stored in float16 and trained in bfloat16: quantised
+    from float16, it would get other scales and codes.
 
     Double quantisation rounds all scales of the matrix together
-    (``bitsandbytes.functional.quantize_4bit``). So the codes of all blocks, a quarter of the
-    matrix's bytes, are kept until its last block is read.
+    (``bitsandbytes.functional.quantize_4bit``). Therefore the codes of all blocks are kept until
+    the last block is read. They have a quarter of the matrix's bytes.
     """
     from bitsandbytes import functional
 
@@ -283,8 +285,8 @@ def round_to_4_bit(
     parts = torch.split(absmax, [len(part) for part in scales])
     for (rows, packed, state), part in zip(codes, parts, strict=True):
         shape = state.shape
-        # Dequantised as one row: bitsandbytes' kernel for CPUs (0.50) gives wrong values for rows
-        # of an odd multiple of 32 elements.
+        # The block is dequantised as one row. bitsandbytes' CPU kernel (0.50) gives wrong values if
+        # the length of a row is an odd multiple of 32.
         state.absmax, state.dtype, state.shape = part, torch.float32, torch.Size([math.prod(shape)])
         yield rows, functional.dequantize_4bit(packed, state).view(shape)
 
@@ -292,7 +294,7 @@ def round_to_4_bit(
 def _copy_side_files(base: Path, adapter: Path, folder: Path) -> None:
     """Copy the adapter's tokenizer, templates and generation config, and the base's processors.
 
-    A base that reads images has a processor for them.
+    Bases that read images have processors.
     """
     for file in adapter.rglob("*"):
         if file.is_file() and not file.name.startswith("adapter_") and file.name != "README.md":

@@ -1,4 +1,4 @@
-"""Find the stored tensors of each parameter of a model, as transformers does when it loads it."""
+"""Find the stored tensors of each parameter, as transformers does when it loads a model."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -18,15 +18,15 @@ from transformers.core_model_loading import (
 class Origin:
     """The stored tensors that a parameter is loaded from.
 
-    Parameters that are stored together, in one tensor, share an origin.
+    Parameters that are stored together in one tensor have the same origin.
     """
 
     parameters: tuple[str, ...]
     """The names of the parameters in the model."""
     converter: WeightConverter | None = None
-    """How transformers makes the parameters of stored tensors; None if it loads one unchanged."""
+    """transformers' conversion to parameters; None if the parameter is stored unchanged."""
     stored: dict[str, list[str]] = field(default_factory=dict)
-    """The stored tensors' names by the converter's pattern, in the order that it reads them."""
+    """Pattern of the converter -> names of stored tensors, in the order of the conversion."""
 
     @property
     def unchanged(self) -> str | None:
@@ -34,7 +34,7 @@ class Origin:
         return None if self.converter else next(iter(self.stored))
 
     def to_stored(self, values: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
-        """Return values of the parameters as they are stored, by the reversed conversion."""
+        """Convert values of the parameters back to stored tensors; return them by name."""
         if self.converter is None:
             return {str(self.unchanged): values[self.parameters[0]]}
         back = self.converter.reverse_transform()
@@ -62,10 +62,10 @@ class Origin:
 
 
 def find_origins(model: Any, names: Iterable[str]) -> dict[str, Origin]:
-    """Return the origin of each parameter among stored tensors of these names.
+    """Return the origin of each parameter. ``names`` are the names of all stored tensors.
 
-    The names are converted as transformers does when it loads the model. Stored tensors without a
-    parameter (of a vision tower, or of layers that predict further tokens) are left out.
+    The names are converted as transformers does when it loads the model. Some stored tensors have
+    no parameter, such as those of a vision tower or of multi-token prediction. They are left out.
     """
     transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]

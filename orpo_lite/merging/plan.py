@@ -1,4 +1,4 @@
-"""Plan a merge: which stored tensors the adapter changes, or why it cannot be merged.
+"""Plan a merge: find the stored tensors that the adapter changes, or why it cannot be merged.
 
 Only the headers of the weight files and the configurations are read.
 """
@@ -25,17 +25,17 @@ from orpo_lite.recipe.schema import QuantizationSection, Recipe
 from orpo_lite.runs.commands import Weights
 
 PARTS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
-ADAPTER_NAME = "default"  # peft's name of the only adapter
+ADAPTER_NAME = "default"  # peft's name for an adapter that got no name
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan of a merge."""
+    """The stored tensors of a base, and what a merge does with each of them."""
 
     stored: Mapping[str, Stored]
     """All tensors of the base, by name."""
     deltas: Mapping[str, Delta]
-    """The deltas by the name of the stored tensor."""
+    """Name of the stored tensor -> its delta."""
     targets: int
     """Number of adapted layers."""
     quantised: frozenset[str]
@@ -43,24 +43,24 @@ class Plan:
     transposed: frozenset[str]
     """Matrices that are stored as (inputs, outputs), as in GPT-2."""
     bypassed: tuple[str, ...]
-    """Adapted layers whose weights the model's code uses directly, without the adapter."""
+    """Adapted layers whose weights the model's code reads directly, so the adapter is ignored."""
     settings: QuantizationSection
 
 
 @dataclass(frozen=True)
 class AdaptedLayer:
-    """A layer of the base with an adapter, both on the meta device."""
+    """An adapted layer of the base. Layer and adapter are on the meta device."""
 
     name: str
     layer: Any
     parameter: str
     """The name of the parameter that the adapter changes."""
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
-    """For each part of the adapter its name in the file, without ".weight", and its shape."""
+    """Part of the adapter -> (name in the file without ".weight", shape)."""
 
 
 def check_mergeable(recipe: Recipe, base: Base) -> None:
-    """Raise ModelError for an adapter that could not be merged after the training."""
+    """Raise ModelError before the training if its adapter could not be merged afterwards."""
     name = recipe.model.adapter_name_or_path
     fix = Overrides({"lora.target_modules": "all-linear"})
     if name:
@@ -93,10 +93,10 @@ def make_plan(
 
     Args:
         base: the base; only its configuration is used.
-        adapter: the adapter's folder; None for the new adapter that the recipe describes.
-        stored: the base's tensors.
+        adapter: the adapter's folder; None for a new adapter, as the recipe describes it.
+        stored: the stored tensors of the base, by name.
         recipe: the recipe of the training.
-        weights: which weights the adapter is added to.
+        weights: the weights that the adapter is added to.
         not_quantised: layers that the training did not quantise.
 
     Raises:
@@ -129,7 +129,7 @@ def make_plan(
         if unchanged.get(name) is None:
             raise ModelError(
                 where=f"model {base.name}",
-                found=f"{name} is stored in one tensor with others, but was quantised separately",
+                found=f"{name} is stored with others in one tensor, but was quantised alone",
                 expected="a merge onto the original weights",
             )
     return Plan(
@@ -144,7 +144,7 @@ def make_plan(
 
 
 def _tied_parameters(model: nn.Module) -> dict[str, str]:
-    """Return another name of each parameter that has several."""
+    """Return, for each parameter with several names, one of its other names."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -161,7 +161,7 @@ def _adapted_layers(model: nn.Module) -> Iterator[AdaptedLayer]:
         if not isinstance(layer, LoraLayer):
             continue
         name = path.removeprefix("base_model.model.")
-        while name.endswith(".base_layer"):  # experts with two adapted parameters
+        while name.endswith(".base_layer"):  # experts with two adapted parameters have two
             name = name.removesuffix(".base_layer")
         tensors = {}
         for part in PARTS:
@@ -181,7 +181,7 @@ def _adapter_tensors(
     origins: Mapping[str, Origin],
     stored: Mapping[str, Stored],
 ) -> dict[str, Stored]:
-    """Return the adapter's tensors by name. They must be those of ``layers``, no more and no fewer.
+    """Return the adapter's tensors by name. They must be exactly those that ``layers`` need.
 
     Raises:
         ModelError: tensors are missing, unknown, of another shape or of another base.
@@ -194,12 +194,12 @@ def _adapter_tensors(
             saved[name] = tensor
         elif not tensor.name.endswith(BASE_LAYER):
             wrong.append(tensor.name)
-        else:  # peft also saves the base's own weights of an adapted embedding
+        else:  # of an adapted embedding, peft also saves the base's own weights
             parameter = tensor.name.removeprefix("base_model.model.").replace(".base_layer.", ".")
             name_of_own = origins[parameter].unchanged if parameter in origins else None
             own = stored.get(name_of_own or "")
             if own and not _equal(tensor, own):
-                found = f"holds other numbers of {parameter} than this base"
+                found = f"holds other weights in {parameter} than this base"
                 raise ModelError(found=found, expected="an adapter that was trained on this base")
     if wrong:
         raise ModelError(
@@ -223,18 +223,18 @@ def _adapter_tensors(
             if part == "lora_A" and has_other_rank:
                 found = f"{layer.name} has rank {found_shape[0]}, "
                 found += f"but its adapter_config.json says {shape[0]}"
-                raise ModelError(found=found, expected="the configuration that it was saved with")
+                raise ModelError(
+                    found=found, expected="the configuration that the adapter was saved with"
+                )
             if found_shape != shape and part != "lora_magnitude_vector":
                 found = f"{layer.name}: {part} is {_by(found_shape)}, "
                 found += f"but this base needs {_by(shape)}"
-                raise ModelError(
-                    found=found, expected="the shapes of the base that it was trained on"
-                )
+                raise ModelError(found=found, expected="an adapter that was trained on this base")
     return saved
 
 
 def _equal(tensor: Stored, own: Stored) -> bool:
-    """Return whether two tensors hold the same numbers, in the first one's dtype."""
+    """Return whether ``own``, in the dtype of ``tensor``, holds the same numbers."""
     if tensor.shape != own.shape:
         return False
     for rows in in_blocks(tensor):
@@ -245,22 +245,23 @@ def _equal(tensor: Stored, own: Stored) -> bool:
 
 
 def _by(shape: Sequence[int]) -> str:
+    """Return a shape as text: (2, 3) -> 2x3."""
     return "x".join(map(str, shape))
 
 
 def _parameter_deltas(
     layers: Sequence[AdaptedLayer], saved: Mapping[str, Stored], tied: Mapping[str, str]
 ) -> dict[str, LoraDelta]:
-    """Return the delta of each adapted parameter, by its name.
+    """Return the delta of each adapted parameter, by the parameter's name.
 
     Raises:
-        ModelError: a merge cannot change this parameter, or not without another one.
+        ModelError: a parameter cannot be merged, or it is tied to another parameter.
     """
     deltas: dict[str, LoraDelta] = {}
     for adapted in layers:
         if adapted.parameter in tied:
             other = tied[adapted.parameter].removesuffix(".weight")
-            found = f"{adapted.name} is adapted and tied to {other}, which a merge would change too"
+            found = f"{adapted.name} is adapted and tied to {other}: a merge would change both"
             raise ModelError(
                 found=found, expected="an adapter of layers whose weights are not tied"
             )
@@ -284,7 +285,7 @@ def _parameter_deltas(
             raise ModelError(
                 found=found, expected="an adapter of linear layers, embeddings or experts"
             )
-        # A part of an adapter that is not on disk yet has only a name and a shape.
+        # Before the training, a part of the adapter has only a name and a shape.
         parts = {
             part: saved.get(name, Stored(name, Path(), torch.float32, size, 0))
             for part, (name, size) in adapted.tensors.items()
@@ -308,7 +309,7 @@ def _stored_deltas(
     shapes: Mapping[str, tuple[int, ...]],
     model: Any,
 ) -> dict[str, Delta]:
-    """Return the deltas by the name of the stored tensor.
+    """Return the delta of each stored tensor that changes, by the tensor's name.
 
     Raises:
         ModelError: an adapted parameter is not in the base's files, or has another shape there.
@@ -317,7 +318,7 @@ def _stored_deltas(
         raise ModelError(
             found=f"{len(lost)} adapted parameters are not in the base's files "
             f"({', '.join(lost[:3])} ...)",
-            expected=f"files that hold each of them; the first tensor there is {min(stored)}",
+            expected=f"files with each of them; the first tensor in the files is {min(stored)}",
             fix="correct config.json so that it describes these files, or download the base again",
         )
     deltas: dict[str, Delta] = {}
@@ -336,7 +337,7 @@ def _stored_deltas(
                 fix=Overrides({"lora.use_dora": False}),
             )
         if any(name in deltas for names in origin.stored.values() for name in names):
-            continue  # done with another parameter of the same origin
+            continue  # already added for another parameter of the same origin
         group = ConvertedGroup(
             origin=origin,
             deltas={name: by_parameter[name] for name in origin.parameters if name in by_parameter},
@@ -351,8 +352,8 @@ def _stored_deltas(
         if stored[name].shape != tuple(expected_shapes[name]):
             raise ModelError(
                 found=f"the base's {name} is {_by(stored[name].shape)}, "
-                f"but {_by(expected_shapes[name])} by its config.json",
-                expected="the shapes of its configuration",
+                f"but config.json says {_by(expected_shapes[name])}",
+                expected="the shapes that config.json says",
                 fix="download the base again",
             )
     return deltas

@@ -1,4 +1,4 @@
-"""Choose the memory settings of a training with a plan for its GPU."""
+"""Plan the memory settings of a training for the GPU that it runs on."""
 
 from collections.abc import Collection, Generator
 from pathlib import Path
@@ -22,12 +22,23 @@ PLAN = "plan.json"
 def choose_memory(
     recipe: Recipe, inputs: Inputs, path: Path, processes: Processes, changed: Collection[str] = ()
 ) -> Generator[Update, None, tuple[Recipe, dict[str, Any]]]:
-    """Return the recipe with the memory settings of a plan, and the content of plan.json.
+    """Yield updates; finally return the recipe with planned settings, and plan.json's content.
 
-    Without a GPU and without a budget no plan is made: it returns the recipe unchanged, and {}.
+    If there is no GPU and ``memory.budget`` is not set, nothing is planned. The recipe is then
+    returned unchanged, with {}. The same is true for a model that cannot be measured.
 
-    A resumed run keeps the settings that it began with, if they still fit: its bits depend on them.
-    It is planned again if a key of ``memory`` is in ``changed``.
+    A resumed run keeps the memory settings of its first plan if they still fit, because the last
+    bits of its results depend on them. It is planned again if ``changed`` has a key of ``memory``.
+
+    Args:
+        recipe: the recipe of the run.
+        inputs: the base and the tokenized pairs.
+        path: the run folder, with the first plan if the run is resumed.
+        processes: the processes of the run, which share one plan.
+        changed: the recipe keys that differ from those of the run's start.
+
+    Raises:
+        FitError: no memory settings fit the budget.
     """
     device, wanted = processes.device, recipe.memory.budget_bytes
     local = local_gpu(device.index or 0) if device.type == "cuda" else None
@@ -38,7 +49,7 @@ def choose_memory(
     if local and wanted and wanted > local.free:
         yield Update(
             "note",
-            f"memory.budget={recipe.memory.budget}, but only {gib(local.free)} of the GPU are free",
+            f"memory.budget={recipe.memory.budget}, but the GPU has only {gib(local.free)} free",
         )
     gpu = local.gpu if local else None
     before = read_json(path / PLAN) if (path / PLAN).is_file() else {}
@@ -49,7 +60,9 @@ def choose_memory(
     if before:
         why = "has other memory settings than the recipe" if still_fits else "does not fit any more"
         yield Update(
-            "note", f"the plan of the run's start {why}: results may differ in the last bits"
+            "note",
+            f"the plan of the run's start {why}: the run is planned again, and its results may "
+            "differ in the last bits",
         )
     yield Update("stage", "planning the memory of a step")
     lengths = pair_lengths(inputs.train)

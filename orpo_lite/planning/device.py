@@ -1,4 +1,4 @@
-"""Describe the device that a training runs on, and refuse a CPU next to an unusable GPU."""
+"""Describe the device of a training, and refuse a CPU if the machine has an unusable GPU."""
 
 import os
 from dataclasses import dataclass
@@ -13,14 +13,15 @@ from orpo_lite.ops.devices import META
 from orpo_lite.recipe.text import GIB
 
 CPU_LIMIT = 10**9
-"""Largest number of parameters that may train on a CPU next to an unusable GPU."""
-# NVIDIA, "CUDA Compatibility": the drivers that run any minor version of a major one.
+"""A base with more parameters is not trained on the CPU of a machine with an unusable GPU."""
+# Major version of CUDA -> the oldest driver that runs all its minor versions. Source: NVIDIA, "CUDA
+# Compatibility".
 MIN_DRIVER = {"12": "525", "13": "580"}
 
 
 @dataclass(frozen=True)
 class UnusableGpu:
-    """A GPU that the driver finds and torch cannot use."""
+    """A GPU that the driver finds but torch cannot use."""
 
     name: str
     driver: str
@@ -39,14 +40,14 @@ class UnusableGpu:
 
     @property
     def remedy(self) -> str:
-        """The driver or package that must be installed."""
+        """What to do so that torch can use the GPU."""
         if torch.version.cuda is None:
             return "install torch with CUDA (https://pytorch.org/get-started/locally)"
         return "update the driver"
 
 
 def describe_device(device: torch.device, doing: str = "training") -> str:
-    """Return a sentence on the device of a task, and why an existing GPU is not used."""
+    """Return a sentence that names the device of a task, and says why a GPU is not used."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         memory, version = properties.total_memory / GIB, f"{properties.major}.{properties.minor}"
@@ -58,16 +59,18 @@ def describe_device(device: torch.device, doing: str = "training") -> str:
 
 
 def refuse_slow_device(device: torch.device, wanted: str, name: str, config: Any) -> None:
-    """Refuse to train a large base on a CPU next to a GPU that torch cannot use.
+    """Refuse to train a large base on the CPU if the machine has a GPU that torch cannot use.
+
+    A base is large if it has more than ``CPU_LIMIT`` parameters.
 
     Args:
         device: the device that the training would use.
-        wanted: ``model.device``; with cpu nothing is refused.
+        wanted: the value of ``model.device``. If it is cpu, nothing is refused.
         name: name of the base.
         config: transformers' configuration of the base.
 
     Raises:
-        FitError: the base is large, and the machine has a GPU that torch cannot use.
+        FitError: the base is refused.
     """
     if device.type != "cpu" or wanted == "cpu":
         return
@@ -79,7 +82,7 @@ def refuse_slow_device(device: torch.device, wanted: str, name: str, config: Any
     count = sum(parameter.numel() for parameter in model.parameters())
     if count <= CPU_LIMIT:
         return
-    text = f"{gpu.remedy}; or model.device=cpu, which takes hours per step"
+    text = f"{gpu.remedy}; or set model.device=cpu, where a step takes hours"
     raise FitError(
         where=f"model {name}",
         found=f"its {count / 1e9:.1f} billion parameters would be trained on the CPU. {gpu}",
@@ -89,9 +92,9 @@ def refuse_slow_device(device: torch.device, wanted: str, name: str, config: Any
 
 
 def find_unusable_gpu() -> UnusableGpu | None:
-    """Return the first GPU that NVML finds, if torch finds no GPU; else None.
+    """Return the first GPU that NVML finds if torch finds no GPU; otherwise return None.
 
-    None also if CUDA_VISIBLE_DEVICES hides the GPUs from torch.
+    Return None too if CUDA_VISIBLE_DEVICES hides the GPUs from torch.
     """
     if torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
         return None

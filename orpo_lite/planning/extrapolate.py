@@ -1,4 +1,4 @@
-"""Extrapolate memory and time of a step to any number of layers, from steps of a few layers."""
+"""Measure steps of models with a few layers, and extrapolate memory and time to all layers."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -11,15 +11,20 @@ from orpo_lite.planning.on_meta import Triples
 from orpo_lite.planning.route import PlannedRoute, with_layers
 from orpo_lite.recipe.schema import Recipe
 
-PCIE = 25e9  # bytes per second of version 4 over 16 lanes
-REACHED = 0.6  # share of a GPU's data sheet speed that the estimate of time assumes
+PCIE = 25e9  # bytes per second of PCIe 4.0 with 16 lanes
+REACHED = 0.6  # share of the data sheet's speed that a GPU is assumed to reach
 
 
 def seconds(work: Mapping[tuple[int, int], int], sent: int, gpu: Gpu) -> float:
-    """Return the estimated seconds of operators (the roofline model).
+    """Return the estimated seconds of a step by the roofline model.
 
-    Each operator takes as long as its FLOPs or its bytes do, whichever is more. Copies to host
-    memory and back are added as if nothing were computed meanwhile.
+    An operator takes the time of its FLOPs or the time of its memory traffic, whichever is longer.
+    The time of copies to host memory and back is added, as if they did not overlap with operators.
+
+    Args:
+        work: the number of operators by (FLOPs, bytes moved).
+        sent: bytes that are copied to host memory, and later back.
+        gpu: the GPU, with the speeds of its data sheet.
     """
     bounds = (count * max(f / gpu.flops, b / gpu.bandwidth) for (f, b), count in work.items())
     return sum(bounds) / REACHED + 2 * sent / PCIE
@@ -28,10 +33,11 @@ def seconds(work: Mapping[tuple[int, int], int], sent: int, gpu: Gpu) -> float:
 class LayerExtrapolation:
     """The memory and time of a step with any number of layers, for one choice of memory settings.
 
-    It measures steps of two to four layers. The peak of memory is where a checkpointed layer runs
-    again, or at the start of the backward pass, where all that layers keep is held. Both grow by a
-    fixed number of bytes per layer. ``kept`` is the number of layers that are not checkpointed. A
-    layer that is not checkpointed adds the same with and without offload.
+    Steps of models with two to four layers are measured. Memory has its peak at one of two moments:
+    at the start of the backward pass, when everything that the layers keep is in memory, or later,
+    when a checkpointed layer runs again. At both moments, each further layer adds a fixed number of
+    bytes. ``kept`` is the number of layers that are not checkpointed. Such a layer adds the same
+    with and without offload.
     """
 
     def __init__(
@@ -46,19 +52,21 @@ class LayerExtrapolation:
         alike: "LayerExtrapolation | None" = None,
         untiled: "LayerExtrapolation | None" = None,
     ) -> None:
-        """Keep what is needed to measure. Each step is measured at its first use.
+        """Store the arguments. Each step is measured when it is first needed.
 
         Args:
-            recipe: with the memory settings of the choice.
+            recipe: the recipe with the chosen memory settings.
             config: transformers' configuration of the base.
-            triples: lengths of the pairs.
-            kind: kind of the device to plan for.
-            planned: how pairs go through the model.
-            models: models of earlier steps of the recipe.
-            on_device: the same choice without offload, if this one has it.
-            alike: a choice whose un-checkpointed layers are the same; None: this one.
-            untiled: the same choice without tiles and without fewer rows of logits, if this one
-                has tiles.
+            triples: the token counts of the pairs.
+            kind: the kind of the device to plan for.
+            planned: the route of pairs through the model.
+            models: models of earlier measurements of the recipe, to be used again.
+            on_device: the extrapolation for the same settings without offload; None if these
+                settings have no offload.
+            alike: an extrapolation whose un-checkpointed layers need the same as those of this one,
+                so that they are measured once; None: they are measured here.
+            untiled: the extrapolation for the same settings without MLP tiles and with the recipe's
+                ``head_chunk``; None if these settings have no MLP tiles.
         """
         models = models or MetaModels()
 
@@ -68,18 +76,18 @@ class LayerExtrapolation:
 
         self._small, self._on_device, self._alike = small, on_device, alike
         self.untiled = untiled
-        # Offload holds an input until its copy is done, two layers later. Only then do all layers
-        # add the same.
+        # With offload, the input of a layer stays on the device until its copy is done, two layers
+        # later. So each layer adds the same only after the first three.
         self._few = 3 if recipe.memory.checkpoint_offload is True else 2
 
     @cached_property
     def _two(self) -> StepMemory:
-        """The step with ``_few`` checkpointed layers."""
+        """The step of a model with ``_few`` layers, all checkpointed."""
         return self._small(self._few, 0)
 
     @cached_property
     def _three(self) -> StepMemory:
-        """The same with one more."""
+        """The step of a model with ``_few + 1`` layers, all checkpointed."""
         return self._small(self._few + 1, 0)
 
     @property
@@ -89,7 +97,7 @@ class LayerExtrapolation:
 
     @cached_property
     def _kept(self) -> StepMemory:
-        """The step with ``_few - 1`` checkpointed layers and two others."""
+        """The step of a model with ``_few + 1`` layers, two of them not checkpointed."""
         return self._small(self._few + 1, 2)
 
     @cached_property
@@ -102,21 +110,21 @@ class LayerExtrapolation:
 
     @cached_property
     def _all_kept(self) -> StepMemory:
-        """The step of a model in which no layer is checkpointed.
+        """The step of a model with three layers, none of them checkpointed.
 
-        It is measured separately, because the first layer keeps less than the others: its input,
-        the embedding, needs no gradient. Nothing is offloaded in this step, so ``on_device``, the
-        same settings without offload, has the same one.
+        It is measured separately, because the first layer keeps less than the others: the input of
+        the first layer is the embedding, which needs no gradient. Without checkpoints nothing is
+        offloaded. Therefore ``on_device``, the same settings without offload, has the same step.
         """
         return self._on_device._all_kept if self._on_device else self._small(3, 3)
 
     @property
     def layer(self) -> int:
-        """Bytes that an un-checkpointed layer adds."""
+        """Bytes that an un-checkpointed layer adds to the peak."""
         return self._layer[0]
 
     def peak(self, layers: int, kept: int) -> int:
-        """Return the bytes of a step in addition to those that are always held."""
+        """Return the peak bytes of a step, without those that the device holds in all steps."""
         recomputing = self._two.peak + (layers - kept - self._few) * self.checkpoint
         if not kept:
             return recomputing
@@ -127,7 +135,7 @@ class LayerExtrapolation:
         return max(recomputing, backward)
 
     def work(self, layers: int, kept: int) -> Counter[tuple[int, int]]:
-        """Return the operators of such a step."""
+        """Return the number of operators of a step by (FLOPs, bytes moved)."""
         total = Counter(self._two.work)
         parts = [(_added(self._two.work, self._three.work), layers - kept - self._few)]
         if kept:
@@ -143,15 +151,15 @@ class LayerExtrapolation:
         return self._two.tokens / self._two.pairs
 
     def seconds_per_token(self, layers: int, kept: int, gpu: Gpu) -> float:
-        """Return an estimate, from the GPU's data sheet. It is linear in ``kept``."""
+        """Return the estimated seconds of a step per token. They are linear in ``kept``."""
         sent_by_layer = self._three.sent - self._two.sent
         sent = self._two.sent + (layers - kept - self._few) * sent_by_layer
         return seconds(self.work(layers, kept), sent, gpu) / self._two.tokens
 
     def least_peak(self, untiled: "LayerExtrapolation", kept: int) -> int:
-        """Return bytes that :meth:`peak` reaches at least, from fewer steps.
+        """Return a lower bound of :meth:`peak` that needs fewer measured steps.
 
-        One layer, the first, may keep nothing.
+        One un-checkpointed layer is not counted, because the first layer may keep nothing.
         """
         on_device, plain = self._on_device or self, untiled._on_device or untiled
         return max(0, on_device._kept.peak - plain.checkpoint + (kept - 3) * self.layer)
@@ -159,9 +167,10 @@ class LayerExtrapolation:
     def least_seconds_per_token(
         self, untiled: "LayerExtrapolation", layers: int, kept: int, gpu: Gpu
     ) -> float:
-        """Return seconds that :meth:`seconds_per_token` reaches at least, from fewer steps.
+        """Return a lower bound of :meth:`seconds_per_token` that needs fewer measured steps.
 
-        Tiles only add work: a checkpointed layer takes at least as long as one without tiles.
+        MLP tiles only add work. So a checkpointed layer takes at least as long with tiles as
+        without them.
         """
         plain = untiled._on_device or untiled
         without = untiled.seconds_per_token(layers, 0, gpu)
@@ -173,5 +182,5 @@ class LayerExtrapolation:
 def _added(
     before: Counter[tuple[int, int]], after: Counter[tuple[int, int]]
 ) -> dict[tuple[int, int], int]:
-    """Return by how much each count grew. It may have become less."""
+    """Return the change of each count from ``before`` to ``after``. It may be negative."""
     return {key: after[key] - before[key] for key in before.keys() | after.keys()}

@@ -1,5 +1,6 @@
-"""The memory and speed of well-known GPUs, what a program needs beyond its tensors, and the free
-memory of this machine's GPU.
+"""The memory and speed of well-known GPUs, and the free memory of this machine's GPU.
+
+``allowances`` estimates the memory that a program needs in addition to its tensors.
 """
 
 import os
@@ -14,21 +15,21 @@ from orpo_lite.recipe.text import GIB
 
 @dataclass(frozen=True)
 class Gpu:
-    """The memory of a GPU, and its two speeds: of computing and of memory."""
+    """The memory, computing speed and memory bandwidth of a GPU."""
 
     name: str
     memory: int
-    """Bytes that a program finds: torch's total capacity, a little less than on the box."""
+    """Total bytes as torch reports them: a little less than the advertised size."""
     flops: float
-    """Operations per second of dense matrix products in bfloat16 that sum in float32."""
+    """FLOPs per second of dense bfloat16 matrix products that are summed in float32."""
     bandwidth: float
     """Bytes per second to and from its memory."""
     capability: tuple[int, int] = (8, 0)
     """NVIDIA's compute capability."""
 
 
-# (flops, bandwidth) by a part of the driver's name of the GPU; from NVIDIA's data sheets and its
-# papers on Ampere (GA102) and Ada.
+# A part of the GPU's name in the driver -> (flops, bandwidth). Sources: NVIDIA's data sheets, and
+# NVIDIA's papers on Ampere (GA102) and Ada.
 SPEEDS = {
     "RTX 5090": (210e12, 1792e9), "RTX 4090": (165e12, 1008e9), "RTX 4080": (97e12, 717e9),
     "RTX 4070": (58e12, 504e9), "RTX 4060": (30e12, 272e9), "RTX 3090": (71e12, 936e9),
@@ -48,22 +49,25 @@ GPUS = (  # rows of the plan's table; memory as torch reports it
 
 
 MIB = 2**20
-# Allowances for what the measured step cannot show. None of them was fitted to a model.
+# Allowances for memory that the measured step does not show. None was fitted to a model.
 # The CUDA context with the kernels of torch, cuBLAS and bitsandbytes: 300 to 550 MiB on today's
 # GPUs.
 CONTEXT = 512 * MIB
-# A share of the step's own bytes, and its minimum.
+# The allowance for fragmentation: a share of the step's own bytes, and its minimum.
 FRAGMENTATION, LEAST_FRAGMENTATION = 0.05, 256 * MIB
-# What torch's aten/src/ATen/cuda/CublasHandlePool.cpp allocates for each of two handles, the main
-# thread's and autograd's. For cuBLAS it is 8.125 MiB; 32 MiB on compute capability 9.0 (Hopper) and
-# with CUBLAS_WORKSPACE_CONFIG=:4096:8 (deterministic). For cuBLASLt it is 1 MiB. They count in
-# torch.cuda.max_memory_allocated.
+# Workspaces that torch (aten/src/ATen/cuda/CublasHandlePool.cpp) allocates for each of two handles,
+# the main thread's and autograd's. A workspace of cuBLAS has 8.125 MiB, or 32 MiB on compute
+# capability 9.0 (Hopper) and with CUBLAS_WORKSPACE_CONFIG=:4096:8 (deterministic). A workspace of
+# cuBLASLt has 1 MiB. torch.cuda.max_memory_allocated includes these workspaces.
 HANDLES, CUBLAS, CUBLAS_HOPPER, CUBLAS_LT = 2, 8 * MIB + MIB // 8, 32 * MIB, MIB
 HOPPER = (9, 0)
 
 
 def allowances(step: int, gpu: Gpu | None, *, deterministic: bool = False) -> dict[str, int]:
-    """Return the bytes that are needed in addition to tensors, for a step that holds ``step``."""
+    """Return the bytes that are needed in addition to tensors, by name.
+
+    ``step``: the peak bytes of the step's own tensors.
+    """
     if not gpu:
         return {"fragmentation": int(FRAGMENTATION * step)}
     cublas = CUBLAS_HOPPER if deterministic or gpu.capability == HOPPER else CUBLAS
@@ -76,34 +80,34 @@ def allowances(step: int, gpu: Gpu | None, *, deterministic: bool = False) -> di
 
 @dataclass(frozen=True)
 class Holder:
-    """Another process that holds memory of a GPU."""
+    """Another process that uses memory of a GPU."""
 
     pid: int
     program: str
-    """Name of its program without the folder; "" if the driver does not tell."""
+    """The program's file name without its folder; "" if the driver does not report it."""
     memory: int
-    """Bytes; 0 if the driver does not tell."""
+    """Bytes that it uses; 0 if the driver does not report them."""
 
 
 @dataclass(frozen=True)
 class LocalGpu:
-    """The GPU of this machine, with its free memory at this moment."""
+    """A GPU of this machine, with the memory that is free now."""
 
     gpu: Gpu
     free: int
-    """Bytes that this process may use: what the driver has left, and what it has given to it."""
+    """Bytes that this process may use: the free ones, and those that it uses already."""
     holders: tuple[Holder, ...] = ()
     driver: str = ""
-    """The driver's version; "" if it does not answer."""
+    """The driver's version; "" if the driver does not answer."""
 
     @property
     def others(self) -> int:
-        """Bytes that other processes hold."""
+        """Bytes that other processes use."""
         return sum(holder.memory for holder in self.holders)
 
 
 def local_gpu(index: int = 0) -> LocalGpu | None:
-    """Return this machine's GPU with its free memory; None without one. Nothing is changed."""
+    """Return a GPU of this machine with its free memory; None if torch finds no GPU."""
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(index)
@@ -126,9 +130,9 @@ def local_gpu(index: int = 0) -> LocalGpu | None:
 
 
 def memory_budget(wanted: int | None, local: LocalGpu | None) -> int | None:
-    """Return the bytes that a run may use: ``wanted``, but not more than is free.
+    """Return the bytes that a run may use: ``wanted``, but at most the free bytes of ``local``.
 
-    None if neither is known.
+    If both are None, return None.
     """
     sizes = []
     if wanted is not None:
@@ -139,9 +143,9 @@ def memory_budget(wanted: int | None, local: LocalGpu | None) -> int | None:
 
 
 def _ask_driver(uuid: str) -> tuple[int, tuple[Holder, ...], str] | None:
-    """Return (free bytes, other processes, the driver's version) by NVML; None without an answer.
+    """Return (free bytes, other processes, driver version); None if the driver does not answer.
 
-    NVML needs no CUDA context.
+    The driver is asked with NVML, because NVML needs no CUDA context.
     """
     import pynvml
 
@@ -159,7 +163,7 @@ def _ask_driver(uuid: str) -> tuple[int, tuple[Holder, ...], str] | None:
                 else:
                     program = _ask(pynvml.nvmlSystemGetProcessName, process.pid)
                     holders.append(Holder(process.pid, program.rpartition("/")[2], used))
-            # The CUDA context of this process exists already. A plan counts it as needed memory.
+            # The bytes of this process count as free: a plan counts its CUDA context as needed.
             return free + own, tuple(holders), _ask(pynvml.nvmlSystemGetDriverVersion)
         finally:
             pynvml.nvmlShutdown()
@@ -168,7 +172,7 @@ def _ask_driver(uuid: str) -> tuple[int, tuple[Holder, ...], str] | None:
 
 
 def _ask(function: Callable[..., object], *args: object) -> str:
-    """Return a text that the driver may refuse to tell; "" then."""
+    """Return the result of an NVML function as text; "" if the driver refuses to answer."""
     import pynvml
 
     try:

@@ -1,4 +1,4 @@
-"""Measure the memory and the work of the real step on the meta device, without weights."""
+"""Run the real training step on the meta device, without weights, and measure what it needs."""
 
 import math
 from collections import Counter
@@ -39,13 +39,13 @@ class StepMemory:
     held: Mapping[str, int]
     """Bytes that stay on the device through all steps, by part."""
     peak: int
-    """Bytes that the pass holds in addition, at its peak."""
+    """Most bytes that the pass uses at once, in addition to ``held``."""
     parts: Mapping[str, int]
     """The bytes of ``peak`` by the phase that allocated them."""
     host: int
-    """Bytes in host memory at their peak."""
+    """Most bytes that are in host memory at once."""
     work: Counter[tuple[int, int]]
-    """How often operators ran, by (FLOPs, bytes moved). Attention's own FLOPs are one entry."""
+    """Number of operators by (FLOPs, bytes moved). All FLOPs of attention are one extra entry."""
     sent: int
     """Bytes that were copied to host memory. They are copied back later."""
     paged: int
@@ -53,11 +53,11 @@ class StepMemory:
     tokens: int
     pairs: int
     weights: int
-    """Parameters of the base."""
+    """Number of parameters of the base."""
     loading: int
     """Bytes on the device while the base is loaded."""
     notes: tuple[str, ...]
-    """What the user should know of this model's step, one line each."""
+    """Notes for the user on the step of this model, one line each."""
 
     @property
     def total(self) -> int:
@@ -68,12 +68,15 @@ class StepMemory:
 def heaviest_pairs(
     recipe: Recipe, triples: Triples, batching: Batching, *, in_one_row: bool
 ) -> list[TokenizedPair]:
-    """Return pairs that need at least the memory of any micro-batch of pairs of these lengths.
+    """Return pairs that need at least as much memory as any micro-batch of the given pairs.
 
-    In one row memory grows with the tokens, with the segments (FlashAttention adds 128 rows for
-    each) and with the tokens of the prefixes (keys and values are repeated after them). Each of the
-    three is the maximum that a micro-batch can have. Where each sequence goes alone, the longest
-    pairs count, and others that may fit with them.
+    If all pairs of a micro-batch are in one row, memory grows with three numbers: the tokens, the
+    segments (FlashAttention adds 128 rows for each), and the prefix tokens (attention repeats their
+    keys and values). The returned pairs have the largest value of each number that a micro-batch
+    can have.
+
+    If each sequence is computed alone, the largest micro-batch of the longest pairs is returned. It
+    is filled up with one more pair.
     """
     most = recipe.training.global_batch_size
     if not (batching.packed and in_one_row):
@@ -83,15 +86,15 @@ def heaviest_pairs(
     tokens = triples[:, 1] + triples[:, 2] - prefixes
     ordered = np.sort(tokens)
     total = max(int(ordered[-1]), min(batching.tokens, int(ordered[-most:].sum())))
-    # The most pairs: the shortest ones that fit.
+    # The largest number of pairs: as many of the shortest pairs as fit.
     pairs = max(1, min(most, int((ordered.cumsum() <= total).sum())))
-    # The most prefix tokens: a knapsack that may hold a part of its last pair.
+    # The most prefix tokens: pairs with the largest share of them, the last one cut to fit.
     shares = prefixes / tokens
     by_share = np.argsort(-shares, kind="stable")
     filled = np.minimum(tokens[by_share].cumsum(), total)
     prefix = int((np.diff(filled, prepend=0) * shares[by_share]).sum())
     prefix = min(prefix, int(np.sort(prefixes)[-most:].sum()), total - 2 * pairs)
-    # Both kinds of tokens divided evenly among the pairs.
+    # Prefix tokens and other tokens are divided evenly among the pairs.
     bounds = np.arange(pairs + 1)
     each_prefix, each_rest = (np.diff(size * bounds // pairs) for size in (prefix, total - prefix))
     chosen, rejected = each_prefix + (each_rest + 1) // 2, each_prefix + each_rest // 2
@@ -99,6 +102,7 @@ def heaviest_pairs(
 
 
 def _longest_pairs(triples: Triples, most: int, batching: Batching) -> list[TokenizedPair]:
+    """Return the largest micro-batch of the longest pairs, filled up with one more pair."""
     lengths = triples[:, 1] + triples[:, 2]
     if batching.share:
         lengths = lengths - triples[:, 0]
@@ -114,22 +118,23 @@ def _longest_pairs(triples: Triples, most: int, batching: Batching) -> list[Toke
 
 
 def _tokens(pairs: Sequence[TokenizedPair], batching: Batching) -> int:
-    """Return the tokens of a forward pass, with padding."""
+    """Return the number of tokens of a forward pass, including padding."""
     if batching.packed:
         return sum(packed_tokens(pair, share=batching.share) for pair in pairs)
     return 2 * len(pairs) * max(max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs)
 
 
 class MetaModels:
-    """The models on meta of one recipe and configuration, one for each number of layers."""
+    """Keeps models on meta of one recipe and configuration, one for each number of layers."""
 
     def __init__(self) -> None:
         self._models: dict[int, PairModel] = {}
 
     def get(self, recipe: Recipe, config: Any, dtype: torch.dtype) -> PairModel:
-        """Return the model with the recipe's memory settings.
+        """Return the model of this configuration with the recipe's memory settings.
 
-        A model of as many layers that was returned earlier must not be used any more.
+        This changes the model with the same number of layers that an earlier call returned. Do not
+        use the earlier model any more.
         """
         layers = int(config.get_text_config().num_hidden_layers)
         if layers not in self._models:
@@ -146,18 +151,18 @@ def measure(
     planned: PlannedRoute | None = None,
     models: MetaModels | None = None,
 ) -> StepMemory:
-    """Run the heaviest micro-batch of a recipe through its model, on meta.
+    """Run the heaviest micro-batch of a recipe through its model on meta, and measure it.
 
     Args:
         recipe: the recipe with the memory settings to measure.
         config: transformers' configuration of the base.
-        triples: the lengths of the pairs.
+        triples: the token counts of the pairs.
         kind: the kind of device to plan for: see :func:`orpo_lite.ops.devices.device_kind`.
-        planned: the route of pairs through the model; None: :func:`find_route` finds it.
-        models: the models that were measured before, to be used again.
+        planned: the route of pairs through the model; if None, :func:`find_route` finds it.
+        models: models of earlier measurements of the recipe, to be used again.
     """
     planned = planned or find_route(recipe, config, triples, kind)
-    if kind == "cpu":  # its memory is host memory, and these settings move nothing
+    if kind == "cpu":  # all its memory is host memory, so these settings move nothing
         recipe = recipe.with_memory({"checkpoint_offload": False, "embedding_on_cpu": False})
     model = (models or MetaModels()).get(recipe, config, choose_dtype(recipe.model.dtype, kind))
     planned.apply(model, kind)
@@ -204,7 +209,7 @@ def measure(
 
 @contextmanager
 def _deterministic_kernels(active: bool) -> Iterator[None]:
-    """Use deterministic kernels if ``active``: those of attention need more memory."""
+    """Use deterministic kernels if ``active``. For attention, they need more memory."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(active)
     try:
@@ -214,13 +219,13 @@ def _deterministic_kernels(active: bool) -> Iterator[None]:
 
 
 LOADERS = 4
-"""Threads of transformers.core_model_loading, each with a 16-bit tensor that will be quantised."""
+"""Threads of transformers.core_model_loading. Each may hold one 16-bit tensor before quantising."""
 
 
 def resident_bytes(model: Any, recipe: Recipe) -> tuple[dict[str, int], int]:
-    """Return the bytes that stay on the device through all steps, by part.
+    """Return the bytes that stay on the device through all steps, by part, and the paged bytes.
 
-    And the bytes of the optimizer's states that are paged.
+    Paged bytes are part of the optimizer's states. The driver may move them to host memory.
     """
     tensors_by_part = held_tensors(model)
     sizes = {name: sum(map(storage_bytes, tensors)) for name, tensors in tensors_by_part.items()}
@@ -231,7 +236,7 @@ def resident_bytes(model: Any, recipe: Recipe) -> tuple[dict[str, int], int]:
 
 
 def offloaded_embedding_bytes(model: PairModel) -> int:
-    """Return the bytes of the input embedding if it is in host memory, else 0."""
+    """Return the bytes of the input embedding if it is in host memory; otherwise return 0."""
     embedding = model.causal.get_input_embeddings().weight
     return storage_bytes(embedding) if is_on_host(embedding) else 0
 
@@ -239,8 +244,8 @@ def offloaded_embedding_bytes(model: PairModel) -> int:
 def loading_bytes(model: PairModel, resident: Mapping[str, int]) -> int:
     """Return the bytes on the device while the base is loaded.
 
-    These are the whole base, an embedding that goes to the host later, and tensors that are about
-    to be quantised.
+    They include the whole base, an embedding that is moved to the host later, and the tensors that
+    the loaders are about to quantise.
     """
     quantised = [
         _elements(parameter)
@@ -254,7 +259,7 @@ def loading_bytes(model: PairModel, resident: Mapping[str, int]) -> int:
 
 @contextmanager
 def track_phases(backbone: Any, meter: LiveBytes) -> Iterator[None]:
-    """Set the meter's phase: the batch, the layers of ``backbone``, then head and loss."""
+    """Set ``meter.phase`` in a forward pass: batch, layers of ``backbone``, head and loss."""
 
     def set_phase(name: str) -> Any:
         def hook(*_: Any) -> None:
@@ -277,8 +282,9 @@ def track_phases(backbone: Any, meter: LiveBytes) -> Iterator[None]:
 def _attention_flops(model: PairModel, recipe: Recipe, batch: Batch) -> int:
     """Return the FLOPs of attention in all layers.
 
-    4 per causal cell and head dimension, 2.5 times that in the backward pass, once more for each
-    checkpointed layer. Cells that a window hides are counted too.
+    A cell is a query token with one key token that it may see. The forward pass needs 4 FLOPs per
+    cell and head dimension, and the backward pass 2.5 times as many. A checkpointed layer runs its
+    forward pass twice. Cells that a sliding window hides are counted too.
     """
     if isinstance(batch, PackedPairs):
         cells = sum((b - a) * (b - a + 1) // 2 + (b - a) * (d - c) for a, b, c, d in batch.segments)
@@ -292,10 +298,11 @@ def _attention_flops(model: PairModel, recipe: Recipe, batch: Batch) -> int:
 
 
 def storage_bytes(tensor: Any) -> int:
-    """Return the bytes of a tensor's storage, rounded as the allocator rounds them."""
+    """Return the bytes of a tensor's storage, rounded up as torch's CUDA allocator does."""
     return allocated_bytes(tensor.untyped_storage())
 
 
 def _elements(parameter: Any) -> int:
+    """Return the number of weights in a parameter. A 4-bit parameter packs two in a byte."""
     state = getattr(parameter, "quant_state", None)
     return math.prod(state.shape) if state is not None else int(parameter.numel())

@@ -1,4 +1,4 @@
-"""Count the memory and the work of a step, from every storage and every operator."""
+"""Count the memory of all storages and the work of all operators of a step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.utils.flop_counter import flop_registry
 from orpo_lite.ops.devices import is_on_host, making_host_memory, mark_as_host
 
 ROUNDING = 512  # bytes: the smallest unit of torch's CUDA allocator
-# Operators that allocate and write nothing.
+# Operators that allocate memory, but do not write to it.
 UNTOUCHED = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 
 
@@ -27,42 +27,43 @@ def allocated_bytes(storage: torch.UntypedStorage) -> int:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that operators return, while they live.
+    """Counts the bytes of each storage that an operator returns, until the storage is freed.
 
-    Storages that exist before (weights) must be named in ``known``, or they count at their first
-    use. Views do not count, and neither does what a kernel allocates and frees itself. Sizes are
+    Pass tensors that existed before counting, such as weights, as ``known``. Otherwise they are
+    counted at their first use. Views and allocations inside kernels are not counted. Sizes are
     rounded up to 512 bytes.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.live = 0
-        """Bytes alive now, without the known ones."""
+        """Bytes in use now, without those of ``known``."""
         self.peak = 0
-        """The most bytes that were alive at once."""
+        """The largest value of ``live`` so far."""
         self.phase = ""
-        """The phase of the step; the caller sets it."""
+        """The phase of the step. The caller sets it."""
         self.by_phase: Counter[str] = Counter()
-        """The bytes alive now by the phase that allocated them."""
+        """The bytes of ``live`` by the phase that allocated them."""
         self.peak_by_phase: Counter[str] = Counter()
-        """The same at the peak."""
+        """The value of ``by_phase`` when ``live`` was largest."""
         self.host = 0
-        """Bytes in host memory now: of a step on meta; on a GPU everything on the CPU."""
+        """Bytes in host memory now. They are counted only on meta."""
         self.host_peak = 0
+        """The largest value of ``host`` so far."""
         self.sent = 0
-        """Bytes copied to host memory in total. They are copied back later."""
+        """Total bytes copied to host memory. They are copied back later."""
         self.work: Counter[tuple[int, int]] = Counter()
-        """Number of operators by (FLOPs, bytes moved). Attention kernels show no FLOPs."""
+        """Number of operators by (FLOPs, bytes moved). FLOPs of attention kernels are missing."""
         self._seen: dict[int, weakref.ref[torch.UntypedStorage]] = {}
-        """Each live storage, by its id. A callback is cheaper here than weakref.finalize."""
+        """Each storage in use, by its id. A weakref callback is cheaper than weakref.finalize."""
         for tensor in known:
             self._follow(tensor.untyped_storage(), lambda: None)
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Return False: torch then calls ``__torch_dispatch__`` without a costly wrapper.
+        """Return False, so that torch calls ``__torch_dispatch__`` without a costly wrapper.
 
-        The wrapper turns torch.compile off in operators that run. ``_run`` does so itself.
+        The wrapper would disable torch.compile while an operator runs. ``_run`` does so too.
         """
         return False
 
@@ -78,7 +79,7 @@ class LiveBytes(TorchDispatchMode):
         key = _key(function, args, kwargs, tensors)
         try:
             cached = _results.get(key)
-        except TypeError:  # an argument without a hash
+        except TypeError:  # an argument is not hashable
             key, cached = None, None
         if cached is None:
             result, new = _run(function, args, kwargs, tensors)
@@ -100,7 +101,7 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def _follow(self, storage: torch.UntypedStorage, freed: Callable[[], None]) -> None:
-        """Call ``freed`` when the storage is gone."""
+        """Call ``freed`` when the storage is freed."""
         key = id(storage)
 
         def gone(_: Any) -> None:
@@ -136,21 +137,21 @@ class LiveBytes(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class _CachedResult:
-    """The work and the outputs of an operator on meta, for arguments of certain shapes and dtypes.
+    """The work and outputs of an operator on meta, for arguments with certain shapes and dtypes.
 
-    They are cached, because torch computes them in Python, which is slow.
+    They are cached, because torch computes the outputs on meta in Python, which is slow.
     """
 
     work: tuple[int, int]
     outputs: tuple[Any, ...] | None
-    """For each output the index of the argument that it is, or its size, stride and dtype.
+    """For each output its (size, stride, dtype), or the index of an argument that is returned.
 
-    None if the operator must run.
+    None if the outputs cannot be cached, so that the operator must run.
     """
     is_single: bool = True
 
     def repeat(self, tensors: Sequence[Tensor]) -> Any:
-        """Return the operator's outputs for other tensors of the same shapes and dtypes."""
+        """Return the operator's outputs for other arguments of the same shapes and dtypes."""
         outputs = []
         for output in self.outputs or ():
             if isinstance(output, int):
@@ -165,11 +166,11 @@ _results: dict[Any, _CachedResult] = {}
 
 
 def _key(function: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
-    """Return a cache key of an operator and its arguments; None if the result cannot be cached.
+    """Return the cache key of an operator and its arguments; None if it cannot be cached.
 
-    The tensors among the arguments are added to ``tensors``.
+    Add the tensors among the arguments to ``tensors``.
     """
-    parts: list[Any] = [id(function)]  # operators live forever, and hash slowly
+    parts: list[Any] = [id(function)]  # the operator itself hashes slowly; its id never changes
     if not _describe(args, parts, tensors):
         return None
     if kwargs:
@@ -200,7 +201,7 @@ def _describe(values: Iterable[Any], parts: list[Any], tensors: list[Tensor]) ->
 
 
 def _index(tensor: Tensor, tensors: list[Tensor]) -> int:
-    """Return the index of a tensor in a list; the length of the list if it is not in it."""
+    """Return the index of ``tensor`` in ``tensors``, or ``len(tensors)`` if it is missing."""
     for index, other in enumerate(tensors):
         if other is tensor:
             return index
@@ -246,7 +247,7 @@ def _storage_size(tensor: Tensor) -> int:
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """Yield the tensors among an operator's arguments or results, which nest lists once at most."""
+    """Yield the tensors in an operator's arguments or results, also those in lists."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
@@ -255,9 +256,9 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def _work(function: Any, args: Any, kwargs: Any, made: list[Tensor]) -> tuple[int, int]:
-    """Return the FLOPs of an operator, and the bytes of all tensors that it reads and writes.
+    """Return the FLOPs of an operator, and the bytes of all tensors that it reads or writes.
 
-    A view has neither.
+    Both are 0 for an operator that returns views.
     """
     packet = function._overloadpacket
     if packet.__name__ in UNTOUCHED:

@@ -1,4 +1,4 @@
-"""Run a step on the meta device: make pairs of given lengths, and replace the attention."""
+"""Make pairs of given lengths and replace functions, so that a step runs on the meta device."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,9 +21,10 @@ META_ATTENTION = "orpo_lite_scoreless"  # attention of padded rows on meta
 def meta_attention(
     _module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Any, **_: Any
 ) -> tuple[Tensor, None]:
-    """Return attention's output on meta, without scores.
+    """Return the output of attention on meta, without computing scores.
 
-    It keeps queries, keys, values, the output, and one number per query and head.
+    For the backward pass, it keeps the queries, keys, values, the output, and one number per query
+    and head.
     """
     return meta_flash_attention(query, key, value).transpose(1, 2), None
 
@@ -32,7 +33,7 @@ AttentionInterface.register(META_ATTENTION, meta_attention)
 
 
 def held_tensors(model: nn.Module) -> dict[str, list[Tensor]]:
-    """Return the tensors that a model keeps on its device through all steps, each storage once."""
+    """Return by part the tensors that a model keeps on its device, each storage once."""
     parts: dict[str, list[Tensor]] = {"base": [], "embeddings, head, norms": [], "adapter": []}
     own: Any = model.causal if isinstance(model, PairModel) else model
     ends = [
@@ -69,8 +70,9 @@ def held_tensors(model: nn.Module) -> dict[str, list[Tensor]]:
 def patched_for_meta() -> Iterator[None]:
     """Replace two functions that do not work on meta, inside the ``with`` block.
 
-    Autocast, which peft's adapters of experts turn off, fails. transformers' search for sequences
-    packed into a row needs values; here each row is one sequence.
+    ``torch.autocast`` fails for the device type meta. peft's adapters of experts call it to turn
+    autocast off. transformers' ``find_packed_sequence_indices`` reads the values of positions. It
+    is not needed here, because each row is one sequence.
     """
     plain: Any = torch.autocast
     search = masking_utils.find_packed_sequence_indices
@@ -88,16 +90,16 @@ def patched_for_meta() -> Iterator[None]:
 
 
 Triples = NDArray[np.int64]
-"""Tokens of each pair: (common prefix, chosen, rejected), shape (pairs, 3)."""
+"""Token counts of pairs: (common prefix, chosen, rejected), shape (pairs, 3)."""
 
 
 def worst_case(max_length: int, pairs: int) -> Triples:
-    """Return pairs of two sequences of ``max_length`` tokens that share nothing: the longest."""
+    """Return the longest pairs: two sequences of ``max_length`` tokens, with no common prefix."""
     return np.tile(np.array([[0, max_length, max_length]]), (pairs, 1))
 
 
 def blank_pairs(triples: Triples) -> list[TokenizedPair]:
-    """Return pairs of these lengths. Their tokens do not matter on meta."""
+    """Return pairs with these token counts. The token ids are arbitrary: meta ignores them."""
     pairs = []
     for prefix, chosen, rejected in triples.tolist():
         chosen_ids = np.zeros(chosen, np.int32)

@@ -1,4 +1,4 @@
-"""Plan a recipe without weights and without a GPU: does it fit, how fast is it, what helps."""
+"""Plan a recipe without weights or a GPU: report if it fits, its speed, and what helps."""
 
 from collections.abc import Generator
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ from orpo_lite.runs.folder import KEPT_CHECKPOINTS
 from orpo_lite.updates import Update, run_to_end, with_torch_defaults
 
 DEFAULT_GPU = next(gpu for gpu in GPUS if "24 GB" in gpu.name)
-"""The GPU to plan for if there is no local one and no memory.budget."""
+"""The GPU to plan for if this machine has no GPU and memory.budget is not set."""
 
 
 @dataclass(frozen=True)
@@ -32,22 +32,25 @@ class PlanReport:
     base: str
     plan: MemoryPlan
     local: LocalGpu | None
-    """This machine's GPU."""
+    """This machine's GPU; None if there is none."""
     from_data: bool
-    """Whether lengths are those of the data, and not the maximum by data.max_length."""
+    """Whether the pairs have the lengths of the data; otherwise they have data.max_length."""
     rows: list[GpuRow]
-    """First the GPU that was planned for, then others."""
+    """One row per GPU. The first row is the GPU that ``plan`` is for."""
     changes: list[Change]
-    """Changes that would help if it does not fit."""
+    """Changes that need less memory; empty if the recipe fits."""
     disk: dict[str, int]
-    """Bytes: download, checkpoints, merged."""
+    """Bytes on disk, for the keys download, checkpoints, adapter and merged."""
     is_verdict: bool
-    """Whether the answer is final: for the user's budget or GPU, or because no known GPU fits."""
+    """Whether ``plan.fits`` is final.
+
+    It is final for the user's own GPU or budget. If neither is known, a GPU was assumed. Then
+    ``plan.fits`` is only final if it is False, because no known GPU fits."""
     notes: list[str]
-    """What the user should know, one line each."""
+    """Notes for the user, one line each."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the report with bytes and seconds."""
+        """Return the report as values for JSON, in bytes and seconds."""
         return {
             "base": self.base,
             **self.plan.to_json(),
@@ -75,13 +78,16 @@ class PlanReport:
 
 
 def plan(recipe: Recipe, *, with_data: bool = False) -> PlanReport:
-    """Plan a recipe for the local GPU, for ``memory.budget``, or else for a GPU of 24 GB.
+    """Plan a recipe for this machine's GPU, within ``memory.budget`` if that is set.
+
+    Without a GPU, plan for ``memory.budget``. If that is not set, plan for the smallest known GPU
+    with 24 GB or more that fits, or for the largest one if none fits.
 
     Args:
-        recipe: only the configuration of its base is read; for a shipped recipe that needs no
-            network.
-        with_data: read the data, which needs the tokenizer, and plan for its longest pairs. Else
-            plan for two sequences of ``data.max_length`` tokens that share nothing.
+        recipe: the recipe. Only the configuration of its base is read. For a shipped recipe, this
+            needs no network.
+        with_data: if True, tokenize the data and plan for its longest pairs. If False, plan for
+            pairs of two sequences of ``data.max_length`` tokens with no common prefix.
 
     Raises:
         OrpoLiteError: the base or the data cannot be read.
@@ -91,7 +97,7 @@ def plan(recipe: Recipe, *, with_data: bool = False) -> PlanReport:
 
 @with_torch_defaults
 def plan_events(recipe: Recipe, *, with_data: bool = False) -> Generator[Update, None, PlanReport]:
-    """Plan as :func:`plan` does; yield its progress and return its result."""
+    """Yield the progress of :func:`plan`; finally return its result."""
     recipe, asked_name = adopt_adapter(recipe), recipe.model.model_name_or_path
     names = (recipe.model.model_name_or_path, *recipe.data.names)
     if any(name.startswith("builtin:") for name in names):
@@ -110,10 +116,10 @@ def plan_events(recipe: Recipe, *, with_data: bool = False) -> Generator[Update,
     local = local_gpu()
     if recipe.model.device == "cpu":
         local = None
-        yield Update("note", "model.device=cpu trains on the CPU; this is the plan for a GPU")
+        yield Update("note", "model.device=cpu trains on the CPU, but this plan is for a GPU")
     kind = device_kind(torch.device("cuda", 0)) if local else "ampere"
     budget = memory_budget(recipe.memory.budget_bytes, local)
-    yield Update("stage", "measuring steps of a few layers")
+    yield Update("stage", "measuring steps of models with a few layers")
     try:
         planner = Planner(recipe, config, triples, kind)
         return (yield from _report(recipe, asked_name, planner, local, budget, with_data))
@@ -154,7 +160,7 @@ def _report(
     if planner.kind != "ampere":  # all known GPUs are of that generation or later
         others = Planner(recipe, planner.config, planner.triples, "ampere")
     rows = [planner.row(first), *(others.row(other) for other in GPUS if other != first)]
-    # What fits no known GPU fits no user's GPU.
+    # If no known GPU fits, the user's GPU does not fit either.
     is_verdict = wanted is not None or not found.fits
     changes = planner.changes(budget, gpu) if is_verdict and not found.fits else []
     return PlanReport(
@@ -171,23 +177,24 @@ def _report(
 
 
 def _notes_on_length(planner: Planner) -> list[str]:
-    """Return a note if training would refuse the longest pairs, as ``prepare_inputs`` does."""
+    """Return a note if the longest sequence is too long for the base: training refuses it."""
     limit = getattr(planner.config.get_text_config(), "max_position_embeddings", None)
     longest = int(planner.triples[:, 1:].max())
     if not limit or longest <= limit:
         return []
     return [
-        f"the base reads {limit:,} tokens, and training refuses pairs of {longest:,}: "
-        f"data.max_length={limit}"
+        f"the base reads at most {limit:,} tokens, so training refuses a sequence of {longest:,}: "
+        f"set data.max_length={limit}"
     ]
 
 
 def _similar_gpu(budget: int) -> Gpu:
-    """Return the smallest known GPU with so much memory, for its speed."""
+    """Return the smallest known GPU with about ``budget`` bytes or more, for its speed."""
     return next((gpu for gpu in GPUS if gpu.memory >= 0.95 * budget), GPUS[-1])
 
 
 def _disk(found: MemoryPlan, recipe: Recipe, *, is_local: bool) -> dict[str, int]:
+    """Return the bytes on disk that a run needs. ``is_local``: the base is already on disk."""
     base_16bit = 2 * found.measured.weights
     adapter = found.measured.held["adapter"]
     disk = {}

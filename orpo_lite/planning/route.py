@@ -1,4 +1,4 @@
-"""Find the route of pairs through a planned model: the one that ``model.probe`` will choose."""
+"""Predict the route of pairs that ``model.probe`` will choose for a planned model."""
 
 import copy
 import logging
@@ -30,18 +30,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PlannedRoute:
-    """The route of pairs through a planned model."""
+    """The route of pairs through a planned model: see :data:`orpo_lite.model.pair_model.Route`."""
 
     route: Route
     attention: str | None
-    """transformers' name of the model's attention, if it is not its own."""
+    """transformers' name of an attention function that replaces the model's own; or None."""
     uncounted: float
-    """Share of the layers whose attention shows no FLOPs to a counter of operators."""
+    """Share of the layers whose attention FLOPs a counter of operators does not see."""
     reason: str = ""
-    """Why it is not the route that the recipe asks for."""
+    """Why the route that the recipe asks for is not used; "" if it is used."""
 
     def apply(self, model: PairModel, kind: str) -> None:
-        """Set this route on a model on meta, for a device of this kind."""
+        """Make a model on meta use this route. ``kind`` is the kind of the planned device."""
         model.target_kind = kind
         if self.route != model.route:
             model.fall_back(self.route, self.reason)
@@ -52,10 +52,10 @@ class PlannedRoute:
 def find_route(recipe: Recipe, config: Any, triples: Triples, kind: str) -> PlannedRoute:
     """Return the fastest route on which all layers use this package's attention.
 
-    A layer uses it if it calls the attention function that transformers looks up. Layers with ALiBi
-    or linear attention do not. This package's attention also refuses sinks and masks. If no route
-    fits, each sequence is computed alone. Differences that only show in values are found by the
-    probe, before the training.
+    A layer can use it if the layer calls the attention function that transformers looks up. Layers
+    with ALiBi or linear attention do not call it. This package's attention also refuses attention
+    sinks and masks. If there is no such route, each sequence is computed alone. Differences that
+    only show in values are not found here: the probe finds them before the training.
 
     Raises:
         One of MODEL_CODE_ERRORS: the model does not run on meta at all.
@@ -87,7 +87,7 @@ def _try_route(
     dtype = choose_dtype(recipe.model.dtype, kind)
     model = bare_pair_model(recipe, _one_layer_of_each_type(config), dtype, META)
     if planned.attention and model.own_attention == "eager":
-        return "its scores are held"
+        return "its own attention holds all scores"
     planned.apply(model, kind)
     batch = make_batch(blank_pairs(worst_case(8, 1)), model.batching(recipe, pad_id=0)).to(META)
     passes = 2 if recipe.memory.packing and planned.route == "rows" else 1
@@ -95,7 +95,7 @@ def _try_route(
         with patched_for_meta(), _record_calls(name) as calls:
             model(batch)
     except MODEL_CODE_ERRORS as error:
-        logger.info("pairs cannot pass as %s", planned, exc_info=error)
+        logger.info("pairs cannot take the route %s", planned, exc_info=error)
         if isinstance(error, UnsupportedError):
             return str(error)
         return "its code does not take packed rows"
@@ -104,7 +104,7 @@ def _try_route(
 
 @contextmanager
 def _record_calls(name: str) -> Iterator[list[None]]:
-    """Yield a list that gets an entry for each call of an attention function of transformers."""
+    """Yield a list that gets an entry for each call of transformers' attention ``name``."""
     calls: list[None] = []
     function = AttentionInterface()[name]
 
@@ -120,13 +120,13 @@ def _record_calls(name: str) -> Iterator[list[None]]:
 
 
 def _one_layer_of_each_type(config: Any) -> Any:
-    """Return the configuration with as few layers as have every layer type among them."""
+    """Return the configuration with the fewest layers, at least 2, that include each type."""
     types = getattr(config.get_text_config(), "layer_types", None) or []
     return with_layers(config, max([2, *(1 + types.index(layer_type) for layer_type in types)]))
 
 
 def with_layers(config: Any, layers: int) -> Any:
-    """Return the configuration with ``layers`` layers: the first ones, repeated if needed."""
+    """Return the configuration with its first ``layers`` layers, repeated if it has fewer."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
     for key, value in vars(text).items():

@@ -1,8 +1,8 @@
 """Search for the fastest memory settings that fit a budget.
 
-No formula over a model's shape is used. For each choice of settings a step of two to four layers is
-measured; each further layer adds what one layer adds. The chosen plan is then measured once with
-all layers.
+No formula over a model's shape is used. For each choice of settings, steps of models with two to
+four layers are measured. Each further layer adds as much as one measured layer. The chosen settings
+are then measured once with all layers.
 """
 
 import itertools
@@ -34,9 +34,9 @@ from orpo_lite.recipe.text import gib, to_text
 
 logger = logging.getLogger(__name__)
 
-TILE, SMALL_CHUNK = 512, 128  # tokens of an MLP, rows of logits
-SHORTEST = 128  # tokens of a sequence; no shorter limit is proposed
-# Tokens of a forward pass. With fewer, much of its time is spent on dequantising the weights.
+TILE, SMALL_CHUNK = 512, 128  # tokens per MLP tile, rows of logits per chunk
+SHORTEST = 128  # tokens; after a data.max_length below this, no shorter one is tried
+# Tokens per forward pass. A smaller pass spends much of its time on dequantising the weights.
 MORE_TOKENS = (4_096, 8_192)
 
 
@@ -47,6 +47,7 @@ class Change:
     keys: Mapping[str, Any]
     """``section.key`` -> value."""
     needed: int
+    """Bytes that the training needs with these keys."""
     fits: bool
 
 
@@ -56,7 +57,7 @@ class GpuRow:
 
     gpu: Gpu
     settings: Mapping[str, Any] | None
-    """Values for keys of ``memory``; None if it does not fit."""
+    """Values for keys of ``memory``; None if the recipe does not fit."""
     needed: int
     seconds_per_pair: float | None
 
@@ -70,11 +71,11 @@ class MemoryPlan:
     budget: int | None
     """Bytes that the run may use; None if unknown."""
     gpu: Gpu | None
-    """None on a CPU."""
+    """The GPU; None on a CPU."""
     measured: StepMemory
     """The step as measured on meta with these settings."""
     deterministic: bool = False
-    """Whether the run asks for deterministic kernels."""
+    """Whether the run uses deterministic kernels."""
 
     @property
     def peak(self) -> int:
@@ -94,7 +95,7 @@ class MemoryPlan:
 
     @property
     def needed(self) -> int:
-        """The bytes that the training needs: peak and allowances, or more to load the base."""
+        """The bytes that a step or loading the base needs, whichever is more, with allowances."""
         loading = self.measured.loading + sum(self._allowances(0).values())
         return max(self.peak + sum(self.allowances.values()), loading)
 
@@ -103,18 +104,18 @@ class MemoryPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether ``needed`` is within the budget. True without a budget."""
+        """Whether ``needed`` is within the budget; True if there is no budget."""
         return self.budget is None or self.needed <= self.budget
 
     @property
     def flops_per_pair(self) -> float:
-        """FLOPs per pair of the planned forward pass."""
+        """FLOPs per pair of the measured forward and backward pass."""
         flops = sum(flops * count for (flops, _), count in self.measured.work.items())
         return flops / self.measured.pairs
 
     @property
     def seconds_per_pair(self) -> float | None:
-        """An estimate, from the GPU's data sheet."""
+        """Estimated seconds per pair, from the GPU's data sheet; None on a CPU."""
         if self.gpu is None:
             return None
         return seconds(self.measured.work, self.measured.sent, self.gpu) / self.measured.pairs
@@ -140,7 +141,7 @@ class MemoryPlan:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the plan in bytes and seconds."""
+        """Return the plan as values for JSON, in bytes and seconds."""
         return {
             "fits": self.fits,
             "budget_bytes": self.budget,
@@ -160,7 +161,7 @@ class MemoryPlan:
 
 
 class Planner:
-    """The plans of one recipe for any budget. Extrapolations are made when needed, and kept."""
+    """Plans one recipe for any budget. Extrapolations are made when needed, and kept."""
 
     def __init__(self, recipe: Recipe, config: Any, triples: Triples, kind: str) -> None:
         self.recipe, self.config, self.triples, self.kind = recipe, config, triples, kind
@@ -175,7 +176,10 @@ class Planner:
 
     @cached_property
     def _whole(self) -> tuple[int, int, int]:
-        """Bytes held by all layers, of the input embedding (if it can move), and while loading."""
+        """(bytes on the device in all steps, bytes of the input embedding, bytes while loading).
+
+        The second number is 0 if the embedding is tied: then it cannot move to host memory.
+        """
         on_device = self.recipe.with_memory({"embedding_on_cpu": False})
         dtype = choose_dtype(on_device.model.dtype, self.kind)
         model = self._models.get(on_device, self.config, dtype)
@@ -187,10 +191,10 @@ class Planner:
     def choices(self) -> list[dict[str, Any]]:
         """Return all choices of memory settings, the simplest first.
 
-        They leave out the number of checkpointed layers.
+        A choice does not include the number of checkpointed layers.
         """
         memory, longest = self.recipe.memory, self.longest
-        # The tokens of a step: a forward pass of more tokens would be the same.
+        # A step has no more tokens than this. A higher limit would change nothing.
         step_tokens = self._longest(self.recipe.training.global_batch_size)
         more_tokens = [min(more, step_tokens) for more in MORE_TOKENS if longest < more]
         tokens = sorted({longest, *more_tokens}, reverse=True)
@@ -229,17 +233,21 @@ class Planner:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest pair in the model."""
+        """Tokens of the longest pair on the planned route."""
         return self._longest(1)
 
     def _longest(self, count: int) -> int:
+        """Return the sum of the tokens of the ``count`` longest pairs."""
         tokens = self.triples[:, 1] + self.triples[:, 2]
         if self.planned.route == "shared":
             tokens = tokens - self.triples[:, 0]
         return int(np.sort(tokens)[-count:].sum())
 
     def _amounts(self, *, partly: bool = False) -> list[int]:
-        """Return the possible numbers of un-checkpointed layers; ``partly`` excludes all layers."""
+        """Return the possible numbers of un-checkpointed layers.
+
+        ``partly`` excludes the number of all layers.
+        """
         amount = self.recipe.memory.activation_checkpointing
         if amount == "auto":
             amounts = list(range(self.layers + 1))
@@ -248,12 +256,12 @@ class Planner:
         return [kept for kept in amounts if kept < self.layers or not partly]
 
     def extrapolation(self, choice: Mapping[str, Any]) -> LayerExtrapolation:
-        """Return the extrapolation of a choice. It does not depend on the embedding's device."""
+        """Return the extrapolation of a choice. The embedding's device does not change it."""
         known = self._extrapolations.get(_step_key(choice))
         if known is not None:
             return known
         chosen = self.recipe.with_memory({**choice, "embedding_on_cpu": False})
-        # Layers are the same with and without offload, and with any number of rows of logits.
+        # Offload and head_chunk do not change what an un-checkpointed layer needs.
         same_layers = {
             **choice,
             "checkpoint_offload": False,
@@ -280,7 +288,7 @@ class Planner:
         return found
 
     def fastest_settings(self, budget: int | None, gpu: Gpu | None) -> dict[str, Any] | None:
-        """Return the fastest memory settings that fit by extrapolation; None if none fits."""
+        """Return the fastest memory settings that fit by extrapolation; None if nothing fits."""
         fastest: dict[str, Any] | None = None
         fastest_time = math.inf
         for choice in self.choices():
@@ -301,19 +309,19 @@ class Planner:
     def _most_kept(
         self, choice: Mapping[str, Any], budget: int | None, gpu: Gpu | None
     ) -> int | None:
-        """Return how many layers need not be checkpointed within the budget; None if none fits."""
+        """Return the most un-checkpointed layers that fit; None if the choice does not fit."""
         most = None
         for kept in self._amounts():
             if budget is None or self._needed(choice, kept, gpu) <= budget:
                 most = kept
             elif most is not None:
-                break  # more layers need more
+                break  # more un-checkpointed layers need more memory
         return most
 
     def _is_slower(
         self, choice: Mapping[str, Any], fastest: float, budget: int | None, gpu: Gpu | None
     ) -> bool:
-        """Return whether a few steps show that a choice takes at least ``fastest`` seconds."""
+        """Return True if a lower bound of a choice's seconds per token reaches ``fastest``."""
         found, amounts = self.extrapolation(choice), self._amounts()
         untiled = found.untiled
         if math.isinf(fastest) or not untiled:
@@ -324,14 +332,14 @@ class Planner:
             if budget is None
             or self._in_step(choice, found.least_peak(untiled, kept), gpu) <= budget
         ]
-        # The time is linear in their number.
+        # The time is linear in ``kept``, so its smallest and largest value are enough.
         return all(
             found.least_seconds_per_token(untiled, self.layers, kept, gpu or GPUS[0]) >= fastest
             for kept in (amounts[0], max(fitting, default=amounts[0]))
         )
 
     def run(self, settings: Mapping[str, Any], budget: int | None, gpu: Gpu | None) -> MemoryPlan:
-        """Return the plan of these settings, from a step with all layers."""
+        """Measure a step with these settings and all layers, and return the plan."""
         found = measure(
             self.recipe.with_memory(settings),
             self.config,
@@ -352,7 +360,7 @@ class Planner:
         settings = self.fastest_settings(budget, gpu) or smallest
         plan = self.run(settings, budget, gpu)
         while not plan.fits and self.layers - settings["activation_checkpointing"] > least_kept:
-            # The extrapolation was a little low, because layers differ.
+            # The extrapolation was a little too low, because layers differ.
             checkpointed = settings["activation_checkpointing"] + 1
             settings = settings | {"activation_checkpointing": checkpointed}
             plan = self.run(settings, budget, gpu)
@@ -361,7 +369,7 @@ class Planner:
         return self.run(smallest, budget, gpu)
 
     def row(self, gpu: Gpu) -> GpuRow:
-        """Return how the recipe fits a GPU."""
+        """Return the fastest settings that fit a GPU, with their memory and time."""
         settings = self.fastest_settings(gpu.memory, gpu)
         if settings is None:
             return GpuRow(gpu, None, self.least_bytes(gpu), None)
@@ -380,7 +388,7 @@ class Planner:
         return max(self._in_step(choice, step, gpu), self._whole[2] + self._allowances(0, gpu))
 
     def _in_step(self, choice: Mapping[str, Any], step: int, gpu: Gpu | None) -> int:
-        """Return the bytes of a step that adds ``step`` bytes to those that are always held."""
+        """Return all device bytes during a step. ``step`` counts those of the step alone."""
         whole, embedding, _ = self._whole
         if choice["embedding_on_cpu"]:
             whole -= embedding
@@ -391,7 +399,7 @@ class Planner:
         return sum(allowances(step, gpu, deterministic=deterministic).values())
 
     def changes(self, budget: int, gpu: Gpu | None) -> list[Change]:
-        """Return changes of the training that need less memory, and whether they fit."""
+        """Return changes of the recipe that need less memory, and whether each one fits."""
         recipe, memory = self.recipe, self.recipe.memory
         settings: dict[str, Any] = {
             f"memory.{name}": "auto" for name in PLANNED_SETTINGS if getattr(memory, name) != "auto"
@@ -434,7 +442,7 @@ class Planner:
 
 
 def _step_key(choice: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return the values of a choice that change a step."""
+    """Return the values of a choice as a dictionary key, without ``embedding_on_cpu``."""
     return tuple(value for name, value in sorted(choice.items()) if name != "embedding_on_cpu")
 
 
@@ -444,7 +452,7 @@ def no_plan(name: str, error: Exception) -> ModelError:
     return ModelError(
         where=f"model {name}",
         found=f"its step cannot be measured without weights ({type(error).__name__})",
-        fix="set the keys of memory by hand; training uses them unchanged",
+        fix="set the memory.* keys in the recipe; the training uses their values unchanged",
     )
 
 
@@ -453,7 +461,7 @@ def fit(
 ) -> MemoryPlan:
     """Return the fastest plan within ``budget`` bytes.
 
-    Raises :class:`FitError` with the changes that would help.
+    If nothing fits, raise :class:`FitError` with the changes that would help.
     """
     planner = Planner(recipe, config, triples, kind)
     plan = planner.plan(budget, gpu)
@@ -474,7 +482,7 @@ def does_not_fit(plan: MemoryPlan, changes: Sequence[Change]) -> FitError:
         )
     useful = [line for line, change in zip(lines, changes, strict=True) if change.fits]
     if useful:
-        first = "one of these; all keys except those of memory change what is trained:"
+        first = "one of these; keys other than memory.* change what is trained:"
     else:
         useful = lines[-1:]
         first = "another base, or a GPU with more memory; no single change is enough"

@@ -1036,7 +1036,7 @@ def test_a_model_that_is_not_that_of_its_config_is_refused(tmp_path: Path) -> No
         config.write_text(whole.replace(old, new))
         with pytest.raises(ModelError, match=said) as raised:
             export(run, "gguf")
-        assert raised.value.fix == f"orpo-lite merge '{run}' makes it again"
+        assert raised.value.fix == f"orpo-lite merge '{run}' writes the merged model again"
         config.write_text(whole)
     assert not (run / "export" / "gguf-f32").exists()
 
@@ -1117,7 +1117,7 @@ def test_merges_that_no_score_can_order_are_refused(tmp_path: Path) -> None:
     [
         ("onnx", {}, "one of gguf, ollama, vllm"),
         ("gguf", {"outtype": "int3"}, "one of f32"),
-        ("vllm", {"outtype": "f16"}, "as it is"),
+        ("vllm", {"outtype": "f16"}, "serves the adapter unchanged"),
         ("gguf", {"weights": "none"}, "one of original, dequantized"),
     ],
 )
@@ -1274,7 +1274,7 @@ def test_thoughts_that_a_template_takes_out_are_told() -> None:
     from orpo_lite.exporting.ollama_template import find_turns, renderer
 
     plain = OTHERS["system in the first question"]
-    note = "the chat template removes <think> from earlier answers; Ollama's does not"
+    note = "the chat template removes <think> from earlier answers; Ollama's template keeps it"
     for template, told in (
         (plain, False),
         (plain.replace("m.content", "m.content.split('</think>')[-1]"), True),
@@ -1290,7 +1290,7 @@ def test_a_template_that_counts_its_turns_is_refused(tmp_path: Path) -> None:
     run = write_run(
         tmp_path / "run", tiny_llama(520), pieces_tokenizer("always", chat_template=counting)
     )
-    with pytest.raises(ModelError, match="it cannot be converted for Ollama"):
+    with pytest.raises(ModelError, match="so it cannot be converted for Ollama"):
         export(run, "ollama")
     assert not (run / "export").exists()
 

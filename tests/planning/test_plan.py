@@ -628,7 +628,7 @@ def test_the_local_gpu_comes_first(
     code, said, _ = call("plan", "--recipe", "mistral-qlora", *keys)
     assert code == 0
     assert "20.00 GiB free on this machine's NVIDIA GeForce RTX 4090" in said
-    assert "other processes use 3.00 GiB of the GPU; the plan leaves that to them" in said
+    assert "other processes use 3.00 GiB of the GPU; the plan does not use that memory" in said
 
 
 # --- training to a budget
@@ -740,7 +740,7 @@ def test_a_base_that_cannot_be_counted_trains_with_its_memory_settings_as_they_a
     ]
     assert result.steps == 1
     assert not (result.run / "plan.json").exists()
-    with pytest.raises(ModelError, match="set the keys of memory by hand"):
+    with pytest.raises(ModelError, match=r"set the memory\.\* keys in the recipe"):
         plan(small_recipe(*keys, "model.dtype=float32"))
 
 
@@ -955,6 +955,6 @@ def test_a_limit_beyond_the_base_s_is_said(call: Call, workspace: Path) -> None:
     )
     _, said, _ = call("plan", "--recipe", "mistral-qlora", *keys)
     assert (
-        "note: the base reads 256 tokens, and training refuses pairs of 512: data.max_length=256"
-        in said
+        "note: the base reads at most 256 tokens, so training refuses a sequence of 512: "
+        "set data.max_length=256" in said
     )

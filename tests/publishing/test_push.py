@@ -1095,7 +1095,10 @@ def test_stopped_while_the_hub_is_waited_for(
     a_run: Path, hub: Hub, tmp_path: Path, at: str
 ) -> None:
     code, said, seconds = interrupted(hub, tmp_path, at, "push", str(a_run), REPO, "--merged")
-    assert (code, said) == (130, f"stopped; then: orpo-lite push {a_run} {REPO} --merged\n")
+    assert (code, said) == (
+        130,
+        f"stopped; continue with: orpo-lite push {a_run} {REPO} --merged\n",
+    )
     assert seconds < 2
 
 
@@ -1103,7 +1106,7 @@ def test_stopped_while_a_licence_is_asked_for(on_the_hub: Path, hub: Hub, tmp_pa
     code, said, seconds = interrupted(
         hub, tmp_path, f"/{NAME}/resolve/", "push", str(on_the_hub), REPO
     )
-    assert (code, said) == (130, f"stopped; then: orpo-lite push {on_the_hub} {REPO}\n")
+    assert (code, said) == (130, f"stopped; continue with: orpo-lite push {on_the_hub} {REPO}\n")
     assert seconds < 2
 
 
@@ -1121,7 +1124,7 @@ def test_a_training_stopped_while_it_pushes(
     code, said, seconds = interrupted(
         hub, workspace, LFS, "train", "--recipe", "./small.yaml", *keys
     )
-    last = f"stopped; the adapter is safe in run/adapter; then: orpo-lite push run {REPO}"
+    last = f"stopped; the adapter is safe in run/adapter; continue with: orpo-lite push run {REPO}"
     assert (code, said.splitlines()[-1]) == (130, last)
     assert seconds < 3
 
