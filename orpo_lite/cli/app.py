@@ -56,7 +56,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-recipes_app = typer.Typer(no_args_is_help=True, help="List, show or copy the shipped recipes.")
 
 BUG = 70  # exit code of a bug: EX_SOFTWARE of sysexits.h
 
