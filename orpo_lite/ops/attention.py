@@ -36,9 +36,9 @@ NAME = "orpo_lite_pairs"  # the key of pair_attention in transformers' Attention
 
 
 class UnsupportedError(Exception):
-    """A model calls :func:`pair_attention` with an option that it does not support.
+    """A model calls :func:`pair_attention` with an option that this function does not support.
 
-    Each sequence must then go through the model alone.
+    The model cannot process packed rows, so each sequence must go through the model alone.
     """
 
 

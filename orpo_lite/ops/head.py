@@ -5,7 +5,7 @@ of a chunk of rows at a time.
 
 Each log-probability depends on a single hidden state, so its gradient is one vector. If the head is
 frozen, the forward pass of :func:`row_logps` stores these vectors. The backward pass multiplies
-them by the incoming gradient. It needs no logits, so logits are neither kept nor computed again.
+them by the incoming gradient, so logits are neither kept nor computed again.
 """
 
 from __future__ import annotations
@@ -198,11 +198,11 @@ class Spans(NamedTuple):
 
 
 def packed_logps(logps_N: Tensor, spans: Sequence[Sequence[int]]) -> PairLogps:
-    """Return the :class:`PairLogps` of P pairs from the log-probabilities of their scored rows.
+    """Return the :class:`PairLogps` of P packed pairs.
 
     Args:
-        logps_N: the result of :func:`row_logps`, pair after pair.
-        spans: the values of one :class:`Spans` for each pair.
+        logps_N: log-probabilities of the scored rows of all pairs, a result of :func:`row_logps`.
+        spans: for each pair, the values of a :class:`Spans`.
     """
     chosen, rejected, nll, counted = [], [], [], []
     parts = logps_N.split([sum(span[:3]) for span in spans])

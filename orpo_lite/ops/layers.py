@@ -213,10 +213,11 @@ class HostPool:
         return sum(slab.count for slab in self._slabs)
 
     def place_for(self, tensor: Tensor, expected: int) -> _Place:
-        """Return a place for a tensor, in a new slab if no slab has enough free bytes.
+        """Return a place for a tensor. If no slab has enough free bytes, allocate a new slab.
 
-        The size of a new slab is the largest power of two that ``expected`` tensors of this size
-        fill, so that little memory is unused. A slab holds at least this tensor.
+        ``expected`` tensors of this size are still to come, this one included. The size of the new
+        slab is the largest power of two that is not larger than these tensors, so little memory is
+        unused. A slab is always large enough for this tensor.
         """
         size = -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
         fitting = [slab for slab in self._slabs if slab.free_bytes >= size]
@@ -234,7 +235,7 @@ ALIGNMENT = 512  # bytes, as in torch's allocator on the device
 
 
 class _Slab:
-    """Host memory that is filled from its start, and again after all its tensors are released."""
+    """A block of host memory for several tensors. It is reused when all of them are released."""
 
     def __init__(self, memory_B: Tensor) -> None:
         self.memory_B, self.filled, self.count = memory_B, 0, 0

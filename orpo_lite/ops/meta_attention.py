@@ -82,8 +82,8 @@ def _workspace(query: Tensor, key: Tensor, value: Tensor, padding: int) -> list[
 
     The kernels sum the queries' gradient in float32. In half precision with heads larger than 64,
     the memory-efficient kernel also sums the gradients of keys and values in float32
-    (``kOutputInRF`` in torch's mem_eff_attention/kernel_backward.h). If sequences have different
-    lengths, their rows are padded to at most ``padding`` times as many rows.
+    (``kOutputInRF`` in torch's mem_eff_attention/kernel_backward.h). ``padding`` is as in
+    :func:`meta_padded_attention`.
 
     The arguments have the shape (B, H, T, E), or (T, H, E) without grouped queries.
     """
@@ -114,8 +114,9 @@ def meta_flash_attention(query: Tensor, key: Tensor, value: Tensor, segments: in
 def meta_padded_attention(query: Tensor, key: Tensor, value: Tensor, padding: int) -> Tensor:
     """Simulate the memory-efficient kernel on meta tensors of shape (T, H, E).
 
-    The kernel pads its sequences to the longest one, to at most ``padding`` times as many rows.
-    Each query head must have its own key head.
+    The kernel pads each sequence to the length of the longest one. ``padding`` is an upper bound of
+    the number of rows with padding divided by the number without. Each query head must have its own
+    key head.
     """
     out: Tensor = MetaAttention.apply(query, key, value, 0, padding)
     return out

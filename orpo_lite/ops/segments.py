@@ -89,7 +89,7 @@ class AttentionOptions(NamedTuple):
 
     @property
     def window_size(self) -> tuple[int, int]:
-        """FlashAttention's window: tokens to the left of the query (-1: all) and to its right."""
+        """FlashAttention's window: tokens left of the query (-1: no limit), tokens right of it."""
         return (-1 if self.window is None else self.window - 1, 0)
 
 
@@ -144,15 +144,15 @@ class Run(NamedTuple):
 
 
 PADDING = 2
-"""Limit of a run's number of rows with padding, divided by its number of rows without padding."""
+"""Upper bound for each run: its number of rows with padding / its number without padding."""
 
 
 @lru_cache(maxsize=4)
 def similar_runs(segments: tuple[Segment, ...], device: torch.device) -> tuple[Run, ...]:
     """Split the segments of a row into runs of similar length, to save memory.
 
-    They are for a kernel that pads the sequences of a call to the longest one. For a run, padding
-    multiplies the number of queries or keys by at most :data:`PADDING`.
+    A kernel that pads each sequence to the longest one of a call can process one run per call.
+    Within a run, padding multiplies the number of queries or keys by at most :data:`PADDING`.
     """
     groups: list[list[Segment]] = []
     for segment in segments:
