@@ -80,7 +80,7 @@ class TrainState:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any], where: str) -> Self:
-        """Return the state that ``value``, the JSON of this version or an earlier one, describes.
+        """Return the state stored in ``value``, JSON values of this version or an earlier one.
 
         Raises:
             CheckpointError: the version is unknown, or fields are missing or unknown. The error

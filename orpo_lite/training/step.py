@@ -160,7 +160,7 @@ def update(
 
     Returns:
         The norm of the gradients before clipping, and whether loss and gradients were finite.
-        Gradients that overflow because the float16 loss is scaled count as finite.
+        If the scaled float16 loss overflows, its gradients count as finite.
     """
     scaler.unscale_(optimizer)
     norm = float(torch.nn.utils.clip_grad_norm_(trained, max_grad_norm or math.inf))

@@ -73,7 +73,7 @@ def _wandb_fault() -> str:
 
 
 def _wandb_mode() -> str:
-    """Return wandb's mode. wandb reads WANDB_MODE only once, so later changes are read here."""
+    """Return wandb's mode. WANDB_MODE is read here, because wandb ignores later changes of it."""
     import wandb
 
     settings = wandb.setup(wandb.Settings(silent=True, console="off")).settings
