@@ -16,12 +16,15 @@ from orpo_lite.model.quantize import bypassed_layers
 from orpo_lite.ops.devices import META
 from orpo_lite.recipe.schema import Recipe
 
-# peft's names of the base's own tensors next to those of an adapted embedding.
+# Endings of the names of base tensors, which peft saves together with an adapted embedding.
 BASE_LAYER = (".base_layer.weight", ".base_layer.bias")
 
 
 def add_lora(model: nn.Module, recipe: Recipe, folder: Path | None) -> nn.Module:
-    """Return the model with a new adapter, shaped by the recipe or the adapter in ``folder``."""
+    """Return the model with a new adapter.
+
+    Its configuration is that of the adapter in ``folder``, or the recipe's if ``folder`` is None.
+    """
     lora = recipe.lora
     if folder:
         config = read_adapter_config(folder)
@@ -41,23 +44,23 @@ def add_lora(model: nn.Module, recipe: Recipe, folder: Path | None) -> nn.Module
     torch.manual_seed(recipe.training.seed)  # for the adapter's initialisation
     device = next(model.parameters()).device
     try:
-        # Without this each matrix of a model on meta would be allocated first and then dropped.
+        # For a model on meta, peft would otherwise allocate each matrix in memory first.
         with device if device == META else nullcontext():
             model = get_peft_model(model, config)
     except ValueError as error:
-        if "ParamWrapper" in str(error):  # on a mixture's experts, which are not separate layers
+        if "ParamWrapper" in str(error):  # on experts, which are parameters and not layers
             fix = Overrides(
                 {"lora.use_dora": False, "lora.lora_dropout": 0},
                 ", or lora.target_modules=q_proj,k_proj,v_proj,o_proj",
             )
             raise ModelError(
                 where="adapter",
-                found="it adapts experts, for which peft supports neither DoRA nor dropout",
-                expected="plain LoRA for experts",
+                found="it is on experts, for which peft supports neither DoRA nor dropout",
+                expected="LoRA without DoRA and dropout for experts",
                 fix=fix,
             ) from error
         raise ModelError(
-            where="adapter", found=first_line(error), expected="layers of this base"
+            where="adapter", found=first_line(error), expected="names of layers of this base"
         ) from error
     if lora.init_lora_weights == "orthogonal" and not folder:
         _init_orthogonal(model, recipe)
@@ -65,10 +68,11 @@ def add_lora(model: nn.Module, recipe: Recipe, folder: Path | None) -> nn.Module
 
 
 def _excluded_layers(model: Any) -> list[str]:
-    """Return the layers that peft would adapt without effect or with an error.
+    """Return the names of layers that must have no adapter: it would have no effect or fail.
 
-    These are layers for images or sound, which pairs do not use; routers that subclass a linear
-    layer and return more than one tensor; and layers whose weight other code reads.
+    - Layers for images or sound, because pairs do not use them.
+    - Routers that subclass a linear layer and return more than one tensor.
+    - The layers of :func:`bypassed_layers`.
     """
     decoder_modules = set(model.get_decoder().modules())
     excluded = bypassed_layers(model)
@@ -85,9 +89,9 @@ def _excluded_layers(model: Any) -> list[str]:
 
 @torch.no_grad()
 def _init_orthogonal(model: nn.Module, recipe: Recipe) -> None:
-    """Initialise like peft's orthogonal_init.
+    """Initialise the adapter like peft's orthogonal_init.
 
-    That one takes the dtype of the base's weights and so fails on a 4-bit base.
+    peft's function fails on a 4-bit base, because it uses the dtype of the base's weights.
     """
     rank = recipe.lora.r
     if rank % 2:
@@ -95,7 +99,7 @@ def _init_orthogonal(model: nn.Module, recipe: Recipe) -> None:
             where=recipe.sources["lora.r"],
             found=f"lora.r={rank}",
             expected="an even number for lora.init_lora_weights=orthogonal",
-            fix=f"{rank + 1}",
+            fix=f"lora.r={rank + 1}",
         )
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
@@ -107,15 +111,18 @@ def _init_orthogonal(model: nn.Module, recipe: Recipe) -> None:
 
 def adapter_tensors(model: PairModel) -> dict[str, Tensor]:
     """Return the adapter's tensors under peft's names, on the CPU."""
-    # Otherwise peft saves an adapted embedding too, and looks for it on the hub.
+    # By default peft would save an adapted embedding too, and would ask the hub about it.
     state: dict[str, Tensor] = get_peft_model_state_dict(model.model, save_embedding_layers=False)
     return {name: tensor.detach().to("cpu").contiguous() for name, tensor in state.items()}
 
 
 def set_adapter(model: PairModel, tensors: dict[str, Tensor]) -> None:
-    """Load :func:`adapter_tensors` back. Raises :class:`ModelError` when names or shapes differ.
+    """Set the adapter to tensors that :func:`adapter_tensors` returned or that peft saved.
 
-    Tensors of the base that peft has saved with them are ignored.
+    peft may have saved tensors of the base too. They are ignored.
+
+    Raises:
+        ModelError: the tensors' names or shapes are not those of the model's adapter.
     """
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(BASE_LAYER)}
     own = {name: tensor.shape for name, tensor in adapter_tensors(model).items()}
@@ -124,8 +131,8 @@ def set_adapter(model: PairModel, tensors: dict[str, Tensor]) -> None:
     if differing:
         raise ModelError(
             where="adapter",
-            found=f"{len(differing)} tensors differ in name or shape from those of the model "
+            found=f"{len(differing)} tensors differ in name or shape from the model's adapter "
             f"({min(differing)} ...)",
-            expected="the adapter of this recipe",
+            expected="an adapter with the settings of this recipe",
         )
     set_peft_model_state_dict(model.model, tensors)

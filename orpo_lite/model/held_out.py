@@ -1,4 +1,4 @@
-"""Compute scores and metrics of held-out pairs, with the forward pass of the training."""
+"""Compute the scores and metrics of held-out pairs, with the forward pass of the training."""
 
 from collections.abc import Generator, Sequence
 
@@ -25,13 +25,17 @@ def evaluate(
     pad_id: int,
     processes: Processes,
 ) -> Generator[tuple[int, int], None, tuple[dict[str, float], PairLogps]]:
-    """Return the metrics of P ``pairs`` and the scores of each pair.
+    """Yield progress as (done, total) batches; finally return the metrics and scores of P pairs.
 
-    The metrics have the objective's names with the prefix ``eval_``; {} for no pairs. The scores
-    are (P,) float64 on the CPU, in the order of the pairs and in every process. Yields (batch,
-    batches). The NLL is divided by the tokens of all pairs, so it does not depend on the
-    micro-batch. The later training is not changed by a single bit: there is no dropout, no
-    generator is used, and the 4-bit weights stay as they are.
+    Evaluating does not change a single bit of the training that follows: there is no dropout, no
+    random generator is used, and the 4-bit weights do not change.
+
+    Returns:
+        The objective's metrics, whose names have the prefix ``eval_``; {} if there are no pairs.
+        They do not depend on the micro-batches: the NLL is divided by the tokens of all pairs.
+
+        The scores, each (P,) float64 on the CPU, in the order of the pairs. Every process gets the
+        scores of all pairs.
     """
     passes = yield from _forward(
         model, pairs, recipe, pad_id=pad_id, rank=processes.rank, world=processes.count
@@ -51,7 +55,7 @@ def evaluate(
 def score(
     model: PairModel, pairs: Sequence[TokenizedPair], recipe: Recipe, *, pad_id: int = 0
 ) -> Generator[tuple[int, int], None, PairLogps]:
-    """Return the scores of P pairs as :func:`evaluate` does, without metrics, in one process."""
+    """Yield progress and return the scores like :func:`evaluate`, for a single process."""
     passes = yield from _forward(model, pairs, recipe, pad_id=pad_id)
     return PairLogps(*_in_order(passes, len(pairs), model.device).cpu())
 
@@ -69,7 +73,7 @@ def _forward(
     share = micro_batches(pairs, batching, rank=rank, world=world)
     passes: Passes = []
     for number, chunk in enumerate(share):
-        # Outside of `evaluating`: the caller that draws the progress keeps its gradients and mode.
+        # Yield outside of `evaluating`, so that the caller's gradient setting does not change.
         yield number, len(share)
         batch = make_batch([pairs[index] for index in chunk], batching)
         with model.evaluating():
@@ -78,7 +82,7 @@ def _forward(
 
 
 def _in_order(passes: Passes, count: int, device: torch.device) -> torch.Tensor:
-    """Return the scores of P pairs, shape (4, P), 0 for pairs of other processes."""
+    """Return the scores of P pairs, shape (4, P). They are 0 for the pairs of other processes."""
     scores_4P = torch.zeros(4, count, dtype=torch.float64, device=device)
     for chunk, logps in passes:
         scores_4P[:, chunk] = torch.stack([values_P.double() for values_P in logps])

@@ -1,4 +1,4 @@
-"""Load the base in 4 bit with LoRA as a PairModel, or build it from its configuration alone."""
+"""Load the base in 4 bit with LoRA as a PairModel, or build it without loading weights."""
 
 import copy
 import logging
@@ -33,10 +33,10 @@ from orpo_lite.recipe.text import gib
 
 
 def choose_dtype(name: str, kind: str) -> torch.dtype:
-    """Return the torch dtype of a name.
+    """Return the torch dtype of a name: ``float16`` -> ``torch.float16``.
 
-    ``auto`` is bfloat16 on GPUs that have it, else float16 (T4), else float32 (CPU).
-    ``kind`` is the result of :func:`orpo_lite.ops.devices.device_kind`.
+    ``auto`` is bfloat16 on GPUs that support it, float16 on older GPUs (such as T4), and float32 on
+    CPUs. ``kind`` is the result of :func:`orpo_lite.ops.devices.device_kind`.
     """
     by_kind = {"ampere": torch.bfloat16, "cuda": torch.float16, "cpu": torch.float32}
     dtype: torch.dtype = by_kind[kind] if name == "auto" else getattr(torch, name)
@@ -44,28 +44,29 @@ def choose_dtype(name: str, kind: str) -> torch.dtype:
 
 
 def load_pair_model(recipe: Recipe, base: Base, device: torch.device) -> PairModel:
-    """Load the base, quantised by the recipe and frozen, with a LoRA adapter in float32.
+    """Load the frozen base, quantised if the recipe sets it, and add a LoRA adapter in float32.
 
-    ``peft.prepare_model_for_kbit_training`` is not used: it copies embeddings, head and norms to
-    float32.
+    ``peft.prepare_model_for_kbit_training`` is not used, because it copies embeddings, head and
+    norms to float32.
     """
     model = load_base(recipe, base, device)
     name = recipe.model.adapter_name_or_path
     folder = find_adapter(name) if name else None
-    # Layers that are not in 4 bit after loading.
+    # Layers that should be in 4 bit, but are not after loading.
     unquantized = [*quantizable(model)] if recipe.quantization.load_in_4bit else []
     pair_model = _as_pair_model(model, recipe, folder)
     if unquantized:
         pair_model.notes.append(
             f"quantization.load_in_4bit: {unquantized[0]} and similar layers are not quantised: "
-            "on this CPU bitsandbytes' kernel is wrong for rows of their width"
+            "on this CPU bitsandbytes' kernel gives wrong numbers for rows of their width"
         )
     if folder:
         trained_on = base_of_adapter(folder)
         if trained_on and not same_base(trained_on, base.name):
             pair_model.notes.append(
-                f"model.adapter_name_or_path: it was trained on {trained_on}, by its own "
-                f"configuration, and the base is {base.name}: on other weights it is noise"
+                f"model.adapter_name_or_path: the adapter was trained on {trained_on}, as its "
+                f"configuration says, but the base is {base.name}; an adapter is useless on "
+                "another base"
             )
         file = folder / "adapter_model.safetensors"
         try:
@@ -74,7 +75,7 @@ def load_pair_model(recipe: Recipe, base: Base, device: torch.device) -> PairMod
             raise ModelError(
                 where=str(file),
                 found=f"cannot be read: {error}",
-                expected="complete safetensors files",
+                expected="a complete safetensors file",
             ) from error
         set_adapter(pair_model, tensors)
     return pair_model
@@ -83,12 +84,12 @@ def load_pair_model(recipe: Recipe, base: Base, device: torch.device) -> PairMod
 def bare_pair_model(
     recipe: Recipe, config: Any, dtype: torch.dtype, device: torch.device = META
 ) -> PairModel:
-    """Return the model of :func:`load_pair_model` without its weights, from its configuration.
+    """Build the model of :func:`load_pair_model` from its configuration, without loading weights.
 
-    On the meta device it has shapes and storages only. On other devices it has random weights.
+    On the meta device, its tensors have no values. On other devices, its weights are random.
 
-    If the adapter is on single layers or experts, a shortened model may not have them. The adapter
-    is then put on all linear layers.
+    The configuration may have fewer layers than the base. An adapter to continue that is on single
+    layers or experts may not fit then, so the new adapter is on all linear layers instead.
     """
     names = recipe.lora.target_modules
     if recipe.model.adapter_name_or_path and any("." in name for name in names):
@@ -97,11 +98,11 @@ def bare_pair_model(
 
 
 def bare_base(recipe: Recipe, config: Any, dtype: torch.dtype, device: torch.device = META) -> Any:
-    """Return the base of :func:`bare_pair_model`, quantised by the recipe."""
+    """Return the base of :func:`bare_pair_model` alone, quantised if the recipe sets it."""
     with device:
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
     if device == META:
-        # Some models search for it among the tokens, which have no values here.
+        # Some models search the tokens for the pad token, but on meta tokens have no values.
         model.config.pad_token_id = None
     if recipe.quantization.load_in_4bit:
         quantize(model, recipe, dtype)
@@ -109,7 +110,7 @@ def bare_base(recipe: Recipe, config: Any, dtype: torch.dtype, device: torch.dev
 
 
 def _as_pair_model(model: nn.Module, recipe: Recipe, folder: Path | None) -> PairModel:
-    """Return the model frozen, with its adapter and the settings of ``memory``."""
+    """Freeze the model, add an adapter, apply the settings of ``memory``, return a PairModel."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     bypassed = sorted({name.rsplit(".", 1)[-1] for name in bypassed_layers(model)})
@@ -118,7 +119,7 @@ def _as_pair_model(model: nn.Module, recipe: Recipe, folder: Path | None) -> Pai
     pair_model = PairModel(add_lora(model, recipe, folder), recipe.memory).train()
     if recipe.quantization.load_in_4bit and experts:
         pair_model.notes.append(
-            f"quantization.load_in_4bit: {gib(experts)} of its experts are not quantised: "
+            f"quantization.load_in_4bit: {gib(experts)} of expert weights are not quantised: "
             "bitsandbytes quantises linear layers only"
         )
     if bypassed:
@@ -131,7 +132,13 @@ def _as_pair_model(model: nn.Module, recipe: Recipe, folder: Path | None) -> Pai
 
 
 def load_base(recipe: Recipe, base: Base, device: torch.device) -> nn.Module:
-    """Load the base alone, as the recipe says. Raises FitError, ModelError."""
+    """Load the base alone, with the recipe's dtype, attention and quantization.
+
+    Raises:
+        FitError: a package that 4 bit needs is missing.
+        ModelError: weights are missing, unreadable or of a wrong shape.
+        torch.OutOfMemoryError: the device is out of memory.
+    """
     dtype = choose_dtype(recipe.model.dtype, device_kind(device))
     options: dict[str, Any] = {
         "config": copy.deepcopy(base.config),
@@ -139,7 +146,7 @@ def load_base(recipe: Recipe, base: Base, device: torch.device) -> nn.Module:
         "device_map": {"": str(device)},
         "use_safetensors": True,
         "generation_config": GenerationConfig(),  # an invalid generation_config.json would raise
-        "ignore_mismatched_sizes": True,  # otherwise it raises without naming any of them
+        "ignore_mismatched_sizes": True,  # otherwise transformers' error names none of them
     }
     if recipe.model.attn_implementation:
         options["attn_implementation"] = recipe.model.attn_implementation
@@ -147,7 +154,7 @@ def load_base(recipe: Recipe, base: Base, device: torch.device) -> nn.Module:
         skipped = skipped_modules(recipe, base.config, device)
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
-            llm_int8_skip_modules=skipped or None,  # it applies to 4 bit too
+            llm_int8_skip_modules=skipped or None,  # it is also used for 4 bit
             bnb_4bit_quant_type=recipe.quantization.bnb_4bit_quant_type,
             bnb_4bit_use_double_quant=recipe.quantization.bnb_4bit_use_double_quant,
             bnb_4bit_compute_dtype=compute_dtype(recipe, dtype),
@@ -174,9 +181,9 @@ def load_base(recipe: Recipe, base: Base, device: torch.device) -> nn.Module:
             where=f"model {base.path}",
             found=f"its weights cannot be read: {first_line(error)}",
             expected="complete safetensors files",
-            fix="download it again",
+            fix="download the model again",
         ) from error
-    # transformers would leave these random.
+    # transformers initialises these weights with random numbers.
     missing = [
         *loading["missing_keys"],
         *(str(name) for name, *_ in loading["mismatched_keys"]),
@@ -186,8 +193,8 @@ def load_base(recipe: Recipe, base: Base, device: torch.device) -> nn.Module:
         names = ", ".join(sorted(missing)[:3])
         raise ModelError(
             where=f"model {base.name}",
-            found=f"lacks {len(missing)} weights of the right shape ({names} ...)",
-            expected="all weights",
+            found=f"{len(missing)} weights are missing or have a wrong shape ({names} ...)",
+            expected="all weights of the model",
         )
     loaded: nn.Module = model
     return loaded
@@ -196,7 +203,7 @@ def load_base(recipe: Recipe, base: Base, device: torch.device) -> nn.Module:
 class _LoadingLog(logging.Handler):
     """A log handler that records the messages of transformers while it loads a model.
 
-    If transformers cannot quantise a tensor, its exception says only that there was one.
+    If a tensor cannot be quantised, the reason is only in these messages and not in the exception.
     """
 
     def __init__(self) -> None:
@@ -212,7 +219,7 @@ class _LoadingLog(logging.Handler):
         logger = logging.getLogger("transformers.modeling_utils")
         level, is_disabled = logger.level, logger.disabled
         logger.addHandler(self)
-        logger.setLevel(logging.WARNING)  # whatever the caller has set for all of transformers
+        logger.setLevel(logging.WARNING)  # the caller may have set another level
         logger.disabled = False
         try:
             yield

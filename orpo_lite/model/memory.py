@@ -17,7 +17,7 @@ def apply_memory_settings(model: PairModel, recipe: Recipe) -> None:
         unfused = fuse_lora(model.model)
         if unfused:
             model.notes.append(
-                f"memory.fused_lora: {len(unfused)} adapted layers keep peft's own operation "
+                f"memory.fused_lora: {len(unfused)} adapted layers use peft's own operation "
                 f"({unfused[0]} ...)"
             )
     _apply_layer_settings(model, recipe)
@@ -29,15 +29,15 @@ def _apply_layer_settings(model: PairModel, recipe: Recipe) -> None:
     if isinstance(memory.mlp_tile, int):
         tiled = tile_mlps(model.layers, memory.mlp_tile, has_dropout=has_dropout(model))
         if tiled < count or not tiled:
-            which = f"{count - tiled} of {count} layers have" if tiled else "this model has"
+            which = f"{count - tiled} of {count} layers" if tiled else "this model"
             model.notes.append(
-                f"memory.mlp_tile: {which} no MLP that can process its tokens in parts; "
-                "nothing is tiled there"
+                f"memory.mlp_tile has no effect on {which}: "
+                "there is no MLP that can process its tokens in parts"
             )
     if not model.layers and memory.checkpointed(1):
         model.notes.append(
-            "memory.activation_checkpointing: this model's layers cannot run again; "
-            "each keeps all that its backward pass needs"
+            "memory.activation_checkpointing has no effect: "
+            "this model's layers cannot run again in the backward pass"
         )
     checkpoint_first_layers(model, recipe)
     if memory.embedding_on_cpu:
@@ -53,10 +53,10 @@ NO_MEMORY_SETTINGS = {
 
 
 def with_memory_settings(model: PairModel, recipe: Recipe) -> PairModel:
-    """Return a model with the recipe's memory settings, on the modules of ``model``.
+    """Return a model that has the recipe's memory settings and shares the modules of ``model``.
 
-    ``model`` was made with NO_MEMORY_SETTINGS. Settings of an earlier call are undone, so only the
-    newest of these models may be used.
+    ``model`` must be made with NO_MEMORY_SETTINGS. Each call changes the shared modules and undoes
+    the settings of the previous call. So only the model that was returned last may be used.
     """
     untile_mlps(model.layers)
     for layer in model.layers:
@@ -73,7 +73,10 @@ def with_memory_settings(model: PairModel, recipe: Recipe) -> PairModel:
 
 
 def checkpoint_first_layers(model: PairModel, recipe: Recipe) -> None:
-    """Make the recipe's number of first layers keep only their input. Later calls add layers."""
+    """Make the first layers keep only their input. The recipe sets their number.
+
+    A later call can add layers.
+    """
     memory = recipe.memory.unplanned()
     model.checkpointed = memory.checkpointed(len(model.layers))
     layers, offload = model.layers[: model.checkpointed], bool(memory.checkpoint_offload)
@@ -82,9 +85,9 @@ def checkpoint_first_layers(model: PairModel, recipe: Recipe) -> None:
 
 
 def has_dropout(model: nn.Module) -> bool:
-    """Return whether a second run of a layer needs the random state of the first.
+    """Return whether the adapter has dropout. The base, in evaluation mode, never has dropout.
 
-    It does for the adapter's dropout, which is the only dropout.
+    With dropout, the second run of a layer needs the random state of the first run.
     """
     adapters = (module for module in model.modules() if isinstance(module, LoraLayer))
     return any(

@@ -1,4 +1,4 @@
-"""Make the optimizer and the learning-rate schedule of a recipe, and compute their memory."""
+"""Make a recipe's optimizer and learning-rate schedule, and compute the optimizer's memory."""
 
 import math
 from typing import Any
@@ -10,20 +10,20 @@ from transformers import get_scheduler
 from orpo_lite.recipe.schema import Recipe
 
 PAGED_FROM = 100_000
-"""Elements. bitsandbytes keeps smaller states in ordinary memory (optimizer.py,
+"""Number of elements from which bitsandbytes keeps a state in paged memory (optimizer.py,
 get_state_buffer)."""
 
 
 def whole_steps(value: float, steps: int) -> int:
-    """Return a number of steps, given as such or as a share of all steps (below 1).
+    """Return ``value`` as a number of steps. If it is below 1, it is a share of ``steps``.
 
-    A share is rounded up as TrainingArguments does.
+    A share is rounded up, as in TrainingArguments: 0.1 of 25 steps -> 3.
     """
     return math.ceil(value * steps - 1e-9) if value < 1 else int(value)
 
 
 def lr_factor(recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int) -> Any:
-    """Return transformers' schedule: a function of the step to a factor of the learning rate."""
+    """Return transformers' schedule as a function: step -> factor of the learning rate."""
     settings = recipe.training
     warmup = whole_steps(settings.warmup_steps, steps)
     name: str = settings.lr_scheduler_type
@@ -36,7 +36,7 @@ def lr_factor(recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int) -> A
 def make_optimizer(recipe: Recipe, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     """Return the AdamW that ``training.optim`` names.
 
-    On a CPU bitsandbytes' paged forms run un-paged.
+    On a CPU, the paged optimizers of bitsandbytes use ordinary memory.
     """
     settings = recipe.training
     options = {
@@ -53,11 +53,12 @@ def make_optimizer(recipe: Recipe, parameters: list[torch.nn.Parameter]) -> torc
 
 
 def state_bytes(recipe: Recipe, parameters: list[torch.nn.Parameter]) -> tuple[int, int]:
-    """Return the bytes of the optimizer's states: those in ordinary memory, and the paged ones.
+    """Return the bytes of the optimizer's states in ordinary memory, and those in paged memory.
 
-    ``parameters`` are on the meta device. For bitsandbytes, its own code allocates the states here,
-    and their bytes are counted. torch's AdamW holds two float32 moments for each parameter, and
-    during a step a third tensor of that size (torch.optim.adamw, foreach).
+    ``parameters`` must be on the meta device. For an optimizer of bitsandbytes, its own code
+    allocates the states on meta, and their bytes are counted. torch's AdamW has two float32 moments
+    for each parameter. During a step it also has a third tensor of the same size
+    (torch.optim.adamw, foreach).
     """
     name = recipe.training.optim
     if name == "adamw_torch":

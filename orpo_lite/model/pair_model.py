@@ -20,7 +20,7 @@ from orpo_lite.recipe.schema import MemorySection, Recipe
 
 AttentionInterface.register(NAME, pair_attention)
 
-# Errors of a model's own code that does not take packed rows, or does not run without values.
+# Errors that a model's own code raises if it does not support packed rows or meta tensors.
 MODEL_CODE_ERRORS = (
     TypeError,
     ValueError,
@@ -32,16 +32,17 @@ MODEL_CODE_ERRORS = (
 )
 
 Route = Literal["shared", "packed", "rows", "logits"]
-"""How packed pairs go through the model, from the fastest route to the plainest.
+"""How packed pairs go through the model, from the fastest route to the simplest.
 
-shared: one row, each prompt once. packed: one row, each sequence whole. rows: one row per sequence,
-with the model's own attention. logits: like rows, and with the model's own logits.
+shared: all pairs are in one row, which contains the common prefix of a pair once. packed: all pairs
+are in one row, which contains each sequence completely. rows: each sequence goes through the model
+alone, with the model's own attention. logits: like rows, and the model computes the logits itself.
 """
 ROUTES: tuple[Route, ...] = ("shared", "packed", "rows", "logits")
 ROUTE_NOTES: dict[Route, str] = {
     "packed": "prompts are not shared",
     "rows": "pairs are neither packed nor shared: each sequence goes through the model alone",
-    "logits": "each sequence goes through the model alone, with all its logits",
+    "logits": "each sequence goes through the model alone, with all its logits in memory",
 }
 
 
@@ -60,24 +61,24 @@ class PairModel(nn.Module):
                 self.config.get_text_config().vocab_size, _number(memory.head_chunk)
             )
         self.route: Route = "shared" if memory.prompt_sharing else "packed"
-        """How packed pairs go. ``model.probe`` takes a plainer route if this model needs it."""
+        """The route of packed pairs. ``model.probe`` sets a simpler one if this model needs it."""
         self.backend = "auto"
         """The attention back-end of packed rows: see :class:`orpo_lite.ops.segments.Layout`."""
         self.target_kind: str | None = None
-        """On meta: the kind of device that the plan is for."""
+        """On meta: the device kind for which a plan is made."""
         self.notes: list[str] = []
-        """What the user should know of this model's step, one line each."""
-        # Not the layers of an image encoder: no pair goes through them.
+        """Notes for the user on how this model is loaded and trained, one line each."""
+        # Without the layers of an image encoder: no pair goes through them.
         decoder = self.causal.get_decoder()
         self.layers = [
             module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)
         ]
         """The decoder layers."""
         self.checkpointed = 0
-        """How many of them, from the first on, keep only their input."""
+        """Number of decoder layers, counted from the first one, that keep only their input."""
         if getattr(self.config.get_text_config(), "output_router_logits", False):
             self.notes.append(
-                "the auxiliary loss of its routers (output_router_logits) is not added: "
+                "the auxiliary loss of the model's routers (output_router_logits) is not added: "
                 "only ORPO's loss is used"
             )
         self.own_attention = self.config._attn_implementation
@@ -90,14 +91,14 @@ class PairModel(nn.Module):
 
     @property
     def backbone(self) -> Any:
-        """The model without its head: it returns hidden states after the last norm."""
+        """The model without its head. It returns the hidden states after the last norm."""
         causal = self.causal
-        if causal.base_model is causal:  # some models have a prefix without an attribute
+        if causal.base_model is causal:  # some models lack the attribute base_model_prefix names
             return causal.model
         return causal.base_model
 
     def forward(self, batch: Batch) -> PairLogps:
-        """Run one forward pass over all pairs of a batch."""
+        """Return the log-probabilities of the batch's pairs, from one forward pass."""
         if isinstance(batch, PackedPairs):
             return packed_logps(self.score(batch, self.route), batch.spans)
         output = self.model(
@@ -106,7 +107,7 @@ class PairModel(nn.Module):
         return padded_logps(output.logits, batch.input_ids_RT, batch.response_RT, batch.counted_RT)
 
     def score(self, batch: PackedPairs, route: Route) -> Tensor:
-        """Return the log-probabilities of the batch's scored rows by a route, shape (N,)."""
+        """Return the log-probabilities of the batch's scored rows, shape (N,)."""
         if route == "logits" or self.chunk is None:
             return pick(at_least_float32(self.row_logits(batch, route)), batch.targets_N)
         return row_logps(
@@ -114,7 +115,7 @@ class PairModel(nn.Module):
         )
 
     def row_logits(self, batch: PackedPairs, route: Route) -> Tensor:
-        """Return the logits of the batch's scored rows, shape (N, V): all of them are held."""
+        """Return the logits of the batch's scored rows, shape (N, V). All are in memory at once."""
         if route == "logits":
             outputs = self._each_row(self.model, batch)
             return torch.cat([output.logits[0] for output in outputs])[batch.rows_N]
@@ -130,7 +131,7 @@ class PairModel(nn.Module):
 
     @staticmethod
     def _each_row(run: Any, batch: PackedPairs) -> Iterator[Any]:
-        """Run each sequence alone, with the model's own attention."""
+        """Yield the output of ``run`` for each sequence alone, with the model's own attention."""
         for start, stop, *_ in batch.segments:
             yield run(input_ids=batch.input_ids_T[start:stop].unsqueeze(0), use_cache=False)
 
@@ -162,12 +163,12 @@ class PairModel(nn.Module):
             self.config._attn_implementation = before
 
     def fall_back(self, route: Route, reason: str) -> None:
-        """Use a plainer route for packed pairs from now on, and add the reason to ``notes``."""
+        """Use a simpler route for packed pairs from now on, and add the reason to ``notes``."""
         self.notes.append(f"{ROUTE_NOTES[route]}, because {reason}")
         self.route = route
 
     def batching(self, recipe: Recipe, pad_id: int) -> Batching:
-        """Return how the recipe's pairs are packed or padded for this model."""
+        """Return how pairs are divided into batches for this model, by the recipe and the route."""
         return Batching(
             packed=recipe.memory.packing,
             share=recipe.memory.packing and self.route == "shared",
@@ -179,11 +180,11 @@ class PairModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """The device that a batch must be on."""
+        """The device to which a batch must be moved."""
         return self.head.module.weight.device  # type: ignore[return-value]
 
     def trained(self) -> list[tuple[str, nn.Parameter]]:
-        """Return the adapter's parameters, by name."""
+        """Return the name and parameter of each trained parameter; all are in the adapter."""
         return [
             (name, parameter)
             for name, parameter in self.model.named_parameters()
@@ -191,14 +192,14 @@ class PairModel(nn.Module):
         ]
 
     def train(self, mode: bool = True) -> Self:
-        """Switch the adapter to training or evaluation. The frozen base always runs as evaluation.
+        """Switch the adapter to training or evaluation. The frozen base is always in evaluation.
 
-        What a base does only in training is noise here, under any name: dropout, skipped layers,
-        router jitter, random experts.
+        In training mode a base may have dropout, skipped layers, router jitter or random experts.
+        For this training they would only be noise.
 
-        A Linear4bit stays in training mode. In evaluation mode it repacks its weights on CPUs with
-        AVX512-BF16 at the first forward without gradients, and its input has no gradient from then
-        on (bitsandbytes 0.50).
+        A Linear4bit is the exception: it stays in training mode. In evaluation mode, on CPUs with
+        AVX512-BF16, its first forward pass without gradients repacks the weights. After that, its
+        input gets no gradient any more (bitsandbytes 0.50).
         """
         super().train(False)
         self.training = mode
@@ -228,9 +229,9 @@ class PairModel(nn.Module):
 
     @contextmanager
     def without_adapter(self) -> Iterator[None]:
-        """Switch the adapter off inside the ``with`` block: the model is its base then.
+        """Switch the adapter off inside the ``with`` block, so that the model is equal to its base.
 
-        A model without an adapter stays as it is.
+        A model without an adapter does not change.
         """
         wrapped: Any = self.model
         if not hasattr(wrapped, "disable_adapter"):
@@ -241,7 +242,7 @@ class PairModel(nn.Module):
 
     @contextmanager
     def without_dropout(self) -> Iterator[None]:
-        """Switch off only the adapter's dropout inside the ``with`` block; gradients flow."""
+        """Switch off only the adapter's dropout inside the ``with`` block, but not gradients."""
         noisy = [
             module
             for module in self.modules()
@@ -257,9 +258,9 @@ class PairModel(nn.Module):
 
 
 def find_head(causal: Any) -> Head:
-    """Return the output embedding and what transformers' models do to its logits.
+    """Return the output embedding, with the scale and the softcap of logits in the configuration.
 
-    ``model.probe`` finds models that do something else.
+    A model may change its logits in another way. ``model.probe`` detects this.
     """
     config = causal.config.get_text_config()
     scale = getattr(config, "logit_scale", None)

@@ -1,6 +1,6 @@
 """Find and synchronise the processes of a training, with accelerate.
 
-Only ``training.trackers`` uses accelerate too, for its trackers.
+The only other module that uses accelerate is ``training.trackers``.
 """
 
 import os
@@ -16,23 +16,23 @@ from orpo_lite.errors import Command, RecipeError
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 LAUNCH = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""The variables that a launch sets, all of them."""
+"""Environment variables. A launch of several processes sets all of them."""
 DEVICE = "ACCELERATE_TORCH_DEVICE"  # accelerate uses its value without a check
 SHARDED = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM")
 
 
 class Processes:
-    """This process, and the others that `accelerate launch` started with it, if any.
+    """This process, and the other processes that `accelerate launch` started, if any.
 
     Raises:
-        RecipeError: accelerate is configured for something other than plain data parallel, or the
-            environment has only a part of a launch's variables.
+        RecipeError: accelerate is configured for something other than plain data parallel, or only
+            some variables of LAUNCH are set, or the device does not exist.
     """
 
     def __init__(self, *, cpu: bool = False) -> None:
         _check_environment()
-        # No Accelerator: the dtypes are set here, and an Accelerator of other code in this process
-        # may have other dtypes, or DeepSpeed.
+        # An Accelerator is not used, because this package sets the dtypes itself. Other code in
+        # this process may also have made one with other dtypes or DeepSpeed.
         self._state = PartialState(cpu=cpu or parse_flag_from_env("ACCELERATE_USE_CPU"))
         self.device: torch.device = self._state.device
         if self.device.type == "cuda" and self.device.index is None:
@@ -42,14 +42,14 @@ class Processes:
             count = torch.cuda.device_count()
             raise RecipeError(
                 where="environment",
-                found=f"{DEVICE}={self.device}, but torch finds {count} CUDA devices",
+                found=f"{DEVICE}={self.device}, but the number of CUDA devices is {count}",
                 expected="a device of this machine",
                 fix=Command(f"unset {DEVICE}"),
             )
         if self._state.distributed_type not in SUPPORTED:
             raise RecipeError(
                 where="accelerate's configuration",
-                found=f"distributed by {self._state.distributed_type.value}",
+                found=f"it uses {self._state.distributed_type.value}",
                 expected="one process, or plain data parallel",
                 fix=Command("accelerate config"),
             )
@@ -71,16 +71,16 @@ class Processes:
         loss.backward()  # type: ignore[no-untyped-call]
 
     def sum(self, values: Tensor) -> Tensor:
-        """Return the sum of the processes' tensors, in every process."""
+        """Return, in every process, the sum of the ``values`` of all processes."""
         total: Tensor = reduce(values, reduction="sum")
         return total
 
     def smallest(self, number: int) -> int:
-        """Return the smallest of the processes' numbers, in every process."""
+        """Return, in every process, the smallest ``number`` of all processes."""
         return int(gather(torch.tensor([number], device=self.device)).min())
 
     def any(self, flag: bool) -> bool:
-        """Return whether ``flag`` is true in any process, in every process."""
+        """Return, in every process, whether ``flag`` is true in at least one process."""
         if self.count == 1:
             return flag
         return bool(self.sum(torch.tensor(float(flag), device=self.device)).item() > 0)
@@ -88,7 +88,7 @@ class Processes:
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         """Set each gradient to its sum over all processes.
 
-        An adapter's gradients are small, so they are sent as one tensor.
+        All gradients are sent as one tensor, because an adapter's gradients are small.
         """
         if self.count == 1:
             return
@@ -101,15 +101,15 @@ class Processes:
 
 
 def _check_environment() -> None:
-    """Raise :class:`RecipeError` if only some environment variables of a launch are set.
+    """Raise RecipeError if the environment variables of a launch are incomplete or wrong.
 
-    Each process would then run as if it was the only one.
+    With only some variables of LAUNCH, each process would run as if it were the only one.
     """
     found = {name: os.environ[name] for name in LAUNCH if name in os.environ}
     numbers = {
         name: int(found[name]) for name in LAUNCH[:3] if found.get(name, "").lstrip("-").isdigit()
     }
-    is_launch = numbers.get("LOCAL_RANK", -1) >= 0  # accelerate recognises a launch by it
+    is_launch = numbers.get("LOCAL_RANK", -1) >= 0  # as accelerate decides it
     missing = [name for name in LAUNCH if name not in found]
     is_one_of_many = numbers.get("RANK", 0) > 0 or numbers.get("WORLD_SIZE", 1) > 1
     not_numbers = [name for name in LAUNCH[:3] if name in found and name not in numbers]
@@ -124,7 +124,7 @@ def _check_environment() -> None:
             found=", ".join(f"{name}={value}" for name, value in found.items()) + problem,
             expected="all environment variables of a launch, or none",
             fix=Command(
-                f"unset {' '.join(found)}", "; or start by `accelerate launch -m orpo_lite`"
+                f"unset {' '.join(found)}", "; or start with `accelerate launch -m orpo_lite`"
             ),
         )
     sharded = [name for name in SHARDED if parse_flag_from_env(name)]
@@ -135,6 +135,7 @@ def _check_environment() -> None:
             expected="one process, or plain data parallel",
             fix=Command(
                 f"unset {' '.join(sharded)}",
-                "; if `accelerate config` set it, run that again without FSDP and DeepSpeed",
+                "; if `accelerate config` has set it, run `accelerate config` again and choose "
+                "neither FSDP nor DeepSpeed",
             ),
         )

@@ -1,4 +1,4 @@
-"""The probe: before the training, compare our step with the model's own outputs and gradient."""
+"""The probe: compare this package's step with the model's own code before the training."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,21 +28,22 @@ from orpo_lite.ops.devices import dtype_name
 
 
 def probe(model: PairModel, max_length: int, tokens: int = 0) -> None:
-    """Compare our routes with the model's own on random pairs, and use the fastest that agrees.
+    """Compare routes with the model's own code on random pairs. Use the fastest that agrees.
 
-    If a plainer route is used, ``model.notes`` gives the reason. These features make a route
-    differ: position biases (ALiBi), linear or sparse attention, attention sinks, positions that are
-    counted along the row, and changes of the logits that ``pair_model.find_head`` does not know.
+    If a simpler route is used, ``model.notes`` gives the reason. A route can give wrong results for
+    a model with position biases (ALiBi), linear or sparse attention, attention sinks, positions
+    that are counted along the row, or changes of the logits that ``pair_model.find_head`` does not
+    know.
 
     Args:
-        model: the model with the settings of the training. A new adapter gets random numbers during
-            the probe, because half of it would have no gradient otherwise. If the model has no
-            trained parameters, only the values are compared.
+        model: the model with the settings of the training. If it has no trained parameters, only
+            log-probabilities are compared and not gradients.
         max_length: number of tokens of the longest sequence.
-        tokens: number of tokens of the longest packed row; 0 for the row of one pair.
+        tokens: number of tokens of the longest packed row. If it is 0, a row has one pair.
 
     Raises:
-        ModelError: the model's own forward pass fails, or its tokens see later tokens.
+        ModelError: the model's own forward pass fails, is not finite, changes weights or lets
+            tokens see later tokens; or checkpointed layers give another gradient.
     """
     reasons: dict[Route, str] = {}
     with _random_adapter(model):
@@ -67,22 +68,22 @@ def probe(model: PairModel, max_length: int, tokens: int = 0) -> None:
     is_packed_on_gpu = route in ("shared", "packed") and model.device.type == "cuda"
     if has_softcap and is_packed_on_gpu and flash_attn() is None:
         model.notes.append(
-            "attention with a softcap uses the plain formula, which is slow: "
-            "the flash-attn package has a kernel for it"
+            "this model's attention has a softcap and is slow without the flash-attn package, "
+            "which has a fast kernel for it"
         )
 
 
 def probe_operations(model: PairModel) -> None:
-    """Compare only this package's layers with the model's own, for a recipe without packing."""
+    """Compare only layers, not routes, with the model's own code: for recipes without packing."""
     with _random_adapter(model):
         _compare_operations(model)
 
 
 def _compare_operations(model: PairModel) -> Gradient | None:
-    """Compare our layers with the model's own, and return the gradient of the model's own.
+    """Compare this package's layers with the model's own layers, and return the own gradient.
 
-    If ours give another gradient, the model's own are used from now on. None for a model without
-    trained parameters: its layers are its own.
+    If this package's layers give another gradient, the model's own layers are used from now on.
+    Without trained parameters there is nothing to compare, and the result is None.
     """
     with model.evaluating(), own_layers(model):
         _check_own_forward(model)
@@ -98,9 +99,9 @@ def _compare_operations(model: PairModel) -> Gradient | None:
 
 @contextmanager
 def _random_adapter(model: PairModel) -> Iterator[None]:
-    """Give a new adapter random numbers inside the ``with`` block.
+    """Give the matrices B of a new adapter random numbers inside the ``with`` block.
 
-    Its matrix B is zero, so the gradient of A and the adapter's outputs would be zero too.
+    They are zero in a new adapter. The adapter's outputs and the gradient of A would be zero too.
     """
     zeros = [
         parameter for name, parameter in model.trained() if "lora_B" in name and not parameter.any()
@@ -118,9 +119,10 @@ def _random_adapter(model: PairModel) -> Iterator[None]:
 
 
 def _check_own_forward(model: PairModel) -> None:
-    """Refuse a model whose own forward pass fails or changes its weights, or is not causal.
+    """Check the model's own forward pass.
 
-    Raises ModelError.
+    Raises:
+        ModelError: it fails, gives logits that are not finite, changes weights or is not causal.
     """
     where = f"model {model.config.model_type}"
     numbers_before = _first_numbers(model)
@@ -132,7 +134,8 @@ def _check_own_forward(model: PairModel) -> None:
             found=f"its logits are not finite in {dtype}",
             expected="finite numbers",
             fix=Overrides(
-                {"model.dtype": "float32"}, " if they overflow; else its weights are broken"
+                {"model.dtype": "float32"},
+                " if the logits overflow; otherwise the model's weights are damaged",
             ),
         )
     changed_weights = [
@@ -145,8 +148,8 @@ def _check_own_forward(model: PairModel) -> None:
         raise ModelError(
             where=where,
             found=f"its forward pass changes its weights ({changed_weights[0]} ...), "
-            "but not the adapter",
-            fix="rescale_every: 0 in its config.json" if has_rescaling else "another base",
+            "so the adapter no longer fits them",
+            fix="set rescale_every to 0 in its config.json" if has_rescaling else "another base",
         )
     norm = logits.double().norm().clamp_min(1e-300)
     difference = float((logits.double() - changed_logits.double()).norm() / norm)
@@ -159,7 +162,7 @@ def _check_own_forward(model: PairModel) -> None:
 
 
 def _logits_before_last_token(model: PairModel, where: str) -> tuple[Tensor, Tensor]:
-    """Return the logits of one sequence, and with another last token; both without the last row."""
+    """Return logits of a sequence, and its logits with another last token; without the last row."""
     (pair,) = random_pairs(model.config.get_text_config(), [(24, 9, 13)])
     batch = pack_pairs([pair], completion_only_loss=False, share=False).to(model.device)
     ids = batch.input_ids_T[: batch.segments[0][1]]
@@ -174,14 +177,14 @@ def _logits_before_last_token(model: PairModel, where: str) -> tuple[Tensor, Ten
         raise ModelError(
             where=where,
             found=f"its own forward pass fails with this adapter ({describe_error(error)})",
-            fix="other lora.target_modules (or another model.adapter_name_or_path), "
+            fix="other lora.target_modules, another model.adapter_name_or_path, "
             "or quantization.load_in_4bit=false",
         ) from error
     return logits, changed_logits
 
 
 def _first_numbers(model: PairModel) -> dict[str, Tensor]:
-    """Return a few numbers of each parameter."""
+    """Return the first numbers, at most 8, of each parameter."""
     numbers = {}
     for name, parameter in model.causal.named_parameters():
         row = parameter.detach()

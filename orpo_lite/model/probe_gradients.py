@@ -1,4 +1,4 @@
-"""Compare the gradient of a route, and of this package's layers, with the model's own."""
+"""Compare the gradient of a route or of this package's layers with the model's own gradient."""
 
 import math
 from collections.abc import Iterator
@@ -22,24 +22,25 @@ from orpo_lite.model.probe_values import (
 from orpo_lite.ops.devices import dtype_name
 
 GRADIENT_PAIRS = [SHORT_PAIRS[0], SHORT_PAIRS[4]]
-TINY_PAIRS = [(5, 3, 4)]  # for the gradient for which all layers keep everything
-PROBE_TILE = 16  # tokens, so that each of these sequences takes several tiles
+TINY_PAIRS = [(5, 3, 4)]  # for a gradient without checkpointing, which needs much memory
+PROBE_TILE = 16  # tokens in a tile, so that each sequence of GRADIENT_PAIRS has several tiles
 
 
 class Gradient(NamedTuple):
-    """The model's own gradient, and the largest difference that another one may have from it."""
+    """The model's own gradient, with which other gradients are compared."""
 
     parts: list[Tensor]
     """One tensor per trained parameter."""
     bound: float
+    """Largest relative difference that rounding can cause."""
 
 
 def own_gradient(model: PairModel) -> Gradient:
-    """Return the gradient by the model's and peft's own layers and all logits.
+    """Return the gradient of the model's and peft's own layers, computed with all logits.
 
-    The bound is what rounding explains. In half precision it is three times the effect of rounding
-    the first layer's input once more: two orders of the same operations differ by as much, from 1%
-    of a Llama's gradient to 10% of a Gemma's.
+    In half precision the bound is three times the effect of rounding the first layer's input once
+    more, but at least 0.01 and at most 0.3. The same operations in another order have an effect of
+    this size: from 1% of the gradient (Llama) to 10% (Gemma).
     """
     with own_layers(model):
         parts = _gradient(model, "logits")
@@ -53,7 +54,7 @@ def own_gradient(model: PairModel) -> Gradient:
 
 
 def gradient_difference(model: PairModel, route: Route, own: Gradient) -> str:
-    """Return how the gradient of this route differs from the model's own, or ""."""
+    """Return how the gradient of a route differs from the model's own; "" if only by rounding."""
     try:
         difference = _distance(_gradient(model, route), own.parts)
     except MODEL_CODE_ERRORS as error:
@@ -64,9 +65,10 @@ def gradient_difference(model: PairModel, route: Route, own: Gradient) -> str:
 
 
 def check_reruns(model: PairModel) -> None:
-    """Check that checkpointed layers, with their offload, give the same gradient as without.
+    """Check that checkpointing and its offload do not change the gradient.
 
-    Raises ModelError.
+    Raises:
+        ModelError: the gradient with checkpointing differs, or the gradient is not finite.
     """
     found = _gradient(model, "logits", TINY_PAIRS)
     checkpointed: list[Any] = [layer for layer in model.layers if layer.gradient_checkpointing]
@@ -99,9 +101,9 @@ def check_reruns(model: PairModel) -> None:
 
 
 def drop_wrong_operations(model: PairModel, own: Gradient) -> None:
-    """Use peft's and the model's own layers from now on if ours give another gradient.
+    """Remove this package's layers if they give another gradient than the model's own layers.
 
-    ``model.notes`` then gives the reason.
+    peft's and the model's own layers are then used, and ``model.notes`` gives the reason.
     """
     replaced = replaced_modules(model)
     tiled = [module.forward for module in replaced if hasattr(module.forward, "tokens")]
@@ -124,7 +126,7 @@ def drop_wrong_operations(model: PairModel, own: Gradient) -> None:
 
 
 def replaced_modules(model: PairModel) -> list[nn.Module]:
-    """Return the modules whose forward pass is replaced by an equal one: fused LoRA, tiles."""
+    """Return the modules whose forward pass this package has replaced: fused LoRA, tiled MLPs."""
     return [m for m in model.modules() if getattr(m.__dict__.get("forward"), "equals_plain", False)]
 
 
@@ -132,7 +134,7 @@ def replaced_modules(model: PairModel) -> list[nn.Module]:
 def own_layers(model: PairModel) -> Iterator[None]:
     """Use the model's and peft's own layers inside the ``with`` block.
 
-    What is in host memory stays there.
+    An embedding or layer inputs in host memory stay there.
     """
     modules = replaced_modules(model)
     forwards = [module.__dict__.pop("forward") for module in modules]
@@ -144,7 +146,7 @@ def own_layers(model: PairModel) -> Iterator[None]:
 
 
 def _note_unused_adapters(model: PairModel, gradient: list[Tensor]) -> None:
-    """Add a note on adapters without a gradient, which take memory and learn nothing."""
+    """Add a note on adapters without a gradient. They use memory, but learn nothing."""
     names = [name for name, _ in model.trained() if "lora_A" in name]
     unused = [
         name
@@ -174,7 +176,7 @@ def _gradient(
 
 
 def _distance(found: list[Tensor], expected: list[Tensor]) -> float:
-    """Return the norm of the difference divided by that of ``expected``."""
+    """Return the norm of ``found - expected`` divided by the norm of ``expected``."""
     difference = sum(_square_sum(a - b) for a, b in zip(found, expected, strict=True))
     return math.sqrt(difference / max(sum(map(_square_sum, expected)), 1e-300))
 

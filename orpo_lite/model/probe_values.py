@@ -1,7 +1,6 @@
-"""Compare the log-probabilities of a route with those of the model's own forward pass.
+"""Compare a route's log-probabilities with those of the model's own forward pass.
 
-The module also has functions for both comparisons, of values and of gradients: random pairs,
-rounding and error texts.
+The functions for random pairs, rounding and error texts are also used to compare gradients.
 """
 
 import logging
@@ -27,15 +26,15 @@ from orpo_lite.ops.head import packed_logps
 log = logging.getLogger(__name__)
 
 PairLengths = tuple[int, int, int]
-"""Tokens of prompt, chosen, rejected."""
+"""(tokens of the prompt, tokens of the chosen response, tokens of the rejected response)."""
 SHORT_PAIRS: list[PairLengths] = [(24, 9, 13), (5, 1, 2), (1, 6, 3), (40, 2, 1), (16, 30, 20)]
 
 
 class ValueComparison:
-    """Compare the log-probabilities of other routes with those of the model's own route.
+    """Compares the log-probabilities of routes with those of the route ``logits``.
 
-    Each value is computed when it is first needed: a plainer route is not compared if a faster one
-    agrees.
+    That route is the model's own forward pass. Results that several comparisons need are computed
+    once, when they are first needed.
     """
 
     def __init__(self, model: PairModel, max_length: int, tokens: int) -> None:
@@ -44,15 +43,17 @@ class ValueComparison:
         self.short = random_pairs(self.config, SHORT_PAIRS)
 
     def difference(self, route: Route) -> str:
-        """Return how this route, any but "logits", differs from the model's own; "" if equal."""
+        """Return how a route differs from ``logits``, or "" if only by rounding."""
         if self._head_difference:
             return self._head_difference
         if route == "rows":
             return self._rows_difference
         if changes_frequencies(self.config, self.max_length):
-            # Its position embedding depends on the longest sequence of a forward pass, so no two
-            # sequences can share one.
-            return f"its rotary embedding changes within {self.max_length:,} tokens"
+            # The position embedding depends on the longest sequence in a forward pass, so each
+            # sequence needs a forward pass of its own.
+            return (
+                f"its rotary embedding changes with the length, within {self.max_length:,} tokens"
+            )
         return (
             self._short_difference(route) or self._rows_difference or self._long_difference(route)
         )
@@ -63,7 +64,7 @@ class ValueComparison:
 
     @cached_property
     def _expected(self) -> tuple[Tensor, float]:
-        """The log-probabilities of the short pairs, and the difference that rounding may cause."""
+        """The short pairs' log-probabilities by ``logits``, and the largest rounding error."""
         logps = mean_logps(self.model, self.short, "logits")
         return logps, _value_bound(self.model, self.short, logps)
 
@@ -76,13 +77,13 @@ class ValueComparison:
         return _value_difference(self.model, self.short, route, expected, bound)
 
     def _long_difference(self, route: Route) -> str:
-        """Compare the longest possible row with single rows. The head has been compared before."""
+        """Compare the longest packed row with the route ``rows``, which was compared before."""
         long, count = _long_pairs(
             self.config, self.max_length, self.tokens, share=route == "shared"
         )
         if not long:
             return ""
-        # The row is filled with copies of the last pair, whose log-probabilities are all the same.
+        # Copies of the last pair fill the row. All copies must have the same log-probabilities.
         copies = count - len(long)
         short, bound = self._expected
         rows = mean_logps(self.model, long, "rows")
@@ -96,10 +97,10 @@ class ValueComparison:
 def _long_pairs(
     config: Any, max_length: int, tokens: int, *, share: bool
 ) -> tuple[list[TokenizedPair], int]:
-    """Return the longest pairs, and how many fill the row if the last one is repeated.
+    """Return long pairs, and the number of pairs in the row if copies of the last pair fill it.
 
-    Their replies are short, so that each token has an effect on the mean. One pair is slightly
-    longer than the smallest attention window, so that its last tokens do not see its first ones.
+    The replies are short, so that each token has an effect on the mean. One pair is slightly longer
+    than the smallest attention window, so that its last tokens do not see its first tokens.
     """
     lengths = []
     window = _smallest_window(config)
@@ -118,9 +119,9 @@ def _long_pairs(
 
 @torch.no_grad()
 def _head_difference(model: PairModel, pair: TokenizedPair) -> str:
-    """Return how ``model.head`` differs from the model's own logits, or "".
+    """Return how the logits of ``model.head`` differ from the model's own logits, or "".
 
-    Both get the same hidden states, so only the rounding of the logits explains a difference.
+    Both are computed from the same hidden states, so only the logits' rounding may differ.
     """
     batch = pack_pairs([pair], completion_only_loss=False, share=False).to(model.device)
     try:
@@ -130,13 +131,13 @@ def _head_difference(model: PairModel, pair: TokenizedPair) -> str:
     difference = float((own - found).norm() / own.norm())
     if difference <= logit_rounding(model):
         return ""
-    return f"its logits are not its head's: they differ by {difference:.2%}"
+    return f"its logits differ from the output of its head by {difference:.2%}"
 
 
 def _value_difference(
     model: PairModel, pairs: list[TokenizedPair], route: Route, expected: Tensor, bound: float
 ) -> str:
-    """Return how the log-probabilities of this route differ from the expected ones, or ""."""
+    """Return how a route's log-probabilities differ from ``expected``; "" if within ``bound``."""
     try:
         difference = float((mean_logps(model, pairs, route) - expected).abs().max())
     except MODEL_CODE_ERRORS as error:
@@ -147,9 +148,9 @@ def _value_difference(
 
 
 def mean_logps(model: PairModel, pairs: list[TokenizedPair], route: Route) -> Tensor:
-    """Return mean log-probabilities of chosen, of rejected, and of all tokens of the chosen one.
+    """Return mean log-probabilities of P pairs, shape (3, P), float64.
 
-    Shape (3, P), float64.
+    The rows are: chosen response, rejected response, chosen sequence with its prompt.
     """
     batch = pack_pairs(pairs, completion_only_loss=False, share=route == "shared").to(model.device)
     logps = packed_logps(model.score(batch, route), batch.spans)
@@ -162,9 +163,10 @@ def mean_logps(model: PairModel, pairs: list[TokenizedPair], route: Route) -> Te
 
 
 def _value_bound(model: PairModel, pairs: list[TokenizedPair], expected: Tensor) -> float:
-    """Return the difference that rounding explains.
+    """Return the largest difference of log-probabilities that rounding can cause.
 
-    In half precision it is four times the effect of rounding the first layer's input once more.
+    In half precision this is four times the effect of rounding the first layer's input once more,
+    but at least 0.01 and at most 0.3.
     """
     dtype = coarsest_dtype(model)
     if dtype in (torch.float64, torch.float32):
@@ -175,14 +177,15 @@ def _value_bound(model: PairModel, pairs: list[TokenizedPair], expected: Tensor)
 
 
 def logit_rounding(model: PairModel) -> float:
-    """Return the relative rounding of logits."""
+    """Return the largest relative difference of logits that rounding can cause."""
     return {torch.float64: 1e-12, torch.float32: 1e-5}.get(coarsest_dtype(model), 2**-7)
 
 
 def coarsest_dtype(model: PairModel) -> torch.dtype:
-    """Return the dtype that rounds most.
+    """Return the least precise dtype in which the model computes.
 
-    float32 hidden states may go through matrix products in bnb_4bit_compute_dtype.
+    Even if hidden states are float32, 4-bit layers may compute in a less precise
+    bnb_4bit_compute_dtype.
     """
     dtypes: set[torch.dtype] = {model.causal.dtype}
     for module in model.modules():
@@ -194,7 +197,7 @@ def coarsest_dtype(model: PairModel) -> torch.dtype:
 
 @contextmanager
 def rounded_input(model: PairModel) -> Iterator[None]:
-    """Change the input embedding's output by about one rounding inside the ``with`` block."""
+    """Add noise of the size of a rounding error to the embeddings inside the ``with`` block."""
     generator = torch.Generator().manual_seed(0)
 
     def rounded(_module: nn.Module, _inputs: Any, out: Tensor) -> Tensor:
@@ -213,7 +216,7 @@ def rounded_input(model: PairModel) -> Iterator[None]:
 
 
 def error_reason(error: Exception, route: Route) -> str:
-    """Return the reason not to use a route on which the model's code raised an error."""
+    """Return the text of a note: why a route is not used on which the model's code failed."""
     if isinstance(error, UnsupportedError):
         return str(error)
     what = "does not take packed rows" if route in ("shared", "packed") else "fails"
@@ -221,13 +224,13 @@ def error_reason(error: Exception, route: Route) -> str:
 
 
 def describe_error(error: Exception) -> str:
-    """Return the type of an error of the model's code, and log its traceback.
+    """Return the type of an error that the model's code raised, and log the traceback.
 
-    An error of the device is raised again: the model's code did not cause it.
+    An error of the device is raised again, because the model's code did not cause it.
     """
     if is_out_of_memory(error) or is_device_error(error):
         raise error
-    log.warning("random tokens failed to go through the model", exc_info=error)
+    log.warning("the model's code failed on random tokens", exc_info=error)
     return f"{type(error).__name__}; train.log has the traceback"
 
 
@@ -235,7 +238,7 @@ def describe_error(error: Exception) -> str:
 
 
 def random_pairs(config: Any, lengths: list[PairLengths]) -> list[TokenizedPair]:
-    """Return pairs of random tokens with these lengths; the same pairs in every process."""
+    """Return pairs of random tokens with these lengths. Every process gets the same pairs."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.arange(config.vocab_size)
     pad_id = getattr(config, "pad_token_id", None)
@@ -259,11 +262,11 @@ def random_pairs(config: Any, lengths: list[PairLengths]) -> list[TokenizedPair]
 
 
 WINDOW_KEY = re.compile(r"^(?!.*(layer|pattern)).*window|attention_chunk_size")
-"""Keys of a configuration that hold a window; not Qwen's max_window_layers."""
+"""Matches the keys of a configuration that hold a window, but not Qwen's max_window_layers."""
 
 
 def _smallest_window(config: Any) -> int | None:
-    """Return the tokens that the narrowest layer sees, under any key; None if all see all."""
+    """Return the smallest attention window in the configuration; None if there is no window."""
     if getattr(config, "use_sliding_window", True) is False:
         return None
     values = [value for key, value in config.to_dict().items() if WINDOW_KEY.search(key)]

@@ -1,7 +1,7 @@
-"""Choose the layers that go into 4 bit, and quantise them.
+"""Choose the layers to quantise to 4 bit, and quantise them.
 
-transformers quantises a base while it loads it. This module does the same for bases without
-weights.
+transformers quantises a base while it loads the weights. This module also quantises a base that is
+built from its configuration alone.
 """
 
 import inspect
@@ -20,10 +20,12 @@ from orpo_lite.recipe.schema import Recipe
 
 
 def skipped_modules(recipe: Recipe, config: Any, device: torch.device) -> list[str]:
-    """Return transformers' ``llm_int8_skip_modules``: layers that cannot be in 4 bit, and heads.
+    """Return the names of layers that transformers must not quantise (``llm_int8_skip_modules``).
 
-    The layers are those of :func:`bypassed_layers`, and on a CPU those of :func:`wrong_widths`.
-    Without any of them the list is empty.
+    - The layers of :func:`bypassed_layers`.
+    - On a CPU: the layers whose width is in :func:`wrong_widths`.
+    - The output head. transformers skips it by default, so a list of the head alone is not needed
+      and [] is returned instead.
     """
     if not recipe.quantization.load_in_4bit:
         return []
@@ -38,10 +40,10 @@ def skipped_modules(recipe: Recipe, config: Any, device: torch.device) -> list[s
 
 
 def quantizable(model: Any) -> dict[str, Any]:
-    """Return the layers that transformers puts into 4 bit, by name.
+    """Return the layers that transformers quantises to 4 bit, by name.
 
-    These are plain linear layers and GPT-2's Conv1D, without the head and without those of
-    :func:`bypassed_layers`, which transformers is told to skip.
+    These are the plain linear layers and GPT-2's Conv1D layers, except the head and the layers of
+    :func:`bypassed_layers`.
     """
     head, bypassed = model.get_output_embeddings(), bypassed_layers(model)
     return {
@@ -56,8 +58,8 @@ def quantizable(model: Any) -> dict[str, Any]:
 def bypassed_layers(model: nn.Module) -> list[str]:
     """Return the names of linear layers whose weight the model's own code reads directly.
 
-    Gemma 3n clamps such a weight in place, and Mamba's kernels multiply by it. A weight in 4 bit
-    holds other numbers, and an adapter on the layer has no effect.
+    For instance, Gemma 3n clamps such a weight in place, and Mamba's kernels multiply by it. The
+    code would read wrong numbers from a 4-bit weight. An adapter on such a layer has no effect.
     """
     return [
         f"{name}.{child}"
@@ -67,19 +69,19 @@ def bypassed_layers(model: nn.Module) -> list[str]:
     ]
 
 
-# Reads of its dtype or shape do not count, nor Bloom's slices of it, which are for checkpoints
-# split over processes.
+# Code that reads only the dtype, device or shape of a weight is not matched. Slices of a weight are
+# not matched either: Bloom uses them only for checkpoints that are split over processes.
 WEIGHT_READ = r"\bself\.(\w+)\.weight\b(?!\.(?:dtype|device|shape)|\[)"
 
 
 @cache
 def _read_weights(kind: type) -> frozenset[str]:
-    """Return the layers whose weight the methods of a class read, including its base classes."""
+    """Return the names of layers whose weight is read by methods of a class or its base classes."""
     return frozenset(re.findall(WEIGHT_READ, "".join(map(_source, kind.__mro__))))
 
 
 def _source(kind: type) -> str:
-    """Return the source of a model class's own methods; "" for classes of torch."""
+    """Return the source code of a class's methods; "" for a class outside transformers' models."""
     if not kind.__module__.startswith("transformers.models."):
         return ""
     methods = [
@@ -94,21 +96,21 @@ def is_transposed(layer: Any) -> bool:
 
 
 def layer_shape(layer: Any) -> tuple[int, int]:
-    """Return (inputs, outputs)."""
+    """Return a layer's number of inputs and number of outputs."""
     rows, columns = layer.weight.shape
     return (rows, columns) if is_transposed(layer) else (columns, rows)
 
 
 def wrong_widths(widths: set[int]) -> set[int]:
-    """Return the widths for which bitsandbytes' CPU kernel gives wrong numbers.
+    """Return the row widths for which bitsandbytes' CPU kernel gives wrong numbers.
 
-    These are odd multiples of 32 elements (bitsandbytes 0.50).
+    In bitsandbytes 0.50 these are the odd multiples of 32 elements.
     """
     return {width for width in widths if _is_wrong(width)}
 
 
 def _is_wrong(width: int) -> bool:
-    """Return whether rows of this width come back from 4 bit with other numbers than one row."""
+    """Return whether 4-bit rows of this width dequantise to other numbers than one long row."""
     matrix = torch.randn(64, width, generator=torch.Generator().manual_seed(0))
     quantised = (
         bnb.functional.quantize_4bit(part, quant_type="nf4")
@@ -119,17 +121,17 @@ def _is_wrong(width: int) -> bool:
 
 
 def compute_dtype(recipe: Recipe, dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which 4-bit layers compute; ``auto`` is ``dtype``."""
+    """Return the dtype in which 4-bit layers compute: the recipe's, or ``dtype`` for ``auto``."""
     name = recipe.quantization.bnb_4bit_compute_dtype
     compute: torch.dtype = dtype if name == "auto" else getattr(torch, name)
     return compute
 
 
 def quantize(model: Any, recipe: Recipe, dtype: torch.dtype) -> None:
-    """Replace every linear layer except the head by a Linear4bit, as BitsAndBytesConfig does."""
+    """Replace the layers of :func:`quantizable` by Linear4bit layers, as transformers does."""
     settings = recipe.quantization
-    # bitsandbytes keeps this table from its first use on, on any device. One made on meta would
-    # break a later loading.
+    # bitsandbytes creates this table at its first use and keeps it. If it were created on meta, a
+    # model could not be loaded later.
     bnb.functional.name2qmap.setdefault("dynamic", bnb.functional.create_dynamic_map())
     options = {
         "compress_statistics": settings.bnb_4bit_use_double_quant,
@@ -142,7 +144,7 @@ def quantize(model: Any, recipe: Recipe, dtype: torch.dtype) -> None:
         linear = bnb.nn.Linear4bit(
             *layer_shape(layer), bias is not None, compute, **options, device=weight.device
         )
-        linear.source_cls = type(layer)  # as transformers notes it
+        linear.source_cls = type(layer)  # transformers sets this attribute too
         linear.weight = bnb.nn.Params4bit(
             packed,
             requires_grad=False,
@@ -157,9 +159,9 @@ def quantize(model: Any, recipe: Recipe, dtype: torch.dtype) -> None:
 
 
 def misshapen(model: nn.Module) -> list[str]:
-    """Return the weights of 4-bit layers that do not have the layer's shape.
+    """Return the names of 4-bit weights whose shape is not the shape of their layer.
 
-    transformers checks the shapes of other layers only.
+    transformers checks only the shapes of weights that are not in 4 bit.
     """
     names = []
     for name, layer in model.named_modules():

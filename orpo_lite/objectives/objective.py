@@ -1,6 +1,6 @@
 """Define the interface of an objective for training, planning, evaluation and reports.
 
-A new objective is a file of this package, named like its ``LossSection.type``.
+To add an objective, add a file to this package. Its name is a value of ``LossSection.type``.
 """
 
 from abc import ABC, abstractmethod
@@ -17,54 +17,58 @@ from orpo_lite.ops.outputs import PairLogps
 from orpo_lite.recipe.schema import LossSection
 
 Need = Literal["policy_logps"]
-"""An output of a model. policy_logps: :class:`PairLogps` of the trained model."""
+"""A model output that an objective can need. policy_logps: PairLogps of the trained model."""
 
 
 class Divisors(NamedTuple):
-    """The numbers that the sums of an optimizer step are divided by.
+    """The numbers by which the sums over an optimizer step are divided.
 
     They are known before the first forward pass, so the gradient does not depend on how the pairs
     are split into micro-batches.
     """
 
     pairs: int
+    """Number of pairs in the step."""
     nll_tokens: int
+    """Number of tokens that the step's NLL counts."""
 
 
 class Metric(NamedTuple):
     """A metric, and the format in which it is printed."""
 
     name: str
-    """Its key in metrics.jsonl; held-out metrics have the prefix ``eval_``."""
+    """Key in metrics.jsonl. Metrics of held-out pairs have the prefix ``eval_``."""
     label: str
-    """Its name in the table after a training."""
+    """Name in the table that is printed after a training."""
     meaning: str
-    """Its description in the model card, for people who did not train the model."""
+    """Description in the model card, for people who did not train the model."""
     short: str = ""
-    """Its name in a line of progress; "" leaves it out there."""
+    """Name in the progress lines; "" if these lines do not show the metric."""
     sign: Literal["", "+"] = ""
-    """``+``: always shown with its sign, because it may be negative."""
+    """``+``: print a plus sign too, because the value may be negative."""
     digits: int = 4
-    """Digits after the decimal point in a line of progress."""
+    """Digits after the decimal point in the progress lines."""
     is_share: bool = False
-    """It is a share of the pairs, shown in percent."""
+    """Whether the metric is a share of the pairs, which is printed in percent."""
 
 
 class Objective(ABC):
     """A loss on preference pairs with the settings of one recipe."""
 
     title: ClassVar[str]
-    """Its name, for instance ORPO."""
+    """Name of the objective, for instance ORPO."""
     paper: ClassVar[str]
-    """The URL of the paper that defines it."""
+    """URL of the paper that defines the objective."""
     formula: ClassVar[str]
     """The formula of the loss, as a sentence."""
     needs: ClassVar[frozenset[Need]] = frozenset({"policy_logps"})
-    """The model outputs that it needs."""
+    """The model outputs that the objective needs."""
     parts: ClassVar[tuple[str, ...]]
-    """Names of the values that :meth:`loss` returns next to the loss. Each is a sum over pairs
-    divided by the step's divisors, so the values of micro-batches and processes add up to those of
-    the step."""
+    """Names of the values that :meth:`loss` returns in addition to the loss.
+
+    Each value is a sum over pairs, divided by a divisor of the whole step. The step's value is
+    therefore the sum of the values of all micro-batches and processes.
+    """
     shown: ClassVar[tuple[Metric, ...]]
     """The metrics shown to people, in order."""
 
@@ -72,44 +76,44 @@ class Objective(ABC):
         self.settings = settings
 
     def divisors(self, pairs: Sequence[TokenizedPair]) -> Divisors:
-        """Return the divisors of the loss of a step on these pairs."""
+        """Return the divisors of an optimizer step on these pairs."""
         only = self.settings.completion_only_loss
         tokens = sum(nll_tokens(pair, completion_only_loss=only) for pair in pairs)
         return Divisors(len(pairs), tokens)
 
     @abstractmethod
     def loss(self, logps: PairLogps, divisors: Divisors) -> tuple[Tensor, Tensor]:
-        """Return a micro-batch's share of the step's loss, to run backward on, and its detached
-        parts.
+        """Return a micro-batch's share of the step's loss, and its detached ``parts``.
 
-        A plan runs it on the meta device, which has no values: do not branch on a value or use a
-        boolean mask or ``.item()``.
+        The shares of all micro-batches and processes add up to the step's loss. The planner calls
+        this method on the meta device, where tensors have no values. So do not branch on a value,
+        and do not use a boolean mask or ``.item()``.
 
         Args:
             logps: log-probabilities of the P pairs of this micro-batch.
-            divisors: divisors of the whole optimizer step. The shares of all micro-batches and
-                processes add up to the step's loss.
+            divisors: divisors of the whole optimizer step.
 
         Returns:
-            A scalar, and the values of ``parts`` as a tensor of shape (len(parts),).
+            A scalar for the backward pass, and the values of ``parts`` as a tensor of shape
+            (len(parts),).
         """
 
     @abstractmethod
     def metrics(self, parts: Sequence[float]) -> dict[str, float]:
-        """Return the logged metrics of a step from its summed ``parts``; they include ``loss``."""
+        """Return the metrics of a step, ``loss`` included, from the step's sums of ``parts``."""
 
     def described(self) -> list[tuple[str, str]]:
-        """Return (name, value) of each setting of the loss, for the model card."""
+        """Return a (name, value) pair for each setting of the loss, for the model card."""
         return []
 
     def to_json(self) -> dict[str, Any]:
-        """Return the description for the model card, which lock.json stores."""
+        """Return the description of the objective, which lock.json stores for the model card."""
         metrics = {f"eval_{metric.name}": metric.meaning for metric in self.shown}
         named = {"title": self.title, "paper": self.paper, "formula": self.formula}
         return {**named, "settings": dict(self.described()), "metrics": metrics}
 
     def line(self, metrics: Mapping[str, float], prefix: str = "") -> str:
-        """Return a step's metrics as one line; ``prefix`` is ``eval_`` for held-out metrics."""
+        """Return metrics as one line of text. ``prefix`` is ``eval_`` for held-out metrics."""
         texts = []
         for metric in self.shown:
             if metric.short:
@@ -119,17 +123,19 @@ class Objective(ABC):
 
 
 def find_objective(settings: LossSection) -> Objective:
-    """Return the ``OBJECTIVE`` of the file that ``loss.type`` names, with the recipe's settings.
+    """Return the objective that ``loss.type`` names, with the recipe's settings.
+
+    The class of the objective ``orpo``, for instance, is ``OBJECTIVE`` in ``orpo.py``.
 
     Raises:
-        RecipeError: it needs an output that no model has.
+        RecipeError: the objective needs an output that no model has.
     """
     module = import_module(f"orpo_lite.objectives.{settings.type}")
     objective: Objective = module.OBJECTIVE(settings)
     if missing := objective.needs.difference(get_args(Need)):
         raise RecipeError(
             where="loss.type",
-            found=f"{settings.type} needs {', '.join(sorted(missing))}",
+            found=f"{settings.type} needs {', '.join(sorted(missing))}, which no model returns",
             expected=f"an objective that needs only {', '.join(get_args(Need))}",
             fix=Overrides({"loss.type": LossSection().type}),
         )

@@ -14,7 +14,8 @@ from orpo_lite.ops.outputs import PairLogps, at_least_float32
 class Orpo(Objective):
     """The ORPO objective, ``L = NLL + beta * L_OR`` (Eq. 6).
 
-    It raises the probability of the chosen responses, and their odds against the rejected ones.
+    It raises the probability of the chosen responses. It also raises their odds relative to the
+    odds of the rejected responses.
     """
 
     title = "ORPO"
@@ -51,9 +52,9 @@ class Orpo(Objective):
         )
 
     def metrics(self, parts: Sequence[float]) -> dict[str, float]:
-        """Return the parts, loss and rewards with the names of TRL's ORPOTrainer.
+        """Return the parts, the loss and the rewards under the names of TRL's ORPOTrainer.
 
-        Rewards are beta * logps.
+        A reward is beta times the mean log-probability of a response.
         """
         beta = self.settings.beta
         named = dict(zip(self.parts, parts, strict=True))
@@ -67,7 +68,7 @@ class Orpo(Objective):
         return {"loss": loss, **named, **rewards}
 
     def described(self) -> list[tuple[str, str]]:
-        """Return λ, and the tokens that the NLL counts."""
+        """Return λ, and a description of the tokens that the NLL counts."""
         only_response = self.settings.completion_only_loss
         scope = "the chosen response" if only_response else "prompt and chosen response"
         is_by_token = self.settings.nll_reduction == "token"
@@ -93,10 +94,10 @@ def orpo_loss(
             processes add up to the step's loss.
         beta: λ in the paper.
         nll_reduction: ``token``: mean over all counted tokens of the step, as in the authors' code;
-            ``pair``: mean per response, then over pairs, as in the paper's text.
+            ``pair``: mean per chosen sequence, then over pairs, as in the paper's text.
 
     Returns:
-        The scalar to run backward on, and the detached :attr:`Orpo.parts` as a tensor of shape
+        A scalar for the backward pass, and the detached :attr:`Orpo.parts` as a tensor of shape
         (6,).
     """
     log_odds_P = log_odds(logps.chosen_P, logps.rejected_P)
@@ -116,13 +117,14 @@ def orpo_loss(
 def log1mexp(logp: Tensor) -> Tensor:
     """Return ``log(1 - exp(logp))`` for logp <= 0 of any shape, in at least float32.
 
-    The gradient is finite up to logp = 0. The argument is clamped below zero before both branches:
-    ``where`` multiplies the gradient of the branch not taken by zero, and zero times infinity is
-    NaN. The branches follow Mächler, "Accurately computing log(1 - exp(-|a|))".
+    The gradient is finite even at logp = 0, because logp is clamped below zero before both
+    branches. Without the clamp it could be NaN: ``torch.where`` multiplies the gradient of the
+    unused branch by zero, and zero times infinity is NaN. The branches follow Mächler, "Accurately
+    computing log(1 - exp(-|a|))".
     """
     logp = at_least_float32(logp)
     logp = logp.clamp(max=-torch.finfo(logp.dtype).eps)
-    near_zero = logp > -0.693  # -ln 2: log1p is accurate below it, expm1 above it
+    near_zero = logp > -0.693  # -ln 2: log1p is accurate below, expm1 above
     return torch.where(near_zero, torch.log(-torch.expm1(logp)), torch.log1p(-torch.exp(logp)))
 
 

@@ -1,4 +1,4 @@
-"""Low-memory operations on tensors. They know no files and no recipe.
+"""Low-memory operations on tensors. They read no files and no recipe.
 
 Order: devices, meta_attention, segments, blockwise_attention, attention, layers, lora, outputs,
 head.

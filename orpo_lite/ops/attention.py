@@ -1,9 +1,9 @@
-"""Attention over packed pairs: the function that transformers calls, and the choice of a back-end.
+"""Compute the attention of packed pairs, and choose the back-end that computes it.
 
-Each segment of a row sees its prefix and itself, causally, and nothing else. :func:`pair_attention`
-has the signature of transformers' ``AttentionInterface``. The segments of a row come from
-:func:`orpo_lite.ops.segments.use_layout` and not through the model, because not every model passes
-keywords down to its attention.
+transformers calls :func:`pair_attention`, which has the signature of ``AttentionInterface``. The
+tokens of a segment see only the segment's prefix and, causally, the segment itself.
+:func:`orpo_lite.ops.segments.use_layout` sets the segments of a row. They are not passed through
+the model, because not every model passes keyword arguments to its attention.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from orpo_lite.ops.segments import (
     similar_runs,
 )
 
-NAME = "orpo_lite_pairs"  # in transformers' AttentionInterface
+NAME = "orpo_lite_pairs"  # the key of pair_attention in transformers' AttentionInterface
 
 
 class UnsupportedError(Exception):
-    """A model calls the attention with an option that this package does not support.
+    """A model calls :func:`pair_attention` with an option that this function does not support.
 
-    Its pairs then go through the model unshared, one sequence per row.
+    The model cannot process packed rows, so each sequence must go through the model alone.
     """
 
 
-# Arguments that models pass to their attention and that do not change its result here: positions
-# are in the queries already.
+# Arguments that models pass to their attention, but that do not change the result of
+# pair_attention. For instance, queries and keys already contain the positions.
 IGNORED_ARGUMENTS = (
     "position_ids position_embeddings cache_position is_causal past_key_values past_key_value "
     "use_cache return_dict output_attentions output_hidden_states output_router_logits "
@@ -67,21 +67,21 @@ def pair_attention(
 
     Args:
         query: shape (1, H, T, E).
-        key: shape (1, K, T, E), K dividing H (grouped queries).
-        value: shape (1, K, T, E'), E' mostly E.
-        attention_mask: None; a model that passes a mask needs something other than segments.
+        key: shape (1, K, T, E). H is a multiple of K (grouped queries).
+        value: shape (1, K, T, E'). For most models E' is E.
+        attention_mask: must be None. A model that passes a mask needs more than segments.
         scaling: factor of the scores; default ``E ** -0.5``.
-        dropout: 0, because the prompt's dropout would be the same for both replies.
+        dropout: must be 0. A shared prompt would have the same dropout for both replies.
         sliding_window: number of tokens that a query sees, including itself.
         softcap: Gemma 2's ``cap * tanh(scores / cap)``.
-        others: all other arguments of the model; any that is not known to be harmless is refused.
+        others: the model's other arguments. They must be None or named in IGNORED_ARGUMENTS.
 
     Returns:
-        Shape (1, T, H, E'), and None for the weights, which are never held.
+        The output, shape (1, T, H, E'), and None in place of the attention weights.
 
     Raises:
-        UnsupportedError: for a mask, dropout, sinks, a position bias, sparse attention's indices
-            and the like.
+        UnsupportedError: the model passes a mask, dropout, sinks, a position bias, the indices of
+            sparse attention, or another argument that may change the result.
     """
     layout = current_layout()
     unsupported = [
@@ -94,9 +94,9 @@ def pair_attention(
     if attention_mask is not None:
         unsupported.append("a mask")
     if layout is None or query.shape[0] != 1:
-        unsupported.append("attention outside of a packed row")
+        unsupported.append("a batch that is not one packed row")
     if unsupported or layout is None:
-        raise UnsupportedError(f"the model asks its attention for {', '.join(unsupported)}")
+        raise UnsupportedError(f"packing does not support {', '.join(unsupported)} in attention")
     options = AttentionOptions(scaling or query.shape[-1] ** -0.5, sliding_window, softcap)
     name = layout.backend
     if name == "auto":
@@ -107,7 +107,10 @@ def pair_attention(
 def choose_backend(
     query: Tensor, value: Tensor, softcap: float | None, target_kind: str | None = None
 ) -> str:
-    """Return the name of the fastest back-end for this device, dtype, softcap and head size."""
+    """Return the name of the fastest back-end for this device, dtype, softcap and head size.
+
+    ``target_kind``, if given, replaces the :func:`device_kind` of the tensors.
+    """
     kind = target_kind or device_kind(query.device)
     width = query.shape[-1]
     square = width == value.shape[-1]
@@ -132,7 +135,10 @@ def _varlen(
     segments: Sequence[Segment],
     options: AttentionOptions,
 ) -> Tensor:
-    """Attend with torch's FlashAttention (``torch.nn.attention.varlen``): 16-bit, since Ampere."""
+    """Attend with torch's FlashAttention (``torch.nn.attention.varlen``).
+
+    It needs 16-bit tensors and an Ampere GPU or a later one.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v, lengths = as_sequences(query, key, value, segments)
@@ -148,9 +154,9 @@ def _varlen(
 
 @lru_cache(maxsize=1)
 def _names_grouped_heads(varlen_attn: Callable[..., Any]) -> bool:
-    """Return whether grouped heads need an argument, as in newer versions of torch.
+    """Return whether torch's ``varlen_attn`` has the argument ``enable_gqa``, as newer versions do.
 
-    The result is cached, because every layer calls this in every pass.
+    The result is cached, because every layer needs it in every pass.
     """
     return "enable_gqa" in signature(varlen_attn).parameters
 
@@ -162,7 +168,7 @@ def _flash_attn_varlen(
     segments: Sequence[Segment],
     options: AttentionOptions,
 ) -> Tensor:
-    """Attend with the flash-attn package, if installed: the only fast kernel with a softcap."""
+    """Attend with the flash-attn package, which has the only fast kernel with a softcap."""
     q, k, v, lengths = as_sequences(query, key, value, segments)
     if q.is_meta:
         out = meta_flash_attention(q, k, v, len(segments))
@@ -183,7 +189,7 @@ def _flash_attn_varlen(
 
 @lru_cache(maxsize=1)
 def flash_attn() -> Any:
-    """Return the flash-attn package, or None if it is not installed. It is never required."""
+    """Return the flash-attn package, which is optional, or None if it is not installed."""
     try:
         import flash_attn
     except ImportError:
@@ -192,8 +198,7 @@ def flash_attn() -> Any:
 
 
 FROM_BOTTOM_RIGHT = 2
-"""The causal mask of ``_efficient_attention_forward`` whose last query sees the last key (torch's
-CausalVariant)."""
+"""Value of torch's CausalVariant for a causal mask in which the last query sees the last key."""
 
 
 def _efficient(
@@ -203,13 +208,13 @@ def _efficient(
     segments: Sequence[Segment],
     options: AttentionOptions,
 ) -> Tensor:
-    """Attend with torch's memory-efficient attention, a call per run of similar segments.
+    """Attend with torch's memory-efficient attention, one call per run of :func:`similar_runs`.
 
-    For GPUs before Ampere and for float32. The kernel pads sequences to the longest one of a call,
-    in its log-sum-exp and in the workspace of its backward pass.
+    This is for GPUs before Ampere and for float32. Segments are divided into runs because the
+    kernel pads its log-sum-exp and its backward workspace to the longest sequence of a call.
     """
     q, k, v, (*_, longest_k) = as_sequences(query, key, value, segments)
-    # The operator's own window argument is not documented.
+    # The operator has a window argument, but it is not documented.
     if options.window is not None and longest_k > options.window:
         return _sdpa(query, key, value, segments, options)
     k, v = (tensor.repeat_interleave(q.shape[1] // tensor.shape[1], 1) for tensor in (k, v))
@@ -218,7 +223,7 @@ def _efficient(
         return meta_padded_attention(q, k, v, padding).transpose(0, 1).unsqueeze(0)
     outs = []
     for run in similar_runs(tuple(segments), q.device):
-        # The operator itself: the public function takes one sequence length, or nested tensors.
+        # Call the operator, because the public function needs equal lengths or nested tensors.
         out, *_ = torch.ops.aten._efficient_attention_forward(
             q[run.queries].unsqueeze(0),
             k[run.keys].unsqueeze(0),
@@ -247,7 +252,7 @@ def _sdpa(
 ) -> Tensor:
     """Attend with torch's scaled_dot_product_attention, one segment at a time.
 
-    For head sizes that no other kernel takes.
+    This is for head sizes that no other kernel supports, and for windows on GPUs before Ampere.
     """
     outs = []
     for segment in segments:
@@ -256,7 +261,7 @@ def _sdpa(
         q = query[:, :, own]
         k, v = (join_tokens(tensor, prefix, own) for tensor in (key, value))
         k, v = (tensor.repeat_interleave(q.shape[1] // tensor.shape[1], 1) for tensor in (k, v))
-        if q.is_meta:  # torch would use the kernel that keeps all scores there
+        if q.is_meta:  # on meta, torch would use the kernel that keeps all scores
             outs.append(meta_flash_attention(q, k, v))
             continue
         sizes = (q.shape[2], k.shape[2])

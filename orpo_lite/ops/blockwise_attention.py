@@ -1,4 +1,4 @@
-"""Attention computed block by block, for CPUs and as the reference on any device."""
+"""Compute attention block by block: on CPUs, and as the reference on any device."""
 
 from __future__ import annotations
 
@@ -11,24 +11,28 @@ from torch import Tensor
 from orpo_lite.ops.segments import AttentionOptions, Segment, causal_mask, join_tokens
 
 BLOCK = 256
-"""Queries whose scores are held at once where a back-end needs a mask."""
+"""Number of queries in a block that needs a mask."""
 
 
 class _Block(NamedTuple):
-    """Queries ``start:stop`` of a row, and all keys that at least one of them sees."""
+    """The queries ``start:stop`` of a row, and all keys that at least one of these queries sees.
+
+    The keys are the tokens ``prefix`` followed by the tokens ``own``.
+    """
 
     start: int
     stop: int
     prefix: slice
     own: slice
     offset: int
-    """Position of the first query among these keys."""
+    """Position of the block's first query among the block's keys."""
 
 
 def _blocks(segments: Sequence[Segment], window: int | None, whole: bool) -> Iterator[_Block]:
     """Yield the blocks of a row.
 
-    With ``whole`` a segment without prefix and window is one block: the kernel masks it causally.
+    If ``whole`` is True, a segment without a prefix that fits into the window is a single block,
+    because the kernel applies the causal mask to such a block.
     """
     for segment in segments:
         length, prefix_length = segment.length, segment.prefix_length
@@ -37,7 +41,7 @@ def _blocks(segments: Sequence[Segment], window: int | None, whole: bool) -> Ite
         size = length if is_one_block else BLOCK
         for begin in range(0, length, size):
             end = min(begin + size, length)
-            # The first key, of prefix and own keys, that the block's first query sees.
+            # Index of the first key that the block's first query sees: 0 is the prefix's first key.
             first = 0 if window is None else max(0, prefix_length + begin - window + 1)
             prefix = slice(segment.prefix_start + min(first, prefix_length), segment.prefix_stop)
             own = slice(segment.start + max(0, first - prefix_length), segment.start + end)
@@ -46,9 +50,10 @@ def _blocks(segments: Sequence[Segment], window: int | None, whole: bool) -> Ite
 
 
 class _Blockwise(torch.autograd.Function):
-    """Attention block by block.
+    """Computes attention block by block.
 
-    It keeps queries, keys, values, the output, and one number per query and head.
+    The tensors kept for the backward pass are queries, keys, values, the output, and one number per
+    query and head (the log-sum-exp of its scores).
     """
 
     @staticmethod
@@ -105,9 +110,9 @@ class _Blockwise(torch.autograd.Function):
 def _block_mask(
     block: _Block, q: Tensor, k: Tensor, options: AttentionOptions, kernel: Any
 ) -> Tensor | None:
-    """Return the mask of a block, or None if the kernel masks it itself.
+    """Return the mask of a block, or None if the kernel applies the causal mask.
 
-    It does so where queries and keys are the same tokens.
+    A kernel that can do so does it if queries and keys are the same tokens and fit into the window.
     """
     queries_are_keys = block.offset == 0 and q.shape[2] == k.shape[2]
     fits_window = options.window is None or q.shape[2] <= options.window
@@ -119,7 +124,7 @@ def _block_mask(
 class _FlashCPU:
     """torch's FlashAttention for CPUs.
 
-    It is called by its operator name, so that the meta device runs the same operator.
+    The operator is called by its name, so that meta tensors go through the same operator.
     """
 
     masks_causally = True
@@ -152,9 +157,9 @@ class _FlashCPU:
 
 
 class _Maths:
-    """The formula in at least float32: the reference. It holds the scores of one block.
+    """The formula of attention in at least float32. The other back-ends are compared with it.
 
-    It runs on any device, with softcap too.
+    Only the scores of one block are in memory. The formula runs on any device and allows a softcap.
     """
 
     masks_causally = False
@@ -199,7 +204,10 @@ class _Maths:
 def _scores(
     q: Tensor, k: Tensor, mask: Tensor | None, options: AttentionOptions
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the scores, shape (1, K, H / K, queries, keys), and the softcap's derivative there."""
+    """Return scores, shape (1, K, H / K, queries, keys), and the softcap's derivative at each.
+
+    The derivative is None without a softcap.
+    """
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     scores = (_grouped(q, k).to(dtype) @ _grouped(k, k).to(dtype).transpose(-1, -2)).mul_(
         options.scale
@@ -231,6 +239,7 @@ def flash_cpu_attention(
     segments: Sequence[Segment],
     options: AttentionOptions,
 ) -> Tensor:
+    """Attend with torch's FlashAttention for CPUs, block by block."""
     out: Tensor = _Blockwise.apply(query, key, value, segments, options, _FlashCPU)
     return out
 
@@ -242,5 +251,6 @@ def maths_attention(
     segments: Sequence[Segment],
     options: AttentionOptions,
 ) -> Tensor:
+    """Attend with the formula in at least float32, block by block."""
     out: Tensor = _Blockwise.apply(query, key, value, segments, options, _Maths)
     return out

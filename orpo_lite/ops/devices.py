@@ -13,14 +13,14 @@ META = torch.device("meta")
 
 
 def device_kind(device: torch.device) -> str:
-    """Return cpu; ampere for NVIDIA GPUs of that generation and later; cuda for earlier ones."""
+    """Return "cpu", "ampere" (NVIDIA's Ampere GPUs and later ones) or "cuda" (earlier GPUs)."""
     if device.type != "cuda":
         return "cpu"
     return "ampere" if torch.cuda.get_device_capability(device) >= (8, 0) else "cuda"
 
 
-# Messages of the driver and of NVIDIA's libraries when memory runs out outside of torch's
-# allocator. Their other errors have the same type.
+# Messages of the driver and of NVIDIA's libraries if an allocation outside of torch's allocator
+# fails. Their errors all have the same type, so only the message shows the cause.
 OUT_OF_MEMORY = (
     "cuda error: out of memory",
     "cuda out of memory",
@@ -31,7 +31,7 @@ OUT_OF_MEMORY = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error reports that the device's memory is used up."""
+    """Return whether an error reports that the device is out of memory."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(
@@ -40,7 +40,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_device_error(error: BaseException) -> bool:
-    """Return whether an error comes from the device and not from the code that was running."""
+    """Return whether an error comes from the GPU, its driver or its libraries."""
     signs = ("cuda error", "cublas_status", "cudnn_status")
     return isinstance(error, torch.AcceleratorError) or any(
         sign in str(error).lower() for sign in signs
@@ -54,11 +54,12 @@ _making_host_memory = False
 
 
 def transfer(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return the tensor on ``device``; all transfers between a step's device and the host use this.
+    """Return the tensor on ``device``.
 
-    From a GPU the copy goes to pinned memory. Both directions are asynchronous: a reader on another
-    stream must wait for the stream that this ran on. On the meta device nothing is copied; a tensor
-    that would be in host memory is a meta tensor that :func:`is_on_host` knows.
+    All transfers between a step's device and host memory use this function. A copy from a GPU goes
+    to pinned memory. Copies in both directions are asynchronous. Code on another stream must
+    therefore wait for the stream on which the copy was started. On meta, nothing is copied.
+    :func:`is_on_host` tells which meta tensors represent host memory.
     """
     if tensor.is_meta:
         to_host = device == HOST
@@ -80,7 +81,8 @@ def transfer(tensor: Tensor, device: torch.device) -> Tensor:
 def host_memory(size: int, device: torch.device) -> Tensor:
     """Return ``size`` bytes of host memory for copies to and from ``device``.
 
-    It is pinned; on meta it is a meta tensor that represents host memory.
+    The memory is pinned. If ``device`` is meta, the result is a meta tensor that represents host
+    memory.
     """
     if device.type == "meta":
         with _host_memory(True):
@@ -91,19 +93,19 @@ def host_memory(size: int, device: torch.device) -> Tensor:
 
 
 def is_on_host(tensor: Tensor) -> bool:
-    """Return whether a tensor is in host memory, or on meta represents host memory."""
+    """Return whether a tensor is in host memory or is a meta tensor that represents it."""
     return tensor.untyped_storage() in _host_storages if tensor.is_meta else tensor.device == HOST
 
 
 def mark_as_host(storage: torch.UntypedStorage) -> None:
-    """Mark a meta storage as representing host memory."""
+    """Record that a meta storage represents host memory."""
     _host_storages.add(storage)
 
 
 def making_host_memory() -> bool:
-    """Return whether a meta tensor that is allocated now represents host memory.
+    """Return True while a meta tensor is allocated that represents host memory.
 
-    Code that counts bytes calls this.
+    The code that counts the bytes of meta tensors calls this.
     """
     return _making_host_memory
 
@@ -119,5 +121,5 @@ def _host_memory(active: bool) -> Iterator[None]:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Return the name of a dtype as recipes and lock.json have it: bfloat16."""
+    """Return a dtype's name in recipes and lock.json: ``torch.bfloat16`` -> ``bfloat16``."""
     return str(dtype).removeprefix("torch.")

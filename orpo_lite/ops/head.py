@@ -1,9 +1,11 @@
-"""Compute log-probabilities from hidden states, in chunks of rows or with all logits held.
+"""Compute log-probabilities of tokens, with all logits in memory or with a chunk at a time.
 
-:func:`padded_logps` holds all logits and is the reference. :func:`row_logps` computes them in
-chunks. The log-probability of a token depends on a single hidden state. So if the head is frozen,
-the forward pass stores the gradient of each log-probability, one vector per row, and the backward
-pass multiplies by it. Logits are then not kept, and not computed again.
+:func:`padded_logps` takes all logits and is the reference. :func:`row_logps` computes the logits
+of a chunk of rows at a time.
+
+Each log-probability depends on a single hidden state, so its gradient is one vector. If the head is
+frozen, the forward pass of :func:`row_logps` stores these vectors. The backward pass multiplies
+them by the incoming gradient, so logits are neither kept nor computed again.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from orpo_lite.ops.outputs import PairLogps, at_least_float32
 
 CHUNK_BYTES = 96 << 20
-"""Size of a chunk's float32 logits: a matrix product large enough for any device."""
+"""Bytes of a chunk's float32 logits. The chunk's matrix product is large enough for any device."""
 
 
 @dataclass(frozen=True)
@@ -27,17 +29,18 @@ class Head:
     """The output layer: ``softcap(scale * (hidden @ weight.T + bias))``."""
 
     module: nn.Module
-    """The output embedding. It is called as a module if it is trained, adapted or quantised."""
+    """The output embedding. It may be frozen, trained, adapted or quantised."""
     scale: float = 1.0
-    """Factor of the logits (Cohere's logit_scale, one over Granite's logits_scaling)."""
+    """Factor of the logits: Cohere's ``logit_scale``, or 1 / Granite's ``logits_scaling``."""
     softcap: float | None = None
     """Gemma's ``final_logit_softcapping``: ``cap * tanh(logits / cap)``."""
 
     @property
     def is_plain(self) -> bool:
-        """Whether the layer is a frozen linear layer.
+        """Whether the module is a frozen linear layer.
 
-        Its matrix is then the same in the backward pass, so a stored Jacobian is still correct.
+        A frozen matrix does not change between the forward and the backward pass. A Jacobian that
+        the forward pass stores is therefore correct in the backward pass.
         """
         is_frozen = not any(p.requires_grad for p in self.module.parameters())
         return type(self.module) is nn.Linear and is_frozen
@@ -53,10 +56,11 @@ class Head:
 
 
 def chunk_rows(vocab_size: int, rows: int | None = None) -> int:
-    """Return how many rows of logits to hold at once.
+    """Return the number of rows whose logits are computed at once.
 
-    This is ``rows`` if it is given, else the number that fits into :data:`CHUNK_BYTES`, rounded to
-    whole tiles of a GPU's kernels.
+    The number is ``rows`` if given. Otherwise it is the number of float32 rows that fit into
+    :data:`CHUNK_BYTES`, but at least 16 and at most 1024. It is rounded down to a multiple of 128,
+    the tile size of GPU kernels, if at least 128 rows fit.
     """
     if rows:
         return rows
@@ -72,11 +76,11 @@ def row_logps(
 
     Args:
         hidden_TD: hidden states after the model's last norm.
-        rows_N: the row that predicts each target; a row may appear twice.
+        rows_N: for each target, the row of ``hidden_TD`` that predicts it. A row may appear twice.
         targets_N: token ids.
-        head: with a frozen one the Jacobian is stored; any other is recomputed in the backward
-            pass.
-        chunk: rows of logits held at once.
+        head: if it is frozen, the Jacobian is stored; otherwise the logits are recomputed in the
+            backward pass.
+        chunk: number of rows whose logits are computed at once.
 
     Returns:
         Shape (N,), float32 or float64.
@@ -106,9 +110,10 @@ def pick(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
 
 
 class _RowJacobian(torch.autograd.Function):
-    """The log-probability of each target.
+    """Computes the log-probability of each target.
 
-    If hidden states need a gradient, the forward pass stores ``d log p / d hidden``, shape (N, D).
+    If the hidden states need a gradient, the forward pass stores the Jacobian
+    ``d log p / d hidden``, shape (N, D).
     """
 
     @staticmethod
@@ -140,7 +145,7 @@ class _RowJacobian(torch.autograd.Function):
                 logits_CV = tanh_CV.mul_(softcap)
             picked_C1 = logits_CV.gather(1, targets_C1)
             highest_C1 = logits_CV.amax(1, keepdim=True)
-            logits_CV.sub_(highest_C1).exp_()  # in place: these are the only logits there are
+            logits_CV.sub_(highest_C1).exp_()  # in place: only one tensor has this size
             sum_C1 = logits_CV.sum(1, keepdim=True)
             logps_N[part] = (picked_C1 - highest_C1 - sum_C1.log()).squeeze(1)
             if not wanted:
@@ -164,18 +169,21 @@ class _RowJacobian(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_N,) = grads
         jacobian_ND, rows_N = ctx.saved_tensors
-        # Multiplied in the gradient's own float32 and rounded once.
+        # Multiply in the gradient's dtype, at least float32, and round the product once.
         terms_ND = torch.mul(jacobian_ND, grad_N.unsqueeze(1), out=torch.empty_like(jacobian_ND))
-        # A row that predicts two tokens gets two terms.
+        # A row that predicts two tokens gets the sum of two terms.
         grad_TD = jacobian_ND.new_zeros(ctx.shape).index_add_(0, rows_N, terms_ND)
         return grad_TD, None, None, None, None, None, None, None
 
 
 class Spans(NamedTuple):
-    """The numbers of scored rows of one pair: in its common prefix, chosen rest and rejected rest.
+    """The layout of one pair's scored rows, and the rows that each of its sums includes.
 
-    ``chosen_in_prefix`` is the index of the first row of the prefix that the chosen reply's sum
-    counts, ``chosen_in_rest`` that of the chosen rest. The other names follow this pattern.
+    The scored rows have three parts: the common prefix, the rest of the chosen sequence and the
+    rest of the rejected sequence. ``prefix``, ``chosen`` and ``rejected`` are the numbers of rows
+    in these parts. The other fields say at which row of a part a sum starts. For example, the
+    chosen response's sum includes the prefix from row ``chosen_in_prefix`` on, and the chosen rest
+    from row ``chosen_in_rest`` on. The NLL's rest is the chosen rest.
     """
 
     prefix: int
@@ -190,9 +198,11 @@ class Spans(NamedTuple):
 
 
 def packed_logps(logps_N: Tensor, spans: Sequence[Sequence[int]]) -> PairLogps:
-    """Return the :class:`PairLogps` of the rows that :func:`row_logps` scored.
+    """Return the :class:`PairLogps` of P packed pairs.
 
-    ``spans`` holds one :class:`Spans` per pair.
+    Args:
+        logps_N: log-probabilities of the scored rows of all pairs, a result of :func:`row_logps`.
+        spans: for each pair, the values of a :class:`Spans`.
     """
     chosen, rejected, nll, counted = [], [], [], []
     parts = logps_N.split([sum(span[:3]) for span in spans])
@@ -220,16 +230,17 @@ def padded_logps(
 ) -> PairLogps:
     """Return the log-probabilities of P pairs from the logits of their 2P padded rows.
 
-    All logits are held: this is the reference.
+    All logits are in memory at once. The other functions are compared with this reference.
 
     Args:
         logits_RTV: position t predicts token t + 1.
         input_ids_RT: chosen rows first, then rejected rows in the same order.
-        response_RT: True at the tokens of the response. Nothing predicts the first token of a row;
-            it is ignored.
+        response_RT: True at the tokens of the response. The first token of a row is ignored,
+            because no position predicts it.
         counted_RT: True at the tokens that the NLL counts; only the chosen rows are read.
 
-    A response without tokens would be 0/0; such pairs are dropped earlier.
+    Each response must have a token; its mean would be 0/0 otherwise. The data loading drops pairs
+    with an empty response.
     """
     targets_RT = input_ids_RT[:, 1:]
     logps_RT = pick(at_least_float32(logits_RTV[:, :-1]), targets_RT)

@@ -1,8 +1,8 @@
 """Reduce the memory that decoder layers keep for the backward pass.
 
-A layer can keep only its input, on the device or in host memory, and run again in the backward
-pass. An MLP can run on some tokens at a time. None of this changes loss or gradient, because the
-second run of a layer equals the first.
+A checkpointed layer keeps only its input, on the device or in host memory, and runs again in the
+backward pass. A tiled MLP runs on a part of its tokens at a time. The input embedding can be in
+host memory. Loss and gradient do not change, because the second run of a layer equals the first.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from orpo_lite.ops.devices import HOST, host_memory, transfer
 from orpo_lite.ops.segments import Layout, current_layout
 
 MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
-"""Names of the MLP in transformers' decoder layers."""
+"""Attribute names of the MLP in transformers' decoder layers."""
 
 UseLayout = Callable[[Layout | None], AbstractContextManager[None]]
 
@@ -36,9 +36,9 @@ def checkpoint_layers(
 
     Args:
         layers: of type ``GradientCheckpointingLayer``.
-        use_layout: sets the layout for the second run, which is later and maybe on another thread.
+        use_layout: sets the first run's layout for the second run, which may be on another thread.
         offload: keep the layers' inputs in host memory.
-        has_dropout: restore the random state for the second run.
+        has_dropout: the layers have dropout, so the second run needs the first run's random state.
     """
     store = HostStore(len(layers)) if offload else None
 
@@ -60,9 +60,9 @@ def checkpoint_layers(
 
 @contextmanager
 def _evaluation_mode(layer: nn.Module) -> Iterator[None]:
-    """Compute as in evaluation.
+    """Put the layer into evaluation mode inside the ``with`` block.
 
-    The layer is in training mode only because transformers checkpoints no layer otherwise.
+    It is in training mode only because transformers does not checkpoint a layer otherwise.
     """
     was_training, layer.training = layer.training, False
     try:
@@ -72,28 +72,30 @@ def _evaluation_mode(layer: nn.Module) -> Iterator[None]:
 
 
 class HostStore:
-    """Tensors saved for the backward pass, kept in host memory.
+    """Keeps the tensors that are saved for the backward pass in host memory.
 
     On a GPU the copies run while the device computes.
 
-    Device memory is released without ``record_stream``. That call would leave the moment of the
-    release to the allocator: the host runs ahead of the device, and several states would wait to
-    be reclaimed. A tensor on its way to the host is held until two more have followed. Then the
-    computation waits for its copy, and later tensors may use its memory. On the way back a tensor
-    is copied into memory of the computation's own stream. torch's and TRL's activation offloading
-    do the same. In the backward pass the tensor of the previous layer is fetched while a layer
-    runs, so two tensors are on the device.
+    Device memory is released without ``record_stream``. With ``record_stream``, the allocator would
+    decide when memory is free. The host runs ahead of the device, so the memory of several tensors
+    would not be free in time. Instead, a tensor stays on the device until two more tensors have
+    been saved. Then the device's computation waits for the end of its copy, and later tensors may
+    use its device memory. A tensor that is copied back gets memory that belongs to the stream of
+    the computation. torch's and TRL's activation offloading do the same.
+
+    While a layer runs in the backward pass, the tensor that the backward pass needs next is copied
+    to the device. So two tensors are on the device.
     """
 
     def __init__(self, count: int = 1) -> None:
-        """``count`` is the expected number of tensors that a forward pass saves."""
+        """Create an empty store. A forward pass is expected to save ``count`` tensors."""
         self._count = count
         self._pool = HostPool()
         self._copies = _Copies()
         self._leaving: deque[weakref.ref[_Stored]] = deque()
 
     def saving(self) -> AbstractContextManager[Any]:
-        """Send saved tensors to the host inside the ``with`` block."""
+        """Return a context manager. Tensors saved inside its block are kept in host memory."""
         return saved_tensors_hooks(self._pack, self._unpack)
 
     def _pack(self, tensor: Tensor) -> Any:
@@ -121,16 +123,19 @@ class HostStore:
 
 
 LEAVING = 2
-"""Tensors on their way to the host at a time: a copy has as long as two layers take."""
+"""Number of tensors that may be on the device while they are copied to the host.
+
+A copy may thus take as long as two layers compute.
+"""
 
 
 class _Copies:
-    """Copies on their own stream. On meta nothing runs, and there is nothing to wait for."""
+    """Runs copies on a stream of their own. On meta there is no stream and nothing to wait for."""
 
     _stream: torch.cuda.Stream | None = None
 
     def start(self, to: Tensor, source: Tensor) -> torch.cuda.Event | None:
-        """Copy after all work queued on the device so far. Return the event of the copy's end."""
+        """Start a copy that runs after all work queued so far. Return an event for its end."""
         if to.is_meta:
             to.copy_(source)
             return None
@@ -150,7 +155,7 @@ class _Copies:
 
 
 class _Stored:
-    """A tensor in host memory. It is also on the device while it is copied there or back."""
+    """A tensor in host memory. During a copy to or from the device it is on the device too."""
 
     __slots__ = (
         "__weakref__",
@@ -167,23 +172,23 @@ class _Stored:
         self, tensor: Tensor, place: _Place, copies: _Copies, previous: weakref.ref[_Stored] | None
     ) -> None:
         self.previous = previous
-        """The tensor that was stored before this one. It is fetched next."""
+        """The tensor that was stored before this one. The backward pass needs it next."""
         self._place, self._copies, self._device = place, copies, tensor.device
         self._host = place.view(tensor)
         self._tensor: Tensor | None = tensor
-        self._event: torch.cuda.Event | None = None  # set first: the copy may run out of memory
+        self._event: torch.cuda.Event | None = None  # for __del__, if starting the copy fails
         self._event = copies.start(self._host, tensor)
 
     def fetch(self) -> Tensor:
-        """Return the tensor on the device: still there, or a copy that has been started."""
+        """Return the tensor on the device. If it is only on the host, start a copy."""
         if self._tensor is None:
-            # Allocated here, so that the memory belongs to the current stream, which releases it.
+            # Allocate before the copy, so that the memory belongs to the current stream.
             self._tensor = torch.empty_like(self._host, device=self._device)
             self._event = self._copies.start(self._tensor, self._host)
         return self._tensor
 
     def leave_device(self) -> None:
-        """Release the device memory. Later users of it run after the copy."""
+        """Release the device memory. Work that reuses the memory runs after the copy."""
         self._copies.wait(self._event, self._device)
         self._tensor = self._event = None
 
@@ -193,10 +198,10 @@ class _Stored:
 
 
 class HostPool:
-    """Host memory for many tensors. It is pinned if a GPU copies to and from it.
+    """Allocates pinned host memory for many tensors.
 
     torch rounds each request for pinned memory up to a power of two (``CachingHostAllocator.h``).
-    A slab is one such request and holds many tensors.
+    Therefore one request, called a slab, holds many tensors.
     """
 
     def __init__(self) -> None:
@@ -208,10 +213,11 @@ class HostPool:
         return sum(slab.count for slab in self._slabs)
 
     def place_for(self, tensor: Tensor, expected: int) -> _Place:
-        """Return a place for a tensor, in a new slab if no slab has enough free bytes.
+        """Return a place for a tensor. If no slab has enough free bytes, allocate a new slab.
 
-        A new slab is the largest power of two that ``expected`` tensors of this size fill, so that
-        little is unused.
+        ``expected`` tensors of this size are still to come, this one included. The size of the new
+        slab is the largest power of two that is not larger than these tensors, so little memory is
+        unused. A slab is always large enough for this tensor.
         """
         size = -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
         fitting = [slab for slab in self._slabs if slab.free_bytes >= size]
@@ -229,7 +235,7 @@ ALIGNMENT = 512  # bytes, as in torch's allocator on the device
 
 
 class _Slab:
-    """Host memory that is filled from its start. It is empty again when its last tensor is gone."""
+    """A block of host memory for several tensors. It is reused when all of them are released."""
 
     def __init__(self, memory_B: Tensor) -> None:
         self.memory_B, self.filled, self.count = memory_B, 0, 0
@@ -253,7 +259,8 @@ class _Slab:
 class _Place(NamedTuple):
     """A tensor's place in a slab.
 
-    It is used again after ``give_back``: all copies to and from it are on one stream.
+    After ``give_back`` another tensor may use the place at once, because all copies run on one
+    stream.
     """
 
     slab: _Slab
@@ -269,10 +276,10 @@ class _Place(NamedTuple):
 
 
 def tile_mlps(layers: Sequence[nn.Module], tokens: int, *, has_dropout: bool) -> int:
-    """Make the MLP of each layer run over ``tokens`` tokens at a time. Return how many have one.
+    """Make the MLP of each layer run on ``tokens`` tokens at a time. Return the number of MLPs.
 
-    Each tile runs again in the backward pass, including its last product, whose result is not
-    used: some 9% more FLOPs.
+    Such a part of the tokens is a tile. The backward pass computes each tile again, including its
+    last matrix product, whose result is not used. This costs about 9% more FLOPs.
     """
     found = 0
     for layer in layers:
@@ -295,7 +302,8 @@ def untile_mlps(layers: Sequence[nn.Module]) -> None:
 def _takes_tokens(mlp: nn.Module) -> bool:
     """Return whether an MLP takes one tensor and can be run on a part of its tokens.
 
-    A mixture of experts also returns its router's logits, and Bloom's MLP takes the residual too.
+    Two examples that cannot: a mixture of experts also returns its router's logits, and Bloom's MLP
+    also takes the residual.
     """
     parameters = signature(mlp.forward).parameters.values()
     required = [p for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
@@ -316,14 +324,14 @@ def _tiled(
         trained = [parameter for parameter in mlp.parameters() if parameter.requires_grad]
         anchor = _Anchor(plain, tokens)
         y: Tensor = _Tiles.apply(anchor, x, *trained)
-        # Filled after autograd has recorded the operation, as in lora.py. The second run of a
-        # checkpointed layer ends with the last saved tensor, which is x unless a norm follows, so
-        # each tile is computed once in the backward pass.
+        # Fill y after autograd has recorded the operation, as in lora.py. The second run of a
+        # checkpointed layer stops at the last saved tensor. This is x unless a norm follows, so the
+        # second run computes no tile, and the backward pass computes each tile once.
         anchor.random_state = _random_state(x.device) if has_dropout else None
         with torch.no_grad():
             return _fill(y, x, plain, tokens)
 
-    # Deleting this attribute restores the class's own forward pass.
+    # Deleting the MLP's attribute ``forward`` restores the forward pass of its class.
     forward.equals_plain = True  # type: ignore[attr-defined]
     forward.tokens = tokens  # type: ignore[attr-defined]  # the probe lowers it for short pairs
     return forward
@@ -338,7 +346,7 @@ class _Anchor:
 
 
 class _Tiles(torch.autograd.Function):
-    """An MLP that keeps only its input, and runs again tile by tile in the backward pass."""
+    """Runs an MLP that keeps only its input. The backward pass runs it again, tile by tile."""
 
     @staticmethod
     def forward(ctx: Any, anchor: _Anchor, x: Tensor, *trained: Tensor) -> Tensor:
@@ -399,15 +407,16 @@ def _random_state_set(
 
 
 def embed_on_host(embedding: nn.Embedding) -> None:
-    """Keep the input embedding in host memory.
+    """Move the input embedding to host memory.
 
-    The rows of a batch are looked up there and sent to the device.
+    The host looks up the rows of a batch and sends them to the device.
     """
     device, plain = embedding.weight.device, embedding.forward
     if device.type == "meta":
         embedding.weight.data = transfer(embedding.weight.data, HOST)
     else:
-        # With its buffers: Gemma scales what it looks up. Not pinned: only the CPU reads it.
+        # Move buffers too: Gemma multiplies the rows by one. The memory is not pinned, because only
+        # the CPU reads it.
         embedding.to(HOST)
 
     def forward(ids: Tensor) -> Tensor:
@@ -420,6 +429,6 @@ def embed_on_host(embedding: nn.Embedding) -> None:
 
 
 def embed_on_device(embedding: nn.Module, device: torch.device) -> None:
-    """Undo :func:`embed_on_host`: put the embedding on ``device`` with its own forward pass."""
+    """Undo :func:`embed_on_host`: move the embedding to ``device``, restore its forward pass."""
     vars(embedding).pop("forward", None)
     embedding.to(device)

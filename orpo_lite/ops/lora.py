@@ -1,8 +1,9 @@
-"""A linear layer with LoRA as one operation (arXiv 2106.09685, Eq. 3).
+"""Compute a linear layer with LoRA as one operation (arXiv 2106.09685, Eq. 3).
 
-``y = x W.T + b + s (x A.T) B.T``. It keeps only ``x`` for the backward pass, in the dtype of the
-hidden states: A and B are float32 masters that are cast inside, so no float32 copy of ``x`` is
-made. The frozen W may be 4-bit: it is dequantised where it is used.
+``y = x W.T + b + s (x A.T) B.T``. The only activation kept for the backward pass is the adapter's
+input, which is ``x`` after dropout. It keeps the dtype of the hidden states: the float32 parameters
+A and B are cast inside the operation, so no float32 copy of ``x`` is made. The frozen W may be in 4
+bit; it is dequantised at each use.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 Weight = Callable[[], Tensor]
-"""Returns the frozen (O, I) matrix in the dtype of the hidden states.
+"""A function that returns the frozen (O, I) matrix in the dtype of the hidden states.
 
-It is called at each use, because the tensor may have been replaced.
+It is called at each use, because the layer's weight may be replaced between two uses.
 """
 
 
@@ -29,23 +30,23 @@ def lora_linear(
     weight: Weight,
     bias_O: Tensor | None,
 ) -> Tensor:
-    """Return ``x`` through the frozen layer plus ``dropped`` through the adapter.
+    """Return the frozen layer's output for ``x`` plus the adapter's output for ``dropped``.
 
     Args:
         x: shape (..., I).
         dropped: x after the adapter's dropout; the same tensor if there is no dropout.
         a_RI: LoRA's A, in float32 or the dtype of the hidden states.
-        b_OR: LoRA's B, like ``a_RI``.
+        b_OR: LoRA's B, in the dtype of ``a_RI``.
         scale: ``lora_alpha / r``, or rsLoRA's ``lora_alpha / sqrt(r)``.
-        weight: returns the frozen matrix.
+        weight: a function that returns the frozen matrix.
         bias_O: the frozen layer's bias.
 
     Returns:
         Shape (..., O), in the dtype of ``x``.
     """
     y: Tensor = _LoraLinear.apply(x, dropped, a_RI, b_OR, scale, weight)
-    # Filled after autograd has recorded the operation. A checkpointed layer that runs again ends
-    # with its last saved tensor, so it never computes an output that only the next layer reads.
+    # Fill y after autograd has recorded the operation. The second run of a checkpointed layer stops
+    # at its last saved tensor, so it does not compute an output that only the next layer reads.
     with torch.no_grad():
         y_TO, x_TI = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
         dropped_TI = dropped.reshape(-1, x.shape[-1])
@@ -69,7 +70,7 @@ class _LoraLinear(torch.autograd.Function):
         scale: float,
         weight: Weight,
     ) -> Tensor:
-        # Not x: it is multiplied only by the frozen matrix, which needs no gradient.
+        # x is not saved: only the frozen matrix, which needs no gradient, is multiplied by x.
         ctx.save_for_backward(dropped, a_RI, b_OR)
         ctx.scale, ctx.weight, ctx.same = scale, weight, dropped is x
         return x.new_empty(*x.shape[:-1], b_OR.shape[0])
@@ -89,7 +90,7 @@ class _LoraLinear(torch.autograd.Function):
         grad_x = grad_dropped = None
         if ctx.needs_input_grad[0]:
             grad_x = grad_TO @ ctx.weight()
-            if ctx.same:  # one tensor: add both gradients here, so that autograd adds none
+            if ctx.same:  # x is dropped: add both gradients here, and leave none for autograd
                 grad_x.addmm_(inner_TR, a)
             grad_x = grad_x.view(dropped.shape)
         if ctx.needs_input_grad[1] and not ctx.same:
@@ -100,9 +101,10 @@ class _LoraLinear(torch.autograd.Function):
 def fuse_lora(model: nn.Module) -> list[str]:
     """Make the LoRA layers of ``model`` use :func:`lora_linear` if it supports them.
 
-    Return the names of the layers that it does not support. They keep peft's own forward pass.
-    These are layers with DoRA, layers that are not linear (GPT-2's Conv1D), and layers that compute
-    in another dtype than the hidden states.
+    Returns:
+        The names of the unsupported layers, which keep peft's own forward pass: layers with DoRA or
+        several adapters, layers that are not linear (GPT-2's Conv1D), and layers that compute in
+        another dtype than the hidden states.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -119,20 +121,20 @@ def fuse_lora(model: nn.Module) -> list[str]:
 
 
 FEW_ROWS = 64
-"""Most rows that bitsandbytes' fused kernel multiplies with a 4-bit matrix, without gradients.
+"""Maximum number of rows for :func:`decode_linear`. With more rows, the matrix is dequantised.
 
-Dequantising costs the same for one row as for thousands: 30 GB of traffic for each token that a 7B
-model generates.
+Dequantising costs the same for one row as for thousands. If a 7B model did it for each generated
+token, it would read and write 30 GB of memory per token.
 """
 
 GEMM_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def decode_linear(x: Tensor, layer: Any, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:
-    """Return ``x`` through a 4-bit layer and an adapter, for few rows and without gradients.
+    """Return the output of a 4-bit layer with its adapter, for few rows and without gradients.
 
-    See :func:`lora_linear`. bitsandbytes chooses its kernel by GPU and shape, and dequantises where
-    that is faster.
+    The arguments are those of :func:`lora_linear`; ``layer`` is the frozen 4-bit layer.
+    bitsandbytes chooses its kernel by GPU and shape. It dequantises the matrix if that is faster.
     """
     import bitsandbytes as bnb
 
@@ -142,11 +144,12 @@ def decode_linear(x: Tensor, layer: Any, a_RI: Tensor, b_OR: Tensor, scale: floa
 
 
 def frozen_weight(layer: nn.Module) -> Weight | None:
-    """Return a function that gives the matrix of a linear layer, or None for other layer types.
+    """Return a function that returns the matrix of a linear layer.
 
-    A 4-bit matrix is dequantised.
+    A 4-bit matrix is dequantised at each call. Return None for other layer types, and for a 4-bit
+    layer that computes in another dtype than its dequantised matrix has.
     """
-    # transformers notes in source_cls which layer it has replaced.
+    # source_cls is the type of the layer that transformers has replaced by a 4-bit layer.
     if getattr(layer, "source_cls", nn.Linear) is not nn.Linear:
         return None
     if type(layer) is nn.Linear:
@@ -164,7 +167,7 @@ def frozen_weight(layer: nn.Module) -> Weight | None:
 
 
 def _used_dtype(layer: Any) -> torch.dtype:
-    """Return the dtype of a layer's matrix when it is used: mostly that of the hidden states."""
+    """Return the dtype of a layer's matrix after dequantisation: mostly that of hidden states."""
     weight = layer.weight
     is_quantised = hasattr(weight, "quant_state")
     dtype: torch.dtype = weight.quant_state.dtype if is_quantised else weight.dtype
@@ -189,6 +192,6 @@ def _fused(layer: Any, weight: Weight, plain: Callable[..., Tensor]) -> Callable
             x, dropped, a.weight, b.weight, layer.scaling[name], weight, layer.base_layer.bias
         )
 
-    # Deleting this attribute restores the class's own forward pass.
+    # Deleting the layer's attribute ``forward`` restores the forward pass of its class.
     forward.equals_plain = True  # type: ignore[attr-defined]
     return forward

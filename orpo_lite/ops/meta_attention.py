@@ -1,4 +1,4 @@
-"""Simulate attention kernels on the meta device: what they return, keep and allocate."""
+"""Simulate the memory of attention kernels on the meta device."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from torch import Tensor
 
 
 class MetaAttention(torch.autograd.Function):
-    """Simulates a kernel that never holds scores on the meta device.
+    """Simulates on the meta device a kernel that never has all scores in memory.
 
-    It returns, keeps for the backward pass and allocates tensors of the same sizes.
+    The output, the tensors kept for the backward pass and the allocated workspace have the same
+    sizes as those of the kernel.
     """
 
     @staticmethod
@@ -32,29 +33,31 @@ class MetaAttention(torch.autograd.Function):
         else:
             workspace = _workspace(query, key, value, ctx.padding)
         grads = [torch.empty_like(tensor) for tensor in (query, key, value)]
-        del workspace  # kernels free it when the gradients exist
+        del workspace  # kernels free it after they have computed the gradients
         return *grads, None, None
 
 
 MULTIPROCESSORS = 192
-"""More than any GPU has. Only the workspace of deterministic kernels grows with them."""
+"""Upper bound for a GPU's multiprocessors. Only the workspace of deterministic kernels needs it."""
 
 
 def varlen_workspace(query: Tensor, key: Tensor, value: Tensor, segments: int) -> list[Tensor]:
-    """Return what FlashAttention 2 allocates for the backward pass of sequences laid end to end.
+    """Return tensors of the sizes that FlashAttention 2 allocates for the backward pass of a row.
 
-    From ``mha_varlen_bwd`` in torch's flash_attn/flash_api.cpp; the flash-attn package does the
-    same. It allocates the sum of the queries' gradient (``dq_accum``) and one number per query and
-    head (``softmax_d``), both float32 and with 128 more rows per sequence. Where heads share keys
-    and values, it also allocates their gradients for each query head. The deterministic kernel has
-    several sums, more for fewer sequences: the size returned is enough for any row of at most this
-    many sequences.
+    The sizes are from ``mha_varlen_bwd`` in torch's flash_attn/flash_api.cpp. The flash-attn
+    package allocates the same tensors: ``dq_accum``, the sum of the queries' gradient, and
+    ``softmax_d``, one number per query and head. Both are float32 and have 128 additional rows per
+    sequence. If query heads share keys and values, there are also gradients of keys and values for
+    each query head.
+
+    Deterministic kernels allocate ``dq_accum`` several times: the fewer sequences, the more often.
+    The size returned is enough for any row of at most ``segments`` sequences.
 
     Args:
         query: shape (T, H, E).
         key: shape (S, K, E).
-        value: like ``key``.
-        segments: number of sequences.
+        value: shape (S, K, E').
+        segments: number of sequences in the row.
     """
     tokens, heads, width = query.shape
     wide = _round_up(width, 32 if width <= 128 else 64)
@@ -75,12 +78,14 @@ def varlen_workspace(query: Tensor, key: Tensor, value: Tensor, segments: int) -
 
 
 def _workspace(query: Tensor, key: Tensor, value: Tensor, padding: int) -> list[Tensor]:
-    """Return what other kernels allocate for the backward pass, shapes (B, H, T, E).
+    """Return tensors of the sizes that other kernels allocate for the backward pass.
 
-    The queries' gradient is summed in float32. In half precision with heads larger than 64, the
-    memory-efficient kernel sums those of keys and values in float32 too (``kOutputInRF`` in
-    torch's mem_eff_attention/kernel_backward.h). Rows of sequences of different lengths are padded:
-    there are up to ``padding`` times as many.
+    The kernels sum the queries' gradient in float32. In half precision with heads larger than 64,
+    the memory-efficient kernel also sums the gradients of keys and values in float32
+    (``kOutputInRF`` in torch's mem_eff_attention/kernel_backward.h). ``padding`` is as in
+    :func:`meta_padded_attention`.
+
+    The arguments have the shape (B, H, T, E), or (T, H, E) without grouped queries.
     """
     made = [query.new_empty(padding, *query.shape, dtype=torch.float32)]
     group = query.shape[1] // key.shape[1]  # query heads per key head
@@ -99,8 +104,8 @@ def _round_up(number: int, step: int) -> int:
 def meta_flash_attention(query: Tensor, key: Tensor, value: Tensor, segments: int = 0) -> Tensor:
     """Simulate FlashAttention or a similar kernel on meta tensors: see :class:`MetaAttention`.
 
-    ``segments`` is the number of sequences laid end to end, for FlashAttention. It is 0 for kernels
-    that take one sequence at a time.
+    For FlashAttention, ``segments`` is the number of sequences in the row. It is 0 for kernels that
+    take one sequence at a time.
     """
     out: Tensor = MetaAttention.apply(query, key, value, segments, 1)
     return out
@@ -109,8 +114,9 @@ def meta_flash_attention(query: Tensor, key: Tensor, value: Tensor, segments: in
 def meta_padded_attention(query: Tensor, key: Tensor, value: Tensor, padding: int) -> Tensor:
     """Simulate the memory-efficient kernel on meta tensors of shape (T, H, E).
 
-    The kernel pads its sequences to the longest one. With padding they have at most ``padding``
-    times as many rows. Each query head has its own key head.
+    The kernel pads each sequence to the length of the longest one. ``padding`` is an upper bound of
+    the number of rows with padding divided by the number without. Each query head must have its own
+    key head.
     """
     out: Tensor = MetaAttention.apply(query, key, value, 0, padding)
     return out

@@ -1,4 +1,4 @@
-"""Define PairLogps, the log-probabilities of pairs. An objective reads nothing else."""
+"""Define PairLogps, the log-probabilities of pairs: the only model output an objective reads."""
 
 from typing import NamedTuple
 
@@ -12,13 +12,16 @@ class PairLogps(NamedTuple):
     chosen_P: Tensor
     """Mean log-probability of the chosen response's tokens, Eq. 3; float32 or float64."""
     rejected_P: Tensor
-    """The same of the rejected response."""
+    """Mean log-probability of the rejected response's tokens; float32 or float64."""
     nll_P: Tensor
-    """Negative log-likelihood of the chosen sequence's counted tokens, summed (not averaged)."""
+    """Negative log-likelihood of the chosen sequence: a sum over tokens, not a mean.
+
+    The batch decides whether the prompt's tokens are included.
+    """
     nll_tokens_P: Tensor
-    """Number of tokens in that sum."""
+    """Number of tokens in the sum ``nll_P``."""
 
 
 def at_least_float32(values: Tensor) -> Tensor:
-    """Return float64 unchanged, any other dtype as float32."""
+    """Return float64 values unchanged, and values of other dtypes as float32."""
     return values if values.dtype == torch.float64 else values.float()

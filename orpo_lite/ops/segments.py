@@ -1,8 +1,10 @@
-"""The segments of a packed row, and the attention options that every back-end reads.
+"""Define the segments of a packed row, and the attention options that every back-end reads.
 
-A pair that shares its prompt is two segments: ``[prefix chosen]``, and ``[rejected]`` with that
-prefix before it. The rejected tokens attend causally, aligned bottom-right, as if they followed the
-prefix directly.
+A segment is a part of the row whose tokens attend to each other causally. It can have a prefix:
+another part of the row, to which all its tokens attend too. A pair that shares its prompt is
+``[prefix | chosen rest | rejected rest]`` in the row. Its first segment is the prefix with the
+chosen rest. Its second segment is the rejected rest, which attends to the prefix too. The rejected
+tokens attend as if they followed the prefix directly: the causal mask is aligned bottom-right.
 """
 
 from __future__ import annotations
@@ -21,9 +23,9 @@ from torch import Tensor
 
 
 class Segment(NamedTuple):
-    """Queries ``start:stop`` of a row.
+    """The tokens ``start:stop`` of a row.
 
-    They attend to the keys ``prefix_start:prefix_stop`` and then to their own.
+    They attend to all tokens ``prefix_start:prefix_stop`` and, causally, to each other.
     """
 
     start: int
@@ -33,7 +35,7 @@ class Segment(NamedTuple):
 
     @property
     def length(self) -> int:
-        """Number of queries."""
+        """Number of tokens, without the prefix."""
         return self.stop - self.start
 
     @property
@@ -44,13 +46,13 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """The segments of a row, and the back-end that attends to them."""
+    """The segments of a row, and the back-end that computes their attention."""
 
     segments: tuple[Segment, ...]
     backend: str = "auto"
     """auto, or one of BACKENDS: flash_cpu, varlen, flash_attn, efficient, sdpa, maths."""
     target_kind: str | None = None
-    """On meta: the kind of device that the plan is for (:func:`device_kind`)."""
+    """On meta: the device kind for which a plan is made, a result of :func:`device_kind`."""
 
 
 _current: ContextVar[Layout | None] = ContextVar("layout", default=None)
@@ -67,9 +69,10 @@ def use_layout(layout: Layout | None) -> Iterator[None]:
 
 
 def current_layout() -> Layout | None:
-    """Return the layout in use.
+    """Return the layout that :func:`use_layout` has set, or None.
 
-    A checkpointed layer stores it for its second run, which may be on another thread.
+    A checkpointed layer stores the layout for its second run, because that run may be on another
+    thread, which has no layout.
     """
     return _current.get()
 
@@ -78,23 +81,27 @@ class AttentionOptions(NamedTuple):
     """The options of a layer's attention, apart from its segments."""
 
     scale: float
+    """Factor of the scores."""
     window: int | None
+    """Number of tokens that a query sees, including itself; None: no limit."""
     softcap: float | None
+    """``cap * tanh(scores / cap)``; None: no softcap."""
 
     @property
     def window_size(self) -> tuple[int, int]:
-        """FlashAttention's window: tokens to the left without the query's own, and to the right."""
+        """FlashAttention's window: tokens left of the query (-1: no limit), tokens right of it."""
         return (-1 if self.window is None else self.window - 1, 0)
 
 
 def as_sequences(
     query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment]
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, int, int]]:
-    """Return a row as sequences laid end to end, as varlen kernels take them.
+    """Return a row as concatenated sequences, the input format of varlen kernels.
 
     Returns:
-        Queries (T, H, E); keys (S, K, E) and values (S, K, E') with each prefix repeated before its
-        segment; and where the sequences of queries and of keys start, with the longest of each.
+        Queries (T, H, E), keys (S, K, E), values (S, K, E') and ``lengths``. Keys and values have a
+        copy of each prefix before its segment. ``lengths`` is (starts of the sequences of queries,
+        starts of the sequences of keys, longest sequence of queries, longest sequence of keys).
     """
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     if any(segment.prefix_length for segment in segments):
@@ -123,7 +130,10 @@ def _starts(segments: tuple[Segment, ...], device: torch.device) -> tuple[Tensor
 
 
 class Run(NamedTuple):
-    """Consecutive segments of similar length: its rows, and where its sequences start."""
+    """Consecutive segments of similar length, as slices of a row's queries and keys.
+
+    ``starts_q`` and ``starts_k`` say where each sequence starts in these slices.
+    """
 
     queries: slice
     keys: slice
@@ -134,14 +144,15 @@ class Run(NamedTuple):
 
 
 PADDING = 2
-"""Most rows that a run has if its sequences are padded to the longest one, over those it has."""
+"""Upper bound for each run: its number of rows with padding / its number without padding."""
 
 
 @lru_cache(maxsize=4)
 def similar_runs(segments: tuple[Segment, ...], device: torch.device) -> tuple[Run, ...]:
-    """Split the segments of a row where a kernel that pads sequences would need much more memory.
+    """Split the segments of a row into runs of similar length, to save memory.
 
-    Padded to its longest sequence, a run has at most :data:`PADDING` times its queries and keys.
+    A kernel that pads each sequence to the longest one of a call can process one run per call.
+    Within a run, padding multiplies the number of queries or keys by at most :data:`PADDING`.
     """
     groups: list[list[Segment]] = []
     for segment in segments:
@@ -169,14 +180,14 @@ def _is_similar(group: Sequence[Segment]) -> bool:
 
 
 def clear_row_caches() -> None:
-    """Drop the cached index tensors of recent rows, so that a measured step allocates them anew."""
+    """Delete the cached index tensors of recent rows. A measured step then allocates them again."""
     _key_index.cache_clear()
     _starts.cache_clear()
     similar_runs.cache_clear()
 
 
 def join_tokens(tensor: Tensor, prefix: slice, own: slice) -> Tensor:
-    """Return the tokens ``prefix`` followed by ``own``; a view of the row for an empty prefix."""
+    """Return the tokens ``prefix`` followed by the tokens ``own``, as a view if prefix is empty."""
     own_tokens = tensor[:, :, own]
     if prefix.stop <= prefix.start:
         return own_tokens
@@ -184,7 +195,7 @@ def join_tokens(tensor: Tensor, prefix: slice, own: slice) -> Tensor:
 
 
 def causal_mask(queries: int, keys: int, offset: int, window: int | None, like: Tensor) -> Tensor:
-    """Return a mask of shape (queries, keys): 0 where a query may look, else -inf.
+    """Return a mask of shape (queries, keys): 0 where a query sees a key, else -inf.
 
     Query i is at position ``offset + i`` among the keys.
     """

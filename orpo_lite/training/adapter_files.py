@@ -15,12 +15,14 @@ SAMPLE_TEXT = "Is this the same text, in 2 or 3 words?\n"
 
 
 def make_adapter_files(inputs: Inputs) -> tuple[dict[str, bytes], str]:
-    """Return the files by their names in ``adapter/``, and a note on the generation config or "".
+    """Return the content of each file in ``adapter/`` by name, and a note or "".
 
-    They are made before the training, and the tokenizer is read back, so that errors show early.
+    The note is about the generation config. The files are made before the training. The saved
+    tokenizer is loaded and tried, so that errors show before the training too.
 
     Raises:
-        ModelError: transformers cannot save the tokenizer, or the saved one gives other tokens.
+        ModelError: transformers cannot save the tokenizer, or the saved tokenizer gives other
+            tokens.
     """
     config, note = read_generation_config(inputs.base.path)
     with TemporaryDirectory(prefix="orpo-lite-") as name:
@@ -31,15 +33,15 @@ def make_adapter_files(inputs: Inputs) -> tuple[dict[str, bytes], str]:
             saved = load_tokenizer(folder)
             is_same = saved(SAMPLE_TEXT)["input_ids"] == tokenizer(SAMPLE_TEXT)["input_ids"]
             found = "" if is_same else "gives other tokens after it is saved and loaded"
-        except Exception as error:  # a class of transformers or of the tokenizers library
+        except Exception as error:  # transformers and tokenizers raise errors of many types
             found = f"cannot be saved and loaded ({first_line(error)})"
         if found:
             raise ModelError(
                 where=f"tokenizer in {inputs.base.path}",
                 found=found,
                 expected="a tokenizer that can be saved with the adapter",
-                fix="replace its files by the tokenizer.json and tokenizer_config.json "
-                "that the installed transformers writes",
+                fix="replace the tokenizer's files by the tokenizer.json and tokenizer_config.json "
+                "that the installed version of transformers writes",
             )
         (folder / GENERATION_CONFIG).write_text(
             to_json(with_ends(config, inputs.end_id, inputs.pad_id)), "utf-8"
@@ -49,7 +51,12 @@ def make_adapter_files(inputs: Inputs) -> tuple[dict[str, bytes], str]:
 
 
 def write_adapter_files(folder: Path, files: dict[str, bytes]) -> None:
-    """Write the files of :func:`make_adapter_files`. Raises CheckpointError, FitError."""
+    """Write the files that :func:`make_adapter_files` returned into ``folder``.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+        FitError: the disk is full.
+    """
     with new_files(folder) as temporary:
         for name, content in files.items():
             (temporary / name).parent.mkdir(exist_ok=True)
@@ -57,11 +64,11 @@ def write_adapter_files(folder: Path, files: dict[str, bytes]) -> None:
 
 
 def _with_templates(inputs: Inputs) -> Any:
-    """Return the tokenizer with the training's template and the base's other named templates.
+    """Return the tokenizer with the chat template of the training.
 
-    Named templates are, for instance, ``tool_use`` and ``rag``. The bos is added to a template
-    without one if texts began with it in training: a server renders the template and adds no
-    token, so the model would miss its first one.
+    If the base has named templates (for instance ``tool_use``, ``rag``), they are kept. If texts
+    began with the bos token in training, it is added to each template that does not write it. A
+    server renders the template and adds no token, so the bos token would be missing otherwise.
     """
     tokenizer = copy.copy(inputs.tokenizer)
     template, own = tokenizer.chat_template, load_tokenizer(inputs.base.path).chat_template

@@ -1,9 +1,9 @@
-"""Save and load checkpoints, from which a run continues with exactly the same bits.
+"""Save and load checkpoints. A resumed run gives the same bits as a run without interruption.
 
-A checkpoint holds safetensors and JSON files, and a manifest with the sha256 of each. It holds no
-state of a random generator and no position in the data: the data order is a function of (seed,
-epoch), and dropout is seeded by (seed, step, micro-batch), so the number of finished steps is
-enough.
+A checkpoint holds safetensors and JSON files, and a manifest with the sha256 of each file. It holds
+no state of a random generator and no position in the data, because the number of finished steps is
+enough. The data order depends only on (seed, epoch). Dropout is seeded from (seed, step,
+micro-batch, process).
 """
 
 import json
@@ -44,7 +44,7 @@ def save(run: Path, model: PairModel, optimizer: torch.optim.Optimizer, state: T
 
 
 def find_newest(run: Path) -> tuple[Path, list[str]]:
-    """Return the newest valid checkpoint, and the faults of newer ones that are not valid.
+    """Return the newest valid checkpoint, and the fault of each newer checkpoint.
 
     Raises:
         CheckpointError: there is no valid checkpoint. A run never restarts silently.
@@ -82,7 +82,7 @@ def find_fault(folder: Path) -> str | None:
     except (OSError, ValueError) as error:
         return f"unreadable ({type(error).__name__})"
     if not isinstance(expected, dict) or set(expected) != {ADAPTER, OPTIMIZER, STATE}:
-        return f"{MANIFEST} does not list its files"
+        return f"{MANIFEST} does not list the files of a checkpoint"
     for name in expected:
         if found.get(name) != expected[name]:
             return f"{name} is missing or altered"
@@ -98,7 +98,7 @@ def restore(folder: Path, model: PairModel, optimizer: torch.optim.Optimizer) ->
 
 
 def read_state(folder: Path) -> TrainState:
-    """Read the state in a valid checkpoint. Raises CheckpointError."""
+    """Return the training state that a valid checkpoint stores. Raises CheckpointError."""
     return TrainState.from_json(read_json(folder / STATE), str(folder / STATE))
 
 
@@ -108,7 +108,7 @@ def load_adapter(folder: Path, model: PairModel) -> None:
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[tuple[int, int, Tensor]]:
-    """Return the parameters in order, each with its group and its index in the group."""
+    """Return (number of its group, index in the group, parameter) of each parameter, in order."""
     return [
         (group, index, parameter)
         for group, settings in enumerate(optimizer.param_groups)
@@ -117,9 +117,9 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[tuple[int, int, Tensor
 
 
 def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the state as tensors (for safetensors) and scalars (for JSON).
+    """Return the optimizer's state as tensors (for safetensors) and scalars (for JSON).
 
-    Both are keyed by "NUMBER.NAME": the number of the parameter and the name of its entry.
+    A key is the parameter's number and the entry's name: ``3.exp_avg``.
     """
     tensors, scalars = {}, {}
     for index, (_, _, parameter) in enumerate(_parameters(optimizer)):
@@ -146,7 +146,7 @@ def _restore_optimizer(
             for name, value in own_tensors.items():
                 optimizer.state[parameter][name].copy_(value)
         else:
-            devices = {"step": torch.device("cpu")}  # where torch keeps it
+            devices = {"step": torch.device("cpu")}  # torch keeps this entry on the CPU
             optimizer.state[parameter] = {
                 name: value.to(devices.get(name, parameter.device))
                 for name, value in own_tensors.items()
@@ -155,7 +155,7 @@ def _restore_optimizer(
 
 
 def _entries(state: dict[str, Any], index: int) -> dict[str, Any]:
-    """Return the entries of one parameter by their own names."""
+    """Return the entries of parameter ``index`` by name, without the number."""
     prefix = f"{index}."
     return {
         name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)
@@ -175,7 +175,10 @@ def _name(step: int) -> str:
 
 
 def _rotate(run: Path, best_step: int | None) -> None:
-    """Remove all checkpoints but the newest KEPT_CHECKPOINTS valid ones and the best one."""
+    """Remove old checkpoints. The newest KEPT_CHECKPOINTS valid ones and the best one are kept.
+
+    An invalid checkpoint that is newer than these is kept too.
+    """
     best = None if best_step is None else _name(best_step)
     valid = 0
     for folder in reversed(_folders(run)):

@@ -20,17 +20,18 @@ from orpo_lite.training.session import Session
 from orpo_lite.training.state import TrainState
 from orpo_lite.updates import Update
 
-BAD_STEPS = 3  # non-finite steps in a row that end a run
-MAX_ROWS = 8  # pairs named in a note
+BAD_STEPS = 3  # a run ends after so many steps in a row with a non-finite loss or gradient
+MAX_ROWS = 8  # maximum number of pairs that a note names
 
 
 def shrink_memory(session: Session, batch: Sequence[TokenizedPair]) -> dict[str, Any]:
-    """Return settings of ``memory`` that make the step need less memory.
+    """Return settings of ``memory`` with which the step needs less memory.
 
-    Micro-batches become smaller first. If they are single pairs, all layers are checkpointed.
+    First, micro-batches become smaller. If each is a single pair already, all layers are
+    checkpointed.
 
     Raises:
-        FitError: each micro-batch is one pair already, and all layers are checkpointed.
+        FitError: each micro-batch is a single pair already, and all layers are checkpointed.
     """
     recipe, model = session.recipe, session.pair_model
     memory = recipe.memory
@@ -62,7 +63,8 @@ def _out_of_memory(
 ) -> FitError:
     """Return the error of a run that is out of memory.
 
-    The fix is the settings of ``memory`` that the run does not use yet, and ``smaller``.
+    Its fix is to resume with more memory-saving settings: those that the run does not use yet, and
+    the settings in ``smaller``.
     """
     saving = {"checkpoint_offload": True, "mlp_tile": 512, "embedding_on_cpu": True}
     if getattr(config.get_text_config(), "tie_word_embeddings", False):
@@ -73,7 +75,7 @@ def _out_of_memory(
         if getattr(recipe.memory, key) in (None, False, "auto")
     }
     settings = {**unused, **smaller}
-    fix = "a shorter data.max_length in a new run; the checkpoints are kept"
+    fix = "start a new run with a smaller data.max_length; this run's checkpoints are kept"
     if settings:
         has_checkpoint = any((path / "checkpoints").glob("step-*"))
         start = "to resume from the last checkpoint" if has_checkpoint else "to start again"
@@ -87,13 +89,17 @@ def _out_of_memory(
 def report_not_finite(
     session: Session, batch: Sequence[TokenizedPair], state: TrainState
 ) -> Update:
-    """Return a note on a skipped step. Raises DivergedError at the third in a row."""
+    """Return a note on a step that was skipped because its loss or gradient was not finite.
+
+    Raises:
+        DivergedError: this is the third such step in a row.
+    """
     found = f"loss or gradient is not finite at step {state.step}"
     if state.bad_in_a_row == BAD_STEPS:
         lower = {"training.learning_rate": session.recipe.training.learning_rate / 2}
         raise DivergedError(
             where=f"run {session.path}",
-            found=f"{found}, the {BAD_STEPS}rd in a row",
+            found=f"{found}, the {BAD_STEPS}rd such step in a row",
             fix=Command(
                 resume_command(session.path, lower).line,
                 ", to resume from the last checkpoint with half the learning rate",
@@ -106,11 +112,11 @@ def report_not_finite(
 
 @contextmanager
 def explain_faults(recipe: Recipe, config: Any, path: Path) -> Iterator[None]:
-    """Turn the errors that torch raises in a step into errors with a fix.
+    """Turn errors that torch raises inside the ``with`` block into errors with a fix.
 
-    It also makes kernels deterministic if the recipe asks for it. An operation without a
-    deterministic kernel is an error then, not a warning: with warnings only, FlashAttention's
-    backward pass would stay non-deterministic (torch, Context.h).
+    If ``training.full_determinism`` is set, only deterministic kernels run inside the block. An
+    operation without a deterministic kernel raises an error. A warning would not be enough, because
+    with warnings FlashAttention's backward pass is still non-deterministic (torch, Context.h).
     """
     deterministic = recipe.training.full_determinism
     if deterministic:
@@ -141,13 +147,14 @@ def explain_faults(recipe: Recipe, config: Any, path: Path) -> Iterator[None]:
 WORKSPACES = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "CUDA_LAUNCH_BLOCKING": "0"}
 """Environment variables with which cuBLAS is deterministic (cuBLAS, "Results Reproducibility").
 
-transformers sets 8 workspaces of 16 KiB, with which cuBLAS has only slow kernels, and lets the host
-wait for each kernel. 8 workspaces of 4 MiB without waiting are as deterministic.
+With transformers' values, cuBLAS has 8 workspaces of 16 KiB and can use only slow kernels, and the
+host waits for each kernel. Results are also deterministic with 8 workspaces of 4 MiB and without
+waiting.
 """
 
 
 def _make_deterministic(seed: int) -> None:
-    """Let torch use only deterministic kernels. Variables that the person has set are kept."""
+    """Make torch use only deterministic kernels. Environment variables that are set are kept."""
     given = {name: os.environ[name] for name in WORKSPACES if name in os.environ}
     enable_full_determinism(seed)
     os.environ.update(WORKSPACES | given)

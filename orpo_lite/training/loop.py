@@ -20,9 +20,10 @@ from orpo_lite.updates import Update, staged
 def train_steps(
     session: Session, state: TrainState, *, saved: bool = False
 ) -> Generator[Update, None, None]:
-    """Train from ``state`` to the last step, to an early stop or to a signal.
+    """Train from ``state`` until the last step, an early stop or a signal. Yield updates.
 
-    A step depends only on the recipe, the data and the step's number; there is no hidden state.
+    A step depends only on the recipe, the data, the step's number and the state that a checkpoint
+    stores.
 
     Args:
         session: the objects that all steps share.
@@ -30,9 +31,9 @@ def train_steps(
         saved: whether ``state`` was read from a checkpoint.
 
     Raises:
-        Interrupted: a signal came; a checkpoint was written first.
-        DivergedError: loss or gradients were not finite several times in a row.
-        FitError: out of memory even with one pair at a time.
+        Interrupted: a signal was received. A checkpoint has been written.
+        DivergedError: loss or gradients were not finite in several steps in a row.
+        FitError: a step is out of memory even with one pair at a time.
     """
     processes = session.processes
     last_save = (state.step, state.evaluated_step) if saved else (None, None)
@@ -73,8 +74,8 @@ def train_steps(
             settings = " ".join(f"memory.{key}={value}" for key, value in state.memory.items())
             yield Update(
                 "note",
-                f"out of memory at step {state.step + 1}: it is repeated, and the run continues, "
-                f"with {settings}",
+                f"out of memory at step {state.step + 1}: the step is repeated, and the run "
+                f"continues, with {settings}",
             )
             continue
         processes.on_main(append_metrics, session.path, {"step": state.step, **metrics})
@@ -84,10 +85,10 @@ def train_steps(
 
 
 def evaluate_step(session: Session, state: TrainState) -> Generator[Update, None, None]:
-    """Evaluate on the held-out pairs, if any, and record the metrics.
+    """Evaluate on the held-out pairs, if there are any, and record the results. Yield updates.
 
-    They go to metrics.jsonl and to ``state``, which notes whether they are the best. The scores of
-    each pair go to pair_scores.jsonl.
+    The metrics are written to metrics.jsonl and to ``state``, which also records the best step. The
+    scores of each pair are written to pair_scores.jsonl.
     """
     inputs = session.inputs
     batches = evaluate(
@@ -114,6 +115,6 @@ def evaluate_step(session: Session, state: TrainState) -> Generator[Update, None
 
 
 def is_exhausted(recipe: Recipe, state: TrainState) -> bool:
-    """Return whether the training should stop early: the loss has not improved for too long."""
+    """Return whether ``training.early_stopping_patience`` evaluations did not improve the loss."""
     patience = recipe.training.early_stopping_patience
     return patience is not None and state.worse_in_a_row >= patience

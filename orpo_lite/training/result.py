@@ -29,7 +29,7 @@ class TrainResult:
     steps: int
     """Optimizer steps."""
     seconds: float
-    """Time of loading, training and answering prompts."""
+    """Time for loading, training and answering prompts."""
     before: Mapping[str, float]
     """Held-out metrics before the first step; {} without held-out pairs."""
     after: Mapping[str, float]
@@ -37,13 +37,13 @@ class TrainResult:
     kept_step: int
     """The step whose adapter was kept."""
     samples: tuple[Sample, ...]
-    """Prompts with the answers at each evaluation (``output.samples``)."""
+    """Prompts with the model's answers at each evaluation (``output.samples``)."""
     verdict: Mapping[str, Any] | None = None
-    """The content of verdict.json: did it get better? None without held-out pairs."""
+    """The content of verdict.json: whether the model got better. None without held-out pairs."""
 
 
 def keep_best(session: Session, state: TrainState) -> Generator[Update, None, int]:
-    """Save the adapter of the best checkpoint or of the last step, and return the step."""
+    """Save the adapter of the best checkpoint or of the last step. Yield notes; return the step."""
     kept, path = state.step, session.path
     if session.recipe.training.load_best_model_at_end and state.best_step is not None:
         try:
@@ -52,7 +52,8 @@ def keep_best(session: Session, state: TrainState) -> Generator[Update, None, in
         except CheckpointError as error:  # the last step is better than no adapter
             yield Update(
                 "note",
-                f"the best checkpoint cannot be used; the last step is kept ({error.found})",
+                f"the best checkpoint cannot be used ({error.found}): the adapter of the last step "
+                "is saved",
             )
     if kept != state.best_step:
         state.after = state.latest
@@ -60,7 +61,7 @@ def keep_best(session: Session, state: TrainState) -> Generator[Update, None, in
         yield Update(
             "note",
             "no step was better than the start: "
-            "train again with a lower training.learning_rate, or longer",
+            "train again with a lower training.learning_rate or with more steps",
         )
     session.processes.on_main(save_adapter, path / "adapter", session.pair_model)
     record = to_json({"steps": state.step, "kept_step": kept})
@@ -71,13 +72,13 @@ def keep_best(session: Session, state: TrainState) -> Generator[Update, None, in
 
 
 def save_adapter(folder: Path, model: PairModel) -> None:
-    """Write the adapter's weights. Its other files were written before the training."""
+    """Write the adapter's weights. The adapter's other files are written before the training."""
     with new_files(folder) as temporary:
         save_file(adapter_tensors(model), temporary / ADAPTER, metadata={"format": "pt"})
 
 
 def write_adapter_config(folder: Path, model: PairModel, base: str) -> None:
-    """Write peft's configuration of the adapter. It is known before the training."""
+    """Write adapter_config.json, peft's configuration of the adapter, before the training."""
     wrapped: Any = model.model
     config = copy.copy(wrapped.peft_config["default"])
     config.base_model_name_or_path, config.inference_mode = base, True

@@ -1,4 +1,4 @@
-"""Load, restore and save a training in memory, and return its batches and learning rates."""
+"""Define a session: a training in memory, which is loaded, restored and saved here."""
 
 import math
 from collections.abc import Generator, Mapping
@@ -33,16 +33,16 @@ from orpo_lite.updates import Update
 
 @dataclass
 class Session:
-    """The objects that all steps of a training share. Only ``recipe`` changes."""
+    """The objects that all steps of a training share. Only ``recipe`` is replaced."""
 
     recipe: Recipe
-    """Its ``memory`` changes when a step runs out of memory."""
+    """Its section ``memory`` changes when a step runs out of memory."""
     inputs: Inputs
     path: Path
     """The run folder."""
     processes: Processes
     signals: list[int]
-    """Signals received."""
+    """Numbers of the signals received, such as SIGTERM."""
     objective: Objective
     pair_model: PairModel
     optimizer: torch.optim.Optimizer
@@ -83,18 +83,18 @@ class Session:
         warmup = whole_steps(settings.warmup_steps, self.steps)
         highest = max(self.learning_rate(step) for step in range(self.steps))
         if highest == 0:
-            fact = f"all {self.steps} steps are warm-up, at learning rate 0: nothing is learnt"
+            fact = f"all {self.steps} steps have learning rate 0 (warm-up): nothing is learnt"
         elif warmup > self.steps:
             fact = (
-                f"the warm-up has {warmup} steps and the training {self.steps}: "
-                f"the learning rate reaches {highest:.2g} of {settings.learning_rate:.2g}"
+                f"the warm-up has {warmup} steps, but the training only {self.steps}: the learning "
+                f"rate reaches only {highest:.2g} instead of {settings.learning_rate:.2g}"
             )
         else:
             return ""
         return f"{fact}; training.warmup_steps=0 trains without a warm-up"
 
     def set_memory(self, settings: dict[str, Any]) -> None:
-        """Change settings of ``memory`` in recipe and model. Loss and gradient stay the same."""
+        """Change settings of ``memory`` in recipe and model. Loss and gradient do not change."""
         if settings:
             self.recipe = self.recipe.with_memory(settings)
             checkpoint_first_layers(self.pair_model, self.recipe)
@@ -103,11 +103,14 @@ class Session:
 def load_session(
     recipe: Recipe, inputs: Inputs, path: Path, processes: Processes, stop: list[int]
 ) -> Generator[Update, None, Session]:
-    """Load the model, compare its fast step with its own forward pass, make the optimizer.
+    """Load the model, compare the fast step with the model's own code, make the optimizer.
+
+    Yields:
+        Updates; the session is returned at the end.
 
     Raises:
-        FitError: not enough memory or disk space.
-        ModelError: the model cannot be loaded, or its fast step computes something else.
+        FitError: there is not enough memory or disk space.
+        ModelError: the model cannot be loaded, or the probe finds that it cannot be trained.
     """
     yield Update("stage", f"loading {inputs.base.name}")
     objective = find_objective(recipe.loss)
@@ -141,8 +144,8 @@ def load_session(
     for note in pair_model.notes:
         yield Update("note", note)
     trained = [parameter for _, parameter in pair_model.trained()]
-    # A checkpoint holds the adapter and two optimizer states of its size. Space is needed for the
-    # kept checkpoints, the best one, the one being written, and the final adapter.
+    # A checkpoint holds the adapter and two optimizer states of the adapter's size. Space is needed
+    # for the kept checkpoints, the best one, the one being written, and the final adapter.
     adapter_bytes = 4 * sum(parameter.numel() for parameter in trained)
     check_disk(
         path, 3 * adapter_bytes * (KEPT_CHECKPOINTS + 3), f"saving the checkpoints of {path}"
@@ -168,7 +171,7 @@ def count_steps(recipe: Recipe, inputs: Inputs) -> int:
 
 
 def refuse_fewer_steps(recipe: Recipe, inputs: Inputs, path: Path) -> None:
-    """Raise CheckpointError if a run has finished more steps than the recipe now asks for."""
+    """Raise CheckpointError if a run has finished more steps than the recipe has now."""
     if not any((path / "checkpoints").glob("step-*")):
         return
     folder, _ = checkpoint.find_newest(path)
@@ -178,7 +181,7 @@ def refuse_fewer_steps(recipe: Recipe, inputs: Inputs, path: Path) -> None:
         raise CheckpointError(
             where=f"run {path}, {folder.name}",
             found=f"{done} steps are done, but {key} asks for {steps} in all",
-            expected="at least as many steps as are done",
+            expected=f"at least {done} steps",
             fix=resume_command(path, {"training.max_steps": done}),
         )
 
@@ -186,10 +189,14 @@ def refuse_fewer_steps(recipe: Recipe, inputs: Inputs, path: Path) -> None:
 def restore_session(
     session: Session, changed: Mapping[str, Any]
 ) -> Generator[Update, None, TrainState]:
-    """Load the newest valid checkpoint and return its state; the first state if there is none.
+    """Load the newest valid checkpoint. Yield notes; return the state.
 
-    Settings of ``memory`` that the run changed when it ran out of memory are applied again, except
-    those that are ``changed`` by the resume.
+    The state is that of the checkpoint, or a new one if the run has no checkpoint. If the run has
+    changed settings of ``memory`` because it ran out of memory, they are applied again. Settings in
+    ``changed``, which a person set to resume the run, are not overwritten.
+
+    Raises:
+        CheckpointError: the run has checkpoints, but none is valid.
     """
     state = TrainState()
     if any((session.path / "checkpoints").glob("step-*")):
@@ -209,6 +216,6 @@ def restore_session(
 
 
 def save_checkpoint(session: Session, state: TrainState) -> None:
-    """Write a checkpoint of all that the next steps depend on."""
+    """Write a checkpoint of adapter, optimizer, loss scaler and ``state``."""
     scaled = replace(state, scaler=session.scaler.state_dict())
     checkpoint.save(session.path, session.pair_model, session.optimizer, scaled)

@@ -1,4 +1,4 @@
-"""The state of a training: what the loop changes, and what a checkpoint's state.json holds."""
+"""Define the state of a training. The loop changes it, and a checkpoint stores it in state.json."""
 
 import math
 from collections.abc import Mapping
@@ -8,13 +8,14 @@ from typing import Any, Self
 from orpo_lite.errors import CheckpointError
 
 VERSION = 1
-"""Version of state.json. Version 0 had no number, and the names in :data:`NAMES_OF_0`."""
+"""Version of state.json. Files of version 0 have no version number."""
 NAMES_OF_0 = {
     "evaluated": "evaluated_step",
     "worse": "worse_in_a_row",
     "bad": "bad_in_a_row",
     "levers": "memory",
 }
+"""Names of fields in version 0 -> names now."""
 
 
 @dataclass
@@ -27,6 +28,7 @@ class TrainState:
     best_step: int | None = None
     """The step with the lowest held-out loss."""
     best_loss: float | None = None
+    """The held-out loss of that step."""
     worse_in_a_row: int = 0
     """Evaluations in a row without a lower held-out loss."""
     before: dict[str, float] = field(default_factory=dict)
@@ -42,12 +44,12 @@ class TrainState:
     memory: dict[str, Any] = field(default_factory=dict)
     """Settings of ``memory`` that were changed because a step ran out of memory."""
     optimizer: dict[str, Any] = field(default_factory=dict)
-    """The optimizer's scalars, only in a checkpoint; its tensors are in another file."""
+    """Scalars of the optimizer's state, only in a checkpoint. Its tensors are in another file."""
     scaler: dict[str, Any] = field(default_factory=dict)
-    """State of the loss scaler, only in a checkpoint; {} if activations are not float16."""
+    """State of the loss scaler, only in a checkpoint. {} if activations are not float16."""
 
     def count_step(self, tokens: int, *, finite: bool) -> None:
-        """Count a step on ``tokens`` tokens; ``finite``: its loss and gradient were finite."""
+        """Count a step on ``tokens`` tokens. ``finite``: whether loss and gradient were finite."""
         self.step += 1
         self.bad_in_a_row = 0 if finite else self.bad_in_a_row + 1
         self.num_tokens += tokens
@@ -78,10 +80,11 @@ class TrainState:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any], where: str) -> Self:
-        """Return the state in the JSON of this version or an earlier one.
+        """Return the state stored in ``value``, JSON values of this version or an earlier one.
 
         Raises:
-            CheckpointError: another version, or other fields; ``where`` is the file's name.
+            CheckpointError: the version is unknown, or fields are missing or unknown. The error
+                names the file ``where``.
         """
         values = dict(value)
         version = values.pop("version", 0)
@@ -89,9 +92,9 @@ class TrainState:
             values = {NAMES_OF_0.get(name, name): entry for name, entry in values.items()}
         found = ""
         if version not in range(VERSION + 1):
-            found = f"is of version {version}"
+            found = f"has version {version}"
         elif values.keys() != {field.name for field in fields(cls)}:
-            found = "has other fields"
+            found = "has missing or unknown fields"
         if found:
             raise CheckpointError(
                 where=where,

@@ -1,4 +1,4 @@
-"""One optimizer step: accumulate the gradient, clip it, update the adapter.
+"""Take an optimizer step: accumulate the gradient, clip it, update the adapter.
 
 The gradient does not depend on how the pairs are divided into micro-batches and processes.
 """
@@ -26,9 +26,10 @@ from orpo_lite.training.state import TrainState
 
 
 class OutOfMemory(Exception):  # noqa: N818 - torch has an OutOfMemoryError
-    """A process ran out of memory.
+    """A process ran out of memory during a step.
 
-    No gradient of the step is left in any process, so all can repeat it with smaller micro-batches.
+    All processes have deleted the step's gradients, so they can repeat the step with smaller
+    micro-batches.
     """
 
 
@@ -38,10 +39,11 @@ def take_step(
     """Take one optimizer step on the pairs of ``batch``.
 
     Returns:
-        Its metrics, and whether loss and gradients were finite.
+        The step's metrics, and the second result of :func:`update`.
 
     Raises:
-        OutOfMemory: the step can be repeated with smaller micro-batches.
+        OutOfMemory: a process ran out of memory. The step can be repeated with smaller
+            micro-batches.
     """
     began = time.monotonic()
     learning_rate = session.learning_rate(state.step)
@@ -88,28 +90,28 @@ def accumulate(
     processes: Processes,
     scaler: torch.amp.GradScaler,
 ) -> list[float]:
-    """Accumulate the gradient of one optimizer step in the parameters, micro-batch by micro-batch.
+    """Add the gradients of all micro-batches of an optimizer step to the parameters' ``grad``.
 
-    ``batch`` holds the pairs of the whole step; each process takes its share of them. The divisors
-    of the sums are known before the first forward pass, so the losses and gradients of the
-    micro-batches add up to those of the step.
+    ``batch`` holds the pairs of the whole step. Each process computes a share of these pairs. Each
+    loss is divided by the divisors of the whole step, so the losses and gradients of the
+    micro-batches add up to the step's loss and gradient.
 
     Returns:
         The objective's ``parts`` of the step, summed over micro-batches and processes.
 
     Raises:
-        OutOfMemory: this process or another one is out of memory.
+        OutOfMemory: a process, maybe another one, ran out of memory.
     """
     divisors, rank = objective.divisors(batch), processes.rank
 
     def run_passes() -> torch.Tensor:
         """Run this process's micro-batches, and return the sum of their parts.
 
-        There may be no micro-batch in a small step. This is a function so that no local variable
-        keeps a tensor when memory runs out.
+        In a small step, a process may have no micro-batch. This is a function of its own, so that
+        no local variable keeps a tensor in memory after an out-of-memory error.
         """
         parts = torch.zeros(len(objective.parts), dtype=torch.float64, device=processes.device)
-        # The scaler makes its state at the first call, which a process without pairs would not do.
+        # The scaler creates its state at its first call. A process without pairs would make none.
         scaler.scale(torch.zeros((), device=processes.device))
         chunks = micro_batches(batch, batching, rank=rank, world=processes.count)
         for number, chunk in enumerate(chunks):
@@ -118,7 +120,7 @@ def accumulate(
             logps = model(rows.to(processes.device))
             loss, share = objective.loss(logps, divisors)
             processes.backward(scaler.scale(loss))
-            # Added on the device: reading the value would wait for it before the next batch.
+            # Add on the device: reading the value would make the host wait before the next batch.
             parts.add_(share)
         return parts
 
@@ -142,7 +144,7 @@ def accumulate(
 
 
 def seed_dropout(*place: int) -> None:
-    """Seed torch by (seed, step, micro-batch, process), so no generator state must be saved."""
+    """Seed torch from (seed, step, micro-batch, process). Checkpoints need no generator state."""
     digest = hashlib.blake2b(":".join(map(str, place)).encode(), digest_size=8).digest()
     torch.manual_seed(int.from_bytes(digest, "little") >> 1)
 
@@ -158,30 +160,31 @@ def update(
 
     Returns:
         The norm of the gradients before clipping, and whether loss and gradients were finite.
+        If the scaled float16 loss overflows, its gradients count as finite.
     """
     scaler.unscale_(optimizer)
     norm = float(torch.nn.utils.clip_grad_norm_(trained, max_grad_norm or math.inf))
-    # An overflow of the scaled float16 loss shows only in the gradients. The scaler then skips the
-    # step and lowers its scale.
+    # If the scaled float16 loss overflows, only the gradients are not finite. The scaler then skips
+    # the step and lowers its scale.
     overflow = scaler.is_enabled() and scaler.get_scale() > 1
     finite = math.isfinite(loss) and (math.isfinite(norm) or overflow)
     if finite:
         scaler.step(optimizer)
-    scaler.update()  # after a skipped step too: unscale_ refuses to run twice
+    scaler.update()  # also after a skipped step: unscale_ must not run twice before it
     optimizer.zero_grad(set_to_none=True)
     return norm, finite
 
 
 def memory_metrics(device: torch.device) -> dict[str, float]:
-    """Return the memory in use, in GiB.
+    """Return the memory metrics of a device, by name. Sizes are in GiB.
 
-    On a CPU this is ``memory_gib``, the process's peak so far. On a GPU there are also figures
-    that a plan does not have:
+    On a CPU there is only ``memory_gib``, the peak memory of the process so far. On a GPU there are
+    four metrics. A plan predicts only the first:
 
-    - ``memory_gib``: the peak of tensors so far;
-    - ``memory_reserved_gib``: the peak that torch's allocator took from the driver for them;
-    - ``memory_retries``: how often the allocator had to free its cached memory and try again;
-    - ``memory_free_gib``: what is free on the GPU now, for any program.
+    - ``memory_gib``: peak memory of tensors so far;
+    - ``memory_reserved_gib``: peak memory that torch's allocator took from the driver so far;
+    - ``memory_retries``: number of times the allocator had to free cached memory and try again;
+    - ``memory_free_gib``: memory that is free on the GPU now, for any program.
     """
     if device.type != "cuda":
         unit = 1 if sys.platform == "darwin" else 1024

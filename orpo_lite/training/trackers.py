@@ -1,7 +1,7 @@
-"""Send the metrics of a training to trackers, through accelerate's own trackers.
+"""Send the metrics of a training to trackers, with accelerate's tracker classes.
 
-A remote tracker gets numbers and the recipe. It gets no text of the data: the report, which quotes
-some, only if ``output.send_report`` asks for it.
+A remote tracker gets numbers and the recipe, but no text of the data. The report quotes such texts,
+so it is sent only if ``output.send_report`` is set.
 """
 
 import math
@@ -28,52 +28,52 @@ Result = TypeVar("Result")
 REPORT = "report.html"
 IDS = "trackers.json"
 PROJECT = "orpo-lite"
-WANDB_TIMEOUT = 60.0  # seconds that a run's start and its end may each take
+WANDB_TIMEOUT = 60.0  # seconds, for the start of a run and again for its end
 
 
 def check_trackers(recipe: Recipe) -> None:
-    """Check that each tracker of ``training.report_to`` can be used, without a prompt.
+    """Check that each tracker in ``training.report_to`` can be used. Ask for no input.
 
     Raises:
-        FitError: its package is not installed.
-        HubError: wandb cannot log in, and is not in offline mode.
+        FitError: the package of a tracker is not installed.
+        HubError: wandb is in online mode and cannot log in.
     """
     for name in recipe.training.report_to:
         try:
-            metadata.version(name)  # a folder of that name can be imported too
+            metadata.version(name)  # an import would also find a folder of that name
         except metadata.PackageNotFoundError:
             raise FitError(
                 where=f"training.report_to ({recipe.sources['training.report_to']})",
                 found=f"{name} is not installed",
-                expected="the package",
+                expected=f"the package {name}",
                 fix=Command(f"pip install {name}"),
             ) from None
     if "wandb" in recipe.training.report_to and (fault := _wandb_fault()):
         raise HubError(
             where=f"training.report_to ({recipe.sources['training.report_to']})",
             found=fault,
-            expected="a login, or offline mode, which keeps the metrics in the run folder",
+            expected="a login, or wandb's offline mode, which keeps the metrics in the run folder",
             fix=Command("wandb login", "; or, for offline mode: export WANDB_MODE=offline"),
         )
 
 
 def _wandb_fault() -> str:
-    """Return why wandb cannot send anything; "" if it can or is offline.
+    """Return why wandb cannot log in; "" if it can, or if it is not in online mode.
 
-    ``wandb.init`` would ask for a missing API key, and wait for the answer.
+    ``wandb.init`` is not used, because it would ask for a missing API key and wait for input.
     """
     import wandb
 
     if _wandb_mode() != "online":
         return ""
     try:
-        return "" if wandb.login(prompt=False) else "wandb has no login"
+        return "" if wandb.login(prompt=False) else "wandb is not logged in"
     except Exception as error:  # the server refuses the key, or does not answer
         return f"wandb cannot log in ({first_line(error)[:300]})"
 
 
 def _wandb_mode() -> str:
-    """Return wandb's mode. It reads the variable only once in a process, and ignores a change."""
+    """Return wandb's mode. WANDB_MODE is read here, because wandb ignores later changes of it."""
     import wandb
 
     settings = wandb.setup(wandb.Settings(silent=True, console="off")).settings
@@ -81,19 +81,20 @@ def _wandb_mode() -> str:
 
 
 class Trackers:
-    """The trackers of a run. One that fails gets nothing more; it never ends a training."""
+    """The trackers of a run. If a tracker fails, it is not used again; the training continues."""
 
     def __init__(self, recipe: Recipe, path: Path, *, is_main: bool) -> None:
-        """Create the trackers that ``training.report_to`` names; none outside the main process."""
+        """Use the trackers in ``training.report_to``. Outside the main process, use none."""
         self._recipe, self._path = recipe, path
         self._names = recipe.training.report_to if is_main else []
         self._active: dict[str, Any] = {}
 
     def start(self, state: TrainState, *, resumed: bool) -> Iterator[Update]:
-        """Start the trackers, or continue the run's own ones. Yield where each can be looked at.
+        """Start the trackers. Yield a note on each: how to open it, or why it failed.
 
-        A resumed run continues after ``state.step``. tensorboard then drops what it has of that
-        step and of later ones, and gets that step's rows of metrics.jsonl again.
+        If the run is ``resumed`` after ``state.step``, the run in each tracker continues.
+        tensorboard then deletes the values of that step and of later steps, so the rows of that
+        step in metrics.jsonl are logged again.
         """
         config = {
             key: value if isinstance(value, bool | int | float | str) else to_text(value)
@@ -105,7 +106,7 @@ class Trackers:
                     tracker = self._make(name, state.step if resumed else None)
                     tracker.start()
                     self._active[name] = tracker
-                    # tensorboard would show another set of hyper-parameters for each resume.
+                    # In tensorboard, each resume would add another set of hyper-parameters.
                     if name != "tensorboard" or not resumed:
                         tracker.store_init_configuration(config)
                 yield Update("note", f"{name}: {self._place(name)}")
@@ -117,7 +118,7 @@ class Trackers:
                     yield from self._call_one("tensorboard", _log, row)
 
     def follow(self, updates: Generator[Update, None, Result]) -> Generator[Update, None, Result]:
-        """Yield the updates of a training; log the metrics of its steps and evaluations."""
+        """Yield the updates of a training and return its result; log all metrics in the updates."""
         if not self._active:
             return (yield from updates)
         try:
@@ -134,14 +135,14 @@ class Trackers:
             updates.close()
 
     def send_report(self) -> Iterator[Update]:
-        """Send report.html to the remote trackers, if it exists and the recipe asks for it."""
+        """Send report.html to wandb and trackio if it exists and ``output.send_report`` is set."""
         file = self._path / REPORT
         if self._recipe.output.send_report and file.is_file():
             for name, send in (("wandb", _send_to_wandb), ("trackio", _send_to_trackio)):
                 yield from self._call_one(name, send, file)
 
     def finish(self) -> None:
-        """End the trackers' runs. Errors are logged only."""
+        """End the runs in the trackers. Errors are only logged."""
         for name in [*self._active]:
             with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
                 for _ in self._call_one(name, lambda tracker: tracker.finish()):
@@ -149,18 +150,18 @@ class Trackers:
         self._active.clear()
 
     def _make(self, name: str, after_step: int | None) -> Any:
-        """Return accelerate's tracker, not yet started."""
+        """Return a tracker of accelerate that is not started yet."""
         create = LOGGER_TYPE_TO_CLASS[name]
         if name == "tensorboard":
             return create("tensorboard", logging_dir=str(self._path), purge_step=after_step)
         project, run_id = _project(name), self._run_id()
         if name == "trackio":
-            # A run is continued by its name. A space on the hub would be public by default.
+            # trackio finds a run to continue by its name. A space on the hub is public by default.
             named = f"{self._path.name}-{run_id}"
             return create(project, name=named, resume="allow", private=True)
         import wandb
 
-        # Captured output would hold the samples of the data.
+        # Without console="off", wandb would send printed samples of the data.
         settings = wandb.Settings(
             silent=True,
             console="off",
@@ -173,20 +174,20 @@ class Trackers:
         return create(project, name=self._path.name, id=run_id, resume="allow", **options)
 
     def _run_id(self) -> str:
-        """Return the id that wandb and trackio know the run by; the run folder keeps it."""
+        """Return the id of the run in wandb and trackio. The run folder stores it."""
         file = self._path / IDS
         if not file.is_file():
             write_text(file, to_json({"id": secrets.token_hex(4)}))
         return str(read_json(file, {"id": str})["id"])
 
     def _place(self, name: str) -> str:
-        """Return where a person can look at the tracker."""
+        """Return the command or the URL that opens the tracker."""
         if name == "tensorboard":
             return f"tensorboard --logdir {self._path / name}"
         if name == "trackio":
             return f"trackio show --project {_project(name)}"
         url = self._active[name].tracker.url
-        return str(url or f"offline, in {self._path / 'wandb'}; wandb sync sends it")
+        return str(url or f"offline, in {self._path / 'wandb'}; send it with wandb sync")
 
     def _call(self, function: Callable[..., object], *args: Any) -> Iterator[Update]:
         """Call ``function`` with each tracker and the arguments."""
@@ -203,7 +204,7 @@ class Trackers:
 
     def _drop(self, name: str, error: Exception) -> Update:
         self._active.pop(name, None)
-        return failure(f"{name} fails and gets nothing more; the training continues", error)
+        return failure(f"{name} failed and is not used any more; the training continues", error)
 
 
 def _project(name: str) -> str:
@@ -211,7 +212,7 @@ def _project(name: str) -> str:
 
 
 def _log(tracker: Any, row: Mapping[str, Any]) -> None:
-    """Log a row of metrics.jsonl. What is null there, NaN and infinite values, is left out."""
+    """Log a row of metrics.jsonl, without its null, NaN and infinite values."""
     values = {
         key: value
         for key, value in row.items()

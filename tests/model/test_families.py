@@ -240,12 +240,12 @@ def test_a_family_that_cannot_share_goes_alone_and_says_so(name: str) -> None:
                 num_experts_per_tok=2,
                 n_group=1,
             ),
-            "memory.mlp_tile: 1 of 2 layers have no MLP",
+            "memory.mlp_tile has no effect on 1 of 2 layers",
         ),
-        (SHARED["mixtral"], "memory.mlp_tile: this model has no MLP"),
+        (SHARED["mixtral"], "memory.mlp_tile has no effect on this model"),
         (
             lambda: hf.GPTNeoXJapaneseForCausalLM(hf.GPTNeoXJapaneseConfig(**(SIZES | IDS))),
-            "memory.activation_checkpointing: this model's layers",
+            "memory.activation_checkpointing has no effect: this model's layers",
         ),
     ],
 )
@@ -413,7 +413,7 @@ def test_a_model_that_changes_its_weights_is_refused_with_what_keeps_them(every:
     if every:
         with pytest.raises(ModelError, match="its forward pass changes its weights") as raised:
             probe(model, 128)
-        assert raised.value.fix == "rescale_every: 0 in its config.json"
+        assert raised.value.fix == "set rescale_every to 0 in its config.json"
     else:
         probe(model, 128)
 

@@ -166,7 +166,7 @@ def test_a_plan_says_what_the_model_cannot_have(call: Call, workspace: Path) -> 
     )
     _, said, _ = call("plan", "--recipe", "mistral-qlora", *keys)
     assert "note: quantization.load_in_4bit: " in said
-    assert "of its experts are not quantised" in said
+    assert "of expert weights are not quantised" in said
 
 
 def test_attention_that_shows_its_flops_is_not_counted_twice() -> None:
@@ -811,7 +811,9 @@ def test_a_shortage_is_survived_with_the_same_gradients(
     updates, short = train_all(small_recipe(*PLAIN, "training.output_dir=short"))
     said = [note for note in notes(updates) if note.startswith("out of memory")]
     assert 1 <= len(said) <= 3  # halved until it fits, in the first step
-    assert all("at step 1: it is repeated, and the run continues, with" in note for note in said)
+    assert all(
+        "at step 1: the step is repeated, and the run continues, with" in note for note in said
+    )
     assert max(sizes[len(said) :]) <= 256
     for row, other in zip(
         rows_without_clock(whole.run), rows_without_clock(short.run), strict=True

@@ -135,7 +135,7 @@ def test_a_step_is_done_again_in_smaller_pieces(
     out_of_memory(kind, "orpo_lite.training.step.accumulate", call=2, after=after)
     code, said, complaint = without_fault(train(call))
     assert code == 0, complaint
-    assert "out of memory at step 2: it is repeated" in said
+    assert "out of memory at step 2: the step is repeated" in said
     steps = [row["step"] for row in read_metrics(Path("run")) if "loss" in row]
     assert steps == [1, 2, 3]
 

@@ -412,10 +412,11 @@ def test_a_merge_before_the_end_is_refused_with_the_command(trained: Trained) ->
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["training.max_steps=1"], "all 1 steps are warm-up, at learning rate 0"),
+        (["training.max_steps=1"], "all 1 steps have learning rate 0 (warm-up)"),
         (
             ["training.max_steps=2", "training.warmup_steps=100"],
-            "has 100 steps and the training 2: the learning rate reaches 1e-05 of 0.001",
+            "has 100 steps, but the training only 2: the learning rate reaches only "
+            "1e-05 instead of 0.001",
         ),
     ],
 )
@@ -560,7 +561,7 @@ def test_nonfinite_steps_leave_the_adapter_alone_and_end_the_run(
         update.text for update in updates if update.kind == "note" and "not finite" in update.text
     ]
     assert len(notes) == 2
-    assert "the 3rd in a row" in str(caught.value)
+    assert "the 3rd such step in a row" in str(caught.value)
     assert "pairs.jsonl:" in notes[0]
 
 

@@ -64,7 +64,7 @@ def test_the_settings_of_a_step_that_ran_out_of_memory_are_read_under_their_old_
     ("change", "found"),
     [
         ({"version": VERSION + 1}, f"version {VERSION + 1}"),
-        ({"surplus": 1}, "other fields"),
+        ({"surplus": 1}, "missing or unknown fields"),
         ({"version": "1"}, "ver"),
     ],
 )
