@@ -144,7 +144,7 @@ def test_a_step_is_done_again_in_smaller_pieces(
 def test_answers_cost_no_adapter(
     kind: str, after: int, out_of_memory: Callable[..., None], call: Call, workspace: Path
 ) -> None:
-    out_of_memory(kind, "orpo_lite.evaluation.samples.answers", after=after)
+    out_of_memory(kind, "orpo_lite.evaluation.samples.Answerer", after=after)
     code, said, complaint = without_fault(train(call))
     assert code == 0, complaint
     assert "prompts are not answered: CUDA" in said
