@@ -74,7 +74,7 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # valid values of vLLM's --max
 
 
 def not_in_vllm(config: Mapping[str, Any], base: Mapping[str, Any]) -> str:
-    """Return the feature of an adapter because of which vLLM cannot serve it, or "".
+    """Return the feature of an adapter that vLLM does not support, such as "DoRA", or "".
 
     vLLM has one scale, ``lora_alpha / r``, for all layers (its PEFTHelper). If the base's files
     hold a larger model around the trained one, vLLM builds the larger model. The adapter's layer

@@ -423,7 +423,7 @@ def check_push(recipe: Recipe, *, resume: bool) -> Generator[Update, None, None]
     """
     if not recipe.output.push_to_hub:
         return
-    yield Update("stage", f"asking the hub whether {recipe.output.hub_model_id} may be written to")
+    yield Update("stage", f"checking the write access to {recipe.output.hub_model_id} on the hub")
     try:
         yield from check_target(
             str(recipe.output.hub_model_id), is_private=recipe.output.hub_private_repo

@@ -23,7 +23,7 @@ UNITS = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10
 def read_bytes(text: str) -> int:
     """Return the number of bytes in a size such as "24GiB" or "23.5 GiB".
 
-    Raises ValueError for any other text. The unit is one of :data:`UNITS`, in any case.
+    The unit is a key of :data:`UNITS`, in upper or lower case. Raises ValueError for other texts.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*", text)
     if not match or match[2].lower() not in UNITS:

@@ -120,8 +120,8 @@ def check_attention(value: object) -> object:
     """
     if isinstance(value, str) and "/" in value:
         raise ValueError(
-            "a name without a /; with a / it is a hub repository, and compiled code from the hub "
-            "is not run"
+            "a name without a /, such as sdpa; a name with a / is a hub repository, and compiled "
+            "code from the hub is not run"
         )
     return value
 
