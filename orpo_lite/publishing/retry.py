@@ -121,7 +121,7 @@ def run_in_thread(call: Callable[[], Result]) -> Result:
 
 
 def _root(error: BaseException) -> tuple[BaseException, bool]:
-    """Return (cause, is_spent): the error that the client wrapped, and whether attempts are spent."""
+    """Return (cause, is_spent): the error inside a wrapper, and True if no attempt is left."""
     is_spent = False
     while type(error) in (RuntimeError, _SpentError) and error.__cause__ is not None:
         is_spent = is_spent or type(error) is _SpentError
