@@ -1,6 +1,6 @@
 """orpo-lite: preference-tune a language model on the one GPU you own.
 
-The packages by layer; imports go only downward, which tests/test_layout.py checks:
+The packages by layer. A package imports only from lower layers. tests/test_layout.py checks this.
 
 8  cli (__main__)                                parse, call, draw; nothing else prints
 7  api  doctor                                   tasks of several packages; notebooks, cli
@@ -20,17 +20,20 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# Set before the libraries are imported: no compiled code from the hub, no usage reports to it.
+# Do not load compiled code from the hub, and do not send usage reports to it. These variables must
+# be set before the libraries are imported.
 os.environ.setdefault("USE_HUB_KERNELS", "0")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-# On a CPU torch and bitsandbytes each have a thread pool; spinning idle threads slow the other one.
+# On a CPU, torch and bitsandbytes have a thread pool each. Without this, idle threads of one pool
+# use the CPU in a loop and slow down the other pool.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# Passes of many lengths fragment GPU memory beyond what is planned; expandable segments avoid it.
+# Forward passes of many lengths fragment the GPU's memory, so that more is used than planned.
+# Expandable segments avoid this.
 if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name of the variable
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
-# Imported on first use, so that `orpo-lite --help` does not wait for torch.
+# Name -> module. It is imported at the first use, so that `orpo-lite --help` does not import torch.
 _EXPORTS = {
     "load_recipe": "orpo_lite.recipe.reader",
     "plan": "orpo_lite.planning.plan",

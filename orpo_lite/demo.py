@@ -1,11 +1,12 @@
 """Create a small base model and preference pairs, for a complete run without hub, GPU or network.
 
-The base has no bias for the chosen answers. Every answer is a greeting, a piece of advice and a
-goodbye, in one of two tones, and all answers have the same number of tokens. The base is trained on
-every phrasing of both tones equally often. The probability of an answer therefore depends on its
-advice (each topic has a usual one), not on its tone. In half of the pairs the chosen answer has the
-usual advice, in the other half the rejected one has it. Before training the base prefers the chosen
-answer in about half of the pairs; only the training changes that.
+The base does not prefer the chosen answers before the training. An answer is a greeting, a piece of
+advice and a goodbye, in a warm or a curt tone. All answers have the same number of tokens. The base
+is trained on all phrasings of both tones equally often. So its probability for an answer depends on
+the advice, not on the tone: each topic has one advice that the base has seen more often than
+others, the usual advice. The chosen answer has the usual advice in half of the pairs, and the
+rejected answer has it in the other half. So the base prefers the chosen answer in about half of the
+pairs. Only the training changes that.
 """
 
 import hashlib
@@ -26,19 +27,19 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from orpo_lite.recipe.schema import Recipe
 
 BASE = "builtin:tiny-llama"
-TOKENIZER = "builtin:tiny-llama-tokenizer"  # of that base, for internal use
+TOKENIZER = "builtin:tiny-llama-tokenizer"  # the tokenizer of BASE, only for internal use
 PAIRS = "builtin:two-tones"
 REMARK = (
-    "This run used the built-in base or pairs. It shows that orpo-lite works on this machine, and "
-    "not how good a model becomes. For that, choose a real base and real pairs."
+    "This run used the built-in base or pairs. It shows that orpo-lite works on this machine. It "
+    "does not show how good a model becomes: for that, choose a real base and real pairs."
 )
 
 Phrasing = tuple[str, str]  # greeting, goodbye
 Item = TypeVar("Item")
 
-# A greeting has five tokens, a goodbye six (a word or a punctuation mark is one token). Half of
-# each end in "!", and many first words occur in both tones, so no single token distinguishes the
-# tones.
+# A greeting has five tokens, and a goodbye has six. A word or a punctuation mark is one token. No
+# single token shows the tone: half of the greetings and half of the goodbyes end in "!", and many
+# first words occur in both tones.
 WARM: list[Phrasing] = list(
     product(
         (
@@ -79,8 +80,8 @@ CURT: list[Phrasing] = list(
         ),
     )
 )
-# The topic is last, so its distance to its place in the answer is constant: the base learns to copy
-# it in seconds.
+# The topic is the last word of a question. So its distance to the topic in the answer is constant,
+# and the base learns in seconds to copy it.
 QUESTIONS = (
     "How do I start with {}?",
     "Can you help me with {}?",
@@ -91,7 +92,7 @@ QUESTIONS = (
     "Is it hard to learn {}?",
     "Any tips for {}?",
 )
-# Advice of five tokens each -> the topics whose usual advice it is.
+# Advice (five tokens) -> the topics that have it as their usual advice.
 ADVICE = {
     "join a friendly local club": (
         "tennis rowing chess hiking running volleyball badminton sailing "
@@ -115,7 +116,8 @@ TOPICS = [
     topic for row in zip(*ADVICE.values(), strict=True) for topic in row
 ]  # the usual advice of topic i has index i % 4
 TRAIN_TOPICS, TEST_TOPICS = TOPICS[:48], TOPICS[48:]
-# The base is trained on the usual advice five times in eight, on each other advice once.
+# If a topic occurs eight times in the base's training, five answers have its usual advice, and each
+# of the three others is in one answer.
 SHIFTS = (0, 0, 0, 0, 0, 1, 2, 3)
 
 CHAT_TEMPLATE = (
@@ -128,7 +130,7 @@ CHAT_TEMPLATE = (
 def make_base(folder: Path, *, seed: int = 0) -> Iterator[tuple[int, int]]:
     """Train the tiny Llama, and write it to ``folder`` after the last step.
 
-    The folder must be new or empty. The caller's random state is neither read nor changed.
+    The folder must be new or empty. The global random state of torch and Python is not used.
 
     Yields:
         (step, steps) after each step.
@@ -137,10 +139,11 @@ def make_base(folder: Path, *, seed: int = 0) -> Iterator[tuple[int, int]]:
 
 
 def make_pairs(folder: Path, *, seed: int = 0) -> tuple[Path, Path]:
-    """Write train.jsonl (384 pairs) and test.jsonl (128 pairs on other topics); return their paths.
+    """Write train.jsonl (384 pairs) and test.jsonl (128 pairs), and return their paths.
 
-    Each line is {"prompt", "chosen", "rejected"}. The chosen answer is warm, the rejected one curt.
-    Every phrasing occurs equally often. ``folder`` must be new or empty.
+    The two files have different topics. A line is an object with prompt, chosen and rejected. The
+    chosen answer is warm, and the rejected answer is curt. All phrasings occur equally often.
+    ``folder`` must be new or empty.
     """
     rng = random.Random(seed)  # noqa: S311 - not for secrets
     with _complete_folder(folder) as unfinished:
@@ -152,8 +155,8 @@ def make_pairs(folder: Path, *, seed: int = 0) -> tuple[Path, Path]:
                 prompts, warm, curt, strict=True
             ):
                 usual, other = ADVICES[i % 4], ADVICES[(i + rng.randint(1, 3)) % 4]
-                # Within each question and each topic, the usual advice is chosen as often as
-                # rejected.
+                # For each question and each topic, the usual advice is in the chosen answer as
+                # often as in the rejected answer.
                 for_chosen, for_rejected = (usual, other) if (i // 4 + j) % 2 else (other, usual)
                 rows.append(
                     {
@@ -170,7 +173,10 @@ def make_pairs(folder: Path, *, seed: int = 0) -> tuple[Path, Path]:
 
 @contextmanager
 def _complete_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder; rename it to ``folder`` at the end, so that it is complete."""
+    """Yield a temporary folder, and rename it to ``folder`` at the end.
+
+    So ``folder`` is never incomplete.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent) as temporary:
         unfinished = Path(temporary) / folder.name
@@ -185,16 +191,16 @@ def _answer(phrasing: Phrasing, topic: str, advice: str) -> str:
 
 
 def _sample(items: Sequence[Item], count: int, rng: random.Random) -> list[Item]:
-    """Return ``count`` items in random order, each item equally often."""
+    """Return ``count`` items in random order. All items occur equally often."""
     chosen = [items[i % len(items)] for i in range(count)]
     rng.shuffle(chosen)
     return chosen
 
 
 def _batches(rounds: int, seed: int) -> Iterator[list[tuple[str, str]]]:
-    """Yield two batches of 32 (question, answer) per round, each half warm.
+    """Yield two batches per round. A batch is 32 (question, answer), half of them warm.
 
-    A round has every phrasing and every topic once.
+    In a round, each phrasing and each topic occurs once.
     """
     rng = random.Random(seed)  # noqa: S311 - not for secrets
     for turn in range(rounds):
@@ -204,8 +210,8 @@ def _batches(rounds: int, seed: int) -> Iterator[list[tuple[str, str]]]:
         for (i, topic), phrasing in zip(
             _sample(list(enumerate(TOPICS)), 64, rng), phrasings, strict=True
         ):
-            # Topics 4k to 4k + 3 share a shift and differ in their usual advice, so each advice is
-            # equally frequent.
+            # All advice is equally frequent, because topics 4k to 4k + 3 have the same shift and
+            # different usual advice.
             advice = ADVICES[(i + SHIFTS[(i // 4 + turn) % len(SHIFTS)]) % 4]
             rows.append((rng.choice(QUESTIONS).format(topic), _answer(phrasing, topic, advice)))
         yield rows[:32]
@@ -213,7 +219,7 @@ def _batches(rounds: int, seed: int) -> Iterator[list[tuple[str, str]]]:
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer with one token for each word of the texts, and bytes for other texts."""
+    """Return a tokenizer with one token for each word of our texts. Other texts become bytes."""
     texts = [question.format(topic) for question in QUESTIONS for topic in TOPICS]
     texts += [
         _answer(phrasing, topic, advice)
@@ -224,7 +230,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=1 << 14,  # never reached: merging ends when every word is one token
+        vocab_size=1 << 14,  # never reached, because merging ends when each word is one token
         min_frequency=1,
         show_progress=False,
         special_tokens=tokens,
@@ -277,7 +283,7 @@ def _make_base(folder: Path, *, seed: int, rounds: int) -> Iterator[tuple[int, i
     optimizer = torch.optim.AdamW(
         model.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True
     )
-    # The final decay to zero averages out which phrasings came last.
+    # The learning rate falls to zero, so that the last phrasings do not weigh more than others.
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, 5e-3, total_steps=steps, pct_start=0.1
     )
@@ -292,8 +298,8 @@ def _make_base(folder: Path, *, seed: int, rounds: int) -> Iterator[tuple[int, i
             padding_side="right",
             return_tensors="pt",
         )
-        # Padding on the right needs no mask: no real token attends to it, and its labels are
-        # ignored.
+        # Padding on the right needs no attention mask: real tokens do not attend to later tokens,
+        # and the labels of padding are ignored.
         labels_BT = inputs.input_ids.masked_fill(inputs.attention_mask == 0, -100)
         with _one_thread():
             model(input_ids=inputs.input_ids, labels=labels_BT, use_cache=False).loss.backward()
@@ -317,7 +323,7 @@ def _make_base(folder: Path, *, seed: int, rounds: int) -> Iterator[tuple[int, i
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Use one thread: faster on busy cores for such small matrices, and reproducible to the bit."""
+    """Use one thread. Small matrices are then faster on busy cores, and bits are reproducible."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -327,9 +333,9 @@ def _one_thread() -> Iterator[None]:
 
 
 def make_builtin(recipe: Recipe, *, weights: bool = True) -> Iterator[tuple[int, int]]:
-    """Create the ``builtin:`` base and pairs that a recipe names, unless they exist.
+    """Create the ``builtin:`` base and pairs that a recipe names, if they do not exist.
 
-    Without ``weights`` only the tokenizer and configuration are created, which need no training.
+    With ``weights=False``, no base is trained. Only its tokenizer and configuration are created.
 
     Yields:
         (step, steps) after each training step.
@@ -347,7 +353,7 @@ def make_builtin(recipe: Recipe, *, weights: bool = True) -> Iterator[tuple[int,
 
 
 def resolve_builtin(recipe: Recipe) -> Recipe:
-    """Return the recipe with the folders of :func:`make_builtin` instead of ``builtin:`` names."""
+    """Replace ``builtin:`` names in the recipe by the folders that :func:`make_builtin` creates."""
     values = {}
     if recipe.model.model_name_or_path == BASE:
         base, tokenizer = _folder(recipe, BASE), _folder(recipe, TOKENIZER)
@@ -362,15 +368,15 @@ def resolve_builtin(recipe: Recipe) -> Recipe:
 
 
 def builtin_remark(recipe: Recipe) -> str:
-    """Return the remark to print after a run on the built-in base or pairs; "" for other runs."""
+    """Return :data:`REMARK` if a run uses the built-in base or pairs, else ""."""
     is_builtin = recipe.model.model_name_or_path == BASE or recipe.data.dataset_name == PAIRS
     return REMARK if is_builtin else ""
 
 
 def _folder(recipe: Recipe, name: str) -> Path:
-    """Return the folder of a built-in part, next to the run folder and shared by its siblings.
+    """Return the folder of a built-in base or dataset. All runs in the same folder share it.
 
-    Its name contains a hash of this file, so an outdated part is never used.
+    Its name contains a hash of this file. So if this file changes, a new folder is used.
     """
     source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
     return (

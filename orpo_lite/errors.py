@@ -1,7 +1,7 @@
-"""Errors that a person can fix. Each names the place, what was found, what was expected and a fix.
+"""Errors that a person can fix. An error names the place, what was found and expected, and a fix.
 
-Any other exception is a bug in orpo-lite. The command line shows its traceback and asks for a
-report.
+All other exceptions are bugs in orpo-lite. The command line prints their traceback and asks the
+person to report the bug.
 """
 
 import copyreg
@@ -11,24 +11,24 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
-SHOWN = 20  # faults printed in one message; the total is always given
-# errno of an OSError: the disk is full, or a quota or a file size limit is reached.
+SHOWN = 20  # largest number of faults in one message, which always gives their total number
+# Values of errno: the disk is full, or a quota or file size limit is reached.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# errno of fsync on file systems that do not support it (FUSE, SMB).
+# Values of errno after fsync, if the file system does not support it (FUSE, SMB).
 NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
-# Access tokens of the hub, also those of a browser login and of trusted publishers. A message never
-# shows one, whatever text it quotes.
+# Matches access tokens of the hub, also those of a browser login and of trusted publishers.
+# Messages never show such a token.
 TOKEN = re.compile(r"hf_(?:[A-Za-z0-9]{16,}|(?:oauth|jwt)_[A-Za-z0-9._-]{16,})")
 
 
 class Command(str):
-    """A fix that is a shell command, in ``line``."""
+    """A fix that is a shell command: a text for people, and the command alone in ``line``."""
 
     __slots__ = ("line",)
     line: str
 
     def __new__(cls, line: str, advice: str = "", *, text: str = "") -> Self:
-        """Create a fix that is printed as the line followed by ``advice``, or as ``text``."""
+        """Create a fix. Its text is ``line`` followed by ``advice``, or ``text`` if it is given."""
         fix = super().__new__(cls, text or line + advice)
         fix.line = line
         return fix
@@ -38,14 +38,14 @@ class Command(str):
 
 
 class Overrides(str):
-    """A fix that sets recipe keys: a text for people, ``values`` for programs."""
+    """A fix that sets recipe keys: a text for people, and the values in ``values``."""
 
     __slots__ = ("values",)
     values: Mapping[str, Any]
     """``section.key`` -> value."""
 
     def __new__(cls, values: Mapping[str, Any], advice: str = "", *, text: str = "") -> Self:
-        """Create a fix that is printed as ``key=value`` words and ``advice``, or as ``text``."""
+        """Create a fix. Its text is "key=value" words and ``advice``, or ``text`` if given."""
         words = (
             f"{key}={value if isinstance(value, str) else json.dumps(value)}"
             for key, value in values.items()
@@ -59,14 +59,17 @@ class Overrides(str):
 
 
 def reworded(fix: str, text: str) -> str:
-    """Return ``text`` with the data of ``fix``. A string method would return a plain string."""
+    """Return a fix with a new text and with the command or values of ``fix``.
+
+    String methods of a :class:`Command` or :class:`Overrides` return a plain string without them.
+    """
     if isinstance(fix, Overrides):
         return Overrides(fix.values, text=text)
     return Command(fix.line, text=text) if isinstance(fix, Command) else text
 
 
 def one_of(fixes: Iterable[str]) -> str:
-    """Return alternative fixes as one: all texts, and the data of the first :class:`Overrides`."""
+    """Join fixes to one alternative, "A or B", with the values of the first :class:`Overrides`."""
     options = [*fixes]
     first = next((fix for fix in options if isinstance(fix, Overrides)), "")
     return reworded(first, " or ".join(options))
@@ -75,13 +78,14 @@ def one_of(fixes: Iterable[str]) -> str:
 class OrpoLiteError(Exception):
     """An error that a person can fix.
 
-    It is printed without a traceback, and the process ends with ``exit_code``.
+    The command line prints it without a traceback and ends with the exit code ``exit_code``.
 
     Args:
-        where: the file and line, or the recipe key, with the fault.
-        found: what was found there.
-        expected: what was expected instead, or "".
-        fix: how to fix it: :class:`Overrides` or a :class:`Command` if possible, else a text or "".
+        where: the place of the fault: a file and line, or a recipe key. It may be "".
+        found: what was found at this place.
+        expected: what was expected instead. It may be "".
+        fix: how to fix the fault: if possible :class:`Overrides` or a :class:`Command`, else a
+            text. It may be "".
     """
 
     exit_code = 2
@@ -90,12 +94,12 @@ class OrpoLiteError(Exception):
         self.where, self.found, self.expected = (
             TOKEN.sub("hf_***", text) for text in (where, found, expected)
         )
-        # sub() returns a plain string, without the data of a fix.
+        # sub() returns a plain string, without the command or values of a fix.
         self.fix = TOKEN.sub("hf_***", fix) if TOKEN.search(fix) else fix
         super().__init__(self.where, self.found, self.expected, self.fix)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copy and pickle all attributes; constructors take keywords, which differ by subclass."""
+        """Support copy and pickle. The default fails, because constructors take only keywords."""
         return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
     def __str__(self) -> str:
@@ -108,62 +112,62 @@ class OrpoLiteError(Exception):
 
 
 class RecipeError(OrpoLiteError):
-    """A wrong recipe or command line."""
+    """The recipe or the command line is wrong."""
 
     exit_code = 2
 
 
 class DataError(OrpoLiteError):
-    """Preference data that cannot be read or used."""
+    """The preference data cannot be read or used."""
 
     exit_code = 3
 
 
 class ModelError(OrpoLiteError):
-    """A base model, tokenizer, chat template or adapter that cannot be used."""
+    """A base model, tokenizer, chat template or adapter cannot be used."""
 
     exit_code = 4
 
 
 class CheckpointError(OrpoLiteError):
-    """A run folder or checkpoint that is missing, changed, in use or from another run."""
+    """A run folder or checkpoint is missing, changed, in use or from another run."""
 
     exit_code = 5
 
 
 class FitError(OrpoLiteError):
-    """This machine has too little disk, host or GPU memory, or lacks 4-bit support or a package.
+    """The machine has too little disk space or memory, or lacks a package or 4-bit support.
 
-    ``orpo-lite doctor`` ends with its exit code if it finds a fault.
+    If ``orpo-lite doctor`` finds a fault, it ends with the exit code of this error.
     """
 
     exit_code = 6
 
 
 class DivergedError(OrpoLiteError):
-    """The loss or the gradients stopped being finite."""
+    """The loss or a gradient became NaN or infinite."""
 
     exit_code = 7
 
 
 class HubError(OrpoLiteError):
-    """The hub refused a request, is unreachable, or does not have the repository or file."""
+    """The hub refused a request or cannot be reached, or does not have the repository or file."""
 
     exit_code = 8
 
 
 def _is_same_fix(one: str, other: str) -> bool:
-    """Return whether two fixes hold the same data; False for plain texts."""
+    """Return True if two fixes have the same command or values. For plain texts, return False."""
     if isinstance(one, Overrides) and isinstance(other, Overrides):
         return one.values == other.values
     return isinstance(one, Command) and isinstance(other, Command) and one.line == other.line
 
 
 def raise_all(faults: Sequence[OrpoLiteError]) -> None:
-    """Raise all faults as one error of the first one's class; do nothing if there are none.
+    """Raise all faults as one error, of the class of the first fault. Without faults, do nothing.
 
-    The error shows the first twenty faults and their total. A fix that all of them share becomes
-    the error's own fix.
+    The error shows the first twenty faults and the total number. If all faults have the same fix,
+    it is shown once and becomes the fix of the error.
     """
     if not faults:
         return
@@ -181,5 +185,5 @@ def raise_all(faults: Sequence[OrpoLiteError]) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or the name of its type if it has none."""
+    """Return the first line of an error's message, or its type's name if the message is empty."""
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,7 @@
-"""Progress updates of a running command, and functions that run one to its end."""
+"""Progress updates of a running command, and functions that run a command and pass on its updates.
+
+A command is a generator. It yields updates and finally returns its result.
+"""
 
 import logging
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -15,20 +18,23 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Update:
-    """A progress update of a running command, which the command line shows."""
+    """A progress update of a running command. The command line shows it."""
 
     kind: Literal["stage", "note", "step", "eval"]
     text: str = ""
-    """The stage's name, a note for the user, or the metrics of a step or evaluation in one line."""
+    """For a stage its name, for a note the note, for a step or evaluation its metrics in a line."""
     step: int = 0
+    """Number of steps, or parts of a stage, that are done."""
     steps: int = 0
+    """Number of all steps, or parts of a stage. 0 if it is not known."""
     metrics: Mapping[str, float] = field(default_factory=dict)
+    """Name -> value, for a step or evaluation."""
 
 
 def run_to_end(
     updates: Generator[Update, None, Result], show: Callable[[Update], object]
 ) -> Result:
-    """Run a command to its end, call ``show`` with each update and return its result."""
+    """Run a command to its end. Call ``show`` with each update, and return the command's result."""
     while True:
         try:
             show(next(updates))
@@ -40,7 +46,10 @@ def run_to_end(
 def staged(
     text: str, progress: Generator[tuple[int, int], None, Result]
 ) -> Generator[Update, None, Result]:
-    """Yield the (done, total) pairs of ``progress`` as updates of a stage; return its result."""
+    """Yield each (done, total) of ``progress`` as an update of the stage ``text``.
+
+    Finally return the result of ``progress``.
+    """
     while True:
         try:
             done, total = next(progress)
@@ -51,7 +60,10 @@ def staged(
 
 
 def attempt(failed: str, function: Callable[..., Any], *args: Any) -> Iterator[Update]:
-    """Call an optional ``function``. If it raises, yield a note and log the traceback."""
+    """Call a function whose failure must not stop the command.
+
+    If it raises, yield a note and log the traceback. ``failed`` says in the note what failed.
+    """
     try:
         function(*args)
     except Exception as error:
@@ -59,7 +71,7 @@ def attempt(failed: str, function: Callable[..., Any], *args: Any) -> Iterator[U
 
 
 def failure(failed: str, error: Exception) -> Update:
-    """Log the traceback of an error, and return a note. ``failed`` says what did not work."""
+    """Log the traceback of an error, and return a note. ``failed`` says in the note what failed."""
     logging.getLogger(__name__).warning(failed, exc_info=error)
     reason = " ".join(str(error).split())[:300]
     if isinstance(error, OrpoLiteError):
@@ -70,10 +82,10 @@ def failure(failed: str, error: Exception) -> Update:
 def with_torch_defaults(
     command: Callable[Arguments, Generator[Update, None, Result]],
 ) -> Callable[Arguments, Generator[Update, None, Result]]:
-    """Decorate a command so that it runs with torch's default global settings.
+    """Decorate a command so that it runs with the default global settings of torch.
 
-    A notebook may have turned gradients off, turned autocast on, or set another default dtype or
-    device. Its settings are restored between updates and at the end.
+    A notebook may have disabled gradients, enabled autocast, or set another default dtype or
+    device. Its settings are restored at each update and at the end.
     """
 
     @wraps(command)
@@ -99,7 +111,7 @@ def _torch_defaults() -> Iterator[None]:
     import torch
 
     dtype, device = torch.get_default_dtype(), torch.get_default_device()
-    # Setting any device, even the default one, slows down every call of torch.
+    # If a default device is set, even cpu, each call of torch is slower.
     is_moved = device.type != "cpu"
     torch.set_default_dtype(torch.float32)
     if is_moved:
@@ -108,8 +120,7 @@ def _torch_defaults() -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
-            # Autocast caches the weights that it casts, so updates of an adapter would have no
-            # effect.
+            # Autocast caches converted weights. It would not see the updates of an adapter.
             for device_type in ("cpu", "cuda"):
                 if torch.is_autocast_enabled(device_type):
                     stack.enter_context(torch.autocast(device_type, enabled=False))

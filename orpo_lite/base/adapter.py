@@ -15,11 +15,11 @@ from orpo_lite.recipe.text import to_text
 
 
 def find_adapter(name: str) -> Path:
-    """Return the folder of a local or downloaded LoRA adapter.
+    """Return the folder of a LoRA adapter. If ``name`` is not a folder, download it from the hub.
 
     Raises:
-        ModelError: it is not an adapter in safetensors.
-        HubError: it cannot be downloaded.
+        ModelError: the folder holds no adapter in safetensors.
+        HubError: the adapter cannot be downloaded.
     """
     local = Path(name).expanduser()
     folder = local if local.is_dir() else download(name, resolve(name, "main", ADAPTER), ADAPTER)
@@ -35,17 +35,20 @@ def find_adapter(name: str) -> Path:
 
 
 def base_of_adapter(folder: Path) -> str | None:
-    """Return the base that an adapter names, a hub name or a folder; None if it names none."""
+    """Return the name of the base in an adapter's configuration, or None if it has none.
+
+    The name is a hub name or a folder.
+    """
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     name = config.get("base_model_name_or_path")
     return name if isinstance(name, str) and name else None
 
 
 def same_base(one: str, other: str) -> bool:
-    """Return whether two names may refer to the same base.
+    """Return True if two names, hub names or folders, may refer to the same base.
 
-    A folder often has the name of the hub repository, or was moved. Two folders with config.json
-    are the same base if these files are equal.
+    If both are folders with config.json, these files are compared. Otherwise the last parts of the
+    names are compared, because a folder often has the name of its hub repository.
     """
     names, configs = set(), []
     for name in (one, other):
@@ -58,7 +61,7 @@ def same_base(one: str, other: str) -> bool:
     return configs[0] == configs[1] if len(configs) == 2 else len(names) == 1
 
 
-# Options of LoraConfig that an adapter may set. All others must have their default.
+# Options of LoraConfig that an adapter may set. Other options must have their default values.
 ADAPTER_KEYS = (
     "r lora_alpha lora_dropout target_modules use_rslora use_dora rank_pattern alpha_pattern "
     "init_lora_weights exclude_modules target_parameters layers_to_transform layers_pattern "
@@ -71,18 +74,18 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # valid values of vLLM's --max
 
 
 def not_in_vllm(config: Mapping[str, Any], base: Mapping[str, Any]) -> str:
-    """Return the feature of an adapter that vLLM cannot serve; "" if it can serve the adapter.
+    """Return the feature of an adapter that vLLM does not support, such as "DoRA", or "".
 
-    vLLM has one scale, ``lora_alpha / r``, for all layers (its PEFTHelper). If the base is a
-    wrapper around the trained model, vLLM builds the wrapper, and the adapter's layer names match
-    no layer of it.
+    vLLM has one scale, ``lora_alpha / r``, for all layers (its PEFTHelper). If the base's files
+    hold a larger model around the trained one, vLLM builds the larger model. The adapter's layer
+    names then match no layer.
 
     Args:
         config: the adapter's configuration.
         base: the ``base`` entry of lock.json.
     """
     if base.get("wrapper"):  # runs of older versions did not record it
-        return "an adapter of a part of the base whose layer names differ"
+        return "an adapter of a part of the base, whose layers have other names in the whole base"
     if config.get("use_dora"):
         return "DoRA"
     if any(config.get(key) for key in ("rank_pattern", "alpha_pattern", "target_parameters")):
@@ -95,17 +98,17 @@ def not_in_vllm(config: Mapping[str, Any], base: Mapping[str, Any]) -> str:
 
 
 def vllm_rank(config: Mapping[str, Any], base: Mapping[str, Any]) -> int | None:
-    """Return the ``--max-lora-rank`` for an adapter; None if vLLM cannot serve the adapter."""
+    """Return vLLM's ``--max-lora-rank`` for an adapter, or None if vLLM cannot serve it."""
     if not_in_vllm(config, base):
         return None
     return next(rank for rank in VLLM_RANKS if rank >= config["r"])
 
 
 def read_adapter_config(folder: Path) -> Any:
-    """Return the peft configuration of a LoRA adapter, ready to be trained further.
+    """Return the peft configuration of a LoRA adapter, with settings for further training.
 
     Raises:
-        ModelError: it is not plain LoRA, or would change the base's weights.
+        ModelError: the adapter is not plain LoRA, or its initialisation changes the base's weights.
     """
     from peft import LoraConfig
 
@@ -121,10 +124,10 @@ def read_adapter_config(folder: Path) -> Any:
         raise ModelError(
             where=str(path),
             found=f"task_type: {options['task_type']!r}",
-            expected="'CAUSAL_LM'; adapters of models with another head do not fit",
+            expected="'CAUSAL_LM', because an adapter for another type of model does not fit",
             fix=Overrides({"model.adapter_name_or_path": None}, ", which trains a new adapter"),
         )
-    # For missing values peft would use its defaults, which would change the adapter.
+    # If a value is missing, peft would use its default. That would change the adapter.
     saved = "the value that the adapter was trained with"
     for key in ("r", "lora_alpha"):
         value: Any = options.get(key)
@@ -143,27 +146,27 @@ def read_adapter_config(folder: Path) -> Any:
             raise ModelError(
                 where=str(path),
                 found=f"{key}: {value!r}",
-                expected="plain LoRA without other trained parts",
+                expected="plain LoRA, without other trained parts",
             )
     init = options.get("init_lora_weights", True)
     if init not in (True, False, "gaussian", "orthogonal"):
         raise ModelError(
             where=str(path),
             found=f"init_lora_weights: {init!r}",
-            expected="a method that does not change the base's weights",
+            expected="an initialisation that does not change the base's weights",
         )
     config = LoraConfig.from_pretrained(folder)
     config.r = int(config.r)  # some tools write 4.0
     config.inference_mode = False  # saved adapters are set to inference
-    config.init_lora_weights = True  # irrelevant: the adapter's own weights are loaded after it
+    config.init_lora_weights = True  # irrelevant: the adapter's own weights are loaded later
     return config
 
 
 def adopt_adapter(recipe: Recipe) -> Recipe:
-    """Return the recipe with the shape of the adapter that it continues to train.
+    """Return the recipe with the lora values of the adapter that it continues to train.
 
     Raises:
-        RecipeError: a lora key is set to another value than the adapter's.
+        RecipeError: the recipe sets a lora key to another value than the adapter has.
     """
     if not recipe.model.adapter_name_or_path:
         return recipe
@@ -192,7 +195,7 @@ def adopt_adapter(recipe: Recipe) -> Recipe:
             RecipeError(
                 where=recipe.sources[key],
                 found=f"{key}: {to_text(wanted)} with model.adapter_name_or_path",
-                expected=f"the adapter's {to_text(values[key])}, or no value",
+                expected=f"{to_text(values[key])}, the value of the adapter, or no value",
                 fix=Overrides(own, ", or leave the key out"),
             )
             for key, wanted in differing.items()
@@ -202,9 +205,10 @@ def adopt_adapter(recipe: Recipe) -> Recipe:
 
 
 def adapted_modules(config: Any, folder: Path) -> str | list[str]:
-    """Return the sorted names of the modules and parameters that an adapter adapts.
+    """Return "all-linear", or the sorted names of the modules and parameters with an adapter.
 
-    If its configuration has a regular expression, the names are those of its tensors.
+    If the configuration has a regular expression instead of names, the names are read from the
+    adapter's tensors.
     """
     targets = config.target_modules or []
     if targets == "all-linear":
@@ -225,5 +229,5 @@ def adapted_modules(config: Any, folder: Path) -> str | list[str]:
     return sorted({*targets, *(config.target_parameters or [])})
 
 
-# The name that peft gives a tensor of an adapter.
+# Matches the name that peft gives to a tensor of an adapter.
 MODULE = re.compile(r"base_model\.model\.(?P<module>.+?)(\.base_layer)*\.lora_\w+(\.weight)?")

@@ -1,7 +1,7 @@
-"""Read and write safetensors files in blocks of rows, with only a few blocks in memory.
+"""Read and write safetensors files in blocks of rows. Only a few blocks are in memory at a time.
 
-Files are read with ``readinto`` into own buffers. With a memory map every touched page would count
-as memory of this process, and a memory limit could kill it.
+Files are read with ``readinto``, not with a memory map. Each page that is read through a memory map
+counts as memory of the process, so a memory limit could end the process.
 """
 
 import json
@@ -23,9 +23,9 @@ from orpo_lite.errors import NO_SYNC, ModelError
 Job = TypeVar("Job")
 Made = TypeVar("Made")
 
-BLOCK = 4 << 20  # bytes that are read, computed and written at a time
-BLOCKS_AHEAD = 2  # blocks that are read in advance, and blocks that wait to be written
-LONGEST_HEADER = 100_000_000  # bytes; the limit of the format
+BLOCK = 4 << 20  # bytes in a block, which is read, computed and written as a whole
+BLOCKS_AHEAD = 2  # number of blocks read in advance, and of blocks that wait to be written
+LONGEST_HEADER = 100_000_000  # bytes, a limit of the safetensors format
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
@@ -37,28 +37,28 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file."""
+    """A tensor in a safetensors file: its place, dtype and shape, without its values."""
 
     name: str
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
-    """Offset of its first byte in the file."""
+    """Offset of the tensor's first byte in the file."""
 
     @property
     def nbytes(self) -> int:
-        """Return its size in bytes."""
+        """Return the size of the tensor in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def rows(self) -> int:
-        """Return its length along the first axis; 1 for a scalar."""
+        """Return the length of the first axis. A scalar has one row."""
         return self.shape[0] if self.shape else 1
 
     @property
     def row_bytes(self) -> int:
-        """Return the size of one row in bytes."""
+        """Return the size of a row in bytes."""
         return self.nbytes // max(self.rows, 1)
 
 
@@ -72,21 +72,22 @@ class Rows:
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """Return all tensors of a model folder by name, in the order of its files.
+    """Return name -> tensor for all weight files of a model folder, in the order of the files.
 
     Raises:
-        ModelError: a file is missing, damaged or has an unknown dtype.
+        ModelError: a file is missing or damaged, or a tensor has an unknown dtype.
     """
     return {stored.name: stored for file in weight_files(folder) for stored in read_header(file)}
 
 
 def read_header(file: Path) -> list[Stored]:
-    """Return the tensors of a safetensors file in the order of their bytes.
+    """Return the tensors of a safetensors file, sorted by their offset in the file.
 
-    The format: https://github.com/huggingface/safetensors, section "Format".
+    Source of the format: https://github.com/huggingface/safetensors, section "Format".
 
     Raises:
-        ModelError: the file is missing, truncated, in another format, or has an unknown dtype.
+        ModelError: the file is missing, truncated or in another format, or a tensor has an unknown
+            dtype.
     """
     try:
         with file.open("rb") as stream:
@@ -117,8 +118,8 @@ def read_header(file: Path) -> list[Stored]:
 def in_blocks(stored: Stored, multiple: int | None = None) -> Iterator[Rows]:
     """Yield all rows of a tensor in blocks of about BLOCK bytes. An empty tensor is one block.
 
-    Each block begins at a multiple of ``multiple`` rows. The default for a matrix is 64 rows, so
-    that a block begins where a bitsandbytes block of 64 elements begins.
+    The number of rows in a block is a multiple of ``multiple``. The default for a matrix is 64
+    rows, so that each block begins at the start of a bitsandbytes block of 64 elements.
     """
     if multiple is None:
         multiple = 64 if len(stored.shape) == 2 else 1  # a row of a 3-D tensor is a whole expert
@@ -128,7 +129,7 @@ def in_blocks(stored: Stored, multiple: int | None = None) -> Iterator[Rows]:
 
 
 def read_rows(rows: Rows) -> Tensor:
-    """Return rows in newly allocated memory. Raise :class:`ModelError` if the file got shorter."""
+    """Read rows into a new tensor. Raise :class:`ModelError` if the file became shorter."""
     stored = rows.stored
     count = (rows.stop - rows.start) * stored.row_bytes
     data = torch.empty(count, dtype=torch.uint8)
@@ -140,7 +141,7 @@ def read_rows(rows: Rows) -> Tensor:
 
 
 def read_tensor(stored: Stored) -> Tensor:
-    """Return a complete tensor. Raises the same errors as :func:`read_rows`."""
+    """Read all rows of a tensor. Raises the same errors as :func:`read_rows`."""
     return read_rows(Rows(stored, 0, stored.rows))
 
 
@@ -158,9 +159,9 @@ def _fill(stream: BinaryIO, data: Tensor, stored: Stored) -> None:
 
 
 def compute_ahead(function: Callable[[Job], Made], jobs: Iterable[Job]) -> Iterator[Made]:
-    """Yield ``function(job)`` for each job, in order.
+    """Yield ``function(job)`` for each job, in the order of the jobs.
 
-    Another thread computes up to BLOCKS_AHEAD results before they are asked for.
+    Another thread computes the next BLOCKS_AHEAD results in advance.
     """
     with ThreadPoolExecutor(1) as pool:
         waiting: deque[Future[Made]] = deque()
@@ -173,9 +174,9 @@ def compute_ahead(function: Callable[[Job], Made], jobs: Iterable[Job]) -> Itera
 
 
 def split_into_files(tensors: Iterable[Stored], most: int) -> list[list[Stored]]:
-    """Assign tensors, in order, to files of at most ``most`` bytes.
+    """Return the tensors of each file. A file holds at most ``most`` bytes.
 
-    A tensor larger than that gets a file of its own.
+    The order of the tensors is kept. A tensor of more than ``most`` bytes gets its own file.
     """
     files: list[list[Stored]] = []
     left = 0
@@ -191,16 +192,18 @@ def split_into_files(tensors: Iterable[Stored], most: int) -> list[list[Stored]]
 def write_model(
     folder: Path, files: Sequence[Sequence[Stored]], blocks: Iterator[Tensor]
 ) -> Iterator[int]:
-    """Write tensors as safetensors files with transformers' file names, and an index if several.
+    """Write tensors to safetensors files with the names that transformers uses.
+
+    If there are several files, write an index too. Each file is flushed to the disk while the next
+    blocks are computed.
 
     Args:
         folder: an empty folder.
-        files: the tensors of each file; only name, dtype and shape are used.
-        blocks: the contents of all tensors of all files in order, in pieces of any size.
+        files: the tensors of each file. Only their names, dtypes and shapes are used.
+        blocks: the contents of all tensors of all files, in order. A block may have any size.
 
     Yields:
-        The number of bytes written so far, after each piece. A file is flushed to the disk while
-        the next ones are computed.
+        The number of bytes written so far, after each block.
     """
     names = [_file_name(number, len(files)) for number in range(len(files))]
     total = 0
@@ -242,9 +245,9 @@ def write_model(
 
 
 def _sync(descriptor: int) -> None:
-    """Flush a file to the disk, unless the file system does not support it (FUSE, SMB).
+    """Flush a file to the disk. Do nothing if the file system cannot flush (FUSE, SMB).
 
-    The lock of the run folder reports such a file system.
+    ``orpo_lite.runs.folder.locked`` notes such a file system.
     """
     try:
         os.fsync(descriptor)

@@ -1,6 +1,7 @@
-"""Read a base's config.json and check that it is a causal 16-bit model that transformers ships.
+"""Read a base's config.json, and check that transformers has this model and that it can be trained.
 
-No weights are loaded, and no code of the base runs.
+Only causal language models in 16 bit can be trained. No weights are loaded, and no code of the base
+runs.
 """
 
 import difflib
@@ -19,7 +20,11 @@ CAUSAL = "a decoder-only (causal) language model of transformers"
 
 
 def read_config(path: Path, name: str) -> Any:
-    """Return the transformers configuration of a base.
+    """Return the transformers configuration of the base in a folder.
+
+    Args:
+        path: the folder.
+        name: the base's name in messages.
 
     Raises:
         ModelError: the base cannot be trained.
@@ -30,8 +35,8 @@ def read_config(path: Path, name: str) -> Any:
     if "auto_map" in raw:
         raise ModelError(
             where=f"model {name}",
-            found="needs its own code (auto_map)",
-            expected="an architecture that transformers ships",
+            found="needs Python code from its repository (auto_map in config.json)",
+            expected="an architecture that is a part of transformers",
         )
     _refuse_quantised(raw, name)
     _refuse_unknown(raw, name)
@@ -45,10 +50,12 @@ def read_config(path: Path, name: str) -> Any:
 
 
 def build_empty(config: Any, path: Path) -> Any:
-    """Return the model of a configuration on the meta device, without weights.
+    """Return the model of a configuration on torch's meta device, without weights.
+
+    ``path`` is the base's folder, for messages.
 
     Raises:
-        ModelError: transformers cannot build it.
+        ModelError: transformers cannot build the model.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -69,9 +76,9 @@ def build_empty(config: Any, path: Path) -> Any:
 
 
 def read_sizes(folder: Path) -> dict[str, Any]:
-    """Return config.json with the text model's values at the top level; {} if it cannot be read.
+    """Return the values in config.json, or {} if it cannot be read.
 
-    transformers is not imported.
+    The values of ``text_config`` are moved to the top level. transformers is not imported.
     """
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -84,7 +91,7 @@ def read_sizes(folder: Path) -> dict[str, Any]:
 
 
 def refuse_adapter(path: Path, name: str) -> None:
-    """Raise :class:`ModelError` if a folder holds an adapter; the fix names the adapter's base."""
+    """Raise :class:`ModelError` if a folder holds an adapter. The fix sets the adapter's base."""
     file = path / "adapter_config.json"
     if not file.is_file():
         return
@@ -101,7 +108,7 @@ def refuse_adapter(path: Path, name: str) -> None:
 
 
 def _read_raw(path: Path, name: str) -> dict[str, Any]:
-    """Return the object in config.json. Raise :class:`ModelError` if there is none."""
+    """Return the JSON object in config.json. Raise :class:`ModelError` if there is none."""
     file = path / "config.json"
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
@@ -110,7 +117,7 @@ def _read_raw(path: Path, name: str) -> dict[str, Any]:
     except FileNotFoundError:
         refuse_adapter(path, name)
         inside = [*sorted(path.glob("*/config.json")), *sorted(path.glob("*/*/config.json"))]
-        hint = f"; its folder {inside[0].parent.relative_to(path)} has one" if inside else ""
+        hint = f", but its subfolder {inside[0].parent.relative_to(path)} has" if inside else ""
         raise ModelError(
             where=f"model {name}",
             found=f"has no config.json{hint}",
@@ -125,7 +132,10 @@ def _read_raw(path: Path, name: str) -> dict[str, Any]:
 
 
 def _refuse_quantised(raw: dict[str, Any], name: str) -> None:
-    """Raise :class:`ModelError` for quantised weights; the fix dequantises them if possible."""
+    """Raise :class:`ModelError` if the weights are quantised.
+
+    If transformers can dequantise them, the fix is the command for it.
+    """
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
     text = raw.get("text_config")
@@ -136,9 +146,9 @@ def _refuse_quantised(raw: dict[str, Any], name: str) -> None:
     found = settings[0]
     method = found.get("quant_method") if isinstance(found, dict) else None
     config_type = AUTO_QUANTIZATION_CONFIG_MAPPING.get(method)
-    fix: str = "use the model that it was quantised from; its model card names it"
+    fix: str = "use the 16-bit model that it was made from; its model card should name that model"
     if not found:
-        fix = "remove the key from config.json, if the weights are in 16 bit"
+        fix = "if the weights are in 16 bit, remove the key from config.json"
     if config_type is not None and "dequantize" in inspect.signature(config_type).parameters:
         folder = f"./{Path(name).name}-bfloat16"
         fix = _python(
@@ -147,12 +157,13 @@ def _refuse_quantised(raw: dict[str, Any], name: str) -> None:
             f"quantization_config={config_type.__name__}(dequantize=True))",
             f"model.save_pretrained({json.dumps(folder)}, save_original_format=False)",
             _save_tokenizer(name, folder),
-            then=f" writes them; then set {BASE}={shlex.quote(folder)}; or use a 16-bit copy",
+            then=f" writes 16-bit weights; then set {BASE}={shlex.quote(folder)}; "
+            "or use a 16-bit copy of the model",
         )
     raise ModelError(
         where=f"model {name}",
         found="is already quantised" + (f" ({method})" if method else ""),
-        expected="16-bit weights, which quantising and merging start from",
+        expected="16-bit weights, which the quantisation and the merge need",
         fix=fix,
     )
 
@@ -161,7 +172,7 @@ QUANTISED = ("quantization_config", "compression_config")
 
 
 def _refuse_unknown(raw: dict[str, Any], name: str) -> None:
-    """Raise :class:`ModelError` for a model_type that the installed transformers does not have."""
+    """Raise :class:`ModelError` if the installed transformers does not have the model_type."""
     from packaging.version import InvalidVersion, Version
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
@@ -175,11 +186,13 @@ def _refuse_unknown(raw: dict[str, Any], name: str) -> None:
     near = difflib.get_close_matches(str(model_type), CONFIG_MAPPING_NAMES, n=1, cutoff=0.8)
     if saved.release > Version(own).release:
         wanted = shlex.quote(f"transformers>={saved.base_version}")
-        fix: str = Command(f"pip install --upgrade {wanted}", f", since it was saved by {saved}")
+        fix: str = Command(
+            f"pip install --upgrade {wanted}", f", because transformers {saved} saved the model"
+        )
     elif near:
-        fix = f"if it is misspelt: {near[0]}"
+        fix = f"if it is misspelt, write {near[0]}"
     else:
-        fix = "a later release of transformers, if it has this model_type"
+        fix = "install a later release of transformers, if one has this model_type"
     found = f"model_type {model_type!r} is not in transformers {own}"
     raise ModelError(
         where=f"model {name}",
@@ -190,7 +203,7 @@ def _refuse_unknown(raw: dict[str, Any], name: str) -> None:
 
 
 def _refuse_non_causal(config: Any, name: str) -> None:
-    """Raise :class:`ModelError` for a model that is not a causal language model."""
+    """Raise :class:`ModelError` if the model is not a causal language model."""
     from transformers.models.auto import modeling_auto as auto
 
     model_type, fix = config.model_type, ""
@@ -207,21 +220,30 @@ def _refuse_non_causal(config: Any, name: str) -> None:
         fix = _text_part(config, name)
     else:
         own_class = auto.MODEL_MAPPING_NAMES.get(model_type, "a part of a model")
-        found = f"is {own_class}, without a language model"
+        found = f"is {own_class}, which has no language model"
     raise ModelError(
         where=f"model {name}", found=f"model_type {model_type!r} {found}", expected=CAUSAL, fix=fix
     )
 
 
 def _text_part(config: Any, name: str) -> str:
-    """Return the fix for a multimodal model: a command that saves its text part if it is causal."""
+    """Return the fix for a multimodal model.
+
+    If the text part is a causal language model, the fix is a command that saves it as a new model.
+    """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     text, model_type = config.get_text_config(), config.get_text_config().model_type
     if getattr(text, "use_bidirectional_attention", None):
-        return f"use a text model; tokens of its text part ({model_type}) attend to later tokens"
+        return (
+            f"use another model, because in the text part of this one ({model_type}) tokens "
+            "attend to later tokens"
+        )
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        return f"use a text model; transformers has no causal model of its text part ({model_type})"
+        return (
+            "use another model, because transformers has no causal language model for the text "
+            f"part of this one ({model_type})"
+        )
     folder = f"./{Path(name).name}-text"
     return _python(
         "from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, AutoTokenizer",
@@ -233,27 +255,27 @@ def _text_part(config: Any, name: str) -> str:
         "text.set_output_embeddings(whole.get_output_embeddings())",
         f"text.save_pretrained({json.dumps(folder)})",
         _save_tokenizer(name, folder),
-        then=f" saves its text part ({model_type}), which can be tuned alone; "
+        then=f" saves its text part ({model_type}) as a model of its own; "
         f"then set {BASE}={shlex.quote(folder)}",
     )
 
 
 def _save_tokenizer(name: str, folder: str) -> str:
-    """Return Python code that copies a tokenizer to a folder."""
+    """Return a line of Python that copies a model's tokenizer to a folder."""
     return (
         f"AutoTokenizer.from_pretrained({json.dumps(name)}).save_pretrained({json.dumps(folder)})"
     )
 
 
 def _python(*lines: str, then: str) -> Command:
-    """Return a command that runs lines of Python; ``then`` is the advice after it."""
+    """Return a shell command that runs lines of Python, with ``then`` as advice after it."""
     return Command(f"python -c {shlex.quote('; '.join(lines))}", then)
 
 
 def _unbuildable(path: Path, error: Exception) -> ModelError:
-    """Return the error for a configuration that transformers cannot build a model from.
+    """Return the error for a config.json from which transformers cannot build a model.
 
-    The first line of transformers' message names the value.
+    It quotes the first two lines of transformers' message, which name the wrong value.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return ModelError(
@@ -261,5 +283,5 @@ def _unbuildable(path: Path, error: Exception) -> ModelError:
         found=f"transformers {importlib.metadata.version('transformers')} cannot build its model: "
         f"{type(error).__name__}: {' '.join(lines[:2])}",
         expected="valid values for its architecture",
-        fix="download config.json again; or upgrade transformers, if the model is newer",
+        fix="download config.json again; if the model is newer than transformers, upgrade it",
     )

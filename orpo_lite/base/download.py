@@ -1,4 +1,4 @@
-"""Resolve a hub repository to a commit, download its files and explain the hub's errors."""
+"""Find the commit of a hub repository, download its files, and explain the hub's errors."""
 
 import logging
 import shlex
@@ -27,29 +27,35 @@ from orpo_lite.recipe.text import gib
 logger = logging.getLogger(__name__)
 
 HUB_TIMEOUT = 30.0  # seconds; the hub's client has no limit
-# Patterns of the files to download of a base, and of an adapter. Pickles are never downloaded.
+# Patterns of the files to download for a base or an adapter. Pickles are never downloaded.
 TEXT = ["*.json", "*.model", "*.txt", "*.jinja"]
 WEIGHTS = ["*.safetensors"]
 ADAPTER = ["adapter_config.json", "adapter_model.safetensors"]
-# Not downloaded: other formats (original/, onnx/, Mistral's consolidated weights). The only folder
-# needed is the one with named chat templates.
+# Files that are not downloaded: other formats (original/, onnx/, Mistral's consolidated weights).
+# The only folder that is downloaded holds named chat templates.
 NAMED = "additional_chat_templates/"
 NOT_FETCHED = [*(f"{NAMED[:i]}[!{letter}]*/*" for i, letter in enumerate(NAMED)), "consolidated*"]
 POINTER = b"version https://git-lfs"
-# These include all errors of the hub's client. ValueError: an answer that is not from the hub, or
-# an invalid repository name.
+# All errors of the hub's client are of these types. A ValueError means that the answer is not from
+# the hub, or that the repository's name is invalid.
 UNREACHABLE = (HTTPError, OSError, ValueError)
 
 
 def resolve(name: str, revision: str, patterns: list[str]) -> str:
-    """Return the commit of a hub repository after checking access and disk space.
+    """Check access to a hub repository and the disk space, and return its commit.
 
-    If the hub is unreachable, return the cached commit.
+    If the hub cannot be reached, return the commit of the cached copy.
+
+    Args:
+        name: owner/name of the repository.
+        revision: a branch, tag or commit.
+        patterns: patterns of the files to download.
 
     Raises:
-        ModelError: it has no weights in safetensors.
+        ModelError: the repository has no weights in safetensors.
         FitError: there is not enough disk space.
-        HubError: it is unknown, gated or unreachable.
+        HubError: the repository is unknown or gated, or the hub cannot be reached and there is no
+            cached copy.
     """
     try:
         info = HfApi().model_info(name, revision=revision, files_metadata=True, timeout=HUB_TIMEOUT)
@@ -72,7 +78,7 @@ def resolve(name: str, revision: str, patterns: list[str]) -> str:
         raise ModelError(
             where=f"model {name}",
             found="has no weights in safetensors",
-            expected="safetensors; pickles are never loaded",
+            expected="safetensors files, because pickle files are never loaded",
         )
     missing = [
         f for f in wanted if not isinstance(try_to_load_from_cache(name, f, revision=commit), str)
@@ -84,14 +90,14 @@ def resolve(name: str, revision: str, patterns: list[str]) -> str:
 
 
 def hub_host() -> str:
-    """Return the host that the hub's client asks; "" in offline mode."""
+    """Return the host name of the hub, or "" in offline mode (HF_HUB_OFFLINE)."""
     return "" if constants.HF_HUB_OFFLINE else urlsplit(constants.ENDPOINT).netloc
 
 
 def _remember(name: str, revision: str, commit: str) -> None:
-    """Record in the cache which commit a branch names, for use offline.
+    """Record in the hub's cache which commit a branch has, for later use without a network.
 
-    A download by commit does not record it.
+    The client does not record it if files are downloaded by commit.
     """
     ref = (
         Path(constants.HF_HUB_CACHE)
@@ -105,11 +111,11 @@ def _remember(name: str, revision: str, commit: str) -> None:
 
 
 def download(name: str, commit: str, patterns: list[str]) -> Path:
-    """Return the folder of a hub repository at a commit; download files that are not cached.
+    """Download files of a hub repository that are not in the cache, and return their folder.
 
     Raises:
         FitError: the disk is full.
-        HubError: it is gated or unreachable.
+        HubError: the repository is gated, or the hub cannot be reached.
     """
     try:
         return Path(
@@ -128,9 +134,9 @@ def download(name: str, commit: str, patterns: list[str]) -> Path:
 
 
 def find_cached(name: str, revision: str, patterns: list[str]) -> Path | None:
-    """Return the cached folder of a hub repository, without asking the hub; None if there is none.
+    """Return the folder of a hub repository in the cache, or None if it is not cached.
 
-    Files in it may be missing.
+    The hub is not asked. The folder may lack some of the files.
     """
     try:
         options: dict[str, Any] = {
@@ -144,13 +150,13 @@ def find_cached(name: str, revision: str, patterns: list[str]) -> Path | None:
 
 
 def hub_error(name: str, revision: str, error: Exception) -> HubError:
-    """Return the error for an exception of the hub's client, with a fix."""
+    """Return the :class:`HubError`, with a fix, for an exception of the hub's client."""
     where = f"hub, {name} at {revision}"
     page = f"{constants.ENDPOINT}/{name}"
     if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, UNREACHABLE):
         error = error.__cause__  # the reason why the hub was not reached
     if isinstance(error, GatedRepoError):
-        fix = f"ask for it at {page}, then `hf auth login`"
+        fix = f"ask for access at {page}, then run `hf auth login`"
         return HubError(
             where=where, found="is gated", expected="access granted to your account", fix=fix
         )
@@ -159,10 +165,13 @@ def hub_error(name: str, revision: str, error: Exception) -> HubError:
             where=where,
             found="has no such revision",
             expected="a branch, tag or commit",
-            fix=f"see {page}/commits/main",
+            fix=f"choose one at {page}/commits/main",
         )
     if isinstance(error, RepositoryNotFoundError | HFValidationError):
-        fix = "check the spelling; a private repository needs `hf auth login`; a folder must exist"
+        fix = (
+            "check the spelling; if the repository is private, run `hf auth login`; "
+            "if it is a local folder, check that it exists"
+        )
         return HubError(
             where=where,
             found="does not exist, or you have no access",
@@ -171,7 +180,7 @@ def hub_error(name: str, revision: str, error: Exception) -> HubError:
         )
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if status in (401, 403):
-        fix = f"`hf auth login` with a token that may read {page}"
+        fix = f"run `hf auth login` with a token that may read {page}"
         return HubError(
             where=where,
             found=f"denies access ({status})",
@@ -191,7 +200,10 @@ def hub_error(name: str, revision: str, error: Exception) -> HubError:
 
 
 def refuse_pointers(folder: Path, patterns: list[str]) -> None:
-    """Raise :class:`ModelError` for a file that holds a Git LFS pointer instead of its content."""
+    """Raise :class:`ModelError` if a file holds a Git LFS pointer instead of its content.
+
+    ``patterns`` selects the files.
+    """
     found = {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
     for file in sorted(found):
         with file.open("rb") as stream:
@@ -203,18 +215,21 @@ def refuse_pointers(folder: Path, patterns: list[str]) -> None:
         raise ModelError(
             where=str(file),
             found="is a git-lfs pointer, not the file itself",
-            expected="the file that it points to",
+            expected="the content of the file",
             fix=pull if is_clone else again,
         )
 
 
 def manual_download(name: str, revision: str) -> str:
-    """Return the advice to download a repository on a machine with a network."""
-    return f"on a connected machine: hf download {name} --revision {revision}"
+    """Return advice: the command that downloads a repository on a machine with a network."""
+    return f"on a machine with a network, run: hf download {name} --revision {revision}"
 
 
 def check_disk(folder: Path, needed: int, purpose: str) -> None:
-    """Raise :class:`FitError` unless ``needed`` bytes are free where ``folder`` is or will be."""
+    """Raise :class:`FitError` if the disk of a folder has less than ``needed`` free bytes.
+
+    The folder does not need to exist. ``purpose`` says in the message what needs the space.
+    """
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free

@@ -1,4 +1,4 @@
-"""Find, download and check a base, and load its tokenizer.
+"""Find, download and check a base model, and load its tokenizer.
 
 No weights are loaded, and no code of the base runs.
 """
@@ -27,28 +27,33 @@ BLOCK = 1 << 20  # bytes
 
 @dataclass(frozen=True)
 class Base:
-    """A base model on disk that can be trained."""
+    """A base model that was found and can be trained. Its text files are on disk."""
 
     name: str
-    """The hub name, or the absolute path of a local folder."""
+    """The name on the hub, or the absolute path of a local folder."""
     path: Path
     revision: str | None
-    """The hub commit; None for a local folder."""
+    """The commit on the hub, or None for a local folder."""
     fingerprint: str
-    """Hash of the configuration and of samples of the weights; "" until the weights are on disk."""
+    """The result of :func:`fingerprint`, or "" while the weights are not on disk."""
     config: Any
     """The transformers configuration."""
 
 
 def find_base(name: str, revision: str) -> Base:
-    """Return a base with its text files on disk; weights are not downloaded yet.
+    """Find and check a base, and download its text files. The weights are not downloaded yet.
 
-    For a hub name, access and disk space for the weights are checked.
+    If the base is on the hub, check access and the disk space for the weights.
+
+    Args:
+        name: a hub name (owner/name) or a local folder.
+        revision: a branch, tag or commit on the hub.
 
     Raises:
-        ModelError: it is not a causal model in safetensors, or needs its own code.
+        ModelError: the base is not a causal language model in safetensors, or needs code from its
+            repository.
         FitError: there is not enough disk space for the download.
-        HubError: it is unknown, gated or unreachable.
+        HubError: the repository is unknown or gated, or the hub cannot be reached.
     """
     path, commit = find_text_files(name, revision, weights=True)
     name = name if commit else str(path)
@@ -60,16 +65,17 @@ def find_base(name: str, revision: str) -> Base:
         raise ModelError(
             where=f"model {name}",
             found=f"has no {missing[0]}",
-            expected="weights in safetensors; pickles are never loaded",
+            expected="safetensors files, because pickle files are never loaded",
         )
     return Base(name, path, commit, "", config)
 
 
 def find_text_files(name: str, revision: str, *, weights: bool = False) -> tuple[Path, str | None]:
-    """Return the folder with a base's text files, such as the tokenizer, and the hub commit.
+    """Return (folder, commit): the folder with the text files of a base, and its commit on the hub.
 
-    The commit is None for a local folder. With ``weights``, it is also checked that the hub has
-    weights and that the disk has space for them. Raises the same errors as :func:`find_base`.
+    The text files include the tokenizer. The commit is None for a local folder. ``weights`` also
+    checks that the hub has weights and that the disk has space for them. Raises the same errors as
+    :func:`find_base`.
     """
     local = Path(name).expanduser()
     patterns = [*TEXT, *WEIGHTS] if weights else TEXT
@@ -87,7 +93,12 @@ def find_text_files(name: str, revision: str, *, weights: bool = False) -> tuple
 
 
 def fetch_weights(base: Base) -> Base:
-    """Download the weights of a base; return it with its fingerprint. Raise :class:`HubError`."""
+    """Download the weights of a base, and return the base with its fingerprint.
+
+    Raises:
+        HubError: the weights are not in the cache and cannot be downloaded.
+        FitError: the disk is full.
+    """
     if base.revision is not None:
         download(base.name, base.revision, [*TEXT, *WEIGHTS])
         missing = [file.name for file in weight_files(base.path) if not file.is_file()]
@@ -103,9 +114,9 @@ def fetch_weights(base: Base) -> Base:
 
 
 def is_wrapper(config: Any) -> bool:
-    """Return whether a base's files hold a larger model that contains the trained one.
+    """Return True if the base's files hold a larger model, of which only a part is trained.
 
-    An example is a model with an image encoder. Its layers have longer names.
+    An example is a model with an image encoder. The layers in its files have longer names.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -114,9 +125,9 @@ def is_wrapper(config: Any) -> bool:
 
 
 def changes_frequencies(config: Any, max_length: int) -> bool:
-    """Return whether rotary frequencies differ between sequences of up to ``max_length`` tokens.
+    """Return True if sequences of up to ``max_length`` tokens have different rotary frequencies.
 
-    The rope types dynamic and longrope use other frequencies for long sequences.
+    The rope types dynamic and longrope use other frequencies if a sequence is long.
     """
     rope = getattr(config, "rope_parameters", None) or {}
     # Some models have one set of parameters per layer type.
@@ -131,9 +142,10 @@ def changes_frequencies(config: Any, max_length: int) -> bool:
 
 
 def find_config(name: str, revision: str) -> Any:
-    """Return a base's configuration only, from a folder or the hub.
+    """Return the transformers configuration of a base in a folder or on the hub.
 
-    The configurations of the recipes' bases are shipped in bases.json. Raises as :func:`find_base`.
+    The file bases.json holds those of the shipped recipes' bases, which then need no request.
+    Raises the same errors as :func:`find_base`.
     """
     from transformers import AutoConfig
 
@@ -149,12 +161,13 @@ def find_config(name: str, revision: str) -> Any:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """Return the weight files that transformers would load from a folder; they may not exist.
+    """Return the paths of the weight files that transformers would load from a folder.
 
-    These are model.safetensors, or else the files that its index names.
+    The path is model.safetensors. If that file does not exist and there is an index, the paths are
+    those in the index. It is not checked that the files exist.
 
     Raises:
-        ModelError: the index is damaged or names a file outside of the folder.
+        ModelError: the index is damaged, or names a file outside the folder.
     """
     whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
     if whole.is_file() or not index.is_file():
@@ -162,12 +175,12 @@ def weight_files(path: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         if any(Path(name).name != name for name in names):
-            raise ValueError("it names a file outside of the folder")
+            raise ValueError("it names a file outside the folder")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
             where=str(index),
             found=f"is damaged: {error!r}",
-            expected="a weight_map with file names of the same folder",
+            expected="a weight_map with names of files in the same folder",
         ) from None
     return [path / name for name in names]
 
@@ -175,9 +188,9 @@ def weight_files(path: Path) -> list[Path]:
 def fingerprint(path: Path) -> str:
     """Return a hash of config.json and of samples of each weight file.
 
-    The samples are the file's size, its first and last MiB, and 16 blocks of 1 MiB between. Reading
-    a whole 7B base would take a minute from a slow disk. Fine-tuning changes every block of a
-    tensor, so samples are enough.
+    For each weight file, the samples are its size, its first and last MiB, and 16 blocks of 1 MiB
+    between them. It would take a minute to read a whole 7B base from a slow disk. Samples are
+    enough, because fine-tuning changes every block of a tensor.
     """
     digest = hashlib.sha256((path / "config.json").read_bytes())
     for file in weight_files(path):
@@ -191,7 +204,7 @@ def fingerprint(path: Path) -> str:
 
 
 def linear_names(base: Base) -> list[str]:
-    """Return the names of the base's linear layers, without the output head or loading weights."""
+    """Return the names of the base's linear layers, except the output head. Load no weights."""
     from torch import nn
 
     model = build_empty(base.config, base.path)
@@ -207,10 +220,10 @@ def linear_names(base: Base) -> list[str]:
 
 
 def check_targets(recipe: Recipe, base: Base) -> None:
-    """Raise :class:`ModelError` for a target module that matches no layer.
+    """Raise :class:`ModelError` if an entry of lora.target_modules matches no layer.
 
-    peft ignores such a target if another one matches. The targets of an existing adapter are
-    checked later, when its merge is planned.
+    peft ignores such an entry if another entry matches a layer. The entries of an existing adapter
+    are checked later, before its merge.
     """
     if recipe.lora.target_modules == "all-linear" or recipe.model.adapter_name_or_path:
         return
@@ -221,18 +234,21 @@ def check_targets(recipe: Recipe, base: Base) -> None:
             where = recipe.sources["lora.target_modules"]
             found = f"lora.target_modules: {target} matches no layer of {base.name}"
             if target == "lm_head":
-                found = "lora.target_modules: lm_head is the output head, which is never adapted"
+                found = "lora.target_modules: lm_head is the output head, which gets no adapter"
             ends = sorted({name.rsplit(".", 1)[-1] for name in known})
             raise ModelError(
                 where=where,
                 found=found,
-                expected=f"names among {', '.join(ends)}",
+                expected=f"names from {', '.join(ends)}",
                 fix=Overrides({"lora.target_modules": "all-linear"}),
             )
 
 
 def check_embedding(recipe: Recipe, config: Any) -> None:
-    """Raise :class:`RecipeError` if an embedding to keep in host memory is also the output head."""
+    """Raise :class:`RecipeError` if memory.embedding_on_cpu is true for a tied embedding.
+
+    A tied embedding is also the output head.
+    """
     if recipe.memory.embedding_on_cpu is True and config.get_text_config().tie_word_embeddings:
         raise RecipeError(
             where=recipe.sources["memory.embedding_on_cpu"],
@@ -243,14 +259,15 @@ def check_embedding(recipe: Recipe, config: Any) -> None:
 
 
 def load_tokenizer(path: Path) -> Any:
-    """Return the tokenizer of a base or adapter folder, exactly as tokenizer.json defines it.
+    """Return the tokenizer in a folder of a base or adapter, exactly as tokenizer.json defines it.
 
-    Some classes of transformers keep only the vocabulary of tokenizer.json and build the rest
-    themselves. If the result differs, or is a slow tokenizer, the class is not used. The attribute
-    ``replaced`` of the tokenizer then gives the reason; else it is "".
+    Some tokenizer classes of transformers read only the vocabulary from tokenizer.json and build
+    the rest themselves. If such a tokenizer differs from the file, or if it is a slow tokenizer, it
+    is replaced by one that reads the whole file. The attribute ``replaced`` holds the reason, or ""
+    if nothing was replaced.
 
     Raises:
-        ModelError: it cannot be loaded.
+        ModelError: the tokenizer cannot be loaded.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -265,7 +282,7 @@ def load_tokenizer(path: Path) -> Any:
                 reason = f"{type(tokenizer).__name__} would change its {', '.join(changed)}"
             if reason:
                 known = _known_special_tokens(file, tokenizer)
-        except Exception as error:  # a class may need packages that tokenizer.json does not need
+        except Exception as error:  # a class may need packages that reading the file does not need
             if isinstance(error, OSError | ValueError) or not file.is_file():
                 raise
             reason = f"its own class raises {type(error).__name__}"
@@ -281,7 +298,7 @@ def load_tokenizer(path: Path) -> Any:
             found += f" (tokenizers {importlib.metadata.version('tokenizers')})"
             fix = Command(
                 "pip install --upgrade tokenizers transformers",
-                ", if the tokenizer is newer; else download it again",
+                ", if the tokenizer is newer than these packages; else download it again",
             )
         raise ModelError(
             where=f"tokenizer in {path}",
@@ -289,12 +306,12 @@ def load_tokenizer(path: Path) -> Any:
             expected="tokenizer.json next to the weights",
             fix=fix,
         ) from error
-    tokenizer.replaced = f"tokenizer.json is used unchanged: {reason}" if reason else ""
+    tokenizer.replaced = f"tokenizer.json is used unchanged, because {reason}" if reason else ""
     return tokenizer
 
 
 def _known_special_tokens(file: Path, tokenizer: Any) -> dict[str, str]:
-    """Return the special tokens of a tokenizer that are in the vocabulary of tokenizer.json."""
+    """Return name -> token of the special tokens that are in the vocabulary of tokenizer.json."""
     vocabulary = _read_tokenizer(file)
     return {
         name: token
@@ -317,7 +334,7 @@ def _read_tokenizer(file: Path) -> Any:
 
 
 def _changed_parts(file: Path, tokenizer: Any) -> list[str]:
-    """Return the names of the parts of tokenizer.json that differ in a loaded tokenizer."""
+    """Return the names of the parts in which a loaded tokenizer differs from tokenizer.json."""
     from transformers import PreTrainedTokenizerFast
 
     # The general class reads the file unchanged.
@@ -325,7 +342,7 @@ def _changed_parts(file: Path, tokenizer: Any) -> list[str]:
         return []
     written = json.loads(_read_tokenizer(file).to_str())
     built = json.loads(tokenizer.backend_tokenizer.to_str())
-    for parts in (written, built):  # an empty prefix means the same as none
+    for parts in (written, built):  # an empty value means the same as no value
         parts["model"] = {name: value for name, value in parts["model"].items() if value}
     if written["post_processor"] is None:  # transformers adds one without effect
         built["post_processor"] = None
@@ -337,7 +354,7 @@ def _changed_parts(file: Path, tokenizer: Any) -> list[str]:
 
 
 def pad_id(tokenizer: Any) -> int:
-    """Return a token id for padding. Any id will do: padding is masked by position."""
+    """Return a token id for padding. The id does not matter, as padding is masked by position."""
     if tokenizer.pad_token_id is not None:
         return int(tokenizer.pad_token_id)
     return 0 if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)

@@ -1,4 +1,4 @@
-"""Read a base's generation config and add the token that ends an answer."""
+"""Read the generation config of a base, and add the token that ends an answer."""
 
 import json
 from collections.abc import Mapping
@@ -8,16 +8,16 @@ from typing import Any
 from orpo_lite.errors import first_line
 
 GENERATION_CONFIG = "generation_config.json"
-# Sampling options besides the temperature. Beam search and similar methods are not sampling.
+# Options of sampling other than the temperature. Beam search and similar methods do not sample.
 SAMPLING = ("top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
 
 
 def read_generation_config(folder: Path) -> tuple[dict[str, Any], str]:
-    """Return the generation config of a base, and a note if its file cannot be used ("" if it can).
+    """Return (config, note): the generation config of a base, and a note if its file is not used.
 
-    The file's values are not changed: transformers loads some configs that it refuses to save, and
-    any correction would change their meaning. If the file is missing or cannot be read, the
-    defaults of config.json are returned, as transformers does.
+    The note is "" if the file is used. The file's values are not changed. transformers refuses to
+    save some configs that it can load, but a correction would change their meaning. If the file is
+    missing or cannot be loaded, the config is made from config.json, as in transformers.
     """
     from transformers import GenerationConfig
 
@@ -27,7 +27,7 @@ def read_generation_config(folder: Path) -> tuple[dict[str, Any], str]:
             config = json.loads(file.read_text(encoding="utf-8"))
             GenerationConfig.from_dict(config)
         except Exception as error:  # its checks of values can raise anything
-            note = f"{file} is left out: transformers cannot load it ({first_line(error)})"
+            note = f"{file} is not used: transformers cannot load it ({first_line(error)})"
         else:
             return config, ""
     try:
@@ -40,9 +40,9 @@ def read_generation_config(folder: Path) -> tuple[dict[str, Any], str]:
 
 
 def with_ends(config: Mapping[str, Any], end_id: int, pad_id: int) -> dict[str, Any]:
-    """Return the config with ``end_id`` as the first token that ends an answer.
+    """Return the config with ``end_id`` as the first of the tokens that end an answer.
 
-    A base's config often lacks the chat template's end token.
+    It is added because the config of a base often lacks the end token of the chat template.
     """
     known = config.get("eos_token_id")
     ends = [end_id, *(known if isinstance(known, list) else [known])]

@@ -1,4 +1,4 @@
-"""Compare a base's weight shapes with its config.json. Only headers of the files are read."""
+"""Compare the shapes of a base's weights with config.json. Only the files' headers are read."""
 
 from orpo_lite.base.blocks import stored_tensors
 from orpo_lite.base.config import build_empty
@@ -9,10 +9,10 @@ SHOWN = 3
 
 
 def check_weights(base: Base) -> None:
-    """Raise :class:`ModelError` for unreadable weights or shapes that do not fit config.json.
+    """Raise :class:`ModelError` if weights cannot be read or their shapes do not fit config.json.
 
-    transformers renames and transposes some tensors when it loads them. Tensors with unknown names
-    are therefore left to the loading, and the order of a shape's dimensions is ignored.
+    When transformers loads weights, it renames and transposes some tensors. So tensors with unknown
+    names are not checked here, and the order of a shape's dimensions is ignored.
     """
     stored = stored_tensors(base.path)
     model = build_empty(base.config, base.path)

@@ -1,4 +1,4 @@
-"""Check the hub account and whether it may write to, or create, a repository."""
+"""Check the account on the hub, and whether it may write to a repository or create it."""
 
 import re
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ ROLES = ("write", "contributor", "admin")  # roles in an organisation that may w
 
 
 class WrongTargetError(HubError):
-    """The target cannot be used as requested.
+    """The repository cannot be used as requested. ``instead`` is one that could be used.
 
-    The repository ``instead``, with visibility ``is_private``, could be used.
+    ``is_private`` is the visibility of the repository ``instead``.
     """
 
     def __init__(self, *, instead: str, is_private: bool, **message: str) -> None:
@@ -25,7 +25,7 @@ class WrongTargetError(HubError):
 
 @dataclass(frozen=True)
 class Target:
-    """A repository that may be written to."""
+    """A repository on the hub that the account may write to or create."""
 
     repository: str
     """owner/name"""
@@ -34,20 +34,20 @@ class Target:
 
     @property
     def page(self) -> str:
-        """Return the URL of its page."""
+        """Return the URL of the repository's page."""
         return f"{constants.ENDPOINT}/{self.repository}"
 
 
 def check_target(repository: str, *, is_private: bool) -> Attempt[Target]:
-    """Ask the hub whether the account may write to, or create, a repository. Nothing is changed.
+    """Ask the hub whether the account may write to a repository or create it. Nothing is changed.
 
     Args:
-        repository: owner/name, or only a name, which then belongs to the account.
-        is_private: the visibility that a new repository gets and that an existing one must have.
+        repository: owner/name, or only a name. Without owner, the account is the owner.
+        is_private: the visibility of a new repository. An existing repository must have it already.
 
     Raises:
-        HubError: the hub is offline, there is no token with write access, or the repository has
-            another owner or visibility.
+        HubError: the hub cannot be reached, or there is no token with write access.
+        WrongTargetError: the repository has another owner or visibility.
     """
     where = f"hub, {repository}"
     if constants.is_offline_mode():
@@ -79,7 +79,7 @@ def check_target(repository: str, *, is_private: bool) -> Attempt[Target]:
         raise HubError(
             where=where,
             found=found,
-            expected="a token as the hub shows it, which begins with hf_",
+            expected="a token as the hub shows it; it begins with hf_",
             fix=LOGIN,
         )
     with with_timeouts():
@@ -87,7 +87,7 @@ def check_target(repository: str, *, is_private: bool) -> Attempt[Target]:
 
 
 def find_target(repository: str, is_private: bool) -> Attempt[Target]:
-    """Return the target; raises as :func:`check_target`. There must be a token."""
+    """Do the same as :func:`check_target`, but do not check that there is a token."""
     where = f"hub, {repository}"
     account = yield from retry(where, "reading the account", _whoami)
     repository = repository if "/" in repository else f"{account.name}/{repository}"
@@ -109,11 +109,14 @@ def find_target(repository: str, is_private: bool) -> Attempt[Target]:
         fix = "leave --public out"
         if requested == "private":
             fix = "--public (output.hub_private_repo=false)"
-        fix += f"; or change it at {constants.ENDPOINT}/{repository}/settings; or use another name"
+        fix += (
+            f"; or change the visibility at {constants.ENDPOINT}/{repository}/settings; "
+            "or use another name"
+        )
         raise WrongTargetError(
             where=where,
             found=f"is already {actual}",
-            expected=f"a {requested} repository, as requested; a push does not change it",
+            expected=f"a {requested} repository, as requested; a push does not change that",
             fix=fix,
             instead=repository,
             is_private=found,
@@ -157,9 +160,10 @@ class _Account(BaseModel):
 
 
 def find_account() -> Attempt[tuple[str, str]]:
-    """Return the name of the token's account, and the token's role: read, write or fineGrained.
+    """Return (account, role): the name of the token's account, and the role of the token.
 
-    The role is "" if the hub does not tell. Raises as :func:`check_target`.
+    The role is "read", "write" or "fineGrained", or "" if the hub does not report it. Raises the
+    same errors as :func:`check_target`.
     """
     with with_timeouts():
         account = yield from retry("hub", "reading the account", _whoami)
@@ -178,7 +182,7 @@ def _whoami() -> _Account:
 def _check_write_access(
     where: str, repository: str, account: _Account, *, is_private: bool
 ) -> None:
-    """Raise :class:`HubError` unless account and token may write to the owner's repositories."""
+    """Raise :class:`HubError` if the account or the token has no write access to a repository."""
     owner, _, name = repository.partition("/")
     roles = {org.name.lower(): org.role for org in account.orgs}
     if owner.lower() not in (account.name.lower(), *roles):
@@ -188,7 +192,7 @@ def _check_write_access(
         raise WrongTargetError(
             where=where,
             found=found,
-            expected=f"one of the owners {owners}",
+            expected=f"one of these owners: {owners}",
             fix=mine,
             instead=mine,
             is_private=is_private,
@@ -218,7 +222,7 @@ def _check_write_access(
     if not may_write:
         found = "the access token has only read access"
         if token.role == "fineGrained":
-            found = "the fine-grained access token has no write access there"
+            found = f"the fine-grained access token has no write access to {repository}"
         raise HubError(
             where=where,
             found=found,

@@ -1,4 +1,4 @@
-"""Read the facts for a model card from a run folder, and make the card's metadata."""
+"""Read the facts for a model card from a run folder, and make the metadata of the card."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -59,15 +59,15 @@ MEASURED: ValueTypes = {"model": str, **dict.fromkeys(("accuracy", "margin", "ch
 
 @dataclass(frozen=True)
 class CardOptions:
-    """The options of a model card: its repository, which model it is for, and what it shows."""
+    """The options of a model card: its repository, its model, and what it shows."""
 
     repository: str = PLACEHOLDER
     merged: Weights | None = None
-    """The weights that the model was merged onto; None for an adapter."""
+    """The weights that the adapter was merged into. None: the card is for the adapter."""
     licences: Mapping[str, Any] | None = None
-    """Used instead of the licences in lock.json."""
+    """The licences of base and data. None: those in lock.json."""
     samples: int = 0
-    """How many held-out prompts of the data to show with answers, instead of neutral prompts."""
+    """Number of held-out prompts to show with answers. 0: show the neutral prompts instead."""
 
 
 @dataclass(frozen=True)
@@ -83,22 +83,22 @@ class Facts:
     licence: Mapping[str, Any]
     data_licences: Mapping[str, Mapping[str, Any]]
     verified: Mapping[Weights, Mapping[str, Any]]
-    """The results of `merge --verify`, by the weights that the adapter was merged onto."""
+    """The weights that the adapter was merged into -> the results of `merge --verify`."""
     adapter: Mapping[str, Any]
-    """Its peft configuration."""
+    """The peft configuration of the adapter."""
     samples: Sequence[Sample]
-    """Prompts and their answers."""
+    """The prompts of the run with their answers."""
     objective: Mapping[str, Any]
-    """The loss, from :meth:`orpo_lite.objectives.objective.Objective.to_json`."""
+    """The loss, as :meth:`orpo_lite.objectives.objective.Objective.to_json` describes it."""
     options: CardOptions
     start: Mapping[str, Any]
-    """``section.key`` or ``versions.NAME`` of a package -> value at the first step."""
+    """``section.key``, or ``versions.NAME`` of a package -> value at the first step."""
     changes: Sequence[Change]
-    """The changes of values during the training that affected at least one step."""
+    """The values that changed during the training. Each change affected at least one step."""
 
     @classmethod
     def read(cls, path: Path, options: CardOptions) -> "Facts":
-        """Read the facts of a run."""
+        """Read the facts from a run folder. Raise CheckpointError if a file is damaged."""
         recipe, lock = trained_recipe(path), read_lock(path)
         check_values(lock, {"orpo_lite": str, "versions": dict}, str(path / "lock.json"))
         licences = options.licences if options.licences is not None else lock.get("licences") or {}
@@ -134,7 +134,7 @@ class Facts:
         )
 
     def over_time(self, key: str) -> str:
-        """Return a value as text; if it was changed, all values with the steps of the changes."""
+        """Return a value as text. If it changed, return "1e-4, then 5e-5 after step 100"."""
         values = {0: self.start[key]}
         for change in self.changes:
             if change.key == key:
@@ -152,12 +152,12 @@ class Facts:
 
     @property
     def is_hub_base(self) -> bool:
-        """Return whether the base is a repository of the hub."""
+        """Return True if the base is a repository on the hub."""
         return self.lock["base"]["revision"] is not None
 
     @property
     def base(self) -> str:
-        """Return the description of the base for a sentence."""
+        """Return a description of the base for use in a sentence."""
         if self.is_hub_base:
             name, revision = self.lock["base"]["name"], self.lock["base"]["revision"]
             return f"[{name}](https://huggingface.co/{name}) at revision `{revision}`"
@@ -167,17 +167,20 @@ class Facts:
 
     @property
     def base_name(self) -> str:
-        """Return the name of the base for a command."""
+        """Return the name of the base for use in a command, or "BASE" if it is not on the hub."""
         return self.lock["base"]["name"] if self.is_hub_base else "BASE"
 
     @property
     def datasets(self) -> list[str]:
-        """Return the names of the run's datasets on the hub."""
+        """Return the names of those datasets of the run that are on the hub."""
         return [name for name in self.recipe.data.names if is_hub_name(name)]
 
     @property
     def evaluations(self) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
-        """Return the held-out metrics before training and of the kept step; None if incomplete."""
+        """Return (before, after): the held-out metrics at step 0 and at the kept step.
+
+        If one of them is missing, return None.
+        """
         rows = {row["step"]: row for row in self.metrics if row.get("eval_loss") is not None}
         if 0 not in rows or self.kept_step not in rows:
             return None
@@ -185,7 +188,10 @@ class Facts:
 
 
 def read_objective(recipe: Recipe, lock: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the objective from lock.json. For runs of older versions, make it from the recipe."""
+    """Return the description of the loss in lock.json.
+
+    Older versions did not record it. For their runs, it is made from the recipe.
+    """
     if "objective" in lock:
         check_values(lock, {"objective": dict}, "lock.json")
         check_values(lock["objective"], OBJECTIVE, "lock.json, objective")
@@ -196,7 +202,7 @@ def read_objective(recipe: Recipe, lock: Mapping[str, Any]) -> Mapping[str, Any]
 
 
 def _read_figures(file: Path) -> Mapping[str, Any]:
-    """Return the checked content of data.json."""
+    """Return the content of data.json. Raise CheckpointError if a value is missing."""
     data = read_json(file, FIGURES)
     for reason, drop in data["dropped"].items():
         check_values(
@@ -210,9 +216,9 @@ def _read_figures(file: Path) -> Mapping[str, Any]:
 def _steps(
     path: Path, recipe: Recipe, metrics: Sequence[Mapping[str, Any]]
 ) -> tuple[int | None, int | None]:
-    """Return the number of steps, and the step whose adapter was kept.
+    """Return (steps, kept_step): the number of steps, and the step of the kept adapter.
 
-    Without result.json they follow from the metrics.
+    If there is no result.json, both are found from the metrics.
     """
     if (path / RESULT).is_file():
         result = read_json(path / RESULT, {"steps": int, "kept_step": int})
@@ -225,7 +231,7 @@ def _steps(
 
 
 def _read_verification(path: Path, weights: Weights) -> Mapping[str, Any]:
-    """Return the result of `merge --verify`; {} if there is none for the current adapter."""
+    """Return the result of `merge --verify`, or {} if there is none for the current adapter."""
     file = path / FOLDERS[weights] / "verify.json"
     try:
         if not file.is_file() or not find_merged(path, weights):
@@ -239,7 +245,7 @@ def _read_verification(path: Path, weights: Weights) -> Mapping[str, Any]:
 
 
 def make_metadata(facts: Facts) -> ModelCardData:
-    """Return the metadata of a run's model card."""
+    """Return the metadata of the model card, from the facts of the run."""
     options, results = facts.options, _eval_results(facts)
     tags = [facts.recipe.loss.type, "preference-tuning", "orpo-lite"]
     if not options.merged:
@@ -264,9 +270,10 @@ def make_metadata(facts: Facts) -> ModelCardData:
 
 
 def licence_metadata(facts: Facts) -> dict[str, Any]:
-    """Return the licence entries of the base's card.
+    """Return the licence entries of the base's card, for the metadata of our card.
 
-    A relative link becomes a URL; a link out of the repository is removed.
+    If ``license_link`` is relative, it becomes a URL. If it leads out of the repository, it is
+    removed.
     """
     found = dict(facts.licence)
     link = found.get("license_link", "")
@@ -286,7 +293,10 @@ def licence_metadata(facts: Facts) -> dict[str, Any]:
 
 
 def _eval_results(facts: Facts) -> list[EvalResult]:
-    """Return results for the hub's table, which accepts only results on a dataset of the hub."""
+    """Return the held-out results for the metadata.
+
+    The hub accepts results only for a dataset on the hub. If the run has other data, return [].
+    """
     is_one_dataset = len(facts.datasets) == len(facts.recipe.data.names) == 1
     has_local_test = is_path(facts.recipe.data.dataset_test_split or "")
     if facts.evaluations is None or not is_one_dataset or has_local_test:
@@ -296,7 +306,7 @@ def _eval_results(facts: Facts) -> list[EvalResult]:
         "eval_rewards/accuracies": ("accuracy", "held-out reward accuracy"),
         "eval_loss": ("loss", "held-out loss"),
     }
-    if facts.options.merged:  # the training measured the base as loaded there, not the merged model
+    if facts.options.merged:  # the training did not measure the merged model
         found = facts.verified.get(facts.options.merged, {})
         after = {}
         if found.get("held_out"):

@@ -1,4 +1,4 @@
-"""Find a model card that a person has edited, and complete its metadata for a repository."""
+"""Detect that a person has edited the model card, and complete the metadata of such a card."""
 
 import hashlib
 import re
@@ -20,35 +20,35 @@ from orpo_lite.publishing.licences import CARD, KEYS, Terms, is_simple_yaml, lic
 
 SEAL = re.compile(r"\r?\n<!-- orpo-lite card [0-9a-f]{16} -->\r?\n")
 
-# Invisible parts of Markdown: comments, HTML tags and link targets.
+# Matches parts of Markdown that a reader does not see: comments, HTML tags and link targets.
 INVISIBLE = re.compile(
     r"<!--.*?(?:-->|\Z)|</?[A-Za-z][^>]*>|^ {0,3}\[[^\]]*\]:.*?$", re.DOTALL | re.MULTILINE
 )
 
 
 def seal(text: str) -> str:
-    """Return the text with a hash by which a later edit is detected."""
+    """Return the text with a comment that holds its hash, so that a later edit is detected."""
     return f"{text}\n<!-- orpo-lite card {hashlib.sha256(text.encode()).hexdigest()[:16]} -->\n"
 
 
 def is_unedited(card: str) -> bool:
-    """Return whether a card is unedited. An edited card is pushed as the person left it."""
+    """Return True if a card is unchanged since it was written. An edited card keeps its text."""
     found = SEAL.search(card)
     return found is not None and seal(card[: found.start()]) == card
 
 
 def read_edited_card(path: Path) -> str:
-    """Return README.md of a run unchanged if a person has edited it, else "".
+    """Return the text of README.md in a run folder if a person has edited it, else "".
 
     Raises:
-        CheckpointError: it cannot be read or is a link.
+        CheckpointError: README.md cannot be read or is a link.
     """
     file, fix = path / "README.md", "or remove it, so that a new card is written"
     if file.is_symlink():
         raise CheckpointError(
             where=str(file),
             found="is a link",
-            expected="a file; links are not followed",
+            expected="a file, because links are not followed",
             fix=f"replace it by a copy, {fix}",
         )
     try:
@@ -64,16 +64,24 @@ def read_edited_card(path: Path) -> str:
 
 
 def loads_adapter(card: str) -> bool:
-    """Return whether an edited card explains how to load an adapter, wrong for a merged model."""
+    """Return True if an edited card explains how to load an adapter.
+
+    For a merged model, such a card would be wrong.
+    """
     return not is_unedited(card) and re.search(r"PeftModel|--enable-lora", card) is not None
 
 
 def complete_card(path: Path, own: str, options: CardOptions) -> str:
-    """Return an edited card for a repository, with its text kept and its metadata completed.
+    """Return an edited card for a push: its text is kept, and its metadata are completed.
+
+    Args:
+        path: the run folder.
+        own: the edited card.
+        options: the options of the push.
 
     Raises:
-        CheckpointError: its metadata are not valid YAML, or it lacks what the base's licence
-            requires.
+        CheckpointError: the metadata are not valid YAML, or the card lacks a text that the base's
+            licence requires.
     """
     facts, where = Facts.read(path, options), str(path / "README.md")
     own = SEAL.sub("", own)
@@ -82,8 +90,8 @@ def complete_card(path: Path, own: str, options: CardOptions) -> str:
         raise CheckpointError(
             where=where,
             found="does not begin with metadata",
-            expected="metadata in YAML between two lines ---",
-            fix="fix it, or remove the file",
+            expected="metadata in YAML between two lines that consist of ---",
+            fix="add the metadata, or remove the file, so that a new card is written",
         )
     made: dict[str, Any] = make_metadata(facts).to_dict()  # type: ignore[no-untyped-call]
     keys = ("library_name", "base_model_relation")
@@ -98,9 +106,9 @@ def complete_card(path: Path, own: str, options: CardOptions) -> str:
 def _with_entries(
     text: str, needed: Mapping[str, str], where: str, *, without_lora: bool
 ) -> tuple[dict[str, Any], str]:
-    """Set the needed entries in YAML metadata; return the metadata as texts, and the new YAML.
+    """Set the needed entries in YAML metadata. Return (data, text): the values, and the new YAML.
 
-    All other lines are kept. ``without_lora`` removes the tag `lora` if it has its own line.
+    All other lines are kept. ``without_lora`` removes the tag `lora` if the tag has its own line.
     """
     data, node = _read_metadata(text, where)
     edits: list[tuple[int, int, str]] = []
@@ -127,15 +135,15 @@ def _with_entries(
             where=where,
             found="its metadata cannot be completed",
             expected="YAML with one key per line",
-            fix=f"add {lines}",
+            fix=f"add to the metadata: {lines}",
         )
     return after, new
 
 
 def _read_metadata(text: str, where: str) -> tuple[dict[str, Any], yaml.MappingNode]:
-    """Return metadata as texts, and their YAML node."""
+    """Return (data, node): the metadata with all scalars as texts, and their YAML node."""
     expected = "a YAML mapping with one key per line, without duplicate keys or anchors"
-    fix = "fix it, or remove the file"
+    fix = "correct the metadata, or remove the file, so that a new card is written"
     try:
         node = yaml.compose(f"{text}\n", Loader=yaml.SafeLoader) if is_simple_yaml(text) else None
     except (yaml.YAMLError, ValueError) as error:
@@ -150,12 +158,15 @@ def _read_metadata(text: str, where: str) -> tuple[dict[str, Any], yaml.MappingN
         if len(data) == len(node.value):
             return data, node
     raise CheckpointError(
-        where=where, found="its metadata are not such a mapping", expected=expected, fix=fix
+        where=where, found="its metadata have another form", expected=expected, fix=fix
     )
 
 
 def _end_of(node: Any) -> int:
-    """Return the end of a value. PyYAML's own end of a list includes the comments after it."""
+    """Return the index in the YAML text at which a value ends.
+
+    For a list or mapping, PyYAML would include the comments after the value.
+    """
     while isinstance(node, yaml.CollectionNode) and node.value and not node.flow_style:
         last = node.value[-1]
         node = last[1] if isinstance(last, tuple) else last
@@ -163,7 +174,7 @@ def _end_of(node: Any) -> int:
 
 
 def _texts(node: Any) -> Any:
-    """Return a YAML value with scalars as texts, so that 1.10 and no stay as written."""
+    """Return the value of a YAML node, with scalars as texts: `1.10` and `no` stay as they are."""
     if isinstance(node, yaml.MappingNode):
         return {str(_texts(key)): _texts(value) for key, value in node.value}
     if isinstance(node, yaml.SequenceNode):
@@ -174,7 +185,15 @@ def _texts(node: Any) -> Any:
 def _check_terms(
     facts: Facts, terms: Terms, data: Mapping[str, Any], body: str, where: str
 ) -> None:
-    """Raise :class:`CheckpointError` for a card without what the base's licence requires."""
+    """Raise :class:`CheckpointError` if a card lacks a text that the base's licence requires.
+
+    Args:
+        facts: the facts of the run.
+        terms: the requirements of the licence.
+        data: the metadata of the card.
+        body: the visible text of the card.
+        where: the place of the card, for messages.
+    """
     given, written, base = licence_of(data), licence_metadata(facts), facts.lock["base"]["name"]
     for key in KEYS:
         known = facts.licence.get(key), written.get(key)
@@ -200,5 +219,5 @@ def _check_terms(
             where=where,
             found=f"does not contain “{terms.built_with}”",
             expected=rule,
-            fix="add the line",
+            fix="add this text to the card",
         )

@@ -1,6 +1,6 @@
-"""Read licences from the cards of base and datasets; apply what they require for publishing.
+"""Read licences from the cards of base and datasets, and check what they require for publishing.
 
-Licences are never assumed: if a card names none, none is named.
+A licence is never assumed. If a card on the hub names no licence, our card names none either.
 """
 
 import os
@@ -26,42 +26,42 @@ LICENSE_FILES = [
     for end in ("", ".txt", ".md")
 ]
 MAX_BYTES = 1 << 20  # largest card or licence text
-MAX_NAME = 96  # characters of a repository's name with its owner
-# Matches words joined by hyphens: terms for non-commercial use, and names of such licences from the
-# hub's list and of large models: https://huggingface.co/docs/hub/repositories-licenses
+MAX_NAME = 96  # characters of owner/name of a repository
+# Matches licences that forbid commercial use, as words joined by hyphens. Source of the names: the
+# licences of large models, and https://huggingface.co/docs/hub/repositories-licenses
 NON_COMMERCIAL = re.compile(
     r"\b(nc|non-?commercial|non-production|not-for-commercial|no-commercial-use|research-(use-)?only|only-for-research"
     r"|research-use|(h|intel|qwen|qianwen|mistral-ai)-research|academic-only|personal-use-only"
     r"|apple-amlr|deepfloyd-if-license|mnpl|mrl)\b"
 )
 BEGINS = (
-    r"(?:^|[\s,;/+&(]|meta[-_ ]|google[-_ ])"  # does not match my-llama3, which may be anything
+    r"(?:^|[\s,;/+&(]|meta[-_ ]|google[-_ ])"  # my-llama3 does not match: its licence is not known
 )
 LLAMA = re.compile(
     BEGINS + r"llama(?:[-_ ]*(?:community|licen[cs]e|agreement|version))*[-_ ]*v?([234])"
     r"(?:([-_.]?)(\d{1,2})(?![a-z\d]))?(?!\d)"
 )
 GEMMA = re.compile(BEGINS + r"gemma(?![a-z])")
-# The groups are metadata and body.
+# Matches a card. Its groups are the metadata and the body.
 CARD = re.compile(r"\ufeff?\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)(.*)", re.DOTALL)
-# Occurs in every agreement that requires a copy, and in no other licence.
+# A text that occurs in each agreement that requires a copy of itself, and in no other licence.
 AGREEMENT = "community license"
 COPY = "provide a copy of this Agreement"
 
 
 @dataclass(frozen=True)
 class Terms:
-    """The requirements of a community licence for a published derivative, quoted from it."""
+    """What a community licence requires of a published derivative. Texts are quoted from it."""
 
     title: str
     notice: str
-    """The text of the file NOTICE."""
+    """The text that the file NOTICE must contain."""
     built_with: str = ""
-    """A text that must be displayed; "" if there is none."""
+    """A text that the card must display, or ""."""
     prefix: str = ""
-    """The required prefix of the derivative's name."""
+    """The text with which the derivative's name must begin, or ""."""
     copy: bool = True
-    """A copy of the agreement must be included."""
+    """True if a copy of the agreement must be included."""
 
 
 def _llama(version: str) -> Terms:
@@ -98,20 +98,23 @@ TERMS: dict[str, Terms] = {
 
 
 def licence_names(licence: Mapping[str, Any]) -> list[str]:
-    """Return all licences that a card names in ``license`` and ``license_name``."""
+    """Return the names of all licences in ``license`` and ``license_name`` of a card."""
     found = licence.get("license", [])
     texts = [*(found if isinstance(found, list) else [found]), licence.get("license_name", "")]
     return [str(text) for text in texts if text]
 
 
 def licence_text(licence: Mapping[str, Any]) -> str:
-    """Return the licences of a card as a text; "" if it names none."""
+    """Return the licences of a card as one text, or "" if the card names none."""
     names = licence_names(licence)
     return ", ".join([name for name in names if name.lower() != "other"] or names)
 
 
 def find_terms(licence: Mapping[str, Any]) -> list[Terms]:
-    """Return the terms of the base's licences that have requirements."""
+    """Return the requirements of the base's licences. A licence without requirements is left out.
+
+    ``licence`` holds the licence entries of the base's card.
+    """
     found: list[Terms] = []
     for text in map(str.lower, licence_names(licence)):
         found += [_llama_terms(*match.groups()) for match in LLAMA.finditer(text)]
@@ -121,7 +124,7 @@ def find_terms(licence: Mapping[str, Any]) -> list[Terms]:
 
 
 def _llama_terms(major: str, dot: str, minor: str | None) -> Terms:
-    """Return the terms of a Llama version."""
+    """Return the terms of a Llama version: ("3", ".", "1") -> the terms of Llama 3.1."""
     exact = f"llama{major}" if not minor or int(minor) == 0 else f"llama{major}.{minor}"
     if exact in TERMS:
         return TERMS[exact]
@@ -130,7 +133,13 @@ def _llama_terms(major: str, dot: str, minor: str | None) -> Terms:
 
 
 def refuse_name(repository: str, licence: Mapping[str, Any], where: str) -> None:
-    """Raise :class:`RecipeError` for a name that the base's licence does not allow."""
+    """Raise :class:`RecipeError` if the base's licence does not allow the repository's name.
+
+    Args:
+        repository: owner/name.
+        licence: the licence entries of the base's card.
+        where: the place of the name, for the message.
+    """
     name = repository.rpartition("/")[2]
     flat = re.sub(r"[-_ .]", "", name)
     prefixes = {terms: terms.prefix.replace(" ", "") for terms in find_terms(licence)}
@@ -166,21 +175,22 @@ def find_license_files(
 
     Args:
         licence: the licence entries of the base's card.
-        base: its hub name, or a folder.
-        revision: its hub commit; None for a folder.
+        base: the hub name of the base, or its folder.
+        revision: the commit of the base on the hub, or None for a folder.
         folder: the folder of the base.
-        own_folders: folders where a person may have put such files; these take precedence.
+        own_folders: folders where a person may have put such files. They take precedence over the
+            files of the base.
 
     Returns:
         File name -> path or content.
 
     Raises:
-        ModelError: the terms require a copy of the agreement, and there is none.
+        ModelError: the licence requires a copy of its text, and the text was not found.
     """
     own = fetch_license_files(base, revision, None if revision else folder)
     folders = [*own_folders, *([own] if own else [])]
     files = _license_files(folders)
-    if revision and not _agreements(files):  # other programs may have cached only the card
+    if revision and not _agreements(files):  # another program may have cached only the card
         found = fetch_license_files(base, revision, None, cached=False)
         if found:
             own, folders = found, [*own_folders, found]
@@ -193,7 +203,7 @@ def find_license_files(
                     where=f"model {base}",
                     found="there is no file LICENSE with its text next to the weights",
                     expected=f"“{COPY}” ({terms.title}, 1.b.i)",
-                    fix=f"put it into {[*folders, folder][0]}",
+                    fix=f"put the file LICENSE into {[*folders, folder][0]}",
                 )
             name = next(name for name in LICENSE_FILES if name not in files)
             files[name] = agreement.encode()
@@ -202,7 +212,7 @@ def find_license_files(
 
 
 def _add_notice(files: dict[str, bytes | Path], terms: Terms) -> None:
-    """Add the notice of a licence to the file NOTICE, unless a notice file contains it."""
+    """Add the notice of a licence to the file NOTICE, if no notice file contains it yet."""
     names = [name for name in files if name.upper().startswith("NOTICE")]
     if any(_flat(terms.notice) in _flat(read_text(files[name])) for name in names):
         return
@@ -211,7 +221,10 @@ def _add_notice(files: dict[str, bytes | Path], terms: Terms) -> None:
 
 
 def _license_files(folders: Sequence[Path]) -> dict[str, bytes | Path]:
-    """Return licences and notices in some folders by name; the first folder takes precedence."""
+    """Return name -> path of the licence and notice files in some folders.
+
+    If several folders have a file of the same name, the first folder takes precedence.
+    """
     files: dict[str, bytes | Path] = {}
     for file in (folder / name for folder in folders for name in LICENSE_FILES):
         if file.is_file() and file.stat().st_size <= MAX_BYTES and _is_inside(file):
@@ -220,32 +233,33 @@ def _license_files(folders: Sequence[Path]) -> dict[str, bytes | Path]:
 
 
 def _agreements(files: Mapping[str, bytes | Path]) -> list[bytes | Path]:
-    """Return the licence texts among licence and notice files."""
+    """Return only the licence files, without the notice files."""
     return [file for name, file in files.items() if name.startswith(("LICENSE", "LICENCE"))]
 
 
 def _is_inside(file: Path) -> bool:
-    """Return whether a file is inside its folder. A link out of it could publish any file.
+    """Return False if a file is a link to a place outside its folder.
 
-    In the hub's cache, files are links to the folder blobs, two levels up.
+    Such a link could publish any file. In the hub's cache, all files are links to the folder blobs,
+    two levels up. These links are allowed.
     """
     target, home = file.resolve(), file.parent.resolve()
     return target.parent in (home, home.parent.parent / "blobs")
 
 
 def read_text(file: bytes | Path) -> str:
-    """Return the text of a file, given as a path or as its content."""
+    """Return the text of a file. ``file`` is its path or its content."""
     content = file if isinstance(file, bytes) else file.read_bytes()
     return content.decode("utf-8", "replace")
 
 
 def _flat(text: str) -> str:
-    """Return a text in lower case with single spaces, for comparisons."""
+    """Return a text in lower case and with single spaces, to compare it with another."""
     return " ".join(text.replace("©", "(c)").split()).lower()
 
 
 def is_non_commercial(licence: str) -> bool:
-    """Return whether a licence such as cc-by-nc-4.0 forbids commercial use."""
+    """Return True if a licence forbids commercial use. An example is cc-by-nc-4.0."""
     return bool(NON_COMMERCIAL.search("-".join(re.findall("[a-z0-9]+", licence.lower()))))
 
 
@@ -257,16 +271,23 @@ def fetch_license_files(
     repo_type: str = "model",
     cached: bool = True,
 ) -> Path | None:
-    """Return the folder with the card and licence files of a repository; None if there is none.
+    """Return the folder with the card and licence files of a repository, or None if there is none.
 
-    The cache is used if it has the card; with ``cached=False`` the hub is always asked. An
-    unreachable hub is not an error here, because only the content of a card depends on it.
+    If the card is in the cache, the hub is not asked. An unreachable hub is not an error, because
+    only the content of our card depends on the answer.
+
+    Args:
+        name: the name of the repository.
+        revision: its commit, or None for the newest.
+        folder: the folder of a local base, which is returned unchanged, or None.
+        repo_type: "model" or "dataset".
+        cached: with False, the hub is always asked.
     """
     if folder is not None:
         return folder
     for offline in (True, False) if cached else (False,):
         try:
-            if not offline:  # fails fast; a download would retry for half a minute
+            if not offline:  # without this request, a download would retry for half a minute
                 HfApi().repo_info(name, repo_type=repo_type, revision=revision, timeout=HUB_TIMEOUT)
             found = snapshot_download(
                 name,
@@ -283,14 +304,14 @@ def fetch_license_files(
 
 
 def read_card(folder: Path | None) -> dict[str, Any]:
-    """Return the metadata of README.md; {} if there are none that can be read."""
+    """Return the metadata in README.md of a folder, or {} if they are missing or unreadable."""
     if folder is None or not (folder / "README.md").is_file():
         return {}
     return split_card((folder / "README.md").read_bytes()[:MAX_BYTES].decode("utf-8", "replace"))[0]
 
 
 def split_card(text: str) -> tuple[dict[str, Any], str]:
-    """Return metadata and body of a card; {} for metadata that are not a YAML mapping."""
+    """Return (metadata, body) of a card. The metadata are {} if they are not a YAML mapping."""
     found = CARD.match(text)
     if found is None:
         return {}, text
@@ -302,9 +323,9 @@ def split_card(text: str) -> tuple[dict[str, Any], str]:
 
 
 def is_simple_yaml(text: str) -> bool:
-    """Return whether a YAML text has no aliases and no deep nesting.
+    """Return True if a YAML text has no aliases and no deep nesting.
 
-    Aliases can expand to a huge size, and deep nesting exceeds PyYAML's recursion limit.
+    Aliases can expand to a huge size. Deep nesting exceeds Python's recursion limit in PyYAML.
     """
     depth = 0
     for token in yaml.scan(text, Loader=yaml.SafeLoader):
@@ -321,14 +342,14 @@ def read_licences(
     names: Sequence[str],
     known: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return the licences that the cards of base and datasets name, as ``licences`` of lock.json.
+    """Return the licences in the cards of base and datasets, in the form of lock.json.
 
     Args:
-        base: its hub name, or a folder.
-        revision: its hub commit; None for a folder.
+        base: the hub name of the base, or its folder.
+        revision: the commit of the base on the hub, or None for a folder.
         folder: the folder of the base.
         names: the names of the datasets in the recipe.
-        known: licences read earlier; only missing ones are read.
+        known: licences that were read earlier. They are not read again.
     """
     known = known or {}
     of_base = known.get("base")
@@ -345,14 +366,14 @@ def read_licences(
 
 
 def is_hub_name(name: str) -> bool:
-    """Return whether a name is a dataset of the hub. Local ones have absolute paths in a run."""
+    """Return True if the name of a dataset is a hub name, not a path or a built-in dataset."""
     return not is_path(name) and not name.startswith("builtin:")
 
 
 def licence_of(card: Mapping[str, Any]) -> dict[str, Any]:
-    """Return license, license_name and license_link of a card.
+    """Return the entries license, license_name and license_link of a card.
 
-    Values are texts; several licences are a list.
+    A value is a text. If there are several licences, ``license`` is a list of texts.
     """
     found: dict[str, Any] = {}
     for key in KEYS:
@@ -365,7 +386,10 @@ def licence_of(card: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _to_line(value: object) -> str:
-    """Return a card's value as one line; "" for other types, access tokens and local paths."""
+    """Return a value of a card as one line of text.
+
+    If it is an access token, a local path or neither text nor number, return "".
+    """
     if not isinstance(value, str | int | float):
         return ""
     text = "".join(filter(str.isprintable, " ".join(str(value).split())[:300]))
@@ -374,12 +398,15 @@ def _to_line(value: object) -> str:
 
 
 def leads_out(link: str) -> bool:
-    """Return whether a relative link leads out of its folder."""
+    """Return True if a relative link leads out of its folder."""
     return ".." in re.split(r"[/\\]", unquote(link))
 
 
 def _agreement_in_card(card: Mapping[str, Any]) -> str:
-    """Return the licence text in the access prompt of a gated base's card; "" if there is none."""
+    """Return the licence text in the card of a gated base, or "" if there is none.
+
+    The hub shows this text to a person who asks for access (``extra_gated_prompt``).
+    """
     text = str(card.get("extra_gated_prompt") or "")
     is_agreement = "AGREEMENT" in text.upper() and len(text) > 2000
     return text if is_agreement else ""

@@ -1,6 +1,7 @@
 """Write the model card (README.md) of a finished run.
 
-It contains no texts of the data, paths, names of local data or access tokens.
+The card contains no paths, no names of local data and no access tokens. It quotes texts of the data
+only if held-out samples are requested.
 """
 
 import re
@@ -26,7 +27,7 @@ SHOWN_KEYS = (
     "training.weight_decay", "training.max_grad_norm", "training.seed",
 )  # fmt: skip
 
-# Keys of peft's adapter configuration about its shape that the recipe does not have.
+# Keys in the configuration of a peft adapter that set its shape and are not in the recipe.
 ADAPTER_SHAPE = (
     "rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform", "layers_pattern",
     "target_parameters",
@@ -34,22 +35,22 @@ ADAPTER_SHAPE = (
 
 OLLAMA = (
     "Ollama needs a GGUF file, which is not in this repository. `orpo-lite export RUN --to ollama` "
-    "makes one from the run's folder, and a Modelfile with the template and the stop tokens of "
-    "this model. With only `FROM`, Ollama would guess both."
+    "makes one from the run folder. It also writes a Modelfile with the template and the stop "
+    "tokens of this model. Without these two, Ollama would guess them."
 )
 ONTO: dict[Weights, str] = {
     "original": "the base's own weights",
     "dequantized": "the base's weights as rounded to 4 bit in training",
 }
 SAMPLE_LENGTH = 1500  # characters of a sample
-# Characters that a card must not contain.
+# Matches control characters, which a card must not contain.
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 SAMPLED = {"Prompt": "prompt", "Before": "before", "After": "after"}
 
 
 def make_card(path: Path, options: CardOptions | None = None) -> str:
-    """Return README.md of a finished run: metadata in YAML, then Markdown.
+    """Return the content of README.md for a finished run: metadata in YAML, then Markdown.
 
     Raises:
         CheckpointError: the run is not finished.
@@ -72,13 +73,13 @@ def make_card(path: Path, options: CardOptions | None = None) -> str:
 
 
 def write_card(path: Path) -> None:
-    """Write README.md of a finished run, unless a person has edited it."""
+    """Write README.md of a finished run. If a person has edited it, keep it."""
     if not read_edited_card(path):
         write_text(path / "README.md", make_card(path))
 
 
 def _head(facts: Facts) -> str:
-    """Return the title and the summary."""
+    """Return the title and the summary of the card."""
     options, objective = facts.options, facts.objective
     paper = objective["paper"].replace("https://arxiv.org/abs/", "arXiv ")
     name = f"Tuned with {objective['title']}"
@@ -177,7 +178,10 @@ def _data(facts: Facts) -> str:
 
 
 def _local(name: str, number: int) -> str:
-    """Return how local data are called in the card. A folder or pattern is several files."""
+    """Return a description of local data that hides the path, such as "local file 2".
+
+    A folder or a pattern is described as files. ``number`` is 0 if there is only one dataset.
+    """
     is_file = Path(name).suffix and not set(name) & set("*?[")
     if number:
         return f"local {'file' if is_file else 'files'} {number}"
@@ -189,7 +193,7 @@ def _results(facts: Facts) -> str:
     if facts.evaluations is None:
         reason = "no pairs were held out"
         if facts.data["held_out_pairs"]:
-            reason = f"{held_out} were held out, but the metrics before and after are incomplete"
+            reason = f"{held_out} were held out, but metrics before or after training are missing"
         return f"## Held-out results\n\nNone: {reason}."
     before, after = facts.evaluations
     rows = [
@@ -199,7 +203,7 @@ def _results(facts: Facts) -> str:
     ]
     head = ("metric", "before", "after")
     base = "the base in 4 bit" if facts.recipe.quantization.load_in_4bit else "the base"
-    caption = f"{held_out}, with {base}: before the first step, and with the kept adapter."
+    caption = f"On {held_out}, with {base}. Before: without adapter. After: with the kept adapter."
     return f"## Held-out results\n\n{caption}\n\n{_table(head, rows)}"
 
 
@@ -251,7 +255,7 @@ def _loading(facts: Facts) -> str:
 
 
 def _verification(facts: Facts) -> str:
-    """Return the tables of `orpo-lite merge --verify`."""
+    """Return the section with the results of `orpo-lite merge --verify`, or ""."""
     parts = ["## Check of the merge"]
     for weights, found in facts.verified.items():
         rows = [
@@ -297,7 +301,7 @@ def _samples(facts: Facts) -> str:
 
 
 def _quoted(text: str) -> str:
-    """Return a text in a Markdown code block with a fence that the text cannot close."""
+    """Return a text in a Markdown code block. Its fence is longer than any in the text."""
     text = CONTROL.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
     text = TOKEN.sub("hf_***", text)
     if len(text) > SAMPLE_LENGTH:
@@ -310,15 +314,17 @@ def _quoted(text: str) -> str:
 def _limits(facts: Facts) -> str:
     data = facts.data
     lines = [
-        "It has learned the preferences of these pairs, including their biases, and keeps the "
-        "limits of its base. No safety evaluation was made.",
+        "The model has learned the preferences in these pairs, including their biases. It also has "
+        "the limits of its base. No safety evaluation was made.",
         f"The chosen answer is the longer one in {data['chosen_longer']:.0%} of the pairs and the "
         f"shorter one in {data['rejected_longer']:.0%}; the model may have learned to prefer a "
         "length.",
     ]
     if facts.evaluations:
-        ranks = "The held-out metrics measure how well it ranks pairs like the training pairs"
-        lines.append(f"{ranks}, not how good its answers are.")
+        lines.append(
+            "The held-out metrics measure how well the model ranks pairs that are similar to the "
+            "training pairs. They do not measure how good its answers are."
+        )
     if cut := data["cut"]["responses_without_end"]:
         lines.append(f"{cut:,} responses were cut at {facts.recipe.data.max_length:,} tokens.")
     if shared := data["prompts"]["shared"]:
@@ -326,7 +332,7 @@ def _limits(facts: Facts) -> str:
             f"{shared:,} held-out prompts are also training prompts, so the metrics are too good."
         )
     if facts.recipe.model.model_name_or_path.startswith("builtin:"):
-        lines.append("It is a toy model, which only shows that orpo-lite works.")
+        lines.append("This is a toy model. It only shows that orpo-lite works.")
     return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines)
 
 
@@ -335,12 +341,11 @@ def _licence(facts: Facts) -> str:
     name = _cell(licence_text(facts.licence))
     if isinstance(facts.licence.get("license"), list):
         lines.append(
-            f"The base's card names several licences: {name}. "
-            "They hold for this derivative as well."
+            f"The base's card names several licences: {name}. They also apply to this derivative."
         )
     elif name and not lines:
         lines.append(
-            f"The base's card names its licence: {name}. It holds for this derivative as well."
+            f"The base's card names its licence: {name}. It also applies to this derivative."
         )
     elif not name:
         lines.append(
@@ -367,6 +372,6 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    """Return a text for a table cell, with Markdown escaped."""
+    """Return a text as one line for a table cell, with Markdown characters escaped."""
     flat = TOKEN.sub("hf_***", CONTROL.sub("", " ".join(text.split())))
     return re.sub(r"([|<>`\[\]*\\])", r"\\\1", flat)

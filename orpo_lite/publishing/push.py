@@ -1,4 +1,4 @@
-"""Push a run's adapter or merged model with its card to the hub; only listed files are pushed."""
+"""Push a run's adapter or merged model with its card to the hub. Only listed files are pushed."""
 
 import fnmatch
 import json
@@ -48,7 +48,7 @@ TOKENIZER = (
     "sentencepiece.bpe.model", "chat_template.jinja", "generation_config.json",
     "additional_chat_templates/*.jinja",
 )  # fmt: skip
-# Vocabularies are not searched for local paths: nobody writes one there, but /root may be a token.
+# Vocabularies are not searched for local paths. A token may look like a path, such as /root.
 VOCABULARY = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "*.model")
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 MERGED = (
@@ -57,19 +57,23 @@ MERGED = (
     "model.safetensors.index.json",
     "model-*-of-*.safetensors",
 )
-# Files whose omission is not reported.
+# Files that are never pushed as they are. The note on files that are not pushed leaves them out.
 EXPECTED_LOCAL = ("README.md", ".gitattributes", "verify.json")
-MAX_HEADER = 1 << 24  # bytes of a safetensors header that are searched
+MAX_HEADER = 1 << 24  # largest number of bytes of a safetensors header that are searched
 
 
 @dataclass(frozen=True)
 class PushResult:
-    """A finished push."""
+    """The result of a push."""
 
     repository: str
+    """owner/name"""
     page: str
+    """The URL of the repository."""
     commit: str
+    """The URL of the commit."""
     files: tuple[str, ...]
+    """The names of the pushed files."""
 
 
 def push(
@@ -82,23 +86,24 @@ def push(
 ) -> PushResult:
     """Push the adapter of a run, or its merged model, in one commit.
 
-    The commit also removes weights and configurations of an earlier push that this push does not
-    contain.
+    If an earlier push left weights or configurations that are not in this push, the commit removes
+    them.
 
     Args:
         run_folder: the folder of a finished run.
-        repository: owner/name, or only a name, which then belongs to your account.
-        merged: push the model merged onto these weights instead of the adapter.
-        is_public: a new repository is public, else private.
-        samples: number of held-out prompts of the data to show in the card with answers, instead of
-            neutral prompts.
+        repository: owner/name, or only a name. Without owner, your account is the owner.
+        merged: push the merged model, not the adapter. The value is the weights that the adapter
+            was merged into.
+        is_public: True: a new repository is public. False: it is private.
+        samples: number of held-out prompts that the card shows with answers. 0: it shows neutral
+            prompts, which are not from the data.
 
     Raises:
         RecipeError: the hub or the base's licence does not allow the name.
-        ModelError: the base's licence requires a text that is missing.
-        CheckpointError: the run is not finished, or a file is a link, is incomplete or contains
-            something that must not be published.
-        HubError: the hub refuses, or is still unreachable after all attempts.
+        ModelError: a text that the base's licence requires is missing.
+        CheckpointError: the run is not finished, or a file is a link, is incomplete, or contains an
+            access token or a local path.
+        HubError: the hub refused the push, or could not be reached in any attempt.
     """
     updates = push_events(
         run_folder, repository, merged=merged, is_public=is_public, samples=samples
@@ -114,7 +119,7 @@ def push_events(
     is_public: bool = False,
     samples: int = 0,
 ) -> Generator[Update, None, PushResult]:
-    """Do the same as :func:`push`, as a generator that yields updates and returns the result."""
+    """Do the same as :func:`push`. Yield updates, and finally return the result."""
     path = Path(run_folder).expanduser()
     try:
         refuse_repository(repository)
@@ -166,7 +171,8 @@ def push_events(
             if merged and loads_adapter(card):
                 yield Update(
                     "note",
-                    f"{path / 'README.md'} explains how to load an adapter; this is a merged model",
+                    f"{path / 'README.md'} explains how to load an adapter, but a merged model is "
+                    "pushed",
                 )
             files["README.md"] = card.encode()
             _refuse_leaks(files, path, lock, recipe)
@@ -205,7 +211,7 @@ def push_command(
     is_public: bool = False,
     samples: int = 0,
 ) -> Command:
-    """Return the command that pushes a run."""
+    """Return the shell command that pushes a run. The arguments are those of :func:`push`."""
     flags = ["--merged"] if merged else []
     flags += ["--base", merged] if merged == "dequantized" else []
     flags += ["--public"] if is_public else []
@@ -215,7 +221,10 @@ def push_command(
 
 
 def _repository_in(text: str) -> str:
-    """Return the repository in a URL; a placeholder if there is none."""
+    """Return owner/name from a URL: "https://huggingface.co/me/x/tree/main" -> "me/x".
+
+    If there is no valid name, return "OWNER/NAME".
+    """
     found = ""
     if "://" in text:
         parts = text.split("://")[-1].strip("/").split("/")
@@ -228,7 +237,7 @@ def _repository_in(text: str) -> str:
 
 
 def _read_licences(lock: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """Return the licences in lock.json; read missing ones again, as the rules depend on them."""
+    """Return the licences in lock.json. Missing ones are read again, because checks need them."""
     base = lock["base"]
     return read_licences(
         base["name"], base["revision"], Path(base["path"]), recipe.data.names, lock.get("licences")
@@ -238,7 +247,10 @@ def _read_licences(lock: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
 def _select_files(
     folder: Path, lock: Mapping[str, Any], again: str, *, is_merged: bool
 ) -> dict[str, bytes | Path]:
-    """Return the listed files of a folder by name, as paths or content. Others are not pushed."""
+    """Return name -> path or content of the files to push. Only files in our lists are pushed.
+
+    ``again`` is the command that makes the folder again. It is the fix of errors.
+    """
     patterns = (*(MERGED if is_merged else ADAPTER), *TOKENIZER)
     files: dict[str, bytes | Path] = {}
     for file in sorted(folder.glob("**/*")):  # does not follow links to folders
@@ -249,14 +261,15 @@ def _select_files(
             raise CheckpointError(
                 where=str(file),
                 found="is a link" if file.is_symlink() else "is not a file",
-                expected="a file; links are not followed",
+                expected="a file, because links are not followed",
                 fix="replace it by a copy",
             )
         files[name] = file
     _refuse_broken(folder, files, again, is_merged=is_merged)
     if is_merged:
         return files
-    # peft reads the base from this key. The path of a local base would be useless and private.
+    # peft reads the base's name from this key. The path of a local base is private, and useless on
+    # other machines.
     try:
         config = read_json(folder / "adapter_config.json")
     except CheckpointError as error:
@@ -270,14 +283,14 @@ def _select_files(
 def _refuse_broken(
     folder: Path, files: Mapping[str, object], again: str, *, is_merged: bool
 ) -> None:
-    """Raise :class:`CheckpointError` for a model without complete weights or tokenizer."""
+    """Raise :class:`CheckpointError` if weights, configuration or tokenizer are incomplete."""
     weights = weight_files(folder) if is_merged else [folder / ADAPTER[1]]
     config = MERGED[0] if is_merged else ADAPTER[0]
     for file in (folder / config, *weights, folder / "tokenizer.json"):
         if file.name not in files:
             found = f"has no {file.name}"
             if file.exists():
-                found = f"has {file.name}, which is not in the list of files to push"
+                found = f"has {file.name}, but this name is not in the list of files to push"
             raise CheckpointError(
                 where=str(folder), found=found, expected="a complete model", fix=again
             )
@@ -295,7 +308,7 @@ def _refuse_broken(
 
 
 def _card(path: Path, options: CardOptions) -> str:
-    """Return the card for this repository; an edited card is kept."""
+    """Return the card to push. If a person has edited README.md, its text is kept."""
     text = read_edited_card(path)
     if not text:
         return make_card(path, options)
@@ -304,13 +317,13 @@ def _card(path: Path, options: CardOptions) -> str:
             where="--samples",
             found=f"cannot be used, because {path / 'README.md'} was edited",
             expected="an unedited card",
-            fix="leave it out and add the samples to the file; or remove the file",
+            fix="leave --samples out and add the samples to the file yourself; or remove the file",
         )
     return complete_card(path, text, options)
 
 
 def _refuse_samples(path: Path, count: int) -> None:
-    """Raise :class:`CheckpointError` if held-out samples are requested and there are none."""
+    """Raise :class:`CheckpointError` if held-out samples are requested and the run has none."""
     if count and not any(sample.source == "held-out" for sample in read_samples(path)):
         raise CheckpointError(
             where=f"run {path}",
@@ -323,7 +336,7 @@ def _refuse_samples(path: Path, count: int) -> None:
 def _notes(
     folder: Path, files: Mapping[str, object], licences: Mapping[str, Any]
 ) -> Generator[Update, None, None]:
-    """Yield notes on the files before they are pushed."""
+    """Yield notes: files that are not pushed, a missing licence, and files that are pushed."""
     known = {name.partition("/")[0] for name in files} | set(EXPECTED_LOCAL)
     omitted = sorted(file.name for file in folder.iterdir() if file.name not in known)
     if omitted:
@@ -332,7 +345,7 @@ def _notes(
     if not licences["base"]:
         yield Update(
             "note",
-            "the base's card names no licence or cannot be read, so the model card names none",
+            "the model card names no licence, because the base's card names none or cannot be read",
         )
     yield Update("note", f"files: {', '.join(sorted(files))}")
 
@@ -340,7 +353,7 @@ def _notes(
 def _refuse_leaks(
     files: Mapping[str, Path | bytes], path: Path, lock: Mapping[str, Any], recipe: Recipe
 ) -> None:
-    """Raise :class:`CheckpointError` for an access token or a local path in a file to push."""
+    """Raise :class:`CheckpointError` if a file to push contains an access token or a local path."""
     own = own_token(f"run {path}") or ""
     paths = _local_paths(path, lock, recipe)
     for name, content in files.items():
@@ -364,10 +377,10 @@ def _refuse_leaks(
 
 
 def _local_paths(path: Path, lock: Mapping[str, Any], recipe: Recipe) -> re.Pattern[str]:
-    """Return an expression for local paths of the run, base, data, hub cache and home.
+    """Return a regular expression for the paths of the run, base, data, hub cache and home.
 
-    Each matches as a whole path or as the start of one; a short path such as /root or /data only as
-    the start.
+    It matches such a path and longer paths that begin with it. A path with one part, such as /data,
+    matches only if a longer path begins with it.
     """
     local = [
         str(path.absolute()),
@@ -389,13 +402,13 @@ def _local_paths(path: Path, lock: Mapping[str, Any], recipe: Recipe) -> re.Patt
 
 
 def _without_escapes(text: str) -> str:
-    """Return a text with JSON's escapes of letters and slashes replaced."""
+    r"""Return a text with JSON's escapes replaced: ``\u0041`` -> ``A``, ``\/`` -> ``/``."""
     text = re.sub(r"(?:\\u[0-9a-fA-F]{4})+", lambda found: str(json.loads(f'"{found[0]}"')), text)
     return text.replace("\\/", "/")
 
 
 def _header(content: Path | bytes) -> str:
-    """Return the header of a safetensors file, which can contain texts."""
+    """Return the header of a safetensors file as text. Its metadata can contain any text."""
     if isinstance(content, bytes):
         return read_text(content[:MAX_HEADER])
     with content.open("rb") as stream:
@@ -404,26 +417,30 @@ def _header(content: Path | bytes) -> str:
 
 
 def check_push(recipe: Recipe, *, resume: bool) -> Generator[Update, None, None]:
-    """Raise an error before a training whose push would fail. A resumed run only gets a note."""
+    """Check before the training that the push at its end is possible.
+
+    Raise :class:`HubError` if it is not. If the run is resumed, yield a note instead.
+    """
     if not recipe.output.push_to_hub:
         return
-    yield Update("stage", f"asking the hub whether {recipe.output.hub_model_id} may be written to")
+    yield Update("stage", f"checking the write access to {recipe.output.hub_model_id} on the hub")
     try:
         yield from check_target(
             str(recipe.output.hub_model_id), is_private=recipe.output.hub_private_repo
         )
     except HubError as error:
         if not resume:
-            either = f"{error.fix}; or set output.push_to_hub=false and use `orpo-lite push` later"
+            either = f"{error.fix}; or set output.push_to_hub=false and run `orpo-lite push` later"
             error.fix = Overrides({"output.push_to_hub": False}, text=either)
             raise
         yield Update("note", f"the push at the end may fail: {error.where} {error.found}")
 
 
 def find_licences(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
-    """Return the licences for lock.json.
+    """Return the licences of base and data, for lock.json.
 
-    If the recipe has a push, check that the base's licence allows it.
+    If output.push_to_hub is true, check that the base's licence allows the push. Raises the same
+    errors as :func:`push`.
     """
     base = inputs.base
     licences = read_licences(base.name, base.revision, base.path, recipe.data.names)

@@ -1,6 +1,7 @@
-"""Retry requests to the hub, and explain its errors.
+"""Send requests to the hub again if they fail, and explain the hub's errors.
 
-The hub's client reads the access token from the environment or the login. It is never stored here.
+The hub's client reads the access token from the environment or the login. orpo-lite never stores
+it.
 """
 
 import random
@@ -31,18 +32,18 @@ from orpo_lite.base.download import UNREACHABLE
 from orpo_lite.errors import TOKEN, CheckpointError, HubError
 from orpo_lite.updates import Update
 
-ATTEMPTS = 4  # for each request, by the hub's client and this module together
-FIRST_WAIT = 2.0  # seconds, doubled each time
-LONGEST_WAIT = 300.0  # seconds; if the hub asks for more, the command ends
-TIMEOUT = 120.0  # seconds without a byte; the hub's client has no limit
-TEMPORARY = (408, 425, 429, 500, 502, 503, 504)  # status codes
-LEAST = 8  # shortest token that is searched in texts; a shorter one may be a word
-# Words in a 403 that is about a quota, not about missing rights.
+ATTEMPTS = 4  # for each request; attempts of the hub's client and of this module both count
+FIRST_WAIT = 2.0  # seconds before the second attempt; doubled after each attempt
+LONGEST_WAIT = 300.0  # seconds; if the hub asks for a longer wait, the command ends
+TIMEOUT = 120.0  # seconds without a received byte; the hub's client has no limit
+TEMPORARY = (408, 425, 429, 500, 502, 503, 504)  # status codes of temporary failures
+LEAST = 8  # characters of the shortest token that is searched in texts; a shorter one may be a word
+# Words in an answer with status 403 that show a quota as its reason, not missing rights.
 QUOTA = re.compile("storage|quota|payment|billing|subscri|upgrade", re.IGNORECASE)
 INVALID_ANSWER = ValueError | LookupError | TypeError | AttributeError
 LOGIN = (
-    "`hf auth login` with a token that has write access "
-    "(https://huggingface.co/settings/tokens), or HF_TOKEN"
+    "run `hf auth login` with a token that has write access "
+    "(https://huggingface.co/settings/tokens), or set HF_TOKEN"
 )
 
 Result = TypeVar("Result")
@@ -50,7 +51,7 @@ Attempt = Generator[Update, None, Result]
 
 
 class UnreadableError(CheckpointError):
-    """A file of the run disappeared or became unreadable during the push."""
+    """During the push, a file of the run disappeared or became unreadable."""
 
 
 class AbsentError(HubError):
@@ -62,27 +63,31 @@ class ConflictError(HubError):
 
 
 class _SpentError(Exception):
-    """A request failed in its last attempt; the cause is the failure."""
+    """The last attempt of a request failed. ``__cause__`` is the failure."""
 
 
-# Next to the hub's errors: RuntimeError wraps the failure of one file and comes from the xet
-# transfer. The others follow from an answer with an unexpected structure.
+# Errors of a failed request. RuntimeError: the xet transfer failed, or a file of several failed.
+# LookupError, TypeError and AttributeError: the answer has an unexpected structure.
 FAILURES = (*UNREACHABLE, RuntimeError, LookupError, TypeError, AttributeError, _SpentError)
 
 
 def retry(
     where: str, doing: str, call: Callable[[], Result], *, temporary: Collection[int] = TEMPORARY
 ) -> Attempt[Result]:
-    """Call a function; retry after temporary failures: a busy hub, a timeout, a lost connection.
+    """Call a function that sends requests to the hub. After a temporary failure, call it again.
+
+    Temporary failures are a busy hub, a timeout and a lost connection. Yield a note before each new
+    attempt, and finally return the result of the function.
 
     Args:
-        where: the place in messages.
-        doing: the action in messages.
+        where: the place, for messages.
+        doing: the action, for messages, such as "uploading".
         call: the function.
-        temporary: status codes after which to retry.
+        temporary: the status codes of temporary failures.
 
     Raises:
-        HubError: the hub refuses, or the last attempt failed.
+        HubError: the hub refused the request, or the last attempt failed.
+        UnreadableError: a local file cannot be read.
     """
     for number in range(1, ATTEMPTS + 1):
         try:
@@ -104,9 +109,9 @@ def retry(
 
 
 def run_in_thread(call: Callable[[], Result]) -> Result:
-    """Return the result of a call on another thread, so that Ctrl-C ends the wait at once.
+    """Call a function on another thread, and return its result. Ctrl-C then ends the wait at once.
 
-    On the main thread, the hub's client would first wait for its own threads.
+    On the main thread, Ctrl-C would have to wait for the threads of the hub's client.
     """
     pool = ThreadPoolExecutor(1)
     try:
@@ -116,7 +121,7 @@ def run_in_thread(call: Callable[[], Result]) -> Result:
 
 
 def _root(error: BaseException) -> tuple[BaseException, bool]:
-    """Return the cause that the client wrapped, and whether the request has no attempts left."""
+    """Return (cause, is_spent): the error inside a wrapper, and True if no attempt is left."""
     is_spent = False
     while type(error) in (RuntimeError, _SpentError) and error.__cause__ is not None:
         is_spent = is_spent or type(error) is _SpentError
@@ -125,9 +130,10 @@ def _root(error: BaseException) -> tuple[BaseException, bool]:
 
 
 def _is_own_bug(error: BaseException) -> bool:
-    """Return whether an error is a bug in orpo-lite.
+    """Return True if an error is a bug in orpo-lite.
 
-    In the hub's client the same errors come from an answer with an unexpected structure.
+    Errors of the same types also occur in the hub's client, if an answer has an unexpected
+    structure. So the module that raised the error is checked.
     """
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     module = str(frames[-1].f_globals.get("__name__")) if frames else ""
@@ -136,7 +142,7 @@ def _is_own_bug(error: BaseException) -> bool:
 
 
 def _status(error: BaseException) -> int | None:
-    """Return the HTTP status of an error; None if there was no answer."""
+    """Return the HTTP status code of a failed request, or None if there was no answer."""
     if isinstance(error, HfHubHTTPError) and error.response is not None:
         return error.response.status_code
     return None
@@ -145,13 +151,14 @@ def _status(error: BaseException) -> int | None:
 def _wait(
     error: BaseException, number: int, temporary: Collection[int] = TEMPORARY
 ) -> float | None:
-    """Return the seconds to wait before the next attempt; None: do not retry."""
+    """Return the seconds to wait before the next attempt, or None if a retry would not help."""
     status = _status(error)
     if _is_forbidden(error):
         return None
     permanent = LocalTokenNotFoundError | OfflineModeIsEnabled | INVALID_ANSWER
     is_permanent = isinstance(error, permanent) or _is_local(error)
-    # Some requests parse a busy hub's page as JSON before they check its status.
+    # A busy hub answers with a web page. Some requests parse the page as JSON before they check
+    # the status.
     if is_permanent and not isinstance(error, JSONDecodeError):
         return None
     wait: float = FIRST_WAIT * 2 ** (number - 1) * random.uniform(0.75, 1.25)  # noqa: S311 - no secret
@@ -163,7 +170,7 @@ def _wait(
 
 
 def _requested_wait(response: Any) -> float:
-    """Return the seconds that the hub asks to wait; 0 if it names none."""
+    """Return the seconds that the hub asks to wait, or 0 if it does not ask."""
     limit = parse_ratelimit_headers(response.headers)
     if response.status_code == 429 and limit and limit.remaining == 0:
         return float(limit.reset_in_seconds)
@@ -172,25 +179,32 @@ def _requested_wait(response: Any) -> float:
 
 
 def _is_forbidden(error: BaseException) -> bool:
-    """Return whether an error is the xet transfer's equivalent of status 401."""
+    """Return True if the xet transfer was refused. Its error is equivalent to status 401."""
     return isinstance(error, PermissionError) and error.filename is None
 
 
 def _is_local(error: BaseException) -> bool:
-    """Return whether an error is about a local file."""
+    """Return True if an error is about a local file."""
     return isinstance(error, OSError) and error.filename is not None
 
 
 def _failure(error: BaseException) -> str:
-    """Return a short description of a failure."""
+    """Return a short description of a failed request."""
     status = _status(error)
-    return f"the hub answers {status}" if status else f"no answer ({type(error).__name__})"
+    return (
+        f"the hub answered with status {status}"
+        if status
+        else f"the hub did not answer ({type(error).__name__})"
+    )
 
 
 def _explain(
     where: str, doing: str, error: BaseException, wait: float | None
 ) -> HubError | UnreadableError:
-    """Return the error for a failed request, with a fix."""
+    """Return the error, with a fix, for a failed request.
+
+    ``where`` and ``doing`` are the place and the action. ``wait`` is the result of :func:`_wait`.
+    """
     status = _status(error)
     message = server_message(error)
     if isinstance(error, GatedRepoError):
@@ -216,7 +230,7 @@ def _explain(
         )
     if status in (402, 413) or (status == 403 and QUOTA.search(message)):
         fix = (
-            "see its message: free space there, or push smaller files "
+            "follow the hub's message: free space on the hub, or push smaller files "
             "(orpo-lite merge --max-shard-size)"
         )
         return HubError(
@@ -227,14 +241,15 @@ def _explain(
     if status == 403:
         return HubError(
             where=where,
-            found=f"you have no write access there (403, {doing}){message}",
+            found=f"you have no write access (403, {doing}){message}",
             expected="write access",
             fix=LOGIN,
         )
     if status in (409, 412):
         return ConflictError(
             where=where,
-            found=f"conflicts with the current state ({status}, {doing}){message}",
+            found="conflicts with the current state of the repository "
+            f"({status}, {doing}){message}",
             fix="try again",
         )
     if status == 429 and wait is not None and wait > LONGEST_WAIT:
@@ -245,15 +260,17 @@ def _explain(
         )
     if status is not None:
         is_refusal = 400 <= status < 500 and status not in TEMPORARY
-        fix = "see its message" if is_refusal else "try again later"
-        return HubError(where=where, found=f"the hub answers {status} ({doing}){message}", fix=fix)
+        fix = "follow the hub's message" if is_refusal else "try again later"
+        return HubError(
+            where=where, found=f"the hub answered with status {status} ({doing}){message}", fix=fix
+        )
     if isinstance(error, OSError) and error.filename is not None:
         return unreadable(error)
     if isinstance(error, INVALID_ANSWER):
         return HubError(
             where=where,
             found=f"the answer is not from the hub ({doing}: {type(error).__name__}){message}",
-            expected="a direct connection, not the page of a proxy or login",
+            expected="an answer of the hub, not a page of a proxy or of a login",
             fix="try again later",
         )
     return HubError(
@@ -265,7 +282,7 @@ def _explain(
 
 
 def unreadable(error: OSError) -> UnreadableError:
-    """Return the error for a local file that cannot be read."""
+    """Return the error for a local file that cannot be read, from the OSError."""
     return UnreadableError(
         where=str(error.filename),
         found=f"cannot be read ({error.strerror})",
@@ -274,7 +291,7 @@ def unreadable(error: OSError) -> UnreadableError:
 
 
 def own_token(where: str) -> str | None:
-    """Return the user's access token, or None. Raise :class:`HubError` for an expired login."""
+    """Return the person's access token, or None. Raise :class:`HubError` if the login expired."""
     try:
         return get_token()
     except Exception as error:  # renewing a login can raise anything
@@ -287,7 +304,7 @@ def own_token(where: str) -> str | None:
 
 
 def server_message(error: BaseException) -> str:
-    """Return the hub's message as ": text" in one line, without access tokens; "" if none."""
+    """Return the hub's message as ": text" on one line, without access tokens. It may be ""."""
     text = getattr(error, "server_message", None)
     if not text and isinstance(error, ValueError | RuntimeError):
         text = str(error)
@@ -301,7 +318,7 @@ def server_message(error: BaseException) -> str:
 
 @contextmanager
 def with_timeouts() -> Any:
-    """Limit the timeouts and attempts of the hub's client within this context."""
+    """Within this context, limit the timeouts and the number of attempts of the hub's client."""
     before = _http._GLOBAL_CLIENT_FACTORY
     failed: Counter[str] = Counter()
 
@@ -321,10 +338,10 @@ def with_timeouts() -> Any:
 def _request(
     request: Callable[..., Any], failed: Counter[str], method: str, url: object, **options: Any
 ) -> Any:
-    """Send a request of the hub's client; raise an error in its last attempt.
+    """Send a request for the hub's client. If its last attempt fails, raise :class:`_SpentError`.
 
-    The client retries some requests itself. Otherwise its attempts and those of :func:`retry` would
-    multiply, and it would wait as long as the hub asks.
+    The client also sends some requests again. Without this limit, its attempts and the attempts of
+    :func:`retry` would multiply, and the client would wait as long as the hub asks.
     """
     # The files of an upload share a URL, but each has its own thread.
     key = f"{threading.get_ident()} {method} {url}"

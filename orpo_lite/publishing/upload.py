@@ -1,4 +1,4 @@
-"""Check a card with the hub, and commit files to a repository."""
+"""Let the hub check a model card, and commit files to a repository."""
 
 import errno
 import fnmatch
@@ -26,7 +26,12 @@ from orpo_lite.updates import Update
 
 
 def check_card(target: Target, card: str, where: str) -> Attempt[None]:
-    """Ask the hub whether a card's metadata are valid, before anything is created there.
+    """Ask the hub whether the metadata of a card are valid. Nothing is changed on the hub.
+
+    Args:
+        target: the repository.
+        card: the text of the card.
+        where: the place of the card, for messages.
 
     Raises:
         HubError: the metadata are not valid.
@@ -43,7 +48,7 @@ def check_card(target: Target, card: str, where: str) -> Attempt[None]:
                 where=where,
                 found=f"the hub refuses its metadata{server_message(error)}",
                 expected="metadata that the hub accepts",
-                fix="fix the metadata, or remove the file",
+                fix="correct the metadata, or remove the file, so that a new card is written",
             ) from error
         if not isinstance(response.json(), dict):
             raise ValueError("the answer is not an object")
@@ -55,19 +60,20 @@ def check_card(target: Target, card: str, where: str) -> Attempt[None]:
 def commit_files(
     target: Target, files: Mapping[str, Path | bytes], message: str, *, ours: Sequence[str] = ()
 ) -> Attempt[str]:
-    """Commit files to a repository, all or none; return the URL of the commit.
+    """Commit files to a repository, and return the URL of the commit.
 
-    Files that the hub already has are not sent again, so a second attempt continues the first.
+    Either all files are committed or none. Files that the hub already has are not sent again, so a
+    new attempt continues the upload. If the repository does not exist, it is created.
 
     Args:
         target: the repository.
         files: name in the repository -> path or content.
         message: the commit message.
-        ours: patterns of names. Files of the repository that match and are not in ``files`` are
-            from an earlier push and are removed.
+        ours: patterns of the names that our pushes write. If the repository has a file with such a
+            name that is not in ``files``, it is from an earlier push and is removed.
 
     Raises:
-        HubError: the hub refuses, or the last attempt failed.
+        HubError: the hub refused the commit, or the last attempt failed.
         UnreadableError: a file does not exist any more.
     """
     where, repository = f"hub, {target.repository}", target.repository
@@ -81,8 +87,8 @@ def commit_files(
         def commit() -> str:
             stale = _stale(repository, files, ours) if target.exists else []
             removed.update(stale)
-            # Each attempt has new objects, which ask the hub again what it has: the answer to a
-            # successful commit may have been lost. Hashes are kept.
+            # Each attempt makes new objects, which ask the hub again which files it has. This is
+            # needed because the answer to a successful commit may have been lost. Hashes are kept.
             hashed = {addition.path_in_repo: addition.upload_info for addition in additions}
             additions[:] = [
                 CommitOperationAdd(name, _check_exists(content)) for name, content in files.items()
@@ -109,32 +115,35 @@ def commit_files(
         try:
             page = yield from retry(where, "uploading", commit, temporary=(*TEMPORARY, 409, 412))
         finally:
-            stopped.set()  # after Ctrl-C the client's threads continue, but must not commit
+            stopped.set()  # after Ctrl-C, the client's threads continue, but they must not commit
     if removed:
         yield Update(
             "note",
-            "removed files of an earlier push (still in the history): "
+            "removed files of an earlier push (they remain in the history): "
             + ", ".join(sorted(removed)),
         )
     return page
 
 
 def _stale(repository: str, files: Collection[str], ours: Sequence[str]) -> list[str]:
-    """Return the files of a repository that match a pattern and are not among the new files."""
+    """Return the names of files in a repository that match a pattern and are not in ``files``."""
     siblings = HfApi().model_info(repository).siblings or ()
     old = {str(sibling.rfilename) for sibling in siblings}.difference(files)
     return [name for name in sorted(old) if any(fnmatch.fnmatchcase(name, p) for p in ours)]
 
 
 def _check_exists(content: Path | bytes) -> Path | bytes:
-    """Return the content, or raise FileNotFoundError. The client would raise a vague ValueError."""
+    """Return the content. Raise FileNotFoundError if it is the path of a missing file.
+
+    The client would raise a ValueError, which does not tell the reason.
+    """
     if isinstance(content, Path) and not content.is_file():
         raise FileNotFoundError(errno.ENOENT, "does not exist any more", str(content))
     return content
 
 
 def _size(content: Path | bytes) -> int:
-    """Return the size of a file, given as a path or as its content, in bytes."""
+    """Return the size of a file in bytes. ``content`` is its path or its content."""
     if isinstance(content, bytes):
         return len(content)
     try:
@@ -144,7 +153,10 @@ def _size(content: Path | bytes) -> int:
 
 
 def _refuse_objects(where: str, error: ValueError, additions: Sequence[CommitOperationAdd]) -> None:
-    """Raise :class:`HubError` for errors of single files, with names instead of hashes."""
+    """Raise :class:`HubError` if the hub refused single files. The message names the files.
+
+    The client's error names only their hashes. For other errors, do nothing.
+    """
     if str(error).startswith("LFS batch API returned errors"):
         names = {
             a.upload_info.sha256.hex(): a.path_in_repo for a in additions if a.upload_info.is_hashed
@@ -159,7 +171,11 @@ def _refuse_objects(where: str, error: ValueError, additions: Sequence[CommitOpe
 
 
 def _create(target: Target) -> Attempt[Target]:
-    """Create the repository."""
+    """Create the repository, and return it as a target.
+
+    A :class:`ConflictError` means that another process created it, or that the answer to an
+    earlier attempt was lost.
+    """
     where = f"hub, {target.repository}"
     visibility = "private" if target.is_private else "public"
     yield Update("stage", f"creating {target.page} ({visibility})")
@@ -169,12 +185,12 @@ def _create(target: Target) -> Attempt[Target]:
 
     try:
         yield from retry(where, "creating the repository", create)
-    except ConflictError:  # created by someone else, or by an attempt whose answer was lost
+    except ConflictError:
         made = yield from find_target(target.repository, target.is_private)
         if not made.exists:
             raise HubError(
                 where=where,
-                found="cannot be created (409), but does not exist",
+                found="cannot be created (409), although it does not exist",
                 expected="a free name",
                 fix="use another name",
             ) from None

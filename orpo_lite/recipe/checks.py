@@ -1,4 +1,4 @@
-"""Find values of a recipe that are valid alone but contradict each other."""
+"""Find values of a recipe that contradict each other, although each of them alone is valid."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,7 +15,7 @@ def contradictions(recipe: Recipe) -> Iterator[RecipeError]:
             recipe,
             "data.max_prompt_length",
             "data.max_length",
-            "max_prompt_length below max_length, so that the reply has room",
+            "max_prompt_length below max_length, because max_length counts the response too",
             {"data.max_prompt_length": "auto"},
         )
     has_held_out = data.dataset_test_split or data.test_split_size > 0
@@ -24,7 +24,7 @@ def contradictions(recipe: Recipe) -> Iterator[RecipeError]:
             recipe,
             "training.early_stopping_patience",
             "data.test_split_size",
-            "held-out pairs, whose loss decides when to stop",
+            "held-out pairs, because their loss decides when the training stops",
             {"data.test_split_size": 0.02},
         )
     if data.test_split_size >= 1 and data.test_split_size != int(data.test_split_size):
@@ -40,7 +40,7 @@ def contradictions(recipe: Recipe) -> Iterator[RecipeError]:
             recipe,
             "memory.checkpoint_offload",
             "memory.activation_checkpointing",
-            "checkpointed layers, whose inputs can be offloaded",
+            "at least one checkpointed layer, because only their inputs are offloaded",
             {"memory.activation_checkpointing": "all"},
         )
     if recipe.output.push_to_hub and recipe.output.hub_model_id is None:
@@ -48,7 +48,7 @@ def contradictions(recipe: Recipe) -> Iterator[RecipeError]:
             recipe,
             "output.push_to_hub",
             "output.hub_model_id",
-            "a repository to push to",
+            "the name of a repository to push to",
             "output.hub_model_id=NAME",
         )
     quantization = recipe.quantization
@@ -57,16 +57,16 @@ def contradictions(recipe: Recipe) -> Iterator[RecipeError]:
             recipe,
             "quantization.load_in_4bit",
             "quantization.bnb_4bit_compute_dtype",
-            "a 4-bit base, which the compute dtype is for",
+            "a 4-bit base, because only 4-bit weights have a compute dtype",
             "set model.dtype instead",
         )
 
 
 def _settings_of_packing(recipe: Recipe) -> Iterator[RecipeError]:
-    """Yield an error for each setting of packed rows that is chosen although packing is off."""
+    """Yield an error for each chosen setting that has no effect because packing is off."""
     memory = recipe.memory
     is_chosen = {
-        # The recipe in a run folder holds every key, so that prompt_sharing is in it says nothing.
+        # The recipe in a run folder holds every key, so only an override shows a choice.
         "prompt_sharing": memory.prompt_sharing
         and recipe.sources["memory.prompt_sharing"] == "command line",
         "micro_batch_tokens": memory.micro_batch_tokens != "auto",
@@ -78,7 +78,7 @@ def _settings_of_packing(recipe: Recipe) -> Iterator[RecipeError]:
                 recipe,
                 f"memory.{key}",
                 "memory.packing",
-                "packed rows, not padded ones",
+                "packed rows, because the setting has no effect on padded rows",
                 {"memory.packing": True},
             )
 
@@ -86,7 +86,7 @@ def _settings_of_packing(recipe: Recipe) -> Iterator[RecipeError]:
 def _contradiction(
     recipe: Recipe, one: str, other: str, expected: str, fix: Mapping[str, Any] | str
 ) -> RecipeError:
-    """Return the error of two keys; its place is that of the first one that is not a default."""
+    """Return the error for two keys. It names the place where one of them is set, if any is."""
     values = dict(recipe.items())
     places = [recipe.sources[key] for key in (one, other) if recipe.sources[key] != "default"]
     return RecipeError(

@@ -1,4 +1,4 @@
-"""Report unknown keys of a recipe, with the key of this package that was probably meant."""
+"""Report unknown keys of a recipe, and suggest the key that was probably meant."""
 
 import difflib
 import math
@@ -11,27 +11,28 @@ from orpo_lite.recipe.text import Written
 
 # Remarks that several keys share.
 PAIRS_PER_STEP = "it counts pairs per optimizer step over all devices"
-PACKED = "on by default: pairs end to end, without padding"
+PACKED = "it is on by default; pairs are put end to end, without padding"
 MODULES = "all-linear, or a list of module names"
 DTYPES = "bfloat16, float16, float32 or auto"
 LAMBDA = "λ in the paper"
 EACH_SAVES = "each evaluation saves a checkpoint"
-SHARE_OR_NUMBER = "a share of all steps, or a number"
-LOGGED = "metrics.jsonl in the run folder has every step; leave the line out"
-PUSHED_ONCE = "the result is pushed once, at the end; leave the line out"
-NOT_SHARDED = "each GPU holds the whole base in 4 bit, and nothing is sharded; leave the line out"
-ONLY_LORA = "only LoRA is trained: embeddings and head do not change; leave the line out"
+SHARE_OR_NUMBER = "a share of all steps, or a number of steps"
+HELD_OUT = "all pairs of a prompt are in the same split"
+LOGGED = "leave the line out; metrics.jsonl in the run folder has the metrics of each step"
+PUSHED_ONCE = "leave the line out; the result is pushed once, at the end"
+NOT_SHARDED = "leave the line out; each GPU holds the whole base in 4 bit, so nothing is sharded"
+ONLY_LORA = "leave the line out; only LoRA is trained, so embeddings and head do not change"
 
 FOREIGN: dict[str, tuple[str, str]] = {
     "per_device_train_batch_size": ("training.global_batch_size", PAIRS_PER_STEP),
     "gradient_accumulation_steps": ("training.global_batch_size", PAIRS_PER_STEP),
     "micro_batch_size": (
         "memory.micro_batch_size",
-        "pairs in one forward pass; training.global_batch_size sets the step",
+        "it counts pairs in one forward pass; training.global_batch_size counts those of a step",
     ),
     "per_device_eval_batch_size": (
         "memory.micro_batch_size",
-        "evaluation uses the same forward pass",
+        "an evaluation has the same forward passes as the training",
     ),
     "batch_size": ("training.global_batch_size", PAIRS_PER_STEP),
     "warmup_ratio": ("training.warmup_steps", "a value below 1 is a share of all steps"),
@@ -42,7 +43,10 @@ FOREIGN: dict[str, tuple[str, str]] = {
     "activation_offloading": ("memory.checkpoint_offload", ""),
     "padding_free": ("memory.packing", PACKED),
     "sample_packing": ("memory.packing", PACKED),
-    "use_liger_kernel": ("memory.head_chunk", "auto by default: never all logits at once"),
+    "use_liger_kernel": (
+        "memory.head_chunk",
+        "auto by default, which never computes all logits at once",
+    ),
     "lora_r": ("lora.r", ""),
     "lora_rank": ("lora.r", ""),
     "lora.rank": ("lora.r", ""),
@@ -53,39 +57,39 @@ FOREIGN: dict[str, tuple[str, str]] = {
     "lora_target_linear": ("lora.target_modules", "write all-linear"),
     "exclude_modules": (
         "lora.target_modules",
-        "list the modules to adapt; only an adapter on disk can exclude some",
+        "list the modules to adapt; excluded modules are only read from an existing adapter",
     ),
     "layers_to_transform": (
         "lora.target_modules",
-        "full names select layers: model.layers.0.self_attn.q_proj",
+        "to select layers, write full names such as model.layers.0.self_attn.q_proj",
     ),
     "target_parameters": (
         "",
-        "only an adapter on disk can adapt experts that are one tensor; leave the line out",
+        "leave the line out; it is only read from an existing adapter",
     ),
     "base_model": ("model.model_name_or_path", ""),
     "revision": ("model.model_revision", ""),
-    "load_in_8bit": ("quantization.load_in_4bit", "4 bit or none"),
-    "quantization_bit": ("quantization.load_in_4bit", "true for 4 bit"),
+    "load_in_8bit": ("quantization.load_in_4bit", "true: 4 bit; false: no quantisation"),
+    "quantization_bit": ("quantization.load_in_4bit", "true: 4 bit; false: no quantisation"),
     "bf16": ("model.dtype", DTYPES),
     "fp16": ("model.dtype", DTYPES),
     "torch_dtype": ("model.dtype", ""),
-    "flash_attn": ("model.attn_implementation", "flash_attention_2"),
-    "flash_attention": ("model.attn_implementation", "flash_attention_2"),
+    "flash_attn": ("model.attn_implementation", "with the value flash_attention_2"),
+    "flash_attention": ("model.attn_implementation", "with the value flash_attention_2"),
     "dataset": ("data.dataset_name", ""),
-    "datasets": ("data.dataset_name", "a name or file, or a list of them"),
+    "datasets": ("data.dataset_name", "a name, a file, or a list of names and files"),
     "dataset_split": ("data.dataset_train_split", ""),
-    "val_set_size": ("data.test_split_size", "split by prompt"),
-    "val_size": ("data.test_split_size", "split by prompt"),
+    "val_set_size": ("data.test_split_size", HELD_OUT),
+    "val_size": ("data.test_split_size", HELD_OUT),
     "cutoff_len": ("data.max_length", ""),
     "sequence_len": ("data.max_length", ""),
     "max_seq_length": ("data.max_length", ""),
     "max_completion_length": ("data.max_length", "it limits prompt and response together"),
-    "template": ("data.chat_template", "auto, none or a .jinja file"),
+    "template": ("data.chat_template", "auto, none or the path of a .jinja file"),
     "orpo_alpha": ("loss.beta", LAMBDA),
     "orpo_lambda": ("loss.beta", LAMBDA),
     "pref_beta": ("loss.beta", LAMBDA),
-    "alpha": ("loss.beta", "λ in the paper; the adapter's alpha is lora.lora_alpha"),
+    "alpha": ("loss.beta", "λ in the paper; for the alpha of LoRA, write lora.lora_alpha"),
     "pref_loss": ("loss.type", ""),
     "rl": ("loss.type", ""),
     "lr": ("training.learning_rate", ""),
@@ -101,7 +105,10 @@ FOREIGN: dict[str, tuple[str, str]] = {
     "logging_steps": ("", LOGGED),
     "report_to": ("training.report_to", "tensorboard, wandb, trackio or none"),
     "log_with": ("training.report_to", "tensorboard, wandb, trackio or none"),
-    "wandb_project": ("training.report_to", "wandb; its project is the variable WANDB_PROJECT"),
+    "wandb_project": (
+        "training.report_to",
+        "with the value wandb; the environment variable WANDB_PROJECT names the project",
+    ),
     "export_hub_model_id": ("output.hub_model_id", ""),
     "push_to_hub_model_id": ("output.hub_model_id", ""),
     "push_to_hub_organization": ("output.hub_model_id", "owner/name"),
@@ -110,18 +117,18 @@ FOREIGN: dict[str, tuple[str, str]] = {
     "hub_always_push": ("", PUSHED_ONCE),
     "hf_use_auth_token": (
         "",
-        "the token comes from `hf auth login` or HF_TOKEN; leave the line out",
+        "leave the line out; the token is from `hf auth login` or HF_TOKEN",
     ),
-    "trust_remote_code": ("", "code from the hub is never run; leave the line out"),
+    "trust_remote_code": ("", "leave the line out; code from the hub is never run"),
     "resume_from_checkpoint": (
         "",
-        "`orpo-lite train --resume RUN` resumes a run; leave the line out",
+        "leave the line out; `orpo-lite train --resume RUN` resumes a run",
     ),
     "overwrite_output_dir": (
         "",
-        "a run folder is never overwritten: choose another training.output_dir",
+        "choose another training.output_dir; a run folder is never overwritten",
     ),
-    "do_train": ("", "`orpo-lite train` trains; leave the line out"),
+    "do_train": ("", "leave the line out; `orpo-lite train` always trains"),
     "do_eval": ("training.eval_steps", SHARE_OR_NUMBER),
     "deepspeed": ("", NOT_SHARDED),
     "fsdp": ("", NOT_SHARDED),
@@ -131,22 +138,22 @@ FOREIGN: dict[str, tuple[str, str]] = {
     "lora_modules_to_save": ("", ONLY_LORA),
     "adapter": (
         "",
-        "a LoRA adapter is trained, on a 4-bit base with quantization.load_in_4bit; "
-        "leave the line out",
+        "leave the line out; a LoRA adapter is always trained, and quantization.load_in_4bit "
+        "decides whether the base is in 4 bit",
     ),
-    "finetuning_type": ("", "a LoRA adapter is trained; leave the line out"),
+    "finetuning_type": ("", "leave the line out; a LoRA adapter is always trained"),
     "stage": ("loss.type", ""),
     "logging_dir": ("", LOGGED),
     "run_name": ("training.output_dir", "the run folder"),
     "save_total_limit": (
         "",
-        "the newest checkpoints and the best one are kept; leave the line out",
+        "leave the line out; the newest two checkpoints and the best one are kept",
     ),
-    "dataloader_num_workers": ("", "tokens are read from a file; leave the line out"),
-    "ref_model": ("", "ORPO needs no reference model; leave the line out"),
-    "remove_unused_columns": ("", "unused columns are ignored; leave the line out"),
+    "dataloader_num_workers": ("", "leave the line out; tokens are read from a file"),
+    "ref_model": ("", "leave the line out; ORPO needs no reference model"),
+    "remove_unused_columns": ("", "leave the line out; unused columns are ignored"),
 }
-"""Key of another tool -> (our key or "", a remark).
+"""Key of another tool -> (our key, or "" if we have none; a remark).
 
 Sources: TrainingArguments, TRL's ORPOConfig, LLaMA-Factory's and Axolotl's documented options.
 """
@@ -158,8 +165,8 @@ BATCH_KEYS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 def answer_unknown(written: dict[str, Written]) -> Iterator[RecipeError]:
     """Remove unknown keys from ``written`` and yield an error for each one.
 
-    The error names our key of the same meaning if the key is another tool's, else the most similar
-    key.
+    If another tool has the key, the error names our key with the same meaning. Otherwise it names
+    our most similar key.
     """
     known = {f"{section}.{key}" for section, keys in KEYS.items() for key in keys}
     batch = [f"{section}{key}" for section in ("", "training.") for key in BATCH_KEYS]
@@ -177,7 +184,7 @@ def answer_unknown(written: dict[str, Written]) -> Iterator[RecipeError]:
             fix = f"write {' or '.join(FULL_KEYS[bare])}"
         else:
             fix = _suggest_similar(key)
-            expected = "a key of `orpo-lite recipes show NAME`"
+            expected = "a key that `orpo-lite recipes show NAME` prints"
         yield RecipeError(where=entry.where, found=f"unknown key {key}", expected=expected, fix=fix)
 
 
@@ -188,7 +195,7 @@ def _write_ours(ours: str, remark: str) -> str:
 
 
 def _suggest_similar(key: str) -> str:
-    """Suggest the most similar key, first of the same section; else the most similar section."""
+    """Return a suggestion: the most similar key of the section, of any section, or a section."""
     section, _, bare = key.rpartition(".")
     for keys in (KEYS.get(section, []), list(FULL_KEYS)):
         if similar := difflib.get_close_matches(bare, keys, n=1, cutoff=0.6):
@@ -199,9 +206,10 @@ def _suggest_similar(key: str) -> str:
 
 
 def _batch_product(values: Sequence[Any]) -> int:
-    """Return the product of the given batch keys: global_batch_size on one device.
+    """Return the product of the values of another tool's batch keys.
 
-    It is 0 if there are none, or if one of them is not a number.
+    On one device it is our global_batch_size. Return 0 if there are no values, or if one of them is
+    not a whole number.
     """
     if not values or not all(str(value).isdigit() for value in values):
         return 0

@@ -1,4 +1,4 @@
-"""Read a recipe by its shipped name or path, apply overrides, and report all errors at once."""
+"""Find and read a recipe, apply overrides, and report all errors at once."""
 
 import codecs
 import difflib
@@ -19,7 +19,7 @@ from orpo_lite.recipe.foreign import answer_unknown
 from orpo_lite.recipe.schema import KEYS, SECTIONS, Recipe
 from orpo_lite.recipe.text import CLOSING_TOKENS, MAX_DEPTH, OPENING_TOKENS, Written, to_text
 
-MAX_BYTES = 1 << 20  # a recipe is a page of text; anything larger is another file
+MAX_BYTES = 1 << 20  # a recipe is a page of text; a larger file is not a recipe
 # The folder of the recipes in a wheel, and in a checkout or an editable install.
 SHIPPED = Path(__file__).parents[1] / "recipes"
 CHECKOUT = Path(__file__).parents[2] / "recipes"
@@ -30,13 +30,12 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and apply the overrides.
 
     Args:
-        name: a shipped recipe, such as ``"mistral-qlora"``, or a path, such as ``"./mine.yaml"``.
-            A name with a / or the suffix .yaml is a path.
-        overrides: texts ``"section.key=value"``. The value is read by the type of the key, not as
-            YAML.
+        name: the name of a shipped recipe, such as ``"mistral-qlora"``, or a path, such as
+            ``"./mine.yaml"``. A name with a / or the suffix .yaml is a path.
+        overrides: texts ``"section.key=value"``. The type of the key decides how the value is read.
 
     Raises:
-        RecipeError: the recipe or an override is wrong. The error lists all that were found.
+        RecipeError: the recipe or an override is wrong. The error lists all faults.
     """
     path = find_recipe(name)
     written: dict[str, Written] = {}
@@ -52,9 +51,9 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def find_recipe(name: str) -> Path:
-    """Return the file of a recipe, given its shipped name or its path.
+    """Return the file of a recipe. ``name`` is the name of a shipped recipe, or a path.
 
-    Raises :class:`RecipeError` with similar names if there is no such file.
+    If there is no such file, raise :class:`RecipeError` with similar names.
     """
     if "/" in name or name.endswith((".yaml", ".yml")):
         path = Path(name).expanduser()
@@ -96,22 +95,23 @@ LIST = "`orpo-lite recipes ls` lists the shipped recipes"
 def shipped_recipes() -> dict[str, Path]:
     """Return name -> file of each shipped recipe, sorted by name.
 
-    In a checkout these are the files in its folder recipes, else those in the installed package.
+    The files are in the folder recipes of a checkout. If there is no checkout, they are in the
+    installed package.
     """
     checkout = CHECKOUT.is_dir() and (CHECKOUT.parent / "pyproject.toml").is_file()
     return {path.stem: path for path in sorted((CHECKOUT if checkout else SHIPPED).glob("*.yaml"))}
 
 
 def gpu_sizes() -> dict[str, str]:
-    """Return the GPU size that each shipped recipe needs, such as "8 GB" or "8 GB or a CPU"."""
+    """Return name of a shipped recipe -> the GPU that it needs: "8 GB", or "8 GB or a CPU"."""
     sizes: dict[str, str] = json.loads(GPU_SIZES.read_text(encoding="utf-8"))
     return sizes
 
 
 def _read_file(path: Path, written: dict[str, Written]) -> Iterator[RecipeError]:
-    """Add the keys and values of a recipe file to ``written``, and yield its errors.
+    """Add the keys and values of a recipe file to ``written``, and yield the file's errors.
 
-    A scalar stays a text here. Its type is applied later, by the schema.
+    Numbers stay texts here. The schema converts them later.
     """
     root = _compose(path)
     yield from _duplicates(root, path)
@@ -126,14 +126,14 @@ def _read_file(path: Path, written: dict[str, Written]) -> Iterator[RecipeError]
             yield RecipeError(
                 where=f"{path}:{line}",
                 found=f"section {section} holds {_shown(_plain(node))}",
-                expected="indented `key: value` lines below the section's name",
+                expected="indented lines `key: value` below the section's name",
             )
         elif section not in KEYS:
             written[section] = Written(_plain(node), f"{path.name}:{line}")
 
 
 def _compose(path: Path) -> yaml.MappingNode:
-    """Return the YAML nodes of a recipe file, with their lines. Raises :class:`RecipeError`."""
+    """Return the root YAML node of a recipe file. Raise :class:`RecipeError` for a wrong file."""
     if path.stat().st_size > MAX_BYTES:
         raise RecipeError(
             where=str(path),
@@ -146,7 +146,7 @@ def _compose(path: Path) -> yaml.MappingNode:
         raise RecipeError(
             where=str(path),
             found=f"cannot be read ({error.strerror})",
-            expected="a file that can be read",
+            expected="a readable file",
         ) from None
     if not isinstance(root, yaml.MappingNode):
         found = "is empty" if root is None else "is not a mapping"
@@ -162,7 +162,7 @@ def _compose(path: Path) -> yaml.MappingNode:
 def _decode(content: bytes, path: Path) -> str:
     """Return the text of a recipe file.
 
-    Raises :class:`RecipeError` for text that is not UTF-8, or that is indented by other characters
+    Raise :class:`RecipeError` if it is not UTF-8, or if a line is indented by other characters
     than spaces and tabs.
     """
     if encoding := _wide_encoding(content):
@@ -186,7 +186,7 @@ def _decode(content: bytes, path: Path) -> str:
         raise RecipeError(
             where=f"{path}:{line}", found=found, expected="UTF-8 text", fix=fix
         ) from None
-    # YAML reads another space, such as a no-break space, as a part of the key.
+    # YAML takes a no-break space and similar characters as a part of the key.
     if other := re.search(r"^[ \t]*([^\S \t\r\n])\s*\w+:", text, re.MULTILINE):
         name = unicodedata.name(other[1], "another space").lower()
         raise RecipeError(
@@ -199,7 +199,10 @@ def _decode(content: bytes, path: Path) -> str:
 
 
 def _wide_encoding(content: bytes) -> str:
-    """Return UTF-16 or UTF-32 if the byte order mark or zero bytes show it, else ""."""
+    """Return the name of a UTF-16 or UTF-32 encoding, or "" if the bytes are in neither.
+
+    It is detected by the byte order mark, or by a zero byte among the first two.
+    """
     if content.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
         return "UTF-32"
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -210,7 +213,7 @@ def _wide_encoding(content: bytes) -> str:
 
 
 def _is_valid(content: bytes, encoding: str) -> bool:
-    """Return whether the bytes are valid text in an encoding."""
+    """Return True if the bytes are valid text in an encoding."""
     try:
         content.decode(encoding)
     except UnicodeDecodeError:
@@ -219,20 +222,23 @@ def _is_valid(content: bytes, encoding: str) -> bool:
 
 
 def _fix_encoding(path: Path, encoding: str) -> Command:
-    """Return the fix that converts a recipe file to UTF-8."""
+    """Return the command that converts a recipe file to UTF-8."""
     return _fix_with(path, f"iconv -f {encoding} -t UTF-8")
 
 
 def _fix_with(path: Path, program: str) -> Command:
-    """Return the fix that runs a program on a recipe file and writes its output to a new file."""
+    """Return the command that runs a program on a recipe file and writes a new file."""
     new = shlex.quote(str(path.with_name(f"{path.stem}.utf8{path.suffix}")))
     return Command(f"{program} {shlex.quote(str(path))} > {new}", f", then --recipe {new}")
 
 
 def _nodes(text: str, where: str) -> Any:
-    """Return the root node of a YAML text; None for an empty one. Raises :class:`RecipeError`."""
+    """Return the root node of a YAML text, or None if the text is empty.
+
+    Raise :class:`RecipeError` for invalid YAML, anchors, aliases and deep nesting.
+    """
     try:
-        # Aliases can expand to gigabytes, and PyYAML takes minutes for deeply nested brackets.
+        # Aliases can expand to gigabytes. For deeply nested brackets, PyYAML takes minutes.
         depth = 0
         for token in yaml.scan(text, Loader=yaml.SafeLoader):
             place = f"{where}:{token.start_mark.line + 1}"
@@ -241,14 +247,14 @@ def _nodes(text: str, where: str) -> Any:
                     where=place,
                     found=f"YAML anchor or alias {token.value!r}",
                     expected="plain values",
-                    fix="write the value itself here",
+                    fix="write the value itself on this line",
                 )
             depth += isinstance(token, OPENING_TOKENS) - isinstance(token, CLOSING_TOKENS)
             if depth > MAX_DEPTH:
                 raise RecipeError(
                     where=place,
                     found="is nested too deeply",
-                    expected=f"at most {MAX_DEPTH} levels of brackets",
+                    expected=f"at most {MAX_DEPTH} levels of brackets or indentation",
                     fix="close the brackets",
                 )
         return yaml.compose(text, Loader=yaml.SafeLoader)
@@ -258,13 +264,13 @@ def _nodes(text: str, where: str) -> Any:
         raise RecipeError(
             where=place,
             found=str(getattr(error, "problem", error)),
-            expected="YAML: `key: value` lines, indented by spaces",
-            fix="correct the line; quote a text that contains : # { [ or %",
+            expected="YAML: lines `key: value`, indented by spaces",
+            fix="correct the line; put a text that contains : # { [ or % in quotes",
         ) from None
 
 
 def _entries(node: yaml.MappingNode) -> Iterator[tuple[str, Any, int]]:
-    """Yield (key, value node, line) for each key of a mapping; of duplicate keys the first."""
+    """Yield (key, value node, line) for each key of a mapping. Of duplicate keys, use the first."""
     seen = set()
     for key_node, value_node in node.value:
         key = str(key_node.value)
@@ -274,7 +280,7 @@ def _entries(node: yaml.MappingNode) -> Iterator[tuple[str, Any, int]]:
 
 
 def _duplicates(node: Any, path: Path) -> Iterator[RecipeError]:
-    """Yield an error for each duplicate key of a mapping. PyYAML silently keeps the last one."""
+    """Yield an error for each duplicate key. PyYAML would use the last one without a warning."""
     if isinstance(node, yaml.SequenceNode):
         for child in node.value:
             yield from _duplicates(child, path)
@@ -297,8 +303,8 @@ def _duplicates(node: Any, path: Path) -> Iterator[RecipeError]:
 def _plain(node: Any, *, typed: bool = False) -> Any:
     """Return the value of a YAML node: a dict, a list, a text or None.
 
-    Scalars stay texts, because YAML would guess their types. ``typed`` is for keys whose values
-    have no type in the schema: there true, false and numbers are read as in JSON.
+    Numbers, true and false stay texts, because YAML would guess their types. With ``typed`` they
+    are read as in JSON. This is for keys whose values have no type in the schema.
     """
     if isinstance(node, yaml.MappingNode):
         return {str(key.value): _plain(value, typed=typed) for key, value in node.value}
@@ -315,13 +321,13 @@ def _plain(node: Any, *, typed: bool = False) -> Any:
 
 
 def _shown(value: Any) -> str:
-    """Return a value as an error shows it: on one line, with at most 80 characters."""
+    """Return a value as text for an error message: one line of at most 80 characters."""
     text = "null" if value is None else " ".join(str(value).split())
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _read_overrides(overrides: Sequence[str], written: dict[str, Written]) -> Iterator[RecipeError]:
-    """Add the overrides to ``written``, and yield an error for each that cannot be read."""
+    """Add the overrides to ``written``. Yield an error for each override that cannot be read."""
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:
@@ -344,8 +350,8 @@ def _read_overrides(overrides: Sequence[str], written: dict[str, Written]) -> It
             yield fault
 
 
-# Keys whose values have no type in the schema. They are passed to the chat template as they are, so
-# true must become a bool.
+# Keys whose values have no type in the schema. The chat template gets the values unchanged, so true
+# must be a bool, not a text.
 TYPED = ("data.chat_template_kwargs",)
 MAPPINGS = ("data.column_map", *TYPED)  # keys whose value is a mapping
 
@@ -353,8 +359,8 @@ MAPPINGS = ("data.column_map", *TYPED)  # keys whose value is a mapping
 def _override_value(key: str, text: str) -> Any:
     """Return the value of an override.
 
-    null is None. For the keys in MAPPINGS, ``{a: b}`` and ``a=b,c=d`` are mappings, and ``a=b,a=c``
-    is ``{a: [b, c]}``. Any other value stays a text.
+    "null" -> None. For the keys in MAPPINGS: "{a: b}" and "a=b" -> ``{"a": "b"}``, and "a=b,a=c" ->
+    ``{"a": ["b", "c"]}``. All other values stay texts.
     """
     if text in ("null", "~"):
         return None
@@ -373,7 +379,7 @@ def _override_value(key: str, text: str) -> Any:
 
 
 def _refuse_secrets(written: dict[str, Written]) -> Iterator[RecipeError]:
-    """Remove access tokens from ``written``, and yield an error for each."""
+    """Remove keys with access tokens from ``written``, and yield an error for each key."""
     for key, entry in list(written.items()):
         is_token_key = key.split(".")[-1] in ("token", "hub_token", "hf_token")
         if is_token_key or TOKEN.search(f"{key} {entry.value}"):
@@ -382,14 +388,14 @@ def _refuse_secrets(written: dict[str, Written]) -> Iterator[RecipeError]:
                 where=entry.where,
                 found=f"{key} holds an access token (not shown)",
                 expected="no access token in a recipe",
-                fix="remove the key; run `hf auth login`, or set HF_TOKEN",
+                fix="remove the key, and run `hf auth login` or set HF_TOKEN",
             )
 
 
 def _validate(
     written: Mapping[str, Written], file: str, faults: list[RecipeError]
 ) -> Recipe | None:
-    """Return the recipe. If values are invalid, append their errors to ``faults``; return None."""
+    """Return the recipe. If a value is invalid, add an error to ``faults`` and return None."""
     tree: dict[str, dict[str, Any]] = {"model": {}, "data": {}}
     for key, entry in written.items():
         section, _, field = key.partition(".")
@@ -406,13 +412,16 @@ def _validate(
 def _explain(
     error: ValidationError, written: Mapping[str, Written], file: str
 ) -> list[RecipeError]:
-    """Return one error for each key. pydantic reports several for a key with several types."""
+    """Return one error for each invalid key.
+
+    If a key may have several types, pydantic reports an error for each type.
+    """
     messages: dict[str, list[str]] = {}
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"][:2])
         message = re.sub(r"^(Input should be|Value error,|Assertion failed,) ?", "", item["msg"])
         message = (
-            "a value; it has no default"
+            "a value, because it has no default"
             if item["type"] == "missing"
             else re.sub(r", unable to.*", "", message)
         )
@@ -432,7 +441,7 @@ def _explain(
 
 
 def _advice(key: str) -> str:
-    """Return the fix for an invalid value: the key's meaning, and its default if it has one."""
+    """Return the fix for an invalid value: the key's default, if any, and its documentation."""
     section, _, name = key.partition(".")
     field = SECTIONS[section].model_fields[name]
     if field.is_required():

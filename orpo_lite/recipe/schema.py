@@ -1,7 +1,7 @@
 """The schema of a recipe: eight sections, their keys, types and defaults.
 
-Keys have the names of the library that owns them (TRL, transformers, peft). Defaults are defined
-here only; a recipe file holds only what differs. This module does not import torch.
+A key has the name that TRL, transformers or peft gives it. Defaults are defined only here. A recipe
+file holds only the values that differ from them. This module does not import torch.
 """
 
 import textwrap
@@ -33,9 +33,9 @@ Steps = Annotated[float, BeforeValidator(read_steps)]
 
 
 class Section(BaseModel):
-    """A section of a recipe. It is immutable, and unknown keys are refused.
+    """A section of a recipe. It is immutable and refuses unknown keys.
 
-    The text under each field documents it, here and in ``orpo-lite recipes show``.
+    The docstring of each field is its documentation. ``orpo-lite recipes show`` prints it.
     """
 
     model_config = ConfigDict(
@@ -48,70 +48,73 @@ class Section(BaseModel):
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
-        """Put the documentation of each field on one line: messages quote it."""
+        """Put the documentation of each field on one line, because messages quote it."""
         for field in cls.model_fields.values():
             if field.description:
                 field.description = " ".join(field.description.split())
 
 
 class ModelSection(Section):
-    """The base model (key names of TRL's ModelConfig)."""
+    """The base model. The keys have the names of TRL's ModelConfig."""
 
     model_name_or_path: str = Field(min_length=1)
     """The base model: a hub name (owner/name) or a local folder."""
     model_revision: str = "main"
-    """Branch, tag or commit of the repository. lock.json records the commit that was used."""
+    """Branch, tag or commit of the base's hub repository. lock.json records the commit."""
     adapter_name_or_path: str | None = None
-    """Continue to train this LoRA adapter instead of a new one. Its configuration replaces the
-    section lora, which may be left out."""
+    """A LoRA adapter to train further: a hub name or a local folder. Its configuration replaces the
+    section lora of the recipe. null: train a new adapter."""
     device: Literal["auto", "cpu"] = "auto"
-    """auto: the GPU if torch finds one, else the CPU. cpu: always the CPU. Of several GPUs the
-    first one that CUDA_VISIBLE_DEVICES leaves is used."""
+    """Device to train on. auto: the GPU if torch finds one, else the CPU. cpu: always the CPU. If
+    there are several GPUs, CUDA_VISIBLE_DEVICES selects one; the default is the first."""
     dtype: Dtype = "auto"
-    """Data type of the weights that are not quantised, and of the activations. auto: bfloat16 if
-    the GPU supports it, else float16 (T4); float32 on a CPU."""
+    """Data type of the activations and of the weights that are not quantised. auto: float32 on a
+    CPU; on a GPU bfloat16, or float16 if the GPU has no bfloat16 (such as a T4)."""
     attn_implementation: Annotated[str | None, BeforeValidator(check_attention)] = None
-    """Attention of transformers: sdpa, eager or flash_attention_2. null: transformers chooses."""
+    """Attention implementation of transformers: sdpa, eager or flash_attention_2. null:
+    transformers chooses."""
 
 
 class QuantizationSection(Section):
-    """4-bit quantisation of the base (key names of transformers' BitsAndBytesConfig)."""
+    """4-bit quantisation of the base. The keys have the names of BitsAndBytesConfig."""
 
     load_in_4bit: bool = True
-    """Quantise the base to 4 bit. false: keep it in model.dtype, in four times the memory."""
+    """Quantise the base to 4 bit. false: keep it in model.dtype, which takes four times the
+    memory."""
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
-    """4-bit data type. nf4 is the QLoRA paper's."""
+    """4-bit data type: nf4 (NormalFloat, from the QLoRA paper) or fp4 (a 4-bit float)."""
     bnb_4bit_use_double_quant: bool = True
-    """Also quantise the scales, which saves 0.4 bit per parameter."""
+    """Quantise the scales of the 4-bit weights too. This saves 0.4 bit per parameter."""
     bnb_4bit_compute_dtype: Dtype = "auto"
     """Data type of the matrix products with 4-bit weights. auto: model.dtype."""
 
 
 class LoraSection(Section):
-    """The LoRA adapter (key names of peft's LoraConfig)."""
+    """The LoRA adapter. The keys have the names of peft's LoraConfig."""
 
     r: int = Field(16, ge=1)
     """Rank of the adapter. A higher rank can learn more and takes more memory."""
     lora_alpha: int = Field(32, ge=1)
-    """Scale: the adapter's output is multiplied by lora_alpha / r (with use_rslora by
-    lora_alpha / sqrt(r))."""
+    """Scale of the adapter: its output is multiplied by lora_alpha / r. With use_rslora, it is
+    multiplied by lora_alpha / sqrt(r)."""
     lora_dropout: Fraction = 0.0
     """Dropout probability of the adapter's input."""
     target_modules: Annotated[
         Literal["all-linear"] | Annotated[list[str], Field(min_length=1)],
         BeforeValidator(read_module_names),
     ] = "all-linear"
-    """Modules that get an adapter: all-linear (every linear layer but the output head), or a list
-    of names such as q_proj,v_proj."""
+    """Modules that get an adapter: all-linear (every linear layer except the output head), or a
+    list of names such as q_proj,v_proj."""
     use_rslora: bool = False
     """Use rank-stabilised scaling (arXiv 2312.03732)."""
     use_dora: bool = False
-    """Use weight-decomposed LoRA (DoRA, arXiv 2402.09353): slower, a little better at low rank."""
+    """Use weight-decomposed LoRA (DoRA, arXiv 2402.09353). It is slower, and a little better at a
+    low rank."""
     init_lora_weights: Annotated[
         Literal[True, "gaussian", "orthogonal"], BeforeValidator(check_lora_init)
     ] = True
     """Initial values of the adapter: true (peft's default), gaussian or orthogonal. PiSSA and
-    similar ones rewrite the base and are refused."""
+    similar methods are refused, because they rewrite the base's weights."""
 
 
 class DataSection(Section):
@@ -123,55 +126,57 @@ class DataSection(Section):
     """The dataset: a hub name, a local file (jsonl, json, csv, tsv, parquet, arrow),
     a folder or a glob pattern. A list names several datasets."""
     dataset_config: str | None = None
-    """Configuration of a hub dataset that has several."""
+    """Name of the configuration to read, if a hub dataset has several configurations."""
     dataset_train_split: str = "auto"
     """Split to train on. auto: train_prefs or a similar split if the dataset has one, else
     train."""
     dataset_test_split: str | None = None
-    """Held-out pairs: a split of the dataset, or a local file or folder. null: take
-    test_split_size from the training split."""
+    """Held-out pairs: a split of the dataset, or a local file or folder. null: test_split_size
+    sets how many pairs of the training split are held out."""
     test_split_size: float = Field(0.02, ge=0, allow_inf_nan=False)
-    """Held-out part of the training split: a share of the prompts (below 1) or a number of pairs.
-    All pairs of a prompt go to the same split. 0: hold nothing out."""
+    """Size of the held-out part of the training split: a share of the prompts (below 1) or a number
+    of pairs. All pairs of a prompt are in the same part. 0: hold nothing out."""
     format: Literal[
         "auto", "explicit", "implicit", "messages", "hh_rlhf", "doubled", "orca", "alpaca",
         "conversation", "sharegpt", "openai", "ranked", "judged",
     ] = "auto"  # fmt: skip
-    """How a row holds its pair. auto: detect it from the columns and values, and report why."""
+    """How a row holds its pair. auto: detect the format from the columns and values, and report
+    the reason."""
     column_map: dict[str, str | Annotated[list[str], Field(min_length=1)]] = {}
-    """Which columns hold prompt, chosen and so on: {prompt: question, chosen: good}. For several
-    datasets a list of columns: {chosen: [good, win]}."""
+    """The dataset's column for each of our names, such as {prompt: question, chosen: good}. If
+    datasets name a column differently, write a list: {chosen: [good, win]}."""
     max_samples: int | None = Field(None, ge=1)
-    """Read only this many rows of each dataset, from its start. null: all rows."""
+    """Number of rows to read from the start of each dataset. null: all rows."""
     max_bad_rows: Fraction = 0.01
-    """Largest share of rows that may be left out because of an error, such as NaN or a tool call.
-    With more, the command fails. 3 rows are always allowed."""
+    """Largest share of rows that may have an error, such as NaN or a tool call. Such rows are left
+    out. If there are more of them, the command fails. 3 rows are always allowed."""
     max_length: int = Field(2048, ge=8)
-    """Most tokens of prompt and response together. A longer response is cut at its end."""
+    """Largest number of tokens of prompt and response together. If there are more, the end of the
+    response is cut off."""
     max_prompt_length: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
-    """Most tokens of a prompt. Pairs with a longer prompt are left out, as in the ORPO paper
-    (Appendix C). auto: half of max_length, also as in the paper."""
+    """Largest number of tokens of a prompt. Pairs with a longer prompt are left out. auto: half of
+    max_length. Both rules are from the ORPO paper (Appendix C)."""
     chat_template: str = "auto"
-    """auto: the tokenizer's chat template, or the ORPO paper's if it has none. none: join prompt
-    and response as plain text. Or the path of a .jinja file."""
+    """Chat template: auto, none or the path of a .jinja file. auto: the tokenizer's template, or
+    the ORPO paper's if the tokenizer has none. none: join prompt and response as plain text."""
     chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(to_json_values)] = {}
-    """Variables for the chat template, for instance {enable_thinking: false}."""
+    """Variables for the chat template, such as {enable_thinking: false}."""
 
     @property
     def names(self) -> list[str]:
-        """The names of the datasets, as a list."""
+        """The names of the datasets as a list, also if there is only one."""
         return [self.dataset_name] if isinstance(self.dataset_name, str) else self.dataset_name
 
     @property
     def prompt_limit(self) -> int:
-        """The largest number of tokens of a prompt: ``max_prompt_length``, or what auto means."""
+        """``max_prompt_length`` as a number of tokens. For auto it is half of ``max_length``."""
         return self.max_length // 2 if self.max_prompt_length == "auto" else self.max_prompt_length
 
     @property
     def columns(self) -> dict[str, list[str]]:
-        """``column_map`` with lists only: our name -> the dataset's columns.
+        """``column_map`` with a list for each name: our name -> columns of the datasets.
 
-        A row is read by the first of these columns that it has.
+        If a row has several of these columns, the first one in the list is read.
         """
         return {
             ours: [names] if isinstance(names, str) else names
@@ -183,115 +188,120 @@ class LossSection(Section):
     """The ORPO loss (arXiv 2403.07691)."""
 
     type: Literal["orpo"] = "orpo"
-    """The loss: L = NLL(chosen) + beta * L_OR (Eq. 6)."""
+    """The loss. orpo: L = NLL(chosen) + beta * L_OR (Eq. 6 of the paper)."""
     beta: float = Field(0.1, ge=0, allow_inf_nan=False)
-    """Weight of the odds-ratio term: λ in the paper, alpha in the authors' code. 0: plain
+    """Weight of the odds-ratio term. The paper calls it λ, the authors' code alpha. 0: plain
     supervised fine-tuning on the chosen responses."""
     completion_only_loss: bool = False
-    """Leave the prompt's tokens out of the NLL, as the paper's text does. false: count them, as
-    the authors' code and TRL do."""
+    """true: the NLL does not count the prompt's tokens, as in the paper's text. false: it counts
+    them, as in the authors' code and in TRL."""
     nll_reduction: Literal["token", "pair"] = "token"
-    """Mean of the NLL. token: over all counted tokens of the optimizer step. pair: over the tokens
-    of each response, then over the pairs."""
+    """How the NLL is averaged. token: over all counted tokens of the optimizer step. pair: first
+    over the counted tokens of each pair, then over the pairs."""
 
 
 class TrainingSection(Section):
-    """The optimisation (key names of transformers' TrainingArguments).
+    """The optimisation. The keys have the names of transformers' TrainingArguments.
 
-    ``train --resume RUN KEY=VALUE`` may change the learning rate and its schedule, the number of
-    steps and the evaluations. The learning rate depends only on the number of the step. So the
-    steps after the resume have the learning rate of a run that began with the new values.
+    ``train --resume RUN KEY=VALUE`` may change the learning rate, its schedule, the number of steps
+    and the evaluations. The learning rate depends only on the number of the step. So after the
+    resume, each step has the same learning rate as in a run that began with the new values.
     """
 
     output_dir: Annotated[str, Field(min_length=1), AfterValidator(expand_home)] = "runs/orpo"
-    """The run folder that is created. A folder that exists is refused."""
+    """Path of the run folder. It is created. A folder that exists and is not empty is refused."""
     learning_rate: Positive = 5e-5
-    """Peak learning rate. `train --resume RUN` may change it, for instance after a divergence."""
+    """Highest learning rate, after the warm-up. `train --resume RUN` may change it, for instance if
+    the loss diverged."""
     global_batch_size: int = Field(32, ge=1)
-    """Pairs per optimizer step, over all devices. Memory settings do not change it."""
+    """Number of pairs in an optimizer step, over all devices. Memory settings do not change it."""
     num_train_epochs: Positive = 1.0
-    """Passes over the training pairs. Fractions are allowed."""
+    """Number of passes over the training pairs. It may be a fraction, such as 0.5."""
     max_steps: Annotated[int, Field(ge=-1), AfterValidator(refuse_zero)] = -1
-    """Optimizer steps. -1: as many as num_train_epochs needs. Changed with --resume, it also
-    changes the length of the learning-rate schedule."""
+    """Number of optimizer steps. -1: as many as num_train_epochs needs. The learning-rate schedule
+    has the same length, also if --resume changes the number."""
     lr_scheduler_type: Literal["cosine", "linear", "constant", "inverse_sqrt"] = "cosine"
-    """Shape of the learning rate after the warm-up."""
+    """How the learning rate falls after the warm-up. constant: it does not fall."""
     warmup_steps: Steps = 0.1
     """Length of the warm-up: a share of all steps (below 1) or a number of steps."""
     optim: Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw_torch"] = "paged_adamw_8bit"
-    """Optimizer. Paged: bitsandbytes moves its state to host memory when the GPU's runs short."""
+    """Optimizer. The paged ones are from bitsandbytes. They move their state to host memory if the
+    GPU's memory runs short."""
     adam_beta1: Fraction = 0.9
-    """AdamW's decay rate of the first moment."""
+    """Decay rate of AdamW's first moment, the running mean of the gradient."""
     adam_beta2: Fraction = 0.999
-    """AdamW's decay rate of the second moment."""
+    """Decay rate of AdamW's second moment, the running mean of the squared gradient."""
     adam_epsilon: Positive = 1e-8
-    """AdamW's epsilon."""
+    """AdamW's epsilon, which is added to the denominator of the update."""
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = Field(1.0, ge=0, allow_inf_nan=False)
-    """Largest norm of the gradient; a larger one is clipped to it. 0: no clipping."""
+    """Largest norm of the gradient. A gradient with a larger norm is scaled down to it. 0: no
+    clipping."""
     eval_steps: Annotated[Steps, Field(gt=0)] = 0.1
-    """Steps between two evaluations on the held-out pairs: a share of all steps (below 1) or a
+    """Interval between two evaluations on the held-out pairs: a share of all steps (below 1) or a
     number of steps. Each evaluation also saves a checkpoint."""
     load_best_model_at_end: bool = True
-    """Keep the adapter with the lowest held-out loss. Without held-out pairs, or if false: keep
-    the last one."""
+    """true: keep the adapter with the lowest held-out loss. false: keep the last adapter. Without
+    held-out pairs, the last adapter is always kept."""
     early_stopping_patience: int | None = Field(None, ge=1)
-    """Stop after this many evaluations in a row without a lower held-out loss. null: never stop
+    """Stop if this many evaluations in a row bring no lower held-out loss. null: never stop
     early."""
     seed: int = Field(42, ge=0, lt=2**32)
-    """Seed of the data order, the held-out split, the adapter's initial values and dropout."""
+    """Seed for the order of the data, the held-out split, the adapter's initial values and
+    dropout."""
     full_determinism: bool = False
-    """Use only deterministic kernels on a GPU, which is slower. A CPU run is always
+    """Use only deterministic kernels on a GPU. They are slower. A training on a CPU is always
     deterministic."""
     report_to: Annotated[
         list[Literal["tensorboard", "wandb", "trackio"]], BeforeValidator(read_trackers)
     ] = []
-    """Trackers that get the metrics of each step and evaluation, and the recipe: tensorboard,
+    """Trackers that receive the recipe and the metrics of each step and evaluation: tensorboard,
     wandb, trackio, or several of them. none: no tracker."""
 
 
 class MemorySection(Section):
-    """The memory settings of a step (our own keys). They do not change the loss or the gradient.
+    """The memory settings of a step, with our own names. They do not change loss or gradient.
 
-    The plan (``orpo-lite plan``) chooses the values that are auto.
+    If a value is auto, the plan (``orpo-lite plan``) chooses it.
     """
 
     budget: Annotated[str, BeforeValidator(check_budget)] = "auto"
-    """Memory that the run may take on the device, such as 24GiB. auto: what is free on the GPU;
-    on a CPU no plan is made."""
+    """Device memory that the training may use, such as 24GiB. auto: the free memory of the GPU. On
+    a CPU, auto means that no plan is made."""
     packing: bool = True
-    """Put pairs end to end into one row, without padding. false: padded rows and all logits at
-    once, the plain step that the packed one is compared with."""
+    """true: put pairs end to end into one row, without padding. false: pad each sequence and hold
+    all logits at once. This plain step is the reference for checks of the packed step."""
     prompt_sharing: bool = True
-    """Compute the tokens that both responses of a pair begin with only once. Needs packing."""
+    """Compute a pair's prompt only once, for both responses. If the responses begin with the same
+    tokens, these are also computed once. Needs packing."""
     micro_batch_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
-    """Most tokens in one packed forward pass; a pair that has more gets a pass of its own. auto
-    without a plan: twice data.max_length."""
+    """Largest number of tokens in one packed forward pass. A pair with more tokens gets a pass of
+    its own. auto: the plan chooses. Without a plan: twice data.max_length."""
     micro_batch_size: int | None = Field(None, ge=1)
-    """Most pairs in one forward pass. null: as many as micro_batch_tokens allows; without packing
-    one."""
+    """Largest number of pairs in one forward pass. null: with packing, as many as
+    micro_batch_tokens allows; without packing, one."""
     head_chunk: Literal["auto", "none"] | Annotated[int, Field(ge=1)] = "auto"
-    """Rows of logits that the output head computes at a time. auto: as many as fit into 96 MiB.
-    none: all rows of a forward pass at once, as other trainers do."""
+    """Number of tokens whose logits are computed at a time. auto: as many as fit into 96 MiB, or
+    fewer if the plan needs that. none: all of a forward pass at once, as other trainers do."""
     fused_lora: bool = True
-    """Compute a linear layer and its adapter in one operation, which keeps its input only once, in
-    the model's data type."""
+    """Compute a linear layer and its adapter in one operation. Their input is then kept only once,
+    in the model's data type."""
     activation_checkpointing: Literal["auto", "all", "none"] | Annotated[int, Field(ge=0)] = "auto"
-    """Decoder layers that are computed again in the backward pass instead of keeping their
-    activations: all, none, or a number of layers. auto without a plan: all."""
+    """Decoder layers that do not keep their activations but are computed again in the backward
+    pass: all, none, or a number of layers. auto: the plan chooses. Without a plan: all."""
     checkpoint_offload: Literal["auto"] | bool = "auto"
-    """Keep the inputs of checkpointed layers in host memory: less GPU memory, a little slower.
-    auto without a plan: false."""
+    """Keep the inputs of checkpointed layers in host memory. This takes less GPU memory and is a
+    little slower. auto: the plan chooses. Without a plan: false."""
     mlp_tile: Literal["auto"] | Annotated[int, Field(ge=1)] | None = "auto"
-    """Tokens that an MLP computes at a time; fewer take less memory. null: all at once. auto
-    without a plan: null."""
+    """Number of tokens that an MLP computes at a time. Fewer tokens take less memory. null: all at
+    once. auto: the plan chooses. Without a plan: null."""
     embedding_on_cpu: Literal["auto"] | bool = "auto"
-    """Keep the input embedding in host memory. Not possible if it is also the output head. auto
-    without a plan: false."""
+    """Keep the input embedding in host memory. This is not possible if it is tied to the output
+    head. auto: the plan chooses. Without a plan: false."""
 
     def unplanned(self) -> "MemorySection":
-        """Return a copy with the values that auto has without a plan."""
+        """Return a copy in which each auto is replaced by its value without a plan."""
         plain: dict[str, Any] = {"activation_checkpointing": "all", "mlp_tile": None}
         plain |= {"checkpoint_offload": False, "embedding_on_cpu": False}
         return self.model_copy(
@@ -299,7 +309,10 @@ class MemorySection(Section):
         )
 
     def checkpointed(self, layers: int) -> int:
-        """Return how many of ``layers`` decoder layers, from the first, are checkpointed."""
+        """Return the number of checkpointed layers, for a model of ``layers`` decoder layers.
+
+        They are the first layers of the model.
+        """
         amount = self.activation_checkpointing
         if isinstance(amount, int):
             return min(layers, amount)
@@ -307,7 +320,7 @@ class MemorySection(Section):
 
     @property
     def budget_bytes(self) -> int | None:
-        """``budget`` in bytes; None for auto."""
+        """``budget`` in bytes, or None for auto."""
         return None if self.budget == "auto" else read_bytes(self.budget)
 
 
@@ -323,33 +336,35 @@ PLANNED_SETTINGS = (
 
 
 class OutputSection(Section):
-    """Settings of the merge, the samples and the push after the last step (our own keys)."""
+    """Settings of the merge, report, samples and push, with our own names."""
 
     merge: bool = True
-    """Merge the adapter into the 16-bit base after the training."""
+    """Merge the adapter into the 16-bit base at the end of the training."""
     report: bool = True
-    """Write report.html into the run, after evaluations and at the end: verdicts, curves, data and
-    answers. false: only `orpo-lite report` writes it."""
+    """Write report.html into the run folder, after evaluations and at the end. It shows verdicts,
+    curves, data and answers. false: only `orpo-lite report` writes it."""
     samples: int = Field(3, ge=0, le=20)
-    """Prompts that are answered before the training, at each evaluation and at the end: this many
-    held-out ones, and at most this many of five neutral ones that a model card may show."""
+    """Number of held-out prompts that are answered before the training, at each evaluation and at
+    the end. As many neutral prompts (at most five) are answered too. They are not from the data, so
+    the model card can show them."""
     max_new_tokens: int = Field(64, ge=1)
-    """Most tokens of each of these answers."""
+    """Largest number of tokens of each answer to these prompts (see samples)."""
     push_to_hub: bool = False
-    """Push the adapter and its model card to the hub at the end. Whether that is allowed is
-    checked before the training."""
+    """Push the adapter and its model card to the hub at the end. The permission to push is checked
+    before the training."""
     hub_model_id: Annotated[str | None, AfterValidator(check_repository)] = None
-    """Repository to push to: owner/name, or only a name for one of your own. It is created if it
-    does not exist."""
+    """Repository to push to: owner/name, or only a name for your own account. If the repository
+    does not exist, it is created."""
     hub_private_repo: bool = True
-    """Create the repository as private: only you or your organisation can see it. false: public."""
+    """true: create a private repository, which only you or your organisation can see. false: create
+    a public one."""
     send_report: bool = False
-    """Send report.html to wandb and trackio at the end. It quotes prompts and answers, so it is
-    only sent if this is true."""
+    """Send report.html to wandb and trackio at the end. The default is false, because the report
+    quotes prompts and answers."""
 
 
 class Recipe(Section):
-    """A complete recipe: all sections, and the source of each value (:attr:`sources`)."""
+    """A complete recipe: all sections, and where each value was set (:attr:`sources`)."""
 
     model: ModelSection
     quantization: QuantizationSection = QuantizationSection()
@@ -364,12 +379,12 @@ class Recipe(Section):
 
     @property
     def sources(self) -> Mapping[str, str]:
-        """The source of each ``section.key``: "default", "NAME.yaml:LINE" or "command line"."""
+        """``section.key`` -> where it was set: "default", "NAME.yaml:LINE" or "command line"."""
         return {key: self._sources.get(key, "default") for key, _ in self.items()}
 
     @property
     def micro_batch_tokens(self) -> int:
-        """``memory.micro_batch_tokens``. For auto, two sequences of ``data.max_length`` fit."""
+        """``memory.micro_batch_tokens`` as a number. For auto it is twice ``data.max_length``."""
         tokens = self.memory.micro_batch_tokens
         return 2 * self.data.max_length if tokens == "auto" else tokens
 
@@ -381,7 +396,10 @@ class Recipe(Section):
                 yield f"{name}.{key}", getattr(section, key)
 
     def override(self, values: Mapping[str, Any]) -> "Recipe":
-        """Return a copy with these ``section.key`` values, validated. The sources are kept."""
+        """Return a validated copy with new values, given as ``section.key`` -> value.
+
+        :attr:`sources` does not change. Raises pydantic's ValidationError for an invalid value.
+        """
         tree = self.model_dump()
         for key, value in values.items():
             section, _, field = key.partition(".")
@@ -391,11 +409,11 @@ class Recipe(Section):
         return copy
 
     def with_memory(self, settings: Mapping[str, Any]) -> "Recipe":
-        """Return a copy with these values of ``memory``; the keys are without their section."""
+        """Return a copy with new values of the section memory, given as key -> value."""
         return self.override({f"memory.{key}": value for key, value in settings.items()})
 
     def to_yaml(self, *, comments: bool = False) -> str:
-        """Return the whole recipe as YAML; ``comments`` adds the documentation of each key."""
+        """Return the whole recipe as YAML. ``comments`` adds each key's documentation above it."""
         lines = []
         for name in type(self).model_fields:
             section = getattr(self, name)
@@ -412,11 +430,11 @@ class Recipe(Section):
 COMMENT_WIDTH = 96
 
 SECTIONS: dict[str, Any] = {name: field.annotation for name, field in Recipe.model_fields.items()}
-"""The class of each section."""
+"""Section -> its class."""
 KEYS: dict[str, list[str]] = {
     name: list(section.model_fields) for name, section in SECTIONS.items()
 }
-"""The keys of each section."""
+"""Section -> its keys."""
 
 
 def _full_keys() -> dict[str, list[str]]:
@@ -428,4 +446,4 @@ def _full_keys() -> dict[str, list[str]]:
 
 
 FULL_KEYS = _full_keys()
-"""Each key without its section -> every ``section.key`` that it may be."""
+"""Key -> each ``section.key`` with that key."""

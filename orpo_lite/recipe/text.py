@@ -1,4 +1,4 @@
-"""Convert values of a recipe to text and back: sizes with units, and YAML on one line."""
+"""Convert sizes with units to bytes and back, and write values of a recipe as one line of YAML."""
 
 import re
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 MAX_DEPTH = 32
-"""Most levels of nesting in a YAML file; yaml's parser is recursive."""
+"""Largest number of nested levels in a YAML file. It is limited because PyYAML is recursive."""
 OPENING_TOKENS = (
     yaml.BlockMappingStartToken,
     yaml.BlockSequenceStartToken,
@@ -21,7 +21,10 @@ UNITS = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10
 
 
 def read_bytes(text: str) -> int:
-    """Return the bytes of a size such as 24GiB or 23.5 GiB. Raises ValueError."""
+    """Return the number of bytes in a size such as "24GiB" or "23.5 GiB".
+
+    The unit is a key of :data:`UNITS`, in upper or lower case. Raises ValueError for other texts.
+    """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]+)\s*", text)
     if not match or match[2].lower() not in UNITS:
         raise ValueError("auto, or a size such as 24GiB")
@@ -29,12 +32,12 @@ def read_bytes(text: str) -> int:
 
 
 def gib(size: int) -> str:
-    """Return a size in bytes as text: in GiB from 64 MiB on, else in MiB."""
+    """Return a size in bytes as text: "1.50 GiB", or "12.0 MiB" if it is below 64 MiB."""
     return f"{size / GIB:.2f} GiB" if size >= 2**26 else f"{size / 2**20:.1f} MiB"
 
 
 class _OneLine(yaml.SafeDumper):
-    """A dumper that writes a text with line breaks as one quoted line."""
+    """A YAML dumper that puts a text with line breaks in quotes, on one line."""
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
@@ -47,20 +50,21 @@ _OneLine.add_representer(str, _represent_text)
 
 
 def to_text(value: Any) -> str:
-    """Return a value as YAML on one line."""
+    """Return a value of a recipe as YAML on one line."""
     text = yaml.dump(
         value, Dumper=_OneLine, default_flow_style=True, allow_unicode=True, width=float("inf")
     )
-    # strip() alone would also remove a no-break space, which may be part of the value.
+    # strip() without an argument would also remove a no-break space of the value.
     return text.removesuffix("...\n").strip("\n")
 
 
 @dataclass(frozen=True)
 class Written:
-    """A value before its type is applied, and the file and line where it is written.
+    """A value as the recipe or the command line has it, and where it is written.
 
-    The value is a string, None, or a list or mapping of these.
+    The value is a text, None, or a list or mapping of these. The schema converts texts to numbers.
     """
 
     value: Any
     where: str
+    """The place: "NAME.yaml:LINE" or "command line"."""

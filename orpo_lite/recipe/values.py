@@ -1,4 +1,7 @@
-"""Read and check values of a recipe. Each function raises ValueError with what it expects."""
+"""Read and check values of a recipe. If a value is invalid, a function raises ValueError.
+
+The error's text says what is expected.
+"""
 
 import json
 import os
@@ -10,7 +13,7 @@ from orpo_lite.recipe.text import read_bytes
 
 
 def read_steps(value: object) -> float:
-    """Read a share of all steps (below 1) or a number of steps (TrainingArguments' convention)."""
+    """Return a share of all steps (below 1) or a number of steps, as TrainingArguments has it."""
     try:
         steps = float(value)  # type: ignore[arg-type]
     except TypeError:  # null or a list
@@ -23,35 +26,38 @@ def read_steps(value: object) -> float:
 
 
 def refuse_zero(value: int) -> int:
-    """Refuse 0 as a number of steps; -1 means as many as the epochs need."""
+    """Return a number of steps; refuse 0. -1 means as many steps as the epochs need."""
     if value == 0:
         raise ValueError("-1, or at least one step")
     return value
 
 
 def expand_home(value: str) -> str:
-    """Return a path with its leading ~ expanded: a shell does not expand it after ``KEY=``."""
+    """Return a path with its leading ~ replaced by the home folder.
+
+    A shell does not replace it in ``KEY=~/runs``.
+    """
     path = os.path.expanduser(value)
     if path.startswith("~"):
         user = value.partition("/")[0]
         raise ValueError(
-            f"a folder: no user has the home folder {user}; "
-            f"write ./{value} for a folder of that name here"
+            f"a folder; {user} is not the home folder of a user. "
+            f"If the folder's name begins with ~, write ./{value}"
         )
     return path
 
 
 def read_module_names(value: object) -> object:
-    """Return names with commas between them as a list; "all-linear" stays a text."""
+    """Split names at commas: "q_proj,v_proj" -> ["q_proj", "v_proj"]. "all-linear" stays a text."""
     if not isinstance(value, str) or value == "all-linear":
         return value
     return _split_at_commas(value)
 
 
 def read_names(value: object) -> object:
-    """Return several names, written as JSON or with commas between them, as a list.
+    """Return the names in a JSON list, or in a text with commas, as a list.
 
-    A text that is the path of a file is one name, because a file's name may contain a comma.
+    If the whole text is the path of a file, it is one name. A file's name may contain a comma.
     """
     if not isinstance(value, str) or Path(value).expanduser().exists():
         return value
@@ -64,7 +70,7 @@ def read_names(value: object) -> object:
 
 
 def read_trackers(value: object) -> object:
-    """Return names of trackers as a list, each once; none and null are no trackers."""
+    """Return the names of trackers as a list without duplicates. "none" and null give []."""
     if value is None or value == "none":
         return []
     names = _split_at_commas(value) if isinstance(value, str) else value
@@ -77,59 +83,66 @@ def _split_at_commas(value: str) -> list[str]:
 
 
 def to_json_values(value: dict[str, Any]) -> dict[str, Any]:
-    """Return values that JSON has: YAML reads 2024-07-26 as a date, a template needs the text."""
+    """Convert values to types of JSON. A date, which YAML makes of 2024-07-26, becomes a text."""
     plain: dict[str, Any] = json.loads(json.dumps(value, default=str))
     return plain
 
 
-# Initialisations of peft that change the base's weights.
+# Values of init_lora_weights in peft that change the base's weights.
 BASE_CHANGING = {"pissa", "olora", "loftq", "corda", "eva", "lora-ga", "lora"}
 
 
 def check_lora_init(value: object) -> object:
-    """Refuse the initialisations that change the base; read "true" as True."""
+    """Return the value of init_lora_weights, with "true" as True.
+
+    Refuse methods that change the base's weights.
+    """
     name = str(value).lower()
     if name.split("_")[0] in BASE_CHANGING:
         raise ValueError(
-            f"true, gaussian or orthogonal: {value} rewrites the base, "
-            "so the adapter would fit no other copy of it"
+            f"true, gaussian or orthogonal; {value} changes the base's weights, "
+            "so the adapter would not fit another copy of the base"
         )
     return True if name == "true" else value
 
 
 def check_budget(value: object) -> object:
-    """Refuse a budget that is not auto or a size above 0."""
+    """Return a memory budget. Refuse a value that is neither auto nor a size above 0."""
     if isinstance(value, str) and value != "auto" and read_bytes(value) == 0:
         raise ValueError("auto, or a size such as 24GiB")
     return value
 
 
 def check_attention(value: object) -> object:
-    """Refuse the name of a repository, whose compiled code transformers would run."""
+    """Refuse a hub repository as attention implementation.
+
+    transformers would download its compiled code and run it.
+    """
     if isinstance(value, str) and "/" in value:
         raise ValueError(
-            "a name without a /: one with a / fetches compiled code from the hub, which is refused"
+            "a name without a /, such as sdpa; a name with a / is a hub repository, and compiled "
+            "code from the hub is not run"
         )
     return value
 
 
-# The same checks as those of the hub's own client.
+# The hub's own client has the same rules.
 REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9_]([\w.-]*\w)?", re.ASCII)
 MAX_REPOSITORY_LENGTH = 96
 
 
 def refuse_repository(name: str) -> None:
-    """Raise ValueError for a name that no repository of the hub can have."""
+    """Raise ValueError if a name is not a valid name of a hub repository."""
     is_valid = REPOSITORY.fullmatch(name) and len(name) <= MAX_REPOSITORY_LENGTH
     if not is_valid or "--" in name or ".." in name or name.endswith(".git"):
         raise ValueError(
-            "owner/name, of letters, digits, -, _ and . "
-            "(no -- or .., no .git at the end, at most 96 characters)"
+            "owner/name of at most 96 letters, digits, -, _ and . "
+            "(without --, .. or .git at the end)"
         )
 
 
 def check_repository(name: str | None) -> str | None:
-    """Refuse a name that no repository of the hub can have; None is no repository."""
+    """Return the name of a hub repository, or None. Refuse an invalid name."""
     if name is not None:
         refuse_repository(name)
     return name

@@ -1,4 +1,4 @@
-"""Read and write the run folder, which holds all that one command leaves for the next.
+"""Read and write the run folder. Commands such as merge read there what train has written.
 
 Order: atomic, commands, inputs, interrupt, records, lock, changes, folder.
 """

@@ -1,4 +1,4 @@
-"""Write files and folders completely or not at all."""
+"""Write files and folders completely or not at all, also if the process is killed."""
 
 import errno
 import hashlib
@@ -16,18 +16,23 @@ from orpo_lite.errors import FULL, NO_SYNC, CheckpointError, FitError
 
 
 def sha256(file: Path) -> str:
-    """Return the SHA-256 of a file's bytes in hexadecimal."""
+    """Return the SHA-256 hash of a file's bytes, in hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def to_json(value: Mapping[str, Any]) -> str:
-    """Return indented JSON with its keys in the given order."""
+    """Return a mapping as indented JSON. The order of the keys is kept."""
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a file completely or not at all. Raise CheckpointError or FitError on failure."""
+    """Write a text file completely or not at all.
+
+    Raises:
+        FitError: the disk is full, or the file is larger than the size limit.
+        CheckpointError: the file cannot be written for another reason.
+    """
     temporary = file.with_name(f".{file.name}.tmp")
     with explain_write_errors(file, temporary):
         temporary.write_text(text, encoding="utf-8")
@@ -38,16 +43,17 @@ def write_text(file: Path, text: str) -> None:
 
 @contextmanager
 def new_folder(final: Path) -> Iterator[Path]:
-    """Yield a temporary sibling folder to write into.
+    """Yield a temporary folder to write into, next to ``final``.
 
-    On success it is flushed to the disk and replaces ``final``. On failure it is removed.
+    If there is no error, the temporary folder is flushed to the disk and replaces ``final``. After
+    an error it is removed. Raises the same errors as :func:`write_text`.
     """
-    # Replacing a link would remove the link and keep what it points to.
+    # If final were a link, the link would be replaced and its target would remain.
     if final.is_symlink() or (final.exists() and not final.is_dir()):
         found = "is a symbolic link" if final.is_symlink() else "is a file"
-        fix = "move it away; only the run folder itself may be a link to another disk"
+        fix = "move it to another place; only the run folder itself may be a link to another disk"
         raise CheckpointError(
-            where=str(final), found=found, expected="a folder, or nothing", fix=fix
+            where=str(final), found=found, expected="a folder, or no such path", fix=fix
         )
     temporary, old = (final.with_name(f".{final.name}.{end}") for end in ("tmp", "old"))
     try:
@@ -72,10 +78,10 @@ def new_folder(final: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_files(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder to write into.
+    """Yield a temporary folder to write files into, which are then moved into ``folder``.
 
-    On success its files are flushed to the disk and each is moved into ``folder`` atomically. Other
-    files of ``folder`` are not changed.
+    If there is no error, the files are flushed to the disk first. Each file is moved atomically.
+    Other files in ``folder`` are not changed. Raises the same errors as :func:`write_text`.
     """
     temporary = folder / ".new.tmp"
     try:
@@ -108,24 +114,26 @@ def _sync_all(folder: Path) -> list[Path]:
 
 @contextmanager
 def explain_write_errors(final: Path, temporary: Path) -> Iterator[None]:
-    """Convert errors while a file or folder is written into errors with a fix.
+    """Convert an OSError while a file or folder is written into an error with a fix.
 
-    ``final`` is its path, which messages show. ``temporary`` is the path that is written to.
+    Args:
+        final: the path of the file or folder, for messages.
+        temporary: the path that is written first.
     """
     try:
         yield
     except (OSError, SafetensorError) as error:
         if getattr(error, "errno", 0) == errno.EFBIG or "File too large" in str(error):
-            fix = "`ulimit -f unlimited`, another disk, or a smaller --max-shard-size"
+            fix = "run `ulimit -f unlimited`, use another disk, or set a smaller --max-shard-size"
             raise FitError(
-                where=str(final), found="the file is larger than the size limit here", fix=fix
+                where=str(final), found="the file is larger than the system's size limit", fix=fix
             ) from error
         if getattr(error, "errno", 0) in FULL or "No space left" in str(error):
             free = f"{shutil.disk_usage(final.parent).free / 2**20:,.0f} MiB free"
             raise FitError(
                 where=str(final),
                 found=f"the disk is full ({free})",
-                fix="free some space; earlier files are unchanged",
+                fix="free some space; earlier files were not changed",
             ) from error
         places = (str(temporary), str(final))
         if (
@@ -145,9 +153,9 @@ def explain_write_errors(final: Path, temporary: Path) -> Iterator[None]:
 
 
 def sync(path: Path) -> bool:
-    """Flush a file's contents, or a folder's entries, to the disk.
+    """Flush a file's content, or a folder's list of files, to the disk.
 
-    Return False if the file system does not support it (FUSE, SMB).
+    Return True. If the file system cannot flush (FUSE, SMB), return False.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -1,7 +1,7 @@
-"""Read and record changes of a run's recipe: the values at its start, and each later change.
+"""Read and record how the recipe of a run was changed by `train --resume`.
 
-lock.json holds both. recipe.yaml holds the current values, but a person may have edited it, so the
-values in force are never read from recipe.yaml alone.
+lock.json holds the values at the start of the run and each later change. recipe.yaml holds the
+current values. It is not enough alone, because a person may have edited it.
 """
 
 import json
@@ -22,8 +22,8 @@ from orpo_lite.runs.records import check_values
 
 OUTPUT_DIR = "training.output_dir"
 
-# A step depends on the recipe and on its number, not on hidden state. So each of these keys can
-# change at any step: it then acts as if the run had begun with the new value.
+# Keys that may change at any step. A step depends only on the recipe and on the number of the step.
+# So it has the same settings as in a run that began with the new value.
 CHANGEABLE = frozenset(
     ["model.device"]
     + [
@@ -34,11 +34,11 @@ CHANGEABLE = frozenset(
     ]  # length of the training
     + [f"training.{key}" for key in ("eval_steps", "load_best_model_at_end", "full_determinism")]
     + ["training.report_to"]
-    + [f"memory.{key}" for key in KEYS["memory"]]  # memory use, never results
-    + [f"output.{key}" for key in KEYS["output"]]  # after the last step
+    + [f"memory.{key}" for key in KEYS["memory"]]  # they change memory use, never the results
+    + [f"output.{key}" for key in KEYS["output"]]  # used after the last step
 )
-# Files and folders may have moved. The fingerprint and hashes in lock.json show whether they are
-# the same.
+# Keys whose files and folders may have moved. The fingerprint and hashes in lock.json show whether
+# the content is still the same.
 MOVABLE = frozenset(
     (
         "model.model_name_or_path",
@@ -52,14 +52,14 @@ PATHS = MOVABLE | {"model.adapter_name_or_path"}
 
 @dataclass(frozen=True)
 class Change:
-    """A value that was replaced when the run was resumed."""
+    """A value that changed when the run was resumed."""
 
     key: str
-    """``section.key``, or ``versions.NAME`` of a package."""
+    """``section.key`` of the recipe, ``versions.NAME`` of a package, or ``dtype``."""
     before: Any
     after: Any
     after_step: int
-    """Number of steps finished by then. The next step is the first with the new value."""
+    """Number of steps before the change. The next step is the first one with the new value."""
 
     def __str__(self) -> str:
         return f"{self.key}: {to_text(self.before)} -> {to_text(self.after)}"
@@ -92,10 +92,10 @@ _DEFAULTS: dict[str, Any] = {
 
 
 def values_at_start(path: Path, lock: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``section.key`` -> value at the start of the run. Keys of later versions have
-    defaults.
+    """Return ``section.key`` -> value at the start of a run.
 
-    Runs of older versions recorded at most the adapter's shape; the rest is read from recipe.yaml.
+    A key that the run's version of orpo-lite did not have gets its default. Old versions recorded
+    at most the values of the section lora. For their runs, the others are read from recipe.yaml.
     """
     if "recipe" in lock:
         check_values(lock, {"recipe": dict}, str(path / "lock.json"))
@@ -106,7 +106,7 @@ def values_at_start(path: Path, lock: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def values_in_force(path: Path, lock: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``section.key`` -> value used for the newest steps of a run."""
+    """Return ``section.key`` -> value in the newest step of a run."""
     changes = read_changes(lock, str(path / "lock.json"))
     return values_at_start(path, lock) | {
         change.key: change.after for change in changes if is_recipe_key(change.key)
@@ -114,19 +114,19 @@ def values_in_force(path: Path, lock: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_recipe_key(key: str) -> bool:
-    """Return whether a change's key is a recipe key, not a package version."""
+    """Return True if the key of a change is a key of the recipe, not a package version."""
     return key.partition(".")[0] in KEYS
 
 
 def trained_recipe(path: Path) -> Recipe:
-    """Return the recipe that a run was trained with, for commands that use its result.
+    """Return the recipe that a run was trained with, for commands that use the result of the run.
 
-    Edits of recipe.yaml that only ``train --resume`` would apply are left out, except new locations
-    of files.
+    If a person edited recipe.yaml after the training, only new locations of files are read from it.
+    ``train --resume`` would apply the other edits.
 
     Raises:
-        CheckpointError: a key that may not change was edited in recipe.yaml, or the folder is not a
-            run.
+        CheckpointError: the folder is not a run, or recipe.yaml has a new value for a key that may
+            not change.
     """
     recipe = with_absolute_paths(read_recipe(path))
     in_force = values_in_force(path, read_lock(path))
@@ -136,11 +136,16 @@ def trained_recipe(path: Path) -> Recipe:
 
 
 def recipe_to_resume(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Return the recipe from recipe.yaml and ``overrides``, with ``path`` as its output folder.
+    """Read the recipe of a run from its recipe.yaml, and apply overrides.
+
+    training.output_dir of the result is ``path``, also if the folder was moved.
+
+    Args:
+        path: the run folder.
+        overrides: texts "section.key=value".
 
     Raises:
-        CheckpointError: the folder is not a run, or an edited training.output_dir names another
-            folder.
+        CheckpointError: the folder is not a run, or training.output_dir was set to another folder.
         RecipeError: a value is invalid.
     """
     recipe = read_recipe(path, overrides)
@@ -163,14 +168,14 @@ def recipe_to_resume(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def find_changes(path: Path, recipe: Recipe) -> tuple[Recipe, dict[str, Any]]:
-    """Compare the recipe that a run is resumed with and the values in force.
+    """Compare a recipe with the values in the newest step of a run, to resume the run with it.
 
     Returns:
-        The complete recipe to resume with, and ``section.key`` -> new value of each change. Keys
-        that ``recipe`` does not set keep the values of the run.
+        The recipe to resume with, and ``section.key`` -> new value for each changed key. If
+        ``recipe`` does not set a key, the run's value is kept.
 
     Raises:
-        CheckpointError: a key differs that may not change.
+        CheckpointError: a key has another value and may not change.
     """
     recipe = with_absolute_paths(recipe)
     in_force = values_in_force(path, read_lock(path))
@@ -180,17 +185,17 @@ def find_changes(path: Path, recipe: Recipe) -> tuple[Recipe, dict[str, Any]]:
             where=_place(path, recipe.sources["training.num_train_epochs"]),
             found=f"training.num_train_epochs: {recipe.training.num_train_epochs} has no effect, "
             f"because training.max_steps is {recipe.training.max_steps}",
-            expected="only one of the two",
+            expected="only one of the two keys",
             fix=resume_command(path, {**_given_here(recipe, changed), "training.max_steps": -1}),
         )
     return recipe.override({**_known_keys(in_force), **changed, OUTPUT_DIR: str(path)}), changed
 
 
 def _find_differing(path: Path, recipe: Recipe, in_force: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of ``recipe`` that differ from those in force and may change.
+    """Return the values of ``recipe`` that differ from ``in_force``.
 
     Raises:
-        CheckpointError: a value differs that may not change.
+        CheckpointError: a key has another value and may not change.
     """
     changed: dict[str, Any] = {}
     refused: dict[str, Any] = {}
@@ -209,7 +214,10 @@ def _find_differing(path: Path, recipe: Recipe, in_force: Mapping[str, Any]) -> 
     new = {key: value for key, value in refused.items() if recipe.sources[key] == "command line"}
     resume = resume_command(path, {**_given_here(recipe, changed), **back})
     anew = new_run_command(path, new)
-    text = f"`{resume.line}` continues as before; `{anew.line}` trains a new run with this value"
+    text = (
+        f"`{resume.line}` continues without the change; "
+        f"`{anew.line}` trains a new run with the changed value"
+    )
     fix = Command(resume.line, text=text)
     raise_all(
         [
@@ -226,7 +234,7 @@ def _find_differing(path: Path, recipe: Recipe, in_force: Mapping[str, Any]) -> 
 
 
 def _given_here(recipe: Recipe, changed: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the changes that were given on the command line, for the command to repeat."""
+    """Return the changed values that are from the command line. The next command repeats them."""
     return {key: value for key, value in changed.items() if recipe.sources[key] == "command line"}
 
 
@@ -242,13 +250,13 @@ def _is_local(value: Any) -> bool:
 
 
 def _known_keys(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values whose keys this version has."""
+    """Return the values without keys that this version of orpo-lite does not have."""
     known = {f"{section}.{key}" for section, keys in KEYS.items() for key in keys}
     return {key: value for key, value in values.items() if key in known}
 
 
 def _place(path: Path, source: str) -> str:
-    """Return where a value is set, for messages; the recipe of the run is given by its path."""
+    """Return the place of a value for messages: "recipe.yaml:3" -> "RUN/recipe.yaml:3"."""
     if source == "default":
         return "recipe"
     return str(path / source) if source.startswith("recipe.yaml:") else source
@@ -257,13 +265,20 @@ def _place(path: Path, source: str) -> str:
 def record_changes(
     path: Path, recipe: Recipe, changed: Mapping[str, Any], lock: Mapping[str, Any], step: int
 ) -> None:
-    """Record that a run continues after ``step`` with changed values and the packages of ``lock``.
+    """Record in recipe.yaml and lock.json that a run continues after ``step`` with other values.
 
-    If a change was recorded at a later step, the steps between are run again, so it now applies
-    from ``step`` on.
+    An earlier change may be recorded at a later step. The steps between are now run again with its
+    new value, so its step is set to ``step``.
 
     recipe.yaml is written first. If the process is killed before lock.json is written, the next
-    process finds the change in recipe.yaml again.
+    process finds the change in recipe.yaml.
+
+    Args:
+        path: the run folder.
+        recipe: the recipe to continue with.
+        changed: ``section.key`` -> new value of each changed key.
+        lock: the content of lock.json for the current packages and inputs.
+        step: the number of steps that were finished.
     """
     old = read_lock(path)
     began, known = values_at_start(path, old), read_changes(old, str(path / "lock.json"))
@@ -280,13 +295,13 @@ def record_changes(
     written = recipe.override({OUTPUT_DIR: in_force[OUTPUT_DIR]})
     if read_recipe(path).model_dump() != written.model_dump():
         write_text(path / "recipe.yaml", written.to_yaml())
-    # The hashes show that base, data and template are the same, but they may have moved.
+    # The hashes have shown that base, data and template are the same. Their paths may be new.
     moved = {
         part: lock[part]
         for part in ("base", "data", "chat_template")
         if old[part].get("revision") is None
     }
-    # Both depend on the device, which may be another one now.
+    # These two depend on the device, which may have changed.
     for part in ("dtype", "not_quantised"):
         if part in old:
             moved[part] = lock[part]
@@ -296,9 +311,10 @@ def record_changes(
 
 
 def _merged(changes: Iterable[Change]) -> list[Change]:
-    """Return one change for each key and step, from the first value before to the last one after.
+    """Return one change for each key and step.
 
-    Changes without effect are left out.
+    Several changes of a key at the same step become one, with the first ``before`` and the last
+    ``after``. If the two are equal, the change is left out.
     """
     found: dict[tuple[str, int], Change] = {}
     for change in changes:
@@ -310,7 +326,10 @@ def _merged(changes: Iterable[Change]) -> list[Change]:
 def other_versions(
     path: Path, old: Mapping[str, Any], lock: Mapping[str, Any]
 ) -> dict[str, tuple[str, str]]:
-    """Return ``versions.NAME`` -> (version in force, current version) of packages that differ."""
+    """Return ``versions.NAME`` -> (old version, new version) for each package that changed.
+
+    The old version was used in the newest step of the run. The new version is in ``lock``.
+    """
     in_force, now = _versions(old), _versions(lock)
     in_force |= {
         c.key: c.after for c in read_changes(old, str(path / "lock.json")) if c.key in in_force

@@ -1,4 +1,4 @@
-"""Build the commands that messages show, quoted for the shell."""
+"""Build the shell commands that messages show. Paths and values are quoted for the shell."""
 
 import json
 import os
@@ -12,23 +12,26 @@ from orpo_lite.errors import Command
 from orpo_lite.recipe.text import to_text
 
 Weights = Literal["original", "dequantized"]
-"""What an adapter is merged into. original: the base's own 16-bit weights. dequantized: the 4-bit
-weights that the adapter was trained on, converted back to 16 bit."""
+"""The weights that an adapter is merged into. original: the base's own 16-bit weights.
+dequantized: the 4-bit weights of the training, converted back to 16 bit."""
 
 
 def merge_command(path: Path, weights: Weights = "original") -> Command:
-    """Return the command that merges a run."""
+    """Return the command that merges the adapter of a run."""
     option = "" if weights == "original" else f" --base {weights}"
     return Command(f"orpo-lite merge {quoted(path)}{option}")
 
 
 def resume_command(path: Path, values: Mapping[str, Any] | None = None) -> Command:
-    """Return the command that resumes a run with some values changed."""
+    """Return the command that resumes a run. ``values`` are changes: ``section.key`` -> value."""
     return Command(" ".join([f"orpo-lite train --resume {quoted(path)}", *_words(values or {})]))
 
 
 def new_run_command(path: Path, values: Mapping[str, Any]) -> Command:
-    """Return the command that trains a new run from recipe.yaml, with some values changed."""
+    """Return the command that trains a new run with the recipe of the run in ``path``.
+
+    ``values`` are changes: ``section.key`` -> value. The new run gets a new folder.
+    """
     has_name = path.name not in ("", "..")
     folder = path if has_name else path.resolve()
     names = (folder.with_name(f"{folder.name}-{number}") for number in count(2))
@@ -38,7 +41,7 @@ def new_run_command(path: Path, values: Mapping[str, Any]) -> Command:
 
 
 def _words(values: Mapping[str, Any]) -> Iterable[str]:
-    """Yield ``key=value`` words for the shell, which the recipe reader parses back."""
+    """Yield overrides as ``key=value`` arguments, quoted for the shell."""
     for key, value in values.items():
         text = value if isinstance(value, str) else json.dumps(value)
         if isinstance(value, dict):
@@ -51,7 +54,8 @@ def _words(values: Mapping[str, Any]) -> Iterable[str]:
 def quoted(path: Path) -> str:
     """Return a path quoted for the shell.
 
-    It is never read as an option. Characters that a terminal does not print are written as bytes.
+    A path that begins with - gets ./ before it, so that no program reads it as an option.
+    Characters that a terminal cannot print are written as their bytes.
     """
     text = f"./{path}" if str(path).startswith("-") else str(path)
     if text.isprintable():
@@ -60,7 +64,7 @@ def quoted(path: Path) -> str:
 
 
 def _escaped(character: str) -> str:
-    """Return a character for a ``$'...'`` string of the shell, as its bytes if it needs that."""
+    r"""Return a character for a shell string ``$'...'``: ``a`` -> ``a``, ``'`` -> ``\x27``."""
     if character.isprintable() and character not in "\\'":
         return character
     return "".join(f"\\x{byte:02x}" for byte in os.fsencode(character))

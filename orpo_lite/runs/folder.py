@@ -1,4 +1,4 @@
-"""Create, lock and log to the run folder; find the adapter, merged model and base of a run."""
+"""Create and lock the run folder, write its log, and find the adapter, merged model and base."""
 
 import fcntl
 import hashlib
@@ -25,10 +25,12 @@ from orpo_lite.runs.records import read_json
 
 @contextmanager
 def locked(path: Path) -> Iterator[list[str]]:
-    """Lock the run folder for this process; yield notes on missing features of its file system.
+    """Lock the run folder for this process.
+
+    Yield notes for people: one if the file system has no locks, one if it cannot flush a folder.
 
     Raises:
-        CheckpointError: another process holds it, or it is not writable.
+        CheckpointError: another process uses the folder, or it is not writable.
     """
     notes = []
     try:
@@ -52,7 +54,7 @@ def locked(path: Path) -> Iterator[list[str]]:
                 where=f"run {path}",
                 found="is in use by another process",
                 expected="one process per run",
-                fix="wait until it ends, or stop it",
+                fix="wait until that process ends, or stop it",
             ) from None
         except OSError as error:  # NFS without its lock service, Lustre without -o flock
             notes.append(
@@ -62,13 +64,13 @@ def locked(path: Path) -> Iterator[list[str]]:
         yield notes
 
 
-KEPT_CHECKPOINTS = 2  # the newest; the best one is kept as well
+KEPT_CHECKPOINTS = 2  # number of newest checkpoints; the best one is kept too
 FOLDERS: dict[Weights, str] = {"original": "merged", "dequantized": "merged-dequantized"}
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 def refuse_existing(recipe: Recipe) -> None:
-    """Raise :class:`CheckpointError` if the run folder is in use or cannot be created."""
+    """Raise :class:`CheckpointError` if training.output_dir is not empty or cannot be created."""
     path = Path(recipe.training.output_dir)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         is_run = (path / "recipe.yaml").is_file()
@@ -98,9 +100,17 @@ INITIAL = "initial_adapter"
 def create(
     recipe: Recipe, lock: Mapping[str, Any], data: Mapping[str, Any], initial: Path | None
 ) -> Path:
-    """Create the run folder with recipe, lock, data figures and a copy of the initial adapter.
+    """Create the run folder with recipe.yaml, lock.json, data.json and a copy of the adapter.
 
-    A resumed run reads the copy: the original may be gone or changed by then.
+    Args:
+        recipe: the content of recipe.yaml.
+        lock: the content of lock.json.
+        data: the content of data.json.
+        initial: the folder of the adapter that the training starts from, or None. A resumed run
+            reads the copy, because the original may have changed.
+
+    Raises:
+        CheckpointError: the folder is not empty, or cannot be written.
     """
     refuse_existing(recipe)
     path = Path(recipe.training.output_dir)
@@ -122,7 +132,10 @@ def create(
 
 
 def find_initial_adapter(recipe: Recipe, path: Path) -> Path | None:
-    """Return the folder of the initial adapter, the run's own copy if it exists; None if unused."""
+    """Return the folder of the adapter that the training starts from, or None if there is none.
+
+    If the run folder ``path`` has a copy of the adapter, it is the folder of the copy.
+    """
     name = recipe.model.adapter_name_or_path
     if name is None:
         return None
@@ -130,10 +143,10 @@ def find_initial_adapter(recipe: Recipe, path: Path) -> Path | None:
 
 
 def find_finished_adapter(path: Path) -> Path:
-    """Return the adapter folder of a finished training.
+    """Return the folder of the trained adapter in a run.
 
     Raises:
-        CheckpointError: there is none, or its settings are not those of the run.
+        CheckpointError: there is no trained adapter, or its settings differ from recipe.yaml.
     """
     lora, lock = trained_recipe(path).lora, read_lock(path)
     adapter, resume = path / "adapter", resume_command(path)
@@ -149,7 +162,7 @@ def find_finished_adapter(path: Path) -> Path:
     except CheckpointError as error:
         error.fix = resume
         raise
-    fix = resume if {"recipe", "lora"} & lock.keys() else "restore the file that was changed"
+    fix = resume if {"recipe", "lora"} & lock.keys() else "restore the original file"
     for key in (
         "r",
         "lora_alpha",
@@ -167,7 +180,10 @@ def find_finished_adapter(path: Path) -> Path:
 
 
 def merged_folder(weights: Weights) -> str:
-    """Return the name of the folder in a run. Raise :class:`RecipeError` for unknown weights."""
+    """Return the name of the folder with a merged model: "original" -> "merged".
+
+    Raise :class:`RecipeError` if ``weights`` is not a key of :data:`FOLDERS`.
+    """
     if weights not in FOLDERS:
         raise RecipeError(
             where="--base",
@@ -179,10 +195,10 @@ def merged_folder(weights: Weights) -> str:
 
 
 def find_merged(path: Path, weights: Weights = "original") -> Path:
-    """Return the folder of a run's merged model.
+    """Return the folder of a run's merged model. ``weights`` are those that it was merged into.
 
     Raises:
-        CheckpointError: it is incomplete, or merged from another adapter.
+        CheckpointError: the merged model is missing or incomplete, or another adapter was merged.
     """
     folder = path / merged_folder(weights)
     needed = [folder / "config.json", *weight_files(folder)]
@@ -202,14 +218,14 @@ def find_merged(path: Path, weights: Weights = "original") -> Path:
         raise CheckpointError(
             where=f"run {path}",
             found=f"{folder.name}/ was made from another adapter",
-            expected="a merge of adapter/",
+            expected="a merge of the run's current adapter",
             fix=command,
         )
     return folder
 
 
 def adapter_sha256(adapter: Path) -> str:
-    """Return a hash of an adapter's weights and settings, without the location of its base."""
+    """Return a hash of an adapter's weights and settings. The location of its base is ignored."""
     config = read_json(adapter / "adapter_config.json")
     used = {
         key: value
@@ -223,13 +239,16 @@ def adapter_sha256(adapter: Path) -> str:
 def find_trained_base(
     path: Path, folder: str | Path | None = None, *, command: str = "merge"
 ) -> Base:
-    """Return the base that the run was trained on; ``folder`` is its location if it has moved.
+    """Find the base that a run was trained on, and download its weights if they are not on disk.
 
-    ``command`` is the one that a fix names.
+    Args:
+        path: the run folder.
+        folder: the new folder of the base, if it was moved.
+        command: the orpo-lite command that the fix of an error shows.
 
     Raises:
-        ModelError: the folder does not exist or holds another base.
-        HubError: as :func:`fetch_weights`.
+        ModelError: the base's folder does not exist or holds another base.
+        HubError: the weights cannot be downloaded.
     """
     lock, fix = read_lock(path)["base"], f"orpo-lite {command} {quoted(path)} --base-path FOLDER"
     name = lock["name"] if folder is None else str(folder)
@@ -244,8 +263,8 @@ def find_trained_base(
     if base.fingerprint != lock["fingerprint"]:
         raise ModelError(
             where=f"model {base.name}",
-            found=f"is not the base of this run (fingerprint {base.fingerprint[:12]}, "
-            f"was {lock['fingerprint'][:12]})",
+            found=f"is not the base of this run (its fingerprint is {base.fingerprint[:12]}, "
+            f"not {lock['fingerprint'][:12]})",
             expected="the weights that the adapter was trained on",
             fix=fix,
         )
@@ -253,21 +272,24 @@ def find_trained_base(
 
 
 class _Log(logging.FileHandler):
-    """A log file whose errors are ignored: a full disk loses lines, but does not stop the run."""
+    """A log file that ignores write errors. If the disk is full, lines are lost."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - its name in logging
-        """Drop the line. The default prints a traceback for each."""
+        """Drop the line. logging would print a traceback for each lost line."""
 
     def close(self) -> None:
         try:
             super().close()
-        except OSError:  # what is still buffered cannot be written
+        except OSError:  # the last lines cannot be written
             self.stream = None
 
 
 @contextmanager
 def logged(path: Path) -> Iterator[list[str]]:
-    """Write log messages and warnings to the run's train.log; yield a note if that fails."""
+    """Write log messages to train.log in the run folder.
+
+    Yield notes for people: one if the file cannot be written, else none.
+    """
     try:
         handler = _Log(path / "train.log", encoding="utf-8")
     except OSError as error:

@@ -1,4 +1,7 @@
-"""Prepare and check the inputs of a run before weights load: base, template, data, tokens."""
+"""Prepare and check the inputs of a run before any weights are loaded.
+
+The inputs are the base, the chat template, the data and the tokens.
+"""
 
 import glob
 from collections.abc import Generator, Iterator, Sequence
@@ -30,7 +33,7 @@ from orpo_lite.updates import Update
 
 @dataclass(frozen=True)
 class Inputs:
-    """The checked inputs of a run, without weights."""
+    """The checked inputs of a run. Weights are not loaded."""
 
     base: Base
     tokenizer: Any
@@ -41,7 +44,7 @@ class Inputs:
 
     @property
     def pad_id(self) -> int:
-        """Return the token id that pads rows."""
+        """Return the id of the token that pads rows."""
         return pad_id(self.tokenizer)
 
     @property
@@ -51,7 +54,10 @@ class Inputs:
 
 
 def prepare_inputs(recipe: Recipe) -> Generator[Update, None, Inputs]:
-    """Find and check base, template, targets, data and tokens before any weights are fetched."""
+    """Find and check base, chat template, target modules, data and tokens.
+
+    The weights of the base are not downloaded yet.
+    """
     yield from request_updates(recipe.data.names)
     sources = find_sources(recipe.data)
     yield from request_updates([recipe.model.model_name_or_path])
@@ -73,21 +79,25 @@ def prepare_inputs(recipe: Recipe) -> Generator[Update, None, Inputs]:
 
 @dataclass(frozen=True)
 class Preview:
-    """The figures and samples of a recipe's data that `orpo-lite data` shows."""
+    """What `orpo-lite data` shows of a recipe's data: figures, samples and warnings."""
 
     figures: dict[str, Any]
     """The content of data.json."""
     samples: dict[str, Any]
-    """Pairs as text segments: the ``first`` one and, if any pair is cut, the first ``cut`` one."""
+    """Pairs as text segments. ``first`` is the first pair. ``cut`` is the first pair whose response
+    was cut, if there is one."""
     warnings: list[str]
 
 
 def preview(recipe: Recipe, place: str | None = None) -> Generator[Update, None, Preview]:
-    """Read the data as :func:`prepare_inputs` does. Only the tokenizer of the base is needed.
+    """Read and tokenize the data as :func:`prepare_inputs` does.
+
+    Of the base, only the text files are used.
 
     Args:
         recipe: the recipe with the data and the base.
-        place: a row ("pairs.csv:3") to show instead of the first pair, even if it is dropped.
+        place: the place of a row ("pairs.csv:3"). This row is shown instead of the first pair, also
+            if training would leave it out.
     """
     yield from request_updates(recipe.data.names)
     sources = find_sources(recipe.data)
@@ -113,28 +123,32 @@ def preview(recipe: Recipe, place: str | None = None) -> Generator[Update, None,
 
 
 def request_updates(names: Sequence[str]) -> Iterator[Update]:
-    """Yield an update before a request to the hub, which may take long and shows nothing itself."""
+    """Yield an update before a request to the hub, because the request may take long.
+
+    ``names`` are names of bases or datasets. Without a hub name among them, nothing is yielded.
+    """
     remote = [name for name in names if not is_local(name)]
     if remote and (host := hub_host()):
         yield Update("stage", f"asking {host} for {', '.join(remote)}")
 
 
 def _check_ids(pairs: TokenizedPairs, vocab_size: int | None) -> None:
-    """Raise :class:`ModelError` for token ids that the base has no embedding for."""
+    """Raise :class:`ModelError` if the base has no embedding for a token id."""
     largest, where = pairs.facts["largest_id"]
     if vocab_size is not None and largest >= vocab_size:
         raise ModelError(
             where=where,
             found=f"token id {largest}, but the model's embedding has {vocab_size} rows",
             expected="a tokenizer that belongs to the model",
-            fix="use the base's own tokenizer; or set vocab_size to the weights' number of rows",
+            fix="use the base's own tokenizer, or set vocab_size in config.json to the number of "
+            "rows that the weights have",
         )
 
 
 def _check_positions(name: str, limit: int | None, splits: Sequence[TokenizedPairs]) -> None:
-    """Raise :class:`ModelError` for sequences longer than the base's number of positions.
+    """Raise :class:`ModelError` if a sequence has more tokens than the base has positions.
 
-    Learned positions would fail; rotary ones give noise.
+    If positions are learned, training would fail. If they are rotary, the outputs would be noise.
     """
     lengths = (
         split.column(column) for split in splits for column in ("chosen_tokens", "rejected_tokens")
@@ -149,11 +163,14 @@ def _check_positions(name: str, limit: int | None, splits: Sequence[TokenizedPai
 
 
 def with_absolute_paths(recipe: Recipe) -> Recipe:
-    """Return the recipe with absolute local paths, so that a run can be resumed from anywhere."""
+    """Return the recipe with absolute local paths.
+
+    The run can then be resumed from any working directory.
+    """
     keys = ["model.model_name_or_path", "model.adapter_name_or_path", "data.chat_template"]
     if is_path(recipe.data.dataset_test_split or ""):
         keys.append("data.dataset_test_split")
-    # A template may be written in the recipe itself, and auto and none are not files.
+    # auto and none are not files, and the recipe may hold the text of a template.
     written = {
         key: value
         for key, value in recipe.items()
@@ -165,6 +182,6 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
 
 
 def _absolute(name: str) -> str:
-    """Return a local path or glob pattern as an absolute path, any other name unchanged."""
+    """Return a local path or glob pattern as an absolute path. Return other names unchanged."""
     path = Path(name).expanduser()
     return str(path.resolve()) if path.exists() or glob.has_magic(name) else name

@@ -1,4 +1,4 @@
-"""Handle SIGINT, SIGTERM and SIGHUP, so that the current step is finished and saved first."""
+"""Collect SIGINT, SIGTERM and SIGHUP, so that the training can first finish and save its step."""
 
 import signal
 import threading
@@ -11,7 +11,12 @@ from orpo_lite.runs.commands import resume_command
 
 
 class Interrupted(OrpoLiteError):  # noqa: N818 - not a fault
-    """A signal arrived; the current step was finished and saved."""
+    """A signal stopped the training. The current step was finished and saved.
+
+    Args:
+        number: the number of the signal.
+        path: the run folder.
+    """
 
     def __init__(self, number: int, path: Path) -> None:
         found = f"stopped by {signal.Signals(number).name} and saved"
@@ -21,11 +26,11 @@ class Interrupted(OrpoLiteError):  # noqa: N818 - not a fault
 
 @contextmanager
 def collect_signals() -> Iterator[list[int]]:
-    """Yield the list of signals received, so that the current step can finish first.
+    """Yield a list to which the numbers of received signals are added. The caller stops itself.
 
-    SIGINT, SIGTERM and SIGHUP are collected; a second SIGINT raises KeyboardInterrupt. SIGHUP is
-    not collected if it is ignored already: nohup does that to keep a training when its terminal is
-    closed.
+    SIGINT, SIGTERM and SIGHUP are collected. A second SIGINT raises KeyboardInterrupt. SIGHUP is
+    not collected if the process ignores it: nohup sets this, so that the training continues after
+    the terminal is closed. Signals are collected only in the main thread.
     """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():

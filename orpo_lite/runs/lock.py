@@ -1,4 +1,4 @@
-"""Read recipe.yaml and lock.json of a run, make lock.json, and check inputs against it."""
+"""Read recipe.yaml and lock.json of a run, make lock.json, and compare inputs with lock.json."""
 
 import hashlib
 import sys
@@ -28,10 +28,11 @@ PACKAGES = (
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Return the recipe.yaml of an existing run, which may have been edited.
+    """Read recipe.yaml of a run, and apply overrides. A person may have edited the file.
 
     Raises:
         CheckpointError: the folder is not a run.
+        RecipeError: a value is invalid.
     """
     _refuse_no_run(path)
     return load_recipe(str((path / "recipe.yaml").resolve()), overrides)
@@ -43,13 +44,13 @@ def _refuse_no_run(path: Path) -> None:
         raise CheckpointError(
             where=f"run {path}",
             found="has no recipe.yaml",
-            expected="a folder that `orpo-lite train` made",
-            fix=str(path.parent) if is_inside else "the folder that training.output_dir named",
+            expected="a folder that `orpo-lite train` created",
+            fix=str(path.parent) if is_inside else "use the folder in training.output_dir",
         )
 
 
 def read_lock(path: Path) -> dict[str, Any]:
-    """Return the lock.json of an existing run.
+    """Return the content of lock.json of a run.
 
     Raises:
         CheckpointError: the folder is not a run, or the file is missing or damaged.
@@ -68,7 +69,7 @@ def read_lock(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             where=str(file),
             found="lacks base, data or chat_template",
-            expected="the file that the training wrote",
+            expected="the file as the training wrote it",
         )
     licences = lock.get("licences") or {"base": {}, "data": {}}
     check_values({"licences": licences}, {"licences": dict}, str(file))
@@ -80,16 +81,16 @@ def read_lock(path: Path) -> dict[str, Any]:
 
 
 def with_pinned_base(recipe: Recipe, lock: Mapping[str, Any]) -> Recipe:
-    """Return the recipe with the base's revision set to the commit that it named at the start.
+    """Return the recipe with the base's revision set to the commit in lock.json.
 
-    A branch may have moved since.
+    A branch may have a newer commit than at the start of the run.
     """
     revision = lock["base"]["revision"]
     return recipe.override({"model.model_revision": revision}) if revision is not None else recipe
 
 
 def make_lock(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
-    """Return the content of lock.json: what is needed to repeat the run and to merge it."""
+    """Return the content of lock.json. It identifies everything that repeating or merging needs."""
     return {
         "orpo_lite": __version__,
         "versions": {name: version(name) for name in PACKAGES},
@@ -122,7 +123,8 @@ def _sha256(text: str) -> str:
 def check_lock(path: Path, lock: Mapping[str, Any]) -> None:
     """Raise :class:`CheckpointError` if base, template, data or tokens differ from the run's start.
 
-    Tokens may change alone: with a library's version, or with the date that a template writes.
+    ``lock`` is the content of lock.json for the current inputs. Sometimes only the tokens differ:
+    if a library has a new version, or if the template writes the current date.
     """
     before = read_lock(path)
     pairs = {"base": "fingerprint", "chat_template": "sha256", "data": "sha256", "tokens": "sha256"}
@@ -145,13 +147,14 @@ def check_lock(path: Path, lock: Mapping[str, Any]) -> None:
 def refuse_other_pairs(path: Path, inputs: Inputs, fix: str) -> None:
     """Raise :class:`CheckpointError` if the data changed since the training.
 
-    Which pairs are held out depends on all pairs: some of other data may have been trained on.
+    All pairs together decide which of them are held out. In changed data, a pair of the training
+    could be held out.
     """
     known = read_lock(path)["data"]
     if known["sha256"] and known["sha256"] != inputs.figures["sha256"]:
         raise CheckpointError(
             where=f"run {path}",
             found=f"changed since the run began: {known['name']}",
-            expected="the pairs of the training",
+            expected="the same pairs as in the training",
             fix=fix,
         )

@@ -1,4 +1,4 @@
-"""Write and read the JSON files of a run: metrics, scores of pairs, samples, single objects."""
+"""Write and read the JSON files of a run: metrics, scores of pairs, samples and single objects."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from orpo_lite.errors import CheckpointError
 from orpo_lite.runs.atomic import explain_write_errors, write_text
 
 ValueTypes = Mapping[str, type | UnionType]
-"""Required keys -> the type of their values. A key may be missing if its type includes None."""
+"""Key -> the type of its value. If the type includes None, the key may be missing."""
 FIGURE = int | float
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
@@ -21,10 +21,10 @@ RESULT = "result.json"
 
 
 def read_json(file: Path, needed: ValueTypes | None = None) -> dict[str, Any]:
-    """Return the JSON object in a file of the run.
+    """Return the JSON object in a file of the run. ``needed`` gives the keys that it must have.
 
     Raises:
-        CheckpointError: it is missing, damaged or lacks a needed value.
+        CheckpointError: the file is missing or damaged, or lacks a needed value.
     """
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
@@ -41,7 +41,10 @@ def read_json(file: Path, needed: ValueTypes | None = None) -> dict[str, Any]:
 
 
 def check_values(value: Mapping[str, Any], needed: ValueTypes, where: str) -> None:
-    """Raise :class:`CheckpointError` unless each needed key holds a value of its type."""
+    """Raise :class:`CheckpointError` if a needed key is missing or its value has another type.
+
+    ``where`` is the place of the values, for the message.
+    """
     for key, value_type in needed.items():
         if not isinstance(value.get(key), value_type):
             raise CheckpointError(
@@ -53,7 +56,10 @@ def check_values(value: Mapping[str, Any], needed: ValueTypes, where: str) -> No
 
 
 def append_metrics(path: Path, row: Mapping[str, Any]) -> None:
-    """Append one line to metrics.jsonl. NaN and infinite values become null, as in JSON."""
+    """Append one line to metrics.jsonl. NaN and infinite values become null.
+
+    JSON has no such numbers.
+    """
     known = {
         key: _known(value) if isinstance(value, float) else value for key, value in row.items()
     }
@@ -68,15 +74,16 @@ def append_scores(
     nll: Sequence[float],
     nll_tokens: Sequence[float],
 ) -> None:
-    """Append one line to pair_scores.jsonl: the scores of each held-out pair, in order.
+    """Append one line to pair_scores.jsonl: the scores of all held-out pairs, in their order.
 
     Args:
         path: the run folder.
         step: the step that was evaluated.
-        chosen: mean log-probability of each chosen reply.
-        rejected: the same of each rejected reply.
-        nll: negative log-likelihood of each chosen sequence's counted tokens, summed.
-        nll_tokens: the number of those tokens.
+        chosen: for each pair, the mean log-probability of the chosen reply's tokens.
+        rejected: for each pair, the mean log-probability of the rejected reply's tokens.
+        nll: for each pair, the sum of the negative log-likelihoods of the tokens that the NLL
+            counts.
+        nll_tokens: for each pair, the number of tokens that the NLL counts.
     """
     numbers = {"chosen": chosen, "rejected": rejected, "nll": nll}
     rounded = {name: [_rounded(value) for value in values] for name, values in numbers.items()}
@@ -95,12 +102,12 @@ def _known(value: float) -> float | None:
 
 
 def _rounded(value: float) -> float | None:
-    """Return a float32 in as few digits as identify it."""
+    """Return a float32 rounded to 9 significant digits, which identify it."""
     return _known(float(f"{value:.9g}"))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return all rows of metrics.jsonl, [] if there is none.
+    """Return all rows of metrics.jsonl, or [] if there is no such file.
 
     Raises:
         CheckpointError: a line is damaged, or a value is neither a number nor null.
@@ -110,30 +117,33 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt and its answers in the course of a training; texts without special tokens."""
+    """A prompt and the answers to it before, during and after a training.
+
+    The texts have no special tokens.
+    """
 
     source: str
-    """neutral, or held-out."""
+    """Where the prompt is from: "neutral" (a fixed prompt of ours) or "held-out" (the data)."""
     prompt: str
     before: str
-    """The answer of the base, as the training loaded it."""
+    """The answer of the base without the adapter, loaded as in the training (often in 4 bit)."""
     after: str
-    """The answer of the adapter that was kept; of the newest one while there is no result."""
+    """The answer of the kept adapter. Before the run has a result.json, it is the newest answer."""
     temperature: float | None
-    """Sampling temperature; None if the run did not record it."""
+    """Sampling temperature, or None if the run did not record it."""
     by_step: Mapping[int, str]
-    """Step -> answer, in the order of the steps. {} in runs of older versions."""
+    """Step -> answer at this step, sorted by step. Empty for runs of older versions."""
 
 
 def append_samples(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Append lines to samples.jsonl, all at once."""
+    """Append lines to samples.jsonl with a single write."""
     file = path / SAMPLES
     with explain_write_errors(file, file), file.open("a", encoding="utf-8") as stream:
         stream.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_samples(path: Path) -> list[Sample]:
-    """Return the prompts of samples.jsonl with their answers; [] if there are none.
+    """Return the prompts of samples.jsonl with their answers, or [] if there is no such file.
 
     Raises:
         CheckpointError: a line is damaged.
@@ -166,9 +176,9 @@ def read_samples(path: Path) -> list[Sample]:
 
 
 def readable_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Return the rows of metrics.jsonl that can be read, and how many lines cannot.
+    """Return (rows, damaged): the readable rows of metrics.jsonl, and the number of damaged lines.
 
-    A last line without its line feed is still being written. It is not counted.
+    If the last line has no line feed, it is still being written and does not count as damaged.
     """
     file = path / "metrics.jsonl"
     rows, damaged = [], 0
@@ -207,9 +217,9 @@ def _read_rows(file: Path, needed: ValueTypes, others: type | UnionType) -> list
 
 
 def _lines(file: Path) -> list[str]:
-    """Return the lines of a file, split at line feeds only.
+    """Return the lines of a file that are not empty. They are split only at line feeds.
 
-    str.splitlines also splits at characters that a JSON string may contain.
+    str.splitlines would also split at other characters, which a JSON string may contain.
     """
     try:
         text = file.read_text(encoding="utf-8") if file.is_file() else ""
@@ -221,7 +231,7 @@ def _lines(file: Path) -> list[str]:
 
 
 def read_scores(path: Path) -> list[dict[str, Any]]:
-    """Return all rows of pair_scores.jsonl, [] if there is none.
+    """Return all rows of pair_scores.jsonl, or [] if there is no such file.
 
     Raises:
         CheckpointError: a line is damaged.
@@ -231,10 +241,13 @@ def read_scores(path: Path) -> list[dict[str, Any]]:
 
 
 def cut_records(path: Path, step: int, evaluated: int | None) -> None:
-    """Remove the rows of metrics, scores and samples that a resumed run writes again.
+    """Remove the rows of metrics, scores and samples that a resumed run will write again.
 
-    These are steps and answers after ``step`` and evaluations after ``evaluated`` (None: all
-    evaluations).
+    Args:
+        path: the run folder.
+        step: the step of the checkpoint. Later steps and answers are removed.
+        evaluated: the last evaluation that is kept. Later evaluations are removed. None: all
+            evaluations are removed.
     """
     last_evaluation = -1 if evaluated is None else evaluated
 

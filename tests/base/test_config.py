@@ -72,7 +72,7 @@ def paste(fix: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize(
     ("values", "said", "fix"),
     [
-        ({"model_type": "lama"}, "'lama' is not in transformers 5", "misspelt: llama"),
+        ({"model_type": "lama"}, "'lama' is not in transformers 5", "misspelt, write llama"),
         (
             {"model_type": "new9", "transformers_version": "99.1.0.dev0"},
             "'new9' is not in",
@@ -81,11 +81,11 @@ def paste(fix: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ({"model_type": None}, "config.json has no model_type", ""),
         ({"model_type": "bert"}, "'bert' is an encoder (BertForMaskedLM)", ""),
         ({"model_type": "whisper"}, "'whisper' is an encoder-decoder", ""),
-        ({"model_type": "vit"}, "'vit' is ViTModel, without a language model", ""),
+        ({"model_type": "vit"}, "'vit' is ViTModel, which has no language model", ""),
         (
             {"model_type": "qwen2_5_vl"},
             "has Qwen2_5_VLForConditionalGeneration",
-            "no causal model of its text part (qwen2_5_vl_text)",
+            "no causal language model for the text part of this one (qwen2_5_vl_text)",
         ),
         ({"hidden_act": "nosuch"}, "cannot build its model: KeyError: 'nosuch'", "config.json"),
         ({"num_attention_heads": 3}, "not a multiple of the number of attention heads (3)", ""),

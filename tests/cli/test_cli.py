@@ -566,7 +566,7 @@ def as_pickle(base: Path) -> None:
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 12345\n"
 BAD_BASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
     "no such folder": (shutil.rmtree, [], ["model.model_name_or_path: ./base", "no such folder", "or a hub name"]),
-    "no safetensors": (as_pickle, [], ["base", "safetensors", "pickles are never loaded"]),
+    "no safetensors": (as_pickle, [], ["base", "safetensors", "pickle files are never loaded"]),
     "no config": (lambda base: (base / "config.json").unlink(), [], ["base", "no config.json", "transformers"]),
     "a broken config": (
         lambda base: (base / "config.json").write_text("{", encoding="utf-8"),
@@ -582,12 +582,12 @@ BAD_BASES: dict[str, tuple[Callable[[Path], object], list[str], list[str]]] = {
     "its own code": (
         lambda base: change_config(base, auto_map={"AutoModelForCausalLM": "evil.Model"}),
         [],
-        ["base", "needs its own code (auto_map)"],
+        ["base", "needs Python code from its repository (auto_map in config.json)"],
     ),
     "already quantised": (
         lambda base: change_config(base, quantization_config={"load_in_4bit": True}),
         [],
-        ["base", "is already quantised", "16-bit weights", "use the model that it was quantised from"],
+        ["base", "is already quantised", "16-bit weights", "use the 16-bit model that it was made from"],
     ),
     "an unknown architecture": (
         lambda base: change_config(base, model_type="rwkv99"),

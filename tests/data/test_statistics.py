@@ -493,6 +493,6 @@ def test_a_tokenizer_that_transformers_would_change_is_said(coffee: Path, look: 
     file.write_text(
         json.dumps(json.loads(file.read_text("utf-8")) | {"tokenizer_class": "GPT2Tokenizer"})
     )
-    said = "tokenizer.json is used unchanged: GPT2Tokenizer would change its pre_tokenizer"
+    said = "tokenizer.json is used unchanged, because GPT2Tokenizer would change its pre_tokenizer"
     assert said in look()[1]
     assert json.loads(look("--json")[1])["tokenizer"].startswith(said)

@@ -733,7 +733,9 @@ def test_a_limit_on_files_is_not_a_full_disk(tmp_path: Path) -> None:
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))\n"
         "sys.argv = ['orpo-lite', 'merge', sys.argv[1]]; commands.main()"
     )
-    assert "the file is larger than the size limit here" in said_where_it_does_not_fit(code, path)
+    assert "the file is larger than the system's size limit" in said_where_it_does_not_fit(
+        code, path
+    )
 
 
 def test_a_tokenizer_that_is_lacking_is_missed_before_the_merge(tmp_path: Path) -> None:

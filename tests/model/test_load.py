@@ -299,7 +299,7 @@ def test_an_index_whose_files_are_not_all_there(llama: Path, tmp_path: Path, nam
 @pytest.mark.parametrize(
     ("key", "value", "match"),
     [
-        ("auto_map", {"AutoModelForCausalLM": "code.Model"}, "its own code"),
+        ("auto_map", {"AutoModelForCausalLM": "code.Model"}, "needs Python code"),
         ("quantization_config", {"quant_method": "gptq"}, "already quantised"),
         ("model_type", "t5", "causal"),
         ("is_encoder_decoder", True, "causal"),

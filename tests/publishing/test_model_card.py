@@ -167,7 +167,7 @@ def test_several_licences_are_a_list(tmp_path: Path) -> None:
     said = licence_of({"license": ["apache-2.0", "llama3.1"]})
     card = read(make_run(tmp_path, licences={"base": said, "data": {"lab/pairs": said}}))
     assert card.data.license == ["apache-2.0", "llama3.1"]
-    assert "names several licences: apache-2.0, llama3.1. They hold" in card.text
+    assert "names several licences: apache-2.0, llama3.1. They also apply" in card.text
     assert TERMS["llama3.1"].notice in card.text
     assert "**Built with Llama**" in card.text
     assert "| apache-2.0, llama3.1 |" in card.text
@@ -217,7 +217,7 @@ def test_what_was_done(tmp_path: Path) -> None:
         "| empty rejected | 3 |",
         "| chat template | the tokenizer's own chat template |",
         "Held out: some of the prompts, with all of their pairs.",
-        "100 pairs, with the base in 4 bit: before the first step, and with the kept adapter.",
+        "On 100 pairs, with the base in 4 bit. Before: without adapter. After: with the kept adapter.",
         "| loss | 0.9000 | 0.5000 |",
         "longer one in 60% of the pairs and the shorter one in 25%;",
         "7 responses were cut at 2,048 tokens",
@@ -247,7 +247,7 @@ def test_without_held_out_pairs(tmp_path: Path) -> None:
     (run / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
     card = read(run)
     assert (
-        "None: 100 pairs were held out, but the metrics before and after are incomplete."
+        "None: 100 pairs were held out, but metrics before or after training are missing."
         in card.text
     )
     assert "The held-out metrics measure" not in card.text

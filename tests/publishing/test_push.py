@@ -270,7 +270,7 @@ def test_what_an_earlier_push_left_of_ours_goes(a_run: Path, hub: Hub) -> None:
         "config.json, model-00001-of-00002.safetensors, model-00002-of-00002.safetensors, "
         "model.safetensors.index.j"
     )
-    assert f"removed files of an earlier push (still in the history): {gone}son" == notes[-1]
+    assert f"removed files of an earlier push (they remain in the history): {gone}son" == notes[-1]
     assert {"config.json", "model.safetensors.index.json"}.isdisjoint(hub.written[REPO].files)
     result = push(a_run, REPO, merged="original")
     assert set(hub.written[REPO].files) == {*result.files, *theirs}
@@ -649,7 +649,7 @@ def test_the_rights_of_a_token(
 
 def test_somebody_elses_name(a_run: Path, hub: Hub) -> None:
     hub.who["orgs"] = [{"name": "lab", "roleInOrg": "read"}]
-    assert "one of the owners someone, lab" in refused(
+    assert "one of these owners: someone, lab" in refused(
         HubError, lambda: push(a_run, "stranger/tuned")
     )
     assert "only read access at lab" in refused(HubError, lambda: push(a_run, "lab/tuned"))
@@ -724,7 +724,7 @@ def test_metadata_that_the_hub_refuses_before_anything_is_made(a_run: Path, hub:
     assert message.startswith(
         f"{a_run}/README.md: the hub refuses its metadata: license must be one of [a, b]"
     )
-    assert "fix: fix the metadata" in message
+    assert "fix: correct the metadata" in message
     assert hub.written == {}
 
 
@@ -913,7 +913,7 @@ def test_another_commit_meanwhile(a_run: Path, hub: Hub, slept: list[float], sta
     assert len(hub.written[REPO].commits) == 1
     hub.fail(COMMITTING, status)
     message = refused(HubError, lambda: push(a_run, REPO, merged="original"))
-    assert f"conflicts with the current state ({status}, uploading)" in message
+    assert f"conflicts with the current state of the repository ({status}, uploading)" in message
 
 
 @pytest.mark.parametrize("asked", [7, 40])
@@ -1056,7 +1056,7 @@ def test_a_page_in_answer_to_a_file(a_run: Path, hub: Hub, slept: list[float]) -
         body=b"<html>Welcome!</html>",
         headers={"Content-Type": "text/html; charset=utf-8"},
     )
-    assert "a direct connection, not the page of a proxy or login" in no_push(a_run, hub)
+    assert "an answer of the hub, not a page of a proxy or of a login" in no_push(a_run, hub)
 
 
 def test_the_clients_patience_is_given_back(a_run: Path, hub: Hub) -> None:
@@ -1318,7 +1318,7 @@ def test_a_changed_card_of_an_adapter_is_said_to_be_one_beside_a_merged_model(
     def notes(merged: Weights | None) -> str:
         return "\n".join(update.text for update in push_events(a_run, REPO, merged=merged))
 
-    said = f"{a_run}/README.md explains how to load an adapter; this is a merged model"
+    said = f"{a_run}/README.md explains how to load an adapter, but a merged model is pushed"
     assert said not in notes("original")
     card = a_run / "README.md"
     card.write_bytes(card.read_bytes().replace(b"\n", b"\r\n") + b"Mine.")
@@ -1426,7 +1426,7 @@ def test_a_name_that_the_licence_refuses_is_not_trained(
     assert "someone/Llama-3-tuned" in complained
     code, _, complained = small("output.hub_model_id=someone/Llama-3-tuned")
     assert code == 4
-    assert f"put it into {workspace}/base" in complained
+    assert f"put the file LICENSE into {workspace}/base" in complained
     assert not (workspace / "run").exists()
 
 

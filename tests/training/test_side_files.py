@@ -204,7 +204,7 @@ def test_a_generation_config_keeps_its_meaning(name: str, tmp_path: Path) -> Non
     if name in GENERATION:
         assert config == json.loads(GENERATION[name])
     else:
-        assert "left out: transformers cannot load it" in note
+        assert "not used: transformers cannot load it" in note
         assert config["eos_token_id"] == 2  # that of config.json
 
 
@@ -216,7 +216,7 @@ def test_a_generation_config_goes_through_training_and_merge(
     Path("base/generation_config.json").write_text(given)
     updates, result = train_all(small_recipe(AS_TRAINED, "training.max_steps=2"))
     assert result.samples
-    assert any("generation_config.json is left out" in u.text for u in updates) == (
+    assert any("generation_config.json is not used" in u.text for u in updates) == (
         "num_return" in given
     )
     merged = merge("run").folder
