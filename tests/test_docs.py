@@ -327,6 +327,8 @@ def test_every_help_has_an_example_that_runs(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     moved_run(demo_run, tmp_path)
+    Path("prompts.jsonl").write_text('{"prompt": "Any tips?"}\n', encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Any tips?\n"))  # for the chat
     runner = Runner(call, demo_run.printed)
     verbs = [["recipes", verb] for verb in ("ls", "show", "cp")]
     for verb in (
