@@ -1,6 +1,7 @@
 """The command line: read the arguments, call the package, print the result.
 
-Order: console, data_view, doctor_view, plan_view, progress, finish, quiet, completion, app, chat_loop; further
+Order: console, chat_loop, data_view, doctor_view, plan_view, progress, finish, quiet, completion,
+app; further
 """
 
 # Importing one of these modules adds its commands to the application.
