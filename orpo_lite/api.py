@@ -69,8 +69,8 @@ from orpo_lite.updates import (
 NO_CARD = "the model card (README.md) is not written"
 NO_REPORT = "the report (report.html) is not written"
 REPORT_SHARE = 0.02
-"""A report is written during a training if it takes less than this share of the time since the last
-report."""
+"""A report is written during a training if the last report took less than this share of the time
+since then."""
 FIRST_REPORT = 5.0
 """Assumed seconds for the first report, which also loads matplotlib."""
 
@@ -221,8 +221,8 @@ def _train(
 ) -> Generator[Update, None, TrainResult]:
     """Load the model, train, keep the best adapter, answer prompts, and write the model card.
 
-    The prompts are prepared, and the model card is made once, before the training too, so that
-    their errors are reported early. Such an error does not end the training.
+    Before the training, the prompts are prepared and the model card is made without writing it, so
+    that errors are reported early. Such an error does not end the training.
     """
     began = time.monotonic()
     prompts = (yield from find_prompts(recipe, inputs)) if processes.is_main else []
@@ -296,7 +296,8 @@ def _judge(
 def _with_reports(updates: Iterable[Update], path: Path) -> Iterator[Update]:
     """Yield the updates of a training, and write its report after an evaluation if that is quick.
 
-    It is quick if it takes less than :data:`REPORT_SHARE` of the time since the last report.
+    It is expected to be quick if the last report took less than :data:`REPORT_SHARE` of the time
+    since then.
     """
     last, took = time.monotonic(), FIRST_REPORT
     for update in updates:

@@ -90,7 +90,9 @@ def report(
     ] = False,
     port: Annotated[
         int | None,
-        typer.Option(min=1, max=65535, help="The port for --live. Default: a free port."),
+        typer.Option(
+            min=1, max=65535, help="The port for --live. Default: 8790, or else a free port."
+        ),
     ] = None,
 ) -> None:
     """Write one HTML file that shows what a training did: verdict, curves, data, answers."""
@@ -143,11 +145,11 @@ def generate(
     run: Model,
     prompts: Annotated[
         Path,
-        typer.Option(metavar="FILE", help="A jsonl, json or csv file with one prompt in a row."),
+        typer.Option(metavar="FILE", help="A jsonl, json or csv file with a prompt in each row."),
     ],
     grader: Annotated[
         Literal["alpaca_eval", "mt_bench", "ifeval", "jsonl"],
-        typer.Option("--for", help="The format of the prompts and answers: that of a grader."),
+        typer.Option("--for", help="The grader whose format the prompts and answers have."),
     ] = "jsonl",
     to: Annotated[
         Path | None,

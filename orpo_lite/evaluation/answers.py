@@ -118,7 +118,7 @@ class Task:
     adapter: bool
     max_new_tokens: int
     temperature: float | None
-    """None: the temperature of the grader's format."""
+    """The temperature of all answers. None: the temperature of the grader's format."""
     key: Mapping[str, Any]
     """What the answers depend on. Answers of a stopped command are kept if their key is equal."""
 
@@ -234,7 +234,10 @@ def check_decoding(max_new_tokens: int | None, temperature: float | None) -> Non
     """Raise :class:`RecipeError` if ``max_new_tokens`` or ``temperature`` is out of range."""
     if max_new_tokens is not None and max_new_tokens < 1:
         raise RecipeError(
-            where="--max-new-tokens", found=f"{max_new_tokens}", expected="1 or more", fix="512"
+            where="--max-new-tokens",
+            found=f"{max_new_tokens}",
+            expected="1 or more",
+            fix="--max-new-tokens 512",
         )
     if temperature is not None and not 0 <= temperature < float("inf"):
         raise RecipeError(

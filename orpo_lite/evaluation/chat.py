@@ -1,4 +1,4 @@
-"""Hold a conversation with a model, or with a base and its tuned model at the same time."""
+"""Hold a conversation with a model. A base and its tuned model can both answer each turn."""
 
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager

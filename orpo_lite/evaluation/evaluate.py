@@ -212,7 +212,7 @@ def _find_pairs(
 def _chosen_data(first: FoundModel | None, changed: Mapping[str, Any]) -> dict[str, Any]:
     """Return the recipe values that choose the pairs to score.
 
-    They are the values of the first run, with ``changed`` on top.
+    They are the values of the first run, except for the keys in ``changed``.
     """
     values: dict[str, Any] = {}
     if first:
@@ -270,7 +270,8 @@ def _compare_prompts(
 ) -> Generator[Update, None, bool]:
     """Yield a note on each run that was trained on some of the prompts.
 
-    Return True if it is known that no run was. Without any run it is unknown.
+    Return True if it is known that no run was trained on one of them. If no run is scored, this is
+    not known.
     """
     is_held_out = any(model.run for model in found.values())
     for name, model in found.items():

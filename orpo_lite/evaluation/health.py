@@ -20,8 +20,8 @@ OURS = "a threshold of orpo-lite"
 LEAST_STEPS = 20
 """With fewer steps the first and the last tenth hold fewer than two steps each. OURS."""
 NOISE = 4.0
-"""A difference of two means must exceed this many standard errors. By chance about 1 in 16,000
-differences does. A run has some dozens of them. OURS."""
+"""A difference of two means counts if it exceeds this many standard errors. By chance, about 1 in
+16,000 differences is so large, and a run has some dozens of differences. OURS."""
 RISE = 0.10
 """The loss diverges if its mean is this much (relative) above its lowest mean. OURS."""
 HELD_OUT_RISE = 0.02
@@ -325,8 +325,8 @@ def data_gives_itself_away(curves: Curves) -> Finding | None:
         "warning",
         " ".join(reasons),
         f"The accuracy is at least {HIGH_START:.0%} before the first step. Or a rule that only "
-        f"looks at length is right on at least {LENGTH_MATTERS:.0%} of the pairs, and on as many "
-        "as the trained model.",
+        f"looks at length is right on at least {LENGTH_MATTERS:.0%} of the pairs, and at least as "
+        "often as the trained model.",
         f"{AUTHORS}; the numbers are thresholds of orpo-lite",
         "Look at the pairs with `orpo-lite data`: chosen and rejected answers may differ in "
         "length, style or source. Use pairs whose two answers have the same source and a similar "

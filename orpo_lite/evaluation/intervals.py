@@ -17,7 +17,7 @@ LEVEL = 0.95
 RESAMPLES = 2000
 POWER = 0.8
 SEED = 0
-DRAWS_AT_ONCE = 1 << 16  # random numbers in memory at once; so many fit the CPU's cache
+DRAWS_AT_ONCE = 1 << 16  # random numbers in memory at once; this number fits the CPU's cache
 
 Numbers = NDArray[np.float64]
 

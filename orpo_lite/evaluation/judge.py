@@ -1,4 +1,4 @@
-"""Judge a training: compare the recorded scores of the kept adapter with those of the start."""
+"""Judge a training: compare the recorded scores of the start and of the kept adapter."""
 
 import math
 from pathlib import Path

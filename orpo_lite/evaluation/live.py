@@ -76,8 +76,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Send the page, or its body if it has changed, or an error."""
-        # Refuse other host names: a foreign page whose name resolves to this machine (DNS
-        # rebinding) must not read the run.
+        # Refuse other host names. Otherwise a web page on another host name could make that name
+        # resolve to this machine (DNS rebinding) and read the run.
         host = self.headers.get("Host", "").rpartition(":")[0] or self.headers.get("Host", "")
         if host not in NAMES:
             self._send(HTTPStatus.FORBIDDEN, f"use http://{HOST}")

@@ -133,9 +133,9 @@ class RunRecord:
         return find_health(Curves.of(self.rows, self.settings, self.data, self.length_rule))
 
     def held_out(self, step: int | None) -> Mapping[str, Any]:
-        """Return the metrics of the last evaluation at ``step``, or of all if it is None.
+        """Return the metrics of the last evaluation at ``step``; {} if there is none.
 
-        {} if there is no such evaluation.
+        If ``step`` is None, the last evaluation at any step is returned.
         """
         found = [
             row for row in self.rows if "eval_loss" in row and (step is None or row["step"] == step)

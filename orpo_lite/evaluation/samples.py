@@ -98,13 +98,13 @@ class SampleWriter:
     @cached_property
     def _answerer(self) -> Answerer:
         generation, _ = read_generation_config(self.path / "adapter")
-        # A batch of so many tokens fits, because a pass of the training has as many.
+        # A batch with as many tokens as a pass of the training fits into memory.
         return Answerer(self.model, generation, tokens=self.recipe.micro_batch_tokens)
 
     def follow(self, updates: Iterable[Update]) -> Generator[Update, None, None]:
         """Yield the updates of a training, and answer the prompts after each evaluation.
 
-        After an error no more prompts are answered here.
+        After an error, no more prompts are answered during the training.
         """
         for update in updates:
             yield update

@@ -34,8 +34,8 @@ from orpo_lite.updates import Update, with_torch_defaults
 
 PAIRS = 200  # most pairs to compare
 EXACT = 1e-4  # a float32 mean log-probability changes by up to this if sums have another order
-# The allowed difference is this many times the effect of rounding the first layer's input once
-# more. The probe allows as many.
+# In 16 bit, a difference is allowed up to this many times the effect of rounding the first layer's
+# input once more. The probe has the same limit.
 ROUNDINGS = 4
 LOST = 0.25  # rounding the merged weights to 16 bit may cost this share of the adapter's effect
 
@@ -48,7 +48,8 @@ class Row:
     accuracy: float
     """Share of pairs whose chosen reply has the higher mean log-probability."""
     margin: float
-    """Mean log-probability of the chosen reply minus that of the rejected one, averaged."""
+    """Mean log-probability of the chosen reply minus that of the rejected reply, averaged over the
+    pairs."""
     chosen: float
     """Mean log-probability of the chosen replies, averaged over the pairs."""
 
@@ -58,7 +59,8 @@ class Verdict:
     """The result of comparing a merged model with the base that it was merged onto."""
 
     rows: tuple[Row, ...]
-    """The base with the adapter, in 4 bit, in 16 bit or both; last the merged model."""
+    """One row for each model: first the base with the adapter, in 4 bit, in 16 bit or both; then
+    the merged model."""
     pairs: int
     held_out: bool
     """False if the run held out no pairs. Then pairs of its training were compared."""
@@ -69,11 +71,11 @@ class Verdict:
     """Largest difference of a mean log-probability between the base with and without the adapter.
     """
     bound: float
-    """Limit of ``difference``: :data:`EXACT`, or :data:`LOST` times ``effect`` if this is more and
-    the merged weights are in 16 bit or are compared on a GPU."""
+    """Limit of ``difference``: :data:`EXACT`. If the merged weights are in 16 bit or were compared
+    on a GPU, it is at least :data:`LOST` times ``effect``."""
     rounding: float = 0.0
-    """A difference that rounding alone can make if the models compute in 16 bit. ``difference`` may
-    be as large, even above ``bound``."""
+    """The difference that rounding alone can make if the models compute in 16 bit, else 0. A
+    ``difference`` of up to this value passes, even if it is above ``bound``."""
     missing: tuple[str, ...] = ()
     """Names of the base's tensors that the merged model does not have in the same shape."""
     kept: Kept | None = None
@@ -228,10 +230,10 @@ def _compare(
 def read_gains(
     path: Path, weights: Weights, base_path: str | Path | None
 ) -> Generator[Update, None, tuple[Numbers, Numbers]]:
-    """Return each pair's log odds ratio by the base, and what the adapter as trained adds to it.
+    """Return for each pair the log odds ratio of the base, and the gain of the trained adapter.
 
-    Both arrays have shape (P,). They are read from verify.json. If that file does not have them,
-    the merged model is compared first.
+    The gain is what the adapter adds to the log odds ratio. Both arrays have shape (P,). They are
+    read from verify.json. If that file does not have them, the merged model is compared first.
 
     Raises:
         OrpoLiteError: the merged model cannot be compared; see :func:`compare_merged`.
