@@ -35,7 +35,7 @@ from orpo_lite.updates import Update, with_torch_defaults
 PAIRS = 200  # most pairs to compare
 EXACT = 1e-4  # a float32 mean log-probability changes by up to this if sums have another order
 # In 16 bit, a difference is allowed up to this many times the effect of rounding the first layer's
-# input once more. The probe has the same limit.
+# input once more. The probe uses the same factor.
 ROUNDINGS = 4
 LOST = 0.25  # rounding the merged weights to 16 bit may cost this share of the adapter's effect
 
